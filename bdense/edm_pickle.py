@@ -1,0 +1,352 @@
+"""Reads the networks in EDM pickles (Karras et al. 2022, NVlabs/edm); runs nothing in them.
+
+Such a pickle stores every module as the source text of its class plus its ``__dict__``, and the
+genuine loader executes that text. Here the pickle machine only ever meets stand-ins that keep
+names, numbers and weights; whatever is not among the few globals an EDM network needs is refused.
+"""
+
+import io
+import math
+import pickle
+import pickletools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bdense.errors import CheckpointError, UnsafePickleError
+
+# These reach objects without asking ``find_class``: the extension registry answers from a cache of
+# live objects, and a persistent id is whatever the loader makes of it. No EDM file has them.
+_REFUSED_OPCODES = frozenset({"EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID"})
+_MEMO_OPCODES = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
+_NUMPY_SCALARS = frozenset(
+    {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
+)
+_SFD_MODULES = ("models.networks_edm", "dnnlib")
+# What the pickle machine, torch and the stand-ins raise on bytes that do not add up.
+_MALFORMED = (
+    pickle.UnpicklingError,
+    EOFError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
+)
+
+
+@dataclass(frozen=True)
+class ForeignNetwork:
+    """What a foreign checkpoint says about its network; nothing in it can run.
+
+    Attributes:
+        class_name: Outer class, such as ``EDMPrecond`` or ``VPPrecond``.
+        init_kwargs: Arguments the network was built with, as plain values, without defaults.
+        state_dict: Weights and persistent buffers on the CPU, under the names and in the order of
+            ``torch.nn.Module.state_dict``.
+        attributes: Plain scalars of the outer module (``sigma_min``, ``label_dim``, ...).
+        embedded_source_bytes: Program text found in the file and left alone.
+    """
+
+    class_name: str
+    init_kwargs: dict[str, Any]
+    state_dict: dict[str, Tensor]
+    attributes: dict[str, Any]
+    embedded_source_bytes: int
+
+
+def read_edm_pickle(path: Path, key: str = "ema") -> ForeignNetwork:
+    """Read one network of an EDM pickle.
+
+    Args:
+        path: A file such as ``edm-cifar10-32x32-cond-vp.pkl``.
+        key: Entry of the pickled dictionary; ``ema`` is the network meant for sampling.
+
+    Raises:
+        UnsafePickleError: The file asks for something outside the short list; the text names it.
+        CheckpointError: The file is missing, cut short, not a pickle, or holds something else.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            _check_opcodes(file)
+            file.seek(0)
+            reader = _Reader(file)
+            network = _entry(reader.load(), key)
+        return _describe(network, sum(len(text) for text in reader.sources))
+    except CheckpointError as error:
+        raise type(error)(f"{path}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror}") from error
+    except _MALFORMED as error:
+        raise CheckpointError(
+            f"{path}: not a complete EDM pickle ({error}); download or copy the file again"
+        ) from error
+
+
+def _check_opcodes(file: BinaryIO) -> None:
+    """Read through the whole pickle as data, before any of it is obeyed."""
+    if file.read(1) != pickle.PROTO:
+        raise CheckpointError(
+            "not a pickle of protocol 2 or later; give a .pkl file as published by NVlabs/edm"
+        )
+    file.seek(0)
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        if opcode.name in _REFUSED_OPCODES:
+            raise UnsafePickleError(
+                f"uses opcode {opcode.name} ({argument!r}), which reaches outside the file "
+                "and which no EDM network needs; nothing in it was run"
+            )
+        # The machine allocates its memo up to the highest index; a real pickle counts up from 0.
+        if opcode.name in _MEMO_OPCODES and isinstance(argument, int) and argument > count:
+            raise CheckpointError(f"stores memo entry {argument} as its opcode number {count}")
+
+
+class _Inert:
+    """Base of the stand-ins: BUILD, the opcode that sets attributes, meets a refusal."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: object) -> None:
+        raise UnsafePickleError(f"sets attributes of a {_kind(self)}, which no EDM network does")
+
+
+@dataclass(frozen=True, eq=False)
+class _Builder(_Inert):
+    """Stands for an allowed global that the file calls.
+
+    Not a bare function: the file could write to a function's attributes.
+    """
+
+    build: Callable[..., object]
+
+    def __call__(self, *args: object) -> object:
+        return self.build(*args)
+
+
+@dataclass(frozen=True, eq=False)
+class _Storage(_Inert):
+    values: Tensor  # 1-D, on the CPU
+
+
+@dataclass(frozen=True, eq=False)
+class _Weight(_Inert):
+    tensor: Tensor
+
+
+class _DType:
+    """A numpy scalar's type: its code in the call, its byte order in the state that follows."""
+
+    __slots__ = ("code", "order")
+
+    def __init__(self, code: object, *_: object) -> None:
+        if code not in _NUMPY_SCALARS:
+            raise UnsafePickleError(
+                f"uses numpy.dtype {code!r}; accepted are {', '.join(sorted(_NUMPY_SCALARS))}"
+            )
+        self.code = str(code)
+        self.order = "="
+
+    def __setstate__(self, state: tuple[object, ...]) -> None:
+        if state[1] not in ("<", ">", "|", "="):
+            raise CheckpointError(f"numpy.dtype of byte order {state[1]!r}")
+        self.order = str(state[1])
+
+
+class _Module(_Inert):
+    """Stands for a module: the name of its class and its ``__dict__``."""
+
+    __slots__ = ("class_name", "state")
+
+    class_name: str
+    state: dict[str, Any]
+
+
+class _ModuleDict(_Module):
+    """torch's container, the one class that the file creates by itself (NEWOBJ, then BUILD)."""
+
+    __slots__ = ()
+
+    def __new__(cls) -> "_ModuleDict":
+        self = super().__new__(cls)
+        self.class_name, self.state = "ModuleDict", {}
+        return self
+
+    def __setstate__(self, state: object) -> None:
+        self.state = _table(state, "the state of a ModuleDict")
+
+
+class _Reader(pickle.Unpickler):
+    """A pickle machine that can reach the stand-ins below and nothing else."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file)
+        self.sources: set[bytes] = set()
+        self._globals: dict[tuple[str, str], object] = {
+            ("torch_utils.persistence", "_reconstruct_persistent_obj"): _Builder(self._persistent),
+            ("torch.nn.modules.container", "ModuleDict"): _ModuleDict,
+            ("collections", "OrderedDict"): _Builder(dict),
+            ("torch._utils", "_rebuild_parameter"): _Builder(_parameter),
+            ("torch._utils", "_rebuild_tensor_v2"): _Builder(_tensor),
+            ("torch.storage", "_load_from_bytes"): _Builder(_storage),
+            ("numpy.core.multiarray", "scalar"): _Builder(_scalar),
+            ("numpy._core.multiarray", "scalar"): _Builder(_scalar),
+            ("numpy", "dtype"): _Builder(_DType),
+        }
+
+    def find_class(self, module_name: str, global_name: str, /) -> object:
+        """The stand-in for an allowed global; a dotted name is one name, not a path to follow."""
+        found = self._globals.get((module_name, global_name))
+        if found is not None:
+            return found
+        accepted = ", ".join(".".join(name) for name in self._globals)
+        hint = ""
+        if module_name.startswith(_SFD_MODULES):
+            hint = "; SFD (diff-sampler) checkpoints name classes this way and cannot be read yet"
+        raise UnsafePickleError(
+            f"asks for {module_name}.{global_name}, which no EDM network needs; nothing in it was "
+            f"run. Accepted are {accepted}{hint}"
+        )
+
+    def _persistent(self, meta: object) -> _Module:
+        """A module from its class name and state; the source text is counted and dropped."""
+        meta = _table(meta, "a persistent object")
+        if meta.get("type") != "class":
+            raise CheckpointError(
+                f"holds a persistent object of type {meta.get('type')!r}, not 'class'"
+            )
+        source = meta.get("module_src")
+        if isinstance(source, str):
+            self.sources.add(source.encode("utf-8", "surrogatepass"))
+        module = _Module()
+        module.class_name = str(meta.get("class_name"))
+        module.state = _table(meta.get("state"), f"the state of {module.class_name}")
+        return module
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__.lstrip("_")
+
+
+def _table(value: object, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise CheckpointError(f"{what} is missing or not a dictionary of names")
+    return value
+
+
+def _storage(data: object) -> _Storage:
+    """The tensor bytes, themselves a pickle, read by torch's own restricted reader."""
+    if not isinstance(data, bytes):
+        raise CheckpointError(f"a tensor's bytes are a {_kind(data)}")
+    try:
+        loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        lines = str(error).splitlines() or [""]
+        reason = next((line for line in lines if "GLOBAL" in line), lines[0])
+        raise UnsafePickleError(
+            f"a tensor's bytes hold more than a tensor: {reason.strip()}"
+        ) from error
+    if not isinstance(loaded, torch.TypedStorage):
+        raise CheckpointError(f"a tensor's bytes hold a {_kind(loaded)}")
+    return _Storage(torch.empty(0, dtype=loaded.dtype).set_(loaded._untyped_storage))
+
+
+def _tensor(
+    storage: object, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
+) -> _Weight:
+    if not isinstance(storage, _Storage):
+        raise CheckpointError(f"a tensor stands on a {_kind(storage)}")
+    # A view that repeats elements is small in the file and of any size once it is copied.
+    if math.prod(size) > storage.values.numel():
+        raise CheckpointError(
+            f"a tensor of shape {size} stands on {storage.values.numel()} values"
+        )
+    return _Weight(storage.values.as_strided(size, stride, offset))
+
+
+def _parameter(weight: object, *_: object) -> _Weight:
+    if not isinstance(weight, _Weight):
+        raise CheckpointError(f"a parameter stands on a {_kind(weight)}")
+    return weight
+
+
+def _scalar(dtype: object, data: object) -> bool | int | float:
+    if not isinstance(dtype, _DType) or not isinstance(data, bytes):
+        raise CheckpointError("a numpy scalar without its type and bytes")
+    (value,) = np.frombuffer(data, dtype=np.dtype(dtype.order + dtype.code)).tolist()
+    return value  # type: ignore[no-any-return]  # numpy types tolist as Any; the codes above are plain numbers
+
+
+def _entry(contents: object, key: str) -> _Module:
+    if not isinstance(contents, dict):
+        raise CheckpointError(f"holds a {_kind(contents)}, not a dictionary with {key!r}")
+    if key not in contents:
+        raise CheckpointError(
+            f"has no {key!r}; it has {sorted(map(str, contents))}: name the network's key"
+        )
+    network = contents[key]
+    if not isinstance(network, _Module):
+        raise CheckpointError(f"{key!r} is a {_kind(network)}, not a network")
+    return network
+
+
+def _describe(network: _Module, source_bytes: int) -> ForeignNetwork:
+    if network.state.get("_init_args"):
+        raise CheckpointError(
+            f"{network.class_name} was built with positional arguments, whose names it lacks: "
+            f"{network.state['_init_args']!r}"
+        )
+    state_dict: dict[str, Tensor] = {}
+    _collect(network, "", state_dict, set())
+    if not state_dict:
+        raise CheckpointError(f"{network.class_name} has no weights")
+    kwargs = _table(network.state.get("_init_kwargs"), f"{network.class_name}._init_kwargs")
+    return ForeignNetwork(
+        class_name=network.class_name,
+        init_kwargs={name: _plain(value, name) for name, value in kwargs.items()},
+        state_dict=state_dict,
+        attributes={
+            name: value
+            for name, value in network.state.items()
+            if not name.startswith("_") and isinstance(value, bool | int | float | str)
+        },
+        embedded_source_bytes=source_bytes,
+    )
+
+
+def _collect(module: _Module, prefix: str, into: dict[str, Tensor], seen: set[int]) -> None:
+    """Add the module's weights in the order of ``torch.nn.Module.state_dict``."""
+    where = f"{prefix or 'the network '}({module.class_name})"
+    # A module inside itself never ends, and one shared at every level doubles the work at each.
+    if id(module) in seen:
+        raise CheckpointError(f"{where} is in the network more than once")
+    seen.add(id(module))
+    transient = module.state.get("_non_persistent_buffers_set", ())
+    for kind in ("_parameters", "_buffers"):
+        for name, weight in _table(module.state.get(kind), f"{where}.{kind}").items():
+            if weight is None or (kind == "_buffers" and name in transient):
+                continue
+            into[prefix + name] = _parameter(weight).tensor
+    for name, child in _table(module.state.get("_modules"), f"{where}._modules").items():
+        if isinstance(child, _Module):
+            _collect(child, f"{prefix}{name}.", into, seen)
+        elif child is not None:
+            raise CheckpointError(f"{where}.{name} is a {_kind(child)}, not a module")
+
+
+def _plain(value: object, name: str) -> object:
+    """``value`` if it is made of numbers, strings, lists and dictionaries alone."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(item, name) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item, name) for key, item in _table(value, name).items()}
+    raise CheckpointError(f"the network's argument {name} is a {_kind(value)}, not a plain value")

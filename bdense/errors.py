@@ -1,0 +1,39 @@
+"""One tree of errors; an ``InputError`` is what a user can mend, exit status 2 on the way out."""
+
+
+class BdenseError(Exception):
+    """Base of every error this project raises on purpose."""
+
+
+class InputError(BdenseError, ValueError):
+    """Something given cannot be used; the message names the knob, the value and the way out."""
+
+
+class ShapeError(InputError):
+    """A tensor, image or head has a size that the operation cannot take."""
+
+
+class CheckpointError(InputError):
+    """A file is not a checkpoint this project can read, or is not the one that was asked for."""
+
+
+class UnsafePickleError(CheckpointError):
+    """A pickle asks for more than an EDM network needs; nothing in it was run."""
+
+
+class NonFiniteLossError(BdenseError, ArithmeticError):
+    """A loss or a gradient is not finite; the run stops instead of repairing it."""
+
+    def __init__(
+        self, what: str, *, iteration: int, interval: int, branch: int | None = None
+    ) -> None:
+        where = f"iteration {iteration}, interval {interval}"
+        if branch is not None:
+            where += f", branch {branch}"
+        super().__init__(
+            f"{what} is not finite at {where}; "
+            "lower the learning rate or the largest branch weight"
+        )
+        self.iteration = iteration
+        self.interval = interval
+        self.branch = branch

@@ -1,0 +1,57 @@
+"""Explicit random generators, one for each (seed, stream, index).
+
+Counter-based: any draw is reached without making those before it, so a resumed run, a recorded
+trajectory and a parallel worker all see the same noise. Draws are made on the CPU and moved, so
+that they do not depend on the device.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from enum import IntEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bdense.errors import InputError
+
+
+class Stream(IntEnum):
+    """What a draw is for; two streams of one seed never share numbers."""
+
+    TRAJECTORY = 0
+    EVALUATION = 1
+    DROPOUT = 2
+    INITIALISATION = 3
+    TEACHER_BATCH = 4
+    CLASSIFIER = 5
+
+
+def derive_seed(seed: int, stream: Stream, *index: int) -> int:
+    """A 63-bit seed for that draw."""
+    if seed < 0:
+        raise InputError(f"a seed must not be negative, got {seed}")
+    state = np.random.SeedSequence((seed, int(stream), *index)).generate_state(1, np.uint64)
+    return int(state[0]) >> 1
+
+
+def generator(seed: int, stream: Stream, *index: int) -> torch.Generator:
+    """A CPU generator of its own for that draw."""
+    return torch.Generator().manual_seed(derive_seed(seed, stream, *index))
+
+
+def image_noise(
+    seed: int, stream: Stream, first: int, count: int, shape: tuple[int, ...]
+) -> Tensor:
+    """[count, *shape] unit noise in which image i depends on ``first + i`` alone."""
+    images = range(first, first + count)
+    return torch.stack([torch.randn(shape, generator=generator(seed, stream, i)) for i in images])
+
+
+@contextlib.contextmanager
+def seeded(device: torch.device, seed: int, stream: Stream, *index: int) -> Iterator[None]:
+    """Give code that draws from the global generators (dropout) a state of its own."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(derive_seed(seed, stream, *index))
+        yield

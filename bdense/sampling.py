@@ -1,0 +1,135 @@
+"""From noise to images with a few-step student, counting its network evaluations.
+
+B batch, C channels, H x W pixels.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bdense.denoiser import Denoiser, EDMPrecond
+from bdense.errors import BdenseError, InputError
+from bdense.randomness import Stream, image_noise
+from bdense.schedules import Schedule
+from bdense.solvers import Euler, Solver, analytical_first_step, make_solver, solve
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampler:
+    """How images are drawn: the grid walked, the solver, and whether its first step is free.
+
+    Attributes:
+        num_intervals: N steps.
+        afs: Analytical first step: NFE is one less for one-evaluation solvers.
+        solver: Any solver; a distilled student needs ``euler``.
+    """
+
+    num_intervals: int
+    afs: bool
+    schedule: Schedule = field(default_factory=Schedule)
+    solver: Solver = field(default_factory=Euler)
+
+    def __post_init__(self) -> None:
+        if self.nfe < 1:
+            raise InputError(
+                f"num_intervals={self.num_intervals} with afs={self.afs} leaves no network "
+                "evaluation; NFE must be at least 1"
+            )
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations an image costs."""
+        return self.solver.nfe(self.num_intervals) - (1 if self.afs else 0)
+
+    def __call__(self, denoise: Denoiser, noise: Tensor) -> Tensor:
+        """[B, C, H, W] unit noise to images, nominally in [-1, 1]."""
+        levels = self.schedule.grid(self.num_intervals)
+        model = analytical_first_step(denoise, levels[0]) if self.afs else denoise
+        return solve(self.solver, model, levels[0] * noise, levels)
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able; ``sampler_from`` reads it back. Only Euler, the students' solver."""
+        return {
+            "num_intervals": self.num_intervals,
+            "afs": self.afs,
+            "schedule": asdict(self.schedule),
+            "solver": "euler",
+        }
+
+
+def sampler_from(description: dict[str, Any]) -> Sampler:
+    """The sampler that ``Sampler.describe`` wrote down."""
+    return Sampler(
+        num_intervals=description["num_intervals"],
+        afs=description["afs"],
+        schedule=Schedule(**description["schedule"]),
+        solver=make_solver(description["solver"]),
+    )
+
+
+def draw_images(
+    denoiser: EDMPrecond,
+    sampler: Sampler,
+    count: int,
+    *,
+    seed: int,
+    batch: int = 128,
+    on_image: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Draw images as a user's files would hold them.
+
+    Image i starts from noise (seed, i): not from the batch size, nor from how many are drawn.
+
+    Args:
+        denoiser: In eval mode.
+        sampler: Grid, solver and AFS.
+        count: Images to draw.
+        seed: Of the latents.
+        batch: Images at a time.
+        on_image: Called with the number of images drawn so far.
+
+    Returns:
+        [count, C, H, W] uint8 on the CPU.
+
+    Raises:
+        BdenseError: An image holds values that are not finite.
+    """
+    if count < 1:
+        raise InputError(f"the number of images must be at least 1, got {count}")
+    if batch < 1:
+        raise InputError(f"batch must be at least 1, got {batch}")
+    device = next(denoiser.parameters()).device
+    drawn = []
+    for first in range(0, count, batch):
+        size = min(batch, count - first)
+        noise = image_noise(seed, Stream.EVALUATION, first, size, denoiser.image_shape)
+        images = sampler(denoiser, noise.to(device))
+        if not bool(torch.isfinite(images).all()):
+            raise BdenseError(
+                f"an image among {first}..{first + size - 1} of seed {seed} is not finite; "
+                "the model diverged"
+            )
+        drawn.append(to_uint8(images).cpu())
+        if on_image is not None:
+            on_image(first + size)
+    return torch.cat(drawn)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] to 0..255 as EDM writes files: clip(127.5 x + 128), fractions cut off; any shape."""
+    return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+
+def image_grid(images: Tensor, columns: int) -> Tensor:
+    """Tile uint8 images [n, C, H, W] row by row into one picture [H', W', 3 or 1 channels]."""
+    if columns < 1:
+        raise InputError(f"columns must be at least 1, got {columns}")
+    n, c, h, w = images.shape
+    rows = -(-n // columns)
+    canvas = images.new_zeros(rows * columns, c, h, w)
+    canvas[:n] = images
+    tiled = canvas.view(rows, columns, c, h, w).permute(0, 3, 1, 4, 2)
+    return tiled.reshape(rows * h, columns * w, c)

@@ -1,0 +1,197 @@
+"""Train a small EDM teacher (Karras et al. 2022, section 5): denoising score matching, EMA.
+
+B batch, C channels, H x W pixels.
+"""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bdense.checkpoints import adam_tensors, load_tensors, restore_adam, save_tensors
+from bdense.data import Dataset
+from bdense.denoiser import EDMPrecond
+from bdense.errors import CheckpointError, InputError, NonFiniteLossError
+from bdense.networks import SongUNet, SongUNetConfig
+from bdense.randomness import Stream, derive_seed, generator, seeded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherConfig:
+    """A teacher's network and its training.
+
+    Attributes:
+        network: Options of the SongUNet beyond image size and channels.
+        images: Training images in all (with repetition).
+        batch: Images an iteration.
+        lr: Adam's step size after the warm-up.
+        warmup_images: Images over which lr rises linearly from 0.
+        ema_halflife_images: Images after which a weight's share in the average has halved.
+        p_mean, p_std: ln sigma ~ N(p_mean, p_std^2).
+        seed: Of initial weights, batches, noise and dropout.
+    """
+
+    images: int
+    batch: int = 256
+    lr: float = 2e-3
+    warmup_images: int = 10_000
+    ema_halflife_images: int = 10_000
+    p_mean: float = -1.2
+    p_std: float = 1.2
+    seed: int = 0
+    network: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("images", "batch", "ema_halflife_images"):
+            if getattr(self, name) < 1:
+                raise InputError(f"teacher {name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.lr < float("inf"):
+            raise InputError(f"teacher lr must be positive and finite, got {self.lr}")
+
+    @property
+    def iterations(self) -> int:
+        """ceil(images / batch)."""
+        return -(-self.images // self.batch)
+
+
+def denoising_loss(denoiser: EDMPrecond, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """lambda(sigma) |D(y + n; sigma) - y|^2, mean over pixels (Karras et al. 2022, eq. 8).
+
+    Args:
+        denoiser: One branch.
+        clean: [B, C, H, W] y in [-1, 1].
+        noise: [B, C, H, W], unit.
+        sigma: [B].
+
+    Returns:
+        [B]; 1 in expectation for an untrained network.
+    """
+    sigma_data = denoiser.sigma_data
+    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    denoised = denoiser(clean + sigma.view(-1, 1, 1, 1) * noise, sigma)
+    error = (denoised - clean).square().mean(dim=(1, 2, 3))
+    return weight * error
+
+
+def train_teacher(
+    dataset: Dataset,
+    config: TeacherConfig,
+    *,
+    device: torch.device,
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 30.0,
+    on_iteration: Callable[[int, int, float], None] | None = None,
+) -> EDMPrecond:
+    """Train a teacher and return the average of its weights.
+
+    Args:
+        dataset: uint8 images.
+        config: Network, length, step size, seed.
+        device: Where to train.
+        checkpoint: File to resume from and to save to.
+        checkpoint_seconds: Save this long after the last save.
+        on_iteration: Called with (iterations done, iterations in all, loss).
+
+    Returns:
+        The averaged denoiser, in eval mode.
+
+    Raises:
+        NonFiniteLossError: The loss is not finite.
+    """
+    images = dataset.float_images().to(device)
+    denoiser = new_denoiser(config, images.shape[1:]).to(device)
+    ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
+    optimizer = torch.optim.Adam(denoiser.parameters(), lr=config.lr, fused=True)
+    identity = {"config": asdict(config), "data": dataset.sha256}
+    first = _resume(checkpoint, denoiser, ema, optimizer, identity) if checkpoint else 0
+    decay = 0.5 ** (config.batch / config.ema_halflife_images)
+    last_save = time.monotonic()
+
+    denoiser.train()
+    for iteration in range(first, config.iterations):
+        seen = (iteration + 1) * config.batch
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * min(1.0, seen / max(config.warmup_images, 1))
+        with seeded(device, config.seed, Stream.DROPOUT, iteration):
+            loss = denoising_loss(denoiser, *_batch(images, config, iteration)).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        value = float(loss.detach())
+        if value - value != 0.0:
+            raise NonFiniteLossError("the teacher's loss", iteration=iteration, interval=0)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(denoiser.parameters()), 1 - decay)
+        if checkpoint and time.monotonic() - last_save >= checkpoint_seconds:
+            _save(checkpoint, denoiser, ema, optimizer, iteration + 1, identity)
+            last_save = time.monotonic()
+        if on_iteration is not None:
+            on_iteration(iteration + 1, config.iterations, value)
+    return ema
+
+
+def new_denoiser(config: TeacherConfig, image_shape: torch.Size) -> EDMPrecond:
+    """A denoiser for images (C, H, W) with initial weights from ``config.seed``."""
+    channels, height, width = image_shape
+    if height != width:
+        raise InputError(f"teachers take square images, got {height} x {width}; pad or crop them")
+    try:
+        network = SongUNetConfig(img_resolution=height, img_channels=channels, **config.network)
+    except TypeError as error:
+        raise InputError(
+            f"the teacher's network options do not fit a SongUNet: {error}"
+        ) from error
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(config.seed, Stream.INITIALISATION))
+        return EDMPrecond(SongUNet(network))
+
+
+def _batch(images: Tensor, config: TeacherConfig, iteration: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Clean images, unit noise and noise levels of one iteration."""
+    draw = generator(config.seed, Stream.TEACHER_BATCH, iteration)
+    index = torch.randint(len(images), (config.batch,), generator=draw).to(images.device)
+    clean = images[index]
+    noise = torch.randn(clean.shape, generator=draw).to(images.device)
+    normal = torch.randn(config.batch, generator=draw).to(images.device)
+    return clean, noise, (config.p_mean + config.p_std * normal).exp()
+
+
+def _save(
+    path: Path,
+    denoiser: EDMPrecond,
+    ema: EDMPrecond,
+    optimizer: torch.optim.Optimizer,
+    iteration: int,
+    identity: dict[str, Any],
+) -> None:
+    tensors = denoiser.state_dict() | adam_tensors(denoiser, optimizer)
+    tensors |= {f"ema.{name}": value for name, value in ema.state_dict().items()}
+    save_tensors(
+        path, tensors, {"kind": "teacher-training", "iteration": iteration, "identity": identity}
+    )
+
+
+def _resume(
+    path: Path,
+    denoiser: EDMPrecond,
+    ema: EDMPrecond,
+    optimizer: torch.optim.Optimizer,
+    identity: dict[str, Any],
+) -> int:
+    if not path.exists():
+        return 0
+    tensors, metadata = load_tensors(path)
+    if metadata.get("kind") != "teacher-training" or metadata.get("identity") != identity:
+        raise CheckpointError(
+            f"{path} belongs to another teacher; delete it or choose another file"
+        )
+    own = {name: tensors[name] for name in denoiser.state_dict()}
+    denoiser.load_state_dict(own)
+    ema.load_state_dict({name: tensors[f"ema.{name}"] for name in own})
+    restore_adam(denoiser, optimizer, tensors)
+    return int(metadata["iteration"])

@@ -1,0 +1,15 @@
+"""What the service raises on purpose, as branches of the project's one tree of errors."""
+
+from bdense.errors import BdenseError, InputError
+
+
+class StorageError(InputError):
+    """The study database cannot be reached, opened or written; the message holds no password."""
+
+
+class UnknownStudyError(InputError):
+    """No study of that name is in the storage."""
+
+
+class LeaseLostError(BdenseError):
+    """Another worker has taken the trial over; whatever this one computed must not be told."""

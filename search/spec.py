@@ -1,0 +1,360 @@
+"""StudySpec: one YAML file says what to distil, what to search, how to judge it, what it may cost.
+
+The only reader of YAML. A misspelt key is an error and a parsed spec never changes. Counts of
+images are given in kimg (thousands), sizes in GiB, times in seconds.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bdense import NUMERICS
+from bdense.files import sha256_file
+from bdense.schedules import Schedule
+from bdense.sfd import SFDConfig
+from bdense.solvers import Solver, make_solver
+from bdense.teachers import TeacherConfig
+from bdense.trajectories import IntervalGrid
+from bdense.weights import LogLinearWeights, normalised_weights
+from search.errors import SpecError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class Strict(BaseModel):
+    """A misspelt key is an error, and a parsed spec never changes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FloatRange(Strict):
+    """A closed interval to sample from; low = high fixes the value."""
+
+    low: Annotated[float, Field(allow_inf_nan=False)]
+    high: Annotated[float, Field(allow_inf_nan=False)]
+
+    @model_validator(mode="after")
+    def _not_upside_down(self) -> "FloatRange":
+        if self.low > self.high:
+            raise ValueError(f"low {self.low} is above high {self.high}; swap them")
+        return self
+
+
+class TeacherTraining(Strict):
+    """A small EDM teacher trained on the study's data, once, and cached."""
+
+    network: dict[str, Any] = Field(default_factory=dict)
+    kimg: Positive
+    batch: Count = 256
+    lr: Positive = 2e-3
+    warmup_kimg: Annotated[float, Field(ge=0)] = 10
+    ema_halflife_kimg: Positive = 10
+    seed: Seed = 0
+
+    def config(self) -> TeacherConfig:
+        """The engine's view."""
+        return TeacherConfig(
+            images=round(self.kimg * 1000),
+            batch=self.batch,
+            lr=self.lr,
+            warmup_images=round(self.warmup_kimg * 1000),
+            ema_halflife_images=round(self.ema_halflife_kimg * 1000),
+            seed=self.seed,
+            network=self.network,
+        )
+
+
+class TeacherSpec(Strict):
+    """Either a checkpoint file (EDM pickle or our safetensors) or a training recipe."""
+
+    checkpoint: str | None = None
+    train: TeacherTraining | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "TeacherSpec":
+        if (self.checkpoint is None) == (self.train is None):
+            raise ValueError("give either checkpoint: FILE or train: {...}, one of the two")
+        return self
+
+
+class SolverSpec(Strict):
+    """The teacher's solver."""
+
+    name: Literal["euler", "dpmpp"] = "dpmpp"
+    order: Annotated[int, Field(ge=1, le=3)] = 3
+    thresholding: bool = False
+
+    def build(self) -> Solver:
+        """The engine's solver."""
+        return make_solver(self.name, order=self.order, thresholding=self.thresholding)
+
+
+class ScheduleSpec(Strict):
+    """Spacing of the noise levels."""
+
+    kind: Literal["polynomial", "logsnr", "time_uniform"] = "polynomial"
+    rho: Positive = 7.0
+    sigma_min: Positive = 0.006
+    sigma_max: Positive = 80.0
+
+    @model_validator(mode="after")
+    def _decreasing(self) -> "ScheduleSpec":
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(
+                f"sigma_min {self.sigma_min} must be below sigma_max {self.sigma_max}"
+            )
+        return self
+
+
+class StudentSpec(Strict):
+    """What is distilled: method, network evaluations an image, sub-steps, first step."""
+
+    method: Literal["sfd-bdense"] = "sfd-bdense"
+    nfe: Count
+    substeps: Annotated[int, Field(ge=1, description="K")] = 4
+    afs: bool = True
+    solver: SolverSpec = Field(default_factory=SolverSpec)
+    schedule: ScheduleSpec = Field(default_factory=ScheduleSpec)
+
+    def grid(self) -> IntervalGrid:
+        """The engine's grid: N = NFE, or NFE + 1 with AFS."""
+        return IntervalGrid(
+            num_intervals=self.nfe + (1 if self.afs else 0),
+            substeps=self.substeps,
+            afs=self.afs,
+            schedule=Schedule(**self.schedule.model_dump()),
+        )
+
+
+class WeightsSpec(Strict):
+    """The search space: log w_k = a k + b, or a alone with the weights' sum held at K."""
+
+    parameterisation: Literal["log-linear", "normalised"]
+    a: FloatRange
+    b: FloatRange | None = None
+    largest: Positive | None = Field(
+        default=None, description="bound on max_k w_k; a suggestion beyond it is not trained"
+    )
+
+    @model_validator(mode="after")
+    def _b_belongs_to_log_linear(self) -> "WeightsSpec":
+        if self.parameterisation == "log-linear" and self.b is None:
+            raise ValueError("log-linear weights need b: {low: ..., high: ...}")
+        if self.parameterisation == "normalised" and self.b is not None:
+            raise ValueError("normalised weights have no b; drop it or use log-linear")
+        return self
+
+    def weights(self, params: dict[str, float], num_branches: int) -> LogLinearWeights:
+        """(a, b) of a trial's parameters."""
+        if self.parameterisation == "normalised":
+            return normalised_weights(params["a"], num_branches)
+        return LogLinearWeights(a=params["a"], b=params["b"])
+
+    def smallest_largest_weight(self, num_branches: int) -> float:
+        """The least max_k w_k that the space offers; max_k w_k grows with a and b."""
+        corner = {"a": self.a.low, "b": self.b.low if self.b else 0.0}
+        if self.parameterisation == "normalised":
+            corner["a"] = min(max(0.0, self.a.low), self.a.high)
+        return float(self.weights(corner, num_branches)(num_branches).max())
+
+
+class BudgetSpec(Strict):
+    """What a study may cost."""
+
+    trials: Count
+    kimg: Positive
+    batch: Count = 128
+    lr: Positive = 5e-5
+
+    @property
+    def images(self) -> int:
+        """Training images a trial."""
+        return round(self.kimg * 1000)
+
+
+class EvaluationSpec(Strict):
+    """How a student is judged: FID of so many images against the study's data."""
+
+    images: Annotated[int, Field(ge=2)] = 50_000
+    extractor: str = "inception"
+    batch: Count = 128
+
+
+class SamplerSpec(Strict):
+    """Who proposes: TPE (the paper's), a Gaussian process, or chance."""
+
+    name: Literal["tpe", "gp", "random"] = "tpe"
+    startup_trials: Count = 10
+
+
+class SeedsSpec(Strict):
+    """One training seed and one set of latents for all trials: common random numbers."""
+
+    training: Seed = 0
+    evaluation: Seed = 0
+    sampler: Seed = 0
+
+
+class TrajectoriesSpec(Strict):
+    """Teacher trajectories: recorded once and shared, or walked live by every trial."""
+
+    mode: Literal["recorded", "live"] = "recorded"
+    dtype: Literal["float32", "float16"] = "float32"
+    max_gib: Positive = 32.0
+
+
+class ResourcesSpec(Strict):
+    """What one trial holds, and when its worker counts as lost."""
+
+    cpus: Positive = 1
+    gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0
+    threads: Count = 1
+    deterministic: bool = False
+    checkpoint_seconds: Positive = 60
+    lease_seconds: Annotated[float, Field(ge=2)] = 60
+    max_attempts: Count = 3
+
+
+class StudySpec(Strict):
+    """A whole study."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=64)]
+    data: str
+    teacher: TeacherSpec
+    student: StudentSpec
+    weights: WeightsSpec
+    budget: BudgetSpec
+    evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
+    sampler: SamplerSpec = Field(default_factory=SamplerSpec)
+    seeds: SeedsSpec = Field(default_factory=SeedsSpec)
+    trajectories: TrajectoriesSpec = Field(default_factory=TrajectoriesSpec)
+    resources: ResourcesSpec = Field(default_factory=ResourcesSpec)
+    keep_students: Annotated[int, Field(ge=1)] = 3
+
+    @model_validator(mode="after")
+    def _something_to_search(self) -> "StudySpec":
+        bound, space = self.weights.largest, self.weights
+        if bound is not None:
+            least = space.smallest_largest_weight(self.student.substeps)
+            if least > bound:
+                raise ValueError(
+                    f"weights.largest {bound} rules out the whole space: its smallest largest "
+                    f"weight is {least:.4g}; raise weights.largest or lower the bounds"
+                )
+        return self
+
+    @property
+    def baselines_name(self) -> str:
+        """Name of the study that holds the baselines' rows."""
+        return f"{self.name}.baselines"
+
+    def training(self, num_branches: int) -> SFDConfig:
+        """How a student of this study learns."""
+        return SFDConfig(
+            num_branches=num_branches,
+            images=self.budget.images,
+            lr=self.budget.lr,
+            seed=self.seeds.training,
+        )
+
+    def conditions(self) -> dict[str, Any]:
+        """What changes a trial's number, flat: ``section.key`` -> value (SPEC contract 6).
+
+        Trial count, bounds, sampler, resources and trajectory mode may change; these may not.
+        """
+        kept = self.model_dump(
+            include={"data", "teacher", "student", "budget", "evaluation", "seeds"}, mode="json"
+        )
+        del kept["budget"]["trials"], kept["seeds"]["sampler"], kept["evaluation"]["batch"]
+        kept["weights"] = {"parameterisation": self.weights.parameterisation}
+        kept["trajectories"] = {"dtype": self.trajectories.dtype}
+        kept["numerics"] = NUMERICS
+        if self.teacher.checkpoint is not None:
+            # The file's content counts, not where it lies.
+            kept["teacher"] = {"checkpoint_sha256": sha256_file(Path(self.teacher.checkpoint))}
+        return flatten(kept)
+
+    def fingerprint(self) -> str:
+        """16 hex digits over ``conditions``."""
+        text = json.dumps(self.conditions(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def read_spec(path: Path) -> StudySpec:
+    """Parse a study file.
+
+    Raises:
+        SpecError: The file cannot be read, is no YAML mapping, or a key or value is wrong; one
+            line for each, naming the key.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"the study file {path} cannot be read: {error}") from error
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise SpecError(f"{path} is not valid YAML: {reason}") from error
+    if not isinstance(tree, dict):
+        raise SpecError(f"{path} must be a mapping of keys such as name, data, teacher, student")
+    spec = parse_spec(tree, source=str(path))
+    checkpoint = spec.teacher.checkpoint
+    if checkpoint is not None and not Path(checkpoint).is_file():
+        raise SpecError(f"{path}: teacher.checkpoint: there is no file {checkpoint}")
+    return spec
+
+
+def parse_spec(tree: dict[str, Any], source: str) -> StudySpec:
+    """A spec from a mapping; errors name ``source`` and the key."""
+    try:
+        spec = StudySpec.model_validate(tree)
+    except ValidationError as error:
+        raise SpecError("\n".join(f"{source}: {line}" for line in _lines(error))) from error
+    # The engine's own checks of what pydantic cannot see (network options, grids).
+    try:
+        spec.student.grid()
+        spec.training(spec.student.substeps)
+        if spec.teacher.train is not None:
+            spec.teacher.train.config()
+    except ValueError as error:
+        raise SpecError(f"{source}: {error}") from error
+    return spec
+
+
+def _lines(error: ValidationError) -> list[str]:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"]) or "study"
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = "unknown key; check the spelling"
+        elif problem["type"] == "missing":
+            message = "this key is missing"
+        elif not isinstance(problem["input"], dict):
+            message = f"{message}, got {problem['input']!r}"
+        lines.append(f"{key}: {message}")
+    return lines
+
+
+def as_yaml(spec: StudySpec) -> str:
+    """The resolved spec, every default spelt out."""
+    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,405 @@
+"""The reader of EDM pickles: the right weights under the right names, and nothing run, ever."""
+
+import collections
+import copyreg
+import io
+import json
+import math
+import pickle
+import pickletools
+import struct
+import sys
+import tempfile
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bdense.edm_pickle import ForeignNetwork, read_edm_pickle
+from bdense.errors import CheckpointError, UnsafePickleError
+from tests.goldens import discover
+
+
+def described(file):
+    """The entry of edm-nets.json that the file was made from: the longest name it starts with."""
+    nets = json.loads((file.parent / "edm-nets.json").read_text())
+    names = [name for name in nets if file.name.startswith(name)]
+    if not names:
+        pytest.skip(f"edm-nets.json does not describe {file.name}")
+    return nets[max(names, key=len)]
+
+
+# ---- the files of the reference ----
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("file", discover("edm-*.pkl"))
+def test_names_shapes_and_arguments_are_the_reference_s(file):
+    expected = described(file)
+    network = read_edm_pickle(file)
+    shapes = {name: list(tensor.shape) for name, tensor in network.state_dict.items()}
+    assert shapes == expected["state_dict"]
+    assert list(shapes) == list(expected["state_dict"])
+    assert network.init_kwargs == expected["init_kwargs"]
+    attributes = {
+        name: math.inf if value == "inf" else value
+        for name, value in expected["attributes"].items()
+    }
+    assert network.attributes == attributes
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("file", discover("edm-*.pkl"))
+def test_every_tensor_has_the_bytes_that_lie_in_the_file(file):
+    """A tensor's bytes end its nested stream, after their count: found here without the reader."""
+    streams = [
+        argument
+        for _, argument, _ in pickletools.genops(file.read_bytes())
+        if isinstance(argument, bytes) and argument.startswith(b"\x80\x02\x8a\x0a")
+    ]
+    tensors = read_edm_pickle(file).state_dict
+    assert len(streams) == len(tensors)
+    for stream, (name, tensor) in zip(streams, tensors.items(), strict=True):
+        count = struct.pack("<q", tensor.numel())
+        assert stream.endswith(count + tensor.numpy().tobytes()), name
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("file", discover("edm-*-np2*.pkl"))
+def test_numpy_1_and_numpy_2_pickles_agree(file):
+    twin = file.with_name(file.name.replace("-np2", ""))
+    old, new = read_edm_pickle(twin), read_edm_pickle(file)
+    assert old.attributes == new.attributes
+    assert all(torch.equal(old.state_dict[name], new.state_dict[name]) for name in new.state_dict)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("file", discover("evil*.pkl"))
+def test_hostile_files_are_refused_and_run_nothing(file, tmp_path, monkeypatch):
+    marks = [Path(tempfile.gettempdir()) / "pwned", tmp_path / "pwned"]
+    assert not any(mark.exists() for mark in marks), "remove the file left by someone else"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="evil"):
+        read_edm_pickle(file)
+    assert not any(mark.exists() for mark in marks)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("file", discover("sfd-ckpt-*.pkl"))
+def test_sfd_checkpoints_are_refused_by_the_name_of_their_class(file):
+    with pytest.raises(UnsafePickleError, match=r"models\.networks_edm\.\w+.*SFD"):
+        read_edm_pickle(file, key="model")
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("file", discover("edm-*.pkl"))
+@pytest.mark.parametrize("share", [0.0, 1e-5, 0.01, 0.5, 0.99, 1 - 1e-6])
+def test_a_truncated_file_is_named(file, share, tmp_path):
+    cut = tmp_path / "cut.pkl"
+    data = file.read_bytes()
+    cut.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(CheckpointError, match=r"cut\.pkl"):
+        read_edm_pickle(cut)
+
+
+# ---- pickles made here, by the machinery of the genuine ones ----
+
+
+class Persistent:
+    """What torch_utils.persistence makes of a module, with a state of our choice."""
+
+    def __init__(self, class_name="Tiny", source="x = 1\n", **state):
+        tables = {"_parameters": {}, "_buffers": {}, "_modules": {}, "_init_kwargs": {}}
+        self.meta = {
+            "type": "class",
+            "version": 6,
+            "module_src": source,
+            "class_name": class_name,
+            "state": tables | state,
+        }
+
+    def __reduce__(self):
+        return sys.modules["torch_utils.persistence"]._reconstruct_persistent_obj, (self.meta,)
+
+
+class StoredTensor:
+    """A tensor in the encoding of the EDM files, with any geometry over its storage."""
+
+    def __init__(self, values, size=None, stride=None, offset=0):
+        self.values = values
+        self.geometry = (offset, size or tuple(values.shape), stride or values.stride())
+
+    def __reduce__(self):
+        storage = self.values.storage()
+        hooks = collections.OrderedDict()
+        return torch._utils._rebuild_tensor_v2, (storage, *self.geometry, False, hooks)
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch):
+    """Pickle an object, or take bytes as they are, into a file that is read as an EDM pickle."""
+
+    def _reconstruct_persistent_obj(meta):
+        raise AssertionError("the genuine constructor was called")
+
+    _reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
+    _reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
+    module = types.ModuleType("torch_utils.persistence")
+    module._reconstruct_persistent_obj = _reconstruct_persistent_obj
+    monkeypatch.setitem(sys.modules, "torch_utils", types.ModuleType("torch_utils"))
+    monkeypatch.setitem(sys.modules, "torch_utils.persistence", module)
+
+    def write_file(contents):
+        path = tmp_path / "net.pkl"
+        path.write_bytes(contents if isinstance(contents, bytes) else pickle.dumps(contents, 4))
+        return path
+
+    return write_file
+
+
+@pytest.fixture
+def read(write):
+    return lambda contents: read_edm_pickle(write(contents))
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("table", [dict, collections.OrderedDict])
+def test_a_small_network_is_rebuilt_with_its_names_and_values(read, table):
+    weight = torch.nn.Parameter(torch.arange(6.0).view(2, 3))
+    child = Persistent(
+        "Linear",
+        source="class Linear: ...\n",
+        _parameters=table(weight=weight, bias=None),
+        _buffers=table(kept=torch.tensor([7], dtype=torch.int64), scratch=torch.zeros(2)),
+        _non_persistent_buffers_set={"scratch"},
+    )
+    network = Persistent(
+        "EDMPrecond",
+        source="class EDMPrecond: ...\n",
+        _modules=table(model=child, hook=None, blocks=torch.nn.ModuleDict()),
+        _init_kwargs={"channel_mult": [1, 2], "eps": np.float32(0.5), "note": None},
+        sigma_max=float("inf"),
+        sigma_min=np.float64(0.002),
+        label_dim=10,
+    )
+    result = read({"ema": network, "loss_fn": Persistent("EDMLoss"), "dataset_kwargs": {}})
+    assert isinstance(result, ForeignNetwork)
+    assert result.class_name == "EDMPrecond"
+    assert result.init_kwargs == {"channel_mult": [1, 2], "eps": 0.5, "note": None}
+    assert list(result.state_dict) == ["model.weight", "model.kept"]
+    assert torch.equal(result.state_dict["model.weight"], weight.detach())
+    assert not result.state_dict["model.weight"].requires_grad
+    assert torch.equal(result.state_dict["model.kept"], torch.tensor([7]))
+    assert result.attributes == {"sigma_max": float("inf"), "sigma_min": 0.002, "label_dim": 10}
+    assert result.embedded_source_bytes == len("class Linear: ...\nclass EDMPrecond: ...\nx = 1\n")
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"_parameters": {"w": 3}}, "parameter stands on a int"),
+        ({"_modules": {"child": [1]}}, "child is a list, not a module"),
+        ({"_buffers": [1]}, "_buffers is missing or not a dictionary"),
+        ({"_init_args": (1, 2)}, r"positional arguments.*\(1, 2\)"),
+        ({}, "has no weights"),
+    ],
+)
+def test_a_network_that_is_not_one_is_named(read, state, message):
+    with pytest.raises(CheckpointError, match=message):
+        read({"ema": Persistent(**state)})
+
+
+def test_other_contents_are_named(read, tmp_path):
+    with pytest.raises(CheckpointError, match=r"no 'ema'; it has \['loss', 'model'\]"):
+        read({"model": 1, "loss": 2})
+    with pytest.raises(CheckpointError, match="holds a list, not a dictionary"):
+        read([1])
+    with pytest.raises(CheckpointError, match="'ema' is a int, not a network"):
+        read({"ema": 1})
+    with pytest.raises(CheckpointError, match="not a pickle"):
+        read(b"PK\x03\x04 a zip")
+    with pytest.raises(CheckpointError, match="not a complete EDM pickle"):
+        read(b"\x80\x04\xff\xff")
+    with pytest.raises(CheckpointError, match=r"absent\.pkl: No such file"):
+        read_edm_pickle(tmp_path / "absent.pkl")
+    with pytest.raises(CheckpointError, match="Is a directory"):
+        read_edm_pickle(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize(
+    ("geometry", "message"),
+    [
+        ({"size": (1 << 40,), "stride": (0,)}, "stands on 4 values"),
+        ({"size": (4,), "offset": 1}, "out of bounds"),
+        ({"size": (2,), "stride": (-1,)}, "Negative strides"),
+    ],
+)
+def test_a_tensor_cannot_reach_beyond_its_bytes(read, geometry, message):
+    weight = StoredTensor(torch.zeros(4), **geometry)
+    with pytest.raises(CheckpointError, match=message):
+        read({"ema": Persistent(_parameters={"w": weight})})
+
+
+def test_a_module_inside_itself_is_refused(read):
+    loop = Persistent()
+    loop.meta["state"]["_modules"]["again"] = child = Persistent()
+    child.meta["state"] = loop.meta["state"]
+    with pytest.raises(CheckpointError, match="is in the network more than once"):
+        read({"ema": loop})
+
+
+def test_a_shared_module_is_refused(read):
+    child = Persistent()
+    with pytest.raises(CheckpointError, match="is in the network more than once"):
+        read({"ema": Persistent(_modules={"one": child, "two": child})})
+
+
+# ---- tricks. The canary is what every one of them would call ----
+
+CALLS = []
+
+
+def canary(*args, **kwargs):
+    CALLS.append((args, kwargs))
+    return {}
+
+
+class Reduced:
+    def __reduce__(self):
+        return canary, ("from __reduce__",)
+
+
+class Canary:
+    def __new__(cls, *args):
+        canary(args)
+        return object.__new__(cls)
+
+    def __setstate__(self, state):
+        canary(state)
+
+
+PROTO = b"\x80\x04"
+HERE = __name__.encode()
+EMA = b"}\x8c\x03ema"  # the start of {"ema": ...}; ``END`` closes it
+END = b"s."
+
+
+def text(value):
+    return b"\x8c" + bytes([len(value)]) + value
+
+
+def stack_global(module, name):
+    return text(module) + text(name) + b"\x93"
+
+
+ORDERED_DICT = stack_global(b"collections", b"OrderedDict")
+MODULE_DICT = stack_global(b"torch.nn.modules.container", b"ModuleDict")
+SCALAR = stack_global(b"numpy._core.multiarray", b"scalar")
+LOAD = stack_global(b"torch.storage", b"_load_from_bytes")
+CANARY = stack_global(HERE, b"canary")
+SLOT_STATE = b"N}" + text(b"__call__") + ORDERED_DICT + b"s\x86"  # (None, {"__call__": <builder>})
+
+TRICKS = {
+    "reduce, STACK_GLOBAL": CANARY + b")R",
+    "reduce, GLOBAL": b"c" + HERE + b"\ncanary\n)R",
+    "INST": b"(i" + HERE + b"\ncanary\n",
+    "OBJ": b"(" + CANARY + b"o",
+    "NEWOBJ": stack_global(HERE, b"Canary") + b")\x81",
+    "NEWOBJ_EX": stack_global(HERE, b"Canary") + b")}\x92",
+    "BUILD on a foreign class": stack_global(HERE, b"Canary") + b")\x81}b",
+    "a dotted name behind an allowed module": stack_global(b"collections", b"abc.sys.exit"),
+    "a dotted name behind an allowed global": stack_global(
+        b"collections", b"OrderedDict.fromkeys"
+    ),
+    "a dotted module": stack_global(b"torch.nn.modules", b"container.ModuleDict"),
+    "a sibling of an allowed global": stack_global(b"torch._utils", b"_import_dotted_name"),
+    "getattr": stack_global(b"builtins", b"getattr"),
+    "the old name of builtins": b"c__builtin__\neval\n",
+    "copyreg": stack_global(b"copyreg", b"_reconstructor"),
+    "a persistent id, text": b"Pwhatever\n",
+    "a persistent id, binary": text(b"whatever") + b"Q",
+    "BUILD on an allowed function": ORDERED_DICT + b"}" + text(b"build") + b"Nsb",
+    "BUILD with slots on an allowed function": ORDERED_DICT + SLOT_STATE + b"b",
+    "numpy object scalar": stack_global(b"numpy", b"dtype") + text(b"O8") + b"\x85R",
+}
+
+
+@pytest.mark.parametrize("trick", TRICKS.values(), ids=TRICKS)
+@pytest.mark.parametrize("place", ["ema", "beside it"])
+def test_a_trick_is_refused_before_it_runs(read, trick, place):
+    CALLS.clear()
+    data = EMA + trick + END if place == "ema" else b"}" + text(b"loss_fn") + trick + END
+    with pytest.raises(UnsafePickleError):
+        read(PROTO + data)
+    assert CALLS == []
+
+
+BROKEN = {
+    "BUILD on the container class itself": MODULE_DICT + b"}" + text(b"class_name") + b"Nsb",
+    "BUILD with slots on the container class": MODULE_DICT + SLOT_STATE + b"b",
+    "NEWOBJ of an allowed function": ORDERED_DICT + b")\x81",
+    "container with arguments": MODULE_DICT + b"K\x01\x85\x81",
+    "container with a state of numbers": MODULE_DICT + b")\x81K\x01b",
+    "container with slots": MODULE_DICT + b")\x81" + SLOT_STATE + b"b",
+    "tensor bytes that are text": LOAD + text(b"hello") + b"\x85R",
+    "scalar without a type": SCALAR + b"NC\x01a\x86R",
+    "an item set on an allowed function": ORDERED_DICT + b"NNs",
+    "a list appended to an allowed function": ORDERED_DICT + b"(Ne",
+    "a memo as large as memory": b"Nr" + struct.pack("<I", 0xFFFFFFF0),
+    "a string as large as memory": b"\x8d" + struct.pack("<Q", 1 << 50) + b"abc",
+    "bytes as large as memory": b"\x8e" + struct.pack("<Q", 1 << 62) + b"abc",
+}
+
+
+@pytest.mark.parametrize("trick", BROKEN.values(), ids=BROKEN)
+def test_misuse_of_what_is_allowed_is_an_error_and_leaves_nothing(read, trick):
+    with pytest.raises(CheckpointError):
+        read(PROTO + EMA + trick + END)
+    good = Persistent(_modules={"m": torch.nn.ModuleDict()}, _parameters={"w": torch.ones(2)})
+    assert read({"ema": good}).state_dict["w"].tolist() == [1.0, 1.0]
+
+
+def test_the_extension_registry_is_out_of_reach(read):
+    """A cached extension is handed out by the pickle machine without a question to find_class."""
+    CALLS.clear()
+    code = 0xF7
+    copyreg.add_extension(__name__, "canary", code)
+    copyreg._extension_cache[code] = canary
+    try:
+        for opcode in (b"\x82\xf7", b"\x83\xf7\x00", b"\x84\xf7\x00\x00\x00"):
+            with pytest.raises(UnsafePickleError, match="EXT"):
+                read(PROTO + EMA + opcode + b")R" + END)
+    finally:
+        copyreg.remove_extension(__name__, "canary", code)
+        copyreg._extension_cache.pop(code, None)
+    assert CALLS == []
+
+
+@pytest.mark.parametrize("nested", ["a reduce", "a module", "an own class", "a dictionary"])
+def test_tensor_bytes_that_hold_anything_else_are_refused(read, nested):
+    CALLS.clear()
+    contents = {
+        "a reduce": Reduced(),
+        "a module": torch.nn.Linear(1, 1),
+        "an own class": Canary(),
+        "a dictionary": {"weights": torch.zeros(1)},
+    }[nested]
+    CALLS.clear()
+    stream = io.BytesIO()
+    torch.save(contents, stream, _use_new_zipfile_serialization=False)
+    data = stream.getvalue()
+    load = LOAD + b"B" + struct.pack("<I", len(data)) + data + b"\x85R"
+    expected = CheckpointError if nested == "a dictionary" else UnsafePickleError
+    with pytest.raises(expected, match="tensor's bytes hold"):
+        read(PROTO + EMA + load + END)
+    assert CALLS == []
+
+
+def test_hostile_source_beside_good_weights_is_counted_and_left_alone(read, tmp_path):
+    source = f"open({str(tmp_path / 'pwned')!r}, 'w')\n"
+    network = Persistent(source=source, _parameters={"w": torch.ones(1)})
+    assert read({"ema": network}).embedded_source_bytes == len(source)
+    assert not (tmp_path / "pwned").exists()

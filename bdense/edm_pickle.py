@@ -24,6 +24,9 @@ from bdense.errors import CheckpointError, UnsafePickleError
 # live objects, and a persistent id is whatever the loader makes of it. No EDM file has them.
 _REFUSED_OPCODES = frozenset({"EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID"})
 _MEMO_OPCODES = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
+# Hashing a key of tuples nested 100 000 deep overflows the interpreter's stack. A network of the
+# size of ImageNet's has some 5 000 tuples in all.
+_MAX_TUPLES = 20_000
 _NUMPY_SCALARS = frozenset(
     {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
 )
@@ -98,6 +101,7 @@ def _check_opcodes(file: BinaryIO) -> None:
             "not a pickle of protocol 2 or later; give a .pkl file as published by NVlabs/edm"
         )
     file.seek(0)
+    tuples = 0
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         if opcode.name in _REFUSED_OPCODES:
             raise UnsafePickleError(
@@ -107,6 +111,9 @@ def _check_opcodes(file: BinaryIO) -> None:
         # The machine allocates its memo up to the highest index; a real pickle counts up from 0.
         if opcode.name in _MEMO_OPCODES and isinstance(argument, int) and argument > count:
             raise CheckpointError(f"stores memo entry {argument} as its opcode number {count}")
+        tuples += opcode.name.startswith("TUPLE")
+        if tuples > _MAX_TUPLES:
+            raise CheckpointError(f"holds more than {_MAX_TUPLES} tuples, as no EDM network does")
 
 
 class _Inert:

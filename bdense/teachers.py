@@ -75,7 +75,8 @@ def denoising_loss(denoiser: EDMPrecond, clean: Tensor, noise: Tensor, sigma: Te
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
     denoised = denoiser(clean + sigma.view(-1, 1, 1, 1) * noise, sigma)
     error = (denoised - clean).square().mean(dim=(1, 2, 3))
-    return weight * error
+    loss: Tensor = weight * error
+    return loss
 
 
 def train_teacher(

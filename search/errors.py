@@ -13,3 +13,15 @@ class UnknownStudyError(InputError):
 
 class LeaseLostError(BdenseError):
     """Another worker has taken the trial over; whatever this one computed must not be told."""
+
+
+class SpecError(InputError):
+    """A study file is wrong; one line for each mistake, naming the key."""
+
+
+class SpecChangedError(InputError):
+    """A study exists with conditions that make its numbers incomparable with the given ones."""
+
+
+class WorkersFailedError(BdenseError):
+    """Workers die before they reach a trial; the launch ends instead of restarting for ever."""

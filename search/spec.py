@@ -14,12 +14,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from bdense import NUMERICS
 from bdense.files import sha256_file
-from bdense.schedules import Schedule
-from bdense.sfd import SFDConfig
-from bdense.solvers import Solver, make_solver
-from bdense.teachers import TeacherConfig
-from bdense.trajectories import IntervalGrid
-from bdense.weights import LogLinearWeights, normalised_weights
 from search.errors import SpecError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -57,18 +51,6 @@ class TeacherTraining(Strict):
     ema_halflife_kimg: Positive = 10
     seed: Seed = 0
 
-    def config(self) -> TeacherConfig:
-        """The engine's view."""
-        return TeacherConfig(
-            images=round(self.kimg * 1000),
-            batch=self.batch,
-            lr=self.lr,
-            warmup_images=round(self.warmup_kimg * 1000),
-            ema_halflife_images=round(self.ema_halflife_kimg * 1000),
-            seed=self.seed,
-            network=self.network,
-        )
-
 
 class TeacherSpec(Strict):
     """Either a checkpoint file (EDM pickle or our safetensors) or a training recipe."""
@@ -89,10 +71,6 @@ class SolverSpec(Strict):
     name: Literal["euler", "dpmpp"] = "dpmpp"
     order: Annotated[int, Field(ge=1, le=3)] = 3
     thresholding: bool = False
-
-    def build(self) -> Solver:
-        """The engine's solver."""
-        return make_solver(self.name, order=self.order, thresholding=self.thresholding)
 
 
 class ScheduleSpec(Strict):
@@ -122,15 +100,6 @@ class StudentSpec(Strict):
     solver: SolverSpec = Field(default_factory=SolverSpec)
     schedule: ScheduleSpec = Field(default_factory=ScheduleSpec)
 
-    def grid(self) -> IntervalGrid:
-        """The engine's grid: N = NFE, or NFE + 1 with AFS."""
-        return IntervalGrid(
-            num_intervals=self.nfe + (1 if self.afs else 0),
-            substeps=self.substeps,
-            afs=self.afs,
-            schedule=Schedule(**self.schedule.model_dump()),
-        )
-
 
 class WeightsSpec(Strict):
     """The search space: log w_k = a k + b, or a alone with the weights' sum held at K."""
@@ -149,19 +118,6 @@ class WeightsSpec(Strict):
         if self.parameterisation == "normalised" and self.b is not None:
             raise ValueError("normalised weights have no b; drop it or use log-linear")
         return self
-
-    def weights(self, params: dict[str, float], num_branches: int) -> LogLinearWeights:
-        """(a, b) of a trial's parameters."""
-        if self.parameterisation == "normalised":
-            return normalised_weights(params["a"], num_branches)
-        return LogLinearWeights(a=params["a"], b=params["b"])
-
-    def smallest_largest_weight(self, num_branches: int) -> float:
-        """The least max_k w_k that the space offers; max_k w_k grows with a and b."""
-        corner = {"a": self.a.low, "b": self.b.low if self.b else 0.0}
-        if self.parameterisation == "normalised":
-            corner["a"] = min(max(0.0, self.a.low), self.a.high)
-        return float(self.weights(corner, num_branches)(num_branches).max())
 
 
 class BudgetSpec(Strict):
@@ -213,7 +169,7 @@ class ResourcesSpec(Strict):
     """What one trial holds, and when its worker counts as lost."""
 
     cpus: Positive = 1
-    gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0
+    gpus: Literal["auto"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] = "auto"
     threads: Count = 1
     deterministic: bool = False
     checkpoint_seconds: Positive = 60
@@ -237,31 +193,10 @@ class StudySpec(Strict):
     resources: ResourcesSpec = Field(default_factory=ResourcesSpec)
     keep_students: Annotated[int, Field(ge=1)] = 3
 
-    @model_validator(mode="after")
-    def _something_to_search(self) -> "StudySpec":
-        bound, space = self.weights.largest, self.weights
-        if bound is not None:
-            least = space.smallest_largest_weight(self.student.substeps)
-            if least > bound:
-                raise ValueError(
-                    f"weights.largest {bound} rules out the whole space: its smallest largest "
-                    f"weight is {least:.4g}; raise weights.largest or lower the bounds"
-                )
-        return self
-
     @property
     def baselines_name(self) -> str:
         """Name of the study that holds the baselines' rows."""
         return f"{self.name}.baselines"
-
-    def training(self, num_branches: int) -> SFDConfig:
-        """How a student of this study learns."""
-        return SFDConfig(
-            num_branches=num_branches,
-            images=self.budget.images,
-            lr=self.budget.lr,
-            seed=self.seeds.training,
-        )
 
     def conditions(self) -> dict[str, Any]:
         """What changes a trial's number, flat: ``section.key`` -> value (SPEC contract 6).
@@ -326,18 +261,9 @@ def read_spec(path: Path) -> StudySpec:
 def parse_spec(tree: dict[str, Any], source: str) -> StudySpec:
     """A spec from a mapping; errors name ``source`` and the key."""
     try:
-        spec = StudySpec.model_validate(tree)
+        return StudySpec.model_validate(tree)
     except ValidationError as error:
         raise SpecError("\n".join(f"{source}: {line}" for line in _lines(error))) from error
-    # The engine's own checks of what pydantic cannot see (network options, grids).
-    try:
-        spec.student.grid()
-        spec.training(spec.student.substeps)
-        if spec.teacher.train is not None:
-            spec.teacher.train.config()
-    except ValueError as error:
-        raise SpecError(f"{source}: {error}") from error
-    return spec
 
 
 def _lines(error: ValidationError) -> list[str]:

@@ -44,6 +44,10 @@ _LONGEST_DELAY_SECONDS = 10.0
 # Not the global generator: a database hiccup must not move anybody's seeded draws.
 _jitter = random.Random()
 
+# A text that is a URL as a whole, well-formed or not, may hold blanks in its password.
+_WHOLE_URL_PASSWORD = re.compile(
+    r"^([a-z][\w+.-]*:/*[^:/@\s]*|[^:/@\s]+):(?!\s).*@", re.IGNORECASE
+)
 _URL_PASSWORD = re.compile(r"([a-z][\w+.-]*://[^:/@\s]*):\S*@", re.IGNORECASE)
 _DSN_PASSWORD = re.compile(
     r"(pass(?:word|wd)?\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&'\"]+)", re.IGNORECASE
@@ -76,7 +80,8 @@ def resolve_storage_url(given: str | None) -> str:
 
 def redact(text_or_url: str) -> str:
     """The same text without the password of any URL or connection string in it."""
-    return _DSN_PASSWORD.sub(r"\1***", _URL_PASSWORD.sub(r"\1:***@", text_or_url))
+    without = _WHOLE_URL_PASSWORD.sub(r"\1:***@", text_or_url)
+    return _DSN_PASSWORD.sub(r"\1***", _URL_PASSWORD.sub(r"\1:***@", without))
 
 
 def sqlite_file(url: str) -> Path | None:
@@ -100,7 +105,8 @@ def open_storage(url: str) -> RDBStorage:
         if path is not None:
             return _open_sqlite(resolved, path)
         return _open_postgres(resolved)
-    except (SQLAlchemyError, StorageInternalError, OSError) as error:
+    except (SQLAlchemyError, StorageInternalError, OSError, RuntimeError) as error:
+        # RuntimeError: Optuna met a schema of another version.
         raise StorageError(_cannot_open(resolved, error)) from None
 
 
@@ -194,14 +200,14 @@ def _open_sqlite(url: str, path: Path) -> RDBStorage:
     connect_args = {"timeout": BUSY_SECONDS, "factory": _SqliteConnection}
     with file_lock(Path(f"{path}.lock")):
         # The switch to WAL does not heed the busy timeout, so it is made once, under the lock.
-        with contextlib.closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as connection:
-            _switch_to_wal(connection, path)
+        _switch_to_wal(path)
         return _storage(url, connect_args=connect_args)
 
 
-def _switch_to_wal(connection: sqlite3.Connection, path: Path) -> None:
+def _switch_to_wal(path: Path) -> None:
     try:
-        connection.execute("PRAGMA journal_mode = WAL")
+        with contextlib.closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as connection:
+            connection.execute("PRAGMA journal_mode = WAL")
     except sqlite3.Error as error:
         raise OSError(f"{path.name}: {error}") from error
 

@@ -1,0 +1,160 @@
+"""What every trial of a study shares: teacher, trajectories, extractor, reference statistics.
+
+Made once, under locks, cached under the runs folder, and read by all workers.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from bdense import NUMERICS
+from bdense.checkpoints import denoiser_sha256, load_denoiser, save_denoiser
+from bdense.data import Dataset, load_dataset
+from bdense.denoiser import EDMPrecond
+from bdense.errors import InputError
+from bdense.extractors import Extractor, load_extractor
+from bdense.fid import Statistics, reference_statistics
+from bdense.files import file_lock
+from bdense.teachers import train_teacher
+from bdense.trajectories import LiveTrajectories, Trajectories, TrajectoryStore
+from search.engine import student_grid, teacher_config, teacher_solver, training_config
+from search.spec import StudySpec, TeacherTraining
+from search.storage import runs_folder
+
+# Called with what is being made, how much is done, of how much, and a remark.
+Report = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Assets:
+    """A study's shared parts, in one process's memory."""
+
+    spec: StudySpec
+    dataset: Dataset
+    teacher: EDMPrecond
+    trajectories: Trajectories
+    extractor: Extractor
+    reference: Statistics
+
+    @property
+    def device(self) -> torch.device:
+        """Where trials run."""
+        return next(self.teacher.parameters()).device
+
+
+def cache_folder() -> Path:
+    """Folder of what studies share: ``$BDENSE_CACHE``, else ``cache`` under the runs."""
+    return Path(os.environ.get("BDENSE_CACHE") or runs_folder() / "cache")
+
+
+def use_device(spec: StudySpec) -> torch.device:
+    """Set this process up as the spec asks, and say where its trials run."""
+    torch.set_num_threads(spec.resources.threads)
+    torch.use_deterministic_algorithms(spec.resources.deterministic)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def prepare(spec: StudySpec, device: torch.device, report: Report) -> None:
+    """Make teacher, extractor and reference statistics, or find them in the cache."""
+    dataset = load_dataset(spec.data)
+    report("features", 0, 1, spec.evaluation.extractor)
+    extractor = load_extractor(spec.evaluation.extractor, cache=cache_folder(), device=device)
+    reference_statistics(dataset, extractor, cache=cache_folder())
+    teacher = load_teacher(spec, dataset, device, report)
+    if tuple(teacher.image_shape) != tuple(dataset.images.shape[1:]):
+        raise InputError(
+            f"the teacher makes images of {teacher.image_shape} (channels, height, width) and "
+            f"{spec.data} holds {tuple(dataset.images.shape[1:])}; choose another data or teacher"
+        )
+    if spec.trajectories.mode == "recorded":
+        trajectory_store(spec, teacher).require_room(round(spec.trajectories.max_gib * 2**30))
+
+
+def load(spec: StudySpec, device: torch.device) -> Assets:
+    """Everything ``prepare`` and the recording made, from the cache."""
+    dataset = load_dataset(spec.data)
+    teacher = load_teacher(spec, dataset, device)
+    extractor = load_extractor(spec.evaluation.extractor, cache=cache_folder(), device=device)
+    store = trajectory_store(spec, teacher)
+    trajectories: Trajectories = (
+        store.open() if spec.trajectories.mode == "recorded" else store.live
+    )
+    return Assets(
+        spec=spec,
+        dataset=dataset,
+        teacher=teacher,
+        trajectories=trajectories,
+        extractor=extractor,
+        reference=reference_statistics(dataset, extractor, cache=cache_folder()),
+    )
+
+
+def load_teacher(
+    spec: StudySpec, dataset: Dataset, device: torch.device, report: Report | None = None
+) -> EDMPrecond:
+    """The study's teacher: its checkpoint, or trained here once and cached."""
+    if spec.teacher.checkpoint is not None:
+        return load_denoiser(Path(spec.teacher.checkpoint))[0].to(device)
+    assert spec.teacher.train is not None
+    path = _teacher_path(spec.teacher.train, dataset)
+    if not path.exists():
+        with file_lock(path.with_suffix(".lock")):
+            if not path.exists():
+                _train_and_cache(spec.teacher.train, dataset, device, path, report)
+    return load_denoiser(path)[0].to(device)
+
+
+def trajectory_store(spec: StudySpec, teacher: EDMPrecond) -> TrajectoryStore:
+    """Where the teacher's trajectories for this study lie, recorded or not yet."""
+    live = LiveTrajectories(
+        teacher=teacher,
+        grid=student_grid(spec),
+        solver=teacher_solver(spec),
+        batch=spec.budget.batch,
+        count=training_config(spec, 1).iterations(spec.budget.batch),
+        seed=spec.seeds.training,
+    )
+    return TrajectoryStore(live, cache_folder() / "trajectories", spec.trajectories.dtype)
+
+
+def _teacher_path(training: TeacherTraining, dataset: Dataset) -> Path:
+    key = {
+        "config": asdict(teacher_config(training)),
+        "data": dataset.sha256,
+        "numerics": NUMERICS,
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_folder() / "teachers" / f"{dataset.name}-{digest}.safetensors"
+
+
+def _train_and_cache(
+    training: TeacherTraining,
+    dataset: Dataset,
+    device: torch.device,
+    path: Path,
+    report: Report | None,
+) -> None:
+    unfinished = path.with_suffix(".training.safetensors")
+
+    def on_iteration(done: int, total: int, loss: float) -> None:
+        if report is not None:
+            report("teacher", done, total, f"loss {loss:.3f}")
+
+    config = teacher_config(training)
+    teacher = train_teacher(
+        dataset, config, device=device, checkpoint=unfinished, on_iteration=on_iteration
+    )
+    metadata = {
+        "kind": "teacher",
+        "data": dataset.name,
+        "data_sha256": dataset.sha256,
+        "training": asdict(config),
+        "weights_sha256": denoiser_sha256(teacher),
+    }
+    save_denoiser(path, teacher, metadata)
+    unfinished.unlink(missing_ok=True)

@@ -1,0 +1,56 @@
+"""The ``launch`` verb: open the study, run what is left, say what came out."""
+
+import sys
+from pathlib import Path
+
+from search.progress import Display
+from search.report import Standing, copy_baselines, failures, headline, standing, table
+from search.runner import open_study, run_study
+from search.spec import StudySpec
+from search.storage import runs_folder
+
+
+def launch(spec: StudySpec, url: str, source: Path, workers: int | None) -> str:
+    """Bring a study to its end; progress goes to stderr.
+
+    Args:
+        spec: The study, checked.
+        url: Its storage.
+        source: The study file, for the commands that are suggested.
+        workers: Trials at once; None lets the cluster decide.
+
+    Returns:
+        The result for people.
+    """
+    ledgers = open_study(spec, url)
+    before = standing(ledgers.trials, url)
+    if ledgers.finished():
+        sys.stderr.write(f"study {spec.name} is complete; nothing is left to do\n")
+    else:
+        if before.counts.complete or before.counts.running:
+            sys.stderr.write(f"carrying on with {headline(before)}\n")
+        display = Display(ledgers, url)
+        run_study(
+            spec,
+            url,
+            ledgers,
+            workers=workers,
+            on_preparing=display.preparing,
+            on_searching=display.searching,
+        )
+        display.close()
+    copy_baselines(ledgers.trials, url)
+    now = standing(ledgers.trials, url)
+    lines = [headline(now), *failures(ledgers.trials.study), table(now), "", *_next(now, source)]
+    return "\n".join(lines)
+
+
+def _next(now: Standing, source: Path) -> list[str]:
+    """What one does with a finished study."""
+    lines = ["see it in the browser:   bdense-search dashboard"]
+    if now.best is not None:
+        student = runs_folder() / now.best["student"]
+        lines.append(f"draw images with it:     bdense sample {student} --out samples.png")
+    more = 2 * now.counts.planned
+    lines.append(f"search on:               bdense-search launch {source} --trials {more}")
+    return lines

@@ -1,0 +1,381 @@
+"""Who works on which trial: a row per running trial, renewed by its worker, timed by the database.
+
+A lease names a process. It ends when its worker finishes or releases the trial, when it was not
+renewed in time, or at once when the process is seen to be dead from the machine it ran on.
+``attempt`` is its fencing token: it only grows, and a worker whose token is old writes nothing.
+"""
+
+import contextlib
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import sqlalchemy as sa
+from optuna.trial import TrialState
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import SQLAlchemyError
+
+from search.errors import LeaseLostError
+from search.storage import one_line
+
+_log = logging.getLogger(__name__)
+
+LEASE = sa.Table(
+    "bdense_lease",
+    sa.MetaData(),
+    sa.Column("trial_id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("owner", sa.Text, nullable=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("forgiven", sa.Integer, nullable=False),
+    sa.Column("claimed", sa.Double, nullable=False),  # seconds since 1970 by the database's clock
+    sa.Column("expires", sa.Double, nullable=False),  # the same; RELEASED: free for anybody
+    sa.Column("progress", sa.Text, nullable=False),
+    sa.Column("host", sa.Text, nullable=False),
+    sa.Column("boot", sa.Text, nullable=False),
+    sa.Column("pid_namespace", sa.Text, nullable=False),
+    sa.Column("pid", sa.Integer, nullable=False),
+    sa.Column("started", sa.Text, nullable=False),
+)
+RELEASED = 0.0
+
+# User attributes of trials that nobody trained, which count nowhere: refused by the bound on the
+# largest weight, or begun beyond the budget.
+OUT_OF_BOUNDS = "out_of_bounds"
+SURPLUS = "surplus"
+
+# Optuna's own tables, as far as they are read here.
+TRIALS = sa.table("trials", *map(sa.column, ("trial_id", "number", "study_id", "state")))
+# PostgreSQL holds the state in a type of its own, which compares with no text.
+STATE = sa.cast(TRIALS.c.state, sa.String)
+USER_ATTRIBUTES = sa.table("trial_user_attributes", sa.column("trial_id"), sa.column("key"))
+
+PROGRESS_SECONDS = 1.0
+_PROGRESS_CHARACTERS = 200
+_JOIN_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """One trial, held by this process until it is finished, released or lost.
+
+    ``attempt`` is the fencing token, 1 for a first run. ``tries`` counts the attempts that are
+    held against the trial, this one included: those cut short by an interruption are not.
+    """
+
+    trial_id: int
+    number: int
+    params: Mapping[str, Any]
+    attempt: int
+    tries: int
+    owner: str
+    adopted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One process among all that ever ran on any machine."""
+
+    host: str
+    boot: str
+    pid_namespace: str
+    pid: int
+    started: str
+
+    @classmethod
+    def current(cls) -> Self:
+        """This process; where there is no /proc the fields that need it are empty."""
+        boot = namespace = ""
+        with contextlib.suppress(OSError):
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            namespace = str(Path("/proc/self/ns/pid").stat().st_ino)
+        pid = os.getpid()
+        return cls(socket.gethostname(), boot, namespace, pid, _start_time(pid) or "")
+
+    def is_seen_dead(self) -> bool:
+        """Whether it ran under this very kernel and pid namespace, and is gone.
+
+        False where it cannot be told: then only the clock ends its lease.
+        """
+        here = Process.current()
+        same_place = (self.boot, self.pid_namespace) == (here.boot, here.pid_namespace)
+        if not (same_place and here.boot and here.pid_namespace and self.started):
+            return False
+        return _start_time(self.pid) != self.started
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningRow:
+    """A trial in state RUNNING and its lease; with the defaults nobody took it yet."""
+
+    trial_id: int
+    number: int
+    owner: str = ""
+    attempt: int = 0
+    forgiven: int = 0
+    progress: str = ""
+    seconds: float = 0.0
+    process: Process | None = None
+    adoptable: bool = True
+
+
+class Leases:
+    """The lease rows of one study.
+
+    Args:
+        engine: the study's database.
+        study_id: Optuna's key of the study.
+        ttl: seconds a lease lasts without being renewed.
+    """
+
+    def __init__(self, engine: sa.Engine, study_id: int, ttl: float) -> None:
+        self.ttl = ttl
+        self._engine = engine
+        self._study_id = study_id
+        self._postgres = engine.dialect.name == "postgresql"
+
+    def sweep(self, connection: sa.Connection) -> None:
+        """Delete leases of trials that no longer run: their worker died after telling."""
+        running = sa.select(TRIALS.c.trial_id).where(STATE == "RUNNING")
+        connection.execute(sa.delete(LEASE).where(LEASE.c.trial_id.not_in(running)))
+
+    def running(self, connection: sa.Connection) -> list[RunningRow]:
+        """Every running trial of the study, lowest number first."""
+        uptime = self._uptime() if self._postgres else sa.null()
+        rows = connection.execute(
+            sa.select(
+                TRIALS.c.trial_id.label("trial"),
+                TRIALS.c.number,
+                self._clock().label("now"),
+                uptime.label("uptime"),
+                *LEASE.c,
+            )
+            .select_from(TRIALS.outerjoin(LEASE, LEASE.c.trial_id == TRIALS.c.trial_id))
+            .where(TRIALS.c.study_id == self._study_id, STATE == "RUNNING")
+            .order_by(TRIALS.c.number)
+        )
+        return [self._running_row(row) for row in rows.mappings()]
+
+    def count_states(self, connection: sa.Connection) -> dict[str, int]:
+        """Trials by the name of Optuna's state, all five of them, without those left out."""
+        left_out = sa.exists().where(
+            USER_ATTRIBUTES.c.trial_id == TRIALS.c.trial_id,
+            USER_ATTRIBUTES.c.key.in_((OUT_OF_BOUNDS, SURPLUS)),
+        )
+        counted = connection.execute(
+            sa.select(STATE.label("state"), sa.func.count().label("trials"))
+            .where(TRIALS.c.study_id == self._study_id, ~left_out)
+            .group_by(STATE)
+        )
+        return {state.name: 0 for state in TrialState} | {row.state: row.trials for row in counted}
+
+    def count_begun(self, connection: sa.Connection) -> int:
+        """Trials that were ever asked for, those left out of the counts included."""
+        return connection.execute(
+            sa.select(sa.func.count())
+            .select_from(TRIALS)
+            .where(TRIALS.c.study_id == self._study_id, STATE != "WAITING")
+        ).scalar_one()
+
+    def take(self, connection: sa.Connection, row: RunningRow, owner: str) -> bool:
+        """Make this process the worker of ``row``; False where another one came first."""
+        mine = Process.current()
+        values = {
+            "owner": owner,
+            "attempt": row.attempt + 1,
+            "forgiven": row.forgiven,
+            "claimed": self._clock(),
+            "expires": self._clock() + self.ttl,
+            "progress": "",
+            "host": mine.host,
+            "boot": mine.boot,
+            "pid_namespace": mine.pid_namespace,
+            "pid": mine.pid,
+            "started": mine.started,
+        }
+        insert = postgresql.insert if self._postgres else sqlite.insert
+        written = connection.execute(
+            insert(LEASE)
+            .values(trial_id=row.trial_id, **values)
+            .on_conflict_do_update(
+                index_elements=[LEASE.c.trial_id],
+                set_=values,
+                where=LEASE.c.attempt == row.attempt,
+            )
+        )
+        return written.rowcount == 1
+
+    def renew(self, claim: Claim, progress: str | None = None) -> bool:
+        """Make the lease last a full ``ttl`` from now; False where it is lost."""
+        values: dict[str, Any] = {"expires": self._clock() + self.ttl}
+        if progress is not None:
+            values["progress"] = progress[:_PROGRESS_CHARACTERS]
+        return self._write(sa.update(LEASE).values(values), claim)
+
+    def release(self, claim: Claim, *, forgive: bool) -> bool:
+        """Let anybody take the trial over at once; False where the lease is lost."""
+        forgiven = LEASE.c.forgiven + (1 if forgive else 0)
+        values = {"expires": RELEASED, "owner": "", "forgiven": forgiven}
+        return self._write(sa.update(LEASE).values(values), claim)
+
+    def drop(self, claim: Claim) -> None:
+        """Delete the lease if it is still the claim's."""
+        self._write(sa.delete(LEASE), claim)
+
+    def _write(self, statement: sa.Update | sa.Delete, claim: Claim) -> bool:
+        fenced = statement.where(
+            LEASE.c.trial_id == claim.trial_id,
+            LEASE.c.owner == claim.owner,
+            LEASE.c.attempt == claim.attempt,
+        )
+        with self._engine.begin() as connection:
+            return connection.execute(fenced).rowcount == 1
+
+    def _running_row(self, row: sa.RowMapping) -> RunningRow:
+        if row["owner"] is None:
+            return RunningRow(trial_id=row["trial"], number=row["number"])
+        process = Process(
+            row["host"], row["boot"], row["pid_namespace"], row["pid"], row["started"]
+        )
+        return RunningRow(
+            trial_id=row["trial"],
+            number=row["number"],
+            owner=row["owner"],
+            attempt=row["attempt"],
+            forgiven=row["forgiven"],
+            progress=row["progress"],
+            seconds=row["now"] - row["claimed"],
+            process=process,
+            adoptable=self._is_over(row, process),
+        )
+
+    def _is_over(self, row: sa.RowMapping, process: Process) -> bool:
+        if row["expires"] == RELEASED or process.is_seen_dead():
+            return True
+        # After an outage leases look expired until their live owners have had time to renew them.
+        served_a_ttl = row["uptime"] is None or row["uptime"] > self.ttl
+        return served_a_ttl and bool(row["expires"] < row["now"])
+
+    def _clock(self) -> sa.ColumnElement[float]:
+        if self._postgres:
+            return _seconds("extract(epoch from clock_timestamp())")
+        return _seconds("(julianday('now') - 2440587.5) * 86400.0")
+
+    def _uptime(self) -> sa.ColumnElement[float]:
+        return _seconds("extract(epoch from clock_timestamp() - pg_postmaster_start_time())")
+
+
+class Holding:
+    """Renews a claim's lease from a thread of its own, through outages, until it is left.
+
+    Use it as a context manager around the work on a trial. Leaving it frees nothing: finish or
+    release the claim.
+    """
+
+    def __init__(self, leases: Leases, claim: Claim) -> None:
+        self.claim = claim
+        self._leases = leases
+        self._lost = threading.Event()
+        self._stopping = False
+        self._progress: str | None = None
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(
+            target=self._run, name=f"lease of trial {claim.number}", daemon=True
+        )
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join(_JOIN_SECONDS)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the lease is known to be another worker's."""
+        return self._lost.is_set()
+
+    def check(self) -> None:
+        """Stop work that has become another worker's; costs nothing, call it often.
+
+        Raises:
+            LeaseLostError: the trial was taken over.
+        """
+        if self._lost.is_set():
+            raise lost(self.claim)
+
+    def report(self, progress: str) -> None:
+        """Show ``progress`` beside the trial, 200 characters at most; never waits.
+
+        The last text of each second is stored.
+        """
+        with self._changed:
+            self._progress = progress
+            self._changed.notify()
+
+    def _run(self) -> None:
+        renewed = time.monotonic()
+        while self._wait_for_work(renewed):
+            with self._changed:
+                progress, self._progress = self._progress, None
+            renewed = time.monotonic()
+            try:
+                if not self._leases.renew(self.claim, progress):
+                    self._lost.set()
+                    return
+            except SQLAlchemyError as error:
+                # The lease may outlive the outage, and the work must in any case.
+                _log.warning(
+                    "lease of trial %d not renewed: %s", self.claim.number, one_line(error)
+                )
+
+    def _wait_for_work(self, renewed: float) -> bool:
+        """Sleep until it is time to renew or to store a progress; False where it is left."""
+        with self._changed:
+            while not self._stopping:
+                pause = self._leases.ttl / 3
+                if self._progress is not None:
+                    pause = min(pause, PROGRESS_SECONDS)
+                rest = renewed + pause - time.monotonic()
+                if rest <= 0:
+                    return True
+                self._changed.wait(rest)
+        return False
+
+
+def lost(claim: Claim) -> LeaseLostError:
+    """The error of a worker that comes too late."""
+    return LeaseLostError(
+        f"trial {claim.number}: attempt {claim.attempt} no longer holds it; another worker took "
+        "it over or finished it, and nothing was told by this one"
+    )
+
+
+def _seconds(sql: str) -> sa.ColumnElement[float]:
+    return sa.cast(sa.literal_column(sql), sa.Double)
+
+
+def _start_time(pid: int) -> str | None:
+    """Clock ticks from boot to the start of a process, or None where none of that pid is alive."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    # The command name, in parentheses, may hold anything: fields are counted after the last one.
+    fields = stat.rpartition(")")[2].split()
+    dead = fields[0] in ("Z", "X")
+    return None if dead else fields[19]

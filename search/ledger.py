@@ -1,0 +1,345 @@
+"""The lease ledger: one planned trial is one row of Optuna's table for its whole life.
+
+Any number of processes share a study's budget through the database alone. ``Ledger.claim`` takes
+over the trial of a dead worker before it asks for a new one; only the holder of a trial's lease
+may finish it; what was told first stays.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, Literal, Self, TypeAlias
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.samplers import BaseSampler
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState
+
+from bdense.errors import InputError
+from search.claims import Asking, Claimer, Done, Wait, failure_attributes, leases_of
+from search.errors import UnknownStudyError
+from search.lease import LEASE, Claim, Holding, RunningRow, lost
+from search.storage import exclusive, open_storage, redact, retrying, sqlite_file
+
+__all__ = ["Claim", "Counts", "Done", "FailureReason", "Holding", "Ledger", "Running", "Wait"]
+
+_log = logging.getLogger(__name__)
+
+JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
+FailureReason: TypeAlias = Literal["diverged", "out of memory", "error", "poisoned"]
+
+DEFAULT_TTL_SECONDS = 60.0
+DEFAULT_MAX_ATTEMPTS = 3
+CHANGES = "changes"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """Trials of a study by state; those refused as out of bounds are in none of them."""
+
+    planned: int
+    complete: int
+    pruned: int
+    failed: int
+    running: int
+    waiting: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """A running trial as shown to people; ``owner`` is host:pid, ``seconds`` since its claim."""
+
+    number: int
+    owner: str
+    attempt: int
+    progress: str
+    seconds: float
+
+
+class Ledger:
+    """The trials of one study, shared by every process that opens it. Make it by ``open``."""
+
+    def __init__(
+        self, storage: RDBStorage, study: optuna.Study, *, ttl: float, max_attempts: int
+    ) -> None:
+        self.study = study
+        self.ttl = ttl
+        self.max_attempts = max_attempts
+        self._storage = storage
+        self._lock = _lock_name(study.study_name)
+        self._leases = leases_of(storage, study, ttl)
+        self._claimer = Claimer(study, self._leases, max_attempts)
+
+    @classmethod
+    def open(
+        cls,
+        url: str,
+        study_name: str,
+        *,
+        budget: int | None,
+        ttl: float | None = None,
+        max_attempts: int | None = None,
+    ) -> Self:
+        """Open a study, creating it and its tables if a budget is given.
+
+        Args:
+            url: the storage, as ``resolve_storage_url`` gives it.
+            study_name: the study.
+            budget: trials to run in all, shared by every launcher. None keeps the one stored.
+            ttl: seconds a lease lasts without being renewed; None keeps the one stored, 60 at
+                first.
+            max_attempts: times a trial may be started before it counts as poisoned; None keeps
+                the number stored, 3 at first.
+
+        A setting that differs from the one stored replaces it, and the study's attribute
+        ``changes`` says so.
+
+        Raises:
+            StorageError: the database cannot be opened.
+            UnknownStudyError: no budget was given and there is no such study.
+            InputError: a setting is out of range.
+        """
+        _check_settings(budget=budget, ttl=ttl, max_attempts=max_attempts)
+        path = sqlite_file(url)
+        if budget is None and path is not None and not path.exists():
+            raise UnknownStudyError(_unknown(study_name, url, []))
+        storage = open_storage(url)
+        given = {"budget": budget, "ttl": ttl, "max_attempts": max_attempts}
+        study = retrying(partial(_open_study, storage, study_name, given))
+        attributes = retrying(lambda: study.user_attrs)
+        return cls(
+            storage,
+            study,
+            ttl=float(attributes["ttl"]),
+            max_attempts=int(attributes["max_attempts"]),
+        )
+
+    @property
+    def budget(self) -> int:
+        """Trials to run in all, as stored now: another launcher may have changed it."""
+        return retrying(self._stored_budget)
+
+    def record_change(self, key: str, old: JSON, new: JSON) -> None:
+        """Append to the study's attribute ``changes`` that a setting is no longer what it was."""
+
+        def append() -> None:
+            with exclusive(self._storage.engine, self._lock):
+                _record_change(self.study, key, old, new)
+
+        retrying(append)
+
+    def enqueue(self, params: Mapping[str, Any]) -> None:
+        """Plan a trial with these parameters before any other; twice the same is once.
+
+        It counts in the budget when it starts.
+        """
+
+        def add() -> None:
+            with exclusive(self._storage.engine, self._lock):
+                self.study.enqueue_trial(dict(params), skip_if_exists=True)
+
+        retrying(add)
+
+    def claim(
+        self,
+        space: Mapping[str, BaseDistribution],
+        sampler: Callable[[int], BaseSampler],
+        constraint: Callable[[dict[str, Any]], float] | None = None,
+    ) -> Claim | Wait | Done:
+        """Take a trial: one whose worker is gone, else a planned one, else a new one.
+
+        Args:
+            space: what is suggested, name to distribution.
+            sampler: makes the sampler from an offset to its seed: the number of trials started
+                before, so that no two claims draw alike.
+            constraint: how far parameters are beyond the bound; above 0 the trial is finished at
+                once as pruned, outside the budget, and another one is asked.
+
+        Returns:
+            The claim; or ``Wait`` while others run; or ``Done``.
+
+        Raises:
+            InputError: 200 suggestions in a row were beyond the bound.
+            StorageError: the database stayed away.
+        """
+        asking = Asking(space=space, sampler=sampler, constraint=constraint)
+
+        def attempt() -> Claim | Wait | Done:
+            with exclusive(self._storage.engine, self._lock) as connection:
+                return self._claimer.claim(connection, asking, self._stored_budget())
+
+        return retrying(attempt)
+
+    def holding(self, claim: Claim) -> Holding:
+        """A context manager that keeps the claim's lease alive while the trial is worked on."""
+        return Holding(self._leases, claim)
+
+    def complete(self, claim: Claim, value: float, attrs: Mapping[str, JSON]) -> None:
+        """Finish with a value, lower is better; one that is not finite is a failure: diverged.
+
+        Raises:
+            LeaseLostError: another worker took the trial over; nothing was told.
+        """
+        if math.isfinite(value):
+            self._finish(claim, TrialState.COMPLETE, attrs, value)
+        else:
+            self.fail(claim, "diverged", f"the value is {value}", attrs)
+
+    def prune(self, claim: Claim, attrs: Mapping[str, JSON]) -> None:
+        """Finish as not worth going on with.
+
+        Raises:
+            LeaseLostError: another worker took the trial over; nothing was told.
+        """
+        self._finish(claim, TrialState.PRUNED, attrs)
+
+    def fail(
+        self, claim: Claim, reason: FailureReason, detail: str, attrs: Mapping[str, JSON]
+    ) -> None:
+        """Finish without a value; the trial counts in the budget and samplers do not see it.
+
+        ``detail`` is stored without passwords, at most 2000 characters of it.
+
+        Raises:
+            LeaseLostError: another worker took the trial over; nothing was told.
+        """
+        self._finish(claim, TrialState.FAIL, {**attrs, **failure_attributes(reason, detail)})
+
+    def release(self, claim: Claim, *, interrupted: bool = False) -> None:
+        """Give the trial back unfinished, for anybody to go on with at once.
+
+        Args:
+            claim: what is given back.
+            interrupted: nothing was wrong with it (Ctrl-C, a machine going down): this attempt
+                is not held against it.
+
+        Raises:
+            LeaseLostError: another worker took the trial over already.
+        """
+        if not retrying(partial(self._leases.release, claim, forgive=interrupted)):
+            raise lost(claim)
+
+    def counts(self) -> Counts:
+        """How many trials are in which state."""
+
+        def read() -> dict[str, int]:
+            with self._storage.engine.connect() as connection:
+                return self._leases.count_states(connection)
+
+        by_state = retrying(read)
+        started = sum(by_state.values()) - by_state["WAITING"]
+        return Counts(
+            planned=max(self.budget, started),
+            complete=by_state["COMPLETE"],
+            pruned=by_state["PRUNED"],
+            failed=by_state["FAIL"],
+            running=by_state["RUNNING"],
+            waiting=by_state["WAITING"],
+        )
+
+    def running(self) -> list[Running]:
+        """The running trials that somebody took, lowest number first."""
+
+        def read() -> list[RunningRow]:
+            with self._storage.engine.connect() as connection:
+                return self._leases.running(connection)
+
+        return [
+            Running(
+                number=row.number,
+                owner=f"{row.process.host}:{row.process.pid}" if row.owner else "",
+                attempt=row.attempt,
+                progress=row.progress,
+                seconds=row.seconds,
+            )
+            for row in retrying(read)
+            if row.process is not None
+        ]
+
+    def _stored_budget(self) -> int:
+        return int(self.study.user_attrs["budget"])
+
+    def _finish(
+        self,
+        claim: Claim,
+        state: TrialState,
+        attrs: Mapping[str, JSON],
+        value: float | None = None,
+    ) -> None:
+        # Renewing is the fence: nobody else adopts for a full ttl, enough for what follows.
+        if not retrying(partial(self._leases.renew, claim)):
+            raise lost(claim)
+        set_attribute = partial(self._storage.set_trial_user_attr, claim.trial_id)
+        try:
+            # Before the value: a finished trial takes no more attributes.
+            for key, stored in attrs.items():
+                retrying(partial(set_attribute, key, stored))
+            retrying(
+                partial(self.study.tell, claim.number, value, state=state, skip_if_finished=True)
+            )
+        except UpdateFinishedTrialError:
+            _log.warning("trial %d was finished before; its first result stands", claim.number)
+        retrying(partial(self._leases.drop, claim))
+
+
+def _open_study(
+    storage: RDBStorage, name: str, given: Mapping[str, int | float | None]
+) -> optuna.Study:
+    with exclusive(storage.engine, "schema"):
+        LEASE.create(storage.engine, checkfirst=True)
+    with exclusive(storage.engine, _lock_name(name)):
+        try:
+            study = optuna.load_study(study_name=name, storage=storage)
+        except KeyError:
+            if given["budget"] is None:
+                names = optuna.get_all_study_names(storage)
+                raise UnknownStudyError(_unknown(name, storage.url, names)) from None
+            study = optuna.create_study(study_name=name, storage=storage, direction="minimize")
+        _store_settings(study, given)
+    return study
+
+
+def _store_settings(study: optuna.Study, given: Mapping[str, int | float | None]) -> None:
+    first = {"ttl": DEFAULT_TTL_SECONDS, "max_attempts": DEFAULT_MAX_ATTEMPTS}
+    stored = study.user_attrs
+    for key, value in given.items():
+        if key not in stored:
+            study.set_user_attr(key, first.get(key) if value is None else value)
+        elif value is not None and value != stored[key]:
+            _record_change(study, key, stored[key], value)
+            study.set_user_attr(key, value)
+
+
+def _record_change(study: optuna.Study, key: str, old: JSON, new: JSON) -> None:
+    changes = list(study.user_attrs.get(CHANGES, []))
+    what = {"key": key, "old": old, "new": new}
+    # Asked again after a lost answer, it is still one change.
+    if not changes or {name: changes[-1][name] for name in what} != what:
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        study.set_user_attr(CHANGES, [*changes, {"time": now, **what}])
+
+
+def _check_settings(*, budget: int | None, ttl: float | None, max_attempts: int | None) -> None:
+    if budget is not None and budget < 1:
+        raise InputError(f"the budget of a study must be 1 trial or more, got {budget}")
+    if ttl is not None and not (math.isfinite(ttl) and ttl > 0):
+        raise InputError(f"a lease's ttl must be a positive number of seconds, got {ttl}")
+    if max_attempts is not None and max_attempts < 1:
+        raise InputError(f"max_attempts must be 1 or more, got {max_attempts}")
+
+
+def _unknown(name: str, url: str, names: Sequence[str]) -> str:
+    there = f"studies there: {', '.join(sorted(names))}" if names else "no study is there"
+    return (
+        f"no study {name!r} in {redact(url)}; {there}; check the name and --storage, "
+        "or launch it first"
+    )
+
+
+def _lock_name(study_name: str) -> str:
+    return f"study {study_name}"

@@ -1,0 +1,99 @@
+"""A launch as it goes, on stderr: a changing line on a terminal, else a line now and then."""
+
+import sys
+import time
+from typing import TextIO
+
+from search.report import duration, standing
+from search.runner import Ledgers
+from search.slots import Progress
+
+LINE_SECONDS = 10.0
+STEPS = {
+    "features": "feature extractor",
+    "teacher": "training the teacher",
+    "trajectories": "recording trajectories",
+}
+
+
+class Display:
+    """What the launch does now, trials done, best so far, time left.
+
+    Args:
+        ledgers: The study and its baselines.
+        url: Their storage.
+        stream: Where lines go.
+    """
+
+    def __init__(self, ledgers: Ledgers, url: str, stream: TextIO | None = None) -> None:
+        self._ledgers = ledgers
+        self._url = url
+        self._stream = stream or sys.stderr
+        self._started = time.monotonic()
+        self._step_started: dict[str, tuple[float, int]] = {}
+        self._done_at_start: int | None = None
+        self._trials_started = 0.0
+        self._last_line = ""
+        self._last_time = -LINE_SECONDS
+        self._last_step = ""
+
+    def preparing(self, message: Progress) -> None:
+        """A message from a preparing task."""
+        now = time.monotonic()
+        begun, first = self._step_started.setdefault(message.what, (now, message.done))
+        text = STEPS[message.what]
+        if message.total > 1:
+            text += f" {message.done}/{message.total}"
+        if message.remark:
+            text += f", {message.remark}"
+        if message.done > first:
+            left = (now - begun) / (message.done - first) * (message.total - message.done)
+            text += f", about {duration(left)} left for this step"
+        self._show(text, message.what, is_last=message.done == message.total)
+
+    def searching(self) -> None:
+        """A look at the database."""
+        now = standing(self._ledgers.trials, self._url)
+        base = self._ledgers.baselines.counts()
+        done = sum(c.complete + c.pruned + c.failed for c in (now.counts, base))
+        total = now.counts.planned + base.planned
+        running = [*self._ledgers.baselines.running(), *self._ledgers.trials.running()]
+        if self._done_at_start is None:
+            self._done_at_start, self._trials_started = done, time.monotonic()
+        finished = now.counts.complete + now.counts.pruned + now.counts.failed
+        text = f"trials {finished}/{now.counts.planned}"
+        if base.complete + base.failed < base.planned:
+            text += f", baselines {base.complete}/{base.planned}"
+        if now.counts.failed:
+            text += f", {now.counts.failed} failed"
+        if now.best is not None:
+            text += f", best FID {now.best['fid']:.3f} (a {now.best['a']:.3f})"
+        elif now.baselines:
+            text += f", plain SFD {next(iter(now.baselines.values()))['fid']:.3f}"
+        if done > self._done_at_start:
+            rate = (time.monotonic() - self._trials_started) / (done - self._done_at_start)
+            text += f", about {duration(rate * (total - done))} left"
+        if running:
+            text += f"; {len(running)} running: {running[0].progress or 'starting'}"
+        self._show(text, f"trials {done}", is_last=False)
+
+    def close(self) -> None:
+        """End a line that changes."""
+        if self._stream.isatty() and self._last_line:
+            self._stream.write("\n")
+            self._stream.flush()
+        self._last_line = ""
+
+    def _show(self, text: str, step: str, *, is_last: bool) -> None:
+        line = f"[{duration(time.monotonic() - self._started):>12}] {text}"
+        if self._stream.isatty():
+            padding = " " * max(0, len(self._last_line) - len(line))
+            self._stream.write(f"\r{line}{padding}" + ("\n" if is_last else ""))
+            self._stream.flush()
+            self._last_line = "" if is_last else line
+            return
+        is_due = time.monotonic() - self._last_time >= LINE_SECONDS
+        if is_due or is_last or step != self._last_step:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+            self._last_time, self._last_step = time.monotonic(), step

@@ -1,0 +1,215 @@
+"""Where a study stands, as objects for scripts and tables for people. Reads the storage alone."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from search.errors import UnknownStudyError
+from search.ledger import Counts, Ledger
+from search.storage import redact
+
+BASELINES_KEY = "baselines"
+TITLES = {"sfd": "plain SFD", "uniform": "uniform weights"}
+FID_KEYS = ("nfe", "images", "extractor", "reference")
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """One look at a study.
+
+    Attributes:
+        study: Its name.
+        storage: Where it lives, without password.
+        counts: Trials by state.
+        best: The complete trial of lowest FID, or None.
+        baselines: By method, as far as measured.
+    """
+
+    study: str
+    storage: str
+    counts: Counts
+    best: dict[str, Any] | None
+    baselines: dict[str, dict[str, Any]]
+
+    def trials(self) -> dict[str, int]:
+        """planned, complete, pruned, failed, running."""
+        counts = self.counts
+        return {
+            "planned": counts.planned,
+            "complete": counts.complete,
+            "pruned": counts.pruned,
+            "failed": counts.failed,
+            "running": counts.running,
+        }
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every planned trial has ended."""
+        counts = self.counts
+        return counts.complete + counts.pruned + counts.failed >= counts.planned
+
+
+def standing(ledger: Ledger, url: str) -> Standing:
+    """Look at a study and its baselines."""
+    study = ledger.study
+    return Standing(
+        study=study.study_name,
+        storage=redact(url),
+        counts=ledger.counts(),
+        best=_best(study),
+        baselines=baseline_results(url, study.study_name),
+    )
+
+
+def status_json(now: Standing) -> dict[str, Any]:
+    """What ``status --json`` prints."""
+    return {"study": now.study, "trials": now.trials()}
+
+
+def best_json(now: Standing) -> dict[str, Any]:
+    """What ``best --json`` prints."""
+    return {
+        "study": now.study,
+        "storage": now.storage,
+        "trials": now.trials(),
+        "best": now.best,
+        "baselines": now.baselines,
+    }
+
+
+def baseline_results(url: str, study_name: str) -> dict[str, dict[str, Any]]:
+    """The complete baselines of a study: method -> FID and its conditions."""
+    try:
+        ledger = Ledger.open(url, f"{study_name}.baselines", budget=None)
+    except UnknownStudyError:
+        return {}
+    results = {}
+    for trial in ledger.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        results[trial.params["method"]] = _fid_of(trial) | {
+            "weights": trial.user_attrs["weights"],
+            "number": trial.number,
+        }
+    return {method: results[method] for method in TITLES if method in results}
+
+
+def copy_baselines(ledger: Ledger, url: str) -> None:
+    """Store the baselines in the study's own attributes, where the dashboard shows them."""
+    results = baseline_results(url, ledger.study.study_name)
+    if results and ledger.study.user_attrs.get(BASELINES_KEY) != results:
+        ledger.study.set_user_attr(BASELINES_KEY, results)
+
+
+def table(now: Standing) -> str:
+    """The study's result for people: baselines, the best trial, and what their FIDs mean."""
+    rows = [("", "FID", "vs plain SFD", "a", "b", "w_1 .. w_K")]
+    plain = now.baselines.get("sfd", {}).get("fid")
+    for method, title in TITLES.items():
+        if method in now.baselines:
+            result = now.baselines[method]
+            ab = ("0", "0") if method == "uniform" else ("-", "-")
+            weights = _weights(result["weights"]) if method == "uniform" else "end point alone"
+            rows.append((title, f"{result['fid']:.3f}", _gain(result["fid"], plain), *ab, weights))
+    best = now.best
+    if best is not None:
+        title = f"best of {now.counts.complete} (trial {best['number']})"
+        rows.append(
+            (
+                title,
+                f"{best['fid']:.3f}",
+                _gain(best["fid"], plain),
+                f"{best['a']:.3f}",
+                f"{best['b']:.3f}",
+                _weights(best["weights"]),
+            )
+        )
+    lines = _align(rows)
+    if best is not None and not best["confirmed"]:
+        lines.append(
+            "The best is the lowest of several noisy values from one training seed: "
+            "best of n, not confirmed."
+        )
+    measured = best or next(iter(now.baselines.values()), None)
+    if measured is not None:
+        lines.append(
+            f"FID: {measured['images']} images at NFE {measured['nfe']}, features of "
+            f"{measured['extractor']}, against {measured['reference']}."
+        )
+    return "\n".join(lines)
+
+
+def headline(now: Standing) -> str:
+    """Counts on one line."""
+    counts = now.counts
+    text = (
+        f"study {now.study}: {counts.complete} of {counts.planned} trials complete, "
+        f"{counts.pruned} pruned, {counts.failed} failed, {counts.running} running"
+    )
+    return text
+
+
+def failures(study: optuna.Study) -> list[str]:
+    """A line for each failed trial, with its reason."""
+    return [
+        f"trial {trial.number} failed, {trial.user_attrs.get('reason', 'unknown')}: "
+        f"{trial.user_attrs.get('error', '')}"
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+    ]
+
+
+def _best(study: optuna.Study) -> dict[str, Any] | None:
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if not complete:
+        return None
+    trial = min(complete, key=lambda t: (t.value, t.number))
+    attrs = trial.user_attrs
+    return {
+        "number": trial.number,
+        "a": attrs["a"],
+        "b": attrs["b"],
+        "weights": attrs["weights"],
+        **_fid_of(trial),
+        "confirmed": False,
+        "student": attrs["student"],
+    }
+
+
+def _fid_of(trial: FrozenTrial) -> dict[str, Any]:
+    stored: Mapping[str, Any] = trial.user_attrs["fid"]
+    return {"fid": trial.value, **{key: stored[key] for key in FID_KEYS}}
+
+
+def _gain(fid: float, plain: float | None) -> str:
+    if plain is None or fid == plain:
+        return "-"
+    return f"{100 * (fid / plain - 1):+.1f} %"
+
+
+def _weights(weights: list[float]) -> str:
+    return " ".join(f"{w:.3g}" for w in weights)
+
+
+def _align(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(w) if i in (0, len(row) - 1) else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def duration(seconds: float) -> str:
+    """Minutes and seconds, as people say them."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,303 @@
+"""The launcher: Ray as executor of a study that lives in the database.
+
+Nothing here is needed to find out where a study stands; killed at any point, the same command
+carries on.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+
+from bdense.errors import BdenseError, InputError
+from search.errors import SpecChangedError, WorkersFailedError
+from search.ledger import Counts, Ledger
+from search.slots import (
+    SPEC_KEY,
+    Progress,
+    Refusal,
+    prepare_task,
+    record_task,
+    slot,
+)
+from search.space import BASELINES
+from search.spec import StudySpec, flatten
+from search.storage import redact, runs_folder
+
+OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least; nothing large goes through it
+FINGERPRINT_KEY, CONDITIONS_KEY = "fingerprint", "conditions"
+POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ledgers:
+    """A study's trials and its baselines."""
+
+    trials: Ledger
+    baselines: Ledger
+
+    def counts(self) -> tuple[Counts, Counts]:
+        """Trials, then baselines."""
+        return self.trials.counts(), self.baselines.counts()
+
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return all(c.complete + c.pruned + c.failed >= c.planned for c in self.counts())
+
+
+def open_study(spec: StudySpec, url: str) -> Ledgers:
+    """Create the study, or join it if its numbers stay comparable.
+
+    Raises:
+        SpecChangedError: The stored study has other conditions; says which.
+        StorageError: The database cannot be used.
+    """
+    open_ledger = functools.partial(
+        Ledger.open,
+        url,
+        ttl=spec.resources.lease_seconds,
+        max_attempts=spec.resources.max_attempts,
+    )
+    _refuse_other_conditions(spec, url)
+    trials = open_ledger(spec.name, budget=spec.budget.trials)
+    _store_spec(trials, spec)
+    baselines = open_ledger(spec.baselines_name, budget=len(BASELINES))
+    baselines.study.set_user_attr("of", spec.name)
+    for method in BASELINES:
+        baselines.enqueue({"method": method})
+    return Ledgers(trials, baselines)
+
+
+def _refuse_other_conditions(spec: StudySpec, url: str) -> None:
+    try:
+        stored = Ledger.open(url, spec.name, budget=None).study.user_attrs
+    except InputError as error:
+        if type(error).__name__ == "UnknownStudyError":
+            return
+        raise
+    if CONDITIONS_KEY not in stored:
+        return  # created a moment ago by a launcher that has not got further yet
+    old, new = json.loads(stored[CONDITIONS_KEY]), spec.conditions()
+    changed = [
+        f"{key}: {old.get(key)!r} stored, {new.get(key)!r} given"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if changed:
+        raise SpecChangedError(
+            f"study {spec.name!r} exists under other conditions, so its numbers would not "
+            f"compare ({'; '.join(changed)}); rename the study or restore the file"
+        )
+
+
+def _store_spec(ledger: Ledger, spec: StudySpec) -> None:
+    study = ledger.study
+    new = spec.model_dump(mode="json")
+    if SPEC_KEY in study.user_attrs:
+        old = flatten(json.loads(study.user_attrs[SPEC_KEY]))
+        for key, value in flatten(new).items():
+            # The ledger itself records its budget and lease.
+            if old.get(key) != value and key not in _RECORDED_BY_THE_LEDGER:
+                ledger.record_change(key, old.get(key), value)
+    study.set_user_attr(CONDITIONS_KEY, json.dumps(spec.conditions()))
+    study.set_user_attr(FINGERPRINT_KEY, spec.fingerprint())
+    study.set_user_attr(SPEC_KEY, json.dumps(new))
+    study.set_metric_names(["FID"])
+
+
+_RECORDED_BY_THE_LEDGER = (
+    "budget.trials",
+    "resources.lease_seconds",
+    "resources.max_attempts",
+)
+
+
+def run_study(
+    spec: StudySpec,
+    url: str,
+    ledgers: Ledgers,
+    *,
+    workers: int | None,
+    on_preparing: Callable[[Progress], None],
+    on_searching: Callable[[], None],
+) -> None:
+    """Bring the study to its end on Ray's workers.
+
+    Args:
+        spec: The study.
+        url: Its storage.
+        ledgers: Its open ledgers.
+        workers: Trials at once; None is one for each GPU, or for each ``resources.cpus``.
+        on_preparing: Called with the progress of the preparations.
+        on_searching: Called every second while trials run, from another thread.
+
+    Raises:
+        InputError: Something the user gave cannot be used on the workers.
+        WorkersFailedError: Workers die before they reach a trial.
+    """
+    with ray_session(url):
+        slots = _slots(spec, workers)
+        _prepare(spec, slots, on_preparing)
+        # Slots find nothing to do once all is claimed: no more of them than trials left.
+        trials, baselines = ledgers.counts()
+        left = sum(c.planned - c.complete - c.pruned - c.failed for c in (trials, baselines))
+        with _every_second(on_searching):
+            _run_slots(spec, url, min(slots, max(left, 1)))
+
+
+@contextlib.contextmanager
+def ray_session(url: str) -> Iterator[None]:
+    """A Ray cluster: the one of ``RAY_ADDRESS``, else one of this machine's own for the launch."""
+    # Local workers inherit the environment: the password is in no pickle and no argument.
+    os.environ["BDENSE_STORAGE"] = url
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    for name in ("ray", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    local: dict[str, Any] = {}
+    if not os.environ.get("RAY_ADDRESS"):
+        local = {"object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        where = os.environ.get("RAY_ADDRESS") or "this machine"
+        raise InputError(
+            f"Ray cannot be used at {where}: {error}; check RAY_ADDRESS and the token, or unset it"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _slots(spec: StudySpec, workers: int | None) -> int:
+    resources, total = spec.resources, ray.cluster_resources()
+    gpus = gpus_per_trial(spec)
+    fit = int(total.get("CPU", 0) / resources.cpus)
+    if gpus:
+        fit = min(fit, int(total.get("GPU", 0) / gpus))
+    if fit < 1:
+        raise InputError(
+            f"a trial asks for resources.cpus={resources.cpus} and gpus={gpus}, and the cluster "
+            f"has {total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs; lower them"
+        )
+    if workers is not None and workers > fit:
+        raise InputError(
+            f"--workers {workers} do not fit: the cluster has room for {fit} trials of "
+            f"{resources.cpus:g} CPUs and {gpus:g} GPUs; lower --workers or resources"
+        )
+    return workers or fit
+
+
+def gpus_per_trial(spec: StudySpec) -> float:
+    """GPUs a trial holds: the spec's number, or for ``auto`` one where the cluster has any."""
+    if spec.resources.gpus == "auto":
+        return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+    return float(spec.resources.gpus)
+
+
+def _prepare(spec: StudySpec, slots: int, tell: Callable[[Progress], None]) -> None:
+    """Teacher and features in one task, then the trajectories' shards in ``slots`` of them."""
+    spec_json = spec.model_dump_json()
+    gpus = gpus_per_trial(spec)
+    most_cpus = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+    cpus = spec.resources.cpus if gpus else max(1, int(most_cpus))
+    threads = max(spec.resources.threads, int(cpus))
+    _follow([_task(prepare_task, cpus, gpus).remote(spec_json, threads)], tell)
+    if spec.trajectories.mode == "recorded":
+        record = _task(record_task, spec.resources.cpus, gpus)
+        _follow([record.remote(spec_json, part, slots) for part in range(slots)], tell)
+
+
+def _task(function: Callable[..., Any], cpus: float, gpus: float) -> Any:  # noqa: ANN401  Ray's
+    # max_calls: the process ends with the task and frees torch's memory for the slots.
+    return ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=2)(function)
+
+
+def _follow(streams: Sequence[Any], tell: Callable[[Progress], None]) -> None:
+    """Pass on what tasks tell until all have ended; the first refusal ends the launch."""
+    waiting = list(streams)
+    while waiting:
+        ready, _ = ray.wait(waiting, num_returns=1, timeout=None, fetch_local=False)
+        for stream in ready:
+            try:
+                message: Progress | Refusal = ray.get(next(stream))  # type: ignore[call-overload]
+            except StopIteration:
+                waiting.remove(stream)
+                continue
+            if isinstance(message, Refusal):
+                kind = InputError if message.is_input_error else BdenseError
+                raise kind(message.message)
+            tell(message)
+
+
+def _run_slots(spec: StudySpec, url: str, slots: int) -> None:
+    launch = uuid.uuid4().hex[:8]
+    scratch = Path(tempfile.mkdtemp(prefix="bdense-tune-"))
+    marks = runs_folder().resolve() / spec.name / "slots"
+    config = {
+        "study": spec.name,
+        "storage": redact(url),
+        "runs": str(runs_folder().resolve()),
+        "cache": str(_cache_folder()),
+        "mark": tune.grid_search([str(marks / f"{launch}-{i}") for i in range(slots)]),
+    }
+    resources = {"cpu": spec.resources.cpus, "gpu": gpus_per_trial(spec)}
+    tuner = tune.Tuner(
+        tune.with_resources(slot, resources),
+        param_space=config,
+        tune_config=tune.TuneConfig(max_concurrent_trials=slots),
+        run_config=tune.RunConfig(
+            name=launch,
+            storage_path=str(scratch),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=-1),
+        ),
+    )
+    try:
+        results = tuner.fit()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(marks, ignore_errors=True)
+    ended = [results[i].metrics or {} for i in range(len(results))]
+    errors = {metrics["error"] for metrics in ended if metrics.get("error")}
+    if errors:
+        raise WorkersFailedError("; ".join(sorted(errors)))
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("BDENSE_CACHE") or runs_folder() / "cache").resolve()
+
+
+@contextlib.contextmanager
+def _every_second(call: Callable[[], None]) -> Iterator[None]:
+    """Call from a thread of its own until the block is left."""
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.wait(POLL_SECONDS):
+            # Showing progress must not end a launch; the next look may succeed.
+            with contextlib.suppress(BdenseError):
+                call()
+
+    thread = threading.Thread(target=run, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=5)

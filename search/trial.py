@@ -1,0 +1,252 @@
+"""One trial: branch weights -> student -> FID; what goes wrong becomes a named state.
+
+A trial's folder holds its checkpoint, then ``result.json`` and the student. The result is written
+before it is told, so that whoever takes over a finished trial only tells.
+"""
+
+import functools
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from bdense.branches import export_branch
+from bdense.checkpoints import save_denoiser
+from bdense.denoiser import EDMPrecond
+from bdense.errors import BdenseError, NonFiniteLossError
+from bdense.fid import FID, feature_statistics, frechet_distance
+from bdense.files import atomic_write
+from bdense.sampling import draw_images, image_grid
+from bdense.sfd import IterationReport, distill
+from search.assets import Assets
+from search.engine import branches_and_weights, student_sampler, training_config
+from search.errors import LeaseLostError
+from search.ledger import Claim, FailureReason, Ledger
+from search.spec import StudySpec
+from search.storage import runs_folder
+
+_log = logging.getLogger(__name__)
+
+PACKAGES = ("bdense", "torch", "numpy", "optuna", "ray", "sqlalchemy", "torch-fidelity")
+RESULT, STUDENT, CHECKPOINT, GRID = (
+    "result.json",
+    "student.safetensors",
+    "checkpoint.safetensors",
+    "samples.png",
+)
+
+
+def trial_folder(study_name: str, number: int) -> Path:
+    """Where a trial keeps its files: by study and number, never by process."""
+    return runs_folder() / study_name / f"{number:05d}"
+
+
+def work_on(ledger: Ledger, claim: Claim, assets: Assets) -> None:
+    """Bring a claimed trial to its end, or give it back.
+
+    Raises:
+        LeaseLostError: Another worker took it over; nothing was told.
+        KeyboardInterrupt: The trial was given back unfinished.
+    """
+    fail = functools.partial(_fail, ledger, claim, assets.spec)
+    try:
+        with ledger.holding(claim) as holding:
+            result = evaluate(
+                assets,
+                claim.params,
+                trial_folder(ledger.study.study_name, claim.number),
+                check=holding.check,
+                report=holding.report,
+            )
+        ledger.complete(claim, result["value"], result["attrs"] | {"tries": claim.tries})
+        _keep_best_students(ledger, assets.spec.keep_students)
+    except LeaseLostError:
+        raise
+    except NonFiniteLossError as error:
+        fail("diverged", str(error))
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        fail("out of memory", f"{error}; use a smaller batch or give trials more memory")
+    except BdenseError as error:
+        fail("error", str(error))
+    except Exception as error:  # noqa: BLE001  whatever it is becomes the row's reason
+        _log.exception("trial %d, attempt %d", claim.number, claim.attempt)
+        if claim.tries < ledger.max_attempts:
+            ledger.release(claim)
+        else:
+            fail("error", f"{type(error).__name__}: {error}")
+    except BaseException:
+        # Ctrl-C or a stopping machine: nothing is wrong with the trial itself.
+        ledger.release(claim, interrupted=True)
+        raise
+
+
+def evaluate(
+    assets: Assets,
+    params: Mapping[str, Any],
+    folder: Path,
+    *,
+    check: Callable[[], None],
+    report: Callable[[str], None],
+) -> dict[str, Any]:
+    """Train a student with these parameters and measure its FID.
+
+    Args:
+        assets: What the study's trials share.
+        params: A trial's a (and b), or a baseline's method.
+        folder: Where the checkpoint, the student and the result go.
+        check: Called every iteration; what it raises ends the work.
+        report: Called with a short text on the progress.
+
+    Returns:
+        ``value`` (the FID) and ``attrs`` (what the row stores), JSON-able; read from the folder
+        if a worker before got that far.
+    """
+    if (folder / RESULT).exists():
+        return dict(json.loads((folder / RESULT).read_text()))
+    spec = assets.spec
+    num_branches, weights = branches_and_weights(spec, params)
+    values = weights(num_branches)
+
+    def on_iteration(done: IterationReport) -> None:
+        check()
+        loss = float((done.branch_losses * values).sum(-1).mean())
+        report(f"training {done.iteration + 1}/{done.iterations}, loss {loss:.3g}")
+
+    started = time.perf_counter()
+    branched = distill(
+        assets.teacher,
+        assets.trajectories,
+        training_config(spec, num_branches),
+        values,
+        checkpoint=folder / CHECKPOINT,
+        checkpoint_seconds=spec.resources.checkpoint_seconds,
+        on_iteration=on_iteration,
+    )
+    trained = time.perf_counter()
+    student = export_branch(branched)
+    fid = measure(assets, student, check=check, report=report, grid_path=folder / GRID)
+    evaluated = time.perf_counter()
+    attrs: dict[str, Any] = {
+        "weights": values.tolist(),
+        "fid": fid.as_dict(),
+        "fingerprint": spec.fingerprint(),
+        "seeds": spec.seeds.model_dump(),
+        "versions": package_versions(),
+        "timings": {
+            "student_seconds": round(trained - started, 3),
+            "evaluation_seconds": round(evaluated - trained, 3),
+        },
+        "student": str(Path(*(folder / STUDENT).parts[-3:])),
+        "device": device_name(assets.device),
+        "worker": f"{platform.node()}:{os.getpid()}",
+    }
+    if "method" not in params:
+        attrs |= {"a": weights.a, "b": weights.b}
+    save_denoiser(folder / STUDENT, student, _student_metadata(assets, params, values, fid))
+    result = {"value": fid.value, "attrs": attrs}
+    with atomic_write(folder / RESULT) as scratch:
+        scratch.write_text(json.dumps(result))
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    return result
+
+
+def measure(
+    assets: Assets,
+    student: EDMPrecond,
+    *,
+    check: Callable[[], None],
+    report: Callable[[str], None],
+    grid_path: Path,
+) -> FID:
+    """FID of a student on the study's latents; leaves a grid of its first 64 images."""
+    spec = assets.spec
+    sampler = student_sampler(spec)
+    count = spec.evaluation.images
+
+    def on_image(done: int) -> None:
+        check()
+        report(f"evaluating {done}/{count} images")
+
+    images = draw_images(
+        student,
+        sampler,
+        count,
+        seed=spec.seeds.evaluation,
+        batch=spec.evaluation.batch,
+        on_image=on_image,
+    )
+    save_grid(images[:64], grid_path)
+    statistics = feature_statistics(images, assets.extractor)
+    return FID(
+        value=frechet_distance(statistics, assets.reference),
+        images=count,
+        reference=assets.dataset.name,
+        reference_images=assets.reference.count,
+        extractor=assets.extractor.name,
+        extractor_sha256=assets.extractor.sha256,
+        nfe=sampler.nfe,
+        seeds={"training": spec.seeds.training, "evaluation": spec.seeds.evaluation},
+    )
+
+
+def save_grid(images: torch.Tensor, path: Path, columns: int = 16) -> None:
+    """Write uint8 images [n, C, H, W] as one PNG, small ones enlarged to 32 pixels at least."""
+    picture = image_grid(images, columns)
+    zoom = max(1, 32 // images.shape[-1])
+    array = picture.squeeze(-1).numpy()
+    image = Image.fromarray(array)
+    image = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+    with atomic_write(path) as scratch:
+        image.save(scratch, format="PNG")
+
+
+@functools.cache
+def package_versions() -> dict[str, str]:
+    """Versions a result depends on."""
+    return {name: importlib.metadata.version(name) for name in PACKAGES} | {
+        "python": platform.python_version()
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or what kind of CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def _student_metadata(
+    assets: Assets, params: Mapping[str, Any], weights: torch.Tensor, fid: FID
+) -> dict[str, Any]:
+    return {
+        "kind": "student",
+        "study": assets.spec.name,
+        "params": dict(params),
+        "weights": weights.tolist(),
+        "fingerprint": assets.spec.fingerprint(),
+        "sampler": student_sampler(assets.spec).describe(),
+        "fid": fid.as_dict(),
+    }
+
+
+def _fail(
+    ledger: Ledger, claim: Claim, spec: StudySpec, reason: FailureReason, detail: str
+) -> None:
+    attrs: dict[str, Any] = {"fingerprint": spec.fingerprint(), "versions": package_versions()}
+    ledger.fail(claim, reason, detail, attrs)
+
+
+def _keep_best_students(ledger: Ledger, keep: int) -> None:
+    """Delete the student files of all but the best ``keep`` complete trials."""
+    study = ledger.study
+    values = {t.number: t.value for t in study.get_trials(deepcopy=False) if t.value is not None}
+    for number in sorted(values, key=values.__getitem__)[keep:]:
+        (trial_folder(study.study_name, number) / STUDENT).unlink(missing_ok=True)

@@ -1,0 +1,480 @@
+"""What the ledger promises on every database, shown with real processes that really die."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from optuna.samplers import RandomSampler
+from optuna.trial import TrialState
+
+from bdense.errors import InputError
+from search.errors import LeaseLostError, UnknownStudyError
+from search.ledger import Claim, Counts, Done, Ledger, Wait
+from search.storage import open_storage
+from tests.contracts import ledger_worker
+from tests.contracts.ledger_worker import SPACE, STEPS, objective
+
+STUDY = "digits"
+PATIENCE_SECONDS = 40.0
+LONG_TTL = 60.0  # longer than any test: what is adopted earlier was adopted at once
+
+
+@dataclass
+class Scene:
+    """One study, its folder, and the processes that work on it."""
+
+    url: str
+    folder: Path
+    processes: list[subprocess.Popen] = field(default_factory=list)
+
+    def open(self, **settings) -> Ledger:
+        return Ledger.open(self.url, STUDY, **{"budget": None, **settings})
+
+    def start(self, *options: str) -> subprocess.Popen:
+        """Run the program of this suite: a worker, or with ``--workers`` a launcher."""
+        process = subprocess.Popen(
+            [sys.executable, ledger_worker.__file__, STUDY, str(self.folder), *options],
+            env={**os.environ, "BDENSE_STORAGE": self.url},
+            start_new_session=True,
+        )
+        self.processes.append(process)
+        return process
+
+    def steps(self, number: int) -> list[dict[str, int]]:
+        """Every step that was computed for a trial, in order, by whom."""
+        log = self.folder / str(number) / "log"
+        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+    def wait_for_step(self, step: int, trials: int = 1) -> None:
+        def reached() -> bool:
+            logs = [self.steps(int(log.parent.name)) for log in self.folder.glob("*/log")]
+            return sum(len(log) >= step for log in logs) >= trials
+
+        wait_until(reached)
+
+    def settle(self) -> Counts:
+        """Finish what is left, then hold the study against what it promises at its end."""
+        ledger = self.open()
+        wait_until(lambda: finish_one(ledger) is None)
+        counts = ledger.counts()
+        assert (counts.running, counts.waiting) == (0, 0)
+        assert counts.planned == counts.complete + counts.pruned + counts.failed
+        assert counts.planned == ledger.budget
+        pairs = [(trial.params["a"], trial.params["b"]) for trial in ledger.study.trials]
+        assert len(set(pairs)) == len(pairs)
+        for trial in ledger.study.trials:
+            if trial.state is TrialState.COMPLETE:
+                assert trial.value == objective(trial.params)
+        assert lease_rows(self.url) == []
+        return counts
+
+    def end(self) -> None:
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def lease_rows(url: str) -> list[tuple[int, int]]:
+    storage = open_storage(url)
+    with storage.engine.connect() as connection:
+        rows = connection.execute(sa.text("SELECT trial_id, attempt FROM bdense_lease"))
+        return [tuple(row) for row in rows]
+
+
+def take(ledger: Ledger, constraint=None) -> Claim:
+    claim = ledger.claim(SPACE, RandomSampler, constraint)
+    assert isinstance(claim, Claim), claim
+    return claim
+
+
+def complete(ledger: Ledger, claim: Claim) -> None:
+    ledger.complete(claim, objective(dict(claim.params)), {})
+
+
+def finish_one(ledger: Ledger) -> Claim | Wait | None:
+    claim = ledger.claim(SPACE, RandomSampler)
+    if isinstance(claim, Done):
+        return None
+    if isinstance(claim, Claim):
+        complete(ledger, claim)
+    return claim
+
+
+class LedgerContract:
+    """What every database promises; subclass it and give it a ``url`` fixture: an empty one."""
+
+    @pytest.fixture
+    def scene(self, url: str, tmp_path: Path) -> Iterator[Scene]:
+        scene = Scene(url=url, folder=tmp_path / "trials")
+        scene.folder.mkdir()
+        yield scene
+        scene.end()
+
+    # Processes that die.
+
+    @pytest.mark.faults
+    def test_a_killed_workers_trial_is_resumed_at_once(self, scene):
+        scene.open(budget=2, ttl=LONG_TTL)
+        victim = scene.start()
+        scene.wait_for_step(3)
+        victim.kill()
+        at_death = len(scene.steps(0))
+        assert scene.start().wait(PATIENCE_SECONDS) == 0
+        counts = scene.settle()
+        assert (counts.complete, counts.failed) == (2, 0)
+        second = [line["step"] for line in scene.steps(0) if line["attempt"] == 2]
+        # One step may have been logged and not yet stored when the signal came.
+        assert second[0] >= at_death - 1
+        assert second[-1] == STEPS - 1
+        assert len(scene.steps(1)) == STEPS
+
+    @pytest.mark.faults
+    def test_a_killed_launcher_with_its_workers_is_carried_on_by_the_same_command(self, scene):
+        command = ("--budget", "3", "--ttl", str(LONG_TTL), "--workers", "2")
+        launcher = scene.start(*command)
+        scene.wait_for_step(3, trials=2)
+        os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+        assert scene.start(*command).wait(PATIENCE_SECONDS) == 0
+        assert scene.settle().complete == 3
+        for number in (0, 1):
+            attempts = [line["attempt"] for line in scene.steps(number)]
+            assert set(attempts) == {1, 2}
+            assert STEPS <= len(attempts) <= STEPS + 1
+
+    @pytest.mark.faults
+    def test_workers_that_outlive_their_launcher_keep_their_trials(self, scene):
+        command = ("--budget", "4", "--ttl", str(LONG_TTL), "--workers", "2")
+        launcher = scene.start(*command)
+        scene.wait_for_step(2, trials=2)
+        launcher.kill()
+        launcher.wait()
+        assert scene.start(*command).wait(PATIENCE_SECONDS) == 0
+        assert scene.settle().complete == 4
+        for number in range(4):
+            assert [line["step"] for line in scene.steps(number)] == list(range(STEPS))
+
+    @pytest.mark.faults
+    def test_two_launchers_at_once_share_one_budget(self, scene):
+        command = ("--budget", "4", "--ttl", str(LONG_TTL), "--workers", "2")
+        launchers = [scene.start(*command) for _ in range(2)]
+        assert [launcher.wait(PATIENCE_SECONDS) for launcher in launchers] == [0, 0]
+        assert scene.settle().complete == 4
+        for number in range(4):
+            assert [line["step"] for line in scene.steps(number)] == list(range(STEPS))
+
+    @pytest.mark.faults
+    def test_a_frozen_worker_is_fenced_when_it_thaws(self, scene):
+        ledger = scene.open(budget=1, ttl=2.0)
+        zombie = scene.start()
+        scene.wait_for_step(3)
+        zombie.send_signal(signal.SIGSTOP)
+        claims: list[Claim] = []
+
+        def adopt() -> bool:
+            claim = ledger.claim(SPACE, RandomSampler)
+            if isinstance(claim, Claim):
+                claims.append(claim)
+            return bool(claims)
+
+        wait_until(adopt)
+        assert (claims[0].number, claims[0].attempt, claims[0].adopted) == (0, 2, True)
+        with ledger.holding(claims[0]) as held:
+            zombie.send_signal(signal.SIGCONT)
+            wait_until((scene.folder / "lost").exists)
+            held.check()
+        assert ledger.counts().complete == 0
+        ledger.complete(claims[0], objective(dict(claims[0].params)), {"attempt": 2})
+        assert zombie.wait(PATIENCE_SECONDS) == 0
+        scene.settle()
+        assert ledger.study.trials[0].user_attrs["attempt"] == 2
+        assert "attempt 1 no longer holds it" in (scene.folder / "lost").read_text()
+
+    @pytest.mark.faults
+    def test_a_trial_that_kills_its_workers_is_given_up(self, scene):
+        ledger = scene.open(budget=1, ttl=LONG_TTL, max_attempts=2)
+        for attempt in (1, 2):
+            victim = scene.start()
+            wait_until(lambda attempt=attempt: attempts_logged(scene, attempt))
+            victim.kill()
+            victim.wait()
+        assert ledger.claim(SPACE, RandomSampler) == Done()
+        trial = ledger.study.trials[0]
+        assert trial.state is TrialState.FAIL
+        assert trial.user_attrs["reason"] == "poisoned"
+        assert "started 2 times" in trial.user_attrs["error"]
+        assert scene.settle().failed == 1
+
+    # One trial is one row.
+
+    def test_a_trial_of_an_asker_that_died_before_its_lease_is_adopted_and_completed(self, scene):
+        ledger = scene.open(budget=2)
+        half = ledger.study.ask(fixed_distributions={"a": SPACE["a"]})
+        claim = take(scene.open())
+        assert (claim.number, claim.attempt, claim.adopted) == (0, 1, True)
+        assert claim.params["a"] == half.params["a"]
+        assert -6.0 <= claim.params["b"] <= 0.0
+        assert ledger.study.trials[0].params == claim.params
+        complete(ledger, claim)
+        assert scene.settle().complete == 2
+
+    def test_a_trial_begun_beyond_the_budget_is_dropped(self, scene):
+        ledger = scene.open(budget=1)
+        claim = take(ledger)
+        ledger.study.ask(fixed_distributions=SPACE)
+        assert ledger.claim(SPACE, RandomSampler) == Wait()
+        complete(ledger, claim)
+        assert ledger.claim(SPACE, RandomSampler) == Done()
+        assert scene.settle().complete == 1
+
+    def test_what_was_told_first_stays(self, scene):
+        ledger = scene.open(budget=1)
+        claim = take(ledger)
+        complete(ledger, claim)
+        first = ledger.study.trials[0].value
+        with pytest.raises(LeaseLostError, match="trial 0: attempt 1 no longer holds it"):
+            ledger.complete(claim, 99.0, {})
+        with pytest.raises(LeaseLostError):
+            ledger.fail(claim, "error", "too late", {})
+        assert ledger.study.trials[0].value == first
+        assert scene.settle().complete == 1
+
+    def test_a_worker_that_died_after_telling_leaves_nothing(self, scene):
+        ledger = scene.open(budget=1)
+        claim = take(ledger)
+        ledger.study.tell(claim.number, objective(dict(claim.params)))
+        ledger.complete(claim, 99.0, {"late": True})
+        assert ledger.study.trials[0].user_attrs == {}
+        assert scene.settle().complete == 1
+
+    def test_the_same_parameters_planned_twice_are_one_trial(self, scene):
+        ledger = scene.open(budget=2)
+        for _ in range(2):
+            scene.open().enqueue({"a": 1.386, "b": -4.274})
+        assert ledger.counts().waiting == 1
+        assert take(ledger).params == {"a": 1.386, "b": -4.274}
+
+    def test_a_larger_budget_runs_only_the_difference(self, scene):
+        ledger = scene.open(budget=4)
+        while finish_one(ledger):
+            pass
+        assert len(ledger.study.trials) == 4
+        larger = scene.open(budget=6)
+        assert (larger.budget, ledger.budget) == (6, 6)
+        assert scene.settle().complete == 6
+        [change] = larger.study.user_attrs["changes"]
+        assert (change["key"], change["old"], change["new"]) == ("budget", 4, 6)
+        assert [trial.number for trial in larger.study.trials] == list(range(6))
+
+    def test_a_smaller_budget_keeps_what_ran(self, scene):
+        ledger = scene.open(budget=3)
+        while finish_one(ledger):
+            pass
+        scene.open(budget=2)
+        assert ledger.claim(SPACE, RandomSampler) == Done()
+        assert ledger.counts().planned == 3
+
+    def test_suggestions_beyond_the_bound_are_pruned_outside_the_budget(self, scene):
+        ledger = scene.open(budget=3)
+        ledger.enqueue({"a": 2.5, "b": -1.0})
+
+        def beyond(params: dict[str, float]) -> float:
+            return params["a"] - 1.0
+
+        claims = []
+        for _ in range(3):
+            claims.append(take(ledger, beyond))
+            complete(ledger, claims[-1])
+        assert ledger.claim(SPACE, RandomSampler, beyond) == Done()
+        assert all(claim.params["a"] <= 1.0 for claim in claims)
+        refused = [t for t in ledger.study.trials if t.user_attrs.get("out_of_bounds")]
+        assert refused[0].params == {"a": 2.5, "b": -1.0}
+        assert refused[0].constraints == {"largest_weight": 1.5}
+        assert {trial.state for trial in refused} == {TrialState.PRUNED}
+        assert len(ledger.study.trials) == 3 + len(refused)
+        counts = scene.settle()
+        assert (counts.planned, counts.complete, counts.pruned) == (3, 3, 0)
+
+    def test_an_adopted_trial_is_held_against_the_bound_too(self, scene):
+        ledger = scene.open(budget=1)
+        ledger.release(take(ledger))
+        claim = take(ledger, lambda params: 1.0 if len(ledger.study.trials) == 1 else -1.0)
+        assert claim.number == 1
+        complete(ledger, claim)
+        assert scene.settle().complete == 1
+
+    def test_a_bound_that_nothing_meets_ends_with_an_error(self, scene):
+        ledger = scene.open(budget=1)
+        with pytest.raises(InputError, match="200 suggestions in a row were beyond the bound"):
+            ledger.claim(SPACE, RandomSampler, lambda params: 1.0)
+        assert ledger.counts().pruned == 0
+
+    def test_no_two_claims_draw_with_the_same_seed(self, scene):
+        ledger = scene.open(budget=4)
+        ledger.enqueue({"a": 0.0, "b": -1.0})
+        offsets: list[int] = []
+
+        def sampler(offset: int) -> RandomSampler:
+            offsets.append(offset)
+            return RandomSampler(seed=offset)
+
+        while isinstance(claim := ledger.claim(SPACE, sampler), Claim):
+            assert claim.number == offsets[-1]
+            complete(ledger, claim)
+        assert offsets == [0, 1, 2, 3]
+
+    # Named ends.
+
+    def test_a_released_trial_is_retried_and_then_fails(self, scene):
+        ledger = scene.open(budget=1, max_attempts=2)
+        first = take(ledger)
+        ledger.release(first)
+        second = take(scene.open())
+        assert (second.number, second.attempt, second.tries) == (0, 2, 2)
+        assert second.params == first.params
+        with pytest.raises(LeaseLostError):
+            complete(ledger, first)
+        ledger.fail(second, "error", "RuntimeError: twice", {"seconds": 3.5})
+        trial = ledger.study.trials[0]
+        assert trial.state is TrialState.FAIL
+        assert trial.user_attrs == {
+            "reason": "error",
+            "error": "RuntimeError: twice",
+            "seconds": 3.5,
+        }
+        assert scene.settle().failed == 1
+
+    def test_an_interruption_is_not_held_against_the_trial(self, scene):
+        ledger = scene.open(budget=1, max_attempts=1)
+        for attempt in (1, 2, 3):
+            claim = take(ledger)
+            assert (claim.attempt, claim.tries) == (attempt, 1)
+            ledger.release(claim, interrupted=True)
+        assert scene.settle().complete == 1
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+    def test_a_value_that_is_not_finite_fails_the_trial(self, scene, value):
+        ledger = scene.open(budget=1)
+        ledger.complete(take(ledger), value, {"iterations": 7})
+        trial = ledger.study.trials[0]
+        assert trial.state is TrialState.FAIL
+        assert trial.user_attrs == {
+            "iterations": 7,
+            "reason": "diverged",
+            "error": f"the value is {value}",
+        }
+        assert scene.settle().failed == 1
+
+    def test_a_failure_stores_no_password_and_no_novel(self, scene):
+        ledger = scene.open(budget=1)
+        detail = "cannot reach postgresql://me:s3cret@host/db " + "x" * 5000
+        ledger.fail(take(ledger), "error", detail, {})
+        error = ledger.study.trials[0].user_attrs["error"]
+        assert error.startswith("cannot reach postgresql://me:***@host/db xxx")
+        assert len(error) == 2000
+
+    def test_a_pruned_trial_counts_in_the_budget(self, scene):
+        ledger = scene.open(budget=1)
+        ledger.prune(take(ledger), {"step": 3})
+        assert scene.settle() == Counts(
+            planned=1, complete=0, pruned=1, failed=0, running=0, waiting=0
+        )
+
+    # Leases.
+
+    def test_a_live_trial_is_nobody_elses(self, scene):
+        ledger = scene.open(budget=1, ttl=0.6)
+        claim = take(ledger)
+        with ledger.holding(claim) as held:
+            deadline = time.monotonic() + 1.5
+            while time.monotonic() < deadline:
+                assert scene.open().claim(SPACE, RandomSampler) == Wait()
+                held.check()
+        complete(ledger, claim)
+        assert scene.settle().complete == 1
+
+    def test_an_expired_lease_goes_to_the_next_and_is_lost_to_the_first(self, scene):
+        ledger = scene.open(budget=1, ttl=0.6)
+        first = take(ledger)
+        time.sleep(0.7)
+        second = take(scene.open())
+        with ledger.holding(first) as held:
+            wait_until(lambda: held.lost)
+            with pytest.raises(LeaseLostError, match="attempt 1 no longer holds it"):
+                held.check()
+        complete(ledger, second)
+        assert scene.settle().complete == 1
+
+    def test_a_late_worker_that_nobody_replaced_may_still_tell(self, scene):
+        ledger = scene.open(budget=1, ttl=0.2)
+        claim = take(ledger)
+        time.sleep(0.3)
+        complete(ledger, claim)
+        assert ledger.study.trials[0].value == objective(dict(claim.params))
+
+    def test_progress_is_shown_while_a_trial_runs(self, scene):
+        ledger = scene.open(budget=1)
+        claim = take(ledger)
+        with ledger.holding(claim) as held:
+            held.report("iteration 10 of 160")
+            wait_until(lambda: ledger.running()[0].progress == "iteration 10 of 160")
+        [row] = scene.open().running()
+        assert (row.number, row.attempt) == (0, 1)
+        assert row.owner.endswith(f":{os.getpid()}")
+        assert 0.0 < row.seconds < 30.0
+        complete(ledger, claim)
+        assert ledger.running() == []
+
+    # Settings.
+
+    def test_settings_are_the_studys_and_not_the_callers(self, scene):
+        scene.open(budget=5, ttl=7.0, max_attempts=2)
+        ledger = scene.open()
+        assert (ledger.budget, ledger.ttl, ledger.max_attempts) == (5, 7.0, 2)
+        assert "changes" not in ledger.study.user_attrs
+        ledger.record_change("sampler", "tpe", "gp")
+        [change] = ledger.study.user_attrs["changes"]
+        assert {key: change[key] for key in ("key", "old", "new")} == {
+            "key": "sampler",
+            "old": "tpe",
+            "new": "gp",
+        }
+
+    def test_a_study_that_does_not_exist_is_not_made_by_looking(self, scene):
+        scene.open(budget=1)
+        with pytest.raises(UnknownStudyError, match=f"no study 'other'.*there: {STUDY};"):
+            Ledger.open(scene.url, "other", budget=None)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"budget": 0}, "budget of a study must be 1 trial or more, got 0"),
+            ({"budget": 1, "ttl": 0.0}, "ttl must be a positive number of seconds, got 0.0"),
+            ({"budget": 1, "ttl": float("nan")}, "got nan"),
+            ({"budget": 1, "max_attempts": 0}, "max_attempts must be 1 or more, got 0"),
+        ],
+    )
+    def test_settings_out_of_range_are_refused(self, scene, settings, message):
+        with pytest.raises(InputError, match=message):
+            scene.open(**settings)
+
+
+def attempts_logged(scene: Scene, attempt: int) -> bool:
+    return any(line["attempt"] == attempt for line in scene.steps(0))

@@ -1,0 +1,30 @@
+"""Feature extractors made for a test."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bdense.extractors import Extractor, load_extractor
+
+CPU = torch.device("cpu")
+
+
+class ColourMeans(nn.Module):
+    """Three features: the mean of each colour."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean(dim=(2, 3))
+
+
+def scripted(module: nn.Module, folder: Path) -> Extractor:
+    """The extractor of a module that is scripted to a file ``features.pt`` first."""
+    path = folder / "features.pt"
+    torch.jit.save(torch.jit.script(module), path)
+    return load_extractor(f"torchscript:{path}", cache=folder, device=CPU)
+
+
+def random_images(n, channels=3, side=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (n, channels, side, side)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)

@@ -1,0 +1,204 @@
+"""Feature extractors: what they give, and what is said of files that are none."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from bdense.errors import CheckpointError, InputError, ShapeError
+from bdense.extractors import load_extractor
+from tests.features import CPU, ColourMeans, random_images, scripted
+from tests.goldens import ROOT
+
+DATA = Path(os.environ.get("BDENSE_DATA", ROOT / "../shared/data"))
+# The files that users have are TorchScript all the same.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.:FutureWarning")
+
+
+class Only8x8(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(192, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.linear(images.float().flatten(1))
+
+
+class Pixels(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float()
+
+
+class Bytes(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)
+
+
+class FloatsOnly(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 1)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.conv(images).mean(dim=(2, 3))
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("extractors")
+
+
+@pytest.fixture
+def digits_extractor(shared_cache):
+    return load_extractor("digits-classifier", cache=shared_cache, device=CPU)
+
+
+def test_a_torchscript_file_gives_its_features(tmp_path):
+    extractor = scripted(ColourMeans(), tmp_path)
+    assert (extractor.name, extractor.dim) == ("torchscript:features.pt", 3)
+    images = random_images(4)
+    features = extractor(images)
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features, images.float().mean(dim=(2, 3)))
+
+
+def test_one_channel_is_repeated_to_three(tmp_path):
+    extractor = scripted(ColourMeans(), tmp_path)
+    grey = random_images(4, channels=1)
+    assert torch.equal(extractor(grey), extractor(grey.repeat(1, 3, 1, 1)))
+    assert torch.equal(extractor(grey)[:, 0], extractor(grey)[:, 2])
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (Pixels(), r"into torch.float32 \[2, 3, 32, 32\]; an extractor gives \[B, d\]"),
+        (Bytes(), r"into torch.uint8 \[2, 3072\]"),
+        (FloatsOnly(), "takes no uint8 images"),
+    ],
+)
+def test_a_network_that_is_no_extractor_is_refused(tmp_path, module, message):
+    with pytest.raises(InputError, match=message):
+        scripted(module, tmp_path)
+
+
+def test_a_network_of_one_size_is_an_extractor(tmp_path):
+    extractor = scripted(Only8x8(), tmp_path)
+    assert extractor.dim == 5
+    with pytest.raises(ShapeError, match=r"cannot take images of shape \[2, 3, 16, 16\]: .*mat1"):
+        extractor(random_images(2, side=16))
+
+
+def test_images_that_are_none_are_refused(digits_extractor):
+    with pytest.raises(ShapeError, match=r"float32 \[2, 1, 8, 8\]: convert with to_uint8"):
+        digits_extractor(torch.zeros(2, 1, 8, 8))
+    with pytest.raises(ShapeError, match=r"\[2, 4, 8, 8\]"):
+        digits_extractor(random_images(2, channels=4))
+    with pytest.raises(ShapeError, match="takes images of 8 x 8 pixels"):
+        digits_extractor(random_images(2, side=16))
+
+
+def test_bad_specs_and_files_are_named(tmp_path, cache):
+    def load(spec):
+        return load_extractor(spec, cache=cache, device=CPU)
+
+    with pytest.raises(InputError, match="unknown feature extractor 'vgg'; known are inception,"):
+        load("vgg")
+    with pytest.raises(InputError, match="unknown feature extractor 'torchscript:'"):
+        load("torchscript:")
+    with pytest.raises(InputError, match=r"no TorchScript file at .*absent\.pt"):
+        load(f"torchscript:{tmp_path / 'absent.pt'}")
+    corrupt = tmp_path / "corrupt.pt"
+    corrupt.write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(InputError, match=r"corrupt\.pt cannot be read as TorchScript"):
+        load(f"torchscript:{corrupt}")
+    with pytest.raises(InputError, match=r"weights .*absent\.pth: No such file"):
+        load(f"inception:{tmp_path / 'absent.pth'}")
+    with pytest.raises(InputError, match=r"corrupt\.pt does not hold .*weights-inception-2015"):
+        load(f"inception:{corrupt}")
+    torch.save({"fc.bias": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match=r"other\.pth does not hold torch-fidelity's Inception"):
+        load(f"inception:{tmp_path / 'other.pth'}")
+
+
+def test_inception_without_a_network_says_what_to_fetch(tmp_path, cache, monkeypatch):
+    """A refused proxy stands for every way of being offline."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    where = r"fetch https://\S+6726825d\.pth by hand and put it at \S+torch/hub/checkpoints/\S+pth"
+    with pytest.raises(InputError, match=f"cannot download the Inception weights.*{where}"):
+        load_extractor("inception", cache=cache, device=CPU)
+    path = tmp_path / "torch/hub/checkpoints/weights-inception-2015-12-05-6726825d.pth"
+    path.write_bytes(b"cut short")
+    with pytest.raises(InputError, match=f"{path} is not the Inception weights file: delete it"):
+        load_extractor("inception", cache=cache, device=CPU)
+
+
+def test_inception_takes_weights_of_its_own_shape(tmp_path, cache, monkeypatch):
+    """Random weights through torch-fidelity's real network: 2048 features of any size."""
+    from torch_fidelity import feature_extractor_inceptionv3 as inception
+
+    monkeypatch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: None)
+    monkeypatch.setattr(inception.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+    network = inception.FeatureExtractorInceptionV3("random", ["2048"])
+    monkeypatch.undo()
+    torch.save(network.state_dict(), tmp_path / "random.pth")
+    extractor = load_extractor(f"inception:{tmp_path / 'random.pth'}", cache=cache, device=CPU)
+    images = random_images(2)
+    assert (extractor.name, extractor.dim) == ("inception", 2048)
+    torch.testing.assert_close(extractor(images), network(images)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "dim"),
+    [
+        ("resnet56-cifar10-64d.torchscript.pt", 64),
+        ("mobilenetv2-imagenet-1280d.torchscript.pt", 1280),
+    ],
+)
+def test_the_real_torchscript_networks(name, dim, cache):
+    path = DATA / "features" / name
+    if not path.exists():
+        pytest.skip(f"{path} is absent (BDENSE_DATA)")
+    extractor = load_extractor(f"torchscript:{path}", cache=cache, device=CPU)
+    images = random_images(4, side=32)
+    features = extractor(images)
+    assert extractor.dim == dim
+    assert features.shape == (4, dim)
+    assert features.isfinite().all()
+    assert features.std() > 0
+    torch.testing.assert_close(extractor(images[:1]), features[:1], rtol=1e-3, atol=1e-4)
+
+
+def test_the_digits_classifier_is_trained_once(shared_cache, cache, digits_extractor):
+    assert digits_extractor.metadata["train_accuracy"] > 0.97
+    assert digits_extractor.dim == 64
+    (path,) = shared_cache.glob("digits-classifier-*.safetensors")
+    made = path.stat().st_mtime_ns
+    again = load_extractor("digits-classifier", cache=shared_cache, device=CPU)
+    assert path.stat().st_mtime_ns == made
+    assert again.sha256 == digits_extractor.sha256
+    afresh = load_extractor("digits-classifier", cache=cache, device=CPU)
+    assert afresh.sha256 == digits_extractor.sha256
+
+
+def test_the_digits_classifier_leaves_the_callers_random_state_alone(cache):
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    load_extractor("digits-classifier", cache=cache, device=CPU)
+    assert torch.get_num_threads() == threads
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_broken_classifier_file_is_named(cache):
+    load_extractor("digits-classifier", cache=cache, device=CPU)
+    (path,) = cache.glob("digits-classifier-*.safetensors")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=path.name):
+        load_extractor("digits-classifier", cache=cache, device=CPU)

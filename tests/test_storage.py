@@ -1,0 +1,317 @@
+"""Storage URLs, errors without passwords, and patience with a database that is away."""
+
+import sqlite3
+import subprocess
+import sys
+
+import psycopg2
+import pytest
+import sqlalchemy as sa
+from optuna.exceptions import StorageInternalError
+from sqlalchemy.exc import OperationalError, ProgrammingError
+
+from bdense.errors import InputError
+from search.errors import StorageError
+from search.storage import (
+    exclusive,
+    is_transient,
+    open_storage,
+    redact,
+    resolve_storage_url,
+    retrying,
+    sqlite_file,
+)
+
+SECRET = "hunter2"
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch, tmp_path):
+    monkeypatch.delenv("BDENSE_STORAGE", raising=False)
+    monkeypatch.delenv("BDENSE_RUNS", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_the_default_is_a_file_under_the_runs(tmp_path, monkeypatch):
+    assert resolve_storage_url(None) == f"sqlite:///{tmp_path}/runs/bdense.db"
+    monkeypatch.setenv("BDENSE_RUNS", "elsewhere")
+    assert resolve_storage_url(None) == f"sqlite:///{tmp_path}/elsewhere/bdense.db"
+    monkeypatch.setenv("BDENSE_STORAGE", "postgresql://me@db/studies")
+    assert resolve_storage_url(None) == "postgresql+psycopg2://me@db/studies"
+    assert resolve_storage_url("sqlite:////data/x.db") == "sqlite:////data/x.db"
+
+
+def test_a_relative_file_means_the_same_in_another_folder(tmp_path):
+    url = resolve_storage_url("sqlite:///a/b.db")
+    assert url == f"sqlite:///{tmp_path}/a/b.db"
+    assert sqlite_file(url) == tmp_path / "a" / "b.db"
+    assert resolve_storage_url(url) == url
+
+
+def test_a_server_url_keeps_its_parts():
+    given = f"postgresql://me:{SECRET}@db:5433/studies?sslmode=require"
+    expected = f"postgresql+psycopg2://me:{SECRET}@db:5433/studies?sslmode=require"
+    assert resolve_storage_url(given) == expected
+    assert resolve_storage_url(expected) == expected
+    assert sqlite_file(given) is None
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "runs/bdense.db",
+        "postgres://me@db/studies",
+        "mysql://me@db/studies",
+        "postgresql+psycopg://me@db/studies",
+        "postgresql://me@db:port/studies",
+        "sqlite://",
+        "sqlite:///:memory:",
+        "sqlite:///file:x.db?uri=true",
+    ],
+)
+def test_other_forms_are_refused_with_those_that_are_not(url):
+    with pytest.raises(InputError) as caught:
+        resolve_storage_url(url)
+    message = str(caught.value)
+    assert url in message
+    assert "sqlite:///folder/file.db" in message
+    assert "postgresql://user@host:5432/database" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"mysql://me:{SECRET}@db/studies",
+        f"me:{SECRET}@db/studies",
+        f"postgresql:/me:{SECRET}@db/studies",
+        f"postgresql://me:{SECRET} 2@db:x/studies",
+        f"postgresql://me:p@{SECRET}@db/studies",
+        f"host=db password={SECRET} user=me",
+        f"sqlite:///file:x.db?password={SECRET}",
+    ],
+)
+def test_a_refused_url_shows_no_password(url):
+    with pytest.raises(StorageError) as caught:
+        resolve_storage_url(url)
+    assert SECRET not in str(caught.value)
+    assert "***" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"postgresql://me:{SECRET}@db/x", "postgresql://me:***@db/x"),
+        (f"a postgresql://me:{SECRET}@db/x b", "a postgresql://me:***@db/x b"),
+        (f"postgresql://me:{SECRET}:@/@db/x", "postgresql://me:***@db/x"),
+        (f"host=db password={SECRET} user=me", "host=db password=*** user=me"),
+        (f"password = '{SECRET} \\' 2' user=me", "password = *** user=me"),
+        (
+            f"postgresql://db/x?user=me&password={SECRET}&a=b",
+            "postgresql://db/x?user=me&password=***&a=b",
+        ),
+        (f"PGPASSWORD={SECRET} psql", "PGPASSWORD=*** psql"),
+        ("postgresql://me@db:5432/x", "postgresql://me@db:5432/x"),
+        ("sqlite:////data/a@b:c.db", "sqlite:////data/a@b:c.db"),
+        ('FATAL: password authentication failed for user "me"',) * 2,
+    ],
+)
+def test_redact(text, expected):
+    assert redact(text) == expected
+
+
+def test_sqlite_is_opened_for_many_processes(tmp_path):
+    url = resolve_storage_url("sqlite:///new/folder/{odd} name.db")
+    storage = open_storage(url)
+    assert (tmp_path / "new" / "folder" / "{odd} name.db").is_file()
+    with storage.engine.connect() as connection:
+        pragma = {
+            name: connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
+            for name in ("journal_mode", "busy_timeout", "foreign_keys")
+        }
+    assert pragma == {"journal_mode": "wal", "busy_timeout": 30_000, "foreign_keys": 1}
+    open_storage(url)
+
+
+def test_a_file_that_is_no_database_is_named(tmp_path):
+    path = tmp_path / "notes.db"
+    path.write_text("these are not the bytes of a database, " * 40)
+    with pytest.raises(StorageError, match=r"notes\.db: file is not a database; check that"):
+        open_storage(f"sqlite:///{path}")
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"cannot open the study database sqlite:.*file"):
+        open_storage(f"sqlite:///{tmp_path}/file/study.db")
+
+
+def test_an_unreachable_server_is_one_line_without_its_password():
+    with pytest.raises(StorageError) as caught:
+        open_storage(f"postgresql://me:{SECRET}@127.0.0.1:1/studies")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert SECRET not in message
+    assert message.startswith(
+        "cannot open the study database postgresql+psycopg2://me:***@127.0.0.1:1/studies: "
+    )
+    assert "Connection refused" in message
+    assert "check that the server runs" in message
+
+
+@pytest.mark.postgres
+class TestOnPostgres:
+    @pytest.fixture
+    def locked(self, postgres) -> str:
+        """URL, without a password, of a user who needs one."""
+        url = postgres.new_database()
+        engine = sa.create_engine(url)
+        with engine.begin() as connection:
+            connection.execute(sa.text(f"CREATE ROLE locked LOGIN SUPERUSER PASSWORD '{SECRET}'"))
+        rules = postgres.data / "pg_hba.conf"
+        trusting = rules.read_text()
+        rules.write_text(f"local all locked scram-sha-256\n{trusting}")
+        postgres.control("reload")
+        yield postgres.url(sa.engine.make_url(url).database, user="locked")
+        rules.write_text(trusting)
+        postgres.control("reload")
+        with engine.begin() as connection:
+            connection.execute(sa.text("DROP OWNED BY locked; DROP ROLE locked"))
+        engine.dispose()
+
+    def test_the_password_may_come_from_a_file(self, locked, tmp_path, monkeypatch):
+        passwords = tmp_path / "pgpass"
+        passwords.write_text(f"*:*:*:locked:{SECRET}\n")
+        passwords.chmod(0o600)
+        monkeypatch.setenv("PGPASSFILE", str(passwords))
+        storage = open_storage(locked)
+        assert SECRET not in storage.url
+        assert storage.get_all_studies() == []
+        storage.engine.dispose()
+
+    @pytest.mark.parametrize("where", ["environment", "url"])
+    def test_a_wrong_password_is_one_line_without_it(self, locked, where, monkeypatch):
+        url = locked
+        if where == "environment":
+            monkeypatch.setenv("PGPASSWORD", "wrong-one")
+        else:
+            url = locked.replace("//locked@", "//locked:wrong-one@")
+        with pytest.raises(StorageError) as caught:
+            open_storage(url)
+        message = str(caught.value)
+        assert 'password authentication failed for user "locked"' in message
+        assert "the password in PGPASSWORD or PGPASSFILE" in message
+        assert "wrong-one" not in message
+        assert "\n" not in message
+
+    def test_a_database_that_does_not_exist_is_named(self, postgres):
+        with pytest.raises(StorageError, match='database "nowhere" does not exist'):
+            open_storage(postgres.url("nowhere"))
+
+    def test_a_frozen_holder_of_the_lock_is_cut_off_by_the_server(self, postgres):
+        storage = open_storage(postgres.new_database())
+        with exclusive(storage.engine, "a study") as connection:
+            timeout = connection.exec_driver_sql("SHOW idle_in_transaction_session_timeout")
+            assert timeout.scalar_one() == "2min"
+        with storage.engine.connect() as connection:
+            after = connection.exec_driver_sql("SHOW idle_in_transaction_session_timeout")
+            assert after.scalar_one() == "0"
+            name = connection.exec_driver_sql("SHOW application_name")
+            assert name.scalar_one() == "bdense"
+        storage.engine.dispose()
+
+
+def test_a_call_is_repeated_until_the_database_is_back():
+    answers = [_lost(psycopg2.OperationalError("server closed the connection")), None]
+    calls = []
+
+    def call() -> str:
+        calls.append(len(calls))
+        if (error := answers[len(calls) - 1]) is not None:
+            raise error
+        return "here"
+
+    assert retrying(call) == "here"
+    assert calls == [0, 1]
+
+
+def test_patience_ends_with_one_line_without_a_password():
+    def call() -> None:
+        raise _lost(psycopg2.OperationalError(f"postgresql://me:{SECRET}@db/x\nis away"))
+
+    with pytest.raises(StorageError) as caught:
+        retrying(call, patience_seconds=0.3)
+    assert str(caught.value) == (
+        "the study database did not answer for 0.3 seconds: postgresql://me:***@db/x is away; "
+        "check that it runs, then give the same command again: it carries on"
+    )
+
+
+def test_a_mistake_of_ours_is_not_repeated():
+    calls = []
+
+    def call() -> None:
+        calls.append(None)
+        raise ProgrammingError("SELECT x", {}, psycopg2.ProgrammingError("no column x"))
+
+    with pytest.raises(ProgrammingError):
+        retrying(call)
+    assert len(calls) == 1
+
+
+def test_what_is_worth_waiting_for():
+    assert is_transient(_lost(psycopg2.OperationalError("the database system is starting up")))
+    assert is_transient(_caused(_lost(psycopg2.OperationalError("gone"))))
+    assert not is_transient(_caused(ProgrammingError("", {}, psycopg2.ProgrammingError("typo"))))
+    assert not is_transient(StorageInternalError("no cause"))
+    assert not is_transient(_lost(sqlite3.OperationalError("no such table: trials")))
+
+
+def test_a_busy_file_is_worth_waiting_for(tmp_path):
+    path = tmp_path / "busy.db"
+    engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": 0})
+    holder = sqlite3.connect(path, isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    with engine.connect() as connection, pytest.raises(OperationalError) as caught:
+        connection.exec_driver_sql("CREATE TABLE t (x)")
+    assert is_transient(caught.value)
+    holder.close()
+
+
+def test_the_lock_keeps_other_processes_out(tmp_path):
+    """Eight increments by four processes, each a read and a write apart."""
+    counter = tmp_path / "counter"
+    counter.write_text("0")
+    program = (
+        "import sys, time; from pathlib import Path\n"
+        "from search.storage import exclusive, open_storage\n"
+        "engine = open_storage(sys.argv[1]).engine; counter = Path(sys.argv[2])\n"
+        "for _ in range(2):\n"
+        "    with exclusive(engine, 'a study'):\n"
+        "        seen = int(counter.read_text()); time.sleep(0.05)\n"
+        "        counter.write_text(str(seen + 1))\n"
+    )
+    command = [sys.executable, "-c", program, f"sqlite:///{tmp_path}/study.db", str(counter)]
+    processes = [subprocess.Popen(command) for _ in range(4)]
+    assert [process.wait(30) for process in processes] == [0] * 4
+    assert counter.read_text() == "8"
+
+
+def test_the_ledger_needs_neither_torch_nor_ray():
+    program = (
+        "import sys, search.ledger; print(sorted({'torch', 'ray', 'yaml'} & set(sys.modules)))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def _lost(error: Exception) -> OperationalError:
+    return OperationalError("SELECT 1", {}, error)
+
+
+def _caused(error: Exception) -> StorageInternalError:
+    wrapped = StorageInternalError("An exception is raised during the commit.")
+    wrapped.__cause__ = error
+    return wrapped

@@ -21,7 +21,11 @@ class UnsafePickleError(CheckpointError):
     """A pickle asks for more than an EDM network needs; nothing in it was run."""
 
 
-class NonFiniteLossError(BdenseError, ArithmeticError):
+class NonFiniteError(BdenseError, ArithmeticError):
+    """Images, features or a distance hold NaN or infinity: the model diverged."""
+
+
+class NonFiniteLossError(NonFiniteError):
     """A loss or a gradient is not finite; the run stops instead of repairing it."""
 
     def __init__(

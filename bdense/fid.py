@@ -14,15 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bdense import sampling
 from bdense.data import Dataset
-from bdense.errors import BdenseError, CheckpointError, InputError, ShapeError
+from bdense.errors import CheckpointError, InputError, NonFiniteError, ShapeError
 from bdense.extractors import Extractor
 from bdense.files import atomic_write, file_lock
-
-
-class NonFiniteError(BdenseError, ArithmeticError):
-    """Images, their features or a distance hold NaN or infinity: the model diverged."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,20 +95,6 @@ class FID:
             raise InputError(
                 f"these FIDs are not comparable ({'; '.join(differing)}); measure both alike"
             )
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] to 0..255 as files hold them: clip(127.5 x + 128), fractions cut off; any shape.
-
-    Raises:
-        NonFiniteError: An image holds NaN or infinity, which no byte stands for.
-    """
-    if not bool(torch.isfinite(images).all()):
-        bad = int((~torch.isfinite(images)).sum())
-        raise NonFiniteError(
-            f"{bad} of {images.numel()} pixel values of images {list(images.shape)} are not finite"
-        )
-    return sampling.to_uint8(images)
 
 
 def feature_statistics(images: Tensor, extractor: Extractor, batch: int = 256) -> Statistics:

@@ -5,13 +5,16 @@ B batch, C channels, H x W pixels.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from bdense.denoiser import Denoiser, EDMPrecond
-from bdense.errors import BdenseError, InputError
+from bdense.errors import InputError, NonFiniteError
+from bdense.files import atomic_write
 from bdense.randomness import Stream, image_noise
 from bdense.schedules import Schedule
 from bdense.solvers import Euler, Solver, analytical_first_step, make_solver, solve
@@ -95,7 +98,7 @@ def draw_images(
         [count, C, H, W] uint8 on the CPU.
 
     Raises:
-        BdenseError: An image holds values that are not finite.
+        NonFiniteError: An image holds NaN or infinity.
     """
     if count < 1:
         raise InputError(f"the number of images must be at least 1, got {count}")
@@ -107,11 +110,6 @@ def draw_images(
         size = min(batch, count - first)
         noise = image_noise(seed, Stream.EVALUATION, first, size, denoiser.image_shape)
         images = sampler(denoiser, noise.to(device))
-        if not bool(torch.isfinite(images).all()):
-            raise BdenseError(
-                f"an image among {first}..{first + size - 1} of seed {seed} is not finite; "
-                "the model diverged"
-            )
         drawn.append(to_uint8(images).cpu())
         if on_image is not None:
             on_image(first + size)
@@ -119,7 +117,17 @@ def draw_images(
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] to 0..255 as EDM writes files: clip(127.5 x + 128), fractions cut off; any shape."""
+    """[-1, 1] to 0..255 as EDM writes files: clip(127.5 x + 128), fractions cut off; any shape.
+
+    Raises:
+        NonFiniteError: An image holds NaN or infinity, which no byte stands for.
+    """
+    if not bool(torch.isfinite(images).all()):
+        bad = int((~torch.isfinite(images)).sum())
+        raise NonFiniteError(
+            f"{bad} of {images.numel()} pixel values of images {list(images.shape)} are not "
+            "finite; the model diverged"
+        )
     return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
 
@@ -133,3 +141,13 @@ def image_grid(images: Tensor, columns: int) -> Tensor:
     canvas[:n] = images
     tiled = canvas.view(rows, columns, c, h, w).permute(0, 3, 1, 4, 2)
     return tiled.reshape(rows * h, columns * w, c)
+
+
+def save_grid(images: Tensor, path: Path, columns: int = 16) -> None:
+    """Write uint8 images [n, C, H, W] as one PNG, small ones enlarged to 32 pixels at least."""
+    picture = image_grid(images, columns).squeeze(-1).numpy()
+    image = Image.fromarray(picture)
+    zoom = max(1, 32 // images.shape[-1])
+    image = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+    with atomic_write(path) as scratch:
+        image.save(scratch, format="PNG")

@@ -100,8 +100,15 @@ class Walk:
 class Trajectories(Protocol):
     """Batches by iteration, however they come about."""
 
-    grid: IntervalGrid
-    batch: int
+    @property
+    def grid(self) -> IntervalGrid:
+        """The student's intervals and the teacher's sub-steps."""
+        ...
+
+    @property
+    def batch(self) -> int:
+        """B, trajectories an iteration."""
+        ...
 
     def __len__(self) -> int:
         """Iterations it can serve."""
@@ -148,7 +155,7 @@ class LiveTrajectories:
     def walk(self, noise: Tensor) -> Walk:
         """The teacher's walk from t_0 times this unit noise [B, C, H, W]."""
         fine = self.grid.fine()
-        start = fine[0] * noise.to(next(self.teacher.parameters()).device)
+        start = fine[0] * noise.to(next(self.teacher.parameters()))
         states = trajectory(self.solver, self.teacher, start, fine)
         return Walk(start, states[len(states) - self.grid.num_rows :])
 
@@ -214,9 +221,11 @@ class TrajectoryStore:
 
     def missing(self) -> list[int]:
         """Shards still to be recorded."""
-        folder = self.folder
-        present = {path.name for path in folder.glob("shard-*.npy")} if folder.is_dir() else set()
-        return [s for s in range(self.num_shards) if self.shard_path(s).name not in present]
+        present = self._present()
+        return [s for s in range(self.num_shards) if f"shard-{s:05d}.npy" not in present]
+
+    def _present(self) -> set[str]:
+        return {path.name for path in self.folder.glob("shard-*.npy")}
 
     def require_room(self, max_bytes: int | None = None) -> None:
         """Refuse before anything is computed if the rest would not fit.
@@ -232,7 +241,7 @@ class TrajectoryStore:
                 "or set trajectories.mode to live"
             )
         self.root.mkdir(parents=True, exist_ok=True)
-        left = self.nbytes * len(self.missing()) // self.num_shards
+        left = self.nbytes * (self.num_shards - len(self._present())) // self.num_shards
         free = shutil.disk_usage(self.root).free
         if left > free:
             raise InputError(
@@ -339,9 +348,9 @@ class RecordedTrajectories:
         shard, index = divmod(iteration, self.shard_length)
         # Copied out of the map: torch warns about read-only memory, and .to() would copy anyway.
         states = torch.from_numpy(np.array(self.shards[shard][index], dtype=np.float32))
-        device = next(self.live.teacher.parameters()).device
-        start = self.live.grid.fine()[0] * self.live.noise(iteration).to(device)
-        return Walk(start, states.to(device))
+        like = next(self.live.teacher.parameters())
+        start = self.live.grid.fine()[0] * self.live.noise(iteration).to(like)
+        return Walk(start, states.to(like))
 
     def describe(self) -> dict[str, Any]:
         stored = self.shards[0].dtype.name

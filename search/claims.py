@@ -80,6 +80,7 @@ class Claimer:
             asking: what may be asked for.
             budget: trials to run in all.
         """
+        self._leases.note_server(connection)
         self._leases.sweep(connection)
         for row in self._leases.running(connection):
             if row.owner == asking.owner:

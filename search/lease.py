@@ -6,26 +6,17 @@ renewed in time, or at once when the process is seen to be dead from the machine
 """
 
 import contextlib
-import logging
+import math
 import os
 import socket
-import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import sqlalchemy as sa
 from optuna.trial import TrialState
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.exc import SQLAlchemyError
-
-from search.errors import LeaseLostError
-from search.storage import one_line
-
-_log = logging.getLogger(__name__)
 
 LEASE = sa.Table(
     "bdense_lease",
@@ -45,6 +36,14 @@ LEASE = sa.Table(
 )
 RELEASED = 0.0
 
+# A row for each time a PostgreSQL server was started, by when a claim first saw it serve.
+SERVER = sa.Table(
+    "bdense_server",
+    LEASE.metadata,
+    sa.Column("started", sa.Double, primary_key=True),
+    sa.Column("seen", sa.Double, nullable=False),
+)
+
 # User attributes of trials that nobody trained, which count nowhere: refused by the bound on the
 # largest weight, or begun beyond the budget.
 OUT_OF_BOUNDS = "out_of_bounds"
@@ -56,9 +55,7 @@ TRIALS = sa.table("trials", *map(sa.column, ("trial_id", "number", "study_id", "
 STATE = sa.cast(TRIALS.c.state, sa.String)
 USER_ATTRIBUTES = sa.table("trial_user_attributes", sa.column("trial_id"), sa.column("key"))
 
-PROGRESS_SECONDS = 1.0
 _PROGRESS_CHARACTERS = 200
-_JOIN_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,15 +142,27 @@ class Leases:
         running = sa.select(TRIALS.c.trial_id).where(STATE == "RUNNING")
         connection.execute(sa.delete(LEASE).where(LEASE.c.trial_id.not_in(running)))
 
+    def note_server(self, connection: sa.Connection) -> None:
+        """Remember when this start of the server was first seen to serve.
+
+        Its own start time will not do: recovery after a crash comes later, and may take longer
+        than a lease lasts.
+        """
+        if self._postgres:
+            connection.execute(
+                postgresql.insert(SERVER)
+                .values(started=_SERVER_START, seen=self._clock())
+                .on_conflict_do_nothing()
+            )
+
     def running(self, connection: sa.Connection) -> list[RunningRow]:
         """Every running trial of the study, lowest number first."""
-        uptime = self._uptime() if self._postgres else sa.null()
         rows = connection.execute(
             sa.select(
                 TRIALS.c.trial_id.label("trial"),
                 TRIALS.c.number,
                 self._clock().label("now"),
-                uptime.label("uptime"),
+                self._serving().label("serving"),
                 *LEASE.c,
             )
             .select_from(TRIALS.outerjoin(LEASE, LEASE.c.trial_id == TRIALS.c.trial_id))
@@ -259,114 +268,26 @@ class Leases:
         if row["expires"] == RELEASED or process.is_seen_dead():
             return True
         # After an outage leases look expired until their live owners have had time to renew them.
-        served_a_ttl = row["uptime"] is None or row["uptime"] > self.ttl
-        return served_a_ttl and bool(row["expires"] < row["now"])
+        return bool(row["serving"] > self.ttl and row["expires"] < row["now"])
 
     def _clock(self) -> sa.ColumnElement[float]:
         if self._postgres:
             return _seconds("extract(epoch from clock_timestamp())")
         return _seconds("(julianday('now') - 2440587.5) * 86400.0")
 
-    def _uptime(self) -> sa.ColumnElement[float]:
-        return _seconds("extract(epoch from clock_timestamp() - pg_postmaster_start_time())")
-
-
-class Holding:
-    """Renews a claim's lease from a thread of its own, through outages, until it is left.
-
-    Use it as a context manager around the work on a trial. Leaving it frees nothing: finish or
-    release the claim.
-    """
-
-    def __init__(self, leases: Leases, claim: Claim) -> None:
-        self.claim = claim
-        self._leases = leases
-        self._lost = threading.Event()
-        self._stopping = False
-        self._progress: str | None = None
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(
-            target=self._run, name=f"lease of trial {claim.number}", daemon=True
-        )
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with self._changed:
-            self._stopping = True
-            self._changed.notify()
-        self._thread.join(_JOIN_SECONDS)
-
-    @property
-    def lost(self) -> bool:
-        """Whether the lease is known to be another worker's."""
-        return self._lost.is_set()
-
-    def check(self) -> None:
-        """Stop work that has become another worker's; costs nothing, call it often.
-
-        Raises:
-            LeaseLostError: the trial was taken over.
-        """
-        if self._lost.is_set():
-            raise lost(self.claim)
-
-    def report(self, progress: str) -> None:
-        """Show ``progress`` beside the trial, 200 characters at most; never waits.
-
-        The last text of each second is stored.
-        """
-        with self._changed:
-            self._progress = progress
-            self._changed.notify()
-
-    def _run(self) -> None:
-        renewed = time.monotonic()
-        while self._wait_for_work(renewed):
-            with self._changed:
-                progress, self._progress = self._progress, None
-            renewed = time.monotonic()
-            try:
-                if not self._leases.renew(self.claim, progress):
-                    self._lost.set()
-                    return
-            except SQLAlchemyError as error:
-                # The lease may outlive the outage, and the work must in any case.
-                _log.warning(
-                    "lease of trial %d not renewed: %s", self.claim.number, one_line(error)
-                )
-
-    def _wait_for_work(self, renewed: float) -> bool:
-        """Sleep until it is time to renew or to store a progress; False where it is left."""
-        with self._changed:
-            while not self._stopping:
-                pause = self._leases.ttl / 3
-                if self._progress is not None:
-                    pause = min(pause, PROGRESS_SECONDS)
-                rest = renewed + pause - time.monotonic()
-                if rest <= 0:
-                    return True
-                self._changed.wait(rest)
-        return False
-
-
-def lost(claim: Claim) -> LeaseLostError:
-    """The error of a worker that comes too late."""
-    return LeaseLostError(
-        f"trial {claim.number}: attempt {claim.attempt} no longer holds it; another worker took "
-        "it over or finished it, and nothing was told by this one"
-    )
+    def _serving(self) -> sa.ColumnElement[float]:
+        """Seconds since this start of the server was first seen; a file always serves."""
+        if not self._postgres:
+            return sa.literal(math.inf)
+        seen = sa.select(SERVER.c.seen).where(SERVER.c.started == _SERVER_START).scalar_subquery()
+        return sa.func.coalesce(self._clock() - seen, 0.0)
 
 
 def _seconds(sql: str) -> sa.ColumnElement[float]:
     return sa.cast(sa.literal_column(sql), sa.Double)
+
+
+_SERVER_START = _seconds("extract(epoch from pg_postmaster_start_time())")
 
 
 def _start_time(pid: int) -> str | None:

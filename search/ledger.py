@@ -23,7 +23,8 @@ from optuna.trial import TrialState
 from bdense.errors import InputError
 from search.claims import Asking, Claimer, Done, Wait, failure_attributes, leases_of
 from search.errors import UnknownStudyError
-from search.lease import LEASE, Claim, Holding, RunningRow, lost
+from search.holding import Holding, lost
+from search.lease import LEASE, Claim, RunningRow
 from search.storage import exclusive, open_storage, redact, retrying, sqlite_file
 
 __all__ = ["Claim", "Counts", "Done", "FailureReason", "Holding", "Ledger", "Running", "Wait"]
@@ -291,7 +292,7 @@ def _open_study(
     storage: RDBStorage, name: str, given: Mapping[str, int | float | None]
 ) -> optuna.Study:
     with exclusive(storage.engine, "schema"):
-        LEASE.create(storage.engine, checkfirst=True)
+        LEASE.metadata.create_all(storage.engine)
     with exclusive(storage.engine, _lock_name(name)):
         try:
             study = optuna.load_study(study_name=name, storage=storage)

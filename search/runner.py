@@ -166,6 +166,7 @@ def ray_session(url: str) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     for name in ("ray", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     local: dict[str, Any] = {}
@@ -230,12 +231,12 @@ def _task(function: Callable[..., Any], cpus: float, gpus: float) -> Any:  # noq
 
 def _follow(streams: Sequence[Any], tell: Callable[[Progress], None]) -> None:
     """Pass on what tasks tell until all have ended; the first refusal ends the launch."""
-    waiting = list(streams)
+    waiting: list[Any] = list(streams)
     while waiting:
-        ready, _ = ray.wait(waiting, num_returns=1, timeout=None, fetch_local=False)
+        ready: list[Any] = ray.wait(waiting, num_returns=1, fetch_local=False)[0]
         for stream in ready:
             try:
-                message: Progress | Refusal = ray.get(next(stream))  # type: ignore[call-overload]
+                message: Any = ray.get(next(stream))
             except StopIteration:
                 waiting.remove(stream)
                 continue

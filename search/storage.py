@@ -46,7 +46,7 @@ _jitter = random.Random()
 
 # A text that is a URL as a whole, well-formed or not, may hold blanks in its password.
 _WHOLE_URL_PASSWORD = re.compile(
-    r"^([a-z][\w+.-]*:/*[^:/@\s]*|[^:/@\s]+):(?!\s).*@", re.IGNORECASE
+    r"^([a-z][\w+.-]*:/*[^:/@\s]*|[^:/@\s]+):(?![\s/]).*@", re.IGNORECASE
 )
 _URL_PASSWORD = re.compile(r"([a-z][\w+.-]*://[^:/@\s]*):\S*@", re.IGNORECASE)
 _DSN_PASSWORD = re.compile(

@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from bdense.branches import export_branch
 from bdense.checkpoints import save_denoiser
 from bdense.denoiser import EDMPrecond
-from bdense.errors import BdenseError, NonFiniteLossError
+from bdense.errors import BdenseError, NonFiniteError
 from bdense.fid import FID, feature_statistics, frechet_distance
 from bdense.files import atomic_write
-from bdense.sampling import draw_images, image_grid
+from bdense.sampling import draw_images, save_grid
 from bdense.sfd import IterationReport, distill
 from search.assets import Assets
 from search.engine import branches_and_weights, student_sampler, training_config
@@ -70,7 +69,7 @@ def work_on(ledger: Ledger, claim: Claim, assets: Assets) -> None:
         _keep_best_students(ledger, assets.spec.keep_students)
     except LeaseLostError:
         raise
-    except NonFiniteLossError as error:
+    except NonFiniteError as error:
         fail("diverged", str(error))
     except (torch.OutOfMemoryError, MemoryError) as error:
         fail("out of memory", f"{error}; use a smaller batch or give trials more memory")
@@ -195,17 +194,6 @@ def measure(
         nfe=sampler.nfe,
         seeds={"training": spec.seeds.training, "evaluation": spec.seeds.evaluation},
     )
-
-
-def save_grid(images: torch.Tensor, path: Path, columns: int = 16) -> None:
-    """Write uint8 images [n, C, H, W] as one PNG, small ones enlarged to 32 pixels at least."""
-    picture = image_grid(images, columns)
-    zoom = max(1, 32 // images.shape[-1])
-    array = picture.squeeze(-1).numpy()
-    image = Image.fromarray(array)
-    image = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
-    with atomic_write(path) as scratch:
-        image.save(scratch, format="PNG")
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 
-pytest.register_assert_rewrite("tests.contracts.ledger")
+pytest.register_assert_rewrite("tests.contracts.ledger", "tests.contracts.scene")
 
 
 @dataclass
@@ -36,8 +36,11 @@ class Postgres:
         return self.url(name)
 
     def url(self, database: str, user: str = "postgres") -> str:
-        url = make_url(self.uri).set(
-            drivername="postgresql+psycopg2", database=database, username=user, password=None
+        url = sa.URL.create(
+            "postgresql+psycopg2",
+            username=user,
+            database=database,
+            query=make_url(self.uri).query,
         )
         return url.render_as_string(hide_password=False)
 
@@ -72,10 +75,13 @@ def postgres() -> Iterator[Postgres]:
     running = Postgres(
         data=data, bin=server.bin_path, system_user=server.system_user, uri=server.get_uri()
     )
-    # The wheel gives them on the command line, which a later start would not repeat.
+    # The wheel gives the socket on the command line, which a later start would not repeat; and
+    # recovery after a crash would sync some thousand files, which no test here asks for.
     with (data / "postgresql.conf").open("a") as settings:
         socket = make_url(running.uri).query["host"]
         settings.write(f"listen_addresses = ''\nunix_socket_directories = '{socket}'\n")
+        settings.write("fsync = off\n")
+    running.control("restart")
     try:
         yield running
     finally:

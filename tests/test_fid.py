@@ -8,18 +8,17 @@ import torch
 from safetensors.torch import load_file
 
 from bdense.data import Dataset, load_dataset
-from bdense.errors import BdenseError, CheckpointError, InputError, ShapeError
+from bdense.errors import BdenseError, CheckpointError, InputError, NonFiniteError, ShapeError
 from bdense.extractors import DIGITS_CLASSIFIER, TORCHSCRIPT, load_extractor
 from bdense.fid import (
     FID,
-    NonFiniteError,
     Statistics,
     feature_statistics,
     frechet_distance,
     reference_statistics,
     statistics_of,
-    to_uint8,
 )
+from bdense.sampling import to_uint8
 from tests.features import CPU, ColourMeans, random_images, scripted
 from tests.goldens import discover
 

@@ -1,120 +1,30 @@
 """What the ledger promises on every database, shown with real processes that really die."""
 
-import contextlib
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import sqlalchemy as sa
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
 from bdense.errors import InputError
+from search import claims as claiming
 from search.errors import LeaseLostError, UnknownStudyError
 from search.ledger import Claim, Counts, Done, Ledger, Wait
-from search.storage import open_storage
-from tests.contracts import ledger_worker
 from tests.contracts.ledger_worker import SPACE, STEPS, objective
-
-STUDY = "digits"
-PATIENCE_SECONDS = 40.0
-LONG_TTL = 60.0  # longer than any test: what is adopted earlier was adopted at once
-
-
-@dataclass
-class Scene:
-    """One study, its folder, and the processes that work on it."""
-
-    url: str
-    folder: Path
-    processes: list[subprocess.Popen] = field(default_factory=list)
-
-    def open(self, **settings) -> Ledger:
-        return Ledger.open(self.url, STUDY, **{"budget": None, **settings})
-
-    def start(self, *options: str) -> subprocess.Popen:
-        """Run the program of this suite: a worker, or with ``--workers`` a launcher."""
-        process = subprocess.Popen(
-            [sys.executable, ledger_worker.__file__, STUDY, str(self.folder), *options],
-            env={**os.environ, "BDENSE_STORAGE": self.url},
-            start_new_session=True,
-        )
-        self.processes.append(process)
-        return process
-
-    def steps(self, number: int) -> list[dict[str, int]]:
-        """Every step that was computed for a trial, in order, by whom."""
-        log = self.folder / str(number) / "log"
-        return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-
-    def wait_for_step(self, step: int, trials: int = 1) -> None:
-        def reached() -> bool:
-            logs = [self.steps(int(log.parent.name)) for log in self.folder.glob("*/log")]
-            return sum(len(log) >= step for log in logs) >= trials
-
-        wait_until(reached)
-
-    def settle(self) -> Counts:
-        """Finish what is left, then hold the study against what it promises at its end."""
-        ledger = self.open()
-        wait_until(lambda: finish_one(ledger) is None)
-        counts = ledger.counts()
-        assert (counts.running, counts.waiting) == (0, 0)
-        assert counts.planned == counts.complete + counts.pruned + counts.failed
-        assert counts.planned == ledger.budget
-        pairs = [(trial.params["a"], trial.params["b"]) for trial in ledger.study.trials]
-        assert len(set(pairs)) == len(pairs)
-        for trial in ledger.study.trials:
-            if trial.state is TrialState.COMPLETE:
-                assert trial.value == objective(trial.params)
-        assert lease_rows(self.url) == []
-        return counts
-
-    def end(self) -> None:
-        for process in self.processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
-
-
-def lease_rows(url: str) -> list[tuple[int, int]]:
-    storage = open_storage(url)
-    with storage.engine.connect() as connection:
-        rows = connection.execute(sa.text("SELECT trial_id, attempt FROM bdense_lease"))
-        return [tuple(row) for row in rows]
-
-
-def take(ledger: Ledger, constraint=None) -> Claim:
-    claim = ledger.claim(SPACE, RandomSampler, constraint)
-    assert isinstance(claim, Claim), claim
-    return claim
-
-
-def complete(ledger: Ledger, claim: Claim) -> None:
-    ledger.complete(claim, objective(dict(claim.params)), {})
-
-
-def finish_one(ledger: Ledger) -> Claim | Wait | None:
-    claim = ledger.claim(SPACE, RandomSampler)
-    if isinstance(claim, Done):
-        return None
-    if isinstance(claim, Claim):
-        complete(ledger, claim)
-    return claim
+from tests.contracts.scene import (
+    LONG_TTL,
+    PATIENCE_SECONDS,
+    STUDY,
+    Scene,
+    complete,
+    finish_one,
+    take,
+    wait_until,
+)
 
 
 class LedgerContract:
@@ -147,13 +57,13 @@ class LedgerContract:
 
     @pytest.mark.faults
     def test_a_killed_launcher_with_its_workers_is_carried_on_by_the_same_command(self, scene):
-        command = ("--budget", "3", "--ttl", str(LONG_TTL), "--workers", "2")
+        command = ("--budget", "2", "--ttl", str(LONG_TTL), "--workers", "2")
         launcher = scene.start(*command)
         scene.wait_for_step(3, trials=2)
         os.killpg(launcher.pid, signal.SIGKILL)
         launcher.wait()
         assert scene.start(*command).wait(PATIENCE_SECONDS) == 0
-        assert scene.settle().complete == 3
+        assert scene.settle().complete == 2
         for number in (0, 1):
             attempts = [line["attempt"] for line in scene.steps(number)]
             assert set(attempts) == {1, 2}
@@ -161,23 +71,23 @@ class LedgerContract:
 
     @pytest.mark.faults
     def test_workers_that_outlive_their_launcher_keep_their_trials(self, scene):
-        command = ("--budget", "4", "--ttl", str(LONG_TTL), "--workers", "2")
+        command = ("--budget", "3", "--ttl", str(LONG_TTL), "--workers", "2")
         launcher = scene.start(*command)
         scene.wait_for_step(2, trials=2)
         launcher.kill()
         launcher.wait()
         assert scene.start(*command).wait(PATIENCE_SECONDS) == 0
-        assert scene.settle().complete == 4
-        for number in range(4):
+        assert scene.settle().complete == 3
+        for number in range(3):
             assert [line["step"] for line in scene.steps(number)] == list(range(STEPS))
 
     @pytest.mark.faults
     def test_two_launchers_at_once_share_one_budget(self, scene):
-        command = ("--budget", "4", "--ttl", str(LONG_TTL), "--workers", "2")
+        command = ("--budget", "3", "--ttl", str(LONG_TTL), "--workers", "2")
         launchers = [scene.start(*command) for _ in range(2)]
         assert [launcher.wait(PATIENCE_SECONDS) for launcher in launchers] == [0, 0]
-        assert scene.settle().complete == 4
-        for number in range(4):
+        assert scene.settle().complete == 3
+        for number in range(3):
             assert [line["step"] for line in scene.steps(number)] == list(range(STEPS))
 
     @pytest.mark.faults
@@ -212,7 +122,7 @@ class LedgerContract:
         ledger = scene.open(budget=1, ttl=LONG_TTL, max_attempts=2)
         for attempt in (1, 2):
             victim = scene.start()
-            wait_until(lambda attempt=attempt: attempts_logged(scene, attempt))
+            wait_until(lambda attempt=attempt: scene.attempts(0) == attempt)
             victim.kill()
             victim.wait()
         assert ledger.claim(SPACE, RandomSampler) == Done()
@@ -320,9 +230,11 @@ class LedgerContract:
         complete(ledger, claim)
         assert scene.settle().complete == 1
 
-    def test_a_bound_that_nothing_meets_ends_with_an_error(self, scene):
+    def test_a_bound_that_nothing_meets_ends_with_an_error(self, scene, monkeypatch):
+        assert claiming.MAX_REFUSED_IN_A_ROW == 200
+        monkeypatch.setattr(claiming, "MAX_REFUSED_IN_A_ROW", 10)
         ledger = scene.open(budget=1)
-        with pytest.raises(InputError, match="200 suggestions in a row were beyond the bound"):
+        with pytest.raises(InputError, match="10 suggestions in a row were beyond the bound"):
             ledger.claim(SPACE, RandomSampler, lambda params: 1.0)
         assert ledger.counts().pruned == 0
 
@@ -474,7 +386,3 @@ class LedgerContract:
     def test_settings_out_of_range_are_refused(self, scene, settings, message):
         with pytest.raises(InputError, match=message):
             scene.open(**settings)
-
-
-def attempts_logged(scene: Scene, attempt: int) -> bool:
-    return any(line["attempt"] == attempt for line in scene.steps(0))

@@ -1,0 +1,41 @@
+# `make search` runs the main job, `make test` the default test suite. Each sets up what it needs.
+# Needs Python >= 3.11, make and git.
+
+PYTHON ?= python3
+STUDY ?= studies/digits-nfe2.yaml
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: search test test-all lint clean
+
+search: $(VENV)/.installed
+	$(BIN)/bdense-search launch $(STUDY)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "bdense needs Python 3.11 or newer; set PYTHON, as in: make search PYTHON=python3.12" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	    { echo "the venv module is missing; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
+	@echo "installing (about 5.5 GB with the default build of torch; a few minutes)"
+	$(PIP) --editable '.[search]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) --editable '.[search,dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs

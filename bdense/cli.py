@@ -1,0 +1,351 @@
+"""``bdense``: train a small teacher, distil a student, draw from it, measure it."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+
+from bdense.branches import export_branch
+from bdense.checkpoints import denoiser_sha256, load_denoiser, save_denoiser
+from bdense.data import load_dataset
+from bdense.errors import BdenseError, InputError
+from bdense.extractors import load_extractor
+from bdense.fid import FID, feature_statistics, frechet_distance, reference_statistics
+from bdense.sampling import Sampler, draw_images, sampler_from, save_grid
+from bdense.schedules import Schedule
+from bdense.sfd import IterationReport, SFDConfig, distill
+from bdense.solvers import SOLVERS, make_solver
+from bdense.teachers import TeacherConfig, train_teacher
+from bdense.trajectories import IntervalGrid, LiveTrajectories
+from bdense.weights import LogLinearWeights
+
+USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+SHOW_SECONDS = 2.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; 0 done, 1 failed, 2 a mistake of the user's, 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        torch.set_num_threads(options.threads or torch.get_num_threads())
+        options.run(options)
+    except InputError as error:
+        sys.stderr.write(f"bdense: {error}\n")
+        return USER_ERROR
+    except BdenseError as error:
+        sys.stderr.write(f"bdense: {error}\n")
+        return FAILURE
+    except OSError as error:
+        sys.stderr.write(f"bdense: {error.filename or 'the system'}: {error.strerror}\n")
+        return USER_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted; the same command carries on from the last checkpoint\n")
+        return INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bdense",
+        description="Few-step students of diffusion teachers, plain or with B-DENSE.",
+        epilog="example: bdense teacher --data digits --kimg 250 --out teacher.safetensors",
+    )
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    for add in (_add_teacher, _add_distill, _add_sample, _add_fid):
+        add(verbs)
+    return parser
+
+
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def _verb(
+    verbs: Verbs,
+    name: str,
+    what: str,
+    example: str,
+    run: Callable[[argparse.Namespace], None],
+) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
+        name,
+        help=what,
+        description=what[0].upper() + what[1:] + ".",
+        epilog=f"example: {example}",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of every random draw")
+    parser.add_argument(
+        "--threads", metavar="N", type=int, default=None, help="CPU threads; None is torch's own"
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        choices=("cpu", "cuda"),
+        help="where to compute",
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_teacher(verbs: Verbs) -> None:
+    parser = _verb(
+        verbs,
+        "teacher",
+        "train a small EDM teacher",
+        "bdense teacher --data digits --kimg 250 --out teacher.safetensors",
+        _teacher,
+    )
+    parser.add_argument("--data", metavar="NAME", default="digits", help="data set")
+    parser.add_argument("--kimg", type=float, default=250, help="training length, 1000 images")
+    parser.add_argument("--batch", metavar="N", type=int, default=256, help="images an iteration")
+    parser.add_argument("--lr", type=float, default=2e-3, help="Adam's step size")
+    parser.add_argument(
+        "--channels", metavar="N", type=int, default=24, help="channels at full resolution"
+    )
+    parser.add_argument(
+        "--mult", metavar="N", type=int, nargs="+", default=[1, 2], help="multiplier of each level"
+    )
+    parser.add_argument("--blocks", metavar="N", type=int, default=1, help="blocks a level")
+    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="safetensors")
+
+
+def _add_distill(verbs: Verbs) -> None:
+    parser = _verb(
+        verbs,
+        "distill",
+        "distil a few-step student with SFD, plain or B-DENSE",
+        "bdense distill teacher.safetensors --nfe 2 --a 1.386 --out student.safetensors",
+        _distill,
+    )
+    parser.add_argument("teacher", metavar="TEACHER", type=Path, help="safetensors or EDM pickle")
+    parser.add_argument(
+        "--method", choices=("sfd", "sfd-bdense"), default="sfd-bdense", help="plain or branched"
+    )
+    parser.add_argument("--a", type=float, default=0.0, help="log w_k = a k + b")
+    parser.add_argument("--b", type=float, default=0.0, help="log w_k = a k + b")
+    _add_grid(parser)
+    parser.add_argument("--substeps", metavar="K", type=int, default=4, help="teacher sub-steps")
+    parser.add_argument("--solver", choices=SOLVERS, default="dpmpp", help="the teacher's")
+    parser.add_argument("--order", metavar="N", type=int, default=3, help="of dpmpp, 1 to 3")
+    parser.add_argument("--kimg", type=float, default=200, help="training length, 1000 images")
+    parser.add_argument("--batch", metavar="N", type=int, default=128, help="images an iteration")
+    parser.add_argument("--lr", type=float, default=5e-5, help="Adam's step size; later a tenth")
+    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="safetensors")
+
+
+def _add_grid(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nfe", metavar="N", type=int, default=2, help="network evaluations")
+    parser.add_argument(
+        "--afs",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="analytical first step: one more interval for the same NFE",
+    )
+    parser.add_argument("--schedule", default="polynomial", help="or logsnr, time_uniform")
+    parser.add_argument("--rho", type=float, default=7.0, help="exponent of the schedule")
+    parser.add_argument("--sigma-min", type=float, default=0.006, help="last noise level")
+    parser.add_argument("--sigma-max", type=float, default=80.0, help="first noise level")
+
+
+def _add_sample(verbs: Verbs) -> None:
+    parser = _verb(
+        verbs,
+        "sample",
+        "draw images from a student (or a teacher, with --nfe and so on) as one PNG",
+        "bdense sample student.safetensors --images 64 --out samples.png",
+        _sample,
+    )
+    parser.add_argument("model", metavar="MODEL", type=Path, help="safetensors or EDM pickle")
+    parser.add_argument("--images", metavar="N", type=int, default=64, help="how many")
+    parser.add_argument("--columns", metavar="N", type=int, default=16, help="of the grid")
+    parser.add_argument("--batch", metavar="N", type=int, default=128, help="images at a time")
+    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="PNG")
+    _add_grid(parser)
+
+
+def _add_fid(verbs: Verbs) -> None:
+    parser = _verb(
+        verbs,
+        "fid",
+        "measure a model's FID and print it with its conditions as JSON",
+        "bdense fid student.safetensors --data digits --extractor digits-classifier --images 4096",
+        _fid,
+    )
+    parser.add_argument("model", metavar="MODEL", type=Path, help="safetensors or EDM pickle")
+    parser.add_argument("--data", metavar="NAME", default="digits", help="reference data set")
+    parser.add_argument("--images", metavar="N", type=int, default=50_000, help="how many to draw")
+    parser.add_argument("--batch", metavar="N", type=int, default=128, help="images at a time")
+    parser.add_argument(
+        "--extractor",
+        default="inception",
+        help="inception, torchscript:FILE (uint8 [B,3,H,W] to [B,d]) or digits-classifier",
+    )
+    parser.add_argument(
+        "--cache", metavar="DIR", type=Path, default=Path("runs/cache"), help="of statistics"
+    )
+    _add_grid(parser)
+
+
+def _teacher(options: argparse.Namespace) -> None:
+    dataset = load_dataset(options.data)
+    config = TeacherConfig(
+        images=round(options.kimg * 1000),
+        batch=options.batch,
+        lr=options.lr,
+        seed=options.seed,
+        network={
+            "model_channels": options.channels,
+            "channel_mult": tuple(options.mult),
+            "num_blocks": options.blocks,
+            "attn_resolutions": (),
+            "dropout": 0.0,
+        },
+    )
+    show = _Progress()
+    unfinished = options.out.with_suffix(".training.safetensors")
+    teacher = train_teacher(
+        dataset,
+        config,
+        device=torch.device(options.device),
+        checkpoint=unfinished,
+        on_iteration=lambda done, total, loss: show(done, total, f"loss {loss:.3f}"),
+    )
+    metadata = {"kind": "teacher", "data": dataset.name, "training": asdict(config)}
+    save_denoiser(options.out, teacher, metadata)
+    unfinished.unlink(missing_ok=True)
+    print(f"{options.out} sha256 {denoiser_sha256(teacher)[:16]}")
+
+
+def _distill(options: argparse.Namespace) -> None:
+    teacher = load_denoiser(options.teacher)[0].to(options.device)
+    sampler = _sampler(options)
+    grid = IntervalGrid(
+        num_intervals=sampler.num_intervals,
+        substeps=options.substeps,
+        afs=options.afs,
+        schedule=sampler.schedule,
+    )
+    num_branches = 1 if options.method == "sfd" else options.substeps
+    weights = LogLinearWeights(a=options.a, b=options.b)(num_branches)
+    if options.method == "sfd" and (options.a or options.b):
+        raise InputError(
+            f"--method sfd has one output and no branch weights, got --a {options.a} "
+            f"--b {options.b}; drop them or use --method sfd-bdense"
+        )
+    config = SFDConfig(
+        num_branches=num_branches,
+        images=round(options.kimg * 1000),
+        lr=options.lr,
+        seed=options.seed,
+    )
+    trajectories = LiveTrajectories(
+        teacher=teacher,
+        grid=grid,
+        solver=make_solver(options.solver, order=options.order),
+        batch=options.batch,
+        count=config.iterations(options.batch),
+        seed=options.seed,
+    )
+    show = _Progress()
+
+    def on_iteration(done: IterationReport) -> None:
+        loss = float((done.branch_losses * weights).sum(-1).mean())
+        show(done.iteration + 1, done.iterations, f"loss {loss:.4g}")
+
+    unfinished = options.out.with_suffix(".training.safetensors")
+    branched = distill(
+        teacher, trajectories, config, weights, checkpoint=unfinished, on_iteration=on_iteration
+    )
+    metadata = {
+        "kind": "student",
+        "method": options.method,
+        "weights": weights.tolist(),
+        "training": asdict(config),
+        "teacher_sha256": denoiser_sha256(teacher),
+        "sampler": sampler.describe(),
+    }
+    save_denoiser(options.out, export_branch(branched), metadata)
+    unfinished.unlink(missing_ok=True)
+    print(f"{options.out} NFE {sampler.nfe}")
+
+
+def _sample(options: argparse.Namespace) -> None:
+    model, metadata = load_denoiser(options.model)
+    images = draw_images(
+        model.to(options.device),
+        _sampler(options, metadata.get("sampler")),
+        options.images,
+        seed=options.seed,
+        batch=options.batch,
+    )
+    save_grid(images, options.out, options.columns)
+    print(options.out)
+
+
+def _fid(options: argparse.Namespace) -> None:
+    device = torch.device(options.device)
+    model, metadata = load_denoiser(options.model)
+    dataset = load_dataset(options.data)
+    extractor = load_extractor(options.extractor, cache=options.cache, device=device)
+    reference = reference_statistics(dataset, extractor, cache=options.cache)
+    sampler, show = _sampler(options, metadata.get("sampler")), _Progress()
+    images = draw_images(
+        model.to(device),
+        sampler,
+        options.images,
+        seed=options.seed,
+        batch=options.batch,
+        on_image=lambda done: show(done, options.images, "images drawn"),
+    )
+    fid = FID(
+        value=frechet_distance(feature_statistics(images, extractor), reference),
+        images=len(images),
+        reference=dataset.name,
+        reference_images=reference.count,
+        extractor=extractor.name,
+        extractor_sha256=extractor.sha256,
+        nfe=sampler.nfe,
+        seeds={"evaluation": options.seed},
+    )
+    print(json.dumps(fid.as_dict()))
+
+
+def _sampler(options: argparse.Namespace, stored: dict[str, object] | None = None) -> Sampler:
+    """The model's own sampler where it has one, else the one the options describe."""
+    if stored is not None:
+        return sampler_from(stored)
+    return Sampler(
+        num_intervals=options.nfe + (1 if options.afs else 0),
+        afs=options.afs,
+        schedule=Schedule(
+            kind=options.schedule,
+            rho=options.rho,
+            sigma_min=options.sigma_min,
+            sigma_max=options.sigma_max,
+        ),
+    )
+
+
+class _Progress:
+    """A line on stderr every two seconds."""
+
+    def __init__(self) -> None:
+        self._started = self._shown = time.monotonic()
+
+    def __call__(self, done: int, total: int, remark: str) -> None:
+        now = time.monotonic()
+        if now - self._shown < SHOW_SECONDS and done < total:
+            return
+        self._shown = now
+        left = (now - self._started) / done * (total - done)
+        sys.stderr.write(f"{done}/{total}, {remark}, about {left:.0f} s left\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

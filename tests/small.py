@@ -1,0 +1,45 @@
+"""A small teacher with weights that are not near zero, and what goes with it."""
+
+import torch
+
+from bdense.denoiser import EDMPrecond
+from bdense.networks import SongUNet, SongUNetConfig
+from bdense.solvers import DPMSolverPP
+from bdense.trajectories import IntervalGrid, LiveTrajectories
+
+
+def small_teacher(*, dropout: float = 0.0, seed: int = 0, channels: int = 1) -> EDMPrecond:
+    """An untrained 8 x 8 network whose blocks, near the identity at first, are made to matter."""
+    config = SongUNetConfig(
+        img_resolution=8,
+        img_channels=channels,
+        model_channels=8,
+        channel_mult=(1, 2),
+        num_blocks=1,
+        attn_resolutions=(),
+        dropout=dropout,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        teacher = EDMPrecond(SongUNet(config)).eval()
+        with torch.no_grad():
+            for parameter in teacher.parameters():
+                if parameter.dim() == 4 and parameter.abs().max() < 1e-3:
+                    parameter.mul_(1e5)
+    return teacher
+
+
+def small_trajectories(
+    teacher: EDMPrecond, *, count: int = 4, batch: int = 4, substeps: int = 4, afs: bool = True
+) -> LiveTrajectories:
+    """Live trajectories at NFE 2."""
+    grid = IntervalGrid(num_intervals=3 if afs else 2, substeps=substeps, afs=afs)
+    return LiveTrajectories(
+        teacher=teacher, grid=grid, solver=DPMSolverPP(), batch=batch, count=count, seed=7
+    )
+
+
+def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    """Equal bit for bit."""
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)

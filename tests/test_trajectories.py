@@ -1,0 +1,108 @@
+"""Recorded trajectories: the same numbers as live ones, whole files, bounded size."""
+
+import numpy as np
+import pytest
+import torch
+
+from bdense.errors import CheckpointError, InputError
+from bdense.sfd import SFDConfig, distill
+from bdense.solvers import Euler
+from bdense.trajectories import LiveTrajectories, TrajectoryStore
+from bdense.weights import LogLinearWeights
+from tests.small import same_weights, small_teacher, small_trajectories
+
+
+def test_students_of_recorded_and_live_trajectories_are_the_same_bit_for_bit(tmp_path):
+    teacher = small_teacher()
+    live = small_trajectories(teacher, count=4)
+    recorded = TrajectoryStore(live, tmp_path).record()
+    train = SFDConfig(num_branches=4, images=16, lr=1e-3)
+    weights = LogLinearWeights(a=1.0)(4)
+    assert same_weights(
+        distill(teacher, recorded, train, weights), distill(teacher, live, train, weights)
+    )
+
+
+def test_float16_costs_half_and_is_another_run(tmp_path):
+    live = small_trajectories(small_teacher(), count=2)
+    single = TrajectoryStore(live, tmp_path)
+    half = TrajectoryStore(live, tmp_path, "float16")
+    assert (single.nbytes, half.nbytes) == (2 * 8 * 4 * 64 * 4, 2 * 8 * 4 * 64 * 2)
+    assert single.folder != half.folder
+    states, exact = half.record()[1].states, live[1].states
+    assert 0 < (states - exact).abs().max() < 1e-3 * exact.abs().max()
+    assert half.open().describe() != live.describe()
+
+
+def test_size_on_disk_is_the_size_announced(tmp_path):
+    store = TrajectoryStore(small_trajectories(small_teacher(), count=3), tmp_path)
+    store.record()
+    data = sum(path.stat().st_size for path in store.folder.glob("*.npy"))
+    headers = 128 * store.num_shards
+    assert data == store.nbytes + headers
+
+
+def test_a_store_is_recorded_once_and_by_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr("bdense.trajectories.SHARD_BYTES", 20_000)
+    live = small_trajectories(small_teacher(), count=5)
+    store = TrajectoryStore(live, tmp_path)
+    assert (store.shard_length, store.num_shards) == (2, 3)
+    store.record_shard(1)
+    stamp = store.shard_path(1).stat().st_mtime_ns
+    assert store.missing() == [0, 2]
+    done = []
+    recorded = store.record(done.append)
+    assert done == [1, 2, 3]
+    assert store.shard_path(1).stat().st_mtime_ns == stamp
+    for i in range(5):
+        assert torch.equal(recorded[i].states, live[i].states)
+        assert torch.equal(recorded[i].start, live[i].start)
+    with pytest.raises(IndexError):
+        recorded[5]
+
+
+def test_whatever_changes_the_numbers_changes_the_folder(tmp_path):
+    teacher = small_teacher()
+    base = small_trajectories(teacher)
+    others = [
+        small_trajectories(small_teacher(seed=1)),
+        small_trajectories(teacher, batch=5),
+        small_trajectories(teacher, count=5),
+        small_trajectories(teacher, substeps=3),
+        LiveTrajectories(
+            teacher=teacher, grid=base.grid, solver=Euler(), batch=4, count=4, seed=7
+        ),
+        LiveTrajectories(
+            teacher=teacher, grid=base.grid, solver=base.solver, batch=4, count=4, seed=8
+        ),
+    ]
+    folders = {TrajectoryStore(live, tmp_path).folder for live in [base, *others]}
+    assert len(folders) == 7
+    assert TrajectoryStore(small_trajectories(teacher), tmp_path).folder in folders
+
+
+def test_a_broken_store_says_what_to_do(tmp_path):
+    store = TrajectoryStore(small_trajectories(small_teacher()), tmp_path)
+    with pytest.raises(CheckpointError, match="1 of 1 trajectory shards are missing"):
+        store.open()
+    store.record()
+    whole = store.shard_path(0).read_bytes()
+    store.shard_path(0).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="delete it to record it again"):
+        store.open()
+    with store.shard_path(0).open("wb") as file:
+        np.save(file, np.zeros((1, 2), np.float32))
+    with pytest.raises(CheckpointError, match=r"holds float32 \(1, 2\), expected float32 \(4, 8"):
+        store.open()
+
+
+def test_size_is_refused_before_it_is_spent(tmp_path):
+    store = TrajectoryStore(small_trajectories(small_teacher()), tmp_path)
+    with pytest.raises(InputError, match=r"raise trajectories\.max_gib"):
+        store.require_room(max_bytes=1000)
+    huge = TrajectoryStore(small_trajectories(small_teacher(), count=10**12), tmp_path)
+    with pytest.raises(InputError, match=r"make room or set trajectories\.mode to live"):
+        huge.require_room()
+    assert not store.folder.exists()
+    with pytest.raises(InputError, match="dtype 'int8' is unknown"):
+        TrajectoryStore(small_trajectories(small_teacher()), tmp_path, "int8")

@@ -28,7 +28,9 @@ from bdense.randomness import Stream, generator
 from bdense.schedules import Schedule
 from bdense.solvers import Solver, trajectory
 
-SHARD_BYTES = 32 * 2**20
+# A shard is what a worker records at once and loses when it dies.
+MAX_SHARD_BYTES = 32 * 2**20
+MIN_SHARDS = 16
 STORED_DTYPES = ("float32", "float16")
 
 
@@ -208,7 +210,8 @@ class TrajectoryStore:
     @property
     def shard_length(self) -> int:
         """Iterations in a shard (the last may hold fewer)."""
-        return max(1, SHARD_BYTES * self.live.count // max(self.nbytes, 1))
+        fit = MAX_SHARD_BYTES * self.live.count // self.nbytes
+        return max(1, min(fit, -(-self.live.count // MIN_SHARDS)))
 
     @property
     def num_shards(self) -> int:

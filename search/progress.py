@@ -71,8 +71,11 @@ class Display:
         elif now.baselines:
             text += f", plain SFD {next(iter(now.baselines.values()))['fid']:.3f}"
         if done > self._done_at_start:
-            rate = (time.monotonic() - self._trials_started) / (done - self._done_at_start)
-            text += f", about {duration(rate * (total - done))} left"
+            # What runs counts as half done; without it the first estimate is twice too long.
+            half = len(running) / 2
+            spent = time.monotonic() - self._trials_started
+            left = spent / (done - self._done_at_start + half) * max(total - done - half, 0)
+            text += f", about {duration(left)} left"
         if running:
             text += f"; {len(running)} running: {running[0].progress or 'starting'}"
         self._show(text, f"trials {done}", is_last=False)

@@ -13,16 +13,18 @@ import shutil
 import tempfile
 import threading
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+from optuna.exceptions import ExperimentalWarning
 from ray import tune
 
 from bdense.errors import BdenseError, InputError
-from search.errors import SpecChangedError, WorkersFailedError
+from search.errors import SpecChangedError, UnknownStudyError, WorkersFailedError
 from search.ledger import Counts, Ledger
 from search.slots import (
     SPEC_KEY,
@@ -83,10 +85,8 @@ def open_study(spec: StudySpec, url: str) -> Ledgers:
 def _refuse_other_conditions(spec: StudySpec, url: str) -> None:
     try:
         stored = Ledger.open(url, spec.name, budget=None).study.user_attrs
-    except InputError as error:
-        if type(error).__name__ == "UnknownStudyError":
-            return
-        raise
+    except UnknownStudyError:
+        return
     if CONDITIONS_KEY not in stored:
         return  # created a moment ago by a launcher that has not got further yet
     old, new = json.loads(stored[CONDITIONS_KEY]), spec.conditions()
@@ -114,7 +114,9 @@ def _store_spec(ledger: Ledger, spec: StudySpec) -> None:
     study.set_user_attr(CONDITIONS_KEY, json.dumps(spec.conditions()))
     study.set_user_attr(FINGERPRINT_KEY, spec.fingerprint())
     study.set_user_attr(SPEC_KEY, json.dumps(new))
-    study.set_metric_names(["FID"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        study.set_metric_names(["FID"])
 
 
 _RECORDED_BY_THE_LEDGER = (

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from bdense.errors import BdenseError, InputError
-from search.errors import LeaseLostError
+from search.errors import LeaseLostError, StorageError
 from search.ledger import Claim, Done, Ledger
+from search.report import copy_baselines
 from search.space import baseline_space, make_sampler, search_space
 from search.spec import StudySpec
 from search.storage import redact, resolve_storage_url
@@ -24,6 +25,7 @@ _log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 MAX_STARTS = 3
+PATIENCE_SECONDS = 300.0
 SPEC_KEY = "spec"
 
 
@@ -149,9 +151,9 @@ def _work(config: Mapping[str, Any], mark: Path) -> int:
     from search.trial import work_on
 
     url = worker_storage(config["storage"])
-    main = Ledger.open(url, config["study"], budget=None)
+    main = _open_patiently(url, config["study"])
     spec = StudySpec.model_validate(json.loads(main.study.user_attrs[SPEC_KEY]))
-    baselines = Ledger.open(url, spec.baselines_name, budget=None)
+    baselines = _open_patiently(url, spec.baselines_name)
     assets = load(spec, use_device(spec))
 
     def claim_next() -> tuple[Ledger, Claim] | None:
@@ -180,7 +182,21 @@ def _work(config: Mapping[str, Any], mark: Path) -> int:
             _log.warning("%s", error)
             continue
         finished += 1
+        if claimed[0] is baselines:
+            copy_baselines(main, url)
     return finished
+
+
+def _open_patiently(url: str, study: str) -> Ledger:
+    """Open a ledger on a database that may just be restarting."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            return Ledger.open(url, study, budget=None)
+        except StorageError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(POLL_SECONDS)
 
 
 def _count_start(mark: Path) -> int:

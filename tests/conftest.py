@@ -87,3 +87,15 @@ def postgres() -> Iterator[Postgres]:
     finally:
         running.control("stop", "-m", "immediate")
         shutil.rmtree(data.parent)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many checks against golden files ran, and how many could not yet."""
+    ran, skipped = (
+        [report for report in terminalreporter.getreports(outcome) if "golden" in report.keywords]
+        for outcome in ("passed", "skipped")
+    )
+    if ran or skipped:
+        terminalreporter.write_line(
+            f"golden files: {len(ran)} ran, {len(skipped)} skipped (reasons above)"
+        )

@@ -1,6 +1,7 @@
 """SFD and B-DENSE: contracts that need no golden file."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -56,9 +57,10 @@ def test_b_is_inert_under_adam():
     """Scaling all weights by 8, an exact power of two, moves no float64 student by 1e-6."""
     teacher = small_teacher().double()
     trajectories = small_trajectories(teacher)
+    train = SFDConfig(num_branches=4, images=16, lr=5e-5)
     students = [
-        distill(teacher, trajectories, config(), LogLinearWeights(a=0.8, b=b)(4))
-        for b in (-2.0, -2.0 + 3 * torch.log(torch.tensor(2.0, dtype=torch.float64)).item())
+        distill(teacher, trajectories, train, LogLinearWeights(a=0.8, b=b)(4))
+        for b in (-2.0, -2.0 + 3 * math.log(2))
     ]
     for p, q in zip(students[0].parameters(), students[1].parameters(), strict=True):
         assert (p - q).abs().max() < 1e-6
@@ -66,7 +68,7 @@ def test_b_is_inert_under_adam():
         (p - q).abs().max()
         for p, q in zip(export_branch(students[0]).parameters(), teacher.parameters(), strict=True)
     )
-    assert moved > 1e-3
+    assert moved > 1e-4
 
 
 @pytest.mark.parametrize("afs", [True, False])

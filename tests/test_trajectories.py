@@ -43,7 +43,7 @@ def test_size_on_disk_is_the_size_announced(tmp_path):
 
 
 def test_a_store_is_recorded_once_and_by_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("bdense.trajectories.SHARD_BYTES", 20_000)
+    monkeypatch.setattr("bdense.trajectories.MIN_SHARDS", 3)
     live = small_trajectories(small_teacher(), count=5)
     store = TrajectoryStore(live, tmp_path)
     assert (store.shard_length, store.num_shards) == (2, 3)
@@ -83,7 +83,7 @@ def test_whatever_changes_the_numbers_changes_the_folder(tmp_path):
 
 def test_a_broken_store_says_what_to_do(tmp_path):
     store = TrajectoryStore(small_trajectories(small_teacher()), tmp_path)
-    with pytest.raises(CheckpointError, match="1 of 1 trajectory shards are missing"):
+    with pytest.raises(CheckpointError, match="4 of 4 trajectory shards are missing"):
         store.open()
     store.record()
     whole = store.shard_path(0).read_bytes()
@@ -92,7 +92,7 @@ def test_a_broken_store_says_what_to_do(tmp_path):
         store.open()
     with store.shard_path(0).open("wb") as file:
         np.save(file, np.zeros((1, 2), np.float32))
-    with pytest.raises(CheckpointError, match=r"holds float32 \(1, 2\), expected float32 \(4, 8"):
+    with pytest.raises(CheckpointError, match=r"holds float32 \(1, 2\), expected float32 \(1, 8"):
         store.open()
 
 

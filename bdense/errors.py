@@ -29,15 +29,20 @@ class NonFiniteLossError(NonFiniteError):
     """A loss or a gradient is not finite; the run stops instead of repairing it."""
 
     def __init__(
-        self, what: str, *, iteration: int, interval: int, branch: int | None = None
+        self,
+        what: str,
+        *,
+        iteration: int,
+        interval: int | None = None,
+        branch: int | None = None,
     ) -> None:
-        where = f"iteration {iteration}, interval {interval}"
+        where, remedy = f"iteration {iteration}", "lower the learning rate"
+        if interval is not None:
+            where += f", interval {interval}"
+            remedy += " or the largest branch weight"
         if branch is not None:
             where += f", branch {branch}"
-        super().__init__(
-            f"{what} is not finite at {where}; "
-            "lower the learning rate or the largest branch weight"
-        )
+        super().__init__(f"{what} is not finite at {where}; {remedy}")
         self.iteration = iteration
         self.interval = interval
         self.branch = branch

@@ -4,6 +4,7 @@ B batch, C channels, H x W pixels.
 """
 
 import copy
+import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -102,13 +103,14 @@ def train_teacher(
         The averaged denoiser, in eval mode.
 
     Raises:
-        NonFiniteLossError: The loss is not finite.
+        NonFiniteLossError: A loss or gradient is not finite; no update was made from it.
     """
     images = dataset.float_images().to(device)
     denoiser = new_denoiser(config, images.shape[1:]).to(device)
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=config.lr, fused=True)
-    identity = {"config": asdict(config), "data": dataset.sha256}
+    # As a checkpoint gives it back, where a tuple has become a list.
+    identity = json.loads(json.dumps({"config": asdict(config), "data": dataset.sha256}))
     first = _resume(checkpoint, denoiser, ema, optimizer, identity) if checkpoint else 0
     decay = 0.5 ** (config.batch / config.ema_halflife_images)
     last_save = time.monotonic()
@@ -122,9 +124,7 @@ def train_teacher(
             loss = denoising_loss(denoiser, *_batch(images, config, iteration)).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        value = float(loss.detach())
-        if value - value != 0.0:
-            raise NonFiniteLossError("the teacher's loss", iteration=iteration, interval=0)
+        value = _finite(loss, denoiser, iteration)
         optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(denoiser.parameters()), 1 - decay)
@@ -160,6 +160,16 @@ def _batch(images: Tensor, config: TeacherConfig, iteration: int) -> tuple[Tenso
     noise = torch.randn(clean.shape, generator=draw).to(images.device)
     normal = torch.randn(config.batch, generator=draw).to(images.device)
     return clean, noise, (config.p_mean + config.p_std * normal).exp()
+
+
+def _finite(loss: Tensor, denoiser: EDMPrecond, iteration: int) -> float:
+    """The loss, once it and the gradients are known to be finite."""
+    gradients = [p.grad for p in denoiser.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    for what, value in (("loss", loss), ("gradient", norm)):
+        if not bool(value.isfinite()):
+            raise NonFiniteLossError(f"the teacher's {what}", iteration=iteration)
+    return float(loss.detach())
 
 
 def _save(

@@ -100,7 +100,7 @@ def prepare_task(spec_json: str, threads: int) -> Iterator[Progress | Refusal]:
 
 
 def record_task(spec_json: str, part: int, parts: int) -> Iterator[Progress | Refusal]:
-    """Record every ``parts``-th missing shard of the trajectories, beginning with ``part``."""
+    """Record the missing shards whose number leaves the remainder ``part`` by ``parts``."""
     from bdense.data import load_dataset
     from search.assets import load_teacher, trajectory_store, use_device
 
@@ -110,8 +110,11 @@ def record_task(spec_json: str, part: int, parts: int) -> Iterator[Progress | Re
         teacher = load_teacher(spec, load_dataset(spec.data), device)
         store = trajectory_store(spec, teacher)
         size = f"{store.nbytes / 2**20:.0f} MiB on disk"
-        yield Progress(what="trajectories", done=0, total=store.num_shards, remark=size)
-        for shard in range(part, store.num_shards, parts):
+        # By number, not by place in the list: other tasks record while this one starts.
+        missing = [shard for shard in store.missing() if shard % parts == part]
+        if missing:
+            yield Progress(what="trajectories", done=0, total=store.num_shards, remark=size)
+        for shard in missing:
             store.record_shard(shard)
             done = store.num_shards - len(store.missing())
             yield Progress(what="trajectories", done=done, total=store.num_shards, remark=size)

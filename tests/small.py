@@ -1,4 +1,6 @@
-"""A small teacher with weights that are not near zero, and what goes with it."""
+"""Small teachers, and denoisers in closed form."""
+
+from dataclasses import dataclass, field
 
 import torch
 
@@ -43,3 +45,23 @@ def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     """Equal bit for bit."""
     left, right = a.state_dict(), b.state_dict()
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+@dataclass
+class GaussianDenoiser:
+    """The exact D(x; sigma) where every pixel is N(0, std^2): std^2 x / (std^2 + sigma^2).
+
+    The ODE then has the solution x(t) = x(T) sqrt((std^2 + t^2) / (std^2 + T^2)).
+    """
+
+    std: float = 1.0
+    asked: list[float] = field(default_factory=list)
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        self.asked.append(float(sigma))
+        return x * self.std**2 / (self.std**2 + sigma**2)
+
+    def solution(self, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+        """[n + 1, B, C, H, W] exact states at ``sigmas``, from x at the first of them."""
+        variance = self.std**2 + sigmas**2
+        return (variance / variance[0]).sqrt().view(-1, 1, 1, 1, 1) * x

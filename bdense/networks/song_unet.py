@@ -63,11 +63,13 @@ class SongUNetConfig:
         for name in ("img_resolution", "img_channels", "model_channels", "num_blocks"):
             if getattr(self, name) < 1:
                 raise InputError(f"SongUNet {name} must be at least 1, got {getattr(self, name)}")
-        if self.model_channels % 4 or not self.channel_mult:
+        if self.model_channels % 4 or not self.channel_mult or min(self.channel_mult) < 1:
             raise InputError(
-                f"SongUNet model_channels must be a multiple of 4 and channel_mult not empty, got "
-                f"{self.model_channels} and {list(self.channel_mult)}"
+                "SongUNet model_channels must be a multiple of 4 and channel_mult one or more "
+                f"numbers from 1 up, got {self.model_channels} and {list(self.channel_mult)}"
             )
+        if not 0 <= self.dropout <= 1:
+            raise InputError(f"SongUNet dropout must lie in 0..1, got {self.dropout}")
         halvings = 2 ** (len(self.channel_mult) - 1)
         if self.img_resolution % halvings:
             raise InputError(

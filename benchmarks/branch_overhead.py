@@ -1,0 +1,142 @@
+"""What B-DENSE's K branches add to plain SFD: time and peak memory of a training iteration."""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+
+import torch
+
+from bdense.denoiser import EDMPrecond
+from bdense.networks import SongUNet, SongUNetConfig
+from bdense.trajectories import Walk
+from benchmarks.branch_pieces import GRID, K, SyntheticTrajectories, measure_pieces
+from benchmarks.common import (
+    DIGITS_STUDY,
+    Paired,
+    interleave,
+    parser,
+    pick_device,
+    publish,
+    seconds_per_iteration,
+    synchronise,
+    table,
+    untrained_teacher,
+)
+from search.spec import read_spec
+
+# EDM's CIFAR-10 network with half of its channels and three blocks a level instead of four.
+CIFAR_LIKE = SongUNetConfig(
+    img_resolution=32, img_channels=3, model_channels=64, num_blocks=3, dropout=0.13
+)
+SIZES = ("8x8", "32x32")
+
+
+def main() -> None:
+    """Measure and print."""
+    given = _options()
+    device = pick_device(given.threads)
+    if given.peak_of:
+        size, branches = given.peak_of
+        print(json.dumps(_train_for_its_peak(size, int(branches), device)))
+        return
+    sections = [_section(size, device, given) for size in given.sizes]
+    reading = """\
+The trajectories are synthetic: both sides read the same K states an interval, so serving them
+is left out. Each piece was measured by itself, in turns, and counts once for each of the two
+trained intervals; what the pieces do not explain is noise or traffic between them. The aim is
+1.05 at 32x32."""
+    publish("branch_overhead", "\n\n".join([*sections, reading]), write=given.write)
+
+
+def _options() -> argparse.Namespace:
+    options = parser(__doc__)
+    options.add_argument("--sizes", nargs="+", choices=SIZES, default=SIZES, help="default: both")
+    options.add_argument("--pairs", type=int, default=9, help="blocks of each side (default: 9)")
+    options.add_argument(
+        "--iterations", type=int, default=3, help="training iterations a block (default: 3)"
+    )
+    options.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    options.add_argument("--peak-of", nargs=2, help=argparse.SUPPRESS)
+    return options.parse_args()
+
+
+def _setting(size: str, device: torch.device) -> tuple[EDMPrecond, SyntheticTrajectories]:
+    """Teacher and one synthetic batch of that size."""
+    torch.manual_seed(0)
+    if size == "8x8":
+        teacher, batch = untrained_teacher(read_spec(DIGITS_STUDY), device), 128
+    else:
+        teacher = EDMPrecond(SongUNet(CIFAR_LIKE)).to(device).eval()
+        batch = 128 if device.type == "cuda" else 8
+    shape = (batch, *teacher.image_shape)
+    start = 80 * torch.randn(shape, device=device)
+    states = torch.randn(GRID.num_rows, *shape, device=device)
+    return teacher, SyntheticTrajectories(Walk(start, states))
+
+
+def _section(size: str, device: torch.device, given: argparse.Namespace) -> str:
+    # Before this process grows: a child on Linux inherits its parent's peak as its own least.
+    peaks = [_peak(size, branches, device, given.threads) for branches in (1, K)]
+    teacher, trajectories = _setting(size, device)
+    parameters = sum(p.numel() for p in teacher.parameters())
+    whole = interleave(
+        lambda: seconds_per_iteration(teacher, trajectories, K, given.iterations),
+        lambda: seconds_per_iteration(teacher, trajectories, 1, given.iterations),
+        given.pairs,
+    )
+    pieces = measure_pieces(teacher, trajectories)
+    rows = [
+        ["whole iteration", *_cells(whole)],
+        *[[f"of it: {name}", *_cells(piece)] for name, piece in pieces.items()],
+    ]
+    explained = sum(piece.difference for piece in pieces.values())
+    plain, branched = (peak["peak"] for peak in peaks)
+    own = [(peak["peak"] - peak["before"]) / 2**20 for peak in peaks]
+    kind = "GPU memory allocated" if device.type == "cuda" else "resident memory of a process"
+    return f"""\
+## {size}, batch {trajectories.batch}, {parameters / 1e6:.2f} M parameters, \
+dropout {teacher.model.config.dropout}
+
+{table(["ms", f"B-DENSE, K = {K}", "plain SFD", "ratio", "difference"], rows)}
+
+**B-DENSE / plain = {whole.ratio:.3f}** (median of {len(whole.first)} pairs; {whole.spread()}). \
+The pieces explain {1e3 * explained:.2f} of {1e3 * whole.difference:.2f} ms.
+
+Peak {kind}: {branched / 2**20:.0f} MiB with branches, \
+{plain / 2**20:.0f} MiB plain, ratio {branched / plain:.3f};
+training alone, without what was there before it: {own[1]:.0f} and {own[0]:.0f} MiB, ratio \
+{own[1] / own[0]:.3f}."""
+
+
+def _cells(piece: Paired) -> list[str]:
+    branched, plain = (f"{1e3 * seconds:.2f}" for seconds in piece.seconds)
+    return [branched, plain, f"{piece.ratio:.3f}", f"{1e3 * piece.difference:+.2f}"]
+
+
+def _peak(size: str, branches: int, device: torch.device, threads: int) -> dict[str, int]:
+    """Peak of a short training in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.branch_overhead", "--threads", str(threads)]
+    command += ["--peak-of", size, str(branches)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def _train_for_its_peak(size: str, branches: int, device: torch.device) -> dict[str, int]:
+    teacher, trajectories = _setting(size, device)
+    before = _used(device)
+    seconds_per_iteration(teacher, trajectories, branches, 2)
+    synchronise(device)
+    return {"before": before, "peak": _used(device)}
+
+
+def _used(device: torch.device) -> int:
+    """The most bytes so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()

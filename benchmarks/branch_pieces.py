@@ -1,0 +1,113 @@
+"""The pieces of a training iteration that K branches touch, each measured by itself."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bdense.branches import widen_head
+from bdense.denoiser import EDMPrecond
+from bdense.networks import SongUNet
+from bdense.sfd import branch_losses, branch_states
+from bdense.trajectories import IntervalGrid, Walk
+from benchmarks.common import Paired, interleave, seconds_per_call
+
+K = 4
+GRID = IntervalGrid(num_intervals=3, substeps=K)
+PAIRS, CALLS = 15, 10
+
+
+@dataclass(frozen=True, eq=False)
+class SyntheticTrajectories:
+    """One made-up batch served again and again, so that the student's cost alone is measured."""
+
+    walk: Walk
+    grid: IntervalGrid = GRID
+
+    @property
+    def batch(self) -> int:
+        return len(self.walk.start)
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, iteration: int) -> Walk:
+        return self.walk
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+
+class FreeNetwork(nn.Module):
+    """Stands where a SongUNet does and costs nothing: the same output, whatever comes in."""
+
+    def __init__(self, like: SongUNet) -> None:
+        super().__init__()
+        self.config, self.out_channels = like.config, like.out_channels
+        self.out: nn.Parameter | None = None
+
+    def forward(self, x: Tensor, *_: Tensor | None) -> Tensor:
+        if self.out is None:
+            b, _, h, w = x.shape
+            self.out = nn.Parameter(torch.randn(b, self.out_channels, h, w, device=x.device))
+        return self.out
+
+
+Piece = Callable[[EDMPrecond, Walk], Callable[[], object]]
+
+
+def measure_pieces(teacher: EDMPrecond, trajectories: SyntheticTrajectories) -> dict[str, Paired]:
+    """Seconds an iteration of what differs between K branches (first) and one (second)."""
+    walk = trajectories.walk
+    makers: dict[str, Piece] = {
+        "head convolution, forward and backward": _head,
+        "states and loss, forward and backward": _loss,
+        "Adam and the check of the gradients": _update,
+    }
+
+    def side(make: Piece, num_branches: int) -> Callable[[], float]:
+        work = make(widen_head(teacher, num_branches), walk)
+        return lambda: len(GRID.trained) * seconds_per_call(work, CALLS, walk.start.device)
+
+    return {name: interleave(side(make, K), side(make, 1), PAIRS) for name, make in makers.items()}
+
+
+def _head(student: EDMPrecond, walk: Walk) -> Callable[[], object]:
+    head = student.model.get_submodule(student.model.head_name)
+    x = walk.start
+    size = (len(x), head.in_channels, *x.shape[2:])
+    features = torch.randn(size, device=x.device, requires_grad=True)
+    gradient = torch.randn_like(head(features))
+
+    def work() -> None:
+        torch.autograd.grad(head(features), [features, *head.parameters()], gradient)
+
+    return work
+
+
+def _loss(student: EDMPrecond, walk: Walk) -> Callable[[], object]:
+    free = EDMPrecond(FreeNetwork(student.model))
+    levels, targets = GRID.interval(1), walk.states[:K]
+
+    def work() -> None:
+        losses = branch_losses(branch_states(free, walk.start, levels), targets)
+        torch.autograd.grad(losses.sum(), free.model.out)
+
+    return work
+
+
+def _update(student: EDMPrecond, walk: Walk) -> Callable[[], object]:
+    parameters = list(student.parameters())
+    gradients = [torch.randn_like(p) for p in parameters]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    optimizer = torch.optim.Adam(parameters, lr=5e-5, fused=True)
+
+    def work() -> None:
+        torch.nn.utils.get_total_norm(gradients, foreach=True).cpu()
+        optimizer.step()
+
+    return work

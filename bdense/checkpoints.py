@@ -52,8 +52,11 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} is a safetensors file without a {HEADER_KEY!r} header; this project did not "
             f"write it (header keys: {sorted(header)})"
         )
-    metadata: dict[str, Any] = json.loads(header[HEADER_KEY])
-    if metadata.pop("format") != FORMAT:
+    try:
+        metadata = json.loads(header[HEADER_KEY])
+    except json.JSONDecodeError:
+        metadata = None
+    if not isinstance(metadata, dict) or metadata.pop("format", None) != FORMAT:
         raise CheckpointError(f"{path} has a format this version does not read; upgrade bdense")
     return tensors, metadata
 

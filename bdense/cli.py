@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; 0 done, 1 failed, 2 a mistake of the user's, 130 interrupted."""
     options = _parser().parse_args(arguments)
     try:
-        torch.set_num_threads(options.threads or torch.get_num_threads())
+        _use_device(options)
         options.run(options)
     except InputError as error:
         sys.stderr.write(f"bdense: {error}\n")
@@ -48,6 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("\ninterrupted; the same command carries on from the last checkpoint\n")
         return INTERRUPTED
     return 0
+
+
+def _use_device(options: argparse.Namespace) -> None:
+    threads = getattr(options, "threads", torch.get_num_threads())
+    if threads < 1:
+        raise InputError(f"--threads must be at least 1, got {threads}")
+    torch.set_num_threads(threads)
+    available = torch.cuda.is_available()
+    if options.device == "cuda" and not available:
+        raise InputError("--device cuda: torch sees no GPU here; use --device cpu")
+    if options.device == "auto":
+        options.device = "cuda" if available else "cpu"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,13 +93,17 @@ def _verb(
     )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of every random draw")
     parser.add_argument(
-        "--threads", metavar="N", type=int, default=None, help="CPU threads; None is torch's own"
+        "--threads",
+        metavar="N",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="CPU threads (default: one for each core)",
     )
     parser.add_argument(
         "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        choices=("cpu", "cuda"),
-        help="where to compute",
+        default="auto",
+        choices=("auto", "cpu", "cuda"),
+        help="where to compute; auto is a GPU where there is one",
     )
     parser.set_defaults(run=run)
     return parser
@@ -112,7 +128,7 @@ def _add_teacher(verbs: Verbs) -> None:
         "--mult", metavar="N", type=int, nargs="+", default=[1, 2], help="multiplier of each level"
     )
     parser.add_argument("--blocks", metavar="N", type=int, default=1, help="blocks a level")
-    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="safetensors")
+    _add_out(parser, "safetensors file to write")
 
 
 def _add_distill(verbs: Verbs) -> None:
@@ -136,7 +152,14 @@ def _add_distill(verbs: Verbs) -> None:
     parser.add_argument("--kimg", type=float, default=200, help="training length, 1000 images")
     parser.add_argument("--batch", metavar="N", type=int, default=128, help="images an iteration")
     parser.add_argument("--lr", type=float, default=5e-5, help="Adam's step size; later a tenth")
-    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="safetensors")
+    _add_out(parser, "safetensors file to write")
+
+
+def _add_out(parser: argparse.ArgumentParser, what: str) -> None:
+    # No default to show: the option is required.
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, required=True, default=argparse.SUPPRESS, help=what
+    )
 
 
 def _add_grid(parser: argparse.ArgumentParser) -> None:
@@ -165,7 +188,7 @@ def _add_sample(verbs: Verbs) -> None:
     parser.add_argument("--images", metavar="N", type=int, default=64, help="how many")
     parser.add_argument("--columns", metavar="N", type=int, default=16, help="of the grid")
     parser.add_argument("--batch", metavar="N", type=int, default=128, help="images at a time")
-    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="PNG")
+    _add_out(parser, "PNG file to write")
     _add_grid(parser)
 
 

@@ -54,7 +54,16 @@ class Sampler:
         return solve(self.solver, model, levels[0] * noise, levels)
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able; ``sampler_from`` reads it back. Only Euler, the students' solver."""
+        """JSON-able; ``sampler_from`` reads it back.
+
+        Raises:
+            InputError: The solver is not Euler, the only one that students are trained for.
+        """
+        if not isinstance(self.solver, Euler):
+            raise InputError(
+                f"a student's sampler is kept with euler alone, got {self.solver}; "
+                "students are trained for Euler steps"
+            )
         return {
             "num_intervals": self.num_intervals,
             "afs": self.afs,

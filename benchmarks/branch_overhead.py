@@ -5,6 +5,7 @@ import json
 import resource
 import subprocess
 import sys
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -31,6 +32,25 @@ CIFAR_LIKE = SongUNetConfig(
     img_resolution=32, img_channels=3, model_channels=64, num_blocks=3, dropout=0.13
 )
 SIZES = ("8x8", "32x32")
+PEAK_RUNS = 3
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Peak:
+    """Most bytes of a process in all, and most bytes before its training began."""
+
+    peak: int
+    before: int
+
+    @property
+    def mib(self) -> float:
+        """In all."""
+        return self.peak / 2**20
+
+    @property
+    def own(self) -> float:
+        """MiB that training added."""
+        return (self.peak - self.before) / 2**20
 
 
 def main() -> None:
@@ -39,9 +59,11 @@ def main() -> None:
     device = pick_device(given.threads)
     if given.peak_of:
         size, branches = given.peak_of
-        print(json.dumps(_train_for_its_peak(size, int(branches), device)))
+        print(json.dumps(asdict(_train_for_its_peak(size, int(branches), device))))
         return
-    sections = [_section(size, device, given) for size in given.sizes]
+    # Before this process grows: a child on Linux inherits its parent's peak as its own least.
+    peaks = {size: _peaks(size, given.threads) for size in given.sizes}
+    sections = [_section(size, device, given, peaks[size]) for size in given.sizes]
     reading = """\
 The trajectories are synthetic: both sides read the same K states an interval, so serving them
 is left out. Each piece was measured by itself, in turns, and counts once for each of the two
@@ -76,9 +98,9 @@ def _setting(size: str, device: torch.device) -> tuple[EDMPrecond, SyntheticTraj
     return teacher, SyntheticTrajectories(Walk(start, states))
 
 
-def _section(size: str, device: torch.device, given: argparse.Namespace) -> str:
-    # Before this process grows: a child on Linux inherits its parent's peak as its own least.
-    peaks = [_peak(size, branches, device, given.threads) for branches in (1, K)]
+def _section(
+    size: str, device: torch.device, given: argparse.Namespace, peaks: dict[int, Peak]
+) -> str:
     teacher, trajectories = _setting(size, device)
     parameters = sum(p.numel() for p in teacher.parameters())
     whole = interleave(
@@ -92,8 +114,6 @@ def _section(size: str, device: torch.device, given: argparse.Namespace) -> str:
         *[[f"of it: {name}", *_cells(piece)] for name, piece in pieces.items()],
     ]
     explained = sum(piece.difference for piece in pieces.values())
-    plain, branched = (peak["peak"] for peak in peaks)
-    own = [(peak["peak"] - peak["before"]) / 2**20 for peak in peaks]
     kind = "GPU memory allocated" if device.type == "cuda" else "resident memory of a process"
     return f"""\
 ## {size}, batch {trajectories.batch}, {parameters / 1e6:.2f} M parameters, \
@@ -104,10 +124,10 @@ dropout {teacher.model.config.dropout}
 **B-DENSE / plain = {whole.ratio:.3f}** (median of {len(whole.first)} pairs; {whole.spread()}). \
 The pieces explain {1e3 * explained:.2f} of {1e3 * whole.difference:.2f} ms.
 
-Peak {kind}: {branched / 2**20:.0f} MiB with branches, \
-{plain / 2**20:.0f} MiB plain, ratio {branched / plain:.3f};
-training alone, without what was there before it: {own[1]:.0f} and {own[0]:.0f} MiB, ratio \
-{own[1] / own[0]:.3f}."""
+Peak {kind}: {peaks[K].mib:.0f} MiB with branches, {peaks[1].mib:.0f} MiB plain, ratio \
+{peaks[K].mib / peaks[1].mib:.3f};
+training alone, without what was there before it: {peaks[K].own:.0f} and {peaks[1].own:.0f} MiB, \
+ratio {peaks[K].own / peaks[1].own:.3f} (medians of {PEAK_RUNS} processes each)."""
 
 
 def _cells(piece: Paired) -> list[str]:
@@ -115,20 +135,24 @@ def _cells(piece: Paired) -> list[str]:
     return [branched, plain, f"{piece.ratio:.3f}", f"{1e3 * piece.difference:+.2f}"]
 
 
-def _peak(size: str, branches: int, device: torch.device, threads: int) -> dict[str, int]:
-    """Peak of a short training in a process of its own."""
+def _peaks(size: str, threads: int) -> dict[int, Peak]:
+    """The median peak of a short training in processes of its own, plain and with branches."""
     command = [sys.executable, "-m", "benchmarks.branch_overhead", "--threads", str(threads)]
-    command += ["--peak-of", size, str(branches)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+    found: dict[int, list[Peak]] = {1: [], K: []}
+    for _ in range(PEAK_RUNS):
+        for branches, peaks in found.items():
+            arguments = [*command, "--peak-of", size, str(branches)]
+            done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+            peaks.append(Peak(**json.loads(done.stdout)))
+    return {branches: sorted(peaks)[len(peaks) // 2] for branches, peaks in found.items()}
 
 
-def _train_for_its_peak(size: str, branches: int, device: torch.device) -> dict[str, int]:
+def _train_for_its_peak(size: str, branches: int, device: torch.device) -> Peak:
     teacher, trajectories = _setting(size, device)
     before = _used(device)
     seconds_per_iteration(teacher, trajectories, branches, 2)
     synchronise(device)
-    return {"before": before, "peak": _used(device)}
+    return Peak(_used(device), before)
 
 
 def _used(device: torch.device) -> int:

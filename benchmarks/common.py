@@ -170,7 +170,8 @@ def publish(
 """
     print(text)
     if write:
-        slug = re.sub(r"[^a-z0-9]+", "-", _machine().lower()).strip("-")
+        machine = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
+        slug = re.sub(r"[^a-z0-9]+", "-", machine.lower()).strip("-")
         path = RESULTS / f"{now:%Y-%m-%d}-{benchmark.replace('_', '-')}-{slug}.md"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -186,25 +187,13 @@ def _commit() -> str:
     return git("rev-parse", "--short", "HEAD") + (" with uncommitted changes" if changed else "")
 
 
-def _machine() -> str:
-    """What the result file is named after."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{_cores()} cores {_cpu()}"
-
-
 def _hardware() -> str:
-    cpu = f"{_cpu()}, {_cores()} cores, {torch.get_num_threads()} torch threads in use"
+    cpu = f"{_cpu()}, {torch.get_num_threads()} torch threads in use"
     return f"{torch.cuda.get_device_name()}; {cpu}" if torch.cuda.is_available() else cpu
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _cpu() -> str:
     info = Path("/proc/cpuinfo")
     models = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
-    return models[0].strip() if models else platform.processor() or platform.machine()
+    model = models[0].strip() if models else platform.processor() or platform.machine()
+    return f"{os.cpu_count()} cores {model}"

@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_status(verbs)
     _add_best(verbs)
     _add_dashboard(verbs)
+    _add_clean(verbs)
     return parser
 
 
@@ -155,6 +156,17 @@ def _add_dashboard(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
     parser.set_defaults(run=_dashboard)
 
 
+def _add_clean(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = _verb(
+        verbs,
+        "clean",
+        "delete a study's recorded trajectories; a later launch records them again",
+        "bdense-search clean digits-nfe2",
+    )
+    parser.add_argument("study", metavar="STUDY", help="a study's name or its YAML file")
+    parser.set_defaults(run=_clean)
+
+
 def _launch(options: argparse.Namespace) -> int:
     from search.engine import check
     from search.spec import read_spec
@@ -224,6 +236,23 @@ def _dashboard(options: argparse.Namespace) -> int:
     from search.dashboard import serve
 
     serve(resolve_storage_url(options.storage), port=options.port, writable=options.writable)
+    return 0
+
+
+def _clean(options: argparse.Namespace) -> int:
+    from search.ledger import Ledger
+    from search.slots import TRAJECTORIES_KEY
+
+    url = resolve_storage_url(options.storage)
+    study = Ledger.open(url, study_name(options.study), budget=None).study
+    folder = Path(study.user_attrs.get(TRAJECTORIES_KEY, ""))
+    shards = sorted(folder.glob("shard-*")) if folder.name else []
+    freed = sum(path.stat().st_size for path in shards)
+    for path in shards:
+        path.unlink()
+    if shards:
+        folder.rmdir()
+    print(f"{freed / 2**20:.1f} MiB of trajectories deleted")
     return 0
 
 

@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 POLL_SECONDS = 1.0
 MAX_STARTS = 3
 PATIENCE_SECONDS = 300.0
-SPEC_KEY = "spec"
+SPEC_KEY, TRAJECTORIES_KEY = "spec", "trajectories"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +149,7 @@ def slot(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _work(config: Mapping[str, Any], mark: Path) -> int:
-    from search.assets import load, use_device
+    from search.assets import load, trajectory_store, use_device
     from search.engine import excess_weight
     from search.trial import work_on
 
@@ -158,6 +158,9 @@ def _work(config: Mapping[str, Any], mark: Path) -> int:
     spec = StudySpec.model_validate(json.loads(main.study.user_attrs[SPEC_KEY]))
     baselines = _open_patiently(url, spec.baselines_name)
     assets = load(spec, use_device(spec))
+    if spec.trajectories.mode == "recorded":
+        folder = trajectory_store(spec, assets.teacher).folder.resolve()
+        main.study.set_user_attr(TRAJECTORIES_KEY, str(folder))
 
     def claim_next() -> tuple[Ledger, Claim] | None:
         """The next claim; baselines first, so that every trial has something to beat."""

@@ -65,7 +65,7 @@ def test_the_loss_of_an_untrained_network_is_one_at_every_level():
     clean, noise = (torch.randn(64, 1, 8, 8, generator=draw) for _ in range(2))
     for sigma in (0.02, 0.5, 20.0):
         loss = denoising_loss(silent_denoiser(), 0.5 * clean, noise, torch.full((64,), sigma))
-        assert loss.mean().item() == pytest.approx(1.0, abs=0.03)
+        assert loss.mean().item() == pytest.approx(1.0, abs=0.08)
 
 
 # ---- learning ----

@@ -100,6 +100,9 @@ def test_a_study_from_launch_to_best(workplace, calm_fids):
     changes = ledger(workplace).study.user_attrs["changes"]
     assert [(c["key"], c["old"], c["new"]) for c in changes] == [("budget", 3, 4)]
 
+    assert "5.0 MiB of trajectories deleted" in workplace.run("clean", "small").stdout
+    assert "0.0 MiB of trajectories deleted" in workplace.run("clean", "small").stdout
+
     changed = workplace.write(small_study(budget={"lr": 1e-3}))
     refused = workplace.run("launch", changed)
     assert refused.returncode == 2

@@ -1,0 +1,247 @@
+"""Checkpoints: what is written comes back, and what is no checkpoint is named."""
+
+import json
+import threading
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from bdense.branches import widen_head
+from bdense.checkpoints import (
+    adam_tensors,
+    denoiser_sha256,
+    load_denoiser,
+    load_tensors,
+    restore_adam,
+    save_denoiser,
+    save_tensors,
+)
+from bdense.errors import CheckpointError
+from bdense.files import atomic_write, file_lock, sha256_file
+from tests.goldens import discover
+from tests.small import same_weights, small_teacher
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "folder" / "model.safetensors"
+
+
+# ---- there and back ----
+
+
+def test_tensors_and_metadata_come_back(path):
+    tensors = {
+        "half": torch.tensor([0.5, -1.0], dtype=torch.float16),
+        "double": torch.tensor(1 / 3, dtype=torch.float64),
+        "transposed": torch.arange(6).view(2, 3).T,
+    }
+    metadata = {"kind": "test", "nested": {"list": [1, 2.5, None], "text": "Größe"}}
+    save_tensors(path, tensors, metadata)
+    found, facts = load_tensors(path)
+    assert facts == metadata
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+
+
+def test_the_metadata_is_json_in_the_files_header(path):
+    save_tensors(path, {"x": torch.zeros(1)}, {"kind": "test"})
+    with safe_open(path, framework="pt") as file:
+        assert json.loads(file.metadata()["bdense"]) == {"format": 1, "kind": "test"}
+
+
+@pytest.mark.parametrize("num_branches", [1, 4])
+def test_a_denoiser_comes_back_with_its_metadata(path, num_branches):
+    denoiser = widen_head(small_teacher(dropout=0.1, channels=3), num_branches).train()
+    save_denoiser(path, denoiser, {"kind": "student", "weights": [0.5, 2.0]})
+    loaded, metadata = load_denoiser(path)
+    assert metadata == {"kind": "student", "weights": [0.5, 2.0]}
+    assert loaded.describe() == denoiser.describe()
+    assert same_weights(loaded, denoiser)
+    assert not loaded.training
+
+
+def test_loading_leaves_the_callers_random_state_alone(path):
+    save_denoiser(path, small_teacher(), {})
+    torch.manual_seed(4)
+    expected = torch.rand(1)
+    torch.manual_seed(4)
+    load_denoiser(path)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_adam_goes_on_where_it_was(path):
+    """Two steps, saved, and a third; against three without a break."""
+
+    def step(module, optimizer):
+        optimizer.zero_grad()
+        module(torch.ones(1, 3)).square().sum().backward()
+        optimizer.step()
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        whole = torch.nn.Linear(3, 2)
+    adam = torch.optim.Adam(whole.parameters(), lr=0.1)
+    for _ in range(2):
+        step(whole, adam)
+    save_tensors(path, whole.state_dict() | adam_tensors(whole, adam), {})
+    step(whole, adam)
+
+    tensors = load_tensors(path)[0]
+    again = torch.nn.Linear(3, 2)
+    again.load_state_dict({name: tensors[name] for name in again.state_dict()})
+    resumed = torch.optim.Adam(again.parameters(), lr=0.1)
+    restore_adam(again, resumed, tensors)
+    assert resumed.state[again.weight]["step"].item() == 2
+    step(again, resumed)
+    assert same_weights(again, whole)
+
+
+def test_the_hash_is_of_architecture_and_weights():
+    one, same, other = small_teacher(), small_teacher(), small_teacher(seed=1)
+    assert denoiser_sha256(one) == denoiser_sha256(same)
+    assert denoiser_sha256(one) != denoiser_sha256(other)
+    assert denoiser_sha256(one) != denoiser_sha256(small_teacher(dropout=0.1))
+    assert denoiser_sha256(one) != denoiser_sha256(one.double())
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("file", discover("edm-song-tiny.nosrc.pkl"))
+def test_an_edm_pickle_becomes_the_denoiser_it_describes(file):
+    """Names and shapes are the reference's own list, and none of them is ours to add."""
+    expected = json.loads((file.parent / "edm-nets.json").read_text())["edm-song-tiny"]
+    denoiser, metadata = load_denoiser(file)
+    shapes = {name: list(value.shape) for name, value in denoiser.named_parameters()}
+    buffers = {name: list(value.shape) for name, value in denoiser.named_buffers()}
+    assert shapes | buffers == expected["state_dict"]
+    assert sum(p.numel() for p in denoiser.parameters()) == expected["params"]
+    assert denoiser.image_shape == (3, 16, 16)
+    assert denoiser.model.config.dropout == expected["init_kwargs"]["dropout"]
+    assert metadata == {"source": "edm-song-tiny.nosrc.pkl"}
+    assert not denoiser.training
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("file", discover("edm-song-tiny.nosrc.pkl"))
+def test_an_edm_pickle_may_be_kept_as_safetensors(file, path):
+    foreign = load_denoiser(file)[0]
+    save_denoiser(path, foreign, {})
+    assert denoiser_sha256(load_denoiser(path)[0]) == denoiser_sha256(foreign)
+
+
+# ---- what is no checkpoint ----
+
+
+def test_a_missing_file_is_named(tmp_path):
+    for name in ("none.safetensors", "none.pkl"):
+        with pytest.raises(CheckpointError, match=name):
+            load_denoiser(tmp_path / name)
+    with pytest.raises(CheckpointError, match="there is no checkpoint at"):
+        load_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_a_truncated_file_is_named(path, share):
+    save_denoiser(path, small_teacher(), {})
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read.*cut short"):
+        load_denoiser(path)
+
+
+def test_bytes_of_another_kind_are_named(path):
+    path.parent.mkdir()
+    path.write_text("name: not a checkpoint at all, but long enough to be one\n" * 20)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read as safetensors"):
+        load_denoiser(path)
+
+
+def test_a_foreign_safetensors_file_is_named(path):
+    path.parent.mkdir()
+    save_file({"weight": torch.zeros(2)}, path, metadata={"maker": "someone", "date": "today"})
+    with pytest.raises(CheckpointError, match=r"did not write it \(header keys: \['date', 'make"):
+        load_denoiser(path)
+    save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(CheckpointError, match=r"header keys: \[\]"):
+        load_denoiser(path)
+
+
+@pytest.mark.parametrize("header", ['{"format": 2}', "{}", "not JSON", "[1]"])
+def test_a_header_of_another_version_is_refused(path, header):
+    path.parent.mkdir()
+    save_file({"weight": torch.zeros(2)}, path, metadata={"bdense": header})
+    with pytest.raises(CheckpointError, match="a format this version does not read; upgrade"):
+        load_tensors(path)
+
+
+def test_a_file_of_ours_without_a_denoiser_is_named(path):
+    save_tensors(path, {"x": torch.zeros(1)}, {"kind": "sfd-training"})
+    with pytest.raises(CheckpointError, match="holds sfd-training, not a denoiser"):
+        load_denoiser(path)
+
+
+def test_weights_of_another_architecture_are_named(path):
+    teacher = small_teacher()
+    state = teacher.state_dict()
+    architecture = {"architecture": teacher.describe()}
+    head = f"model.{teacher.model.head_name}"
+
+    save_tensors(path, {k: v for k, v in state.items() if k != f"{head}.bias"}, architecture)
+    with pytest.raises(CheckpointError, match=rf"missing \['{head}\.bias'\], not expected \[\]"):
+        load_denoiser(path)
+
+    save_tensors(path, state | {"extra": torch.zeros(1)}, architecture)
+    with pytest.raises(CheckpointError, match=r"missing \[\], not expected \['extra'\]"):
+        load_denoiser(path)
+
+    wider = widen_head(teacher, 2).state_dict()
+    save_tensors(path, wider, architecture)
+    names = rf"of another shape \['{head}\.bias', '{head}\.weight'\]"
+    with pytest.raises(CheckpointError, match=names):
+        load_denoiser(path)
+
+
+# ---- files ----
+
+
+def test_an_error_leaves_the_old_file_alone(path):
+    save_tensors(path, {"x": torch.zeros(1)}, {"kind": "old"})
+
+    def write_half() -> None:
+        with atomic_write(path) as scratch:
+            scratch.write_text("half a fi")
+            raise RuntimeError("the disk is full")
+
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        write_half()
+    assert load_tensors(path)[1] == {"kind": "old"}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_file_appears_by_its_rename(path):
+    with atomic_write(path) as scratch:
+        scratch.write_text("whole")
+        assert scratch.parent == path.parent
+        assert not path.exists()
+    assert path.read_text() == "whole"
+    assert sha256_file(path) == "5d5766cf2d78701614200418ee1450690d9af12c84d52545e4802f001ad53099"
+
+
+def test_a_lock_is_held_by_one_at_a_time(tmp_path):
+    order = []
+
+    def second() -> None:
+        with file_lock(tmp_path / "lock"):
+            order.append("second")
+
+    other = threading.Thread(target=second)
+    with file_lock(tmp_path / "lock"):
+        other.start()
+        other.join(timeout=0.1)
+        order.append("first")
+    other.join()
+    assert order == ["first", "second"]

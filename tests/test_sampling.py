@@ -1,0 +1,226 @@
+"""From noise to images: exact on Gaussian data, counted, and the same in every batch."""
+
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from bdense.errors import InputError, NonFiniteError
+from bdense.randomness import Stream, derive_seed, generator, image_noise, seeded
+from bdense.sampling import (
+    Sampler,
+    draw_images,
+    image_grid,
+    sampler_from,
+    save_grid,
+    to_uint8,
+)
+from bdense.schedules import Schedule
+from bdense.solvers import DPMSolverPP, Euler
+from tests.small import GaussianDenoiser, small_teacher
+
+LOGSNR = Schedule(kind="logsnr")
+
+
+def noise(batch: int = 3) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(0)
+    return torch.randn(batch, 1, 4, 4, generator=draw, dtype=torch.float64)
+
+
+def numbered(count: int, channels: int = 1) -> torch.Tensor:
+    """[count, channels, 2, 3] uint8: image i holds 10 i + channel everywhere."""
+    values = 10 * torch.arange(count)[:, None] + torch.arange(channels)
+    return values.to(torch.uint8)[:, :, None, None].expand(-1, -1, 2, 3)
+
+
+# ---- walking ----
+
+
+def test_gaussian_noise_becomes_gaussian_data():
+    """D = x / (1 + t^2) leads from T z to T z sqrt((1 + s^2) / (1 + T^2))."""
+    sampler = Sampler(num_intervals=200, afs=False, schedule=LOGSNR, solver=DPMSolverPP())
+    images = sampler(GaussianDenoiser(), noise())
+    expected = 80 * noise() * math.sqrt((1 + 0.006**2) / (1 + 80**2))
+    torch.testing.assert_close(images, expected, rtol=1e-4, atol=0)
+
+
+def test_two_steps_of_a_student_by_hand():
+    """Euler multiplies x by 1 - (t - t') t / (1 + t^2) on N(0, 1)."""
+    schedule = Schedule(kind="polynomial", rho=1.0, sigma_min=1.0, sigma_max=5.0)
+    images = Sampler(num_intervals=2, afs=False, schedule=schedule)(GaussianDenoiser(), noise())
+    expected = 5 * noise() * (1 - 2 * 5 / 26) * (1 - 2 * 3 / 10)
+    torch.testing.assert_close(images, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_analytical_first_step_by_hand():
+    """Its slope x / sqrt(1 + t^2) replaces the first evaluation."""
+    schedule = Schedule(kind="polynomial", rho=1.0, sigma_min=1.0, sigma_max=5.0)
+    images = Sampler(num_intervals=2, afs=True, schedule=schedule)(GaussianDenoiser(), noise())
+    expected = 5 * noise() * (1 - 2 / math.sqrt(26)) * (1 - 2 * 3 / 10)
+    torch.testing.assert_close(images, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", [Euler(), DPMSolverPP(max_order=2)])
+@pytest.mark.parametrize(("num_intervals", "afs", "nfe"), [(3, True, 2), (3, False, 3), (1, 0, 1)])
+def test_evaluations_are_counted_and_the_first_may_be_free(num_intervals, afs, nfe, solver):
+    sampler = Sampler(num_intervals=num_intervals, afs=bool(afs), schedule=LOGSNR, solver=solver)
+    denoise = GaussianDenoiser()
+    sampler(denoise, noise())
+    assert sampler.nfe == nfe
+    levels = LOGSNR.grid(num_intervals).tolist()
+    assert denoise.asked == levels[num_intervals - nfe : -1]
+
+
+@pytest.mark.parametrize(("num_intervals", "afs"), [(1, True), (0, False)])
+def test_a_sampler_asks_the_network_at_least_once(num_intervals, afs):
+    message = f"num_intervals={num_intervals} with afs={afs} leaves no network evaluation"
+    with pytest.raises(InputError, match=message):
+        Sampler(num_intervals=num_intervals, afs=afs)
+
+
+def test_a_sampler_comes_back_from_its_description():
+    sampler = Sampler(
+        num_intervals=3, afs=True, schedule=Schedule(kind="time_uniform", rho=2.0, sigma_min=0.01)
+    )
+    description = json.loads(json.dumps(sampler.describe()))
+    assert description == {
+        "num_intervals": 3,
+        "afs": True,
+        "schedule": {"kind": "time_uniform", "rho": 2.0, "sigma_min": 0.01, "sigma_max": 80.0},
+        "solver": "euler",
+    }
+    assert sampler_from(description) == sampler
+
+
+def test_a_sampler_that_no_student_has_is_not_described():
+    with pytest.raises(InputError, match="euler alone, got DPMSolverPP"):
+        Sampler(num_intervals=3, afs=True, solver=DPMSolverPP()).describe()
+
+
+# ---- images ----
+
+
+def test_an_image_depends_on_the_seed_and_its_number_alone():
+    """Not on the batch it was drawn in, nor on how many were drawn."""
+    teacher, sampler = small_teacher(), Sampler(num_intervals=3, afs=True)
+    images = draw_images(teacher, sampler, 7, seed=3)
+    assert (images.shape, images.dtype) == ((7, 1, 8, 8), torch.uint8)
+    for count, batch in ((7, 2), (7, 7), (5, 3), (1, 1)):
+        again = draw_images(teacher, sampler, count, seed=3, batch=batch)
+        assert len(again) == count
+        # Convolutions over other batches may round another way, which a byte may show.
+        assert (again.int() - images[:count].int()).abs().max() <= 1
+    assert not torch.equal(draw_images(teacher, sampler, 7, seed=4), images)
+
+
+def test_drawn_images_are_those_of_the_sampler():
+    teacher, sampler = small_teacher(), Sampler(num_intervals=3, afs=True)
+    latents = image_noise(3, Stream.EVALUATION, 0, 4, (1, 8, 8))
+    expected = to_uint8(sampler(teacher, latents))
+    assert torch.equal(draw_images(teacher, sampler, 4, seed=3), expected)
+
+
+def test_progress_counts_images():
+    seen = []
+    sampler = Sampler(num_intervals=1, afs=False)
+    draw_images(small_teacher(), sampler, 5, seed=0, batch=2, on_image=seen.append)
+    assert seen == [2, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"count": 0}, "number of images must be at least 1, got 0"),
+        ({"count": 1, "batch": 0}, "batch must be at least 1, got 0"),
+        ({"count": 1, "seed": -1}, "seed must not be negative, got -1"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(options, message):
+    sampler = Sampler(num_intervals=1, afs=False)
+    with pytest.raises(InputError, match=message):
+        draw_images(small_teacher(), sampler, **{"seed": 0, **options})
+
+
+def test_a_diverged_model_gives_no_images():
+    teacher = small_teacher()
+    with torch.no_grad():
+        next(teacher.parameters()).fill_(math.nan)
+    with pytest.raises(NonFiniteError, match=r"128 of 128 pixel values .*\[2, 1, 8, 8\]"):
+        draw_images(teacher, Sampler(num_intervals=1, afs=False), 2, seed=0)
+
+
+def test_bytes_by_hand():
+    """clip(127.5 x + 128), fractions cut off."""
+    values = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 3.0])
+    assert to_uint8(values).tolist() == [0, 0, 64, 128, 191, 255, 255]
+    for bad in (math.nan, math.inf):
+        with pytest.raises(NonFiniteError, match="1 of 2 pixel values"):
+            to_uint8(torch.tensor([0.0, bad]))
+
+
+# ---- grids ----
+
+
+def test_a_grid_is_filled_row_by_row():
+    picture = image_grid(numbered(5, channels=3), columns=2)
+    assert picture.shape == (6, 6, 3)
+    corners = picture[::2, ::3]
+    assert corners[:, :, 0].tolist() == [[0, 10], [20, 30], [40, 0]]
+    assert corners[:, :, 2].tolist() == [[2, 12], [22, 32], [42, 0]]
+    # Each image is one block of 2 x 3.
+    assert bool((picture[2:4, 3:6, 1] == 31).all())
+
+
+def test_pixels_keep_their_places():
+    image = torch.arange(6, dtype=torch.uint8).view(1, 1, 2, 3)
+    assert image_grid(image, columns=1).squeeze(-1).tolist() == [[0, 1, 2], [3, 4, 5]]
+    with pytest.raises(InputError, match="columns must be at least 1, got 0"):
+        image_grid(image, columns=0)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_a_picture_is_written_with_small_images_enlarged(tmp_path, channels, mode):
+    """Three pixels wide: ten times larger, every pixel a square."""
+    save_grid(numbered(3, channels), tmp_path / "grid.png", columns=2)
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert (picture.mode, picture.size) == (mode, (60, 40))
+        colours = [picture.getpixel(place) for place in ((0, 0), (59, 19), (29, 39), (30, 20))]
+    first = [(v, v + 1, v + 2) if channels == 3 else v for v in (0, 10, 20)]
+    assert colours == [*first, (0, 0, 0) if channels == 3 else 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
+
+
+# ---- random numbers ----
+
+
+def test_noise_of_an_image_is_its_own():
+    shape = (1, 2, 2)
+    five = image_noise(7, Stream.EVALUATION, 0, 5, shape)
+    assert torch.equal(image_noise(7, Stream.EVALUATION, 3, 2, shape), five[3:])
+    assert len({tuple(image.flatten().tolist()) for image in five}) == 5
+    many = image_noise(7, Stream.EVALUATION, 0, 1000, (16,))
+    assert many.mean().item() == pytest.approx(0, abs=0.03)
+    assert many.std().item() == pytest.approx(1, abs=0.03)
+
+
+def test_streams_and_indices_never_share_numbers():
+    seeds = {
+        derive_seed(seed, stream, *index)
+        for seed in (0, 1)
+        for stream in Stream
+        for index in ((), (0,), (1,), (0, 1), (1, 0))
+    }
+    assert len(seeds) == 2 * len(Stream) * 5
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_seeded_block_leaves_the_callers_state_alone():
+    torch.manual_seed(11)
+    expected = torch.rand(2)
+    torch.manual_seed(11)
+    with seeded(torch.device("cpu"), 5, Stream.DROPOUT, 2):
+        inside = torch.rand(3)
+    assert torch.equal(torch.rand(2), expected)
+    assert torch.equal(inside, torch.rand(3, generator=generator(5, Stream.DROPOUT, 2)))

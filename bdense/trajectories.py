@@ -239,8 +239,8 @@ class TrajectoryStore:
         gib = self.nbytes / 2**30
         if max_bytes is not None and self.nbytes > max_bytes:
             raise InputError(
-                f"the trajectories need {gib:.2f} GiB and the bound is "
-                f"{max_bytes / 2**30:.2f} GiB; raise trajectories.max_gib, record float16, "
+                f"the trajectories need {gib:.3g} GiB and the bound is "
+                f"{max_bytes / 2**30:.3g} GiB; raise trajectories.max_gib, record float16, "
                 "or set trajectories.mode to live"
             )
         self.root.mkdir(parents=True, exist_ok=True)

@@ -100,28 +100,9 @@ def _assets(spec: StudySpec) -> Assets:
 
 
 def _body(spec: StudySpec, seeds: list[int], fids: dict[str, list[float]]) -> str:
-    reference = fids["plain SFD, lr x 1"]
-    rows = []
-    for name, values in fids.items():
-        ratios = [value / base for value, base in zip(values, reference, strict=True)]
-        spread = f"{statistics.stdev(values):.3f}" if len(values) > 1 else "-"
-        each = [f"{value:.3f}" for value in values]
-        change = f"{statistics.mean(ratios) - 1:+.1%}"
-        rows.append([name, *each, f"{statistics.mean(values):.3f}", spread, change])
-    header = ["student", *[f"seed {seed}" for seed in seeds], "mean", "std", "to plain, lr x 1"]
-    means = {name: statistics.mean(values) for name, values in fids.items()}
-    plain = {name: mean for name, mean in means.items() if name.startswith("plain")}
-    dense = {name: mean for name, mean in means.items() if name.startswith("B-DENSE")}
-    best = min(plain, key=plain.__getitem__)
-    reading = f"Plain SFD is best at {best.split(', ')[1]} (mean FID {plain[best]:.3f})."
-    if dense:
-        winner = min(dense, key=dense.__getitem__)
-        change = dense[winner] / plain[best] - 1
-        reading += (
-            f" The best of the curve, {winner}, is {change:+.1%} from that baseline at its best "
-            "lr; B-DENSE itself had the study's lr alone."
-        )
     training, evaluation = spec.budget, spec.evaluation
+    header = ["student", *[f"seed {seed}" for seed in seeds], "mean", "std", "to plain, lr x 1"]
+    rows = [_cells(name, values, fids["plain SFD, lr x 1"]) for name, values in fids.items()]
     return f"""\
 FID of students of study {spec.name}: NFE {spec.student.nfe}, K = {spec.student.substeps}, \
 {training.kimg:g} kimg at batch {training.batch}, lr {training.lr:g},
@@ -131,7 +112,29 @@ trajectories and evaluation are the same; a training seed moves the trajectories
 
 {table(header, rows)}
 
-{reading}"""
+{_reading({name: statistics.mean(values) for name, values in fids.items()})}"""
+
+
+def _cells(name: str, values: list[float], reference: list[float]) -> list[str]:
+    ratio = statistics.mean(value / base for value, base in zip(values, reference, strict=True))
+    spread = f"{statistics.stdev(values):.3f}" if len(values) > 1 else "-"
+    each = [f"{value:.3f}" for value in values]
+    return [name, *each, f"{statistics.mean(values):.3f}", spread, f"{ratio - 1:+.1%}"]
+
+
+def _reading(means: dict[str, float]) -> str:
+    plain = [name for name in means if name.startswith("plain")]
+    dense = [name for name in means if name not in plain]
+    best = min(plain, key=means.__getitem__)
+    text = f"Of these step sizes {best} is the baseline's best, mean FID {means[best]:.3f}"
+    text += "." if best == "plain SFD, lr x 1" else "; it may be better still beyond."
+    if dense:
+        winner = min(dense, key=means.__getitem__)
+        text += (
+            f" The best of the curve, {winner}, is {means[winner] / means[best] - 1:+.1%} from it; "
+            "B-DENSE had the study's lr alone."
+        )
+    return text
 
 
 if __name__ == "__main__":

@@ -13,16 +13,13 @@ from bdense.denoiser import EDMPrecond
 from bdense.networks import SongUNet, SongUNetConfig
 from bdense.trajectories import Walk
 from benchmarks.branch_pieces import GRID, K, SyntheticTrajectories, measure_pieces
-from benchmarks.common import (
-    DIGITS_STUDY,
+from benchmarks.common import DIGITS_STUDY, parser, publish, table
+from benchmarks.timing import (
     Paired,
     interleave,
-    parser,
     pick_device,
-    publish,
     seconds_per_iteration,
     synchronise,
-    table,
     untrained_teacher,
 )
 from search.spec import read_spec
@@ -121,7 +118,7 @@ dropout {teacher.model.config.dropout}
 
 {table(["ms", f"B-DENSE, K = {K}", "plain SFD", "ratio", "difference"], rows)}
 
-**B-DENSE / plain = {whole.ratio:.3f}** (median of {len(whole.first)} pairs; {whole.spread()}). \
+**B-DENSE / plain = {whole.ratio:.3f}** (median of {len(whole.first)} pairs; {whole.spread}). \
 The pieces explain {1e3 * explained:.2f} of {1e3 * whole.difference:.2f} ms.
 
 Peak {kind}: {peaks[K].mib:.0f} MiB with branches, {peaks[1].mib:.0f} MiB plain, ratio \

@@ -13,7 +13,7 @@ from bdense.denoiser import EDMPrecond
 from bdense.networks import SongUNet
 from bdense.sfd import branch_losses, branch_states
 from bdense.trajectories import IntervalGrid, Walk
-from benchmarks.common import Paired, interleave, seconds_per_call
+from benchmarks.timing import Paired, interleave, seconds_per_call
 
 K = 4
 GRID = IntervalGrid(num_intervals=3, substeps=K)
@@ -46,13 +46,15 @@ class FreeNetwork(nn.Module):
 
     def __init__(self, like: SongUNet) -> None:
         super().__init__()
-        self.config, self.out_channels = like.config, like.out_channels
-        self.out: nn.Parameter | None = None
+        self.config = like.config
+        self.out_channels = like.out_channels
+        self.out: Tensor | None = None
 
     def forward(self, x: Tensor, *_: Tensor | None) -> Tensor:
         if self.out is None:
             b, _, h, w = x.shape
-            self.out = nn.Parameter(torch.randn(b, self.out_channels, h, w, device=x.device))
+            size = (b, self.out_channels, h, w)
+            self.out = torch.randn(size, device=x.device, requires_grad=True)
         return self.out
 
 
@@ -89,12 +91,14 @@ def _head(student: EDMPrecond, walk: Walk) -> Callable[[], object]:
 
 
 def _loss(student: EDMPrecond, walk: Walk) -> Callable[[], object]:
-    free = EDMPrecond(FreeNetwork(student.model))
+    network = FreeNetwork(student.model)
+    free = EDMPrecond(network)  # type: ignore[arg-type]
     levels, targets = GRID.interval(1), walk.states[:K]
 
     def work() -> None:
         losses = branch_losses(branch_states(free, walk.start, levels), targets)
-        torch.autograd.grad(losses.sum(), free.model.out)
+        assert network.out is not None
+        torch.autograd.grad(losses.sum(), network.out)
 
     return work
 

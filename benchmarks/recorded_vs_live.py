@@ -6,16 +6,13 @@ import time
 from pathlib import Path
 
 from bdense.trajectories import LiveTrajectories, TrajectoryStore
-from benchmarks.common import (
-    DIGITS_STUDY,
+from benchmarks.common import DIGITS_STUDY, parser, publish, table
+from benchmarks.timing import (
     Paired,
     interleave,
-    parser,
     pick_device,
-    publish,
     seconds_per_call,
     seconds_per_iteration,
-    table,
     untrained_teacher,
 )
 from search.engine import student_grid, teacher_solver, training_config
@@ -91,7 +88,7 @@ with untrained weights, which cost what trained ones do.
 {table(header, rows)}
 
 **live / recorded = {training.ratio:.2f}** (median of {len(training.first)} pairs; \
-{training.spread()})
+{training.spread})
 
 Ideal: {walked} teacher evaluations beside {len(grid.trained)} student updates of about three \
 evaluations each,

@@ -32,6 +32,7 @@ class Row:
         told: It became complete.
         inside: Seconds inside bdense, training and evaluation.
         saved: When its result lay on the disk; None where the runs folder is not here.
+        device: What computed.
     """
 
     label: str
@@ -40,6 +41,7 @@ class Row:
     told: float
     inside: float
     saved: float | None
+    device: str
 
 
 def main() -> None:
@@ -60,14 +62,16 @@ def main() -> None:
     given = options.parse_args()
     if given.study:
         runs = Path(os.environ.get("BDENSE_RUNS") or "runs")
-        body = _body(_rows(resolve_storage_url(given.storage), given.study, runs))
+        rows = _rows(resolve_storage_url(given.storage), given.study, runs)
+        body = _body(rows)
     else:
-        body = _run(given.file, given.trials, given.teacher_kimg)
+        rows, body = _run(given.file, given.trials, given.teacher_kimg)
     arguments = [redact(argument) for argument in sys.argv[1:]]
-    publish("service_share", body, write=given.write, arguments=arguments)
+    trials_on = f"trials on {', '.join(sorted({row.device for row in rows}))}"
+    publish("service_share", body, write=given.write, arguments=arguments, threads=trials_on)
 
 
-def _run(recipe: Path, trials: int, teacher_kimg: float) -> str:
+def _run(recipe: Path, trials: int, teacher_kimg: float) -> tuple[list[Row], str]:
     """Launch the recipe with a smaller teacher in a folder of its own, as a user would."""
     spec = yaml.safe_load(recipe.read_text())
     spec["name"] = "service-share"
@@ -86,12 +90,15 @@ def _run(recipe: Path, trials: int, teacher_kimg: float) -> str:
         rows = _rows(f"sqlite:///{runs / 'bdense.db'}", spec["name"], runs)
     body = _body(rows)
     searching = max(row.told for row in rows) - min(row.started for row in rows)
-    return f"""{body}
+    return (
+        rows,
+        f"""{body}
 
 The whole launch took {launch:.1f} s, {searching:.1f} s of them from the first claim to the last
 tell; the rest starts Ray and its workers, trains the teacher and records the trajectories, once
 a study. The teacher is a small one ({teacher_kimg:g} kimg): what a trial costs does not depend
-on how good it is."""
+on how good it is.""",
+    )
 
 
 def _rows(url: str, name: str, runs: Path) -> list[Row]:
@@ -121,6 +128,7 @@ def _row(trial: FrozenTrial, runs: Path) -> Row:
         told=trial.datetime_complete.timestamp(),
         inside=sum(attrs["timings"][f"{part}_seconds"] for part in ("student", "evaluation")),
         saved=result.stat().st_mtime if result.exists() else None,
+        device=attrs["device"],
     )
 
 
@@ -132,8 +140,8 @@ def _body(rows: list[Row]) -> str:
     for index, own in enumerate(by_worker.values()):
         wall = own[-1].told - own[0].started
         outside = wall - sum(row.inside for row in own)
-        share = f"{outside / wall:.2%}"
-        lines.append([index, len(own), f"{wall:.2f}", f"{outside:.2f}", share])
+        cells = [f"{wall:.2f}", f"{outside:.2f}", f"{outside / wall:.2%}"]
+        lines.append([index, len(own), *cells])
         walls, service = walls + wall, service + outside
     each = service / len(rows)
     long = each / (GOAL_SECONDS + each)

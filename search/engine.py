@@ -25,12 +25,10 @@ def check(spec: StudySpec) -> None:
     try:
         student_grid(spec)
         training_config(spec, spec.student.substeps)
-        if spec.teacher.train is not None:
-            options = {"img_resolution": 64, "img_channels": 1, **spec.teacher.train.network}
-            SongUNetConfig(**options)
-            teacher_config(spec.teacher.train)
-    except (InputError, TypeError) as error:
+    except InputError as error:
         raise SpecError(f"study {spec.name}: {error}") from error
+    if spec.teacher.train is not None:
+        _check_network(spec.teacher.train)
     if spec.weights.largest is not None:
         least = _smallest_largest_weight(spec)
         if least > spec.weights.largest:
@@ -39,6 +37,15 @@ def check(spec: StudySpec) -> None:
                 f"space, whose smallest largest weight is {least:.4g}; raise weights.largest or "
                 "lower the bounds"
             )
+
+
+def _check_network(training: TeacherTraining) -> None:
+    # The images' size is not known yet; 64 pixels can be halved as often as anybody asks.
+    options = {"img_resolution": 64, "img_channels": 1, **training.network}
+    try:
+        SongUNetConfig(**options)
+    except (InputError, TypeError) as error:
+        raise SpecError(f"teacher.train.network {training.network}: {error}") from error
 
 
 def teacher_config(training: TeacherTraining) -> TeacherConfig:

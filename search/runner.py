@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import tempfile
 import threading
 import uuid
@@ -84,12 +85,14 @@ def open_study(spec: StudySpec, url: str) -> Ledgers:
 
 def _refuse_other_conditions(spec: StudySpec, url: str) -> None:
     try:
-        stored = Ledger.open(url, spec.name, budget=None).study.user_attrs
+        ledger = Ledger.open(url, spec.name, budget=None)
+        baselines = Ledger.open(url, spec.baselines_name, budget=None)
     except UnknownStudyError:
         return
-    if CONDITIONS_KEY not in stored:
-        return  # created a moment ago by a launcher that has not got further yet
-    old, new = json.loads(stored[CONDITIONS_KEY]), spec.conditions()
+    # Until something is measured there is nothing to compare with: a mistake may be mended.
+    if not (_has_started(ledger) or _has_started(baselines)):
+        return
+    old, new = json.loads(ledger.study.user_attrs[CONDITIONS_KEY]), spec.conditions()
     changed = [
         f"{key}: {old.get(key)!r} stored, {new.get(key)!r} given"
         for key in sorted(old.keys() | new.keys())
@@ -100,6 +103,11 @@ def _refuse_other_conditions(spec: StudySpec, url: str) -> None:
             f"study {spec.name!r} exists under other conditions, so its numbers would not "
             f"compare ({'; '.join(changed)}); rename the study or restore the file"
         )
+
+
+def _has_started(ledger: Ledger) -> bool:
+    counts = ledger.counts()
+    return counts.complete + counts.pruned + counts.failed + counts.running > 0
 
 
 def _store_spec(ledger: Ledger, spec: StudySpec) -> None:
@@ -172,7 +180,9 @@ def ray_session(url: str) -> Iterator[None]:
     for name in ("ray", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
     local: dict[str, Any] = {}
-    if not os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        _require_listener(address)
+    else:
         local = {"object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
@@ -185,6 +195,20 @@ def ray_session(url: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_listener(address: str) -> None:
+    """Ray would try for minutes to reach a cluster that is not there."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return  # "auto" or "local"
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise InputError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}); start it, correct the "
+            "address, or unset RAY_ADDRESS to use this machine alone"
+        ) from error
 
 
 def _slots(spec: StudySpec, workers: int | None) -> int:

@@ -17,6 +17,7 @@ from bdense.files import sha256_file
 from search.errors import SpecError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Kimg = Annotated[float, Field(ge=0.001, allow_inf_nan=False)]  # one image or more
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -44,11 +45,11 @@ class TeacherTraining(Strict):
     """A small EDM teacher trained on the study's data, once, and cached."""
 
     network: dict[str, Any] = Field(default_factory=dict)
-    kimg: Positive
+    kimg: Kimg
     batch: Count = 256
     lr: Positive = 2e-3
-    warmup_kimg: Annotated[float, Field(ge=0)] = 10
-    ema_halflife_kimg: Positive = 10
+    warmup_kimg: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10
+    ema_halflife_kimg: Kimg = 10
     seed: Seed = 0
 
 
@@ -124,7 +125,7 @@ class BudgetSpec(Strict):
     """What a study may cost."""
 
     trials: Count
-    kimg: Positive
+    kimg: Kimg
     batch: Count = 128
     lr: Positive = 5e-5
 
@@ -173,7 +174,7 @@ class ResourcesSpec(Strict):
     threads: Count = 1
     deterministic: bool = False
     checkpoint_seconds: Positive = 60
-    lease_seconds: Annotated[float, Field(ge=2)] = 60
+    lease_seconds: Annotated[float, Field(ge=2, allow_inf_nan=False)] = 60
     max_attempts: Count = 3
 
 
@@ -208,11 +209,16 @@ class StudySpec(Strict):
         )
         del kept["budget"]["trials"], kept["seeds"]["sampler"], kept["evaluation"]["batch"]
         kept["weights"] = {"parameterisation": self.weights.parameterisation}
-        kept["trajectories"] = {"dtype": self.trajectories.dtype}
+        # Live trajectories are rounded to no stored type.
+        recorded = self.trajectories.mode == "recorded"
+        kept["trajectories"] = {"dtype": self.trajectories.dtype if recorded else "float32"}
         kept["numerics"] = NUMERICS
+        # A file's content counts, not where it lies.
         if self.teacher.checkpoint is not None:
-            # The file's content counts, not where it lies.
             kept["teacher"] = {"checkpoint_sha256": sha256_file(Path(self.teacher.checkpoint))}
+        kind, _, file = self.evaluation.extractor.partition(":")
+        if file:
+            kept["evaluation"]["extractor"] = f"{kind}:{sha256_file(Path(file))}"
         return flatten(kept)
 
     def fingerprint(self) -> str:
@@ -251,11 +257,31 @@ def read_spec(path: Path) -> StudySpec:
         raise SpecError(f"{path} is not valid YAML: {reason}") from error
     if not isinstance(tree, dict):
         raise SpecError(f"{path} must be a mapping of keys such as name, data, teacher, student")
-    spec = parse_spec(tree, source=str(path))
-    checkpoint = spec.teacher.checkpoint
-    if checkpoint is not None and not Path(checkpoint).is_file():
-        raise SpecError(f"{path}: teacher.checkpoint: there is no file {checkpoint}")
-    return spec
+    return _with_absolute_files(parse_spec(tree, source=str(path)), source=str(path))
+
+
+def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
+    """The spec with its files as they are seen from any folder: workers have folders of their own.
+
+    Raises:
+        SpecError: There is no such file.
+    """
+
+    def absolute(key: str, file: str) -> str:
+        path = Path(file).resolve()
+        if not path.is_file():
+            raise SpecError(f"{source}: {key}: there is no file {file}")
+        return str(path)
+
+    teacher, evaluation = spec.teacher, spec.evaluation
+    if teacher.checkpoint is not None:
+        checkpoint = absolute("teacher.checkpoint", teacher.checkpoint)
+        teacher = teacher.model_copy(update={"checkpoint": checkpoint})
+    kind, _, file = evaluation.extractor.partition(":")
+    if file:
+        extractor = f"{kind}:{absolute('evaluation.extractor', file)}"
+        evaluation = evaluation.model_copy(update={"extractor": extractor})
+    return spec.model_copy(update={"teacher": teacher, "evaluation": evaluation})
 
 
 def parse_spec(tree: dict[str, Any], source: str) -> StudySpec:

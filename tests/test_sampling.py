@@ -210,9 +210,9 @@ def test_streams_and_indices_never_share_numbers():
         derive_seed(seed, stream, *index)
         for seed in (0, 1)
         for stream in Stream
-        for index in ((), (0,), (1,), (0, 1), (1, 0))
+        for index in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0))
     }
-    assert len(seeds) == 2 * len(Stream) * 5
+    assert len(seeds) == 2 * len(Stream) * 6
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 

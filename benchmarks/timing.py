@@ -1,0 +1,119 @@
+"""Two sides of a comparison timed in turns, by calls or by training iterations."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from bdense.data import load_dataset
+from bdense.denoiser import EDMPrecond
+from bdense.sfd import IterationReport, SFDConfig, distill
+from bdense.teachers import new_denoiser
+from bdense.trajectories import Trajectories
+from bdense.weights import uniform_weights
+from search.engine import teacher_config
+from search.spec import StudySpec
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """Seconds of two sides measured in turns, so that a drifting machine moves both alike."""
+
+    first: list[float]
+    second: list[float]
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """The median of each side."""
+        return statistics.median(self.first), statistics.median(self.second)
+
+    @property
+    def ratio(self) -> float:
+        """The median over pairs of first / second."""
+        return statistics.median(self._ratios)
+
+    @property
+    def difference(self) -> float:
+        """The median over pairs of first - second, in seconds."""
+        return statistics.median(a - b for a, b in zip(self.first, self.second, strict=True))
+
+    @property
+    def spread(self) -> str:
+        """The lowest and the highest ratio of a pair."""
+        return f"{min(self._ratios):.3f} to {max(self._ratios):.3f}"
+
+    @property
+    def _ratios(self) -> list[float]:
+        return [a / b for a, b in zip(self.first, self.second, strict=True)]
+
+
+def interleave(first: Callable[[], float], second: Callable[[], float], pairs: int) -> Paired:
+    """Measure the two in turns; who begins changes from pair to pair, and pair 0 is thrown away.
+
+    Args:
+        first, second: Do one block of work and return its seconds.
+        pairs: Pairs that count.
+    """
+    measured = Paired([], [])
+    for pair in range(pairs + 1):
+        order = ((first, measured.first), (second, measured.second))
+        for measure, seconds in order if pair % 2 else order[::-1]:
+            seconds.append(measure())
+    return Paired(measured.first[1:], measured.second[1:])
+
+
+def seconds_per_call(call: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Mean over a block of calls."""
+    synchronise(device)
+    started = time.perf_counter()
+    for _ in range(calls):
+        call()
+    synchronise(device)
+    return (time.perf_counter() - started) / calls
+
+
+def seconds_per_iteration(
+    teacher: EDMPrecond, trajectories: Trajectories, num_branches: int, iterations: int
+) -> float:
+    """Mean over a block of training iterations of ``distill``, after one that does not count.
+
+    Args:
+        teacher: The student starts from it.
+        trajectories: ``iterations`` + 1 of them or more.
+        num_branches: K for B-DENSE (uniform weights), 1 for plain SFD.
+        iterations: Those that count.
+    """
+    device = next(teacher.parameters()).device
+    stamps: list[float] = []
+
+    def on_iteration(done: IterationReport) -> None:
+        synchronise(device)
+        stamps.append(time.perf_counter())
+
+    images = (iterations + 1) * trajectories.batch
+    config = SFDConfig(num_branches=num_branches, images=images)
+    weights = uniform_weights()(num_branches)
+    distill(teacher, trajectories, config, weights, on_iteration=on_iteration)
+    return (stamps[-1] - stamps[0]) / iterations
+
+
+def untrained_teacher(spec: StudySpec, device: torch.device) -> EDMPrecond:
+    """The study's network with its initial weights, which cost what trained ones do."""
+    if spec.teacher.train is None:
+        raise SystemExit(f"study {spec.name} has no teacher.train; choose one that trains its own")
+    shape = load_dataset(spec.data).images.shape[1:]
+    return new_denoiser(teacher_config(spec.teacher.train), shape).to(device).eval()
+
+
+def pick_device(threads: int) -> torch.device:
+    """The GPU if there is one; the CPU is used with that many threads."""
+    torch.set_num_threads(threads)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the GPU; a CPU is never behind."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

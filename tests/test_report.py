@@ -1,0 +1,233 @@
+"""Where a study stands: from a real database, filled through the ledger, to JSON and a table."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import optuna
+import pytest
+
+from bdense.fid import FID
+from search.ledger import Claim, Ledger
+from search.report import (
+    baseline_results,
+    best_json,
+    copy_baselines,
+    duration,
+    failures,
+    headline,
+    standing,
+    status_json,
+    table,
+)
+from search.space import baseline_space, search_space
+from tests.studies import spec
+
+WEIGHTS = {1.0: [0.5, 1.5, 4.0, 10.0], 0.5: [1.0, 1.6, 2.7, 4.5], 2.0: [0.1, 1.0, 7.4, 55.0]}
+
+# What a script may count on, and what an honest number comes with.
+CONDITIONS = {
+    "nfe": 2,
+    "images": 4096,
+    "extractor": "digits-classifier",
+    "reference": "digits",
+}
+
+
+def attributes(value: float, weights: list[float]) -> dict:
+    fid = FID(
+        value=value,
+        images=4096,
+        reference="digits",
+        reference_images=1797,
+        extractor="digits-classifier",
+        extractor_sha256="0" * 64,
+        nfe=2,
+        seeds={"training": 0, "evaluation": 0},
+    )
+    return {"fid": fid.as_dict(), "weights": weights}
+
+
+def take(ledger: Ledger, space: dict, params: dict) -> Claim:
+    ledger.enqueue(params)
+    claim = ledger.claim(space, lambda offset: optuna.samplers.RandomSampler(seed=offset))
+    assert isinstance(claim, Claim)
+    assert dict(claim.params) == params
+    return claim
+
+
+def trial(ledger: Ledger, a: float) -> Claim:
+    return take(ledger, search_space(spec()), {"a": a, "b": -1.0})
+
+
+def finish(ledger: Ledger, a: float, value: float) -> None:
+    claim = trial(ledger, a)
+    attrs = attributes(value, WEIGHTS[a]) | {"a": a, "b": -1.0}
+    attrs["student"] = f"digits/{claim.number:05d}/student.safetensors"
+    ledger.complete(claim, value, attrs)
+
+
+@dataclasses.dataclass
+class Scene:
+    """A study of 6 trials: 3 complete, 1 pruned, 1 failed, 1 running; and its baselines."""
+
+    url: str
+    ledger: Ledger
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("report")
+
+
+@pytest.fixture(scope="module")
+def scene(folder) -> Scene:
+    url = f"sqlite:///{folder / 'study.db'}"
+    ledger = Ledger.open(url, "digits", budget=6)
+    finish(ledger, 1.0, 12.5)
+    finish(ledger, 0.5, 11.0)
+    finish(ledger, 2.0, 11.0)
+    ledger.prune(trial(ledger, 0.1), {})
+    ledger.fail(trial(ledger, 2.9), "diverged", "the loss is not finite at iteration 3", {})
+    trial(ledger, -0.2)
+    baselines = Ledger.open(url, "digits.baselines", budget=2)
+    # The order in which they end is not the order in which they are shown.
+    for method, value, weights in (("uniform", 13.28, [1.0] * 4), ("sfd", 12.5, [1.0])):
+        claim = take(baselines, baseline_space(), {"method": method})
+        baselines.complete(claim, value, attributes(value, weights))
+    return Scene(url, ledger)
+
+
+@pytest.fixture(scope="module")
+def empty(folder) -> Scene:
+    url = f"sqlite:///{folder / 'empty.db'}"
+    return Scene(url, Ledger.open(url, "digits", budget=4))
+
+
+TRIALS = {"planned": 6, "complete": 3, "pruned": 1, "failed": 1, "running": 1}
+SFD = {"fid": 12.5, **CONDITIONS, "weights": [1.0], "number": 1}
+UNIFORM = {"fid": 13.28, **CONDITIONS, "weights": [1.0] * 4, "number": 0}
+BEST = {
+    "number": 1,
+    "a": 0.5,
+    "b": -1.0,
+    "weights": [1.0, 1.6, 2.7, 4.5],
+    "fid": 11.0,
+    **CONDITIONS,
+    "confirmed": False,
+    "student": "digits/00001/student.safetensors",
+}
+
+
+def test_status_for_scripts(scene):
+    now = standing(scene.ledger, scene.url)
+    assert json.loads(json.dumps(status_json(now))) == {"study": "digits", "trials": TRIALS}
+
+
+def test_best_for_scripts(scene):
+    """Of two equal trials the earlier one."""
+    now = standing(scene.ledger, scene.url)
+    assert json.loads(json.dumps(best_json(now))) == {
+        "study": "digits",
+        "storage": scene.url,
+        "trials": TRIALS,
+        "best": BEST,
+        "baselines": {"sfd": SFD, "uniform": UNIFORM},
+    }
+    assert list(now.baselines) == ["sfd", "uniform"]
+
+
+def test_a_password_is_shown_nowhere(scene):
+    now = standing(scene.ledger, scene.url)
+    assert "***" not in now.storage
+    shown = dataclasses.replace(now, storage="postgresql+psycopg2://me:***@host/db")
+    assert best_json(shown)["storage"] == "postgresql+psycopg2://me:***@host/db"
+
+
+def test_best_of_nothing(empty):
+    assert best_json(standing(empty.ledger, empty.url)) == {
+        "study": "digits",
+        "storage": empty.url,
+        "trials": {"planned": 4, "complete": 0, "pruned": 0, "failed": 0, "running": 0},
+        "best": None,
+        "baselines": {},
+    }
+
+
+def test_a_study_is_finished_when_every_planned_trial_has_ended(scene, empty):
+    now = standing(scene.ledger, scene.url)
+    assert not now.is_finished
+    ended = dataclasses.replace(now.counts, running=0, failed=2)
+    assert dataclasses.replace(now, counts=ended).is_finished
+    assert not standing(empty.ledger, empty.url).is_finished
+
+
+def test_the_table(scene):
+    text = table(standing(scene.ledger, scene.url))
+    assert text == "\n".join(
+        [
+            "                      FID  vs plain SFD      a       b  w_1 .. w_K",
+            "plain SFD          12.500             -      -       -  end point alone",
+            "uniform weights    13.280        +6.2 %      0       0  1 1 1 1",
+            "best of 3 (trial 1) 11.000       -12.0 %  0.500  -1.000  1 1.6 2.7 4.5",
+            "The best is the lowest of several noisy values from one training seed: "
+            "best of n, not confirmed.",
+            "FID: 4096 images at NFE 2, features of digits-classifier, against digits.",
+        ]
+    )
+
+
+def test_the_table_while_only_baselines_are_measured(scene):
+    now = dataclasses.replace(standing(scene.ledger, scene.url), best=None)
+    lines = table(now).splitlines()
+    assert [line.split("  ")[0] for line in lines[1:3]] == ["plain SFD", "uniform weights"]
+    assert lines[3:] == [
+        "FID: 4096 images at NFE 2, features of digits-classifier, against digits."
+    ]
+
+
+def test_the_table_of_an_untouched_study_is_its_head(empty):
+    assert table(standing(empty.ledger, empty.url)).split() == (
+        "FID vs plain SFD a b w_1 .. w_K".split()
+    )
+
+
+def test_the_headline(scene):
+    assert headline(standing(scene.ledger, scene.url)) == (
+        "study digits: 3 of 6 trials complete, 1 pruned, 1 failed, 1 running"
+    )
+
+
+def test_failures_say_why(scene):
+    assert failures(scene.ledger.study) == [
+        "trial 4 failed, diverged: the loss is not finite at iteration 3"
+    ]
+
+
+def test_baselines_are_copied_to_the_study_and_count_in_none_of_its_figures(scene):
+    copy_baselines(scene.ledger, scene.url)
+    assert scene.ledger.study.user_attrs["baselines"] == {"sfd": SFD, "uniform": UNIFORM}
+    assert standing(scene.ledger, scene.url).trials() == TRIALS
+
+
+def test_a_study_without_baselines_has_none(empty):
+    assert baseline_results(empty.url, "digits") == {}
+    copy_baselines(empty.ledger, empty.url)
+    assert "baselines" not in empty.ledger.study.user_attrs
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (61, "1 min 01 s"),
+        (3599.6, "1 h 00 min"),
+        (7380, "2 h 03 min"),
+        (float("inf"), "unknown"),
+        (float("nan"), "unknown"),
+    ],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text

@@ -1,0 +1,337 @@
+"""Study files: what is wrong in one is named, and what changes its numbers changes its mark."""
+
+import dataclasses
+import math
+import re
+import shutil
+
+import pytest
+import yaml
+
+from bdense import NUMERICS
+from bdense.files import sha256_file
+from search.engine import (
+    check,
+    student_grid,
+    student_sampler,
+    teacher_config,
+    teacher_solver,
+    training_config,
+)
+from search.errors import SpecError
+from search.spec import as_yaml, flatten, parse_spec, read_spec
+from tests.studies import NORMALISED, REMOVED, STUDIES, changed, spec, write
+
+TRAINED = {"kimg": 1}
+
+
+def message(**keys) -> str:
+    with pytest.raises(SpecError) as error:
+        check(parse_spec(changed(**keys), source="study.yaml"))
+    return str(error.value)
+
+
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"budgett": 3}, "study.yaml: budgett: unknown key; check the spelling"),
+        ({"budget__trails": 3}, "budget.trails: unknown key"),
+        ({"student__schedule": {"sigma": 1}}, "student.schedule.sigma: unknown key"),
+        ({"budget": REMOVED}, "study.yaml: budget: this key is missing"),
+        ({"student__nfe": REMOVED}, "student.nfe: this key is missing"),
+        ({"student__substeps": 0}, "student.substeps: .* greater than or equal to 1, got 0"),
+        ({"student__nfe": 0}, "student.nfe: .* greater than or equal to 1, got 0"),
+        ({"student__nfe": 2.5}, "student.nfe: .* integer.*, got 2.5"),
+        ({"student__method": "pd"}, "student.method: .*'sfd-bdense', got 'pd'"),
+        ({"student__solver": {"order": 4}}, "student.solver.order: .* equal to 3, got 4"),
+        (
+            {"student__schedule": {"sigma_min": 90.0}},
+            "student.schedule: sigma_min 90.0 must be below sigma_max 80.0",
+        ),
+        ({"student__schedule": {"rho": 0}}, "student.schedule.rho: .* greater than 0, got 0"),
+        (
+            {"weights__a": {"low": 3.0, "high": 1.0}},
+            "weights.a: low 3.0 is above high 1.0; swap them",
+        ),
+        ({"weights__b__high": -7.0}, "weights.b: low -6.0 is above high -7.0; swap them"),
+        ({"weights__a__low": math.nan}, "weights.a.low: .* finite number, got nan"),
+        ({"weights__b__high": math.inf}, "weights.b.high: .* finite number, got inf"),
+        ({"weights__largest": math.nan}, "weights.largest: .* finite number, got nan"),
+        (
+            {"weights__parameterisation": "linear"},
+            "weights.parameterisation: .* 'log-linear' or 'normalised', got 'linear'",
+        ),
+        ({"weights__b": REMOVED}, r"weights: log-linear weights need b: \{low: ..., high: ...\}"),
+        (
+            {"weights__parameterisation": "normalised"},
+            "weights: normalised weights have no b; drop it or use log-linear",
+        ),
+        (
+            {"weights": {**NORMALISED, "largest": 0.5}},
+            "weights.largest 0.5 rules out the whole space, whose smallest largest weight is 1;",
+        ),
+        # The least of max w_k is w_1 at the lower bounds: exp(-0.5 - 6).
+        (
+            {"weights__largest": 1e-3},
+            "weights.largest 0.001 rules out .* smallest largest weight is 0.001503;",
+        ),
+        ({"teacher": {}}, "teacher: give either checkpoint: FILE or train: {...}, one of the two"),
+        (
+            {"teacher": {"checkpoint": "x.pkl", "train": TRAINED}},
+            "teacher: give either checkpoint: FILE or train",
+        ),
+        ({"teacher__train__kimg": 0}, "teacher.train.kimg: .* equal to 0.001, got 0"),
+        ({"teacher__train__warmup_kimg": math.inf}, "teacher.train.warmup_kimg: .* got inf"),
+        (
+            {"teacher__train__network": {"depth": 3}},
+            r"teacher.train.network \{'depth': 3\}: .*'depth'",
+        ),
+        (
+            {"teacher__train__network": {"model_channels": 6}},
+            r"teacher.train.network \{'model_channels': 6\}: .* a multiple of 4",
+        ),
+        ({"budget__trials": 0}, "budget.trials: .* equal to 1, got 0"),
+        ({"budget__kimg": 1e-5}, "budget.kimg: .* equal to 0.001, got 1e-05"),
+        ({"budget__lr": math.nan}, "budget.lr: .* finite number, got nan"),
+        ({"budget__lr": "fast"}, "budget.lr: .* got 'fast'"),
+        ({"evaluation__images": 1}, "evaluation.images: .* equal to 2, got 1"),
+        ({"sampler": {"name": "cma"}}, "sampler.name: .* got 'cma'"),
+        ({"seeds": {"training": -1}}, "seeds.training: .* equal to 0, got -1"),
+        ({"seeds": {"training": 2**31}}, "seeds.training: .* got 2147483648"),
+        ({"trajectories": {"dtype": "int8"}}, "trajectories.dtype: .* got 'int8'"),
+        ({"resources": {"lease_seconds": 1}}, "resources.lease_seconds: .* equal to 2, got 1"),
+        ({"resources": {"gpus": -1}}, "resources.gpus.* equal to 0, got -1"),
+        ({"name": "Digits NFE 2"}, "name: .* pattern .* got 'Digits NFE 2'"),
+        ({"name": "digits.baselines"}, "name: .* pattern .* got 'digits.baselines'"),
+    ],
+)
+def test_a_mistake_is_named_by_its_key_and_value(keys, expected):
+    assert re.search(expected, message(**keys))
+
+
+def test_every_mistake_has_a_line():
+    lines = message(student__nfe=0, budget__kimg="many", colour="red").splitlines()
+    assert [line.split(": ")[1] for line in lines] == ["student.nfe", "budget.kimg", "colour"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: [unclosed", "is not valid YAML: "),
+        ("- a\n- list", "must be a mapping of keys such as name, data"),
+        ("", "must be a mapping of keys"),
+        ("!!python/object/apply:os.system [true]", "is not valid YAML: could not determine a con"),
+    ],
+)
+def test_a_file_that_is_no_study_is_named(tmp_path, text, expected):
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    with pytest.raises(SpecError) as error:
+        read_spec(path)
+    assert str(error.value).startswith(f"{path} {expected}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(SpecError, match=r"none\.yaml cannot be read: .*No such file"):
+        read_spec(tmp_path / "none.yaml")
+    with pytest.raises(SpecError, match="cannot be read: .*Is a directory"):
+        read_spec(tmp_path)
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SpecError, match=r"bytes\.yaml cannot be read: .*codec"):
+        read_spec(tmp_path / "bytes.yaml")
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"teacher": {"checkpoint": "no.pkl"}}, "teacher.checkpoint: there is no file no.pkl"),
+        (
+            {"evaluation__extractor": "torchscript:no.pt"},
+            "evaluation.extractor: there is no file no.pt",
+        ),
+    ],
+)
+def test_a_missing_file_of_a_study_is_named(tmp_path, keys, expected):
+    path = write(tmp_path, **keys)
+    with pytest.raises(SpecError) as error:
+        read_spec(path)
+    assert str(error.value) == f"{path}: {expected}"
+
+
+# ---- what is read ----
+
+
+def test_what_is_left_out_has_the_papers_values():
+    minimal = spec(student={"nfe": 2}, budget={"trials": 4, "kimg": 200}, evaluation={})
+    assert (minimal.student.substeps, minimal.student.afs) == (4, True)
+    assert (minimal.budget.images, minimal.budget.batch, minimal.budget.lr) == (200_000, 128, 5e-5)
+    assert (minimal.evaluation.images, minimal.evaluation.extractor) == (50_000, "inception")
+    schedule = minimal.student.schedule
+    assert (schedule.kind, schedule.rho) == ("polynomial", 7.0)
+    assert (schedule.sigma_min, schedule.sigma_max) == (0.006, 80.0)
+    solver = minimal.student.solver
+    assert (solver.name, solver.order, solver.thresholding) == ("dpmpp", 3, False)
+    assert minimal.sampler.name == "tpe"
+    assert minimal.baselines_name == "digits.baselines"
+
+
+def test_the_resolved_study_is_the_same_study(tmp_path):
+    first = read_spec(write(tmp_path, weights__largest=8.0))
+    again = tmp_path / "again.yaml"
+    again.write_text(as_yaml(first))
+    assert read_spec(again) == first
+    assert read_spec(again).fingerprint() == first.fingerprint()
+
+
+def test_files_are_found_from_any_folder(tmp_path, monkeypatch):
+    """Workers start in folders of their own."""
+    (tmp_path / "teacher.pkl").write_bytes(b"a teacher")
+    (tmp_path / "features.pt").write_bytes(b"features")
+    path = write(
+        tmp_path,
+        teacher={"checkpoint": "teacher.pkl"},
+        evaluation__extractor="torchscript:features.pt",
+    )
+    monkeypatch.chdir(tmp_path)
+    found = read_spec(path)
+    monkeypatch.chdir("/")
+    assert found.teacher.checkpoint == str(tmp_path / "teacher.pkl")
+    assert found.evaluation.extractor == f"torchscript:{tmp_path / 'features.pt'}"
+    assert found.fingerprint() == found.fingerprint()
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
+def test_the_studies_that_come_along_are_in_order(path):
+    """A teacher of theirs may be a file that the user has to fetch."""
+    tree = yaml.safe_load(path.read_text())
+    study = parse_spec(tree, source=path.name)
+    check(study)
+    assert study.name == path.stem
+    assert student_grid(study).nfe == study.student.nfe
+
+
+# ---- what the engine makes of it ----
+
+
+def test_a_study_in_the_engines_terms():
+    study = spec(
+        student__schedule={"kind": "logsnr", "sigma_min": 0.01},
+        student__solver={"name": "dpmpp", "order": 2, "thresholding": True},
+        seeds={"training": 5, "evaluation": 6},
+    )
+    grid, sampler = student_grid(study), student_sampler(study)
+    assert (grid.num_intervals, grid.substeps, grid.afs, grid.nfe) == (3, 4, True, 2)
+    assert (grid.schedule.kind, grid.schedule.sigma_min) == ("logsnr", 0.01)
+    assert (sampler.num_intervals, sampler.afs, sampler.nfe) == (3, True, 2)
+    assert sampler.schedule == grid.schedule
+    solver = teacher_solver(study)
+    assert dataclasses.asdict(solver) == {
+        "max_order": 2,
+        "lower_order_final": True,
+        "thresholding": True,
+    }
+    training = training_config(study, 4)
+    assert (training.num_branches, training.images, training.seed) == (4, 2560, 5)
+    assert (training.lr, training.iterations(64)) == (5e-4, 40)
+    teacher = teacher_config(study.teacher.train)
+    assert (teacher.images, teacher.warmup_images, teacher.batch) == (10_000, 10_000, 256)
+
+
+def test_without_afs_every_interval_costs_an_evaluation():
+    grid = student_grid(spec(student__afs=False))
+    assert (grid.num_intervals, grid.nfe) == (2, 2)
+
+
+# ---- the fingerprint ----
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"name": "another"},
+        {"budget__trials": 32},
+        {"weights__a": {"low": 0.0, "high": 1.0}},
+        {"weights__b": {"low": -1.0, "high": 1.0}},
+        {"weights__largest": 8.0},
+        {"sampler": {"name": "gp", "startup_trials": 3}},
+        {"seeds": {"sampler": 9}},
+        {"resources": {"cpus": 2, "threads": 2, "lease_seconds": 10, "max_attempts": 5}},
+        {"trajectories": {"mode": "live"}},
+        {"trajectories": {"mode": "live", "dtype": "float16"}},
+        {"trajectories": {"max_gib": 1.0}},
+        {"evaluation__batch": 32},
+        {"keep_students": 1},
+        {"student__method": "sfd-bdense"},  # the default, spelt out
+    ],
+)
+def test_what_leaves_the_numbers_alone_leaves_the_fingerprint_alone(keys):
+    assert spec(**keys).conditions() == spec().conditions()
+    assert spec(**keys).fingerprint() == spec().fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("keys", "differs"),
+    [
+        ({"data": "cifar10"}, {"data"}),
+        ({"teacher__train__kimg": 11}, {"teacher.train.kimg"}),
+        (
+            {"teacher__train__network__model_channels": 12},
+            {"teacher.train.network.model_channels"},
+        ),
+        ({"teacher__train__seed": 1}, {"teacher.train.seed"}),
+        ({"student__nfe": 3}, {"student.nfe"}),
+        ({"student__substeps": 3}, {"student.substeps"}),
+        ({"student__afs": False}, {"student.afs"}),
+        ({"student__solver": {"order": 2}}, {"student.solver.order"}),
+        ({"student__solver": {"thresholding": True}}, {"student.solver.thresholding"}),
+        ({"student__schedule": {"rho": 5}}, {"student.schedule.rho"}),
+        ({"weights": NORMALISED}, {"weights.parameterisation"}),
+        ({"budget__lr": 1e-4}, {"budget.lr"}),
+        ({"budget__kimg": 5.12}, {"budget.kimg"}),
+        ({"budget__batch": 128}, {"budget.batch"}),
+        ({"evaluation__images": 512}, {"evaluation.images"}),
+        ({"evaluation__extractor": "inception"}, {"evaluation.extractor"}),
+        ({"seeds": {"training": 1}}, {"seeds.training"}),
+        ({"seeds": {"evaluation": 1}}, {"seeds.evaluation"}),
+        ({"trajectories": {"dtype": "float16"}}, {"trajectories.dtype"}),
+    ],
+)
+def test_what_changes_the_numbers_changes_the_fingerprint(keys, differs):
+    before, after = spec().conditions(), spec(**keys).conditions()
+    assert {key for key in before | after if before.get(key) != after.get(key)} == differs
+    assert spec(**keys).fingerprint() != spec().fingerprint()
+
+
+def test_the_engines_numerics_are_a_condition():
+    assert spec().conditions()["numerics"] == NUMERICS
+    assert re.fullmatch("[0-9a-f]{16}", spec().fingerprint())
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        lambda path: {"teacher": {"checkpoint": str(path)}},
+        lambda path: {"evaluation__extractor": f"torchscript:{path}"},
+    ],
+    ids=["checkpoint", "extractor"],
+)
+def test_a_files_content_counts_not_where_it_lies(tmp_path, section):
+    one, copy, other = (tmp_path / name for name in ("one", "copy", "other"))
+    one.write_bytes(b"weights")
+    shutil.copy(one, copy)
+    other.write_bytes(b"others")
+    studies = [spec(**section(path)) for path in (one, copy, other)]
+    marks = [study.fingerprint() for study in studies]
+    assert marks[0] == marks[1] != marks[2]
+    for path, study in zip((one, copy, other), studies, strict=True):
+        assert sha256_file(path) in str(study.conditions())
+        assert str(tmp_path) not in str(study.conditions())
+
+
+def test_flattening_by_hand():
+    tree = {"a": {"b": 1, "c": {"d": [2]}}, "e": {}, "f": None}
+    assert flatten(tree) == {"a.b": 1, "a.c.d": [2], "e": {}, "f": None}

@@ -4,17 +4,17 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
 
 from bdense.branches import export_branch
 from bdense.checkpoints import denoiser_sha256, load_denoiser, save_denoiser
+from bdense.command import Run, Verbs, add_verb, new_parser, run_verb
 from bdense.data import load_dataset
-from bdense.errors import BdenseError, InputError
+from bdense.errors import InputError
 from bdense.extractors import load_extractor
 from bdense.fid import FID, feature_statistics, frechet_distance, reference_statistics
 from bdense.sampling import Sampler, draw_images, sampler_from, save_grid
@@ -25,29 +25,22 @@ from bdense.teachers import TeacherConfig, train_teacher
 from bdense.trajectories import IntervalGrid, LiveTrajectories
 from bdense.weights import LogLinearWeights
 
-USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 SHOW_SECONDS = 2.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; 0 done, 1 failed, 2 a mistake of the user's, 130 interrupted."""
     options = _parser().parse_args(arguments)
-    try:
+
+    def call() -> None:
         _use_device(options)
         options.run(options)
-    except InputError as error:
-        sys.stderr.write(f"bdense: {error}\n")
-        return USER_ERROR
-    except BdenseError as error:
-        sys.stderr.write(f"bdense: {error}\n")
-        return FAILURE
-    except OSError as error:
-        sys.stderr.write(f"bdense: {error.filename or 'the system'}: {error.strerror}\n")
-        return USER_ERROR
-    except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted; the same command carries on from the last checkpoint\n")
-        return INTERRUPTED
-    return 0
+
+    return run_verb(
+        "bdense",
+        call,
+        on_interrupt="interrupted; the same command carries on from the last checkpoint",
+    )
 
 
 def _use_device(options: argparse.Namespace) -> None:
@@ -63,34 +56,18 @@ def _use_device(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="bdense",
-        description="Few-step students of diffusion teachers, plain or with B-DENSE.",
-        epilog="example: bdense teacher --data digits --kimg 250 --out teacher.safetensors",
+    parser, verbs = new_parser(
+        "bdense",
+        "Few-step students of diffusion teachers, plain or with B-DENSE.",
+        "bdense teacher --data digits --kimg 250 --out teacher.safetensors",
     )
-    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     for add in (_add_teacher, _add_distill, _add_sample, _add_fid):
         add(verbs)
     return parser
 
 
-Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-
-
-def _verb(
-    verbs: Verbs,
-    name: str,
-    what: str,
-    example: str,
-    run: Callable[[argparse.Namespace], None],
-) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(
-        name,
-        help=what,
-        description=what[0].upper() + what[1:] + ".",
-        epilog=f"example: {example}",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def _verb(verbs: Verbs, name: str, what: str, example: str, run: Run) -> argparse.ArgumentParser:
+    parser = add_verb(verbs, name, what, example, run, argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of every random draw")
     parser.add_argument(
         "--threads",
@@ -105,7 +82,6 @@ def _verb(
         choices=("auto", "cpu", "cuda"),
         help="where to compute; auto is a GPU where there is one",
     )
-    parser.set_defaults(run=run)
     return parser
 
 

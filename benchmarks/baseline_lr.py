@@ -130,10 +130,8 @@ def _reading(means: dict[str, float]) -> str:
     text += "." if best == "plain SFD, lr x 1" else "; it may be better still beyond."
     if dense:
         winner = min(dense, key=means.__getitem__)
-        text += (
-            f" The best of the curve, {winner}, is {means[winner] / means[best] - 1:+.1%} from it; "
-            "B-DENSE had the study's lr alone."
-        )
+        change = f"{means[winner] / means[best] - 1:+.1%}"
+        text += f" The best of the curve, {winner}, is {change} from it, at the study's lr alone."
     return text
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 from optuna.trial import FrozenTrial, TrialState
 
+from bdense.errors import InputError
 from benchmarks.common import DIGITS_STUDY, parser, publish, table
 from search.ledger import Ledger
 from search.storage import redact, resolve_storage_url
@@ -105,7 +106,10 @@ def _rows(url: str, name: str, runs: Path) -> list[Row]:
     """Complete trials and baselines."""
     rows = []
     for study_name in (f"{name}.baselines", name):
-        study = Ledger.open(url, study_name, budget=None).study
+        try:
+            study = Ledger.open(url, study_name, budget=None).study
+        except InputError as error:
+            raise SystemExit(str(error)) from error
         trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if any(trial.user_attrs["tries"] > 1 for trial in trials):
             raise SystemExit(

@@ -9,14 +9,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import yaml
 
-from bdense.errors import BdenseError, InputError
+from bdense.command import Run, Verbs, add_verb, new_parser, run_verb
 from search.errors import SpecError
 from search.storage import redact, resolve_storage_url
 
-USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+if TYPE_CHECKING:
+    from search.spec import StudySpec
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,51 +28,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
     logging.getLogger("optuna").setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        if getattr(options, "storage", None):
+
+    def call() -> None:
+        if options.storage:
             _hide_password(options.storage, argv)
-        status: int = options.run(options)
-        sys.stdout.flush()
-    except InputError as error:
-        return _complain(error, USER_ERROR)
-    except BdenseError as error:
-        return _complain(error, FAILURE)
-    except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted; nothing is lost: the same command carries on\n")
-        return INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILURE
-    return status
+        options.run(options)
+
+    return run_verb(
+        "bdense-search",
+        call,
+        on_interrupt="interrupted; nothing is lost: the same command carries on",
+        clean=redact,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="bdense-search",
-        description="Search branch weights for few-step diffusion students (B-DENSE).",
-        epilog="example: bdense-search launch studies/digits-nfe2.yaml",
+    parser, verbs = new_parser(
+        "bdense-search",
+        "Search branch weights for few-step diffusion students (B-DENSE).",
+        "bdense-search launch studies/digits-nfe2.yaml",
     )
-    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
     _add_launch(verbs)
-    _add_status(verbs)
-    _add_best(verbs)
+    _study_verb(
+        verbs,
+        "status",
+        "show a study's trials by state, and what runs now",
+        "bdense-search status digits-nfe2",
+        _status,
+        json_keys="study, trials",
+    )
+    _study_verb(
+        verbs,
+        "best",
+        "show a study's best branch weights beside its baselines",
+        "bdense-search best digits-nfe2 --json",
+        _best,
+        json_keys="study, storage, trials, best, baselines",
+    )
     _add_dashboard(verbs)
-    _add_clean(verbs)
+    _study_verb(
+        verbs,
+        "clean",
+        "delete a study's recorded trajectories; a later launch records them again",
+        "bdense-search clean digits-nfe2",
+        _clean,
+    )
     return parser
 
 
-def _verb(
-    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]",
-    name: str,
-    what: str,
-    example: str,
-) -> argparse.ArgumentParser:
-    parser = verbs.add_parser(
-        name,
-        help=what,
-        description=what[0].upper() + what[1:] + ".",
-        epilog=f"example: {example}",
-    )
+def _verb(verbs: Verbs, name: str, what: str, example: str, run: Run) -> argparse.ArgumentParser:
+    parser = add_verb(verbs, name, what, example, run)
     parser.add_argument(
         "--storage",
         metavar="URL",
@@ -81,12 +88,22 @@ def _verb(
     return parser
 
 
-def _add_launch(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _study_verb(
+    verbs: Verbs, name: str, what: str, example: str, run: Run, *, json_keys: str = ""
+) -> None:
+    parser = _verb(verbs, name, what, example, run)
+    parser.add_argument("study", metavar="STUDY", help="a study's name or its YAML file")
+    if json_keys:
+        parser.add_argument("--json", action="store_true", help=f"print one object: {json_keys}")
+
+
+def _add_launch(verbs: Verbs) -> None:
     parser = _verb(
         verbs,
         "launch",
         "start a study, or carry on with it if its name is already in the storage",
         "bdense-search launch studies/digits-nfe2.yaml --trials 32",
+        _launch,
     )
     parser.add_argument("study", metavar="STUDY.yaml", type=Path, help="the study file")
     parser.add_argument(
@@ -107,43 +124,15 @@ def _add_launch(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         action="store_true",
         help="print the resolved study, its fingerprint and its cost; start nothing",
     )
-    parser.set_defaults(run=_launch)
 
 
-def _add_status(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = _verb(
-        verbs,
-        "status",
-        "show a study's trials by state, and what runs now",
-        "bdense-search status digits-nfe2",
-    )
-    parser.add_argument("study", metavar="STUDY", help="a study's name or its YAML file")
-    parser.add_argument("--json", action="store_true", help="print one object: study, trials")
-    parser.set_defaults(run=_status)
-
-
-def _add_best(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = _verb(
-        verbs,
-        "best",
-        "show a study's best branch weights beside its baselines",
-        "bdense-search best digits-nfe2 --json",
-    )
-    parser.add_argument("study", metavar="STUDY", help="a study's name or its YAML file")
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print one object: study, storage, trials, best, baselines",
-    )
-    parser.set_defaults(run=_best)
-
-
-def _add_dashboard(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_dashboard(verbs: Verbs) -> None:
     parser = _verb(
         verbs,
         "dashboard",
         "open optuna-dashboard over the storage, on 127.0.0.1, read-only",
         "bdense-search dashboard --port 8080",
+        _dashboard,
     )
     parser.add_argument(
         "--port", metavar="N", type=_port, default=8080, help="port on 127.0.0.1 (default: 8080)"
@@ -153,21 +142,9 @@ def _add_dashboard(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]")
         action="store_true",
         help="let the browser change studies; renaming one orphans its running trials",
     )
-    parser.set_defaults(run=_dashboard)
 
 
-def _add_clean(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = _verb(
-        verbs,
-        "clean",
-        "delete a study's recorded trajectories; a later launch records them again",
-        "bdense-search clean digits-nfe2",
-    )
-    parser.add_argument("study", metavar="STUDY", help="a study's name or its YAML file")
-    parser.set_defaults(run=_clean)
-
-
-def _launch(options: argparse.Namespace) -> int:
+def _launch(options: argparse.Namespace) -> None:
     from search.engine import check
     from search.spec import read_spec
 
@@ -177,14 +154,14 @@ def _launch(options: argparse.Namespace) -> int:
         spec = spec.model_copy(update={"budget": budget})
     check(spec)
     if options.dry_run:
-        return _dry_run(spec)
+        _dry_run(spec)
+        return
     from search.launch import launch
 
     print(launch(spec, resolve_storage_url(options.storage), options.study, options.workers))
-    return 0
 
 
-def _dry_run(spec: "StudySpec") -> int:  # type: ignore[name-defined]  # noqa: F821
+def _dry_run(spec: "StudySpec") -> None:
     from search.estimate import estimate
     from search.spec import as_yaml
 
@@ -192,10 +169,9 @@ def _dry_run(spec: "StudySpec") -> int:  # type: ignore[name-defined]  # noqa: F
     print(f"# fingerprint {spec.fingerprint()}")
     for line in estimate(spec).lines():
         print(f"# {line}")
-    return 0
 
 
-def _status(options: argparse.Namespace) -> int:
+def _status(options: argparse.Namespace) -> None:
     from search.ledger import Ledger
     from search.report import duration, failures, headline, standing, status_json
 
@@ -204,7 +180,7 @@ def _status(options: argparse.Namespace) -> int:
     now = standing(ledger, url)
     if options.json:
         print(json.dumps(status_json(now)))
-        return 0
+        return
     print(headline(now))
     for row in ledger.running():
         print(
@@ -213,10 +189,9 @@ def _status(options: argparse.Namespace) -> int:
         )
     for line in failures(ledger.study):
         print(line)
-    return 0
 
 
-def _best(options: argparse.Namespace) -> int:
+def _best(options: argparse.Namespace) -> None:
     from search.ledger import Ledger
     from search.report import best_json, headline, standing, table
 
@@ -229,17 +204,15 @@ def _best(options: argparse.Namespace) -> int:
     else:
         print(headline(now))
         print(table(now))
-    return 0
 
 
-def _dashboard(options: argparse.Namespace) -> int:
+def _dashboard(options: argparse.Namespace) -> None:
     from search.dashboard import serve
 
     serve(resolve_storage_url(options.storage), port=options.port, writable=options.writable)
-    return 0
 
 
-def _clean(options: argparse.Namespace) -> int:
+def _clean(options: argparse.Namespace) -> None:
     from search.ledger import Ledger
     from search.slots import TRAJECTORIES_KEY
 
@@ -253,7 +226,6 @@ def _clean(options: argparse.Namespace) -> int:
     if shards:
         folder.rmdir()
     print(f"{freed / 2**20:.1f} MiB of trajectories deleted")
-    return 0
 
 
 def study_name(given: str) -> str:
@@ -295,12 +267,6 @@ def _port(text: str) -> int:
     if not 0 <= value < 65536:
         raise argparse.ArgumentTypeError(f"must lie in 0..65535, got {value}")
     return value
-
-
-def _complain(error: Exception, status: int) -> int:
-    for line in str(error).splitlines():
-        sys.stderr.write(f"bdense-search: {redact(line)}\n")
-    return status
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -1,0 +1,81 @@
+"""What the project's commands share: verbs that explain themselves, and exit statuses."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import TypeAlias
+
+from bdense.errors import BdenseError, InputError
+
+DONE, FAILURE, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Run: TypeAlias = Callable[[argparse.Namespace], None]
+
+
+def new_parser(prog: str, description: str, example: str) -> tuple[argparse.ArgumentParser, Verbs]:
+    """A command that takes verbs."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, epilog=f"example: {example}"
+    )
+    return parser, parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+
+def add_verb(
+    verbs: Verbs,
+    name: str,
+    what: str,
+    example: str,
+    run: Run,
+    formatter: type[argparse.HelpFormatter] = argparse.HelpFormatter,
+) -> argparse.ArgumentParser:
+    """A verb with its one line of help, an example, and what it runs."""
+    parser = verbs.add_parser(
+        name,
+        help=what,
+        description=what[0].upper() + what[1:] + ".",
+        epilog=f"example: {example}",
+        formatter_class=formatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run_verb(
+    prog: str,
+    call: Callable[[], None],
+    *,
+    on_interrupt: str,
+    clean: Callable[[str], str] = str,
+) -> int:
+    """Call, and turn what it raises into one clear line on stderr and an exit status.
+
+    Args:
+        prog: Name of the command, in front of each line.
+        call: What the user asked for.
+        on_interrupt: What to say on Ctrl-C.
+        clean: Takes secrets out of a line.
+
+    Returns:
+        0 done, 1 failed, 2 a mistake of the user's, 130 interrupted.
+    """
+    try:
+        call()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader has gone (``| head``); the interpreter must not trip over it again at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    except BdenseError as error:
+        for line in str(error).splitlines():
+            sys.stderr.write(f"{prog}: {clean(line)}\n")
+        return USER_ERROR if isinstance(error, InputError) else FAILURE
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        sys.stderr.write(f"{prog}: {clean(what)}\n")
+        return USER_ERROR
+    except KeyboardInterrupt:
+        sys.stderr.write(f"\n{on_interrupt}\n")
+        return INTERRUPTED
+    return DONE

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -17,8 +18,8 @@ from bdense.data import load_dataset
 from bdense.errors import InputError
 from bdense.extractors import load_extractor
 from bdense.fid import FID, feature_statistics, frechet_distance, reference_statistics
-from bdense.sampling import Sampler, draw_images, sampler_from, save_grid
-from bdense.schedules import Schedule
+from bdense.grid_options import add_grid_options, chosen_sampler
+from bdense.sampling import draw_images, save_grid
 from bdense.sfd import IterationReport, SFDConfig, distill
 from bdense.solvers import SOLVERS, make_solver
 from bdense.teachers import TeacherConfig, train_teacher
@@ -121,7 +122,7 @@ def _add_distill(verbs: Verbs) -> None:
     )
     parser.add_argument("--a", type=float, default=0.0, help="log w_k = a k + b")
     parser.add_argument("--b", type=float, default=0.0, help="log w_k = a k + b")
-    _add_grid(parser)
+    add_grid_options(parser)
     parser.add_argument("--substeps", metavar="K", type=int, default=4, help="teacher sub-steps")
     parser.add_argument("--solver", choices=SOLVERS, default="dpmpp", help="the teacher's")
     parser.add_argument("--order", metavar="N", type=int, default=3, help="of dpmpp, 1 to 3")
@@ -138,20 +139,6 @@ def _add_out(parser: argparse.ArgumentParser, what: str) -> None:
     )
 
 
-def _add_grid(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nfe", metavar="N", type=int, default=2, help="network evaluations")
-    parser.add_argument(
-        "--afs",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="analytical first step: one more interval for the same NFE",
-    )
-    parser.add_argument("--schedule", default="polynomial", help="or logsnr, time_uniform")
-    parser.add_argument("--rho", type=float, default=7.0, help="exponent of the schedule")
-    parser.add_argument("--sigma-min", type=float, default=0.006, help="last noise level")
-    parser.add_argument("--sigma-max", type=float, default=80.0, help="first noise level")
-
-
 def _add_sample(verbs: Verbs) -> None:
     parser = _verb(
         verbs,
@@ -165,7 +152,7 @@ def _add_sample(verbs: Verbs) -> None:
     parser.add_argument("--columns", metavar="N", type=int, default=16, help="of the grid")
     parser.add_argument("--batch", metavar="N", type=int, default=128, help="images at a time")
     _add_out(parser, "PNG file to write")
-    _add_grid(parser)
+    add_grid_options(parser)
 
 
 def _add_fid(verbs: Verbs) -> None:
@@ -188,13 +175,14 @@ def _add_fid(verbs: Verbs) -> None:
     parser.add_argument(
         "--cache", metavar="DIR", type=Path, default=Path("runs/cache"), help="of statistics"
     )
-    _add_grid(parser)
+    add_grid_options(parser)
 
 
 def _teacher(options: argparse.Namespace) -> None:
+    _require_file_name(options.out)
     dataset = load_dataset(options.data)
     config = TeacherConfig(
-        images=round(options.kimg * 1000),
+        images=_image_count(options.kimg),
         batch=options.batch,
         lr=options.lr,
         seed=options.seed,
@@ -222,12 +210,13 @@ def _teacher(options: argparse.Namespace) -> None:
 
 
 def _distill(options: argparse.Namespace) -> None:
+    _require_file_name(options.out)
     teacher = load_denoiser(options.teacher)[0].to(options.device)
-    sampler = _sampler(options)
+    sampler = chosen_sampler(options)
     grid = IntervalGrid(
         num_intervals=sampler.num_intervals,
         substeps=options.substeps,
-        afs=options.afs,
+        afs=sampler.afs,
         schedule=sampler.schedule,
     )
     num_branches = 1 if options.method == "sfd" else options.substeps
@@ -239,7 +228,7 @@ def _distill(options: argparse.Namespace) -> None:
         )
     config = SFDConfig(
         num_branches=num_branches,
-        images=round(options.kimg * 1000),
+        images=_image_count(options.kimg),
         lr=options.lr,
         seed=options.seed,
     )
@@ -275,10 +264,11 @@ def _distill(options: argparse.Namespace) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
+    _require_file_name(options.out)
     model, metadata = load_denoiser(options.model)
     images = draw_images(
         model.to(options.device),
-        _sampler(options, metadata.get("sampler")),
+        chosen_sampler(options, metadata.get("sampler")),
         options.images,
         seed=options.seed,
         batch=options.batch,
@@ -293,7 +283,7 @@ def _fid(options: argparse.Namespace) -> None:
     dataset = load_dataset(options.data)
     extractor = load_extractor(options.extractor, cache=options.cache, device=device)
     reference = reference_statistics(dataset, extractor, cache=options.cache)
-    sampler, show = _sampler(options, metadata.get("sampler")), _Progress()
+    sampler, show = chosen_sampler(options, metadata.get("sampler")), _Progress()
     images = draw_images(
         model.to(device),
         sampler,
@@ -315,20 +305,19 @@ def _fid(options: argparse.Namespace) -> None:
     print(json.dumps(fid.as_dict()))
 
 
-def _sampler(options: argparse.Namespace, stored: dict[str, object] | None = None) -> Sampler:
-    """The model's own sampler where it has one, else the one the options describe."""
-    if stored is not None:
-        return sampler_from(stored)
-    return Sampler(
-        num_intervals=options.nfe + (1 if options.afs else 0),
-        afs=options.afs,
-        schedule=Schedule(
-            kind=options.schedule,
-            rho=options.rho,
-            sigma_min=options.sigma_min,
-            sigma_max=options.sigma_max,
-        ),
-    )
+def _image_count(kimg: float) -> int:
+    if not 0.001 <= kimg < float("inf"):
+        raise InputError(f"--kimg must be a finite number, at least 0.001, got {kimg}")
+    return round(kimg * 1000)
+
+
+def _require_file_name(path: Path) -> None:
+    """Refuse before hours of work what could not be written after them."""
+    if path.is_dir():
+        raise InputError(f"--out {path} is a folder; give the name of a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"--out {path}: the folder cannot be written; choose another")
 
 
 class _Progress:

@@ -52,6 +52,8 @@ class SFDConfig:
 
     def iterations(self, batch: int) -> int:
         """Iterations of that batch size that see all ``images``."""
+        if batch < 1:
+            raise InputError(f"batch must be at least 1, got {batch}")
         return -(-self.images // batch)
 
     def lr_at(self, iteration: int, batch: int) -> float:

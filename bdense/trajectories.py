@@ -7,6 +7,7 @@ start from comes back from its seed.
 R recorded rows, B batch, C channels, H x W pixels, N student intervals, K sub-steps.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -190,9 +191,9 @@ class TrajectoryStore:
                 f"trajectory dtype {self.dtype!r} is unknown; choose from {list(STORED_DTYPES)}"
             )
 
-    @property
+    @functools.cached_property
     def folder(self) -> Path:
-        """Where the shards lie."""
+        """Where the shards lie; its name takes a hash over the whole teacher."""
         key = self.live.describe() | {"count": self.live.count, "dtype": self.dtype}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return self.root / digest[:16]

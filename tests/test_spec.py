@@ -138,7 +138,7 @@ def test_a_file_that_is_no_study_is_named(tmp_path, text, expected):
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(SpecError, match=r"none\.yaml cannot be read: .*No such file"):
         read_spec(tmp_path / "none.yaml")
-    with pytest.raises(SpecError, match="cannot be read: .*Is a directory"):
+    with pytest.raises(SpecError, match=r"cannot be read: .*Is a directory"):
         read_spec(tmp_path)
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SpecError, match=r"bytes\.yaml cannot be read: .*codec"):

@@ -201,7 +201,7 @@ def test_bad_settings_are_named(options, message):
 
 
 def test_a_network_that_does_not_fit_is_refused():
-    with pytest.raises(InputError, match="do not fit a SongUNet: .*'depth'"):
+    with pytest.raises(InputError, match=r"do not fit a SongUNet: .*'depth'"):
         new_denoiser(config(network={"depth": 3}), SHAPE)
     with pytest.raises(InputError, match="cannot be halved 4 times"):
         new_denoiser(config(network={"channel_mult": (1, 1, 1, 1, 1)}), SHAPE)

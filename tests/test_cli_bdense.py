@@ -1,0 +1,312 @@
+"""``bdense`` from a teacher to a FID, through its own command line; and the mistakes one makes."""
+
+import contextlib
+import io
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bdense.checkpoints import denoiser_sha256, load_denoiser
+from bdense.cli import main
+from bdense.data import load_dataset
+from bdense.extractors import load_extractor
+from bdense.fid import feature_statistics, frechet_distance, reference_statistics
+from bdense.sampling import draw_images, sampler_from
+
+TINY = ("--channels", 8, "--mult", 1, 2, "--batch", 32, "--kimg", 0.128)
+SHORT = ("--kimg", 0.064, "--batch", 32, "--lr", 1e-3)
+
+
+@dataclass
+class Answer:
+    """What a command said."""
+
+    status: int
+    out: str
+    err: str
+
+
+def bdense(*arguments: object) -> Answer:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as usage:
+            status = int(usage.code or 0)
+    return Answer(status, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def teacher(folder) -> Path:
+    path = folder / "made" / "teacher.safetensors"
+    answer = bdense("teacher", "--data", "digits", "--seed", 3, *TINY, "--out", path)
+    assert answer.status == 0, answer.err
+    digest = denoiser_sha256(load_denoiser(path)[0])
+    assert answer.out == f"{path} sha256 {digest[:16]}\n"
+    assert re.fullmatch(r"4/4, loss \d\.\d{3}, about 0 s left", answer.err.splitlines()[-1])
+    return path
+
+
+@pytest.fixture(scope="module")
+def student(folder, teacher) -> Path:
+    path = folder / "student.safetensors"
+    answer = bdense("distill", teacher, "--nfe", 2, "--a", 1.0, *SHORT, "--out", path)
+    assert answer.status == 0, answer.err
+    assert answer.out == f"{path} NFE 2\n"
+    return path
+
+
+def distill(teacher: Path, path: Path, *options: object) -> str:
+    """Hash of a student made anew."""
+    answer = bdense("distill", teacher, *SHORT, *options, "--out", path)
+    assert answer.status == 0, answer.err
+    return denoiser_sha256(load_denoiser(path)[0])
+
+
+def fid(student: Path, folder: Path, *options: object) -> dict:
+    answer = bdense(
+        *("fid", student, "--extractor", "digits-classifier", "--images", 64),
+        *("--cache", folder / "cache", *options),
+    )
+    assert answer.status == 0, answer.err
+    return json.loads(answer.out)
+
+
+# ---- the way there ----
+
+
+def test_a_teacher_is_written_with_its_recipe(teacher):
+    loaded, metadata = load_denoiser(teacher)
+    assert (metadata["kind"], metadata["data"]) == ("teacher", "digits")
+    training = metadata["training"]
+    assert (training["images"], training["batch"], training["seed"]) == (128, 32, 3)
+    assert loaded.image_shape == (1, 8, 8)
+    assert loaded.model.config.channel_mult == (1, 2)
+    assert [path.name for path in teacher.parent.iterdir()] == ["teacher.safetensors"]
+
+
+def test_a_student_is_a_teacher_in_size_with_its_own_sampler(student, teacher):
+    loaded, metadata = load_denoiser(student)
+    parent = load_denoiser(teacher)[0]
+    assert loaded.describe() == parent.describe()
+    assert metadata["kind"] == "student"
+    assert metadata["method"] == "sfd-bdense"
+    assert metadata["teacher_sha256"] == denoiser_sha256(parent)
+    ratios = torch.tensor(metadata["weights"])
+    assert (ratios[1:] / ratios[:-1]).tolist() == pytest.approx([2.718282] * 3, rel=1e-5)
+    sampler = sampler_from(metadata["sampler"])
+    assert (sampler.nfe, sampler.num_intervals, sampler.afs) == (2, 3, True)
+    assert denoiser_sha256(loaded) != denoiser_sha256(parent)
+
+
+def test_the_same_command_makes_the_same_student(student, teacher, folder):
+    first = denoiser_sha256(load_denoiser(student)[0])
+    again = folder / "again.safetensors"
+    assert distill(teacher, again, "--nfe", 2, "--a", 1.0) == first
+    assert distill(teacher, again, "--nfe", 2, "--a", 1.0, "--seed", 1) != first
+    assert distill(teacher, again, "--nfe", 2, "--a", 0.0) != first
+
+
+def test_plain_sfd_has_one_weight(teacher, folder):
+    path = folder / "plain.safetensors"
+    distill(teacher, path, "--method", "sfd", "--nfe", 3, "--no-afs", "--schedule", "logsnr")
+    metadata = load_denoiser(path)[1]
+    assert (metadata["method"], metadata["weights"]) == ("sfd", [1.0])
+    assert metadata["sampler"]["num_intervals"] == 3
+    assert metadata["sampler"]["schedule"]["kind"] == "logsnr"
+
+
+def test_samples_are_one_picture(student, folder):
+    def draw(name: str, *options: object) -> Path:
+        path = folder / name
+        answer = bdense("sample", student, "--images", 6, "--columns", 3, *options, "--out", path)
+        assert (answer.status, answer.out) == (0, f"{path}\n")
+        return path
+
+    first = draw("first.png")
+    with Image.open(first) as picture:
+        assert (picture.size, picture.mode) == ((3 * 32, 2 * 32), "L")
+        # Every pixel of an 8 x 8 image is a square of 4.
+        small = torch.from_numpy(np.array(picture))[::4, ::4]
+    loaded, metadata = load_denoiser(student)
+    images = draw_images(loaded, sampler_from(metadata["sampler"]), 6, seed=0)
+    assert torch.equal(small[:8, 8:16], images[1, 0])
+    assert torch.equal(small[8:, :8], images[3, 0])
+    assert draw("same.png", "--seed", 0).read_bytes() == first.read_bytes()
+    assert draw("other.png", "--seed", 1).read_bytes() != first.read_bytes()
+
+
+def test_a_fid_carries_its_conditions(student, folder):
+    found = fid(student, folder, "--seed", 5)
+    cache, device = folder / "cache", torch.device("cpu")
+    extractor = load_extractor("digits-classifier", cache=cache, device=device)
+    value = found.pop("value")
+    assert found == {
+        "images": 64,
+        "reference": "digits",
+        "reference_images": 1797,
+        "extractor": "digits-classifier",
+        "extractor_sha256": extractor.sha256,
+        "nfe": 2,
+        "seeds": {"evaluation": 5},
+    }
+    loaded, metadata = load_denoiser(student)
+    images = draw_images(loaded, sampler_from(metadata["sampler"]), 64, seed=5)
+    reference = reference_statistics(load_dataset("digits"), extractor, cache=cache)
+    expected = frechet_distance(feature_statistics(images, extractor), reference)
+    assert value == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_same_seed_gives_the_same_fid(student, folder):
+    first = fid(student, folder)
+    assert fid(student, folder) == first
+    assert fid(student, folder, "--seed", 1)["value"] != first["value"]
+
+
+def test_a_teacher_is_measured_by_the_grid_asked_for(teacher, folder):
+    assert fid(teacher, folder, "--nfe", 4, "--no-afs")["nfe"] == 4
+
+
+# ---- mistakes ----
+
+
+def refused(answer: Answer) -> str:
+    """The one line of a mistake: exit status 2, nothing on stdout."""
+    assert (answer.status, answer.out) == (2, "")
+    (line,) = answer.err.splitlines()
+    assert line.startswith("bdense: ")
+    return line.removeprefix("bdense: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--data", "digit"), "unknown data set 'digit'; known are digits"),
+        (("--kimg", "nan"), "--kimg must be a finite number, at least 0.001, got nan"),
+        (("--kimg", "inf"), "got inf"),
+        (("--kimg", 0), "got 0.0"),
+        (("--lr", "nan"), "teacher lr must be positive and finite, got nan"),
+        (("--batch", 0), "teacher batch must be at least 1, got 0"),
+        (("--channels", 6), "model_channels must be a multiple of 4 .* got 6"),
+        (("--mult", 0), r"channel_mult one or more numbers from 1 up, got 8 and \[0\]"),
+        (("--mult", 1, 1, 1, 1, 1), "img_resolution=8 cannot be halved 4 times"),
+        (("--seed", -1), "a seed must not be negative, got -1"),
+        (("--threads", 0), "--threads must be at least 1, got 0"),
+    ],
+)
+def test_a_teacher_that_cannot_be_trained_is_refused(tmp_path, options, message):
+    answer = bdense("teacher", *TINY, "--out", tmp_path / "teacher.safetensors", *options)
+    assert re.search(message, refused(answer))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--nfe", 0), "leaves no network evaluation; NFE must be at least 1"),
+        (("--substeps", 0), r"substeps \(K\) must be at least 1, got 0"),
+        (("--order", 7), "dpmpp has orders 1, 2 and 3, got 7"),
+        (("--a", "nan"), "branch weight a must be a finite number, got nan"),
+        (("--method", "sfd", "--a", 1), "--method sfd has one output .* got --a 1.0 --b 0.0;"),
+        (("--schedule", "karras"), "schedule kind 'karras' is unknown"),
+        (("--sigma-min", 100), "got sigma_min=100.0, sigma_max=80.0"),
+        (("--kimg", "nan"), "--kimg must be a finite number"),
+        (("--batch", 0), "batch must be at least 1, got 0"),
+        (("--batch", -4), "batch must be at least 1, got -4"),
+        (("--lr", 0), "lr must be positive and finite, got 0.0"),
+    ],
+)
+def test_a_student_that_cannot_be_distilled_is_refused(teacher, tmp_path, options, message):
+    answer = bdense("distill", teacher, *SHORT, "--out", tmp_path / "s.safetensors", *options)
+    assert re.search(message, refused(answer))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--images", 0), "number of images must be at least 1, got 0"),
+        (("--batch", 0), "batch must be at least 1, got 0"),
+        (("--columns", 0), "columns must be at least 1, got 0"),
+        (("--nfe", 5), r"distilled for \(NFE 2\), and nfe=5 asks for another"),
+        (("--no-afs",), "and afs=False asks for another"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(student, tmp_path, options, message):
+    answer = bdense("sample", student, *options, "--out", tmp_path / "x.png")
+    assert re.search(message, refused(answer))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_students_own_grid_may_be_spelt_out(student, tmp_path):
+    path = tmp_path / "x.png"
+    assert bdense("sample", student, "--nfe", 2, "--afs", "--out", path).status == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--extractor", "vgg"), "unknown feature extractor 'vgg'; known are inception"),
+        (("--extractor", "torchscript:none.pt"), "none.pt"),
+        (("--data", "digit"), "unknown data set 'digit'"),
+    ],
+)
+def test_a_fid_that_cannot_be_measured_is_refused(student, tmp_path, options, message):
+    answer = bdense("fid", student, "--images", 8, "--cache", tmp_path, *options)
+    assert re.search(message, refused(answer))
+
+
+def test_an_output_that_is_a_folder_is_refused_before_the_work(teacher, student, tmp_path):
+    for command in (("teacher", *TINY), ("distill", teacher, *SHORT), ("sample", student)):
+        line = refused(bdense(*command, "--out", tmp_path))
+        assert line == f"--out {tmp_path} is a folder; give the name of a file"
+    (tmp_path / "file").write_text("in the way")
+    line = refused(bdense("sample", student, "--out", tmp_path / "file" / "x.png"))
+    assert line == f"{tmp_path / 'file'}: File exists"
+
+
+@pytest.fixture(params=["missing", "folder", "empty", "truncated", "text"])
+def broken(request, student, tmp_path) -> Path:
+    path, whole = tmp_path / "broken.safetensors", student.read_bytes()
+    contents = {"empty": b"", "truncated": whole[: len(whole) // 2], "text": b"no weights " * 99}
+    if request.param == "folder":
+        path.mkdir()
+    elif request.param != "missing":
+        path.write_bytes(contents[request.param])
+    return path
+
+
+def test_a_checkpoint_that_cannot_be_read_is_named(broken, tmp_path):
+    out = tmp_path / "out"
+    for command in (
+        ("distill", broken, "--out", out),
+        ("sample", broken, "--out", out),
+        ("fid", broken, "--cache", tmp_path / "cache"),
+    ):
+        assert "broken.safetensors" in refused(bdense(*command))
+    assert not out.exists()
+
+
+def test_usage_mistakes_end_with_status_2():
+    for arguments in ((), ("distil",), ("teacher",), ("sample", "x", "--images", "many")):
+        answer = bdense(*arguments)
+        assert (answer.status, answer.out) == (2, "")
+        assert answer.err.splitlines()[-1].startswith("bdense")
+
+
+def test_a_loss_that_diverges_is_a_failure_and_leaves_no_file(teacher, tmp_path):
+    answer = bdense("distill", teacher, *SHORT, "--a", 1e3, "--out", tmp_path / "s.safetensors")
+    assert answer.status == 1
+    assert "is not finite at iteration 0, interval 1" in answer.err
+    assert list(tmp_path.iterdir()) == []

@@ -59,6 +59,11 @@ class TeacherConfig:
         """ceil(images / batch)."""
         return -(-self.images // self.batch)
 
+    def lr_at(self, iteration: int) -> float:
+        """The step size of that iteration, counted from 0."""
+        seen = (iteration + 1) * self.batch
+        return self.lr * min(1.0, seen / max(self.warmup_images, 1))
+
 
 def denoising_loss(denoiser: EDMPrecond, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """lambda(sigma) |D(y + n; sigma) - y|^2, mean over pixels (Karras et al. 2022, eq. 8).
@@ -109,23 +114,18 @@ def train_teacher(
     denoiser = new_denoiser(config, images.shape[1:]).to(device)
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=config.lr, fused=True)
-    # As a checkpoint gives it back, where a tuple has become a list.
-    identity = json.loads(json.dumps({"config": asdict(config), "data": dataset.sha256}))
+    identity = _identity(config, dataset)
     first = _resume(checkpoint, denoiser, ema, optimizer, identity) if checkpoint else 0
     decay = 0.5 ** (config.batch / config.ema_halflife_images)
     last_save = time.monotonic()
 
     denoiser.train()
     for iteration in range(first, config.iterations):
-        seen = (iteration + 1) * config.batch
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * min(1.0, seen / max(config.warmup_images, 1))
+            group["lr"] = config.lr_at(iteration)
         with seeded(device, config.seed, Stream.DROPOUT, iteration):
             loss = denoising_loss(denoiser, *_batch(images, config, iteration)).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        value = _finite(loss, denoiser, iteration)
-        optimizer.step()
+        value = _update(denoiser, optimizer, loss, iteration)
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(denoiser.parameters()), 1 - decay)
         if checkpoint and time.monotonic() - last_save >= checkpoint_seconds:
@@ -162,14 +162,26 @@ def _batch(images: Tensor, config: TeacherConfig, iteration: int) -> tuple[Tenso
     return clean, noise, (config.p_mean + config.p_std * normal).exp()
 
 
-def _finite(loss: Tensor, denoiser: EDMPrecond, iteration: int) -> float:
-    """The loss, once it and the gradients are known to be finite."""
+def _update(
+    denoiser: EDMPrecond, optimizer: torch.optim.Optimizer, loss: Tensor, iteration: int
+) -> float:
+    """One step down the loss, if it and its gradient are finite; the loss before it."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
     gradients = [p.grad for p in denoiser.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
     for what, value in (("loss", loss), ("gradient", norm)):
         if not bool(value.isfinite()):
             raise NonFiniteLossError(f"the teacher's {what}", iteration=iteration)
+    optimizer.step()
     return float(loss.detach())
+
+
+def _identity(config: TeacherConfig, dataset: Dataset) -> dict[str, Any]:
+    """What must agree for a checkpoint to be the same run, as a checkpoint gives it back."""
+    identity: dict[str, Any] = {"config": asdict(config), "data": dataset.sha256}
+    # In JSON a tuple, such as channel_mult's, is a list.
+    return dict(json.loads(json.dumps(identity)))
 
 
 def _save(

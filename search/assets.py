@@ -55,6 +55,9 @@ def cache_folder() -> Path:
 def use_device(spec: StudySpec) -> torch.device:
     """Set this process up as the spec asks, and say where its trials run."""
     torch.set_num_threads(spec.resources.threads)
+    # cuBLAS reads this when it starts; without it some of its kernels refuse to be deterministic.
+    if spec.resources.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(spec.resources.deterministic)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

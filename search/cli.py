@@ -145,19 +145,17 @@ def _add_dashboard(verbs: Verbs) -> None:
 
 
 def _launch(options: argparse.Namespace) -> None:
-    from search.engine import check
+    from search.launch import check_apart, launch
     from search.spec import read_spec
 
     spec = read_spec(options.study)
     if options.trials is not None:
         budget = spec.budget.model_copy(update={"trials": options.trials})
         spec = spec.model_copy(update={"budget": budget})
-    check(spec)
+    check_apart(spec)
     if options.dry_run:
         _dry_run(spec)
         return
-    from search.launch import launch
-
     print(launch(spec, resolve_storage_url(options.storage), options.study, options.workers))
 
 

@@ -1,6 +1,8 @@
 """The ``launch`` verb: open the study, run what is left, say what came out."""
 
+import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from search.progress import Display
@@ -43,6 +45,25 @@ def launch(spec: StudySpec, url: str, source: Path, workers: int | None) -> str:
     now = standing(ledgers.trials, url)
     lines = [headline(now), *failures(ledgers.trials.study), table(now), "", *_next(now, source)]
     return "\n".join(lines)
+
+
+def check_apart(spec: StudySpec) -> None:
+    """``search.engine.check`` in a process of its own.
+
+    It needs torch, which would stay in the launcher's memory (500 MB) for the whole study.
+
+    Raises:
+        SpecError: The engine cannot do what the spec asks.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as apart:
+        apart.submit(_check, spec).result()
+
+
+def _check(spec: StudySpec) -> None:
+    from search.engine import check
+
+    check(spec)
 
 
 def _next(now: Standing, source: Path) -> list[str]:

@@ -162,19 +162,20 @@ def _work(config: Mapping[str, Any], mark: Path) -> int:
         folder = trajectory_store(spec, assets.teacher).folder.resolve()
         main.study.set_user_attr(TRAJECTORIES_KEY, str(folder))
 
-    def claim_next() -> tuple[Ledger, Claim] | None:
-        """The next claim; baselines first, so that every trial has something to beat."""
+    def claim_next() -> tuple[Ledger, Claim, float] | None:
+        """The next claim and when it was asked for; baselines first, as something to beat."""
         while True:
+            asked = time.perf_counter()
             first = baselines.claim(baseline_space(), lambda offset: make_sampler(spec, offset))
             if isinstance(first, Claim):
-                return baselines, first
+                return baselines, first, asked
             then = main.claim(
                 search_space(spec),
                 lambda offset: make_sampler(spec, offset),
                 lambda params: excess_weight(spec, params),
             )
             if isinstance(then, Claim):
-                return main, then
+                return main, then, asked
             if isinstance(first, Done) and isinstance(then, Done):
                 return None
             time.sleep(POLL_SECONDS)
@@ -182,13 +183,14 @@ def _work(config: Mapping[str, Any], mark: Path) -> int:
     finished = 0
     while (claimed := claim_next()) is not None:
         mark.unlink(missing_ok=True)
+        ledger, claim, asked = claimed
         try:
-            work_on(*claimed, assets)
+            work_on(ledger, claim, assets, asked)
         except LeaseLostError as error:
             _log.warning("%s", error)
             continue
         finished += 1
-        if claimed[0] is baselines:
+        if ledger is baselines:
             copy_baselines(main, url)
     return finished
 

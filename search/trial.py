@@ -48,8 +48,14 @@ def trial_folder(study_name: str, number: int) -> Path:
     return runs_folder() / study_name / f"{number:05d}"
 
 
-def work_on(ledger: Ledger, claim: Claim, assets: Assets) -> None:
+def work_on(ledger: Ledger, claim: Claim, assets: Assets, asked: float) -> None:
     """Bring a claimed trial to its end, or give it back.
+
+    Args:
+        ledger: The study's.
+        claim: What is worked on.
+        assets: What the study's trials share.
+        asked: ``time.perf_counter()`` when the claim was asked for.
 
     Raises:
         LeaseLostError: Another worker took it over; nothing was told.
@@ -65,7 +71,9 @@ def work_on(ledger: Ledger, claim: Claim, assets: Assets) -> None:
                 check=holding.check,
                 report=holding.report,
             )
-        ledger.complete(claim, result["value"], result["attrs"] | {"tries": claim.tries})
+        attrs = result["attrs"] | {"tries": claim.tries}
+        attrs["timings"]["service_seconds"] = _service_seconds(asked, result)
+        ledger.complete(claim, result["value"], attrs)
         _keep_best_students(ledger, assets.spec.keep_students)
     except LeaseLostError:
         raise
@@ -223,6 +231,14 @@ def _student_metadata(
         "sampler": student_sampler(assets.spec).describe(),
         "fid": fid.as_dict(),
     }
+
+
+def _service_seconds(asked: float, result: Mapping[str, Any]) -> float:
+    """Time from asking for the trial to telling its result that was not spent inside bdense."""
+    timings = result["attrs"]["timings"]
+    inside = timings["student_seconds"] + timings["evaluation_seconds"]
+    # A result taken over was computed by another worker, before this one asked.
+    return round(max(time.perf_counter() - asked - float(inside), 0.0), 3)
 
 
 def _fail(

@@ -127,6 +127,13 @@ def test_the_average_and_the_warm_up_by_hand(digits, tmp_path):
     assert moved.item() == pytest.approx(0.01 / 4, rel=1e-3)
 
 
+def test_the_step_size_rises_with_the_images_seen():
+    """64 images of warm-up, 16 an iteration; without a warm-up it is whole from the start."""
+    rising = config(lr=0.4, warmup_images=64)
+    assert [rising.lr_at(i) for i in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
+    assert config(lr=0.4, warmup_images=0).lr_at(0) == 0.4
+
+
 # ---- the same again ----
 
 

@@ -11,6 +11,7 @@ import logging
 import os
 import platform
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ from search.storage import runs_folder
 _log = logging.getLogger(__name__)
 
 PACKAGES = ("bdense", "torch", "numpy", "optuna", "ray", "sqlalchemy", "torch-fidelity")
-RESULT, STUDENT, CHECKPOINT, GRID = (
+IDENTITY, RESULT, STUDENT, CHECKPOINT, GRID = (
+    "trial.json",
     "result.json",
     "student.safetensors",
     "checkpoint.safetensors",
@@ -116,9 +118,10 @@ def evaluate(
         ``value`` (the FID) and ``attrs`` (what the row stores), JSON-able; read from the folder
         if a worker before got that far.
     """
+    spec = assets.spec
+    _take_folder(folder, {"params": dict(params), "fingerprint": spec.fingerprint()})
     if (folder / RESULT).exists():
         return dict(json.loads((folder / RESULT).read_text()))
-    spec = assets.spec
     num_branches, weights = branches_and_weights(spec, params)
     values = weights(num_branches)
 
@@ -163,6 +166,23 @@ def evaluate(
         scratch.write_text(json.dumps(result))
     (folder / CHECKPOINT).unlink(missing_ok=True)
     return result
+
+
+def _take_folder(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Make sure that what lies in a trial's folder is this trial's.
+
+    A study that was deleted from its database, or lives in another one under the same name,
+    leaves folders behind; theirs is moved aside, never taken for ours.
+    """
+    ours = json.dumps(identity, sort_keys=True)
+    mark = folder / IDENTITY
+    if folder.exists() and (not mark.exists() or mark.read_text() != ours):
+        aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}")
+        _log.warning("%s holds another study's trial; moved to %s", folder, aside.name)
+        folder.rename(aside)
+    if not mark.exists():
+        with atomic_write(mark) as scratch:
+            scratch.write_text(ours)
 
 
 def measure(

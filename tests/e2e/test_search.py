@@ -316,3 +316,15 @@ def test_mistakes_on_the_command_line_exit_with_2(workplace, arguments, message)
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert "pw-Zq7" not in done.stderr
+
+
+def test_files_of_another_study_are_moved_aside_never_taken(workplace, monkeypatch):
+    """The database was deleted, the folder was not: its results belong to other parameters."""
+    study = small_study(budget={"trials": 1, "kimg": 0.128, "batch": 64, "lr": 5e-4})
+    old = run_slot(workplace, monkeypatch, study, [{"a": 1.0}]).study.trials[0]
+    (workplace.folder / "runs/bdense.db").unlink()
+    new = run_slot(workplace, monkeypatch, study, [{"a": 2.0}]).study.trials[0]
+    assert (old.params["a"], new.params["a"]) == (1.0, 2.0)
+    assert old.value != new.value
+    aside = [p for p in (workplace.folder / "runs/small").glob("00000.*") if p.is_dir()]
+    assert [json.loads((p / "result.json").read_text())["value"] for p in aside] == [old.value]

@@ -31,7 +31,8 @@ def derive_seed(seed: int, stream: Stream, *index: int) -> int:
     """A 63-bit seed for that draw."""
     if seed < 0:
         raise InputError(f"a seed must not be negative, got {seed}")
-    state = np.random.SeedSequence((seed, int(stream), *index)).generate_state(1, np.uint64)
+    # The length counts because SeedSequence takes no notice of trailing zeros.
+    state = np.random.SeedSequence((seed, int(stream), len(index), *index)).generate_state(1, np.uint64)
     return int(state[0]) >> 1
 
 

@@ -170,31 +170,29 @@ def _dry_run(spec: "StudySpec") -> None:
 
 
 def _status(options: argparse.Namespace) -> None:
-    from search.ledger import Ledger
     from search.report import duration, failures, headline, standing, status_json
+    from search.study import Study
 
-    url = resolve_storage_url(options.storage)
-    ledger = Ledger.open(url, study_name(options.study), budget=None)
-    now = standing(ledger, url)
+    study = Study.open(resolve_storage_url(options.storage), study_name(options.study))
+    now = standing(study)
     if options.json:
         print(json.dumps(status_json(now)))
         return
     print(headline(now))
-    for row in ledger.running():
+    for row in study.trials.running():
         print(
             f"trial {row.number} on {row.owner} for {duration(row.seconds)}, attempt "
             f"{row.attempt}: {row.progress or 'starting'}"
         )
-    for line in failures(ledger.study):
+    for line in failures(study.trials.study):
         print(line)
 
 
 def _best(options: argparse.Namespace) -> None:
-    from search.ledger import Ledger
     from search.report import best_json, headline, standing, table
+    from search.study import Study
 
-    url = resolve_storage_url(options.storage)
-    now = standing(Ledger.open(url, study_name(options.study), budget=None), url)
+    now = standing(Study.open(resolve_storage_url(options.storage), study_name(options.study)))
     if options.json:
         print(json.dumps(best_json(now)))
     elif now.best is None:
@@ -212,11 +210,11 @@ def _dashboard(options: argparse.Namespace) -> None:
 
 def _clean(options: argparse.Namespace) -> None:
     from search.ledger import Ledger
-    from search.slots import TRAJECTORIES_KEY
+    from search.study import TRAJECTORIES
 
     url = resolve_storage_url(options.storage)
     study = Ledger.open(url, study_name(options.study), budget=None).study
-    folder = Path(study.user_attrs.get(TRAJECTORIES_KEY, ""))
+    folder = Path(study.user_attrs.get(TRAJECTORIES, ""))
     shards = sorted(folder.glob("shard-*")) if folder.name else []
     freed = sum(path.stat().st_size for path in shards)
     for path in shards:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from search.progress import Display
 from search.report import Standing, copy_baselines, failures, headline, standing, table
-from search.runner import open_study, run_study
+from search.runner import run_study
 from search.spec import StudySpec
 from search.storage import runs_folder
+from search.study import Study
 
 
 def launch(spec: StudySpec, url: str, source: Path, workers: int | None) -> str:
@@ -24,26 +25,25 @@ def launch(spec: StudySpec, url: str, source: Path, workers: int | None) -> str:
     Returns:
         The result for people.
     """
-    ledgers = open_study(spec, url)
-    before = standing(ledgers.trials, url)
-    if ledgers.finished():
+    study = Study.create(url, spec)
+    before = standing(study)
+    if not study.left():
         sys.stderr.write(f"study {spec.name} is complete; nothing is left to do\n")
     else:
         if before.counts.complete or before.counts.running:
             sys.stderr.write(f"carrying on with {headline(before)}\n")
-        display = Display(ledgers, url)
+        display = Display(study)
         run_study(
             spec,
-            url,
-            ledgers,
+            study,
             workers=workers,
             on_preparing=display.preparing,
             on_searching=display.searching,
         )
         display.close()
-    copy_baselines(ledgers.trials, url)
-    now = standing(ledgers.trials, url)
-    lines = [headline(now), *failures(ledgers.trials.study), table(now), "", *_next(now, source)]
+    copy_baselines(study)
+    now = standing(study)
+    lines = [headline(now), *failures(study.trials.study), table(now), "", *_next(now, source)]
     return "\n".join(lines)
 
 

@@ -5,8 +5,8 @@ import time
 from typing import TextIO
 
 from search.report import duration, standing
-from search.runner import Ledgers
 from search.slots import Progress
+from search.study import Study
 
 LINE_SECONDS = 10.0
 STEPS = {
@@ -20,14 +20,12 @@ class Display:
     """What the launch does now, trials done, best so far, time left.
 
     Args:
-        ledgers: The study and its baselines.
-        url: Their storage.
+        study: What is launched.
         stream: Where lines go.
     """
 
-    def __init__(self, ledgers: Ledgers, url: str, stream: TextIO | None = None) -> None:
-        self._ledgers = ledgers
-        self._url = url
+    def __init__(self, study: Study, stream: TextIO | None = None) -> None:
+        self._study = study
         self._stream = stream or sys.stderr
         self._started = time.monotonic()
         self._step_started: dict[str, tuple[float, int]] = {}
@@ -53,11 +51,12 @@ class Display:
 
     def searching(self) -> None:
         """A look at the database."""
-        now = standing(self._ledgers.trials, self._url)
-        base = self._ledgers.baselines.counts()
+        now = standing(self._study)
+        assert self._study.baselines is not None  # a launch plans them
+        base = self._study.baselines.counts()
         done = sum(c.complete + c.pruned + c.failed for c in (now.counts, base))
         total = now.counts.planned + base.planned
-        running = [*self._ledgers.baselines.running(), *self._ledgers.trials.running()]
+        running = [*self._study.baselines.running(), *self._study.trials.running()]
         if self._done_at_start is None:
             self._done_at_start, self._trials_started = done, time.monotonic()
         finished = now.counts.complete + now.counts.pruned + now.counts.failed

@@ -8,11 +8,10 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from search.errors import UnknownStudyError
-from search.ledger import Counts, Ledger
+from search.ledger import Counts
 from search.storage import redact
+from search.study import BASELINE_RESULTS, Study
 
-BASELINES_KEY = "baselines"
 TITLES = {"sfd": "plain SFD", "uniform": "uniform weights"}
 FID_KEYS = ("nfe", "images", "extractor", "reference")
 
@@ -53,15 +52,14 @@ class Standing:
         return counts.complete + counts.pruned + counts.failed >= counts.planned
 
 
-def standing(ledger: Ledger, url: str) -> Standing:
+def standing(study: Study) -> Standing:
     """Look at a study and its baselines."""
-    study = ledger.study
     return Standing(
-        study=study.study_name,
-        storage=redact(url),
-        counts=ledger.counts(),
-        best=_best(study),
-        baselines=baseline_results(url, study.study_name),
+        study=study.name,
+        storage=redact(study.url),
+        counts=study.trials.counts(),
+        best=_best(study.trials.study),
+        baselines=baseline_results(study),
     )
 
 
@@ -81,14 +79,13 @@ def best_json(now: Standing) -> dict[str, Any]:
     }
 
 
-def baseline_results(url: str, study_name: str) -> dict[str, dict[str, Any]]:
+def baseline_results(study: Study) -> dict[str, dict[str, Any]]:
     """The complete baselines of a study: method -> FID and its conditions."""
-    try:
-        ledger = Ledger.open(url, f"{study_name}.baselines", budget=None)
-    except UnknownStudyError:
+    if study.baselines is None:
         return {}
     results = {}
-    for trial in ledger.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+    rows = study.baselines.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    for trial in rows:
         results[trial.params["method"]] = _fid_of(trial) | {
             "weights": trial.user_attrs["weights"],
             "number": trial.number,
@@ -96,11 +93,11 @@ def baseline_results(url: str, study_name: str) -> dict[str, dict[str, Any]]:
     return {method: results[method] for method in TITLES if method in results}
 
 
-def copy_baselines(ledger: Ledger, url: str) -> None:
+def copy_baselines(study: Study) -> None:
     """Store the baselines in the study's own attributes, where the dashboard shows them."""
-    results = baseline_results(url, ledger.study.study_name)
-    if results and ledger.study.user_attrs.get(BASELINES_KEY) != results:
-        ledger.study.set_user_attr(BASELINES_KEY, results)
+    results, record = baseline_results(study), study.trials.study
+    if results and record.user_attrs.get(BASELINE_RESULTS) != results:
+        record.set_user_attr(BASELINE_RESULTS, results)
 
 
 def table(now: Standing) -> str:

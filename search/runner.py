@@ -5,8 +5,6 @@ carries on.
 """
 
 import contextlib
-import functools
-import json
 import logging
 import os
 import shutil
@@ -14,130 +12,27 @@ import socket
 import tempfile
 import threading
 import uuid
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from optuna.exceptions import ExperimentalWarning
 from ray import tune
 
 from bdense.errors import BdenseError, InputError
-from search.errors import SpecChangedError, UnknownStudyError, WorkersFailedError
-from search.ledger import Counts, Ledger
-from search.slots import (
-    SPEC_KEY,
-    Progress,
-    Refusal,
-    prepare_task,
-    record_task,
-    slot,
-)
-from search.space import BASELINES
-from search.spec import StudySpec, flatten
+from search.errors import WorkersFailedError
+from search.slots import Progress, Refusal, prepare_task, record_task, slot
+from search.spec import StudySpec
 from search.storage import redact, runs_folder
+from search.study import Study
 
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least; nothing large goes through it
-FINGERPRINT_KEY, CONDITIONS_KEY = "fingerprint", "conditions"
 POLL_SECONDS = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Ledgers:
-    """A study's trials and its baselines."""
-
-    trials: Ledger
-    baselines: Ledger
-
-    def counts(self) -> tuple[Counts, Counts]:
-        """Trials, then baselines."""
-        return self.trials.counts(), self.baselines.counts()
-
-    def finished(self) -> bool:
-        """Whether nothing is left to do."""
-        return all(c.complete + c.pruned + c.failed >= c.planned for c in self.counts())
-
-
-def open_study(spec: StudySpec, url: str) -> Ledgers:
-    """Create the study, or join it if its numbers stay comparable.
-
-    Raises:
-        SpecChangedError: The stored study has other conditions; says which.
-        StorageError: The database cannot be used.
-    """
-    open_ledger = functools.partial(
-        Ledger.open,
-        url,
-        ttl=spec.resources.lease_seconds,
-        max_attempts=spec.resources.max_attempts,
-    )
-    _refuse_other_conditions(spec, url)
-    trials = open_ledger(spec.name, budget=spec.budget.trials)
-    _store_spec(trials, spec)
-    baselines = open_ledger(spec.baselines_name, budget=len(BASELINES))
-    baselines.study.set_user_attr("of", spec.name)
-    for method in BASELINES:
-        baselines.enqueue({"method": method})
-    return Ledgers(trials, baselines)
-
-
-def _refuse_other_conditions(spec: StudySpec, url: str) -> None:
-    try:
-        ledger = Ledger.open(url, spec.name, budget=None)
-        baselines = Ledger.open(url, spec.baselines_name, budget=None)
-    except UnknownStudyError:
-        return
-    # Until something is measured there is nothing to compare with: a mistake may be mended.
-    if not (_has_started(ledger) or _has_started(baselines)):
-        return
-    old, new = json.loads(ledger.study.user_attrs[CONDITIONS_KEY]), spec.conditions()
-    changed = [
-        f"{key}: {old.get(key)!r} stored, {new.get(key)!r} given"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
-    if changed:
-        raise SpecChangedError(
-            f"study {spec.name!r} exists under other conditions, so its numbers would not "
-            f"compare ({'; '.join(changed)}); rename the study or restore the file"
-        )
-
-
-def _has_started(ledger: Ledger) -> bool:
-    counts = ledger.counts()
-    return counts.complete + counts.pruned + counts.failed + counts.running > 0
-
-
-def _store_spec(ledger: Ledger, spec: StudySpec) -> None:
-    study = ledger.study
-    new = spec.model_dump(mode="json")
-    if SPEC_KEY in study.user_attrs:
-        old = flatten(json.loads(study.user_attrs[SPEC_KEY]))
-        for key, value in flatten(new).items():
-            # The ledger itself records its budget and lease.
-            if old.get(key) != value and key not in _RECORDED_BY_THE_LEDGER:
-                ledger.record_change(key, old.get(key), value)
-    study.set_user_attr(CONDITIONS_KEY, json.dumps(spec.conditions()))
-    study.set_user_attr(FINGERPRINT_KEY, spec.fingerprint())
-    study.set_user_attr(SPEC_KEY, json.dumps(new))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        study.set_metric_names(["FID"])
-
-
-_RECORDED_BY_THE_LEDGER = (
-    "budget.trials",
-    "resources.lease_seconds",
-    "resources.max_attempts",
-)
 
 
 def run_study(
     spec: StudySpec,
-    url: str,
-    ledgers: Ledgers,
+    study: Study,
     *,
     workers: int | None,
     on_preparing: Callable[[Progress], None],
@@ -147,8 +42,7 @@ def run_study(
 
     Args:
         spec: The study.
-        url: Its storage.
-        ledgers: Its open ledgers.
+        study: Its record.
         workers: Trials at once; None is one for each GPU, or for each ``resources.cpus``.
         on_preparing: Called with the progress of the preparations.
         on_searching: Called every second while trials run, from another thread.
@@ -157,14 +51,12 @@ def run_study(
         InputError: Something the user gave cannot be used on the workers.
         WorkersFailedError: Workers die before they reach a trial.
     """
-    with ray_session(url):
+    with ray_session(study.url):
         slots = _slots(spec, workers)
         _prepare(spec, slots, on_preparing)
         # Slots find nothing to do once all is claimed: no more of them than trials left.
-        trials, baselines = ledgers.counts()
-        left = sum(c.planned - c.complete - c.pruned - c.failed for c in (trials, baselines))
         with _every_second(on_searching):
-            _run_slots(spec, url, min(slots, max(left, 1)))
+            _run_slots(spec, study.url, min(slots, max(study.left(), 1)))
 
 
 @contextlib.contextmanager

@@ -20,13 +20,13 @@ from search.report import copy_baselines
 from search.space import baseline_space, make_sampler, search_space
 from search.spec import StudySpec
 from search.storage import redact, resolve_storage_url
+from search.study import SPEC, TRAJECTORIES, Study
 
 _log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 MAX_STARTS = 3
 PATIENCE_SECONDS = 300.0
-SPEC_KEY, TRAJECTORIES_KEY = "spec", "trajectories"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,14 +153,14 @@ def _work(config: Mapping[str, Any], mark: Path) -> int:
     from search.engine import excess_weight
     from search.trial import work_on
 
-    url = worker_storage(config["storage"])
-    main = _open_patiently(url, config["study"])
-    spec = StudySpec.model_validate(json.loads(main.study.user_attrs[SPEC_KEY]))
-    baselines = _open_patiently(url, spec.baselines_name)
+    study = _open_patiently(worker_storage(config["storage"]), config["study"])
+    trials, baselines = study.trials, study.baselines
+    assert baselines is not None  # a launch plans them
+    spec = StudySpec.model_validate(json.loads(trials.study.user_attrs[SPEC]))
     assets = load(spec, use_device(spec))
     if spec.trajectories.mode == "recorded":
         folder = trajectory_store(spec, assets.teacher).folder.resolve()
-        main.study.set_user_attr(TRAJECTORIES_KEY, str(folder))
+        trials.study.set_user_attr(TRAJECTORIES, str(folder))
 
     def claim_next() -> tuple[Ledger, Claim, float] | None:
         """The next claim and when it was asked for; baselines first, as something to beat."""
@@ -169,18 +169,18 @@ def _work(config: Mapping[str, Any], mark: Path) -> int:
             first = baselines.claim(baseline_space(), lambda offset: make_sampler(spec, offset))
             if isinstance(first, Claim):
                 return baselines, first, asked
-            then = main.claim(
+            then = trials.claim(
                 search_space(spec),
                 lambda offset: make_sampler(spec, offset),
                 lambda params: excess_weight(spec, params),
             )
             if isinstance(then, Claim):
-                return main, then, asked
+                return trials, then, asked
             if isinstance(first, Done) and isinstance(then, Done):
                 return None
             time.sleep(POLL_SECONDS)
 
-    finished = 0
+    ended = 0
     while (claimed := claim_next()) is not None:
         mark.unlink(missing_ok=True)
         ledger, claim, asked = claimed
@@ -189,18 +189,18 @@ def _work(config: Mapping[str, Any], mark: Path) -> int:
         except LeaseLostError as error:
             _log.warning("%s", error)
             continue
-        finished += 1
+        ended += 1
         if ledger is baselines:
-            copy_baselines(main, url)
-    return finished
+            copy_baselines(study)
+    return ended
 
 
-def _open_patiently(url: str, study: str) -> Ledger:
-    """Open a ledger on a database that may just be restarting."""
+def _open_patiently(url: str, name: str) -> Study:
+    """Open a study on a database that may just be restarting."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
-            return Ledger.open(url, study, budget=None)
+            return Study.open(url, name)
         except StorageError:
             if time.monotonic() > deadline:
                 raise

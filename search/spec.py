@@ -194,11 +194,6 @@ class StudySpec(Strict):
     resources: ResourcesSpec = Field(default_factory=ResourcesSpec)
     keep_students: Annotated[int, Field(ge=1)] = 3
 
-    @property
-    def baselines_name(self) -> str:
-        """Name of the study that holds the baselines' rows."""
-        return f"{self.name}.baselines"
-
     def conditions(self) -> dict[str, Any]:
         """What changes a trial's number, flat: ``section.key`` -> value (SPEC contract 6).
 

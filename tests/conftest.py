@@ -1,6 +1,7 @@
 """Fixtures that more than one test file needs."""
 
 import itertools
+import os
 import shutil
 import subprocess
 import tempfile
@@ -13,6 +14,8 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 
+# Before torch is loaded: on small tensors more threads only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 pytest.register_assert_rewrite("tests.contracts.ledger", "tests.contracts.scene")
 
 

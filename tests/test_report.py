@@ -21,6 +21,7 @@ from search.report import (
     table,
 )
 from search.space import baseline_space, search_space
+from search.study import Study
 from tests.studies import spec
 
 WEIGHTS = {1.0: [0.5, 1.5, 4.0, 10.0], 0.5: [1.0, 1.6, 2.7, 4.5], 2.0: [0.1, 1.0, 7.4, 55.0]}
@@ -74,6 +75,10 @@ class Scene:
     url: str
     ledger: Ledger
 
+    @property
+    def study(self) -> Study:
+        return Study.open(self.url, "digits")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
@@ -120,13 +125,13 @@ BEST = {
 
 
 def test_status_for_scripts(scene):
-    now = standing(scene.ledger, scene.url)
+    now = standing(scene.study)
     assert json.loads(json.dumps(status_json(now))) == {"study": "digits", "trials": TRIALS}
 
 
 def test_best_for_scripts(scene):
     """Of two equal trials the earlier one."""
-    now = standing(scene.ledger, scene.url)
+    now = standing(scene.study)
     assert json.loads(json.dumps(best_json(now))) == {
         "study": "digits",
         "storage": scene.url,
@@ -138,7 +143,7 @@ def test_best_for_scripts(scene):
 
 
 def test_best_of_nothing(empty):
-    assert best_json(standing(empty.ledger, empty.url)) == {
+    assert best_json(standing(empty.study)) == {
         "study": "digits",
         "storage": empty.url,
         "trials": {"planned": 4, "complete": 0, "pruned": 0, "failed": 0, "running": 0},
@@ -148,15 +153,15 @@ def test_best_of_nothing(empty):
 
 
 def test_a_study_is_finished_when_every_planned_trial_has_ended(scene, empty):
-    now = standing(scene.ledger, scene.url)
+    now = standing(scene.study)
     assert not now.is_finished
     ended = dataclasses.replace(now.counts, running=0, failed=2)
     assert dataclasses.replace(now, counts=ended).is_finished
-    assert not standing(empty.ledger, empty.url).is_finished
+    assert not standing(empty.study).is_finished
 
 
 def test_the_table(scene):
-    text = table(standing(scene.ledger, scene.url))
+    text = table(standing(scene.study))
     assert text == "\n".join(
         [
             "                        FID  vs plain SFD      a       b  w_1 .. w_K",
@@ -171,7 +176,7 @@ def test_the_table(scene):
 
 
 def test_the_table_while_only_baselines_are_measured(scene):
-    now = dataclasses.replace(standing(scene.ledger, scene.url), best=None)
+    now = dataclasses.replace(standing(scene.study), best=None)
     lines = table(now).splitlines()
     assert [line.split("  ")[0] for line in lines[1:3]] == ["plain SFD", "uniform weights"]
     assert lines[3:] == [
@@ -180,12 +185,12 @@ def test_the_table_while_only_baselines_are_measured(scene):
 
 
 def test_the_table_of_an_untouched_study_is_its_head(empty):
-    head = table(standing(empty.ledger, empty.url))
+    head = table(standing(empty.study))
     assert " ".join(head.split()) == "FID vs plain SFD a b w_1 .. w_K"
 
 
 def test_the_headline(scene):
-    assert headline(standing(scene.ledger, scene.url)) == (
+    assert headline(standing(scene.study)) == (
         "study digits: 3 of 6 trials complete, 1 pruned, 1 failed, 1 running"
     )
 
@@ -197,14 +202,14 @@ def test_failures_say_why(scene):
 
 
 def test_baselines_are_copied_to_the_study_and_count_in_none_of_its_figures(scene):
-    copy_baselines(scene.ledger, scene.url)
+    copy_baselines(scene.study)
     assert scene.ledger.study.user_attrs["baselines"] == {"sfd": SFD, "uniform": UNIFORM}
-    assert standing(scene.ledger, scene.url).trials() == TRIALS
+    assert standing(scene.study).trials() == TRIALS
 
 
 def test_a_study_without_baselines_has_none(empty):
-    assert baseline_results(empty.url, "digits") == {}
-    copy_baselines(empty.ledger, empty.url)
+    assert baseline_results(empty.study) == {}
+    copy_baselines(empty.study)
     assert "baselines" not in empty.ledger.study.user_attrs
 
 

@@ -176,7 +176,6 @@ def test_what_is_left_out_has_the_papers_values():
     solver = minimal.student.solver
     assert (solver.name, solver.order, solver.thresholding) == ("dpmpp", 3, False)
     assert minimal.sampler.name == "tpe"
-    assert minimal.baselines_name == "digits.baselines"
 
 
 def test_the_resolved_study_is_the_same_study(tmp_path):

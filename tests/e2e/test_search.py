@@ -11,10 +11,10 @@ import pytest
 from bdense.data import load_dataset
 from search.assets import load_teacher, prepare, trajectory_store, use_device
 from search.ledger import Ledger
-from search.runner import open_study
 from search.slots import slot
 from search.spec import StudySpec
 from search.storage import resolve_storage_url
+from search.study import Study
 from tests.e2e.study import Workplace, kill, small_study, wait_until
 
 BEST_KEYS = {"number", "a", "b", "weights", "fid", "nfe", "images", "extractor", "reference"}
@@ -158,11 +158,11 @@ def run_slot(workplace: Workplace, monkeypatch, study: dict, points=()) -> Ledge
     monkeypatch.setenv("BDENSE_CACHE", str(workplace.cache))
     url = resolve_storage_url(None)
     spec = StudySpec.model_validate(study)
-    ledgers = open_study(spec, url)
+    record = Study.create(url, spec)
     device = use_device(spec)
     prepare(spec, device, lambda *_: None)
     for point in points:
-        ledgers.trials.enqueue(point)
+        record.trials.enqueue(point)
     trajectory_store(spec, load_teacher(spec, load_dataset("digits"), device)).record()
     result = slot(
         {
@@ -174,7 +174,7 @@ def run_slot(workplace: Workplace, monkeypatch, study: dict, points=()) -> Ledge
         }
     )
     assert result["error"] == ""
-    return ledgers.trials
+    return record.trials
 
 
 def test_a_trial_that_diverges_fails_with_its_reason_and_the_study_goes_on(workplace, monkeypatch):

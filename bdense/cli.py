@@ -243,8 +243,7 @@ def _distill(options: argparse.Namespace) -> None:
     show = _Progress()
 
     def on_iteration(done: IterationReport) -> None:
-        loss = float((done.branch_losses * weights).sum(-1).mean())
-        show(done.iteration + 1, done.iterations, f"loss {loss:.4g}")
+        show(done.iteration + 1, done.iterations, f"loss {done.loss(weights):.4g}")
 
     unfinished = options.out.with_suffix(".training.safetensors")
     branched = distill(

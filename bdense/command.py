@@ -17,7 +17,7 @@ Run: TypeAlias = Callable[[argparse.Namespace], None]
 def new_parser(prog: str, description: str, example: str) -> tuple[argparse.ArgumentParser, Verbs]:
     """A command that takes verbs."""
     parser = argparse.ArgumentParser(
-        prog=prog, description=description, epilog=f"example: {example}"
+        prog=prog, description=description, epilog=f"example: {example}", allow_abbrev=False
     )
     return parser, parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
@@ -37,6 +37,7 @@ def add_verb(
         description=what[0].upper() + what[1:] + ".",
         epilog=f"example: {example}",
         formatter_class=formatter,
+        allow_abbrev=False,
     )
     parser.set_defaults(run=run)
     return parser

@@ -128,6 +128,6 @@ def build_denoiser(description: dict[str, Any]) -> EDMPrecond:
         raise CheckpointError(f"the network options do not fit a SongUNet: {error}") from error
     out_channels = config.img_channels * int(description.get("num_branches", 1))
     # Weights follow from a checkpoint or an explicit seed, never from the global generator.
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         model = SongUNet(config, out_channels)
     return EDMPrecond(model, sigma_data=float(description["sigma_data"]))

@@ -32,8 +32,8 @@ def derive_seed(seed: int, stream: Stream, *index: int) -> int:
     if seed < 0:
         raise InputError(f"a seed must not be negative, got {seed}")
     # The length counts because SeedSequence takes no notice of trailing zeros.
-    state = np.random.SeedSequence((seed, int(stream), len(index), *index)).generate_state(1, np.uint64)
-    return int(state[0]) >> 1
+    sequence = np.random.SeedSequence((seed, int(stream), len(index), *index))
+    return int(sequence.generate_state(1, np.uint64)[0]) >> 1
 
 
 def generator(seed: int, stream: Stream, *index: int) -> torch.Generator:

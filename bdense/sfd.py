@@ -79,6 +79,10 @@ class IterationReport:
     lr: float
     branch_losses: Tensor
 
+    def loss(self, weights: Tensor) -> float:
+        """The weighted loss, mean over the trained intervals."""
+        return float((self.branch_losses * weights).sum(-1).mean())
+
 
 def distill(
     teacher: EDMPrecond,
@@ -128,11 +132,12 @@ def distill(
         losses = _train_on(
             student, optimizer, trajectories[iteration], grid, weights, config.seed, iteration
         )
+        # Before the save: a caller that is no longer entitled to the checkpoint ends the run here.
+        if on_iteration is not None:
+            on_iteration(IterationReport(iteration, iterations, lr, losses))
         if checkpoint and time.monotonic() - last_save >= checkpoint_seconds:
             _save(checkpoint, student, optimizer, iteration + 1, identity)
             last_save = time.monotonic()
-        if on_iteration is not None:
-            on_iteration(IterationReport(iteration, iterations, lr, losses))
     return student.eval()
 
 

@@ -147,7 +147,7 @@ def new_denoiser(config: TeacherConfig, image_shape: torch.Size) -> EDMPrecond:
         raise InputError(
             f"the teacher's network options do not fit a SongUNet: {error}"
         ) from error
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, Stream.INITIALISATION))
         return EDMPrecond(SongUNet(network))
 

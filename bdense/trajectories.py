@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bdense import NUMERICS
 from bdense.checkpoints import denoiser_sha256
 from bdense.denoiser import EDMPrecond
 from bdense.errors import CheckpointError, InputError
@@ -164,6 +165,7 @@ class LiveTrajectories:
 
     def describe(self) -> dict[str, Any]:
         return {
+            "numerics": NUMERICS,
             "teacher": denoiser_sha256(self.teacher),
             "grid": [float(t) for t in self.grid.fine()],
             "substeps": self.grid.substeps,

@@ -24,7 +24,7 @@ from bdense.teachers import train_teacher
 from bdense.trajectories import LiveTrajectories, Trajectories, TrajectoryStore
 from search.engine import student_grid, teacher_config, teacher_solver, training_config
 from search.spec import StudySpec, TeacherTraining
-from search.storage import runs_folder
+from search.storage import cache_folder
 
 # Called with what is being made, how much is done, of how much, and a remark.
 Report = Callable[[str, int, int, str], None]
@@ -35,9 +35,11 @@ class Assets:
     """A study's shared parts, in one process's memory."""
 
     spec: StudySpec
+    fingerprint: str
     dataset: Dataset
     teacher: EDMPrecond
     trajectories: Trajectories
+    store: TrajectoryStore | None
     extractor: Extractor
     reference: Statistics
 
@@ -47,11 +49,6 @@ class Assets:
         return next(self.teacher.parameters()).device
 
 
-def cache_folder() -> Path:
-    """Folder of what studies share: ``$BDENSE_CACHE``, else ``cache`` under the runs."""
-    return Path(os.environ.get("BDENSE_CACHE") or runs_folder() / "cache")
-
-
 def use_device(spec: StudySpec) -> torch.device:
     """Set this process up as the spec asks, and say where its trials run."""
     torch.set_num_threads(spec.resources.threads)
@@ -59,7 +56,8 @@ def use_device(spec: StudySpec) -> torch.device:
     if spec.resources.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(spec.resources.deterministic)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wants_gpu = spec.resources.gpus != 0
+    return torch.device("cuda" if wants_gpu and torch.cuda.is_available() else "cpu")
 
 
 def prepare(spec: StudySpec, device: torch.device, report: Report) -> None:
@@ -84,14 +82,14 @@ def load(spec: StudySpec, device: torch.device) -> Assets:
     teacher = load_teacher(spec, dataset, device)
     extractor = load_extractor(spec.evaluation.extractor, cache=cache_folder(), device=device)
     store = trajectory_store(spec, teacher)
-    trajectories: Trajectories = (
-        store.open() if spec.trajectories.mode == "recorded" else store.live
-    )
+    recorded = spec.trajectories.mode == "recorded"
     return Assets(
         spec=spec,
+        fingerprint=spec.fingerprint(),
         dataset=dataset,
         teacher=teacher,
-        trajectories=trajectories,
+        trajectories=store.open() if recorded else store.live,
+        store=store if recorded else None,
         extractor=extractor,
         reference=reference_statistics(dataset, extractor, cache=cache_folder()),
     )
@@ -128,6 +126,7 @@ def trajectory_store(spec: StudySpec, teacher: EDMPrecond) -> TrajectoryStore:
 def _teacher_path(training: TeacherTraining, dataset: Dataset) -> Path:
     key = {
         "config": asdict(teacher_config(training)),
+        "threads": training.threads,
         "data": dataset.sha256,
         "numerics": NUMERICS,
     }
@@ -149,9 +148,13 @@ def _train_and_cache(
             report("teacher", done, total, f"loss {loss:.3f}")
 
     config = teacher_config(training)
+    # Of its own: the threads decide the last bits, and the trials have theirs.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(training.threads)
     teacher = train_teacher(
         dataset, config, device=device, checkpoint=unfinished, on_iteration=on_iteration
     )
+    torch.set_num_threads(threads)
     metadata = {
         "kind": "teacher",
         "data": dataset.name,

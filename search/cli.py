@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from bdense.command import Run, Verbs, add_verb, new_parser, run_verb
+from bdense.errors import BdenseError
 from search.errors import SpecError
 from search.storage import redact, resolve_storage_url
 
@@ -156,7 +158,11 @@ def _launch(options: argparse.Namespace) -> None:
     if options.dry_run:
         _dry_run(spec)
         return
-    print(launch(spec, resolve_storage_url(options.storage), options.study, options.workers))
+    url = resolve_storage_url(options.storage)
+    result, succeeded = launch(spec, url, options.study, options.workers)
+    print(result)
+    if not succeeded:
+        raise BdenseError(f"no trial of study {spec.name} is complete; the reasons are above")
 
 
 def _dry_run(spec: "StudySpec") -> None:
@@ -184,7 +190,7 @@ def _status(options: argparse.Namespace) -> None:
             f"trial {row.number} on {row.owner} for {duration(row.seconds)}, attempt "
             f"{row.attempt}: {row.progress or 'starting'}"
         )
-    for line in failures(study.trials.study):
+    for line in failures(study):
         print(line)
 
 
@@ -215,12 +221,10 @@ def _clean(options: argparse.Namespace) -> None:
     url = resolve_storage_url(options.storage)
     study = Ledger.open(url, study_name(options.study), budget=None).study
     folder = Path(study.user_attrs.get(TRAJECTORIES, ""))
-    shards = sorted(folder.glob("shard-*")) if folder.name else []
-    freed = sum(path.stat().st_size for path in shards)
-    for path in shards:
-        path.unlink()
-    if shards:
-        folder.rmdir()
+    freed = 0
+    if folder.name and folder.is_dir():
+        freed = sum(path.stat().st_size for path in folder.iterdir())
+        shutil.rmtree(folder)
     print(f"{freed / 2**20:.1f} MiB of trajectories deleted")
 
 

@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from bdense.errors import InputError
-from bdense.networks import SongUNetConfig
+from bdense.networks import SongUNet, SongUNetConfig
 from bdense.sampling import Sampler
 from bdense.schedules import Schedule
 from bdense.sfd import SFDConfig
@@ -43,8 +45,10 @@ def _check_network(training: TeacherTraining) -> None:
     # The images' size is not known yet; 64 pixels can be halved as often as anybody asks.
     options = {"img_resolution": 64, "img_channels": 1, **training.network}
     try:
-        SongUNetConfig(**options)
-    except (InputError, TypeError) as error:
+        # Without memory or numbers: building is what finds a wrong type.
+        with torch.device("meta"):
+            SongUNet(SongUNetConfig(**options))
+    except (InputError, TypeError, ValueError, RuntimeError) as error:
         raise SpecError(f"teacher.train.network {training.network}: {error}") from error
 
 

@@ -1,6 +1,8 @@
 """The ``launch`` verb: open the study, run what is left, say what came out."""
 
+import functools
 import multiprocessing
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -13,7 +15,7 @@ from search.storage import runs_folder
 from search.study import Study
 
 
-def launch(spec: StudySpec, url: str, source: Path, workers: int | None) -> str:
+def launch(spec: StudySpec, url: str, source: Path, workers: int | None) -> tuple[str, bool]:
     """Bring a study to its end; progress goes to stderr.
 
     Args:
@@ -23,7 +25,7 @@ def launch(spec: StudySpec, url: str, source: Path, workers: int | None) -> str:
         workers: Trials at once; None lets the cluster decide.
 
     Returns:
-        The result for people.
+        The result for people, and whether any trial is complete.
     """
     study = Study.create(url, spec)
     before = standing(study)
@@ -33,18 +35,20 @@ def launch(spec: StudySpec, url: str, source: Path, workers: int | None) -> str:
         if before.counts.complete or before.counts.running:
             sys.stderr.write(f"carrying on with {headline(before)}\n")
         display = Display(study)
-        run_study(
-            spec,
-            study,
-            workers=workers,
-            on_preparing=display.preparing,
-            on_searching=display.searching,
-        )
-        display.close()
+        try:
+            run_study(
+                spec,
+                study,
+                workers=workers,
+                on_preparing=display.preparing,
+                on_searching=display.searching,
+            )
+        finally:
+            display.close()
     copy_baselines(study)
     now = standing(study)
-    lines = [headline(now), *failures(study.trials.study), table(now), "", *_next(now, source)]
-    return "\n".join(lines)
+    lines = [headline(now), *failures(study), table(now), "", *_next(now, source)]
+    return "\n".join(lines), now.best is not None
 
 
 def check_apart(spec: StudySpec) -> None:
@@ -56,7 +60,9 @@ def check_apart(spec: StudySpec) -> None:
         SpecError: The engine cannot do what the spec asks.
     """
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as apart:
+    # Ctrl-C reaches the whole group; only the launcher is to speak of it.
+    quiet = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(max_workers=1, mp_context=spawn, initializer=quiet) as apart:
         apart.submit(_check, spec).result()
 
 

@@ -233,6 +233,15 @@ class Leases:
         values = {"expires": RELEASED, "owner": "", "forgiven": forgiven}
         return self._write(sa.update(LEASE).values(values), claim)
 
+    def forgive(self, connection: sa.Connection) -> None:
+        """Hold the present attempts of the study's running trials against none of them."""
+        mine = sa.select(TRIALS.c.trial_id).where(TRIALS.c.study_id == self._study_id)
+        connection.execute(
+            sa.update(LEASE)
+            .where(LEASE.c.trial_id.in_(mine))
+            .values(forgiven=LEASE.c.forgiven + 1)
+        )
+
     def drop(self, claim: Claim) -> None:
         """Delete the lease if it is still the claim's."""
         self._write(sa.delete(LEASE), claim)

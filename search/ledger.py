@@ -50,6 +50,11 @@ class Counts:
     running: int
     waiting: int
 
+    @property
+    def ended(self) -> int:
+        """Trials that will not run again."""
+        return self.complete + self.pruned + self.failed
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Running:
@@ -225,6 +230,18 @@ class Ledger:
         if not retrying(partial(self._leases.release, claim, forgive=interrupted)):
             raise lost(claim)
 
+    def forgive_running(self) -> None:
+        """The launcher was interrupted: no running trial is to blame for the end of its attempt.
+
+        Nothing is released; that is for whoever finds the workers gone.
+        """
+
+        def write() -> None:
+            with self._storage.engine.begin() as connection:
+                self._leases.forgive(connection)
+
+        retrying(write)
+
     def counts(self) -> Counts:
         """How many trials are in which state."""
 
@@ -308,6 +325,11 @@ def _open_study(
 def _store_settings(study: optuna.Study, given: Mapping[str, int | float | None]) -> None:
     first = {"ttl": DEFAULT_TTL_SECONDS, "max_attempts": DEFAULT_MAX_ATTEMPTS}
     stored = study.user_attrs
+    if given["budget"] is None and "budget" not in stored:
+        raise UnknownStudyError(
+            f"study {study.study_name!r} was not made by bdense-search; give the name of one that "
+            "was, or launch this one under another name"
+        )
     for key, value in given.items():
         if key not in stored:
             study.set_user_attr(key, first.get(key) if value is None else value)

@@ -1,15 +1,18 @@
 """A launch as it goes, on stderr: a changing line on a terminal, else a line now and then."""
 
+import re
 import sys
 import time
 from typing import TextIO
 
+from search.ledger import Running
 from search.report import duration, standing
 from search.slots import Progress
 from search.study import Study
 
 LINE_SECONDS = 10.0
 STEPS = {
+    "waiting": "waiting for a free worker",
     "features": "feature extractor",
     "teacher": "training the teacher",
     "trajectories": "recording trajectories",
@@ -69,12 +72,10 @@ class Display:
             text += f", best FID {now.best['fid']:.3f} (a {now.best['a']:.3f})"
         elif now.baselines:
             text += f", plain SFD {next(iter(now.baselines.values()))['fid']:.3f}"
-        if done > self._done_at_start:
-            # What runs counts as half done; without it the first estimate is twice too long.
-            half = len(running) / 2
+        partly = sum(_share_done(row) for row in running)
+        if (progress := done - self._done_at_start + partly) > 0:
             spent = time.monotonic() - self._trials_started
-            left = spent / (done - self._done_at_start + half) * max(total - done - half, 0)
-            text += f", about {duration(left)} left"
+            text += f", about {duration(spent / progress * (total - done - partly))} left"
         if running:
             text += f"; {len(running)} running: {running[0].progress or 'starting'}"
         self._show(text, f"trials {done}", is_last=False)
@@ -99,3 +100,12 @@ class Display:
             self._stream.write(line + "\n")
             self._stream.flush()
             self._last_time, self._last_step = time.monotonic(), step
+
+
+def _share_done(row: Running) -> float:
+    """How much of a running trial is done, by its own words; evaluation is the last tenth."""
+    found = re.match(r"(training|evaluating) (\d+)/(\d+)", row.progress)
+    if found is None:
+        return 0.0
+    share = int(found[2]) / int(found[3])
+    return 0.9 * share if found[1] == "training" else 0.9 + 0.1 * share

@@ -5,15 +5,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from search.ledger import Counts
-from search.storage import redact
+from search.ledger import Counts, Ledger
+from search.storage import redact, retrying
 from search.study import BASELINE_RESULTS, Study
 
 TITLES = {"sfd": "plain SFD", "uniform": "uniform weights"}
-FID_KEYS = ("nfe", "images", "extractor", "reference")
+FID_KEYS = (
+    "nfe",
+    "images",
+    "extractor",
+    "extractor_sha256",
+    "reference",
+    "reference_images",
+    "seeds",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +52,6 @@ class Standing:
             "running": counts.running,
         }
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether every planned trial has ended."""
-        counts = self.counts
-        return counts.complete + counts.pruned + counts.failed >= counts.planned
-
 
 def standing(study: Study) -> Standing:
     """Look at a study and its baselines."""
@@ -58,7 +59,7 @@ def standing(study: Study) -> Standing:
         study=study.name,
         storage=redact(study.url),
         counts=study.trials.counts(),
-        best=_best(study.trials.study),
+        best=_best(study.trials),
         baselines=baseline_results(study),
     )
 
@@ -84,8 +85,7 @@ def baseline_results(study: Study) -> dict[str, dict[str, Any]]:
     if study.baselines is None:
         return {}
     results = {}
-    rows = study.baselines.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    for trial in rows:
+    for trial in _rows(study.baselines, TrialState.COMPLETE):
         results[trial.params["method"]] = _fid_of(trial) | {
             "weights": trial.user_attrs["weights"],
             "number": trial.number,
@@ -96,8 +96,8 @@ def baseline_results(study: Study) -> dict[str, dict[str, Any]]:
 def copy_baselines(study: Study) -> None:
     """Store the baselines in the study's own attributes, where the dashboard shows them."""
     results, record = baseline_results(study), study.trials.study
-    if results and record.user_attrs.get(BASELINE_RESULTS) != results:
-        record.set_user_attr(BASELINE_RESULTS, results)
+    if results and retrying(lambda: record.user_attrs).get(BASELINE_RESULTS) != results:
+        retrying(lambda: record.set_user_attr(BASELINE_RESULTS, results))
 
 
 def table(now: Standing) -> str:
@@ -148,17 +148,24 @@ def headline(now: Standing) -> str:
     return text
 
 
-def failures(study: optuna.Study) -> list[str]:
-    """A line for each failed trial, with its reason."""
-    return [
-        f"trial {trial.number} failed, {trial.user_attrs.get('reason', 'unknown')}: "
-        f"{trial.user_attrs.get('error', '')}"
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
-    ]
+def failures(study: Study) -> list[str]:
+    """A line for each failed baseline and trial, with its reason."""
+    lines = []
+    for ledger in (study.baselines, study.trials):
+        for trial in _rows(ledger, TrialState.FAIL) if ledger is not None else ():
+            what = trial.params.get("method")
+            title = TITLES[what] if what else f"trial {trial.number}"
+            reason, error = (trial.user_attrs.get(key, "") for key in ("reason", "error"))
+            lines.append(f"{title} failed, {reason or 'unknown'}: {error}")
+    return lines
 
 
-def _best(study: optuna.Study) -> dict[str, Any] | None:
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+def _rows(ledger: Ledger, state: TrialState) -> list[FrozenTrial]:
+    return retrying(lambda: ledger.study.get_trials(deepcopy=False, states=(state,)))
+
+
+def _best(ledger: Ledger) -> dict[str, Any] | None:
+    complete = _rows(ledger, TrialState.COMPLETE)
     if not complete:
         return None
     trial = min(complete, key=lambda t: (t.value, t.number))

@@ -19,15 +19,17 @@ from typing import Any
 import ray
 from ray import tune
 
-from bdense.errors import BdenseError, InputError
+from bdense.errors import InputError
 from search.errors import WorkersFailedError
-from search.slots import Progress, Refusal, prepare_task, record_task, slot
+from search.slots import Orders, Progress, Refusal, prepare_task, record_task, slot
 from search.spec import StudySpec
-from search.storage import redact, runs_folder
+from search.storage import cache_folder, one_line, runs_folder, without_password
 from search.study import Study
 
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least; nothing large goes through it
 POLL_SECONDS = 1.0
+
+_log = logging.getLogger(__name__)
 
 
 def run_study(
@@ -51,12 +53,27 @@ def run_study(
         InputError: Something the user gave cannot be used on the workers.
         WorkersFailedError: Workers die before they reach a trial.
     """
-    with ray_session(study.url):
-        slots = _slots(spec, workers)
-        _prepare(spec, slots, on_preparing)
-        # Slots find nothing to do once all is claimed: no more of them than trials left.
-        with _every_second(on_searching):
-            _run_slots(spec, study.url, min(slots, max(study.left(), 1)))
+    orders = Orders(
+        study=spec.name,
+        spec=spec.model_dump_json(),
+        storage=without_password(study.url),
+        runs=str(runs_folder().resolve()),
+        cache=str(cache_folder().resolve()),
+    )
+    try:
+        with ray_session(study.url):
+            slots = _slots(spec, workers)
+            _prepare(spec, orders, slots, on_preparing)
+            with _every_second(on_searching):
+                # Slots find nothing to do once all is claimed: no more of them than trials left.
+                refusals = _run_slots(spec, orders, min(slots, max(study.left(), 1)))
+    except KeyboardInterrupt:
+        study.forgive_running()
+        raise
+    except ray.exceptions.RayError as error:
+        raise WorkersFailedError(f"a worker of Ray failed: {error}") from error
+    if study.left():
+        _raise_first(refusals)
 
 
 @contextlib.contextmanager
@@ -65,7 +82,6 @@ def ray_session(url: str) -> Iterator[None]:
     # Local workers inherit the environment: the password is in no pickle and no argument.
     os.environ["BDENSE_STORAGE"] = url
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
@@ -129,17 +145,19 @@ def gpus_per_trial(spec: StudySpec) -> float:
     return float(spec.resources.gpus)
 
 
-def _prepare(spec: StudySpec, slots: int, tell: Callable[[Progress], None]) -> None:
+def _prepare(
+    spec: StudySpec, orders: Orders, slots: int, tell: Callable[[Progress], None]
+) -> None:
     """Teacher and features in one task, then the trajectories' shards in ``slots`` of them."""
-    spec_json = spec.model_dump_json()
     gpus = gpus_per_trial(spec)
     most_cpus = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
-    cpus = spec.resources.cpus if gpus else max(1, int(most_cpus))
-    threads = max(spec.resources.threads, int(cpus))
-    _follow([_task(prepare_task, cpus, gpus).remote(spec_json, threads)], tell)
+    threads = spec.teacher.train.threads if spec.teacher.train else 1
+    cpus = max(spec.resources.cpus, min(threads, most_cpus))
+    tell(Progress(what="waiting", done=0, total=1))
+    _follow([_task(prepare_task, cpus, gpus).remote(orders)], tell)
     if spec.trajectories.mode == "recorded":
         record = _task(record_task, spec.resources.cpus, gpus)
-        _follow([record.remote(spec_json, part, slots) for part in range(slots)], tell)
+        _follow([record.remote(orders, part, slots) for part in range(slots)], tell)
 
 
 def _task(function: Callable[..., Any], cpus: float, gpus: float) -> Any:  # noqa: ANN401  Ray's
@@ -159,20 +177,24 @@ def _follow(streams: Sequence[Any], tell: Callable[[Progress], None]) -> None:
                 waiting.remove(stream)
                 continue
             if isinstance(message, Refusal):
-                kind = InputError if message.is_input_error else BdenseError
-                raise kind(message.message)
+                _raise_first([message])
             tell(message)
 
 
-def _run_slots(spec: StudySpec, url: str, slots: int) -> None:
+def _raise_first(refusals: Sequence[Refusal]) -> None:
+    """What workers could not do, as an error of the launch: the user's mistakes first."""
+    for refusal in sorted(refusals, key=lambda r: not r.is_input_error):
+        kind = InputError if refusal.is_input_error else WorkersFailedError
+        raise kind(refusal.message)
+
+
+def _run_slots(spec: StudySpec, orders: Orders, slots: int) -> list[Refusal]:
+    """Run that many slots till all have ended; what those said that could not go on."""
     launch = uuid.uuid4().hex[:8]
     scratch = Path(tempfile.mkdtemp(prefix="bdense-tune-"))
-    marks = runs_folder().resolve() / spec.name / "slots"
+    marks = Path(orders.runs) / spec.name / "slots"
     config = {
-        "study": spec.name,
-        "storage": redact(url),
-        "runs": str(runs_folder().resolve()),
-        "cache": str(_cache_folder()),
+        "orders": orders,
         "mark": tune.grid_search([str(marks / f"{launch}-{i}") for i in range(slots)]),
     }
     resources = {"cpu": spec.resources.cpus, "gpu": gpus_per_trial(spec)}
@@ -193,13 +215,7 @@ def _run_slots(spec: StudySpec, url: str, slots: int) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(marks, ignore_errors=True)
     ended = [results[i].metrics or {} for i in range(len(results))]
-    errors = {metrics["error"] for metrics in ended if metrics.get("error")}
-    if errors:
-        raise WorkersFailedError("; ".join(sorted(errors)))
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("BDENSE_CACHE") or runs_folder() / "cache").resolve()
+    return [metrics["refusal"] for metrics in ended if metrics.get("refusal")]
 
 
 @contextlib.contextmanager
@@ -209,9 +225,10 @@ def _every_second(call: Callable[[], None]) -> Iterator[None]:
 
     def run() -> None:
         while not stop.wait(POLL_SECONDS):
-            # Showing progress must not end a launch; the next look may succeed.
-            with contextlib.suppress(BdenseError):
+            try:
                 call()
+            except Exception as error:  # noqa: BLE001  showing progress must not end a launch
+                _log.warning("progress cannot be shown: %s", one_line(error))
 
     thread = threading.Thread(target=run, name="progress", daemon=True)
     thread.start()

@@ -51,6 +51,7 @@ class TeacherTraining(Strict):
     warmup_kimg: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10
     ema_halflife_kimg: Kimg = 10
     seed: Seed = 0
+    threads: Count = 1
 
 
 class TeacherSpec(Strict):
@@ -174,7 +175,7 @@ class ResourcesSpec(Strict):
     threads: Count = 1
     deterministic: bool = False
     checkpoint_seconds: Positive = 60
-    lease_seconds: Annotated[float, Field(ge=2, allow_inf_nan=False)] = 60
+    lease_seconds: Annotated[float, Field(ge=10, allow_inf_nan=False)] = 60
     max_attempts: Count = 3
 
 

@@ -59,6 +59,11 @@ def runs_folder() -> Path:
     return Path(os.environ.get("BDENSE_RUNS") or "runs")
 
 
+def cache_folder() -> Path:
+    """Folder of what studies share: ``$BDENSE_CACHE``, else ``cache`` under the runs."""
+    return Path(os.environ.get("BDENSE_CACHE") or runs_folder() / "cache")
+
+
 def resolve_storage_url(given: str | None) -> str:
     """The storage to use: ``given``, else ``$BDENSE_STORAGE``, else a SQLite file under the runs.
 
@@ -76,6 +81,11 @@ def resolve_storage_url(given: str | None) -> str:
         path = _sqlite_database(url, asked).resolve()
         return f"sqlite:///{path}"
     return url.set(drivername=_POSTGRES_DRIVER).render_as_string(hide_password=False)
+
+
+def without_password(url: str) -> str:
+    """A resolved URL whose password must come from elsewhere; safe to hand on."""
+    return make_url(url).set(password=None).render_as_string(hide_password=False)
 
 
 def redact(text_or_url: str) -> str:

@@ -16,6 +16,7 @@ from search.spec import StudySpec, flatten
 # Attributes of the Optuna study.
 SPEC, CONDITIONS, FINGERPRINT = "spec", "conditions", "fingerprint"
 TRAJECTORIES, BASELINE_RESULTS = "trajectories", "baselines"
+BASELINES_SUFFIX = ".baselines"
 # The ledger records changes of its own settings itself.
 _LEDGER_SETTINGS = ("budget.trials", "resources.lease_seconds", "resources.max_attempts")
 
@@ -42,6 +43,11 @@ class Study:
             UnknownStudyError: There is none of that name.
             StorageError: The database cannot be opened.
         """
+        if name.endswith(BASELINES_SUFFIX):
+            raise UnknownStudyError(
+                f"{name!r} holds the baselines of a study; give the study itself: "
+                f"{name.removesuffix(BASELINES_SUFFIX)!r}"
+            )
         trials = Ledger.open(url, name, budget=None)
         try:
             baselines = Ledger.open(url, baselines_name(name), budget=None)
@@ -83,16 +89,22 @@ class Study:
 
     def left(self) -> int:
         """Trials and baselines that have not ended."""
-        return sum(c.planned - c.complete - c.pruned - c.failed for c in self.counts())
+        return sum(counts.planned - counts.ended for counts in self.counts())
 
     def has_started(self) -> bool:
         """Whether anything was ever begun; until then its conditions may change."""
-        return any(c.complete + c.pruned + c.failed + c.running for c in self.counts())
+        return any(counts.ended + counts.running for counts in self.counts())
+
+    def forgive_running(self) -> None:
+        """An interruption counts against no trial."""
+        for ledger in (self.trials, self.baselines):
+            if ledger is not None:
+                ledger.forgive_running()
 
 
 def baselines_name(name: str) -> str:
     """Name of the Optuna study that holds the baselines' rows."""
-    return f"{name}.baselines"
+    return name + BASELINES_SUFFIX
 
 
 def _refuse_other_conditions(url: str, spec: StudySpec) -> None:

@@ -28,9 +28,8 @@ from bdense.sampling import draw_images, save_grid
 from bdense.sfd import IterationReport, distill
 from search.assets import Assets
 from search.engine import branches_and_weights, student_sampler, training_config
-from search.errors import LeaseLostError
+from search.errors import LeaseLostError, StorageError
 from search.ledger import Claim, FailureReason, Ledger
-from search.spec import StudySpec
 from search.storage import runs_folder
 
 _log = logging.getLogger(__name__)
@@ -63,7 +62,7 @@ def work_on(ledger: Ledger, claim: Claim, assets: Assets, asked: float) -> None:
         LeaseLostError: Another worker took it over; nothing was told.
         KeyboardInterrupt: The trial was given back unfinished.
     """
-    fail = functools.partial(_fail, ledger, claim, assets.spec)
+    fail = functools.partial(_fail, ledger, claim, assets)
     try:
         with ledger.holding(claim) as holding:
             result = evaluate(
@@ -74,10 +73,12 @@ def work_on(ledger: Ledger, claim: Claim, assets: Assets, asked: float) -> None:
                 report=holding.report,
             )
         attrs = result["attrs"] | {"tries": claim.tries}
+        drawn = (assets.spec.seeds.sampler + claim.number) % 2**31
+        attrs["seeds"] = attrs["seeds"] | {"sampler": drawn}
         attrs["timings"]["service_seconds"] = _service_seconds(asked, result)
         ledger.complete(claim, result["value"], attrs)
-        _keep_best_students(ledger, assets.spec.keep_students)
-    except LeaseLostError:
+    except (LeaseLostError, StorageError):
+        # Not the trial's fault; its result lies in its folder for whoever takes it over.
         raise
     except NonFiniteError as error:
         fail("diverged", str(error))
@@ -119,16 +120,16 @@ def evaluate(
         if a worker before got that far.
     """
     spec = assets.spec
-    _take_folder(folder, {"params": dict(params), "fingerprint": spec.fingerprint()})
-    if (folder / RESULT).exists():
-        return dict(json.loads((folder / RESULT).read_text()))
+    identity = {"params": dict(params), "fingerprint": assets.fingerprint}
+    _take_folder(folder, identity)
+    if (done := _read_result(folder, identity)) is not None:
+        return done
     num_branches, weights = branches_and_weights(spec, params)
     values = weights(num_branches)
 
     def on_iteration(done: IterationReport) -> None:
         check()
-        loss = float((done.branch_losses * values).sum(-1).mean())
-        report(f"training {done.iteration + 1}/{done.iterations}, loss {loss:.3g}")
+        report(f"training {done.iteration + 1}/{done.iterations}, loss {done.loss(values):.3g}")
 
     started = time.perf_counter()
     branched = distill(
@@ -147,7 +148,7 @@ def evaluate(
     attrs: dict[str, Any] = {
         "weights": values.tolist(),
         "fid": fid.as_dict(),
-        "fingerprint": spec.fingerprint(),
+        "fingerprint": assets.fingerprint,
         "seeds": spec.seeds.model_dump(),
         "versions": package_versions(),
         "timings": {
@@ -161,11 +162,20 @@ def evaluate(
     if "method" not in params:
         attrs |= {"a": weights.a, "b": weights.b}
     save_denoiser(folder / STUDENT, student, _student_metadata(assets, params, values, fid))
-    result = {"value": fid.value, "attrs": attrs}
+    result = {"value": fid.value, "attrs": attrs, "identity": identity}
     with atomic_write(folder / RESULT) as scratch:
         scratch.write_text(json.dumps(result))
     (folder / CHECKPOINT).unlink(missing_ok=True)
     return result
+
+
+def _read_result(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a worker before computed for this very trial, if it got that far."""
+    path = folder / RESULT
+    if not path.exists():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result if result["identity"] == identity else None
 
 
 def _take_folder(folder: Path, identity: Mapping[str, Any]) -> None:
@@ -247,14 +257,14 @@ def _student_metadata(
         "study": assets.spec.name,
         "params": dict(params),
         "weights": weights.tolist(),
-        "fingerprint": assets.spec.fingerprint(),
+        "fingerprint": assets.fingerprint,
         "sampler": student_sampler(assets.spec).describe(),
         "fid": fid.as_dict(),
     }
 
 
 def _service_seconds(asked: float, result: Mapping[str, Any]) -> float:
-    """Time from asking for the trial to telling its result that was not spent inside bdense."""
+    """Time between asking for the trial and telling its result that bdense did not take."""
     timings = result["attrs"]["timings"]
     inside = timings["student_seconds"] + timings["evaluation_seconds"]
     # A result taken over was computed by another worker, before this one asked.
@@ -262,13 +272,13 @@ def _service_seconds(asked: float, result: Mapping[str, Any]) -> float:
 
 
 def _fail(
-    ledger: Ledger, claim: Claim, spec: StudySpec, reason: FailureReason, detail: str
+    ledger: Ledger, claim: Claim, assets: Assets, reason: FailureReason, detail: str
 ) -> None:
-    attrs: dict[str, Any] = {"fingerprint": spec.fingerprint(), "versions": package_versions()}
+    attrs: dict[str, Any] = {"fingerprint": assets.fingerprint, "versions": package_versions()}
     ledger.fail(claim, reason, detail, attrs)
 
 
-def _keep_best_students(ledger: Ledger, keep: int) -> None:
+def keep_best_students(ledger: Ledger, keep: int) -> None:
     """Delete the student files of all but the best ``keep`` complete trials."""
     study = ledger.study
     values = {t.number: t.value for t in study.get_trials(deepcopy=False) if t.value is not None}

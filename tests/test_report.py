@@ -31,7 +31,10 @@ CONDITIONS = {
     "nfe": 2,
     "images": 4096,
     "extractor": "digits-classifier",
+    "extractor_sha256": "0" * 64,
     "reference": "digits",
+    "reference_images": 1797,
+    "seeds": {"training": 0, "evaluation": 0},
 }
 
 
@@ -152,12 +155,11 @@ def test_best_of_nothing(empty):
     }
 
 
-def test_a_study_is_finished_when_every_planned_trial_has_ended(scene, empty):
-    now = standing(scene.study)
-    assert not now.is_finished
-    ended = dataclasses.replace(now.counts, running=0, failed=2)
-    assert dataclasses.replace(now, counts=ended).is_finished
-    assert not standing(empty.study).is_finished
+def test_what_is_left_of_a_study_counts_its_baselines(scene, empty):
+    assert scene.study.left() == 1
+    assert scene.study.has_started()
+    assert empty.study.left() == 4
+    assert not empty.study.has_started()
 
 
 def test_the_table(scene):
@@ -196,7 +198,7 @@ def test_the_headline(scene):
 
 
 def test_failures_say_why(scene):
-    assert failures(scene.ledger.study) == [
+    assert failures(scene.study) == [
         "trial 4 failed, diverged: the loss is not finite at iteration 3"
     ]
 

@@ -102,7 +102,7 @@ def message(**keys) -> str:
         ({"seeds": {"training": -1}}, "seeds.training: .* equal to 0, got -1"),
         ({"seeds": {"training": 2**31}}, "seeds.training: .* got 2147483648"),
         ({"trajectories": {"dtype": "int8"}}, "trajectories.dtype: .* got 'int8'"),
-        ({"resources": {"lease_seconds": 1}}, "resources.lease_seconds: .* equal to 2, got 1"),
+        ({"resources": {"lease_seconds": 1}}, "resources.lease_seconds: .* equal to 10, got 1"),
         ({"resources": {"gpus": -1}}, "resources.gpus.* equal to 0, got -1"),
         ({"name": "Digits NFE 2"}, "name: .* pattern .* got 'Digits NFE 2'"),
         ({"name": "digits.baselines"}, "name: .* pattern .* got 'digits.baselines'"),

@@ -4,6 +4,7 @@ import contextlib
 import json
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from bdense.data import load_dataset
 from search.assets import load_teacher, prepare, trajectory_store, use_device
 from search.ledger import Ledger
-from search.slots import slot
+from search.slots import Orders, slot
 from search.spec import StudySpec
 from search.storage import resolve_storage_url
 from search.study import Study
@@ -164,16 +165,14 @@ def run_slot(workplace: Workplace, monkeypatch, study: dict, points=()) -> Ledge
     for point in points:
         record.trials.enqueue(point)
     trajectory_store(spec, load_teacher(spec, load_dataset("digits"), device)).record()
-    result = slot(
-        {
-            "study": spec.name,
-            "storage": url,
-            "mark": str(workplace.folder / "mark"),
-            "runs": str(workplace.folder / "runs"),
-            "cache": str(workplace.cache),
-        }
+    orders = Orders(
+        study=spec.name,
+        spec=spec.model_dump_json(),
+        storage=url,
+        runs=str(workplace.folder / "runs"),
+        cache=str(workplace.cache),
     )
-    assert result["error"] == ""
+    assert slot({"orders": orders, "mark": str(workplace.folder / "mark")}) == {"refusal": None}
     return record.trials
 
 
@@ -224,14 +223,12 @@ def test_a_study_on_postgres_keeps_its_password_to_itself(workplace, calm_fids, 
     before = set(ray_sessions.glob("session_*")) if ray_sessions.exists() else set()
     launcher = workplace.start("launch", study, "--storage", url)
 
+    time.sleep(3)  # the first moments belong to the user's own command line
     seen_running = False
     while launcher.poll() is None:
         lines = process_list()
-        mine = [line for line in lines if "search.cli" in line or "ray::" in line]
-        # The first moments belong to the user's own command line.
-        if any("ray::" in line for line in mine):
-            seen_running = True
-            assert not [line for line in lines if password in line]
+        seen_running |= any("ray::" in line for line in lines)
+        assert not [line for line in lines if password in line]
         with contextlib.suppress(subprocess.TimeoutExpired):
             launcher.wait(timeout=1)
     out, err = launcher.communicate()

@@ -60,7 +60,7 @@ def work_on(ledger: Ledger, claim: Claim, assets: Assets, asked: float) -> None:
 
     Raises:
         LeaseLostError: Another worker took it over; nothing was told.
-        KeyboardInterrupt: The trial was given back unfinished.
+        StorageError: The database stayed away; the trial is taken over once it is back.
     """
     fail = functools.partial(_fail, ledger, claim, assets)
     try:
@@ -92,10 +92,6 @@ def work_on(ledger: Ledger, claim: Claim, assets: Assets, asked: float) -> None:
             ledger.release(claim)
         else:
             fail("error", f"{type(error).__name__}: {error}")
-    except BaseException:
-        # Ctrl-C or a stopping machine: nothing is wrong with the trial itself.
-        ledger.release(claim, interrupted=True)
-        raise
 
 
 def evaluate(

@@ -210,7 +210,9 @@ def _run_slots(spec: StudySpec, orders: Orders, slots: int) -> list[Refusal]:
         ),
     )
     try:
-        results = tuner.fit()
+        # Standard output holds the study's result alone; Tune's remarks are not one.
+        with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+            results = tuner.fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(marks, ignore_errors=True)

@@ -57,7 +57,7 @@ def test_a_study_from_launch_to_best(workplace, calm_fids):
     study = workplace.write(small_study())
     first = workplace.run("launch", study)
     assert first.returncode == 0, first.stderr
-    assert "3 of 3 trials complete, 0 pruned, 0 failed" in first.stdout
+    assert first.stdout.startswith("study small: 3 of 3 trials complete, 0 pruned, 0 failed")
     assert "best of n, not confirmed" in first.stdout
     assert "bdense-search dashboard" in first.stdout
     assert fids(workplace) == calm_fids

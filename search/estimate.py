@@ -34,7 +34,7 @@ class Cost:
         trials: Students in all, baselines included.
         trajectory_bytes, student_bytes: Disk.
         forward_seconds, update_seconds: Measured for one image.
-        workers_seconds: Work in all, to be divided by the number of workers.
+        device: Where they were measured.
     """
 
     teacher_training: int

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import optuna
 import pytest
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
@@ -14,6 +15,7 @@ from bdense.errors import InputError
 from search import claims as claiming
 from search.errors import LeaseLostError, UnknownStudyError
 from search.ledger import Claim, Counts, Done, Ledger, Wait
+from search.storage import open_storage
 from tests.contracts.ledger_worker import SPACE, STEPS, objective
 from tests.contracts.scene import (
     LONG_TTL,
@@ -280,6 +282,23 @@ class LedgerContract:
             assert (claim.attempt, claim.tries) == (attempt, 1)
             ledger.release(claim, interrupted=True)
         assert scene.settle().complete == 1
+
+    def test_an_interrupted_launch_is_held_against_no_running_trial(self, scene):
+        """Workers die with their launcher before they can release anything."""
+        ledger = scene.open(budget=1, max_attempts=1, ttl=0.3)
+        for attempt in (1, 2, 3):
+            claim = take(ledger)
+            assert (claim.attempt, claim.tries) == (attempt, 1)
+            scene.open().forgive_running()
+            time.sleep(0.4)
+        assert scene.settle().complete == 1
+
+    def test_a_study_of_somebody_else_is_refused_and_left_alone(self, scene):
+        storage = open_storage(scene.url)
+        optuna.create_study(study_name="theirs", storage=storage)
+        with pytest.raises(UnknownStudyError, match="'theirs' was not made by bdense-search"):
+            Ledger.open(scene.url, "theirs", budget=None)
+        assert optuna.load_study(study_name="theirs", storage=storage).user_attrs == {}
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
     def test_a_value_that_is_not_finite_fails_the_trial(self, scene, value):

@@ -91,7 +91,12 @@ def ray_session(url: str) -> Iterator[None]:
     if address := os.environ.get("RAY_ADDRESS"):
         _require_listener(address)
     else:
-        local = {"object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
+        # Named, or Ray would join whatever cluster it finds running on this machine.
+        local = {
+            "address": "local",
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+        }
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
     except (ConnectionError, ValueError, RuntimeError) as error:

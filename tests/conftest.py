@@ -92,6 +92,28 @@ def postgres() -> Iterator[Postgres]:
         shutil.rmtree(data.parent)
 
 
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """An empty cache folder."""
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder in which the digits classifier is trained once."""
+    return tmp_path_factory.mktemp("extractors")
+
+
+@pytest.fixture
+def digits_extractor(shared_cache: Path):
+    """The digits classifier, on the CPU."""
+    import torch
+
+    from bdense.extractors import load_extractor
+
+    return load_extractor("digits-classifier", cache=shared_cache, device=torch.device("cpu"))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say how many checks against golden files ran, and how many could not yet."""
     ran, skipped = (

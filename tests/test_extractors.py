@@ -45,21 +45,6 @@ class FloatsOnly(nn.Module):
         return self.conv(images).mean(dim=(2, 3))
 
 
-@pytest.fixture
-def cache(tmp_path):
-    return tmp_path / "cache"
-
-
-@pytest.fixture(scope="session")
-def shared_cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("extractors")
-
-
-@pytest.fixture
-def digits_extractor(shared_cache):
-    return load_extractor("digits-classifier", cache=shared_cache, device=CPU)
-
-
 def test_a_torchscript_file_gives_its_features(tmp_path):
     extractor = scripted(ColourMeans(), tmp_path)
     assert (extractor.name, extractor.dim) == ("torchscript:features.pt", 3)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from bdense.data import Dataset, load_dataset
 from bdense.errors import BdenseError, CheckpointError, InputError, NonFiniteError, ShapeError
-from bdense.extractors import DIGITS_CLASSIFIER, TORCHSCRIPT, load_extractor
+from bdense.extractors import DIGITS_CLASSIFIER, TORCHSCRIPT
 from bdense.fid import (
     FID,
     Statistics,
@@ -19,26 +19,11 @@ from bdense.fid import (
     statistics_of,
 )
 from bdense.sampling import to_uint8
-from tests.features import CPU, ColourMeans, random_images, scripted
+from tests.features import ColourMeans, random_images, scripted
 from tests.goldens import discover
 
 # The files that users have are TorchScript all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.:FutureWarning")
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return tmp_path / "cache"
-
-
-@pytest.fixture(scope="session")
-def shared_cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("extractors")
-
-
-@pytest.fixture
-def digits_extractor(shared_cache):
-    return load_extractor("digits-classifier", cache=shared_cache, device=CPU)
 
 
 def gaussian(mu, sigma, count=100):

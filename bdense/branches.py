@@ -7,12 +7,12 @@ import copy
 
 from torch import nn
 
-from bdense.denoiser import EDMPrecond, build_denoiser
+from bdense.denoiser import NetworkDenoiser, build_denoiser
 from bdense.errors import InputError
 from bdense.networks.layers import Conv2d
 
 
-def widen_head(teacher: EDMPrecond, num_branches: int) -> EDMPrecond:
+def widen_head(teacher: NetworkDenoiser, num_branches: int) -> NetworkDenoiser:
     """A copy of the teacher whose head is repeated K times, so that every branch equals it.
 
     Args:
@@ -41,7 +41,7 @@ def widen_head(teacher: EDMPrecond, num_branches: int) -> EDMPrecond:
     return student
 
 
-def export_branch(student: EDMPrecond, branch: int | None = None) -> EDMPrecond:
+def export_branch(student: NetworkDenoiser, branch: int | None = None) -> NetworkDenoiser:
     """One branch as a denoiser of the teacher's own architecture and size.
 
     Args:
@@ -63,7 +63,7 @@ def export_branch(student: EDMPrecond, branch: int | None = None) -> EDMPrecond:
     return plain.to(next(student.parameters()).device).train(student.training)
 
 
-def _head(denoiser: EDMPrecond) -> Conv2d:
+def _head(denoiser: NetworkDenoiser) -> Conv2d:
     head = denoiser.model.get_submodule(denoiser.model.head_name)
     assert isinstance(head, Conv2d)
     return head

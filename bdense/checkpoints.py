@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bdense.denoiser import EDMPrecond, build_denoiser
+from bdense.denoiser import NetworkDenoiser, build_denoiser
 from bdense.edm_pickle import ForeignNetwork, read_edm_pickle
 from bdense.errors import CheckpointError
 from bdense.files import atomic_write
@@ -61,12 +61,12 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, metadata
 
 
-def save_denoiser(path: Path, denoiser: EDMPrecond, metadata: Mapping[str, Any]) -> None:
+def save_denoiser(path: Path, denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> None:
     """Write a denoiser with what is needed to build it again, and ``metadata`` beside that."""
     save_tensors(path, denoiser.state_dict(), {**metadata, "architecture": denoiser.describe()})
 
 
-def load_denoiser(path: Path) -> tuple[EDMPrecond, dict[str, Any]]:
+def load_denoiser(path: Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
     """A denoiser in eval mode and its metadata, from our safetensors or from an EDM pickle.
 
     Raises:
@@ -83,7 +83,7 @@ def load_denoiser(path: Path) -> tuple[EDMPrecond, dict[str, Any]]:
     return _fill(denoiser, tensors, str(path)), metadata
 
 
-def denoiser_from_edm(foreign: ForeignNetwork) -> EDMPrecond:
+def denoiser_from_edm(foreign: ForeignNetwork) -> NetworkDenoiser:
     """The denoiser an EDM pickle describes, in eval mode.
 
     Raises:
@@ -106,7 +106,7 @@ def denoiser_from_edm(foreign: ForeignNetwork) -> EDMPrecond:
     return _fill(build_denoiser(description), foreign.state_dict, foreign.class_name)
 
 
-def _fill(denoiser: EDMPrecond, tensors: dict[str, Tensor], source: str) -> EDMPrecond:
+def _fill(denoiser: NetworkDenoiser, tensors: dict[str, Tensor], source: str) -> NetworkDenoiser:
     expected = {name: tuple(value.shape) for name, value in denoiser.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     if expected != found:
@@ -121,7 +121,7 @@ def _fill(denoiser: EDMPrecond, tensors: dict[str, Tensor], source: str) -> EDMP
     return denoiser.eval()
 
 
-def denoiser_sha256(denoiser: EDMPrecond) -> str:
+def denoiser_sha256(denoiser: NetworkDenoiser) -> str:
     """Hex digest of a denoiser's architecture and weights."""
     digest = hashlib.sha256(json.dumps(denoiser.describe(), sort_keys=True).encode())
     for name, value in sorted(denoiser.state_dict().items()):

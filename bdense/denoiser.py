@@ -29,7 +29,7 @@ class Denoiser(Protocol):
         ...
 
 
-class EDMPrecond(nn.Module):
+class NetworkDenoiser(nn.Module):
     """D^k = c_skip x + c_out F^k(c_in x, c_noise) (Karras et al. 2022, table 1).
 
     A network with K groups of output channels is a branched denoiser: ``branches`` gives all K
@@ -110,7 +110,7 @@ class EDMPrecond(nn.Module):
         }
 
 
-def build_denoiser(description: dict[str, Any]) -> EDMPrecond:
+def build_denoiser(description: dict[str, Any]) -> NetworkDenoiser:
     """A freshly initialised denoiser of the described architecture.
 
     Raises:
@@ -130,4 +130,4 @@ def build_denoiser(description: dict[str, Any]) -> EDMPrecond:
     # Weights follow from a checkpoint or an explicit seed, never from the global generator.
     with torch.random.fork_rng(devices=[]):
         model = SongUNet(config, out_channels)
-    return EDMPrecond(model, sigma_data=float(description["sigma_data"]))
+    return NetworkDenoiser(model, sigma_data=float(description["sigma_data"]))

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bdense.denoiser import Denoiser, EDMPrecond
+from bdense.denoiser import Denoiser, NetworkDenoiser
 from bdense.errors import InputError, NonFiniteError
 from bdense.files import atomic_write
 from bdense.randomness import Stream, image_noise
@@ -83,7 +83,7 @@ def sampler_from(description: dict[str, Any]) -> Sampler:
 
 
 def draw_images(
-    denoiser: EDMPrecond,
+    denoiser: NetworkDenoiser,
     sampler: Sampler,
     count: int,
     *,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bdense.branches import widen_head
 from bdense.checkpoints import adam_tensors, load_tensors, restore_adam, save_tensors
-from bdense.denoiser import EDMPrecond
+from bdense.denoiser import NetworkDenoiser
 from bdense.errors import CheckpointError, InputError, NonFiniteLossError
 from bdense.randomness import Stream, seeded
 from bdense.solvers import analytical_slope
@@ -85,7 +85,7 @@ class IterationReport:
 
 
 def distill(
-    teacher: EDMPrecond,
+    teacher: NetworkDenoiser,
     trajectories: Trajectories,
     config: SFDConfig,
     weights: Tensor,
@@ -93,7 +93,7 @@ def distill(
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 60.0,
     on_iteration: Callable[[IterationReport], None] | None = None,
-) -> EDMPrecond:
+) -> NetworkDenoiser:
     """Train a student on the teacher's trajectories.
 
     Stopped anywhere and called again with the same ``checkpoint``, it ends with the same weights.
@@ -142,7 +142,7 @@ def distill(
 
 
 def _train_on(
-    student: EDMPrecond,
+    student: NetworkDenoiser,
     optimizer: torch.optim.Optimizer,
     walk: Walk,
     grid: IntervalGrid,
@@ -174,7 +174,7 @@ def first_interval_without_network(x: Tensor, levels: Tensor) -> Tensor:
     return x + (levels[-1] - levels[0]) * analytical_slope(x, levels[0])
 
 
-def branch_states(student: EDMPrecond, x: Tensor, levels: Tensor) -> Tensor:
+def branch_states(student: NetworkDenoiser, x: Tensor, levels: Tensor) -> Tensor:
     """Where each branch says the teacher is: x^k = x + (t_{n,k} - t_n) (x - D^k) / t_n.
 
     Args:
@@ -205,7 +205,7 @@ def branch_losses(states: Tensor, targets: Tensor) -> Tensor:
     return (states - targets).abs().sum(dim=(0, 2, 3, 4)) / len(states)
 
 
-def _finite(losses: Tensor, student: EDMPrecond, iteration: int, n: int) -> Tensor:
+def _finite(losses: Tensor, student: NetworkDenoiser, iteration: int, n: int) -> Tensor:
     """The losses as float64 on the CPU, once they and the gradients are known to be finite."""
     gradients = [p.grad for p in student.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
@@ -249,7 +249,7 @@ def _identity(config: SFDConfig, weights: Tensor, trajectories: Trajectories) ->
 
 def _save(
     path: Path,
-    student: EDMPrecond,
+    student: NetworkDenoiser,
     optimizer: torch.optim.Optimizer,
     iteration: int,
     identity: Mapping[str, Any],
@@ -262,7 +262,7 @@ def _save(
 
 def _resume(
     path: Path,
-    student: EDMPrecond,
+    student: NetworkDenoiser,
     optimizer: torch.optim.Optimizer,
     identity: Mapping[str, Any],
 ) -> int:

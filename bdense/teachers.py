@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bdense.checkpoints import adam_tensors, load_tensors, restore_adam, save_tensors
 from bdense.data import Dataset
-from bdense.denoiser import EDMPrecond
+from bdense.denoiser import NetworkDenoiser
 from bdense.errors import CheckpointError, InputError, NonFiniteLossError
 from bdense.networks import SongUNet, SongUNetConfig
 from bdense.randomness import Stream, derive_seed, generator, seeded
@@ -65,7 +65,9 @@ class TeacherConfig:
         return self.lr * min(1.0, seen / max(self.warmup_images, 1))
 
 
-def denoising_loss(denoiser: EDMPrecond, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+def denoising_loss(
+    denoiser: NetworkDenoiser, clean: Tensor, noise: Tensor, sigma: Tensor
+) -> Tensor:
     """lambda(sigma) |D(y + n; sigma) - y|^2, mean over pixels (Karras et al. 2022, eq. 8).
 
     Args:
@@ -93,7 +95,7 @@ def train_teacher(
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 30.0,
     on_iteration: Callable[[int, int, float], None] | None = None,
-) -> EDMPrecond:
+) -> NetworkDenoiser:
     """Train a teacher and return the average of its weights.
 
     Args:
@@ -136,7 +138,7 @@ def train_teacher(
     return ema
 
 
-def new_denoiser(config: TeacherConfig, image_shape: torch.Size) -> EDMPrecond:
+def new_denoiser(config: TeacherConfig, image_shape: torch.Size) -> NetworkDenoiser:
     """A denoiser for images (C, H, W) with initial weights from ``config.seed``."""
     channels, height, width = image_shape
     if height != width:
@@ -149,7 +151,7 @@ def new_denoiser(config: TeacherConfig, image_shape: torch.Size) -> EDMPrecond:
         ) from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, Stream.INITIALISATION))
-        return EDMPrecond(SongUNet(network))
+        return NetworkDenoiser(SongUNet(network))
 
 
 def _batch(images: Tensor, config: TeacherConfig, iteration: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,7 +165,7 @@ def _batch(images: Tensor, config: TeacherConfig, iteration: int) -> tuple[Tenso
 
 
 def _update(
-    denoiser: EDMPrecond, optimizer: torch.optim.Optimizer, loss: Tensor, iteration: int
+    denoiser: NetworkDenoiser, optimizer: torch.optim.Optimizer, loss: Tensor, iteration: int
 ) -> float:
     """One step down the loss, if it and its gradient are finite; the loss before it."""
     optimizer.zero_grad(set_to_none=True)
@@ -186,8 +188,8 @@ def _identity(config: TeacherConfig, dataset: Dataset) -> dict[str, Any]:
 
 def _save(
     path: Path,
-    denoiser: EDMPrecond,
-    ema: EDMPrecond,
+    denoiser: NetworkDenoiser,
+    ema: NetworkDenoiser,
     optimizer: torch.optim.Optimizer,
     iteration: int,
     identity: dict[str, Any],
@@ -201,8 +203,8 @@ def _save(
 
 def _resume(
     path: Path,
-    denoiser: EDMPrecond,
-    ema: EDMPrecond,
+    denoiser: NetworkDenoiser,
+    ema: NetworkDenoiser,
     optimizer: torch.optim.Optimizer,
     identity: dict[str, Any],
 ) -> int:

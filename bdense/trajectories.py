@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bdense import NUMERICS
 from bdense.checkpoints import denoiser_sha256
-from bdense.denoiser import EDMPrecond
+from bdense.denoiser import NetworkDenoiser
 from bdense.errors import CheckpointError, InputError
 from bdense.files import atomic_write, file_lock
 from bdense.randomness import Stream, generator
@@ -136,7 +136,7 @@ class LiveTrajectories:
         seed: Training seed; iteration i starts from noise (seed, i).
     """
 
-    teacher: EDMPrecond
+    teacher: NetworkDenoiser
     grid: IntervalGrid
     solver: Solver
     batch: int

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from bdense.denoiser import EDMPrecond
+from bdense.denoiser import NetworkDenoiser
 from bdense.networks import SongUNet, SongUNetConfig
 from bdense.trajectories import Walk
 from benchmarks.branch_pieces import GRID, K, SyntheticTrajectories, measure_pieces
@@ -81,13 +81,13 @@ def _options() -> argparse.Namespace:
     return options.parse_args()
 
 
-def _setting(size: str, device: torch.device) -> tuple[EDMPrecond, SyntheticTrajectories]:
+def _setting(size: str, device: torch.device) -> tuple[NetworkDenoiser, SyntheticTrajectories]:
     """Teacher and one synthetic batch of that size."""
     torch.manual_seed(0)
     if size == "8x8":
         teacher, batch = untrained_teacher(read_spec(DIGITS_STUDY), device), 128
     else:
-        teacher = EDMPrecond(SongUNet(CIFAR_LIKE)).to(device).eval()
+        teacher = NetworkDenoiser(SongUNet(CIFAR_LIKE)).to(device).eval()
         batch = 128 if device.type == "cuda" else 8
     shape = (batch, *teacher.image_shape)
     start = 80 * torch.randn(shape, device=device)

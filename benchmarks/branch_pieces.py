@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bdense.branches import widen_head
-from bdense.denoiser import EDMPrecond
+from bdense.denoiser import NetworkDenoiser
 from bdense.networks import SongUNet
 from bdense.sfd import branch_losses, branch_states
 from bdense.trajectories import IntervalGrid, Walk
@@ -58,10 +58,12 @@ class FreeNetwork(nn.Module):
         return self.out
 
 
-Piece = Callable[[EDMPrecond, Walk], Callable[[], object]]
+Piece = Callable[[NetworkDenoiser, Walk], Callable[[], object]]
 
 
-def measure_pieces(teacher: EDMPrecond, trajectories: SyntheticTrajectories) -> dict[str, Paired]:
+def measure_pieces(
+    teacher: NetworkDenoiser, trajectories: SyntheticTrajectories
+) -> dict[str, Paired]:
     """Seconds an iteration of what differs between K branches (first) and one (second)."""
     walk = trajectories.walk
     makers: dict[str, Piece] = {
@@ -77,7 +79,7 @@ def measure_pieces(teacher: EDMPrecond, trajectories: SyntheticTrajectories) -> 
     return {name: interleave(side(make, K), side(make, 1), PAIRS) for name, make in makers.items()}
 
 
-def _head(student: EDMPrecond, walk: Walk) -> Callable[[], object]:
+def _head(student: NetworkDenoiser, walk: Walk) -> Callable[[], object]:
     head = student.model.get_submodule(student.model.head_name)
     x = walk.start
     size = (len(x), head.in_channels, *x.shape[2:])
@@ -90,9 +92,9 @@ def _head(student: EDMPrecond, walk: Walk) -> Callable[[], object]:
     return work
 
 
-def _loss(student: EDMPrecond, walk: Walk) -> Callable[[], object]:
+def _loss(student: NetworkDenoiser, walk: Walk) -> Callable[[], object]:
     network = FreeNetwork(student.model)
-    free = EDMPrecond(network)  # type: ignore[arg-type]
+    free = NetworkDenoiser(network)  # type: ignore[arg-type]
     levels, targets = GRID.interval(1), walk.states[:K]
 
     def work() -> None:
@@ -103,7 +105,7 @@ def _loss(student: EDMPrecond, walk: Walk) -> Callable[[], object]:
     return work
 
 
-def _update(student: EDMPrecond, walk: Walk) -> Callable[[], object]:
+def _update(student: NetworkDenoiser, walk: Walk) -> Callable[[], object]:
     parameters = list(student.parameters())
     gradients = [torch.randn_like(p) for p in parameters]
     for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from bdense.data import load_dataset
-from bdense.denoiser import EDMPrecond
+from bdense.denoiser import NetworkDenoiser
 from bdense.sfd import IterationReport, SFDConfig, distill
 from bdense.teachers import new_denoiser
 from bdense.trajectories import Trajectories
@@ -75,7 +75,7 @@ def seconds_per_call(call: Callable[[], object], calls: int, device: torch.devic
 
 
 def seconds_per_iteration(
-    teacher: EDMPrecond, trajectories: Trajectories, num_branches: int, iterations: int
+    teacher: NetworkDenoiser, trajectories: Trajectories, num_branches: int, iterations: int
 ) -> float:
     """Mean over a block of training iterations of ``distill``, after one that does not count.
 
@@ -99,7 +99,7 @@ def seconds_per_iteration(
     return (stamps[-1] - stamps[0]) / iterations
 
 
-def untrained_teacher(spec: StudySpec, device: torch.device) -> EDMPrecond:
+def untrained_teacher(spec: StudySpec, device: torch.device) -> NetworkDenoiser:
     """The study's network with its initial weights, which cost what trained ones do."""
     if spec.teacher.train is None:
         raise SystemExit(f"study {spec.name} has no teacher.train; choose one that trains its own")

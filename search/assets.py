@@ -15,7 +15,7 @@ import torch
 from bdense import NUMERICS
 from bdense.checkpoints import denoiser_sha256, load_denoiser, save_denoiser
 from bdense.data import Dataset, load_dataset
-from bdense.denoiser import EDMPrecond
+from bdense.denoiser import NetworkDenoiser
 from bdense.errors import InputError
 from bdense.extractors import Extractor, load_extractor
 from bdense.fid import Statistics, reference_statistics
@@ -37,7 +37,7 @@ class Assets:
     spec: StudySpec
     fingerprint: str
     dataset: Dataset
-    teacher: EDMPrecond
+    teacher: NetworkDenoiser
     trajectories: Trajectories
     store: TrajectoryStore | None
     extractor: Extractor
@@ -97,7 +97,7 @@ def load(spec: StudySpec, device: torch.device) -> Assets:
 
 def load_teacher(
     spec: StudySpec, dataset: Dataset, device: torch.device, report: Report | None = None
-) -> EDMPrecond:
+) -> NetworkDenoiser:
     """The study's teacher: its checkpoint, or trained here once and cached."""
     if spec.teacher.checkpoint is not None:
         return load_denoiser(Path(spec.teacher.checkpoint))[0].to(device)
@@ -110,7 +110,7 @@ def load_teacher(
     return load_denoiser(path)[0].to(device)
 
 
-def trajectory_store(spec: StudySpec, teacher: EDMPrecond) -> TrajectoryStore:
+def trajectory_store(spec: StudySpec, teacher: NetworkDenoiser) -> TrajectoryStore:
     """Where the teacher's trajectories for this study lie, recorded or not yet."""
     live = LiveTrajectories(
         teacher=teacher,

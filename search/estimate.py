@@ -10,7 +10,7 @@ import torch
 from bdense.branches import widen_head
 from bdense.checkpoints import load_denoiser
 from bdense.data import load_dataset
-from bdense.denoiser import EDMPrecond
+from bdense.denoiser import NetworkDenoiser
 from bdense.sfd import branch_losses, branch_states
 from bdense.teachers import new_denoiser
 from search.assets import trajectory_store, use_device
@@ -102,7 +102,7 @@ def estimate(spec: StudySpec) -> Cost:
     )
 
 
-def _network(spec: StudySpec) -> EDMPrecond:
+def _network(spec: StudySpec) -> NetworkDenoiser:
     if spec.teacher.checkpoint is not None:
         return load_denoiser(Path(spec.teacher.checkpoint))[0]
     assert spec.teacher.train is not None
@@ -110,7 +110,9 @@ def _network(spec: StudySpec) -> EDMPrecond:
     return new_denoiser(teacher_config(spec.teacher.train), shape).eval()
 
 
-def _measure(teacher: EDMPrecond, spec: StudySpec, device: torch.device) -> tuple[float, float]:
+def _measure(
+    teacher: NetworkDenoiser, spec: StudySpec, device: torch.device
+) -> tuple[float, float]:
     """Seconds an image: forward, and forward + backward + update."""
     grid = student_grid(spec)
     student = widen_head(teacher, grid.substeps)

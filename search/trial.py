@@ -20,7 +20,7 @@ import torch
 
 from bdense.branches import export_branch
 from bdense.checkpoints import save_denoiser
-from bdense.denoiser import EDMPrecond
+from bdense.denoiser import NetworkDenoiser
 from bdense.errors import BdenseError, NonFiniteError
 from bdense.fid import FID, feature_statistics, frechet_distance
 from bdense.files import atomic_write
@@ -193,7 +193,7 @@ def _take_folder(folder: Path, identity: Mapping[str, Any]) -> None:
 
 def measure(
     assets: Assets,
-    student: EDMPrecond,
+    student: NetworkDenoiser,
     *,
     check: Callable[[], None],
     report: Callable[[str], None],

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from bdense.checkpoints import load_denoiser
-from bdense.denoiser import EDMPrecond
+from bdense.denoiser import NetworkDenoiser
 from bdense.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +37,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path.with_suffix(".safetensors"))
 
 
-def golden_network(name: str) -> EDMPrecond:
+def golden_network(name: str) -> NetworkDenoiser:
     """The network of that name; the test is skipped where its architecture is not built yet."""
     try:
         return load_denoiser(SFD / f"{name}.nosrc.pkl")[0]

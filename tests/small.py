@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bdense.denoiser import EDMPrecond
+from bdense.denoiser import NetworkDenoiser
 from bdense.networks import SongUNet, SongUNetConfig
 from bdense.solvers import DPMSolverPP
 from bdense.trajectories import IntervalGrid, LiveTrajectories
 
 
-def small_teacher(*, dropout: float = 0.0, seed: int = 0, channels: int = 1) -> EDMPrecond:
+def small_teacher(*, dropout: float = 0.0, seed: int = 0, channels: int = 1) -> NetworkDenoiser:
     """An untrained 8 x 8 network whose blocks, near the identity at first, are made to matter."""
     config = SongUNetConfig(
         img_resolution=8,
@@ -23,7 +23,7 @@ def small_teacher(*, dropout: float = 0.0, seed: int = 0, channels: int = 1) -> 
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        teacher = EDMPrecond(SongUNet(config)).eval()
+        teacher = NetworkDenoiser(SongUNet(config)).eval()
         with torch.no_grad():
             for parameter in teacher.parameters():
                 if parameter.dim() == 4 and parameter.abs().max() < 1e-3:
@@ -32,7 +32,12 @@ def small_teacher(*, dropout: float = 0.0, seed: int = 0, channels: int = 1) -> 
 
 
 def small_trajectories(
-    teacher: EDMPrecond, *, count: int = 4, batch: int = 4, substeps: int = 4, afs: bool = True
+    teacher: NetworkDenoiser,
+    *,
+    count: int = 4,
+    batch: int = 4,
+    substeps: int = 4,
+    afs: bool = True,
 ) -> LiveTrajectories:
     """Live trajectories at NFE 2."""
     grid = IntervalGrid(num_intervals=3 if afs else 2, substeps=substeps, afs=afs)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bdense.branches import export_branch, widen_head
-from bdense.denoiser import EDMPrecond, build_denoiser
+from bdense.denoiser import NetworkDenoiser, build_denoiser
 from bdense.errors import CheckpointError, InputError, ShapeError
 from bdense.networks import SongUNet, SongUNetConfig
 from bdense.networks.layers import Conv2d, PositionalEmbedding
@@ -33,7 +33,7 @@ class Echo(SongUNet):
         return x + noise_labels.view(-1, 1, 1, 1)
 
 
-def numbered_head(num_branches: int) -> EDMPrecond:
+def numbered_head(num_branches: int) -> NetworkDenoiser:
     """F gives output channel i the value i everywhere."""
     config = tiny_config()
     model = SongUNet(config, config.img_channels * num_branches)
@@ -41,7 +41,7 @@ def numbered_head(num_branches: int) -> EDMPrecond:
     with torch.no_grad():
         head.weight.zero_()
         head.bias.copy_(torch.arange(model.out_channels))
-    return EDMPrecond(model)
+    return NetworkDenoiser(model)
 
 
 def image(batch: int = 3, channels: int = 2) -> torch.Tensor:
@@ -63,14 +63,14 @@ def image(batch: int = 3, channels: int = 2) -> torch.Tensor:
 def test_preconditioning_by_hand(sigma, c_skip, c_out, c_in):
     """D = c_skip x + c_out F(c_in x, ln(sigma) / 4), and F says what it was given."""
     x = image()
-    denoised = EDMPrecond(Echo(tiny_config()))(x, torch.tensor(sigma))
+    denoised = NetworkDenoiser(Echo(tiny_config()))(x, torch.tensor(sigma))
     expected = c_skip * x + c_out * (c_in * x + math.log(sigma) / 4)
     torch.testing.assert_close(denoised, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_sigma_data_scales_the_levels():
     """Twice sigma_data at twice sigma: c_skip stays, c_out doubles."""
-    x, twice = image(), EDMPrecond(Echo(tiny_config()), sigma_data=1.0)
+    x, twice = image(), NetworkDenoiser(Echo(tiny_config()), sigma_data=1.0)
     denoised = twice(x, torch.tensor(1.0))
     # c_skip = 1/2, c_out = 1/sqrt 2, c_in = 1/sqrt 2, c_noise = 0.
     torch.testing.assert_close(denoised, 0.5 * x + 0.5 * x)
@@ -82,7 +82,7 @@ def test_without_noise_the_image_is_its_own_prediction():
 
 
 def test_each_image_may_have_a_level_of_its_own():
-    denoiser, x = EDMPrecond(Echo(tiny_config())), image()
+    denoiser, x = NetworkDenoiser(Echo(tiny_config())), image()
     together = denoiser(x, torch.tensor([0.1, 1.0, 80.0]))
     for i, sigma in enumerate((0.1, 1.0, 80.0)):
         torch.testing.assert_close(together[i], denoiser(x[i : i + 1], torch.tensor(sigma))[0])
@@ -134,9 +134,9 @@ def test_a_wider_head_is_the_only_cost():
 
 def test_a_head_that_fits_no_branches_is_refused():
     with pytest.raises(ShapeError, match="3 output channels, which is no multiple of its 2 image"):
-        EDMPrecond(SongUNet(tiny_config(), 3))
+        NetworkDenoiser(SongUNet(tiny_config(), 3))
     with pytest.raises(InputError, match="sigma_data must be positive, got 0"):
-        EDMPrecond(SongUNet(tiny_config()), sigma_data=0.0)
+        NetworkDenoiser(SongUNet(tiny_config()), sigma_data=0.0)
 
 
 # ---- descriptions ----
@@ -209,7 +209,7 @@ def test_an_untrained_network_answers_almost_nothing():
     """The head starts with gain 1e-5: D is c_skip x."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        denoiser = EDMPrecond(SongUNet(tiny_config()))
+        denoiser = NetworkDenoiser(SongUNet(tiny_config()))
     x = image()
     torch.testing.assert_close(denoiser(x, torch.tensor(0.5)), 0.5 * x, rtol=0, atol=1e-4)
 

@@ -7,7 +7,7 @@ import torch
 
 from bdense.checkpoints import load_tensors
 from bdense.data import Dataset, load_dataset
-from bdense.denoiser import EDMPrecond
+from bdense.denoiser import NetworkDenoiser
 from bdense.errors import CheckpointError, InputError, NonFiniteLossError
 from bdense.networks import SongUNet, SongUNetConfig
 from bdense.teachers import TeacherConfig, denoising_loss, new_denoiser, train_teacher
@@ -38,14 +38,14 @@ def config(images: int = 80, **options) -> TeacherConfig:
     return TeacherConfig(**{"images": images, "batch": 16, "network": network, **options})
 
 
-def silent_denoiser() -> EDMPrecond:
+def silent_denoiser() -> NetworkDenoiser:
     """A network whose output is 0: D = c_skip x."""
     model = SongUNet(SongUNetConfig(img_resolution=8, img_channels=1, **NETWORK))
     head = model.get_submodule(model.head_name)
     with torch.no_grad():
         head.weight.zero_()
         head.bias.zero_()
-    return EDMPrecond(model)
+    return NetworkDenoiser(model)
 
 
 # ---- the loss ----

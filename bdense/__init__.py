@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from bdense.checkpoints import save_denoiser as save_denoiser
     from bdense.data import load_dataset as load_dataset
     from bdense.extractors import load_extractor as load_extractor
-    from bdense.fid import FID as FID
+    from bdense.intervals import IntervalGrid as IntervalGrid
+    from bdense.metrics import FID as FID
+    from bdense.metrics import measure_images as measure_images
+    from bdense.recordings import TrajectoryStore as TrajectoryStore
+    from bdense.references import dataset_reference as dataset_reference
+    from bdense.references import read_reference as read_reference
     from bdense.sampling import Sampler as Sampler
     from bdense.sampling import draw_images as draw_images
     from bdense.sampling import save_grid as save_grid
@@ -22,11 +27,10 @@ if TYPE_CHECKING:
     from bdense.sfd import distill as distill
     from bdense.solvers import DPMSolverPP as DPMSolverPP
     from bdense.solvers import Euler as Euler
+    from bdense.sources import load_model as load_model
     from bdense.teachers import TeacherConfig as TeacherConfig
     from bdense.teachers import train_teacher as train_teacher
-    from bdense.trajectories import IntervalGrid as IntervalGrid
     from bdense.trajectories import LiveTrajectories as LiveTrajectories
-    from bdense.trajectories import TrajectoryStore as TrajectoryStore
     from bdense.weights import LogLinearWeights as LogLinearWeights
     from bdense.weights import normalised_weights as normalised_weights
     from bdense.weights import uniform_weights as uniform_weights
@@ -36,24 +40,28 @@ if TYPE_CHECKING:
 NUMERICS = 1
 
 _HOME = {
-    "FID": "fid",
+    "FID": "metrics",
     "DPMSolverPP": "solvers",
     "Euler": "solvers",
-    "IntervalGrid": "trajectories",
+    "IntervalGrid": "intervals",
     "LiveTrajectories": "trajectories",
     "LogLinearWeights": "weights",
     "SFDConfig": "sfd",
     "Sampler": "sampling",
     "Schedule": "schedules",
     "TeacherConfig": "teachers",
-    "TrajectoryStore": "trajectories",
+    "TrajectoryStore": "recordings",
+    "dataset_reference": "references",
     "distill": "sfd",
     "draw_images": "sampling",
     "export_branch": "branches",
     "load_dataset": "data",
     "load_denoiser": "checkpoints",
     "load_extractor": "extractors",
+    "load_model": "sources",
+    "measure_images": "metrics",
     "normalised_weights": "weights",
+    "read_reference": "references",
     "save_denoiser": "checkpoints",
     "save_grid": "sampling",
     "train_teacher": "teachers",

@@ -1,15 +1,15 @@
 """The branched student: widen the last layer K-fold, and take branch K out again.
 
-Output channels are K consecutive groups of C; group k - 1 is branch k.
+Output channels are K consecutive groups of equal width; group k - 1 is branch k.
 """
 
-import copy
+from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor
 
 from bdense.denoiser import NetworkDenoiser, build_denoiser
 from bdense.errors import InputError
-from bdense.networks.layers import Conv2d
+from bdense.execution import Execution
 
 
 def widen_head(teacher: NetworkDenoiser, num_branches: int) -> NetworkDenoiser:
@@ -29,16 +29,11 @@ def widen_head(teacher: NetworkDenoiser, num_branches: int) -> NetworkDenoiser:
             f"the teacher has {teacher.num_branches} branches already; "
             "take one of them out first with export_branch"
         )
-    student = copy.deepcopy(teacher)
-    if num_branches > 1:
-        head = _head(student)
-        assert head.weight is not None
-        assert head.bias is not None
-        head.weight = nn.Parameter(head.weight.detach().repeat(num_branches, 1, 1, 1))
-        head.bias = nn.Parameter(head.bias.detach().repeat(num_branches))
-        head.out_channels *= num_branches
-        student.model.out_channels *= num_branches
-    return student
+
+    def repeat(head: Tensor) -> Tensor:
+        return head.repeat(num_branches, *[1] * (head.dim() - 1))
+
+    return _with_head(teacher, num_branches, repeat)
 
 
 def export_branch(student: NetworkDenoiser, branch: int | None = None) -> NetworkDenoiser:
@@ -52,18 +47,21 @@ def export_branch(student: NetworkDenoiser, branch: int | None = None) -> Networ
     k = total if branch is None else branch
     if not 1 <= k <= total:
         raise InputError(f"branch must lie in 1..{total}, got {branch}")
-    plain = build_denoiser(student.describe() | {"num_branches": 1})
-    channels = student.image_shape[0]
-    group = slice((k - 1) * channels, k * channels)
-    state = student.state_dict()
+    width = student.group_channels
+    return _with_head(student, 1, lambda head: head[(k - 1) * width : k * width])
+
+
+def _with_head(
+    denoiser: NetworkDenoiser, num_branches: int, change: Callable[[Tensor], Tensor]
+) -> NetworkDenoiser:
+    """The same denoiser with that many branches and a changed weight and bias of the head."""
+    built = build_denoiser(denoiser.describe() | {"num_branches": num_branches})
+    built.to(next(denoiser.parameters())).train(denoiser.training)
+    state = denoiser.state_dict()
     for name in ("weight", "bias"):
-        key = f"model.{student.model.head_name}.{name}"
-        state[key] = state[key][group]
-    plain.load_state_dict(state)
-    return plain.to(next(student.parameters()).device).train(student.training)
-
-
-def _head(denoiser: NetworkDenoiser) -> Conv2d:
-    head = denoiser.model.get_submodule(denoiser.model.head_name)
-    assert isinstance(head, Conv2d)
-    return head
+        key = f"model.{denoiser.model.head_name}.{name}"
+        state[key] = change(state[key])
+    built.load_state_dict(state)
+    if denoiser.execution != Execution():
+        built.execute(denoiser.execution)
+    return built

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,24 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bdense import sfd_checkpoints
 from bdense.denoiser import NetworkDenoiser, build_denoiser
 from bdense.edm_pickle import ForeignNetwork, read_edm_pickle
-from bdense.errors import CheckpointError
+from bdense.errors import CheckpointError, InputError
 from bdense.files import atomic_write
+from bdense.preconditioning import IDDPM, PRECONDITIONINGS
 
 HEADER_KEY = "bdense"
 FORMAT = 1
+# Class in an EDM file: our preconditioning, and the network where the file names none.
+EDM_CLASSES = {
+    "EDMPrecond": ("edm", "DhariwalUNet"),
+    "VPPrecond": ("vp", "SongUNet"),
+    "VEPrecond": ("ve", "SongUNet"),
+    "iDDPMPrecond": ("iddpm", "DhariwalUNet"),
+}
+# Where EDM's defaults are not ours: its files leave out arguments that were not given.
+EDM_DEFAULTS: dict[str, dict[str, Any]] = {"SongUNet": {"channel_mult": (1, 2, 2, 2)}}
 ADAM_TENSORS = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -67,15 +79,16 @@ def save_denoiser(path: Path, denoiser: NetworkDenoiser, metadata: Mapping[str, 
 
 
 def load_denoiser(path: Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
-    """A denoiser in eval mode and its metadata, from our safetensors or from an EDM pickle.
+    """A denoiser in eval mode and its metadata, from our safetensors or a pickle of EDM or SFD.
+
+    The metadata of an SFD student has its ``sampler``, as ``bdense distill`` writes it.
 
     Raises:
         CheckpointError: The file is no such checkpoint, or its weights do not fit.
     """
     path = Path(path)
     if path.suffix == ".pkl":
-        foreign = read_edm_pickle(path)
-        return denoiser_from_edm(foreign), {"source": path.name}
+        return _load_foreign(path)
     tensors, metadata = load_tensors(path)
     if "architecture" not in metadata:
         raise CheckpointError(f"{path} holds {metadata.get('kind', 'tensors')}, not a denoiser")
@@ -83,27 +96,78 @@ def load_denoiser(path: Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
     return _fill(denoiser, tensors, str(path)), metadata
 
 
+def _load_foreign(path: Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
+    foreign = read_edm_pickle(path)
+    metadata: dict[str, Any] = {
+        "source": path.name,
+        "class": foreign.class_name,
+        "embedded_source_bytes": foreign.embedded_source_bytes,
+    }
+    try:
+        denoiser = denoiser_from_edm(foreign)
+        if foreign.training_kwargs is None:
+            return denoiser, metadata
+        return denoiser, metadata | {
+            "kind": "student",
+            "method": "sfd",
+            "training": foreign.training_kwargs,
+            "sampler": sfd_checkpoints.student_sampler(foreign).describe(),
+        }
+    except InputError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
 def denoiser_from_edm(foreign: ForeignNetwork) -> NetworkDenoiser:
-    """The denoiser an EDM pickle describes, in eval mode.
+    """The denoiser a pickle of EDM or SFD describes, in float32 and in eval mode.
 
     Raises:
         CheckpointError: Its preconditioning or network is not built in this version.
+        InputError: Its options make no network.
     """
-    options = dict(foreign.init_kwargs)
-    network = options.pop("model_type", "DhariwalUNet")
-    options.pop("use_fp16", None)
-    precond = {"EDMPrecond": "edm"}.get(foreign.class_name, foreign.class_name)
-    sigma_data = foreign.attributes.get("sigma_data", 0.5)
-    # These bound the levels the network was trained for; a schedule states its own.
-    for bound in ("sigma_min", "sigma_max", "sigma_data"):
-        options.pop(bound, None)
-    description = {
-        "precond": precond,
-        "sigma_data": sigma_data,
-        "network": network,
-        "config": options,
+    if foreign.class_name not in EDM_CLASSES:
+        raise CheckpointError(
+            f"no denoiser is built from a {foreign.class_name}; "
+            f"this version builds {', '.join(EDM_CLASSES)}"
+        )
+    precond, usual_network = EDM_CLASSES[foreign.class_name]
+    options, weights = foreign.init_kwargs, foreign.state_dict
+    if foreign.training_kwargs is not None:
+        options = sfd_checkpoints.network_options(foreign)
+        weights = sfd_checkpoints.used_weights(foreign)
+    # The module's own attribute is what the file's arguments came to.
+    columns = {
+        field.name: foreign.attributes.get(field.name, options.get(field.name, field.default))
+        for field in fields(PRECONDITIONINGS[precond])
     }
-    return _fill(build_denoiser(description), foreign.state_dict, foreign.class_name)
+    network = options.get("model_type", usual_network)
+    # Not the network's: half precision is no property of the weights, and a schedule states its
+    # own levels.
+    others = {"model_type", "use_fp16", "sigma_min", "sigma_max", *columns}
+    given = {name: value for name, value in options.items() if name not in others}
+    denoiser = build_denoiser(
+        {
+            "precond": precond,
+            **columns,
+            "network": network,
+            "config": EDM_DEFAULTS.get(network, {}) | given,
+        }
+    )
+    return _fill(denoiser, _without_levels(weights, denoiser), f"the {foreign.class_name}")
+
+
+def _without_levels(weights: dict[str, Tensor], denoiser: NetworkDenoiser) -> dict[str, Tensor]:
+    """The weights without the noise levels that an iDDPM file keeps and we compute."""
+    if not isinstance(denoiser.precond, IDDPM) or "u" not in weights:
+        return weights
+    ours, stored = torch.tensor(denoiser.precond.levels()), weights["u"]
+    # The file's come from a float32 recursion that loses 3 digits of the lowest levels.
+    if ours.shape != stored.shape or not torch.allclose(stored.float(), ours, rtol=0.01):
+        raise CheckpointError(
+            f"the noise levels u of the iDDPMPrecond are not those of C_1, C_2 and M: "
+            f"{stored.numel()} from {float(stored.max()):.4g} down, expected {ours.numel()} from "
+            f"{float(ours.max()):.4g}"
+        )
+    return {name: value for name, value in weights.items() if name != "u"}
 
 
 def _fill(denoiser: NetworkDenoiser, tensors: dict[str, Tensor], source: str) -> NetworkDenoiser:

@@ -8,25 +8,38 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bdense.branches import export_branch
-from bdense.checkpoints import denoiser_sha256, load_denoiser, save_denoiser
+from bdense.cards import inherited, write_card
+from bdense.checkpoints import denoiser_sha256, save_denoiser
 from bdense.command import Run, Verbs, add_verb, new_parser, run_verb
-from bdense.data import load_dataset
+from bdense.convert import convert
+from bdense.data import DATA_SETS, Dataset, load_dataset
 from bdense.errors import InputError
 from bdense.extractors import load_extractor
-from bdense.fid import FID, feature_statistics, frechet_distance, reference_statistics
-from bdense.grid_options import add_grid_options, chosen_sampler
+from bdense.grid_options import (
+    add_grid_options,
+    add_solver_options,
+    chosen_sampler,
+    chosen_solver,
+    student_sampler,
+)
+from bdense.intervals import IntervalGrid
+from bdense.metrics import METRICS, MetricSettings, measure_images, require_measurable
+from bdense.public import CHECKPOINTS, REFERENCES, resolve_reference
+from bdense.references import dataset_reference, read_reference, write_reference
 from bdense.sampling import draw_images, save_grid
 from bdense.sfd import IterationReport, SFDConfig, distill
-from bdense.solvers import SOLVERS, make_solver
+from bdense.sources import load_model
 from bdense.teachers import TeacherConfig, train_teacher
-from bdense.trajectories import IntervalGrid, LiveTrajectories
+from bdense.trajectories import LiveTrajectories
 from bdense.weights import LogLinearWeights
 
 SHOW_SECONDS = 2.0
+TEACHER_SOLVER = "dpmpp"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,14 +75,19 @@ def _parser() -> argparse.ArgumentParser:
         "Few-step students of diffusion teachers, plain or with B-DENSE.",
         "bdense teacher --data digits --kimg 250 --out teacher.safetensors",
     )
-    for add in (_add_teacher, _add_distill, _add_sample, _add_fid):
+    for add in (_add_teacher, _add_distill, _add_sample, _add_fid, _add_reference, _add_convert):
         add(verbs)
     return parser
 
 
-def _verb(verbs: Verbs, name: str, what: str, example: str, run: Run) -> argparse.ArgumentParser:
+def _verb(
+    verbs: Verbs, name: str, what: str, example: str, run: Run, *, draws: bool = True
+) -> argparse.ArgumentParser:
     parser = add_verb(verbs, name, what, example, run, argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of every random draw")
+    if draws:
+        parser.add_argument(
+            "--seed", metavar="N", type=int, default=0, help="of every random draw"
+        )
     parser.add_argument(
         "--threads",
         metavar="N",
@@ -94,7 +112,10 @@ def _add_teacher(verbs: Verbs) -> None:
         "bdense teacher --data digits --kimg 250 --out teacher.safetensors",
         _teacher,
     )
-    parser.add_argument("--data", metavar="NAME", default="digits", help="data set")
+    parser.add_argument("--data", metavar="NAME", default="digits", help=f"data set: {DATA_SETS}")
+    parser.add_argument(
+        "--conditional", action="store_true", help="teach it the classes of the data set"
+    )
     parser.add_argument("--kimg", type=float, default=250, help="training length, 1000 images")
     parser.add_argument("--batch", metavar="N", type=int, default=256, help="images an iteration")
     parser.add_argument("--lr", type=float, default=2e-3, help="Adam's step size")
@@ -105,6 +126,17 @@ def _add_teacher(verbs: Verbs) -> None:
         "--mult", metavar="N", type=int, nargs="+", default=[1, 2], help="multiplier of each level"
     )
     parser.add_argument("--blocks", metavar="N", type=int, default=1, help="blocks a level")
+    parser.add_argument(
+        "--attention",
+        metavar="SIDE",
+        type=int,
+        nargs="+",
+        default=[],
+        help="levels, by their side in pixels, whose blocks attend; the lowest does once anyway",
+    )
+    parser.add_argument(
+        "--dropout", metavar="P", type=float, default=0.0, help="probability, in training only"
+    )
     _add_out(parser, "safetensors file to write")
 
 
@@ -116,7 +148,7 @@ def _add_distill(verbs: Verbs) -> None:
         "bdense distill teacher.safetensors --nfe 2 --a 1.386 --out student.safetensors",
         _distill,
     )
-    parser.add_argument("teacher", metavar="TEACHER", type=Path, help="safetensors or EDM pickle")
+    _add_model(parser, "teacher")
     parser.add_argument(
         "--method", choices=("sfd", "sfd-bdense"), default="sfd-bdense", help="plain or branched"
     )
@@ -124,12 +156,20 @@ def _add_distill(verbs: Verbs) -> None:
     parser.add_argument("--b", type=float, default=0.0, help="log w_k = a k + b")
     add_grid_options(parser)
     parser.add_argument("--substeps", metavar="K", type=int, default=4, help="teacher sub-steps")
-    parser.add_argument("--solver", choices=SOLVERS, default="dpmpp", help="the teacher's")
-    parser.add_argument("--order", metavar="N", type=int, default=3, help="of dpmpp, 1 to 3")
+    add_solver_options(parser, default=TEACHER_SOLVER, what="what the teacher walks with")
     parser.add_argument("--kimg", type=float, default=200, help="training length, 1000 images")
     parser.add_argument("--batch", metavar="N", type=int, default=128, help="images an iteration")
     parser.add_argument("--lr", type=float, default=5e-5, help="Adam's step size; later a tenth")
     _add_out(parser, "safetensors file to write")
+
+
+def _add_model(parser: argparse.ArgumentParser, name: str) -> None:
+    parser.add_argument(
+        name,
+        metavar=name.upper(),
+        help="safetensors, pickle of EDM or SFD, folder or hub id in diffusers' format, or a "
+        "public name, which is downloaded (`bdense convert --help` lists them)",
+    )
 
 
 def _add_out(parser: argparse.ArgumentParser, what: str) -> None:
@@ -147,35 +187,113 @@ def _add_sample(verbs: Verbs) -> None:
         "bdense sample student.safetensors --images 64 --out samples.png",
         _sample,
     )
-    parser.add_argument("model", metavar="MODEL", type=Path, help="safetensors or EDM pickle")
+    _add_model(parser, "model")
     parser.add_argument("--images", metavar="N", type=int, default=64, help="how many")
     parser.add_argument("--columns", metavar="N", type=int, default=16, help="of the grid")
     parser.add_argument("--batch", metavar="N", type=int, default=128, help="images at a time")
     _add_out(parser, "PNG file to write")
     add_grid_options(parser)
+    add_solver_options(parser, default="euler", what="what a teacher draws with")
 
 
 def _add_fid(verbs: Verbs) -> None:
     parser = _verb(
         verbs,
         "fid",
-        "measure a model's FID and print it with its conditions as JSON",
+        "measure a model's FID, and more, and print it with its conditions as JSON",
         "bdense fid student.safetensors --data digits --extractor digits-classifier --images 4096",
         _fid,
     )
-    parser.add_argument("model", metavar="MODEL", type=Path, help="safetensors or EDM pickle")
-    parser.add_argument("--data", metavar="NAME", default="digits", help="reference data set")
+    _add_model(parser, "model")
+    against = parser.add_mutually_exclusive_group()
+    # Absent, not "digits", unless it is given: argparse knows them apart by identity alone.
+    against.add_argument(
+        "--data",
+        metavar="NAME",
+        default=argparse.SUPPRESS,
+        help=f"reference data set: {DATA_SETS} (default: digits)",
+    )
+    against.add_argument(
+        "--reference",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="EDM's .npz of reference statistics (mu, sigma) instead, for fid alone; a file, or "
+        f"one of EDM's by name: {', '.join(REFERENCES)}",
+    )
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        choices=METRICS,
+        default=["fid"],
+        help="fid always; kid: kernel distance; prc: precision and recall",
+    )
+    settings = MetricSettings()
+    parser.add_argument(
+        "--kid-subset-size",
+        metavar="N",
+        type=int,
+        default=settings.kid_subset_size,
+        help=f"images in each of kid's {settings.kid_subsets} subsets",
+    )
+    parser.add_argument(
+        "--neighbours", metavar="K", type=int, default=settings.neighbours, help="of prc"
+    )
     parser.add_argument("--images", metavar="N", type=int, default=50_000, help="how many to draw")
     parser.add_argument("--batch", metavar="N", type=int, default=128, help="images at a time")
+    _add_extractor(parser)
+    add_grid_options(parser)
+    add_solver_options(parser, default="euler", what="what a teacher draws with")
+
+
+def _add_reference(verbs: Verbs) -> None:
+    parser = _verb(
+        verbs,
+        "reference",
+        "write a data set's statistics as EDM's .npz (mu, sigma)",
+        "bdense reference --data digits --extractor digits-classifier --out digits.npz",
+        _reference,
+        draws=False,
+    )
+    parser.add_argument(
+        "--data", metavar="NAME", default="digits", help=f"reference data set: {DATA_SETS}"
+    )
+    _add_extractor(parser)
+    _add_out(parser, "npz file to write")
+
+
+def _add_convert(verbs: Verbs) -> None:
+    parser = add_verb(
+        verbs,
+        "convert",
+        "write a foreign checkpoint as safetensors, with readable JSON and a model card beside it",
+        "bdense convert edm-cifar10-32x32-uncond-vp --out teacher.safetensors",
+        _convert,
+    )
+    # Nothing is computed with it.
+    parser.set_defaults(device="cpu")
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="pickle of EDM or SFD, folder or hub id (OWNER/NAME) of a UNet2DModel in diffusers' "
+        f"format, or a public name, which is downloaded: {', '.join(CHECKPOINTS)}",
+    )
+    _add_out(parser, "safetensors file to write; .json and .md are written beside it")
+
+
+def _add_extractor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--extractor",
         default="inception",
-        help="inception, torchscript:FILE (uint8 [B,3,H,W] to [B,d]) or digits-classifier",
+        help="inception[:FILE], dinov2[:FILE], torchscript:FILE (uint8 [B,3,H,W] to [B,d]), "
+        "digits-classifier or fashion-mnist-classifier",
     )
     parser.add_argument(
-        "--cache", metavar="DIR", type=Path, default=Path("runs/cache"), help="of statistics"
+        "--cache",
+        metavar="DIR",
+        type=Path,
+        default=Path("runs/cache"),
+        help="of what is seen of reference sets",
     )
-    add_grid_options(parser)
 
 
 def _teacher(options: argparse.Namespace) -> None:
@@ -186,13 +304,7 @@ def _teacher(options: argparse.Namespace) -> None:
         batch=options.batch,
         lr=options.lr,
         seed=options.seed,
-        network={
-            "model_channels": options.channels,
-            "channel_mult": tuple(options.mult),
-            "num_blocks": options.blocks,
-            "attn_resolutions": (),
-            "dropout": 0.0,
-        },
+        network=_teacher_network(options, dataset),
     )
     show = _Progress()
     unfinished = options.out.with_suffix(".training.safetensors")
@@ -209,10 +321,37 @@ def _teacher(options: argparse.Namespace) -> None:
     print(f"{options.out} sha256 {denoiser_sha256(teacher)[:16]}")
 
 
+def _teacher_network(options: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
+    """Options of the network that fit the data set."""
+    side = dataset.images.shape[-1]
+    sides = [side >> level for level in range(len(options.mult))]
+    if unknown := sorted(set(options.attention) - set(sides)):
+        raise InputError(
+            f"--attention {' '.join(map(str, unknown))}: with {len(sides)} numbers in --mult the "
+            f"levels of {dataset.name} have sides of {', '.join(map(str, sides))}; choose of these"
+        )
+    network = {
+        "model_channels": options.channels,
+        "channel_mult": tuple(options.mult),
+        "num_blocks": options.blocks,
+        "attn_resolutions": tuple(options.attention),
+        "dropout": options.dropout,
+    }
+    if options.conditional:
+        if not dataset.num_classes:
+            raise InputError(
+                f"--conditional: data set {dataset.name} has no labels; choose one that has, or "
+                "drop --conditional"
+            )
+        network["label_dim"] = dataset.num_classes
+    return network
+
+
 def _distill(options: argparse.Namespace) -> None:
     _require_file_name(options.out)
-    teacher = load_denoiser(options.teacher)[0].to(options.device)
-    sampler = chosen_sampler(options)
+    teacher, known = load_model(options.teacher)
+    teacher.to(options.device)
+    sampler = student_sampler(options)
     grid = IntervalGrid(
         num_intervals=sampler.num_intervals,
         substeps=options.substeps,
@@ -235,7 +374,7 @@ def _distill(options: argparse.Namespace) -> None:
     trajectories = LiveTrajectories(
         teacher=teacher,
         grid=grid,
-        solver=make_solver(options.solver, order=options.order),
+        solver=chosen_solver(options, TEACHER_SOLVER),
         batch=options.batch,
         count=config.iterations(options.batch),
         seed=options.seed,
@@ -243,7 +382,7 @@ def _distill(options: argparse.Namespace) -> None:
     show = _Progress()
 
     def on_iteration(done: IterationReport) -> None:
-        show(done.iteration + 1, done.iterations, f"loss {done.loss(weights):.4g}")
+        show(done.iteration + 1, done.iterations, f"loss {done.loss:.4g}")
 
     unfinished = options.out.with_suffix(".training.safetensors")
     branched = distill(
@@ -255,16 +394,19 @@ def _distill(options: argparse.Namespace) -> None:
         "weights": weights.tolist(),
         "training": asdict(config),
         "teacher_sha256": denoiser_sha256(teacher),
+        **inherited(known, Path(options.teacher).name),
         "sampler": sampler.describe(),
     }
-    save_denoiser(options.out, export_branch(branched), metadata)
+    student = export_branch(branched)
+    save_denoiser(options.out, student, metadata)
+    write_card(options.out, student, metadata)
     unfinished.unlink(missing_ok=True)
     print(f"{options.out} NFE {sampler.nfe}")
 
 
 def _sample(options: argparse.Namespace) -> None:
     _require_file_name(options.out)
-    model, metadata = load_denoiser(options.model)
+    model, metadata = load_model(options.model)
     images = draw_images(
         model.to(options.device),
         chosen_sampler(options, metadata.get("sampler")),
@@ -278,10 +420,22 @@ def _sample(options: argparse.Namespace) -> None:
 
 def _fid(options: argparse.Namespace) -> None:
     device = torch.device(options.device)
-    model, metadata = load_denoiser(options.model)
-    dataset = load_dataset(options.data)
+    model, metadata = load_model(options.model)
+    file = getattr(options, "reference", None)
+    named = getattr(options, "data", "digits")
+    against = load_dataset(named) if file is None else resolve_reference(file)
     extractor = load_extractor(options.extractor, cache=options.cache, device=device)
-    reference = reference_statistics(dataset, extractor, cache=options.cache)
+    if isinstance(against, Dataset):
+        with_features = set(options.metrics) != {"fid"}
+        reference = dataset_reference(
+            against, extractor, cache=options.cache, with_features=with_features
+        )
+    else:
+        reference = read_reference(against, extractor)
+    settings = MetricSettings(
+        kid_subset_size=options.kid_subset_size, neighbours=options.neighbours
+    )
+    require_measurable(options.metrics, settings, options.images, reference)
     sampler, show = chosen_sampler(options, metadata.get("sampler")), _Progress()
     images = draw_images(
         model.to(device),
@@ -291,17 +445,36 @@ def _fid(options: argparse.Namespace) -> None:
         batch=options.batch,
         on_image=lambda done: show(done, options.images, "images drawn"),
     )
-    fid = FID(
-        value=frechet_distance(feature_statistics(images, extractor), reference),
-        images=len(images),
-        reference=dataset.name,
-        reference_images=reference.count,
-        extractor=extractor.name,
-        extractor_sha256=extractor.sha256,
+    measured = measure_images(
+        images,
+        extractor,
+        reference,
+        metrics=options.metrics,
+        settings=settings,
         nfe=sampler.nfe,
         seeds={"evaluation": options.seed},
+    ).as_dict()
+    print(json.dumps(measured.pop("fid") | measured))
+
+
+def _reference(options: argparse.Namespace) -> None:
+    _require_file_name(options.out)
+    dataset = load_dataset(options.data)
+    extractor = load_extractor(
+        options.extractor, cache=options.cache, device=torch.device(options.device)
     )
-    print(json.dumps(fid.as_dict()))
+    statistics = dataset_reference(dataset, extractor, cache=options.cache).statistics
+    write_reference(options.out, statistics, dataset.name, extractor)
+    print(
+        f"{options.out} {statistics.count} images of {dataset.name}, {extractor.dim} features of "
+        f"{extractor.name} {extractor.sha256[:16]}"
+    )
+
+
+def _convert(options: argparse.Namespace) -> None:
+    _require_file_name(options.out)
+    for line in convert(options.source, options.out).lines():
+        print(line)
 
 
 def _image_count(kimg: float) -> int:

@@ -1,16 +1,17 @@
 """One contract for every teacher and student: D(x; sigma), the expected clean image.
 
-B batch, K branches, C image channels, H x W pixels.
+B batch, K branches, C image channels, H x W pixels, N student intervals.
 """
 
-from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from bdense.errors import CheckpointError, InputError, ShapeError
-from bdense.networks import SongUNet, SongUNetConfig
+from bdense.execution import Execution
+from bdense.networks import NETWORKS, Network
+from bdense.preconditioning import EDM, PRECONDITIONINGS, Preconditioning, make_preconditioning
 
 
 class Denoiser(Protocol):
@@ -34,30 +35,65 @@ class NetworkDenoiser(nn.Module):
 
     A network with K groups of output channels is a branched denoiser: ``branches`` gives all K
     predictions, calling the module gives branch K, the only one that inference keeps.
+
+    Args:
+        model: F.
+        precond: c_skip, c_out, c_in and c_noise; None is EDM's.
     """
 
-    def __init__(self, model: SongUNet, *, sigma_data: float = 0.5) -> None:
+    model: Any  # a Network, which torch's stubs would take for any Module or Tensor
+
+    def __init__(self, model: Network, precond: Preconditioning | None = None) -> None:
         super().__init__()
-        if not sigma_data > 0:
-            raise InputError(f"sigma_data must be positive, got {sigma_data}")
-        if model.out_channels % model.config.img_channels:
+        self.precond = precond or EDM()
+        self.model = model
+        self.execution = Execution()
+        if model.out_channels % self.group_channels:
             raise ShapeError(
                 f"the network has {model.out_channels} output channels, which is no multiple of "
-                f"its {model.config.img_channels} image channels"
+                f"the {self.group_channels} that precond={self.precond.name!r} takes for a "
+                f"prediction of {model.img_channels} image channels"
             )
-        self.model = model
-        self.sigma_data = sigma_data
+
+    @property
+    def group_channels(self) -> int:
+        """Output channels of the network for one branch; the first C of them are F^k."""
+        return int(self.model.img_channels) * self.precond.outputs
 
     @property
     def num_branches(self) -> int:
         """K, the number of predictions a call makes."""
-        return self.model.out_channels // self.model.config.img_channels
+        return int(self.model.out_channels) // self.group_channels
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
-        config = self.model.config
-        return config.img_channels, config.img_resolution, config.img_resolution
+        side = int(self.model.img_resolution)
+        return int(self.model.img_channels), side, side
+
+    @property
+    def label_dim(self) -> int:
+        """Number of classes; 0 is unconditional."""
+        return int(self.model.label_dim)
+
+    @property
+    def step_condition(self) -> bool:
+        """Whether every call needs ``num_points`` (SFD-v)."""
+        return bool(self.model.step_condition)
+
+    @property
+    def sigma_data(self) -> float:
+        """Standard deviation of the images, which EDM's loss weighs its levels by.
+
+        Raises:
+            InputError: The preconditioning is not EDM's and has none.
+        """
+        if not isinstance(self.precond, EDM):
+            raise InputError(
+                f"a denoiser with precond={self.precond.name!r} has no sigma_data; "
+                "teachers are trained with precond='edm'"
+            )
+        return self.precond.sigma_data
 
     def branches(
         self,
@@ -65,27 +101,34 @@ class NetworkDenoiser(nn.Module):
         sigma: Tensor,
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
+        num_points: int | Tensor | None = None,
     ) -> Tensor:
         """All K predictions at once.
 
         Args:
             x: [B, C, H, W].
             sigma: 0-dim or [B].
-            class_labels: [B, label_dim], only for a conditional network.
+            class_labels: [B, label_dim] one-hot, only for a conditional network; None is zeros,
+                which EDM's networks take for no class in particular.
             augment_labels: [B, augment_dim], EDM's augmentation labels.
+            num_points: N + 1 time stamps of the sampler that asks, one number or [B]: needed by
+                a network with step condition, refused by another.
 
         Returns:
             [B, K, C, H, W]; index K - 1 is the interval's end point.
+
+        Raises:
+            ShapeError: Images or labels do not fit the network.
+            InputError: ``num_points`` is given or missing against ``step_condition``.
         """
         sigma = sigma.to(device=x.device, dtype=x.dtype).reshape(-1, 1, 1, 1)
-        variance = self.sigma_data**2 + sigma**2
-        c_skip = self.sigma_data**2 / variance
-        c_out = sigma * self.sigma_data / variance.sqrt()
-        c_in = 1 / variance.sqrt()
-        c_noise = sigma.flatten().log() / 4
-        out = self.model(c_in * x, c_noise, class_labels, augment_labels)
+        c_skip, c_out, c_in, c_noise = self.precond(sigma)
+        with self.execution.autocast(x.device):
+            out = self.model(c_in * x, c_noise.flatten(), class_labels, augment_labels, num_points)
+        out = out.to(x.dtype)
         b, c, h, w = x.shape
-        out = out.view(b, self.num_branches, c, h, w)
+        # Of each group, only the prediction of the image: improved DDPM's has a variance after it.
+        out = out.view(b, self.num_branches, self.group_channels, h, w)[:, :, :c]
         denoised: Tensor = (c_skip * x)[:, None] + c_out[:, None] * out
         return denoised
 
@@ -95,18 +138,38 @@ class NetworkDenoiser(nn.Module):
         sigma: Tensor,
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
+        num_points: int | Tensor | None = None,
     ) -> Tensor:
-        """D(x; sigma) of branch K: [B, C, H, W]."""
-        return self.branches(x, sigma, class_labels, augment_labels)[:, -1]
+        """D(x; sigma) of branch K: [B, C, H, W]; arguments as of ``branches``."""
+        return self.branches(x, sigma, class_labels, augment_labels, num_points)[:, -1]
+
+    def given(self, class_labels: Tensor | None = None, num_points: int | None = None) -> Denoiser:
+        """D(x; sigma) of branch K with the conditions bound, as solvers and samplers take it.
+
+        Args:
+            class_labels: [B, label_dim] for the batches of B images it will be called with.
+            num_points: N + 1.
+        """
+
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            return self.forward(x, sigma, class_labels, num_points=num_points)
+
+        return denoise
+
+    def execute(self, execution: Execution) -> Self:
+        """Compute the network so from now on, in place; copies and students do it alike."""
+        execution.require(next(self.parameters()).device)
+        execution.prepare(self.model)
+        self.execution = execution
+        return self
 
     def describe(self) -> dict[str, Any]:
         """What ``build_denoiser`` needs to build this module again, JSON-able."""
         return {
-            "precond": "edm",
-            "sigma_data": self.sigma_data,
-            "network": "SongUNet",
+            "precond": self.precond.name,
+            **self.precond.options(),
+            **self.model.describe(),
             "num_branches": self.num_branches,
-            "config": asdict(self.model.config),
         }
 
 
@@ -116,18 +179,19 @@ def build_denoiser(description: dict[str, Any]) -> NetworkDenoiser:
     Raises:
         CheckpointError: The description names something this version does not build.
     """
-    precond, network = description.get("precond"), description.get("network")
-    if precond != "edm" or network != "SongUNet":
+    options = dict(description)
+    precond, network = options.pop("precond", None), options.pop("network", None)
+    config, num_branches = options.pop("config", {}), int(options.pop("num_branches", 1))
+    if precond not in PRECONDITIONINGS or network not in NETWORKS:
         raise CheckpointError(
-            f"no denoiser is built from precond={precond!r}, network={network!r}; "
-            "this version builds precond='edm', network='SongUNet'"
+            f"no denoiser is built from precond={precond!r}, network={network!r}; this version "
+            f"builds precond in {sorted(PRECONDITIONINGS)}, network in {sorted(NETWORKS)}"
         )
-    try:
-        config = SongUNetConfig(**description["config"])
-    except TypeError as error:
-        raise CheckpointError(f"the network options do not fit a SongUNet: {error}") from error
-    out_channels = config.img_channels * int(description.get("num_branches", 1))
+    column = make_preconditioning(precond, options)
+    prediction_channels = int(config.get("img_channels", 0)) * column.outputs
     # Weights follow from a checkpoint or an explicit seed, never from the global generator.
     with torch.random.fork_rng(devices=[]):
-        model = SongUNet(config, out_channels)
-    return NetworkDenoiser(model, sigma_data=float(description["sigma_data"]))
+        model = NETWORKS[network](
+            config, num_branches=num_branches, prediction_channels=prediction_channels
+        )
+    return NetworkDenoiser(model, column)

@@ -1,8 +1,9 @@
-"""Reads the networks in EDM pickles (Karras et al. 2022, NVlabs/edm); runs nothing in them.
+"""Reads the networks in pickles of EDM (NVlabs/edm) and SFD (diff-sampler); runs nothing in them.
 
-Such a pickle stores every module as the source text of its class plus its ``__dict__``, and the
-genuine loader executes that text. Here the pickle machine only ever meets stand-ins that keep
-names, numbers and weights; whatever is not among the few globals an EDM network needs is refused.
+An EDM pickle stores every module as the source text of its class plus its ``__dict__``, and the
+genuine loader executes that text; an SFD pickle names the class for Python to import. Here the
+pickle machine only ever meets stand-ins that keep names, numbers and weights; whatever is not
+among the few globals that these networks need is refused.
 """
 
 import io
@@ -12,7 +13,7 @@ import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 import torch
@@ -30,7 +31,18 @@ _MAX_TUPLES = 20_000
 _NUMPY_SCALARS = frozenset(
     {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
 )
-_SFD_MODULES = ("models.networks_edm", "dnnlib")
+# The classes of SFD's networks, and the keys of the network meant for sampling, EDM's and SFD's.
+_SFD_CLASSES = (
+    "EDMPrecond",
+    "SongUNet",
+    "DhariwalUNet",
+    "UNetBlock",
+    "Conv2d",
+    "Linear",
+    "GroupNorm",
+    "PositionalEmbedding",
+)
+_NETWORK_KEYS = ("ema", "model")
 # What the pickle machine, torch and the stand-ins raise on bytes that do not add up.
 _MALFORMED = (
     pickle.UnpicklingError,
@@ -54,8 +66,13 @@ class ForeignNetwork:
         init_kwargs: Arguments the network was built with, as plain values, without defaults.
         state_dict: Weights and persistent buffers on the CPU, under the names and in the order of
             ``torch.nn.Module.state_dict``.
+            Empty for SFD's files, which do not say.
+        state_dict: Weights and persistent buffers on the CPU, under the names and in the order of
+            ``torch.nn.Module.state_dict``.
         attributes: Plain scalars of the outer module (``sigma_min``, ``label_dim``, ...).
         embedded_source_bytes: Program text found in the file and left alone.
+        modules: Class name and plain scalars of every module inside, by its dotted name.
+        training_kwargs: What an SFD student was distilled with; None in EDM's files.
     """
 
     class_name: str
@@ -63,14 +80,25 @@ class ForeignNetwork:
     state_dict: dict[str, Tensor]
     attributes: dict[str, Any]
     embedded_source_bytes: int
+    modules: dict[str, "ForeignModule"]
+    training_kwargs: dict[str, Any] | None = None
 
 
-def read_edm_pickle(path: Path, key: str = "ema") -> ForeignNetwork:
-    """Read one network of an EDM pickle.
+@dataclass(frozen=True)
+class ForeignModule:
+    """One module inside a foreign network: its class and its plain scalars."""
+
+    class_name: str
+    attributes: dict[str, Any]
+
+
+def read_edm_pickle(path: Path, key: str | None = None) -> ForeignNetwork:
+    """Read one network of an EDM or SFD pickle.
 
     Args:
         path: A file such as ``edm-cifar10-32x32-cond-vp.pkl``.
-        key: Entry of the pickled dictionary; ``ema`` is the network meant for sampling.
+        key: Entry of the pickled dictionary; None is the network meant for sampling, EDM's
+            ``ema`` or SFD's ``model``.
 
     Raises:
         UnsafePickleError: The file asks for something outside the short list; the text names it.
@@ -90,7 +118,7 @@ def read_edm_pickle(path: Path, key: str = "ema") -> ForeignNetwork:
         raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror}") from error
     except _MALFORMED as error:
         raise CheckpointError(
-            f"{path}: not a complete EDM pickle ({error}); download or copy the file again"
+            f"{path}: not a complete EDM or SFD pickle ({error}); download or copy the file again"
         ) from error
 
 
@@ -106,14 +134,14 @@ def _check_opcodes(file: BinaryIO) -> None:
         if opcode.name in _REFUSED_OPCODES:
             raise UnsafePickleError(
                 f"uses opcode {opcode.name} ({argument!r}), which reaches outside the file "
-                "and which no EDM network needs; nothing in it was run"
+                "and which no such network needs; nothing in it was run"
             )
         # The machine allocates its memo up to the highest index; a real pickle counts up from 0.
         if opcode.name in _MEMO_OPCODES and isinstance(argument, int) and argument > count:
             raise CheckpointError(f"stores memo entry {argument} as its opcode number {count}")
         tuples += opcode.name.startswith("TUPLE")
         if tuples > _MAX_TUPLES:
-            raise CheckpointError(f"holds more than {_MAX_TUPLES} tuples, as no EDM network does")
+            raise CheckpointError(f"holds more than {_MAX_TUPLES} tuples, as no such network does")
 
 
 class _Inert:
@@ -122,7 +150,7 @@ class _Inert:
     __slots__ = ()
 
     def __setstate__(self, state: object) -> None:
-        raise UnsafePickleError(f"sets attributes of a {_kind(self)}, which no EDM network does")
+        raise UnsafePickleError(f"sets attributes of a {_kind(self)}, which no such network does")
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,18 +204,39 @@ class _Module(_Inert):
     state: dict[str, Any]
 
 
-class _ModuleDict(_Module):
-    """torch's container, the one class that the file creates by itself (NEWOBJ, then BUILD)."""
+class _NamedModule(_Module):
+    """A module that the file creates by the name of its class (NEWOBJ, then BUILD)."""
 
     __slots__ = ()
+    stands_for: ClassVar[str]
 
-    def __new__(cls) -> "_ModuleDict":
+    def __new__(cls) -> "_NamedModule":
         self = super().__new__(cls)
-        self.class_name, self.state = "ModuleDict", {}
+        self.class_name, self.state = cls.stands_for, {}
         return self
 
     def __setstate__(self, state: object) -> None:
-        self.state = _table(state, "the state of a ModuleDict")
+        self.state = _table(state, f"the state of a {self.class_name}")
+
+
+def _named_module(name: str) -> type[_NamedModule]:
+    return type(f"_{name}", (_NamedModule,), {"__slots__": (), "stands_for": name})
+
+
+class _EasyDict(_Inert, dict[object, object]):
+    """SFD's dictionary of training options: NEWOBJ, then items."""
+
+    __slots__ = ()
+
+    def __new__(cls) -> "_EasyDict":
+        return super().__new__(cls)
+
+
+_NAMED_GLOBALS: dict[tuple[str, str], type] = {
+    ("torch.nn.modules.container", "ModuleDict"): _named_module("ModuleDict"),
+    ("dnnlib.util", "EasyDict"): _EasyDict,
+    **{("models.networks_edm", name): _named_module(name) for name in _SFD_CLASSES},
+}
 
 
 class _Reader(pickle.Unpickler):
@@ -198,7 +247,6 @@ class _Reader(pickle.Unpickler):
         self.sources: set[bytes] = set()
         self._globals: dict[tuple[str, str], object] = {
             ("torch_utils.persistence", "_reconstruct_persistent_obj"): _Builder(self._persistent),
-            ("torch.nn.modules.container", "ModuleDict"): _ModuleDict,
             ("collections", "OrderedDict"): _Builder(dict),
             ("torch._utils", "_rebuild_parameter"): _Builder(_parameter),
             ("torch._utils", "_rebuild_tensor_v2"): _Builder(_tensor),
@@ -206,6 +254,7 @@ class _Reader(pickle.Unpickler):
             ("numpy.core.multiarray", "scalar"): _Builder(_scalar),
             ("numpy._core.multiarray", "scalar"): _Builder(_scalar),
             ("numpy", "dtype"): _Builder(_DType),
+            **_NAMED_GLOBALS,
         }
 
     def find_class(self, module_name: str, global_name: str, /) -> object:
@@ -214,12 +263,9 @@ class _Reader(pickle.Unpickler):
         if found is not None:
             return found
         accepted = ", ".join(".".join(name) for name in self._globals)
-        hint = ""
-        if module_name.startswith(_SFD_MODULES):
-            hint = "; SFD (diff-sampler) checkpoints name classes this way and cannot be read yet"
         raise UnsafePickleError(
-            f"asks for {module_name}.{global_name}, which no EDM network needs; nothing in it was "
-            f"run. Accepted are {accepted}{hint}"
+            f"asks for {module_name}.{global_name}, which no EDM or SFD network needs; nothing in "
+            f"it was run. Accepted are {accepted}"
         )
 
     def _persistent(self, meta: object) -> _Module:
@@ -291,16 +337,19 @@ def _scalar(dtype: object, data: object) -> bool | int | float:
     return value  # type: ignore[no-any-return]  # numpy types tolist as Any; the codes above are plain numbers
 
 
-def _entry(contents: object, key: str) -> _Module:
+def _entry(contents: object, key: str | None) -> _Module:
+    names = _NETWORK_KEYS if key is None else (key,)
+    wanted = " or ".join(map(repr, names))
     if not isinstance(contents, dict):
-        raise CheckpointError(f"holds a {_kind(contents)}, not a dictionary with {key!r}")
-    if key not in contents:
+        raise CheckpointError(f"holds a {_kind(contents)}, not a dictionary with {wanted}")
+    found = next((name for name in names if name in contents), None)
+    if found is None:
         raise CheckpointError(
-            f"has no {key!r}; it has {sorted(map(str, contents))}: name the network's key"
+            f"has no {wanted}; it has {sorted(map(str, contents))}: name the network's key"
         )
-    network = contents[key]
+    network = contents[found]
     if not isinstance(network, _Module):
-        raise CheckpointError(f"{key!r} is a {_kind(network)}, not a network")
+        raise CheckpointError(f"{found!r} is a {_kind(network)}, not a network")
     return network
 
 
@@ -311,25 +360,40 @@ def _describe(network: _Module, source_bytes: int) -> ForeignNetwork:
             f"{network.state['_init_args']!r}"
         )
     state_dict: dict[str, Tensor] = {}
-    _collect(network, "", state_dict, set())
+    modules: dict[str, ForeignModule] = {}
+    _collect(network, "", state_dict, modules, set())
     if not state_dict:
         raise CheckpointError(f"{network.class_name} has no weights")
-    kwargs = _table(network.state.get("_init_kwargs"), f"{network.class_name}._init_kwargs")
+    named = isinstance(network, _NamedModule)
+    kwargs = {} if named else network.state.get("_init_kwargs")
+    training = network.state.get("training_kwargs") if named else None
     return ForeignNetwork(
         class_name=network.class_name,
-        init_kwargs={name: _plain(value, name) for name, value in kwargs.items()},
+        init_kwargs=_plain_table(kwargs, f"{network.class_name}._init_kwargs"),
         state_dict=state_dict,
-        attributes={
-            name: value
-            for name, value in network.state.items()
-            if not name.startswith("_") and isinstance(value, bool | int | float | str)
-        },
+        attributes=_scalars(network),
         embedded_source_bytes=source_bytes,
+        modules=modules,
+        training_kwargs=_plain_table(training, "training_kwargs") if named else None,
     )
 
 
-def _collect(module: _Module, prefix: str, into: dict[str, Tensor], seen: set[int]) -> None:
-    """Add the module's weights in the order of ``torch.nn.Module.state_dict``."""
+def _scalars(module: _Module) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in module.state.items()
+        if not name.startswith("_") and isinstance(value, bool | int | float | str)
+    }
+
+
+def _collect(
+    module: _Module,
+    prefix: str,
+    into: dict[str, Tensor],
+    modules: dict[str, ForeignModule],
+    seen: set[int],
+) -> None:
+    """Add weights, in the order of ``torch.nn.Module.state_dict``, and the modules inside."""
     where = f"{prefix or 'the network '}({module.class_name})"
     # A module inside itself never ends, and one shared at every level doubles the work at each.
     if id(module) in seen:
@@ -343,9 +407,14 @@ def _collect(module: _Module, prefix: str, into: dict[str, Tensor], seen: set[in
             into[prefix + name] = _parameter(weight).tensor
     for name, child in _table(module.state.get("_modules"), f"{where}._modules").items():
         if isinstance(child, _Module):
-            _collect(child, f"{prefix}{name}.", into, seen)
+            modules[prefix + name] = ForeignModule(child.class_name, _scalars(child))
+            _collect(child, f"{prefix}{name}.", into, modules, seen)
         elif child is not None:
             raise CheckpointError(f"{where}.{name} is a {_kind(child)}, not a module")
+
+
+def _plain_table(value: object, what: str) -> dict[str, Any]:
+    return {name: _plain(item, name) for name, item in _table(value, what).items()}
 
 
 def _plain(value: object, name: str) -> object:
@@ -355,5 +424,5 @@ def _plain(value: object, name: str) -> object:
     if isinstance(value, list | tuple):
         return [_plain(item, name) for item in value]
     if isinstance(value, dict):
-        return {key: _plain(item, name) for key, item in _table(value, name).items()}
+        return _plain_table(value, name)
     raise CheckpointError(f"the network's argument {name} is a {_kind(value)}, not a plain value")

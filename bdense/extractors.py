@@ -1,15 +1,15 @@
-"""Features for a Frechet distance: torch-fidelity's Inception, a TorchScript file, digits.
+"""Features of images: torch-fidelity's Inception, DINOv2, a TorchScript file, classifiers.
 
 All are torch-fidelity ``FeatureExtractorBase`` networks, found in its registry and made by its
 ``create_feature_extractor``. B batch, C channels, H x W pixels, d features.
 """
 
+import contextlib
 import functools
-import http.client
 import io
 import pickle
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -18,23 +18,29 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from bdense.digits_classifier import (
-    DigitsClassifier,
-    digits_classifier_weights,
-    load_digits_classifier,
-)
+from bdense.classifiers import RECIPES, Classifier, classifier_weights, load_classifier
+from bdense.dinov2 import SIZES, DinoV2, Size
+from bdense.downloads import fetch
 from bdense.errors import InputError, ShapeError
 from bdense.files import sha256_file
 
-SPECS = "inception, inception:WEIGHTS.pth, torchscript:FILE.pt, digits-classifier"
+SPECS = ", ".join(
+    ["inception[:WEIGHTS.pth], dinov2[:WEIGHTS.pth], torchscript:FILE.pt", *SIZES, *RECIPES]
+)
 # Names in torch-fidelity's registry; the weights file goes in as feature_extractor_weights_path.
 TORCHSCRIPT = "bdense-torchscript"
-DIGITS_CLASSIFIER = "bdense-digits-classifier"
+CLASSIFIER = "bdense-classifier"
 INCEPTION = "inception-v3-compat"
 FEATURES = "features"
+# torch-fidelity's class for these runs code that it downloads; ours is registered beside it.
+DINOV2 = {name: f"bdense-{name}" for name in SIZES}
 
 _INCEPTION_LAYER = "2048"
+_DINOV2_LAYER = "dinov2"
+# What Stein et al. 2023 (arXiv 2306.04675) compare generative models by.
+_DINOV2_DEFAULT = "dinov2-vit-l-14"
 _INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+_LONGEST_REASON = 300
 # A network that takes one size only is asked for its feature count at the usual ones.
 _PROBE_SIDES = (32, 64, 8, 16, 28, 128, 224, 256, 299)
 
@@ -49,7 +55,7 @@ class Extractor:
         dim: d, features of an image.
         network: torch-fidelity extractor: [B, 3, H, W] uint8 -> ([B, d],).
         device: Where ``network`` is.
-        metadata: What is known of its training (``train_accuracy`` of the digits classifier).
+        metadata: What is known of its training (``train_accuracy`` of a classifier).
     """
 
     name: str
@@ -92,9 +98,12 @@ def load_extractor(spec: str, *, cache: Path, device: torch.device) -> Extractor
 
     Args:
         spec: ``inception`` (torch-fidelity's, 2048 features, weights downloaded once),
-            ``inception:WEIGHTS.pth``, ``torchscript:FILE.pt`` (a scripted network of the user's,
-            uint8 [B, 3, H, W] -> [B, d]; its program is run), or ``digits-classifier`` (a small
-            network on 8 x 8 digits, 64 features, trained once).
+            ``inception:WEIGHTS.pth``, ``dinov2`` (ViT-L/14, 1024 features, weights downloaded
+            once), ``dinov2:WEIGHTS.pth``, another of its sizes by torch-fidelity's name
+            (``dinov2-vit-s-14``, -b, -l, -g: 384, 768, 1024, 1536 features) likewise,
+            ``torchscript:FILE.pt`` (a scripted network of the user's,
+            uint8 [B, 3, H, W] -> [B, d]; its program is run), or ``digits-classifier``,
+            ``fashion-mnist-classifier`` (small networks of 64 features, trained once here).
         cache: Folder for what is made once.
         device: Where to compute features.
 
@@ -104,20 +113,22 @@ def load_extractor(spec: str, *, cache: Path, device: torch.device) -> Extractor
     kind, _, argument = spec.partition(":")
     if kind == "inception":
         return _inception(argument, device)
+    if kind == "dinov2" or kind in SIZES:
+        return _dinov2(_DINOV2_DEFAULT if kind == "dinov2" else kind, argument, device)
     if kind == "torchscript" and argument:
         return _torchscript(Path(argument), device)
-    if spec == "digits-classifier":
-        return _digits_classifier(cache, device)
+    if spec in RECIPES:
+        return _classifier(spec, cache, device)
     raise InputError(f"unknown feature extractor {spec!r}; known are {SPECS}")
 
 
-def _digits_classifier(cache: Path, device: torch.device) -> Extractor:
-    path, metadata = digits_classifier_weights(cache)
+def _classifier(name: str, cache: Path, device: torch.device) -> Extractor:
+    path, metadata = classifier_weights(name, cache)
     return Extractor(
-        name="digits-classifier",
+        name=name,
         sha256=sha256_file(path),
-        dim=DigitsClassifier.DIM,
-        network=_create(DIGITS_CLASSIFIER, FEATURES, path, device),
+        dim=Classifier.DIM,
+        network=_create(CLASSIFIER, FEATURES, path, device),
         device=device,
         metadata=MappingProxyType(metadata),
     )
@@ -135,23 +146,27 @@ def _torchscript(path: Path, device: torch.device) -> Extractor:
 
 
 def _inception(weights: str, device: torch.device) -> Extractor:
-    path = Path(weights) if weights else _inception_download()
-    try:
+    url = _inception_url()
+    path = Path(weights) if weights else _downloaded(url, "Inception", _INCEPTION_SHA256)
+    with _weights_of("torch-fidelity's Inception", path, url):
         # torch-fidelity unpickles the weights it is given without restriction, so it is given a
         # copy written here of what the restricted reader found.
         copy = io.BytesIO()
         torch.save(torch.load(path, map_location="cpu", weights_only=True), copy)
         copy.seek(0)
         network = _create(INCEPTION, _INCEPTION_LAYER, copy, device)
-    except OSError as error:
-        raise InputError(f"cannot read the Inception weights {path}: {error.strerror}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError) as error:
-        raise InputError(
-            f"{path} does not hold torch-fidelity's Inception weights ({_last_line(error)}); "
-            f"give the file of {_inception_url()}"
-        ) from error
     return Extractor(
         name="inception", sha256=sha256_file(path), dim=2048, network=network, device=device
+    )
+
+
+def _dinov2(name: str, weights: str, device: torch.device) -> Extractor:
+    size = SIZES[name]
+    path = Path(weights) if weights else _downloaded(size.url, name)
+    with _weights_of(name, path, size.url):
+        network = _create(DINOV2[name], _DINOV2_LAYER, path, device)
+    return Extractor(
+        name=name, sha256=sha256_file(path), dim=size.width, network=network, device=device
     )
 
 
@@ -161,22 +176,25 @@ def _inception_url() -> str:
     return str(URL_INCEPTION_V3)
 
 
-def _inception_download() -> Path:
-    """The weights where torch-fidelity keeps them, fetched from its own address if need be."""
-    url = _inception_url()
+@contextlib.contextmanager
+def _weights_of(whose: str, path: Path, url: str) -> Iterator[None]:
+    """Name the file whose weights cannot be read or do not fit, and where the right one is."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot read {whose} weights {path}: {error.strerror}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} does not hold {whose} weights ({_last_line(error)}); give the file of {url}"
+        ) from error
+
+
+def _downloaded(url: str, what: str, sha256: str | None = None) -> Path:
+    """The weights where torch keeps such files, fetched from their publisher if need be."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    by_hand = f"fetch {url} by hand and put it at {path}, or give inception:FILE"
-    if not path.is_file():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), _INCEPTION_SHA256, progress=False)
-        except (OSError, RuntimeError, http.client.HTTPException) as error:
-            raise InputError(
-                f"cannot download the Inception weights ({error}); {by_hand}"
-            ) from error
-    if sha256_file(path) != _INCEPTION_SHA256:
-        raise InputError(f"{path} is not the Inception weights file: delete it; {by_hand}")
-    return path
+    return fetch(url, path, what=f"the {what} weights", sha256=sha256)
 
 
 def _create(name: str, layer: str, weights: Path | BinaryIO, device: torch.device) -> nn.Module:
@@ -195,6 +213,7 @@ def _create(name: str, layer: str, weights: Path | BinaryIO, device: torch.devic
 def _register() -> None:
     """Add ours to torch-fidelity's registry; once, as a name may not be registered again."""
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+    from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
     from torch_fidelity.registry import register_feature_extractor
 
     class OneLayer(FeatureExtractorBase):  # type: ignore[misc]  # torch-fidelity is untyped
@@ -225,8 +244,35 @@ def _register() -> None:
         def forward(self, images: Tensor) -> tuple[Tensor]:
             return (self.body(images),)
 
+    class OwnDinoV2(FeatureExtractorDinoV2):  # type: ignore[misc]  # torch-fidelity is untyped
+        """torch-fidelity's, preparing the images as it does, around a network made here."""
+
+        def __init__(
+            self,
+            name: str,
+            features_list: list[str],
+            feature_extractor_weights_path: Path,
+            **_: object,
+        ) -> None:
+            # Its constructor fetches the network's code and runs it: only its base's is wanted.
+            FeatureExtractorBase.__init__(self, name, features_list)
+            self.feature_extractor_internal_dtype = torch.float32
+            size = SIZES[name.removeprefix("bdense-")]
+            self.model = _load_dinov2(size, feature_extractor_weights_path)
+
     for name in _BODIES:
         register_feature_extractor(name, OneLayer)
+    for name in DINOV2.values():
+        register_feature_extractor(name, OwnDinoV2)
+
+
+def _load_dinov2(size: Size, path: Path) -> nn.Module:
+    # Made of nothing and given the file's tensors: the largest has 4.5 GB of them.
+    with torch.device("meta"):
+        network = DinoV2(size)
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    network.load_state_dict(weights, assign=True)
+    return network.float()
 
 
 def _load_torchscript(path: Path) -> nn.Module:
@@ -247,7 +293,7 @@ def _load_torchscript(path: Path) -> nn.Module:
 
 _BODIES: dict[str, Callable[[Path], nn.Module]] = {
     TORCHSCRIPT: _load_torchscript,
-    DIGITS_CLASSIFIER: load_digits_classifier,
+    CLASSIFIER: load_classifier,
 }
 
 
@@ -286,4 +332,5 @@ def _probe(network: nn.Module, path: Path, device: torch.device) -> int:
 def _last_line(error: BaseException) -> str:
     """The reason itself: torch puts the interpreter's stack in front of it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    # A state dict that does not fit is answered with all its names.
+    return lines[-1][:_LONGEST_REASON] if lines else type(error).__name__

@@ -49,6 +49,12 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def user_folder(variable: str, name: str) -> Path:
+    """The folder that an environment variable names, or one of that name in the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get(variable) or Path(cache) / "bdense" / name).expanduser()
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -25,6 +25,9 @@ class Stream(IntEnum):
     INITIALISATION = 3
     TEACHER_BATCH = 4
     CLASSIFIER = 5
+    INTERVALS = 6
+    LABELS = 7
+    EVALUATION_LABELS = 8
 
 
 def derive_seed(seed: int, stream: Stream, *index: int) -> int:

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from bdense.denoiser import Denoiser, NetworkDenoiser
 from bdense.errors import InputError, NonFiniteError
 from bdense.files import atomic_write
-from bdense.randomness import Stream, image_noise
+from bdense.randomness import Stream, generator, image_noise
 from bdense.schedules import Schedule
 from bdense.solvers import Euler, Solver, analytical_first_step, make_solver, solve
 
@@ -47,8 +48,16 @@ class Sampler:
         """Network evaluations an image costs."""
         return self.solver.nfe(self.num_intervals) - (1 if self.afs else 0)
 
+    @property
+    def num_points(self) -> int:
+        """N + 1, the number that a step-conditional student is told."""
+        return self.num_intervals + 1
+
     def __call__(self, denoise: Denoiser, noise: Tensor) -> Tensor:
-        """[B, C, H, W] unit noise to images, nominally in [-1, 1]."""
+        """[B, C, H, W] unit noise to images, nominally in [-1, 1].
+
+        A conditional network comes with its conditions bound: ``NetworkDenoiser.given``.
+        """
         levels = self.schedule.grid(self.num_intervals)
         model = analytical_first_step(denoise, levels[0]) if self.afs else denoise
         return solve(self.solver, model, levels[0] * noise, levels)
@@ -89,6 +98,7 @@ def draw_images(
     *,
     seed: int,
     batch: int = 128,
+    class_index: int | None = None,
     on_image: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Draw images as a user's files would hold them.
@@ -101,6 +111,7 @@ def draw_images(
         count: Images to draw.
         seed: Of the latents.
         batch: Images at a time.
+        class_index: The class of all images; None draws one for each, each as likely.
         on_image: Called with the number of images drawn so far.
 
     Returns:
@@ -118,11 +129,39 @@ def draw_images(
     for first in range(0, count, batch):
         size = min(batch, count - first)
         noise = image_noise(seed, Stream.EVALUATION, first, size, denoiser.image_shape)
-        images = sampler(denoiser, noise.to(device))
+        labels = _labels(denoiser, seed, range(first, first + size), class_index)
+        images = sampler(conditioned(denoiser, sampler, labels), noise.to(device))
         drawn.append(to_uint8(images).cpu())
         if on_image is not None:
             on_image(first + size)
     return torch.cat(drawn)
+
+
+def conditioned(denoiser: NetworkDenoiser, sampler: Sampler, labels: Tensor | None) -> Denoiser:
+    """The network as a sampler of that many steps calls it, with these classes [B, label_dim]."""
+    return denoiser.given(
+        class_labels=labels, num_points=sampler.num_points if denoiser.step_condition else None
+    )
+
+
+def _labels(
+    denoiser: NetworkDenoiser, seed: int, images: range, class_index: int | None
+) -> Tensor | None:
+    """[B, label_dim] one-hot; image i's class depends on (seed, i) alone."""
+    classes = denoiser.label_dim
+    if class_index is not None and not 0 <= class_index < classes:
+        raise InputError(
+            f"class {class_index} is not one of the network's {classes} classes"
+            + (f"; choose from 0..{classes - 1}" if classes else "; it is unconditional")
+        )
+    if not classes:
+        return None
+    if class_index is None:
+        draws = [generator(seed, Stream.EVALUATION_LABELS, i) for i in images]
+        index = torch.cat([torch.randint(classes, (1,), generator=draw) for draw in draws])
+    else:
+        index = torch.full((len(images),), class_index)
+    return F.one_hot(index, classes).float().to(next(denoiser.parameters()))
 
 
 def to_uint8(images: Tensor) -> Tensor:

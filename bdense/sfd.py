@@ -5,22 +5,38 @@ Zhou et al. 2024 (arXiv 2409.19681), algorithm 1; B-DENSE (arXiv 2602.15971), se
 B batch, K branches, C channels, H x W pixels, S trained intervals.
 """
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bdense.branches import widen_head
-from bdense.checkpoints import adam_tensors, load_tensors, restore_adam, save_tensors
+from bdense.checkpoints import (
+    adam_tensors,
+    denoiser_sha256,
+    load_tensors,
+    restore_adam,
+    save_tensors,
+)
 from bdense.denoiser import NetworkDenoiser
 from bdense.errors import CheckpointError, InputError, NonFiniteLossError
+from bdense.intervals import IntervalGrid, VariableGrid
+from bdense.parallel import Team
 from bdense.randomness import Stream, seeded
 from bdense.solvers import analytical_slope
-from bdense.trajectories import IntervalGrid, Trajectories, Walk
+from bdense.trajectories import Trajectories, Walk
+from bdense.weighting import BranchWeighting, FixedWeights
+
+# Where an image is and where it ought to be, both [B, C, H, W] in [-1, 1], to a 0-dim distance.
+PerceptualLoss = Callable[[Tensor, Tensor], Tensor]
+
+# Prefix of the learned weights' tensors in a checkpoint.
+_WEIGHTING = "weighting."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,24 +88,30 @@ class IterationReport:
         lr: Step size used.
         branch_losses: [S, K] float64 on the CPU: L1 summed over pixels, mean over the batch,
             unweighted.
+        weights: [S, K] float64 branch weights used.
     """
 
     iteration: int
     iterations: int
     lr: float
     branch_losses: Tensor
+    weights: Tensor
 
-    def loss(self, weights: Tensor) -> float:
+    @property
+    def loss(self) -> float:
         """The weighted loss, mean over the trained intervals."""
-        return float((self.branch_losses * weights).sum(-1).mean())
+        return float((self.branch_losses * self.weights).sum(-1).mean())
 
 
 def distill(
     teacher: NetworkDenoiser,
     trajectories: Trajectories,
     config: SFDConfig,
-    weights: Tensor,
+    weights: Tensor | BranchWeighting,
     *,
+    start: NetworkDenoiser | None = None,
+    perceptual: PerceptualLoss | None = None,
+    team: Team | None = None,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 60.0,
     on_iteration: Callable[[IterationReport], None] | None = None,
@@ -102,7 +124,11 @@ def distill(
         teacher: The student starts as a copy of it, on its device.
         trajectories: Batches by iteration, all of ``config.iterations``.
         config: Length, step size, branches.
-        weights: [num_branches] w_1..w_K.
+        weights: [num_branches] w_1..w_K, or what learns them.
+        start: Another student to start from, such as the teacher ``with_step_condition``.
+        perceptual: Added at the end of the last interval, C * H * W times, as in the reference's
+            second stage (LPIPS); ``bdense.perceptual`` makes one.
+        team: The processes that share each batch; None is this one alone.
         checkpoint: File to resume from and to save to; None keeps nothing.
         checkpoint_seconds: Save at the first iteration that ends this long after the last save.
         on_iteration: Called after every iteration; what it raises ends the run.
@@ -114,59 +140,47 @@ def distill(
         InputError: Branches, weights and trajectories do not fit together.
         NonFiniteLossError: A loss or gradient is not finite; no update was made from it.
     """
-    grid, batch = trajectories.grid, trajectories.batch
+    batch = trajectories.batch
     iterations = config.iterations(batch)
-    _check(config, grid, weights, iterations, len(trajectories))
-    student = widen_head(teacher, config.num_branches).train(config.dropout)
+    weighting = FixedWeights(weights) if isinstance(weights, Tensor) else weights
+    _check(config, trajectories.grid, weighting, iterations, len(trajectories))
+    student = widen_head(start or teacher, config.num_branches).train(config.dropout)
     optimizer = torch.optim.Adam(
         student.parameters(), lr=config.lr, betas=config.betas, fused=True
     )
-    identity = _identity(config, weights, trajectories)
-    first = _resume(checkpoint, student, optimizer, identity) if checkpoint else 0
+    identity = _identity(config, weighting, trajectories, start, perceptual)
+    first = _resume(checkpoint, student, optimizer, weighting, identity) if checkpoint else 0
+    team = team or Team.alone()
+    update = _Update(student, optimizer, weighting, perceptual, team, config.seed)
+    images, saves = team.share_of(batch), checkpoint if team.leads else None
     last_save = time.monotonic()
 
     for iteration in range(first, iterations):
         lr = config.lr_at(iteration, batch)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        losses = _train_on(
-            student, optimizer, trajectories[iteration], grid, weights, config.seed, iteration
-        )
+        losses, used = _walk_along(update, trajectories.part(iteration, images), iteration)
         # Before the save: a caller that is no longer entitled to the checkpoint ends the run here.
         if on_iteration is not None:
-            on_iteration(IterationReport(iteration, iterations, lr, losses))
-        if checkpoint and time.monotonic() - last_save >= checkpoint_seconds:
-            _save(checkpoint, student, optimizer, iteration + 1, identity)
+            on_iteration(IterationReport(iteration, iterations, lr, losses, used))
+        if saves and time.monotonic() - last_save >= checkpoint_seconds:
+            _save(saves, student, optimizer, weighting, iteration + 1, identity)
             last_save = time.monotonic()
     return student.eval()
 
 
-def _train_on(
-    student: NetworkDenoiser,
-    optimizer: torch.optim.Optimizer,
-    walk: Walk,
-    grid: IntervalGrid,
-    weights: Tensor,
-    seed: int,
-    iteration: int,
-) -> Tensor:
-    """One optimiser step for each trained interval, along the student's own path: [S, K]."""
-    report = []
+def _walk_along(update: "_Update", walk: Walk, iteration: int) -> tuple[Tensor, Tensor]:
+    """An update for each trained interval, on the student's own path: [S, K] losses, weights."""
+    grid, report = walk.grid, []
     x = walk.start
     if grid.afs:
         x = first_interval_without_network(x, grid.interval(0))
     for row, n in enumerate(grid.trained):
-        levels = grid.interval(n)
         targets = walk.states[row * grid.substeps : (row + 1) * grid.substeps]
-        with seeded(x.device, seed, Stream.DROPOUT, iteration, n):
-            states = branch_states(student, x, levels)
-        losses = branch_losses(states, targets)
-        optimizer.zero_grad(set_to_none=True)
-        (weights.to(losses) * losses).sum().backward()  # type: ignore[no-untyped-call]
-        report.append(_finite(losses, student, iteration, n))
-        optimizer.step()
-        x = states[:, -1].detach()
-    return torch.stack(report)
+        x, losses, weights = update(walk, n, x, targets, iteration)
+        report.append((losses, weights))
+    losses_of, weights_of = zip(*report, strict=True)
+    return torch.stack(losses_of), torch.stack(weights_of)
 
 
 def first_interval_without_network(x: Tensor, levels: Tensor) -> Tensor:
@@ -174,19 +188,28 @@ def first_interval_without_network(x: Tensor, levels: Tensor) -> Tensor:
     return x + (levels[-1] - levels[0]) * analytical_slope(x, levels[0])
 
 
-def branch_states(student: NetworkDenoiser, x: Tensor, levels: Tensor) -> Tensor:
+def branch_states(
+    student: NetworkDenoiser,
+    x: Tensor,
+    levels: Tensor,
+    labels: Tensor | None = None,
+    num_points: int | None = None,
+) -> Tensor:
     """Where each branch says the teacher is: x^k = x + (t_{n,k} - t_n) (x - D^k) / t_n.
 
     Args:
         student: Its K branches stand for t_{n,1}..t_{n,K}; a single one for t_{n,K}.
         x: [B, C, H, W] the student's state at t_n.
         levels: [K + 1] float64, t_{n,0} = t_n down to t_{n,K}.
+        labels: [B, label_dim] classes, for a conditional student.
+        num_points: N + 1, for a step-conditional student.
 
     Returns:
         [B, K, C, H, W]; index -1 is the end of the interval.
     """
     t = levels[0]
-    slopes = (x[:, None] - student.branches(x, t)) / t
+    denoised = student.branches(x, t, class_labels=labels, num_points=num_points)
+    slopes = (x[:, None] - denoised) / t
     steps = (levels[1:] - t)[-student.num_branches :]
     return x[:, None] + steps.to(x).view(-1, 1, 1, 1) * slopes
 
@@ -205,32 +228,138 @@ def branch_losses(states: Tensor, targets: Tensor) -> Tensor:
     return (states - targets).abs().sum(dim=(0, 2, 3, 4)) / len(states)
 
 
-def _finite(losses: Tensor, student: NetworkDenoiser, iteration: int, n: int) -> Tensor:
-    """The losses as float64 on the CPU, once they and the gradients are known to be finite."""
-    gradients = [p.grad for p in student.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-    values = torch.cat([losses.detach(), norm.to(losses)[None]]).double().cpu()
-    finite = values.isfinite()
-    if not finite.all():
-        bad = int((~finite).nonzero()[0])
-        if bad < len(losses):
-            raise NonFiniteLossError("the loss", iteration=iteration, interval=n, branch=bad + 1)
-        raise NonFiniteLossError("the gradient", iteration=iteration, interval=n)
-    return values[:-1]
+class _Branches(nn.Module):
+    """From a state to the branches' states and losses: what a team's gradients flow through."""
+
+    def __init__(self, student: NetworkDenoiser) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(
+        self, x: Tensor, levels: Tensor, targets: Tensor, labels: Tensor | None, points: int
+    ) -> tuple[Tensor, Tensor]:
+        """[B, K, C, H, W] states and [K] losses."""
+        told = points if self.student.step_condition else None
+        states = branch_states(self.student, x, levels, labels, told)
+        return states, branch_losses(states, targets)
+
+
+class _Update:
+    """One optimiser step on one interval."""
+
+    def __init__(
+        self,
+        student: NetworkDenoiser,
+        optimizer: torch.optim.Optimizer,
+        weighting: BranchWeighting,
+        perceptual: PerceptualLoss | None,
+        team: Team,
+        seed: int,
+    ) -> None:
+        self._branches = _Branches(student)
+        self._forward = team.wrap(self._branches)
+        self._optimizer = optimizer
+        self._weighting = weighting
+        self._perceptual = perceptual
+        self._team = team
+        self._seed = seed
+
+    def __call__(
+        self, walk: Walk, n: int, x: Tensor, targets: Tensor, iteration: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Learn interval ``n`` from the state ``x`` [B, C, H, W].
+
+        Returns:
+            Where the student itself ends [B, C, H, W], detached; [K] losses and [K] weights,
+            float64 on the CPU.
+        """
+        grid = walk.grid
+        inputs = (x, grid.interval(n), targets, walk.labels, grid.num_points)
+        with self._shared_features() as shared, self._dropout(x.device, iteration, n):
+            states, losses = self._forward(*inputs)
+        seen = self._team.mean(losses.detach())
+        self._weighting.observe(seen, self._gradient_norms(losses, shared))
+        weights = self._weighting.weights().to(losses)
+        loss = (weights * losses).sum()
+        if self._perceptual is not None and n == grid.num_intervals - 1:
+            loss = loss + x[0].numel() * self._perceptual(states[:, -1], targets[-1])
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradients = [p.grad for p in self._branches.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        # The one place where a GPU is waited for.
+        *values, last = torch.cat([seen, weights, norm.to(weights)[None]]).double().cpu()
+        if not all(value.isfinite() for value in (*values, last)):
+            with self._dropout(x.device, iteration, n):
+                raise self._named(seen, inputs, iteration, n)
+        self._optimizer.step()
+        k = len(losses)
+        return states[:, -1].detach(), torch.stack(values[:k]), torch.stack(values[k:])
+
+    def _dropout(
+        self, device: torch.device, iteration: int, n: int
+    ) -> contextlib.AbstractContextManager[None]:
+        """The random state that dropout draws from in this update, whoever repeats it."""
+        own = self._team.own_index
+        return seeded(device, self._seed, Stream.DROPOUT, iteration, n, *own)
+
+    @contextlib.contextmanager
+    def _shared_features(self) -> Iterator[list[Tensor]]:
+        """The head's input, which all branches share, once the network has been called."""
+        kept: list[Tensor] = []
+        if not self._weighting.needs_gradients:
+            yield kept
+            return
+        model = self._branches.student.model
+        head = model.get_submodule(model.head_name)
+        hook = head.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+        try:
+            yield kept
+        finally:
+            hook.remove()
+
+    def _gradient_norms(self, losses: Tensor, shared: list[Tensor]) -> Tensor | None:
+        """[K] |d loss_k / d shared|, each by a walk back through the head alone."""
+        if not shared:
+            return None
+        norms = [
+            torch.autograd.grad(loss, shared[0], retain_graph=True)[0].norm() for loss in losses
+        ]
+        return self._team.mean(torch.stack(norms))
+
+    def _named(
+        self, losses: Tensor, inputs: tuple[Any, ...], iteration: int, n: int
+    ) -> NonFiniteLossError:
+        """What is not finite and which branch caused it: each alone, from the same draws."""
+        where = {"iteration": iteration, "interval": n}
+        for k, loss in enumerate(losses, 1):
+            if not bool(loss.isfinite()):
+                return NonFiniteLossError("the loss", **where, branch=k)
+        _, losses = self._branches(*inputs)
+        parameters = list(self._branches.parameters())
+        for k, loss in enumerate(losses, 1):
+            alone = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+            if not all(bool(g.isfinite().all()) for g in alone if g is not None):
+                return NonFiniteLossError("the gradient", **where, branch=k)
+        return NonFiniteLossError("the gradient", **where)
 
 
 def _check(
-    config: SFDConfig, grid: IntervalGrid, weights: Tensor, iterations: int, available: int
+    config: SFDConfig,
+    grid: IntervalGrid | VariableGrid,
+    weighting: BranchWeighting,
+    iterations: int,
+    available: int,
 ) -> None:
     if config.num_branches not in (1, grid.substeps):
         raise InputError(
             f"num_branches={config.num_branches} fits neither plain SFD (1) nor the teacher's "
             f"sub-steps (substeps={grid.substeps})"
         )
-    if tuple(weights.shape) != (config.num_branches,) or not bool((weights >= 0).all()):
+    if weighting.num_branches != config.num_branches:
         raise InputError(
-            f"weights must be {config.num_branches} numbers >= 0, one for each branch, got "
-            f"{weights.tolist()}"
+            f"there are {weighting.num_branches} branch weights for "
+            f"num_branches={config.num_branches}; give one for each branch"
         )
     if iterations > available:
         raise InputError(
@@ -239,22 +368,34 @@ def _check(
         )
 
 
-def _identity(config: SFDConfig, weights: Tensor, trajectories: Trajectories) -> dict[str, Any]:
+def _identity(
+    config: SFDConfig,
+    weighting: BranchWeighting,
+    trajectories: Trajectories,
+    start: NetworkDenoiser | None,
+    perceptual: PerceptualLoss | None,
+) -> dict[str, Any]:
     """What must agree for a checkpoint to be the same run, one level deep."""
     fields = {f"config.{name}": value for name, value in asdict(config).items()}
     fields["config.betas"] = list(config.betas)
     served = {f"trajectories.{name}": value for name, value in trajectories.describe().items()}
-    return {"weights": weights.tolist(), **fields, **served}
+    if start is not None:
+        fields["start"] = denoiser_sha256(start)
+    if perceptual is not None:
+        fields["perceptual"] = True
+    return {"weights": weighting.describe(), **fields, **served}
 
 
 def _save(
     path: Path,
     student: NetworkDenoiser,
     optimizer: torch.optim.Optimizer,
+    weighting: BranchWeighting,
     iteration: int,
     identity: Mapping[str, Any],
 ) -> None:
     tensors = student.state_dict() | adam_tensors(student, optimizer)
+    tensors |= {_WEIGHTING + name: value for name, value in weighting.state().items()}
     save_tensors(
         path, tensors, {"kind": "sfd-training", "iteration": iteration, "identity": dict(identity)}
     )
@@ -264,6 +405,7 @@ def _resume(
     path: Path,
     student: NetworkDenoiser,
     optimizer: torch.optim.Optimizer,
+    weighting: BranchWeighting,
     identity: Mapping[str, Any],
 ) -> int:
     """Load a saved run, if there is one, and say at which iteration it goes on."""
@@ -279,6 +421,14 @@ def _resume(
             f"{path} belongs to another run (differs in: {', '.join(differing) or 'kind'}); "
             "give this run a folder of its own or delete the file"
         )
-    student.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("adam.")})
+    student.load_state_dict({name: tensors[name] for name in student.state_dict()})
     restore_adam(student, optimizer, tensors)
+    device = next(student.parameters()).device
+    weighting.restore(
+        {
+            name.removeprefix(_WEIGHTING): value.to(device)
+            for name, value in tensors.items()
+            if name.startswith(_WEIGHTING)
+        }
+    )
     return int(metadata["iteration"])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bdense.checkpoints import adam_tensors, load_tensors, restore_adam, save_tensors
-from bdense.data import Dataset
+from bdense.data import Dataset, to_float
 from bdense.denoiser import NetworkDenoiser
 from bdense.errors import CheckpointError, InputError, NonFiniteLossError
 from bdense.networks import SongUNet, SongUNetConfig
@@ -27,7 +27,8 @@ class TeacherConfig:
     """A teacher's network and its training.
 
     Attributes:
-        network: Options of the SongUNet beyond image size and channels.
+        network: Options of the SongUNet beyond image size and channels. With ``label_dim``
+            above 0 it is trained with the classes of the data set.
         images: Training images in all (with repetition).
         batch: Images an iteration.
         lr: Adam's step size after the warm-up.
@@ -59,6 +60,11 @@ class TeacherConfig:
         """ceil(images / batch)."""
         return -(-self.images // self.batch)
 
+    @property
+    def label_dim(self) -> int:
+        """Classes that the network is told; 0 for an unconditional one."""
+        return int(self.network.get("label_dim", 0))
+
     def lr_at(self, iteration: int) -> float:
         """The step size of that iteration, counted from 0."""
         seen = (iteration + 1) * self.batch
@@ -66,7 +72,11 @@ class TeacherConfig:
 
 
 def denoising_loss(
-    denoiser: NetworkDenoiser, clean: Tensor, noise: Tensor, sigma: Tensor
+    denoiser: NetworkDenoiser,
+    clean: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    class_labels: Tensor | None = None,
 ) -> Tensor:
     """lambda(sigma) |D(y + n; sigma) - y|^2, mean over pixels (Karras et al. 2022, eq. 8).
 
@@ -75,13 +85,14 @@ def denoising_loss(
         clean: [B, C, H, W] y in [-1, 1].
         noise: [B, C, H, W], unit.
         sigma: [B].
+        class_labels: [B, label_dim] one-hot, for a conditional network.
 
     Returns:
         [B]; 1 in expectation for an untrained network.
     """
     sigma_data = denoiser.sigma_data
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-    denoised = denoiser(clean + sigma.view(-1, 1, 1, 1) * noise, sigma)
+    denoised = denoiser(clean + sigma.view(-1, 1, 1, 1) * noise, sigma, class_labels)
     error = (denoised - clean).square().mean(dim=(1, 2, 3))
     loss: Tensor = weight * error
     return loss
@@ -99,7 +110,7 @@ def train_teacher(
     """Train a teacher and return the average of its weights.
 
     Args:
-        dataset: uint8 images.
+        dataset: uint8 images; with labels, if ``config.network`` has a ``label_dim``.
         config: Network, length, step size, seed.
         device: Where to train.
         checkpoint: File to resume from and to save to.
@@ -110,10 +121,12 @@ def train_teacher(
         The averaged denoiser, in eval mode.
 
     Raises:
+        InputError: The network cannot take the images, or their labels.
         NonFiniteLossError: A loss or gradient is not finite; no update was made from it.
     """
-    images = dataset.float_images().to(device)
-    denoiser = new_denoiser(config, images.shape[1:]).to(device)
+    denoiser = new_denoiser(config, dataset.images.shape[1:]).to(device)
+    if config.label_dim:
+        dataset.require_labels(config.label_dim)
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=config.lr, fused=True)
     identity = _identity(config, dataset)
@@ -126,7 +139,7 @@ def train_teacher(
         for group in optimizer.param_groups:
             group["lr"] = config.lr_at(iteration)
         with seeded(device, config.seed, Stream.DROPOUT, iteration):
-            loss = denoising_loss(denoiser, *_batch(images, config, iteration)).mean()
+            loss = denoising_loss(denoiser, *_batch(dataset, config, iteration, device)).mean()
         value = _update(denoiser, optimizer, loss, iteration)
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(denoiser.parameters()), 1 - decay)
@@ -139,29 +152,68 @@ def train_teacher(
 
 
 def new_denoiser(config: TeacherConfig, image_shape: torch.Size) -> NetworkDenoiser:
-    """A denoiser for images (C, H, W) with initial weights from ``config.seed``."""
+    """A denoiser for images (C, H, W) with initial weights from ``config.seed``.
+
+    Raises:
+        InputError: The network's options do not fit together, or not these images.
+    """
     channels, height, width = image_shape
+    # The next power of two is a side that any number of levels can halve.
+    padded = 1 << (max(height, width) - 1).bit_length()
+    remedy = f"@{padded} after the data set's name pads its images to {padded} x {padded}"
     if height != width:
-        raise InputError(f"teachers take square images, got {height} x {width}; pad or crop them")
+        raise InputError(f"teachers take square images, got {height} x {width}; {remedy}")
     try:
-        network = SongUNetConfig(img_resolution=height, img_channels=channels, **config.network)
-    except TypeError as error:
-        raise InputError(
-            f"the teacher's network options do not fit a SongUNet: {error}"
-        ) from error
+        network = _network_config(config, channels, height)
+    except InputError as error:
+        if not _fits(config, channels, padded):
+            raise
+        raise InputError(f"{error}; {remedy}") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, Stream.INITIALISATION))
         return NetworkDenoiser(SongUNet(network))
 
 
-def _batch(images: Tensor, config: TeacherConfig, iteration: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Clean images, unit noise and noise levels of one iteration."""
+def teacher_data(config: TeacherConfig, dataset: Dataset) -> dict[str, str]:
+    """Digests of what a teacher learns from: pixels, and the classes that it is told."""
+    digests = {"data": dataset.sha256}
+    # Labels that an unconditional teacher never sees must not make it another one.
+    if config.label_dim:
+        digests["labels"] = dataset.labels_sha256
+    return digests
+
+
+def _network_config(config: TeacherConfig, channels: int, side: int) -> SongUNetConfig:
+    try:
+        return SongUNetConfig(img_resolution=side, img_channels=channels, **config.network)
+    except TypeError as error:
+        raise InputError(
+            f"the teacher's network options do not fit a SongUNet: {error}"
+        ) from error
+
+
+def _fits(config: TeacherConfig, channels: int, side: int) -> bool:
+    try:
+        _network_config(config, channels, side)
+    except InputError:
+        return False
+    return True
+
+
+def _batch(
+    dataset: Dataset, config: TeacherConfig, iteration: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Clean images, unit noise, noise levels and classes of one iteration."""
     draw = generator(config.seed, Stream.TEACHER_BATCH, iteration)
-    index = torch.randint(len(images), (config.batch,), generator=draw).to(images.device)
-    clean = images[index]
-    noise = torch.randn(clean.shape, generator=draw).to(images.device)
-    normal = torch.randn(config.batch, generator=draw).to(images.device)
-    return clean, noise, (config.p_mean + config.p_std * normal).exp()
+    index = torch.randint(len(dataset.images), (config.batch,), generator=draw)
+    # Bytes until here: a whole set in float32 is four times as large.
+    clean = to_float(dataset.images[index]).to(device)
+    noise = torch.randn(clean.shape, generator=draw).to(device)
+    normal = torch.randn(config.batch, generator=draw).to(device)
+    sigma = (config.p_mean + config.p_std * normal).exp()
+    if not config.label_dim:
+        return clean, noise, sigma, None
+    return clean, noise, sigma, dataset.one_hot_labels(config.label_dim, index).to(device)
 
 
 def _update(
@@ -181,7 +233,7 @@ def _update(
 
 def _identity(config: TeacherConfig, dataset: Dataset) -> dict[str, Any]:
     """What must agree for a checkpoint to be the same run, as a checkpoint gives it back."""
-    identity: dict[str, Any] = {"config": asdict(config), "data": dataset.sha256}
+    identity: dict[str, Any] = {"config": asdict(config), **teacher_data(config, dataset)}
     # In JSON a tuple, such as channel_mult's, is a list.
     return dict(json.loads(json.dumps(identity)))
 

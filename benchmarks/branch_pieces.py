@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from bdense.branches import widen_head
 from bdense.denoiser import NetworkDenoiser
+from bdense.intervals import IntervalGrid
 from bdense.networks import SongUNet
 from bdense.sfd import branch_losses, branch_states
-from bdense.trajectories import IntervalGrid, Walk
+from bdense.trajectories import Walk
 from benchmarks.timing import Paired, interleave, seconds_per_call
 
 K = 4

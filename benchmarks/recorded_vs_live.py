@@ -5,7 +5,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from bdense.trajectories import LiveTrajectories, TrajectoryStore
+from bdense.recordings import TrajectoryStore
+from bdense.trajectories import LiveTrajectories
 from benchmarks.common import DIGITS_STUDY, parser, publish, table
 from benchmarks.timing import (
     Paired,

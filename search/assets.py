@@ -6,22 +6,28 @@ Made once, under locks, cached under the runs folder, and read by all workers.
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from bdense import NUMERICS
+from bdense.cards import inherited
 from bdense.checkpoints import denoiser_sha256, load_denoiser, save_denoiser
 from bdense.data import Dataset, load_dataset
 from bdense.denoiser import NetworkDenoiser
 from bdense.errors import InputError
 from bdense.extractors import Extractor, load_extractor
-from bdense.fid import Statistics, reference_statistics
 from bdense.files import file_lock
-from bdense.teachers import train_teacher
-from bdense.trajectories import LiveTrajectories, Trajectories, TrajectoryStore
+from bdense.metrics import MetricSettings, require_measurable
+from bdense.public import resolve_reference
+from bdense.recordings import TrajectoryStore
+from bdense.references import Reference, dataset_reference, read_reference
+from bdense.sources import load_model
+from bdense.teachers import teacher_data, train_teacher
+from bdense.trajectories import LiveTrajectories, Trajectories
 from search.engine import student_grid, teacher_config, teacher_solver, training_config
 from search.spec import StudySpec, TeacherTraining
 from search.storage import cache_folder
@@ -32,7 +38,10 @@ Report = Callable[[str, int, int, str], None]
 
 @dataclass(frozen=True, eq=False)
 class Assets:
-    """A study's shared parts, in one process's memory."""
+    """A study's shared parts, in one process's memory.
+
+    ``terms`` is what its students' metadata take over from the teacher's: licence and such.
+    """
 
     spec: StudySpec
     fingerprint: str
@@ -41,7 +50,8 @@ class Assets:
     trajectories: Trajectories
     store: TrajectoryStore | None
     extractor: Extractor
-    reference: Statistics
+    reference: Reference
+    terms: Mapping[str, Any]
 
     @property
     def device(self) -> torch.device:
@@ -61,13 +71,17 @@ def use_device(spec: StudySpec) -> torch.device:
 
 
 def prepare(spec: StudySpec, device: torch.device, report: Report) -> None:
-    """Make teacher, extractor and reference statistics, or find them in the cache."""
+    """Make teacher, extractor and what is known of the reference, or find them in the cache."""
     dataset = load_dataset(spec.data)
     report("features", 0, 1, spec.evaluation.extractor)
     extractor = load_extractor(spec.evaluation.extractor, cache=cache_folder(), device=device)
-    reference_statistics(dataset, extractor, cache=cache_folder())
+    evaluation = spec.evaluation
+    reference = load_reference(spec, dataset, extractor)
+    require_measurable(evaluation.metrics, MetricSettings(), evaluation.images, reference)
     teacher = load_teacher(spec, dataset, device, report)
-    if tuple(teacher.image_shape) != tuple(dataset.images.shape[1:]):
+    # With a finished teacher and a reference file the data set is used for nothing.
+    uses_data = spec.teacher.train is not None or evaluation.reference is None
+    if uses_data and tuple(teacher.image_shape) != tuple(dataset.images.shape[1:]):
         raise InputError(
             f"the teacher makes images of {teacher.image_shape} (channels, height, width) and "
             f"{spec.data} holds {tuple(dataset.images.shape[1:])}; choose another data or teacher"
@@ -79,7 +93,7 @@ def prepare(spec: StudySpec, device: torch.device, report: Report) -> None:
 def load(spec: StudySpec, device: torch.device) -> Assets:
     """Everything ``prepare`` and the recording made, from the cache."""
     dataset = load_dataset(spec.data)
-    teacher = load_teacher(spec, dataset, device)
+    teacher, known = _teacher(spec, dataset, device)
     extractor = load_extractor(spec.evaluation.extractor, cache=cache_folder(), device=device)
     store = trajectory_store(spec, teacher)
     recorded = spec.trajectories.mode == "recorded"
@@ -91,23 +105,41 @@ def load(spec: StudySpec, device: torch.device) -> Assets:
         trajectories=store.open() if recorded else store.live,
         store=store if recorded else None,
         extractor=extractor,
-        reference=reference_statistics(dataset, extractor, cache=cache_folder()),
+        reference=load_reference(spec, dataset, extractor),
+        terms=inherited(known, Path(spec.teacher.checkpoint or f"trained on {spec.data}").name),
     )
+
+
+def load_reference(spec: StudySpec, dataset: Dataset, extractor: Extractor) -> Reference:
+    """What the study's images are compared with: its file, or its data set seen once."""
+    if spec.evaluation.reference is not None:
+        return read_reference(resolve_reference(spec.evaluation.reference), extractor)
+    with_features = set(spec.evaluation.metrics) != {"fid"}
+    return dataset_reference(dataset, extractor, cache=cache_folder(), with_features=with_features)
 
 
 def load_teacher(
     spec: StudySpec, dataset: Dataset, device: torch.device, report: Report | None = None
 ) -> NetworkDenoiser:
     """The study's teacher: its checkpoint, or trained here once and cached."""
+    return _teacher(spec, dataset, device, report)[0]
+
+
+def _teacher(
+    spec: StudySpec, dataset: Dataset, device: torch.device, report: Report | None = None
+) -> tuple[NetworkDenoiser, dict[str, Any]]:
+    """The teacher and its metadata."""
     if spec.teacher.checkpoint is not None:
-        return load_denoiser(Path(spec.teacher.checkpoint))[0].to(device)
+        teacher, known = load_model(spec.teacher.checkpoint)
+        return teacher.to(device), known
     assert spec.teacher.train is not None
     path = _teacher_path(spec.teacher.train, dataset)
     if not path.exists():
         with file_lock(path.with_suffix(".lock")):
             if not path.exists():
                 _train_and_cache(spec.teacher.train, dataset, device, path, report)
-    return load_denoiser(path)[0].to(device)
+    teacher, known = load_denoiser(path)
+    return teacher.to(device), known
 
 
 def trajectory_store(spec: StudySpec, teacher: NetworkDenoiser) -> TrajectoryStore:
@@ -124,10 +156,11 @@ def trajectory_store(spec: StudySpec, teacher: NetworkDenoiser) -> TrajectorySto
 
 
 def _teacher_path(training: TeacherTraining, dataset: Dataset) -> Path:
+    config = teacher_config(training)
     key = {
-        "config": asdict(teacher_config(training)),
+        "config": asdict(config),
         "threads": training.threads,
-        "data": dataset.sha256,
+        **teacher_data(config, dataset),
         "numerics": NUMERICS,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 
 from bdense.errors import InputError
+from bdense.intervals import IntervalGrid
 from bdense.networks import SongUNet, SongUNetConfig
 from bdense.sampling import Sampler
 from bdense.schedules import Schedule
 from bdense.sfd import SFDConfig
 from bdense.solvers import Solver, make_solver
 from bdense.teachers import TeacherConfig
-from bdense.trajectories import IntervalGrid
 from bdense.weights import LogLinearWeights, normalised_weights, uniform_weights
 from search.errors import SpecError
 from search.spec import StudySpec, TeacherTraining

@@ -3,15 +3,15 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from bdense.branches import widen_head
-from bdense.checkpoints import load_denoiser
 from bdense.data import load_dataset
-from bdense.denoiser import NetworkDenoiser
+from bdense.denoiser import NetworkDenoiser, build_denoiser
+from bdense.public import CHECKPOINTS, PublicCheckpoint
 from bdense.sfd import branch_losses, branch_states
+from bdense.sources import load_model
 from bdense.teachers import new_denoiser
 from search.assets import trajectory_store, use_device
 from search.engine import student_grid, teacher_config, teacher_solver
@@ -35,6 +35,7 @@ class Cost:
         trajectory_bytes, student_bytes: Disk.
         forward_seconds, update_seconds: Measured for one image.
         device: Where they were measured.
+        remark: What the user should know besides; empty for nothing.
     """
 
     teacher_training: int
@@ -47,6 +48,7 @@ class Cost:
     forward_seconds: float
     update_seconds: float
     device: str
+    remark: str = ""
 
     @property
     def workers_seconds(self) -> float:
@@ -73,6 +75,7 @@ class Cost:
             f"{MEASURE_SECONDS:g} s on {self.device} "
             f"({1e3 * self.forward_seconds:.3g} ms forward, "
             f"{1e3 * self.update_seconds:.3g} ms forward+backward an image)",
+            *([self.remark] if self.remark else []),
         ]
 
 
@@ -99,12 +102,31 @@ def estimate(spec: StudySpec) -> Cost:
         forward_seconds=forward,
         update_seconds=update,
         device="the GPU" if device.type == "cuda" else f"{spec.resources.threads} CPU thread(s)",
+        remark=_to_download(spec),
+    )
+
+
+def _missing(spec: StudySpec) -> PublicCheckpoint | None:
+    """The study's teacher, if it is a published one that is not here yet."""
+    published = CHECKPOINTS.get(spec.teacher.checkpoint or "")
+    return None if published is None or published.path.is_file() else published
+
+
+def _to_download(spec: StudySpec) -> str:
+    published = _missing(spec)
+    if published is None:
+        return ""
+    return (
+        f"download: the launch fetches {published.url} to {published.path}; until then the "
+        f"network is {published.name}'s with untrained weights, which cost the same"
     )
 
 
 def _network(spec: StudySpec) -> NetworkDenoiser:
+    if (published := _missing(spec)) is not None:
+        return build_denoiser(dict(published.architecture)).eval()
     if spec.teacher.checkpoint is not None:
-        return load_denoiser(Path(spec.teacher.checkpoint))[0]
+        return load_model(spec.teacher.checkpoint)[0]
     assert spec.teacher.train is not None
     shape = load_dataset(spec.data).images.shape[1:]
     return new_denoiser(teacher_config(spec.teacher.train), shape).eval()
@@ -118,7 +140,8 @@ def _measure(
     student = widen_head(teacher, grid.substeps)
     optimizer = torch.optim.Adam(student.parameters(), fused=True)
     levels = grid.interval(grid.trained.start)
-    x = torch.zeros(spec.budget.batch, *teacher.image_shape, device=device)
+    batch = _affordable(teacher, spec.budget.batch, device)
+    x = torch.zeros(batch, *teacher.image_shape, device=device)
     targets = x.expand(grid.substeps, *x.shape)
 
     def forward() -> None:
@@ -131,8 +154,21 @@ def _measure(
         losses.sum().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
-    batch = spec.budget.batch
     return _seconds(forward, device) / batch, _seconds(update, device) / batch
+
+
+def _affordable(teacher: NetworkDenoiser, batch: int, device: torch.device) -> int:
+    """As many of ``batch`` images as one call can take: on a CPU a large network has seconds each.
+
+    Fewer images at once cost more each, if anything: the estimate stays an upper bound.
+    """
+    if device.type == "cuda":
+        return batch
+    started = time.perf_counter()
+    with torch.no_grad():
+        teacher(torch.zeros(1, *teacher.image_shape), torch.tensor(1.0))
+    # An update costs some three forwards, and is called twice: to warm up, and to be measured.
+    return max(1, min(batch, int(MEASURE_SECONDS / 6 / (time.perf_counter() - started))))
 
 
 def _seconds(call: Callable[[], None], device: torch.device) -> float:

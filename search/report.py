@@ -21,6 +21,8 @@ FID_KEYS = (
     "reference_images",
     "seeds",
 )
+# Each with conditions of its own, where the study measured it.
+OTHER_METRICS = ("kid", "prc")
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +185,8 @@ def _best(ledger: Ledger) -> dict[str, Any] | None:
 
 def _fid_of(trial: FrozenTrial) -> dict[str, Any]:
     stored: Mapping[str, Any] = trial.user_attrs["fid"]
-    return {"fid": trial.value, **{key: stored[key] for key in FID_KEYS}}
+    others = {key: trial.user_attrs[key] for key in OTHER_METRICS if key in trial.user_attrs}
+    return {"fid": trial.value, **{key: stored[key] for key in FID_KEYS}, **others}
 
 
 def _gain(fid: float, plain: float | None) -> str:

@@ -6,14 +6,25 @@ images are given in kimg (thousands), sizes in GiB, times in seconds.
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from bdense import NUMERICS
 from bdense.files import sha256_file
+from bdense.public import CHECKPOINTS, REFERENCES
+from bdense.solver_names import SolverName, refuse_thresholding, solver_order
 from search.errors import SpecError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -55,7 +66,13 @@ class TeacherTraining(Strict):
 
 
 class TeacherSpec(Strict):
-    """Either a checkpoint file (EDM pickle or our safetensors) or a training recipe."""
+    """Either a checkpoint or a training recipe.
+
+    Attributes:
+        checkpoint: A file (our safetensors, pickle of EDM or SFD), or the name of a published one,
+            which is downloaded once.
+        train: How to make one of the study's own data.
+    """
 
     checkpoint: str | None = None
     train: TeacherTraining | None = None
@@ -70,9 +87,24 @@ class TeacherSpec(Strict):
 class SolverSpec(Strict):
     """The teacher's solver."""
 
-    name: Literal["euler", "dpmpp"] = "dpmpp"
-    order: Annotated[int, Field(ge=1, le=3)] = 3
+    name: SolverName = "dpmpp"
+    order: int | None = Field(
+        default=None, validate_default=True, description="of ipndm and dpmpp; unset: the highest"
+    )
     thresholding: bool = False
+
+    @field_validator("order")
+    @classmethod
+    def _one_that_the_solver_has(cls, order: int | None, info: ValidationInfo) -> int | None:
+        # Without a name there is a mistake to report already.
+        return solver_order(info.data["name"], order) if "name" in info.data else order
+
+    @field_validator("thresholding")
+    @classmethod
+    def _of_a_solver_that_has_it(cls, thresholding: bool, info: ValidationInfo) -> bool:
+        if thresholding and "name" in info.data:
+            refuse_thresholding(info.data["name"])
+        return thresholding
 
 
 class ScheduleSpec(Strict):
@@ -137,11 +169,30 @@ class BudgetSpec(Strict):
 
 
 class EvaluationSpec(Strict):
-    """How a student is judged: FID of so many images against the study's data."""
+    """How a student is judged: FID of so many images against the study's data, or a file.
+
+    Attributes:
+        metrics: What is measured of each trial; the FID, which is searched for, always is.
+        reference: EDM's .npz of statistics in place of the data set's, which then only trains: a
+            file, or the name of one of EDM's fid-refs.
+    """
 
     images: Annotated[int, Field(ge=2)] = 50_000
     extractor: str = "inception"
     batch: Count = 128
+    metrics: tuple[Literal["fid", "kid", "prc"], ...] = ("fid",)
+    reference: str | None = None
+
+    @model_validator(mode="after")
+    def _the_fid_is_searched_for(self) -> "EvaluationSpec":
+        if "fid" not in self.metrics:
+            raise ValueError(f"metrics {list(self.metrics)} lack fid, which is searched for")
+        if self.reference is not None and set(self.metrics) != {"fid"}:
+            raise ValueError(
+                f"metrics {list(self.metrics)} beside fid need single reference images, which a "
+                "reference file lacks; drop them, or drop reference to compare with data"
+            )
+        return self
 
 
 class SamplerSpec(Strict):
@@ -209,10 +260,18 @@ class StudySpec(Strict):
         recorded = self.trajectories.mode == "recorded"
         kept["trajectories"] = {"dtype": self.trajectories.dtype if recorded else "float32"}
         kept["numerics"] = NUMERICS
-        # A file's content counts, not where it lies.
-        if self.teacher.checkpoint is not None:
+        # A file's content counts, not where it lies; a published one is what its name says,
+        # whether it is here yet or not.
+        if self.teacher.checkpoint in CHECKPOINTS:
+            kept["teacher"] = {"checkpoint": self.teacher.checkpoint}
+        elif self.teacher.checkpoint is not None:
             kept["teacher"] = {"checkpoint_sha256": sha256_file(Path(self.teacher.checkpoint))}
         kind, _, file = self.evaluation.extractor.partition(":")
+        del kept["evaluation"]["metrics"], kept["evaluation"]["reference"]
+        if self.evaluation.reference in REFERENCES:
+            kept["evaluation"]["reference"] = self.evaluation.reference
+        elif self.evaluation.reference is not None:
+            kept["evaluation"]["reference"] = sha256_file(Path(self.evaluation.reference))
         if file:
             kept["evaluation"]["extractor"] = f"{kind}:{sha256_file(Path(file))}"
         return flatten(kept)
@@ -263,20 +322,31 @@ def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
         SpecError: There is no such file.
     """
 
-    def absolute(key: str, file: str) -> str:
+    def absolute(key: str, file: str, names: Collection[str] = ()) -> str:
+        if file in names:
+            return file
         path = Path(file).resolve()
+        if path.is_dir():
+            raise SpecError(
+                f"{source}: {key}: {file} is a folder; a model in diffusers' format becomes a "
+                f"file by `bdense convert {file} --out teacher.safetensors`"
+            )
         if not path.is_file():
-            raise SpecError(f"{source}: {key}: there is no file {file}")
+            known = f", nor a public one of that name ({', '.join(names)})" if names else ""
+            raise SpecError(f"{source}: {key}: there is no file {file}{known}")
         return str(path)
 
     teacher, evaluation = spec.teacher, spec.evaluation
     if teacher.checkpoint is not None:
-        checkpoint = absolute("teacher.checkpoint", teacher.checkpoint)
+        checkpoint = absolute("teacher.checkpoint", teacher.checkpoint, CHECKPOINTS)
         teacher = teacher.model_copy(update={"checkpoint": checkpoint})
     kind, _, file = evaluation.extractor.partition(":")
     if file:
         extractor = f"{kind}:{absolute('evaluation.extractor', file)}"
         evaluation = evaluation.model_copy(update={"extractor": extractor})
+    if evaluation.reference is not None:
+        reference = absolute("evaluation.reference", evaluation.reference, REFERENCES)
+        evaluation = evaluation.model_copy(update={"reference": reference})
     return spec.model_copy(update={"teacher": teacher, "evaluation": evaluation})
 
 
@@ -297,7 +367,8 @@ def _lines(error: ValidationError) -> list[str]:
             message = "unknown key; check the spelling"
         elif problem["type"] == "missing":
             message = "this key is missing"
-        elif not isinstance(problem["input"], dict):
+        elif problem["type"] != "value_error" and not isinstance(problem["input"], dict):
+            # Our own messages name the value themselves.
             message = f"{message}, got {problem['input']!r}"
         lines.append(f"{key}: {message}")
     return lines

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from bdense.branches import export_branch
+from bdense.cards import card_path, write_card
 from bdense.checkpoints import save_denoiser
 from bdense.denoiser import NetworkDenoiser
 from bdense.errors import BdenseError, NonFiniteError
-from bdense.fid import FID, feature_statistics, frechet_distance
 from bdense.files import atomic_write
+from bdense.metrics import FID, Metrics, measure_images
 from bdense.sampling import draw_images, save_grid
 from bdense.sfd import IterationReport, distill
 from search.assets import Assets
@@ -125,7 +126,7 @@ def evaluate(
 
     def on_iteration(done: IterationReport) -> None:
         check()
-        report(f"training {done.iteration + 1}/{done.iterations}, loss {done.loss(values):.3g}")
+        report(f"training {done.iteration + 1}/{done.iterations}, loss {done.loss:.3g}")
 
     started = time.perf_counter()
     branched = distill(
@@ -139,11 +140,12 @@ def evaluate(
     )
     trained = time.perf_counter()
     student = export_branch(branched)
-    fid = measure(assets, student, check=check, report=report, grid_path=folder / GRID)
+    measured = measure(assets, student, check=check, report=report, grid_path=folder / GRID)
+    fid = measured.fid
     evaluated = time.perf_counter()
     attrs: dict[str, Any] = {
         "weights": values.tolist(),
-        "fid": fid.as_dict(),
+        **measured.as_dict(),
         "fingerprint": assets.fingerprint,
         "seeds": spec.seeds.model_dump(),
         "versions": package_versions(),
@@ -157,7 +159,9 @@ def evaluate(
     }
     if "method" not in params:
         attrs |= {"a": weights.a, "b": weights.b}
-    save_denoiser(folder / STUDENT, student, _student_metadata(assets, params, values, fid))
+    metadata = _student_metadata(assets, params, values, fid)
+    save_denoiser(folder / STUDENT, student, metadata)
+    write_card(folder / STUDENT, student, metadata)
     result = {"value": fid.value, "attrs": attrs, "identity": identity}
     with atomic_write(folder / RESULT) as scratch:
         scratch.write_text(json.dumps(result))
@@ -198,8 +202,8 @@ def measure(
     check: Callable[[], None],
     report: Callable[[str], None],
     grid_path: Path,
-) -> FID:
-    """FID of a student on the study's latents; leaves a grid of its first 64 images."""
+) -> Metrics:
+    """A student's images, on the study's latents; leaves a grid of the first 64 of them."""
     spec = assets.spec
     sampler = student_sampler(spec)
     count = spec.evaluation.images
@@ -217,14 +221,11 @@ def measure(
         on_image=on_image,
     )
     save_grid(images[:64], grid_path)
-    statistics = feature_statistics(images, assets.extractor)
-    return FID(
-        value=frechet_distance(statistics, assets.reference),
-        images=count,
-        reference=assets.dataset.name,
-        reference_images=assets.reference.count,
-        extractor=assets.extractor.name,
-        extractor_sha256=assets.extractor.sha256,
+    return measure_images(
+        images,
+        assets.extractor,
+        assets.reference,
+        metrics=spec.evaluation.metrics,
         nfe=sampler.nfe,
         seeds={"training": spec.seeds.training, "evaluation": spec.seeds.evaluation},
     )
@@ -250,6 +251,8 @@ def _student_metadata(
 ) -> dict[str, Any]:
     return {
         "kind": "student",
+        **assets.terms,
+        "method": params.get("method", assets.spec.student.method),
         "study": assets.spec.name,
         "params": dict(params),
         "weights": weights.tolist(),
@@ -279,4 +282,6 @@ def keep_best_students(ledger: Ledger, keep: int) -> None:
     study = ledger.study
     values = {t.number: t.value for t in study.get_trials(deepcopy=False) if t.value is not None}
     for number in sorted(values, key=values.__getitem__)[keep:]:
-        (trial_folder(study.study_name, number) / STUDENT).unlink(missing_ok=True)
+        student = trial_folder(study.study_name, number) / STUDENT
+        for path in (student, card_path(student)):
+            path.unlink(missing_ok=True)

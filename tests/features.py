@@ -1,5 +1,6 @@
 """Feature extractors made for a test."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -28,3 +29,15 @@ def random_images(n, channels=3, side=8, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shape = (n, channels, side, side)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def counting(extractor: Extractor) -> tuple[Extractor, list[int]]:
+    """The same extractor, and a list that gets the batch size of each call of its network."""
+    calls: list[int] = []
+
+    class Counted(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            calls.append(len(images))
+            return extractor.network(images)
+
+    return dataclasses.replace(extractor, network=Counted()), calls

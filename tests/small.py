@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 import torch
 
 from bdense.denoiser import NetworkDenoiser
+from bdense.intervals import IntervalGrid
 from bdense.networks import SongUNet, SongUNetConfig
 from bdense.solvers import DPMSolverPP
-from bdense.trajectories import IntervalGrid, LiveTrajectories
+from bdense.trajectories import LiveTrajectories
 
 
 def small_teacher(*, dropout: float = 0.0, seed: int = 0, channels: int = 1) -> NetworkDenoiser:

@@ -12,14 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-from bdense.checkpoints import denoiser_sha256, load_denoiser
+from bdense.checkpoints import denoiser_sha256, load_denoiser, save_denoiser
 from bdense.cli import main
 from bdense.data import load_dataset
 from bdense.extractors import load_extractor
-from bdense.fid import feature_statistics, frechet_distance, reference_statistics
-from bdense.sampling import draw_images, sampler_from
+from bdense.metrics import MetricSettings, frechet_distance, kernel_distance, precision_recall
+from bdense.references import dataset_reference, features_of, statistics_of
+from bdense.sampling import Sampler, draw_images, sampler_from
+from bdense.solvers import make_solver
 
 TINY = ("--channels", 8, "--mult", 1, 2, "--batch", 32, "--kimg", 0.128)
+DIGITS = ("--extractor", "digits-classifier")
 SHORT = ("--kimg", 0.064, "--batch", 32, "--lr", 1e-3)
 
 
@@ -96,6 +99,25 @@ def test_a_teacher_is_written_with_its_recipe(teacher):
     assert [path.name for path in teacher.parent.iterdir()] == ["teacher.safetensors"]
 
 
+def test_a_teacher_may_be_told_the_classes(folder):
+    path = folder / "conditional.safetensors"
+    options = ("--data", "digits@16", "--conditional", "--attention", 8, "--dropout", 0.25)
+    answer = bdense("teacher", *options, *TINY, "--out", path)
+    assert answer.status == 0, answer.err
+    loaded, metadata = load_denoiser(path)
+    network = loaded.model.config
+    assert (network.label_dim, network.attn_resolutions, network.dropout) == (10, (8,), 0.25)
+    assert (loaded.image_shape, metadata["data"]) == ((1, 16, 16), "digits@16")
+
+
+def test_a_set_without_labels_cannot_be_conditional(tmp_path):
+    (tmp_path / "set").mkdir()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "set/a.png")
+    options = ("--data", f"folder:{tmp_path / 'set'}", "--conditional")
+    answer = bdense("teacher", *TINY, *options, "--out", tmp_path / "t.safetensors")
+    assert "--conditional: data set folder:set has no labels; choose" in refused(answer)
+
+
 def test_a_student_is_a_teacher_in_size_with_its_own_sampler(student, teacher):
     loaded, metadata = load_denoiser(student)
     parent = load_denoiser(teacher)[0]
@@ -163,8 +185,10 @@ def test_a_fid_carries_its_conditions(student, folder):
     }
     loaded, metadata = load_denoiser(student)
     images = draw_images(loaded, sampler_from(metadata["sampler"]), 64, seed=5)
-    reference = reference_statistics(load_dataset("digits"), extractor, cache=cache)
-    expected = frechet_distance(feature_statistics(images, extractor), reference)
+    reference = dataset_reference(load_dataset("digits"), extractor, cache=cache)
+    expected = frechet_distance(
+        statistics_of(features_of(images, extractor)), reference.statistics
+    )
     assert value == pytest.approx(expected, rel=1e-9)
 
 
@@ -176,6 +200,70 @@ def test_the_same_seed_gives_the_same_fid(student, folder):
 
 def test_a_teacher_is_measured_by_the_grid_asked_for(teacher, folder):
     assert fid(teacher, folder, "--nfe", 4, "--no-afs")["nfe"] == 4
+
+
+def test_a_teacher_draws_with_any_solver(teacher, folder):
+    def draw(*options: object) -> torch.Tensor:
+        path = folder / "drawn.png"
+        drawn = ("--images", 6, "--columns", 3, "--no-afs", "--nfe", 4, *options)
+        assert bdense("sample", teacher, *drawn, "--out", path).status == 0
+        with Image.open(path) as picture:
+            return torch.from_numpy(np.array(picture))
+
+    for name, order, num_intervals in (("heun", 2, 2), ("dpm2", 2, 2), ("ipndm", 3, 4)):
+        sampler = Sampler(
+            num_intervals=num_intervals, afs=False, solver=make_solver(name, order=order)
+        )
+        images = draw_images(load_denoiser(teacher)[0], sampler, 6, seed=0)
+        picture = draw("--solver", name, "--order", order)
+        assert torch.equal(picture[::4, ::4][8:, :8], images[3, 0])
+        assert not torch.equal(picture, draw())
+
+
+def test_a_student_learns_from_the_solver_asked_for(student, teacher, folder):
+    """Whatever the teacher walks with, the student is an Euler student of the NFE asked for."""
+    path, own = folder / "heun.safetensors", load_denoiser(student)
+    heun = distill(teacher, path, "--nfe", 2, "--a", 1.0, "--solver", "heun")
+    assert heun != denoiser_sha256(own[0])
+    assert load_denoiser(path)[1]["sampler"] == own[1]["sampler"]
+    highest = ("--nfe", 2, "--a", 1.0, "--solver", "ipndm")
+    assert distill(teacher, path, *highest) == distill(teacher, path, *highest, "--order", 4)
+    assert distill(teacher, path, *highest) != distill(teacher, path, *highest, "--order", 2)
+
+
+def test_kid_and_precision_stand_beside_the_fid(student, folder):
+    small = ("--kid-subset-size", 32, "--neighbours", 3)
+    found = fid(student, folder, "--metrics", "kid", "prc", *small)
+    kid, prc = found.pop("kid"), found.pop("prc")
+    assert found == fid(student, folder)
+    cache = folder / "cache"
+    extractor = load_extractor("digits-classifier", cache=cache, device=torch.device("cpu"))
+    loaded, metadata = load_denoiser(student)
+    images = draw_images(loaded, sampler_from(metadata["sampler"]), 64, seed=0)
+    real = dataset_reference(
+        load_dataset("digits"), extractor, cache=cache, with_features=True
+    ).features
+    generated = features_of(images, extractor)
+    expected = kernel_distance(generated, real, MetricSettings(kid_subset_size=32))
+    assert (kid["mean"], kid["std"]) == pytest.approx(expected, rel=1e-9)
+    assert (kid["subset_size"], kid["reference_images"]) == (32, 1797)
+    assert (prc["precision"], prc["recall"]) == precision_recall(generated, real, 3)
+    assert (prc["neighbours"], prc["nfe"]) == (3, 2)
+
+
+def test_a_reference_file_gives_the_same_fid(student, folder):
+    path = folder / "refs" / "digits.npz"
+    answer = bdense(
+        *("reference", "--data", "digits", "--extractor", "digits-classifier"),
+        *("--cache", folder / "cache", "--out", path),
+    )
+    assert answer.status == 0, answer.err
+    line = rf"{path} 1797 images of digits, 64 features of digits-classifier [0-9a-f]{{16}}\n"
+    assert re.fullmatch(line, answer.out)
+    found, expected = fid(student, folder, "--reference", path), fid(student, folder)
+    assert re.fullmatch(r"digits\.npz:[0-9a-f]{16}", found.pop("reference"))
+    del expected["reference"]
+    assert found == expected
 
 
 # ---- mistakes ----
@@ -192,7 +280,11 @@ def refused(answer: Answer) -> str:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--data", "digit"), "unknown data set 'digit'; known are digits"),
+        (("--data", "digit"), "unknown data set 'digit'; known are cifar10, cifar10-test, digits"),
+        (("--data", "folder:/nowhere"), "there is no image folder /nowhere"),
+        (("--data", "digits@4"), "digits@4: its images of 8 x 8 pixels are larger"),
+        (("--attention", 8, 16), r"--attention 16: with 2 numbers in --mult .* sides of 8, 4;"),
+        (("--dropout", 1.5), r"dropout must lie in 0\.\.1, got 1\.5"),
         (("--kimg", "nan"), "--kimg must be a finite number, at least 0.001, got nan"),
         (("--kimg", "inf"), "got inf"),
         (("--kimg", 0), "got 0.0"),
@@ -217,6 +309,7 @@ def test_a_teacher_that_cannot_be_trained_is_refused(tmp_path, options, message)
         (("--nfe", 0), "leaves no network evaluation; NFE must be at least 1"),
         (("--substeps", 0), r"substeps \(K\) must be at least 1, got 0"),
         (("--order", 7), "dpmpp has orders 1, 2 and 3, got 7"),
+        (("--solver", "ipndm", "--order", 1), "ipndm has orders 2, 3 and 4, got 1"),
         (("--a", "nan"), "branch weight a must be a finite number, got nan"),
         (("--method", "sfd", "--a", 1), "--method sfd has one output .* got --a 1.0 --b 0.0;"),
         (("--schedule", "karras"), "schedule kind 'karras' is unknown"),
@@ -241,6 +334,8 @@ def test_a_student_that_cannot_be_distilled_is_refused(teacher, tmp_path, option
         (("--columns", 0), "columns must be at least 1, got 0"),
         (("--nfe", 5), r"distilled for \(NFE 2\), and nfe=5 asks for another"),
         (("--no-afs",), "and afs=False asks for another"),
+        (("--solver", "heun"), r"distilled for \(NFE 2\), and solver=heun asks for another"),
+        (("--order", 3), "and order=3 asks for another"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(student, tmp_path, options, message):
@@ -249,9 +344,28 @@ def test_what_cannot_be_drawn_is_refused(student, tmp_path, options, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_students_own_grid_may_be_spelt_out(student, tmp_path):
-    path = tmp_path / "x.png"
-    assert bdense("sample", student, "--nfe", 2, "--afs", "--out", path).status == 0
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--solver", "heun"),
+            "heun spends 2 evaluations an interval, less one in all with --afs: none of its grids "
+            "costs --nfe 2 with --afs; take --nfe 3 or --no-afs",
+        ),
+        (("--solver", "dpm2", "--no-afs", "--nfe", 5), "5 with --no-afs; take --nfe 6 or --afs"),
+        (("--solver", "heun", "--no-afs", "--nfe", 0), "leaves no network evaluation"),
+        (("--order", 3), "euler has order 1 alone, got 3; leave it out, or take ipndm or dpmpp"),
+    ],
+)
+def test_what_a_teacher_cannot_draw_is_refused(teacher, tmp_path, options, message):
+    answer = bdense("sample", teacher, *options, "--out", tmp_path / "x.png")
+    assert re.search(message, refused(answer))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_students_own_sampler_may_be_spelt_out(student, tmp_path):
+    own = ("--nfe", 2, "--afs", "--solver", "euler", "--order", 1)
+    assert bdense("sample", student, *own, "--out", tmp_path / "x.png").status == 0
 
 
 @pytest.mark.parametrize(
@@ -260,11 +374,27 @@ def test_a_students_own_grid_may_be_spelt_out(student, tmp_path):
         (("--extractor", "vgg"), "unknown feature extractor 'vgg'; known are inception"),
         (("--extractor", "torchscript:none.pt"), "none.pt"),
         (("--data", "digit"), "unknown data set 'digit'"),
+        ((*DIGITS, "--reference", "no.npz"), "there is no reference file at no.npz"),
+        ((*DIGITS, "--metrics", "kid"), "kid needs at least 1000 images, got 8"),
+        ((*DIGITS, "--metrics", "prc", "--neighbours", 0), "neighbours must be at least 1, got 0"),
     ],
 )
 def test_a_fid_that_cannot_be_measured_is_refused(student, tmp_path, options, message):
     answer = bdense("fid", student, "--images", 8, "--cache", tmp_path, *options)
     assert re.search(message, refused(answer))
+
+
+def test_a_reference_file_has_no_single_images(student, tmp_path):
+    path = tmp_path / "refs.npz"
+    np.savez(path, mu=np.zeros(64), sigma=np.eye(64))
+    options = (*DIGITS, "--cache", tmp_path, "--reference", path, "--images", 8)
+    line = refused(bdense("fid", student, *options, "--metrics", "fid", "prc"))
+    assert re.match(r"for prc .*, and refs\.npz:\w+ holds .* name the data set instead", line)
+    answer = bdense("fid", student, *options, "--data", "digits")
+    assert answer.status == 2
+    assert "--data: not allowed with argument --reference" in answer.err
+    found = json.loads(bdense("fid", student, *options).out)
+    assert found["reference_images"] is None
 
 
 def test_an_output_that_is_a_folder_is_refused_before_the_work(teacher, student, tmp_path):
@@ -310,3 +440,52 @@ def test_a_loss_that_diverges_is_a_failure_and_leaves_no_file(teacher, tmp_path)
     assert answer.status == 1
     assert "is not finite at iteration 0, interval 1" in answer.err
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- foreign checkpoints and model cards ----
+
+
+def test_a_student_comes_with_a_card_of_its_teachers_terms(folder, teacher, tmp_path):
+    loaded, metadata = load_denoiser(teacher)
+    owned = tmp_path / "owned.safetensors"
+    save_denoiser(owned, loaded, metadata | {"licence": "CC-BY-NC-SA-4.0", "source": "edm-x"})
+    student = tmp_path / "student.safetensors"
+    distill(owned, student, "--nfe", 1)
+    metadata = load_denoiser(student)[1]
+    assert (metadata["licence"], metadata["teacher"]) == ("CC-BY-NC-SA-4.0", "edm-x")
+    card = student.with_suffix(".md").read_text()
+    assert card.startswith("---\nlicense: cc-by-nc-sa-4.0\n")
+    assert "| teacher | edm-x |" in card
+
+
+def test_a_teacher_of_ones_own_has_no_licence_and_the_card_says_so(student):
+    metadata = load_denoiser(student)[1]
+    assert "licence" not in metadata
+    assert metadata["teacher"] == "teacher.safetensors"
+    card = student.with_suffix(".md").read_text()
+    assert card.startswith("---\nlicense: unknown\n")
+    assert "Licence: not known" in card
+
+
+def test_convert_prints_what_it_found(teacher, tmp_path):
+    out = tmp_path / "copy.safetensors"
+    answer = bdense("convert", teacher, "--out", out)
+    assert answer.status == 0, answer.err
+    lines = answer.out.splitlines()
+    assert "network: SongUNet" in lines
+    assert "images: 1 x 8 x 8" in lines
+    assert "licence: not known" in lines
+    assert lines[-1] == f"wrote {out}, {out.with_suffix('.json')}, {out.with_suffix('.md')}"
+    assert denoiser_sha256(load_denoiser(out)[0]) == denoiser_sha256(load_denoiser(teacher)[0])
+
+
+def test_what_cannot_be_converted_is_refused(teacher, tmp_path):
+    assert "known are edm-cifar10-32x32-uncond-vp, " in refused(
+        bdense("convert", "edm-cifar", "--out", tmp_path / "x.safetensors")
+    )
+    assert "does not end in .safetensors" in refused(
+        bdense("convert", teacher, "--out", tmp_path / "x.pkl")
+    )
+    assert "is not a diffusers folder" in refused(
+        bdense("convert", tmp_path, "--out", tmp_path / "x.safetensors")
+    )

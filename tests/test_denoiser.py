@@ -1,5 +1,6 @@
-"""Preconditioning by hand, the branches' view of a network, and networks that cannot be."""
+"""EDM's preconditioning by hand, the branches' view of a network, and descriptions of both."""
 
+import json
 import math
 
 import pytest
@@ -9,43 +10,31 @@ from bdense.branches import export_branch, widen_head
 from bdense.denoiser import NetworkDenoiser, build_denoiser
 from bdense.errors import CheckpointError, InputError, ShapeError
 from bdense.networks import SongUNet, SongUNetConfig
-from bdense.networks.layers import Conv2d, PositionalEmbedding
+from bdense.preconditioning import EDM
+from tests.networks import TINY, image, one_hot, tiny_denoiser
 from tests.small import same_weights, small_teacher
-
-TINY = {
-    "img_resolution": 8,
-    "img_channels": 2,
-    "model_channels": 8,
-    "channel_mult": (1,),
-    "num_blocks": 1,
-    "attn_resolutions": (),
-}
 
 
 def tiny_config(**options) -> SongUNetConfig:
-    return SongUNetConfig(**{**TINY, **options})
+    return SongUNetConfig(**TINY | {"channel_mult": (1,)} | options)
 
 
 class Echo(SongUNet):
     """A network that answers with what it was given: c_in x, plus c_noise."""
 
-    def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
+    def forward(self, x, noise_labels, class_labels=None, augment_labels=None, num_points=None):
         return x + noise_labels.view(-1, 1, 1, 1)
 
 
 def numbered_head(num_branches: int) -> NetworkDenoiser:
     """F gives output channel i the value i everywhere."""
     config = tiny_config()
-    model = SongUNet(config, config.img_channels * num_branches)
+    model = SongUNet(config, num_branches=num_branches)
     head = model.get_submodule(model.head_name)
     with torch.no_grad():
         head.weight.zero_()
         head.bias.copy_(torch.arange(model.out_channels))
     return NetworkDenoiser(model)
-
-
-def image(batch: int = 3, channels: int = 2) -> torch.Tensor:
-    return torch.randn(batch, channels, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
 # ---- preconditioning ----
@@ -70,7 +59,7 @@ def test_preconditioning_by_hand(sigma, c_skip, c_out, c_in):
 
 def test_sigma_data_scales_the_levels():
     """Twice sigma_data at twice sigma: c_skip stays, c_out doubles."""
-    x, twice = image(), NetworkDenoiser(Echo(tiny_config()), sigma_data=1.0)
+    x, twice = image(), NetworkDenoiser(Echo(tiny_config()), EDM(sigma_data=1.0))
     denoised = twice(x, torch.tensor(1.0))
     # c_skip = 1/2, c_out = 1/sqrt 2, c_in = 1/sqrt 2, c_noise = 0.
     torch.testing.assert_close(denoised, 0.5 * x + 0.5 * x)
@@ -133,10 +122,31 @@ def test_a_wider_head_is_the_only_cost():
 
 
 def test_a_head_that_fits_no_branches_is_refused():
-    with pytest.raises(ShapeError, match="3 output channels, which is no multiple of its 2 image"):
-        NetworkDenoiser(SongUNet(tiny_config(), 3))
-    with pytest.raises(InputError, match="sigma_data must be positive, got 0"):
-        NetworkDenoiser(SongUNet(tiny_config()), sigma_data=0.0)
+    odd = SongUNet(tiny_config(), prediction_channels=3)
+    with pytest.raises(ShapeError, match=r"3 output channels, which is no multiple .*edm"):
+        NetworkDenoiser(odd)
+
+
+@pytest.mark.parametrize("num_branches", [1, 4])
+def test_a_student_keeps_dtype_and_mode_and_can_learn(num_branches):
+    """Whatever the teacher's parameters were set to: an averaged teacher asks for no gradients."""
+    teacher = small_teacher().double().train().requires_grad_(False)
+    student = widen_head(teacher, num_branches)
+    assert student.training
+    assert all(p.dtype == torch.float64 and p.requires_grad for p in student.parameters())
+    assert same_weights(export_branch(student), teacher)
+    assert not widen_head(teacher.eval(), num_branches).training
+
+
+def test_conditions_are_bound_in_a_closure():
+    """What solvers and samplers take: D(x; sigma), labels and all."""
+    denoiser = tiny_denoiser(label_dim=3)
+    x, labels = image(), one_hot(0, 2, 1)
+    sigma = torch.tensor([0.1, 1.0, 9.0])
+    assert torch.equal(denoiser.given(labels)(x, sigma), denoiser(x, sigma, labels))
+    assert torch.equal(denoiser.given()(x, sigma), denoiser(x, sigma))
+    assert (denoiser.label_dim, denoiser.step_condition) == (3, False)
+    assert denoiser.image_shape == (2, 8, 8)
 
 
 # ---- descriptions ----
@@ -152,6 +162,35 @@ def test_a_description_builds_the_same_architecture_again():
     assert torch.equal(again.branches(x, sigma), student.branches(x, sigma))
 
 
+def test_the_description_of_a_plain_network_stays_what_it_was():
+    """Files written before there were other networks are read, and digests of teachers hold."""
+    first_release = {
+        "precond": "edm",
+        "sigma_data": 0.5,
+        "network": "SongUNet",
+        "num_branches": 1,
+        "config": {
+            "img_resolution": 8,
+            "img_channels": 1,
+            "label_dim": 0,
+            "augment_dim": 0,
+            "model_channels": 8,
+            "channel_mult": (1, 2),
+            "channel_mult_emb": 4,
+            "num_blocks": 1,
+            "attn_resolutions": (),
+            "dropout": 0.0,
+            "embedding_type": "positional",
+            "channel_mult_noise": 1,
+            "encoder_type": "standard",
+            "decoder_type": "standard",
+            "resample_filter": (1, 1),
+        },
+    }
+    assert small_teacher().describe() == first_release
+    assert build_denoiser(json.loads(json.dumps(first_release))).describe() == first_release
+
+
 def test_building_leaves_the_callers_random_state_alone():
     torch.manual_seed(3)
     expected = torch.rand(1)
@@ -163,8 +202,9 @@ def test_building_leaves_the_callers_random_state_alone():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"precond": "vp"}, "precond='vp', network='SongUNet'; this version builds precond='edm'"),
-        ({"network": "DhariwalUNet"}, "network='DhariwalUNet'"),
+        ({"precond": "vpp"}, r"precond='vpp', network='SongUNet'; .*'edm', 'iddpm', 've', 'vp'"),
+        ({"network": "ADM"}, r"network='ADM'; .*'DhariwalUNet', 'SongUNet'"),
+        ({"precond": None}, "precond=None"),
         ({"config": {**TINY, "depth": 3}}, "do not fit a SongUNet: .*'depth'"),
         ({"config": {"img_resolution": 8}}, "do not fit a SongUNet: .*'img_channels'"),
     ],
@@ -174,65 +214,7 @@ def test_a_description_of_what_is_not_built_is_refused(change, message):
         build_denoiser(small_teacher().describe() | change)
 
 
-# ---- networks ----
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"embedding_type": "fourier"}, "embedding_type='fourier' is not built"),
-        ({"encoder_type": "residual"}, "encoder_type='residual' is not built"),
-        ({"decoder_type": "skip"}, "decoder_type='skip' is not built"),
-        ({"img_channels": 0}, "img_channels must be at least 1, got 0"),
-        ({"num_blocks": 0}, "num_blocks must be at least 1, got 0"),
-        ({"model_channels": 6}, "model_channels must be a multiple of 4.* got 6"),
-        ({"channel_mult": ()}, r"channel_mult one or more numbers .* got 8 and \[\]"),
-        ({"channel_mult": (1, 0)}, r"channel_mult .* got 8 and \[1, 0\]"),
-        ({"img_resolution": 12, "channel_mult": (1, 1, 1, 1)}, "12 cannot be halved 3 times"),
-        ({"dropout": 1.5}, "dropout must lie in 0..1, got 1.5"),
-        ({"dropout": math.nan}, "dropout must lie in 0..1, got nan"),
-    ],
-)
-def test_options_that_make_no_network_are_refused(options, message):
-    with pytest.raises(InputError, match=message):
-        tiny_config(**options)
-
-
-def test_images_of_another_size_are_refused():
-    teacher = small_teacher()
-    for shape in ((2, 1, 16, 16), (2, 3, 8, 8)):
-        with pytest.raises(ShapeError, match=rf"images \[B, 1, 8, 8\], got \[{shape[0]}, "):
-            teacher(torch.zeros(shape), torch.tensor(1.0))
-
-
-def test_an_untrained_network_answers_almost_nothing():
-    """The head starts with gain 1e-5: D is c_skip x."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        denoiser = NetworkDenoiser(SongUNet(tiny_config()))
-    x = image()
-    torch.testing.assert_close(denoiser(x, torch.tensor(0.5)), 0.5 * x, rtol=0, atol=1e-4)
-
-
-def test_positional_embedding_by_hand():
-    """Frequencies 1, 1/100, 1/10000 with the end point; cosines, then sines."""
-    frequencies = torch.tensor([1.0, 1e-2, 1e-4])
-    embedding = PositionalEmbedding(6, endpoint=True)(torch.tensor([2.0]))
-    expected = torch.cat([(2 * frequencies).cos(), (2 * frequencies).sin()])
-    torch.testing.assert_close(embedding[0], expected)
-
-
-def test_halving_takes_means_of_two_by_two_and_doubling_repeats():
-    x = torch.arange(16.0).view(1, 1, 4, 4)
-    halved = Conv2d(1, 1, 0, down=True)(x)
-    assert halved.flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
-    doubled = Conv2d(1, 1, 0, up=True)(halved)
-    assert doubled[0, 0].tolist() == [
-        [2.5, 2.5, 4.5, 4.5],
-        [2.5, 2.5, 4.5, 4.5],
-        [10.5, 10.5, 12.5, 12.5],
-        [10.5, 10.5, 12.5, 12.5],
-    ]
+# ---- helpers ----
 
 
 def test_two_copies_are_compared_bit_for_bit():

@@ -85,13 +85,28 @@ def test_hostile_files_are_refused_and_run_nothing(file, tmp_path, monkeypatch):
 
 @pytest.mark.golden
 @pytest.mark.parametrize("file", discover("sfd-ckpt-*.pkl"))
-def test_sfd_checkpoints_are_refused_by_the_name_of_their_class(file):
-    with pytest.raises(UnsafePickleError, match=r"models\.networks_edm\.\w+.*SFD"):
-        read_edm_pickle(file, key="model")
+def test_an_sfd_checkpoint_is_its_network_and_its_options(file):
+    """The tiny one is the EDM network of that name with the layers of the step condition."""
+    teacher = read_edm_pickle(file.with_name("edm-song-tiny.nosrc.pkl"))
+    student = read_edm_pickle(file)
+    step = {name for name in student.state_dict if "_step" in name}
+    assert student.state_dict.keys() - step == teacher.state_dict.keys()
+    for name, value in teacher.state_dict.items():
+        assert torch.equal(student.state_dict[name], value)
+    assert len(step) == 34
+    assert (student.class_name, student.modules["model"].class_name) == ("EDMPrecond", "SongUNet")
+    assert student.modules["model.enc.8x8_block0"].attributes["num_heads"] == 1
+    assert student.training_kwargs is not None
+    known = {"num_steps": 4, "M": 3, "afs": True, "schedule_type": "polynomial"}
+    known |= {"sampler_tea": "dpmpp", "sigma_min": 0.006, "guidance_type": None}
+    assert student.training_kwargs.items() >= known.items()
+    assert student.attributes["sigma_max"] == 80.0
+    assert (student.init_kwargs, student.embedded_source_bytes) == ({}, 0)
+    assert teacher.training_kwargs is None
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("file", discover("edm-*.pkl"))
+@pytest.mark.parametrize("file", discover("*-tiny*.pkl"))
 @pytest.mark.parametrize("share", [0.0, 1e-5, 0.01, 0.5, 0.99, 1 - 1e-6])
 def test_a_truncated_file_is_named(file, share, tmp_path):
     cut = tmp_path / "cut.pkl"
@@ -204,7 +219,9 @@ def test_a_network_that_is_not_one_is_named(read, state, message):
 
 
 def test_other_contents_are_named(read, tmp_path):
-    with pytest.raises(CheckpointError, match=r"no 'ema'; it has \['loss', 'model'\]"):
+    with pytest.raises(CheckpointError, match=r"no 'ema' or 'model'; it has \['loss', 'nets'\]"):
+        read({"nets": 1, "loss": 2})
+    with pytest.raises(CheckpointError, match="'model' is a int, not a network"):
         read({"model": 1, "loss": 2})
     with pytest.raises(CheckpointError, match="holds a list, not a dictionary"):
         read([1])
@@ -212,7 +229,7 @@ def test_other_contents_are_named(read, tmp_path):
         read({"ema": 1})
     with pytest.raises(CheckpointError, match="not a pickle"):
         read(b"PK\x03\x04 a zip")
-    with pytest.raises(CheckpointError, match="not a complete EDM pickle"):
+    with pytest.raises(CheckpointError, match="not a complete EDM or SFD pickle"):
         read(b"\x80\x04\xff\xff")
     with pytest.raises(CheckpointError, match=r"absent\.pkl: No such file"):
         read_edm_pickle(tmp_path / "absent.pkl")
@@ -293,6 +310,10 @@ LOAD = stack_global(b"torch.storage", b"_load_from_bytes")
 CANARY = stack_global(HERE, b"canary")
 SLOT_STATE = b"N}" + text(b"__call__") + ORDERED_DICT + b"s\x86"  # (None, {"__call__": <builder>})
 
+# A module of an SFD file with weight-less tables and the training options that follow.
+EDM_PRECOND = stack_global(b"models.networks_edm", b"EDMPrecond")
+EASY_DICT = stack_global(b"dnnlib.util", b"EasyDict")
+
 TRICKS = {
     "reduce, STACK_GLOBAL": CANARY + b")R",
     "reduce, GLOBAL": b"c" + HERE + b"\ncanary\n)R",
@@ -314,6 +335,13 @@ TRICKS = {
     "a persistent id, binary": text(b"whatever") + b"Q",
     "BUILD on an allowed function": ORDERED_DICT + b"}" + text(b"build") + b"Nsb",
     "BUILD with slots on an allowed function": ORDERED_DICT + SLOT_STATE + b"b",
+    "a module that SFD's networks import": stack_global(b"models.networks_edm", b"np"),
+    "a dotted name behind an SFD class": stack_global(b"models.networks_edm", b"Linear.forward"),
+    "a class of SFD's that no network is": stack_global(b"models.networks_edm", b"AttentionOp"),
+    "another of SFD's modules": stack_global(b"models.networks_ldm", b"EDMPrecond"),
+    "a sibling of EasyDict": stack_global(b"dnnlib.util", b"call_func_by_name"),
+    "the loss that SFD's options name": stack_global(b"training.loss", b"loss"),
+    "BUILD on SFD's options": EASY_DICT + b")\x81}" + text(b"items") + b"Nsb",
     "numpy object scalar": stack_global(b"numpy", b"dtype") + text(b"O8") + b"\x85R",
 }
 
@@ -335,6 +363,13 @@ BROKEN = {
     "container with arguments": MODULE_DICT + b"K\x01\x85\x81",
     "container with a state of numbers": MODULE_DICT + b")\x81K\x01b",
     "container with slots": MODULE_DICT + b")\x81" + SLOT_STATE + b"b",
+    "BUILD on an SFD class itself": EDM_PRECOND + b"}" + text(b"stands_for") + b"Nsb",
+    "BUILD with slots on an SFD class": EDM_PRECOND + SLOT_STATE + b"b",
+    "an SFD module with arguments": EDM_PRECOND + b"K\x01\x85\x81",
+    "an SFD module with slots": EDM_PRECOND + b")\x81" + SLOT_STATE + b"b",
+    "an SFD module that is called": EDM_PRECOND + b"K\x01\x85R",
+    "SFD's options made of arguments": EASY_DICT + b"]\x85\x81",
+    "an item set on an SFD class": EASY_DICT + b"NNs",
     "tensor bytes that are text": LOAD + text(b"hello") + b"\x85R",
     "scalar without a type": SCALAR + b"NC\x01a\x86R",
     "an item set on an allowed function": ORDERED_DICT + b"NNs",
@@ -388,6 +423,50 @@ def test_tensor_bytes_that_hold_anything_else_are_refused(read, contents, expect
     with pytest.raises(expected, match="tensor's bytes hold"):
         read(PROTO + EMA + load + END)
     assert CALLS == []
+
+
+def sfd_pickle(training=None, weight=None, **state):
+    """Bytes of {"model": an EDMPrecond by reference} with plain values as its state."""
+    tables = {"_parameters": {"w": weight}, "_buffers": {}, "_modules": {}}
+    options = {} if training is None else {"training_kwargs": training}
+    body = pickle.dumps(tables | options | state, 4)[2:-1]  # without protocol and STOP
+    return PROTO + b"}" + text(b"model") + EDM_PRECOND + b")\x81" + body + b"bs."
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_a_network_by_reference_runs_nothing_of_its_class(read, monkeypatch):
+    """Also where a module of that very name could be imported."""
+    CALLS.clear()
+    module = types.ModuleType("models.networks_edm")
+    module.EDMPrecond = Canary
+    monkeypatch.setitem(sys.modules, "models", types.ModuleType("models"))
+    monkeypatch.setitem(sys.modules, "models.networks_edm", module)
+    network = read(sfd_pickle({"num_steps": 4, "afs": True}, StoredTensor(torch.ones(2))))
+    assert network.class_name == "EDMPrecond"
+    assert network.training_kwargs == {"num_steps": 4, "afs": True}
+    assert network.state_dict["w"].tolist() == [1.0, 1.0]
+    assert CALLS == []
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        (None, "training_kwargs is missing or not a dictionary"),
+        ([1], "training_kwargs is missing or not a dictionary"),
+        ({"loss": {1, 2}}, "argument loss is a set, not a plain value"),
+    ],
+)
+def test_options_that_are_none_are_named(read, training, message):
+    with pytest.raises(CheckpointError, match=message):
+        read(sfd_pickle(training, StoredTensor(torch.ones(2))))
+
+
+def test_options_inside_themselves_are_refused(read):
+    loop: dict = {}
+    loop["again"] = loop
+    with pytest.raises(CheckpointError):
+        read(sfd_pickle(loop, torch.ones(1)))
 
 
 def test_hostile_source_beside_good_weights_is_counted_and_left_alone(read, tmp_path):

@@ -1,14 +1,17 @@
 """Feature extractors: what they give, and what is said of files that are none."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from bdense.dinov2 import SIZES, DinoV2
 from bdense.errors import CheckpointError, InputError, ShapeError
 from bdense.extractors import load_extractor
+from bdense.files import sha256_file
 from tests.features import CPU, ColourMeans, random_images, scripted
 from tests.goldens import ROOT
 
@@ -94,7 +97,9 @@ def test_bad_specs_and_files_are_named(tmp_path, cache):
     def load(spec):
         return load_extractor(spec, cache=cache, device=CPU)
 
-    with pytest.raises(InputError, match="unknown feature extractor 'vgg'; known are inception,"):
+    with pytest.raises(
+        InputError, match=r"unknown feature extractor 'vgg'; known are inception\["
+    ):
         load("vgg")
     with pytest.raises(InputError, match="unknown feature extractor 'torchscript:'"):
         load("torchscript:")
@@ -122,8 +127,88 @@ def test_inception_without_a_network_says_what_to_fetch(tmp_path, cache, monkeyp
         load_extractor("inception", cache=cache, device=CPU)
     path = tmp_path / "torch/hub/checkpoints/weights-inception-2015-12-05-6726825d.pth"
     path.write_bytes(b"cut short")
-    with pytest.raises(InputError, match=f"{path} is not the Inception weights file: delete it"):
+    with pytest.raises(InputError, match=f"{path} is not the Inception weights: .* delete it"):
         load_extractor("inception", cache=cache, device=CPU)
+    where = r"https://dl\.fbaipublicfiles\.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain\.pth"
+    with pytest.raises(InputError, match=f"download the dinov2-vit-l-14 weights .* fetch {where}"):
+        load_extractor("dinov2", cache=cache, device=CPU)
+
+
+@pytest.fixture(scope="module")
+def dinov2_weights(tmp_path_factory) -> Iterator[Path]:
+    """Random weights of the smallest published size, 88 MB."""
+    torch.manual_seed(0)
+    network = DinoV2(SIZES["dinov2-vit-s-14"])
+    for value in network.state_dict().values():
+        nn.init.normal_(value, std=0.05)
+    path = tmp_path_factory.mktemp("dinov2") / "random.pth"
+    torch.save(network.state_dict(), path)
+    yield path
+    path.unlink()
+
+
+def test_dinov2_gives_what_torch_fidelitys_class_gives(dinov2_weights, cache, monkeypatch):
+    """Its images, prepared by its code; its network, which it would download, stands aside."""
+    from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
+
+    asked = []
+
+    def load(*source: str) -> nn.Module:
+        asked.append(source)
+        network = DinoV2(SIZES["dinov2-vit-s-14"])
+        network.load_state_dict(torch.load(dinov2_weights, weights_only=True))
+        return network
+
+    monkeypatch.setenv("XFORMERS_DISABLED", "1")  # which it sets for good
+    monkeypatch.setattr(torch.hub, "load", load)
+    theirs = FeatureExtractorDinoV2("dinov2-vit-s-14", ["dinov2"])
+    assert asked == [("facebookresearch/dinov2", "dinov2_vits14")]
+    monkeypatch.delattr(torch.hub, "load")
+    state = torch.get_rng_state()
+    spec = f"dinov2-vit-s-14:{dinov2_weights}"
+    extractor = load_extractor(spec, cache=cache, device=CPU)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (extractor.name, extractor.dim) == ("dinov2-vit-s-14", 384)
+    assert extractor.sha256 == sha256_file(dinov2_weights)
+    images = random_images(2, side=32)
+    features = extractor(images)
+    assert torch.equal(features, theirs(images)[0])
+    assert not torch.equal(features[0], features[1])
+
+
+def test_dinov2_weights_of_another_size_are_refused(dinov2_weights, cache):
+    url = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
+    with pytest.raises(InputError) as caught:
+        load_extractor(f"dinov2:{dinov2_weights}", cache=cache, device=CPU)
+    message = str(caught.value)
+    assert "random.pth does not hold dinov2-vit-l-14 weights (size mismatch for" in message
+    assert message.endswith(f"give the file of {url}")
+    assert len(message) < 700
+
+
+class Payload:
+    def __reduce__(self):
+        return (os.mkdir, (os.environ["BDENSE_TEST_PAYLOAD"],))
+
+
+@pytest.mark.parametrize("kind", ["inception", "dinov2-vit-s-14"])
+@pytest.mark.parametrize("old_format", [False, True])
+def test_weights_files_run_nothing(kind, old_format, tmp_path, cache, monkeypatch):
+    ran = tmp_path / "ran"
+    monkeypatch.setenv("BDENSE_TEST_PAYLOAD", str(ran))
+    evil = tmp_path / "evil.pth"
+    torch.save({"w": Payload()}, evil, _use_new_zipfile_serialization=not old_format)
+    with pytest.raises(InputError, match=r"evil\.pth does not hold"):
+        load_extractor(f"{kind}:{evil}", cache=cache, device=CPU)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("content", [{1: torch.zeros(1)}, [torch.zeros(1)], torch.zeros(1)])
+@pytest.mark.parametrize("kind", ["inception", "dinov2-vit-s-14"])
+def test_other_contents_are_no_weights(kind, content, tmp_path, cache):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(InputError, match=r"other\.pth does not hold"):
+        load_extractor(f"{kind}:{tmp_path / 'other.pth'}", cache=cache, device=CPU)
 
 
 def test_inception_takes_weights_of_its_own_shape(tmp_path, cache, monkeypatch):

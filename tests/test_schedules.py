@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from bdense.errors import InputError
+from bdense.intervals import IntervalGrid
 from bdense.schedules import Schedule
-from bdense.trajectories import IntervalGrid
 
 SCHEDULES = [
     Schedule(),

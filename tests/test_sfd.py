@@ -9,8 +9,8 @@ import torch
 from bdense.branches import export_branch, widen_head
 from bdense.checkpoints import load_tensors
 from bdense.errors import CheckpointError, InputError, NonFiniteLossError
+from bdense.intervals import IntervalGrid
 from bdense.sfd import SFDConfig, branch_losses, branch_states, distill
-from bdense.trajectories import IntervalGrid
 from bdense.weights import LogLinearWeights, normalised_weights, uniform_weights
 from tests.small import same_weights, small_teacher, small_trajectories
 
@@ -212,8 +212,10 @@ def test_what_does_not_fit_together_is_refused():
     trajectories = small_trajectories(teacher)
     with pytest.raises(InputError, match="num_branches=3 fits neither"):
         distill(teacher, trajectories, config(num_branches=3), torch.ones(3))
-    with pytest.raises(InputError, match="weights must be 4 numbers"):
+    with pytest.raises(InputError, match="3 branch weights for num_branches=4"):
         distill(teacher, trajectories, config(), torch.ones(3))
+    with pytest.raises(InputError, match=r"must be numbers >= 0.*\[-1.0, 1.0\]"):
+        distill(teacher, trajectories, config(), torch.tensor([-1.0, 1.0]))
     with pytest.raises(InputError, match="250 iterations, and the trajectories hold 4"):
         distill(teacher, trajectories, config(images=1000), torch.ones(4))
     with pytest.raises(InputError, match="NFE must be at least 1"):

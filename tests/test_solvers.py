@@ -1,15 +1,21 @@
 """Solvers on denoisers whose ODE has a closed form, and their parts by hand."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 
 from bdense.errors import InputError
 from bdense.schedules import Schedule
+from bdense.solver_names import SolverName
 from bdense.solvers import (
+    DPM2,
+    IPNDM,
+    SOLVERS,
     DPMSolverPP,
     Euler,
+    Heun,
     Solver,
     analytical_first_step,
     dynamic_threshold,
@@ -19,10 +25,18 @@ from bdense.solvers import (
 )
 from tests.small import GaussianDenoiser
 
-SOLVERS = [Euler(), *(DPMSolverPP(max_order=order) for order in (1, 2, 3))]
-each_solver = pytest.mark.parametrize(
-    "solver", SOLVERS, ids=["euler", "dpmpp1", "dpmpp2", "dpmpp3"]
-)
+MULTISTEP = [
+    *(IPNDM(max_order=order) for order in (2, 3, 4)),
+    *(
+        DPMSolverPP(max_order=order, prediction=prediction)
+        for prediction in ("data", "noise")
+        for order in (1, 2, 3)
+    ),
+]
+ONE_EVALUATION = [Euler(), *MULTISTEP]
+TWO_EVALUATIONS = [Heun(), DPM2(), DPM2(r=0.3)]
+EVERY = [*ONE_EVALUATION, *TWO_EVALUATIONS]
+each_solver = pytest.mark.parametrize("solver", EVERY, ids=repr)
 
 
 def grid(num_intervals: int, *, low: float = 0.006, high: float = 80.0) -> torch.Tensor:
@@ -48,11 +62,11 @@ def error(solver: Solver, num_intervals: int, std: float = 1.0) -> float:
 @pytest.mark.parametrize(
     "solver",
     [
-        Euler(),
+        *EVERY,
         *(
-            DPMSolverPP(max_order=order, lower_order_final=lower)
+            DPMSolverPP(max_order=order, prediction=prediction, lower_order_final=False)
+            for prediction in ("data", "noise")
             for order in (1, 2, 3)
-            for lower in (True, False)
         ),
     ],
     ids=repr,
@@ -65,9 +79,31 @@ def test_halving_every_step_divides_the_error_by_two_to_the_order(solver, std):
 
 def test_orders_as_they_are_measured():
     """The third-order update has half of its last term: better than the second, no faster."""
-    assert [solver.order for solver in SOLVERS] == [1, 1, 2, 2]
-    second, third = (error(DPMSolverPP(max_order=order), 160) for order in (2, 3))
-    assert third / second == pytest.approx(1 / 3, rel=0.05)
+    assert [solver.order for solver in EVERY] == [1, 2, 2, 2, 1, 2, 2, 1, 2, 2, 2, 2, 2]
+    for prediction in ("data", "noise"):
+        second, third = (
+            error(DPMSolverPP(max_order=order, prediction=prediction), 160) for order in (2, 3)
+        )
+        assert third / second == pytest.approx(1 / 3, rel=0.05)
+
+
+def test_more_slopes_of_adams_bashforth_gain_no_order_on_unequal_steps():
+    second, third, fourth = (error(IPNDM(max_order=order), 160) for order in (2, 3, 4))
+    assert third / second == pytest.approx(2 / 3, rel=0.01)
+    assert fourth / third == pytest.approx(1, rel=0.01)
+
+
+@pytest.mark.parametrize("order", [2, 3, 4])
+def test_adams_bashforth_is_exact_for_polynomials_on_equal_steps(order):
+    """The slope k t^(k - 1), whatever x, leads along t^k once there are k slopes."""
+    sigmas = torch.linspace(9, 1, 9, dtype=torch.float64)
+    x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    states = trajectory(
+        IPNDM(max_order=order), lambda x, t: x - t * order * t ** (order - 1), x, sigmas
+    )
+    errors = (states.flatten().diff() - (sigmas**order).diff()).abs()
+    assert errors[: order - 1].min() > 0.1
+    assert errors[order - 1 :].max() < 1e-9
 
 
 @each_solver
@@ -94,19 +130,75 @@ def test_a_step_of_order_two_by_hand():
     assert states.flatten().tolist() == pytest.approx([0.0, 0.5, 0.25 + 0.5 * 4.0])
 
 
+def test_a_step_of_order_two_of_the_noise_by_hand():
+    """The noise too is taken half a step ahead, along its slope over the step before."""
+    sigmas = torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64)
+    noises = iter([1.0, 3.0])
+    x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    states = trajectory(
+        DPMSolverPP(max_order=2, prediction="noise", lower_order_final=False),
+        lambda x, t: x - t * next(noises),
+        x,
+        sigmas,
+    )
+    # x1 = (2 - 4) * 1; x2 = x1 + (1 - 2) * (3 + (3 - 1) / 2).
+    assert states.flatten().tolist() == pytest.approx([0.0, -2.0, -2.0 - 4.0])
+
+
+def one_step(solver: Solver, noises: dict[float, float]) -> float:
+    """Where a step from x = 0 at t = 4 to t' = 1 ends if these are the slopes at each level."""
+    x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    sigmas = torch.tensor([4.0, 1.0], dtype=torch.float64)
+    end = solve(solver, lambda x, t: x - t * noises[round(t.item(), 9)], x, sigmas)
+    return end.item()
+
+
+def test_a_step_of_two_evaluations_by_hand():
+    """Heun takes the mean of both ends; dpm2 the slope at 2, the geometric mean of 4 and 1."""
+    assert one_step(Heun(), {4.0: 1.0, 1.0: 3.0}) == pytest.approx(-3 * (1 + 3) / 2)
+    assert one_step(DPM2(), {4.0: 1.0, 2.0: 5.0}) == pytest.approx(-3 * 5)
+    # r = 1/4: t_mid = 4^(3/4) = 2 sqrt 2, and 2 d_mid - d.
+    third = one_step(DPM2(r=0.25), {4.0: 1.0, round(8**0.5, 9): 5.0})
+    assert third == pytest.approx(-3 * (2 * 5 - 1))
+
+
+def test_the_second_slope_is_taken_where_euler_leads():
+    """On D = 0 the slope is x / t: x = 8 at t = 4 falls to 4 at t = 2 and stays on that line."""
+    x, seen = torch.full((1, 1, 1, 1), 8.0, dtype=torch.float64), []
+
+    def denoise(x, t):
+        seen.append((x.item(), t.item()))
+        return torch.zeros_like(x)
+
+    sigmas = torch.tensor([4.0, 1.0], dtype=torch.float64)
+    assert solve(Heun(), denoise, x, sigmas).item() == pytest.approx(2)
+    assert solve(DPM2(), denoise, x, sigmas).item() == pytest.approx(2)
+    assert seen == [(8, 4), (2, 1), (8, 4), (4, 2)]
+
+
+def test_dpm2_with_its_second_slope_at_the_end_is_heun():
+    denoise, sigmas, x = GaussianDenoiser(0.5), grid(7), start()
+    heun = trajectory(Heun(), denoise, x, sigmas)
+    same = trajectory(DPM2(r=1), denoise, x, sigmas)
+    torch.testing.assert_close(same, heun, rtol=1e-12, atol=1e-12)
+
+
 def test_first_order_is_euler():
-    """DDIM, by either name."""
+    """DDIM, by any name."""
     denoise, sigmas, x = GaussianDenoiser(0.5), grid(7), start()
     ddim = trajectory(Euler(), denoise, x, sigmas)
-    torch.testing.assert_close(
-        trajectory(DPMSolverPP(max_order=1), denoise, x, sigmas), ddim, rtol=1e-12, atol=1e-12
-    )
+    for prediction in ("data", "noise"):
+        same = trajectory(DPMSolverPP(max_order=1, prediction=prediction), denoise, x, sigmas)
+        torch.testing.assert_close(same, ddim, rtol=1e-12, atol=1e-12)
 
 
-def test_lower_order_final_bounds_the_last_two_steps_alone():
+@pytest.mark.parametrize("prediction", ["data", "noise"])
+def test_lower_order_final_bounds_the_last_two_steps_alone(prediction):
     denoise, sigmas, x = GaussianDenoiser(), grid(6, low=0.5, high=8.0), start()
-    on = trajectory(DPMSolverPP(max_order=3), denoise, x, sigmas)
-    off = trajectory(DPMSolverPP(max_order=3, lower_order_final=False), denoise, x, sigmas)
+    on, off = (
+        trajectory(DPMSolverPP(prediction=prediction, lower_order_final=lower), denoise, x, sigmas)
+        for lower in (True, False)
+    )
     assert torch.equal(on[:5], off[:5])
     assert not torch.equal(on[5], off[5])
     # The last step of order 1 is Euler's from where the walk stands.
@@ -117,13 +209,26 @@ def test_lower_order_final_bounds_the_last_two_steps_alone():
 # ---- what a walk costs and gives ----
 
 
-@each_solver
 @pytest.mark.parametrize("num_intervals", [1, 2, 5])
-def test_evaluations_are_as_many_as_announced_and_at_the_grids_levels(solver, num_intervals):
+@pytest.mark.parametrize("solver", ONE_EVALUATION, ids=repr)
+def test_one_evaluation_an_interval_is_at_the_grids_levels(solver, num_intervals):
     denoise, sigmas = GaussianDenoiser(), grid(num_intervals)
     solve(solver, denoise, start(), sigmas)
     assert solver.nfe(num_intervals) == num_intervals
     assert denoise.asked == sigmas[:-1].tolist()
+
+
+@pytest.mark.parametrize("num_intervals", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("solver", "along"), [(Heun(), 1), (DPM2(), 0.5), (DPM2(r=0.3), 0.3)], ids=repr
+)
+def test_two_evaluations_an_interval_are_at_its_start_and_along_it(solver, along, num_intervals):
+    denoise, sigmas = GaussianDenoiser(), grid(num_intervals)
+    solve(solver, denoise, start(), sigmas)
+    assert solver.nfe(num_intervals) == 2 * num_intervals
+    assert denoise.asked[::2] == sigmas[:-1].tolist()
+    seconds = sigmas[:-1].log().lerp(sigmas[1:].log(), along).exp()
+    assert denoise.asked[1::2] == pytest.approx(seconds.tolist())
 
 
 @each_solver
@@ -134,8 +239,21 @@ def test_a_trajectory_holds_every_state_and_ends_as_solve_does(solver):
     assert states.dtype == torch.float64
     assert torch.equal(states[0], x)
     assert torch.equal(states[-1], solve(solver, denoise, x, sigmas))
-    # Order 1 at the start, so the first state is Euler's for all of them.
-    torch.testing.assert_close(states[1], solve(Euler(), denoise, x, sigmas[:2]))
+
+
+@pytest.mark.parametrize("solver", MULTISTEP, ids=repr)
+def test_a_multistep_solver_starts_with_eulers_step(solver):
+    """It has no history yet."""
+    denoise, sigmas, x = GaussianDenoiser(), grid(5), start(3)
+    first = next(iter(solver.steps(denoise, x, sigmas)))
+    torch.testing.assert_close(first, solve(Euler(), denoise, x, sigmas[:2]))
+
+
+def test_a_walk_leaves_nothing_behind():
+    """A solver is a value: the history of one walk is not the next one's."""
+    denoise, sigmas, x = GaussianDenoiser(), grid(5), start()
+    for solver in MULTISTEP:
+        assert torch.equal(*(solve(solver, denoise, x, sigmas) for _ in range(2)))
 
 
 def test_a_fine_trajectory_follows_the_solution_at_every_level():
@@ -157,7 +275,7 @@ def test_denoise_to_zero_appends_the_prediction_at_the_last_level(solver):
 
 def test_the_states_dtype_is_kept():
     x = start().float()
-    for solver in SOLVERS:
+    for solver in EVERY:
         assert solve(solver, GaussianDenoiser(), x, grid(3)).dtype == torch.float32
 
 
@@ -203,19 +321,74 @@ def test_the_analytical_first_step_asks_no_network():
     assert denoise.asked == sigmas[1:-1].tolist()
 
 
+@each_solver
+def test_the_analytical_first_step_saves_one_evaluation_whatever_the_solver(solver):
+    """A second evaluation in that interval still asks the network."""
+    denoise, sigmas = GaussianDenoiser(), grid(4)
+    solve(solver, analytical_first_step(denoise, sigmas[0]), start(), sigmas)
+    assert len(denoise.asked) == solver.nfe(4) - 1
+    assert sigmas[0].item() not in denoise.asked
+
+
 # ---- by name ----
 
 
 def test_solvers_by_name():
     assert make_solver("euler") == Euler()
+    assert make_solver("heun") == make_solver("heun", order=2) == Heun()
+    assert make_solver("dpm2") == DPM2(r=0.5)
+    assert make_solver("ipndm") == IPNDM(max_order=4)
+    assert make_solver("ipndm", order=2) == IPNDM(max_order=2)
     assert make_solver("dpmpp") == DPMSolverPP(max_order=3, thresholding=False)
     assert make_solver("dpmpp", order=2, thresholding=True) == DPMSolverPP(
         max_order=2, thresholding=True
     )
 
 
-def test_an_unknown_solver_or_order_is_refused():
-    with pytest.raises(InputError, match=r"'heum' is unknown; choose from \['euler', 'dpmpp'\]"):
-        make_solver("heum")
-    with pytest.raises(InputError, match="orders 1, 2 and 3, got 4"):
-        make_solver("dpmpp", order=4)
+def test_every_name_and_order_makes_a_solver():
+    assert tuple(SOLVERS) == get_args(SolverName)
+    for name, orders in SOLVERS.items():
+        made = [make_solver(name, order=order) for order in orders]
+        assert len(set(made)) == len(orders)
+        assert make_solver(name) == made[-1]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (
+            "heum",
+            {},
+            r"'heum' is unknown; choose from \['euler', 'heun', 'dpm2', 'ipndm', 'dpmpp'\]",
+        ),
+        ("dpmpp", {"order": 4}, "dpmpp has orders 1, 2 and 3, got 4; leave it out for 3"),
+        ("ipndm", {"order": 1}, "ipndm has orders 2, 3 and 4, got 1; leave it out for 4"),
+        ("heun", {"order": 3}, "heun has order 2 alone, got 3; leave .*, or take ipndm or dpmpp"),
+        ("euler", {"order": 2}, "euler has order 1 alone, got 2"),
+        ("heun", {"thresholding": True}, "heun has no thresholding; leave it out, or take dpmpp"),
+    ],
+)
+def test_what_no_solver_has_is_refused(name, options, message):
+    with pytest.raises(InputError, match=message):
+        make_solver(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("solver", "options", "message"),
+    [
+        (IPNDM, {"max_order": 5}, "ipndm has orders 2, 3 and 4, got 5"),
+        (DPMSolverPP, {"max_order": 0}, "dpmpp has orders 1, 2 and 3, got 0"),
+        (DPMSolverPP, {"prediction": "v"}, "prediction is 'data' or 'noise', got 'v'"),
+        (
+            DPMSolverPP,
+            {"prediction": "noise", "thresholding": True},
+            "thresholding clamps images, got it with prediction='noise'; drop it or predict",
+        ),
+        (DPM2, {"r": 0.0}, "0 < r <= 1, got r=0.0; try 0.5"),
+        (DPM2, {"r": 1.5}, "got r=1.5"),
+        (DPM2, {"r": math.nan}, "got r=nan"),
+    ],
+)
+def test_a_solver_that_cannot_be_is_refused(solver, options, message):
+    with pytest.raises(InputError, match=message):
+        solver(**options)

@@ -10,6 +10,7 @@ import yaml
 
 from bdense import NUMERICS
 from bdense.files import sha256_file
+from bdense.solvers import DPM2, IPNDM, SOLVERS, DPMSolverPP, Euler, Heun
 from search.engine import (
     check,
     student_grid,
@@ -46,7 +47,27 @@ def message(**keys) -> str:
         ({"student__nfe": 0}, "student.nfe: .* greater than or equal to 1, got 0"),
         ({"student__nfe": 2.5}, "student.nfe: .* integer.*, got 2.5"),
         ({"student__method": "pd"}, "student.method: .*'sfd-bdense', got 'pd'"),
-        ({"student__solver": {"order": 4}}, "student.solver.order: .* equal to 3, got 4"),
+        (
+            {"student__solver": {"order": 4}},
+            "student.solver.order: dpmpp has orders 1, 2 and 3, got 4; leave it out for 3$",
+        ),
+        (
+            {"student__solver": {"name": "ipndm", "order": 1}},
+            "student.solver.order: ipndm has orders 2, 3 and 4, got 1",
+        ),
+        (
+            {"student__solver": {"name": "heun", "order": 3}},
+            "student.solver.order: heun has order 2 alone, got 3; leave it out, or take ipndm or",
+        ),
+        ({"student__solver": {"order": 2.5}}, "student.solver.order: .* integer.*, got 2.5"),
+        (
+            {"student__solver": {"name": "heun", "thresholding": True}},
+            "student.solver.thresholding: heun has no thresholding; leave it out, or take dpmpp$",
+        ),
+        (
+            {"student__solver": {"name": "dpm", "order": 9, "thresholding": True}},
+            "^study.yaml: student.solver.name: .*'euler', 'heun', 'dpm2', .*, got 'dpm'$",
+        ),
         (
             {"student__schedule": {"sigma_min": 90.0}},
             "student.schedule: sigma_min 90.0 must be below sigma_max 80.0",
@@ -98,6 +119,12 @@ def message(**keys) -> str:
         ({"budget__lr": math.nan}, "budget.lr: .* finite number, got nan"),
         ({"budget__lr": "fast"}, "budget.lr: .* got 'fast'"),
         ({"evaluation__images": 1}, "evaluation.images: .* equal to 2, got 1"),
+        ({"evaluation__metrics": ["fid", "is"]}, "evaluation.metrics.1: .* got 'is'"),
+        ({"evaluation__metrics": ["kid"]}, r"evaluation: metrics \['kid'\] lack fid"),
+        (
+            {"evaluation__metrics": ["fid", "prc"], "evaluation__reference": "refs.npz"},
+            "evaluation: metrics .* need single reference images, .* drop reference to compare",
+        ),
         ({"sampler": {"name": "cma"}}, "sampler.name: .* got 'cma'"),
         ({"seeds": {"training": -1}}, "seeds.training: .* equal to 0, got -1"),
         ({"seeds": {"training": 2**31}}, "seeds.training: .* got 2147483648"),
@@ -159,7 +186,8 @@ def test_a_missing_file_of_a_study_is_named(tmp_path, keys, expected):
     path = write(tmp_path, **keys)
     with pytest.raises(SpecError) as error:
         read_spec(path)
-    assert str(error.value) == f"{path}: {expected}"
+    # What may be a name lists the names after it.
+    assert str(error.value).split(", nor a public one")[0] == f"{path}: {expected}"
 
 
 # ---- what is read ----
@@ -190,16 +218,19 @@ def test_files_are_found_from_any_folder(tmp_path, monkeypatch):
     """Workers start in folders of their own."""
     (tmp_path / "teacher.pkl").write_bytes(b"a teacher")
     (tmp_path / "features.pt").write_bytes(b"features")
+    (tmp_path / "refs.npz").write_bytes(b"statistics")
     path = write(
         tmp_path,
         teacher={"checkpoint": "teacher.pkl"},
         evaluation__extractor="torchscript:features.pt",
+        evaluation__reference="refs.npz",
     )
     monkeypatch.chdir(tmp_path)
     found = read_spec(path)
     monkeypatch.chdir("/")
     assert found.teacher.checkpoint == str(tmp_path / "teacher.pkl")
     assert found.evaluation.extractor == f"torchscript:{tmp_path / 'features.pt'}"
+    assert found.evaluation.reference == str(tmp_path / "refs.npz")
     assert found.fingerprint() == found.fingerprint()
 
 
@@ -230,6 +261,7 @@ def test_a_study_in_the_engines_terms():
     solver = teacher_solver(study)
     assert dataclasses.asdict(solver) == {
         "max_order": 2,
+        "prediction": "data",
         "lower_order_final": True,
         "thresholding": True,
     }
@@ -238,6 +270,25 @@ def test_a_study_in_the_engines_terms():
     assert (training.lr, training.iterations(64)) == (5e-4, 40)
     teacher = teacher_config(study.teacher.train)
     assert (teacher.images, teacher.warmup_images, teacher.batch) == (10_000, 10_000, 256)
+
+
+@pytest.mark.parametrize(
+    ("name", "solver"),
+    [
+        ("euler", Euler()),
+        ("heun", Heun()),
+        ("dpm2", DPM2()),
+        ("ipndm", IPNDM(max_order=4)),
+        ("dpmpp", DPMSolverPP(max_order=3)),
+    ],
+)
+def test_every_solver_can_walk_the_teacher(name, solver):
+    """At its highest order where none is asked for, which the resolved study spells out."""
+    study = spec(student__solver={"name": name})
+    assert teacher_solver(study) == solver
+    assert study.student.solver.order == SOLVERS[name][-1]
+    again = parse_spec(yaml.safe_load(as_yaml(study)), source="study.yaml")
+    assert again.fingerprint() == study.fingerprint()
 
 
 def test_without_afs_every_interval_costs_an_evaluation():
@@ -263,8 +314,10 @@ def test_without_afs_every_interval_costs_an_evaluation():
         {"trajectories": {"mode": "live", "dtype": "float16"}},
         {"trajectories": {"max_gib": 1.0}},
         {"evaluation__batch": 32},
+        {"evaluation__metrics": ["fid", "kid", "prc"]},
         {"keep_students": 1},
         {"student__method": "sfd-bdense"},  # the default, spelt out
+        {"student__solver": {"name": "dpmpp", "order": 3}},
     ],
 )
 def test_what_leaves_the_numbers_alone_leaves_the_fingerprint_alone(keys):
@@ -286,6 +339,7 @@ def test_what_leaves_the_numbers_alone_leaves_the_fingerprint_alone(keys):
         ({"student__substeps": 3}, {"student.substeps"}),
         ({"student__afs": False}, {"student.afs"}),
         ({"student__solver": {"order": 2}}, {"student.solver.order"}),
+        ({"student__solver": {"name": "heun"}}, {"student.solver.name", "student.solver.order"}),
         ({"student__solver": {"thresholding": True}}, {"student.solver.thresholding"}),
         ({"student__schedule": {"rho": 5}}, {"student.schedule.rho"}),
         ({"weights": NORMALISED}, {"weights.parameterisation"}),
@@ -315,8 +369,9 @@ def test_the_engines_numerics_are_a_condition():
     [
         lambda path: {"teacher": {"checkpoint": str(path)}},
         lambda path: {"evaluation__extractor": f"torchscript:{path}"},
+        lambda path: {"evaluation__reference": str(path)},
     ],
-    ids=["checkpoint", "extractor"],
+    ids=["checkpoint", "extractor", "reference"],
 )
 def test_a_files_content_counts_not_where_it_lies(tmp_path, section):
     one, copy, other = (tmp_path / name for name in ("one", "copy", "other"))
@@ -334,3 +389,38 @@ def test_a_files_content_counts_not_where_it_lies(tmp_path, section):
 def test_flattening_by_hand():
     tree = {"a": {"b": 1, "c": {"d": [2]}}, "e": {}, "f": None}
     assert flatten(tree) == {"a.b": 1, "a.c.d": [2], "e": {}, "f": None}
+
+
+# ---- published checkpoints and references, by name ----
+
+NAMED = {
+    "teacher": {"checkpoint": "edm-cifar10-32x32-uncond-vp"},
+    "evaluation__reference": "cifar10-32x32",
+}
+
+
+def test_names_are_no_files_and_stand_for_themselves(tmp_path, monkeypatch):
+    """Whether they are downloaded yet or not, and wherever to."""
+    monkeypatch.setenv("BDENSE_CHECKPOINTS", str(tmp_path / "public"))
+    found = read_spec(write(tmp_path, **NAMED))
+    assert found.teacher.checkpoint == "edm-cifar10-32x32-uncond-vp"
+    assert found.evaluation.reference == "cifar10-32x32"
+    conditions = found.conditions()
+    assert conditions["teacher.checkpoint"] == "edm-cifar10-32x32-uncond-vp"
+    assert conditions["evaluation.reference"] == "cifar10-32x32"
+    assert not (tmp_path / "public").exists()
+    other = spec(**NAMED | {"teacher": {"checkpoint": "edm-cifar10-32x32-cond-vp"}})
+    assert other.fingerprint() != found.fingerprint()
+
+
+def test_a_name_that_is_none_lists_them(tmp_path):
+    path = write(tmp_path, teacher={"checkpoint": "edm-cifar"})
+    with pytest.raises(SpecError, match=r"there is no file edm-cifar, .*edm-ffhq-64x64-uncond-vp"):
+        read_spec(path)
+
+
+def test_a_folder_is_to_be_converted_first(tmp_path):
+    (tmp_path / "ddpm").mkdir()
+    path = write(tmp_path, teacher={"checkpoint": str(tmp_path / "ddpm")})
+    with pytest.raises(SpecError, match=r"is a folder; .*bdense convert .*ddpm --out"):
+        read_spec(path)

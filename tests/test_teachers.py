@@ -10,7 +10,13 @@ from bdense.data import Dataset, load_dataset
 from bdense.denoiser import NetworkDenoiser
 from bdense.errors import CheckpointError, InputError, NonFiniteLossError
 from bdense.networks import SongUNet, SongUNetConfig
-from bdense.teachers import TeacherConfig, denoising_loss, new_denoiser, train_teacher
+from bdense.teachers import (
+    TeacherConfig,
+    denoising_loss,
+    new_denoiser,
+    teacher_data,
+    train_teacher,
+)
 from tests.small import same_weights
 
 CPU = torch.device("cpu")
@@ -188,6 +194,115 @@ def test_a_checkpoint_of_another_teacher_is_refused(digits, tmp_path):
             train_teacher(data, training, **keep)
 
 
+# ---- classes ----
+
+
+def conditional(images: int = 80, label_dim: int = 10, **options) -> TeacherConfig:
+    return config(images, network={"label_dim": label_dim}, **options)
+
+
+def shades() -> Dataset:
+    """Class 0 is black, class 1 white: the class says all there is to say."""
+    labels = torch.tensor([0, 1])
+    images = (255 * labels).to(torch.uint8).view(2, 1, 1, 1).expand(2, *SHAPE).contiguous()
+    return Dataset("shades", images, "a hash", labels)
+
+
+def test_a_batch_goes_with_the_classes_of_its_images(digits, monkeypatch):
+    """Every image finds itself in the set again, and its class is the one that went with it."""
+    seen = []
+
+    def spy(denoiser, clean, noise, sigma, class_labels):
+        seen.append((clean, class_labels))
+        return denoising_loss(denoiser, clean, noise, sigma, class_labels)
+
+    monkeypatch.setattr("bdense.teachers.denoising_loss", spy)
+    train_teacher(digits, conditional(images=48, label_dim=12), device=CPU)
+    assert len(seen) == 3
+    known = digits.float_images()
+    for clean, class_labels in seen:
+        assert class_labels.shape == (16, 12)
+        assert torch.equal(class_labels.sum(dim=1), torch.ones(16))
+        for image, label in zip(clean, class_labels, strict=True):
+            (index,) = (known == image).flatten(1).all(dim=1).nonzero()
+            assert digits.labels[index] == label.argmax()
+
+
+def test_a_conditional_teacher_learns_what_a_class_looks_like():
+    """At a level that drowns the image, only the class tells black from white."""
+    fast = {"lr": 0.01, "warmup_images": 1, "ema_halflife_images": 64}
+    learning = conditional(640, label_dim=2, p_mean=3.0, p_std=0.1, **fast)
+    teacher = train_teacher(shades(), learning, device=CPU)
+    noisy = 20 * torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        black, white = teacher(noisy, torch.tensor(20.0), torch.eye(2)).mean(dim=(1, 2, 3))
+    assert black < -0.8
+    assert white > 0.8
+
+
+def test_the_first_batches_do_not_depend_on_the_condition(digits, monkeypatch):
+    """Labels take no draw of their own: images, noise and levels are the same."""
+    seen = []
+
+    def spy(denoiser, *batch):
+        seen.append(batch)
+        return denoising_loss(denoiser, *batch)
+
+    monkeypatch.setattr("bdense.teachers.denoising_loss", spy)
+    train_teacher(digits, config(images=16), device=CPU)
+    train_teacher(digits, conditional(images=16), device=CPU)
+    (*plain, nothing), (*told, classes) = seen
+    assert all(torch.equal(a, b) for a, b in zip(plain, told, strict=True))
+    assert nothing is None
+    assert classes.shape == (16, 10)
+
+
+def test_labels_that_are_missing_or_too_many_are_refused(digits):
+    bare = Dataset("bare", digits.images, digits.sha256)
+    with pytest.raises(InputError, match="'bare' has no labels, which a network of label_dim=10"):
+        train_teacher(bare, conditional(), device=CPU)
+    with pytest.raises(InputError, match="'digits' has 10 classes and the network label_dim=9"):
+        train_teacher(digits, conditional(label_dim=9), device=CPU)
+
+
+def test_labels_make_another_teacher_only_where_they_are_told(digits, tmp_path):
+    shuffled = Dataset("shuffled", digits.images, digits.sha256, digits.labels.flip(0))
+    digest = {"data": digits.sha256}
+    assert teacher_data(config(), digits) == teacher_data(config(), shuffled) == digest
+    assert teacher_data(conditional(), digits) == digest | {"labels": digits.labels_sha256}
+    assert teacher_data(conditional(), digits) != teacher_data(conditional(), shuffled)
+
+    keep = {"device": CPU, "checkpoint_seconds": 0}
+    for training in (config(images=16), conditional(images=16)):
+        path = tmp_path / f"{training.label_dim}.safetensors"
+        train_teacher(digits, training, checkpoint=path, **keep)
+    train_teacher(shuffled, config(images=16), checkpoint=tmp_path / "0.safetensors", **keep)
+    with pytest.raises(CheckpointError, match="belongs to another teacher"):
+        train_teacher(
+            shuffled, conditional(images=16), checkpoint=tmp_path / "10.safetensors", **keep
+        )
+
+
+def test_cached_teachers_keep_their_names(digits, monkeypatch):
+    """Of the digits study: hours of work elsewhere must not be lost to a field of a hash."""
+    import search.assets
+    from search.spec import TeacherTraining
+
+    network = {"model_channels": 24, "channel_mult": [1, 2], "num_blocks": 1}
+    network |= {"attn_resolutions": [], "dropout": 0.0}
+
+    def name(dataset: Dataset, **more: int) -> str:
+        training = TeacherTraining(
+            network=network | more, kimg=250, batch=256, lr=2e-3, ema_halflife_kimg=20, threads=2
+        )
+        return search.assets._teacher_path(training, dataset).name
+
+    monkeypatch.setattr(search.assets, "NUMERICS", 1)
+    bare = Dataset("digits", digits.images, digits.sha256)
+    assert name(digits) == name(bare) == "digits-e9b1ea5afac09230.safetensors"
+    assert name(digits, label_dim=10) != name(bare, label_dim=10)
+
+
 # ---- what is refused ----
 
 
@@ -212,10 +327,30 @@ def test_a_network_that_does_not_fit_is_refused():
         new_denoiser(config(network={"depth": 3}), SHAPE)
     with pytest.raises(InputError, match="cannot be halved 4 times"):
         new_denoiser(config(network={"channel_mult": (1, 1, 1, 1, 1)}), SHAPE)
-    with pytest.raises(InputError, match="square images, got 8 x 6; pad or crop"):
-        new_denoiser(config(), torch.Size((1, 8, 6)))
+    with pytest.raises(InputError, match=r"square images, got 20 x 28; @32 after the data set's"):
+        new_denoiser(config(), torch.Size((1, 20, 28)))
     with pytest.raises(InputError, match="seed must not be negative, got -1"):
         new_denoiser(config(seed=-1), SHAPE)
+
+
+def test_a_side_that_cannot_be_halved_says_how_to_pad():
+    deep, fashion = {"channel_mult": (1, 1, 1, 1)}, torch.Size((1, 28, 28))
+    message = (
+        r"=28 cannot be halved 3 times; .*; @32 after the data set's name pads its images to 32"
+    )
+    with pytest.raises(InputError, match=message):
+        new_denoiser(config(network=deep), fashion)
+    assert new_denoiser(config(), fashion).image_shape == (1, 28, 28)
+    assert new_denoiser(config(network=deep), torch.Size((1, 32, 32))).image_shape == (1, 32, 32)
+
+
+def test_other_mistakes_are_not_blamed_on_the_side():
+    with pytest.raises(InputError, match=r"dropout must lie in 0\.\.1, got 2\.0") as caught:
+        new_denoiser(config(network={"dropout": 2.0}), torch.Size((1, 28, 28)))
+    assert "@" not in str(caught.value)
+    with pytest.raises(InputError, match="cannot be halved 4 times") as caught:
+        new_denoiser(config(network={"channel_mult": (1, 1, 1, 1, 1)}), SHAPE)
+    assert "@" not in str(caught.value)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_by_name(digits):
@@ -234,7 +369,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name(digits):
 def test_a_gradient_that_is_not_finite_makes_no_update(digits, tmp_path, monkeypatch):
     """The square root's slope at 0 is infinite, its value is not."""
 
-    def rootish_loss(denoiser, clean, noise, sigma):
+    def rootish_loss(denoiser, clean, noise, sigma, class_labels):
         return (denoiser(clean, sigma) - denoiser(clean, sigma).detach()).square().sum().sqrt()
 
     monkeypatch.setattr("bdense.teachers.denoising_loss", rootish_loss)

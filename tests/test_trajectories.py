@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from bdense.errors import CheckpointError, InputError
+from bdense.recordings import TrajectoryStore
 from bdense.sfd import SFDConfig, distill
 from bdense.solvers import Euler
-from bdense.trajectories import LiveTrajectories, TrajectoryStore
+from bdense.trajectories import LiveTrajectories
 from bdense.weights import LogLinearWeights
 from tests.small import same_weights, small_teacher, small_trajectories
 
@@ -43,7 +44,7 @@ def test_size_on_disk_is_the_size_announced(tmp_path):
 
 
 def test_a_store_is_recorded_once_and_by_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("bdense.trajectories.MIN_SHARDS", 3)
+    monkeypatch.setattr("bdense.recordings.MIN_SHARDS", 3)
     live = small_trajectories(small_teacher(), count=5)
     store = TrajectoryStore(live, tmp_path)
     assert (store.shard_length, store.num_shards) == (2, 3)
@@ -92,7 +93,7 @@ def test_a_broken_store_says_what_to_do(tmp_path):
         store.open()
     with store.shard_path(0).open("wb") as file:
         np.save(file, np.zeros((1, 2), np.float32))
-    with pytest.raises(CheckpointError, match=r"holds float32 \(1, 2\), expected float32 \(1, 8"):
+    with pytest.raises(CheckpointError, match=r"holds float32 \(1, 2\), expected float32 \(8, 4"):
         store.open()
 
 

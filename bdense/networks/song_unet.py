@@ -1,45 +1,50 @@
-"""SongUNet: the DDPM++ network of Song et al. 2021, as EDM builds and names it.
+"""SongUNet: the DDPM++ and NCSN++ networks of Song et al. 2021, as EDM builds and names them.
 
-B batch, C image channels, H x W pixels, E embedding channels.
+B batch, K branches, C image channels, H x W pixels, E embedding channels.
 """
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bdense.errors import InputError, ShapeError
-from bdense.networks.layers import Conv2d, GroupNorm, Linear, PositionalEmbedding, UNetBlock
+from bdense.errors import InputError
+from bdense.networks.layers import (
+    NEARLY_ZERO,
+    XAVIER,
+    Conv2d,
+    FourierEmbedding,
+    GroupNorm,
+    Init,
+    Linear,
+    PositionalEmbedding,
+    UNetBlock,
+)
+from bdense.networks.unet import UNet, UNetConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SongUNetConfig:
-    """Size and options of a SongUNet; field names are EDM's.
+class SongUNetConfig(UNetConfig):
+    """Size and options of a SongUNet; the defaults are DDPM++ for 32 x 32 pixels.
 
     Attributes:
-        img_resolution: Side of the square image in pixels.
-        img_channels: C.
-        label_dim: Number of classes; 0 is unconditional.
-        augment_dim: Width of EDM's augmentation labels; 0 has none.
-        model_channels: Channels at full resolution before ``channel_mult``.
-        channel_mult: Channel multiplier of each level, full resolution first.
-        num_blocks: Residual blocks a level (the decoder has one more).
-        attn_resolutions: Image sides at which blocks attend.
-        dropout: Probability in every block, active in training only.
+        embedding_type: ``positional`` (DDPM++) or ``fourier`` (NCSN++), of the noise level.
+        channel_mult_noise: Width of that embedding in multiples of ``model_channels``.
+        encoder_type: ``standard`` (DDPM++), ``residual`` (NCSN++) or ``skip``: how the encoder
+            sees the halved input image besides.
+        decoder_type: ``standard``, or ``skip``: every level adds its own image to the output.
+        resample_filter: (1, 1) for DDPM++, (1, 3, 3, 1) for NCSN++.
     """
 
-    img_resolution: int
-    img_channels: int
-    label_dim: int = 0
-    augment_dim: int = 0
+    network: ClassVar[str] = "SongUNet"
+
     model_channels: int = 128
     channel_mult: tuple[int, ...] = (2, 2, 2)
-    channel_mult_emb: int = 4
     num_blocks: int = 4
     attn_resolutions: tuple[int, ...] = (16,)
-    dropout: float = 0.1
     embedding_type: str = "positional"
     channel_mult_noise: int = 1
     encoder_type: str = "standard"
@@ -47,62 +52,72 @@ class SongUNetConfig:
     resample_filter: tuple[int, ...] = (1, 1)
 
     def __post_init__(self) -> None:
-        for name in ("channel_mult", "attn_resolutions", "resample_filter"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        supported = {
-            "embedding_type": "positional",
-            "encoder_type": "standard",
-            "decoder_type": "standard",
+        UNetConfig.__post_init__(self)  # slots: super() would look for the class before them
+        object.__setattr__(self, "resample_filter", tuple(self.resample_filter))
+        choices = {
+            "embedding_type": ("positional", "fourier"),
+            "encoder_type": ("standard", "skip", "residual"),
+            "decoder_type": ("standard", "skip"),
         }
-        for name, value in supported.items():
-            if getattr(self, name) != value:
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
                 raise InputError(
-                    f"SongUNet {name}={getattr(self, name)!r} is not built; "
-                    f"this version has the DDPM++ options ({name}={value!r})"
+                    f"SongUNet {name}={getattr(self, name)!r} is unknown; "
+                    f"choose from {', '.join(known)}"
                 )
-        for name in ("img_resolution", "img_channels", "model_channels", "num_blocks"):
-            if getattr(self, name) < 1:
-                raise InputError(f"SongUNet {name} must be at least 1, got {getattr(self, name)}")
-        if self.model_channels % 4 or not self.channel_mult or min(self.channel_mult) < 1:
+        if self.channel_mult_noise < 1:
             raise InputError(
-                "SongUNet model_channels must be a multiple of 4 and channel_mult one or more "
-                f"numbers from 1 up, got {self.model_channels} and {list(self.channel_mult)}"
+                f"SongUNet channel_mult_noise must be at least 1, got {self.channel_mult_noise}"
             )
-        if not 0 <= self.dropout <= 1:
-            raise InputError(f"SongUNet dropout must lie in 0..1, got {self.dropout}")
-        halvings = 2 ** (len(self.channel_mult) - 1)
-        if self.img_resolution % halvings:
+        taps = self.resample_filter
+        if not taps or len(taps) % 2 or sum(taps) == 0:
             raise InputError(
-                f"img_resolution={self.img_resolution} cannot be halved "
-                f"{len(self.channel_mult) - 1} times; pad the images to a "
-                f"multiple of {halvings} or shorten channel_mult"
+                "SongUNet resample_filter must have an even number of taps whose sum is not 0, "
+                f"got {list(taps)}; DDPM++ has [1, 1], NCSN++ [1, 3, 3, 1]"
             )
 
 
-class SongUNet(nn.Module):
-    """DDPM++ U-Net F(x; c_noise), with EDM's module names.
+class SongUNet(UNet):
+    """DDPM++ or NCSN++ U-Net F(x; c_noise), with EDM's module names.
 
-    The head is the last convolution of the decoder; ``out_channels`` may be a multiple of
-    ``img_channels`` (one group of C per branch).
+    The head is the last convolution at full resolution, one group of channels a branch. With
+    ``decoder_type="skip"`` the lower levels' images are one group wide and shared: each branch
+    adds them to its own group of the head, so that branches cost a wider head and nothing else.
     """
 
-    def __init__(self, config: SongUNetConfig, out_channels: int | None = None) -> None:
-        super().__init__()
-        self.config = config
-        self.out_channels = out_channels or config.img_channels
+    config_class = SongUNetConfig
+    config: SongUNetConfig
+
+    def __init__(
+        self,
+        config: SongUNetConfig,
+        *,
+        num_branches: int = 1,
+        prediction_channels: int | None = None,
+    ) -> None:
+        super().__init__(
+            config, num_branches=num_branches, prediction_channels=prediction_channels
+        )
         noise_channels = config.model_channels * config.channel_mult_noise
         emb_channels = config.model_channels * config.channel_mult_emb
-
-        self.map_noise = PositionalEmbedding(noise_channels, endpoint=True)
+        # The order of construction is the order of the draws: a seed means the same network.
+        self.map_noise: nn.Module = (
+            FourierEmbedding(noise_channels)
+            if config.embedding_type == "fourier"
+            else PositionalEmbedding(noise_channels, endpoint=True)
+        )
         self.map_label = Linear(config.label_dim, noise_channels) if config.label_dim else None
         self.map_augment = (
             Linear(config.augment_dim, noise_channels, bias=False) if config.augment_dim else None
         )
         self.map_layer0 = Linear(noise_channels, emb_channels)
         self.map_layer1 = Linear(emb_channels, emb_channels)
+        if config.step_condition:
+            embedding = PositionalEmbedding(noise_channels, endpoint=True)
+            self._build_step_embedding(embedding, emb_channels, XAVIER)
         self.enc = nn.ModuleDict()
         self.dec = nn.ModuleDict()
-        self._build(emb_channels)
+        self._build_decoder(*self._build_encoder())
 
     @property
     def head_name(self) -> str:
@@ -110,58 +125,89 @@ class SongUNet(nn.Module):
         side = self.config.img_resolution
         return f"dec.{side}x{side}_aux_conv"
 
-    def _build(self, emb_channels: int) -> None:
+    def _block(
+        self, cin: int, cout: int, *, up: bool = False, down: bool = False, attention: bool = False
+    ) -> UNetBlock:
         config = self.config
+        return UNetBlock(
+            cin,
+            cout,
+            config.model_channels * config.channel_mult_emb,
+            up=up,
+            down=down,
+            attention=attention,
+            num_heads=1,
+            dropout=config.dropout,
+            skip_scale=math.sqrt(0.5),
+            eps=1e-6,
+            resample_filter=config.resample_filter,
+            resample_proj=True,
+            adaptive_scale=False,
+            step_condition=config.step_condition,
+            init_attention=Init(weight=math.sqrt(0.2)),
+        )
 
-        def block(
-            cin: int, cout: int, *, up: bool = False, down: bool = False, attention: bool = False
-        ) -> UNetBlock:
-            return UNetBlock(
-                cin,
-                cout,
-                emb_channels,
-                up=up,
-                down=down,
-                attention=attention,
-                num_heads=1,
-                dropout=config.dropout,
-                skip_scale=math.sqrt(0.5),
-                eps=1e-6,
-                resample_filter=config.resample_filter,
-                resample_proj=True,
-                adaptive_scale=False,
-            )
-
-        cout = config.model_channels
+    def _build_encoder(self) -> tuple[int, list[int]]:
+        """Fill ``enc``; the channels it ends with, and those of every skip connection."""
+        config = self.config
+        cout, caux = config.model_channels, config.img_channels
         skips = [cout]
         for level, mult in enumerate(config.channel_mult):
             side = config.img_resolution >> level
             if level == 0:
                 self.enc[f"{side}x{side}_conv"] = Conv2d(config.img_channels, cout, 3)
             else:
-                self.enc[f"{side}x{side}_down"] = block(cout, cout, down=True)
+                self.enc[f"{side}x{side}_down"] = self._block(cout, cout, down=True)
                 skips.append(cout)
+                self._build_input_path(side, caux, cout)
+                caux = cout if config.encoder_type == "residual" else caux
             for index in range(config.num_blocks):
                 cin, cout = cout, config.model_channels * mult
                 attention = side in config.attn_resolutions
-                self.enc[f"{side}x{side}_block{index}"] = block(cin, cout, attention=attention)
+                self.enc[f"{side}x{side}_block{index}"] = self._block(
+                    cin, cout, attention=attention
+                )
                 skips.append(cout)
+        return cout, skips
 
+    def _build_input_path(self, side: int, caux: int, cout: int) -> None:
+        """What shows the encoder's level the halved input image, ``caux`` channels wide."""
+        taps = self.config.resample_filter
+        if self.config.encoder_type == "skip":
+            self.enc[f"{side}x{side}_aux_down"] = Conv2d(
+                caux, caux, 0, down=True, resample_filter=taps
+            )
+            self.enc[f"{side}x{side}_aux_skip"] = Conv2d(caux, cout, 1)
+        elif self.config.encoder_type == "residual":
+            self.enc[f"{side}x{side}_aux_residual"] = Conv2d(
+                caux, cout, 3, down=True, resample_filter=taps, convolve_first=True
+            )
+
+    def _build_decoder(self, cout: int, skips: list[int]) -> None:
+        config, group = self.config, self.prediction_channels
         last = len(config.channel_mult) - 1
         for level, mult in reversed(list(enumerate(config.channel_mult))):
             side = config.img_resolution >> level
             if level == last:
-                self.dec[f"{side}x{side}_in0"] = block(cout, cout, attention=True)
-                self.dec[f"{side}x{side}_in1"] = block(cout, cout)
+                self.dec[f"{side}x{side}_in0"] = self._block(cout, cout, attention=True)
+                self.dec[f"{side}x{side}_in1"] = self._block(cout, cout)
             else:
-                self.dec[f"{side}x{side}_up"] = block(cout, cout, up=True)
+                self.dec[f"{side}x{side}_up"] = self._block(cout, cout, up=True)
             for index in range(config.num_blocks + 1):
                 cin, cout = cout + skips.pop(), config.model_channels * mult
                 attention = index == config.num_blocks and side in config.attn_resolutions
-                self.dec[f"{side}x{side}_block{index}"] = block(cin, cout, attention=attention)
-        side = config.img_resolution
-        self.dec[f"{side}x{side}_aux_norm"] = GroupNorm(cout, eps=1e-6)
-        self.dec[f"{side}x{side}_aux_conv"] = Conv2d(cout, self.out_channels, 3, gain=1e-5)
+                self.dec[f"{side}x{side}_block{index}"] = self._block(
+                    cin, cout, attention=attention
+                )
+            if level and config.decoder_type == "standard":
+                continue
+            if level < last and config.decoder_type == "skip":
+                self.dec[f"{side}x{side}_aux_up"] = Conv2d(
+                    group, group, 0, up=True, resample_filter=config.resample_filter
+                )
+            width = group if level else self.out_channels
+            self.dec[f"{side}x{side}_aux_norm"] = GroupNorm(cout, eps=1e-6)
+            self.dec[f"{side}x{side}_aux_conv"] = Conv2d(cout, width, 3, init=NEARLY_ZERO)
 
     def forward(
         self,
@@ -169,53 +215,71 @@ class SongUNet(nn.Module):
         noise_labels: Tensor,
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
+        num_points: int | Tensor | None = None,
     ) -> Tensor:
-        """F(x; c_noise).
-
-        Args:
-            x: [B, C, H, W] preconditioned input.
-            noise_labels: [B] c_noise.
-            class_labels: [B, label_dim] one-hot; None is all zeros.
-            augment_labels: [B, augment_dim]; None switches them off.
-
-        Returns:
-            [B, out_channels, H, W].
-        """
-        self._check(x)
-        emb = self._embed(noise_labels, class_labels, augment_labels)
-        skips = []
-        for module in self.enc.values():
-            x = module(x, emb) if isinstance(module, UNetBlock) else module(x)
-            skips.append(x)
-        for module in self.dec.values():
-            if isinstance(module, UNetBlock):
-                if x.shape[1] != module.in_channels:
-                    x = torch.cat([x, skips.pop()], dim=1)
-                x = module(x, emb)
-            elif isinstance(module, GroupNorm):
-                x = F.silu(module(x))
-            else:
-                x = module(x)
-        return x
+        """F(x; c_noise); see ``Network``."""
+        self._check(x, class_labels, augment_labels, num_points)
+        emb = self._embed(x, noise_labels, class_labels, augment_labels)
+        emb_step = self._embed_step(num_points, x)
+        return self._decode(*self._encode(x, emb, emb_step), emb, emb_step)
 
     def _embed(
-        self, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None,
+        augment_labels: Tensor | None,
     ) -> Tensor:
-        cos, sin = self.map_noise(noise_labels).chunk(2, dim=1)
-        emb = torch.cat([sin, cos], dim=1)
+        emb = self._arrange(self.map_noise(noise_labels))
         if self.map_label is not None:
-            if class_labels is None:
-                class_labels = emb.new_zeros(1, self.config.label_dim)
-            emb = emb + self.map_label(class_labels * math.sqrt(self.map_label.in_features))
+            labels = self._labels(class_labels, x)
+            emb = emb + self.map_label(labels * math.sqrt(self.map_label.in_features))
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         emb = F.silu(self.map_layer0(emb))
         return F.silu(self.map_layer1(emb))
 
-    def _check(self, x: Tensor) -> None:
-        side, channels = self.config.img_resolution, self.config.img_channels
-        if tuple(x.shape[1:]) != (channels, side, side):
-            raise ShapeError(
-                f"the network takes images [B, {channels}, {side}, {side}], got {list(x.shape)}; "
-                f"resize or pad them, or use a teacher of that size"
-            )
+    def _arrange(self, embedding: Tensor) -> Tensor:
+        cos, sin = embedding.chunk(2, dim=1)
+        return torch.cat([sin, cos], dim=1)
+
+    def _encode(
+        self, x: Tensor, emb: Tensor, emb_step: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The encoder's last features and all its skip connections."""
+        skips: list[Tensor] = []
+        image = x
+        for name, module in self.enc.items():
+            if name.endswith("_aux_down"):
+                image = module(image)
+            elif name.endswith("_aux_skip"):
+                x = skips[-1] = x + module(image)
+            elif name.endswith("_aux_residual"):
+                x = skips[-1] = image = (x + module(image)) / math.sqrt(2)
+            else:
+                x = module(x, emb, emb_step) if isinstance(module, UNetBlock) else module(x)
+                skips.append(x)
+        return x, skips
+
+    def _decode(
+        self, x: Tensor, skips: list[Tensor], emb: Tensor, emb_step: Tensor | None
+    ) -> Tensor:
+        """[B, out_channels, H, W]."""
+        image: Tensor | None = None  # what the levels so far say, one group wide
+        for name, module in self.dec.items():
+            if isinstance(module, UNetBlock):
+                if x.shape[1] != module.in_channels:
+                    x = torch.cat([x, skips.pop()], dim=1)
+                x = module(x, emb, emb_step)
+            elif name.endswith("_aux_up"):
+                image = module(image)
+            elif name.endswith("_aux_norm"):
+                features = F.silu(module(x))
+            else:
+                groups = module(features)
+                if image is not None:
+                    repeats = groups.shape[1] // image.shape[1]
+                    groups = groups + image.repeat(1, repeats, 1, 1)
+                image = groups
+        assert image is not None
+        return image

@@ -1,0 +1,234 @@
+"""Public files into a folder of one's own: resumed, checked, and there whole or not at all."""
+
+import contextlib
+import http.client
+import socket
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bdense.errors import InputError
+from bdense.files import file_lock, sha256_file
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+_CHUNK = 1 << 20
+_TIMEOUT = 60.0  # seconds without a byte
+_ATTEMPTS = 5
+# A log file gets a line now and then, a terminal a bar that moves.
+_SHOW_SECONDS = {True: 0.2, False: 15.0}
+
+
+class _WrongFileError(Exception):
+    """What came is whole but not the file that was asked for."""
+
+
+class _TryAgainError(Exception):
+    """The connection ended early; what has come is kept."""
+
+
+def fetch(
+    url: str, path: Path, *, what: str, sha256: str | None = None, size: int | None = None
+) -> Path:
+    """The file at ``path``, fetched from ``url`` if it is not there.
+
+    What has come of it waits in ``path`` + ``.partial``, beside a note of the version it belongs
+    to; this call or a later one carries on where it stopped, if the server can and still has that
+    version. One process fetches, others wait for it.
+
+    Args:
+        url: http or https address.
+        path: Where the file shall be.
+        what: What the file is, for people.
+        sha256: Hex digest it must have, where one is known.
+        size: Bytes it must have, where that is known.
+
+    Raises:
+        InputError: It cannot be fetched, or is not what it should be; the message is one line
+            with the address and where to put the file by hand.
+    """
+    path = Path(path)
+    by_hand = f"fetch {url} by hand and put it at {path}"
+    if not path.is_file():
+        try:
+            with file_lock(path.with_name(f".{path.name}.lock")):
+                if not path.is_file():
+                    _fetch(url, path, what, sha256, size)
+        except _WrongFileError as error:
+            raise InputError(f"{url} is not {what}: {error}; {by_hand}") from error
+        except (OSError, http.client.HTTPException, ValueError, _TryAgainError) as error:
+            raise InputError(f"cannot download {what} ({_reason(error)}); {by_hand}") from error
+    elif wrong := _difference(path, sha256, size):
+        raise InputError(f"{path} is not {what}: {wrong}; delete it, or {by_hand}")
+    return path
+
+
+def _fetch(url: str, path: Path, what: str, sha256: str | None, size: int | None) -> None:
+    partial = _Partial(path)
+    for attempt in range(1, _ATTEMPTS + 1):
+        before = partial.size
+        try:
+            _carry_on(url, partial, what, size)
+            break
+        except (_TryAgainError, TimeoutError, ConnectionError, http.client.HTTPException):
+            # Only while it gets on: a server that gives nothing is not asked for ever.
+            if attempt == _ATTEMPTS or partial.size <= before:
+                raise
+    if wrong := _difference(partial.data, sha256, size):
+        partial.forget()
+        raise _WrongFileError(wrong)
+    partial.data.replace(path)
+    partial.forget()
+
+
+class _Partial:
+    """What has come so far, and which version of the file it is a part of."""
+
+    def __init__(self, path: Path) -> None:
+        self.data = path.with_name(f"{path.name}.partial")
+        self._note = path.with_name(f"{path.name}.partial.version")
+
+    @property
+    def size(self) -> int:
+        """Bytes that are there."""
+        return self.data.stat().st_size if self.data.exists() else 0
+
+    @property
+    def version(self) -> str | None:
+        """The server's mark of the version, if parts of it are there."""
+        return self._note.read_text() if self.size and self._note.exists() else None
+
+    def start(self, version: str | None) -> None:
+        """Begin anew, with a version that a later request can ask for."""
+        self.data.unlink(missing_ok=True)
+        self._note.unlink(missing_ok=True)
+        if version is not None:
+            self._note.write_text(version)
+
+    def forget(self) -> None:
+        """Leave nothing behind."""
+        self.data.unlink(missing_ok=True)
+        self._note.unlink(missing_ok=True)
+
+
+def _carry_on(url: str, partial: _Partial, what: str, size: int | None) -> None:
+    """One request: the rest of the file, or all of it where there is no rest to ask for."""
+    # A compressed answer has other bytes, and another length.
+    headers = {"Accept-Encoding": "identity", "User-Agent": "bdense"}
+    have, version = partial.size, partial.version
+    if version is not None:
+        # The server sends the rest of this very version, or the whole of another.
+        headers |= {"Range": f"bytes={have}-", "If-Range": version}
+    request = urllib.request.Request(url, headers=headers)
+    try:
+        response = urllib.request.urlopen(request, timeout=_TIMEOUT)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE or version is None:
+            raise
+        # All of it is there already, or too much: only starting over tells.
+        partial.forget()
+        return _carry_on(url, partial, what, size)
+    with response:
+        if response.status == http.client.PARTIAL_CONTENT:
+            first, total = _content_range(response.headers.get("Content-Range", ""))
+            if first != have:
+                raise _TryAgainError(f"the server sent bytes from {first} on, not from {have} on")
+        else:
+            have, total = 0, _whole(response.headers.get("Content-Length"))
+            partial.start(_version(response))
+        if size is not None and total is not None and total != size:
+            partial.forget()
+            raise _WrongFileError(f"it has {total} bytes, not {size}")
+        have = _receive(response, partial, have, total, what)
+    if total is not None and have != total:
+        raise _TryAgainError(
+            f"the connection ended after {have} of {total} bytes; the same command carries on"
+        )
+
+
+def _receive(
+    response: http.client.HTTPResponse,
+    partial: _Partial,
+    have: int,
+    total: int | None,
+    what: str,
+) -> int:
+    """Append what the server sends; returns the bytes that are there then."""
+    with partial.data.open("ab") as file, _progress(what, have, total) as show:
+        while True:
+            chunk = response.read1(_CHUNK)
+            if not chunk:
+                return have
+            file.write(chunk)
+            have += len(chunk)
+            show.update(len(chunk))
+
+
+@contextlib.contextmanager
+def _progress(what: str, have: int, total: int | None) -> "Iterator[tqdm[Any]]":
+    from tqdm import tqdm
+
+    bar: tqdm[Any] = tqdm(
+        desc=what,
+        initial=have,
+        total=total,
+        unit="B",
+        unit_scale=True,
+        file=sys.stderr,
+        mininterval=_SHOW_SECONDS[sys.stderr.isatty()],
+    )
+    with bar:
+        yield bar
+
+
+def _version(response: http.client.HTTPResponse) -> str | None:
+    """What If-Range takes: a strong tag, or a date."""
+    if response.headers.get("Accept-Ranges", "bytes") == "none":
+        return None
+    tag: str | None = response.headers.get("ETag")
+    if tag is not None and not tag.startswith("W/"):
+        return tag
+    return response.headers.get("Last-Modified")
+
+
+def _content_range(header: str) -> tuple[int, int | None]:
+    """First byte and length of the whole, of ``bytes 5-9/10`` or ``bytes 5-9/*``."""
+    unit, _, rest = header.partition(" ")
+    span, _, total = rest.partition("/")
+    if unit != "bytes" or not total:
+        raise ValueError(f"the server answered with Content-Range {header!r}")
+    return int(span.partition("-")[0]), None if total == "*" else int(total)
+
+
+def _whole(header: str | None) -> int | None:
+    return None if header is None else int(header)
+
+
+def _difference(path: Path, sha256: str | None, size: int | None) -> str | None:
+    """How a file differs from what it should be; None if it does not."""
+    found = path.stat().st_size
+    if size is not None and found != size:
+        return f"it has {found} bytes, not {size}"
+    if sha256 is not None and (digest := sha256_file(path)) != sha256:
+        return f"its sha256 is {digest}, not {sha256}"
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, urllib.error.HTTPError):
+        return f"the server answered {error.code} {error.reason}"
+    if isinstance(error, urllib.error.URLError):
+        reason = error.reason
+        if isinstance(reason, socket.gaierror):
+            return "its host cannot be found: no network here?"
+        return _reason(reason) if isinstance(reason, BaseException) else str(reason)
+    if isinstance(error, TimeoutError):
+        return f"no answer for {_TIMEOUT:.0f} s"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

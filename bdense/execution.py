@@ -1,0 +1,70 @@
+"""How a network is computed: number format, compilation, memory layout. Not what it computes.
+
+The preconditioning, the solvers, the losses and the optimiser stay in float32 whatever the format.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from bdense.errors import InputError
+
+Precision = Literal["float32", "tf32", "bfloat16", "float16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execution:
+    """How a denoiser calls its network.
+
+    Attributes:
+        precision: ``float32``; ``tf32``, float32 whose products a GPU rounds to 10 bits; or
+            autocast to ``bfloat16`` or ``float16``, parameters and their updates in float32.
+        compile: By torch.compile: worth its minutes for long runs.
+        channels_last: NHWC memory, which tensor cores prefer; slower on CPUs.
+    """
+
+    precision: Precision = "float32"
+    compile: bool = False
+    channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise InputError(
+                f"precision {self.precision!r} is unknown; choose from {list(PRECISIONS)}"
+            )
+
+    def require(self, device: torch.device) -> None:
+        """Refuse what the device does not compute.
+
+        Raises:
+            InputError: tf32 or float16 away from a GPU.
+        """
+        if self.precision in ("tf32", "float16") and device.type != "cuda":
+            raise InputError(
+                f"precision {self.precision} needs a CUDA device, not {device.type}; use float32 "
+                "or bfloat16"
+            )
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What autocast computes in; None leaves float32 alone."""
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.precision)
+
+    def prepare(self, network: nn.Module) -> None:
+        """Lay the network's memory out and compile it, in place.
+
+        tf32 is a setting of the whole process, made here too.
+        """
+        torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
+        if self.channels_last:
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.compile:
+            network.compile()
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The context of a network call."""
+        return torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not None)

@@ -1,0 +1,173 @@
+"""DhariwalUNet: the ADM network of Dhariwal & Nichol 2021, as EDM builds and names it.
+
+B batch, K branches, C image channels, H x W pixels, E embedding channels.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bdense.networks.layers import Conv2d, GroupNorm, Init, Linear, PositionalEmbedding, UNetBlock
+from bdense.networks.unet import UNet, UNetConfig
+
+KAIMING = Init("kaiming_uniform", weight=math.sqrt(1 / 3), bias=math.sqrt(1 / 3))
+ZERO = Init("kaiming_uniform", weight=0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DhariwalUNetConfig(UNetConfig):
+    """Size and options of a DhariwalUNet; the defaults are ADM for 64 x 64 pixels.
+
+    A block has one attention head for every 64 channels, hence no attention at all below 64.
+    """
+
+    network: ClassVar[str] = "DhariwalUNet"
+
+    model_channels: int = 192
+    channel_mult: tuple[int, ...] = (1, 2, 3, 4)
+    num_blocks: int = 3
+    attn_resolutions: tuple[int, ...] = (32, 16, 8)
+
+    def __post_init__(self) -> None:
+        UNetConfig.__post_init__(self)  # slots: super() would look for the class before them
+
+
+class DhariwalUNet(UNet):
+    """ADM U-Net F(x; c_noise), with EDM's module names; the head is ``out_conv``."""
+
+    config_class = DhariwalUNetConfig
+    config: DhariwalUNetConfig
+
+    def __init__(
+        self,
+        config: DhariwalUNetConfig,
+        *,
+        num_branches: int = 1,
+        prediction_channels: int | None = None,
+    ) -> None:
+        super().__init__(
+            config, num_branches=num_branches, prediction_channels=prediction_channels
+        )
+        emb_channels = config.model_channels * config.channel_mult_emb
+        self.map_noise = PositionalEmbedding(config.model_channels)
+        self.map_augment = (
+            Linear(config.augment_dim, config.model_channels, bias=False, init=ZERO)
+            if config.augment_dim
+            else None
+        )
+        self.map_layer0 = Linear(config.model_channels, emb_channels, init=KAIMING)
+        self.map_layer1 = Linear(emb_channels, emb_channels, init=KAIMING)
+        self.map_label: Linear | None = None
+        if config.label_dim:
+            # A one-hot row picks one weight: N(0, 1) whatever the number of classes.
+            normal = Init("kaiming_normal", weight=math.sqrt(config.label_dim))
+            self.map_label = Linear(config.label_dim, emb_channels, bias=False, init=normal)
+        if config.step_condition:
+            embedding = PositionalEmbedding(config.model_channels)
+            self._build_step_embedding(embedding, emb_channels, KAIMING)
+        self.enc = nn.ModuleDict()
+        self.dec = nn.ModuleDict()
+        width = self._build(emb_channels)
+        self.out_norm = GroupNorm(width)
+        self.out_conv = Conv2d(width, self.out_channels, 3, init=ZERO)
+
+    @property
+    def head_name(self) -> str:
+        """Dotted name of the last convolution, the layer that branches widen."""
+        return "out_conv"
+
+    def _build(self, emb_channels: int) -> int:
+        """Fill ``enc`` and ``dec``; the channels they end with."""
+        config = self.config
+
+        def block(
+            cin: int, cout: int, *, up: bool = False, down: bool = False, attention: bool = False
+        ) -> UNetBlock:
+            return UNetBlock(
+                cin,
+                cout,
+                emb_channels,
+                up=up,
+                down=down,
+                attention=attention,
+                dropout=config.dropout,
+                step_condition=config.step_condition,
+                init=KAIMING,
+                init_zero=ZERO,
+                init_attention=KAIMING,
+            )
+
+        cout = config.model_channels * config.channel_mult[0]
+        skips = [cout]
+        for level, mult in enumerate(config.channel_mult):
+            side = config.img_resolution >> level
+            if level == 0:
+                self.enc[f"{side}x{side}_conv"] = Conv2d(
+                    config.img_channels, cout, 3, init=KAIMING
+                )
+            else:
+                self.enc[f"{side}x{side}_down"] = block(cout, cout, down=True)
+                skips.append(cout)
+            for index in range(config.num_blocks):
+                cin, cout = cout, config.model_channels * mult
+                attention = side in config.attn_resolutions
+                self.enc[f"{side}x{side}_block{index}"] = block(cin, cout, attention=attention)
+                skips.append(cout)
+
+        last = len(config.channel_mult) - 1
+        for level, mult in reversed(list(enumerate(config.channel_mult))):
+            side = config.img_resolution >> level
+            if level == last:
+                self.dec[f"{side}x{side}_in0"] = block(cout, cout, attention=True)
+                self.dec[f"{side}x{side}_in1"] = block(cout, cout)
+            else:
+                self.dec[f"{side}x{side}_up"] = block(cout, cout, up=True)
+            for index in range(config.num_blocks + 1):
+                cin, cout = cout + skips.pop(), config.model_channels * mult
+                attention = side in config.attn_resolutions
+                self.dec[f"{side}x{side}_block{index}"] = block(cin, cout, attention=attention)
+        return cout
+
+    def forward(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        num_points: int | Tensor | None = None,
+    ) -> Tensor:
+        """F(x; c_noise); see ``Network``."""
+        self._check(x, class_labels, augment_labels, num_points)
+        emb = self._embed(x, noise_labels, class_labels, augment_labels)
+        emb_step = self._embed_step(num_points, x)
+        skips = []
+        for module in self.enc.values():
+            x = module(x, emb, emb_step) if isinstance(module, UNetBlock) else module(x)
+            skips.append(x)
+        for module in self.dec.values():
+            assert isinstance(module, UNetBlock)
+            if x.shape[1] != module.in_channels:
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = module(x, emb, emb_step)
+        out: Tensor = self.out_conv(F.silu(self.out_norm(x)))
+        return out
+
+    def _embed(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None,
+        augment_labels: Tensor | None,
+    ) -> Tensor:
+        emb = self.map_noise(noise_labels)
+        if self.map_augment is not None and augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels)
+        emb = F.silu(self.map_layer0(emb))
+        emb = self.map_layer1(emb)
+        if self.map_label is not None:
+            emb = emb + self.map_label(self._labels(class_labels, x))
+        return F.silu(emb)

@@ -1,0 +1,207 @@
+"""Public files by name: EDM's checkpoints and reference statistics, with their terms.
+
+What the files are, where they lie, what their networks look like (so that a cost can be told
+before anything is fetched), and whose they are.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from bdense.downloads import fetch
+from bdense.errors import InputError
+from bdense.files import user_folder
+
+CHECKPOINT_FOLDER = "BDENSE_CHECKPOINTS"
+EDM_REPOSITORY = "https://github.com/NVlabs/edm"
+# "All material, including source code and pre-trained models" (README.md, License, at 008a4e5).
+EDM_LICENCE = "CC-BY-NC-SA-4.0"
+EDM_CITATION = (
+    "Karras et al. 2022, Elucidating the Design Space of Diffusion-Based Generative Models, "
+    "arXiv 2206.00364"
+)
+_EDM_FILES = "https://nvlabs-fi-cdn.nvidia.com/edm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublicFile:
+    """A file that its makers publish.
+
+    Attributes:
+        name: What users call it here.
+        url: Where its makers have it.
+        source: Page that presents it.
+        licence: SPDX identifier of its terms.
+        citation: Whom to cite.
+        sha256: Hex digest, where somebody says it; the makers themselves say none.
+        size: Bytes, likewise.
+    """
+
+    name: str
+    url: str
+    source: str = EDM_REPOSITORY
+    licence: str = EDM_LICENCE
+    citation: str = EDM_CITATION
+    sha256: str | None = None
+    size: int | None = None
+
+    @property
+    def path(self) -> Path:
+        """Where it lies once it is fetched, or put there by hand."""
+        return checkpoint_folder() / self.url.rsplit("/", 1)[1]
+
+    def fetch(self) -> Path:
+        """Its path, after downloading it if need be.
+
+        Raises:
+            InputError: It cannot be had, or another file lies there.
+        """
+        try:
+            return fetch(self.url, self.path, what=self.name, sha256=self.sha256, size=self.size)
+        except InputError as error:
+            # By its path a file is taken as it is, whatever is known of the published one.
+            raise InputError(f"{error}, or give a file by its path") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublicCheckpoint(PublicFile):
+    """A published network.
+
+    Attributes:
+        architecture: What ``build_denoiser`` makes it from.
+    """
+
+    architecture: Mapping[str, Any]
+
+
+def checkpoint_folder() -> Path:
+    """$BDENSE_CHECKPOINTS, or a folder of the user's cache."""
+    return user_folder(CHECKPOINT_FOLDER, "checkpoints")
+
+
+def published_as(path: Path) -> PublicCheckpoint | None:
+    """The published network that a file is by its name, wherever it lies; None for others."""
+    return CHECKPOINTS.get(path.stem) if path.suffix == ".pkl" else None
+
+
+def resolve_checkpoint(name_or_path: str | Path) -> Path:
+    """A file: the given one, or the published one of that name, downloaded if need be.
+
+    Raises:
+        InputError: It is neither, or cannot be downloaded.
+    """
+    return _resolve(name_or_path, CHECKPOINTS, "checkpoint")
+
+
+def resolve_reference(name_or_path: str | Path) -> Path:
+    """As ``resolve_checkpoint``, for .npz files of reference statistics (EDM's fid-refs)."""
+    return _resolve(name_or_path, REFERENCES, "reference")
+
+
+def _resolve(name_or_path: str | Path, table: Mapping[str, PublicFile], what: str) -> Path:
+    # A name means the same in every folder: a file beside us does not hide it.
+    if str(name_or_path) in table:
+        return table[str(name_or_path)].fetch()
+    path = Path(name_or_path)
+    if not path.exists():
+        raise InputError(
+            f"there is no {what} file at {path}, nor a public one of that name; known are "
+            f"{', '.join(table)}"
+        )
+    return path
+
+
+# Network options of EDM's train.py, lines 112-145, and of the table "exact training
+# configurations" in its README.md (commit 008a4e5).
+_DDPMPP = {
+    "embedding_type": "positional",
+    "encoder_type": "standard",
+    "decoder_type": "standard",
+    "channel_mult_noise": 1,
+    "resample_filter": [1, 1],
+    "model_channels": 128,
+}
+_NCSNPP = {
+    "embedding_type": "fourier",
+    "encoder_type": "residual",
+    "decoder_type": "standard",
+    "channel_mult_noise": 2,
+    "resample_filter": [1, 3, 3, 1],
+    "model_channels": 128,
+}
+_CIFAR10 = {
+    "img_resolution": 32,
+    "channel_mult": [2, 2, 2],
+    "dropout": 0.13,
+    "augment_dim": 9,
+}
+_FFHQ = {"img_resolution": 64, "channel_mult": [1, 2, 2, 2], "dropout": 0.05, "augment_dim": 9}
+_AFHQV2 = _FFHQ | {"dropout": 0.25}
+_IMAGENET = {
+    "img_resolution": 64,
+    "label_dim": 1000,
+    "model_channels": 192,
+    "channel_mult": [1, 2, 3, 4],
+    "dropout": 0.1,
+}
+
+# NVIDIA publishes no hashes. These are what other projects found and check their copies against
+# (looked up 2026-11): the unconditional one by an ECT study of many runs, in its
+# download_checkpoint.sh (variable ECT_EDM_CHECKPOINT_SHA256); the conditional one, its size and
+# the statistics by mlperf-edu, in constants EDM_CIFAR10_CHECKPOINT_SHA256, _BYTES and
+# EDM_CIFAR10_FID_REFERENCE_SHA256. For the others nobody's were found, so none is pinned.
+_PINS: dict[str, dict[str, Any]] = {
+    "edm-cifar10-32x32-uncond-vp": {
+        "sha256": "4d5dcc1f1d0d41c8934ad21626eeddbdc0460182becf9fc059a0631b1eedb4da",
+    },
+    "edm-cifar10-32x32-cond-vp": {
+        "sha256": "b27385e4f2f8d4d1e2e2c03864c5a9574a0c58ba81eb11625ae6d15c401f4796",
+        "size": 223_183_453,
+    },
+    "cifar10-32x32": {
+        "sha256": "4ada108cdfd8e43409ed427f5f76631beac9b9617cdcaf416d41b1e161d85969",
+    },
+}
+
+
+def _edm(name: str, network: str, **config: Any) -> PublicCheckpoint:  # noqa: ANN401  EDM's options
+    return PublicCheckpoint(
+        name=name,
+        url=f"{_EDM_FILES}/pretrained/{name}.pkl",
+        **_PINS.get(name, {}),
+        architecture=MappingProxyType(
+            {
+                "precond": "edm",
+                "sigma_data": 0.5,
+                "network": network,
+                "config": {"img_channels": 3, **config},
+            }
+        ),
+    )
+
+
+CHECKPOINTS: Mapping[str, PublicCheckpoint] = MappingProxyType(
+    {
+        checkpoint.name: checkpoint
+        for checkpoint in (
+            _edm("edm-cifar10-32x32-uncond-vp", "SongUNet", **_DDPMPP, **_CIFAR10),
+            _edm("edm-cifar10-32x32-uncond-ve", "SongUNet", **_NCSNPP, **_CIFAR10),
+            _edm("edm-cifar10-32x32-cond-vp", "SongUNet", **_DDPMPP, **_CIFAR10, label_dim=10),
+            _edm("edm-cifar10-32x32-cond-ve", "SongUNet", **_NCSNPP, **_CIFAR10, label_dim=10),
+            _edm("edm-ffhq-64x64-uncond-vp", "SongUNet", **_DDPMPP, **_FFHQ),
+            _edm("edm-ffhq-64x64-uncond-ve", "SongUNet", **_NCSNPP, **_FFHQ),
+            _edm("edm-afhqv2-64x64-uncond-vp", "SongUNet", **_DDPMPP, **_AFHQV2),
+            _edm("edm-afhqv2-64x64-uncond-ve", "SongUNet", **_NCSNPP, **_AFHQV2),
+            _edm("edm-imagenet-64x64-cond-adm", "DhariwalUNet", **_IMAGENET),
+        )
+    }
+)
+
+REFERENCES: Mapping[str, PublicFile] = MappingProxyType(
+    {
+        name: PublicFile(name=name, url=f"{_EDM_FILES}/fid-refs/{name}.npz", **_PINS.get(name, {}))
+        for name in ("cifar10-32x32", "ffhq-64x64", "afhqv2-64x64", "imagenet-64x64")
+    }
+)

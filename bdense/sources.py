@@ -1,0 +1,44 @@
+"""A model by whatever a user has of it: a published name, a file, a diffusers folder or hub id."""
+
+from pathlib import Path
+from typing import Any
+
+from bdense.checkpoints import load_denoiser
+from bdense.denoiser import NetworkDenoiser
+from bdense.diffusers_teacher import is_hub_id, read_diffusers
+from bdense.public import CHECKPOINTS, PublicFile, published_as, resolve_checkpoint
+
+
+def load_model(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
+    """The denoiser in eval mode, and what is known of it.
+
+    Args:
+        source: Name of a published checkpoint (downloaded once), a file of ours or of EDM's or
+            SFD's, a folder in diffusers' format, or OWNER/NAME on the Hugging Face hub.
+
+    Returns:
+        The denoiser and its metadata; ``licence``, an SPDX identifier, only where it is known.
+
+    Raises:
+        InputError: It is none of these, or cannot be fetched or read.
+    """
+    name = str(source)
+    if name in CHECKPOINTS:
+        denoiser, metadata = load_denoiser(CHECKPOINTS[name].fetch())
+        return denoiser, metadata | _terms(CHECKPOINTS[name])
+    path = Path(source)
+    if path.is_dir() or (is_hub_id(name) and not path.exists()):
+        return read_diffusers(source)
+    denoiser, metadata = load_denoiser(resolve_checkpoint(path))
+    if (published := published_as(path)) is not None:
+        metadata = _terms(published) | metadata
+    return denoiser, metadata
+
+
+def _terms(published: PublicFile) -> dict[str, str]:
+    return {
+        "source": published.name,
+        "url": published.url,
+        "licence": published.licence,
+        "citation": published.citation,
+    }

@@ -1,0 +1,298 @@
+"""DDPM teachers in diffusers' format, against diffusers itself."""
+
+import builtins
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from bdense.branches import export_branch, widen_head
+from bdense.checkpoints import denoiser_sha256, load_denoiser, save_denoiser
+from bdense.diffusers_teacher import is_hub_id, read_diffusers
+from bdense.errors import CheckpointError, InputError, ShapeError
+from bdense.sfd import SFDConfig, distill
+from bdense.solvers import Euler
+from tests.small import same_weights, small_trajectories
+
+diffusers = pytest.importorskip("diffusers", reason="needs the diffusers extra")
+
+T = 50
+
+
+def new_unet(**options: object) -> object:
+    """Two levels with attention, untrained, with a head that matters."""
+    torch.manual_seed(0)
+    settings = {
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+        "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    }
+    return diffusers.UNet2DModel(**settings | options).eval()
+
+
+def new_scheduler(**options: object) -> object:
+    return diffusers.DDIMScheduler(
+        **{"num_train_timesteps": T, "beta_end": 0.2, "clip_sample": False} | options
+    )
+
+
+def save(folder: Path, unet: object, scheduler: object, *, flat: bool = False) -> Path:
+    unet.save_pretrained(folder if flat else folder / "unet")
+    scheduler.save_pretrained(folder if flat else folder / "scheduler")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save(tmp_path / "ddpm-tiny", new_unet(), new_scheduler())
+
+
+def change(file: Path, **keys: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+
+# ---- values ----
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("betas", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+@torch.no_grad()
+def test_a_step_is_diffusers_own_ddim_step(tmp_path, prediction, betas):
+    """z = alpha x: one DDIM step there is one Euler step here."""
+    unet = new_unet()
+    scheduler = new_scheduler(prediction_type=prediction, beta_schedule=betas)
+    denoiser = read_diffusers(save(tmp_path, unet, scheduler))[0]
+    scheduler.set_timesteps(T)
+    time = 30
+    alpha_bar, alpha_bar_next = scheduler.alphas_cumprod[[time, time - 1]].double()
+    z = torch.randn(3, 1, 8, 8)
+    expected = scheduler.step(unet(z, time).sample, time, z).prev_sample
+
+    sigma, sigma_next = (((1 - a) / a).sqrt() for a in (alpha_bar, alpha_bar_next))
+    x = z.double() / alpha_bar.sqrt()
+    slope = (x - denoiser(x.float(), sigma).double()) / sigma
+    got = (x + (sigma_next - sigma) * slope) * alpha_bar_next.sqrt()
+    torch.testing.assert_close(got.float(), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_between_two_times_the_network_sees_a_fraction(folder):
+    unet, scheduler = new_unet(), new_scheduler()
+    denoiser = read_diffusers(folder)[0]
+    x = torch.randn(2, 1, 8, 8)
+    log = scheduler.alphas_cumprod.double().log()
+    sigma = (-(0.7 * log[20] + 0.3 * log[21])).expm1().sqrt()
+    times = torch.full((2,), 20.3)
+    eps = unet(x / (1 + sigma.float() ** 2).sqrt(), times).sample
+    torch.testing.assert_close(denoiser(x, sigma), x - sigma.float() * eps, rtol=1e-4, atol=1e-4)
+    # One level for each image is the same.
+    both = denoiser(x, torch.stack([sigma, sigma]))
+    torch.testing.assert_close(both, denoiser(x, sigma))
+
+
+@torch.no_grad()
+def test_classes_are_one_hot_rows(tmp_path):
+    unet = new_unet(num_class_embeds=5)
+    denoiser = read_diffusers(save(tmp_path, unet, new_scheduler()))[0]
+    assert denoiser.label_dim == 5
+    x, sigma = torch.randn(2, 1, 8, 8), new_scheduler().alphas_cumprod[10]
+    sigma = ((1 - sigma) / sigma).sqrt()
+    eps = unet(x / (1 + sigma**2).sqrt(), 10, class_labels=torch.tensor([3, 1])).sample
+    labels = torch.eye(5)[[3, 1]]
+    torch.testing.assert_close(denoiser(x, sigma, labels), x - sigma * eps, rtol=1e-4, atol=1e-5)
+    assert denoiser(x, sigma).shape == x.shape
+    with pytest.raises(ShapeError, match=r"\[B, 5\], got \[2, 4\]"):
+        denoiser(x, sigma, torch.zeros(2, 4))
+
+
+# ---- what a student is made of ----
+
+
+def test_the_head_is_widened_and_taken_apart_again(folder):
+    teacher = read_diffusers(folder)[0]
+    assert teacher.image_shape == (1, 8, 8)
+    branched = widen_head(teacher, 3)
+    x, sigma = torch.randn(2, 1, 8, 8), torch.tensor(0.7)
+    assert branched.branches(x, sigma).shape == (2, 3, 1, 8, 8)
+    with torch.no_grad():
+        for branch in branched.branches(x, sigma).unbind(1):
+            torch.testing.assert_close(branch, teacher(x, sigma), rtol=1e-5, atol=1e-6)
+        branched.model.unet.conv_out.bias += torch.tensor([0.0, 1.0, 2.0])
+    assert same_weights(export_branch(branched, 1), teacher)
+    assert not same_weights(export_branch(branched), teacher)
+
+
+def test_a_student_is_distilled(folder, tmp_path):
+    teacher = read_diffusers(folder)[0]
+    before = denoiser_sha256(teacher)
+    config = SFDConfig(num_branches=4, images=8, lr=1e-3, seed=0)
+    trajectories = small_trajectories(teacher, count=2)
+    branched = distill(teacher, trajectories, config, torch.ones(4))
+    student = export_branch(branched)
+    assert denoiser_sha256(teacher) == before != denoiser_sha256(student)
+    assert student.describe() == teacher.describe()
+    assert all(bool(p.isfinite().all()) for p in student.parameters())
+
+
+def test_safetensors_need_none_of_diffusers_files(folder, tmp_path):
+    denoiser = widen_head(read_diffusers(folder)[0], 2)
+    path = tmp_path / "kept.safetensors"
+    save_denoiser(path, denoiser, {})
+    shutil.rmtree(folder)
+    loaded = load_denoiser(path)[0]
+    assert loaded.describe() == denoiser.describe()
+    assert json.loads(json.dumps(loaded.describe())) == loaded.describe()
+    assert same_weights(loaded, denoiser)
+    x, sigma = torch.randn(2, 1, 8, 8), torch.tensor(0.7)
+    assert torch.equal(loaded(x, sigma), denoiser(x, sigma))
+
+
+# ---- what is read ----
+
+
+def test_both_layouts_are_one_model(folder, tmp_path):
+    flat = save(tmp_path / "flat", new_unet(), new_scheduler(), flat=True)
+    one, other = read_diffusers(folder)[0], read_diffusers(flat)[0]
+    assert denoiser_sha256(one) == denoiser_sha256(other)
+
+
+def test_metadata_say_where_it_is_from_and_whose_it_is(folder):
+    assert read_diffusers(folder)[1] == {
+        "source": "ddpm-tiny",
+        "class": "UNet2DModel",
+        "scheduler": "DDIMScheduler",
+    }
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\n# DDPM\n")
+    new_scheduler(clip_sample=True).save_pretrained(folder / "scheduler")
+    metadata = read_diffusers(folder)[1]
+    assert (metadata["licence"], metadata["clip_sample"]) == ("apache-2.0", 1.0)
+
+
+def test_reading_leaves_the_callers_random_state_alone(folder):
+    torch.manual_seed(4)
+    expected = torch.rand(1)
+    torch.manual_seed(4)
+    read_diffusers(folder)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_ids_of_the_hub():
+    assert is_hub_id("google/ddpm-cifar10-32")
+    for other in ("ddpm", "a/b.pkl", "a/b.safetensors", "a/b/c", "/a/b", "../a", "./a"):
+        assert not is_hub_id(other), other
+
+
+def test_a_hub_out_of_reach_is_one_line(monkeypatch):
+    import huggingface_hub
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("no route\nand a long story")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(InputError) as caught:
+        read_diffusers("google/ddpm-cifar10-32")
+    assert str(caught.value) == (
+        "cannot fetch google/ddpm-cifar10-32 from the Hugging Face hub (no route); fetch "
+        "https://huggingface.co/google/ddpm-cifar10-32 by hand into a folder and give the folder"
+    )
+
+
+def test_a_hub_repository_is_read_from_its_snapshot(folder, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot(source: str, allow_patterns: list[str]) -> str:
+        asked.append((source, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    metadata = read_diffusers("someone/ddpm")[1]
+    assert metadata["source"] == "someone/ddpm"
+    ((source, patterns),) = asked
+    assert source == "someone/ddpm"
+    assert "unet/diffusion_pytorch_model.safetensors" in patterns
+    assert not any(pattern.endswith(".bin") for pattern in patterns)
+
+
+# ---- what is refused ----
+
+
+def test_a_missing_library_says_how_to_install_it(folder, tmp_path, monkeypatch):
+    path = tmp_path / "kept.safetensors"
+    save_denoiser(path, read_diffusers(folder)[0], {})
+    real = builtins.__import__
+
+    def without(name: str, *rest: object) -> object:
+        if name.split(".")[0] == "diffusers":
+            raise ImportError("No module named 'diffusers'")
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    for read in (lambda: read_diffusers(folder), lambda: load_denoiser(path)):
+        with pytest.raises(InputError, match=r"pip install 'bdense\[diffusers\]'"):
+            read()
+
+
+def test_other_folders_are_named(folder, tmp_path):
+    with pytest.raises(CheckpointError, match=r"neither unet/config\.json nor config\.json"):
+        read_diffusers(tmp_path)
+    shutil.rmtree(folder / "scheduler")
+    with pytest.raises(CheckpointError, match="has a model and no scheduler/scheduler_config"):
+        read_diffusers(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "keys", "message"),
+    [
+        ("unet/config.json", {"_class_name": "UNet2DConditionModel"}, "a UNet2DConditionModel;"),
+        ("unet/config.json", {"out_channels": 2}, "out_channels=2, not in_channels=1"),
+        ("unet/config.json", {"sample_size": [8, 16]}, "images here are square"),
+        ("unet/config.json", {"time_embedding_type": "fourier"}, "'fourier'"),
+        ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type='timestep'"),
+        ("unet/config.json", {"layers_per_block": 2}, "diffusers cannot load"),
+        ("scheduler/scheduler_config.json", {"_class_name": "UniPC"}, "is of a UniPC; the noise"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}, "got 'sigmoid'"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "got 'flow'"),
+        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "pure noise"),
+    ],
+)
+def test_models_and_schedulers_that_cannot_be_denoisers(folder, file, keys, message):
+    change(folder / file, **keys)
+    with pytest.raises(CheckpointError, match=message):
+        read_diffusers(folder)
+
+
+def test_broken_files_are_named(folder):
+    (folder / "unet/config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read as JSON"):
+        read_diffusers(folder)
+
+
+def test_conditions_that_it_does_not_have_are_refused(folder):
+    denoiser = read_diffusers(folder)[0]
+    x, sigma = torch.zeros(1, 1, 8, 8), torch.tensor(1.0)
+    with pytest.raises(ShapeError, match="unconditional"):
+        denoiser(x, sigma, torch.zeros(1, 3))
+    with pytest.raises(InputError, match="neither augment_labels nor num_points"):
+        denoiser(x, sigma, num_points=4)
+    with pytest.raises(ShapeError, match=r"\[B, 1, 8, 8\], got \[1, 1, 4, 4\]"):
+        denoiser(torch.zeros(1, 1, 4, 4), sigma)
+
+
+def test_the_teacher_walks_with_any_solver(folder):
+    """Nothing in it waits for whole times."""
+    teacher = read_diffusers(folder)[0]
+    trajectories = small_trajectories(teacher, count=1)
+    assert trajectories.grid.schedule.sigma_max > teacher.precond.sigma_max
+    from bdense.sampling import Sampler, draw_images
+
+    sampler = Sampler(num_intervals=3, afs=False, solver=Euler())
+    assert draw_images(teacher, sampler, 2, seed=0).shape == (2, 1, 8, 8)

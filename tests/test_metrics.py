@@ -1,0 +1,459 @@
+"""FID, KID, precision and recall: their formulas, one pass, and the conditions they carry."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bdense.data import Dataset, load_dataset
+from bdense.errors import BdenseError, InputError, NonFiniteError, ShapeError
+from bdense.extractors import CLASSIFIER, TORCHSCRIPT, load_extractor
+from bdense.metrics import (
+    FID,
+    KID,
+    Metrics,
+    MetricSettings,
+    PrecisionRecall,
+    frechet_distance,
+    kernel_distance,
+    measure_images,
+    precision_recall,
+    require_measurable,
+)
+from bdense.references import (
+    Reference,
+    Statistics,
+    dataset_reference,
+    features_of,
+    statistics_of,
+)
+from bdense.sampling import to_uint8
+from tests.features import CPU, ColourMeans, counting, random_images, scripted
+from tests.goldens import ROOT, discover
+
+# The files that users have are TorchScript all the same.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.:FutureWarning")
+
+DATA = Path(os.environ.get("BDENSE_DATA", ROOT / "../shared/data"))
+
+
+def gaussian(mu, sigma, count=100):
+    return Statistics(np.array(mu, dtype=np.float64), np.array(sigma, dtype=np.float64), count)
+
+
+def normal(n, d, seed, shift=0.0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) + shift
+
+
+def column(*values):
+    return torch.tensor(values).view(-1, 1)
+
+
+# ---- the Frechet distance ----
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("file", discover("fid-formula*.safetensors"))
+def test_statistics_and_distance_are_the_reference_s(file):
+    golden = load_file(file)
+    both = {name: statistics_of(golden[f"features_{name}"]) for name in ("a", "b")}
+    for name, found in both.items():
+        np.testing.assert_allclose(found.mu, golden[f"mu_{name}"], rtol=1e-12, atol=1e-14)
+        np.testing.assert_allclose(found.sigma, golden[f"sigma_{name}"], rtol=1e-12, atol=1e-14)
+        assert found.count == len(golden[f"features_{name}"])
+    assert frechet_distance(both["a"], both["b"]) == pytest.approx(golden["fid"].item(), rel=1e-9)
+
+
+def test_gaussians_with_commuting_covariances():
+    """In their common basis the distance is |mu|^2 + sum (sqrt(p) - sqrt(q))^2."""
+    basis, _ = np.linalg.qr(np.array([[1.0, 2.0, 0.5], [0.0, 1.0, 3.0], [2.0, 1.0, 1.0]]))
+    p, q = np.array([4.0, 1.0, 9.0]), np.array([1.0, 0.25, 16.0])
+    a = gaussian([1.0, 0.0, 2.0], basis @ np.diag(p) @ basis.T)
+    b = gaussian([0.0, 2.0, 0.0], basis @ np.diag(q) @ basis.T)
+    expected = 9.0 + 1.0 + 0.25 + 1.0
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
+    assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-12)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_one_feature_has_a_distance_too():
+    found = statistics_of(torch.tensor([[1.0], [3.0]]))
+    assert frechet_distance(found, gaussian([2.0], [[8.0]])) == pytest.approx(2.0)  # (2 - 1)^2 * 2
+
+
+def test_statistics_that_cannot_be_compared_are_refused():
+    with pytest.raises(ShapeError, match="over 1 and 2 features"):
+        frechet_distance(gaussian([0], [[1]]), gaussian([0, 0], np.eye(2)))
+
+
+# ---- the kernel distance ----
+
+
+def mmd2(x, y):
+    """Unbiased: pairs of an image with itself are left out; Binkowski et al., equation 4."""
+
+    def k(a, b):
+        return (float(a @ b) / len(a) + 1) ** 3
+
+    m = len(x)
+    same = sum(
+        k(s[i], s[j]) / (m * (m - 1)) for s in (x, y) for i in range(m) for j in range(m) if i != j
+    )
+    return same - 2 * sum(k(a, b) for a in x for b in y) / (m * m)
+
+
+def test_kid_of_whole_sets_is_the_formula():
+    """A subset of all images is the same subset every time."""
+    x, y = normal(12, 5, 0), normal(12, 5, 1, shift=0.5)
+    settings = MetricSettings(kid_subsets=3, kid_subset_size=12)
+    mean, std = kernel_distance(x, y, settings)
+    assert mean == pytest.approx(mmd2(x.double(), y.double()), rel=1e-12)
+    assert std == pytest.approx(0, abs=1e-12)
+    assert kernel_distance(y, x, settings)[0] == pytest.approx(mean, rel=1e-12)
+
+
+def test_kid_of_numbers_on_paper():
+    """k(a, b) = (a b + 1)^3 of one feature."""
+    mean, _ = kernel_distance(
+        column(0.0, 1.0), column(0.0, 3.0), MetricSettings(kid_subsets=1, kid_subset_size=2)
+    )
+    # Within either pair k(0, .) = 1; across, k(1, 3) = 64 and the three others are 1.
+    assert mean == pytest.approx(1 + 1 - 2 * (1 + 1 + 1 + 64) / 4)
+
+
+def test_kid_of_subsets_is_their_mean_and_deviation():
+    x, y = normal(20, 3, 2), normal(30, 3, 3, shift=1.0)
+    settings = MetricSettings(kid_subsets=7, kid_subset_size=6, kid_seed=11)
+    draw = np.random.RandomState(11)
+    values = []
+    for _ in range(7):
+        i, j = (draw.choice(n, 6, replace=False) for n in (20, 30))
+        values.append(mmd2(x[i].double(), y[j].double()))
+    assert kernel_distance(x, y, settings) == pytest.approx((np.mean(values), np.std(values)))
+    other = dataclasses.replace(settings, kid_seed=12)
+    assert kernel_distance(x, y, other) != kernel_distance(x, y, settings)
+
+
+def test_kid_of_equal_distributions_is_about_zero():
+    settings = MetricSettings(kid_subsets=20, kid_subset_size=200)
+    mean, std = kernel_distance(normal(400, 8, 4), normal(400, 8, 5), settings)
+    further, _ = kernel_distance(normal(400, 8, 4), normal(400, 8, 5, shift=0.3), settings)
+    assert abs(mean) < 4 * std / 20**0.5 + 1e-3
+    assert further > 10 * std
+
+
+# ---- precision and recall ----
+
+
+def precision_recall_written_out(generated, real, k):
+    def covered(points, others):
+        """Share of the points within the k-th neighbour's distance of any of the others."""
+        radii = [sorted(float((a - b).norm()) for b in others)[k] for a in others]
+        inside = [
+            any(float((p - a).norm()) <= radius for a, radius in zip(others, radii, strict=True))
+            for p in points
+        ]
+        return sum(inside) / len(points)
+
+    return covered(generated, real), covered(real, generated)
+
+
+def test_precision_and_recall_on_a_line():
+    real, generated = column(0.0, 1.0, 2.5, 10.0), column(1.2, 9.0, 17.0, 18.0)
+    # Nearest neighbours of the real are 1, 1, 1.5 and 7.5 away: 1.2, 9 and 17 are inside
+    # [-1, 1], [0, 2], [1, 4] and [2.5, 17.5]. Those of the generated are 7.8, 7.8, 1 and 1 away:
+    # [-6.6, 9] and [1.2, 16.8] hold all four.
+    assert precision_recall(generated, real, 1) == pytest.approx((3 / 4, 1.0))
+    # To the second neighbour the real reach 2.5, 1.5, 2.5 and 9.
+    assert precision_recall(generated, real, 2) == pytest.approx((1.0, 1.0))
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_precision_and_recall_are_the_formula(k):
+    real, generated = normal(30, 2, 6), 1.5 * normal(25, 2, 7, shift=1.5)
+    expected = precision_recall_written_out(generated.double(), real.double(), k)
+    assert precision_recall(generated, real, k) == pytest.approx(expected)
+    assert min(expected) < 1
+    # What is generated and what is real is not the same.
+    assert precision_recall(real, generated, k) == pytest.approx(expected[::-1])
+
+
+def test_precision_does_not_depend_on_the_rows_held_at_a_time(monkeypatch):
+    real, generated = normal(30, 2, 6), normal(25, 2, 7, shift=1.0)
+    whole = precision_recall(generated, real, 3)
+    monkeypatch.setattr("bdense.metrics._PRC_ROWS", 4)
+    assert precision_recall(generated, real, 3) == whole
+
+
+def test_the_images_themselves_are_precise_and_complete():
+    """Far from the origin as well, where distances of many rows are taken by scalar products."""
+    features = 1000 + normal(60, 16, 8)
+    assert precision_recall(features, features, 1) == (1.0, 1.0)
+
+
+# ---- images ----
+
+
+def test_to_uint8_cuts_fractions_off_as_edm_does():
+    """127.5 x + 128: 0 is 128, and -1, at 0.5, is 0; nothing is rounded up."""
+    x = torch.tensor([-9.0, -1.0, -0.996, 0.0, 0.0039, 0.004, 0.9961, 0.9999, 1.0, 9.0])
+    assert to_uint8(x).tolist() == [0, 0, 1, 128, 128, 128, 255, 255, 255, 255]
+    assert to_uint8(x).dtype == torch.uint8
+
+
+def test_bytes_survive_floats_and_back():
+    every_byte = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1)
+    assert torch.equal(to_uint8(Dataset("all", every_byte, "0").float_images()), every_byte)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_pixels_that_are_not_finite_are_counted(value):
+    images = torch.zeros(2, 1, 2, 2)
+    images[1, 0, 0, :] = value
+    with pytest.raises(NonFiniteError, match="2 of 8 pixel values"):
+        to_uint8(images)
+    assert issubclass(NonFiniteError, BdenseError)
+
+
+# ---- agreement with torch-fidelity as a whole ----
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, images):
+        self.images = images.expand(-1, 3, -1, -1)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.images[i]
+
+
+@pytest.mark.parametrize("kind", ["digits-classifier", "torchscript"])
+def test_calculate_metrics_gives_the_same(kind, digits_extractor, shared_cache, cache, tmp_path):
+    from torch_fidelity import calculate_metrics
+
+    if kind == "torchscript":
+        name, weights, extractor = (
+            TORCHSCRIPT,
+            tmp_path / "features.pt",
+            scripted(ColourMeans(), tmp_path),
+        )
+    else:
+        (weights,) = shared_cache.glob("digits-classifier-*.safetensors")
+        name, extractor = CLASSIFIER, digits_extractor
+    digits = load_dataset("digits").images
+    real = Dataset("some", digits[:300], "a" * 64)
+    fake = (digits[300:600].float() * 0.8).to(torch.uint8)
+    theirs = calculate_metrics(
+        input1=Rows(fake),
+        input2=Rows(real.images),
+        fid=True,
+        kid=True,
+        kid_subsets=10,
+        kid_subset_size=100,
+        prc=True,
+        prc_neighborhood=4,
+        feature_extractor=name,
+        feature_extractor_weights_path=weights,
+        cuda=False,
+        save_cpu_ram=True,
+        samples_shuffle=False,
+        verbose=False,
+    )
+    ours = measure_images(
+        fake,
+        extractor,
+        dataset_reference(real, extractor, cache=cache, with_features=True),
+        metrics=("fid", "kid", "prc"),
+        settings=MetricSettings(kid_subsets=10, kid_subset_size=100, neighbours=4),
+        nfe=2,
+        seeds={},
+    )
+    assert ours.fid.value > 1
+    # It takes the mean of the features, and all of KID, in float32.
+    assert ours.fid.value == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
+    assert ours.kid.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-2)
+    assert ours.kid.std == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-2)
+    assert ours.prc.precision == pytest.approx(theirs["precision"], abs=0.02)
+    assert ours.prc.recall == pytest.approx(theirs["recall"], abs=0.02)
+
+
+def test_worse_images_are_further_away(digits_extractor, cache):
+    digits = load_dataset("digits")
+    reference = dataset_reference(digits, digits_extractor, cache=cache, with_features=True)
+    noise = 40 * torch.randn(digits.images.shape, generator=torch.Generator().manual_seed(0))
+    found = [
+        measure_images(
+            (digits.images + share * noise).clip(0, 255).to(torch.uint8),
+            digits_extractor,
+            reference,
+            metrics=("fid", "kid", "prc"),
+            settings=MetricSettings(kid_subsets=3),
+            nfe=1,
+            seeds={},
+        )
+        for share in (0, 0.5, 1)
+    ]
+    fids, kids = [each.fid.value for each in found], [each.kid.mean for each in found]
+    precisions = [each.prc.precision for each in found]
+    assert fids[0] == pytest.approx(0, abs=1e-3)
+    assert (found[0].prc.precision, found[0].prc.recall) == (1, 1)
+    assert fids == sorted(fids)
+    assert kids == sorted(kids)
+    assert precisions == sorted(precisions, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "dim"),
+    [
+        ("resnet56-cifar10-64d.torchscript.pt", 64),
+        ("mobilenetv2-imagenet-1280d.torchscript.pt", 1280),
+    ],
+)
+def test_real_feature_networks(name, dim, cache):
+    path = DATA / "features" / name
+    if not path.exists():
+        pytest.skip(f"{path} is absent (BDENSE_DATA)")
+    extractor = load_extractor(f"torchscript:{path}", cache=cache, device=CPU)
+    real = Dataset("noise", random_images(12, side=32), "a" * 64)
+    found = measure_images(
+        real.images.flip(0),
+        extractor,
+        dataset_reference(real, extractor, cache=cache, with_features=True),
+        metrics=("fid", "kid", "prc"),
+        settings=MetricSettings(kid_subsets=2, kid_subset_size=12, neighbours=1),
+        nfe=1,
+        seeds={},
+    )
+    assert extractor.dim == dim
+    # The same images in another order.
+    assert found.fid.value == pytest.approx(0, abs=1e-2)
+    assert (found.prc.precision, found.prc.recall) == (1, 1)
+
+
+# ---- one pass ----
+
+
+def test_each_image_is_seen_once(tmp_path, cache):
+    extractor, calls = counting(scripted(ColourMeans(), tmp_path))
+    real = Dataset("tiny", random_images(20, seed=1), "a" * 64)
+    reference = dataset_reference(real, extractor, cache=cache, with_features=True)
+    assert calls == [20]
+    found = measure_images(
+        random_images(10),
+        extractor,
+        reference,
+        metrics=("fid", "kid", "prc"),
+        settings=MetricSettings(kid_subsets=2, kid_subset_size=10, neighbours=2),
+        nfe=3,
+        seeds={"evaluation": 4},
+        batch=4,
+    )
+    assert calls == [20, 4, 4, 2]
+    generated = features_of(random_images(10), extractor)
+    assert found.fid.value == frechet_distance(
+        statistics_of(generated), statistics_of(reference.features)
+    )
+    expected = precision_recall(generated, reference.features, 2)
+    assert (found.prc.precision, found.prc.recall) == expected
+
+
+def test_fid_alone_needs_no_single_reference_images(tmp_path):
+    extractor = scripted(ColourMeans(), tmp_path)
+    reference = Reference(name="refs.npz:00", statistics=gaussian([128] * 3, np.eye(3), None))
+    found = measure_images(random_images(10), extractor, reference, nfe=1, seeds={})
+    assert (found.kid, found.prc, found.fid.reference_images) == (None, None, None)
+    assert list(found.as_dict()) == ["fid"]
+
+
+# ---- what cannot be measured ----
+
+
+def reference_of(count):
+    features = torch.zeros(count, 1)
+    return Reference(name="few", statistics=gaussian([0], [[1]], count), features=features)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "images", "reference", "message"),
+    [
+        (["is"], 10, reference_of(10), "unknown metric 'is'; known are fid, kid, prc"),
+        (
+            ["fid", "prc", "kid"],
+            10,
+            Reference(name="refs.npz:00", statistics=gaussian([0], [[1]], None)),
+            "for kid and prc .* refs.npz:00 holds .* name the data set instead, or measure fid",
+        ),
+        (["kid"], 7, reference_of(10), "kid needs at least 8 images, got 7; .*subset size, or le"),
+        (["kid"], 10, reference_of(7), "kid needs at least 8 reference images, got 7"),
+        (["prc"], 5, reference_of(10), "prc needs at least 6 images, got 5; .* neighbours, or le"),
+        (["prc"], 10, reference_of(5), "prc needs at least 6 reference images, got 5"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_beforehand(metrics, images, reference, message):
+    with pytest.raises(InputError, match=message):
+        require_measurable(metrics, MetricSettings(kid_subset_size=8), images, reference)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [("kid_subsets", 0, 1), ("kid_subset_size", 1, 2), ("kid_seed", -1, 0), ("neighbours", 0, 1)],
+)
+def test_settings_out_of_range_are_refused(name, value, least):
+    with pytest.raises(InputError, match=f"{name} must be at least {least}, got {value}"):
+        MetricSettings(**{name: value})
+
+
+# ---- the conditions ----
+
+CONDITIONS = {
+    "images": 4096,
+    "reference": "digits",
+    "reference_images": 1797,
+    "extractor": "digits-classifier",
+    "extractor_sha256": "ab" * 32,
+    "nfe": 2,
+    "seeds": {"training": 0, "evaluation": 1},
+}
+KID_SETTINGS = {"subsets": 100, "subset_size": 1000, "subset_seed": 2020}
+
+
+def test_a_fid_carries_its_conditions():
+    fid = FID(value=4.4, **CONDITIONS)
+    assert fid.conditions() == CONDITIONS
+    assert fid.as_dict() == {"value": 4.4, **CONDITIONS}
+    fid.require_comparable(FID(value=9.0, **CONDITIONS))
+
+
+def test_the_others_carry_their_settings_too():
+    kid = KID(mean=0.1, std=0.02, **KID_SETTINGS, **CONDITIONS)
+    prc = PrecisionRecall(precision=0.7, recall=0.6, neighbours=5, **CONDITIONS)
+    assert kid.conditions() == CONDITIONS | KID_SETTINGS
+    assert prc.conditions() == CONDITIONS | {"neighbours": 5}
+    measured = Metrics(fid=FID(value=4.4, **CONDITIONS), kid=kid, prc=prc).as_dict()
+    assert measured == {
+        "fid": {"value": 4.4, **CONDITIONS},
+        "kid": {"mean": 0.1, "std": 0.02, **KID_SETTINGS, **CONDITIONS},
+        "prc": {"precision": 0.7, "recall": 0.6, "neighbours": 5, **CONDITIONS},
+    }
+    with pytest.raises(InputError, match="neighbours: 5 against 3"):
+        prc.require_comparable(dataclasses.replace(prc, neighbours=3))
+    with pytest.raises(InputError, match="KID and PrecisionRecall are not comparable"):
+        kid.require_comparable(prc)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("images", 5), ("reference", "mnist"), ("nfe", 3), ("seeds", {"evaluation": 2})],
+)
+def test_what_differs_is_named(name, value):
+    one = FID(value=4.4, **CONDITIONS)
+    two = FID(value=4.4, **{**CONDITIONS, name: value})
+    with pytest.raises(InputError, match=f"not comparable.*{name}: .* against") as caught:
+        one.require_comparable(two)
+    assert str(caught.value).count("against") == 1

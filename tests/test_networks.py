@@ -1,0 +1,371 @@
+"""The networks against their own definition written out, their labels, and what is no network."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bdense.branches import export_branch, widen_head
+from bdense.errors import CheckpointError, InputError, ShapeError
+from bdense.networks import (
+    NETWORKS,
+    DhariwalUNet,
+    DhariwalUNetConfig,
+    SongUNet,
+    SongUNetConfig,
+)
+from bdense.networks.layers import Conv2d, FourierEmbedding, PositionalEmbedding, UNetBlock
+from tests.networks import TINY, awake, image, one_hot, tiny_denoiser
+
+BOTH = pytest.mark.parametrize("network", ["SongUNet", "DhariwalUNet"])
+CONFIGS = {"SongUNet": SongUNetConfig, "DhariwalUNet": DhariwalUNetConfig}
+
+
+# ---- layers ----
+
+
+def test_positional_embedding_by_hand():
+    """Frequencies 1, 1/100, 1/10000 with the end point; cosines, then sines."""
+    frequencies = torch.tensor([1.0, 1e-2, 1e-4])
+    embedding = PositionalEmbedding(6, endpoint=True)(torch.tensor([2.0]))
+    expected = torch.cat([(2 * frequencies).cos(), (2 * frequencies).sin()])
+    torch.testing.assert_close(embedding[0], expected)
+    frequencies = torch.tensor([1.0, 1e-4 ** (1 / 3), 1e-4 ** (2 / 3)])
+    embedding = PositionalEmbedding(6)(torch.tensor([2.0]))
+    expected = torch.cat([(2 * frequencies).cos(), (2 * frequencies).sin()])
+    torch.testing.assert_close(embedding[0], expected)
+
+
+def test_fourier_embedding_by_hand():
+    embedding = FourierEmbedding(4)
+    embedding.freqs.copy_(torch.tensor([0.25, 2.0]))
+    out = embedding(torch.tensor([1.0, 0.125]))
+    # Angles 2 pi f x: pi / 2 and 4 pi, then pi / 16 and pi / 2.
+    expected = [[0, 1, 1, 0], [math.cos(math.pi / 16), 0, math.sin(math.pi / 16), 1]]
+    torch.testing.assert_close(out, torch.tensor(expected), rtol=0, atol=1e-6)
+
+
+def test_halving_takes_means_of_two_by_two_and_doubling_repeats():
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    halved = Conv2d(1, 1, 0, down=True)(x)
+    assert halved.flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    doubled = Conv2d(1, 1, 0, up=True)(halved)
+    assert doubled[0, 0].tolist() == [
+        [2.5, 2.5, 4.5, 4.5],
+        [2.5, 2.5, 4.5, 4.5],
+        [10.5, 10.5, 12.5, 12.5],
+        [10.5, 10.5, 12.5, 12.5],
+    ]
+
+
+def test_the_smooth_filter_by_hand():
+    """[1, 3, 3, 1] / 8 in each direction, zeros outside."""
+    x = torch.zeros(1, 1, 8, 8)
+    x[..., :4] = 64.0
+    halved = Conv2d(1, 1, 0, down=True, resample_filter=(1, 3, 3, 1))(x)
+    # Columns 0..3 are full: outputs see 7/8, 8/8, 1/8 and 0 of them; rows lose 1/8 at an edge.
+    assert halved[0, 0, 1].tolist() == [56.0, 56.0, 8.0, 0.0]
+    assert halved[0, 0, 0].tolist() == [49.0, 49.0, 7.0, 0.0]
+    doubled = Conv2d(1, 1, 0, up=True, resample_filter=(1, 3, 3, 1))(torch.ones(1, 1, 4, 4))
+    assert torch.equal(doubled[..., 2:-2, 2:-2], torch.ones(1, 1, 4, 4))
+
+
+def test_convolving_first_differs_at_the_border_alone():
+    """Filter and convolution commute where neither sees the border."""
+    options = {"down": True, "resample_filter": (1, 3, 3, 1)}
+    late = awake(Conv2d(2, 3, 3, **options))
+    early = Conv2d(2, 3, 3, convolve_first=True, **options)
+    early.load_state_dict(late.state_dict())
+    x = torch.randn(1, 2, 16, 16, generator=torch.Generator().manual_seed(0))
+    by_hand = F.conv2d(x, late.weight, padding=2)
+    taps = torch.tensor([1.0, 3, 3, 1]) / 8
+    by_hand = F.conv2d(by_hand, taps.outer(taps).expand(3, 1, 4, 4), stride=2, groups=3)
+    torch.testing.assert_close(early(x), by_hand + late.bias.view(3, 1, 1))
+    # Doubled pixels: the late convolution reaches two of them, the early one a single one.
+    assert not torch.allclose(early(x), late(x))
+    assert early(x).shape == late(x).shape == (1, 3, 8, 8)
+
+
+def test_adaptive_scale_and_step_by_hand():
+    """ADM: norm (1 + scale) + shift, and the same once more with the step's, then silu."""
+    block = awake(UNetBlock(4, 4, 6, step_condition=True)).double()
+    x, emb = image(2, 4).double(), torch.linspace(-1, 1, 12).view(2, 6).double()
+    emb_step = torch.linspace(0, 2, 6).view(1, 6).double()
+    h = block.norm1(block.conv0(F.silu(block.norm0(x))))
+    for layer, given in ((block.affine, emb), (block.affine_step, emb_step)):
+        scale, shift = layer(given)[:, :, None, None].chunk(2, dim=1)
+        h = h * (scale + 1) + shift
+    torch.testing.assert_close(block(x, emb, emb_step), block.conv1(F.silu(h)) + x)
+
+
+def test_a_block_takes_a_step_exactly_where_it_has_the_layer():
+    x, emb = image(1, 4), torch.ones(1, 6)
+    with pytest.raises(InputError, match=r"emb_step is missing .* step_condition=True"):
+        UNetBlock(4, 4, 6, step_condition=True)(x, emb)
+    with pytest.raises(InputError, match=r"emb_step is given .* step_condition=False"):
+        UNetBlock(4, 4, 6)(x, emb, emb)
+
+
+# ---- whole networks, written out ----
+
+
+@pytest.mark.parametrize("encoder_type", ["standard", "skip", "residual"])
+@pytest.mark.parametrize("decoder_type", ["standard", "skip"])
+@pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
+def test_the_paths_of_ncsnpp_written_out(encoder_type, decoder_type, taps):
+    """Two levels of one block: every connection that the options add, by hand."""
+    net = tiny_denoiser(
+        encoder_type=encoder_type, decoder_type=decoder_type, resample_filter=taps
+    ).model
+    x, noise, seen = image(), torch.tensor([0.3, -0.2, 1.0]), {}
+    net.map_layer1.register_forward_hook(lambda *call: seen.update(emb=F.silu(call[2])))
+    out = net(x, noise)
+    enc, dec, emb = net.enc, net.dec, seen["emb"]
+
+    e0 = enc["8x8_conv"](x)
+    e1 = enc["8x8_block0"](e0, emb)
+    e2 = enc["4x4_down"](e1, emb)
+    if encoder_type == "skip":
+        e2 = e2 + enc["4x4_aux_skip"](enc["4x4_aux_down"](x))
+    if encoder_type == "residual":
+        e2 = (e2 + enc["4x4_aux_residual"](x)) / math.sqrt(2)
+    e3 = enc["4x4_block0"](e2, emb)
+    h = dec["4x4_in1"](dec["4x4_in0"](e3, emb), emb)
+    h = dec["4x4_block0"](torch.cat([h, e3], 1), emb)
+    h = dec["4x4_block1"](torch.cat([h, e2], 1), emb)
+    low = F.silu(dec["4x4_aux_norm"](h)) if decoder_type == "skip" else None
+    h = dec["8x8_up"](h, emb)
+    h = dec["8x8_block0"](torch.cat([h, e1], 1), emb)
+    h = dec["8x8_block1"](torch.cat([h, e0], 1), emb)
+    expected = dec["8x8_aux_conv"](F.silu(dec["8x8_aux_norm"](h)))
+    if low is not None:
+        expected = expected + dec["8x8_aux_up"](dec["4x4_aux_conv"](low))
+    torch.testing.assert_close(out, expected)
+
+
+def test_the_noise_embedding_puts_sines_first():
+    net = tiny_denoiser(channel_mult_noise=2).model
+    seen = {}
+    net.map_layer0.register_forward_hook(lambda *call: seen.update(emb=call[1][0]))
+    net(image(1), torch.tensor([0.0]))
+    assert seen["emb"].tolist() == [[0.0] * 8 + [1.0] * 8]
+
+
+def test_attention_heads_of_adm():
+    """One for every 64 channels: a narrow block has none, wherever it was asked for."""
+    config = DhariwalUNetConfig(
+        **TINY | {"channel_mult": (1, 8, 16), "attn_resolutions": (8, 4, 2)}
+    )
+    with torch.device("meta"):
+        net = DhariwalUNet(config)
+    blocks = [*net.enc.items(), *net.dec.items()]
+    heads = {name: block.num_heads for name, block in blocks if "conv" not in name}
+    assert {heads[name] for name in heads if name.startswith("8x8_b")} == {0}
+    assert {heads[name] for name in heads if name.startswith("4x4_b")} == {1}
+    assert {heads[name] for name in heads if name.startswith("2x2_b")} == {2}
+    assert (heads["2x2_in0"], heads["2x2_in1"], heads["4x4_up"]) == (2, 0, 0)
+
+
+def test_initial_weights_of_adm():
+    """U(-r, r) with r = 1 / sqrt(fan in) for weights and biases; labels N(0, 1); ends zero."""
+    config = DhariwalUNetConfig(
+        **TINY | {"model_channels": 64, "label_dim": 10, "augment_dim": 4, "channel_mult": (1,)}
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = DhariwalUNet(config)
+    assert net.head_name == "out_conv"
+    for layer, fan_in in ((net.map_layer0, 64), (net.map_layer1, 256), (net.enc["8x8_conv"], 18)):
+        for values in (layer.weight, layer.bias):
+            assert 0.9 / math.sqrt(fan_in) < values.abs().max() <= 1 / math.sqrt(fan_in)
+    assert net.map_label.bias is None
+    assert net.map_label.weight.std().item() == pytest.approx(1, abs=0.05)
+    block = net.enc["8x8_block0"]
+    for layer in (net.out_conv, block.conv1, net.dec["8x8_in0"].proj):
+        assert not layer.weight.any()
+        assert not layer.bias.any()
+    assert not net.map_augment.weight.any()
+    assert not net(image(), torch.zeros(3)).any()
+
+
+def test_an_untrained_song_network_answers_almost_nothing():
+    """The head starts with gain 1e-5."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = SongUNet(SongUNetConfig(**TINY))
+    assert 0 < net(image(), torch.zeros(3)).abs().max() < 1e-4
+
+
+def test_gradients_reach_every_parameter():
+    for network, options in (
+        ("SongUNet", {"encoder_type": "residual", "decoder_type": "skip"}),
+        ("DhariwalUNet", {}),
+    ):
+        net = tiny_denoiser(
+            network, label_dim=3, augment_dim=2, step_condition=True, **options
+        ).model
+        net(
+            image(), torch.zeros(3), one_hot(0, 1, 2), torch.ones(3, 2), 4
+        ).square().sum().backward()
+        assert all(p.grad is not None and p.grad.any() for p in net.parameters())
+
+
+# ---- branches ----
+
+
+@pytest.mark.parametrize(
+    ("network", "options"),
+    [
+        ("SongUNet", {"decoder_type": "skip"}),
+        ("SongUNet", {"decoder_type": "skip", "encoder_type": "skip", "channel_mult": (1, 1, 2)}),
+        ("SongUNet", {"encoder_type": "residual", "embedding_type": "fourier"}),
+        ("DhariwalUNet", {}),
+    ],
+)
+@pytest.mark.parametrize("precond", ["edm", "iddpm"])
+def test_every_branch_of_a_widened_network_is_the_teacher(network, options, precond):
+    teacher = tiny_denoiser(network, precond=precond, **options)
+    student = widen_head(teacher, 3)
+    x, sigma = image(), torch.tensor([0.1, 1.0, 20.0])
+    branches = student.branches(x, sigma)
+    for k in range(3):
+        torch.testing.assert_close(branches[:, k], teacher(x, sigma), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            export_branch(student, k + 1)(x, sigma), teacher(x, sigma), rtol=0, atol=1e-6
+        )
+    # A wider head is the only cost.
+    head = teacher.model.get_submodule(teacher.model.head_name)
+    extra = 2 * (head.weight.numel() + head.bias.numel())
+    sizes = [sum(p.numel() for p in net.parameters()) for net in (teacher, student)]
+    assert sizes[1] - sizes[0] == extra
+
+
+def test_branches_of_a_skip_decoder_share_the_lower_levels():
+    """Biases alone: branch k is its own group of the head plus the same lower image."""
+    student = widen_head(tiny_denoiser(decoder_type="skip"), 3)
+    with torch.no_grad():
+        for conv in (student.model.dec["4x4_aux_conv"], student.model.dec["8x8_aux_conv"]):
+            conv.weight.zero_()
+        student.model.dec["4x4_aux_conv"].bias.copy_(torch.tensor([10.0, 20.0]))
+        student.model.dec["8x8_aux_conv"].bias.copy_(torch.arange(6.0))
+    out = student.model(image(), torch.zeros(3))
+    assert out[0, :, 0, 0].tolist() == [10.0, 21.0, 12.0, 23.0, 14.0, 25.0]
+    assert export_branch(student, 2).model(image(), torch.zeros(3))[0, :, 3, 3].tolist() == [
+        12,
+        23,
+    ]
+
+
+# ---- labels ----
+
+
+@BOTH
+def test_labels_matter_and_none_is_zeros(network):
+    net = tiny_denoiser(network, label_dim=3)
+    x, sigma = image(), torch.tensor(1.0)
+    labelled = net(x, sigma, one_hot(0, 1, 2))
+    unlabelled = net(x, sigma)
+    torch.testing.assert_close(unlabelled, net(x, sigma, torch.zeros(3, 3)))
+    assert not torch.allclose(labelled, unlabelled)
+    # One row stands for all, and whole numbers are as good as any.
+    torch.testing.assert_close(net(x, sigma, one_hot(1)), net(x, sigma, one_hot(1, 1, 1)))
+    torch.testing.assert_close(net(x, sigma, one_hot(0, 1, 2).long()), labelled)
+
+
+@BOTH
+def test_label_dropout_hides_classes_in_training_alone(network):
+    net = tiny_denoiser(network, label_dim=3, label_dropout=0.5)
+    x, sigma = image(1).expand(64, -1, -1, -1), torch.tensor(1.0)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        shown, hidden = net(x[:1], sigma, one_hot(2)), net(x[:1], sigma)
+        torch.testing.assert_close(net(x, sigma, one_hot(2)), shown.expand(64, -1, -1, -1))
+        out = net.train()(x, sigma, one_hot(2).expand(64, -1))
+    is_shown = (out - shown).abs().amax(dim=(1, 2, 3)) < 1e-5
+    is_hidden = (out - hidden).abs().amax(dim=(1, 2, 3)) < 1e-5
+    assert bool((is_shown ^ is_hidden).all())
+    assert 20 < int(is_shown.sum()) < 44
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"class_labels": torch.zeros(3)}, r"class_labels must be \[3, 4\] .* got \[3\]"),
+        ({"class_labels": torch.zeros(3, 5)}, r"class_labels must be \[3, 4\] .* got \[3, 5\]"),
+        ({"class_labels": torch.zeros(2, 4)}, r"class_labels must be \[3, 4\] .* got \[2, 4\]"),
+        ({"augment_labels": torch.zeros(3, 4)}, r"augment_labels must be \[3, 2\] for 3 images"),
+    ],
+)
+def test_labels_of_another_shape_are_refused(network, given, message):
+    net = tiny_denoiser(network, label_dim=4, augment_dim=2)
+    with pytest.raises(ShapeError, match=message):
+        net(image(), torch.tensor(1.0), **given)
+
+
+@BOTH
+def test_labels_for_a_network_without_any_are_refused(network):
+    net = tiny_denoiser(network)
+    for given in ({"class_labels": one_hot(0, 1, 2)}, {"augment_labels": torch.zeros(3, 9)}):
+        with pytest.raises(ShapeError, match=f"{next(iter(given))} .* a network that takes none"):
+            net(image(), torch.tensor(1.0), **given)
+
+
+@BOTH
+def test_images_of_another_size_are_refused(network):
+    net = tiny_denoiser(network)
+    for shape in ((2, 2, 16, 16), (2, 3, 8, 8)):
+        with pytest.raises(ShapeError, match=rf"images \[B, 2, 8, 8\], got \[{shape[0]}, "):
+            net(torch.zeros(shape), torch.tensor(1.0))
+
+
+# ---- options ----
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"img_channels": 0}, "img_channels must be at least 1, got 0"),
+        ({"num_blocks": 0}, "num_blocks must be at least 1, got 0"),
+        ({"label_dim": -1}, "label_dim must be at least 0, got -1"),
+        ({"augment_dim": -1}, "augment_dim must be at least 0, got -1"),
+        ({"channel_mult_emb": 0}, "channel_mult_emb must be at least 1, got 0"),
+        ({"model_channels": 6}, "model_channels must be a multiple of 4.* got 6"),
+        ({"channel_mult": ()}, r"channel_mult one or more numbers .* got 8 and \[\]"),
+        ({"channel_mult": (1, 0)}, r"channel_mult .* got 8 and \[1, 0\]"),
+        ({"img_resolution": 12, "channel_mult": (1, 1, 1, 1)}, "12 cannot be halved 3 times"),
+        ({"dropout": 1.5}, "dropout must lie in 0..1, got 1.5"),
+        ({"dropout": math.nan}, "dropout must lie in 0..1, got nan"),
+        ({"label_dropout": -0.1}, "label_dropout must lie in 0..1, got -0.1"),
+    ],
+)
+def test_options_that_make_no_network_are_refused(network, options, message):
+    with pytest.raises(InputError, match=message):
+        CONFIGS[network](**TINY | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"embedding_type": "random"}, "'random' is unknown; choose from positional, fourier"),
+        ({"encoder_type": "full"}, "'full' is unknown; choose from standard, skip, residual"),
+        ({"decoder_type": "residual"}, "'residual' is unknown; choose from standard, skip"),
+        ({"channel_mult_noise": 0}, "channel_mult_noise must be at least 1, got 0"),
+        ({"resample_filter": ()}, r"resample_filter must have an even number .* got \[\]"),
+        ({"resample_filter": (1, 2, 1)}, r"an even number .* got \[1, 2, 1\]"),
+        ({"resample_filter": (1, -1)}, r"whose sum is not 0, got \[1, -1\]"),
+    ],
+)
+def test_options_of_ncsnpp_that_make_no_network_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        SongUNetConfig(**TINY | options)
+
+
+@BOTH
+def test_unknown_options_are_named(network):
+    with pytest.raises(CheckpointError, match=f"do not fit a {network}: .*'depth'"):
+        NETWORKS[network](TINY | {"depth": 3}, num_branches=1, prediction_channels=2)
+    with pytest.raises(CheckpointError, match=f"do not fit a {network}: .*'img_channels'"):
+        NETWORKS[network]({"img_resolution": 8}, num_branches=1, prediction_channels=2)

@@ -1,0 +1,160 @@
+"""One student for several numbers of steps: its new layers, its start, what it must be told."""
+
+import pytest
+import torch
+
+from bdense.branches import export_branch, widen_head
+from bdense.denoiser import build_denoiser
+from bdense.errors import InputError, ShapeError
+from bdense.step_condition import with_step_condition
+from tests.goldens import close, discover, golden_network, settings, tensors
+from tests.networks import image, one_hot, tiny_denoiser
+from tests.small import same_weights
+
+BOTH = pytest.mark.parametrize("network", ["SongUNet", "DhariwalUNet"])
+X, SIGMA = image(), torch.tensor([0.1, 1.0, 20.0])
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("path", discover("*-trace-*sfdv*.safetensors"))
+def test_the_reference_s_students_answer_as_theirs_do(path):
+    """Its random layers are entries of our state dict; outputs at N + 1 = 4..7, untrained."""
+    info, data = settings(path), tensors(path)
+    student = with_step_condition(golden_network(info["config"]["net"]), seed=0)
+    layers = {
+        name.removeprefix("init."): value
+        for name, value in data.items()
+        if name.startswith("init.model.")
+    }
+    assert layers.keys() == {name for name in student.state_dict() if "step" in name}
+    student.load_state_dict(student.state_dict() | layers)
+    student = widen_head(student, info["K"])
+    with torch.no_grad():
+        for num_points in (4, 5, 6, 7):
+            golden = data[f"probe_out_init.step{num_points}"]
+            for i, sigma in enumerate(data["probe_sigma"]):
+                out = student.branches(data["probe_x"][i], sigma, num_points=num_points)
+                close(out if info["K"] > 1 else out[:, 0], golden[i], atol=1e-5)
+
+
+@BOTH
+def test_a_student_starts_as_its_teacher_at_any_number_of_steps(network):
+    teacher = tiny_denoiser(network, label_dim=3)
+    student = with_step_condition(teacher, seed=1)
+    assert (teacher.step_condition, student.step_condition) == (False, True)
+    labels = one_hot(0, 1, 2)
+    for num_points in (2, 4, 7):
+        out = student(X, SIGMA, labels, num_points=num_points)
+        assert torch.equal(out, teacher(X, SIGMA, labels))
+    # And can leave it: the gradient reaches the zero layers.
+    student(X, SIGMA, labels, num_points=4).square().sum().backward()
+    assert all(p.grad.any() for name, p in student.named_parameters() if "affine_step" in name)
+
+
+@BOTH
+def test_a_random_start_depends_on_the_number_of_steps(network):
+    student = with_step_condition(tiny_denoiser(network), start="random", seed=1)
+    outs = [student(X, SIGMA, num_points=n) for n in (4, 5)]
+    assert (outs[0] - outs[1]).abs().max() > 1e-3
+
+
+def test_the_random_start_is_the_reference_s():
+    """Xavier without biases for DDPM++ (in the traces: at most 1/4); ADM's have biases."""
+    student = with_step_condition(
+        tiny_denoiser(model_channels=16, channel_mult=(2, 2)), start="random", seed=0
+    ).model
+    blocks = [student.enc["8x8_block0"], student.dec["8x8_up"], student.dec["4x4_in0"]]
+    for block in blocks:
+        assert block.affine_step.weight.shape == (32, 64)
+        assert 0.245 < block.affine_step.weight.abs().max() <= 0.25
+        assert not block.affine_step.bias.any()
+    assert student.map_step_layer0.weight.abs().max() <= (6 / 80) ** 0.5
+    adm = with_step_condition(tiny_denoiser("DhariwalUNet"), start="random", seed=0).model
+    layer = adm.enc["8x8_block0"].affine_step
+    for values in (layer.weight, layer.bias):
+        assert 0.5 / 32**0.5 < values.abs().max() <= 1 / 32**0.5
+
+
+@BOTH
+@pytest.mark.parametrize("start", ["teacher", "random"])
+def test_the_seed_alone_decides_the_new_layers(network, start):
+    teacher = tiny_denoiser(network)
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    one = with_step_condition(teacher, start=start, seed=1)
+    assert torch.equal(torch.rand(1), expected)
+    assert same_weights(one, with_step_condition(teacher, start=start, seed=1))
+    other = with_step_condition(teacher, start=start, seed=2)
+    assert not torch.equal(one.model.map_step_layer0.weight, other.model.map_step_layer0.weight)
+    kept = {name: one.state_dict()[name] for name in teacher.state_dict()}
+    assert all(torch.equal(kept[name], value) for name, value in teacher.state_dict().items())
+
+
+def test_new_layers_are_no_copies_of_each_other():
+    """Each from draws of its own, also where sizes agree."""
+    student = with_step_condition(tiny_denoiser(), start="random", seed=3)
+    flat = torch.cat(
+        [
+            value.flatten()
+            for name, value in student.state_dict().items()
+            if "step" in name and name.endswith("weight")
+        ]
+    )
+    scaled = flat[flat != 0]
+    assert len(scaled.unique()) > 0.99 * len(scaled)
+
+
+@BOTH
+def test_each_image_may_have_a_number_of_its_own(network):
+    student = with_step_condition(tiny_denoiser(network), start="random", seed=1)
+    together = student(X, SIGMA, num_points=torch.tensor([4, 5, 7]))
+    for i, num_points in enumerate((4, 5, 7)):
+        alone = student(X[i : i + 1], SIGMA[i], num_points=num_points)
+        torch.testing.assert_close(together[i], alone[0])
+    torch.testing.assert_close(
+        student(X, SIGMA, num_points=torch.tensor(5)), student(X, SIGMA, num_points=5)
+    )
+
+
+def test_branches_dtype_and_mode_are_kept():
+    teacher = widen_head(tiny_denoiser(dropout=0.1), 4).double().train()
+    student = with_step_condition(teacher, seed=0)
+    assert (student.num_branches, student.training) == (4, True)
+    assert {p.dtype for p in student.parameters()} == {torch.float64}
+    assert all(p.requires_grad for p in student.parameters())
+    exported = export_branch(student)
+    assert (exported.num_branches, exported.step_condition) == (1, True)
+    again = build_denoiser(student.describe()).double()
+    again.load_state_dict(student.state_dict())
+    assert again.describe() == student.describe()
+
+
+def test_conditions_are_bound_for_a_sampler():
+    student = with_step_condition(tiny_denoiser(label_dim=3), start="random", seed=1)
+    labels = one_hot(0, 1, 2)
+    bound = student.given(labels, num_points=5)
+    assert torch.equal(bound(X, SIGMA), student(X, SIGMA, labels, num_points=5))
+    assert torch.equal(student.given(num_points=4)(X, SIGMA), student(X, SIGMA, num_points=4))
+
+
+@BOTH
+def test_the_number_is_given_exactly_where_it_is_taken(network):
+    teacher = tiny_denoiser(network)
+    with pytest.raises(InputError, match=r"num_points=4 is given to .*, or add the layers with"):
+        teacher(X, SIGMA, num_points=4)
+    student = with_step_condition(teacher, seed=0)
+    with pytest.raises(InputError, match=r"num_points is missing; .*given\(num_points=4\)"):
+        student(X, SIGMA)
+    with pytest.raises(InputError, match="at least 2; got 1"):
+        student(X, SIGMA, num_points=1)
+    with pytest.raises(ShapeError, match=r"one number or \[3\], got \[2\]"):
+        student(X, SIGMA, num_points=torch.tensor([4, 5]))
+
+
+def test_a_condition_is_added_once():
+    student = with_step_condition(tiny_denoiser(), seed=0)
+    with pytest.raises(InputError, match="has a step condition already"):
+        with_step_condition(student, seed=0)
+    with pytest.raises(InputError, match="start must be one of teacher, random, got 'zero'"):
+        with_step_condition(tiny_denoiser(), start="zero", seed=0)

@@ -1,0 +1,118 @@
+"""What a trial measures beside its FID, in this process: no Ray, no database."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+
+from bdense.cards import card_path, model_card
+from bdense.checkpoints import load_denoiser, save_denoiser
+from bdense.errors import InputError
+from bdense.metrics import MetricSettings
+from bdense.references import dataset_reference, write_reference
+from bdense.sampling import draw_images, sampler_from
+from search import assets
+from search.spec import StudySpec
+from search.trial import STUDENT, evaluate
+from tests.small import small_teacher
+from tests.studies import NORMALISED, spec
+
+CPU = torch.device("cpu")
+TINY = {
+    "teacher__train__kimg": 0.128,
+    "teacher__train__batch": 32,
+    "budget__kimg": 0.128,
+    "budget__batch": 32,
+    "weights": NORMALISED,
+    "trajectories": {"mode": "live"},
+    "resources": {"gpus": 0},
+}
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch, shared_cache) -> None:
+    """The digits classifier is trained once for all tests."""
+    monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("BDENSE_CACHE", str(shared_cache))
+
+
+def prepared(study: StudySpec) -> assets.Assets:
+    assets.prepare(study, CPU, lambda *_: None)
+    return assets.load(study, CPU)
+
+
+def attrs(shared: assets.Assets, folder: Path) -> dict:
+    quiet = {"check": lambda: None, "report": lambda _: None}
+    return evaluate(shared, {"a": 1.0}, folder, **quiet)["attrs"]
+
+
+def test_a_trial_stores_the_metrics_it_was_asked_for(tmp_path, monkeypatch):
+    # A hundred subsets take a quarter of a minute.
+    few = functools.partial(MetricSettings, kid_subsets=2)
+    monkeypatch.setattr("bdense.metrics.MetricSettings", few)
+    shared = prepared(
+        spec(**TINY, evaluation__images=1000, evaluation__metrics=["fid", "kid", "prc"])
+    )
+    found = attrs(shared, tmp_path / "00000")
+    assert shared.reference.features.shape == (1797, 64)
+    kid, prc, fid = found["kid"], found["prc"], found["fid"]
+    assert fid["value"] > 0
+    assert kid["mean"] > kid["std"] > 0
+    assert (kid["subsets"], kid["subset_size"], prc["neighbours"]) == (2, 1000, 5)
+    assert 0 <= prc["precision"] <= 1
+    for other in (kid, prc):
+        assert {key: other[key] for key in fid if key != "value"} == {
+            key: value for key, value in fid.items() if key != "value"
+        }
+    # What the study optimises is the same number without them.
+    alone = attrs(prepared(spec(**TINY, evaluation__images=1000)), tmp_path / "00001")
+    assert alone["fid"] == fid
+    assert not alone.keys() & {"kid", "prc"}
+
+
+def test_too_few_images_for_a_metric_are_refused_before_a_trial():
+    study = spec(**TINY, evaluation__metrics=["fid", "kid"])
+    with pytest.raises(InputError, match="kid needs at least 1000 images, got 256"):
+        assets.prepare(study, CPU, lambda *_: None)
+
+
+def test_a_reference_file_takes_the_data_sets_place(tmp_path, digits_extractor, shared_cache):
+    by_data = prepared(spec(**TINY))
+    digits = dataset_reference(by_data.dataset, digits_extractor, cache=shared_cache)
+    path = tmp_path / "digits.npz"
+    write_reference(path, digits.statistics, "digits", digits_extractor)
+    by_file = prepared(spec(**TINY, evaluation__reference=str(path)))
+    found = attrs(by_file, tmp_path / "00000")["fid"]
+    expected = attrs(by_data, tmp_path / "00001")["fid"]
+    assert found["value"] == expected["value"]
+    assert found["reference"].startswith("digits.npz:")
+    assert (found["reference_images"], expected["reference"]) == (1797, "digits")
+
+
+def test_a_students_images_can_be_drawn_again(tmp_path):
+    """The metadata of the file that a trial leaves names its FID and how to draw."""
+    from bdense.checkpoints import load_denoiser
+
+    shared = prepared(spec(**TINY))
+    found = attrs(shared, tmp_path / "00000")
+    student, metadata = load_denoiser(tmp_path / "00000" / STUDENT)
+    assert metadata["fid"] == found["fid"]
+    images = draw_images(student, sampler_from(metadata["sampler"]), 4, seed=0)
+    assert images.shape == (4, 1, 8, 8)
+
+
+def test_a_trials_student_carries_its_teachers_licence(tmp_path):
+    """In its header and in the card beside it."""
+    teacher = small_teacher()
+    path = tmp_path / "teacher.safetensors"
+    save_denoiser(path, teacher, {"licence": "CC-BY-NC-SA-4.0", "source": "edm-x"})
+    study = spec(**TINY | {"teacher": {"checkpoint": str(path)}})
+    attrs(prepared(study), tmp_path / "00000")
+    student, metadata = load_denoiser(tmp_path / "00000" / STUDENT)
+    assert (metadata["licence"], metadata["teacher"]) == ("CC-BY-NC-SA-4.0", "edm-x")
+    assert metadata["method"] == "sfd-bdense"
+    card = card_path(tmp_path / "00000" / STUDENT).read_text()
+    assert card == model_card(STUDENT, student, metadata)
+    assert card.startswith("---\nlicense: cc-by-nc-sa-4.0\n")
+    assert "| FID | " in card

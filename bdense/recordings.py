@@ -14,13 +14,14 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from bdense.denoiser import NetworkDenoiser
 from bdense.errors import CheckpointError, InputError
 from bdense.files import atomic_write, file_lock
 from bdense.intervals import IntervalGrid, VariableGrid
@@ -223,6 +224,20 @@ class RecordedTrajectories:
     def batch(self) -> int:
         """B."""
         return self.store.live.batch
+
+    @property
+    def teacher(self) -> NetworkDenoiser:
+        """Whose trajectories they are."""
+        return self.store.live.teacher
+
+    def on(self, device: torch.device) -> "RecordedTrajectories":
+        """The same, with the batches on another device."""
+        store = replace(self.store, live=self.store.live.on(device))
+        return replace(self, store=store)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickled, a memory map would be copied whole.
+        return TrajectoryStore.open, (self.store,)
 
     def __len__(self) -> int:
         return self.store.live.count

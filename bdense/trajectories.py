@@ -3,8 +3,9 @@
 R supervising rows, B batch, C channels, H x W pixels.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+import copy
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -59,6 +60,15 @@ class Trajectories(Protocol):
 
     def part(self, iteration: int, images: slice) -> Walk:
         """Some images of that batch, as a process of several takes its share."""
+        ...
+
+    @property
+    def teacher(self) -> NetworkDenoiser:
+        """Whose trajectories they are."""
+        ...
+
+    def on(self, device: torch.device) -> Self:
+        """The same, with the teacher and the batches on another device."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -122,6 +132,10 @@ class LiveTrajectories:
             return None
         draw = generator(self.seed, Stream.LABELS, iteration)
         return F.one_hot(torch.randint(classes, (self.batch,), generator=draw), classes).float()
+
+    def on(self, device: torch.device) -> "LiveTrajectories":
+        """The same, with a copy of the teacher on another device."""
+        return replace(self, teacher=copy.deepcopy(self.teacher).to(device))
 
     def _states(self, grid: IntervalGrid, start: Tensor, labels: Tensor | None) -> Tensor:
         """The teacher's walk from ``start``: [R, B, C, H, W]."""

@@ -156,7 +156,9 @@ class LearnedWeights:
         if self._sum is None:
             return torch.ones(self.num_branches, dtype=torch.float64)
         scale = self._sum / self._seen
-        scale = scale.maximum(SMALLEST_SCALE * scale.max())
+        scale = scale.maximum(SMALLEST_SCALE * scale.max()).clamp(
+            min=torch.finfo(scale.dtype).tiny
+        )
         return self.num_branches * torch.softmax(-self.strength * scale.log(), dim=0)
 
     def state(self) -> dict[str, Tensor]:

@@ -1,0 +1,72 @@
+"""A distillation shared by several devices of one machine."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bdense.denoiser import NetworkDenoiser
+from bdense.parallel import Team, team_of
+from bdense.sfd import IterationReport, SFDConfig, distill
+from bdense.trajectories import Trajectories
+from bdense.weighting import BranchWeighting
+
+
+def distill_on(
+    devices: Sequence[torch.device],
+    teacher: NetworkDenoiser,
+    trajectories: Trajectories,
+    config: SFDConfig,
+    weights: Tensor | BranchWeighting,
+    *,
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    on_iteration: Callable[[IterationReport], None] | None = None,
+    **options: Any,  # noqa: ANN401  those of distill
+) -> NetworkDenoiser:
+    """``distill``, each batch shared equally by the devices.
+
+    The result is that of one device but for rounding and, where dropout is on, other masks.
+
+    Args:
+        devices: The first is where teacher and trajectories are.
+        teacher, trajectories, config, weights, options: As of ``distill``.
+        checkpoint, checkpoint_seconds: Written by this process alone.
+        on_iteration: Called in this process.
+
+    Raises:
+        InputError: The batch is no multiple of the devices.
+    """
+    team = Team(0, len(devices))
+    team.share_of(trajectories.batch)
+    job = (trajectories, config, weights, {"checkpoint": checkpoint, **options})
+
+    def lead(team: Team) -> NetworkDenoiser:
+        return distill(
+            teacher,
+            trajectories,
+            config,
+            weights,
+            team=team,
+            checkpoint=checkpoint,
+            checkpoint_seconds=checkpoint_seconds,
+            on_iteration=on_iteration,
+            **options,
+        )
+
+    if len(devices) == 1:
+        return lead(team)
+    with team_of(devices, _follow, job) as team:
+        return lead(team)
+
+
+def _follow(
+    team: Team,
+    device: torch.device,
+    job: tuple[Trajectories, SFDConfig, Tensor | BranchWeighting, dict[str, Any]],
+) -> None:
+    trajectories, config, weights, options = job
+    moved = trajectories.on(device)
+    distill(moved.teacher, moved, config, weights, team=team, **options)

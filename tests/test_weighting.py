@@ -1,0 +1,143 @@
+"""Learned branch weights: the rules in closed form, their state, what they refuse."""
+
+import pytest
+import torch
+
+from bdense.branches import export_branch
+from bdense.errors import InputError
+from bdense.sfd import IterationReport, SFDConfig, distill
+from bdense.weighting import SMALLEST_SCALE, FixedWeights, LearnedWeights
+from tests.small import same_weights, small_teacher, small_trajectories
+
+LOSSES = torch.tensor([1.0, 2.0, 4.0, 8.0])
+
+
+def seen(weighting: LearnedWeights, *losses: torch.Tensor) -> list[float]:
+    for each in losses:
+        weighting.observe(each, each)
+    return weighting.weights().tolist()
+
+
+def test_uncertainty_weighs_by_the_inverse_of_the_mean_loss():
+    """w_k = K / l_k / sum_j 1 / l_j; K = 4 and l = 1, 2, 4, 8 make sum 1 / l = 15 / 8."""
+    expected = [32 / 15, 16 / 15, 8 / 15, 4 / 15]
+    assert seen(LearnedWeights(4, rule="uncertainty"), LOSSES) == pytest.approx(expected)
+
+
+def test_strength_is_an_exponent():
+    uniform = LearnedWeights(4, rule="uncertainty", strength=0.0)
+    assert seen(uniform, LOSSES) == pytest.approx([1.0] * 4)
+    reverse = LearnedWeights(4, rule="uncertainty", strength=-1.0)
+    assert seen(reverse, LOSSES) == pytest.approx([4 / 15, 8 / 15, 16 / 15, 32 / 15])
+
+
+def test_the_scale_is_a_running_mean_that_forgets():
+    """Two updates l, 3 l at memory 2: (l / 2 + 3 l) / (1 / 2 + 1) = 7 l / 3 for every branch but
+    the last, which stays at l."""
+    second = LOSSES * torch.tensor([3.0, 3.0, 3.0, 1.0])
+    scale = LOSSES * torch.tensor([7 / 3, 7 / 3, 7 / 3, 1.0])
+    inverse = 1 / scale
+    expected = (4 * inverse / inverse.sum()).tolist()
+    found = seen(LearnedWeights(4, rule="uncertainty", memory=2), LOSSES, second)
+    assert found == pytest.approx(expected)
+
+
+def test_a_branch_at_its_target_does_not_take_all():
+    """Its scale is the rounding of float32: it counts as a thousandth of the largest."""
+    weights = seen(LearnedWeights(2, rule="uncertainty"), torch.tensor([1e-12, 1.0]))
+    assert weights[0] / weights[1] == pytest.approx(1 / SMALLEST_SCALE)
+    nothing = seen(LearnedWeights(2, rule="uncertainty"), torch.zeros(2))
+    assert nothing == pytest.approx([1.0, 1.0])
+
+
+def test_gradient_norms_are_made_equal():
+    """The norms that reach the head's input, measured here by hand, weighted, are all the same."""
+    teacher = small_teacher()
+    trajectories = small_trajectories(teacher, count=1)
+    reports: list[IterationReport] = []
+    observed = []
+
+    class Spy(LearnedWeights):
+        def observe(self, losses, gradient_norms):
+            observed.append(gradient_norms.double())
+            super().observe(losses, gradient_norms)
+
+    rule = Spy(4, rule="gradient-norm", memory=1)
+    train = SFDConfig(num_branches=4, images=4, lr=1e-4, dropout=False)
+    distill(teacher, trajectories, train, rule, on_iteration=reports.append)
+    for norms, weights in zip(observed, reports[0].weights, strict=True):
+        weighted = norms * weights
+        assert weighted.tolist() == pytest.approx([float(weighted[0])] * 4, rel=1e-5)
+    # The first update sees the teacher's own head in every branch: the norm of branch k is then
+    # proportional to its share of the interval's step, for which L1 has one sign a pixel.
+    levels = trajectories.grid.interval(1)
+    share = (1 - levels[1:] / levels[0]).tolist()
+    assert (observed[0] / observed[0][-1]).tolist() == pytest.approx(
+        [s / share[-1] for s in share], rel=0.2
+    )
+
+
+@pytest.mark.parametrize("rule", ["uncertainty", "gradient-norm"])
+def test_a_learning_run_resumes_bit_for_bit(tmp_path, rule):
+    teacher = small_teacher()
+    trajectories = small_trajectories(teacher, count=4)
+    train = SFDConfig(num_branches=4, images=16, lr=1e-3, dropout=False)
+
+    def run(weighting, **options):
+        return distill(teacher, trajectories, train, weighting, **options)
+
+    whole = run(LearnedWeights(4, rule=rule, strength=-0.5))
+    checkpoint = tmp_path / "run.safetensors"
+
+    class StopError(Exception):
+        pass
+
+    def stop(report: IterationReport) -> None:
+        if report.iteration == 2:
+            raise StopError
+
+    options = {"checkpoint": checkpoint, "checkpoint_seconds": 0.0}
+    with pytest.raises(StopError):
+        run(LearnedWeights(4, rule=rule, strength=-0.5), on_iteration=stop, **options)
+    resumed = run(LearnedWeights(4, rule=rule, strength=-0.5), **options)
+    assert same_weights(whole, resumed)
+
+
+def test_strength_zero_is_uniform_weights_bit_for_bit():
+    teacher = small_teacher()
+    trajectories = small_trajectories(teacher, count=2)
+    train = SFDConfig(num_branches=4, images=8, lr=1e-3, dropout=False)
+    learned = distill(
+        teacher, trajectories, train, LearnedWeights(4, rule="uncertainty", strength=0.0)
+    )
+    uniform = distill(teacher, trajectories, train, torch.ones(4))
+    assert same_weights(export_branch(learned), export_branch(uniform))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_branches": 0, "rule": "uncertainty"}, r"num_branches \(K\) must be at least 1"),
+        ({"num_branches": 4, "rule": "hope"}, "rule 'hope' is unknown; choose from"),
+        (
+            {"num_branches": 4, "rule": "uncertainty", "strength": float("nan")},
+            r"strength must lie in -10\.\.10, got nan",
+        ),
+        (
+            {"num_branches": 4, "rule": "uncertainty", "memory": 0},
+            "memory must be at least 1 update, got 0",
+        ),
+    ],
+)
+def test_bad_settings_are_named(options, message):
+    with pytest.raises(InputError, match=message):
+        LearnedWeights(**options)
+
+
+def test_given_weights_stay_as_they_are():
+    fixed = FixedWeights(torch.tensor([0.5, 2.0]))
+    fixed.observe(torch.tensor([1.0, 9.0]), None)
+    assert fixed.weights().tolist() == [0.5, 2.0]
+    assert fixed.describe() == {"fixed": [0.5, 2.0]}
+    with pytest.raises(InputError, match=r"must be numbers >= 0.*got \[-1.0\]"):
+        FixedWeights(torch.tensor([-1.0]))

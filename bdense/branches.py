@@ -9,7 +9,6 @@ from torch import Tensor
 
 from bdense.denoiser import NetworkDenoiser, build_denoiser
 from bdense.errors import InputError
-from bdense.execution import Execution
 
 
 def widen_head(teacher: NetworkDenoiser, num_branches: int) -> NetworkDenoiser:
@@ -62,6 +61,4 @@ def _with_head(
         key = f"model.{denoiser.model.head_name}.{name}"
         state[key] = change(state[key])
     built.load_state_dict(state)
-    if denoiser.execution != Execution():
-        built.execute(denoiser.execution)
-    return built
+    return built.execute(denoiser.execution)

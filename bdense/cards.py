@@ -9,7 +9,7 @@ from typing import Any
 
 from bdense.denoiser import NetworkDenoiser
 from bdense.files import atomic_write
-from bdense.sampling import sampler_from
+from bdense.sampling import samplers_from
 
 # How a student was made, by its ``method``.
 _METHODS = {
@@ -131,14 +131,25 @@ def _student_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
     facts = {key: str(metadata[key]) for key in ("teacher", "method", "study") if key in metadata}
     if "teacher_sha256" in metadata:
         facts["teacher's sha256"] = f"`{metadata['teacher_sha256']}`"
+    if "stage" in metadata:
+        facts["stage"] = f"{metadata['stage']}: the teacher is a student itself"
     if "weights" in metadata:
         facts["branch weights"] = ", ".join(f"{weight:.4g}" for weight in metadata["weights"])
-    if "sampler" in metadata:
-        sampler = sampler_from(metadata["sampler"])
+    if "weighting" in metadata:
+        rule = dict(metadata["weighting"])
+        settings = ", ".join(f"{key} {value:g}" for key, value in rule.items() if key != "rule")
+        facts["branch weights"] += f" at the end, learned by {rule['rule']} ({settings})"
+    if "perceptual" in metadata:
+        low, high = metadata["perceptual"]["range"]
+        facts["perceptual loss"] = (
+            f"{metadata['perceptual']['name']} on the last interval, of images in [{low}, {high}]"
+        )
+    if samplers := samplers_from(metadata):
+        sampler, steps = samplers[0], [str(each.num_intervals) for each in samplers]
         schedule = sampler.schedule
-        facts["network evaluations an image (NFE)"] = str(sampler.nfe)
+        facts["network evaluations an image (NFE)"] = ", ".join(str(s.nfe) for s in samplers)
         facts["sampler"] = (
-            f"{sampler.num_intervals} Euler steps{', the first analytical' * sampler.afs}, "
+            f"{', '.join(steps)} Euler steps{', the first analytical' * sampler.afs}, "
             f"{schedule.kind} levels from {schedule.sigma_max:g} to {schedule.sigma_min:g}"
         )
     if "fid" in metadata:

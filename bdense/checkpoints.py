@@ -18,6 +18,7 @@ from bdense.edm_pickle import ForeignNetwork, read_edm_pickle
 from bdense.errors import CheckpointError, InputError
 from bdense.files import atomic_write
 from bdense.preconditioning import IDDPM, PRECONDITIONINGS
+from bdense.sampling import served_metadata
 
 HEADER_KEY = "bdense"
 FORMAT = 1
@@ -81,7 +82,8 @@ def save_denoiser(path: Path, denoiser: NetworkDenoiser, metadata: Mapping[str, 
 def load_denoiser(path: Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
     """A denoiser in eval mode and its metadata, from our safetensors or a pickle of EDM or SFD.
 
-    The metadata of an SFD student has its ``sampler``, as ``bdense distill`` writes it.
+    The metadata of an SFD student has its ``sampler``, as ``bdense distill`` writes it, and its
+    ``nfe`` where it serves several.
 
     Raises:
         CheckpointError: The file is no such checkpoint, or its weights do not fit.
@@ -111,7 +113,7 @@ def _load_foreign(path: Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
             "kind": "student",
             "method": "sfd",
             "training": foreign.training_kwargs,
-            "sampler": sfd_checkpoints.student_sampler(foreign).describe(),
+            **served_metadata(sfd_checkpoints.student_samplers(foreign)),
         }
     except InputError as error:
         raise CheckpointError(f"{path}: {error}") from error
@@ -190,7 +192,9 @@ def denoiser_sha256(denoiser: NetworkDenoiser) -> str:
     digest = hashlib.sha256(json.dumps(denoiser.describe(), sort_keys=True).encode())
     for name, value in sorted(denoiser.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        # Flat: a 1 x 1 kernel in NHWC memory counts as contiguous with strides no view accepts.
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -210,9 +214,14 @@ def restore_adam(
     """Put back what ``adam_tensors`` gave."""
     for name, parameter in module.named_parameters():
         if f"adam.step.{name}" in tensors:
-            optimizer.state[parameter] = {
-                kind: tensors[f"adam.{kind}.{name}"].to(
-                    device=parameter.device, dtype=torch.float32
-                )
-                for kind in ADAM_TENSORS
-            }
+            saved = {kind: tensors[f"adam.{kind}.{name}"] for kind in ADAM_TENSORS}
+            step = saved.pop("step").to(device=parameter.device, dtype=torch.float32)
+            # The moments in the parameter's own memory layout, which a file does not keep: fused
+            # Adam pairs them up by their place in memory.
+            moments = {kind: _like(value, parameter) for kind, value in saved.items()}
+            optimizer.state[parameter] = {"step": step, **moments}
+
+
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    """float32, on the parameter's device and in its memory layout."""
+    return torch.empty_like(parameter, dtype=torch.float32, requires_grad=False).copy_(value)

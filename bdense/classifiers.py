@@ -41,6 +41,8 @@ class Recipe:
 RECIPES = {
     "digits-classifier": Recipe(data="digits", side=8, epochs=12),
     "fashion-mnist-classifier": Recipe(data="fashion-mnist", side=32, epochs=3),
+    # Barely trained: for a look at whether everything runs, not for a comparison.
+    "cifar10-classifier": Recipe(data="cifar10", side=32, epochs=1),
 }
 
 

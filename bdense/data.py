@@ -6,7 +6,6 @@ n images, C channels, H x W pixels.
 
 import contextlib
 import hashlib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bdense.data_files import read_folder, read_idx_images, read_zip
+from bdense.data_names import split_format, split_side
 from bdense.downloads import fetch
 from bdense.errors import InputError, ShapeError
 from bdense.files import file_lock, user_folder
@@ -134,7 +134,7 @@ def load_dataset(spec: str) -> Dataset:
     Raises:
         InputError: There is no such data set, or its files are missing, damaged, empty or mixed.
     """
-    source, side = _parse(spec)
+    source, side = split_side(spec)
     name, images, labels = _load(source)
     return _dataset(name, images, labels) if side is None else _padded(name, images, labels, side)
 
@@ -145,7 +145,7 @@ def image_shape(spec: str) -> tuple[int, int, int]:
     Raises:
         InputError: As ``load_dataset``.
     """
-    source, side = _parse(spec)
+    source, side = split_side(spec)
     channels, height, width = _SHAPES.get(source) or _load(source)[1].shape[1:]
     if side is None:
         return channels, height, width
@@ -172,16 +172,10 @@ def data_folder() -> Path:
     return user_folder(DATA_FOLDER, "data")
 
 
-def _parse(spec: str) -> tuple[str, int | None]:
-    match = re.fullmatch(r"(.+)@([1-9]\d{0,3})", spec)
-    return (match[1], int(match[2])) if match else (spec, None)
-
-
 def _load(source: str) -> tuple[str, Tensor, Tensor | None]:
     """What the set is called anywhere, its images and its labels."""
-    kind, _, file = source.partition(":")
-    if file and kind in _FORMATS:
-        path = Path(file).expanduser()
+    if (found := split_format(source)) is not None:
+        kind, path = found[0], Path(found[1]).expanduser()
         # A path is this machine's; its last part is what the set is called elsewhere.
         return f"{kind}:{path.resolve().name}", *_FORMATS[kind](path)
     if source in _NAMED:

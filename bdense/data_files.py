@@ -6,13 +6,12 @@ Each gives uint8 [n, C, H, W] and labels [n] or None. n images, C channels, H x 
 import gzip
 import json
 import math
-import os
 import re
 import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -21,12 +20,11 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from bdense.data_names import LABELS_FILE, SUFFIXES, image_files, is_image, labels_beside
 from bdense.errors import InputError
 
 # The third byte of an idx file's magic number names its type; image files have this one.
 _IDX_UINT8 = 0x08
-_LABELS_FILE = "dataset.json"
-_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # What Pillow and zipfile are known to raise for damaged, encrypted or oversized files.
 _UNREADABLE = (
     EOFError,
@@ -84,8 +82,8 @@ def read_idx_images(path: Path) -> tuple[Tensor, Tensor | None]:
     images = read_idx(path)
     if images.dim() != 3 or not images.numel():
         raise InputError(f"{path} holds an array of {list(images.shape)}; images are [n, H, W]")
-    beside = path.with_name(re.sub(r"images([-.])idx3", r"labels\1idx1", path.name))
-    if beside == path or not beside.is_file():
+    beside = labels_beside(path)
+    if beside is None:
         return images.unsqueeze(1), None
     labels = read_idx(beside)
     if labels.shape != (len(images),):
@@ -115,9 +113,9 @@ def read_folder(folder: Path) -> tuple[Tensor, Tensor | None]:
     if not folder.is_dir():
         remedy = f"; zip:{folder} reads an archive" if zipfile.is_zipfile(folder) else ""
         raise InputError(f"there is no image folder {folder}{remedy}")
-    labels_file = folder / _LABELS_FILE
+    labels_file = folder / LABELS_FILE
     try:
-        names = _image_files(folder)
+        names = image_files(folder)
         text = labels_file.read_bytes() if labels_file.exists() else None
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read: {_reason(error)}") from error
@@ -139,41 +137,16 @@ def read_zip(path: Path) -> tuple[Tensor, Tensor | None]:
         raise InputError(f"the image archive {path} cannot be read: {_reason(error)}") from error
     with archive:
         members = archive.namelist()
-        names = sorted(filter(_is_image, members))
+        names = sorted(filter(is_image, members))
         images = _read_images(str(path), names, archive.open)  # type: ignore[arg-type]
-        if _LABELS_FILE not in members:
+        if LABELS_FILE not in members:
             return images, None
-        labels_file = f"{path}:{_LABELS_FILE}"
+        labels_file = f"{path}:{LABELS_FILE}"
         try:
-            text = archive.read(_LABELS_FILE)
+            text = archive.read(LABELS_FILE)
         except _UNREADABLE as error:
             raise InputError(f"{labels_file} cannot be read: {_reason(error)}") from error
         return images, _edm_labels(labels_file, text, names)
-
-
-def _image_files(folder: Path) -> list[str]:
-    """Names below the folder, links followed; ``OSError`` where a part of it cannot be listed."""
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    names, seen = [], set()
-    for where, _, files in os.walk(folder, onerror=refuse, followlinks=True):
-        real = Path(where).resolve()
-        if real in seen:  # a link back up would give every image again and again
-            raise InputError(
-                f"the image folder {folder} leads to {real} twice, once as {where}; remove a link"
-            )
-        seen.add(real)
-        below = PurePath(where).relative_to(folder).as_posix()
-        names += [file if below == "." else f"{below}/{file}" for file in files]
-    return sorted(filter(_is_image, names))
-
-
-def _is_image(name: str) -> bool:
-    # Checkpoints of notebooks, thumbnails and macOS's companions are no images of the set.
-    hidden = "/." in f"/{name}" or name.startswith("__MACOSX/")
-    return name.lower().endswith(_SUFFIXES) and not hidden
 
 
 def _read_images(
@@ -181,7 +154,7 @@ def _read_images(
 ) -> Tensor:
     """[n, C, H, W] uint8, decoded one by one into the one array."""
     if not names:
-        raise InputError(f"{source} holds no images; known are {', '.join(_SUFFIXES)} files")
+        raise InputError(f"{source} holds no images; known are {', '.join(SUFFIXES)} files")
     images: NDArray[np.uint8] | None = None
     for index, name in enumerate(names):
         try:

@@ -3,6 +3,8 @@
 The preconditioning, the solvers, the losses and the optimiser stay in float32 whatever the format.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -54,17 +56,30 @@ class Execution:
         return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.precision)
 
     def prepare(self, network: nn.Module) -> None:
-        """Lay the network's memory out and compile it, in place.
-
-        tf32 is a setting of the whole process, made here too.
-        """
-        torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
-        torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
+        """Lay the network's memory out and compile it, in place; ``set_products`` too."""
+        self.set_products()
         if self.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.compile:
             network.compile()
 
+    def set_products(self) -> None:
+        """Have a GPU round float32 products to tf32, or not: a setting of the whole process."""
+        torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
+        torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
+
     def autocast(self, device: torch.device) -> torch.autocast:
         """The context of a network call."""
         return torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Compute float32 products as such for a while, whatever precision a denoiser has set."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    Execution().set_products()
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

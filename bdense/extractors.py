@@ -4,12 +4,10 @@ All are torch-fidelity ``FeatureExtractorBase`` networks, found in its registry 
 ``create_feature_extractor``. B batch, C channels, H x W pixels, d features.
 """
 
-import contextlib
 import functools
 import io
-import pickle
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -20,9 +18,9 @@ from torch import Tensor, nn
 
 from bdense.classifiers import RECIPES, Classifier, classifier_weights, load_classifier
 from bdense.dinov2 import SIZES, DinoV2, Size
-from bdense.downloads import fetch
 from bdense.errors import InputError, ShapeError
 from bdense.files import sha256_file
+from bdense.pretrained import downloaded_weights, last_line, weights_of, weights_path
 
 SPECS = ", ".join(
     ["inception[:WEIGHTS.pth], dinov2[:WEIGHTS.pth], torchscript:FILE.pt", *SIZES, *RECIPES]
@@ -40,7 +38,6 @@ _DINOV2_LAYER = "dinov2"
 # What Stein et al. 2023 (arXiv 2306.04675) compare generative models by.
 _DINOV2_DEFAULT = "dinov2-vit-l-14"
 _INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-_LONGEST_REASON = 300
 # A network that takes one size only is asked for its feature count at the usual ones.
 _PROBE_SIDES = (32, 64, 8, 16, 28, 128, 224, 256, 299)
 
@@ -83,7 +80,7 @@ class Extractor:
         except (RuntimeError, torch.jit.Error) as error:
             raise ShapeError(
                 f"extractor {self.name} cannot take images of shape {list(images.shape)}: "
-                f"{_last_line(error)}"
+                f"{last_line(error)}"
             ) from error
         if features.shape != (len(images), self.dim):
             raise ShapeError(
@@ -103,7 +100,8 @@ def load_extractor(spec: str, *, cache: Path, device: torch.device) -> Extractor
             (``dinov2-vit-s-14``, -b, -l, -g: 384, 768, 1024, 1536 features) likewise,
             ``torchscript:FILE.pt`` (a scripted network of the user's,
             uint8 [B, 3, H, W] -> [B, d]; its program is run), or ``digits-classifier``,
-            ``fashion-mnist-classifier`` (small networks of 64 features, trained once here).
+            ``fashion-mnist-classifier``, ``cifar10-classifier`` (small networks of 64 features,
+            trained once here).
         cache: Folder for what is made once.
         device: Where to compute features.
 
@@ -120,6 +118,21 @@ def load_extractor(spec: str, *, cache: Path, device: torch.device) -> Extractor
     if spec in RECIPES:
         return _classifier(spec, cache, device)
     raise InputError(f"unknown feature extractor {spec!r}; known are {SPECS}")
+
+
+def missing_weights(spec: str) -> tuple[str, Path] | None:
+    """Address and place of the weights that ``load_extractor`` would download, if any."""
+    kind, _, argument = spec.partition(":")
+    if argument:
+        return None
+    if kind == "inception":
+        url = _inception_url()
+    elif kind == "dinov2" or kind in SIZES:
+        url = SIZES[_DINOV2_DEFAULT if kind == "dinov2" else kind].url
+    else:
+        return None
+    path = weights_path(url)
+    return None if path.is_file() else (url, path)
 
 
 def _classifier(name: str, cache: Path, device: torch.device) -> Extractor:
@@ -147,8 +160,8 @@ def _torchscript(path: Path, device: torch.device) -> Extractor:
 
 def _inception(weights: str, device: torch.device) -> Extractor:
     url = _inception_url()
-    path = Path(weights) if weights else _downloaded(url, "Inception", _INCEPTION_SHA256)
-    with _weights_of("torch-fidelity's Inception", path, url):
+    path = Path(weights) if weights else downloaded_weights(url, "Inception", _INCEPTION_SHA256)
+    with weights_of("torch-fidelity's Inception", path, url):
         # torch-fidelity unpickles the weights it is given without restriction, so it is given a
         # copy written here of what the restricted reader found.
         copy = io.BytesIO()
@@ -162,8 +175,8 @@ def _inception(weights: str, device: torch.device) -> Extractor:
 
 def _dinov2(name: str, weights: str, device: torch.device) -> Extractor:
     size = SIZES[name]
-    path = Path(weights) if weights else _downloaded(size.url, name)
-    with _weights_of(name, path, size.url):
+    path = Path(weights) if weights else downloaded_weights(size.url, name)
+    with weights_of(name, path, size.url):
         network = _create(DINOV2[name], _DINOV2_LAYER, path, device)
     return Extractor(
         name=name, sha256=sha256_file(path), dim=size.width, network=network, device=device
@@ -174,27 +187,6 @@ def _inception_url() -> str:
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
     return str(URL_INCEPTION_V3)
-
-
-@contextlib.contextmanager
-def _weights_of(whose: str, path: Path, url: str) -> Iterator[None]:
-    """Name the file whose weights cannot be read or do not fit, and where the right one is."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"cannot read {whose} weights {path}: {error.strerror}") from error
-    except torch.OutOfMemoryError:
-        raise
-    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path} does not hold {whose} weights ({_last_line(error)}); give the file of {url}"
-        ) from error
-
-
-def _downloaded(url: str, what: str, sha256: str | None = None) -> Path:
-    """The weights where torch keeps such files, fetched from their publisher if need be."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    return fetch(url, path, what=f"the {what} weights", sha256=sha256)
 
 
 def _create(name: str, layer: str, weights: Path | BinaryIO, device: torch.device) -> nn.Module:
@@ -285,7 +277,7 @@ def _load_torchscript(path: Path) -> nn.Module:
             script: nn.Module = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
         except (RuntimeError, ValueError) as error:
             raise InputError(
-                f"{path} cannot be read as TorchScript ({_last_line(error)}); write it with "
+                f"{path} cannot be read as TorchScript ({last_line(error)}); write it with "
                 "torch.jit.save"
             ) from error
     return script
@@ -315,7 +307,7 @@ def _probe(network: nn.Module, path: Path, device: torch.device) -> int:
         try:
             features = _features(network, images)
         except (RuntimeError, torch.jit.Error) as error:
-            reason = _last_line(error)
+            reason = last_line(error)
             continue
         if not isinstance(features, Tensor):
             got = type(features).__name__
@@ -327,10 +319,3 @@ def _probe(network: nn.Module, path: Path, device: torch.device) -> int:
             f"{path} turns uint8 {list(images.shape)} into {got}; an extractor gives [B, d] floats"
         )
     raise InputError(f"{path} takes no uint8 images [B, 3, H, W]: {reason}")
-
-
-def _last_line(error: BaseException) -> str:
-    """The reason itself: torch puts the interpreter's stack in front of it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # A state dict that does not fit is answered with all its names.
-    return lines[-1][:_LONGEST_REASON] if lines else type(error).__name__

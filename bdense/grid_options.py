@@ -1,10 +1,12 @@
 """The command-line options that describe how images are drawn."""
 
 import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from bdense.errors import InputError
-from bdense.sampling import Sampler, sampler_from
+from bdense.sampling import Sampler, samplers_from
 from bdense.schedules import Schedule
 from bdense.solvers import SOLVERS, Solver, make_solver
 
@@ -17,10 +19,11 @@ GRID: dict[str, Any] = {
     "sigma_max": 80.0,
 }
 SOLVER: dict[str, Any] = {"solver": "euler", "order": None}
+SECOND_STAGE_NFE = 1
 
 
-def add_grid_options(parser: argparse.ArgumentParser) -> None:
-    """NFE, AFS and the noise schedule."""
+def add_grid_options(parser: argparse.ArgumentParser, *, distilled: bool = False) -> None:
+    """NFE, AFS and the noise schedule; ``distilled``: of a student that is made, for any NFE."""
 
     def add(flag: str, what: str, **kwargs: Any) -> None:  # noqa: ANN401 - argparse's own
         default = GRID[flag.removeprefix("--").replace("-", "_")]
@@ -29,7 +32,18 @@ def add_grid_options(parser: argparse.ArgumentParser) -> None:
             flag, default=argparse.SUPPRESS, help=f"{what} (default: {default})", **kwargs
         )
 
-    add("--nfe", "network evaluations", metavar="N", type=int)
+    if distilled:
+        parser.add_argument(
+            "--nfe",
+            metavar="N",
+            type=int,
+            nargs="+",
+            default=argparse.SUPPRESS,
+            help="network evaluations; several numbers make one student for them all, SFD-v "
+            f"(default: {GRID['nfe']}; {SECOND_STAGE_NFE} with --second-stage)",
+        )
+    else:
+        add("--nfe", "network evaluations", metavar="N", type=int)
     add(
         "--afs",
         "analytical first step: one more interval for the same NFE",
@@ -69,31 +83,74 @@ def chosen_solver(options: argparse.Namespace, default: str) -> Solver:
     return make_solver(chosen["solver"], order=chosen["order"])
 
 
-def student_sampler(options: argparse.Namespace) -> Sampler:
-    """Euler on the grid that the options describe: what a student is distilled for."""
-    return _sampler(GRID | SOLVER | _given(options, GRID))
+def student_samplers(
+    options: argparse.Namespace, stage_one: Sampler | None = None
+) -> list[Sampler]:
+    """Euler on the grids that the options describe: what a student is distilled for, by NFE.
+
+    Args:
+        options: The command line.
+        stage_one: A sampler of the teacher, where that is a student: its levels are kept.
+
+    Raises:
+        InputError: The options describe no such grids, or other levels than the teacher's.
+    """
+    known, given = GRID | SOLVER, _given(options, GRID)
+    if stage_one is not None:
+        known |= {"nfe": SECOND_STAGE_NFE} | _levels(stage_one)
+        other = {name: value for name, value in given.items() if name in _levels(stage_one)}
+        if known | other != known:
+            raise InputError(
+                f"--second-stage keeps the noise levels that {options.teacher} was distilled for, "
+                f"and {_flags(other)} asks for others; drop that"
+            )
+    wanted = given.pop("nfe", [known["nfe"]])
+    if len(set(wanted)) < len(wanted):
+        raise InputError(f"--nfe {_spelt(wanted)} names a number twice; give each once")
+    return [_sampler(known | given | {"nfe": nfe}) for nfe in sorted(wanted)]
 
 
-def chosen_sampler(options: argparse.Namespace, stored: dict[str, Any] | None = None) -> Sampler:
+def chosen_sampler(options: argparse.Namespace, metadata: Mapping[str, Any]) -> Sampler:
     """The model's own sampler where it has one, else the one the options describe.
+
+    Args:
+        options: The command line.
+        metadata: Of the model.
 
     Raises:
         InputError: The options contradict the model's own sampler, or describe none.
     """
     given = _given(options, GRID | SOLVER)
-    if stored is None:
+    served = {sampler.nfe: sampler for sampler in samplers_from(metadata)}
+    if not served:
         return _sampler(GRID | SOLVER | given)
-    own = sampler_from(stored)
-    kept = {"nfe": own.nfe, "afs": own.afs, **stored["schedule"]}
-    kept["schedule"] = kept.pop("kind")
-    kept |= {"solver": stored["solver"], "order": own.solver.order}
+    smallest = min(served)
+    own = served.get(given.get("nfe", smallest), served[smallest])
+    kept = {"nfe": own.nfe, "afs": own.afs, **_levels(own)}
+    kept |= {"solver": metadata["sampler"]["solver"], "order": own.solver.order}
     if kept | given != kept:
+        *others, largest = map(str, served)
+        choices = f"{', '.join(others)} or {largest}" if others else largest
         flags = ", ".join(f"{name}={value}" for name, value in given.items())
         raise InputError(
-            f"{options.model} draws with the sampler it was distilled for (NFE {own.nfe}), and "
+            f"{options.model} draws with the sampler it was distilled for (NFE {choices}), and "
             f"{flags} asks for another; drop that, or distil a student for it"
         )
     return own
+
+
+def _levels(sampler: Sampler) -> dict[str, Any]:
+    """The schedule, by the names of its options."""
+    levels = asdict(sampler.schedule)
+    return {"schedule": levels.pop("kind"), **levels}
+
+
+def _spelt(numbers: Sequence[int]) -> str:
+    return " ".join(map(str, numbers))
+
+
+def _flags(values: Mapping[str, Any]) -> str:
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items())
 
 
 def _given(options: argparse.Namespace, known: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from bdense.checkpoints import load_tensors, save_tensors
 from bdense.data import Dataset
 from bdense.errors import CheckpointError, InputError, NonFiniteError, ShapeError
+from bdense.execution import exact_products
 from bdense.extractors import Extractor
 from bdense.files import atomic_write, file_lock, sha256_file
 
@@ -84,7 +85,9 @@ def features_of(images: Tensor, extractor: Extractor, batch: int = 256) -> Tenso
         raise InputError(f"batch must be at least 1, got {batch}")
     if len(images) < 2:
         raise _too_few(len(images))
-    return torch.cat([extractor(part) for part in torch.split(images, batch)])
+    # A distance between students of different precisions is of their images alone.
+    with exact_products():
+        return torch.cat([extractor(part) for part in torch.split(images, batch)])
 
 
 def statistics_of(features: Tensor) -> Statistics:

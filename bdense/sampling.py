@@ -3,8 +3,8 @@
 B batch, C channels, H x W pixels.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ class Sampler:
 
     Attributes:
         num_intervals: N steps.
-        afs: Analytical first step: NFE is one less for one-evaluation solvers.
+        afs: Analytical first step: NFE is one less.
         solver: Any solver; a distilled student needs ``euler``.
     """
 
@@ -81,7 +81,7 @@ class Sampler:
         }
 
 
-def sampler_from(description: dict[str, Any]) -> Sampler:
+def sampler_from(description: Mapping[str, Any]) -> Sampler:
     """The sampler that ``Sampler.describe`` wrote down."""
     return Sampler(
         num_intervals=description["num_intervals"],
@@ -89,6 +89,25 @@ def sampler_from(description: dict[str, Any]) -> Sampler:
         schedule=Schedule(**description["schedule"]),
         solver=make_solver(description["solver"]),
     )
+
+
+def samplers_from(metadata: Mapping[str, Any]) -> list[Sampler]:
+    """The samplers that a student was distilled for, by NFE; none for a teacher.
+
+    A student for several NFE (SFD-v) names them as ``nfe``; its ``sampler`` is the first.
+    """
+    if "sampler" not in metadata:
+        return []
+    own = sampler_from(metadata["sampler"])
+    served = metadata.get("nfe", [own.nfe])
+    return [replace(own, num_intervals=nfe + (1 if own.afs else 0)) for nfe in sorted(served)]
+
+
+def served_metadata(samplers: Sequence[Sampler]) -> dict[str, Any]:
+    """What ``samplers_from`` reads back; the samplers differ in their NFE alone."""
+    ordered = sorted(samplers, key=lambda sampler: sampler.nfe)
+    several = {"nfe": [sampler.nfe for sampler in ordered]} if len(ordered) > 1 else {}
+    return {"sampler": ordered[0].describe(), **several}
 
 
 def draw_images(
@@ -120,6 +139,7 @@ def draw_images(
     Raises:
         NonFiniteError: An image holds NaN or infinity.
     """
+    require_class(denoiser, class_index)
     if count < 1:
         raise InputError(f"the number of images must be at least 1, got {count}")
     if batch < 1:
@@ -144,16 +164,29 @@ def conditioned(denoiser: NetworkDenoiser, sampler: Sampler, labels: Tensor | No
     )
 
 
+def require_class(denoiser: NetworkDenoiser, class_index: int | None) -> None:
+    """Refuse a class that the network does not know.
+
+    Raises:
+        InputError: It is not one of its classes, or it has none.
+    """
+    classes = denoiser.label_dim
+    if class_index is not None and not 0 <= class_index < classes:
+        if not classes:
+            raise InputError(
+                f"class {class_index} was asked of an unconditional network; leave the class out"
+            )
+        raise InputError(
+            f"class {class_index} is not one of the network's {classes}; "
+            f"choose from 0..{classes - 1}"
+        )
+
+
 def _labels(
     denoiser: NetworkDenoiser, seed: int, images: range, class_index: int | None
 ) -> Tensor | None:
     """[B, label_dim] one-hot; image i's class depends on (seed, i) alone."""
     classes = denoiser.label_dim
-    if class_index is not None and not 0 <= class_index < classes:
-        raise InputError(
-            f"class {class_index} is not one of the network's {classes} classes"
-            + (f"; choose from 0..{classes - 1}" if classes else "; it is unconditional")
-        )
     if not classes:
         return None
     if class_index is None:

@@ -24,7 +24,7 @@ class Schedule:
     Attributes:
         kind: ``polynomial`` (Karras et al. 2022, eq. 5), ``logsnr`` (uniform in log sigma) or
             ``time_uniform`` (uniform in the VP process' time, to the power 1 / rho).
-        rho: Exponent; 7 for polynomial, 1 for time_uniform. ``logsnr`` does not use it.
+        rho: Exponent; 7 is polynomial's, give 1 with time_uniform. ``logsnr`` does not use it.
     """
 
     kind: str = "polynomial"

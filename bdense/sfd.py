@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,18 +25,27 @@ from bdense.checkpoints import (
 )
 from bdense.denoiser import NetworkDenoiser
 from bdense.errors import CheckpointError, InputError, NonFiniteLossError
-from bdense.intervals import IntervalGrid, VariableGrid
+from bdense.intervals import VariableGrid
 from bdense.parallel import Team
 from bdense.randomness import Stream, seeded
 from bdense.solvers import analytical_slope
 from bdense.trajectories import Trajectories, Walk
 from bdense.weighting import BranchWeighting, FixedWeights
 
-# Where an image is and where it ought to be, both [B, C, H, W] in [-1, 1], to a 0-dim distance.
-PerceptualLoss = Callable[[Tensor, Tensor], Tensor]
-
 # Prefix of the learned weights' tensors in a checkpoint.
 _WEIGHTING = "weighting."
+
+
+class PerceptualLoss(Protocol):
+    """How unlike images look to people."""
+
+    def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
+        """0-dim distance of [B, C, H, W] images in [-1, 1] from where they ought to be."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able; equal descriptions make equal losses."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +108,7 @@ class IterationReport:
 
     @property
     def loss(self) -> float:
-        """The weighted loss, mean over the trained intervals."""
+        """The weighted branch losses, mean over the trained intervals."""
         return float((self.branch_losses * self.weights).sum(-1).mean())
 
 
@@ -127,7 +136,7 @@ def distill(
         weights: [num_branches] w_1..w_K, or what learns them.
         start: Another student to start from, such as the teacher ``with_step_condition``.
         perceptual: Added at the end of the last interval, C * H * W times, as in the reference's
-            second stage (LPIPS); ``bdense.perceptual`` makes one.
+            second stage; ``bdense.perceptual.LPIPS`` is one.
         team: The processes that share each batch; None is this one alone.
         checkpoint: File to resume from and to save to; None keeps nothing.
         checkpoint_seconds: Save at the first iteration that ends this long after the last save.
@@ -143,8 +152,10 @@ def distill(
     batch = trajectories.batch
     iterations = config.iterations(batch)
     weighting = FixedWeights(weights) if isinstance(weights, Tensor) else weights
-    _check(config, trajectories.grid, weighting, iterations, len(trajectories))
-    student = widen_head(start or teacher, config.num_branches).train(config.dropout)
+    start = start or teacher
+    _check(config, trajectories, weighting, iterations, start)
+    start.execution.set_products()
+    student = widen_head(start, config.num_branches).train(config.dropout)
     optimizer = torch.optim.Adam(
         student.parameters(), lr=config.lr, betas=config.betas, fused=True
     )
@@ -290,8 +301,10 @@ class _Update:
         # The one place where a GPU is waited for.
         *values, last = torch.cat([seen, weights, norm.to(weights)[None]]).double().cpu()
         if not all(value.isfinite() for value in (*values, last)):
-            with self._dropout(x.device, iteration, n):
-                raise self._named(seen, inputs, iteration, n)
+            # Eagerly: a compiled graph is walked back once, and each branch wants its own.
+            eager = torch.compiler.set_stance("force_eager")
+            with eager, self._dropout(x.device, iteration, n):
+                raise self._named(seen, weights, inputs, iteration, n)
         self._optimizer.step()
         k = len(losses)
         return states[:, -1].detach(), torch.stack(values[:k]), torch.stack(values[k:])
@@ -325,10 +338,11 @@ class _Update:
         norms = [
             torch.autograd.grad(loss, shared[0], retain_graph=True)[0].norm() for loss in losses
         ]
-        return self._team.mean(torch.stack(norms))
+        # Of the whole batch: the squares add up over the shares, each a mean over its own images.
+        return (self._team.mean(torch.stack(norms).square()) / self._team.size).sqrt()
 
     def _named(
-        self, losses: Tensor, inputs: tuple[Any, ...], iteration: int, n: int
+        self, losses: Tensor, weights: Tensor, inputs: tuple[Any, ...], iteration: int, n: int
     ) -> NonFiniteLossError:
         """What is not finite and which branch caused it: each alone, from the same draws."""
         where = {"iteration": iteration, "interval": n}
@@ -337,7 +351,8 @@ class _Update:
                 return NonFiniteLossError("the loss", **where, branch=k)
         _, losses = self._branches(*inputs)
         parameters = list(self._branches.parameters())
-        for k, loss in enumerate(losses, 1):
+        # Weighted, as in the update: a large weight may be what overflows.
+        for k, loss in enumerate(weights * losses, 1):
             alone = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
             if not all(bool(g.isfinite().all()) for g in alone if g is not None):
                 return NonFiniteLossError("the gradient", **where, branch=k)
@@ -346,11 +361,23 @@ class _Update:
 
 def _check(
     config: SFDConfig,
-    grid: IntervalGrid | VariableGrid,
+    trajectories: Trajectories,
     weighting: BranchWeighting,
     iterations: int,
-    available: int,
+    start: NetworkDenoiser,
 ) -> None:
+    grid, available = trajectories.grid, len(trajectories)
+    if isinstance(grid, VariableGrid) and not start.step_condition:
+        raise InputError(
+            f"a student for several numbers of intervals {list(grid.num_intervals)} is told "
+            "which; start it from with_step_condition(teacher, seed=...)"
+        )
+    if weighting.needs_gradients and start.execution.compile:
+        # A compiled graph hands out no tensor from its middle that gradients can be asked for.
+        raise InputError(
+            "weights learned by gradient norms need the input of the network's head, which a "
+            "compiled network hides; drop compile, or learn them by the rule uncertainty"
+        )
     if config.num_branches not in (1, grid.substeps):
         raise InputError(
             f"num_branches={config.num_branches} fits neither plain SFD (1) nor the teacher's "
@@ -372,17 +399,16 @@ def _identity(
     config: SFDConfig,
     weighting: BranchWeighting,
     trajectories: Trajectories,
-    start: NetworkDenoiser | None,
+    start: NetworkDenoiser,
     perceptual: PerceptualLoss | None,
 ) -> dict[str, Any]:
     """What must agree for a checkpoint to be the same run, one level deep."""
     fields = {f"config.{name}": value for name, value in asdict(config).items()}
     fields["config.betas"] = list(config.betas)
     served = {f"trajectories.{name}": value for name, value in trajectories.describe().items()}
-    if start is not None:
-        fields["start"] = denoiser_sha256(start)
+    fields["start"] = denoiser_sha256(start)
     if perceptual is not None:
-        fields["perceptual"] = True
+        fields["perceptual"] = perceptual.describe()
     return {"weights": weighting.describe(), **fields, **served}
 
 

@@ -17,6 +17,8 @@ from bdense.schedules import Schedule
 # Every network of the reference has these layers; only one distilled with a step condition uses
 # them, and its teacher's file has none.
 _STEP_LAYERS = ("map_step_layer0.", "map_step_layer1.", "affine_step.")
+# SFD-v draws its number of time stamps from these, whatever the options say.
+_SFD_V_POINTS = range(4, 8)
 
 
 def network_options(foreign: ForeignNetwork) -> dict[str, Any]:
@@ -84,8 +86,8 @@ def used_weights(foreign: ForeignNetwork) -> dict[str, Tensor]:
     }
 
 
-def student_sampler(foreign: ForeignNetwork) -> Sampler:
-    """The sampler that the student was distilled for: Euler steps on its own grid.
+def student_samplers(foreign: ForeignNetwork) -> list[Sampler]:
+    """The samplers that the student was distilled for: Euler steps on its own grids.
 
     Raises:
         CheckpointError: The options name a sampler that this version does not have.
@@ -99,12 +101,12 @@ def student_sampler(foreign: ForeignNetwork) -> Sampler:
             sigma_min=float(training["sigma_min"]),
             sigma_max=float(training["sigma_max"]),
         )
+        several = step_condition(foreign) and not training.get("is_second_stage")
         # The reference counts time stamps, one more than there are intervals.
-        return Sampler(
-            num_intervals=int(training["num_steps"]) - 1,
-            afs=bool(training["afs"]),
-            schedule=schedule,
-        )
+        return [
+            Sampler(num_intervals=int(points) - 1, afs=bool(training["afs"]), schedule=schedule)
+            for points in (_SFD_V_POINTS if several else [training["num_steps"]])
+        ]
     except KeyError as error:
         raise CheckpointError(f"training_kwargs of this SFD student lack {error}") from error
     except (InputError, TypeError, ValueError) as error:

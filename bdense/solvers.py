@@ -181,7 +181,7 @@ class IPNDM:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DPMSolverPP:
-    """DPM-Solver++ multistep (Lu et al. 2022, arXiv 2211.01095, algorithm 2), 1 NFE an interval.
+    """DPM-Solver++ multistep (Lu et al. 2022, arXiv 2211.01095), 1 NFE an interval.
 
     Attributes:
         max_order: 1, 2 or 3 predictions a step; the first steps use what history there is.

@@ -58,7 +58,7 @@ def with_step_condition(
     result = conditioned.load_state_dict(denoiser.state_dict(), strict=False)
     assert not result.unexpected_keys
     assert all("map_step" in key or "affine_step" in key for key in result.missing_keys)
-    return conditioned
+    return conditioned.execute(denoiser.execution)
 
 
 def _draw_block_layers(denoiser: NetworkDenoiser) -> None:

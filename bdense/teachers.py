@@ -18,6 +18,7 @@ from bdense.checkpoints import adam_tensors, load_tensors, restore_adam, save_te
 from bdense.data import Dataset, to_float
 from bdense.denoiser import NetworkDenoiser
 from bdense.errors import CheckpointError, InputError, NonFiniteLossError
+from bdense.execution import Execution
 from bdense.networks import SongUNet, SongUNetConfig
 from bdense.randomness import Stream, derive_seed, generator, seeded
 
@@ -78,7 +79,7 @@ def denoising_loss(
     sigma: Tensor,
     class_labels: Tensor | None = None,
 ) -> Tensor:
-    """lambda(sigma) |D(y + n; sigma) - y|^2, mean over pixels (Karras et al. 2022, eq. 8).
+    """lambda(sigma) |D(y + n; sigma) - y|^2, mean over pixels (Karras et al. 2022, table 1).
 
     Args:
         denoiser: One branch.
@@ -103,6 +104,7 @@ def train_teacher(
     config: TeacherConfig,
     *,
     device: torch.device,
+    execution: Execution | None = None,
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 30.0,
     on_iteration: Callable[[int, int, float], None] | None = None,
@@ -113,6 +115,8 @@ def train_teacher(
         dataset: uint8 images; with labels, if ``config.network`` has a ``label_dim``.
         config: Network, length, step size, seed.
         device: Where to train.
+        execution: How the network is computed, not in float16; weights and their average stay
+            float32.
         checkpoint: File to resume from and to save to.
         checkpoint_seconds: Save this long after the last save.
         on_iteration: Called with (iterations done, iterations in all, loss).
@@ -124,12 +128,18 @@ def train_teacher(
         InputError: The network cannot take the images, or their labels.
         NonFiniteLossError: A loss or gradient is not finite; no update was made from it.
     """
+    execution = execution or Execution()
+    if execution.precision == "float16":
+        raise InputError(
+            "a teacher is not trained in float16, whose small gradients vanish; use bfloat16"
+        )
     denoiser = new_denoiser(config, dataset.images.shape[1:]).to(device)
     if config.label_dim:
         dataset.require_labels(config.label_dim)
     ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
+    denoiser.execute(execution)
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=config.lr, fused=True)
-    identity = _identity(config, dataset)
+    identity = _identity(config, dataset, denoiser.execution)
     first = _resume(checkpoint, denoiser, ema, optimizer, identity) if checkpoint else 0
     decay = 0.5 ** (config.batch / config.ema_halflife_images)
     last_save = time.monotonic()
@@ -231,9 +241,12 @@ def _update(
     return float(loss.detach())
 
 
-def _identity(config: TeacherConfig, dataset: Dataset) -> dict[str, Any]:
+def _identity(config: TeacherConfig, dataset: Dataset, execution: Execution) -> dict[str, Any]:
     """What must agree for a checkpoint to be the same run, as a checkpoint gives it back."""
     identity: dict[str, Any] = {"config": asdict(config), **teacher_data(config, dataset)}
+    # Checkpoints from before there was a choice say nothing, and were made in float32.
+    if execution.precision != "float32":
+        identity["precision"] = execution.precision
     # In JSON a tuple, such as channel_mult's, is a list.
     return dict(json.loads(json.dumps(identity)))
 

@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from bdense import NUMERICS
 from bdense.checkpoints import denoiser_sha256
 from bdense.denoiser import NetworkDenoiser
+from bdense.errors import InputError
+from bdense.execution import Execution
 from bdense.intervals import IntervalGrid, VariableGrid
 from bdense.randomness import Stream, generator
 from bdense.solvers import Solver, analytical_first_step, trajectory
@@ -95,6 +97,15 @@ class LiveTrajectories:
     seed: int
     teacher_afs: bool = False
 
+    def __post_init__(self) -> None:
+        trained, schedule = self.teacher.precond, self.grid.schedule
+        if schedule.sigma_min < trained.sigma_min or schedule.sigma_max > trained.sigma_max:
+            raise InputError(
+                f"sigma_min={schedule.sigma_min}, sigma_max={schedule.sigma_max} exceed the noise "
+                f"levels that this {trained.name} teacher was trained for, "
+                f"{trained.sigma_min:.4g} to {trained.sigma_max:.4g}; choose a schedule inside them"
+            )
+
     def __len__(self) -> int:
         return self.count
 
@@ -135,7 +146,11 @@ class LiveTrajectories:
 
     def on(self, device: torch.device) -> "LiveTrajectories":
         """The same, with a copy of the teacher on another device."""
-        return replace(self, teacher=copy.deepcopy(self.teacher).to(device))
+        teacher = copy.deepcopy(self.teacher).to(device)
+        if teacher.execution != Execution():
+            # A copy is not compiled, and tf32 is a setting of each process.
+            teacher.execute(teacher.execution)
+        return replace(self, teacher=teacher)
 
     def _states(self, grid: IntervalGrid, start: Tensor, labels: Tensor | None) -> Tensor:
         """The teacher's walk from ``start``: [R, B, C, H, W]."""

@@ -72,9 +72,10 @@ class FixedWeights:
     values: Tensor
 
     def __post_init__(self) -> None:
-        if self.values.dim() != 1 or not bool((self.values >= 0).all()):
+        usable = (self.values >= 0) & self.values.isfinite()
+        if self.values.dim() != 1 or not bool(usable.all()):
             raise InputError(
-                f"branch weights must be numbers >= 0, one for each branch, got "
+                f"branch weights must be finite numbers >= 0, one for each branch, got "
                 f"{self.values.tolist()}"
             )
 

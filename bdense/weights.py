@@ -31,7 +31,7 @@ class LogLinearWeights:
                 )
 
     def __call__(self, num_branches: int) -> Tensor:
-        """[K] float64 weights, all positive."""
+        """[K] float64 weights; positive as far as float64 reaches."""
         if num_branches < 1:
             raise InputError(f"num_branches (K) must be at least 1, got {num_branches}")
         k = torch.arange(1, num_branches + 1, dtype=torch.float64)

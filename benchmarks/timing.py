@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,8 +14,9 @@ from bdense.sfd import IterationReport, SFDConfig, distill
 from bdense.teachers import new_denoiser
 from bdense.trajectories import Trajectories
 from bdense.weights import uniform_weights
-from search.engine import teacher_config
-from search.spec import StudySpec
+
+if TYPE_CHECKING:
+    from search.spec import StudySpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +101,11 @@ def seconds_per_iteration(
     return (stamps[-1] - stamps[0]) / iterations
 
 
-def untrained_teacher(spec: StudySpec, device: torch.device) -> NetworkDenoiser:
+def untrained_teacher(spec: "StudySpec", device: torch.device) -> NetworkDenoiser:
     """The study's network with its initial weights, which cost what trained ones do."""
+    # Here: the engine is timed on machines that have nothing of the service.
+    from search.engine import teacher_config
+
     if spec.teacher.train is None:
         raise SystemExit(f"study {spec.name} has no teacher.train; choose one that trains its own")
     shape = load_dataset(spec.data).images.shape[1:]

@@ -28,7 +28,15 @@ from bdense.references import Reference, dataset_reference, read_reference
 from bdense.sources import load_model
 from bdense.teachers import teacher_data, train_teacher
 from bdense.trajectories import LiveTrajectories, Trajectories
-from search.engine import student_grid, teacher_config, teacher_solver, training_config
+from search.engine import (
+    architecture,
+    execution,
+    student_grid,
+    teacher_config,
+    teacher_solver,
+    training_config,
+)
+from search.memory import trial_memory
 from search.spec import StudySpec, TeacherTraining
 from search.storage import cache_folder
 
@@ -40,12 +48,13 @@ Report = Callable[[str, int, int, str], None]
 class Assets:
     """A study's shared parts, in one process's memory.
 
-    ``terms`` is what its students' metadata take over from the teacher's: licence and such.
+    ``dataset`` is None where nothing needs one; ``terms`` is what its students' metadata take over
+    from the teacher's: licence and such.
     """
 
     spec: StudySpec
     fingerprint: str
-    dataset: Dataset
+    dataset: Dataset | None
     teacher: NetworkDenoiser
     trajectories: Trajectories
     store: TrajectoryStore | None
@@ -57,6 +66,13 @@ class Assets:
     def device(self) -> torch.device:
         """Where trials run."""
         return next(self.teacher.parameters()).device
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """One for each process that shares a trial's batches."""
+        if self.device.type != "cuda":
+            return [self.device]
+        return [torch.device("cuda", index) for index in range(self.spec.resources.team)]
 
 
 def use_device(spec: StudySpec) -> torch.device:
@@ -70,18 +86,34 @@ def use_device(spec: StudySpec) -> torch.device:
     return torch.device("cuda" if wants_gpu and torch.cuda.is_available() else "cpu")
 
 
-def prepare(spec: StudySpec, device: torch.device, report: Report) -> None:
-    """Make teacher, extractor and what is known of the reference, or find them in the cache."""
-    dataset = load_dataset(spec.data)
+def prepare(
+    spec: StudySpec, device: torch.device, report: Report, *, together: int | None = None
+) -> None:
+    """Make teacher, extractor and what is known of the reference, or find them in the cache.
+
+    Args:
+        spec: The study.
+        device: Where its trials run.
+        report: Called with the progress.
+        together: Trials at once on this machine, whose memory is then to suffice for them; None
+            asks for no room.
+
+    Raises:
+        InputError: The device does not compute ``precision``, has too little memory, or something
+            the user gave cannot be had or does not fit.
+    """
+    execution(spec).require(device)
+    if together is not None:
+        memory = trial_memory(spec, architecture(spec), device)
+        memory.require_room(spec, device, together)
+    dataset = load_data(spec)
     report("features", 0, 1, spec.evaluation.extractor)
     extractor = load_extractor(spec.evaluation.extractor, cache=cache_folder(), device=device)
     evaluation = spec.evaluation
     reference = load_reference(spec, dataset, extractor)
     require_measurable(evaluation.metrics, MetricSettings(), evaluation.images, reference)
     teacher = load_teacher(spec, dataset, device, report)
-    # With a finished teacher and a reference file the data set is used for nothing.
-    uses_data = spec.teacher.train is not None or evaluation.reference is None
-    if uses_data and tuple(teacher.image_shape) != tuple(dataset.images.shape[1:]):
+    if dataset is not None and tuple(teacher.image_shape) != tuple(dataset.images.shape[1:]):
         raise InputError(
             f"the teacher makes images of {teacher.image_shape} (channels, height, width) and "
             f"{spec.data} holds {tuple(dataset.images.shape[1:])}; choose another data or teacher"
@@ -92,7 +124,7 @@ def prepare(spec: StudySpec, device: torch.device, report: Report) -> None:
 
 def load(spec: StudySpec, device: torch.device) -> Assets:
     """Everything ``prepare`` and the recording made, from the cache."""
-    dataset = load_dataset(spec.data)
+    dataset = load_data(spec)
     teacher, known = _teacher(spec, dataset, device)
     extractor = load_extractor(spec.evaluation.extractor, cache=cache_folder(), device=device)
     store = trajectory_store(spec, teacher)
@@ -110,36 +142,52 @@ def load(spec: StudySpec, device: torch.device) -> Assets:
     )
 
 
-def load_reference(spec: StudySpec, dataset: Dataset, extractor: Extractor) -> Reference:
+def load_data(spec: StudySpec) -> Dataset | None:
+    """The study's data set; None where teacher and reference are there without it."""
+    if not spec.uses_data:
+        return None
+    assert spec.data is not None  # a spec that uses data names it
+    return load_dataset(spec.data)
+
+
+def load_reference(spec: StudySpec, dataset: Dataset | None, extractor: Extractor) -> Reference:
     """What the study's images are compared with: its file, or its data set seen once."""
     if spec.evaluation.reference is not None:
         return read_reference(resolve_reference(spec.evaluation.reference), extractor)
+    assert dataset is not None
     with_features = set(spec.evaluation.metrics) != {"fid"}
     return dataset_reference(dataset, extractor, cache=cache_folder(), with_features=with_features)
 
 
 def load_teacher(
-    spec: StudySpec, dataset: Dataset, device: torch.device, report: Report | None = None
+    spec: StudySpec, dataset: Dataset | None, device: torch.device, report: Report | None = None
 ) -> NetworkDenoiser:
     """The study's teacher: its checkpoint, or trained here once and cached."""
     return _teacher(spec, dataset, device, report)[0]
 
 
 def _teacher(
-    spec: StudySpec, dataset: Dataset, device: torch.device, report: Report | None = None
+    spec: StudySpec, dataset: Dataset | None, device: torch.device, report: Report | None = None
 ) -> tuple[NetworkDenoiser, dict[str, Any]]:
-    """The teacher and its metadata."""
+    """The teacher, which computes as the spec asks, and its metadata."""
+    teacher, known = _stored_teacher(spec, dataset, device, report)
+    # For float32 too: by itself torch has a GPU round the products of convolutions.
+    return teacher.to(device).execute(execution(spec)), known
+
+
+def _stored_teacher(
+    spec: StudySpec, dataset: Dataset | None, device: torch.device, report: Report | None
+) -> tuple[NetworkDenoiser, dict[str, Any]]:
     if spec.teacher.checkpoint is not None:
-        teacher, known = load_model(spec.teacher.checkpoint)
-        return teacher.to(device), known
+        return load_model(spec.teacher.checkpoint)
     assert spec.teacher.train is not None
+    assert dataset is not None
     path = _teacher_path(spec.teacher.train, dataset)
     if not path.exists():
         with file_lock(path.with_suffix(".lock")):
             if not path.exists():
                 _train_and_cache(spec.teacher.train, dataset, device, path, report)
-    teacher, known = load_denoiser(path)
-    return teacher.to(device), known
+    return load_denoiser(path)
 
 
 def trajectory_store(spec: StudySpec, teacher: NetworkDenoiser) -> TrajectoryStore:

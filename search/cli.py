@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         _best,
         json_keys="study, storage, trials, best, baselines",
     )
+    _add_report(verbs)
     _add_dashboard(verbs)
     _study_verb(
         verbs,
@@ -92,11 +93,12 @@ def _verb(verbs: Verbs, name: str, what: str, example: str, run: Run) -> argpars
 
 def _study_verb(
     verbs: Verbs, name: str, what: str, example: str, run: Run, *, json_keys: str = ""
-) -> None:
+) -> argparse.ArgumentParser:
     parser = _verb(verbs, name, what, example, run)
     parser.add_argument("study", metavar="STUDY", help="a study's name or its YAML file")
     if json_keys:
         parser.add_argument("--json", action="store_true", help=f"print one object: {json_keys}")
+    return parser
 
 
 def _add_launch(verbs: Verbs) -> None:
@@ -125,6 +127,23 @@ def _add_launch(verbs: Verbs) -> None:
         "--dry-run",
         action="store_true",
         help="print the resolved study, its fingerprint and its cost; start nothing",
+    )
+
+
+def _add_report(verbs: Verbs) -> None:
+    parser = _study_verb(
+        verbs,
+        "report",
+        "write a study's table, the curve of its FIDs and sample grids as files to show",
+        "bdense-search report digits-nfe2 --out report",
+        _report,
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path("report"),
+        help="folder to write to (default: %(default)s)",
     )
 
 
@@ -206,6 +225,14 @@ def _best(options: argparse.Namespace) -> None:
     else:
         print(headline(now))
         print(table(now))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from search.report_files import write_report
+    from search.study import Study
+
+    study = Study.open(resolve_storage_url(options.storage), study_name(options.study))
+    print(write_report(study, options.out))
 
 
 def _dashboard(options: argparse.Namespace) -> None:

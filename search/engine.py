@@ -5,33 +5,43 @@ from typing import Any
 
 import torch
 
+from bdense.data import image_shape
 from bdense.errors import InputError
+from bdense.execution import Execution
 from bdense.intervals import IntervalGrid
 from bdense.networks import SongUNet, SongUNetConfig
+from bdense.public import CHECKPOINTS
 from bdense.sampling import Sampler
 from bdense.schedules import Schedule
 from bdense.sfd import SFDConfig
 from bdense.solvers import Solver, make_solver
-from bdense.teachers import TeacherConfig
+from bdense.sources import load_model
+from bdense.teachers import TeacherConfig, new_denoiser
 from bdense.weights import LogLinearWeights, normalised_weights, uniform_weights
 from search.errors import SpecError
-from search.spec import StudySpec, TeacherTraining
+from search.spec import LearnedSpace, NormalisedSpace, StudySpec, TeacherTraining
+from search.traced_weights import TracedWeights
 
 
 def check(spec: StudySpec) -> None:
     """Refuse what only the engine can see, before anything is spent.
 
     Raises:
-        SpecError: Network options do not fit together, or no weights are within the bound.
+        SpecError: Network options do not fit together, no weights are within the bound, or there
+            is nothing to search.
     """
     try:
         student_grid(spec)
         training_config(spec, spec.student.substeps)
+        if spec.resources.gpus == 0:
+            execution(spec).require(torch.device("cpu"))
     except InputError as error:
         raise SpecError(f"study {spec.name}: {error}") from error
     if spec.teacher.train is not None:
         _check_network(spec.teacher.train)
-    if spec.weights.largest is not None:
+    if isinstance(spec.weights, LearnedSpace):
+        _check_learned(spec, spec.weights)
+    elif spec.weights.largest is not None:
         least = _smallest_largest_weight(spec)
         if least > spec.weights.largest:
             raise SpecError(
@@ -39,6 +49,20 @@ def check(spec: StudySpec) -> None:
                 f"space, whose smallest largest weight is {least:.4g}; raise weights.largest or "
                 "lower the bounds"
             )
+
+
+def _check_learned(spec: StudySpec, space: LearnedSpace) -> None:
+    try:
+        for strength in (space.strength.low, space.strength.high):
+            branches_and_weights(spec, {"rule": space.rules[0], "strength": strength})
+    except InputError as error:
+        raise SpecError(f"study {spec.name}: weights.strength: {error}") from error
+    if space.is_one_point and spec.budget.trials > 1:
+        raise SpecError(
+            f"study {spec.name}: {spec.budget.trials} trials (budget.trials or --trials) would "
+            f"all be the same, rule {space.rules[0]} at strength {space.strength.low:g}; run 1, "
+            "or give weights.rules or weights.strength more than one value"
+        )
 
 
 def _check_network(training: TeacherTraining) -> None:
@@ -98,38 +122,70 @@ def training_config(spec: StudySpec, num_branches: int) -> SFDConfig:
     )
 
 
-def branch_weights(spec: StudySpec, params: Mapping[str, Any]) -> LogLinearWeights:
-    """(a, b) of a trial's parameters."""
-    if spec.weights.parameterisation == "normalised":
-        return normalised_weights(params["a"], spec.student.substeps)
-    return LogLinearWeights(a=params["a"], b=params["b"])
+def execution(spec: StudySpec) -> Execution:
+    """How teacher and students compute their network."""
+    resources = spec.resources
+    return Execution(
+        precision=spec.precision,
+        compile=resources.compile,
+        channels_last=resources.channels_last,
+    )
+
+
+def architecture(spec: StudySpec) -> dict[str, Any]:
+    """The teacher's network as ``build_denoiser`` takes it; nothing is downloaded for it.
+
+    Raises:
+        InputError: The teacher's file cannot be read, or the network does not fit the data.
+    """
+    name = spec.teacher.checkpoint
+    if name is not None:
+        published = CHECKPOINTS.get(name)
+        return dict(published.architecture) if published else load_model(name)[0].describe()
+    assert spec.teacher.train is not None
+    assert spec.data is not None  # a spec that trains a teacher names its data
+    shape = torch.Size(image_shape(spec.data))
+    with torch.device("meta"):
+        return new_denoiser(teacher_config(spec.teacher.train), shape).describe()
 
 
 def branches_and_weights(
     spec: StudySpec, params: Mapping[str, Any]
-) -> tuple[int, LogLinearWeights]:
-    """num_branches and weights of a row: a trial's (a, b), or a baseline's method."""
+) -> tuple[int, LogLinearWeights | TracedWeights]:
+    """num_branches and weights of a row: a trial's, given or learned, or a baseline's method."""
     if params.get("method") == "sfd":
         return 1, uniform_weights()
+    substeps = spec.student.substeps
     if params.get("method") == "uniform":
-        return spec.student.substeps, uniform_weights()
-    return spec.student.substeps, branch_weights(spec, params)
+        return substeps, uniform_weights()
+    if isinstance(spec.weights, LearnedSpace):
+        rule, strength = params["rule"], params["strength"]
+        memory = spec.weights.memory
+        return substeps, TracedWeights(substeps, rule=rule, strength=strength, memory=memory)
+    return substeps, _log_linear(spec, params)
 
 
 def excess_weight(spec: StudySpec, params: Mapping[str, Any]) -> float:
     """max_k w_k minus ``weights.largest``: above 0 the suggestion is not trained."""
-    if spec.weights.largest is None:
+    if isinstance(spec.weights, LearnedSpace) or spec.weights.largest is None:
         return 0.0
-    values = branch_weights(spec, params)(spec.student.substeps)
+    values = _log_linear(spec, params)(spec.student.substeps)
     return float(values.max()) - spec.weights.largest
 
 
+def _log_linear(spec: StudySpec, params: Mapping[str, Any]) -> LogLinearWeights:
+    """(a, b) of a trial's parameters."""
+    if isinstance(spec.weights, NormalisedSpace):
+        return normalised_weights(params["a"], spec.student.substeps)
+    return LogLinearWeights(a=params["a"], b=params["b"])
+
+
 def _smallest_largest_weight(spec: StudySpec) -> float:
-    """The least max_k w_k that the space offers."""
+    """The least max_k w_k that a space of given weights offers."""
     space = spec.weights
-    if space.parameterisation == "normalised":
+    assert not isinstance(space, LearnedSpace)
+    if isinstance(space, NormalisedSpace):
         params = {"a": min(max(0.0, space.a.low), space.a.high)}
     else:
-        assert space.b is not None
         params = {"a": space.a.low, "b": space.b.low}
-    return float(branch_weights(spec, params)(spec.student.substeps).max())
+    return float(_log_linear(spec, params)(spec.student.substeps).max())

@@ -1,20 +1,22 @@
-"""What a study will cost: network evaluations, disk, and time from a short measurement here."""
+"""What a study will cost: network evaluations, disk, memory, and time from a measurement here."""
 
+import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from bdense.branches import widen_head
-from bdense.data import load_dataset
 from bdense.denoiser import NetworkDenoiser, build_denoiser
-from bdense.public import CHECKPOINTS, PublicCheckpoint
+from bdense.errors import InputError
+from bdense.execution import Execution
+from bdense.extractors import missing_weights
+from bdense.public import CHECKPOINTS, REFERENCES
 from bdense.sfd import branch_losses, branch_states
-from bdense.sources import load_model
-from bdense.teachers import new_denoiser
 from search.assets import trajectory_store, use_device
-from search.engine import student_grid, teacher_config, teacher_solver
+from search.engine import architecture, execution, student_grid, teacher_solver
+from search.memory import Memory, extractor_size, trial_memory
 from search.report import duration
 from search.space import BASELINES
 from search.spec import StudySpec
@@ -33,9 +35,11 @@ class Cost:
         student_evaluations: Images through the student for one trial's FID.
         trials: Students in all, baselines included.
         trajectory_bytes, student_bytes: Disk.
+        memory: What one trial takes.
+        memory_line: The same, for people.
         forward_seconds, update_seconds: Measured for one image.
         device: Where they were measured.
-        remark: What the user should know besides; empty for nothing.
+        remarks: What the user should know besides: downloads, and what this machine cannot do.
     """
 
     teacher_training: int
@@ -45,10 +49,12 @@ class Cost:
     trials: int
     trajectory_bytes: int
     student_bytes: int
+    memory: Memory
+    memory_line: str
     forward_seconds: float
     update_seconds: float
     device: str
-    remark: str = ""
+    remarks: tuple[str, ...] = ()
 
     @property
     def workers_seconds(self) -> float:
@@ -71,25 +77,36 @@ class Cost:
             ),
             f"disk: {self.trajectory_bytes / 2**20:,.0f} MiB of trajectories, "
             f"{self.student_bytes / 2**20:,.0f} MiB of kept students",
+            self.memory_line,
             f"time: at most {duration(self.workers_seconds)} of one worker, measured for "
             f"{MEASURE_SECONDS:g} s on {self.device} "
-            f"({1e3 * self.forward_seconds:.3g} ms forward, "
-            f"{1e3 * self.update_seconds:.3g} ms forward+backward an image)",
-            *([self.remark] if self.remark else []),
+            f"({_short(self.forward_seconds)} forward, "
+            f"{_short(self.update_seconds)} forward+backward an image)",
+            *self.remarks,
         ]
 
 
+def _short(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
 def estimate(spec: StudySpec) -> Cost:
-    """Measure the study's network on this device for five seconds and multiply."""
+    """Measure the study's network on this device for five seconds and multiply.
+
+    Nothing is downloaded, and nothing is refused that another machine could do.
+    """
     device = use_device(spec)
-    teacher = _network(spec).to(device)
+    network = architecture(spec)
+    with torch.device("meta"):
+        teacher = build_denoiser(network).eval()
     grid, iterations = student_grid(spec), -(-spec.budget.images // spec.budget.batch)
     images = iterations * spec.budget.batch
     trials = spec.budget.trials + len(BASELINES)
     walks = 1 if spec.trajectories.mode == "recorded" else trials
     walk = teacher_solver(spec).nfe(grid.num_intervals * grid.substeps)
     parameters = sum(p.numel() for p in teacher.parameters())
-    forward, update = _measure(teacher, spec, device)
+    memory = trial_memory(spec, network, device)
+    forward, update = _measure(spec, network, device)
     recorded = spec.trajectories.mode == "recorded"
     return Cost(
         teacher_training=round(spec.teacher.train.kimg * 1000) if spec.teacher.train else 0,
@@ -99,65 +116,88 @@ def estimate(spec: StudySpec) -> Cost:
         trials=trials,
         trajectory_bytes=trajectory_store(spec, teacher).nbytes if recorded else 0,
         student_bytes=4 * parameters * (spec.keep_students + len(BASELINES)),
+        memory=memory,
+        memory_line=memory.line(spec),
         forward_seconds=forward,
         update_seconds=update,
         device="the GPU" if device.type == "cuda" else f"{spec.resources.threads} CPU thread(s)",
-        remark=_to_download(spec),
+        remarks=(*_not_here(spec, memory, device), *_to_download(spec, 4 * parameters)),
     )
 
 
-def _missing(spec: StudySpec) -> PublicCheckpoint | None:
-    """The study's teacher, if it is a published one that is not here yet."""
-    published = CHECKPOINTS.get(spec.teacher.checkpoint or "")
-    return None if published is None or published.path.is_file() else published
+def _not_here(spec: StudySpec, memory: Memory, device: torch.device) -> list[str]:
+    """Why a launch on this machine would be refused."""
+    reasons = []
+    gpus = spec.resources.gpus
+    if device.type == "cpu" and gpus != "auto" and gpus > 0:
+        reasons.append(f"it has no GPU, and a trial asks for resources.gpus {gpus:g}")
+    try:
+        execution(spec).require(device)
+    except InputError as error:
+        reasons.append(str(error))
+    # A study for GPUs is no study for this machine's memory.
+    if not reasons and (lacking := memory.shortage(spec, device, together=1)):
+        reasons.append(lacking)
+    return [f"not on this machine: {reason}" for reason in reasons]
 
 
-def _to_download(spec: StudySpec) -> str:
-    published = _missing(spec)
-    if published is None:
-        return ""
-    return (
-        f"download: the launch fetches {published.url} to {published.path}; until then the "
-        f"network is {published.name}'s with untrained weights, which cost the same"
-    )
-
-
-def _network(spec: StudySpec) -> NetworkDenoiser:
-    if (published := _missing(spec)) is not None:
-        return build_denoiser(dict(published.architecture)).eval()
-    if spec.teacher.checkpoint is not None:
-        return load_model(spec.teacher.checkpoint)[0]
-    assert spec.teacher.train is not None
-    shape = load_dataset(spec.data).images.shape[1:]
-    return new_denoiser(teacher_config(spec.teacher.train), shape).eval()
+def _to_download(spec: StudySpec, checkpoint_bytes: int) -> list[str]:
+    """What a launch fetches first; the network was measured with untrained weights in any case."""
+    checkpoint = CHECKPOINTS.get(spec.teacher.checkpoint or "")
+    reference = REFERENCES.get(spec.evaluation.reference or "")
+    # Where their makers say no size: float32 parameters; 2048 features' mean and covariance.
+    files = [
+        (file.url, file.path, file.size or about)
+        for file, about in ((checkpoint, checkpoint_bytes), (reference, 8 * 2048 * 2049))
+        if file is not None and not file.path.is_file()
+    ]
+    if (weights := missing_weights(spec.evaluation.extractor)) is not None:
+        files.append((*weights, 2**20 * extractor_size(spec.evaluation.extractor).weights))
+    return [
+        f"download: the launch fetches {url} to {path} (about {size / 2**20:,.0f} MiB)"
+        for url, path, size in files
+    ]
 
 
 def _measure(
-    teacher: NetworkDenoiser, spec: StudySpec, device: torch.device
+    spec: StudySpec, network: Mapping[str, Any], device: torch.device
 ) -> tuple[float, float]:
     """Seconds an image: forward, and forward + backward + update."""
     grid = student_grid(spec)
-    student = widen_head(teacher, grid.substeps)
+    wide = dict(network) | {"num_branches": grid.substeps}
+    # Untrained weights take as long as any.
+    student = build_denoiser(wide).to(device).eval().execute(_computable(spec, device))
     optimizer = torch.optim.Adam(student.parameters(), fused=True)
     levels = grid.interval(grid.trained.start)
-    batch = _affordable(teacher, spec.budget.batch, device)
-    x = torch.zeros(batch, *teacher.image_shape, device=device)
+    batch = _affordable(student, spec.budget.batch, device)
+    x = torch.zeros(batch, *student.image_shape, device=device)
     targets = x.expand(grid.substeps, *x.shape)
 
     def forward() -> None:
         with torch.no_grad():
-            teacher(x, levels[0])
+            student(x, levels[0])
 
-    def update() -> None:
-        optimizer.zero_grad(set_to_none=True)
+    def there_and_back() -> None:
         losses = branch_losses(branch_states(student, x, levels), targets)
         losses.sum().backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
 
-    return _seconds(forward, device) / batch, _seconds(update, device) / batch
+    forward_seconds = _seconds(forward, device) / batch
+    update_seconds = _seconds(there_and_back, device) / batch
+    # Adam's part is the same for any batch.
+    return forward_seconds, update_seconds + _seconds(optimizer.step, device) / spec.budget.batch
 
 
-def _affordable(teacher: NetworkDenoiser, batch: int, device: torch.device) -> int:
+def _computable(spec: StudySpec, device: torch.device) -> Execution:
+    """How the study computes, as far as this device does; compiled, it would take minutes."""
+    wanted = dataclasses.replace(execution(spec), compile=False)
+    try:
+        wanted.require(device)
+    except InputError:
+        return dataclasses.replace(wanted, precision="float32")
+    return wanted
+
+
+def _affordable(network: NetworkDenoiser, batch: int, device: torch.device) -> int:
     """As many of ``batch`` images as one call can take: on a CPU a large network has seconds each.
 
     Fewer images at once cost more each, if anything: the estimate stays an upper bound.
@@ -166,15 +206,17 @@ def _affordable(teacher: NetworkDenoiser, batch: int, device: torch.device) -> i
         return batch
     started = time.perf_counter()
     with torch.no_grad():
-        teacher(torch.zeros(1, *teacher.image_shape), torch.tensor(1.0))
+        network(torch.zeros(1, *network.image_shape), torch.tensor(1.0))
     # An update costs some three forwards, and is called twice: to warm up, and to be measured.
     return max(1, min(batch, int(MEASURE_SECONDS / 6 / (time.perf_counter() - started))))
 
 
-def _seconds(call: Callable[[], None], device: torch.device) -> float:
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
     call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     started, calls = time.perf_counter(), 0
-    while (spent := time.perf_counter() - started) < MEASURE_SECONDS / 2 or calls == 0:
+    while (spent := time.perf_counter() - started) < MEASURE_SECONDS / 3 or calls == 0:
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -78,6 +78,9 @@ def _next(now: Standing, source: Path) -> list[str]:
     if now.best is not None:
         student = runs_folder() / now.best["student"]
         lines.append(f"draw images with it:     bdense sample {student} --out samples.png")
+        if "weights_plot" in now.best:
+            plot = runs_folder() / now.best["weights_plot"]
+            lines.append(f"its weights over time:   {plot}")
     more = 2 * now.counts.planned
     lines.append(f"search on:               bdense-search launch {source} --trials {more}")
     return lines

@@ -6,7 +6,7 @@ import time
 from typing import TextIO
 
 from search.ledger import Running
-from search.report import duration, standing
+from search.report import duration, in_short, standing
 from search.slots import Progress
 from search.study import Study
 
@@ -69,7 +69,7 @@ class Display:
         if now.counts.failed:
             text += f", {now.counts.failed} failed"
         if now.best is not None:
-            text += f", best FID {now.best['fid']:.3f} (a {now.best['a']:.3f})"
+            text += f", best FID {now.best['fid']:.3f} ({in_short(now.best)})"
         elif now.baselines:
             text += f", plain SFD {next(iter(now.baselines.values()))['fid']:.3f}"
         partly = sum(_share_done(row) for row in running)

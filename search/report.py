@@ -23,6 +23,8 @@ FID_KEYS = (
 )
 # Each with conditions of its own, where the study measured it.
 OTHER_METRICS = ("kid", "prc")
+# Where a trial's weights come from: given by (a, b), or learned.
+WEIGHTS_KEYS = ("a", "b", "rule", "strength", "weights", "weights_plot")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,11 @@ def baseline_results(study: Study) -> dict[str, dict[str, Any]]:
     return {method: results[method] for method in TITLES if method in results}
 
 
+def complete_trials(study: Study) -> list[dict[str, Any]]:
+    """Number, weights and FID with its conditions of each complete trial, in order."""
+    return [_complete(trial) for trial in _rows(study.trials, TrialState.COMPLETE)]
+
+
 def copy_baselines(study: Study) -> None:
     """Store the baselines in the study's own attributes, where the dashboard shows them."""
     results, record = baseline_results(study), study.trials.study
@@ -104,15 +111,21 @@ def copy_baselines(study: Study) -> None:
 
 def table(now: Standing) -> str:
     """The study's result for people: baselines, the best trial, and what their FIDs mean."""
-    rows = [("", "FID", "vs plain SFD", "a", "b", "w_1 .. w_K")]
+    best = now.best
+    learned = best is not None and "rule" in best
+    of_weights = ("rule", "strength", "final w_1 .. w_K") if learned else ("a", "b", "w_1 .. w_K")
+    rows = [("", "FID", "vs plain SFD", *of_weights)]
     plain = now.baselines.get("sfd", {}).get("fid")
     for method, title in TITLES.items():
         if method in now.baselines:
             result = now.baselines[method]
-            ab = ("0", "0") if method == "uniform" else ("-", "-")
             weights = _weights(result["weights"]) if method == "uniform" else "end point alone"
-            rows.append((title, f"{result['fid']:.3f}", _gain(result["fid"], plain), *ab, weights))
-    best = now.best
+            if method == "uniform":
+                where = ("any", "0") if learned else ("0", "0")
+            else:
+                where = ("-", "-")
+            cells = (title, f"{result['fid']:.3f}", _gain(result["fid"], plain))
+            rows.append((*cells, *where, weights))
     if best is not None:
         title = f"best of {now.counts.complete} (trial {best['number']})"
         rows.append(
@@ -120,8 +133,7 @@ def table(now: Standing) -> str:
                 title,
                 f"{best['fid']:.3f}",
                 _gain(best["fid"], plain),
-                f"{best['a']:.3f}",
-                f"{best['b']:.3f}",
+                *_where(best),
                 _weights(best["weights"]),
             )
         )
@@ -171,16 +183,13 @@ def _best(ledger: Ledger) -> dict[str, Any] | None:
     if not complete:
         return None
     trial = min(complete, key=lambda t: (t.value, t.number))
+    return _complete(trial) | {"confirmed": False, "student": trial.user_attrs["student"]}
+
+
+def _complete(trial: FrozenTrial) -> dict[str, Any]:
     attrs = trial.user_attrs
-    return {
-        "number": trial.number,
-        "a": attrs["a"],
-        "b": attrs["b"],
-        "weights": attrs["weights"],
-        **_fid_of(trial),
-        "confirmed": False,
-        "student": attrs["student"],
-    }
+    weights = {key: attrs[key] for key in WEIGHTS_KEYS if key in attrs}
+    return {"number": trial.number, **weights, **_fid_of(trial)}
 
 
 def _fid_of(trial: FrozenTrial) -> dict[str, Any]:
@@ -193,6 +202,20 @@ def _gain(fid: float, plain: float | None) -> str:
     if plain is None or fid == plain:
         return "-"
     return f"{100 * (fid / plain - 1):+.1f} %"
+
+
+def in_short(best: Mapping[str, Any]) -> str:
+    """Where in the search space the best trial lies, in a few words."""
+    if "rule" in best:
+        return f"{best['rule']}, strength {best['strength']:.3f}"
+    return f"a {best['a']:.3f}"
+
+
+def _where(best: Mapping[str, Any]) -> tuple[str, str]:
+    """The same as two cells of a table."""
+    if "rule" in best:
+        return best["rule"], f"{best['strength']:.3f}"
+    return f"{best['a']:.3f}", f"{best['b']:.3f}"
 
 
 def _weights(weights: list[float]) -> str:

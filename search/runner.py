@@ -125,15 +125,13 @@ def _require_listener(address: str) -> None:
 
 
 def _slots(spec: StudySpec, workers: int | None) -> int:
-    resources, total = spec.resources, ray.cluster_resources()
-    gpus = gpus_per_trial(spec)
-    fit = int(total.get("CPU", 0) / resources.cpus)
-    if gpus:
-        fit = min(fit, int(total.get("GPU", 0) / gpus))
+    resources, gpus = spec.resources, gpus_per_trial(spec)
+    fit = sum(_fit_by_machine(spec))
     if fit < 1:
+        machines = " or ".join(f"{cpus:g} CPUs and {own:g} GPUs" for cpus, own in _machines())
         raise InputError(
-            f"a trial asks for resources.cpus={resources.cpus} and gpus={gpus}, and the cluster "
-            f"has {total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs; lower them"
+            f"a trial asks for resources.cpus={resources.cpus:g} and gpus={gpus:g} of one "
+            f"machine, and the cluster's have {machines}; lower them"
         )
     if workers is not None and workers > fit:
         raise InputError(
@@ -141,6 +139,21 @@ def _slots(spec: StudySpec, workers: int | None) -> int:
             f"{resources.cpus:g} CPUs and {gpus:g} GPUs; lower --workers or resources"
         )
     return workers or fit
+
+
+def _machines() -> list[tuple[float, float]]:
+    """CPUs and GPUs of each machine of the cluster."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [(each.get("CPU", 0.0), each.get("GPU", 0.0)) for each in alive]
+
+
+def _fit_by_machine(spec: StudySpec) -> list[int]:
+    """Trials at once on each machine: a trial's CPUs and GPUs are of one."""
+    cpus, gpus = spec.resources.cpus, gpus_per_trial(spec)
+    return [
+        min(int(own_cpus / cpus), int(own_gpus / gpus) if gpus else int(own_cpus / cpus))
+        for own_cpus, own_gpus in _machines()
+    ]
 
 
 def gpus_per_trial(spec: StudySpec) -> float:
@@ -153,16 +166,19 @@ def gpus_per_trial(spec: StudySpec) -> float:
 def _prepare(
     spec: StudySpec, orders: Orders, slots: int, tell: Callable[[Progress], None]
 ) -> None:
-    """Teacher and features in one task, then the trajectories' shards in ``slots`` of them."""
-    gpus = gpus_per_trial(spec)
-    most_cpus = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+    """Teacher and features in one task, then trajectories in one for each slot and its GPUs."""
+    # The GPUs of a trial share its batches; these tasks take one.
+    team = spec.resources.team
+    gpus = gpus_per_trial(spec) / team
+    most_cpus = max(cpus for cpus, _ in _machines())
+    together = min(slots, max(_fit_by_machine(spec)))
     threads = spec.teacher.train.threads if spec.teacher.train else 1
     cpus = max(spec.resources.cpus, min(threads, most_cpus))
     tell(Progress(what="waiting", done=0, total=1))
-    _follow([_task(prepare_task, cpus, gpus).remote(orders)], tell)
+    _follow([_task(prepare_task, cpus, gpus).remote(orders, together)], tell)
     if spec.trajectories.mode == "recorded":
-        record = _task(record_task, spec.resources.cpus, gpus)
-        _follow([record.remote(orders, part, slots) for part in range(slots)], tell)
+        record, parts = _task(record_task, spec.resources.cpus / team, gpus), slots * team
+        _follow([record.remote(orders, part, parts) for part in range(parts)], tell)
 
 
 def _task(function: Callable[..., Any], cpus: float, gpus: float) -> Any:  # noqa: ANN401  Ray's

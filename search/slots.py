@@ -89,8 +89,13 @@ def worker_storage(asked: str) -> str:
     return asked
 
 
-def prepare_task(orders: Orders) -> Iterator[Progress | Refusal]:
-    """Make what the trials share and tell about it; the last message may be a refusal."""
+def prepare_task(orders: Orders, together: int) -> Iterator[Progress | Refusal]:
+    """Make what the trials share and tell about it; the last message may be a refusal.
+
+    Args:
+        orders: The study's.
+        together: Trials at once on one machine.
+    """
     # Imported here: the launcher ships this function and needs no torch for it.
     from search.assets import prepare, use_device
 
@@ -105,7 +110,7 @@ def prepare_task(orders: Orders) -> Iterator[Progress | Refusal]:
     def work() -> None:
         try:
             spec = orders.settle()
-            prepare(spec, use_device(spec), report)
+            prepare(spec, use_device(spec), report, together=together)
         except Exception as error:  # noqa: BLE001  it reaches the user as the launch's error
             messages.put(Refusal.of(error))
         finally:
@@ -118,12 +123,11 @@ def prepare_task(orders: Orders) -> Iterator[Progress | Refusal]:
 
 def record_task(orders: Orders, part: int, parts: int) -> Iterator[Progress | Refusal]:
     """Record the missing shards whose number leaves the remainder ``part`` by ``parts``."""
-    from bdense.data import load_dataset
-    from search.assets import load_teacher, trajectory_store, use_device
+    from search.assets import load_data, load_teacher, trajectory_store, use_device
 
     try:
         spec = orders.settle()
-        teacher = load_teacher(spec, load_dataset(spec.data), use_device(spec))
+        teacher = load_teacher(spec, load_data(spec), use_device(spec))
         store = trajectory_store(spec, teacher)
         size = f"{store.nbytes / 2**20:.0f} MiB on disk"
         # By number, not by place in the list: other tasks record while this one starts.

@@ -3,7 +3,7 @@
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
-from search.spec import StudySpec
+from search.spec import FloatRange, LearnedSpace, LogLinearSpace, StudySpec
 
 # Plain SFD, and B-DENSE with every branch counting alike.
 BASELINES = ("sfd", "uniform")
@@ -11,17 +11,24 @@ BASELINES = ("sfd", "uniform")
 
 def search_space(spec: StudySpec) -> dict[str, BaseDistribution]:
     """The distributions of a trial's parameters."""
-    space: dict[str, BaseDistribution] = {
-        "a": FloatDistribution(spec.weights.a.low, spec.weights.a.high)
-    }
-    if spec.weights.b is not None:
-        space["b"] = FloatDistribution(spec.weights.b.low, spec.weights.b.high)
-    return space
+    weights = spec.weights
+    if isinstance(weights, LearnedSpace):
+        return {
+            "rule": CategoricalDistribution(weights.rules),
+            "strength": _float(weights.strength),
+        }
+    if isinstance(weights, LogLinearSpace):
+        return {"a": _float(weights.a), "b": _float(weights.b)}
+    return {"a": _float(weights.a)}
 
 
 def baseline_space() -> dict[str, BaseDistribution]:
     """The one parameter of a baseline's row."""
     return {"method": CategoricalDistribution(BASELINES)}
+
+
+def _float(bounds: FloatRange) -> FloatDistribution:
+    return FloatDistribution(bounds.low, bounds.high)
 
 
 def make_sampler(spec: StudySpec, offset: int) -> optuna.samplers.BaseSampler:

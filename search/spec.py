@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from bdense import NUMERICS
+from bdense.data_names import LABELS_FILE, image_files, labels_beside, split_format, split_side
 from bdense.files import sha256_file
 from bdense.public import CHECKPOINTS, REFERENCES
 from bdense.solver_names import SolverName, refuse_thresholding, solver_order
@@ -135,23 +136,84 @@ class StudentSpec(Strict):
     schedule: ScheduleSpec = Field(default_factory=ScheduleSpec)
 
 
-class WeightsSpec(Strict):
-    """The search space: log w_k = a k + b, or a alone with the weights' sum held at K."""
+# Which parameterisation has a key that another lacks: such a key is no misspelling.
+_WEIGHT_KEYS = {
+    "a": "log-linear or normalised",
+    "b": "log-linear",
+    "largest": "log-linear or normalised",
+    "rules": "learned",
+    "strength": "learned",
+    "memory": "learned",
+}
 
-    parameterisation: Literal["log-linear", "normalised"]
+
+class WeightSpace(Strict):
+    """Where a study looks for branch weights; the three below are the ones there are."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_keys_of_another(cls, given: Any) -> Any:  # noqa: ANN401  as YAML has it
+        for key in sorted(_WEIGHT_KEYS.keys() & set(given)) if isinstance(given, dict) else ():
+            if key not in cls.model_fields:
+                raise ValueError(
+                    f"{given['parameterisation']} weights have no {key}; drop it or use "
+                    f"{_WEIGHT_KEYS[key]}"
+                )
+        return given
+
+
+class LogLinearSpace(WeightSpace):
+    """log w_k = a k + b: the paper's."""
+
+    parameterisation: Literal["log-linear"]
     a: FloatRange
-    b: FloatRange | None = None
+    b: FloatRange
     largest: Positive | None = Field(
         default=None, description="bound on max_k w_k; a suggestion beyond it is not trained"
     )
 
-    @model_validator(mode="after")
-    def _b_belongs_to_log_linear(self) -> "WeightsSpec":
-        if self.parameterisation == "log-linear" and self.b is None:
-            raise ValueError("log-linear weights need b: {low: ..., high: ...}")
-        if self.parameterisation == "normalised" and self.b is not None:
-            raise ValueError("normalised weights have no b; drop it or use log-linear")
-        return self
+
+class NormalisedSpace(WeightSpace):
+    """log w_k = a k + b, with b such that the weights' sum is K."""
+
+    parameterisation: Literal["normalised"]
+    a: FloatRange
+    largest: Positive | None = Field(default=None, description="as in log-linear")
+
+
+class LearnedSpace(WeightSpace):
+    """Weights that follow the student's own losses or gradients while it trains.
+
+    Attributes:
+        rules: What a branch's scale is; one or more to choose from.
+        strength: Exponent of 1 / scale: 0 is uniform, 1 the rule itself, below 0 its reverse.
+        memory: Updates over which an old one's share in the scale falls to 1 / e.
+    """
+
+    parameterisation: Literal["learned"]
+    # bdense.weighting.RULES, spelt out: a launcher reads studies without torch.
+    rules: tuple[Literal["uncertainty", "gradient-norm"], ...] = ("uncertainty", "gradient-norm")
+    strength: FloatRange = FloatRange(low=-1.0, high=1.5)
+    memory: Count = 100
+
+    @field_validator("rules")
+    @classmethod
+    def _each_once(cls, rules: tuple[str, ...]) -> tuple[str, ...]:
+        if not rules or len(set(rules)) < len(rules):
+            raise ValueError(
+                f"{list(rules)} must name one rule or more, each once; leave it out for all"
+            )
+        return rules
+
+    @property
+    def is_one_point(self) -> bool:
+        """Whether all trials would be the same."""
+        return len(self.rules) == 1 and self.strength.low == self.strength.high
+
+
+WeightsSpec = Annotated[
+    LogLinearSpace | NormalisedSpace | LearnedSpace, Field(discriminator="parameterisation")
+]
 
 
 class BudgetSpec(Strict):
@@ -219,22 +281,53 @@ class TrajectoriesSpec(Strict):
 
 
 class ResourcesSpec(Strict):
-    """What one trial holds, and when its worker counts as lost."""
+    """What one trial holds, how it computes, and when its worker counts as lost.
+
+    Attributes:
+        gpus: ``auto`` (one, where there are any), a share of one, or a whole number of one
+            machine's, which then share every batch.
+        compile: Networks by torch.compile; moves numbers by rounding.
+        channels_last: NHWC memory, likewise.
+    """
 
     cpus: Positive = 1
     gpus: Literal["auto"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] = "auto"
     threads: Count = 1
     deterministic: bool = False
+    compile: bool = False
+    channels_last: bool = False
     checkpoint_seconds: Positive = 60
     lease_seconds: Annotated[float, Field(ge=10, allow_inf_nan=False)] = 60
     max_attempts: Count = 3
 
+    @field_validator("gpus")
+    @classmethod
+    def _a_share_or_whole_ones(cls, gpus: Literal["auto"] | float) -> Literal["auto"] | float:
+        if gpus != "auto" and gpus > 1 and gpus % 1:
+            raise ValueError(
+                f"{gpus:g} is neither a share of one GPU nor a whole number of them; give 0 to 1, "
+                f"{int(gpus)} or {int(gpus) + 1}"
+            )
+        return gpus
+
+    @property
+    def team(self) -> int:
+        """GPUs that share a trial's batches; 1 also for a trial without any."""
+        return 1 if self.gpus == "auto" else max(1, int(self.gpus))
+
 
 class StudySpec(Strict):
-    """A whole study."""
+    """A whole study.
+
+    Attributes:
+        data: What a teacher is trained on and the FID's reference; not needed where both are
+            there already, as ``teacher.checkpoint`` and ``evaluation.reference``.
+        precision: What the teacher, the student's training and its images are computed in, as in
+            ``bdense.execution``; features and their statistics are float32 in any case.
+    """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=64)]
-    data: str
+    data: str | None = None
     teacher: TeacherSpec
     student: StudentSpec
     weights: WeightsSpec
@@ -242,9 +335,47 @@ class StudySpec(Strict):
     evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
     sampler: SamplerSpec = Field(default_factory=SamplerSpec)
     seeds: SeedsSpec = Field(default_factory=SeedsSpec)
+    # bdense.execution.PRECISIONS, spelt out: a launcher reads studies without torch.
+    precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"
     trajectories: TrajectoriesSpec = Field(default_factory=TrajectoriesSpec)
     resources: ResourcesSpec = Field(default_factory=ResourcesSpec)
     keep_students: Annotated[int, Field(ge=1)] = 3
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _learned_in_a_word(cls, given: Any) -> Any:  # noqa: ANN401  as YAML has it
+        if given == "learned":
+            return {"parameterisation": "learned"}
+        if isinstance(given, str):
+            raise ValueError(
+                f"{given!r} alone says too little; give a mapping with parameterisation: ..., "
+                "or the word learned for its defaults"
+            )
+        return given
+
+    @model_validator(mode="after")
+    def _has_the_data_it_needs(self) -> "StudySpec":
+        if self.uses_data and self.data is None:
+            missing = "teacher.checkpoint" if self.teacher.train else "evaluation.reference"
+            raise ValueError(
+                "data is missing; name a data set, or leave it out and give both "
+                f"teacher.checkpoint and evaluation.reference (missing: {missing})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _gpus_share_a_batch_equally(self) -> "StudySpec":
+        if self.budget.batch % self.resources.team:
+            raise ValueError(
+                f"budget.batch {self.budget.batch} cannot be shared equally by resources.gpus "
+                f"{self.resources.team}; choose a multiple, or other gpus"
+            )
+        return self
+
+    @property
+    def uses_data(self) -> bool:
+        """Whether anything needs the data set: the teacher's training, or the reference."""
+        return self.teacher.train is not None or self.evaluation.reference is None
 
     def conditions(self) -> dict[str, Any]:
         """What changes a trial's number, flat: ``section.key`` -> value (SPEC contract 6).
@@ -256,10 +387,20 @@ class StudySpec(Strict):
         )
         del kept["budget"]["trials"], kept["seeds"]["sampler"], kept["evaluation"]["batch"]
         kept["weights"] = {"parameterisation": self.weights.parameterisation}
+        if isinstance(self.weights, LearnedSpace):
+            # Optuna holds a categorical parameter to its first choices, in their order.
+            kept["weights"] |= {"memory": self.weights.memory, "rules": list(self.weights.rules)}
         # Live trajectories are rounded to no stored type.
         recorded = self.trajectories.mode == "recorded"
         kept["trajectories"] = {"dtype": self.trajectories.dtype if recorded else "float32"}
         kept["numerics"] = NUMERICS
+        # Studies from before there was a choice keep their fingerprint.
+        if self.precision != "float32":
+            kept["precision"] = self.precision
+        if self.data is None:
+            del kept["data"]
+        else:
+            kept["data"] = _content_of(self.data)
         # A file's content counts, not where it lies; a published one is what its name says,
         # whether it is here yet or not.
         if self.teacher.checkpoint in CHECKPOINTS:
@@ -280,6 +421,32 @@ class StudySpec(Strict):
         """16 hex digits over ``conditions``."""
         text = json.dumps(self.conditions(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _content_of(data: str) -> str:
+    """A data set by what is in it: a name stands for itself, for a path its files."""
+    source, side = split_side(data)
+    if (found := split_format(source)) is None:
+        return data
+    kind, path = found[0], Path(found[1]).expanduser()
+    if kind == "folder":
+        content = _digest_of_folder(path)
+    else:
+        labels = labels_beside(path) if kind == "idx" else None
+        content = "+".join(sha256_file(file) for file in (path, labels) if file is not None)
+    return f"{kind}:{content}" if side is None else f"{kind}:{content}@{side}"
+
+
+def _digest_of_folder(folder: Path) -> str:
+    """Hex digest over the images' names and sizes, and the labels.
+
+    Not over the pixels, which take minutes to read and are asked for by every launch and worker;
+    nor over times of modification, which differ wherever the folder is copied to.
+    """
+    files = [(name, (folder / name).stat().st_size) for name in image_files(folder)]
+    labels = folder / LABELS_FILE
+    known = [files, sha256_file(labels) if labels.is_file() else None]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -336,7 +503,9 @@ def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
             raise SpecError(f"{source}: {key}: there is no file {file}{known}")
         return str(path)
 
-    teacher, evaluation = spec.teacher, spec.evaluation
+    teacher, evaluation, data = spec.teacher, spec.evaluation, spec.data
+    if data is not None:
+        data = _absolute_data(data, source)
     if teacher.checkpoint is not None:
         checkpoint = absolute("teacher.checkpoint", teacher.checkpoint, CHECKPOINTS)
         teacher = teacher.model_copy(update={"checkpoint": checkpoint})
@@ -347,7 +516,20 @@ def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
     if evaluation.reference is not None:
         reference = absolute("evaluation.reference", evaluation.reference, REFERENCES)
         evaluation = evaluation.model_copy(update={"reference": reference})
-    return spec.model_copy(update={"teacher": teacher, "evaluation": evaluation})
+    return spec.model_copy(update={"teacher": teacher, "evaluation": evaluation, "data": data})
+
+
+def _absolute_data(data: str, source: str) -> str:
+    """A data set of files with its path as it is seen from any folder; a name stays one."""
+    given, side = split_side(data)
+    if (found := split_format(given)) is None:
+        return data
+    kind, path = found[0], Path(found[1]).expanduser().resolve()
+    if kind == "folder" and not path.is_dir():
+        raise SpecError(f"{source}: data: there is no folder {found[1]}")
+    if kind != "folder" and not path.is_file():
+        raise SpecError(f"{source}: data: there is no file {found[1]}")
+    return f"{kind}:{path}" if side is None else f"{kind}:{path}@{side}"
 
 
 def parse_spec(tree: dict[str, Any], source: str) -> StudySpec:
@@ -361,17 +543,28 @@ def parse_spec(tree: dict[str, Any], source: str) -> StudySpec:
 def _lines(error: ValidationError) -> list[str]:
     lines = []
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"]) or "study"
+        key = ".".join(str(part) for part in _as_written(problem["loc"])) or "study"
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             message = "unknown key; check the spelling"
         elif problem["type"] == "missing":
             message = "this key is missing"
+        elif problem["type"] == "union_tag_not_found":
+            key, message = f"{key}.parameterisation", "this key is missing"
+        elif problem["type"] == "union_tag_invalid":
+            key = f"{key}.parameterisation"
+            known, tag = problem["ctx"]["expected_tags"], problem["ctx"]["tag"]
+            message = f"Input should be one of {known}, got {tag!r}"
         elif problem["type"] != "value_error" and not isinstance(problem["input"], dict):
             # Our own messages name the value themselves.
             message = f"{message}, got {problem['input']!r}"
         lines.append(f"{key}: {message}")
     return lines
+
+
+def _as_written(place: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Where a problem is in the file: pydantic puts the kind of weights between their keys."""
+    return (*place[:1], *place[2:]) if place[:1] == ("weights",) else place
 
 
 def as_yaml(spec: StudySpec) -> str:

@@ -1,7 +1,7 @@
 """One trial: branch weights -> student -> FID; what goes wrong becomes a named state.
 
-A trial's folder holds its checkpoint, then ``result.json`` and the student. The result is written
-before it is told, so that whoever takes over a finished trial only tells.
+A trial's folder holds its checkpoint, then pictures, the student and ``result.json``. The result
+is written before it is told, so that whoever takes over a finished trial only tells.
 """
 
 import functools
@@ -26,22 +26,25 @@ from bdense.errors import BdenseError, NonFiniteError
 from bdense.files import atomic_write
 from bdense.metrics import FID, Metrics, measure_images
 from bdense.sampling import draw_images, save_grid
-from bdense.sfd import IterationReport, distill
+from bdense.sfd import IterationReport
+from bdense.sharing import distill_on
 from search.assets import Assets
 from search.engine import branches_and_weights, student_sampler, training_config
 from search.errors import LeaseLostError, StorageError
 from search.ledger import Claim, FailureReason, Ledger
 from search.storage import runs_folder
+from search.traced_weights import TracedWeights, draw_history
 
 _log = logging.getLogger(__name__)
 
 PACKAGES = ("bdense", "torch", "numpy", "optuna", "ray", "sqlalchemy", "torch-fidelity")
-IDENTITY, RESULT, STUDENT, CHECKPOINT, GRID = (
+IDENTITY, RESULT, STUDENT, CHECKPOINT, GRID, WEIGHTS_PLOT = (
     "trial.json",
     "result.json",
     "student.safetensors",
     "checkpoint.safetensors",
     "samples.png",
+    "weights.png",
 )
 
 
@@ -107,7 +110,7 @@ def evaluate(
 
     Args:
         assets: What the study's trials share.
-        params: A trial's a (and b), or a baseline's method.
+        params: A trial's a (and b), its rule and strength, or a baseline's method.
         folder: Where the checkpoint, the student and the result go.
         check: Called every iteration; what it raises ends the work.
         report: Called with a short text on the progress.
@@ -122,18 +125,21 @@ def evaluate(
     if (done := _read_result(folder, identity)) is not None:
         return done
     num_branches, weights = branches_and_weights(spec, params)
-    values = weights(num_branches)
+    weighting = weights if isinstance(weights, TracedWeights) else weights(num_branches)
 
     def on_iteration(done: IterationReport) -> None:
         check()
+        if isinstance(weighting, TracedWeights):
+            weighting.note(done)
         report(f"training {done.iteration + 1}/{done.iterations}, loss {done.loss:.3g}")
 
     started = time.perf_counter()
-    branched = distill(
+    branched = distill_on(
+        assets.devices,
         assets.teacher,
         assets.trajectories,
         training_config(spec, num_branches),
-        values,
+        weighting,
         checkpoint=folder / CHECKPOINT,
         checkpoint_seconds=spec.resources.checkpoint_seconds,
         on_iteration=on_iteration,
@@ -143,6 +149,7 @@ def evaluate(
     measured = measure(assets, student, check=check, report=report, grid_path=folder / GRID)
     fid = measured.fid
     evaluated = time.perf_counter()
+    values = weighting.weights() if isinstance(weighting, TracedWeights) else weighting
     attrs: dict[str, Any] = {
         "weights": values.tolist(),
         **measured.as_dict(),
@@ -153,11 +160,13 @@ def evaluate(
             "student_seconds": round(trained - started, 3),
             "evaluation_seconds": round(evaluated - trained, 3),
         },
-        "student": str(Path(*(folder / STUDENT).parts[-3:])),
+        "student": _below_runs(folder / STUDENT),
         "device": device_name(assets.device),
         "worker": f"{platform.node()}:{os.getpid()}",
     }
-    if "method" not in params:
+    if isinstance(weights, TracedWeights):
+        attrs |= _drawn(weights, folder / WEIGHTS_PLOT)
+    elif "method" not in params:
         attrs |= {"a": weights.a, "b": weights.b}
     metadata = _student_metadata(assets, params, values, fid)
     save_denoiser(folder / STUDENT, student, metadata)
@@ -167,6 +176,23 @@ def evaluate(
         scratch.write_text(json.dumps(result))
     (folder / CHECKPOINT).unlink(missing_ok=True)
     return result
+
+
+def _drawn(weights: TracedWeights, path: Path) -> dict[str, Any]:
+    """What a trial stores of weights that it learned, with their picture in ``path``."""
+    history = weights.history()
+    draw_history(history, f"{weights.rule}, strength {weights.strength:.3g}", path)
+    return {
+        "rule": weights.rule,
+        "strength": weights.strength,
+        "weights_over_time": history,
+        "weights_plot": _below_runs(path),
+    }
+
+
+def _below_runs(path: Path) -> str:
+    """A trial's file as the study's rows name it: study/number/file."""
+    return str(Path(*path.parts[-3:]))
 
 
 def _read_result(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -258,6 +284,7 @@ def _student_metadata(
         "weights": weights.tolist(),
         "fingerprint": assets.fingerprint,
         "sampler": student_sampler(assets.spec).describe(),
+        "precision": assets.spec.precision,
         "fid": fid.as_dict(),
     }
 

@@ -7,6 +7,7 @@ import torch
 from bdense.denoiser import NetworkDenoiser
 from bdense.intervals import IntervalGrid
 from bdense.networks import SongUNet, SongUNetConfig
+from bdense.schedules import Schedule
 from bdense.solvers import DPMSolverPP
 from bdense.trajectories import LiveTrajectories
 
@@ -39,9 +40,12 @@ def small_trajectories(
     batch: int = 4,
     substeps: int = 4,
     afs: bool = True,
+    schedule: Schedule | None = None,
 ) -> LiveTrajectories:
     """Live trajectories at NFE 2."""
-    grid = IntervalGrid(num_intervals=3 if afs else 2, substeps=substeps, afs=afs)
+    grid = IntervalGrid(
+        num_intervals=3 if afs else 2, substeps=substeps, afs=afs, schedule=schedule or Schedule()
+    )
     return LiveTrajectories(
         teacher=teacher, grid=grid, solver=DPMSolverPP(), batch=batch, count=count, seed=7
     )

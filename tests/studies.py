@@ -25,6 +25,7 @@ STUDY: dict[str, Any] = {
     "evaluation": {"images": 256, "extractor": "digits-classifier"},
 }
 NORMALISED = {"parameterisation": "normalised", "a": {"low": -0.5, "high": 3.0}}
+LEARNED = {"parameterisation": "learned"}
 REMOVED = object()
 
 

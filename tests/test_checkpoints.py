@@ -28,7 +28,7 @@ from bdense.networks.layers import Linear
 from bdense.preconditioning import IDDPM
 from bdense.sampling import Sampler, sampler_from
 from bdense.schedules import Schedule
-from bdense.sfd_checkpoints import student_sampler
+from bdense.sfd_checkpoints import student_samplers
 from bdense.step_condition import with_step_condition
 from tests.goldens import close, discover, tensors
 from tests.networks import tiny_denoiser
@@ -372,13 +372,18 @@ def test_the_architecture_of_an_sfd_student_is_read_off_its_modules(
     assert same_weights(loaded, expected)
 
 
-def test_the_sampler_of_an_sfd_student():
-    sampler = student_sampler(sfd_file_of(tiny_denoiser()))
-    assert sampler == Sampler(
-        num_intervals=4,
-        afs=False,
-        schedule=Schedule(kind="logsnr", rho=7.0, sigma_min=0.01, sigma_max=40.0),
-    )
+def test_the_samplers_of_an_sfd_student():
+    schedule = Schedule(kind="logsnr", rho=7.0, sigma_min=0.01, sigma_max=40.0)
+
+    def expected(*num_intervals: int) -> list[Sampler]:
+        return [Sampler(num_intervals=n, afs=False, schedule=schedule) for n in num_intervals]
+
+    assert student_samplers(sfd_file_of(tiny_denoiser())) == expected(4)
+    # SFD-v's, whatever single number its options say; its second stage is for that number alone.
+    variable = {"use_step_condition": True}
+    assert student_samplers(sfd_file_of(tiny_denoiser(), **variable)) == expected(3, 4, 5, 6)
+    second = variable | {"is_second_stage": True, "num_steps": 3}
+    assert student_samplers(sfd_file_of(tiny_denoiser(), **second)) == expected(2)
 
 
 @pytest.mark.parametrize(
@@ -392,10 +397,10 @@ def test_the_sampler_of_an_sfd_student():
 def test_sfd_options_without_a_sampler_are_named(training, message):
     foreign = sfd_file_of(tiny_denoiser(), **training)
     with pytest.raises(CheckpointError, match=message):
-        student_sampler(foreign)
+        student_samplers(foreign)
     del foreign.training_kwargs["afs"]
     with pytest.raises(CheckpointError, match=r"lack 'afs'|name no sampler"):
-        student_sampler(foreign)
+        student_samplers(foreign)
 
 
 def test_modules_of_another_network_are_named():

@@ -12,6 +12,7 @@ from bdense.branches import export_branch, widen_head
 from bdense.checkpoints import denoiser_sha256, load_denoiser, save_denoiser
 from bdense.diffusers_teacher import is_hub_id, read_diffusers
 from bdense.errors import CheckpointError, InputError, ShapeError
+from bdense.schedules import Schedule
 from bdense.sfd import SFDConfig, distill
 from bdense.solvers import Euler
 from tests.small import same_weights, small_trajectories
@@ -133,7 +134,10 @@ def test_a_student_is_distilled(folder, tmp_path):
     teacher = read_diffusers(folder)[0]
     before = denoiser_sha256(teacher)
     config = SFDConfig(num_branches=4, images=8, lr=1e-3, seed=0)
-    trajectories = small_trajectories(teacher, count=2)
+    with pytest.raises(InputError, match=r"ddpm teacher was trained for, 0\.01 to .*; choose a"):
+        small_trajectories(teacher, count=2)
+    schedule = Schedule(sigma_min=0.02, sigma_max=14)
+    trajectories = small_trajectories(teacher, count=2, schedule=schedule)
     branched = distill(teacher, trajectories, config, torch.ones(4))
     student = export_branch(branched)
     assert denoiser_sha256(teacher) == before != denoiser_sha256(student)

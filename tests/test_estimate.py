@@ -1,34 +1,47 @@
-"""What a dry run says of a study whose teacher is published and not here yet."""
+"""What a dry run says: the cost of a study, and what a launch would download or be refused for."""
 
 import dataclasses
+import re
 
 import pytest
+import torch
 
 import bdense.public
 import bdense.sources
+import search.engine
 import search.estimate
+import search.memory
 from bdense.checkpoints import save_denoiser
-from bdense.public import CHECKPOINTS
+from bdense.public import CHECKPOINTS, EDM_LICENCE
+from search.cli import _dry_run
+from search.engine import check
 from search.estimate import estimate
+from search.spec import read_spec
 from tests.small import small_teacher
-from tests.studies import spec
+from tests.studies import REMOVED, STUDIES, spec
 
 NAME = "edm-cifar10-32x32-uncond-vp"
 
 
-@pytest.fixture
-def published(tmp_path, monkeypatch):
-    """The table's entry with a small network, in an empty folder, and no time to lose."""
-    monkeypatch.setenv("BDENSE_CHECKPOINTS", str(tmp_path / "public"))
-    monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
+@pytest.fixture(autouse=True)
+def nothing_here(tmp_path, monkeypatch):
+    """Empty folders, plenty of room, and no time to lose."""
+    for variable in ("BDENSE_CHECKPOINTS", "BDENSE_RUNS", "BDENSE_DATA", "TORCH_HOME"):
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+    monkeypatch.setattr(search.memory, "_free", lambda _: 2**50)
     monkeypatch.setattr(search.estimate, "MEASURE_SECONDS", 0.01)
+
+
+@pytest.fixture
+def published(monkeypatch):
+    """The table's entry with a small network."""
     small = dataclasses.replace(
         CHECKPOINTS[NAME],
         architecture=small_teacher().describe(),
         url=CHECKPOINTS[NAME].url.replace(".pkl", ".safetensors"),
         sha256=None,
     )
-    for module in (bdense.public, search.estimate, bdense.sources):
+    for module in (bdense.public, search.engine, search.estimate, bdense.sources):
         monkeypatch.setattr(module, "CHECKPOINTS", {NAME: small})
     return small
 
@@ -43,9 +56,9 @@ def test_the_cost_is_known_without_the_file(published):
     assert cost.student_bytes == 4 * parameters * (3 + 2)
     assert cost.forward_seconds > 0
     assert cost.update_seconds > 0
+    assert cost.memory_line in cost.lines()
     assert cost.lines()[-1] == (
-        f"download: the launch fetches {published.url} to {published.path}; until then the "
-        f"network is {NAME}'s with untrained weights, which cost the same"
+        f"download: the launch fetches {published.url} to {published.path} (about 0 MiB)"
     )
     assert not published.path.exists()
 
@@ -53,5 +66,87 @@ def test_the_cost_is_known_without_the_file(published):
 def test_once_it_is_here_nothing_is_said(published):
     save_denoiser(published.path, small_teacher(), {})
     cost = estimate(spec(teacher={"checkpoint": NAME}))
-    assert cost.remark == ""
+    assert cost.remarks == ()
     assert cost.lines()[-1].startswith("time: ")
+
+
+def test_all_that_is_downloaded_is_named_with_its_size(published, tmp_path):
+    study = spec(
+        data=REMOVED,
+        teacher={"checkpoint": NAME},
+        evaluation={"images": 256, "extractor": "inception", "reference": "cifar10-32x32"},
+    )
+    *_, reference, weights = estimate(study).lines()
+    assert reference.endswith("/cifar10-32x32.npz (about 32 MiB)")
+    assert "/fid-refs/cifar10-32x32.npz to " in reference
+    assert weights.startswith("download: the launch fetches https://github.com/toshas/torch-fidel")
+    assert weights.endswith("weights-inception-2015-12-05-6726825d.pth (about 91 MiB)")
+    assert str(tmp_path) in weights
+
+
+def test_what_this_machine_cannot_do_is_said_and_not_refused(published, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(search.memory, "_free", lambda _: 2**20)
+    teacher = {"checkpoint": NAME}
+    (crowded, *_) = estimate(spec(teacher=teacher)).remarks
+    assert crowded.startswith("not on this machine: a trial needs about 0.")
+    assert " and this machine has 1 MiB free; lower " in crowded
+    half = estimate(spec(teacher=teacher, precision="float16", resources={"gpus": 2})).remarks
+    assert half[:2] == (
+        "not on this machine: it has no GPU, and a trial asks for resources.gpus 2",
+        "not on this machine: precision float16 needs a CUDA device, not cpu; use float32 or "
+        "bfloat16",
+    )
+
+
+def test_a_trials_own_teacher_is_known_without_its_data():
+    """Its shape is: neither the images nor the network are here."""
+    study = spec(data="cifar10", evaluation__extractor="cifar10-classifier")
+    assert estimate(study).teacher_training == 10_000
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
+def test_every_study_that_comes_along_runs_dry(path, monkeypatch, capsys):
+    """Without its checkpoint, its data, the internet, or a GPU."""
+    monkeypatch.setattr(search.estimate, "_measure", lambda *_: (1e-3, 3e-3))
+    study = read_spec(path)
+    check(study)
+    _dry_run(study)
+    out = capsys.readouterr().out
+    assert out.startswith(f"name: {study.name}\n")
+    assert f"# fingerprint {study.fingerprint()}\n" in out
+    assert "# memory: about " in out
+    if study.teacher.checkpoint in CHECKPOINTS:
+        assert out.count("# download: ") == 3  # teacher, reference and Inception's weights
+        assert CHECKPOINTS[study.teacher.checkpoint].licence == EDM_LICENCE
+        # Recorded trajectories have room: a launch that found none would end there.
+        (mib,) = re.findall(r"# disk: ([\d,]+) MiB of trajectories", out)
+        assert 0.9 < int(mib.replace(",", "")) / 1024 / study.trajectories.max_gib < 1
+
+
+PUBLISHED = [path for path in STUDIES if "teacher: {checkpoint: " in path.read_text()]
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.name)
+def test_published_studies_have_sfds_hyperparameters(path):
+    """Zhou et al. 2024, as in the reference's launch script."""
+    study = read_spec(path)
+    student, budget, evaluation = study.student, study.budget, study.evaluation
+    assert study.name.endswith(f"-nfe{student.nfe}")
+    assert (student.substeps, student.afs) == (4, True)
+    assert (student.solver.name, student.solver.order) == ("dpmpp", 3)
+    assert student.schedule.model_dump() == {
+        "kind": "polynomial",
+        "rho": 7.0,
+        "sigma_min": 0.006,
+        "sigma_max": 80.0,
+    }
+    lr = 1e-5 if "imagenet" in path.name else 5e-5
+    assert (budget.kimg, budget.batch, budget.lr) == (200, 128, lr)
+    assert (evaluation.images, evaluation.extractor) == (50_000, "inception")
+    dataset = {"cif": "cifar10-32x32", "ima": "imagenet-64x64", "ffh": "ffhq-64x64"}[path.name[:3]]
+    assert evaluation.reference == dataset
+    assert study.teacher.checkpoint.startswith(f"edm-{dataset}")
+    # The paper's best weights are among those that are looked at.
+    assert study.weights.a.low < 1.386 < study.weights.a.high
+    assert study.weights.b.low < -4.274 < study.weights.b.high

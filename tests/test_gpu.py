@@ -3,10 +3,18 @@
 import pytest
 import torch
 
-from bdense.branches import export_branch
+from bdense.branches import export_branch, widen_head
+from bdense.data import load_dataset
+from bdense.denoiser import NetworkDenoiser
+from bdense.errors import NonFiniteLossError
+from bdense.execution import Execution, exact_products
 from bdense.sampling import Sampler, draw_images
-from bdense.sfd import SFDConfig, distill
+from bdense.sfd import SFDConfig, branch_losses, branch_states, distill
+from bdense.sharing import distill_on
+from bdense.teachers import TeacherConfig, train_teacher
 from bdense.weights import LogLinearWeights
+from tests.goldens import discover, golden_network
+from tests.precisions import assert_within_bounds
 from tests.small import same_weights, small_teacher, small_trajectories
 
 pytestmark = [
@@ -15,8 +23,11 @@ pytestmark = [
 ]
 
 
-def student_on(device: str):
-    teacher = small_teacher().to(device)
+def student_on(device: str) -> NetworkDenoiser:
+    return student_of(small_teacher().to(device))
+
+
+def student_of(teacher: NetworkDenoiser) -> NetworkDenoiser:
     trajectories = small_trajectories(teacher)
     train = SFDConfig(num_branches=4, images=16, lr=1e-4)
     return export_branch(distill(teacher, trajectories, train, LogLinearWeights(a=1.0)(4)))
@@ -37,3 +48,120 @@ def test_a_deterministic_gpu_repeats_itself_bit_for_bit(monkeypatch):
         assert same_weights(student_on("cuda"), student_on("cuda"))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+# ---- precision, layout, compilation ----
+
+
+def outputs(denoiser: NetworkDenoiser) -> torch.Tensor:
+    """[3, B, C, H, W] at three levels, on the CPU."""
+    device = next(denoiser.parameters()).device
+    draw = torch.Generator().manual_seed(0)
+    noise = torch.randn(4, *denoiser.image_shape, generator=draw).to(device)
+    with torch.no_grad(), exact_products():
+        levels = map(torch.tensor, (0.02, 0.7, 40.0))
+        return torch.stack([denoiser((0.5 + s) * noise, s) for s in levels]).cpu()
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("precision", ["tf32", "bfloat16", "float16"])
+@pytest.mark.parametrize("path", discover("edm-song-tiny.nosrc.pkl"))
+def test_precisions_are_as_close_as_the_reference_says(path, precision):
+    with exact_products():
+        net = golden_network("edm-song-tiny").to("cuda")
+        assert_within_bounds(net, Execution(precision=precision))
+
+
+@pytest.mark.parametrize(
+    "execution",
+    [Execution(channels_last=True), Execution(compile=True)],
+    ids=["channels_last", "compile"],
+)
+def test_layout_and_compiler_change_rounding_alone(execution):
+    """Teacher and a student's gradient; sums of many terms, some of which cancel."""
+    plain, other = small_teacher(channels=3).to("cuda"), small_teacher(channels=3).to("cuda")
+    other.execute(execution)
+    torch.testing.assert_close(outputs(other), outputs(plain), rtol=1e-4, atol=1e-5)
+    with exact_products():
+        expected, found = first_gradient(plain), first_gradient(other)
+    assert (found - expected).norm() < 1e-3 * expected.norm()
+
+
+def first_gradient(teacher: NetworkDenoiser) -> torch.Tensor:
+    """Of a new student's branches, at targets so far away that no L1 sign flips on rounding."""
+    student = widen_head(teacher, 4)
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(4, *teacher.image_shape, generator=draw).to("cuda")
+    levels = torch.tensor([4.0, 3.0, 2.0, 1.0, 0.5], dtype=torch.float64)
+    states = branch_states(student, 4 * x, levels)
+    branch_losses(states, x.expand(4, -1, -1, -1, -1) + 100).sum().backward()
+    return torch.cat([p.grad.flatten().cpu() for p in student.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bfloat16", "float16"])
+def test_students_of_any_precision_learn_the_same(precision):
+    """Images of two trainings that differ in the format differ less than training changed."""
+    with exact_products():
+        teacher = small_teacher().to("cuda")
+        exact = student_of(teacher)
+        untrained = outputs(teacher)
+        student = student_of(teacher.execute(Execution(precision=precision)))
+        assert {p.dtype for p in student.parameters()} == {torch.float32}
+        learned = (outputs(exact) - untrained).abs().mean()
+        off = (outputs(student.execute(Execution())) - outputs(exact)).abs().mean()
+    # What is so small may be computed without tensor cores, which leaves tf32 nothing to round.
+    assert off < learned
+    assert off > 0 or precision == "tf32"
+
+
+def test_an_overflow_names_iteration_and_branch():
+    """float16 ends at 65504, where bfloat16 goes on."""
+    with exact_products():
+        trajectories = small_trajectories(small_teacher().to("cuda"))
+        teacher = small_teacher().to("cuda")
+        with torch.no_grad():
+            next(p for p in teacher.parameters() if p.dim() == 4).mul_(1e7)
+        train, weights = SFDConfig(num_branches=4, images=4), LogLinearWeights(a=1.0)(4)
+        teacher.execute(Execution(precision="bfloat16"))
+        distill(teacher, trajectories, train, weights)
+        teacher.execute(Execution(precision="float16"))
+        with pytest.raises(NonFiniteLossError, match="iteration 0, interval 1, branch 1"):
+            distill(teacher, trajectories, train, weights)
+
+
+def test_a_teacher_is_averaged_in_float32():
+    network = {"model_channels": 8, "channel_mult": (1, 2), "num_blocks": 1, "dropout": 0.0}
+    config = TeacherConfig(images=1024, batch=64, network=network)
+    digits, device = load_dataset("digits"), torch.device("cuda")
+    with exact_products():
+        exact = train_teacher(digits, config, device=device)
+        execution = Execution(precision="bfloat16", channels_last=True)
+        teacher = train_teacher(digits, config, device=device, execution=execution)
+        assert {p.dtype for p in teacher.parameters()} == {torch.float32}
+        off = (outputs(teacher) - outputs(exact)).abs().mean()
+    assert 0 < off < 0.05
+
+
+# ---- several GPUs ----
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees fewer than 2 GPUs")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_two_gpus_equal_one_to_rounding(precision):
+    teacher = small_teacher().to("cuda:0").execute(Execution(precision=precision))
+    train = SFDConfig(num_branches=4, images=12, lr=1e-4, dropout=False)
+    devices = [torch.device("cuda", index) for index in range(2)]
+    students = [
+        distill_on(
+            devices[:count],
+            teacher,
+            small_trajectories(teacher),
+            train,
+            LogLinearWeights(a=1.0)(4),
+        )
+        for count in (1, 2)
+    ]
+    alone, shared = (outputs(export_branch(student)) for student in students)
+    trained = (alone - outputs(teacher)).abs().max()
+    # In bfloat16 half a batch may take another kernel, and its rounding is no longer small.
+    assert (alone - shared).abs().max() < (1e-2 if precision == "float32" else 0.5) * trained

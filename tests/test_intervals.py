@@ -99,9 +99,8 @@ def test_a_variable_student_is_told_its_number_of_points(monkeypatch):
     distill(live.teacher, Walked(), train, torch.ones(2), start=student)
     expected = [live.grid_at(i).num_points for i in range(4) for _ in live.grid_at(i).trained]
     assert heard == expected
-    heard.clear()
-    distill(live.teacher, Walked(), train, torch.ones(2))
-    assert heard == [None] * len(expected)
+    with pytest.raises(InputError, match=r"\[2, 3, 4\] is told which; start it from with_step"):
+        distill(live.teacher, Walked(), train, torch.ones(2))
 
 
 def test_another_start_is_another_run(tmp_path):

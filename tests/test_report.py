@@ -6,20 +6,25 @@ from pathlib import Path
 
 import optuna
 import pytest
+from PIL import Image
 
+from bdense.errors import InputError
 from bdense.metrics import FID
 from search.ledger import Claim, Ledger
 from search.report import (
     baseline_results,
     best_json,
+    complete_trials,
     copy_baselines,
     duration,
     failures,
     headline,
+    in_short,
     standing,
     status_json,
     table,
 )
+from search.report_files import curve, write_report
 from search.space import baseline_space, search_space
 from search.study import Study
 from tests.studies import spec
@@ -184,6 +189,59 @@ def test_the_table(scene):
     )
 
 
+LEARNED_BEST = {
+    **{key: value for key, value in BEST.items() if key not in ("a", "b")},
+    "rule": "gradient-norm",
+    "strength": -0.5,
+    "weights_plot": "digits/00001/weights.png",
+}
+
+
+@pytest.fixture(scope="module")
+def learned(folder) -> Scene:
+    """Two trials of learned weights, of which the later is better."""
+    url = f"sqlite:///{folder / 'learned.db'}"
+    ledger = Ledger.open(url, "digits", budget=2)
+    baselines = Ledger.open(url, "digits.baselines", budget=2)
+    for method, value, weights in (("sfd", 12.5, [1.0]), ("uniform", 13.28, [1.0] * 4)):
+        claim = take(baselines, baseline_space(), {"method": method})
+        baselines.complete(claim, value, attributes(value, weights))
+    space = search_space(spec(weights="learned"))
+    for rule, strength, value in (("uncertainty", 1.0, 12.0), ("gradient-norm", -0.5, 11.0)):
+        claim = take(ledger, space, {"rule": rule, "strength": strength})
+        files = f"digits/{claim.number:05d}"
+        stored = {
+            "rule": rule,
+            "strength": strength,
+            "weights_over_time": {"iterations": [0], "weights": [WEIGHTS[0.5]]},
+            "weights_plot": f"{files}/weights.png",
+            "student": f"{files}/student.safetensors",
+        }
+        ledger.complete(claim, value, attributes(value, WEIGHTS[0.5]) | {"kid": KID} | stored)
+    return Scene(url, ledger)
+
+
+def test_the_best_learned_weights_for_scripts(learned):
+    """No (a, b), which they do not have."""
+    best = json.loads(json.dumps(best_json(standing(learned.study))))["best"]
+    assert best == LEARNED_BEST
+
+
+def test_the_table_of_learned_weights(learned):
+    lines = table(standing(learned.study)).splitlines()
+    assert lines[:4] == [
+        "                        FID  vs plain SFD           rule  strength  final w_1 .. w_K",
+        "plain SFD            12.500             -              -         -  end point alone",
+        "uniform weights      13.280        +6.2 %            any         0  1 1 1 1",
+        "best of 2 (trial 1)  11.000       -12.0 %  gradient-norm    -0.500  1 1.6 2.7 4.5",
+    ]
+
+
+def test_where_the_best_lies_in_short(scene, learned):
+    assert in_short(standing(scene.study).best) == "a 0.500"
+    assert in_short(standing(learned.study).best) == "gradient-norm, strength -0.500"
+
+
 def test_the_table_while_only_baselines_are_measured(scene):
     now = dataclasses.replace(standing(scene.study), best=None)
     lines = table(now).splitlines()
@@ -237,3 +295,40 @@ def test_a_study_without_baselines_has_none(empty):
 )
 def test_durations(seconds, text):
     assert duration(seconds) == text
+
+
+def test_the_report_is_a_page_with_its_pictures(scene, folder, monkeypatch):
+    monkeypatch.setenv("BDENSE_RUNS", str(folder / "runs"))
+    grid = folder / "runs" / "digits" / "00001" / "samples.png"
+    grid.parent.mkdir(parents=True)
+    grid.write_bytes(b"the best trial's grid")
+    page = write_report(scene.study, folder / "shown")
+    text = page.read_text()
+    assert table(standing(scene.study)) in text
+    # The best first, and of two equal ones the earlier.
+    rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
+    assert rows == ["| trial", "| 1", "| 2", "| 0"]
+    assert "| 1 | 0.500 | -1.000 | 11.000 | 1 1.6 2.7 4.5 |" in text
+    # The baselines' grids are not there, the best trial's is.
+    assert (folder / "shown" / "samples-best.png").read_bytes() == b"the best trial's grid"
+    assert text.count("![") == 2
+    with Image.open(folder / "shown" / "curve.png") as picture:
+        assert picture.size == (1050, 630)
+
+
+def test_the_curve_shows_every_trial_and_the_baselines(scene):
+    (axes,) = curve(standing(scene.study), complete_trials(scene.study), "a").axes
+    dots, *lines = axes.get_lines()
+    assert dots.get_xydata().tolist() == [[1.0, 12.5], [0.5, 11.0], [2.0, 11.0]]
+    assert {line.get_label(): line.get_ydata()[0] for line in lines} == {
+        "plain SFD": 12.5,
+        "uniform weights": 13.28,
+    }
+
+
+def test_there_is_no_report_of_nothing(tmp_path):
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    Ledger.open(url, "empty", budget=1)
+    with pytest.raises(InputError, match="nothing to report yet; run bdense-search launch"):
+        write_report(Study.open(url, "empty"), tmp_path / "shown")
+    assert not (tmp_path / "shown").exists()

@@ -9,9 +9,13 @@ import torch
 from bdense.branches import export_branch, widen_head
 from bdense.checkpoints import load_tensors
 from bdense.errors import CheckpointError, InputError, NonFiniteLossError
-from bdense.intervals import IntervalGrid
+from bdense.intervals import IntervalGrid, VariableGrid
 from bdense.sfd import SFDConfig, branch_losses, branch_states, distill
+from bdense.solvers import DPMSolverPP, Euler, trajectory
+from bdense.step_condition import with_step_condition
+from bdense.trajectories import LiveTrajectories
 from bdense.weights import LogLinearWeights, normalised_weights, uniform_weights
+from tests.networks import tiny_denoiser
 from tests.small import same_weights, small_teacher, small_trajectories
 
 ONE = torch.ones(1, dtype=torch.float64)
@@ -99,6 +103,79 @@ def test_losses_by_hand():
     assert losses.tolist() == pytest.approx([0.25 * expected.item(), 0.75 * expected.item()])
 
 
+def test_plain_sfd_with_classes_is_a_loop_written_out():
+    """Teacher and student are told the same class of each image, drawn anew each iteration."""
+    teacher = tiny_denoiser(label_dim=3)
+    trajectories = small_trajectories(teacher, count=3, substeps=2)
+    student = distill(teacher, trajectories, config(num_branches=1, images=12), ONE)
+
+    plain = copy.deepcopy(teacher).train()
+    optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3, fused=True)
+    t, seen = trajectories.grid.student(), []
+    for iteration in range(3):
+        walk = trajectories[iteration]
+        classes = walk.labels
+        assert classes.sum(1).tolist() == [1.0] * 4
+        seen.append(classes.argmax(1))
+        # The teacher's walk: DPM-Solver++ on its six sub-steps, from the same noise.
+        rows = trajectory(
+            DPMSolverPP(),
+            teacher.given(class_labels=classes),
+            walk.start,
+            trajectories.grid.fine(),
+        )
+        x = walk.start + (t[1] - t[0]) * (walk.start / (1 + t[0] ** 2).sqrt())
+        for n in (1, 2):
+            x_next = x + (t[n + 1] - t[n]) * ((x - plain(x, t[n], classes)) / t[n])
+            loss = (x_next - rows[2 * (n + 1)]).abs().sum() / len(x)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            x = x_next.detach()
+    assert not torch.equal(seen[0], seen[1])
+    assert same_weights(student, plain)
+
+
+@pytest.mark.parametrize("teacher_afs", [True, False])
+def test_the_second_stage_is_a_loop_written_out(teacher_afs):
+    """The teacher is a student: Euler along six steps of its own, its first one analytical."""
+    stage_one = small_teacher()
+    grid = IntervalGrid(num_intervals=2, substeps=3)
+    trajectories = LiveTrajectories(
+        teacher=stage_one,
+        grid=grid,
+        solver=Euler(),
+        batch=4,
+        count=3,
+        seed=7,
+        teacher_afs=teacher_afs,
+    )
+    student = distill(stage_one, trajectories, config(num_branches=1, images=12), ONE)
+
+    plain = copy.deepcopy(stage_one).train()
+    optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3, fused=True)
+    t = grid.fine()
+    for iteration in range(3):
+        start = x = trajectories[iteration].start
+        with torch.no_grad():
+            for i in range(6):
+                if i == 0 and teacher_afs:
+                    # As a denoiser's answer, the way a walk asks for it: equal but for rounding.
+                    guess = x - t[0] * (x / (1 + t[0] ** 2).sqrt())
+                    slope = (x - guess) / t[0]
+                else:
+                    slope = (x - stage_one(x, t[i])) / t[i]
+                x = x + (t[i + 1] - t[i]) * slope
+        end = x
+        # The student: its first interval, of three sub-steps, analytical; one network call.
+        x = start + (t[3] - t[0]) * (start / (1 + t[0] ** 2).sqrt())
+        x = x + (t[6] - t[3]) * ((x - plain(x, t[3])) / t[3])
+        optimizer.zero_grad()
+        ((x - end).abs().sum() / len(x)).backward()
+        optimizer.step()
+    assert same_weights(student, plain)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("stop_after", [2, 3, 5])
 def test_stopped_and_resumed_is_never_stopped(tmp_path, dropout, stop_after):
@@ -131,6 +208,43 @@ def test_stopped_and_resumed_is_never_stopped(tmp_path, dropout, stop_after):
     )
     assert same_weights(resumed, whole)
     assert [report.iteration for report in seen] == list(range(stop_after - 1, 5))
+
+
+def test_a_student_for_several_numbers_of_steps_resumes_bit_for_bit(tmp_path):
+    """SFD-v with branches and dropout: the N of each iteration is drawn as if never stopped."""
+    teacher = small_teacher(dropout=0.3)
+    trajectories = LiveTrajectories(
+        teacher=teacher,
+        grid=VariableGrid(num_intervals=(2, 3, 4), substeps=2),
+        solver=DPMSolverPP(),
+        batch=4,
+        count=6,
+        seed=7,
+    )
+    run = (teacher, trajectories, config(num_branches=2, images=24), torch.tensor([0.5, 1.5]))
+    start = with_step_condition(teacher, start="random", seed=1)
+    intervals = []
+    whole = distill(
+        *run, start=start, on_iteration=lambda done: intervals.append(len(done.weights))
+    )
+    # Trained intervals of an iteration: N - 1 with AFS.
+    assert set(intervals) == {1, 2, 3}
+
+    def stop(done):
+        if done.iteration == 3:
+            raise StopHereError
+
+    keep = {"start": start, "checkpoint": tmp_path / "checkpoint.safetensors"}
+    with pytest.raises(StopHereError):
+        distill(*run, **keep, checkpoint_seconds=0, on_iteration=stop)
+    torch.manual_seed(99)
+    rest = []
+    resumed = distill(*run, **keep, on_iteration=lambda done: rest.append(len(done.weights)))
+    assert same_weights(resumed, whole)
+    assert rest == intervals[3:]
+    other = with_step_condition(teacher, start="random", seed=2)
+    with pytest.raises(CheckpointError, match="differs in: start"):
+        distill(*run, start=other, checkpoint=keep["checkpoint"])
 
 
 def test_dropout_follows_the_checkpoint():
@@ -214,7 +328,7 @@ def test_what_does_not_fit_together_is_refused():
         distill(teacher, trajectories, config(num_branches=3), torch.ones(3))
     with pytest.raises(InputError, match="3 branch weights for num_branches=4"):
         distill(teacher, trajectories, config(), torch.ones(3))
-    with pytest.raises(InputError, match=r"must be numbers >= 0.*\[-1.0, 1.0\]"):
+    with pytest.raises(InputError, match=r"must be finite numbers >= 0.*\[-1.0, 1.0\]"):
         distill(teacher, trajectories, config(), torch.tensor([-1.0, 1.0]))
     with pytest.raises(InputError, match="250 iterations, and the trajectories hold 4"):
         distill(teacher, trajectories, config(images=1000), torch.ones(4))

@@ -6,9 +6,10 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
+from bdense.weighting import RULES
 from search.engine import branches_and_weights, excess_weight
 from search.space import baseline_space, make_sampler, search_space
-from tests.studies import NORMALISED, spec
+from tests.studies import LEARNED, NORMALISED, spec
 
 
 def suggestions(study_spec, offset: int, count: int = 3) -> list[dict[str, float]]:
@@ -29,6 +30,25 @@ def test_both_parameters_have_their_bounds():
 
 def test_normalised_weights_are_one_number():
     assert search_space(spec(weights=NORMALISED)) == {"a": FloatDistribution(-0.5, 3.0)}
+
+
+def test_learned_weights_are_a_rule_and_its_strength():
+    learned = {**LEARNED, "rules": ["gradient-norm"], "strength": {"low": 0.5, "high": 2.0}}
+    assert search_space(spec(weights=learned)) == {
+        "rule": CategoricalDistribution(("gradient-norm",)),
+        "strength": FloatDistribution(0.5, 2.0),
+    }
+
+
+@pytest.mark.parametrize("name", ["tpe", "gp", "random"])
+def test_every_sampler_can_choose_a_rule(name):
+    study_spec = spec(weights="learned", sampler={"name": name, "startup_trials": 2})
+    study = optuna.create_study(sampler=make_sampler(study_spec, 0))
+    for value in (3.0, 1.0, 2.0):
+        trial = study.ask(search_space(study_spec))
+        assert trial.params["rule"] in RULES
+        assert -1.0 <= trial.params["strength"] <= 1.5
+        study.tell(trial, value)
 
 
 def test_equal_bounds_fix_a_parameter():
@@ -92,8 +112,15 @@ def test_normalised_weights_sum_to_k():
     assert weights.b == pytest.approx(math.log(3 / 14))
 
 
+def test_learned_weights_start_from_the_trials_parameters_and_the_studys_memory():
+    study = spec(weights={**LEARNED, "memory": 7}, student__substeps=3)
+    num_branches, weights = branches_and_weights(study, {"rule": RULES[1], "strength": -0.5})
+    assert (num_branches, weights.num_branches) == (3, 3)
+    assert weights.describe() == {"rule": RULES[1], "strength": -0.5, "memory": 7}
+
+
 def test_baselines_are_one_branch_or_all_alike():
-    for study in (spec(), spec(weights=NORMALISED)):
+    for study in (spec(), spec(weights=NORMALISED), spec(weights="learned")):
         one, plain = branches_and_weights(study, {"method": "sfd"})
         assert (one, plain(one).tolist()) == (1, [1.0])
         four, uniform = branches_and_weights(study, {"method": "uniform"})
@@ -113,3 +140,5 @@ def test_the_excess_is_measured_from_the_largest_weight():
 
 def test_without_a_bound_nothing_is_in_excess():
     assert excess_weight(spec(), {"a": 100.0, "b": 100.0}) == 0.0
+    learned = {"rule": RULES[0], "strength": 1.0}
+    assert excess_weight(spec(weights="learned"), learned) == 0.0

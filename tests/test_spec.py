@@ -4,13 +4,17 @@ import dataclasses
 import math
 import re
 import shutil
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from bdense import NUMERICS
+from bdense.execution import PRECISIONS
 from bdense.files import sha256_file
 from bdense.solvers import DPM2, IPNDM, SOLVERS, DPMSolverPP, Euler, Heun
+from bdense.weighting import RULES, LearnedWeights
 from search.engine import (
     check,
     student_grid,
@@ -20,10 +24,11 @@ from search.engine import (
     training_config,
 )
 from search.errors import SpecError
-from search.spec import as_yaml, flatten, parse_spec, read_spec
-from tests.studies import NORMALISED, REMOVED, STUDIES, changed, spec, write
+from search.spec import StudySpec, as_yaml, flatten, parse_spec, read_spec
+from tests.studies import LEARNED, NORMALISED, REMOVED, STUDIES, changed, spec, write
 
 TRAINED = {"kimg": 1}
+ONE_POINT = {"rules": ["uncertainty"], "strength": {"low": 1.0, "high": 1.0}}
 
 
 def message(**keys) -> str:
@@ -83,12 +88,46 @@ def message(**keys) -> str:
         ({"weights__largest": math.nan}, "weights.largest: .* finite number, got nan"),
         (
             {"weights__parameterisation": "linear"},
-            "weights.parameterisation: .* 'log-linear' or 'normalised', got 'linear'",
+            "weights.parameterisation: .* 'log-linear', 'normalised', 'learned', got 'linear'",
         ),
-        ({"weights__b": REMOVED}, r"weights: log-linear weights need b: \{low: ..., high: ...\}"),
+        ({"weights__parameterisation": REMOVED}, "weights.parameterisation: this key is missing"),
+        ({"weights__b": REMOVED}, "weights.b: this key is missing"),
+        ({"weights__c": 1}, "weights.c: unknown key"),
         (
             {"weights__parameterisation": "normalised"},
             "weights: normalised weights have no b; drop it or use log-linear",
+        ),
+        (
+            {"weights": {**LEARNED, "largest": 2.0}},
+            "weights: learned weights have no largest; drop it or use log-linear or normalised",
+        ),
+        (
+            {"weights": {**NORMALISED, "rules": ["uncertainty"]}},
+            "weights: normalised weights have no rules; drop it or use learned",
+        ),
+        ({"weights": "uniform"}, "weights: 'uniform' alone says too little; .* the word learned"),
+        ({"weights": 3}, "weights: .* dictionary .*, got 3"),
+        (
+            {"weights": {**LEARNED, "rules": ["loss"]}},
+            "weights.rules.0: .* 'uncertainty' or 'gradient-norm', got 'loss'",
+        ),
+        ({"weights": {**LEARNED, "rules": []}}, r"weights.rules: \[\] must name one rule or more"),
+        (
+            {"weights": {**LEARNED, "rules": ["uncertainty"] * 2}},
+            r"weights.rules: \['uncertainty', 'uncertainty'\] must name .* each once",
+        ),
+        ({"weights": {**LEARNED, "memory": 0}}, "weights.memory: .* equal to 1, got 0"),
+        (
+            {"weights": {**LEARNED, "strength": {"low": 1.0, "high": -1.0}}},
+            "weights.strength: low 1.0 is above high -1.0; swap them",
+        ),
+        (
+            {"weights": {**LEARNED, "strength": {"low": 0.0, "high": 12.0}}},
+            "weights.strength: .* must lie in -10..10, got 12.0",
+        ),
+        (
+            {"weights": {**LEARNED, **ONE_POINT}},
+            "4 trials .* would all be the same, rule uncertainty at strength 1; run 1, or give",
         ),
         (
             {"weights": {**NORMALISED, "largest": 0.5}},
@@ -131,6 +170,25 @@ def message(**keys) -> str:
         ({"trajectories": {"dtype": "int8"}}, "trajectories.dtype: .* got 'int8'"),
         ({"resources": {"lease_seconds": 1}}, "resources.lease_seconds: .* equal to 10, got 1"),
         ({"resources": {"gpus": -1}}, "resources.gpus.* equal to 0, got -1"),
+        (
+            {"resources": {"gpus": 1.5}},
+            "resources.gpus: 1.5 is neither a share of one GPU nor a whole number of them; give 0 "
+            "to 1, 1 or 2$",
+        ),
+        (
+            {"resources": {"gpus": 3}},
+            "budget.batch 64 cannot be shared equally by resources.gpus 3; choose a multiple",
+        ),
+        ({"precision": "float8"}, "precision: .* 'bfloat16' or 'float16', got 'float8'"),
+        (
+            {"precision": "float16", "resources": {"gpus": 0}},
+            "precision float16 needs a CUDA device, not cpu; use float32 or bfloat16",
+        ),
+        ({"data": REMOVED}, "data is missing; .* evaluation.reference .missing: teacher.checkp"),
+        (
+            {"data": REMOVED, "teacher": {"checkpoint": "edm-cifar10-32x32-uncond-vp"}},
+            "data is missing; .* evaluation.reference .missing: evaluation.reference.",
+        ),
         ({"name": "Digits NFE 2"}, "name: .* pattern .* got 'Digits NFE 2'"),
         ({"name": "digits.baselines"}, "name: .* pattern .* got 'digits.baselines'"),
     ],
@@ -180,6 +238,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
             {"evaluation__extractor": "torchscript:no.pt"},
             "evaluation.extractor: there is no file no.pt",
         ),
+        ({"data": "zip:no.zip"}, "data: there is no file no.zip"),
+        ({"data": "folder:nowhere@32"}, "data: there is no folder nowhere"),
     ],
 )
 def test_a_missing_file_of_a_study_is_named(tmp_path, keys, expected):
@@ -206,8 +266,21 @@ def test_what_is_left_out_has_the_papers_values():
     assert minimal.sampler.name == "tpe"
 
 
-def test_the_resolved_study_is_the_same_study(tmp_path):
-    first = read_spec(write(tmp_path, weights__largest=8.0))
+def test_learned_in_a_word_is_every_rule_with_the_engines_memory():
+    learned = spec(weights="learned").weights
+    assert learned.rules == RULES
+    assert (learned.strength.low, learned.strength.high) == (-1.0, 1.5)
+    assert learned.memory == LearnedWeights(4, rule="uncertainty").memory
+    assert spec(weights=LEARNED).weights == learned
+
+
+def test_one_trial_of_fixed_learned_weights_repeats_nothing():
+    check(spec(weights={**LEARNED, **ONE_POINT}, budget__trials=1))
+
+
+@pytest.mark.parametrize("weights", [{"weights__largest": 8.0}, {"weights": "learned"}])
+def test_the_resolved_study_is_the_same_study(tmp_path, weights):
+    first = read_spec(write(tmp_path, **weights))
     again = tmp_path / "again.yaml"
     again.write_text(as_yaml(first))
     assert read_spec(again) == first
@@ -242,6 +315,15 @@ def test_the_studies_that_come_along_are_in_order(path):
     check(study)
     assert study.name == path.stem
     assert student_grid(study).nfe == study.student.nfe
+
+
+def test_the_learned_digits_study_shares_all_but_the_weights():
+    """So that its cached teacher and trajectories serve both, and their FIDs compare."""
+    by_name = {path.stem: path for path in STUDIES}
+    one, other = (read_spec(by_name[name]) for name in ("digits-nfe2", "digits-learned"))
+    before, after = one.conditions(), other.conditions()
+    differing = {key for key in before | after if before.get(key) != after.get(key)}
+    assert {key.split(".")[0] for key in differing} == {"weights"}
 
 
 # ---- what the engine makes of it ----
@@ -310,6 +392,8 @@ def test_without_afs_every_interval_costs_an_evaluation():
         {"sampler": {"name": "gp", "startup_trials": 3}},
         {"seeds": {"sampler": 9}},
         {"resources": {"cpus": 2, "threads": 2, "lease_seconds": 10, "max_attempts": 5}},
+        {"resources": {"gpus": 2, "compile": True, "channels_last": True}},
+        {"precision": "float32"},
         {"trajectories": {"mode": "live"}},
         {"trajectories": {"mode": "live", "dtype": "float16"}},
         {"trajectories": {"max_gib": 1.0}},
@@ -329,6 +413,7 @@ def test_what_leaves_the_numbers_alone_leaves_the_fingerprint_alone(keys):
     ("keys", "differs"),
     [
         ({"data": "cifar10"}, {"data"}),
+        ({"precision": "bfloat16"}, {"precision"}),
         ({"teacher__train__kimg": 11}, {"teacher.train.kimg"}),
         (
             {"teacher__train__network__model_channels": 12},
@@ -343,6 +428,10 @@ def test_what_leaves_the_numbers_alone_leaves_the_fingerprint_alone(keys):
         ({"student__solver": {"thresholding": True}}, {"student.solver.thresholding"}),
         ({"student__schedule": {"rho": 5}}, {"student.schedule.rho"}),
         ({"weights": NORMALISED}, {"weights.parameterisation"}),
+        (
+            {"weights": "learned"},
+            {"weights.parameterisation", "weights.memory", "weights.rules"},
+        ),
         ({"budget__lr": 1e-4}, {"budget.lr"}),
         ({"budget__kimg": 5.12}, {"budget.kimg"}),
         ({"budget__batch": 128}, {"budget.batch"}),
@@ -357,6 +446,15 @@ def test_what_changes_the_numbers_changes_the_fingerprint(keys, differs):
     before, after = spec().conditions(), spec(**keys).conditions()
     assert {key for key in before | after if before.get(key) != after.get(key)} == differs
     assert spec(**keys).fingerprint() != spec().fingerprint()
+
+
+def test_of_learned_weights_memory_and_rules_are_conditions_and_the_bounds_are_not():
+    """Trials of other rules would compare, but no Optuna study takes other choices."""
+    learned = spec(weights="learned")
+    bounded = spec(weights={**LEARNED, "strength": {"low": 0.0, "high": 1.0}})
+    assert bounded.fingerprint() == learned.fingerprint()
+    for other in ({"memory": 200}, {"rules": ["uncertainty"]}):
+        assert spec(weights={**LEARNED, **other}).fingerprint() != learned.fingerprint()
 
 
 def test_the_engines_numerics_are_a_condition():
@@ -384,6 +482,132 @@ def test_a_files_content_counts_not_where_it_lies(tmp_path, section):
     for path, study in zip((one, copy, other), studies, strict=True):
         assert sha256_file(path) in str(study.conditions())
         assert str(tmp_path) not in str(study.conditions())
+
+
+def test_the_conditions_of_the_digits_study_have_these_names():
+    """A name more or less is another fingerprint: no study stored before would go on."""
+    digits = next(path for path in STUDIES if path.stem == "digits-nfe2")
+    assert sorted(read_spec(digits).conditions()) == [
+        "budget.batch",
+        "budget.kimg",
+        "budget.lr",
+        "data",
+        "evaluation.extractor",
+        "evaluation.images",
+        "numerics",
+        "seeds.evaluation",
+        "seeds.training",
+        "student.afs",
+        "student.method",
+        "student.nfe",
+        "student.schedule.kind",
+        "student.schedule.rho",
+        "student.schedule.sigma_max",
+        "student.schedule.sigma_min",
+        "student.solver.name",
+        "student.solver.order",
+        "student.solver.thresholding",
+        "student.substeps",
+        "teacher.checkpoint",
+        "teacher.train.batch",
+        "teacher.train.ema_halflife_kimg",
+        "teacher.train.kimg",
+        "teacher.train.lr",
+        "teacher.train.network.attn_resolutions",
+        "teacher.train.network.channel_mult",
+        "teacher.train.network.dropout",
+        "teacher.train.network.model_channels",
+        "teacher.train.network.num_blocks",
+        "teacher.train.seed",
+        "teacher.train.threads",
+        "teacher.train.warmup_kimg",
+        "trajectories.dtype",
+        "weights.parameterisation",
+    ]
+
+
+def test_the_precisions_are_the_engines():
+    """Spelt out in the spec, which a launcher reads without torch."""
+    known = StudySpec.model_fields["precision"].annotation
+    assert get_args(known) == PRECISIONS
+
+
+# ---- data sets of files ----
+
+
+def zipped(path: Path, content: bytes = b"an archive") -> str:
+    path.write_bytes(content)
+    return f"zip:{path}"
+
+
+def test_data_files_are_found_from_any_folder(tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    zipped(tmp_path / "set.zip")
+    monkeypatch.chdir(tmp_path)
+    archive, folder = (
+        read_spec(write(tmp_path, data=data)) for data in ("zip:set.zip", "folder:images@32")
+    )
+    assert archive.data == f"zip:{tmp_path / 'set.zip'}"
+    assert folder.data == f"folder:{tmp_path / 'images'}@32"
+    assert read_spec(write(tmp_path, data="digits@16")).data == "digits@16"
+
+
+def test_an_archives_content_is_the_condition(tmp_path):
+    data = zipped(tmp_path / "a.zip")
+    digest = sha256_file(tmp_path / "a.zip")
+    assert spec(data=data).conditions()["data"] == f"zip:{digest}"
+    assert spec(data=f"{data}@64").conditions()["data"] == f"zip:{digest}@64"
+    same, other = zipped(tmp_path / "b.zip"), zipped(tmp_path / "c.zip", b"another")
+    assert spec(data=same).fingerprint() == spec(data=data).fingerprint()
+    assert spec(data=other).fingerprint() != spec(data=data).fingerprint()
+
+
+def test_labels_beside_idx_images_are_part_of_them(tmp_path):
+    images = tmp_path / "train-images-idx3-ubyte.gz"
+    images.write_bytes(b"pixels")
+    alone = spec(data=f"idx:{images}").conditions()["data"]
+    assert alone == f"idx:{sha256_file(images)}"
+    labels = tmp_path / "train-labels-idx1-ubyte.gz"
+    labels.write_bytes(b"classes")
+    assert spec(data=f"idx:{images}").conditions()["data"] == f"{alone}+{sha256_file(labels)}"
+
+
+def test_a_folder_is_known_by_its_images_names_and_sizes(tmp_path):
+    def folder(name: str, **files: bytes) -> str:
+        for file, content in files.items():
+            path = tmp_path / name / file.replace("__", "/").replace("_", ".")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        return spec(data=f"folder:{tmp_path / name}").fingerprint()
+
+    images = {"cats__a_png": b"12345", "dogs__b_png": b"123"}
+    mark = folder("one", **images)
+    assert folder("two", **images, notes_txt=b"no image") == mark
+    marks = {
+        mark,
+        folder("longer", **images | {"dogs__b_png": b"1234"}),
+        folder("renamed", cats__a_png=b"12345", dogs__c_png=b"123"),
+        folder("more", **images, dogs__c_png=b"123"),
+        folder("labelled", **images, dataset_json=b"{}"),
+        folder("labelled otherwise", **images, dataset_json=b"[]"),
+    }
+    assert len(marks) == 6
+
+
+def test_a_finished_teacher_and_a_reference_need_no_data():
+    study = spec(**NAMED, data=REMOVED)
+    assert (study.data, study.uses_data) == (None, False)
+    assert "data" not in study.conditions()
+    assert spec(**NAMED).uses_data is False
+    assert spec(teacher=NAMED["teacher"]).uses_data is True
+    assert spec(evaluation__reference="cifar10-32x32").uses_data is True
+
+
+@pytest.mark.parametrize(
+    ("gpus", "team"), [("auto", 1), (0, 1), (0.25, 1), (1, 1), (2, 2), (4.0, 4)]
+)
+def test_whole_gpus_make_a_team(gpus, team):
+    assert spec(resources={"gpus": gpus}).resources.team == team
 
 
 def test_flattening_by_hand():

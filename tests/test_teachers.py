@@ -9,6 +9,7 @@ from bdense.checkpoints import load_tensors
 from bdense.data import Dataset, load_dataset
 from bdense.denoiser import NetworkDenoiser
 from bdense.errors import CheckpointError, InputError, NonFiniteLossError
+from bdense.execution import Execution
 from bdense.networks import SongUNet, SongUNetConfig
 from bdense.teachers import (
     TeacherConfig,
@@ -378,3 +379,13 @@ def test_a_gradient_that_is_not_finite_makes_no_update(digits, tmp_path, monkeyp
         train_teacher(digits, config(), device=CPU, checkpoint=path, checkpoint_seconds=0)
     assert at.value.iteration == 0
     assert not path.exists()
+
+
+def test_float16_is_no_format_to_train_in():
+    with pytest.raises(InputError, match=r"not trained in float16.*; use bfloat16"):
+        train_teacher(
+            load_dataset("digits"),
+            TeacherConfig(images=1),
+            device=CPU,
+            execution=Execution(precision="float16"),
+        )

@@ -1,7 +1,9 @@
 """What a trial measures beside its FID, in this process: no Ray, no database."""
 
 import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +16,12 @@ from bdense.references import dataset_reference, write_reference
 from bdense.sampling import draw_images, sampler_from
 from search import assets
 from search.spec import StudySpec
-from search.trial import STUDENT, evaluate
+from search.trial import CHECKPOINT, STUDENT, evaluate
 from tests.small import small_teacher
 from tests.studies import NORMALISED, spec
 
 CPU = torch.device("cpu")
+SLOPE = {"a": 1.0}
 TINY = {
     "teacher__train__kimg": 0.128,
     "teacher__train__batch": 32,
@@ -42,9 +45,9 @@ def prepared(study: StudySpec) -> assets.Assets:
     return assets.load(study, CPU)
 
 
-def attrs(shared: assets.Assets, folder: Path) -> dict:
+def attrs(shared: assets.Assets, folder: Path, params: Mapping[str, Any] = SLOPE) -> dict:
     quiet = {"check": lambda: None, "report": lambda _: None}
-    return evaluate(shared, {"a": 1.0}, folder, **quiet)["attrs"]
+    return evaluate(shared, params, folder, **quiet)["attrs"]
 
 
 def test_a_trial_stores_the_metrics_it_was_asked_for(tmp_path, monkeypatch):
@@ -69,6 +72,51 @@ def test_a_trial_stores_the_metrics_it_was_asked_for(tmp_path, monkeypatch):
     alone = attrs(prepared(spec(**TINY, evaluation__images=1000)), tmp_path / "00001")
     assert alone["fid"] == fid
     assert not alone.keys() & {"kid", "prc"}
+
+
+class InterruptedRunError(Exception):
+    pass
+
+
+def interrupted_after(iterations: int) -> Callable[[], None]:
+    """A ``check`` that ends the work in the iteration after so many."""
+    left = iter(range(iterations))
+
+    def check() -> None:
+        if next(left, None) is None:
+            raise InterruptedRunError
+
+    return check
+
+
+def test_learned_weights_are_stored_over_time_and_drawn_also_after_an_interruption(tmp_path):
+    resources = {"gpus": 0, "checkpoint_seconds": 1e-9}
+    shared = prepared(spec(**TINY | {"weights": "learned", "resources": resources}))
+    params = {"rule": "gradient-norm", "strength": 1.5}
+    calm, taken_over = tmp_path / "study" / "00000", tmp_path / "study" / "00001"
+    expected = attrs(shared, calm, params)
+    with pytest.raises(InterruptedRunError):
+        evaluate(shared, params, taken_over, check=interrupted_after(2), report=lambda _: None)
+    assert (taken_over / CHECKPOINT).exists()
+    found = attrs(shared, taken_over, params)
+    stored = ("fid", "rule", "strength", "weights", "weights_over_time")
+    assert {key: found[key] for key in stored} == {key: expected[key] for key in stored}
+    assert (found["rule"], found["strength"]) == ("gradient-norm", 1.5)
+    assert not found.keys() & {"a", "b"}
+    history = found["weights_over_time"]
+    assert history["iterations"] == [0, 1, 2, 3]
+    assert history["weights"][-1] == pytest.approx(found["weights"], abs=1e-6)
+    assert found["weights_plot"] == "study/00001/weights.png"
+    assert (taken_over / "weights.png").stat().st_size > 1000
+    _, metadata = load_denoiser(taken_over / STUDENT)
+    assert (metadata["weights"], metadata["params"]) == (found["weights"], params)
+
+
+def test_given_weights_have_no_history(tmp_path):
+    found = attrs(prepared(spec(**TINY)), tmp_path / "00000")
+    assert found["a"] == 1.0
+    assert not found.keys() & {"rule", "strength", "weights_over_time", "weights_plot"}
+    assert not (tmp_path / "00000" / "weights.png").exists()
 
 
 def test_too_few_images_for_a_metric_are_refused_before_a_trial():

@@ -139,5 +139,5 @@ def test_given_weights_stay_as_they_are():
     fixed.observe(torch.tensor([1.0, 9.0]), None)
     assert fixed.weights().tolist() == [0.5, 2.0]
     assert fixed.describe() == {"fixed": [0.5, 2.0]}
-    with pytest.raises(InputError, match=r"must be numbers >= 0.*got \[-1.0\]"):
+    with pytest.raises(InputError, match=r"must be finite numbers >= 0.*got \[-1.0\]"):
         FixedWeights(torch.tensor([-1.0]))

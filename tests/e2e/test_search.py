@@ -183,10 +183,10 @@ def test_a_trial_that_diverges_fails_with_its_reason_and_the_study_goes_on(workp
     )
     study["weights"]["b"] = {"low": 0.0, "high": 0.0}
     study["budget"] |= {"trials": 3, "kimg": 0.128}
-    points = [{"a": a, "b": 0.0} for a in (1.0, 400.0, 2.0)]
+    points = [{"a": a, "b": 0.0} for a in (1.0, 40.0, 2.0)]
     done = run_slot(workplace, monkeypatch, study, points)
     good, diverged, after = done.study.get_trials(deepcopy=False)
-    assert [t.params["a"] for t in (good, diverged, after)] == [1.0, 400.0, 2.0]
+    assert [t.params["a"] for t in (good, diverged, after)] == [1.0, 40.0, 2.0]
     assert diverged.state.name == "FAIL"
     assert diverged.user_attrs["reason"] == "diverged"
     assert "not finite at iteration 0, interval 1" in diverged.user_attrs["error"]
@@ -210,6 +210,30 @@ def test_weights_beyond_the_bound_are_not_trained(workplace, monkeypatch):
     assert all(max(t.user_attrs["weights"]) <= 2.0 for t in complete)
     counts = done.counts()
     assert (counts.planned, counts.complete, counts.pruned, counts.failed) == (3, 3, 0, 0)
+
+
+def test_a_study_of_learned_weights(workplace, monkeypatch):
+    """Its rows hold where the weights went; a launch with other rules is refused."""
+    study = small_study()
+    study["weights"] = "learned"
+    study["budget"] |= {"trials": 2, "kimg": 0.128}
+    done = run_slot(workplace, monkeypatch, study)
+    trials = done.study.get_trials(deepcopy=False)
+    for trial in trials:
+        assert trial.params.keys() == {"rule", "strength"}
+        history = trial.user_attrs["weights_over_time"]
+        assert history["iterations"] == [0, 1]
+        assert history["weights"][-1] == pytest.approx(trial.user_attrs["weights"], abs=1e-6)
+        assert sum(trial.user_attrs["weights"]) == pytest.approx(4.0)
+        assert (workplace.folder / "runs" / trial.user_attrs["weights_plot"]).exists()
+    best = workplace.json("best", "small")["best"]
+    assert {"rule": best["rule"], "strength": best["strength"]} == trials[best["number"]].params
+    assert "any         0  1 1 1 1" in workplace.run("best", "small").stdout
+
+    study["weights"] = {"parameterisation": "learned", "rules": ["uncertainty"]}
+    refused = workplace.run("launch", workplace.write(study), timeout=60)
+    assert refused.returncode == 2
+    assert "weights.rules: ['uncertainty', 'gradient-norm'] stored, " in refused.stderr
 
 
 @pytest.mark.postgres

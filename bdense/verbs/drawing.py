@@ -1,0 +1,211 @@
+"""``bdense sample`` and ``bdense fid``: draw from a model, look at it, measure it."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bdense.command import Verbs
+from bdense.data import DATA_SETS, Dataset, load_dataset
+from bdense.denoiser import NetworkDenoiser
+from bdense.extractors import load_extractor
+from bdense.grid_options import add_grid_options, add_solver_options, chosen_sampler
+from bdense.metrics import METRICS, MetricSettings, measure_images, require_measurable
+from bdense.public import REFERENCES, resolve_reference
+from bdense.references import dataset_reference, read_reference
+from bdense.sampling import Sampler, draw_images, require_class, save_grid
+from bdense.sources import load_model
+from bdense.verbs.common import (
+    Progress,
+    add_execution_options,
+    add_model,
+    add_out,
+    chosen_execution,
+    computing_verb,
+    require_file_name,
+)
+
+
+def add_sample(verbs: Verbs) -> None:
+    """``sample`` and its options."""
+    parser = computing_verb(
+        verbs,
+        "sample",
+        "draw images from a student (or a teacher, with --nfe and so on) as one PNG",
+        "bdense sample student.safetensors --images 64 --out samples.png",
+        _sample,
+    )
+    add_model(parser, "model")
+    parser.add_argument("--images", metavar="N", type=int, default=64, help="how many")
+    parser.add_argument("--columns", metavar="N", type=int, default=16, help="of the grid")
+    _add_drawing_options(parser)
+    add_out(parser, "PNG file to write")
+
+
+def add_fid(verbs: Verbs) -> None:
+    """``fid`` and its options."""
+    parser = computing_verb(
+        verbs,
+        "fid",
+        "measure a model's FID, and more, and print it with its conditions as JSON",
+        "bdense fid student.safetensors --data digits --extractor digits-classifier --images 4096",
+        _fid,
+    )
+    add_model(parser, "model")
+    against = parser.add_mutually_exclusive_group()
+    # Absent, not "digits", unless it is given: argparse knows them apart by identity alone.
+    against.add_argument(
+        "--data",
+        metavar="NAME",
+        default=argparse.SUPPRESS,
+        help=f"reference data set: {DATA_SETS} (default: digits)",
+    )
+    against.add_argument(
+        "--reference",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="EDM's .npz of reference statistics (mu, sigma) instead, for fid alone; a file, or "
+        f"one of EDM's by name: {', '.join(REFERENCES)}",
+    )
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        choices=METRICS,
+        default=["fid"],
+        help="fid always; kid: kernel distance; prc: precision and recall",
+    )
+    settings = MetricSettings()
+    parser.add_argument(
+        "--kid-subset-size",
+        metavar="N",
+        type=int,
+        default=settings.kid_subset_size,
+        help=f"images in each of kid's {settings.kid_subsets} subsets",
+    )
+    parser.add_argument(
+        "--neighbours", metavar="K", type=int, default=settings.neighbours, help="of prc"
+    )
+    parser.add_argument("--images", metavar="N", type=int, default=50_000, help="how many to draw")
+    add_extractor_options(parser)
+    _add_drawing_options(parser)
+
+
+def _add_drawing_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch", metavar="N", type=int, default=128, help="images at a time")
+    parser.add_argument(
+        "--class",
+        dest="class_index",
+        metavar="N",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="of all images, counted from 0, of a conditional model (default: one at random each)",
+    )
+    add_grid_options(parser)
+    add_solver_options(parser, default="euler", what="what a teacher draws with")
+    add_execution_options(parser)
+
+
+def add_extractor_options(parser: argparse.ArgumentParser) -> None:
+    """--extractor and --cache."""
+    parser.add_argument(
+        "--extractor",
+        default="inception",
+        help="inception[:FILE], dinov2[:FILE], torchscript:FILE (uint8 [B,3,H,W] to [B,d]), "
+        "digits-classifier or fashion-mnist-classifier",
+    )
+    parser.add_argument(
+        "--cache",
+        metavar="DIR",
+        type=Path,
+        default=Path("runs/cache"),
+        help="of what is seen of reference sets",
+    )
+
+
+def _sample(options: argparse.Namespace) -> None:
+    require_file_name(options.out)
+    model, sampler = _chosen_model(options)
+    images = _drawn(options, model, sampler)
+    save_grid(images, options.out, options.columns)
+    print(options.out)
+
+
+def _chosen_model(options: argparse.Namespace) -> tuple[NetworkDenoiser, Sampler]:
+    """The model on its device, with all that is refused refused."""
+    execution = chosen_execution(options)
+    model, metadata = load_model(options.model)
+    sampler = chosen_sampler(options, metadata)
+    require_class(model, _class_index(options))
+    return model.to(options.device).execute(execution), sampler
+
+
+def _drawn(
+    options: argparse.Namespace,
+    model: NetworkDenoiser,
+    sampler: Sampler,
+    show: Progress | None = None,
+) -> Tensor:
+    """[N, C, H, W] uint8."""
+
+    def on_image(done: int) -> None:
+        if show is not None:
+            show(done, options.images, "images drawn")
+
+    return draw_images(
+        model,
+        sampler,
+        options.images,
+        seed=options.seed,
+        batch=options.batch,
+        class_index=_class_index(options),
+        on_image=on_image,
+    )
+
+
+def _class_index(options: argparse.Namespace) -> int | None:
+    index: int | None = vars(options).get("class_index")
+    return index
+
+
+def _fid(options: argparse.Namespace) -> None:
+    device = torch.device(options.device)
+    model, sampler = _chosen_model(options)
+    file = getattr(options, "reference", None)
+    named = getattr(options, "data", "digits")
+    against = load_dataset(named) if file is None else resolve_reference(file)
+    extractor = load_extractor(options.extractor, cache=options.cache, device=device)
+    if isinstance(against, Dataset):
+        with_features = set(options.metrics) != {"fid"}
+        reference = dataset_reference(
+            against, extractor, cache=options.cache, with_features=with_features
+        )
+    else:
+        reference = read_reference(against, extractor)
+    settings = MetricSettings(
+        kid_subset_size=options.kid_subset_size, neighbours=options.neighbours
+    )
+    require_measurable(options.metrics, settings, options.images, reference)
+    images = _drawn(options, model, sampler, Progress())
+    measured = measure_images(
+        images,
+        extractor,
+        reference,
+        metrics=options.metrics,
+        settings=settings,
+        nfe=sampler.nfe,
+        seeds={"evaluation": options.seed},
+    ).as_dict()
+    print(json.dumps(measured.pop("fid") | measured | _unusual(options)))
+
+
+def _unusual(options: argparse.Namespace) -> dict[str, Any]:
+    """Conditions of a FID beyond those that every one has."""
+    conditions: dict[str, Any] = {}
+    if _class_index(options) is not None:
+        conditions["class"] = options.class_index
+    if options.precision != "float32":
+        conditions["precision"] = options.precision
+    return conditions

@@ -1,0 +1,54 @@
+"""The ``bdense`` command as tests call it."""
+
+import contextlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from bdense.checkpoints import denoiser_sha256, load_denoiser
+from bdense.cli import main
+
+TINY = ("--channels", 8, "--mult", 1, 2, "--batch", 32, "--kimg", 0.128)
+DIGITS = ("--extractor", "digits-classifier")
+SHORT = ("--kimg", 0.064, "--batch", 32, "--lr", 1e-3)
+
+
+@dataclass
+class Answer:
+    """What a command said."""
+
+    status: int
+    out: str
+    err: str
+
+
+def bdense(*arguments: object) -> Answer:
+    """Run it in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as usage:
+            status = int(usage.code or 0)
+    return Answer(status, out.getvalue(), err.getvalue())
+
+
+def done(*arguments: object) -> str:
+    """Run it, and expect it to succeed: what it printed."""
+    answer = bdense(*arguments)
+    assert answer.status == 0, answer.err
+    return answer.out
+
+
+def refused(answer: Answer) -> str:
+    """The one line of a mistake: exit status 2, nothing on stdout."""
+    assert (answer.status, answer.out) == (2, "")
+    (line,) = answer.err.splitlines()
+    assert line.startswith("bdense: ")
+    return line.removeprefix("bdense: ")
+
+
+def distill(teacher: Path, path: Path, *options: object) -> str:
+    """Hash of a student made anew."""
+    done("distill", teacher, *SHORT, *options, "--out", path)
+    return denoiser_sha256(load_denoiser(path)[0])

@@ -1,0 +1,99 @@
+"""What a study's trials share: made as the spec asks, and refused before anything is spent."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import search.memory
+from bdense.checkpoints import load_denoiser, save_denoiser
+from bdense.data import Dataset, load_dataset
+from bdense.errors import InputError
+from bdense.execution import Execution
+from bdense.references import dataset_reference, write_reference
+from search import assets
+from search.trial import STUDENT, evaluate
+from tests.small import same_weights, small_teacher
+from tests.studies import NORMALISED, REMOVED, spec
+
+CPU = torch.device("cpu")
+TINY = {
+    "budget": {"trials": 1, "kimg": 0.064, "batch": 32, "lr": 5e-4},
+    "weights": NORMALISED,
+    "trajectories": {"mode": "live"},
+}
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch, shared_cache) -> None:
+    """The digits classifier is trained once for all tests."""
+    monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("BDENSE_CACHE", str(shared_cache))
+
+
+@pytest.fixture
+def finished(tmp_path, digits_extractor, shared_cache) -> dict:
+    """A study's keys where teacher and reference are files."""
+    save_denoiser(tmp_path / "teacher.safetensors", small_teacher(), {})
+    digits = dataset_reference(load_dataset("digits"), digits_extractor, cache=shared_cache)
+    write_reference(tmp_path / "digits.npz", digits.statistics, "digits", digits_extractor)
+    return TINY | {
+        "data": REMOVED,
+        "teacher": {"checkpoint": str(tmp_path / "teacher.safetensors")},
+        "evaluation__reference": str(tmp_path / "digits.npz"),
+    }
+
+
+@pytest.fixture
+def no_data(monkeypatch) -> None:
+    """Whoever asks for a data set is stopped."""
+
+    def refuse(name: str) -> Dataset:
+        raise AssertionError(f"{name} was asked for")
+
+    monkeypatch.setattr(assets, "load_dataset", refuse)
+
+
+def run(study, folder: Path) -> float:
+    assets.prepare(study, CPU, lambda *_: None)
+    shared = assets.load(study, CPU)
+    quiet = {"check": lambda: None, "report": lambda _: None}
+    return evaluate(shared, {"a": 1.0}, folder, **quiet)["value"]
+
+
+@pytest.mark.usefixtures("no_data")
+def test_with_a_finished_teacher_and_a_reference_no_data_is_loaded(tmp_path, finished):
+    assert run(spec(**finished), tmp_path / "00000") > 0
+    # Nor where a data set is named that is not needed.
+    assert assets.load_data(spec(**finished | {"data": "cifar10"})) is None
+
+
+def test_teacher_and_students_compute_as_the_study_asks(tmp_path, finished):
+    """bfloat16 has 8 bits: close to float32, and not equal to it."""
+    halved = spec(**finished, precision="bfloat16", resources={"channels_last": True})
+    folders = {study.precision: tmp_path / study.precision for study in (halved, spec(**finished))}
+    values = {s.precision: run(s, folders[s.precision]) for s in (halved, spec(**finished))}
+    asked = assets.load(halved, CPU).teacher.execution
+    assert asked == Execution(precision="bfloat16", channels_last=True)
+    assert values["bfloat16"] != values["float32"]
+    assert values["bfloat16"] == pytest.approx(values["float32"], rel=0.2)
+    students = {p: load_denoiser(folder / STUDENT) for p, folder in folders.items()}
+    assert not same_weights(students["bfloat16"][0], students["float32"][0])
+    assert all(metadata["precision"] == p for p, (_, metadata) in students.items())
+    parameters = students["bfloat16"][0].parameters()
+    assert {parameter.dtype for parameter in parameters} == {torch.float32}
+
+
+@pytest.mark.usefixtures("no_data")
+@pytest.mark.parametrize("precision", ["float16", "tf32"])
+def test_what_a_machine_does_not_compute_is_refused_first(precision):
+    study = spec(**TINY, precision=precision)
+    with pytest.raises(InputError, match=f"precision {precision} needs a CUDA device, not cpu"):
+        assets.prepare(study, CPU, lambda *_: None)
+
+
+@pytest.mark.usefixtures("no_data")
+def test_too_little_memory_is_refused_first(monkeypatch):
+    monkeypatch.setattr(search.memory, "_free", lambda _: 2**30)
+    with pytest.raises(InputError, match=r"for each of 4 trials at once; lower .* by --workers$"):
+        assets.prepare(spec(**TINY), CPU, lambda *_: None, together=4)

@@ -1,0 +1,292 @@
+"""``bdense`` with classes, several NFE, a second stage, learned weights, other number formats."""
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bdense.branches import export_branch
+from bdense.checkpoints import denoiser_sha256, load_denoiser, load_tensors
+from bdense.intervals import IntervalGrid, VariableGrid
+from bdense.sampling import draw_images, samplers_from
+from bdense.sfd import SFDConfig
+from bdense.sfd import distill as train
+from bdense.solvers import DPMSolverPP, Euler
+from bdense.step_condition import with_step_condition
+from bdense.trajectories import LiveTrajectories
+from bdense.weighting import LearnedWeights
+from tests.commands import DIGITS, SHORT, TINY, bdense, distill, done, refused
+
+ONES = torch.ones(4, dtype=torch.float64)
+# Two iterations of 32 images at lr 1e-3, as SHORT says.
+CONFIG = {"images": 64, "lr": 1e-3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("variants")
+
+
+@pytest.fixture(scope="module")
+def teacher(folder) -> Path:
+    """Unconditional."""
+    done("teacher", *TINY, "--out", folder / "teacher.safetensors")
+    return folder / "teacher.safetensors"
+
+
+@pytest.fixture(scope="module")
+def conditional(folder) -> Path:
+    """A teacher of ten classes."""
+    done("teacher", "--conditional", *TINY, "--out", folder / "conditional.safetensors")
+    return folder / "conditional.safetensors"
+
+
+@pytest.fixture(scope="module")
+def variable(folder, conditional) -> Path:
+    """A student of ten classes, for four NFE."""
+    path = folder / "variable.safetensors"
+    answer = done("distill", conditional, "--nfe", 2, 5, 4, 3, *SHORT, "--out", path)
+    assert answer == f"{path} NFE 2 3 4 5\n"
+    return path
+
+
+def live(teacher: Path, grid: IntervalGrid | VariableGrid, **options) -> LiveTrajectories:
+    """What ``SHORT`` trains on."""
+    loaded = load_denoiser(teacher)[0]
+    usual = {"solver": DPMSolverPP(), "batch": 32, "count": 2, "seed": 0}
+    return LiveTrajectories(teacher=loaded, grid=grid, **usual | options)
+
+
+def drawn(path: Path, model: Path, *options: object) -> torch.Tensor:
+    """The first two images of a picture of a model's, [2, 8, 8]."""
+    done("sample", model, "--images", 2, *options, "--out", path)
+    with Image.open(path) as picture:
+        small = torch.from_numpy(np.array(picture))[::4, ::4]
+    return torch.stack([small[:8, :8], small[:8, 8:16]])
+
+
+# ---- classes ----
+
+
+def test_a_conditional_teacher_makes_a_conditional_student(conditional, folder):
+    path = folder / "classes.safetensors"
+    distill(conditional, path)
+    student, metadata = load_denoiser(path)
+    assert student.label_dim == 10
+    (sampler,) = samplers_from(metadata)
+    picture = folder / "classes.png"
+    at_random, seven = drawn(picture, path), drawn(picture, path, "--class", 7)
+    assert torch.equal(at_random, draw_images(student, sampler, 2, seed=0)[:, 0])
+    assert torch.equal(seven, draw_images(student, sampler, 2, seed=0, class_index=7)[:, 0])
+    assert not torch.equal(seven, drawn(picture, path, "--class", 6))
+
+
+def test_a_fid_of_one_class_says_so(variable, folder):
+    options = (*DIGITS, "--images", 32, "--cache", folder / "cache", "--nfe", 3)
+    out = done("fid", variable, *options, "--class", 7, "--precision", "bfloat16")
+    assert '"nfe": 3' in out
+    assert '"class": 7, "precision": "bfloat16"}' in out
+    assert '"class"' not in done("fid", variable, *options)
+
+
+# ---- several NFE ----
+
+
+def test_several_nfe_are_one_student(variable, conditional):
+    student, metadata = load_denoiser(variable)
+    assert student.step_condition
+    assert (metadata["nfe"], metadata["sampler"]["num_intervals"]) == ([2, 3, 4, 5], 3)
+    grid = VariableGrid(num_intervals=(3, 4, 5, 6), substeps=4)
+    trajectories = live(conditional, grid)
+    config = SFDConfig(num_branches=4, **CONFIG)
+    start = with_step_condition(trajectories.teacher, start="teacher", seed=0)
+    expected = train(trajectories.teacher, trajectories, config, ONES, start=start)
+    assert denoiser_sha256(student) == denoiser_sha256(export_branch(expected))
+    card = variable.with_suffix(".md").read_text()
+    assert "(NFE) | 2, 3, 4, 5 |" in card
+    assert "| 3, 4, 5, 6 Euler steps, the first analytical, polynomial" in card
+
+
+def test_a_student_for_several_nfe_draws_with_the_one_asked_for(variable, folder):
+    student, metadata = load_denoiser(variable)
+    picture = folder / "several.png"
+    for nfe, sampler in zip((2, 3, 4, 5), samplers_from(metadata), strict=True):
+        assert (sampler.nfe, sampler.num_points) == (nfe, nfe + 2)
+        images = draw_images(student, sampler, 2, seed=0)[:, 0]
+        assert torch.equal(drawn(picture, variable, "--nfe", nfe), images)
+    assert torch.equal(drawn(picture, variable), drawn(picture, variable, "--nfe", 2))
+    line = refused(bdense("sample", variable, "--nfe", 7, "--out", picture))
+    assert "distilled for (NFE 2, 3, 4 or 5), and nfe=7 asks for another" in line
+
+
+def test_the_layers_for_the_number_of_steps_may_start_at_random(teacher, folder):
+    path, several = folder / "random.safetensors", ("--nfe", 1, 2, "--method", "sfd")
+    hashes = {
+        distill(teacher, path, *several, *start)
+        for start in ((), ("--step-condition", "teacher"), ("--step-condition", "random"))
+    }
+    assert len(hashes) == 2
+
+
+def test_the_usual_length_depends_on_what_is_made(teacher, variable, tmp_path, monkeypatch):
+    """200 kimg for one NFE, 800 for several, 2000 at another step size for a second stage."""
+    asked = []
+
+    def note(teacher, trajectories, config, *_, **__):
+        asked.append((config.images, config.lr, trajectories.grid.substeps, config.dropout))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bdense.verbs.distill.distill", note)
+    for given in (
+        (teacher,),
+        (teacher, "--nfe", 2, 3, "--no-dropout"),
+        (variable, "--second-stage"),
+    ):
+        assert bdense("distill", *given, "--out", tmp_path / "x.safetensors").status == 130
+    assert asked == [
+        (200_000, 5e-5, 4, True),
+        (800_000, 5e-5, 4, False),
+        (2_000_000, 5e-4, 3, True),
+    ]
+
+
+# ---- the second stage ----
+
+
+def test_a_student_is_distilled_into_one_evaluation(variable, folder):
+    path = folder / "one.safetensors"
+    digest = distill(variable, path, "--second-stage")
+    metadata = load_denoiser(path)[1]
+    (sampler,) = samplers_from(metadata)
+    assert (sampler.nfe, sampler.num_intervals, sampler.num_points) == (1, 2, 3)
+    assert (metadata["stage"], len(metadata["weights"]), "nfe" in metadata) == (2, 3, False)
+    # The teacher walks the seven points it was trained for, its own first step analytical.
+    grid = IntervalGrid(num_intervals=2, substeps=3)
+    trajectories = live(variable, grid, solver=Euler(), teacher_afs=True)
+    config = SFDConfig(num_branches=3, **CONFIG)
+    expected = train(trajectories.teacher, trajectories, config, ONES[:3])
+    assert digest == denoiser_sha256(export_branch(expected))
+    picture = folder / "one.png"
+    images = draw_images(export_branch(expected), sampler, 2, seed=0)[:, 0]
+    assert torch.equal(drawn(picture, path), images)
+    assert "| stage | 2: the teacher is a student itself |" in path.with_suffix(".md").read_text()
+
+
+def test_the_second_stage_keeps_the_levels_and_the_first_step_of_the_first(teacher, folder):
+    first, second = folder / "first.safetensors", folder / "second.safetensors"
+    distill(teacher, first, "--nfe", 4, "--no-afs", "--schedule", "logsnr", "--sigma-max", 40)
+    digest = distill(first, second, "--second-stage", "--substeps", 2, "--method", "sfd")
+    (sampler,) = samplers_from(load_denoiser(second)[1])
+    assert (sampler.schedule.kind, sampler.schedule.sigma_max) == ("logsnr", 40.0)
+    grid = IntervalGrid(num_intervals=2, substeps=2, schedule=sampler.schedule)
+    trajectories = live(first, grid, solver=Euler(), teacher_afs=False)
+    config = SFDConfig(num_branches=1, **CONFIG)
+    expected = train(trajectories.teacher, trajectories, config, ONES[:1])
+    assert digest == denoiser_sha256(export_branch(expected))
+    line = refused(bdense("distill", first, "--second-stage", *SHORT, "--out", second))
+    assert line == (
+        f"--nfe 1 with --substeps 3 makes the teacher walk 2 x 3 = 6 intervals, and {first} was "
+        "distilled for 4; take --nfe 1 --substeps 2, or give a student distilled with --nfe 6"
+    )
+
+
+# ---- learned weights ----
+
+
+@pytest.mark.parametrize("rule", ["uncertainty", "gradient-norm"])
+def test_weights_are_learned_and_written_down(teacher, folder, rule):
+    path = folder / "learned.safetensors"
+    digest = distill(teacher, path, "--learn", rule, "--strength", 0.5)
+    metadata = load_denoiser(path)[1]
+    assert metadata["weighting"] == {"rule": rule, "strength": 0.5, "memory": 100}
+    grid = IntervalGrid(num_intervals=3, substeps=4)
+    trajectories, weighting = live(teacher, grid), LearnedWeights(4, rule=rule, strength=0.5)
+    config = SFDConfig(num_branches=4, **CONFIG)
+    expected = train(trajectories.teacher, trajectories, config, weighting)
+    assert digest == denoiser_sha256(export_branch(expected))
+    assert metadata["weights"] == weighting.weights().tolist()
+    assert math.fsum(metadata["weights"]) == pytest.approx(4)
+    spelt = ", ".join(f"{weight:.4g}" for weight in metadata["weights"])
+    card = path.with_suffix(".md").read_text()
+    assert f"{spelt} at the end, learned by {rule} (strength 0.5, memory 100) |" in card
+
+
+# ---- how it is computed ----
+
+
+def test_other_number_formats_leave_float32_weights(teacher, folder, tmp_path):
+    path, options = folder / "format.safetensors", ("--precision", "bfloat16", "--channels-last")
+    reduced, full = distill(teacher, path, *options), distill(teacher, tmp_path / "x.safetensors")
+    assert reduced != full
+    assert {tensor.dtype for tensor in load_tensors(path)[0].values()} == {torch.float32}
+    assert load_denoiser(path)[1]["training"]["precision"] == "bfloat16"
+    picture = folder / "format.png"
+    assert not torch.equal(drawn(picture, path), drawn(picture, path, *options))
+    exact, rounded = tmp_path / "exact.safetensors", tmp_path / "rounded.safetensors"
+    assert done("teacher", *TINY, "--out", exact) != done(
+        "teacher", *TINY, *options, "--out", rounded
+    )
+    assert {tensor.dtype for tensor in load_tensors(rounded)[0].values()} == {torch.float32}
+
+
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--learn", "loss"), "weight rule 'loss' is unknown; choose from"),
+        (("--learn", "uncertainty", "--a", 1), "got --learn uncertainty --a 1.0; drop one"),
+        (("--learn", "uncertainty", "--strength", 99), r"strength must lie in -10\.\.10, got 99"),
+        (("--strength", 2), "--strength is of weights that are learned, got --strength 2.0; add"),
+        (("--learn", "uncertainty", "--method", "sfd"), "--method sfd has one output .* --learn"),
+        (("--learn", "gradient-norm", "--compile"), "a compiled network hides; drop compile"),
+        (("--nfe", 2, 3, 2), "--nfe 2 3 2 names a number twice; give each once"),
+        (("--nfe", 0, 2), "leaves no network evaluation"),
+        (("--step-condition", "random"), "--step-condition random is of a student for several"),
+        (("--precision", "float16", "--device", "cpu"), "float16 needs a CUDA device, not cpu"),
+        (("--precision", "tf32", "--device", "cpu"), "use float32 or bfloat16"),
+        (("--second-stage",), r"teacher\.safetensors is none; make one of it first, with bdense"),
+    ],
+)
+def test_what_cannot_be_distilled_is_refused(teacher, tmp_path, options, message):
+    answer = bdense("distill", teacher, *SHORT, *options, "--out", tmp_path / "s.safetensors")
+    assert re.search(message, refused(answer))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "is a student, which knows the levels .* --second-stage, or give its teacher"),
+        (("--second-stage", "--nfe", 1, 2), "is for one NFE, got --nfe 1 2; give one"),
+        (("--second-stage", "--solver", "heun"), "takes Euler steps, got --solver heun; drop it"),
+        (("--second-stage", "--rho", 5), "keeps the noise levels .* and --rho 5.0 asks for other"),
+        (("--second-stage", "--substeps", 0), r"substeps \(K\) must be at least 1, got 0"),
+        (
+            ("--second-stage", "--nfe", 3),
+            r"4 x 3 = 12 intervals, and .* was distilled for 3 or 4 or 5 or 6; take --nfe 1 "
+            r"--substeps 2 or --nfe 2 --substeps 2 or --nfe 1 --substeps 3, or give a student "
+            r"distilled with --nfe 11",
+        ),
+    ],
+)
+def test_what_cannot_be_made_of_a_student_is_refused(variable, tmp_path, options, message):
+    answer = bdense("distill", variable, *SHORT, *options, "--out", tmp_path / "s.safetensors")
+    assert re.search(message, refused(answer))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_class_that_is_none_is_refused(teacher, conditional, tmp_path):
+    out, cache = ("--out", tmp_path / "x.png"), ("--cache", tmp_path / "cache")
+    for index in (10, -1):
+        line = refused(bdense("sample", conditional, "--class", index, *out))
+        assert line == f"class {index} is not one of the network's 10; choose from 0..9"
+    none = "class 0 was asked of an unconditional network; leave the class out"
+    assert refused(bdense("sample", teacher, "--class", 0, *out)) == none
+    assert refused(bdense("fid", teacher, "--class", 0, *DIGITS, *cache)) == none
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,70 @@
+"""What the documents name is there: modules, functions, fields, files, options."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.test_help import all_help
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+
+DOTTED = re.compile(r"(?<![\w/.-])bdense(?:\.[A-Za-z]\w*)+")
+FOLDERS = "bdense|search|tests|docs|studies|benchmarks"
+FILE = re.compile(rf"(?<![\w/.-])(?:{FOLDERS})/(?:[\w-]+/)*(?:[\w-]+\.[a-z]+)?(?![\w*])")
+LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
+
+
+def names(text: str) -> set[str]:
+    """Dotted names of Python things, such as ``bdense.sfd.distill``."""
+    return set(DOTTED.findall(text))
+
+
+def exists(dotted: str) -> bool:
+    """Whether it is a module, or an attribute or field of what its front part names."""
+    parts = dotted.split(".")
+    thing = importlib.import_module(parts[0])
+    for depth, part in enumerate(parts[1:], 2):
+        if part in getattr(thing, "__annotations__", {}) and not hasattr(thing, part):
+            return depth == len(parts)
+        if not hasattr(thing, part):
+            try:
+                importlib.import_module(".".join(parts[:depth]))
+            except ModuleNotFoundError:
+                return False
+        thing = getattr(thing, part)
+    return True
+
+
+@each_document
+def test_names_exist(document):
+    assert [name for name in sorted(names(document.read_text())) if not exists(name)] == []
+
+
+@each_document
+def test_files_exist(document):
+    text = document.read_text()
+    missing = [path for path in FILE.findall(text) if not (ROOT / path).exists()]
+    missing += [path for path in LINK.findall(text) if not (document.parent / path).exists()]
+    assert missing == []
+
+
+@each_document
+def test_options_exist(document):
+    known = set(OPTION.findall(all_help()))
+    assert sorted(set(OPTION.findall(document.read_text())) - known) == []
+
+
+def test_the_check_sees_what_is_not_there():
+    text = "`bdense.sfd.distil`, `bdense.nothing.x` in `runs/bdense.db`, `bdense.sfd.SFDConfig.lr`"
+    assert names(text) == {"bdense.sfd.distil", "bdense.nothing.x", "bdense.sfd.SFDConfig.lr"}
+    assert {name for name in names(text) if exists(name)} == {"bdense.sfd.SFDConfig.lr"}
+    assert exists("bdense.denoiser.NetworkDenoiser.model")
+    assert FILE.findall("`bdense/sfd.py`, `bdense/networks/`, x/docs/y.md") == [
+        "bdense/sfd.py",
+        "bdense/networks/",
+    ]

@@ -1,0 +1,287 @@
+"""Number format, memory layout, compilation: they change how a network is computed, not what."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import bdense.sfd
+from bdense.branches import export_branch, widen_head
+from bdense.checkpoints import denoiser_sha256, load_tensors
+from bdense.data import load_dataset
+from bdense.denoiser import NetworkDenoiser
+from bdense.errors import CheckpointError, InputError, NonFiniteLossError
+from bdense.execution import PRECISIONS, Execution, exact_products
+from bdense.sfd import SFDConfig, distill
+from bdense.teachers import TeacherConfig, train_teacher
+from bdense.weights import LogLinearWeights, uniform_weights
+from tests.goldens import discover, golden_network
+from tests.precisions import assert_within_bounds
+from tests.small import same_weights, small_teacher, small_trajectories
+
+CPU = torch.device("cpu")
+BFLOAT16 = Execution(precision="bfloat16")
+NHWC = Execution(channels_last=True)
+TRAIN = SFDConfig(num_branches=4, images=16, lr=1e-3)
+WEIGHTS = LogLinearWeights(a=1.0)(4)
+
+
+class StopHereError(Exception):
+    """Stands for a kill at that point."""
+
+
+def state(sigma: float, channels: int = 1) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(4, channels, 8, 8, generator=draw) for _ in range(2))
+    return 0.5 * clean + sigma * noise
+
+
+def outputs(denoiser: NetworkDenoiser) -> torch.Tensor:
+    """[3, B, C, H, W] at three levels."""
+    channels = denoiser.image_shape[0]
+    with torch.no_grad():
+        return torch.stack(
+            [denoiser(state(s, channels), torch.tensor(s)) for s in (0.02, 0.7, 40.0)]
+        )
+
+
+# ---- precision ----
+
+
+def test_the_preconditioning_stays_in_float32():
+    """At sigma -> 0 D is x itself, which bfloat16 would round by up to 0.4 %."""
+    exact, rounded = small_teacher(), small_teacher().execute(BFLOAT16)
+    x, low = state(0.0), torch.tensor(1e-6)
+    with torch.no_grad():
+        denoised = rounded(x, low)
+    assert denoised.dtype == torch.float32
+    assert (denoised - x).abs().max() < 1e-5
+    assert (x.bfloat16() - x).abs().max() > 1e-3
+    # The network itself was computed in bfloat16.
+    assert (outputs(rounded) - outputs(exact)).abs().max() > 1e-3
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("path", discover("edm-song-tiny.nosrc.pkl"))
+def test_bfloat16_is_as_close_as_the_reference_says(path):
+    assert_within_bounds(golden_network("edm-song-tiny"), BFLOAT16)
+
+
+def test_updates_are_made_in_float32_whatever_the_network_computes_in():
+    exact = distill(small_teacher(), small_trajectories(small_teacher()), TRAIN, WEIGHTS)
+    teacher = small_teacher().execute(BFLOAT16)
+    student = distill(teacher, small_trajectories(teacher), TRAIN, WEIGHTS)
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+    assert not same_weights(student, exact)
+    untrained = outputs(teacher.execute(Execution()))
+    learned = (outputs(export_branch(exact)) - untrained).abs().mean()
+    student.execute(Execution())
+    assert (outputs(export_branch(student)) - outputs(export_branch(exact))).abs().mean() < learned
+
+
+def test_students_compute_as_their_teacher_does():
+    execution = Execution(precision="bfloat16", channels_last=True)
+    teacher = small_teacher().execute(execution)
+    student = widen_head(teacher, 4)
+    assert student.execution == execution
+    assert export_branch(student).execution == execution
+    assert copy.deepcopy(teacher).execution == execution
+    assert small_trajectories(teacher).on(CPU).teacher.execution == execution
+
+
+def test_trajectories_of_another_precision_are_other_trajectories():
+    """A layout or a compiler changes rounding alone: what was recorded before stays good."""
+    described = small_trajectories(small_teacher()).describe()
+    other = small_trajectories(small_teacher().execute(BFLOAT16)).describe()
+    assert {key for key in described if described[key] != other[key]} == {"precision"}
+    assert small_trajectories(small_teacher(channels=3).execute(NHWC)).describe() == (
+        small_trajectories(small_teacher(channels=3)).describe()
+    )
+
+
+def test_a_run_is_not_resumed_in_another_precision(tmp_path):
+    keep = {"checkpoint": tmp_path / "checkpoint.safetensors", "checkpoint_seconds": 0}
+    teacher = small_teacher()
+    distill(teacher, small_trajectories(teacher), TRAIN, WEIGHTS, **keep)
+    teacher.execute(BFLOAT16)
+    with pytest.raises(CheckpointError, match=r"differs in: trajectories\.precision"):
+        distill(teacher, small_trajectories(teacher), TRAIN, WEIGHTS, **keep)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "float16"])
+def test_what_only_a_gpu_computes_is_refused(precision):
+    teacher = small_teacher()
+    with pytest.raises(InputError, match=f"precision {precision} needs a CUDA device, not cpu"):
+        teacher.execute(Execution(precision=precision))
+    assert teacher.execution == Execution()
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(InputError, match=r"precision 'fp8' is unknown.*'bfloat16'"):
+        Execution(precision="fp8")
+
+
+def test_products_are_rounded_to_tf32_for_that_precision_alone():
+    """A setting of the process: each precision makes its own, and measuring puts it back."""
+    with exact_products():
+        for precision in PRECISIONS:
+            Execution(precision=precision).set_products()
+            rounded = precision == "tf32"
+            assert (torch.get_float32_matmul_precision() == "high") == rounded
+            assert torch.backends.cudnn.allow_tf32 == rounded
+            with exact_products():
+                assert torch.get_float32_matmul_precision() == "highest"
+                assert not torch.backends.cudnn.allow_tf32
+            assert torch.backends.cudnn.allow_tf32 == rounded
+
+
+# ---- teachers ----
+
+
+def teacher_config() -> TeacherConfig:
+    network = {
+        "model_channels": 8,
+        "channel_mult": (1, 2),
+        "num_blocks": 1,
+        "attn_resolutions": (),
+        "dropout": 0.0,
+    }
+    return TeacherConfig(images=48, batch=16, network=network)
+
+
+@pytest.mark.parametrize("execution", [BFLOAT16, NHWC], ids=["bfloat16", "channels_last"])
+def test_a_teacher_is_averaged_in_float32(execution):
+    digits = load_dataset("digits")
+    exact = train_teacher(digits, teacher_config(), device=CPU)
+    teacher = train_teacher(digits, teacher_config(), device=CPU, execution=execution)
+    assert teacher.execution == Execution()
+    assert {p.dtype for p in teacher.parameters()} == {torch.float32}
+    # Layout is rounding; a format is more, but no other training.
+    bound = 0.05 if execution == BFLOAT16 else 1e-4
+    assert (outputs(teacher) - outputs(exact)).abs().max() < bound
+
+
+def test_only_another_precision_makes_another_teacher(tmp_path):
+    """Checkpoints from before there was a choice go on, in any layout."""
+    digits, path = load_dataset("digits"), tmp_path / "teacher.safetensors"
+    keep = {"device": CPU, "checkpoint": path, "checkpoint_seconds": 0}
+    train_teacher(digits, teacher_config(), **keep)
+    assert "precision" not in load_tensors(path)[1]["identity"]
+    train_teacher(digits, teacher_config(), execution=NHWC, **keep)
+    with pytest.raises(CheckpointError, match="belongs to another teacher"):
+        train_teacher(digits, teacher_config(), execution=BFLOAT16, **keep)
+
+
+# ---- memory layout ----
+
+
+def test_a_layout_is_no_other_network():
+    plain, other = small_teacher(channels=3), small_teacher(channels=3).execute(NHWC)
+    first = next(p for p in other.parameters() if p.dim() == 4 and p.shape[1] > 1)
+    assert first.is_contiguous(memory_format=torch.channels_last)
+    assert denoiser_sha256(other) == denoiser_sha256(plain)
+    torch.testing.assert_close(outputs(other), outputs(plain), rtol=1e-5, atol=1e-5)
+
+
+def test_stopped_and_resumed_is_never_stopped_in_any_layout(tmp_path):
+    """Files have no layout; Adam's moments must get the parameters' back."""
+    teacher = small_teacher(channels=3).execute(NHWC)
+    trajectories = small_trajectories(teacher)
+    whole = distill(teacher, trajectories, TRAIN, WEIGHTS)
+
+    def stop(report):
+        if report.iteration == 2:
+            raise StopHereError
+
+    keep = {"checkpoint": tmp_path / "checkpoint.safetensors", "checkpoint_seconds": 0}
+    with pytest.raises(StopHereError):
+        distill(teacher, trajectories, TRAIN, WEIGHTS, on_iteration=stop, **keep)
+    assert same_weights(distill(teacher, trajectories, TRAIN, WEIGHTS, **keep), whole)
+
+
+# ---- compilation ----
+
+
+@pytest.mark.slow
+def test_a_compiled_network_computes_the_same():
+    """Minutes where nothing is cached. Outputs only: L1's signs flip on rounding."""
+    teacher = small_teacher()
+    before = outputs(teacher)
+    train = SFDConfig(num_branches=4, images=8, lr=1e-4)
+    student = distill(teacher, small_trajectories(teacher), train, WEIGHTS)
+    teacher.execute(Execution(compile=True))
+    torch.testing.assert_close(outputs(teacher), before, rtol=1e-5, atol=1e-5)
+    compiled = distill(teacher, small_trajectories(teacher), train, WEIGHTS)
+    learned = (outputs(student) - before).abs().mean()
+    assert (outputs(compiled) - outputs(student)).abs().mean() < 0.01 * learned
+
+
+@pytest.mark.slow
+def test_a_compiled_network_names_the_branch_too(monkeypatch):
+    """A compiled graph is walked back once; finding the branch takes a walk for each."""
+    monkeypatch.setattr(bdense.sfd, "branch_losses", steep(branch=3, from_call=0))
+    teacher = small_teacher().execute(Execution(compile=True))
+    with pytest.raises(NonFiniteLossError, match="iteration 0, interval 1, branch 3"):
+        distill(teacher, small_trajectories(teacher), TRAIN, WEIGHTS)
+
+
+# ---- gradients that are not finite ----
+
+
+def steep(*, branch: int, from_call: int):
+    """``branch_losses`` where that branch's gradient overflows and its value is untouched."""
+    real, calls = bdense.sfd.branch_losses, iter(range(1000))
+
+    def losses(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        found = list(real(states, targets))
+        if next(calls) >= from_call:
+            # Adds nothing, and what it multiplies the gradient by overflows: 0 stays 0.
+            own = found[branch - 1]
+            found[branch - 1] = own + 1e30 * (1e30 * (own - own.detach()))
+        return torch.stack(found)
+
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("from_call", "where"),
+    [(0, (0, 1)), (1, (0, 2)), (3, (1, 2))],
+    ids=["at once", "in the second interval", "in the second iteration"],
+)
+@pytest.mark.parametrize("branch", [2, 4])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_an_update(
+    monkeypatch, tmp_path, branch, from_call, where
+):
+    """Two updates an iteration, so call c is interval 1 + c % 2 of iteration c // 2."""
+    monkeypatch.setattr(bdense.sfd, "branch_losses", steep(branch=branch, from_call=from_call))
+    students: list[NetworkDenoiser] = []
+
+    def widened(teacher: NetworkDenoiser, num_branches: int) -> NetworkDenoiser:
+        students.append(widen_head(teacher, num_branches))
+        return students[-1]
+
+    monkeypatch.setattr(bdense.sfd, "widen_head", widened)
+    after_updates = []
+    hook = register_optimizer_step_post_hook(
+        lambda *_: after_updates.append(copy.deepcopy(students[-1].state_dict()))
+    )
+    teacher, path = small_teacher(), tmp_path / "checkpoint.safetensors"
+    keep = {"checkpoint": path, "checkpoint_seconds": 0}
+    try:
+        with pytest.raises(NonFiniteLossError, match=r"the gradient is not finite") as caught:
+            distill(teacher, small_trajectories(teacher), TRAIN, uniform_weights()(4), **keep)
+    finally:
+        hook.remove()
+    error = caught.value
+    assert (error.iteration, error.interval, error.branch) == (*where, branch)
+    assert len(after_updates) == from_call
+    last = after_updates[-1] if after_updates else widen_head(teacher, 4).state_dict()
+    left = students[0].state_dict()
+    assert all(torch.equal(left[name], value) for name, value in last.items())
+    assert _iterations_saved(path) == where[0]
+
+
+def _iterations_saved(path: Path) -> int:
+    return load_tensors(path)[1]["iteration"] if path.exists() else 0

@@ -1,0 +1,240 @@
+"""What a trial takes of its device is foretold, from the shapes alone, and refused in words."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parameter import Parameter
+
+import search.memory
+from bdense.branches import widen_head
+from bdense.errors import InputError
+from bdense.sfd import branch_losses, branch_states
+from search.engine import student_grid
+from search.memory import Memory, _free, _LiveBytes, trial_memory
+from search.spec import StudySpec
+from tests.small import small_teacher
+from tests.studies import spec
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    """A block takes what it holds; what a heap adds was measured, and has its own test."""
+    monkeypatch.setattr(search.memory, "_HEAP_SHARE", 1.0)
+
+
+def memory_of(**keys) -> Memory:
+    return trial_memory(spec(**keys), small_teacher().describe(), CPU)
+
+
+def test_what_is_alive_at_once_is_counted_by_hand():
+    with FakeTensorMode():
+        x = torch.zeros(1000)  # was there before: no part of it
+        live = _LiveBytes()
+        with live:
+            y = x * 2
+            y.add_(1).view(10, 100)  # the same memory
+            del y
+            z = torch.cat([x, x])
+            del z
+    # The sum of 4000 bytes and 8000 would be wrong: the first were gone.
+    assert live.peak == 8000
+
+
+def test_what_a_backward_pass_needs_is_alive():
+    with FakeTensorMode():
+        x = torch.zeros(1000, requires_grad=True)
+        live = _LiveBytes()
+        with live:
+            x.exp().exp().exp()  # each keeps its result
+    assert live.peak == 12000
+
+
+def test_a_small_block_takes_more_than_it_holds(monkeypatch):
+    monkeypatch.setattr(search.memory, "_HEAP_SHARE", 1.5)
+    monkeypatch.setattr(search.memory, "_HEAP_BLOCK", 4000)
+    with FakeTensorMode():
+        live = _LiveBytes()
+        with live:
+            small, large = torch.zeros(1000), torch.zeros(2000)
+        assert (small.numel(), large.numel()) == (1000, 2000)
+    assert live.peak == 6000 + 8000
+
+
+def test_parameters_and_their_moments_are_four_bytes_each():
+    teacher = small_teacher()
+    found = memory_of()
+    # The embedding's frequencies and the filters are buffers.
+    tensors = [*teacher.parameters(), *teacher.buffers()]
+    assert found.teacher == 4 * sum(t.numel() for t in tensors)
+    head = teacher.get_submodule(f"model.{teacher.model.head_name}")
+    more = 3 * 4 * sum(p.numel() for p in head.parameters())  # three branches more
+    assert found.student == found.teacher + more
+    assert (found.gradients, found.adam) == (found.student, 2 * found.student)
+
+
+def test_activations_are_those_of_a_real_update():
+    """Counted here in another way: what autograd keeps of a real forward pass."""
+    study = spec()
+    grid, student = student_grid(study), widen_head(small_teacher(), 4).train()
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, Parameter):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    x = torch.randn(64, *student.image_shape)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        states = branch_states(student, x, grid.interval(1))
+        branch_losses(states, x.expand(4, *x.shape)).sum()
+    saved = sum(storage.nbytes() for storage in kept.values())
+    walk = (grid.num_rows + 1) * x.nbytes
+    counted = memory_of().activations - walk
+    # More by what a step of the way needs besides, and no less.
+    assert saved <= counted <= 1.25 * saved
+
+
+def test_activations_grow_with_the_batch():
+    one, two, four = (memory_of(budget__batch=batch).activations for batch in (64, 128, 256))
+    assert (four - two) / (two - one) == pytest.approx(2, rel=0.01)
+
+
+def test_half_precision_halves_the_activations():
+    full, half = (memory_of(precision=p).activations for p in ("float32", "bfloat16"))
+    assert 0.4 * full < half < 0.75 * full
+
+
+def test_a_team_shares_the_batch_and_exchanges_gradients():
+    alone, two = memory_of(), memory_of(resources={"gpus": 2})
+    assert two.activations == memory_of(budget__batch=32).activations < alone.activations
+    assert two.gradients == 2 * alone.gradients
+
+
+def test_evaluation_holds_the_images_and_their_features():
+    few, many = memory_of(), memory_of(evaluation__images=200_000)
+    # On a CPU: 64 features in float32, in float64, and centred, beside a byte a pixel.
+    assert many.evaluation - few.teacher >= 200_000 * (64 * 20 + 64)
+    large = memory_of(evaluation__extractor="inception")
+    assert large.evaluation > 256 * 13.2 * 2**20
+
+
+def test_the_total_is_the_worse_of_training_and_evaluation():
+    sizes = {"runtime": 1, "teacher": 10, "student": 20, "gradients": 20, "adam": 40}
+    training = Memory(**sizes, activations=1000, evaluation=500)
+    assert (training.total, training.trains_at_the_most) == (51 + 1040, True)
+    evaluation = Memory(**sizes, activations=1000, evaluation=1041)
+    assert (evaluation.total, evaluation.trains_at_the_most) == (51 + 1041, False)
+
+
+# ---- room ----
+
+
+def memory(*, activations: float = 7.0, evaluation: float = 0.0) -> Memory:
+    """One of 8 GiB, if it is training that takes it."""
+    parts = dict.fromkeys(("runtime", "teacher", "student", "gradients"), GIB // 4)
+    return Memory(
+        **parts, adam=0, activations=int(activations * GIB), evaluation=int(evaluation * GIB)
+    )
+
+
+def shortage(study: StudySpec, device: torch.device, together: int, **sizes: float) -> str:
+    return memory(**sizes).shortage(study, device, together)
+
+
+@pytest.mark.parametrize(
+    ("free", "device", "keys", "together", "expected"),
+    [
+        (8, CPU, {}, 1, ""),
+        (16, CPU, {}, 2, ""),
+        (
+            7,
+            CPU,
+            {},
+            1,
+            "a trial needs about 8.00 GiB and this machine has 7.00 GiB free; lower budget.batch "
+            "(64 now)",
+        ),
+        (
+            12,
+            CPU,
+            {},
+            2,
+            "a trial needs about 8.00 GiB and this machine has 6.00 GiB free for each of 2 trials "
+            "at once; lower budget.batch (64 now), or run fewer trials at once (2 now) by "
+            "--workers",
+        ),
+        # A GPU each: how many there are at once does not matter.
+        (8, CUDA, {}, 4, ""),
+        (8, CUDA, {"gpus": 1}, 4, ""),
+        (
+            7,
+            CUDA,
+            {"gpus": 1},
+            4,
+            "a trial needs about 8.00 GiB and the GPU has 7.00 GiB free; lower budget.batch "
+            "(64 now), or share each batch by resources.gpus: 2",
+        ),
+        # Four share one, if there are as many.
+        (16, CUDA, {"gpus": 0.25}, 2, ""),
+        (
+            16,
+            CUDA,
+            {"gpus": 0.25},
+            8,
+            "a trial needs about 8.00 GiB and the GPU has 4.00 GiB free for each of 4 trials at "
+            "once; lower budget.batch (64 now), or run fewer trials at once (4 now) by --workers, "
+            "or give each more of a GPU by resources.gpus (0.25 now)",
+        ),
+    ],
+)
+def test_too_little_room_is_named_with_the_way_out(
+    monkeypatch, free, device, keys, together, expected
+):
+    monkeypatch.setattr(search.memory, "_free", lambda _: free * GIB)
+    assert shortage(spec(resources=keys), device, together) == expected
+
+
+def test_where_evaluation_takes_it_its_batch_is_named(monkeypatch):
+    monkeypatch.setattr(search.memory, "_free", lambda _: GIB)
+    told = shortage(spec(), CPU, 1, activations=1.0, evaluation=7.0)
+    assert told.endswith("; lower evaluation.batch (128 now) or evaluation.images (256 now)")
+
+
+def test_a_launch_is_refused_before_anything_is_made(monkeypatch):
+    monkeypatch.setattr(search.memory, "_free", lambda _: GIB)
+    with pytest.raises(InputError, match=r"^study digits: a trial needs about 8\.00 GiB and th"):
+        memory().require_room(spec(), CPU, 1)
+
+
+def test_a_system_that_does_not_say_refuses_nothing(monkeypatch):
+    monkeypatch.setattr(search.memory, "_free", lambda _: None)
+    assert shortage(spec(), CPU, 100) == ""
+
+
+def test_the_free_memory_is_no_more_than_there_is():
+    free = _free(CPU)
+    if free is None:
+        pytest.skip("no /proc/meminfo on this system")
+    with open("/proc/meminfo") as known:  # noqa: PTH123
+        total = int(known.readline().split()[1]) * 1024
+    assert 0 < free <= total
+
+
+def test_the_line_names_the_parts():
+    line = dataclasses.replace(memory(), adam=5 * 2**20).line(spec())
+    assert re.fullmatch(
+        r"memory: about 8\.00 GiB for one trial \(teacher 0\.25 GiB, parameters 0\.25 GiB, "
+        r"Adam 5 MiB, gradients 0\.25 GiB, activations of batch 64 7\.00 GiB, evaluation, after "
+        r"Adam and activations 0 MiB, runtime 0\.25 GiB\)",
+        line,
+    )
+    shared = memory().line(spec(resources={"gpus": 2}))
+    assert "for one trial on each of its GPUs (" in shared
+    assert "activations of batch 32 " in shared

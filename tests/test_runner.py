@@ -1,0 +1,102 @@
+"""How trials are spread over a cluster's machines."""
+
+import pytest
+import ray
+
+from bdense.errors import InputError
+from search import runner
+from search.slots import Orders
+from tests.studies import spec
+
+ONE_GPU_EACH = [(8, 1), (8, 1), (8, 1)]
+TWO_GPUS_EACH = [(16, 2), (16, 2)]
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Sets up a cluster of machines with so many (CPUs, GPUs)."""
+
+    def of(machines: list[tuple[float, float]]) -> None:
+        dead = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}
+        alive = [{"Alive": True, "Resources": {"CPU": c, "GPU": g}} for c, g in machines]
+        monkeypatch.setattr(ray, "nodes", lambda: [dead, *alive])
+        totals = {"CPU": sum(c for c, _ in machines), "GPU": sum(g for _, g in machines)}
+        monkeypatch.setattr(ray, "cluster_resources", lambda: totals)
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("machines", "resources", "slots"),
+    [
+        ([(8, 0)], {"cpus": 1}, 8),
+        ([(8, 0), (3, 0)], {"cpus": 2}, 4 + 1),
+        (ONE_GPU_EACH, {}, 3),
+        (ONE_GPU_EACH, {"gpus": 0.25}, 12),
+        (ONE_GPU_EACH, {"gpus": 0.25, "cpus": 4}, 6),
+        (ONE_GPU_EACH, {"gpus": 0}, 24),
+        # Four GPUs in all, two of one machine for each trial.
+        (TWO_GPUS_EACH, {"gpus": 2}, 2),
+        ([(16, 3), (16, 1)], {"gpus": 2}, 1),
+    ],
+)
+def test_a_trial_has_its_cpus_and_gpus_of_one_machine(cluster, machines, resources, slots):
+    cluster(machines)
+    assert runner._slots(spec(resources=resources), None) == slots
+
+
+def test_what_fits_on_no_machine_is_refused(cluster):
+    cluster(ONE_GPU_EACH)
+    with pytest.raises(InputError) as error:
+        runner._slots(spec(resources={"gpus": 2, "cpus": 4}), None)
+    assert str(error.value) == (
+        "a trial asks for resources.cpus=4 and gpus=2 of one machine, and the cluster's have "
+        "8 CPUs and 1 GPUs or 8 CPUs and 1 GPUs or 8 CPUs and 1 GPUs; lower them"
+    )
+
+
+def test_more_workers_than_fit_are_refused(cluster):
+    cluster(TWO_GPUS_EACH)
+    study = spec(resources={"gpus": 2})
+    assert runner._slots(study, 1) == 1
+    with pytest.raises(InputError, match="--workers 3 do not fit: .* room for 2 trials of 1 CPUs"):
+        runner._slots(study, 3)
+
+
+class Started:
+    """Stands for Ray's tasks: keeps what each was given."""
+
+    def __init__(self) -> None:
+        self.tasks: list[tuple[str, float, float, tuple]] = []
+
+    def task(self, function, cpus: float, gpus: float) -> "Started":
+        self._asked = (function.__name__, cpus, gpus)
+        return self
+
+    def remote(self, orders: Orders, *given: int) -> None:
+        self.tasks.append((*self._asked, given))
+
+
+@pytest.mark.parametrize(
+    ("machines", "resources", "slots", "prepared", "recorded"),
+    [
+        # The preparation is told how many trials share a machine's memory.
+        ([(4, 0), (2, 0)], {"threads": 1}, 6, (1, 0, (4,)), (1, 0, 6)),
+        ([(4, 0), (2, 0)], {}, 3, (1, 0, (3,)), (1, 0, 3)),
+        # A team of two records on each of its GPUs.
+        (TWO_GPUS_EACH, {"gpus": 2, "cpus": 4}, 2, (4, 1, (1,)), (2, 1, 4)),
+    ],
+)
+def test_what_is_prepared_and_recorded_where(
+    cluster, monkeypatch, machines, resources, slots, prepared, recorded
+):
+    cluster(machines)
+    started = Started()
+    monkeypatch.setattr(runner, "_task", started.task)
+    monkeypatch.setattr(runner, "_follow", lambda *_: None)
+    orders = Orders(study="digits", spec="", storage="", runs="", cache="")
+    runner._prepare(spec(resources=resources), orders, slots, lambda _: None)
+    first, *others = started.tasks
+    assert first == ("prepare_task", *prepared)
+    cpus, gpus, parts = recorded
+    assert others == [("record_task", cpus, gpus, (part, parts)) for part in range(parts)]

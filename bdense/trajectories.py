@@ -103,7 +103,8 @@ class LiveTrajectories:
             raise InputError(
                 f"sigma_min={schedule.sigma_min}, sigma_max={schedule.sigma_max} exceed the noise "
                 f"levels that this {trained.name} teacher was trained for, "
-                f"{trained.sigma_min:.4g} to {trained.sigma_max:.4g}; choose a schedule inside them"
+                f"{trained.sigma_min:.4g} to {trained.sigma_max:.4g}; choose a schedule inside "
+                "them"
             )
 
     def __len__(self) -> int:

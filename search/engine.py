@@ -57,6 +57,11 @@ def _check_learned(spec: StudySpec, space: LearnedSpace) -> None:
             branches_and_weights(spec, {"rule": space.rules[0], "strength": strength})
     except InputError as error:
         raise SpecError(f"study {spec.name}: weights.strength: {error}") from error
+    if spec.resources.compile and "gradient-norm" in space.rules:
+        raise SpecError(
+            f"study {spec.name}: rule gradient-norm looks into the network, which "
+            "resources.compile closes; drop one of the two"
+        )
     if space.is_one_point and spec.budget.trials > 1:
         raise SpecError(
             f"study {spec.name}: {spec.budget.trials} trials (budget.trials or --trials) would "

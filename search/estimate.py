@@ -16,7 +16,7 @@ from bdense.public import CHECKPOINTS, REFERENCES
 from bdense.sfd import branch_losses, branch_states
 from search.assets import trajectory_store, use_device
 from search.engine import architecture, execution, student_grid, teacher_solver
-from search.memory import Memory, extractor_size, trial_memory
+from search.memory import Memory, extractor_size, free_bytes, trial_memory
 from search.report import duration
 from search.space import BASELINES
 from search.spec import StudySpec
@@ -106,7 +106,7 @@ def estimate(spec: StudySpec) -> Cost:
     walk = teacher_solver(spec).nfe(grid.num_intervals * grid.substeps)
     parameters = sum(p.numel() for p in teacher.parameters())
     memory = trial_memory(spec, network, device)
-    forward, update = _measure(spec, network, device)
+    forward, update = _measure(spec, network, memory, device)
     recorded = spec.trajectories.mode == "recorded"
     return Cost(
         teacher_training=round(spec.teacher.train.kimg * 1000) if spec.teacher.train else 0,
@@ -152,7 +152,7 @@ def _to_download(spec: StudySpec, checkpoint_bytes: int) -> list[str]:
         if file is not None and not file.path.is_file()
     ]
     if (weights := missing_weights(spec.evaluation.extractor)) is not None:
-        files.append((*weights, 2**20 * extractor_size(spec.evaluation.extractor).weights))
+        files.append((*weights, int(2**20 * extractor_size(spec.evaluation.extractor).weights)))
     return [
         f"download: the launch fetches {url} to {path} (about {size / 2**20:,.0f} MiB)"
         for url, path, size in files
@@ -160,7 +160,7 @@ def _to_download(spec: StudySpec, checkpoint_bytes: int) -> list[str]:
 
 
 def _measure(
-    spec: StudySpec, network: Mapping[str, Any], device: torch.device
+    spec: StudySpec, network: Mapping[str, Any], memory: Memory, device: torch.device
 ) -> tuple[float, float]:
     """Seconds an image: forward, and forward + backward + update."""
     grid = student_grid(spec)
@@ -169,7 +169,7 @@ def _measure(
     student = build_denoiser(wide).to(device).eval().execute(_computable(spec, device))
     optimizer = torch.optim.Adam(student.parameters(), fused=True)
     levels = grid.interval(grid.trained.start)
-    batch = _affordable(student, spec.budget.batch, device)
+    batch = _affordable(student, spec.budget.batch // spec.resources.team, memory, device)
     x = torch.zeros(batch, *student.image_shape, device=device)
     targets = x.expand(grid.substeps, *x.shape)
 
@@ -197,13 +197,15 @@ def _computable(spec: StudySpec, device: torch.device) -> Execution:
     return wanted
 
 
-def _affordable(network: NetworkDenoiser, batch: int, device: torch.device) -> int:
-    """As many of ``batch`` images as one call can take: on a CPU a large network has seconds each.
+def _affordable(network: NetworkDenoiser, batch: int, memory: Memory, device: torch.device) -> int:
+    """As many of ``batch`` images as one call can take: what a GPU has room for, a CPU time.
 
     Fewer images at once cost more each, if anything: the estimate stays an upper bound.
     """
     if device.type == "cuda":
-        return batch
+        held = memory.student + memory.gradients + memory.adam
+        room = ((free_bytes(device) or 0) - held) / memory.activations
+        return max(1, min(batch, int(batch * room)))
     started = time.perf_counter()
     with torch.no_grad():
         network(torch.zeros(1, *network.image_shape), torch.tensor(1.0))

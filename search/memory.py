@@ -117,7 +117,7 @@ class Memory:
 
         What is lacking comes with the way out.
         """
-        free = _free(device)
+        free = free_bytes(device)
         gpus = spec.resources.gpus
         if device.type == "cuda":
             # Trials with GPUs of their own do not share one.
@@ -276,8 +276,14 @@ class _Plan:
             call(student, x)
             return torch.cuda.max_memory_allocated(self.device) - before
 
-        peak(_SMALL)  # makes the gradients, and whatever the libraries keep
-        few, more = peak(_SMALL), peak(_LARGER)
+        try:
+            peak(_SMALL)  # makes the gradients, and whatever the libraries keep
+            few, more = peak(_SMALL), peak(_LARGER)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"study {self.spec.name}: the GPU has no room for {_LARGER} images; free it, or "
+                "take a larger one"
+            ) from error
         slope = max(0, more - few) / (_LARGER - _SMALL)
         return int(few + slope * max(0, batch - _SMALL))
 
@@ -337,7 +343,7 @@ def _resident(size: int) -> int:
     return int(_HEAP_SHARE * size) if size <= _HEAP_BLOCK else size
 
 
-def _free(device: torch.device) -> int | None:
+def free_bytes(device: torch.device) -> int | None:
     """Bytes that are free on a device; None where the system does not say."""
     if device.type == "cuda":
         # What a measurement took and torch has kept for this process is free too.

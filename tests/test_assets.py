@@ -94,6 +94,6 @@ def test_what_a_machine_does_not_compute_is_refused_first(precision):
 
 @pytest.mark.usefixtures("no_data")
 def test_too_little_memory_is_refused_first(monkeypatch):
-    monkeypatch.setattr(search.memory, "_free", lambda _: 2**30)
+    monkeypatch.setattr(search.memory, "free_bytes", lambda _: 2**30)
     with pytest.raises(InputError, match=r"for each of 4 trials at once; lower .* by --workers$"):
         assets.prepare(spec(**TINY), CPU, lambda *_: None, together=4)

@@ -15,7 +15,8 @@ from bdense.checkpoints import save_denoiser
 from bdense.public import CHECKPOINTS, EDM_LICENCE
 from search.cli import _dry_run
 from search.engine import check
-from search.estimate import estimate
+from search.estimate import _affordable, estimate
+from search.memory import Memory
 from search.spec import read_spec
 from tests.small import small_teacher
 from tests.studies import REMOVED, STUDIES, spec
@@ -28,7 +29,7 @@ def nothing_here(tmp_path, monkeypatch):
     """Empty folders, plenty of room, and no time to lose."""
     for variable in ("BDENSE_CHECKPOINTS", "BDENSE_RUNS", "BDENSE_DATA", "TORCH_HOME"):
         monkeypatch.setenv(variable, str(tmp_path / variable))
-    monkeypatch.setattr(search.memory, "_free", lambda _: 2**50)
+    monkeypatch.setattr(search.memory, "free_bytes", lambda _: 2**50)
     monkeypatch.setattr(search.estimate, "MEASURE_SECONDS", 0.01)
 
 
@@ -86,7 +87,7 @@ def test_all_that_is_downloaded_is_named_with_its_size(published, tmp_path):
 
 def test_what_this_machine_cannot_do_is_said_and_not_refused(published, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(search.memory, "_free", lambda _: 2**20)
+    monkeypatch.setattr(search.memory, "free_bytes", lambda _: 2**20)
     teacher = {"checkpoint": NAME}
     (crowded, *_) = estimate(spec(teacher=teacher)).remarks
     assert crowded.startswith("not on this machine: a trial needs about 0.")
@@ -97,6 +98,17 @@ def test_what_this_machine_cannot_do_is_said_and_not_refused(published, monkeypa
         "not on this machine: precision float16 needs a CUDA device, not cpu; use float32 or "
         "bfloat16",
     )
+
+
+def test_a_measurement_takes_no_more_images_than_a_gpu_has_room_for(monkeypatch):
+    sizes = dict.fromkeys(("runtime", "teacher", "evaluation", "student", "gradients"), 2**30)
+    memory = Memory(**sizes, adam=2**31, activations=2**34)  # 16 GiB for 128 images
+    network, cuda = small_teacher(), torch.device("cuda")
+    taken = {}
+    for gib in (4, 12, 80):
+        monkeypatch.setattr(search.estimate, "free_bytes", lambda _, gib=gib: gib * 2**30)
+        taken[gib] = _affordable(network, 128, memory, cuda)
+    assert taken == {4: 1, 12: 64, 80: 128}
 
 
 def test_a_trials_own_teacher_is_known_without_its_data():

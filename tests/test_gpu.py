@@ -13,9 +13,11 @@ from bdense.sfd import SFDConfig, branch_losses, branch_states, distill
 from bdense.sharing import distill_on
 from bdense.teachers import TeacherConfig, train_teacher
 from bdense.weights import LogLinearWeights
+from search.memory import trial_memory
 from tests.goldens import discover, golden_network
 from tests.precisions import assert_within_bounds
 from tests.small import same_weights, small_teacher, small_trajectories
+from tests.studies import spec
 
 pytestmark = [
     pytest.mark.gpu,
@@ -165,3 +167,19 @@ def test_two_gpus_equal_one_to_rounding(precision):
     trained = (alone - outputs(teacher)).abs().max()
     # In bfloat16 half a batch may take another kernel, and its rounding is no longer small.
     assert (alone - shared).abs().max() < (1e-2 if precision == "float32" else 0.5) * trained
+
+
+def test_a_trials_memory_is_foretold():
+    """Against what a real training takes; loosely, as cuDNN chooses its workspaces."""
+    cuda = torch.device("cuda")
+    study = spec(budget__batch=1024, budget__kimg=1.024, trajectories={"mode": "live"})
+    foretold = trial_memory(study, small_teacher().describe(), cuda)
+    teacher = small_teacher().to(cuda)
+    trajectories = small_trajectories(teacher, count=2, batch=1024)
+    train = SFDConfig(num_branches=4, images=2048, lr=1e-4)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    distill(teacher, trajectories, train, LogLinearWeights(a=1.0)(4))
+    taken = torch.cuda.max_memory_allocated() - before
+    expected = foretold.student + foretold.gradients + foretold.adam + foretold.activations
+    assert 0.6 < expected / taken < 1.7

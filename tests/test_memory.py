@@ -13,7 +13,7 @@ from bdense.branches import widen_head
 from bdense.errors import InputError
 from bdense.sfd import branch_losses, branch_states
 from search.engine import student_grid
-from search.memory import Memory, _free, _LiveBytes, trial_memory
+from search.memory import Memory, _LiveBytes, free_bytes, trial_memory
 from search.spec import StudySpec
 from tests.small import small_teacher
 from tests.studies import spec
@@ -197,29 +197,29 @@ def shortage(study: StudySpec, device: torch.device, together: int, **sizes: flo
 def test_too_little_room_is_named_with_the_way_out(
     monkeypatch, free, device, keys, together, expected
 ):
-    monkeypatch.setattr(search.memory, "_free", lambda _: free * GIB)
+    monkeypatch.setattr(search.memory, "free_bytes", lambda _: free * GIB)
     assert shortage(spec(resources=keys), device, together) == expected
 
 
 def test_where_evaluation_takes_it_its_batch_is_named(monkeypatch):
-    monkeypatch.setattr(search.memory, "_free", lambda _: GIB)
+    monkeypatch.setattr(search.memory, "free_bytes", lambda _: GIB)
     told = shortage(spec(), CPU, 1, activations=1.0, evaluation=7.0)
     assert told.endswith("; lower evaluation.batch (128 now) or evaluation.images (256 now)")
 
 
 def test_a_launch_is_refused_before_anything_is_made(monkeypatch):
-    monkeypatch.setattr(search.memory, "_free", lambda _: GIB)
+    monkeypatch.setattr(search.memory, "free_bytes", lambda _: GIB)
     with pytest.raises(InputError, match=r"^study digits: a trial needs about 8\.00 GiB and th"):
         memory().require_room(spec(), CPU, 1)
 
 
 def test_a_system_that_does_not_say_refuses_nothing(monkeypatch):
-    monkeypatch.setattr(search.memory, "_free", lambda _: None)
+    monkeypatch.setattr(search.memory, "free_bytes", lambda _: None)
     assert shortage(spec(), CPU, 100) == ""
 
 
 def test_the_free_memory_is_no_more_than_there_is():
-    free = _free(CPU)
+    free = free_bytes(CPU)
     if free is None:
         pytest.skip("no /proc/meminfo on this system")
     with open("/proc/meminfo") as known:  # noqa: PTH123

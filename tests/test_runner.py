@@ -59,7 +59,7 @@ def test_more_workers_than_fit_are_refused(cluster):
     cluster(TWO_GPUS_EACH)
     study = spec(resources={"gpus": 2})
     assert runner._slots(study, 1) == 1
-    with pytest.raises(InputError, match="--workers 3 do not fit: .* room for 2 trials of 1 CPUs"):
+    with pytest.raises(InputError, match=r"--workers 3 do not fit: .* room for 2 trials of 1 CPU"):
         runner._slots(study, 3)
 
 

@@ -130,6 +130,10 @@ def message(**keys) -> str:
             "4 trials .* would all be the same, rule uncertainty at strength 1; run 1, or give",
         ),
         (
+            {"weights": LEARNED, "resources": {"compile": True}},
+            "gradient-norm looks into the network, which resources.compile closes; drop one",
+        ),
+        (
             {"weights": {**NORMALISED, "largest": 0.5}},
             "weights.largest 0.5 rules out the whole space, whose smallest largest weight is 1;",
         ),

@@ -69,7 +69,7 @@ def model_card(name: str, denoiser: NetworkDenoiser, metadata: Mapping[str, Any]
             "|---|---|",
             *(f"| {key} | {value} |" for key, value in rows.items()),
             "",
-            _terms(licence, student=student),
+            _terms(metadata, student=student),
             "",
             "```sh",
             _sample_command(name, metadata),
@@ -167,7 +167,13 @@ def _fid(fid: Mapping[str, Any]) -> str:
     return f"{fid.get('fid', fid.get('value')):.4g} ({conditions})"
 
 
-def _terms(licence: str | None, *, student: bool) -> str:
+def _terms(metadata: Mapping[str, Any], *, student: bool) -> str:
+    licence = metadata.get("licence")
+    if licence is None and not student and "data" in metadata:
+        return (
+            f"Licence: not known, nor is that of its training data, {metadata['data']}. Ask the "
+            "makers of the data first."
+        )
     if licence is None:
         whose = "the teacher's makers, or whoever trained it," if student else "its makers"
         return f"Licence: not known; nothing that it came with names one. Ask {whose} first."

@@ -1,8 +1,9 @@
 """Checkpoints and exports: safetensors, their metadata in the header, appearing by one rename."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from bdense.edm_pickle import ForeignNetwork, read_edm_pickle
 from bdense.errors import CheckpointError, InputError
 from bdense.files import atomic_write
 from bdense.preconditioning import IDDPM, PRECONDITIONINGS
-from bdense.sampling import served_metadata
+from bdense.sampling import samplers_from, served_metadata
 
 HEADER_KEY = "bdense"
 FORMAT = 1
@@ -94,8 +95,31 @@ def load_denoiser(path: Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
     tensors, metadata = load_tensors(path)
     if "architecture" not in metadata:
         raise CheckpointError(f"{path} holds {metadata.get('kind', 'tensors')}, not a denoiser")
-    denoiser = build_denoiser(metadata.pop("architecture"))
+    with _header_of(path):
+        denoiser = build_denoiser(metadata.pop("architecture"))
+        samplers_from(metadata)
     return _fill(denoiser, tensors, str(path)), metadata
+
+
+@contextlib.contextmanager
+def _header_of(path: Path) -> Iterator[None]:
+    """What a header makes no sense of, said with the file's name."""
+    try:
+        yield
+    except InputError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    # All that numbers and texts in each other's place can lead to.
+    except (
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as e:
+        raise CheckpointError(
+            f"{path} has a damaged header ({e!r}); fetch or make it again"
+        ) from e
 
 
 def _load_foreign(path: Path) -> tuple[NetworkDenoiser, dict[str, Any]]:

@@ -72,6 +72,11 @@ def run_verb(
         for line in str(error).splitlines():
             sys.stderr.write(f"{prog}: {clean(line)}\n")
         return USER_ERROR if isinstance(error, InputError) else FAILURE
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        sys.stderr.write(f"{prog}: out of memory; choose a smaller --batch\n")
+        return FAILURE
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         sys.stderr.write(f"{prog}: {clean(what)}\n")
@@ -80,3 +85,9 @@ def run_verb(
         sys.stderr.write(f"\n{on_interrupt}\n")
         return INTERRUPTED
     return DONE
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether it is Python's own or torch's; by its name and words, as torch is slow to import."""
+    torchs = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError) or torchs

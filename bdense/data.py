@@ -81,10 +81,6 @@ class Dataset:
         """Hex digest of the labels, of which ``sha256`` knows nothing; empty without labels."""
         return "" if self.labels is None else _sha256(self.labels)
 
-    def float_images(self) -> Tensor:
-        """[n, C, H, W] float32 in [-1, 1]: byte 0 is -1, byte 255 is 1."""
-        return to_float(self.images)
-
     def one_hot_labels(self, label_dim: int, index: Tensor | None = None) -> Tensor:
         """Labels as a conditional network takes them.
 

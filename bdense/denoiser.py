@@ -3,6 +3,7 @@
 B batch, K branches, C image channels, H x W pixels, N student intervals.
 """
 
+import copy
 from typing import Any, Protocol, Self
 
 import torch
@@ -162,6 +163,14 @@ class NetworkDenoiser(nn.Module):
         execution.prepare(self.model)
         self.execution = execution
         return self
+
+    def on(self, device: torch.device) -> Self:
+        """A copy on another device, computed alike."""
+        copied = copy.deepcopy(self).to(device)
+        if copied.execution != Execution():
+            # A copy is not compiled, and tf32 is a setting of each process.
+            copied.execute(copied.execution)
+        return copied
 
     def describe(self) -> dict[str, Any]:
         """What ``build_denoiser`` needs to build this module again, JSON-able."""

@@ -20,6 +20,8 @@ from bdense.preconditioning import DDPM
 HUB = "https://huggingface.co"
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# What others keep pickles of torch in, which are not read here.
+TORCH_FILES = (".bin", ".ckpt", ".pt", ".pth")
 _MODEL, _CONFIG, _SCHEDULER = "UNet2DModel", "config.json", "scheduler_config.json"
 _WEIGHTS = "diffusion_pytorch_model"
 # Of schedulers that were saved before these keys existed, and of new ones left at the default.
@@ -28,7 +30,8 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(DDPM)}
 
 def is_hub_id(source: str) -> bool:
     """Whether ``source`` has the form OWNER/NAME; a file ending says that a file was meant."""
-    return bool(_HUB_ID.fullmatch(source)) and Path(source).suffix not in (".pkl", ".safetensors")
+    files = (".pkl", ".safetensors", *TORCH_FILES)
+    return bool(_HUB_ID.fullmatch(source)) and Path(source).suffix not in files
 
 
 def read_diffusers(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:

@@ -64,8 +64,6 @@ class ForeignNetwork:
     Attributes:
         class_name: Outer class, such as ``EDMPrecond`` or ``VPPrecond``.
         init_kwargs: Arguments the network was built with, as plain values, without defaults.
-        state_dict: Weights and persistent buffers on the CPU, under the names and in the order of
-            ``torch.nn.Module.state_dict``.
             Empty for SFD's files, which do not say.
         state_dict: Weights and persistent buffers on the CPU, under the names and in the order of
             ``torch.nn.Module.state_dict``.

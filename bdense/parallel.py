@@ -104,10 +104,11 @@ def team_of(devices: Sequence[torch.device], follow: Follow, job: object) -> Ite
     )
     context = torch.multiprocessing.get_context("spawn")
     threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
     followers = [
         context.Process(
             target=_follow,
-            args=(store.port, rank, tuple(devices), threads, follow, job),
+            args=(store.port, rank, tuple(devices), threads, deterministic, follow, job),
             daemon=True,  # never outlives the leader
         )
         for rank in range(1, len(devices))
@@ -154,12 +155,14 @@ def _follow(
     rank: int,
     devices: Sequence[torch.device],
     threads: int,
+    deterministic: bool,
     follow: Follow,
     job: object,
 ) -> None:
     # Ctrl-C reaches the whole group; the leader ends its followers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
     store = dist.TCPStore(_HOST, port, len(devices), is_master=False)  # type: ignore[attr-defined]
     with _joined(store, rank, devices) as team:
         follow(team, devices[rank], job)

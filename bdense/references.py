@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bdense.checkpoints import load_tensors, save_tensors
 from bdense.data import Dataset
+from bdense.data_names import split_format
 from bdense.errors import CheckpointError, InputError, NonFiniteError, ShapeError
 from bdense.execution import exact_products
 from bdense.extractors import Extractor
@@ -59,7 +60,8 @@ class Reference:
     """A reference set as an extractor sees it.
 
     Attributes:
-        name: The data set's, or a statistics file's with the start of its hash.
+        name: The data set's, or a file's with the start of its hash (of a set of files: of the
+            pixels).
         statistics: For the Frechet distance.
         features: [n, d] float32, for what needs single images; None where they were not asked
             for or a file does not have them.
@@ -134,7 +136,9 @@ def dataset_reference(
                 write_reference(statistics_path, statistics_of(made), dataset.name, extractor)
     statistics = _cached_statistics(statistics_path, extractor)
     features = _cached_features(features_path, statistics) if with_features else None
-    return Reference(name=dataset.name, statistics=statistics, features=features)
+    # Sets of files are called by their last folder alone, which others may share.
+    own = f":{dataset.sha256[:16]}" if split_format(dataset.name) else ""
+    return Reference(name=dataset.name + own, statistics=statistics, features=features)
 
 
 def write_reference(path: Path, statistics: Statistics, data: str, extractor: Extractor) -> None:

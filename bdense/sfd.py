@@ -159,9 +159,9 @@ def distill(
     optimizer = torch.optim.Adam(
         student.parameters(), lr=config.lr, betas=config.betas, fused=True
     )
-    identity = _identity(config, weighting, trajectories, start, perceptual)
-    first = _resume(checkpoint, student, optimizer, weighting, identity) if checkpoint else 0
     team = team or Team.alone()
+    identity = _identity(config, weighting, trajectories, start, perceptual, team)
+    first = _resume(checkpoint, student, optimizer, weighting, identity) if checkpoint else 0
     update = _Update(student, optimizer, weighting, perceptual, team, config.seed)
     images, saves = team.share_of(batch), checkpoint if team.leads else None
     last_save = time.monotonic()
@@ -401,6 +401,7 @@ def _identity(
     trajectories: Trajectories,
     start: NetworkDenoiser,
     perceptual: PerceptualLoss | None,
+    team: Team,
 ) -> dict[str, Any]:
     """What must agree for a checkpoint to be the same run, one level deep."""
     fields = {f"config.{name}": value for name, value in asdict(config).items()}
@@ -409,6 +410,9 @@ def _identity(
     fields["start"] = denoiser_sha256(start)
     if perceptual is not None:
         fields["perceptual"] = perceptual.describe()
+    if team.size > 1:
+        # Each device draws dropout of its own.
+        fields["devices"] = team.size
     return {"weights": weighting.describe(), **fields, **served}
 
 

@@ -1,4 +1,7 @@
-"""A distillation shared by several devices of one machine."""
+"""A distillation shared by several devices of one machine.
+
+Apart from ``bdense.parallel``, which knows no distillation: ``bdense.sfd`` imports its ``Team``.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,4 +72,6 @@ def _follow(
 ) -> None:
     trajectories, config, weights, options = job
     moved = trajectories.on(device)
+    if (start := options.get("start")) is not None:
+        options = options | {"start": start.on(device)}
     distill(moved.teacher, moved, config, weights, team=team, **options)

@@ -5,7 +5,8 @@ from typing import Any
 
 from bdense.checkpoints import load_denoiser
 from bdense.denoiser import NetworkDenoiser
-from bdense.diffusers_teacher import is_hub_id, read_diffusers
+from bdense.diffusers_teacher import TORCH_FILES, is_hub_id, read_diffusers
+from bdense.errors import CheckpointError, InputError
 from bdense.public import CHECKPOINTS, PublicFile, published_as, resolve_checkpoint
 
 
@@ -27,9 +28,21 @@ def load_model(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
         denoiser, metadata = load_denoiser(CHECKPOINTS[name].fetch())
         return denoiser, metadata | _terms(CHECKPOINTS[name])
     path = Path(source)
-    if path.is_dir() or (is_hub_id(name) and not path.exists()):
+    on_hub = is_hub_id(name) and not path.exists()
+    if on_hub and path.parent.is_dir():
+        raise InputError(
+            f"there is no such file: {name}; it is not looked for on the Hugging Face hub, as "
+            f"{path.parent} is a folder here"
+        )
+    if path.is_dir() or on_hub:
         return read_diffusers(source)
-    denoiser, metadata = load_denoiser(resolve_checkpoint(path))
+    file = resolve_checkpoint(path)
+    if file.suffix in TORCH_FILES:
+        raise CheckpointError(
+            f"{file} is of a kind that is not read; give .safetensors of bdense, .pkl of EDM or "
+            "SFD, a folder or hub id in diffusers' format, or a public name"
+        )
+    denoiser, metadata = load_denoiser(file)
     if (published := published_as(path)) is not None:
         metadata = _terms(published) | metadata
     return denoiser, metadata

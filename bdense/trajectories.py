@@ -3,7 +3,6 @@
 R supervising rows, B batch, C channels, H x W pixels.
 """
 
-import copy
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, Self
 
@@ -15,7 +14,6 @@ from bdense import NUMERICS
 from bdense.checkpoints import denoiser_sha256
 from bdense.denoiser import NetworkDenoiser
 from bdense.errors import InputError
-from bdense.execution import Execution
 from bdense.intervals import IntervalGrid, VariableGrid
 from bdense.randomness import Stream, generator
 from bdense.solvers import Solver, analytical_first_step, trajectory
@@ -147,11 +145,7 @@ class LiveTrajectories:
 
     def on(self, device: torch.device) -> "LiveTrajectories":
         """The same, with a copy of the teacher on another device."""
-        teacher = copy.deepcopy(self.teacher).to(device)
-        if teacher.execution != Execution():
-            # A copy is not compiled, and tf32 is a setting of each process.
-            teacher.execute(teacher.execution)
-        return replace(self, teacher=teacher)
+        return replace(self, teacher=self.teacher.on(device))
 
     def _states(self, grid: IntervalGrid, start: Tensor, labels: Tensor | None) -> Tensor:
         """The teacher's walk from ``start``: [R, B, C, H, W]."""

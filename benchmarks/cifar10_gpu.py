@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from bdense.branches import export_branch
+from bdense.cards import inherited, write_card
 from bdense.checkpoints import load_denoiser, save_denoiser
 from bdense.data import Dataset, load_dataset
 from bdense.denoiser import NetworkDenoiser
@@ -190,6 +191,7 @@ def _teacher(
         **plan,
     }
     save_denoiser(target, teacher, facts)
+    write_card(target, teacher, facts)
     parameters = sum(p.numel() for p in teacher.parameters())
     _say(f"{target.name}: {parameters / 1e6:.1f} M parameters, {config.images} images seen")
 
@@ -255,7 +257,7 @@ def _students(
         clock.check()
     models = {"teacher": (teacher, TEACHER_SAMPLER)}
     for name in STUDENTS:
-        models[name] = (_student(name, given, store, clock), STUDENT_SAMPLER)
+        models[name] = (_student(name, given, store, facts, clock), STUDENT_SAMPLER)
     dataset = load_dataset(given.data)
     measured = {}
     for name, (model, sampler) in models.items():
@@ -268,7 +270,11 @@ def _students(
 
 
 def _student(
-    name: str, given: argparse.Namespace, store: TrajectoryStore, clock: Clock
+    name: str,
+    given: argparse.Namespace,
+    store: TrajectoryStore,
+    known: dict[str, Any],
+    clock: Clock,
 ) -> NetworkDenoiser:
     """Trained, or read if it was before; in branch K alone."""
     num_branches, weights = STUDENTS[name]
@@ -294,7 +300,13 @@ def _student(
         on_iteration=on_iteration,
     )
     student = export_branch(branched)
-    save_denoiser(path, student, {"kind": "student", "sampler": STUDENT_SAMPLER.describe()})
+    metadata = {
+        "kind": "student",
+        **inherited(known, "teacher.safetensors"),
+        "sampler": STUDENT_SAMPLER.describe(),
+    }
+    save_denoiser(path, student, metadata)
+    write_card(path, student, metadata)
     return student
 
 

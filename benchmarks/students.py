@@ -9,9 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bdense.data import load_dataset
 from benchmarks.common import DIGITS_STUDY, table
-from search.assets import Assets, load, load_teacher, prepare, trajectory_store, use_device
+from search.assets import (
+    Assets,
+    load,
+    load_data,
+    load_teacher,
+    prepare,
+    trajectory_store,
+    use_device,
+)
 from search.spec import StudySpec, WeightsSpec
 from search.trial import evaluate
 
@@ -90,7 +97,7 @@ def _assets(spec: StudySpec) -> Assets:
 
     prepare(spec, device, report)
     if spec.trajectories.mode == "recorded":
-        teacher = load_teacher(spec, load_dataset(spec.data), device)
+        teacher = load_teacher(spec, load_data(spec), device)
         trajectory_store(spec, teacher).record()
     return load(spec, device)
 

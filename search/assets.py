@@ -48,13 +48,11 @@ Report = Callable[[str, int, int, str], None]
 class Assets:
     """A study's shared parts, in one process's memory.
 
-    ``dataset`` is None where nothing needs one; ``terms`` is what its students' metadata take over
-    from the teacher's: licence and such.
+    ``terms`` is what its students' metadata take over from the teacher's: licence and such.
     """
 
     spec: StudySpec
     fingerprint: str
-    dataset: Dataset | None
     teacher: NetworkDenoiser
     trajectories: Trajectories
     store: TrajectoryStore | None
@@ -111,7 +109,12 @@ def prepare(
     extractor = load_extractor(spec.evaluation.extractor, cache=cache_folder(), device=device)
     evaluation = spec.evaluation
     reference = load_reference(spec, dataset, extractor)
-    require_measurable(evaluation.metrics, MetricSettings(), evaluation.images, reference)
+    try:
+        require_measurable(evaluation.metrics, MetricSettings(), evaluation.images, reference)
+    except InputError as error:
+        raise InputError(
+            f"{error} (a study chooses evaluation.images and evaluation.metrics alone)"
+        ) from error
     teacher = load_teacher(spec, dataset, device, report)
     if dataset is not None and tuple(teacher.image_shape) != tuple(dataset.images.shape[1:]):
         raise InputError(
@@ -132,7 +135,6 @@ def load(spec: StudySpec, device: torch.device) -> Assets:
     return Assets(
         spec=spec,
         fingerprint=spec.fingerprint(),
-        dataset=dataset,
         teacher=teacher,
         trajectories=store.open() if recorded else store.live,
         store=store if recorded else None,

@@ -5,9 +5,14 @@ from typing import Any
 
 import torch
 
+from bdense.classifiers import RECIPES
 from bdense.data import image_shape
+from bdense.data_names import split_format, split_side
+from bdense.denoiser import build_denoiser
+from bdense.dinov2 import SIZES
 from bdense.errors import InputError
 from bdense.execution import Execution
+from bdense.extractors import SPECS
 from bdense.intervals import IntervalGrid
 from bdense.networks import SongUNet, SongUNetConfig
 from bdense.public import CHECKPOINTS
@@ -27,8 +32,9 @@ def check(spec: StudySpec) -> None:
     """Refuse what only the engine can see, before anything is spent.
 
     Raises:
-        SpecError: Network options do not fit together, no weights are within the bound, or there
-            is nothing to search.
+        SpecError: There is no such data set or extractor, the teacher makes other images than the
+            data set's, network options do not fit together, no weights are within the bound, or
+            there is nothing to search.
     """
     try:
         student_grid(spec)
@@ -37,6 +43,8 @@ def check(spec: StudySpec) -> None:
             execution(spec).require(torch.device("cpu"))
     except InputError as error:
         raise SpecError(f"study {spec.name}: {error}") from error
+    _check_data(spec)
+    _check_extractor(spec)
     if spec.teacher.train is not None:
         _check_network(spec.teacher.train)
     if isinstance(spec.weights, LearnedSpace):
@@ -49,6 +57,37 @@ def check(spec: StudySpec) -> None:
                 f"space, whose smallest largest weight is {least:.4g}; raise weights.largest or "
                 "lower the bounds"
             )
+
+
+def _check_data(spec: StudySpec) -> None:
+    # Files are looked into once they are read, which may take long.
+    if spec.data is None or split_format(split_side(spec.data)[0]) is not None:
+        return
+    try:
+        shape = image_shape(spec.data)
+    except InputError as error:
+        raise SpecError(f"study {spec.name}: data: {error}") from error
+    published = CHECKPOINTS.get(spec.teacher.checkpoint or "")
+    if published is None or not spec.uses_data:
+        return
+    with torch.device("meta"):
+        made = tuple(build_denoiser(dict(published.architecture)).image_shape)
+    if made != shape:
+        raise SpecError(
+            f"study {spec.name}: teacher.checkpoint: {published.name} makes images of {made} "
+            f"(channels, height, width) and data {spec.data} holds {shape}; choose another of the "
+            "two"
+        )
+
+
+def _check_extractor(spec: StudySpec) -> None:
+    name = spec.evaluation.extractor
+    kind, _, file = name.partition(":")
+    of_a_file = kind == "torchscript" and file
+    if not (of_a_file or kind in ("inception", "dinov2", *SIZES) or name in RECIPES):
+        raise SpecError(
+            f"study {spec.name}: evaluation.extractor: there is no {name!r}; known are {SPECS}"
+        )
 
 
 def _check_learned(spec: StudySpec, space: LearnedSpace) -> None:

@@ -1,6 +1,7 @@
 """What a study will cost: network evaluations, disk, memory, and time from a measurement here."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ class Cost:
         trajectory_bytes, student_bytes: Disk.
         memory: What one trial takes.
         memory_line: The same, for people.
-        forward_seconds, update_seconds: Measured for one image.
+        forward_seconds, update_seconds: Measured for one image; not a number where the network has
+            no room here.
         device: Where they were measured.
         remarks: What the user should know besides: downloads, and what this machine cannot do.
     """
@@ -78,12 +80,19 @@ class Cost:
             f"disk: {self.trajectory_bytes / 2**20:,.0f} MiB of trajectories, "
             f"{self.student_bytes / 2**20:,.0f} MiB of kept students",
             self.memory_line,
+            self._time_line(),
+            *self.remarks,
+        ]
+
+    def _time_line(self) -> str:
+        if math.isnan(self.forward_seconds):
+            return f"time: not measured, the network alone has no room on {self.device}"
+        return (
             f"time: at most {duration(self.workers_seconds)} of one worker, measured for "
             f"{MEASURE_SECONDS:g} s on {self.device} "
             f"({_short(self.forward_seconds)} forward, "
-            f"{_short(self.update_seconds)} forward+backward an image)",
-            *self.remarks,
-        ]
+            f"{_short(self.update_seconds)} forward+backward an image)"
+        )
 
 
 def _short(seconds: float) -> str:
@@ -162,7 +171,13 @@ def _to_download(spec: StudySpec, checkpoint_bytes: int) -> list[str]:
 def _measure(
     spec: StudySpec, network: Mapping[str, Any], memory: Memory, device: torch.device
 ) -> tuple[float, float]:
-    """Seconds an image: forward, and forward + backward + update."""
+    """Seconds an image: forward, and forward + backward + update.
+
+    Not a number where the network, its gradients and Adam's moments have no room.
+    """
+    free = free_bytes(device)
+    if free is not None and _held(memory) > free:
+        return math.nan, math.nan
     grid = student_grid(spec)
     wide = dict(network) | {"num_branches": grid.substeps}
     # Untrained weights take as long as any.
@@ -197,15 +212,21 @@ def _computable(spec: StudySpec, device: torch.device) -> Execution:
     return wanted
 
 
+def _held(memory: Memory) -> int:
+    """Bytes that are there for a batch of any size."""
+    return memory.student + memory.gradients + memory.adam
+
+
 def _affordable(network: NetworkDenoiser, batch: int, memory: Memory, device: torch.device) -> int:
-    """As many of ``batch`` images as one call can take: what a GPU has room for, a CPU time.
+    """As many of ``batch`` images as one call has room for and, on a CPU, time.
 
     Fewer images at once cost more each, if anything: the estimate stays an upper bound.
     """
+    if (free := free_bytes(device)) is not None:
+        room = (free - _held(memory)) / memory.activations
+        batch = max(1, min(batch, int(batch * room)))
     if device.type == "cuda":
-        held = memory.student + memory.gradients + memory.adam
-        room = ((free_bytes(device) or 0) - held) / memory.activations
-        return max(1, min(batch, int(batch * room)))
+        return batch
     started = time.perf_counter()
     with torch.no_grad():
         network(torch.zeros(1, *network.image_shape), torch.tensor(1.0))

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bdense.data_names import split_side
 from bdense.denoiser import NetworkDenoiser, build_denoiser
 from bdense.errors import InputError
 from bdense.execution import Execution
@@ -62,6 +63,24 @@ _EXTRACTORS: Mapping[str, ExtractorSize] = MappingProxyType(
 )
 # The small classifiers; a TorchScript file's network is the user's, and taken for one of them.
 _SMALL_EXTRACTOR = ExtractorSize(2, 0.3, 64)
+# Images of the sets that are known by name; a set of files is taken for one of the larger.
+_REFERENCE_IMAGES: Mapping[str, int] = MappingProxyType(
+    {
+        "digits": 1797,
+        "cifar10": 50_000,
+        "cifar10-test": 10_000,
+        "fashion-mnist": 60_000,
+        "fashion-mnist-test": 10_000,
+    }
+)
+_REFERENCE_OF_FILES = 60_000
+# A container's limit and what is taken of it: cgroup v2, then v1; its files' cache is given back.
+_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP_FILES = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+_CGROUP_CACHE = ("active_file", "inactive_file")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,6 +219,11 @@ def _judging(spec: StudySpec, plan: "_Plan", *, keeps_images: bool) -> int:
     images = count * plan.image  # a byte each
     # Batches beside the whole they become; features in float32, in float64 and centred.
     features = count * extractor.features * (4 + 8 + 8)
+    if set(spec.evaluation.metrics) != {"fid"}:
+        # Those of each reference image beside them, in float32 and in float64.
+        source = split_side(spec.data or "")[0]
+        real = _REFERENCE_IMAGES.get(source, _REFERENCE_OF_FILES)
+        features += real * extractor.features * (4 + 8)
     return weights + max(plan.sampling() + 2 * images, images + seen, images + features)
 
 
@@ -353,7 +377,23 @@ def free_bytes(device: torch.device) -> int | None:
     if not known.exists():
         return None
     lines = dict(line.split(":", 1) for line in known.read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
+    return min([int(lines["MemAvailable"].split()[0]) * 1024, *_left_to_container()])
+
+
+def _left_to_container() -> list[int]:
+    """Bytes that this container's limits leave; none where there is no limit."""
+    left = []
+    for limit, taken in _CGROUP_FILES:
+        most, now = _CGROUP / limit, _CGROUP / taken
+        if not (most.is_file() and now.is_file()) or (text := most.read_text().strip()) == "max":
+            continue
+        stat = now.with_name("memory.stat")
+        lines = stat.read_text().splitlines() if stat.is_file() else []
+        known = dict(line.split() for line in lines)
+        # v1 counts the groups below in names of their own.
+        cache = sum(int(known.get(f"total_{key}", known.get(key, 0))) for key in _CGROUP_CACHE)
+        left.append(max(0, int(text) - int(now.read_text()) + cache))
+    return left
 
 
 def _size(size: float) -> str:

@@ -21,6 +21,8 @@ FID_KEYS = (
     "reference_images",
     "seeds",
 )
+# Two FIDs are compared only where these agree (SPEC contract 4).
+COMPARED_KEYS = ("extractor_sha256", "reference", "images", "nfe")
 # Each with conditions of its own, where the study measured it.
 OTHER_METRICS = ("kid", "prc")
 # Where a trial's weights come from: given by (a, b), or learned.
@@ -115,7 +117,7 @@ def table(now: Standing) -> str:
     learned = best is not None and "rule" in best
     of_weights = ("rule", "strength", "final w_1 .. w_K") if learned else ("a", "b", "w_1 .. w_K")
     rows = [("", "FID", "vs plain SFD", *of_weights)]
-    plain = now.baselines.get("sfd", {}).get("fid")
+    plain = now.baselines.get("sfd")
     for method, title in TITLES.items():
         if method in now.baselines:
             result = now.baselines[method]
@@ -124,7 +126,7 @@ def table(now: Standing) -> str:
                 where = ("any", "0") if learned else ("0", "0")
             else:
                 where = ("-", "-")
-            cells = (title, f"{result['fid']:.3f}", _gain(result["fid"], plain))
+            cells = (title, f"{result['fid']:.3f}", _gain(result, plain))
             rows.append((*cells, *where, weights))
     if best is not None:
         title = f"best of {now.counts.complete} (trial {best['number']})"
@@ -132,7 +134,7 @@ def table(now: Standing) -> str:
             (
                 title,
                 f"{best['fid']:.3f}",
-                _gain(best["fid"], plain),
+                _gain(best, plain),
                 *_where(best),
                 _weights(best["weights"]),
             )
@@ -142,6 +144,12 @@ def table(now: Standing) -> str:
         lines.append(
             "The best is the lowest of several noisy values from one training seed: "
             "best of n, not confirmed."
+        )
+    shown = [*now.baselines.values(), *([best] if best is not None else [])]
+    if differing := sorted({key for result in shown for key in _differing(result, shown[0])}):
+        lines.append(
+            f"These FIDs were measured under different conditions ({', '.join(differing)}): no "
+            "comparison where they differ."
         )
     measured = best or next(iter(now.baselines.values()), None)
     if measured is not None:
@@ -198,10 +206,15 @@ def _fid_of(trial: FrozenTrial) -> dict[str, Any]:
     return {"fid": trial.value, **{key: stored[key] for key in FID_KEYS}, **others}
 
 
-def _gain(fid: float, plain: float | None) -> str:
-    if plain is None or fid == plain:
+def _gain(result: Mapping[str, Any], plain: Mapping[str, Any] | None) -> str:
+    if plain is None or result["fid"] == plain["fid"] or _differing(result, plain):
         return "-"
-    return f"{100 * (fid / plain - 1):+.1f} %"
+    return f"{100 * (result['fid'] / plain['fid'] - 1):+.1f} %"
+
+
+def _differing(result: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """What keeps two FIDs from being compared."""
+    return [key for key in COMPARED_KEYS if result[key] != other[key]]
 
 
 def in_short(best: Mapping[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """StudySpec: one YAML file says what to distil, what to search, how to judge it, what it may cost.
 
-The only reader of YAML. A misspelt key is an error and a parsed spec never changes. Counts of
+A misspelt key is an error and a parsed spec never changes. Counts of
 images are given in kimg (thousands), sizes in GiB, times in seconds.
 """
 
@@ -380,7 +380,8 @@ class StudySpec(Strict):
     def conditions(self) -> dict[str, Any]:
         """What changes a trial's number, flat: ``section.key`` -> value (SPEC contract 6).
 
-        Trial count, bounds, sampler, resources and trajectory mode may change; these may not.
+        Trial count, bounds, sampler, trajectory mode and resources may change, but for the number
+        of GPUs that share a batch; these may not.
         """
         kept = self.model_dump(
             include={"data", "teacher", "student", "budget", "evaluation", "seeds"}, mode="json"
@@ -401,6 +402,9 @@ class StudySpec(Strict):
             del kept["data"]
         else:
             kept["data"] = _content_of(self.data)
+        # Each of several GPUs draws the dropout of its own share of a batch.
+        if self.resources.team > 1:
+            kept["resources"] = {"gpus": self.resources.team}
         # A file's content counts, not where it lies; a published one is what its name says,
         # whether it is here yet or not.
         if self.teacher.checkpoint in CHECKPOINTS:

@@ -169,6 +169,8 @@ def evaluate(
     elif "method" not in params:
         attrs |= {"a": weights.a, "b": weights.b}
     metadata = _student_metadata(assets, params, values, fid)
+    if isinstance(weights, TracedWeights):
+        metadata["weighting"] = weights.describe()
     save_denoiser(folder / STUDENT, student, metadata)
     write_card(folder / STUDENT, student, metadata)
     result = {"value": fid.value, "attrs": attrs, "identity": identity}

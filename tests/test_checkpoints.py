@@ -462,6 +462,34 @@ def test_a_file_of_ours_without_a_denoiser_is_named(path):
         load_denoiser(path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"architecture": "abc"},
+        {"architecture": {"num_branches": "x"}},
+        {"architecture": {"num_branches": -1}},
+        {"architecture": {"config": {"channel_mult": [1.5, 2]}}},
+        {"architecture": {"config": 3}},
+        {"sampler": {"num_intervals": 3}},
+        {"sampler": 3},
+        {"sampler": Sampler(num_intervals=3, afs=True).describe() | {"schedule": {"rho": "x"}}},
+        {"sampler": Sampler(num_intervals=3, afs=True).describe() | {"solver": "best"}},
+    ],
+    ids=str,
+)
+def test_damaged_headers_are_named(path, change):
+    teacher = small_teacher()
+    whole = teacher.describe()
+    damaged = change.get("architecture", {})
+    if isinstance(damaged, dict):
+        inner = damaged.get("config", {})
+        config = whole["config"] | inner if isinstance(inner, dict) else inner
+        damaged = whole | damaged | {"config": config}
+    save_tensors(path, teacher.state_dict(), change | {"architecture": damaged})
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        load_denoiser(path)
+
+
 def test_weights_of_another_architecture_are_named(path):
     teacher = small_teacher()
     state = teacher.state_dict()

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from bdense.checkpoints import load_tensors, save_tensors
 from bdense.classifiers import RECIPES, Classifier, Recipe, classifier_weights, load_classifier
-from bdense.data import load_dataset
+from bdense.data import load_dataset, to_float
 from bdense.errors import CheckpointError, InputError, ShapeError
 from bdense.extractors import load_extractor
 from bdense.randomness import Stream, derive_seed, generator
@@ -59,7 +59,7 @@ def test_the_weights_are_those_of_a_plain_loop(cache, brief):
         assert torch.equal(tensors[f"{name}.weight"], expected[place].weight)
         assert torch.equal(tensors[f"{name}.bias"], expected[place].bias)
     digits = load_dataset("digits")
-    right = expected(digits.float_images()).argmax(dim=1) == digits.labels
+    right = expected(to_float(digits.images)).argmax(dim=1) == digits.labels
     assert metadata == {
         "kind": brief,
         "train_accuracy": pytest.approx(right.double().mean().item(), abs=1e-3),

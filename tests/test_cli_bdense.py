@@ -10,12 +10,14 @@ import torch
 from PIL import Image
 
 from bdense.checkpoints import denoiser_sha256, load_denoiser, save_denoiser
+from bdense.command import run_verb
 from bdense.data import load_dataset
 from bdense.extractors import load_extractor
 from bdense.metrics import MetricSettings, frechet_distance, kernel_distance, precision_recall
 from bdense.references import dataset_reference, features_of, statistics_of
 from bdense.sampling import Sampler, draw_images, sampler_from
 from bdense.solvers import make_solver
+from bdense.verbs.common import Progress
 from tests.commands import DIGITS, SHORT, TINY, bdense, distill, refused
 
 
@@ -63,7 +65,11 @@ def test_a_teacher_is_written_with_its_recipe(teacher):
     assert (training["images"], training["batch"], training["seed"]) == (128, 32, 3)
     assert loaded.image_shape == (1, 8, 8)
     assert loaded.model.config.channel_mult == (1, 2)
-    assert [path.name for path in teacher.parent.iterdir()] == ["teacher.safetensors"]
+    names = sorted(path.name for path in teacher.parent.iterdir())
+    assert names == ["teacher.md", "teacher.safetensors"]
+    card = teacher.with_suffix(".md").read_text()
+    assert card.startswith("---\nlicense: unknown\n")
+    assert "nor is that of its training data, digits." in card
 
 
 def test_a_teacher_may_be_told_the_classes(folder):
@@ -400,6 +406,39 @@ def test_a_loss_that_diverges_is_a_failure_and_leaves_no_file(teacher, tmp_path)
     assert answer.status == 1
     assert "is not finite at iteration 0, interval 2" in answer.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAnd a long story"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_too_little_memory_is_one_line(error, capsys):
+    def call() -> None:
+        raise error
+
+    assert run_verb("bdense", call, on_interrupt="") == 1
+    assert capsys.readouterr().err == "bdense: out of memory; choose a smaller --batch\n"
+
+
+def test_other_errors_of_the_program_are_not_hidden():
+    def call() -> None:
+        raise RuntimeError("a mistake of ours")
+
+    with pytest.raises(RuntimeError, match="of ours"):
+        run_verb("bdense", call, on_interrupt="")
+
+
+def test_a_resumed_run_is_timed_by_its_own_iterations(monkeypatch, capsys):
+    now = iter([0.0, 10.0, 14.0])
+    monkeypatch.setattr("bdense.verbs.common.time.monotonic", lambda: next(now))
+    show = Progress()
+    show(901, 1000, "loss 1")  # nothing to tell from yet
+    show(903, 1000, "loss 1")
+    assert capsys.readouterr().err == "903/1000, loss 1, about 194 s left\n"
 
 
 # ---- foreign checkpoints and model cards ----

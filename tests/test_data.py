@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import bdense.data
-from bdense.data import DATA_SETS, Dataset, image_shape, load_dataset, pad
+from bdense.data import DATA_SETS, Dataset, image_shape, load_dataset, pad, to_float
 from bdense.errors import InputError, ShapeError
 from tests.goldens import ROOT
 
@@ -59,9 +59,9 @@ def test_the_hash_is_of_the_shape_and_the_pixels():
 # ---- what a data set is ----
 
 
-def test_float_images_fill_minus_one_to_one():
+def test_floats_fill_minus_one_to_one():
     images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1, 1)
-    floats = Dataset("tiny", images, "0").float_images()
+    floats = to_float(images)
     assert floats.dtype == torch.float32
     assert floats.flatten().tolist() == pytest.approx([-1.0, -0.6, 1.0], abs=1e-7)
     assert images.flatten().tolist() == [0, 51, 255]

@@ -190,7 +190,7 @@ def test_reading_leaves_the_callers_random_state_alone(folder):
 
 def test_ids_of_the_hub():
     assert is_hub_id("google/ddpm-cifar10-32")
-    for other in ("ddpm", "a/b.pkl", "a/b.safetensors", "a/b/c", "/a/b", "../a", "./a"):
+    for other in ("ddpm", "a/b.pkl", "a/b.pt", "a/b.safetensors", "a/b/c", "/a/b", "../a", "./a"):
         assert not is_hub_id(other), other
 
 

@@ -111,6 +111,13 @@ def test_a_measurement_takes_no_more_images_than_a_gpu_has_room_for(monkeypatch)
     assert taken == {4: 1, 12: 64, 80: 128}
 
 
+def test_a_network_without_room_is_not_measured(published, monkeypatch):
+    monkeypatch.setattr(search.estimate, "free_bytes", lambda _: 2**10)
+    cost = estimate(spec(teacher={"checkpoint": NAME}, resources={"gpus": 0}))
+    told = "time: not measured, the network alone has no room on 1 CPU thread(s)"
+    assert told in cost.lines()
+
+
 def test_a_trials_own_teacher_is_known_without_its_data():
     """Its shape is: neither the images nor the network are here."""
     study = spec(data="cifar10", evaluation__extractor="cifar10-classifier")

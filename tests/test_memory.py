@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,6 +126,14 @@ def test_evaluation_holds_the_images_and_their_features():
     assert large.evaluation > 256 * 13.2 * 2**20
 
 
+def test_kid_and_precision_hold_the_references_features_too():
+    keys = {"evaluation__images": 100_000}
+    fid = memory_of(**keys).evaluation
+    for data, images in (("digits", 1797), ("fashion-mnist@32", 60_000), ("zip:some.zip", 60_000)):
+        more = memory_of(**keys, data=data, evaluation__metrics=["fid", "kid"]).evaluation
+        assert more - fid == images * 64 * 12
+
+
 def test_the_total_is_the_worse_of_training_and_evaluation():
     sizes = {"runtime": 1, "teacher": 10, "student": 20, "gradients": 20, "adam": 40}
     training = Memory(**sizes, activations=1000, evaluation=500)
@@ -225,6 +234,50 @@ def test_the_free_memory_is_no_more_than_there_is():
     with open("/proc/meminfo") as known:  # noqa: PTH123
         total = int(known.readline().split()[1]) * 1024
     assert 0 < free <= total
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, None),
+        ({"memory.max": "max", "memory.current": "5000"}, None),
+        ({"memory.max": "9000", "memory.current": "5000"}, 4000),
+        (
+            {
+                "memory.max": "9000",
+                "memory.current": "5000",
+                "memory.stat": "anon 3000\nactive_file 500\ninactive_file 1500",
+            },
+            6000,
+        ),
+        (
+            {
+                "memory/memory.limit_in_bytes": "9000",
+                "memory/memory.usage_in_bytes": "5000",
+                "memory/memory.stat": "inactive_file 0\ntotal_inactive_file 1000",
+            },
+            5000,
+        ),
+        # More than there is, as v1 says where there is no limit.
+        (
+            {
+                "memory/memory.limit_in_bytes": "9223372036854771712",
+                "memory/memory.usage_in_bytes": "5000",
+            },
+            None,
+        ),
+        ({"memory.max": "4000", "memory.current": "5000"}, 0),
+    ],
+)
+def test_a_containers_limit_counts(tmp_path, monkeypatch, files, expected):
+    if not Path("/proc/meminfo").exists():
+        pytest.skip("no /proc/meminfo on this system")
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    monkeypatch.setattr(search.memory, "_CGROUP", tmp_path)
+    free = free_bytes(CPU)
+    assert free == expected if expected is not None else free > 2**20
 
 
 def test_the_line_names_the_parts():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bdense.data import Dataset, load_dataset
+from bdense.data import Dataset, load_dataset, to_float
 from bdense.errors import BdenseError, InputError, NonFiniteError, ShapeError
 from bdense.extractors import CLASSIFIER, TORCHSCRIPT, load_extractor
 from bdense.metrics import (
@@ -207,7 +207,7 @@ def test_to_uint8_cuts_fractions_off_as_edm_does():
 
 def test_bytes_survive_floats_and_back():
     every_byte = torch.arange(256, dtype=torch.uint8).view(256, 1, 1, 1)
-    assert torch.equal(to_uint8(Dataset("all", every_byte, "0").float_images()), every_byte)
+    assert torch.equal(to_uint8(to_float(every_byte)), every_byte)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -1,8 +1,11 @@
 """One training shared by two processes: gloo on the CPU."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+import bdense.sharing
 from bdense.branches import widen_head
 from bdense.denoiser import NetworkDenoiser
 from bdense.errors import InputError
@@ -59,6 +62,30 @@ def test_a_team_that_cannot_be_is_refused():
         team_of([torch.device("cpu"), torch.device("cuda", 0)], print, None),
     ):
         pass
+
+
+def note_settings(team: Team, device: torch.device, path: Path) -> None:
+    path.write_text(f"{team.rank} {torch.are_deterministic_algorithms_enabled()}")
+
+
+def test_followers_are_as_deterministic_as_the_leader(tmp_path):
+    torch.use_deterministic_algorithms(True)
+    try:
+        with team_of(TWO, note_settings, tmp_path / "noted"):
+            pass
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert (tmp_path / "noted").read_text() == "1 True"
+
+
+def test_a_follower_starts_on_its_own_device(monkeypatch):
+    trajectories = small_trajectories(small_teacher())
+    noted = {}
+    monkeypatch.setattr(bdense.sharing, "distill", lambda *_, **options: noted.update(options))
+    job = (trajectories, TRAIN, torch.ones(4), {"start": small_teacher()})
+    bdense.sharing._follow(Team(1, 2), torch.device("meta"), job)
+    assert {p.device.type for p in noted["start"].parameters()} == {"meta"}
+    assert {p.device.type for p in job[3]["start"].parameters()} == {"cpu"}
 
 
 def test_shares_of_a_batch_cover_it():

@@ -14,7 +14,7 @@ import bdense.public
 import bdense.sources
 from bdense.checkpoints import denoiser_sha256, load_denoiser, save_denoiser
 from bdense.denoiser import build_denoiser
-from bdense.errors import InputError
+from bdense.errors import CheckpointError, InputError
 from bdense.files import sha256_file
 from bdense.public import (
     CHECKPOINTS,
@@ -174,6 +174,23 @@ def test_a_missing_model_lists_the_names(folder):
     for missing in ("nothing.pkl", "folder/nothing.safetensors", "nothing"):
         with pytest.raises(InputError, match=f"no checkpoint file at {missing}.*{CIFAR10}"):
             load_model(missing)
+
+
+def test_a_mistyped_path_is_not_asked_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    with pytest.raises(InputError, match="no such file: runs/teacher; it is not looked for on"):
+        load_model("runs/teacher")
+
+
+@pytest.mark.parametrize("ending", ["pt", "pth", "bin", "ckpt"])
+def test_pickles_of_torch_are_told_what_is_read(tmp_path, ending):
+    path = tmp_path / f"model.{ending}"
+    path.write_bytes(b"PK")
+    with pytest.raises(
+        CheckpointError, match=rf"model\.{ending} is .* not read; give .safetensors"
+    ):
+        load_model(path)
 
 
 @pytest.mark.golden

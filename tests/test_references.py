@@ -122,6 +122,12 @@ def test_other_pixels_or_another_extractor_have_files_of_their_own(colours, tiny
     assert len(list(cache.rglob("*.safetensors"))) == 3
 
 
+def test_sets_of_files_are_told_apart_by_name(colours, tiny, cache):
+    for name in ("folder:images", "zip:images.zip@32"):
+        named = dataclasses.replace(tiny, name=name)
+        assert dataset_reference(named, colours, cache=cache).name == f"{name}:{'a' * 16}"
+
+
 @pytest.mark.parametrize("contents", [b"", b"no zip", None])
 @pytest.mark.parametrize("kind", ["npz", "safetensors"])
 def test_broken_files_are_named(kind, contents, colours, tiny, cache):

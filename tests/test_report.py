@@ -189,6 +189,17 @@ def test_the_table(scene):
     )
 
 
+def test_fids_of_other_conditions_are_not_compared(scene):
+    now = standing(scene.study)
+    now.baselines["sfd"]["images"] = 1024
+    *rows, remark, _ = table(now).splitlines()
+    assert "%" not in "".join(rows)
+    assert remark == (
+        "These FIDs were measured under different conditions (images): no comparison where they "
+        "differ."
+    )
+
+
 LEARNED_BEST = {
     **{key: value for key, value in BEST.items() if key not in ("a", "b")},
     "rule": "gradient-norm",

@@ -10,6 +10,7 @@ from bdense.branches import export_branch, widen_head
 from bdense.checkpoints import load_tensors
 from bdense.errors import CheckpointError, InputError, NonFiniteLossError
 from bdense.intervals import IntervalGrid, VariableGrid
+from bdense.parallel import Team
 from bdense.sfd import SFDConfig, branch_losses, branch_states, distill
 from bdense.solvers import DPMSolverPP, Euler, trajectory
 from bdense.step_condition import with_step_condition
@@ -267,6 +268,8 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         distill(teacher, trajectories, config(), LogLinearWeights(a=1.0)(4), **keep)
     with pytest.raises(CheckpointError, match=r"config\.images"):
         distill(teacher, trajectories, config(images=12), uniform_weights()(4), **keep)
+    with pytest.raises(CheckpointError, match="differs in: devices"):
+        distill(teacher, trajectories, config(), uniform_weights()(4), team=Team(0, 2), **keep)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_an_update(tmp_path):

@@ -382,6 +382,42 @@ def test_without_afs_every_interval_costs_an_evaluation():
     assert (grid.num_intervals, grid.nfe) == (2, 2)
 
 
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (
+            {"data": "digitz"},
+            "^study digits: data: unknown data set 'digitz'; known are cifar10, ",
+        ),
+        ({"data": "cifar10@16"}, "^study digits: data: data set cifar10@16: .* are larger; "),
+        (
+            {"evaluation__extractor": "inceptoin"},
+            "^study digits: evaluation.extractor: there is no 'inceptoin'; known are inception",
+        ),
+        (
+            {"evaluation__extractor": "torchscript"},
+            "^study digits: evaluation.extractor: there is no 'torchscript'; known are inception",
+        ),
+        (
+            {"teacher": {"checkpoint": "edm-cifar10-32x32-uncond-vp"}},
+            r"^study digits: teacher.checkpoint: edm-cifar10-32x32-uncond-vp makes images of "
+            r"\(3, 32, 32\) .* and data digits holds \(1, 8, 8\); choose another of the two$",
+        ),
+    ],
+)
+def test_what_is_known_by_name_is_refused_at_once(keys, expected):
+    told = message(**keys)
+    assert re.search(expected, told)
+    assert "\n" not in told
+
+
+def test_files_and_data_that_nothing_needs_are_not_looked_into(tmp_path):
+    check(spec(data=f"zip:{tmp_path / 'none.zip'}"))
+    public = {"checkpoint": "edm-cifar10-32x32-uncond-vp"}
+    check(spec(data="cifar10", teacher=public))
+    check(spec(teacher=public, evaluation__reference="cifar10-32x32"))
+
+
 # ---- the fingerprint ----
 
 
@@ -396,7 +432,8 @@ def test_without_afs_every_interval_costs_an_evaluation():
         {"sampler": {"name": "gp", "startup_trials": 3}},
         {"seeds": {"sampler": 9}},
         {"resources": {"cpus": 2, "threads": 2, "lease_seconds": 10, "max_attempts": 5}},
-        {"resources": {"gpus": 2, "compile": True, "channels_last": True}},
+        {"resources": {"gpus": 1, "compile": True, "channels_last": True}},
+        {"resources": {"gpus": 0.5}},
         {"precision": "float32"},
         {"trajectories": {"mode": "live"}},
         {"trajectories": {"mode": "live", "dtype": "float16"}},
@@ -444,6 +481,8 @@ def test_what_leaves_the_numbers_alone_leaves_the_fingerprint_alone(keys):
         ({"seeds": {"training": 1}}, {"seeds.training"}),
         ({"seeds": {"evaluation": 1}}, {"seeds.evaluation"}),
         ({"trajectories": {"dtype": "float16"}}, {"trajectories.dtype"}),
+        # Dropout differs with the number of devices that share a batch.
+        ({"resources": {"gpus": 2}}, {"resources.gpus"}),
     ],
 )
 def test_what_changes_the_numbers_changes_the_fingerprint(keys, differs):

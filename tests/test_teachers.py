@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bdense.checkpoints import load_tensors
-from bdense.data import Dataset, load_dataset
+from bdense.data import Dataset, load_dataset, to_float
 from bdense.denoiser import NetworkDenoiser
 from bdense.errors import CheckpointError, InputError, NonFiniteLossError
 from bdense.execution import Execution
@@ -89,7 +89,7 @@ def test_training_lowers_the_loss(digits):
     assert sum(losses[-10:]) / 10 < 0.7 * sum(losses[:10]) / 10
 
     draw = torch.Generator().manual_seed(1)
-    clean = digits.float_images()[:256]
+    clean = to_float(digits.images)[:256]
     noise = torch.randn(clean.shape, generator=draw)
     sigma = (-1.2 + 1.2 * torch.randn(256, generator=draw)).exp()
     with torch.no_grad():
@@ -220,7 +220,7 @@ def test_a_batch_goes_with_the_classes_of_its_images(digits, monkeypatch):
     monkeypatch.setattr("bdense.teachers.denoising_loss", spy)
     train_teacher(digits, conditional(images=48, label_dim=12), device=CPU)
     assert len(seen) == 3
-    known = digits.float_images()
+    known = to_float(digits.images)
     for clean, class_labels in seen:
         assert class_labels.shape == (16, 12)
         assert torch.equal(class_labels.sum(dim=1), torch.ones(16))

@@ -10,6 +10,7 @@ import torch
 
 from bdense.cards import card_path, model_card
 from bdense.checkpoints import load_denoiser, save_denoiser
+from bdense.data import load_dataset
 from bdense.errors import InputError
 from bdense.metrics import MetricSettings
 from bdense.references import dataset_reference, write_reference
@@ -110,24 +111,29 @@ def test_learned_weights_are_stored_over_time_and_drawn_also_after_an_interrupti
     assert (taken_over / "weights.png").stat().st_size > 1000
     _, metadata = load_denoiser(taken_over / STUDENT)
     assert (metadata["weights"], metadata["params"]) == (found["weights"], params)
+    assert metadata["weighting"] == params | {"memory": 100}
+    card = card_path(taken_over / STUDENT).read_text()
+    assert " at the end, learned by gradient-norm (strength 1.5, memory 100)" in card
 
 
 def test_given_weights_have_no_history(tmp_path):
     found = attrs(prepared(spec(**TINY)), tmp_path / "00000")
     assert found["a"] == 1.0
+    assert "weighting" not in load_denoiser(tmp_path / "00000" / STUDENT)[1]
     assert not found.keys() & {"rule", "strength", "weights_over_time", "weights_plot"}
     assert not (tmp_path / "00000" / "weights.png").exists()
 
 
 def test_too_few_images_for_a_metric_are_refused_before_a_trial():
     study = spec(**TINY, evaluation__metrics=["fid", "kid"])
-    with pytest.raises(InputError, match="kid needs at least 1000 images, got 256"):
+    expected = "kid needs at least 1000 images, got 256; .* evaluation.images and evaluation.met"
+    with pytest.raises(InputError, match=expected):
         assets.prepare(study, CPU, lambda *_: None)
 
 
 def test_a_reference_file_takes_the_data_sets_place(tmp_path, digits_extractor, shared_cache):
     by_data = prepared(spec(**TINY))
-    digits = dataset_reference(by_data.dataset, digits_extractor, cache=shared_cache)
+    digits = dataset_reference(load_dataset("digits"), digits_extractor, cache=shared_cache)
     path = tmp_path / "digits.npz"
     write_reference(path, digits.statistics, "digits", digits_extractor)
     by_file = prepared(spec(**TINY, evaluation__reference=str(path)))

@@ -125,13 +125,17 @@ class Progress:
     """A line on stderr every two seconds."""
 
     def __init__(self) -> None:
-        self._started = self._shown = time.monotonic()
+        self._shown = time.monotonic()
+        self._first: tuple[int, float] | None = None
 
     def __call__(self, done: int, total: int, remark: str) -> None:
         """Say how far it is, if it is time for that or the end."""
         now = time.monotonic()
-        if now - self._shown < SHOW_SECONDS and done < total:
+        # What was done before is of an earlier run, which this one goes on from.
+        self._first = self._first or (done, now)
+        first, since = self._first
+        if done < total and (done == first or now - self._shown < SHOW_SECONDS):
             return
         self._shown = now
-        left = (now - self._started) / done * (total - done)
+        left = (now - since) / max(1, done - first) * (total - done)
         sys.stderr.write(f"{done}/{total}, {remark}, about {left:.0f} s left\n")

@@ -12,12 +12,6 @@ from bdense.checkpoints import denoiser_sha256, save_denoiser
 from bdense.command import Verbs
 from bdense.denoiser import NetworkDenoiser
 from bdense.errors import InputError
-from bdense.grid_options import (
-    add_grid_options,
-    add_solver_options,
-    chosen_solver,
-    student_samplers,
-)
 from bdense.intervals import IntervalGrid, VariableGrid
 from bdense.perceptual import LPIPS
 from bdense.sampling import Sampler, samplers_from, served_metadata
@@ -36,6 +30,12 @@ from bdense.verbs.common import (
     image_count,
     require_file_name,
     unfinished,
+)
+from bdense.verbs.grid_options import (
+    add_grid_options,
+    add_solver_options,
+    chosen_solver,
+    student_samplers,
 )
 from bdense.weighting import RULES, BranchWeighting, FixedWeights, LearnedWeights
 from bdense.weights import LogLinearWeights

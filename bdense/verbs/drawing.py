@@ -12,7 +12,6 @@ from bdense.command import Verbs
 from bdense.data import DATA_SETS, Dataset, load_dataset
 from bdense.denoiser import NetworkDenoiser
 from bdense.extractors import load_extractor
-from bdense.grid_options import add_grid_options, add_solver_options, chosen_sampler
 from bdense.metrics import METRICS, MetricSettings, measure_images, require_measurable
 from bdense.public import REFERENCES, resolve_reference
 from bdense.references import dataset_reference, read_reference
@@ -27,6 +26,7 @@ from bdense.verbs.common import (
     computing_verb,
     require_file_name,
 )
+from bdense.verbs.grid_options import add_grid_options, add_solver_options, chosen_sampler
 
 
 def add_sample(verbs: Verbs) -> None:
@@ -114,7 +114,7 @@ def add_extractor_options(parser: argparse.ArgumentParser) -> None:
         "--extractor",
         default="inception",
         help="inception[:FILE], dinov2[:FILE], torchscript:FILE (uint8 [B,3,H,W] to [B,d]), "
-        "digits-classifier or fashion-mnist-classifier",
+        "digits-classifier, fashion-mnist-classifier or cifar10-classifier",
     )
     parser.add_argument(
         "--cache",

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from bdense.cards import write_card
 from bdense.checkpoints import denoiser_sha256, save_denoiser
 from bdense.command import Verbs
 from bdense.data import DATA_SETS, Dataset, load_dataset
@@ -87,6 +88,7 @@ def _teacher(options: argparse.Namespace) -> None:
         "training": asdict(config) | {"precision": execution.precision},
     }
     save_denoiser(options.out, teacher, metadata)
+    write_card(options.out, teacher, metadata)
     scratch.unlink(missing_ok=True)
     print(f"{options.out} sha256 {denoiser_sha256(teacher)[:16]}")
 

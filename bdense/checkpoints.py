@@ -116,10 +116,10 @@ def _header_of(path: Path) -> Iterator[None]:
         AttributeError,
         ArithmeticError,
         RuntimeError,
-    ) as e:
+    ) as error:
         raise CheckpointError(
-            f"{path} has a damaged header ({e!r}); fetch or make it again"
-        ) from e
+            f"{path} has a damaged header ({error!r}); fetch or make it again"
+        ) from error
 
 
 def _load_foreign(path: Path) -> tuple[NetworkDenoiser, dict[str, Any]]:

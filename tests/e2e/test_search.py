@@ -52,6 +52,8 @@ def calm_fids(tmp_path_factory, cache) -> dict[float, float]:
     return fids(workplace)
 
 
+# `make test-all`: its first launch is calm_fids' too, which the fault test below compares with.
+@pytest.mark.slow
 def test_a_study_from_launch_to_best(workplace, calm_fids):
     """Launch, look, launch again, extend; the second run repeats every number of the first."""
     study = workplace.write(small_study())

@@ -204,3 +204,23 @@ def build_denoiser(description: dict[str, Any]) -> NetworkDenoiser:
             config, num_branches=num_branches, prediction_channels=prediction_channels
         )
     return NetworkDenoiser(model, column)
+
+
+def fill(denoiser: NetworkDenoiser, tensors: dict[str, Tensor], source: str) -> NetworkDenoiser:
+    """The denoiser with the weights of a file, in eval mode.
+
+    Raises:
+        CheckpointError: Names or shapes differ; it says which.
+    """
+    expected = {name: tuple(value.shape) for name, value in denoiser.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    if expected != found:
+        missing = sorted(expected.keys() - found.keys())[:3]
+        extra = sorted(found.keys() - expected.keys())[:3]
+        shapes = sorted(k for k in expected.keys() & found.keys() if expected[k] != found[k])[:3]
+        raise CheckpointError(
+            f"the weights of {source} do not fit the network they describe: "
+            f"missing {missing}, not expected {extra}, of another shape {shapes}"
+        )
+    denoiser.load_state_dict(tensors)
+    return denoiser.eval()

@@ -17,7 +17,8 @@ from benchmarks.timing import (
     untrained_teacher,
 )
 from search.engine import student_grid, teacher_solver, training_config
-from search.spec import StudySpec, read_spec
+from search.spec import StudySpec
+from search.study_file import read_spec
 
 
 def main() -> None:

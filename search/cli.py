@@ -167,7 +167,7 @@ def _add_dashboard(verbs: Verbs) -> None:
 
 def _launch(options: argparse.Namespace) -> None:
     from search.launch import check_apart, launch
-    from search.spec import read_spec
+    from search.study_file import read_spec
 
     spec = read_spec(options.study)
     if options.trials is not None:
@@ -186,7 +186,7 @@ def _launch(options: argparse.Namespace) -> None:
 
 def _dry_run(spec: "StudySpec") -> None:
     from search.estimate import estimate
-    from search.spec import as_yaml
+    from search.study_file import as_yaml
 
     print(as_yaml(spec), end="")
     print(f"# fingerprint {spec.fingerprint()}")

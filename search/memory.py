@@ -29,7 +29,7 @@ from search.spec import StudySpec
 
 _MIB, _GIB = 2**20, 2**30
 _FLOAT = 4  # bytes
-# A process that has loaded all it computes with, measured (resident, torch 2.13); for a GPU, not
+# A process that has loaded all it computes with, measured (resident, torch 2.15); for a GPU, not
 # measured, its context and the libraries' workspaces.
 _RUNTIME = {"cpu": 870 * _MIB, "cuda": 800 * _MIB}
 # glibc keeps blocks up to this size in heaps that stay with the process, and with holes: resident
@@ -51,7 +51,7 @@ class ExtractorSize:
     features: int
 
 
-# Counted as a student's activations are (torch 2.13), in float32 at 299 or 224 pixels a side.
+# Counted as a student's activations are (torch 2.15), in float32 at 299 or 224 pixels a side.
 _EXTRACTORS: Mapping[str, ExtractorSize] = MappingProxyType(
     {
         "inception": ExtractorSize(91, 13.2, 2048),

@@ -6,7 +6,8 @@ from typing import Any
 
 import yaml
 
-from search.spec import StudySpec, parse_spec
+from search.spec import StudySpec
+from search.study_file import parse_spec
 from tests.goldens import ROOT
 
 STUDIES = sorted((ROOT / "studies").glob("*.yaml"))

@@ -17,7 +17,7 @@ from search.cli import _dry_run
 from search.engine import check
 from search.estimate import _affordable, estimate
 from search.memory import Memory
-from search.spec import read_spec
+from search.study_file import read_spec
 from tests.small import small_teacher
 from tests.studies import REMOVED, STUDIES, spec
 

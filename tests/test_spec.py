@@ -3,16 +3,12 @@
 import dataclasses
 import math
 import re
-import shutil
-from pathlib import Path
 from typing import get_args
 
 import pytest
 import yaml
 
-from bdense import NUMERICS
 from bdense.execution import PRECISIONS
-from bdense.files import sha256_file
 from bdense.solvers import DPM2, IPNDM, SOLVERS, DPMSolverPP, Euler, Heun
 from bdense.weighting import RULES, LearnedWeights
 from search.engine import (
@@ -24,10 +20,13 @@ from search.engine import (
     training_config,
 )
 from search.errors import SpecError
-from search.spec import StudySpec, as_yaml, flatten, parse_spec, read_spec
-from tests.studies import LEARNED, NORMALISED, REMOVED, STUDIES, changed, spec, write
+from search.spec import StudySpec
+from search.study_file import as_yaml, parse_spec, read_spec
+from tests.studies import LEARNED, NORMALISED, REMOVED, STUDIES, changed, spec
 
 TRAINED = {"kimg": 1}
+
+
 ONE_POINT = {"rules": ["uncertainty"], "strength": {"low": 1.0, "high": 1.0}}
 
 
@@ -37,7 +36,10 @@ def message(**keys) -> str:
     return str(error.value)
 
 
-# ---- mistakes ----
+NAMED = {
+    "teacher": {"checkpoint": "edm-cifar10-32x32-uncond-vp"},
+    "evaluation__reference": "cifar10-32x32",
+}
 
 
 @pytest.mark.parametrize(
@@ -206,57 +208,6 @@ def test_every_mistake_has_a_line():
     assert [line.split(": ")[1] for line in lines] == ["student.nfe", "budget.kimg", "colour"]
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("name: [unclosed", "is not valid YAML: "),
-        ("- a\n- list", "must be a mapping of keys such as name, data"),
-        ("", "must be a mapping of keys"),
-        ("!!python/object/apply:os.system [true]", "is not valid YAML: could not determine a con"),
-    ],
-)
-def test_a_file_that_is_no_study_is_named(tmp_path, text, expected):
-    path = tmp_path / "study.yaml"
-    path.write_text(text)
-    with pytest.raises(SpecError) as error:
-        read_spec(path)
-    assert str(error.value).startswith(f"{path} {expected}")
-    assert "\n" not in str(error.value)
-
-
-def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(SpecError, match=r"none\.yaml cannot be read: .*No such file"):
-        read_spec(tmp_path / "none.yaml")
-    with pytest.raises(SpecError, match=r"cannot be read: .*Is a directory"):
-        read_spec(tmp_path)
-    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(SpecError, match=r"bytes\.yaml cannot be read: .*codec"):
-        read_spec(tmp_path / "bytes.yaml")
-
-
-@pytest.mark.parametrize(
-    ("keys", "expected"),
-    [
-        ({"teacher": {"checkpoint": "no.pkl"}}, "teacher.checkpoint: there is no file no.pkl"),
-        (
-            {"evaluation__extractor": "torchscript:no.pt"},
-            "evaluation.extractor: there is no file no.pt",
-        ),
-        ({"data": "zip:no.zip"}, "data: there is no file no.zip"),
-        ({"data": "folder:nowhere@32"}, "data: there is no folder nowhere"),
-    ],
-)
-def test_a_missing_file_of_a_study_is_named(tmp_path, keys, expected):
-    path = write(tmp_path, **keys)
-    with pytest.raises(SpecError) as error:
-        read_spec(path)
-    # What may be a name lists the names after it.
-    assert str(error.value).split(", nor a public one")[0] == f"{path}: {expected}"
-
-
-# ---- what is read ----
-
-
 def test_what_is_left_out_has_the_papers_values():
     minimal = spec(student={"nfe": 2}, budget={"trials": 4, "kimg": 200}, evaluation={})
     assert (minimal.student.substeps, minimal.student.afs) == (4, True)
@@ -282,35 +233,6 @@ def test_one_trial_of_fixed_learned_weights_repeats_nothing():
     check(spec(weights={**LEARNED, **ONE_POINT}, budget__trials=1))
 
 
-@pytest.mark.parametrize("weights", [{"weights__largest": 8.0}, {"weights": "learned"}])
-def test_the_resolved_study_is_the_same_study(tmp_path, weights):
-    first = read_spec(write(tmp_path, **weights))
-    again = tmp_path / "again.yaml"
-    again.write_text(as_yaml(first))
-    assert read_spec(again) == first
-    assert read_spec(again).fingerprint() == first.fingerprint()
-
-
-def test_files_are_found_from_any_folder(tmp_path, monkeypatch):
-    """Workers start in folders of their own."""
-    (tmp_path / "teacher.pkl").write_bytes(b"a teacher")
-    (tmp_path / "features.pt").write_bytes(b"features")
-    (tmp_path / "refs.npz").write_bytes(b"statistics")
-    path = write(
-        tmp_path,
-        teacher={"checkpoint": "teacher.pkl"},
-        evaluation__extractor="torchscript:features.pt",
-        evaluation__reference="refs.npz",
-    )
-    monkeypatch.chdir(tmp_path)
-    found = read_spec(path)
-    monkeypatch.chdir("/")
-    assert found.teacher.checkpoint == str(tmp_path / "teacher.pkl")
-    assert found.evaluation.extractor == f"torchscript:{tmp_path / 'features.pt'}"
-    assert found.evaluation.reference == str(tmp_path / "refs.npz")
-    assert found.fingerprint() == found.fingerprint()
-
-
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
 def test_the_studies_that_come_along_are_in_order(path):
     """A teacher of theirs may be a file that the user has to fetch."""
@@ -328,9 +250,6 @@ def test_the_learned_digits_study_shares_all_but_the_weights():
     before, after = one.conditions(), other.conditions()
     differing = {key for key in before | after if before.get(key) != after.get(key)}
     assert {key.split(".")[0] for key in differing} == {"weights"}
-
-
-# ---- what the engine makes of it ----
 
 
 def test_a_study_in_the_engines_terms():
@@ -418,223 +337,10 @@ def test_files_and_data_that_nothing_needs_are_not_looked_into(tmp_path):
     check(spec(teacher=public, evaluation__reference="cifar10-32x32"))
 
 
-# ---- the fingerprint ----
-
-
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"name": "another"},
-        {"budget__trials": 32},
-        {"weights__a": {"low": 0.0, "high": 1.0}},
-        {"weights__b": {"low": -1.0, "high": 1.0}},
-        {"weights__largest": 8.0},
-        {"sampler": {"name": "gp", "startup_trials": 3}},
-        {"seeds": {"sampler": 9}},
-        {"resources": {"cpus": 2, "threads": 2, "lease_seconds": 10, "max_attempts": 5}},
-        {"resources": {"gpus": 1, "compile": True, "channels_last": True}},
-        {"resources": {"gpus": 0.5}},
-        {"precision": "float32"},
-        {"trajectories": {"mode": "live"}},
-        {"trajectories": {"mode": "live", "dtype": "float16"}},
-        {"trajectories": {"max_gib": 1.0}},
-        {"evaluation__batch": 32},
-        {"evaluation__metrics": ["fid", "kid", "prc"]},
-        {"keep_students": 1},
-        {"student__method": "sfd-bdense"},  # the default, spelt out
-        {"student__solver": {"name": "dpmpp", "order": 3}},
-    ],
-)
-def test_what_leaves_the_numbers_alone_leaves_the_fingerprint_alone(keys):
-    assert spec(**keys).conditions() == spec().conditions()
-    assert spec(**keys).fingerprint() == spec().fingerprint()
-
-
-@pytest.mark.parametrize(
-    ("keys", "differs"),
-    [
-        ({"data": "cifar10"}, {"data"}),
-        ({"precision": "bfloat16"}, {"precision"}),
-        ({"teacher__train__kimg": 11}, {"teacher.train.kimg"}),
-        (
-            {"teacher__train__network__model_channels": 12},
-            {"teacher.train.network.model_channels"},
-        ),
-        ({"teacher__train__seed": 1}, {"teacher.train.seed"}),
-        ({"student__nfe": 3}, {"student.nfe"}),
-        ({"student__substeps": 3}, {"student.substeps"}),
-        ({"student__afs": False}, {"student.afs"}),
-        ({"student__solver": {"order": 2}}, {"student.solver.order"}),
-        ({"student__solver": {"name": "heun"}}, {"student.solver.name", "student.solver.order"}),
-        ({"student__solver": {"thresholding": True}}, {"student.solver.thresholding"}),
-        ({"student__schedule": {"rho": 5}}, {"student.schedule.rho"}),
-        ({"weights": NORMALISED}, {"weights.parameterisation"}),
-        (
-            {"weights": "learned"},
-            {"weights.parameterisation", "weights.memory", "weights.rules"},
-        ),
-        ({"budget__lr": 1e-4}, {"budget.lr"}),
-        ({"budget__kimg": 5.12}, {"budget.kimg"}),
-        ({"budget__batch": 128}, {"budget.batch"}),
-        ({"evaluation__images": 512}, {"evaluation.images"}),
-        ({"evaluation__extractor": "inception"}, {"evaluation.extractor"}),
-        ({"seeds": {"training": 1}}, {"seeds.training"}),
-        ({"seeds": {"evaluation": 1}}, {"seeds.evaluation"}),
-        ({"trajectories": {"dtype": "float16"}}, {"trajectories.dtype"}),
-        # Dropout differs with the number of devices that share a batch.
-        ({"resources": {"gpus": 2}}, {"resources.gpus"}),
-    ],
-)
-def test_what_changes_the_numbers_changes_the_fingerprint(keys, differs):
-    before, after = spec().conditions(), spec(**keys).conditions()
-    assert {key for key in before | after if before.get(key) != after.get(key)} == differs
-    assert spec(**keys).fingerprint() != spec().fingerprint()
-
-
-def test_of_learned_weights_memory_and_rules_are_conditions_and_the_bounds_are_not():
-    """Trials of other rules would compare, but no Optuna study takes other choices."""
-    learned = spec(weights="learned")
-    bounded = spec(weights={**LEARNED, "strength": {"low": 0.0, "high": 1.0}})
-    assert bounded.fingerprint() == learned.fingerprint()
-    for other in ({"memory": 200}, {"rules": ["uncertainty"]}):
-        assert spec(weights={**LEARNED, **other}).fingerprint() != learned.fingerprint()
-
-
-def test_the_engines_numerics_are_a_condition():
-    assert spec().conditions()["numerics"] == NUMERICS
-    assert re.fullmatch("[0-9a-f]{16}", spec().fingerprint())
-
-
-@pytest.mark.parametrize(
-    "section",
-    [
-        lambda path: {"teacher": {"checkpoint": str(path)}},
-        lambda path: {"evaluation__extractor": f"torchscript:{path}"},
-        lambda path: {"evaluation__reference": str(path)},
-    ],
-    ids=["checkpoint", "extractor", "reference"],
-)
-def test_a_files_content_counts_not_where_it_lies(tmp_path, section):
-    one, copy, other = (tmp_path / name for name in ("one", "copy", "other"))
-    one.write_bytes(b"weights")
-    shutil.copy(one, copy)
-    other.write_bytes(b"others")
-    studies = [spec(**section(path)) for path in (one, copy, other)]
-    marks = [study.fingerprint() for study in studies]
-    assert marks[0] == marks[1] != marks[2]
-    for path, study in zip((one, copy, other), studies, strict=True):
-        assert sha256_file(path) in str(study.conditions())
-        assert str(tmp_path) not in str(study.conditions())
-
-
-def test_the_conditions_of_the_digits_study_have_these_names():
-    """A name more or less is another fingerprint: no study stored before would go on."""
-    digits = next(path for path in STUDIES if path.stem == "digits-nfe2")
-    assert sorted(read_spec(digits).conditions()) == [
-        "budget.batch",
-        "budget.kimg",
-        "budget.lr",
-        "data",
-        "evaluation.extractor",
-        "evaluation.images",
-        "numerics",
-        "seeds.evaluation",
-        "seeds.training",
-        "student.afs",
-        "student.method",
-        "student.nfe",
-        "student.schedule.kind",
-        "student.schedule.rho",
-        "student.schedule.sigma_max",
-        "student.schedule.sigma_min",
-        "student.solver.name",
-        "student.solver.order",
-        "student.solver.thresholding",
-        "student.substeps",
-        "teacher.checkpoint",
-        "teacher.train.batch",
-        "teacher.train.ema_halflife_kimg",
-        "teacher.train.kimg",
-        "teacher.train.lr",
-        "teacher.train.network.attn_resolutions",
-        "teacher.train.network.channel_mult",
-        "teacher.train.network.dropout",
-        "teacher.train.network.model_channels",
-        "teacher.train.network.num_blocks",
-        "teacher.train.seed",
-        "teacher.train.threads",
-        "teacher.train.warmup_kimg",
-        "trajectories.dtype",
-        "weights.parameterisation",
-    ]
-
-
 def test_the_precisions_are_the_engines():
     """Spelt out in the spec, which a launcher reads without torch."""
     known = StudySpec.model_fields["precision"].annotation
     assert get_args(known) == PRECISIONS
-
-
-# ---- data sets of files ----
-
-
-def zipped(path: Path, content: bytes = b"an archive") -> str:
-    path.write_bytes(content)
-    return f"zip:{path}"
-
-
-def test_data_files_are_found_from_any_folder(tmp_path, monkeypatch):
-    (tmp_path / "images").mkdir()
-    zipped(tmp_path / "set.zip")
-    monkeypatch.chdir(tmp_path)
-    archive, folder = (
-        read_spec(write(tmp_path, data=data)) for data in ("zip:set.zip", "folder:images@32")
-    )
-    assert archive.data == f"zip:{tmp_path / 'set.zip'}"
-    assert folder.data == f"folder:{tmp_path / 'images'}@32"
-    assert read_spec(write(tmp_path, data="digits@16")).data == "digits@16"
-
-
-def test_an_archives_content_is_the_condition(tmp_path):
-    data = zipped(tmp_path / "a.zip")
-    digest = sha256_file(tmp_path / "a.zip")
-    assert spec(data=data).conditions()["data"] == f"zip:{digest}"
-    assert spec(data=f"{data}@64").conditions()["data"] == f"zip:{digest}@64"
-    same, other = zipped(tmp_path / "b.zip"), zipped(tmp_path / "c.zip", b"another")
-    assert spec(data=same).fingerprint() == spec(data=data).fingerprint()
-    assert spec(data=other).fingerprint() != spec(data=data).fingerprint()
-
-
-def test_labels_beside_idx_images_are_part_of_them(tmp_path):
-    images = tmp_path / "train-images-idx3-ubyte.gz"
-    images.write_bytes(b"pixels")
-    alone = spec(data=f"idx:{images}").conditions()["data"]
-    assert alone == f"idx:{sha256_file(images)}"
-    labels = tmp_path / "train-labels-idx1-ubyte.gz"
-    labels.write_bytes(b"classes")
-    assert spec(data=f"idx:{images}").conditions()["data"] == f"{alone}+{sha256_file(labels)}"
-
-
-def test_a_folder_is_known_by_its_images_names_and_sizes(tmp_path):
-    def folder(name: str, **files: bytes) -> str:
-        for file, content in files.items():
-            path = tmp_path / name / file.replace("__", "/").replace("_", ".")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        return spec(data=f"folder:{tmp_path / name}").fingerprint()
-
-    images = {"cats__a_png": b"12345", "dogs__b_png": b"123"}
-    mark = folder("one", **images)
-    assert folder("two", **images, notes_txt=b"no image") == mark
-    marks = {
-        mark,
-        folder("longer", **images | {"dogs__b_png": b"1234"}),
-        folder("renamed", cats__a_png=b"12345", dogs__c_png=b"123"),
-        folder("more", **images, dogs__c_png=b"123"),
-        folder("labelled", **images, dataset_json=b"{}"),
-        folder("labelled otherwise", **images, dataset_json=b"[]"),
-    }
-    assert len(marks) == 6
 
 
 def test_a_finished_teacher_and_a_reference_need_no_data():
@@ -651,43 +357,3 @@ def test_a_finished_teacher_and_a_reference_need_no_data():
 )
 def test_whole_gpus_make_a_team(gpus, team):
     assert spec(resources={"gpus": gpus}).resources.team == team
-
-
-def test_flattening_by_hand():
-    tree = {"a": {"b": 1, "c": {"d": [2]}}, "e": {}, "f": None}
-    assert flatten(tree) == {"a.b": 1, "a.c.d": [2], "e": {}, "f": None}
-
-
-# ---- published checkpoints and references, by name ----
-
-NAMED = {
-    "teacher": {"checkpoint": "edm-cifar10-32x32-uncond-vp"},
-    "evaluation__reference": "cifar10-32x32",
-}
-
-
-def test_names_are_no_files_and_stand_for_themselves(tmp_path, monkeypatch):
-    """Whether they are downloaded yet or not, and wherever to."""
-    monkeypatch.setenv("BDENSE_CHECKPOINTS", str(tmp_path / "public"))
-    found = read_spec(write(tmp_path, **NAMED))
-    assert found.teacher.checkpoint == "edm-cifar10-32x32-uncond-vp"
-    assert found.evaluation.reference == "cifar10-32x32"
-    conditions = found.conditions()
-    assert conditions["teacher.checkpoint"] == "edm-cifar10-32x32-uncond-vp"
-    assert conditions["evaluation.reference"] == "cifar10-32x32"
-    assert not (tmp_path / "public").exists()
-    other = spec(**NAMED | {"teacher": {"checkpoint": "edm-cifar10-32x32-cond-vp"}})
-    assert other.fingerprint() != found.fingerprint()
-
-
-def test_a_name_that_is_none_lists_them(tmp_path):
-    path = write(tmp_path, teacher={"checkpoint": "edm-cifar"})
-    with pytest.raises(SpecError, match=r"there is no file edm-cifar, .*edm-ffhq-64x64-uncond-vp"):
-        read_spec(path)
-
-
-def test_a_folder_is_to_be_converted_first(tmp_path):
-    (tmp_path / "ddpm").mkdir()
-    path = write(tmp_path, teacher={"checkpoint": str(tmp_path / "ddpm")})
-    with pytest.raises(SpecError, match=r"is a folder; .*bdense convert .*ddpm --out"):
-        read_spec(path)

@@ -10,6 +10,7 @@ from typing import Any
 from bdense.denoiser import NetworkDenoiser
 from bdense.files import atomic_write
 from bdense.sampling import samplers_from
+from bdense.solvers import DDIM, Euler
 
 # How a student was made, by its ``method``.
 _METHODS = {
@@ -19,6 +20,7 @@ _METHODS = {
     "uniform": "SFD (arXiv 2409.19681) with dense branch supervision (B-DENSE, "
     "arXiv 2602.15971), all branches alike",
 }
+_STEPS = {Euler: "Euler", DDIM: "DDIM"}
 # What a student takes over from its teacher.
 _INHERITED = ("licence", "citation")
 
@@ -146,11 +148,10 @@ def _student_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
         )
     if samplers := samplers_from(metadata):
         sampler, steps = samplers[0], [str(each.num_intervals) for each in samplers]
-        schedule = sampler.schedule
         facts["network evaluations an image (NFE)"] = ", ".join(str(s.nfe) for s in samplers)
         facts["sampler"] = (
-            f"{', '.join(steps)} Euler steps{', the first analytical' * sampler.afs}, "
-            f"{schedule.kind} levels from {schedule.sigma_max:g} to {schedule.sigma_min:g}"
+            f"{', '.join(steps)} {_STEPS[type(sampler.solver)]} steps"
+            f"{', the first analytical' * sampler.afs}, {sampler.schedule.text()}"
         )
     if "fid" in metadata:
         facts["FID"] = _fid(metadata["fid"])

@@ -2,19 +2,21 @@
 
 A network was trained at times 0, 1, ..., T - 1, with z_t = alpha_t x_0 + s_t eps, alpha_t^2 =
 alpha_bar_t and s_t^2 = 1 - alpha_bar_t. Between two of them log alpha_bar is a straight line and
-the network is given the fractional time. In our coordinates x = z / alpha, so that
+the network is given the fractional time; so it is between the first and the clean image, at time
+-1 with alpha_bar = 1. In our coordinates x = z / alpha, so that
 sigma^2 = (1 - alpha_bar) / alpha_bar = exp(-log alpha_bar) - 1.
 """
 
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from bdense.errors import InputError
+from bdense.vp import VPSchedule
 
 _T = "num_train_timesteps"
 # Cosine betas (Nichol & Dhariwal 2021, equation 17), at most this each.
@@ -23,8 +25,10 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DDPMSchedule:
+class DDPMSchedule(VPSchedule):
     """T levels of noise; field names and meanings are those of diffusers' schedulers.
+
+    As a process its time u is (t + 1) / T: 1024 steps on T = 1000 fall between the trained times.
 
     Attributes:
         num_train_timesteps: T.
@@ -33,6 +37,8 @@ class DDPMSchedule:
         beta_start, beta_end: First and last beta.
         trained_betas: All T betas themselves, in place of a schedule.
     """
+
+    kind: ClassVar[str] = "ddpm"
 
     num_train_timesteps: int = 1000
     beta_schedule: str = "linear"
@@ -75,15 +81,23 @@ class DDPMSchedule:
         }
 
     def log_alpha_bar(self, time: Tensor) -> Tensor:
-        """log alpha_bar at fractional times in 0..T - 1, float64 of the shape of ``time``."""
+        """log alpha_bar at fractional times in -1..T - 1, float64 of the shape of ``time``."""
         table = _table(self, time.device)
-        time = time.double()
-        below = time.floor().clamp(0, len(table) - 2).long()
-        return torch.lerp(table[below], table[below + 1], time - below)
+        place = time.double() + 1
+        below = place.floor().clamp(0, len(table) - 2).long()
+        return torch.lerp(table[below], table[below + 1], place - below)
 
     def sigma(self, time: Tensor) -> Tensor:
-        """Noise level at fractional times in 0..T - 1, float64."""
+        """Noise level at fractional times in -1..T - 1, float64."""
         return (-self.log_alpha_bar(time)).expm1().sqrt()
+
+    def level(self, u: Tensor) -> Tensor:
+        """sigma at u = (t + 1) / T in (0, 1], float64 of the same shape."""
+        return self.sigma(u.double() * self.num_train_timesteps - 1)
+
+    def draw(self, u: Tensor) -> Tensor:
+        """Levels to train at, for u uniform in [0, 1): those of the T times, each as likely."""
+        return self.sigma((u.double() * self.num_train_timesteps).floor())
 
     def time(self, sigma: Tensor) -> Tensor:
         """Fractional time of noise levels, float64; 0 below the first level, T - 1 above the last.
@@ -96,12 +110,13 @@ class DDPMSchedule:
         # The table falls; searchsorted wants it rising.
         after = torch.searchsorted(-table, -wanted.contiguous()).clamp(1, len(table) - 1)
         upper, lower = table[after - 1], table[after]
-        return (after - 1 + (upper - wanted) / (upper - lower)).clamp(0, len(table) - 1)
+        place = after - 1 + (upper - wanted) / (upper - lower)
+        return (place - 1).clamp(0, len(table) - 2)
 
     @property
     def sigma_min(self) -> float:
         """The level at time 0."""
-        return math.sqrt(math.expm1(-float(_table(self, torch.device("cpu"))[0])))
+        return math.sqrt(math.expm1(-float(_table(self, torch.device("cpu"))[1])))
 
     @property
     def sigma_max(self) -> float:
@@ -126,6 +141,7 @@ class DDPMSchedule:
 
 @functools.lru_cache(maxsize=16)
 def _table(schedule: DDPMSchedule, device: torch.device) -> Tensor:
-    """log alpha_bar at times 0..T - 1: [T] float64; kept, so that no call copies it to a GPU."""
+    """log alpha_bar at times -1..T - 1: [T + 1] float64, kept: no call copies it to a GPU."""
     with torch.no_grad():
-        return torch.log1p(-schedule._betas()).cumsum(0).to(device)
+        steps = torch.log1p(-schedule._betas())
+        return torch.cat([steps.new_zeros(1), steps.cumsum(0)]).to(device)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bdense.ddpm import DDPMSchedule
 from bdense.errors import CheckpointError, InputError
+from bdense.vp import CosineSchedule, VPSchedule
 
 
 class Coefficients(NamedTuple):
@@ -216,48 +217,106 @@ def _iddpm_levels(C_1: float, C_2: float, M: int) -> list[float]:
     return levels[::-1]
 
 
+# What F predicts (diffusers' names): the noise eps, the image x_0, or v = alpha eps - s x_0
+# (Salimans & Ho 2022).
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+
+
+def _require_prediction(prediction_type: str) -> None:
+    if prediction_type not in PREDICTIONS:
+        raise InputError(
+            f"prediction_type must be one of {', '.join(PREDICTIONS)}, got {prediction_type!r}"
+        )
+
+
+def _vp_coefficients(prediction_type: str, sigma: Tensor, noise: Tensor) -> Coefficients:
+    """Of a network that sees z = x / sqrt(1 + sigma^2); D = x_0 for each prediction."""
+    variance = 1 + sigma**2
+    skip, out = {
+        "epsilon": (torch.ones_like(sigma), -sigma),
+        "sample": (torch.zeros_like(sigma), torch.ones_like(sigma)),
+        "v_prediction": (1 / variance, -sigma / variance.sqrt()),
+    }[prediction_type]
+    return Coefficients(skip=skip, out=out, into=1 / variance.sqrt(), noise=noise)
+
+
 @dataclass(frozen=True, kw_only=True)
 class DDPM(DDPMSchedule):
     """A network trained at T discrete times (Ho et al. 2020), as diffusers' schedulers say it.
 
     The network sees z = x / sqrt(1 + sigma^2) and the time of sigma, a fraction between two of
-    the trained ones. F is the noise eps (``epsilon``), the image (``sample``) or
-    v = alpha eps - s x_0 (``v_prediction``, Salimans & Ho 2022).
+    the trained ones.
+
+    Attributes:
+        prediction_type: What F predicts, one of ``PREDICTIONS``.
     """
 
     name: ClassVar[str] = "ddpm"
     outputs: ClassVar[int] = 1
-    predictions: ClassVar[tuple[str, ...]] = ("epsilon", "sample", "v_prediction")
 
     prediction_type: str = "epsilon"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prediction_type not in self.predictions:
-            raise InputError(
-                f"prediction_type must be one of {', '.join(self.predictions)}, "
-                f"got {self.prediction_type!r}"
-            )
+        _require_prediction(self.prediction_type)
 
     def __call__(self, sigma: Tensor) -> Coefficients:
         """Coefficients for sigma [B, 1, 1, 1]."""
-        variance = 1 + sigma**2
-        skip, out = {
-            "epsilon": (torch.ones_like(sigma), -sigma),
-            "sample": (torch.zeros_like(sigma), torch.ones_like(sigma)),
-            "v_prediction": (1 / variance, -sigma / variance.sqrt()),
-        }[self.prediction_type]
-        return Coefficients(
-            skip=skip, out=out, into=1 / variance.sqrt(), noise=self.time(sigma).to(sigma)
-        )
+        return _vp_coefficients(self.prediction_type, sigma, self.time(sigma).to(sigma))
 
     def options(self) -> dict[str, Any]:
         """The fields, JSON-able."""
         return super().options() | {"prediction_type": self.prediction_type}
 
 
-PRECONDITIONINGS: dict[str, type[EDM | VP | VE | IDDPM | DDPM]] = {
-    column.name: column for column in (EDM, VP, VE, IDDPM, DDPM)
+@dataclass(frozen=True, kw_only=True)
+class Cosine(CosineSchedule):
+    """A network trained in the continuous time of the cosine process (Salimans & Ho 2022).
+
+    It sees z = x / sqrt(1 + sigma^2) and 1000 arctan(sigma) / (pi / 2), their ``inv_cos`` input.
+
+    Attributes:
+        prediction_type: What F predicts, one of ``PREDICTIONS``.
+    """
+
+    name: ClassVar[str] = "cosine"
+    outputs: ClassVar[int] = 1
+    # The input's own bounds on logsnr, whatever those of the process.
+    largest: ClassVar[float] = math.exp(10)
+
+    prediction_type: str = "v_prediction"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_prediction(self.prediction_type)
+
+    def __call__(self, sigma: Tensor) -> Coefficients:
+        """Coefficients for sigma [B, 1, 1, 1]."""
+        angle = sigma.clamp(1 / self.largest, self.largest).atan()
+        return _vp_coefficients(self.prediction_type, sigma, angle * (2000 / math.pi))
+
+    def options(self) -> dict[str, Any]:
+        """The fields, JSON-able."""
+        return super().options() | {"prediction_type": self.prediction_type}
+
+
+def native_schedule(precond: Preconditioning) -> VPSchedule:
+    """The process that a network was trained on.
+
+    Raises:
+        InputError: It was trained at noise levels of its own, without a process.
+    """
+    if isinstance(precond, DDPM):
+        return DDPMSchedule(**DDPMSchedule.options(precond))
+    if isinstance(precond, Cosine):
+        return CosineSchedule(**CosineSchedule.options(precond))
+    raise InputError(
+        f"a network with precond={precond.name!r} was trained on no VP process; choose a schedule"
+    )
+
+
+PRECONDITIONINGS: dict[str, type[EDM | VP | VE | IDDPM | DDPM | Cosine]] = {
+    column.name: column for column in (EDM, VP, VE, IDDPM, DDPM, Cosine)
 }
 
 

@@ -4,7 +4,7 @@ B batch, C channels, H x W pixels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from bdense.ddpm import DDPMSchedule
 from bdense.denoiser import Denoiser, NetworkDenoiser
 from bdense.errors import InputError, NonFiniteError
 from bdense.files import atomic_write
 from bdense.randomness import Stream, generator, image_noise
-from bdense.schedules import Schedule
-from bdense.solvers import Euler, Solver, analytical_first_step, make_solver, solve
+from bdense.schedules import Levels, Schedule
+from bdense.solvers import DDIM, Euler, Solver, analytical_first_step, make_solver, solve
+from bdense.vp import CosineSchedule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,12 +30,13 @@ class Sampler:
     Attributes:
         num_intervals: N steps.
         afs: Analytical first step: NFE is one less.
-        solver: Any solver; a distilled student needs ``euler``.
+        schedule: How the levels are spaced; on one that ends at 0 the solver is ``ddim``.
+        solver: Any solver; a student of SFD needs ``euler``, one of PD ``ddim``.
     """
 
     num_intervals: int
     afs: bool
-    schedule: Schedule = field(default_factory=Schedule)
+    schedule: Levels = field(default_factory=Schedule)
     solver: Solver = field(default_factory=Euler)
 
     def __post_init__(self) -> None:
@@ -60,25 +63,27 @@ class Sampler:
         """
         levels = self.schedule.grid(self.num_intervals)
         model = analytical_first_step(denoise, levels[0]) if self.afs else denoise
-        return solve(self.solver, model, levels[0] * noise, levels)
+        return solve(self.solver, model, self.schedule.start(noise), levels)
 
     def describe(self) -> dict[str, Any]:
         """JSON-able; ``sampler_from`` reads it back.
 
         Raises:
-            InputError: The solver is not Euler, the only one that students are trained for.
+            InputError: The solver is neither Euler nor DDIM, whose steps students are trained for.
         """
-        if not isinstance(self.solver, Euler):
-            raise InputError(
-                f"a student's sampler is kept with euler alone, got {self.solver}; "
-                "students are trained for Euler steps"
-            )
-        return {
+        described = {
             "num_intervals": self.num_intervals,
             "afs": self.afs,
-            "schedule": asdict(self.schedule),
-            "solver": "euler",
+            "schedule": self.schedule.describe(),
         }
+        if isinstance(self.solver, Euler):
+            return described | {"solver": "euler"}
+        if isinstance(self.solver, DDIM):
+            return described | {"solver": "ddim", "clip": self.solver.clip}
+        raise InputError(
+            f"a student's sampler is kept with euler or ddim alone, got {self.solver}; "
+            "students are trained for Euler steps"
+        )
 
 
 def sampler_from(description: Mapping[str, Any]) -> Sampler:
@@ -86,9 +91,19 @@ def sampler_from(description: Mapping[str, Any]) -> Sampler:
     return Sampler(
         num_intervals=description["num_intervals"],
         afs=description["afs"],
-        schedule=Schedule(**description["schedule"]),
-        solver=make_solver(description["solver"]),
+        schedule=schedule_from(description["schedule"]),
+        solver=make_solver(description["solver"], clip=description.get("clip", False)),
     )
+
+
+def schedule_from(description: Mapping[str, Any]) -> Levels:
+    """The schedule that ``Levels.describe`` wrote down."""
+    options = dict(description)
+    processes = {process.kind: process for process in (CosineSchedule, DDPMSchedule)}
+    if (process := processes.get(options["kind"])) is None:
+        return Schedule(**options)
+    del options["kind"]
+    return process(**options)
 
 
 def samplers_from(metadata: Mapping[str, Any]) -> list[Sampler]:

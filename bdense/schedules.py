@@ -6,7 +6,8 @@ row K * n is the student's t_n. Everything is computed in float64.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,31 @@ from bdense.errors import InputError
 
 # VP schedule: the smallest time of the continuous process (Song et al. 2021, appendix C).
 VP_EPSILON = 1e-3
+
+
+class Levels(Protocol):
+    """How noise levels are spaced: ``Schedule``, or a VP process (``bdense.vp.VPSchedule``)."""
+
+    @property
+    def sigma_min(self) -> float: ...
+    @property
+    def sigma_max(self) -> float: ...
+
+    def grid(self, num_intervals: int) -> Tensor:
+        """[num_intervals + 1] float64, decreasing; that of N K intervals holds that of N."""
+        ...
+
+    def start(self, noise: Tensor) -> Tensor:
+        """[B, C, H, W] unit noise to the state at the first level."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able; ``bdense.sampling.schedule_from`` reads it back."""
+        ...
+
+    def text(self) -> str:
+        """For people."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +83,18 @@ class Schedule:
         if substeps < 1:
             raise InputError(f"substeps (K) must be at least 1, got {substeps}")
         return self.grid(num_intervals * substeps)
+
+    def start(self, noise: Tensor) -> Tensor:
+        """[B, C, H, W]: noise of the first level; what is left of an image there is left out."""
+        return self.grid(1)[0] * noise
+
+    def describe(self) -> dict[str, Any]:
+        """The fields."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """For people."""
+        return f"{self.kind} levels from {self.sigma_max:g} to {self.sigma_min:g}"
 
 
 def _polynomial(schedule: Schedule, position: Tensor) -> Tensor:

@@ -4,11 +4,12 @@ from typing import Literal
 
 from bdense.errors import InputError
 
-SolverName = Literal["euler", "heun", "dpm2", "ipndm", "dpmpp"]
+SolverName = Literal["euler", "ddim", "heun", "dpm2", "ipndm", "dpmpp"]
 
 # The orders that may be asked for; the last is what comes unasked.
 SOLVERS: dict[str, tuple[int, ...]] = {
     "euler": (1,),
+    "ddim": (1,),
     "heun": (2,),
     "dpm2": (2,),
     "ipndm": (2, 3, 4),
@@ -47,3 +48,13 @@ def refuse_thresholding(name: str) -> None:
     """
     if name != "dpmpp":
         raise InputError(f"{name} has no thresholding; leave it out, or take dpmpp")
+
+
+def refuse_clipping(name: str) -> None:
+    """Let pass the one solver that clips predictions.
+
+    Raises:
+        InputError: It is another.
+    """
+    if name != "ddim":
+        raise InputError(f"{name} does not clip predictions; leave it out, or take ddim")

@@ -20,7 +20,7 @@ from torch import Tensor
 from bdense.denoiser import Denoiser
 from bdense.errors import InputError
 from bdense.solver_names import SOLVERS as SOLVERS
-from bdense.solver_names import refuse_thresholding, solver_order
+from bdense.solver_names import refuse_clipping, refuse_thresholding, solver_order
 
 
 class Solver(Protocol):
@@ -41,7 +41,7 @@ class Solver(Protocol):
         Args:
             denoise: D(x; sigma).
             x: [B, C, H, W] state at ``sigmas[0]``; its dtype is kept.
-            sigmas: [n + 1] float64 on the CPU, decreasing, positive.
+            sigmas: [n + 1] float64 on the CPU, decreasing, positive; ddim's may end at 0.
         """
         ...
 
@@ -68,6 +68,38 @@ class Euler:
         """x' = x + (t' - t) d."""
         for t, t_next in itertools.pairwise(sigmas):
             x = x + (t_next - t) * slope(denoise, x, t)
+            yield x
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DDIM:
+    """Euler's step as Song et al. 2020 (arXiv 2010.02502) write it; the grid may end at 0.
+
+    The same but for rounding, and exact where Euler's is not: at levels of some thousands, and at
+    t' = 0, where it is D itself.
+
+    Attributes:
+        clip: Clamp D to [-1, 1]; the noise follows from the clamped D, as in Salimans & Ho 2022.
+    """
+
+    clip: bool = False
+
+    @property
+    def order(self) -> int:
+        """1."""
+        return 1
+
+    def nfe(self, num_intervals: int) -> int:
+        """One evaluation an interval."""
+        return num_intervals
+
+    def steps(self, denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
+        """x' = D + (t' / t) (x - D)."""
+        for t, t_next in itertools.pairwise(sigmas):
+            denoised = denoise(x, t)
+            if self.clip:
+                denoised = denoised.clamp(-1, 1)
+            x = denoised + (t_next / t) * (x - denoised)
             yield x
 
 
@@ -345,13 +377,16 @@ def solve(solver: Solver, denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Tenso
     return deque(solver.steps(denoise, x, sigmas), maxlen=1).pop()
 
 
-def make_solver(name: str, *, order: int | None = None, thresholding: bool = False) -> Solver:
+def make_solver(
+    name: str, *, order: int | None = None, thresholding: bool = False, clip: bool = False
+) -> Solver:
     """The solver of that name.
 
     Args:
         name: One of ``SOLVERS``.
         order: One of ``SOLVERS[name]``; None for the highest.
         thresholding: Of dpmpp's predictions.
+        clip: Of ddim's predictions.
 
     Raises:
         InputError: The name is unknown, or that solver has no such option.
@@ -359,6 +394,10 @@ def make_solver(name: str, *, order: int | None = None, thresholding: bool = Fal
     max_order = solver_order(name, order)
     if thresholding:
         refuse_thresholding(name)
+    if clip:
+        refuse_clipping(name)
+    if name == "ddim":
+        return DDIM(clip=clip)
     if name == "heun":
         return Heun()
     if name == "dpm2":

@@ -7,7 +7,7 @@ import torch
 
 from bdense.ddpm import DDPMSchedule
 from bdense.errors import CheckpointError, InputError
-from bdense.preconditioning import DDPM, make_preconditioning
+from bdense.preconditioning import DDPM, PREDICTIONS, make_preconditioning
 
 # T = 3 with betas 1/2: alpha_bar 1/2, 1/4, 1/8, hence sigma^2 1, 3, 7.
 HALVES = DDPMSchedule(num_train_timesteps=3, trained_betas=(0.5, 0.5, 0.5))
@@ -73,7 +73,7 @@ def test_schedules_that_are_none(options, message):
         DDPMSchedule(**options)
 
 
-@pytest.mark.parametrize("prediction", DDPM.predictions)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_an_exact_network_gives_the_exact_image(prediction):
     """With x_0 and the noise known, F is known too, and D must be x_0."""
     column = make_preconditioning(

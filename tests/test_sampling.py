@@ -95,7 +95,7 @@ def test_a_sampler_comes_back_from_its_description():
 
 
 def test_a_sampler_that_no_student_has_is_not_described():
-    with pytest.raises(InputError, match="euler alone, got DPMSolverPP"):
+    with pytest.raises(InputError, match="euler or ddim alone, got DPMSolverPP"):
         Sampler(num_intervals=3, afs=True, solver=DPMSolverPP()).describe()
 
 

@@ -15,6 +15,7 @@ from bdense.errors import InputError
 from bdense.intervals import IntervalGrid, VariableGrid
 from bdense.perceptual import LPIPS
 from bdense.sampling import Sampler, samplers_from, served_metadata
+from bdense.schedules import Schedule
 from bdense.sfd import IterationReport, SFDConfig, distill
 from bdense.solvers import Euler, Solver
 from bdense.sources import load_model
@@ -161,6 +162,7 @@ class _Plan:
         """The student's intervals with K teacher sub-steps in each."""
         first, *others = self.samplers
         afs, schedule = first.afs, first.schedule
+        assert isinstance(schedule, Schedule)  # the options describe no other
         if not others:
             return IntervalGrid(
                 num_intervals=first.num_intervals, substeps=substeps, afs=afs, schedule=schedule
@@ -260,6 +262,11 @@ def _second_stage(options: argparse.Namespace, known: Mapping[str, Any]) -> _Pla
             "of it first, with bdense distill --nfe 5"
         )
     (*_, any_of_them) = served.values()
+    if not isinstance(any_of_them.schedule, Schedule):
+        raise InputError(
+            f"--second-stage walks students of SFD, and {options.teacher} draws by "
+            f"{any_of_them.schedule.text()}; distil it further with bdense progressive"
+        )
     samplers = student_samplers(options, any_of_them)
     if len(samplers) > 1:
         raise InputError(

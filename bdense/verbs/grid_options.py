@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from bdense.errors import InputError
@@ -141,7 +140,7 @@ def chosen_sampler(options: argparse.Namespace, metadata: Mapping[str, Any]) -> 
 
 def _levels(sampler: Sampler) -> dict[str, Any]:
     """The schedule, by the names of its options."""
-    levels = asdict(sampler.schedule)
+    levels = sampler.schedule.describe()
     return {"schedule": levels.pop("kind"), **levels}
 
 

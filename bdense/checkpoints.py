@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -143,6 +144,61 @@ def restore_adam(
             # Adam pairs them up by their place in memory.
             moments = {kind: _like(value, parameter) for kind, value in saved.items()}
             optimizer.state[parameter] = {"step": step, **moments}
+
+
+def save_training(
+    path: Path,
+    kind: str,
+    module: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    iteration: int,
+    identity: Mapping[str, Any],
+    extra: Mapping[str, Tensor] = MappingProxyType({}),
+) -> None:
+    """Keep a training as it is before ``iteration``.
+
+    Args:
+        path: File to write.
+        kind: Which training it is.
+        module, optimizer: Weights, and Adam's state where there is any.
+        iteration: The next one, counted from 0.
+        identity: What must agree for it to be the same run, JSON-able and flat.
+        extra: Further state by name, such as learned weights.
+    """
+    tensors = {**module.state_dict(), **adam_tensors(module, optimizer), **extra}
+    save_tensors(path, tensors, {"kind": kind, "iteration": iteration, "identity": dict(identity)})
+
+
+def resume_training(
+    path: Path,
+    kind: str,
+    module: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    identity: Mapping[str, Any],
+) -> tuple[int, dict[str, Tensor]]:
+    """Put back what ``save_training`` kept, if there is such a file.
+
+    Returns:
+        The next iteration, 0 where there is no file, and all tensors of the file.
+
+    Raises:
+        CheckpointError: The file is of another run; says in what it differs.
+    """
+    if not Path(path).exists():
+        return 0, {}
+    tensors, metadata = load_tensors(path)
+    stored = metadata.get("identity", {})
+    differing = sorted(
+        key for key in stored.keys() | identity.keys() if stored.get(key) != identity.get(key)
+    )
+    if metadata.get("kind") != kind or differing:
+        raise CheckpointError(
+            f"{path} belongs to another run (differs in: {', '.join(differing) or 'kind'}); "
+            "give this run a folder of its own or delete the file"
+        )
+    module.load_state_dict({name: tensors[name] for name in module.state_dict()})
+    restore_adam(module, optimizer, tensors)
+    return int(metadata["iteration"]), tensors
 
 
 def _like(value: Tensor, parameter: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ class Stream(IntEnum):
     INTERVALS = 6
     LABELS = 7
     EVALUATION_LABELS = 8
+    PROGRESSIVE = 9
 
 
 def derive_seed(seed: int, stream: Stream, *index: int) -> int:

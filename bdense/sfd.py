@@ -16,15 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from bdense.branches import widen_head
-from bdense.checkpoints import (
-    adam_tensors,
-    denoiser_sha256,
-    load_tensors,
-    restore_adam,
-    save_tensors,
-)
+from bdense.checkpoints import denoiser_sha256, resume_training, save_training
 from bdense.denoiser import NetworkDenoiser
-from bdense.errors import CheckpointError, InputError, NonFiniteLossError
+from bdense.errors import InputError, NonFiniteLossError
 from bdense.intervals import VariableGrid
 from bdense.parallel import Team
 from bdense.randomness import Stream, seeded
@@ -32,8 +26,8 @@ from bdense.solvers import analytical_slope
 from bdense.trajectories import Trajectories, Walk
 from bdense.weighting import BranchWeighting, FixedWeights
 
-# Prefix of the learned weights' tensors in a checkpoint.
-_WEIGHTING = "weighting."
+# What a checkpoint is of, and the prefix of the learned weights' tensors in it.
+_KIND, _WEIGHTING = "sfd-training", "weighting."
 
 
 class PerceptualLoss(Protocol):
@@ -175,7 +169,8 @@ def distill(
         if on_iteration is not None:
             on_iteration(IterationReport(iteration, iterations, lr, losses, used))
         if saves and time.monotonic() - last_save >= checkpoint_seconds:
-            _save(saves, student, optimizer, weighting, iteration + 1, identity)
+            learned = {_WEIGHTING + name: value for name, value in weighting.state().items()}
+            save_training(saves, _KIND, student, optimizer, iteration + 1, identity, learned)
             last_save = time.monotonic()
     return student.eval()
 
@@ -416,21 +411,6 @@ def _identity(
     return {"weights": weighting.describe(), **fields, **served}
 
 
-def _save(
-    path: Path,
-    student: NetworkDenoiser,
-    optimizer: torch.optim.Optimizer,
-    weighting: BranchWeighting,
-    iteration: int,
-    identity: Mapping[str, Any],
-) -> None:
-    tensors = student.state_dict() | adam_tensors(student, optimizer)
-    tensors |= {_WEIGHTING + name: value for name, value in weighting.state().items()}
-    save_tensors(
-        path, tensors, {"kind": "sfd-training", "iteration": iteration, "identity": dict(identity)}
-    )
-
-
 def _resume(
     path: Path,
     student: NetworkDenoiser,
@@ -439,26 +419,14 @@ def _resume(
     identity: Mapping[str, Any],
 ) -> int:
     """Load a saved run, if there is one, and say at which iteration it goes on."""
-    if not path.exists():
-        return 0
-    tensors, metadata = load_tensors(path)
-    stored = metadata.get("identity", {})
-    differing = sorted(
-        key for key in stored.keys() | identity.keys() if stored.get(key) != identity.get(key)
-    )
-    if metadata.get("kind") != "sfd-training" or differing:
-        raise CheckpointError(
-            f"{path} belongs to another run (differs in: {', '.join(differing) or 'kind'}); "
-            "give this run a folder of its own or delete the file"
-        )
-    student.load_state_dict({name: tensors[name] for name in student.state_dict()})
-    restore_adam(student, optimizer, tensors)
+    iteration, tensors = resume_training(path, _KIND, student, optimizer, identity)
     device = next(student.parameters()).device
-    weighting.restore(
-        {
-            name.removeprefix(_WEIGHTING): value.to(device)
-            for name, value in tensors.items()
-            if name.startswith(_WEIGHTING)
-        }
-    )
-    return int(metadata["iteration"])
+    if tensors:
+        weighting.restore(
+            {
+                name.removeprefix(_WEIGHTING): value.to(device)
+                for name, value in tensors.items()
+                if name.startswith(_WEIGHTING)
+            }
+        )
+    return iteration

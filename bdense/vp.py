@@ -36,16 +36,12 @@ class VPSchedule:
         # 1 - u lies in (0, 1]: the clean end has no noise to learn from.
         return self.level(1 - u)
 
-    def levels(self, step: Tensor, num_steps: int) -> Tensor:
-        """sigma at u = step / num_steps, 0 at step 0; float64 of the shape of ``step``, whole."""
-        positive = self.level(step.clamp(min=1).double() / num_steps)
-        return torch.where(step > 0, positive, torch.zeros_like(positive))
-
     def grid(self, num_intervals: int) -> Tensor:
         """[num_intervals + 1] float64: u = 1, .., 1 / n, and 0 at the end."""
         if num_intervals < 1:
             raise InputError(f"a grid needs at least 1 interval, got {num_intervals}")
-        return self.levels(torch.arange(num_intervals, -1, -1), num_intervals)
+        u = torch.arange(num_intervals, 0, -1, dtype=torch.float64) / num_intervals
+        return torch.cat([self.level(u), u.new_zeros(1)])
 
     def start(self, noise: Tensor) -> Tensor:
         """The state at u = 1 of z ~ N(0, 1): z / alpha = sqrt(1 + sigma^2) z."""

@@ -55,3 +55,15 @@ def normalised_weights(a: float, num_branches: int) -> LogLinearWeights:
     k = torch.arange(1, num_branches + 1, dtype=torch.float64)
     b = math.log(num_branches) - float(torch.logsumexp(a * k, dim=0))
     return LogLinearWeights(a=a, b=b)
+
+
+def sum_to_one(weights: Tensor) -> Tensor:
+    """[K] the same weights over their sum, which is what a clipped gradient compares fairly.
+
+    Raises:
+        InputError: They have no positive, finite sum.
+    """
+    total = float(weights.sum())
+    if not 0 < total < math.inf:
+        raise InputError(f"branch weights {weights.tolist()} have no positive, finite sum")
+    return weights / total

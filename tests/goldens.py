@@ -15,13 +15,14 @@ from bdense.denoiser import NetworkDenoiser
 ROOT = Path(__file__).parents[1]
 GOLDENS = Path(os.environ.get("BDENSE_GOLDENS", ROOT / "../shared/goldens"))
 SFD = GOLDENS / "sfd"
+PD = GOLDENS / "pd"
 
 
-def discover(pattern: str) -> list[Any]:
+def discover(pattern: str, folder: Path = SFD) -> list[Any]:
     """Test parameters, one for each file that matches; a skip with its reason where none does."""
-    found = sorted(SFD.glob(pattern))
+    found = sorted(folder.glob(pattern))
     if not found:
-        reason = f"no golden file {pattern} under BDENSE_GOLDENS={GOLDENS}"
+        reason = f"no golden file {folder.name}/{pattern} under BDENSE_GOLDENS={GOLDENS}"
         return [pytest.param(None, marks=pytest.mark.skip(reason=reason), id=pattern)]
     return [pytest.param(path, id=path.name) for path in found]
 

@@ -13,11 +13,11 @@ import search.estimate
 import search.memory
 from bdense.checkpoints import save_denoiser
 from bdense.public import CHECKPOINTS, EDM_LICENCE
-from search.cli import _dry_run
 from search.engine import check
 from search.estimate import _affordable, estimate
 from search.memory import Memory
 from search.study_file import read_spec
+from search.verbs.launch import _dry_run
 from tests.small import small_teacher
 from tests.studies import REMOVED, STUDIES, spec
 

@@ -1,0 +1,38 @@
+"""How much each noise level counts in a denoising loss (Salimans & Ho 2022, section 4)."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from bdense.errors import InputError
+
+Loss = Literal["constant", "snr", "snr_trunc", "v"]
+LOSSES: tuple[Loss, ...] = get_args(Loss)
+
+
+def snr_weight(sigma: Tensor, kind: Loss) -> Tensor:
+    """The weight of |D - x_0|^2, with SNR = alpha^2 / s^2 = 1 / sigma^2.
+
+    Args:
+        sigma: Levels above 0, of any shape.
+        kind: "constant" is 1: the error of the image. "snr" is SNR: the error of the noise.
+            "snr_trunc" is max(SNR, 1): the larger of the two. "v" is SNR + 1: the error of
+            v = alpha eps - s x_0, which is their sum.
+
+    Returns:
+        Weights of the shape and dtype of ``sigma``.
+
+    Raises:
+        InputError: No loss has that name.
+    """
+    snr = sigma**-2
+    if kind == "constant":
+        return torch.ones_like(sigma)
+    if kind == "snr":
+        return snr
+    if kind == "snr_trunc":
+        return snr.clamp(min=1)
+    if kind == "v":
+        return snr + 1
+    raise InputError(f"a loss must be one of {', '.join(LOSSES)}, got {kind!r}")

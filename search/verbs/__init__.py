@@ -1,0 +1,1 @@
+"""The verbs of the ``bdense-search`` command, those that belong together in one module."""

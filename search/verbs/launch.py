@@ -1,0 +1,72 @@
+"""``bdense-search launch``: start a study or carry on with it, or tell what it would cost."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bdense.command import Verbs
+from bdense.errors import BdenseError
+from search.storage import resolve_storage_url
+from search.verbs.common import positive, storage_verb
+
+if TYPE_CHECKING:
+    from search.spec import StudySpec
+
+
+def add_launch(verbs: Verbs) -> None:
+    """``launch`` and its options."""
+    parser = storage_verb(
+        verbs,
+        "launch",
+        "start a study, or carry on with it if its name is already in the storage",
+        "bdense-search launch studies/digits-nfe2.yaml --trials 32",
+        _launch,
+    )
+    parser.add_argument("study", metavar="STUDY.yaml", type=Path, help="the study file")
+    parser.add_argument(
+        "--trials",
+        metavar="N",
+        type=positive,
+        help="trials in all, counting those that are done (default: budget.trials of the file)",
+    )
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=positive,
+        help="trials at once (default: one for each GPU, else one for each resources.cpus CPUs)",
+    )
+    parser.add_argument(
+        "-n",
+        "--dry-run",
+        action="store_true",
+        help="print the resolved study, its fingerprint and its cost; start nothing",
+    )
+
+
+def _launch(options: argparse.Namespace) -> None:
+    from search.launch import check_apart, launch
+    from search.study_file import read_spec
+
+    spec = read_spec(options.study)
+    if options.trials is not None:
+        budget = spec.budget.model_copy(update={"trials": options.trials})
+        spec = spec.model_copy(update={"budget": budget})
+    check_apart(spec)
+    if options.dry_run:
+        _dry_run(spec)
+        return
+    url = resolve_storage_url(options.storage)
+    result, succeeded = launch(spec, url, options.study, options.workers)
+    print(result)
+    if not succeeded:
+        raise BdenseError(f"no trial of study {spec.name} is complete; the reasons are above")
+
+
+def _dry_run(spec: "StudySpec") -> None:
+    from search.estimate import estimate
+    from search.study_file import as_yaml
+
+    print(as_yaml(spec), end="")
+    print(f"# fingerprint {spec.fingerprint()}")
+    for line in estimate(spec).lines():
+        print(f"# {line}")

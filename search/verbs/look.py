@@ -1,0 +1,143 @@
+"""See where a study stands: ``status``, ``best``, ``report``, ``dashboard``; ``clean`` up."""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from bdense.command import Verbs
+from search.storage import resolve_storage_url
+from search.verbs.common import port, storage_verb, study_name, study_verb
+
+
+def add_status(verbs: Verbs) -> None:
+    """``status`` and its options."""
+    study_verb(
+        verbs,
+        "status",
+        "show a study's trials by state, and what runs now",
+        "bdense-search status digits-nfe2",
+        _status,
+        json_keys="study, trials",
+    )
+
+
+def add_best(verbs: Verbs) -> None:
+    """``best`` and its options."""
+    study_verb(
+        verbs,
+        "best",
+        "show a study's best branch weights beside its baselines",
+        "bdense-search best digits-nfe2 --json",
+        _best,
+        json_keys="study, storage, trials, best, baselines",
+    )
+
+
+def add_report(verbs: Verbs) -> None:
+    """``report`` and its options."""
+    parser = study_verb(
+        verbs,
+        "report",
+        "write a study's table, the curve of its FIDs and sample grids as files to show",
+        "bdense-search report digits-nfe2 --out report",
+        _report,
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path("report"),
+        help="folder to write to (default: %(default)s)",
+    )
+
+
+def add_dashboard(verbs: Verbs) -> None:
+    """``dashboard`` and its options."""
+    parser = storage_verb(
+        verbs,
+        "dashboard",
+        "open optuna-dashboard over the storage, on 127.0.0.1, read-only",
+        "bdense-search dashboard --port 8080",
+        _dashboard,
+    )
+    parser.add_argument(
+        "--port", metavar="N", type=port, default=8080, help="port on 127.0.0.1 (default: 8080)"
+    )
+    parser.add_argument(
+        "--writable",
+        action="store_true",
+        help="let the browser change studies; renaming one orphans its running trials",
+    )
+
+
+def add_clean(verbs: Verbs) -> None:
+    """``clean`` and its options."""
+    study_verb(
+        verbs,
+        "clean",
+        "delete a study's recorded trajectories; a later launch records them again",
+        "bdense-search clean digits-nfe2",
+        _clean,
+    )
+
+
+def _status(options: argparse.Namespace) -> None:
+    from search.report import duration, failures, headline, standing, status_json
+    from search.study import Study
+
+    study = Study.open(resolve_storage_url(options.storage), study_name(options.study))
+    now = standing(study)
+    if options.json:
+        print(json.dumps(status_json(now)))
+        return
+    print(headline(now))
+    for row in study.trials.running():
+        print(
+            f"trial {row.number} on {row.owner} for {duration(row.seconds)}, attempt "
+            f"{row.attempt}: {row.progress or 'starting'}"
+        )
+    for line in failures(study):
+        print(line)
+
+
+def _best(options: argparse.Namespace) -> None:
+    from search.report import best_json, headline, standing, table
+    from search.study import Study
+
+    now = standing(Study.open(resolve_storage_url(options.storage), study_name(options.study)))
+    if options.json:
+        print(json.dumps(best_json(now)))
+    elif now.best is None:
+        print(f"{headline(now)}; no trial is complete yet")
+    else:
+        print(headline(now))
+        print(table(now))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from search.report_files import write_report
+    from search.study import Study
+
+    study = Study.open(resolve_storage_url(options.storage), study_name(options.study))
+    print(write_report(study, options.out))
+
+
+def _dashboard(options: argparse.Namespace) -> None:
+    from search.dashboard import serve
+
+    serve(resolve_storage_url(options.storage), port=options.port, writable=options.writable)
+
+
+def _clean(options: argparse.Namespace) -> None:
+    from search.ledger import Ledger
+    from search.study import TRAJECTORIES
+
+    url = resolve_storage_url(options.storage)
+    study = Ledger.open(url, study_name(options.study), budget=None).study
+    folder = Path(study.user_attrs.get(TRAJECTORIES, ""))
+    freed = 0
+    if folder.name and folder.is_dir():
+        freed = sum(path.stat().st_size for path in folder.iterdir())
+        shutil.rmtree(folder)
+    print(f"{freed / 2**20:.1f} MiB of trajectories deleted")

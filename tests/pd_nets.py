@@ -1,0 +1,94 @@
+"""The tiny network of PD's golden files as a ``bdense`` Network, known to ``build_denoiser``."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bdense.denoiser import NetworkDenoiser
+from bdense.networks import NETWORKS
+from bdense.preconditioning import Preconditioning
+
+
+class TinyConv(nn.Module):
+    """conv3x3, SiLU, conv3x3 on the image and one channel of t = noise_labels / 1000.
+
+    With the ``Cosine`` preconditioning t is the golden files' atan(sigma) / (pi / 2), whatever
+    the process. Images need not be square; ``img_resolution`` is only told on.
+    """
+
+    label_dim = 0
+    step_condition = False
+    head_name = "conv2"
+
+    def __init__(
+        self, *, img_channels: int, img_resolution: int, hidden: int, out_channels: int
+    ) -> None:
+        super().__init__()
+        self.img_channels = img_channels
+        self.img_resolution = img_resolution
+        self.hidden = hidden
+        self.out_channels = out_channels
+        self.conv1 = nn.Conv2d(img_channels + 1, hidden, 3, padding=1)
+        self.conv2 = nn.Conv2d(hidden, out_channels, 3, padding=1)
+
+    @classmethod
+    def build(
+        cls, options: Mapping[str, Any], *, num_branches: int, prediction_channels: int
+    ) -> Self:
+        return cls(**options, out_channels=num_branches * prediction_channels)
+
+    def describe(self) -> dict[str, Any]:
+        config = {
+            "img_channels": self.img_channels,
+            "img_resolution": self.img_resolution,
+            "hidden": self.hidden,
+        }
+        return {"network": "TinyConv", "config": config}
+
+    def forward(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        num_points: int | Tensor | None = None,
+    ) -> Tensor:
+        assert class_labels is None
+        assert augment_labels is None
+        assert num_points is None
+        b, _, h, w = x.shape
+        t = (noise_labels / 1000).view(-1, 1, 1, 1).expand(b, 1, h, w)
+        return self.conv2(F.silu(self.conv1(torch.cat([x, t.to(x)], dim=1))))
+
+
+NETWORKS["TinyConv"] = TinyConv.build
+
+
+def tiny_conv(
+    tensors: dict[str, Tensor], prefix: str, precond: Preconditioning, num_branches: int = 1
+) -> NetworkDenoiser:
+    """A float64 denoiser of the weights ``prefix + "conv1.weight"`` and so on.
+
+    Args:
+        tensors: Of a golden file.
+        prefix: Such as ``teacher/``.
+        precond: What F predicts, and of which process.
+        num_branches: K, by which the file's last layer has been widened.
+    """
+    names = [f"conv{layer}.{name}" for layer in (1, 2) for name in ("weight", "bias")]
+    weights = {name: tensors[prefix + name].double() for name in names}
+    hidden, inputs = weights["conv1.weight"].shape[:2]
+    with torch.random.fork_rng(devices=[]):
+        model = TinyConv(
+            img_channels=inputs - 1,
+            img_resolution=4,
+            hidden=hidden,
+            out_channels=len(weights["conv2.bias"]),
+        )
+    model.double().load_state_dict(weights)
+    denoiser = NetworkDenoiser(model, precond)
+    assert denoiser.num_branches == num_branches
+    return denoiser

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from bdense.checkpoints import load_denoiser as load_denoiser
     from bdense.checkpoints import save_denoiser as save_denoiser
     from bdense.data import load_dataset as load_dataset
+    from bdense.exports import export_folder as export_folder
     from bdense.extractors import load_extractor as load_extractor
     from bdense.intervals import IntervalGrid as IntervalGrid
     from bdense.metrics import FID as FID
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from bdense.references import read_reference as read_reference
     from bdense.sampling import Sampler as Sampler
     from bdense.sampling import draw_images as draw_images
+    from bdense.sampling import samplers_from as samplers_from
     from bdense.sampling import save_grid as save_grid
     from bdense.schedules import Schedule as Schedule
     from bdense.sfd import SFDConfig as SFDConfig
@@ -55,6 +57,7 @@ _HOME = {
     "distill": "sfd",
     "draw_images": "sampling",
     "export_branch": "branches",
+    "export_folder": "exports",
     "load_dataset": "data",
     "load_denoiser": "checkpoints",
     "load_extractor": "extractors",
@@ -62,6 +65,7 @@ _HOME = {
     "measure_images": "metrics",
     "normalised_weights": "weights",
     "read_reference": "references",
+    "samplers_from": "sampling",
     "save_denoiser": "checkpoints",
     "save_grid": "sampling",
     "train_teacher": "teachers",

@@ -3,7 +3,8 @@
 The form is the Hugging Face hub's: Markdown with YAML in front.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,28 @@ from bdense.sampling import samplers_from
 from bdense.solvers import DDIM, Euler
 
 # How a student was made, by its ``method``.
+_DENSE = "with dense branch supervision (B-DENSE, arXiv 2602.15971)"
+_PD = "Progressive Distillation (arXiv 2202.00512)"
 _METHODS = {
     "sfd": "Simple and Fast Distillation (SFD, arXiv 2409.19681)",
-    "sfd-bdense": "SFD (arXiv 2409.19681) with dense branch supervision (B-DENSE, "
-    "arXiv 2602.15971)",
-    "uniform": "SFD (arXiv 2409.19681) with dense branch supervision (B-DENSE, "
-    "arXiv 2602.15971), all branches alike",
+    "sfd-bdense": f"SFD (arXiv 2409.19681) {_DENSE}",
+    "uniform": f"SFD (arXiv 2409.19681) {_DENSE}, all branches alike",
+    "pd": _PD,
+    "pd-bdense": f"{_PD} {_DENSE}",
+    "pd-uniform": f"{_PD} {_DENSE}, all branches alike",
 }
 _STEPS = {Euler: "Euler", DDIM: "DDIM"}
 # What a student takes over from its teacher.
 _INHERITED = ("licence", "citation")
+# What a table of FIDs has in columns wherever its rows say it, and the columns' names.
+_COLUMNS = {
+    "steps": "steps",
+    "nfe": "NFE",
+    "arm": "arm",
+    "fid": "FID",
+    "std_err": "standard error",
+    "n": "n",
+}
 
 
 def inherited(teacher: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -47,38 +60,162 @@ def model_card(name: str, denoiser: NetworkDenoiser, metadata: Mapping[str, Any]
     Returns:
         Markdown.
     """
+    return _card(name, denoiser, metadata, _fenced("sh", _sample_command(name, metadata)))
+
+
+def folder_card(
+    name: str,
+    denoiser: NetworkDenoiser,
+    metadata: Mapping[str, Any],
+    *,
+    pictures: Sequence[str] = (),
+    extra: str = "",
+) -> str:
+    """The card of a folder that holds a student with its own sampler.
+
+    Args:
+        name: The folder's name.
+        denoiser: The student.
+        metadata: What the header of its weights says; ``fid_table``, a list of rows, is shown.
+        pictures: Names of picture files in the folder.
+        extra: Markdown at the end.
+
+    Returns:
+        Markdown.
+    """
+    _, *others = (str(sampler.nfe) for sampler in samplers_from(metadata))
+    which = f"  # the others: NFE {', '.join(others)}" if others else ""
+    lines = [
+        "import bdense",
+        "",
+        f"model, metadata = bdense.load_model({json.dumps(name)})",
+        f"sampler = bdense.samplers_from(metadata)[0]{which}",
+        "images = bdense.draw_images(model, sampler, 64, seed=0)  # uint8 [64, C, H, W]",
+        'bdense.save_grid(images, "samples.png")',
+    ]
+    return _card(
+        name,
+        denoiser,
+        metadata,
+        "## How to sample",
+        _fenced("sh", _sample_command(name, metadata)),
+        _fenced("python", *lines),
+        *_pictures(pictures),
+        *_fid_section(metadata),
+        extra.strip(),
+    )
+
+
+def pipeline_card(
+    name: str, denoiser: NetworkDenoiser, metadata: Mapping[str, Any], call: Mapping[str, Any]
+) -> str:
+    """The card of a student as a folder that diffusers' ``DDIMPipeline`` loads.
+
+    Args:
+        name: The folder's name.
+        denoiser: The student.
+        metadata: What is known of it.
+        call: What the pipeline must be called with to draw as the student was distilled to.
+
+    Returns:
+        Markdown.
+    """
+    settings = ", ".join(f"{key}={value!r}" for key, value in call.items())
+    lines = [
+        "import torch",
+        "from diffusers import DDIMPipeline",
+        "",
+        f"pipeline = DDIMPipeline.from_pretrained({json.dumps(name)})",
+        "images = pipeline(",
+        f"    batch_size=64, {settings}, generator=torch.manual_seed(0)",
+        ").images",
+    ]
+    return _card(
+        name,
+        denoiser,
+        metadata,
+        "## How to sample",
+        _fenced("python", *lines),
+        f"It was distilled for `{settings}`; other settings are not what it was measured with.",
+        *_fid_section(metadata),
+        library="diffusers",
+    )
+
+
+def _card(
+    name: str,
+    denoiser: NetworkDenoiser,
+    metadata: Mapping[str, Any],
+    *sections: str,
+    library: str = "bdense",
+) -> str:
+    """What every card begins with, and its own sections; those that are empty are left out."""
     student = metadata.get("kind") == "student"
     licence = metadata.get("licence")
     front = {
         # The hub's identifiers are SPDX's in lower case.
         "license": (licence or "unknown").lower(),
-        "library_name": "bdense",
+        "library_name": library,
         "pipeline_tag": "unconditional-image-generation",
         "tags": "[diffusion, distillation]" if student else "[diffusion]",
     }
     rows = _facts(denoiser, metadata) | (_student_facts(metadata) if student else {})
-    return "\n".join(
-        [
-            "---",
-            *(f"{key}: {value}" for key, value in front.items()),
-            "---",
-            "",
-            f"# {name}",
-            "",
-            _what_it_is(metadata),
-            "",
-            "| | |",
-            "|---|---|",
-            *(f"| {key} | {value} |" for key, value in rows.items()),
-            "",
-            _terms(metadata, student=student),
-            "",
-            "```sh",
-            _sample_command(name, metadata),
-            "```",
-            "",
-        ]
-    )
+    blocks = [
+        "\n".join(["---", *(f"{key}: {value}" for key, value in front.items()), "---"]),
+        f"# {name}",
+        _what_it_is(metadata),
+        _table(["", ""], rows.items()),
+        _terms(metadata, student=student),
+        *filter(None, sections),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    def line(cells: Iterable[str]) -> str:
+        return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)
+
+    return "\n".join([line(heads), "|" + "---|" * len(heads), *map(line, rows)])
+
+
+def _fenced(language: str, *lines: str) -> str:
+    return "\n".join([f"```{language}", *lines, "```"])
+
+
+def _pictures(names: Sequence[str]) -> list[str]:
+    return [f"![{Path(name).stem}]({name})" for name in names]
+
+
+def _fid_section(metadata: Mapping[str, Any]) -> list[str]:
+    """The table of FIDs; what all its rows say alike is said once below it."""
+    rows: Sequence[Mapping[str, Any]] = metadata.get("fid_table", ())
+    said = dict.fromkeys(key for row in rows for key in row if row[key] is not None)
+    if not said:
+        return []
+    shared = {
+        key: rows[0].get(key)
+        for key in said
+        if key not in _COLUMNS and all(row.get(key) == rows[0].get(key) for row in rows)
+    }
+    columns = [key for key in _COLUMNS if key in said]
+    columns += [key for key in said if key not in _COLUMNS and key not in shared]
+    heads = [_COLUMNS.get(key, _words(key)) for key in columns]
+    table = _table(heads, [[_cell(key, row.get(key)) for key in columns] for row in rows])
+    conditions = ", ".join(f"{_words(key)} {_cell(key, value)}" for key, value in shared.items())
+    return ["## FID", table, f"All with {conditions}." if conditions else ""]
+
+
+def _cell(key: str, value: Any) -> str:  # noqa: ANN401  of JSON
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.2g}" if key == "std_err" else f"{value:.4g}"
+    # A digest is known by its beginning; a bar would end the cell.
+    return str(value)[: 16 if key.endswith("sha256") else None].replace("|", "\\|")
+
+
+def _words(key: str) -> str:
+    return key.replace("_", " ")
 
 
 def _what_it_is(metadata: Mapping[str, Any]) -> str:
@@ -135,6 +272,9 @@ def _student_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
         facts["teacher's sha256"] = f"`{metadata['teacher_sha256']}`"
     if "stage" in metadata:
         facts["stage"] = f"{metadata['stage']}: the teacher is a student itself"
+    if "seeds" in metadata:
+        seeds = metadata["seeds"].items()
+        facts["seeds"] = ", ".join(f"{name} {seed}" for name, seed in seeds)
     if "weights" in metadata:
         facts["branch weights"] = ", ".join(f"{weight:.4g}" for weight in metadata["weights"])
     if "weighting" in metadata:
@@ -152,6 +292,7 @@ def _student_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
         facts["sampler"] = (
             f"{', '.join(steps)} {_STEPS[type(sampler.solver)]} steps"
             f"{', the first analytical' * sampler.afs}, {sampler.schedule.text()}"
+            f"{', predictions clipped to [-1, 1]' * (sampler.solver == DDIM(clip=True))}"
         )
     if "fid" in metadata:
         facts["FID"] = _fid(metadata["fid"])
@@ -161,7 +302,7 @@ def _student_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
 def _fid(fid: Mapping[str, Any]) -> str:
     """Never the number alone."""
     conditions = ", ".join(
-        f"{key.replace('_', ' ')} {str(value)[:16]}"
+        f"{_words(key)} {str(value)[:16]}"
         for key, value in fid.items()
         if key not in ("value", "fid", "seeds") and value is not None
     )

@@ -58,7 +58,7 @@ def convert(source: str | Path, out: Path) -> Conversion:
     save_denoiser(out, denoiser, metadata)
     readable = out.with_suffix(".json")
     with atomic_write(readable) as scratch:
-        scratch.write_text(_json(out.name, denoiser, metadata, weights))
+        scratch.write_text(readable_json(out.name, denoiser, metadata, weights))
     card = write_card(out, denoiser, metadata)
     return Conversion(_facts(denoiser, metadata, weights), (out, readable, card))
 
@@ -84,7 +84,17 @@ def _facts(denoiser: NetworkDenoiser, metadata: Mapping[str, Any], weights: str)
     return facts | {"sha256 of architecture and weights": weights}
 
 
-def _json(name: str, denoiser: NetworkDenoiser, metadata: Mapping[str, Any], weights: str) -> str:
+def readable_json(
+    name: str, denoiser: NetworkDenoiser, metadata: Mapping[str, Any], weights: str
+) -> str:
+    """What a file of weights holds, to be read beside it.
+
+    Args:
+        name: The file's.
+        denoiser: What it holds.
+        metadata: What its header says beside the architecture.
+        weights: ``denoiser_sha256``.
+    """
     channels, height, width = denoiser.image_shape
     tree = {
         "file": name,

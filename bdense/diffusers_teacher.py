@@ -171,4 +171,5 @@ def _licence(readme: Path) -> str | None:
     text = readme.read_text(errors="replace")
     front = text.split("---", 2)[1] if text.startswith("---") and text.count("---") > 1 else ""
     found = re.search(r"^license:[ \t]*['\"]?([\w.+-]+)", front, re.MULTILINE)
-    return found[1] if found else None
+    # What our own cards say where nothing is known.
+    return found[1] if found and found[1] != "unknown" else None

@@ -3,11 +3,23 @@
 from pathlib import Path
 from typing import Any
 
-from bdense.checkpoints import load_denoiser
+from safetensors import SafetensorError, safe_open
+
+from bdense.checkpoints import HEADER_KEY, load_denoiser
 from bdense.denoiser import NetworkDenoiser
 from bdense.diffusers_teacher import TORCH_FILES, is_hub_id, read_diffusers
 from bdense.errors import CheckpointError, InputError
-from bdense.public import CHECKPOINTS, PublicFile, published_as, resolve_checkpoint
+from bdense.public import (
+    CHECKPOINTS,
+    HUB_CHECKPOINTS,
+    HubCheckpoint,
+    PublicFile,
+    published_as,
+    resolve_checkpoint,
+)
+
+# The weights in a folder that ``export_folder`` writes.
+MODEL_FILE = "model.safetensors"
 
 
 def load_model(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
@@ -15,7 +27,8 @@ def load_model(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
 
     Args:
         source: Name of a published checkpoint (downloaded once), a file of ours or of EDM's or
-            SFD's, a folder in diffusers' format, or OWNER/NAME on the Hugging Face hub.
+            SFD's, a folder of ``export_folder`` or in diffusers' format, or OWNER/NAME on the
+            Hugging Face hub.
 
     Returns:
         The denoiser and its metadata; ``licence``, an SPDX identifier, only where it is known.
@@ -34,13 +47,17 @@ def load_model(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
             f"there is no such file: {name}; it is not looked for on the Hugging Face hub, as "
             f"{path.parent} is a folder here"
         )
+    if _is_ours(path / MODEL_FILE):
+        return load_denoiser(path / MODEL_FILE)
     if path.is_dir() or on_hub:
-        return read_diffusers(source)
+        denoiser, metadata = read_diffusers(source)
+        known = HUB_CHECKPOINTS.get(name) if on_hub else None
+        return denoiser, metadata | (_terms(known) if known is not None else {})
     file = resolve_checkpoint(path)
     if file.suffix in TORCH_FILES:
         raise CheckpointError(
             f"{file} is of a kind that is not read; give .safetensors of bdense, .pkl of EDM or "
-            "SFD, a folder or hub id in diffusers' format, or a public name"
+            "SFD, a folder of ours or in diffusers' format, a hub id, or a public name"
         )
     denoiser, metadata = load_denoiser(file)
     if (published := published_as(path)) is not None:
@@ -48,7 +65,18 @@ def load_model(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
     return denoiser, metadata
 
 
-def _terms(published: PublicFile) -> dict[str, str]:
+def _is_ours(file: Path) -> bool:
+    """Whether a folder's weights are this project's; a file cut short counts, to be named."""
+    if not file.is_file():
+        return False
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return HEADER_KEY in (opened.metadata() or {})
+    except (SafetensorError, OSError):
+        return True
+
+
+def _terms(published: PublicFile | HubCheckpoint) -> dict[str, str]:
     return {
         "source": published.name,
         "url": published.url,

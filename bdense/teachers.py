@@ -1,4 +1,7 @@
-"""Train a small EDM teacher (Karras et al. 2022, section 5): denoising score matching, EMA.
+"""Train a small teacher by denoising score matching, and average its weights.
+
+As EDM's (Karras et al. 2022, section 5), or on a variance-preserving process, as progressive
+distillation needs it (Salimans & Ho 2022).
 
 B batch, C channels, H x W pixels.
 """
@@ -20,7 +23,14 @@ from bdense.denoiser import NetworkDenoiser
 from bdense.errors import CheckpointError, InputError, NonFiniteLossError
 from bdense.execution import Execution
 from bdense.networks import SongUNet, SongUNetConfig
+from bdense.preconditioning import DDPM, EDM, Cosine, make_preconditioning, native_schedule
 from bdense.randomness import Stream, derive_seed, generator, seeded
+from bdense.snr_weights import LOSSES, Loss, snr_weight
+
+# Of a network by what it predicts: as the reference for images, else the network's own error.
+DEFAULT_LOSS: dict[str, Loss] = {"sample": "snr_trunc", "epsilon": "snr", "v_prediction": "v"}
+# Fields that came after the first teachers.
+_LATER = ("precond", "loss", "flip", "clip")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +45,13 @@ class TeacherConfig:
         lr: Adam's step size after the warm-up.
         warmup_images: Images over which lr rises linearly from 0.
         ema_halflife_images: Images after which a weight's share in the average has halved.
-        p_mean, p_std: ln sigma ~ N(p_mean, p_std^2).
+        p_mean, p_std: ln sigma ~ N(p_mean, p_std^2), with EDM's preconditioning.
         seed: Of initial weights, batches, noise and dropout.
+        precond: Name (cosine or ddpm) and options of a preconditioning whose process is trained
+            on, at its own levels; None is EDM's.
+        loss: How the levels of that process count, of ``LOSSES``; None is ``DEFAULT_LOSS``.
+        flip: Mirror each image with probability 1/2.
+        clip: Largest norm of the gradient, which is shortened to it; None leaves it as it is.
     """
 
     images: int
@@ -48,6 +63,10 @@ class TeacherConfig:
     p_std: float = 1.2
     seed: int = 0
     network: dict[str, Any] = field(default_factory=dict)
+    precond: dict[str, Any] | None = None
+    loss: Loss | None = None
+    flip: bool = False
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("images", "batch", "ema_halflife_images"):
@@ -55,6 +74,47 @@ class TeacherConfig:
                 raise InputError(f"teacher {name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.lr < float("inf"):
             raise InputError(f"teacher lr must be positive and finite, got {self.lr}")
+        if self.clip is not None and not 0 < self.clip < float("inf"):
+            raise InputError(
+                f"teacher clip must be positive and finite, got {self.clip}; leave it out for "
+                "gradients as they are"
+            )
+        if self.loss is not None and self.loss not in LOSSES:
+            raise InputError(f"teacher loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
+        if self.loss is not None and self.precond is None:
+            raise InputError(
+                f"teacher loss {self.loss!r} is for a process, and EDM's preconditioning has its "
+                "own; leave it out, or choose precond cosine or ddpm"
+            )
+        _ = self.preconditioning  # which refuses bad options
+
+    @property
+    def preconditioning(self) -> EDM | DDPM | Cosine:
+        """What turns the network into a denoiser.
+
+        Raises:
+            InputError: No teacher is trained with ``precond``.
+        """
+        if self.precond is None:
+            return EDM()
+        options = dict(self.precond)
+        name = options.pop("name", None)
+        if name not in ("cosine", "ddpm"):
+            raise InputError(
+                f"teacher precond needs the name cosine or ddpm, got {name!r}; leave precond out "
+                "for EDM's"
+            )
+        precond = make_preconditioning(name, options)
+        assert isinstance(precond, DDPM | Cosine)
+        return precond
+
+    @property
+    def vp_loss(self) -> Loss | None:
+        """``loss`` or its default; None with EDM's preconditioning, which has its own."""
+        precond = self.preconditioning
+        if isinstance(precond, EDM):
+            return None
+        return self.loss or DEFAULT_LOSS[precond.prediction_type]
 
     @property
     def iterations(self) -> int:
@@ -70,6 +130,18 @@ class TeacherConfig:
         """The step size of that iteration, counted from 0."""
         seen = (iteration + 1) * self.batch
         return self.lr * min(1.0, seen / max(self.warmup_images, 1))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, as files hold them.
+
+        What came after the first teachers is left out where it is off: digests of these fields
+        name teachers that are kept.
+        """
+        options = asdict(self)
+        for name in _LATER:
+            if not options[name]:
+                del options[name]
+        return options
 
 
 def denoising_loss(
@@ -93,10 +165,45 @@ def denoising_loss(
     """
     sigma_data = denoiser.sigma_data
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+    return weight * _squared_error(denoiser, clean, noise, sigma, class_labels)
+
+
+def vp_denoising_loss(
+    denoiser: NetworkDenoiser,
+    clean: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    class_labels: Tensor | None = None,
+    *,
+    loss: Loss,
+) -> Tensor:
+    """w(sigma) |D(y + n; sigma) - y|^2, mean over pixels (Salimans & Ho 2022, section 4).
+
+    Args:
+        denoiser: One branch.
+        clean: [B, C, H, W] y in [-1, 1].
+        noise: [B, C, H, W], unit.
+        sigma: [B].
+        class_labels: [B, label_dim] one-hot, for a conditional network.
+        loss: w, as in ``snr_weight``.
+
+    Returns:
+        [B].
+    """
+    return snr_weight(sigma, loss) * _squared_error(denoiser, clean, noise, sigma, class_labels)
+
+
+def _squared_error(
+    denoiser: NetworkDenoiser,
+    clean: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    class_labels: Tensor | None,
+) -> Tensor:
+    """[B] |D(y + n; sigma) - y|^2, mean over pixels."""
     denoised = denoiser(clean + sigma.view(-1, 1, 1, 1) * noise, sigma, class_labels)
-    error = (denoised - clean).square().mean(dim=(1, 2, 3))
-    loss: Tensor = weight * error
-    return loss
+    error: Tensor = (denoised - clean).square().mean(dim=(1, 2, 3))
+    return error
 
 
 def train_teacher(
@@ -149,8 +256,8 @@ def train_teacher(
         for group in optimizer.param_groups:
             group["lr"] = config.lr_at(iteration)
         with seeded(device, config.seed, Stream.DROPOUT, iteration):
-            loss = denoising_loss(denoiser, *_batch(dataset, config, iteration, device)).mean()
-        value = _update(denoiser, optimizer, loss, iteration)
+            loss = _loss(denoiser, config, *_batch(dataset, config, iteration, device)).mean()
+        value = _update(denoiser, optimizer, loss, iteration, config.clip)
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(denoiser.parameters()), 1 - decay)
         if checkpoint and time.monotonic() - last_save >= checkpoint_seconds:
@@ -181,7 +288,7 @@ def new_denoiser(config: TeacherConfig, image_shape: torch.Size) -> NetworkDenoi
         raise InputError(f"{error}; {remedy}") from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, Stream.INITIALISATION))
-        return NetworkDenoiser(SongUNet(network))
+        return NetworkDenoiser(SongUNet(network), config.preconditioning)
 
 
 def teacher_data(config: TeacherConfig, dataset: Dataset) -> dict[str, str]:
@@ -216,18 +323,49 @@ def _batch(
     """Clean images, unit noise, noise levels and classes of one iteration."""
     draw = generator(config.seed, Stream.TEACHER_BATCH, iteration)
     index = torch.randint(len(dataset.images), (config.batch,), generator=draw)
+    images = dataset.images[index]
+    noise = torch.randn(images.shape, generator=draw).to(device)
+    sigma = _levels(config, draw, device)
+    if config.flip:
+        mirrored = torch.rand(config.batch, generator=draw) < 0.5
+        images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
     # Bytes until here: a whole set in float32 is four times as large.
-    clean = to_float(dataset.images[index]).to(device)
-    noise = torch.randn(clean.shape, generator=draw).to(device)
-    normal = torch.randn(config.batch, generator=draw).to(device)
-    sigma = (config.p_mean + config.p_std * normal).exp()
+    clean = to_float(images).to(device)
     if not config.label_dim:
         return clean, noise, sigma, None
     return clean, noise, sigma, dataset.one_hot_labels(config.label_dim, index).to(device)
 
 
+def _levels(config: TeacherConfig, draw: torch.Generator, device: torch.device) -> Tensor:
+    """[B] noise levels to train at."""
+    if config.precond is None:
+        normal = torch.randn(config.batch, generator=draw).to(device)
+        return (config.p_mean + config.p_std * normal).exp()
+    u = torch.rand(config.batch, generator=draw, dtype=torch.float64)
+    return native_schedule(config.preconditioning).draw(u).float().to(device)
+
+
+def _loss(
+    denoiser: NetworkDenoiser,
+    config: TeacherConfig,
+    clean: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    class_labels: Tensor | None,
+) -> Tensor:
+    """[B], as the preconditioning asks."""
+    loss = config.vp_loss
+    if loss is None:
+        return denoising_loss(denoiser, clean, noise, sigma, class_labels)
+    return vp_denoising_loss(denoiser, clean, noise, sigma, class_labels, loss=loss)
+
+
 def _update(
-    denoiser: NetworkDenoiser, optimizer: torch.optim.Optimizer, loss: Tensor, iteration: int
+    denoiser: NetworkDenoiser,
+    optimizer: torch.optim.Optimizer,
+    loss: Tensor,
+    iteration: int,
+    clip: float | None,
 ) -> float:
     """One step down the loss, if it and its gradient are finite; the loss before it."""
     optimizer.zero_grad(set_to_none=True)
@@ -237,13 +375,15 @@ def _update(
     for what, value in (("loss", loss), ("gradient", norm)):
         if not bool(value.isfinite()):
             raise NonFiniteLossError(f"the teacher's {what}", iteration=iteration)
+    if clip is not None:
+        torch._foreach_mul_(gradients, clip / norm.clamp(min=clip))
     optimizer.step()
     return float(loss.detach())
 
 
 def _identity(config: TeacherConfig, dataset: Dataset, execution: Execution) -> dict[str, Any]:
     """What must agree for a checkpoint to be the same run, as a checkpoint gives it back."""
-    identity: dict[str, Any] = {"config": asdict(config), **teacher_data(config, dataset)}
+    identity: dict[str, Any] = {"config": config.as_dict(), **teacher_data(config, dataset)}
     # Checkpoints from before there was a choice say nothing, and were made in float32.
     if execution.precision != "float32":
         identity["precision"] = execution.precision

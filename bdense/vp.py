@@ -36,6 +36,16 @@ class VPSchedule:
         # 1 - u lies in (0, 1]: the clean end has no noise to learn from.
         return self.level(1 - u)
 
+    @property
+    def sigma_min(self) -> float:
+        """The lowest level that a network knows."""
+        raise NotImplementedError
+
+    @property
+    def sigma_max(self) -> float:
+        """The level at u = 1."""
+        raise NotImplementedError
+
     def grid(self, num_intervals: int) -> Tensor:
         """[num_intervals + 1] float64: u = 1, .., 1 / n, and 0 at the end."""
         if num_intervals < 1:

@@ -7,7 +7,8 @@ from bdense.weighting import RULES
 from benchmarks.common import parser, publish
 from benchmarks.students import Arm, add_study_options, conditions, fid_table, fids_of
 from search.engine import check
-from search.spec import FloatRange, LearnedSpace, NormalisedSpace, StudySpec
+from search.model_spec import FloatRange
+from search.spec import LearnedSpace, NormalisedSpace, StudySpec
 from search.study_file import read_spec
 
 SEEDS = (0, 1, 2)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ from search.engine import (
     training_config,
 )
 from search.memory import trial_memory
-from search.spec import StudySpec, TeacherTraining
+from search.model_spec import ModelSpec, TeacherTraining
+from search.spec import StudySpec
 from search.storage import cache_folder
 
 # Called with what is being made, how much is done, of how much, and a remark.
@@ -73,7 +74,7 @@ class Assets:
         return [torch.device("cuda", index) for index in range(self.spec.resources.team)]
 
 
-def use_device(spec: StudySpec) -> torch.device:
+def use_device(spec: ModelSpec) -> torch.device:
     """Set this process up as the spec asks, and say where its trials run."""
     torch.set_num_threads(spec.resources.threads)
     # cuBLAS reads this when it starts; without it some of its kernels refuse to be deterministic.
@@ -104,10 +105,20 @@ def prepare(
     if together is not None:
         memory = trial_memory(spec, architecture(spec), device)
         memory.require_room(spec, device, together)
-    dataset = load_data(spec)
-    report("features", 0, 1, spec.evaluation.extractor)
-    extractor = load_extractor(spec.evaluation.extractor, cache=cache_folder(), device=device)
-    evaluation = spec.evaluation
+    teacher = prepare_models(spec, device, report)
+    if spec.trajectories.mode == "recorded":
+        trajectory_store(spec, teacher).require_room(round(spec.trajectories.max_gib * 2**30))
+
+
+def prepare_models(spec: ModelSpec, device: torch.device, report: Report) -> NetworkDenoiser:
+    """Make extractor and reference, and the teacher, which is returned.
+
+    Raises:
+        InputError: Something the user gave cannot be had or does not fit.
+    """
+    dataset, evaluation = load_data(spec), spec.evaluation
+    report("features", 0, 1, evaluation.extractor)
+    extractor = load_extractor(evaluation.extractor, cache=cache_folder(), device=device)
     reference = load_reference(spec, dataset, extractor)
     try:
         require_measurable(evaluation.metrics, MetricSettings(), evaluation.images, reference)
@@ -121,14 +132,13 @@ def prepare(
             f"the teacher makes images of {teacher.image_shape} (channels, height, width) and "
             f"{spec.data} holds {tuple(dataset.images.shape[1:])}; choose another data or teacher"
         )
-    if spec.trajectories.mode == "recorded":
-        trajectory_store(spec, teacher).require_room(round(spec.trajectories.max_gib * 2**30))
+    return teacher
 
 
 def load(spec: StudySpec, device: torch.device) -> Assets:
     """Everything ``prepare`` and the recording made, from the cache."""
     dataset = load_data(spec)
-    teacher, known = _teacher(spec, dataset, device)
+    teacher, terms = teacher_and_terms(spec, dataset, device)
     extractor = load_extractor(spec.evaluation.extractor, cache=cache_folder(), device=device)
     store = trajectory_store(spec, teacher)
     recorded = spec.trajectories.mode == "recorded"
@@ -140,11 +150,11 @@ def load(spec: StudySpec, device: torch.device) -> Assets:
         store=store if recorded else None,
         extractor=extractor,
         reference=load_reference(spec, dataset, extractor),
-        terms=inherited(known, Path(spec.teacher.checkpoint or f"trained on {spec.data}").name),
+        terms=terms,
     )
 
 
-def load_data(spec: StudySpec) -> Dataset | None:
+def load_data(spec: ModelSpec) -> Dataset | None:
     """The study's data set; None where teacher and reference are there without it."""
     if not spec.uses_data:
         return None
@@ -152,7 +162,7 @@ def load_data(spec: StudySpec) -> Dataset | None:
     return load_dataset(spec.data)
 
 
-def load_reference(spec: StudySpec, dataset: Dataset | None, extractor: Extractor) -> Reference:
+def load_reference(spec: ModelSpec, dataset: Dataset | None, extractor: Extractor) -> Reference:
     """What the study's images are compared with: its file, or its data set seen once."""
     if spec.evaluation.reference is not None:
         return read_reference(resolve_reference(spec.evaluation.reference), extractor)
@@ -162,23 +172,24 @@ def load_reference(spec: StudySpec, dataset: Dataset | None, extractor: Extracto
 
 
 def load_teacher(
-    spec: StudySpec, dataset: Dataset | None, device: torch.device, report: Report | None = None
+    spec: ModelSpec, dataset: Dataset | None, device: torch.device, report: Report | None = None
 ) -> NetworkDenoiser:
     """The study's teacher: its checkpoint, or trained here once and cached."""
-    return _teacher(spec, dataset, device, report)[0]
+    return teacher_and_terms(spec, dataset, device, report)[0]
 
 
-def _teacher(
-    spec: StudySpec, dataset: Dataset | None, device: torch.device, report: Report | None = None
+def teacher_and_terms(
+    spec: ModelSpec, dataset: Dataset | None, device: torch.device, report: Report | None = None
 ) -> tuple[NetworkDenoiser, dict[str, Any]]:
-    """The teacher, which computes as the spec asks, and its metadata."""
+    """The teacher, which computes as the spec asks, and what students' metadata take over."""
     teacher, known = _stored_teacher(spec, dataset, device, report)
+    terms = inherited(known, Path(spec.teacher.checkpoint or f"trained on {spec.data}").name)
     # For float32 too: by itself torch has a GPU round the products of convolutions.
-    return teacher.to(device).execute(execution(spec)), known
+    return teacher.to(device).execute(execution(spec)), terms
 
 
 def _stored_teacher(
-    spec: StudySpec, dataset: Dataset | None, device: torch.device, report: Report | None
+    spec: ModelSpec, dataset: Dataset | None, device: torch.device, report: Report | None
 ) -> tuple[NetworkDenoiser, dict[str, Any]]:
     if spec.teacher.checkpoint is not None:
         return load_model(spec.teacher.checkpoint)
@@ -208,7 +219,7 @@ def trajectory_store(spec: StudySpec, teacher: NetworkDenoiser) -> TrajectorySto
 def _teacher_path(training: TeacherTraining, dataset: Dataset) -> Path:
     config = teacher_config(training)
     key = {
-        "config": asdict(config),
+        "config": config.as_dict(),
         "threads": training.threads,
         **teacher_data(config, dataset),
         "numerics": NUMERICS,
@@ -242,7 +253,7 @@ def _train_and_cache(
         "kind": "teacher",
         "data": dataset.name,
         "data_sha256": dataset.sha256,
-        "training": asdict(config),
+        "training": config.as_dict(),
         "weights_sha256": denoiser_sha256(teacher),
     }
     save_denoiser(path, teacher, metadata)

@@ -15,7 +15,7 @@ import optuna
 import sqlalchemy as sa
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.samplers import BaseSampler
+from optuna.samplers import BaseSampler, RandomSampler
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
@@ -42,12 +42,19 @@ class Done:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asking:
-    """What one call for a trial was given; ``owner`` tells its lease from that of any other."""
+    """What one call for a trial was given; ``owner`` tells its lease from that of any other.
+
+    Without a ``sampler`` only planned trials are begun.
+    """
 
     space: Mapping[str, BaseDistribution]
-    sampler: Callable[[int], BaseSampler]
+    sampler: Callable[[int], BaseSampler] | None
     constraint: Callable[[dict[str, Any]], float] | None
     owner: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def sampler_at(self, offset: int) -> BaseSampler:
+        """Who proposes; for planned trials, whose parameters are all given, anybody."""
+        return RandomSampler() if self.sampler is None else self.sampler(offset)
 
 
 def leases_of(storage: RDBStorage, study: optuna.Study, ttl: float) -> Leases:
@@ -98,7 +105,8 @@ class Claimer:
         params: dict[str, Any] = {}
         for _ in range(MAX_REFUSED_IN_A_ROW):
             states = self._leases.count_states(connection)
-            if _started(states) >= budget:
+            planned_alone = asking.sampler is None and not states["WAITING"]
+            if _started(states) >= budget or planned_alone:
                 return Wait() if states["RUNNING"] else Done()
             trial = self._ask(connection, asking)
             params = trial.params
@@ -133,7 +141,7 @@ class Claimer:
 
     def _trial(self, row: RunningRow, asking: Asking) -> optuna.Trial:
         """The trial of a row, with what is missing of its parameters where its asker died."""
-        self._study.sampler = asking.sampler(row.number)
+        self._study.sampler = asking.sampler_at(row.number)
         # Optuna's cache writes parameters only of trials that it has listed before.
         self._study.get_trials(deepcopy=False)
         trial = optuna.Trial(self._study, row.trial_id)
@@ -142,7 +150,7 @@ class Claimer:
         return trial
 
     def _ask(self, connection: sa.Connection, asking: Asking) -> optuna.Trial:
-        self._study.sampler = asking.sampler(self._leases.count_begun(connection))
+        self._study.sampler = asking.sampler_at(self._leases.count_begun(connection))
         return self._study.ask(fixed_distributions=dict(asking.space))
 
     def _within_bounds(self, trial: optuna.Trial, asking: Asking) -> bool:

@@ -12,6 +12,7 @@ from bdense.command import new_parser, run_verb
 from search.storage import redact, resolve_storage_url
 from search.verbs.launch import add_launch
 from search.verbs.look import add_best, add_clean, add_dashboard, add_report, add_status
+from search.verbs.retrain import add_confirm, add_export, add_promote, add_transfer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +42,9 @@ def _parser() -> argparse.ArgumentParser:
         "Search branch weights for few-step diffusion students (B-DENSE).",
         "bdense-search launch studies/digits-nfe2.yaml",
     )
-    for add in (add_launch, add_status, add_best, add_report, add_dashboard, add_clean):
+    running = (add_launch, add_confirm, add_promote, add_transfer)
+    looking = (add_status, add_best, add_report, add_export, add_dashboard, add_clean)
+    for add in (*running, *looking):
         add(verbs)
     return parser
 

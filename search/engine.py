@@ -15,7 +15,7 @@ from bdense.execution import Execution
 from bdense.extractors import SPECS
 from bdense.intervals import IntervalGrid
 from bdense.networks import SongUNet, SongUNetConfig
-from bdense.public import CHECKPOINTS
+from bdense.public import published_architecture
 from bdense.sampling import Sampler
 from bdense.schedules import Schedule
 from bdense.sfd import SFDConfig
@@ -24,7 +24,8 @@ from bdense.sources import load_model
 from bdense.teachers import TeacherConfig, new_denoiser
 from bdense.weights import LogLinearWeights, normalised_weights, uniform_weights
 from search.errors import SpecError
-from search.spec import LearnedSpace, NormalisedSpace, StudySpec, TeacherTraining
+from search.model_spec import ModelSpec, TeacherTraining
+from search.spec import LearnedSpace, NormalisedSpace, StudySpec
 from search.traced_weights import TracedWeights
 
 
@@ -43,10 +44,7 @@ def check(spec: StudySpec) -> None:
             execution(spec).require(torch.device("cpu"))
     except InputError as error:
         raise SpecError(f"study {spec.name}: {error}") from error
-    _check_data(spec)
-    _check_extractor(spec)
-    if spec.teacher.train is not None:
-        _check_network(spec.teacher.train)
+    check_models(spec)
     if isinstance(spec.weights, LearnedSpace):
         _check_learned(spec, spec.weights)
     elif spec.weights.largest is not None:
@@ -59,7 +57,19 @@ def check(spec: StudySpec) -> None:
             )
 
 
-def _check_data(spec: StudySpec) -> None:
+def check_models(spec: ModelSpec) -> None:
+    """Refuse what only the engine can see of data, extractor and teacher.
+
+    Raises:
+        SpecError: As of ``check``.
+    """
+    _check_data(spec)
+    _check_extractor(spec)
+    if spec.teacher.train is not None:
+        _check_network(spec.teacher.train)
+
+
+def _check_data(spec: ModelSpec) -> None:
     # Files are looked into once they are read, which may take long.
     if spec.data is None or split_format(split_side(spec.data)[0]) is not None:
         return
@@ -67,20 +77,21 @@ def _check_data(spec: StudySpec) -> None:
         shape = image_shape(spec.data)
     except InputError as error:
         raise SpecError(f"study {spec.name}: data: {error}") from error
-    published = CHECKPOINTS.get(spec.teacher.checkpoint or "")
+    name = spec.teacher.checkpoint
+    published = published_architecture(name)
     if published is None or not spec.uses_data:
         return
     with torch.device("meta"):
-        made = tuple(build_denoiser(dict(published.architecture)).image_shape)
+        made = tuple(build_denoiser(dict(published)).image_shape)
     if made != shape:
         raise SpecError(
-            f"study {spec.name}: teacher.checkpoint: {published.name} makes images of {made} "
+            f"study {spec.name}: teacher.checkpoint: {name} makes images of {made} "
             f"(channels, height, width) and data {spec.data} holds {shape}; choose another of the "
             "two"
         )
 
 
-def _check_extractor(spec: StudySpec) -> None:
+def _check_extractor(spec: ModelSpec) -> None:
     name = spec.evaluation.extractor
     kind, _, file = name.partition(":")
     of_a_file = kind == "torchscript" and file
@@ -118,6 +129,10 @@ def _check_network(training: TeacherTraining) -> None:
             SongUNet(SongUNetConfig(**options))
     except (InputError, TypeError, ValueError, RuntimeError) as error:
         raise SpecError(f"teacher.train.network {training.network}: {error}") from error
+    try:
+        teacher_config(training)
+    except InputError as error:
+        raise SpecError(f"teacher.train: {error}") from error
 
 
 def teacher_config(training: TeacherTraining) -> TeacherConfig:
@@ -130,6 +145,10 @@ def teacher_config(training: TeacherTraining) -> TeacherConfig:
         ema_halflife_images=round(training.ema_halflife_kimg * 1000),
         seed=training.seed,
         network=training.network,
+        precond=training.precond,
+        loss=training.loss,
+        flip=training.flip,
+        clip=training.clip,
     )
 
 
@@ -166,7 +185,7 @@ def training_config(spec: StudySpec, num_branches: int) -> SFDConfig:
     )
 
 
-def execution(spec: StudySpec) -> Execution:
+def execution(spec: ModelSpec) -> Execution:
     """How teacher and students compute their network."""
     resources = spec.resources
     return Execution(
@@ -176,7 +195,7 @@ def execution(spec: StudySpec) -> Execution:
     )
 
 
-def architecture(spec: StudySpec) -> dict[str, Any]:
+def architecture(spec: ModelSpec) -> dict[str, Any]:
     """The teacher's network as ``build_denoiser`` takes it; nothing is downloaded for it.
 
     Raises:
@@ -184,8 +203,8 @@ def architecture(spec: StudySpec) -> dict[str, Any]:
     """
     name = spec.teacher.checkpoint
     if name is not None:
-        published = CHECKPOINTS.get(name)
-        return dict(published.architecture) if published else load_model(name)[0].describe()
+        published = published_architecture(name)
+        return dict(published) if published is not None else load_model(name)[0].describe()
     assert spec.teacher.train is not None
     assert spec.data is not None  # a spec that trains a teacher names its data
     shape = torch.Size(image_shape(spec.data))
@@ -196,32 +215,41 @@ def architecture(spec: StudySpec) -> dict[str, Any]:
 def branches_and_weights(
     spec: StudySpec, params: Mapping[str, Any]
 ) -> tuple[int, LogLinearWeights | TracedWeights]:
-    """num_branches and weights of a row: a trial's, given or learned, or a baseline's method."""
+    """num_branches and weights of a row: a trial's, given or learned, or a baseline's method.
+
+    The parameters alone say which, whatever space the study searches: they may come from another.
+    """
     if params.get("method") == "sfd":
         return 1, uniform_weights()
     substeps = spec.student.substeps
     if params.get("method") == "uniform":
         return substeps, uniform_weights()
-    if isinstance(spec.weights, LearnedSpace):
+    if "rule" in params:
+        memory = params["memory"] if "memory" in params else memory_of(spec)
         rule, strength = params["rule"], params["strength"]
-        memory = spec.weights.memory
         return substeps, TracedWeights(substeps, rule=rule, strength=strength, memory=memory)
-    return substeps, _log_linear(spec, params)
+    return substeps, given_weights(params, substeps)
+
+
+def memory_of(spec: StudySpec) -> int:
+    """Updates that learned weights of this study remember."""
+    assert isinstance(spec.weights, LearnedSpace)
+    return spec.weights.memory
 
 
 def excess_weight(spec: StudySpec, params: Mapping[str, Any]) -> float:
     """max_k w_k minus ``weights.largest``: above 0 the suggestion is not trained."""
     if isinstance(spec.weights, LearnedSpace) or spec.weights.largest is None:
         return 0.0
-    values = _log_linear(spec, params)(spec.student.substeps)
+    values = given_weights(params, spec.student.substeps)(spec.student.substeps)
     return float(values.max()) - spec.weights.largest
 
 
-def _log_linear(spec: StudySpec, params: Mapping[str, Any]) -> LogLinearWeights:
-    """(a, b) of a trial's parameters."""
-    if isinstance(spec.weights, NormalisedSpace):
-        return normalised_weights(params["a"], spec.student.substeps)
-    return LogLinearWeights(a=params["a"], b=params["b"])
+def given_weights(params: Mapping[str, Any], substeps: int) -> LogLinearWeights:
+    """(a, b) of parameters; without b the sum of w_k is K."""
+    if "b" in params:
+        return LogLinearWeights(a=params["a"], b=params["b"])
+    return normalised_weights(params["a"], substeps)
 
 
 def _smallest_largest_weight(spec: StudySpec) -> float:
@@ -232,4 +260,4 @@ def _smallest_largest_weight(spec: StudySpec) -> float:
         params = {"a": min(max(0.0, space.a.low), space.a.high)}
     else:
         params = {"a": space.a.low, "b": space.b.low}
-    return float(_log_linear(spec, params)(spec.student.substeps).max())
+    return float(given_weights(params, spec.student.substeps)(spec.student.substeps).max())

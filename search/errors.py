@@ -23,5 +23,9 @@ class SpecChangedError(InputError):
     """A study exists with conditions that make its numbers incomparable with the given ones."""
 
 
+class DiskFullError(InputError):
+    """No space is left for a row's files; what was saved before stays."""
+
+
 class WorkersFailedError(BdenseError):
     """Workers die before they reach a trial; the launch ends instead of restarting for ever."""

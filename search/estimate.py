@@ -13,11 +13,19 @@ from bdense.denoiser import NetworkDenoiser, build_denoiser
 from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.extractors import missing_weights
-from bdense.public import CHECKPOINTS, REFERENCES
-from bdense.sfd import branch_losses, branch_states
+from bdense.public import CHECKPOINTS, HUB_CHECKPOINTS, REFERENCES
 from search.assets import trajectory_store, use_device
 from search.engine import architecture, execution, student_grid, teacher_solver
-from search.memory import Memory, extractor_size, free_bytes, trial_memory
+from search.memory import (
+    Memory,
+    Update,
+    extractor_size,
+    free_bytes,
+    interval_update,
+    row_of,
+    trial_memory,
+)
+from search.model_spec import ModelSpec
 from search.report import duration
 from search.space import BASELINES
 from search.spec import StudySpec
@@ -85,14 +93,29 @@ class Cost:
         ]
 
     def _time_line(self) -> str:
-        if math.isnan(self.forward_seconds):
-            return f"time: not measured, the network alone has no room on {self.device}"
-        return (
-            f"time: at most {duration(self.workers_seconds)} of one worker, measured for "
-            f"{MEASURE_SECONDS:g} s on {self.device} "
-            f"({_short(self.forward_seconds)} forward, "
-            f"{_short(self.update_seconds)} forward+backward an image)"
-        )
+        seconds = (self.forward_seconds, self.update_seconds)
+        return time_line(self.workers_seconds, *seconds, device=self.device)
+
+
+def time_line(total: float, forward: float, update: float, *, device: str) -> str:
+    """For people.
+
+    Args:
+        total: Seconds in all.
+        forward, update: As ``image_seconds`` found.
+        device: Where.
+    """
+    if math.isnan(forward):
+        return f"time: not measured, the network alone has no room on {device}"
+    return (
+        f"time: at most {duration(total)} of one worker, measured for {MEASURE_SECONDS:g} s on "
+        f"{device} ({_short(forward)} forward, {_short(update)} forward+backward an image)"
+    )
+
+
+def device_words(spec: ModelSpec, device: torch.device) -> str:
+    """Where something was measured, for people."""
+    return "the GPU" if device.type == "cuda" else f"{spec.resources.threads} CPU thread(s)"
 
 
 def _short(seconds: float) -> str:
@@ -129,17 +152,32 @@ def estimate(spec: StudySpec) -> Cost:
         memory_line=memory.line(spec),
         forward_seconds=forward,
         update_seconds=update,
-        device="the GPU" if device.type == "cuda" else f"{spec.resources.threads} CPU thread(s)",
-        remarks=(*_not_here(spec, memory, device), *_to_download(spec, 4 * parameters)),
+        device=device_words(spec, device),
+        remarks=remarks(spec, memory, device, checkpoint_bytes=4 * parameters),
     )
 
 
-def _not_here(spec: StudySpec, memory: Memory, device: torch.device) -> list[str]:
+def remarks(
+    spec: ModelSpec, memory: Memory, device: torch.device, *, checkpoint_bytes: int
+) -> tuple[str, ...]:
+    """Why this machine would refuse it, and what it fetches first.
+
+    Args:
+        spec: What would be launched.
+        memory: Of one of its rows.
+        device: Where they would run.
+        checkpoint_bytes: Of the teacher, where its makers say nothing.
+    """
+    return (*_not_here(spec, memory, device), *_to_download(spec, checkpoint_bytes))
+
+
+def _not_here(spec: ModelSpec, memory: Memory, device: torch.device) -> list[str]:
     """Why a launch on this machine would be refused."""
     reasons = []
     gpus = spec.resources.gpus
     if device.type == "cpu" and gpus != "auto" and gpus > 0:
-        reasons.append(f"it has no GPU, and a trial asks for resources.gpus {gpus:g}")
+        row = row_of(spec).name
+        reasons.append(f"it has no GPU, and a {row} asks for resources.gpus {gpus:g}")
     try:
         execution(spec).require(device)
     except InputError as error:
@@ -150,9 +188,10 @@ def _not_here(spec: StudySpec, memory: Memory, device: torch.device) -> list[str
     return [f"not on this machine: {reason}" for reason in reasons]
 
 
-def _to_download(spec: StudySpec, checkpoint_bytes: int) -> list[str]:
+def _to_download(spec: ModelSpec, checkpoint_bytes: int) -> list[str]:
     """What a launch fetches first; the network was measured with untrained weights in any case."""
-    checkpoint = CHECKPOINTS.get(spec.teacher.checkpoint or "")
+    name = spec.teacher.checkpoint or ""
+    checkpoint, on_hub = CHECKPOINTS.get(name), HUB_CHECKPOINTS.get(name)
     reference = REFERENCES.get(spec.evaluation.reference or "")
     # Where their makers say no size: float32 parameters; 2048 features' mean and covariance.
     files = [
@@ -160,6 +199,8 @@ def _to_download(spec: StudySpec, checkpoint_bytes: int) -> list[str]:
         for file, about in ((checkpoint, checkpoint_bytes), (reference, 8 * 2048 * 2049))
         if file is not None and not file.path.is_file()
     ]
+    if on_hub is not None and not on_hub.is_here:
+        files.append((on_hub.url, on_hub.path, checkpoint_bytes))
     if (weights := missing_weights(spec.evaluation.extractor)) is not None:
         files.append((*weights, int(2**20 * extractor_size(spec.evaluation.extractor).weights)))
     return [
@@ -171,38 +212,49 @@ def _to_download(spec: StudySpec, checkpoint_bytes: int) -> list[str]:
 def _measure(
     spec: StudySpec, network: Mapping[str, Any], memory: Memory, device: torch.device
 ) -> tuple[float, float]:
-    """Seconds an image: forward, and forward + backward + update.
+    wide = {**network, "num_branches": spec.student.substeps}
+    return image_seconds(spec, wide, interval_update(spec), memory, device)
+
+
+def image_seconds(
+    spec: ModelSpec,
+    network: Mapping[str, Any],
+    update: Update,
+    memory: Memory,
+    device: torch.device,
+) -> tuple[float, float]:
+    """Seconds an image: forward, and forward + backward + Adam's step.
 
     Not a number where the network, its gradients and Adam's moments have no room.
+
+    Args:
+        spec: How it computes, and what an update's batch is.
+        network: The student's, as ``build_denoiser`` takes it.
+        update: Its way forth and back.
+        memory: Of one row.
+        device: Where.
     """
     free = free_bytes(device)
     if free is not None and _held(memory) > free:
         return math.nan, math.nan
-    grid = student_grid(spec)
-    wide = dict(network) | {"num_branches": grid.substeps}
     # Untrained weights take as long as any.
-    student = build_denoiser(wide).to(device).eval().execute(_computable(spec, device))
+    student = build_denoiser(dict(network)).to(device).eval().execute(_computable(spec, device))
     optimizer = torch.optim.Adam(student.parameters(), fused=True)
-    levels = grid.interval(grid.trained.start)
-    batch = _affordable(student, spec.budget.batch // spec.resources.team, memory, device)
-    x = torch.zeros(batch, *student.image_shape, device=device)
-    targets = x.expand(grid.substeps, *x.shape)
+    whole = row_of(spec).batch
+    batch = _affordable(student, whole // spec.resources.team, memory, device)
+    x, level = torch.zeros(batch, *student.image_shape, device=device), torch.tensor(1.0)
 
     def forward() -> None:
         with torch.no_grad():
-            student(x, levels[0])
-
-    def there_and_back() -> None:
-        losses = branch_losses(branch_states(student, x, levels), targets)
-        losses.sum().backward()  # type: ignore[no-untyped-call]
+            student(x, level)
 
     forward_seconds = _seconds(forward, device) / batch
-    update_seconds = _seconds(there_and_back, device) / batch
+    update_seconds = _seconds(lambda: update(student, x), device) / batch
     # Adam's part is the same for any batch.
-    return forward_seconds, update_seconds + _seconds(optimizer.step, device) / spec.budget.batch
+    return forward_seconds, update_seconds + _seconds(optimizer.step, device) / whole
 
 
-def _computable(spec: StudySpec, device: torch.device) -> Execution:
+def _computable(spec: ModelSpec, device: torch.device) -> Execution:
     """How the study computes, as far as this device does; compiled, it would take minutes."""
     wanted = dataclasses.replace(execution(spec), compile=False)
     try:

@@ -1,15 +1,19 @@
-"""The ``launch`` verb: open the study, run what is left, say what came out."""
+"""Running what is left of a study, and the ``launch`` verb, which says what came out."""
 
 import functools
 import multiprocessing
 import signal
 import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from search.progress import Display
+from search.model_spec import ModelSpec
+from search.planned import Planned
+from search.progress import Display, Look, look_at_planned, look_at_study
+from search.promotion_spec import PromotionSpec
 from search.report import Standing, copy_baselines, failures, headline, standing, table
-from search.runner import run_study
+from search.runner import Job, run
 from search.spec import StudySpec
 from search.storage import runs_folder
 from search.study import Study
@@ -34,25 +38,48 @@ def launch(spec: StudySpec, url: str, source: Path, workers: int | None) -> tupl
     else:
         if before.counts.complete or before.counts.running:
             sys.stderr.write(f"carrying on with {headline(before)}\n")
-        display = Display(study)
-        try:
-            run_study(
-                spec,
-                study,
-                workers=workers,
-                on_preparing=display.preparing,
-                on_searching=display.searching,
-            )
-        finally:
-            display.close()
+        job = Job(kind="search", record=study, specs=[spec])
+        run_shown(job, functools.partial(look_at_study, study), workers)
     copy_baselines(study)
     now = standing(study)
     lines = [headline(now), *failures(study), table(now), "", *_next(now, source)]
     return "\n".join(lines), now.best is not None
 
 
-def check_apart(spec: StudySpec) -> None:
-    """``search.engine.check`` in a process of its own.
+def run_shown(job: Job, look: Callable[[], Look], workers: int | None) -> None:
+    """Bring rows to their end and show on stderr how far they are."""
+    display = Display(look)
+    try:
+        run(
+            job,
+            workers=workers,
+            on_preparing=display.preparing,
+            on_running=display.running,
+        )
+    finally:
+        display.close()
+
+
+def run_planned(planned: Planned, specs: Sequence[ModelSpec], workers: int | None) -> None:
+    """Bring planned rows to their end, if any are left.
+
+    Args:
+        planned: The rows.
+        specs: What is made for them.
+        workers: Rows at once; None lets the cluster decide.
+    """
+    if not planned.left():
+        sys.stderr.write(f"{planned.name} is complete; nothing is left to do\n")
+        return
+    counts = planned.ledger.counts()
+    if counts.complete or counts.running:
+        sys.stderr.write(f"carrying on with {planned.headline()}\n")
+    job = Job(kind=planned.kind, record=planned, specs=specs)
+    run_shown(job, functools.partial(look_at_planned, planned), workers)
+
+
+def check_apart(spec: ModelSpec) -> None:
+    """``search.engine.check``, or ``check_promotion``, in a process of its own.
 
     It needs torch, which would stay in the launcher's memory (500 MB) for the whole study.
 
@@ -66,10 +93,14 @@ def check_apart(spec: StudySpec) -> None:
         apart.submit(_check, spec).result()
 
 
-def _check(spec: StudySpec) -> None:
+def _check(spec: ModelSpec) -> None:
+    from search.chain_engine import check_promotion
     from search.engine import check
 
-    check(spec)
+    if isinstance(spec, PromotionSpec):
+        check_promotion(spec)
+    elif isinstance(spec, StudySpec):
+        check(spec)
 
 
 def _next(now: Standing, source: Path) -> list[str]:

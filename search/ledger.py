@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal, Self, TypeAlias
 
 import optuna
@@ -37,6 +38,7 @@ FailureReason: TypeAlias = Literal["diverged", "out of memory", "error", "poison
 DEFAULT_TTL_SECONDS = 60.0
 DEFAULT_MAX_ATTEMPTS = 3
 CHANGES = "changes"
+_NOTHING: Mapping[str, JSON] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,22 +141,31 @@ class Ledger:
 
         retrying(append)
 
-    def enqueue(self, params: Mapping[str, Any]) -> None:
+    def enqueue(self, params: Mapping[str, Any], attrs: Mapping[str, JSON] = _NOTHING) -> None:
         """Plan a trial with these parameters before any other; twice the same is once.
 
-        It counts in the budget when it starts.
+        It counts in the budget when it starts. ``attrs`` are stored with it.
         """
 
         def add() -> None:
             with exclusive(self._storage.engine, self._lock):
-                self.study.enqueue_trial(dict(params), skip_if_exists=True)
+                self.study.enqueue_trial(dict(params), dict(attrs), skip_if_exists=True)
 
         retrying(add)
+
+    def resize(self, budget: int) -> None:
+        """Make the budget that of the trials that were planned."""
+
+        def write() -> None:
+            with exclusive(self._storage.engine, self._lock):
+                self.study.set_user_attr("budget", budget)
+
+        retrying(write)
 
     def claim(
         self,
         space: Mapping[str, BaseDistribution],
-        sampler: Callable[[int], BaseSampler],
+        sampler: Callable[[int], BaseSampler] | None,
         constraint: Callable[[dict[str, Any]], float] | None = None,
     ) -> Claim | Wait | Done:
         """Take a trial: one whose worker is gone, else a planned one, else a new one.
@@ -162,7 +173,7 @@ class Ledger:
         Args:
             space: what is suggested, name to distribution.
             sampler: makes the sampler from an offset to its seed: the number of trials started
-                before, so that no two claims draw alike.
+                before, so that no two claims draw alike. None begins planned trials alone.
             constraint: how far parameters are beyond the bound; above 0 the trial is finished at
                 once as pruned, outside the budget, and another one is asked.
 
@@ -195,6 +206,16 @@ class Ledger:
             self._finish(claim, TrialState.COMPLETE, attrs, value)
         else:
             self.fail(claim, "diverged", f"the value is {value}", attrs)
+
+    def report(self, claim: Claim, step: int, value: float) -> None:
+        """Store a value on the way to the last one; a step told again is written anew.
+
+        Raises:
+            LeaseLostError: another worker took the trial over; nothing was told.
+        """
+        if not retrying(partial(self._leases.renew, claim)):
+            raise lost(claim)
+        retrying(partial(self._storage.set_trial_intermediate_value, claim.trial_id, step, value))
 
     def prune(self, claim: Claim, attrs: Mapping[str, JSON]) -> None:
         """Finish as not worth going on with.

@@ -1,4 +1,4 @@
-"""What one trial takes of its device's memory, foretold before anything is spent.
+"""What one row, trial or chain, takes of its device's memory, foretold before anything is spent.
 
 Parameters, gradients and Adam's moments are a multiplication. What a batch takes on its way
 through the network is measured at small batches where there is a GPU; on a CPU it is counted,
@@ -25,7 +25,12 @@ from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.sfd import branch_losses, branch_states
 from search.engine import execution, student_grid
+from search.model_spec import ModelSpec
+from search.promotion_spec import PromotionSpec
 from search.spec import StudySpec
+
+# A student's way forth and back, with images [B, C, H, W].
+Update = Callable[[NetworkDenoiser, Tensor], None]
 
 _MIB, _GIB = 2**20, 2**30
 _FLOAT = 4  # bytes
@@ -84,8 +89,37 @@ _CGROUP_CACHE = ("active_file", "inactive_file")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What a spec calls what is foretold.
+
+    Attributes:
+        kind: Of spec.
+        name: Of one of its rows.
+        key: Of the images of an update, in its file.
+        batch: Those images.
+        can_share: Whether GPUs can share them.
+    """
+
+    kind: str
+    name: str
+    key: str
+    batch: int
+    can_share: bool
+
+
+def row_of(spec: ModelSpec) -> Row:
+    """A study's trial, or a promotion's chain."""
+    if isinstance(spec, PromotionSpec):
+        batch = spec.round.batch
+        return Row(kind="promotion", name="chain", key="round.batch", batch=batch, can_share=False)
+    assert isinstance(spec, StudySpec)
+    batch = spec.budget.batch
+    return Row(kind="study", name="trial", key="budget.batch", batch=batch, can_share=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Bytes of one trial, on its device or on each of its GPUs.
+    """Bytes of one row, on its device or on each of its GPUs.
 
     Attributes:
         runtime: What a process takes before it computes.
@@ -116,63 +150,64 @@ class Memory:
         """Whether it is training, not evaluation, that takes it."""
         return self.adam + self.activations >= self.evaluation
 
-    def line(self, spec: StudySpec) -> str:
+    def line(self, spec: ModelSpec) -> str:
         """For people."""
+        row = row_of(spec)
         each = " on each of its GPUs" if spec.resources.team > 1 else ""
         parts = {
             "teacher": self.teacher,
             "parameters": self.student,
             "Adam": self.adam,
             "gradients": self.gradients,
-            f"activations of batch {spec.budget.batch // spec.resources.team}": self.activations,
+            f"activations of batch {row.batch // spec.resources.team}": self.activations,
             "evaluation, after Adam and activations": self.evaluation,
             "runtime": self.runtime,
         }
         told = ", ".join(f"{what} {_size(size)}" for what, size in parts.items())
-        return f"memory: about {_size(self.total)} for one trial{each} ({told})"
+        return f"memory: about {_size(self.total)} for one {row.name}{each} ({told})"
 
-    def shortage(self, spec: StudySpec, device: torch.device, together: int) -> str:
-        """Why there is too little room for ``together`` trials on this machine; "" if there is.
+    def shortage(self, spec: ModelSpec, device: torch.device, together: int) -> str:
+        """Why there is too little room for ``together`` rows on this machine; "" if there is.
 
         What is lacking comes with the way out.
         """
-        free = free_bytes(device)
+        row, free = row_of(spec), free_bytes(device)
         gpus = spec.resources.gpus
         if device.type == "cuda":
-            # Trials with GPUs of their own do not share one.
+            # Rows with GPUs of their own do not share one.
             sharing = 1 if gpus == "auto" or gpus >= 1 else int(1 / gpus)
             together = min(together, sharing)
         if free is None or together * self.total <= free:
             return ""
         evaluation = spec.evaluation
         smaller = (
-            f"lower budget.batch ({spec.budget.batch} now)"
+            f"lower {row.key} ({row.batch} now)"
             if self.trains_at_the_most
             else f"lower evaluation.batch ({evaluation.batch} now) or evaluation.images "
             f"({evaluation.images} now)"
         )
         ways = [smaller]
         if together > 1:
-            ways.append(f"run fewer trials at once ({together} now) by --workers")
+            ways.append(f"run fewer {row.name}s at once ({together} now) by --workers")
             if device.type == "cuda":
                 ways.append(f"give each more of a GPU by resources.gpus ({gpus:g} now)")
-        elif device.type == "cuda" and self.trains_at_the_most:
+        elif device.type == "cuda" and self.trains_at_the_most and row.can_share:
             ways.append(f"share each batch by resources.gpus: {2 * spec.resources.team}")
         where = "the GPU" if device.type == "cuda" else "this machine"
-        share = f" for each of {together} trials at once" if together > 1 else ""
+        share = f" for each of {together} {row.name}s at once" if together > 1 else ""
         return (
-            f"a trial needs about {_size(self.total)} and {where} has "
+            f"a {row.name} needs about {_size(self.total)} and {where} has "
             f"{_size(free / together)} free{share}; {', or '.join(ways)}"
         )
 
-    def require_room(self, spec: StudySpec, device: torch.device, together: int) -> None:
-        """Refuse trials that would run out of memory.
+    def require_room(self, spec: ModelSpec, device: torch.device, together: int) -> None:
+        """Refuse rows that would run out of memory.
 
         Raises:
             InputError: ``shortage`` has something to say.
         """
         if lacking := self.shortage(spec, device, together):
-            raise InputError(f"study {spec.name}: {lacking}")
+            raise InputError(f"{row_of(spec).kind} {spec.name}: {lacking}")
 
 
 def trial_memory(spec: StudySpec, architecture: Mapping[str, Any], device: torch.device) -> Memory:
@@ -183,24 +218,59 @@ def trial_memory(spec: StudySpec, architecture: Mapping[str, Any], device: torch
         architecture: The teacher's, as ``build_denoiser`` takes it.
         device: Where it runs.
     """
-    team, on_cpu = spec.resources.team, device.type == "cpu"
-    plan = _Plan(spec, dict(architecture), device)
-    teacher, student = plan.parameters(1), plan.parameters(spec.student.substeps)
+    plan = Plan(
+        spec=spec,
+        architecture=architecture,
+        device=device,
+        num_branches=spec.student.substeps,
+        update=interval_update(spec),
+    )
     grid = student_grid(spec)
     # The walk of one batch: recorded rows, or a live teacher's whole path.
     rows = grid.num_rows + 1
     if spec.trajectories.mode == "live":
         rows += len(grid.fine())
-    walk = rows * plan.batch * plan.image * _FLOAT
+    return row_memory(plan, images=rows * plan.batch)
+
+
+def row_memory(plan: "Plan", *, images: int, moments: int = 2, process: int = 0) -> Memory:
+    """Foretell one row's memory.
+
+    Args:
+        plan: Its calls.
+        images: Float images that wait beside those on their way through the network.
+        moments: Of each parameter, kept by the optimiser.
+        process: Bytes that its process holds besides.
+    """
+    team, on_cpu = plan.spec.resources.team, plan.device.type == "cpu"
+    teacher, student = plan.parameters(1), plan.parameters(plan.num_branches)
     return Memory(
-        runtime=_RUNTIME["cpu" if on_cpu else "cuda"],
+        runtime=_RUNTIME["cpu" if on_cpu else "cuda"] + process,
         teacher=teacher,
         student=student,
         gradients=student * (2 if team > 1 else 1),
-        adam=2 * student,
-        activations=plan.training() + walk,
-        evaluation=teacher + _judging(spec, plan, keeps_images=on_cpu),
+        adam=moments * student,
+        activations=plan.training() + images * plan.image * _FLOAT,
+        evaluation=teacher + _judging(plan, keeps_images=on_cpu),
     )
+
+
+def interval_update(spec: StudySpec) -> Update:
+    """A student's in one interval; what it costs follows from its shapes."""
+    grid = student_grid(spec)
+
+    def forth_and_back(student: NetworkDenoiser, x: Tensor) -> None:
+        targets = x.expand(student.num_branches, *x.shape)
+        states = branch_states(student, x, grid.interval(grid.trained.start))
+        losses = branch_losses(states, targets)
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+
+    return forth_and_back
+
+
+def dataset_bytes(spec: ModelSpec, image: int) -> int:
+    """Of a data set of images of that many values, as it lies in memory."""
+    return image * _REFERENCE_IMAGES.get(split_side(spec.data or "")[0], _REFERENCE_OF_FILES)
 
 
 def extractor_size(name: str) -> ExtractorSize:
@@ -209,8 +279,9 @@ def extractor_size(name: str) -> ExtractorSize:
     return _EXTRACTORS.get("dinov2-vit-l-14" if kind == "dinov2" else kind, _SMALL_EXTRACTOR)
 
 
-def _judging(spec: StudySpec, plan: "_Plan", *, keeps_images: bool) -> int:
+def _judging(plan: "Plan", *, keeps_images: bool) -> int:
     """Sampling and its extractor; the images and their features lie in the machine's memory."""
+    spec = plan.spec
     extractor, count = extractor_size(spec.evaluation.extractor), spec.evaluation.images
     weights = int(extractor.weights * _MIB)
     seen = int(extractor.image * _MIB) * min(_FEATURES_BATCH, count)
@@ -227,43 +298,44 @@ def _judging(spec: StudySpec, plan: "_Plan", *, keeps_images: bool) -> int:
     return weights + max(plan.sampling() + 2 * images, images + seen, images + features)
 
 
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """A student's calls, on a GPU for real, else on tensors without numbers."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A student's calls, on a GPU for real, else on tensors without numbers.
 
-    spec: StudySpec
-    architecture: dict[str, Any]
+    Attributes:
+        spec: What it is trained and judged for.
+        architecture: The teacher's, as ``build_denoiser`` takes it.
+        device: Where it runs.
+        num_branches: K.
+        update: One of its training.
+    """
+
+    spec: ModelSpec
+    architecture: Mapping[str, Any]
     device: torch.device
+    num_branches: int
+    update: Update
 
     @property
     def batch(self) -> int:
         """Training images on one device."""
-        return self.spec.budget.batch // self.spec.resources.team
+        return row_of(self.spec).batch // self.spec.resources.team
 
     @property
     def image(self) -> int:
         """Values of one image."""
         with torch.device("meta"):
-            return int(torch.Size(build_denoiser(self.architecture).image_shape).numel())
+            return int(torch.Size(build_denoiser(dict(self.architecture)).image_shape).numel())
 
     def parameters(self, num_branches: int) -> int:
         """Bytes of a network's parameters and buffers."""
-        with torch.device("meta"):
-            network = build_denoiser(self.architecture | {"num_branches": num_branches})
+        network = self._network(num_branches, torch.device("meta"))
         tensors = [*network.parameters(), *network.buffers()]
         return sum(tensor.nbytes for tensor in tensors)
 
     def training(self) -> int:
         """Bytes on the way forth and back, beside parameters and gradients."""
-        grid = student_grid(self.spec)
-
-        def forth_and_back(student: NetworkDenoiser, x: Tensor) -> None:
-            targets = x.expand(student.num_branches, *x.shape)
-            states = branch_states(student, x, grid.interval(grid.trained.start))
-            losses = branch_losses(states, targets)
-            losses.sum().backward()  # type: ignore[no-untyped-call]
-
-        return self._peak(forth_and_back, self.batch)
+        return self._peak(self.update, self.batch)
 
     def sampling(self) -> int:
         """Bytes of a call without gradients at the evaluation's batch."""
@@ -275,11 +347,15 @@ class _Plan:
         count = min(self.spec.evaluation.batch, self.spec.evaluation.images)
         return self._peak(call, count)
 
-    def _peak(self, call: Callable[[NetworkDenoiser, Tensor], None], batch: int) -> int:
+    def _peak(self, call: Update, batch: int) -> int:
         if self.device.type == "cuda":
             return self._measured(call, batch)
-        with FakeTensorMode():
-            student = self._student(Execution(precision=self.spec.precision))
+        student = self._network(self.num_branches, torch.device("meta")).train()
+        student.execution = Execution(precision=self.spec.precision)
+        # A process's levels are numbers that it looks up, and keeps: not in what has none.
+        student.precond(torch.ones(1, 1, 1, 1))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            student.to_empty(device="cpu")
             live = _LiveBytes()
             # Gradients that are there already are no part of what a call takes.
             for parameter in student.parameters():
@@ -288,9 +364,9 @@ class _Plan:
                 call(student, torch.zeros(batch, *student.image_shape))
         return live.peak
 
-    def _measured(self, call: Callable[[NetworkDenoiser, Tensor], None], batch: int) -> int:
+    def _measured(self, call: Update, batch: int) -> int:
         # Compiling takes minutes, and saves memory if anything.
-        student = self._student(Execution()).to(self.device)
+        student = self._network(self.num_branches, torch.device("cpu")).train().to(self.device)
         student.execute(dataclasses.replace(execution(self.spec), compile=False))
 
         def peak(images: int) -> int:
@@ -305,17 +381,15 @@ class _Plan:
             few, more = peak(_SMALL), peak(_LARGER)
         except torch.OutOfMemoryError as error:
             raise InputError(
-                f"study {self.spec.name}: the GPU has no room for {_LARGER} images; free it, or "
-                "take a larger one"
+                f"{row_of(self.spec).kind} {self.spec.name}: the GPU has no room for {_LARGER} "
+                "images; free it, or take a larger one"
             ) from error
         slope = max(0, more - few) / (_LARGER - _SMALL)
         return int(few + slope * max(0, batch - _SMALL))
 
-    def _student(self, how: Execution) -> NetworkDenoiser:
-        wide = self.architecture | {"num_branches": self.spec.student.substeps}
-        student = build_denoiser(wide).train()
-        student.execution = how
-        return student
+    def _network(self, num_branches: int, device: torch.device) -> NetworkDenoiser:
+        with device:
+            return build_denoiser({**self.architecture, "num_branches": num_branches})
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in torch

@@ -3,9 +3,12 @@
 import re
 import sys
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TextIO
 
 from search.ledger import Running
+from search.planned import Planned
 from search.report import duration, in_short, standing
 from search.slots import Progress
 from search.study import Study
@@ -15,25 +18,78 @@ STEPS = {
     "waiting": "waiting for a free worker",
     "features": "feature extractor",
     "teacher": "training the teacher",
+    "teacher FID": "measuring the teacher",
     "trajectories": "recording trajectories",
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """One look at rows that are being run.
+
+    Attributes:
+        text: How far they are, and what is best so far.
+        ended, total: Rows.
+        running: Those at work.
+    """
+
+    text: str
+    ended: int
+    total: int
+    running: Sequence[Running]
+
+
+def look_at_study(study: Study) -> Look:
+    """A search and its baselines."""
+    now = standing(study)
+    assert study.baselines is not None  # a launch plans them
+    base = study.baselines.counts()
+    text = f"trials {now.counts.ended}/{now.counts.planned}"
+    if base.complete + base.failed < base.planned:
+        text += f", baselines {base.complete}/{base.planned}"
+    if now.counts.failed:
+        text += f", {now.counts.failed} failed"
+    if now.best is not None:
+        text += f", best FID {now.best['fid']:.3f} ({in_short(now.best)})"
+    elif now.baselines:
+        text += f", plain SFD {next(iter(now.baselines.values()))['fid']:.3f}"
+    return Look(
+        text=text,
+        ended=now.counts.ended + base.ended,
+        total=now.counts.planned + base.planned,
+        running=[*study.baselines.running(), *study.trials.running()],
+    )
+
+
+def look_at_planned(planned: Planned) -> Look:
+    """Planned rows."""
+    counts = planned.ledger.counts()
+    text = f"rows {counts.ended}/{counts.planned}"
+    if counts.failed:
+        text += f", {counts.failed} failed"
+    return Look(
+        text=text,
+        ended=counts.ended,
+        total=counts.planned,
+        running=planned.ledger.running(),
+    )
+
+
 class Display:
-    """What the launch does now, trials done, best so far, time left.
+    """What a command that runs rows does now: rows done, best so far, time left.
 
     Args:
-        study: What is launched.
+        look: Looks at the rows.
         stream: Where lines go.
     """
 
-    def __init__(self, study: Study, stream: TextIO | None = None) -> None:
-        self._study = study
+    def __init__(self, look: Callable[[], Look], stream: TextIO | None = None) -> None:
+        self._look = look
         self._stream = stream or sys.stderr
         self._started = time.monotonic()
         self._step_started: dict[str, tuple[float, int]] = {}
         self._done_at_start: int | None = None
-        self._trials_started = 0.0
+        self._rows_started = 0.0
         self._last_line = ""
         self._last_time = -LINE_SECONDS
         self._last_step = ""
@@ -50,35 +106,25 @@ class Display:
         if message.done > first:
             left = (now - begun) / (message.done - first) * (message.total - message.done)
             text += f", about {duration(left)} left for this step"
-        self._show(text, message.what, is_last=message.done == message.total)
+        is_last = message.done == message.total
+        if is_last:
+            # It may come again, for another seed.
+            del self._step_started[message.what]
+        self._show(text, message.what, is_last=is_last)
 
-    def searching(self) -> None:
+    def running(self) -> None:
         """A look at the database."""
-        now = standing(self._study)
-        assert self._study.baselines is not None  # a launch plans them
-        base = self._study.baselines.counts()
-        done = sum(c.complete + c.pruned + c.failed for c in (now.counts, base))
-        total = now.counts.planned + base.planned
-        running = [*self._study.baselines.running(), *self._study.trials.running()]
+        look = self._look()
         if self._done_at_start is None:
-            self._done_at_start, self._trials_started = done, time.monotonic()
-        finished = now.counts.complete + now.counts.pruned + now.counts.failed
-        text = f"trials {finished}/{now.counts.planned}"
-        if base.complete + base.failed < base.planned:
-            text += f", baselines {base.complete}/{base.planned}"
-        if now.counts.failed:
-            text += f", {now.counts.failed} failed"
-        if now.best is not None:
-            text += f", best FID {now.best['fid']:.3f} ({in_short(now.best)})"
-        elif now.baselines:
-            text += f", plain SFD {next(iter(now.baselines.values()))['fid']:.3f}"
-        partly = sum(_share_done(row) for row in running)
-        if (progress := done - self._done_at_start + partly) > 0:
-            spent = time.monotonic() - self._trials_started
-            text += f", about {duration(spent / progress * (total - done - partly))} left"
-        if running:
-            text += f"; {len(running)} running: {running[0].progress or 'starting'}"
-        self._show(text, f"trials {done}", is_last=False)
+            self._done_at_start, self._rows_started = look.ended, time.monotonic()
+        text, partly = look.text, sum(_share_done(row) for row in look.running)
+        if (progress := look.ended - self._done_at_start + partly) > 0:
+            spent = time.monotonic() - self._rows_started
+            left = spent / progress * (look.total - look.ended - partly)
+            text += f", about {duration(left)} left"
+        if look.running:
+            text += f"; {len(look.running)} running: {look.running[0].progress or 'starting'}"
+        self._show(text, f"rows {look.ended}", is_last=False)
 
     def close(self) -> None:
         """End a line that changes."""
@@ -103,9 +149,13 @@ class Display:
 
 
 def _share_done(row: Running) -> float:
-    """How much of a running trial is done, by its own words; evaluation is the last tenth."""
-    found = re.match(r"(training|evaluating) (\d+)/(\d+)", row.progress)
+    """How much of a running row is done, by its own words; evaluation is the last tenth.
+
+    Of a chain each round is an equal share.
+    """
+    found = re.match(r"(?:round (\d+)/(\d+): )?(training|evaluating) (\d+)/(\d+)", row.progress)
     if found is None:
         return 0.0
-    share = int(found[2]) / int(found[3])
-    return 0.9 * share if found[1] == "training" else 0.9 + 0.1 * share
+    share = int(found[4]) / int(found[5])
+    own = 0.9 * share if found[3] == "training" else 0.9 + 0.1 * share
+    return own if found[1] is None else (int(found[1]) - 1 + own) / int(found[2])

@@ -49,14 +49,7 @@ class Standing:
 
     def trials(self) -> dict[str, int]:
         """planned, complete, pruned, failed, running."""
-        counts = self.counts
-        return {
-            "planned": counts.planned,
-            "complete": counts.complete,
-            "pruned": counts.pruned,
-            "failed": counts.failed,
-            "running": counts.running,
-        }
+        return trials_json(self.counts)
 
 
 def standing(study: Study) -> Standing:
@@ -68,6 +61,17 @@ def standing(study: Study) -> Standing:
         best=_best(study.trials),
         baselines=baseline_results(study),
     )
+
+
+def trials_json(counts: Counts) -> dict[str, int]:
+    """planned, complete, pruned, failed, running."""
+    return {
+        "planned": counts.planned,
+        "complete": counts.complete,
+        "pruned": counts.pruned,
+        "failed": counts.failed,
+        "running": counts.running,
+    }
 
 
 def status_json(now: Standing) -> dict[str, Any]:
@@ -139,7 +143,7 @@ def table(now: Standing) -> str:
                 _weights(best["weights"]),
             )
         )
-    lines = _align(rows)
+    lines = align(rows)
     if best is not None and not best["confirmed"]:
         lines.append(
             "The best is the lowest of several noisy values from one training seed: "
@@ -162,23 +166,33 @@ def table(now: Standing) -> str:
 
 def headline(now: Standing) -> str:
     """Counts on one line."""
-    counts = now.counts
-    text = (
-        f"study {now.study}: {counts.complete} of {counts.planned} trials complete, "
+    return f"study {now.study}: {counts_line(now.counts, 'trials')}"
+
+
+def counts_line(counts: Counts, rows: str) -> str:
+    """Rows by state, in words."""
+    return (
+        f"{counts.complete} of {counts.planned} {rows} complete, "
         f"{counts.pruned} pruned, {counts.failed} failed, {counts.running} running"
     )
-    return text
 
 
 def failures(study: Study) -> list[str]:
     """A line for each failed baseline and trial, with its reason."""
+    ledgers = (study.baselines, study.trials)
+    return [line for ledger in ledgers if ledger is not None for line in failed_rows(ledger)]
+
+
+def failed_rows(ledger: Ledger, what: str = "trial") -> list[str]:
+    """A line for each failed row of a ledger, with its reason."""
     lines = []
-    for ledger in (study.baselines, study.trials):
-        for trial in _rows(ledger, TrialState.FAIL) if ledger is not None else ():
-            what = trial.params.get("method")
-            title = TITLES[what] if what else f"trial {trial.number}"
-            reason, error = (trial.user_attrs.get(key, "") for key in ("reason", "error"))
-            lines.append(f"{title} failed, {reason or 'unknown'}: {error}")
+    for trial in _rows(ledger, TrialState.FAIL):
+        method = trial.params.get("method")
+        arm = trial.user_attrs.get("arm")
+        title = TITLES[method] if method else f"{what} {trial.number}"
+        title += f" ({arm}, seed {trial.params['seed']})" if arm else ""
+        reason, error = (trial.user_attrs.get(key, "") for key in ("reason", "error"))
+        lines.append(f"{title} failed, {reason or 'unknown'}: {error}")
     return lines
 
 
@@ -235,7 +249,8 @@ def _weights(weights: list[float]) -> str:
     return " ".join(f"{w:.3g}" for w in weights)
 
 
-def _align(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def align(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Cells in columns, the first and the last to the left."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from bdense.errors import InputError
 from bdense.files import atomic_write
+from search.chain_report import chain_figure, chain_table
+from search.comparison import Comparison, compare, complete_rows
+from search.planned import Planned, Row
 from search.report import TITLES, Standing, complete_trials, headline, standing, table
 from search.storage import runs_folder
 from search.study import Study, baselines_name
@@ -16,7 +19,7 @@ from search.study import Study, baselines_name
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PAGE, CURVE = "report.md", "curve.png"
+PAGE, CURVE, CHAIN = "report.md", "curve.png", "fid.png"
 SAMPLES = "samples.png"
 
 
@@ -57,6 +60,63 @@ def write_report(study: Study, folder: Path) -> Path:
     with atomic_write(folder / PAGE) as scratch:
         scratch.write_text("\n\n".join(line for line in lines if line) + "\n")
     return folder / PAGE
+
+
+def write_planned_report(planned: Planned, folder: Path) -> Path:
+    """Write ``report.md``, a grid of each arm, and of a chain ``fid.png``: FID over steps.
+
+    Raises:
+        InputError: No row is complete.
+    """
+    comparison = compare(planned)
+    if not comparison.results:
+        raise InputError(f"{planned.headline()}: there is nothing to report yet")
+    folder.mkdir(parents=True, exist_ok=True)
+    if planned.kind == "progressive":
+        table_text, axis = chain_table(planned), "DDIM steps"
+        with atomic_write(folder / CHAIN) as scratch:
+            chain_figure(planned).savefig(scratch, format="png", dpi=150)
+    else:
+        table_text, axis = _tables(planned), ""
+    grids = _copy_arms(planned, comparison, folder)
+    pictures = "\n\n".join(f"{title}:\n\n![{title}]({name})" for title, name in grids)
+    lines = [
+        f"# {planned.name}",
+        f"{planned.headline()}.",
+        f"```\n{table_text}\n```",
+        f"![FID over {axis}]({CHAIN})" if axis else "",
+        "The first 64 images of each arm's last student, from the same latents.",
+        pictures,
+    ]
+    with atomic_write(folder / PAGE) as scratch:
+        scratch.write_text("\n\n".join(line for line in lines if line) + "\n")
+    return folder / PAGE
+
+
+def _tables(planned: Planned) -> str:
+    """A table for each budget and NFE that rows were trained for."""
+    rows = {(r.kimg, r.nfe) for r in (Row.of(t.params) for t in complete_rows(planned))}
+    tables = []
+    for kimg, nfe in sorted(rows, key=lambda pair: (pair[1] or 0, pair[0] or 0)):
+        found = compare(planned, kimg=kimg, nfe=nfe)
+        title = f"{kimg:g} kimg, NFE {nfe}"
+        tables.append("\n".join([title, *found.table(), found.conditions_line()]))
+    return "\n\n".join(tables)
+
+
+def _copy_arms(planned: Planned, comparison: Comparison, folder: Path) -> list[tuple[str, str]]:
+    """(title, file name) of each arm's grid under the first seed, where it is still there."""
+    found = []
+    for index, result in enumerate(comparison.results):
+        seed = min(result.rows)
+        row = runs_folder() / planned.name / f"{result.rows[seed]:05d}"
+        grids = [row / SAMPLES, *sorted(row.glob(f"*-{SAMPLES}"))]
+        if (source := next((grid for grid in grids if grid.is_file()), None)) is not None:
+            name = f"samples-{index}.png"
+            with atomic_write(folder / name) as scratch:
+                shutil.copyfile(source, scratch)
+            found.append((f"{result.arm.name}, seed {seed}", name))
+    return found
 
 
 def curve(now: Standing, trials: list[dict[str, Any]], axis: str) -> "Figure":

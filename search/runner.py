@@ -13,18 +13,19 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray import tune
 
 from bdense.errors import InputError
 from search.errors import WorkersFailedError
-from search.slots import Orders, Progress, Refusal, prepare_task, record_task, slot
+from search.model_spec import ModelSpec, ResourcesSpec
+from search.slots import Kind, Orders, Progress, Refusal, prepare_task, record_task, slot
 from search.spec import StudySpec
 from search.storage import cache_folder, one_line, runs_folder, without_password
-from search.study import Study
 
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least; nothing large goes through it
 POLL_SECONDS = 1.0
@@ -32,47 +33,87 @@ POLL_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
 
-def run_study(
-    spec: StudySpec,
-    study: Study,
+class Record(Protocol):
+    """What a launch needs of the record of its rows: a ``Study``, or a ``Planned``."""
+
+    @property
+    def url(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    def left(self) -> int:
+        """Rows that have not ended."""
+        ...
+
+    def forgive_running(self) -> None:
+        """An interruption counts against no row."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Rows to bring to their end.
+
+    Attributes:
+        kind: What they are.
+        record: Where they are.
+        specs: What is made for them: the study, or each variant of it that rows train in.
+    """
+
+    kind: Kind
+    record: Record
+    specs: Sequence[ModelSpec]
+
+    @property
+    def resources(self) -> ResourcesSpec:
+        """Of each row."""
+        return self.specs[0].resources
+
+    def orders(self) -> Orders:
+        """For the workers."""
+        return Orders(
+            kind=self.kind,
+            study=self.record.name,
+            storage=without_password(self.record.url),
+            runs=str(runs_folder().resolve()),
+            cache=str(cache_folder().resolve()),
+        )
+
+
+def run(
+    job: Job,
     *,
     workers: int | None,
     on_preparing: Callable[[Progress], None],
-    on_searching: Callable[[], None],
+    on_running: Callable[[], None],
 ) -> None:
-    """Bring the study to its end on Ray's workers.
+    """Bring the rows to their end on Ray's workers.
 
     Args:
-        spec: The study.
-        study: Its record.
-        workers: Trials at once; None is one for each GPU, or for each ``resources.cpus``.
+        job: The rows.
+        workers: Rows at once; None is one for each GPU, or for each ``resources.cpus``.
         on_preparing: Called with the progress of the preparations.
-        on_searching: Called every second while trials run, from another thread.
+        on_running: Called every second while rows run, from another thread.
 
     Raises:
         InputError: Something the user gave cannot be used on the workers.
-        WorkersFailedError: Workers die before they reach a trial.
+        WorkersFailedError: Workers die before they reach a row.
     """
-    orders = Orders(
-        study=spec.name,
-        spec=spec.model_dump_json(),
-        storage=without_password(study.url),
-        runs=str(runs_folder().resolve()),
-        cache=str(cache_folder().resolve()),
-    )
+    orders, record = job.orders(), job.record
     try:
-        with ray_session(study.url):
-            slots = _slots(spec, workers)
-            _prepare(spec, orders, slots, on_preparing)
-            with _every_second(on_searching):
-                # Slots find nothing to do once all is claimed: no more of them than trials left.
-                refusals = _run_slots(spec, orders, min(slots, max(study.left(), 1)))
+        with ray_session(record.url):
+            slots = _slots(job.resources, workers)
+            for spec in job.specs:
+                _prepare(spec, orders, slots, on_preparing)
+            with _every_second(on_running):
+                # Slots find nothing to do once all is claimed: no more of them than rows left.
+                needed = min(slots, max(record.left(), 1))
+                refusals = _run_slots(job.resources, orders, needed)
     except KeyboardInterrupt:
-        study.forgive_running()
+        record.forgive_running()
         raise
     except ray.exceptions.RayError as error:
         raise WorkersFailedError(f"a worker of Ray failed: {error}") from error
-    if study.left():
+    if record.left():
         _raise_first(refusals)
 
 
@@ -124,9 +165,8 @@ def _require_listener(address: str) -> None:
         ) from error
 
 
-def _slots(spec: StudySpec, workers: int | None) -> int:
-    resources, gpus = spec.resources, gpus_per_trial(spec)
-    fit = sum(_fit_by_machine(spec))
+def _slots(resources: ResourcesSpec, workers: int | None) -> int:
+    gpus, fit = gpus_per_trial(resources), sum(_fit_by_machine(resources))
     if fit < 1:
         machines = " or ".join(f"{cpus:g} CPUs and {own:g} GPUs" for cpus, own in _machines())
         raise InputError(
@@ -147,38 +187,39 @@ def _machines() -> list[tuple[float, float]]:
     return [(each.get("CPU", 0.0), each.get("GPU", 0.0)) for each in alive]
 
 
-def _fit_by_machine(spec: StudySpec) -> list[int]:
+def _fit_by_machine(resources: ResourcesSpec) -> list[int]:
     """Trials at once on each machine: a trial's CPUs and GPUs are of one."""
-    cpus, gpus = spec.resources.cpus, gpus_per_trial(spec)
+    cpus, gpus = resources.cpus, gpus_per_trial(resources)
     return [
         min(int(own_cpus / cpus), int(own_gpus / gpus) if gpus else int(own_cpus / cpus))
         for own_cpus, own_gpus in _machines()
     ]
 
 
-def gpus_per_trial(spec: StudySpec) -> float:
+def gpus_per_trial(resources: ResourcesSpec) -> float:
     """GPUs a trial holds: the spec's number, or for ``auto`` one where the cluster has any."""
-    if spec.resources.gpus == "auto":
+    if resources.gpus == "auto":
         return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
-    return float(spec.resources.gpus)
+    return float(resources.gpus)
 
 
 def _prepare(
-    spec: StudySpec, orders: Orders, slots: int, tell: Callable[[Progress], None]
+    spec: ModelSpec, orders: Orders, slots: int, tell: Callable[[Progress], None]
 ) -> None:
     """Teacher and features in one task, then trajectories in one for each slot and its GPUs."""
     # The GPUs of a trial share its batches; these tasks take one.
     team = spec.resources.team
-    gpus = gpus_per_trial(spec) / team
+    gpus = gpus_per_trial(spec.resources) / team
     most_cpus = max(cpus for cpus, _ in _machines())
-    together = min(slots, max(_fit_by_machine(spec)))
+    together = min(slots, max(_fit_by_machine(spec.resources)))
     threads = spec.teacher.train.threads if spec.teacher.train else 1
     cpus = max(spec.resources.cpus, min(threads, most_cpus))
     tell(Progress(what="waiting", done=0, total=1))
-    _follow([_task(prepare_task, cpus, gpus).remote(orders, together)], tell)
-    if spec.trajectories.mode == "recorded":
+    text = spec.model_dump_json()
+    _follow([_task(prepare_task, cpus, gpus).remote(orders, text, together)], tell)
+    if isinstance(spec, StudySpec) and spec.trajectories.mode == "recorded":
         record, parts = _task(record_task, spec.resources.cpus / team, gpus), slots * team
-        _follow([record.remote(orders, part, parts) for part in range(parts)], tell)
+        _follow([record.remote(orders, text, part, parts) for part in range(parts)], tell)
 
 
 def _task(function: Callable[..., Any], cpus: float, gpus: float) -> Any:  # noqa: ANN401  Ray's
@@ -209,18 +250,18 @@ def _raise_first(refusals: Sequence[Refusal]) -> None:
         raise kind(refusal.message)
 
 
-def _run_slots(spec: StudySpec, orders: Orders, slots: int) -> list[Refusal]:
+def _run_slots(resources: ResourcesSpec, orders: Orders, slots: int) -> list[Refusal]:
     """Run that many slots till all have ended; what those said that could not go on."""
     launch = uuid.uuid4().hex[:8]
     scratch = Path(tempfile.mkdtemp(prefix="bdense-tune-"))
-    marks = Path(orders.runs) / spec.name / "slots"
+    marks = Path(orders.runs) / orders.study / "slots"
     config = {
         "orders": orders,
         "mark": tune.grid_search([str(marks / f"{launch}-{i}") for i in range(slots)]),
     }
-    resources = {"cpu": spec.resources.cpus, "gpu": gpus_per_trial(spec)}
+    held = {"cpu": resources.cpus, "gpu": gpus_per_trial(resources)}
     tuner = tune.Tuner(
-        tune.with_resources(slot, resources),
+        tune.with_resources(slot, held),
         param_space=config,
         tune_config=tune.TuneConfig(max_concurrent_trials=slots),
         run_config=tune.RunConfig(

@@ -1,7 +1,6 @@
-"""What runs on Ray's workers: making the shared parts, and slots that claim trials till the end.
+"""What runs on Ray's workers: making the shared parts, and slots that claim rows till the end.
 
-A slot takes its orders from the database: the spec is the study's, the trials are the ledger's.
-It may be killed at any point; whoever claims next goes on from the trial's last checkpoint.
+A slot may be killed at any point; whoever claims next goes on from the row's last checkpoint.
 """
 
 import logging
@@ -12,16 +11,19 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bdense.errors import BdenseError, InputError
-from search.errors import LeaseLostError, SpecChangedError, StorageError
-from search.ledger import Claim, Done, Ledger
-from search.report import copy_baselines
-from search.space import baseline_space, make_sampler, search_space
+from search.errors import LeaseLostError, StorageError
+from search.model_spec import ModelSpec
+from search.planned import Planned
+from search.promotion_spec import PromotionSpec
 from search.spec import StudySpec
-from search.storage import redact, resolve_storage_url, retrying, without_password
-from search.study import FINGERPRINT, SPEC, TRAJECTORIES, Study
+from search.storage import redact, resolve_storage_url, without_password
+from search.study import Study
+
+if TYPE_CHECKING:
+    from search.workers import Worker
 
 _log = logging.getLogger(__name__)
 
@@ -30,27 +32,35 @@ MAX_STARTS = 3
 PATIENCE_SECONDS = 300.0
 
 
+# What rows are: a search's trials, students trained again, chains of progressive distillation.
+Kind = Literal["search", "retrain", "progressive"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Orders:
     """What a worker is told, whatever folder and environment it starts in; holds no password.
 
     Attributes:
+        kind: What the study's rows are.
         study: Name of the study, which holds the spec.
-        spec: The spec as JSON, for what is made before the study is read.
         storage: URL without password.
         runs, cache: The launcher's folders.
     """
 
+    kind: Kind
     study: str
-    spec: str
     storage: str
     runs: str
     cache: str
 
-    def settle(self) -> StudySpec:
-        """Make this process use the launcher's folders; the spec."""
+    def settle(self) -> None:
+        """Make this process use the launcher's folders."""
         os.environ["BDENSE_RUNS"], os.environ["BDENSE_CACHE"] = self.runs, self.cache
-        return StudySpec.model_validate_json(self.spec)
+
+    def read(self, spec: str) -> ModelSpec:
+        """A spec of this kind from JSON."""
+        kind = PromotionSpec if self.kind == "progressive" else StudySpec
+        return kind.model_validate_json(spec)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,15 +99,17 @@ def worker_storage(asked: str) -> str:
     return asked
 
 
-def prepare_task(orders: Orders, together: int) -> Iterator[Progress | Refusal]:
-    """Make what the trials share and tell about it; the last message may be a refusal.
+def prepare_task(orders: Orders, spec: str, together: int) -> Iterator[Progress | Refusal]:
+    """Make what the rows share and tell about it; the last message may be a refusal.
 
     Args:
         orders: The study's.
-        together: Trials at once on one machine.
+        spec: As JSON: the study's own, or a variant of it.
+        together: Rows at once on one machine.
     """
     # Imported here: the launcher ships this function and needs no torch for it.
     from search.assets import prepare, use_device
+    from search.chain_trial import prepare_chain
 
     messages: queue.SimpleQueue[Progress | Refusal | None] = queue.SimpleQueue()
     told = [0.0]
@@ -109,8 +121,13 @@ def prepare_task(orders: Orders, together: int) -> Iterator[Progress | Refusal]:
 
     def work() -> None:
         try:
-            spec = orders.settle()
-            prepare(spec, use_device(spec), report, together=together)
+            orders.settle()
+            read = orders.read(spec)
+            if isinstance(read, PromotionSpec):
+                prepare_chain(read, use_device(read), report)
+            else:
+                assert isinstance(read, StudySpec)
+                prepare(read, use_device(read), report, together=together)
         except Exception as error:  # noqa: BLE001  it reaches the user as the launch's error
             messages.put(Refusal.of(error))
         finally:
@@ -121,14 +138,15 @@ def prepare_task(orders: Orders, together: int) -> Iterator[Progress | Refusal]:
         yield message
 
 
-def record_task(orders: Orders, part: int, parts: int) -> Iterator[Progress | Refusal]:
+def record_task(orders: Orders, spec: str, part: int, parts: int) -> Iterator[Progress | Refusal]:
     """Record the missing shards whose number leaves the remainder ``part`` by ``parts``."""
     from search.assets import load_data, load_teacher, trajectory_store, use_device
 
     try:
-        spec = orders.settle()
-        teacher = load_teacher(spec, load_data(spec), use_device(spec))
-        store = trajectory_store(spec, teacher)
+        orders.settle()
+        read = StudySpec.model_validate_json(spec)
+        teacher = load_teacher(read, load_data(read), use_device(read))
+        store = trajectory_store(read, teacher)
         size = f"{store.nbytes / 2**20:.0f} MiB on disk"
         # By number, not by place in the list: other tasks record while this one starts.
         missing = [shard for shard in store.missing() if shard % parts == part]
@@ -143,7 +161,7 @@ def record_task(orders: Orders, part: int, parts: int) -> Iterator[Progress | Re
 
 
 def slot(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A Ray Tune trainable: claim and run trials of the baselines, then of the study.
+    """A Ray Tune trainable: claim and work on rows until all have ended.
 
     Args:
         config: ``orders``, and ``mark``: a file that counts this slot's starts.
@@ -166,76 +184,36 @@ def slot(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _work(orders: Orders, mark: Path) -> None:
-    from search.assets import load, use_device
-    from search.trial import keep_best_students, work_on
-
     orders.settle()
-    study = _open_patiently(worker_storage(orders.storage), orders.study)
-    # The study's spec, not the orders': another launcher may have extended it meanwhile.
-    spec = StudySpec.model_validate_json(study.trials.study.user_attrs[SPEC])
-    assets = load(spec, use_device(spec))
-    if assets.store is not None:
-        folder = str(assets.store.folder.resolve())
-        retrying(lambda: study.trials.study.set_user_attr(TRAJECTORIES, folder))
-    while (claimed := _claim_next(study, spec)) is not None:
-        ledger, claim, asked = claimed
+    worker = _open_patiently(orders)
+    while (claimed := worker.claim()) is not None:
         mark.unlink(missing_ok=True)
-        _require_same_conditions(study, ledger, claim, assets.fingerprint)
         try:
-            work_on(ledger, claim, assets, asked)
+            worker.work(claimed)
         except LeaseLostError as error:
             _log.warning("%s", error)
-            continue
-        if ledger is study.trials:
-            keep_best_students(ledger, spec.keep_students)
-        else:
-            copy_baselines(study)
 
 
-def _claim_next(study: Study, spec: StudySpec) -> tuple[Ledger, Claim, float] | None:
-    """The next claim and when it was asked for; baselines first, as something to beat."""
-    from search.engine import excess_weight
-
-    assert study.baselines is not None  # a launch plans them
-    while True:
-        asked = time.perf_counter()
-        first = study.baselines.claim(baseline_space(), lambda offset: make_sampler(spec, offset))
-        if isinstance(first, Claim):
-            return study.baselines, first, asked
-        then = study.trials.claim(
-            search_space(spec),
-            lambda offset: make_sampler(spec, offset),
-            lambda params: excess_weight(spec, params),
-        )
-        if isinstance(then, Claim):
-            return study.trials, then, asked
-        if isinstance(first, Done) and isinstance(then, Done):
-            return None
-        time.sleep(POLL_SECONDS)
-
-
-def _require_same_conditions(study: Study, ledger: Ledger, claim: Claim, mine: str) -> None:
-    """A worker of other numerics, or of a spec replaced meanwhile, must not measure here."""
-    stored = retrying(lambda: study.trials.study.user_attrs)[FINGERPRINT]
-    if stored != mine:
-        ledger.release(claim, interrupted=True)
-        raise SpecChangedError(
-            f"a worker measures under other conditions (fingerprint {mine}) than study "
-            f"{study.name} has ({stored}): another launch changed the study before its first "
-            "trial, or the worker runs another version of bdense; launch again"
-        )
-
-
-def _open_patiently(url: str, name: str) -> Study:
-    """Open a study on a database that may just be restarting."""
+def _open_patiently(orders: Orders) -> "Worker":
+    """The worker of a study on a database that may just be restarting."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
-            return Study.open(url, name)
+            return _worker_of(orders)
         except StorageError:
             if time.monotonic() > deadline:
                 raise
             time.sleep(POLL_SECONDS)
+
+
+def _worker_of(orders: Orders) -> "Worker":
+    from search.workers import ChainWorker, RetrainWorker, SearchWorker
+
+    url = worker_storage(orders.storage)
+    if orders.kind == "search":
+        return SearchWorker(Study.open(url, orders.study))
+    planned = Planned.open(url, orders.study)
+    return ChainWorker(planned) if orders.kind == "progressive" else RetrainWorker(planned)
 
 
 def _count_start(mark: Path) -> int:

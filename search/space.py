@@ -3,7 +3,8 @@
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
-from search.spec import FloatRange, LearnedSpace, LogLinearSpace, StudySpec
+from search.model_spec import FloatRange
+from search.spec import LearnedSpace, LogLinearSpace, StudySpec
 
 # Plain SFD, and B-DENSE with every branch counting alike.
 BASELINES = ("sfd", "uniform")

@@ -6,12 +6,14 @@ import warnings
 from dataclasses import dataclass
 from typing import Self
 
+import optuna
 from optuna.exceptions import ExperimentalWarning
 
 from search.errors import SpecChangedError, UnknownStudyError
 from search.ledger import Counts, Ledger
+from search.model_spec import flatten
 from search.space import BASELINES
-from search.spec import StudySpec, flatten
+from search.spec import StudySpec
 
 # Attributes of the Optuna study.
 SPEC, CONDITIONS, FINGERPRINT = "spec", "conditions", "fingerprint"
@@ -63,7 +65,7 @@ class Study:
             SpecChangedError: The stored study has other conditions; says which.
             StorageError: The database cannot be used.
         """
-        _refuse_other_conditions(url, spec)
+        refuse_other_conditions(url, spec)
         open_ledger = functools.partial(
             Ledger.open,
             url,
@@ -107,7 +109,12 @@ def baselines_name(name: str) -> str:
     return name + BASELINES_SUFFIX
 
 
-def _refuse_other_conditions(url: str, spec: StudySpec) -> None:
+def refuse_other_conditions(url: str, spec: StudySpec) -> None:
+    """Make sure that the stored study of that name, if it was begun, has the spec's conditions.
+
+    Raises:
+        SpecChangedError: It has others; says which.
+    """
     try:
         study = Study.open(url, spec.name)
     except UnknownStudyError:
@@ -139,6 +146,11 @@ def _store(ledger: Ledger, spec: StudySpec) -> None:
     study.set_user_attr(CONDITIONS, json.dumps(spec.conditions()))
     study.set_user_attr(FINGERPRINT, spec.fingerprint())
     study.set_user_attr(SPEC, json.dumps(new))
+    name_metric(study)
+
+
+def name_metric(study: optuna.Study) -> None:
+    """Say what the values are, where the dashboard shows them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         study.set_metric_names(["FID"])

@@ -1,16 +1,23 @@
-"""A study file: YAML to a StudySpec, its files found, its mistakes named by their keys."""
+"""A study's or promotion's file: YAML to its spec, its files found, its mistakes named by key."""
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
 from bdense.data_names import split_format, split_side
-from bdense.public import CHECKPOINTS, REFERENCES
+from bdense.public import REFERENCES, published_names
 from search.errors import SpecError
+from search.model_spec import ModelSpec, Strict
+from search.promotion_spec import PromotionSpec
 from search.spec import StudySpec
+
+Spec = TypeVar("Spec", bound=ModelSpec)
+# What kinds of specs are called, and a key that one kind alone has.
+_NAMES: dict[type[ModelSpec], str] = {StudySpec: "study", PromotionSpec: "promotion"}
+_OF_PROMOTIONS = "chain"
 
 
 def read_spec(path: Path) -> StudySpec:
@@ -20,22 +27,58 @@ def read_spec(path: Path) -> StudySpec:
         SpecError: The file cannot be read, is no YAML mapping, or a key or value is wrong; one
             line for each, naming the key.
     """
+    tree = _read(path, StudySpec)
+    if _OF_PROMOTIONS in tree:
+        raise SpecError(
+            f"{path} is a promotion, not a study: it has a {_OF_PROMOTIONS}; give it to "
+            f"`bdense-search promote STUDY --to {path}`"
+        )
+    return _with_absolute_files(parse_spec(tree, source=str(path)), source=str(path))
+
+
+def read_promotion(path: Path) -> PromotionSpec:
+    """Parse a promotion's file.
+
+    Raises:
+        SpecError: As of ``read_spec``.
+    """
+    tree = _read(path, PromotionSpec)
+    if "student" in tree and _OF_PROMOTIONS not in tree:
+        raise SpecError(
+            f"{path} is a study, not a promotion: it has a student and no {_OF_PROMOTIONS}; give "
+            f"it to `bdense-search launch {path}`"
+        )
+    return _with_absolute_files(parse_promotion(tree, source=str(path)), source=str(path))
+
+
+def read_any(path: Path) -> StudySpec | PromotionSpec:
+    """Parse a file of either kind; one with the key ``chain`` is a promotion's.
+
+    Raises:
+        SpecError: As of ``read_spec``.
+    """
+    tree = _read(path, StudySpec)
+    return read_promotion(path) if _OF_PROMOTIONS in tree else read_spec(path)
+
+
+def _read(path: Path, kind: type[ModelSpec]) -> dict[str, Any]:
     path = Path(path)
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"the study file {path} cannot be read: {error}") from error
+        raise SpecError(f"the {_NAMES[kind]} file {path} cannot be read: {error}") from error
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise SpecError(f"{path} is not valid YAML: {reason}") from error
     if not isinstance(tree, dict):
-        raise SpecError(f"{path} must be a mapping of keys such as name, data, teacher, student")
-    return _with_absolute_files(parse_spec(tree, source=str(path)), source=str(path))
+        own = "student" if kind is StudySpec else _OF_PROMOTIONS
+        raise SpecError(f"{path} must be a mapping of keys such as name, data, teacher, {own}")
+    return tree
 
 
-def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
+def _with_absolute_files(spec: Spec, source: str) -> Spec:
     """The spec with its files as they are seen from any folder: workers have folders of their own.
 
     Raises:
@@ -60,7 +103,7 @@ def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
     if data is not None:
         data = _absolute_data(data, source)
     if teacher.checkpoint is not None:
-        checkpoint = absolute("teacher.checkpoint", teacher.checkpoint, CHECKPOINTS)
+        checkpoint = absolute("teacher.checkpoint", teacher.checkpoint, published_names())
         teacher = teacher.model_copy(update={"checkpoint": checkpoint})
     kind, _, file = evaluation.extractor.partition(":")
     if file:
@@ -86,18 +129,35 @@ def _absolute_data(data: str, source: str) -> str:
 
 
 def parse_spec(tree: dict[str, Any], source: str) -> StudySpec:
-    """A spec from a mapping; errors name ``source`` and the key."""
+    """A study from a mapping; errors name ``source`` and the key."""
+    return _parse(StudySpec, tree, source)
+
+
+def parse_promotion(tree: dict[str, Any], source: str) -> PromotionSpec:
+    """A promotion from a mapping, likewise."""
+    return _parse(PromotionSpec, tree, source)
+
+
+def _parse(kind: type[Spec], tree: dict[str, Any], source: str) -> Spec:
     try:
-        return StudySpec.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise SpecError("\n".join(f"{source}: {line}" for line in _lines(error))) from error
+        lines = _lines(error, tree, _NAMES[kind])
+        raise SpecError("\n".join(f"{source}: {line}" for line in lines)) from error
 
 
-def _lines(error: ValidationError) -> list[str]:
-    lines = []
+def _lines(error: ValidationError, tree: dict[str, Any], whole: str) -> list[str]:
+    """One line for each key that is wrong; ``whole`` stands for the file itself."""
+    told: dict[str, list[str]] = {}
+    values: dict[str, Any] = {}
     for problem in error.errors():
-        key = ".".join(str(part) for part in _as_written(problem["loc"])) or "study"
+        place = _as_written(problem["loc"], tree, missing=problem["type"] == "missing")
+        key = ".".join(str(part) for part in place) or whole
         message = problem["msg"].removeprefix("Value error, ")
+        given = problem["input"]
+        of_several = len(place) < len(problem["loc"])
+        if of_several and problem["type"] == "literal_error" and isinstance(given, dict):
+            continue  # a mapping was meant where a word would do; what is wrong in it follows
         if problem["type"] == "extra_forbidden":
             message = "unknown key; check the spelling"
         elif problem["type"] == "missing":
@@ -108,18 +168,47 @@ def _lines(error: ValidationError) -> list[str]:
             key = f"{key}.parameterisation"
             known, tag = problem["ctx"]["expected_tags"], problem["ctx"]["tag"]
             message = f"Input should be one of {known}, got {tag!r}"
-        elif problem["type"] != "value_error" and not isinstance(problem["input"], dict):
+        elif problem["type"] != "value_error" and not isinstance(given, dict):
             # Our own messages name the value themselves.
-            message = f"{message}, got {problem['input']!r}"
-        lines.append(f"{key}: {message}")
-    return lines
+            values[key] = given
+            if problem["type"] == "model_type":
+                message = f"Input should be a mapping of {_keys(problem['ctx']['class_name'])}"
+        told.setdefault(key, []).append(message)
+    return [f"{key}: {_joined(told[key])}{_got(key, values)}" for key in told]
 
 
-def _as_written(place: tuple[int | str, ...]) -> tuple[int | str, ...]:
-    """Where a problem is in the file: pydantic puts the kind of weights between their keys."""
-    return (*place[:1], *place[2:]) if place[:1] == ("weights",) else place
+def _joined(messages: list[str]) -> str:
+    """Several for one key are what its kinds of values ask for each."""
+    first, *others = messages
+    return " or ".join([first, *(text.removeprefix("Input should be ") for text in others)])
 
 
-def as_yaml(spec: StudySpec) -> str:
+def _got(key: str, values: dict[str, Any]) -> str:
+    return f", got {values[key]!r}" if key in values else ""
+
+
+def _keys(class_name: str) -> str:
+    """What a section has, for people."""
+    sections = {section.__name__: section for section in Strict.__subclasses__()}
+    return ", ".join(sections[class_name].model_fields)
+
+
+def _as_written(
+    place: tuple[int | str, ...], tree: dict[str, Any], *, missing: bool
+) -> tuple[int | str, ...]:
+    """Where a problem is in the file: pydantic puts the kind of a value between its keys."""
+    written: list[int | str] = []
+    at: Any = tree
+    for index, part in enumerate(place):
+        is_item = isinstance(at, list) and isinstance(part, int)
+        if is_item or (isinstance(at, dict) and part in at):
+            at = at[part]
+        elif not (missing and index == len(place) - 1):
+            continue  # names a kind
+        written.append(part)
+    return tuple(written)
+
+
+def as_yaml(spec: ModelSpec) -> str:
     """The resolved spec, every default spelt out."""
     return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False)

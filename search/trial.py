@@ -4,6 +4,7 @@ A trial's folder holds its checkpoint, then pictures, the student and ``result.j
 is written before it is told, so that whoever takes over a finished trial only tells.
 """
 
+import errno
 import functools
 import importlib.metadata
 import json
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from bdense.branches import export_branch
 from bdense.cards import card_path, write_card
@@ -30,8 +32,8 @@ from bdense.sfd import IterationReport
 from bdense.sharing import distill_on
 from search.assets import Assets
 from search.engine import branches_and_weights, student_sampler, training_config
-from search.errors import LeaseLostError, StorageError
-from search.ledger import Claim, FailureReason, Ledger
+from search.errors import DiskFullError, LeaseLostError, StorageError
+from search.ledger import Claim, FailureReason, Holding, Ledger
 from search.storage import runs_folder
 from search.traced_weights import TracedWeights, draw_history
 
@@ -53,32 +55,33 @@ def trial_folder(study_name: str, number: int) -> Path:
     return runs_folder() / study_name / f"{number:05d}"
 
 
-def work_on(ledger: Ledger, claim: Claim, assets: Assets, asked: float) -> None:
-    """Bring a claimed trial to its end, or give it back.
+def bring_to_an_end(
+    ledger: Ledger,
+    claim: Claim,
+    work: Callable[[Holding, Path], dict[str, Any]],
+    *,
+    fingerprint: str,
+    asked: float,
+) -> None:
+    """Do a claimed row's work and tell its result, or why there is none, or give it back.
 
     Args:
         ledger: The study's.
         claim: What is worked on.
-        assets: What the study's trials share.
+        work: From the held lease and the row's folder to ``value``, the FID, and ``attrs``, what
+            the row stores.
+        fingerprint: Of the conditions.
         asked: ``time.perf_counter()`` when the claim was asked for.
 
     Raises:
         LeaseLostError: Another worker took it over; nothing was told.
         StorageError: The database stayed away; the trial is taken over once it is back.
     """
-    fail = functools.partial(_fail, ledger, claim, assets)
+    fail = functools.partial(_fail, ledger, claim, fingerprint)
     try:
         with ledger.holding(claim) as holding:
-            result = evaluate(
-                assets,
-                claim.params,
-                trial_folder(ledger.study.study_name, claim.number),
-                check=holding.check,
-                report=holding.report,
-            )
+            result = work(holding, trial_folder(ledger.study.study_name, claim.number))
         attrs = result["attrs"] | {"tries": claim.tries}
-        drawn = (assets.spec.seeds.sampler + claim.number) % 2**31
-        attrs["seeds"] = attrs["seeds"] | {"sampler": drawn}
         attrs["timings"]["service_seconds"] = _service_seconds(asked, result)
         ledger.complete(claim, result["value"], attrs)
     except (LeaseLostError, StorageError):
@@ -90,12 +93,29 @@ def work_on(ledger: Ledger, claim: Claim, assets: Assets, asked: float) -> None:
         fail("out of memory", f"{error}; use a smaller batch or give trials more memory")
     except BdenseError as error:
         fail("error", str(error))
-    except Exception as error:  # noqa: BLE001  whatever it is becomes the row's reason
+    except Exception as error:
+        if is_full_disk(error):
+            # Nor the trial's fault; any other row would fail for it too.
+            ledger.release(claim, interrupted=True)
+            raise DiskFullError(
+                f"no space is left where runs are kept ({runs_folder().resolve()}): {error}; free "
+                "some and give the same command again: it carries on from what was saved last"
+            ) from error
         _log.exception("trial %d, attempt %d", claim.number, claim.attempt)
         if claim.tries < ledger.max_attempts:
             ledger.release(claim)
         else:
             fail("error", f"{type(error).__name__}: {error}")
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether there was no space left to write to; safetensors says so in words alone."""
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError) and error.errno in numbers:
+        return True
+    return isinstance(error, SafetensorError) and any(
+        f"os error {number}" in str(error) for number in numbers
+    )
 
 
 def evaluate(
@@ -121,8 +141,8 @@ def evaluate(
     """
     spec = assets.spec
     identity = {"params": dict(params), "fingerprint": assets.fingerprint}
-    _take_folder(folder, identity)
-    if (done := _read_result(folder, identity)) is not None:
+    take_folder(folder, identity)
+    if (done := read_result(folder, identity)) is not None:
         return done
     num_branches, weights = branches_and_weights(spec, params)
     weighting = weights if isinstance(weights, TracedWeights) else weights(num_branches)
@@ -160,7 +180,7 @@ def evaluate(
             "student_seconds": round(trained - started, 3),
             "evaluation_seconds": round(evaluated - trained, 3),
         },
-        "student": _below_runs(folder / STUDENT),
+        "student": below_runs(folder / STUDENT),
         "device": device_name(assets.device),
         "worker": f"{platform.node()}:{os.getpid()}",
     }
@@ -188,16 +208,16 @@ def _drawn(weights: TracedWeights, path: Path) -> dict[str, Any]:
         "rule": weights.rule,
         "strength": weights.strength,
         "weights_over_time": history,
-        "weights_plot": _below_runs(path),
+        "weights_plot": below_runs(path),
     }
 
 
-def _below_runs(path: Path) -> str:
+def below_runs(path: Path) -> str:
     """A trial's file as the study's rows name it: study/number/file."""
     return str(Path(*path.parts[-3:]))
 
 
-def _read_result(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+def read_result(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a worker before computed for this very trial, if it got that far."""
     path = folder / RESULT
     if not path.exists():
@@ -206,7 +226,7 @@ def _read_result(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | 
     return result if result["identity"] == identity else None
 
 
-def _take_folder(folder: Path, identity: Mapping[str, Any]) -> None:
+def take_folder(folder: Path, identity: Mapping[str, Any]) -> None:
     """Make sure that what lies in a trial's folder is this trial's.
 
     A study that was deleted from its database, or lives in another one under the same name,
@@ -285,6 +305,10 @@ def _student_metadata(
         "params": dict(params),
         "weights": weights.tolist(),
         "fingerprint": assets.fingerprint,
+        "seeds": {
+            "training": assets.spec.seeds.training,
+            "evaluation": assets.spec.seeds.evaluation,
+        },
         "sampler": student_sampler(assets.spec).describe(),
         "precision": assets.spec.precision,
         "fid": fid.as_dict(),
@@ -294,15 +318,15 @@ def _student_metadata(
 def _service_seconds(asked: float, result: Mapping[str, Any]) -> float:
     """Time between asking for the trial and telling its result that bdense did not take."""
     timings = result["attrs"]["timings"]
-    inside = timings["student_seconds"] + timings["evaluation_seconds"]
+    inside = sum(seconds for name, seconds in timings.items() if name != "service_seconds")
     # A result taken over was computed by another worker, before this one asked.
     return round(max(time.perf_counter() - asked - float(inside), 0.0), 3)
 
 
 def _fail(
-    ledger: Ledger, claim: Claim, assets: Assets, reason: FailureReason, detail: str
+    ledger: Ledger, claim: Claim, fingerprint: str, reason: FailureReason, detail: str
 ) -> None:
-    attrs: dict[str, Any] = {"fingerprint": assets.fingerprint, "versions": package_versions()}
+    attrs: dict[str, Any] = {"fingerprint": fingerprint, "versions": package_versions()}
     ledger.fail(claim, reason, detail, attrs)
 
 

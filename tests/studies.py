@@ -1,4 +1,4 @@
-"""A study as a mapping, to be changed key by key."""
+"""A study and a promotion as mappings, to be changed key by key."""
 
 import copy
 from pathlib import Path
@@ -6,11 +6,14 @@ from typing import Any
 
 import yaml
 
+from search.promotion_spec import PromotionSpec
 from search.spec import StudySpec
-from search.study_file import parse_spec
+from search.study_file import parse_promotion, parse_spec
 from tests.goldens import ROOT
 
-STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
+# Those that come along.
+PROMOTIONS = sorted((ROOT / "studies").glob("promote-*.yaml"))
+STUDIES = sorted(set((ROOT / "studies").glob("*.yaml")) - set(PROMOTIONS))
 
 STUDY: dict[str, Any] = {
     "name": "digits",
@@ -27,12 +30,27 @@ STUDY: dict[str, Any] = {
 }
 NORMALISED = {"parameterisation": "normalised", "a": {"low": -0.5, "high": 3.0}}
 LEARNED = {"parameterisation": "learned"}
+# A chain of two rounds, 8 -> 4 -> 2.
+CHAIN: dict[str, Any] = {
+    "name": "promote-digits",
+    "data": "digits",
+    "teacher": {
+        "train": {
+            "network": {"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1},
+            "kimg": 10,
+            "precond": {"name": "cosine", "prediction_type": "v_prediction"},
+        }
+    },
+    "chain": {"first": 8, "last": 2},
+    "round": {"updates": 10, "batch": 64, "lr": 3e-4},
+    "evaluation": {"images": 256, "extractor": "digits-classifier"},
+}
 REMOVED = object()
 
 
-def changed(**keys: Any) -> dict[str, Any]:
-    """``STUDY`` with dotted keys (two underscores for a dot) set, or ``REMOVED``."""
-    tree = copy.deepcopy(STUDY)
+def changed(tree: dict[str, Any] = STUDY, /, **keys: Any) -> dict[str, Any]:
+    """``tree`` with dotted keys (two underscores for a dot) set, or ``REMOVED``."""
+    tree = copy.deepcopy(tree)
     for key, value in keys.items():
         *sections, last = key.split("__")
         section = tree
@@ -49,7 +67,11 @@ def spec(**keys: Any) -> StudySpec:
     return parse_spec(changed(**keys), source="study.yaml")
 
 
-def write(folder: Path, **keys: Any) -> Path:
+def promotion(**keys: Any) -> PromotionSpec:
+    return parse_promotion(changed(CHAIN, **keys), source="promotion.yaml")
+
+
+def write(folder: Path, tree: dict[str, Any] = STUDY, /, **keys: Any) -> Path:
     path = folder / "study.yaml"
-    path.write_text(yaml.safe_dump(changed(**keys)))
+    path.write_text(yaml.safe_dump(changed(tree, **keys)))
     return path

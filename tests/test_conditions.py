@@ -8,7 +8,7 @@ import pytest
 
 from bdense import NUMERICS
 from bdense.files import sha256_file
-from search.spec import flatten
+from search.model_spec import flatten
 from search.study_file import read_spec
 from tests.studies import LEARNED, NORMALISED, STUDIES, spec
 
@@ -39,6 +39,8 @@ def zipped(path: Path, content: bytes = b"an archive") -> str:
         {"evaluation__metrics": ["fid", "kid", "prc"]},
         {"keep_students": 1},
         {"student__method": "sfd-bdense"},  # the default, spelt out
+        {"teacher__train__flip": False},
+        {"teacher__train__precond": None, "teacher__train__loss": None},
         {"student__solver": {"name": "dpmpp", "order": 3}},
     ],
 )
@@ -58,6 +60,10 @@ def test_what_leaves_the_numbers_alone_leaves_the_fingerprint_alone(keys):
             {"teacher.train.network.model_channels"},
         ),
         ({"teacher__train__seed": 1}, {"teacher.train.seed"}),
+        ({"teacher__train__precond": {"name": "cosine"}}, {"teacher.train.precond.name"}),
+        ({"teacher__train__loss": "snr"}, {"teacher.train.loss"}),
+        ({"teacher__train__flip": True}, {"teacher.train.flip"}),
+        ({"teacher__train__clip": 1}, {"teacher.train.clip"}),
         ({"student__nfe": 3}, {"student.nfe"}),
         ({"student__substeps": 3}, {"student.substeps"}),
         ({"student__afs": False}, {"student.afs"}),

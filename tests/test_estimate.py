@@ -8,7 +8,6 @@ import torch
 
 import bdense.public
 import bdense.sources
-import search.engine
 import search.estimate
 import search.memory
 from bdense.checkpoints import save_denoiser
@@ -42,7 +41,7 @@ def published(monkeypatch):
         url=CHECKPOINTS[NAME].url.replace(".pkl", ".safetensors"),
         sha256=None,
     )
-    for module in (bdense.public, search.engine, search.estimate, bdense.sources):
+    for module in (bdense.public, search.estimate, bdense.sources):
         monkeypatch.setattr(module, "CHECKPOINTS", {NAME: small})
     return small
 

@@ -359,7 +359,8 @@ def test_every_name_and_order_makes_a_solver():
         (
             "heum",
             {},
-            r"'heum' is unknown; choose from \['euler', 'ddim', 'heun', 'dpm2', 'ipndm', 'dpmpp'\]",
+            r"'heum' is unknown; choose from \['euler', 'ddim', 'heun', 'dpm2', 'ipndm', "
+            r"'dpmpp'\]",
         ),
         ("dpmpp", {"order": 4}, "dpmpp has orders 1, 2 and 3, got 4; leave it out for 3"),
         ("ipndm", {"order": 1}, "ipndm has orders 2, 3 and 4, got 1; leave it out for 4"),

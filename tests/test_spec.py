@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from bdense.execution import PRECISIONS
+from bdense.snr_weights import LOSSES
 from bdense.solvers import DPM2, IPNDM, SOLVERS, DPMSolverPP, Euler, Heun
 from bdense.weighting import RULES, LearnedWeights
 from search.engine import (
@@ -73,7 +74,7 @@ NAMED = {
         ),
         (
             {"student__solver": {"name": "dpm", "order": 9, "thresholding": True}},
-            "^study.yaml: student.solver.name: .*'euler', 'heun', 'dpm2', .*, got 'dpm'$",
+            "^study.yaml: student.solver.name: .*'euler', 'ddim', 'heun', .*, got 'dpm'$",
         ),
         (
             {"student__schedule": {"sigma_min": 90.0}},
@@ -158,6 +159,21 @@ NAMED = {
         (
             {"teacher__train__network": {"model_channels": 6}},
             r"teacher.train.network \{'model_channels': 6\}: .* a multiple of 4",
+        ),
+        ({"teacher__train__loss": "mse"}, "teacher.train.loss: .* 'constant', .*, got 'mse'"),
+        ({"teacher__train__loss": "v"}, "teacher.train: teacher loss 'v' is for a process"),
+        ({"teacher__train__clip": 0}, "teacher.train.clip: .* greater than 0, got 0"),
+        (
+            {"teacher__train__precond": {"name": "vp"}},
+            "teacher.train: teacher precond needs the name cosine or ddpm, got 'vp'",
+        ),
+        (
+            {"teacher__train__precond": {"name": "cosine", "timesteps": 64}},
+            "teacher.train: the options do not fit precond='cosine': .*'timesteps'",
+        ),
+        (
+            {"teacher__train__precond": {"name": "ddpm", "num_train_timesteps": "many"}},
+            "teacher.train: the options do not fit precond='ddpm'",
         ),
         ({"budget__trials": 0}, "budget.trials: .* equal to 1, got 0"),
         ({"budget__kimg": 1e-5}, "budget.kimg: .* equal to 0.001, got 1e-05"),
@@ -275,6 +291,27 @@ def test_a_study_in_the_engines_terms():
     assert (training.lr, training.iterations(64)) == (5e-4, 40)
     teacher = teacher_config(study.teacher.train)
     assert (teacher.images, teacher.warmup_images, teacher.batch) == (10_000, 10_000, 256)
+    assert (teacher.precond, teacher.loss, teacher.flip, teacher.clip) == (None, None, False, None)
+
+
+def test_a_teacher_of_a_process_in_the_engines_terms():
+    recipe = {
+        "precond": {"name": "cosine", "prediction_type": "sample"},
+        "loss": "constant",
+        "flip": True,
+        "clip": 1.0,
+    }
+    study = spec(**{f"teacher__train__{key}": value for key, value in recipe.items()})
+    check(study)
+    teacher = teacher_config(study.teacher.train)
+    assert {key: teacher.as_dict()[key] for key in recipe} == recipe
+    again = parse_spec(yaml.safe_load(as_yaml(study)), source="study.yaml")
+    assert again.fingerprint() == study.fingerprint()
+
+
+def test_the_losses_of_the_spec_are_the_engines():
+    optional = type(spec().teacher.train).model_fields["loss"].annotation
+    assert get_args(get_args(optional)[0]) == LOSSES
 
 
 @pytest.mark.parametrize(

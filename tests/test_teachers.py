@@ -1,23 +1,40 @@
 """Training a teacher: it learns, its average and first step by hand, and it may be stopped."""
 
+import argparse
 import math
+import re
 
 import pytest
 import torch
 
-from bdense.checkpoints import load_tensors
+from bdense import teachers
+from bdense.checkpoints import load_denoiser, load_tensors
 from bdense.data import Dataset, load_dataset, to_float
+from bdense.ddpm import DDPMSchedule
 from bdense.denoiser import NetworkDenoiser
 from bdense.errors import CheckpointError, InputError, NonFiniteLossError
 from bdense.execution import Execution
 from bdense.networks import SongUNet, SongUNetConfig
+from bdense.preconditioning import (
+    DDPM,
+    EDM,
+    PREDICTIONS,
+    Cosine,
+    Preconditioning,
+    native_schedule,
+)
+from bdense.randomness import Stream, generator
+from bdense.snr_weights import LOSSES, snr_weight
 from bdense.teachers import (
     TeacherConfig,
     denoising_loss,
     new_denoiser,
     teacher_data,
     train_teacher,
+    vp_denoising_loss,
 )
+from bdense.verbs.teacher import _process, _scaled_betas, add_teacher
+from tests.commands import TINY, bdense, refused
 from tests.small import same_weights
 
 CPU = torch.device("cpu")
@@ -28,6 +45,17 @@ NETWORK = {
     "num_blocks": 1,
     "attn_resolutions": (),
     "dropout": 0.0,
+}
+
+
+COSINE = {"name": "cosine", "prediction_type": "v_prediction"}
+# DDPM's process in 64 steps.
+DDPM_64 = {
+    "name": "ddpm",
+    "num_train_timesteps": 64,
+    "beta_start": 0.1 / 64,
+    "beta_end": 20 / 64,
+    "prediction_type": "epsilon",
 }
 
 
@@ -45,14 +73,14 @@ def config(images: int = 80, **options) -> TeacherConfig:
     return TeacherConfig(**{"images": images, "batch": 16, "network": network, **options})
 
 
-def silent_denoiser() -> NetworkDenoiser:
+def silent_denoiser(precond: Preconditioning | None = None) -> NetworkDenoiser:
     """A network whose output is 0: D = c_skip x."""
     model = SongUNet(SongUNetConfig(img_resolution=8, img_channels=1, **NETWORK))
     head = model.get_submodule(model.head_name)
     with torch.no_grad():
         head.weight.zero_()
         head.bias.zero_()
-    return NetworkDenoiser(model)
+    return NetworkDenoiser(model, precond)
 
 
 # ---- the loss ----
@@ -73,6 +101,43 @@ def test_the_loss_of_an_untrained_network_is_one_at_every_level():
     for sigma in (0.02, 0.5, 20.0):
         loss = denoising_loss(silent_denoiser(), 0.5 * clean, noise, torch.full((64,), sigma))
         assert loss.mean().item() == pytest.approx(1.0, abs=0.08)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_the_weights_of_a_process_by_hand(kind):
+    """SNR = 1 / sigma^2 = 4, 1 and 1/4."""
+    expected = {
+        "constant": [1, 1, 1],
+        "snr": [4, 1, 0.25],
+        "snr_trunc": [4, 1, 1],
+        "v": [5, 2, 1.25],
+    }
+    for dtype in (torch.float32, torch.float64):
+        weight = snr_weight(torch.tensor([[0.5, 1.0, 2.0]], dtype=dtype), kind)
+        assert weight.tolist() == [expected[kind]]
+        assert weight.dtype == dtype
+
+
+def test_an_unknown_weight_is_named():
+    with pytest.raises(InputError, match="one of constant, snr, snr_trunc, v, got 'mse'"):
+        snr_weight(torch.ones(1), "mse")
+
+
+@pytest.mark.parametrize(
+    ("prediction", "loss"), [("epsilon", "snr"), ("sample", "constant"), ("v_prediction", "v")]
+)
+def test_the_loss_of_a_process_is_the_networks_own_error(prediction, loss):
+    """|F - eps|^2, |F - x_0|^2, |F - v|^2 with v = alpha eps - s x_0, for F = 0."""
+    denoiser = silent_denoiser(Cosine(prediction_type=prediction)).double()
+    draw = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(3, 1, 8, 8, generator=draw).double() for _ in range(2))
+    sigma = torch.tensor([0.01, 1.0, 100.0], dtype=torch.float64)
+    alpha = (1 / (1 + sigma**2).sqrt()).view(-1, 1, 1, 1)
+    s = sigma.view(-1, 1, 1, 1) * alpha
+    target = {"epsilon": noise, "sample": clean, "v_prediction": alpha * noise - s * clean}
+    expected = target[prediction].square().mean(dim=(1, 2, 3))
+    actual = vp_denoising_loss(denoiser, clean, noise, sigma, loss=loss)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=0)
 
 
 # ---- learning ----
@@ -141,6 +206,103 @@ def test_the_step_size_rises_with_the_images_seen():
     assert config(lr=0.4, warmup_images=0).lr_at(0) == 0.4
 
 
+@pytest.mark.parametrize("precond", [COSINE, DDPM_64], ids=["cosine-v", "ddpm-eps"])
+def test_training_on_a_process_lowers_its_loss(digits, precond):
+    """Measured with the averaged weights on noise that training never saw."""
+    learning = config(
+        images=1920, batch=32, warmup_images=320, ema_halflife_images=320, precond=precond
+    )
+    teacher = train_teacher(digits, learning, device=CPU)
+    assert teacher.precond == learning.preconditioning
+    clean = to_float(digits.images)[:256]
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
+    sigma = native_schedule(teacher.precond).draw(torch.arange(256) / 256).float()
+    with torch.no_grad():
+        before, after = (
+            vp_denoising_loss(denoiser, clean, noise, sigma, loss=learning.vp_loss).mean()
+            for denoiser in (new_denoiser(learning, SHAPE), teacher)
+        )
+    assert after < 0.7 * before
+
+
+def batches(monkeypatch, dataset: Dataset, training: TeacherConfig) -> list[tuple]:
+    """Clean images, noise, levels and classes of every iteration."""
+    seen = []
+    real = teachers._loss
+
+    def spy(denoiser, training, *batch):
+        seen.append(batch)
+        return real(denoiser, training, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bdense.teachers._loss", spy)
+        train_teacher(dataset, training, device=CPU)
+    return seen
+
+
+def test_the_levels_are_those_of_the_process(digits, monkeypatch):
+    """DDPM's are those of its 64 times; the angle of the cosine's is uniform."""
+    drawn = {}
+    for precond in (COSINE, DDPM_64):
+        training = config(images=1024, batch=256, precond=precond)
+        seen = batches(monkeypatch, digits, training)
+        drawn[precond["name"]] = torch.cat([sigma for _, _, sigma, _ in seen])
+    assert all(sigma.dtype == torch.float32 for sigma in drawn.values())
+    process = DDPMSchedule(num_train_timesteps=64, beta_start=0.1 / 64, beta_end=20 / 64)
+    known = process.sigma(torch.arange(64)).float()
+    assert bool(torch.isin(drawn["ddpm"], known).all())
+    assert len(drawn["ddpm"].unique()) == 64
+    angle = drawn["cosine"].atan() / (math.pi / 2)
+    assert angle.histc(4, min=0, max=1).tolist() == pytest.approx([256] * 4, abs=60)
+
+
+def test_images_and_noise_do_not_depend_on_the_levels_or_mirrors(digits, monkeypatch):
+    """Levels are drawn after them, mirrors last; a mirrored image keeps its noise."""
+    plain, process, mirrored = (
+        batches(monkeypatch, digits, config(images=64, batch=64, **options))[0]
+        for options in ({}, {"precond": COSINE}, {"precond": COSINE, "flip": True})
+    )
+    for other in (process, mirrored):
+        assert torch.equal(plain[1], other[1])
+    assert torch.equal(plain[0], process[0])
+    assert torch.equal(process[2], mirrored[2])
+    turned = (mirrored[0] == plain[0].flip(-1)).flatten(1).all(dim=1)
+    kept = (mirrored[0] == plain[0]).flatten(1).all(dim=1)
+    assert bool((turned | kept).all())
+    assert 16 < turned.sum() < 48
+
+
+def test_the_first_batch_of_an_edm_teacher_by_hand(digits, monkeypatch):
+    """Teachers that are kept must come out again, bit for bit."""
+    (clean, noise, sigma, _), *_ = batches(monkeypatch, digits, config(images=16))
+    draw = generator(0, Stream.TEACHER_BATCH, 0)
+    index = torch.randint(len(digits.images), (16,), generator=draw)
+    assert torch.equal(clean, to_float(digits.images[index]))
+    assert torch.equal(noise, torch.randn(16, 1, 8, 8, generator=draw))
+    assert torch.equal(sigma, (-1.2 + 1.2 * torch.randn(16, generator=draw)).exp())
+
+
+def test_a_long_gradient_is_shortened_to_the_norm_asked_for(digits, monkeypatch):
+    norms = []
+    real = torch.optim.Adam.step
+
+    def spy(self, *args):
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+        return real(self, *args)
+
+    monkeypatch.setattr("torch.optim.Adam.step", spy)
+    train_teacher(digits, config(images=32), device=CPU)
+    free, least = norms[:2], min(norms)
+    norms.clear()
+    # The first gradient is of the same weights, whatever is done with it.
+    train_teacher(digits, config(images=32, clip=least / 2), device=CPU)
+    assert norms == pytest.approx([least / 2] * 2, rel=1e-5)
+    norms.clear()
+    train_teacher(digits, config(images=32, clip=1e6), device=CPU)
+    assert norms == free
+
+
 # ---- the same again ----
 
 
@@ -157,10 +319,18 @@ def test_the_seed_decides_everything(digits):
     assert not same_weights(first, other)
 
 
-@pytest.mark.parametrize("stop_after", [1, 3])
-def test_stopped_and_resumed_is_never_stopped(digits, tmp_path, stop_after):
+@pytest.mark.parametrize(
+    ("stop_after", "options"),
+    [
+        (1, {}),
+        (3, {}),
+        (2, {"precond": COSINE, "loss": "snr_trunc", "flip": True, "clip": 1.0}),
+        (2, {"precond": DDPM_64}),
+    ],
+)
+def test_stopped_and_resumed_is_never_stopped(digits, tmp_path, stop_after, options):
     """Bit for bit, dropout included, whatever the new process' random state."""
-    training = config(network={"dropout": 0.3})
+    training = config(network={"dropout": 0.3}, **options)
     whole = train_teacher(digits, training, device=CPU)
 
     def stop(done, total, loss):
@@ -193,6 +363,27 @@ def test_a_checkpoint_of_another_teacher_is_refused(digits, tmp_path):
     for data, training in ((digits, config(images=16, lr=0.1)), (few, config(images=16))):
         with pytest.raises(CheckpointError, match=r"teacher\.safetensors belongs to another"):
             train_teacher(data, training, **keep)
+
+
+def test_what_is_off_leaves_no_trace_in_the_recipe():
+    """Teachers and half-trained ones from before there was a choice keep their names."""
+    assert set(config().as_dict()) == {
+        *("images", "batch", "lr", "warmup_images", "ema_halflife_images", "p_mean", "p_std"),
+        *("seed", "network"),
+    }
+    options = {"precond": COSINE, "loss": "snr", "flip": True, "clip": 1.0}
+    training = config(**options)
+    assert training.as_dict() == config().as_dict() | options
+    assert TeacherConfig(**training.as_dict()) == training
+
+
+def test_another_process_is_another_teacher(digits, tmp_path):
+    path = tmp_path / "teacher.safetensors"
+    keep = {"device": CPU, "checkpoint": path, "checkpoint_seconds": 0}
+    train_teacher(digits, config(images=16), **keep)
+    for options in ({"precond": COSINE}, {"flip": True}, {"clip": 1.0}):
+        with pytest.raises(CheckpointError, match="belongs to another teacher"):
+            train_teacher(digits, config(images=16, **options), **keep)
 
 
 # ---- classes ----
@@ -287,7 +478,7 @@ def test_labels_make_another_teacher_only_where_they_are_told(digits, tmp_path):
 def test_cached_teachers_keep_their_names(digits, monkeypatch):
     """Of the digits study: hours of work elsewhere must not be lost to a field of a hash."""
     import search.assets
-    from search.spec import TeacherTraining
+    from search.model_spec import TeacherTraining
 
     network = {"model_channels": 24, "channel_mult": [1, 2], "num_blocks": 1}
     network |= {"attn_resolutions": [], "dropout": 0.0}
@@ -304,6 +495,70 @@ def test_cached_teachers_keep_their_names(digits, monkeypatch):
     assert name(digits, label_dim=10) != name(bare, label_dim=10)
 
 
+# ---- the verb ----
+
+
+@pytest.mark.parametrize(
+    ("options", "recipe"),
+    [
+        (("--precond", "cosine"), {"precond": {"name": "cosine"}}),
+        (
+            ("--precond", "cosine", "--prediction", "sample", "--loss", "v"),
+            {"precond": {"name": "cosine", "prediction_type": "sample"}, "loss": "v"},
+        ),
+        (
+            ("--precond", "ddpm", "--prediction", "epsilon", "--timesteps", 64),
+            {"precond": DDPM_64},
+        ),
+        (("--flip", "--clip", 1), {"flip": True, "clip": 1.0}),
+        ((), {}),
+    ],
+)
+def test_a_teacher_of_a_process_is_written_with_its_recipe(tmp_path, options, recipe):
+    path = tmp_path / "teacher.safetensors"
+    answer = bdense("teacher", "--data", "digits", *TINY, *options, "--out", path)
+    assert answer.status == 0, answer.err
+    loaded, metadata = load_denoiser(path)
+    later = ("precond", "loss", "flip", "clip")
+    assert {k: v for k, v in metadata["training"].items() if k in later} == recipe
+    assert loaded.precond == config(precond=recipe.get("precond")).preconditioning
+
+
+def test_the_usual_times_of_ddpm_are_the_published_ones():
+    command = argparse.ArgumentParser()
+    add_teacher(command.add_subparsers())
+    options = command.parse_args(["teacher", "--precond", "ddpm", "--out", "t.safetensors"])
+    assert config(precond=_process(options)).preconditioning == DDPM()
+
+
+@pytest.mark.parametrize("timesteps", [21, 64, 1000, 4096])
+def test_ddpm_ends_in_noise_in_any_number_of_times(timesteps):
+    schedule = DDPMSchedule(**_scaled_betas(timesteps))
+    assert schedule.sigma_max > 150
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--loss", "v"), "--loss v does nothing with --precond edm; .* cosine or ddpm"),
+        (("--prediction", "sample"), "--prediction sample does nothing with --precond edm"),
+        (
+            ("--precond", "cosine", "--timesteps", 64),
+            "--timesteps 64 does nothing with --precond cosine; drop it, or add --precond ddpm",
+        ),
+        (
+            ("--precond", "ddpm", "--timesteps", 20),
+            "--timesteps must be above 20, got 20: the last beta is 20 / T and must be below 1",
+        ),
+        (("--clip", 0), "teacher clip must be positive and finite, got 0.0"),
+    ],
+)
+def test_options_of_another_process_are_refused(tmp_path, options, message):
+    answer = bdense("teacher", *TINY, *options, "--out", tmp_path / "teacher.safetensors")
+    assert re.search(message, refused(answer))
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---- what is refused ----
 
 
@@ -316,11 +571,35 @@ def test_cached_teachers_keep_their_names(digits, monkeypatch):
         ({"images": 0}, "teacher images must be at least 1, got 0"),
         ({"batch": 0}, "teacher batch must be at least 1, got 0"),
         ({"ema_halflife_images": 0}, "teacher ema_halflife_images must be at least 1, got 0"),
+        ({"clip": 0.0}, "teacher clip must be positive and finite, got 0.0"),
+        ({"clip": math.nan}, "teacher clip must be positive and finite, got nan"),
+        ({"loss": "snr"}, "teacher loss 'snr' is for a process, .* choose precond cosine or ddpm"),
+        ({"loss": "mse", "precond": COSINE}, "loss must be one of constant, .*, v, got 'mse'"),
+        ({"precond": {}}, "precond needs the name cosine or ddpm, got None; leave precond out"),
+        ({"precond": {"name": "edm"}}, "got 'edm'; leave precond out for EDM's"),
+        ({"precond": {"name": "vp"}}, "precond needs the name cosine or ddpm, got 'vp'"),
+        ({"precond": COSINE | {"beta_end": 0.1}}, "do not fit precond='cosine': .*'beta_end'"),
+        ({"precond": COSINE | {"prediction_type": "eps"}}, "prediction_type must be one of"),
+        ({"precond": {"name": "ddpm", "num_train_timesteps": 1}}, "must be at least 2, got 1"),
     ],
 )
 def test_bad_settings_are_named(options, message):
     with pytest.raises(InputError, match=message):
         config(**options)
+
+
+def test_the_loss_follows_from_what_the_network_predicts():
+    """The reference's for images, the network's own error otherwise; EDM's is none of these."""
+    default = {
+        prediction: config(precond=COSINE | {"prediction_type": prediction}).vp_loss
+        for prediction in PREDICTIONS
+    }
+    assert default == {"epsilon": "snr", "sample": "snr_trunc", "v_prediction": "v"}
+    assert config(precond={"name": "ddpm"}).vp_loss == "snr"
+    assert config(precond={"name": "cosine"}).vp_loss == "v"
+    assert config(precond=COSINE, loss="constant").vp_loss == "constant"
+    assert config().vp_loss is None
+    assert config().preconditioning == EDM()
 
 
 def test_a_network_that_does_not_fit_is_refused():

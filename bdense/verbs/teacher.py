@@ -1,7 +1,6 @@
 """``bdense teacher``: train a small teacher."""
 
 import argparse
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -11,6 +10,8 @@ from bdense.checkpoints import denoiser_sha256, save_denoiser
 from bdense.command import Verbs
 from bdense.data import DATA_SETS, Dataset, load_dataset
 from bdense.errors import InputError
+from bdense.preconditioning import PREDICTIONS
+from bdense.snr_weights import LOSSES
 from bdense.teachers import TeacherConfig, train_teacher
 from bdense.verbs.common import (
     Progress,
@@ -29,7 +30,7 @@ def add_teacher(verbs: Verbs) -> None:
     parser = computing_verb(
         verbs,
         "teacher",
-        "train a small EDM teacher",
+        "train a small teacher",
         "bdense teacher --data digits --kimg 250 --out teacher.safetensors",
         _teacher,
     )
@@ -58,6 +59,45 @@ def add_teacher(verbs: Verbs) -> None:
     parser.add_argument(
         "--dropout", metavar="P", type=float, default=0.0, help="probability, in training only"
     )
+    parser.add_argument(
+        "--precond",
+        choices=("edm", "cosine", "ddpm"),
+        default="edm",
+        help="what it is trained on: EDM's noise levels, or the variance-preserving process of "
+        "the cosine or of T discrete times, as progressive distillation needs",
+    )
+    parser.add_argument(
+        "--prediction",
+        choices=PREDICTIONS,
+        default=argparse.SUPPRESS,
+        help="what the network of a process predicts: noise, image or v (default: v_prediction "
+        "with cosine, epsilon with ddpm)",
+    )
+    parser.add_argument(
+        "--timesteps",
+        metavar="T",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="times of ddpm, above 20; the linear betas, 0.0001 to 0.02, are scaled by 1000 / T, "
+        "so that any T ends in noise (default: 1000)",
+    )
+    parser.add_argument(
+        "--loss",
+        choices=LOSSES,
+        default=argparse.SUPPRESS,
+        help="how the levels of a process count: the image's error times 1, SNR, max(SNR, 1) or "
+        "SNR + 1 (default: snr for epsilon, snr_trunc for sample, v for v_prediction)",
+    )
+    parser.add_argument(
+        "--flip", action="store_true", help="mirror each image with probability 1/2"
+    )
+    parser.add_argument(
+        "--clip",
+        metavar="NORM",
+        type=float,
+        default=argparse.SUPPRESS,
+        help="shorten longer gradients to this norm (default: not at all)",
+    )
     add_execution_options(parser)
     add_out(parser, "safetensors file to write")
 
@@ -72,6 +112,10 @@ def _teacher(options: argparse.Namespace) -> None:
         lr=options.lr,
         seed=options.seed,
         network=_teacher_network(options, dataset),
+        precond=_process(options),
+        loss=getattr(options, "loss", None),
+        flip=options.flip,
+        clip=getattr(options, "clip", None),
     )
     show, scratch = Progress(), unfinished(options.out)
     teacher = train_teacher(
@@ -85,12 +129,50 @@ def _teacher(options: argparse.Namespace) -> None:
     metadata = {
         "kind": "teacher",
         "data": dataset.name,
-        "training": asdict(config) | {"precision": execution.precision},
+        "training": config.as_dict() | {"precision": execution.precision},
     }
     save_denoiser(options.out, teacher, metadata)
     write_card(options.out, teacher, metadata)
     scratch.unlink(missing_ok=True)
     print(f"{options.out} sha256 {denoiser_sha256(teacher)[:16]}")
+
+
+def _process(options: argparse.Namespace) -> dict[str, Any] | None:
+    """The preconditioning of a process; None is EDM's.
+
+    Raises:
+        InputError: An option is for another one.
+    """
+    name, given = options.precond, vars(options)
+    needed = {"prediction": ("cosine", "ddpm"), "loss": ("cosine", "ddpm"), "timesteps": ("ddpm",)}
+    for option, names in needed.items():
+        if option in given and name not in names:
+            raise InputError(
+                f"--{option} {given[option]} does nothing with --precond {name}; drop it, or add "
+                f"--precond {' or '.join(names)}"
+            )
+    if name == "edm":
+        return None
+    process = {"name": name}
+    if "prediction" in given:
+        process["prediction_type"] = options.prediction
+    if name == "ddpm":
+        process |= _scaled_betas(given.get("timesteps", 1000))
+    return process
+
+
+def _scaled_betas(timesteps: int) -> dict[str, Any]:
+    """DDPM's process, whose T = 1000 betas are 1e-4..0.02, in T steps."""
+    if timesteps <= 20:
+        raise InputError(
+            f"--timesteps must be above 20, got {timesteps}: the last beta is 20 / T and "
+            "must be below 1"
+        )
+    return {
+        "num_train_timesteps": timesteps,
+        "beta_start": 0.1 / timesteps,
+        "beta_end": 20 / timesteps,
+    }
 
 
 def _teacher_network(options: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:

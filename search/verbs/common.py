@@ -2,11 +2,17 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 
 from bdense.command import Run, Verbs, add_verb
 from search.errors import SpecError
+from search.storage import resolve_storage_url
+
+if TYPE_CHECKING:
+    from search.spec import StudySpec
+    from search.study import Study
 
 
 def storage_verb(
@@ -51,6 +57,51 @@ def study_name(given: str) -> str:
     if not isinstance(tree, dict) or not isinstance(tree.get("name"), str):
         raise SpecError(f"{path} has no name: key, so it is no study file")
     return str(tree["name"])
+
+
+def open_search(options: argparse.Namespace) -> "tuple[Study, StudySpec]":
+    """The search that STUDY names and its spec: by its file, as the file has it now.
+
+    Raises:
+        UnknownStudyError: There is no such search.
+        SpecChangedError: The file's conditions are not those that the study was run under.
+    """
+    from search.records import open_search_named
+    from search.spec import StudySpec
+    from search.study import SPEC, refuse_other_conditions
+    from search.study_file import read_spec
+
+    url = resolve_storage_url(options.storage)
+    study = open_search_named(url, study_name(options.study))
+    if Path(options.study).suffix in (".yaml", ".yml"):
+        spec = read_spec(Path(options.study))
+        refuse_other_conditions(url, spec)
+    else:
+        spec = StudySpec.model_validate_json(study.trials.study.user_attrs[SPEC])
+    return study, spec
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """--workers, of verbs that run rows."""
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=positive,
+        help="trials at once (default: one for each GPU, else one for each resources.cpus CPUs)",
+    )
+
+
+def numbers(text: str) -> list[int]:
+    """An option's whole numbers, separated by commas."""
+    return [int(part) for part in text.split(",")]
+
+
+def positive_float(text: str) -> float:
+    """An option's finite number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a finite number above 0, got {text}")
+    return value
 
 
 def positive(text: str) -> int:

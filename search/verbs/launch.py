@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from bdense.command import Verbs
 from bdense.errors import BdenseError
 from search.storage import resolve_storage_url
-from search.verbs.common import positive, storage_verb
+from search.verbs.common import add_workers, positive, storage_verb
 
 if TYPE_CHECKING:
     from search.spec import StudySpec
@@ -29,12 +29,7 @@ def add_launch(verbs: Verbs) -> None:
         type=positive,
         help="trials in all, counting those that are done (default: budget.trials of the file)",
     )
-    parser.add_argument(
-        "--workers",
-        metavar="N",
-        type=positive,
-        help="trials at once (default: one for each GPU, else one for each resources.cpus CPUs)",
-    )
+    add_workers(parser)
     parser.add_argument(
         "-n",
         "--dry-run",

@@ -30,7 +30,7 @@ def add_best(verbs: Verbs) -> None:
         "show a study's best branch weights beside its baselines",
         "bdense-search best digits-nfe2 --json",
         _best,
-        json_keys="study, storage, trials, best, baselines",
+        json_keys="study, storage, trials, best, baselines, confirmed",
     )
 
 
@@ -83,44 +83,71 @@ def add_clean(verbs: Verbs) -> None:
 
 
 def _status(options: argparse.Namespace) -> None:
-    from search.report import duration, failures, headline, standing, status_json
-    from search.study import Study
+    from search.planned import Planned
+    from search.records import open_record
+    from search.report import (
+        duration,
+        failed_rows,
+        failures,
+        headline,
+        standing,
+        status_json,
+        trials_json,
+    )
 
-    study = Study.open(resolve_storage_url(options.storage), study_name(options.study))
-    now = standing(study)
+    record = open_record(resolve_storage_url(options.storage), study_name(options.study))
+    if isinstance(record, Planned):
+        ledger, row = record.ledger, "row"
+        shown = {"study": record.name, "trials": trials_json(ledger.counts())}
+        lines = [record.headline(), *failed_rows(ledger, row)]
+    else:
+        ledger, row, now = record.trials, "trial", standing(record)
+        shown, lines = status_json(now), [headline(now), *failures(record)]
     if options.json:
-        print(json.dumps(status_json(now)))
+        print(json.dumps(shown))
         return
-    print(headline(now))
-    for row in study.trials.running():
+    print(lines[0])
+    for running in ledger.running():
         print(
-            f"trial {row.number} on {row.owner} for {duration(row.seconds)}, attempt "
-            f"{row.attempt}: {row.progress or 'starting'}"
+            f"{row} {running.number} on {running.owner} for {duration(running.seconds)}, attempt "
+            f"{running.attempt}: {running.progress or 'starting'}"
         )
-    for line in failures(study):
+    for line in lines[1:]:
         print(line)
 
 
 def _best(options: argparse.Namespace) -> None:
+    from search.confirmation import verdict
+    from search.records import open_search_named
     from search.report import best_json, headline, standing, table
-    from search.study import Study
 
-    now = standing(Study.open(resolve_storage_url(options.storage), study_name(options.study)))
+    url = resolve_storage_url(options.storage)
+    study = open_search_named(url, study_name(options.study))
+    now, found = standing(study), verdict(study)
     if options.json:
-        print(json.dumps(best_json(now)))
+        confirmed = None if found is None else found.as_dict()
+        print(json.dumps(best_json(now) | {"confirmed": confirmed}))
     elif now.best is None:
         print(f"{headline(now)}; no trial is complete yet")
     else:
         print(headline(now))
         print(table(now))
+        if found is None:
+            print(f"No winner is confirmed: bdense-search confirm {study.name}")
+        else:
+            print("", *found.lines(), sep="\n")
 
 
 def _report(options: argparse.Namespace) -> None:
-    from search.report_files import write_report
-    from search.study import Study
+    from search.planned import Planned
+    from search.records import open_record
+    from search.report_files import write_planned_report, write_report
 
-    study = Study.open(resolve_storage_url(options.storage), study_name(options.study))
-    print(write_report(study, options.out))
+    record = open_record(resolve_storage_url(options.storage), study_name(options.study))
+    if isinstance(record, Planned):
+        print(write_planned_report(record, options.out))
+    else:
+        print(write_report(record, options.out))
 
 
 def _dashboard(options: argparse.Namespace) -> None:

@@ -1,0 +1,125 @@
+"""A promotion's result: FID over the number of steps, for each arm, as a table and a picture.
+
+The paper's figure 2, with its spread. Reads the storage alone.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from search.comparison import (
+    Comparison,
+    compare,
+    complete_rows,
+    difference_text,
+    fid_line,
+)
+from search.planned import Planned
+from search.promotion_spec import PromotionSpec
+from search.report import align
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def chain_steps(spec: PromotionSpec) -> list[int]:
+    """N of the teacher, then of each round's student, going down."""
+    steps = [spec.chain.first]
+    while steps[-1] > spec.chain.last:
+        steps.append(steps[-1] // spec.chain.substeps)
+    return steps
+
+
+def by_steps(planned: Planned) -> dict[int, Comparison]:
+    """The complete rows compared at each number of steps, going down; not the teacher's."""
+    spec = PromotionSpec.model_validate_json(planned.spec_json)
+    return {steps: compare(planned, steps=steps) for steps in chain_steps(spec)[1:]}
+
+
+def teacher_fid(planned: Planned) -> dict[str, Any] | None:
+    """The FID at the chain's first number of steps, the same for all rows."""
+    spec = PromotionSpec.model_validate_json(planned.spec_json)
+    for trial in complete_rows(planned):
+        found: dict[str, Any] | None = trial.user_attrs["fids"].get(str(spec.chain.first))
+        return found
+    return None
+
+
+def chain_table(planned: Planned) -> str:
+    """For people: a line for each number of steps and arm."""
+    rounds = by_steps(planned)
+    header = ("steps", "", "mean", "s.e.", "seeds", "vs plain", "vs uniform")
+    rows: list[tuple[str, ...]] = [header]
+    if (teacher := teacher_fid(planned)) is not None:
+        rows.append((str(teacher["nfe"]), "teacher", f"{teacher['value']:.3f}", *["-"] * 4))
+    for steps, comparison in rounds.items():
+        for result in comparison.results:
+            found = result.summary()
+            error = f"{found.standard_error:.3f}" if found.n > 1 else "-"
+            pairs = [
+                difference_text(comparison.against(result, other))
+                for other in (comparison.plain, comparison.uniform)
+            ]
+            cells = (str(steps), result.arm.name, f"{found.mean:.3f}", error, str(found.n))
+            rows.append((*cells, *pairs))
+    *_, last = rounds.values()
+    conditions = [fid_line(last.results[0].conditions)] if last.results else []
+    return "\n".join([*align(rows), *conditions])
+
+
+def fid_table(planned: Planned) -> list[dict[str, Any]]:
+    """The same as rows for a model card."""
+    table = []
+    for steps, comparison in by_steps(planned).items():
+        for result in comparison.results:
+            found, first = result.summary(), result.conditions
+            table.append(
+                {
+                    "steps": steps,
+                    "arm": result.arm.name,
+                    "fid": found.mean,
+                    "std_err": found.standard_error if found.n > 1 else None,
+                    "n": found.n,
+                    "images": first["images"],
+                    "extractor": first["extractor"],
+                    "extractor_sha256": first["extractor_sha256"],
+                    "reference": first["reference"],
+                    "reference_images": first["reference_images"],
+                    "training_seeds": " ".join(map(str, sorted(result.fids))),
+                    "evaluation_seed": first["seeds"]["evaluation"],
+                }
+            )
+    return table
+
+
+def chain_figure(planned: Planned) -> "Figure":
+    """FID over steps, a line for each arm, bars of one standard error."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+    axes = figure.subplots()
+    rounds = by_steps(planned)
+    styles = {"plain PD": ("0.2", "s-"), "uniform weights": ("tab:orange", "^--")}
+    first = next(iter(rounds.values()))
+    for result in first.results:
+        own = {
+            steps: match.summary()
+            for steps, comparison in rounds.items()
+            for match in comparison.results
+            if match.arm == result.arm
+        }
+        colour, line = styles.get(result.arm.name, ("tab:blue", "o-"))
+        spread = [s.standard_error if s.n > 1 else 0.0 for s in own.values()]
+        means = [s.mean for s in own.values()]
+        label = result.arm.name if result.arm.is_baseline else f"B-DENSE, {result.arm.name}"
+        axes.errorbar(
+            list(own), means, yerr=spread, fmt=line, color=colour, capsize=3, label=label
+        )
+    if (teacher := teacher_fid(planned)) is not None:
+        axes.plot([teacher["nfe"]], [teacher["value"]], "k*", markersize=10, label="teacher")
+    steps = [*([teacher["nfe"]] if teacher else []), *rounds]
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(steps, [str(n) for n in steps])
+    axes.set_xticks([], minor=True)
+    images = first.results[0].conditions["images"]
+    axes.set(xlabel="DDIM steps", ylabel=f"FID, {images} images", title=planned.name)
+    axes.legend()
+    return figure

@@ -1,0 +1,240 @@
+"""Is the search's best point good, or was it lucky? Candidates and baselines under fresh seeds.
+
+Candidates are the points of lowest posterior mean of a Gaussian process over all evaluations, not
+those of lowest value; each trains anew with the same fresh seeds as both baselines. The winner is
+the candidate of lowest posterior mean over everything measured; what is said of it rests on the
+fresh seeds alone.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
+
+from bdense.errors import InputError
+from search.comparison import ArmResult, Comparison, compare, complete_rows, difference_text
+from search.errors import UnknownStudyError
+from search.planned import PLAIN, UNIFORM, Arm, Planned, Row
+from search.report import headline, standing
+from search.retraining import fresh_seeds
+from search.spec import LearnedSpace, StudySpec
+from search.storage import retrying
+from search.study import Study
+from search.surrogate import Evaluation, candidates, posterior_means
+
+SUFFIX = ".confirm"
+# Attributes of a confirmation: at which budget, and after how many trials candidates were chosen.
+KIMG, CHOSEN_AFTER = "kimg", "chosen_after"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What a confirmation says.
+
+    Attributes:
+        comparison: Candidates and baselines under the fresh seeds.
+        winner: The chosen candidate.
+        kimg: Budget of each.
+        ended: Whether all rows have ended.
+    """
+
+    comparison: Comparison
+    winner: ArmResult
+    kimg: float
+    ended: bool
+
+    def lines(self) -> list[str]:
+        """For people."""
+        comparison, winner = self.comparison, self.winner
+        found = winner.summary()
+        against = {
+            name: comparison.against(winner, baseline)
+            for name, baseline in (
+                ("plain SFD", comparison.plain),
+                ("uniform weights", comparison.uniform),
+            )
+        }
+        judged = [
+            f"against {name} {difference_text(pair)}"
+            for name, pair in against.items()
+            if pair is not None
+        ]
+        error = f" +- {found.standard_error:.3f}" if found.n > 1 else ""
+        return [
+            *comparison.table(),
+            f"confirmed{'' if self.ended else ' so far'} at {self.kimg:g} kimg: "
+            f"{winner.arm.name}, mean FID {found.mean:.3f}{error} over {found.n} fresh seeds; "
+            + "; ".join(judged),
+            comparison.conditions_line(),
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able: the winner, and every arm's FIDs."""
+        comparison = self.comparison
+        arms = []
+        for result in comparison.results:
+            pairs = {
+                "vs_plain": comparison.against(result, comparison.plain),
+                "vs_uniform": comparison.against(result, comparison.uniform),
+            }
+            arms.append(
+                result.arm.as_dict()
+                | {"fids": {str(seed): fid for seed, fid in result.fids.items()}}
+                | {"mean": result.summary().mean}
+                | {
+                    name: {"mean": p.mean, "low": p.low, "high": p.high, "tie": p.tie}
+                    for name, p in pairs.items()
+                    if p is not None and p.n > 1
+                }
+            )
+        return {
+            "winner": self.winner.arm.as_dict(),
+            "kimg": self.kimg,
+            "ended": self.ended,
+            "arms": arms,
+        }
+
+
+def plan_confirmation(
+    study: Study, spec: StudySpec, *, kimg: float, seeds: int, count: int
+) -> Planned:
+    """The rows that are still to be run: candidates and both baselines, under each fresh seed.
+
+    Called again it adds what is new: more seeds, another budget, and new candidates where the
+    search has gone on since.
+
+    Args:
+        study: The search.
+        spec: Its spec.
+        kimg: Budget of each student.
+        seeds: How many fresh ones.
+        count: Candidates.
+
+    Raises:
+        InputError: No trial of the search is complete.
+        SpecChangedError: The stored confirmation is of other conditions.
+    """
+    trials = complete_trials(study)
+    planned = Planned.create(
+        study.url,
+        study.name + SUFFIX,
+        "retrain",
+        spec,
+        resources=spec.resources,
+        facts={"of": study.name},
+    )
+    attributes = planned.ledger.study.user_attrs
+    arms = planned.arms or [PLAIN, UNIFORM]
+    if attributes.get(CHOSEN_AFTER) != len(trials):
+        known = {arm.trial for arm in arms}
+        chosen = choose(study, spec, trials, count)
+        arms += [arm for arm in chosen if arm.trial not in known]
+    rows = [
+        Row(arm=index, seed=seed, kimg=float(kimg), nfe=spec.student.nfe)
+        for seed in fresh_seeds(spec, seeds)
+        for index in range(len(arms))
+    ]
+    planned.plan(arms, rows)
+    planned.ledger.study.set_user_attr(CHOSEN_AFTER, len(trials))
+    planned.ledger.study.set_user_attr(KIMG, float(kimg))
+    return planned
+
+
+def complete_trials(study: Study) -> list[FrozenTrial]:
+    """The search's complete trials.
+
+    Raises:
+        InputError: There is none.
+    """
+    complete = (TrialState.COMPLETE,)
+    record = study.trials.study
+    trials = retrying(lambda: record.get_trials(deepcopy=False, states=complete))
+    if not trials:
+        raise InputError(
+            f"{headline(standing(study))}: there is no point to choose yet; run "
+            "bdense-search launch first"
+        )
+    return trials
+
+
+def choose(study: Study, spec: StudySpec, trials: Sequence[FrozenTrial], count: int) -> list[Arm]:
+    """The points of lowest posterior mean, as arms; none that is uniform weights again."""
+    evaluations = [*_uniform_of(study, spec), *_searched(trials)]
+    skipped = len(evaluations) - len(trials)
+    found = candidates(evaluations, count + skipped)
+    return [arm_of(spec, trials[i - skipped]) for i in found if i >= skipped][:count]
+
+
+def arm_of(spec: StudySpec, trial: FrozenTrial) -> Arm:
+    """A trial's weights as an arm of other studies: (a, b), or how they are learned."""
+    attrs = trial.user_attrs
+    if isinstance(spec.weights, LearnedSpace):
+        params = {**trial.params, "memory": spec.weights.memory}
+        name = f"{params['rule']}, strength {params['strength']:.3f}"
+    else:
+        params = {"a": attrs["a"], "b": attrs["b"]}
+        name = f"a {params['a']:.3f}"
+    return Arm(name=f"{name} (trial {trial.number})", params=params, trial=trial.number)
+
+
+def verdict(study: Study) -> Verdict | None:
+    """What the study's confirmation says so far; None without one, or before it has a value."""
+    try:
+        planned = Planned.open(study.url, study.name + SUFFIX)
+    except UnknownStudyError:
+        return None
+    spec = StudySpec.model_validate_json(planned.spec_json)
+    kimg = float(planned.ledger.study.user_attrs.get(KIMG, spec.budget.kimg))
+    comparison = compare(planned, kimg=kimg)
+    searched = [result for result in comparison.results if not result.arm.is_baseline]
+    if not searched:
+        return None
+    means = _pooled_means(study, planned, spec, kimg, searched)
+    winner = searched[min(range(len(searched)), key=means.__getitem__)]
+    return Verdict(comparison=comparison, winner=winner, kimg=kimg, ended=not planned.left())
+
+
+def _pooled_means(
+    study: Study, planned: Planned, spec: StudySpec, kimg: float, searched: Sequence[ArmResult]
+) -> list[float]:
+    """Posterior mean of each candidate over all that was measured at that budget."""
+    trials = {trial.number: trial for trial in complete_trials(study)}
+    points = {number: dict(trial.params) for number, trial in trials.items()}
+    arms, evaluations = planned.arms, []
+    if kimg == spec.budget.kimg:
+        evaluations += [*_uniform_of(study, spec), *_searched(list(trials.values()))]
+    uniform = uniform_point(spec)
+    for trial in complete_rows(planned):
+        row = Row.of(trial.params)
+        arm = arms[row.arm]
+        point = uniform if arm == UNIFORM else points.get(-1 if arm.trial is None else arm.trial)
+        if row.kimg == kimg and point is not None:
+            value, group = float(trial.value), f"seed {row.seed}"
+            evaluations.append(Evaluation(point=point, value=value, group=group))
+    asked = [points[result.arm.trial] for result in searched if result.arm.trial in points]
+    return posterior_means(evaluations, asked)
+
+
+def uniform_point(spec: StudySpec) -> dict[str, Any] | None:
+    """Where uniform weights lie in the search's space, if they lie in it."""
+    space = spec.weights
+    if isinstance(space, LearnedSpace):
+        return None
+    return {"a": 0.0} if space.parameterisation == "normalised" else {"a": 0.0, "b": 0.0}
+
+
+def _searched(trials: Sequence[FrozenTrial]) -> list[Evaluation]:
+    return [
+        Evaluation(point=dict(trial.params), value=float(trial.value or 0.0), group="search")
+        for trial in trials
+    ]
+
+
+def _uniform_of(study: Study, spec: StudySpec) -> list[Evaluation]:
+    """The baseline of uniform weights as one more point of the space: the search measured it."""
+    measured: Mapping[str, Any] | None = standing(study).baselines.get("uniform")
+    point = uniform_point(spec)
+    if measured is None or point is None:
+        return []
+    return [Evaluation(point=point, value=float(measured["fid"]), group="search")]

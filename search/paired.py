@@ -1,0 +1,101 @@
+"""Students compared seed by seed: a training seed moves both of a pair, their difference less."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from bdense.errors import InputError
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """Mean of n values and its standard error, which is NaN for a single one."""
+
+    mean: float
+    standard_error: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paired:
+    """Mean difference over n seeds with its 95 % paired t interval.
+
+    Attributes:
+        low: -infinity for one seed, of whose spread nothing is known.
+        high: Likewise, +infinity.
+        relative: The mean difference in shares of the baseline's mean.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    relative: float
+
+    @property
+    def tie(self) -> bool:
+        """Whether the interval spans 0: the seeds do not tell which of both is better."""
+        return self.low <= 0 <= self.high
+
+    def text(self, decimals: int = 2) -> str:
+        """For a table's cell: ``-0.61 [-0.80, -0.42]``, or ``-0.12 [-0.30, +0.06], tie``."""
+        mean, low, high = (f"{x:+.{decimals}f}" for x in (self.mean, self.low, self.high))
+        spread = "one seed" if self.n == 1 else f"{low}, {high}"
+        return f"{mean} [{spread}]" + ", tie" * self.tie
+
+
+def summary(values: Sequence[float]) -> Summary:
+    """Mean and standard error, std (ddof = 1) / sqrt(n).
+
+    Raises:
+        InputError: No values, or one that is not finite.
+    """
+    if not values:
+        raise InputError("no values to take the mean of; measure some first")
+    _refuse_not_finite({f"number {index}": value for index, value in enumerate(values)})
+    n = len(values)
+    spread = statistics.stdev(values) if n > 1 else math.nan
+    return Summary(mean=statistics.fmean(values), standard_error=spread / math.sqrt(n), n=n)
+
+
+def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Paired | None:
+    """``values`` less ``baseline``, by training seed, over the seeds that both have.
+
+    Raises:
+        InputError: A value that is not finite, or a baseline whose mean is 0.
+    """
+    for of, given in (("", values), ("baseline's ", baseline)):
+        _refuse_not_finite({f"{of}seed {seed}": value for seed, value in given.items()})
+    seeds = sorted(values.keys() & baseline.keys())
+    if not seeds:
+        return None
+    base = statistics.fmean(baseline[seed] for seed in seeds)
+    if base == 0:
+        raise InputError("the baseline's mean is 0, of which nothing is a share; no FID is that")
+    difference = summary([values[seed] - baseline[seed] for seed in seeds])
+    reach = _reach(difference)
+    return Paired(
+        mean=difference.mean,
+        low=difference.mean - reach,
+        high=difference.mean + reach,
+        n=difference.n,
+        relative=difference.mean / base,
+    )
+
+
+def _reach(difference: Summary) -> float:
+    """Half the interval's width."""
+    if difference.n == 1:
+        return math.inf
+    from scipy.stats import t
+
+    return float(t.ppf((1 + CONFIDENCE) / 2, difference.n - 1)) * difference.standard_error
+
+
+def _refuse_not_finite(values: Mapping[str, float]) -> None:
+    bad = [f"{value} of {name}" for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        raise InputError(f"values that are not finite: {', '.join(bad)}; leave out what diverged")

@@ -1,0 +1,246 @@
+"""Studies whose rows are all known beforehand: confirmations, transfers, promotions.
+
+Each row trains one *arm* (a way to weigh the branches) under one seed, through the same ledger as
+a search's trials. What the arms are stands in the study's attributes, which only grow: a row names
+its arm by its place there.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
+
+from search.errors import SpecChangedError, UnknownStudyError
+from search.ledger import Ledger
+from search.model_spec import ModelSpec, ResourcesSpec
+from search.report import counts_line
+from search.storage import retrying
+from search.study import CONDITIONS, FINGERPRINT, SPEC, name_metric
+
+Kind = Literal["retrain", "progressive"]
+KIND, ARMS, FACTS = "kind", "arms", "facts"
+# A row's parameters: which arm, its seed, and where they vary, its budget and NFE.
+_CHAIN: dict[str, BaseDistribution] = {
+    "arm": IntDistribution(0, 10**6),
+    "seed": IntDistribution(0, 2**31 - 1),
+}
+_STUDENT = _CHAIN | {"kimg": FloatDistribution(0.001, 1e9), "nfe": IntDistribution(1, 10**6)}
+SPACES: Mapping[Kind, Mapping[str, BaseDistribution]] = {
+    "retrain": _STUDENT,
+    "progressive": _CHAIN,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """One way to weigh the branches.
+
+    Attributes:
+        name: For people.
+        params: ``method`` of a baseline, or a and b, or rule, strength and memory.
+        trial: Number of the search's trial it comes from, if from one.
+    """
+
+    name: str
+    params: dict[str, Any]
+    trial: int | None = None
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it stands beside what was searched."""
+        return "method" in self.params
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {"name": self.name, "params": self.params, "trial": self.trial}
+
+
+PLAIN = Arm(name="plain SFD", params={"method": "sfd"})
+UNIFORM = Arm(name="uniform weights", params={"method": "uniform"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One training: an arm under a seed.
+
+    Attributes:
+        arm: Its place among the study's arms.
+        seed: Of training, and of the latents it is judged on.
+        kimg, nfe: Of a student of SFD, in thousands of images and network evaluations.
+    """
+
+    arm: int
+    seed: int
+    kimg: float | None = None
+    nfe: int | None = None
+
+    def params(self) -> dict[str, Any]:
+        """As the database holds them."""
+        optional = {"kimg": self.kimg, "nfe": self.nfe}
+        given = {name: value for name, value in optional.items() if value is not None}
+        return {"arm": self.arm, "seed": self.seed, **given}
+
+    @classmethod
+    def of(cls, params: Mapping[str, Any]) -> Self:
+        """The row that has these parameters."""
+        return cls(**params)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A study of planned rows in one storage.
+
+    Attributes:
+        url: The storage; it may hold a password, show ``redact`` of it.
+        ledger: Its rows.
+    """
+
+    url: str
+    ledger: Ledger
+
+    @classmethod
+    def open(cls, url: str, name: str) -> Self:
+        """One that exists.
+
+        Raises:
+            UnknownStudyError: There is none of that name, or it is a search.
+            StorageError: The database cannot be opened.
+        """
+        ledger = Ledger.open(url, name, budget=None)
+        if KIND not in retrying(lambda: ledger.study.user_attrs):
+            raise UnknownStudyError(f"study {name!r} is a search, not a list of planned rows")
+        return cls(url, ledger)
+
+    @classmethod
+    def create(
+        cls,
+        url: str,
+        name: str,
+        kind: Kind,
+        spec: ModelSpec,
+        *,
+        resources: ResourcesSpec,
+        facts: Mapping[str, Any],
+    ) -> Self:
+        """A new one without rows, or the existing one if its numbers stay comparable.
+
+        Args:
+            url: The storage.
+            name: Of the study.
+            kind: What its rows are.
+            spec: Under which conditions they are trained, but for what a row says itself.
+            resources: Of whoever asks; lease and attempts may change.
+            facts: What it was made of, such as ``of``, a search's name; they may not change.
+
+        Raises:
+            SpecChangedError: The stored one has other conditions or facts; says which.
+            StorageError: The database cannot be used.
+        """
+        try:
+            found = cls.open(url, name)
+        except UnknownStudyError as error:
+            if "is a search" in str(error):
+                raise
+        else:
+            found._require_same(spec, facts)
+        ledger = Ledger.open(
+            url,
+            name,
+            budget=1,
+            ttl=resources.lease_seconds,
+            max_attempts=resources.max_attempts,
+        )
+        attributes = {
+            CONDITIONS: json.dumps(spec.conditions()),
+            FINGERPRINT: spec.fingerprint(),
+            SPEC: spec.model_dump_json(),
+            FACTS: dict(facts),
+            KIND: kind,
+        }
+        for key, value in attributes.items():
+            ledger.study.set_user_attr(key, value)
+        name_metric(ledger.study)
+        return cls(url, ledger)
+
+    @property
+    def name(self) -> str:
+        """The study's name."""
+        return self.ledger.study.study_name
+
+    @property
+    def kind(self) -> Kind:
+        """What its rows are."""
+        kind: Kind = self._attributes()[KIND]
+        return kind
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What it was made of."""
+        return dict(self._attributes().get(FACTS, {}))
+
+    @property
+    def spec_json(self) -> str:
+        """Under which conditions its rows are trained."""
+        return str(self._attributes()[SPEC])
+
+    @property
+    def arms(self) -> list[Arm]:
+        """In the order that rows count them in."""
+        return [Arm(**each) for each in self._attributes().get(ARMS, [])]
+
+    def plan(self, arms: Sequence[Arm], rows: Sequence[Row]) -> None:
+        """Add arms and rows to those there are; what is there already is not added again.
+
+        Args:
+            arms: All arms; the first are those that are stored, in their order.
+            rows: What to train.
+        """
+        assert [arm.as_dict() for arm in arms[: len(self.arms)]] == [
+            arm.as_dict() for arm in self.arms
+        ]
+        stored = [arm.as_dict() for arm in arms]
+        retrying(lambda: self.ledger.study.set_user_attr(ARMS, stored))
+        for row in rows:
+            self.ledger.enqueue(row.params(), {"arm": arms[row.arm].name})
+        self.ledger.resize(len(self.ledger.study.get_trials(deepcopy=False)))
+
+    def unfinished(self) -> list[Row]:
+        """Rows that have not ended."""
+        study = self.ledger.study
+        trials = retrying(lambda: study.get_trials(deepcopy=False))
+        left = [trial for trial in trials if not trial.state.is_finished()]
+        # A waiting row has its parameters where Optuna keeps those that were asked for.
+        return [Row.of(t.system_attrs.get("fixed_params", t.params)) for t in left]
+
+    def headline(self) -> str:
+        """Counts on one line."""
+        return f"{self.name}: {counts_line(self.ledger.counts(), 'rows')}"
+
+    def left(self) -> int:
+        """Rows that have not ended."""
+        counts = self.ledger.counts()
+        return counts.planned - counts.ended
+
+    def forgive_running(self) -> None:
+        """An interruption counts against no row."""
+        self.ledger.forgive_running()
+
+    def _attributes(self) -> dict[str, Any]:
+        return retrying(lambda: self.ledger.study.user_attrs)
+
+    def _require_same(self, spec: ModelSpec, facts: Mapping[str, Any]) -> None:
+        attributes = self._attributes()
+        old = {**json.loads(attributes[CONDITIONS]), **attributes.get(FACTS, {})}
+        new = {**spec.conditions(), **facts}
+        changed = [
+            f"{key}: {old.get(key)!r} stored, {new.get(key)!r} given"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key)
+        ]
+        if changed and self.ledger.counts().ended + self.ledger.counts().running:
+            raise SpecChangedError(
+                f"{self.name!r} exists under other conditions, so its numbers would not compare "
+                f"({'; '.join(changed)}); give another name or restore the file"
+            )

@@ -1,0 +1,167 @@
+"""The winner's weights at work: progressive distillation with them, or SFD at full budget.
+
+Both beside their baselines, under the same seeds for all, as a study of planned rows.
+"""
+
+import math
+from collections.abc import Sequence
+
+from bdense.errors import InputError
+from search.confirmation import verdict
+from search.model_spec import ModelSpec
+from search.planned import PLAIN, UNIFORM, Arm, Planned, Row
+from search.promotion_spec import PromotionSpec
+from search.report import in_short, standing
+from search.retraining import fresh_seeds, variant
+from search.spec import StudySpec
+from search.study import Study
+
+SFD_SUFFIX = ".promote"
+PLAIN_PD = Arm(name="plain PD", params={"method": "pd"})
+# Of a promoted arm, by the parameters that its weights follow from.
+GIVEN = ("a", "b")
+
+
+def confirmed_arm(study: Study) -> Arm:
+    """The confirmed winner.
+
+    Raises:
+        InputError: There is none yet, or the confirmation has not ended.
+    """
+    found = verdict(study)
+    way_out = f"run bdense-search confirm {study.name} first, or give weights by --weights A,B"
+    if found is None:
+        best = standing(study).best
+        if best is None:
+            raise InputError(
+                f"no trial of study {study.name} is complete, so there is nothing to promote; run "
+                "bdense-search launch first, or give weights by --weights A,B"
+            )
+        raise InputError(
+            f"study {study.name} has no confirmed winner, only a best of n ({in_short(best)}) "
+            f"that may have been lucky; {way_out}"
+        )
+    if not found.ended:
+        raise InputError(f"the confirmation of study {study.name} has not ended; {way_out}")
+    return found.winner.arm
+
+
+def given_arm(text: str) -> Arm:
+    """``A,B`` of the command line.
+
+    Raises:
+        InputError: It is no pair of finite numbers.
+    """
+    parts = text.split(",")
+    try:
+        a, b = (float(part) for part in (*parts, *["0"] * (2 - len(parts))))
+    except ValueError as error:
+        raise InputError(
+            f"--weights {text} is no A,B of log w_k = a k + b; give two numbers, as in "
+            "--weights 1.386,-4.274"
+        ) from error
+    if not (math.isfinite(a) and math.isfinite(b)):
+        raise InputError(f"--weights {text} must be finite numbers")
+    return Arm(name=f"a {a:.3f} (given)", params={"a": a, "b": b})
+
+
+def said_of_weights(arm: Arm, searched_at: int | None, substeps: int) -> str:
+    """What the same (a, b) means at another K, in words."""
+    a, b = arm.params["a"], arm.params["b"]
+    top = a * substeps + b
+    total = sum(math.exp(a * k + b - top) for k in range(1, substeps + 1))
+    weights = " ".join(f"{math.exp(a * k + b - top) / total:.3g}" for k in range(1, substeps + 1))
+    here = f"w_{substeps}/w_1 = {math.exp(a * (substeps - 1)):.4g} at K = {substeps}"
+    if searched_at is None or searched_at == substeps:
+        return f"log w_k = {a:.4g} k + {b:.4g}: {here}; rescaled to sum 1: {weights}"
+    there = f"w_{searched_at}/w_1 = {math.exp(a * (searched_at - 1)):.4g} at the search's "
+    return (
+        f"log w_k = {a:.4g} k + {b:.4g}: {there}K = {searched_at} becomes {here}, taken "
+        f"literally; rescaled to sum 1: {weights}"
+    )
+
+
+def plan_progressive(
+    url: str, spec: PromotionSpec, arm: Arm, *, of: str | None, seeds: Sequence[int]
+) -> Planned:
+    """Chains still to be run: plain, uniform and the promoted weights, under each seed.
+
+    Args:
+        url: The storage.
+        spec: The promotion.
+        arm: What is promoted.
+        of: Name of the search it comes from.
+        seeds: Of the training.
+
+    Raises:
+        InputError: The weights are learned while training, which PD does not.
+        SpecChangedError: A promotion of that name has other conditions or weights.
+    """
+    _require_given(arm, "progressive distillation")
+    planned = Planned.create(
+        url,
+        spec.name,
+        "progressive",
+        spec,
+        resources=spec.resources,
+        facts={"of": of, **arm.params},
+    )
+    arms = planned.arms or [PLAIN_PD, UNIFORM, arm]
+    planned.plan(arms, [Row(arm=index, seed=seed) for seed in seeds for index in range(len(arms))])
+    return planned
+
+
+def plan_full_budget(
+    study: Study,
+    spec: StudySpec,
+    arm: Arm,
+    *,
+    nfes: Sequence[int],
+    kimg: float,
+    seeds: int,
+) -> Planned:
+    """Students of SFD still to be trained at full budget: the same arms, for each NFE.
+
+    Args:
+        study: The search.
+        spec: Its spec.
+        arm: What is promoted.
+        nfes: Network evaluations, a student of its own for each.
+        kimg: Budget of each.
+        seeds: How many fresh ones.
+
+    Raises:
+        SpecChangedError: The stored promotion is of other conditions or weights.
+    """
+    planned = Planned.create(
+        study.url,
+        study.name + SFD_SUFFIX,
+        "retrain",
+        spec,
+        resources=spec.resources,
+        facts={"of": study.name, **arm.params},
+    )
+    arms = planned.arms or [PLAIN, UNIFORM, arm]
+    rows = [
+        Row(arm=index, seed=seed, kimg=float(kimg), nfe=nfe)
+        for nfe in nfes
+        for seed in fresh_seeds(spec, seeds)
+        for index in range(len(arms))
+    ]
+    planned.plan(arms, rows)
+    return planned
+
+
+def variants(planned: Planned, spec: StudySpec) -> list[ModelSpec]:
+    """Each spec that rows still to be run train in, once."""
+    rows = {Row(arm=0, seed=r.seed, kimg=r.kimg, nfe=r.nfe) for r in planned.unfinished()}
+    ordered = sorted(rows, key=lambda row: (row.nfe or 0, row.kimg or 0, row.seed))
+    return [variant(spec, row) for row in ordered]
+
+
+def _require_given(arm: Arm, where: str) -> None:
+    if not arm.params.keys() >= set(GIVEN):
+        raise InputError(
+            f"the weights of {arm.name} are learned while training, which {where} does not do; "
+            "give fixed ones by --weights A,B"
+        )

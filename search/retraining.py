@@ -1,0 +1,21 @@
+"""Students of SFD trained again: under other seeds, at another budget, for another NFE."""
+
+from search.planned import Row
+from search.spec import StudySpec
+
+
+def variant(spec: StudySpec, row: Row) -> StudySpec:
+    """The study as a row trains in it: its own seeds, budget and NFE, all else alike.
+
+    Its latents are of its seed too: a fresh seed has nothing in common with the search's.
+    """
+    seeds = spec.seeds.model_copy(update={"training": row.seed, "evaluation": row.seed})
+    budget = spec.budget if row.kimg is None else spec.budget.model_copy(update={"kimg": row.kimg})
+    student = spec.student if row.nfe is None else spec.student.model_copy(update={"nfe": row.nfe})
+    return spec.model_copy(update={"seeds": seeds, "budget": budget, "student": student})
+
+
+def fresh_seeds(spec: StudySpec, count: int) -> list[int]:
+    """Seeds that the search has not seen."""
+    used = {spec.seeds.training, spec.seeds.evaluation}
+    return [seed for seed in range(count + len(used)) if seed not in used][:count]

@@ -1,0 +1,301 @@
+"""Students of progressive distillation as pipelines of diffusers, against diffusers alone."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bdense.branches import widen_head
+from bdense.checkpoints import denoiser_sha256
+from bdense.ddpm import DDPMSchedule
+from bdense.denoiser import NetworkDenoiser
+from bdense.diffusers_export import export_pipeline
+from bdense.diffusers_teacher import read_diffusers
+from bdense.errors import InputError
+from bdense.execution import Execution
+from bdense.preconditioning import DDPM, Cosine, native_schedule
+from bdense.sampling import Sampler, to_uint8
+from bdense.solvers import DDIM, Euler
+from tests.small import small_teacher
+from tests.test_diffusers_teacher import new_scheduler, new_unet, save
+
+diffusers = pytest.importorskip("diffusers", reason="needs the diffusers extra")
+
+T, N = 50, 5
+# Mild noise, so that an untrained network's images are not all black and white.
+MILD = {"num_train_timesteps": T, "beta_start": 1e-3, "beta_end": 0.02}
+
+
+def student_of(folder: Path, unet: Mapping[str, Any] | None = None, **scheduler: Any) -> Any:
+    """A denoiser whose network diffusers made and whose process is that of its scheduler."""
+    made = new_unet(**(unet or {})), new_scheduler(**MILD | scheduler)
+    return read_diffusers(save(folder, *made))[0]
+
+
+def own(student: NetworkDenoiser, steps: int = N, *, clip: bool = False) -> Sampler:
+    schedule = native_schedule(student.precond)
+    return Sampler(num_intervals=steps, afs=False, schedule=schedule, solver=DDIM(clip=clip))
+
+
+def told(sampler: Sampler, **more: object) -> dict[str, Any]:
+    return {"kind": "student", "method": "pd-bdense", "sampler": sampler.describe(), **more}
+
+
+def noise_of(seed: int, count: int) -> torch.Tensor:
+    """What a pipeline draws from that generator."""
+    return torch.randn((count, 1, 8, 8), generator=torch.manual_seed(seed))
+
+
+def drawn_here(student: NetworkDenoiser, sampler: Sampler, noise: torch.Tensor) -> np.ndarray:
+    """[B, 8, 8] bytes."""
+    return to_uint8(sampler(student, noise)).numpy()[:, 0]
+
+
+def drawn_there(pipeline: Any, count: int, seed: int, **call: object) -> np.ndarray:
+    images = pipeline(batch_size=count, generator=torch.manual_seed(seed), **call).images
+    return np.stack([np.asarray(image) for image in images])
+
+
+def assert_same_pictures(found: np.ndarray, expected: np.ndarray) -> None:
+    """One level apart in a pixel of a thousand at most; most pixels neither black nor white."""
+    assert found.shape == expected.shape
+    apart = np.abs(found.astype(int) - expected.astype(int))
+    assert apart.max() <= 1
+    assert (apart > 0).mean() <= 1e-3
+    assert ((expected > 0) & (expected < 255)).mean() > 0.3
+
+
+def load(folder: Path) -> Any:
+    pipeline = diffusers.DDIMPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+# ---- the same images ----
+
+ALONE = """
+import json, sys
+import numpy as np
+
+card = open("student/README.md").read()
+exec(card.split("```python\\n")[1].split("```")[0])
+found = {"by_card": np.stack([np.asarray(image) for image in images])}
+
+plain = pipeline(
+    batch_size=2, num_inference_steps=5, eta=0.0, generator=torch.manual_seed(1)
+).images
+found["plain"] = np.stack([np.asarray(image) for image in plain])
+
+z = torch.from_numpy(np.load("noise.npy"))
+pipeline.scheduler.set_timesteps(5)
+with torch.no_grad():
+    for t in pipeline.scheduler.timesteps:
+        z = pipeline.scheduler.step(pipeline.unet(z, t).sample, t, z).prev_sample
+found["by_hand"] = z.numpy()
+np.savez("found.npz", **found)
+assert not [name for name in sys.modules if name.split(".")[0] == "bdense"]
+"""
+
+
+def test_diffusers_alone_draws_the_students_images(tmp_path):
+    """By the card's own lines, by a plain call, and through scheduler and network by hand."""
+    student = student_of(tmp_path / "teacher", prediction_type="v_prediction")
+    sampler = own(student)
+    export_pipeline(tmp_path / "student", student, told(sampler))
+    noise = noise_of(2, 4)
+    np.save(tmp_path / "noise.npy", noise.numpy())
+    command = [sys.executable, "-c", ALONE]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=120)
+    found = np.load(tmp_path / "found.npz")
+    assert_same_pictures(found["by_card"], drawn_here(student, sampler, noise_of(0, 64)))
+    assert_same_pictures(found["plain"], drawn_here(student, sampler, noise_of(1, 2)))
+    by_hand, expected = torch.from_numpy(found["by_hand"]), sampler(student, noise)
+    torch.testing.assert_close(by_hand, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        {"prediction_type": "epsilon"},
+        {"prediction_type": "sample"},
+        {"prediction_type": "v_prediction"},
+        {"beta_schedule": "scaled_linear"},
+        {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"},
+        {"trained_betas": [0.0005 * (1 + i % 7) for i in range(T)]},
+    ],
+    ids=lambda options: "-".join(map(str, options)) + "-" + str(next(iter(options.values())))[:13],
+)
+def test_every_process_is_the_pipelines(tmp_path, scheduler, clip):
+    student = student_of(tmp_path / "teacher", **scheduler)
+    sampler = own(student, clip=clip)
+    export_pipeline(tmp_path / "student", student, told(sampler))
+    call = json.loads((tmp_path / "student" / "bdense.json").read_text())["pipeline_call"]
+    found = drawn_there(load(tmp_path / "student"), 32, 3, **call)
+    assert_same_pictures(found, drawn_here(student, sampler, noise_of(3, 32)))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8, 1000])
+def test_the_levels_are_those_of_our_grid(tmp_path, steps):
+    """DDPM's own thousand, down to every single one of them."""
+    student = student_of(tmp_path / "teacher", num_train_timesteps=1000, beta_start=1e-4)
+    sampler = own(student, steps)
+    export_pipeline(tmp_path / "student", student, told(sampler))
+    scheduler = load(tmp_path / "student").scheduler
+    scheduler.set_timesteps(steps)
+    times = scheduler.timesteps.tolist()
+    assert times == [1000 * i // steps - 1 for i in range(steps, 0, -1)]
+    alpha_bar = scheduler.alphas_cumprod[times].double()
+    levels = sampler.schedule.grid(steps)[:-1]
+    torch.testing.assert_close(((1 - alpha_bar) / alpha_bar).sqrt(), levels, rtol=1e-3, atol=0)
+
+
+def test_clipping_must_be_asked_for(tmp_path):
+    """The noise follows from the clipped prediction here, and there only with the option."""
+    # Noise as strong as a DDPM's: its predictions leave [-1, 1].
+    student = student_of(tmp_path / "teacher", prediction_type="v_prediction", beta_end=0.2)
+    sampler = own(student, clip=True)
+    export_pipeline(tmp_path / "student", student, told(sampler))
+    pipeline, expected = load(tmp_path / "student"), drawn_here(student, sampler, noise_of(3, 32))
+    call = {"num_inference_steps": N, "eta": 0.0}
+    found = drawn_there(pipeline, 32, 3, **call, use_clipped_model_output=True)
+    assert_same_pictures(found, expected)
+    assert (drawn_there(pipeline, 32, 3, **call) != expected).mean() > 0.1
+    card = (tmp_path / "student" / "README.md").read_text()
+    settings = "num_inference_steps=5, eta=0.0, use_clipped_model_output=True"
+    assert f"    batch_size=64, {settings}, generator=torch.manual_seed(0)\n" in card
+    assert f"It was distilled for `{settings}`" in card
+
+
+# ---- what is in it ----
+
+
+def test_the_folder_is_diffusers_and_a_card(tmp_path):
+    student = student_of(tmp_path / "teacher")
+    before = denoiser_sha256(student)
+    metadata = told(own(student), licence="Apache-2.0", fid_table=[{"steps": 5, "fid": 9.25}])
+    folder = tmp_path / "made" / "student"
+    paths = export_pipeline(folder, student, metadata)
+    assert sorted(path.relative_to(folder).as_posix() for path in paths) == [
+        "README.md",
+        "bdense.json",
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    ]
+    assert {path for path in folder.rglob("*") if path.is_file()} == set(paths)
+    assert [path.name for path in folder.parent.iterdir()] == ["student"]
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    assert {key: scheduler[key] for key in (*MILD, "beta_schedule", "trained_betas")} == {
+        **MILD,
+        "beta_schedule": "linear",
+        "trained_betas": None,
+    }
+    assert (scheduler["timestep_spacing"], scheduler["steps_offset"]) == ("trailing", 0)
+    assert (scheduler["set_alpha_to_one"], scheduler["clip_sample"]) == (True, False)
+    readable = json.loads((folder / "bdense.json").read_text())
+    assert readable.items() >= metadata.items()
+    assert readable["pipeline_call"] == {"num_inference_steps": 5, "eta": 0.0}
+    assert readable["weights_sha256"] == before
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlicense: apache-2.0\nlibrary_name: diffusers\n")
+    assert "| sampler | 5 DDIM steps, ddpm levels, even in time |" in card
+    assert card.endswith("\n\n## FID\n\n| steps | FID |\n|---|---|\n| 5 | 9.25 |\n")
+    assert str(tmp_path) not in "".join(path.read_text() for path in folder.rglob("*.json"))
+    # It is still a teacher for this project, and the student is as it was.
+    assert denoiser_sha256(read_diffusers(folder)[0]) == before == denoiser_sha256(student)
+
+
+def test_the_memory_layout_of_training_does_not_matter(tmp_path):
+    student = student_of(tmp_path / "teacher")
+    before = denoiser_sha256(student)
+    student.execute(Execution(channels_last=True))
+    export_pipeline(tmp_path / "student", student.train(), told(own(student)))
+    assert denoiser_sha256(read_diffusers(tmp_path / "student")[0]) == before
+
+
+# ---- what is refused ----
+
+
+def assert_refused(folder: Path, student: NetworkDenoiser, metadata: Any, message: str) -> None:
+    there = sorted(folder.parent.iterdir())
+    with pytest.raises(InputError, match=message):
+        export_pipeline(folder, student, metadata)
+    assert sorted(folder.parent.iterdir()) == there
+
+
+INSTEAD = "export_folder writes it as a folder that this project reads$"
+
+
+def test_networks_that_no_pipeline_calls(tmp_path):
+    plain, out = student_of(tmp_path / "teacher"), tmp_path / "student"
+    metadata = told(own(plain))
+    message = f"holds a UNet2DModel of diffusers, and the student is a SongUNet; .*{INSTEAD}"
+    assert_refused(out, small_teacher(), metadata, message)
+    message = "the student has 2 branches, .*; take it out first with export_branch"
+    assert_refused(out, widen_head(plain, 2), metadata, message)
+    classes = student_of(tmp_path / "classes", {"num_class_embeds": 3})
+    message = f"has 3 classes, and a DDIMPipeline asks for none; {INSTEAD}"
+    assert_refused(out, classes, metadata, message)
+    cosine = NetworkDenoiser(plain.model, Cosine())
+    message = f"times of a DDPM, and the student has precond='cosine'; {INSTEAD}"
+    assert_refused(out, cosine, told(own(cosine)), message)
+
+
+def test_samplers_that_no_pipeline_has(tmp_path):
+    student, out = student_of(tmp_path / "teacher"), tmp_path / "student"
+    schedule = native_schedule(student.precond)
+    euler = Sampler(num_intervals=N, afs=False, schedule=schedule, solver=Euler())
+    message = f"draws by DDIM, and the student was distilled for steps of Euler; {INSTEAD}"
+    assert_refused(out, student, told(euler), message)
+    afs = Sampler(num_intervals=N, afs=True, schedule=schedule, solver=DDIM())
+    assert_refused(out, student, told(afs), "for steps of DDIM with afs")
+    other = DDPMSchedule(num_train_timesteps=T, beta_end=0.03)
+    another = Sampler(num_intervals=N, afs=False, schedule=other, solver=DDIM())
+    message = r"was distilled on another \(ddpm levels, even in time\); distil it on its teacher's"
+    assert_refused(out, student, told(another), message)
+    assert_refused(out, student, {"kind": "student"}, "must have its sampler")
+
+
+@pytest.mark.parametrize(("times", "steps", "nearest"), [(1000, 128, 125), (50, 64, 50)])
+def test_steps_that_fall_between_the_trained_times(tmp_path, times, steps, nearest):
+    student = student_of(tmp_path / "teacher", num_train_timesteps=times)
+    message = (
+        f"{steps} steps do not divide the {times} times that the network was trained at: .*; "
+        f"distil to {nearest} steps, or {INSTEAD}"
+    )
+    assert_refused(tmp_path / "student", student, told(own(student, steps)), message)
+
+
+def test_a_folder_that_exists_is_refused_and_a_failure_leaves_none(tmp_path, monkeypatch):
+    student = student_of(tmp_path / "teacher")
+    message = re.escape(f"{tmp_path / 'teacher'} exists already; choose another --out or delete")
+    assert_refused(tmp_path / "teacher", student, told(own(student)), message)
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("bdense.diffusers_export.pipeline_card", fail)
+    with pytest.raises(OSError, match="no space left"):
+        export_pipeline(tmp_path / "student", student, told(own(student)))
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
+
+
+def test_the_student_may_predict_something_else_than_its_teacher(tmp_path):
+    """A student's preconditioning is its own; its process stays the teacher's."""
+    teacher = student_of(tmp_path / "teacher")
+    options = teacher.precond.options() | {"prediction_type": "v_prediction"}
+    student = NetworkDenoiser(teacher.model, DDPM(**options)).eval()
+    sampler = own(teacher)
+    export_pipeline(tmp_path / "student", student, told(sampler))
+    call = {"num_inference_steps": N, "eta": 0.0}
+    found = drawn_there(load(tmp_path / "student"), 8, 5, **call)
+    assert_same_pictures(found, drawn_here(student, sampler, noise_of(5, 8)))

@@ -9,14 +9,20 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bdense.branches import export_branch as export_branch
     from bdense.branches import widen_head as widen_head
+    from bdense.chain import Chain as Chain
+    from bdense.chain import distill_chain as distill_chain
     from bdense.checkpoints import load_denoiser as load_denoiser
     from bdense.checkpoints import save_denoiser as save_denoiser
     from bdense.data import load_dataset as load_dataset
+    from bdense.ddpm import DDPMSchedule as DDPMSchedule
     from bdense.exports import export_folder as export_folder
     from bdense.extractors import load_extractor as load_extractor
     from bdense.intervals import IntervalGrid as IntervalGrid
     from bdense.metrics import FID as FID
     from bdense.metrics import measure_images as measure_images
+    from bdense.progressive import DataBatches as DataBatches
+    from bdense.progressive import PDConfig as PDConfig
+    from bdense.progressive import distill_round as distill_round
     from bdense.recordings import TrajectoryStore as TrajectoryStore
     from bdense.references import dataset_reference as dataset_reference
     from bdense.references import read_reference as read_reference
@@ -33,6 +39,7 @@ if TYPE_CHECKING:
     from bdense.teachers import TeacherConfig as TeacherConfig
     from bdense.teachers import train_teacher as train_teacher
     from bdense.trajectories import LiveTrajectories as LiveTrajectories
+    from bdense.vp import CosineSchedule as CosineSchedule
     from bdense.weights import LogLinearWeights as LogLinearWeights
     from bdense.weights import normalised_weights as normalised_weights
     from bdense.weights import uniform_weights as uniform_weights
@@ -43,11 +50,16 @@ NUMERICS = 2
 
 _HOME = {
     "FID": "metrics",
+    "Chain": "chain",
+    "CosineSchedule": "vp",
+    "DDPMSchedule": "ddpm",
     "DPMSolverPP": "solvers",
+    "DataBatches": "progressive",
     "Euler": "solvers",
     "IntervalGrid": "intervals",
     "LiveTrajectories": "trajectories",
     "LogLinearWeights": "weights",
+    "PDConfig": "progressive",
     "SFDConfig": "sfd",
     "Sampler": "sampling",
     "Schedule": "schedules",
@@ -55,6 +67,8 @@ _HOME = {
     "TrajectoryStore": "recordings",
     "dataset_reference": "references",
     "distill": "sfd",
+    "distill_chain": "chain",
+    "distill_round": "progressive",
     "draw_images": "sampling",
     "export_branch": "branches",
     "export_folder": "exports",

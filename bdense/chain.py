@@ -136,7 +136,13 @@ def distill_chain(
         batches=batches,
         schedule=schedule,
         folder=folder,
-        identity=_identity(teacher, predicted, batches, schedule, config, weights),
+        # Not the last number of steps: a chain that goes on further keeps its rounds.
+        identity={
+            **_identity(teacher, batches, schedule, config, weights),
+            "first": chain.first,
+            "prediction_type": predicted,
+            "clip_samples": clip_samples,
+        },
         clip_samples=clip_samples,
         metadata=metadata or {},
         checkpoint_seconds=checkpoint_seconds,
@@ -177,22 +183,23 @@ class _Rounds:
     ) -> Round:
         """A round from its file, or trained and kept now."""
         path = self.folder / f"{steps:05d}.safetensors"
+        unfinished = path.with_suffix(".training.safetensors")
         student = _finished(path, self.identity, teacher)
         if student is None:
-            student = self._train(path, teacher, steps, config, weights, start)
+            student = self._train(path, unfinished, teacher, steps, config, weights, start)
+        unfinished.unlink(missing_ok=True)
         return Round(steps, student, path)
 
     def _train(
         self,
         path: Path,
+        unfinished: Path,
         teacher: NetworkDenoiser,
         steps: int,
         config: PDConfig,
         weights: Tensor,
         start: NetworkDenoiser,
     ) -> NetworkDenoiser:
-        unfinished = path.with_suffix(".training.safetensors")
-
         def on_update(done: UpdateReport) -> None:
             if self.on_update is not None:
                 self.on_update(steps, done)
@@ -219,9 +226,9 @@ class _Rounds:
             "sampler": pd_sampler(self.schedule, steps, clip=self.clip_samples).describe(),
             "identity": self.identity,
         }
-        save_denoiser(path, student, about)
+        # The weights last: a round that has them is done.
         write_card(path, student, about)
-        unfinished.unlink(missing_ok=True)
+        save_denoiser(path, student, about)
         return student
 
 
@@ -250,22 +257,18 @@ def _finished(
 
 def _identity(
     teacher: NetworkDenoiser,
-    prediction_type: str | None,
     batches: Batches,
     schedule: Levels,
     config: PDConfig,
     weights: Tensor,
 ) -> dict[str, Any]:
-    """What must agree for a round to be of this chain; the round's own checkpoint says the rest.
-
-    Not the chain's ends: a chain that goes on further keeps its rounds.
-    """
+    """What must agree, beside the chain's own arguments, for a round to be of it."""
     fields = {f"config.{name}": value for name, value in asdict(config).items()}
     fields["config.betas"] = list(config.betas)
     return {
         "numerics": NUMERICS,
         "teacher": denoiser_sha256(teacher),
-        "prediction_type": prediction_type,
+        "precision": teacher.execution.precision,
         "schedule": schedule.describe(),
         "weights": weights.tolist(),
         **fields,

@@ -9,6 +9,7 @@ from bdense.verbs.common import use_device
 from bdense.verbs.distill import add_distill
 from bdense.verbs.drawing import add_fid, add_sample
 from bdense.verbs.files import add_convert, add_reference
+from bdense.verbs.progressive import add_progressive
 from bdense.verbs.teacher import add_teacher
 
 
@@ -33,7 +34,15 @@ def _parser() -> argparse.ArgumentParser:
         "Few-step students of diffusion teachers, plain or with B-DENSE.",
         "bdense teacher --data digits --kimg 250 --out teacher.safetensors",
     )
-    for add in (add_teacher, add_distill, add_sample, add_fid, add_reference, add_convert):
+    for add in (
+        add_teacher,
+        add_distill,
+        add_progressive,
+        add_sample,
+        add_fid,
+        add_reference,
+        add_convert,
+    ):
         add(verbs)
     return parser
 

@@ -97,10 +97,11 @@ class PDConfig:
             )
         if not 0 < self.lr < float("inf"):
             raise InputError(f"lr must be positive and finite, got {self.lr}")
-        if self.weight_decay < 0 or (self.weight_decay and self.optimizer != "adamw"):
+        decay = self.weight_decay
+        if not 0 <= decay < float("inf") or (decay and self.optimizer != "adamw"):
             raise InputError(
-                f"weight_decay={self.weight_decay} with optimizer={self.optimizer!r}: only adamw "
-                "has any, 0 or above"
+                f"weight_decay={decay} with optimizer={self.optimizer!r}: only adamw has any, a "
+                "finite number from 0 up"
             )
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise InputError(f"clip_norm must be positive, got {self.clip_norm}; None clips not")
@@ -185,7 +186,8 @@ class DataBatches:
     def describe(self) -> dict[str, Any]:
         """JSON-able; equal descriptions give equal batches."""
         labels = {"labels": self.dataset.labels_sha256} if self.label_dim else {}
-        return {"data": self.dataset.sha256, **labels}
+        drawn = {"batch": self.batch, "seed": self.seed, "flip": self.flip}
+        return {"data": self.dataset.sha256, **drawn, **labels}
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,11 +244,11 @@ def distill_round(
         The branched student, in eval mode; ``export_branch`` makes it the teacher's size.
 
     Raises:
-        InputError: Weights, branches or steps do not fit together.
+        InputError: Weights, branches, levels or steps do not fit together.
         NonFiniteLossError: A loss or gradient is not finite; no update was made from it.
     """
     start = start or teacher
-    _check(config, weights, num_steps)
+    _check(teacher, schedule, config, weights, num_steps)
     start.execution.set_products()
     student = widen_head(start, config.num_branches).train(config.dropout)
     optimizer = config.make_optimizer(student)
@@ -431,16 +433,35 @@ def _update(
     return norm
 
 
-def _check(config: PDConfig, weights: Tensor, num_steps: int) -> None:
+def _check(
+    teacher: NetworkDenoiser, schedule: Levels, config: PDConfig, weights: Tensor, num_steps: int
+) -> None:
     if weights.shape != (config.num_branches,):
         raise InputError(
             f"there are {weights.numel()} branch weights for num_branches={config.num_branches}; "
             "give one for each branch"
         )
-    if not bool(weights.isfinite().all()) or not bool((weights >= 0).all()):
-        raise InputError(f"branch weights must be finite and not negative, got {weights.tolist()}")
+    if not bool((weights.isfinite() & (weights >= 0)).all()) or not bool(weights.any()):
+        raise InputError(
+            f"branch weights must be finite, not negative and not all 0, got {weights.tolist()}"
+        )
     if num_steps < 1:
         raise InputError(f"a student takes at least 1 step, got {num_steps}")
+    require_levels(teacher, schedule)
+
+
+def require_levels(teacher: NetworkDenoiser, schedule: Levels) -> None:
+    """Refuse noise levels that the teacher was not trained for.
+
+    Raises:
+        InputError: The schedule exceeds them.
+    """
+    trained = teacher.precond
+    if schedule.sigma_min < trained.sigma_min or schedule.sigma_max > trained.sigma_max:
+        raise InputError(
+            f"{schedule.text()} exceed those that this {trained.name} teacher was trained for, "
+            f"{trained.sigma_min:.4g} to {trained.sigma_max:.4g}; choose a schedule inside them"
+        )
 
 
 def _identity(

@@ -1,7 +1,7 @@
-"""Public files by name: EDM's checkpoints and reference statistics, with their terms.
+"""Public models and files by name: EDM's checkpoints and reference statistics, a DDPM on the hub.
 
-What the files are, where they lie, what their networks look like (so that a cost can be told
-before anything is fetched), and whose they are.
+What they are, where they lie, what their networks look like (so that a cost can be told before
+anything is fetched), and whose they are.
 """
 
 from collections.abc import Mapping
@@ -76,9 +76,69 @@ class PublicCheckpoint(PublicFile):
     architecture: Mapping[str, Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class HubCheckpoint:
+    """A published network that the Hugging Face hub's own library fetches and keeps.
+
+    Attributes:
+        name: OWNER/NAME on the hub.
+        licence: SPDX identifier of its terms.
+        citation: Whom to cite.
+        architecture: What ``build_denoiser`` makes it from.
+    """
+
+    name: str
+    licence: str
+    citation: str
+    architecture: Mapping[str, Any]
+
+    @property
+    def url(self) -> str:
+        """Its page."""
+        return f"https://huggingface.co/{self.name}"
+
+    @property
+    def path(self) -> Path:
+        """The folder that the library keeps it in, below $HF_HOME.
+
+        Raises:
+            InputError: The library is not installed.
+        """
+        try:
+            from huggingface_hub import constants, file_download
+        except ImportError as error:
+            raise InputError(
+                f"{self.name} is on the Hugging Face hub, whose library is missing ({error}); "
+                "install it with pip install 'bdense[diffusers]'"
+            ) from error
+        folder: str = file_download.repo_folder_name(repo_id=self.name, repo_type="model")
+        return Path(constants.HF_HUB_CACHE, folder)
+
+    @property
+    def is_here(self) -> bool:
+        """Whether its weights have been fetched."""
+        return any(self.path.glob("snapshots/*/diffusion_pytorch_model.*"))
+
+
 def checkpoint_folder() -> Path:
     """$BDENSE_CHECKPOINTS, or a folder of the user's cache."""
     return user_folder(CHECKPOINT_FOLDER, "checkpoints")
+
+
+def published_checkpoint(name: str) -> PublicCheckpoint | HubCheckpoint | None:
+    """The published network of that name; None for others."""
+    return CHECKPOINTS.get(name) or HUB_CHECKPOINTS.get(name)
+
+
+def published_architecture(name: str | None) -> Mapping[str, Any] | None:
+    """What ``build_denoiser`` makes the published network of that name from; None for others."""
+    published = published_checkpoint(name) if name is not None else None
+    return published.architecture if published is not None else None
+
+
+def published_names() -> tuple[str, ...]:
+    """Names of all published networks."""
+    return (*CHECKPOINTS, *HUB_CHECKPOINTS)
 
 
 def published_as(path: Path) -> PublicCheckpoint | None:
@@ -195,6 +255,54 @@ CHECKPOINTS: Mapping[str, PublicCheckpoint] = MappingProxyType(
             _edm("edm-afhqv2-64x64-uncond-vp", "SongUNet", **_DDPMPP, **_AFHQV2),
             _edm("edm-afhqv2-64x64-uncond-ve", "SongUNet", **_NCSNPP, **_AFHQV2),
             _edm("edm-imagenet-64x64-cond-adm", "DhariwalUNet", **_IMAGENET),
+        )
+    }
+)
+
+# Its scheduler_config.json and config.json; without the class and version of the library.
+_DDPM_CIFAR10 = {
+    "precond": "ddpm",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "prediction_type": "epsilon",
+    "network": "UNet2DModel",
+    "config": {
+        "img_channels": 3,
+        "unet": {
+            "act_fn": "silu",
+            "attention_head_dim": None,
+            "block_out_channels": [128, 256, 256, 256],
+            "center_input_sample": False,
+            "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
+            "downsample_padding": 0,
+            "flip_sin_to_cos": False,
+            "freq_shift": 1,
+            "in_channels": 3,
+            "layers_per_block": 2,
+            "mid_block_scale_factor": 1,
+            "norm_eps": 1e-6,
+            "norm_num_groups": 32,
+            "sample_size": 32,
+            "time_embedding_type": "positional",
+            "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+        },
+    },
+}
+
+HUB_CHECKPOINTS: Mapping[str, HubCheckpoint] = MappingProxyType(
+    {
+        checkpoint.name: checkpoint
+        for checkpoint in (
+            HubCheckpoint(
+                name="google/ddpm-cifar10-32",
+                licence="Apache-2.0",
+                citation=(
+                    "Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv 2006.11239"
+                ),
+                architecture=MappingProxyType(_DDPM_CIFAR10),
+            ),
         )
     }
 )

@@ -34,8 +34,8 @@ def _plain_arms() -> list[Arm]:
 
 
 def _curve_arms() -> list[Arm]:
-    # b is read by the log-linear parameterisation alone, and Adam does not see it.
-    return [Arm(name=f"B-DENSE, a = {a:g}", params={"a": a, "b": 0.0}) for a in CURVE]
+    # Without b the weights' sum is K; Adam does not see their scale.
+    return [Arm(name=f"B-DENSE, a = {a:g}", params={"a": a}) for a in CURVE]
 
 
 def _body(spec: StudySpec, seeds: list[int], fids: dict[str, list[float]]) -> str:

@@ -24,7 +24,7 @@ from search.study import Study
 from search.surrogate import Evaluation, candidates, posterior_means
 
 SUFFIX = ".confirm"
-# Attributes of a confirmation: at which budget, and after how many trials candidates were chosen.
+# Attributes of a confirmation: its budget; of how many trials how many candidates were chosen.
 KIMG, CHOSEN_AFTER = "kimg", "chosen_after"
 
 
@@ -126,7 +126,8 @@ def plan_confirmation(
     )
     attributes = planned.ledger.study.user_attrs
     arms = planned.arms or [PLAIN, UNIFORM]
-    if attributes.get(CHOSEN_AFTER) != len(trials):
+    basis = [len(trials), count]
+    if attributes.get(CHOSEN_AFTER) != basis:
         known = {arm.trial for arm in arms}
         chosen = choose(study, spec, trials, count)
         arms += [arm for arm in chosen if arm.trial not in known]
@@ -136,7 +137,7 @@ def plan_confirmation(
         for index in range(len(arms))
     ]
     planned.plan(arms, rows)
-    planned.ledger.study.set_user_attr(CHOSEN_AFTER, len(trials))
+    planned.ledger.study.set_user_attr(CHOSEN_AFTER, basis)
     planned.ledger.study.set_user_attr(KIMG, float(kimg))
     return planned
 

@@ -14,7 +14,7 @@ from bdense.exports import Picture, export_folder
 from bdense.networks.diffusers_unet import DiffusersUNet
 from search.chain_report import chain_figure, chain_table, fid_table
 from search.comparison import compare
-from search.confirmation import verdict
+from search.confirmation import SUFFIX, verdict
 from search.ledger import Ledger
 from search.planned import Planned, Row
 from search.storage import retrying, runs_folder
@@ -35,8 +35,9 @@ def export_trial(
     Args:
         record: A search, confirmation, transfer or promotion.
         folder: Where it will lie; it must not exist.
-        number: Of the trial or row; None is the confirmed winner's or the best trial, of a
-            promotion the promoted weights' row of the first seed.
+        number: Of the trial or row; None is, of a search, the confirmed winner's under the first
+            fresh seed, else the best trial's, and of planned rows the first seed's of the arm that
+            is no baseline.
         steps: Of a chain's student; None is the last.
 
     Returns:
@@ -45,9 +46,10 @@ def export_trial(
     Raises:
         InputError: There is no such trial, it has not ended well, or its student was not kept.
     """
+    if number is None and isinstance(record, Study):
+        record, number = _best_of(record)
     ledger = record.trials if isinstance(record, Study) else record.ledger
-    chosen = _default(record) if number is None else number
-    trial = _complete(ledger, chosen)
+    trial = _complete(ledger, _promoted_row(record) if number is None else number)
     path = _student(ledger, trial, steps)
     denoiser, metadata = load_denoiser(path)
     metadata.pop("identity", None)
@@ -83,14 +85,19 @@ def row_of_nfe(planned: Planned, nfe: int) -> int:
     return min(found)[1]
 
 
-def _default(record: Study | Planned) -> int:
-    """The row that a user most likely means."""
-    if isinstance(record, Study):
-        found = verdict(record)
-        if found is not None and found.ended and found.winner.arm.trial is not None:
-            return found.winner.arm.trial
-        best = _complete_trials(record.trials)
-        return min(best, key=lambda t: (t.value or 0.0, t.number)).number
+def _best_of(study: Study) -> tuple[Study | Planned, int]:
+    """Whose student a search hands on, and where it is."""
+    found = verdict(study)
+    if found is not None and found.ended:
+        rows = found.winner.rows
+        return Planned.open(study.url, study.name + SUFFIX), rows[min(rows)]
+    trials = _complete_trials(study.trials)
+    return study, min(trials, key=lambda t: (t.value or 0.0, t.number)).number
+
+
+def _promoted_row(record: Study | Planned) -> int:
+    """The row of the first seed whose arm is no baseline."""
+    assert isinstance(record, Planned)
     arms = record.arms
     rows = [(t, Row.of(t.params)) for t in _complete_trials(record.ledger)]
     searched = [(row.seed, t.number) for t, row in rows if not arms[row.arm].is_baseline]

@@ -153,12 +153,17 @@ class Ledger:
 
         retrying(add)
 
-    def resize(self, budget: int) -> None:
-        """Make the budget that of the trials that were planned."""
+    def delete(self) -> None:
+        """Delete the study and all its trials; nobody may be at work on one."""
+        name = self.study.study_name
+        retrying(lambda: optuna.delete_study(study_name=name, storage=self._storage))
+
+    def resize(self) -> None:
+        """Make the budget that of the trials that were planned, by whomever."""
 
         def write() -> None:
             with exclusive(self._storage.engine, self._lock):
-                self.study.set_user_attr("budget", budget)
+                self.study.set_user_attr("budget", len(self.study.get_trials(deepcopy=False)))
 
         retrying(write)
 

@@ -105,11 +105,15 @@ class Planned:
         """One that exists.
 
         Raises:
-            UnknownStudyError: There is none of that name, or it is a search.
+            UnknownStudyError: There is none of that name, it is a search, or its maker was killed
+                before it was whole.
             StorageError: The database cannot be opened.
         """
         ledger = Ledger.open(url, name, budget=None)
-        if KIND not in retrying(lambda: ledger.study.user_attrs):
+        attributes = retrying(lambda: ledger.study.user_attrs)
+        if SPEC not in attributes:
+            raise UnknownStudyError(f"study {name!r} is half made; the same command carries on")
+        if KIND not in attributes:
             raise UnknownStudyError(f"study {name!r} is a search, not a list of planned rows")
         return cls(url, ledger)
 
@@ -138,26 +142,28 @@ class Planned:
             SpecChangedError: The stored one has other conditions or facts; says which.
             StorageError: The database cannot be used.
         """
+        is_new = True
         try:
             found = cls.open(url, name)
         except UnknownStudyError as error:
             if "is a search" in str(error):
                 raise
         else:
-            found._require_same(spec, facts)
+            is_new = found._refuse_or_forget(spec, facts)
         ledger = Ledger.open(
             url,
             name,
-            budget=1,
+            # A smaller budget, if only for a moment, would send others' workers home.
+            budget=1 if is_new else None,
             ttl=resources.lease_seconds,
             max_attempts=resources.max_attempts,
         )
         attributes = {
+            KIND: kind,
             CONDITIONS: json.dumps(spec.conditions()),
             FINGERPRINT: spec.fingerprint(),
-            SPEC: spec.model_dump_json(),
             FACTS: dict(facts),
-            KIND: kind,
+            SPEC: spec.model_dump_json(),  # the last: with it the study is whole
         }
         for key, value in attributes.items():
             ledger.study.set_user_attr(key, value)
@@ -204,7 +210,7 @@ class Planned:
         retrying(lambda: self.ledger.study.set_user_attr(ARMS, stored))
         for row in rows:
             self.ledger.enqueue(row.params(), {"arm": arms[row.arm].name})
-        self.ledger.resize(len(self.ledger.study.get_trials(deepcopy=False)))
+        self.ledger.resize()
 
     def unfinished(self) -> list[Row]:
         """Rows that have not ended."""
@@ -230,7 +236,12 @@ class Planned:
     def _attributes(self) -> dict[str, Any]:
         return retrying(lambda: self.ledger.study.user_attrs)
 
-    def _require_same(self, spec: ModelSpec, facts: Mapping[str, Any]) -> None:
+    def _refuse_or_forget(self, spec: ModelSpec, facts: Mapping[str, Any]) -> bool:
+        """Refuse other conditions, unless no row was begun: then the old plan is thrown away.
+
+        Returns:
+            Whether it was.
+        """
         attributes = self._attributes()
         old = {**json.loads(attributes[CONDITIONS]), **attributes.get(FACTS, {})}
         new = {**spec.conditions(), **facts}
@@ -239,8 +250,13 @@ class Planned:
             for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key)
         ]
-        if changed and self.ledger.counts().ended + self.ledger.counts().running:
+        if not changed:
+            return False
+        counts = self.ledger.counts()
+        if counts.ended + counts.running:
             raise SpecChangedError(
                 f"{self.name!r} exists under other conditions, so its numbers would not compare "
                 f"({'; '.join(changed)}); give another name or restore the file"
             )
+        self.ledger.delete()
+        return True

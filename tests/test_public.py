@@ -18,8 +18,11 @@ from bdense.errors import CheckpointError, InputError
 from bdense.files import sha256_file
 from bdense.public import (
     CHECKPOINTS,
+    HUB_CHECKPOINTS,
     REFERENCES,
     checkpoint_folder,
+    published_architecture,
+    published_names,
     resolve_checkpoint,
     resolve_reference,
 )
@@ -106,6 +109,74 @@ def test_every_file_has_its_address_and_terms():
         "afhqv2-64x64",
         "imagenet-64x64",
     }
+
+
+# ---- on the Hugging Face hub ----
+
+HUB = "google/ddpm-cifar10-32"
+
+
+def test_ddpms_cifar10_network_has_the_papers_size():
+    """35.7 million parameters (Ho et al. 2020, section 4 and appendix B), at T = 1000."""
+    pytest.importorskip("diffusers", reason="needs the diffusers extra")
+    with torch.device("meta"):
+        denoiser = build_denoiser(dict(HUB_CHECKPOINTS[HUB].architecture))
+    assert sum(p.numel() for p in denoiser.parameters()) == 35_746_307
+    assert (denoiser.image_shape, denoiser.label_dim) == ((3, 32, 32), 0)
+    # Linear betas from 1e-4 to 0.02: the first level, and all but noise at the last.
+    assert denoiser.precond.sigma_min == pytest.approx((1e-4 / (1 - 1e-4)) ** 0.5)
+    assert denoiser.precond.sigma_max == pytest.approx(157.4, abs=0.1)
+    # Nothing is left to the library's defaults that a file of it would say.
+    described = denoiser.describe()
+    assert described.pop("trained_betas") is None
+    assert described.pop("num_branches") == 1
+    assert described == HUB_CHECKPOINTS[HUB].architecture
+
+
+def test_a_hub_model_has_its_address_and_terms():
+    published = HUB_CHECKPOINTS[HUB]
+    assert published.url == "https://huggingface.co/google/ddpm-cifar10-32"
+    assert published.licence == "Apache-2.0"
+    assert "arXiv 2006.11239" in published.citation
+
+
+def test_a_hub_models_terms_come_with_it(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    read = {"source": HUB, "scheduler": "DDPMScheduler", "licence": "apache-2.0"}
+    monkeypatch.setattr(bdense.sources, "read_diffusers", lambda _: (small_teacher(), read))
+    _, metadata = load_model(HUB)
+    assert metadata == {
+        "source": HUB,
+        "scheduler": "DDPMScheduler",
+        "url": HUB_CHECKPOINTS[HUB].url,
+        "licence": "Apache-2.0",
+        "citation": HUB_CHECKPOINTS[HUB].citation,
+    }
+    assert load_model("another/model")[1] == read
+
+
+def test_a_hub_model_is_here_once_its_weights_are(monkeypatch, tmp_path):
+    pytest.importorskip("huggingface_hub", reason="needs the diffusers extra")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    published = HUB_CHECKPOINTS[HUB]
+    assert published.path == tmp_path / "models--google--ddpm-cifar10-32"
+    snapshot = published.path / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    assert not published.is_here
+    (snapshot / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    assert published.is_here
+
+
+def test_architectures_are_told_by_name():
+    assert set(published_names()) == {*CHECKPOINTS, *HUB_CHECKPOINTS}
+    assert published_architecture(CIFAR10) == CHECKPOINTS[CIFAR10].architecture
+    assert published_architecture(HUB) == HUB_CHECKPOINTS[HUB].architecture
+    assert published_architecture("teacher.pkl") is None
+    assert published_architecture(None) is None
+
+
+# ---- files by name ----
 
 
 def test_a_name_is_downloaded_once(folder, published):

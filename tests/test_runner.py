@@ -5,8 +5,8 @@ import ray
 
 from bdense.errors import InputError
 from search import runner
-from search.slots import Orders
-from tests.studies import spec
+from search.slots import Kind, Orders
+from tests.studies import promotion, spec
 
 ONE_GPU_EACH = [(8, 1), (8, 1), (8, 1)]
 TWO_GPUS_EACH = [(16, 2), (16, 2)]
@@ -42,13 +42,13 @@ def cluster(monkeypatch):
 )
 def test_a_trial_has_its_cpus_and_gpus_of_one_machine(cluster, machines, resources, slots):
     cluster(machines)
-    assert runner._slots(spec(resources=resources), None) == slots
+    assert runner._slots(spec(resources=resources).resources, None) == slots
 
 
 def test_what_fits_on_no_machine_is_refused(cluster):
     cluster(ONE_GPU_EACH)
     with pytest.raises(InputError) as error:
-        runner._slots(spec(resources={"gpus": 2, "cpus": 4}), None)
+        runner._slots(spec(resources={"gpus": 2, "cpus": 4}).resources, None)
     assert str(error.value) == (
         "a trial asks for resources.cpus=4 and gpus=2 of one machine, and the cluster's have "
         "8 CPUs and 1 GPUs or 8 CPUs and 1 GPUs or 8 CPUs and 1 GPUs; lower them"
@@ -57,10 +57,10 @@ def test_what_fits_on_no_machine_is_refused(cluster):
 
 def test_more_workers_than_fit_are_refused(cluster):
     cluster(TWO_GPUS_EACH)
-    study = spec(resources={"gpus": 2})
-    assert runner._slots(study, 1) == 1
+    resources = spec(resources={"gpus": 2}).resources
+    assert runner._slots(resources, 1) == 1
     with pytest.raises(InputError, match=r"--workers 3 do not fit: .* room for 2 trials of 1 CPU"):
-        runner._slots(study, 3)
+        runner._slots(resources, 3)
 
 
 class Started:
@@ -68,13 +68,19 @@ class Started:
 
     def __init__(self) -> None:
         self.tasks: list[tuple[str, float, float, tuple]] = []
+        self.specs: list[str] = []
 
     def task(self, function, cpus: float, gpus: float) -> "Started":
         self._asked = (function.__name__, cpus, gpus)
         return self
 
-    def remote(self, orders: Orders, *given: int) -> None:
+    def remote(self, orders: Orders, spec: str, *given: int) -> None:
         self.tasks.append((*self._asked, given))
+        self.specs.append(spec)
+
+
+def orders(kind: Kind) -> Orders:
+    return Orders(kind=kind, study="digits", storage="", runs="", cache="")
 
 
 @pytest.mark.parametrize(
@@ -94,9 +100,24 @@ def test_what_is_prepared_and_recorded_where(
     started = Started()
     monkeypatch.setattr(runner, "_task", started.task)
     monkeypatch.setattr(runner, "_follow", lambda *_: None)
-    orders = Orders(study="digits", spec="", storage="", runs="", cache="")
-    runner._prepare(spec(resources=resources), orders, slots, lambda _: None)
+    study = spec(resources=resources)
+    runner._prepare(study, orders("search"), slots, lambda _: None)
+    assert all(orders("search").read(text) == study for text in started.specs)
     first, *others = started.tasks
     assert first == ("prepare_task", *prepared)
     cpus, gpus, parts = recorded
     assert others == [("record_task", cpus, gpus, (part, parts)) for part in range(parts)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [("progressive", promotion()), ("retrain", spec(trajectories__mode="live"))],
+)
+def test_without_recorded_trajectories_there_is_one_task(cluster, monkeypatch, kind, given):
+    cluster([(4, 0)])
+    started = Started()
+    monkeypatch.setattr(runner, "_task", started.task)
+    monkeypatch.setattr(runner, "_follow", lambda *_: None)
+    runner._prepare(given, orders(kind), 4, lambda _: None)
+    assert started.tasks == [("prepare_task", 1, 0, (4,))]
+    assert [orders(kind).read(text) for text in started.specs] == [given]

@@ -1,12 +1,12 @@
-"""Study files: read whole or refused, their files found from any folder."""
+"""Files of studies and promotions: read whole or refused, their files found from any folder."""
 
 from pathlib import Path
 
 import pytest
 
 from search.errors import SpecError
-from search.study_file import as_yaml, read_spec
-from tests.studies import spec, write
+from search.study_file import as_yaml, read_any, read_promotion, read_spec
+from tests.studies import CHAIN, promotion, spec, write
 
 
 def zipped(path: Path, content: bytes = b"an archive") -> str:
@@ -123,6 +123,16 @@ def test_names_are_no_files_and_stand_for_themselves(tmp_path, monkeypatch):
     assert other.fingerprint() != found.fingerprint()
 
 
+def test_a_model_on_the_hub_is_a_name_too(tmp_path):
+    hub = {"checkpoint": "google/ddpm-cifar10-32"}
+    assert read_spec(write(tmp_path, teacher=hub)).teacher.checkpoint == hub["checkpoint"]
+    found = read_promotion(write(tmp_path, CHAIN, teacher=hub, data="cifar10"))
+    assert found.teacher.checkpoint == hub["checkpoint"]
+    other = write(tmp_path, teacher={"checkpoint": "google/ddpm-cat-256"})
+    with pytest.raises(SpecError, match=r"no file google/ddpm-cat-256, nor .*/ddpm-cifar10-32\)$"):
+        read_spec(other)
+
+
 def test_a_name_that_is_none_lists_them(tmp_path):
     path = write(tmp_path, teacher={"checkpoint": "edm-cifar"})
     with pytest.raises(SpecError, match=r"there is no file edm-cifar, .*edm-ffhq-64x64-uncond-vp"):
@@ -134,3 +144,64 @@ def test_a_folder_is_to_be_converted_first(tmp_path):
     path = write(tmp_path, teacher={"checkpoint": str(tmp_path / "ddpm")})
     with pytest.raises(SpecError, match=r"is a folder; .*bdense convert .*ddpm --out"):
         read_spec(path)
+
+
+# ---- promotions ----
+
+
+def test_a_chain_tells_a_promotion_from_a_study(tmp_path):
+    assert read_any(write(tmp_path)) == spec()
+    assert read_any(write(tmp_path, CHAIN)) == promotion()
+
+
+def test_the_other_kind_of_file_is_told_where_it_goes(tmp_path):
+    path = write(tmp_path, CHAIN)
+    with pytest.raises(SpecError) as error:
+        read_spec(path)
+    assert str(error.value) == (
+        f"{path} is a promotion, not a study: it has a chain; give it to `bdense-search promote "
+        f"STUDY --to {path}`"
+    )
+    path = write(tmp_path)
+    with pytest.raises(SpecError) as error:
+        read_promotion(path)
+    assert str(error.value) == (
+        f"{path} is a study, not a promotion: it has a student and no chain; give it to "
+        f"`bdense-search launch {path}`"
+    )
+
+
+def test_a_promotion_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(SpecError, match=r"^the promotion file .*none\.yaml cannot be read: "):
+        read_promotion(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- a")
+    with pytest.raises(SpecError, match=r"a mapping of keys such as name, data, teacher, chain$"):
+        read_promotion(tmp_path / "list.yaml")
+
+
+def test_a_promotions_files_are_found_from_any_folder(tmp_path, monkeypatch):
+    (tmp_path / "teacher.pkl").write_bytes(b"a teacher")
+    zipped(tmp_path / "set.zip")
+    path = write(tmp_path, CHAIN, teacher={"checkpoint": "teacher.pkl"}, data="zip:set.zip")
+    monkeypatch.chdir(tmp_path)
+    found = read_any(path)
+    assert found.teacher.checkpoint == str(tmp_path / "teacher.pkl")
+    assert found.data == f"zip:{tmp_path / 'set.zip'}"
+
+
+@pytest.mark.parametrize("schedule", ["native", {"kind": "logsnr"}])
+def test_the_resolved_promotion_is_the_same_promotion(tmp_path, schedule):
+    first = read_promotion(write(tmp_path, CHAIN, schedule=schedule))
+    again = tmp_path / "again.yaml"
+    again.write_text(as_yaml(first))
+    assert read_any(again) == first
+    assert read_any(again).fingerprint() == first.fingerprint()
+
+
+def test_a_value_of_several_kinds_has_one_line(tmp_path):
+    path = write(tmp_path, resources={"gpus": -1})
+    with pytest.raises(SpecError) as error:
+        read_spec(path)
+    assert str(error.value) == (
+        f"{path}: resources.gpus: Input should be 'auto' or greater than or equal to 0, got -1"
+    )

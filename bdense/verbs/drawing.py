@@ -2,19 +2,23 @@
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bdense import NUMERICS
+from bdense.checkpoints import denoiser_sha256
 from bdense.command import Verbs
 from bdense.data import DATA_SETS, Dataset, load_dataset
 from bdense.denoiser import NetworkDenoiser
-from bdense.extractors import load_extractor
+from bdense.extractors import Extractor, load_extractor
+from bdense.files import atomic_write
 from bdense.metrics import METRICS, MetricSettings, measure_images, require_measurable
 from bdense.public import REFERENCES, resolve_reference
-from bdense.references import dataset_reference, read_reference
+from bdense.references import Reference, dataset_reference, read_reference
 from bdense.sampling import Sampler, draw_images, require_class, save_grid
 from bdense.sources import load_model
 from bdense.verbs.common import (
@@ -26,7 +30,13 @@ from bdense.verbs.common import (
     computing_verb,
     require_file_name,
 )
-from bdense.verbs.grid_options import add_grid_options, add_solver_options, chosen_sampler
+from bdense.verbs.grid_options import (
+    NATIVE,
+    add_clip_option,
+    add_grid_options,
+    add_solver_options,
+    chosen_sampler,
+)
 
 
 def add_sample(verbs: Verbs) -> None:
@@ -104,17 +114,24 @@ def _add_drawing_options(parser: argparse.ArgumentParser) -> None:
         help="of all images, counted from 0, of a conditional model (default: one at random each)",
     )
     add_grid_options(parser)
-    add_solver_options(parser, default="euler", what="what a teacher draws with")
+    add_solver_options(
+        parser,
+        default=f"euler; ddim with --schedule {NATIVE}",
+        what="what a teacher draws with",
+    )
+    add_clip_option(parser)
     add_execution_options(parser)
 
 
-def add_extractor_options(parser: argparse.ArgumentParser) -> None:
-    """--extractor and --cache."""
+def add_extractor_options(
+    parser: argparse.ArgumentParser, *, default: str = "inception", what: str = ""
+) -> None:
+    """--extractor and --cache; ``what`` goes in front of the extractors' names."""
     parser.add_argument(
         "--extractor",
-        default="inception",
-        help="inception[:FILE], dinov2[:FILE], torchscript:FILE (uint8 [B,3,H,W] to [B,d]), "
-        "digits-classifier, fashion-mnist-classifier or cifar10-classifier",
+        default=default,
+        help=what + "inception[:FILE], dinov2[:FILE], torchscript:FILE (uint8 [B,3,H,W] to "
+        "[B,d]), digits-classifier, fashion-mnist-classifier or cifar10-classifier",
     )
     parser.add_argument(
         "--cache",
@@ -137,7 +154,7 @@ def _chosen_model(options: argparse.Namespace) -> tuple[NetworkDenoiser, Sampler
     """The model on its device, with all that is refused refused."""
     execution = chosen_execution(options)
     model, metadata = load_model(options.model)
-    sampler = chosen_sampler(options, metadata)
+    sampler = chosen_sampler(options, metadata, model.precond)
     require_class(model, _class_index(options))
     return model.to(options.device).execute(execution), sampler
 
@@ -199,6 +216,82 @@ def _fid(options: argparse.Namespace) -> None:
         seeds={"evaluation": options.seed},
     ).as_dict()
     print(json.dumps(measured.pop("fid") | measured | _unusual(options)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """FIDs of several models under the same conditions.
+
+    Attributes:
+        folder: Where each is kept when it is measured.
+        dataset: What the images are compared with.
+        conditions: Those beyond what every FID has.
+    """
+
+    folder: Path
+    dataset: Dataset
+    extractor: Extractor
+    reference: Reference
+    images: int
+    seed: int
+    conditions: dict[str, Any]
+
+    def fid(self, name: str, model: NetworkDenoiser, sampler: Sampler) -> dict[str, Any]:
+        """What ``bdense fid`` says of it, from its file or measured now."""
+        path = self.folder / f"{name}.fid.json"
+        of = {
+            "numerics": NUMERICS,
+            "model": denoiser_sha256(model),
+            "sampler": sampler.describe(),
+            "images": self.images,
+            "seed": self.seed,
+            "data": self.dataset.sha256,
+            "extractor": self.extractor.sha256,
+            **self.conditions,
+        }
+        kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        if kept.get("of") != of:
+            kept = {"fid": self._measured(model, sampler), "of": of}
+            with atomic_write(path) as scratch:
+                scratch.write_text(json.dumps(kept))
+        fid: dict[str, Any] = kept["fid"]
+        return fid
+
+    def _measured(self, model: NetworkDenoiser, sampler: Sampler) -> dict[str, Any]:
+        show = Progress()
+        images = draw_images(
+            model,
+            sampler,
+            self.images,
+            seed=self.seed,
+            on_image=lambda done: show(done, self.images, "images drawn"),
+        )
+        seeds = {"evaluation": self.seed}
+        measured = measure_images(
+            images, self.extractor, self.reference, nfe=sampler.nfe, seeds=seeds
+        )
+        return measured.fid.as_dict() | self.conditions
+
+
+def make_judge(options: argparse.Namespace, dataset: Dataset, images: int, folder: Path) -> Judge:
+    """By the extractor that the options name.
+
+    Raises:
+        InputError: There is no such extractor, or too few images.
+    """
+    device = torch.device(options.device)
+    extractor = load_extractor(options.extractor, cache=options.cache, device=device)
+    reference = dataset_reference(dataset, extractor, cache=options.cache)
+    require_measurable(["fid"], MetricSettings(), images, reference)
+    return Judge(
+        folder=folder,
+        dataset=dataset,
+        extractor=extractor,
+        reference=reference,
+        images=images,
+        seed=options.seed,
+        conditions=_unusual(options),
+    )
 
 
 def _unusual(options: argparse.Namespace) -> dict[str, Any]:

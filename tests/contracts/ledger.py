@@ -254,6 +254,99 @@ class LedgerContract:
             complete(ledger, claim)
         assert offsets == [0, 1, 2, 3]
 
+    # Trials that were planned.
+
+    def test_without_a_sampler_planned_trials_alone_are_begun(self, scene):
+        ledger = scene.open(budget=4)
+        planned = [{"a": a, "b": -1.0} for a in (1.0, 2.0)]
+        for params in planned:
+            ledger.enqueue(params)
+        claims = [ledger.claim(SPACE, None) for _ in planned]
+        assert [claim.params for claim in claims] == planned
+        assert scene.open().claim(SPACE, None) == Wait()
+        for claim in claims:
+            complete(ledger, claim)
+        assert scene.open().claim(SPACE, None) == Done()
+        assert [trial.params for trial in ledger.study.trials] == planned
+        # Whoever brings a sampler goes on to the budget.
+        assert scene.settle().complete == 4
+
+    def test_without_a_sampler_the_budget_holds_too(self, scene):
+        ledger = scene.open(budget=1)
+        for a in (1.0, 2.0):
+            ledger.enqueue({"a": a, "b": -1.0})
+        complete(ledger, ledger.claim(SPACE, None))
+        assert ledger.claim(SPACE, None) == Done()
+        assert ledger.counts().waiting == 1
+
+    def test_without_a_sampler_a_trial_is_taken_over_with_its_parameters(self, scene):
+        ledger = scene.open(budget=1)
+        ledger.enqueue({"a": 1.0, "b": -1.0})
+        first = ledger.claim(SPACE, None)
+        ledger.release(first)
+        second = scene.open().claim(SPACE, None)
+        assert (second.number, second.attempt, second.adopted) == (0, 2, True)
+        assert second.params == first.params
+        complete(ledger, second)
+        assert scene.settle().complete == 1
+
+    def test_what_a_trial_was_planned_with_stays_with_it(self, scene):
+        ledger = scene.open(budget=1)
+        ledger.enqueue({"a": 1.0, "b": -1.0}, {"arm": "uniform"})
+        assert ledger.study.trials[0].user_attrs == {"arm": "uniform"}
+        claim = take(ledger)
+        ledger.complete(claim, objective(dict(claim.params)), {"seconds": 2.5})
+        assert ledger.study.trials[0].user_attrs == {"arm": "uniform", "seconds": 2.5}
+        scene.settle()
+
+    def test_the_budget_is_made_that_of_the_planned_trials(self, scene):
+        """Also what others plan at the same time; no change of a setting is recorded."""
+        ledger, other = scene.open(budget=1), scene.open()
+        ledger.enqueue({"a": 1.0, "b": -1.0})
+        complete(ledger, ledger.claim(SPACE, None))
+        for a in (2.0, 2.5):
+            other.enqueue({"a": a, "b": -1.0})
+        ledger.resize()
+        assert (ledger.budget, other.budget, other.counts().planned) == (3, 3, 3)
+        assert "changes" not in ledger.study.user_attrs
+        assert scene.settle().complete == 3
+
+    def test_a_deleted_study_is_gone_with_its_planned_trials(self, scene):
+        ledger = scene.open(budget=1)
+        ledger.enqueue({"a": 1.0, "b": -1.0})
+        ledger.delete()
+        with pytest.raises(UnknownStudyError):
+            scene.open()
+        assert scene.open(budget=1).study.trials == []
+        assert scene.settle().complete == 1
+
+    # Values on the way.
+
+    def test_values_on_the_way_are_stored_by_step_and_told_again_written_anew(self, scene):
+        ledger = scene.open(budget=1)
+        claim = take(ledger)
+        for step, value in ((8, 5.0), (4, 6.5), (8, 5.25)):
+            ledger.report(claim, step, value)
+        assert ledger.study.trials[0].intermediate_values == {8: 5.25, 4: 6.5}
+        complete(ledger, claim)
+        assert ledger.study.trials[0].intermediate_values == {8: 5.25, 4: 6.5}
+        with pytest.raises(LeaseLostError, match="trial 0: attempt 1 no longer holds it"):
+            ledger.report(claim, 2, 7.0)
+        scene.settle()
+
+    def test_a_worker_that_lost_its_lease_tells_no_value_on_the_way(self, scene):
+        ledger = scene.open(budget=1)
+        first = take(ledger)
+        ledger.report(first, 8, 5.0)
+        ledger.release(first)
+        second = take(scene.open())
+        with pytest.raises(LeaseLostError, match="trial 0: attempt 1 no longer holds it"):
+            ledger.report(first, 8, 99.0)
+        ledger.report(second, 4, 6.0)
+        assert ledger.study.trials[0].intermediate_values == {8: 5.0, 4: 6.0}
+        complete(ledger, second)
+        scene.settle()
+
     # Named ends.
 
     def test_a_released_trial_is_retried_and_then_fails(self, scene):

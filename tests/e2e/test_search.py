@@ -168,8 +168,8 @@ def run_slot(workplace: Workplace, monkeypatch, study: dict, points=()) -> Ledge
         record.trials.enqueue(point)
     trajectory_store(spec, load_teacher(spec, load_dataset("digits"), device)).record()
     orders = Orders(
+        kind="search",
         study=spec.name,
-        spec=spec.model_dump_json(),
         storage=url,
         runs=str(workplace.folder / "runs"),
         cache=str(workplace.cache),

@@ -1,0 +1,126 @@
+"""Searches and planned rows with FIDs that are chosen, not measured: no training, no Ray."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from optuna.samplers import RandomSampler
+
+from bdense.metrics import FID
+from search.engine import given_weights
+from search.ledger import Claim, Ledger
+from search.planned import SPACES, Arm, Planned, Row
+from search.promotion_spec import PromotionSpec
+from search.space import baseline_space, search_space
+from search.spec import LearnedSpace, StudySpec
+from search.study import SPEC, Study
+from tests.studies import NORMALISED, spec
+
+TEACHER_FID = 3.0
+STUDENT = "student.safetensors"
+
+
+def normalised(**keys: Any) -> StudySpec:
+    """A search over a in [-0.5, 3]."""
+    return spec(weights=NORMALISED, **keys)
+
+
+def fid(value: float, *, nfe: int = 2, **seeds: int) -> dict[str, Any]:
+    """As rows store it."""
+    return FID(
+        value=value,
+        images=256,
+        reference="digits",
+        reference_images=1797,
+        extractor="digits-classifier",
+        extractor_sha256="0" * 64,
+        nfe=nfe,
+        seeds=seeds,
+    ).as_dict()
+
+
+def search(
+    url: str,
+    trials: Sequence[tuple[Mapping[str, Any], float]],
+    *,
+    study: StudySpec | None = None,
+    plain: float = 12.0,
+    uniform: float = 11.0,
+) -> Study:
+    """A search whose trials, parameters and FID, are complete, as are its baselines.
+
+    One that exists is extended by those that it lacks.
+    """
+    study = study or normalised()
+    budget = study.budget.model_copy(update={"trials": len(trials)})
+    study = study.model_copy(update={"budget": budget})
+    record = Study.create(url, study)
+    assert record.baselines is not None
+    while isinstance(claim := record.baselines.claim(baseline_space(), None), Claim):
+        value = plain if claim.params["method"] == "sfd" else uniform
+        _complete(record.baselines, claim, value, study, [1.0] * 4)
+    for params, value in trials[record.trials.counts().complete :]:
+        record.trials.enqueue(params)
+        claim = record.trials.claim(search_space(study), RandomSampler)
+        assert isinstance(claim, Claim)
+        assert dict(claim.params) == params
+        if isinstance(study.weights, LearnedSpace):
+            _complete(record.trials, claim, value, study, [1.0] * 4, **params)
+        else:
+            weights = given_weights(params, study.student.substeps)
+            values = weights(study.student.substeps).tolist()
+            _complete(record.trials, claim, value, study, values, a=weights.a, b=weights.b)
+    return record
+
+
+def _complete(
+    ledger: Ledger,
+    claim: Claim,
+    value: float,
+    study: StudySpec,
+    weights: list[float],
+    **attrs: Any,
+) -> None:
+    seeds = study.seeds
+    measured = fid(
+        value, nfe=study.student.nfe, training=seeds.training, evaluation=seeds.evaluation
+    )
+    file = f"{ledger.study.study_name}/{claim.number:05d}/{STUDENT}"
+    ledger.complete(claim, value, {"fid": measured, "weights": weights, "student": file, **attrs})
+
+
+def finish(planned: Planned, value: Callable[[Arm, Row], float], *, most: int = 1000) -> list[Row]:
+    """Complete the rows that are left, or so many of them, with chosen FIDs; says which.
+
+    A chain's FID is ``value`` at its last number of steps and 1 less at each one before.
+    """
+    attributes = planned.ledger.study.user_attrs
+    done: list[Row] = []
+    while len(done) < most:
+        claim = planned.ledger.claim(SPACES[planned.kind], None)
+        if not isinstance(claim, Claim):
+            break
+        row = Row.of(claim.params)
+        arm, folder = planned.arms[row.arm], f"{planned.name}/{claim.number:05d}"
+        last = value(arm, row)
+        attrs: dict[str, Any] = {"arm": arm.name}
+        if planned.kind == "retrain":
+            assert row.nfe is not None
+            measured = fid(last, nfe=row.nfe, training=row.seed, evaluation=row.seed)
+            attrs |= {"fid": measured, "kimg": row.kimg, "student": f"{folder}/{STUDENT}"}
+        else:
+            chain = PromotionSpec.model_validate_json(attributes[SPEC]).chain
+            fids = {chain.last: fid(last, nfe=chain.last, training=row.seed, evaluation=0)}
+            steps = chain.last * chain.substeps
+            while steps < chain.first:
+                last -= 1
+                fids[steps] = fid(last, nfe=steps, training=row.seed, evaluation=0)
+                steps *= chain.substeps
+            fids[steps] = fid(TEACHER_FID, nfe=steps, evaluation=0)
+            attrs |= {
+                "fid": fids[chain.last],
+                "fids": {str(n): fids[n] for n in sorted(fids, reverse=True)},
+                "student": f"{folder}/{chain.last:05d}.safetensors",
+            }
+        planned.ledger.complete(claim, attrs["fid"]["value"], attrs)
+        done.append(row)
+    return done

@@ -1,0 +1,203 @@
+"""Studies of planned rows: what is added, what is refused, what stays as it was."""
+
+import json
+
+import optuna
+import pytest
+
+from search.errors import SpecChangedError, UnknownStudyError
+from search.ledger import Claim, Ledger
+from search.model_spec import ResourcesSpec
+from search.planned import PLAIN, SPACES, UNIFORM, Arm, Planned, Row
+from search.records import open_record, open_search_named
+from search.study import Study
+from tests.measured import finish, normalised, search
+from tests.studies import promotion
+
+OURS = Arm(name="a 1.000 (trial 3)", params={"a": 1.0, "b": -2.0}, trial=3)
+ARMS = [PLAIN, UNIFORM, OURS]
+
+
+@pytest.fixture
+def url(tmp_path) -> str:
+    return f"sqlite:///{tmp_path / 'study.db'}"
+
+
+def create(url: str, *, study=None, facts=None, **resources) -> Planned:
+    return Planned.create(
+        url,
+        "digits.confirm",
+        "retrain",
+        study or normalised(),
+        resources=ResourcesSpec(**resources),
+        facts=facts or {"of": "digits"},
+    )
+
+
+def rows(*seeds: int, arms: int = 3) -> list[Row]:
+    return [Row(arm=arm, seed=seed, kimg=2.56, nfe=2) for seed in seeds for arm in range(arms)]
+
+
+def by_arm(arm: Arm, row: Row) -> float:
+    return 10.0 + row.arm + row.seed / 8
+
+
+@pytest.mark.parametrize("row", [Row(arm=2, seed=7), Row(arm=0, seed=1, kimg=2.56, nfe=3)])
+def test_a_row_is_its_parameters(row):
+    assert Row.of(row.params()) == row
+    assert None not in row.params().values()
+
+
+def test_rows_are_taken_in_their_order_and_keep_their_parameters(url):
+    planned = create(url)
+    planned.plan(ARMS, rows(1, 2))
+    assert planned.unfinished() == rows(1, 2)
+    assert (planned.left(), planned.ledger.budget) == (6, 6)
+    assert finish(planned, by_arm) == rows(1, 2)
+    assert planned.unfinished() == []
+    trials = planned.ledger.study.trials
+    assert [trial.value for trial in trials] == [10 + arm + s / 8 for s in (1, 2) for arm in (0, 1, 2)]
+    assert [trial.user_attrs["arm"] for trial in trials[:3]] == [arm.name for arm in ARMS]
+    assert planned.headline() == (
+        "digits.confirm: 6 of 6 rows complete, 0 pruned, 0 failed, 0 running"
+    )
+
+
+def test_a_row_is_unfinished_until_it_has_ended(url):
+    planned = create(url)
+    planned.plan(ARMS, rows(1))
+    claim = planned.ledger.claim(SPACES["retrain"], None)
+    assert isinstance(claim, Claim)
+    assert planned.unfinished() == rows(1)
+    planned.ledger.fail(claim, "diverged", "the loss is not finite", {})
+    assert planned.unfinished() == rows(1)[1:]
+
+
+def test_planned_again_only_what_is_new_is_added(url):
+    """More seeds, another arm: the rows that are there stay, failed ones too."""
+    planned = create(url)
+    planned.plan(ARMS, rows(1))
+    claim = planned.ledger.claim(SPACES["retrain"], None)
+    planned.ledger.fail(claim, "diverged", "the loss is not finite", {})
+    finish(planned, by_arm)
+    before = [trial.value for trial in planned.ledger.study.trials]
+    again = create(url)
+    again.plan(ARMS, rows(1, 2))
+    assert again.unfinished() == rows(2)
+    fourth = Arm(name="a 2.000 (trial 5)", params={"a": 2.0, "b": -4.0}, trial=5)
+    again.plan([*ARMS, fourth], rows(1, 2, arms=4))
+    assert again.arms == [*ARMS, fourth]
+    assert again.unfinished() == [*rows(2), *(Row(arm=3, seed=s, kimg=2.56, nfe=2) for s in (1, 2))]
+    assert [trial.value for trial in again.ledger.study.trials[:3]] == before
+    assert (again.ledger.budget, again.left()) == (8, 5)
+
+
+def test_asking_again_is_no_change_of_the_study(url):
+    """Its budget stays for those who work on it meanwhile, and there is nothing to record."""
+    planned = create(url)
+    planned.plan(ARMS, rows(1, 2))
+    finish(planned, by_arm, most=1)
+    create(url)
+    assert planned.ledger.budget == 6
+    assert "changes" not in planned.ledger.study.user_attrs
+    assert planned.arms == ARMS
+    assert planned.facts == {"of": "digits"}
+
+
+def test_resources_may_change(url):
+    planned = create(url)
+    planned.plan(ARMS, rows(1))
+    finish(planned, by_arm, most=1)
+    create(url, lease_seconds=30, max_attempts=5)
+    assert (Ledger.open(url, planned.name, budget=None).ttl) == 30
+    changes = planned.ledger.study.user_attrs["changes"]
+    assert [(c["key"], c["old"], c["new"]) for c in changes] == [
+        ("ttl", 60.0, 30.0),
+        ("max_attempts", 3, 5),
+    ]
+
+
+def test_other_conditions_or_facts_are_refused_once_a_row_was_begun(url):
+    planned = create(url)
+    planned.plan(ARMS, rows(1))
+    planned.ledger.claim(SPACES["retrain"], None)
+    with pytest.raises(SpecChangedError) as error:
+        create(url, study=normalised(budget__lr=1e-3), facts={"of": "faces"})
+    assert str(error.value) == (
+        "'digits.confirm' exists under other conditions, so its numbers would not compare "
+        "(budget.lr: 0.0005 stored, 0.001 given; of: 'digits' stored, 'faces' given); give "
+        "another name or restore the file"
+    )
+    assert planned.arms == ARMS
+
+
+def test_until_then_a_mistake_may_be_mended_and_nothing_of_it_is_left(url):
+    """The old plan's weights would be trained under the new one's name."""
+    planned = create(url, facts={"of": "digits", "a": 1.0})
+    planned.plan(ARMS, rows(1, 2))
+    mended = create(url, facts={"of": "digits", "a": 2.0})
+    assert (mended.arms, mended.unfinished()) == ([], [])
+    mended.plan(ARMS[:2], rows(1, arms=2))
+    assert (mended.facts["a"], mended.ledger.budget) == (2.0, 2)
+    assert finish(mended, by_arm) == rows(1, arms=2)
+
+
+def test_a_study_whose_maker_was_killed_is_made_whole_by_the_next(url):
+    Ledger.open(url, "digits.confirm", budget=1)
+    with pytest.raises(UnknownStudyError, match="'digits.confirm' is half made; the same command"):
+        Planned.open(url, "digits.confirm")
+    planned = create(url)
+    planned.plan(ARMS, rows(1))
+    assert finish(Planned.open(url, "digits.confirm"), by_arm) == rows(1)
+
+
+def test_a_search_is_no_planned_study_nor_the_reverse(url):
+    study = search(url, [({"a": 1.0}, 9.0)])
+    with pytest.raises(UnknownStudyError, match="study 'digits' is a search, not a list of plann"):
+        Planned.open(url, "digits")
+    with pytest.raises(UnknownStudyError, match="study 'digits' is a search"):
+        Planned.create(
+            url, "digits", "retrain", normalised(), resources=ResourcesSpec(), facts={}
+        )
+    assert study.trials.budget == 1
+    create(url).plan(ARMS, rows(1))
+    assert isinstance(open_record(url, "digits"), Study)
+    record = open_record(url, "digits.confirm")
+    assert isinstance(record, Planned)
+    assert (record.kind, record.unfinished()) == ("retrain", rows(1))
+    with pytest.raises(UnknownStudyError) as error:
+        open_search_named(url, "digits.confirm")
+    assert str(error.value) == (
+        "'digits.confirm' is no search but planned rows (retrain); give the search itself: digits"
+    )
+    with pytest.raises(UnknownStudyError, match="give the study itself: 'digits'"):
+        open_record(url, "digits.baselines")
+
+
+def test_a_search_does_not_take_the_name_of_planned_rows(url):
+    """Neither begun nor waiting rows are mixed with a search's trials."""
+    planned = Planned.create(
+        url, "promote-digits", "progressive", promotion(), resources=ResourcesSpec(), facts={}
+    )
+    planned.plan(ARMS, [Row(arm=0, seed=0)])
+    spec_json = planned.spec_json
+    with pytest.raises(SpecChangedError, match="'promote-digits' .* planned rows .* another name"):
+        Study.create(url, normalised(name="promote-digits"))
+    assert planned.spec_json == spec_json
+    assert planned.unfinished() == [Row(arm=0, seed=0)]
+
+
+def test_an_unknown_one_is_not_made_by_looking(url):
+    search(url, [({"a": 1.0}, 9.0)])
+    with pytest.raises(UnknownStudyError, match=r"no study 'digits\.confirm' in sqlite:///"):
+        Planned.open(url, "digits.confirm")
+    assert optuna.get_all_study_names(url) == ["digits", "digits.baselines"]
+
+
+def test_what_workers_read_is_what_was_stored(url):
+    planned = create(url)
+    attributes = planned.ledger.study.user_attrs
+    assert json.loads(planned.spec_json)["name"] == "digits"
+    assert attributes["fingerprint"] == normalised().fingerprint()
+    assert json.loads(attributes["conditions"]) == normalised().conditions()
+    assert planned.ledger.study.metric_names == ["FID"]

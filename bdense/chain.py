@@ -16,11 +16,18 @@ from torch import Tensor
 from bdense import NUMERICS
 from bdense.branches import export_branch
 from bdense.cards import write_card
-from bdense.checkpoints import denoiser_sha256, load_denoiser, save_denoiser
+from bdense.checkpoints import denoiser_sha256, load_denoiser, load_tensors, save_denoiser
 from bdense.denoiser import NetworkDenoiser
 from bdense.errors import CheckpointError, InputError
 from bdense.preconditioning import DDPM, Cosine
-from bdense.progressive import Batches, PDConfig, UpdateReport, distill_round, reparameterised
+from bdense.progressive import (
+    Batches,
+    PDConfig,
+    UpdateReport,
+    distill_round,
+    reparameterised,
+    require_levels,
+)
 from bdense.sampling import Sampler
 from bdense.schedules import Levels
 from bdense.solvers import DDIM
@@ -107,6 +114,8 @@ def distill_chain(
 ) -> Iterator[Round]:
     """Distil round by round, and yield each student as it is done.
 
+    What cannot be is refused at once, before the first round is asked for.
+
     Args:
         teacher: One branch, on the device to train on.
         batches: What to learn from; the rounds draw their own.
@@ -131,7 +140,10 @@ def distill_chain(
         raise InputError(
             f"the rounds' substeps={config.substeps} are not the chain's K={chain.substeps}"
         )
+    require_levels(teacher, schedule)
     predicted = prediction_type or prediction_of(teacher)
+    converts = predicted != prediction_of(teacher)
+    start = reparameterised(teacher, str(predicted)) if converts else None
     rounds = _Rounds(
         batches=batches,
         schedule=schedule,
@@ -148,16 +160,9 @@ def distill_chain(
         checkpoint_seconds=checkpoint_seconds,
         on_update=on_update,
     )
-    if predicted != prediction_of(teacher):
-        start = reparameterised(teacher, str(predicted))
-        alone = replace(config, substeps=1, num_branches=1)
-        converted = rounds.bring(teacher, chain.first, alone, torch.ones(1), start)
-        yield converted
-        teacher = converted.student
-    for steps in chain.students:
-        done = rounds.bring(teacher, steps, config, weights, teacher)
-        yield done
-        teacher = done.student
+    for steps in ((chain.first,) if converts else ()) + chain.students:
+        rounds.require_own(steps)
+    return _distilled(rounds, teacher, start, chain, config, weights)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +178,27 @@ class _Rounds:
     checkpoint_seconds: float
     on_update: Callable[[int, UpdateReport], None] | None
 
+    def path(self, steps: int) -> Path:
+        """Of the student of that many steps."""
+        return self.folder / f"{steps:05d}.safetensors"
+
+    def require_own(self, steps: int) -> None:
+        """Refuse a file of another chain's.
+
+        Raises:
+            CheckpointError: It is one; says in what they differ.
+        """
+        path = self.path(steps)
+        if not path.exists():
+            return
+        stored = load_tensors(path)[1].get("identity", {})
+        keys = stored.keys() | self.identity.keys()
+        if differing := sorted(key for key in keys if stored.get(key) != self.identity.get(key)):
+            raise CheckpointError(
+                f"{path} is a round of another chain (differs in: {', '.join(differing)}); give "
+                "this one a folder of its own or delete that one's files"
+            )
+
     def bring(
         self,
         teacher: NetworkDenoiser,
@@ -182,10 +208,13 @@ class _Rounds:
         start: NetworkDenoiser,
     ) -> Round:
         """A round from its file, or trained and kept now."""
-        path = self.folder / f"{steps:05d}.safetensors"
+        path = self.path(steps)
         unfinished = path.with_suffix(".training.safetensors")
-        student = _finished(path, self.identity, teacher)
-        if student is None:
+        self.require_own(steps)
+        if path.exists():
+            student, _ = load_denoiser(path)
+            student.to(next(teacher.parameters()).device).execute(teacher.execution)
+        else:
             student = self._train(path, unfinished, teacher, steps, config, weights, start)
         unfinished.unlink(missing_ok=True)
         return Round(steps, student, path)
@@ -232,27 +261,30 @@ class _Rounds:
         return student
 
 
+def _distilled(
+    rounds: _Rounds,
+    teacher: NetworkDenoiser,
+    start: NetworkDenoiser | None,
+    chain: Chain,
+    config: PDConfig,
+    weights: Tensor,
+) -> Iterator[Round]:
+    """The rounds one by one; ``start`` of the converting one, where there is one."""
+    if start is not None:
+        alone = replace(config, substeps=1, num_branches=1)
+        converted = rounds.bring(teacher, chain.first, alone, torch.ones(1), start)
+        yield converted
+        teacher = converted.student
+    for steps in chain.students:
+        done = rounds.bring(teacher, steps, config, weights, teacher)
+        yield done
+        teacher = done.student
+
+
 def prediction_of(denoiser: NetworkDenoiser) -> str | None:
     """What a network on a VP process predicts; None for others."""
     precond = denoiser.precond
     return precond.prediction_type if isinstance(precond, Cosine | DDPM) else None
-
-
-def _finished(
-    path: Path, identity: Mapping[str, Any], like: NetworkDenoiser
-) -> NetworkDenoiser | None:
-    """A round's student from its file, on the device of ``like`` and computed alike."""
-    if not path.exists():
-        return None
-    student, metadata = load_denoiser(path)
-    stored = metadata.get("identity", {})
-    keys = stored.keys() | identity.keys()
-    if differing := sorted(key for key in keys if stored.get(key) != identity.get(key)):
-        raise CheckpointError(
-            f"{path} is a round of another chain (differs in: {', '.join(differing)}); give this "
-            "one a folder of its own or delete that one's files"
-        )
-    return student.to(next(like.parameters()).device).execute(like.execution)
 
 
 def _identity(

@@ -3,6 +3,8 @@
 import contextlib
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -29,7 +31,18 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     header = {HEADER_KEY: json.dumps({"format": FORMAT, **metadata})}
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_write(path) as scratch:
-        save_file(on_cpu, scratch, metadata=header)
+        try:
+            save_file(on_cpu, scratch, metadata=header)
+        except SafetensorError as error:
+            raise _system_error(error, path) from error
+
+
+def _system_error(error: SafetensorError, path: Path) -> Exception:
+    """What the system said, such as that the disk is full, which the library only quotes."""
+    if (found := re.search(r"os error (\d+)", str(error))) is None:
+        return error
+    number = int(found[1])
+    return OSError(number, os.strerror(number), str(path))
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -92,7 +92,7 @@ class NetworkDenoiser(nn.Module):
         if not isinstance(self.precond, EDM):
             raise InputError(
                 f"a denoiser with precond={self.precond.name!r} has no sigma_data; "
-                "teachers are trained with precond='edm'"
+                "EDM's loss needs precond='edm'"
             )
         return self.precond.sigma_data
 

@@ -34,6 +34,7 @@ def export_folder(
     *,
     extra_card: str = "",
     pictures: Mapping[str, Picture] | None = None,
+    finish: Callable[[Path], object] | None = None,
 ) -> tuple[Path, ...]:
     """Write a student as a folder, which appears whole by one rename or not at all.
 
@@ -48,6 +49,7 @@ def export_folder(
         extra_card: Markdown for the end of the card.
         pictures: By the names of their files, which the card shows; ``samples.png`` among them
             takes the place of those drawn here.
+        finish: Called with the folder before it appears, to write more into it.
 
     Returns:
         The files, the pictures last.
@@ -73,6 +75,8 @@ def export_folder(
             _put(picture, scratch / name)
         if SAMPLES not in given:
             _draw_samples(denoiser, sampler, scratch / SAMPLES)
+        if finish is not None:
+            finish(scratch)
     return tuple(folder / name for name in (MODEL_FILE, CONFIG, CARD, *shown))
 
 

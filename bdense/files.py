@@ -43,7 +43,7 @@ def require_new(path: Path) -> None:
     """
     path = Path(path)
     if path.exists() or path.is_symlink():
-        raise InputError(f"{path} exists already; choose another --out or delete it")
+        raise InputError(f"{path} exists already; choose another folder or delete it")
 
 
 @contextlib.contextmanager

@@ -447,6 +447,11 @@ def _check(
         )
     if num_steps < 1:
         raise InputError(f"a student takes at least 1 step, got {num_steps}")
+    if teacher.execution.precision == "float16":
+        raise InputError(
+            "progressive distillation is not trained in float16, whose small gradients vanish; "
+            "use bfloat16"
+        )
     require_levels(teacher, schedule)
 
 

@@ -82,7 +82,7 @@ class Sampler:
             return described | {"solver": "ddim", "clip": self.solver.clip}
         raise InputError(
             f"a student's sampler is kept with euler or ddim alone, got {self.solver}; "
-            "students are trained for Euler steps"
+            "students are trained for those steps"
         )
 
 

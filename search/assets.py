@@ -135,13 +135,21 @@ def prepare_models(spec: ModelSpec, device: torch.device, report: Report) -> Net
     return teacher
 
 
-def load(spec: StudySpec, device: torch.device) -> Assets:
-    """Everything ``prepare`` and the recording made, from the cache."""
+def load(spec: StudySpec, device: torch.device, *, record: bool = False) -> Assets:
+    """Everything ``prepare`` and the recording made, from the cache.
+
+    Args:
+        spec: The study.
+        device: Where its trials run.
+        record: Record what is missing of the trajectories, in place of refusing to go on.
+    """
     dataset = load_data(spec)
     teacher, terms = teacher_and_terms(spec, dataset, device)
     extractor = load_extractor(spec.evaluation.extractor, cache=cache_folder(), device=device)
     store = trajectory_store(spec, teacher)
     recorded = spec.trajectories.mode == "recorded"
+    if recorded and record and store.missing():
+        store.record()
     return Assets(
         spec=spec,
         fingerprint=spec.fingerprint(),

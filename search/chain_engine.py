@@ -1,14 +1,19 @@
 """Where a promotion file meets the engine: spec in, ``bdense`` objects out."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from bdense.chain import Chain
+from bdense.chain import Chain, pd_sampler
 from bdense.denoiser import NetworkDenoiser
 from bdense.errors import InputError
 from bdense.preconditioning import DDPM, Cosine, native_schedule
 from bdense.progressive import PDConfig
+from bdense.sampling import samplers_from
 from bdense.schedules import Levels, Schedule
+from bdense.solvers import DDIM
 from bdense.weights import sum_to_one, uniform_weights
 from search.engine import architecture, check_models, execution, given_weights
 from search.errors import SpecError
@@ -72,6 +77,32 @@ def chain_schedule(spec: PromotionSpec, teacher: NetworkDenoiser) -> Levels:
         native: Levels = native_schedule(teacher.precond)
         return native
     return Schedule(**spec.schedule.model_dump())
+
+
+def require_levels_known(
+    spec: PromotionSpec, known: Mapping[str, Any], teacher: NetworkDenoiser
+) -> None:
+    """Refuse a teacher that is a student of other steps or levels than the chain begins with.
+
+    Args:
+        spec: The promotion.
+        known: The teacher's metadata.
+        teacher: Itself.
+
+    Raises:
+        InputError: It is one; a student knows the levels that it was distilled for alone.
+    """
+    samplers = samplers_from(known)
+    first = pd_sampler(chain_schedule(spec, teacher), spec.chain.first)
+    for own in samplers:
+        alike = isinstance(own.solver, DDIM) and own.schedule == first.schedule
+        if not (alike and own.num_intervals == first.num_intervals):
+            raise InputError(
+                f"teacher.checkpoint {spec.teacher.checkpoint} is a student of "
+                f"{own.num_intervals} steps at {own.schedule.text()}, which knows those alone, "
+                f"and the chain begins with {spec.chain.first} steps at {first.schedule.text()}; "
+                "give its teacher, or begin with its steps and levels"
+            )
 
 
 def chain_weights(arm: Arm, substeps: int) -> Tensor:

@@ -129,8 +129,22 @@ def estimate_promotion(spec: PromotionSpec, arms: int) -> ChainCost:
         forward_seconds=forward_seconds,
         update_seconds=update_seconds,
         device=device_words(spec, device),
-        remarks=remarks(spec, memory, device, checkpoint_bytes=4 * parameters),
+        remarks=(
+            *_without_pipeline(spec, network),
+            *remarks(spec, memory, device, checkpoint_bytes=4 * parameters),
+        ),
     )
+
+
+def _without_pipeline(spec: PromotionSpec, network: Mapping[str, Any]) -> list[str]:
+    """Why a diffusers network's student will be no diffusers pipeline, where it will not."""
+    times, last = network.get("num_train_timesteps", 0), spec.chain.last
+    if network["network"] != "UNet2DModel" or not times or times % last == 0:
+        return []
+    return [
+        f"no diffusers pipeline will be written: its scheduler takes whole steps of {times} "
+        f"times, and {last} does not divide them"
+    ]
 
 
 def chain_memory(

@@ -19,6 +19,8 @@ from search.report import align
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_CONDITIONS = ("images", "extractor", "extractor_sha256", "reference", "reference_images")
+
 
 def chain_steps(spec: PromotionSpec) -> list[int]:
     """N of the teacher, then of each round's student, going down."""
@@ -31,14 +33,15 @@ def chain_steps(spec: PromotionSpec) -> list[int]:
 def by_steps(planned: Planned) -> dict[int, Comparison]:
     """The complete rows compared at each number of steps, going down; not the teacher's."""
     spec = PromotionSpec.model_validate_json(planned.spec_json)
-    return {steps: compare(planned, steps=steps) for steps in chain_steps(spec)[1:]}
+    rounds = {steps: compare(planned, steps=steps) for steps in chain_steps(spec)}
+    # At the teacher's own number of steps there is a round only where one converts it.
+    return {steps: found for steps, found in rounds.items() if found.results}
 
 
 def teacher_fid(planned: Planned) -> dict[str, Any] | None:
     """The FID at the chain's first number of steps, the same for all rows."""
-    spec = PromotionSpec.model_validate_json(planned.spec_json)
     for trial in complete_rows(planned):
-        found: dict[str, Any] | None = trial.user_attrs["fids"].get(str(spec.chain.first))
+        found: dict[str, Any] = trial.user_attrs["teacher_fid"]
         return found
     return None
 
@@ -60,14 +63,17 @@ def chain_table(planned: Planned) -> str:
             ]
             cells = (str(steps), result.arm.name, f"{found.mean:.3f}", error, str(found.n))
             rows.append((*cells, *pairs))
-    *_, last = rounds.values()
-    conditions = [fid_line(last.results[0].conditions)] if last.results else []
+    conditions = [fid_line(found.results[0].conditions) for found in rounds.values()][:1]
     return "\n".join([*align(rows), *conditions])
 
 
 def fid_table(planned: Planned) -> list[dict[str, Any]]:
     """The same as rows for a model card."""
     table = []
+    if (teacher := teacher_fid(planned)) is not None:
+        told = {"steps": teacher["nfe"], "arm": "teacher", "fid": teacher["value"]}
+        alike = {key: teacher[key] for key in _CONDITIONS}
+        table.append({**told, **alike, "evaluation_seed": teacher["seeds"]["evaluation"]})
     for steps, comparison in by_steps(planned).items():
         for result in comparison.results:
             found, first = result.summary(), result.conditions
@@ -78,11 +84,7 @@ def fid_table(planned: Planned) -> list[dict[str, Any]]:
                     "fid": found.mean,
                     "std_err": found.standard_error if found.n > 1 else None,
                     "n": found.n,
-                    "images": first["images"],
-                    "extractor": first["extractor"],
-                    "extractor_sha256": first["extractor_sha256"],
-                    "reference": first["reference"],
-                    "reference_images": first["reference_images"],
+                    **{key: first[key] for key in _CONDITIONS},
                     "training_seeds": " ".join(map(str, sorted(result.fids))),
                     "evaluation_seed": first["seeds"]["evaluation"],
                 }

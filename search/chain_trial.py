@@ -24,10 +24,11 @@ from bdense.denoiser import NetworkDenoiser
 from bdense.extractors import Extractor, load_extractor
 from bdense.files import atomic_write, file_lock
 from bdense.metrics import measure_images
-from bdense.progressive import DataBatches, UpdateReport
+from bdense.progressive import DataBatches, UpdateReport, require_levels
 from bdense.references import Reference
 from bdense.sampling import draw_images, save_grid
 from bdense.schedules import Levels
+from bdense.sources import load_model
 from search.assets import (
     Report,
     load_data,
@@ -35,7 +36,15 @@ from search.assets import (
     prepare_models,
     teacher_and_terms,
 )
-from search.chain_engine import chain_of, chain_schedule, chain_weights, round_config
+from search.chain_engine import (
+    chain_of,
+    chain_schedule,
+    chain_weights,
+    require_levels_known,
+    round_config,
+)
+from search.chain_estimate import chain_memory
+from search.engine import architecture, execution
 from search.planned import Arm
 from search.promotion_spec import PromotionSpec
 from search.storage import cache_folder
@@ -74,13 +83,32 @@ class ChainAssets:
         return next(self.teacher.parameters()).device
 
 
-def prepare_chain(spec: PromotionSpec, device: torch.device, report: Report) -> None:
+def prepare_chain(
+    spec: PromotionSpec, device: torch.device, report: Report, *, together: int | None = None
+) -> None:
     """Make teacher, extractor and reference, and measure the teacher, or find them in the cache.
 
+    Args:
+        spec: The promotion.
+        device: Where its chains run.
+        report: Called with the progress.
+        together: Chains at once on this machine, for which its memory has to suffice; None asks
+            for no room.
+
     Raises:
-        InputError: Something the user gave cannot be had or does not fit.
+        InputError: Something the user gave cannot be had or does not fit, or memory is too little.
     """
-    prepare_models(spec, device, report)
+    execution(spec).require(device)
+    if together is not None:
+        memory = chain_memory(spec, architecture(spec), device)
+        memory.require_room(spec, device, together)
+    teacher = prepare_models(spec, device, report)
+    if spec.teacher.checkpoint is not None:
+        require_levels_known(spec, load_model(spec.teacher.checkpoint)[1], teacher)
+    require_levels(teacher, chain_schedule(spec, teacher))
+    dataset = load_data(spec)
+    if teacher.label_dim and dataset is not None:
+        dataset.require_labels(teacher.label_dim)
     _load(spec, device, report)
 
 
@@ -174,7 +202,7 @@ def evaluate(
     if (done := read_result(folder, identity)) is not None:
         return done
     weights = chain_weights(arm, spec.chain.substeps)
-    fids: dict[int, dict[str, Any]] = {spec.chain.first: dict(assets.teacher_fid)}
+    fids: dict[int, dict[str, Any]] = {}
     seconds = {"student_seconds": 0.0, "evaluation_seconds": 0.0}
     on_fid(spec.chain.first, float(assets.teacher_fid["value"]))
     started = time.perf_counter()
@@ -192,6 +220,7 @@ def evaluate(
         "weights": weights.tolist(),
         "fid": fids[last],
         "fids": {str(steps): fid for steps, fid in fids.items()},
+        "teacher_fid": dict(assets.teacher_fid),
         "fingerprint": assets.fingerprint,
         "seeds": {"training": seed, "evaluation": spec.seeds.evaluation},
         "versions": package_versions(),
@@ -248,6 +277,8 @@ def _rounds(
             ),
             "params": arm.params,
             "seeds": {"training": seed, "evaluation": spec.seeds.evaluation},
+            "teacher_sha256": denoiser_sha256(assets.teacher),
+            "fingerprint": assets.fingerprint,
             "precision": spec.precision,
         },
         checkpoint_seconds=spec.resources.checkpoint_seconds,

@@ -10,9 +10,17 @@ from types import FrameType
 
 from bdense.command import new_parser, run_verb
 from search.storage import redact, resolve_storage_url
+from search.verbs.confirm import add_confirm, add_transfer
 from search.verbs.launch import add_launch
-from search.verbs.look import add_best, add_clean, add_dashboard, add_report, add_status
-from search.verbs.retrain import add_confirm, add_export, add_promote, add_transfer
+from search.verbs.look import (
+    add_best,
+    add_clean,
+    add_dashboard,
+    add_export,
+    add_report,
+    add_status,
+)
+from search.verbs.promote import add_promote
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

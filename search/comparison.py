@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 
 from search.paired import Paired, Summary, paired_difference, summary
 from search.planned import Arm, Planned, Row
-from search.report import align
+from search.report import COMPARED_KEYS, align
 from search.storage import retrying
 
 PLAIN_METHODS = ("sfd", "pd")
@@ -25,7 +25,7 @@ class ArmResult:
         arm: Which.
         fids: FID by training seed.
         rows: Numbers of the rows, by training seed.
-        conditions: Those of the first FID; all rows of a comparison share them but for the seed.
+        conditions: Those of its FIDs but for the seed; a comparison says where they differ.
     """
 
     arm: Arm
@@ -63,9 +63,17 @@ class Comparison:
         """All branches alike."""
         return self.baseline("uniform")
 
+    @property
+    def differing(self) -> list[str]:
+        """Conditions that keep these FIDs from being compared (SPEC contract 4)."""
+        first = self.results[0].conditions if self.results else {}
+        return sorted(
+            {key for r in self.results for key in COMPARED_KEYS if r.conditions[key] != first[key]}
+        )
+
     def against(self, result: ArmResult, other: ArmResult | None) -> Paired | None:
         """The paired difference, where there is something to pair."""
-        if other is None or other is result:
+        if other is None or other is result or self.differing:
             return None
         return paired_difference(result.fids, other.fids)
 
@@ -86,6 +94,11 @@ class Comparison:
     def conditions_line(self) -> str:
         """What these FIDs have in common."""
         first = self.results[0].conditions
+        if self.differing:
+            return (
+                f"These FIDs were measured under different conditions "
+                f"({', '.join(self.differing)}): no comparison."
+            )
         of_all = {result.conditions["nfe"] for result in self.results} == {first["nfe"]}
         return fid_line(first, f" at NFE {first['nfe']}" if of_all else "")
 
@@ -134,7 +147,9 @@ def compare(
             continue
         fids.setdefault(row.arm, {})[row.seed] = float(fid["value"])
         rows.setdefault(row.arm, {})[row.seed] = trial.number
-        conditions.setdefault(row.arm, dict(fid))
+        known = conditions.setdefault(row.arm, dict(fid))
+        # An arm that is not alike in itself is like no other either.
+        known |= {key: None for key in COMPARED_KEYS if known[key] != fid[key]}
     return Comparison(
         results=tuple(
             ArmResult(arm=arms[i], fids=fids[i], rows=rows[i], conditions=conditions[i])

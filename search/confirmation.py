@@ -16,7 +16,7 @@ from bdense.errors import InputError
 from search.comparison import ArmResult, Comparison, compare, complete_rows, difference_text
 from search.errors import UnknownStudyError
 from search.planned import PLAIN, UNIFORM, Arm, Planned, Row
-from search.report import headline, standing
+from search.report import FID_KEYS, headline, standing
 from search.retraining import fresh_seeds
 from search.spec import LearnedSpace, StudySpec
 from search.storage import retrying
@@ -81,7 +81,9 @@ class Verdict:
             arms.append(
                 result.arm.as_dict()
                 | {"fids": {str(seed): fid for seed, fid in result.fids.items()}}
-                | {"mean": result.summary().mean}
+                | {"mean": result.summary().mean, "n": result.summary().n}
+                | ({"std_err": result.summary().standard_error} if len(result.fids) > 1 else {})
+                | {"conditions": {key: result.conditions[key] for key in FID_KEYS}}
                 | {
                     name: {"mean": p.mean, "low": p.low, "high": p.high, "tie": p.tie}
                     for name, p in pairs.items()
@@ -161,10 +163,9 @@ def complete_trials(study: Study) -> list[FrozenTrial]:
 
 def choose(study: Study, spec: StudySpec, trials: Sequence[FrozenTrial], count: int) -> list[Arm]:
     """The points of lowest posterior mean, as arms; none that is uniform weights again."""
-    evaluations = [*_uniform_of(study, spec), *_searched(trials)]
-    skipped = len(evaluations) - len(trials)
-    found = candidates(evaluations, count + skipped)
-    return [arm_of(spec, trials[i - skipped]) for i in found if i >= skipped][:count]
+    uniform = _uniform_of(study, spec)
+    found = candidates([*uniform, *_searched(trials)], count, taken=range(len(uniform)))
+    return [arm_of(spec, trials[i - len(uniform)]) for i in found]
 
 
 def arm_of(spec: StudySpec, trial: FrozenTrial) -> Arm:
@@ -188,7 +189,9 @@ def verdict(study: Study) -> Verdict | None:
     spec = StudySpec.model_validate_json(planned.spec_json)
     kimg = float(planned.ledger.study.user_attrs.get(KIMG, spec.budget.kimg))
     comparison = compare(planned, kimg=kimg)
-    searched = [result for result in comparison.results if not result.arm.is_baseline]
+    most = max((len(result.fids) for result in comparison.results), default=0)
+    # One that failed under a seed, or has not had all of them yet, does not win by the others.
+    searched = [r for r in comparison.results if not r.arm.is_baseline and len(r.fids) == most]
     if not searched:
         return None
     means = _pooled_means(study, planned, spec, kimg, searched)
@@ -200,34 +203,40 @@ def _pooled_means(
     study: Study, planned: Planned, spec: StudySpec, kimg: float, searched: Sequence[ArmResult]
 ) -> list[float]:
     """Posterior mean of each candidate over all that was measured at that budget."""
-    trials = {trial.number: trial for trial in complete_trials(study)}
-    points = {number: dict(trial.params) for number, trial in trials.items()}
     arms, evaluations = planned.arms, []
     if kimg == spec.budget.kimg:
-        evaluations += [*_uniform_of(study, spec), *_searched(list(trials.values()))]
-    uniform = uniform_point(spec)
+        evaluations += [*_uniform_of(study, spec), *_searched(complete_trials(study))]
     for trial in complete_rows(planned):
         row = Row.of(trial.params)
-        arm = arms[row.arm]
-        point = uniform if arm == UNIFORM else points.get(-1 if arm.trial is None else arm.trial)
+        point = point_of(arms[row.arm].params, spec)
         if row.kimg == kimg and point is not None:
             value, group = float(trial.value), f"seed {row.seed}"
             evaluations.append(Evaluation(point=point, value=value, group=group))
-    asked = [points[result.arm.trial] for result in searched if result.arm.trial in points]
+    asked = [point_of(result.arm.params, spec) or {} for result in searched]
     return posterior_means(evaluations, asked)
 
 
-def uniform_point(spec: StudySpec) -> dict[str, Any] | None:
-    """Where uniform weights lie in the search's space, if they lie in it."""
-    space = spec.weights
-    if isinstance(space, LearnedSpace):
-        return None
-    return {"a": 0.0} if space.parameterisation == "normalised" else {"a": 0.0, "b": 0.0}
+def point_of(params: Mapping[str, Any], spec: StudySpec) -> dict[str, Any] | None:
+    """Where weights lie for the surrogate: the slope a, or a rule and its strength.
+
+    Not b, which Adam does not see: two trials of one a are one student. Uniform weights are
+    a = 0; plain SFD, and uniform weights among learned ones, lie nowhere.
+    """
+    learned = isinstance(spec.weights, LearnedSpace)
+    if params.get("method") == "uniform" and not learned:
+        return {"a": 0.0}
+    names = ("rule", "strength") if learned else ("a",)
+    return {name: params[name] for name in names} if names[0] in params else None
 
 
 def _searched(trials: Sequence[FrozenTrial]) -> list[Evaluation]:
+    names = [name for name in trials[0].params if name != "b"] if trials else []
     return [
-        Evaluation(point=dict(trial.params), value=float(trial.value or 0.0), group="search")
+        Evaluation(
+            point={name: trial.params[name] for name in names},
+            value=float(trial.value or 0.0),
+            group="search",
+        )
         for trial in trials
     ]
 
@@ -235,7 +244,7 @@ def _searched(trials: Sequence[FrozenTrial]) -> list[Evaluation]:
 def _uniform_of(study: Study, spec: StudySpec) -> list[Evaluation]:
     """The baseline of uniform weights as one more point of the space: the search measured it."""
     measured: Mapping[str, Any] | None = standing(study).baselines.get("uniform")
-    point = uniform_point(spec)
+    point = point_of(UNIFORM.params, spec)
     if measured is None or point is None:
         return []
     return [Evaluation(point=point, value=float(measured["fid"]), group="search")]

@@ -11,6 +11,10 @@ class UnknownStudyError(InputError):
     """No study of that name is in the storage."""
 
 
+class NotPlannedError(UnknownStudyError):
+    """A study of that name is there, and it is a search."""
+
+
 class LeaseLostError(BdenseError):
     """Another worker has taken the trial over; whatever this one computed must not be told."""
 

@@ -1,7 +1,10 @@
 """Students of a study or promotion as folders to hand on: weights, card, pictures, figures."""
 
+import contextlib
+import itertools
+import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 from bdense.checkpoints import load_denoiser
 from bdense.diffusers_export import export_pipeline
 from bdense.errors import InputError
-from bdense.exports import Picture, export_folder
+from bdense.exports import CONFIG, Picture, export_folder
 from bdense.networks.diffusers_unet import DiffusersUNet
 from search.chain_report import chain_figure, chain_table, fid_table
 from search.comparison import compare
@@ -18,17 +21,23 @@ from search.confirmation import SUFFIX, verdict
 from search.ledger import Ledger
 from search.planned import Planned, Row
 from search.storage import retrying, runs_folder
-from search.study import Study
+from search.study import FINGERPRINT, Study
 
 if TYPE_CHECKING:
     from bdense.denoiser import NetworkDenoiser
 
 PIPELINE, FIGURE = "diffusers", "fid.png"
+_MADE_FROM = "made_from"  # in the metadata of what is handed on
 _CONDITIONS = ("images", "extractor", "extractor_sha256", "reference", "reference_images")
 
 
 def export_trial(
-    record: Study | Planned, folder: Path, *, number: int | None, steps: int | None
+    record: Study | Planned,
+    folder: Path,
+    *,
+    number: int | None = None,
+    steps: int | None = None,
+    baseline: str | None = None,
 ) -> list[Path]:
     """Write a kept student as a model folder.
 
@@ -39,6 +48,7 @@ def export_trial(
             fresh seed, else the best trial's, and of planned rows the first seed's of the arm that
             is no baseline.
         steps: Of a chain's student; None is the last.
+        baseline: Of a search, the method of the baseline that is meant instead.
 
     Returns:
         The folder, and the diffusers pipeline in it where the network is a diffusers one.
@@ -46,10 +56,15 @@ def export_trial(
     Raises:
         InputError: There is no such trial, it has not ended well, or its student was not kept.
     """
-    if number is None and isinstance(record, Study):
-        record, number = _best_of(record)
-    ledger = record.trials if isinstance(record, Study) else record.ledger
-    trial = _complete(ledger, _promoted_row(record) if number is None else number)
+    if baseline is not None:
+        ledger, number = _baseline(record, baseline)
+    else:
+        if number is None:
+            record, number = (
+                _best_of(record) if isinstance(record, Study) else (record, promoted_row(record))
+            )
+        ledger = record.trials if isinstance(record, Study) else record.ledger
+    trial = _complete(ledger, number)
     path = _student(ledger, trial, steps)
     denoiser, metadata = load_denoiser(path)
     metadata.pop("identity", None)
@@ -63,26 +78,108 @@ def export_trial(
     elif isinstance(record, Planned):
         metadata["fid"] = trial.user_attrs["fid"]
         metadata["fid_table"] = _student_table(record, trial)
-    export_folder(folder, denoiser, metadata, pictures=pictures, extra_card=extra)
-    return [folder, *_pipeline(folder, denoiser, metadata)]
+    if isinstance(record, Planned):
+        metadata[_MADE_FROM] = made_from(record)
+    pipeline = _pipeline_of(denoiser, metadata)
+    export_folder(folder, denoiser, metadata, pictures=pictures, extra_card=extra, finish=pipeline)
+    return [path for path in (folder, folder / PIPELINE) if path.is_dir()]
 
 
-def row_of_nfe(planned: Planned, nfe: int) -> int:
-    """The row of the promoted weights for that NFE, of the first seed.
+def made_from(planned: Planned) -> dict[str, Any]:
+    """What a model folder's figures rest on: it is out of date once this has changed."""
+    numbers = [trial.number for trial in _complete_trials(planned.ledger)]
+    stored = planned.ledger.study.user_attrs[FINGERPRINT]
+    return {"study": planned.name, "fingerprint": stored, "rows": numbers, **planned.facts}
+
+
+def is_current(folder: Path, planned: Planned) -> bool:
+    """Whether a model folder was made of all that the promotion has measured."""
+    config = folder / CONFIG
+    if not config.is_file():
+        return False
+    with contextlib.suppress(ValueError):
+        return bool(json.loads(config.read_text()).get(_MADE_FROM) == made_from(planned))
+    return False
+
+
+def is_of(folder: Path, name: str) -> bool:
+    """Whether a folder is a model of the promotion of that name, of whatever age."""
+    config = folder / CONFIG
+    with contextlib.suppress(OSError, ValueError):
+        return bool(json.loads(config.read_text()).get(_MADE_FROM, {}).get("study") == name)
+    return False
+
+
+def put_aside(folder: Path) -> None:
+    """Make room where an older model lies, which keeps its files under another name."""
+    if not folder.exists():
+        return
+    older = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
+    aside = next(path for path in older if not path.exists())
+    folder.rename(aside)
+    sys.stderr.write(f"the model of fewer rows is now {aside}\n")
+
+
+def _baseline(record: Study | Planned, method: str) -> tuple[Ledger, int]:
+    """Where a search's baseline is."""
+    if not isinstance(record, Study) or record.baselines is None:
+        raise InputError(f"--baseline {method} is of a search; name a row by --trial instead")
+    for trial in _complete_trials(record.baselines):
+        if trial.params["method"] == method:
+            return record.baselines, trial.number
+    raise InputError(f"study {record.name} has no complete baseline {method}; launch it first")
+
+
+def promoted_row(
+    planned: Planned,
+    *,
+    arm: str | None = None,
+    nfe: int | None = None,
+    kimg: float | None = None,
+) -> int:
+    """The row of the first seed whose arm is no baseline.
+
+    Args:
+        planned: The study.
+        arm: Name of the arm; needed where there are several but for a confirmation, whose winner
+            is meant.
+        nfe, kimg: Of a student of SFD.
 
     Raises:
-        InputError: None of them is complete.
+        InputError: None of them is complete, or it is not clear which arm is meant.
     """
     arms = planned.arms
+    searched = [each.name for each in arms if not each.is_baseline]
+    if arm is None and len(searched) > 1:
+        arm = _winner_of(planned, searched)
     rows = [(t.number, Row.of(t.params)) for t in _complete_trials(planned.ledger)]
     found = [
         (row.seed, number)
         for number, row in rows
-        if row.nfe == nfe and not arms[row.arm].is_baseline
+        if arms[row.arm].name in ([arm] if arm else searched)
+        and nfe in (None, row.nfe)
+        and kimg in (None, row.kimg)
     ]
     if not found:
-        raise InputError(f"{planned.headline()}: no student of NFE {nfe} is complete")
+        at = "" if nfe is None or kimg is None else f" at NFE {nfe} and {kimg:g} kimg"
+        raise InputError(
+            f"{planned.headline()}: none of the promoted weights' rows{at} is complete; run the "
+            "same command again, or name a row by --trial"
+        )
     return min(found)[1]
+
+
+def _winner_of(planned: Planned, names: Sequence[str]) -> str:
+    """Name of a confirmation's winner."""
+    of = planned.facts.get("of")
+    if of is not None and planned.name == of + SUFFIX:
+        found = verdict(Study.open(planned.url, of))
+        if found is not None:
+            return found.winner.arm.name
+    raise InputError(
+        f"{planned.name} has {len(names)} arms beside its baselines ({', '.join(names)}); name a "
+        "row by --trial"
+    )
 
 
 def _best_of(study: Study) -> tuple[Study | Planned, int]:
@@ -93,20 +190,6 @@ def _best_of(study: Study) -> tuple[Study | Planned, int]:
         return Planned.open(study.url, study.name + SUFFIX), rows[min(rows)]
     trials = _complete_trials(study.trials)
     return study, min(trials, key=lambda t: (t.value or 0.0, t.number)).number
-
-
-def _promoted_row(record: Study | Planned) -> int:
-    """The row of the first seed whose arm is no baseline."""
-    assert isinstance(record, Planned)
-    arms = record.arms
-    rows = [(t, Row.of(t.params)) for t in _complete_trials(record.ledger)]
-    searched = [(row.seed, t.number) for t, row in rows if not arms[row.arm].is_baseline]
-    if not searched:
-        raise InputError(
-            f"{record.headline()}: none of the promoted weights' rows is complete; run the same "
-            "command again, or name a row by --trial"
-        )
-    return min(searched)[1]
 
 
 def _complete_trials(ledger: Ledger) -> list[FrozenTrial]:
@@ -202,15 +285,17 @@ def _student_table(planned: Planned, trial: FrozenTrial) -> list[dict[str, Any]]
     return table
 
 
-def _pipeline(
-    folder: Path, denoiser: "NetworkDenoiser", metadata: Mapping[str, Any]
-) -> list[Path]:
-    """The same as a diffusers pipeline, where the network is a diffusers one and it can be."""
+def _pipeline_of(
+    denoiser: "NetworkDenoiser", metadata: Mapping[str, Any]
+) -> Callable[[Path], None] | None:
+    """What writes the same as a diffusers pipeline beside it, where the network is diffusers'."""
     if not isinstance(denoiser.model, DiffusersUNet):
-        return []
-    try:
-        export_pipeline(folder / PIPELINE, denoiser, metadata)
-    except InputError as error:
-        sys.stderr.write(f"no diffusers pipeline is written: {error}\n")
-        return []
-    return [folder / PIPELINE]
+        return None
+
+    def write(folder: Path) -> None:
+        try:
+            export_pipeline(folder / PIPELINE, denoiser, metadata)
+        except InputError as error:
+            sys.stderr.write(f"no diffusers pipeline is written: {error}\n")
+
+    return write

@@ -19,7 +19,7 @@ from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from bdense.errors import InputError
 from search.claims import Asking, Claimer, Done, Wait, failure_attributes, leases_of
@@ -141,17 +141,49 @@ class Ledger:
 
         retrying(append)
 
-    def enqueue(self, params: Mapping[str, Any], attrs: Mapping[str, JSON] = _NOTHING) -> None:
+    def enqueue(
+        self,
+        params: Mapping[str, Any],
+        attrs: Mapping[str, JSON] = _NOTHING,
+        *,
+        again: Sequence[FailureReason] = (),
+    ) -> None:
         """Plan a trial with these parameters before any other; twice the same is once.
 
-        It counts in the budget when it starts. ``attrs`` are stored with it.
+        It counts in the budget when it starts.
+
+        Args:
+            params: as they are, bit for bit: Optuna itself takes nearly equal numbers for equal.
+            attrs: stored with it.
+            again: one that failed for such a reason is no trial, and is planned anew.
         """
 
         def add() -> None:
             with exclusive(self._storage.engine, self._lock):
-                self.study.enqueue_trial(dict(params), dict(attrs), skip_if_exists=True)
+                if not any(
+                    asked_of(trial) == params and trial.user_attrs.get("reason") not in again
+                    for trial in self.study.get_trials(deepcopy=False)
+                ):
+                    self.study.enqueue_trial(dict(params), dict(attrs))
 
         retrying(add)
+
+    def extend_list(self, key: str, values: Sequence[JSON]) -> bool:
+        """Store a list as the study's attribute, if it begins with the one that is there.
+
+        Returns:
+            Whether it does; else nothing is written.
+        """
+
+        def write() -> bool:
+            with exclusive(self._storage.engine, self._lock):
+                stored = list(self.study.user_attrs.get(key, []))
+                if list(values[: len(stored)]) != stored:
+                    return False
+                self.study.set_user_attr(key, list(values))
+                return True
+
+        return retrying(write)
 
     def delete(self) -> None:
         """Delete the study and all its trials; nobody may be at work on one."""
@@ -362,6 +394,12 @@ def _store_settings(study: optuna.Study, given: Mapping[str, int | float | None]
         elif value is not None and value != stored[key]:
             _record_change(study, key, stored[key], value)
             study.set_user_attr(key, value)
+
+
+def asked_of(trial: FrozenTrial) -> dict[str, Any]:
+    """A trial's parameters; while it waits Optuna keeps them as those that were asked for."""
+    asked: dict[str, Any] = trial.system_attrs.get("fixed_params", trial.params)
+    return asked
 
 
 def _record_change(study: optuna.Study, key: str, old: JSON, new: JSON) -> None:

@@ -12,15 +12,17 @@ from typing import Any, Literal, Self
 
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 
-from search.errors import SpecChangedError, UnknownStudyError
-from search.ledger import Ledger
+from search.errors import NotPlannedError, SpecChangedError, UnknownStudyError
+from search.ledger import FailureReason, Ledger, asked_of
 from search.model_spec import ModelSpec, ResourcesSpec
 from search.report import counts_line
 from search.storage import retrying
-from search.study import CONDITIONS, FINGERPRINT, SPEC, name_metric
+from search.study import CONDITIONS, FINGERPRINT, KIND, SPEC, name_metric
 
 Kind = Literal["retrain", "progressive"]
-KIND, ARMS, FACTS = "kind", "arms", "facts"
+ARMS, FACTS = "arms", "facts"
+# Why a row may have failed that the user can mend before the same command is given again.
+_MENDABLE: tuple[FailureReason, ...] = ("out of memory", "error", "poisoned")
 # A row's parameters: which arm, its seed, and where they vary, its budget and NFE.
 _CHAIN: dict[str, BaseDistribution] = {
     "arm": IntDistribution(0, 10**6),
@@ -114,7 +116,10 @@ class Planned:
         if SPEC not in attributes:
             raise UnknownStudyError(f"study {name!r} is half made; the same command carries on")
         if KIND not in attributes:
-            raise UnknownStudyError(f"study {name!r} is a search, not a list of planned rows")
+            raise NotPlannedError(
+                f"study {name!r} is a search, not a list of planned rows; give the promotion "
+                "another name (promote has --name)"
+            )
         return cls(url, ledger)
 
     @classmethod
@@ -145,9 +150,10 @@ class Planned:
         is_new = True
         try:
             found = cls.open(url, name)
-        except UnknownStudyError as error:
-            if "is a search" in str(error):
-                raise
+        except NotPlannedError:
+            raise
+        except UnknownStudyError:
+            pass
         else:
             is_new = found._refuse_or_forget(spec, facts)
         ledger = Ledger.open(
@@ -196,29 +202,38 @@ class Planned:
         """In the order that rows count them in."""
         return [Arm(**each) for each in self._attributes().get(ARMS, [])]
 
+    def with_arms(self, wanted: Sequence[Arm]) -> tuple[list[Arm], list[int]]:
+        """The stored arms and those wanted beside them; and where the wanted ones are."""
+        arms = self.arms
+        arms += [arm for arm in wanted if arm not in arms]
+        return arms, [arms.index(arm) for arm in wanted]
+
     def plan(self, arms: Sequence[Arm], rows: Sequence[Row]) -> None:
         """Add arms and rows to those there are; what is there already is not added again.
 
         Args:
             arms: All arms; the first are those that are stored, in their order.
-            rows: What to train.
+            rows: What to train; one that failed for want of memory or by an error is tried anew.
+
+        Raises:
+            SpecChangedError: Another command has added arms meanwhile.
         """
-        assert [arm.as_dict() for arm in arms[: len(self.arms)]] == [
-            arm.as_dict() for arm in self.arms
-        ]
-        stored = [arm.as_dict() for arm in arms]
-        retrying(lambda: self.ledger.study.set_user_attr(ARMS, stored))
+        given = [arm.as_dict() for arm in arms]
+        if not self.ledger.extend_list(ARMS, given):
+            raise SpecChangedError(
+                f"another command has added arms to {self.name!r} meanwhile; give this one again"
+            )
         for row in rows:
-            self.ledger.enqueue(row.params(), {"arm": arms[row.arm].name})
+            self.ledger.enqueue(row.params(), {"arm": arms[row.arm].name}, again=_MENDABLE)
         self.ledger.resize()
+
+    def rows(self) -> list[Row]:
+        """All rows, in the order that they were planned in."""
+        return [row for row, _ in self._rows()]
 
     def unfinished(self) -> list[Row]:
         """Rows that have not ended."""
-        study = self.ledger.study
-        trials = retrying(lambda: study.get_trials(deepcopy=False))
-        left = [trial for trial in trials if not trial.state.is_finished()]
-        # A waiting row has its parameters where Optuna keeps those that were asked for.
-        return [Row.of(t.system_attrs.get("fixed_params", t.params)) for t in left]
+        return [row for row, ended in self._rows() if not ended]
 
     def headline(self) -> str:
         """Counts on one line."""
@@ -232,6 +247,11 @@ class Planned:
     def forgive_running(self) -> None:
         """An interruption counts against no row."""
         self.ledger.forgive_running()
+
+    def _rows(self) -> list[tuple[Row, bool]]:
+        """Each row, and whether it has ended."""
+        trials = retrying(lambda: self.ledger.study.get_trials(deepcopy=False))
+        return [(Row.of(asked_of(trial)), trial.state.is_finished()) for trial in trials]
 
     def _attributes(self) -> dict[str, Any]:
         return retrying(lambda: self.ledger.study.user_attrs)
@@ -256,7 +276,8 @@ class Planned:
         if counts.ended + counts.running:
             raise SpecChangedError(
                 f"{self.name!r} exists under other conditions, so its numbers would not compare "
-                f"({'; '.join(changed)}); give another name or restore the file"
+                f"({'; '.join(changed)}); restore the file, or give another name (promote has "
+                "--name)"
             )
         self.ledger.delete()
         return True

@@ -7,7 +7,8 @@ import math
 from collections.abc import Sequence
 
 from bdense.errors import InputError
-from search.confirmation import verdict
+from search.confirmation import SUFFIX, verdict
+from search.errors import UnknownStudyError
 from search.model_spec import ModelSpec
 from search.planned import PLAIN, UNIFORM, Arm, Planned, Row
 from search.promotion_spec import PromotionSpec
@@ -68,16 +69,26 @@ def given_arm(text: str) -> Arm:
 def said_of_weights(arm: Arm, searched_at: int | None, substeps: int) -> str:
     """What the same (a, b) means at another K, in words."""
     a, b = arm.params["a"], arm.params["b"]
-    top = a * substeps + b
-    total = sum(math.exp(a * k + b - top) for k in range(1, substeps + 1))
-    weights = " ".join(f"{math.exp(a * k + b - top) / total:.3g}" for k in range(1, substeps + 1))
-    here = f"w_{substeps}/w_1 = {math.exp(a * (substeps - 1)):.4g} at K = {substeps}"
+    values = _literally(arm, substeps)
+    weights = " ".join(f"{value / sum(values):.3g}" for value in values)
+    here = f"w_{substeps}/w_1 = {_exp(a * (substeps - 1)):.4g} at K = {substeps}"
     if searched_at is None or searched_at == substeps:
         return f"log w_k = {a:.4g} k + {b:.4g}: {here}; rescaled to sum 1: {weights}"
-    there = f"w_{searched_at}/w_1 = {math.exp(a * (searched_at - 1)):.4g} at the search's "
+    there = f"w_{searched_at}/w_1 = {_exp(a * (searched_at - 1)):.4g} at the search's "
     return (
         f"log w_k = {a:.4g} k + {b:.4g}: {there}K = {searched_at} becomes {here}, taken "
         f"literally; rescaled to sum 1: {weights}"
+    )
+
+
+def said_of_budget(study: Study, kimg: float) -> str:
+    """A line where the weights were confirmed at another budget; the best ones move with it."""
+    found = verdict(study)
+    if found is None or found.kimg == kimg:
+        return ""
+    return (
+        f"these weights were confirmed at {found.kimg:g} kimg and are used at {kimg:g}: the best "
+        f"ones move with the budget; confirm them there by --kimg {kimg:g}\n"
     )
 
 
@@ -94,10 +105,12 @@ def plan_progressive(
         seeds: Of the training.
 
     Raises:
-        InputError: The weights are learned while training, which PD does not.
+        InputError: The weights are learned while training, which PD does not, or their sum is no
+            positive, finite number.
         SpecChangedError: A promotion of that name has other conditions or weights.
     """
     _require_given(arm, "progressive distillation")
+    _require_sum(arm, spec.chain.substeps)
     planned = Planned.create(
         url,
         spec.name,
@@ -131,7 +144,7 @@ def plan_full_budget(
         seeds: How many fresh ones.
 
     Raises:
-        SpecChangedError: The stored promotion is of other conditions or weights.
+        SpecChangedError: The stored promotion is of other conditions.
     """
     planned = Planned.create(
         study.url,
@@ -139,17 +152,27 @@ def plan_full_budget(
         "retrain",
         spec,
         resources=spec.resources,
-        facts={"of": study.name, **arm.params},
+        facts={"of": study.name},
     )
-    arms = planned.arms or [PLAIN, UNIFORM, arm]
+    arms, places = planned.with_arms([PLAIN, UNIFORM, arm])
+    # Nor the seeds that the winner was chosen by.
+    used = seeds_of(study.url, study.name + SUFFIX)
     rows = [
-        Row(arm=index, seed=seed, kimg=float(kimg), nfe=nfe)
+        Row(arm=place, seed=seed, kimg=float(kimg), nfe=nfe)
         for nfe in nfes
-        for seed in fresh_seeds(spec, seeds)
-        for index in range(len(arms))
+        for seed in fresh_seeds(spec, seeds, used)
+        for place in places
     ]
     planned.plan(arms, rows)
     return planned
+
+
+def seeds_of(url: str, name: str) -> set[int]:
+    """Training seeds of a study of planned rows; none where there is no such study."""
+    try:
+        return {row.seed for row in Planned.open(url, name).rows()}
+    except UnknownStudyError:
+        return set()
 
 
 def variants(planned: Planned, spec: StudySpec) -> list[ModelSpec]:
@@ -165,3 +188,25 @@ def _require_given(arm: Arm, where: str) -> None:
             f"the weights of {arm.name} are learned while training, which {where} does not do; "
             "give fixed ones by --weights A,B"
         )
+
+
+def _require_sum(arm: Arm, substeps: int) -> None:
+    """Rescaled to sum 1 they must be numbers."""
+    if not 0 < sum(_literally(arm, substeps)) < math.inf:
+        raise InputError(
+            f"the weights of {arm.name}, log w_k = {arm.params['a']:g} k + {arm.params['b']:g}, "
+            f"have no positive, finite sum at K = {substeps}; give others by --weights A,B"
+        )
+
+
+def _literally(arm: Arm, substeps: int) -> list[float]:
+    """w_1 .. w_K."""
+    return [_exp(arm.params["a"] * k + arm.params["b"]) for k in range(1, substeps + 1)]
+
+
+def _exp(exponent: float) -> float:
+    """exp, infinite where it is beyond float64."""
+    try:
+        return math.exp(exponent)
+    except OverflowError:
+        return math.inf

@@ -70,6 +70,20 @@ class PromotionSpec(ModelSpec):
     seeds: PromotionSeeds = Field(default_factory=PromotionSeeds)
 
     @model_validator(mode="after")
+    def _measured_by_the_fid(self) -> "PromotionSpec":
+        if set(self.evaluation.metrics) != {"fid"}:
+            raise ValueError(
+                f"evaluation.metrics {list(self.evaluation.metrics)}: rounds are measured by "
+                "their FID alone; leave it out"
+            )
+        if self.precision == "float16":
+            raise ValueError(
+                "precision float16: the gradients of progressive distillation are too small for "
+                "it; use bfloat16"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_device_a_chain(self) -> "PromotionSpec":
         if self.resources.team > 1:
             raise ValueError(

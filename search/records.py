@@ -1,9 +1,9 @@
 """Whatever a name stands for: a search, or a study of planned rows."""
 
 from search.errors import UnknownStudyError
-from search.planned import KIND, Planned
+from search.planned import Planned
 from search.storage import retrying
-from search.study import BASELINES_SUFFIX, Study
+from search.study import BASELINES_SUFFIX, KIND, Study
 
 
 def open_record(url: str, name: str) -> Study | Planned:

@@ -1,5 +1,7 @@
 """Students of SFD trained again: under other seeds, at another budget, for another NFE."""
 
+from collections.abc import Collection
+
 from search.planned import Row
 from search.spec import StudySpec
 
@@ -15,7 +17,7 @@ def variant(spec: StudySpec, row: Row) -> StudySpec:
     return spec.model_copy(update={"seeds": seeds, "budget": budget, "student": student})
 
 
-def fresh_seeds(spec: StudySpec, count: int) -> list[int]:
-    """Seeds that the search has not seen."""
-    used = {spec.seeds.training, spec.seeds.evaluation}
-    return [seed for seed in range(count + len(used)) if seed not in used][:count]
+def fresh_seeds(spec: StudySpec, count: int, used: Collection[int] = ()) -> list[int]:
+    """The lowest seeds that neither the search nor ``used`` have seen."""
+    seen = {spec.seeds.training, spec.seeds.evaluation, *used}
+    return [seed for seed in range(count + len(seen)) if seed not in seen][:count]

@@ -124,7 +124,7 @@ def prepare_task(orders: Orders, spec: str, together: int) -> Iterator[Progress 
             orders.settle()
             read = orders.read(spec)
             if isinstance(read, PromotionSpec):
-                prepare_chain(read, use_device(read), report)
+                prepare_chain(read, use_device(read), report, together=together)
             else:
                 assert isinstance(read, StudySpec)
                 prepare(read, use_device(read), report, together=together)

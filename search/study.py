@@ -18,6 +18,7 @@ from search.spec import StudySpec
 # Attributes of the Optuna study.
 SPEC, CONDITIONS, FINGERPRINT = "spec", "conditions", "fingerprint"
 TRAJECTORIES, BASELINE_RESULTS = "trajectories", "baselines"
+KIND = "kind"  # of planned rows; a search has none
 BASELINES_SUFFIX = ".baselines"
 # The ledger records changes of its own settings itself.
 _LEDGER_SETTINGS = ("budget.trials", "resources.lease_seconds", "resources.max_attempts")
@@ -113,12 +114,17 @@ def refuse_other_conditions(url: str, spec: StudySpec) -> None:
     """Make sure that the stored study of that name, if it was begun, has the spec's conditions.
 
     Raises:
-        SpecChangedError: It has others; says which.
+        SpecChangedError: It has others, says which; or it is no search.
     """
     try:
         study = Study.open(url, spec.name)
     except UnknownStudyError:
         return
+    if KIND in study.trials.study.user_attrs:
+        raise SpecChangedError(
+            f"{spec.name!r} exists and holds planned rows, not a search; give the study another "
+            "name"
+        )
     # Until something is measured there is nothing to compare with: a mistake may be mended.
     if not study.has_started():
         return

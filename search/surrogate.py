@@ -82,13 +82,18 @@ def posterior_means(
 
 
 def candidates(
-    evaluations: Sequence[Evaluation], count: int, *, least_distance: float = 0.02
+    evaluations: Sequence[Evaluation],
+    count: int,
+    *,
+    taken: Sequence[int] = (),
+    least_distance: float = 0.02,
 ) -> list[int]:
     """Indices of the evaluations whose points have the lowest posterior means, lowest first.
 
     Args:
         evaluations: As for ``posterior_means``.
         count: How many at most.
+        taken: Indices of points that stand for themselves and what is near; none of them is one.
         least_distance: Points nearer than this in every coordinate, in shares of its range over
             the evaluations, are one: the earlier of the list stands for both.
     """
@@ -98,7 +103,8 @@ def candidates(
     for index in np.argsort(posterior_means(evaluations), kind="stable").tolist():
         if len(chosen) == count:
             break
-        if all(np.abs(at[index] - at[other]).max() >= least_distance for other in chosen):
+        others = [*taken, *chosen]
+        if all(np.abs(at[index] - at[other]).max() >= least_distance for other in others):
             chosen.append(index)
     return chosen
 

@@ -42,13 +42,13 @@ def plan_transfer(
         "retrain",
         to,
         resources=to.resources,
-        facts={"of": study.name, "top": top},
+        facts={"of": study.name},
     )
-    arms = planned.arms or [PLAIN, UNIFORM, *choose(study, spec, trials, top)]
+    arms, places = planned.with_arms([PLAIN, UNIFORM, *choose(study, spec, trials, top)])
     rows = [
-        Row(arm=index, seed=seed, kimg=float(to.budget.kimg), nfe=to.student.nfe)
+        Row(arm=place, seed=seed, kimg=float(to.budget.kimg), nfe=to.student.nfe)
         for seed in fresh_seeds(to, seeds)
-        for index in range(len(arms))
+        for place in places
     ]
     planned.plan(arms, rows)
     return planned

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from bdense.branches import export_branch
 from bdense.cards import card_path, write_card
@@ -109,13 +108,8 @@ def bring_to_an_end(
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether there was no space left to write to; safetensors says so in words alone."""
-    numbers = (errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, OSError) and error.errno in numbers:
-        return True
-    return isinstance(error, SafetensorError) and any(
-        f"os error {number}" in str(error) for number in numbers
-    )
+    """Whether there was no space left to write to."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def evaluate(

@@ -123,20 +123,21 @@ class RetrainWorker:
         """Train and measure."""
         row = Row.of(claimed.claim.params)
         _require_same_conditions(self._planned.ledger, claimed, self._spec.fingerprint())
-        assets = self._of(variant(self._spec, row))
-        arm = self._planned.arms[row.arm]
+        spec, arm = variant(self._spec, row), self._planned.arms[row.arm]
 
         def train(holding: Holding, folder: Path) -> dict[str, Any]:
-            result = _evaluate(assets, arm.params, holding, folder)
+            # Loaded while the lease is held: another seed's may take longer than one lasts.
+            result = _evaluate(self._of(spec), arm.params, holding, folder)
             result["attrs"] |= {"arm": arm.name, "kimg": row.kimg}
             return result
 
-        _end(claimed, train, assets.fingerprint)
+        _end(claimed, train, spec.fingerprint())
 
     def _of(self, spec: StudySpec) -> Assets:
         """What rows of that spec share; rows come seed by seed, so the last one's is kept."""
         if self._assets is None or self._assets.spec != spec:
-            self._assets = load(spec, use_device(spec))
+            # A command that was given later may have planned rows that its own launch records.
+            self._assets = load(spec, use_device(spec), record=True)
         return self._assets
 
 

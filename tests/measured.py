@@ -1,11 +1,18 @@
 """Searches and planned rows with FIDs that are chosen, not measured: no training, no Ray."""
 
+import contextlib
+import io
+import shutil
+import signal
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from optuna.samplers import RandomSampler
 
 from bdense.metrics import FID
+from search.cli import main
+from search.confirmation import plan_confirmation
 from search.engine import given_weights
 from search.ledger import Claim, Ledger
 from search.planned import SPACES, Arm, Planned, Row
@@ -13,6 +20,7 @@ from search.promotion_spec import PromotionSpec
 from search.space import baseline_space, search_space
 from search.spec import LearnedSpace, StudySpec
 from search.study import SPEC, Study
+from tests.commands import Answer
 from tests.studies import NORMALISED, spec
 
 TEACHER_FID = 3.0
@@ -51,7 +59,7 @@ def search(
     One that exists is extended by those that it lacks.
     """
     study = study or normalised()
-    budget = study.budget.model_copy(update={"trials": len(trials)})
+    budget = study.budget.model_copy(update={"trials": max(1, len(trials))})
     study = study.model_copy(update={"budget": budget})
     record = Study.create(url, study)
     assert record.baselines is not None
@@ -70,6 +78,42 @@ def search(
             values = weights(study.student.substeps).tolist()
             _complete(record.trials, claim, value, study, values, a=weights.a, b=weights.b)
     return record
+
+
+def made_once(folder: Path, name: str, make: Callable[[str], object]) -> Path:
+    """A storage's file that the first who asks for it makes; nobody else may write to it."""
+    path = folder / f"{name}.db"
+    if not path.exists():
+        make(f"sqlite:///{path}")
+    return path
+
+
+# Of six points a = 1.25 (trial 3) is the lowest, then a = 0.75 (trial 2).
+VALLEY = [({"a": a}, 9.0 + (a - 1.1) ** 2) for a in (-0.5, 0.25, 0.75, 1.25, 2.0, 3.0)]
+
+
+def searched_valley(folder: Path) -> Path:
+    """The search of ``VALLEY``, complete."""
+    return made_once(folder, "searched", lambda url: search(url, VALLEY))
+
+
+def confirmed_valley(folder: Path) -> Path:
+    """With its confirmation, at its own budget: of two candidates trial 2 is the better one."""
+
+    def make(url: str) -> None:
+        copy_storage(searched_valley(folder), folder / "confirmed.db")
+        study = Study.open(url, "digits")
+        planned = plan_confirmation(study, normalised(), kimg=2.56, seeds=3, count=2)
+        finish(planned, lambda arm, row: 12.0 - row.arm + row.seed / 8)
+
+    return made_once(folder, "confirmed", make)
+
+
+def copy_storage(source: Path, target: Path) -> None:
+    """A SQLite file that nobody writes to, with what is not in it yet."""
+    for end in ("", "-wal"):
+        if Path(f"{source}{end}").exists():
+            shutil.copyfile(f"{source}{end}", f"{target}{end}")
 
 
 def _complete(
@@ -124,3 +168,25 @@ def finish(planned: Planned, value: Callable[[Arm, Row], float], *, most: int = 
         planned.ledger.complete(claim, attrs["fid"]["value"], attrs)
         done.append(row)
     return done
+
+
+def command(*arguments: object) -> Answer:
+    """Run ``bdense-search`` in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    before = signal.getsignal(signal.SIGTERM)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as usage:
+            status = int(usage.code or 0)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    return Answer(status, out.getvalue(), err.getvalue())
+
+
+def refused(answer: Answer) -> str:
+    """The one line of a mistake: exit status 2, nothing on stdout."""
+    assert (answer.status, answer.out) == (2, ""), answer
+    (line,) = answer.err.splitlines()
+    assert line.startswith("bdense-search: ")
+    return line.removeprefix("bdense-search: ")

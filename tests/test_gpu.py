@@ -8,13 +8,16 @@ from bdense.data import load_dataset
 from bdense.denoiser import NetworkDenoiser
 from bdense.errors import NonFiniteLossError
 from bdense.execution import Execution, exact_products
+from bdense.progressive import DataBatches, PDConfig, distill_round
 from bdense.sampling import Sampler, draw_images
 from bdense.sfd import SFDConfig, branch_losses, branch_states, distill
 from bdense.sharing import distill_on
 from bdense.teachers import TeacherConfig, train_teacher
+from bdense.vp import CosineSchedule
 from bdense.weights import LogLinearWeights
 from search.memory import trial_memory
 from tests.goldens import discover, golden_network
+from tests.networks import tiny_denoiser
 from tests.precisions import assert_within_bounds
 from tests.small import same_weights, small_teacher, small_trajectories
 from tests.studies import spec
@@ -142,6 +145,53 @@ def test_a_teacher_is_averaged_in_float32():
         assert {p.dtype for p in teacher.parameters()} == {torch.float32}
         off = (outputs(teacher) - outputs(exact)).abs().mean()
     assert 0 < off < 0.05
+
+
+# ---- progressive distillation ----
+
+
+class StopHereError(Exception):
+    """Stands for a kill at that point."""
+
+
+def halved(device: str, config: PDConfig, **options) -> NetworkDenoiser:
+    """A branched student of 4 steps, its teacher of 8 on the same device."""
+    teacher = tiny_denoiser(precond="cosine", img_channels=1, dropout=0.3).to(device)
+    batches = DataBatches(load_dataset("digits"), config.batch, config.seed, torch.device(device))
+    weights = torch.tensor([0.3, 0.7])
+    return distill_round(teacher, batches, CosineSchedule(), 4, config, weights, **options)
+
+
+def test_a_round_on_the_gpu_is_the_cpus_to_rounding():
+    """By plain gradients: Adam makes steps of the noise that branch 1's are at first."""
+    config = PDConfig(updates=4, num_branches=2, batch=16, lr=1e-2, optimizer="sgd")
+    with exact_products():
+        cpu, cuda = (outputs(export_branch(halved(device, config))) for device in ("cpu", "cuda"))
+        untrained = outputs(tiny_denoiser(precond="cosine", img_channels=1, dropout=0.3))
+    assert (cuda - cpu).abs().max() < 1e-3 * (cpu - untrained).abs().max()
+
+
+def test_a_round_resumes_bit_for_bit_on_a_deterministic_gpu(tmp_path, monkeypatch):
+    config = PDConfig(updates=5, num_branches=2, batch=16, lr=1e-3, dropout=True, flip=True)
+    path = tmp_path / "round.safetensors"
+
+    def stop(done):
+        if done.iteration == 3:
+            raise StopHereError
+
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        whole = halved("cuda", config)
+        with pytest.raises(StopHereError):
+            halved("cuda", config, checkpoint=path, checkpoint_seconds=0, on_update=stop)
+        torch.manual_seed(99)
+        seen = []
+        resumed = halved("cuda", config, checkpoint=path, on_update=seen.append)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert [done.iteration for done in seen] == [3, 4]
+    assert same_weights(resumed, whole)
 
 
 # ---- several GPUs ----

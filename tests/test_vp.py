@@ -23,6 +23,12 @@ EACH = pytest.mark.parametrize(
 )
 
 
+def angles_between(schedule: CosineSchedule) -> tuple[float, float]:
+    """phi at u = 0 and 1, where sigma = tan(phi) = exp(-logsnr / 2)."""
+    low, high = (-schedule.logsnr_max / 2, -schedule.logsnr_min / 2)
+    return math.atan(math.exp(low)), math.atan(math.exp(high))
+
+
 # ---- grids ----
 
 
@@ -75,7 +81,7 @@ def test_1000_times_are_walked_in_1024_steps():
 @pytest.mark.parametrize("schedule", [COSINE, NARROW])
 def test_cosine_in_closed_form(schedule):
     """z = cos(phi) x_0 + sin(phi) eps, phi even in u; sigma = tan(phi)."""
-    low, high = (math.atan(math.exp(-l / 2)) for l in (schedule.logsnr_max, schedule.logsnr_min))
+    low, high = angles_between(schedule)
     u = torch.linspace(0, 1, 101, dtype=torch.float64)[1:]
     phi = low + (high - low) * u
     torch.testing.assert_close(schedule.level(u), phi.sin() / phi.cos(), rtol=1e-10, atol=0)
@@ -109,7 +115,7 @@ def test_cosine_draws_angles_evenly(schedule):
     """From the noisy end, included, to the clean one, at which there would be none to learn."""
     u = torch.arange(1000, dtype=torch.float64) / 1000
     angles = schedule.draw(u).atan()
-    low, high = (math.atan(math.exp(-l / 2)) for l in (schedule.logsnr_max, schedule.logsnr_min))
+    low, high = angles_between(schedule)
     assert float(angles[0]) == pytest.approx(high, rel=1e-12)
     steps = angles.diff()
     torch.testing.assert_close(steps, torch.full_like(steps, (low - high) / 1000))

@@ -24,8 +24,6 @@ from bdense.progressive import (
     PDConfig,
     UpdateReport,
     WeightsSpace,
-    reparameterised,
-    require_levels,
 )
 from bdense.sampling import samplers_from
 from bdense.schedules import Levels
@@ -199,11 +197,7 @@ def _progressive(options: argparse.Namespace) -> None:
     config = _config(options, len(weights))
     dataset = load_dataset(options.data)
     teacher, known = load_model(options.teacher)
-    schedule, prediction = _schedule(options, teacher, known), vars(options).get("prediction")
-    # What the chain refuses is refused before a FID is measured.
-    require_levels(teacher, schedule)
-    if prediction is not None:
-        reparameterised(teacher, prediction)
+    schedule = _schedule(options, teacher, known)
     _require_images(options, dataset, teacher)
     teacher.to(device).execute(execution)
     batches = DataBatches(
@@ -213,6 +207,24 @@ def _progressive(options: argparse.Namespace) -> None:
         device,
         flip=config.flip,
         label_dim=teacher.label_dim,
+    )
+    rounds = distill_chain(
+        teacher,
+        batches,
+        schedule,
+        chain,
+        config,
+        weights,
+        options.out,
+        prediction_type=vars(options).get("prediction"),
+        clip_samples=options.clip_samples,
+        metadata={
+            "teacher_sha256": denoiser_sha256(teacher),
+            "data": dataset.name,
+            "precision": execution.precision,
+            **inherited(known, Path(options.teacher).name),
+        },
+        on_update=_Rounds(),
     )
     judge = _judge(options, dataset)
     _require_folder(options.out)
@@ -225,24 +237,7 @@ def _progressive(options: argparse.Namespace) -> None:
 
     if judge is not None:
         tell("teacher", options.teacher, teacher, chain.first)
-    for done in distill_chain(
-        teacher,
-        batches,
-        schedule,
-        chain,
-        config,
-        weights,
-        options.out,
-        prediction_type=prediction,
-        clip_samples=options.clip_samples,
-        metadata={
-            "teacher_sha256": denoiser_sha256(teacher),
-            "data": dataset.name,
-            "precision": execution.precision,
-            **inherited(known, Path(options.teacher).name),
-        },
-        on_update=_Rounds(),
-    ):
+    for done in rounds:
         tell(done.path.stem, done.path, done.student, done.steps)
     print(done.path)
 

@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING
 import yaml
 
 from bdense.command import Run, Verbs, add_verb
-from search.errors import SpecError
+from search.errors import SpecError, UnknownStudyError
 from search.storage import resolve_storage_url
 
 if TYPE_CHECKING:
+    from search.planned import Planned
     from search.spec import StudySpec
     from search.study import Study
+
+LEAST_SEEDS = 3  # search.spec.ConfirmSpec's, spelt out: pydantic is slow to import
 
 
 def storage_verb(
@@ -75,9 +78,13 @@ def open_search(options: argparse.Namespace) -> "tuple[Study, StudySpec]":
     study = open_search_named(url, study_name(options.study))
     if Path(options.study).suffix in (".yaml", ".yml"):
         spec = read_spec(Path(options.study))
-        refuse_other_conditions(url, spec)
     else:
-        spec = StudySpec.model_validate_json(study.trials.study.user_attrs[SPEC])
+        stored = study.trials.study.user_attrs.get(SPEC)
+        if stored is None:
+            raise UnknownStudyError(f"study {study.name!r} was never launched; launch it first")
+        spec = StudySpec.model_validate_json(stored)
+    # By its name too: a teacher's file, the data or the engine's numerics may have changed since.
+    refuse_other_conditions(url, spec)
     return study, spec
 
 
@@ -96,12 +103,34 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def positive_float(text: str) -> float:
-    """An option's finite number above 0."""
+def positives(text: str) -> list[int]:
+    """An option's whole numbers from 1 on, separated by commas."""
+    return [positive(part) for part in text.split(",")]
+
+
+def thousands(text: str) -> float:
+    """An option's thousands of images, within the bounds of a row's."""
     value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a finite number above 0, got {text}")
+    if not 0.001 <= value <= 1e9:
+        raise argparse.ArgumentTypeError(f"must lie in 0.001..1e9, got {text}")
     return value
+
+
+def seeds_to_pair(text: str) -> int:
+    """An option's number of seeds, as many as a confirmation needs."""
+    value = int(text)
+    if value < LEAST_SEEDS:
+        raise argparse.ArgumentTypeError(f"must be {LEAST_SEEDS} or more, got {value}")
+    return value
+
+
+def show_rows(planned: "Planned") -> None:
+    """Print how many rows are in which state, and why some failed."""
+    from search.report import failed_rows
+
+    print(planned.headline())
+    for line in failed_rows(planned.ledger, "row"):
+        print(line)
 
 
 def positive(text: str) -> int:

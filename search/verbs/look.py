@@ -1,4 +1,4 @@
-"""See where a study stands: ``status``, ``best``, ``report``, ``dashboard``; ``clean`` up."""
+"""See where a study stands, and take from it: ``status``, ``best``, ``report``, ``export`` .."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bdense.command import Verbs
 from search.storage import resolve_storage_url
-from search.verbs.common import port, storage_verb, study_name, study_verb
+from search.verbs.common import port, positive, storage_verb, study_name, study_verb
 
 
 def add_status(verbs: Verbs) -> None:
@@ -49,6 +49,31 @@ def add_report(verbs: Verbs) -> None:
         type=Path,
         default=Path("report"),
         help="folder to write to (default: %(default)s)",
+    )
+
+
+def add_export(verbs: Verbs) -> None:
+    """``export`` and its options."""
+    parser = study_verb(
+        verbs,
+        "export",
+        "write a kept student as a model folder: weights, config, card, samples",
+        "bdense-search export digits-nfe2 model",
+        _export,
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="folder to write, a new one")
+    parser.add_argument(
+        "--trial",
+        metavar="N",
+        type=int,
+        help="whose student (default: the confirmed winner's, else the best; of a promotion the "
+        "promoted weights' with the first seed)",
+    )
+    parser.add_argument(
+        "--baseline", choices=("sfd", "uniform"), help="of a search: this baseline's instead"
+    )
+    parser.add_argument(
+        "--steps", metavar="N", type=positive, help="of a promotion's chain (default: the last)"
     )
 
 
@@ -148,6 +173,23 @@ def _report(options: argparse.Namespace) -> None:
         print(write_planned_report(record, options.out))
     else:
         print(write_report(record, options.out))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from bdense.files import require_new
+    from search.export import export_trial
+    from search.records import open_record
+
+    require_new(options.folder)
+    record = open_record(resolve_storage_url(options.storage), study_name(options.study))
+    for path in export_trial(
+        record,
+        options.folder,
+        number=options.trial,
+        steps=options.steps,
+        baseline=options.baseline,
+    ):
+        print(path)
 
 
 def _dashboard(options: argparse.Namespace) -> None:

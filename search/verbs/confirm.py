@@ -1,0 +1,116 @@
+"""``confirm`` what a search found, and ``transfer`` it to another study's conditions."""
+
+import argparse
+import json
+from pathlib import Path
+
+from bdense.command import Verbs
+from bdense.errors import InputError
+from search.verbs.common import (
+    add_workers,
+    open_search,
+    positive,
+    seeds_to_pair,
+    show_rows,
+    study_verb,
+    thousands,
+)
+
+
+def add_confirm(verbs: Verbs) -> None:
+    """``confirm`` and its options."""
+    parser = study_verb(
+        verbs,
+        "confirm",
+        "train the most promising weights and both baselines again under fresh seeds",
+        "bdense-search confirm digits-nfe2",
+        _confirm,
+        json_keys="winner, kimg, ended, arms",
+    )
+    parser.add_argument(
+        "--kimg",
+        metavar="X",
+        type=thousands,
+        help="budget of each, that which the winner will be used at, as the best weights move "
+        "with it (default: confirm.kimg of the study, else the search's own)",
+    )
+    parser.add_argument(
+        "--seeds",
+        metavar="N",
+        type=seeds_to_pair,
+        help="fresh seeds, 3 or more (default: confirm.seeds, 3)",
+    )
+    parser.add_argument(
+        "--candidates",
+        metavar="N",
+        type=positive,
+        help="points to try, by the posterior mean of a Gaussian process over all evaluations "
+        "(default: confirm.candidates, 3)",
+    )
+    add_workers(parser)
+
+
+def add_transfer(verbs: Verbs) -> None:
+    """``transfer`` and its options."""
+    parser = study_verb(
+        verbs,
+        "transfer",
+        "measure a study's top weights under the conditions of another",
+        "bdense-search transfer digits-nfe2 --to studies/fashion-mnist-nfe2.yaml --top 5",
+        _transfer,
+    )
+    parser.add_argument(
+        "--to", metavar="STUDY2.yaml", type=Path, required=True, help="the other study's file"
+    )
+    parser.add_argument(
+        "--top", metavar="N", type=positive, default=5, help="how many (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seeds", metavar="N", type=positive, default=3, help="fresh seeds (default: %(default)s)"
+    )
+    add_workers(parser)
+
+
+def _confirm(options: argparse.Namespace) -> None:
+    from search.confirmation import plan_confirmation, verdict
+    from search.launch import run_planned
+    from search.promotion import variants
+
+    study, spec = open_search(options)
+    asked = spec.confirm
+    planned = plan_confirmation(
+        study,
+        spec,
+        kimg=options.kimg or asked.kimg or spec.budget.kimg,
+        seeds=options.seeds or asked.seeds,
+        count=options.candidates or asked.candidates,
+    )
+    run_planned(planned, variants(planned, spec), options.workers)
+    found = verdict(study)
+    if options.json and found is not None:
+        print(json.dumps(found.as_dict()))
+        return
+    show_rows(planned)
+    if found is None:
+        raise InputError(f"{planned.name}: no candidate is complete under every seed; see above")
+    print(*found.lines(), sep="\n")
+    print(f"promote it:   bdense-search promote {study.name} --to PROMOTION.yaml")
+
+
+def _transfer(options: argparse.Namespace) -> None:
+    from search.comparison import compare
+    from search.launch import check_apart, run_planned
+    from search.promotion import variants
+    from search.study_file import read_spec
+    from search.transfer import plan_transfer
+
+    study, spec = open_search(options)
+    to = read_spec(options.to)
+    check_apart(to)
+    planned = plan_transfer(study, spec, to, top=options.top, seeds=options.seeds)
+    run_planned(planned, variants(planned, to), options.workers)
+    show_rows(planned)
+    comparison = compare(planned)
+    if not comparison.results:
+        raise InputError(f"{planned.name}: no row is complete; see above")
+    print(*comparison.table(), comparison.conditions_line(), sep="\n")

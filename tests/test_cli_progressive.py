@@ -1,0 +1,489 @@
+"""``bdense progressive``, and drawing from teachers of VP processes, through the command line."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import bdense.verbs.drawing
+import bdense.verbs.progressive
+from bdense.chain import Chain, distill_chain, pd_sampler
+from bdense.checkpoints import denoiser_sha256, load_denoiser
+from bdense.data import load_dataset
+from bdense.ddpm import DDPMSchedule
+from bdense.intervals import IntervalGrid
+from bdense.preconditioning import native_schedule
+from bdense.progressive import DataBatches, PDConfig
+from bdense.sampling import draw_images, samplers_from
+from bdense.schedules import Levels, Schedule
+from bdense.sfd import SFDConfig
+from bdense.solvers import DPMSolverPP
+from bdense.trajectories import LiveTrajectories
+from bdense.vp import CosineSchedule
+from bdense.weighting import FixedWeights
+from tests.commands import DIGITS, SHORT, TINY, done, refused
+from tests.commands import bdense as command
+
+ROUND = ("--updates", 2, "--batch", 8, "--lr", 1e-3)
+STEPS = ("--steps", 8, "--until", 2)
+CONFIG = PDConfig(updates=2, num_branches=2, batch=8, lr=1e-3)
+HALVES = torch.tensor([0.5, 0.5], dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("progressive")
+
+
+def made(folder: Path, name: str, *options: object) -> Path:
+    path = folder / f"{name}.safetensors"
+    done("teacher", *TINY, *options, "--out", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def teacher(folder) -> Path:
+    """Of the cosine process."""
+    return made(folder, "cosine", "--precond", "cosine", "--kimg", 1)
+
+
+@pytest.fixture(scope="module")
+def ddpm(folder) -> Path:
+    """Of 64 times, conditional, predicting the noise."""
+    process = ("--precond", "ddpm", "--timesteps", 64)
+    return made(folder, "ddpm", *process, "--conditional", "--kimg", 2)
+
+
+@pytest.fixture(scope="module")
+def edm(folder) -> Path:
+    """Without a process."""
+    return made(folder, "edm")
+
+
+@pytest.fixture(scope="module")
+def chain(folder, teacher) -> Path:
+    """8 -> 4 -> 2."""
+    out = folder / "chain"
+    lines = done("progressive", teacher, *STEPS, *ROUND, "--out", out).splitlines()
+    files = [out / f"{steps:05d}.safetensors" for steps in (4, 2)]
+    assert lines == [f"4 steps: {files[0]}", f"2 steps: {files[1]}", str(files[1])]
+    return out
+
+
+def by_hand(
+    path: Path,
+    folder: Path,
+    last: int = 2,
+    *,
+    config: PDConfig = CONFIG,
+    weights: torch.Tensor = HALVES,
+    schedule: Levels | None = None,
+    **options,
+) -> list[str]:
+    """Hashes of the students of 8 -> .. -> ``last``, by the library."""
+    first = load_denoiser(path)[0]
+    batches = DataBatches(
+        load_dataset("digits"),
+        config.batch,
+        config.seed,
+        torch.device("cpu"),
+        flip=config.flip,
+        label_dim=first.label_dim,
+    )
+    levels = schedule or native_schedule(first.precond)
+    chain = Chain(first=8, last=last, substeps=config.substeps)
+    rounds = distill_chain(first, batches, levels, chain, config, weights, folder, **options)
+    return [denoiser_sha256(done.student) for done in rounds]
+
+
+def hashes(folder: Path, *steps: int) -> list[str]:
+    paths = [folder / f"{each:05d}.safetensors" for each in steps]
+    return [denoiser_sha256(load_denoiser(path)[0]) for path in paths]
+
+
+def drawn(path: Path, model: Path, *options: object) -> torch.Tensor:
+    """The first two images of a picture of a model's, [2, 8, 8]."""
+    done("sample", model, "--images", 2, *options, "--out", path)
+    with Image.open(path) as picture:
+        small = torch.from_numpy(np.array(picture))[::4, ::4]
+    return torch.stack([small[:8, :8], small[:8, 8:16]])
+
+
+# ---- chains ----
+
+
+def test_a_chain_is_the_librarys(chain, teacher, tmp_path):
+    assert hashes(chain, 4, 2) == by_hand(teacher, tmp_path)
+    student, metadata = load_denoiser(chain / "00002.safetensors")
+    parent = load_denoiser(teacher)[0]
+    assert student.describe() == parent.describe()
+    assert samplers_from(metadata) == [pd_sampler(CosineSchedule(), 2)]
+    assert (metadata["kind"], metadata["method"]) == ("student", "pd-bdense")
+    assert (metadata["weights"], metadata["data"]) == ([0.5, 0.5], "digits")
+    assert metadata["teacher"] == "cosine.safetensors"
+    assert metadata["teacher_sha256"] == denoiser_sha256(parent)
+    assert metadata["precision"] == "float32"
+    assert metadata["training"] | {"updates": 2, "lr": 1e-3, "batch": 8} == metadata["training"]
+    assert "| sampler | 2 DDIM steps, cosine" in (chain / "00002.md").read_text()
+
+
+def test_every_round_is_measured_as_fid_measures_it(chain, teacher, tmp_path, shared_cache):
+    """The teacher first; each file's own sampler and latents, the same conditions."""
+    measure = (*DIGITS, "--images", 32, "--cache", shared_cache)
+    out = tmp_path / "chain"
+    made = ("progressive", teacher, *STEPS, *ROUND, *measure, "--out", out)
+    lines = done(*made).splitlines()
+    assert lines[::2] == [
+        f"8 steps: {teacher}",
+        *(f"{steps} steps: {out / f'{steps:05d}.safetensors'}" for steps in (4, 2)),
+        str(out / "00002.safetensors"),
+    ]
+    fids = [json.loads(line) for line in lines[1::2]]
+    native = ("--schedule", "native", "--solver", "ddim", "--nfe", 8, "--no-afs")
+    assert fids[0] == json.loads(done("fid", teacher, *native, *measure))
+    for fid, steps in zip(fids[1:], (4, 2), strict=True):
+        path = out / f"{steps:05d}.safetensors"
+        assert fid == json.loads(done("fid", path, *measure))
+        assert (fid["nfe"], fid["images"], fid["seeds"]) == (steps, 32, {"evaluation": 0})
+    assert hashes(out, 4, 2) == hashes(chain, 4, 2)
+    # Under other conditions it is measured anew, and says so.
+    change = ("--until", 4, "--precision", "bfloat16", "--images", 16, "--out", tmp_path / "x")
+    other = done(*made, *change)
+    fid = json.loads(other.splitlines()[1])
+    assert (fid["images"], fid["precision"]) == (16, "bfloat16")
+    assert fid["value"] != fids[0]["value"]
+
+
+def test_an_interrupted_chain_carries_on(chain, teacher, tmp_path, shared_cache, monkeypatch):
+    """Without training or measuring again what is there."""
+    out, drawings = tmp_path / "chain", []
+    measure = (*DIGITS, "--images", 8, "--cache", shared_cache)
+    made = ("progressive", teacher, *STEPS, *ROUND, *measure, "--out", out)
+
+    def draw(model, sampler, count, **options):
+        drawings.append(sampler.num_intervals)
+        return draw_images(model, sampler, count, **options)
+
+    monkeypatch.setattr(bdense.verbs.drawing, "draw_images", draw)
+    trained = []
+
+    def interrupt(self, steps, report):
+        trained.append((steps, report.iteration))
+        if trained[-1] == (2, 1):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as during:
+        during.setattr(bdense.verbs.progressive._Rounds, "__call__", interrupt)
+        answer = command(*made)
+    assert answer.status == 130
+    assert "interrupted; the same command carries on" in answer.err
+    assert (trained, drawings) == ([(4, 0), (4, 1), (2, 0), (2, 1)], [8, 4])
+    lines = done(*made).splitlines()
+    assert drawings == [8, 4, 2]
+    assert hashes(out, 4, 2) == hashes(chain, 4, 2)
+    assert answer.out.splitlines() == lines[:4]
+    # Given again, it says the same and does nothing.
+    assert done(*made).splitlines() == lines
+    assert drawings == [8, 4, 2]
+    line = refused(command(*made, "--lr", 1e-4))
+    assert "is a round of another chain (differs in: config.lr); give this one a folder" in line
+
+
+def test_options_are_the_librarys_and_the_usual_ones_the_references(
+    teacher, tmp_path, monkeypatch
+):
+    asked = []
+
+    def note(model, batches, *arguments, **options):
+        levels, chain, config, weights, _ = arguments
+        given = [options[name] for name in ("prediction_type", "clip_samples")]
+        asked.append([levels, chain, config, weights.tolist(), *given])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bdense.verbs.progressive, "distill_chain", note)
+    made = ("progressive", teacher, "--out", tmp_path / "chain")
+    every = (
+        *("--substeps", 3, "--updates", 7, "--batch", 9, "--lr", 0.1, "--constant-lr"),
+        *("--optimizer", "adamw", "--weight-decay", 0.2, "--clip-norm", 0.3, "--loss", "v"),
+        *("--clip-targets", "--weights-space", "state", "--dropout", "--flip", "--seed", 4),
+        *("--prediction", "sample", "--clip-samples", "--schedule", "logsnr", "--sigma-min", 0.1),
+    )
+    for options in (
+        STEPS,
+        (*STEPS, "--method", "pd", "--clip-norm", "inf"),
+        ("--steps", 9, "--until", 1, *every),
+    ):
+        assert command(*made, *options).status == 130
+    native, chain = CosineSchedule(), Chain(first=8, last=2)
+    usual = PDConfig(updates=50_000, num_branches=2)
+    assert asked[0] == [native, chain, usual, [0.5, 0.5], None, False]
+    plain = PDConfig(updates=50_000, num_branches=1, clip_norm=None)
+    assert asked[1] == [native, chain, plain, [1.0], None, False]
+    train = PDConfig(
+        updates=7,
+        substeps=3,
+        num_branches=3,
+        batch=9,
+        lr=0.1,
+        anneal=False,
+        optimizer="adamw",
+        weight_decay=0.2,
+        clip_norm=0.3,
+        loss="v",
+        clip_targets=True,
+        weights_space="state",
+        dropout=True,
+        flip=True,
+        seed=4,
+    )
+    levels, chain = Schedule(kind="logsnr", sigma_min=0.1), Chain(first=9, last=1, substeps=3)
+    third = pytest.approx([1 / 3] * 3)
+    assert asked[2] == [levels, chain, train, third, "sample", True]
+
+
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [
+        (("--a", 1.386294, "--b", -4.274), [0.2, 0.8]),
+        (("--a", 1.386294), [0.2, 0.8]),
+        (("--a", -0.6931472), [2 / 3, 1 / 3]),
+        (("--method", "pd"), [1.0]),
+    ],
+)
+def test_weights_have_the_sum_1(teacher, tmp_path, options, weights):
+    """Whatever b: a clipped gradient would see it."""
+    out = tmp_path / "chain"
+    short = ("--steps", 8, "--until", 4, *ROUND)
+    done("progressive", teacher, *short, *options, "--out", out)
+    metadata = load_denoiser(out / "00004.safetensors")[1]
+    assert metadata["weights"] == pytest.approx(weights, abs=1e-6)
+    exact = torch.tensor(metadata["weights"], dtype=torch.float64)
+    config = PDConfig(updates=2, num_branches=len(weights), batch=8, lr=1e-3)
+    assert hashes(out, 4) == by_hand(teacher, tmp_path / "x", 4, config=config, weights=exact)
+    assert metadata["method"] == ("pd" if len(weights) == 1 else "pd-bdense")
+
+
+def test_a_teacher_of_noise_is_converted_first(ddpm, tmp_path):
+    """It is conditional too, and walks the 64 times that it was trained at."""
+    out = tmp_path / "chain"
+    change = ("--prediction", "v_prediction", "--clip-samples", "--flip")
+    lines = done("progressive", ddpm, *STEPS, *ROUND, *change, "--out", out).splitlines()
+    assert [line.split(":")[0] for line in lines[:3]] == ["8 steps", "4 steps", "2 steps"]
+    config = PDConfig(updates=2, num_branches=2, batch=8, lr=1e-3, flip=True)
+    expected = by_hand(
+        ddpm, tmp_path / "x", config=config, prediction_type="v_prediction", clip_samples=True
+    )
+    assert hashes(out, 8, 4, 2) == expected
+    student, metadata = load_denoiser(out / "00002.safetensors")
+    assert (student.precond.prediction_type, student.label_dim) == ("v_prediction", 10)
+    (sampler,) = samplers_from(metadata)
+    schedule = DDPMSchedule(num_train_timesteps=64, beta_start=0.1 / 64, beta_end=20 / 64)
+    assert sampler == pd_sampler(schedule, 2, clip=True)
+    seven = drawn(tmp_path / "7.png", out / "00002.safetensors", "--class", 7)
+    images = draw_images(student, sampler, 2, seed=0, class_index=7)
+    assert torch.equal(seven, images[:, 0])
+
+
+def test_a_teacher_without_a_process_is_given_levels(edm, tmp_path):
+    out = tmp_path / "chain"
+    made = ("progressive", edm, *STEPS, *ROUND, "--out", out)
+    assert refused(command(*made)) == (
+        "a network with precond='edm' was trained on no VP process; choose a schedule"
+    )
+    done(*made, "--schedule", "polynomial", "--rho", 5)
+    assert hashes(out, 4, 2) == by_hand(edm, tmp_path / "x", schedule=Schedule(rho=5.0))
+
+
+def test_a_student_is_distilled_further_on_its_own_levels(chain, teacher, tmp_path):
+    """In a chain of its own, which ends as a chain that had gone on would."""
+    path, out = chain / "00002.safetensors", tmp_path / "more"
+    made = ("progressive", path, *ROUND, "--out", out)
+    done(*made, "--steps", 2, "--until", 1)
+    expected = by_hand(teacher, tmp_path / "whole", 1)
+    assert hashes(out, 1) == expected[-1:]
+    done(*made, "--steps", 2, "--until", 1, "--schedule", "native")
+    line = refused(command(*made, "--steps", 8, "--until", 4))
+    assert "is a student of 2 steps, which knows their levels alone, and --steps 8 asks" in line
+    line = refused(command(*made, "--steps", 2, "--until", 1, "--schedule", "polynomial"))
+    assert "is a student that knows cosine levels, even in time alone, and --schedule asks" in line
+
+
+# ---- drawing ----
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("which", ["teacher", "ddpm"])
+def test_a_teacher_draws_by_its_own_process(request, tmp_path, which, clip):
+    path = request.getfixturevalue(which)
+    loaded = load_denoiser(path)[0]
+    picture, asked = tmp_path / "x.png", ("--schedule", "native", "--nfe", 4, "--no-afs")
+    sampler = pd_sampler(native_schedule(loaded.precond), 4, clip=clip)
+    expected = draw_images(loaded, sampler, 2, seed=0)[:, 0]
+    flag = ("--clip",) if clip else ()
+    assert torch.equal(drawn(picture, path, *asked, "--solver", "ddim", *flag), expected)
+    # There ddim is the usual solver.
+    assert torch.equal(drawn(picture, path, *asked, *flag), expected)
+    assert not torch.equal(drawn(picture, path, "--nfe", 4, "--no-afs"), expected)
+    free = drawn(picture, path, "--schedule", "native", "--nfe", 3, *flag)
+    assert not torch.equal(free, expected)
+
+
+def test_a_student_draws_as_it_was_distilled_to(chain, tmp_path):
+    path, picture = chain / "00002.safetensors", tmp_path / "x.png"
+    student, metadata = load_denoiser(path)
+    expected = draw_images(student, samplers_from(metadata)[0], 2, seed=0)[:, 0]
+    own = ("--schedule", "native", "--solver", "ddim", "--order", 1, "--nfe", 2, "--no-afs")
+    assert torch.equal(drawn(picture, path), expected)
+    assert torch.equal(drawn(picture, path, *own), expected)
+    for other in (("--clip",), ("--nfe", 4), ("--schedule", "logsnr"), ("--solver", "euler")):
+        line = refused(command("sample", path, *other, "--out", picture))
+        assert "draws with the sampler it was distilled for (NFE 2), and" in line
+
+
+# ---- SFD of such teachers ----
+
+
+def test_a_teacher_of_a_process_is_distilled_with_sfd(teacher, ddpm, tmp_path):
+    out = tmp_path / "s.safetensors"
+    for path, given, schedule in (
+        (teacher, (), Schedule()),
+        (ddpm, ("--sigma-min", 0.05), Schedule(sigma_min=0.05)),
+    ):
+        done("distill", path, *SHORT, "--method", "sfd", *given, "--out", out)
+        trajectories = LiveTrajectories(
+            teacher=load_denoiser(path)[0],
+            grid=IntervalGrid(num_intervals=3, substeps=4, schedule=schedule),
+            solver=DPMSolverPP(),
+            batch=32,
+            count=2,
+            seed=0,
+        )
+        config = SFDConfig(num_branches=1, images=64, lr=1e-3)
+        expected = bdense.distill(
+            trajectories.teacher, trajectories, config, FixedWeights(torch.ones(1))
+        )
+        assert denoiser_sha256(load_denoiser(out)[0]) == denoiser_sha256(expected)
+    line = refused(command("distill", ddpm, *SHORT, "--out", out))
+    assert "exceed the noise levels that this ddpm teacher was trained for, 0.03956 to" in line
+    line = refused(command("distill", teacher, *SHORT, "--schedule", "native", "--out", out))
+    assert line == (
+        "--schedule native ends without noise, which Euler students do not reach; choose another "
+        "schedule, or distil with bdense progressive"
+    )
+
+
+def test_students_of_one_kind_are_not_distilled_as_the_other(chain, teacher, tmp_path):
+    path, out = chain / "00002.safetensors", tmp_path / "s.safetensors"
+    line = refused(command("distill", path, "--second-stage", *SHORT, "--out", out))
+    assert line == (
+        f"--second-stage walks students of SFD, and {path} draws by cosine levels, even in time; "
+        "distil it further with bdense progressive"
+    )
+    line = refused(command("distill", path, *SHORT, "--out", out))
+    assert "is a student, which knows the levels it was distilled for alone" in line
+    done("distill", teacher, *SHORT, "--no-afs", "--nfe", 2, "--out", out)
+    line = refused(
+        command("progressive", out, "--steps", 2, "--until", 1, "--out", tmp_path / "c")
+    )
+    assert line == (
+        f"{out} is a student of SFD, whose steps are distilled further with bdense distill "
+        "--second-stage; give that, or its teacher here"
+    )
+    assert not (tmp_path / "c").exists()
+
+
+# ---- mistakes ----
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--until", 3), "8 steps do not become 3 by dividing by K=2 .* end at 4 or 2, or start"),
+        (("--until", 8), "to 1 or more, got 8 to 8"),
+        (("--substeps", 1), r"substeps \(K\) of a chain must be at least 2, got 1"),
+        (("--method", "pd", "--a", 1), "--method pd has one output .* got --a 1.0; drop that or"),
+        (("--method", "pd", "--weights-space", "state"), "got --weights-space state; drop that"),
+        (("--a", "nan"), "branch weight a must be a finite number, got nan"),
+        (("--a", 1e3), r"branch weights \[inf, inf\] have no positive, finite sum"),
+        (("--updates", 0), "updates must be at least 1, got 0"),
+        (("--batch", 0), "batch must be at least 1, got 0"),
+        (("--lr", 0), "lr must be positive and finite, got 0.0"),
+        (("--weight-decay", 0.1), "weight_decay=0.1 with optimizer='adam': only adamw has any"),
+        (("--clip-norm", 0), "clip_norm must be positive, got 0.0"),
+        (("--data", "digit"), "unknown data set 'digit'; known are cifar10"),
+        (
+            ("--data", "digits@16"),
+            r"--data digits@16 has images of 1 x 16 x 16, and .*cosine\.safetensors is a network "
+            "for 1 x 8 x 8; give the data set that it was trained on, padded alike",
+        ),
+        (("--schedule", "karras"), "schedule kind 'karras' is unknown"),
+        (
+            ("--rho", 5),
+            "--schedule native has the levels of the network's own process, and --rho 5.0 asks "
+            "for others; drop that, or choose another schedule",
+        ),
+        (
+            ("--schedule", "polynomial", "--sigma-max", 1e5),
+            "polynomial levels from 100000 to 0.006 exceed those that this cosine teacher was",
+        ),
+        (("--images", 64), "--images 64 is of the FID, which is not measured without --extractor"),
+        (("--extractor", "vgg"), "unknown feature extractor 'vgg'"),
+        (("--precision", "float16", "--device", "cpu"), "float16 needs a CUDA device, not cpu"),
+    ],
+)
+def test_a_chain_that_cannot_be_is_refused(teacher, tmp_path, shared_cache, options, message):
+    made = ("progressive", teacher, *STEPS, *ROUND, "--cache", shared_cache)
+    answer = command(*made, "--out", tmp_path / "chain", *options)
+    assert re.search(message, refused(answer))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_mistakes_are_named(teacher, edm, tmp_path):
+    made = ("progressive", edm, *STEPS, *ROUND, "--out", tmp_path / "chain")
+    line = refused(command(*made, "--schedule", "logsnr", "--prediction", "sample"))
+    assert line.startswith("a network with precond='edm' is not converted to sample; only those")
+    (tmp_path / "file").write_text("in the way")
+    line = refused(command(*made, "--schedule", "logsnr", "--out", tmp_path / "file"))
+    assert line == f"--out {tmp_path / 'file'} is a file; give the name of a folder"
+    for missing in (("--steps", 8), ("--until", 2)):
+        answer = command("progressive", teacher, *missing, "--out", tmp_path / "chain")
+        assert (answer.status, answer.out) == (2, "")
+        assert "the following arguments are required: --" in answer.err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--rho", 5), "and --rho 5.0 asks for others; drop that, or choose another schedule"),
+        (("--sigma-min", 1, "--sigma-max", 2), "and --sigma-min 1.0 --sigma-max 2.0 asks for"),
+        (("--solver", "euler"), "ends without noise, which euler does not reach; take --solver"),
+        (("--solver", "dpmpp"), "ends without noise, which dpmpp does not reach"),
+        (("--solver", "heun", "--clip"), "heun does not clip predictions; leave it out, or take"),
+    ],
+)
+def test_what_does_not_go_with_a_process_is_refused(teacher, tmp_path, options, message):
+    for verb in (("sample", "--out", tmp_path / "x.png"), ("fid", "--cache", tmp_path / "cache")):
+        answer = command(verb[0], teacher, "--schedule", "native", *options, *verb[1:])
+        assert re.search(message, refused(answer))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_without_a_process_has_no_native_levels(edm, tmp_path):
+    line = refused(command("sample", edm, "--schedule", "native", "--out", tmp_path / "x.png"))
+    assert line == "a network with precond='edm' was trained on no VP process; choose a schedule"
+    line = refused(command("sample", edm, "--clip", "--out", tmp_path / "x.png"))
+    assert line == "euler does not clip predictions; leave it out, or take ddim"
+
+
+def test_a_chain_that_diverges_is_a_failure_and_keeps_what_is_done(teacher, tmp_path):
+    out = tmp_path / "chain"
+    wild = ("--optimizer", "sgd", "--lr", 1e30, "--clip-norm", "inf")
+    answer = command("progressive", teacher, *STEPS, *ROUND, *wild, "--out", out)
+    assert (answer.status, answer.out) == (1, "")
+    assert "the loss is not finite at iteration 1, branch 1; lower the learning rate" in answer.err
+    assert list(out.iterdir()) == []

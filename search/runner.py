@@ -100,7 +100,7 @@ def run(
     """
     orders, record = job.orders(), job.record
     try:
-        with ray_session(record.url):
+        with _quiet(), ray_session(record.url):
             slots = _slots(job.resources, workers)
             for spec in job.specs:
                 _prepare(spec, orders, slots, on_preparing)
@@ -115,6 +115,13 @@ def run(
         raise WorkersFailedError(f"a worker of Ray failed: {error}") from error
     if record.left():
         _raise_first(refusals)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Standard output holds the command's result alone; the remarks of Ray and Tune are none."""
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
 
 
 @contextlib.contextmanager
@@ -272,9 +279,7 @@ def _run_slots(resources: ResourcesSpec, orders: Orders, slots: int) -> list[Ref
         ),
     )
     try:
-        # Standard output holds the study's result alone; Tune's remarks are not one.
-        with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
-            results = tuner.fit()
+        results = tuner.fit()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(marks, ignore_errors=True)

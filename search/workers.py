@@ -138,7 +138,17 @@ class RetrainWorker:
         if self._assets is None or self._assets.spec != spec:
             # A command that was given later may have planned rows that its own launch records.
             self._assets = load(spec, use_device(spec), record=True)
+            self._note_trajectories(self._assets)
         return self._assets
+
+    def _note_trajectories(self, assets: Assets) -> None:
+        """Where they lie, for ``clean``; each seed has its own."""
+        if assets.store is None:
+            return
+        study, folder = self._planned.ledger.study, str(assets.store.folder.resolve())
+        known = retrying(lambda: study.user_attrs).get(TRAJECTORIES, [])
+        if folder not in known:
+            retrying(lambda: study.set_user_attr(TRAJECTORIES, [*known, folder]))
 
 
 class ChainWorker:

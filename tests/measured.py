@@ -109,11 +109,18 @@ def confirmed_valley(folder: Path) -> Path:
     return made_once(folder, "confirmed", make)
 
 
-def copy_storage(source: Path, target: Path) -> None:
-    """A SQLite file that nobody writes to, with what is not in it yet."""
+def empty_storage(folder: Path) -> Path:
+    """All tables and no study."""
+    return made_once(folder, "empty", lambda url: Ledger.open(url, "none", budget=1).delete())
+
+
+def copy_storage(source: Path, target: Path) -> str:
+    """A SQLite file that nobody writes to, with what is not in it yet; URL of the copy."""
     for end in ("", "-wal"):
+        Path(f"{target}{end}").unlink(missing_ok=True)
         if Path(f"{source}{end}").exists():
             shutil.copyfile(f"{source}{end}", f"{target}{end}")
+    return f"sqlite:///{target}"
 
 
 def _complete(
@@ -153,16 +160,14 @@ def finish(planned: Planned, value: Callable[[Arm, Row], float], *, most: int = 
             attrs |= {"fid": measured, "kimg": row.kimg, "student": f"{folder}/{STUDENT}"}
         else:
             chain = PromotionSpec.model_validate_json(attributes[SPEC]).chain
-            fids = {chain.last: fid(last, nfe=chain.last, training=row.seed, evaluation=0)}
-            steps = chain.last * chain.substeps
+            fids, steps = {}, chain.last
             while steps < chain.first:
-                last -= 1
                 fids[steps] = fid(last, nfe=steps, training=row.seed, evaluation=0)
-                steps *= chain.substeps
-            fids[steps] = fid(TEACHER_FID, nfe=steps, evaluation=0)
+                last, steps = last - 1, steps * chain.substeps
             attrs |= {
                 "fid": fids[chain.last],
                 "fids": {str(n): fids[n] for n in sorted(fids, reverse=True)},
+                "teacher_fid": fid(TEACHER_FID, nfe=chain.first, evaluation=0),
                 "student": f"{folder}/{chain.last:05d}.safetensors",
             }
         planned.ledger.complete(claim, attrs["fid"]["value"], attrs)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-import bdense.chain
+import bdense.checkpoints
 from bdense.checkpoints import denoiser_sha256, load_denoiser
 from search import chain_trial
 from search.chain_trial import ChainAssets, evaluate, load_chain, prepare_chain
@@ -22,6 +22,7 @@ from search.progress import _share_done
 from search.promotion import PLAIN_PD, given_arm, plan_progressive
 from search.trial import is_full_disk
 from search.workers import ChainWorker
+from tests.measured import copy_storage, empty_storage
 from tests.studies import promotion
 
 CPU = torch.device("cpu")
@@ -34,7 +35,6 @@ TINY = {
     "evaluation__batch": 32,
     "resources": {"gpus": 0, "checkpoint_seconds": 1e-9},
 }
-STEPS = (8, 4, 2)
 
 
 class InterruptedRunError(Exception):
@@ -47,7 +47,7 @@ def assets(shared_cache) -> ChainAssets:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BDENSE_CACHE", str(shared_cache))
         spec = promotion(**TINY)
-        prepare_chain(spec, CPU, lambda *_: None)
+        prepare_chain(spec, CPU, lambda *_: None, together=1)
         return load_chain(spec, CPU)
 
 
@@ -107,11 +107,14 @@ def calm(assets, tmp_path_factory) -> tuple[Path, dict[str, Any], Told]:
 def test_each_round_is_measured_after_the_teacher(assets, calm):
     _, result, told = calm
     attrs = result["attrs"]
-    assert told.fids == [(n, attrs["fids"][str(n)]["value"]) for n in STEPS]
-    assert [fid["nfe"] for fid in attrs["fids"].values()] == list(STEPS)
+    assert attrs["teacher_fid"] == assets.teacher_fid
+    assert told.fids == [
+        (8, assets.teacher_fid["value"]),
+        *((n, attrs["fids"][str(n)]["value"]) for n in (4, 2)),
+    ]
+    assert [fid["nfe"] for fid in attrs["fids"].values()] == [4, 2]
     assert result["value"] == attrs["fid"]["value"] == attrs["fids"]["2"]["value"]
-    assert attrs["fids"]["8"] == assets.teacher_fid
-    assert assets.teacher_fid["seeds"] == {"evaluation": 0}
+    assert (assets.teacher_fid["nfe"], assets.teacher_fid["seeds"]) == (8, {"evaluation": 0})
     assert attrs["fid"]["seeds"] == {"training": 0, "evaluation": 0}
     assert attrs["fid"]["images"] == 64
     assert (attrs["a"], attrs["b"], attrs["arm"]) == (1.386, -4.274, OURS.name)
@@ -171,6 +174,20 @@ def test_progress_counts_each_round_alike(calm):
 
 def running(progress: str) -> Running:
     return Running(number=0, owner="here:1", attempt=1, progress=progress, seconds=1.0)
+
+
+def test_a_converting_round_is_measured_beside_the_teacher_not_in_its_place(assets, tmp_path):
+    """Of a teacher that predicts v, students of epsilon: 8 -> 8 -> 4, then on."""
+    spec = promotion(**TINY, prediction_type="epsilon", chain={"first": 8, "last": 4})
+    told = Told()
+    result = told.run(load_chain(spec, CPU), tmp_path / "promote-digits/00002")
+    attrs = result["attrs"]
+    assert attrs["teacher_fid"] == assets.teacher_fid
+    assert list(attrs["fids"]) == ["8", "4"]
+    assert attrs["fids"]["8"]["value"] != assets.teacher_fid["value"]
+    assert attrs["fids"]["8"]["seeds"] == {"training": 0, "evaluation": 0}
+    student = load_denoiser(tmp_path / "promote-digits/00002/00004.safetensors")[0]
+    assert student.precond.prediction_type == "epsilon"
 
 
 # ---- taken over ----
@@ -264,7 +281,7 @@ def test_its_measurement_is_shown(monkeypatch, tmp_path, shared_cache):
             (cache / path.name).symlink_to(path)
     monkeypatch.setenv("BDENSE_CACHE", str(cache))
     shown = []
-    prepare_chain(promotion(**TINY), CPU, lambda *told: shown.append(told))
+    prepare_chain(promotion(**TINY), CPU, lambda *told: shown.append(told), together=1)
     assert [told for told in shown if told[0] == "teacher FID"] == [
         ("teacher FID", done, 64, "at 8 steps") for done in (32, 64)
     ]
@@ -274,8 +291,8 @@ def test_its_measurement_is_shown(monkeypatch, tmp_path, shared_cache):
 
 
 @pytest.fixture
-def planned(assets, tmp_path) -> Planned:
-    url = f"sqlite:///{tmp_path / 'study.db'}"
+def planned(assets, tmp_path, tmp_path_factory) -> Planned:
+    url = copy_storage(empty_storage(tmp_path_factory.getbasetemp()), tmp_path / "study.db")
     return plan_progressive(url, assets.spec, OURS, of=None, seeds=[0])
 
 
@@ -297,9 +314,8 @@ def test_values_on_the_way_are_the_fids_by_steps(planned, worker, calm):
     worker.work(worker.claim())
     trial = planned.ledger.study.trials[2]
     assert trial.params == {"arm": 2, "seed": 0}
-    assert list(trial.intermediate_values.items()) == [
-        (n, calm[1]["attrs"]["fids"][str(n)]["value"]) for n in sorted(STEPS)
-    ]
+    assert trial.intermediate_values == dict(calm[2].fids)
+    assert sorted(trial.intermediate_values) == [2, 4, 8]
     assert trial.value == calm[1]["value"]
     assert trial.user_attrs["tries"] == 1
     assert trial.user_attrs["fids"] == calm[1]["attrs"]["fids"]
@@ -333,9 +349,7 @@ def test_a_worker_of_other_conditions_gives_its_row_back(planned, worker):
 def test_what_a_full_disk_is():
     assert is_full_disk(OSError(errno.ENOSPC, "No space left on device"))
     assert is_full_disk(OSError(errno.EDQUOT, "Disk quota exceeded"))
-    assert is_full_disk(SafetensorError("I/O error: No space left on device (os error 28)"))
     assert not is_full_disk(OSError(errno.EACCES, "Permission denied"))
-    assert not is_full_disk(SafetensorError("I/O error: Permission denied (os error 13)"))
     assert not is_full_disk(ValueError("os error 28"))
 
 
@@ -343,6 +357,7 @@ def test_what_a_full_disk_is():
     "error",
     [
         OSError(errno.ENOSPC, "No space left on device"),
+        # Which says so in words alone.
         SafetensorError("Error while serializing: I/O error: No space left (os error 28)"),
     ],
 )
@@ -351,14 +366,14 @@ def test_a_full_disk_ends_the_launch_and_not_the_row(
 ):
     """The row is given back and forgiven, and goes on after the round that was saved."""
     skip_to(planned, 2)
-    save = bdense.chain.save_denoiser
+    save = bdense.checkpoints.save_file
 
-    def full(path: Path, *rest: object) -> None:
-        if path.name == "00002.safetensors":
+    def full(tensors: dict, path: Path, **rest: object) -> None:
+        if Path(path).name.startswith(".00002.safetensors"):
             raise error
-        save(path, *rest)
+        save(tensors, path, **rest)
 
-    monkeypatch.setattr(bdense.chain, "save_denoiser", full)
+    monkeypatch.setattr(bdense.checkpoints, "save_file", full)
     with pytest.raises(DiskFullError) as found:
         worker.work(worker.claim())
     assert str(found.value).startswith("no space is left where runs are kept (")
@@ -368,10 +383,11 @@ def test_a_full_disk_ends_the_launch_and_not_the_row(
     folder = tmp_path / "runs/promote-digits/00002"
     assert (folder / "00004.safetensors").exists()
     assert (folder / "00004.fid.json").exists()
+    assert not (folder / "00002.safetensors").exists()
     counts = Ledger.open(planned.url, planned.name, budget=None).counts()
     assert (counts.running, counts.failed) == (1, 2)
 
-    monkeypatch.setattr(bdense.chain, "save_denoiser", save)
+    monkeypatch.setattr(bdense.checkpoints, "save_file", save)
     claimed = worker.claim()
     assert (claimed.claim.number, claimed.claim.attempt, claimed.claim.tries) == (2, 2, 1)
     worker.work(claimed)

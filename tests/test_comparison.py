@@ -9,7 +9,7 @@ from search.model_spec import ResourcesSpec
 from search.planned import PLAIN, SPACES, UNIFORM, Arm, Planned, Row
 from search.promotion import PLAIN_PD
 from search.report import align
-from tests.measured import finish, normalised
+from tests.measured import copy_storage, empty_storage, fid, finish, normalised
 from tests.studies import promotion
 
 OURS = Arm(name="a 1.000 (trial 3)", params={"a": 1.0, "b": -2.0}, trial=3)
@@ -22,9 +22,14 @@ FIDS = {
 }
 
 
-def planned_of(folder, *, arms=(PLAIN, UNIFORM, OURS), seeds=(1, 2, 3), budgets=((2.56, 2),)):
+@pytest.fixture
+def url(tmp_path, tmp_path_factory) -> str:
+    return copy_storage(empty_storage(tmp_path_factory.getbasetemp()), tmp_path / "study.db")
+
+
+def planned_of(url, *, arms=(PLAIN, UNIFORM, OURS), seeds=(1, 2, 3), budgets=((2.56, 2),)):
     planned = Planned.create(
-        f"sqlite:///{folder / 'study.db'}",
+        url,
         "digits.confirm",
         "retrain",
         normalised(),
@@ -44,8 +49,8 @@ def planned_of(folder, *, arms=(PLAIN, UNIFORM, OURS), seeds=(1, 2, 3), budgets=
 
 
 @pytest.fixture
-def measured(tmp_path):
-    planned = planned_of(tmp_path)
+def measured(url):
+    planned = planned_of(url)
     finish(planned, lambda arm, row: FIDS[arm.name][row.seed])
     return planned
 
@@ -95,9 +100,9 @@ def test_the_table(measured):
     )
 
 
-def test_a_seed_without_its_pair_is_left_out_of_the_difference(tmp_path):
+def test_a_seed_without_its_pair_is_left_out_of_the_difference(url):
     """The second seed's plain student failed; the third seed is still to come."""
-    planned = planned_of(tmp_path)
+    planned = planned_of(url)
     finish(planned, lambda arm, row: FIDS[arm.name][row.seed], most=3)
     claim = planned.ledger.claim(SPACES["retrain"], None)
     planned.ledger.fail(claim, "diverged", "the loss is not finite", {})
@@ -113,8 +118,8 @@ def test_a_seed_without_its_pair_is_left_out_of_the_difference(tmp_path):
     assert first.split()[:6] == ["plain", "SFD", "10.000", "-", "10.000", "-"]
 
 
-def test_budgets_and_evaluations_are_kept_apart(tmp_path):
-    planned = planned_of(tmp_path, arms=(PLAIN,), budgets=((2.56, 2), (2.56, 3), (5.0, 2)))
+def test_budgets_and_evaluations_are_kept_apart(url):
+    planned = planned_of(url, arms=(PLAIN,), budgets=((2.56, 2), (2.56, 3), (5.0, 2)))
     finish(planned, lambda arm, row: FIDS[arm.name][row.seed] * row.nfe + row.kimg)
     of_two, of_three, longer = (
         compare(planned, kimg=kimg, nfe=nfe) for kimg, nfe in ((2.56, 2), (2.56, 3), (5.0, 2))
@@ -127,10 +132,27 @@ def test_budgets_and_evaluations_are_kept_apart(tmp_path):
     assert compare(planned, kimg=1.0).results == ()
 
 
-def test_a_chain_is_compared_at_any_of_its_steps(tmp_path):
+def test_fids_of_other_conditions_are_shown_and_not_compared(url):
+    """SPEC contract 4: one row was measured on twice the images."""
+    planned = planned_of(url, arms=(PLAIN, OURS), seeds=(1,))
+    finish(planned, lambda arm, row: FIDS[arm.name][row.seed], most=1)
+    claim = planned.ledger.claim(SPACES["retrain"], None)
+    other = fid(8.0, training=1, evaluation=1) | {"images": 512}
+    planned.ledger.complete(claim, 8.0, {"fid": other})
+    comparison = compare(planned)
+    plain, ours = comparison.results
+    assert comparison.differing == ["images"]
+    assert comparison.against(ours, plain) is None
+    assert "%" not in "".join(comparison.table())
+    assert comparison.conditions_line() == (
+        "These FIDs were measured under different conditions (images): no comparison."
+    )
+
+
+def test_a_chain_is_compared_at_any_of_its_steps(url):
     """8 -> 4 -> 2: the FID is 1 lower at 4 steps than at 2."""
     planned = Planned.create(
-        f"sqlite:///{tmp_path / 'study.db'}",
+        url,
         "promote-digits",
         "progressive",
         promotion(),
@@ -147,5 +169,4 @@ def test_a_chain_is_compared_at_any_of_its_steps(tmp_path):
         assert comparison.plain.conditions["nfe"] == steps
         pair = comparison.against(comparison.results[2], comparison.plain)
         assert (pair.mean, pair.low, pair.high) == (-4.0, -4.0, -4.0)
-    assert {r.fids[0] for r in compare(planned, steps=8).results} == {3.0}
-    assert compare(planned, steps=16).results == ()
+    assert compare(planned, steps=8).results == ()  # the teacher's own

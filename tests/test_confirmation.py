@@ -10,17 +10,25 @@ from search.confirmation import (
     choose,
     complete_trials,
     plan_confirmation,
-    uniform_point,
+    point_of,
     verdict,
 )
-from search.planned import PLAIN, SPACES, UNIFORM, Arm, Row
+from search.planned import PLAIN, SPACES, UNIFORM, Arm, Planned, Row
 from search.promotion import confirmed_arm, variants
 from search.report_files import write_planned_report
 from search.retraining import fresh_seeds, variant
 from search.spec import StudySpec
 from search.study import Study
-from tests.measured import command, copy_storage, finish, normalised, refused, search
-from tests.studies import LEARNED, spec, write
+from tests.measured import (
+    command,
+    copy_storage,
+    empty_storage,
+    finish,
+    normalised,
+    refused,
+    search,
+)
+from tests.studies import LEARNED, NORMALISED, spec, write
 
 # A valley around a = 1.25 with noise of 0.4; uniform weights (a = 0) have 10.6.
 NOISY = {
@@ -40,27 +48,35 @@ FEW = [({"a": a}, 9.0 + (a - 1.1) ** 2) for a in (-0.5, 0.25, 0.75, 1.25, 2.0, 3
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """The search of ``TRIALS``, and with its confirmation, each made once."""
+    """The search of ``TRIALS``, its confirmation planned, and complete: each made once."""
     folder = tmp_path_factory.mktemp("made")
-    study = search(f"sqlite:///{folder / 'searched.db'}", TRIALS, uniform=10.6)
-    copy_storage(folder / "searched.db", folder / "confirmed.db")
-    study = Study.open(f"sqlite:///{folder / 'confirmed.db'}", "digits")
-    finish(confirmation(study), fresh)
+    search(f"sqlite:///{folder / 'searched.db'}", TRIALS, uniform=10.6)
+    url = copy_storage(folder / "searched.db", folder / "planned.db")
+    confirmation(Study.open(url, "digits"))
+    url = copy_storage(folder / "planned.db", folder / "confirmed.db")
+    finish(Planned.open(url, "digits.confirm"), fresh)
     return folder
 
 
 @pytest.fixture
-def url(tmp_path, monkeypatch) -> str:
+def url(tmp_path, tmp_path_factory, monkeypatch) -> str:
     """An empty storage, which the command uses."""
     monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("BDENSE_STORAGE", f"sqlite:///{tmp_path / 'study.db'}")
-    return f"sqlite:///{tmp_path / 'study.db'}"
+    return copy_storage(empty_storage(tmp_path_factory.getbasetemp()), tmp_path / "study.db")
 
 
 @pytest.fixture
 def searched(url, tmp_path, made) -> Study:
     copy_storage(made / "searched.db", tmp_path / "study.db")
     return Study.open(url, "digits")
+
+
+@pytest.fixture
+def planned(url, tmp_path, made) -> Planned:
+    """The confirmation of that search, with three candidates and none of their rows begun."""
+    copy_storage(made / "planned.db", tmp_path / "study.db")
+    return Planned.open(url, "digits.confirm")
 
 
 @pytest.fixture
@@ -107,8 +123,7 @@ def test_candidates_are_those_of_lowest_posterior_mean_not_of_lowest_value(url):
     assert best.params == {"a": 2.5}
 
 
-def test_each_trains_under_the_same_fresh_seeds(searched):
-    planned = confirmation(searched)
+def test_each_trains_under_the_same_fresh_seeds(planned):
     assert planned.name == "digits.confirm"
     assert planned.unfinished() == [
         Row(arm=arm, seed=seed, kimg=2.56, nfe=2) for seed in (1, 2, 3) for arm in range(5)
@@ -137,8 +152,7 @@ def test_a_row_trains_as_the_search_did_but_for_what_it_says():
     assert variant(study, Row(arm=2, seed=0)) == study
 
 
-def test_each_variant_is_made_once(searched):
-    planned = confirmation(searched)
+def test_each_variant_is_made_once(planned):
     made = variants(planned, normalised())
     assert [(s.seeds.training, s.budget.kimg) for s in made] == [(1, 2.56), (2, 2.56), (3, 2.56)]
     finish(planned, fresh, most=5)
@@ -160,15 +174,31 @@ def test_the_baseline_s_value_moves_the_candidates(url):
 
 
 @pytest.mark.parametrize(
-    ("keys", "point"),
+    ("weights", "params", "point"),
     [
-        ({"weights": {"parameterisation": "normalised", "a": {"low": 0, "high": 1}}}, {"a": 0.0}),
-        ({}, {"a": 0.0, "b": 0.0}),
-        ({"weights": LEARNED}, None),
+        (NORMALISED, {"a": 1.0, "b": -2.0}, {"a": 1.0}),
+        (NORMALISED, {"method": "uniform"}, {"a": 0.0}),
+        (NORMALISED, {"method": "sfd"}, None),
+        (LEARNED, {"method": "uniform"}, None),
+        (
+            LEARNED,
+            {"rule": "uncertainty", "strength": 1.0, "memory": 100},
+            {"rule": "uncertainty", "strength": 1.0},
+        ),
     ],
 )
-def test_where_uniform_weights_lie(keys, point):
-    assert uniform_point(spec(**keys)) == point
+def test_where_weights_lie_for_the_surrogate(weights, params, point):
+    assert point_of(params, spec(weights=weights)) == point
+
+
+def test_trials_of_one_slope_are_one_candidate_whatever_their_scale(url):
+    """Adam does not see b: the second would be the first once more."""
+    points = [(1.25, -6.0), (1.25, -1.0), (0.5, -3.0), (2.0, -3.0), (-0.5, -2.0)]
+    trials = [({"a": a, "b": b}, 9.0 + (a - 1.1) ** 2) for a, b in points]
+    study = search(url, trials, study=spec())
+    found = choose(study, spec(), complete_trials(study), 3)
+    assert [arm.trial for arm in found] == [0, 2, 3]
+    assert found[0].params == {"a": 1.25, "b": -6.0}
 
 
 def test_learned_weights_are_confirmed_as_a_rule_with_its_memory(url):
@@ -296,25 +326,39 @@ def test_the_verdict_in_words_and_for_scripts(confirmed):
     assert ours["fids"] == {"1": 9.7, "2": 8.6, "3": 9.5}
     assert ours["vs_uniform"]["mean"] == pytest.approx(-1.1)
     assert ours["vs_uniform"]["tie"] is False
+    assert (ours["n"], ours["std_err"]) == (3, pytest.approx(0.338, abs=1e-3))
+    assert ours["conditions"]["images"] == 256
     assert "vs_plain" not in told["arms"][0]
 
 
-def test_until_all_rows_have_ended_nothing_is_promoted(searched):
-    planned = confirmation(searched)
-    assert verdict(searched) is None
+def test_until_all_rows_have_ended_nothing_is_promoted(planned):
+    study = Study.open(planned.url, "digits")
+    assert verdict(study) is None
     with pytest.raises(InputError) as error:
-        confirmed_arm(searched)
+        confirmed_arm(study)
     assert str(error.value) == (
         "study digits has no confirmed winner, only a best of n (a 1.250) that may have been "
         "lucky; run bdense-search confirm digits first, or give weights by --weights A,B"
     )
-    finish(planned, fresh, most=3)
-    found = verdict(searched)
+    finish(planned, fresh, most=5)
+    found = verdict(study)
     assert not found.ended
     assert found.lines()[-2].startswith("confirmed so far at 2.56 kimg: a 1.250 (trial 6), ")
     assert "; against plain SFD -11.8 %, -1.30 [one seed], tie" in found.lines()[-2]
     with pytest.raises(InputError, match="confirmation of study digits has not ended; run bdense"):
-        confirmed_arm(searched)
+        confirmed_arm(study)
+
+
+def test_a_candidate_that_failed_under_a_seed_does_not_win_by_the_others(planned):
+    study = Study.open(planned.url, "digits")
+    finish(planned, fresh, most=2)
+    claim = planned.ledger.claim(SPACES["retrain"], None)
+    planned.ledger.fail(claim, "diverged", "the loss is not finite", {})
+    finish(planned, fresh)
+    found = verdict(study)
+    assert found.ended
+    assert slope(found.winner.arm) == 1.0
+    assert 1.25 in {slope(result.arm) for result in found.comparison.results[2:]}
 
 
 # ---- on the command line ----
@@ -404,8 +448,7 @@ def test_a_report_of_rows_at_two_budgets_has_a_table_of_each_and_each_arms_grid(
         (("confirm", "absent.yaml"), "the study file absent.yaml cannot be read"),
     ],
 )
-def test_what_cannot_be_confirmed_is_refused(searched, arguments, message):
-    confirmation(searched)
+def test_what_cannot_be_confirmed_is_refused(planned, arguments, message):
     assert message in refused(command(*arguments))
 
 
@@ -415,7 +458,7 @@ def test_what_cannot_be_confirmed_is_refused(searched, arguments, message):
         (("--kimg", "0.0001"), "--kimg: must lie in 0.001..1e9, got 0.0001"),
         (("--kimg", "inf"), "--kimg: must lie in 0.001..1e9, got inf"),
         (("--kimg", "nan"), "--kimg: must lie in 0.001..1e9, got nan"),
-        (("--seeds", "0"), "--seeds: must be 1 or more, got 0"),
+        (("--seeds", "2"), "--seeds: must be 3 or more, got 2"),
         (("--candidates", "-1"), "--candidates: must be 1 or more, got -1"),
     ],
 )
@@ -428,8 +471,7 @@ def test_numbers_out_of_range_are_refused(url, options, message):
 
 
 def test_a_file_that_is_not_what_was_searched_is_refused(searched, tmp_path):
-    weights = {"parameterisation": "normalised", "a": {"low": -0.5, "high": 3.0}}
-    path = write(tmp_path, weights=weights, budget__lr=1e-3)
+    path = write(tmp_path, weights=NORMALISED, budget__lr=1e-3)
     assert refused(command("confirm", path)) == (
         "study 'digits' exists under other conditions, so its numbers would not compare "
         "(budget.lr: 0.0005 stored, 0.001 given); rename the study or restore the file"

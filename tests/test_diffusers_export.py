@@ -277,7 +277,7 @@ def test_steps_that_fall_between_the_trained_times(tmp_path, times, steps, neare
 
 def test_a_folder_that_exists_is_refused_and_a_failure_leaves_none(tmp_path, monkeypatch):
     student = student_of(tmp_path / "teacher")
-    message = re.escape(f"{tmp_path / 'teacher'} exists already; choose another --out or delete")
+    message = re.escape(f"{tmp_path / 'teacher'} exists already; choose another folder or delete")
     assert_refused(tmp_path / "teacher", student, told(own(student)), message)
 
     def fail(*_: object) -> None:

@@ -19,10 +19,12 @@ from search.planned import Planned
 from search.promotion import confirmed_arm, given_arm, plan_full_budget, plan_progressive
 from search.storage import runs_folder
 from search.study import Study
+from search.transfer import plan_transfer
 from tests.measured import (
     command,
     confirmed_valley,
     copy_storage,
+    empty_storage,
     finish,
     normalised,
     refused,
@@ -44,11 +46,11 @@ def made(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def url(tmp_path, monkeypatch) -> str:
+def url(tmp_path, made, monkeypatch) -> str:
     monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("BDENSE_STORAGE", f"sqlite:///{tmp_path / 'study.db'}")
     monkeypatch.setattr(launch, "check_apart", launch._check)
-    return f"sqlite:///{tmp_path / 'study.db'}"
+    return copy_storage(empty_storage(made), tmp_path / "study.db")
 
 
 @pytest.fixture
@@ -117,11 +119,11 @@ def test_of_a_confirmation_that_has_not_ended_it_is_the_best_trial_s(searched, t
     assert is_of(exported(searched, tmp_path / "model"), 3)
 
 
-def test_of_planned_rows_it_is_the_first_arm_s_that_is_no_baseline(confirmed, tmp_path):
+def test_of_a_confirmation_it_is_its_winner_s(confirmed, tmp_path):
     planned = Planned.open(confirmed.url, "digits.confirm")
     keep(planned.ledger, *range(12))
     metadata = exported(planned, tmp_path / "model")
-    assert is_of(metadata, 2)
+    assert is_of(metadata, 3)
     table = metadata["fid_table"]
     assert [(row["arm"], row["n"], row["fid"]) for row in table] == [
         ("plain SFD", 3, 12.25),
@@ -130,9 +132,35 @@ def test_of_planned_rows_it_is_the_first_arm_s_that_is_no_baseline(confirmed, tm
         ("a 0.750 (trial 2)", 3, 9.25),
     ]
     assert (table[0]["nfe"], table[0]["kimg"], table[0]["seeds"]) == (2, 2.56, "1 2 3")
-    assert is_of(exported(planned, tmp_path / "other", number=5), 5)
-    card = (tmp_path / "model/README.md").read_text()
-    assert "a 1.250 (trial 3)" in card
+    assert is_of(exported(planned, tmp_path / "other", number=6), 6)
+    assert "a 1.250 (trial 3)" in (tmp_path / "model/README.md").read_text()
+
+
+def test_of_several_arms_one_must_be_named(confirmed, tmp_path):
+    to = normalised(name="others")
+    planned = plan_transfer(confirmed, normalised(), to, top=2, seeds=1)
+    finish(planned, lambda arm, row: 9.0 - row.arm)
+    with pytest.raises(InputError) as error:
+        exported(planned, tmp_path / "model")
+    assert str(error.value) == (
+        "others.from.digits has 2 arms beside its baselines (a 1.250 (trial 3), a 0.750 (trial "
+        "2)); name a row by --trial"
+    )
+    keep(planned.ledger, 2)
+    assert is_of(exported(planned, tmp_path / "model", number=2), 2)
+
+
+def test_a_baseline_s_student_may_be_asked_for(searched, tmp_path):
+    assert searched.baselines is not None
+    keep(searched.baselines, 0, 1)
+    assert export_trial(searched, tmp_path / "plain", baseline="sfd") == [tmp_path / "plain"]
+    folder = tmp_path / "uniform"
+    assert command("export", "digits", folder, "--baseline", "uniform").out == f"{folder}\n"
+    denoiser, _ = load_model(str(folder))
+    assert denoiser_sha256(denoiser) == denoiser_sha256(student(1))
+    planned = confirmation(searched)
+    with pytest.raises(InputError, match="--baseline sfd is of a search; name a row by --trial"):
+        export_trial(planned, tmp_path / "none", baseline="sfd")
 
 
 def test_at_full_budget_it_is_that_of_the_nfe_and_budget_asked_for(confirmed):
@@ -146,6 +174,7 @@ def test_at_full_budget_it_is_that_of_the_nfe_and_budget_asked_for(confirmed):
     }
     assert found == {(2, 5.0): 2, (3, 5.0): 5, (2, 20.0): 8}
     assert promoted_row(planned) == 2
+    assert promoted_row(planned, arm=arm.name, nfe=3) == 5
     with pytest.raises(InputError, match="none of the promoted weights' rows at NFE 3 and 20 kim"):
         promoted_row(planned, nfe=3, kimg=20.0)
 
@@ -275,7 +304,7 @@ def test_a_folder_is_written_and_named(searched, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     assert config
     assert refused(command("export", "digits", folder)) == (
-        f"{folder} exists already; choose another --out or delete it"
+        f"{folder} exists already; choose another folder or delete it"
     )
 
 
@@ -297,6 +326,7 @@ def test_mistakes_on_the_command_line(searched, tmp_path):
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_at_full_budget_each_nfe_has_its_folder_and_other_budgets_lie_beside(confirmed, tmp_path):
     """The second command exports its own students, not those of the first."""
     arm, runs = confirmed_arm(confirmed), tmp_path / "runs/digits.promote"

@@ -293,7 +293,7 @@ def test_what_exists_is_refused_before_any_work(tmp_path, kind):
         folder.symlink_to("nowhere")
     with pytest.raises(InputError) as caught:
         export_folder(folder, small_teacher(), STUDENT, pictures={"plot.png": called.append})
-    assert str(caught.value) == f"{folder} exists already; choose another --out or delete it"
+    assert str(caught.value) == f"{folder} exists already; choose another folder or delete it"
     assert called == []
     assert names(tmp_path) == ["student"]
 
@@ -304,7 +304,7 @@ def test_one_that_comes_meanwhile_is_kept(tmp_path):
         (tmp_path / "student").mkdir()
         (tmp_path / "student" / "mine").write_text("mine")
 
-    with pytest.raises(InputError, match="student exists already; choose another --out"):
+    with pytest.raises(InputError, match="student exists already; choose another folder"):
         export_folder(tmp_path / "student", small_teacher(), STUDENT, pictures={"p.png": quicker})
     assert names(tmp_path) == ["student"]
     assert names(tmp_path / "student") == ["mine"]

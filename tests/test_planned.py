@@ -1,6 +1,7 @@
 """Studies of planned rows: what is added, what is refused, what stays as it was."""
 
 import json
+import math
 
 import optuna
 import pytest
@@ -11,7 +12,7 @@ from search.model_spec import ResourcesSpec
 from search.planned import PLAIN, SPACES, UNIFORM, Arm, Planned, Row
 from search.records import open_record, open_search_named
 from search.study import Study
-from tests.measured import finish, normalised, search
+from tests.measured import copy_storage, empty_storage, finish, normalised, search
 from tests.studies import promotion
 
 OURS = Arm(name="a 1.000 (trial 3)", params={"a": 1.0, "b": -2.0}, trial=3)
@@ -19,8 +20,8 @@ ARMS = [PLAIN, UNIFORM, OURS]
 
 
 @pytest.fixture
-def url(tmp_path) -> str:
-    return f"sqlite:///{tmp_path / 'study.db'}"
+def url(tmp_path, tmp_path_factory) -> str:
+    return copy_storage(empty_storage(tmp_path_factory.getbasetemp()), tmp_path / "study.db")
 
 
 def create(url: str, *, study=None, facts=None, **resources) -> Planned:
@@ -36,6 +37,12 @@ def create(url: str, *, study=None, facts=None, **resources) -> Planned:
 
 def rows(*seeds: int, arms: int = 3) -> list[Row]:
     return [Row(arm=arm, seed=seed, kimg=2.56, nfe=2) for seed in seeds for arm in range(arms)]
+
+
+def claim_next(planned: Planned) -> Claim:
+    claim = planned.ledger.claim(SPACES[planned.kind], None)
+    assert isinstance(claim, Claim)
+    return claim
 
 
 def by_arm(arm: Arm, row: Row) -> float:
@@ -68,33 +75,67 @@ def test_rows_are_taken_in_their_order_and_keep_their_parameters(url):
 def test_a_row_is_unfinished_until_it_has_ended(url):
     planned = create(url)
     planned.plan(ARMS, rows(1))
-    claim = planned.ledger.claim(SPACES["retrain"], None)
-    assert isinstance(claim, Claim)
+    claim = claim_next(planned)
     assert planned.unfinished() == rows(1)
     planned.ledger.fail(claim, "diverged", "the loss is not finite", {})
     assert planned.unfinished() == rows(1)[1:]
 
 
 def test_planned_again_only_what_is_new_is_added(url):
-    """More seeds, another arm: the rows that are there stay, failed ones too."""
+    """More seeds, another arm: the rows that are there stay."""
     planned = create(url)
     planned.plan(ARMS, rows(1))
-    claim = planned.ledger.claim(SPACES["retrain"], None)
-    planned.ledger.fail(claim, "diverged", "the loss is not finite", {})
     finish(planned, by_arm)
-    before = [trial.value for trial in planned.ledger.study.trials]
     again = create(url)
     again.plan(ARMS, rows(1, 2))
     assert again.unfinished() == rows(2)
     fourth = Arm(name="a 2.000 (trial 5)", params={"a": 2.0, "b": -4.0}, trial=5)
     again.plan([*ARMS, fourth], rows(1, 2, arms=4))
     assert again.arms == [*ARMS, fourth]
-    assert again.unfinished() == [
-        *rows(2),
-        *(Row(arm=3, seed=s, kimg=2.56, nfe=2) for s in (1, 2)),
-    ]
-    assert [trial.value for trial in again.ledger.study.trials[:3]] == before
+    new = [*rows(2), *(Row(arm=3, seed=s, kimg=2.56, nfe=2) for s in (1, 2))]
+    assert again.unfinished() == new
+    assert again.rows() == [*rows(1), *new]
     assert (again.ledger.budget, again.left()) == (8, 5)
+
+
+@pytest.mark.parametrize(
+    ("reason", "anew"),
+    [("diverged", []), ("error", rows(1, arms=1)), ("out of memory", rows(1, arms=1))],
+)
+def test_a_row_that_failed_is_tried_anew_where_the_user_can_mend_it(url, reason, anew):
+    planned = create(url)
+    planned.plan(ARMS, rows(1))
+    planned.ledger.fail(claim_next(planned), reason, "it did not work", {})
+    finish(planned, by_arm)
+    planned.plan(ARMS, rows(1))
+    assert planned.unfinished() == anew
+    assert finish(planned, by_arm) == anew
+    planned.plan(ARMS, rows(1))
+    assert planned.left() == 0
+
+
+def test_two_budgets_that_nearly_agree_are_two_rows(url):
+    """Comparisons take them for two, so planning must not take them for one."""
+    planned = create(url)
+    budgets = (2.56, math.nextafter(2.56, 3.0))
+    for kimg in budgets:
+        planned.plan(ARMS, [Row(arm=0, seed=1, kimg=kimg, nfe=2)])
+    assert [row.kimg for row in planned.unfinished()] == list(budgets)
+    finish(planned, by_arm)
+    assert [trial.params["kimg"] for trial in planned.ledger.study.trials] == list(budgets)
+
+
+def test_arms_that_another_command_added_meanwhile_are_not_written_over(url):
+    """A row names its arm by its place."""
+    mine, theirs = create(url), create(url)
+    arms, places = mine.with_arms(ARMS)
+    assert (arms, places) == (ARMS, [0, 1, 2])
+    other = Arm(name="a 2.000 (trial 5)", params={"a": 2.0, "b": -4.0}, trial=5)
+    theirs.plan([PLAIN, UNIFORM, other], rows(1))
+    with pytest.raises(SpecChangedError, match=r"has added arms to 'digits\.confirm' meanwh"):
+        mine.plan(arms, rows(1))
+    assert mine.arms == [PLAIN, UNIFORM, other]
+    assert mine.with_arms(ARMS) == ([PLAIN, UNIFORM, other, OURS], [0, 1, 3])
 
 
 def test_asking_again_is_no_change_of_the_study(url):
@@ -130,8 +171,8 @@ def test_other_conditions_or_facts_are_refused_once_a_row_was_begun(url):
         create(url, study=normalised(budget__lr=1e-3), facts={"of": "faces"})
     assert str(error.value) == (
         "'digits.confirm' exists under other conditions, so its numbers would not compare "
-        "(budget.lr: 0.0005 stored, 0.001 given; of: 'digits' stored, 'faces' given); give "
-        "another name or restore the file"
+        "(budget.lr: 0.0005 stored, 0.001 given; of: 'digits' stored, 'faces' given); restore "
+        "the file, or give another name (promote has --name)"
     )
     assert planned.arms == ARMS
 

@@ -7,7 +7,11 @@ import pytest
 import torch
 import yaml
 
+from bdense.checkpoints import load_denoiser, save_denoiser
 from bdense.errors import InputError
+from bdense.sampling import Sampler
+from bdense.solvers import DDIM
+from bdense.vp import CosineSchedule
 from search import launch
 from search.chain_engine import chain_weights
 from search.chain_report import by_steps, chain_figure, chain_table, fid_table
@@ -19,21 +23,25 @@ from search.promotion import (
     given_arm,
     plan_full_budget,
     plan_progressive,
+    said_of_budget,
     said_of_weights,
     variants,
 )
 from search.report_files import write_planned_report
+from search.storage import runs_folder
 from search.study import Study
 from tests.measured import (
     command,
     confirmed_valley,
     copy_storage,
+    empty_storage,
     finish,
     normalised,
     refused,
     search,
     searched_valley,
 )
+from tests.small import small_teacher
 from tests.studies import CHAIN, LEARNED, NORMALISED, changed, promotion, spec, write
 from tests.test_confirmation import confirmation
 
@@ -47,13 +55,13 @@ def made(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def url(tmp_path, monkeypatch) -> str:
+def url(tmp_path, made, monkeypatch) -> str:
     """An empty storage, which the command uses."""
     monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("BDENSE_STORAGE", f"sqlite:///{tmp_path / 'study.db'}")
     # In this process, which has torch already.
     monkeypatch.setattr(launch, "check_apart", launch._check)
-    return f"sqlite:///{tmp_path / 'study.db'}"
+    return copy_storage(empty_storage(made), tmp_path / "study.db")
 
 
 @pytest.fixture
@@ -78,6 +86,15 @@ def planned_chain(url: str, arm: Arm = PAPER, seeds=(0, 1), of=None, **keys) -> 
 def last_fid(arm: Arm, row: Row) -> float:
     """Plain 9, 10; uniform 8.5, 9.5; promoted 7, 8."""
     return {"pd": 9.0, "uniform": 8.5}.get(arm.params.get("method"), 7.0) + row.seed
+
+
+def keep_students(planned: Planned) -> None:
+    """Put a student where each row says that its last one lies."""
+    sampler = Sampler(num_intervals=2, afs=False, schedule=CosineSchedule(), solver=DDIM())
+    for trial in planned.ledger.study.trials:
+        metadata = {"kind": "student", "sampler": sampler.describe()}
+        path = runs_folder() / trial.user_attrs["student"]
+        save_denoiser(path, small_teacher(), metadata)
 
 
 def chain_file(folder: Path, **keys) -> Path:
@@ -180,11 +197,13 @@ def test_plain_uniform_and_the_weights_under_each_seed(url):
     assert planned.facts == {"of": None, "a": 1.386, "b": -4.274}
 
 
-def test_other_weights_under_the_same_name_are_refused(url):
+def test_other_weights_under_the_same_name_are_refused(url, tmp_path):
     finish(planned_chain(url), last_fid, most=1)
-    with pytest.raises(SpecChangedError, match=r"\(a: 1.386 stored, 2.0 given\); give another na"):
+    with pytest.raises(SpecChangedError, match=r"\(a: 1.386 stored, 2.0 given\); restore the "):
         planned_chain(url, given_arm("2,-4.274"))
     assert Planned.open(url, "promote-digits").arms[2] == PAPER
+    answer = command("promote", chain_file(tmp_path), "--weights", "2,-4.274")
+    assert "(a: 1.386 stored, 2.0 given); restore the file, or give another" in refused(answer)
     assert planned_chain(url, given_arm("2,-4.274"), name="steeper").arms[2].params["a"] == 2.0
 
 
@@ -228,6 +247,7 @@ def test_the_result_over_the_steps(url):
     assert conditions.startswith("FID: 256 images, features of digits-classifier, against digits")
     table = fid_table(planned)
     assert [(row["steps"], row["arm"], row["fid"]) for row in table] == [
+        (8, "teacher", 3.0),
         (4, "plain PD", 8.5),
         (4, "uniform weights", 8.0),
         (4, "a 1.386 (given)", 6.5),
@@ -235,8 +255,8 @@ def test_the_result_over_the_steps(url):
         (2, "uniform weights", 9.0),
         (2, "a 1.386 (given)", 7.5),
     ]
-    assert (table[0]["std_err"], table[0]["n"]) == (pytest.approx(0.5), 2)
-    assert (table[0]["training_seeds"], table[0]["evaluation_seed"]) == ("0 1", 0)
+    assert (table[1]["std_err"], table[1]["n"]) == (pytest.approx(0.5), 2)
+    assert (table[1]["training_seeds"], table[1]["evaluation_seed"]) == ("0 1", 0)
 
 
 def test_the_figure_has_a_line_for_each_arm_and_the_teacher(url):
@@ -273,7 +293,8 @@ def test_the_report_of_a_chain(url, tmp_path):
 # ---- rows of SFD at full budget ----
 
 
-def test_full_budget_is_a_row_for_each_arm_seed_and_nfe(url, confirmed):
+def test_full_budget_is_a_row_for_each_arm_seed_and_nfe(confirmed):
+    """Under seeds that neither the search has seen nor the confirmation, which chose by 1 to 3."""
     study = normalised()
     arm = confirmed_arm(confirmed)
     planned = plan_full_budget(confirmed, study, arm, nfes=[2, 3], kimg=20, seeds=2)
@@ -282,11 +303,28 @@ def test_full_budget_is_a_row_for_each_arm_seed_and_nfe(url, confirmed):
     assert planned.unfinished() == [
         Row(arm=index, seed=seed, kimg=20.0, nfe=nfe)
         for nfe in (2, 3)
-        for seed in (1, 2)
+        for seed in (4, 5)
         for index in range(3)
     ]
     made = [(s.student.nfe, s.seeds.training, s.budget.kimg) for s in variants(planned, study)]
-    assert made == [(2, 1, 20.0), (2, 2, 20.0), (3, 1, 20.0), (3, 2, 20.0)]
+    assert made == [(2, 4, 20.0), (2, 5, 20.0), (3, 4, 20.0), (3, 5, 20.0)]
+
+
+def test_other_weights_at_full_budget_are_one_more_arm_beside_the_same_baselines(confirmed):
+    study, first = normalised(), confirmed_arm(confirmed)
+    planned = plan_full_budget(confirmed, study, first, nfes=[2], kimg=20, seeds=1)
+    finish(planned, last_fid)
+    more = plan_full_budget(confirmed, study, PAPER, nfes=[2], kimg=20, seeds=1)
+    assert more.arms == [PLAIN, UNIFORM, first, PAPER]
+    assert more.unfinished() == [Row(arm=3, seed=4, kimg=20.0, nfe=2)]
+
+
+def test_weights_that_were_confirmed_at_another_budget_are_told(confirmed):
+    assert said_of_budget(confirmed, 2.56) == ""
+    assert said_of_budget(confirmed, 20.0) == (
+        "these weights were confirmed at 2.56 kimg and are used at 20: the best ones move with "
+        "the budget; confirm them there by --kimg 20\n"
+    )
 
 
 def test_learned_weights_may_be_promoted_by_sfd(url):
@@ -296,7 +334,6 @@ def test_learned_weights_may_be_promoted_by_sfd(url):
     arm = confirmed_arm(study)
     planned = plan_full_budget(study, learned, arm, nfes=[2], kimg=20, seeds=1)
     assert planned.arms[2].params == {"rule": "uncertainty", "strength": 0.5, "memory": 100}
-    assert planned.facts["rule"] == "uncertainty"
 
 
 # ---- on the command line ----
@@ -306,25 +343,49 @@ def promote(folder: Path, *arguments: object, **keys):
     return command("promote", "digits", "--to", chain_file(folder, **keys), *arguments)
 
 
-def test_of_a_promotion_that_is_complete_the_result_is_told_and_nothing_is_written_twice(
-    confirmed, url, tmp_path
+def test_what_the_weights_become_is_said_of_a_confirmed_winner(
+    confirmed, url, tmp_path, monkeypatch
 ):
     planned = planned_chain(url, confirmed_arm(confirmed), seeds=(0,), of="digits")
     finish(planned, last_fid)
-    model = tmp_path / "runs/promote-digits/model"
-    model.mkdir(parents=True)
-    answer = promote(tmp_path, "--seeds", "0")
-    assert answer.status == 0
+    monkeypatch.setattr("search.export.export_trial", lambda _, folder, **__: [folder])
+    answer = promote(tmp_path, "--seeds", "1")
+    assert answer.status == 0, answer.err
     assert answer.err == "promote-digits is complete; nothing is left to do\n"
-    said, headline, *table, before, hint = answer.out.splitlines()
+    model = tmp_path / "runs/promote-digits/model"
+    said, headline, *table, written, hint = answer.out.splitlines()
     # exp(3 x 0.75) and exp(0.75).
     assert said.startswith("log w_k = 0.75 k + ")
     assert "w_4/w_1 = 9.488 at the search's K = 4 becomes w_2/w_1 = 2.117 at K = 2" in said
     assert headline == "promote-digits: 3 of 3 rows complete, 0 pruned, 0 failed, 0 running"
     assert "\n".join(table) == chain_table(planned)
-    assert before == f"model folder, written before: {model}"
+    assert written == f"model folder: {model}"
     assert hint == f"draw images with it:   bdense sample {model} --out samples.png"
-    assert list(model.iterdir()) == []
+
+
+def test_a_model_folder_is_written_once_and_anew_when_rows_have_come(url, tmp_path):
+    """What was handed on before keeps its files, under another name."""
+    arguments = ("promote", chain_file(tmp_path), "--weights", "1.386,-4.274", "--seeds")
+    planned = planned_chain(url, seeds=(0,))
+    finish(planned, last_fid)
+    keep_students(planned)
+    model = tmp_path / "runs/promote-digits/model"
+    assert f"model folder: {model}\n" in command(*arguments, "1").out
+    written = {path.name: path.stat().st_mtime_ns for path in model.iterdir()}
+    assert f"model folder, written before: {model}\n" in command(*arguments, "1").out
+    assert {path.name: path.stat().st_mtime_ns for path in model.iterdir()} == written
+
+    finish(planned_chain(url, seeds=(0, 1)), last_fid)
+    keep_students(planned)
+    more = command(*arguments, "2")
+    assert f"model folder: {model}\n" in more.out
+    assert f"the model of fewer rows is now {model}.1\n" in more.err
+    assert {path.name: path.stat().st_mtime_ns for path in Path(f"{model}.1").iterdir()} == written
+    tables = [
+        load_denoiser(folder / "model.safetensors")[1]["fid_table"][-1]
+        for folder in (Path(f"{model}.1"), model)
+    ]
+    assert [(row["n"], row["fid"]) for row in tables] == [(1, 7.0), (2, 7.5)]
 
 
 def test_a_promotion_s_file_names_its_study(asked):
@@ -332,7 +393,7 @@ def test_a_promotion_s_file_names_its_study(asked):
     (asked / "model").mkdir()
     path = chain_file(asked, study="digits")
     assert refused(command("promote", path, "--out", asked / "model")) == (
-        f"{asked / 'model'} exists already; choose another --out or delete it"
+        f"{asked / 'model'} exists already; choose another folder or delete it"
     )
 
 
@@ -358,9 +419,10 @@ def test_a_dry_run_plans_nothing(asked, made, monkeypatch):
         (("--weights", "1000,0"), "the weights of a 1000.000 (given), log w_k = 1000 k + 0, have"),
         (("--nfe", "2"), "--method pd has no --nfe; drop that"),
         (("--kimg", "2", "--nfe", "2"), "--method pd has no --nfe and no --kimg; drop that"),
-        (("--out", "."), ". exists already; choose another --out or delete it"),
+        (("--out", "."), ". exists already; choose another folder or delete it"),
         (("--seeds", "0,0"), "with these options: seeds.training: [0, 0] must name one seed or"),
-        (("--seeds", "-1"), "with these options: seeds.training: Input should be greater than or"),
+        (("--seeds=-1,0",), "with these options: seeds.training: Input should be greater than"),
+        (("--seeds", "0"), "with these options: seeds.training: [] must name one seed or more"),
         (("--name", "No Name"), "with these options: name: String should match pattern"),
         (("--name", ""), "with these options: name: String should match pattern"),
         (("--name", "digits"), "study 'digits' is a search, not a list of planned rows"),
@@ -430,8 +492,6 @@ def test_a_search_without_a_confirmed_winner_is_refused(url, tmp_path, made):
     assert "no trial of study digits is complete, so there is nothing" in refused(
         promote(tmp_path)
     )
-    for name in ("study.db", "study.db-wal", "study.db-shm"):
-        (tmp_path / name).unlink(missing_ok=True)
     copy_storage(searched_valley(made), tmp_path / "study.db")
     assert "only a best of n (a 1.250) that may have been lucky; run" in refused(promote(tmp_path))
     assert "only a best of n" in refused(command("promote", "digits", "--method", "sfd"))

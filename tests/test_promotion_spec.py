@@ -56,6 +56,8 @@ def message(**keys) -> str:
         ),
         ({"chain__first": 2}, "a chain goes down from the teacher's steps .* got 2 to 2"),
         ({"round__updates": 0}, "round.updates: .* equal to 1, got 0"),
+        ({"precision": "float16"}, "precision float16: the gradients .* use bfloat16$"),
+        ({"evaluation__metrics": ["fid", "kid"]}, r"evaluation.metrics \['fid', 'kid'\]: .* alone"),
         ({"round__lr": math.inf}, "round.lr: .* finite number, got inf"),
         ({"round__optimizer": "lion"}, "round.optimizer: .* 'adam', 'adamw' or 'sgd', got 'lion'"),
         ({"round__loss": "l1"}, "round.loss: .* 'snr_trunc' or 'v', got 'l1'"),
@@ -112,8 +114,8 @@ def message(**keys) -> str:
             r"teacher.train.network \{'model_channels': 6\}: .* a multiple of 4",
         ),
         (
-            {"precision": "float16", "resources": {"gpus": 0}},
-            "^promotion promote-digits: precision float16 needs a CUDA device",
+            {"precision": "tf32", "resources": {"gpus": 0}},
+            "^promotion promote-digits: precision tf32 needs a CUDA device",
         ),
         (
             {"teacher__train__precond": REMOVED},

@@ -1,5 +1,9 @@
 """How trials are spread over a cluster's machines."""
 
+import contextlib
+import sys
+from collections.abc import Iterator
+
 import pytest
 import ray
 
@@ -61,6 +65,39 @@ def test_more_workers_than_fit_are_refused(cluster):
     assert runner._slots(resources, 1) == 1
     with pytest.raises(InputError, match=r"--workers 3 do not fit: .* room for 2 trials of 1 CPU"):
         runner._slots(resources, 3)
+
+
+class EndedRows:
+    """A record of which nothing is left."""
+
+    url, name = "sqlite:////nowhere.db", "digits"
+
+    def left(self) -> int:
+        return 0
+
+    def forgive_running(self) -> None:
+        raise AssertionError("nothing runs")
+
+
+def test_ray_s_remarks_do_not_mix_with_the_result(monkeypatch, capsys):
+    """It tells of a worker that died on standard output, whatever it is doing."""
+
+    @contextlib.contextmanager
+    def session(url: str) -> Iterator[None]:
+        sys.stdout.write("(raylet) A worker died or was killed\n")
+        yield
+
+    def prepare(*_: object) -> None:
+        sys.stdout.write("(raylet) A worker died or was killed\n")
+
+    monkeypatch.setattr(runner, "ray_session", session)
+    monkeypatch.setattr(runner, "_slots", lambda *_: 1)
+    monkeypatch.setattr(runner, "_prepare", prepare)
+    monkeypatch.setattr(runner, "_run_slots", lambda *_: [])
+    job = runner.Job(kind="retrain", record=EndedRows(), specs=[spec()])
+    runner.run(job, workers=1, on_preparing=lambda _: None, on_running=lambda: None)
+    sys.stdout.write("the result\n")
+    assert capsys.readouterr().out == "the result\n"
 
 
 class Started:

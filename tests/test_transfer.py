@@ -67,7 +67,7 @@ def test_the_top_weights_and_the_baselines_of_the_other_study(study):
     assert planned.unfinished() == [
         Row(arm=arm, seed=seed, kimg=5.0, nfe=3) for seed in (2, 3) for arm in range(4)
     ]
-    assert planned.facts == {"of": "digits", "top": 2}
+    assert planned.facts == {"of": "digits"}
     assert StudySpec.model_validate_json(planned.spec_json) == other()
 
 
@@ -79,13 +79,18 @@ def test_weights_are_taken_literally(study):
     assert arm.params["b"] == trial.user_attrs["b"]
 
 
-def test_asked_again_only_more_seeds_are_added(study):
+def test_asked_again_only_what_is_new_is_added(study):
     finish(plan(study), lambda arm, row: 9.0 - row.arm)
     assert plan(study).left() == 0
     planned = plan(study, seeds=3)
     assert {row.seed for row in planned.unfinished()} == {4}
-    with pytest.raises(SpecChangedError, match=r"\(top: 2 stored, 3 given\)"):
-        plan(study, top=3)
+    finish(planned, lambda arm, row: 9.0 - row.arm)
+    assert [arm.trial for arm in plan(study, top=3).arms[2:]] == [3, 2, 4]
+    assert plan(study, top=3).unfinished() == [
+        Row(arm=4, seed=seed, kimg=5.0, nfe=3) for seed in (2, 3)
+    ]
+    # Fewer take nothing away, and ask for nothing new.
+    assert plan(study, top=1).left() == 2
     with pytest.raises(SpecChangedError, match=r"\(budget.kimg: 5.0 stored, 6.0 given\)"):
         plan(study, other(budget__kimg=6.0))
 

@@ -204,9 +204,11 @@ def _clean(options: argparse.Namespace) -> None:
 
     url = resolve_storage_url(options.storage)
     study = Ledger.open(url, study_name(options.study), budget=None).study
-    folder = Path(study.user_attrs.get(TRAJECTORIES, ""))
+    stored = study.user_attrs.get(TRAJECTORIES, [])
     freed = 0
-    if folder.name and folder.is_dir():
-        freed = sum(path.stat().st_size for path in folder.iterdir())
-        shutil.rmtree(folder)
+    # A search has one folder, planned rows one for each seed.
+    for folder in map(Path, [stored] if isinstance(stored, str) else stored):
+        if folder.is_dir():
+            freed += sum(path.stat().st_size for path in folder.iterdir())
+            shutil.rmtree(folder)
     print(f"{freed / 2**20:.1f} MiB of trajectories deleted")

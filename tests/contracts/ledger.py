@@ -1,5 +1,6 @@
 """What the ledger promises on every database, shown with real processes that really die."""
 
+import math
 import os
 import signal
 import time
@@ -298,6 +299,47 @@ class LedgerContract:
         ledger.complete(claim, objective(dict(claim.params)), {"seconds": 2.5})
         assert ledger.study.trials[0].user_attrs == {"arm": "uniform", "seconds": 2.5}
         scene.settle()
+
+    def test_trials_are_planned_to_the_last_bit(self, scene):
+        """Optuna itself takes nearly equal numbers for equal."""
+        ledger = scene.open(budget=2)
+        planned = [{"a": a, "b": -1.0} for a in (1.0, math.nextafter(1.0, 2.0))]
+        for params in (*planned, *planned):
+            ledger.enqueue(params)
+        assert ledger.counts().waiting == 2
+        claims = [ledger.claim(SPACE, None) for _ in planned]
+        assert [claim.params for claim in claims] == planned
+        for claim in claims:
+            complete(ledger, claim)
+        assert [trial.params for trial in scene.open().study.trials] == planned
+        scene.settle()
+
+    def test_a_failed_trial_is_planned_anew_where_its_reason_allows(self, scene):
+        ledger = scene.open(budget=1)
+        params = {"a": 1.0, "b": -1.0}
+        ledger.enqueue(params)
+        ledger.fail(take(ledger), "error", "no such file", {})
+        for again in ((), ("diverged", "poisoned")):
+            ledger.enqueue(params, again=again)
+            assert ledger.counts().waiting == 0
+        for _ in range(2):
+            ledger.enqueue(params, again=("error",))
+        ledger.resize()
+        second = take(ledger)
+        assert (second.number, second.attempt, dict(second.params)) == (1, 1, params)
+        ledger.enqueue(params, again=("error",))
+        complete(ledger, second)
+        ledger.enqueue(params, again=("error",))
+        counts = ledger.counts()
+        assert (counts.complete, counts.failed, counts.waiting) == (1, 1, 0)
+
+    def test_a_list_of_the_study_only_grows(self, scene):
+        ledger, other = scene.open(budget=1), scene.open()
+        assert ledger.extend_list("arms", ["plain", "uniform"])
+        assert other.extend_list("arms", ["plain", "uniform", "third"])
+        assert not ledger.extend_list("arms", ["plain", "uniform", "another"])
+        assert not ledger.extend_list("arms", ["plain", "uniform"])
+        assert ledger.study.user_attrs["arms"] == ["plain", "uniform", "third"]
 
     def test_the_budget_is_made_that_of_the_planned_trials(self, scene):
         """Also what others plan at the same time; no change of a setting is recorded."""

@@ -1,14 +1,19 @@
 """Searches and planned rows with FIDs that are chosen, not measured: no training, no Ray."""
 
 import contextlib
+import functools
 import io
 import shutil
 import signal
+import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+import sqlalchemy as sa
 from optuna.samplers import RandomSampler
+from optuna.storages import RDBStorage
 
 from bdense.metrics import FID
 from search.cli import main
@@ -19,6 +24,7 @@ from search.planned import SPACES, Arm, Planned, Row
 from search.promotion_spec import PromotionSpec
 from search.space import baseline_space, search_space
 from search.spec import LearnedSpace, StudySpec
+from search.storage import open_storage
 from search.study import SPEC, Study
 from tests.commands import Answer
 from tests.studies import NORMALISED, spec
@@ -84,7 +90,9 @@ def made_once(folder: Path, name: str, make: Callable[[str], object]) -> Path:
     """A storage's file that the first who asks for it makes; nobody else may write to it."""
     path = folder / f"{name}.db"
     if not path.exists():
-        make(f"sqlite:///{path}")
+        with pytest.MonkeyPatch.context() as patch:
+            open_once(patch)
+            make(f"sqlite:///{path}")
     return path
 
 
@@ -112,6 +120,23 @@ def confirmed_valley(folder: Path) -> Path:
 def empty_storage(folder: Path) -> Path:
     """All tables and no study."""
     return made_once(folder, "empty", lambda url: Ledger.open(url, "none", budget=1).delete())
+
+
+def open_once(patch: pytest.MonkeyPatch) -> None:
+    """Let a test open each database but once, and never wait for the disk."""
+
+    @functools.cache
+    def quickly(url: str) -> RDBStorage:
+        storage = open_storage(url)
+        sa.event.listen(storage.engine, "connect", _do_not_sync)
+        storage.engine.dispose()
+        return storage
+
+    patch.setattr("search.ledger.open_storage", quickly)
+
+
+def _do_not_sync(connection: sqlite3.Connection, _: object) -> None:
+    connection.execute("PRAGMA synchronous = OFF")
 
 
 def copy_storage(source: Path, target: Path) -> str:

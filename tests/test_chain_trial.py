@@ -22,7 +22,7 @@ from search.progress import _share_done
 from search.promotion import PLAIN_PD, given_arm, plan_progressive
 from search.trial import is_full_disk
 from search.workers import ChainWorker
-from tests.measured import copy_storage, empty_storage
+from tests.measured import copy_storage, empty_storage, open_once
 from tests.studies import promotion
 
 CPU = torch.device("cpu")
@@ -291,7 +291,8 @@ def test_its_measurement_is_shown(monkeypatch, tmp_path, shared_cache):
 
 
 @pytest.fixture
-def planned(assets, tmp_path, tmp_path_factory) -> Planned:
+def planned(assets, tmp_path, tmp_path_factory, monkeypatch) -> Planned:
+    open_once(monkeypatch)
     url = copy_storage(empty_storage(tmp_path_factory.getbasetemp()), tmp_path / "study.db")
     return plan_progressive(url, assets.spec, OURS, of=None, seeds=[0])
 

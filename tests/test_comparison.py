@@ -9,7 +9,7 @@ from search.model_spec import ResourcesSpec
 from search.planned import PLAIN, SPACES, UNIFORM, Arm, Planned, Row
 from search.promotion import PLAIN_PD
 from search.report import align
-from tests.measured import copy_storage, empty_storage, fid, finish, normalised
+from tests.measured import copy_storage, empty_storage, fid, finish, normalised, open_once
 from tests.studies import promotion
 
 OURS = Arm(name="a 1.000 (trial 3)", params={"a": 1.0, "b": -2.0}, trial=3)
@@ -23,7 +23,8 @@ FIDS = {
 
 
 @pytest.fixture
-def url(tmp_path, tmp_path_factory) -> str:
+def url(tmp_path, tmp_path_factory, monkeypatch) -> str:
+    open_once(monkeypatch)
     return copy_storage(empty_storage(tmp_path_factory.getbasetemp()), tmp_path / "study.db")
 
 

@@ -25,6 +25,7 @@ from tests.measured import (
     empty_storage,
     finish,
     normalised,
+    open_once,
     refused,
     search,
 )
@@ -50,12 +51,18 @@ FEW = [({"a": a}, 9.0 + (a - 1.1) ** 2) for a in (-0.5, 0.25, 0.75, 1.25, 2.0, 3
 def made(tmp_path_factory) -> Path:
     """The search of ``TRIALS``, its confirmation planned, and complete: each made once."""
     folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as patch:
+        open_once(patch)
+        make_storages(folder)
+    return folder
+
+
+def make_storages(folder: Path) -> None:
     search(f"sqlite:///{folder / 'searched.db'}", TRIALS, uniform=10.6)
     url = copy_storage(folder / "searched.db", folder / "planned.db")
     confirmation(Study.open(url, "digits"))
     url = copy_storage(folder / "planned.db", folder / "confirmed.db")
     finish(Planned.open(url, "digits.confirm"), fresh)
-    return folder
 
 
 @pytest.fixture
@@ -63,6 +70,7 @@ def url(tmp_path, tmp_path_factory, monkeypatch) -> str:
     """An empty storage, which the command uses."""
     monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("BDENSE_STORAGE", f"sqlite:///{tmp_path / 'study.db'}")
+    open_once(monkeypatch)
     return copy_storage(empty_storage(tmp_path_factory.getbasetemp()), tmp_path / "study.db")
 
 
@@ -415,6 +423,18 @@ def test_a_confirmation_s_own_name_works_where_a_study_s_does(searched, tmp_path
     assert refused(command("best", "digits.confirm")) == (
         "'digits.confirm' is no search but planned rows (retrain); give the search itself: digits"
     )
+
+
+def test_the_trajectories_of_each_seed_are_cleaned(planned, tmp_path):
+    folders = [tmp_path / "cache" / name for name in ("of-seed-1", "of-seed-2", "of-the-search")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "shard").write_bytes(bytes(2**19))
+    planned.ledger.study.set_user_attr("trajectories", list(map(str, folders[:2])))
+    expected = "1.0 MiB of trajectories deleted\n"
+    assert command("clean", "digits.confirm").out == expected
+    assert [folder.exists() for folder in folders] == [False, False, True]
+    assert command("clean", "digits.confirm").out == expected.replace("1.0", "0.0")
 
 
 def test_a_report_of_rows_at_two_budgets_has_a_table_of_each_and_each_arms_grid(

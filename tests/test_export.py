@@ -27,6 +27,7 @@ from tests.measured import (
     empty_storage,
     finish,
     normalised,
+    open_once,
     refused,
     searched_valley,
 )
@@ -49,6 +50,7 @@ def made(tmp_path_factory) -> Path:
 def url(tmp_path, made, monkeypatch) -> str:
     monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("BDENSE_STORAGE", f"sqlite:///{tmp_path / 'study.db'}")
+    open_once(monkeypatch)
     monkeypatch.setattr(launch, "check_apart", launch._check)
     return copy_storage(empty_storage(made), tmp_path / "study.db")
 

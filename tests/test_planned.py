@@ -12,7 +12,7 @@ from search.model_spec import ResourcesSpec
 from search.planned import PLAIN, SPACES, UNIFORM, Arm, Planned, Row
 from search.records import open_record, open_search_named
 from search.study import Study
-from tests.measured import copy_storage, empty_storage, finish, normalised, search
+from tests.measured import copy_storage, empty_storage, finish, normalised, open_once, search
 from tests.studies import promotion
 
 OURS = Arm(name="a 1.000 (trial 3)", params={"a": 1.0, "b": -2.0}, trial=3)
@@ -20,7 +20,8 @@ ARMS = [PLAIN, UNIFORM, OURS]
 
 
 @pytest.fixture
-def url(tmp_path, tmp_path_factory) -> str:
+def url(tmp_path, tmp_path_factory, monkeypatch) -> str:
+    open_once(monkeypatch)
     return copy_storage(empty_storage(tmp_path_factory.getbasetemp()), tmp_path / "study.db")
 
 

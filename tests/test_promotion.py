@@ -37,6 +37,7 @@ from tests.measured import (
     empty_storage,
     finish,
     normalised,
+    open_once,
     refused,
     search,
     searched_valley,
@@ -59,6 +60,7 @@ def url(tmp_path, made, monkeypatch) -> str:
     """An empty storage, which the command uses."""
     monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("BDENSE_STORAGE", f"sqlite:///{tmp_path / 'study.db'}")
+    open_once(monkeypatch)
     # In this process, which has torch already.
     monkeypatch.setattr(launch, "check_apart", launch._check)
     return copy_storage(empty_storage(made), tmp_path / "study.db")
@@ -75,6 +77,7 @@ def asked(monkeypatch, made, tmp_path) -> Path:
     """A folder to write files to, beside the one confirmed search that nothing is written to."""
     monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("BDENSE_STORAGE", f"sqlite:///{confirmed_valley(made)}")
+    open_once(monkeypatch)
     monkeypatch.setattr(launch, "check_apart", launch._check)
     return tmp_path
 
@@ -487,17 +490,20 @@ def test_a_study_s_file_that_has_changed_since_is_refused(asked):
     assert "(budget.lr: 0.0005 stored, 0.001 given); rename the study or" in refused(answer)
 
 
-def test_a_search_without_a_confirmed_winner_is_refused(url, tmp_path, made):
+def test_a_search_without_a_complete_trial_is_refused(url, tmp_path):
     search(url, [])
     assert "no trial of study digits is complete, so there is nothing" in refused(
         promote(tmp_path)
     )
+
+
+def test_a_search_without_a_confirmed_winner_is_refused(url, tmp_path, made):
     copy_storage(searched_valley(made), tmp_path / "study.db")
     assert "only a best of n (a 1.250) that may have been lucky; run" in refused(promote(tmp_path))
     assert "only a best of n" in refused(command("promote", "digits", "--method", "sfd"))
-    confirmation(Study.open(url, "digits"))
+    planned = confirmation(Study.open(url, "digits"), count=1)
     assert "has no confirmed winner, only a best of n" in refused(promote(tmp_path))
-    finish(Planned.open(url, "digits.confirm"), lambda arm, row: 10.0 - row.arm, most=4)
+    finish(planned, lambda arm, row: 10.0 - row.arm, most=3)
     assert "the confirmation of study digits has not ended" in refused(promote(tmp_path))
 
 

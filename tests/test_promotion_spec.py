@@ -57,7 +57,10 @@ def message(**keys) -> str:
         ({"chain__first": 2}, "a chain goes down from the teacher's steps .* got 2 to 2"),
         ({"round__updates": 0}, "round.updates: .* equal to 1, got 0"),
         ({"precision": "float16"}, "precision float16: the gradients .* use bfloat16$"),
-        ({"evaluation__metrics": ["fid", "kid"]}, r"evaluation.metrics \['fid', 'kid'\]: .* alone"),
+        (
+            {"evaluation__metrics": ["fid", "kid"]},
+            r"evaluation.metrics \['fid', 'kid'\]: .* alone",
+        ),
         ({"round__lr": math.inf}, "round.lr: .* finite number, got inf"),
         ({"round__optimizer": "lion"}, "round.optimizer: .* 'adam', 'adamw' or 'sgd', got 'lion'"),
         ({"round__loss": "l1"}, "round.loss: .* 'snr_trunc' or 'v', got 'l1'"),

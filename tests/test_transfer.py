@@ -20,6 +20,7 @@ from tests.measured import (
     copy_storage,
     finish,
     normalised,
+    open_once,
     refused,
     search,
     searched_valley,
@@ -42,6 +43,7 @@ def study(tmp_path, monkeypatch, tmp_path_factory) -> Study:
     """The search, in a storage that the command uses."""
     monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("BDENSE_STORAGE", f"sqlite:///{tmp_path / 'study.db'}")
+    open_once(monkeypatch)
     monkeypatch.setattr(launch, "check_apart", launch._check)
     made = searched_valley(tmp_path_factory.getbasetemp())
     copy_storage(made, tmp_path / "study.db")

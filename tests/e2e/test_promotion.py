@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +13,17 @@ from bdense.checkpoints import denoiser_sha256, load_denoiser
 from search.dashboard import dashboard_application
 from search.ledger import Ledger
 from search.storage import open_storage
+from tests.commands import bdense
 from tests.e2e.study import Workplace, kill, small_study, wait_until
 from tests.measured import VALLEY, search
 from tests.test_dashboard import ask
 
+# Ten minutes on two busy cores; chains and rows also run in test_chain_trial.py, without Ray.
+pytestmark = pytest.mark.slow
+
 PAPER = "1.386,-4.274"
 NETWORK = {"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": []}
-TEACHER = {"network": NETWORK, "kimg": 1, "batch": 64, "ema_halflife_kimg": 1}
+TEACHER = {"network": NETWORK, "kimg": 0.256, "batch": 64, "ema_halflife_kimg": 0.1}
 # Three trials of ten updates; a chain 8 -> 4 -> 2 of five updates a round.
 STUDY: dict[str, Any] = {
     "teacher": {"train": TEACHER},
@@ -90,13 +92,8 @@ def write(workplace: Workplace, name: str, **sections: Any) -> Path:
 def drawn(workplace: Workplace, model: Path) -> tuple[int, int]:
     """Size of the picture that ``bdense sample`` makes of a folder."""
     path = workplace.folder / "drawn.png"
-    subprocess.run(
-        [sys.executable, "-m", "bdense.cli", "sample", str(model), "--out", str(path)],
-        env=workplace.environment,
-        cwd=workplace.folder,
-        check=True,
-        capture_output=True,
-    )
+    answer = bdense("sample", model, "--out", path)
+    assert answer.status == 0, answer.err
     with Image.open(path) as picture:
         return picture.size
 
@@ -153,7 +150,6 @@ def launched(tmp_path_factory, cache) -> Workplace:
     return workplace
 
 
-@pytest.mark.slow
 def test_the_best_is_confirmed(launched):
     found = launched.json("best", "small")["confirmed"]
     assert (found["ended"], found["kimg"]) == (True, 0.64)
@@ -169,7 +165,6 @@ def test_the_best_is_confirmed(launched):
     assert again.stderr == "small.confirm is complete; nothing is left to do\n"
 
 
-@pytest.mark.slow
 def test_a_confirmation_goes_by_its_own_name(launched):
     status = launched.json("status", "small.confirm")
     assert status["trials"]["complete"] == 12
@@ -186,9 +181,11 @@ def test_a_confirmation_goes_by_its_own_name(launched):
     exported = load_denoiser(launched.folder / "of-search/model.safetensors")[0]
     assert denoiser_sha256(exported) == denoiser_sha256(kept)
     assert drawn(launched, launched.folder / "of-search")[0] >= 64
+    freed = [done(launched, "clean", "small.confirm") for _ in range(2)]
+    assert float(freed[0].split()[0]) > 0
+    assert freed[1] == "0.0 MiB of trajectories deleted\n"
 
 
-@pytest.mark.slow
 def test_a_confirmed_winner_is_promoted_by_a_chain(launched):
     file = write(launched, "promote-small", study="small")
     out = done(launched, "promote", file)
@@ -227,7 +224,6 @@ def test_a_confirmed_winner_is_promoted_by_a_chain(launched):
     assert "a: " in other
 
 
-@pytest.mark.slow
 def test_a_confirmed_winner_is_trained_at_full_budget(launched):
     options = ("--method", "sfd", "--nfe", "2,3", "--seeds", "1", "--kimg", "1.28")
     out = done(launched, "promote", "small", *options)
@@ -239,7 +235,6 @@ def test_a_confirmed_winner_is_trained_at_full_budget(launched):
         assert {row["kimg"] for row in metadata["fid_table"]} == {1.28}
 
 
-@pytest.mark.slow
 def test_the_best_weights_are_measured_under_another_study_s_conditions(launched):
     other = small_study(**STUDY, student={"nfe": 3, "substeps": 2})
     other["name"] = "other"
@@ -256,7 +251,6 @@ def test_the_best_weights_are_measured_under_another_study_s_conditions(launched
 # ---- faults ----
 
 
-@pytest.mark.slow
 @pytest.mark.faults
 def test_a_chain_whose_worker_is_killed_ends_with_the_same_bit_for_bit(workplace):
     """Once in the first round, once in the second: what was done is not done again."""
@@ -308,7 +302,6 @@ def test_a_chain_whose_worker_is_killed_ends_with_the_same_bit_for_bit(workplace
 # ---- mistakes ----
 
 
-@pytest.mark.slow
 def test_mistakes_are_one_line_each_and_exit_with_2(workplace, monkeypatch):
     """The real command, on a search whose FIDs are made up; more in test_promotion.py."""
     monkeypatch.setenv("BDENSE_RUNS", str(workplace.folder / "runs"))

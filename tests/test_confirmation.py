@@ -37,7 +37,7 @@ NOISY = {
     **{1.75: 8.9, 2.0: 10.9, 2.25: 10.1, 2.5: 10.4, 3.0: 11.9},
 }
 TRIALS = [({"a": a}, value) for a, value in NOISY.items()]
-# By slope and fresh seed; of the first the candidates' mean is lowest at 1.5, by 0.1.
+# By slope and fresh seed; the mean is lowest at 1.5, by 0.1.
 FRESH = {
     1.25: {1: 9.7, 2: 8.6, 3: 9.5},
     1.0: {1: 9.5, 2: 8.8, 3: 9.8},

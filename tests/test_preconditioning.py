@@ -201,5 +201,5 @@ def test_a_head_without_the_variance_is_refused():
 
 def test_only_edm_has_a_sigma_data():
     assert tiny_denoiser().sigma_data == 0.5
-    with pytest.raises(InputError, match="precond='vp' has no sigma_data; teachers are trained"):
+    with pytest.raises(InputError, match="precond='vp' has no sigma_data; EDM's loss"):
         _ = tiny_denoiser(precond="vp").sigma_data

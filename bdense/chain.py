@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bdense import NUMERICS
 from bdense.branches import export_branch
 from bdense.cards import write_card
-from bdense.checkpoints import denoiser_sha256, load_denoiser, load_tensors, save_denoiser
+from bdense.checkpoints import load_denoiser, load_tensors, save_denoiser
 from bdense.denoiser import NetworkDenoiser
 from bdense.errors import CheckpointError, InputError
 from bdense.preconditioning import DDPM, Cosine
@@ -27,6 +26,7 @@ from bdense.progressive import (
     distill_round,
     reparameterised,
     require_levels,
+    run_identity,
 )
 from bdense.sampling import Sampler
 from bdense.schedules import Levels
@@ -150,7 +150,7 @@ def distill_chain(
         folder=folder,
         # Not the last number of steps: a chain that goes on further keeps its rounds.
         identity={
-            **_identity(teacher, batches, schedule, config, weights),
+            **run_identity(teacher, batches, schedule, config, weights),
             "first": chain.first,
             "prediction_type": predicted,
             "clip_samples": clip_samples,
@@ -285,24 +285,3 @@ def prediction_of(denoiser: NetworkDenoiser) -> str | None:
     """What a network on a VP process predicts; None for others."""
     precond = denoiser.precond
     return precond.prediction_type if isinstance(precond, Cosine | DDPM) else None
-
-
-def _identity(
-    teacher: NetworkDenoiser,
-    batches: Batches,
-    schedule: Levels,
-    config: PDConfig,
-    weights: Tensor,
-) -> dict[str, Any]:
-    """What must agree, beside the chain's own arguments, for a round to be of it."""
-    fields = {f"config.{name}": value for name, value in asdict(config).items()}
-    fields["config.betas"] = list(config.betas)
-    return {
-        "numerics": NUMERICS,
-        "teacher": denoiser_sha256(teacher),
-        "precision": teacher.execution.precision,
-        "schedule": schedule.describe(),
-        "weights": weights.tolist(),
-        **fields,
-        **{f"batches.{name}": value for name, value in batches.describe().items()},
-    }

@@ -252,7 +252,10 @@ def distill_round(
     start.execution.set_products()
     student = widen_head(start, config.num_branches).train(config.dropout)
     optimizer = config.make_optimizer(student)
-    identity = _identity(teacher, start, batches, schedule, num_steps, config, weights)
+    identity = run_identity(teacher, batches, schedule, config, weights)
+    identity["num_steps"] = num_steps
+    if start is not teacher:
+        identity["start"] = denoiser_sha256(start)
     first = 0
     if checkpoint is not None:
         first, _ = resume_training(checkpoint, _KIND, student, optimizer, identity)
@@ -469,26 +472,21 @@ def require_levels(teacher: NetworkDenoiser, schedule: Levels) -> None:
         )
 
 
-def _identity(
+def run_identity(
     teacher: NetworkDenoiser,
-    start: NetworkDenoiser,
     batches: Batches,
     schedule: Levels,
-    num_steps: int,
     config: PDConfig,
     weights: Tensor,
 ) -> dict[str, Any]:
-    """What must agree for a checkpoint to be the same round, one level deep."""
+    """What must agree for two trainings to be alike, whatever their steps; one level deep."""
     fields = {f"config.{name}": value for name, value in asdict(config).items()}
     fields["config.betas"] = list(config.betas)
-    if start is not teacher:
-        fields["start"] = denoiser_sha256(start)
     return {
         "numerics": NUMERICS,
         "teacher": denoiser_sha256(teacher),
         "precision": teacher.execution.precision,
         "schedule": schedule.describe(),
-        "num_steps": num_steps,
         "weights": weights.tolist(),
         **fields,
         **{f"batches.{name}": value for name, value in batches.describe().items()},

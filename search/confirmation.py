@@ -133,9 +133,11 @@ def plan_confirmation(
         known = {arm.trial for arm in arms}
         chosen = choose(study, spec, trials, count)
         arms += [arm for arm in chosen if arm.trial not in known]
+    # A new candidate has to have the seeds of those that were there before it.
+    known_seeds = {row.seed for row in planned.rows() if row.kimg == float(kimg)}
     rows = [
         Row(arm=index, seed=seed, kimg=float(kimg), nfe=spec.student.nfe)
-        for seed in fresh_seeds(spec, seeds)
+        for seed in sorted(known_seeds | set(fresh_seeds(spec, seeds)))
         for index in range(len(arms))
     ]
     planned.plan(arms, rows)

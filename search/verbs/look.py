@@ -208,7 +208,7 @@ def _clean(options: argparse.Namespace) -> None:
     freed = 0
     # A search has one folder, planned rows one for each seed.
     for folder in map(Path, [stored] if isinstance(stored, str) else stored):
-        if folder.is_dir():
+        if folder.name and folder.is_dir():
             freed += sum(path.stat().st_size for path in folder.iterdir())
             shutil.rmtree(folder)
     print(f"{freed / 2**20:.1f} MiB of trajectories deleted")

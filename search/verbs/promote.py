@@ -80,7 +80,7 @@ def add_promote(verbs: Verbs) -> None:
     )
     parser.add_argument("--name", help="pd: of the promotion (default: the file's)")
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, help="model folder (default: model in the run's folder)"
+        "--out", metavar="DIR", type=Path, help="model folder (default: one in the run's folder)"
     )
     add_workers(parser)
     parser.add_argument(

@@ -19,7 +19,6 @@ from tests.measured import VALLEY, search
 from tests.test_dashboard import ask
 
 # Ten minutes on two busy cores; chains and rows also run in test_chain_trial.py, without Ray.
-pytestmark = pytest.mark.slow
 
 PAPER = "1.386,-4.274"
 NETWORK = {"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1, "attn_resolutions": []}
@@ -150,6 +149,7 @@ def launched(tmp_path_factory, cache) -> Workplace:
     return workplace
 
 
+@pytest.mark.slow
 def test_the_best_is_confirmed(launched):
     found = launched.json("best", "small")["confirmed"]
     assert (found["ended"], found["kimg"]) == (True, 0.64)
@@ -165,6 +165,7 @@ def test_the_best_is_confirmed(launched):
     assert again.stderr == "small.confirm is complete; nothing is left to do\n"
 
 
+@pytest.mark.slow
 def test_a_confirmation_goes_by_its_own_name(launched):
     status = launched.json("status", "small.confirm")
     assert status["trials"]["complete"] == 12
@@ -186,6 +187,7 @@ def test_a_confirmation_goes_by_its_own_name(launched):
     assert freed[1] == "0.0 MiB of trajectories deleted\n"
 
 
+@pytest.mark.slow
 def test_a_confirmed_winner_is_promoted_by_a_chain(launched):
     file = write(launched, "promote-small", study="small")
     out = done(launched, "promote", file)
@@ -224,6 +226,7 @@ def test_a_confirmed_winner_is_promoted_by_a_chain(launched):
     assert "a: " in other
 
 
+@pytest.mark.slow
 def test_a_confirmed_winner_is_trained_at_full_budget(launched):
     options = ("--method", "sfd", "--nfe", "2,3", "--seeds", "1", "--kimg", "1.28")
     out = done(launched, "promote", "small", *options)
@@ -235,6 +238,7 @@ def test_a_confirmed_winner_is_trained_at_full_budget(launched):
         assert {row["kimg"] for row in metadata["fid_table"]} == {1.28}
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_measured_under_another_study_s_conditions(launched):
     other = small_study(**STUDY, student={"nfe": 3, "substeps": 2})
     other["name"] = "other"
@@ -252,6 +256,7 @@ def test_the_best_weights_are_measured_under_another_study_s_conditions(launched
 
 
 @pytest.mark.faults
+@pytest.mark.slow
 def test_a_chain_whose_worker_is_killed_ends_with_the_same_bit_for_bit(workplace):
     """Once in the first round, once in the second: what was done is not done again."""
     sections = {
@@ -302,6 +307,7 @@ def test_a_chain_whose_worker_is_killed_ends_with_the_same_bit_for_bit(workplace
 # ---- mistakes ----
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line_each_and_exit_with_2(workplace, monkeypatch):
     """The real command, on a search whose FIDs are made up; more in test_promotion.py."""
     monkeypatch.setenv("BDENSE_RUNS", str(workplace.folder / "runs"))

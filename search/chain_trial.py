@@ -155,8 +155,9 @@ def _teacher_fid(assets: ChainAssets, report: Report) -> dict[str, Any]:
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     path = cache_folder() / "teacher-fids" / f"{digest}.json"
     with file_lock(path.with_suffix(".lock")):
-        if not path.exists():
-            fid = _measured(
+        return _kept(
+            path,
+            lambda: _measured(
                 assets,
                 assets.teacher,
                 steps,
@@ -165,9 +166,16 @@ def _teacher_fid(assets: ChainAssets, report: Report) -> dict[str, Any]:
                     "teacher FID", done, evaluation.images, f"at {steps} steps"
                 ),
                 grid_path=path.with_suffix(".png"),
-            )
-            with atomic_write(path) as scratch:
-                scratch.write_text(json.dumps(fid))
+            ),
+        )
+
+
+def _kept(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A FID with its conditions from its file, or measured now and kept there."""
+    if not path.exists():
+        fid = measure()
+        with atomic_write(path) as scratch:
+            scratch.write_text(json.dumps(fid))
     found: dict[str, Any] = json.loads(path.read_text())
     return found
 
@@ -191,7 +199,8 @@ def evaluate(
         folder: Where rounds, pictures and the result go.
         check: Called every update; what it raises ends the work.
         report: Called with a short text on the progress.
-        on_fid: Called with the steps and FID of the teacher, then of each round.
+        on_fid: Called with the steps and FID of the teacher, then of each round; a converting
+            round has the teacher's steps.
 
     Returns:
         ``value`` (the last round's FID) and ``attrs`` (what the row stores), JSON-able.
@@ -309,19 +318,17 @@ def _round_fid(
         check()
         report(f"{_place(assets.spec, round_.steps)}: evaluating {done}/{count} images")
 
-    if not path.exists():
-        fid = _measured(
+    return _kept(
+        path,
+        lambda: _measured(
             assets,
             round_.student,
             round_.steps,
             {"training": seed},
             on_image=on_image,
             grid_path=round_.path.with_name(f"{round_.path.stem}-{GRID}"),
-        )
-        with atomic_write(path) as scratch:
-            scratch.write_text(json.dumps(fid))
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+        ),
+    )
 
 
 def _measured(

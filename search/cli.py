@@ -11,6 +11,7 @@ from types import FrameType
 from bdense.command import new_parser, run_verb
 from search.storage import redact, resolve_storage_url
 from search.verbs.confirm import add_confirm, add_transfer
+from search.verbs.fetch import add_fetch
 from search.verbs.launch import add_launch
 from search.verbs.look import (
     add_best,
@@ -21,6 +22,7 @@ from search.verbs.look import (
     add_status,
 )
 from search.verbs.promote import add_promote
+from search.verbs.storage import add_storage
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,7 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     running = (add_launch, add_confirm, add_promote, add_transfer)
     looking = (add_status, add_best, add_report, add_export, add_dashboard, add_clean)
-    for add in (*running, *looking):
+    preparing = (add_fetch, add_storage)
+    for add in (*running, *looking, *preparing):
         add(verbs)
     return parser
 

@@ -280,9 +280,7 @@ class Leases:
         return bool(row["serving"] > self.ttl and row["expires"] < row["now"])
 
     def _clock(self) -> sa.ColumnElement[float]:
-        if self._postgres:
-            return _seconds("extract(epoch from clock_timestamp())")
-        return _seconds("(julianday('now') - 2440587.5) * 86400.0")
+        return database_clock(self._engine)
 
     def _serving(self) -> sa.ColumnElement[float]:
         """Seconds since this start of the server was first seen; a file always serves."""
@@ -290,6 +288,13 @@ class Leases:
             return sa.literal(math.inf)
         seen = sa.select(SERVER.c.seen).where(SERVER.c.started == _SERVER_START).scalar_subquery()
         return sa.func.coalesce(self._clock() - seen, 0.0)
+
+
+def database_clock(engine: sa.Engine) -> sa.ColumnElement[float]:
+    """Seconds since 1970 by the database's own clock, the only one that leases go by."""
+    if engine.dialect.name == "postgresql":
+        return _seconds("extract(epoch from clock_timestamp())")
+    return _seconds("(julianday('now') - 2440587.5) * 86400.0")
 
 
 def _seconds(sql: str) -> sa.ColumnElement[float]:

@@ -23,10 +23,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from bdense.errors import InputError
 from search.claims import Asking, Claimer, Done, Wait, failure_attributes, leases_of
+from search.database import open_tables
 from search.errors import UnknownStudyError
 from search.holding import Holding, lost
-from search.lease import LEASE, Claim, RunningRow
-from search.storage import exclusive, open_storage, redact, retrying, sqlite_file
+from search.lease import Claim, RunningRow
+from search.storage import exclusive, redact, retrying, sqlite_file
 
 __all__ = ["Claim", "Counts", "Done", "FailureReason", "Holding", "Ledger", "Running", "Wait"]
 
@@ -116,7 +117,7 @@ class Ledger:
         path = sqlite_file(url)
         if budget is None and path is not None and not path.exists():
             raise UnknownStudyError(_unknown(study_name, url, []))
-        storage = open_storage(url)
+        storage = open_tables(url)
         given = {"budget": budget, "ttl": ttl, "max_attempts": max_attempts}
         study = retrying(partial(_open_study, storage, study_name, given))
         attributes = retrying(lambda: study.user_attrs)
@@ -366,8 +367,6 @@ class Ledger:
 def _open_study(
     storage: RDBStorage, name: str, given: Mapping[str, int | float | None]
 ) -> optuna.Study:
-    with exclusive(storage.engine, "schema"):
-        LEASE.metadata.create_all(storage.engine)
     with exclusive(storage.engine, _lock_name(name)):
         try:
             study = optuna.load_study(study_name=name, storage=storage)

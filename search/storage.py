@@ -21,10 +21,14 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from bdense.files import file_lock
-from search.errors import StorageError
+from search.errors import StorageError, StorageFullError
+from search.mounts import refuse_network_file_system
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+
+# What comes from a database, through Optuna or not.
+DATABASE_ERRORS = (SQLAlchemyError, StorageInternalError)
 
 ACCEPTED_FORMS = (
     "sqlite:///folder/file.db (relative to the current folder), sqlite:////absolute/file.db "
@@ -34,6 +38,11 @@ BUSY_SECONDS = 30
 CONNECT_SECONDS = 5
 # A server ends a claim that is frozen this long, or the study would wait for it for ever.
 FROZEN_CLAIM_SECONDS = 120
+_WITHOUT_RIGHTS = (
+    "the user may not do that: let the database's owner give the command bdense-search storage "
+    "init, with --writer or --reader for this user"
+)
+UPGRADE = "end its workers, then renew them by: bdense-search storage upgrade"
 
 # Named here because a bare postgresql:// means another driver from SQLAlchemy 2.1 on.
 _POSTGRES_DRIVER = "postgresql+psycopg2"
@@ -109,15 +118,37 @@ def open_storage(url: str) -> RDBStorage:
     Raises:
         StorageError: it cannot be opened; one line that says what to check, without a password.
     """
+    return _open(url)
+
+
+def open_reading(url: str) -> RDBStorage:
+    """Open a database that is there; whatever would write to it is refused by the database.
+
+    Args:
+        url: what ``resolve_storage_url`` accepts.
+
+    Raises:
+        StorageError: as of ``open_storage``; or there is none yet.
+    """
+    return _open(url, reading=True)
+
+
+def open_to_upgrade(url: str) -> RDBStorage:
+    """As ``open_storage``, for a database whose tables may be of another version of Optuna."""
+    return _open(url, skip_compatibility_check=True)
+
+
+def _open(url: str, *, reading: bool = False, **options: Any) -> RDBStorage:  # noqa: ANN401
     resolved = resolve_storage_url(url)
     path = sqlite_file(resolved)
     try:
         if path is not None:
-            return _open_sqlite(resolved, path)
-        return _open_postgres(resolved)
+            refuse_network_file_system(path)
+            return _open_sqlite(resolved, path, reading=reading, **options)
+        return _open_postgres(resolved, reading=reading, **options)
     except (SQLAlchemyError, StorageInternalError, OSError, RuntimeError) as error:
         # RuntimeError: Optuna met a schema of another version.
-        raise StorageError(_cannot_open(resolved, error)) from None
+        raise StorageError(cannot_open(resolved, error)) from None
 
 
 @contextlib.contextmanager
@@ -149,6 +180,7 @@ def retrying(call: Callable[[], _T], *, patience_seconds: float = 300.0) -> _T:
         patience_seconds: how long to go on after the first failure, in seconds.
 
     Raises:
+        StorageFullError: its disk is full, which no waiting mends.
         StorageError: the database did not come back in time.
     """
     deadline: float | None = None
@@ -157,6 +189,10 @@ def retrying(call: Callable[[], _T], *, patience_seconds: float = 300.0) -> _T:
         try:
             return call()
         except (SQLAlchemyError, StorageInternalError) as error:
+            if is_full(error):
+                raise StorageFullError(_full(error)) from None
+            if lacks_rights(error):
+                raise StorageError(f"{one_line(error)}; {_WITHOUT_RIGHTS}") from None
             if not is_transient(error):
                 raise
             message = one_line(error)
@@ -189,6 +225,34 @@ def is_transient(error: BaseException) -> bool:
     )
 
 
+def is_full(error: BaseException) -> bool:
+    """Whether the database has no room left on its disk."""
+    if isinstance(error, StorageInternalError) and error.__cause__ is not None:
+        error = error.__cause__
+    if not isinstance(error, DBAPIError):
+        return False
+    # disk_full, of PostgreSQL.
+    by_name = getattr(error.orig, "sqlite_errorname", "") == "SQLITE_FULL"
+    return by_name or getattr(error.orig, "pgcode", None) == "53100"
+
+
+def as_storage_error(error: BaseException) -> StorageError:
+    """What a database answered where nobody waits for it, for the user."""
+    if is_full(error):
+        return StorageFullError(_full(error))
+    return StorageError(
+        f"the study database: {one_line(error)}; check that it runs, then give the same command "
+        "again: it carries on"
+    )
+
+
+def _full(error: BaseException) -> str:
+    return (
+        f"the disk of the study database is full: {one_line(error)}; make room and give the same "
+        "command again: it carries on from what was told before"
+    )
+
+
 def one_line(error: BaseException) -> str:
     """What the database's driver said, on one line and without a password."""
     if isinstance(error, StorageInternalError) and error.__cause__ is not None:
@@ -205,13 +269,26 @@ class _SqliteConnection(sqlite3.Connection):
         self.execute("PRAGMA foreign_keys = ON")
 
 
-def _open_sqlite(url: str, path: Path) -> RDBStorage:
+class _SqliteReader(sqlite3.Connection):
+    """Writes nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - sqlite3 calls it
+        super().__init__(*args, **kwargs)
+        self.execute("PRAGMA query_only = ON")
+
+
+def _open_sqlite(url: str, path: Path, *, reading: bool, **options: Any) -> RDBStorage:  # noqa: ANN401
+    if reading:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {path}; launch a study first")
+        connect_args = {"timeout": BUSY_SECONDS, "factory": _SqliteReader}
+        return _storage(url, connect_args=connect_args, skip_table_creation=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     connect_args = {"timeout": BUSY_SECONDS, "factory": _SqliteConnection}
     with file_lock(Path(f"{path}.lock")):
         # The switch to WAL does not heed the busy timeout, so it is made once, under the lock.
         _switch_to_wal(path)
-        return _storage(url, connect_args=connect_args)
+        return _storage(url, connect_args=connect_args, **options)
 
 
 def _switch_to_wal(path: Path) -> None:
@@ -222,8 +299,8 @@ def _switch_to_wal(path: Path) -> None:
         raise OSError(f"{path.name}: {error}") from error
 
 
-def _open_postgres(url: str) -> RDBStorage:
-    connect_args = {
+def _open_postgres(url: str, *, reading: bool, **options: Any) -> RDBStorage:  # noqa: ANN401
+    connect_args: dict[str, Any] = {
         "connect_timeout": CONNECT_SECONDS,
         "keepalives": 1,
         "keepalives_idle": 30,
@@ -231,6 +308,9 @@ def _open_postgres(url: str) -> RDBStorage:
         "keepalives_count": 3,
         "application_name": "bdense",
     }
+    if reading:
+        connect_args["options"] = "-c default_transaction_read_only=on"
+        options["skip_table_creation"] = True
     gate = sqlalchemy.create_engine(
         url, connect_args=connect_args, poolclass=sqlalchemy.pool.NullPool
     )
@@ -243,13 +323,23 @@ def _open_postgres(url: str) -> RDBStorage:
             pool_size=2,
             max_overflow=2,
             pool_recycle=1800,
+            **options,
         )
 
 
-def _storage(url: str, **engine_kwargs: Any) -> RDBStorage:  # noqa: ANN401 - SQLAlchemy's own
+def _storage(
+    url: str,
+    *,
+    skip_compatibility_check: bool = False,
+    skip_table_creation: bool = False,
+    **engine_kwargs: Any,  # noqa: ANN401 - SQLAlchemy's own
+) -> RDBStorage:
     # Optuna runs str.format over its URL, which would trip over a brace in a password or a path.
     return RDBStorage(
-        url.replace("{", "{{").replace("}", "}}"), engine_kwargs={"echo": False, **engine_kwargs}
+        url.replace("{", "{{").replace("}", "}}"),
+        engine_kwargs={"echo": False, **engine_kwargs},
+        skip_compatibility_check=skip_compatibility_check,
+        skip_table_creation=skip_table_creation,
     )
 
 
@@ -294,18 +384,33 @@ def _bad_url(given: str) -> str:
     )
 
 
-def _cannot_open(url: str, error: BaseException) -> str:
+def cannot_open(url: str, error: BaseException) -> str:
+    """Why a database cannot be used and what to do, on one line and without a password."""
     parsed = make_url(url)
     said = one_line(error)
     if parsed.password:
         said = said.replace(str(parsed.password), "***")
-    if parsed.drivername in _SQLITE_NAMES:
-        advice = (
-            "check that the folder can be written, the disk has room and the file is a database"
-        )
-    else:
-        advice = (
-            "check that the server runs and can be reached from here, that user and database "
-            "exist, and the password in PGPASSWORD or PGPASSFILE"
-        )
-    return f"cannot open the study database {redact(url)}: {said}; {advice}"
+    return f"cannot open the study database {redact(url)}: {said}; {_advice(parsed, error, said)}"
+
+
+def _advice(url: URL, error: BaseException, said: str) -> str:
+    if isinstance(error, RuntimeError):
+        # Optuna's words, which name its own command, where the tables are old.
+        is_old = "storage upgrade" in said
+        return f"for a study database: {UPGRADE}" if is_old else "update optuna and bdense here"
+    if lacks_rights(error):
+        return _WITHOUT_RIGHTS
+    if url.drivername in _SQLITE_NAMES:
+        return "check that the folder can be written, the disk has room and the file is a database"
+    return (
+        "check that the server runs and can be reached from here, that user and database "
+        "exist, and the password in PGPASSWORD or PGPASSFILE"
+    )
+
+
+def lacks_rights(error: BaseException) -> bool:
+    """Whether the server refused a statement to this user, or writing to a reader."""
+    if isinstance(error, StorageInternalError) and error.__cause__ is not None:
+        error = error.__cause__
+    codes = ("42501", "25006")  # insufficient_privilege, read_only_sql_transaction
+    return isinstance(error, DBAPIError) and getattr(error.orig, "pgcode", None) in codes

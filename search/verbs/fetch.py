@@ -1,0 +1,31 @@
+"""``bdense-search fetch``: download what a study needs, before its workers do."""
+
+import argparse
+from pathlib import Path
+
+from bdense.command import Verbs, add_verb
+
+
+def add_fetch(verbs: Verbs) -> None:
+    """``fetch`` and its options."""
+    parser = add_verb(
+        verbs,
+        "fetch",
+        "download the teacher, data, reference and feature extractor that a study file names",
+        "bdense-search fetch studies/cifar10-nfe2.yaml",
+        _fetch,
+    )
+    parser.add_argument(
+        "study", metavar="STUDY.yaml", type=Path, help="a study's or a promotion's file"
+    )
+    parser.set_defaults(storage=None)
+
+
+def _fetch(options: argparse.Namespace) -> None:
+    from search.fetching import fetch_all
+    from search.study_file import read_any
+
+    spec = read_any(options.study)
+    for line in fetch_all(spec):
+        print(line, flush=True)
+    print(f"{spec.name}: everything is here")

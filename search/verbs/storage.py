@@ -1,0 +1,77 @@
+"""``bdense-search storage``: make and renew a database's tables, and its roles."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bdense.command import Verbs
+from bdense.errors import InputError
+from search.storage import redact, resolve_storage_url
+from search.verbs.common import storage_verb
+
+if TYPE_CHECKING:
+    from search.database import Access, Role
+
+_ROLES: tuple[tuple[str, "Access", str], ...] = (
+    ("writer", "read-write", "a role that may launch and work (PostgreSQL; made if need be)"),
+    ("reader", "read-only", "a role that may look alone, for the dashboard"),
+)
+
+
+def add_storage(verbs: Verbs) -> None:
+    """``storage`` and its options."""
+    parser = storage_verb(
+        verbs,
+        "storage",
+        "make a study database's tables and roles, or bring its tables to this version",
+        "bdense-search storage init --writer bdense_rw --writer-password-file secrets/writer",
+        _storage,
+    )
+    parser.add_argument(
+        "action",
+        choices=("init", "upgrade"),
+        help="init: what is missing, as the database's owner; upgrade: what is old",
+    )
+    for kind, _, what in _ROLES:
+        parser.add_argument(f"--{kind}", metavar="NAME", help=f"init: {what}")
+        parser.add_argument(
+            f"--{kind}-password-file",
+            metavar="FILE",
+            type=Path,
+            help="init: holds its password (default: the role's stays as it is)",
+        )
+
+
+def _storage(options: argparse.Namespace) -> None:
+    from search.database import grant, open_tables, upgrade
+
+    url = resolve_storage_url(options.storage)
+    roles = _roles(options)
+    if options.action == "upgrade":
+        if roles:
+            raise InputError("storage upgrade takes no --writer or --reader; give them to init")
+        for line in upgrade(url):
+            print(line)
+        return
+    open_tables(url)
+    print(f"tables are there: {redact(url)}")
+    if roles:
+        grant(url, roles)
+    for role in roles:
+        print(f"{role.name} may {role.access}")
+
+
+def _roles(options: argparse.Namespace) -> "list[Role]":
+    from search.database import Role, read_password
+
+    roles = []
+    for kind, access, _ in _ROLES:
+        name, file = getattr(options, kind), getattr(options, f"{kind}_password_file")
+        if name is not None:
+            password = None if file is None else read_password(file)
+            roles.append(Role(name=name, access=access, password=password))
+        elif file is not None:
+            raise InputError(
+                f"--{kind}-password-file {file} is nobody's; give --{kind} NAME beside it"
+            )
+    return roles

@@ -1,0 +1,299 @@
+"""The study database: tables of another version, roles and what they may not do."""
+
+import subprocess
+import time
+
+import pytest
+import sqlalchemy as sa
+from optuna.samplers import RandomSampler
+
+from bdense.errors import InputError
+from search import cli
+from search.database import SCHEMA, Role, grant, open_tables, read_password, upgrade
+from search.errors import StorageError
+from search.ledger import Claim, Ledger
+from search.storage import open_reading, open_storage
+from tests.contracts.ledger_worker import SPACE
+
+PASSWORD = "it's 50 % \\ secret"
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def url(request, tmp_path) -> str:
+    """An empty database of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/study.db"
+    return request.getfixturevalue("postgres").new_database()
+
+
+def execute(url: str, *statements: str) -> None:
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        for statement in statements:
+            connection.exec_driver_sql(statement)
+    engine.dispose()
+
+
+def version(url: str) -> list[int]:
+    engine = sa.create_engine(url)
+    with engine.connect() as connection:
+        found = list(connection.exec_driver_sql("SELECT version FROM bdense_schema").scalars())
+    engine.dispose()
+    return found
+
+
+def claimed(url: str, **settings) -> tuple[Ledger, Claim]:
+    ledger = Ledger.open(url, "digits", budget=2, **settings)
+    claim = ledger.claim(SPACE, RandomSampler)
+    assert isinstance(claim, Claim)
+    return ledger, claim
+
+
+def test_tables_are_made_once_and_say_their_version(url):
+    open_tables(url)
+    open_tables(url)
+    assert version(url) == [SCHEMA]
+
+
+def test_tables_without_a_version_but_of_its_form_get_one(url):
+    """Those of before there were versions."""
+    ledger, claim = claimed(url)
+    execute(url, "DROP TABLE bdense_schema")
+    assert Ledger.open(url, "digits", budget=None).running()[0].number == claim.number
+    assert version(url) == [SCHEMA]
+    ledger.complete(claim, 1.0, {})
+
+
+@pytest.mark.parametrize(
+    ("statements", "told"),
+    [
+        (["UPDATE bdense_schema SET version = 0"], "(version 0, this one has 1)"),
+        (
+            ["DROP TABLE bdense_schema", "ALTER TABLE bdense_lease DROP COLUMN forgiven"],
+            "(version before 1, this one has 1)",
+        ),
+    ],
+)
+def test_old_tables_are_refused_until_they_are_upgraded(url, statements, told):
+    ledger, claim = claimed(url)
+    ledger.complete(claim, 1.5, {"kept": True})
+    execute(url, *statements)
+    with pytest.raises(StorageError, match="are of an older bdense") as caught:
+        Ledger.open(url, "digits", budget=None)
+    assert told in str(caught.value)
+    assert "bdense-search storage upgrade" in str(caught.value)
+
+    assert [line.partition(":")[0] for line in upgrade(url)] == ["bdense's tables"]
+    assert version(url) == [SCHEMA]
+    again = Ledger.open(url, "digits", budget=None)
+    assert [(t.value, t.user_attrs["kept"]) for t in again.study.trials] == [(1.5, True)]
+    assert isinstance(again.claim(SPACE, RandomSampler), Claim)
+
+
+def test_a_newer_versions_tables_are_left_alone(url):
+    open_tables(url)
+    execute(url, "UPDATE bdense_schema SET version = 7")
+    for refused in (open_tables, upgrade):
+        with pytest.raises(StorageError, match=r"newer bdense \(version 7, .* update bdense here"):
+            refused(url)
+    assert version(url) == [7]
+
+
+def test_an_upgrade_waits_for_workers(url):
+    ledger, claim = claimed(url, ttl=60)
+    execute(url, "UPDATE bdense_schema SET version = 0")
+    with pytest.raises(InputError, match=r"1 trials of .* are being worked on"):
+        upgrade(url)
+    ledger.release(claim)
+    upgrade(url)
+    assert Ledger.open(url, "digits", budget=None).claim(SPACE, RandomSampler).number == 0
+
+
+def test_a_lease_that_ran_out_holds_up_no_upgrade(url):
+    claimed(url, ttl=0.2)
+    execute(url, "UPDATE bdense_schema SET version = 0")
+    time.sleep(0.4)
+    upgrade(url)
+    assert version(url) == [SCHEMA]
+
+
+def test_an_upgrade_of_this_version_changes_nothing(url):
+    open_tables(url)
+    assert upgrade(url) == ["the tables are of this version already"]
+
+
+def test_optunas_old_tables_name_our_command_and_are_upgraded(url, capsys):
+    open_tables(url)
+    execute(url, "UPDATE alembic_version SET version_num = 'v3.0.0.d'")
+    assert cli.main(["status", "digits", "--storage", url]) == 2
+    said = capsys.readouterr().err
+    assert "bdense-search storage upgrade" in said
+    assert said.count("\n") == 1
+    assert cli.main(["storage", "upgrade", "--storage", url]) == 0
+    assert "Optuna's tables: from v3.0.0.d to v3.2.0.a" in capsys.readouterr().out
+    assert cli.main(["storage", "init", "--storage", url]) == 0
+
+
+def test_a_reader_of_a_file_cannot_write(tmp_path):
+    url = f"sqlite:///{tmp_path}/study.db"
+    with pytest.raises(StorageError, match="launch a study first"):
+        open_reading(url)
+    open_tables(url)
+    storage = open_reading(url)
+    assert storage.get_all_studies() == []
+    with (
+        storage.engine.connect() as connection,
+        pytest.raises(sa.exc.OperationalError, match="readonly"),
+    ):
+        connection.exec_driver_sql("DELETE FROM studies")
+
+
+def test_roles_of_a_file_are_refused(tmp_path):
+    with pytest.raises(InputError, match="which has no roles; leave --writer and --reader out"):
+        grant(f"sqlite:///{tmp_path}/a.db", [Role(name="me", access="read-only")])
+
+
+def test_a_disk_that_takes_no_files_is_named(capsys):
+    """/proc: for root too."""
+    assert cli.main(["status", "digits", "--storage", "sqlite:////proc/runs/study.db"]) == 2
+    assert cli.main(["storage", "init", "--storage", "sqlite:////proc/runs/study.db"]) == 2
+    assert "check that the folder can be written" in capsys.readouterr().err
+
+
+def test_passwords_from_files(tmp_path):
+    (tmp_path / "empty").write_text("\n")
+    (tmp_path / "good").write_text("two words\n")
+    assert read_password(tmp_path / "good") == "two words"
+    with pytest.raises(InputError, match="is empty; write the password into it"):
+        read_password(tmp_path / "empty")
+    with pytest.raises(InputError, match="cannot be read"):
+        read_password(tmp_path / "none")
+
+
+@pytest.mark.postgres
+class TestRoles:
+    """Owner, writer, reader on a server that asks everybody but the owner for a password."""
+
+    @pytest.fixture
+    def roles(self, postgres, tmp_path):
+        url = postgres.new_database()
+        name = sa.engine.make_url(url).database
+        rules = postgres.data / "pg_hba.conf"
+        trusting = rules.read_text()
+        rules.write_text(f"local {name} rw_{name},ro_{name} scram-sha-256\n{trusting}")
+        postgres.control("reload")
+        for kind in ("rw", "ro"):
+            (tmp_path / kind).write_text(f"{PASSWORD}\n")
+        options = ("--writer", f"rw_{name}", "--writer-password-file", str(tmp_path / "rw"))
+        options += ("--reader", f"ro_{name}", "--reader-password-file", str(tmp_path / "ro"))
+        assert cli.main(["storage", "init", "--storage", url, *options]) == 0
+        yield url, postgres.url(name, user=f"rw_{name}"), postgres.url(name, user=f"ro_{name}")
+        rules.write_text(trusting)
+        postgres.control("reload")
+        for role in (f"rw_{name}", f"ro_{name}"):
+            execute(url, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
+
+    def test_the_writer_runs_a_study_and_makes_no_tables(self, roles, monkeypatch):
+        _, writer, _ = roles
+        monkeypatch.setenv("PGPASSWORD", PASSWORD)
+        ledger, claim = claimed(writer)
+        ledger.report(claim, 1, 2.0)
+        ledger.complete(claim, 1.5, {"a": 1})
+        assert ledger.counts().complete == 1
+        with pytest.raises(sa.exc.ProgrammingError, match="permission denied for schema public"):
+            execute(writer, "CREATE TABLE mine (x int)")
+        with pytest.raises(sa.exc.ProgrammingError, match="must be owner"):
+            execute(writer, "DROP TABLE bdense_lease")
+
+    def test_the_reader_looks_and_changes_nothing(self, roles, monkeypatch, capsys):
+        url, _, reader = roles
+        monkeypatch.setenv("PGPASSWORD", PASSWORD)
+        _ledger, _claim = claimed(url)
+        assert cli.main(["status", "digits", "--storage", reader, "--json"]) == 0
+        assert '"running": 1' in capsys.readouterr().out
+        with pytest.raises(sa.exc.DBAPIError, match="read-only transaction"):
+            execute(reader, "DELETE FROM trials")
+        with pytest.raises(sa.exc.DBAPIError, match="permission denied for table trials"):
+            execute(reader, "SET TRANSACTION READ WRITE; DELETE FROM trials")
+        # The dashboard's way in is closed by the server, whatever the role.
+        storage = open_reading(url)
+        with (
+            storage.engine.connect() as connection,
+            pytest.raises(sa.exc.DBAPIError, match="read-only transaction"),
+        ):
+            connection.exec_driver_sql("DELETE FROM trials")
+        storage.engine.dispose()
+
+    def test_a_reader_who_launches_is_told_who_can_help(self, roles, monkeypatch):
+        _, _, reader = roles
+        monkeypatch.setenv("PGPASSWORD", PASSWORD)
+        with pytest.raises(StorageError, match="bdense-search storage init, with --writer"):
+            Ledger.open(reader, "new", budget=3)
+
+    def test_a_stranger_is_kept_out(self, roles, postgres):
+        url, _, _ = roles
+        execute(url, "CREATE ROLE stranger LOGIN")
+        name = sa.engine.make_url(url).database
+        try:
+            with pytest.raises(StorageError, match=f'permission denied for database "{name}"'):
+                open_storage(postgres.url(name, user="stranger"))
+        finally:
+            execute(url, "DROP ROLE stranger")
+
+    def test_an_empty_database_without_rights_names_the_command(self, postgres):
+        url = postgres.new_database()
+        name = sa.engine.make_url(url).database
+        execute(url, "CREATE ROLE guest LOGIN")
+        try:
+            with pytest.raises(StorageError, match="bdense-search storage init") as caught:
+                open_tables(postgres.url(name, user="guest"))
+            assert "permission denied for schema public" in str(caught.value)
+        finally:
+            execute(url, "DROP ROLE guest")
+
+    def test_no_password_is_in_the_servers_catalogue_or_log(self, roles, postgres):
+        url, _, _ = roles
+        name = sa.engine.make_url(url).database
+        engine = sa.create_engine(url)
+        with engine.connect() as connection:
+            stored = connection.execute(
+                sa.text("SELECT rolpassword FROM pg_authid WHERE rolname = :name"),
+                {"name": f"rw_{name}"},
+            ).scalar_one()
+        engine.dispose()
+        assert stored.startswith("SCRAM-SHA-256$")
+        assert PASSWORD not in (postgres.data / "log").read_text()
+
+
+@pytest.mark.postgres
+def test_a_study_is_restored_from_its_backup_and_carried_on(postgres, tmp_path):
+    """As docs/running.md says: pg_dump while it runs, pg_restore into an empty database."""
+    url, copy = postgres.new_database(), postgres.new_database()
+    ledger, first = claimed(url, ttl=0.2)
+    ledger.complete(first, 1.5, {"kept": [1, 2]})
+    second = ledger.claim(SPACE, RandomSampler)
+    ledger.report(second, 3, 2.5)
+    dump = tmp_path / "study.dump"
+
+    def tool(name: str, database: str, *options: str) -> None:
+        socket = sa.engine.make_url(url).query["host"]
+        named = sa.engine.make_url(database).database
+        command = [postgres.bin / name, "-h", socket, "-U", "postgres", "-d", named, *options]
+        subprocess.run(command, check=True, capture_output=True)
+
+    tool("pg_dump", url, "--format=custom", f"--file={dump}")
+    ledger.complete(second, 9.0, {})  # after the backup: lost with the server
+    tool("pg_restore", copy, "--no-owner", "--exit-on-error", str(dump))
+
+    restored = Ledger.open(copy, "digits", budget=None)
+    assert [(t.value, t.user_attrs["kept"]) for t in restored.study.trials[:1]] == [(1.5, [1, 2])]
+    counts = restored.counts()
+    assert (counts.planned, counts.complete, counts.running) == (2, 1, 1)
+    time.sleep(0.5)  # the lease that was copied runs out
+    deadline = time.monotonic() + 20
+    while not isinstance(again := restored.claim(SPACE, RandomSampler), Claim):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert (again.number, again.params, again.attempt) == (1, second.params, 2)
+    restored.complete(again, 2.0, {})
+    assert restored.counts().complete == 2

@@ -1,0 +1,56 @@
+"""Which file system holds a path, and SQLite kept off those whose locks do not hold."""
+
+from pathlib import Path
+
+import pytest
+
+from search.errors import StorageError
+from search.mounts import file_system, refuse_network_file_system
+
+# As a kernel writes it: the optional fields before the dash vary in number.
+MOUNTS = r"""
+21 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
+35 21 0:31 / /home rw,nosuid shared:14 master:2 - nfs4 server:/home rw,vers=4.2
+36 35 8:2 / /home/me/scratch rw - xfs /dev/sdb1 rw
+37 21 0:40 / /mnt/with\040blank rw shared:5 - cifs //server/share rw
+38 21 0:41 / /data rw - ext4 /dev/sdc1 rw
+39 21 0:42 / /data rw - fuse.sshfs me@host:/data rw
+""".lstrip()
+
+
+@pytest.fixture
+def mounts(tmp_path) -> Path:
+    path = tmp_path / "mountinfo"
+    path.write_text(MOUNTS)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/srv/runs/bdense.db", "ext4"),
+        ("/home/me/runs/bdense.db", "nfs4"),
+        ("/home/me/scratch/runs/bdense.db", "xfs"),
+        ("/homes/me/bdense.db", "ext4"),
+        ("/mnt/with blank/bdense.db", "cifs"),
+        ("/data/bdense.db", "fuse.sshfs"),
+    ],
+)
+def test_the_innermost_and_last_mount_counts(mounts, path, kind):
+    assert file_system(Path(path), mounts) == kind
+
+
+def test_this_machines_own_mounts_are_understood(tmp_path):
+    assert file_system(Path("/proc/self")) == "proc"
+    assert file_system(tmp_path) not in ("", "proc")
+
+
+def test_where_mounts_are_not_told_nothing_is_refused(tmp_path):
+    assert file_system(tmp_path, tmp_path / "none") == ""
+    refuse_network_file_system(tmp_path, tmp_path / "none")
+
+
+def test_a_network_file_system_is_refused_with_a_way_out(mounts):
+    refuse_network_file_system(Path("/srv/bdense.db"), mounts)
+    with pytest.raises(StorageError, match=r"network file system \(nfs4\).*PostgreSQL server"):
+        refuse_network_file_system(Path("/home/me/runs/bdense.db"), mounts)

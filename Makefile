@@ -7,13 +7,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: search test test-all lint clean
+.PHONY: search test test-slow test-all lint clean
 
 search: $(VENV)/.installed
 	$(BIN)/bdense-search launch $(STUDY)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow
 
 test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

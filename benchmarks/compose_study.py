@@ -1,0 +1,125 @@
+"""The digits study under docker compose: built, a worker crashed, down, up again, complete.
+
+``python -m benchmarks.compose_study --write``; ``--trials 4`` for a short one. Its volumes are
+deleted at the end.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.common import DIGITS_STUDY, parser, publish
+from tests.e2e.stack import Engine, Stack
+
+
+class Log:
+    """What was done and seen, with the time."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self._started = time.monotonic()
+
+    def say(self, text: str) -> None:
+        line = f"[{time.monotonic() - self._started:6.0f} s] {text}"
+        self.lines.append(line)
+        print(line, file=sys.stderr, flush=True)
+
+
+def wait(condition: Callable[[], Any], seconds: float = 3600) -> None:
+    """Until it is so."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError("it did not come about")
+        time.sleep(1)
+
+
+def states(stack: Stack) -> str:
+    """What each container does."""
+    rows = stack.compose("ps", "--all", "--format", "json").stdout.strip()
+    # One object a line, or in older versions one list.
+    listed = (
+        json.loads(rows) if rows.startswith("[") else [json.loads(r) for r in rows.split("\n")]
+    )
+    return ", ".join(sorted(f"{row['Service']} {row['State']}" for row in listed))
+
+
+def last_line(stack: Stack) -> str:
+    """How far the launcher says that it is."""
+    lines = [line for line in stack.logs("launcher").splitlines() if "running:" in line]
+    return lines[-1].partition("|")[2].strip() if lines else ""
+
+
+def main() -> None:
+    """Run and publish."""
+    options = parser(__doc__)
+    options.add_argument("--trials", type=int, default=16)
+    options.add_argument("--workers", type=int, default=2)
+    given = options.parse_args()
+    engine = Engine.find()
+    if isinstance(engine, str):
+        sys.exit(engine)
+    stack = Stack(
+        engine, str(DIGITS_STUDY), options=f"--trials {given.trials}", project="bdense-study"
+    )
+    stack.workers = given.workers
+    log = Log()
+    try:
+        answer = run(stack, given.trials, log)
+    finally:
+        stack.down("--volumes")
+        engine.end()
+    publish("compose_study", body(answer, log), write=given.write, threads="1 a worker")
+
+
+def run(stack: Stack, trials: int, log: Log) -> dict[str, Any]:
+    """The whole story; what `best --json` answers at its end."""
+    log.say("build")
+    stack.build()
+    log.say(f"up --scale ray-worker={stack.workers}")
+    stack.up()
+    wait(lambda: f"trials 2/{trials}" in last_line(stack))
+    log.say(last_line(stack))
+    log.say(f"before: {states(stack)}")
+    log.say("a ray-worker's first process is killed (SIGKILL)")
+    victim = stack.containers("ray-worker")[0]
+    stack.crash(victim)
+    wait(lambda: stack.inspect(victim)[0]["RestartCount"] == 1, 120)
+    log.say("its container was started again")
+    wait(lambda: f"trials {trials // 2}/{trials}" in last_line(stack))
+    log.say(last_line(stack))
+    stack.down()
+    log.say("down, then up again")
+    stack.up()
+    wait(lambda: stack.launcher_status()[0] == "exited")
+    log.say(f"the launcher has ended with {stack.launcher_status()[1]}")
+    log.say(f"after: {states(stack)}")
+    carried = [line for line in stack.logs("launcher").splitlines() if "carrying on" in line]
+    log.say(carried[0].partition("|")[2].strip())
+    answer = stack.search("best")
+    doctor = stack.compose(
+        *("run", "--rm", "--no-deps", "launcher", "bdense-search", "doctor", answer["study"]),
+        check=False,
+    )
+    log.say(f"doctor: exit status {doctor.returncode}")
+    log.lines += ["", *doctor.stdout.strip().splitlines()]
+    return answer
+
+
+def body(answer: dict[str, Any], log: Log) -> str:
+    """The log, and the figures."""
+    best, baselines = answer["best"], answer["baselines"]
+    figures = {
+        "trials": answer["trials"],
+        "plain SFD": baselines["sfd"]["fid"],
+        "uniform weights": baselines["uniform"]["fid"],
+        "best": {key: best[key] for key in ("number", "a", "fid")},
+    }
+    shown = "\n".join(log.lines)
+    return f"```\n{shown}\n```\n\n```json\n{json.dumps(figures, indent=1)}\n```"
+
+
+if __name__ == "__main__":
+    main()

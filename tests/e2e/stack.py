@@ -1,0 +1,169 @@
+"""docker-compose.yml brought up for real, under a project name of its own."""
+
+import base64
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+# Starts a Docker engine where none runs: `SCRIPT up DIR` leaves DIR/env.sh, `SCRIPT down DIR`
+# ends it.
+ENGINE = Path(os.environ.get("BDENSE_ENGINE") or ROOT / "../shared/tools/local-engine/engine.sh")
+SECRETS = ROOT / "docker" / "secrets"
+APP_USER = "10001"
+
+
+@dataclass
+class Engine:
+    """A Docker engine: the machine's own, or one that was started for a while."""
+
+    environment: dict[str, str]
+    folder: Path | None = None
+
+    @classmethod
+    def find(cls) -> "Engine | str":
+        """One that answers, or why there is none."""
+        if _answers(dict(os.environ)):
+            return cls(dict(os.environ))
+        if not (ENGINE.is_file() and os.geteuid() == 0):
+            return "no Docker engine answers here, and none can be started"
+        folder = Path(tempfile.mkdtemp(prefix="bdense-engine-"))
+        started = subprocess.run(
+            ["bash", ENGINE, "up", folder],
+            capture_output=True,
+            text=True,
+            timeout=900,
+            check=False,
+        )
+        told = (folder / "env.sh").read_text() if (folder / "env.sh").exists() else ""
+        set_there = dict(pair.split("=", 1) for pair in told.removeprefix("export ").split())
+        environment = {**os.environ, **set_there}
+        if started.returncode or not _answers(environment):
+            shutil.rmtree(folder, ignore_errors=True)
+            return f"no Docker engine could be started: {started.stderr[-300:]}"
+        return cls(environment, folder)
+
+    def end(self) -> None:
+        """Stop it, if it was started here."""
+        if self.folder is not None:
+            subprocess.run(["bash", ENGINE, "down", self.folder], check=False, timeout=120)
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _answers(environment: dict[str, str]) -> bool:
+    if shutil.which("docker") is None:
+        return False
+    commands = (["docker", "info"], ["docker", "compose", "version"])
+    return all(
+        subprocess.run(each, env=environment, capture_output=True, check=False).returncode == 0
+        for each in commands
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as chosen:
+        chosen.bind(("127.0.0.1", 0))
+        return chosen.getsockname()[1]
+
+
+@dataclass
+class Stack:
+    """The service of one project.
+
+    Attributes:
+        engine: Where it runs.
+        study, options: What its launcher runs.
+        project: Its name; containers, networks and volumes carry it.
+        workers: How many of ray-worker.
+    """
+
+    engine: Engine
+    study: str
+    options: str = ""
+    project: str = "bdense-test"
+    workers: int = 2
+    port: int = field(default_factory=free_port)
+
+    def compose(
+        self, *arguments: str, check: bool = True, timeout: float = 1800
+    ) -> subprocess.CompletedProcess[str]:
+        done = self.docker("compose", "-p", self.project, *arguments, timeout=timeout)
+        assert not check or done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
+        return done
+
+    def docker(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        own = {"STUDY": self.study, "LAUNCH_OPTIONS": self.options, "PORT": str(self.port)}
+        return subprocess.run(
+            ["docker", *arguments],
+            cwd=ROOT,
+            env={**self.engine.environment, **own, "BIND": "127.0.0.1"},
+            text=True,
+            capture_output=True,
+            timeout=timeout,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+
+    def build(self) -> None:
+        subprocess.run(["sh", ROOT / "docker" / "secrets.sh"], check=True, capture_output=True)
+        self.compose("build")
+
+    def up(self) -> None:
+        self.compose("up", "--detach", "--scale", f"ray-worker={self.workers}")
+
+    def down(self, *options: str) -> None:
+        self.compose("down", *options)
+
+    def containers(self, *services: str) -> list[str]:
+        return self.compose("ps", "--all", "--quiet", *services).stdout.split()
+
+    def inspect(self, *containers: str) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = json.loads(self.docker("inspect", *containers).stdout)
+        return found
+
+    def search(self, *arguments: str) -> dict[str, Any]:
+        """What a looking verb of bdense-search answers, given as a user would."""
+        name = Path(self.study).stem
+        command = ("bdense-search", arguments[0], name, *arguments[1:], "--json")
+        done = self.compose("run", "--rm", "--no-deps", "launcher", *command)
+        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return answer
+
+    def launcher_status(self) -> tuple[str, int]:
+        """State and exit status of the launcher's container."""
+        state = self.inspect(*self.containers("launcher"))[0]["State"]
+        return state["Status"], state["ExitCode"]
+
+    def crash(self, container: str) -> None:
+        """Kill a container's first process, as a dying machine would: Docker itself did not."""
+        os.kill(self.inspect(container)[0]["State"]["Pid"], 9)
+
+    def ask(
+        self, path: str, *, method: str = "GET", password: str | None = None, user: str = "bdense"
+    ) -> tuple[int, bytes]:
+        """What the published port answers."""
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", method=method)
+        if password is not None:
+            token = base64.b64encode(f"{user}:{password}".encode()).decode()
+            request.add_header("Authorization", f"Basic {token}")
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+    def secrets(self) -> dict[str, str]:
+        return {path.name: path.read_text() for path in SECRETS.iterdir()}
+
+    def logs(self, *services: str, options: Sequence[str] = ("--no-color",)) -> str:
+        done = self.compose("logs", *options, *services)
+        return done.stdout + done.stderr

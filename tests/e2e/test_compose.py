@@ -1,0 +1,172 @@
+"""docker compose for real: a study over two workers survives a crash, and nobody gets in."""
+
+import time
+
+import pytest
+
+from tests.e2e.stack import APP_USER, Engine, Stack
+from tests.e2e.study import wait_until
+
+TRIALS = 4
+STUDY = "studies/digits-nfe2.yaml"
+OURS = ("ray-head", "ray-worker", "launcher", "dashboard", "proxy")
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
+
+
+@pytest.fixture(scope="module")
+def stack():
+    engine = Engine.find()
+    if isinstance(engine, str):
+        pytest.skip(f"docker compose is not tried: {engine}")
+    stack = Stack(engine, STUDY, options=f"--trials {TRIALS}")
+    stack.build()
+    try:
+        yield stack
+    finally:
+        stack.down("--volumes")
+        engine.end()
+
+
+def ended(stack: Stack) -> bool:
+    return stack.launcher_status()[0] == "exited"
+
+
+def test_a_study_survives_a_crash_and_a_restart(stack):
+    stack.up()
+    wait_until(lambda: "running: training" in stack.logs("launcher"), seconds=900, what="a trial")
+    stack.crash(stack.containers("ray-worker")[0])
+    wait_until(
+        lambda: stack.inspect(stack.containers("ray-worker")[0])[0]["RestartCount"] == 1,
+        seconds=60,
+        what="the worker's container is started again",
+    )
+    time.sleep(5)
+    stack.down()
+    stack.up()
+    wait_until(lambda: ended(stack), seconds=900, what="the end of the study")
+    assert stack.launcher_status() == ("exited", 0), stack.logs("launcher")
+    answer = stack.search("best")
+    assert answer["trials"] == {
+        "planned": TRIALS,
+        "complete": TRIALS,
+        "pruned": 0,
+        "failed": 0,
+        "running": 0,
+    }
+    assert list(answer["baselines"]) == ["sfd", "uniform"]
+    # Given again it finds nothing to do.
+    stack.compose("up", "--detach", "launcher")
+    wait_until(lambda: ended(stack), seconds=120, what="the end of a launch without work")
+    assert stack.launcher_status() == ("exited", 0)
+    assert "nothing is left to do" in stack.logs("launcher")
+
+
+def test_the_proxy_asks_for_a_password_and_lets_nothing_change(stack):
+    stack.up()
+    password = stack.secrets()["dashboard"]
+    wait_until(
+        lambda: stack.ask("/api/studies", password=password)[0] == 200,
+        seconds=60,
+        what="the dashboard",
+    )
+    assert stack.ask("/api/studies")[0] == 401
+    assert stack.ask("/api/studies", password="wrong")[0] == 401
+    assert stack.ask("/api/studies", password=password, user="admin")[0] == 401
+    assert b"digits-nfe2" in stack.ask("/api/studies", password=password)[1]
+    for method, path in (
+        ("DELETE", "/api/studies/1"),
+        ("POST", "/api/studies/1/rename"),
+        ("PUT", "/api/studies/1/note"),
+        ("POST", "/api/trials/1/tell"),
+    ):
+        assert stack.ask(path, method=method, password=password)[0] == 403
+    # The proxy's own healthcheck is for itself.
+    assert stack.ask("/alive", password=password)[0] == 403
+
+
+def test_no_port_but_the_proxys_is_published(stack):
+    stack.up()
+    for described in stack.inspect(*stack.containers()):
+        service = described["Config"]["Labels"]["com.docker.compose.service"]
+        published = {
+            (port, each["HostIp"], each["HostPort"])
+            for port, bindings in (described["NetworkSettings"]["Ports"] or {}).items()
+            for each in bindings or ()
+        }
+        mine = {("8080/tcp", "127.0.0.1", str(stack.port))} if service == "proxy" else set()
+        assert published == mine, service
+        networks = {
+            name.removeprefix(f"{stack.project}_")
+            for name in described["NetworkSettings"]["Networks"]
+        }
+        outside = {"proxy": {"internal", "edge"}, "fetch": {"edge"}}
+        assert networks == outside.get(service, {"internal"}), service
+    networks = stack.inspect(f"{stack.project}_internal")
+    assert [network["Internal"] for network in networks] == [True]
+
+
+def test_from_the_outer_network_neither_database_nor_ray_answers(stack):
+    stack.up()
+    addresses = {
+        service: described["NetworkSettings"]["Networks"][f"{stack.project}_internal"]["IPAddress"]
+        for service in ("postgres", "ray-head")
+        for described in stack.inspect(*stack.containers(service))
+    }
+    program = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 3)"
+    for network, reached in (("internal", True), ("edge", False)):
+        for service, port in (("postgres", 5432), ("ray-head", 6379)):
+            for host in (service, addresses[service]):
+                done = stack.docker(
+                    *("run", "--rm", "--network", f"{stack.project}_{network}", "bdense-service"),
+                    *("python", "-c", program, host, str(port)),
+                )
+                assert (done.returncode == 0) is reached, (network, service, host, done.stderr)
+
+
+def test_ray_refuses_whoever_has_no_token(stack):
+    stack.up()
+    for given in ("", "RAY_AUTH_MODE=token RAY_AUTH_TOKEN=wrong"):
+        done = stack.compose(
+            *("run", "--rm", "--no-deps", "--entrypoint", "sh", "launcher", "-c"),
+            f"{given} ray status --address ray-head:6379",
+            check=False,
+        )
+        assert done.returncode != 0
+        assert "Unauthenticated" in done.stdout + done.stderr, done.stdout + done.stderr
+    done = stack.compose(
+        *("run", "--rm", "--no-deps", "launcher", "ray", "status", "--address", "ray-head:6379")
+    )
+    assert "node_" in done.stdout
+
+
+def test_processes_have_no_rights(stack):
+    stack.up()
+    for service in OURS:
+        for container in stack.containers(service):
+            described = stack.inspect(container)[0]
+            host = described["HostConfig"]
+            assert host["CapDrop"] == ["ALL"], service
+            assert host["ReadonlyRootfs"] is True, service
+            assert "no-new-privileges:true" in host["SecurityOpt"], service
+            if described["State"]["Running"]:
+                done = stack.docker("exec", container, "id", "-u")
+                assert done.stdout.strip() == APP_USER, service
+
+
+def test_no_secret_is_in_a_description_an_image_a_process_list_or_a_log(stack):
+    stack.up()
+    containers = stack.containers()
+    seen = stack.docker("inspect", *containers).stdout + stack.logs()
+    for container in containers:
+        seen += stack.docker("top", container, "-eo", "args").stdout
+    for image in ("bdense-service", "bdense-engine", "bdense-proxy"):
+        seen += stack.docker("history", "--no-trunc", image).stdout
+        seen += stack.docker("inspect", image).stdout
+        found = stack.docker(
+            *("run", "--rm", "--entrypoint", "find", image, "/", "-xdev", "-name", "*database_*er")
+        )
+        assert found.stdout == ""
+    assert "gunicorn" in seen
+    assert "tables are there" in seen
+    leaked = [name for name, secret in stack.secrets().items() if secret in seen]
+    assert leaked == []

@@ -111,6 +111,7 @@ def distill_chain(
     metadata: Mapping[str, Any] | None = None,
     checkpoint_seconds: float = 60.0,
     on_update: Callable[[int, UpdateReport], None] | None = None,
+    on_save: Callable[[int, int], None] | None = None,
 ) -> Iterator[Round]:
     """Distil round by round, and yield each student as it is done.
 
@@ -129,7 +130,9 @@ def distill_chain(
         clip_samples: Whether the students draw with clipped predictions.
         metadata: What else the students' files say.
         checkpoint_seconds: Of the round that is under way.
-        on_update: Called after every update with the round's steps.
+        on_update: Called after every update with the round's steps; what it raises ends the
+            run, as of ``distill_round``.
+        on_save: Called with the round's steps and the updates done, after each of its saves.
 
     Raises:
         InputError: Something does not fit together.
@@ -159,6 +162,7 @@ def distill_chain(
         metadata=metadata or {},
         checkpoint_seconds=checkpoint_seconds,
         on_update=on_update,
+        on_save=on_save,
     )
     for steps in ((chain.first,) if converts else ()) + chain.students:
         rounds.require_own(steps)
@@ -177,6 +181,7 @@ class _Rounds:
     metadata: Mapping[str, Any]
     checkpoint_seconds: float
     on_update: Callable[[int, UpdateReport], None] | None
+    on_save: Callable[[int, int], None] | None
 
     def path(self, steps: int) -> Path:
         """Of the student of that many steps."""
@@ -233,6 +238,10 @@ class _Rounds:
             if self.on_update is not None:
                 self.on_update(steps, done)
 
+        def on_save(done: int) -> None:
+            if self.on_save is not None:
+                self.on_save(steps, done)
+
         branched = distill_round(
             teacher,
             self.batches,
@@ -244,6 +253,7 @@ class _Rounds:
             checkpoint=unfinished,
             checkpoint_seconds=self.checkpoint_seconds,
             on_update=on_update,
+            on_save=on_save,
         )
         student = export_branch(branched)
         about = {

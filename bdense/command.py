@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import TypeAlias
 
-from bdense.errors import BdenseError, InputError
+from bdense.errors import BdenseError, InputError, StoppedError
 
 DONE, FAILURE, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
@@ -49,6 +49,7 @@ def run_verb(
     *,
     on_interrupt: str,
     clean: Callable[[str], str] = str,
+    tell: Callable[[str], None] | None = None,
 ) -> int:
     """Call, and turn what it raises into one clear line on stderr and an exit status.
 
@@ -57,10 +58,12 @@ def run_verb(
         call: What the user asked for.
         on_interrupt: What to say on Ctrl-C.
         clean: Takes secrets out of a line.
+        tell: Where lines go, without their ends; None is stderr.
 
     Returns:
-        0 done, 1 failed, 2 a mistake of the user's, 130 interrupted.
+        0 done, 1 failed, 2 a mistake of the user's, 130 interrupted or stopped.
     """
+    tell = tell or _to_stderr
     try:
         call()
         sys.stdout.flush()
@@ -70,21 +73,27 @@ def run_verb(
         return FAILURE
     except BdenseError as error:
         for line in str(error).splitlines():
-            sys.stderr.write(f"{prog}: {clean(line)}\n")
+            tell(f"{prog}: {clean(line)}")
+        if isinstance(error, StoppedError):
+            return INTERRUPTED
         return USER_ERROR if isinstance(error, InputError) else FAILURE
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
-        sys.stderr.write(f"{prog}: out of memory; choose a smaller --batch\n")
+        tell(f"{prog}: out of memory; choose a smaller --batch")
         return FAILURE
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        sys.stderr.write(f"{prog}: {clean(what)}\n")
+        tell(f"{prog}: {clean(what)}")
         return USER_ERROR
     except KeyboardInterrupt:
-        sys.stderr.write(f"\n{on_interrupt}\n")
+        tell(f"\n{on_interrupt}")
         return INTERRUPTED
     return DONE
+
+
+def _to_stderr(line: str) -> None:
+    sys.stderr.write(line + "\n")
 
 
 def _out_of_memory(error: Exception) -> bool:

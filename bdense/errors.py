@@ -9,6 +9,10 @@ class InputError(BdenseError, ValueError):
     """Something given cannot be used; the message names the knob, the value and the way out."""
 
 
+class StoppedError(BdenseError):
+    """Somebody asked the work to end: it was kept as it is, and the same call carries on."""
+
+
 class ShapeError(InputError):
     """A tensor, image or head has a size that the operation cannot take."""
 

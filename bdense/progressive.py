@@ -24,7 +24,7 @@ from bdense.branches import widen_head
 from bdense.checkpoints import denoiser_sha256, resume_training, save_training
 from bdense.data import Dataset, to_float
 from bdense.denoiser import Denoiser, NetworkDenoiser
-from bdense.errors import InputError, NonFiniteLossError
+from bdense.errors import InputError, NonFiniteLossError, StoppedError
 from bdense.preconditioning import DDPM, Cosine
 from bdense.randomness import Stream, generator, seeded
 from bdense.schedules import Levels
@@ -223,6 +223,7 @@ def distill_round(
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 60.0,
     on_update: Callable[[UpdateReport], None] | None = None,
+    on_save: Callable[[int], None] | None = None,
 ) -> NetworkDenoiser:
     """Train a student whose ``num_steps`` DDIM steps follow the teacher's K ``num_steps``.
 
@@ -238,7 +239,9 @@ def distill_round(
         start: Another network to start from, such as the teacher ``reparameterised``.
         checkpoint: File to resume from and to save to; None keeps nothing.
         checkpoint_seconds: Save at the first update that ends this long after the last save.
-        on_update: Called after every update; what it raises ends the run.
+        on_update: Called after every update; what it raises ends the run, a ``StoppedError`` with
+            a save.
+        on_save: Called after each save with the updates done.
 
     Returns:
         The branched student, in eval mode; ``export_branch`` makes it the teacher's size.
@@ -263,6 +266,15 @@ def distill_round(
     k = torch.arange(config.substeps + 1)[:, None]  # against every image
     last_save = time.monotonic()
 
+    def save(done: int) -> None:
+        nonlocal last_save
+        if checkpoint is None:
+            return
+        save_training(checkpoint, _KIND, student, optimizer, done, identity)
+        last_save = time.monotonic()
+        if on_save is not None:
+            on_save(done)
+
     for iteration in range(first, config.updates):
         lr = config.lr_at(iteration)
         for group in optimizer.param_groups:
@@ -280,12 +292,14 @@ def distill_round(
         norm = _update(optimizer, student, loss, losses, config.clip_norm, iteration)
         if on_update is not None:
             seen = losses.detach().mean(1).double().cpu()
-            on_update(
-                UpdateReport(iteration, config.updates, lr, seen, float(loss.detach()), norm)
-            )
-        if checkpoint and time.monotonic() - last_save >= checkpoint_seconds:
-            save_training(checkpoint, _KIND, student, optimizer, iteration + 1, identity)
-            last_save = time.monotonic()
+            value = float(loss.detach())
+            try:
+                on_update(UpdateReport(iteration, config.updates, lr, seen, value, norm))
+            except StoppedError:
+                save(iteration + 1)
+                raise
+        if time.monotonic() - last_save >= checkpoint_seconds:
+            save(iteration + 1)
     return student.eval()
 
 

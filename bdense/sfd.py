@@ -7,7 +7,7 @@ B batch, K branches, C channels, H x W pixels, S trained intervals.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from bdense.branches import widen_head
+from bdense.branches import export_branch, widen_head
 from bdense.checkpoints import denoiser_sha256, resume_training, save_training
 from bdense.denoiser import NetworkDenoiser
-from bdense.errors import InputError, NonFiniteLossError
+from bdense.errors import InputError, NonFiniteLossError, StoppedError
 from bdense.intervals import VariableGrid
 from bdense.parallel import Team
 from bdense.randomness import Stream, seeded
@@ -106,6 +106,21 @@ class IterationReport:
         return float((self.branch_losses * self.weights).sum(-1).mean())
 
 
+@dataclass(frozen=True, slots=True)
+class Looks:
+    """When a student is looked at while it learns, and by whom; training takes no notice.
+
+    Attributes:
+        after: Numbers of iterations, each from 1 to one less than all.
+        look: Called after so many, with that number and branch K as ``export_branch`` makes it, in
+            eval mode: a copy. What it raises ends the run. A run that is resumed just there is
+            looked at again.
+    """
+
+    after: Collection[int]
+    look: Callable[[int, NetworkDenoiser], None]
+
+
 def distill(
     teacher: NetworkDenoiser,
     trajectories: Trajectories,
@@ -118,6 +133,8 @@ def distill(
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 60.0,
     on_iteration: Callable[[IterationReport], None] | None = None,
+    on_save: Callable[[int], None] | None = None,
+    looks: Looks | None = None,
 ) -> NetworkDenoiser:
     """Train a student on the teacher's trajectories.
 
@@ -134,7 +151,10 @@ def distill(
         team: The processes that share each batch; None is this one alone.
         checkpoint: File to resume from and to save to; None keeps nothing.
         checkpoint_seconds: Save at the first iteration that ends this long after the last save.
-        on_iteration: Called after every iteration; what it raises ends the run.
+        on_iteration: Called after every iteration; what it raises ends the run, a
+            ``StoppedError`` with a save.
+        on_save: Called after each save with the iterations done.
+        looks: At the student on its way; saved before each.
 
     Returns:
         The branched student, in eval mode; ``export_branch`` makes it the teacher's size.
@@ -148,6 +168,7 @@ def distill(
     weighting = FixedWeights(weights) if isinstance(weights, Tensor) else weights
     start = start or teacher
     _check(config, trajectories, weighting, iterations, start)
+    pauses = _pauses(looks, iterations)
     start.execution.set_products()
     student = widen_head(start, config.num_branches).train(config.dropout)
     optimizer = torch.optim.Adam(
@@ -160,18 +181,32 @@ def distill(
     images, saves = team.share_of(batch), checkpoint if team.leads else None
     last_save = time.monotonic()
 
+    def save(done: int) -> None:
+        nonlocal last_save
+        if saves is None:
+            return
+        learned = {_WEIGHTING + name: value for name, value in weighting.state().items()}
+        save_training(saves, _KIND, student, optimizer, done, identity, learned)
+        last_save = time.monotonic()
+        if on_save is not None:
+            on_save(done)
+
     for iteration in range(first, iterations):
+        if looks is not None and iteration in pauses:
+            looks.look(iteration, export_branch(student).eval())
         lr = config.lr_at(iteration, batch)
         for group in optimizer.param_groups:
             group["lr"] = lr
         losses, used = _walk_along(update, trajectories.part(iteration, images), iteration)
         # Before the save: a caller that is no longer entitled to the checkpoint ends the run here.
         if on_iteration is not None:
-            on_iteration(IterationReport(iteration, iterations, lr, losses, used))
-        if saves and time.monotonic() - last_save >= checkpoint_seconds:
-            learned = {_WEIGHTING + name: value for name, value in weighting.state().items()}
-            save_training(saves, _KIND, student, optimizer, iteration + 1, identity, learned)
-            last_save = time.monotonic()
+            try:
+                on_iteration(IterationReport(iteration, iterations, lr, losses, used))
+            except StoppedError:
+                save(iteration + 1)
+                raise
+        if iteration + 1 in pauses or time.monotonic() - last_save >= checkpoint_seconds:
+            save(iteration + 1)
     return student.eval()
 
 
@@ -388,6 +423,17 @@ def _check(
             f"{config.images} images make {iterations} iterations, and the trajectories hold "
             f"{available}; record more or train on fewer images"
         )
+
+
+def _pauses(looks: Looks | None, iterations: int) -> frozenset[int]:
+    """Numbers of iterations after which there is a look."""
+    pauses = frozenset(looks.after if looks is not None else ())
+    if beyond := sorted(number for number in pauses if not 0 < number < iterations):
+        raise InputError(
+            f"looks after {beyond} iterations lie outside 1..{iterations - 1}: on the way of "
+            f"{iterations} iterations"
+        )
+    return pauses
 
 
 def _identity(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bdense.denoiser import NetworkDenoiser
 from bdense.parallel import Team, team_of
-from bdense.sfd import IterationReport, SFDConfig, distill
+from bdense.sfd import IterationReport, Looks, SFDConfig, distill
 from bdense.trajectories import Trajectories
 from bdense.weighting import BranchWeighting
 
@@ -27,6 +27,8 @@ def distill_on(
     checkpoint: Path | None = None,
     checkpoint_seconds: float = 60.0,
     on_iteration: Callable[[IterationReport], None] | None = None,
+    on_save: Callable[[int], None] | None = None,
+    looks: Looks | None = None,
     **options: Any,  # noqa: ANN401  those of distill
 ) -> NetworkDenoiser:
     """``distill``, each batch shared equally by the devices.
@@ -37,7 +39,8 @@ def distill_on(
         devices: The first is where teacher and trajectories are.
         teacher, trajectories, config, weights, options: As of ``distill``.
         checkpoint, checkpoint_seconds: Written by this process alone.
-        on_iteration: Called in this process.
+        on_iteration, on_save: Called in this process.
+        looks: In this process, while the others wait: ``bdense.parallel.PATIENCE`` at most.
 
     Raises:
         InputError: The batch is no multiple of the devices.
@@ -56,6 +59,8 @@ def distill_on(
             checkpoint=checkpoint,
             checkpoint_seconds=checkpoint_seconds,
             on_iteration=on_iteration,
+            on_save=on_save,
+            looks=looks,
             **options,
         )
 

@@ -11,7 +11,7 @@ from bdense.denoiser import NetworkDenoiser
 from bdense.errors import InputError
 from bdense.parallel import Team, team_of
 from bdense.recordings import TrajectoryStore
-from bdense.sfd import IterationReport, SFDConfig
+from bdense.sfd import IterationReport, Looks, SFDConfig
 from bdense.sharing import distill_on
 from bdense.weighting import LearnedWeights
 from bdense.weights import LogLinearWeights
@@ -36,14 +36,22 @@ def test_two_processes_equal_one_to_rounding(tmp_path, rule):
     live = small_trajectories(teacher, count=3, batch=4)
     trajectories = TrajectoryStore(live, tmp_path).record()
     reports: list[list[IterationReport]] = []
-    students = []
+    students, looked = [], []
     for devices in (ONE, TWO):
         # A rule has a state: each run begins with one of its own.
         weights = LearnedWeights(4, rule=rule) if rule else LogLinearWeights(a=1.0)(4)
         reports.append([])
         report = reports[-1].append
         students.append(
-            distill_on(devices, teacher, trajectories, TRAIN, weights, on_iteration=report)
+            distill_on(
+                devices,
+                teacher,
+                trajectories,
+                TRAIN,
+                weights,
+                on_iteration=report,
+                looks=Looks([1, 2], lambda after, student: looked.append(outputs(student))),
+            )
         )
     for alone, shared in zip(*reports, strict=True):
         torch.testing.assert_close(alone.branch_losses, shared.branch_losses, rtol=1e-5, atol=0)
@@ -51,6 +59,10 @@ def test_two_processes_equal_one_to_rounding(tmp_path, rule):
     alone, shared = map(outputs, students)
     trained = (alone - outputs(widen_head(teacher, 4))).abs().max()
     assert (alone - shared).abs().max() < 1e-3 * trained
+    # The leader alone looks, at branch K, while the other waits.
+    for first, second in zip(looked[:2], looked[2:], strict=True):
+        assert first.shape[1] == 1
+        assert (first - second).abs().max() < 1e-3 * trained
 
 
 def test_a_team_that_cannot_be_is_refused():

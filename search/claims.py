@@ -21,7 +21,9 @@ from optuna.trial import TrialState
 
 from bdense.errors import InputError
 from search.lease import OUT_OF_BOUNDS, SURPLUS, Claim, Leases, RunningRow
+from search.rows import Rows
 from search.storage import redact
+from search.versions import differing
 
 _log = logging.getLogger(__name__)
 
@@ -62,13 +64,23 @@ def leases_of(storage: RDBStorage, study: optuna.Study, ttl: float) -> Leases:
     return Leases(storage.engine, study._study_id, ttl)
 
 
+def rows_of(storage: RDBStorage, study: optuna.Study) -> Rows:
+    """A study's trials by SQL."""
+    return Rows(storage.engine, study._study_id)
+
+
+def differing_versions(storage: RDBStorage, study: optuna.Study) -> list[str]:
+    """A line for each package that a study's trials were measured with several versions of."""
+    return differing(storage.engine, study._study_id)
+
+
 def failure_attributes(reason: str, detail: str) -> dict[str, str]:
     """What a failed trial says of itself, without passwords."""
     return {"reason": reason, "error": redact(detail)[:_DETAIL_CHARACTERS]}
 
 
 class Claimer:
-    """Picks the trial to work on; every call needs the study's lock.
+    """Picks the trial to work on; ``claim`` needs the study's lock.
 
     On PostgreSQL the lock's connection sits in a transaction, and Optuna writes through
     connections of its own: a lease is taken last, so that the two never wait for each other.
@@ -78,6 +90,10 @@ class Claimer:
         self._study = study
         self._leases = leases
         self._max_attempts = max_attempts
+
+    def load_trials(self) -> None:
+        """Fill Optuna's cache, without the lock: later calls read only what is new."""
+        self._study.get_trials(deepcopy=False)
 
     def claim(self, connection: sa.Connection, asking: Asking, budget: int) -> Claim | Wait | Done:
         """A trial to adopt, else one to begin, else what to do instead.
@@ -143,7 +159,7 @@ class Claimer:
         """The trial of a row, with what is missing of its parameters where its asker died."""
         self._study.sampler = asking.sampler_at(row.number)
         # Optuna's cache writes parameters only of trials that it has listed before.
-        self._study.get_trials(deepcopy=False)
+        self.load_trials()
         trial = optuna.Trial(self._study, row.trial_id)
         for name, distribution in asking.space.items():
             trial._suggest(name, distribution)

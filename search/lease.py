@@ -5,7 +5,7 @@ renewed in time, or at once when the process is seen to be dead from the machine
 ``attempt`` is its fencing token: it only grows, and a worker whose token is old writes nothing.
 """
 
-import contextlib
+import functools
 import math
 import os
 import socket
@@ -50,10 +50,21 @@ OUT_OF_BOUNDS = "out_of_bounds"
 SURPLUS = "surplus"
 
 # Optuna's own tables, as far as they are read here.
-TRIALS = sa.table("trials", *map(sa.column, ("trial_id", "number", "study_id", "state")))
+TRIALS = sa.table(
+    "trials",
+    *map(sa.column, ("trial_id", "number", "study_id", "state")),
+    sa.column("datetime_complete", sa.DateTime),  # in UTC
+)
 # PostgreSQL holds the state in a type of its own, which compares with no text.
 STATE = sa.cast(TRIALS.c.state, sa.String)
 USER_ATTRIBUTES = sa.table("trial_user_attributes", sa.column("trial_id"), sa.column("key"))
+LEFT_OUT = sa.exists().where(
+    USER_ATTRIBUTES.c.trial_id == TRIALS.c.trial_id,
+    USER_ATTRIBUTES.c.key.in_((OUT_OF_BOUNDS, SURPLUS)),
+)
+STUDY_ATTRIBUTES = sa.table(
+    "study_user_attributes", *map(sa.column, ("study_id", "key", "value_json"))
+)
 
 _PROGRESS_CHARACTERS = 200
 
@@ -88,11 +99,8 @@ class Process:
     @classmethod
     def current(cls) -> Self:
         """This process; where there is no /proc the fields that need it are empty."""
-        boot = namespace = ""
-        with contextlib.suppress(OSError):
-            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-            namespace = str(Path("/proc/self/ns/pid").stat().st_ino)
         pid = os.getpid()
+        boot, namespace = _place(pid)
         return cls(socket.gethostname(), boot, namespace, pid, _start_time(pid) or "")
 
     def is_seen_dead(self) -> bool:
@@ -100,9 +108,8 @@ class Process:
 
         False where it cannot be told: then only the clock ends its lease.
         """
-        here = Process.current()
-        same_place = (self.boot, self.pid_namespace) == (here.boot, here.pid_namespace)
-        if not (same_place and here.boot and here.pid_namespace and self.started):
+        place = (self.boot, self.pid_namespace)
+        if not (place == _place(os.getpid()) and all(place) and self.started):
             return False
         return _start_time(self.pid) != self.started
 
@@ -173,13 +180,9 @@ class Leases:
 
     def count_states(self, connection: sa.Connection) -> dict[str, int]:
         """Trials by the name of Optuna's state, all five of them, without those left out."""
-        left_out = sa.exists().where(
-            USER_ATTRIBUTES.c.trial_id == TRIALS.c.trial_id,
-            USER_ATTRIBUTES.c.key.in_((OUT_OF_BOUNDS, SURPLUS)),
-        )
         counted = connection.execute(
             sa.select(STATE.label("state"), sa.func.count().label("trials"))
-            .where(TRIALS.c.study_id == self._study_id, ~left_out)
+            .where(TRIALS.c.study_id == self._study_id, ~LEFT_OUT)
             .group_by(STATE)
         )
         return {state.name: 0 for state in TrialState} | {row.state: row.trials for row in counted}
@@ -222,10 +225,25 @@ class Leases:
 
     def renew(self, claim: Claim, progress: str | None = None) -> bool:
         """Make the lease last a full ``ttl`` from now; False where it is lost."""
+        return self._write(self._renewal(progress), claim)
+
+    def renew_and_read(self, claim: Claim, progress: str | None, key: str) -> tuple[bool, str]:
+        """The same, and in the same round trip an attribute of the study, as JSON or ''."""
+        stored = (
+            sa.select(STUDY_ATTRIBUTES.c.value_json)
+            .where(STUDY_ATTRIBUTES.c.study_id == self._study_id, STUDY_ATTRIBUTES.c.key == key)
+            .scalar_subquery()
+        )
+        asking = self._fenced(self._renewal(progress), claim).returning(stored.label("stored"))
+        with self._engine.begin() as connection:
+            found = connection.execute(asking).one_or_none()
+        return found is not None, "" if found is None or found.stored is None else found.stored
+
+    def _renewal(self, progress: str | None) -> sa.Update:
         values: dict[str, Any] = {"expires": self._clock() + self.ttl}
         if progress is not None:
             values["progress"] = progress[:_PROGRESS_CHARACTERS]
-        return self._write(sa.update(LEASE).values(values), claim)
+        return sa.update(LEASE).values(values)
 
     def release(self, claim: Claim, *, forgive: bool) -> bool:
         """Let anybody take the trial over at once; False where the lease is lost."""
@@ -234,11 +252,14 @@ class Leases:
         return self._write(sa.update(LEASE).values(values), claim)
 
     def forgive(self, connection: sa.Connection) -> None:
-        """Hold the present attempts of the study's running trials against none of them."""
+        """Hold the present attempts of the study's running trials against none of them.
+
+        Those that were given back have been forgiven already, or are held against their trial.
+        """
         mine = sa.select(TRIALS.c.trial_id).where(TRIALS.c.study_id == self._study_id)
         connection.execute(
             sa.update(LEASE)
-            .where(LEASE.c.trial_id.in_(mine))
+            .where(LEASE.c.trial_id.in_(mine), LEASE.c.expires != RELEASED)
             .values(forgiven=LEASE.c.forgiven + 1)
         )
 
@@ -247,13 +268,15 @@ class Leases:
         self._write(sa.delete(LEASE), claim)
 
     def _write(self, statement: sa.Update | sa.Delete, claim: Claim) -> bool:
-        fenced = statement.where(
+        with self._engine.begin() as connection:
+            return connection.execute(self._fenced(statement, claim)).rowcount == 1
+
+    def _fenced(self, statement: Any, claim: Claim) -> Any:  # noqa: ANN401  an update or a delete
+        return statement.where(
             LEASE.c.trial_id == claim.trial_id,
             LEASE.c.owner == claim.owner,
             LEASE.c.attempt == claim.attempt,
         )
-        with self._engine.begin() as connection:
-            return connection.execute(fenced).rowcount == 1
 
     def _running_row(self, row: sa.RowMapping) -> RunningRow:
         if row["owner"] is None:
@@ -302,6 +325,16 @@ def _seconds(sql: str) -> sa.ColumnElement[float]:
 
 
 _SERVER_START = _seconds("extract(epoch from pg_postmaster_start_time())")
+
+
+@functools.lru_cache(maxsize=1)
+def _place(pid: int) -> tuple[str, str]:
+    """Boot and pid namespace of this process, whose ``pid`` it is: a fork's child looks anew."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return boot, str(Path("/proc/self/ns/pid").stat().st_ino)
+    except OSError:
+        return "", ""
 
 
 def _start_time(pid: int) -> str | None:

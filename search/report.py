@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from search.ledger import Counts, Ledger
+from search.rows import Row
 from search.storage import redact, retrying
-from search.study import BASELINE_RESULTS, Study
+from search.study import BASELINE_RESULTS, Study, stopped_early
 
 TITLES = {"sfd": "plain SFD", "uniform": "uniform weights"}
 FID_KEYS = (
@@ -39,6 +40,7 @@ class Standing:
         counts: Trials by state.
         best: The complete trial of lowest FID, or None.
         baselines: By method, as far as measured.
+        stopped: What the stop rule said, if it ended the search: ``after``, ``of``, ``reason``.
     """
 
     study: str
@@ -46,6 +48,7 @@ class Standing:
     counts: Counts
     best: dict[str, Any] | None
     baselines: dict[str, dict[str, Any]]
+    stopped: dict[str, Any] | None = None
 
     def trials(self) -> dict[str, int]:
         """planned, complete, pruned, failed, running."""
@@ -60,6 +63,7 @@ def standing(study: Study) -> Standing:
         counts=study.trials.counts(),
         best=_best(study.trials),
         baselines=baseline_results(study),
+        stopped=stopped_early(study.trials),
     )
 
 
@@ -76,7 +80,8 @@ def trials_json(counts: Counts) -> dict[str, int]:
 
 def status_json(now: Standing) -> dict[str, Any]:
     """What ``status --json`` prints."""
-    return {"study": now.study, "trials": now.trials()}
+    early = {"stopped": now.stopped} if now.stopped is not None else {}
+    return {"study": now.study, "trials": now.trials(), **early}
 
 
 def best_json(now: Standing) -> dict[str, Any]:
@@ -95,7 +100,7 @@ def baseline_results(study: Study) -> dict[str, dict[str, Any]]:
     if study.baselines is None:
         return {}
     results = {}
-    for trial in _rows(study.baselines, TrialState.COMPLETE):
+    for trial in study.baselines.rows(TrialState.COMPLETE):
         results[trial.params["method"]] = _fid_of(trial) | {
             "weights": trial.user_attrs["weights"],
             "number": trial.number,
@@ -105,7 +110,7 @@ def baseline_results(study: Study) -> dict[str, dict[str, Any]]:
 
 def complete_trials(study: Study) -> list[dict[str, Any]]:
     """Number, weights and FID with its conditions of each complete trial, in order."""
-    return [_complete(trial) for trial in _rows(study.trials, TrialState.COMPLETE)]
+    return [_complete(trial) for trial in study.trials.rows(TrialState.COMPLETE)]
 
 
 def copy_baselines(study: Study) -> None:
@@ -117,20 +122,25 @@ def copy_baselines(study: Study) -> None:
 
 def table(now: Standing) -> str:
     """The study's result for people: baselines, the best trial, and what their FIDs mean."""
+    return "\n".join([*align(table_rows(now)), *remarks(now)])
+
+
+def table_rows(now: Standing) -> list[tuple[str, ...]]:
+    """A header, then baselines and the best trial, as cells."""
     best = now.best
     learned = best is not None and "rule" in best
     of_weights = ("rule", "strength", "final w_1 .. w_K") if learned else ("a", "b", "w_1 .. w_K")
-    rows = [("", "FID", "vs plain SFD", *of_weights)]
+    rows: list[tuple[str, ...]] = [("", "FID", "vs plain SFD", *of_weights)]
     plain = now.baselines.get("sfd")
     for method, title in TITLES.items():
         if method in now.baselines:
             result = now.baselines[method]
-            weights = _weights(result["weights"]) if method == "uniform" else "end point alone"
+            weights = weights_text(result["weights"]) if method == "uniform" else "end point alone"
             if method == "uniform":
                 where = ("any", "0") if learned else ("0", "0")
             else:
                 where = ("-", "-")
-            cells = (title, f"{result['fid']:.3f}", _gain(result, plain))
+            cells = (title, f"{result['fid']:.3f}", gain(result, plain))
             rows.append((*cells, *where, weights))
     if best is not None:
         title = f"best of {now.counts.complete} (trial {best['number']})"
@@ -138,12 +148,17 @@ def table(now: Standing) -> str:
             (
                 title,
                 f"{best['fid']:.3f}",
-                _gain(best, plain),
+                gain(best, plain),
                 *_where(best),
-                _weights(best["weights"]),
+                weights_text(best["weights"]),
             )
         )
-    lines = align(rows)
+    return rows
+
+
+def remarks(now: Standing) -> list[str]:
+    """What the table's FIDs mean, and what not."""
+    lines, best = [], now.best
     if best is not None and not best["confirmed"]:
         lines.append(
             "The best is the lowest of several noisy values from one training seed: "
@@ -161,12 +176,15 @@ def table(now: Standing) -> str:
             f"FID: {measured['images']} images at NFE {measured['nfe']}, features of "
             f"{measured['extractor']}, against {measured['reference']}."
         )
-    return "\n".join(lines)
+    return lines
 
 
 def headline(now: Standing) -> str:
     """Counts on one line."""
-    return f"study {now.study}: {counts_line(now.counts, 'trials')}"
+    line, early = f"study {now.study}: {counts_line(now.counts, 'trials')}", now.stopped
+    if early is None:
+        return line
+    return f"{line}; stopped after {early['after']} of {early['of']} trials: {early['reason']}"
 
 
 def counts_line(counts: Counts, rows: str) -> str:
@@ -186,7 +204,7 @@ def failures(study: Study) -> list[str]:
 def failed_rows(ledger: Ledger, what: str = "trial") -> list[str]:
     """A line for each failed row of a ledger, with its reason."""
     lines = []
-    for trial in _rows(ledger, TrialState.FAIL):
+    for trial in ledger.rows(TrialState.FAIL):
         method = trial.params.get("method")
         arm = trial.user_attrs.get("arm")
         title = TITLES[method] if method else f"{what} {trial.number}"
@@ -196,31 +214,27 @@ def failed_rows(ledger: Ledger, what: str = "trial") -> list[str]:
     return lines
 
 
-def _rows(ledger: Ledger, state: TrialState) -> list[FrozenTrial]:
-    return retrying(lambda: ledger.study.get_trials(deepcopy=False, states=(state,)))
-
-
 def _best(ledger: Ledger) -> dict[str, Any] | None:
-    complete = _rows(ledger, TrialState.COMPLETE)
-    if not complete:
+    trial = ledger.best()
+    if trial is None:
         return None
-    trial = min(complete, key=lambda t: (t.value, t.number))
     return _complete(trial) | {"confirmed": False, "student": trial.user_attrs["student"]}
 
 
-def _complete(trial: FrozenTrial) -> dict[str, Any]:
+def _complete(trial: Row) -> dict[str, Any]:
     attrs = trial.user_attrs
     weights = {key: attrs[key] for key in WEIGHTS_KEYS if key in attrs}
     return {"number": trial.number, **weights, **_fid_of(trial)}
 
 
-def _fid_of(trial: FrozenTrial) -> dict[str, Any]:
+def _fid_of(trial: Row) -> dict[str, Any]:
     stored: Mapping[str, Any] = trial.user_attrs["fid"]
     others = {key: trial.user_attrs[key] for key in OTHER_METRICS if key in trial.user_attrs}
     return {"fid": trial.value, **{key: stored[key] for key in FID_KEYS}, **others}
 
 
-def _gain(result: Mapping[str, Any], plain: Mapping[str, Any] | None) -> str:
+def gain(result: Mapping[str, Any], plain: Mapping[str, Any] | None) -> str:
+    """Against plain SFD, in per cent, where the two can be compared."""
     if plain is None or result["fid"] == plain["fid"] or _differing(result, plain):
         return "-"
     return f"{100 * (result['fid'] / plain['fid'] - 1):+.1f} %"
@@ -245,7 +259,8 @@ def _where(best: Mapping[str, Any]) -> tuple[str, str]:
     return f"{best['a']:.3f}", f"{best['b']:.3f}"
 
 
-def _weights(weights: list[float]) -> str:
+def weights_text(weights: Sequence[float]) -> str:
+    """Three digits of each."""
     return " ".join(f"{w:.3g}" for w in weights)
 
 

@@ -3,12 +3,14 @@
 import math
 import subprocess
 import sys
+import time
 import warnings
 
 import numpy as np
 import pytest
 
 from bdense.errors import InputError
+from search import surrogate
 from search.surrogate import Evaluation, candidates, posterior_means
 
 
@@ -209,3 +211,21 @@ def test_importing_the_surrogate_is_cheap():
     names = "{'sklearn', 'scipy', 'torch'}"
     code = f"import sys, search.surrogate, search.paired; assert not {names} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_of_thousands_of_evaluations_some_hundred_make_the_curve():
+    """Its cost grows with their cube; those of small groups are all heard."""
+    others = [of(each.point["a"], each.value + 1.0, "1") for each in study(1, 12, 0.05)]
+    evaluations = [*others, *study(0, 5000, 0.05)]
+    started = time.perf_counter()
+    means = posterior_means(evaluations, [{"a": 0.5}, {"a": -0.5}])
+    assert time.perf_counter() - started < 20.0
+    assert means == pytest.approx([2.5, 2.9], abs=0.07)
+
+    members = surrogate._one_hot([each.group for each in evaluations])
+    kept = surrogate._kept(members)
+    assert len(kept) == surrogate.MOST
+    assert kept[:12].tolist() == list(range(12))
+    assert np.diff(kept[12:]).max() <= 5000 // (surrogate.MOST - 12) + 1
+    few = surrogate._kept(members[: surrogate.MOST])
+    assert few.tolist() == list(range(surrogate.MOST))

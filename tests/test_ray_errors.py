@@ -1,0 +1,69 @@
+"""What a launch says of a Ray cluster that it cannot use, or that nobody has joined yet."""
+
+import pytest
+import ray
+from ray.exceptions import AuthenticationError
+
+from bdense.errors import InputError
+from search import runner
+from search.ray_errors import cannot_use
+
+HEAD, WORKER = (
+    {"Alive": True, "Resources": resources} for resources in ({"memory": 1e9}, {"CPU": 2.0})
+)
+
+
+@pytest.fixture
+def address(monkeypatch) -> str:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.5:6379")
+    return "10.0.0.5:6379"
+
+
+def buried() -> Exception:
+    """As ``ray.init`` raises it: the reason stands in a text that is the cause of another one."""
+    try:
+        try:
+            raise RuntimeError("Failed to connect to GCS. Last connection error: InvalidAuthToken")
+        except RuntimeError as error:
+            raise ConnectionError("Failed to connect to Ray cluster at 10.0.0.5:6379") from error
+    except ConnectionError as error:
+        return error
+
+
+@pytest.mark.parametrize("error", [AuthenticationError("no token"), buried()])
+def test_a_token_that_is_refused_is_named_with_its_settings(address, error):
+    assert str(cannot_use(error)) == (
+        f"Ray at {address} asks for a token, and the one here is missing or wrong; set "
+        "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH (a file) or RAY_AUTH_TOKEN, to the same as "
+        "on its head"
+    )
+
+
+def test_anything_else_is_said_on_one_line(address, monkeypatch):
+    assert str(cannot_use(ConnectionError("no\n route"))) == (
+        f"Ray cannot be used at {address}: no route; check RAY_ADDRESS, or unset it"
+    )
+    versions = RuntimeError("Version mismatch: The cluster was started with:\n Ray: 2.59")
+    assert str(cannot_use(versions)).endswith(
+        "install here the versions of Ray and Python that the cluster has"
+    )
+    monkeypatch.delenv("RAY_ADDRESS")
+    assert str(cannot_use(ValueError("no room"))) == (
+        "Ray cannot be used at this machine: no room; see Ray's own logs"
+    )
+
+
+def test_a_head_without_cpus_waits_for_its_first_worker(monkeypatch):
+    looks = iter([[HEAD], [HEAD], [HEAD, WORKER]])
+    monkeypatch.setattr(ray, "nodes", lambda: next(looks))
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
+    runner._await_machines()
+    assert list(looks) == []
+
+
+def test_a_cluster_that_nobody_joins_is_named(monkeypatch):
+    monkeypatch.setattr(ray, "nodes", lambda: [HEAD])
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(runner, "JOIN_SECONDS", 0.05)
+    with pytest.raises(InputError, match=r"no worker joined .* within 0\.05 seconds"):
+        runner._await_machines()

@@ -1,0 +1,297 @@
+"""Trials read by SQL against Optuna's own list of them, on both databases."""
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest.mock import ANY
+
+import optuna
+import pytest
+import sqlalchemy as sa
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import StorageInternalError
+from optuna.samplers import RandomSampler
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from sqlalchemy import event
+
+from benchmarks.large_study import fill
+from search.database import Role, grant
+from search.errors import StorageError, UnknownStudyError
+from search.ledger import Claim, Ledger, asked_of
+from search.report import best_json, complete_trials, failures, standing, status_json
+from search.rows import Row
+from search.space import baseline_space, make_sampler, search_space
+from search.storage import open_storage
+from search.study import Study
+from tests.e2e.study import Workplace
+from tests.studies import NORMALISED, spec
+
+LARGE = 10_000
+LIMIT_SECONDS = 2.0
+DISTRIBUTIONS = {
+    "a": FloatDistribution(-1.0, 3.0),
+    "arm": IntDistribution(0, 10),
+    "rule": CategoricalDistribution(("min-snr", 'quoted " \n', None, 3, True)),
+    "fine": FloatDistribution(1e-9, 1.0, log=True),
+}
+# Values as the database has them in more than one way.
+VALUES = (12.5, 11.0, 11.0, -0.0, 1e300, math.inf, -math.inf, 0.1 + 0.2)
+ATTRIBUTES = (
+    {},
+    {"fid": {"value": 11.0, "seeds": {"training": 0}}, "weights": [0.1, 1.0, 7.4]},
+    {"reason": "diverged", "error": "<b>'\"\\\n</b>", "none": None},
+)
+
+
+BOTH = ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)]
+
+
+@pytest.fixture(params=BOTH)
+def url(request, tmp_path) -> str:
+    """A database that nobody has opened yet."""
+    return new_database(request, tmp_path)
+
+
+def new_database(request: pytest.FixtureRequest, folder: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{folder / 'study.db'}"
+    return request.getfixturevalue("postgres").new_database()
+
+
+def varied() -> Iterator[FrozenTrial]:
+    """Trials in every state, with parameters of every kind, and of equal value."""
+    for i in range(40):
+        params = {"a": i / 11 - 1, "arm": i % 11, "fine": 10.0 ** -(i % 9)}
+        params |= {"rule": DISTRIBUTIONS["rule"].choices[i % 5]}
+        names = list(params)[: 1 + i % 4]
+        state = list(TrialState)[i % 5]
+        valued = state is TrialState.COMPLETE or (state is TrialState.PRUNED and i % 2)
+        waits = state is TrialState.WAITING
+        yield create_trial(
+            state=state,
+            value=VALUES[(i // 5) % len(VALUES)] if valued else None,
+            params={} if waits else {name: params[name] for name in names},
+            distributions={} if waits else {name: DISTRIBUTIONS[name] for name in names},
+            user_attrs=ATTRIBUTES[i % 3],
+            # What was planned, in a running or finished trial too.
+            system_attrs={"fixed_params": {"a": i / 7 - 1}} if waits or i % 3 == 0 else {},
+            intermediate_values={1: 3.0, 2: 4.0} if i % 4 == 0 else {},
+        )
+
+
+@pytest.fixture(params=BOTH, scope="module")
+def ledger(request, tmp_path_factory) -> Ledger:
+    """A study of varied trials beside another one in one database, whose trials are between."""
+    url = new_database(request, tmp_path_factory.mktemp("varied"))
+    varied_study, other = (Ledger.open(url, name, budget=50) for name in ("varied", "other"))
+    for trial in varied():
+        varied_study.study.add_trial(trial)
+        other.study.add_trial(create_trial(value=-1e301, user_attrs={"reason": "other"}))
+    return varied_study
+
+
+def row_of(trial: FrozenTrial) -> Row:
+    return Row(
+        number=trial.number,
+        value=trial.value,
+        params=trial.params,
+        user_attrs=trial.user_attrs,
+    )
+
+
+@pytest.mark.parametrize("state", list(TrialState))
+def test_trials_of_a_state_are_optunas(ledger, state):
+    theirs = [row_of(t) for t in ledger.study.get_trials(states=(state,))]
+    found = ledger.rows(state)
+    assert found == theirs
+    assert len(found) == 8
+    assert [list(row.params) for row in found] == [list(row.params) for row in theirs]
+
+
+def test_only_the_attributes_that_are_asked_for_are_read(ledger):
+    found = ledger.rows(TrialState.PRUNED, ("weights", "error", "no such"))
+    theirs = ledger.study.get_trials(states=(TrialState.PRUNED,))
+    assert [row.user_attrs for row in found] == [
+        {key: t.user_attrs[key] for key in ("weights", "error") if key in t.user_attrs}
+        for t in theirs
+    ]
+    assert sorted(len(row.user_attrs) for row in found)[-1] == 1
+    assert [row.params for row in found] == [t.params for t in theirs]
+
+
+def test_the_best_is_the_first_of_the_lowest(ledger):
+    complete = ledger.study.get_trials(states=(TrialState.COMPLETE,))
+    best = min(complete, key=lambda t: (t.value, t.number))
+    assert ledger.best() == row_of(best)
+    assert best.value == -math.inf
+
+
+def test_of_equal_values_the_first_is_best_and_a_pruned_one_never(url):
+    ledger = Ledger.open(url, "digits", budget=5)
+    assert ledger.best() is None
+    ledger.study.add_trial(create_trial(state=TrialState.PRUNED, value=1.0))
+    assert ledger.best() is None
+    for value in (12.0, 11.0, math.nextafter(11.0, 12.0), 11.0):
+        ledger.study.add_trial(create_trial(value=value))
+    best = ledger.best()
+    assert (best.number, best.value) == (2, 11.0)
+
+
+def test_what_was_asked_for_is_optunas_and_so_is_their_number(ledger):
+    trials = ledger.study.get_trials(deepcopy=False)
+    asked = [(asked_of(trial), trial.user_attrs.get("reason")) for trial in trials]
+    assert ledger._rows.asked() == asked
+    assert ledger._rows.count() == len(asked) == 40
+
+
+@pytest.fixture
+def study(url) -> Study:
+    """A search of 60 trials as a search stores them, some of which failed, and its baselines."""
+    of = spec(weights=NORMALISED, budget__trials=100)
+    study = Study.create(url, of)
+    fill(study, open_storage(url), of, 50)
+    for _ in range(3):
+        claim = take(study.trials, search_space(of))
+        study.trials.fail(claim, "diverged", "the loss is not finite", {})
+    study.trials.prune(take(study.trials, search_space(of)), {})
+    fill(study, open_storage(url), of, 10)
+    best = study.trials.best()
+    for _ in range(2):
+        claim = take(study.baselines, baseline_space())
+        study.baselines.complete(claim, 13.0, best.user_attrs)
+    return study
+
+
+def take(ledger: Ledger, space) -> Claim:
+    claim = ledger.claim(space, lambda offset: RandomSampler(seed=offset))
+    assert isinstance(claim, Claim)
+    return claim
+
+
+def test_what_is_shown_of_a_study_is_what_optuna_lists(study):
+    trials = study.trials.study.get_trials()
+    complete = [t for t in trials if t.state is TrialState.COMPLETE]
+    best = min(complete, key=lambda t: (t.value, t.number))
+    now = standing(study)
+    assert status_json(now)["trials"] == {
+        "planned": 100,
+        "complete": 60,
+        "pruned": 1,
+        "failed": 3,
+        "running": 0,
+    }
+    shown = best_json(now)["best"]
+    assert (shown["number"], shown["fid"]) == (best.number, best.value)
+    assert {key: shown[key] for key in ("a", "b", "weights", "student")} == {
+        key: best.user_attrs[key] for key in ("a", "b", "weights", "student")
+    }
+    assert shown["a"] == best.params["a"]
+    assert [(t["number"], t["fid"]) for t in complete_trials(study)] == [
+        (t.number, t.value) for t in complete
+    ]
+    assert {name: each["fid"] for name, each in now.baselines.items()} == {
+        "sfd": 13.0,
+        "uniform": 13.0,
+    }
+    assert [line.split(",")[0] for line in failures(study)] == [
+        f"trial {t.number} failed" for t in trials if t.state is TrialState.FAIL
+    ]
+
+
+def test_a_study_filled_by_sql_goes_on_like_any(study):
+    """Numbers and keys follow on, the proposals are made from all trials."""
+    numbers = [trial.number for trial in study.trials.study.trials]
+    assert numbers == list(range(64))
+    of = spec(weights=NORMALISED)
+    claim = study.trials.claim(search_space(of), lambda offset: make_sampler(of, offset))
+    assert claim.number == 64
+    study.trials.complete(claim, 1.0, {})
+    assert study.trials.best().number == 64
+
+
+def test_looking_writes_nothing(url, study):
+    looking = Study.open_reading(url, "digits")
+    assert standing(looking) == standing(study)
+    assert looking.trials.running() == study.trials.running()
+    refused = (StorageError, StorageInternalError, sa.exc.SQLAlchemyError)
+    with pytest.raises(refused):
+        looking.trials.record_change("budget", 1, 2)
+    with pytest.raises(refused):
+        looking.baselines.study.set_user_attr("note", "mine")
+    assert study.trials.study.user_attrs.keys() & {"note", "changes"} == set()
+
+
+def test_a_study_that_is_not_there_is_not_looked_at(url, study, tmp_path):
+    with pytest.raises(UnknownStudyError, match=r"no study 'other'.*there: digits, digits\.b"):
+        Study.open_reading(url, "other")
+    with pytest.raises(UnknownStudyError, match="no study 'other'"):
+        study.trials.beside("other")
+    optuna.create_study(study_name="foreign", storage=open_storage(url))
+    with pytest.raises(UnknownStudyError, match="'foreign' was not made by bdense-search"):
+        Study.open_reading(url, "foreign")
+    missing = tmp_path / "missing.db"
+    with pytest.raises(UnknownStudyError, match="no study is there"):
+        Study.open_reading(f"sqlite:///{missing}", "digits")
+    assert not missing.exists()
+
+
+@pytest.mark.postgres
+def test_who_may_only_read_sees_status_and_best(postgres, tmp_path):
+    url = postgres.new_database()
+    of = spec(weights=NORMALISED, budget__trials=100)
+    study = Study.create(url, of)
+    fill(study, open_storage(url), of, 5)
+    grant(url, [Role(name="looker", access="read-only")])
+    looker = Workplace(tmp_path, tmp_path, postgres.url(sa.make_url(url).database, user="looker"))
+    shown = {}
+    for verb in ("status", "best"):
+        shown[verb] = looker.json(verb, "digits")
+    assert shown["status"]["trials"]["complete"] == 5
+    assert shown["best"] == {**best_json(standing(study)), "storage": ANY, "confirmed": None}
+
+
+@pytest.mark.postgres
+def test_a_first_claim_reads_the_study_before_it_locks_it(postgres):
+    """Under the lock all others would wait for the seconds that 10,000 trials take."""
+    url = postgres.new_database()
+    of = spec(weights=NORMALISED, budget__trials=100)
+    fill(Study.create(url, of), open_storage(url), of, 20)
+    ledger = Ledger.open(url, "digits", budget=None)
+    statements: list[tuple[str, int]] = []
+
+    @event.listens_for(ledger._storage.engine, "after_cursor_execute")
+    def note(connection, cursor, statement, *_) -> None:
+        statements.append((statement, cursor.rowcount))
+
+    assert isinstance(take(ledger, search_space(of)), Claim)
+    locked = next(i for i, (text, _) in enumerate(statements) if "advisory" in text)
+    reads = [(i, rows) for i, (text, rows) in enumerate(statements) if "FROM trial_params" in text]
+    assert [rows for i, rows in reads if i < locked] == [20]
+    assert max(rows for i, rows in reads if i > locked) <= 1
+
+
+@pytest.mark.slow
+def test_a_study_of_ten_thousand_trials_answers_in_time(url, tmp_path):
+    of = spec(weights=NORMALISED, budget__trials=2 * LARGE)
+    study = Study.create(url, of)
+    fill(study, open_storage(url), of, LARGE)
+    for verb in ("status", "best"):
+        seconds = []
+        for _ in range(3):  # the machine may have had other things to do
+            started = time.perf_counter()
+            shown = Workplace(tmp_path, tmp_path, url).json(verb, "digits")
+            seconds.append(time.perf_counter() - started)
+            assert shown["trials"]["complete"] == LARGE
+        assert min(seconds) < LIMIT_SECONDS, verb
+
+    def claim() -> tuple[Claim, float]:
+        started = time.perf_counter()
+        found = study.trials.claim(search_space(of), lambda offset: make_sampler(of, offset))
+        return found, time.perf_counter() - started
+
+    for _ in range(2):
+        claimed, seconds = claim()
+        assert isinstance(claimed, Claim)
+    assert seconds < LIMIT_SECONDS
+    assert claimed.number == LARGE + 1

@@ -191,6 +191,103 @@ class ConfirmSpec(Strict):
     kimg: Kimg | None = None
 
 
+# What each pruner can be told besides ``at``, ``images`` and ``startup_trials``, and its default.
+_PRUNERS: dict[str, dict[str, float]] = {
+    "none": {},
+    "median": {},
+    "percentile": {"percentile": 25.0},
+    "successive-halving": {"factor": 2},
+    "hyperband": {"factor": 2},
+    "patient-median": {"patience": 1},
+}
+_PRUNER_KEYS = ("startup_trials", "percentile", "factor", "patience")
+
+
+class PruningSpec(Strict):
+    """FIDs on the way, and which of Optuna's pruners ends trials by them; off by default.
+
+    A trial's last FID is the same with and without. A FID of fewer images is higher: those on the
+    way compare with one another, at the same fraction, and with no last one.
+
+    Attributes:
+        pruner: ``none`` only looks. Of the others the rungs are the looks, in their order:
+            halving is the textbook's where each of ``at`` is ``factor`` times the one before.
+        at: Fractions of ``budget.kimg`` after which the student is measured, ascending.
+        images: Drawn for each, on the trials' own latents; unset: ``evaluation.images``.
+        startup_trials: Complete trials before any is pruned; 5 by default.
+        percentile: A trial goes on if it is among the best so many percent of those complete.
+        factor: Of so many trials at a rung one goes on.
+        patience: Looks more without a better FID than the best before them, until the median
+            decides.
+    """
+
+    pruner: Literal[
+        "none", "median", "percentile", "successive-halving", "hyperband", "patient-median"
+    ] = "none"
+    at: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
+    images: Annotated[int, Field(ge=2)] | None = None
+    startup_trials: Count | None = None
+    percentile: Annotated[float, Field(gt=0, lt=100)] | None = None
+    factor: Annotated[int, Field(ge=2)] | None = None
+    patience: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_of_its_own(cls, given: Any) -> Any:  # noqa: ANN401  as YAML has it
+        """Refuse keys that the pruner does not have, and fill in those it has."""
+        own = _PRUNERS.get(given.get("pruner", "none")) if isinstance(given, dict) else None
+        if own is None:
+            return given
+        own = own if given.get("pruner", "none") == "none" else {"startup_trials": 5, **own}
+        for key in _PRUNER_KEYS:
+            if given.get(key) is not None and key not in own:
+                others = [name for name, keys in _PRUNERS.items() if key in keys]
+                instead = " or ".join(others) or "a pruner"
+                raise ValueError(
+                    f"pruner {given.get('pruner', 'none')} has no {key}; drop it or use {instead}"
+                )
+        return {**own, **{key: value for key, value in given.items() if value is not None}}
+
+    @model_validator(mode="after")
+    def _looks_for_the_pruner(self) -> "PruningSpec":
+        if list(self.at) != sorted(set(self.at)):
+            raise ValueError(f"at {list(self.at)} must ascend, each fraction once; sort it")
+        if self.pruner != "none" and not self.at:
+            raise ValueError(
+                f"pruner {self.pruner} compares FIDs on the way and at names none; give fractions "
+                "of the budget, as at: [0.25, 0.5]"
+            )
+        if self.pruner == "none" and self.images is not None and not self.at:
+            raise ValueError(
+                f"images {self.images} are drawn at no fraction of the budget; give at: [...] or "
+                "drop images"
+            )
+        if self.patience is not None and len(self.at) < self.patience + 2:
+            raise ValueError(
+                f"patience {self.patience} decides at look {self.patience + 2} first and at has "
+                f"{len(self.at)}; give more fractions or less patience"
+            )
+        return self
+
+
+class StopSpec(Strict):
+    """When to end a search early, for what it could still gain is less than noise; off by default.
+
+    Attributes:
+        rule: ``bound``: from the curve through the FIDs measured, the most that any point may
+            still be better than the best, two standard deviations in its favour.
+        noise: Standard deviation of the FID, relative, that a gain has to exceed; the default is
+            what one training seed moves it by.
+        min_trials: Complete trials before the rule is asked; never fewer than
+            ``sampler.startup_trials``.
+    """
+
+    rule: Literal["none", "bound"] = "none"
+    noise: Annotated[float, Field(gt=0, lt=1)] = 0.013
+    # A curve is fitted to 4 or more (search.surrogate.FEWEST).
+    min_trials: Annotated[int, Field(ge=4)] = 8
+
+
 class StudySpec(ModelSpec):
     """A whole study."""
 
@@ -201,6 +298,8 @@ class StudySpec(ModelSpec):
     seeds: SeedsSpec = Field(default_factory=SeedsSpec)
     trajectories: TrajectoriesSpec = Field(default_factory=TrajectoriesSpec)
     keep_students: Count = 3
+    pruning: PruningSpec = Field(default_factory=PruningSpec)
+    stop: StopSpec = Field(default_factory=StopSpec)
     confirm: ConfirmSpec = Field(default_factory=ConfirmSpec)
 
     @field_validator("weights", mode="before")
@@ -224,8 +323,31 @@ class StudySpec(ModelSpec):
             )
         return self
 
+    @model_validator(mode="after")
+    def _looks_lie_on_the_way(self) -> "StudySpec":
+        if (images := self.pruning.images or 0) > self.evaluation.images:
+            raise ValueError(
+                f"pruning.images {images} is above evaluation.images {self.evaluation.images}; "
+                "lower it, or leave it out for as many"
+            )
+        iterations = -(-self.budget.images // self.budget.batch)
+        after = [round(fraction * iterations) for fraction in self.pruning.at]
+        if after and (after[0] < 1 or after[-1] >= iterations or len(set(after)) < len(after)):
+            raise ValueError(
+                f"pruning.at {list(self.pruning.at)} of {iterations} iterations are looks after "
+                f"{after} of them, which must be different ones on the way; choose fractions "
+                "further apart and from 0 and 1"
+            )
+        return self
+
+    @property
+    def looks(self) -> dict[int, float]:
+        """Iterations after which a student is looked at on its way, and their fractions."""
+        iterations = -(-self.budget.images // self.budget.batch)
+        return {round(fraction * iterations): fraction for fraction in self.pruning.at}
+
     def _conditions(self) -> dict[str, Any]:
-        """Trial count, bounds, sampler, trajectory mode and resources may change.
+        """Trial count, bounds, sampler, pruner, stop, trajectory mode and resources may change.
 
         But for the number of GPUs that share a batch.
         """

@@ -1,0 +1,108 @@
+"""Noticing that Ray's head is gone: Ray tells it after a minute and ends the process, or never.
+
+Nothing is lost with it but time: what rows there are stands in the database.
+"""
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+
+from bdense.command import FAILURE
+
+LOOK_SECONDS = 1.0
+CONNECT_SECONDS = 2.0
+# A head that is only restarted or slow answers again within these.
+PATIENCE_SECONDS = 10.0
+# From the interrupt, and again from the last word: Ray's own code heeds neither.
+STUCK_SECONDS = 5.0
+
+
+class Head:
+    """Watches the head and this machine's own node from a thread of its own.
+
+    Once they are gone for good it interrupts the main thread, as Ctrl-C would: ``lost`` then
+    tells the two apart. Use it as a context manager around the use of a connected Ray. Ray's own
+    code may wait for its head without heeding an interrupt: then ``last_words`` are called, and
+    the process ends with status 1.
+
+    Args:
+        client: Whether Ray is used through its client, which has no node of its own to watch.
+    """
+
+    def __init__(self, *, client: bool = False) -> None:
+        self.last_words: Callable[[], None] = lambda: None
+        self._client = client
+        self.address, self._node = "", ""
+        if not client:
+            context = ray.get_runtime_context()
+            self.address = str(context.gcs_address)
+            self._node = context.get_node_id()
+        self._lost = threading.Event()
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="Ray's head", daemon=True)
+
+    def __enter__(self) -> Self:
+        if not self._client:
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._left.set()
+
+    @property
+    def lost(self) -> bool:
+        """Whether it is gone."""
+        return self._lost.is_set()
+
+    def end(self) -> None:
+        """End this process now; what it started on this machine ends with it."""
+        # They may wait for a database that is gone as well.
+        last = threading.Thread(target=self.last_words, name="last words", daemon=True)
+        last.start()
+        last.join(STUCK_SECONDS)
+        os._exit(FAILURE)
+
+    def _watch(self) -> None:
+        silent = 0.0
+        while not self._left.wait(LOOK_SECONDS):
+            silent = 0.0 if self._answers() and self._has_this_node() else silent + LOOK_SECONDS
+            if silent >= PATIENCE_SECONDS:
+                self._lost.set()
+                os.kill(os.getpid(), signal.SIGINT)
+                if not self._left.wait(STUCK_SECONDS):
+                    self.end()
+                return
+
+    def _answers(self) -> bool:
+        host, _, port = self.address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+        except OSError:
+            return False
+        return True
+
+    def _has_this_node(self) -> bool:
+        """Without its node this process gets no answer from any worker."""
+        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        return any(node["NodeID"] == self._node and node["Alive"] for node in nodes)
+
+
+def leave_ray(head: Head) -> None:
+    """Disconnect; where the head is lost within seconds, whatever Ray waits for."""
+    timer = threading.Timer(STUCK_SECONDS, head.end)
+    timer.daemon = True
+    if head.lost:
+        timer.start()
+    ray.shutdown()
+    timer.cancel()

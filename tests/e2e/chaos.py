@@ -1,0 +1,364 @@
+"""Faults against a launch that runs for real, every few seconds one, drawn by a seed."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from search.ledger import Ledger
+from search.study import baselines_name
+from tests.conftest import Postgres
+
+# A lease's shortest. What is frozen or cut off longer loses its trial.
+LEASE_SECONDS = 10.0
+AWAY_SECONDS = 10.0
+MOST_HEADLESS_SECONDS = 60.0
+
+
+@dataclass
+class Network:
+    """A namespace whose only way to the machine is one cable; what runs in it has no other."""
+
+    name: str
+    here: str
+    there: str
+    cable: str
+
+    def command(self) -> list[str]:
+        """In front of a command that is to run there."""
+        return ["ip", "netns", "exec", self.name]
+
+    @contextlib.contextmanager
+    def cut(self) -> Iterator[None]:
+        """Nothing comes through; addresses stay, as of a switch that is off."""
+        _ip("link", "set", self.cable, "down")
+        try:
+            yield
+        finally:
+            _ip("link", "set", self.cable, "up")
+
+
+@contextlib.contextmanager
+def network(number: int) -> Iterator[Network]:
+    """A namespace of its own; needs root."""
+    name, cable, end = f"bdense{number}", f"bd{number}a", f"bd{number}b"
+    net = Network(name, f"10.213.{number}.1", f"10.213.{number}.2", cable)
+    _ip("netns", "add", name)
+    try:
+        _ip("link", "add", cable, "type", "veth", "peer", "name", end)
+        _ip("link", "set", end, "netns", name)
+        _ip("addr", "add", f"{net.here}/24", "dev", cable)
+        _ip("link", "set", cable, "up")
+        for command in (
+            ("addr", "add", f"{net.there}/24", "dev", end),
+            ("link", "set", end, "up"),
+            ("link", "set", "lo", "up"),
+        ):
+            _ip("-n", name, *command)
+        yield net
+    finally:
+        with contextlib.suppress(subprocess.CalledProcessError):
+            _ip("link", "del", cable)
+        _ip("netns", "del", name)
+
+
+def can_cut_networks() -> bool:
+    """Whether this machine lets us make network namespaces."""
+    try:
+        with network(os.getpid() % 250):
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, timeout=20)
+
+
+@dataclass
+class Supervisor:
+    """Gives one command again until it ends with status 0, as ``restart: on-failure`` does.
+
+    Attributes:
+        ended: Status and stderr of each time, in order.
+    """
+
+    command: Sequence[str]
+    folder: Path
+    environment: dict[str, str]
+    ended: list[tuple[int, str]] = field(default_factory=list)
+    process: subprocess.Popen[str] | None = None
+
+    def look(self) -> bool:
+        """Start it where it does not run; False once it has ended well."""
+        if self.process is None:
+            self._start()
+            return True
+        assert self.process is not None
+        if self.process.poll() is None:
+            return True
+        err = (self.folder / "stderr").read_text()
+        self.ended.append((self.process.returncode, err))
+        status, self.process = self.process.returncode, None
+        return status != 0
+
+    @property
+    def pid(self) -> int | None:
+        """Of the command as it runs now."""
+        return self.process.pid if self.process and self.process.poll() is None else None
+
+    def _start(self) -> None:
+        with (self.folder / "stderr").open("w") as err, (self.folder / "stdout").open("w") as out:
+            self.process = subprocess.Popen(
+                list(self.command),
+                cwd=self.folder,
+                env=self.environment,
+                text=True,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+            )
+
+
+@dataclass
+class Chaos:
+    """What goes wrong.
+
+    Attributes:
+        hits: How often each kind of fault struck something that was at work.
+        log: Seconds since the start and what was done, for whoever reads a failure.
+    """
+
+    seed: int
+    url: str
+    study: str
+    launch: Supervisor
+    postgres: Postgres
+    network: Network | None
+    hits: Counter[str] = field(default_factory=Counter)
+    log: list[str] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+    _draw: random.Random = field(init=False)
+    _next: list[str] = field(default_factory=list)
+    _frozen: dict[int, threading.Timer] = field(default_factory=dict)
+    _headless: tuple[int, str, float] | None = None
+
+    def __post_init__(self) -> None:
+        self._draw = random.Random(self.seed)
+
+    @property
+    def kinds(self) -> dict[str, Callable[[], bool]]:
+        """What can go wrong; each returns whether it struck."""
+        kinds = {
+            "worker killed": self._kill_worker,
+            "launcher killed": self._kill_launcher,
+            "PostgreSQL restarted": self._restart,
+            "database away": self._away,
+            "Ray's head killed": self._kill_head,
+            "worker frozen": self._freeze,
+        }
+        if self.network is not None:
+            kinds["network cut"] = self._cut
+        return kinds
+
+    def strike(self) -> None:
+        """The next fault: all kinds in a drawn order, some of them twice, then in another."""
+        self._see_launcher_end()
+        if not self._next:
+            # The others cost a start of Ray, which tells nothing more of the study.
+            twice = ("worker killed", "worker frozen", "PostgreSQL restarted")
+            self._next = [*sorted(self.kinds), *twice]
+            self._draw.shuffle(self._next)
+        kind = self._next[-1]
+        if self.kinds[kind]():
+            self._next.pop()
+            self.hits[kind] += 1
+            self._note(kind)
+
+    def pause(self) -> float:
+        """Seconds until the next."""
+        return self._draw.uniform(3.0, 8.0)
+
+    def end(self) -> None:
+        """Thaw what is frozen."""
+        for pid, timer in list(self._frozen.items()):
+            timer.cancel()
+            _signal(pid, signal.SIGCONT)
+
+    def _note(self, text: str) -> None:
+        self.log.append(f"{time.monotonic() - self.started:6.1f} s  {text}")
+
+    def _workers(self) -> list[int]:
+        """Processes that hold a trial."""
+        held = []
+        for name in (self.study, baselines_name(self.study)):
+            held += Ledger.open(self.url, name, budget=None).running()
+        pids = [int(row.owner.rpartition(":")[2]) for row in held if row.owner]
+        return [pid for pid in pids if pid not in self._frozen and Path(f"/proc/{pid}").exists()]
+
+    def _kill_worker(self) -> bool:
+        workers = self._workers()
+        return bool(workers) and _signal(self._draw.choice(workers), signal.SIGKILL)
+
+    def _kill_launcher(self) -> bool:
+        pid = self.launch.pid
+        return bool(self._workers()) and pid is not None and _signal(pid, signal.SIGKILL)
+
+    def _restart(self) -> bool:
+        if not self._workers():
+            return False
+        self.postgres.control("restart", "-m", "immediate")
+        return True
+
+    def _away(self) -> bool:
+        if not self._workers():
+            return False
+        self.postgres.control("stop", "-m", "immediate")
+        time.sleep(AWAY_SECONDS)
+        self.postgres.control("start")
+        return True
+
+    def _kill_head(self) -> bool:
+        """Of Ray's two parts that a cluster cannot be without, one or the other."""
+        launcher = self.launch.pid
+        if not self._workers() or launcher is None:
+            return False
+        part = self._draw.choice(["gcs_server", "raylet"])
+        for pid in children(launcher):
+            if Path(_arguments(pid)[0]).name == part and _signal(pid, signal.SIGKILL):
+                self._headless = (launcher, part, time.monotonic())
+                return True
+        return False
+
+    def _see_launcher_end(self) -> None:
+        """It is to notice by itself that Ray's head is gone."""
+        if self._headless is None:
+            return
+        launcher, part, since = self._headless
+        seconds = time.monotonic() - since
+        if self.launch.pid != launcher:
+            self._note(f"launcher gone {seconds:.1f} s after {part}")
+            self._headless = None
+        else:
+            assert seconds < MOST_HEADLESS_SECONDS, f"the launcher outlives {part}"
+
+    def _freeze(self) -> bool:
+        workers = self._workers()
+        if not workers:
+            return False
+        pid = self._draw.choice(workers)
+        _signal(pid, signal.SIGSTOP)
+        self._frozen[pid] = threading.Timer(LEASE_SECONDS + 4, self._thaw, [pid])
+        self._frozen[pid].start()
+        return True
+
+    def _thaw(self, pid: int) -> None:
+        _signal(pid, signal.SIGCONT)
+        self._frozen.pop(pid, None)
+
+    def _cut(self) -> bool:
+        if self.network is None or not self._workers():
+            return False
+        seconds = self._draw.choice([5.0, LEASE_SECONDS + 4])
+        with self.network.cut():
+            time.sleep(seconds)
+        self._note(f"network was cut for {seconds:g} s")
+        return True
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process started itself."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(entry.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(entry.parent.name))
+    return found
+
+
+def end_all(mark: str) -> None:
+    """Kill every process whose environment holds ``mark``: this test's own and no other."""
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in entry.read_bytes() and int(entry.parent.name) != os.getpid():
+                _signal(int(entry.parent.name), signal.SIGKILL)
+
+
+def _arguments(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except OSError:
+        return [""]
+
+
+def _signal(pid: int, number: signal.Signals) -> bool:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def measure_calmly(
+    study: Path, points: Sequence[float], folder: Path, parts: int = 2
+) -> dict[float, float]:
+    """FID of each point by ``search.trial.evaluate``, in processes that nothing happens to.
+
+    Args:
+        study: Its file; teacher and trajectories are in the cache that the environment names.
+        points: Values of a.
+        folder: For the trials' files.
+        parts: Processes at once.
+    """
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "tests.e2e.chaos",
+                str(study),
+                str(folder),
+                *map(str, points[part::parts]),
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for part in range(parts)
+    ]
+    found: dict[float, float] = {}
+    for process in processes:
+        out, _ = process.communicate(timeout=400)
+        assert process.returncode == 0
+        found |= {float(a): value for a, value in json.loads(out)}
+    return found
+
+
+def _measure(study: Path, folder: Path, points: Sequence[float]) -> None:
+    from search.assets import load, use_device
+    from search.study_file import read_spec
+    from search.trial import evaluate
+
+    spec = read_spec(study)
+    assets = load(spec, use_device(spec), record=True)
+    found = [
+        (a, evaluate(assets, {"a": a}, folder / repr(a), check=_nothing, report=_nothing)["value"])
+        for a in points
+    ]
+    sys.stdout.write(json.dumps(found))
+
+
+def _nothing(*_: object) -> None:
+    """Asked every iteration, and has nothing to say."""
+
+
+if __name__ == "__main__":
+    _measure(Path(sys.argv[1]), Path(sys.argv[2]), [float(a) for a in sys.argv[3:]])

@@ -1,0 +1,186 @@
+"""Workers and clusters of other versions, and trials that kill whoever takes them."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import search.model_spec
+from search import assets, trial
+from search.errors import SpecChangedError
+from search.ledger import Ledger
+from search.space import baseline_space
+from search.spec import StudySpec
+from search.storage import resolve_storage_url
+from search.study import Study
+from search.workers import SearchWorker
+from tests.e2e.chaos import end_all
+from tests.e2e.study import Workplace, kill, small_study
+
+SHORT = {"trials": 2, "kimg": 0.128, "batch": 64}
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch, shared_cache) -> Study:
+    """Two short trials and the baselines, with all that they share."""
+    monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("BDENSE_CACHE", str(shared_cache))
+    spec = StudySpec.model_validate(small_study(budget=SHORT) | {"trajectories": {"mode": "live"}})
+    assets.prepare(spec, assets.use_device(spec), lambda *_: None)
+    return Study.create(resolve_storage_url(None), spec)
+
+
+def work_on_one(study: Study) -> None:
+    worker = SearchWorker(study)
+    claimed = worker.claim()
+    assert claimed is not None
+    worker.work(claimed)
+
+
+def test_a_worker_of_other_numerics_measures_nothing(study, monkeypatch):
+    work_on_one(study)
+    monkeypatch.setattr(search.model_spec, "NUMERICS", -1)
+    with pytest.raises(SpecChangedError, match="the worker runs another version of bdense"):
+        work_on_one(study)
+    counts = study.baselines.counts()
+    assert (counts.complete, counts.failed, counts.running) == (1, 0, 1)
+    monkeypatch.undo()
+    again = study.baselines.claim(baseline_space(), None)
+    assert (again.number, again.attempt, again.tries, again.adopted) == (1, 2, 1, True)
+
+
+def test_a_worker_of_another_release_joins_and_it_is_told(study, monkeypatch, tmp_path):
+    """The same numerics: harmless, and every trial says by what it was measured."""
+    for _ in range(3):
+        work_on_one(study)
+    other = tmp_path / "site" / "bdense-9.9.9.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: bdense\nVersion: 9.9.9\n")
+    monkeypatch.syspath_prepend(str(other.parent))
+    trial.package_versions.cache_clear()
+    try:
+        work_on_one(study)
+    finally:
+        trial.package_versions.cache_clear()
+    first, second = study.trials.study.trials
+    assert second.user_attrs["versions"] == first.user_attrs["versions"] | {"bdense": "9.9.9"}
+    own = first.user_attrs["versions"]["bdense"]
+    assert study.trials.differing_versions() == [
+        f"bdense differs between trials: {own} in 1, 9.9.9 in 1"
+    ]
+    assert study.baselines.differing_versions() == []
+
+
+@pytest.fixture
+def cluster(tmp_path) -> Iterator[dict[str, str]]:
+    """A real Ray head that asks for a token, as the environment of whoever uses it."""
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef" * 4)
+    shared = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    port, mark = 20_000 + os.getpid() % 10_000, {"BDENSE_TEST_HEAD": str(tmp_path)}
+    program = Path(sys.executable).with_name("ray")
+    try:
+        subprocess.run(
+            [
+                *(program, "start", "--head", f"--port={port}", "--num-cpus=1"),
+                *("--include-dashboard=false", "--disable-usage-stats"),
+                *("--node-ip-address=127.0.0.1", "--object-store-memory=80000000"),
+            ],
+            check=True,
+            capture_output=True,
+            timeout=120,
+            env=os.environ | shared | mark,
+        )
+        yield shared | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
+    finally:
+        end_all(f"BDENSE_TEST_HEAD={tmp_path}")
+
+
+OTHER_VERSION = """
+import json, sys
+from ray._private import ray_constants
+from ray._common.usage import usage_constants
+from ray._raylet import GcsClient
+
+client = GcsClient(address=sys.argv[1])
+where = dict(namespace=ray_constants.KV_NAMESPACE_CLUSTER)
+key = usage_constants.CLUSTER_METADATA_KEY
+stored = json.loads(client.internal_kv_get(key, **where))
+client.internal_kv_put(key, json.dumps(stored | {"ray_version": "0.0.1"}).encode(), True, **where)
+"""
+
+
+@pytest.mark.slow
+def test_a_cluster_of_another_ray_is_refused_in_words(cluster, tmp_path):
+    """The head is a real one that is made to say that it is older."""
+    head = cluster["RAY_ADDRESS"]
+    place = Workplace(tmp_path, tmp_path / "cache", extra=cluster)
+    assert ray_finding(place) == {
+        "level": "ok",
+        "text": f"the cluster at {head} has 1 machines, 1 CPUs and 0 GPUs",
+    }
+    program = [sys.executable, "-c", OTHER_VERSION, head]
+    subprocess.run(program, check=True, timeout=60, env=os.environ | cluster)
+    found = ray_finding(place)
+    assert found["level"] == "problem"
+    assert "The cluster was started with: Ray: 0.0.1" in found["text"]
+    done = place.run("launch", place.write(small_study()))
+    assert done.returncode == 2
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith(f"bdense-search: Ray cannot be used at {head}: Version mismatch: ")
+    assert "The cluster was started with: Ray: 0.0.1" in line
+    assert line.endswith("install here the versions of Ray and Python that the cluster has")
+    assert "Traceback" not in done.stderr
+
+
+def ray_finding(place: Workplace) -> dict[str, str]:
+    """What the doctor says of the cluster."""
+    findings = json.loads(place.run("doctor", "--json").stdout)["findings"]
+    (found,) = [each for each in findings if each["check"] == "Ray"]
+    return {"level": found["level"], "text": found["text"]}
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_a_trial_that_kills_its_workers_is_given_up_and_the_study_goes_on(tmp_path):
+    """Whoever works on trial 0 is killed, as the kernel does to what takes all the memory."""
+    tree = small_study(budget={"trials": 3, "kimg": 1.28, "batch": 64}, name="poison")
+    tree["resources"] |= {"max_attempts": 2}
+    place = Workplace(tmp_path, tmp_path / "cache")
+    url = resolve_storage_url(f"sqlite:///{tmp_path}/runs/bdense.db")
+    study = Study.create(url, StudySpec.model_validate(tree))
+    for a in (0.5, 1.0, 1.5):
+        study.trials.enqueue({"a": a})
+    launcher = place.start("launch", place.write(tree), "--workers", "2")
+    victims: set[int] = set()
+    try:
+        deadline = time.monotonic() + 240
+        while launcher.poll() is None:
+            assert time.monotonic() < deadline
+            for row in Ledger.open(url, "poison", budget=None).running():
+                pid = int(row.owner.rpartition(":")[2])
+                if row.number == 0 and pid not in victims:
+                    victims.add(pid)
+                    with contextlib.suppress(ProcessLookupError):
+                        kill(pid)
+            time.sleep(0.05)
+        _, err = launcher.communicate()
+    finally:
+        end_all(f"BDENSE_CACHE={tmp_path}")
+    assert launcher.returncode == 0, err
+    assert len(victims) == 2
+    given_up, *others = study.trials.study.trials
+    assert (given_up.state.name, given_up.user_attrs["reason"]) == ("FAIL", "poisoned")
+    assert "started 2 times, and no worker finished it" in given_up.user_attrs["error"]
+    assert [each.state.name for each in others] == ["COMPLETE"] * 2
+    assert study.left() == 0
+    shown = place.run("status", "poison")
+    assert "trial 0" in shown.stdout
+    assert "poisoned" in shown.stdout
+    assert json.loads(place.run("doctor", "poison", "--json").stdout)["ok"] is True

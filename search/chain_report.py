@@ -3,8 +3,9 @@
 The paper's figure 2, with its spread. Reads the storage alone.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from search.charts import Chart
 from search.comparison import (
     Comparison,
     compare,
@@ -12,12 +13,10 @@ from search.comparison import (
     difference_text,
     fid_line,
 )
+from search.figures import fid_over_steps
 from search.planned import Planned
 from search.promotion_spec import PromotionSpec
 from search.report import align
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 _CONDITIONS = ("images", "extractor", "extractor_sha256", "reference", "reference_images")
 
@@ -48,6 +47,16 @@ def teacher_fid(planned: Planned) -> dict[str, Any] | None:
 
 def chain_table(planned: Planned) -> str:
     """For people: a line for each number of steps and arm."""
+    return "\n".join([*align(chain_rows(planned)), *chain_conditions(planned)])
+
+
+def chain_conditions(planned: Planned) -> list[str]:
+    """What the chain's FIDs have in common, once there are any."""
+    return [fid_line(found.results[0].conditions) for found in by_steps(planned).values()][:1]
+
+
+def chain_rows(planned: Planned) -> list[tuple[str, ...]]:
+    """A header and the table's lines as cells."""
     rounds = by_steps(planned)
     header = ("steps", "", "mean", "s.e.", "seeds", "vs plain", "vs uniform")
     rows: list[tuple[str, ...]] = [header]
@@ -63,8 +72,7 @@ def chain_table(planned: Planned) -> str:
             ]
             cells = (str(steps), result.arm.name, f"{found.mean:.3f}", error, str(found.n))
             rows.append((*cells, *pairs))
-    conditions = [fid_line(found.results[0].conditions) for found in rounds.values()][:1]
-    return "\n".join([*align(rows), *conditions])
+    return rows
 
 
 def fid_table(planned: Planned) -> list[dict[str, Any]]:
@@ -92,36 +100,6 @@ def fid_table(planned: Planned) -> list[dict[str, Any]]:
     return table
 
 
-def chain_figure(planned: Planned) -> "Figure":
+def chain_chart(planned: Planned) -> Chart:
     """FID over steps, a line for each arm, bars of one standard error."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
-    axes = figure.subplots()
-    rounds = by_steps(planned)
-    styles = {"plain PD": ("0.2", "s-"), "uniform weights": ("tab:orange", "^--")}
-    first = next(iter(rounds.values()))
-    for result in first.results:
-        own = {
-            steps: match.summary()
-            for steps, comparison in rounds.items()
-            for match in comparison.results
-            if match.arm == result.arm
-        }
-        colour, line = styles.get(result.arm.name, ("tab:blue", "o-"))
-        spread = [s.standard_error if s.n > 1 else 0.0 for s in own.values()]
-        means = [s.mean for s in own.values()]
-        label = result.arm.name if result.arm.is_baseline else f"B-DENSE, {result.arm.name}"
-        axes.errorbar(
-            list(own), means, yerr=spread, fmt=line, color=colour, capsize=3, label=label
-        )
-    if (teacher := teacher_fid(planned)) is not None:
-        axes.plot([teacher["nfe"]], [teacher["value"]], "k*", markersize=10, label="teacher")
-    steps = [*([teacher["nfe"]] if teacher else []), *rounds]
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(steps, [str(n) for n in steps])
-    axes.set_xticks([], minor=True)
-    images = first.results[0].conditions["images"]
-    axes.set(xlabel="DDIM steps", ylabel=f"FID, {images} images", title=planned.name)
-    axes.legend()
-    return figure
+    return fid_over_steps(by_steps(planned), teacher_fid(planned), planned.name)

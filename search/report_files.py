@@ -1,174 +1,273 @@
-"""A study's result as files to show: a page with its table, the curve of FID, sample grids.
+"""A study's result as files to show: report.html, whole in itself, report.md, and their pictures.
 
 Reads the storage and the trials' folders; writes nothing but the folder it is given.
 """
 
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bdense.errors import InputError
 from bdense.files import atomic_write
-from search.chain_report import chain_figure, chain_table
-from search.comparison import Comparison, compare, complete_rows
-from search.planned import Planned, Row
-from search.report import TITLES, Standing, complete_trials, headline, standing, table
-from search.storage import runs_folder
+from search.charts import Chart
+from search.comparison import Comparison
+from search.confirmation import Verdict
+from search.drawing import save_png
+from search.folders import GRID, WEIGHTS_PLOT, pictures, row_folder
+from search.markdown import escaped, fenced, markdown_table
+from search.notes import TIMINGS, changes_text, conditions
+from search.overview import Overview, PlannedOverview, look_at, look_at_rows
+from search.planned import Planned
+from search.report import (
+    TITLES,
+    align,
+    headline,
+    in_short,
+    remarks,
+    table,
+    table_rows,
+    weights_text,
+)
+from search.report_html import (
+    Picture,
+    Section,
+    bullets,
+    figures,
+    folded,
+    highlighted,
+    page,
+    paragraph,
+    preformatted,
+    rows_table,
+)
 from search.study import Study, baselines_name
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-PAGE, CURVE, CHAIN = "report.md", "curve.png", "fid.png"
-SAMPLES = "samples.png"
+PAGE, HTML_PAGE = "report.md", "report.html"
+SAME_LATENTS = "The first 64 images of each student, from the same latents."
 
 
 def write_report(study: Study, folder: Path) -> Path:
-    """Write ``report.md``, ``curve.png`` and a grid of samples for each student that is shown.
+    """Write the two pages, a picture of each plot and a grid of samples of the students shown.
 
     Args:
         study: With at least one complete trial.
         folder: Made where it is not there; files of the same names are replaced.
 
     Returns:
-        The page.
+        The page of Markdown; ``report.html`` lies beside it.
 
     Raises:
         InputError: No trial is complete.
     """
-    now = standing(study)
-    if now.best is None:
+    look = look_at(study)
+    now = look.now
+    if now.best is None or not look.trials:
         raise InputError(
             f"{headline(now)}: there is nothing to report yet; run bdense-search launch first"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    trials = complete_trials(study)
-    axis = "strength" if "rule" in now.best else "a"
-    with atomic_write(folder / CURVE) as scratch:
-        curve(now, trials, axis).savefig(scratch, format="png", dpi=150)
-    grids = _copy_grids(now, folder)
-    pictures = "\n\n".join(f"{title}:\n\n![{title}]({name})" for title, name in grids)
-    lines = [
-        f"# {now.study}",
-        f"{headline(now)}.",
-        f"```\n{table(now)}\n```",
-        f"![FID over {axis}]({CURVE})",
-        _rows(trials, axis),
-        "The first 64 images of each student, from the same latents.",
-        pictures,
-    ]
-    with atomic_write(folder / PAGE) as scratch:
-        scratch.write_text("\n\n".join(line for line in lines if line) + "\n")
+    plots, grids = _draw(look.charts(), folder), _copy_grids(look, folder)
+    rows = trial_rows(look.trials)
+    _write(
+        folder / PAGE,
+        f"# {escaped(now.study)}",
+        f"{escaped(headline(now))}.",
+        fenced(table(now)),
+        *_in_markdown(plots),
+        markdown_table(rows),
+        SAME_LATENTS,
+        *_in_markdown(grids),
+    )
+    html = page(
+        now.study,
+        [
+            paragraph(f"{headline(now)}.", "lead"),
+            highlighted(
+                f"FID {now.best['fid']:.3f}",
+                [
+                    f"trial {now.best['number']}, {in_short(now.best)}: "
+                    f"w_1 .. w_K = {weights_text(now.best['weights'])}",
+                    conditions(now.best),
+                    f"{look.confidence()}.",
+                ],
+            ),
+        ],
+        [
+            Section(
+                title="Result",
+                parts=[
+                    rows_table(table_rows(now)),
+                    *(paragraph(line, "quiet") for line in remarks(now)),
+                    *(_under_fresh_seeds(look.verdict) if look.verdict else []),
+                ],
+            ),
+            Section(
+                title="Plots",
+                parts=[figures(plots, "plots"), paragraph(look.importance_remark, "quiet")],
+            ),
+            Section(title="Samples", parts=[figures(grids, "grids")] if grids else []),
+            Section(title="Trials", parts=[rows_table(rows)]),
+            *_last_sections(look),
+        ],
+        look.written,
+    )
+    _write(folder / HTML_PAGE, html)
     return folder / PAGE
 
 
 def write_planned_report(planned: Planned, folder: Path) -> Path:
-    """Write ``report.md``, a grid of each arm, and of a chain ``fid.png``: FID over steps.
+    """The same of planned rows: a grid of each arm, and plots of their FIDs.
 
     Raises:
         InputError: No row is complete.
     """
-    comparison = compare(planned)
-    if not comparison.results:
+    look = look_at_rows(planned)
+    if not look.comparison.results:
         raise InputError(f"{planned.headline()}: there is nothing to report yet")
-    folder.mkdir(parents=True, exist_ok=True)
-    if planned.kind == "progressive":
-        table_text, axis = chain_table(planned), "DDIM steps"
-        with atomic_write(folder / CHAIN) as scratch:
-            chain_figure(planned).savefig(scratch, format="png", dpi=150)
-    else:
-        table_text, axis = _tables(planned), ""
-    grids = _copy_arms(planned, comparison, folder)
-    pictures = "\n\n".join(f"{title}:\n\n![{title}]({name})" for title, name in grids)
-    lines = [
-        f"# {planned.name}",
-        f"{planned.headline()}.",
-        f"```\n{table_text}\n```",
-        f"![FID over {axis}]({CHAIN})" if axis else "",
-        "The first 64 images of each arm's last student, from the same latents.",
-        pictures,
-    ]
-    with atomic_write(folder / PAGE) as scratch:
-        scratch.write_text("\n\n".join(line for line in lines if line) + "\n")
+    plots = _draw(look.charts(), folder)
+    grids = _copy_arms(planned, look.comparison, folder)
+    about = "The first 64 images of each arm's last student, from the same latents."
+    table_text = "\n\n".join(
+        "\n".join([*([title] if title else []), *align(rows)]) for title, rows in look.tables
+    )
+    _write(
+        folder / PAGE,
+        f"# {escaped(planned.name)}",
+        f"{escaped(planned.headline())}.",
+        fenced("\n".join([table_text, *look.conditions])),
+        *_in_markdown(plots),
+        about,
+        *_in_markdown(grids),
+    )
+    facts = ", ".join(f"{key}: {value}" for key, value in planned.facts.items())
+    tables = [paragraph(title) + rows_table(rows, left=False) for title, rows in look.tables]
+    html = page(
+        planned.name,
+        [paragraph(f"{planned.headline()}.", "lead"), paragraph(facts)],
+        [
+            Section(title="Plots", parts=[figures(plots, "plots")]),
+            Section(
+                title="Result",
+                parts=[*tables, *(paragraph(line, "quiet") for line in look.conditions)],
+            ),
+            Section(
+                title="Samples",
+                parts=[paragraph(about), figures(grids, "grids")] if grids else [],
+            ),
+            *_last_sections(look),
+        ],
+        look.written,
+    )
+    _write(folder / HTML_PAGE, html)
     return folder / PAGE
 
 
-def _tables(planned: Planned) -> str:
-    """A table for each budget and NFE that rows were trained for."""
-    rows = {(r.kimg, r.nfe) for r in (Row.of(t.params) for t in complete_rows(planned))}
-    tables = []
-    for kimg, nfe in sorted(rows, key=lambda pair: (pair[1] or 0, pair[0] or 0)):
-        found = compare(planned, kimg=kimg, nfe=nfe)
-        title = f"{kimg:g} kimg, NFE {nfe}"
-        tables.append("\n".join([title, *found.table(), found.conditions_line()]))
-    return "\n\n".join(tables)
+def trial_rows(trials: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """A header and every complete trial as cells, the best first."""
+    names = ("rule", "strength") if "rule" in trials[0] else ("a", "b")
+    timed = [name for name in TIMINGS if any(name in trial["timings"] for trial in trials)]
+    titles = [f"{TIMINGS[name]}, s" for name in timed]
+    rows: list[tuple[str, ...]] = [("trial", *names, "FID", *titles, "w_1 .. w_K")]
+    for trial in sorted(trials, key=lambda t: float(t["fid"])):
+        where = (trial[name] for name in names)
+        seconds = (trial["timings"].get(name) for name in timed)
+        rows.append(
+            (
+                str(trial["number"]),
+                *(f"{each:.3f}" if isinstance(each, float) else str(each) for each in where),
+                f"{trial['fid']:.3f}",
+                *("-" if each is None else f"{each:.1f}" for each in seconds),
+                weights_text(trial["weights"]),
+            )
+        )
+    return rows
 
 
-def _copy_arms(planned: Planned, comparison: Comparison, folder: Path) -> list[tuple[str, str]]:
-    """(title, file name) of each arm's grid under the first seed, where it is still there."""
+def _under_fresh_seeds(found: Verdict) -> list[str]:
+    return [
+        paragraph(f"Under fresh seeds, at {found.kimg:g} kimg:"),
+        rows_table(found.comparison.rows(), left=False),
+        paragraph(found.comparison.conditions_line(), "quiet"),
+    ]
+
+
+def _last_sections(look: Overview | PlannedOverview) -> list[Section]:
+    """What every report ends with."""
+    spec = preformatted(look.spec)
+    return [
+        Section(title="Failures", parts=[bullets(look.failures)]),
+        Section(title="Changes", parts=[bullets(changes_text(look.changes))]),
+        Section(
+            title="Spec", parts=[folded(f"fingerprint {look.fingerprint}", spec)] if spec else []
+        ),
+    ]
+
+
+def _draw(charts: Sequence[Chart], folder: Path) -> list[Picture]:
+    """Each plot as a picture in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for chart in charts:
+        path = folder / f"{chart.key}.png"
+        save_png(chart, path)
+        drawn.append(Picture(path=path, caption=chart.remark, alt=chart.title))
+    return drawn
+
+
+def _copy_grids(look: Overview, folder: Path) -> list[Picture]:
+    """The sample grids of baselines and best that are still there."""
+    now = look.now
+    assert now.best is not None
+    best = now.best["number"]
+    sources = [
+        (TITLES[method], row_folder(baselines_name(now.study), result["number"]), method)
+        for method, result in now.baselines.items()
+    ]
+    sources.append((f"best: trial {best}", row_folder(now.study, best), "best"))
+    found = [
+        _copy(source / GRID, folder / f"samples-{name}.png", title)
+        for title, source, name in sources
+        if (source / GRID).is_file()
+    ]
+    weights = row_folder(now.study, best) / WEIGHTS_PLOT
+    if weights.is_file():
+        title = f"weights of trial {best} over its training"
+        found.append(_copy(weights, folder / "weights-best.png", title))
+    return found
+
+
+def _copy_arms(planned: Planned, comparison: Comparison, folder: Path) -> list[Picture]:
+    """Each arm's grid under the first seed, where it is still there."""
     found = []
     for index, result in enumerate(comparison.results):
         seed = min(result.rows)
-        row = runs_folder() / planned.name / f"{result.rows[seed]:05d}"
-        grids = [row / SAMPLES, *sorted(row.glob(f"*-{SAMPLES}"))]
-        if (source := next((grid for grid in grids if grid.is_file()), None)) is not None:
-            name = f"samples-{index}.png"
-            with atomic_write(folder / name) as scratch:
-                shutil.copyfile(source, scratch)
-            found.append((f"{result.arm.name}, seed {seed}", name))
-    return found
-
-
-def curve(now: Standing, trials: list[dict[str, Any]], axis: str) -> "Figure":
-    """FID of every complete trial over one of its parameters, beside the baselines."""
-    # Half a second, for reports alone. Figure, not pyplot: no window, no global state.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.0, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for rule in sorted({trial.get("rule", "") for trial in trials}):
-        own = [trial for trial in trials if trial.get("rule", "") == rule]
-        label = f"B-DENSE, {rule}" if rule else "B-DENSE"
-        axes.plot([t[axis] for t in own], [t["fid"] for t in own], "o", label=label)
-    styles = {"sfd": ("0.2", "-"), "uniform": ("tab:orange", "--")}
-    for method, result in now.baselines.items():
-        colour, line = styles[method]
-        axes.axhline(result["fid"], color=colour, linestyle=line, label=TITLES[method])
-    axes.set(xlabel=axis, ylabel=f"FID, {trials[0]['images']} images", title=now.study)
-    axes.legend()
-    return figure
-
-
-def _copy_grids(now: Standing, folder: Path) -> list[tuple[str, str]]:
-    """(title, file name) of the sample grids that were still there to copy."""
-    assert now.best is not None
-    sources = [
-        (TITLES[method], runs_folder() / baselines_name(now.study) / f"{result['number']:05d}")
-        for method, result in now.baselines.items()
-    ]
-    best = now.best["number"]
-    sources.append((f"best trial ({best})", runs_folder() / now.study / f"{best:05d}"))
-    found = []
-    for title, source in sources:
-        if (source / SAMPLES).is_file():
-            name = f"samples-{title.split()[0].lower()}.png"
-            with atomic_write(folder / name) as scratch:
-                shutil.copyfile(source / SAMPLES, scratch)
-            found.append((title, name))
-    return found
-
-
-def _rows(trials: list[dict[str, Any]], axis: str) -> str:
-    """Every complete trial, the best first."""
-    names = ["rule", axis] if axis == "strength" else ["a", "b"]
-    header = ["trial", *names, "FID", "w_1 .. w_K"]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for trial in sorted(trials, key=lambda t: float(t["fid"])):
-        cells = [
-            str(trial["number"]),
-            *(f"{trial[n]:.3f}" if isinstance(trial[n], float) else str(trial[n]) for n in names),
-            f"{trial['fid']:.3f}",
-            " ".join(f"{w:.3g}" for w in trial["weights"]),
+        grids = [
+            path
+            for path in pictures(row_folder(planned.name, result.rows[seed]))
+            if path.name != WEIGHTS_PLOT
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        if grids:
+            title = f"{result.arm.name}, seed {seed}"
+            found.append(_copy(grids[0], folder / f"samples-{index}.png", title))
+    return found
+
+
+def _copy(source: Path, to: Path, title: str) -> Picture:
+    with atomic_write(to) as scratch:
+        shutil.copyfile(source, scratch)
+    return Picture(path=to, caption=title, alt=title)
+
+
+def _in_markdown(shown: Sequence[Picture]) -> list[str]:
+    """Below each other, with their captions."""
+    lines = []
+    for each in shown:
+        lines.append(f"![{escaped(each.alt)}]({each.path.name})")
+        if each.caption:
+            lines.append(escaped(each.caption))
+    return lines
+
+
+def _write(path: Path, *parts: str) -> None:
+    with atomic_write(path) as scratch:
+        scratch.write_text("\n\n".join(part for part in parts if part) + "\n")

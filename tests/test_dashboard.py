@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,16 +13,20 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import optuna
 import pytest
+from optuna_dashboard import wsgi
 
 from bdense.errors import InputError
-from search.dashboard import Application, dashboard_application, serve
+from search.artifacts import FolderStore, attach
+from search.dashboard import Application, dashboard_application, hardened, serve
 from search.errors import StorageError
 from search.ledger import Ledger
 from search.space import search_space
-from search.storage import open_storage
+from search.storage import open_reading, open_storage
+from tests.e2e.study import wait_until
 from tests.studies import spec
 
 
@@ -60,6 +66,14 @@ def study(tmp_path) -> Study:
 
 def ask(application: Application, method: str, path: str, body: object = None) -> tuple[int, dict]:
     """Status and JSON of one request."""
+    status, _, content = answer_of(application, method, path, body)
+    return status, json.loads(content) if content else {}
+
+
+def answer_of(
+    application: Application, method: str, path: str, body: object = None
+) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and content of one request."""
     content = b"" if body is None else json.dumps(body).encode()
     environ = {
         "REQUEST_METHOD": method,
@@ -68,13 +82,16 @@ def ask(application: Application, method: str, path: str, body: object = None) -
         "SERVER_PORT": "80",
         "CONTENT_TYPE": "application/json",
         "CONTENT_LENGTH": str(len(content)),
+        "HTTP_ACCEPT_ENCODING": "gzip",
+        "wsgi.errors": io.StringIO(),
         "wsgi.input": io.BytesIO(content),
         "wsgi.url_scheme": "http",
     }
     answers = []
-    chunks = application(environ, lambda status, headers, *error: answers.append(status))
+    chunks = application(environ, lambda *answer: answers.append(answer))
     text = b"".join(chunks)
-    return int(answers[-1].split()[0]), json.loads(text) if text else {}
+    status, headers = answers[-1][:2]
+    return int(status.split()[0]), {name.lower(): value for name, value in headers}, text
 
 
 WRITES = [
@@ -84,6 +101,11 @@ WRITES = [
     ("PUT", "/api/studies/{key}/note", {"body": "hello", "version": 1}),
     ("POST", "/api/trials/1/tell", {"state": "Complete", "values": [0.1]}),
     ("PATCH", "/api/studies/{key}", {}),
+    # A way round: some frameworks take the method from here.
+    ("POST", "/api/studies/{key}?_method=GET", {}),
+    # What nobody has looked at is refused, whatever its method.
+    ("GET", "/sql-profiler", None),
+    ("GET", "/api/studies/{key}/unknown", None),
 ]
 
 
@@ -105,6 +127,34 @@ def test_no_request_changes_a_study(study, method, path, body):
     status, answer = ask(application, method, path.format(key=study.key), body)
     assert status == 403
     assert "--writable" in answer["reason"]
+    assert study.contents() == before
+
+
+def test_every_route_of_the_dashboard_is_known(study):
+    """A new version's are refused until somebody has looked at them; this test then says so."""
+    routes = wsgi(open_storage(study.url)).routes
+    application = study.application(writable=False)
+    before, answers = study.contents(), {}
+    for route in routes:
+        path = re.sub(r"<:re:.*?>(?=$)", "", route.rule)
+        path = re.sub(r"<artifact_id[^>]*>", "0a", re.sub(r"<(\w+):int>", "999", path))
+        path = re.sub(r"<plot_type>", "edf", re.sub(r"<[^>]*>", "x", path))
+        answers[route.method, route.rule] = answer_of(application, route.method, path, {})[0]
+    assert len(answers) > 25
+    refused = {key for key, status in answers.items() if status == 403}
+    assert {method for method, _ in answers.keys() - refused} == {"GET"}
+    assert {method for method, _ in refused} == {"POST", "PUT", "DELETE"}
+    assert study.contents() == before
+
+
+def test_reading_needs_no_right_to_write(study):
+    """The database itself refuses what the dashboard would write."""
+    storage = open_reading(study.url)
+    application = dashboard_application(storage, writable=True)
+    assert ask(application, "GET", f"/api/studies/{study.key}")[0] == 200
+    before = study.contents()
+    with pytest.raises(optuna.exceptions.StorageInternalError):
+        storage.set_study_user_attr(study.key, "mine", 1)
     assert study.contents() == before
 
 
@@ -132,6 +182,132 @@ def test_a_file_that_is_no_database_is_named(tmp_path):
     (tmp_path / "study.db").write_text("no database " * 100)
     with pytest.raises(StorageError, match=r"cannot open the study database .*study\.db"):
         serve(f"sqlite:///{tmp_path / 'study.db'}", port=0, writable=False)
+
+
+@pytest.mark.postgres
+def test_reading_a_server(postgres):
+    """Every page but what changes something, over a connection that may only read."""
+    url = postgres.new_database()
+    ledger = Ledger.open(url, "digits", budget=2)
+    claim = ledger.claim(search_space(spec()), lambda offset: optuna.samplers.RandomSampler(0))
+    ledger.complete(claim, 12.5, {})
+    application = dashboard_application(open_reading(url), writable=False)
+    key = ledger.study._study_id
+    for path in ("/dashboard", "/api/studies", f"/api/studies/{key}", f"/csv/{key}"):
+        assert answer_of(application, "GET", path)[0] == 200
+    _, answer = ask(application, "GET", f"/api/studies/{key}")
+    assert [trial["values"] for trial in answer["trials"]] == [[12.5]]
+
+
+def test_the_page_runs_its_own_scripts_alone_and_in_no_frame(study):
+    _, headers, _ = answer_of(study.application(writable=False), "GET", "/dashboard")
+    policy = [part.strip() for part in headers["content-security-policy"].split(";")]
+    assert "script-src 'self' 'unsafe-eval'" in policy
+    assert {"default-src 'self'", "object-src 'none'", "frame-ancestors 'none'"} <= {*policy}
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["referrer-policy"] == "no-referrer"
+
+
+@pytest.mark.parametrize("path", ["/api/studies", "/static/bundle.js", "/nowhere"])
+def test_nothing_else_runs_at_all(study, path):
+    _, headers, _ = answer_of(study.application(writable=False), "GET", path)
+    assert headers["content-security-policy"] == (
+        "default-src 'none'; sandbox; frame-ancestors 'none'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "is_file"),
+    [
+        ("samples.png", "image/png", False),
+        ("page.html", "text/html", True),
+        ("drawing.svg", "image/svg+xml", True),
+        ("unknown", "application/octet-stream", True),
+    ],
+)
+def test_an_artifact_is_drawn_or_offered_as_a_file_and_never_runs(
+    study, tmp_path, name, kind, is_file
+):
+    ledger = Ledger.open(study.url, "digits", budget=None)
+    claim = ledger.claim(search_space(spec()), lambda offset: optuna.samplers.RandomSampler(1))
+    path = tmp_path / name
+    path.write_bytes(b"<script>alert(1)</script>")
+    store = FolderStore(tmp_path / "artifacts")
+    artifact = attach(ledger.storage, claim.trial_id, [path], store)[name]
+    application = dashboard_application(open_storage(study.url), writable=False, artifacts=store)
+    address = f"/artifacts/{study.key}/{claim.trial_id}/{artifact}"
+    status, headers, content = answer_of(application, "GET", address)
+    assert (status, content) == (200, b"<script>alert(1)</script>")
+    assert headers["content-type"].partition(";")[0] == kind
+    assert headers["content-security-policy"].startswith("default-src 'none'; sandbox")
+    assert headers["x-content-type-options"] == "nosniff"
+    assert "access-control-allow-origin" not in headers
+    assert (headers.get("content-disposition") == "attachment") == is_file
+
+
+@pytest.mark.parametrize("artifact", ["..%2f..%2fstudy.db", "../../study.db", "0a/../../study.db"])
+def test_no_address_leads_out_of_the_artifacts(study, tmp_path, artifact):
+    (tmp_path / "artifacts").mkdir()
+    application = dashboard_application(
+        open_storage(study.url), writable=False, artifacts=FolderStore(tmp_path / "artifacts")
+    )
+    for path in (f"/artifacts/{study.key}/1/{artifact}", f"/static/{artifact}"):
+        status, _, content = answer_of(application, "GET", path)
+        assert status in (403, 404)
+        assert b"SQLite" not in content
+
+
+def test_headers_of_an_answer_that_has_none():
+    def plain(environ, start_response):
+        start_response("200 OK", [])
+        return [b""]
+
+    _, headers, _ = answer_of(hardened(plain), "GET", "/")
+    assert headers["content-security-policy"].startswith("default-src 'none'; sandbox")
+
+
+def test_under_gunicorn_from_the_environment(study, tmp_path):
+    """As the container runs it."""
+    pytest.importorskip("gunicorn", reason="needs gunicorn (in the service's image)")
+    ledger = Ledger.open(study.url, "digits", budget=None)
+    claim = ledger.claim(search_space(spec()), lambda offset: optuna.samplers.RandomSampler(1))
+    (tmp_path / "samples.png").write_bytes(b"a grid")
+    store = FolderStore(tmp_path / "runs" / "artifacts")
+    ids = attach(ledger.storage, claim.trial_id, [tmp_path / "samples.png"], store)
+    socket_path = tmp_path / "socket"
+    command = ["-m", "gunicorn", "--workers=1", "--threads=4", f"--bind=unix:{socket_path}"]
+    settings = {"BDENSE_STORAGE": study.url, "BDENSE_RUNS": str(tmp_path / "runs")}
+    with subprocess.Popen(
+        [sys.executable, *command, "search.dashboard:application()"],
+        env=os.environ | settings,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        try:
+            wait_until(socket_path.exists, what="gunicorn's socket")
+            names, artifact, deleted = (
+                over_socket(socket_path, method, path)
+                for method, path in (
+                    ("GET", "/api/studies"),
+                    ("GET", f"/artifacts/{study.key}/{claim.trial_id}/{ids['samples.png']}"),
+                    ("DELETE", f"/api/studies/{study.key}"),
+                )
+            )
+        finally:
+            process.terminate()
+    assert b'"study_name": "digits"' in names
+    assert artifact.endswith(b"a grid")
+    assert b" 403 Forbidden" in deleted.splitlines()[0]
+    assert study.names() == ["digits"]
+
+
+def over_socket(path: Path, method: str, address: str) -> bytes:
+    """A whole answer."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(30)
+        connection.connect(str(path))
+        head = f"{method} {address} HTTP/1.0\r\nHost: here\r\nConnection: close\r\n\r\n"
+        connection.sendall(head.encode())
+        return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
 @contextlib.contextmanager

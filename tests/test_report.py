@@ -1,7 +1,10 @@
 """Where a study stands: from a real database, filled through the ledger, to JSON and a table."""
 
+import base64
 import dataclasses
 import json
+import re
+from html.parser import HTMLParser
 from pathlib import Path
 
 import optuna
@@ -10,6 +13,8 @@ from PIL import Image
 
 from bdense.errors import InputError
 from bdense.metrics import FID
+from search.drawing import picture
+from search.figures import fid_over
 from search.ledger import Claim, Ledger
 from search.report import (
     baseline_results,
@@ -24,7 +29,7 @@ from search.report import (
     status_json,
     table,
 )
-from search.report_files import curve, write_report
+from search.report_files import write_report
 from search.space import baseline_space, search_space
 from search.study import Study
 from tests.studies import spec
@@ -318,22 +323,107 @@ def test_the_report_is_a_page_with_its_pictures(scene, folder, monkeypatch):
     assert table(standing(scene.study)) in text
     # The best first, and of two equal ones the earlier.
     rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
-    assert rows == ["| trial", "| 1", "| 2", "| 0"]
+    assert rows == ["| trial", "| ---", "| 1", "| 2", "| 0"]
     assert "| 1 | 0.500 | -1.000 | 11.000 | 1 1.6 2.7 4.5 |" in text
     # The baselines' grids are not there, the best trial's is.
     assert (folder / "shown" / "samples-best.png").read_bytes() == b"the best trial's grid"
-    assert text.count("![") == 2
-    with Image.open(folder / "shown" / "curve.png") as picture:
-        assert picture.size == (1050, 630)
+    plots = ["fid-over-a", "fid-over-a-b", "weights", "fid-over-time"]
+    assert re.findall(r"\]\((.*?)\)", text) == [
+        *(f"{name}.png" for name in plots),
+        "samples-best.png",
+    ]
+    for name in plots:
+        with Image.open(folder / "shown" / f"{name}.png") as picture:
+            assert picture.size == (1050, 630)
+
+
+class Cells(HTMLParser):
+    """Texts of the cells of every table, and addresses of every picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.pictures, self.links, self.text = [], [], [], ""
+        self._in_cell = False
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        if tag == "tr":
+            self.rows.append([])
+        self._in_cell = tag in ("td", "th")
+        if self._in_cell:
+            self.rows[-1].append("")
+        if tag == "img":
+            self.pictures.append(found["src"])
+        self.links += [found[name] for name in ("href", "action", "data") if name in found]
+        assert tag not in ("script", "iframe", "object", "link", "form")
+        assert not [name for name in found if name.startswith("on")]
+
+    def handle_data(self, data):
+        if self._in_cell and self.rows and self.rows[-1]:
+            self.rows[-1][-1] += data.strip()
+        self.text += data
+
+    def handle_endtag(self, tag):
+        self._in_cell = False
+
+
+def read_html(path: Path) -> Cells:
+    found = Cells()
+    found.feed(path.read_text())
+    return found
+
+
+def test_the_html_report_holds_all_there_is(scene, folder, monkeypatch):
+    monkeypatch.setenv("BDENSE_RUNS", str(folder / "runs"))
+    write_report(scene.study, folder / "html")
+    found = read_html(folder / "html" / "report.html")
+    assert ["plain SFD", "12.500", "-", "-", "-", "end point alone"] in found.rows
+    assert ["uniform weights", "13.280", "+6.2 %", "0", "0", "1 1 1 1"] in found.rows
+    assert ["1", "0.500", "-1.000", "11.000", "1 1.6 2.7 4.5"] in found.rows
+    assert "3 of 6 trials complete, 1 pruned, 1 failed, 1 running" in found.text
+    assert "trial 1, a 0.500: w_1 .. w_K = 1 1.6 2.7 4.5" in found.text
+    assert "one training seed, not confirmed" in found.text
+    assert "trial 4 failed, diverged: the loss is not finite at iteration 3" in found.text
+    assert "3 complete trials say too little, 20 are needed" in found.text
+    # No request to anywhere: each picture is in the page, as it is in the folder.
+    assert found.links == []
+    assert [
+        base64.b64decode(each.removeprefix("data:image/png;base64,")) for each in (found.pictures)
+    ] == [
+        (folder / "html" / f"{name}.png").read_bytes()
+        for name in (
+            "fid-over-a",
+            "fid-over-a-b",
+            "weights",
+            "fid-over-time",
+            *(["samples-best"] if (folder / "html" / "samples-best.png").exists() else []),
+        )
+    ]
+    text = (folder / "html" / "report.html").read_text()
+    assert "default-src 'none'; img-src data:;" in text
+    assert not re.search(r"(src|href)=\"?(http|/|\.)|url\(|@import", text)
+
+
+def test_a_change_of_a_setting_is_in_the_report(folder, monkeypatch):
+    monkeypatch.setenv("BDENSE_RUNS", str(folder / "runs"))
+    url = f"sqlite:///{folder / 'changed.db'}"
+    finish(Ledger.open(url, "digits", budget=2), 1.0, 12.5)
+    Ledger.open(url, "digits", budget=8)
+    write_report(Study.open(url, "digits"), folder / "changed")
+    assert re.search(
+        r"\d\d:\d\d.*: budget from 2 to 8", read_html(folder / "changed" / "report.html").text
+    )
 
 
 def test_the_curve_shows_every_trial_and_the_baselines(scene):
-    (axes,) = curve(standing(scene.study), complete_trials(scene.study), "a").axes
-    dots, *lines = axes.get_lines()
+    trials = complete_trials(scene.study)
+    (axes,) = picture(fid_over(trials, standing(scene.study).baselines, "a")).axes
+    plain, uniform, dots, best = axes.get_lines()
     assert dots.get_xydata().tolist() == [[1.0, 12.5], [0.5, 11.0], [2.0, 11.0]]
-    assert {line.get_label(): line.get_ydata()[0] for line in lines} == {
-        "plain SFD": 12.5,
-        "uniform weights": 13.28,
+    assert best.get_xydata().tolist() == [[0.5, 11.0]]
+    assert {line.get_label(): line.get_ydata()[0] for line in (plain, uniform)} == {
+        "plain SFD 12.500": 12.5,
+        "uniform weights 13.280": 13.28,
     }
 
 

@@ -1,0 +1,240 @@
+"""Trials' pictures as artifacts of a real storage, in a folder and behind a real S3 client."""
+
+import http.server
+import threading
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta
+from optuna.artifacts.exceptions import ArtifactNotFound
+from optuna.exceptions import UpdateFinishedTrialError
+
+from bdense.errors import InputError
+from search.artifacts import (
+    FolderStore,
+    artifact_store,
+    artifacts_place,
+    attach,
+    attached,
+    is_stored,
+)
+from search.ledger import Claim, Ledger
+from search.space import search_space
+from tests.studies import spec
+
+
+@pytest.fixture
+def ledger(tmp_path) -> Ledger:
+    return Ledger.open(f"sqlite:///{tmp_path / 'study.db'}", "digits", budget=3)
+
+
+@pytest.fixture
+def grid(tmp_path) -> Path:
+    path = tmp_path / "samples.png"
+    path.write_bytes(b"a grid")
+    return path
+
+
+def claim(ledger: Ledger) -> Claim:
+    found = ledger.claim(search_space(spec()), lambda offset: optuna.samplers.RandomSampler(0))
+    assert isinstance(found, Claim)
+    return found
+
+
+def metas(ledger: Ledger, trial_id: int) -> list[tuple[str, str]]:
+    """(id, file name), as anybody reads them from the database."""
+    trial = ledger.storage.get_trial(trial_id)
+    found = get_all_artifact_meta(trial, storage=ledger.storage)
+    return [(meta.artifact_id, meta.filename) for meta in found]
+
+
+def test_a_picture_becomes_an_artifact_that_optuna_reads(ledger, grid, tmp_path):
+    trial_id = claim(ledger).trial_id
+    ids = attach(ledger.storage, trial_id, [grid], FolderStore(tmp_path / "artifacts"))
+    assert metas(ledger, trial_id) == [(ids["samples.png"], "samples.png")]
+    (meta,) = attached(ledger.storage, ledger.storage.get_trial(trial_id))
+    assert meta.mimetype == "image/png"
+    theirs = FileSystemArtifactStore(tmp_path / "artifacts")
+    assert theirs.open_reader(ids["samples.png"]).read() == b"a grid"
+
+
+def test_attached_again_it_is_still_one(ledger, grid, tmp_path):
+    """A trial that is taken over after its pictures were stored."""
+    trial_id, store = claim(ledger).trial_id, FolderStore(tmp_path / "artifacts")
+    first = attach(ledger.storage, trial_id, [grid], store)
+    assert attach(ledger.storage, trial_id, [grid], store) == first
+    assert len(metas(ledger, trial_id)) == 1
+    assert [path.name for path in (tmp_path / "artifacts").iterdir()] == [first["samples.png"]]
+
+
+@pytest.mark.parametrize(
+    "server", ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)]
+)
+def test_two_workers_at_once_attach_it_once(server, request, grid, tmp_path):
+    """One was frozen and thaws while its adopter is at the same place."""
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    if server == "postgres":
+        url = request.getfixturevalue("postgres").new_database()
+    ledger = Ledger.open(url, "digits", budget=3)
+    trial_id, store = claim(ledger).trial_id, FolderStore(tmp_path / "artifacts")
+    together, found = threading.Barrier(4), []
+
+    def work() -> None:
+        storage = Ledger.open(url, "digits", budget=None).storage
+        together.wait()
+        found.append(attach(storage, trial_id, [grid], store)["samples.png"])
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert len(set(found)) == 1
+    assert metas(ledger, trial_id) == [(found[0], "samples.png")]
+
+
+class DyingStore(FolderStore):
+    """Its worker dies between the metadata and the file, or with half of the file written."""
+
+    def __init__(self, folder: Path, half: bytes) -> None:
+        super().__init__(folder)
+        self.half, self.folder = half, folder
+
+    def write(self, artifact_id, content_body):
+        if self.half:
+            self.folder.mkdir(exist_ok=True)
+            (self.folder / artifact_id).write_bytes(self.half)
+        raise OSError("the worker is gone")
+
+
+@pytest.mark.parametrize("half", [b"", b"a g"])
+def test_an_artifact_that_was_begun_is_mended_under_its_id(ledger, grid, tmp_path, half):
+    trial_id, folder = claim(ledger).trial_id, tmp_path / "artifacts"
+    with pytest.raises(OSError, match="the worker is gone"):
+        attach(ledger.storage, trial_id, [grid], DyingStore(folder, half))
+    ((begun, _),) = metas(ledger, trial_id)
+    store = FolderStore(folder)
+    assert is_stored(store, begun) == bool(half)
+    assert attach(ledger.storage, trial_id, [grid], store) == {"samples.png": begun}
+    assert metas(ledger, trial_id) == [(begun, "samples.png")]
+    assert store.open_reader(begun).read() == b"a grid"
+
+
+def test_a_finished_trial_takes_none(ledger, grid, tmp_path):
+    held = claim(ledger)
+    ledger.complete(held, 1.0, {})
+    with pytest.raises(UpdateFinishedTrialError):
+        attach(ledger.storage, held.trial_id, [grid], FolderStore(tmp_path / "artifacts"))
+    assert metas(ledger, held.trial_id) == []
+
+
+@pytest.mark.parametrize("name", ["../escaped", "/tmp/escaped", "a/b", ".."])
+def test_an_id_leads_out_of_no_folder(tmp_path, name):
+    store = FolderStore(tmp_path / "artifacts")
+    with (tmp_path / "content").open("wb") as file:
+        file.write(b"x")
+    with (tmp_path / "content").open("rb") as file, pytest.raises((ValueError, OSError)):
+        store.write(name, file)
+    assert sorted(path.name for path in tmp_path.iterdir()) in (
+        ["content"],
+        ["artifacts", "content"],
+    )
+
+
+def test_the_place_is_a_folder_under_the_runs(tmp_path, monkeypatch):
+    monkeypatch.delenv("BDENSE_ARTIFACTS", raising=False)
+    monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
+    assert artifacts_place() == str(tmp_path / "runs" / "artifacts")
+    monkeypatch.setenv("BDENSE_ARTIFACTS", str(tmp_path / "a" / ".." / "shared"))
+    assert artifacts_place() == str(tmp_path / "shared")
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("gs://bucket", "no known form; give a folder, or s3://"),
+        ("s3:///", "names no bucket; give s3://"),
+    ],
+)
+def test_a_place_of_no_known_form_is_refused(monkeypatch, place, says):
+    monkeypatch.setenv("BDENSE_ARTIFACTS", place)
+    with pytest.raises(InputError, match=says):
+        artifacts_place()
+
+
+class Bucket(http.server.BaseHTTPRequestHandler):
+    """As much of S3 as one bucket needs: objects by their path."""
+
+    objects: dict[str, bytes]
+
+    def do_PUT(self):
+        if self.headers.get("x-amz-decoded-content-length"):  # sent in chunks, with a trailer
+            content = self._chunks()
+        else:
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+        self.objects[self.path.partition("?")[0]] = content
+        self._answer(200, b"")
+
+    def do_GET(self):
+        found = self.objects.get(self.path.partition("?")[0])
+        if found is None:
+            self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
+        else:
+            self._answer(200, found)
+
+    def _chunks(self) -> bytes:
+        content = b""
+        while size := int(self.rfile.readline().partition(b";")[0], 16):
+            content += self.rfile.read(size)
+            self.rfile.readline()
+        while self.rfile.readline().strip():
+            pass
+        return content
+
+    def _answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_bucket_with_a_prefix(ledger, grid, monkeypatch):
+    """Through boto3, over the wire."""
+    pytest.importorskip("boto3", reason="needs the extra s3")
+    handler = type("OneBucket", (Bucket,), {"objects": {}})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        settings = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
+            "AWS_ACCESS_KEY_ID": "name",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "BDENSE_ARTIFACTS": "s3://pictures/team/digits/",
+        }
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        trial_id, store = claim(ledger).trial_id, artifact_store()
+        artifact = attach(ledger.storage, trial_id, [grid], store)["samples.png"]
+        assert handler.objects == {f"/pictures/team/digits/{artifact}": b"a grid"}
+        assert attach(ledger.storage, trial_id, [grid], store) == {"samples.png": artifact}
+        assert is_stored(store, artifact)
+        with pytest.raises(ArtifactNotFound):
+            store.open_reader("0" * 36)
+        server.shutdown()
+
+
+def test_without_boto3_a_bucket_is_refused_and_says_what_to_install(monkeypatch):
+    import importlib.util
+
+    known = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "boto3" else known(name)
+    )
+    monkeypatch.setenv("BDENSE_ARTIFACTS", "s3://pictures")
+    with pytest.raises(InputError, match=r"pip install 'bdense\[s3\]'"):
+        artifacts_place()

@@ -1,0 +1,207 @@
+"""Metrics of real studies, read back by the parser of Prometheus's own library."""
+
+import io
+import math
+import time
+from collections.abc import Iterator
+
+import optuna
+import pytest
+from optuna.samplers import RandomSampler
+from prometheus_client.parser import text_string_to_metric_families
+
+from benchmarks.large_study import fill
+from search.claims import OUT_OF_BOUNDS
+from search.dashboard import dashboard_application
+from search.exposition import mount
+from search.ledger import Claim, Ledger
+from search.space import baseline_space, search_space
+from search.storage import open_reading, open_storage
+from search.study import KIND, Study
+from tests.studies import NORMALISED, spec
+
+SPACE = search_space(spec())
+# What a label has to escape, and what would be a line of its own.
+AWKWARD = 'quoted " back\\slash\nbdense_best_fid{study="forged"} 0'
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def url(request, tmp_path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'study.db'}"
+    return request.getfixturevalue("postgres").new_database()
+
+
+def take(ledger: Ledger, space=SPACE) -> Claim:
+    claim = ledger.claim(space, lambda offset: RandomSampler(seed=offset))
+    assert isinstance(claim, Claim)
+    return claim
+
+
+def get(application, path: str = "/metrics", method: str = "GET") -> tuple[str, dict, str]:
+    """Status, headers and text of one request."""
+    environ = {
+        "REQUEST_METHOD": method,
+        "PATH_INFO": path,
+        "SERVER_NAME": "127.0.0.1",
+        "SERVER_PORT": "80",
+        "wsgi.input": io.BytesIO(),
+        "wsgi.url_scheme": "http",
+    }
+    answers = []
+    chunks = application(environ, lambda *answer: answers.append(answer))
+    text = b"".join(chunks).decode()
+    status, headers, *_ = answers[-1]
+    return status, dict(headers), text
+
+
+def elsewhere(environ, start_response) -> Iterator[bytes]:
+    start_response("418 teapot", [])
+    return iter([environ["PATH_INFO"].encode()])
+
+
+def samples(url: str) -> dict[tuple[str, ...], float]:
+    """(metric, study, other label) -> value, as a scraper reads them."""
+    status, headers, text = get(mount(elsewhere, open_reading(url)))
+    assert status == "200 OK"
+    assert headers["Content-Type"].startswith("text/plain")
+    found = {}
+    for family in text_string_to_metric_families(text):
+        assert family.documentation
+        assert family.type == "gauge"
+        for sample in family.samples:
+            labels = dict(sample.labels)
+            key = (sample.name.removeprefix("bdense_"), labels.pop("study"), *labels.values())
+            assert key not in found
+            found[key] = sample.value
+    return found
+
+
+def of_study(found: dict, name: str) -> dict[tuple[str, ...], float]:
+    return {(key[0], *key[2:]): value for key, value in found.items() if key[1] == name}
+
+
+def test_every_state_and_figure_of_a_search(url):
+    study = Study.create(url, spec(budget__trials=20))
+    trials, baselines = study.trials, study.baselines
+    for value in (12.5, 11.25, 14.0):
+        trials.complete(take(trials), value, {})
+    trials.prune(take(trials), {})
+    for _ in range(2):
+        trials.fail(take(trials), "error", "no such file", {})
+    # Counted nowhere.
+    out = trials.study.ask(fixed_distributions=dict(SPACE))
+    out.set_user_attr(OUT_OF_BOUNDS, True)
+    trials.study.tell(out, state=optuna.trial.TrialState.PRUNED)
+    running = [take(trials) for _ in range(3)]
+    trials.release(running[0])
+    for a in (0.25, 0.5, 0.75, 1.0):
+        trials.enqueue({"a": a, "b": -1.0})
+    baselines.complete(take(baselines, baseline_space()), 13.5, {})
+    time.sleep(0.3)
+
+    found = samples(url)
+    own = of_study(found, "digits")
+    lease, since = own.pop(("oldest_lease_seconds",)), own.pop(("seconds_since_completion",))
+    assert 0.3 <= lease < 20.0
+    assert lease < since < 60.0
+    assert own == {
+        ("trials_planned",): 20,
+        ("trials", "complete"): 3,
+        ("trials", "pruned"): 1,
+        ("trials", "failed"): 2,
+        ("trials", "running"): 3,
+        ("trials", "waiting"): 4,
+        ("best_fid",): 11.25,
+        ("baseline_fid", "sfd"): 13.5,
+        ("leases_overdue",): 0,
+    }
+    theirs = of_study(found, "digits.baselines")
+    assert theirs[("trials", "complete")] == theirs[("trials", "waiting")] == 1
+    assert ("best_fid",) not in theirs
+    counts = trials.counts()
+    assert (counts.planned, counts.complete, counts.running) == (20, 3, 3)
+
+
+def test_a_lease_that_was_not_renewed_is_overdue(url):
+    ledger = Ledger.open(url, "digits", budget=2, ttl=0.2)
+    take(ledger)
+    assert of_study(samples(url), "digits")[("leases_overdue",)] == 0
+    time.sleep(0.3)
+    assert of_study(samples(url), "digits")[("leases_overdue",)] == 1
+
+
+def test_an_empty_database_and_an_empty_study(url):
+    with_others = open_storage(url)
+    Ledger.open(url, "digits", budget=4)
+    optuna.create_study(study_name="foreign", storage=with_others).ask()
+    found = samples(url)
+    assert {key[1] for key in found} == {"digits"}
+    assert {key[0]: value for key, value in of_study(found, "digits").items() if value} == {
+        "trials_planned": 4
+    }
+
+
+def test_values_of_planned_rows_are_no_best(url):
+    ledger = Ledger.open(url, "digits.confirm", budget=1)
+    ledger.study.set_user_attr(KIND, "retrain")
+    ledger.complete(take(ledger), 10.0, {})
+    own = of_study(samples(url), "digits.confirm")
+    assert own[("trials", "complete")] == 1
+    assert ("best_fid",) not in own
+
+
+def test_an_infinite_value_that_somebody_told_is_no_best(url):
+    ledger = Ledger.open(url, "digits", budget=3)
+    for value in (-math.inf, 12.0):
+        ledger.study.add_trial(optuna.trial.create_trial(value=value))
+    assert of_study(samples(url), "digits")[("best_fid",)] == 12.0
+
+
+def test_a_name_stays_in_its_label(url):
+    ledger = Ledger.open(url, AWKWARD, budget=1)
+    ledger.complete(take(ledger), 10.0, {})
+    found = samples(url)
+    assert {key[1] for key in found} == {AWKWARD}
+    assert of_study(found, AWKWARD)[("best_fid",)] == 10.0
+
+
+def test_only_its_own_path_is_answered_and_only_read(url):
+    Ledger.open(url, "digits", budget=1)
+    application = mount(elsewhere, open_reading(url))
+    assert get(application, "/metrics/x") == ("418 teapot", {}, "/metrics/x")
+    assert get(application, method="POST")[0] == "405 Method Not Allowed"
+    # The dashboard has it, read-only and with its headers.
+    dashboard = dashboard_application(open_reading(url), writable=False)
+    status, headers, text = get(dashboard)
+    assert (status, headers["X-Content-Type-Options"]) == ("200 OK", "nosniff")
+    assert 'bdense_trials_planned{study="digits"} 1.0' in text.splitlines()
+
+
+@pytest.mark.postgres
+def test_a_database_that_is_away_is_said_so_and_no_more(postgres):
+    url = postgres.new_database()
+    Ledger.open(url, "digits", budget=1)
+    application = mount(elsewhere, open_reading(url))
+    assert get(application)[0] == "200 OK"
+    postgres.control("stop", "-m", "immediate")
+    try:
+        away = get(application)
+    finally:
+        postgres.control("start")
+    assert away[0] == "503 Service Unavailable"
+    assert away[2] == "the study database does not answer\n"
+    assert get(application)[0] == "200 OK"
+
+
+@pytest.mark.slow
+def test_ten_thousand_trials_cost_a_scrape_nothing_to_speak_of(url):
+    of = spec(weights=NORMALISED, budget__trials=20_000)
+    study = Study.create(url, of)
+    fill(study, open_storage(url), of, 10_000)
+    application = mount(elsewhere, open_reading(url))
+    get(application)
+    started = time.perf_counter()
+    _, _, text = get(application)
+    assert time.perf_counter() - started < 1.0
+    assert 'bdense_trials{state="complete",study="digits"} 10000.0' in text.splitlines()

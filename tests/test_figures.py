@@ -1,0 +1,223 @@
+"""Plots as data, and that both who draw them draw just that."""
+
+import json
+import math
+
+import pytest
+
+from search.charts import Chart, Series
+from search.comparison import ArmResult, Comparison
+from search.drawing import STOPS, interactive, picture, save_png, shade
+from search.figures import (
+    arms_of,
+    equivalent_b,
+    fid_over,
+    fid_over_both,
+    fid_over_time,
+    importance_of,
+    study_charts,
+    thinned,
+    weights_of,
+)
+from search.planned import PLAIN, UNIFORM
+
+BASELINES = {"sfd": {"fid": 4.0}, "uniform": {"fid": 3.5}}
+
+
+def trial(number: int, a: float, fid: float, hours: float = 0.0, **others) -> dict:
+    weights = [math.exp(a * k - 1.0) for k in (1, 2, 3, 4)]
+    known = {"number": number, "a": a, "b": -1.0, "fid": fid, "images": 256, "hours": hours}
+    return known | {"weights": weights, "searched": ("a", "b"), "timings": {}} | others
+
+
+TRIALS = [trial(0, 0.5, 3.6, 0.5), trial(1, 1.0, 3.2, 1.5), trial(2, 2.0, 3.8, 1.0)]
+
+
+def named(chart: Chart) -> dict[str, Series]:
+    return {series.name: series for series in chart.series}
+
+
+def test_fid_over_a_with_the_baselines_as_levels():
+    series = named(fid_over(TRIALS, BASELINES, "a"))
+    assert (series["B-DENSE"].x, series["B-DENSE"].y) == ([0.5, 1.0, 2.0], [3.6, 3.2, 3.8])
+    assert (series["best: trial 1"].x, series["best: trial 1"].y) == ([1.0], [3.2])
+    levels = {name: each.y for name, each in series.items() if each.kind == "level"}
+    assert levels == {"plain SFD 4.000": [4.0], "uniform weights 3.500": [3.5]}
+
+
+def test_learned_weights_have_points_for_each_rule():
+    learned = [
+        {**trial(0, 0.0, 3.0), "rule": "uncertainty", "strength": 1.0},
+        {**trial(1, 0.0, 3.1), "rule": "gradient-norm", "strength": -0.5},
+    ]
+    charts = {chart.key: chart for chart in study_charts(learned, BASELINES, {})}
+    assert list(charts) == ["fid-over-strength", "weights", "fid-over-time"]
+    series = named(charts["fid-over-strength"])
+    assert series["B-DENSE, gradient-norm"].x == [-0.5]
+    assert series["B-DENSE, uncertainty"].x == [1.0]
+
+
+def test_fid_over_both_is_by_colour():
+    chart = fid_over_both(TRIALS)
+    series = named(chart)["B-DENSE"]
+    assert (series.x, series.y) == ([0.5, 1.0, 2.0], [-1.0, -1.0, -1.0])
+    assert series.values == [3.6, 3.2, 3.8]
+    assert (chart.scale, chart.bounds()) == ("FID", (3.2, 3.8))
+    assert chart.remark == ""
+
+
+def test_where_b_follows_from_a_its_line_is_drawn_and_said():
+    held = [{**each, "searched": ("a",)} for each in TRIALS]
+    chart = fid_over_both(held)
+    line = named(chart)["b = ln K - ln sum exp(a k)"]
+    assert (line.x[0], line.x[-1]) == (0.5, 2.0)
+    for a, b in zip(line.x, line.y, strict=True):
+        assert sum(math.exp(a * k + b) for k in (1, 2, 3, 4)) == pytest.approx(4.0)
+    assert chart.remark.startswith("b was not searched: it follows from a")
+
+
+@pytest.mark.parametrize("a", [-300.0, 0.0, 300.0])
+def test_the_equivalent_b_of_steep_slopes_is_finite(a):
+    assert max(a * k + equivalent_b(a, 4) for k in (1, 4)) == pytest.approx(
+        math.log(4) if a else 0.0
+    )
+
+
+def test_weights_are_lines_in_the_order_of_their_fid():
+    chart = weights_of(TRIALS)
+    lines = [series for series in chart.series if series.values]
+    assert [line.values for line in lines] == [[3.8], [3.6], [3.2]]
+    assert lines[-1].y == TRIALS[1]["weights"]
+    assert named(chart)["best: trial 1"].y == TRIALS[1]["weights"]
+    assert chart.ticks == {1.0: "1", 2.0: "2", 3.0: "3", 4: "4 (end point)"}
+
+
+def test_time_has_the_best_so_far():
+    chart = fid_over_time(TRIALS, {})
+    series = named(chart)
+    assert chart.x == "hours since the first trial began"
+    assert (series["B-DENSE"].x, series["B-DENSE"].y) == ([0.5, 1.0, 1.5], [3.6, 3.8, 3.2])
+    best = series["best so far"]
+    assert (best.x, best.y) == ([0.5, 1.5, 1.5], [3.6, 3.2, 3.2])
+
+
+def test_a_short_study_is_told_in_minutes():
+    chart = fid_over_time([trial(0, 1.0, 3.0, 0.25), trial(1, 1.0, 2.0, 0.5)], {})
+    assert chart.x == "minutes since the first trial began"
+    assert named(chart)["best so far"].x == [15.0, 30.0, 30.0]
+
+
+def test_importance_is_in_order():
+    (series,) = importance_of({"b": 0.1, "a": 0.9}).series
+    assert (series.x, series.y) == (["a", "b"], [0.9, 0.1])
+
+
+def test_very_different_fids_have_a_logarithmic_axis():
+    assert not fid_over(TRIALS, {}, "a").log_y
+    assert fid_over([*TRIALS, trial(3, 0.0, 400.0)], {}, "a").log_y
+
+
+def test_one_very_bad_trial_does_not_take_all_colours():
+    chart = fid_over_both(
+        [trial(i, i / 10, 3.0 + i / 10) for i in range(10)] + [trial(10, 2, 1e6)]
+    )
+    assert chart.bounds() == (3.0, pytest.approx(3.9))
+
+
+def test_of_very_many_trials_the_best_half_is_shown_and_it_is_said():
+    many = [trial(i, 0.1, float((i * 7919) % 1000)) for i in range(1000)]
+    shown, remark = thinned(many, 100)
+    assert len(shown) == 100
+    assert remark == "Shown are the best 50 of 1000 trials and 50 of the others."
+    assert {each["fid"] for each in shown} >= set(map(float, range(50)))
+    assert [each["number"] for each in shown] == sorted(each["number"] for each in shown)
+    assert thinned(many[:100], 100) == (many[:100], "")
+
+
+def test_arms_are_points_for_each_seed_and_their_mean():
+    fid = {"images": 256, "nfe": 2}
+    results = tuple(
+        ArmResult(arm=arm, fids=fids, rows=dict.fromkeys(fids, 0), conditions=fid)
+        for arm, fids in ((PLAIN, {1: 4.0, 2: 6.0}), (UNIFORM, {1: 3.0, 2: 3.0}))
+    )
+    series = named(arms_of(Comparison(results=results), "title", "arms-0"))
+    assert list(zip(series["one seed"].x, series["one seed"].y, strict=True)) == [
+        (0.0, 4.0),
+        (0.0, 6.0),
+        (1.0, 3.0),
+        (1.0, 3.0),
+    ]
+    mean = series["mean and s.e."]
+    assert (mean.y, mean.spread) == ([5.0, 3.0], [1.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("value", "colour"), [(0, STOPS[0]), (4, STOPS[-1]), (2, STOPS[2]), (9, STOPS[-1])]
+)
+def test_colours_go_from_stop_to_stop(value, colour):
+    assert shade(value, 0, 4) == colour
+
+
+def test_a_colour_between_two_stops_is_between_them():
+    left, right, mixed = (
+        [int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in (STOPS[0], STOPS[1], shade(0.5, 0, 4))
+    )
+    assert mixed == [round((a + b) / 2) for a, b in zip(left, right, strict=True)]
+
+
+CHARTS = study_charts(TRIALS, BASELINES, {"a": 0.9, "b": 0.1})
+
+
+@pytest.mark.parametrize("chart", CHARTS, ids=lambda chart: chart.key)
+def test_the_dashboard_draws_what_the_chart_says(chart):
+    drawn = json.loads(interactive(chart).to_json())
+    traces = {trace.get("name"): trace for trace in drawn["data"] if trace.get("name")}
+    for series in chart.series:
+        trace = traces[series.name]
+        expected = list(series.y) * 2 if series.kind == "level" else list(series.y)
+        assert trace["y"] == pytest.approx(expected, rel=1e-4)
+        if series.kind != "level":
+            assert trace["x"] == pytest.approx(list(series.x)) or trace["x"] == list(series.x)
+    assert drawn["layout"]["title"]["text"] == chart.title
+    assert ("type" in drawn["layout"]["yaxis"]) == chart.log_y
+    if chart.scale:
+        (scaled,) = (t["marker"] for t in drawn["data"] if "colorbar" in t.get("marker", {}))
+        assert (scaled["cmin"], scaled["cmax"]) == chart.bounds()
+
+
+@pytest.mark.parametrize("chart", CHARTS, ids=lambda chart: chart.key)
+def test_the_picture_draws_what_the_chart_says(chart, tmp_path):
+    axes, *scales = picture(chart).axes
+    assert len(scales) == bool(chart.scale)
+    labels = (
+        [text.get_text() for text in axes.get_legend().get_texts()]
+        if any(not series.quiet for series in chart.series)
+        else []
+    )
+    assert labels == [series.name for series in chart.series if not series.quiet]
+    lines = [line.get_ydata() for line in axes.get_lines()]
+    for series in chart.series:
+        if series.kind in ("line", "steps"):
+            assert any(list(line) == list(series.y) for line in lines)
+    save_png(chart, tmp_path / "chart.png")
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_texts_are_no_tags_and_no_mathematics():
+    chart = Chart(
+        key="x",
+        title="<b>$x_1$</b>\n_",
+        x="a & b",
+        y="",
+        series=[Series(name="_<a href='javascript:1'>", kind="points", x=[1.0], y=[1.0])],
+    )
+    drawn = interactive(chart)
+    assert drawn.layout.title.text == "&lt;b&gt;$x_1$&lt;/b&gt; _"
+    assert drawn.data[0].name == "_&lt;a href='javascript:1'&gt;"
+    figure = picture(chart)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    assert axes.get_title() == r"<b>\$x_1\$</b> _"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "<a href='javascript:1'>"
+    ]

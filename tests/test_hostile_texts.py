@@ -1,0 +1,284 @@
+"""Whoever may write to the database may write anything: it stays text, and in its folder.
+
+A study's name, a value of its spec, attributes of trials, a failure's message, an arm's name.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from wsgiref.simple_server import make_server
+
+import pytest
+from optuna_dashboard import get_note
+
+from bdense.errors import InputError
+from search.dashboard import HOST, _QuietHandler, _Server, dashboard_application
+from search.folders import named_file, row_folder
+from search.ledger import Ledger
+from search.markdown import escaped, fenced, html_table, markdown_table, tagless
+from search.planned import SPACES, Arm, Planned, Row
+from search.report_files import write_planned_report, write_report
+from search.showing import attach_pictures, show
+from search.storage import open_reading
+from search.study import CONDITIONS, FINGERPRINT, SPEC, Study
+from tests.studies import spec
+from tests.test_report import CONDITIONS as FID_CONDITIONS
+from tests.test_report import attributes, baseline_space, read_html, take, trial
+
+RUN = "document.documentElement.setAttribute('data-ran','yes')"
+SCRIPT = f"<script>{RUN}</script>"
+PICTURE = f'"><img src=x onerror="{RUN}">'
+LINK = f"[here](javascript:{RUN}) ![x](https://example.org/x.png) <https://example.org>"
+FENCE = f"```\n\n{SCRIPT}\n\n````\n{PICTURE}"
+LINES = f"one\ntwo\r\n# {SCRIPT}\n| a | b |"
+NAME = f"mine'{PICTURE}&lt;`$x$`"  # no slash: such a study has no folder, see below
+
+
+@dataclasses.dataclass
+class Scene:
+    """A study whose every text is hostile, its report and where its files may lie."""
+
+    study: Study
+    folder: Path
+
+    @property
+    def html(self) -> Path:
+        return self.folder / "shown" / "report.html"
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory) -> Iterator[Scene]:
+    folder = tmp_path_factory.mktemp("hostile")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BDENSE_RUNS", str(folder / "runs"))
+        patch.delenv("BDENSE_ARTIFACTS", raising=False)
+        url = f"sqlite:///{folder / 'study.db'}"
+        ledger = Ledger.open(url, NAME, budget=4)
+        evil = spec().model_dump(mode="json") | {"data": SCRIPT + FENCE, "note": [LINES, LINK]}
+        for key, value in ((SPEC, json.dumps(evil)), (FINGERPRINT, PICTURE), (CONDITIONS, "{}")):
+            ledger.study.set_user_attr(key, value)
+        ledger.record_change(f"budget{SCRIPT}", PICTURE, LINES)
+        claim = trial(ledger, 1.0)
+        attrs = attributes(12.5, [0.5, 1.5, 4.0, 10.0]) | {"a": 1.0, "b": -1.0}
+        attrs["fid"] |= {"extractor": SCRIPT, "reference": PICTURE}
+        attrs |= {"student": "../../etc/passwd", "arm": LINES + SCRIPT, "worker": PICTURE}
+        grid = row_folder(NAME, claim.number) / "samples.png"
+        grid.parent.mkdir(parents=True)
+        grid.write_bytes(b"\x89PNG")
+        attach_pictures(ledger, claim, grid.parent, 12.5, attrs)
+        ledger.complete(claim, 12.5, attrs)
+        ledger.fail(trial(ledger, 2.0), "error", f"{SCRIPT}{LINK}{LINES}{FENCE}", {})
+        baselines = Ledger.open(url, f"{NAME}.baselines", budget=2)
+        claim = take(baselines, baseline_space(), {"method": "sfd"})
+        baselines.complete(claim, 13.0, attributes(13.0, [1.0]))
+        study = Study.open(url, NAME)
+        show(study)
+        write_report(study, folder / "shown")
+        yield Scene(study, folder)
+
+
+def test_the_html_report_has_no_tag_but_its_own(scene):
+    """The parser refuses scripts and handlers; what they were is there as text."""
+    found = read_html(scene.html)
+    assert NAME in found.text
+    assert SCRIPT in found.text
+    assert RUN in found.text
+    assert found.links == []
+    assert all(each.startswith("data:image/png;base64,") for each in found.pictures)
+
+
+def test_the_markdown_has_no_tag_link_or_picture_of_theirs(scene):
+    page = (scene.folder / "shown" / "report.md").read_text()
+    outside = re.sub(r"^(`{3,}).*?^\1$", "", page, flags=re.DOTALL | re.MULTILINE)
+    assert re.findall(r"(?<!\\)!\[.*?\]\((.*?)\)", outside) == [
+        "fid-over-a.png",
+        "fid-over-a-b.png",
+        "weights.png",
+        "fid-over-time.png",
+        "samples-best.png",
+    ]
+    assert not re.search(r"(?<!\\)<", outside)
+
+
+def test_the_notes_hold_them_as_words(scene):
+    note = get_note(scene.study.trials.study)
+    outside = re.sub(r"^(`{3,}).*?^\1$", "", note, flags=re.DOTALL | re.MULTILINE)
+    assert "\\<script\\>" in outside
+    assert not re.search(r"(?<!\\)<", outside)
+    # The only pictures are the dashboard's own.
+    assert re.findall(r"(?<!\\)\]\((.*?)\)", outside) == re.findall(
+        r"/artifacts/\d+/\d+/[0-9a-f-]{36}", outside
+    )
+    # The spec's block ends where we end it.
+    (block,) = re.findall(r"^(`{3,})yaml\n(.*?)^\1$", note, flags=re.DOTALL | re.MULTILINE)
+    assert "document.documentElement" in block[1]
+    assert len(block[0]) > 4
+
+
+def test_nothing_lies_outside_the_folders_that_were_asked_for(scene):
+    below = {path.relative_to(scene.folder).parts[0] for path in scene.folder.rglob("*")}
+    assert below <= {"runs", "shown", "study.db", "study.db.lock", "study.db-wal", "study.db-shm"}
+    assert {path.name for path in (scene.folder / "shown").iterdir()} == {
+        "report.md",
+        "report.html",
+        "fid-over-a.png",
+        "fid-over-a-b.png",
+        "weights.png",
+        "fid-over-time.png",
+        "samples-best.png",
+    }
+    runs = {path.name for path in (scene.folder / "runs").iterdir()}
+    assert runs == {NAME, "artifacts"}
+
+
+@pytest.mark.parametrize(
+    "name", ["../escaped", "a/../../b", "..", ".", "", "/etc", "a\\b", "a\0b"]
+)
+def test_a_name_that_leads_out_of_the_runs_has_no_folder(name):
+    with pytest.raises(InputError, match="has no folder of its own under the runs"):
+        row_folder(name, 0)
+
+
+@pytest.mark.parametrize(
+    "name", ["../../etc/passwd", "/etc/passwd", "digits/../../etc", "a/b/c/d", "student", "a/b/\0"]
+)
+def test_a_file_that_a_row_names_is_its_own(name):
+    with pytest.raises(InputError, match="none of its own under the runs"):
+        named_file(name)
+
+
+def test_a_row_names_its_student(monkeypatch):
+    monkeypatch.setenv("BDENSE_RUNS", "/runs")
+    assert named_file("digits/00001/student.safetensors") == Path(
+        "/runs/digits/00001/student.safetensors"
+    )
+
+
+def test_a_study_of_such_a_name_has_no_report(tmp_path, monkeypatch):
+    monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
+    secret = tmp_path / "other" / "00000" / "samples.png"
+    secret.parent.mkdir(parents=True)
+    secret.write_bytes(b"somebody else's")
+    (tmp_path / "runs").mkdir()
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    ledger = Ledger.open(url, "../other", budget=1)
+    attrs = attributes(12.5, [0.5, 1.5, 4.0, 10.0]) | {"a": 1.0, "b": -1.0, "student": ""}
+    ledger.complete(trial(ledger, 1.0), 12.5, attrs)
+    with pytest.raises(InputError, match="has no folder of its own"):
+        write_report(Study.open(url, "../other"), tmp_path / "shown")
+    assert not list(tmp_path.rglob("samples-best.png"))
+
+
+def test_planned_rows_are_escaped_alike(tmp_path, monkeypatch):
+    monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    of = {"of": SCRIPT + LINES}
+    planned = Planned.create(url, NAME, "retrain", spec(), resources=spec().resources, facts=of)
+    planned.plan(
+        [Arm(name=PICTURE + LINES, params={"a": 1.0, "b": 0.0})],
+        [Row(arm=0, seed=1, kimg=1.0, nfe=2)],
+    )
+    claim = planned.ledger.claim(SPACES["retrain"], None)
+    fid = {**FID_CONDITIONS, "value": 3.0, "extractor": SCRIPT, "seeds": {"training": 1}}
+    planned.ledger.complete(claim, 3.0, {"fid": fid, "weights": [1.0]})
+    show(planned)
+    assert not re.search(r"(?<!\\)<script", get_note(planned.ledger.study).split("```")[0])
+    write_planned_report(planned, tmp_path / "shown")
+    found = read_html(tmp_path / "shown" / "report.html")
+    assert RUN in found.text
+    assert all(each.startswith("data:image/png;base64,") for each in found.pictures)
+
+
+@pytest.mark.parametrize("text", [SCRIPT, PICTURE, LINK, FENCE, LINES, NAME])
+def test_escaped_words_are_one_line_without_meaning(text):
+    line = escaped(text)
+    assert "\n" not in line
+    assert not re.search(r"(?<!\\)[<>\[\]`|*_$]", line.replace("\\\\", ""))
+    assert "<" not in tagless(text)
+    assert '"' not in tagless(text)
+    assert markdown_table([["x"], [text]]).count("\n") == 2
+    assert read_cells(html_table([["x"], [text]])) == [["x"], [" ".join(text.split())]]
+
+
+def read_cells(html: str) -> list[list[str]]:
+    from tests.test_report import Cells
+
+    found = Cells()
+    found.feed(html)
+    return [[" ".join(cell.split()) for cell in row] for row in found.rows]
+
+
+@pytest.mark.parametrize("inside", ["plain", "```", "`````\n# out\n```", "``"])
+def test_a_block_is_not_left_from_inside(inside):
+    first, *lines, last = fenced(inside, "yaml").split("\n")
+    assert lines == inside.splitlines()
+    assert first == last + "yaml"
+    assert len(last) >= 3
+    assert not any(line.startswith(last) for line in lines)
+
+
+# ---- a real browser ----
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
+
+
+def in_browser(address: str, profile: Path) -> str:
+    """The page as it is after its scripts have run, for some virtual seconds."""
+    done = subprocess.run(
+        [
+            str(CHROMIUM),
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-background-networking",
+            f"--user-data-dir={profile}",
+            "--virtual-time-budget=20000",
+            "--dump-dom",
+            address,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return done.stdout
+
+
+def ran(page: str) -> bool:
+    return re.search(r"<html[^>]*data-ran", page) is not None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium in PATH")
+def test_nothing_runs_in_a_real_browser(scene, tmp_path):
+    control = tmp_path / "control.html"
+    for evil in (SCRIPT, PICTURE):
+        control.write_text(f"<!DOCTYPE html><html><body>{evil}</body></html>")
+        assert ran(in_browser(f"file://{control}", tmp_path / "profile"))
+    page = in_browser(f"file://{scene.html}", tmp_path / "profile")
+    assert not ran(page)
+    assert "&lt;script&gt;document.documentElement" in page
+    application = dashboard_application(open_reading(scene.study.url), writable=False)
+    key = scene.study.trials.storage.get_study_id_from_name(NAME)
+    with make_server(HOST, 0, application, _Server, _QuietHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        base = f"http://{HOST}:{server.server_port}/dashboard"
+        study = f"{base}/studies/{key}"
+        shown = {
+            base: "mine'",
+            study: "FID over a",
+            f"{study}/note": "document.documentElement",
+            f"{study}/trials?numbers=0": "0.5",
+            f"{study}/trials?numbers=1": "document.documentElement",
+        }
+        for address, text in shown.items():
+            page = in_browser(address, tmp_path / "profile")
+            assert not ran(page), address
+            assert text in page, address  # it was drawn at all
+        server.shutdown()

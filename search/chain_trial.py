@@ -45,18 +45,19 @@ from search.chain_engine import (
 )
 from search.chain_estimate import chain_memory
 from search.engine import architecture, execution
+from search.folders import GRID
 from search.planned import Arm
 from search.promotion_spec import PromotionSpec
+from search.retention import RESULT
 from search.storage import cache_folder
 from search.trial import (
-    GRID,
-    RESULT,
     below_runs,
     device_name,
     package_versions,
     read_result,
     take_folder,
 )
+from search.trial_log import Note, TrialLog, is_noted, shortened, unnoted
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,6 +190,7 @@ def evaluate(
     check: Callable[[], None],
     report: Callable[[str], None],
     on_fid: Callable[[int, float], None],
+    log: TrialLog | None = None,
 ) -> dict[str, Any]:
     """Distil a chain with an arm's weights and measure each round.
 
@@ -201,6 +203,7 @@ def evaluate(
         report: Called with a short text on the progress.
         on_fid: Called with the steps and FID of the teacher, then of each round; a converting
             round has the teacher's steps.
+        log: The row's.
 
     Returns:
         ``value`` (the last round's FID) and ``attrs`` (what the row stores), JSON-able.
@@ -208,6 +211,7 @@ def evaluate(
     spec = assets.spec
     identity = {"params": arm.params, "seed": seed, "fingerprint": assets.fingerprint}
     take_folder(folder, identity)
+    note: Note = unnoted if log is None else log.open()
     if (done := read_result(folder, identity)) is not None:
         return done
     weights = chain_weights(arm, spec.chain.substeps)
@@ -215,10 +219,14 @@ def evaluate(
     seconds = {"student_seconds": 0.0, "evaluation_seconds": 0.0}
     on_fid(spec.chain.first, float(assets.teacher_fid["value"]))
     started = time.perf_counter()
-    for round_ in _rounds(assets, arm, seed, weights, folder, check=check, report=report):
+    for round_ in _rounds(
+        assets, arm, seed, weights, folder, check=check, report=report, note=note
+    ):
         trained = time.perf_counter()
         seconds["student_seconds"] += trained - started
-        fids[round_.steps] = fid = _round_fid(assets, round_, seed, check=check, report=report)
+        fids[round_.steps] = fid = _round_fid(
+            assets, round_, seed, check=check, report=report, note=note
+        )
         on_fid(round_.steps, float(fid["value"]))
         started = time.perf_counter()
         seconds["evaluation_seconds"] += started - trained
@@ -253,13 +261,15 @@ def _rounds(
     *,
     check: Callable[[], None],
     report: Callable[[str], None],
+    note: Note,
 ) -> Iterator[Round]:
     spec = assets.spec
 
     def on_update(steps: int, done: UpdateReport) -> None:
-        check()
+        _note_training(note, steps, done, weights)
         place = _place(spec, steps)
         report(f"{place}: training {done.iteration + 1}/{done.iterations}, loss {done.loss:.3g}")
+        check()
 
     return distill_chain(
         assets.teacher,
@@ -292,7 +302,23 @@ def _rounds(
         },
         checkpoint_seconds=spec.resources.checkpoint_seconds,
         on_update=on_update,
+        on_save=lambda steps, done: note("checkpoint", steps=steps, iteration=done),
     )
+
+
+def _note_training(note: Note, steps: int, done: UpdateReport, weights: torch.Tensor) -> None:
+    """A line for some updates of a round, evenly spread: losses by branch, as one interval's."""
+    if is_noted(done.iteration, done.iterations):
+        note(
+            "training",
+            steps=steps,
+            iteration=done.iteration + 1,
+            iterations=done.iterations,
+            loss=shortened(done.loss),
+            branch_losses=[shortened(done.branch_losses)],
+            weights=[shortened(weights)],
+            lr=done.lr,
+        )
 
 
 def _place(spec: PromotionSpec, steps: int) -> str:
@@ -309,6 +335,7 @@ def _round_fid(
     *,
     check: Callable[[], None],
     report: Callable[[str], None],
+    note: Note,
 ) -> dict[str, Any]:
     """A round's FID with its conditions, from its file or measured now."""
     path = round_.path.with_suffix(".fid.json")
@@ -318,17 +345,20 @@ def _round_fid(
         check()
         report(f"{_place(assets.spec, round_.steps)}: evaluating {done}/{count} images")
 
-    return _kept(
-        path,
-        lambda: _measured(
+    def measure() -> dict[str, Any]:
+        note("evaluating", steps=round_.steps, images=count)
+        fid = _measured(
             assets,
             round_.student,
             round_.steps,
             {"training": seed},
             on_image=on_image,
             grid_path=round_.path.with_name(f"{round_.path.stem}-{GRID}"),
-        ),
-    )
+        )
+        note("round", steps=round_.steps, fid=fid["value"])
+        return fid
+
+    return _kept(path, measure)
 
 
 def _measured(

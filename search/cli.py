@@ -1,7 +1,6 @@
 """``bdense-search``: launch studies and see where they stand."""
 
 import argparse
-import logging
 import os
 import signal
 import sys
@@ -9,40 +8,46 @@ from collections.abc import Sequence
 from types import FrameType
 
 from bdense.command import new_parser, run_verb
-from search.storage import redact, resolve_storage_url
+from search.service_log import say, start_logging
+from search.storage import DATABASE_ERRORS, as_storage_error, redact, resolve_storage_url
+from search.verbs.clean import add_clean
 from search.verbs.confirm import add_confirm, add_transfer
+from search.verbs.doctor import add_doctor
 from search.verbs.fetch import add_fetch
 from search.verbs.launch import add_launch
 from search.verbs.look import (
     add_best,
-    add_clean,
     add_dashboard,
     add_export,
     add_report,
     add_status,
 )
 from search.verbs.promote import add_promote
+from search.verbs.run import add_enqueue, add_logs, add_stop
 from search.verbs.storage import add_storage
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; 0 done, 1 failed, 2 a mistake of the user's, 130 interrupted."""
+    """Run one verb; 0 done, 1 failed, 2 a mistake of the user's, 130 interrupted or stopped."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(argv)
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
-    logging.getLogger("optuna").setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, _interrupt)
 
     def call() -> None:
+        start_logging()
         if options.storage:
             _hide_password(options.storage, argv)
-        options.run(options)
+        try:
+            options.run(options)
+        except DATABASE_ERRORS as error:
+            raise as_storage_error(error) from error
 
     return run_verb(
         "bdense-search",
         call,
         on_interrupt="interrupted; nothing is lost: the same command carries on",
         clean=redact,
+        tell=say,
     )
 
 
@@ -52,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
         "Search branch weights for few-step diffusion students (B-DENSE).",
         "bdense-search launch studies/digits-nfe2.yaml",
     )
-    running = (add_launch, add_confirm, add_promote, add_transfer)
-    looking = (add_status, add_best, add_report, add_export, add_dashboard, add_clean)
+    running = (add_launch, add_stop, add_enqueue, add_logs, add_confirm, add_promote, add_transfer)
+    looking = (add_status, add_best, add_report, add_export, add_dashboard, add_clean, add_doctor)
     preparing = (add_fetch, add_storage)
     for add in (*running, *looking, *preparing):
         add(verbs)

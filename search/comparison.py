@@ -79,6 +79,10 @@ class Comparison:
 
     def table(self) -> list[str]:
         """For people: a line for each arm."""
+        return align(self.rows())
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """A header and the same lines as cells."""
         seeds = sorted({seed for result in self.results for seed in result.fids})
         header = ("", *(f"seed {s}" for s in seeds), "mean", "s.e.", *_AGAINST)
         rows = [header]
@@ -89,7 +93,7 @@ class Comparison:
             pairs = [self.against(result, other) for other in (self.plain, self.uniform)]
             texts = [difference_text(pair) for pair in pairs]
             rows.append((result.arm.name, *each, f"{found.mean:.3f}", error, *texts))
-        return align(rows)
+        return rows
 
     def conditions_line(self) -> str:
         """What these FIDs have in common."""

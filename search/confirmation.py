@@ -10,16 +10,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from bdense.errors import InputError
 from search.comparison import ArmResult, Comparison, compare, complete_rows, difference_text
 from search.errors import UnknownStudyError
 from search.planned import PLAIN, UNIFORM, Arm, Planned, Row
 from search.report import FID_KEYS, headline, standing
+from search.retention import keep_too
 from search.retraining import fresh_seeds
+from search.rows import Row as Trial
 from search.spec import LearnedSpace, StudySpec
-from search.storage import retrying
 from search.study import Study
 from search.surrogate import Evaluation, candidates, posterior_means
 
@@ -46,6 +47,10 @@ class Verdict:
 
     def lines(self) -> list[str]:
         """For people."""
+        return [*self.comparison.table(), self.sentence(), self.comparison.conditions_line()]
+
+    def sentence(self) -> str:
+        """The winner in one."""
         comparison, winner = self.comparison, self.winner
         found = winner.summary()
         against = {
@@ -61,13 +66,11 @@ class Verdict:
             if pair is not None
         ]
         error = f" +- {found.standard_error:.3f}" if found.n > 1 else ""
-        return [
-            *comparison.table(),
+        return (
             f"confirmed{'' if self.ended else ' so far'} at {self.kimg:g} kimg: "
             f"{winner.arm.name}, mean FID {found.mean:.3f}{error} over {found.n} fresh seeds; "
-            + "; ".join(judged),
-            comparison.conditions_line(),
-        ]
+            + "; ".join(judged)
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able: the winner, and every arm's FIDs."""
@@ -141,20 +144,19 @@ def plan_confirmation(
         for index in range(len(arms))
     ]
     planned.plan(arms, rows)
+    keep_too(study.trials, [arm.trial for arm in arms if arm.trial is not None])
     planned.ledger.study.set_user_attr(CHOSEN_AFTER, basis)
     planned.ledger.study.set_user_attr(KIMG, float(kimg))
     return planned
 
 
-def complete_trials(study: Study) -> list[FrozenTrial]:
-    """The search's complete trials.
+def complete_trials(study: Study) -> list[Trial]:
+    """The search's complete trials, with what ``arm_of`` asks of them.
 
     Raises:
         InputError: There is none.
     """
-    complete = (TrialState.COMPLETE,)
-    record = study.trials.study
-    trials = retrying(lambda: record.get_trials(deepcopy=False, states=complete))
+    trials = study.trials.rows(TrialState.COMPLETE, ("a", "b"))
     if not trials:
         raise InputError(
             f"{headline(standing(study))}: there is no point to choose yet; run "
@@ -163,14 +165,14 @@ def complete_trials(study: Study) -> list[FrozenTrial]:
     return trials
 
 
-def choose(study: Study, spec: StudySpec, trials: Sequence[FrozenTrial], count: int) -> list[Arm]:
+def choose(study: Study, spec: StudySpec, trials: Sequence[Trial], count: int) -> list[Arm]:
     """The points of lowest posterior mean, as arms; none that is uniform weights again."""
     uniform = _uniform_of(study, spec)
     found = candidates([*uniform, *_searched(trials)], count, taken=range(len(uniform)))
     return [arm_of(spec, trials[i - len(uniform)]) for i in found]
 
 
-def arm_of(spec: StudySpec, trial: FrozenTrial) -> Arm:
+def arm_of(spec: StudySpec, trial: Trial) -> Arm:
     """A trial's weights as an arm of other studies: (a, b), or how they are learned."""
     attrs = trial.user_attrs
     if isinstance(spec.weights, LearnedSpace):
@@ -185,7 +187,7 @@ def arm_of(spec: StudySpec, trial: FrozenTrial) -> Arm:
 def verdict(study: Study) -> Verdict | None:
     """What the study's confirmation says so far; None without one, or before it has a value."""
     try:
-        planned = Planned.open(study.url, study.name + SUFFIX)
+        planned = Planned.of(study.url, study.trials.beside(study.name + SUFFIX))
     except UnknownStudyError:
         return None
     spec = StudySpec.model_validate_json(planned.spec_json)
@@ -231,7 +233,7 @@ def point_of(params: Mapping[str, Any], spec: StudySpec) -> dict[str, Any] | Non
     return {name: params[name] for name in names} if names[0] in params else None
 
 
-def _searched(trials: Sequence[FrozenTrial]) -> list[Evaluation]:
+def _searched(trials: Sequence[Trial]) -> list[Evaluation]:
     names = [name for name in trials[0].params if name != "b"] if trials else []
     return [
         Evaluation(

@@ -7,6 +7,10 @@ class StorageError(InputError):
     """The study database cannot be reached, opened or written; the message holds no password."""
 
 
+class StorageFullError(StorageError):
+    """The study database has no room left to write in; what was told before stays."""
+
+
 class UnknownStudyError(InputError):
     """No study of that name is in the storage."""
 

@@ -41,7 +41,7 @@ class Cost:
         teacher_training: Images through forward and backward, once.
         teacher_evaluations: Images through the teacher for trajectories, in all.
         student_updates: Images through forward and backward of one trial.
-        student_evaluations: Images through the student for one trial's FID.
+        student_evaluations: Images through the student for one trial's FIDs.
         trials: Students in all, baselines included.
         trajectory_bytes, student_bytes: Disk.
         memory: What one trial takes.
@@ -139,12 +139,14 @@ def estimate(spec: StudySpec) -> Cost:
     parameters = sum(p.numel() for p in teacher.parameters())
     memory = trial_memory(spec, network, device)
     forward, update = _measure(spec, network, memory, device)
+    drawn = spec.evaluation.images
+    drawn += len(spec.looks) * (spec.pruning.images or spec.evaluation.images)
     recorded = spec.trajectories.mode == "recorded"
     return Cost(
         teacher_training=round(spec.teacher.train.kimg * 1000) if spec.teacher.train else 0,
         teacher_evaluations=images * walk * walks,
         student_updates=images * len(grid.trained),
-        student_evaluations=spec.evaluation.images * grid.nfe,
+        student_evaluations=drawn * grid.nfe,
         trials=trials,
         trajectory_bytes=trajectory_store(spec, teacher).nbytes if recorded else 0,
         student_bytes=4 * parameters * (spec.keep_students + len(BASELINES)),

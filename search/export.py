@@ -15,12 +15,14 @@ from bdense.diffusers_export import export_pipeline
 from bdense.errors import InputError
 from bdense.exports import CONFIG, Picture, export_folder
 from bdense.networks.diffusers_unet import DiffusersUNet
-from search.chain_report import chain_figure, chain_table, fid_table
+from search.chain_report import chain_chart, chain_table, fid_table
 from search.comparison import compare
 from search.confirmation import SUFFIX, verdict
+from search.drawing import DPI, picture
+from search.folders import named_file
 from search.ledger import Ledger
 from search.planned import Planned, Row
-from search.storage import retrying, runs_folder
+from search.storage import retrying
 from search.study import FINGERPRINT, Study
 
 if TYPE_CHECKING:
@@ -218,7 +220,7 @@ def _student(ledger: Ledger, trial: FrozenTrial, steps: int | None) -> Path:
     Raises:
         InputError: It was not kept, or the row has no such round.
     """
-    last = runs_folder() / trial.user_attrs["student"]
+    last = named_file(trial.user_attrs["student"])
     if steps is not None and "fids" not in trial.user_attrs:
         raise InputError(
             f"--steps {steps} is of a promotion's chain, and this student is of SFD; leave it out"
@@ -235,11 +237,13 @@ def _student(ledger: Ledger, trial: FrozenTrial, steps: int | None) -> Path:
     kept = [
         str(other.number)
         for other in _complete_trials(ledger)
-        if (runs_folder() / other.user_attrs["student"]).is_file()
+        if named_file(other.user_attrs["student"]).is_file()
     ]
     raise InputError(
-        f"the student of trial {trial.number} was not kept ({path} is gone; keep_students says "
-        f"how many are); kept are those of {', '.join(kept) or 'none'}"
+        f"the student of trial {trial.number} was not kept, only its result: {path} is gone, as a "
+        "search keeps the students of its best trials alone (keep_students of its file: raise it "
+        "before the next launch, or name a trial by `clean --keep`); kept are those of "
+        f"{', '.join(kept) or 'none'}"
     )
 
 
@@ -249,14 +253,14 @@ def _steps(trial: FrozenTrial, steps: int | None) -> int:
 
 def _chain_pictures(planned: Planned, trial: FrozenTrial, steps: int) -> dict[str, Picture]:
     """The figure, and each arm's first images at that number of steps, from the same latents."""
-    figure = chain_figure(planned)
+    figure = picture(chain_chart(planned))
     pictures: dict[str, Picture] = {
-        FIGURE: lambda path: figure.savefig(path, format="png", dpi=150)
+        FIGURE: lambda path: figure.savefig(path, format="png", dpi=DPI)
     }
     seed, arms = Row.of(trial.params).seed, planned.arms
     for other in _complete_trials(planned.ledger):
         row = Row.of(other.params)
-        student = runs_folder() / other.user_attrs["student"]
+        student = named_file(other.user_attrs["student"])
         grid = student.with_name(f"{steps:05d}-samples.png")
         if row.seed == seed and grid.is_file():
             name = arms[row.arm].name.split()[0] if arms[row.arm].is_baseline else "promoted"

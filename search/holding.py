@@ -1,5 +1,7 @@
 """Keeping a lease alive while its trial is worked on."""
 
+import contextvars
+import json
 import logging
 import threading
 import time
@@ -9,6 +11,7 @@ from typing import Self
 from sqlalchemy.exc import SQLAlchemyError
 
 from search.errors import LeaseLostError
+from search.halting import HALT, Launch, Stops, stopped
 from search.lease import Claim, Leases
 from search.storage import one_line
 
@@ -25,15 +28,20 @@ class Holding:
     release the claim.
     """
 
-    def __init__(self, leases: Leases, claim: Claim) -> None:
+    def __init__(self, leases: Leases, claim: Claim, study: str, launch: Launch) -> None:
         self.claim = claim
         self._leases = leases
+        self._study = study
+        self._launch = launch
         self._lost = threading.Event()
+        self._stopped = threading.Event()
         self._stopping = False
         self._progress: str | None = None
         self._changed = threading.Condition()
+        # What it logs is of the trial too.
+        run = contextvars.copy_context().run
         self._thread = threading.Thread(
-            target=self._run, name=f"lease of trial {claim.number}", daemon=True
+            target=run, args=(self._run,), name=f"lease of trial {claim.number}", daemon=True
         )
 
     def __enter__(self) -> Self:
@@ -57,13 +65,16 @@ class Holding:
         return self._lost.is_set()
 
     def check(self) -> None:
-        """Stop work that has become another worker's; costs nothing, call it often.
+        """Stop work that has become another worker's, or that is to stop; costs nothing.
 
         Raises:
             LeaseLostError: the trial was taken over.
+            StoppedError: somebody asked the study, or this launch's workers, to stop.
         """
         if self._lost.is_set():
             raise lost(self.claim)
+        if self._stopped.is_set():
+            raise stopped(self._study)
 
     def report(self, progress: str) -> None:
         """Show ``progress`` beside the trial, 200 characters at most; never waits.
@@ -81,9 +92,12 @@ class Holding:
                 progress, self._progress = self._progress, None
             renewed = time.monotonic()
             try:
-                if not self._leases.renew(self.claim, progress):
+                held, stop = self._leases.renew_and_read(self.claim, progress, HALT)
+                if not held:
                     self._lost.set()
                     return
+                if stop and Stops.of(json.loads(stop)).reaches(self._launch):
+                    self._stopped.set()
             except SQLAlchemyError as error:
                 # The lease may outlive the outage, and the work must in any case.
                 _log.warning(

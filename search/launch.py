@@ -3,19 +3,20 @@
 import functools
 import multiprocessing
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from search.folders import named_file
 from search.model_spec import ModelSpec
 from search.planned import Planned
 from search.progress import Display, Look, look_at_planned, look_at_study
 from search.promotion_spec import PromotionSpec
 from search.report import Standing, copy_baselines, failures, headline, standing, table
 from search.runner import Job, run
+from search.service_log import say
+from search.showing import Showing
 from search.spec import StudySpec
-from search.storage import runs_folder
 from search.study import Study
 
 
@@ -32,29 +33,37 @@ def launch(spec: StudySpec, url: str, source: Path, workers: int | None) -> tupl
         The result for people, and whether any trial is complete.
     """
     study = Study.create(url, spec)
-    before = standing(study)
+    before, showing = standing(study), Showing(study)
     if not study.left():
-        sys.stderr.write(f"study {spec.name} is complete; nothing is left to do\n")
+        say(f"study {spec.name} is complete; nothing is left to do")
     else:
         if before.counts.complete or before.counts.running:
-            sys.stderr.write(f"carrying on with {headline(before)}\n")
+            say(f"carrying on with {headline(before)}")
         job = Job(kind="search", record=study, specs=[spec])
-        run_shown(job, functools.partial(look_at_study, study), workers)
+        run_shown(job, functools.partial(look_at_study, study), workers, showing)
     copy_baselines(study)
+    for line in study.trials.differing_versions():
+        say(f"{line}; what is close may differ by that alone (bdense-search doctor {spec.name})")
+    showing.finish()
     now = standing(study)
     lines = [headline(now), *failures(study), table(now), "", *_next(now, source)]
     return "\n".join(lines), now.best is not None
 
 
-def run_shown(job: Job, look: Callable[[], Look], workers: int | None) -> None:
-    """Bring rows to their end and show on stderr how far they are."""
+def run_shown(job: Job, look: Callable[[], Look], workers: int | None, showing: Showing) -> None:
+    """Bring rows to their end and show how far they are: on stderr, and in the dashboard."""
     display = Display(look)
+
+    def on_running() -> None:
+        display.running()
+        showing.refresh()
+
     try:
         run(
             job,
             workers=workers,
             on_preparing=display.preparing,
-            on_running=display.running,
+            on_running=on_running,
         )
     finally:
         display.close()
@@ -68,14 +77,17 @@ def run_planned(planned: Planned, specs: Sequence[ModelSpec], workers: int | Non
         specs: What is made for them.
         workers: Rows at once; None lets the cluster decide.
     """
+    showing = Showing(planned)
     if not planned.left():
-        sys.stderr.write(f"{planned.name} is complete; nothing is left to do\n")
+        say(f"{planned.name} is complete; nothing is left to do")
+        showing.finish()
         return
     counts = planned.ledger.counts()
     if counts.complete or counts.running:
-        sys.stderr.write(f"carrying on with {planned.headline()}\n")
+        say(f"carrying on with {planned.headline()}")
     job = Job(kind=planned.kind, record=planned, specs=specs)
-    run_shown(job, functools.partial(look_at_planned, planned), workers)
+    run_shown(job, functools.partial(look_at_planned, planned), workers, showing)
+    showing.finish()
 
 
 def check_apart(spec: ModelSpec) -> None:
@@ -107,11 +119,11 @@ def _next(now: Standing, source: Path) -> list[str]:
     """What one does with a finished study."""
     lines = ["see it in the browser:   bdense-search dashboard"]
     if now.best is not None:
-        student = runs_folder() / now.best["student"]
+        student = named_file(now.best["student"])
         lines.append(f"draw images with it:     bdense sample {student} --out samples.png")
         if "weights_plot" in now.best:
-            plot = runs_folder() / now.best["weights_plot"]
+            plot = named_file(now.best["weights_plot"])
             lines.append(f"its weights over time:   {plot}")
-    more = 2 * now.counts.planned
+    more = 2 * (now.stopped["of"] if now.stopped else now.counts.planned)
     lines.append(f"search on:               bdense-search launch {source} --trials {more}")
     return lines

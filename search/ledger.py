@@ -7,7 +7,7 @@ may finish it; what was told first stays.
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -22,12 +22,23 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from bdense.errors import InputError
-from search.claims import Asking, Claimer, Done, Wait, failure_attributes, leases_of
+from search.claims import (
+    Asking,
+    Claimer,
+    Done,
+    Wait,
+    differing_versions,
+    failure_attributes,
+    leases_of,
+    rows_of,
+)
 from search.database import open_tables
 from search.errors import UnknownStudyError
+from search.halting import HALT, Launch, Stops, stopped
 from search.holding import Holding, lost
 from search.lease import Claim, RunningRow
-from search.storage import exclusive, redact, retrying, sqlite_file
+from search.rows import FIXED, Row
+from search.storage import exclusive, open_reading, redact, retrying, sqlite_file
 
 __all__ = ["Claim", "Counts", "Done", "FailureReason", "Holding", "Ledger", "Running", "Wait"]
 
@@ -39,6 +50,7 @@ FailureReason: TypeAlias = Literal["diverged", "out of memory", "error", "poison
 DEFAULT_TTL_SECONDS = 60.0
 DEFAULT_MAX_ATTEMPTS = 3
 CHANGES = "changes"
+STOPPED = "stopped"
 _NOTHING: Mapping[str, JSON] = MappingProxyType({})
 
 
@@ -74,7 +86,13 @@ class Ledger:
     """The trials of one study, shared by every process that opens it. Make it by ``open``."""
 
     def __init__(
-        self, storage: RDBStorage, study: optuna.Study, *, ttl: float, max_attempts: int
+        self,
+        storage: RDBStorage,
+        study: optuna.Study,
+        *,
+        ttl: float,
+        max_attempts: int,
+        launch: Launch,
     ) -> None:
         self.study = study
         self.ttl = ttl
@@ -82,7 +100,10 @@ class Ledger:
         self._storage = storage
         self._lock = _lock_name(study.study_name)
         self._leases = leases_of(storage, study, ttl)
+        self._rows = rows_of(storage, study)
         self._claimer = Claimer(study, self._leases, max_attempts)
+        self._warm = False
+        self.launch = launch
 
     @classmethod
     def open(
@@ -114,19 +135,49 @@ class Ledger:
             InputError: a setting is out of range.
         """
         _check_settings(budget=budget, ttl=ttl, max_attempts=max_attempts)
-        path = sqlite_file(url)
-        if budget is None and path is not None and not path.exists():
-            raise UnknownStudyError(_unknown(study_name, url, []))
+        if budget is None:
+            _require_file(url, study_name)
         storage = open_tables(url)
         given = {"budget": budget, "ttl": ttl, "max_attempts": max_attempts}
-        study = retrying(partial(_open_study, storage, study_name, given))
+        return cls._of(storage, retrying(partial(_open_study, storage, study_name, given)))
+
+    @classmethod
+    def open_reading(cls, url: str, study_name: str) -> Self:
+        """A study to look at: the database itself refuses what would change it.
+
+        Raises:
+            StorageError: the database cannot be opened.
+            UnknownStudyError: there is no such study.
+        """
+        _require_file(url, study_name)
+        storage = open_reading(url)
+        return cls._of(storage, retrying(partial(_find_study, storage, study_name)))
+
+    def beside(self, study_name: str) -> Self:
+        """Another study of the same database, through the same connections, for the same use.
+
+        Raises:
+            UnknownStudyError: there is no such study.
+        """
+        storage = self._storage
+        return self._of(storage, retrying(partial(_find_study, storage, study_name)))
+
+    @classmethod
+    def _of(cls, storage: RDBStorage, study: optuna.Study) -> Self:
         attributes = retrying(lambda: study.user_attrs)
         return cls(
             storage,
             study,
-            ttl=float(attributes["ttl"]),
-            max_attempts=int(attributes["max_attempts"]),
+            ttl=float(attributes.get("ttl", DEFAULT_TTL_SECONDS)),
+            max_attempts=int(attributes.get("max_attempts", DEFAULT_MAX_ATTEMPTS)),
+            # Whoever is part of no launch ends with what is asked from now on.
+            launch=Launch(name="", stops=Stops.of(attributes.get(HALT)).count),
         )
+
+    @property
+    def storage(self) -> RDBStorage:
+        """The database, for what Optuna keeps beside the rows."""
+        return self._storage
 
     @property
     def budget(self) -> int:
@@ -148,7 +199,7 @@ class Ledger:
         attrs: Mapping[str, JSON] = _NOTHING,
         *,
         again: Sequence[FailureReason] = (),
-    ) -> None:
+    ) -> bool:
         """Plan a trial with these parameters before any other; twice the same is once.
 
         It counts in the budget when it starts.
@@ -157,17 +208,37 @@ class Ledger:
             params: as they are, bit for bit: Optuna itself takes nearly equal numbers for equal.
             attrs: stored with it.
             again: one that failed for such a reason is no trial, and is planned anew.
+
+        Returns:
+            Whether it is planned by this call.
         """
 
-        def add() -> None:
+        def add() -> bool:
             with exclusive(self._storage.engine, self._lock):
-                if not any(
-                    asked_of(trial) == params and trial.user_attrs.get("reason") not in again
-                    for trial in self.study.get_trials(deepcopy=False)
+                if any(
+                    asked == params and reason not in again for asked, reason in self._rows.asked()
                 ):
-                    self.study.enqueue_trial(dict(params), dict(attrs))
+                    return False
+                self.study.enqueue_trial(dict(params), dict(attrs))
+                return True
 
-        retrying(add)
+        return retrying(add)
+
+    def attribute(self, key: str) -> Any:  # noqa: ANN401  as JSON has it
+        """The study's attribute of that name, as stored now; None where there is none."""
+        return retrying(lambda: self.study.user_attrs).get(key)
+
+    def change(self, key: str, to: Callable[[Any], JSON]) -> None:
+        """Replace the study's attribute of that name by what ``to`` makes of it.
+
+        ``to`` may be called again with what it made itself: the first answer was lost.
+        """
+
+        def write() -> None:
+            with exclusive(self._storage.engine, self._lock):
+                self.study.set_user_attr(key, to(self.study.user_attrs.get(key)))
+
+        retrying(write)
 
     def extend_list(self, key: str, values: Sequence[JSON]) -> bool:
         """Store a list as the study's attribute, if it begins with the one that is there.
@@ -196,7 +267,27 @@ class Ledger:
 
         def write() -> None:
             with exclusive(self._storage.engine, self._lock):
-                self.study.set_user_attr("budget", len(self.study.get_trials(deepcopy=False)))
+                self.study.set_user_attr("budget", self._rows.count())
+
+        retrying(write)
+
+    def end_early(self, reason: str) -> None:
+        """Make the budget that of the trials begun: what runs is finished, nothing new is asked.
+
+        The study's attribute ``stopped`` says ``after`` how many trials ``of`` how many, and why.
+        """
+
+        def write() -> None:
+            with exclusive(self._storage.engine, self._lock) as connection:
+                states = self._leases.count_states(connection)
+                begun, budget = sum(states.values()) - states["WAITING"], self._stored_budget()
+                if begun >= budget:
+                    return
+                # The last: without it the study is not ended, and may be once more.
+                _record_change(self.study, "budget", budget, begun, reason)
+                self.study.set_user_attr("budget", begun)
+                what = {"after": begun, "of": budget, "reason": reason}
+                self.study.set_user_attr(STOPPED, what)
 
         retrying(write)
 
@@ -219,20 +310,28 @@ class Ledger:
             The claim; or ``Wait`` while others run; or ``Done``.
 
         Raises:
+            StoppedError: the study, or this launch's workers, were asked to stop.
             InputError: 200 suggestions in a row were beyond the bound.
             StorageError: the database stayed away.
         """
         asking = Asking(space=space, sampler=sampler, constraint=constraint)
+        if not self._warm:
+            # Under the lock everybody would wait for it: seconds for 10,000 trials.
+            retrying(self._claimer.load_trials)
+            self._warm = True
 
         def attempt() -> Claim | Wait | Done:
             with exclusive(self._storage.engine, self._lock) as connection:
-                return self._claimer.claim(connection, asking, self._stored_budget())
+                stored = self.study.user_attrs
+                if Stops.of(stored.get(HALT)).reaches(self.launch):
+                    raise stopped(self.study.study_name)
+                return self._claimer.claim(connection, asking, int(stored["budget"]))
 
         return retrying(attempt)
 
     def holding(self, claim: Claim) -> Holding:
         """A context manager that keeps the claim's lease alive while the trial is worked on."""
-        return Holding(self._leases, claim)
+        return Holding(self._leases, claim, self.study.study_name, self.launch)
 
     def complete(self, claim: Claim, value: float, attrs: Mapping[str, JSON]) -> None:
         """Finish with a value, lower is better; one that is not finite is a failure: diverged.
@@ -338,6 +437,44 @@ class Ledger:
             if row.process is not None
         ]
 
+    def held(self) -> int:
+        """Trials that somebody works on, as far as it can be told."""
+
+        def read() -> list[RunningRow]:
+            with self._storage.engine.connect() as connection:
+                return self._leases.running(connection)
+
+        return sum(row.process is not None and not row.adoptable for row in retrying(read))
+
+    def rows(self, state: TrialState, keys: Collection[str] | None = None) -> list[Row]:
+        """Every trial in that state, in order of their numbers; not by loading all the others.
+
+        Args:
+            state: Optuna's.
+            keys: The attributes that are wanted, which are most of the cost; None for all.
+        """
+        return retrying(partial(self._rows.of_state, state, keys))
+
+    def asked(self) -> list[dict[str, Any]]:
+        """Parameters of each trial, by number: as planned, else as suggested."""
+        return [params for params, _ in retrying(self._rows.asked)]
+
+    def complete_values(self) -> dict[int, float]:
+        """Number -> value of each complete trial."""
+        return retrying(self._rows.complete)
+
+    def ended(self) -> list[int]:
+        """Numbers of trials that will not run again."""
+        return retrying(self._rows.ended)
+
+    def best(self) -> Row | None:
+        """The complete trial of lowest value, of equal ones the first; None without any."""
+        return retrying(self._rows.best)
+
+    def differing_versions(self) -> list[str]:
+        """A line for each package that trials were measured with several versions of."""
+        return retrying(partial(differing_versions, self._storage, self.study))
+
     def _stored_budget(self) -> int:
         return int(self.study.user_attrs["budget"])
 
@@ -368,25 +505,42 @@ def _open_study(
     storage: RDBStorage, name: str, given: Mapping[str, int | float | None]
 ) -> optuna.Study:
     with exclusive(storage.engine, _lock_name(name)):
-        try:
-            study = optuna.load_study(study_name=name, storage=storage)
-        except KeyError:
-            if given["budget"] is None:
-                names = optuna.get_all_study_names(storage)
-                raise UnknownStudyError(_unknown(name, storage.url, names)) from None
-            study = optuna.create_study(study_name=name, storage=storage, direction="minimize")
+        if given["budget"] is None:
+            study = _find_study(storage, name)
+        else:
+            try:
+                study = optuna.load_study(study_name=name, storage=storage)
+            except KeyError:
+                study = optuna.create_study(study_name=name, storage=storage, direction="minimize")
         _store_settings(study, given)
     return study
+
+
+def _find_study(storage: RDBStorage, name: str) -> optuna.Study:
+    """A study of ours that is there, without a change to it."""
+    try:
+        study = optuna.load_study(study_name=name, storage=storage)
+    except KeyError:
+        names = optuna.get_all_study_names(storage)
+        raise UnknownStudyError(_unknown(name, storage.url, names)) from None
+    if "budget" not in study.user_attrs:
+        raise UnknownStudyError(
+            f"study {name!r} was not made by bdense-search; give the name of one that was, or "
+            "launch this one under another name"
+        )
+    return study
+
+
+def _require_file(url: str, study_name: str) -> None:
+    """Where there is no SQLite file there is no study; and looking for one makes none."""
+    path = sqlite_file(url)
+    if path is not None and not path.exists():
+        raise UnknownStudyError(_unknown(study_name, url, []))
 
 
 def _store_settings(study: optuna.Study, given: Mapping[str, int | float | None]) -> None:
     first = {"ttl": DEFAULT_TTL_SECONDS, "max_attempts": DEFAULT_MAX_ATTEMPTS}
     stored = study.user_attrs
-    if given["budget"] is None and "budget" not in stored:
-        raise UnknownStudyError(
-            f"study {study.study_name!r} was not made by bdense-search; give the name of one that "
-            "was, or launch this one under another name"
-        )
     for key, value in given.items():
         if key not in stored:
             study.set_user_attr(key, first.get(key) if value is None else value)
@@ -397,15 +551,17 @@ def _store_settings(study: optuna.Study, given: Mapping[str, int | float | None]
 
 def asked_of(trial: FrozenTrial) -> dict[str, Any]:
     """A trial's parameters; while it waits Optuna keeps them as those that were asked for."""
-    asked: dict[str, Any] = trial.system_attrs.get("fixed_params", trial.params)
+    asked: dict[str, Any] = trial.system_attrs.get(FIXED, trial.params)
     return asked
 
 
-def _record_change(study: optuna.Study, key: str, old: JSON, new: JSON) -> None:
+def _record_change(
+    study: optuna.Study, key: str, old: JSON, new: JSON, reason: str | None = None
+) -> None:
     changes = list(study.user_attrs.get(CHANGES, []))
-    what = {"key": key, "old": old, "new": new}
+    what = {"key": key, "old": old, "new": new} | ({"reason": reason} if reason else {})
     # Asked again after a lost answer, it is still one change.
-    if not changes or {name: changes[-1][name] for name in what} != what:
+    if not changes or {name: changes[-1].get(name) for name in what} != what:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         study.set_user_attr(CHANGES, [*changes, {"time": now, **what}])
 

@@ -111,7 +111,16 @@ class Planned:
                 before it was whole.
             StorageError: The database cannot be opened.
         """
-        ledger = Ledger.open(url, name, budget=None)
+        return cls.of(url, Ledger.open(url, name, budget=None))
+
+    @classmethod
+    def of(cls, url: str, ledger: Ledger) -> Self:
+        """The rows of a ledger that is open.
+
+        Raises:
+            UnknownStudyError: As of ``open``.
+        """
+        name = ledger.study.study_name
         attributes = retrying(lambda: ledger.study.user_attrs)
         if SPEC not in attributes:
             raise UnknownStudyError(f"study {name!r} is half made; the same command carries on")
@@ -180,6 +189,11 @@ class Planned:
     def name(self) -> str:
         """The study's name."""
         return self.ledger.study.study_name
+
+    @property
+    def ledgers(self) -> tuple[Ledger, ...]:
+        """Of its rows, the only one."""
+        return (self.ledger,)
 
     @property
     def kind(self) -> Kind:

@@ -10,6 +10,7 @@ from typing import TextIO
 from search.ledger import Running
 from search.planned import Planned
 from search.report import duration, in_short, standing
+from search.service_log import say
 from search.slots import Progress
 from search.study import Study
 
@@ -143,8 +144,7 @@ class Display:
             return
         is_due = time.monotonic() - self._last_time >= LINE_SECONDS
         if is_due or is_last or step != self._last_step:
-            self._stream.write(line + "\n")
-            self._stream.flush()
+            say(line, self._stream)
             self._last_time, self._last_step = time.monotonic(), step
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from search.planned import Row
-from search.spec import StudySpec
+from search.spec import PruningSpec, StudySpec
 
 
 def variant(spec: StudySpec, row: Row) -> StudySpec:
@@ -14,7 +14,9 @@ def variant(spec: StudySpec, row: Row) -> StudySpec:
     seeds = spec.seeds.model_copy(update={"training": row.seed, "evaluation": row.seed})
     budget = spec.budget if row.kimg is None else spec.budget.model_copy(update={"kimg": row.kimg})
     student = spec.student if row.nfe is None else spec.student.model_copy(update={"nfe": row.nfe})
-    return spec.model_copy(update={"seeds": seeds, "budget": budget, "student": student})
+    # Nobody looks at it on its way: at a smaller budget there may be no room to.
+    changed = {"seeds": seeds, "budget": budget, "student": student, "pruning": PruningSpec()}
+    return spec.model_copy(update=changed)
 
 
 def fresh_seeds(spec: StudySpec, count: int, used: Collection[int] = ()) -> list[int]:

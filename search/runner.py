@@ -5,12 +5,15 @@ carries on.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,14 +24,21 @@ import ray
 from ray import tune
 
 from bdense.errors import InputError
+from search.artifacts import artifacts_place
 from search.errors import WorkersFailedError
+from search.halting import Ending, Launch, is_asked, stopped
+from search.head import Head, leave_ray
+from search.ledger import Ledger
 from search.model_spec import ModelSpec, ResourcesSpec
+from search.ray_errors import cannot_use
+from search.service_log import LOG
 from search.slots import Kind, Orders, Progress, Refusal, prepare_task, record_task, slot
 from search.spec import StudySpec
 from search.storage import cache_folder, one_line, runs_folder, without_password
 
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least; nothing large goes through it
 POLL_SECONDS = 1.0
+JOIN_SECONDS = 60.0  # that a cluster's first worker has
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +50,8 @@ class Record(Protocol):
     def url(self) -> str: ...
     @property
     def name(self) -> str: ...
+    @property
+    def ledgers(self) -> Sequence[Ledger]: ...
     def left(self) -> int:
         """Rows that have not ended."""
         ...
@@ -68,14 +80,17 @@ class Job:
         """Of each row."""
         return self.specs[0].resources
 
-    def orders(self) -> Orders:
+    def orders(self, launch: Launch) -> Orders:
         """For the workers."""
         return Orders(
+            launch=launch,
+            log=os.environ.get(LOG, ""),
             kind=self.kind,
             study=self.record.name,
             storage=without_password(self.record.url),
             runs=str(runs_folder().resolve()),
             cache=str(cache_folder().resolve()),
+            artifacts=artifacts_place(),
         )
 
 
@@ -96,25 +111,66 @@ def run(
 
     Raises:
         InputError: Something the user gave cannot be used on the workers.
-        WorkersFailedError: Workers die before they reach a row.
+        WorkersFailedError: Workers die before they reach a row, or Ray's head is gone.
+        StoppedError: Somebody asked the study to stop.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the workers have saved what they had.
     """
-    orders, record = job.orders(), job.record
+    record = job.record
+    launch = Launch.begin(record.ledgers)
+    orders = job.orders(launch)
+    head: Head | None = None
     try:
-        with _quiet(), ray_session(record.url):
+        with (
+            _quiet(),
+            ray_session(record.url) as head,
+            Ending(record.ledgers, launch, at_once=lambda: _is_lost(head)) as ending,
+        ):
+            if head is not None:
+                head.last_words = functools.partial(_last_words, record, head)
+            _await_machines()
             slots = _slots(job.resources, workers)
             for spec in job.specs:
                 _prepare(spec, orders, slots, on_preparing)
+            ending.rows_run()
             with _every_second(on_running):
                 # Slots find nothing to do once all is claimed: no more of them than rows left.
                 needed = min(slots, max(record.left(), 1))
                 refusals = _run_slots(job.resources, orders, needed)
+        if ending.interrupted:
+            raise KeyboardInterrupt  # as it would have without workers to wait for
     except KeyboardInterrupt:
         record.forgive_running()
+        if is_asked(record.ledgers, launch):
+            raise stopped(record.name) from None
+        if head is not None and head.lost:
+            raise _head_lost(head) from None
         raise
     except ray.exceptions.RayError as error:
+        if head is not None and head.lost:
+            raise _head_lost(head) from error
         raise WorkersFailedError(f"a worker of Ray failed: {error}") from error
     if record.left():
         _raise_first(refusals)
+        if is_asked(record.ledgers, launch):
+            raise stopped(record.name)
+
+
+def _is_lost(head: Head | None) -> bool:
+    return head is not None and head.lost
+
+
+def _last_words(record: Record, head: Head) -> None:
+    """What an error would have said, where Ray lets none through."""
+    sys.stderr.write(f"bdense-search: {_head_lost(head)}\n")
+    sys.stderr.flush()
+    record.forgive_running()
+
+
+def _head_lost(head: Head) -> WorkersFailedError:
+    return WorkersFailedError(
+        f"the head of Ray at {head.address} is gone, or this machine's part of it; nothing is "
+        "lost: once it runs again, the same command carries on"
+    )
 
 
 @contextlib.contextmanager
@@ -125,16 +181,20 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ray_session(url: str) -> Iterator[None]:
-    """A Ray cluster: the one of ``RAY_ADDRESS``, else one of this machine's own for the launch."""
+def ray_session(url: str) -> Iterator[Head]:
+    """A Ray cluster: the one of ``RAY_ADDRESS``, else one of this machine's own for the launch.
+
+    Once its head is gone, the block is left as by Ctrl-C.
+    """
     # Local workers inherit the environment: the password is in no pickle and no argument.
     os.environ["BDENSE_STORAGE"] = url
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    for name in ("ray", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    # Each worker that dies is a traceback to Tune, and a trial taken over to us.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     local: dict[str, Any] = {}
     if address := os.environ.get("RAY_ADDRESS"):
         _require_listener(address)
@@ -147,15 +207,14 @@ def ray_session(url: str) -> Iterator[None]:
         }
     try:
         ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        where = os.environ.get("RAY_ADDRESS") or "this machine"
-        raise InputError(
-            f"Ray cannot be used at {where}: {error}; check RAY_ADDRESS and the token, or unset it"
-        ) from error
+    except Exception as error:  # Ray raises a bare one where a node of its own does not start
+        raise cannot_use(error) from error
+    head = Head(client=os.environ.get("RAY_ADDRESS", "").startswith("ray://"))
     try:
-        yield
+        with head:
+            yield head
     finally:
-        ray.shutdown()
+        leave_ray(head)
 
 
 def _require_listener(address: str) -> None:
@@ -181,11 +240,34 @@ def _slots(resources: ResourcesSpec, workers: int | None) -> int:
             f"machine, and the cluster's have {machines}; lower them"
         )
     if workers is not None and workers > fit:
+        own = sum(have for _, have in _machines())
+        if gpus and fit == sum(int(have / gpus) for _, have in _machines()):
+            raise InputError(
+                f"--workers {workers} are more workers than GPUs: a trial holds {gpus:g}, and "
+                f"{own:g} are there, which is room for {fit} trials; lower --workers, or set "
+                "resources.gpus below 1 so that trials share a GPU"
+            )
         raise InputError(
             f"--workers {workers} do not fit: the cluster has room for {fit} trials of "
             f"{resources.cpus:g} CPUs and {gpus:g} GPUs; lower --workers or resources"
         )
     return workers or fit
+
+
+def _await_machines() -> None:
+    """A cluster's head may be there before any worker is: one without CPUs has room for nothing.
+
+    Raises:
+        InputError: No worker joined in time.
+    """
+    deadline = time.monotonic() + JOIN_SECONDS
+    while not any(cpus for cpus, _ in _machines()):
+        if time.monotonic() > deadline:
+            raise InputError(
+                f"no worker joined the Ray cluster within {JOIN_SECONDS:g} seconds, and its head "
+                "has no CPUs; start one: ray start --address=HEAD:PORT, with the head's token"
+            )
+        time.sleep(POLL_SECONDS)
 
 
 def _machines() -> list[tuple[float, float]]:

@@ -13,11 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from bdense.errors import BdenseError, InputError
-from search.errors import LeaseLostError, StorageError
+from bdense.errors import BdenseError, InputError, StoppedError
+from search.artifacts import PLACE as ARTIFACTS
+from search.errors import LeaseLostError, StorageError, StorageFullError, WorkersFailedError
+from search.halting import NO_LAUNCH, Launch
 from search.model_spec import ModelSpec
 from search.planned import Planned
 from search.promotion_spec import PromotionSpec
+from search.room import is_full_disk, no_room
+from search.service_log import LOG, about, start_logging
 from search.spec import StudySpec
 from search.storage import redact, resolve_storage_url, without_password
 from search.study import Study
@@ -45,6 +49,9 @@ class Orders:
         study: Name of the study, which holds the spec.
         storage: URL without password.
         runs, cache: The launcher's folders.
+        artifacts: Where its rows' pictures go.
+        launch: Which one it works for.
+        log: The launcher's ``BDENSE_LOG``.
     """
 
     kind: Kind
@@ -52,10 +59,17 @@ class Orders:
     storage: str
     runs: str
     cache: str
+    artifacts: str = ""
+    launch: Launch = NO_LAUNCH
+    log: str = ""
 
     def settle(self) -> None:
-        """Make this process use the launcher's folders."""
+        """Make this process use the launcher's folders, and log as it does."""
         os.environ["BDENSE_RUNS"], os.environ["BDENSE_CACHE"] = self.runs, self.cache
+        os.environ[ARTIFACTS] = self.artifacts
+        os.environ[LOG] = self.log
+        start_logging()
+        about(study=self.study)
 
     def read(self, spec: str) -> ModelSpec:
         """A spec of this kind from JSON."""
@@ -83,6 +97,8 @@ class Refusal:
     @classmethod
     def of(cls, error: Exception) -> "Refusal":
         """The error in words, without a password."""
+        if is_full_disk(error):
+            error = no_room(error)
         own = isinstance(error, BdenseError)
         message = str(error) if own else f"{type(error).__name__}: {error}"
         return cls(message=redact(message), is_input_error=isinstance(error, InputError))
@@ -170,15 +186,21 @@ def slot(config: Mapping[str, Any]) -> dict[str, Any]:
         ``refusal``: why it could not go on, or None.
     """
     mark = Path(config["mark"])
-    if _count_start(mark) > MAX_STARTS:
-        message = (
-            f"a worker died {MAX_STARTS} times before it reached a trial; its output is in "
-            "Ray's session log folder (worker-*.err)"
-        )
-        return {"refusal": Refusal(message=message, is_input_error=False)}
     try:
+        if _count_start(mark) > MAX_STARTS:
+            raise WorkersFailedError(
+                f"a worker died {MAX_STARTS} times before it reached a trial; its output is in "
+                "Ray's session log folder (worker-*.err)"
+            )
         _work(config["orders"], mark)
+    except StoppedError:
+        pass  # the launch knows why
     except BdenseError as error:
+        return {"refusal": Refusal.of(error)}
+    except OSError as error:
+        # Started again it would meet the same disk, for ever.
+        if not is_full_disk(error):
+            raise
         return {"refusal": Refusal.of(error)}
     return {"refusal": None}
 
@@ -200,8 +222,8 @@ def _open_patiently(orders: Orders) -> "Worker":
     while True:
         try:
             return _worker_of(orders)
-        except StorageError:
-            if time.monotonic() > deadline:
+        except StorageError as error:
+            if time.monotonic() > deadline or isinstance(error, StorageFullError):
                 raise
             time.sleep(POLL_SECONDS)
 
@@ -211,8 +233,12 @@ def _worker_of(orders: Orders) -> "Worker":
 
     url = worker_storage(orders.storage)
     if orders.kind == "search":
-        return SearchWorker(Study.open(url, orders.study))
+        study = Study.open(url, orders.study)
+        for ledger in study.ledgers:
+            ledger.launch = orders.launch
+        return SearchWorker(study)
     planned = Planned.open(url, orders.study)
+    planned.ledger.launch = orders.launch
     return ChainWorker(planned) if orders.kind == "progressive" else RetrainWorker(planned)
 
 

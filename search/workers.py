@@ -19,13 +19,17 @@ from search.errors import SpecChangedError
 from search.ledger import Claim, Done, Holding, Ledger
 from search.planned import SPACES, Planned, Row
 from search.promotion_spec import PromotionSpec
+from search.pruning import Judge, judge_of
 from search.report import copy_baselines
+from search.retention import keep_best_students
 from search.retraining import variant
 from search.space import baseline_space, make_sampler, search_space
 from search.spec import StudySpec
+from search.stopping import StopRule
 from search.storage import retrying
 from search.study import FINGERPRINT, SPEC, TRAJECTORIES, Study
-from search.trial import bring_to_an_end, evaluate, keep_best_students
+from search.trial import bring_to_an_end, evaluate
+from search.trial_log import TrialLog
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +69,11 @@ class SearchWorker:
         # The study's spec, not the launcher's: another may have extended it meanwhile.
         self._spec = StudySpec.model_validate_json(study.trials.study.user_attrs[SPEC])
         self._assets = load(self._spec, use_device(self._spec))
+        self._stop = StopRule(
+            self._spec,
+            search_space(self._spec),
+            lambda params: excess_weight(self._spec, params) <= 0,
+        )
         if self._assets.store is not None:
             folder = str(self._assets.store.folder.resolve())
             retrying(lambda: study.trials.study.set_user_attr(TRAJECTORIES, folder))
@@ -78,6 +87,7 @@ class SearchWorker:
             first = study.baselines.claim(baseline_space(), None)
             if isinstance(first, Claim):
                 return Claimed(study.baselines, first, asked)
+            self._stop(study.trials)
             then = study.trials.claim(
                 search_space(spec),
                 functools.partial(make_sampler, spec),
@@ -93,16 +103,19 @@ class SearchWorker:
         """Train, measure, and keep the best students' files alone."""
         assets, ledger = self._assets, claimed.ledger
         _require_same_conditions(self._study.trials, claimed, assets.fingerprint)
+        # A baseline is there to be beaten, not to be given up.
+        is_trial = ledger is self._study.trials
+        judge = judge_of(self._spec, ledger, claimed.claim) if is_trial else None
 
-        def train(holding: Holding, folder: Path) -> dict[str, Any]:
-            result = _evaluate(assets, claimed.claim.params, holding, folder)
+        def train(holding: Holding, folder: Path, log: TrialLog) -> dict[str, Any]:
+            result = _evaluate(assets, claimed.claim.params, holding, folder, log, judge)
             drawn = (self._spec.seeds.sampler + claimed.claim.number) % 2**31
             result["attrs"]["seeds"] |= {"sampler": drawn}
             return result
 
         _end(claimed, train, assets.fingerprint)
-        if ledger is self._study.trials:
-            keep_best_students(ledger, self._spec.keep_students)
+        if is_trial:
+            keep_best_students(ledger, self._spec.keep_students, claimed.claim.number)
         else:
             copy_baselines(self._study)
 
@@ -125,9 +138,9 @@ class RetrainWorker:
         _require_same_conditions(self._planned.ledger, claimed, self._spec.fingerprint())
         spec, arm = variant(self._spec, row), self._planned.arms[row.arm]
 
-        def train(holding: Holding, folder: Path) -> dict[str, Any]:
+        def train(holding: Holding, folder: Path, log: TrialLog) -> dict[str, Any]:
             # Loaded while the lease is held: another seed's may take longer than one lasts.
-            result = _evaluate(self._of(spec), arm.params, holding, folder)
+            result = _evaluate(self._of(spec), arm.params, holding, folder, log)
             result["attrs"] |= {"arm": arm.name, "kimg": row.kimg}
             return result
 
@@ -169,7 +182,7 @@ class ChainWorker:
         _require_same_conditions(ledger, claimed, assets.fingerprint)
         arm = self._planned.arms[row.arm]
 
-        def train(holding: Holding, folder: Path) -> dict[str, Any]:
+        def train(holding: Holding, folder: Path, log: TrialLog) -> dict[str, Any]:
             return chain_trial.evaluate(
                 assets,
                 arm,
@@ -178,6 +191,7 @@ class ChainWorker:
                 check=holding.check,
                 report=holding.report,
                 on_fid=functools.partial(ledger.report, claimed.claim),
+                log=log,
             )
 
         _end(claimed, train, assets.fingerprint)
@@ -195,13 +209,19 @@ def _next_planned(planned: Planned) -> Claimed | None:
 
 
 def _evaluate(
-    assets: Assets, params: Mapping[str, Any], holding: Holding, folder: Path
+    assets: Assets,
+    params: Mapping[str, Any],
+    holding: Holding,
+    folder: Path,
+    log: TrialLog,
+    judge: Judge | None = None,
 ) -> dict[str, Any]:
-    return evaluate(assets, params, folder, check=holding.check, report=holding.report)
+    check, report = holding.check, holding.report
+    return evaluate(assets, params, folder, check=check, report=report, judge=judge, log=log)
 
 
 def _end(
-    claimed: Claimed, work: Callable[[Holding, Path], dict[str, Any]], fingerprint: str
+    claimed: Claimed, work: Callable[[Holding, Path, TrialLog], dict[str, Any]], fingerprint: str
 ) -> None:
     bring_to_an_end(
         claimed.ledger, claimed.claim, work, fingerprint=fingerprint, asked=claimed.asked

@@ -18,13 +18,13 @@ from optuna.storages import RDBStorage
 from bdense.metrics import FID
 from search.cli import main
 from search.confirmation import plan_confirmation
+from search.database import open_tables
 from search.engine import given_weights
 from search.ledger import Claim, Ledger
 from search.planned import SPACES, Arm, Planned, Row
 from search.promotion_spec import PromotionSpec
 from search.space import baseline_space, search_space
 from search.spec import LearnedSpace, StudySpec
-from search.storage import open_storage
 from search.study import SPEC, Study
 from tests.commands import Answer
 from tests.studies import NORMALISED, spec
@@ -127,12 +127,12 @@ def open_once(patch: pytest.MonkeyPatch) -> None:
 
     @functools.cache
     def quickly(url: str) -> RDBStorage:
-        storage = open_storage(url)
+        storage = open_tables(url)
         sa.event.listen(storage.engine, "connect", _do_not_sync)
         storage.engine.dispose()
         return storage
 
-    patch.setattr("search.ledger.open_storage", quickly)
+    patch.setattr("search.ledger.open_tables", quickly)
 
 
 def _do_not_sync(connection: sqlite3.Connection, _: object) -> None:

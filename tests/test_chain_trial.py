@@ -3,7 +3,7 @@
 import errno
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 import bdense.checkpoints
 from bdense.checkpoints import denoiser_sha256, load_denoiser
+from bdense.errors import StoppedError
 from search import chain_trial
 from search.chain_trial import ChainAssets, evaluate, load_chain, prepare_chain
 from search.errors import DiskFullError, LeaseLostError, SpecChangedError
@@ -21,6 +22,7 @@ from search.planned import SPACES, UNIFORM, Arm, Planned
 from search.progress import _share_done
 from search.promotion import PLAIN_PD, given_arm, plan_progressive
 from search.trial import is_full_disk
+from search.trial_log import LOG_FILE, TrialLog, read_log
 from search.workers import ChainWorker
 from tests.measured import copy_storage, empty_storage, open_once
 from tests.studies import promotion
@@ -227,6 +229,40 @@ def test_a_row_that_is_stopped_and_taken_over_gives_the_same_bit_for_bit(
     # Nothing that was saved is done again: at most the update that was stopped.
     trained = [text for text in (*told.texts, *again.texts) if "training" in text]
     assert 10 <= len(trained) <= 11
+
+
+def test_a_stopped_row_saves_just_there_and_its_log_tells_of_every_update(assets, calm, tmp_path):
+    """With checkpoints too rare to help: nothing is done twice."""
+    expected_folder, expected, _ = calm
+    rare = assets.spec.resources.model_copy(update={"checkpoint_seconds": 1e6})
+    assets = replace(assets, spec=assets.spec.model_copy(update={"resources": rare}))
+    folder, told = tmp_path / "promote-digits/00002", Told()
+
+    def check() -> None:
+        if any(each.startswith("round 2/2: training 3/5") for each in told.texts):
+            raise StoppedError("enough")
+
+    quiet = {"report": told.texts.append, "on_fid": lambda *_: None}
+    with pytest.raises(StoppedError):
+        evaluate(assets, OURS, 0, folder, check=check, log=TrialLog(folder), **quiet)
+    calmly = {"check": lambda: None, "log": TrialLog(folder)}
+    result = evaluate(assets, OURS, 0, folder, **calmly, **quiet)
+    assert comparable(result) == comparable(expected)
+    assert hashes(folder) == hashes(expected_folder)
+    events, _ = read_log(folder / LOG_FILE)
+    assert [(e["event"], e["steps"], e.get("iteration")) for e in events] == [
+        *(("training", 4, i) for i in range(1, 6)),
+        ("evaluating", 4, None),
+        ("round", 4, None),
+        *(("training", 2, i) for i in range(1, 4)),
+        ("checkpoint", 2, 3),
+        *(("training", 2, i) for i in (4, 5)),
+        ("evaluating", 2, None),
+        ("round", 2, None),
+    ]
+    assert events[0]["weights"] == [pytest.approx([0.2, 0.8], rel=1e-3)]
+    assert len(events[0]["branch_losses"][0]) == 2
+    assert events[-1]["fid"] == result["value"]
 
 
 def test_a_result_that_is_there_is_only_told(assets, calm, tmp_path):

@@ -1,6 +1,7 @@
 """Which points are tried again, which of them wins, and what is said of it."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -415,7 +416,8 @@ def test_a_confirmation_s_own_name_works_where_a_study_s_does(searched, tmp_path
         "trials": {"planned": 3, "complete": 2, "pruned": 0, "failed": 1, "running": 0},
     }
     report = command("report", "digits.confirm", "--out", tmp_path / "shown")
-    assert report.out == f"{tmp_path / 'shown' / 'report.md'}\n"
+    shown = tmp_path / "shown"
+    assert report.out == f"{shown / 'report.html'}\n{shown / 'report.md'}\n"
     page = (tmp_path / "shown" / "report.md").read_text()
     assert page.startswith("# digits.confirm\n\ndigits.confirm: 2 of 3 rows complete")
     assert "2.56 kimg, NFE 2\n" in page
@@ -453,7 +455,9 @@ def test_a_report_of_rows_at_two_budgets_has_a_table_of_each_and_each_arms_grid(
     assert (
         page.parent / "samples-0.png"
     ).read_bytes() == b"of plain SFD at the last budget, seed 1"
-    assert text.count("![") == 1
+    pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert pictures == ["arms-0.png", "arms-1.png", "samples-0.png"]
+    assert all((page.parent / name).stat().st_size for name in pictures)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """Model folders of a study's rows: whose student, with which figures, and what is refused."""
 
+import importlib.util
 import json
 from pathlib import Path
 
+import fsspec
 import pytest
 from PIL import Image
 
@@ -275,8 +277,9 @@ def test_what_there_is_not_is_refused(searched, chain, tmp_path):
     )
     gone = tmp_path / "runs/digits/00000/student.safetensors"
     assert message(searched, number=0) == (
-        f"the student of trial 0 was not kept ({gone} is gone; keep_students says how many are); "
-        "kept are those of 3"
+        f"the student of trial 0 was not kept, only its result: {gone} is gone, as a search keeps "
+        "the students of its best trials alone (keep_students of its file: raise it before the "
+        "next launch, or name a trial by `clean --keep`); kept are those of 3"
     )
     assert message(searched, steps=4) == (
         "--steps 4 is of a promotion's chain, and this student is of SFD; leave it out"
@@ -308,6 +311,35 @@ def test_a_folder_is_written_and_named(searched, tmp_path):
     assert refused(command("export", "digits", folder)) == (
         f"{folder} exists already; choose another folder or delete it"
     )
+
+
+def test_a_folder_may_lie_wherever_fsspec_leads(searched, tmp_path):
+    keep(searched.trials, 3)
+    url = f"file://{tmp_path}/bucket/model"
+    assert command("export", "digits", url).out == f"{url}\n"
+    assert sorted(path.name for path in (tmp_path / "bucket/model").iterdir()) == FOLDER
+    denoiser, _ = load_model(str(tmp_path / "bucket/model"))
+    assert is_of({"weights_sha256": denoiser_sha256(denoiser)}, 3)
+    assert refused(command("export", "digits", url)) == (
+        f"{url} exists already; choose another place or delete it"
+    )
+    assert command("export", "digits", "memory://bucket/model").out == "memory://bucket/model\n"
+    assert sorted(fsspec.filesystem("memory").find("/bucket/model")) == [
+        f"/bucket/model/{name}" for name in FOLDER
+    ]
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("nowhere://bucket/model", "nowhere://bucket/model leads nowhere: "),
+        ("s3://bucket/model", "s3://bucket/model: fsspec needs another package for s3://"),
+    ],
+)
+def test_a_place_without_its_library_is_refused(searched, place, message):
+    if place.startswith("s3") and importlib.util.find_spec("s3fs"):
+        pytest.skip("s3fs is installed here")
+    assert message in refused(command("export", "digits", place))
 
 
 def test_a_confirmation_s_own_name_is_exported_too(confirmed, tmp_path):

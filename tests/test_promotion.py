@@ -14,7 +14,8 @@ from bdense.solvers import DDIM
 from bdense.vp import CosineSchedule
 from search import launch
 from search.chain_engine import chain_weights
-from search.chain_report import by_steps, chain_figure, chain_table, fid_table
+from search.chain_report import by_steps, chain_chart, chain_table, fid_table
+from search.drawing import picture
 from search.errors import SpecChangedError
 from search.planned import PLAIN, UNIFORM, Arm, Planned, Row
 from search.promotion import (
@@ -265,7 +266,7 @@ def test_the_result_over_the_steps(url):
 def test_the_figure_has_a_line_for_each_arm_and_the_teacher(url):
     planned = planned_chain(url)
     finish(planned, last_fid)
-    (axes,) = chain_figure(planned).axes
+    (axes,) = picture(chain_chart(planned)).axes
     bars = {bar.get_label(): bar[0].get_xydata().tolist() for bar in axes.containers}
     assert bars == {
         "plain PD": [[4, 8.5], [2, 9.5]],
@@ -287,7 +288,7 @@ def test_the_report_of_a_chain(url, tmp_path):
         (row / f"{steps:05d}-samples.png").write_bytes(b"at %d steps" % steps)
     text = write_planned_report(planned, tmp_path / "shown").read_text()
     assert chain_table(planned) in text
-    assert "![FID over DDIM steps](fid.png)" in text
+    assert "![promote-digits](fid.png)" in text
     assert (tmp_path / "shown/fid.png").stat().st_size > 1000
     assert "![a 1.386 (given), seed 0](samples-2.png)" in text
     assert (tmp_path / "shown/samples-2.png").read_bytes() == b"at 2 steps"

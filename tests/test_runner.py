@@ -63,14 +63,21 @@ def test_more_workers_than_fit_are_refused(cluster):
     cluster(TWO_GPUS_EACH)
     resources = spec(resources={"gpus": 2}).resources
     assert runner._slots(resources, 1) == 1
-    with pytest.raises(InputError, match=r"--workers 3 do not fit: .* room for 2 trials of 1 CPU"):
+    with pytest.raises(InputError) as error:
         runner._slots(resources, 3)
+    assert str(error.value) == (
+        "--workers 3 are more workers than GPUs: a trial holds 2, and 4 are there, which is room "
+        "for 2 trials; lower --workers, or set resources.gpus below 1 so that trials share a GPU"
+    )
+    cluster([(2, 0)])
+    with pytest.raises(InputError, match=r"--workers 3 do not fit: .* room for 2 trials of 1 CPU"):
+        runner._slots(spec().resources, 3)
 
 
 class EndedRows:
     """A record of which nothing is left."""
 
-    url, name = "sqlite:////nowhere.db", "digits"
+    url, name, ledgers = "sqlite:////nowhere.db", "digits", ()
 
     def left(self) -> int:
         return 0
@@ -91,6 +98,7 @@ def test_ray_s_remarks_do_not_mix_with_the_result(monkeypatch, capsys):
         sys.stdout.write("(raylet) A worker died or was killed\n")
 
     monkeypatch.setattr(runner, "ray_session", session)
+    monkeypatch.setattr(runner, "_await_machines", lambda: None)
     monkeypatch.setattr(runner, "_slots", lambda *_: 1)
     monkeypatch.setattr(runner, "_prepare", prepare)
     monkeypatch.setattr(runner, "_run_slots", lambda *_: [])

@@ -89,7 +89,13 @@ def open_search(options: argparse.Namespace) -> "tuple[Study, StudySpec]":
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
-    """--workers, of verbs that run rows."""
+    """--workers and --gpus, of verbs that run rows."""
+    parser.add_argument(
+        "--gpus",
+        metavar="N",
+        type=numbers,
+        help="GPUs of this machine to use, as in 0,2, as nvidia-smi counts them (default: all)",
+    )
     parser.add_argument(
         "--workers",
         metavar="N",

@@ -73,9 +73,11 @@ def add_transfer(verbs: Verbs) -> None:
 
 def _confirm(options: argparse.Namespace) -> None:
     from search.confirmation import plan_confirmation, verdict
+    from search.gpus import use_gpus
     from search.launch import run_planned
     from search.promotion import variants
 
+    use_gpus(options.gpus)
     study, spec = open_search(options)
     asked = spec.confirm
     planned = plan_confirmation(
@@ -99,11 +101,13 @@ def _confirm(options: argparse.Namespace) -> None:
 
 def _transfer(options: argparse.Namespace) -> None:
     from search.comparison import compare
+    from search.gpus import use_gpus
     from search.launch import check_apart, run_planned
     from search.promotion import variants
     from search.study_file import read_spec
     from search.transfer import plan_transfer
 
+    use_gpus(options.gpus)
     study, spec = open_search(options)
     to = read_spec(options.to)
     check_apart(to)

@@ -39,9 +39,11 @@ def add_launch(verbs: Verbs) -> None:
 
 
 def _launch(options: argparse.Namespace) -> None:
+    from search.gpus import use_gpus
     from search.launch import check_apart, launch
     from search.study_file import read_spec
 
+    use_gpus(options.gpus)
     spec = read_spec(options.study)
     if options.trials is not None:
         budget = spec.budget.model_copy(update={"trials": options.trials})

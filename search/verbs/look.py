@@ -2,12 +2,17 @@
 
 import argparse
 import json
-import shutil
+import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bdense.command import Verbs
 from search.storage import resolve_storage_url
 from search.verbs.common import port, positive, storage_verb, study_name, study_verb
+
+if TYPE_CHECKING:
+    from search.planned import Planned
+    from search.study import Study
 
 
 def add_status(verbs: Verbs) -> None:
@@ -39,7 +44,7 @@ def add_report(verbs: Verbs) -> None:
     parser = study_verb(
         verbs,
         "report",
-        "write a study's table, the curve of its FIDs and sample grids as files to show",
+        "write a study's report: one HTML file that needs no other, Markdown, and their pictures",
         "bdense-search report digits-nfe2 --out report",
         _report,
     )
@@ -61,7 +66,11 @@ def add_export(verbs: Verbs) -> None:
         "bdense-search export digits-nfe2 model",
         _export,
     )
-    parser.add_argument("folder", metavar="DIR", type=Path, help="folder to write, a new one")
+    parser.add_argument(
+        "folder",
+        metavar="DIR",
+        help="folder to write, a new one; or a URL that fsspec knows, as in s3://bucket/model",
+    )
     parser.add_argument(
         "--trial",
         metavar="N",
@@ -96,20 +105,17 @@ def add_dashboard(verbs: Verbs) -> None:
     )
 
 
-def add_clean(verbs: Verbs) -> None:
-    """``clean`` and its options."""
-    study_verb(
-        verbs,
-        "clean",
-        "delete a study's recorded trajectories; a later launch records them again",
-        "bdense-search clean digits-nfe2",
-        _clean,
-    )
+def _open(options: argparse.Namespace) -> "Study | Planned":
+    """The study that is named, to look at."""
+    from search.records import open_record
+
+    url = resolve_storage_url(options.storage)
+    return open_record(url, study_name(options.study), reading=True)
 
 
 def _status(options: argparse.Namespace) -> None:
+    from search.halting import asked_at
     from search.planned import Planned
-    from search.records import open_record
     from search.report import (
         duration,
         failed_rows,
@@ -120,7 +126,7 @@ def _status(options: argparse.Namespace) -> None:
         trials_json,
     )
 
-    record = open_record(resolve_storage_url(options.storage), study_name(options.study))
+    record = _open(options)
     if isinstance(record, Planned):
         ledger, row = record.ledger, "row"
         shown = {"study": record.name, "trials": trials_json(ledger.counts())}
@@ -137,6 +143,8 @@ def _status(options: argparse.Namespace) -> None:
             f"{row} {running.number} on {running.owner} for {duration(running.seconds)}, attempt "
             f"{running.attempt}: {running.progress or 'starting'}"
         )
+    if when := asked_at(record.ledgers):
+        print(f"asked to stop at {when}; the command that launched it carries on")
     for line in lines[1:]:
         print(line)
 
@@ -147,7 +155,7 @@ def _best(options: argparse.Namespace) -> None:
     from search.report import best_json, headline, standing, table
 
     url = resolve_storage_url(options.storage)
-    study = open_search_named(url, study_name(options.study))
+    study = open_search_named(url, study_name(options.study), reading=True)
     now, found = standing(study), verdict(study)
     if options.json:
         confirmed = None if found is None else found.as_dict()
@@ -165,30 +173,33 @@ def _best(options: argparse.Namespace) -> None:
 
 def _report(options: argparse.Namespace) -> None:
     from search.planned import Planned
-    from search.records import open_record
-    from search.report_files import write_planned_report, write_report
+    from search.report_files import HTML_PAGE, write_planned_report, write_report
 
-    record = open_record(resolve_storage_url(options.storage), study_name(options.study))
+    record = _open(options)
     if isinstance(record, Planned):
-        print(write_planned_report(record, options.out))
+        page = write_planned_report(record, options.out)
     else:
-        print(write_report(record, options.out))
+        page = write_report(record, options.out)
+    print(page.with_name(HTML_PAGE), page, sep="\n")
 
 
 def _export(options: argparse.Namespace) -> None:
     from bdense.files import require_new
     from search.export import export_trial
-    from search.records import open_record
+    from search.uploading import Place, is_url
 
-    require_new(options.folder)
-    record = open_record(resolve_storage_url(options.storage), study_name(options.study))
-    for path in export_trial(
-        record,
-        options.folder,
-        number=options.trial,
-        steps=options.steps,
-        baseline=options.baseline,
-    ):
+    wanted = {"number": options.trial, "steps": options.steps, "baseline": options.baseline}
+    if is_url(options.folder):
+        place = Place(options.folder)
+        place.require_new()
+        with tempfile.TemporaryDirectory(prefix="bdense-export-") as scratch:
+            folder = Path(scratch) / "model"
+            export_trial(_open(options), folder, **wanted)
+            place.take(folder)
+        print(place.url)
+        return
+    require_new(Path(options.folder))
+    for path in export_trial(_open(options), Path(options.folder), **wanted):
         print(path)
 
 
@@ -196,19 +207,3 @@ def _dashboard(options: argparse.Namespace) -> None:
     from search.dashboard import serve
 
     serve(resolve_storage_url(options.storage), port=options.port, writable=options.writable)
-
-
-def _clean(options: argparse.Namespace) -> None:
-    from search.ledger import Ledger
-    from search.study import TRAJECTORIES
-
-    url = resolve_storage_url(options.storage)
-    study = Ledger.open(url, study_name(options.study), budget=None).study
-    stored = study.user_attrs.get(TRAJECTORIES, [])
-    freed = 0
-    # A search has one folder, planned rows one for each seed.
-    for folder in map(Path, [stored] if isinstance(stored, str) else stored):
-        if folder.name and folder.is_dir():
-            freed += sum(path.stat().st_size for path in folder.iterdir())
-            shutil.rmtree(folder)
-    print(f"{freed / 2**20:.1f} MiB of trajectories deleted")

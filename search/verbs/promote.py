@@ -92,6 +92,9 @@ def add_promote(verbs: Verbs) -> None:
 
 
 def _promote(options: argparse.Namespace) -> None:
+    from search.gpus import use_gpus
+
+    use_gpus(options.gpus)
     if options.method == "sfd":
         _promote_sfd(options)
     else:

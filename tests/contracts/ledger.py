@@ -12,9 +12,10 @@ import pytest
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
-from bdense.errors import InputError
+from bdense.errors import InputError, StoppedError
 from search import claims as claiming
 from search.errors import LeaseLostError, UnknownStudyError
+from search.halting import HALT, Launch, ask_all, ask_workers, asked_at, is_asked
 from search.ledger import Claim, Counts, Done, Ledger, Wait
 from search.storage import open_storage
 from tests.contracts.ledger_worker import SPACE, STEPS, objective
@@ -203,6 +204,28 @@ class LedgerContract:
         scene.open(budget=2)
         assert ledger.claim(SPACE, RandomSampler) == Done()
         assert ledger.counts().planned == 3
+
+    def test_a_search_ended_early_finishes_what_runs_and_can_be_extended(self, scene):
+        ledger = scene.open(budget=6)
+        first, second = take(ledger), take(ledger)
+        complete(ledger, first)
+        scene.open().end_early("nothing to gain")
+        ledger.end_early("asked once more")
+        assert ledger.study.user_attrs["stopped"] == {
+            "after": 2,
+            "of": 6,
+            "reason": "nothing to gain",
+        }
+        [change] = ledger.study.user_attrs["changes"]
+        assert (change["key"], change["old"], change["new"]) == ("budget", 6, 2)
+        assert change["reason"] == "nothing to gain"
+        assert ledger.claim(SPACE, RandomSampler) == Wait()
+        ledger.prune(second, {})
+        assert ledger.claim(SPACE, RandomSampler) == Done()
+        counts = scene.settle()
+        assert (counts.planned, counts.complete, counts.pruned) == (2, 1, 1)
+        scene.open(budget=4)
+        assert scene.settle().planned == 4
 
     def test_suggestions_beyond_the_bound_are_pruned_outside_the_budget(self, scene):
         ledger = scene.open(budget=3)
@@ -428,6 +451,75 @@ class LedgerContract:
             time.sleep(0.4)
         assert scene.settle().complete == 1
 
+    def test_a_stop_reaches_who_works_now_and_nobody_who_comes_later(self, scene):
+        ledger = scene.open(budget=2, ttl=0.6)
+        with ledger.holding(take(ledger)) as held:
+            held.check()
+            asked = time.monotonic()
+            ask_all([scene.open()])
+            wait_until(lambda: _raises(StoppedError, held.check))
+            assert time.monotonic() - asked < 2  # ttl / 3, on a busy machine
+            ledger.release(held.claim, interrupted=True)
+        with pytest.raises(StoppedError, match="study digits was stopped by `bdense-search stop`"):
+            take(ledger)
+        later = scene.open()
+        claim = take(later)
+        assert (claim.adopted, claim.attempt, claim.tries) == (True, 2, 1)
+        with later.holding(claim) as held:
+            time.sleep(0.5)
+            held.check()
+
+    def test_who_has_launched_is_stopped_by_what_was_asked_since(self, scene):
+        """Whenever its workers open the study; and a launch settles what was asked before it."""
+        ledger = scene.open(budget=2)
+        first = Launch.begin([ledger])
+        ask_all([ledger])
+        late_worker = scene.open()
+        late_worker.launch = first
+        with pytest.raises(StoppedError):
+            take(late_worker)
+        assert is_asked([ledger], first)
+        assert asked_at([ledger]) is not None
+        second = Launch.begin([ledger])
+        assert not is_asked([ledger], second)
+        assert asked_at([ledger]) is None
+        late_worker.launch = second
+        assert take(late_worker).number == 0
+
+    def test_an_interrupted_launch_stops_its_own_workers_alone(self, scene):
+        ledger = scene.open(budget=3, ttl=0.6)
+        mine, other = Launch.begin([ledger]), Launch.begin([ledger])
+        holds = []
+        for launch in (mine, other):
+            worker = scene.open()
+            worker.launch = launch
+            holds.append(worker.holding(take(worker)))
+        with holds[0] as held, holds[1] as others:
+            ask_workers([ledger], mine)
+            ask_workers([ledger], mine)
+            wait_until(lambda: _raises(StoppedError, held.check))
+            time.sleep(0.4)
+            others.check()
+        assert not is_asked([ledger], mine)
+        assert ledger.attribute(HALT)["launches"] == [mine.name]
+
+    def test_what_was_given_back_is_not_forgiven_once_more(self, scene):
+        ledger = scene.open(budget=1)
+        ledger.release(take(ledger), interrupted=True)
+        ledger.forgive_running()
+        claim = take(ledger)
+        assert (claim.attempt, claim.tries) == (2, 1)
+
+    def test_held_are_trials_of_live_workers(self, scene):
+        ledger = scene.open(budget=3, ttl=0.5)
+        assert ledger.held() == 0
+        given_back, kept = take(ledger), take(ledger)
+        assert ledger.held() == 2
+        ledger.release(given_back)
+        assert ledger.held() == 1
+        wait_until(lambda: ledger.held() == 0)  # its lease ran out
+        assert kept.number in {row.number for row in ledger.running()}
+
     def test_a_study_of_somebody_else_is_refused_and_left_alone(self, scene):
         storage = open_storage(scene.url)
         optuna.create_study(study_name="theirs", storage=storage)
@@ -540,3 +632,11 @@ class LedgerContract:
     def test_settings_out_of_range_are_refused(self, scene, settings, message):
         with pytest.raises(InputError, match=message):
             scene.open(**settings)
+
+
+def _raises(kind: type[Exception], call) -> bool:
+    try:
+        call()
+    except kind:
+        return True
+    return False

@@ -8,14 +8,19 @@ import time
 from pathlib import Path
 
 import pytest
+from optuna_dashboard import get_note
+from optuna_dashboard._custom_plot_data import list_graph_object_ids
 
+from bdense.checkpoints import load_tensors
 from bdense.data import load_dataset
+from search.artifacts import FolderStore, attached
 from search.assets import load_teacher, prepare, trajectory_store, use_device
-from search.ledger import Ledger
+from search.ledger import Ledger, Running
 from search.slots import Orders, slot
 from search.spec import StudySpec
 from search.storage import resolve_storage_url
 from search.study import Study
+from search.trial_log import read_log
 from tests.e2e.study import Workplace, kill, small_study, wait_until
 
 BEST_KEYS = {"number", "a", "b", "weights", "fid", "nfe", "images", "extractor", "reference"}
@@ -52,6 +57,24 @@ def calm_fids(tmp_path_factory, cache) -> dict[float, float]:
     return fids(workplace)
 
 
+def assert_shown(workplace: Workplace, *names: str) -> None:
+    """Each trial has its grid once, which is the one in its folder; the study note and plots."""
+    folder = FolderStore(workplace.folder / "runs" / "artifacts")
+    for name in names:
+        of = ledger(workplace, name)
+        for trial in of.study.get_trials(deepcopy=False):
+            (meta,) = attached(of.storage, trial)
+            grid = workplace.folder / "runs" / name / f"{trial.number:05d}" / "samples.png"
+            with folder.open_reader(meta.artifact_id) as stored:
+                assert stored.read() == grid.read_bytes()
+    record = ledger(workplace, names[0])
+    assert "3 of 3 trials complete" in get_note(record.study)
+    study_id = record.storage.get_study_id_from_name(names[0])
+    stored = record.storage.get_study_system_attrs(study_id)
+    plots = {"fid-over-a", "fid-over-a-b", "weights", "fid-over-time"}
+    assert set(list_graph_object_ids(stored)) == plots
+
+
 # `make test-all`: its first launch is calm_fids' too, which the fault test below compares with.
 @pytest.mark.slow
 def test_a_study_from_launch_to_best(workplace, calm_fids):
@@ -63,6 +86,7 @@ def test_a_study_from_launch_to_best(workplace, calm_fids):
     assert "best of n, not confirmed" in first.stdout
     assert "bdense-search dashboard" in first.stdout
     assert fids(workplace) == calm_fids
+    assert_shown(workplace, "small", "small.baselines")
 
     best = workplace.json("best", "small")
     assert best["study"] == "small"
@@ -153,6 +177,78 @@ def test_killed_workers_and_launchers_lose_nothing(workplace, calm_fids):
         counts = ledger(workplace, name).counts()
         assert counts.complete == counts.planned
         assert (counts.failed, counts.running, counts.waiting) == (0, 0, 0)
+
+
+@pytest.mark.faults
+def test_a_stopped_study_saves_at_once_and_carries_on(workplace, calm_fids):
+    """`stop` from another process: nothing is trained twice, the FIDs are those of a calm run."""
+    # No checkpoint but the one that is written for the stop.
+    study = workplace.write(small_study(resources={"checkpoint_seconds": 1e6}))
+
+    def in_training() -> list[Running]:
+        if not (workplace.folder / "runs/bdense.db").exists():
+            return []
+        with contextlib.suppress(ValueError):
+            rows = ledger(workplace).running()
+            return [row for row in rows if row.progress.startswith("training")]
+        return []
+
+    launcher = workplace.start("launch", study)
+    (*_, row) = wait_until(in_training, what="a trial in training")
+    asked = time.monotonic()
+    stop = workplace.run("stop", "small", "--wait")
+    assert stop.returncode == 0, stop.stderr
+    assert "study small is stopped: no trial is worked on" in stop.stdout
+    waited = time.monotonic() - asked
+    out, err = launcher.communicate(timeout=60)
+    assert waited < 15  # ttl / 3, and a process that has to start
+    assert (launcher.returncode, out) == (130, "")
+    assert "study small was stopped by `bdense-search stop`; nothing is lost" in err
+    assert "Traceback" not in err
+
+    folder = workplace.folder / f"runs/small/{row.number:05d}"
+    saved = load_tensors(folder / "checkpoint.safetensors")[1]["iteration"]
+    events, _ = read_log(folder / "log.jsonl")
+    assert [e["event"] for e in events if e["event"] != "training"] == [
+        "claimed",
+        "checkpoint",
+        "released",
+    ]
+    assert saved == events[-2]["iteration"] > 0
+    assert ledger(workplace).counts().failed == 0
+    assert "asked to stop at" in workplace.run("status", "small").stdout
+
+    workplace.extra["BDENSE_LOG"] = "json"
+    ray_sessions = Path("/tmp/ray")
+    before = set(ray_sessions.glob("session_2*"))
+    again = workplace.run("launch", study)
+    del workplace.extra["BDENSE_LOG"]
+    assert again.returncode == 0, again.stderr
+    assert fids(workplace) == calm_fids
+    said = [json.loads(line)["message"] for line in again.stderr.splitlines()]
+    assert any(message.startswith("carrying on with study small") for message in said)
+    told = [
+        json.loads(line)
+        for session in set(ray_sessions.glob("session_2*")) - before
+        for path in session.glob("logs/worker-*.err")
+        for line in path.read_text().splitlines()
+        if line.startswith("{")
+    ]
+    mine = {(e["study"], e["trial"], e["attempt"], e["message"]) for e in told}
+    assert ("small", row.number, 2, "complete") in mine
+    assert "asked to stop at" not in workplace.run("status", "small").stdout
+    events, _ = read_log(folder / "log.jsonl")
+    after = [e for e in events if e["attempt"] == 2]
+    assert after[0]["event"] == "adopted"
+    trained = [e["iteration"] for e in events if e["event"] == "training"]
+    assert trained == list(range(1, 41)), "an iteration twice, or none"
+    trial = ledger(workplace).study.trials[row.number]
+    assert trial.user_attrs["tries"] == 1, "the stop was held against it"
+    shown = workplace.run("logs", "small", str(row.number))
+    assert "training  40/40  loss" in shown.stdout
+    # With AFS two of three intervals are trained.
+    assert (shown.stdout.count("  [2] "), shown.stdout.count("  [3] ")) == (40, 0)
+    assert len(workplace.run("logs", "small", "--baseline", "sfd").stdout.splitlines()) > 40
 
 
 def run_slot(workplace: Workplace, monkeypatch, study: dict, points=()) -> Ledger:

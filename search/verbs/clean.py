@@ -1,0 +1,120 @@
+"""``clean``: what a study need not keep on the disk."""
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bdense.command import Verbs
+from bdense.errors import InputError
+from search.storage import resolve_storage_url
+from search.verbs.common import numbers, study_name, study_verb
+
+if TYPE_CHECKING:
+    from search.ledger import Ledger
+    from search.planned import Planned
+    from search.study import Study
+
+_MIB = 2**20
+
+
+def add_clean(verbs: Verbs) -> None:
+    """``clean`` and its options."""
+    parser = study_verb(
+        verbs,
+        "clean",
+        "delete a study's recorded trajectories, which a later launch records again, or what else "
+        "is named; of every trial its result, log and pictures stay, some 0.3 MB",
+        "bdense-search clean digits-nfe2 --checkpoints --students",
+        _clean,
+    )
+    parser.add_argument(
+        "--checkpoints",
+        action="store_true",
+        help="delete instead: checkpoints of trials that have ended, files begun by workers that "
+        "died, and folders of other studies that were moved aside (00003.1f2e3d4c)",
+    )
+    parser.add_argument(
+        "--students",
+        action="store_true",
+        help="delete instead: students of a search beyond its best (keep_students of the study's "
+        "file), but for candidates of its confirmation and those that --keep named",
+    )
+    parser.add_argument(
+        "--keep",
+        metavar="N",
+        type=numbers,
+        help="numbers of trials, as in 3,7, whose students stay from now on whatever is better; "
+        "nothing is deleted for it",
+    )
+
+
+def _clean(options: argparse.Namespace) -> None:
+    from search.records import open_record
+
+    record = open_record(resolve_storage_url(options.storage), study_name(options.study))
+    if options.keep:
+        _keep(record, options.keep)
+    if options.checkpoints:
+        from search.retention import clean_checkpoints
+
+        freed = sum(map(clean_checkpoints, record.ledgers))
+        print(f"{freed / _MIB:.1f} MiB of checkpoints and leftovers deleted")
+    if options.students:
+        _students(record)
+    if not (options.keep or options.checkpoints or options.students):
+        _trajectories(record)
+
+
+def _keep(record: "Study | Planned", asked: list[int]) -> None:
+    from search.folders import row_folder
+    from search.retention import STUDENT, keep_too
+
+    ledger = _search(record, "--keep").trials
+    there = [n for n in asked if (row_folder(record.name, n) / STUDENT).is_file()]
+    if gone := sorted(set(asked) - set(there) - set(_running(ledger))):
+        raise InputError(
+            f"--keep {','.join(map(str, gone))}: no student of that trial is there; plan its "
+            "point again (enqueue), or raise keep_students before the next launch"
+        )
+    kept = keep_too(ledger, asked)
+    print(f"students of trials {', '.join(map(str, kept))} of {record.name} stay")
+
+
+def _students(record: "Study | Planned") -> None:
+    from search.retention import clean_students
+    from search.spec import StudySpec
+    from search.study import SPEC
+
+    ledger = _search(record, "--students").trials
+    spec = StudySpec.model_validate_json(ledger.attribute(SPEC))
+    freed = clean_students(ledger, spec.keep_students)
+    print(f"{freed / _MIB:.1f} MiB of students deleted; the best {spec.keep_students} stay")
+
+
+def _search(record: "Study | Planned", option: str) -> "Study":
+    from search.planned import Planned
+
+    if isinstance(record, Planned):
+        raise InputError(
+            f"{option} is of a search: the students of planned rows all stay, as `export` and the "
+            f"figures of {record.name} name them; when they are exported, delete its folder"
+        )
+    return record
+
+
+def _running(ledger: "Ledger") -> list[int]:
+    return [row.number for row in ledger.running()]
+
+
+def _trajectories(record: "Study | Planned") -> None:
+    from search.study import TRAJECTORIES
+
+    stored = record.ledgers[0].attribute(TRAJECTORIES) or []
+    freed = 0
+    # A search has one folder, planned rows one for each seed.
+    for folder in map(Path, [stored] if isinstance(stored, str) else stored):
+        if folder.name and folder.is_dir():
+            freed += sum(path.stat().st_size for path in folder.iterdir())
+            shutil.rmtree(folder)
+    print(f"{freed / _MIB:.1f} MiB of trajectories deleted")

@@ -1,0 +1,173 @@
+"""While a study runs: ``stop`` it, ``enqueue`` a point, read the ``logs`` of a trial."""
+
+import argparse
+import json
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from bdense.command import Verbs
+from bdense.errors import BdenseError, InputError
+from search.storage import resolve_storage_url
+from search.verbs.common import study_name, study_verb
+
+if TYPE_CHECKING:
+    from search.ledger import Ledger
+    from search.planned import Planned
+    from search.study import Study
+
+POLL_SECONDS = 0.5
+
+
+def add_stop(verbs: Verbs) -> None:
+    """``stop`` and its options."""
+    parser = study_verb(
+        verbs,
+        "stop",
+        "have a study's workers, on every machine, save their trials and give them back, and its "
+        "launchers end (exit status 130); the command that launched it carries on",
+        "bdense-search stop digits-nfe2 --wait",
+        _stop,
+    )
+    parser.add_argument(
+        "--wait", action="store_true", help="until no trial is worked on, or a lease has run out"
+    )
+
+
+def add_enqueue(verbs: Verbs) -> None:
+    """``enqueue`` and its options."""
+    parser = study_verb(
+        verbs,
+        "enqueue",
+        "plan a given point of a search before any other; it counts in the budget when it starts",
+        "bdense-search enqueue digits-nfe2 --a 1.386 --b=-4.274",
+        _enqueue,
+    )
+    parser.add_argument("--a", metavar="X", type=float, help="log w_k = a k + b")
+    parser.add_argument(
+        "--b", metavar="X", type=float, help="of log-linear weights; below 0 as --b=-4.3"
+    )
+    parser.add_argument("--rule", metavar="NAME", help="of learned weights: uncertainty, ...")
+    parser.add_argument("--strength", metavar="X", type=float, help="of learned weights")
+
+
+def add_logs(verbs: Verbs) -> None:
+    """``logs`` and its options."""
+    parser = study_verb(
+        verbs,
+        "logs",
+        "show what happened to a trial: its attempts, and its loss per interval and branch",
+        "bdense-search logs digits-nfe2 7 --follow",
+        _logs,
+    )
+    parser.add_argument(
+        "trial", metavar="TRIAL", type=int, nargs="?", help="number of the trial or planned row"
+    )
+    parser.add_argument(
+        "--baseline", choices=("sfd", "uniform"), help="of a search: this baseline's instead"
+    )
+    parser.add_argument("--follow", action="store_true", help="go on until the trial has ended")
+    parser.add_argument("--json", action="store_true", help="print the events as lines of JSON")
+
+
+def _stop(options: argparse.Namespace) -> None:
+    from search.halting import ask_all, held
+    from search.records import open_record
+
+    record = open_record(resolve_storage_url(options.storage), study_name(options.study))
+    ledgers = record.ledgers
+    ask_all(ledgers)
+    working = held(ledgers)
+    longest = max(ledger.ttl for ledger in ledgers)
+    print(
+        f"study {record.name}: asked {working} running trials to stop; launchers end with them"
+        if working
+        else f"study {record.name}: no trial is worked on; launchers, if there are any, end",
+        flush=True,
+    )
+    if not options.wait:
+        return
+    # Longer than a lease lasts, none is held by a worker that is gone.
+    deadline = time.monotonic() + 2 * longest + 60.0
+    while left := held(ledgers):
+        if time.monotonic() > deadline:
+            raise BdenseError(
+                f"{left} trials are still held after {2 * longest + 60:g} s; see who holds them: "
+                f"bdense-search status {record.name}"
+            )
+        time.sleep(POLL_SECONDS)
+    print(f"study {record.name} is stopped: no trial is worked on")
+
+
+def _enqueue(options: argparse.Namespace) -> None:
+    from search.points import Point, enqueue
+    from search.records import open_search_named
+    from search.spec import StudySpec
+    from search.study import SPEC
+
+    url = resolve_storage_url(options.storage)
+    study = open_search_named(url, study_name(options.study))
+    stored = study.trials.attribute(SPEC)
+    if stored is None:
+        raise InputError(f"study {study.name!r} was never launched; launch it first")
+    point = Point(a=options.a, b=options.b, rule=options.rule, strength=options.strength)
+    # The bounds that workers have, not those of a file that was changed since.
+    for line in enqueue(study, StudySpec.model_validate_json(stored), point):
+        print(line)
+
+
+def _logs(options: argparse.Namespace) -> None:
+    from search.folders import row_folder
+    from search.records import open_record
+    from search.showing_log import HEADER, log_line
+    from search.trial_log import LOG_FILE, read_log
+
+    url = resolve_storage_url(options.storage)
+    record = open_record(url, study_name(options.study), reading=True)
+    ledger, number = _row(record, options)
+    path = row_folder(ledger.study.study_name, number) / LOG_FILE
+    offset, shown = 0, 0
+    while True:
+        has_ended = number in ledger.ended()
+        events, offset = read_log(path, offset)
+        for event in events:
+            if options.json:
+                print(json.dumps(event))
+            else:
+                if not shown:
+                    print(HEADER)
+                print(log_line(event))
+            shown += 1
+        sys.stdout.flush()
+        if has_ended or not options.follow:
+            break
+        time.sleep(POLL_SECONDS)
+    if not shown:
+        raise InputError(_nothing(ledger, number, path.resolve().parent))
+
+
+def _row(record: "Study | Planned", options: argparse.Namespace) -> "tuple[Ledger, int]":
+    """Whose log is meant."""
+    from search.planned import Planned
+
+    if (options.trial is None) == (options.baseline is None):
+        raise InputError("give either the number of a TRIAL, or --baseline, one of the two")
+    if options.trial is not None:
+        return record.ledgers[0], options.trial
+    if isinstance(record, Planned) or record.baselines is None:
+        raise InputError(f"{record.name} has no baselines of its own; give the number of a row")
+    methods = [asked["method"] for asked in record.baselines.asked()]
+    return record.baselines, methods.index(options.baseline)
+
+
+def _nothing(ledger: "Ledger", number: int, folder: object) -> str:
+    count = len(ledger.asked())
+    if not 0 <= number < count:
+        return (
+            f"study {ledger.study.study_name} has no trial {number}: there are {count} so far, "
+            "numbered from 0"
+        )
+    return (
+        f"trial {number} has no log in {folder}: nobody has worked on it yet, or its worker "
+        "writes to another folder (BDENSE_RUNS)"
+    )

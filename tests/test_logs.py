@@ -1,0 +1,430 @@
+"""What a trial's log and the service's own log say."""
+
+import json
+import logging
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from bdense.errors import StoppedError
+from bdense.sharing import distill_on
+from search import cli
+from search.engine import branches_and_weights, training_config
+from search.folders import row_folder
+from search.ledger import Claim
+from search.service_log import about, say, speaking_of, start_logging
+from search.showing_log import log_line
+from search.space import search_space
+from search.storage import open_storage, resolve_storage_url
+from search.study import Study
+from search.trial import CHECKPOINT, bring_to_an_end, evaluate, read_result, take_folder
+from search.trial_log import LOG_FILE, TrialLog, is_noted, read_log, shortened
+from tests.studies import spec
+from tests.test_trial import CPU, TINY, prepared
+
+SMALL = TINY | {"budget__kimg": 0.32}  # ten iterations
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch, shared_cache):
+    monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("BDENSE_CACHE", str(shared_cache))
+    monkeypatch.delenv("BDENSE_STORAGE", raising=False)
+    monkeypatch.delenv("BDENSE_LOG", raising=False)
+
+
+def events(folder: Path) -> list[dict]:
+    return read_log(folder / LOG_FILE)[0]
+
+
+# The file.
+
+
+def test_half_a_last_line_is_passed_over_and_the_next_one_is_whole(tmp_path):
+    first = TrialLog(tmp_path).open()
+    first("claimed")
+    with (tmp_path / LOG_FILE).open("a") as file:
+        file.write('{"event": "train')  # its worker died
+    seen, offset = read_log(tmp_path / LOG_FILE)
+    assert [event["event"] for event in seen] == ["claimed"]
+    TrialLog(tmp_path).open()("adopted", from_attempt=1)
+    assert [event["event"] for event in events(tmp_path)] == ["claimed", "adopted"]
+    more, end = read_log(tmp_path / LOG_FILE, offset)
+    assert [event["event"] for event in more] == ["adopted"]
+    assert end == (tmp_path / LOG_FILE).stat().st_size
+    assert read_log(tmp_path / LOG_FILE, end) == ([], end)
+    assert read_log(tmp_path / "none") == ([], 0)
+
+
+def test_an_event_says_when_who_and_what(tmp_path):
+    with speaking_of(study="digits", trial=3, attempt=2):
+        TrialLog(tmp_path).open()("checkpoint", iteration=7)
+    (event,) = events(tmp_path)
+    assert event.pop("time").endswith("+00:00")
+    host, _, pid = event.pop("worker").rpartition(":")
+    assert host
+    assert int(pid) > 1
+    assert event == {
+        "level": "info",
+        "study": "digits",
+        "trial": 3,
+        "attempt": 2,
+        "event": "checkpoint",
+        "iteration": 7,
+    }
+
+
+def test_a_log_that_cannot_be_written_is_no_reason_to_fail(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    TrialLog(tmp_path / "file").open()("claimed")
+    TrialLog(tmp_path / "file").open()("claimed")
+    assert "cannot be written" in caplog.text
+
+
+def test_another_study_s_folder_is_moved_aside_before_anything_is_written_to_it(tmp_path):
+    folder = tmp_path / "runs/digits/00000"
+    take_folder(folder, {"params": {"a": 1.0}})
+    (folder / LOG_FILE).write_text("theirs\n")
+    log = TrialLog(folder)
+    log("claimed")
+    take_folder(folder, {"params": {"a": 2.0}})
+    log.open()
+    assert [event["event"] for event in events(folder)] == ["claimed"]
+    (aside,) = folder.parent.glob("00000.*")
+    assert (aside / LOG_FILE).read_text() == "theirs\n"
+
+
+def test_a_folder_with_nothing_but_a_log_is_the_trial_s_own(tmp_path):
+    """An attempt that ended before it took the folder has told why."""
+    folder = tmp_path / "runs/digits/00000"
+    TrialLog(folder).open()("released")
+    take_folder(folder, {"params": {"a": 1.0}})
+    assert [event["event"] for event in events(folder)] == ["released"]
+    assert not list(folder.parent.glob("00000.*"))
+
+
+@pytest.mark.parametrize(("iterations", "lines"), [(1, 1), (40, 40), (199, 199), (12_345, 102)])
+def test_long_trainings_get_as_many_lines_as_short_ones(iterations, lines):
+    noted = [i for i in range(iterations) if is_noted(i, iterations)]
+    assert len(noted) == lines
+    assert (noted[0], noted[-1]) == (0, iterations - 1)
+
+
+# What a trial notes.
+
+
+def test_losses_are_those_of_each_interval_and_branch(tmp_path):
+    study = spec(**SMALL, student__afs=False)
+    shared, folder = prepared(study), tmp_path / "runs/digits/00000"
+    quiet = {"check": lambda: None, "report": lambda _: None}
+    found = evaluate(shared, {"a": 1.0}, folder, log=TrialLog(folder), **quiet)
+    reports = []
+    num_branches, weights = branches_and_weights(study, {"a": 1.0})
+    distill_on(
+        (CPU,),
+        shared.teacher,
+        shared.trajectories,
+        training_config(study, num_branches),
+        weights(num_branches),
+        on_iteration=reports.append,
+    )
+    training = [event for event in events(folder) if event["event"] == "training"]
+    assert [event["iteration"] for event in training] == list(range(1, 11))
+    for event, report in zip(training, reports, strict=True):
+        assert event["branch_losses"] == shortened(report.branch_losses)
+        assert event["loss"] == pytest.approx(report.loss, rel=1e-5)
+        assert [len(interval) for interval in event["branch_losses"]] == [4, 4]
+    assert training[0]["weights"][0] == pytest.approx(found["attrs"]["weights"], rel=1e-5)
+    assert events(folder)[-1] == events(folder)[-1] | {"event": "evaluating", "images": 256}
+
+
+@pytest.mark.parametrize("weights", ["learned", TINY["weights"]])
+def test_what_is_stopped_saves_just_there_and_ends_as_if_it_had_not_been(tmp_path, weights):
+    shared = prepared(spec(**SMALL | {"weights": weights}))
+    learned = {"rule": "gradient-norm", "strength": 1.5}
+    params = learned if weights == "learned" else {"a": 1.0}
+    calm, folder = tmp_path / "study/00000", tmp_path / "study/00001"
+    quiet = {"check": lambda: None, "report": lambda _: None}
+    expected = evaluate(shared, params, calm, **quiet)
+    left = iter(range(4))
+
+    def stopping() -> None:
+        if next(left, None) is None:
+            raise StoppedError("enough")
+
+    with pytest.raises(StoppedError):
+        evaluate(
+            shared,
+            params,
+            folder,
+            check=stopping,
+            report=lambda _: None,
+            log=TrialLog(folder),
+        )
+    assert (folder / CHECKPOINT).exists()
+    found = evaluate(shared, params, folder, log=TrialLog(folder), **quiet)
+    kept = ("fid", "weights", "weights_over_time")
+    assert {k: found["attrs"].get(k) for k in kept} == {k: expected["attrs"].get(k) for k in kept}
+    happened = [(event["event"], event.get("iteration")) for event in events(folder)]
+    assert happened == [
+        *(("training", i) for i in range(1, 6)),
+        ("checkpoint", 5),
+        *(("training", i) for i in range(6, 11)),
+        ("evaluating", None),
+    ]
+
+
+def claimed(study: Study) -> Claim:
+    from optuna.samplers import RandomSampler
+
+    found = study.trials.claim(search_space(spec()), lambda _: RandomSampler(seed=1))
+    assert isinstance(found, Claim)
+    return found
+
+
+def run(study: Study, work) -> Claim:
+    taken = claimed(study)
+    bring_to_an_end(study.trials, taken, work, fingerprint="f", asked=0.0)
+    return taken
+
+
+def test_the_ends_of_attempts_are_told(tmp_path):
+    study = Study.create(resolve_storage_url(None), spec(resources={"max_attempts": 2}))
+
+    def stopped(*_):
+        raise StoppedError("enough")
+
+    def broken(*_):
+        raise RuntimeError("a bug with postgresql://me:s3cret@host/db in it")
+
+    def whole(holding, folder, log):
+        take_folder(folder, {"params": {}})
+        log.open()
+        return {"value": 2.5, "attrs": {"timings": {}}}
+
+    with pytest.raises(StoppedError):
+        run(study, stopped)
+    first = run(study, broken)
+    run(study, broken)
+    second = run(study, whole)
+    assert (first.attempt, first.tries, second.number) == (2, 1, 1)
+    folder = row_folder("digits", 0)
+    assert [(e["attempt"], e["event"]) for e in events(folder)] == [
+        (1, "claimed"),
+        (1, "released"),
+        (2, "adopted"),
+        (2, "released"),
+        (3, "adopted"),
+        (3, "failed"),
+    ]
+    told = events(folder)
+    assert told[1]["why"] == "stopped"
+    assert told[2]["from_attempt"] == 1
+    assert told[3]["why"] == "RuntimeError: a bug with postgresql://me:***@host/db in it"
+    assert (told[5]["reason"], told[5]["level"]) == ("error", "warning")
+    assert "s3cret" not in (folder / LOG_FILE).read_text()
+    assert not list(folder.parent.glob("00000.*"))
+    assert [e["event"] for e in events(row_folder("digits", 1))] == ["claimed", "complete"]
+    assert events(row_folder("digits", 1))[1]["fid"] == 2.5
+
+
+def test_a_failed_trial_keeps_no_checkpoint():
+    study = Study.create(resolve_storage_url(None), spec(resources={"max_attempts": 1}))
+
+    def fails(holding, folder, log):
+        folder.mkdir(parents=True)
+        (folder / CHECKPOINT).write_bytes(b"x")
+        raise RuntimeError("a bug")
+
+    run(study, fails)
+    assert [path.name for path in row_folder("digits", 0).iterdir()] == [LOG_FILE]
+    assert read_result(row_folder("digits", 0), {}) is None
+
+
+# For people.
+
+EVENT = {"time": "2026-01-02T03:04:05+00:00", "attempt": 2, "level": "info", "worker": "box:7"}
+
+
+@pytest.mark.parametrize(
+    ("event", "line"),
+    [
+        (
+            {"event": "adopted", "from_attempt": 1, "params": {"a": 1.25}},
+            "2  adopted from attempt 1 by box:7: a 1.25",
+        ),
+        (
+            {
+                "event": "training",
+                "iteration": 5,
+                "iterations": 160,
+                "loss": 12.5,
+                "branch_losses": [[1.0, 2.0], [10.0, 1234.5]],
+                "weights": [[1.0, 1.0]],
+            },
+            "2  training    5/160  loss     12.5  [1]        1        2  [2]       10     1234",
+        ),
+        (
+            {
+                "event": "training",
+                "steps": 4,
+                "iteration": 5,
+                "iterations": 9,
+                "loss": 0.5,
+                "branch_losses": [[0.25]],
+            },
+            "2  training  4 steps, 5/9  loss      0.5  [1]     0.25",
+        ),
+        ({"event": "complete", "fid": 9.87654321}, "2  complete  fid 9.87654"),
+        ({"event": "failed", "reason": "diverged"}, "2  failed  reason diverged"),
+    ],
+)
+def test_events_as_lines(event, line):
+    shown = log_line(EVENT | event)
+    assert shown[8:].strip() == line
+    assert shown[2] == shown[5] == ":"
+
+
+def answer(capsys, *arguments: object) -> tuple[int, str, str]:
+    status = cli.main([str(argument) for argument in arguments])
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def test_logs_of_a_trial_are_followed_to_its_end(capsys):
+    study = Study.create(resolve_storage_url(None), spec())
+    taken = claimed(study)
+    log = TrialLog(row_folder("digits", 0)).open()
+    with speaking_of(attempt=1):
+        log("claimed", params={"a": 1.0})
+    timer = threading.Timer(
+        0.7, lambda: (log("complete", fid=3.0), study.trials.complete(taken, 3.0, {}))
+    )
+    timer.start()
+    status, out, _ = answer(capsys, "logs", "digits", "0", "--follow")
+    timer.join()
+    assert status == 0
+    assert [line[19:].split(" ")[0] for line in out.splitlines()[2:]] == ["claimed", "complete"]
+    status, out, _ = answer(capsys, "logs", "digits", "0", "--json")
+    assert [json.loads(line)["event"] for line in out.splitlines()] == ["claimed", "complete"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("9",), "study digits has no trial 9: there are 1 so far, numbered from 0"),
+        (("0",), "trial 0 has no log in "),
+        (("--baseline", "sfd"), "trial 0 has no log in "),
+        ((), "give either the number of a TRIAL, or --baseline, one of the two"),
+        (("0", "--baseline", "sfd"), "one of the two"),
+    ],
+)
+def test_logs_that_are_not_there(capsys, arguments, message):
+    claimed(Study.create(resolve_storage_url(None), spec()))
+    status, out, err = answer(capsys, "logs", "digits", *arguments)
+    assert (status, out) == (2, "")
+    assert message in err
+
+
+# The service's own log.
+
+
+@pytest.fixture
+def as_json(monkeypatch):
+    monkeypatch.setenv("BDENSE_LOG", "json")
+    start_logging()
+    yield
+    monkeypatch.undo()
+    start_logging()
+
+
+def test_every_record_says_what_it_is_about(capsys, as_json):
+    log = logging.getLogger("search.test")
+    with speaking_of(study="digits", trial=4, attempt=1):
+        log.warning("password=s3cret\nin two lines %s", 1)
+        log.debug("not this")
+    log.info("no trial")
+    say("a line for people")
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line.pop("time")[-6:] for line in lines] == ["+00:00"] * 3
+    assert lines == [
+        {
+            "level": "warning",
+            "logger": "search.test",
+            "study": "digits",
+            "trial": 4,
+            "attempt": 1,
+            "message": "password=***\nin two lines 1",
+        },
+        {
+            "level": "info",
+            "logger": "search.test",
+            "study": None,
+            "trial": None,
+            "attempt": None,
+            "message": "no trial",
+        },
+        lines[2] | {"message": "a line for people"},
+    ]
+
+
+def test_a_trial_s_events_and_its_lease_s_troubles_are_in_the_log(capsys, as_json):
+    url = resolve_storage_url(None)
+    study = Study.create(url, spec())
+
+    def rename(old: str, new: str) -> None:
+        with open_storage(url).engine.begin() as connection:
+            connection.execute(sa.text(f"ALTER TABLE {old} RENAME TO {new}"))
+
+    def work(holding, folder, log):
+        rename("bdense_lease", "gone")
+        holding.report("x")
+        time.sleep(1.5)  # a progress is written within a second
+        rename("gone", "bdense_lease")
+        return {"value": 1.0, "attrs": {"timings": {}}}
+
+    run(study, work)
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    ours = {(line["study"], line["trial"], line["attempt"]) for line in lines}
+    assert ours == {("digits", 0, 1)}
+    assert lines[0]["message"] == "claimed"
+    assert any("lease of trial 0 not renewed" in line["message"] for line in lines)
+    assert lines[-1] | {"message": "complete", "fid": 1.0} == lines[-1]
+
+
+def test_an_exception_is_part_of_its_record(capsys, as_json):
+    try:
+        raise ValueError("postgresql://me:s3cret@host/db")
+    except ValueError:
+        logging.getLogger("search.test").exception("broken")
+    (line,) = map(json.loads, capsys.readouterr().err.splitlines())
+    assert "ValueError: postgresql://me:***@host/db" in line["exception"]
+
+
+def test_mistakes_are_told_in_the_log_too(capsys, as_json):
+    assert answer(capsys, "status", "nobody")[0] == 2
+    cli.main(["status", "nobody"])
+    (line,) = map(json.loads, capsys.readouterr().err.splitlines())
+    assert line["message"].startswith("bdense-search: no study 'nobody'")
+
+
+def test_another_form_of_log_is_refused(capsys, monkeypatch):
+    monkeypatch.setenv("BDENSE_LOG", "xml")
+    status, _, err = answer(capsys, "status", "digits")
+    assert status == 2
+    assert err == "bdense-search: BDENSE_LOG=xml is no form of the log; set it to text or json\n"
+
+
+def test_what_a_thread_speaks_of_is_its_own():
+    about(study="mine")
+    seen: list[dict] = []
+    from search.service_log import spoken_of
+
+    thread = threading.Thread(target=lambda: seen.append(spoken_of()))
+    thread.start()
+    thread.join()
+    assert seen == [{}]
+    assert spoken_of()["study"] == "mine"

@@ -1,0 +1,375 @@
+"""While a study runs: points planned by hand, stops, GPUs that are chosen, what stays on disk."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from bdense.errors import InputError
+from search import cli, retention
+from search.folders import row_folder
+from search.gpus import count_gpus, use_gpus
+from search.halting import HALT, Ending, Launch, Stops, ask_all
+from search.ledger import Claim, Ledger
+from search.planned import Planned
+from search.points import Point, checked, largest_weight
+from search.retention import CHECKPOINT, STUDENT
+from search.space import search_space
+from search.storage import resolve_storage_url
+from search.study import Study
+from tests.contracts.scene import wait_until
+from tests.studies import LEARNED, NORMALISED, spec
+
+WEIGHTS = {
+    "parameterisation": "log-linear",
+    "a": {"low": -0.5, "high": 3.0},
+    "b": {"low": -6.0, "high": 0.0},
+    "largest": 2.0,
+}
+
+
+@pytest.fixture(autouse=True)
+def runs(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
+    monkeypatch.delenv("BDENSE_STORAGE", raising=False)
+    return tmp_path / "runs"
+
+
+def answer(capsys, *arguments: object) -> tuple[int, str, str]:
+    """Status, stdout and stderr of a command."""
+    before = signal.getsignal(signal.SIGTERM)
+    status = cli.main([str(argument) for argument in arguments])
+    signal.signal(signal.SIGTERM, before)
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def search(**keys) -> Study:
+    return Study.create(resolve_storage_url(None), spec(**keys))
+
+
+def claim(ledger: Ledger, **keys) -> Claim:
+    from optuna.samplers import RandomSampler
+
+    found = ledger.claim(search_space(spec(**keys)), lambda _: RandomSampler(seed=1))
+    assert isinstance(found, Claim), found
+    return found
+
+
+def complete(study: Study, value: float) -> int:
+    """The number of a trial that has that value, and files as a worker leaves them."""
+    taken = claim(study.trials)
+    folder = row_folder(study.name, taken.number)
+    folder.mkdir(parents=True)
+    for name in (STUDENT, "student.md", "result.json", "samples.png"):
+        (folder / name).write_text("x" * 10)
+    study.trials.complete(taken, value, {"student": f"{study.name}/{taken.number:05d}/{STUDENT}"})
+    return taken.number
+
+
+def with_student(study: Study) -> list[int]:
+    return sorted(
+        int(path.parent.name) for path in row_folder(study.name, 0).parent.glob(f"*/{STUDENT}")
+    )
+
+
+# Points.
+
+
+def test_a_planned_point_is_the_next_trial_bit_for_bit(capsys):
+    study = search()
+    status, out, _ = answer(capsys, "enqueue", "digits", "--a", "1.3862943611198906", "--b=-4.274")
+    assert status == 0
+    assert out.startswith("planned in study digits: a 1.38629, b -4.274, before any other point\n")
+    status, out, _ = answer(capsys, "enqueue", "digits", "--a", "1.3862943611198906", "--b=-4.274")
+    assert (status, out) == (
+        0,
+        "a 1.38629, b -4.274 is a trial of study digits already; nothing is planned\n",
+    )
+    taken = claim(study.trials)
+    assert taken.params == {"a": 1.3862943611198906, "b": -4.274}
+    assert study.trials.counts().waiting == 0
+
+
+def test_points_beyond_the_budget_say_what_runs_them(capsys):
+    study = search(budget__trials=2)
+    complete(study, 3.0)
+    answer(capsys, "enqueue", "digits", "--a", "1", "--b", "-1")
+    _, out, _ = answer(capsys, "enqueue", "digits", "--a", "2", "--b", "-1")
+    assert "the budget of 2 trials does not suffice for the 2 that are planned" in out
+    assert "--trials 3" in out
+
+
+@pytest.mark.parametrize(
+    ("weights", "point", "message"),
+    [
+        (
+            WEIGHTS,
+            {"a": 3.5, "b": -1.0},
+            r"--a 3.5 lies outside weights.a of the study, -0.5 to 3;",
+        ),
+        (WEIGHTS, {"a": 1.0, "b": 0.5}, r"--b 0.5 lies outside weights.b of the study, -6 to 0;"),
+        (WEIGHTS, {"a": float("nan"), "b": 0.0}, "--a nan lies outside"),
+        (WEIGHTS, {"a": 1.0}, "--b is missing: the weights of study digits are log-linear"),
+        # exp(4 * 1 - 3) = e.
+        (WEIGHTS, {"a": 1.0, "b": -3.0}, r"would be 2.718, and weights.largest is 2; raise it"),
+        (NORMALISED, {"a": 1.0, "b": -1.0}, "normalised: b follows from a there; give --a alone"),
+        (LEARNED, {"a": 1.0}, "--a 1.0: the weights of study digits are learned; give --rule and"),
+        (LEARNED, {"rule": "mine", "strength": 1.0}, "has uncertainty, gradient-norm"),
+        (
+            LEARNED,
+            {"rule": "uncertainty", "strength": 9.0},
+            r"outside weights.strength .* -1 to 1.5",
+        ),
+    ],
+)
+def test_points_outside_the_search_are_refused(weights, point, message):
+    with pytest.raises(InputError, match=message):
+        checked(spec(weights=weights), Point(**point))
+
+
+@pytest.mark.parametrize("a", [-2.0, 0.0, 1.386, 3.0])
+def test_the_largest_weight_is_that_of_the_engine(a):
+    """The command bounds it without torch; workers hold trials against the engine's own."""
+    from search.engine import given_weights
+
+    for params in ({"a": a, "b": -1.5}, {"a": a}):
+        expected = float(given_weights(params, 4)(4).max())
+        assert largest_weight(params, 4) == pytest.approx(expected, rel=1e-12)
+
+
+def test_points_of_what_is_no_search_are_refused(capsys):
+    status, _, err = answer(capsys, "enqueue", "nobody", "--a", "1")
+    assert (status, "no study 'nobody'" in err) == (2, True)
+    Planned.create(
+        resolve_storage_url(None),
+        "rows",
+        "retrain",
+        spec(),
+        resources=spec().resources,
+        facts={"of": "digits"},
+    )
+    status, _, err = answer(capsys, "enqueue", "rows", "--a", "1")
+    assert status == 2
+    assert "'rows' is no search but planned rows (retrain); give the search itself: digits" in err
+
+
+# Stopping, without workers; with them in tests/e2e.
+
+
+def test_a_study_that_nobody_works_on_is_stopped_at_once(capsys):
+    study = search()
+    status, out, _ = answer(capsys, "stop", "digits", "--wait")
+    assert status == 0
+    assert out.splitlines() == [
+        "study digits: no trial is worked on; launchers, if there are any, end",
+        "study digits is stopped: no trial is worked on",
+    ]
+    # Its baselines too, which are an Optuna study of their own.
+    assert [Stops.of(each.attribute(HALT)).count for each in study.ledgers] == [1, 1]
+    _, out, _ = answer(capsys, "status", "digits")
+    assert "asked to stop at 20" in out
+
+
+def test_stop_waits_for_a_worker_to_give_its_trial_back(capsys):
+    study = search()
+    taken = claim(study.trials)
+
+    def give_back() -> None:
+        time.sleep(0.7)
+        study.trials.release(taken, interrupted=True)
+
+    thread = threading.Thread(target=give_back)
+    began = time.monotonic()
+    thread.start()
+    status, out, _ = answer(capsys, "stop", "digits", "--wait")
+    thread.join()
+    assert (status, out.splitlines()[0]) == (
+        0,
+        "study digits: asked 1 running trials to stop; launchers end with them",
+    )
+    assert time.monotonic() - began > 0.7
+
+
+def test_before_rows_run_a_stop_ends_the_launch_at_once():
+    study = search()
+    launch = Launch.begin(study.ledgers)
+
+    def preparing() -> None:
+        with Ending(study.ledgers, launch):
+            ask_all(study.ledgers)
+            time.sleep(20)
+
+    with pytest.raises(KeyboardInterrupt):
+        preparing()
+
+
+def running(study: Study, launch: Launch, signals: int, grace: float = 60.0) -> None:
+    """Rows run for 20 s, with so many signals; each but the last is waited for."""
+    with Ending(study.ledgers, launch, grace=grace) as ending:
+        ending.rows_run()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ending.interrupted
+        if signals > 1:
+            wait_until(lambda: Stops.of(study.trials.attribute(HALT)).launches == (launch.name,))
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(20)
+
+
+def test_the_first_signal_asks_the_workers_and_the_second_ends_the_launch(capsys):
+    study = search()
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        running(study, Launch.begin(study.ledgers), signals=2)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "Ctrl-C again ends at once" in capsys.readouterr().err
+
+
+def test_workers_that_do_not_end_are_waited_for_no_longer_than_the_grace():
+    study, began = search(), time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        running(study, Launch.begin(study.ledgers), signals=1, grace=0.5)
+    assert 0.5 < time.monotonic() - began < 10
+
+
+# GPUs. None is needed: what Ray reads is the environment.
+
+
+def test_chosen_gpus_are_all_that_ray_sees():
+    environment: dict[str, str] = {}
+    use_gpus([2, 0], environment, there=3)
+    assert environment == {"CUDA_VISIBLE_DEVICES": "2,0", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    environment = {}
+    use_gpus(None, environment, there=3)
+    assert environment == {}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "there", "environment", "message"),
+    [
+        ([0, 2], 1, {}, r"--gpus 0,2: this machine has 1 GPU: 0, and 2 is not there; choose from"),
+        ([0], 0, {}, r"--gpus 0: this machine has no GPU, and 0 is not there; leave --gpus out"),
+        ([4, 5], 4, {}, r"has 4 GPUs: 0 to 3, and 4, 5 is not there"),
+        ([-1], 4, {}, r"-1 is not there"),
+        ([1, 1], 4, {}, r"--gpus 1,1 names a GPU twice"),
+        ([0], 4, {"RAY_ADDRESS": "head:6379"}, r"those of the cluster at RAY_ADDRESS=head:6379"),
+        (
+            [0, 1],
+            4,
+            {"CUDA_VISIBLE_DEVICES": "1,3"},
+            r"CUDA_VISIBLE_DEVICES=1,3 lets this process",
+        ),
+    ],
+)
+def test_gpus_that_cannot_be_chosen_are_refused(chosen, there, environment, message):
+    before = dict(environment)
+    with pytest.raises(InputError, match=message):
+        use_gpus(chosen, environment, there=there)
+    assert environment == before
+
+
+def test_gpus_are_counted_as_nvidia_smi_lists_them(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(
+        "#!/bin/sh\n"
+        "echo 'GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)'\n"
+        "echo '  MIG 1g.10gb     Device  0: (UUID: MIG-2)'\n"
+        "echo 'GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-3)'\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert count_gpus() == 2
+    program.write_text("#!/bin/sh\necho no driver >&2\nexit 9\n")
+    assert count_gpus() == (len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))
+
+
+@pytest.mark.parametrize("verb", [("launch", "x.yaml"), ("confirm", "x"), ("promote", "x")])
+def test_every_verb_that_runs_rows_refuses_gpus_that_are_not_there(capsys, verb):
+    status, _, err = answer(capsys, *verb, "--gpus", "0,99")
+    assert (status, "--gpus 0,99: this machine has" in err) == (2, True)
+
+
+# What stays on the disk.
+
+
+def test_the_best_students_stay_and_those_that_were_named(capsys):
+    study = search(budget__trials=8, keep_students=2)
+    for value in (5.0, 1.0, 4.0):
+        number = complete(study, value)
+        retention.keep_best_students(study.trials, 2, number)
+    assert with_student(study) == [1, 2]
+    assert answer(capsys, "clean", "digits", "--keep", "2")[:2] == (
+        0,
+        "students of trials 2 of digits stay\n",
+    )
+    for value in (0.5, 9.0, 2.0):
+        number = complete(study, value)
+        retention.keep_best_students(study.trials, 2, number)
+    assert with_student(study) == [1, 2, 3]
+    # Results and pictures stay of all.
+    assert len(list(row_folder("digits", 0).parent.glob("*/result.json"))) == 6
+    assert not (row_folder("digits", 4) / "student.md").exists()
+
+
+def test_a_pruned_trial_s_value_takes_no_student_s_place():
+    """Optuna gives it the last FID on the way, which may be lower than any complete one."""
+    study = search(budget__trials=4)
+    first, second = complete(study, 5.0), complete(study, 6.0)
+    pruned = claim(study.trials)
+    study.trials.report(pruned, 1, 0.1)
+    study.trials.prune(pruned, {})
+    retention.keep_best_students(study.trials, 2, second)
+    assert with_student(study) == [first, second]
+
+
+def test_a_student_that_is_gone_cannot_be_kept(capsys):
+    search()
+    status, _, err = answer(capsys, "clean", "digits", "--keep", "3")
+    assert status == 2
+    assert "--keep 3: no student of that trial is there; plan its point again" in err
+
+
+def test_clean_deletes_students_beyond_the_best(capsys):
+    study = search(budget__trials=8, keep_students=1)
+    numbers = [complete(study, value) for value in (3.0, 1.0, 2.0)]
+    status, out, _ = answer(capsys, "clean", "digits", "--students")
+    assert (status, out) == (0, "0.0 MiB of students deleted; the best 1 stay\n")
+    assert with_student(study) == [numbers[1]]
+
+
+def test_clean_deletes_what_ended_trials_and_dead_workers_left(capsys):
+    study = search(budget__trials=8)
+    ended, running = complete(study, 1.0), claim(study.trials).number
+    for number in (ended, running):
+        folder = row_folder("digits", number)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CHECKPOINT).write_bytes(bytes(2**20))
+    (row_folder("digits", ended) / "00004.training.safetensors").write_bytes(bytes(2**19))
+    aside = row_folder("digits", 0).with_name("00000.1f2e3d4c")
+    (aside / "deeper").mkdir(parents=True)
+    (aside / "deeper" / STUDENT).write_bytes(bytes(2**20))
+    fresh, old = (row_folder("digits", running) / f".x.{n}.partial" for n in ("new", "old"))
+    fresh.write_text("x")
+    old.write_bytes(bytes(2**19))
+    os.utime(old, (0, 0))
+    status, out, _ = answer(capsys, "clean", "digits", "--checkpoints")
+    assert (status, out) == (0, "3.0 MiB of checkpoints and leftovers deleted\n")
+    assert not aside.exists()
+    assert [
+        path.parent.name for path in row_folder("digits", 0).parent.glob(f"*/{CHECKPOINT}")
+    ] == [f"{running:05d}"]
+    assert (fresh.exists(), old.exists()) == (True, False)
+    assert with_student(study) == [ended]
+
+
+def test_clean_of_planned_rows_keeps_their_students(capsys):
+    Planned.create(
+        resolve_storage_url(None), "rows", "retrain", spec(), resources=spec().resources, facts={}
+    )
+    status, _, err = answer(capsys, "clean", "rows", "--students")
+    assert status == 2
+    assert "--students is of a search: the students of planned rows all stay" in err
+    assert answer(capsys, "clean", "rows", "--checkpoints")[0] == 0

@@ -5,13 +5,14 @@ deleted at the end.
 """
 
 import json
+import re
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 from benchmarks.common import DIGITS_STUDY, parser, publish
 from tests.e2e.stack import Engine, Stack
+from tests.e2e.study import wait_until
 
 
 class Log:
@@ -25,15 +26,6 @@ class Log:
         line = f"[{time.monotonic() - self._started:6.0f} s] {text}"
         self.lines.append(line)
         print(line, file=sys.stderr, flush=True)
-
-
-def wait(condition: Callable[[], Any], seconds: float = 3600) -> None:
-    """Until it is so."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError("it did not come about")
-        time.sleep(1)
 
 
 def states(stack: Stack) -> str:
@@ -50,6 +42,12 @@ def last_line(stack: Stack) -> str:
     """How far the launcher says that it is."""
     lines = [line for line in stack.logs("launcher").splitlines() if "running:" in line]
     return lines[-1].partition("|")[2].strip() if lines else ""
+
+
+def ended(stack: Stack) -> int:
+    """Trials that have ended, by what the launcher says."""
+    found = re.search(r"trials (\d+)/", last_line(stack))
+    return int(found[1]) if found else 0
 
 
 def main() -> None:
@@ -78,27 +76,32 @@ def run(stack: Stack, trials: int, log: Log) -> dict[str, Any]:
     """The whole story; what `best --json` answers at its end."""
     log.say("build")
     stack.build()
-    log.say(f"up --scale ray-worker={stack.workers}")
+    log.say(f"up, {stack.workers} workers")
     stack.up()
-    wait(lambda: f"trials 2/{trials}" in last_line(stack))
+    wait_until(lambda: ended(stack) >= 2, seconds=1800, what="two trials")
     log.say(last_line(stack))
     log.say(f"before: {states(stack)}")
     log.say("a ray-worker's first process is killed (SIGKILL)")
     victim = stack.containers("ray-worker")[0]
     stack.crash(victim)
-    wait(lambda: stack.inspect(victim)[0]["RestartCount"] == 1, 120)
+    wait_until(
+        lambda: stack.inspect(victim)[0]["RestartCount"] == 1, seconds=120, what="its restart"
+    )
     log.say("its container was started again")
-    wait(lambda: f"trials {trials // 2}/{trials}" in last_line(stack))
+    wait_until(lambda: ended(stack) >= trials // 2, seconds=1800, what="half of the trials")
     log.say(last_line(stack))
     stack.down()
     log.say("down, then up again")
     stack.up()
-    wait(lambda: stack.launcher_status()[0] == "exited")
-    log.say(f"the launcher has ended with {stack.launcher_status()[1]}")
+    wait_until(lambda: stack.launcher_status()[0] == "exited", seconds=3600, what="the end")
+    status = stack.launcher_status()[1]
+    log.say(f"the launcher has ended with {status}")
+    assert status == 0, stack.logs("launcher")
     log.say(f"after: {states(stack)}")
     carried = [line for line in stack.logs("launcher").splitlines() if "carrying on" in line]
     log.say(carried[0].partition("|")[2].strip())
     answer = stack.search("best")
+    assert answer["trials"]["complete"] == trials, answer
     doctor = stack.compose(
         *("run", "--rm", "--no-deps", "launcher", "bdense-search", "doctor", answer["study"]),
         check=False,

@@ -2,6 +2,8 @@
 # A node of the Ray cluster: `ray-node.sh head`, `ray-node.sh worker` (until it ends), or `ray-node.sh driver` (in the
 # background: a command that drives the cluster needs a node of its own).
 set -eu
+# Without a token Ray would run whatever code it is sent, by anybody.
+: "${RAY_AUTH_TOKEN_PATH:?the secret ray_token was not given to this container}"
 address=$(hostname -i | cut -d' ' -f1)   # Ray would look for a way out of the network, and there is none
 store="--object-store-memory=${OBJECT_STORE_BYTES:-104857600}"   # nothing large goes through it
 node="--node-ip-address=$address --disable-usage-stats $store"

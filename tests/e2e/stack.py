@@ -48,6 +48,7 @@ class Engine:
         set_there = dict(pair.split("=", 1) for pair in told.removeprefix("export ").split())
         environment = {**os.environ, **set_there}
         if started.returncode or not _answers(environment):
+            subprocess.run(["bash", ENGINE, "down", folder], check=False, capture_output=True)
             shutil.rmtree(folder, ignore_errors=True)
             return f"no Docker engine could be started: {started.stderr[-300:]}"
         return cls(environment, folder)
@@ -101,24 +102,34 @@ class Stack:
         return done
 
     def docker(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        return self._docker(*arguments, timeout=timeout, text=True, stdin=subprocess.DEVNULL)
+
+    def _docker(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[Any]:
         own = {"STUDY": self.study, "LAUNCH_OPTIONS": self.options, "PORT": str(self.port)}
+        # Images of its own: those of a service that runs on this machine stay as they are.
+        own |= {"IMAGES": self.project, "BIND": "127.0.0.1", "DASHBOARD_USER": "bdense"}
+        own |= {"WORKERS": str(self.workers)}
         return subprocess.run(
             ["docker", *arguments],
             cwd=ROOT,
-            env={**self.engine.environment, **own, "BIND": "127.0.0.1"},
-            text=True,
+            env={**self.engine.environment, **own},
             capture_output=True,
-            timeout=timeout,
             check=False,
-            stdin=subprocess.DEVNULL,
+            **options,
         )
+
+    def pipe(self, *arguments: str, given: bytes = b"") -> bytes:
+        """A compose command that reads or writes bytes."""
+        done = self._docker("compose", "-p", self.project, *arguments, input=given, timeout=300)
+        assert done.returncode == 0, f"{arguments}: {done.stderr!r}"
+        return done.stdout
 
     def build(self) -> None:
         subprocess.run(["sh", ROOT / "docker" / "secrets.sh"], check=True, capture_output=True)
         self.compose("build")
 
     def up(self) -> None:
-        self.compose("up", "--detach", "--scale", f"ray-worker={self.workers}")
+        self.compose("up", "--detach")
 
     def down(self, *options: str) -> None:
         self.compose("down", *options)

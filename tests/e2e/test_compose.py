@@ -1,10 +1,14 @@
 """docker compose for real: a study over two workers survives a crash, and nobody gets in."""
 
+import ssl
+import subprocess
 import time
+import urllib.error
+import urllib.request
 
 import pytest
 
-from tests.e2e.stack import APP_USER, Engine, Stack
+from tests.e2e.stack import APP_USER, SECRETS, Engine, Stack
 from tests.e2e.study import wait_until
 
 TRIALS = 4
@@ -61,6 +65,89 @@ def test_a_study_survives_a_crash_and_a_restart(stack):
     assert "nothing is left to do" in stack.logs("launcher")
 
 
+def test_stop_ends_the_launcher_for_good_and_up_carries_on(stack):
+    stack.options = f"--trials {TRIALS + 2}"
+    stack.up()
+    wait_until(lambda: "running: training" in stack.logs("launcher"), seconds=300, what="a trial")
+    command = ("bdense-search", "stop", "digits-nfe2", "--wait")
+    done = stack.compose("run", "--rm", "--no-deps", "launcher", *command)
+    assert "is stopped: no trial is worked on" in done.stdout
+    wait_until(lambda: ended(stack), seconds=60, what="the launcher's end")
+    time.sleep(15)
+    assert stack.launcher_status() == ("exited", 0)
+    assert stack.search("status")["trials"]["complete"] < TRIALS + 2
+    backup_and_restore(stack)
+    stack.up()
+    wait_until(lambda: ended(stack), seconds=600, what="the end of the study")
+    assert stack.launcher_status() == ("exited", 0)
+    assert stack.search("status")["trials"]["complete"] == TRIALS + 2
+
+
+def backup_and_restore(stack: Stack) -> None:
+    """As docs/running.md says, into a stack whose volumes are gone."""
+    before = stack.search("best")
+    exec_, run = ("exec", "-T", "postgres"), ("run", "--rm", "--no-deps", "-T", "launcher")
+    dump = stack.pipe(*exec_, *["pg_dump", "-U", "bdense", "--format=custom", "bdense"])
+    files = stack.pipe(*run, *["tar", "-C", "/srv/bdense/runs", "-cz", "."])
+    stack.down("--volumes")
+    stack.compose("up", "--detach", "--wait", "postgres")
+    restore = ["pg_restore", "-U", "bdense", "-d", "bdense", "--no-owner", "--no-privileges"]
+    stack.pipe(*exec_, *restore, given=dump)
+    stack.pipe(*run, *["tar", "-C", "/srv/bdense/runs", "-xz"], given=files)
+    stack.compose("up", "--detach", "storage-init")
+    wait_until(lambda: stack.search("best") == before, seconds=60, what="the roles")
+
+
+def test_tls_or_nothing(stack):
+    """By a certificate of its own https; one that cannot be read ends the proxy."""
+    for name in ("tls_certificate", "tls_key"):
+        assert not (SECRETS / name).exists(), "a real certificate lies there"
+    try:
+        command = [
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-days",
+            "1",
+            "-subj",
+            "/CN=localhost",
+        ]
+        files = ("-keyout", SECRETS / "tls_key", "-out", SECRETS / "tls_certificate")
+        subprocess.run(["openssl", *command, *files], check=True, capture_output=True)
+        for name in ("tls_certificate", "tls_key"):
+            (SECRETS / name).chmod(0o644)
+        overlay = ("-f", "docker-compose.yml", "-f", "docker-compose.tls.yml")
+        stack.compose(*overlay, "up", "--detach", "--no-deps", "--force-recreate", "proxy")
+        wait_until(lambda: https(stack.port) == 401, seconds=30, what="https")
+        (SECRETS / "tls_key").chmod(0o600)
+        stack.compose(*overlay, "restart", "proxy")
+        wait_until(
+            lambda: "the secret file tls_key is missing, empty" in stack.logs("proxy"),
+            seconds=60,
+            what="the refusal",
+        )
+        assert https(stack.port) is None
+    finally:
+        for name in ("tls_certificate", "tls_key"):
+            (SECRETS / name).unlink(missing_ok=True)
+        stack.compose("up", "--detach", "--no-deps", "--force-recreate", "proxy")
+
+
+def https(port: int) -> int | None:
+    """What the port answers by TLS to somebody without a password; None where it does not."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        with urllib.request.urlopen(f"https://127.0.0.1:{port}/", timeout=5, context=context):
+            return 200
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return None
+
+
 def test_the_proxy_asks_for_a_password_and_lets_nothing_change(stack):
     stack.up()
     password = stack.secrets()["dashboard"]
@@ -80,8 +167,8 @@ def test_the_proxy_asks_for_a_password_and_lets_nothing_change(stack):
         ("POST", "/api/trials/1/tell"),
     ):
         assert stack.ask(path, method=method, password=password)[0] == 403
-    # The proxy's own healthcheck is for itself.
-    assert stack.ask("/alive", password=password)[0] == 403
+    for path in ("/", "/metrics", "/alive", "/static/", "/artifacts/1/1/x"):
+        assert stack.ask(path)[0] == 401
 
 
 def test_no_port_but_the_proxys_is_published(stack):
@@ -113,11 +200,12 @@ def test_from_the_outer_network_neither_database_nor_ray_answers(stack):
         for described in stack.inspect(*stack.containers(service))
     }
     program = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 3)"
+    image = f"{stack.project}-service"
     for network, reached in (("internal", True), ("edge", False)):
         for service, port in (("postgres", 5432), ("ray-head", 6379)):
             for host in (service, addresses[service]):
                 done = stack.docker(
-                    *("run", "--rm", "--network", f"{stack.project}_{network}", "bdense-service"),
+                    *("run", "--rm", "--network", f"{stack.project}_{network}", image),
                     *("python", "-c", program, host, str(port)),
                 )
                 assert (done.returncode == 0) is reached, (network, service, host, done.stderr)
@@ -159,14 +247,20 @@ def test_no_secret_is_in_a_description_an_image_a_process_list_or_a_log(stack):
     seen = stack.docker("inspect", *containers).stdout + stack.logs()
     for container in containers:
         seen += stack.docker("top", container, "-eo", "args").stdout
-    for image in ("bdense-service", "bdense-engine", "bdense-proxy"):
+    for image in (f"{stack.project}-{kind}" for kind in ("service", "engine", "proxy")):
         seen += stack.docker("history", "--no-trunc", image).stdout
         seen += stack.docker("inspect", image).stdout
+        # What was copied into it, by the secrets' own words.
+        pattern = "|".join(stack.secrets().values())
+        searched = ("/srv", "/etc", "/usr/local", "/home", "/tmp", "/opt/venv/bin")
         found = stack.docker(
-            *("run", "--rm", "--entrypoint", "find", image, "/", "-xdev", "-name", "*database_*er")
+            *("run", "--rm", "--user", "0", "--entrypoint", "grep", image),
+            *("-rlE", pattern, *searched),
         )
         assert found.stdout == ""
     assert "gunicorn" in seen
     assert "tables are there" in seen
-    leaked = [name for name, secret in stack.secrets().items() if secret in seen]
+    dumped = stack.compose("exec", "-T", "postgres", "pg_dumpall", "-U", "bdense").stdout
+    assert "digits-nfe2" in dumped
+    leaked = [name for name, secret in stack.secrets().items() if secret in seen + dumped]
     assert leaked == []

@@ -6,7 +6,7 @@ from typing import Any
 
 HEADER = (
     "time      attempt  event\n"
-    "Losses of the branches k = 1 .. K after each trained interval [1], [2] .. (AFS leaves the first "
+    "Losses of branches k = 1 .. K after each trained interval [1], [2] .. (AFS leaves the first "
     "one out): unweighted (SFD: L1 summed over pixels; PD: weighted by SNR), mean over the batch."
 )
 _QUIET = ("time", "level", "study", "trial", "attempt", "worker", "event")

@@ -197,7 +197,6 @@ def test_a_clearly_bad_point_is_pruned_and_the_others_are_what_they_would_be(fol
     }
     assert first.user_attrs["fid"]["images"] == 256
     assert first.intermediate_values == {160: looks[0]["fid"], 320: looks[1]["fid"]}
-    print([[(l["fid"]) for l in t.user_attrs["intermediate"]] for t in (first,second,bad)], first.value)
     attrs = bad.user_attrs
     assert (attrs["pruned_at"], attrs["a"]) == (0.25, -20.0)
     [look] = attrs["intermediate"]

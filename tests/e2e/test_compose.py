@@ -115,7 +115,11 @@ def test_tls_or_nothing(stack):
             "/CN=localhost",
         ]
         files = ("-keyout", SECRETS / "tls_key", "-out", SECRETS / "tls_certificate")
-        subprocess.run(["openssl", *command, *files], check=True, capture_output=True)
+        subprocess.run(
+            ["openssl", *command, "-subj", "/CN=localhost", *files],
+            check=True,
+            capture_output=True,
+        )
         for name in ("tls_certificate", "tls_key"):
             (SECRETS / name).chmod(0o644)
         overlay = ("-f", "docker-compose.yml", "-f", "docker-compose.tls.yml")

@@ -179,6 +179,7 @@ def test_killed_workers_and_launchers_lose_nothing(workplace, calm_fids):
         assert (counts.failed, counts.running, counts.waiting) == (0, 0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 def test_a_stopped_study_saves_at_once_and_carries_on(workplace, calm_fids):
     """`stop` from another process: nothing is trained twice, the FIDs are those of a calm run."""

@@ -12,13 +12,13 @@ from optuna.trial import TrialState
 from search import assets
 from search.errors import SpecChangedError
 from search.folders import row_folder
-from search.ledger import Claim, Ledger
+from looked.ledger import Claim, Ledger
 from search.pruning import LOOKS, judge_of
 from search.report import headline, standing
 from search.retention import CHECKPOINT, RESULT, STUDENT
-from search.spec import StudySpec
+from looked.spec import StudySpec
 from search.study import Study
-from search.trial import evaluate
+from looked.trial import evaluate
 from search.workers import SearchWorker
 from tests.e2e.study import small_study
 from tests.studies import spec
@@ -59,51 +59,51 @@ class Search:
 
 
 def test_the_median_ends_what_is_worse_than_most_after_the_first_trials(tmp_path):
-    search = Search(tmp_path, {"pruner": "median", "at": AT, "startup_trials": 3})
+    looked = Search(tmp_path, {"pruner": "median", "at": AT, "startup_trials": 3})
     for fid in (20.0, 30.0, 90.0):
-        assert search.trial(fid, fid) is None
-    assert search.trial(29.0, 28.0) is None
-    assert search.trial(29.9, 31.0) == 640  # the median of 20, 29, 30, 90 is 29.5
+        assert looked.trial(fid, fid) is None
+    assert looked.trial(29.0, 28.0) is None
+    assert looked.trial(29.9, 31.0) == 640  # the median of 20, 29, 30, 90 is 29.5
     # The best of its FIDs so far counts: 28.5 is not above the median of the second looks, 29.
-    assert search.trial(28.5, 95.0) is None
-    assert search.trial(29.4, 29.4) == 640
-    counts = search.ledger.counts()
+    assert looked.trial(28.5, 95.0) is None
+    assert looked.trial(29.4, 29.4) == 640
+    counts = looked.ledger.counts()
     assert (counts.complete, counts.pruned) == (5, 2)
 
 
 def test_a_percentile_ends_all_but_the_best_share(tmp_path):
     pruning = {"pruner": "percentile", "percentile": 25, "at": AT, "startup_trials": 4}
-    search = Search(tmp_path, pruning)
+    looked = Search(tmp_path, pruning)
     for fid in (10.0, 20.0, 30.0, 40.0):
-        search.trial(fid, fid)
-    assert search.trial(17.0, 18.0) is None  # the first quartile is 17.5, then 17
-    assert search.trial(17.1, 17.1) == 640
+        looked.trial(fid, fid)
+    assert looked.trial(17.0, 18.0) is None  # the first quartile is 17.5, then 17
+    assert looked.trial(17.1, 17.1) == 640
 
 
 def test_halving_has_a_rung_at_each_look_and_lets_half_of_each_go_on(tmp_path):
-    search = Search(tmp_path, HALVING)
-    assert search.trial(20.0, 15.0) is None
-    assert search.trial(30.0, 10.0) == 640  # the better of 2 goes on
-    assert search.trial(25.0, 10.0) == 640  # the best of 3
-    assert search.trial(21.0, 16.0) == 1280  # among the best 2 of 4; of 2 at the second rung not
-    assert search.trial(19.0, 14.0) is None  # of 3 there the best
-    assert search.trial(20.5, 14.5) is None  # of 6 the third, of 4 there the second
+    looked = Search(tmp_path, HALVING)
+    assert looked.trial(20.0, 15.0) is None
+    assert looked.trial(30.0, 10.0) == 640  # the better of 2 goes on
+    assert looked.trial(25.0, 10.0) == 640  # the best of 3
+    assert looked.trial(21.0, 16.0) == 1280  # among the best 2 of 4; of 2 at the second rung not
+    assert looked.trial(19.0, 14.0) is None  # of 3 there the best
+    assert looked.trial(20.5, 14.5) is None  # of 6 the third, of 4 there the second
 
 
 def test_the_factor_says_of_how_many_one_goes_on(tmp_path):
-    search = Search(tmp_path, HALVING | {"factor": 4})
-    verdicts = [search.trial(fid, fid) for fid in (10.0, 11.0, 12.0, 13.0, 10.5)]
+    looked = Search(tmp_path, HALVING | {"factor": 4})
+    verdicts = [looked.trial(fid, fid) for fid in (10.0, 11.0, 12.0, 13.0, 10.5)]
     # Of 5 at the first rung one goes on, by halves the second best would.
     assert verdicts == [None, 640, 640, 640, 640]
     (tmp_path / "halves").mkdir()
-    search = Search(tmp_path / "halves", HALVING)
-    verdicts = [search.trial(fid, fid) for fid in (10.0, 11.0, 12.0, 13.0, 10.5)]
+    looked = Search(tmp_path / "halves", HALVING)
+    verdicts = [looked.trial(fid, fid) for fid in (10.0, 11.0, 12.0, 13.0, 10.5)]
     assert verdicts == [None, 640, 640, 640, 1280]
 
 
 def test_hyperbands_brackets_begin_to_prune_at_one_look_each_and_one_never(tmp_path):
-    search = Search(tmp_path, HALVING | {"pruner": "hyperband"})
-    verdicts = [search.trial(10.0 + number, 10.0 + number) for number in range(40)]
+    looked = Search(tmp_path, HALVING | {"pruner": "hyperband"})
+    verdicts = [looked.trial(10.0 + number, 10.0 + number) for number in range(40)]
     assert set(verdicts) == {640, 1280, None}
     # 3 brackets get 4, 3 and 3 of 10 trials; the first trial of each goes on.
     assert verdicts.count(None) >= 6
@@ -113,32 +113,32 @@ def test_a_patient_median_waits_for_a_trial_that_still_gains(tmp_path, monkeypat
     monkeypatch.setattr("tests.test_pruning.STEPS", (640, 1280, 1920))
     at = [*AT, 0.75]
     pruning = {"pruner": "patient-median", "at": at, "startup_trials": 2, "patience": 0}
-    search = Search(tmp_path, pruning)
+    looked = Search(tmp_path, pruning)
     for _ in range(3):
-        assert search.trial(10.0, 9.0, 8.0) is None
-    assert search.trial(50.0, 40.0, 30.0) is None
-    assert search.trial(50.0, 51.0, 30.0) == 1280
+        assert looked.trial(10.0, 9.0, 8.0) is None
+    assert looked.trial(50.0, 40.0, 30.0) is None
+    assert looked.trial(50.0, 51.0, 30.0) == 1280
 
 
 def test_none_looks_and_ends_nothing(tmp_path):
-    search = Search(tmp_path, {"at": AT})
-    assert [search.trial(fid, fid) for fid in (10.0, 99.0, 999.0)] == [None] * 3
-    stored = [trial.intermediate_values for trial in search.ledger.study.trials]
+    looked = Search(tmp_path, {"at": AT})
+    assert [looked.trial(fid, fid) for fid in (10.0, 99.0, 999.0)] == [None] * 3
+    stored = [trial.intermediate_values for trial in looked.ledger.study.trials]
     assert stored == [{640: fid, 1280: fid} for fid in (10.0, 99.0, 999.0)]
 
 
 def test_a_look_told_again_by_who_took_over_is_judged_as_before(tmp_path):
-    search = Search(tmp_path, HALVING)
-    search.trial(20.0, 20.0)
-    claim = search.claim()
-    assert not judge_of(search.spec, search.ledger, claim)(640, 15.0)
-    search.ledger.release(claim)
-    again = search.claim()
+    looked = Search(tmp_path, HALVING)
+    looked.trial(20.0, 20.0)
+    claim = looked.claim()
+    assert not judge_of(looked.spec, looked.ledger, claim)(640, 15.0)
+    looked.ledger.release(claim)
+    again = looked.claim()
     assert again.number == claim.number
-    judge = judge_of(search.spec, search.ledger, again)
+    judge = judge_of(looked.spec, looked.ledger, again)
     assert not judge(640, 15.0)
     assert judge(1280, 30.0)  # the second rung's first trial is 20.0
-    assert search.ledger.study.trials[1].intermediate_values == {640: 15.0, 1280: 30.0}
+    assert looked.ledger.study.trials[1].intermediate_values == {640: 15.0, 1280: 30.0}
 
 
 # ---- real digits ----

@@ -22,7 +22,7 @@ from benchmarks.timing import (
     synchronise,
     untrained_teacher,
 )
-from search.study_file import read_spec
+from search.specs.study_file import read_spec
 
 # EDM's CIFAR-10 network with half of its channels and three blocks a level instead of four.
 CIFAR_LIKE = SongUNetConfig(

@@ -14,9 +14,9 @@ import sqlalchemy as sa
 from optuna.distributions import distribution_to_json
 from optuna.storages import RDBStorage
 
-from search.space import search_space
-from search.spec import StudySpec
-from search.study import Study
+from search.records.study import Study
+from search.specs.space import search_space
+from search.specs.study_spec import StudySpec
 
 TABLES = ("studies", "trials", "trial_values", "trial_params", "trial_user_attributes")
 BATCH = 1000
@@ -88,7 +88,7 @@ def fill(study: Study, storage: RDBStorage, spec: StudySpec, count: int) -> None
 
 
 def _stored(spec: StudySpec, number: int, a: float, value: float) -> dict[str, Any]:
-    """What a trial of that slope stores, as of ``search.trial``."""
+    """What a trial of that slope stores, as of ``search.trials.trial``."""
     substeps = spec.student.substeps
     raw = [math.exp(a * k) for k in range(1, substeps + 1)]
     weights = [substeps * w / sum(raw) for w in raw]

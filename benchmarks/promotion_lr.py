@@ -13,13 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.common import parser, publish, table
-from search.assets import use_device
-from search.chain_engine import check_promotion
-from search.chain_report import chain_steps
-from search.chain_trial import ChainAssets, evaluate, load_chain, prepare_chain
-from search.planned import UNIFORM, Arm
-from search.promotion import PLAIN_PD
-from search.study_file import read_promotion
+from search.judging.promotion import PLAIN_PD
+from search.records.planned import UNIFORM, Arm
+from search.showing.chain_report import chain_steps
+from search.specs.study_file import read_promotion
+from search.trials.assets import use_device
+from search.trials.chain_engine import check_promotion
+from search.trials.chain_trial import ChainAssets, evaluate, load_chain, prepare_chain
 
 LR_FACTORS = (0.5, 1.0, 2.0)
 PROMOTION = Path("studies/promote-digits.yaml")

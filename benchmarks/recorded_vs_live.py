@@ -16,9 +16,9 @@ from benchmarks.timing import (
     seconds_per_iteration,
     untrained_teacher,
 )
-from search.engine import student_grid, teacher_solver, training_config
-from search.spec import StudySpec
-from search.study_file import read_spec
+from search.specs.study_file import read_spec
+from search.specs.study_spec import StudySpec
+from search.trials.engine import student_grid, teacher_solver, training_config
 
 
 def main() -> None:

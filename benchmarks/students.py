@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import DIGITS_STUDY, table
-from search.assets import (
+from search.specs.study_spec import StudySpec, WeightsSpec
+from search.trials.assets import (
     Assets,
     load,
     load_data,
@@ -19,8 +20,7 @@ from search.assets import (
     trajectory_store,
     use_device,
 )
-from search.spec import StudySpec, WeightsSpec
-from search.trial import evaluate
+from search.trials.trial import evaluate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

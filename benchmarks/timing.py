@@ -16,7 +16,7 @@ from bdense.trajectories import Trajectories
 from bdense.weights import uniform_weights
 
 if TYPE_CHECKING:
-    from search.spec import StudySpec
+    from search.specs.study_spec import StudySpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def seconds_per_iteration(
 def untrained_teacher(spec: "StudySpec", device: torch.device) -> NetworkDenoiser:
     """The study's network with its initial weights, which cost what trained ones do."""
     # Here: the engine is timed on machines that have nothing of the service.
-    from search.engine import teacher_config
+    from search.trials.engine import teacher_config
 
     if spec.teacher.train is None:
         raise SystemExit(f"study {spec.name} has no teacher.train; choose one that trains its own")

@@ -15,15 +15,15 @@ from bdense.diffusers_export import export_pipeline
 from bdense.errors import InputError
 from bdense.exports import CONFIG, Picture, export_folder
 from bdense.networks.diffusers_unet import DiffusersUNet
-from search.chain_report import chain_chart, chain_table, fid_table
-from search.comparison import compare
-from search.confirmation import SUFFIX, verdict
-from search.drawing import DPI, picture
-from search.folders import named_file
-from search.ledger import Ledger
-from search.planned import Planned, Row
-from search.storage import retrying
-from search.study import FINGERPRINT, Study
+from search.database.ledger import Ledger
+from search.database.storage import retrying
+from search.judging.comparison import compare
+from search.judging.confirmation import SUFFIX, verdict
+from search.records.folders import named_file
+from search.records.planned import Planned, Row
+from search.records.study import FINGERPRINT, Study
+from search.showing.chain_report import chain_chart, chain_table, fid_table
+from search.showing.drawing import DPI, picture
 
 if TYPE_CHECKING:
     from bdense.denoiser import NetworkDenoiser

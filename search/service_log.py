@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any, TextIO
 
 from bdense.errors import InputError
-from search.storage import redact
+from search.database.storage import redact
 
 LOG = "BDENSE_LOG"
 TEXT, JSON = "text", "json"

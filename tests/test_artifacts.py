@@ -11,7 +11,8 @@ from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.exceptions import UpdateFinishedTrialError
 
 from bdense.errors import InputError
-from search.artifacts import (
+from search.database.ledger import Claim, Ledger
+from search.records.artifacts import (
     FolderStore,
     artifact_store,
     artifacts_place,
@@ -19,8 +20,7 @@ from search.artifacts import (
     attached,
     is_stored,
 )
-from search.ledger import Claim, Ledger
-from search.space import search_space
+from search.specs.space import search_space
 from tests.studies import spec
 
 

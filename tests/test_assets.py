@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import search.memory
+import search.trials.memory
 from bdense.checkpoints import load_denoiser, save_denoiser
 from bdense.data import Dataset, load_dataset
 from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.references import dataset_reference, write_reference
-from search import assets
-from search.trial import STUDENT, evaluate
+from search.trials import assets
+from search.trials.trial import STUDENT, evaluate
 from tests.small import same_weights, small_teacher
 from tests.studies import NORMALISED, REMOVED, spec
 
@@ -94,6 +94,6 @@ def test_what_a_machine_does_not_compute_is_refused_first(precision):
 
 @pytest.mark.usefixtures("no_data")
 def test_too_little_memory_is_refused_first(monkeypatch):
-    monkeypatch.setattr(search.memory, "free_bytes", lambda _: 2**30)
+    monkeypatch.setattr(search.trials.memory, "free_bytes", lambda _: 2**30)
     with pytest.raises(InputError, match=r"for each of 4 trials at once; lower .* by --workers$"):
         assets.prepare(spec(**TINY), CPU, lambda *_: None, together=4)

@@ -7,17 +7,17 @@ import pytest
 import torch
 from torch.nn.parameter import Parameter
 
-import search.chain_estimate
-import search.estimate
-import search.memory
+import search.trials.chain_estimate
+import search.trials.estimate
+import search.trials.memory
 from bdense.branches import widen_head
 from bdense.denoiser import build_denoiser
 from bdense.progressive import branch_errors, dense_targets
-from search.chain_engine import check_promotion
-from search.chain_estimate import chain_memory, estimate_promotion
-from search.engine import architecture
-from search.memory import row_of, trial_memory
-from search.study_file import read_promotion
+from search.specs.study_file import read_promotion
+from search.trials.chain_engine import check_promotion
+from search.trials.chain_estimate import chain_memory, estimate_promotion
+from search.trials.engine import architecture
+from search.trials.memory import row_of, trial_memory
 from tests.studies import PROMOTIONS, promotion, spec
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -29,9 +29,9 @@ def nothing_here(tmp_path, monkeypatch):
     """Empty folders, plenty of room, exact counts, and no time to lose."""
     for variable in ("BDENSE_CHECKPOINTS", "BDENSE_RUNS", "BDENSE_DATA", "TORCH_HOME"):
         monkeypatch.setenv(variable, str(tmp_path / variable))
-    monkeypatch.setattr(search.memory, "free_bytes", lambda _: 2**50)
-    monkeypatch.setattr(search.memory, "_HEAP_SHARE", 1.0)
-    monkeypatch.setattr(search.estimate, "MEASURE_SECONDS", 0.01)
+    monkeypatch.setattr(search.trials.memory, "free_bytes", lambda _: 2**50)
+    monkeypatch.setattr(search.trials.memory, "_HEAP_SHARE", 1.0)
+    monkeypatch.setattr(search.trials.estimate, "MEASURE_SECONDS", 0.01)
 
 
 def parameters(**keys) -> int:
@@ -81,7 +81,7 @@ def test_time_is_all_of_it():
 
 
 def test_the_lines_name_the_parts(monkeypatch):
-    monkeypatch.setattr(search.chain_estimate, "image_seconds", lambda *_: (1e-3, 3e-3))
+    monkeypatch.setattr(search.trials.chain_estimate, "image_seconds", lambda *_: (1e-3, 3e-3))
     cost = estimate_promotion(promotion(), arms=3)
     chains, evaluations, disk, memory, time = cost.lines()
     assert chains == "chains: 9 of 2 students each, at 4, 2 steps"
@@ -105,7 +105,7 @@ def test_the_lines_name_the_parts(monkeypatch):
 # ---- memory ----
 
 
-def memory_of(**keys) -> search.memory.Memory:
+def memory_of(**keys) -> search.trials.memory.Memory:
     given = promotion(**keys)
     return chain_memory(given, architecture(given), CPU)
 
@@ -172,7 +172,7 @@ def test_what_this_machine_cannot_do_is_said_and_not_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (told,) = estimate_promotion(promotion(resources={"gpus": 1}), arms=1).remarks
     assert told == "not on this machine: it has no GPU, and a chain asks for resources.gpus 1"
-    monkeypatch.setattr(search.memory, "free_bytes", lambda _: 2**20)
+    monkeypatch.setattr(search.trials.memory, "free_bytes", lambda _: 2**20)
     (crowded,) = estimate_promotion(promotion(), arms=1).remarks
     assert re.fullmatch(
         r"not on this machine: a chain needs about 0\.\d+ GiB and this machine has 1 MiB free; "
@@ -183,7 +183,7 @@ def test_what_this_machine_cannot_do_is_said_and_not_refused(monkeypatch):
 
 
 def test_a_chains_batch_is_not_shared_by_gpus(monkeypatch):
-    monkeypatch.setattr(search.memory, "free_bytes", lambda _: 2**20)
+    monkeypatch.setattr(search.trials.memory, "free_bytes", lambda _: 2**20)
     told = dataclasses.replace(memory_of(), activations=2**40).shortage(promotion(), CUDA, 1)
     assert told.endswith(" GiB and the GPU has 1 MiB free; lower round.batch (64 now)")
     assert row_of(promotion()).name == "chain"
@@ -197,7 +197,7 @@ def test_every_promotion_that_comes_along_runs_dry(path, tmp_path, monkeypatch):
     if given.teacher.checkpoint is not None:
         pytest.importorskip("diffusers", reason="needs the diffusers extra")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(search.chain_estimate, "image_seconds", lambda *_: (1e-3, 3e-3))
+    monkeypatch.setattr(search.trials.chain_estimate, "image_seconds", lambda *_: (1e-3, 3e-3))
     check_promotion(given)
     cost = estimate_promotion(given, arms=3)
     assert cost.chains == 3 * len(given.seeds.training)

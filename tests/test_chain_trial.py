@@ -14,16 +14,16 @@ from safetensors import SafetensorError
 import bdense.checkpoints
 from bdense.checkpoints import denoiser_sha256, load_denoiser
 from bdense.errors import StoppedError
-from search import chain_trial
-from search.chain_trial import ChainAssets, evaluate, load_chain, prepare_chain
+from search.database.ledger import Claim, Ledger, Running
 from search.errors import DiskFullError, LeaseLostError, SpecChangedError
-from search.ledger import Claim, Ledger, Running
-from search.planned import SPACES, UNIFORM, Arm, Planned
-from search.progress import _share_done
-from search.promotion import PLAIN_PD, given_arm, plan_progressive
-from search.trial import is_full_disk
-from search.trial_log import LOG_FILE, TrialLog, read_log
-from search.workers import ChainWorker
+from search.judging.promotion import PLAIN_PD, given_arm, plan_progressive
+from search.launching.progress import _share_done
+from search.records.planned import SPACES, UNIFORM, Arm, Planned
+from search.records.trial_log import LOG_FILE, TrialLog, read_log
+from search.trials import chain_trial
+from search.trials.chain_trial import ChainAssets, evaluate, load_chain, prepare_chain
+from search.trials.trial import is_full_disk
+from search.trials.workers import ChainWorker
 from tests.measured import copy_storage, empty_storage, open_once
 from tests.studies import promotion
 
@@ -335,7 +335,7 @@ def planned(assets, tmp_path, tmp_path_factory, monkeypatch) -> Planned:
 
 @pytest.fixture
 def worker(planned, assets, monkeypatch) -> ChainWorker:
-    monkeypatch.setattr("search.workers.load_chain", lambda *_: assets)
+    monkeypatch.setattr("search.trials.workers.load_chain", lambda *_: assets)
     return ChainWorker(planned)
 
 

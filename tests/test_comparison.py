@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from search.comparison import compare, difference_text
-from search.model_spec import ResourcesSpec
-from search.planned import PLAIN, SPACES, UNIFORM, Arm, Planned, Row
-from search.promotion import PLAIN_PD
-from search.report import align
+from search.judging.comparison import compare, difference_text
+from search.judging.promotion import PLAIN_PD
+from search.records.planned import PLAIN, SPACES, UNIFORM, Arm, Planned, Row
+from search.records.standing import align
+from search.specs.model_spec import ResourcesSpec
 from tests.measured import copy_storage, empty_storage, fid, finish, normalised, open_once
 from tests.studies import promotion
 

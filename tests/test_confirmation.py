@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 
 from bdense.errors import InputError
-from search.confirmation import (
+from search.judging.confirmation import (
     choose,
     complete_trials,
     plan_confirmation,
     point_of,
     verdict,
 )
-from search.planned import PLAIN, SPACES, UNIFORM, Arm, Planned, Row
-from search.promotion import confirmed_arm, variants
-from search.report_files import write_planned_report
-from search.retraining import fresh_seeds, variant
-from search.spec import StudySpec
-from search.study import Study
+from search.judging.promotion import confirmed_arm, variants
+from search.judging.retraining import fresh_seeds, variant
+from search.records.planned import PLAIN, SPACES, UNIFORM, Arm, Planned, Row
+from search.records.study import Study
+from search.showing.report_files import write_planned_report
+from search.specs.study_spec import StudySpec
 from tests.measured import (
     command,
     copy_storage,

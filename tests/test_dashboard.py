@@ -20,12 +20,12 @@ import pytest
 from optuna_dashboard import wsgi
 
 from bdense.errors import InputError
-from search.artifacts import FolderStore, attach
-from search.dashboard import Application, dashboard_application, hardened, serve
+from search.database.ledger import Ledger
+from search.database.storage import open_reading, open_storage
 from search.errors import StorageError
-from search.ledger import Ledger
-from search.space import search_space
-from search.storage import open_reading, open_storage
+from search.records.artifacts import FolderStore, attach
+from search.showing.dashboard import Application, dashboard_application, hardened, serve
+from search.specs.space import search_space
 from tests.e2e.study import wait_until
 from tests.studies import spec
 
@@ -278,7 +278,7 @@ def test_under_gunicorn_from_the_environment(study, tmp_path):
     command = ["-m", "gunicorn", "--workers=1", "--threads=4", f"--bind=unix:{socket_path}"]
     settings = {"BDENSE_STORAGE": study.url, "BDENSE_RUNS": str(tmp_path / "runs")}
     with subprocess.Popen(
-        [sys.executable, *command, "search.dashboard:application()"],
+        [sys.executable, *command, "search.showing.dashboard:application()"],
         env=os.environ | settings,
         stderr=subprocess.DEVNULL,
     ) as process:
@@ -313,7 +313,7 @@ def over_socket(path: Path, method: str, address: str) -> bytes:
 @contextlib.contextmanager
 def running(url: str) -> Iterator[tuple[subprocess.Popen, str]]:
     """The real server in a process of its own, and its address."""
-    program = "import sys; from search.dashboard import serve\n"
+    program = "import sys; from search.showing.dashboard import serve\n"
     program += "serve(sys.argv[1], port=0, writable=False)"
     with subprocess.Popen(
         [sys.executable, "-c", program, url], stderr=subprocess.PIPE, text=True

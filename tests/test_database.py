@@ -9,10 +9,10 @@ from optuna.samplers import RandomSampler
 
 from bdense.errors import InputError
 from search import cli
-from search.database import SCHEMA, Role, grant, open_tables, read_password, upgrade
+from search.database.ledger import Claim, Ledger
+from search.database.storage import open_reading, open_storage
+from search.database.tables import SCHEMA, Role, grant, open_tables, read_password, upgrade
 from search.errors import StorageError
-from search.ledger import Claim, Ledger
-from search.storage import open_reading, open_storage
 from tests.contracts.ledger_worker import SPACE
 
 PASSWORD = "it's 50 % \\ secret"

@@ -19,20 +19,20 @@ import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 
 from benchmarks.large_study import fill
-from search import doctor_storage
-from search.artifacts import artifact_store, attach
 from search.cli import main
-from search.doctor import examine_study
-from search.doctor_machine import look_at_machine, wants_of
-from search.doctor_rows import subjects
-from search.doctor_storage import engine_of, look_at_storage
-from search.finding import Finding
-from search.lease import LEASE
-from search.ledger import Claim, Ledger
-from search.report import copy_baselines
-from search.space import baseline_space, make_sampler, search_space
-from search.storage import open_storage, resolve_storage_url
-from search.study import BASELINES_SUFFIX, FINGERPRINT, Study
+from search.database.lease import LEASE
+from search.database.ledger import Claim, Ledger
+from search.database.storage import open_storage, resolve_storage_url
+from search.doctor import storage as doctor_storage
+from search.doctor.examination import examine_study
+from search.doctor.finding import Finding
+from search.doctor.machine import look_at_machine, wants_of
+from search.doctor.rows import subjects
+from search.doctor.storage import engine_of, look_at_storage
+from search.records.artifacts import artifact_store, attach
+from search.records.standing import copy_baselines
+from search.records.study import BASELINES_SUFFIX, FINGERPRINT, Study
+from search.specs.space import baseline_space, make_sampler, search_space
 from tests.contracts.scene import lease_rows
 from tests.disks import small_disk
 from tests.studies import NORMALISED, spec

@@ -13,15 +13,15 @@ from bdense.denoiser import NetworkDenoiser
 from bdense.errors import InputError
 from bdense.sampling import Sampler
 from bdense.sources import load_model
-from search import launch
-from search.engine import student_sampler
+from search.database.ledger import Ledger
+from search.database.storage import runs_folder
 from search.export import export_trial, promoted_row
-from search.ledger import Ledger
-from search.planned import Planned
-from search.promotion import confirmed_arm, given_arm, plan_full_budget, plan_progressive
-from search.storage import runs_folder
-from search.study import Study
-from search.transfer import plan_transfer
+from search.judging.promotion import confirmed_arm, given_arm, plan_full_budget, plan_progressive
+from search.judging.transfer import plan_transfer
+from search.launching import launch
+from search.records.planned import Planned
+from search.records.study import Study
+from search.trials.engine import student_sampler
 from tests.measured import (
     command,
     confirmed_valley,

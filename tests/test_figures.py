@@ -5,10 +5,11 @@ import math
 
 import pytest
 
-from search.charts import Chart, Series
-from search.comparison import ArmResult, Comparison
-from search.drawing import STOPS, interactive, picture, save_png, shade
-from search.figures import (
+from search.judging.comparison import ArmResult, Comparison
+from search.records.planned import PLAIN, UNIFORM
+from search.showing.charts import Chart, Series
+from search.showing.drawing import STOPS, interactive, picture, save_png, shade
+from search.showing.figures import (
     arms_of,
     equivalent_b,
     fid_over,
@@ -19,7 +20,6 @@ from search.figures import (
     thinned,
     weights_of,
 )
-from search.planned import PLAIN, UNIFORM
 
 BASELINES = {"sfd": {"fid": 4.0}, "uniform": {"fid": 3.5}}
 

@@ -15,7 +15,7 @@ from bdense.sharing import distill_on
 from bdense.teachers import TeacherConfig, train_teacher
 from bdense.vp import CosineSchedule
 from bdense.weights import LogLinearWeights
-from search.memory import trial_memory
+from search.trials.memory import trial_memory
 from tests.goldens import discover, golden_network
 from tests.networks import tiny_denoiser
 from tests.precisions import assert_within_bounds

@@ -17,15 +17,15 @@ import pytest
 from optuna_dashboard import get_note
 
 from bdense.errors import InputError
-from search.dashboard import HOST, _QuietHandler, _Server, dashboard_application
-from search.folders import named_file, row_folder
-from search.ledger import Ledger
-from search.markdown import escaped, fenced, html_table, markdown_table, tagless
-from search.planned import SPACES, Arm, Planned, Row
-from search.report_files import write_planned_report, write_report
-from search.showing import attach_pictures, show
-from search.storage import open_reading
-from search.study import CONDITIONS, FINGERPRINT, SPEC, Study
+from search.database.ledger import Ledger
+from search.database.storage import open_reading
+from search.records.folders import named_file, row_folder
+from search.records.planned import SPACES, Arm, Planned, Row
+from search.records.study import CONDITIONS, FINGERPRINT, SPEC, Study
+from search.showing.dashboard import HOST, _QuietHandler, _Server, dashboard_application
+from search.showing.live import attach_pictures, show
+from search.showing.markdown import escaped, fenced, html_table, markdown_table, tagless
+from search.showing.report_files import write_planned_report, write_report
 from tests.studies import spec
 from tests.test_report import CONDITIONS as FID_CONDITIONS
 from tests.test_report import attributes, baseline_space, read_html, take, trial

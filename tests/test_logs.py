@@ -12,16 +12,16 @@ import sqlalchemy as sa
 from bdense.errors import StoppedError
 from bdense.sharing import distill_on
 from search import cli
-from search.engine import branches_and_weights, training_config
-from search.folders import row_folder
-from search.ledger import Claim
+from search.database.ledger import Claim
+from search.database.storage import open_storage, resolve_storage_url
+from search.records.folders import row_folder
+from search.records.study import Study
+from search.records.trial_log import LOG_FILE, TrialLog, is_noted, read_log, shortened
 from search.service_log import about, say, speaking_of, start_logging
-from search.showing_log import log_line
-from search.space import search_space
-from search.storage import open_storage, resolve_storage_url
-from search.study import Study
-from search.trial import CHECKPOINT, bring_to_an_end, evaluate, read_result, take_folder
-from search.trial_log import LOG_FILE, TrialLog, is_noted, read_log, shortened
+from search.showing.log_lines import log_line
+from search.specs.space import search_space
+from search.trials.engine import branches_and_weights, training_config
+from search.trials.trial import CHECKPOINT, bring_to_an_end, evaluate, read_result, take_folder
 from tests.studies import spec
 from tests.test_trial import CPU, TINY, prepared
 

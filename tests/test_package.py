@@ -24,7 +24,8 @@ def test_the_engine_knows_no_service():
 
 
 def test_looking_at_a_study_needs_no_torch():
-    loaded = modules_after("import search.cli, search.report, search.ledger, search.storage")
+    looking = ("search.cli", "search.records.standing", "search.database.ledger")
+    loaded = modules_after(f"import {', '.join(looking)}")
     assert not loaded & {"torch", "ray"}
 
 

@@ -6,12 +6,12 @@ import math
 import optuna
 import pytest
 
+from search.database.ledger import Claim, Ledger
 from search.errors import SpecChangedError, UnknownStudyError
-from search.ledger import Claim, Ledger
-from search.model_spec import ResourcesSpec
-from search.planned import PLAIN, SPACES, UNIFORM, Arm, Planned, Row
-from search.records import open_record, open_search_named
-from search.study import Study
+from search.records.opening import open_record, open_search_named
+from search.records.planned import PLAIN, SPACES, UNIFORM, Arm, Planned, Row
+from search.records.study import Study
+from search.specs.model_spec import ResourcesSpec
 from tests.measured import copy_storage, empty_storage, finish, normalised, open_once, search
 from tests.studies import promotion
 

@@ -12,13 +12,9 @@ from bdense.errors import InputError
 from bdense.sampling import Sampler
 from bdense.solvers import DDIM
 from bdense.vp import CosineSchedule
-from search import launch
-from search.chain_engine import chain_weights
-from search.chain_report import by_steps, chain_chart, chain_table, fid_table
-from search.drawing import picture
+from search.database.storage import runs_folder
 from search.errors import SpecChangedError
-from search.planned import PLAIN, UNIFORM, Arm, Planned, Row
-from search.promotion import (
+from search.judging.promotion import (
     PLAIN_PD,
     confirmed_arm,
     given_arm,
@@ -28,9 +24,13 @@ from search.promotion import (
     said_of_weights,
     variants,
 )
-from search.report_files import write_planned_report
-from search.storage import runs_folder
-from search.study import Study
+from search.launching import launch
+from search.records.planned import PLAIN, UNIFORM, Arm, Planned, Row
+from search.records.study import Study
+from search.showing.chain_report import by_steps, chain_chart, chain_table, fid_table
+from search.showing.drawing import picture
+from search.showing.report_files import write_planned_report
+from search.trials.chain_engine import chain_weights
 from tests.measured import (
     command,
     confirmed_valley,
@@ -404,7 +404,7 @@ def test_a_promotion_s_file_names_its_study(asked):
 def test_a_dry_run_plans_nothing(asked, made, monkeypatch):
     """What it costs is measured elsewhere."""
     cost = SimpleNamespace(lines=lambda: ["what it costs"])
-    monkeypatch.setattr("search.chain_estimate.estimate_promotion", lambda *_, **__: cost)
+    monkeypatch.setattr("search.trials.chain_estimate.estimate_promotion", lambda *_, **__: cost)
     answer = promote(asked, "--dry-run", "--seeds", "4,5", "--weights-space", "state")
     assert answer.status == 0, answer.err
     told = yaml.safe_load(answer.out)

@@ -13,17 +13,17 @@ from bdense.progressive import Optimizer, PDConfig, WeightsSpace
 from bdense.schedules import Schedule
 from bdense.snr_weights import LOSSES
 from bdense.vp import CosineSchedule
-from search.chain_engine import (
+from search.errors import SpecError
+from search.records.planned import UNIFORM, Arm
+from search.specs.promotion_spec import PromotionSpec, RoundSpec
+from search.specs.study_file import as_yaml, parse_promotion, read_promotion
+from search.trials.chain_engine import (
     chain_of,
     chain_schedule,
     chain_weights,
     check_promotion,
     round_config,
 )
-from search.errors import SpecError
-from search.planned import UNIFORM, Arm
-from search.promotion_spec import PromotionSpec, RoundSpec
-from search.study_file import as_yaml, parse_promotion, read_promotion
 from tests.small import small_teacher
 from tests.studies import CHAIN, PROMOTIONS, REMOVED, STUDIES, changed, promotion
 

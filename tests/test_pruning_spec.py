@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from search.errors import SpecError
-from search.planned import Row
-from search.retraining import variant
-from search.space import make_pruner
-from search.study_file import as_yaml, parse_spec
+from search.judging.retraining import variant
+from search.records.planned import Row
+from search.specs.space import make_pruner
+from search.specs.study_file import as_yaml, parse_spec
 from tests.studies import changed, spec
 
 AT = [0.25, 0.5]

@@ -13,10 +13,8 @@ from PIL import Image
 
 from bdense.errors import InputError
 from bdense.metrics import FID
-from search.drawing import picture
-from search.figures import fid_over
-from search.ledger import Claim, Ledger
-from search.report import (
+from search.database.ledger import Claim, Ledger
+from search.records.standing import (
     baseline_results,
     best_json,
     complete_trials,
@@ -29,9 +27,11 @@ from search.report import (
     status_json,
     table,
 )
-from search.report_files import write_report
-from search.space import baseline_space, search_space
-from search.study import Study
+from search.records.study import Study
+from search.showing.drawing import picture
+from search.showing.figures import fid_over
+from search.showing.report_files import write_report
+from search.specs.space import baseline_space, search_space
 from tests.studies import spec
 
 WEIGHTS = {1.0: [0.5, 1.5, 4.0, 10.0], 0.5: [1.0, 1.6, 2.7, 4.5], 2.0: [0.1, 1.0, 7.4, 55.0]}

@@ -16,14 +16,14 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import event
 
 from benchmarks.large_study import fill
-from search.database import Role, grant
+from search.database.ledger import Claim, Ledger, asked_of
+from search.database.rows import Row
+from search.database.storage import open_storage
+from search.database.tables import Role, grant
 from search.errors import StorageError, UnknownStudyError
-from search.ledger import Claim, Ledger, asked_of
-from search.report import best_json, complete_trials, failures, standing, status_json
-from search.rows import Row
-from search.space import baseline_space, make_sampler, search_space
-from search.storage import open_storage
-from search.study import Study
+from search.records.standing import best_json, complete_trials, failures, standing, status_json
+from search.records.study import Study
+from search.specs.space import baseline_space, make_sampler, search_space
 from tests.e2e.study import Workplace
 from tests.studies import NORMALISED, spec
 

@@ -8,8 +8,8 @@ import pytest
 import ray
 
 from bdense.errors import InputError
-from search import runner
-from search.slots import Kind, Orders
+from search.launching import runner
+from search.trials.slots import Kind, Orders
 from tests.studies import promotion, spec
 
 ONE_GPU_EACH = [(8, 1), (8, 1), (8, 1)]

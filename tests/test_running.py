@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 
 from bdense.errors import InputError
-from search import cli, retention
-from search.folders import row_folder
-from search.gpus import count_gpus, use_gpus
-from search.halting import HALT, Ending, Launch, Stops, ask_all
-from search.ledger import Claim, Ledger
-from search.planned import Planned
-from search.points import Point, checked, largest_weight
-from search.retention import CHECKPOINT, STUDENT
-from search.space import search_space
-from search.storage import resolve_storage_url
-from search.study import Study
+from search import cli
+from search.database.halting import HALT, Ending, Launch, Stops, ask_all
+from search.database.ledger import Claim, Ledger
+from search.database.storage import resolve_storage_url
+from search.launching.gpus import count_gpus, use_gpus
+from search.records import retention
+from search.records.folders import row_folder
+from search.records.planned import Planned
+from search.records.points import Point, checked, largest_weight
+from search.records.retention import CHECKPOINT, STUDENT
+from search.records.study import Study
+from search.specs.space import search_space
 from tests.contracts.scene import wait_until
 from tests.studies import LEARNED, NORMALISED, spec
 
@@ -134,7 +135,7 @@ def test_points_outside_the_search_are_refused(weights, point, message):
 @pytest.mark.parametrize("a", [-2.0, 0.0, 1.386, 3.0])
 def test_the_largest_weight_is_that_of_the_engine(a):
     """The command bounds it without torch; workers hold trials against the engine's own."""
-    from search.engine import given_weights
+    from search.trials.engine import given_weights
 
     for params in ({"a": a, "b": -1.5}, {"a": a}):
         expected = float(given_weights(params, 4)(4).max())

@@ -12,15 +12,15 @@ import yaml
 from optuna.samplers import RandomSampler
 
 from bdense.data import load_dataset
-from search import assets
 from search.cli import main
+from search.database.ledger import Claim, Ledger
+from search.database.room import is_full_disk, no_room
+from search.database.storage import open_storage, resolve_storage_url
 from search.errors import StorageFullError
-from search.ledger import Claim, Ledger
-from search.room import is_full_disk, no_room
-from search.slots import Orders, Progress, Refusal, record_task, slot
-from search.spec import StudySpec
-from search.storage import open_storage, resolve_storage_url
-from search.study import Study
+from search.records.study import Study
+from search.specs.study_spec import StudySpec
+from search.trials import assets
+from search.trials.slots import Orders, Progress, Refusal, record_task, slot
 from tests.contracts.ledger_worker import SPACE
 from tests.disks import small_disk
 from tests.e2e.study import small_study
@@ -183,9 +183,9 @@ HUNGRY = """
 import resource, sys
 from pathlib import Path
 
-from search.storage import resolve_storage_url
-from search.study import Study
-from search.workers import SearchWorker
+from search.database.storage import resolve_storage_url
+from search.records.study import Study
+from search.trials.workers import SearchWorker
 
 study = Study.open(resolve_storage_url(None), "small")
 worker = SearchWorker(study)

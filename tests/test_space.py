@@ -7,8 +7,8 @@ import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from bdense.weighting import RULES
-from search.engine import branches_and_weights, excess_weight
-from search.space import baseline_space, make_sampler, search_space
+from search.specs.space import baseline_space, make_sampler, search_space
+from search.trials.engine import branches_and_weights, excess_weight
 from tests.studies import LEARNED, NORMALISED, spec
 
 

@@ -12,7 +12,10 @@ from bdense.execution import PRECISIONS
 from bdense.snr_weights import LOSSES
 from bdense.solvers import DPM2, IPNDM, SOLVERS, DPMSolverPP, Euler, Heun
 from bdense.weighting import RULES, LearnedWeights
-from search.engine import (
+from search.errors import SpecError
+from search.specs.study_file import as_yaml, parse_spec, read_spec
+from search.specs.study_spec import StudySpec
+from search.trials.engine import (
     check,
     student_grid,
     student_sampler,
@@ -20,9 +23,6 @@ from search.engine import (
     teacher_solver,
     training_config,
 )
-from search.errors import SpecError
-from search.spec import StudySpec
-from search.study_file import as_yaml, parse_spec, read_spec
 from tests.studies import LEARNED, NORMALISED, REMOVED, STUDIES, changed, spec
 
 TRAINED = {"kimg": 1}

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-from search.ledger import STOPPED, Claim, Done, Ledger
-from search.report import FID_KEYS, headline, standing, status_json
-from search.space import make_sampler
-from search.spec import StudySpec
-from search.stopping import StopRule, room_left
-from search.study import Study, stopped_early
-from search.surrogate import Evaluation, posterior, posterior_means
+from search.database.ledger import STOPPED, Claim, Done, Ledger
+from search.judging.stopping import StopRule, room_left
+from search.judging.surrogate import Evaluation, posterior, posterior_means
+from search.records.standing import FID_KEYS, headline, standing, status_json
+from search.records.study import Study, stopped_early
+from search.specs.space import make_sampler
+from search.specs.study_spec import StudySpec
 from tests.studies import NORMALISED, spec
 
 SPACE = {"a": FloatDistribution(-1.0, 2.0)}

@@ -11,8 +11,7 @@ from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from bdense.errors import InputError
-from search.errors import StorageError
-from search.storage import (
+from search.database.storage import (
     exclusive,
     is_transient,
     open_storage,
@@ -21,6 +20,7 @@ from search.storage import (
     retrying,
     sqlite_file,
 )
+from search.errors import StorageError
 
 SECRET = "hunter2"
 
@@ -284,7 +284,7 @@ def test_the_lock_keeps_other_processes_out(tmp_path):
     counter.write_text("0")
     program = (
         "import sys, time; from pathlib import Path\n"
-        "from search.storage import exclusive, open_storage\n"
+        "from search.database.storage import exclusive, open_storage\n"
         "engine = open_storage(sys.argv[1]).engine; counter = Path(sys.argv[2])\n"
         "for _ in range(2):\n"
         "    with exclusive(engine, 'a study'):\n"
@@ -298,9 +298,8 @@ def test_the_lock_keeps_other_processes_out(tmp_path):
 
 
 def test_the_ledger_needs_neither_torch_nor_ray():
-    program = (
-        "import sys, search.ledger; print(sorted({'torch', 'ray', 'yaml'} & set(sys.modules)))"
-    )
+    names = "{'torch', 'ray', 'yaml'}"
+    program = f"import sys, search.database.ledger; print(sorted({names} & set(sys.modules)))"
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from bdense.errors import InputError
-from search import surrogate
-from search.surrogate import Evaluation, candidates, posterior_means
+from search.judging import surrogate
+from search.judging.surrogate import Evaluation, candidates, posterior_means
 
 
 def bowl(a):
@@ -209,7 +209,8 @@ def test_points_of_another_study():
 def test_importing_the_surrogate_is_cheap():
     """The launcher reads studies without sklearn, scipy or torch."""
     names = "{'sklearn', 'scipy', 'torch'}"
-    code = f"import sys, search.surrogate, search.paired; assert not {names} & sys.modules.keys()"
+    modules = "search.judging.surrogate, search.judging.paired"
+    code = f"import sys, {modules}; assert not {names} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

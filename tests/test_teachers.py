@@ -477,8 +477,8 @@ def test_labels_make_another_teacher_only_where_they_are_told(digits, tmp_path):
 
 def test_cached_teachers_keep_their_names(digits, monkeypatch):
     """Of the digits study: hours of work elsewhere must not be lost to a field of a hash."""
-    import search.assets
-    from search.model_spec import TeacherTraining
+    import search.trials.assets
+    from search.specs.model_spec import TeacherTraining
 
     network = {"model_channels": 24, "channel_mult": [1, 2], "num_blocks": 1}
     network |= {"attn_resolutions": [], "dropout": 0.0}
@@ -487,9 +487,9 @@ def test_cached_teachers_keep_their_names(digits, monkeypatch):
         training = TeacherTraining(
             network=network | more, kimg=250, batch=256, lr=2e-3, ema_halflife_kimg=20, threads=2
         )
-        return search.assets._teacher_path(training, dataset).name
+        return search.trials.assets._teacher_path(training, dataset).name
 
-    monkeypatch.setattr(search.assets, "NUMERICS", 1)
+    monkeypatch.setattr(search.trials.assets, "NUMERICS", 1)
     bare = Dataset("digits", digits.images, digits.sha256)
     assert name(digits) == name(bare) == "digits-e9b1ea5afac09230.safetensors"
     assert name(digits, label_dim=10) != name(bare, label_dim=10)

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from bdense.sfd import IterationReport, SFDConfig, distill
-from search.traced_weights import MAX_POINTS, TracedWeights, draw_history
+from search.trials.traced_weights import MAX_POINTS, TracedWeights, draw_history
 from tests.small import same_weights, small_teacher, small_trajectories
 
 ITERATIONS = 6

@@ -4,17 +4,18 @@ import pytest
 import torch
 
 from bdense.errors import InputError
-from search import assets, launch
-from search.comparison import compare
 from search.errors import SpecChangedError
-from search.planned import PLAIN, UNIFORM, Planned, Row
-from search.promotion import variants
-from search.retraining import variant
-from search.spec import StudySpec
-from search.study import Study
-from search.transfer import plan_transfer, transfer_name
-from search.trial import evaluate
-from search.workers import RetrainWorker
+from search.judging.comparison import compare
+from search.judging.promotion import variants
+from search.judging.retraining import variant
+from search.judging.transfer import plan_transfer, transfer_name
+from search.launching import launch
+from search.records.planned import PLAIN, UNIFORM, Planned, Row
+from search.records.study import Study
+from search.specs.study_spec import StudySpec
+from search.trials import assets
+from search.trials.trial import evaluate
+from search.trials.workers import RetrainWorker
 from tests.measured import (
     command,
     copy_storage,

@@ -15,9 +15,9 @@ from bdense.errors import InputError
 from bdense.metrics import MetricSettings
 from bdense.references import dataset_reference, write_reference
 from bdense.sampling import draw_images, sampler_from
-from search import assets
-from search.spec import StudySpec
-from search.trial import CHECKPOINT, STUDENT, evaluate
+from search.specs.study_spec import StudySpec
+from search.trials import assets
+from search.trials.trial import CHECKPOINT, STUDENT, evaluate
 from tests.small import small_teacher
 from tests.studies import NORMALISED, spec
 

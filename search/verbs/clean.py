@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from bdense.command import Verbs
 from bdense.errors import InputError
-from search.storage import resolve_storage_url
+from search.database.storage import resolve_storage_url
 from search.verbs.common import numbers, study_name, study_verb
 
 if TYPE_CHECKING:
-    from search.ledger import Ledger
-    from search.planned import Planned
-    from search.study import Study
+    from search.database.ledger import Ledger
+    from search.records.planned import Planned
+    from search.records.study import Study
 
 _MIB = 2**20
 
@@ -50,13 +50,13 @@ def add_clean(verbs: Verbs) -> None:
 
 
 def _clean(options: argparse.Namespace) -> None:
-    from search.records import open_record
+    from search.records.opening import open_record
 
     record = open_record(resolve_storage_url(options.storage), study_name(options.study))
     if options.keep:
         _keep(record, options.keep)
     if options.checkpoints:
-        from search.retention import clean_checkpoints
+        from search.records.retention import clean_checkpoints
 
         freed = sum(map(clean_checkpoints, record.ledgers))
         print(f"{freed / _MIB:.1f} MiB of checkpoints and leftovers deleted")
@@ -67,8 +67,8 @@ def _clean(options: argparse.Namespace) -> None:
 
 
 def _keep(record: "Study | Planned", asked: list[int]) -> None:
-    from search.folders import row_folder
-    from search.retention import STUDENT, keep_too
+    from search.records.folders import row_folder
+    from search.records.retention import STUDENT, keep_too
 
     ledger = _search(record, "--keep").trials
     there = [n for n in asked if (row_folder(record.name, n) / STUDENT).is_file()]
@@ -82,9 +82,9 @@ def _keep(record: "Study | Planned", asked: list[int]) -> None:
 
 
 def _students(record: "Study | Planned") -> None:
-    from search.retention import clean_students
-    from search.spec import StudySpec
-    from search.study import SPEC
+    from search.records.retention import clean_students
+    from search.records.study import SPEC
+    from search.specs.study_spec import StudySpec
 
     ledger = _search(record, "--students").trials
     spec = StudySpec.model_validate_json(ledger.attribute(SPEC))
@@ -93,7 +93,7 @@ def _students(record: "Study | Planned") -> None:
 
 
 def _search(record: "Study | Planned", option: str) -> "Study":
-    from search.planned import Planned
+    from search.records.planned import Planned
 
     if isinstance(record, Planned):
         raise InputError(
@@ -108,7 +108,7 @@ def _running(ledger: "Ledger") -> list[int]:
 
 
 def _trajectories(record: "Study | Planned") -> None:
-    from search.study import TRAJECTORIES
+    from search.records.study import TRAJECTORIES
 
     stored = record.ledgers[0].attribute(TRAJECTORIES) or []
     freed = 0

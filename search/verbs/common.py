@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 import yaml
 
 from bdense.command import Run, Verbs, add_verb
+from search.database.storage import resolve_storage_url
 from search.errors import SpecError, UnknownStudyError
-from search.storage import resolve_storage_url
 
 if TYPE_CHECKING:
-    from search.planned import Planned
-    from search.spec import StudySpec
-    from search.study import Study
+    from search.records.planned import Planned
+    from search.records.study import Study
+    from search.specs.study_spec import StudySpec
 
-LEAST_SEEDS = 3  # search.spec.ConfirmSpec's, spelt out: pydantic is slow to import
+LEAST_SEEDS = 3  # search.specs.study_spec.ConfirmSpec's, spelt out: pydantic is slow to import
 
 
 def storage_verb(
@@ -69,10 +69,10 @@ def open_search(options: argparse.Namespace) -> "tuple[Study, StudySpec]":
         UnknownStudyError: There is no such search.
         SpecChangedError: The file's conditions are not those that the study was run under.
     """
-    from search.records import open_search_named
-    from search.spec import StudySpec
-    from search.study import SPEC, refuse_other_conditions
-    from search.study_file import read_spec
+    from search.records.opening import open_search_named
+    from search.records.study import SPEC, refuse_other_conditions
+    from search.specs.study_file import read_spec
+    from search.specs.study_spec import StudySpec
 
     url = resolve_storage_url(options.storage)
     study = open_search_named(url, study_name(options.study))
@@ -132,7 +132,7 @@ def seeds_to_pair(text: str) -> int:
 
 def show_rows(planned: "Planned") -> None:
     """Print how many rows are in which state, and why some failed."""
-    from search.report import failed_rows
+    from search.records.standing import failed_rows
 
     print(planned.headline())
     for line in failed_rows(planned.ledger, "row"):

@@ -72,10 +72,10 @@ def add_transfer(verbs: Verbs) -> None:
 
 
 def _confirm(options: argparse.Namespace) -> None:
-    from search.confirmation import plan_confirmation, verdict
-    from search.gpus import use_gpus
-    from search.launch import run_planned
-    from search.promotion import variants
+    from search.judging.confirmation import plan_confirmation, verdict
+    from search.judging.promotion import variants
+    from search.launching.gpus import use_gpus
+    from search.launching.launch import run_planned
 
     use_gpus(options.gpus)
     study, spec = open_search(options)
@@ -100,12 +100,12 @@ def _confirm(options: argparse.Namespace) -> None:
 
 
 def _transfer(options: argparse.Namespace) -> None:
-    from search.comparison import compare
-    from search.gpus import use_gpus
-    from search.launch import check_apart, run_planned
-    from search.promotion import variants
-    from search.study_file import read_spec
-    from search.transfer import plan_transfer
+    from search.judging.comparison import compare
+    from search.judging.promotion import variants
+    from search.judging.transfer import plan_transfer
+    from search.launching.gpus import use_gpus
+    from search.launching.launch import check_apart, run_planned
+    from search.specs.study_file import read_spec
 
     use_gpus(options.gpus)
     study, spec = open_search(options)

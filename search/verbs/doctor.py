@@ -5,7 +5,7 @@ import json
 
 from bdense.command import Verbs
 from bdense.errors import BdenseError
-from search.storage import redact, resolve_storage_url
+from search.database.storage import redact, resolve_storage_url
 from search.verbs.common import storage_verb, study_name
 
 
@@ -36,7 +36,7 @@ def add_doctor(verbs: Verbs) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from search.doctor import examine
+    from search.doctor.examination import examine
 
     url = resolve_storage_url(options.storage)
     name = None if options.study is None else study_name(options.study)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bdense.command import Verbs
-from search.storage import resolve_storage_url
+from search.database.storage import resolve_storage_url
 from search.verbs.common import port, positive, storage_verb, study_name, study_verb
 
 if TYPE_CHECKING:
-    from search.planned import Planned
-    from search.study import Study
+    from search.records.planned import Planned
+    from search.records.study import Study
 
 
 def add_status(verbs: Verbs) -> None:
@@ -107,16 +107,16 @@ def add_dashboard(verbs: Verbs) -> None:
 
 def _open(options: argparse.Namespace) -> "Study | Planned":
     """The study that is named, to look at."""
-    from search.records import open_record
+    from search.records.opening import open_record
 
     url = resolve_storage_url(options.storage)
     return open_record(url, study_name(options.study), reading=True)
 
 
 def _status(options: argparse.Namespace) -> None:
-    from search.halting import asked_at
-    from search.planned import Planned
-    from search.report import (
+    from search.database.halting import asked_at
+    from search.records.planned import Planned
+    from search.records.standing import (
         duration,
         failed_rows,
         failures,
@@ -150,9 +150,9 @@ def _status(options: argparse.Namespace) -> None:
 
 
 def _best(options: argparse.Namespace) -> None:
-    from search.confirmation import verdict
-    from search.records import open_search_named
-    from search.report import best_json, headline, standing, table
+    from search.judging.confirmation import verdict
+    from search.records.opening import open_search_named
+    from search.records.standing import best_json, headline, standing, table
 
     url = resolve_storage_url(options.storage)
     study = open_search_named(url, study_name(options.study), reading=True)
@@ -172,8 +172,8 @@ def _best(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from search.planned import Planned
-    from search.report_files import HTML_PAGE, write_planned_report, write_report
+    from search.records.planned import Planned
+    from search.showing.report_files import HTML_PAGE, write_planned_report, write_report
 
     record = _open(options)
     if isinstance(record, Planned):
@@ -204,6 +204,6 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _dashboard(options: argparse.Namespace) -> None:
-    from search.dashboard import serve
+    from search.showing.dashboard import serve
 
     serve(resolve_storage_url(options.storage), port=options.port, writable=options.writable)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from bdense.command import Verbs
 from bdense.errors import InputError
-from search.storage import resolve_storage_url, runs_folder
+from search.database.storage import resolve_storage_url, runs_folder
 from search.verbs.common import (
     add_workers,
     numbers,
@@ -20,8 +20,8 @@ from search.verbs.common import (
 )
 
 if TYPE_CHECKING:
-    from search.planned import Arm, Planned
-    from search.promotion_spec import PromotionSpec
+    from search.records.planned import Arm, Planned
+    from search.specs.promotion_spec import PromotionSpec
 
 
 def add_promote(verbs: Verbs) -> None:
@@ -92,7 +92,7 @@ def add_promote(verbs: Verbs) -> None:
 
 
 def _promote(options: argparse.Namespace) -> None:
-    from search.gpus import use_gpus
+    from search.launching.gpus import use_gpus
 
     use_gpus(options.gpus)
     if options.method == "sfd":
@@ -102,9 +102,9 @@ def _promote(options: argparse.Namespace) -> None:
 
 
 def _promote_pd(options: argparse.Namespace) -> None:
-    from search.chain_report import chain_table
-    from search.launch import check_apart, run_planned
-    from search.promotion import plan_progressive, said_of_weights
+    from search.judging.promotion import plan_progressive, said_of_weights
+    from search.launching.launch import check_apart, run_planned
+    from search.showing.chain_report import chain_table
 
     _refuse(options, "pd", nfe=options.nfe, kimg=options.kimg)
     spec, source = _promotion(options)
@@ -125,9 +125,8 @@ def _promote_pd(options: argparse.Namespace) -> None:
 
 
 def _promote_sfd(options: argparse.Namespace) -> None:
-    from search.comparison import compare
-    from search.launch import run_planned
-    from search.promotion import (
+    from search.judging.comparison import compare
+    from search.judging.promotion import (
         SFD_SUFFIX,
         confirmed_arm,
         given_arm,
@@ -135,6 +134,7 @@ def _promote_sfd(options: argparse.Namespace) -> None:
         said_of_budget,
         variants,
     )
+    from search.launching.launch import run_planned
 
     _refuse(
         options,
@@ -179,8 +179,8 @@ def _sfd_folder(options: argparse.Namespace, name: str, nfe: int, count: int, ki
 
 def _promotion(options: argparse.Namespace) -> "tuple[PromotionSpec, str | None]":
     """The promotion as the options change it, and the search its weights come from."""
-    from search.promotion_spec import PromotionSpec
-    from search.study_file import parse_promotion, read_any
+    from search.specs.promotion_spec import PromotionSpec
+    from search.specs.study_file import parse_promotion, read_any
 
     given, source = Path(options.study), None
     found = read_any(given) if given.suffix in (".yaml", ".yml") else None
@@ -216,7 +216,7 @@ def _training_seeds(given: list[int]) -> tuple[int, ...]:
 
 def _promoted(options: argparse.Namespace, source: str | None) -> "tuple[Arm, int | None]":
     """The weights to promote, and the K that they were searched at, where they were."""
-    from search.promotion import confirmed_arm, given_arm
+    from search.judging.promotion import confirmed_arm, given_arm
 
     if options.weights is not None:
         return given_arm(options.weights), None
@@ -231,8 +231,8 @@ def _promoted(options: argparse.Namespace, source: str | None) -> "tuple[Arm, in
 
 
 def _dry_run(spec: "PromotionSpec") -> None:
-    from search.chain_estimate import estimate_promotion
-    from search.study_file import as_yaml
+    from search.specs.study_file import as_yaml
+    from search.trials.chain_estimate import estimate_promotion
 
     print(as_yaml(spec), end="")
     print(f"# fingerprint {spec.fingerprint()}")

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from bdense.command import Verbs
 from bdense.errors import BdenseError, InputError
-from search.storage import resolve_storage_url
+from search.database.storage import resolve_storage_url
 from search.verbs.common import study_name, study_verb
 
 if TYPE_CHECKING:
-    from search.ledger import Ledger
-    from search.planned import Planned
-    from search.study import Study
+    from search.database.ledger import Ledger
+    from search.records.planned import Planned
+    from search.records.study import Study
 
 POLL_SECONDS = 0.5
 
@@ -71,8 +71,8 @@ def add_logs(verbs: Verbs) -> None:
 
 
 def _stop(options: argparse.Namespace) -> None:
-    from search.halting import ask_all, held
-    from search.records import open_record
+    from search.database.halting import ask_all, held
+    from search.records.opening import open_record
 
     record = open_record(resolve_storage_url(options.storage), study_name(options.study))
     ledgers = record.ledgers
@@ -100,10 +100,10 @@ def _stop(options: argparse.Namespace) -> None:
 
 
 def _enqueue(options: argparse.Namespace) -> None:
-    from search.points import Point, enqueue
-    from search.records import open_search_named
-    from search.spec import StudySpec
-    from search.study import SPEC
+    from search.records.opening import open_search_named
+    from search.records.points import Point, enqueue
+    from search.records.study import SPEC
+    from search.specs.study_spec import StudySpec
 
     url = resolve_storage_url(options.storage)
     study = open_search_named(url, study_name(options.study))
@@ -117,10 +117,10 @@ def _enqueue(options: argparse.Namespace) -> None:
 
 
 def _logs(options: argparse.Namespace) -> None:
-    from search.folders import row_folder
-    from search.records import open_record
-    from search.showing_log import HEADER, log_line
-    from search.trial_log import LOG_FILE, read_log
+    from search.records.folders import row_folder
+    from search.records.opening import open_record
+    from search.records.trial_log import LOG_FILE, read_log
+    from search.showing.log_lines import HEADER, log_line
 
     url = resolve_storage_url(options.storage)
     record = open_record(url, study_name(options.study), reading=True)
@@ -148,7 +148,7 @@ def _logs(options: argparse.Namespace) -> None:
 
 def _row(record: "Study | Planned", options: argparse.Namespace) -> "tuple[Ledger, int]":
     """Whose log is meant."""
-    from search.planned import Planned
+    from search.records.planned import Planned
 
     if (options.trial is None) == (options.baseline is None):
         raise InputError("give either the number of a TRIAL, or --baseline, one of the two")

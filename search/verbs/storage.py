@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from bdense.command import Verbs
 from bdense.errors import InputError
-from search.storage import redact, resolve_storage_url
+from search.database.storage import redact, resolve_storage_url
 from search.verbs.common import storage_verb
 
 if TYPE_CHECKING:
-    from search.database import Access, Role
+    from search.database.tables import Access, Role
 
 _ROLES: tuple[tuple[str, "Access", str], ...] = (
     ("writer", "read-write", "a role that may launch and work (PostgreSQL; made if need be)"),
@@ -43,7 +43,7 @@ def add_storage(verbs: Verbs) -> None:
 
 
 def _storage(options: argparse.Namespace) -> None:
-    from search.database import grant, open_tables, upgrade
+    from search.database.tables import grant, open_tables, upgrade
 
     url = resolve_storage_url(options.storage)
     roles = _roles(options)
@@ -62,7 +62,7 @@ def _storage(options: argparse.Namespace) -> None:
 
 
 def _roles(options: argparse.Namespace) -> "list[Role]":
-    from search.database import Role, read_password
+    from search.database.tables import Role, read_password
 
     roles = []
     for kind, access, _ in _ROLES:

@@ -13,11 +13,11 @@ from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
 from bdense.errors import InputError, StoppedError
-from search import claims as claiming
+from search.database import claims as claiming
+from search.database.halting import HALT, Launch, ask_all, ask_workers, asked_at, is_asked
+from search.database.ledger import Claim, Counts, Done, Ledger, Wait
+from search.database.storage import open_storage
 from search.errors import LeaseLostError, UnknownStudyError
-from search.halting import HALT, Launch, ask_all, ask_workers, asked_at, is_asked
-from search.ledger import Claim, Counts, Done, Ledger, Wait
-from search.storage import open_storage
 from tests.contracts.ledger_worker import SPACE, STEPS, objective
 from tests.contracts.scene import (
     LONG_TTL,

@@ -15,8 +15,8 @@ import sqlalchemy as sa
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
-from search.ledger import Claim, Counts, Done, Ledger, Wait
-from search.storage import open_storage
+from search.database.ledger import Claim, Counts, Done, Ledger, Wait
+from search.database.storage import open_storage
 from tests.contracts import ledger_worker
 from tests.contracts.ledger_worker import SPACE, objective
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from search.ledger import Ledger
-from search.study import baselines_name
+from search.database.ledger import Ledger
+from search.records.study import baselines_name
 from tests.conftest import Postgres
 
 # A lease's shortest. What is frozen or cut off longer loses its trial.
@@ -311,7 +311,7 @@ def _signal(pid: int, number: signal.Signals) -> bool:
 def measure_calmly(
     study: Path, points: Sequence[float], folder: Path, parts: int = 2
 ) -> dict[float, float]:
-    """FID of each point by ``search.trial.evaluate``, in processes that nothing happens to.
+    """FID of each point by ``search.trials.trial.evaluate``, in processes that nothing happens to.
 
     Args:
         study: Its file; teacher and trajectories are in the cache that the environment names.
@@ -343,9 +343,9 @@ def measure_calmly(
 
 
 def _measure(study: Path, folder: Path, points: Sequence[float]) -> None:
-    from search.assets import load, use_device
-    from search.study_file import read_spec
-    from search.trial import evaluate
+    from search.specs.study_file import read_spec
+    from search.trials.assets import load, use_device
+    from search.trials.trial import evaluate
 
     spec = read_spec(study)
     assets = load(spec, use_device(spec), record=True)

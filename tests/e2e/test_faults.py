@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy.engine import make_url
 
-from search.spec import StudySpec
-from search.storage import resolve_storage_url
-from search.study import Study
-from search.trial_log import LOG_FILE, read_log
+from search.database.storage import resolve_storage_url
+from search.records.study import Study
+from search.records.trial_log import LOG_FILE, read_log
+from search.specs.study_spec import StudySpec
 from tests.conftest import Postgres
 from tests.contracts.scene import lease_rows
 from tests.e2e.chaos import (

@@ -13,14 +13,14 @@ from optuna_dashboard._custom_plot_data import list_graph_object_ids
 
 from bdense.checkpoints import load_tensors
 from bdense.data import load_dataset
-from search.artifacts import FolderStore, attached
-from search.assets import load_teacher, prepare, trajectory_store, use_device
-from search.ledger import Ledger, Running
-from search.slots import Orders, slot
-from search.spec import StudySpec
-from search.storage import resolve_storage_url
-from search.study import Study
-from search.trial_log import read_log
+from search.database.ledger import Ledger, Running
+from search.database.storage import resolve_storage_url
+from search.records.artifacts import FolderStore, attached
+from search.records.study import Study
+from search.records.trial_log import read_log
+from search.specs.study_spec import StudySpec
+from search.trials.assets import load_teacher, prepare, trajectory_store, use_device
+from search.trials.slots import Orders, slot
 from tests.e2e.study import Workplace, kill, small_study, wait_until
 
 BEST_KEYS = {"number", "a", "b", "weights", "fid", "nfe", "images", "extractor", "reference"}

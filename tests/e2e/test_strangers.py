@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-import search.model_spec
-from search import assets, trial
+import search.specs.model_spec
+from search.database.ledger import Ledger
+from search.database.storage import resolve_storage_url
 from search.errors import SpecChangedError
-from search.ledger import Ledger
-from search.space import baseline_space
-from search.spec import StudySpec
-from search.storage import resolve_storage_url
-from search.study import Study
-from search.workers import SearchWorker
+from search.records.study import Study
+from search.specs.space import baseline_space
+from search.specs.study_spec import StudySpec
+from search.trials import assets, trial
+from search.trials.workers import SearchWorker
 from tests.e2e.chaos import end_all
 from tests.e2e.study import Workplace, kill, small_study
 
@@ -45,7 +45,7 @@ def work_on_one(study: Study) -> None:
 
 def test_a_worker_of_other_numerics_measures_nothing(study, monkeypatch):
     work_on_one(study)
-    monkeypatch.setattr(search.model_spec, "NUMERICS", -1)
+    monkeypatch.setattr(search.specs.model_spec, "NUMERICS", -1)
     with pytest.raises(SpecChangedError, match="the worker runs another version of bdense"):
         work_on_one(study)
     counts = study.baselines.counts()

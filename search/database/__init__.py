@@ -1,0 +1,1 @@
+"""One row a trial, whoever dies: storage, leases, claims, the ledger."""

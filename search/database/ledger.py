@@ -1,0 +1,587 @@
+"""The lease ledger: one planned trial is one row of Optuna's table for its whole life.
+
+Any number of processes share a study's budget through the database alone. ``Ledger.claim`` takes
+over the trial of a dead worker before it asks for a new one; only the holder of a trial's lease
+may finish it; what was told first stays.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from types import MappingProxyType
+from typing import Any, Literal, Self, TypeAlias
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.samplers import BaseSampler
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from bdense.errors import InputError
+from search.database.claims import (
+    Asking,
+    Claimer,
+    Done,
+    Wait,
+    differing_versions,
+    failure_attributes,
+    leases_of,
+    rows_of,
+)
+from search.database.halting import HALT, Launch, Stops, stopped
+from search.database.holding import Holding, lost
+from search.database.lease import Claim, RunningRow
+from search.database.rows import FIXED, Row
+from search.database.storage import exclusive, open_reading, redact, retrying, sqlite_file
+from search.database.tables import open_tables
+from search.errors import UnknownStudyError
+
+__all__ = ["Claim", "Counts", "Done", "FailureReason", "Holding", "Ledger", "Running", "Wait"]
+
+_log = logging.getLogger(__name__)
+
+JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
+FailureReason: TypeAlias = Literal["diverged", "out of memory", "error", "poisoned"]
+
+DEFAULT_TTL_SECONDS = 60.0
+DEFAULT_MAX_ATTEMPTS = 3
+CHANGES = "changes"
+STOPPED = "stopped"
+_NOTHING: Mapping[str, JSON] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """Trials of a study by state; those refused as out of bounds are in none of them."""
+
+    planned: int
+    complete: int
+    pruned: int
+    failed: int
+    running: int
+    waiting: int
+
+    @property
+    def ended(self) -> int:
+        """Trials that will not run again."""
+        return self.complete + self.pruned + self.failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """A running trial as shown to people; ``owner`` is host:pid, ``seconds`` since its claim."""
+
+    number: int
+    owner: str
+    attempt: int
+    progress: str
+    seconds: float
+
+
+class Ledger:
+    """The trials of one study, shared by every process that opens it. Make it by ``open``."""
+
+    def __init__(
+        self,
+        storage: RDBStorage,
+        study: optuna.Study,
+        *,
+        ttl: float,
+        max_attempts: int,
+        launch: Launch,
+    ) -> None:
+        self.study = study
+        self.ttl = ttl
+        self.max_attempts = max_attempts
+        self._storage = storage
+        self._lock = _lock_name(study.study_name)
+        self._leases = leases_of(storage, study, ttl)
+        self._rows = rows_of(storage, study)
+        self._claimer = Claimer(study, self._leases, max_attempts)
+        self._warm = False
+        self.launch = launch
+
+    @classmethod
+    def open(
+        cls,
+        url: str,
+        study_name: str,
+        *,
+        budget: int | None,
+        ttl: float | None = None,
+        max_attempts: int | None = None,
+    ) -> Self:
+        """Open a study, creating it and its tables if a budget is given.
+
+        Args:
+            url: the storage, as ``resolve_storage_url`` gives it.
+            study_name: the study.
+            budget: trials to run in all, shared by every launcher. None keeps the one stored.
+            ttl: seconds a lease lasts without being renewed; None keeps the one stored, 60 at
+                first.
+            max_attempts: times a trial may be started before it counts as poisoned; None keeps
+                the number stored, 3 at first.
+
+        A setting that differs from the one stored replaces it, and the study's attribute
+        ``changes`` says so.
+
+        Raises:
+            StorageError: the database cannot be opened.
+            UnknownStudyError: no budget was given and there is no such study.
+            InputError: a setting is out of range.
+        """
+        _check_settings(budget=budget, ttl=ttl, max_attempts=max_attempts)
+        if budget is None:
+            _require_file(url, study_name)
+        storage = open_tables(url)
+        given = {"budget": budget, "ttl": ttl, "max_attempts": max_attempts}
+        return cls._of(storage, retrying(partial(_open_study, storage, study_name, given)))
+
+    @classmethod
+    def open_reading(cls, url: str, study_name: str) -> Self:
+        """A study to look at: the database itself refuses what would change it.
+
+        Raises:
+            StorageError: the database cannot be opened.
+            UnknownStudyError: there is no such study.
+        """
+        _require_file(url, study_name)
+        storage = open_reading(url)
+        return cls._of(storage, retrying(partial(_find_study, storage, study_name)))
+
+    def beside(self, study_name: str) -> Self:
+        """Another study of the same database, through the same connections, for the same use.
+
+        Raises:
+            UnknownStudyError: there is no such study.
+        """
+        storage = self._storage
+        return self._of(storage, retrying(partial(_find_study, storage, study_name)))
+
+    @classmethod
+    def _of(cls, storage: RDBStorage, study: optuna.Study) -> Self:
+        attributes = retrying(lambda: study.user_attrs)
+        return cls(
+            storage,
+            study,
+            ttl=float(attributes.get("ttl", DEFAULT_TTL_SECONDS)),
+            max_attempts=int(attributes.get("max_attempts", DEFAULT_MAX_ATTEMPTS)),
+            # Whoever is part of no launch ends with what is asked from now on.
+            launch=Launch(name="", stops=Stops.of(attributes.get(HALT)).count),
+        )
+
+    @property
+    def storage(self) -> RDBStorage:
+        """The database, for what Optuna keeps beside the rows."""
+        return self._storage
+
+    @property
+    def budget(self) -> int:
+        """Trials to run in all, as stored now: another launcher may have changed it."""
+        return retrying(self._stored_budget)
+
+    def record_change(self, key: str, old: JSON, new: JSON) -> None:
+        """Append to the study's attribute ``changes`` that a setting is no longer what it was."""
+
+        def append() -> None:
+            with exclusive(self._storage.engine, self._lock):
+                _record_change(self.study, key, old, new)
+
+        retrying(append)
+
+    def enqueue(
+        self,
+        params: Mapping[str, Any],
+        attrs: Mapping[str, JSON] = _NOTHING,
+        *,
+        again: Sequence[FailureReason] = (),
+    ) -> bool:
+        """Plan a trial with these parameters before any other; twice the same is once.
+
+        It counts in the budget when it starts.
+
+        Args:
+            params: as they are, bit for bit: Optuna itself takes nearly equal numbers for equal.
+            attrs: stored with it.
+            again: one that failed for such a reason is no trial, and is planned anew.
+
+        Returns:
+            Whether it is planned by this call.
+        """
+
+        def add() -> bool:
+            with exclusive(self._storage.engine, self._lock):
+                if any(
+                    asked == params and reason not in again for asked, reason in self._rows.asked()
+                ):
+                    return False
+                self.study.enqueue_trial(dict(params), dict(attrs))
+                return True
+
+        return retrying(add)
+
+    def attribute(self, key: str) -> Any:  # noqa: ANN401  as JSON has it
+        """The study's attribute of that name, as stored now; None where there is none."""
+        return retrying(lambda: self.study.user_attrs).get(key)
+
+    def change(self, key: str, to: Callable[[Any], JSON]) -> None:
+        """Replace the study's attribute of that name by what ``to`` makes of it.
+
+        ``to`` may be called again with what it made itself: the first answer was lost.
+        """
+
+        def write() -> None:
+            with exclusive(self._storage.engine, self._lock):
+                self.study.set_user_attr(key, to(self.study.user_attrs.get(key)))
+
+        retrying(write)
+
+    def extend_list(self, key: str, values: Sequence[JSON]) -> bool:
+        """Store a list as the study's attribute, if it begins with the one that is there.
+
+        Returns:
+            Whether it does; else nothing is written.
+        """
+
+        def write() -> bool:
+            with exclusive(self._storage.engine, self._lock):
+                stored = list(self.study.user_attrs.get(key, []))
+                if list(values[: len(stored)]) != stored:
+                    return False
+                self.study.set_user_attr(key, list(values))
+                return True
+
+        return retrying(write)
+
+    def delete(self) -> None:
+        """Delete the study and all its trials; nobody may be at work on one."""
+        name = self.study.study_name
+        retrying(lambda: optuna.delete_study(study_name=name, storage=self._storage))
+
+    def resize(self) -> None:
+        """Make the budget that of the trials that were planned, by whomever."""
+
+        def write() -> None:
+            with exclusive(self._storage.engine, self._lock):
+                self.study.set_user_attr("budget", self._rows.count())
+
+        retrying(write)
+
+    def end_early(self, reason: str) -> None:
+        """Make the budget that of the trials begun: what runs is finished, nothing new is asked.
+
+        The study's attribute ``stopped`` says ``after`` how many trials ``of`` how many, and why.
+        """
+
+        def write() -> None:
+            with exclusive(self._storage.engine, self._lock) as connection:
+                states = self._leases.count_states(connection)
+                begun, budget = sum(states.values()) - states["WAITING"], self._stored_budget()
+                if begun >= budget:
+                    return
+                # The last: without it the study is not ended, and may be once more.
+                _record_change(self.study, "budget", budget, begun, reason)
+                self.study.set_user_attr("budget", begun)
+                what = {"after": begun, "of": budget, "reason": reason}
+                self.study.set_user_attr(STOPPED, what)
+
+        retrying(write)
+
+    def claim(
+        self,
+        space: Mapping[str, BaseDistribution],
+        sampler: Callable[[int], BaseSampler] | None,
+        constraint: Callable[[dict[str, Any]], float] | None = None,
+    ) -> Claim | Wait | Done:
+        """Take a trial: one whose worker is gone, else a planned one, else a new one.
+
+        Args:
+            space: what is suggested, name to distribution.
+            sampler: makes the sampler from an offset to its seed: the number of trials started
+                before, so that no two claims draw alike. None begins planned trials alone.
+            constraint: how far parameters are beyond the bound; above 0 the trial is finished at
+                once as pruned, outside the budget, and another one is asked.
+
+        Returns:
+            The claim; or ``Wait`` while others run; or ``Done``.
+
+        Raises:
+            StoppedError: the study, or this launch's workers, were asked to stop.
+            InputError: 200 suggestions in a row were beyond the bound.
+            StorageError: the database stayed away.
+        """
+        asking = Asking(space=space, sampler=sampler, constraint=constraint)
+        if not self._warm:
+            # Under the lock everybody would wait for it: seconds for 10,000 trials.
+            retrying(self._claimer.load_trials)
+            self._warm = True
+
+        def attempt() -> Claim | Wait | Done:
+            with exclusive(self._storage.engine, self._lock) as connection:
+                stored = self.study.user_attrs
+                if Stops.of(stored.get(HALT)).reaches(self.launch):
+                    raise stopped(self.study.study_name)
+                return self._claimer.claim(connection, asking, int(stored["budget"]))
+
+        return retrying(attempt)
+
+    def holding(self, claim: Claim) -> Holding:
+        """A context manager that keeps the claim's lease alive while the trial is worked on."""
+        return Holding(self._leases, claim, self.study.study_name, self.launch)
+
+    def complete(self, claim: Claim, value: float, attrs: Mapping[str, JSON]) -> None:
+        """Finish with a value, lower is better; one that is not finite is a failure: diverged.
+
+        Raises:
+            LeaseLostError: another worker took the trial over; nothing was told.
+        """
+        if math.isfinite(value):
+            self._finish(claim, TrialState.COMPLETE, attrs, value)
+        else:
+            self.fail(claim, "diverged", f"the value is {value}", attrs)
+
+    def report(self, claim: Claim, step: int, value: float) -> None:
+        """Store a value on the way to the last one; a step told again is written anew.
+
+        Raises:
+            LeaseLostError: another worker took the trial over; nothing was told.
+        """
+        if not retrying(partial(self._leases.renew, claim)):
+            raise lost(claim)
+        retrying(partial(self._storage.set_trial_intermediate_value, claim.trial_id, step, value))
+
+    def prune(self, claim: Claim, attrs: Mapping[str, JSON]) -> None:
+        """Finish as not worth going on with.
+
+        Raises:
+            LeaseLostError: another worker took the trial over; nothing was told.
+        """
+        self._finish(claim, TrialState.PRUNED, attrs)
+
+    def fail(
+        self, claim: Claim, reason: FailureReason, detail: str, attrs: Mapping[str, JSON]
+    ) -> None:
+        """Finish without a value; the trial counts in the budget and samplers do not see it.
+
+        ``detail`` is stored without passwords, at most 2000 characters of it.
+
+        Raises:
+            LeaseLostError: another worker took the trial over; nothing was told.
+        """
+        self._finish(claim, TrialState.FAIL, {**attrs, **failure_attributes(reason, detail)})
+
+    def release(self, claim: Claim, *, interrupted: bool = False) -> None:
+        """Give the trial back unfinished, for anybody to go on with at once.
+
+        Args:
+            claim: what is given back.
+            interrupted: nothing was wrong with it (Ctrl-C, a machine going down): this attempt
+                is not held against it.
+
+        Raises:
+            LeaseLostError: another worker took the trial over already.
+        """
+        if not retrying(partial(self._leases.release, claim, forgive=interrupted)):
+            raise lost(claim)
+
+    def forgive_running(self) -> None:
+        """The launcher was interrupted: no running trial is to blame for the end of its attempt.
+
+        Nothing is released; that is for whoever finds the workers gone.
+        """
+
+        def write() -> None:
+            with self._storage.engine.begin() as connection:
+                self._leases.forgive(connection)
+
+        retrying(write)
+
+    def counts(self) -> Counts:
+        """How many trials are in which state."""
+
+        def read() -> dict[str, int]:
+            with self._storage.engine.connect() as connection:
+                return self._leases.count_states(connection)
+
+        by_state = retrying(read)
+        started = sum(by_state.values()) - by_state["WAITING"]
+        return Counts(
+            planned=max(self.budget, started),
+            complete=by_state["COMPLETE"],
+            pruned=by_state["PRUNED"],
+            failed=by_state["FAIL"],
+            running=by_state["RUNNING"],
+            waiting=by_state["WAITING"],
+        )
+
+    def running(self) -> list[Running]:
+        """The running trials that somebody took, lowest number first."""
+
+        def read() -> list[RunningRow]:
+            with self._storage.engine.connect() as connection:
+                return self._leases.running(connection)
+
+        return [
+            Running(
+                number=row.number,
+                owner=f"{row.process.host}:{row.process.pid}" if row.owner else "",
+                attempt=row.attempt,
+                progress=row.progress,
+                seconds=row.seconds,
+            )
+            for row in retrying(read)
+            if row.process is not None
+        ]
+
+    def held(self) -> int:
+        """Trials that somebody works on, as far as it can be told."""
+
+        def read() -> list[RunningRow]:
+            with self._storage.engine.connect() as connection:
+                return self._leases.running(connection)
+
+        return sum(row.process is not None and not row.adoptable for row in retrying(read))
+
+    def rows(self, state: TrialState, keys: Collection[str] | None = None) -> list[Row]:
+        """Every trial in that state, in order of their numbers; not by loading all the others.
+
+        Args:
+            state: Optuna's.
+            keys: The attributes that are wanted, which are most of the cost; None for all.
+        """
+        return retrying(partial(self._rows.of_state, state, keys))
+
+    def asked(self) -> list[dict[str, Any]]:
+        """Parameters of each trial, by number: as planned, else as suggested."""
+        return [params for params, _ in retrying(self._rows.asked)]
+
+    def complete_values(self) -> dict[int, float]:
+        """Number -> value of each complete trial."""
+        return retrying(self._rows.complete)
+
+    def ended(self) -> list[int]:
+        """Numbers of trials that will not run again."""
+        return retrying(self._rows.ended)
+
+    def best(self) -> Row | None:
+        """The complete trial of lowest value, of equal ones the first; None without any."""
+        return retrying(self._rows.best)
+
+    def differing_versions(self) -> list[str]:
+        """A line for each package that trials were measured with several versions of."""
+        return retrying(partial(differing_versions, self._storage, self.study))
+
+    def _stored_budget(self) -> int:
+        return int(self.study.user_attrs["budget"])
+
+    def _finish(
+        self,
+        claim: Claim,
+        state: TrialState,
+        attrs: Mapping[str, JSON],
+        value: float | None = None,
+    ) -> None:
+        # Renewing is the fence: nobody else adopts for a full ttl, enough for what follows.
+        if not retrying(partial(self._leases.renew, claim)):
+            raise lost(claim)
+        set_attribute = partial(self._storage.set_trial_user_attr, claim.trial_id)
+        try:
+            # Before the value: a finished trial takes no more attributes.
+            for key, stored in attrs.items():
+                retrying(partial(set_attribute, key, stored))
+            retrying(
+                partial(self.study.tell, claim.number, value, state=state, skip_if_finished=True)
+            )
+        except UpdateFinishedTrialError:
+            _log.warning("trial %d was finished before; its first result stands", claim.number)
+        retrying(partial(self._leases.drop, claim))
+
+
+def _open_study(
+    storage: RDBStorage, name: str, given: Mapping[str, int | float | None]
+) -> optuna.Study:
+    with exclusive(storage.engine, _lock_name(name)):
+        if given["budget"] is None:
+            study = _find_study(storage, name)
+        else:
+            try:
+                study = optuna.load_study(study_name=name, storage=storage)
+            except KeyError:
+                study = optuna.create_study(study_name=name, storage=storage, direction="minimize")
+        _store_settings(study, given)
+    return study
+
+
+def _find_study(storage: RDBStorage, name: str) -> optuna.Study:
+    """A study of ours that is there, without a change to it."""
+    try:
+        study = optuna.load_study(study_name=name, storage=storage)
+    except KeyError:
+        names = optuna.get_all_study_names(storage)
+        raise UnknownStudyError(_unknown(name, storage.url, names)) from None
+    if "budget" not in study.user_attrs:
+        raise UnknownStudyError(
+            f"study {name!r} was not made by bdense-search; give the name of one that was, or "
+            "launch this one under another name"
+        )
+    return study
+
+
+def _require_file(url: str, study_name: str) -> None:
+    """Where there is no SQLite file there is no study; and looking for one makes none."""
+    path = sqlite_file(url)
+    if path is not None and not path.exists():
+        raise UnknownStudyError(_unknown(study_name, url, []))
+
+
+def _store_settings(study: optuna.Study, given: Mapping[str, int | float | None]) -> None:
+    first = {"ttl": DEFAULT_TTL_SECONDS, "max_attempts": DEFAULT_MAX_ATTEMPTS}
+    stored = study.user_attrs
+    for key, value in given.items():
+        if key not in stored:
+            study.set_user_attr(key, first.get(key) if value is None else value)
+        elif value is not None and value != stored[key]:
+            _record_change(study, key, stored[key], value)
+            study.set_user_attr(key, value)
+
+
+def asked_of(trial: FrozenTrial) -> dict[str, Any]:
+    """A trial's parameters; while it waits Optuna keeps them as those that were asked for."""
+    asked: dict[str, Any] = trial.system_attrs.get(FIXED, trial.params)
+    return asked
+
+
+def _record_change(
+    study: optuna.Study, key: str, old: JSON, new: JSON, reason: str | None = None
+) -> None:
+    changes = list(study.user_attrs.get(CHANGES, []))
+    what = {"key": key, "old": old, "new": new} | ({"reason": reason} if reason else {})
+    # Asked again after a lost answer, it is still one change.
+    if not changes or {name: changes[-1].get(name) for name in what} != what:
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        study.set_user_attr(CHANGES, [*changes, {"time": now, **what}])
+
+
+def _check_settings(*, budget: int | None, ttl: float | None, max_attempts: int | None) -> None:
+    if budget is not None and budget < 1:
+        raise InputError(f"the budget of a study must be 1 trial or more, got {budget}")
+    if ttl is not None and not (math.isfinite(ttl) and ttl > 0):
+        raise InputError(f"a lease's ttl must be a positive number of seconds, got {ttl}")
+    if max_attempts is not None and max_attempts < 1:
+        raise InputError(f"max_attempts must be 1 or more, got {max_attempts}")
+
+
+def _unknown(name: str, url: str, names: Sequence[str]) -> str:
+    there = f"studies there: {', '.join(sorted(names))}" if names else "no study is there"
+    return (
+        f"no study {name!r} in {redact(url)}; {there}; check the name and --storage, "
+        "or launch it first"
+    )
+
+
+def _lock_name(study_name: str) -> str:
+    return f"study {study_name}"

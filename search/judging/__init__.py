@@ -1,0 +1,1 @@
+"""Which weights are better, and how sure that is."""

@@ -1,0 +1,25 @@
+"""Students of SFD trained again: under other seeds, at another budget, for another NFE."""
+
+from collections.abc import Collection
+
+from search.records.planned import Row
+from search.specs.study_spec import PruningSpec, StudySpec
+
+
+def variant(spec: StudySpec, row: Row) -> StudySpec:
+    """The study as a row trains in it: its own seeds, budget and NFE, all else alike.
+
+    Its latents are of its seed too: a fresh seed has nothing in common with the search's.
+    """
+    seeds = spec.seeds.model_copy(update={"training": row.seed, "evaluation": row.seed})
+    budget = spec.budget if row.kimg is None else spec.budget.model_copy(update={"kimg": row.kimg})
+    student = spec.student if row.nfe is None else spec.student.model_copy(update={"nfe": row.nfe})
+    # Nobody looks at it on its way: at a smaller budget there may be no room to.
+    changed = {"seeds": seeds, "budget": budget, "student": student, "pruning": PruningSpec()}
+    return spec.model_copy(update=changed)
+
+
+def fresh_seeds(spec: StudySpec, count: int, used: Collection[int] = ()) -> list[int]:
+    """The lowest seeds that neither the search nor ``used`` have seen."""
+    seen = {spec.seeds.training, spec.seeds.evaluation, *used}
+    return [seed for seed in range(count + len(seen)) if seed not in seen][:count]

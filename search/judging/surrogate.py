@@ -1,0 +1,285 @@
+"""A smooth surrogate of the FID over a study's parameters, to choose by it and not by luck.
+
+The lowest of many noisy values is low by its noise as much as by its point (winner's curse). The
+posterior mean of a Gaussian process at the same points averages over neighbours instead.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from bdense.errors import InputError
+
+# n evaluations, m points asked for, d coordinates (a one-hot one for each word), g groups.
+Array = npt.NDArray[np.float64]
+Point = Mapping[str, float | str]
+
+FEWEST = 4  # evaluations that a surrogate is fitted to
+MOST = 300  # the same: the cost grows with the cube, under a second here, hours at 10,000
+ROUNDS = 5  # of offsets and kernel in turn; two to four suffice as a rule
+# Of inputs in [0, 1] and values of standard deviation 1; the last two are variances. Shorter
+# lengths or less noise would let the curve run through each of a few noisy points; a higher least
+# noise, and beside a steep flank the valley would be smoothed away.
+LENGTHS, AMPLITUDES, NOISES = (0.2, 10.0), (0.05, 20.0), (1e-3, 2.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """One measured FID.
+
+    Attributes:
+        point: Its parameters; a word, as ``rule``, becomes one-hot coordinates.
+        value: The FID.
+        group: What shares an unknown offset: a training seed shifts all its trials alike.
+    """
+
+    point: Point
+    value: float
+    group: str
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.value):
+            raise InputError(
+                f"value {self.value} at {dict(self.point)} is not finite; leave out what diverged"
+            )
+
+
+def posterior_means(
+    evaluations: Sequence[Evaluation], points: Sequence[Point] | None = None
+) -> list[float]:
+    """Posterior mean of the noise-free FID, all groups pooled; the same at every call.
+
+    A group's offset is estimated together with the curve, and offsets have mean 0 over the
+    evaluations: means are those of an average evaluation's group, comparable with one another
+    and on the level of the values. A group of one evaluation is all offset and tells nothing.
+
+    To fewer than 4 evaluations, or to a single point, no curve is fitted: a point's mean is that
+    of its own values without their groups' offsets, as far as groups share points that tell them
+    apart, and a point never measured has the mean of all.
+
+    Args:
+        evaluations: n of them, with the same parameters.
+        points: Where to; the n evaluations' own by default.
+
+    Returns:
+        n means, or one for each of ``points``.
+
+    Raises:
+        InputError: No evaluations, or points whose parameters or their types differ.
+    """
+    cube = _Cube.around([evaluation.point for evaluation in evaluations])
+    at = cube.place([evaluation.point for evaluation in evaluations])
+    asked = at if points is None else cube.place(points)
+    values = np.array([evaluation.value for evaluation in evaluations])
+    members = _one_hot([evaluation.group for evaluation in evaluations])
+    if len(at) < FEWEST or len(np.unique(at, axis=0)) == 1:
+        return _means_by_point(at, values, members, asked)
+    return _means_by_process(at, values, members, asked)
+
+
+def posterior(evaluations: Sequence[Evaluation], points: Sequence[Point]) -> tuple[Array, Array]:
+    """Posterior of the noise-free FID: [m] means as in ``posterior_means``, [m] deviations.
+
+    Args:
+        evaluations: 4 or more, at two points or more, all of one group.
+        points: Where to.
+
+    Returns:
+        Means, and standard deviations without the noise of a measurement.
+    """
+    cube = _Cube.around([evaluation.point for evaluation in evaluations])
+    at = cube.place([evaluation.point for evaluation in evaluations])
+    values = np.array([evaluation.value for evaluation in evaluations])
+    members = _one_hot([evaluation.group for evaluation in evaluations])
+    level, scale, process = _process(at, values, members)
+    means, deviations = process.predict(cube.place(points), return_std=True)
+    # The kernel's last term is the noise, which scikit-learn counts in.
+    variances = np.maximum(deviations**2 - process.kernel_.k2.noise_level, 0.0)
+    return level + scale * means, scale * np.sqrt(variances)
+
+
+def candidates(
+    evaluations: Sequence[Evaluation],
+    count: int,
+    *,
+    taken: Sequence[int] = (),
+    least_distance: float = 0.02,
+) -> list[int]:
+    """Indices of the evaluations whose points have the lowest posterior means, lowest first.
+
+    Args:
+        evaluations: As for ``posterior_means``.
+        count: How many at most.
+        taken: Indices of points that stand for themselves and what is near; none of them is one.
+        least_distance: Points nearer than this in every coordinate, in shares of its range over
+            the evaluations, are one: the earlier of the list stands for both.
+    """
+    points = [evaluation.point for evaluation in evaluations]
+    at = _Cube.around(points).place(points)
+    chosen: list[int] = []
+    for index in np.argsort(posterior_means(evaluations), kind="stable").tolist():
+        if len(chosen) == count:
+            break
+        others = [*taken, *chosen]
+        if all(np.abs(at[index] - at[other]).max() >= least_distance for other in others):
+            chosen.append(index)
+    return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class _Cube:
+    """The unit cube of some points' range.
+
+    Attributes:
+        ranges: Of each number, low and high.
+        words: Of each other parameter, those that occur.
+    """
+
+    ranges: dict[str, tuple[float, float]]
+    words: dict[str, list[str]]
+
+    @classmethod
+    def around(cls, points: Sequence[Point]) -> Self:
+        """The smallest that holds them all."""
+        if not points:
+            raise InputError("no evaluations to fit a surrogate to; measure some first")
+        ranges, words = {}, {}
+        _same_parameters(points, points[0].keys())
+        for name in sorted(points[0]):
+            column = [point[name] for point in points]
+            if all(isinstance(value, str) for value in column):
+                words[name] = sorted(set(map(str, column)))
+            else:
+                numbers = [_number(name, value) for value in column]
+                ranges[name] = (min(numbers), max(numbers))
+        return cls(ranges, words)
+
+    def place(self, points: Sequence[Point]) -> Array:
+        """[m, d]: each number in shares of its range, each word's coordinate 0 or 1."""
+        _same_parameters(points, self.ranges.keys() | self.words.keys())
+        return np.array([self._place(point) for point in points])
+
+    def _place(self, point: Point) -> list[float]:
+        row = []
+        for name, (low, high) in self.ranges.items():
+            # Where all have one value there is no range to share out.
+            row.append((_number(name, point[name]) - low) / ((high - low) or 1.0))
+        for name, known in self.words.items():
+            row += [float(point[name] == word) for word in known]
+        return row
+
+
+def _same_parameters(points: Sequence[Point], names: Set[str]) -> None:
+    for point in points:
+        if point.keys() != names:
+            raise InputError(
+                f"point {dict(point)} has other parameters than {', '.join(sorted(names))}; "
+                "leave it out"
+            )
+
+
+def _number(name: str, value: object) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise InputError(f"parameter {name} is {value!r}; it must be a finite number like others")
+    return float(value)
+
+
+def _one_hot(names: Sequence[str]) -> Array:
+    """[n, g]: 1 where an evaluation belongs to a group."""
+    known = sorted(set(names))
+    return np.array([[float(name == other) for other in known] for name in names])
+
+
+def _offsets(values: Array, members: Array, weight: Array) -> Array:
+    """[n] offset of each evaluation's group, by generalised least squares.
+
+    It is what backfitting (a curve through values without offsets, offsets as mean residuals, and
+    so on) ends at.
+
+    Args:
+        values: [n].
+        members: [n, g].
+        weight: [n, n] inverse covariance of values, but for the offsets.
+    """
+    normal = members.T @ weight @ members
+    # The pseudo-inverse sets to 0 what no data decide, which rounding must not turn into a number.
+    inverse = np.linalg.pinv(normal, rcond=1e-9, hermitian=True)
+    offsets: Array = members @ inverse @ members.T @ weight @ values
+    return offsets
+
+
+def _means_by_point(at: Array, values: Array, members: Array, asked: Array) -> list[float]:
+    """Means of values without offsets, without a curve."""
+    same = (at[:, None] == at[None]).all(axis=2).astype(float)
+    averaging = same / same.sum(axis=1, keepdims=True)
+    offsets = _offsets(values, members, np.eye(len(at)) - averaging)
+    means = averaging @ (values - offsets + offsets.mean())
+    found = [np.flatnonzero((at == point).all(axis=1)) for point in asked]
+    return [float(means[index[0]] if len(index) else values.mean()) for index in found]
+
+
+def _means_by_process(at: Array, values: Array, members: Array, asked: Array) -> list[float]:
+    """Posterior means."""
+    level, scale, process = _process(at, values, members)
+    return [float(mean) for mean in level + scale * process.predict(asked)]
+
+
+def _process(at: Array, values: Array, members: Array) -> tuple[float, float, Any]:
+    """A fitted process with its level and scale: values are level + scale * the process.
+
+    Offsets need a kernel and a kernel's fit needs offsets, hence rounds.
+    """
+    kept = _kept(members)
+    at, values, members = at[kept], values[kept], members[kept]
+    offsets = _offsets(values, members, np.linalg.inv(_kernel(at.shape[1])(at)))
+    kernel: Any = None
+    for _ in range(ROUNDS):
+        # Of equal values nothing is left to scale up but rounding.
+        scale = max(float(np.std(values - offsets)), 1e-9 * float(np.abs(values).max())) or 1.0
+        process = _fitted(at, (values - offsets) / scale, kernel)
+        kernel, before = process.kernel_, offsets
+        offsets = _offsets(values, members, np.linalg.inv(kernel(at)))
+        # Groups apart from one another; their common level hardly moves the curve.
+        if np.ptp(offsets - before) < 5e-3 * scale:
+            break
+    return float(before.mean()), scale, process
+
+
+def _kept(members: Array) -> npt.NDArray[np.intp]:
+    """Which evaluations a process is fitted to: all, or of the largest group as many as it takes.
+
+    They are spread evenly over the order that they are given in.
+    """
+    sizes = members.sum(axis=0)
+    largest = members[:, np.argmax(sizes)] > 0
+    room = max(MOST - int((~largest).sum()), FEWEST)
+    own = np.flatnonzero(largest)
+    if len(own) > room:
+        own = own[np.linspace(0, len(own) - 1, room).round().astype(np.intp)]
+    return np.sort(np.concatenate([own, np.flatnonzero(~largest)]))
+
+
+def _kernel(coordinates: int) -> Any:  # noqa: ANN401  sklearn has no types
+    from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
+    smooth = ConstantKernel(1.0, AMPLITUDES) * Matern([0.5] * coordinates, LENGTHS, nu=2.5)
+    return smooth + WhiteKernel(0.1, NOISES)
+
+
+def _fitted(at: Array, values: Array, kernel: Any) -> Any:  # noqa: ANN401  as above
+    """A process of mean 0, from a kernel that nearly fits already or from several starts."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.gaussian_process import GaussianProcessRegressor
+
+    process = GaussianProcessRegressor(
+        kernel or _kernel(at.shape[1]), n_restarts_optimizer=0 if kernel else 2, random_state=0
+    )
+    with warnings.catch_warnings():
+        # Also says that a hyperparameter lies at its bound, which is what bounds are for.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return process.fit(at, values)

@@ -1,0 +1,1 @@
+"""Ray as the executor of a study, and what a launch shows."""

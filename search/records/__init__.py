@@ -1,0 +1,1 @@
+"""What a study is in the database and on the disk."""

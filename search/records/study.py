@@ -1,0 +1,227 @@
+"""A study's record: the ledgers of its trials and baselines, and which changes it takes."""
+
+import functools
+import json
+import warnings
+from dataclasses import dataclass
+from typing import Any, Self
+
+import optuna
+from optuna.exceptions import ExperimentalWarning
+
+from search.database.ledger import STOPPED, Counts, Ledger
+from search.errors import SpecChangedError, UnknownStudyError
+from search.specs.model_spec import flatten
+from search.specs.space import BASELINES
+from search.specs.study_spec import StudySpec
+
+# Attributes of the Optuna study.
+SPEC, CONDITIONS, FINGERPRINT = "spec", "conditions", "fingerprint"
+TRAJECTORIES, BASELINE_RESULTS = "trajectories", "baselines"
+KIND = "kind"  # of planned rows; a search has none
+LOOKS = "looks"  # at which fractions of the budget, and how many images, since the first look
+BASELINES_SUFFIX = ".baselines"
+# The ledger records changes of its own settings itself.
+_LEDGER_SETTINGS = ("budget.trials", "resources.lease_seconds", "resources.max_attempts")
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """Trials and baselines of one name in one storage.
+
+    Attributes:
+        url: The storage; it may hold a password, show ``redact`` of it.
+        trials: What is searched.
+        baselines: Plain SFD and uniform weights; None where none were planned.
+    """
+
+    url: str
+    trials: Ledger
+    baselines: Ledger | None
+
+    @classmethod
+    def open(cls, url: str, name: str) -> Self:
+        """A study that exists.
+
+        Raises:
+            UnknownStudyError: There is none of that name.
+            StorageError: The database cannot be opened.
+        """
+        _refuse_baselines(name)
+        return cls._of(url, Ledger.open(url, name, budget=None))
+
+    @classmethod
+    def open_reading(cls, url: str, name: str) -> Self:
+        """The same, to look at: nothing can be changed through it."""
+        _refuse_baselines(name)
+        return cls._of(url, Ledger.open_reading(url, name))
+
+    @classmethod
+    def _of(cls, url: str, trials: Ledger) -> Self:
+        try:
+            baselines = trials.beside(baselines_name(trials.study.study_name))
+        except UnknownStudyError:
+            baselines = None
+        return cls(url, trials, baselines)
+
+    @classmethod
+    def create(cls, url: str, spec: StudySpec) -> Self:
+        """The study of that spec: new, or joined if its numbers stay comparable.
+
+        Raises:
+            SpecChangedError: The stored study has other conditions; says which.
+            StorageError: The database cannot be used.
+        """
+        refuse_other_conditions(url, spec)
+        open_ledger = functools.partial(
+            Ledger.open,
+            url,
+            ttl=spec.resources.lease_seconds,
+            max_attempts=spec.resources.max_attempts,
+        )
+        trials = open_ledger(spec.name, budget=_budget(url, spec))
+        _store(trials, spec)
+        baselines = open_ledger(baselines_name(spec.name), budget=len(BASELINES))
+        baselines.study.set_user_attr("of", spec.name)
+        for method in BASELINES:
+            baselines.enqueue({"method": method})
+        return cls(url, trials, baselines)
+
+    @property
+    def name(self) -> str:
+        """The study's name."""
+        return self.trials.study.study_name
+
+    @property
+    def ledgers(self) -> tuple[Ledger, ...]:
+        """Of its trials and, where they were planned, its baselines."""
+        return tuple(each for each in (self.trials, self.baselines) if each is not None)
+
+    def counts(self) -> list[Counts]:
+        """Of the trials, then of the baselines."""
+        return [each.counts() for each in self.ledgers]
+
+    def left(self) -> int:
+        """Trials and baselines that have not ended."""
+        return sum(counts.planned - counts.ended for counts in self.counts())
+
+    def has_started(self) -> bool:
+        """Whether anything was ever begun; until then its conditions may change."""
+        return any(counts.ended + counts.running for counts in self.counts())
+
+    def forgive_running(self) -> None:
+        """An interruption counts against no trial."""
+        for ledger in self.ledgers:
+            ledger.forgive_running()
+
+
+def baselines_name(name: str) -> str:
+    """Name of the Optuna study that holds the baselines' rows."""
+    return name + BASELINES_SUFFIX
+
+
+def _refuse_baselines(name: str) -> None:
+    if name.endswith(BASELINES_SUFFIX):
+        raise UnknownStudyError(
+            f"{name!r} holds the baselines of a study; give the study itself: "
+            f"{name.removesuffix(BASELINES_SUFFIX)!r}"
+        )
+
+
+def refuse_other_conditions(url: str, spec: StudySpec) -> None:
+    """Make sure that the stored study of that name, if it was begun, has the spec's conditions.
+
+    Raises:
+        SpecChangedError: It has others, says which; or it is no search.
+    """
+    try:
+        study = Study.open(url, spec.name)
+    except UnknownStudyError:
+        return
+    if KIND in study.trials.study.user_attrs:
+        raise SpecChangedError(
+            f"{spec.name!r} exists and holds planned rows, not a search; give the study another "
+            "name"
+        )
+    # Until something is measured there is nothing to compare with: a mistake may be mended.
+    if not study.has_started():
+        return
+    old, new = json.loads(study.trials.study.user_attrs[CONDITIONS]), spec.conditions()
+    changed = [
+        f"{key}: {old.get(key)!r} stored, {new.get(key)!r} given"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if changed:
+        raise SpecChangedError(
+            f"study {spec.name!r} exists under other conditions, so its numbers would not "
+            f"compare ({'; '.join(changed)}); rename the study or restore the file"
+        )
+    _refuse_other_looks(study, spec)
+
+
+def _budget(url: str, spec: StudySpec) -> int | None:
+    """Trials to plan; None keeps what the stop rule left, where the same number is given again.
+
+    Any other number is somebody's wish, and so is a spec without the rule.
+    """
+    try:
+        stored = Ledger.open(url, spec.name, budget=None)
+    except UnknownStudyError:
+        return spec.budget.trials
+    stopped = stopped_early(stored)
+    same = stopped is not None and spec.budget.trials == stopped["of"]
+    return None if same and spec.stop.rule != "none" else spec.budget.trials
+
+
+def stopped_early(ledger: Ledger) -> dict[str, Any] | None:
+    """``after`` how many trials ``of`` how many a study's rule ended it, and the ``reason``.
+
+    None where it did not, or where the study was extended since.
+    """
+    stopped: dict[str, Any] | None = ledger.attribute(STOPPED)
+    return stopped if stopped is not None and stopped["after"] == ledger.budget else None
+
+
+def _refuse_other_looks(study: Study, spec: StudySpec) -> None:
+    """FIDs on the way compare at one fraction and number of images, with all trials' before."""
+    stored, new = study.trials.attribute(LOOKS), _looks(spec)
+    if stored is not None and new is not None and stored != new:
+        raise SpecChangedError(
+            f"study {spec.name!r} has FIDs on the way measured otherwise, which would not compare "
+            f"(pruning.at {stored['at']} of {stored['images']} images stored, {new['at']} of "
+            f"{new['images']} given); restore them, or drop pruning.at"
+        )
+
+
+def _looks(spec: StudySpec) -> dict[str, Any] | None:
+    """What the FIDs on the way are of; None where there are none."""
+    if not spec.pruning.at:
+        return None
+    images = spec.pruning.images or spec.evaluation.images
+    return {"at": list(spec.pruning.at), "images": images}
+
+
+def _store(ledger: Ledger, spec: StudySpec) -> None:
+    """Write the spec into the study, where workers read it, and record what it changes."""
+    study, new = ledger.study, spec.model_dump(mode="json")
+    if SPEC in study.user_attrs:
+        # As this version reads it: a section that is new since is at its default, not changed.
+        stored = StudySpec.model_validate_json(study.user_attrs[SPEC])
+        old = flatten(stored.model_dump(mode="json"))
+        for key, value in flatten(new).items():
+            if old.get(key) != value and key not in _LEDGER_SETTINGS:
+                ledger.record_change(key, old.get(key), value)
+    if (looks := _looks(spec)) is not None:
+        study.set_user_attr(LOOKS, looks)
+    study.set_user_attr(CONDITIONS, json.dumps(spec.conditions()))
+    study.set_user_attr(FINGERPRINT, spec.fingerprint())
+    study.set_user_attr(SPEC, json.dumps(new))
+    name_metric(study)
+
+
+def name_metric(study: optuna.Study) -> None:
+    """Say what the values are, where the dashboard shows them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        study.set_metric_names(["FID"])

@@ -1,0 +1,1 @@
+"""What a study and a promotion ask for: files read and checked."""

@@ -1,0 +1,1 @@
+"""What a worker does with a row: from weights to a FID."""

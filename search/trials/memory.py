@@ -1,0 +1,476 @@
+"""What one row, trial or chain, takes of its device's memory, foretold before anything is spent.
+
+Parameters, gradients and Adam's moments are a multiplication. What a batch takes on its way
+through the network is measured at small batches where there is a GPU; on a CPU it is counted,
+operation by operation, on tensors that have a shape and no numbers.
+"""
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bdense.data_names import split_side
+from bdense.denoiser import NetworkDenoiser, build_denoiser
+from bdense.errors import InputError
+from bdense.execution import Execution
+from bdense.sfd import branch_losses, branch_states
+from search.specs.model_spec import ModelSpec
+from search.specs.promotion_spec import PromotionSpec
+from search.specs.study_spec import StudySpec
+from search.trials.engine import execution, student_grid
+
+# A student's way forth and back, with images [B, C, H, W].
+Update = Callable[[NetworkDenoiser, Tensor], None]
+
+_MIB, _GIB = 2**20, 2**30
+_FLOAT = 4  # bytes
+# A process that has loaded all it computes with, measured (resident, torch 2.15); for a GPU, not
+# measured, its context and the libraries' workspaces.
+_RUNTIME = {"cpu": 870 * _MIB, "cuda": 800 * _MIB}
+# glibc keeps blocks up to this size in heaps that stay with the process, and with holes: resident
+# memory grew by 1.53 times the live bytes, for 8 x 8 and 32 x 32 networks at batches 16 to 4096,
+# and by 1.0 where MALLOC_MMAP_THRESHOLD_ was 64 KiB.
+_HEAP_BLOCK, _HEAP_SHARE = 32 * _MIB, 1.55
+# Batches that are small enough for any GPU, and far enough apart to tell the slope.
+_SMALL, _LARGER = 2, 4
+# bdense.references.features_of and measure_images take that many at a time.
+_FEATURES_BATCH = 256
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractorSize:
+    """An extractor in MiB: its weights, and an image on its way; and its features."""
+
+    weights: float
+    image: float
+    features: int
+
+
+# Counted as a student's activations are (torch 2.15), in float32 at 299 or 224 pixels a side.
+_EXTRACTORS: Mapping[str, ExtractorSize] = MappingProxyType(
+    {
+        "inception": ExtractorSize(91, 13.2, 2048),
+        "dinov2-vit-s-14": ExtractorSize(84, 4.9, 384),
+        "dinov2-vit-b-14": ExtractorSize(330, 10.3, 768),
+        "dinov2-vit-l-14": ExtractorSize(1161, 16.5, 1024),
+        "dinov2-vit-g-14": ExtractorSize(4335, 38.9, 1536),
+    }
+)
+# The small classifiers; a TorchScript file's network is the user's, and taken for one of them.
+_SMALL_EXTRACTOR = ExtractorSize(2, 0.3, 64)
+# Images of the sets that are known by name; a set of files is taken for one of the larger.
+_REFERENCE_IMAGES: Mapping[str, int] = MappingProxyType(
+    {
+        "digits": 1797,
+        "cifar10": 50_000,
+        "cifar10-test": 10_000,
+        "fashion-mnist": 60_000,
+        "fashion-mnist-test": 10_000,
+    }
+)
+_REFERENCE_OF_FILES = 60_000
+# A container's limit and what is taken of it: cgroup v2, then v1; its files' cache is given back.
+_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP_FILES = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+_CGROUP_CACHE = ("active_file", "inactive_file")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """What a spec calls what is foretold.
+
+    Attributes:
+        kind: Of spec.
+        name: Of one of its rows.
+        key: Of the images of an update, in its file.
+        batch: Those images.
+        can_share: Whether GPUs can share them.
+    """
+
+    kind: str
+    name: str
+    key: str
+    batch: int
+    can_share: bool
+
+
+def row_of(spec: ModelSpec) -> Row:
+    """A study's trial, or a promotion's chain."""
+    if isinstance(spec, PromotionSpec):
+        batch = spec.round.batch
+        return Row(kind="promotion", name="chain", key="round.batch", batch=batch, can_share=False)
+    assert isinstance(spec, StudySpec)
+    batch = spec.budget.batch
+    return Row(kind="study", name="trial", key="budget.batch", batch=batch, can_share=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes of one row, on its device or on each of its GPUs.
+
+    Attributes:
+        runtime: What a process takes before it computes.
+        teacher: Parameters.
+        student: Parameters, all branches.
+        gradients: Of the student; those of a team twice, as it exchanges them.
+        adam: Two moments of each parameter.
+        activations: What training takes on a batch's way forth and back.
+        evaluation: What drawing and judging images takes, once Adam has gone.
+    """
+
+    runtime: int
+    teacher: int
+    student: int
+    gradients: int
+    adam: int
+    activations: int
+    evaluation: int
+
+    @property
+    def total(self) -> int:
+        """The most at any time."""
+        held = self.runtime + self.teacher + self.student + self.gradients
+        return held + max(self.adam + self.activations, self.evaluation)
+
+    @property
+    def trains_at_the_most(self) -> bool:
+        """Whether it is training, not evaluation, that takes it."""
+        return self.adam + self.activations >= self.evaluation
+
+    def line(self, spec: ModelSpec) -> str:
+        """For people."""
+        row = row_of(spec)
+        each = " on each of its GPUs" if spec.resources.team > 1 else ""
+        parts = {
+            "teacher": self.teacher,
+            "parameters": self.student,
+            "Adam": self.adam,
+            "gradients": self.gradients,
+            f"activations of batch {row.batch // spec.resources.team}": self.activations,
+            "evaluation, after Adam and activations": self.evaluation,
+            "runtime": self.runtime,
+        }
+        told = ", ".join(f"{what} {_size(size)}" for what, size in parts.items())
+        return f"memory: about {_size(self.total)} for one {row.name}{each} ({told})"
+
+    def shortage(self, spec: ModelSpec, device: torch.device, together: int) -> str:
+        """Why there is too little room for ``together`` rows on this machine; "" if there is.
+
+        What is lacking comes with the way out.
+        """
+        row, free = row_of(spec), free_bytes(device)
+        gpus = spec.resources.gpus
+        if device.type == "cuda":
+            # Rows with GPUs of their own do not share one.
+            sharing = 1 if gpus == "auto" or gpus >= 1 else int(1 / gpus)
+            together = min(together, sharing)
+        if free is None or together * self.total <= free:
+            return ""
+        evaluation = spec.evaluation
+        smaller = (
+            f"lower {row.key} ({row.batch} now)"
+            if self.trains_at_the_most
+            else f"lower evaluation.batch ({evaluation.batch} now) or evaluation.images "
+            f"({evaluation.images} now)"
+        )
+        ways = [smaller]
+        if together > 1:
+            ways.append(f"run fewer {row.name}s at once ({together} now) by --workers")
+            if device.type == "cuda":
+                ways.append(f"give each more of a GPU by resources.gpus ({gpus:g} now)")
+        elif device.type == "cuda" and self.trains_at_the_most and row.can_share:
+            ways.append(f"share each batch by resources.gpus: {2 * spec.resources.team}")
+        where = "the GPU" if device.type == "cuda" else "this machine"
+        share = f" for each of {together} {row.name}s at once" if together > 1 else ""
+        return (
+            f"a {row.name} needs about {_size(self.total)} and {where} has "
+            f"{_size(free / together)} free{share}; {', or '.join(ways)}"
+        )
+
+    def require_room(self, spec: ModelSpec, device: torch.device, together: int) -> None:
+        """Refuse rows that would run out of memory.
+
+        Raises:
+            InputError: ``shortage`` has something to say.
+        """
+        if lacking := self.shortage(spec, device, together):
+            raise InputError(f"{row_of(spec).kind} {spec.name}: {lacking}")
+
+
+def trial_memory(spec: StudySpec, architecture: Mapping[str, Any], device: torch.device) -> Memory:
+    """Foretell one trial's memory.
+
+    Args:
+        spec: The study.
+        architecture: The teacher's, as ``build_denoiser`` takes it.
+        device: Where it runs.
+    """
+    plan = Plan(
+        spec=spec,
+        architecture=architecture,
+        device=device,
+        num_branches=spec.student.substeps,
+        update=interval_update(spec),
+    )
+    grid = student_grid(spec)
+    # The walk of one batch: recorded rows, or a live teacher's whole path.
+    rows = grid.num_rows + 1
+    if spec.trajectories.mode == "live":
+        rows += len(grid.fine())
+    return row_memory(plan, images=rows * plan.batch)
+
+
+def row_memory(plan: "Plan", *, images: int, moments: int = 2, process: int = 0) -> Memory:
+    """Foretell one row's memory.
+
+    Args:
+        plan: Its calls.
+        images: Float images that wait beside those on their way through the network.
+        moments: Of each parameter, kept by the optimiser.
+        process: Bytes that its process holds besides.
+    """
+    team, on_cpu = plan.spec.resources.team, plan.device.type == "cpu"
+    teacher, student = plan.parameters(1), plan.parameters(plan.num_branches)
+    return Memory(
+        runtime=_RUNTIME["cpu" if on_cpu else "cuda"] + process,
+        teacher=teacher,
+        student=student,
+        gradients=student * (2 if team > 1 else 1),
+        adam=moments * student,
+        activations=plan.training() + images * plan.image * _FLOAT,
+        evaluation=teacher + _judging(plan, keeps_images=on_cpu),
+    )
+
+
+def interval_update(spec: StudySpec) -> Update:
+    """A student's in one interval; what it costs follows from its shapes."""
+    grid = student_grid(spec)
+
+    def forth_and_back(student: NetworkDenoiser, x: Tensor) -> None:
+        targets = x.expand(student.num_branches, *x.shape)
+        states = branch_states(student, x, grid.interval(grid.trained.start))
+        losses = branch_losses(states, targets)
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+
+    return forth_and_back
+
+
+def dataset_bytes(spec: ModelSpec, image: int) -> int:
+    """Of a data set of images of that many values, as it lies in memory."""
+    return image * _REFERENCE_IMAGES.get(split_side(spec.data or "")[0], _REFERENCE_OF_FILES)
+
+
+def extractor_size(name: str) -> ExtractorSize:
+    """Of an extractor by its name in a study."""
+    kind = name.partition(":")[0]
+    return _EXTRACTORS.get("dinov2-vit-l-14" if kind == "dinov2" else kind, _SMALL_EXTRACTOR)
+
+
+def _judging(plan: "Plan", *, keeps_images: bool) -> int:
+    """Sampling and its extractor; the images and their features lie in the machine's memory."""
+    spec = plan.spec
+    extractor, count = extractor_size(spec.evaluation.extractor), spec.evaluation.images
+    weights = int(extractor.weights * _MIB)
+    seen = int(extractor.image * _MIB) * min(_FEATURES_BATCH, count)
+    if not keeps_images:
+        return weights + max(plan.sampling(), seen)
+    images = count * plan.image  # a byte each
+    # Batches beside the whole they become; features in float32, in float64 and centred.
+    features = count * extractor.features * (4 + 8 + 8)
+    if set(spec.evaluation.metrics) != {"fid"}:
+        # Those of each reference image beside them, in float32 and in float64.
+        source = split_side(spec.data or "")[0]
+        real = _REFERENCE_IMAGES.get(source, _REFERENCE_OF_FILES)
+        features += real * extractor.features * (4 + 8)
+    return weights + max(plan.sampling() + 2 * images, images + seen, images + features)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A student's calls, on a GPU for real, else on tensors without numbers.
+
+    Attributes:
+        spec: What it is trained and judged for.
+        architecture: The teacher's, as ``build_denoiser`` takes it.
+        device: Where it runs.
+        num_branches: K.
+        update: One of its training.
+    """
+
+    spec: ModelSpec
+    architecture: Mapping[str, Any]
+    device: torch.device
+    num_branches: int
+    update: Update
+
+    @property
+    def batch(self) -> int:
+        """Training images on one device."""
+        return row_of(self.spec).batch // self.spec.resources.team
+
+    @property
+    def image(self) -> int:
+        """Values of one image."""
+        with torch.device("meta"):
+            return int(torch.Size(build_denoiser(dict(self.architecture)).image_shape).numel())
+
+    def parameters(self, num_branches: int) -> int:
+        """Bytes of a network's parameters and buffers."""
+        network = self._network(num_branches, torch.device("meta"))
+        tensors = [*network.parameters(), *network.buffers()]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def training(self) -> int:
+        """Bytes on the way forth and back, beside parameters and gradients."""
+        return self._peak(self.update, self.batch)
+
+    def sampling(self) -> int:
+        """Bytes of a call without gradients at the evaluation's batch."""
+
+        def call(student: NetworkDenoiser, x: Tensor) -> None:
+            with torch.no_grad():
+                student(x, torch.tensor(1.0))
+
+        count = min(self.spec.evaluation.batch, self.spec.evaluation.images)
+        return self._peak(call, count)
+
+    def _peak(self, call: Update, batch: int) -> int:
+        if self.device.type == "cuda":
+            return self._measured(call, batch)
+        student = self._network(self.num_branches, torch.device("meta")).train()
+        student.execution = Execution(precision=self.spec.precision)
+        # A process's levels are numbers that it looks up, and keeps: not in what has none.
+        student.precond(torch.ones(1, 1, 1, 1))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            student.to_empty(device="cpu")
+            live = _LiveBytes()
+            # Gradients that are there already are no part of what a call takes.
+            for parameter in student.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            with live:
+                call(student, torch.zeros(batch, *student.image_shape))
+        return live.peak
+
+    def _measured(self, call: Update, batch: int) -> int:
+        # Compiling takes minutes, and saves memory if anything.
+        student = self._network(self.num_branches, torch.device("cpu")).train().to(self.device)
+        student.execute(dataclasses.replace(execution(self.spec), compile=False))
+
+        def peak(images: int) -> int:
+            x = torch.zeros(images, *student.image_shape, device=self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            call(student, x)
+            return torch.cuda.max_memory_allocated(self.device) - before
+
+        try:
+            peak(_SMALL)  # makes the gradients, and whatever the libraries keep
+            few, more = peak(_SMALL), peak(_LARGER)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"{row_of(self.spec).kind} {self.spec.name}: the GPU has no room for {_LARGER} "
+                "images; free it, or take a larger one"
+            ) from error
+        slope = max(0, more - few) / (_LARGER - _SMALL)
+        return int(few + slope * max(0, batch - _SMALL))
+
+    def _network(self, num_branches: int, device: torch.device) -> NetworkDenoiser:
+        with device:
+            return build_denoiser({**self.architecture, "num_branches": num_branches})
+
+
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in torch
+    """Counts the memory of the tensors that are made while it is on, as they come and go.
+
+    Attributes:
+        peak: The most at any time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0
+        self._now = 0
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: Any,  # noqa: ANN401  an overload of torch's
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        for given in tree_leaves((args, kwargs)):
+            if isinstance(given, Tensor):
+                self._see(given, size=0)
+        out = func(*args, **(kwargs or {}))
+        for made in tree_leaves(out):
+            if isinstance(made, Tensor):
+                self._see(made, size=_resident(made.untyped_storage().nbytes()))
+        return out
+
+    def _see(self, tensor: Tensor, size: int) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+
+        def gone(_: object) -> None:
+            self._now -= size
+            del self._known[key]
+
+        self._known[key] = weakref.ref(storage, gone)
+        self._now += size
+        self.peak = max(self.peak, self._now)
+
+
+def _resident(size: int) -> int:
+    """What a block of the CPU's memory takes."""
+    return int(_HEAP_SHARE * size) if size <= _HEAP_BLOCK else size
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that are free on a device; None where the system does not say."""
+    if device.type == "cuda":
+        # What a measurement took and torch has kept for this process is free too.
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info(device)[0])
+    known = Path("/proc/meminfo")
+    if not known.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in known.read_text().splitlines())
+    return min([int(lines["MemAvailable"].split()[0]) * 1024, *_left_to_container()])
+
+
+def _left_to_container() -> list[int]:
+    """Bytes that this container's limits leave; none where there is no limit."""
+    left = []
+    for limit, taken in _CGROUP_FILES:
+        most, now = _CGROUP / limit, _CGROUP / taken
+        if not (most.is_file() and now.is_file()) or (text := most.read_text().strip()) == "max":
+            continue
+        stat = now.with_name("memory.stat")
+        lines = stat.read_text().splitlines() if stat.is_file() else []
+        known = dict(line.split() for line in lines)
+        # v1 counts the groups below in names of their own.
+        cache = sum(int(known.get(f"total_{key}", known.get(key, 0))) for key in _CGROUP_CACHE)
+        left.append(max(0, int(text) - int(now.read_text()) + cache))
+    return left
+
+
+def _size(size: float) -> str:
+    if size < _GIB / 10:
+        return f"{size / _MIB:.0f} MiB"
+    return f"{size / _GIB:.2f} GiB" if size < 10 * _GIB else f"{size / _GIB:.1f} GiB"

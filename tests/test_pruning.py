@@ -5,20 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from looked.ledger import Claim, Ledger
-from looked.spec import StudySpec
-from looked.trial import evaluate
 from optuna.distributions import FloatDistribution
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
+from search.database.ledger import Claim, Ledger
 from search.errors import SpecChangedError
 from search.records.folders import row_folder
 from search.records.retention import CHECKPOINT, RESULT, STUDENT
 from search.records.standing import headline, standing
 from search.records.study import Study
+from search.specs.study_spec import StudySpec
 from search.trials import assets
 from search.trials.pruning import LOOKS, judge_of
+from search.trials.trial import evaluate
 from search.trials.workers import SearchWorker
 from tests.e2e.study import small_study
 from tests.studies import spec

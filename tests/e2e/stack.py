@@ -83,6 +83,7 @@ class Stack:
     Attributes:
         engine: Where it runs.
         study, options: What its launcher runs.
+        files: Compose files, the first beside the repository's root.
         project: Its name; containers, networks and volumes carry it.
         workers: How many of ray-worker.
     """
@@ -90,6 +91,7 @@ class Stack:
     engine: Engine
     study: str
     options: str = ""
+    files: tuple[Path, ...] = (ROOT / "docker-compose.yml",)
     project: str = "bdense-test"
     workers: int = 2
     port: int = field(default_factory=free_port)
@@ -97,7 +99,7 @@ class Stack:
     def compose(
         self, *arguments: str, check: bool = True, timeout: float = 1800
     ) -> subprocess.CompletedProcess[str]:
-        done = self.docker("compose", "-p", self.project, *arguments, timeout=timeout)
+        done = self.docker(*self._compose, *arguments, timeout=timeout)
         assert not check or done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
         return done
 
@@ -118,9 +120,14 @@ class Stack:
             **options,
         )
 
+    @property
+    def _compose(self) -> list[str]:
+        files = [part for file in self.files for part in ("-f", str(file))]
+        return ["compose", "--project-directory", str(ROOT), *files, "-p", self.project]
+
     def pipe(self, *arguments: str, given: bytes = b"") -> bytes:
         """A compose command that reads or writes bytes."""
-        done = self._docker("compose", "-p", self.project, *arguments, input=given, timeout=300)
+        done = self._docker(*self._compose, *arguments, input=given, timeout=300)
         assert done.returncode == 0, f"{arguments}: {done.stderr!r}"
         return done.stdout
 

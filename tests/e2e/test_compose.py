@@ -1,5 +1,6 @@
 """docker compose for real: a study over two workers survives a crash, and nobody gets in."""
 
+import dataclasses
 import ssl
 import subprocess
 import time
@@ -7,22 +8,32 @@ import urllib.error
 import urllib.request
 
 import pytest
+import yaml
 
-from tests.e2e.stack import APP_USER, SECRETS, Engine, Stack
-from tests.e2e.study import wait_until
+from tests.e2e.stack import APP_USER, ROOT, SECRETS, Engine, Stack
+from tests.e2e.study import small_study, wait_until
 
 TRIALS = 4
-STUDY = "studies/digits-nfe2.yaml"
+# Long enough to be killed in.
+STUDY = small_study(budget={"trials": TRIALS, "kimg": 38.4})
 OURS = ("ray-head", "ray-worker", "launcher", "dashboard", "proxy")
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 
 @pytest.fixture(scope="module")
-def stack():
+def stack(tmp_path_factory):
     engine = Engine.find()
     if isinstance(engine, str):
         pytest.skip(f"docker compose is not tried: {engine}")
-    stack = Stack(engine, STUDY, options=f"--trials {TRIALS}")
+    folder = tmp_path_factory.mktemp("studies")
+    folder.parent.chmod(0o755)
+    folder.chmod(0o755)
+    (folder / "small.yaml").write_text(yaml.safe_dump(STUDY))
+    mounted = {"volumes": [f"{folder}:/srv/bdense/studies:ro"]}
+    services = {name: mounted for name in ("fetch", "ray-worker", "launcher")}
+    (folder / "studies.yml").write_text(yaml.safe_dump({"services": services}))
+    files = (ROOT / "docker-compose.yml", folder / "studies.yml")
+    stack = Stack(engine, "studies/small.yaml", options=f"--trials {TRIALS}", files=files)
     stack.build()
     try:
         yield stack
@@ -69,7 +80,7 @@ def test_stop_ends_the_launcher_for_good_and_up_carries_on(stack):
     stack.options = f"--trials {TRIALS + 2}"
     stack.up()
     wait_until(lambda: "running: training" in stack.logs("launcher"), seconds=300, what="a trial")
-    command = ("bdense-search", "stop", "digits-nfe2", "--wait")
+    command = ("bdense-search", "stop", "small", "--wait")
     done = stack.compose("run", "--rm", "--no-deps", "launcher", *command)
     assert "is stopped: no trial is worked on" in done.stdout
     wait_until(lambda: ended(stack), seconds=60, what="the launcher's end")
@@ -122,11 +133,11 @@ def test_tls_or_nothing(stack):
         )
         for name in ("tls_certificate", "tls_key"):
             (SECRETS / name).chmod(0o644)
-        overlay = ("-f", "docker-compose.yml", "-f", "docker-compose.tls.yml")
-        stack.compose(*overlay, "up", "--detach", "--no-deps", "--force-recreate", "proxy")
+        tls = dataclasses.replace(stack, files=(*stack.files, ROOT / "docker-compose.tls.yml"))
+        tls.compose("up", "--detach", "--no-deps", "--force-recreate", "proxy")
         wait_until(lambda: https(stack.port) == 401, seconds=30, what="https")
         (SECRETS / "tls_key").chmod(0o600)
-        stack.compose(*overlay, "restart", "proxy")
+        tls.compose("restart", "proxy")
         wait_until(
             lambda: "the secret file tls_key is missing, empty" in stack.logs("proxy"),
             seconds=60,
@@ -163,7 +174,7 @@ def test_the_proxy_asks_for_a_password_and_lets_nothing_change(stack):
     assert stack.ask("/api/studies")[0] == 401
     assert stack.ask("/api/studies", password="wrong")[0] == 401
     assert stack.ask("/api/studies", password=password, user="admin")[0] == 401
-    assert b"digits-nfe2" in stack.ask("/api/studies", password=password)[1]
+    assert b"small" in stack.ask("/api/studies", password=password)[1]
     for method, path in (
         ("DELETE", "/api/studies/1"),
         ("POST", "/api/studies/1/rename"),
@@ -265,6 +276,6 @@ def test_no_secret_is_in_a_description_an_image_a_process_list_or_a_log(stack):
     assert "gunicorn" in seen
     assert "tables are there" in seen
     dumped = stack.compose("exec", "-T", "postgres", "pg_dumpall", "-U", "bdense").stdout
-    assert "digits-nfe2" in dumped
+    assert "small" in dumped
     leaked = [name for name, secret in stack.secrets().items() if secret in seen + dumped]
     assert leaked == []

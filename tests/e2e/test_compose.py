@@ -26,11 +26,10 @@ def stack(tmp_path_factory):
     if isinstance(engine, str):
         pytest.skip(f"docker compose is not tried: {engine}")
     folder = tmp_path_factory.mktemp("studies")
-    folder.parent.chmod(0o755)
     folder.chmod(0o755)
     (folder / "small.yaml").write_text(yaml.safe_dump(STUDY))
     mounted = {"volumes": [f"{folder}:/srv/bdense/studies:ro"]}
-    services = {name: mounted for name in ("fetch", "ray-worker", "launcher")}
+    services = dict.fromkeys(("fetch", "ray-worker", "launcher"), mounted)
     (folder / "studies.yml").write_text(yaml.safe_dump({"services": services}))
     files = (ROOT / "docker-compose.yml", folder / "studies.yml")
     stack = Stack(engine, "studies/small.yaml", options=f"--trials {TRIALS}", files=files)
@@ -174,7 +173,7 @@ def test_the_proxy_asks_for_a_password_and_lets_nothing_change(stack):
     assert stack.ask("/api/studies")[0] == 401
     assert stack.ask("/api/studies", password="wrong")[0] == 401
     assert stack.ask("/api/studies", password=password, user="admin")[0] == 401
-    assert b"small" in stack.ask("/api/studies", password=password)[1]
+    assert b"small.baselines" in stack.ask("/api/studies", password=password)[1]
     for method, path in (
         ("DELETE", "/api/studies/1"),
         ("POST", "/api/studies/1/rename"),
@@ -276,6 +275,6 @@ def test_no_secret_is_in_a_description_an_image_a_process_list_or_a_log(stack):
     assert "gunicorn" in seen
     assert "tables are there" in seen
     dumped = stack.compose("exec", "-T", "postgres", "pg_dumpall", "-U", "bdense").stdout
-    assert "small" in dumped
+    assert "small.baselines" in dumped
     leaked = [name for name, secret in stack.secrets().items() if secret in seen + dumped]
     assert leaked == []

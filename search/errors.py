@@ -35,5 +35,9 @@ class DiskFullError(InputError):
     """No space is left for a row's files; what was saved before stays."""
 
 
+class ArtifactError(BdenseError):
+    """A picture could not be put where artifacts go; nothing but the picture is lost."""
+
+
 class WorkersFailedError(BdenseError):
     """Workers die before they reach a trial; the launch ends instead of restarting for ever."""

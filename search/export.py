@@ -22,7 +22,7 @@ from search.judging.confirmation import SUFFIX, verdict
 from search.records.folders import named_file
 from search.records.planned import Planned, Row
 from search.records.study import FINGERPRINT, Study
-from search.showing.chain_report import chain_chart, chain_table, fid_table
+from search.showing.chain_report import CARD_CONDITIONS, chain_chart, chain_table, fid_table
 from search.showing.drawing import DPI, picture
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 PIPELINE, FIGURE = "diffusers", "fid.png"
 _MADE_FROM = "made_from"  # in the metadata of what is handed on
-_CONDITIONS = ("images", "extractor", "extractor_sha256", "reference", "reference_images")
 
 
 def export_trial(
@@ -282,7 +281,7 @@ def _student_table(planned: Planned, trial: FrozenTrial) -> list[dict[str, Any]]
                 "std_err": found.standard_error if found.n > 1 else None,
                 "n": found.n,
                 "kimg": row.kimg,
-                **{key: first[key] for key in _CONDITIONS},
+                **{key: first[key] for key in CARD_CONDITIONS},
                 "seeds": " ".join(map(str, sorted(result.fids))),
             }
         )

@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -73,7 +74,7 @@ def start_logging() -> None:
     if handler is None:
         handler = _Handler()
         root.addHandler(handler)
-    handler.setFormatter(JsonLines() if as_json else logging.Formatter("%(message)s"))
+    handler.setFormatter(JsonLines() if as_json else Text("%(message)s"))
     logging.getLogger("search").setLevel(logging.INFO if as_json else logging.WARNING)
     logging.getLogger("optuna").setLevel(logging.WARNING)
 
@@ -109,6 +110,14 @@ class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
         return super().filter(record)
 
 
+class Text(logging.Formatter):
+    """Lines for people, without passwords, those of exceptions included."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """As logging has it."""
+        return redact(super().format(record))
+
+
 class JsonLines(logging.Formatter):
     """One JSON object a record: time, level, logger, study, trial, attempt, message, fields."""
 
@@ -120,12 +129,30 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             "logger": record.name,
             **{key: own.get(key) for key in _KEYS},
-            "message": redact(record.getMessage()),
-            **getattr(record, FIELDS, {}),
+            "message": record.getMessage(),
         }
         if record.exc_info:
-            entry["exception"] = redact(self.formatException(record.exc_info))
-        return json.dumps(entry, default=str)
+            entry["exception"] = self.formatException(record.exc_info)
+        return json_line(entry, getattr(record, FIELDS, {}))
+
+
+def json_line(entry: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
+    """One JSON object without passwords: the entry, and fields under names that it leaves."""
+    rest = {key: value for key, value in fields.items() if key not in entry}
+    return json.dumps(_plain({**entry, **rest}), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401  whatever is logged
+    """As JSON has it; what it has no number for is a word: nan, inf."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(float(value))
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, Mapping):
+        return {redact(str(key)): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return redact(str(value))
 
 
 def timestamp(seconds: float) -> str:

@@ -2,16 +2,21 @@
 
 import http.server
 import threading
+import time
 from pathlib import Path
 
 import optuna
 import pytest
+import sqlalchemy as sa
 from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta
 from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.exceptions import UpdateFinishedTrialError
 
 from bdense.errors import InputError
 from search.database.ledger import Claim, Ledger
+from search.database.storage import DATABASE_ERRORS, exclusive
+from search.errors import ArtifactError
+from search.records import artifacts
 from search.records.artifacts import (
     FolderStore,
     artifact_store,
@@ -112,7 +117,7 @@ class DyingStore(FolderStore):
 @pytest.mark.parametrize("half", [b"", b"a g"])
 def test_an_artifact_that_was_begun_is_mended_under_its_id(ledger, grid, tmp_path, half):
     trial_id, folder = claim(ledger).trial_id, tmp_path / "artifacts"
-    with pytest.raises(OSError, match="the worker is gone"):
+    with pytest.raises(ArtifactError, match="the worker is gone; check BDENSE_ARTIFACTS"):
         attach(ledger.storage, trial_id, [grid], DyingStore(folder, half))
     ((begun, _),) = metas(ledger, trial_id)
     store = FolderStore(folder)
@@ -120,6 +125,71 @@ def test_an_artifact_that_was_begun_is_mended_under_its_id(ledger, grid, tmp_pat
     assert attach(ledger.storage, trial_id, [grid], store) == {"samples.png": begun}
     assert metas(ledger, trial_id) == [(begun, "samples.png")]
     assert store.open_reader(begun).read() == b"a grid"
+
+
+class HangingStore(FolderStore):
+    """Its server is gone; what is written waits until it is back."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.begun, self.back = threading.Event(), threading.Event()
+
+    def write(self, artifact_id, content_body):
+        self.begun.set()
+        self.back.wait(20)
+        super().write(artifact_id, content_body)
+
+
+@pytest.mark.parametrize(
+    "server", ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)]
+)
+def test_a_store_that_hangs_holds_up_nobody_and_is_not_waited_for_for_ever(
+    server, request, grid, tmp_path, monkeypatch
+):
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    if server == "postgres":
+        url = request.getfixturevalue("postgres").new_database()
+    ledger = Ledger.open(url, "digits", budget=3)
+    trial_id, store = claim(ledger).trial_id, HangingStore(tmp_path / "artifacts")
+    monkeypatch.setattr(artifacts, "PATIENCE_SECONDS", 3.0)
+    errors = []
+
+    def work() -> None:
+        try:
+            attach(ledger.storage, trial_id, [grid], store)
+        except ArtifactError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert store.begun.wait(5)
+    began = time.monotonic()
+    # Its adopter, and on SQLite every claim, would wait for the lock.
+    with exclusive(Ledger.open(url, "digits", budget=None).storage.engine, lock_of(trial_id)):
+        assert thread.is_alive()
+    assert time.monotonic() - began < 2
+    thread.join()
+    store.back.set()
+    expected = "the store of artifacts has not answered for 3 seconds; check BDENSE_ARTIFACTS"
+    assert errors == [expected]
+    assert len(metas(ledger, trial_id)) == 1
+
+
+def lock_of(trial_id: int) -> str:
+    return f"artifacts of trial {trial_id}"
+
+
+def test_a_store_with_a_database_of_its_own_is_not_taken_for_the_studys(ledger, grid, tmp_path):
+    """Which would be waited for, for minutes, and then cost the trial."""
+
+    class Refusing(FolderStore):
+        def write(self, artifact_id, content_body):
+            raise sa.exc.OperationalError("PUT", {}, Exception("cannot connect"))
+
+    trial_id = claim(ledger).trial_id
+    with pytest.raises(ArtifactError, match="cannot connect") as caught:
+        attach(ledger.storage, trial_id, [grid], Refusing(tmp_path / "artifacts"))
+    assert not isinstance(caught.value, DATABASE_ERRORS)
 
 
 def test_a_finished_trial_takes_none(ledger, grid, tmp_path):

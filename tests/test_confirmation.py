@@ -428,7 +428,8 @@ def test_a_confirmation_s_own_name_works_where_a_study_s_does(searched, tmp_path
 
 
 def test_the_trajectories_of_each_seed_are_cleaned(planned, tmp_path):
-    folders = [tmp_path / "cache" / name for name in ("of-seed-1", "of-seed-2", "of-the-search")]
+    place = tmp_path / "runs" / "cache" / "trajectories"
+    folders = [place / name for name in ("of-seed-1", "of-seed-2", "of-the-search")]
     for folder in folders:
         folder.mkdir(parents=True)
         (folder / "shard").write_bytes(bytes(2**19))

@@ -24,7 +24,13 @@ from search.database.ledger import Ledger
 from search.database.storage import open_reading, open_storage
 from search.errors import StorageError
 from search.records.artifacts import FolderStore, attach
-from search.showing.dashboard import Application, dashboard_application, hardened, serve
+from search.showing.dashboard import (
+    Application,
+    addressed_here,
+    dashboard_application,
+    hardened,
+    serve,
+)
 from search.specs.space import search_space
 from tests.e2e.study import wait_until
 from tests.studies import spec
@@ -266,6 +272,33 @@ def test_headers_of_an_answer_that_has_none():
     assert headers["content-security-policy"].startswith("default-src 'none'; sandbox")
 
 
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:8080", 200),
+        ("localhost:8080", 200),
+        ("LocalHost:8080", 200),
+        ("[::1]:8080", 200),
+        ("127.0.0.1:8081", 403),
+        ("127.0.0.1", 403),
+        ("evil.example.org:8080", 403),
+        ("127.0.0.1.evil.example.org:8080", 403),
+        (None, 403),
+    ],
+)
+def test_a_name_that_is_made_to_mean_this_machine_is_refused(study, host, status):
+    application = addressed_here(study.application(writable=True), 8080)
+
+    def named(environ, start_response):
+        given = {} if host is None else {"HTTP_HOST": host}
+        return application({**environ, **given}, start_response)
+
+    found, answer = ask(named, "GET", "/api/studies")
+    assert found == status
+    if status == 403:
+        assert "open http://127.0.0.1:8080" in answer["reason"]
+
+
 def test_under_gunicorn_from_the_environment(study, tmp_path):
     """As the container runs it."""
     pytest.importorskip("gunicorn", reason="needs gunicorn (in the service's image)")
@@ -313,10 +346,14 @@ def over_socket(path: Path, method: str, address: str) -> bytes:
 @contextlib.contextmanager
 def running(url: str) -> Iterator[tuple[subprocess.Popen, str]]:
     """The real server in a process of its own, and its address."""
-    program = "import sys; from search.showing.dashboard import serve\n"
+    # Ignored, as by a shell that starts a command in the background, these tests perhaps.
+    program = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    program += "from search.showing.dashboard import serve\n"
     program += "serve(sys.argv[1], port=0, writable=False)"
     with subprocess.Popen(
-        [sys.executable, "-c", program, url], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, url],
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         try:
             line = process.stderr.readline()
@@ -332,6 +369,9 @@ def test_the_server_answers_on_this_machine_and_ends_with_ctrl_c(study):
         with urllib.request.urlopen(f"{address}/api/studies", timeout=20) as answer:
             names = [each["study_name"] for each in json.load(answer)["study_summaries"]]
         assert names == ["digits"]
+        other = urllib.request.Request(f"{address}/api/studies", headers={"Host": "evil.example"})
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(other, timeout=20)
         delete = urllib.request.Request(f"{address}/api/studies/{study.key}", method="DELETE")
         with pytest.raises(urllib.error.HTTPError, match="403"):
             urllib.request.urlopen(delete, timeout=20)

@@ -42,6 +42,21 @@ def version(url: str) -> list[int]:
     return found
 
 
+def rights_on_a_new_table(url: str, role: str) -> set[str]:
+    """Of a table that the owner makes now, as an upgrade does."""
+    execute(url, "CREATE TABLE later (x int)")
+    engine = sa.create_engine(url)
+    ask = "SELECT has_table_privilege('{}', 'later', '{}')"
+    with engine.connect() as connection:
+        found = {
+            right
+            for right in ("SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE")
+            if connection.exec_driver_sql(ask.format(role, right)).scalar_one()
+        }
+    engine.dispose()
+    return found
+
+
 def claimed(url: str, **settings) -> tuple[Ledger, Claim]:
     ledger = Ledger.open(url, "digits", budget=2, **settings)
     claim = ledger.claim(SPACE, RandomSampler)
@@ -229,6 +244,30 @@ class TestRoles:
         monkeypatch.setenv("PGPASSWORD", PASSWORD)
         with pytest.raises(StorageError, match="bdense-search storage init, with --writer"):
             Ledger.open(reader, "new", budget=3)
+
+    def test_a_reader_is_made_a_writer(self, roles, monkeypatch):
+        url, _, reader = roles
+        name = sa.engine.make_url(reader).username
+        grant(url, [Role(name=name, access="read-write")])
+        assert rights_on_a_new_table(url, name) == {"SELECT", "INSERT", "UPDATE", "DELETE"}
+        monkeypatch.setenv("PGPASSWORD", PASSWORD)
+        ledger, claim = claimed(reader)
+        ledger.complete(claim, 1.5, {"a": 1})
+        assert ledger.counts().complete == 1
+
+    def test_a_writer_is_made_a_reader(self, roles, monkeypatch):
+        url, writer, _ = roles
+        name = sa.engine.make_url(writer).username
+        claimed(url)
+        grant(url, [Role(name=name, access="read-only")])
+        assert rights_on_a_new_table(url, name) == {"SELECT"}
+        monkeypatch.setenv("PGPASSWORD", PASSWORD)
+        assert Ledger.open_reading(writer, "digits").counts().running == 1
+        with pytest.raises(sa.exc.DBAPIError, match="read-only transaction"):
+            execute(writer, "DELETE FROM trials")
+        for taken in ("DELETE FROM trials", "SELECT nextval('trials_trial_id_seq')"):
+            with pytest.raises(sa.exc.DBAPIError, match="permission denied for"):
+                execute(writer, f"SET TRANSACTION READ WRITE; {taken}")
 
     def test_a_stranger_is_kept_out(self, roles, postgres):
         url, _, _ = roles

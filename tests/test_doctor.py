@@ -30,6 +30,8 @@ from search.doctor.machine import look_at_machine, wants_of
 from search.doctor.rows import subjects
 from search.doctor.storage import engine_of, look_at_storage
 from search.records.artifacts import artifact_store, attach
+from search.records.planned import PLAIN, SPACES, UNIFORM, Planned
+from search.records.planned import Row as PlannedRow
 from search.records.standing import copy_baselines
 from search.records.study import BASELINES_SUFFIX, FINGERPRINT, Study
 from search.specs.space import baseline_space, make_sampler, search_space
@@ -73,8 +75,9 @@ class Patient:
         claim = claim or self.take(ledger)
         folder = self.folder(ledger, claim.number)
         folder.mkdir(parents=True)
-        for name in ("samples.png", "student.safetensors", "trial.json"):
+        for name in ("samples.png", "student.safetensors"):
             (folder / name).write_bytes(b"0")
+        self.mark(ledger, claim)
         (folder / "result.json").write_text(json.dumps({"value": value}))
         stored = {
             "fid": CONDITIONS,
@@ -85,6 +88,11 @@ class Patient:
         }
         ledger.complete(claim, value, stored | attrs)
         return claim.number
+
+    def mark(self, ledger: Ledger, claim: Claim, **other) -> None:
+        """Say in a row's folder whose it is, as its worker does."""
+        identity = {"params": dict(claim.params), "fingerprint": SPEC.fingerprint()} | other
+        (self.folder(ledger, claim.number) / "trial.json").write_text(json.dumps(identity))
 
     def folder(self, ledger: Ledger, number: int) -> Path:
         return self.runs / ledger.study.study_name / f"{number:05d}"
@@ -353,17 +361,56 @@ def test_leftovers_of_finished_rows_are_deleted_and_those_of_running_ones_are_no
     kept.mkdir()
     left = [
         patient.folder(ledger, 0) / "checkpoint.safetensors",
+        patient.folder(ledger, 0) / "00004.training.safetensors",
         patient.folder(ledger, 0) / ".checkpoint.safetensors.x1.partial",
+        patient.folder(ledger, 0) / ".student.safetensors.x1.partial",
         kept / "checkpoint.safetensors",
         kept / ".checkpoint.safetensors.x2.partial",
     ]
     for path in left:
         path.write_bytes(b"0" * 2**20)
-    patient.only("warning", "2 checkpoints and unfinished files that nobody needs, 2.0 MiB")
-    patient.only("mended", "2 checkpoints", fix=True)
-    assert [path.exists() for path in left] == [False, False, True, True]
+    for old in (left[2], left[5]):
+        os.utime(old, (0, 0))
+    patient.only("warning", "3 checkpoints and unfinished files that nobody needs, 3.0 MiB")
+    patient.only("mended", "3 checkpoints", fix=True)
+    # Of an unfinished file that is fresh somebody may be in the middle.
+    assert [path.exists() for path in left] == [False, False, False, True, True, True]
     assert (patient.folder(ledger, 1) / "student.safetensors").exists()
     assert patient.worse() == []
+
+
+def test_a_checkpoint_of_another_database_s_row_stays(patient):
+    """Its study has the same name, and its worker moved our folder aside."""
+    ledger = patient.study.trials
+    claim = patient.take(ledger)
+    ledger.fail(claim, "diverged", "nan", {"fingerprint": SPEC.fingerprint()})
+    folder = patient.folder(ledger, claim.number)
+    folder.mkdir()
+    live = folder / "checkpoint.safetensors"
+    for theirs in ({"params": {"a": 0.1, "b": -1.0}}, {"fingerprint": "feedfeedfeedfeed"}):
+        patient.mark(ledger, claim, **theirs)
+        live.write_bytes(b"0")
+        found = patient.only("warning", "the folders of trial 2, which have ended", fix=True)
+        assert "another study's of this name" in found.text
+        assert live.exists()
+    patient.mark(ledger, claim)
+    patient.only("mended", "1 checkpoints", fix=True)
+    assert not live.exists()
+
+
+def test_rows_of_arms_are_known_by_their_arms(tmp_path, monkeypatch):
+    monkeypatch.setenv("BDENSE_RUNS", str(tmp_path))
+    url = resolve_storage_url(None)
+    planned = Planned.create(url, "rows", "retrain", SPEC, resources=SPEC.resources, facts={})
+    planned.plan([PLAIN, UNIFORM], [PlannedRow(arm=1, seed=7, kimg=1.0, nfe=2)])
+    claim = planned.ledger.claim(SPACES["retrain"], None)
+    planned.ledger.fail(claim, "diverged", "nan", {"fingerprint": "0123"})
+    patient = Patient(url, tmp_path)
+    (folder := patient.folder(planned.ledger, 0)).mkdir(parents=True)
+    (folder / "checkpoint.safetensors").write_bytes(b"0")
+    for arm, text in ((PLAIN, "another study's of this name"), (UNIFORM, "1 checkpoints")):
+        patient.mark(planned.ledger, claim, params=arm.params, fingerprint="0123")
+        patient.only("warning", text)
 
 
 def test_pictures_that_are_not_where_the_database_says(patient):
@@ -518,6 +565,45 @@ def test_the_command_says_all_and_exits_by_it(patient, capsys, monkeypatch):
     status, _, err = run("nobody", capsys=capsys)
     assert status == 2
     assert "no study 'nobody' in " in err
+
+
+def test_old_tables_are_a_problem_and_not_the_end_of_the_answer(patient, capsys, monkeypatch):
+    monkeypatch.setenv("BDENSE_STORAGE", patient.url)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    patient.sql("UPDATE alembic_version SET version_num = 'v3.0.0.d'")
+    status, out, err = run("digits", "--json", capsys=capsys)
+    answer = json.loads(out)
+    problems = [each for each in answer["findings"] if each["level"] == "problem"]
+    assert (status, answer["ok"]) == (1, False)
+    assert [each["check"] for each in problems] == ["schema", "storage"]
+    assert "bdense-search storage upgrade" in problems[0]["advice"]
+    assert "bdense-search storage upgrade" in problems[1]["text"]
+    assert "2 problems left" in err
+
+
+def test_a_spec_of_another_version_is_a_problem(patient):
+    stored = json.loads(patient.study.trials.study.user_attrs["spec"]) | {"wings": 2}
+    patient.study.trials.study.set_user_attr("spec", json.dumps(stored))
+    found = patient.only("problem", "this bdense cannot read the study's spec (digits: wings: ")
+    assert found.text.endswith("; use the version that launched it")
+
+
+@pytest.mark.postgres
+def test_a_reader_is_told_what_it_cannot_mend(postgres, tmp_path, monkeypatch):
+    monkeypatch.setenv("BDENSE_RUNS", str(tmp_path))
+    url = resolve_storage_url(postgres.new_database())
+    healthy(url, tmp_path)
+    owner = Patient(url, tmp_path)
+    owner.study.trials.study.set_user_attr("baselines", {})
+    role = f"looker_{os.getpid()}"
+    owner.sql(f"CREATE ROLE {role} LOGIN")
+    owner.sql(f"GRANT SELECT ON ALL TABLES IN SCHEMA public TO {role}")
+    reader = Patient(
+        make_url(url).set(username=role).render_as_string(hide_password=False), tmp_path
+    )
+    reader.only("warning", "their results are not in the study's attributes")
+    found = reader.only("problem", "mending failed: ", fix=True)
+    assert "init, with --writer or --reader for this user" in found.line()
 
 
 def test_a_server_that_does_not_answer_is_a_problem_of_several(capsys, monkeypatch, tmp_path):

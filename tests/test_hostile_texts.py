@@ -23,6 +23,7 @@ from search.records.folders import named_file, row_folder
 from search.records.planned import SPACES, Arm, Planned, Row
 from search.records.study import CONDITIONS, FINGERPRINT, SPEC, Study
 from search.showing.dashboard import HOST, _QuietHandler, _Server, dashboard_application
+from search.showing.drawing import shortened
 from search.showing.live import attach_pictures, show
 from search.showing.markdown import escaped, fenced, html_table, markdown_table, tagless
 from search.showing.report_files import write_planned_report, write_report
@@ -203,6 +204,22 @@ def test_escaped_words_are_one_line_without_meaning(text):
     assert '"' not in tagless(text)
     assert markdown_table([["x"], [text]]).count("\n") == 2
     assert read_cells(html_table([["x"], [text]])) == [["x"], [" ".join(text.split())]]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["see https://example.org/x", "HTTP://example.org", "www.example.org", "me@example.org"],
+)
+def test_bare_addresses_become_no_links(text):
+    """By the patterns of GFM's readers, of which some look once marks were taken away."""
+    line = escaped(text)
+    assert not re.search(r"https?://|www\.|[-.\w+]@", line, re.IGNORECASE)
+    assert line.replace("\u2060", "").replace("\\", "") == text
+
+
+def test_a_label_that_is_too_long_is_shortened():
+    assert shortened("a" * 60) == "a" * 60
+    assert shortened("a" * 61) == "a" * 59 + "…"
 
 
 def read_cells(html: str) -> list[list[str]]:

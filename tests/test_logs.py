@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import threading
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ import sqlalchemy as sa
 from bdense.errors import StoppedError
 from bdense.sharing import distill_on
 from search import cli
-from search.database.ledger import Claim
+from search.database.ledger import Claim, Ledger
 from search.database.storage import open_storage, resolve_storage_url
 from search.records.folders import row_folder
 from search.records.study import Study
@@ -315,11 +316,14 @@ def test_logs_of_a_trial_are_followed_to_its_end(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("9",), "study digits has no trial 9: there are 1 so far, numbered from 0"),
+        (("9",), "study digits has no trial 9: there are 1 so far, 3 more are to come, numbered"),
         (("0",), "trial 0 has no log in "),
         (("--baseline", "sfd"), "trial 0 has no log in "),
         ((), "give either the number of a TRIAL, or --baseline, one of the two"),
         (("0", "--baseline", "sfd"), "one of the two"),
+        # Waiting for it would never end.
+        (("-1", "--follow"), "study digits has no trial -1: there are 1 so far, 3 more are"),
+        (("4", "--follow"), "study digits has no trial 4: there are 1 so far, 3 more are to come"),
     ],
 )
 def test_logs_that_are_not_there(capsys, arguments, message):
@@ -327,6 +331,15 @@ def test_logs_that_are_not_there(capsys, arguments, message):
     status, out, err = answer(capsys, "logs", "digits", *arguments)
     assert (status, out) == (2, "")
     assert message in err
+
+
+def test_logs_of_baselines_that_are_half_made(capsys):
+    study = Study.create(resolve_storage_url(None), spec())
+    study.baselines.delete()
+    Ledger.open(study.url, "digits.baselines", budget=2)
+    status, out, err = answer(capsys, "logs", "digits", "--baseline", "uniform")
+    assert (status, out) == (2, "")
+    assert "study digits has no baseline uniform yet: its launch was killed" in err
 
 
 # The service's own log.
@@ -402,6 +415,47 @@ def test_an_exception_is_part_of_its_record(capsys, as_json):
         logging.getLogger("search.test").exception("broken")
     (line,) = map(json.loads, capsys.readouterr().err.splitlines())
     assert "ValueError: postgresql://me:***@host/db" in line["exception"]
+
+
+def test_a_record_s_fields_hide_passwords_and_none_of_its_own_keys(capsys, as_json):
+    fields = {
+        "study": "theirs",
+        "message": "theirs",
+        "level": "theirs",
+        "error": "postgresql://me:s3cret@host/db",
+        "deep": {"urls": ["password=s3cret"], "loss": math.nan},
+        "loss": [math.inf, -math.inf, 1.5],
+        "path": Path("a/b"),
+    }
+    with speaking_of(study="digits"):
+        logging.getLogger("search.test").info("ours", extra={"fields": fields})
+    (line,) = capsys.readouterr().err.splitlines()
+    told = json.loads(line, parse_constant=pytest.fail)
+    assert (told["study"], told["message"], told["level"]) == ("digits", "ours", "info")
+    assert told["error"] == "postgresql://me:***@host/db"
+    assert told["deep"] == {"urls": ["password=***"], "loss": "nan"}
+    assert (told["loss"], told["path"]) == (["inf", "-inf", 1.5], "a/b")
+
+
+def test_the_log_for_people_hides_passwords_too(capsys):
+    start_logging()
+    try:
+        raise ValueError("postgresql://me:s3cret@host/db")
+    except ValueError:
+        logging.getLogger("search.test").exception("password=s3cret")
+    said = capsys.readouterr().err
+    assert said.startswith("password=***\n")
+    assert "ValueError: postgresql://me:***@host/db" in said
+
+
+def test_a_trial_s_log_is_json_whatever_the_losses_are(tmp_path):
+    losses = {"loss": math.nan, "branch_losses": [[math.inf, 1.0]]}
+    TrialLog(tmp_path).open()("training", iteration=1, iterations=9, time="theirs", **losses)
+    (line,) = (tmp_path / LOG_FILE).read_text().splitlines()
+    event = json.loads(line, parse_constant=pytest.fail)
+    assert (event["loss"], event["branch_losses"]) == ("nan", [["inf", 1.0]])
+    assert event["time"] != "theirs"
+    assert "1/9  loss      nan  [1]      inf        1" in log_line(event)
 
 
 def test_mistakes_are_told_in_the_log_too(capsys, as_json):

@@ -127,6 +127,20 @@ def test_the_best_is_the_first_of_the_lowest(ledger):
     assert best.value == -math.inf
 
 
+def test_ranks_are_those_of_all_values(ledger):
+    complete = ledger.study.get_trials(states=(TrialState.COMPLETE,))
+    ranked = [t.number for t in sorted(complete, key=lambda t: (t.value, t.number))]
+    assert len(ranked) == 8
+    for rank in (0, 1, 3, 7, 8, 20):
+        for most in (0, 2, 100):
+            expected = ranked[rank : rank + most]
+            assert ledger.ranked_after(rank, most, also=-1) == expected
+            last = {ranked[-1]} & set(ranked[rank:]) - set(expected)
+            assert ledger.ranked_after(rank, most, also=ranked[-1]) == [*expected, *last]
+    running = ledger.study.get_trials(states=(TrialState.RUNNING,))[0].number
+    assert ledger.ranked_after(8, 5, also=running) == []
+
+
 def test_of_equal_values_the_first_is_best_and_a_pruned_one_never(url):
     ledger = Ledger.open(url, "digits", budget=5)
     assert ledger.best() is None

@@ -1,6 +1,8 @@
 """How trials are spread over a cluster's machines."""
 
 import contextlib
+import os
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -106,6 +108,27 @@ def test_ray_s_remarks_do_not_mix_with_the_result(monkeypatch, capsys):
     runner.run(job, workers=1, on_preparing=lambda _: None, on_running=lambda: None)
     sys.stdout.write("the result\n")
     assert capsys.readouterr().out == "the result\n"
+
+
+def test_a_launch_whose_workers_saved_and_ended_forgives_nobody(monkeypatch):
+    """What still runs is another launch's: its attempts are not this one's to forgive."""
+
+    @contextlib.contextmanager
+    def session(url: str) -> Iterator[None]:
+        yield
+
+    def interrupted(*_: object) -> list:
+        os.kill(os.getpid(), signal.SIGINT)
+        return []
+
+    monkeypatch.setattr(runner, "ray_session", session)
+    monkeypatch.setattr(runner, "_await_machines", lambda: None)
+    monkeypatch.setattr(runner, "_slots", lambda *_: 1)
+    monkeypatch.setattr(runner, "_prepare", lambda *_: None)
+    monkeypatch.setattr(runner, "_run_slots", interrupted)
+    job = runner.Job(kind="retrain", record=EndedRows(), specs=[spec()])
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(job, workers=1, on_preparing=lambda _: None, on_running=lambda: None)
 
 
 class Started:

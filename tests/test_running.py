@@ -1,5 +1,6 @@
 """While a study runs: points planned by hand, stops, GPUs that are chosen, what stays on disk."""
 
+import json
 import os
 import signal
 import threading
@@ -16,6 +17,7 @@ from search.database.storage import resolve_storage_url
 from search.launching.gpus import count_gpus, use_gpus
 from search.records import retention
 from search.records.folders import row_folder
+from search.records.opening import stored_spec
 from search.records.planned import Planned
 from search.records.points import Point, checked, largest_weight
 from search.records.retention import CHECKPOINT, STUDENT
@@ -326,11 +328,48 @@ def test_a_pruned_trial_s_value_takes_no_student_s_place():
     assert with_student(study) == [first, second]
 
 
+def test_a_file_that_cannot_be_deleted_ends_nothing(caplog):
+    study = search(budget__trials=4)
+    number = complete(study, 2.0)
+    stuck = row_folder("digits", number) / STUDENT
+    stuck.unlink()
+    stuck.mkdir()  # to unlink it is an error, for root too
+    worse, best = complete(study, 3.0), complete(study, 1.0)
+    retention.keep_best_students(study.trials, 1, best)
+    assert f"{stuck} cannot be deleted" in caplog.text
+    assert with_student(study) == [number, best]
+    assert not (row_folder("digits", worse) / "student.md").exists()
+
+
+def test_the_student_of_a_trial_far_down_goes_as_it_ends(monkeypatch):
+    study = search(budget__trials=9, keep_students=1)
+    numbers = [complete(study, value) for value in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)]
+    monkeypatch.setattr(retention, "_MARGIN", 2)
+    retention.keep_best_students(study.trials, 1, numbers[4])
+    # Those just beyond the best, and the one that ended.
+    assert with_student(study) == [numbers[i] for i in (0, 3, 5)]
+    retention.keep_too(study.trials, [numbers[3]])
+    retention.keep_best_students(study.trials, 1, numbers[3])
+    assert with_student(study) == [numbers[i] for i in (0, 3, 5)]
+    # One that is best stays as it ends, and one that was given back is nobody's to delete.
+    retention.keep_best_students(study.trials, 1, numbers[0])
+    released = claim(study.trials)
+    folder = row_folder("digits", released.number)
+    folder.mkdir(parents=True)
+    (folder / STUDENT).write_text("x")
+    study.trials.release(released)
+    retention.keep_best_students(study.trials, 1, released.number)
+    assert with_student(study) == [*(numbers[i] for i in (0, 3, 5)), released.number]
+
+
 def test_a_student_that_is_gone_cannot_be_kept(capsys):
     search()
     status, _, err = answer(capsys, "clean", "digits", "--keep", "3")
     assert status == 2
-    assert "--keep 3: no student of that trial is there; plan its point again" in err
+    assert (
+        "--keep 3: no student of that trial is there; make one of its weights by `bdense distill`"
+        in err
+    )
 
 
 def test_clean_deletes_students_beyond_the_best(capsys):
@@ -364,6 +403,54 @@ def test_clean_deletes_what_ended_trials_and_dead_workers_left(capsys):
     ] == [f"{running:05d}"]
     assert (fresh.exists(), old.exists()) == (True, False)
     assert with_student(study) == [ended]
+
+
+@pytest.fixture
+def recorded(runs) -> Path:
+    """Trajectories of the study digits."""
+    folder = runs / "cache" / "trajectories" / "0123"
+    folder.mkdir(parents=True)
+    (folder / "shard").write_bytes(bytes(2**20))
+    return folder
+
+
+def test_clean_deletes_trajectories_while_nobody_reads_them(capsys, recorded):
+    study = search()
+    study.trials.study.set_user_attr("trajectories", str(recorded))
+    taken = claim(study.trials)
+    status, _, err = answer(capsys, "clean", "digits")
+    assert status == 2
+    assert "1 trials of digits are worked on and read its trajectories; end them first" in err
+    assert recorded.exists()
+    study.trials.release(taken)
+    assert answer(capsys, "clean", "digits")[1] == "1.0 MiB of trajectories deleted\n"
+    assert not recorded.exists()
+
+
+@pytest.mark.parametrize("named", ["..", "../..", "0123/deeper", "../../digits"])
+def test_clean_deletes_no_folder_but_one_of_trajectories(capsys, recorded, named):
+    """Whoever may write to the database may name any."""
+    study, other = search(), recorded.parent / named
+    other.mkdir(parents=True, exist_ok=True)
+    study.trials.study.set_user_attr("trajectories", str(other))
+    status, _, err = answer(capsys, "clean", "digits")
+    assert status == 2
+    assert "which is none of the folders in" in err
+    assert (other.exists(), (recorded / "shard").exists()) == (True, True)
+
+
+def test_a_spec_of_another_version_is_named(capsys):
+    study = search()
+    stored = spec().model_dump(mode="json")
+    stored["budget"]["wings"] = 2
+    study.trials.study.set_user_attr("spec", json.dumps(stored))
+    for verb in (("enqueue", "digits", "--a", "1"), ("clean", "digits", "--students")):
+        status, _, err = answer(capsys, *verb)
+        assert status == 2
+        assert "this bdense cannot read the study's spec (digits: budget.wings: Extra" in err
+        assert "; use the version that launched it" in err
+    with pytest.raises(InputError, match="study 'half' was never launched; launch it first"):
+        stored_spec(Ledger.open(study.url, "half", budget=1))
 
 
 def test_clean_of_planned_rows_keeps_their_students(capsys):

@@ -136,11 +136,17 @@ def test_a_pruned_trial_has_a_note_without_a_fid(study):
     ledger = study.trials
     claim = trial(ledger, 0.5)
     folder = Path("nowhere")
-    attach_pictures(ledger, claim, folder, None, {"weights": [1.0, 2.0], "timings": TIMINGS})
+    why = {"reason": "median: FID 30.000 of 64 images <b>", "pruned_at": 0.25}
+    attach_pictures(
+        ledger, claim, folder, None, {"weights": [1.0, 2.0], "timings": TIMINGS, **why}
+    )
     ledger.prune(claim, {})
     note = note_of(ledger, claim.trial_id)
-    assert note.startswith("## trial 1\n\n| w\\_1 | w\\_2 |")
-    assert "FID" not in note
+    assert note.startswith(
+        "## trial 1\n\n**Pruned at 0.25 of its budget**: median: FID 30.000 of 64 images "
+        "\\<b\\>\n\n| w\\_1 | w\\_2 |"
+    )
+    assert "**FID" not in note
 
 
 def test_the_study_has_a_note_and_its_plots(study):

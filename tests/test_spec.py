@@ -212,6 +212,8 @@ NAMED = {
             "data is missing; .* evaluation.reference .missing: evaluation.reference.",
         ),
         ({"name": "Digits NFE 2"}, "name: .* pattern .* got 'Digits NFE 2'"),
+        ({"name": "cache"}, "name: 'cache' is a folder under the runs that all studies share;"),
+        ({"name": "artifacts"}, "name: 'artifacts' is a folder under the runs that all"),
         ({"name": "digits.baselines"}, "name: .* pattern .* got 'digits.baselines'"),
     ],
 )

@@ -11,9 +11,10 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from search.database.ledger import STOPPED, Claim, Done, Ledger
 from search.judging.stopping import StopRule, room_left
 from search.judging.surrogate import Evaluation, posterior, posterior_means
+from search.records.points import Point, enqueue
 from search.records.standing import FID_KEYS, headline, standing, status_json
 from search.records.study import Study, stopped_early
-from search.specs.space import make_sampler
+from search.specs.space import make_sampler, search_space
 from search.specs.study_spec import StudySpec
 from tests.studies import NORMALISED, spec
 
@@ -94,6 +95,19 @@ def test_a_rule_that_was_never_tried_may_be_better():
 
 def test_one_point_tells_nothing():
     assert room_left(evaluations(bowl, [0.5] * 6), SPACE) is None
+
+
+def test_what_adam_does_not_see_is_no_room():
+    """Points of one b, and the space has others: b is no coordinate of the curve."""
+    known = evaluations(noisy(bowl), grid(20))
+    both = SPACE | {"b": FloatDistribution(-6.0, 0.0)}
+    found = room_left(known, both)
+    assert found.gain == pytest.approx(room_left(known, SPACE).gain, rel=0.1)
+    # A slope counts where any b of it may be trained.
+    slope = evaluations(noisy(bowl), grid(8, low=-1.0, high=0.0))
+    free = room_left(slope, both)
+    assert room_left(slope, both, lambda point: point["b"] < -5.9) == free
+    assert room_left(slope, both, lambda point: point["a"] + point["b"] < -6).gain < free.gain
 
 
 # ---- the rule ----
@@ -197,6 +211,20 @@ def test_the_same_command_leaves_it_stopped_and_a_larger_budget_runs_in_full(tmp
     assert keys == [(30, complete), (complete, complete + 1), (complete + 1, 31)]
 
 
+def test_a_point_planned_after_the_stop_is_run_by_the_number_that_it_names(tmp_path):
+    """Also where that is the number which the rule stopped short of."""
+    record, given = study(tmp_path, trials=9, stop=STOP)
+    assert search(record.trials, given, lambda _: 10.0) == 8
+    assert (record.trials.budget, stopped_early(record.trials)["of"]) == (8, 9)
+    [_, advice] = enqueue(record, given, Point(a=0.123))
+    assert advice.endswith("--trials 9")
+    again, given = study(tmp_path, trials=9, stop=STOP)
+    assert again.trials.budget == 9
+    assert search(again.trials, given, lambda _: 10.0) == 9
+    assert again.trials.counts().waiting == 0
+    assert again.trials.study.trials[8].params == {"a": 0.123}
+
+
 def test_dropping_the_rule_goes_on_to_the_first_budget(tmp_path):
     record, given = study(tmp_path, stop=STOP)
     assert search(record.trials, given, lambda _: 10.0) < 30
@@ -223,6 +251,20 @@ def test_what_runs_is_finished_and_what_was_planned_comes_first(tmp_path):
     counts = ledger.counts()
     assert (counts.planned, counts.complete) == (9, 9)
     assert ledger.claim(SPACE, None) == Done()
+
+
+def test_a_log_linear_search_is_judged_by_its_slopes(tmp_path):
+    """As its confirmation chooses: trials of one slope, whatever their b, are one student."""
+    given = spec(budget__trials=30, stop=STOP, sampler={"name": "random", "startup_trials": 4})
+    ledger = Study.create(f"sqlite:///{tmp_path}/study.db", given).trials
+    fid, space = noisy(lambda a: 10.0), search_space(given)
+    for number, a in enumerate(grid(16, -0.5, 3.0)):
+        ledger.enqueue({"a": a, "b": -6.0 + 0.001 * number})
+        ledger.complete(ledger.claim(space, None), fid(a), {})
+    rule = StopRule(given, space, lambda _: True)
+    assert {tuple(each.point) for each in rule._evaluations(ledger)} == {("a",)}
+    rule(ledger)
+    assert ledger.attribute(STOPPED)["after"] == 16
 
 
 def test_pruned_and_failed_trials_count_and_tell_the_curve_nothing(tmp_path):

@@ -94,11 +94,13 @@ class Stops:
 
 def ask_all(ledgers: Sequence["Ledger"]) -> None:
     """Ask everybody who is at work on a study, or has launched it, to stop."""
-    count = 1 + max(_stored(ledger).count for ledger in ledgers)
+    # A launch has the highest count of all its ledgers, and each has to go beyond it.
+    highest = max(_stored(ledger).count for ledger in ledgers)
     now = datetime.now(UTC).isoformat(timespec="seconds")
 
     def asked(old: Any) -> dict[str, Any]:  # noqa: ANN401
-        return Stops.of(old).as_dict() | {"count": count, "asked": now}
+        stops = Stops.of(old)  # under the lock: somebody else may just have asked
+        return stops.as_dict() | {"count": 1 + max(stops.count, highest), "asked": now}
 
     for ledger in ledgers:
         ledger.change(HALT, asked)

@@ -57,7 +57,9 @@ TRIALS = sa.table(
 )
 # PostgreSQL holds the state in a type of its own, which compares with no text.
 STATE = sa.cast(TRIALS.c.state, sa.String)
-USER_ATTRIBUTES = sa.table("trial_user_attributes", sa.column("trial_id"), sa.column("key"))
+USER_ATTRIBUTES = sa.table(
+    "trial_user_attributes", *map(sa.column, ("trial_id", "key", "value_json"))
+)
 LEFT_OUT = sa.exists().where(
     USER_ATTRIBUTES.c.trial_id == TRIALS.c.trial_id,
     USER_ATTRIBUTES.c.key.in_((OUT_OF_BOUNDS, SURPLUS)),
@@ -67,6 +69,10 @@ STUDY_ATTRIBUTES = sa.table(
 )
 
 _PROGRESS_CHARACTERS = 200
+# There are no more attempts to forgive than there were.
+_FORGIVEN_ONE_MORE = sa.case(
+    (LEASE.c.forgiven < LEASE.c.attempt, LEASE.c.forgiven + 1), else_=LEASE.c.forgiven
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,8 +152,8 @@ class Leases:
 
     def sweep(self, connection: sa.Connection) -> None:
         """Delete leases of trials that no longer run: their worker died after telling."""
-        running = sa.select(TRIALS.c.trial_id).where(STATE == "RUNNING")
-        connection.execute(sa.delete(LEASE).where(LEASE.c.trial_id.not_in(running)))
+        running = sa.exists().where(TRIALS.c.trial_id == LEASE.c.trial_id, STATE == "RUNNING")
+        connection.execute(sa.delete(LEASE).where(~running))
 
     def note_server(self, connection: sa.Connection) -> None:
         """Remember when this start of the server was first seen to serve.
@@ -247,7 +253,7 @@ class Leases:
 
     def release(self, claim: Claim, *, forgive: bool) -> bool:
         """Let anybody take the trial over at once; False where the lease is lost."""
-        forgiven = LEASE.c.forgiven + (1 if forgive else 0)
+        forgiven = _FORGIVEN_ONE_MORE if forgive else LEASE.c.forgiven
         values = {"expires": RELEASED, "owner": "", "forgiven": forgiven}
         return self._write(sa.update(LEASE).values(values), claim)
 
@@ -260,7 +266,7 @@ class Leases:
         connection.execute(
             sa.update(LEASE)
             .where(LEASE.c.trial_id.in_(mine), LEASE.c.expires != RELEASED)
-            .values(forgiven=LEASE.c.forgiven + 1)
+            .values(forgiven=_FORGIVEN_ONE_MORE)
         )
 
     def drop(self, claim: Claim) -> None:

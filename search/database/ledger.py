@@ -275,18 +275,22 @@ class Ledger:
         """Make the budget that of the trials begun: what runs is finished, nothing new is asked.
 
         The study's attribute ``stopped`` says ``after`` how many trials ``of`` how many, and why.
+        Nothing is done where a planned trial waits: it was planned while the reason was found.
         """
+        what: dict[str, Any] = {}  # of the last try, whose answer may be lost
 
         def write() -> None:
+            nonlocal what
             with exclusive(self._storage.engine, self._lock) as connection:
                 states = self._leases.count_states(connection)
                 begun, budget = sum(states.values()) - states["WAITING"], self._stored_budget()
-                if begun >= budget:
-                    return
+                if not (what and budget == what["after"]):
+                    if states["WAITING"] or begun >= budget:
+                        return
+                    what = {"after": begun, "of": budget, "reason": reason}
+                    _record_change(self.study, "budget", budget, begun, reason)
+                    self.study.set_user_attr("budget", begun)
                 # The last: without it the study is not ended, and may be once more.
-                _record_change(self.study, "budget", budget, begun, reason)
-                self.study.set_user_attr("budget", begun)
-                what = {"after": begun, "of": budget, "reason": reason}
                 self.study.set_user_attr(STOPPED, what)
 
         retrying(write)
@@ -462,6 +466,16 @@ class Ledger:
     def complete_values(self) -> dict[int, float]:
         """Number -> value of each complete trial."""
         return retrying(self._rows.complete)
+
+    def ranked_after(self, rank: int, most: int, also: int) -> list[int]:
+        """Complete trials after the ``rank`` best, best first.
+
+        Args:
+            rank: how many are passed over.
+            most: how many of the next there are at most.
+            also: the number of one that is among them however far down it is.
+        """
+        return retrying(partial(self._rows.ranked_after, rank, most, also))
 
     def ended(self) -> list[int]:
         """Numbers of trials that will not run again."""

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.trial import TrialState
 
-from search.database.lease import STATE, TRIALS
+from search.database.lease import STATE, TRIALS, USER_ATTRIBUTES
 
 # Optuna's own tables, as far as they are read here.
 VALUES = sa.table(
@@ -23,9 +23,6 @@ VALUES = sa.table(
 PARAMS = sa.table(
     "trial_params",
     *map(sa.column, ("param_id", "trial_id", "param_name", "param_value", "distribution_json")),
-)
-USER_ATTRIBUTES = sa.table(
-    "trial_user_attributes", *map(sa.column, ("trial_id", "key", "value_json"))
 )
 SYSTEM_ATTRIBUTES = sa.table(
     "trial_system_attributes", *map(sa.column, ("trial_id", "key", "value_json"))
@@ -83,6 +80,21 @@ class Rows:
         with self._engine.connect() as connection:
             found = connection.execute(self._select(TrialState.COMPLETE))
             return {row.number: _value(row) for row in found}
+
+    def ranked_after(self, rank: int, most: int, also: int) -> list[int]:
+        """Numbers of complete trials after the ``rank`` best: ``most`` at most, and ``also``."""
+        place = sa.func.row_number().over(order_by=(_ORDER, VALUES.c.value, TRIALS.c.number))
+        ranked = self._select(TrialState.COMPLETE).add_columns(place.label("place")).subquery()
+        query = (
+            sa.select(ranked.c.number)
+            .where(
+                ranked.c.place > rank,
+                sa.or_(ranked.c.place <= rank + most, ranked.c.number == also),
+            )
+            .order_by(ranked.c.place)
+        )
+        with self._engine.connect() as connection:
+            return list(connection.execute(query).scalars())
 
     def ended(self) -> list[int]:
         """Numbers of trials that will not run again."""

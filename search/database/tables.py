@@ -106,7 +106,8 @@ class Role:
 def grant(url: str, roles: Sequence[Role]) -> None:
     """Make roles that are not there and give them exactly their rights on the study tables.
 
-    Whoever is not named may no longer connect, the owner and superusers excepted.
+    Nobody may connect merely as one of PUBLIC any more. Roles that an earlier call named, or the
+    owner by hand, keep what they were given, until they are named again or dropped.
 
     Args:
         url: A PostgreSQL database, as its owner with the right to make roles.
@@ -130,6 +131,10 @@ def grant(url: str, roles: Sequence[Role]) -> None:
             connection.exec_driver_sql("REVOKE ALL ON SCHEMA public FROM PUBLIC")
             for role in roles:
                 _make(connection, role)
+                if role.access == "read-write" and _is_read_only(connection, role):
+                    connection.exec_driver_sql(
+                        f"ALTER ROLE {name(role.name)} RESET default_transaction_read_only"
+                    )
                 for statement in _rights(role, name(database), name(role.name)):
                     connection.exec_driver_sql(statement)
     except SQLAlchemyError as error:
@@ -235,6 +240,17 @@ def _make(connection: sa.Connection, role: Role) -> None:
         connection.exec_driver_sql(f"ALTER ROLE {quoted} PASSWORD '{verifier}'")
 
 
+def _is_read_only(connection: sa.Connection, role: Role) -> bool:
+    """Whether its transactions are, by its own setting.
+
+    Asked, as whoever may not alter roles may still give rights to one that needs no altering.
+    """
+    settings = connection.execute(
+        sa.text("SELECT rolconfig FROM pg_roles WHERE rolname = :name"), {"name": role.name}
+    ).scalar_one()
+    return any(each.startswith("default_transaction_read_only=") for each in settings or ())
+
+
 def _rights(role: Role, database: str, name: str) -> list[str]:
     tables, sequences = _GRANTS[role.access]
     statements = [
@@ -245,6 +261,8 @@ def _rights(role: Role, database: str, name: str) -> list[str]:
         f"GRANT {tables} ON ALL TABLES IN SCHEMA public TO {name}",
         f"GRANT {sequences} ON ALL SEQUENCES IN SCHEMA public TO {name}",
         # For tables that an upgrade makes.
+        f"ALTER DEFAULT PRIVILEGES IN SCHEMA public REVOKE ALL ON TABLES FROM {name}",
+        f"ALTER DEFAULT PRIVILEGES IN SCHEMA public REVOKE ALL ON SEQUENCES FROM {name}",
         f"ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT {tables} ON TABLES TO {name}",
         f"ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT {sequences} ON SEQUENCES TO {name}",
     ]

@@ -5,8 +5,7 @@ from collections import defaultdict
 
 import sqlalchemy as sa
 
-from search.database.lease import TRIALS
-from search.database.rows import USER_ATTRIBUTES
+from search.database.lease import TRIALS, USER_ATTRIBUTES
 
 
 def differing(engine: sa.Engine, study_id: int) -> list[str]:

@@ -7,18 +7,20 @@ left behind; it never touches a trial, a result or a student.
 from collections.abc import Callable, Iterator
 
 import sqlalchemy as sa
-from sqlalchemy.exc import SQLAlchemyError
 
+from bdense.errors import BdenseError
 from search.database.lease import LEASE
-from search.database.storage import one_line, redact
+from search.database.storage import DATABASE_ERRORS, lacks_rights, one_line, redact
 from search.doctor.artifacts import look_at_artifacts
 from search.doctor.files import look_at_cache, look_at_files
 from search.doctor.finding import Finding, ok, problem, warning
 from search.doctor.machine import look_at_machine, wants_of
-from search.doctor.rows import Subject, look_at_rows, subjects
+from search.doctor.rows import Subject, look_at_rows, names, subjects
 from search.doctor.storage import can_read_studies, engine_of, look_at_storage
 from search.errors import UnknownStudyError
-from search.records.study import BASELINE_RESULTS, BASELINES_SUFFIX, FINGERPRINT, SPEC
+from search.records.study import BASELINE_RESULTS, BASELINES_SUFFIX, FINGERPRINT
+
+Look = Callable[[], Iterator[Finding]]
 
 
 def examine(url: str, name: str | None, *, fix: bool = False) -> Iterator[Finding]:
@@ -36,12 +38,12 @@ def examine(url: str, name: str | None, *, fix: bool = False) -> Iterator[Findin
     storage = list(look_at_storage(url, engine))
     found = subjects(engine, name) if can_read_studies(engine) else []
     if name is not None and not found and can_read_studies(engine):
-        names = ", ".join(of.name for of in subjects(engine, None)) or "none"
-        raise UnknownStudyError(f"no study {name!r} in {redact(url)}; studies there: {names}")
+        there = ", ".join(names(engine)) or "none"
+        raise UnknownStudyError(f"no study {name!r} in {redact(url)}; studies there: {there}")
     yield from storage
     wants = [want for of in found if (want := wants_of(of.name, of.spec)) and not of.is_baselines]
-    yield from _each(look_at_machine(wants), fix=fix)
-    yield from _each(look_at_cache(), fix=fix)
+    yield from _each(lambda: look_at_machine(wants), fix=fix)
+    yield from _each(look_at_cache, fix=fix)
     for of in found:
         yield from examine_study(url, engine, of, fix=fix)
 
@@ -49,55 +51,72 @@ def examine(url: str, name: str | None, *, fix: bool = False) -> Iterator[Findin
 def examine_study(url: str, engine: sa.Engine, of: Subject, *, fix: bool) -> Iterator[Finding]:
     """Look at one study's rows and files."""
     for look in _looks(url, engine, of):
-        try:
-            yield from (each.of(of.name) for each in _each(look(), fix=fix))
-        except SQLAlchemyError as error:
-            yield problem("storage", one_line(error), "look again").of(of.name)
+        yield from (each.of(of.name) for each in _each(look, fix=fix))
 
 
-def _looks(url: str, engine: sa.Engine, of: Subject) -> list[Callable[[], Iterator[Finding]]]:
+def _looks(url: str, engine: sa.Engine, of: Subject) -> list[Look]:
     """What is looked at of one study."""
-    has_leases = sa.inspect(engine).has_table(LEASE.name)
-    looks = [lambda: look_at_rows(engine, of, has_leases=has_leases)]
+
+    def rows() -> Iterator[Finding]:
+        has_leases = sa.inspect(engine).has_table(LEASE.name)
+        yield from look_at_rows(engine, of, has_leases=has_leases)
+
+    looks: list[Look] = [rows]
     if of.is_whole:
         looks.append(lambda: look_at_files(engine, of))
         looks.append(lambda: look_at_artifacts(engine, of))
         if not of.is_planned:
-            looks += [lambda: _baselines(url, engine, of), lambda: _same_bdense(of)]
+            looks += [lambda: _baselines(url, of), lambda: _same_bdense(of)]
     return looks
 
 
-def _each(findings: Iterator[Finding], *, fix: bool) -> Iterator[Finding]:
-    for finding in findings:
-        if not fix or finding.mend is None:
-            yield finding
-            continue
-        try:
-            yield finding.mended()
-        except (SQLAlchemyError, OSError) as error:
-            yield problem(finding.check, f"{finding.text}; mending failed: {one_line(error)}")
+def _each(look: Look, *, fix: bool) -> Iterator[Finding]:
+    """What is found, mended with ``fix``; what keeps anybody from looking is a finding too."""
+    try:
+        for finding in look():
+            yield _mended(finding) if fix and finding.mend is not None else finding
+    except DATABASE_ERRORS as error:
+        yield problem(
+            "storage",
+            f"not all could be looked at: {one_line(error)}",
+            "see to what is said of the storage, then look again",
+        )
+    except BdenseError as error:  # which says what to do
+        yield problem("storage", f"not all could be looked at: {error}")
+    except OSError as error:
+        yield problem("files", f"not all could be looked at: {error}", "check the files' rights")
 
 
-def _baselines(url: str, engine: sa.Engine, of: Subject) -> Iterator[Finding]:
+def _mended(finding: Finding) -> Finding:
+    try:
+        return finding.mended()
+    except DATABASE_ERRORS as error:
+        who = "give the same command as a user who may write" if lacks_rights(error) else ""
+        return problem(finding.check, f"{finding.text}; mending failed: {one_line(error)}", who)
+    except (BdenseError, OSError) as error:
+        return problem(finding.check, f"{finding.text}; mending failed: {error}")
+
+
+def _baselines(url: str, of: Subject) -> Iterator[Finding]:
     """Whether a search has its baselines, and their results in its own attributes."""
     from search.records.standing import baseline_results, copy_baselines
     from search.records.study import Study
 
-    if len(subjects(engine, of.name)) < 2:
+    if not of.has_baselines:
         yield warning(
             "baselines",
             f"there is no {of.name}{BASELINES_SUFFIX}: its maker was killed before it was whole",
             "launch it again",
         )
         return
-    study = Study.open(url, of.name)
+    study = Study.open_reading(url, of.name)
     results = baseline_results(study)
     if results and of.attributes.get(BASELINE_RESULTS) != results:
         yield warning(
             "baselines",
             "their results are not in the study's attributes, where the dashboard shows them",
             "the next launch copies them",
-            lambda: copy_baselines(study),
+            lambda: copy_baselines(Study.open(url, of.name)),
         )
     elif results:
         yield ok("baselines", f"{' and '.join(results)} are measured and shown with the study")
@@ -105,18 +124,12 @@ def _baselines(url: str, engine: sa.Engine, of: Subject) -> Iterator[Finding]:
 
 def _same_bdense(of: Subject) -> Iterator[Finding]:
     """Whether this installation would measure what the study's trials were measured by."""
-    from pydantic import ValidationError
-
-    from search.specs.study_spec import StudySpec
+    from search.records.opening import spec_of
 
     try:
-        mine = StudySpec.model_validate_json(of.attributes[SPEC]).fingerprint()
-    except ValidationError as error:
-        yield problem(
-            "conditions",
-            f"this bdense cannot read the study's spec: {error.error_count()} mistakes",
-            "use the version of bdense that launched it",
-        )
+        mine = spec_of(of.name, of.attributes).fingerprint()
+    except BdenseError as error:
+        yield problem("conditions", str(error))
         return
     except OSError as error:
         yield warning(

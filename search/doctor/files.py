@@ -1,6 +1,7 @@
 """What the doctor looks at under the runs folder: does each row have the files it should have.
 
-It deletes what a finished row left behind of its training, never a result or a student.
+It deletes what a finished row left behind of its training, never a result or a student, and
+nothing in a folder that another database's row has.
 """
 
 import json
@@ -11,19 +12,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
 from bdense.errors import InputError
-from search.database.lease import STATE, TRIALS
-from search.database.rows import USER_ATTRIBUTES, VALUES
+from search.database.lease import STATE, TRIALS, USER_ATTRIBUTES
+from search.database.rows import VALUES, Rows
 from search.database.storage import cache_folder, runs_folder
 from search.doctor.finding import Finding, first_of, problem, warning
 from search.doctor.rows import Subject
 from search.records.folders import GRID, row_folder
-from search.records.retention import CHECKPOINT, KEPT, RESULT, UNFINISHED_ROUND
-from search.records.study import KIND
+from search.records.planned import ARMS
+from search.records.retention import CHECKPOINT, IDENTITY, KEPT, RESULT, UNFINISHED_ROUND
+from search.records.study import FINGERPRINT, KIND
 
 _CHECKPOINT = re.compile(rf"{re.escape(CHECKPOINT)}$|.*{re.escape(UNFINISHED_ROUND)}$")
 _PARTIAL = re.compile(r"\..*\.partial$")
@@ -41,7 +44,8 @@ class _Seen:
     other_value: list[int] = field(default_factory=list)
     without_student: list[int] = field(default_factory=list)
     without_pictures: list[int] = field(default_factory=list)
-    leftovers: list[Path] = field(default_factory=list)
+    checkpoints: dict[int, list[Path]] = field(default_factory=dict)
+    abandoned: list[Path] = field(default_factory=list)
 
 
 def look_at_files(engine: sa.Engine, of: Subject) -> Iterator[Finding]:
@@ -72,21 +76,25 @@ def look_at_files(engine: sa.Engine, of: Subject) -> Iterator[Finding]:
         elif row.state == TrialState.COMPLETE.name:
             seen.without_result.append(row.number)
     yield from _missing(seen)
-    yield from _leftovers(seen.leftovers)
+    own = _own(engine, of, seen.checkpoints) if seen.checkpoints else {}
+    yield from _leftovers([*(path for paths in own.values() for path in paths), *seen.abandoned])
+    yield from _taken(sorted(seen.checkpoints.keys() - own.keys()))
     yield from _strangers(there, {row.number for row in rows})
 
 
 def look_at_cache() -> Iterator[Finding]:
     """Files that were begun and never became whole, under the cache folder."""
-    cache, now = cache_folder(), time.time()
-    if not cache.is_dir():
-        return
-    old = [
-        path
-        for path in cache.rglob(".*.partial")
-        if path.is_file() and now - path.stat().st_mtime > _ABANDONED_SECONDS
-    ]
-    yield from _leftovers(old)
+    cache = cache_folder()
+    if cache.is_dir():
+        yield from _leftovers(list(filter(_is_abandoned, cache.rglob(".*.partial"))))
+
+
+def _is_abandoned(path: Path) -> bool:
+    try:
+        age = time.time() - path.stat().st_mtime
+    except FileNotFoundError:  # it has become whole
+        return False
+    return path.is_file() and age > _ABANDONED_SECONDS
 
 
 def _rows(engine: sa.Engine, of: Subject) -> list[sa.Row[tuple[int, str, float, str]]]:
@@ -126,9 +134,10 @@ def _look_at_row(
     *,
     has_student: bool,
 ) -> None:
-    seen.leftovers += [
-        place / name for name in names if _CHECKPOINT.match(name) or _PARTIAL.match(name)
-    ]
+    if checkpoints := [place / name for name in names if _CHECKPOINT.match(name)]:
+        seen.checkpoints[row.number] = checkpoints
+    partial_files = (place / name for name in names if _PARTIAL.match(name))
+    seen.abandoned += filter(_is_abandoned, partial_files)
     if row.state != TrialState.COMPLETE.name:
         return
     if RESULT not in names:
@@ -170,6 +179,57 @@ def _missing(seen: _Seen) -> Iterator[Finding]:
         )
     if seen.without_pictures:
         yield warning("files", f"complete {first_of(seen.without_pictures)} lack {GRID}", restore)
+
+
+def _own(
+    engine: sa.Engine, of: Subject, checkpoints: dict[int, list[Path]]
+) -> dict[int, list[Path]]:
+    """Those in folders that are the rows' own: another database's study may have taken them."""
+    query = (
+        sa.select(TRIALS.c.number, USER_ATTRIBUTES.c.value_json)
+        .select_from(TRIALS.join(USER_ATTRIBUTES, USER_ATTRIBUTES.c.trial_id == TRIALS.c.trial_id))
+        .where(TRIALS.c.study_id == of.key, USER_ATTRIBUTES.c.key == "fingerprint")
+    )
+    with engine.connect() as connection:
+        fingerprints = {
+            row.number: json.loads(row.value_json) for row in connection.execute(query)
+        }
+    # A row that was given up before anybody told has none of its own.
+    default = ((of.parent if of.is_baselines else of.attributes) or {}).get(FINGERPRINT)
+    asked = [params for params, _ in Rows(engine, of.key).asked()]
+    own = {}
+    for number, paths in checkpoints.items():
+        expected = _identity(of, asked[number], fingerprints.get(number, default))
+        if _stored_identity(paths[0].parent) == expected:
+            own[number] = paths
+    return own
+
+
+def _identity(of: Subject, params: dict[str, Any], fingerprint: str | None) -> dict[str, Any]:
+    """What the worker of a row writes into its folder."""
+    kind, identity = of.attributes.get(KIND), {"params": params, "fingerprint": fingerprint}
+    if kind is not None:
+        identity["params"] = of.attributes[ARMS][params["arm"]]["params"]
+    if kind == "progressive":
+        identity["seed"] = params["seed"]
+    return identity
+
+
+def _stored_identity(folder: Path) -> object:
+    try:
+        return json.loads((folder / IDENTITY).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _taken(numbers: list[int]) -> Iterator[Finding]:
+    if numbers:
+        yield warning(
+            "folders",
+            f"there are checkpoints in the folders of {first_of(numbers)}, which have ended, and "
+            f"by {IDENTITY} beside them they are another study's of this name",
+            "give the study of the other database another name, or another BDENSE_RUNS",
+        )
 
 
 def _leftovers(paths: list[Path]) -> Iterator[Finding]:

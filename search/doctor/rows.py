@@ -14,22 +14,21 @@ from search.database.lease import (
     LEASE,
     RELEASED,
     STATE,
+    STUDY_ATTRIBUTES,
     TRIALS,
+    USER_ATTRIBUTES,
     Leases,
     RunningRow,
     database_clock,
 )
 from search.database.ledger import DEFAULT_TTL_SECONDS
-from search.database.rows import USER_ATTRIBUTES, Rows
+from search.database.rows import Rows
 from search.database.versions import differing
 from search.doctor.finding import Finding, first_of, ok, problem, warning
 from search.records.study import BASELINES_SUFFIX, FINGERPRINT, KIND, SPEC
 
 _COMPLETE = TrialState.COMPLETE.name
 _STUDIES = sa.table("studies", sa.column("study_id"), sa.column("study_name"))
-_ATTRIBUTES = sa.table(
-    "study_user_attributes", sa.column("study_id"), sa.column("key"), sa.column("value_json")
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,12 +38,14 @@ class Subject:
     Attributes:
         key: Optuna's.
         parent: Of baselines, the attributes of the search that they belong to.
+        has_baselines: Of a search, whether they are there.
     """
 
     key: int
     name: str
     attributes: Mapping[str, Any]
     parent: Mapping[str, Any] | None = None
+    has_baselines: bool = False
 
     @property
     def is_baselines(self) -> bool:
@@ -72,22 +73,32 @@ class Subject:
 def subjects(engine: sa.Engine, name: str | None) -> list[Subject]:
     """A study and its baselines, or all studies, in order of their names."""
     attributes: dict[int, dict[str, Any]] = defaultdict(dict)
+    asked = sa.select(_STUDIES)
+    if name is not None:
+        asked = asked.where(_STUDIES.c.study_name.in_([name, name + BASELINES_SUFFIX]))
     with engine.connect() as connection:
-        names = {row.study_id: row.study_name for row in connection.execute(sa.select(_STUDIES))}
-        for row in connection.execute(sa.select(_ATTRIBUTES)):
+        keys = {row.study_name: row.study_id for row in connection.execute(asked)}
+        of_them = sa.select(STUDY_ATTRIBUTES)
+        if name is not None:
+            of_them = of_them.where(STUDY_ATTRIBUTES.c.study_id.in_(list(keys.values())))
+        for row in connection.execute(of_them):
             attributes[row.study_id][row.key] = json.loads(row.value_json)
-    keys = {each: key for key, each in names.items()}
-    wanted = sorted(keys) if name is None else [name, name + BASELINES_SUFFIX]
     return [
         Subject(
             key=keys[each],
             name=each,
             attributes=attributes[keys[each]],
             parent=attributes.get(keys.get(each.removesuffix(BASELINES_SUFFIX), -1)),
+            has_baselines=each + BASELINES_SUFFIX in keys,
         )
-        for each in wanted
-        if each in keys
+        for each in sorted(keys)
     ]
+
+
+def names(engine: sa.Engine) -> list[str]:
+    """Of all studies."""
+    with engine.connect() as connection:
+        return sorted(connection.execute(sa.select(_STUDIES.c.study_name)).scalars())
 
 
 def look_at_rows(engine: sa.Engine, of: Subject, *, has_leases: bool) -> Iterator[Finding]:
@@ -146,7 +157,7 @@ def _counts(of: Subject, states: Mapping[str, int]) -> Iterator[Finding]:
 def _running(engine: sa.Engine, leases: Leases) -> Iterator[Finding]:
     with engine.connect() as connection:
         running = leases.running(connection)
-        expires = {
+        overdue = {  # seconds
             row.trial_id: row.now - row.expires
             for row in connection.execute(
                 sa.select(
@@ -166,10 +177,9 @@ def _running(engine: sa.Engine, leases: Leases) -> Iterator[Finding]:
         yield ok("leases", f"{first_of(free)} were given back and wait for a worker")
     held = [row for row in running if row.process is not None and row.owner]
     for row in held:
-        overdue = expires.get(row.trial_id, 0.0)
-        if row.adoptable or overdue > 0:
-            yield _dead_lease(engine, row, overdue)
-    alive = [row.number for row in held if not (row.adoptable or expires.get(row.trial_id, 0) > 0)]
+        if row.adoptable or overdue.get(row.trial_id, 0.0) > 0:
+            yield _dead_lease(engine, row, overdue.get(row.trial_id, 0.0))
+    alive = [row.number for row in held if not (row.adoptable or overdue.get(row.trial_id, 0) > 0)]
     if alive:
         yield ok("leases", f"{first_of(alive)} are held by workers that renew their leases")
 

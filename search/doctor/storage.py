@@ -95,7 +95,9 @@ def can_read_studies(engine: sa.Engine) -> bool:
     """Whether the storage has Optuna's tables and lets itself be read."""
     try:
         with engine.connect() as connection:
-            connection.execute(sa.text("SELECT 1 FROM studies, trials LIMIT 1"))
+            connection.execute(
+                sa.text("SELECT 1 FROM studies, study_user_attributes, trials LIMIT 1")
+            )
     except SQLAlchemyError:
         return False
     return True

@@ -3,7 +3,8 @@
 Makarova et al. 2022 (A. Makarova, H. Shen, V. Perrone, A. Klein, J. B. Faddoul, A. Krause, M.
 Seeger, C. Archambeau, *Automatic Termination for Hyperparameter Optimization*): stop when an upper
 bound on what is left to gain falls below the noise of a measurement. Optuna's own terminator, of
-the same paper, is deprecated since 4.9; here the curve is the one that ``confirm`` chooses by.
+the same paper, is deprecated since 4.9. Here the curve is over what ``confirm``'s is over: the
+slope alone where the space has a and b, which Adam does not see.
 """
 
 import itertools
@@ -16,6 +17,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import TrialState
 
 from search.database.ledger import STOPPED, Ledger
+from search.judging.confirmation import point_of
 from search.judging.surrogate import Evaluation, posterior
 from search.specs.study_spec import StudySpec
 
@@ -48,7 +50,7 @@ def room_left(
 
     Args:
         evaluations: Of one training seed.
-        space: Where the search looks.
+        space: Where the search looks; what the evaluations' points do not name counts for nothing.
         allowed: Whether a point of it may be trained at all.
 
     Returns:
@@ -57,7 +59,10 @@ def room_left(
     points = [dict(each.point) for each in evaluations]
     if all(point == points[0] for point in points):
         return None
-    elsewhere = [point for point in _grid(space) if allowed(point)]
+    names = list(points[0])
+    allowed_points = (point for point in _grid(space) if allowed(point))
+    projected = dict.fromkeys(tuple(point[name] for name in names) for point in allowed_points)
+    elsewhere = [dict(zip(names, values, strict=True)) for values in projected]
     means, deviations = posterior(evaluations, [*points, *elsewhere])
     best = float(means[: len(points)].min())
     lowest = float((means - DEVIATIONS * deviations).min())
@@ -79,6 +84,7 @@ class StopRule:
         space: Mapping[str, BaseDistribution],
         allowed: Callable[[dict[str, Any]], bool],
     ) -> None:
+        self._spec = spec
         self._stop = spec.stop
         self._space = space
         self._allowed = allowed
@@ -111,8 +117,9 @@ class StopRule:
         rows = ledger.rows(TrialState.COMPLETE, keys=())
         rows.sort(key=lambda row: row.value or 0.0)
         return [
-            Evaluation(point=row.params, value=row.value or 0.0, group="search")
+            Evaluation(point=point, value=row.value or 0.0, group="search")
             for row in rows[:MOST]
+            if (point := point_of(row.params, self._spec)) is not None
         ]
 
 

@@ -3,6 +3,7 @@
 Nothing is lost with it but time: what rows there are stands in the database.
 """
 
+import logging
 import os
 import signal
 import socket
@@ -15,6 +16,8 @@ import ray
 
 from bdense.command import FAILURE
 
+_log = logging.getLogger(__name__)
+
 LOOK_SECONDS = 1.0
 CONNECT_SECONDS = 2.0
 # A head that is only restarted or slow answers again within these.
@@ -26,6 +29,8 @@ STUCK_SECONDS = 5.0
 class Head:
     """Watches the head and this machine's own node from a thread of its own.
 
+    What is no answer, an exception of Ray's included, is silence.
+
     Once they are gone for good it interrupts the main thread, as Ctrl-C would: ``lost`` then
     tells the two apart. Use it as a context manager around the use of a connected Ray. Ray's own
     code may wait for its head without heeding an interrupt: then ``last_words`` are called, and
@@ -33,13 +38,17 @@ class Head:
 
     Args:
         client: Whether Ray is used through its client, which has no node of its own to watch.
+        is_there: Tells whether head and node are there; None asks Ray.
     """
 
-    def __init__(self, *, client: bool = False) -> None:
+    def __init__(
+        self, *, client: bool = False, is_there: Callable[[], bool] | None = None
+    ) -> None:
         self.last_words: Callable[[], None] = lambda: None
         self._client = client
+        self._is_there = is_there or self._asked_of_ray
         self.address, self._node = "", ""
-        if not client:
+        if not client and is_there is None:
             context = ray.get_runtime_context()
             self.address = str(context.gcs_address)
             self._node = context.get_node_id()
@@ -76,13 +85,23 @@ class Head:
     def _watch(self) -> None:
         silent = 0.0
         while not self._left.wait(LOOK_SECONDS):
-            silent = 0.0 if self._answers() and self._has_this_node() else silent + LOOK_SECONDS
+            silent = 0.0 if self._is_heard() else silent + LOOK_SECONDS
             if silent >= PATIENCE_SECONDS:
                 self._lost.set()
                 os.kill(os.getpid(), signal.SIGINT)
                 if not self._left.wait(STUCK_SECONDS):
                     self.end()
                 return
+
+    def _is_heard(self) -> bool:
+        try:
+            return self._is_there()
+        except Exception as error:  # noqa: BLE001  Ray's own, whichever it is
+            _log.debug("Ray's head: %s: %s", type(error).__name__, error)
+            return False
+
+    def _asked_of_ray(self) -> bool:
+        return self._answers() and self._has_this_node()
 
     def _answers(self) -> bool:
         host, _, port = self.address.rpartition(":")

@@ -13,7 +13,7 @@ from search.records.folders import named_file
 from search.records.planned import Planned
 from search.records.standing import Standing, copy_baselines, failures, headline, standing, table
 from search.records.study import Study
-from search.service_log import say
+from search.service_log import about, say
 from search.showing.live import Showing
 from search.specs.model_spec import ModelSpec
 from search.specs.promotion_spec import PromotionSpec
@@ -32,6 +32,7 @@ def launch(spec: StudySpec, url: str, source: Path, workers: int | None) -> tupl
     Returns:
         The result for people, and whether any trial is complete.
     """
+    about(study=spec.name)
     study = Study.create(url, spec)
     before, showing = standing(study), Showing(study)
     if not study.left():
@@ -77,6 +78,7 @@ def run_planned(planned: Planned, specs: Sequence[ModelSpec], workers: int | Non
         specs: What is made for them.
         workers: Rows at once; None lets the cluster decide.
     """
+    about(study=planned.name)
     showing = Showing(planned)
     if not planned.left():
         say(f"{planned.name} is complete; nothing is left to do")

@@ -5,6 +5,7 @@ carries on.
 """
 
 import contextlib
+import contextvars
 import functools
 import logging
 import os
@@ -119,6 +120,7 @@ def run(
     launch = Launch.begin(record.ledgers)
     orders = job.orders(launch)
     head: Head | None = None
+    all_ended = False
     try:
         with (
             _quiet(),
@@ -136,10 +138,12 @@ def run(
                 # Slots find nothing to do once all is claimed: no more of them than rows left.
                 needed = min(slots, max(record.left(), 1))
                 refusals = _run_slots(job.resources, orders, needed)
+                all_ended = True
         if ending.interrupted:
             raise KeyboardInterrupt  # as it would have without workers to wait for
     except KeyboardInterrupt:
-        record.forgive_running()
+        if not all_ended:  # else they gave back what they had; what still runs is another launch's
+            record.forgive_running()
         if is_asked(record.ledgers, launch):
             raise stopped(record.name) from None
         if head is not None and head.lost:
@@ -381,7 +385,9 @@ def _every_second(call: Callable[[], None]) -> Iterator[None]:
             except Exception as error:  # noqa: BLE001  showing progress must not end a launch
                 _log.warning("progress cannot be shown: %s", one_line(error))
 
-    thread = threading.Thread(target=run, name="progress", daemon=True)
+    # What is logged there is about the same study.
+    context = contextvars.copy_context()
+    thread = threading.Thread(target=context.run, args=(run,), name="progress", daemon=True)
     thread.start()
     try:
         yield

@@ -8,7 +8,8 @@ import contextlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -25,11 +26,14 @@ from optuna.trial import FrozenTrial
 
 from bdense.errors import InputError
 from bdense.files import atomic_write
-from search.database.storage import exclusive, retrying, runs_folder
+from search.database.storage import exclusive, one_line, retrying, runs_folder
+from search.errors import ArtifactError
 
 PLACE = "BDENSE_ARTIFACTS"
 FOLDER = "artifacts"
 _BUCKET = "s3://"
+# A store that has not taken a trial's pictures by then hangs.
+PATIENCE_SECONDS = 120.0
 
 
 class Store(Protocol):
@@ -120,6 +124,9 @@ def attach(
 ) -> dict[str, str]:
     """Make files a trial's artifacts, each once, whatever a worker before this one got done.
 
+    The database is asked for their ids first, under a lock; the store is waited for without one,
+    and not for ever.
+
     Args:
         storage: The study's.
         trial_id: Of a trial that is not finished.
@@ -132,28 +139,33 @@ def attach(
     Raises:
         UpdateFinishedTrialError: Another worker has finished it.
         StorageError: The database stayed away.
-        Exception: The store's own, where it cannot be written to.
+        ArtifactError: The store cannot be written to, or hangs.
     """
 
-    def once() -> dict[str, str]:
+    def reserve() -> dict[str, str]:
         # A worker that was frozen here and its adopter would each begin one.
         with exclusive(storage.engine, f"artifacts of trial {trial_id}"):
             trial = storage.get_trial(trial_id)
             known = {meta.filename: meta.artifact_id for meta in attached(storage, trial)}
             for path in files:
-                if path.name in known:
-                    # Metadata come first: its worker may have died before the file was there.
-                    _mend(store, known[path.name], path)
-                else:
+                if path.name not in known:
                     known[path.name] = upload_artifact(
-                        artifact_store=store,
+                        artifact_store=_Nowhere(),
                         file_path=str(path),
                         study_or_trial=trial,
                         storage=storage,
                     )
             return {path.name: known[path.name] for path in files}
 
-    return retrying(once)
+    ids = retrying(reserve)
+
+    def write() -> None:
+        # Whoever took the trial over may find each of them whole, in part, or not at all.
+        for path in files:
+            _mend(store, ids[path.name], path)
+
+    _in_time(write)
+    return ids
 
 
 def attached(storage: RDBStorage, trial: FrozenTrial) -> list[ArtifactMeta]:
@@ -168,6 +180,44 @@ def is_stored(store: Store, artifact_id: str) -> bool:
     except ArtifactNotFound:
         return False
     return True
+
+
+class _Nowhere:
+    """Lets Optuna name an artifact and write its metadata; the file goes elsewhere, by itself."""
+
+    def open_reader(self, artifact_id: str) -> BinaryIO:
+        raise ArtifactNotFound(artifact_id)
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        pass
+
+    def remove(self, artifact_id: str) -> None:
+        pass
+
+
+def _in_time(write: Callable[[], None]) -> None:
+    """Write to a store; whatever goes wrong there is an error of its own kind."""
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            write()
+        except Exception as error:  # noqa: BLE001  raised below
+            errors.append(error)
+
+    # A mount whose server is gone blocks whoever writes to it, with nothing to end that.
+    thread = threading.Thread(target=work, name="artifacts", daemon=True)
+    thread.start()
+    thread.join(PATIENCE_SECONDS)
+    if thread.is_alive():
+        raise ArtifactError(
+            f"the store of artifacts has not answered for {PATIENCE_SECONDS:g} seconds; "
+            f"check {PLACE}"
+        )
+    if errors:
+        raise ArtifactError(
+            f"the store of artifacts: {one_line(errors[0])}; check {PLACE}"
+        ) from errors[0]
 
 
 def _mend(store: Store, artifact_id: str, path: Path) -> None:

@@ -1,9 +1,17 @@
 """Whatever a name stands for: a search, or a study of planned rows."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from bdense.errors import InputError
+from search.database.ledger import Ledger
 from search.database.storage import retrying
 from search.errors import UnknownStudyError
 from search.records.planned import Planned
-from search.records.study import KIND, Study
+from search.records.study import KIND, SPEC, Study
+from search.specs.study_spec import StudySpec
 
 
 def open_record(url: str, name: str, *, reading: bool = False) -> Study | Planned:
@@ -35,3 +43,30 @@ def open_search_named(url: str, name: str, *, reading: bool = False) -> Study:
         hint = f"; give the search itself: {of}" if of else ""
         raise UnknownStudyError(f"{name!r} is no search but planned rows ({record.kind}){hint}")
     return record
+
+
+def stored_spec(ledger: Ledger) -> StudySpec:
+    """The spec of a study of SFD's students, as its last launch stored it.
+
+    Raises:
+        UnknownStudyError: There is none: its maker was killed before it was whole.
+        InputError: It is one of another version of bdense.
+    """
+    return spec_of(ledger.study.study_name, retrying(lambda: ledger.study.user_attrs))
+
+
+def spec_of(name: str, attributes: Mapping[str, Any]) -> StudySpec:
+    """The same, from the attributes of the study of that name."""
+    if (stored := attributes.get(SPEC)) is None:
+        raise UnknownStudyError(f"study {name!r} was never launched; launch it first")
+    try:
+        return StudySpec.model_validate_json(stored)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the whole"
+        count = error.error_count()
+        more = f" and {count - 1} more" if count > 1 else ""
+        raise InputError(
+            f"this bdense cannot read the study's spec ({name}: {place}: {first['msg']}{more}); "
+            "use the version that launched it"
+        ) from error

@@ -4,6 +4,7 @@ Kept for good are a row's result, log and pictures, some 0.3 MB. Large are stude
 search keeps its best and those that are named, and checkpoints, which serve running rows alone.
 """
 
+import logging
 import re
 import shutil
 import time
@@ -18,12 +19,14 @@ STUDENT, CHECKPOINT = "student.safetensors", "checkpoint.safetensors"
 UNFINISHED_ROUND = ".training.safetensors"  # as bdense.chain names it
 KEPT = "kept_students"  # the study's attribute: numbers of trials
 
+_log = logging.getLogger(__name__)
+
 _ASIDE = re.compile(r"\d{5,}\.[0-9a-f]{8}")  # as search.trials.trial moves folders aside
 _CARD = Path(STUDENT).with_suffix(".md").name
 # A worker that is alive writes one file for less time than this.
 _ABANDONED_SECONDS = 3600.0
 # Ranks after the best that are looked at when a trial ends: more than trials that end at once.
-_MARGIN = 256
+_MARGIN = 64
 
 
 def keep_best_students(ledger: Ledger, keep: int, ended: int) -> None:
@@ -34,8 +37,8 @@ def keep_best_students(ledger: Ledger, keep: int, ended: int) -> None:
         keep: Students to keep, beside those that were named.
         ended: Number of the trial.
     """
-    beyond = _beyond(ledger, keep)
-    for number in {*beyond[:_MARGIN], *({ended} & set(beyond))}:
+    beyond = ledger.ranked_after(keep, _MARGIN, also=ended)
+    for number in set(beyond) - _named(ledger):
         _delete(_student_files(row_folder(ledger.study.study_name, number)))
 
 
@@ -80,10 +83,13 @@ def clean_checkpoints(ledger: Ledger) -> int:
 
 def _beyond(ledger: Ledger, keep: int) -> list[int]:
     """Complete trials whose students go, best first."""
-    values = ledger.complete_values()
-    named = set(ledger.attribute(KEPT) or [])
+    values, named = ledger.complete_values(), _named(ledger)
     ranked = sorted(values, key=lambda number: (values[number], number))
     return [number for number in ranked[keep:] if number not in named]
+
+
+def _named(ledger: Ledger) -> set[int]:
+    return set(ledger.attribute(KEPT) or [])
 
 
 def _student_files(folder: Path) -> Sequence[Path]:
@@ -98,13 +104,19 @@ def _abandoned(folder: Path) -> Iterator[Path]:
 
 
 def _delete(paths: Iterable[Path]) -> int:
-    """Bytes freed; another process may delete the same meanwhile."""
+    """Bytes freed; another process may delete the same meanwhile.
+
+    What cannot be deleted stays, with a warning: it costs room and no result.
+    """
     freed = 0
     for path in paths:
         try:
             size = path.stat().st_size
             path.unlink()
         except FileNotFoundError:
+            continue
+        except OSError as error:
+            _log.warning("%s cannot be deleted: %s", path, error)
             continue
         freed += size
     return freed

@@ -163,7 +163,8 @@ def refuse_other_conditions(url: str, spec: StudySpec) -> None:
 def _budget(url: str, spec: StudySpec) -> int | None:
     """Trials to plan; None keeps what the stop rule left, where the same number is given again.
 
-    Any other number is somebody's wish, and so is a spec without the rule.
+    Any other number is somebody's wish, and so are a spec without the rule and points that were
+    planned since, for which there is no room in what was left.
     """
     try:
         stored = Ledger.open(url, spec.name, budget=None)
@@ -171,7 +172,11 @@ def _budget(url: str, spec: StudySpec) -> int | None:
         return spec.budget.trials
     stopped = stopped_early(stored)
     same = stopped is not None and spec.budget.trials == stopped["of"]
-    return None if same and spec.stop.rule != "none" else spec.budget.trials
+    if not same or spec.stop.rule == "none":
+        return spec.budget.trials
+    counts = stored.counts()
+    fits = counts.ended + counts.running + counts.waiting <= stored.budget
+    return None if fits else spec.budget.trials
 
 
 def stopped_early(ledger: Ledger) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-from search.service_log import FIELDS, spoken_of, timestamp
+from search.service_log import FIELDS, json_line, spoken_of, timestamp
 
 LOG_FILE = "log.jsonl"
 TRAINING_LINES = 100  # at most, of one training; a resumed one may repeat a few
@@ -52,9 +52,8 @@ class TrialLog:
             **spoken_of(),
             "worker": f"{platform.node()}:{os.getpid()}",
             "event": event,
-            **fields,
         }
-        line = json.dumps(entry, default=str) + "\n"
+        line = json_line(entry, fields) + "\n"
         if self._early is not None:
             self._early.append(line)
         else:

@@ -18,7 +18,8 @@ from search.showing.charts import Chart
 from search.showing.figures import fid_over_steps
 from search.specs.promotion_spec import PromotionSpec
 
-_CONDITIONS = ("images", "extractor", "extractor_sha256", "reference", "reference_images")
+# What a FID in a model card is told with.
+CARD_CONDITIONS = ("images", "extractor", "extractor_sha256", "reference", "reference_images")
 
 
 def chain_steps(spec: PromotionSpec) -> list[int]:
@@ -80,7 +81,7 @@ def fid_table(planned: Planned) -> list[dict[str, Any]]:
     table = []
     if (teacher := teacher_fid(planned)) is not None:
         told = {"steps": teacher["nfe"], "arm": "teacher", "fid": teacher["value"]}
-        alike = {key: teacher[key] for key in _CONDITIONS}
+        alike = {key: teacher[key] for key in CARD_CONDITIONS}
         table.append({**told, **alike, "evaluation_seed": teacher["seeds"]["evaluation"]})
     for steps, comparison in by_steps(planned).items():
         for result in comparison.results:
@@ -92,7 +93,7 @@ def fid_table(planned: Planned) -> list[dict[str, Any]]:
                     "fid": found.mean,
                     "std_err": found.standard_error if found.n > 1 else None,
                     "n": found.n,
-                    **{key: first[key] for key in _CONDITIONS},
+                    **{key: first[key] for key in CARD_CONDITIONS},
                     "training_seeds": " ".join(map(str, sorted(result.fids))),
                     "evaluation_seed": first["seeds"]["evaluation"],
                 }

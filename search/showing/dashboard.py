@@ -4,9 +4,12 @@ For one person's browser on this machine (``serve``), or behind a proxy that kno
 (``application``, for gunicorn).
 """
 
+import json
 import re
+import signal
 import socketserver
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -17,7 +20,7 @@ from optuna_dashboard import wsgi
 from bdense.errors import InputError
 from search.database.storage import open_reading, open_storage, resolve_storage_url
 from search.records.artifacts import Store, artifact_store
-from search.showing.metrics import mount
+from search.showing.metrics import Application, mount
 
 HOST = "127.0.0.1"
 READING = ("GET", "HEAD", "OPTIONS")
@@ -36,7 +39,6 @@ _NOTHING_RUNS = "default-src 'none'; sandbox; frame-ancestors 'none'"
 _NO_FRAMES = "; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 
 Headers: TypeAlias = list[tuple[str, str]]
-Application: TypeAlias = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
 def read_only(application: Application) -> Application:
@@ -66,6 +68,25 @@ def hardened(application: Application) -> Application:
             return start_response(status, safe_headers(path, headers), *error)
 
         return application(environ, start)
+
+    return guarded
+
+
+def addressed_here(application: Application, port: int) -> Application:
+    """Answer 403 to a request for any host but this machine's own.
+
+    A page elsewhere whose name is made to resolve to 127.0.0.1 could read all studies else.
+    """
+    names = (HOST, "localhost", "[::1]")
+    hosts = {f"{name}:{port}" for name in names} | ({*names} if port == 80 else set())
+
+    def guarded(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if environ.get("HTTP_HOST", "").lower() in hosts:
+            return application(environ, start_response)
+        headers = safe_headers("", [("Content-Type", "application/json")])
+        start_response("403 Forbidden", headers)
+        reason = f"this dashboard is for this machine alone; open http://{HOST}:{port}"
+        return [json.dumps({"reason": reason}).encode()]
 
     return guarded
 
@@ -133,6 +154,10 @@ def serve(url: str, *, port: int, writable: bool) -> None:
         raise InputError(
             f"port {port} on {HOST} cannot be used ({error.strerror}); choose another --port"
         ) from error
+    server.set_app(addressed_here(application, server.server_port))
+    if threading.current_thread() is threading.main_thread():
+        # A shell that starts it in the background has it ignore Ctrl-C's signal.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with server:
         mode = "changes are allowed" if writable else "read-only"
         sys.stderr.write(

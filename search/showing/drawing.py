@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 STOPS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#fde725")
 DPI = 150
 _MARKS = 6.0
+_LONGEST = 60  # characters of a title or label: more would leave no room for what is drawn
 
 
 def shade(value: float, low: float, high: float) -> str:
@@ -135,21 +136,21 @@ def interactive(chart: Chart) -> "go.Figure":
         marker = {"color": [chart.bounds()[0]], **_scale(chart)}
         nothing = {"x": [None], "y": [None], "showlegend": False}
         traces.append({"type": "scatter", "mode": "markers", "marker": marker, **nothing})
-    x: dict[str, Any] = {"title": {"text": _escaped(chart.x)}, "automargin": True}
-    y: dict[str, Any] = {"title": {"text": _escaped(chart.y)}, "automargin": True}
+    x: dict[str, Any] = {"title": {"text": _escaped(shortened(chart.x))}, "automargin": True}
+    y: dict[str, Any] = {"title": {"text": _escaped(shortened(chart.y))}, "automargin": True}
     if chart.log_x:
         x["type"] = "log"
     if chart.log_y:
         y["type"] = "log"
     if chart.ticks:
         x["tickvals"] = list(chart.ticks)
-        x["ticktext"] = [_escaped(text) for text in chart.ticks.values()]
+        x["ticktext"] = [_escaped(shortened(text)) for text in chart.ticks.values()]
     grid = {"gridcolor": "#e6e6e6", "zeroline": False, "showline": True, "linecolor": "#999999"}
     return go.Figure(
         data=traces,
         layout={
             "template": "none",
-            "title": {"text": _escaped(chart.title), "font": {"size": 16}},
+            "title": {"text": _escaped(shortened(chart.title)), "font": {"size": 16}},
             "xaxis": x | grid,
             "yaxis": y | grid,
             "legend": {"orientation": "h", "y": -0.22, "font": {"size": 11}},
@@ -162,7 +163,7 @@ def interactive(chart: Chart) -> "go.Figure":
 def _trace(series: Series, chart: Chart) -> dict[str, Any]:
     trace: dict[str, Any] = {
         "type": "bar" if series.kind == "bars" else "scatter",
-        "name": _escaped(series.name),
+        "name": _escaped(shortened(series.name)),
         "x": [_escaped(x) if isinstance(x, str) else _short(x) for x in series.x],
         "y": [_short(y) for y in series.y],
         "showlegend": not series.quiet,
@@ -191,7 +192,7 @@ def _trace(series: Series, chart: Chart) -> dict[str, Any]:
 def _scale(chart: Chart) -> dict[str, Any]:
     low, high = chart.bounds()
     stops = [[i / (len(STOPS) - 1), colour] for i, colour in enumerate(STOPS)]
-    bar = {"title": {"text": _escaped(chart.scale)}, "thickness": 12}
+    bar = {"title": {"text": _escaped(shortened(chart.scale))}, "thickness": 12}
     return {
         "colorscale": stops,
         "cmin": _short(low),
@@ -207,7 +208,7 @@ def _level(series: Series, span: tuple[float, float]) -> dict[str, Any]:
     return {
         "type": "scatter",
         "mode": "lines",
-        "name": _escaped(series.name),
+        "name": _escaped(shortened(series.name)),
         "x": [_short(x) for x in span],
         "y": [y, y],
         "line": line,
@@ -235,7 +236,12 @@ def _escaped(text: str) -> str:
 
 def _plain(text: str) -> str:
     """Matplotlib reads mathematics between dollars, and leaves out what begins with _."""
-    return one_line(text).replace("$", r"\$").removeprefix("_")
+    return shortened(one_line(text)).replace("$", r"\$").removeprefix("_")
+
+
+def shortened(text: str) -> str:
+    """Its beginning, with an ellipsis where that is not all."""
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1].rstrip() + "…"
 
 
 def one_line(text: str) -> str:

@@ -40,8 +40,9 @@ def _training(event: Mapping[str, Any]) -> str:
     return f"training  {steps}{place}  loss {_cell(event['loss'])}  {intervals}"
 
 
-def _cell(value: float) -> str:
-    return f"{value:>8.4g}"
+def _cell(value: float | str) -> str:
+    """A number; one that JSON lacks is stored as a word: nan."""
+    return f"{float(value):>8.4g}"
 
 
 def _fields(fields: Mapping[str, Any]) -> str:

@@ -8,11 +8,15 @@ from search.showing.drawing import one_line
 
 # What would make a link, a picture, a tag, a table's cell, code or a formula of plain words.
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|&!#~$])")
+# What GFM makes links of without any mark, in some readers after marks were taken away: https://
+# and the like, www., mail addresses. A word joiner, which shows as nothing, keeps it from that.
+_BARE_LINK = re.compile(r"(?<=:)(?=//)|(?<=www)(?=\.)|(?=@)", re.IGNORECASE)
+_JOINER = "\u2060"
 
 
 def escaped(text: str) -> str:
     """One line of Markdown that shows as these very words."""
-    return _SPECIAL.sub(r"\\\1", one_line(text))
+    return _SPECIAL.sub(r"\\\1", _BARE_LINK.sub(_JOINER, one_line(text)))
 
 
 def fenced(text: str, language: str = "") -> str:

@@ -26,7 +26,7 @@ def trial_note(
     attrs: Mapping[str, Any],
     pictures: Sequence[tuple[str, str]],
 ) -> str:
-    """A finished trial's weights, FID and its conditions, timings and pictures.
+    """A finished trial's weights, FID and its conditions or why it was pruned, timings, pictures.
 
     Args:
         title: What it is.
@@ -38,6 +38,9 @@ def trial_note(
     lines = [f"## {escaped(title)}"]
     if value is not None:
         lines.append(f"**FID {value:.4f}** {escaped(conditions(attrs['fid']))}")
+    elif "reason" in attrs:
+        at = f" at {attrs['pruned_at']:g} of its budget" if "pruned_at" in attrs else ""
+        lines.append(f"**Pruned{at}**: {escaped(str(attrs['reason']))}")
     if weights:
         header = [f"w_{k}" for k in range(1, len(weights) + 1)]
         lines.append(markdown_table([header, [f"{w:.4g}" for w in weights]]))

@@ -24,6 +24,11 @@ Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 
 
+# What lies beside the studies' folders under the runs (search.database.storage and
+# search.records.artifacts name them).
+TAKEN_NAMES = ("artifacts", "cache")
+
+
 class Strict(BaseModel):
     """A misspelt key is an error, and a parsed spec never changes."""
 
@@ -170,6 +175,15 @@ class ModelSpec(Strict):
     evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
     precision: Precision = "float32"
     resources: ResourcesSpec = Field(default_factory=ResourcesSpec)
+
+    @field_validator("name")
+    @classmethod
+    def _has_a_folder_of_its_own(cls, name: str) -> str:
+        if name in TAKEN_NAMES:
+            raise ValueError(
+                f"{name!r} is a folder under the runs that all studies share; choose another name"
+            )
+        return name
 
     @model_validator(mode="after")
     def _has_the_data_it_needs(self) -> Self:

@@ -166,6 +166,7 @@ def _teacher_fid(assets: ChainAssets, report: Report) -> dict[str, Any]:
                 on_image=lambda done: report(
                     "teacher FID", done, evaluation.images, f"at {steps} steps"
                 ),
+                check=lambda: None,
                 grid_path=path.with_suffix(".png"),
             ),
         )
@@ -353,6 +354,7 @@ def _round_fid(
             round_.steps,
             {"training": seed},
             on_image=on_image,
+            check=check,
             grid_path=round_.path.with_name(f"{round_.path.stem}-{GRID}"),
         )
         note("round", steps=round_.steps, fid=fid["value"])
@@ -368,9 +370,13 @@ def _measured(
     seeds: dict[str, int],
     *,
     on_image: Callable[[int], None],
+    check: Callable[[], None],
     grid_path: Path,
 ) -> dict[str, Any]:
-    """A model's FID in that many steps, on the promotion's latents; leaves a grid of 64."""
+    """A model's FID in that many steps, on the promotion's latents; leaves a grid of 64.
+
+    ``on_image`` is called for every batch drawn, ``check`` for every one judged.
+    """
     spec = assets.spec
     images = draw_images(
         denoiser,
@@ -388,4 +394,5 @@ def _measured(
         metrics=("fid",),
         nfe=steps,
         seeds={**seeds, "evaluation": spec.seeds.evaluation},
+        on_image=lambda _: check(),
     ).fid.as_dict()

@@ -1,8 +1,8 @@
 """A trial's FIDs on the way, and whether they are worth going on for.
 
 A look is kept in the trial's folder before it is told, so that whoever takes the trial over tells
-the same. FIDs on the way compare with one another alone: at the same fraction of the budget, of
-as many images.
+the same; the verdict on it is kept in the database before it is acted on. FIDs on the way compare
+with one another alone: at the same fraction of the budget, of as many images.
 """
 
 import copy
@@ -24,7 +24,7 @@ from bdense.metrics import measure_images
 from bdense.sampling import draw_images
 from bdense.sfd import Looks
 from search.database.ledger import Claim, Ledger
-from search.database.storage import retrying
+from search.database.verdicts import verdict_of
 from search.specs.space import make_pruner
 from search.specs.study_spec import StudySpec
 from search.trials.assets import Assets
@@ -50,7 +50,12 @@ def judge_of(spec: StudySpec, ledger: Ledger, claim: Claim) -> Judge | None:
 
     def judge(images: int, fid: float) -> bool:
         ledger.report(claim, images, fid)
-        return retrying(lambda: is_poor(spec, pruner, ledger.study, claim.number))
+        return verdict_of(
+            ledger.study,
+            claim.number,
+            images,
+            lambda study: is_poor(spec, pruner, study, claim.number),
+        )
 
     return judge
 
@@ -92,7 +97,7 @@ class OnTheWay:
         assets: What the study's trials share.
         folder: The trial's.
         judge: Whom the FIDs are told.
-        check: Called for every batch of images; what it raises ends the work.
+        check: Called for every batch of images drawn or judged; what it raises ends the work.
         report: Called with a short text on the progress.
     """
 
@@ -187,6 +192,7 @@ class OnTheWay:
             metrics=("fid",),
             nfe=sampler.nfe,
             seeds={"training": spec.seeds.training, "evaluation": spec.seeds.evaluation},
+            on_image=lambda _: self._check(),
         ).fid
         if not math.isfinite(fid.value):
             raise NonFiniteError(

@@ -5,6 +5,7 @@ A worker takes its orders from the database: the spec is the study's, the rows a
 
 import functools
 import logging
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,7 +34,9 @@ from search.trials.trial import bring_to_an_end, evaluate
 
 _log = logging.getLogger(__name__)
 
-POLL_SECONDS = 1.0
+POLL_SECONDS, LONGEST_POLL_SECONDS = 1.0, 5.0
+# Not the global generator, which seeded draws come from.
+_jitter = random.Random()
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,7 @@ class SearchWorker:
 
     def __init__(self, study: Study) -> None:
         self._study = study
+        self._baselines_ended = False  # for good: nobody plans more of them
         # The study's spec, not the launcher's: another may have extended it meanwhile.
         self._spec = StudySpec.model_validate_json(study.trials.study.user_attrs[SPEC])
         self._assets = load(self._spec, use_device(self._spec))
@@ -80,13 +84,15 @@ class SearchWorker:
 
     def claim(self) -> Claimed | None:
         """Baselines first, as something to beat."""
-        study, spec = self._study, self._spec
+        study, spec, began = self._study, self._spec, time.perf_counter()
         assert study.baselines is not None  # a launch plans them
         while True:
             asked = time.perf_counter()
-            first = study.baselines.claim(baseline_space(), None)
-            if isinstance(first, Claim):
-                return Claimed(study.baselines, first, asked)
+            if not self._baselines_ended:
+                first = study.baselines.claim(baseline_space(), None)
+                if isinstance(first, Claim):
+                    return Claimed(study.baselines, first, asked)
+                self._baselines_ended = isinstance(first, Done)
             self._stop(study.trials)
             then = study.trials.claim(
                 search_space(spec),
@@ -95,9 +101,9 @@ class SearchWorker:
             )
             if isinstance(then, Claim):
                 return Claimed(study.trials, then, asked)
-            if isinstance(first, Done) and isinstance(then, Done):
+            if self._baselines_ended and isinstance(then, Done):
                 return None
-            time.sleep(POLL_SECONDS)
+            time.sleep(pause_after(time.perf_counter() - began))
 
     def work(self, claimed: Claimed) -> None:
         """Train, measure, and keep the best students' files alone."""
@@ -197,7 +203,17 @@ class ChainWorker:
         _end(claimed, train, assets.fingerprint)
 
 
+def pause_after(waited: float) -> float:
+    """Seconds to the next try after so many: about a tenth of them, 1 to 5.
+
+    Workers that find nothing to do, hundreds perhaps, take the lock of those who have something.
+    """
+    pause = min(max(POLL_SECONDS, waited / 10), LONGEST_POLL_SECONDS)
+    return pause * _jitter.uniform(0.8, 1.2)
+
+
 def _next_planned(planned: Planned) -> Claimed | None:
+    began = time.perf_counter()
     while True:
         asked = time.perf_counter()
         found = planned.ledger.claim(SPACES[planned.kind], None)
@@ -205,7 +221,7 @@ def _next_planned(planned: Planned) -> Claimed | None:
             return Claimed(planned.ledger, found, asked)
         if isinstance(found, Done):
             return None
-        time.sleep(POLL_SECONDS)
+        time.sleep(pause_after(time.perf_counter() - began))
 
 
 def _evaluate(

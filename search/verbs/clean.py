@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from bdense.command import Verbs
 from bdense.errors import InputError
-from search.database.storage import resolve_storage_url
+from search.database.storage import cache_folder, resolve_storage_url
 from search.verbs.common import numbers, study_name, study_verb
 
 if TYPE_CHECKING:
@@ -74,22 +74,22 @@ def _keep(record: "Study | Planned", asked: list[int]) -> None:
     there = [n for n in asked if (row_folder(record.name, n) / STUDENT).is_file()]
     if gone := sorted(set(asked) - set(there) - set(_running(ledger))):
         raise InputError(
-            f"--keep {','.join(map(str, gone))}: no student of that trial is there; plan its "
-            "point again (enqueue), or raise keep_students before the next launch"
+            f"--keep {','.join(map(str, gone))}: no student of that trial is there; make one of "
+            "its weights by `bdense distill`, and for trials to come raise keep_students before "
+            "the next launch"
         )
     kept = keep_too(ledger, asked)
     print(f"students of trials {', '.join(map(str, kept))} of {record.name} stay")
 
 
 def _students(record: "Study | Planned") -> None:
+    from search.records.opening import stored_spec
     from search.records.retention import clean_students
-    from search.records.study import SPEC
-    from search.specs.study_spec import StudySpec
 
     ledger = _search(record, "--students").trials
-    spec = StudySpec.model_validate_json(ledger.attribute(SPEC))
-    freed = clean_students(ledger, spec.keep_students)
-    print(f"{freed / _MIB:.1f} MiB of students deleted; the best {spec.keep_students} stay")
+    keep = stored_spec(ledger).keep_students
+    freed = clean_students(ledger, keep)
+    print(f"{freed / _MIB:.1f} MiB of students deleted; the best {keep} stay")
 
 
 def _search(record: "Study | Planned", option: str) -> "Study":
@@ -108,13 +108,29 @@ def _running(ledger: "Ledger") -> list[int]:
 
 
 def _trajectories(record: "Study | Planned") -> None:
+    from search.database.halting import held
     from search.records.study import TRAJECTORIES
 
+    if working := held(record.ledgers):
+        raise InputError(
+            f"{working} trials of {record.name} are worked on and read its trajectories; end them "
+            f"first: bdense-search stop {record.name} --wait"
+        )
     stored = record.ledgers[0].attribute(TRAJECTORIES) or []
-    freed = 0
     # A search has one folder, planned rows one for each seed.
-    for folder in map(Path, [stored] if isinstance(stored, str) else stored):
-        if folder.name and folder.is_dir():
-            freed += sum(path.stat().st_size for path in folder.iterdir())
-            shutil.rmtree(folder)
+    named = map(Path, [stored] if isinstance(stored, str) else stored)
+    folders = [folder for folder in named if folder.is_dir()]
+    # Whoever may write to the database could have named any folder of this machine.
+    place = (cache_folder() / "trajectories").resolve()
+    for folder in folders:
+        if folder.resolve().parent != place or folder.is_symlink():
+            raise InputError(
+                f"study {record.name} says that its trajectories lie in {folder}, which is none "
+                f"of the folders in {place}; set BDENSE_CACHE to the cache that its workers used, "
+                "or delete it by hand"
+            )
+    freed = 0
+    for folder in folders:
+        freed += sum(path.stat().st_size for path in folder.iterdir())
+        shutil.rmtree(folder)
     print(f"{freed / _MIB:.1f} MiB of trajectories deleted")

@@ -8,7 +8,7 @@ import yaml
 
 from bdense.command import Run, Verbs, add_verb
 from search.database.storage import resolve_storage_url
-from search.errors import SpecError, UnknownStudyError
+from search.errors import SpecError
 
 if TYPE_CHECKING:
     from search.records.planned import Planned
@@ -67,22 +67,19 @@ def open_search(options: argparse.Namespace) -> "tuple[Study, StudySpec]":
 
     Raises:
         UnknownStudyError: There is no such search.
+        InputError: Another version of bdense launched it.
         SpecChangedError: The file's conditions are not those that the study was run under.
     """
-    from search.records.opening import open_search_named
-    from search.records.study import SPEC, refuse_other_conditions
+    from search.records.opening import open_search_named, stored_spec
+    from search.records.study import refuse_other_conditions
     from search.specs.study_file import read_spec
-    from search.specs.study_spec import StudySpec
 
     url = resolve_storage_url(options.storage)
     study = open_search_named(url, study_name(options.study))
     if Path(options.study).suffix in (".yaml", ".yml"):
         spec = read_spec(Path(options.study))
     else:
-        stored = study.trials.study.user_attrs.get(SPEC)
-        if stored is None:
-            raise UnknownStudyError(f"study {study.name!r} was never launched; launch it first")
-        spec = StudySpec.model_validate_json(stored)
+        spec = stored_spec(study.trials)
     # By its name too: a teacher's file, the data or the engine's numerics may have changed since.
     refuse_other_conditions(url, spec)
     return study, spec

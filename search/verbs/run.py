@@ -100,24 +100,20 @@ def _stop(options: argparse.Namespace) -> None:
 
 
 def _enqueue(options: argparse.Namespace) -> None:
-    from search.records.opening import open_search_named
+    from search.records.opening import open_search_named, stored_spec
     from search.records.points import Point, enqueue
-    from search.records.study import SPEC
-    from search.specs.study_spec import StudySpec
 
     url = resolve_storage_url(options.storage)
     study = open_search_named(url, study_name(options.study))
-    stored = study.trials.attribute(SPEC)
-    if stored is None:
-        raise InputError(f"study {study.name!r} was never launched; launch it first")
     point = Point(a=options.a, b=options.b, rule=options.rule, strength=options.strength)
     # The bounds that workers have, not those of a file that was changed since.
-    for line in enqueue(study, StudySpec.model_validate_json(stored), point):
+    for line in enqueue(study, stored_spec(study.trials), point):
         print(line)
 
 
 def _logs(options: argparse.Namespace) -> None:
     from search.records.folders import row_folder
+    from search.records.following import Followed
     from search.records.opening import open_record
     from search.records.trial_log import LOG_FILE, read_log
     from search.showing.log_lines import HEADER, log_line
@@ -125,10 +121,11 @@ def _logs(options: argparse.Namespace) -> None:
     url = resolve_storage_url(options.storage)
     record = open_record(url, study_name(options.study), reading=True)
     ledger, number = _row(record, options)
+    row = Followed(ledger, number)
     path = row_folder(ledger.study.study_name, number) / LOG_FILE
     offset, shown = 0, 0
     while True:
-        has_ended = number in ledger.ended()
+        has_ended = row.has_ended()
         events, offset = read_log(path, offset)
         for event in events:
             if options.json:
@@ -143,7 +140,10 @@ def _logs(options: argparse.Namespace) -> None:
             break
         time.sleep(POLL_SECONDS)
     if not shown:
-        raise InputError(_nothing(ledger, number, path.resolve().parent))
+        raise InputError(
+            f"trial {number} has no log in {path.resolve().parent}: nobody has worked on it yet, "
+            "or its worker writes to another folder (BDENSE_RUNS)"
+        )
 
 
 def _row(record: "Study | Planned", options: argparse.Namespace) -> "tuple[Ledger, int]":
@@ -156,18 +156,10 @@ def _row(record: "Study | Planned", options: argparse.Namespace) -> "tuple[Ledge
         return record.ledgers[0], options.trial
     if isinstance(record, Planned) or record.baselines is None:
         raise InputError(f"{record.name} has no baselines of its own; give the number of a row")
-    methods = [asked["method"] for asked in record.baselines.asked()]
-    return record.baselines, methods.index(options.baseline)
-
-
-def _nothing(ledger: "Ledger", number: int, folder: object) -> str:
-    count = len(ledger.asked())
-    if not 0 <= number < count:
-        return (
-            f"study {ledger.study.study_name} has no trial {number}: there are {count} so far, "
-            "numbered from 0"
-        )
-    return (
-        f"trial {number} has no log in {folder}: nobody has worked on it yet, or its worker "
-        "writes to another folder (BDENSE_RUNS)"
+    for number, asked in enumerate(record.baselines.asked()):
+        if asked.get("method") == options.baseline:
+            return record.baselines, number
+    raise InputError(
+        f"study {record.name} has no baseline {options.baseline} yet: its launch was killed "
+        "before it was whole; launch it again"
     )

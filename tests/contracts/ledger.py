@@ -3,12 +3,14 @@
 import math
 import os
 import signal
+import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
 import pytest
+import sqlalchemy as sa
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
@@ -226,6 +228,39 @@ class LedgerContract:
         assert (counts.planned, counts.complete, counts.pruned) == (2, 1, 1)
         scene.open(budget=4)
         assert scene.settle().planned == 4
+
+    def test_a_search_is_not_ended_early_while_a_planned_trial_waits(self, scene):
+        """It was planned while the rule thought."""
+        ledger = scene.open(budget=6)
+        complete(ledger, take(ledger))
+        ledger.enqueue({"a": 0.25, "b": -0.5})
+        ledger.end_early("nothing to gain")
+        assert (ledger.budget, ledger.attribute("stopped")) == (6, None)
+        complete(ledger, take(ledger))
+        ledger.end_early("nothing to gain")
+        assert (ledger.budget, ledger.attribute("stopped")["after"]) == (2, 2)
+
+    @pytest.mark.parametrize("lost_at", ["changes", "budget", "stopped"])
+    def test_a_search_whose_end_was_half_written_is_ended_whole(self, scene, monkeypatch, lost_at):
+        """The database goes away in between, and comes back."""
+        ledger = scene.open(budget=6)
+        complete(ledger, take(ledger))
+        write, lost = ledger.study.set_user_attr, []
+
+        def losing(key, value) -> None:
+            write(key, value)
+            if key == lost_at and not lost:
+                lost.append(key)
+                raise sa.exc.OperationalError("UPDATE", {}, _busy())
+
+        monkeypatch.setattr(ledger.study, "set_user_attr", losing)
+        ledger.end_early("nothing to gain")
+        assert len(lost) == 1
+        assert ledger.budget == 1
+        what = {"after": 1, "of": 6, "reason": "nothing to gain"}
+        assert ledger.study.user_attrs["stopped"] == what
+        [change] = ledger.study.user_attrs["changes"]
+        assert (change["key"], change["old"], change["new"]) == ("budget", 6, 1)
 
     def test_suggestions_beyond_the_bound_are_pruned_outside_the_budget(self, scene):
         ledger = scene.open(budget=3)
@@ -510,6 +545,37 @@ class LedgerContract:
         claim = take(ledger)
         assert (claim.attempt, claim.tries) == (2, 1)
 
+    def test_no_more_attempts_are_forgiven_than_there_were(self, scene):
+        """Each Ctrl-C of another launch forgives what runs."""
+        ledger = scene.open(budget=1, max_attempts=2)
+        first = take(ledger)
+        for _ in range(5):
+            ledger.forgive_running()
+        ledger.release(first, interrupted=True)
+        tries = []
+        for _ in range(2):
+            claim = take(ledger)
+            tries.append(claim.tries)
+            ledger.release(claim)
+        assert tries == [1, 2]
+        assert finish_one(ledger) is None
+        assert ledger.counts().failed == 1
+
+    def test_two_stops_at_once_are_two(self, scene, monkeypatch):
+        """A launch that began between them is reached by the second."""
+        ledger, other = scene.open(budget=2), scene.open()
+        launches = []
+        change = other.change
+
+        def later(key, to) -> None:
+            ask_all([ledger])  # it has counted, and is overtaken
+            launches.append(Launch.begin([ledger]))
+            change(key, to)
+
+        monkeypatch.setattr(other, "change", later)
+        ask_all([other])
+        assert is_asked([ledger], launches[0])
+
     def test_held_are_trials_of_live_workers(self, scene):
         ledger = scene.open(budget=3, ttl=0.5)
         assert ledger.held() == 0
@@ -632,6 +698,13 @@ class LedgerContract:
     def test_settings_out_of_range_are_refused(self, scene, settings, message):
         with pytest.raises(InputError, match=message):
             scene.open(**settings)
+
+
+def _busy() -> sqlite3.OperationalError:
+    """What waiting helps against, whichever database it stands for."""
+    error = sqlite3.OperationalError("database is locked")
+    error.sqlite_errorname = "SQLITE_BUSY"
+    return error
 
 
 def _raises(kind: type[Exception], call) -> bool:

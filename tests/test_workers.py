@@ -1,0 +1,76 @@
+"""How a search's worker asks for rows, on a real ledger; nothing is trained."""
+
+from types import SimpleNamespace
+
+import pytest
+from optuna.samplers import RandomSampler
+
+from search.database.ledger import Claim, Ledger
+from search.records.study import Study
+from search.specs.space import baseline_space, search_space
+from search.trials import workers
+from search.trials.workers import SearchWorker, pause_after
+from tests.studies import spec
+
+
+@pytest.fixture
+def study(tmp_path) -> Study:
+    return Study.create(f"sqlite:///{tmp_path}/study.db", spec(budget__trials=2))
+
+
+@pytest.fixture
+def worker(study, monkeypatch) -> SearchWorker:
+    monkeypatch.setattr(workers, "load", lambda *_: SimpleNamespace(store=None))
+    return SearchWorker(study)
+
+
+def test_baselines_that_have_ended_are_asked_for_no_more(study, worker, monkeypatch):
+    for _ in range(2):
+        claimed = worker.claim()
+        assert claimed.ledger is study.baselines
+        claimed.ledger.complete(claimed.claim, 1.0, {})
+    asked = []
+    claim = Ledger.claim
+
+    def counted(ledger, *given):
+        asked.append(ledger.study.study_name)
+        return claim(ledger, *given)
+
+    monkeypatch.setattr(Ledger, "claim", counted)
+    for _ in range(2):
+        claimed = worker.claim()
+        claimed.ledger.complete(claimed.claim, 1.0, {})
+    assert worker.claim() is None
+    assert asked == ["digits.baselines", "digits", "digits", "digits"]
+
+
+def test_a_baseline_that_runs_elsewhere_is_taken_over_once_it_is_given_back(
+    study, worker, monkeypatch
+):
+    held = [study.baselines.claim(baseline_space(), None) for _ in range(2)]
+    taken = [study.trials.claim(search_space(spec()), RandomSampler) for _ in range(2)]
+    assert all(isinstance(each, Claim) for each in [*held, *taken])
+    for claim in taken:
+        study.trials.complete(claim, 1.0, {})
+    pauses = []
+
+    def give_back(seconds: float) -> None:
+        pauses.append(seconds)
+        study.baselines.release(held[0])
+
+    monkeypatch.setattr(workers.time, "sleep", give_back)
+    claimed = worker.claim()
+    assert (claimed.ledger, claimed.claim.number) == (study.baselines, held[0].number)
+    assert len(pauses) == 1
+
+
+def test_who_waits_long_asks_more_seldom_and_not_all_at_once():
+    for waited, least, most in (
+        (0.0, 0.8, 1.2),
+        (9.0, 0.8, 1.2),
+        (30.0, 2.4, 3.6),
+        (1e6, 4.0, 6.0),
+    ):
+        pauses = [pause_after(waited) for _ in range(200)]
+        assert least <= min(pauses) < max(pauses) <= most
+        assert len(set(pauses)) > 100

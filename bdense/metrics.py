@@ -7,7 +7,7 @@ subsets under the kernel (x . y / d + 1)^3. Precision, recall: Kynkaanniemi et a
 k-th neighbour. d features.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -181,6 +181,7 @@ def measure_images(
     nfe: int,
     seeds: dict[str, int],
     batch: int = 256,
+    on_image: Callable[[int], None] | None = None,
 ) -> Metrics:
     """Measure images against a reference; the extractor sees each of them once.
 
@@ -193,6 +194,7 @@ def measure_images(
         nfe: Network evaluations an image cost.
         seeds: The images' seeds by name.
         batch: Images at a time; the result depends on it by rounding only.
+        on_image: Called with the number of images that the extractor has seen so far.
 
     Raises:
         InputError: What ``require_measurable`` raises, or images the extractor cannot take.
@@ -200,7 +202,7 @@ def measure_images(
     """
     settings = settings or MetricSettings()
     require_measurable(metrics, settings, len(images), reference)
-    features = features_of(images, extractor, batch)
+    features = features_of(images, extractor, batch, on_image)
     conditions: dict[str, Any] = {
         "images": len(images),
         "reference": reference.name,

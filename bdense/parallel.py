@@ -6,8 +6,9 @@ torch's DistributedDataParallel averages the gradients: NCCL between GPUs, gloo 
 import contextlib
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -18,8 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bdense.errors import InputError
 
-# After this long without the others a process gives up: one of them died.
+# After this long without the others in a sum a process gives up: one of them died.
 PATIENCE = timedelta(minutes=10)
+# How often those who wait for the leader ask whether it is done.
+_ASK_SECONDS = 0.05
 _HOST = "127.0.0.1"
 # What a follower does: its team, its device, and what the leader gave it.
 Follow = Callable[["Team", torch.device, Any], object]
@@ -32,10 +35,12 @@ class Team:
     Attributes:
         rank: This one, counted from 0.
         size: How many.
+        store: Of torch, in the leader's process; None where there is no other.
     """
 
     rank: int
     size: int
+    store: Any = field(default=None, repr=False, compare=False)
 
     @classmethod
     def alone(cls) -> "Team":
@@ -80,6 +85,24 @@ class Team:
         total = values.clone()
         dist.all_reduce(total)
         return total / self.size
+
+    def while_others_wait(self, name: str, work: Callable[[], object]) -> None:
+        """The leader's work, however long it takes; the others do none of it.
+
+        They wait in no sum, which ``PATIENCE`` would end. Where the leader dies its store is gone,
+        and so are they.
+
+        Args:
+            name: Of the work; another one each time.
+            work: Called by the leader; what it raises, it raises.
+        """
+        if self.leads:
+            work()
+            if self.size > 1:
+                self.store.set(name, "done")
+            return
+        while not self.store.check([name]):
+            time.sleep(_ASK_SECONDS)
 
 
 @contextlib.contextmanager
@@ -145,7 +168,7 @@ def _joined(
         timeout=PATIENCE,
     )
     try:
-        yield Team(rank, len(devices))
+        yield Team(rank, len(devices), store)
     finally:
         dist.destroy_process_group()
 

@@ -5,6 +5,7 @@ n images, C channels, H x W pixels, d features.
 
 import zipfile
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,13 +73,19 @@ class Reference:
     features: Tensor | None = None
 
 
-def features_of(images: Tensor, extractor: Extractor, batch: int = 256) -> Tensor:
+def features_of(
+    images: Tensor,
+    extractor: Extractor,
+    batch: int = 256,
+    on_image: Callable[[int], None] | None = None,
+) -> Tensor:
     """Features of all the images: [n, d] float32 on the CPU.
 
     Args:
         images: [n, C, H, W] uint8, C = 1 or 3, n >= 2.
         extractor: Feature network; called once for each image.
         batch: Images at a time; the result depends on it by rounding only.
+        on_image: Called with the number of images seen so far.
 
     Raises:
         InputError: Fewer than 2 images, or images the extractor cannot take.
@@ -87,9 +94,15 @@ def features_of(images: Tensor, extractor: Extractor, batch: int = 256) -> Tenso
         raise InputError(f"batch must be at least 1, got {batch}")
     if len(images) < 2:
         raise _too_few(len(images))
-    # A distance between students of different precisions is of their images alone.
-    with exact_products():
-        return torch.cat([extractor(part) for part in torch.split(images, batch)])
+    features, seen = [], 0
+    for part in torch.split(images, batch):
+        # A distance between students of different precisions is of their images alone.
+        with exact_products():
+            features.append(extractor(part))
+        seen += len(part)
+        if on_image is not None:
+            on_image(seen)
+    return torch.cat(features)
 
 
 def statistics_of(features: Tensor) -> Statistics:

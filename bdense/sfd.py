@@ -6,8 +6,8 @@ B batch, K branches, C channels, H x W pixels, S trained intervals.
 """
 
 import contextlib
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,18 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from bdense.branches import export_branch, widen_head
-from bdense.checkpoints import denoiser_sha256, resume_training, save_training
 from bdense.denoiser import NetworkDenoiser
 from bdense.errors import InputError, NonFiniteLossError, StoppedError
-from bdense.intervals import VariableGrid
 from bdense.parallel import Team
 from bdense.randomness import Stream, seeded
+from bdense.sfd_run import Keeper, require_fitting, run_identity
+from bdense.sfd_run import Looks as Looks
 from bdense.solvers import analytical_slope
 from bdense.trajectories import Trajectories, Walk
 from bdense.weighting import BranchWeighting, FixedWeights
-
-# What a checkpoint is of, and the prefix of the learned weights' tensors in it.
-_KIND, _WEIGHTING = "sfd-training", "weighting."
 
 
 class PerceptualLoss(Protocol):
@@ -106,21 +103,6 @@ class IterationReport:
         return float((self.branch_losses * self.weights).sum(-1).mean())
 
 
-@dataclass(frozen=True, slots=True)
-class Looks:
-    """When a student is looked at while it learns, and by whom; training takes no notice.
-
-    Attributes:
-        after: Numbers of iterations, each from 1 to one less than all.
-        look: Called after so many, with that number and branch K as ``export_branch`` makes it, in
-            eval mode: a copy. What it raises ends the run. A run that is resumed just there is
-            looked at again.
-    """
-
-    after: Collection[int]
-    look: Callable[[int, NetworkDenoiser], None]
-
-
 def distill(
     teacher: NetworkDenoiser,
     trajectories: Trajectories,
@@ -150,7 +132,8 @@ def distill(
             second stage; ``bdense.perceptual.LPIPS`` is one.
         team: The processes that share each batch; None is this one alone.
         checkpoint: File to resume from and to save to; None keeps nothing.
-        checkpoint_seconds: Save at the first iteration that ends this long after the last save.
+        checkpoint_seconds: Save at the first iteration that ends this long after the last save; at
+            the end in any case.
         on_iteration: Called after every iteration; what it raises ends the run, a
             ``StoppedError`` with a save.
         on_save: Called after each save with the iterations done.
@@ -167,47 +150,65 @@ def distill(
     iterations = config.iterations(batch)
     weighting = FixedWeights(weights) if isinstance(weights, Tensor) else weights
     start = start or teacher
-    _check(config, trajectories, weighting, iterations, start)
-    pauses = _pauses(looks, iterations)
+    require_fitting(
+        trajectories,
+        weighting,
+        start,
+        num_branches=config.num_branches,
+        images=config.images,
+        iterations=iterations,
+    )
+    looked_at = looks.on_the_way(iterations) if looks is not None else frozenset()
     start.execution.set_products()
     student = widen_head(start, config.num_branches).train(config.dropout)
     optimizer = torch.optim.Adam(
         student.parameters(), lr=config.lr, betas=config.betas, fused=True
     )
     team = team or Team.alone()
-    identity = _identity(config, weighting, trajectories, start, perceptual, team)
-    first = _resume(checkpoint, student, optimizer, weighting, identity) if checkpoint else 0
+    keeper = Keeper(
+        checkpoint,
+        student,
+        optimizer,
+        weighting,
+        run_identity(
+            asdict(config),
+            weighting,
+            trajectories,
+            start,
+            perceptual.describe() if perceptual is not None else None,
+            team,
+        ),
+        seconds=checkpoint_seconds,
+        writes=team.leads,
+        on_save=on_save,
+    )
+    first = keeper.resume()
     update = _Update(student, optimizer, weighting, perceptual, team, config.seed)
-    images, saves = team.share_of(batch), checkpoint if team.leads else None
-    last_save = time.monotonic()
-
-    def save(done: int) -> None:
-        nonlocal last_save
-        if saves is None:
-            return
-        learned = {_WEIGHTING + name: value for name, value in weighting.state().items()}
-        save_training(saves, _KIND, student, optimizer, done, identity, learned)
-        last_save = time.monotonic()
-        if on_save is not None:
-            on_save(done)
-
+    images = team.share_of(batch)
     for iteration in range(first, iterations):
-        if looks is not None and iteration in pauses:
-            looks.look(iteration, export_branch(student).eval())
+        if looks is not None and iteration in looked_at:
+            look = functools.partial(_look, looks, iteration, student)
+            team.while_others_wait(f"look {iteration}", look)
         lr = config.lr_at(iteration, batch)
         for group in optimizer.param_groups:
             group["lr"] = lr
         losses, used = _walk_along(update, trajectories.part(iteration, images), iteration)
+        done = iteration + 1
         # Before the save: a caller that is no longer entitled to the checkpoint ends the run here.
         if on_iteration is not None:
             try:
                 on_iteration(IterationReport(iteration, iterations, lr, losses, used))
             except StoppedError:
-                save(iteration + 1)
+                keeper.save(done)
                 raise
-        if iteration + 1 in pauses or time.monotonic() - last_save >= checkpoint_seconds:
-            save(iteration + 1)
+        if done in looked_at or done == iterations or keeper.is_due:
+            keeper.save(done)
     return student.eval()
+
+
+def _look(looks: Looks, after: int, student: NetworkDenoiser) -> None:
+    """At a copy of branch K."""
+    looks.look(after, export_branch(student).eval())
 
 
 def _walk_along(update: "_Update", walk: Walk, iteration: int) -> tuple[Tensor, Tensor]:
@@ -387,92 +388,3 @@ class _Update:
             if not all(bool(g.isfinite().all()) for g in alone if g is not None):
                 return NonFiniteLossError("the gradient", **where, branch=k)
         return NonFiniteLossError("the gradient", **where)
-
-
-def _check(
-    config: SFDConfig,
-    trajectories: Trajectories,
-    weighting: BranchWeighting,
-    iterations: int,
-    start: NetworkDenoiser,
-) -> None:
-    grid, available = trajectories.grid, len(trajectories)
-    if isinstance(grid, VariableGrid) and not start.step_condition:
-        raise InputError(
-            f"a student for several numbers of intervals {list(grid.num_intervals)} is told "
-            "which; start it from with_step_condition(teacher, seed=...)"
-        )
-    if weighting.needs_gradients and start.execution.compile:
-        # A compiled graph hands out no tensor from its middle that gradients can be asked for.
-        raise InputError(
-            "weights learned by gradient norms need the input of the network's head, which a "
-            "compiled network hides; drop compile, or learn them by the rule uncertainty"
-        )
-    if config.num_branches not in (1, grid.substeps):
-        raise InputError(
-            f"num_branches={config.num_branches} fits neither plain SFD (1) nor the teacher's "
-            f"sub-steps (substeps={grid.substeps})"
-        )
-    if weighting.num_branches != config.num_branches:
-        raise InputError(
-            f"there are {weighting.num_branches} branch weights for "
-            f"num_branches={config.num_branches}; give one for each branch"
-        )
-    if iterations > available:
-        raise InputError(
-            f"{config.images} images make {iterations} iterations, and the trajectories hold "
-            f"{available}; record more or train on fewer images"
-        )
-
-
-def _pauses(looks: Looks | None, iterations: int) -> frozenset[int]:
-    """Numbers of iterations after which there is a look."""
-    pauses = frozenset(looks.after if looks is not None else ())
-    if beyond := sorted(number for number in pauses if not 0 < number < iterations):
-        raise InputError(
-            f"looks after {beyond} iterations lie outside 1..{iterations - 1}: on the way of "
-            f"{iterations} iterations"
-        )
-    return pauses
-
-
-def _identity(
-    config: SFDConfig,
-    weighting: BranchWeighting,
-    trajectories: Trajectories,
-    start: NetworkDenoiser,
-    perceptual: PerceptualLoss | None,
-    team: Team,
-) -> dict[str, Any]:
-    """What must agree for a checkpoint to be the same run, one level deep."""
-    fields = {f"config.{name}": value for name, value in asdict(config).items()}
-    fields["config.betas"] = list(config.betas)
-    served = {f"trajectories.{name}": value for name, value in trajectories.describe().items()}
-    fields["start"] = denoiser_sha256(start)
-    if perceptual is not None:
-        fields["perceptual"] = perceptual.describe()
-    if team.size > 1:
-        # Each device draws dropout of its own.
-        fields["devices"] = team.size
-    return {"weights": weighting.describe(), **fields, **served}
-
-
-def _resume(
-    path: Path,
-    student: NetworkDenoiser,
-    optimizer: torch.optim.Optimizer,
-    weighting: BranchWeighting,
-    identity: Mapping[str, Any],
-) -> int:
-    """Load a saved run, if there is one, and say at which iteration it goes on."""
-    iteration, tensors = resume_training(path, _KIND, student, optimizer, identity)
-    device = next(student.parameters()).device
-    if tensors:
-        weighting.restore(
-            {
-                name.removeprefix(_WEIGHTING): value.to(device)
-                for name, value in tensors.items()
-                if name.startswith(_WEIGHTING)
-            }
-        )
-    return iteration

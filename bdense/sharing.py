@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bdense.denoiser import NetworkDenoiser
 from bdense.parallel import Team, team_of
-from bdense.sfd import IterationReport, Looks, SFDConfig, distill
+from bdense.sfd import IterationReport, SFDConfig, distill
+from bdense.sfd_run import Looks
 from bdense.trajectories import Trajectories
 from bdense.weighting import BranchWeighting
 
@@ -40,14 +41,16 @@ def distill_on(
         teacher, trajectories, config, weights, options: As of ``distill``.
         checkpoint, checkpoint_seconds: Written by this process alone.
         on_iteration, on_save: Called in this process.
-        looks: In this process, while the others wait: ``bdense.parallel.PATIENCE`` at most.
+        looks: In this process, while the others wait.
 
     Raises:
         InputError: The batch is no multiple of the devices.
     """
     team = Team(0, len(devices))
     team.share_of(trajectories.batch)
-    job = (trajectories, config, weights, {"checkpoint": checkpoint, **options})
+    # The others are told when there are looks, to wait then.
+    waits = Looks(tuple(looks.after), _nobody_looks) if looks is not None else None
+    job = (trajectories, config, weights, {"checkpoint": checkpoint, "looks": waits, **options})
 
     def lead(team: Team) -> NetworkDenoiser:
         return distill(
@@ -68,6 +71,10 @@ def distill_on(
         return lead(team)
     with team_of(devices, _follow, job) as team:
         return lead(team)
+
+
+def _nobody_looks(after: int, student: NetworkDenoiser) -> None:
+    raise AssertionError(f"a follower was to look at its student after {after} iterations")
 
 
 def _follow(

@@ -174,6 +174,7 @@ def test_what_is_stopped_saves_just_there_and_ends_as_if_it_had_not_been(tmp_pat
         *(("training", i) for i in range(1, 6)),
         ("checkpoint", 5),
         *(("training", i) for i in range(6, 11)),
+        ("checkpoint", 10),
         ("evaluating", None),
     ]
 

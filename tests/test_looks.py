@@ -87,6 +87,22 @@ def test_a_run_that_ends_in_a_look_is_saved_there_and_looked_at_again(tmp_path):
     assert same_weights(resumed, distill(*learning()))
 
 
+def test_a_run_is_saved_at_its_end_and_resumed_there_does_nothing_more(tmp_path):
+    path, saves = tmp_path / "checkpoint.safetensors", []
+    whole = distill(*learning(), checkpoint=path, on_save=saves.append)
+    assert saves == [6]
+    assert load_tensors(path)[1]["iteration"] == 6
+
+    def never(done: IterationReport) -> None:
+        raise StopHereError
+
+    seen = {}
+    again = distill(*learning(), checkpoint=path, on_iteration=never, looks=nosy(seen))
+    assert same_weights(again, whole)
+    assert not again.training
+    assert seen == {}
+
+
 def test_a_look_sees_the_student_of_that_many_iterations():
     """After half of the run the step size is still the first: a run half as long is the same."""
     teacher = small_teacher()

@@ -137,20 +137,47 @@ def test_kid_and_precision_hold_the_references_features_too():
 def test_the_total_is_the_worse_of_training_and_evaluation():
     sizes = {"runtime": 1, "teacher": 10, "student": 20, "gradients": 20, "adam": 40}
     training = Memory(**sizes, activations=1000, evaluation=500)
-    assert (training.total, training.trains_at_the_most) == (51 + 1040, True)
+    assert (training.total, training.at_the_most) == (51 + 1040, "training")
     evaluation = Memory(**sizes, activations=1000, evaluation=1041)
-    assert (evaluation.total, evaluation.trains_at_the_most) == (51 + 1041, False)
+    assert (evaluation.total, evaluation.at_the_most) == (51 + 1041, "evaluation")
+
+
+def test_a_look_takes_its_memory_beside_adam():
+    sizes = {"runtime": 1, "teacher": 10, "student": 20, "gradients": 20, "adam": 40}
+    look = Memory(**sizes, activations=1000, evaluation=1041, look=1002)
+    assert (look.total, look.at_the_most) == (51 + 1042, "look")
+    less = Memory(**sizes, activations=1000, evaluation=1041, look=1000)
+    assert (less.total, less.at_the_most) == (51 + 1041, "evaluation")
+
+
+@pytest.mark.parametrize("images", [64, 200_000])
+def test_a_look_holds_a_branch_its_images_and_their_features_by_fid_alone(images):
+    """As much as an evaluation of as many images, which holds an exported student too."""
+    keys = {"evaluation__metrics": ["fid", "kid"], "evaluation__images": 200_000}
+    looked = memory_of(**keys, pruning={"at": [0.5], "images": images})
+    assert looked.look == memory_of(evaluation__images=images).evaluation
+    # The reference's features, for KID alone.
+    kid = 1797 * 64 * 12
+    assert looked.evaluation == memory_of(evaluation__images=200_000).evaluation + kid
+    assert dataclasses.replace(looked, look=0) == memory_of(**keys)
+
+
+def test_a_look_draws_as_many_images_as_the_evaluation_unless_told():
+    keys = {"evaluation__images": 200_000}
+    looked, blind = memory_of(**keys, pruning={"at": [0.5]}), memory_of(**keys)
+    assert looked.look == looked.evaluation == blind.evaluation
+    # Adam waits.
+    assert looked.total == blind.total + blind.adam
 
 
 # ---- room ----
 
 
-def memory(*, activations: float = 7.0, evaluation: float = 0.0) -> Memory:
+def memory(*, activations: float = 7.0, evaluation: float = 0.0, look: float = 0.0) -> Memory:
     """One of 8 GiB, if it is training that takes it."""
     parts = dict.fromkeys(("runtime", "teacher", "student", "gradients"), GIB // 4)
-    return Memory(
-        **parts, adam=0, activations=int(activations * GIB), evaluation=int(evaluation * GIB)
-    )
+    gib = {"activations": activations, "evaluation": evaluation, "look": look}
+    return Memory(**parts, adam=0, **{name: int(size * GIB) for name, size in gib.items()})
 
 
 def shortage(study: StudySpec, device: torch.device, together: int, **sizes: float) -> str:
@@ -214,6 +241,13 @@ def test_where_evaluation_takes_it_its_batch_is_named(monkeypatch):
     monkeypatch.setattr(search.trials.memory, "free_bytes", lambda _: GIB)
     told = shortage(spec(), CPU, 1, activations=1.0, evaluation=7.0)
     assert told.endswith("; lower evaluation.batch (128 now) or evaluation.images (256 now)")
+
+
+def test_where_a_look_takes_it_its_images_are_named(monkeypatch):
+    monkeypatch.setattr(search.trials.memory, "free_bytes", lambda _: GIB)
+    study = spec(pruning={"at": [0.5], "images": 200})
+    told = shortage(study, CPU, 1, activations=1.0, evaluation=7.0, look=7.5)
+    assert told.endswith("; lower evaluation.batch (128 now) or pruning.images (200 now)")
 
 
 def test_a_launch_is_refused_before_anything_is_made(monkeypatch):
@@ -288,6 +322,8 @@ def test_the_line_names_the_parts():
         r"Adam and activations 0 MiB, runtime 0\.25 GiB\)",
         line,
     )
+    looked = memory(look=0.5).line(spec())
+    assert "Adam and activations 0 MiB, a look on the way, after activations 0.50 GiB, " in looked
     shared = memory().line(spec(resources={"gpus": 2}))
     assert "for one trial on each of its GPUs (" in shared
     assert "activations of batch 32 " in shared

@@ -1,9 +1,14 @@
 """One training shared by two processes: gloo on the CPU."""
 
+import time
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import bdense.sharing
 from bdense.branches import widen_head
@@ -29,14 +34,33 @@ def outputs(student: NetworkDenoiser) -> torch.Tensor:
     return student.branches(x * sigma.view(-1, 1, 1, 1), sigma)
 
 
+def follow_in_haste(team: Team, device: torch.device, job: Any) -> None:
+    """From the first look on, two seconds are enough; until then both processes still load."""
+    wait = Team.while_others_wait
+
+    def in_haste(self: Team, name: str, work: Callable[[], object]) -> None:
+        dist.set_timeout(timedelta(seconds=2))
+        wait(self, name, work)
+
+    Team.while_others_wait = in_haste
+    bdense.sharing._follow(team, device, job)
+
+
 @pytest.mark.parametrize("rule", [None, pytest.param("gradient-norm", marks=pytest.mark.slow)])
-def test_two_processes_equal_one_to_rounding(tmp_path, rule):
+def test_two_processes_equal_one_to_rounding(tmp_path, monkeypatch, rule):
     """Outputs, not weights: Adam makes steps of rounding noise where a gradient cancels."""
+    monkeypatch.setattr(bdense.sharing, "_follow", follow_in_haste)
     teacher = small_teacher()
     live = small_trajectories(teacher, count=3, batch=4)
     trajectories = TrajectoryStore(live, tmp_path).record()
     reports: list[list[IterationReport]] = []
     students, looked = [], []
+
+    def look(after: int, student: NetworkDenoiser) -> None:
+        looked.append(outputs(student))
+        if len(looked) == 3:
+            time.sleep(3)  # longer than the other process waits for a gradient
+
     for devices in (ONE, TWO):
         # A rule has a state: each run begins with one of its own.
         weights = LearnedWeights(4, rule=rule) if rule else LogLinearWeights(a=1.0)(4)
@@ -50,7 +74,7 @@ def test_two_processes_equal_one_to_rounding(tmp_path, rule):
                 TRAIN,
                 weights,
                 on_iteration=report,
-                looks=Looks([1, 2], lambda after, student: looked.append(outputs(student))),
+                looks=Looks([1, 2], look),
             )
         )
     for alone, shared in zip(*reports, strict=True):

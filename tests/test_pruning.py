@@ -8,6 +8,7 @@ import torch
 from optuna.distributions import FloatDistribution
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from search.database.ledger import Claim, Ledger
 from search.errors import SpecChangedError
@@ -141,6 +142,46 @@ def test_a_look_told_again_by_who_took_over_is_judged_as_before(tmp_path):
     assert looked.ledger.study.trials[1].intermediate_values == {640: 15.0, 1280: 30.0}
 
 
+@pytest.mark.parametrize("pruner", ["successive-halving", "hyperband", "median"])
+def test_a_verdict_stands_for_whoever_takes_over(tmp_path, pruner):
+    """Its worker dies before it tells; meanwhile others make the trial look better."""
+    looked = Search(tmp_path, HALVING | {"pruner": pruner})
+    for fid in (20.0, 19.0, 18.0, 17.0):
+        looked.trial(fid, fid)
+    claim = looked.claim()
+    while not judge_of(looked.spec, looked.ledger, claim)(640, 90.0):
+        claim = looked.claim()  # hyperband's brackets are of different patience
+    looked.ledger.release(claim)
+    ahead = looked.claim()
+    assert ahead.number == claim.number
+    assert judge_of(looked.spec, looked.ledger, ahead)(640, 90.0)
+    looked.ledger.prune(ahead, {})
+    assert looked.ledger.counts().pruned >= 1
+
+
+@pytest.mark.parametrize("lost_at", ["completed_rung_0", "verdict:640"])
+def test_a_verdict_whose_answer_was_lost_is_the_same(tmp_path, monkeypatch, lost_at):
+    """A note of successive halving would change the next judgement of the same look."""
+    looked = Search(tmp_path, HALVING)
+    looked.trial(20.0, 20.0)
+    claim = looked.claim()
+    storage = looked.ledger.study._storage
+    write, lost = storage.set_trial_system_attr, []
+
+    def losing(trial_id: int, key: str, value: object) -> None:
+        write(trial_id, key, value)
+        if key == lost_at and not lost:
+            lost.append(key)
+            raise PoolTimeoutError("no connection")
+
+    monkeypatch.setattr(storage, "set_trial_system_attr", losing)
+    assert judge_of(looked.spec, looked.ledger, claim)(640, 30.0)
+    assert lost == [lost_at]
+    # The others see its rung, once.
+    stored = looked.ledger.study.trials[claim.number].system_attrs
+    assert stored["completed_rung_0"] == 30.0
+
+
 # ---- real digits ----
 
 
@@ -179,6 +220,7 @@ def run(study: StudySpec, points: list[float], folder: Path) -> Study:
     return record
 
 
+@pytest.mark.slow
 def test_a_clearly_bad_point_is_pruned_and_the_others_are_what_they_would_be(folders):
     """a = -20 leaves the branch that draws as the teacher made it."""
     pruning = {"pruner": "median", "at": AT, "images": 128, "startup_trials": 2}
@@ -240,9 +282,9 @@ def test_whoever_takes_over_tells_the_looks_again_and_ends_the_same(folders):
     place, calm = (folders / "study" / name for name in ("00000", "00001"))
     expected = evaluate(shared, {"a": 1.0}, calm, check=lambda: None, judge=judge, **quiet)
     before = list(told)
-    # Checks: 2 iterations, 64 images of the first look, 2 iterations, and the second look begun.
+    # Checks: 2 iterations, 64 images drawn and judged, 2 iterations, and the second look begun.
     with pytest.raises(InterruptedRunError):
-        evaluate(shared, {"a": 1.0}, place, check=interrupted_after(5), judge=judge, **quiet)
+        evaluate(shared, {"a": 1.0}, place, check=interrupted_after(6), judge=judge, **quiet)
     assert (place / CHECKPOINT).exists()
     assert len(json.loads((place / LOOKS).read_text())) == 1
     told.clear()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bdense.cards import card_path, model_card
-from bdense.checkpoints import load_denoiser, save_denoiser
+from bdense.checkpoints import load_denoiser, load_tensors, save_denoiser
 from bdense.data import load_dataset
 from bdense.errors import InputError
 from bdense.metrics import MetricSettings
@@ -114,6 +114,21 @@ def test_learned_weights_are_stored_over_time_and_drawn_also_after_an_interrupti
     assert metadata["weighting"] == params | {"memory": 100}
     card = card_path(taken_over / STUDENT).read_text()
     assert " at the end, learned by gradient-norm (strength 1.5, memory 100)" in card
+
+
+@pytest.mark.parametrize("checks", [4, 6], ids=["drawing", "judging"])
+def test_whoever_takes_over_from_an_evaluation_trains_no_more(tmp_path, checks):
+    """Checks: 4 iterations, two batches of images drawn, one of them judged."""
+    shared, quiet = prepared(spec(**TINY)), {"report": lambda _: None}
+    place = tmp_path / "00000"
+    with pytest.raises(InterruptedRunError):
+        evaluate(shared, SLOPE, place, check=interrupted_after(checks), **quiet)
+    assert load_tensors(place / CHECKPOINT)[1]["iteration"] == 4
+    texts: list[str] = []
+    found = evaluate(shared, SLOPE, place, check=interrupted_after(3), report=texts.append)
+    assert texts == ["evaluating 128/256 images", "evaluating 256/256 images"]
+    assert not (place / CHECKPOINT).exists()
+    assert found["attrs"]["fid"] == attrs(shared, tmp_path / "00001")["fid"]
 
 
 def test_given_weights_have_no_history(tmp_path):

@@ -7,7 +7,7 @@ operation by operation, on tensors that have a shape and no numbers.
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -129,6 +129,7 @@ class Memory:
         adam: Two moments of each parameter.
         activations: What training takes on a batch's way forth and back.
         evaluation: What drawing and judging images takes, once Adam has gone.
+        look: What it takes on the way, beside Adam, with a copy of one branch; 0 without looks.
     """
 
     runtime: int
@@ -138,17 +139,26 @@ class Memory:
     adam: int
     activations: int
     evaluation: int
+    look: int = 0
 
     @property
     def total(self) -> int:
         """The most at any time."""
         held = self.runtime + self.teacher + self.student + self.gradients
-        return held + max(self.adam + self.activations, self.evaluation)
+        return held + max(self._phases.values())
 
     @property
-    def trains_at_the_most(self) -> bool:
-        """Whether it is training, not evaluation, that takes it."""
-        return self.adam + self.activations >= self.evaluation
+    def at_the_most(self) -> str:
+        """What takes it: training, a look or evaluation."""
+        return max(self._phases, key=self._phases.__getitem__)
+
+    @property
+    def _phases(self) -> dict[str, int]:
+        return {
+            "training": self.adam + self.activations,
+            "look": self.adam + self.look,
+            "evaluation": self.evaluation,
+        }
 
     def line(self, spec: ModelSpec) -> str:
         """For people."""
@@ -161,6 +171,7 @@ class Memory:
             "gradients": self.gradients,
             f"activations of batch {row.batch // spec.resources.team}": self.activations,
             "evaluation, after Adam and activations": self.evaluation,
+            **({"a look on the way, after activations": self.look} if self.look else {}),
             "runtime": self.runtime,
         }
         told = ", ".join(f"{what} {_size(size)}" for what, size in parts.items())
@@ -179,19 +190,12 @@ class Memory:
             together = min(together, sharing)
         if free is None or together * self.total <= free:
             return ""
-        evaluation = spec.evaluation
-        smaller = (
-            f"lower {row.key} ({row.batch} now)"
-            if self.trains_at_the_most
-            else f"lower evaluation.batch ({evaluation.batch} now) or evaluation.images "
-            f"({evaluation.images} now)"
-        )
-        ways = [smaller]
+        ways = [self._smaller(spec)]
         if together > 1:
             ways.append(f"run fewer {row.name}s at once ({together} now) by --workers")
             if device.type == "cuda":
                 ways.append(f"give each more of a GPU by resources.gpus ({gpus:g} now)")
-        elif device.type == "cuda" and self.trains_at_the_most and row.can_share:
+        elif device.type == "cuda" and self.at_the_most == "training" and row.can_share:
             ways.append(f"share each batch by resources.gpus: {2 * spec.resources.team}")
         where = "the GPU" if device.type == "cuda" else "this machine"
         share = f" for each of {together} {row.name}s at once" if together > 1 else ""
@@ -199,6 +203,17 @@ class Memory:
             f"a {row.name} needs about {_size(self.total)} and {where} has "
             f"{_size(free / together)} free{share}; {', or '.join(ways)}"
         )
+
+    def _smaller(self, spec: ModelSpec) -> str:
+        """What to lower."""
+        if self.at_the_most == "training":
+            row = row_of(spec)
+            return f"lower {row.key} ({row.batch} now)"
+        key, images = "evaluation.images", spec.evaluation.images
+        if self.at_the_most == "look":
+            assert isinstance(spec, StudySpec)  # a chain is not looked at on its way
+            key, images = "pruning.images", look_images(spec)
+        return f"lower evaluation.batch ({spec.evaluation.batch} now) or {key} ({images} now)"
 
     def require_room(self, spec: ModelSpec, device: torch.device, together: int) -> None:
         """Refuse rows that would run out of memory.
@@ -230,7 +245,16 @@ def trial_memory(spec: StudySpec, architecture: Mapping[str, Any], device: torch
     rows = grid.num_rows + 1
     if spec.trajectories.mode == "live":
         rows += len(grid.fine())
-    return row_memory(plan, images=rows * plan.batch)
+    memory = row_memory(plan, images=rows * plan.batch)
+    if not spec.looks:
+        return memory
+    look = memory.teacher + _judging(plan, look_images(spec), ("fid",))
+    return dataclasses.replace(memory, look=look)
+
+
+def look_images(spec: StudySpec) -> int:
+    """Images that are drawn for a look."""
+    return spec.pruning.images or spec.evaluation.images
 
 
 def row_memory(plan: "Plan", *, images: int, moments: int = 2, process: int = 0) -> Memory:
@@ -242,16 +266,16 @@ def row_memory(plan: "Plan", *, images: int, moments: int = 2, process: int = 0)
         moments: Of each parameter, kept by the optimiser.
         process: Bytes that its process holds besides.
     """
-    team, on_cpu = plan.spec.resources.team, plan.device.type == "cpu"
+    team, evaluation = plan.spec.resources.team, plan.spec.evaluation
     teacher, student = plan.parameters(1), plan.parameters(plan.num_branches)
     return Memory(
-        runtime=_RUNTIME["cpu" if on_cpu else "cuda"] + process,
+        runtime=_RUNTIME[plan.device.type] + process,
         teacher=teacher,
         student=student,
         gradients=student * (2 if team > 1 else 1),
         adam=moments * student,
         activations=plan.training() + images * plan.image * _FLOAT,
-        evaluation=teacher + _judging(plan, keeps_images=on_cpu),
+        evaluation=teacher + _judging(plan, evaluation.images, evaluation.metrics),
     )
 
 
@@ -279,23 +303,23 @@ def extractor_size(name: str) -> ExtractorSize:
     return _EXTRACTORS.get("dinov2-vit-l-14" if kind == "dinov2" else kind, _SMALL_EXTRACTOR)
 
 
-def _judging(plan: "Plan", *, keeps_images: bool) -> int:
-    """Sampling and its extractor; the images and their features lie in the machine's memory."""
+def _judging(plan: "Plan", count: int, metrics: Collection[str]) -> int:
+    """Drawing so many images, and the extractor; they lie in the machine's memory."""
     spec = plan.spec
-    extractor, count = extractor_size(spec.evaluation.extractor), spec.evaluation.images
+    extractor = extractor_size(spec.evaluation.extractor)
     weights = int(extractor.weights * _MIB)
     seen = int(extractor.image * _MIB) * min(_FEATURES_BATCH, count)
-    if not keeps_images:
-        return weights + max(plan.sampling(), seen)
+    if plan.device.type != "cpu":
+        return weights + max(plan.sampling(count), seen)
     images = count * plan.image  # a byte each
     # Batches beside the whole they become; features in float32, in float64 and centred.
     features = count * extractor.features * (4 + 8 + 8)
-    if set(spec.evaluation.metrics) != {"fid"}:
+    if set(metrics) != {"fid"}:
         # Those of each reference image beside them, in float32 and in float64.
         source = split_side(spec.data or "")[0]
         real = _REFERENCE_IMAGES.get(source, _REFERENCE_OF_FILES)
         features += real * extractor.features * (4 + 8)
-    return weights + max(plan.sampling() + 2 * images, images + seen, images + features)
+    return weights + max(plan.sampling(count) + 2 * images, images + seen, images + features)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -337,15 +361,14 @@ class Plan:
         """Bytes on the way forth and back, beside parameters and gradients."""
         return self._peak(self.update, self.batch)
 
-    def sampling(self) -> int:
-        """Bytes of a call without gradients at the evaluation's batch."""
+    def sampling(self, count: int) -> int:
+        """Bytes of a call without gradients, where so many images are drawn."""
 
         def call(student: NetworkDenoiser, x: Tensor) -> None:
             with torch.no_grad():
                 student(x, torch.tensor(1.0))
 
-        count = min(self.spec.evaluation.batch, self.spec.evaluation.images)
-        return self._peak(call, count)
+        return self._peak(call, min(self.spec.evaluation.batch, count))
 
     def _peak(self, call: Update, batch: int) -> int:
         if self.device.type == "cuda":

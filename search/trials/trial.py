@@ -166,7 +166,8 @@ def evaluate(
         assets: What the study's trials share.
         params: A trial's a (and b), its rule and strength, or a baseline's method.
         folder: Where the checkpoint, the student and the result go.
-        check: Called every iteration; what it raises ends the work.
+        check: Called every iteration and for every batch of images drawn or judged; what it raises
+            ends the work.
         report: Called with a short text on the progress.
         judge: Told the FIDs on the way, and asked whether to end there; None looks at none.
         log: The row's.
@@ -346,6 +347,7 @@ def measure(
         metrics=spec.evaluation.metrics,
         nfe=sampler.nfe,
         seeds={"training": spec.seeds.training, "evaluation": spec.seeds.evaluation},
+        on_image=lambda _: check(),
     )
 
 

@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: search test test-slow test-all lint clean
+.PHONY: search test test-service test-all lint clean
 
 search: $(VENV)/.installed
 	$(BIN)/bdense-search launch $(STUDY)
@@ -15,8 +15,10 @@ search: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow"
 
-test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow
+# What the service promises, on real processes: 200 trials under faults, strangers that join, two hosts, docker compose.
+test-service: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow tests/e2e/test_faults.py tests/e2e/test_strangers.py \
+	    tests/e2e/test_two_hosts.py tests/test_hostile_texts.py tests/e2e/test_compose.py
 
 test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

@@ -1,7 +1,7 @@
 """The digits study under docker compose: built, a worker crashed, down, up again, complete.
 
 ``python -m benchmarks.compose_study --write``; ``--trials 4`` for a short one. Its volumes are
-deleted at the end.
+deleted at the end, unless ``--keep`` says otherwise.
 """
 
 import json
@@ -55,6 +55,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--trials", type=int, default=16)
     options.add_argument("--workers", type=int, default=2)
+    options.add_argument("--keep", action="store_true", help="leave it running at the end")
     given = options.parse_args()
     engine = Engine.find()
     if isinstance(engine, str):
@@ -66,10 +67,13 @@ def main() -> None:
     log = Log()
     try:
         answer = run(stack, given.trials, log)
+        publish("compose_study", body(answer, log), write=given.write, threads="1 a worker")
     finally:
-        stack.down("--volumes")
-        engine.end()
-    publish("compose_study", body(answer, log), write=given.write, threads="1 a worker")
+        if given.keep:
+            print(f"left running: http://127.0.0.1:{stack.port}")
+        else:
+            stack.down("--volumes")
+            engine.end()
 
 
 def run(stack: Stack, trials: int, log: Log) -> dict[str, Any]:

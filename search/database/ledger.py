@@ -9,7 +9,6 @@ import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, Self, TypeAlias
@@ -21,7 +20,6 @@ from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from bdense.errors import InputError
 from search.database.claims import (
     Asking,
     Claimer,
@@ -36,20 +34,26 @@ from search.database.halting import HALT, Launch, Stops, stopped
 from search.database.holding import Holding, lost
 from search.database.lease import Claim, RunningRow
 from search.database.rows import FIXED, Row
-from search.database.storage import exclusive, open_reading, redact, retrying, sqlite_file
+from search.database.settings import (
+    DEFAULT_MAX_ATTEMPTS,
+    DEFAULT_TTL_SECONDS,
+    JSON,
+    check_settings,
+    find_study,
+    lock_name,
+    open_study,
+    record_change,
+    require_file,
+)
+from search.database.storage import exclusive, open_reading, retrying
 from search.database.tables import open_tables
-from search.errors import UnknownStudyError
 
 __all__ = ["Claim", "Counts", "Done", "FailureReason", "Holding", "Ledger", "Running", "Wait"]
 
 _log = logging.getLogger(__name__)
 
-JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
 FailureReason: TypeAlias = Literal["diverged", "out of memory", "error", "poisoned"]
 
-DEFAULT_TTL_SECONDS = 60.0
-DEFAULT_MAX_ATTEMPTS = 3
-CHANGES = "changes"
 STOPPED = "stopped"
 _NOTHING: Mapping[str, JSON] = MappingProxyType({})
 
@@ -98,7 +102,7 @@ class Ledger:
         self.ttl = ttl
         self.max_attempts = max_attempts
         self._storage = storage
-        self._lock = _lock_name(study.study_name)
+        self._lock = lock_name(study.study_name)
         self._leases = leases_of(storage, study, ttl)
         self._rows = rows_of(storage, study)
         self._claimer = Claimer(study, self._leases, max_attempts)
@@ -134,12 +138,12 @@ class Ledger:
             UnknownStudyError: no budget was given and there is no such study.
             InputError: a setting is out of range.
         """
-        _check_settings(budget=budget, ttl=ttl, max_attempts=max_attempts)
+        check_settings(budget=budget, ttl=ttl, max_attempts=max_attempts)
         if budget is None:
-            _require_file(url, study_name)
+            require_file(url, study_name)
         storage = open_tables(url)
         given = {"budget": budget, "ttl": ttl, "max_attempts": max_attempts}
-        return cls._of(storage, retrying(partial(_open_study, storage, study_name, given)))
+        return cls._of(storage, retrying(partial(open_study, storage, study_name, given)))
 
     @classmethod
     def open_reading(cls, url: str, study_name: str) -> Self:
@@ -149,9 +153,9 @@ class Ledger:
             StorageError: the database cannot be opened.
             UnknownStudyError: there is no such study.
         """
-        _require_file(url, study_name)
+        require_file(url, study_name)
         storage = open_reading(url)
-        return cls._of(storage, retrying(partial(_find_study, storage, study_name)))
+        return cls._of(storage, retrying(partial(find_study, storage, study_name)))
 
     def beside(self, study_name: str) -> Self:
         """Another study of the same database, through the same connections, for the same use.
@@ -160,7 +164,7 @@ class Ledger:
             UnknownStudyError: there is no such study.
         """
         storage = self._storage
-        return self._of(storage, retrying(partial(_find_study, storage, study_name)))
+        return self._of(storage, retrying(partial(find_study, storage, study_name)))
 
     @classmethod
     def _of(cls, storage: RDBStorage, study: optuna.Study) -> Self:
@@ -189,7 +193,7 @@ class Ledger:
 
         def append() -> None:
             with exclusive(self._storage.engine, self._lock):
-                _record_change(self.study, key, old, new)
+                record_change(self.study, key, old, new)
 
         retrying(append)
 
@@ -288,7 +292,7 @@ class Ledger:
                     if states["WAITING"] or begun >= budget:
                         return
                     what = {"after": begun, "of": budget, "reason": reason}
-                    _record_change(self.study, "budget", budget, begun, reason)
+                    record_change(self.study, "budget", budget, begun, reason)
                     self.study.set_user_attr("budget", begun)
                 # The last: without it the study is not ended, and may be once more.
                 self.study.set_user_attr(STOPPED, what)
@@ -515,87 +519,7 @@ class Ledger:
         retrying(partial(self._leases.drop, claim))
 
 
-def _open_study(
-    storage: RDBStorage, name: str, given: Mapping[str, int | float | None]
-) -> optuna.Study:
-    with exclusive(storage.engine, _lock_name(name)):
-        if given["budget"] is None:
-            study = _find_study(storage, name)
-        else:
-            try:
-                study = optuna.load_study(study_name=name, storage=storage)
-            except KeyError:
-                study = optuna.create_study(study_name=name, storage=storage, direction="minimize")
-        _store_settings(study, given)
-    return study
-
-
-def _find_study(storage: RDBStorage, name: str) -> optuna.Study:
-    """A study of ours that is there, without a change to it."""
-    try:
-        study = optuna.load_study(study_name=name, storage=storage)
-    except KeyError:
-        names = optuna.get_all_study_names(storage)
-        raise UnknownStudyError(_unknown(name, storage.url, names)) from None
-    if "budget" not in study.user_attrs:
-        raise UnknownStudyError(
-            f"study {name!r} was not made by bdense-search; give the name of one that was, or "
-            "launch this one under another name"
-        )
-    return study
-
-
-def _require_file(url: str, study_name: str) -> None:
-    """Where there is no SQLite file there is no study; and looking for one makes none."""
-    path = sqlite_file(url)
-    if path is not None and not path.exists():
-        raise UnknownStudyError(_unknown(study_name, url, []))
-
-
-def _store_settings(study: optuna.Study, given: Mapping[str, int | float | None]) -> None:
-    first = {"ttl": DEFAULT_TTL_SECONDS, "max_attempts": DEFAULT_MAX_ATTEMPTS}
-    stored = study.user_attrs
-    for key, value in given.items():
-        if key not in stored:
-            study.set_user_attr(key, first.get(key) if value is None else value)
-        elif value is not None and value != stored[key]:
-            _record_change(study, key, stored[key], value)
-            study.set_user_attr(key, value)
-
-
 def asked_of(trial: FrozenTrial) -> dict[str, Any]:
     """A trial's parameters; while it waits Optuna keeps them as those that were asked for."""
     asked: dict[str, Any] = trial.system_attrs.get(FIXED, trial.params)
     return asked
-
-
-def _record_change(
-    study: optuna.Study, key: str, old: JSON, new: JSON, reason: str | None = None
-) -> None:
-    changes = list(study.user_attrs.get(CHANGES, []))
-    what = {"key": key, "old": old, "new": new} | ({"reason": reason} if reason else {})
-    # Asked again after a lost answer, it is still one change.
-    if not changes or {name: changes[-1].get(name) for name in what} != what:
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        study.set_user_attr(CHANGES, [*changes, {"time": now, **what}])
-
-
-def _check_settings(*, budget: int | None, ttl: float | None, max_attempts: int | None) -> None:
-    if budget is not None and budget < 1:
-        raise InputError(f"the budget of a study must be 1 trial or more, got {budget}")
-    if ttl is not None and not (math.isfinite(ttl) and ttl > 0):
-        raise InputError(f"a lease's ttl must be a positive number of seconds, got {ttl}")
-    if max_attempts is not None and max_attempts < 1:
-        raise InputError(f"max_attempts must be 1 or more, got {max_attempts}")
-
-
-def _unknown(name: str, url: str, names: Sequence[str]) -> str:
-    there = f"studies there: {', '.join(sorted(names))}" if names else "no study is there"
-    return (
-        f"no study {name!r} in {redact(url)}; {there}; check the name and --storage, "
-        "or launch it first"
-    )
-
-
-def _lock_name(study_name: str) -> str:
-    return f"study {study_name}"

@@ -21,8 +21,8 @@ from search.database.lease import (
     RunningRow,
     database_clock,
 )
-from search.database.ledger import DEFAULT_TTL_SECONDS
 from search.database.rows import Rows
+from search.database.settings import DEFAULT_TTL_SECONDS
 from search.database.versions import differing
 from search.doctor.finding import Finding, first_of, ok, problem, warning
 from search.records.study import BASELINES_SUFFIX, FINGERPRINT, KIND, SPEC

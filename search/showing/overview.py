@@ -15,7 +15,7 @@ import yaml
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, TrialState
 
-from search.database.ledger import CHANGES
+from search.database.settings import CHANGES
 from search.database.storage import retrying
 from search.judging.comparison import Comparison, compare, complete_rows
 from search.judging.confirmation import Verdict, verdict

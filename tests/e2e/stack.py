@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-# Starts a Docker engine where none runs: `SCRIPT up DIR` leaves DIR/env.sh, `SCRIPT down DIR`
-# ends it.
-ENGINE = Path(os.environ.get("BDENSE_ENGINE") or ROOT / "../shared/tools/local-engine/engine.sh")
+# A script that starts a Docker engine where none runs: `up DIR` leaves DIR/env.sh, `down DIR`
+# ends it; $BDENSE_ENGINE, or one that lies beside the project.
+_FOUND = sorted((ROOT.parent / "shared" / "tools").glob("*/engine.sh"))
+ENGINE = Path(os.environ.get("BDENSE_ENGINE") or (_FOUND[0] if _FOUND else ""))
 SECRETS = ROOT / "docker" / "secrets"
 APP_USER = "10001"
 

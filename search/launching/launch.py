@@ -13,7 +13,7 @@ from search.records.folders import named_file
 from search.records.planned import Planned
 from search.records.standing import Standing, copy_baselines, failures, headline, standing, table
 from search.records.study import Study
-from search.service_log import about, say
+from search.service_log import say, speaking_of
 from search.showing.live import Showing
 from search.specs.model_spec import ModelSpec
 from search.specs.promotion_spec import PromotionSpec
@@ -32,7 +32,6 @@ def launch(spec: StudySpec, url: str, source: Path, workers: int | None) -> tupl
     Returns:
         The result for people, and whether any trial is complete.
     """
-    about(study=spec.name)
     study = Study.create(url, spec)
     before, showing = standing(study), Showing(study)
     if not study.left():
@@ -60,12 +59,13 @@ def run_shown(job: Job, look: Callable[[], Look], workers: int | None, showing: 
         showing.refresh()
 
     try:
-        run(
-            job,
-            workers=workers,
-            on_preparing=display.preparing,
-            on_running=on_running,
-        )
+        with speaking_of(study=job.record.name):
+            run(
+                job,
+                workers=workers,
+                on_preparing=display.preparing,
+                on_running=on_running,
+            )
     finally:
         display.close()
 
@@ -78,7 +78,6 @@ def run_planned(planned: Planned, specs: Sequence[ModelSpec], workers: int | Non
         specs: What is made for them.
         workers: Rows at once; None lets the cluster decide.
     """
-    about(study=planned.name)
     showing = Showing(planned)
     if not planned.left():
         say(f"{planned.name} is complete; nothing is left to do")

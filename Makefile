@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 STUDY ?= studies/digits-nfe2.yaml
+TEST_JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
@@ -12,8 +13,10 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 search: $(VENV)/.installed
 	$(BIN)/bdense-search launch $(STUDY)
 
+# Files side by side, then what starts Ray, which takes the whole machine.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --numprocesses $(TEST_JOBS) --dist loadfile tests --ignore tests/e2e
+	$(BIN)/python -m pytest -m "not slow" tests/e2e
 
 # What the service promises, on real processes: 200 trials under faults, strangers that join, two hosts, docker compose.
 test-service: $(VENV)/.installed-dev

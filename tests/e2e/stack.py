@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 # ends it; $BDENSE_ENGINE, or one that lies beside the project.
 _FOUND = sorted((ROOT.parent / "shared" / "tools").glob("*/engine.sh"))
 ENGINE = Path(os.environ.get("BDENSE_ENGINE") or (_FOUND[0] if _FOUND else ""))
+IMAGES_BYTES = 35 * 2**30
 SECRETS = ROOT / "docker" / "secrets"
 APP_USER = "10001"
 
@@ -37,14 +38,12 @@ class Engine:
             return cls(dict(os.environ))
         if not (ENGINE.is_file() and os.geteuid() == 0):
             return "no Docker engine answers here, and none can be started"
+        if (free := shutil.disk_usage(tempfile.gettempdir()).free) < IMAGES_BYTES:
+            return f"the images need {IMAGES_BYTES >> 30} GiB of disk, {free >> 30} are free"
         folder = Path(tempfile.mkdtemp(prefix="bdense-engine-"))
-        started = subprocess.run(
-            ["bash", ENGINE, "up", folder],
-            capture_output=True,
-            text=True,
-            timeout=900,
-            check=False,
-        )
+        # For the whole of it, children included.
+        command = ["timeout", "600", "bash", str(ENGINE), "up", str(folder)]
+        started = subprocess.run(command, capture_output=True, text=True, check=False)
         told = (folder / "env.sh").read_text() if (folder / "env.sh").exists() else ""
         set_there = dict(pair.split("=", 1) for pair in told.removeprefix("export ").split())
         environment = {**os.environ, **set_there}

@@ -41,7 +41,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.postgres]
 NAME = "faults"
 TRIALS = int(os.environ.get("BDENSE_FAULT_TRIALS", "200"))
 FEWEST_FAULTS = TRIALS // 10
-MOST_SECONDS = 1500.0  # on an idle machine it takes less than half of that
+MOST_SECONDS = 1500.0  # 640 were enough beside other tests once, 900 another time not
 CHECKPOINT_SECONDS = 0.1
 JITTER_SECONDS = 0.05  # of the log's times
 # 7 iterations, about half a second.

@@ -4,17 +4,18 @@
 # When Ray's head or the workers died it joins again and carries on.
 set -u
 
-command_of_the_study() {
-    if [ $# -gt 0 ]; then bdense-search "$@"; else bdense-search launch "$STUDY" ${LAUNCH_OPTIONS:-}; fi
+become_the_command() {   # in the background the shell itself, so that it gets the signals
+    if [ $# -gt 0 ]; then exec bdense-search "$@"; else exec bdense-search launch "$STUDY" ${LAUNCH_OPTIONS:-}; fi
 }
 
-ended=
-trap 'ended=yes; kill -TERM "$child" 2>/dev/null' TERM INT
-while :; do
+ended= child=
+trap 'ended=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null' TERM INT
+while [ -z "$ended" ]; do
     ray stop --force > /dev/null 2>&1
     if ray-node.sh driver > /tmp/ray-start.log 2>&1; then
+        if [ -n "$ended" ]; then break; fi   # asked to end while it joined
         export RAY_ADDRESS=ray-head:6379
-        command_of_the_study "$@" &
+        become_the_command "$@" &
         child=$!
         # A signal to this shell ends a wait before the command has ended.
         while wait "$child"; status=$?; kill -0 "$child" 2>/dev/null; do :; done
@@ -29,3 +30,4 @@ while :; do
         *) exit "$status" ;;
     esac
 done
+exit 130

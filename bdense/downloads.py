@@ -125,7 +125,8 @@ def _carry_on(url: str, partial: _Partial, what: str, size: int | None) -> None:
         headers |= {"Range": f"bytes={have}-", "If-Range": version}
     request = urllib.request.Request(url, headers=headers)
     try:
-        response = urllib.request.urlopen(request, timeout=_TIMEOUT)
+        # An opener of its own: urlopen's keeps the proxies of its process's first download.
+        response = urllib.request.build_opener().open(request, timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE or version is None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import urllib.request
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -90,6 +91,13 @@ def postgres() -> Iterator[Postgres]:
     finally:
         running.control("stop", "-m", "immediate")
         shutil.rmtree(data.parent)
+
+
+@pytest.fixture(autouse=True)
+def _proxies_of_this_test() -> Iterator[None]:
+    """``urlopen``, which libraries download by, keeps the proxies of its process's first call."""
+    yield
+    urllib.request.install_opener(None)
 
 
 @pytest.fixture

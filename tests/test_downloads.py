@@ -188,6 +188,15 @@ def test_a_host_that_is_not_there_is_one_line(server, path):
     assert "(Connection refused)" in refusal(server, path)
 
 
+def test_the_proxy_is_the_one_that_is_set_now(server, path, monkeypatch):
+    """Whatever was set when the process fetched its first file."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert "(Connection refused)" in refusal(server, path)
+    monkeypatch.delenv("http_proxy")
+    assert fetch(server.url, path, what="the test net").read_bytes() == CONTENT
+
+
 def test_two_at_once_fetch_once(server, path):
     threads = [
         threading.Thread(target=fetch, args=(server.url, path), kwargs={"what": "the test net"})

@@ -203,8 +203,7 @@ def _looks(spec: StudySpec) -> dict[str, Any] | None:
     """What the FIDs on the way are of; None where there are none."""
     if not spec.pruning.at:
         return None
-    images = spec.pruning.images or spec.evaluation.images
-    return {"at": list(spec.pruning.at), "images": images}
+    return {"at": list(spec.pruning.at), "images": spec.look_images}
 
 
 def _store(ledger: Ledger, spec: StudySpec) -> None:

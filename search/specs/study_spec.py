@@ -152,6 +152,11 @@ class BudgetSpec(Strict):
         """Training images a trial."""
         return round(self.kimg * 1000)
 
+    @property
+    def iterations(self) -> int:
+        """Updates a trial."""
+        return -(-self.images // self.batch)
+
 
 class SamplerSpec(Strict):
     """Who proposes: TPE (the paper's), a Gaussian process, or chance."""
@@ -330,7 +335,7 @@ class StudySpec(ModelSpec):
                 f"pruning.images {images} is above evaluation.images {self.evaluation.images}; "
                 "lower it, or leave it out for as many"
             )
-        iterations = -(-self.budget.images // self.budget.batch)
+        iterations = self.budget.iterations
         after = [round(fraction * iterations) for fraction in self.pruning.at]
         if after and (after[0] < 1 or after[-1] >= iterations or len(set(after)) < len(after)):
             raise ValueError(
@@ -343,8 +348,13 @@ class StudySpec(ModelSpec):
     @property
     def looks(self) -> dict[int, float]:
         """Iterations after which a student is looked at on its way, and their fractions."""
-        iterations = -(-self.budget.images // self.budget.batch)
+        iterations = self.budget.iterations
         return {round(fraction * iterations): fraction for fraction in self.pruning.at}
+
+    @property
+    def look_images(self) -> int:
+        """Images that are drawn for a look."""
+        return self.pruning.images or self.evaluation.images
 
     def _conditions(self) -> dict[str, Any]:
         """Trial count, bounds, sampler, pruner, stop, trajectory mode and resources may change.

@@ -131,7 +131,7 @@ def estimate(spec: StudySpec) -> Cost:
     network = architecture(spec)
     with torch.device("meta"):
         teacher = build_denoiser(network).eval()
-    grid, iterations = student_grid(spec), -(-spec.budget.images // spec.budget.batch)
+    grid, iterations = student_grid(spec), spec.budget.iterations
     images = iterations * spec.budget.batch
     trials = spec.budget.trials + len(BASELINES)
     walks = 1 if spec.trajectories.mode == "recorded" else trials
@@ -140,7 +140,7 @@ def estimate(spec: StudySpec) -> Cost:
     memory = trial_memory(spec, network, device)
     forward, update = _measure(spec, network, memory, device)
     drawn = spec.evaluation.images
-    drawn += len(spec.looks) * (spec.pruning.images or spec.evaluation.images)
+    drawn += len(spec.looks) * spec.look_images
     recorded = spec.trajectories.mode == "recorded"
     return Cost(
         teacher_training=round(spec.teacher.train.kimg * 1000) if spec.teacher.train else 0,

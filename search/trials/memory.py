@@ -212,7 +212,7 @@ class Memory:
         key, images = "evaluation.images", spec.evaluation.images
         if self.at_the_most == "look":
             assert isinstance(spec, StudySpec)  # a chain is not looked at on its way
-            key, images = "pruning.images", look_images(spec)
+            key, images = "pruning.images", spec.look_images
         return f"lower evaluation.batch ({spec.evaluation.batch} now) or {key} ({images} now)"
 
     def require_room(self, spec: ModelSpec, device: torch.device, together: int) -> None:
@@ -248,13 +248,8 @@ def trial_memory(spec: StudySpec, architecture: Mapping[str, Any], device: torch
     memory = row_memory(plan, images=rows * plan.batch)
     if not spec.looks:
         return memory
-    look = memory.teacher + _judging(plan, look_images(spec), ("fid",))
+    look = memory.teacher + _judging(plan, spec.look_images, ("fid",))
     return dataclasses.replace(memory, look=look)
-
-
-def look_images(spec: StudySpec) -> int:
-    """Images that are drawn for a look."""
-    return spec.pruning.images or spec.evaluation.images
 
 
 def row_memory(plan: "Plan", *, images: int, moments: int = 2, process: int = 0) -> Memory:

@@ -137,10 +137,6 @@ class OnTheWay:
             f"{last['fraction']:g} of the budget",
         }
 
-    @property
-    def _images(self) -> int:
-        return self._assets.spec.pruning.images or self._assets.spec.evaluation.images
-
     def _before(self) -> dict[int, dict[str, Any]]:
         """Looks of a worker before, as far as they are still asked for."""
         if not self._path.exists():
@@ -151,7 +147,7 @@ class OnTheWay:
         return {
             after: look
             for after, look in kept.items()
-            if after in looks and look["images"] == self._images
+            if after in looks and look["images"] == self._assets.spec.look_images
         }
 
     def _look(self, after: int, student: NetworkDenoiser) -> None:
@@ -170,8 +166,8 @@ class OnTheWay:
 
     def _measured(self, after: int, student: NetworkDenoiser) -> dict[str, Any]:
         spec, assets = self._assets.spec, self._assets
-        sampler, count = student_sampler(spec), self._images
-        total = -(-spec.budget.images // spec.budget.batch)
+        sampler, count = student_sampler(spec), spec.look_images
+        total = spec.budget.iterations
 
         def on_image(done: int) -> None:
             self._check()

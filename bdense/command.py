@@ -8,7 +8,8 @@ from typing import TypeAlias
 
 from bdense.errors import BdenseError, InputError, StoppedError
 
-DONE, FAILURE, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILURE = 0, BdenseError.exit_status
+USER_ERROR, INTERRUPTED = InputError.exit_status, StoppedError.exit_status
 
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Run: TypeAlias = Callable[[argparse.Namespace], None]
@@ -61,7 +62,8 @@ def run_verb(
         tell: Where lines go, without their ends; None is stderr.
 
     Returns:
-        0 done, 1 failed, 2 a mistake of the user's, 130 interrupted or stopped.
+        0 done, 130 interrupted, else the error's: 1 failed, 2 a mistake of the user's, others
+        as their classes say.
     """
     tell = tell or _to_stderr
     try:
@@ -74,9 +76,7 @@ def run_verb(
     except BdenseError as error:
         for line in str(error).splitlines():
             tell(f"{prog}: {clean(line)}")
-        if isinstance(error, StoppedError):
-            return INTERRUPTED
-        return USER_ERROR if isinstance(error, InputError) else FAILURE
+        return error.exit_status
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise

@@ -1,16 +1,22 @@
-"""One tree of errors; an ``InputError`` is what a user can mend, exit status 2 on the way out."""
+"""One tree of errors, each with the exit status that a command ends with for it."""
 
 
 class BdenseError(Exception):
     """Base of every error this project raises on purpose."""
 
+    exit_status = 1
+
 
 class InputError(BdenseError, ValueError):
     """Something given cannot be used; the message names the knob, the value and the way out."""
 
+    exit_status = 2
+
 
 class StoppedError(BdenseError):
     """Somebody asked the work to end: it was kept as it is, and the same call carries on."""
+
+    exit_status = 130
 
 
 class ShapeError(InputError):

@@ -1,32 +1,38 @@
 #!/bin/sh
-# Joins the cluster, then runs the study to its end; or the verb that is given, which then runs its rows there.
-# Ends with 0 once it is complete or was stopped by `bdense-search stop`, with 2 where something is to be mended by hand.
-# When Ray's head or the workers died it joins again and carries on.
+# Joins the cluster, then runs the study to its end; or the verb that is given there, such as confirm or doctor.
+# Ends as the command does: 0 once the study is complete or was stopped by `bdense-search stop`, 2 where something is to be
+# mended by hand. It joins again and carries on where Ray's head died, and gives up where none can be joined for 5 minutes.
 set -u
+CLUSTER_LOST=75   # search.errors.ClusterLostError
+JOINS=30 PAUSE=${PAUSE:-10}
 
 become_the_command() {   # in the background the shell itself, so that it gets the signals
     if [ $# -gt 0 ]; then exec bdense-search "$@"; else exec bdense-search launch "$STUDY" ${LAUNCH_OPTIONS:-}; fi
 }
 
-ended= child=
+ended= child= failed=0
 trap 'ended=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null' TERM INT
 while [ -z "$ended" ]; do
     ray stop --force > /dev/null 2>&1
     if ray-node.sh driver > /tmp/ray-start.log 2>&1; then
         if [ -n "$ended" ]; then break; fi   # asked to end while it joined
+        failed=0
         export RAY_ADDRESS=ray-head:6379
         become_the_command "$@" &
         child=$!
         # A signal to this shell ends a wait before the command has ended.
         while wait "$child"; status=$?; kill -0 "$child" 2>/dev/null; do :; done
+        child=
     else
         cat /tmp/ray-start.log >&2
-        status=1
+        failed=$((failed + 1))
+        if [ "$failed" -ge "$JOINS" ]; then exit 1; fi
+        status=$CLUSTER_LOST
     fi
     if [ -n "$ended" ]; then exit "$status"; fi
     case "$status" in
         130) exit 0 ;;
-        1) echo "joining the cluster again in 10 s" >&2; sleep 10 & wait $! ;;
+        "$CLUSTER_LOST") echo "joining the cluster again in $PAUSE s" >&2; sleep "$PAUSE" & wait $! ;;
         *) exit "$status" ;;
     esac
 done

@@ -28,7 +28,7 @@ from search.verbs.storage import add_storage
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; 0 done, 1 failed, 2 a mistake of the user's, 130 interrupted or stopped."""
+    """Run one verb; 0 done, 1 failed, 2 a mistake of the user's, 75 Ray is gone, 130 stopped."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_verb(
         "bdense-search",
         call,
-        on_interrupt="interrupted; nothing is lost: the same command carries on",
+        on_interrupt="interrupted; nothing is lost: run the same command again to continue",
         clean=redact,
         tell=say,
     )

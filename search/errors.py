@@ -41,3 +41,9 @@ class ArtifactError(BdenseError):
 
 class WorkersFailedError(BdenseError):
     """Workers die before they reach a trial; the launch ends instead of restarting for ever."""
+
+
+class ClusterLostError(BdenseError):
+    """Ray's head is gone; the same command carries on once there is one again."""
+
+    exit_status = 75  # EX_TEMPFAIL of sysexits.h: docker/launch.sh joins again on it alone

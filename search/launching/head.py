@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import ray
 
-from bdense.command import FAILURE
+from search.errors import ClusterLostError
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Head:
     Once they are gone for good it interrupts the main thread, as Ctrl-C would: ``lost`` then
     tells the two apart. Use it as a context manager around the use of a connected Ray. Ray's own
     code may wait for its head without heeding an interrupt: then ``last_words`` are called, and
-    the process ends with status 1.
+    the process ends with the status of ``ClusterLostError``.
 
     Args:
         client: Whether Ray is used through its client, which has no node of its own to watch.
@@ -80,7 +80,7 @@ class Head:
         last = threading.Thread(target=self.last_words, name="last words", daemon=True)
         last.start()
         last.join(STUCK_SECONDS)
-        os._exit(FAILURE)
+        os._exit(ClusterLostError.exit_status)
 
     def _watch(self) -> None:
         silent = 0.0

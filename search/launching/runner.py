@@ -28,7 +28,7 @@ from bdense.errors import InputError
 from search.database.halting import Ending, Launch, is_asked, stopped
 from search.database.ledger import Ledger
 from search.database.storage import cache_folder, one_line, runs_folder, without_password
-from search.errors import WorkersFailedError
+from search.errors import ClusterLostError, WorkersFailedError
 from search.launching.head import Head, leave_ray
 from search.launching.ray_errors import cannot_use
 from search.records.artifacts import artifacts_place
@@ -112,7 +112,8 @@ def run(
 
     Raises:
         InputError: Something the user gave cannot be used on the workers.
-        WorkersFailedError: Workers die before they reach a row, or Ray's head is gone.
+        WorkersFailedError: Workers die before they reach a row.
+        ClusterLostError: Ray's head is gone.
         StoppedError: Somebody asked the study to stop.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the workers have saved what they had.
     """
@@ -170,10 +171,10 @@ def _last_words(record: Record, head: Head) -> None:
     record.forgive_running()
 
 
-def _head_lost(head: Head) -> WorkersFailedError:
-    return WorkersFailedError(
+def _head_lost(head: Head) -> ClusterLostError:
+    return ClusterLostError(
         f"the head of Ray at {head.address} is gone, or this machine's part of it; nothing is "
-        "lost: once it runs again, the same command carries on"
+        "lost: when it is back, run the same command again to continue"
     )
 
 

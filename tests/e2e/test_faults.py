@@ -19,6 +19,7 @@ import pytest
 from sqlalchemy.engine import make_url
 
 from search.database.storage import resolve_storage_url
+from search.errors import ClusterLostError
 from search.records.study import Study
 from search.records.trial_log import LOG_FILE, read_log
 from search.specs.study_spec import StudySpec
@@ -173,7 +174,7 @@ def test_nothing_is_lost_or_counted_twice_whatever_fails(
         assert losses, told
     for status, err in launch.ended:
         assert "Traceback" not in err, err
-        assert status in (0, 1, 2, -9), err
+        assert status in (0, ClusterLostError.exit_status, 2, -9), err
 
     doctor = place.run("doctor", NAME, "--fix", "--json")
     assert doctor.returncode == 0, doctor.stdout + doctor.stderr

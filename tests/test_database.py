@@ -269,6 +269,40 @@ class TestRoles:
             with pytest.raises(sa.exc.DBAPIError, match="permission denied for"):
                 execute(writer, f"SET TRANSACTION READ WRITE; {taken}")
 
+    def test_an_owner_who_may_not_alter_roles_grants_to_those_that_are_there(
+        self, postgres, tmp_path, capsys
+    ):
+        """As of a managed server, where the provider makes the roles."""
+        url = postgres.new_database()
+        name = sa.engine.make_url(url).database
+        owner, writer, reader = (f"{kind}_{name}" for kind in ("own", "w", "r"))
+        execute(url, *(f"CREATE ROLE {role} LOGIN" for role in (owner, writer, reader)))
+        execute(url, f"ALTER DATABASE {name} OWNER TO {owner}")
+        try:
+            theirs = postgres.url(name, user=owner)
+            options = ("--writer", writer, "--reader", reader)
+            assert cli.main(["storage", "init", "--storage", theirs, *options]) == 0
+            assert capsys.readouterr().out.splitlines()[1:] == [
+                f"{writer} may read-write",
+                f"{reader} may read-only",
+                "for the database's administrator, if they like: "
+                f'ALTER ROLE "{reader}" SET default_transaction_read_only = on',
+            ]
+            ledger, claim = claimed(postgres.url(name, user=writer))
+            ledger.complete(claim, 1.5, {"a": 1})
+            looking = Ledger.open_reading(postgres.url(name, user=reader), "digits")
+            assert looking.counts().complete == 1
+            with pytest.raises(sa.exc.DBAPIError, match="permission denied for table trials"):
+                execute(postgres.url(name, user=reader), "DELETE FROM trials")
+            # With the statement given, nothing is left.
+            execute(url, f'ALTER ROLE "{reader}" SET default_transaction_read_only = on')
+            assert cli.main(["storage", "init", "--storage", theirs, *options]) == 0
+            assert "administrator" not in capsys.readouterr().out
+        finally:
+            for role in (owner, writer, reader):
+                execute(url, f"REASSIGN OWNED BY {role} TO postgres", f"DROP OWNED BY {role}")
+                execute(url, f"DROP ROLE {role}")
+
     def test_a_stranger_is_kept_out(self, roles, postgres):
         url, _, _ = roles
         execute(url, "CREATE ROLE stranger LOGIN")

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 from optuna.storages import RDBStorage
+from psycopg2.errors import InsufficientPrivilege
 from psycopg2.extensions import encrypt_password
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import ProgrammingError, SQLAlchemyError
 
 from bdense.errors import InputError
 from search.database.lease import LEASE, RELEASED, database_clock
@@ -103,7 +104,7 @@ class Role:
     password: str | None = None
 
 
-def grant(url: str, roles: Sequence[Role]) -> None:
+def grant(url: str, roles: Sequence[Role]) -> list[str]:
     """Make roles that are not there and give them exactly their rights on the study tables.
 
     Nobody may connect merely as one of PUBLIC any more. Roles that an earlier call named, or the
@@ -112,6 +113,10 @@ def grant(url: str, roles: Sequence[Role]) -> None:
     Args:
         url: A PostgreSQL database, as its owner with the right to make roles.
         roles: What there shall be.
+
+    Returns:
+        Statements that are left to an administrator, where this owner may not alter a role: its
+        rights are as they should be without them.
 
     Raises:
         InputError: The storage is a file, which has no roles.
@@ -123,6 +128,7 @@ def grant(url: str, roles: Sequence[Role]) -> None:
             "out, or give a PostgreSQL storage"
         )
     engine = open_tables(url).engine
+    left: list[str] = []
     try:
         with engine.begin() as connection:
             database = connection.exec_driver_sql("SELECT current_database()").scalar_one()
@@ -131,10 +137,7 @@ def grant(url: str, roles: Sequence[Role]) -> None:
             connection.exec_driver_sql("REVOKE ALL ON SCHEMA public FROM PUBLIC")
             for role in roles:
                 _make(connection, role)
-                if role.access == "read-write" and _is_read_only(connection, role):
-                    connection.exec_driver_sql(
-                        f"ALTER ROLE {name(role.name)} RESET default_transaction_read_only"
-                    )
+                left += _set_read_only(connection, role, name(role.name))
                 for statement in _rights(role, name(database), name(role.name)):
                     connection.exec_driver_sql(statement)
     except SQLAlchemyError as error:
@@ -143,6 +146,7 @@ def grant(url: str, roles: Sequence[Role]) -> None:
             f"{one_line(error)}; use the database's owner with the right to make roles "
             "(CREATEROLE), or have its administrator make them and leave the passwords out"
         ) from None
+    return left
 
 
 def read_password(path: Path) -> str:
@@ -240,20 +244,34 @@ def _make(connection: sa.Connection, role: Role) -> None:
         connection.exec_driver_sql(f"ALTER ROLE {quoted} PASSWORD '{verifier}'")
 
 
-def _is_read_only(connection: sa.Connection, role: Role) -> bool:
-    """Whether its transactions are, by its own setting.
+def _set_read_only(connection: sa.Connection, role: Role, name: str) -> list[str]:
+    """Make a reader's transactions read-only by its own setting, and no other's.
 
-    Asked, as whoever may not alter roles may still give rights to one that needs no altering.
+    Asked first, as whoever may not alter roles may still give rights to one that needs no
+    altering; and a reader without the setting has no right to write all the same.
     """
     settings = connection.execute(
         sa.text("SELECT rolconfig FROM pg_roles WHERE rolname = :name"), {"name": role.name}
     ).scalar_one()
-    return any(each.startswith("default_transaction_read_only=") for each in settings or ())
+    setting = "default_transaction_read_only"
+    values = dict(each.split("=", 1) for each in settings or ())
+    reads = role.access == "read-only"
+    if (values.get(setting, "off") == "on") == reads:
+        return []
+    statement = f"ALTER ROLE {name} " + (f"SET {setting} = on" if reads else f"RESET {setting}")
+    try:
+        with connection.begin_nested():
+            connection.exec_driver_sql(statement)
+    except ProgrammingError as error:
+        if not (reads and isinstance(error.orig, InsufficientPrivilege)):
+            raise
+        return [statement]
+    return []
 
 
 def _rights(role: Role, database: str, name: str) -> list[str]:
     tables, sequences = _GRANTS[role.access]
-    statements = [
+    return [
         f"REVOKE ALL ON ALL TABLES IN SCHEMA public FROM {name}",
         f"REVOKE ALL ON ALL SEQUENCES IN SCHEMA public FROM {name}",
         f"GRANT CONNECT ON DATABASE {database} TO {name}",
@@ -266,9 +284,6 @@ def _rights(role: Role, database: str, name: str) -> list[str]:
         f"ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT {tables} ON TABLES TO {name}",
         f"ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT {sequences} ON SEQUENCES TO {name}",
     ]
-    if role.access == "read-only":
-        statements.append(f"ALTER ROLE {name} SET default_transaction_read_only = on")
-    return statements
 
 
 def _old(url: str, version: str) -> str:

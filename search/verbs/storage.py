@@ -55,10 +55,11 @@ def _storage(options: argparse.Namespace) -> None:
         return
     open_tables(url)
     print(f"tables are there: {redact(url)}")
-    if roles:
-        grant(url, roles)
+    left = grant(url, roles) if roles else []
     for role in roles:
         print(f"{role.name} may {role.access}")
+    for statement in left:
+        print(f"for the database's administrator, if they like: {statement}")
 
 
 def _roles(options: argparse.Namespace) -> "list[Role]":

@@ -45,5 +45,6 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable '.[search,dev]'
 	@touch $@
 
+# What `make` made; studies and their students, in runs/, are yours.
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV)

@@ -67,7 +67,7 @@ def main() -> None:
     log = Log()
     try:
         answer = run(stack, given.trials, log)
-        publish("compose_study", body(answer, log), write=given.write, threads="1 a worker")
+        publish("compose_study", body(answer, log), write=given.write, threads="1 thread a worker")
     finally:
         if given.keep:
             print(f"left running: http://127.0.0.1:{stack.port}")
@@ -107,7 +107,7 @@ def run(stack: Stack, trials: int, log: Log) -> dict[str, Any]:
     answer = stack.search("best")
     assert answer["trials"]["complete"] == trials, answer
     doctor = stack.compose(
-        *("run", "--rm", "--no-deps", "launcher", "bdense-search", "doctor", answer["study"]),
+        *("run", "--rm", "--no-deps", "launcher", "launch.sh", "doctor", answer["study"]),
         check=False,
     )
     log.say(f"doctor: exit status {doctor.returncode}")

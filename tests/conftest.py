@@ -1,15 +1,18 @@
 """Fixtures that more than one test file needs."""
 
 import itertools
+import logging
 import os
 import shutil
 import subprocess
 import tempfile
 import urllib.request
+import uuid
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -91,6 +94,50 @@ def postgres() -> Iterator[Postgres]:
     finally:
         running.control("stop", "-m", "immediate")
         shutil.rmtree(data.parent)
+
+
+@dataclass
+class Bucket:
+    """One of a server that speaks S3."""
+
+    name: str
+    client: Any
+
+    def objects(self) -> dict[str, bytes]:
+        """What lies in it, by key."""
+        found = self.client.list_objects_v2(Bucket=self.name).get("Contents", [])
+        return {
+            each["Key"]: self.client.get_object(Bucket=self.name, Key=each["Key"])["Body"].read()
+            for each in found
+        }
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    """An empty one, at the address and with the credentials of the environment."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    # It would log into the standard error of the command under test.
+    monkeypatch.setattr(logging.getLogger("werkzeug"), "disabled", True)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "name",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3")
+    # Servers of one process share what they hold.
+    name = f"team-{uuid.uuid4().hex[:8]}"
+    client.create_bucket(Bucket=name)
+    try:
+        yield Bucket(name, client)
+    finally:
+        server.stop()
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """Trials' pictures as artifacts of a real storage, in a folder and behind a real S3 client."""
 
-import http.server
 import threading
 import time
 from pathlib import Path
@@ -234,68 +233,16 @@ def test_a_place_of_no_known_form_is_refused(monkeypatch, place, says):
         artifacts_place()
 
 
-class Bucket(http.server.BaseHTTPRequestHandler):
-    """As much of S3 as one bucket needs: objects by their path."""
-
-    objects: dict[str, bytes]
-
-    def do_PUT(self):
-        if self.headers.get("x-amz-decoded-content-length"):  # sent in chunks, with a trailer
-            content = self._chunks()
-        else:
-            content = self.rfile.read(int(self.headers["Content-Length"]))
-        self.objects[self.path.partition("?")[0]] = content
-        self._answer(200, b"")
-
-    def do_GET(self):
-        found = self.objects.get(self.path.partition("?")[0])
-        if found is None:
-            self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
-        else:
-            self._answer(200, found)
-
-    def _chunks(self) -> bytes:
-        content = b""
-        while size := int(self.rfile.readline().partition(b";")[0], 16):
-            content += self.rfile.read(size)
-            self.rfile.readline()
-        while self.rfile.readline().strip():
-            pass
-        return content
-
-    def _answer(self, status: int, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-
-def test_a_bucket_with_a_prefix(ledger, grid, monkeypatch):
+def test_a_bucket_with_a_prefix(ledger, grid, bucket, monkeypatch):
     """Through boto3, over the wire."""
-    pytest.importorskip("boto3", reason="needs the extra s3")
-    handler = type("OneBucket", (Bucket,), {"objects": {}})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        settings = {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}",
-            "AWS_ACCESS_KEY_ID": "name",
-            "AWS_SECRET_ACCESS_KEY": "secret",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "BDENSE_ARTIFACTS": "s3://pictures/team/digits/",
-        }
-        for name, value in settings.items():
-            monkeypatch.setenv(name, value)
-        trial_id, store = claim(ledger).trial_id, artifact_store()
-        artifact = attach(ledger.storage, trial_id, [grid], store)["samples.png"]
-        assert handler.objects == {f"/pictures/team/digits/{artifact}": b"a grid"}
-        assert attach(ledger.storage, trial_id, [grid], store) == {"samples.png": artifact}
-        assert is_stored(store, artifact)
-        with pytest.raises(ArtifactNotFound):
-            store.open_reader("0" * 36)
-        server.shutdown()
+    monkeypatch.setenv("BDENSE_ARTIFACTS", f"s3://{bucket.name}/team/digits/")
+    trial_id, store = claim(ledger).trial_id, artifact_store()
+    artifact = attach(ledger.storage, trial_id, [grid], store)["samples.png"]
+    assert bucket.objects() == {f"team/digits/{artifact}": b"a grid"}
+    assert attach(ledger.storage, trial_id, [grid], store) == {"samples.png": artifact}
+    assert is_stored(store, artifact)
+    with pytest.raises(ArtifactNotFound):
+        store.open_reader("0" * 36)
 
 
 def test_without_boto3_a_bucket_is_refused_and_says_what_to_install(monkeypatch):

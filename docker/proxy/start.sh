@@ -2,6 +2,14 @@
 # The password from its secret file, hashed; TLS where docker-compose.tls.yml asks for it, and then never without.
 set -eu
 umask 077
+case "${TLS:+tls}${BIND:-127.0.0.1}" in
+tls* | 127.* | "[::1]" | localhost) ;;
+*)
+    echo "BIND=$BIND without TLS would send the password in the clear: add docker-compose.tls.yml to COMPOSE_FILE in .env," \
+        "or set BIND=127.0.0.1 (docs/running.md)" >&2
+    exit 2
+    ;;
+esac
 for secret in dashboard ${TLS:+tls_certificate tls_key}; do
     if [ ! -r "/run/secrets/$secret" ] || [ ! -s "/run/secrets/$secret" ]; then
         echo "the secret file $secret is missing, empty or cannot be read by user $(id -u); see docker/secrets.sh" >&2

@@ -135,6 +135,7 @@ class Chaos:
 
     Attributes:
         hits: How often each kind of fault struck something that was at work.
+        fenced: How many frozen workers had lost their trial when they were thawed.
         log: Seconds since the start and what was done, for whoever reads a failure.
     """
 
@@ -145,6 +146,7 @@ class Chaos:
     postgres: Postgres
     network: Network | None
     hits: Counter[str] = field(default_factory=Counter)
+    fenced: int = 0
     log: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.monotonic)
     _draw: random.Random = field(init=False)
@@ -197,12 +199,16 @@ class Chaos:
     def _note(self, text: str) -> None:
         self.log.append(f"{time.monotonic() - self.started:6.1f} s  {text}")
 
-    def _workers(self) -> list[int]:
-        """Processes that hold a trial."""
+    def _owners(self) -> list[int]:
+        """Processes that hold a trial, or held it when they died."""
         held = []
         for name in (self.study, baselines_name(self.study)):
             held += Ledger.open(self.url, name, budget=None).running()
-        pids = [int(row.owner.rpartition(":")[2]) for row in held if row.owner]
+        return [int(row.owner.rpartition(":")[2]) for row in held if row.owner]
+
+    def _workers(self) -> list[int]:
+        """Those that live and are not frozen."""
+        pids = self._owners()
         return [pid for pid in pids if pid not in self._frozen and Path(f"/proc/{pid}").exists()]
 
     def _kill_worker(self) -> bool:
@@ -256,12 +262,18 @@ class Chaos:
         if not workers:
             return False
         pid = self._draw.choice(workers)
-        _signal(pid, signal.SIGSTOP)
+        if not _signal(pid, signal.SIGSTOP):
+            return False
         self._frozen[pid] = threading.Timer(LEASE_SECONDS + 4, self._thaw, [pid])
         self._frozen[pid].start()
         return True
 
     def _thaw(self, pid: int) -> None:
+        # The database may be away just now.
+        with contextlib.suppress(Exception):
+            if pid not in self._owners():
+                self.fenced += 1
+                self._note(f"worker {pid} thaws without its trial")
         _signal(pid, signal.SIGCONT)
         self._frozen.pop(pid, None)
 

@@ -94,6 +94,7 @@ class Stack:
     files: tuple[Path, ...] = (ROOT / "docker-compose.yml",)
     project: str = "bdense-test"
     workers: int = 2
+    bind: str = "127.0.0.1"
     port: int = field(default_factory=free_port)
 
     def compose(
@@ -109,8 +110,8 @@ class Stack:
     def _docker(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[Any]:
         own = {"STUDY": self.study, "LAUNCH_OPTIONS": self.options, "PORT": str(self.port)}
         # Images of its own: those of a service that runs on this machine stay as they are.
-        own |= {"IMAGES": self.project, "BIND": "127.0.0.1", "DASHBOARD_USER": "bdense"}
-        own |= {"WORKERS": str(self.workers)}
+        own |= {"IMAGES": self.project, "BIND": self.bind, "DASHBOARD_USER": "bdense"}
+        own |= {"WORKERS": str(self.workers), "WORKER_CPUS": "1", "WORKER_MEMORY": "8g"}
         return subprocess.run(
             ["docker", *arguments],
             cwd=ROOT,

@@ -10,6 +10,7 @@ import urllib.request
 import pytest
 import yaml
 
+from search.database.lease import RELEASED
 from tests.e2e.stack import APP_USER, ROOT, SECRETS, Engine, Stack
 from tests.e2e.study import small_study, wait_until
 
@@ -45,9 +46,26 @@ def ended(stack: Stack) -> bool:
     return stack.launcher_status()[0] == "exited"
 
 
-def test_a_study_survives_a_crash_and_a_restart(stack):
+def wait_for_training(stack: Stack, seconds: float = 300) -> None:
+    wait_until(
+        lambda: "running: training" in stack.logs("launcher"), seconds=seconds, what="a trial"
+    )
+
+
+def held(stack: Stack) -> int:
+    """Rows that a worker holds, or held when it died."""
+    question = f"SELECT count(*) FROM bdense_lease WHERE expires <> {RELEASED}"
+    return int(stack.pipe("exec", "-T", "postgres", *psql(question)))
+
+
+def psql(question: str) -> list[str]:
+    return ["psql", "-U", "bdense", "-d", "bdense", "--tuples-only", "--command", question]
+
+
+def test_a_study_survives_crashes_and_a_restart(stack):
+    """A worker's container, then everything, then Ray's head; the launcher joins the next one."""
     stack.up()
-    wait_until(lambda: "running: training" in stack.logs("launcher"), seconds=900, what="a trial")
+    wait_for_training(stack, seconds=900)
     stack.crash(stack.containers("ray-worker")[0])
     wait_until(
         lambda: stack.inspect(stack.containers("ray-worker")[0])[0]["RestartCount"] == 1,
@@ -57,7 +75,11 @@ def test_a_study_survives_a_crash_and_a_restart(stack):
     time.sleep(5)
     stack.down()
     stack.up()
+    wait_for_training(stack)
+    (head,) = stack.containers("ray-head")
+    stack.crash(head)
     wait_until(lambda: ended(stack), seconds=900, what="the end of the study")
+    assert "joining the cluster again" in stack.logs("launcher")
     assert stack.launcher_status() == ("exited", 0), stack.logs("launcher")
     answer = stack.search("best")
     assert answer["trials"] == {
@@ -68,6 +90,9 @@ def test_a_study_survives_a_crash_and_a_restart(stack):
         "running": 0,
     }
     assert list(answer["baselines"]) == ["sfd", "uniform"]
+    # From within the cluster the doctor sees its machines.
+    doctor = stack.compose("run", "--rm", "--no-deps", "launcher", "launch.sh", "doctor", "small")
+    assert f"{stack.workers} CPUs and 0 GPUs" in doctor.stdout
     # Given again it finds nothing to do.
     stack.compose("up", "--detach", "launcher")
     wait_until(lambda: ended(stack), seconds=120, what="the end of a launch without work")
@@ -75,10 +100,21 @@ def test_a_study_survives_a_crash_and_a_restart(stack):
     assert "nothing is left to do" in stack.logs("launcher")
 
 
-def test_stop_ends_the_launcher_for_good_and_up_carries_on(stack):
+def test_a_launcher_that_docker_stops_lets_its_workers_save(stack):
     stack.options = f"--trials {TRIALS + 2}"
     stack.up()
-    wait_until(lambda: "running: training" in stack.logs("launcher"), seconds=300, what="a trial")
+    wait_for_training(stack)
+    assert held(stack) > 0
+    stack.compose("stop", "launcher")
+    assert stack.launcher_status() == ("exited", 130), stack.logs("launcher")
+    assert held(stack) == 0
+
+
+def test_stop_ends_the_launcher_for_good_and_up_carries_on(stack):
+    stack.options = f"--trials {TRIALS + 2}"
+    stack.compose("rm", "--force", "launcher")  # and its log
+    stack.up()
+    wait_for_training(stack)
     command = ("bdense-search", "stop", "small", "--wait")
     done = stack.compose("run", "--rm", "--no-deps", "launcher", *command)
     assert "is stopped: no trial is worked on" in done.stdout
@@ -109,21 +145,23 @@ def backup_and_restore(stack: Stack) -> None:
 
 
 def test_tls_or_nothing(stack):
-    """By a certificate of its own https; one that cannot be read ends the proxy."""
+    """By a certificate of its own https; one that cannot be read ends the proxy.
+
+    So does another address than this machine's own without TLS.
+    """
+    opened = dataclasses.replace(stack, bind="0.0.0.0")
+    opened.compose("up", "--detach", "--no-deps", "--force-recreate", "proxy")
+    wait_until(
+        lambda: "BIND=0.0.0.0 without TLS would send the password" in stack.logs("proxy"),
+        seconds=30,
+        what="the refusal of plain http",
+    )
+    with pytest.raises((urllib.error.URLError, ConnectionError)):
+        stack.ask("/")
     for name in ("tls_certificate", "tls_key"):
         assert not (SECRETS / name).exists(), "a real certificate lies there"
     try:
-        command = [
-            "req",
-            "-x509",
-            "-newkey",
-            "rsa:2048",
-            "-nodes",
-            "-days",
-            "1",
-            "-subj",
-            "/CN=localhost",
-        ]
+        command = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1"]
         files = ("-keyout", SECRETS / "tls_key", "-out", SECRETS / "tls_certificate")
         subprocess.run(
             ["openssl", *command, "-subj", "/CN=localhost", *files],
@@ -132,7 +170,8 @@ def test_tls_or_nothing(stack):
         )
         for name in ("tls_certificate", "tls_key"):
             (SECRETS / name).chmod(0o644)
-        tls = dataclasses.replace(stack, files=(*stack.files, ROOT / "docker-compose.tls.yml"))
+        files = (*stack.files, ROOT / "docker-compose.tls.yml")
+        tls = dataclasses.replace(stack, files=files, bind="0.0.0.0")
         tls.compose("up", "--detach", "--no-deps", "--force-recreate", "proxy")
         wait_until(lambda: https(stack.port) == 401, seconds=30, what="https")
         (SECRETS / "tls_key").chmod(0o600)
@@ -255,6 +294,18 @@ def test_processes_have_no_rights(stack):
                 assert done.stdout.strip() == APP_USER, service
 
 
+def secrets_in_image(stack: Stack, image: str) -> str:
+    """Files that hold a secret, found by its own words; one that is put there is."""
+    pattern = "|".join(stack.secrets().values())
+    planted = next(iter(stack.secrets().values()))
+    search = f"echo {planted} > /tmp/planted; exec grep -rIlEs '{pattern}' "
+    search += "/srv /etc /usr/local /home /root /tmp /var /opt"
+    found = stack.docker("run", "--rm", "--user", "0", "--entrypoint", "sh", image, "-c", search)
+    files = found.stdout.split()
+    assert "/tmp/planted" in files, found.stderr
+    return " ".join(file for file in files if file != "/tmp/planted")
+
+
 def test_no_secret_is_in_a_description_an_image_a_process_list_or_a_log(stack):
     stack.up()
     containers = stack.containers()
@@ -264,14 +315,7 @@ def test_no_secret_is_in_a_description_an_image_a_process_list_or_a_log(stack):
     for image in (f"{stack.project}-{kind}" for kind in ("service", "engine", "proxy")):
         seen += stack.docker("history", "--no-trunc", image).stdout
         seen += stack.docker("inspect", image).stdout
-        # What was copied into it, by the secrets' own words.
-        pattern = "|".join(stack.secrets().values())
-        searched = ("/srv", "/etc", "/usr/local", "/home", "/tmp", "/opt/venv/bin")
-        found = stack.docker(
-            *("run", "--rm", "--user", "0", "--entrypoint", "grep", image),
-            *("-rlE", pattern, *searched),
-        )
-        assert found.stdout == ""
+        assert secrets_in_image(stack, image) == ""
     assert "gunicorn" in seen
     assert "tables are there" in seen
     dumped = stack.compose("exec", "-T", "postgres", "pg_dumpall", "-U", "bdense").stdout

@@ -172,6 +172,7 @@ def test_nothing_is_lost_or_counted_twice_whatever_fails(
     if len(chaos.kinds) < FEWEST_FAULTS:
         assert set(chaos.hits) == set(chaos.kinds), told
         assert losses, told
+        assert chaos.fenced, told
     for status, err in launch.ended:
         assert "Traceback" not in err, err
         assert status in (0, ClusterLostError.exit_status, 2, -9), err

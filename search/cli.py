@@ -71,7 +71,8 @@ def _hide_password(url: str, argv: list[str]) -> None:
         return
     kept = [a for a in argv if a not in ("--storage", url) and not a.startswith("--storage=")]
     os.environ["BDENSE_STORAGE"] = resolve_storage_url(url)
-    os.execv(sys.executable, [sys.executable, "-m", "search.cli", *kept])
+    # -P: nothing of the folder one stands in is imported, as by the command itself.
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "search.cli", *kept])
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

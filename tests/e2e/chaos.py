@@ -22,6 +22,8 @@ from tests.conftest import Postgres
 LEASE_SECONDS = 10.0
 AWAY_SECONDS = 10.0
 MOST_HEADLESS_SECONDS = 60.0
+# The other kinds cost a start of Ray, which tells nothing more of the study.
+_TWICE = ("worker killed", "worker frozen", "PostgreSQL restarted")
 
 
 @dataclass
@@ -172,13 +174,16 @@ class Chaos:
             kinds["network cut"] = self._cut
         return kinds
 
+    @property
+    def round(self) -> int:
+        """Faults until each kind has struck."""
+        return len(self.kinds) + len(_TWICE)
+
     def strike(self) -> None:
         """The next fault: all kinds in a drawn order, some of them twice, then in another."""
         self._see_launcher_end()
         if not self._next:
-            # The others cost a start of Ray, which tells nothing more of the study.
-            twice = ("worker killed", "worker frozen", "PostgreSQL restarted")
-            self._next = [*sorted(self.kinds), *twice]
+            self._next = [*sorted(self.kinds), *_TWICE]
             self._draw.shuffle(self._next)
         kind = self._next[-1]
         if self.kinds[kind]():
@@ -188,7 +193,7 @@ class Chaos:
 
     def pause(self) -> float:
         """Seconds until the next."""
-        return self._draw.uniform(3.0, 8.0)
+        return self._draw.uniform(2.0, 5.0)
 
     def end(self) -> None:
         """Thaw what is frozen."""

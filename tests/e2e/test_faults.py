@@ -41,8 +41,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.postgres]
 
 NAME = "faults"
 TRIALS = int(os.environ.get("BDENSE_FAULT_TRIALS", "200"))
-FEWEST_FAULTS = TRIALS // 10
-MOST_SECONDS = 1500.0  # 640 were enough beside other tests once, 900 another time not
+FEWEST_FAULTS = TRIALS // 20
+MOST_SECONDS = 1500.0  # 250 on an idle machine; beside other tests 640, and once more than 900
 CHECKPOINT_SECONDS = 0.1
 JITTER_SECONDS = 0.05  # of the log's times
 # 7 iterations, about half a second.
@@ -169,7 +169,7 @@ def test_nothing_is_lost_or_counted_twice_whatever_fails(
     ), told
 
     assert sum(chaos.hits.values()) >= FEWEST_FAULTS, told
-    if len(chaos.kinds) < FEWEST_FAULTS:
+    if chaos.round <= FEWEST_FAULTS:
         assert set(chaos.hits) == set(chaos.kinds), told
         assert losses, told
         assert chaos.fenced, told

@@ -106,7 +106,7 @@ def test_weights_are_promoted_to_a_model_folder(workplace):
     out = done(workplace, "promote", file, "--weights", PAPER, "--workers", "1")
     said, headline, *_ = out.splitlines()
     assert said == (
-        "log w_k = 1.386 k + -4.274: w_2/w_1 = 3.999 at K = 2; rescaled to sum 1: 0.2 0.8"
+        "log w_k = 1.386 k - 4.274: w_2/w_1 = 3.999 at K = 2; rescaled to sum 1: 0.2 0.8"
     )
     assert headline == "promote-small: 3 of 3 rows complete, 0 pruned, 0 failed, 0 running"
     plain, uniform, ours = rows(workplace, "promote-small")

@@ -18,7 +18,7 @@ from search.errors import SpecChangedError
 from search.records.study import Study
 from search.specs.space import baseline_space
 from search.specs.study_spec import StudySpec
-from search.trials import assets, trial
+from search.trials import assets, result
 from search.trials.workers import SearchWorker
 from tests.e2e.chaos import end_all
 from tests.e2e.study import Workplace, kill, small_study
@@ -63,11 +63,11 @@ def test_a_worker_of_another_release_joins_and_it_is_told(study, monkeypatch, tm
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: bdense\nVersion: 9.9.9\n")
     monkeypatch.syspath_prepend(str(other.parent))
-    trial.package_versions.cache_clear()
+    result.package_versions.cache_clear()
     try:
         work_on_one(study)
     finally:
-        trial.package_versions.cache_clear()
+        result.package_versions.cache_clear()
     first, second = study.trials.study.trials
     assert second.user_attrs["versions"] == first.user_attrs["versions"] | {"bdense": "9.9.9"}
     own = first.user_attrs["versions"]["bdense"]

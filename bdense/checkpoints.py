@@ -1,6 +1,7 @@
 """Checkpoints and exports: safetensors, their metadata in the header, appearing by one rename."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -24,6 +25,8 @@ from bdense.sampling import samplers_from
 HEADER_KEY = "bdense"
 FORMAT = 1
 ADAM_TENSORS = ("step", "exp_avg", "exp_avg_sq")
+# What a disk or its server fails at now and not the next time; it says nothing of the file.
+_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENOMEM, errno.EAGAIN)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -37,7 +40,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
             raise _system_error(error, path) from error
 
 
-def _system_error(error: SafetensorError, path: Path) -> Exception:
+def _system_error(error: Exception, path: Path) -> Exception:
     """What the system said, such as that the disk is full, which the library only quotes."""
     if (found := re.search(r"os error (\d+)", str(error))) is None:
         return error
@@ -50,6 +53,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises:
         CheckpointError: The file is missing, cut short, or not one of ours.
+        OSError: The disk, or the server it is on, does not answer now.
     """
     path = Path(path)
     if not path.is_file():
@@ -59,6 +63,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
+        fault = _system_error(error, path)
+        if isinstance(fault, OSError) and fault.errno in _PASSING:
+            raise fault from error
         raise CheckpointError(
             f"{path} cannot be read as safetensors ({error}); it may be cut short: fetch or make "
             "it again"

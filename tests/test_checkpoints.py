@@ -1,13 +1,21 @@
 """Checkpoints: what is written comes back, and what is no checkpoint is named."""
 
+import errno
 import json
+import os
+import platform
+import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from bdense import checkpoints, files
 from bdense.branches import widen_head
 from bdense.checkpoints import (
     adam_tensors,
@@ -21,6 +29,7 @@ from bdense.checkpoints import (
 from bdense.errors import CheckpointError
 from bdense.files import atomic_write, file_lock, sha256_file
 from bdense.sampling import Sampler
+from tests.disks import small_disk
 from tests.small import same_weights, small_teacher
 
 
@@ -121,6 +130,18 @@ def test_a_truncated_file_is_named(path, share):
     path.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read.*cut short"):
         load_denoiser(path)
+
+
+def test_a_disk_that_does_not_answer_is_no_broken_file(path, monkeypatch):
+    save_denoiser(path, small_teacher(), {})
+
+    def fail(*_, **__):
+        raise OSError(f"Stale file handle (os error {errno.ESTALE})")  # as safetensors says it
+
+    monkeypatch.setattr(checkpoints, "safe_open", fail)
+    with pytest.raises(OSError, match="Stale file handle") as caught:
+        load_tensors(path)
+    assert (caught.value.errno, caught.value.filename) == (errno.ESTALE, str(path))
 
 
 def test_bytes_of_another_kind_are_named(path):
@@ -224,6 +245,65 @@ def test_a_file_appears_by_its_rename(path):
         assert not path.exists()
     assert path.read_text() == "whole"
     assert sha256_file(path) == "5d5766cf2d78701614200418ee1450690d9af12c84d52545e4802f001ad53099"
+
+
+def test_the_name_that_a_rename_gave_is_on_the_disk_too(path, monkeypatch):
+    synced, sync = [], os.fsync
+
+    def noted(descriptor: int) -> None:
+        synced.append((Path(f"/proc/self/fd/{descriptor}").readlink(), path.exists()))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    with atomic_write(path) as scratch:
+        scratch.write_text("whole")
+    assert synced == [(scratch, False), (path.parent, True)]
+
+
+def test_permissions_are_those_of_new_files_and_nobody_elses_change_meanwhile(path, monkeypatch):
+    before = os.umask(0o027)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", None)  # to ask for it so is to change it
+            with atomic_write(path) as scratch:
+                scratch.write_text("whole")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+HOLDER = """
+import os, signal, sys
+from pathlib import Path
+from bdense.files import file_lock
+
+with file_lock(Path(sys.argv[1])):
+    os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_who_waits_long_for_a_lock_is_told_who_holds_it(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(files, "LONG_WAIT_SECONDS", 0.2)
+    lock = tmp_path / "lock"
+    lock.write_text("an earlier holder, whose name was longer than that of the one to come")
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(lock)])
+    os.waitpid(holder.pid, os.WUNTRACED)
+    threading.Timer(1.0, holder.send_signal, (signal.SIGCONT,)).start()
+    with file_lock(lock):
+        assert lock.read_text() == f"{platform.node()}:{os.getpid()}\n"
+    assert holder.wait(30) == 0
+    assert caplog.messages == [
+        f"waiting for the lock {lock}, which {platform.node()}:{holder.pid} holds; if that "
+        "process was stopped (Ctrl-Z), let it go on or end it"
+    ]
+
+
+def test_a_full_disk_keeps_nobody_from_a_lock(tmp_path):
+    with small_disk(tmp_path / "disk", 64) as disk:
+        disk.fill()
+        with file_lock(disk.place / "lock"):
+            pass
+        assert (disk.place / "lock").read_text() == ""
 
 
 def test_a_lock_is_held_by_one_at_a_time(tmp_path):

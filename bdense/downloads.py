@@ -1,6 +1,7 @@
 """Public files into a folder of one's own: resumed, checked, and there whole or not at all."""
 
 import contextlib
+import errno
 import http.client
 import socket
 import sys
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _CHUNK = 1 << 20
 _TIMEOUT = 60.0  # seconds without a byte
 _ATTEMPTS = 5
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 # A log file gets a line now and then, a terminal a bar that moves.
 _SHOW_SECONDS = {True: 0.2, False: 15.0}
 
@@ -50,6 +52,7 @@ def fetch(
     Raises:
         InputError: It cannot be fetched, or is not what it should be; the message is one line
             with the address and where to put the file by hand.
+        OSError: The disk is full, where a file put there by hand would not fit either.
     """
     path = Path(path)
     by_hand = f"fetch {url} by hand and put it at {path}"
@@ -61,6 +64,8 @@ def fetch(
         except _WrongFileError as error:
             raise InputError(f"{url} is not {what}: {error}; {by_hand}") from error
         except (OSError, http.client.HTTPException, ValueError, _TryAgainError) as error:
+            if isinstance(error, OSError) and error.errno in _FULL:
+                raise OSError(error.errno, f"{error.strerror} for {what}", str(path)) from error
             raise InputError(f"cannot download {what} ({_reason(error)}); {by_hand}") from error
     elif wrong := _difference(path, sha256, size):
         raise InputError(f"{path} is not {what}: {wrong}; delete it, or {by_hand}")

@@ -34,7 +34,8 @@ def distill_on(
 ) -> NetworkDenoiser:
     """``distill``, each batch shared equally by the devices.
 
-    The result is that of one device but for rounding and, where dropout is on, other masks.
+    The result is that of one device but for rounding and, where dropout is on, other masks. What
+    another process raises is raised here, and the iteration it failed in is not saved.
 
     Args:
         devices: The first is where teacher and trajectories are.
@@ -53,6 +54,11 @@ def distill_on(
     job = (trajectories, config, weights, {"checkpoint": checkpoint, "looks": waits, **options})
 
     def lead(team: Team) -> NetworkDenoiser:
+        def end_iteration(done: IterationReport) -> None:
+            team.miss()  # before it is reported or saved
+            if on_iteration is not None:
+                on_iteration(done)
+
         return distill(
             teacher,
             trajectories,
@@ -61,7 +67,7 @@ def distill_on(
             team=team,
             checkpoint=checkpoint,
             checkpoint_seconds=checkpoint_seconds,
-            on_iteration=on_iteration,
+            on_iteration=end_iteration,
             on_save=on_save,
             looks=looks,
             **options,

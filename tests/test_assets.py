@@ -92,6 +92,29 @@ def test_what_a_machine_does_not_compute_is_refused_first(precision):
         assets.prepare(study, CPU, lambda *_: None)
 
 
+def test_gpus_that_torch_cannot_use_are_refused(monkeypatch):
+    """Ray hands them out all the same, and they would be held for nothing."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for gpus in (0.5, 1, 2):
+        study = spec(resources={"gpus": gpus})
+        with pytest.raises(
+            InputError, match=f"^resources.gpus is {gpus:g}, and on .* no GPU: "
+        ) as e:
+            assets.use_device(study)
+        assert f"torch {torch.__version__} is built " in str(e.value)
+        assert "or set resources.gpus to 0 to train on CPUs" in str(e.value)
+        assert assets.use_device(study, foretold=True) == CPU
+    for gpus in (0, "auto"):
+        assert assets.use_device(spec(resources={"gpus": gpus})) == CPU
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(InputError, match="is built without CUDA; install"):
+        assets.use_device(spec(resources={"gpus": 1}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for gpus in (0, 0.5, 1, "auto"):
+        device = assets.use_device(spec(resources={"gpus": gpus}))
+        assert device.type == ("cuda" if gpus else "cpu")
+
+
 @pytest.mark.usefixtures("no_data")
 def test_too_little_memory_is_refused_first(monkeypatch):
     monkeypatch.setattr(search.trials.memory, "free_bytes", lambda _: 2**30)

@@ -1,7 +1,9 @@
 """Downloads, from a server in this process that can do what real ones do to a transfer."""
 
+import errno
 import hashlib
 import http.server
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -9,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+import bdense.downloads
 from bdense.downloads import fetch
 from bdense.errors import InputError
+from tests.disks import small_disk
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -179,6 +183,28 @@ def test_a_missing_page_is_one_line(server, path):
         server, path
     )
     assert len(server.asked) == 1
+
+
+def test_a_full_disk_is_what_it_is_and_what_came_is_kept(server, path):
+    """A file fetched by hand would not fit there either."""
+    with small_disk(path.parent, 512) as disk:
+        with pytest.raises(OSError, match="No space left on device for the test net") as caught:
+            fetch(server.url, path, what="the test net")
+        assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
+        disk.resize(4096)
+        assert fetch(server.url, path, what="the test net", sha256=SHA256) == path
+        assert len(server.asked) == 2
+        assert server.asked[1].startswith("bytes=")
+
+
+def test_a_quota_that_is_spent_is_what_it_is(server, path, monkeypatch):
+    def receive(*_: object) -> int:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(bdense.downloads, "_receive", receive)
+    with pytest.raises(OSError, match="for the test net") as caught:
+        fetch(server.url, path, what="the test net")
+    assert (caught.value.errno, caught.value.filename) == (errno.EDQUOT, str(path))
 
 
 def test_a_host_that_is_not_there_is_one_line(server, path):

@@ -1,5 +1,7 @@
 """What a GPU must agree on; skipped where torch sees none."""
 
+import time
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from bdense.data import load_dataset
 from bdense.denoiser import NetworkDenoiser
 from bdense.errors import NonFiniteLossError
 from bdense.execution import Execution, exact_products
+from bdense.parallel import Team, team_of
 from bdense.progressive import DataBatches, PDConfig, distill_round
 from bdense.sampling import Sampler, draw_images
 from bdense.sfd import SFDConfig, branch_losses, branch_states, distill
@@ -217,6 +220,34 @@ def test_two_gpus_equal_one_to_rounding(precision):
     trained = (alone - outputs(teacher)).abs().max()
     # In bfloat16 half a batch may take another kernel, and its rounding is no longer small.
     assert (alone - shared).abs().max() < (1e-2 if precision == "float32" else 0.5) * trained
+
+
+def follow_out_of_memory(team: Team, device: torch.device, job: object) -> None:
+    team.mean(torch.ones(1, device=device))
+    torch.empty(2**50, dtype=torch.uint8, device=device)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch sees fewer than 2 GPUs")
+def test_a_gpu_without_memory_ends_the_training_on_the_other_within_seconds():
+    devices = [torch.device("cuda", index) for index in range(2)]
+    began = []
+
+    def lead() -> None:
+        with team_of(devices, follow_out_of_memory, None) as team:
+            began.append(time.monotonic())
+            while True:  # a sum that is ended has a result like any other
+                team.mean(torch.ones(1, device=devices[0])).cpu()
+
+    with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+        lead()
+    assert time.monotonic() - began[0] < 60
+    # And a team can be formed anew.
+    with team_of(devices, follow_one_sum, None) as team:
+        assert float(team.mean(torch.ones(1, device=devices[0]))) == 1
+
+
+def follow_one_sum(team: Team, device: torch.device, job: object) -> None:
+    team.mean(torch.ones(1, device=device))
 
 
 def test_a_trials_memory_is_foretold():

@@ -1,7 +1,9 @@
 """How trials are spread over a cluster's machines."""
 
 import contextlib
+import json
 import os
+import pickle
 import signal
 import sys
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ import pytest
 import ray
 
 from bdense.errors import InputError
+from search.database.halting import NO_LAUNCH
 from search.launching import runner
 from search.trials.slots import Kind, Orders
 from tests.studies import promotion, spec
@@ -41,6 +44,10 @@ def cluster(monkeypatch):
         (ONE_GPU_EACH, {"gpus": 0.25}, 12),
         (ONE_GPU_EACH, {"gpus": 0.25, "cpus": 4}, 6),
         (ONE_GPU_EACH, {"gpus": 0}, 24),
+        # A share is of one GPU: what is left of two makes no third trial.
+        (TWO_GPUS_EACH, {"gpus": 0.6}, 4),
+        (TWO_GPUS_EACH, {"gpus": 0.1}, 32),
+        ([(64, 1)], {"gpus": 1 / 49}, 49),
         # Four GPUs in all, two of one machine for each trial.
         (TWO_GPUS_EACH, {"gpus": 2}, 2),
         ([(16, 3), (16, 1)], {"gpus": 2}, 1),
@@ -70,6 +77,12 @@ def test_more_workers_than_fit_are_refused(cluster):
     assert str(error.value) == (
         "--workers 3 are more workers than GPUs: a trial holds 2, and 4 are there, which is room "
         "for 2 trials; lower --workers, or set resources.gpus below 1 so that trials share a GPU"
+    )
+    with pytest.raises(InputError) as error:
+        runner._slots(spec(resources={"gpus": 0.6}).resources, 5)
+    assert str(error.value) == (
+        "--workers 5 are more workers than GPUs: a trial holds 0.6, and 4 are there, which is "
+        "room for 4 trials; lower --workers, or resources.gpus so that trials share a GPU"
     )
     cluster([(2, 0)])
     with pytest.raises(InputError, match=r"--workers 3 do not fit: .* room for 2 trials of 1 CPU"):
@@ -178,6 +191,22 @@ def test_what_is_prepared_and_recorded_where(
 
 
 @pytest.mark.parametrize(
+    ("gpus", "threads", "cpus"),
+    # CPUs of a machine that has the GPU too, or the task would wait for ever.
+    [("auto", 16, 8), (0.5, 16, 8), ("auto", 4, 4), (0, 16, 16), (0, 99, 64)],
+)
+def test_a_machine_can_run_the_preparation(cluster, monkeypatch, gpus, threads, cpus):
+    cluster([(64, 0), (8, 1)])
+    started = Started()
+    monkeypatch.setattr(runner, "_task", started.task)
+    monkeypatch.setattr(runner, "_follow", lambda *_: None)
+    study = spec(resources={"gpus": gpus}, teacher__train__threads=threads)
+    runner._prepare(study, orders("search"), 1, lambda _: None)
+    share = 1 if gpus == "auto" else gpus
+    assert started.tasks[0] == ("prepare_task", cpus, share, (1,))
+
+
+@pytest.mark.parametrize(
     ("kind", "given"),
     [("progressive", promotion()), ("retrain", spec(trajectories__mode="live"))],
 )
@@ -189,3 +218,25 @@ def test_without_recorded_trajectories_there_is_one_task(cluster, monkeypatch, k
     runner._prepare(given, orders(kind), 4, lambda _: None)
     assert started.tasks == [("prepare_task", 1, 0, (4,))]
     assert [orders(kind).read(text) for text in started.specs] == [given]
+
+
+def test_a_launcher_of_another_version_is_told_to_a_worker():
+    text = json.dumps(spec().model_dump(mode="json") | {"wings": 2})
+    with pytest.raises(InputError, match=r"cannot read the study's spec \(digits: wings: Extra"):
+        orders("search").read(text)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql+psycopg2://me:hunter2@db/studies",
+        "postgresql+psycopg2://me@db/studies?password=hunter2",
+        "postgresql+psycopg2://me@db/studies?sslmode=require&sslpassword=hunter2",
+    ],
+)
+def test_no_secret_is_in_what_ray_pickles(url):
+    record = EndedRows()
+    record.url = url
+    told = runner.Job(kind="retrain", record=record, specs=[spec()]).orders(NO_LAUNCH)
+    assert told.storage.startswith("postgresql+psycopg2://me@db/studies")
+    assert b"hunter2" not in pickle.dumps(told)

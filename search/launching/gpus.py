@@ -67,6 +67,11 @@ def use_gpus(
     given = environment.get(VISIBLE)
     if given is not None:
         allowed = {part.strip() for part in given.split(",")}
+        if not all(part.isdigit() for part in allowed):
+            raise InputError(
+                f"{asked}: {VISIBLE}={given} names GPUs by something else than nvidia-smi's "
+                "numbers, or none; unset it, or set it to numbers, as in 0,2"
+            )
         if not set(map(str, chosen)) <= allowed:
             raise InputError(
                 f"{asked}: {VISIBLE}={given} lets this process use others; choose from them, or "

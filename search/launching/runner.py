@@ -32,7 +32,7 @@ from search.errors import ClusterLostError, WorkersFailedError
 from search.launching.head import Head, leave_ray
 from search.launching.ray_errors import cannot_use
 from search.records.artifacts import artifacts_place
-from search.service_log import LOG
+from search.service_log import LOG, say
 from search.specs.model_spec import ModelSpec, ResourcesSpec
 from search.specs.study_spec import StudySpec
 from search.trials.slots import Kind, Orders, Progress, Refusal, prepare_task, record_task, slot
@@ -158,6 +158,8 @@ def run(
         _raise_first(refusals)
         if is_asked(record.ledgers, launch):
             raise stopped(record.name)
+    for message in dict.fromkeys(refusal.message for refusal in refusals):
+        say(f"all rows have ended, but a worker took no part in it: {message}")
 
 
 def _is_lost(head: Head | None) -> bool:
@@ -246,11 +248,12 @@ def _slots(resources: ResourcesSpec, workers: int | None) -> int:
         )
     if workers is not None and workers > fit:
         own = sum(have for _, have in _machines())
-        if gpus and fit == sum(int(have / gpus) for _, have in _machines()):
+        if gpus and fit == sum(_fit_on_gpus(have, gpus) for _, have in _machines()):
+            less = "set resources.gpus below 1" if gpus >= 1 else "resources.gpus"
             raise InputError(
                 f"--workers {workers} are more workers than GPUs: a trial holds {gpus:g}, and "
-                f"{own:g} are there, which is room for {fit} trials; lower --workers, or set "
-                "resources.gpus below 1 so that trials share a GPU"
+                f"{own:g} are there, which is room for {fit} trials; lower --workers, or {less} "
+                "so that trials share a GPU"
             )
         raise InputError(
             f"--workers {workers} do not fit: the cluster has room for {fit} trials of "
@@ -285,9 +288,16 @@ def _fit_by_machine(resources: ResourcesSpec) -> list[int]:
     """Trials at once on each machine: a trial's CPUs and GPUs are of one."""
     cpus, gpus = resources.cpus, gpus_per_trial(resources)
     return [
-        min(int(own_cpus / cpus), int(own_gpus / gpus) if gpus else int(own_cpus / cpus))
+        min(int(own_cpus / cpus), _fit_on_gpus(own_gpus, gpus) if gpus else int(own_cpus / cpus))
         for own_cpus, own_gpus in _machines()
     ]
+
+
+def _fit_on_gpus(own: float, each: float) -> int:
+    """Trials at once on a machine's GPUs; a share is of one of them."""
+    if each >= 1:
+        return int(own / each)
+    return int(own) * int(1 / each + 1e-9)  # 1 / (1 / 49) is less than 49
 
 
 def gpus_per_trial(resources: ResourcesSpec) -> float:
@@ -304,7 +314,7 @@ def _prepare(
     # The GPUs of a trial share its batches; these tasks take one.
     team = spec.resources.team
     gpus = gpus_per_trial(spec.resources) / team
-    most_cpus = max(cpus for cpus, _ in _machines())
+    most_cpus = max(cpus for cpus, own in _machines() if own >= gpus)
     together = min(slots, max(_fit_by_machine(spec.resources)))
     threads = spec.teacher.train.threads if spec.teacher.train else 1
     cpus = max(spec.resources.cpus, min(threads, most_cpus))

@@ -6,6 +6,7 @@ Made once, under locks, cached under the runs folder, and read by all workers.
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,15 +75,34 @@ class Assets:
         return [torch.device("cuda", index) for index in range(self.spec.resources.team)]
 
 
-def use_device(spec: ModelSpec) -> torch.device:
-    """Set this process up as the spec asks, and say where its trials run."""
+def use_device(spec: ModelSpec, *, foretold: bool = False) -> torch.device:
+    """Set this process up as the spec asks, and say where its trials run.
+
+    Args:
+        spec: Of the trials.
+        foretold: They run elsewhere or later: the CPU does for GPUs that are not here.
+
+    Raises:
+        InputError: The spec asks for a number of GPUs, which its trials hold here, and torch can
+            use none.
+    """
     torch.set_num_threads(spec.resources.threads)
     # cuBLAS reads this when it starts; without it some of its kernels refuse to be deterministic.
     if spec.resources.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(spec.resources.deterministic)
-    wants_gpu = spec.resources.gpus != 0
-    return torch.device("cuda" if wants_gpu and torch.cuda.is_available() else "cpu")
+    gpus = spec.resources.gpus
+    if gpus != 0 and torch.cuda.is_available():
+        return torch.device("cuda")
+    if gpus not in (0, "auto") and not foretold:
+        cuda = torch.version.cuda
+        build = f"is built for CUDA {cuda}" if cuda else "is built without CUDA"
+        raise InputError(
+            f"resources.gpus is {gpus:g}, and on {platform.node()} torch can use no GPU: torch "
+            f"{torch.__version__} {build}; install a torch for that machine's driver (nvidia-smi "
+            "names both), or set resources.gpus to 0 to train on CPUs"
+        )
+    return torch.device("cpu")
 
 
 def prepare(

@@ -1,15 +1,23 @@
 """Files and folders that appear whole or not at all, and locks that die with their holder."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
+import logging
 import os
+import platform
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from bdense.errors import InputError
+
+LONG_WAIT_SECONDS = 10.0  # for a lock, after which a line says who holds it
+
+_log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -31,6 +39,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         _sync(scratch)
         scratch.chmod(0o666 & ~_umask())
         scratch.replace(path)
+        _sync(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -76,11 +85,19 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def file_lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on ``path``; the kernel frees it however the holder dies."""
+    """Hold an exclusive lock on ``path``; the kernel frees it however the holder dies.
+
+    The file says who held it last, as host:pid; whoever waits long for it warns once.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    # Opened without truncation: those who wait for it must not wipe out who holds it.
+    with path.open("ab", buffering=0) as file:
+        _lock(file.fileno(), path)
+        # To say so is not worth an error on a full disk.
+        with contextlib.suppress(OSError):
+            file.truncate(0)
+            file.write(f"{platform.node()}:{os.getpid()}\n".encode())
         yield
 
 
@@ -96,6 +113,33 @@ def user_folder(variable: str, name: str) -> Path:
     return Path(os.environ.get(variable) or Path(cache) / "bdense" / name).expanduser()
 
 
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        # The kernel's queue is a fairer place to wait in than a loop of tries.
+        warning = threading.Timer(LONG_WAIT_SECONDS, _warn_of_waiting, (path,))
+        warning.daemon = True
+        warning.start()
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        finally:
+            warning.cancel()
+
+
+def _warn_of_waiting(path: Path) -> None:
+    try:
+        holder = path.read_text(errors="replace").strip()
+    except OSError:
+        holder = ""
+    _log.warning(
+        "waiting for the lock %s, which %s holds; if that process was stopped (Ctrl-Z), let it go "
+        "on or end it",
+        path,
+        holder or "another process",
+    )
+
+
 def _settle(folder: Path) -> None:
     """Everything in a folder gets the permissions of new files and is on the disk, itself last."""
     mask = _umask()
@@ -109,11 +153,21 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems do it for no folder.
+        if error.errno != errno.EINVAL:
+            raise
     finally:
         os.close(descriptor)
 
 
 def _umask() -> int:
+    """Permissions that new files do not get."""
+    # Python reads it by setting it, and other threads may make files meanwhile.
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(errors="replace").splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -7,6 +7,10 @@ class StorageError(InputError):
     """The study database cannot be reached, opened or written; the message holds no password."""
 
 
+class StorageRefusedError(StorageError):
+    """The study database lets nobody in, or not this one or this version: no waiting mends it."""
+
+
 class StorageFullError(StorageError):
     """The study database has no room left to write in; what was told before stays."""
 
@@ -17,6 +21,10 @@ class UnknownStudyError(InputError):
 
 class NotPlannedError(UnknownStudyError):
     """A study of that name is there, and it is a search."""
+
+
+class UnpreparedError(InputError):
+    """This machine cannot have what a row is worked on with; the row is for others to do."""
 
 
 class LeaseLostError(BdenseError):
@@ -33,6 +41,10 @@ class SpecChangedError(InputError):
 
 class DiskFullError(InputError):
     """No space is left for a row's files; what was saved before stays."""
+
+
+class NoAccessError(InputError):
+    """A worker may not read or write a file on its machine; what was saved before stays."""
 
 
 class ArtifactError(BdenseError):

@@ -22,6 +22,9 @@ class Disk:
     def make_read_only(self) -> None:
         self._mount_again("ro")
 
+    def make_writable(self) -> None:
+        self._mount_again("rw")
+
     def fill(self) -> Path:
         """A file that takes all the room there is."""
         filler = self.place / "filler"

@@ -10,9 +10,16 @@ from optuna.samplers import RandomSampler
 from bdense.errors import InputError
 from search import cli
 from search.database.ledger import Claim, Ledger
-from search.database.storage import open_reading, open_storage
+from search.database.storage import (
+    open_reading,
+    open_storage,
+    resolve_storage_url,
+    without_password,
+)
 from search.database.tables import SCHEMA, Role, grant, open_tables, read_password, upgrade
-from search.errors import StorageError
+from search.errors import StorageError, StorageRefusedError
+from search.trials import slots
+from search.trials.slots import Orders, Refusal, slot
 from tests.contracts.ledger_worker import SPACE
 
 PASSWORD = "it's 50 % \\ secret"
@@ -64,6 +71,32 @@ def claimed(url: str, **settings) -> tuple[Ledger, Claim]:
     return ledger, claim
 
 
+@pytest.fixture
+def refusal(monkeypatch, tmp_path):
+    """What a worker on a storage says that does not wait for it."""
+
+    def wait(_: float) -> None:
+        raise AssertionError("it waits, though nothing would come of it")
+
+    def of(storage: str) -> Refusal:
+        places = {"runs": str(tmp_path / "runs"), "cache": str(tmp_path / "cache")}
+        told = Orders(
+            kind="search",
+            study="digits",
+            storage=without_password(resolve_storage_url(storage)),
+            **places,
+        )
+        monkeypatch.setenv("BDENSE_STORAGE", storage)
+        for name in ("BDENSE_RUNS", "BDENSE_CACHE", "BDENSE_ARTIFACTS", "BDENSE_LOG"):
+            monkeypatch.setenv(name, "")  # the test's to restore
+        with monkeypatch.context() as patch:
+            patch.setattr(slots.time, "sleep", wait)
+            found: Refusal = slot({"orders": told, "mark": str(tmp_path / "mark")})["refusal"]
+        return found
+
+    return of
+
+
 def test_tables_are_made_once_and_say_their_version(url):
     open_tables(url)
     open_tables(url)
@@ -89,11 +122,12 @@ def test_tables_without_a_version_but_of_its_form_get_one(url):
         ),
     ],
 )
-def test_old_tables_are_refused_until_they_are_upgraded(url, statements, told):
+def test_old_tables_are_refused_until_they_are_upgraded(url, statements, told, refusal):
     ledger, claim = claimed(url)
     ledger.complete(claim, 1.5, {"kept": True})
     execute(url, *statements)
-    with pytest.raises(StorageError, match="are of an older bdense") as caught:
+    assert "are of an older bdense" in refusal(url).message
+    with pytest.raises(StorageRefusedError, match="are of an older bdense") as caught:
         Ledger.open(url, "digits", budget=None)
     assert told in str(caught.value)
     assert "bdense-search storage upgrade" in str(caught.value)
@@ -105,9 +139,10 @@ def test_old_tables_are_refused_until_they_are_upgraded(url, statements, told):
     assert isinstance(again.claim(SPACE, RandomSampler), Claim)
 
 
-def test_a_newer_versions_tables_are_left_alone(url):
+def test_a_newer_versions_tables_are_left_alone(url, refusal):
     open_tables(url)
     execute(url, "UPDATE bdense_schema SET version = 7")
+    assert "are of a newer bdense" in refusal(url).message
     for refused in (open_tables, upgrade):
         with pytest.raises(StorageError, match=r"newer bdense \(version 7, .* update bdense here"):
             refused(url)
@@ -137,9 +172,10 @@ def test_an_upgrade_of_this_version_changes_nothing(url):
     assert upgrade(url) == ["the tables are of this version already"]
 
 
-def test_optunas_old_tables_name_our_command_and_are_upgraded(url, capsys):
+def test_optunas_old_tables_name_our_command_and_are_upgraded(url, capsys, refusal):
     open_tables(url)
     execute(url, "UPDATE alembic_version SET version_num = 'v3.0.0.d'")
+    assert "bdense-search storage upgrade" in refusal(url).message
     assert cli.main(["status", "digits", "--storage", url]) == 2
     said = capsys.readouterr().err
     assert "bdense-search storage upgrade" in said
@@ -303,13 +339,38 @@ class TestRoles:
                 execute(url, f"REASSIGN OWNED BY {role} TO postgres", f"DROP OWNED BY {role}")
                 execute(url, f"DROP ROLE {role}")
 
-    def test_a_stranger_is_kept_out(self, roles, postgres):
+    @pytest.mark.parametrize(
+        ("password", "said"),
+        [
+            (None, "no password supplied"),
+            ("wrong", "password authentication failed for user"),
+        ],
+    )
+    def test_a_worker_that_is_not_let_in_says_so_at_once(
+        self, roles, refusal, password, said, monkeypatch
+    ):
+        _, writer, _ = roles
+        monkeypatch.setenv("PGPASSFILE", "/dev/null")
+        monkeypatch.delenv("PGPASSWORD", raising=False)
+        if password is not None:
+            monkeypatch.setenv("PGPASSWORD", password)
+        found = refusal(writer)
+        assert found.is_input_error
+        assert said in found.message
+        assert "the password in PGPASSWORD or PGPASSFILE" in found.message
+
+    def test_a_worker_of_a_database_that_is_not_there_says_so_at_once(self, postgres, refusal):
+        assert 'database "nowhere" does not exist' in refusal(postgres.url("nowhere")).message
+
+    def test_a_stranger_is_kept_out(self, roles, postgres, refusal):
         url, _, _ = roles
         execute(url, "CREATE ROLE stranger LOGIN")
         name = sa.engine.make_url(url).database
         try:
-            with pytest.raises(StorageError, match=f'permission denied for database "{name}"'):
-                open_storage(postgres.url(name, user="stranger"))
+            theirs, why = postgres.url(name, user="stranger"), f'denied for database "{name}"'
+            with pytest.raises(StorageRefusedError, match=f"permission {why}"):
+                open_storage(theirs)
+            assert why in refusal(theirs).message
         finally:
             execute(url, "DROP ROLE stranger")
 
@@ -318,7 +379,7 @@ class TestRoles:
         name = sa.engine.make_url(url).database
         execute(url, "CREATE ROLE guest LOGIN")
         try:
-            with pytest.raises(StorageError, match="bdense-search storage init") as caught:
+            with pytest.raises(StorageRefusedError, match="bdense-search storage init") as caught:
                 open_tables(postgres.url(name, user="guest"))
             assert "permission denied for schema public" in str(caught.value)
         finally:

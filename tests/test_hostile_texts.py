@@ -179,7 +179,7 @@ def test_planned_rows_are_escaped_alike(tmp_path, monkeypatch):
     monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
     url = f"sqlite:///{tmp_path / 'study.db'}"
     of = {"of": SCRIPT + LINES}
-    planned = Planned.create(url, NAME, "retrain", spec(), resources=spec().resources, facts=of)
+    planned = Planned.create(url, NAME, "retrain", spec(), facts=of)
     planned.plan(
         [Arm(name=PICTURE + LINES, params={"a": 1.0, "b": 0.0})],
         [Row(arm=0, seed=1, kimg=1.0, nfe=2)],

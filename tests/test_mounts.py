@@ -1,11 +1,12 @@
 """Which file system holds a path, and SQLite kept off those whose locks do not hold."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from search.database.mounts import file_system, refuse_network_file_system
-from search.errors import StorageError
+from search.errors import StorageRefusedError
 
 # As a kernel writes it: the optional fields before the dash vary in number.
 MOUNTS = r"""
@@ -15,7 +16,9 @@ MOUNTS = r"""
 37 21 0:40 / /mnt/with\040blank rw shared:5 - cifs //server/share rw
 38 21 0:41 / /data rw - ext4 /dev/sdc1 rw
 39 21 0:42 / /data rw - fuse.sshfs me@host:/data rw
-""".lstrip()
+40 21 0:43 / /mnt/für\040Büro\134\012x rw - 9p host rw
+41 21 0:44 / /mnt/one\rline rw - xfs /dev/sdd1 rw
+""".lstrip().replace(r"\r", "\r")
 
 
 @pytest.fixture
@@ -34,6 +37,8 @@ def mounts(tmp_path) -> Path:
         ("/homes/me/bdense.db", "ext4"),
         ("/mnt/with blank/bdense.db", "cifs"),
         ("/data/bdense.db", "fuse.sshfs"),
+        ("/mnt/für Büro\\\nx/bdense.db", "9p"),
+        ("/mnt/one\rline/bdense.db", "xfs"),
     ],
 )
 def test_the_innermost_and_last_mount_counts(mounts, path, kind):
@@ -52,5 +57,31 @@ def test_where_mounts_are_not_told_nothing_is_refused(tmp_path):
 
 def test_a_network_file_system_is_refused_with_a_way_out(mounts):
     refuse_network_file_system(Path("/srv/bdense.db"), mounts)
-    with pytest.raises(StorageError, match=r"network file system \(nfs4\).*PostgreSQL server"):
+    with pytest.raises(StorageRefusedError, match=r"file system \(nfs4\).*PostgreSQL server"):
         refuse_network_file_system(Path("/home/me/runs/bdense.db"), mounts)
+
+
+def test_a_name_that_is_no_text_is_a_path_all_the_same(tmp_path):
+    mounts = tmp_path / "mountinfo"
+    mounts.write_bytes(b"35 21 0:31 / /mnt/\xff\\040x rw - nfs server:/home rw\n")
+    assert file_system(Path(os.fsdecode(b"/mnt/\xff x/bdense.db")), mounts) == "nfs"
+
+
+@pytest.mark.parametrize(
+    ("kind", "refused"),
+    [
+        *((kind, True) for kind in ("9p", "virtiofs", "vboxsf", "wekafs", "cifs", "lustre")),
+        *((f"fuse.{name}", True) for name in ("juicefs", "vmhgfs-fuse", "one-of-tomorrow")),
+        ("fuse", True),
+        *((kind, False) for kind in ("ext4", "btrfs", "overlay", "tmpfs", "fuseblk")),
+        *((f"fuse.{name}", False) for name in ("fuse-overlayfs", "mergerfs")),
+    ],
+)
+def test_what_may_be_on_a_network_is_refused(tmp_path, kind, refused):
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(f"21 1 8:1 / / rw - {kind} none rw\n")
+    if refused:
+        with pytest.raises(StorageRefusedError, match=f"({kind})"):
+            refuse_network_file_system(Path("/srv/bdense.db"), mounts)
+    else:
+        refuse_network_file_system(Path("/srv/bdense.db"), mounts)

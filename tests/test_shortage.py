@@ -1,6 +1,8 @@
-"""No room on a disk, no memory: named, mended by the user, and nothing is lost by it."""
+"""No room on a disk, no access, no memory: named, mended by the user, and nothing is lost."""
 
+import errno
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -14,13 +16,13 @@ from optuna.samplers import RandomSampler
 from bdense.data import load_dataset
 from search.cli import main
 from search.database.ledger import Claim, Ledger
-from search.database.room import is_full_disk, no_room
+from search.database.room import disk_error, is_full_disk
 from search.database.storage import open_storage, resolve_storage_url
 from search.errors import StorageFullError
 from search.records.study import Study
 from search.specs.study_spec import StudySpec
 from search.trials import assets
-from search.trials.slots import Orders, Progress, Refusal, record_task, slot
+from search.trials.slots import Orders, Progress, Refusal, prepare_task, record_task, slot
 from tests.contracts.ledger_worker import SPACE
 from tests.disks import small_disk
 from tests.e2e.study import small_study
@@ -69,7 +71,7 @@ def test_what_a_full_disk_says(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space") as found:
             (disk.place / "more").write_bytes(b"0" * 4096)
     assert is_full_disk(found.value)
-    said = str(no_room(found.value))
+    said = str(disk_error(found.value))
     assert said.startswith(f"no space is left where runs are kept ({tmp_path}/runs or ")
     assert "give the same command again: it carries on" in said
 
@@ -117,6 +119,71 @@ def test_a_checkpoint_that_does_not_fit_ends_the_slot_and_not_the_trial(folders,
         assert [trial.state.name for trial in rows] == ["COMPLETE"] * 3
         # What the disk cut short was not the trial's doing.
         assert rows[0].user_attrs["tries"] == 1
+
+
+# No access.
+
+
+def test_what_no_access_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
+    for number in (errno.EROFS, errno.EACCES, errno.EPERM):
+        error = OSError(number, os.strerror(number), "/srv/x.json")
+        assert str(disk_error(error)).startswith(
+            f"on {platform.node()} a worker may not use /srv/x.json ({os.strerror(number)}): let "
+        )
+        assert f"where runs are kept ({tmp_path}/runs or " in str(disk_error(error))
+        assert Refusal.of(error) == Refusal(message=str(disk_error(error)), is_input_error=True)
+    assert disk_error(OSError(errno.EIO, "Input/output error")) is None
+    assert disk_error(ValueError("Read-only file system")) is None
+
+
+def test_runs_that_cannot_be_written_end_the_slot_and_not_the_trial(folders, monkeypatch):
+    study = prepared()
+    assert not [each for each in record(study) if isinstance(each, Refusal)]
+    record_of_study = Study.create(resolve_storage_url(None), study)
+    told = orders(study)
+    # A worker of another machine has an environment of its own.
+    monkeypatch.setenv("BDENSE_RUNS", "/srv/elsewhere")
+    with small_disk(folders / "runs", 8192) as disk:
+        disk.make_read_only()
+        for mark in (disk.place / "small/slots/0", folders / "mark"):
+            refusal = slot({"orders": told, "mark": str(mark)})["refusal"]
+            assert refusal.is_input_error
+            assert f"on {platform.node()} a worker may not use {disk.place}/" in refusal.message
+            assert "(Read-only file system)" in refusal.message
+            assert str(disk.place) in refusal.message.partition("where runs are kept (")[2]
+            assert "elsewhere" not in refusal.message
+        counts = record_of_study.baselines.counts()
+        assert (counts.running, counts.failed, counts.complete) == (1, 0, 0)
+        disk.make_writable()
+        assert slot({"orders": told, "mark": str(folders / "mark")}) == {"refusal": None}
+        rows = [*record_of_study.baselines.study.trials, *record_of_study.trials.study.trials]
+        assert [trial.state.name for trial in rows] == ["COMPLETE"] * 3
+        assert rows[0].user_attrs["tries"] == 1
+
+
+def test_a_cache_that_cannot_be_written_ends_the_preparation(folders, monkeypatch):
+    with small_disk(folders / "cache", 1024) as disk:
+        disk.make_read_only()
+        monkeypatch.setenv("BDENSE_CACHE", str(disk.place))
+        study = StudySpec.model_validate(STUDY)
+        *_, last = prepare_task(orders(study), study.model_dump_json(), 1)
+    assert isinstance(last, Refusal)
+    assert last.is_input_error
+    assert f"a worker may not use {disk.place}/" in last.message
+
+
+def test_a_worker_that_dies_without_a_trial_is_not_started_for_ever(folders):
+    mark = folders / "mark"
+    mark.write_text("...")
+    refusal = slot({"orders": orders(StudySpec.model_validate(STUDY)), "mark": str(mark)})[
+        "refusal"
+    ]
+    assert not refusal.is_input_error
+    assert refusal.message.startswith("a worker died 3 times in a row without taking a trial, as")
+
+
+# Databases on a full disk.
 
 
 def test_a_sqlite_database_on_a_full_disk(folders, capsys, monkeypatch):

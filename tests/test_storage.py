@@ -1,5 +1,6 @@
 """Storage URLs, errors without passwords, and patience with a database that is away."""
 
+import os
 import sqlite3
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import sqlalchemy as sa
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
-from bdense.errors import InputError
+from search import cli
 from search.database.storage import (
     exclusive,
     is_transient,
@@ -19,8 +20,10 @@ from search.database.storage import (
     resolve_storage_url,
     retrying,
     sqlite_file,
+    without_password,
 )
-from search.errors import StorageError
+from search.errors import StorageError, StorageRefusedError
+from search.trials.slots import worker_storage
 
 SECRET = "hunter2"
 
@@ -67,10 +70,11 @@ def test_a_server_url_keeps_its_parts():
         "sqlite://",
         "sqlite:///:memory:",
         "sqlite:///file:x.db?uri=true",
+        "postgresql://me@db/studies?dsn=port%3D5433",
     ],
 )
 def test_other_forms_are_refused_with_those_that_are_not(url):
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(StorageRefusedError) as caught:
         resolve_storage_url(url)
     message = str(caught.value)
     assert url in message
@@ -89,6 +93,7 @@ def test_other_forms_are_refused_with_those_that_are_not(url):
         f"postgresql://me:p@{SECRET}@db/studies",
         f"host=db password={SECRET} user=me",
         f"sqlite:///file:x.db?password={SECRET}",
+        f"postgresql://me@db/studies?dsn=port%3D5433+password%3D{SECRET}",
     ],
 )
 def test_a_refused_url_shows_no_password(url):
@@ -111,6 +116,8 @@ def test_a_refused_url_shows_no_password(url):
             "postgresql://db/x?user=me&password=***&a=b",
         ),
         (f"PGPASSWORD={SECRET} psql", "PGPASSWORD=*** psql"),
+        (f"postgresql://db/x?sslpassword={SECRET}&a=b", "postgresql://db/x?sslpassword=***&a=b"),
+        (f"postgresql://db/x?scram_client_key={SECRET}", "postgresql://db/x?scram_client_key=***"),
         ("postgresql://me@db:5432/x", "postgresql://me@db:5432/x"),
         ("sqlite:////data/a@b:c.db", "sqlite:////data/a@b:c.db"),
         ('FATAL: password authentication failed for user "me"',) * 2,
@@ -118,6 +125,62 @@ def test_a_refused_url_shows_no_password(url):
 )
 def test_redact(text, expected):
     assert redact(text) == expected
+
+
+SECRETS = (
+    *("password", "sslpassword", "oauth_client_secret"),
+    *("scram_client_key", "scram_server_key"),
+)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        f"postgresql://me:{SECRET}@db/studies?sslmode=require",
+        *(f"postgresql://me@db/studies?{key}={SECRET}&sslmode=require" for key in SECRETS),
+        f"postgresql://me@db/studies?sslmode=require&password=%26{SECRET}%20%27{SECRET}",
+        f"postgresql://me:{SECRET}@db/studies?password={SECRET}&sslmode=require&password={SECRET}",
+    ],
+)
+def test_what_is_handed_on_and_what_is_shown_hold_no_secret(given, monkeypatch):
+    url = resolve_storage_url(given)
+    assert SECRET in url
+    handed_on = without_password(url)
+    assert handed_on == "postgresql+psycopg2://me@db/studies?sslmode=require"
+    assert SECRET not in redact(given)
+    assert SECRET not in redact(url)
+    # A worker finds what it was not told in its own environment.
+    monkeypatch.setenv("BDENSE_STORAGE", given)
+    assert worker_storage(handed_on) == url
+    assert worker_storage(handed_on.replace("studies", "others")) == handed_on.replace(
+        "studies", "others"
+    )
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"postgresql://me:{SECRET}@db/studies",
+        f"postgresql://me@db/studies?password={SECRET}",
+        f"postgresql://me@db/studies?sslmode=require&sslpassword={SECRET}",
+    ],
+)
+def test_a_secret_among_the_arguments_is_moved_to_the_environment(url, joined, monkeypatch):
+    started = []
+
+    def start(_: str, arguments: list[str]) -> None:
+        started.append(arguments)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(os, "execv", start)
+    monkeypatch.setenv("BDENSE_STORAGE", "")  # the test's to restore
+    with pytest.raises(SystemExit):
+        cli.main(["status", "digits", *([f"--storage={url}"] if joined else ["--storage", url])])
+    (arguments,) = started
+    assert arguments[-2:] == ["status", "digits"]
+    assert SECRET not in " ".join(arguments)
+    assert os.environ["BDENSE_STORAGE"] == resolve_storage_url(url)
 
 
 def test_sqlite_is_opened_for_many_processes(tmp_path):
@@ -155,6 +218,7 @@ def test_an_unreachable_server_is_one_line_without_its_password():
     assert message.startswith(
         "cannot open the study database postgresql+psycopg2://me:***@127.0.0.1:1/studies: "
     )
+    assert not isinstance(caught.value, StorageRefusedError)  # it may come back
     assert "Connection refused" in message
     assert "check that the server runs" in message
 
@@ -189,14 +253,26 @@ class TestOnPostgres:
         assert storage.get_all_studies() == []
         storage.engine.dispose()
 
-    @pytest.mark.parametrize("where", ["environment", "url"])
+    def test_the_password_may_stand_in_the_query(self, locked, monkeypatch):
+        monkeypatch.delenv("PGPASSWORD", raising=False)
+        given = f"{locked}&password={SECRET}"
+        monkeypatch.setenv("BDENSE_STORAGE", given)
+        told = without_password(resolve_storage_url(given))
+        assert told == locked
+        storage = open_storage(worker_storage(told))
+        assert storage.get_all_studies() == []
+        storage.engine.dispose()
+
+    @pytest.mark.parametrize("where", ["environment", "url", "query"])
     def test_a_wrong_password_is_one_line_without_it(self, locked, where, monkeypatch):
         url = locked
         if where == "environment":
             monkeypatch.setenv("PGPASSWORD", "wrong-one")
-        else:
+        elif where == "url":
             url = locked.replace("//locked@", "//locked:wrong-one@")
-        with pytest.raises(StorageError) as caught:
+        else:
+            url = f"{locked}&password=wrong-one"
+        with pytest.raises(StorageRefusedError) as caught:
             open_storage(url)
         message = str(caught.value)
         assert 'password authentication failed for user "locked"' in message
@@ -205,8 +281,21 @@ class TestOnPostgres:
         assert "\n" not in message
 
     def test_a_database_that_does_not_exist_is_named(self, postgres):
-        with pytest.raises(StorageError, match='database "nowhere" does not exist'):
+        with pytest.raises(StorageRefusedError, match='database "nowhere" does not exist'):
             open_storage(postgres.url("nowhere"))
+
+    def test_a_user_who_does_not_exist_is_named(self, postgres):
+        with pytest.raises(StorageRefusedError, match='role "nobody" does not exist'):
+            open_storage(postgres.url("postgres", user="nobody"))
+
+    def test_a_server_that_falls_silent_is_given_up_in_time(self, postgres):
+        """By the kernel: nothing on this machine can show a network that is gone."""
+        storage = open_storage(postgres.new_database())
+        with storage.engine.connect() as connection:
+            given = connection.connection.driver_connection.info.dsn_parameters
+        assert given["tcp_user_timeout"] == "30000"
+        assert given["keepalives_idle"] == "30"
+        storage.engine.dispose()
 
     def test_a_frozen_holder_of_the_lock_is_cut_off_by_the_server(self, postgres):
         storage = open_storage(postgres.new_database())

@@ -117,7 +117,8 @@ class Process:
         place = (self.boot, self.pid_namespace)
         if not (place == _place(os.getpid()) and all(place) and self.started):
             return False
-        return _start_time(self.pid) != self.started
+        started = _start_time(self.pid)
+        return _is_gone(self.pid) if started is None else started != self.started
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -344,12 +345,26 @@ def _place(pid: int) -> tuple[str, str]:
 
 
 def _start_time(pid: int) -> str | None:
-    """Clock ticks from boot to the start of a process, or None where none of that pid is alive."""
+    """Clock ticks from boot to the start of a process, empty of one that has only to be reaped.
+
+    None where it cannot be read: nothing has that pid, or /proc hides what is another user's.
+    """
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return None
     # The command name, in parentheses, may hold anything: fields are counted after the last one.
     fields = stat.rpartition(")")[2].split()
     dead = fields[0] in ("Z", "X")
-    return None if dead else fields[19]
+    return "" if dead else fields[19]
+
+
+def _is_gone(pid: int) -> bool:
+    """Whether nothing has that pid; another user's process is told from none."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False

@@ -1,16 +1,25 @@
 """What kind of file system a path lies on."""
 
+import os
+import re
 from pathlib import Path
 
-from search.errors import StorageError
+from search.errors import StorageRefusedError
 
-# SQLite's locks do not hold on these, and two workers would write to one page.
+# SQLite's locks do not hold on these, and two workers would write to one page. Folders that a
+# virtual machine or container shares with its host are among them.
 _NETWORK = (
-    *("nfs", "nfs4", "cifs", "smb3", "smbfs", "ncpfs", "afs", "ceph", "lustre", "beegfs", "gpfs"),
-    *("gfs2", "ocfs2", "glusterfs", "fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.s3fs"),
-    *("fuse.rclone", "fuse.gcsfuse"),
+    *("nfs", "nfs4", "cifs", "smb3", "smbfs", "ncpfs", "afs", "coda", "ceph", "lustre", "beegfs"),
+    *("fhgfs", "gpfs", "gfs2", "ocfs2", "glusterfs", "orangefs", "pvfs2", "panfs", "wekafs"),
+    *("9p", "virtiofs", "vboxsf", "vmhgfs", "prl_fs", "drvfs", "fakeowner"),
+)
+# Of those that a program serves (fuse.NAME) any other may be on a network.
+_LOCAL_FUSE = (
+    *("fuse.fuse-overlayfs", "fuse.mergerfs", "fuse.bindfs", "fuse.gocryptfs", "fuse.encfs"),
+    *("fuse.ext2", "fuse.ext4", "fuse.exfat", "fuse.ntfs-3g", "fuse.zfs"),
 )
 _MOUNTS = Path("/proc/self/mountinfo")
+_OCTAL = re.compile(rb"\\([0-3][0-7]{2})")
 
 
 def file_system(path: Path, mounts: Path = _MOUNTS) -> str:
@@ -21,15 +30,15 @@ def file_system(path: Path, mounts: Path = _MOUNTS) -> str:
         mounts: What is mounted where, as in /proc/self/mountinfo.
     """
     try:
-        lines = mounts.read_text().splitlines()
+        lines = mounts.read_bytes().rstrip(b"\n").split(b"\n")
     except OSError:
         return ""
     found: dict[Path, str] = {}
     for line in lines:
-        before, _, after = line.partition(" - ")
+        before, _, after = line.partition(b" - ")
         # A blank in a name is written as an octal escape; what is mounted later lies on top.
-        point = before.split()[4].encode().decode("unicode_escape")
-        found[Path(point)] = after.split()[0]
+        point = _OCTAL.sub(lambda code: bytes([int(code[1], 8)]), before.split(b" ")[4])
+        found[Path(os.fsdecode(point))] = os.fsdecode(after.split(b" ")[0])
     place = path.resolve()
     return next((found[each] for each in (place, *place.parents) if each in found), "")
 
@@ -38,10 +47,12 @@ def refuse_network_file_system(path: Path, mounts: Path = _MOUNTS) -> None:
     """Refuse a SQLite database where its locks would not keep processes apart.
 
     Raises:
-        StorageError: It lies on a network file system.
+        StorageRefusedError: It lies on a network file system, or on one that may be.
     """
-    if (kind := file_system(path, mounts)) in _NETWORK:
-        raise StorageError(
+    kind = file_system(path, mounts)
+    is_served = kind.partition(".")[0] == "fuse"
+    if kind in _NETWORK or (is_served and kind not in _LOCAL_FUSE):
+        raise StorageRefusedError(
             f"{path} lies on a network file system ({kind}), where SQLite's locks do not hold; "
             "give --storage or BDENSE_STORAGE a PostgreSQL server, or a SQLite file on a disk of "
             "this machine"

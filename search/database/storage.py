@@ -1,6 +1,7 @@
 """Where studies live: a SQLite file on one machine, or a PostgreSQL server for several."""
 
 import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -22,7 +23,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from bdense.files import file_lock
 from search.database.mounts import refuse_network_file_system
-from search.errors import StorageError, StorageFullError
+from search.errors import StorageError, StorageFullError, StorageRefusedError
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -36,6 +37,7 @@ ACCEPTED_FORMS = (
 )
 BUSY_SECONDS = 30
 CONNECT_SECONDS = 5
+ANSWER_SECONDS = 30
 # A server ends a claim that is frozen this long, or the study would wait for it for ever.
 FROZEN_CLAIM_SECONDS = 120
 _WITHOUT_RIGHTS = (
@@ -53,13 +55,31 @@ _LONGEST_DELAY_SECONDS = 10.0
 # Not the global generator: a database hiccup must not move anybody's seeded draws.
 _jitter = random.Random()
 
+# What libpq takes in a URL's query that is a secret by itself, not the path of one.
+_SECRETS = (
+    *("password", "sslpassword", "oauth_client_secret"),
+    *("scram_client_key", "scram_server_key"),
+)
+# Of a server at the start of a connection, where its code of the error is not handed on.
+_TURNED_AWAY = re.compile(
+    r"password authentication failed|(?:peer|ident) authentication failed|no password supplied"
+    r"|no pg_hba\.conf entry|is not permitted to log in|permission denied for database"
+    r"|(?:role|database) \".*\" does not exist",
+    re.IGNORECASE,
+)
+# insufficient_privilege, read_only_sql_transaction
+_LACKING_RIGHTS = ("42501", "25006")
+
 # A text that is a URL as a whole, well-formed or not, may hold blanks in its password.
 _WHOLE_URL_PASSWORD = re.compile(
     r"^([a-z][\w+.-]*:/*[^:/@\s]*|[^:/@\s]+):(?![\s/]).*@", re.IGNORECASE
 )
 _URL_PASSWORD = re.compile(r"([a-z][\w+.-]*://[^:/@\s]*):\S*@", re.IGNORECASE)
+# In a URL's query the value of another key, percent-encoded, may hold one too.
 _DSN_PASSWORD = re.compile(
-    r"(pass(?:word|wd)?\s*=\s*)('(?:[^'\\]|\\.)*'|[^\s&'\"]+)", re.IGNORECASE
+    r"((?:pass(?:word|wd)?|oauth_client_secret|scram_(?:client|server)_key)\s*(?:=|%3D)\s*)"
+    r"('(?:[^'\\]|\\.)*'|[^\s&'\"]+)",
+    re.IGNORECASE,
 )
 
 
@@ -80,7 +100,8 @@ def resolve_storage_url(given: str | None) -> str:
     that starts in another folder. It may hold a password: show ``redact`` of it.
 
     Raises:
-        StorageError: the URL has no form that is accepted; the message lists those that are.
+        StorageRefusedError: the URL has no form that is accepted; the message lists those that
+            are.
     """
     asked = given or os.environ.get("BDENSE_STORAGE")
     if not asked:
@@ -93,8 +114,10 @@ def resolve_storage_url(given: str | None) -> str:
 
 
 def without_password(url: str) -> str:
-    """A resolved URL whose password must come from elsewhere; safe to hand on."""
-    return make_url(url).set(password=None).render_as_string(hide_password=False)
+    """A resolved URL whose secrets must come from elsewhere; safe to hand on."""
+    # Not by its ``set``, to which None is no value.
+    bare = make_url(url)._replace(password=None).difference_update_query(_SECRETS)
+    return bare.render_as_string(hide_password=False)
 
 
 def redact(text_or_url: str) -> str:
@@ -117,6 +140,7 @@ def open_storage(url: str) -> RDBStorage:
 
     Raises:
         StorageError: it cannot be opened; one line that says what to check, without a password.
+            A ``StorageRefusedError`` where it cannot be later either.
     """
     return _open(url)
 
@@ -148,7 +172,7 @@ def _open(url: str, *, reading: bool = False, **options: Any) -> RDBStorage:  # 
         return _open_postgres(resolved, reading=reading, **options)
     except (SQLAlchemyError, StorageInternalError, OSError, RuntimeError) as error:
         # RuntimeError: Optuna met a schema of another version.
-        raise StorageError(cannot_open(resolved, error)) from None
+        raise cannot_open(resolved, error) from None
 
 
 @contextlib.contextmanager
@@ -181,6 +205,7 @@ def retrying(call: Callable[[], _T], *, patience_seconds: float = 300.0) -> _T:
 
     Raises:
         StorageFullError: its disk is full, which no waiting mends.
+        StorageRefusedError: the user may not do that.
         StorageError: the database did not come back in time.
     """
     deadline: float | None = None
@@ -192,7 +217,7 @@ def retrying(call: Callable[[], _T], *, patience_seconds: float = 300.0) -> _T:
             if is_full(error):
                 raise StorageFullError(_full(error)) from None
             if lacks_rights(error):
-                raise StorageError(f"{one_line(error)}; {_WITHOUT_RIGHTS}") from None
+                raise StorageRefusedError(f"{one_line(error)}; {_WITHOUT_RIGHTS}") from None
             if not is_transient(error):
                 raise
             message = one_line(error)
@@ -306,6 +331,9 @@ def _open_postgres(url: str, *, reading: bool, **options: Any) -> RDBStorage:  #
         "keepalives_idle": 30,
         "keepalives_interval": 10,
         "keepalives_count": 3,
+        # Keepalives rest while something sent is not acknowledged: where the network is silently
+        # gone, the kernel would send it again for a quarter of an hour.
+        "tcp_user_timeout": 1000 * ANSWER_SECONDS,
         "application_name": "bdense",
     }
     if reading:
@@ -356,11 +384,12 @@ def _parse(given: str) -> URL:
     try:
         url = make_url(given)
     except (ArgumentError, ValueError):
-        raise StorageError(_bad_url(given)) from None
-    if url.drivername not in _POSTGRES_NAMES + _SQLITE_NAMES:
-        raise StorageError(_bad_url(given))
+        raise StorageRefusedError(_bad_url(given)) from None
+    # A dsn is psycopg2's own, a connection string inside the URL: nobody looks for secrets there.
+    if url.drivername not in _POSTGRES_NAMES + _SQLITE_NAMES or "dsn" in url.query:
+        raise StorageRefusedError(_bad_url(given))
     if "@" in (url.host or ""):
-        raise StorageError(
+        raise StorageRefusedError(
             f"storage URL {redact(given)} has an @ inside its password; write it as %40, "
             "or leave the password to PGPASSWORD or PGPASSFILE"
         )
@@ -370,7 +399,7 @@ def _parse(given: str) -> URL:
 def _sqlite_database(url: URL, given: str) -> Path:
     database = url.database or ""
     if not database or database == ":memory:" or database.startswith("file:") or url.query:
-        raise StorageError(
+        raise StorageRefusedError(
             f"storage URL {redact(given)} does not name a SQLite file; workers are processes of "
             f"their own and share nothing else: give {ACCEPTED_FORMS}"
         )
@@ -384,13 +413,33 @@ def _bad_url(given: str) -> str:
     )
 
 
-def cannot_open(url: str, error: BaseException) -> str:
+def cannot_open(url: str, error: BaseException) -> StorageError:
     """Why a database cannot be used and what to do, on one line and without a password."""
     parsed = make_url(url)
     said = one_line(error)
-    if parsed.password:
-        said = said.replace(str(parsed.password), "***")
-    return f"cannot open the study database {redact(url)}: {said}; {_advice(parsed, error, said)}"
+    for secret in _secrets(parsed):
+        said = said.replace(secret, "***")
+    kind = StorageRefusedError if _is_final(error) else StorageError
+    advice = _advice(parsed, error, said)
+    return kind(f"cannot open the study database {redact(url)}: {said}; {advice}")
+
+
+def _secrets(url: URL) -> list[str]:
+    """What a URL holds of them, each as it is."""
+    queried = (value for key in _SECRETS for value in url.normalized_query.get(key, ()))
+    return [secret for secret in (url.password, *queried) if secret]
+
+
+def _is_final(error: BaseException) -> bool:
+    """Whether opening would fail again however long one waits."""
+    if isinstance(error, StorageInternalError) and error.__cause__ is not None:
+        return _is_final(error.__cause__)
+    if isinstance(error, OSError):
+        final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+        return error.errno in final
+    if isinstance(error, DBAPIError):
+        return lacks_rights(error) or bool(_TURNED_AWAY.search(str(error.orig)))
+    return isinstance(error, RuntimeError)  # tables of another version of Optuna's
 
 
 def _advice(url: URL, error: BaseException, said: str) -> str:
@@ -412,5 +461,5 @@ def lacks_rights(error: BaseException) -> bool:
     """Whether the server refused a statement to this user, or writing to a reader."""
     if isinstance(error, StorageInternalError) and error.__cause__ is not None:
         error = error.__cause__
-    codes = ("42501", "25006")  # insufficient_privilege, read_only_sql_transaction
-    return isinstance(error, DBAPIError) and getattr(error.orig, "pgcode", None) in codes
+    code = getattr(error.orig, "pgcode", None) if isinstance(error, DBAPIError) else None
+    return code in _LACKING_RIGHTS

@@ -28,7 +28,7 @@ from search.database.storage import (
     redact,
     sqlite_file,
 )
-from search.errors import StorageError
+from search.errors import StorageError, StorageRefusedError
 
 # Raise it with every change of the tables below, and say in ``upgrade`` what becomes of old ones.
 SCHEMA = 1
@@ -49,15 +49,15 @@ def open_tables(url: str) -> RDBStorage:
     """Open a study database, making Optuna's tables and ours where they are not there.
 
     Raises:
-        StorageError: It cannot be opened, or its tables are of another version; the message says
-            which command renews them.
+        StorageError: It cannot be opened; a ``StorageRefusedError`` where its tables are of
+            another version, and the message says which command renews them.
     """
     storage = open_storage(url)
     try:
         with exclusive(storage.engine, "schema"):
             _make_or_check(storage.engine, url)
     except SQLAlchemyError as error:
-        raise StorageError(cannot_open(url, error)) from None
+        raise cannot_open(url, error) from None
     return storage
 
 
@@ -91,7 +91,7 @@ def upgrade(url: str) -> list[str]:
                 done.append(f"Optuna's tables: from {before} to {head}")
             done += _upgrade_ours(storage.engine, url)
     except SQLAlchemyError as error:
-        raise StorageError(cannot_open(url, error)) from None
+        raise cannot_open(url, error) from None
     return done or ["the tables are of this version already"]
 
 
@@ -171,12 +171,12 @@ def _make_or_check(engine: sa.Engine, url: str) -> None:
         if version is None:
             # Either all was made just now, or it is of the time before there were versions.
             if _differs(engine):
-                raise StorageError(_old(url, "before 1"))
+                raise StorageRefusedError(_old(url, "before 1"))
             connection.execute(sa.insert(_VERSION).values(version=SCHEMA))
         elif version < SCHEMA:
-            raise StorageError(_old(url, str(version)))
+            raise StorageRefusedError(_old(url, str(version)))
         elif version > SCHEMA:
-            raise StorageError(_newer(url, version))
+            raise StorageRefusedError(_newer(url, version))
 
 
 def _upgrade_ours(engine: sa.Engine, url: str) -> list[str]:
@@ -184,7 +184,7 @@ def _upgrade_ours(engine: sa.Engine, url: str) -> list[str]:
     with engine.begin() as connection:
         version = _stored_version(connection)
     if version is not None and version > SCHEMA:
-        raise StorageError(_newer(url, version))
+        raise StorageRefusedError(_newer(url, version))
     if version == SCHEMA and not _differs(engine):
         return []
     # Nothing in them outlives the workers, and there are none.

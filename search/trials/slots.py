@@ -15,15 +15,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bdense.errors import BdenseError, InputError, StoppedError
 from search.database.halting import NO_LAUNCH, Launch
-from search.database.room import is_full_disk, no_room
+from search.database.room import disk_error
 from search.database.storage import redact, resolve_storage_url, without_password
-from search.errors import LeaseLostError, StorageError, StorageFullError, WorkersFailedError
+from search.errors import (
+    LeaseLostError,
+    StorageError,
+    StorageFullError,
+    StorageRefusedError,
+    WorkersFailedError,
+)
 from search.records.artifacts import PLACE as ARTIFACTS
 from search.records.planned import Planned
 from search.records.study import Study
 from search.service_log import LOG, about, start_logging
 from search.specs.model_spec import ModelSpec
 from search.specs.promotion_spec import PromotionSpec
+from search.specs.study_file import read_stored
 from search.specs.study_spec import StudySpec
 
 if TYPE_CHECKING:
@@ -72,9 +79,13 @@ class Orders:
         about(study=self.study)
 
     def read(self, spec: str) -> ModelSpec:
-        """A spec of this kind from JSON."""
+        """A spec of this kind from JSON.
+
+        Raises:
+            InputError: The launcher is one of another version of bdense.
+        """
         kind = PromotionSpec if self.kind == "progressive" else StudySpec
-        return kind.model_validate_json(spec)
+        return read_stored(kind, self.study, spec)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,8 +108,7 @@ class Refusal:
     @classmethod
     def of(cls, error: Exception) -> "Refusal":
         """The error in words, without a password."""
-        if is_full_disk(error):
-            error = no_room(error)
+        error = disk_error(error) or error
         own = isinstance(error, BdenseError)
         message = str(error) if own else f"{type(error).__name__}: {error}"
         return cls(message=redact(message), is_input_error=isinstance(error, InputError))
@@ -160,7 +170,8 @@ def record_task(orders: Orders, spec: str, part: int, parts: int) -> Iterator[Pr
 
     try:
         orders.settle()
-        read = StudySpec.model_validate_json(spec)
+        read = orders.read(spec)
+        assert isinstance(read, StudySpec)
         teacher = load_teacher(read, load_data(read), use_device(read))
         store = trajectory_store(read, teacher)
         size = f"{store.nbytes / 2**20:.0f} MiB on disk"
@@ -185,28 +196,29 @@ def slot(config: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         ``refusal``: why it could not go on, or None.
     """
-    mark = Path(config["mark"])
+    orders, mark = config["orders"], Path(config["mark"])
     try:
+        orders.settle()
         if _count_start(mark) > MAX_STARTS:
             raise WorkersFailedError(
-                f"a worker died {MAX_STARTS} times before it reached a trial; its output is in "
-                "Ray's session log folder (worker-*.err)"
+                f"a worker died {MAX_STARTS} times in a row without taking a trial, as it started "
+                "or as it waited for one; its output is in Ray's session log folder "
+                "(worker-*.err)"
             )
-        _work(config["orders"], mark)
+        _work(orders, mark)
     except StoppedError:
         pass  # the launch knows why
     except BdenseError as error:
         return {"refusal": Refusal.of(error)}
     except OSError as error:
         # Started again it would meet the same disk, for ever.
-        if not is_full_disk(error):
+        if disk_error(error) is None:
             raise
         return {"refusal": Refusal.of(error)}
     return {"refusal": None}
 
 
 def _work(orders: Orders, mark: Path) -> None:
-    orders.settle()
     worker = _open_patiently(orders)
     while (claimed := worker.claim()) is not None:
         mark.unlink(missing_ok=True)
@@ -217,13 +229,19 @@ def _work(orders: Orders, mark: Path) -> None:
 
 
 def _open_patiently(orders: Orders) -> "Worker":
-    """The worker of a study on a database that may just be restarting."""
+    """The worker of a study on a database that may just be restarting.
+
+    Raises:
+        StorageError: It does not open in time; at once where waiting would mend nothing.
+    """
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
             return _worker_of(orders)
-        except StorageError as error:
-            if time.monotonic() > deadline or isinstance(error, StorageFullError):
+        except (StorageFullError, StorageRefusedError):
+            raise
+        except StorageError:
+            if time.monotonic() > deadline:
                 raise
             time.sleep(POLL_SECONDS)
 

@@ -2,12 +2,13 @@
 
 import argparse
 import shutil
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bdense.command import Verbs
 from bdense.errors import InputError
-from search.database.storage import cache_folder, resolve_storage_url
+from search.database.storage import cache_folder, resolve_storage_url, retrying
 from search.verbs.common import numbers, study_name, study_verb
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ def add_clean(verbs: Verbs) -> None:
     parser = study_verb(
         verbs,
         "clean",
-        "delete a study's recorded trajectories, which a later launch records again, or what else "
-        "is named; of every trial its result, log and pictures stay, some 0.3 MB",
+        "delete a study's recorded trajectories, which a later launch records again, or what the "
+        "options name instead; of every trial its result, log and pictures stay, some 0.3 MB",
         "bdense-search clean digits-nfe2 --checkpoints --students",
         _clean,
     )
@@ -37,15 +38,15 @@ def add_clean(verbs: Verbs) -> None:
     parser.add_argument(
         "--students",
         action="store_true",
-        help="delete instead: students of a search beyond its best (keep_students of the study's "
-        "file), but for candidates of its confirmation and those that --keep named",
+        help="delete instead: students of a search but for its best (keep_students of the study's "
+        "file), the candidates of its confirmation, and those that --keep named",
     )
     parser.add_argument(
         "--keep",
         metavar="N",
         type=numbers,
-        help="numbers of trials, as in 3,7, whose students stay from now on whatever is better; "
-        "nothing is deleted for it",
+        help="never delete the students of these trials, by number, as in 3,7; deletes nothing "
+        "itself",
     )
 
 
@@ -116,9 +117,7 @@ def _trajectories(record: "Study | Planned") -> None:
             f"{working} trials of {record.name} are worked on and read its trajectories; end them "
             f"first: bdense-search stop {record.name} --wait"
         )
-    stored = record.ledgers[0].attribute(TRAJECTORIES) or []
-    # A search has one folder, planned rows one for each seed.
-    named = map(Path, [stored] if isinstance(stored, str) else stored)
+    named = _folders(record.ledgers[0].attribute(TRAJECTORIES))
     folders = [folder for folder in named if folder.is_dir()]
     # Whoever may write to the database could have named any folder of this machine.
     place = (cache_folder() / "trajectories").resolve()
@@ -129,8 +128,37 @@ def _trajectories(record: "Study | Planned") -> None:
                 f"of the folders in {place}; set BDENSE_CACHE to the cache that its workers used, "
                 "or delete it by hand"
             )
+    _refuse_readers(record, folders)
     freed = 0
     for folder in folders:
         freed += sum(path.stat().st_size for path in folder.iterdir())
         shutil.rmtree(folder)
     print(f"{freed / _MIB:.1f} MiB of trajectories deleted")
+
+
+def _folders(stored: Any) -> list[Path]:  # noqa: ANN401  JSON, or None where nothing is stored
+    """What a study says of its trajectories: a search has one folder, planned rows one a seed."""
+    named = stored if isinstance(stored, list) else [stored]
+    return [Path(each) for each in named if isinstance(each, str)]
+
+
+def _refuse_readers(record: "Study | Planned", folders: Collection[Path]) -> None:
+    """Make sure that no other study of the storage works on what is to be deleted.
+
+    Trajectories are those of a teacher, a grid and a seed, whatever study asks for them.
+    """
+    from search.database.halting import held
+    from search.records.opening import open_record
+    from search.records.study import TRAJECTORIES
+
+    own = {ledger.study.study_name for ledger in record.ledgers}
+    for other in retrying(record.ledgers[0].storage.get_all_studies):
+        shared = [each for each in _folders(other.user_attrs.get(TRAJECTORIES)) if each in folders]
+        if not shared or other.study_name in own:
+            continue
+        if working := held(open_record(record.url, other.study_name).ledgers):
+            raise InputError(
+                f"{working} trials of {other.study_name} are worked on and read the same "
+                f"trajectories, {shared[0]}; end them first: bdense-search stop "
+                f"{other.study_name} --wait"
+            )

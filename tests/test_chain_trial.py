@@ -14,15 +14,14 @@ from safetensors import SafetensorError
 import bdense.checkpoints
 from bdense.checkpoints import denoiser_sha256, load_denoiser
 from bdense.errors import StoppedError
-from search.database.ledger import Claim, Ledger, Running
+from search.database.ledger import Claim, Ledger
+from search.database.room import is_full_disk
 from search.errors import DiskFullError, LeaseLostError, SpecChangedError
 from search.judging.promotion import PLAIN_PD, given_arm, plan_progressive
-from search.launching.progress import _share_done
 from search.records.planned import SPACES, UNIFORM, Arm, Planned
+from search.records.progress_text import share_done
 from search.records.trial_log import LOG_FILE, TrialLog, read_log
-from search.trials import chain_trial
 from search.trials.chain_trial import ChainAssets, evaluate, load_chain, prepare_chain
-from search.trials.trial import is_full_disk
 from search.trials.workers import ChainWorker
 from tests.measured import copy_storage, empty_storage, open_once
 from tests.studies import promotion
@@ -166,16 +165,10 @@ def test_progress_counts_each_round_alike(calm):
     texts = calm[2].texts
     assert texts[0].startswith("round 1/2: training 1/5, loss ")
     assert texts[-1] == "round 2/2: evaluating 64/64 images"
-    shares = [_share_done(running(text)) for text in texts]
+    shares = [share_done(text) for text in texts]
     assert shares == sorted(shares)
     assert shares[0] == pytest.approx(0.9 / 5 / 2)
     assert shares[-1] == 1.0
-    assert _share_done(running("round 2/4: training 50/100, loss 1")) == pytest.approx(1.45 / 4)
-    assert _share_done(running("")) == 0.0
-
-
-def running(progress: str) -> Running:
-    return Running(number=0, owner="here:1", attempt=1, progress=progress, seconds=1.0)
 
 
 def test_a_converting_round_is_measured_beside_the_teacher_not_in_its_place(assets, tmp_path):
@@ -298,7 +291,7 @@ def test_the_teacher_s_fid_is_measured_once(assets, monkeypatch, shared_cache):
         raise AssertionError("measured again")
 
     files = sorted((shared_cache / "teacher-fids").glob("*.json"))
-    monkeypatch.setattr(chain_trial, "draw_images", measured)
+    monkeypatch.setattr("search.trials.measuring.draw_images", measured)
     assert load_chain(assets.spec, CPU).teacher_fid == assets.teacher_fid
     # Seeds of training and the number of rounds are none of its conditions.
     longer = promotion(**TINY, seeds={"training": [5]}, chain={"first": 8, "last": 4})

@@ -22,7 +22,8 @@ from search.service_log import about, say, speaking_of, start_logging
 from search.showing.log_lines import log_line
 from search.specs.space import search_space
 from search.trials.engine import branches_and_weights, training_config
-from search.trials.trial import CHECKPOINT, bring_to_an_end, evaluate, read_result, take_folder
+from search.trials.result import read_result, take_folder
+from search.trials.trial import CHECKPOINT, bring_to_an_end, evaluate
 from tests.studies import spec
 from tests.test_trial import CPU, TINY, prepared
 

@@ -5,11 +5,15 @@ from types import SimpleNamespace
 import pytest
 from optuna.samplers import RandomSampler
 
+from bdense.errors import InputError
 from search.database.ledger import Claim, Ledger
+from search.errors import SpecChangedError, UnpreparedError
+from search.records.planned import PLAIN, UNIFORM, Planned, Row
 from search.records.study import Study
 from search.specs.space import baseline_space, search_space
 from search.trials import workers
-from search.trials.workers import SearchWorker, pause_after
+from search.trials.workers import RetrainWorker, SearchWorker, pause_after
+from tests.small import small_teacher
 from tests.studies import spec
 
 
@@ -20,8 +24,14 @@ def study(tmp_path) -> Study:
 
 @pytest.fixture
 def worker(study, monkeypatch) -> SearchWorker:
-    monkeypatch.setattr(workers, "load", lambda *_: SimpleNamespace(store=None))
+    have_teacher(monkeypatch, small_teacher())
     return SearchWorker(study)
+
+
+def have_teacher(monkeypatch, teacher) -> None:
+    """What a machine's cache holds."""
+    assets = SimpleNamespace(store=None, teacher=teacher)
+    monkeypatch.setattr(workers, "load", lambda *_, **__: assets)
 
 
 def test_baselines_that_have_ended_are_asked_for_no_more(study, worker, monkeypatch):
@@ -62,6 +72,34 @@ def test_a_baseline_that_runs_elsewhere_is_taken_over_once_it_is_given_back(
     claimed = worker.claim()
     assert (claimed.ledger, claimed.claim.number) == (study.baselines, held[0].number)
     assert len(pauses) == 1
+
+
+def test_a_machine_with_another_teacher_takes_no_part(study, worker, monkeypatch):
+    assert SearchWorker(study).claim() is not None
+    have_teacher(monkeypatch, small_teacher(dropout=0.1))
+    with pytest.raises(SpecChangedError, match=r"has other weights .*all machines one BDENSE_"):
+        SearchWorker(study)
+    assert study.baselines.counts().running == 1
+
+
+def test_a_machine_that_cannot_load_gives_the_row_back(tmp_path, monkeypatch):
+    monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
+    url = f"sqlite:///{tmp_path}/study.db"
+    planned = Planned.create(url, "digits.confirm", "retrain", spec(), facts={"of": "digits"})
+    planned.plan([PLAIN, UNIFORM], [Row(arm=arm, seed=1, kimg=2.56, nfe=2) for arm in range(2)])
+
+    def refuse(*_, **__):
+        raise InputError("the data set is not mounted here")
+
+    monkeypatch.setattr(workers, "load", refuse)
+    worker = RetrainWorker(planned)
+    with pytest.raises(UnpreparedError, match=r"^on \S+: the data set is not mounted here$"):
+        worker.work(worker.claim())
+    counts = planned.ledger.counts()
+    assert (counts.failed, counts.running, planned.left()) == (0, 1, 2)
+    # A better machine has it next, as its first try.
+    again = worker.claim().claim
+    assert (again.number, again.attempt, again.tries) == (0, 2, 1)
 
 
 def test_who_waits_long_asks_more_seldom_and_not_all_at_once():

@@ -1,6 +1,5 @@
 """A launch as it goes, on stderr: a changing line on a terminal, else a line now and then."""
 
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -9,6 +8,7 @@ from typing import TextIO
 
 from search.database.ledger import Running
 from search.records.planned import Planned
+from search.records.progress_text import share_done
 from search.records.standing import duration, in_short, standing
 from search.records.study import Study
 from search.service_log import say
@@ -118,7 +118,7 @@ class Display:
         look = self._look()
         if self._done_at_start is None:
             self._done_at_start, self._rows_started = look.ended, time.monotonic()
-        text, partly = look.text, sum(_share_done(row) for row in look.running)
+        text, partly = look.text, sum(share_done(row.progress) for row in look.running)
         if (progress := look.ended - self._done_at_start + partly) > 0:
             spent = time.monotonic() - self._rows_started
             left = spent / progress * (look.total - look.ended - partly)
@@ -146,16 +146,3 @@ class Display:
         if is_due or is_last or step != self._last_step:
             say(line, self._stream)
             self._last_time, self._last_step = time.monotonic(), step
-
-
-def _share_done(row: Running) -> float:
-    """How much of a running row is done, by its own words; evaluation is the last tenth.
-
-    Of a chain each round is an equal share.
-    """
-    found = re.match(r"(?:round (\d+)/(\d+): )?(training|evaluating) (\d+)/(\d+)", row.progress)
-    if found is None:
-        return 0.0
-    share = int(found[4]) / int(found[5])
-    own = 0.9 * share if found[3] == "training" else 0.9 + 0.1 * share
-    return own if found[1] is None else (int(found[1]) - 1 + own) / int(found[2])

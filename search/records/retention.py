@@ -21,7 +21,7 @@ KEPT = "kept_students"  # the study's attribute: numbers of trials
 
 _log = logging.getLogger(__name__)
 
-_ASIDE = re.compile(r"\d{5,}\.[0-9a-f]{8}")  # as search.trials.trial moves folders aside
+_ASIDE = re.compile(r"\d{5,}\.[0-9a-f]{8}")  # as search.trials.result moves folders aside
 _CARD = Path(STUDENT).with_suffix(".md").name
 # A worker that is alive writes one file for less time than this.
 _ABANDONED_SECONDS = 3600.0

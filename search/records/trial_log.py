@@ -28,6 +28,11 @@ class Note(Protocol):
     def __call__(self, event: str, /, *, level: int = ..., **fields: object) -> None: ...
 
 
+def worker_name() -> str:
+    """This process among all that work on a study's rows: host:pid."""
+    return f"{platform.node()}:{os.getpid()}"
+
+
 def unnoted(event: str, /, *, level: int = logging.INFO, **fields: object) -> None:
     """Notes nothing."""
 
@@ -50,7 +55,7 @@ class TrialLog:
             "time": timestamp(time.time()),
             "level": logging.getLevelName(level).lower(),
             **spoken_of(),
-            "worker": f"{platform.node()}:{os.getpid()}",
+            "worker": worker_name(),
             "event": event,
         }
         line = json_line(entry, fields) + "\n"

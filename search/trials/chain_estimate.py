@@ -1,7 +1,6 @@
 """What a promotion will cost: network evaluations, disk, memory, and time as measured here."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,80 +13,20 @@ from search.specs.promotion_spec import PromotionSpec
 from search.trials.assets import use_device
 from search.trials.chain_engine import chain_of, chain_schedule
 from search.trials.engine import architecture
-from search.trials.estimate import device_words, image_seconds, remarks, time_line
+from search.trials.estimate import (
+    Cost,
+    Work,
+    device_words,
+    image_seconds,
+    remarks,
+    training_images,
+    training_words,
+    weights_bytes,
+)
 from search.trials.memory import Memory, Plan, Update, dataset_bytes, row_memory
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChainCost:
-    """Upper bounds of what is left when nothing is cached; a chain is an arm under a seed.
-
-    Attributes:
-        chains: In all.
-        steps: N of each student of a chain, in order.
-        teacher_training: Images through forward and backward, once.
-        teacher_evaluations: Images through the teacher for its own FID, once.
-        updates: Images through forward and backward of one chain.
-        targets: Images through the teachers of one chain's rounds.
-        evaluations: Images through the students of one chain for their FIDs.
-        student_bytes: Disk.
-        memory: What one chain takes.
-        memory_line: The same, for people.
-        forward_seconds, update_seconds: Measured for one image; not a number where the network has
-            no room here.
-        device: Where they were measured.
-        remarks: What the user should know besides: downloads, and what this machine cannot do.
-    """
-
-    chains: int
-    steps: tuple[int, ...]
-    teacher_training: int
-    teacher_evaluations: int
-    updates: int
-    targets: int
-    evaluations: int
-    student_bytes: int
-    memory: Memory
-    memory_line: str
-    forward_seconds: float
-    update_seconds: float
-    device: str
-    remarks: tuple[str, ...] = ()
-
-    @property
-    def workers_seconds(self) -> float:
-        """Seconds of work in all, to be shared by the workers."""
-        forward = self.teacher_evaluations + self.chains * (self.targets + self.evaluations)
-        updates = self.teacher_training + self.chains * self.updates
-        return updates * self.update_seconds + forward * self.forward_seconds
-
-    def lines(self) -> list[str]:
-        """For people."""
-        rounds = len(self.steps)
-        return [
-            f"chains: {self.chains} of {rounds} student{'s' * (rounds > 1)} each, at "
-            f"{', '.join(map(str, self.steps))} steps",
-            f"network evaluations, in images: {self.teacher_evaluations:,} of the teacher for its "
-            f"own FID; {self.updates:,} forward+backward and {self.targets:,} forward for targets "
-            f"and {self.evaluations:,} forward for FIDs for each chain"
-            + (
-                f"; {self.teacher_training:,} forward+backward to train the teacher"
-                if self.teacher_training
-                else ""
-            ),
-            f"disk: {self.student_bytes / 2**20:,.0f} MiB of students, one a round and chain",
-            self.memory_line,
-            time_line(
-                self.workers_seconds,
-                self.forward_seconds,
-                self.update_seconds,
-                device=self.device,
-            ),
-            *self.remarks,
-        ]
-
-
-def estimate_promotion(spec: PromotionSpec, arms: int) -> ChainCost:
+def estimate_promotion(spec: PromotionSpec, arms: int) -> Cost:
     """Measure the promotion's network on this device for five seconds and multiply.
 
     Nothing is downloaded, and nothing is refused that another machine could do.
@@ -99,39 +38,58 @@ def estimate_promotion(spec: PromotionSpec, arms: int) -> ChainCost:
     Raises:
         InputError: The teacher cannot be told without its file, or the chain does not fit it.
     """
-    device = use_device(spec)
+    device = use_device(spec, foretold=True)
     network = architecture(spec)
     with torch.device("meta"):
         teacher = build_denoiser(network)
-    substeps, first, images = spec.chain.substeps, spec.chain.first, spec.evaluation.images
-    rounds = chain_of(spec).students
-    update = spec.round.updates * spec.round.batch
-    # Another prediction type costs a round without fewer steps, with the teacher at 1 a time.
-    converts = spec.prediction_type not in (None, prediction_of(teacher))
-    steps = (first, *rounds) if converts else rounds
-    chains = arms * len(spec.seeds.training)
-    parameters = sum(p.numel() for p in teacher.parameters())
+    work = chains_work(spec, teacher, arms)
     memory = chain_memory(spec, network, device)
-    forward_seconds, update_seconds = image_seconds(
-        spec, network | {"num_branches": substeps}, _student_update(spec, teacher), memory, device
-    )
-    return ChainCost(
-        chains=chains,
-        steps=steps,
-        teacher_training=round(spec.teacher.train.kimg * 1000) if spec.teacher.train else 0,
-        teacher_evaluations=images * first,
-        updates=update * len(steps),
-        targets=update * (substeps * len(rounds) + (1 if converts else 0)),
-        evaluations=images * sum(steps),
-        student_bytes=4 * parameters * len(steps) * chains,
-        memory=memory,
-        memory_line=memory.line(spec),
-        forward_seconds=forward_seconds,
-        update_seconds=update_seconds,
+    wide = network | {"num_branches": spec.chain.substeps}
+    forward, update = image_seconds(spec, wide, _student_update(spec, teacher), memory, device)
+    return Cost(
+        work=work,
+        memory=memory.line(spec),
+        forward_seconds=forward,
+        update_seconds=update,
         device=device_words(spec, device),
         remarks=(
             *_without_pipeline(spec, network),
-            *remarks(spec, memory, device, checkpoint_bytes=4 * parameters),
+            *remarks(spec, memory, device, checkpoint_bytes=weights_bytes(teacher)),
+        ),
+    )
+
+
+def chains_work(spec: PromotionSpec, teacher: NetworkDenoiser, arms: int) -> Work:
+    """Count a promotion's; a chain is an arm under a seed.
+
+    Args:
+        spec: The promotion.
+        teacher: Its network; the numbers in it are not looked at.
+        arms: As of ``estimate_promotion``.
+
+    Raises:
+        InputError: K does not lead from the first number of steps to the last.
+    """
+    first, images = spec.chain.first, spec.evaluation.images
+    rounds, chains = chain_of(spec).students, arms * len(spec.seeds.training)
+    # Another prediction type costs a round without fewer steps, with the teacher at 1 a time.
+    converts = spec.prediction_type not in (None, prediction_of(teacher))
+    steps = (first, *rounds) if converts else rounds
+    learned = spec.round.updates * spec.round.batch
+    targets = learned * (spec.chain.substeps * len(rounds) + (1 if converts else 0))
+    updates, drawn = learned * len(steps), images * sum(steps)
+    kept = weights_bytes(teacher) * len(steps) * chains
+    training = training_images(spec)
+    return Work(
+        updates=training + chains * updates,
+        evaluations=images * first + chains * (targets + drawn),
+        lines=(
+            f"chains: {chains} of {len(steps)} student{'s' * (len(steps) > 1)} each, at "
+            f"{', '.join(map(str, steps))} steps",
+            f"network evaluations, in images: {images * first:,} of the teacher for its own FID; "
+            f"{updates:,} forward+backward and {targets:,} forward for targets and {drawn:,} "
+            "forward for FIDs for each chain" + training_words(training),
+            f"disk: {kept / 2**20:,.0f} MiB of students, one a round and chain",
         ),
     )
 

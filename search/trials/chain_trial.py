@@ -6,8 +6,6 @@ after the last round that is there, from the checkpoint of the one that was unde
 
 import hashlib
 import json
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,16 +21,14 @@ from bdense.data import Dataset
 from bdense.denoiser import NetworkDenoiser
 from bdense.extractors import Extractor, load_extractor
 from bdense.files import atomic_write, file_lock
-from bdense.metrics import measure_images
 from bdense.progressive import DataBatches, UpdateReport, require_levels
 from bdense.references import Reference
-from bdense.sampling import draw_images, save_grid
 from bdense.schedules import Levels
 from bdense.sources import load_model
 from search.database.storage import cache_folder
 from search.records.folders import GRID
 from search.records.planned import Arm
-from search.records.retention import RESULT
+from search.records.progress_text import evaluating, in_round, training
 from search.records.trial_log import Note, TrialLog, is_noted, shortened, unnoted
 from search.specs.promotion_spec import PromotionSpec
 from search.trials.assets import (
@@ -51,13 +47,8 @@ from search.trials.chain_engine import (
 )
 from search.trials.chain_estimate import chain_memory
 from search.trials.engine import architecture, execution
-from search.trials.trial import (
-    below_runs,
-    device_name,
-    package_versions,
-    read_result,
-    take_folder,
-)
+from search.trials.measuring import measure
+from search.trials.result import below_runs, provenance, read_result, take_folder, write_result
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,13 +147,13 @@ def _teacher_fid(assets: ChainAssets, report: Report) -> dict[str, Any]:
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     path = cache_folder() / "teacher-fids" / f"{digest}.json"
     with file_lock(path.with_suffix(".lock")):
-        return _kept(
+        return _read_or_make(
             path,
             lambda: _measured(
                 assets,
                 assets.teacher,
                 steps,
-                {},
+                training_seed=None,
                 on_image=lambda done: report(
                     "teacher FID", done, evaluation.images, f"at {steps} steps"
                 ),
@@ -172,10 +163,10 @@ def _teacher_fid(assets: ChainAssets, report: Report) -> dict[str, Any]:
         )
 
 
-def _kept(path: Path, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _read_or_make(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """A FID with its conditions from its file, or measured now and kept there."""
     if not path.exists():
-        fid = measure()
+        fid = make()
         with atomic_write(path) as scratch:
             scratch.write_text(json.dumps(fid))
     found: dict[str, Any] = json.loads(path.read_text())
@@ -239,18 +230,15 @@ def evaluate(
         "fid": fids[last],
         "fids": {str(steps): fid for steps, fid in fids.items()},
         "teacher_fid": dict(assets.teacher_fid),
-        "fingerprint": assets.fingerprint,
-        "seeds": {"training": seed, "evaluation": spec.seeds.evaluation},
-        "versions": package_versions(),
+        **provenance(
+            assets.fingerprint,
+            {"training": seed, "evaluation": spec.seeds.evaluation},
+            assets.device,
+        ),
         "timings": {name: round(value, 3) for name, value in seconds.items()},
         "student": below_runs(folder / f"{last:05d}.safetensors"),
-        "device": device_name(assets.device),
-        "worker": f"{platform.node()}:{os.getpid()}",
     }
-    result = {"value": fids[last]["value"], "attrs": attrs, "identity": identity}
-    with atomic_write(folder / RESULT) as scratch:
-        scratch.write_text(json.dumps(result))
-    return result
+    return write_result(folder, identity, fids[last]["value"], attrs)
 
 
 def _rounds(
@@ -268,8 +256,8 @@ def _rounds(
 
     def on_update(steps: int, done: UpdateReport) -> None:
         _note_training(note, steps, done, weights)
-        place = _place(spec, steps)
-        report(f"{place}: training {done.iteration + 1}/{done.iterations}, loss {done.loss:.3g}")
+        text = training(done.iteration + 1, done.iterations, done.loss)
+        report(_in_round(spec, steps, text))
         check()
 
     return distill_chain(
@@ -322,11 +310,14 @@ def _note_training(note: Note, steps: int, done: UpdateReport, weights: torch.Te
         )
 
 
-def _place(spec: PromotionSpec, steps: int) -> str:
-    """Which of the rounds goes down to that many steps; a converting one is part of the first."""
+def _in_round(spec: PromotionSpec, steps: int, text: str) -> str:
+    """Progress of the round that goes down to that many steps.
+
+    A converting round is part of the first.
+    """
     students = chain_of(spec).students
     place = students.index(steps) + 1 if steps in students else 1
-    return f"round {place}/{len(students)}"
+    return in_round(place, len(students), text)
 
 
 def _round_fid(
@@ -342,57 +333,43 @@ def _round_fid(
     path = round_.path.with_suffix(".fid.json")
     count = assets.spec.evaluation.images
 
-    def on_image(done: int) -> None:
-        check()
-        report(f"{_place(assets.spec, round_.steps)}: evaluating {done}/{count} images")
-
-    def measure() -> dict[str, Any]:
+    def make() -> dict[str, Any]:
         note("evaluating", steps=round_.steps, images=count)
         fid = _measured(
             assets,
             round_.student,
             round_.steps,
-            {"training": seed},
-            on_image=on_image,
+            training_seed=seed,
+            on_image=lambda done: report(
+                _in_round(assets.spec, round_.steps, evaluating(done, count))
+            ),
             check=check,
             grid_path=round_.path.with_name(f"{round_.path.stem}-{GRID}"),
         )
         note("round", steps=round_.steps, fid=fid["value"])
         return fid
 
-    return _kept(path, measure)
+    return _read_or_make(path, make)
 
 
 def _measured(
     assets: ChainAssets,
     denoiser: NetworkDenoiser,
     steps: int,
-    seeds: dict[str, int],
     *,
+    training_seed: int | None,
     on_image: Callable[[int], None],
     check: Callable[[], None],
     grid_path: Path,
 ) -> dict[str, Any]:
-    """A model's FID in that many steps, on the promotion's latents; leaves a grid of 64.
-
-    ``on_image`` is called for every batch drawn, ``check`` for every one judged.
-    """
-    spec = assets.spec
-    images = draw_images(
+    """A model's FID in that many steps with its conditions, as ``measure`` finds it."""
+    return measure(
+        assets,
         denoiser,
-        pd_sampler(assets.schedule, steps, clip=spec.clip_samples),
-        spec.evaluation.images,
-        seed=spec.seeds.evaluation,
-        batch=spec.evaluation.batch,
+        pd_sampler(assets.schedule, steps, clip=assets.spec.clip_samples),
+        images=assets.spec.evaluation.images,
+        training_seed=training_seed,
         on_image=on_image,
-    )
-    save_grid(images[:64], grid_path)
-    return measure_images(
-        images,
-        assets.extractor,
-        assets.reference,
-        metrics=("fid",),
-        nfe=steps,
-        seeds={**seeds, "evaluation": spec.seeds.evaluation},
-        on_image=lambda _: check(),
+        check=check,
+        grid_path=grid_path,
     ).fid.as_dict()

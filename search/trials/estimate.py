@@ -34,33 +34,35 @@ MEASURE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cost:
-    """Upper bounds of what is left when nothing is cached.
+class Work:
+    """Upper bounds of what is left to compute and to store when nothing is cached.
 
     Attributes:
-        teacher_training: Images through forward and backward, once.
-        teacher_evaluations: Images through the teacher for trajectories, in all.
-        student_updates: Images through forward and backward of one trial.
-        student_evaluations: Images through the student for one trial's FIDs.
-        trials: Students in all, baselines included.
-        trajectory_bytes, student_bytes: Disk.
-        memory: What one trial takes.
-        memory_line: The same, for people.
+        updates: Images through forward and backward, in all.
+        evaluations: Images through forward alone, in all.
+        lines: What they are made of, and what is kept on disk, for people.
+    """
+
+    updates: int
+    evaluations: int
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What a study or a promotion will cost.
+
+    Attributes:
+        work: What there is to do.
+        memory: What one row takes, for people.
         forward_seconds, update_seconds: Measured for one image; not a number where the network has
             no room here.
         device: Where they were measured.
         remarks: What the user should know besides: downloads, and what this machine cannot do.
     """
 
-    teacher_training: int
-    teacher_evaluations: int
-    student_updates: int
-    student_evaluations: int
-    trials: int
-    trajectory_bytes: int
-    student_bytes: int
-    memory: Memory
-    memory_line: str
+    work: Work
+    memory: str
     forward_seconds: float
     update_seconds: float
     device: str
@@ -69,48 +71,22 @@ class Cost:
     @property
     def workers_seconds(self) -> float:
         """Seconds of work in all, to be shared by the workers."""
-        updates = self.teacher_training + self.trials * self.student_updates
-        evaluations = self.teacher_evaluations + self.trials * self.student_evaluations
-        return updates * self.update_seconds + evaluations * self.forward_seconds
+        work = self.work
+        return work.updates * self.update_seconds + work.evaluations * self.forward_seconds
 
     def lines(self) -> list[str]:
         """For people."""
-        return [
-            f"students: {self.trials} (baselines included)",
-            f"network evaluations, in images: {self.teacher_evaluations:,} of the teacher for "
-            f"trajectories; {self.student_updates:,} forward+backward and "
-            f"{self.student_evaluations:,} forward for each student"
-            + (
-                f"; {self.teacher_training:,} forward+backward to train the teacher"
-                if self.teacher_training
-                else ""
-            ),
-            f"disk: {self.trajectory_bytes / 2**20:,.0f} MiB of trajectories, "
-            f"{self.student_bytes / 2**20:,.0f} MiB of kept students",
-            self.memory_line,
-            self._time_line(),
-            *self.remarks,
-        ]
+        return [*self.work.lines, self.memory, self._time_line(), *self.remarks]
 
     def _time_line(self) -> str:
-        seconds = (self.forward_seconds, self.update_seconds)
-        return time_line(self.workers_seconds, *seconds, device=self.device)
-
-
-def time_line(total: float, forward: float, update: float, *, device: str) -> str:
-    """For people.
-
-    Args:
-        total: Seconds in all.
-        forward, update: As ``image_seconds`` found.
-        device: Where.
-    """
-    if math.isnan(forward):
-        return f"time: not measured, the network alone has no room on {device}"
-    return (
-        f"time: at most {duration(total)} of one worker, measured for {MEASURE_SECONDS:g} s on "
-        f"{device} ({_short(forward)} forward, {_short(update)} forward+backward an image)"
-    )
+        if math.isnan(self.forward_seconds):
+            return f"time: not measured, the network alone has no room on {self.device}"
+        forward, update = _short(self.forward_seconds), _short(self.update_seconds)
+        return (
+            f"time: at most {duration(self.workers_seconds)} of one worker, measured for "
+            f"{MEASURE_SECONDS:g} s on {self.device} ({forward} forward, {update} "
+            "forward+backward an image)"
+        )
 
 
 def device_words(spec: ModelSpec, device: torch.device) -> str:
@@ -127,36 +103,67 @@ def estimate(spec: StudySpec) -> Cost:
 
     Nothing is downloaded, and nothing is refused that another machine could do.
     """
-    device = use_device(spec)
+    device = use_device(spec, foretold=True)
     network = architecture(spec)
     with torch.device("meta"):
         teacher = build_denoiser(network).eval()
-    grid, iterations = student_grid(spec), spec.budget.iterations
-    images = iterations * spec.budget.batch
-    trials = spec.budget.trials + len(BASELINES)
-    walks = 1 if spec.trajectories.mode == "recorded" else trials
-    walk = teacher_solver(spec).nfe(grid.num_intervals * grid.substeps)
-    parameters = sum(p.numel() for p in teacher.parameters())
+    work = trials_work(spec, teacher)
     memory = trial_memory(spec, network, device)
     forward, update = _measure(spec, network, memory, device)
-    drawn = spec.evaluation.images
-    drawn += len(spec.looks) * spec.look_images
-    recorded = spec.trajectories.mode == "recorded"
     return Cost(
-        teacher_training=round(spec.teacher.train.kimg * 1000) if spec.teacher.train else 0,
-        teacher_evaluations=images * walk * walks,
-        student_updates=images * len(grid.trained),
-        student_evaluations=drawn * grid.nfe,
-        trials=trials,
-        trajectory_bytes=trajectory_store(spec, teacher).nbytes if recorded else 0,
-        student_bytes=4 * parameters * (spec.keep_students + len(BASELINES)),
-        memory=memory,
-        memory_line=memory.line(spec),
+        work=work,
+        memory=memory.line(spec),
         forward_seconds=forward,
         update_seconds=update,
         device=device_words(spec, device),
-        remarks=remarks(spec, memory, device, checkpoint_bytes=4 * parameters),
+        remarks=remarks(spec, memory, device, checkpoint_bytes=weights_bytes(teacher)),
     )
+
+
+def trials_work(spec: StudySpec, teacher: NetworkDenoiser) -> Work:
+    """Count a study's.
+
+    Args:
+        spec: The study.
+        teacher: Its network; the numbers in it are not looked at.
+    """
+    grid, images = student_grid(spec), spec.budget.iterations * spec.budget.batch
+    students = spec.budget.trials + len(BASELINES)
+    recorded = spec.trajectories.mode == "recorded"
+    walk = teacher_solver(spec).nfe(grid.num_intervals * grid.substeps)
+    walked = images * walk * (1 if recorded else students)
+    learned = images * len(grid.trained)
+    drawn = (spec.evaluation.images + len(spec.looks) * spec.look_images) * grid.nfe
+    trajectories = trajectory_store(spec, teacher).nbytes if recorded else 0
+    kept = weights_bytes(teacher) * (spec.keep_students + len(BASELINES))
+    training = training_images(spec)
+    return Work(
+        updates=training + students * learned,
+        evaluations=walked + students * drawn,
+        lines=(
+            f"students: {students} (baselines included)",
+            f"network evaluations, in images: {walked:,} of the teacher for trajectories; "
+            f"{learned:,} forward+backward and {drawn:,} forward for each student"
+            + training_words(training),
+            f"disk: {trajectories / 2**20:,.0f} MiB of trajectories, {kept / 2**20:,.0f} MiB of "
+            "kept students",
+        ),
+    )
+
+
+def training_images(spec: ModelSpec) -> int:
+    """Images through forward and backward to train the teacher; 0 where it has a checkpoint."""
+    return round(spec.teacher.train.kimg * 1000) if spec.teacher.train else 0
+
+
+def training_words(images: int) -> str:
+    """The same as the end of a line."""
+    return f"; {images:,} forward+backward to train the teacher" if images else ""
+
+
+def weights_bytes(network: NetworkDenoiser) -> int:
+    """Of a network's float32 parameters, which a student of one branch has as many of."""
+    return 4 * sum(p.numel() for p in network.parameters())
 
 
 def remarks(

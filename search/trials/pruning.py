@@ -20,15 +20,15 @@ from optuna.trial import FrozenTrial, TrialState
 from bdense.denoiser import NetworkDenoiser
 from bdense.errors import NonFiniteError
 from bdense.files import atomic_write
-from bdense.metrics import measure_images
-from bdense.sampling import draw_images
 from bdense.sfd import Looks
 from search.database.ledger import Claim, Ledger
 from search.database.verdicts import verdict_of
+from search.records.progress_text import looking
 from search.specs.space import make_pruner
 from search.specs.study_spec import StudySpec
 from search.trials.assets import Assets
 from search.trials.engine import student_sampler
+from search.trials.measuring import measure
 
 LOOKS = "looks.json"
 # What is told of a look: images trained on so far and the FID; answered by whether to end.
@@ -165,30 +165,16 @@ class OnTheWay:
             raise PrunedError
 
     def _measured(self, after: int, student: NetworkDenoiser) -> dict[str, Any]:
-        spec, assets = self._assets.spec, self._assets
-        sampler, count = student_sampler(spec), spec.look_images
+        spec = self._assets.spec
         total = spec.budget.iterations
-
-        def on_image(done: int) -> None:
-            self._check()
-            self._report(f"training {after}/{total}, looking at {done}/{count} images")
-
-        images = draw_images(
+        fid = measure(
+            self._assets,
             student,
-            sampler,
-            count,
-            seed=spec.seeds.evaluation,
-            batch=spec.evaluation.batch,
-            on_image=on_image,
-        )
-        fid = measure_images(
-            images,
-            assets.extractor,
-            assets.reference,
-            metrics=("fid",),
-            nfe=sampler.nfe,
-            seeds={"training": spec.seeds.training, "evaluation": spec.seeds.evaluation},
-            on_image=lambda _: self._check(),
+            student_sampler(spec),
+            images=spec.look_images,
+            training_seed=spec.seeds.training,
+            on_image=lambda done: self._report(looking(after, total, done, spec.look_images)),
+            check=self._check,
         ).fid
         if not math.isfinite(fid.value):
             raise NonFiniteError(

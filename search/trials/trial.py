@@ -5,14 +5,8 @@ is written before it is told, so that whoever takes over a finished trial only t
 """
 
 import contextlib
-import functools
-import importlib.metadata
-import json
 import logging
-import os
-import platform
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,28 +18,34 @@ from bdense.cards import write_card
 from bdense.checkpoints import save_denoiser
 from bdense.denoiser import NetworkDenoiser
 from bdense.errors import BdenseError, NonFiniteError, StoppedError
-from bdense.files import atomic_write
-from bdense.metrics import FID, Metrics, measure_images
-from bdense.sampling import draw_images, save_grid
+from bdense.metrics import FID
 from bdense.sfd import IterationReport
 from bdense.sharing import distill_on
 from search.database.ledger import Claim, FailureReason, Holding, Ledger
-from search.database.room import is_full_disk, no_room
+from search.database.room import disk_error, is_full_disk
 from search.database.storage import redact
-from search.errors import LeaseLostError, StorageError
+from search.errors import LeaseLostError, StorageError, UnpreparedError
 from search.records.folders import GRID, WEIGHTS_PLOT, row_folder
-from search.records.retention import CHECKPOINT, IDENTITY, RESULT, STUDENT, drop_checkpoints
-from search.records.trial_log import LOG_FILE, Note, TrialLog, is_noted, shortened, unnoted
+from search.records.progress_text import evaluating, training
+from search.records.retention import CHECKPOINT, STUDENT, drop_checkpoints
+from search.records.trial_log import Note, TrialLog, is_noted, shortened, unnoted
 from search.service_log import speaking_of
 from search.showing.live import attach_pictures
 from search.trials.assets import Assets
 from search.trials.engine import branches_and_weights, student_sampler, training_config
+from search.trials.measuring import measure
 from search.trials.pruning import Judge, OnTheWay, PrunedError
+from search.trials.result import (
+    below_runs,
+    package_versions,
+    provenance,
+    read_result,
+    take_folder,
+    write_result,
+)
 from search.trials.traced_weights import TracedWeights, draw_history
 
 _log = logging.getLogger(__name__)
-
-PACKAGES = ("bdense", "torch", "numpy", "optuna", "ray", "sqlalchemy", "torch-fidelity")
 
 
 def bring_to_an_end(
@@ -70,6 +70,7 @@ def bring_to_an_end(
         LeaseLostError: Another worker took it over; nothing was told.
         StorageError: The database stayed away; the trial is taken over once it is back.
         StoppedError: Somebody asked it to end; the trial was given back.
+        UnpreparedError: This machine cannot work on it; the trial was given back.
     """
     study = ledger.study.study_name
     with speaking_of(study=study, trial=claim.number, attempt=claim.attempt):
@@ -120,6 +121,10 @@ def _bring(
         # Not the trial's fault; its result lies in its folder for whoever takes it over.
         log("lost", level=logging.WARNING, error=str(error))
         raise
+    except UnpreparedError as error:
+        ledger.release(claim, interrupted=True)
+        log("released", level=logging.WARNING, why=redact(str(error)))
+        raise
     except NonFiniteError as error:
         fail("diverged", str(error))
     except BdenseError as error:
@@ -130,11 +135,12 @@ def _bring(
             what = "\n".join(str(error).splitlines()[:1])
             fail("out of memory", f"{what}; use a smaller batch or give trials more memory")
             return
-        if is_full_disk(error):
+        if (refusal := disk_error(error)) is not None:
             # Nor the trial's fault; any other row would fail for it too.
             ledger.release(claim, interrupted=True)
-            log("released", level=logging.WARNING, why="disk full")
-            raise no_room(error) from error
+            why = "disk full" if is_full_disk(error) else "no access"
+            log("released", level=logging.WARNING, why=why)
+            raise refusal from error
         _log.exception("trial %d, attempt %d", claim.number, claim.attempt)
         if claim.tries < ledger.max_attempts:
             ledger.release(claim)
@@ -184,41 +190,18 @@ def evaluate(
         return done
     num_branches, weights = branches_and_weights(spec, params)
     weighting = weights if isinstance(weights, TracedWeights) else weights(num_branches)
-
-    def on_iteration(done: IterationReport) -> None:
-        if isinstance(weighting, TracedWeights):
-            weighting.note(done)
-        note_training(note, done)
-        report(f"training {done.iteration + 1}/{done.iterations}, loss {done.loss:.3g}")
-        check()  # the last: a checkpoint that it makes holds this iteration too
-
     way = OnTheWay(assets, folder, judge, check=check, report=report) if judge else None
-    branched: NetworkDenoiser | None = None
     started = time.perf_counter()
-    with contextlib.suppress(PrunedError):
-        branched = distill_on(
-            assets.devices,
-            assets.teacher,
-            assets.trajectories,
-            training_config(spec, num_branches),
-            weighting,
-            checkpoint=folder / CHECKPOINT,
-            checkpoint_seconds=spec.resources.checkpoint_seconds,
-            on_iteration=on_iteration,
-            on_save=lambda done: note("checkpoint", iteration=done),
-            looks=way.looks if way else None,
-        )
+    branched = _train(
+        assets, num_branches, weighting, folder, way, check=check, report=report, note=note
+    )
     trained = time.perf_counter()
-    values = weighting.weights() if isinstance(weighting, TracedWeights) else weighting
-    seconds = {"student_seconds": round(trained - started, 3)}
+    looked = way.seconds if way is not None else 0.0
+    seconds = {"student_seconds": round(trained - started - looked, 3)}
     attrs: dict[str, Any] = {
-        "weights": values.tolist(),
-        "fingerprint": assets.fingerprint,
-        "seeds": spec.seeds.model_dump(),
-        "versions": package_versions(),
+        "weights": _values(weighting).tolist(),
+        **provenance(assets.fingerprint, spec.seeds.model_dump(), assets.device),
         "timings": seconds,
-        "device": device_name(assets.device),
-        "worker": f"{platform.node()}:{os.getpid()}",
     }
     if isinstance(weights, TracedWeights):
         attrs |= _drawn(weights, folder / WEIGHTS_PLOT)
@@ -226,34 +209,69 @@ def evaluate(
         attrs |= {"a": weights.a, "b": weights.b}
     if way is not None:
         attrs["intermediate"] = way.found
-        seconds["student_seconds"] = round(trained - started - way.seconds, 3)
-        seconds["looks_seconds"] = round(way.seconds, 3)
+        seconds["looks_seconds"] = round(looked, 3)
     if branched is None:
         assert way is not None  # who else ends it
-        return _kept(folder, {"value": None, "attrs": attrs | way.ended(), "identity": identity})
-    student = export_branch(branched)
-    note("evaluating", images=spec.evaluation.images)
-    measured = measure(assets, student, check=check, report=report, grid_path=folder / GRID)
-    fid = measured.fid
+        return write_result(folder, identity, None, attrs | way.ended())
+    student, images = export_branch(branched), spec.evaluation.images
+    note("evaluating", images=images)
+    measured = measure(
+        assets,
+        student,
+        student_sampler(spec),
+        images=images,
+        metrics=spec.evaluation.metrics,
+        training_seed=spec.seeds.training,
+        on_image=lambda done: report(evaluating(done, images)),
+        check=check,
+        grid_path=folder / GRID,
+    )
     seconds["evaluation_seconds"] = round(time.perf_counter() - trained, 3)
     attrs |= {**measured.as_dict(), "student": below_runs(folder / STUDENT)}
-    metadata = _student_metadata(assets, params, values, fid)
-    if isinstance(weights, TracedWeights):
-        metadata["weighting"] = weights.describe()
-    save_denoiser(folder / STUDENT, student, metadata)
-    write_card(folder / STUDENT, student, metadata)
-    return _kept(folder, {"value": fid.value, "attrs": attrs, "identity": identity})
+    _save(folder / STUDENT, student, assets, params, weighting, measured.fid)
+    return write_result(folder, identity, measured.fid.value, attrs)
 
 
-def _kept(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """The result, written into the folder; the checkpoint is of no use any more."""
-    with atomic_write(folder / RESULT) as scratch:
-        scratch.write_text(json.dumps(result))
-    (folder / CHECKPOINT).unlink(missing_ok=True)
-    return result
+def _train(
+    assets: Assets,
+    num_branches: int,
+    weighting: torch.Tensor | TracedWeights,
+    folder: Path,
+    way: OnTheWay | None,
+    *,
+    check: Callable[[], None],
+    report: Callable[[str], None],
+    note: Note,
+) -> NetworkDenoiser | None:
+    """The student with its branches, whose training a checkpoint in the folder resumes.
+
+    None where a look ended it.
+    """
+
+    def on_iteration(done: IterationReport) -> None:
+        if isinstance(weighting, TracedWeights):
+            weighting.note(done)
+        _note_training(note, done)
+        report(training(done.iteration + 1, done.iterations, done.loss))
+        check()  # the last: a checkpoint that it makes holds this iteration too
+
+    with contextlib.suppress(PrunedError):
+        return distill_on(
+            assets.devices,
+            assets.teacher,
+            assets.trajectories,
+            training_config(assets.spec, num_branches),
+            weighting,
+            checkpoint=folder / CHECKPOINT,
+            checkpoint_seconds=assets.spec.resources.checkpoint_seconds,
+            on_iteration=on_iteration,
+            on_save=lambda done: note("checkpoint", iteration=done),
+            looks=way.looks if way else None,
+        )
+    return None
 
 
-def note_training(note: Note, done: IterationReport) -> None:
+def _note_training(note: Note, done: IterationReport) -> None:
     """A line for some iterations, evenly spread: losses by interval and branch, [S, K]."""
     if is_noted(done.iteration, done.iterations):
         note(
@@ -279,112 +297,38 @@ def _drawn(weights: TracedWeights, path: Path) -> dict[str, Any]:
     }
 
 
-def below_runs(path: Path) -> str:
-    """A trial's file as the study's rows name it: study/number/file."""
-    return str(Path(*path.parts[-3:]))
+def _values(weighting: torch.Tensor | TracedWeights) -> torch.Tensor:
+    """[K]: weights that were given, or those that were learned last."""
+    return weighting.weights() if isinstance(weighting, TracedWeights) else weighting
 
 
-def read_result(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What a worker before computed for this very trial, if it got that far."""
-    path = folder / RESULT
-    if not path.exists():
-        return None
-    result: dict[str, Any] = json.loads(path.read_text())
-    return result if result["identity"] == identity else None
-
-
-def take_folder(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Make sure that what lies in a trial's folder is this trial's.
-
-    A study that was deleted from its database, or lives in another one under the same name,
-    leaves folders behind; theirs is moved aside, never taken for ours.
-    """
-    ours = json.dumps(identity, sort_keys=True)
-    mark = folder / IDENTITY
-    if _holds_more_than_a_log(folder) and (not mark.exists() or mark.read_text() != ours):
-        aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}")
-        _log.warning("%s holds another study's trial; moved to %s", folder, aside.name)
-        folder.rename(aside)
-    if not mark.exists():
-        with atomic_write(mark) as scratch:
-            scratch.write_text(ours)
-
-
-def _holds_more_than_a_log(folder: Path) -> bool:
-    return folder.exists() and any(path.name != LOG_FILE for path in folder.iterdir())
-
-
-def measure(
-    assets: Assets,
+def _save(
+    path: Path,
     student: NetworkDenoiser,
-    *,
-    check: Callable[[], None],
-    report: Callable[[str], None],
-    grid_path: Path,
-) -> Metrics:
-    """A student's images, on the study's latents; leaves a grid of the first 64 of them."""
+    assets: Assets,
+    params: Mapping[str, Any],
+    weighting: torch.Tensor | TracedWeights,
+    fid: FID,
+) -> None:
+    """The student's file, and its card beside it."""
     spec = assets.spec
-    sampler = student_sampler(spec)
-    count = spec.evaluation.images
-
-    def on_image(done: int) -> None:
-        check()
-        report(f"evaluating {done}/{count} images")
-
-    images = draw_images(
-        student,
-        sampler,
-        count,
-        seed=spec.seeds.evaluation,
-        batch=spec.evaluation.batch,
-        on_image=on_image,
-    )
-    save_grid(images[:64], grid_path)
-    return measure_images(
-        images,
-        assets.extractor,
-        assets.reference,
-        metrics=spec.evaluation.metrics,
-        nfe=sampler.nfe,
-        seeds={"training": spec.seeds.training, "evaluation": spec.seeds.evaluation},
-        on_image=lambda _: check(),
-    )
-
-
-@functools.cache
-def package_versions() -> dict[str, str]:
-    """Versions a result depends on."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES} | {
-        "python": platform.python_version()
-    }
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or what kind of CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-def _student_metadata(
-    assets: Assets, params: Mapping[str, Any], weights: torch.Tensor, fid: FID
-) -> dict[str, Any]:
-    return {
+    metadata = {
         "kind": "student",
         **assets.terms,
-        "method": params.get("method", assets.spec.student.method),
-        "study": assets.spec.name,
+        "method": params.get("method", spec.student.method),
+        "study": spec.name,
         "params": dict(params),
-        "weights": weights.tolist(),
+        "weights": _values(weighting).tolist(),
         "fingerprint": assets.fingerprint,
-        "seeds": {
-            "training": assets.spec.seeds.training,
-            "evaluation": assets.spec.seeds.evaluation,
-        },
-        "sampler": student_sampler(assets.spec).describe(),
-        "precision": assets.spec.precision,
+        "seeds": {"training": spec.seeds.training, "evaluation": spec.seeds.evaluation},
+        "sampler": student_sampler(spec).describe(),
+        "precision": spec.precision,
         "fid": fid.as_dict(),
     }
+    if isinstance(weighting, TracedWeights):
+        metadata["weighting"] = weighting.describe()
+    save_denoiser(path, student, metadata)
+    write_card(path, student, metadata)
 
 
 def _service_seconds(asked: float, result: Mapping[str, Any]) -> float:

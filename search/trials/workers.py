@@ -5,6 +5,7 @@ A worker takes its orders from the database: the spec is the study's, the rows a
 
 import functools
 import logging
+import platform
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -12,15 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from bdense.checkpoints import denoiser_sha256
+from bdense.denoiser import NetworkDenoiser
+from bdense.errors import InputError
 from search.database.ledger import Claim, Done, Holding, Ledger
 from search.database.storage import retrying
-from search.errors import SpecChangedError
+from search.errors import SpecChangedError, UnpreparedError
 from search.judging.retraining import variant
 from search.judging.stopping import StopRule
+from search.records.opening import stored_spec
 from search.records.planned import SPACES, Planned, Row
 from search.records.retention import keep_best_students
 from search.records.standing import copy_baselines
-from search.records.study import FINGERPRINT, SPEC, TRAJECTORIES, Study
+from search.records.study import FINGERPRINT, TEACHER, TRAJECTORIES, Study
 from search.records.trial_log import TrialLog
 from search.specs.promotion_spec import PromotionSpec
 from search.specs.space import baseline_space, make_sampler, search_space
@@ -71,8 +76,10 @@ class SearchWorker:
         self._study = study
         self._baselines_ended = False  # for good: nobody plans more of them
         # The study's spec, not the launcher's: another may have extended it meanwhile.
-        self._spec = StudySpec.model_validate_json(study.trials.study.user_attrs[SPEC])
-        self._assets = load(self._spec, use_device(self._spec))
+        self._spec = stored_spec(study.trials)
+        # Recorded by the launch where the cache is shared, by each machine where it is its own.
+        self._assets = load(self._spec, use_device(self._spec), record=True)
+        _require_same_teacher(study.trials, self._assets.teacher)
         self._stop = StopRule(
             self._spec,
             search_space(self._spec),
@@ -131,7 +138,7 @@ class RetrainWorker:
 
     def __init__(self, planned: Planned) -> None:
         self._planned = planned
-        self._spec = StudySpec.model_validate_json(planned.spec_json)
+        self._spec = planned.spec(StudySpec)
         self._assets: Assets | None = None
 
     def claim(self) -> Claimed | None:
@@ -155,8 +162,12 @@ class RetrainWorker:
     def _of(self, spec: StudySpec) -> Assets:
         """What rows of that spec share; rows come seed by seed, so the last one's is kept."""
         if self._assets is None or self._assets.spec != spec:
-            # A command that was given later may have planned rows that its own launch records.
-            self._assets = load(spec, use_device(spec), record=True)
+            try:
+                # A command given later may have planned rows that its own launch records.
+                self._assets = load(spec, use_device(spec), record=True)
+                _require_same_teacher(self._planned.ledger, self._assets.teacher)
+            except InputError as error:
+                raise UnpreparedError(f"on {platform.node()}: {error}") from error
             self._note_trajectories(self._assets)
         return self._assets
 
@@ -175,8 +186,9 @@ class ChainWorker:
 
     def __init__(self, planned: Planned) -> None:
         self._planned = planned
-        spec = PromotionSpec.model_validate_json(planned.spec_json)
+        spec = planned.spec(PromotionSpec)
         self._assets: ChainAssets = load_chain(spec, use_device(spec))
+        _require_same_teacher(planned.ledger, self._assets.teacher)
 
     def claim(self) -> Claimed | None:
         """The next planned row."""
@@ -242,6 +254,21 @@ def _end(
     bring_to_an_end(
         claimed.ledger, claimed.claim, work, fingerprint=fingerprint, asked=claimed.asked
     )
+
+
+def _require_same_teacher(of: Ledger, teacher: NetworkDenoiser) -> None:
+    """A cache or a checkpoint that machines do not share may hold another teacher."""
+    mine = denoiser_sha256(teacher)
+    if of.attribute(TEACHER) is None:
+        of.change(TEACHER, lambda stored: stored or mine)  # another may have been first
+    stored = of.attribute(TEACHER)
+    if stored != mine:
+        raise SpecChangedError(
+            f"the teacher on {platform.node()} has other weights (sha256 {mine[:12]}) than the "
+            f"one that study {of.study.study_name} is measured with ({stored[:12]}), so its FIDs "
+            "would not compare: give all machines one BDENSE_CACHE and the same checkpoint, or "
+            "start a study of another name"
+        )
 
 
 def _require_same_conditions(of: Ledger, claimed: Claimed, mine: str) -> None:

@@ -5,7 +5,6 @@ tests compare them with what Optuna reads back.
 """
 
 import json
-import math
 import random
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -15,6 +14,7 @@ from optuna.distributions import distribution_to_json
 from optuna.storages import RDBStorage
 
 from search.records.study import Study
+from search.specs.log_linear import branch_weights, equivalent_b
 from search.specs.space import search_space
 from search.specs.study_spec import StudySpec
 
@@ -90,10 +90,9 @@ def fill(study: Study, storage: RDBStorage, spec: StudySpec, count: int) -> None
 def _stored(spec: StudySpec, number: int, a: float, value: float) -> dict[str, Any]:
     """What a trial of that slope stores, as of ``search.trials.trial``."""
     substeps = spec.student.substeps
-    raw = [math.exp(a * k) for k in range(1, substeps + 1)]
-    weights = [substeps * w / sum(raw) for w in raw]
+    b = equivalent_b(a, substeps)
     return {
-        "weights": weights,
+        "weights": branch_weights(a, b, substeps),
         "fid": {
             "value": value,
             "images": spec.evaluation.images,
@@ -116,6 +115,6 @@ def _stored(spec: StudySpec, number: int, a: float, value: float) -> dict[str, A
         "device": "x86_64 CPU, 1 threads",
         "worker": "host:1234",
         "a": a,
-        "b": math.log(substeps / sum(raw)),
+        "b": b,
         "tries": 1,
     }

@@ -18,11 +18,11 @@ from bdense.networks.diffusers_unet import DiffusersUNet
 from search.database.ledger import Ledger
 from search.database.storage import retrying
 from search.judging.comparison import compare
-from search.judging.confirmation import SUFFIX, verdict
+from search.judging.confirmation import CONFIRM_SUFFIX, verdict
 from search.records.folders import named_file
 from search.records.planned import Planned, Row
 from search.records.study import FINGERPRINT, Study
-from search.showing.chain_report import CARD_CONDITIONS, chain_chart, chain_table, fid_table
+from search.showing.chain_report import card_row, chain_chart, chain_table, fid_table, seeds_text
 from search.showing.drawing import DPI, picture
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def promoted_row(
 def _winner_of(planned: Planned, names: Sequence[str]) -> str:
     """Name of a confirmation's winner."""
     of = planned.facts.get("of")
-    if of is not None and planned.name == of + SUFFIX:
+    if of is not None and planned.name == of + CONFIRM_SUFFIX:
         found = verdict(Study.open(planned.url, of))
         if found is not None:
             return found.winner.arm.name
@@ -188,7 +188,7 @@ def _best_of(study: Study) -> tuple[Study | Planned, int]:
     found = verdict(study)
     if found is not None and found.ended:
         rows = found.winner.rows
-        return Planned.open(study.url, study.name + SUFFIX), rows[min(rows)]
+        return Planned.open(study.url, study.name + CONFIRM_SUFFIX), rows[min(rows)]
     trials = _complete_trials(study.trials)
     return study, min(trials, key=lambda t: (t.value or 0.0, t.number)).number
 
@@ -270,22 +270,10 @@ def _chain_pictures(planned: Planned, trial: FrozenTrial, steps: int) -> dict[st
 def _student_table(planned: Planned, trial: FrozenTrial) -> list[dict[str, Any]]:
     """The card's FIDs of students of SFD: every arm at this row's budget and NFE."""
     row = Row.of(trial.params)
-    table = []
-    for result in compare(planned, kimg=row.kimg, nfe=row.nfe).results:
-        found, first = result.summary(), result.conditions
-        table.append(
-            {
-                "nfe": row.nfe,
-                "arm": result.arm.name,
-                "fid": found.mean,
-                "std_err": found.standard_error if found.n > 1 else None,
-                "n": found.n,
-                "kimg": row.kimg,
-                **{key: first[key] for key in CARD_CONDITIONS},
-                "seeds": " ".join(map(str, sorted(result.fids))),
-            }
-        )
-    return table
+    return [
+        {"nfe": row.nfe, "kimg": row.kimg, **card_row(result), "seeds": seeds_text(result)}
+        for result in compare(planned, kimg=row.kimg, nfe=row.nfe).results
+    ]
 
 
 def _pipeline_of(

@@ -185,10 +185,10 @@ def finish(planned: Planned, value: Callable[[Arm, Row], float], *, most: int = 
             attrs |= {"fid": measured, "kimg": row.kimg, "student": f"{folder}/{STUDENT}"}
         else:
             chain = PromotionSpec.model_validate_json(attributes[SPEC]).chain
-            fids, steps = {}, chain.last
-            while steps < chain.first:
+            fids = {}
+            for steps in reversed(chain.steps[1:]):
                 fids[steps] = fid(last, nfe=steps, training=row.seed, evaluation=0)
-                last, steps = last - 1, steps * chain.substeps
+                last -= 1
             attrs |= {
                 "fid": fids[chain.last],
                 "fids": {str(n): fids[n] for n in sorted(fids, reverse=True)},

@@ -11,12 +11,14 @@ import search.trials.chain_estimate
 import search.trials.estimate
 import search.trials.memory
 from bdense.branches import widen_head
-from bdense.denoiser import build_denoiser
+from bdense.denoiser import NetworkDenoiser, build_denoiser
 from bdense.progressive import branch_errors, dense_targets
+from search.specs.promotion_spec import PromotionSpec
 from search.specs.study_file import read_promotion
 from search.trials.chain_engine import check_promotion
-from search.trials.chain_estimate import chain_memory, estimate_promotion
+from search.trials.chain_estimate import chain_memory, chains_work, estimate_promotion
 from search.trials.engine import architecture
+from search.trials.estimate import Work
 from search.trials.memory import row_of, trial_memory
 from tests.studies import PROMOTIONS, promotion, spec
 
@@ -34,64 +36,77 @@ def nothing_here(tmp_path, monkeypatch):
     monkeypatch.setattr(search.trials.estimate, "MEASURE_SECONDS", 0.01)
 
 
-def parameters(**keys) -> int:
-    network = build_denoiser(architecture(promotion(**keys)))
-    return sum(p.numel() for p in network.parameters())
+WIDE = {
+    "teacher__train__network": {"model_channels": 128, "channel_mult": [1, 2], "num_blocks": 1}
+}
+
+
+def teacher_of(given: PromotionSpec) -> NetworkDenoiser:
+    with torch.device("meta"):
+        return build_denoiser(architecture(given))
+
+
+def work_of(arms: int, **keys) -> Work:
+    given = promotion(**keys)
+    return chains_work(given, teacher_of(given), arms)
+
+
+def students_of(count: int) -> str:
+    """Their line, of the wide network."""
+    parameters = sum(p.numel() for p in teacher_of(promotion(**WIDE)).parameters())
+    mib = count * 4 * parameters / 2**20
+    assert mib > 10
+    return f"disk: {mib:,.0f} MiB of students, one a round and chain"
 
 
 def test_a_chain_counted_by_hand():
     """8 -> 4 -> 2 at K = 2: two rounds of 10 updates of 64 images; three arms, three seeds."""
-    cost = estimate_promotion(promotion(), arms=3)
-    assert (cost.chains, cost.steps) == (9, (4, 2))
-    assert cost.updates == 2 * 640
-    assert cost.targets == 2 * 640 * 2
-    assert cost.evaluations == 256 * (4 + 2)
-    assert cost.teacher_evaluations == 256 * 8
-    assert cost.teacher_training == 10_000
-    assert cost.student_bytes == 4 * parameters() * 2 * 9
-    assert cost.forward_seconds > 0
-    assert cost.update_seconds > 0
-    assert cost.remarks == ()
+    work = work_of(3, **WIDE)
+    assert work.updates == 10_000 + 9 * 2 * 640
+    assert work.evaluations == 256 * 8 + 9 * (2 * 640 * 2 + 256 * (4 + 2))
+    assert work.lines == (
+        "chains: 9 of 2 students each, at 4, 2 steps",
+        "network evaluations, in images: 2,048 of the teacher for its own FID; 1,280 "
+        "forward+backward and 2,560 forward for targets and 1,536 forward for FIDs for each "
+        "chain; 10,000 forward+backward to train the teacher",
+        students_of(2 * 9),
+    )
 
 
 def test_four_teacher_steps_a_student_step():
-    cost = estimate_promotion(promotion(chain={"first": 16, "last": 1, "substeps": 4}), arms=1)
-    assert (cost.chains, cost.steps) == (3, (4, 1))
-    assert cost.targets == 2 * 640 * 4
+    work = work_of(1, chain={"first": 16, "last": 1, "substeps": 4})
+    assert work.lines[0] == "chains: 3 of 2 students each, at 4, 1 steps"
+    assert f" and {2 * 640 * 4:,} forward for targets and " in work.lines[1]
+    (alone, *_) = work_of(1, chain={"first": 4, "last": 1, "substeps": 4}).lines
+    assert alone == "chains: 3 of 1 student each, at 1 steps"
 
 
 def test_another_prediction_type_costs_a_round_at_the_teachers_steps():
-    cost = estimate_promotion(promotion(prediction_type="sample"), arms=2)
-    assert cost.steps == (8, 4, 2)
-    assert cost.updates == 3 * 640
-    assert cost.targets == 640 + 2 * 640 * 2
-    assert cost.evaluations == 256 * (8 + 4 + 2)
-    assert cost.student_bytes == 4 * parameters() * 3 * 6
-    same = estimate_promotion(promotion(prediction_type="v_prediction"), arms=2)
-    assert same.steps == (4, 2)
+    work = work_of(2, prediction_type="sample", **WIDE)
+    assert work.lines == (
+        "chains: 6 of 3 students each, at 8, 4, 2 steps",
+        f"network evaluations, in images: 2,048 of the teacher for its own FID; {3 * 640:,} "
+        f"forward+backward and {640 + 2 * 640 * 2:,} forward for targets and "
+        f"{256 * (8 + 4 + 2):,} forward for FIDs for each chain; 10,000 forward+backward to train "
+        "the teacher",
+        students_of(3 * 6),
+    )
+    assert work_of(2, prediction_type="v_prediction").lines[0].endswith(" at 4, 2 steps")
 
 
 def test_time_is_all_of_it():
-    cost = dataclasses.replace(
-        estimate_promotion(promotion(seeds={"training": [4]}), arms=2),
-        forward_seconds=1.0,
-        update_seconds=10.0,
-    )
+    measured = estimate_promotion(promotion(seeds={"training": [4]}), arms=2)
+    assert measured.forward_seconds > 0
+    assert measured.update_seconds > 0
+    assert measured.remarks == ()
+    cost = dataclasses.replace(measured, forward_seconds=1.0, update_seconds=10.0)
     assert cost.workers_seconds == 2048 + 100_000 + 2 * (2560 + 1536 + 12_800)
 
 
 def test_the_lines_name_the_parts(monkeypatch):
     monkeypatch.setattr(search.trials.chain_estimate, "image_seconds", lambda *_: (1e-3, 3e-3))
-    cost = estimate_promotion(promotion(), arms=3)
-    chains, evaluations, disk, memory, time = cost.lines()
-    assert chains == "chains: 9 of 2 students each, at 4, 2 steps"
-    assert evaluations == (
-        "network evaluations, in images: 2,048 of the teacher for its own FID; 1,280 "
-        "forward+backward and 2,560 forward for targets and 1,536 forward for FIDs for each "
-        "chain; 10,000 forward+backward to train the teacher"
-    )
-    assert re.fullmatch(r"disk: \d+ MiB of students, one a round and chain", disk)
-    assert memory == cost.memory_line
+    *work, memory, time = estimate_promotion(promotion(), arms=3).lines()
+    assert tuple(work) == work_of(3).lines
     assert memory.startswith("memory: about ")
     assert " for one chain (teacher " in memory
     assert " activations of batch 64 " in memory
@@ -200,7 +215,7 @@ def test_every_promotion_that_comes_along_runs_dry(path, tmp_path, monkeypatch):
     monkeypatch.setattr(search.trials.chain_estimate, "image_seconds", lambda *_: (1e-3, 3e-3))
     check_promotion(given)
     cost = estimate_promotion(given, arms=3)
-    assert cost.chains == 3 * len(given.seeds.training)
+    assert cost.lines()[0].startswith(f"chains: {3 * len(given.seeds.training)} of ")
     downloads = [line for line in cost.lines() if line.startswith("download: ")]
     if given.teacher.checkpoint is None:
         assert downloads == []

@@ -180,7 +180,7 @@ def test_an_interrupted_chain_carries_on(chain, teacher, tmp_path, shared_cache,
         during.setattr(bdense.verbs.progressive._Rounds, "__call__", interrupt)
         answer = command(*made)
     assert answer.status == 130
-    assert "interrupted; the same command carries on" in answer.err
+    assert "interrupted; run the same command again to continue" in answer.err
     assert (trained, drawings) == ([(4, 0), (4, 1), (2, 0), (2, 1)], [8, 4])
     lines = done(*made).splitlines()
     assert drawings == [8, 4, 2]

@@ -8,7 +8,6 @@ from search.judging.comparison import compare, difference_text
 from search.judging.promotion import PLAIN_PD
 from search.records.planned import PLAIN, SPACES, UNIFORM, Arm, Planned, Row
 from search.records.standing import align
-from search.specs.model_spec import ResourcesSpec
 from tests.measured import copy_storage, empty_storage, fid, finish, normalised, open_once
 from tests.studies import promotion
 
@@ -29,14 +28,7 @@ def url(tmp_path, tmp_path_factory, monkeypatch) -> str:
 
 
 def planned_of(url, *, arms=(PLAIN, UNIFORM, OURS), seeds=(1, 2, 3), budgets=((2.56, 2),)):
-    planned = Planned.create(
-        url,
-        "digits.confirm",
-        "retrain",
-        normalised(),
-        resources=ResourcesSpec(),
-        facts={},
-    )
+    planned = Planned.create(url, "digits.confirm", "retrain", normalised(), facts={})
     planned.plan(
         list(arms),
         [
@@ -134,7 +126,7 @@ def test_budgets_and_evaluations_are_kept_apart(url):
 
 
 def test_fids_of_other_conditions_are_shown_and_not_compared(url):
-    """SPEC contract 4: one row was measured on twice the images."""
+    """One row was measured on twice the images."""
     planned = planned_of(url, arms=(PLAIN, OURS), seeds=(1,))
     finish(planned, lambda arm, row: FIDS[arm.name][row.seed], most=1)
     claim = planned.ledger.claim(SPACES["retrain"], None)
@@ -152,14 +144,7 @@ def test_fids_of_other_conditions_are_shown_and_not_compared(url):
 
 def test_a_chain_is_compared_at_any_of_its_steps(url):
     """8 -> 4 -> 2: the FID is 1 lower at 4 steps than at 2."""
-    planned = Planned.create(
-        url,
-        "promote-digits",
-        "progressive",
-        promotion(),
-        resources=ResourcesSpec(),
-        facts={},
-    )
+    planned = Planned.create(url, "promote-digits", "progressive", promotion(), facts={})
     arms = [PLAIN_PD, UNIFORM, OURS]
     planned.plan(arms, [Row(arm=arm, seed=seed) for seed in (0, 1) for arm in range(3)])
     finish(planned, lambda arm, row: 10.0 - 2 * row.arm + row.seed)

@@ -14,8 +14,8 @@ from search.judging.confirmation import (
     point_of,
     verdict,
 )
-from search.judging.promotion import confirmed_arm, variants
-from search.judging.retraining import fresh_seeds, variant
+from search.judging.promotion import confirmed_arm
+from search.judging.retraining import fresh_seeds, variant, variants
 from search.records.planned import PLAIN, SPACES, UNIFORM, Arm, Planned, Row
 from search.records.study import Study
 from search.showing.report_files import write_planned_report
@@ -386,6 +386,18 @@ def test_best_names_the_confirmed_winner(confirmed):
     told = json.loads(command("best", "digits", "--json").out)
     assert told["confirmed"]["winner"]["trial"] == 6
     assert told["best"]["confirmed"] is False
+
+
+def test_a_confirmation_whose_spec_is_another_versions_is_named(confirmed, tmp_path):
+    planned = Planned.open(confirmed.url, "digits.confirm")
+    stored = json.loads(planned.spec_json)
+    stored["budget"]["wings"] = 2
+    planned.ledger.study.set_user_attr("spec", json.dumps(stored))
+    for verb in (("best", "digits"), ("report", "digits", "--out", tmp_path / "shown")):
+        assert refused(command(*verb)) == (
+            "this bdense cannot read the study's spec (digits.confirm: budget.wings: Extra inputs "
+            "are not permitted); use the version that launched it"
+        )
 
 
 def test_of_a_confirmation_that_is_complete_the_verdict_is_told(confirmed):

@@ -46,7 +46,7 @@ def test_1024_steps_on_1000_times_are_all_different():
 
 
 def test_the_published_levels_of_ddpm():
-    """SPEC: at one step an error in epsilon is amplified 157 times."""
+    """At one step an error in epsilon is amplified 157 times."""
     schedule = DDPMSchedule()
     assert schedule.sigma_max == pytest.approx(157.4, abs=0.05)
     assert schedule.sigma_min == pytest.approx(math.sqrt(1e-4 / (1 - 1e-4)))

@@ -401,7 +401,7 @@ def test_a_checkpoint_of_another_database_s_row_stays(patient):
 def test_rows_of_arms_are_known_by_their_arms(tmp_path, monkeypatch):
     monkeypatch.setenv("BDENSE_RUNS", str(tmp_path))
     url = resolve_storage_url(None)
-    planned = Planned.create(url, "rows", "retrain", SPEC, resources=SPEC.resources, facts={})
+    planned = Planned.create(url, "rows", "retrain", SPEC, facts={})
     planned.plan([PLAIN, UNIFORM], [PlannedRow(arm=1, seed=7, kimg=1.0, nfe=2)])
     claim = planned.ledger.claim(SPACES["retrain"], None)
     planned.ledger.fail(claim, "diverged", "nan", {"fingerprint": "0123"})

@@ -11,10 +11,11 @@ import bdense.sources
 import search.trials.estimate
 import search.trials.memory
 from bdense.checkpoints import save_denoiser
+from bdense.denoiser import build_denoiser
 from bdense.public import CHECKPOINTS, EDM_LICENCE
 from search.specs.study_file import read_spec
-from search.trials.engine import check
-from search.trials.estimate import _affordable, estimate
+from search.trials.engine import architecture, check
+from search.trials.estimate import _affordable, estimate, trials_work
 from search.trials.memory import Memory
 from search.verbs.launch import _dry_run
 from tests.small import small_teacher
@@ -48,19 +49,42 @@ def published(monkeypatch):
 
 def test_the_cost_is_known_without_the_file(published):
     cost = estimate(spec(teacher={"checkpoint": NAME}))
+    students, evaluations, disk, memory, time, download = cost.lines()
+    assert students == "students: 6 (baselines included)"
     # NFE 2 with AFS at K = 4: two trained intervals of three; 12 teacher steps.
-    assert cost.student_updates == 2560 * 2
-    assert cost.teacher_evaluations == 2560 * 12
-    assert cost.teacher_training == 0
-    parameters = sum(p.numel() for p in small_teacher().parameters())
-    assert cost.student_bytes == 4 * parameters * (3 + 2)
+    assert evaluations == (
+        "network evaluations, in images: 30,720 of the teacher for trajectories; 5,120 "
+        "forward+backward and 512 forward for each student"
+    )
+    assert (cost.work.updates, cost.work.evaluations) == (6 * 5120, 30_720 + 6 * 512)
+    assert disk.startswith("disk: ")
+    assert memory.startswith("memory: about ")
+    assert time.startswith("time: at most ")
     assert cost.forward_seconds > 0
     assert cost.update_seconds > 0
-    assert cost.memory_line in cost.lines()
-    assert cost.lines()[-1] == (
+    assert download == (
         f"download: the launch fetches {published.url} to {published.path} (about 0 MiB)"
     )
     assert not published.path.exists()
+
+
+def test_what_a_trial_of_a_study_counts_for():
+    """Looks are drawn too; live, each student has the teacher walk for it; 2 + 3 are kept."""
+    study = spec(
+        trajectories={"mode": "live"},
+        pruning={"at": [0.25, 0.5], "images": 100},
+        teacher__train__network={"model_channels": 64, "channel_mult": [1, 2]},
+    )
+    with torch.device("meta"):
+        teacher = build_denoiser(architecture(study))
+    work = trials_work(study, teacher)
+    drawn = (256 + 2 * 100) * 2
+    assert work.updates == 10_000 + 6 * 5120
+    assert work.evaluations == 6 * 2560 * 12 + 6 * drawn
+    assert f" and {drawn} forward for each student; 10,000 forward+backward " in work.lines[1]
+    mib = 4 * sum(p.numel() for p in teacher.parameters()) * (3 + 2) / 2**20
+    assert mib > 10
+    assert work.lines[2] == f"disk: 0 MiB of trajectories, {mib:,.0f} MiB of kept students"
 
 
 def test_once_it_is_here_nothing_is_said(published):
@@ -120,7 +144,8 @@ def test_a_network_without_room_is_not_measured(published, monkeypatch):
 def test_a_trials_own_teacher_is_known_without_its_data():
     """Its shape is: neither the images nor the network are here."""
     study = spec(data="cifar10", evaluation__extractor="cifar10-classifier")
-    assert estimate(study).teacher_training == 10_000
+    told = "; 10,000 forward+backward to train the teacher"
+    assert estimate(study).work.lines[1].endswith(told)
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)

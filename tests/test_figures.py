@@ -11,7 +11,6 @@ from search.showing.charts import Chart, Series
 from search.showing.drawing import STOPS, interactive, picture, save_png, shade
 from search.showing.figures import (
     arms_of,
-    equivalent_b,
     fid_over,
     fid_over_both,
     fid_over_time,
@@ -74,13 +73,6 @@ def test_where_b_follows_from_a_its_line_is_drawn_and_said():
     for a, b in zip(line.x, line.y, strict=True):
         assert sum(math.exp(a * k + b) for k in (1, 2, 3, 4)) == pytest.approx(4.0)
     assert chart.remark.startswith("b was not searched: it follows from a")
-
-
-@pytest.mark.parametrize("a", [-300.0, 0.0, 300.0])
-def test_the_equivalent_b_of_steep_slopes_is_finite(a):
-    assert max(a * k + equivalent_b(a, 4) for k in (1, 4)) == pytest.approx(
-        math.log(4) if a else 0.0
-    )
 
 
 def test_weights_are_lines_in_the_order_of_their_fid():

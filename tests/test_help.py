@@ -38,6 +38,8 @@ def test_every_option_and_verb_explains_itself_with_an_example():
         for name, verb in verbs.choices.items():
             assert verb.epilog.startswith(f"example: {parser.prog} {name} ")
             assert not [a.dest for a in verb._actions if not a.help]
+            # What it is comes first, not whose.
+            assert not [a.help for a in verb._actions if a.help.startswith(("of ", "or "))]
 
 
 @pytest.mark.parametrize("main", [search.cli.main, bdense.cli.main])

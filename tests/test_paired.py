@@ -21,8 +21,8 @@ def test_mean_and_standard_error():
 
 def test_one_value_has_no_standard_error():
     one = summary([2.5])
-    assert (one.mean, one.n) == (2.5, 1)
-    assert math.isnan(one.standard_error)
+    assert one == Summary(mean=2.5, standard_error=None, n=1)
+    assert (one.error_text(), summary([2.0, 3.0]).error_text()) == ("-", "0.500")
 
 
 def test_the_interval_by_hand():

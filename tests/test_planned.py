@@ -11,7 +11,7 @@ from search.errors import SpecChangedError, UnknownStudyError
 from search.records.opening import open_record, open_search_named
 from search.records.planned import PLAIN, SPACES, UNIFORM, Arm, Planned, Row
 from search.records.study import Study
-from search.specs.model_spec import ResourcesSpec
+from search.specs.study_spec import StudySpec
 from tests.measured import copy_storage, empty_storage, finish, normalised, open_once, search
 from tests.studies import promotion
 
@@ -25,15 +25,9 @@ def url(tmp_path, tmp_path_factory, monkeypatch) -> str:
     return copy_storage(empty_storage(tmp_path_factory.getbasetemp()), tmp_path / "study.db")
 
 
-def create(url: str, *, study=None, facts=None, **resources) -> Planned:
-    return Planned.create(
-        url,
-        "digits.confirm",
-        "retrain",
-        study or normalised(),
-        resources=ResourcesSpec(**resources),
-        facts=facts or {"of": "digits"},
-    )
+def create(url: str, *, study=None, facts=None) -> Planned:
+    given, of = study or normalised(), facts or {"of": "digits"}
+    return Planned.create(url, "digits.confirm", "retrain", given, facts=of)
 
 
 def rows(*seeds: int, arms: int = 3) -> list[Row]:
@@ -155,7 +149,7 @@ def test_resources_may_change(url):
     planned = create(url)
     planned.plan(ARMS, rows(1))
     finish(planned, by_arm, most=1)
-    create(url, lease_seconds=30, max_attempts=5)
+    create(url, study=normalised(resources={"lease_seconds": 30, "max_attempts": 5}))
     assert (Ledger.open(url, planned.name, budget=None).ttl) == 30
     changes = planned.ledger.study.user_attrs["changes"]
     assert [(c["key"], c["old"], c["new"]) for c in changes] == [
@@ -203,7 +197,7 @@ def test_a_search_is_no_planned_study_nor_the_reverse(url):
     with pytest.raises(UnknownStudyError, match="study 'digits' is a search, not a list of plann"):
         Planned.open(url, "digits")
     with pytest.raises(UnknownStudyError, match="study 'digits' is a search"):
-        Planned.create(url, "digits", "retrain", normalised(), resources=ResourcesSpec(), facts={})
+        Planned.create(url, "digits", "retrain", normalised(), facts={})
     assert study.trials.budget == 1
     create(url).plan(ARMS, rows(1))
     assert isinstance(open_record(url, "digits"), Study)
@@ -221,9 +215,7 @@ def test_a_search_is_no_planned_study_nor_the_reverse(url):
 
 def test_a_search_does_not_take_the_name_of_planned_rows(url):
     """Neither begun nor waiting rows are mixed with a search's trials."""
-    planned = Planned.create(
-        url, "promote-digits", "progressive", promotion(), resources=ResourcesSpec(), facts={}
-    )
+    planned = Planned.create(url, "promote-digits", "progressive", promotion(), facts={})
     planned.plan(ARMS, [Row(arm=0, seed=0)])
     spec_json = planned.spec_json
     with pytest.raises(SpecChangedError, match=r"'promote-digits' .* planned rows, .* another "):
@@ -243,6 +235,7 @@ def test_what_workers_read_is_what_was_stored(url):
     planned = create(url)
     attributes = planned.ledger.study.user_attrs
     assert json.loads(planned.spec_json)["name"] == "digits"
+    assert planned.spec(StudySpec) == normalised()
     assert attributes["fingerprint"] == normalised().fingerprint()
     assert json.loads(attributes["conditions"]) == normalised().conditions()
     assert planned.ledger.study.metric_names == ["FID"]

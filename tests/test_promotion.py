@@ -1,5 +1,6 @@
 """Weights at work: what they become at another K, which rows they get, what is refused."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,8 +23,8 @@ from search.judging.promotion import (
     plan_progressive,
     said_of_budget,
     said_of_weights,
-    variants,
 )
+from search.judging.retraining import variants
 from search.launching import launch
 from search.records.planned import PLAIN, UNIFORM, Arm, Planned, Row
 from search.records.study import Study
@@ -130,12 +131,12 @@ def test_the_baselines_weights():
 
 def test_what_is_said_of_them():
     assert said_of_weights(PAPER, 4, 2) == (
-        "log w_k = 1.386 k + -4.274: w_4/w_1 = 63.94 at the search's K = 4 becomes w_2/w_1 = "
+        "log w_k = 1.386 k - 4.274: w_4/w_1 = 63.94 at the search's K = 4 becomes w_2/w_1 = "
         "3.999 at K = 2, taken literally; rescaled to sum 1: 0.2 0.8"
     )
     for searched_at in (None, 2):
         assert said_of_weights(PAPER, searched_at, 2) == (
-            "log w_k = 1.386 k + -4.274: w_2/w_1 = 3.999 at K = 2; rescaled to sum 1: 0.2 0.8"
+            "log w_k = 1.386 k - 4.274: w_2/w_1 = 3.999 at K = 2; rescaled to sum 1: 0.2 0.8"
         )
 
 
@@ -294,6 +295,15 @@ def test_the_report_of_a_chain(url, tmp_path):
     assert (tmp_path / "shown/samples-2.png").read_bytes() == b"at 2 steps"
 
 
+def test_a_chain_whose_spec_is_another_versions_is_not_reported(url, tmp_path):
+    planned = planned_chain(url)
+    finish(planned, last_fid)
+    stored = json.loads(planned.spec_json) | {"wings": 2}
+    planned.ledger.study.set_user_attr("spec", json.dumps(stored))
+    told = refused(command("report", "promote-digits", "--out", tmp_path / "shown"))
+    assert told.startswith("this bdense cannot read the study's spec (promote-digits: wings: ")
+
+
 # ---- rows of SFD at full budget ----
 
 
@@ -359,7 +369,7 @@ def test_what_the_weights_become_is_said_of_a_confirmed_winner(
     model = tmp_path / "runs/promote-digits/model"
     said, headline, *table, written, hint = answer.out.splitlines()
     # exp(3 x 0.75) and exp(0.75).
-    assert said.startswith("log w_k = 0.75 k + ")
+    assert said.startswith("log w_k = 0.75 k - 2.202: ")
     assert "w_4/w_1 = 9.488 at the search's K = 4 becomes w_2/w_1 = 2.117 at K = 2" in said
     assert headline == "promote-digits: 3 of 3 rows complete, 0 pruned, 0 failed, 0 running"
     assert "\n".join(table) == chain_table(planned)

@@ -1,5 +1,6 @@
 """While a study runs: points planned by hand, stops, GPUs that are chosen, what stays on disk."""
 
+import functools
 import json
 import os
 import signal
@@ -8,23 +9,29 @@ import time
 from pathlib import Path
 
 import pytest
+from optuna.samplers import RandomSampler
+from optuna.trial import TrialState
 
 from bdense.errors import InputError
 from search import cli
 from search.database.halting import HALT, Ending, Launch, Stops, ask_all
+from search.database.lease import SURPLUS
 from search.database.ledger import Claim, Ledger
 from search.database.storage import resolve_storage_url
+from search.launching import launch
 from search.launching.gpus import count_gpus, use_gpus
 from search.records import retention
 from search.records.folders import row_folder
 from search.records.opening import stored_spec
-from search.records.planned import Planned
+from search.records.planned import PLAIN, SPACES, Planned, Row
 from search.records.points import Point, checked, largest_weight
 from search.records.retention import CHECKPOINT, STUDENT
+from search.records.standing import failures
 from search.records.study import Study
-from search.specs.space import search_space
+from search.specs.space import baseline_space, search_space
+from search.trials.engine import excess_weight
 from tests.contracts.scene import wait_until
-from tests.studies import LEARNED, NORMALISED, spec
+from tests.studies import LEARNED, NORMALISED, spec, write
 
 WEIGHTS = {
     "parameterisation": "log-linear",
@@ -55,8 +62,6 @@ def search(**keys) -> Study:
 
 
 def claim(ledger: Ledger, **keys) -> Claim:
-    from optuna.samplers import RandomSampler
-
     found = ledger.claim(search_space(spec(**keys)), lambda _: RandomSampler(seed=1))
     assert isinstance(found, Claim), found
     return found
@@ -106,6 +111,45 @@ def test_points_beyond_the_budget_say_what_runs_them(capsys):
     assert "--trials 3" in out
 
 
+def test_a_point_whose_trial_failed_is_planned_anew(capsys):
+    study = search()
+    point = ("enqueue", "digits", "--a", "1", "--b", "-1")
+    for reason in ("error", "out of memory", "poisoned", "diverged"):
+        assert answer(capsys, *point)[1].startswith("planned in study digits")
+        study.trials.fail(claim(study.trials), reason, "", {})
+    # The same weights diverge again.
+    assert answer(capsys, *point)[1].endswith("nothing is planned\n")
+
+
+def test_a_point_that_was_out_of_bounds_is_planned_anew(capsys):
+    search(weights=WEIGHTS)
+    point = ("enqueue", "digits", "--a", "1", "--b", "-3.4")  # w_4 is 1.82
+    assert answer(capsys, *point)[1].startswith("planned")
+    study = search(weights={**WEIGHTS, "largest": 1.5})
+    beyond = functools.partial(excess_weight, spec(weights={**WEIGHTS, "largest": 1.5}))
+    study.trials.claim(search_space(spec(weights=WEIGHTS)), lambda _: RandomSampler(), beyond)
+    assert answer(capsys, *point)[0] == 2  # beyond the bound now
+    search(weights=WEIGHTS)
+    assert answer(capsys, *point)[1].startswith("planned")
+    assert answer(capsys, *point)[1].endswith("nothing is planned\n")
+
+
+def test_a_baseline_that_failed_is_tried_again_by_the_next_launch():
+    study = search()
+    first, second = (study.baselines.claim(baseline_space(), None) for _ in range(2))
+    study.baselines.fail(first, "out of memory", "no more", {})
+    study.baselines.complete(second, 2.0, {"weights": [], "fid": {}})
+    assert failures(study) == ["plain SFD failed, out of memory: no more"]
+    study = search()
+    again = study.baselines.claim(baseline_space(), None)
+    assert again.params == first.params
+    study.baselines.complete(again, 3.0, {"weights": [], "fid": {}})
+    assert failures(study) == []
+    for _ in range(2):
+        counts = search().baselines.counts()
+        assert (counts.planned, counts.complete, counts.failed, counts.waiting) == (3, 2, 1, 0)
+
+
 @pytest.mark.parametrize(
     ("weights", "point", "message"),
     [
@@ -147,14 +191,7 @@ def test_the_largest_weight_is_that_of_the_engine(a):
 def test_points_of_what_is_no_search_are_refused(capsys):
     status, _, err = answer(capsys, "enqueue", "nobody", "--a", "1")
     assert (status, "no study 'nobody'" in err) == (2, True)
-    Planned.create(
-        resolve_storage_url(None),
-        "rows",
-        "retrain",
-        spec(),
-        resources=spec().resources,
-        facts={"of": "digits"},
-    )
+    Planned.create(resolve_storage_url(None), "rows", "retrain", spec(), facts={"of": "digits"})
     status, _, err = answer(capsys, "enqueue", "rows", "--a", "1")
     assert status == 2
     assert "'rows' is no search but planned rows (retrain); give the search itself: digits" in err
@@ -265,6 +302,13 @@ def test_chosen_gpus_are_all_that_ray_sees():
             {"CUDA_VISIBLE_DEVICES": "1,3"},
             r"CUDA_VISIBLE_DEVICES=1,3 lets this process",
         ),
+        (
+            [0],
+            4,
+            {"CUDA_VISIBLE_DEVICES": "GPU-8932f937,1"},
+            r"=GPU-8932f937,1 names GPUs by something else .*; unset it, or set it to numbers",
+        ),
+        ([0], 4, {"CUDA_VISIBLE_DEVICES": ""}, r"_DEVICES= names .* or none; unset it"),
     ],
 )
 def test_gpus_that_cannot_be_chosen_are_refused(chosen, there, environment, message):
@@ -315,6 +359,18 @@ def test_the_best_students_stay_and_those_that_were_named(capsys):
     # Results and pictures stay of all.
     assert len(list(row_folder("digits", 0).parent.glob("*/result.json"))) == 6
     assert not (row_folder("digits", 4) / "student.md").exists()
+
+
+def test_rows_beyond_the_budget_are_no_failures():
+    """A claim that lost its connection left one, which nobody ever took."""
+    study = search(budget__trials=1)
+    for _ in range(2):
+        study.trials.study.ask(fixed_distributions=search_space(spec()))
+    taken = claim(study.trials)
+    assert [row.user_attrs for row in study.trials.rows(TrialState.FAIL)] == [{SURPLUS: True}]
+    assert failures(study) == []
+    study.trials.fail(taken, "diverged", "the loss is not finite", {})
+    assert failures(study) == ["trial 1 failed, diverged: the loss is not finite"]
 
 
 def test_a_pruned_trial_s_value_takes_no_student_s_place():
@@ -427,6 +483,32 @@ def test_clean_deletes_trajectories_while_nobody_reads_them(capsys, recorded):
     assert not recorded.exists()
 
 
+@pytest.mark.parametrize("is_search", [True, False])
+def test_clean_deletes_no_trajectories_that_another_study_reads(capsys, recorded, is_search):
+    """They are named by teacher, grid and seed, which studies may share."""
+    search().trials.study.set_user_attr("trajectories", str(recorded))
+    search(name="idle").trials.study.set_user_attr("trajectories", str(recorded))
+    if is_search:
+        other = search(name="other")
+        ledger, named = other.trials, str(recorded)
+        taken, by = other.baselines.claim(baseline_space(), None), other.baselines
+    else:
+        url = resolve_storage_url(None)
+        other = Planned.create(url, "other", "retrain", spec(name="other"), facts={})
+        other.plan([PLAIN], [Row(arm=0, seed=1, kimg=1.0, nfe=2)])
+        ledger, named = other.ledger, [str(recorded.with_name("4567")), str(recorded)]
+        taken, by = ledger.claim(SPACES["retrain"], None), ledger
+    ledger.study.set_user_attr("trajectories", named)
+    assert isinstance(taken, Claim)
+    status, _, err = answer(capsys, "clean", "digits")
+    assert status == 2
+    assert "1 trials of other are worked on and read the same trajectories" in err
+    assert "end them first: bdense-search stop other --wait" in err
+    assert (recorded / "shard").exists()
+    by.release(taken)
+    assert answer(capsys, "clean", "digits")[1] == "1.0 MiB of trajectories deleted\n"
+
+
 @pytest.mark.parametrize("named", ["..", "../..", "0123/deeper", "../../digits"])
 def test_clean_deletes_no_folder_but_one_of_trajectories(capsys, recorded, named):
     """Whoever may write to the database may name any."""
@@ -439,24 +521,31 @@ def test_clean_deletes_no_folder_but_one_of_trajectories(capsys, recorded, named
     assert (other.exists(), (recorded / "shard").exists()) == (True, True)
 
 
-def test_a_spec_of_another_version_is_named(capsys):
+def test_a_spec_of_another_version_is_named(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "check_apart", lambda spec: None)
     study = search()
     stored = spec().model_dump(mode="json")
     stored["budget"]["wings"] = 2
     study.trials.study.set_user_attr("spec", json.dumps(stored))
-    for verb in (("enqueue", "digits", "--a", "1"), ("clean", "digits", "--students")):
-        status, _, err = answer(capsys, *verb)
-        assert status == 2
-        assert "this bdense cannot read the study's spec (digits: budget.wings: Extra" in err
-        assert "; use the version that launched it" in err
+    for verb in (
+        ("enqueue", "digits", "--a", "1"),
+        ("clean", "digits", "--students"),
+        ("launch", write(tmp_path), "--trials", "9"),
+    ):
+        assert answer(capsys, *verb) == (
+            2,
+            "",
+            "bdense-search: this bdense cannot read the study's spec (digits: budget.wings: Extra "
+            "inputs are not permitted); use the version that launched it\n",
+        )
+    # What is refused changes nothing.
+    assert Ledger.open(study.url, "digits", budget=None).budget == spec().budget.trials
     with pytest.raises(InputError, match="study 'half' was never launched; launch it first"):
         stored_spec(Ledger.open(study.url, "half", budget=1))
 
 
 def test_clean_of_planned_rows_keeps_their_students(capsys):
-    Planned.create(
-        resolve_storage_url(None), "rows", "retrain", spec(), resources=spec().resources, facts={}
-    )
+    Planned.create(resolve_storage_url(None), "rows", "retrain", spec(), facts={})
     status, _, err = answer(capsys, "clean", "rows", "--students")
     assert status == 2
     assert "--students is of a search: the students of planned rows all stay" in err

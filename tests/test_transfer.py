@@ -6,8 +6,7 @@ import torch
 from bdense.errors import InputError
 from search.errors import SpecChangedError
 from search.judging.comparison import compare
-from search.judging.promotion import variants
-from search.judging.retraining import variant
+from search.judging.retraining import variant, variants
 from search.judging.transfer import plan_transfer, transfer_name
 from search.launching import launch
 from search.records.planned import PLAIN, UNIFORM, Planned, Row
@@ -71,7 +70,7 @@ def test_the_top_weights_and_the_baselines_of_the_other_study(study):
         Row(arm=arm, seed=seed, kimg=5.0, nfe=3) for seed in (2, 3) for arm in range(4)
     ]
     assert planned.facts == {"of": "digits"}
-    assert StudySpec.model_validate_json(planned.spec_json) == other()
+    assert planned.spec(StudySpec) == other()
 
 
 def test_weights_are_taken_literally(study):

@@ -27,6 +27,7 @@ _log = logging.getLogger(__name__)
 
 HALT = "halt"  # the attribute of the study; `stopped` is that of the stop rule
 POLL_SECONDS = 1.0
+CONTINUE = "run the launch command again to continue"
 # Workers have this long after Ctrl-C or SIGTERM: half of what `docker compose stop` is told here.
 GRACE_SECONDS = 60.0
 _REMEMBERED = 20  # launches that were interrupted
@@ -136,8 +137,7 @@ def held(ledgers: Sequence["Ledger"]) -> int:
 def stopped(name: str) -> StoppedError:
     """The end of whoever was asked."""
     return StoppedError(
-        f"study {name} was stopped by `bdense-search stop`; nothing is lost: the command that "
-        "launched it carries on"
+        f"study {name} was stopped by `bdense-search stop`; nothing is lost: {CONTINUE}"
     )
 
 

@@ -33,7 +33,7 @@ from search.database.claims import (
 from search.database.halting import HALT, Launch, Stops, stopped
 from search.database.holding import Holding, lost
 from search.database.lease import Claim, RunningRow
-from search.database.rows import FIXED, Row
+from search.database.rows import FIXED, NOT_COUNTED, Row
 from search.database.settings import (
     DEFAULT_MAX_ATTEMPTS,
     DEFAULT_TTL_SECONDS,
@@ -53,6 +53,8 @@ __all__ = ["Claim", "Counts", "Done", "FailureReason", "Holding", "Ledger", "Run
 _log = logging.getLogger(__name__)
 
 FailureReason: TypeAlias = Literal["diverged", "out of memory", "error", "poisoned"]
+# Those that the user can mend before the same is asked for again.
+MENDABLE: tuple[FailureReason, ...] = ("out of memory", "error", "poisoned")
 
 STOPPED = "stopped"
 _NOTHING: Mapping[str, JSON] = MappingProxyType({})
@@ -219,8 +221,9 @@ class Ledger:
 
         def add() -> bool:
             with exclusive(self._storage.engine, self._lock):
+                over = (*again, NOT_COUNTED)
                 if any(
-                    asked == params and reason not in again for asked, reason in self._rows.asked()
+                    asked == params and reason not in over for asked, reason in self._rows.asked()
                 ):
                     return False
                 self.study.enqueue_trial(dict(params), dict(attrs))

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.trial import TrialState
 
-from search.database.lease import STATE, TRIALS, USER_ATTRIBUTES
+from search.database.lease import OUT_OF_BOUNDS, STATE, SURPLUS, TRIALS, USER_ATTRIBUTES
 
 # Optuna's own tables, as far as they are read here.
 VALUES = sa.table(
@@ -29,6 +29,8 @@ SYSTEM_ATTRIBUTES = sa.table(
 )
 # As Optuna stores parameters that are planned, in the trial's system attributes.
 FIXED = "fixed_params"
+# Why a row that counts nowhere is no trial: beyond the bounds, or the budget.
+NOT_COUNTED = "not counted"
 # Values that SQL has no number for; PostgreSQL holds their kind in a type of its own.
 _INFINITE = {"INF_POS": math.inf, "INF_NEG": -math.inf}
 KIND_OF_VALUE = sa.cast(VALUES.c.value_type, sa.String)
@@ -111,8 +113,12 @@ class Rows:
             return connection.execute(query).scalar_one()
 
     def asked(self) -> list[tuple[dict[str, Any], str | None]]:
-        """Parameters of each trial and why it failed, if it did: as planned, else as suggested."""
-        reasons = self._of_mine(USER_ATTRIBUTES, USER_ATTRIBUTES.c.key == "reason")
+        """Parameters of each trial and why it failed, if it did: as planned, else as suggested.
+
+        A row that counts nowhere has the reason ``NOT_COUNTED``.
+        """
+        keys_of_reasons = ("reason", OUT_OF_BOUNDS, SURPLUS)
+        reasons = self._of_mine(USER_ATTRIBUTES, USER_ATTRIBUTES.c.key.in_(keys_of_reasons))
         planned = self._of_mine(SYSTEM_ATTRIBUTES, SYSTEM_ATTRIBUTES.c.key == FIXED)
         has_plan = sa.exists().where(
             SYSTEM_ATTRIBUTES.c.trial_id == TRIALS.c.trial_id, SYSTEM_ATTRIBUTES.c.key == FIXED
@@ -124,7 +130,7 @@ class Rows:
             suggested = _params(connection, self._of_mine(PARAMS, ~has_plan))
             why = _attributes(connection, reasons)
         return [
-            (fixed.get(key, suggested.get(key, {})), why.get(key, {}).get("reason"))
+            (fixed.get(key, suggested.get(key, {})), _reason(why[key]) if key in why else None)
             for key in keys
         ]
 
@@ -181,6 +187,11 @@ def _attributes(connection: sa.Connection, query: sa.Select[Any]) -> dict[int, d
     for row in connection.execute(query):
         found.setdefault(row.trial_id, {})[row.key] = json.loads(row.value_json)
     return found
+
+
+def _reason(attributes: dict[str, Any]) -> str:
+    counts = attributes.keys().isdisjoint((OUT_OF_BOUNDS, SURPLUS))
+    return str(attributes["reason"]) if counts else NOT_COUNTED
 
 
 def _params(connection: sa.Connection, query: sa.Select[Any]) -> dict[int, dict[str, Any]]:

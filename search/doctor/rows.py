@@ -258,9 +258,9 @@ def _twice(of: Subject, rows: Rows) -> Iterator[Finding]:
         if params:
             found[json.dumps(params, sort_keys=True)].append((number, reason))
     for text_of_params, same in found.items():
-        # A planned row that failed is planned anew; all but the last may have.
+        # One that failed is planned anew; all but the last may have.
         first = [(number, reason) for number, reason in same[:-1] if reason is None]
-        if len(same) < 2 or (of.is_planned and not first):
+        if len(same) < 2 or not first:
             continue
         numbers = first_of([number for number, _ in same], "row")
         text = f"{numbers} have the same parameters {text_of_params}"

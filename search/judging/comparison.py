@@ -65,7 +65,7 @@ class Comparison:
 
     @property
     def differing(self) -> list[str]:
-        """Conditions that keep these FIDs from being compared (SPEC contract 4)."""
+        """Conditions in which these FIDs differ, so that they are not compared."""
         first = self.results[0].conditions if self.results else {}
         return sorted(
             {key for r in self.results for key in COMPARED_KEYS if r.conditions[key] != first[key]}
@@ -89,10 +89,10 @@ class Comparison:
         for result in self.results:
             each = [f"{result.fids[s]:.3f}" if s in result.fids else "-" for s in seeds]
             found = result.summary()
-            error = f"{found.standard_error:.3f}" if found.n > 1 else "-"
             pairs = [self.against(result, other) for other in (self.plain, self.uniform)]
             texts = [difference_text(pair) for pair in pairs]
-            rows.append((result.arm.name, *each, f"{found.mean:.3f}", error, *texts))
+            mean, error = f"{found.mean:.3f}", found.error_text()
+            rows.append((result.arm.name, *each, mean, error, *texts))
         return rows
 
     def conditions_line(self) -> str:

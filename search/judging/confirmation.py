@@ -30,7 +30,7 @@ from search.records.standing import FID_KEYS, headline, standing
 from search.records.study import Study
 from search.specs.study_spec import LearnedSpace, StudySpec
 
-SUFFIX = ".confirm"
+CONFIRM_SUFFIX = ".confirm"
 # Attributes of a confirmation: its budget; of how many trials how many candidates were chosen.
 KIMG, CHOSEN_AFTER = "kimg", "chosen_after"
 
@@ -71,7 +71,7 @@ class Verdict:
             for name, pair in against.items()
             if pair is not None
         ]
-        error = f" +- {found.standard_error:.3f}" if found.n > 1 else ""
+        error = "" if found.standard_error is None else f" +- {found.error_text()}"
         return (
             f"confirmed{'' if self.ended else ' so far'} at {self.kimg:g} kimg: "
             f"{winner.arm.name}, mean FID {found.mean:.3f}{error} over {found.n} fresh seeds; "
@@ -83,6 +83,7 @@ class Verdict:
         comparison = self.comparison
         arms = []
         for result in comparison.results:
+            found = result.summary()
             pairs = {
                 "vs_plain": comparison.against(result, comparison.plain),
                 "vs_uniform": comparison.against(result, comparison.uniform),
@@ -90,8 +91,8 @@ class Verdict:
             arms.append(
                 result.arm.as_dict()
                 | {"fids": {str(seed): fid for seed, fid in result.fids.items()}}
-                | {"mean": result.summary().mean, "n": result.summary().n}
-                | ({"std_err": result.summary().standard_error} if len(result.fids) > 1 else {})
+                | {"mean": found.mean, "n": found.n}
+                | ({} if found.standard_error is None else {"std_err": found.standard_error})
                 | {"conditions": {key: result.conditions[key] for key in FID_KEYS}}
                 | {
                     name: {"mean": p.mean, "low": p.low, "high": p.high, "tie": p.tie}
@@ -127,14 +128,8 @@ def plan_confirmation(
         SpecChangedError: The stored confirmation is of other conditions.
     """
     trials = complete_trials(study)
-    planned = Planned.create(
-        study.url,
-        study.name + SUFFIX,
-        "retrain",
-        spec,
-        resources=spec.resources,
-        facts={"of": study.name},
-    )
+    name, facts = study.name + CONFIRM_SUFFIX, {"of": study.name}
+    planned = Planned.create(study.url, name, "retrain", spec, facts=facts)
     attributes = planned.ledger.study.user_attrs
     arms = planned.arms or [PLAIN, UNIFORM]
     basis = [len(trials), count]
@@ -193,10 +188,10 @@ def arm_of(spec: StudySpec, trial: Trial) -> Arm:
 def verdict(study: Study) -> Verdict | None:
     """What the study's confirmation says so far; None without one, or before it has a value."""
     try:
-        planned = Planned.of(study.url, study.trials.beside(study.name + SUFFIX))
+        planned = Planned.of(study.url, study.trials.beside(study.name + CONFIRM_SUFFIX))
     except UnknownStudyError:
         return None
-    spec = StudySpec.model_validate_json(planned.spec_json)
+    spec = planned.spec(StudySpec)
     kimg = float(planned.ledger.study.user_attrs.get(KIMG, spec.budget.kimg))
     comparison = compare(planned, kimg=kimg)
     most = max((len(result.fids) for result in comparison.results), default=0)

@@ -12,11 +12,15 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """Mean of n values and its standard error, which is NaN for a single one."""
+    """Mean of n values and its standard error, which a single one does not have."""
 
     mean: float
-    standard_error: float
+    standard_error: float | None
     n: int
+
+    def error_text(self) -> str:
+        """The standard error for a table's cell."""
+        return "-" if self.standard_error is None else f"{self.standard_error:.3f}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +61,8 @@ def summary(values: Sequence[float]) -> Summary:
         raise InputError("no values to take the mean of; measure some first")
     _refuse_not_finite({f"number {index}": value for index, value in enumerate(values)})
     n = len(values)
-    spread = statistics.stdev(values) if n > 1 else math.nan
-    return Summary(mean=statistics.fmean(values), standard_error=spread / math.sqrt(n), n=n)
+    error = statistics.stdev(values) / math.sqrt(n) if n > 1 else None
+    return Summary(mean=statistics.fmean(values), standard_error=error, n=n)
 
 
 def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Paired | None:
@@ -88,7 +92,7 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
 
 def _reach(difference: Summary) -> float:
     """Half the interval's width."""
-    if difference.n == 1:
+    if difference.standard_error is None:
         return math.inf
     from scipy.stats import t
 

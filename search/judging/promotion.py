@@ -8,12 +8,12 @@ from collections.abc import Sequence
 
 from bdense.errors import InputError
 from search.errors import UnknownStudyError
-from search.judging.confirmation import SUFFIX, verdict
-from search.judging.retraining import fresh_seeds, variant
+from search.judging.confirmation import CONFIRM_SUFFIX, verdict
+from search.judging.retraining import fresh_seeds
 from search.records.planned import PLAIN, UNIFORM, Arm, Planned, Row
 from search.records.standing import in_short, standing
 from search.records.study import Study
-from search.specs.model_spec import ModelSpec
+from search.specs.log_linear import branch_weights, last_to_first
 from search.specs.promotion_spec import PromotionSpec
 from search.specs.study_spec import StudySpec
 
@@ -68,16 +68,15 @@ def given_arm(text: str) -> Arm:
 
 def said_of_weights(arm: Arm, searched_at: int | None, substeps: int) -> str:
     """What the same (a, b) means at another K, in words."""
-    a, b = arm.params["a"], arm.params["b"]
-    values = _literally(arm, substeps)
+    a, values = arm.params["a"], _literally(arm, substeps)
     weights = " ".join(f"{value / sum(values):.3g}" for value in values)
-    here = f"w_{substeps}/w_1 = {_exp(a * (substeps - 1)):.4g} at K = {substeps}"
+    here = f"w_{substeps}/w_1 = {last_to_first(a, substeps):.4g} at K = {substeps}"
     if searched_at is None or searched_at == substeps:
-        return f"log w_k = {a:.4g} k + {b:.4g}: {here}; rescaled to sum 1: {weights}"
-    there = f"w_{searched_at}/w_1 = {_exp(a * (searched_at - 1)):.4g} at the search's "
+        return f"{_formula(arm)}: {here}; rescaled to sum 1: {weights}"
+    there = f"w_{searched_at}/w_1 = {last_to_first(a, searched_at):.4g} at the search's "
     return (
-        f"log w_k = {a:.4g} k + {b:.4g}: {there}K = {searched_at} becomes {here}, taken "
-        f"literally; rescaled to sum 1: {weights}"
+        f"{_formula(arm)}: {there}K = {searched_at} becomes {here}, taken literally; rescaled to "
+        f"sum 1: {weights}"
     )
 
 
@@ -111,14 +110,8 @@ def plan_progressive(
     """
     _require_given(arm, "progressive distillation")
     _require_sum(arm, spec.chain.substeps)
-    planned = Planned.create(
-        url,
-        spec.name,
-        "progressive",
-        spec,
-        resources=spec.resources,
-        facts={"of": of, **arm.params},
-    )
+    facts = {"of": of, **arm.params}
+    planned = Planned.create(url, spec.name, "progressive", spec, facts=facts)
     arms = planned.arms or [PLAIN_PD, UNIFORM, arm]
     planned.plan(arms, [Row(arm=index, seed=seed) for seed in seeds for index in range(len(arms))])
     return planned
@@ -146,17 +139,11 @@ def plan_full_budget(
     Raises:
         SpecChangedError: The stored promotion is of other conditions.
     """
-    planned = Planned.create(
-        study.url,
-        study.name + SFD_SUFFIX,
-        "retrain",
-        spec,
-        resources=spec.resources,
-        facts={"of": study.name},
-    )
+    name, facts = study.name + SFD_SUFFIX, {"of": study.name}
+    planned = Planned.create(study.url, name, "retrain", spec, facts=facts)
     arms, places = planned.with_arms([PLAIN, UNIFORM, arm])
     # Nor the seeds that the winner was chosen by.
-    used = seeds_of(study.url, study.name + SUFFIX)
+    used = seeds_of(study.url, study.name + CONFIRM_SUFFIX)
     rows = [
         Row(arm=place, seed=seed, kimg=float(kimg), nfe=nfe)
         for nfe in nfes
@@ -175,13 +162,6 @@ def seeds_of(url: str, name: str) -> set[int]:
         return set()
 
 
-def variants(planned: Planned, spec: StudySpec) -> list[ModelSpec]:
-    """Each spec that rows still to be run train in, once."""
-    rows = {Row(arm=0, seed=r.seed, kimg=r.kimg, nfe=r.nfe) for r in planned.unfinished()}
-    ordered = sorted(rows, key=lambda row: (row.nfe or 0, row.kimg or 0, row.seed))
-    return [variant(spec, row) for row in ordered]
-
-
 def _require_given(arm: Arm, where: str) -> None:
     if not arm.params.keys() >= set(GIVEN):
         raise InputError(
@@ -194,19 +174,16 @@ def _require_sum(arm: Arm, substeps: int) -> None:
     """Rescaled to sum 1 they must be numbers."""
     if not 0 < sum(_literally(arm, substeps)) < math.inf:
         raise InputError(
-            f"the weights of {arm.name}, log w_k = {arm.params['a']:g} k + {arm.params['b']:g}, "
-            f"have no positive, finite sum at K = {substeps}; give others by --weights A,B"
+            f"the weights of {arm.name}, {_formula(arm)}, have no positive, finite sum at K = "
+            f"{substeps}; give others by --weights A,B"
         )
+
+
+def _formula(arm: Arm) -> str:
+    a, b = arm.params["a"], arm.params["b"]
+    return f"log w_k = {a:.4g} k {'-' if b < 0 else '+'} {abs(b):.4g}"
 
 
 def _literally(arm: Arm, substeps: int) -> list[float]:
     """w_1 .. w_K."""
-    return [_exp(arm.params["a"] * k + arm.params["b"]) for k in range(1, substeps + 1)]
-
-
-def _exp(exponent: float) -> float:
-    """exp, infinite where it is beyond float64."""
-    try:
-        return math.exp(exponent)
-    except OverflowError:
-        return math.inf
+    return branch_weights(arm.params["a"], arm.params["b"], substeps)

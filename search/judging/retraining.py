@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 
-from search.records.planned import Row
+from search.records.planned import Planned, Row
 from search.specs.study_spec import PruningSpec, StudySpec
 
 
@@ -17,6 +17,13 @@ def variant(spec: StudySpec, row: Row) -> StudySpec:
     # Nobody looks at it on its way: at a smaller budget there may be no room to.
     changed = {"seeds": seeds, "budget": budget, "student": student, "pruning": PruningSpec()}
     return spec.model_copy(update=changed)
+
+
+def variants(planned: Planned, spec: StudySpec) -> list[StudySpec]:
+    """Each spec that rows still to be run train in, once."""
+    rows = {Row(arm=0, seed=r.seed, kimg=r.kimg, nfe=r.nfe) for r in planned.unfinished()}
+    ordered = sorted(rows, key=lambda row: (row.nfe or 0, row.kimg or 0, row.seed))
+    return [variant(spec, row) for row in ordered]
 
 
 def fresh_seeds(spec: StudySpec, count: int, used: Collection[int] = ()) -> list[int]:

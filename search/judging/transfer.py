@@ -36,14 +36,8 @@ def plan_transfer(
             f"--to names study {study.name} itself; give another's file, or confirm it instead"
         )
     trials = complete_trials(study)
-    planned = Planned.create(
-        study.url,
-        transfer_name(to.name, study.name),
-        "retrain",
-        to,
-        resources=to.resources,
-        facts={"of": study.name},
-    )
+    name, facts = transfer_name(to.name, study.name), {"of": study.name}
+    planned = Planned.create(study.url, name, "retrain", to, facts=facts)
     arms, places = planned.with_arms([PLAIN, UNIFORM, *choose(study, spec, trials, top)])
     rows = [
         Row(arm=place, seed=seed, kimg=float(to.budget.kimg), nfe=to.student.nfe)

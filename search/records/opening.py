@@ -3,14 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
-
-from bdense.errors import InputError
 from search.database.ledger import Ledger
 from search.database.storage import retrying
 from search.errors import UnknownStudyError
 from search.records.planned import Planned
 from search.records.study import KIND, SPEC, Study
+from search.specs.study_file import read_stored
 from search.specs.study_spec import StudySpec
 
 
@@ -59,14 +57,4 @@ def spec_of(name: str, attributes: Mapping[str, Any]) -> StudySpec:
     """The same, from the attributes of the study of that name."""
     if (stored := attributes.get(SPEC)) is None:
         raise UnknownStudyError(f"study {name!r} was never launched; launch it first")
-    try:
-        return StudySpec.model_validate_json(stored)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the whole"
-        count = error.error_count()
-        more = f" and {count - 1} more" if count > 1 else ""
-        raise InputError(
-            f"this bdense cannot read the study's spec ({name}: {place}: {first['msg']}{more}); "
-            "use the version that launched it"
-        ) from error
+    return read_stored(StudySpec, name, stored)

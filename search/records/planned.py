@@ -12,17 +12,23 @@ from typing import Any, Literal, Self
 
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 
-from search.database.ledger import FailureReason, Ledger, asked_of
+from search.database.ledger import MENDABLE, Ledger, asked_of
 from search.database.storage import retrying
 from search.errors import NotPlannedError, SpecChangedError, UnknownStudyError
 from search.records.standing import counts_line
-from search.records.study import CONDITIONS, FINGERPRINT, KIND, SPEC, name_metric
-from search.specs.model_spec import ModelSpec, ResourcesSpec
+from search.records.study import (
+    CONDITIONS,
+    FINGERPRINT,
+    KIND,
+    SPEC,
+    differing_conditions,
+    name_metric,
+)
+from search.specs.model_spec import ModelSpec
+from search.specs.study_file import Spec, read_stored
 
 Kind = Literal["retrain", "progressive"]
 ARMS, FACTS = "arms", "facts"
-# Why a row may have failed that the user can mend before the same command is given again.
-_MENDABLE: tuple[FailureReason, ...] = ("out of memory", "error", "poisoned")
 # A row's parameters: which arm, its seed, and where they vary, its budget and NFE.
 _CHAIN: dict[str, BaseDistribution] = {
     "arm": IntDistribution(0, 10**6),
@@ -133,14 +139,7 @@ class Planned:
 
     @classmethod
     def create(
-        cls,
-        url: str,
-        name: str,
-        kind: Kind,
-        spec: ModelSpec,
-        *,
-        resources: ResourcesSpec,
-        facts: Mapping[str, Any],
+        cls, url: str, name: str, kind: Kind, spec: ModelSpec, *, facts: Mapping[str, Any]
     ) -> Self:
         """A new one without rows, or the existing one if its numbers stay comparable.
 
@@ -148,8 +147,8 @@ class Planned:
             url: The storage.
             name: Of the study.
             kind: What its rows are.
-            spec: Under which conditions they are trained, but for what a row says itself.
-            resources: Of whoever asks; lease and attempts may change.
+            spec: Under which conditions they are trained, but for what a row says itself; its
+                lease and attempts may change.
             facts: What it was made of, such as ``of``, a search's name; they may not change.
 
         Raises:
@@ -170,8 +169,8 @@ class Planned:
             name,
             # A smaller budget, if only for a moment, would send others' workers home.
             budget=1 if is_new else None,
-            ttl=resources.lease_seconds,
-            max_attempts=resources.max_attempts,
+            ttl=spec.resources.lease_seconds,
+            max_attempts=spec.resources.max_attempts,
         )
         attributes = {
             KIND: kind,
@@ -211,6 +210,14 @@ class Planned:
         """Under which conditions its rows are trained."""
         return str(self._attributes()[SPEC])
 
+    def spec(self, kind: type[Spec]) -> Spec:
+        """The same, read.
+
+        Raises:
+            InputError: It is one of another version of bdense.
+        """
+        return read_stored(kind, self.name, self.spec_json)
+
     @property
     def arms(self) -> list[Arm]:
         """In the order that rows count them in."""
@@ -238,7 +245,7 @@ class Planned:
                 f"another command has added arms to {self.name!r} meanwhile; give this one again"
             )
         for row in rows:
-            self.ledger.enqueue(row.params(), {"arm": arms[row.arm].name}, again=_MENDABLE)
+            self.ledger.enqueue(row.params(), {"arm": arms[row.arm].name}, again=MENDABLE)
         self.ledger.resize()
 
     def rows(self) -> list[Row]:
@@ -279,11 +286,7 @@ class Planned:
         attributes = self._attributes()
         old = {**json.loads(attributes[CONDITIONS]), **attributes.get(FACTS, {})}
         new = {**spec.conditions(), **facts}
-        changed = [
-            f"{key}: {old.get(key)!r} stored, {new.get(key)!r} given"
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key)
-        ]
+        changed = differing_conditions(old, new)
         if not changed:
             return False
         counts = self.ledger.counts()

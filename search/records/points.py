@@ -1,12 +1,13 @@
 """A point of a search that somebody wants tried: checked against the bounds of the study."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from bdense.errors import InputError
+from search.database.ledger import MENDABLE
 from search.records.study import Study
+from search.specs.log_linear import branch_weights, equivalent_b
 from search.specs.model_spec import FloatRange
 from search.specs.study_spec import LearnedSpace, LogLinearSpace, StudySpec
 
@@ -36,7 +37,7 @@ def enqueue(study: Study, spec: StudySpec, point: Point) -> list[str]:
     """
     params = checked(spec, point)
     text = ", ".join(f"{k} {v:g}" if isinstance(v, float) else str(v) for k, v in params.items())
-    if not study.trials.enqueue(params):
+    if not study.trials.enqueue(params, again=MENDABLE):
         return [f"{text} is a trial of study {study.name} already; nothing is planned"]
     counts = study.trials.counts()
     left = study.trials.budget - counts.ended - counts.running
@@ -91,13 +92,9 @@ def checked(spec: StudySpec, point: Point) -> dict[str, Any]:
 
 def largest_weight(params: Mapping[str, float], substeps: int) -> float:
     """max_k w_k of log w_k = a k + b, k = 1..K; without b the sum of w_k is K."""
-    logs = [params["a"] * k for k in range(1, substeps + 1)]
-    top = max(logs)
-    if "b" in params:
-        log = top + params["b"]
-    else:
-        log = math.log(substeps) - math.log(sum(math.exp(each - top) for each in logs))
-    return math.exp(log) if log < 700 else math.inf
+    a = params["a"]
+    b = params["b"] if "b" in params else equivalent_b(a, substeps)
+    return max(branch_weights(a, b, substeps))
 
 
 def _require_names(spec: StudySpec, given: Mapping[str, Any], names: tuple[str, ...]) -> None:

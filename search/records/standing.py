@@ -7,6 +7,7 @@ from typing import Any
 
 from optuna.trial import TrialState
 
+from search.database.lease import SURPLUS
 from search.database.ledger import Counts, Ledger
 from search.database.rows import Row
 from search.database.storage import redact, retrying
@@ -22,7 +23,7 @@ FID_KEYS = (
     "reference_images",
     "seeds",
 )
-# Two FIDs are compared only where these agree (SPEC contract 4).
+# Two FIDs are compared only where these agree.
 COMPARED_KEYS = ("extractor_sha256", "reference", "images", "nfe")
 # Each with conditions of its own, where the study measured it.
 OTHER_METRICS = ("kid", "prc")
@@ -202,16 +203,23 @@ def failures(study: Study) -> list[str]:
 
 
 def failed_rows(ledger: Ledger, what: str = "trial") -> list[str]:
-    """A line for each failed row of a ledger, with its reason."""
+    """A line for each failed row of a ledger that counts as one, with its reason."""
     lines = []
     for trial in ledger.rows(TrialState.FAIL):
         method = trial.params.get("method")
+        # A baseline that failed was tried again by the next launch.
+        if SURPLUS in trial.user_attrs or (method and method in _complete_methods(ledger)):
+            continue
         arm = trial.user_attrs.get("arm")
         title = TITLES[method] if method else f"{what} {trial.number}"
         title += f" ({arm}, seed {trial.params['seed']})" if arm else ""
         reason, error = (trial.user_attrs.get(key, "") for key in ("reason", "error"))
         lines.append(f"{title} failed, {reason or 'unknown'}: {error}")
     return lines
+
+
+def _complete_methods(ledger: Ledger) -> set[str]:
+    return {trial.params["method"] for trial in ledger.rows(TrialState.COMPLETE, ())}
 
 
 def _best(ledger: Ledger) -> dict[str, Any] | None:

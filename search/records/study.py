@@ -3,21 +3,24 @@
 import functools
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
 
-from search.database.ledger import STOPPED, Counts, Ledger
+from search.database.ledger import MENDABLE, STOPPED, Counts, Ledger
 from search.errors import SpecChangedError, UnknownStudyError
 from search.specs.model_spec import flatten
 from search.specs.space import BASELINES
+from search.specs.study_file import read_stored
 from search.specs.study_spec import StudySpec
 
 # Attributes of the Optuna study.
 SPEC, CONDITIONS, FINGERPRINT = "spec", "conditions", "fingerprint"
 TRAJECTORIES, BASELINE_RESULTS = "trajectories", "baselines"
+TEACHER = "teacher_sha256"  # of the first worker's; the same for all
 KIND = "kind"  # of planned rows; a search has none
 LOOKS = "looks"  # at which fractions of the budget, and how many images, since the first look
 BASELINES_SUFFIX = ".baselines"
@@ -70,21 +73,29 @@ class Study:
 
         Raises:
             SpecChangedError: The stored study has other conditions; says which.
+            InputError: Another version of bdense launched it, whose spec this one cannot read.
             StorageError: The database cannot be used.
         """
         refuse_other_conditions(url, spec)
+        stored = _stored(url, spec.name)
+        # Read before anything is changed: it may be refused.
+        before = None if stored is None else _spec_in(stored)
         open_ledger = functools.partial(
             Ledger.open,
             url,
             ttl=spec.resources.lease_seconds,
             max_attempts=spec.resources.max_attempts,
         )
-        trials = open_ledger(spec.name, budget=_budget(url, spec))
-        _store(trials, spec)
-        baselines = open_ledger(baselines_name(spec.name), budget=len(BASELINES))
+        trials = open_ledger(spec.name, budget=_budget(stored, spec))
+        _store(trials, spec, before)
+        beside = baselines_name(spec.name)
+        known = _stored(url, beside) is not None
+        baselines = open_ledger(beside, budget=None if known else len(BASELINES))
         baselines.study.set_user_attr("of", spec.name)
+        # One that failed is tried again; its row stays and counts.
         for method in BASELINES:
-            baselines.enqueue({"method": method})
+            if baselines.enqueue({"method": method}, again=MENDABLE):
+                baselines.resize()
         return cls(url, trials, baselines)
 
     @property
@@ -146,13 +157,8 @@ def refuse_other_conditions(url: str, spec: StudySpec) -> None:
     # Until something is measured there is nothing to compare with: a mistake may be mended.
     if not study.has_started():
         return
-    old, new = json.loads(study.trials.study.user_attrs[CONDITIONS]), spec.conditions()
-    changed = [
-        f"{key}: {old.get(key)!r} stored, {new.get(key)!r} given"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
-    if changed:
+    stored = json.loads(study.trials.study.user_attrs[CONDITIONS])
+    if changed := differing_conditions(stored, spec.conditions()):
         raise SpecChangedError(
             f"study {spec.name!r} exists under other conditions, so its numbers would not "
             f"compare ({'; '.join(changed)}); rename the study or restore the file"
@@ -160,15 +166,36 @@ def refuse_other_conditions(url: str, spec: StudySpec) -> None:
     _refuse_other_looks(study, spec)
 
 
-def _budget(url: str, spec: StudySpec) -> int | None:
+def differing_conditions(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What keeps the numbers of two sets of conditions apart, for people."""
+    return [
+        f"{key}: {old.get(key)!r} stored, {new.get(key)!r} given"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _stored(url: str, name: str) -> Ledger | None:
+    """The study of that name, if there is one."""
+    try:
+        return Ledger.open(url, name, budget=None)
+    except UnknownStudyError:
+        return None
+
+
+def _spec_in(ledger: Ledger) -> StudySpec | None:
+    """What its last launch stored; None where that was killed before it stored any."""
+    text: str | None = ledger.attribute(SPEC)
+    return None if text is None else read_stored(StudySpec, ledger.study.study_name, text)
+
+
+def _budget(stored: Ledger | None, spec: StudySpec) -> int | None:
     """Trials to plan; None keeps what the stop rule left, where the same number is given again.
 
     Any other number is somebody's wish, and so are a spec without the rule and points that were
     planned since, for which there is no room in what was left.
     """
-    try:
-        stored = Ledger.open(url, spec.name, budget=None)
-    except UnknownStudyError:
+    if stored is None:
         return spec.budget.trials
     stopped = stopped_early(stored)
     same = stopped is not None and spec.budget.trials == stopped["of"]
@@ -206,13 +233,12 @@ def _looks(spec: StudySpec) -> dict[str, Any] | None:
     return {"at": list(spec.pruning.at), "images": spec.look_images}
 
 
-def _store(ledger: Ledger, spec: StudySpec) -> None:
+def _store(ledger: Ledger, spec: StudySpec, before: StudySpec | None) -> None:
     """Write the spec into the study, where workers read it, and record what it changes."""
     study, new = ledger.study, spec.model_dump(mode="json")
-    if SPEC in study.user_attrs:
-        # As this version reads it: a section that is new since is at its default, not changed.
-        stored = StudySpec.model_validate_json(study.user_attrs[SPEC])
-        old = flatten(stored.model_dump(mode="json"))
+    if before is not None:
+        # A section that the stored one did not have is at its default there, not changed.
+        old = flatten(before.model_dump(mode="json"))
         for key, value in flatten(new).items():
             if old.get(key) != value and key not in _LEDGER_SETTINGS:
                 ledger.record_change(key, old.get(key), value)

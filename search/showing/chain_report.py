@@ -6,6 +6,7 @@ The paper's figure 2, with its spread. Reads the storage alone.
 from typing import Any
 
 from search.judging.comparison import (
+    ArmResult,
     Comparison,
     compare,
     complete_rows,
@@ -19,21 +20,13 @@ from search.showing.figures import fid_over_steps
 from search.specs.promotion_spec import PromotionSpec
 
 # What a FID in a model card is told with.
-CARD_CONDITIONS = ("images", "extractor", "extractor_sha256", "reference", "reference_images")
-
-
-def chain_steps(spec: PromotionSpec) -> list[int]:
-    """N of the teacher, then of each round's student, going down."""
-    steps = [spec.chain.first]
-    while steps[-1] > spec.chain.last:
-        steps.append(steps[-1] // spec.chain.substeps)
-    return steps
+_CARD_CONDITIONS = ("images", "extractor", "extractor_sha256", "reference", "reference_images")
 
 
 def by_steps(planned: Planned) -> dict[int, Comparison]:
     """The complete rows compared at each number of steps, going down; not the teacher's."""
-    spec = PromotionSpec.model_validate_json(planned.spec_json)
-    rounds = {steps: compare(planned, steps=steps) for steps in chain_steps(spec)}
+    chain = planned.spec(PromotionSpec).chain
+    rounds = {steps: compare(planned, steps=steps) for steps in chain.steps}
     # At the teacher's own number of steps there is a round only where one converts it.
     return {steps: found for steps, found in rounds.items() if found.results}
 
@@ -66,13 +59,12 @@ def chain_rows(planned: Planned) -> list[tuple[str, ...]]:
     for steps, comparison in rounds.items():
         for result in comparison.results:
             found = result.summary()
-            error = f"{found.standard_error:.3f}" if found.n > 1 else "-"
             pairs = [
                 difference_text(comparison.against(result, other))
                 for other in (comparison.plain, comparison.uniform)
             ]
-            cells = (str(steps), result.arm.name, f"{found.mean:.3f}", error, str(found.n))
-            rows.append((*cells, *pairs))
+            cells = (str(steps), result.arm.name, f"{found.mean:.3f}", found.error_text())
+            rows.append((*cells, str(found.n), *pairs))
     return rows
 
 
@@ -81,24 +73,31 @@ def fid_table(planned: Planned) -> list[dict[str, Any]]:
     table = []
     if (teacher := teacher_fid(planned)) is not None:
         told = {"steps": teacher["nfe"], "arm": "teacher", "fid": teacher["value"]}
-        alike = {key: teacher[key] for key in CARD_CONDITIONS}
+        alike = {key: teacher[key] for key in _CARD_CONDITIONS}
         table.append({**told, **alike, "evaluation_seed": teacher["seeds"]["evaluation"]})
     for steps, comparison in by_steps(planned).items():
         for result in comparison.results:
-            found, first = result.summary(), result.conditions
-            table.append(
-                {
-                    "steps": steps,
-                    "arm": result.arm.name,
-                    "fid": found.mean,
-                    "std_err": found.standard_error if found.n > 1 else None,
-                    "n": found.n,
-                    **{key: first[key] for key in CARD_CONDITIONS},
-                    "training_seeds": " ".join(map(str, sorted(result.fids))),
-                    "evaluation_seed": first["seeds"]["evaluation"],
-                }
-            )
+            latents = result.conditions["seeds"]["evaluation"]
+            seeds = {"training_seeds": seeds_text(result), "evaluation_seed": latents}
+            table.append({"steps": steps, **card_row(result), **seeds})
     return table
+
+
+def card_row(result: ArmResult) -> dict[str, Any]:
+    """An arm's FID as a model card tells it, but for where and under which seeds."""
+    found = result.summary()
+    return {
+        "arm": result.arm.name,
+        "fid": found.mean,
+        "std_err": found.standard_error,
+        "n": found.n,
+        **{key: result.conditions[key] for key in _CARD_CONDITIONS},
+    }
+
+
+def seeds_text(result: ArmResult) -> str:
+    """The training seeds that an arm was measured under."""
+    return " ".join(map(str, sorted(result.fids)))
 
 
 def chain_chart(planned: Planned) -> Chart:

@@ -3,13 +3,13 @@
 FIDs are lower-is-better; K branches, k = 1..K.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from search.judging.comparison import Comparison
 from search.records.standing import TITLES, in_short
 from search.showing.charts import OWN_COLOUR, Chart, Series
+from search.specs.log_linear import equivalent_b
 
 PLAIN_COLOUR, UNIFORM_COLOUR = "#333333", "#e08214"
 BEST_COLOUR = "#b2182b"
@@ -95,13 +95,6 @@ def fid_over_both(trials: Sequence[Mapping[str, Any]]) -> Chart:
         scale="FID",
         remark=remark,
     )
-
-
-def equivalent_b(a: float, branches: int) -> float:
-    """b of log w_k = a k + b where the weights' sum is K = ``branches``."""
-    largest = max(a * k for k in (1, branches))
-    total = math.fsum(math.exp(a * k - largest) for k in range(1, branches + 1))
-    return math.log(branches) - largest - math.log(total)
 
 
 def weights_of(trials: Sequence[Mapping[str, Any]]) -> Chart:
@@ -221,7 +214,7 @@ def arms_of(comparison: Comparison, title: str, key: str) -> Chart:
                 kind="points",
                 x=[i + 0.15 for i in range(len(names))],
                 y=[found.mean for found in summaries],
-                spread=[found.standard_error if found.n > 1 else 0.0 for found in summaries],
+                spread=[found.standard_error or 0.0 for found in summaries],
                 labels=names,
                 colour=BEST_COLOUR,
             ),
@@ -249,7 +242,7 @@ def fid_over_steps(
                 kind="line",
                 x=list(own),
                 y=[found.mean for found in own.values()],
-                spread=[found.standard_error if found.n > 1 else 0.0 for found in own.values()],
+                spread=[found.standard_error or 0.0 for found in own.values()],
                 colour=_ARMS.get(result.arm.name, OWN_COLOUR),
                 dashed=result.arm.name == "uniform weights",
             )

@@ -115,7 +115,7 @@ def _ended(lines: list[str], look: Overview | PlannedOverview) -> str:
 
 
 def conditions(fid: Mapping[str, Any]) -> str:
-    """Under which a FID was measured (SPEC contract 4)."""
+    """Under which a FID was measured; no FID is shown without them."""
     seeds = ", ".join(f"{what} {seed}" for what, seed in fid["seeds"].items())
     return (
         f"of {fid['images']} images at NFE {fid['nfe']}, features of {fid['extractor']} "

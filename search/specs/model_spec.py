@@ -204,7 +204,7 @@ class ModelSpec(Strict):
         return self.needs_data or made
 
     def conditions(self) -> dict[str, Any]:
-        """What changes a row's number, flat: ``section.key`` -> value (SPEC contract 6)."""
+        """What changes a row's number, flat: ``section.key`` -> value."""
         return flatten(self._conditions())
 
     def fingerprint(self) -> str:

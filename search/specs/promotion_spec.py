@@ -15,6 +15,14 @@ class ChainSpec(Strict):
     last: Count
     substeps: Annotated[int, Field(ge=2, description="K")] = 2
 
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """N of the teacher, then of each round's student, going down."""
+        steps = [self.first]
+        while steps[-1] > self.last:
+            steps.append(steps[-1] // self.substeps)
+        return tuple(steps)
+
 
 class RoundSpec(Strict):
     """How each round is trained; names and meanings are ``bdense.progressive.PDConfig``'s."""

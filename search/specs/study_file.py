@@ -8,6 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from bdense.data_names import split_format, split_side
+from bdense.errors import InputError
 from bdense.public import REFERENCES, published_names
 from search.errors import SpecError
 from search.specs.model_spec import ModelSpec, Strict
@@ -136,6 +137,25 @@ def parse_spec(tree: dict[str, Any], source: str) -> StudySpec:
 def parse_promotion(tree: dict[str, Any], source: str) -> PromotionSpec:
     """A promotion from a mapping, likewise."""
     return _parse(PromotionSpec, tree, source)
+
+
+def read_stored(kind: type[Spec], name: str, text: str) -> Spec:
+    """The spec of the study of that name, from the JSON that its last launch stored.
+
+    Raises:
+        InputError: It is one of another version of bdense.
+    """
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the whole"
+        count = error.error_count()
+        more = f" and {count - 1} more" if count > 1 else ""
+        raise InputError(
+            f"this bdense cannot read the study's spec ({name}: {place}: {first['msg']}{more}); "
+            "use the version that launched it"
+        ) from error
 
 
 def _parse(kind: type[Spec], tree: dict[str, Any], source: str) -> Spec:

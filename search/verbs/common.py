@@ -91,13 +91,14 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
         "--gpus",
         metavar="N",
         type=numbers,
-        help="GPUs of this machine to use, as in 0,2, as nvidia-smi counts them (default: all)",
+        help="GPUs of this machine to use, by nvidia-smi's numbers, as in 0,2 (default: all)",
     )
     parser.add_argument(
         "--workers",
         metavar="N",
         type=positive,
-        help="trials at once (default: one for each GPU, else one for each resources.cpus CPUs)",
+        help="trials to run at once (default: one for each GPU, else one for each resources.cpus "
+        "CPUs)",
     )
 
 

@@ -31,21 +31,22 @@ def add_confirm(verbs: Verbs) -> None:
         "--kimg",
         metavar="X",
         type=thousands,
-        help="budget of each, that which the winner will be used at, as the best weights move "
-        "with it (default: confirm.kimg of the study, else the search's own)",
+        help="training length of each student in thousands of images: that at which the winner "
+        "will be used, as the best weights depend on it (default: confirm.kimg of the study, else "
+        "the search's own)",
     )
     parser.add_argument(
         "--seeds",
         metavar="N",
         type=seeds_to_pair,
-        help="fresh seeds, 3 or more (default: confirm.seeds, 3)",
+        help="number of fresh seeds, 3 or more (default: confirm.seeds, 3)",
     )
     parser.add_argument(
         "--candidates",
         metavar="N",
         type=positive,
-        help="points to try, by the posterior mean of a Gaussian process over all evaluations "
-        "(default: confirm.candidates, 3)",
+        help="number of points to try, those that a Gaussian process over all evaluations ranks "
+        "first by its posterior mean (default: confirm.candidates, 3)",
     )
     add_workers(parser)
 
@@ -63,17 +64,25 @@ def add_transfer(verbs: Verbs) -> None:
         "--to", metavar="STUDY2.yaml", type=Path, required=True, help="the other study's file"
     )
     parser.add_argument(
-        "--top", metavar="N", type=positive, default=5, help="how many (default: %(default)s)"
+        "--top",
+        metavar="N",
+        type=positive,
+        default=5,
+        help="weights to measure, the best first (default: %(default)s)",
     )
     parser.add_argument(
-        "--seeds", metavar="N", type=positive, default=3, help="fresh seeds (default: %(default)s)"
+        "--seeds",
+        metavar="N",
+        type=positive,
+        default=3,
+        help="number of fresh seeds (default: %(default)s)",
     )
     add_workers(parser)
 
 
 def _confirm(options: argparse.Namespace) -> None:
     from search.judging.confirmation import plan_confirmation, verdict
-    from search.judging.promotion import variants
+    from search.judging.retraining import variants
     from search.launching.gpus import use_gpus
     from search.launching.launch import run_planned
 
@@ -101,7 +110,7 @@ def _confirm(options: argparse.Namespace) -> None:
 
 def _transfer(options: argparse.Namespace) -> None:
     from search.judging.comparison import compare
-    from search.judging.promotion import variants
+    from search.judging.retraining import variants
     from search.judging.transfer import plan_transfer
     from search.launching.gpus import use_gpus
     from search.launching.launch import check_apart, run_planned

@@ -18,7 +18,7 @@ def add_launch(verbs: Verbs) -> None:
     parser = storage_verb(
         verbs,
         "launch",
-        "start a study, or carry on with it if its name is already in the storage",
+        "start a study, or continue it if its name is already in the storage",
         "bdense-search launch studies/digits-nfe2.yaml --trials 32",
         _launch,
     )

@@ -69,20 +69,25 @@ def add_export(verbs: Verbs) -> None:
     parser.add_argument(
         "folder",
         metavar="DIR",
-        help="folder to write, a new one; or a URL that fsspec knows, as in s3://bucket/model",
+        help="new folder to write; or a URL that fsspec knows, as in s3://bucket/model",
     )
     parser.add_argument(
         "--trial",
         metavar="N",
         type=int,
-        help="whose student (default: the confirmed winner's, else the best; of a promotion the "
-        "promoted weights' with the first seed)",
+        help="number of the trial whose student is written (default: the confirmed winner, else "
+        "the best; in a promotion that of the promoted weights with the first seed)",
     )
     parser.add_argument(
-        "--baseline", choices=("sfd", "uniform"), help="of a search: this baseline's instead"
+        "--baseline",
+        choices=("sfd", "uniform"),
+        help="write this baseline of a search instead of a trial",
     )
     parser.add_argument(
-        "--steps", metavar="N", type=positive, help="of a promotion's chain (default: the last)"
+        "--steps",
+        metavar="N",
+        type=positive,
+        help="steps of the student in a promotion's chain (default: the last's)",
     )
 
 
@@ -114,7 +119,7 @@ def _open(options: argparse.Namespace) -> "Study | Planned":
 
 
 def _status(options: argparse.Namespace) -> None:
-    from search.database.halting import asked_at
+    from search.database.halting import CONTINUE, asked_at
     from search.records.planned import Planned
     from search.records.standing import (
         duration,
@@ -144,7 +149,7 @@ def _status(options: argparse.Namespace) -> None:
             f"{running.attempt}: {running.progress or 'starting'}"
         )
     if when := asked_at(record.ledgers):
-        print(f"asked to stop at {when}; the command that launched it carries on")
+        print(f"asked to stop at {when}; {CONTINUE}")
     for line in lines[1:]:
         print(line)
 

@@ -53,8 +53,8 @@ def add_promote(verbs: Verbs) -> None:
     parser.add_argument(
         "--weights",
         metavar="A,B",
-        help="log w_k = a k + b (default: the study's confirmed winner); where A is negative, "
-        "--weights=A,B",
+        help="weights to promote, log w_k = a k + b (default: the study's confirmed winner); "
+        "where A is negative, --weights=A,B",
     )
     parser.add_argument(
         "--weights-space",
@@ -66,21 +66,28 @@ def add_promote(verbs: Verbs) -> None:
         "--seeds",
         metavar="N",
         type=numbers,
-        help="how many (pd: 0 to N - 1, or the seeds themselves, as in 0,1,2; default: the "
-        "file's; sfd: fresh ones, default: 3)",
+        help="number of seeds; pd: seeds 0 to N - 1, or the seeds themselves, as in 0,1,2 "
+        "(default: the file's); sfd: fresh ones (default: 3)",
     )
     parser.add_argument(
-        "--nfe", metavar="N", type=positives, help="sfd: as in 2,3 (default: the study's)"
+        "--nfe",
+        metavar="N",
+        type=positives,
+        help="sfd: network evaluations an image, as in 2,3 (default: the study's)",
     )
     parser.add_argument(
         "--kimg",
         metavar="X",
         type=thousands,
-        help="sfd: budget of each student (default: confirm.kimg, else the search's own)",
+        help="sfd: training length of each student in thousands of images (default: confirm.kimg, "
+        "else the search's own)",
     )
-    parser.add_argument("--name", help="pd: of the promotion (default: the file's)")
+    parser.add_argument("--name", help="pd: name of the promotion (default: the file's)")
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, help="model folder (default: one in the run's folder)"
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="model folder to write (default: one in the run's folder)",
     )
     add_workers(parser)
     parser.add_argument(
@@ -132,8 +139,8 @@ def _promote_sfd(options: argparse.Namespace) -> None:
         given_arm,
         plan_full_budget,
         said_of_budget,
-        variants,
     )
+    from search.judging.retraining import variants
     from search.launching.launch import run_planned
 
     _refuse(
@@ -266,7 +273,7 @@ def _hand_over(
     from search.export import export_trial, is_current, promoted_row, put_aside
 
     if planned.left():
-        raise InputError(f"{planned.headline()}; the same command carries on")
+        raise InputError(f"{planned.headline()}; run the same command again to continue")
     number = promoted_row(planned, arm=arm, nfe=nfe, kimg=kimg)
     if is_current(folder, planned):
         print(f"model folder, written before: {folder}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from bdense.command import Verbs
 from bdense.errors import BdenseError, InputError
+from search.database.halting import CONTINUE, ask_all, held
 from search.database.storage import resolve_storage_url
 from search.verbs.common import study_name, study_verb
 
@@ -24,13 +25,15 @@ def add_stop(verbs: Verbs) -> None:
     parser = study_verb(
         verbs,
         "stop",
-        "have a study's workers, on every machine, save their trials and give them back, and its "
-        "launchers end (exit status 130); the command that launched it carries on",
+        "have a study's workers on every machine save their trials and give them back, and its "
+        f"launchers end (exit status 130); {CONTINUE}",
         "bdense-search stop digits-nfe2 --wait",
         _stop,
     )
     parser.add_argument(
-        "--wait", action="store_true", help="until no trial is worked on, or a lease has run out"
+        "--wait",
+        action="store_true",
+        help="wait until no trial is worked on; fail after two leases and a minute",
     )
 
 
@@ -39,16 +42,21 @@ def add_enqueue(verbs: Verbs) -> None:
     parser = study_verb(
         verbs,
         "enqueue",
-        "plan a given point of a search before any other; it counts in the budget when it starts",
+        "plan a given point of a search, to run before any other; it counts in the budget when it "
+        "starts",
         "bdense-search enqueue digits-nfe2 --a 1.386 --b=-4.274",
         _enqueue,
     )
-    parser.add_argument("--a", metavar="X", type=float, help="log w_k = a k + b")
+    parser.add_argument("--a", metavar="X", type=float, help="slope a of log w_k = a k + b")
     parser.add_argument(
-        "--b", metavar="X", type=float, help="of log-linear weights; below 0 as --b=-4.3"
+        "--b", metavar="X", type=float, help="offset b of log-linear weights; below 0 as --b=-4.3"
     )
-    parser.add_argument("--rule", metavar="NAME", help="of learned weights: uncertainty, ...")
-    parser.add_argument("--strength", metavar="X", type=float, help="of learned weights")
+    parser.add_argument(
+        "--rule", metavar="NAME", help="rule of learned weights: uncertainty or gradient-norm"
+    )
+    parser.add_argument(
+        "--strength", metavar="X", type=float, help="strength of learned weights' rule"
+    )
 
 
 def add_logs(verbs: Verbs) -> None:
@@ -64,14 +72,17 @@ def add_logs(verbs: Verbs) -> None:
         "trial", metavar="TRIAL", type=int, nargs="?", help="number of the trial or planned row"
     )
     parser.add_argument(
-        "--baseline", choices=("sfd", "uniform"), help="of a search: this baseline's instead"
+        "--baseline",
+        choices=("sfd", "uniform"),
+        help="show this baseline of a search instead of a trial",
     )
-    parser.add_argument("--follow", action="store_true", help="go on until the trial has ended")
+    parser.add_argument(
+        "--follow", action="store_true", help="keep showing until the trial has ended"
+    )
     parser.add_argument("--json", action="store_true", help="print the events as lines of JSON")
 
 
 def _stop(options: argparse.Namespace) -> None:
-    from search.database.halting import ask_all, held
     from search.records.opening import open_record
 
     record = open_record(resolve_storage_url(options.storage), study_name(options.study))
@@ -156,7 +167,8 @@ def _row(record: "Study | Planned", options: argparse.Namespace) -> "tuple[Ledge
         return record.ledgers[0], options.trial
     if isinstance(record, Planned) or record.baselines is None:
         raise InputError(f"{record.name} has no baselines of its own; give the number of a row")
-    for number, asked in enumerate(record.baselines.asked()):
+    # The last of them: one that failed is planned anew by the next launch.
+    for number, asked in reversed(list(enumerate(record.baselines.asked()))):
         if asked.get("method") == options.baseline:
             return record.baselines, number
     raise InputError(

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from search.database.tables import Access, Role
 
 _ROLES: tuple[tuple[str, "Access", str], ...] = (
-    ("writer", "read-write", "a role that may launch and work (PostgreSQL; made if need be)"),
-    ("reader", "read-only", "a role that may look alone, for the dashboard"),
+    ("writer", "read-write", "role that may launch and work, made if need be (PostgreSQL)"),
+    ("reader", "read-only", "role that may only look, for the dashboard (PostgreSQL)"),
 )
 
 
@@ -30,7 +30,8 @@ def add_storage(verbs: Verbs) -> None:
     parser.add_argument(
         "action",
         choices=("init", "upgrade"),
-        help="init: what is missing, as the database's owner; upgrade: what is old",
+        help="init: make what is missing, as the database's owner; upgrade: bring tables to this "
+        "version",
     )
     for kind, _, what in _ROLES:
         parser.add_argument(f"--{kind}", metavar="NAME", help=f"init: {what}")
@@ -38,7 +39,7 @@ def add_storage(verbs: Verbs) -> None:
             f"--{kind}-password-file",
             metavar="FILE",
             type=Path,
-            help="init: holds its password (default: the role's stays as it is)",
+            help=f"init: file with the {kind}'s password (default: it stays as it is)",
         )
 
 

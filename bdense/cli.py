@@ -24,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_verb(
         "bdense",
         call,
-        on_interrupt="interrupted; the same command carries on from the last checkpoint",
+        on_interrupt="interrupted; run the same command again to continue from the last "
+        "checkpoint",
     )
 
 

@@ -282,5 +282,6 @@ _FORMATS: dict[str, Callable[[Path], Loaded]] = {
     "idx": read_idx_images,
 }
 DATA_SETS = (
-    f"{', '.join([*sorted(_NAMED), *(f'{kind}:PATH' for kind in _FORMATS)])}; NAME@SIDE pads"
+    f"{', '.join([*sorted(_NAMED), *(f'{kind}:PATH' for kind in _FORMATS)])}; "
+    "NAME@SIDE pads images to SIDE x SIDE"
 )

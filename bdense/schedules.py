@@ -125,3 +125,4 @@ _GRIDS: dict[str, Callable[[Schedule, Tensor], Tensor]] = {
     "logsnr": _logsnr,
     "time_uniform": _time_uniform,
 }
+SCHEDULES = tuple(_GRIDS)

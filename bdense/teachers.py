@@ -29,8 +29,8 @@ from bdense.snr_weights import LOSSES, Loss, snr_weight
 
 # Of a network by what it predicts: as the reference for images, else the network's own error.
 DEFAULT_LOSS: dict[str, Loss] = {"sample": "snr_trunc", "epsilon": "snr", "v_prediction": "v"}
-# Fields that came after the first teachers.
-_LATER = ("precond", "loss", "flip", "clip")
+# Fields that are left out of the digest where they are off.
+_OPTIONAL = ("precond", "loss", "flip", "clip")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,11 +134,11 @@ class TeacherConfig:
     def as_dict(self) -> dict[str, Any]:
         """The fields, as files hold them.
 
-        What came after the first teachers is left out where it is off: digests of these fields
-        name teachers that are kept.
+        Optional ones are left out where they are off: the digest of the rest names the teachers
+        that are kept.
         """
         options = asdict(self)
-        for name in _LATER:
+        for name in _OPTIONAL:
             if not options[name]:
                 del options[name]
         return options

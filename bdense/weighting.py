@@ -20,8 +20,8 @@ from bdense.errors import InputError
 
 Rule = Literal["uncertainty", "gradient-norm"]
 RULES: tuple[Rule, ...] = ("uncertainty", "gradient-norm")
-# Without AFS a branch may start at its target (SPEC: L1 of rounding noise): its scale is near
-# zero and says nothing. No branch counts as smaller than this share of the largest.
+# Without AFS a branch may start at its target, and its L1 loss is rounding noise: its scale is
+# near zero and says nothing. No branch counts as smaller than this share of the largest.
 SMALLEST_SCALE = 1e-3
 
 

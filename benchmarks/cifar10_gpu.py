@@ -98,14 +98,14 @@ def main() -> None:
     try:
         _PARTS[given.part](given, execution, device, clock)
     except StopForNowError:
-        _say(f"stopped after {given.stop_after:g} minutes; the same command goes on")
+        _say(f"stopped after {given.stop_after:g} minutes; run the same command again to continue")
 
 
 def _options() -> argparse.Namespace:
     options = parser(__doc__)
     options.formatter_class = argparse.RawDescriptionHelpFormatter
     options.add_argument("part", choices=_PARTS)
-    options.add_argument("--folder", type=Path, required=True, help="of all that is made")
+    options.add_argument("--folder", type=Path, required=True, help="folder of all that is made")
     options.add_argument(
         "--stop-after", type=float, default=9.0, metavar="MINUTES", help="default: %(default)s"
     )
@@ -117,13 +117,13 @@ def _options() -> argparse.Namespace:
 
     teacher = options.add_argument_group("teacher")
     teacher.add_argument(
-        "--minutes", type=float, default=15.0, help="of training in all (default: %(default)s)"
+        "--minutes", type=float, default=15.0, help="training time in all (default: %(default)s)"
     )
     teacher.add_argument(
-        "--channels", type=int, default=96, help="of the SongUNet, times 2 (default: %(default)s)"
+        "--channels", type=int, default=96, help="half of the network's (default: %(default)s)"
     )
     teacher.add_argument(
-        "--blocks", type=int, default=3, help="in each of 3 levels (default: %(default)s)"
+        "--blocks", type=int, default=3, help="blocks in each of 3 levels (default: %(default)s)"
     )
     teacher.add_argument("--teacher-batch", type=int, default=256, help="default: %(default)s")
     teacher.add_argument("--teacher-lr", type=float, default=5e-4, help="default: %(default)s")
@@ -135,7 +135,9 @@ def _options() -> argparse.Namespace:
     students.add_argument(
         "--features", type=Path, nargs="+", default=[], metavar="FILE", help="TorchScript networks"
     )
-    students.add_argument("--images", type=int, default=10_000, help="judged (default: 10000)")
+    students.add_argument(
+        "--images", type=int, default=10_000, help="images to judge (default: 10000)"
+    )
     return options.parse_args()
 
 

@@ -157,9 +157,9 @@ def _options() -> argparse.Namespace:
     options.add_argument(
         "--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="both"
     )
-    options.add_argument("--rounds", type=int, default=5, help="that count (default: 5)")
+    options.add_argument("--rounds", type=int, default=5, help="rounds that count (default: 5)")
     options.add_argument(
-        "--iterations", type=int, default=3, help="of a side in a round (default: 3)"
+        "--iterations", type=int, default=3, help="iterations of a side in a round (default: 3)"
     )
     options.add_argument(
         "--minutes", type=float, default=60, help="begin no round after so long (default: 60)"

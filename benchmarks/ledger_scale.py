@@ -57,11 +57,16 @@ def main() -> None:
         "--samplers", nargs="+", default=["random", "tpe"], choices=("random", "tpe", "gp")
     )
     options.add_argument(
-        "--seconds", type=float, default=10, help="of each row of load (default: %(default)g)"
+        "--seconds",
+        type=float,
+        default=10,
+        help="length of each row of load (default: %(default)g)",
     )
-    options.add_argument("--trials", type=int, default=10_000, help="of the large study, or 0")
+    options.add_argument(
+        "--trials", type=int, default=10_000, help="trials of the large study, or 0"
+    )
     options.add_argument("--gp", type=int, nargs="*", default=[100, 300, 1000], metavar="TRIALS")
-    options.add_argument("--max-connections", type=int, default=600, help="of the server")
+    options.add_argument("--max-connections", type=int, default=600, help="the server's limit")
     options.add_argument(
         "--no-limit", action="store_true", help="leave out the search for what breaks first"
     )

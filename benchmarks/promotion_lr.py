@@ -15,7 +15,6 @@ from pathlib import Path
 from benchmarks.common import parser, publish, table
 from search.judging.promotion import PLAIN_PD
 from search.records.planned import UNIFORM, Arm
-from search.showing.chain_report import chain_steps
 from search.specs.study_file import read_promotion
 from search.trials.assets import use_device
 from search.trials.chain_engine import check_promotion
@@ -43,7 +42,7 @@ def main() -> None:
         "--a", type=float, nargs="*", default=[], help="also weights of these slopes"
     )
     options.add_argument(
-        "--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="of the training"
+        "--seeds", type=int, nargs="+", default=[0], metavar="SEED", help="training seeds"
     )
     given = options.parse_args()
     spec = read_promotion(given.promotion)
@@ -56,7 +55,7 @@ def main() -> None:
 def _body(assets: ChainAssets, given: argparse.Namespace) -> str:
     spec = assets.spec
     slopes = [Arm(name=f"a {a:g}", params={"a": a, "b": 0.0}) for a in given.a]
-    steps = chain_steps(spec)[1:]
+    steps = spec.chain.steps[1:]
     header = ["arm", "lr", *(f"{n} steps" for n in steps), "geometric mean"]
     rows, best = [], {}
     for arm in (PLAIN_PD, UNIFORM, *slopes):

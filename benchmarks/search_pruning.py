@@ -116,12 +116,12 @@ def _given() -> argparse.Namespace:
         "--study", type=Path, default=DIGITS_STUDY, metavar="FILE", help="default: %(default)s"
     )
     options.add_argument("--trials", type=int, default=16, help="default: %(default)s")
-    options.add_argument("--kimg", type=float, help="of each student (default: the study's)")
+    options.add_argument("--kimg", type=float, help="kimg of each student (default: the study's)")
     options.add_argument(
-        "--images", type=int, default=1024, help="of a look (default: %(default)s)"
+        "--images", type=int, default=1024, help="images of a look (default: %(default)s)"
     )
     options.add_argument(
-        "--orders", type=int, default=30, help="to search in again (default: %(default)s)"
+        "--orders", type=int, default=30, help="orders to search in again (default: %(default)s)"
     )
     given = options.parse_args()
     if given.trials < 10 or given.orders < 2:

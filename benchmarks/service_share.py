@@ -56,9 +56,9 @@ def main() -> None:
         default=DIGITS_STUDY,
         help="without --study: the recipe to run (default: %(default)s)",
     )
-    options.add_argument("--trials", type=int, default=6, help="of that run (default: 6)")
+    options.add_argument("--trials", type=int, default=6, help="trials of that run (default: 6)")
     options.add_argument(
-        "--teacher-kimg", type=float, default=10, help="of that run (default: 10)"
+        "--teacher-kimg", type=float, default=10, help="its teacher's training (default: 10)"
     )
     given = options.parse_args()
     if given.study:

@@ -133,8 +133,8 @@ class UNetConfig:
     def options(self) -> dict[str, Any]:
         """The fields, JSON-able.
 
-        What came after the first files is left out where it is off: it is part of the digest of
-        a denoiser, by which recorded trajectories and runs to resume know their teacher.
+        Optional ones are left out where they are off: the fields are part of the digest of a
+        denoiser, by which recorded trajectories and runs to resume know their teacher.
         """
         options = asdict(self)
         for name in ("label_dropout", "step_condition"):

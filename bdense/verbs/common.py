@@ -22,7 +22,7 @@ def computing_verb(
     parser = add_verb(verbs, name, what, example, run, argparse.ArgumentDefaultsHelpFormatter)
     if draws:
         parser.add_argument(
-            "--seed", metavar="N", type=int, default=0, help="of every random draw"
+            "--seed", metavar="N", type=int, default=0, help="seed of every random draw"
         )
     parser.add_argument(
         "--threads",
@@ -35,7 +35,7 @@ def computing_verb(
         "--device",
         default="auto",
         choices=("auto", "cpu", "cuda"),
-        help="where to compute; auto is a GPU where there is one",
+        help="where to compute; auto: on a GPU where there is one",
     )
     return parser
 
@@ -58,8 +58,9 @@ def add_model(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument(
         name,
         metavar=name.upper(),
-        help="safetensors, pickle of EDM or SFD, folder or hub id in diffusers' format, or a "
-        "public name, which is downloaded (`bdense convert --help` lists them)",
+        help="a safetensors file, a pickle of EDM or SFD, a folder or hub id in diffusers' "
+        "format, or the name of a public checkpoint, which is downloaded (`bdense convert --help` "
+        "lists the names)",
     )
 
 
@@ -77,13 +78,18 @@ def add_execution_options(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=PRECISIONS,
         default="float32",
-        help="of the network's calls; weights stay float32; tf32 and float16 need a GPU",
+        help="number format of the network's calls; weights stay float32; tf32 and float16 need a "
+        "GPU",
     )
     parser.add_argument(
-        "--compile", action="store_true", help="torch.compile the network: minutes, for long runs"
+        "--compile",
+        action="store_true",
+        help="torch.compile the network: takes minutes, pays off in long runs",
     )
     parser.add_argument(
-        "--channels-last", action="store_true", help="NHWC memory, which a GPU's cores prefer"
+        "--channels-last",
+        action="store_true",
+        help="keep tensors in NHWC order, which a GPU's cores prefer",
     )
 
 

@@ -47,7 +47,7 @@ PERCEPTUAL = ("lpips", "lpips-sfd")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Usual:
-    """What is taken where an option is not given; Zhou et al. 2024 (SPEC, section 2)."""
+    """What is taken where an option is not given, after Zhou et al. 2024 (docs/method.md)."""
 
     substeps: int = 4
     kimg: float = 200
@@ -69,12 +69,15 @@ def add_distill(verbs: Verbs) -> None:
     )
     add_model(parser, "teacher")
     parser.add_argument(
-        "--method", choices=("sfd", "sfd-bdense"), default="sfd-bdense", help="plain or branched"
+        "--method",
+        choices=("sfd", "sfd-bdense"),
+        default="sfd-bdense",
+        help="plain SFD, or with branches",
     )
     parser.add_argument(
         "--second-stage",
         action="store_true",
-        help="TEACHER is a student, whose own steps are distilled into fewer",
+        help="TEACHER is a student itself; distil its steps into fewer",
     )
 
     def add(flag: str, what: str, default: str, **kwargs: Any) -> None:  # noqa: ANN401
@@ -82,19 +85,24 @@ def add_distill(verbs: Verbs) -> None:
         what += f" (default: {default})"
         parser.add_argument(flag, default=argparse.SUPPRESS, help=what, **kwargs)
 
-    add("--a", "log w_k = a k + b", "0", type=float)
-    add("--b", "log w_k = a k + b", "0", type=float)
+    add("--a", "slope of the branch weights, log w_k = a k + b", "0", type=float)
+    add("--b", "offset of the branch weights, log w_k = a k + b", "0", type=float)
     add(
         "--learn",
-        f"let the branch weights follow from the training, by {' or '.join(RULES)}",
-        "no",
+        f"learn the branch weights while training, by the rule {' or '.join(RULES)}",
+        "fixed by --a and --b",
         metavar="RULE",
     )
-    add("--strength", "of --learn: 0 is uniform, below 0 the reverse", "1", type=float)
+    add(
+        "--strength",
+        "exponent of --learn's rule: 0 is uniform, below 0 the reverse",
+        "1",
+        type=float,
+    )
     add_grid_options(parser, distilled=True)
     add(
         "--step-condition",
-        "where a student for several NFE starts: as the teacher, or with random layers for the "
+        "where a student for several NFE starts: as its teacher, or with random layers for the "
         "number of steps, as the reference does",
         STARTS[0],
         choices=STARTS,
@@ -102,26 +110,28 @@ def add_distill(verbs: Verbs) -> None:
     one, several, second = _ONE_NFE, _SEVERAL_NFE, _SECOND_STAGE
     add(
         "--substeps",
-        "teacher sub-steps",
+        "steps that the teacher takes in each of the student's",
         f"{one.substeps}; {second.substeps} with --second-stage",
         metavar="K",
         type=int,
     )
     add_solver_options(
         parser,
-        default=TEACHER_SOLVER,
-        what="what the teacher walks with; euler with --second-stage",
+        default=f"{TEACHER_SOLVER}; euler with --second-stage",
+        what="solver that the teacher walks with",
     )
     add(
         "--kimg",
-        "training length, 1000 images",
+        "training length in thousands of images",
         f"{one.kimg}; {several.kimg} for several NFE; {second.kimg} with --second-stage",
         type=float,
     )
-    parser.add_argument("--batch", metavar="N", type=int, default=128, help="images an iteration")
+    parser.add_argument(
+        "--batch", metavar="N", type=int, default=128, help="images in each iteration"
+    )
     add(
         "--lr",
-        "Adam's step size; later a tenth",
+        "Adam's step size; a tenth of it in the second half",
         f"{one.lr:g}; {second.lr:g} with --second-stage",
         type=float,
     )
@@ -133,9 +143,10 @@ def add_distill(verbs: Verbs) -> None:
     )
     add(
         "--perceptual",
-        "compare the ends of the last interval by LPIPS too (the extra lpips, 0.5 GB of weights); "
-        "lpips-sfd gives it images in [-1, 1] as the reference, not in its own [0, 1]",
-        "no",
+        "add the LPIPS between the ends of the last interval to the loss (needs the extra lpips, "
+        "and 0.5 GB of weights); lpips feeds it images in [0, 1], which it expects, lpips-sfd in "
+        "[-1, 1], as the reference does",
+        "none",
         choices=PERCEPTUAL,
     )
     add_execution_options(parser)

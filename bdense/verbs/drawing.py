@@ -49,8 +49,8 @@ def add_sample(verbs: Verbs) -> None:
         _sample,
     )
     add_model(parser, "model")
-    parser.add_argument("--images", metavar="N", type=int, default=64, help="how many")
-    parser.add_argument("--columns", metavar="N", type=int, default=16, help="of the grid")
+    parser.add_argument("--images", metavar="N", type=int, default=64, help="images to draw")
+    parser.add_argument("--columns", metavar="N", type=int, default=16, help="columns of the grid")
     _add_drawing_options(parser)
     add_out(parser, "PNG file to write")
 
@@ -77,15 +77,15 @@ def add_fid(verbs: Verbs) -> None:
         "--reference",
         metavar="FILE",
         default=argparse.SUPPRESS,
-        help="EDM's .npz of reference statistics (mu, sigma) instead, for fid alone; a file, or "
-        f"one of EDM's by name: {', '.join(REFERENCES)}",
+        help="reference statistics (mu, sigma) in place of a data set, for fid alone: an .npz "
+        f"file like EDM's, or one of EDM's by name: {', '.join(REFERENCES)}",
     )
     parser.add_argument(
         "--metrics",
         nargs="+",
         choices=METRICS,
         default=["fid"],
-        help="fid always; kid: kernel distance; prc: precision and recall",
+        help="what to measure: fid always; kid: kernel distance; prc: precision and recall",
     )
     settings = MetricSettings()
     parser.add_argument(
@@ -96,28 +96,35 @@ def add_fid(verbs: Verbs) -> None:
         help=f"images in each of kid's {settings.kid_subsets} subsets",
     )
     parser.add_argument(
-        "--neighbours", metavar="K", type=int, default=settings.neighbours, help="of prc"
+        "--neighbours",
+        metavar="K",
+        type=int,
+        default=settings.neighbours,
+        help="nearest neighbours in prc",
     )
-    parser.add_argument("--images", metavar="N", type=int, default=50_000, help="how many to draw")
+    parser.add_argument("--images", metavar="N", type=int, default=50_000, help="images to draw")
     add_extractor_options(parser)
     _add_drawing_options(parser)
 
 
 def _add_drawing_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch", metavar="N", type=int, default=128, help="images at a time")
+    parser.add_argument(
+        "--batch", metavar="N", type=int, default=128, help="images drawn at a time"
+    )
     parser.add_argument(
         "--class",
         dest="class_index",
         metavar="N",
         type=int,
         default=argparse.SUPPRESS,
-        help="of all images, counted from 0, of a conditional model (default: one at random each)",
+        help="class of all images, counted from 0, of a conditional model (default: a random one "
+        "for each)",
     )
     add_grid_options(parser)
     add_solver_options(
         parser,
         default=f"euler; ddim with --schedule {NATIVE}",
-        what="what a teacher draws with",
+        what="solver that a teacher draws with",
     )
     add_clip_option(parser)
     add_execution_options(parser)
@@ -130,7 +137,8 @@ def add_extractor_options(
     parser.add_argument(
         "--extractor",
         default=default,
-        help=what + "inception[:FILE], dinov2[:FILE], torchscript:FILE (uint8 [B,3,H,W] to "
+        help=(what or "feature extractor: ")
+        + "inception[:FILE], dinov2[:FILE], torchscript:FILE (uint8 [B,3,H,W] to "
         "[B,d]), digits-classifier, fashion-mnist-classifier or cifar10-classifier",
     )
     parser.add_argument(
@@ -138,7 +146,7 @@ def add_extractor_options(
         metavar="DIR",
         type=Path,
         default=Path("runs/cache"),
-        help="of what is seen of reference sets",
+        help="folder where statistics of reference sets and small classifiers are cached",
     )
 
 

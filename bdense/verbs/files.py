@@ -45,8 +45,9 @@ def add_convert(verbs: Verbs) -> None:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="pickle of EDM or SFD, folder or hub id (OWNER/NAME) of a UNet2DModel in diffusers' "
-        f"format, or a public name, which is downloaded: {', '.join(CHECKPOINTS)}",
+        help="a pickle of EDM or SFD, a folder or hub id (OWNER/NAME) of a UNet2DModel in "
+        "diffusers' format, or the name of a public checkpoint, which is downloaded: "
+        f"{', '.join(CHECKPOINTS)}",
     )
     add_out(parser, "safetensors file to write; .json and .md are written beside it")
 

@@ -7,7 +7,7 @@ from typing import Any
 from bdense.errors import InputError
 from bdense.preconditioning import Preconditioning, native_schedule
 from bdense.sampling import Sampler, samplers_from
-from bdense.schedules import Levels, Schedule
+from bdense.schedules import SCHEDULES, Levels, Schedule
 from bdense.solvers import DDIM, SOLVERS, Solver, make_solver
 from bdense.vp import VPSchedule
 
@@ -34,8 +34,8 @@ def add_grid_options(parser: argparse.ArgumentParser, *, distilled: bool = False
             type=int,
             nargs="+",
             default=argparse.SUPPRESS,
-            help="network evaluations; several numbers make one student for them all, SFD-v "
-            f"(default: {GRID['nfe']}; {SECOND_STAGE_NFE} with --second-stage)",
+            help="network evaluations an image; several numbers make one student for all of them, "
+            f"SFD-v (default: {GRID['nfe']}; {SECOND_STAGE_NFE} with --second-stage)",
         )
     else:
         parser.add_argument(
@@ -43,7 +43,7 @@ def add_grid_options(parser: argparse.ArgumentParser, *, distilled: bool = False
             metavar="N",
             type=int,
             default=argparse.SUPPRESS,
-            help=f"network evaluations (default: {GRID['nfe']})",
+            help=f"network evaluations an image (default: {GRID['nfe']})",
         )
     parser.add_argument(
         "--afs",
@@ -51,21 +51,24 @@ def add_grid_options(parser: argparse.ArgumentParser, *, distilled: bool = False
         default=argparse.SUPPRESS,
         help=f"analytical first step: one more interval for the same NFE (default: {GRID['afs']})",
     )
-    others = "or logsnr, time_uniform"
-    if not distilled:
-        others += f"; {NATIVE}: the process that the network was trained on"
-    add_level_options(parser, default=LEVELS["schedule"], others=others)
+    add_level_options(parser, default=LEVELS["schedule"], native=not distilled)
 
 
-def add_level_options(parser: argparse.ArgumentParser, *, default: str, others: str) -> None:
-    """--schedule and the numbers that it takes."""
+def add_level_options(
+    parser: argparse.ArgumentParser, *, default: str, native: bool = True
+) -> None:
+    """--schedule and the numbers that it takes; ``native``: the network's process is one, too."""
+    *kinds, last = SCHEDULES
+    if native:
+        kinds, last = [*kinds, last], f"{NATIVE}, the process that the network was trained on"
+    what = f"spacing of the noise levels: {', '.join(kinds)} or {last}"
     parser.add_argument(
-        "--schedule", default=argparse.SUPPRESS, help=f"{others} (default: {default})"
+        "--schedule", default=argparse.SUPPRESS, help=f"{what} (default: {default})"
     )
     numbers = {
-        "rho": "exponent of the schedule",
-        "sigma_min": "last noise level",
-        "sigma_max": "first noise level",
+        "rho": "exponent of the spacing",
+        "sigma_min": "last noise level, the lowest",
+        "sigma_max": "first noise level, the highest",
     }
     for name, what in numbers.items():
         parser.add_argument(
@@ -104,7 +107,7 @@ def add_solver_options(parser: argparse.ArgumentParser, *, default: str, what: s
         metavar="N",
         type=int,
         default=argparse.SUPPRESS,
-        help=f"of {ranges} (default: the highest)",
+        help=f"order of {ranges} (default: the highest)",
     )
 
 

@@ -60,7 +60,7 @@ def add_progressive(verbs: Verbs) -> None:
         "--data",
         metavar="NAME",
         default="digits",
-        help=f"what is learned from, and the FID's reference: {DATA_SETS}",
+        help=f"data set to learn from, and the FID's reference: {DATA_SETS}",
     )
     # No default to show: both are required.
     for flag, what in (("--steps", "of the teacher"), ("--until", "of the last student")):
@@ -77,7 +77,7 @@ def add_progressive(verbs: Verbs) -> None:
         metavar="K",
         type=int,
         default=2,
-        help="teacher steps in one of the student's: each round divides the steps by it",
+        help="teacher's steps in each of the student's: every round divides their number by K",
     )
     _add_weights_options(parser)
     _add_round_options(parser)
@@ -85,19 +85,15 @@ def add_progressive(verbs: Verbs) -> None:
         "--prediction",
         choices=PREDICTIONS,
         default=argparse.SUPPRESS,
-        help="what the students' networks predict, noise, image or v; where the teacher's "
-        "predicts another, a round of as many steps as it has converts it first (default: what "
-        "the teacher's does)",
+        help="what the students' networks predict: noise, image or v; a teacher that predicts "
+        "another is converted first, by a round that keeps its number of steps (default: what "
+        "the teacher's predicts)",
     )
-    add_level_options(
-        parser,
-        default=f"{NATIVE}, the process that the teacher was trained on, or a student's own",
-        others="or polynomial, logsnr, time_uniform",
-    )
+    add_level_options(parser, default=f"{NATIVE}, or a student's own")
     parser.add_argument(
         "--clip-samples",
         action="store_true",
-        help="students draw with predictions clamped to [-1, 1]",
+        help="clamp predictions to [-1, 1] when students draw",
     )
     add_extractor_options(
         parser,
@@ -109,7 +105,7 @@ def add_progressive(verbs: Verbs) -> None:
         metavar="N",
         type=int,
         default=argparse.SUPPRESS,
-        help=f"how many to draw for each FID (default: {IMAGES})",
+        help=f"images to draw for each FID (default: {IMAGES})",
     )
     add_execution_options(parser)
     parser.add_argument(
@@ -124,58 +120,71 @@ def add_progressive(verbs: Verbs) -> None:
 
 def _add_weights_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--method", choices=("pd", "pd-bdense"), default="pd-bdense", help="plain or branched"
+        "--method",
+        choices=("pd", "pd-bdense"),
+        default="pd-bdense",
+        help="plain PD, or with branches",
     )
-    remarks = {"--a": ", as clipped gradients see their scale", "--b": ", so that b moves nothing"}
-    for flag, remark in remarks.items():
+    rescaled = "rescaled to sum 1, as clipped gradients see their scale"
+    for flag, what in (
+        ("--a", f"slope of the branch weights, log w_k = a k + b, which are {rescaled}"),
+        ("--b", "offset of the branch weights, which does nothing, as they are rescaled to sum 1"),
+    ):
         parser.add_argument(
             flag,
             type=float,
             default=argparse.SUPPRESS,
-            help=f"log w_k = a k + b, then rescaled to sum 1{remark} (default: 0)",
+            help=f"{what} (default: 0)",
         )
     parser.add_argument(
         "--weights-space",
         choices=get_args(WeightsSpace),
         default="clean",
-        help="state: multiply w_k by 1 - t_k / t_0 of each step, as SFD's loss does by itself, "
-        "and keep their sum; clean: take them as they are",
+        help="clean: take w_k as they are; state: multiply them by 1 - t_k / t_0 of each step, as "
+        "SFD's loss does by itself, and keep their sum",
     )
 
 
 def _add_round_options(parser: argparse.ArgumentParser) -> None:
     usual = PDConfig(updates=UPDATES)
     parser.add_argument(
-        "--updates", metavar="N", type=int, default=usual.updates, help="of each round"
+        "--updates", metavar="N", type=int, default=usual.updates, help="updates in each round"
     )
     parser.add_argument(
-        "--batch", metavar="N", type=int, default=usual.batch, help="images an update"
+        "--batch", metavar="N", type=int, default=usual.batch, help="images in each update"
     )
     parser.add_argument(
-        "--lr", type=float, default=usual.lr, help="step size, falling to 0 along each round"
+        "--lr",
+        type=float,
+        default=usual.lr,
+        help="step size at the start of each round, falling to 0 along it",
     )
-    parser.add_argument("--constant-lr", action="store_true", help="keep the step size")
+    parser.add_argument("--constant-lr", action="store_true", help="keep the step size as it is")
     parser.add_argument(
         "--optimizer",
         choices=get_args(Optimizer),
         default=usual.optimizer,
-        help="adamw has a decay, sgd no momentum",
+        help="optimiser; adamw has a weight decay, sgd no momentum",
     )
     parser.add_argument(
-        "--weight-decay", type=float, default=usual.weight_decay, help="of adamw, decoupled"
+        "--weight-decay",
+        type=float,
+        default=usual.weight_decay,
+        help="decoupled weight decay, with adamw",
     )
     parser.add_argument(
         "--clip-norm",
         metavar="NORM",
         type=float,
         default=usual.clip_norm,
-        help="shorten longer gradients to this norm; inf: not at all",
+        help="largest norm of the gradient, which is scaled down to it; inf: no limit",
     )
     parser.add_argument(
         "--loss",
         choices=LOSSES,
         default=usual.loss,
-        help="how noise levels count: the image's error times 1, SNR, max(SNR, 1) or SNR + 1",
+        help="weight of each noise level: the image's squared error counts times 1, SNR, "
+        "max(SNR, 1) or SNR + 1",
     )
     parser.add_argument(
         "--clip-targets",

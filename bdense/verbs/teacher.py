@@ -38,55 +38,72 @@ def add_teacher(verbs: Verbs) -> None:
     parser.add_argument(
         "--conditional", action="store_true", help="teach it the classes of the data set"
     )
-    parser.add_argument("--kimg", type=float, default=250, help="training length, 1000 images")
-    parser.add_argument("--batch", metavar="N", type=int, default=256, help="images an iteration")
+    parser.add_argument(
+        "--kimg", type=float, default=250, help="training length in thousands of images"
+    )
+    parser.add_argument(
+        "--batch", metavar="N", type=int, default=256, help="images in each iteration"
+    )
     parser.add_argument("--lr", type=float, default=2e-3, help="Adam's step size")
     parser.add_argument(
         "--channels", metavar="N", type=int, default=24, help="channels at full resolution"
     )
     parser.add_argument(
-        "--mult", metavar="N", type=int, nargs="+", default=[1, 2], help="multiplier of each level"
+        "--mult",
+        metavar="N",
+        type=int,
+        nargs="+",
+        default=[1, 2],
+        help="channels of each level, from full resolution down, in multiples of --channels",
     )
-    parser.add_argument("--blocks", metavar="N", type=int, default=1, help="blocks a level")
+    parser.add_argument(
+        "--blocks", metavar="N", type=int, default=1, help="residual blocks in each level"
+    )
     parser.add_argument(
         "--attention",
         metavar="SIDE",
         type=int,
         nargs="+",
         default=[],
-        help="levels, by their side in pixels, whose blocks attend; the lowest does once anyway",
+        help="sides in pixels of the levels whose blocks have self-attention; the lowest level "
+        "has it anyway",
     )
     parser.add_argument(
-        "--dropout", metavar="P", type=float, default=0.0, help="probability, in training only"
+        "--dropout",
+        metavar="P",
+        type=float,
+        default=0.0,
+        help="dropout probability, in training only",
     )
     parser.add_argument(
         "--precond",
         choices=("edm", "cosine", "ddpm"),
         default="edm",
-        help="what it is trained on: EDM's noise levels, or the variance-preserving process of "
-        "the cosine or of T discrete times, as progressive distillation needs",
+        help="noise that it is trained on: EDM's levels, or a variance-preserving process, which "
+        "progressive distillation needs: the cosine, or DDPM's of T discrete times",
     )
     parser.add_argument(
         "--prediction",
         choices=PREDICTIONS,
         default=argparse.SUPPRESS,
-        help="what the network of a process predicts: noise, image or v (default: v_prediction "
-        "with cosine, epsilon with ddpm)",
+        help="what the network predicts, with --precond cosine or ddpm: noise, image or v "
+        "(default: v_prediction with cosine, epsilon with ddpm)",
     )
     parser.add_argument(
         "--timesteps",
         metavar="T",
         type=int,
         default=argparse.SUPPRESS,
-        help="times of ddpm, above 20; the linear betas, 0.0001 to 0.02, are scaled by 1000 / T, "
-        "so that any T ends in noise (default: 1000)",
+        help="number of ddpm's times, above 20; its betas, 0.0001 to 0.02, are scaled by "
+        "1000 / T, so that any T ends in noise (default: 1000)",
     )
     parser.add_argument(
         "--loss",
         choices=LOSSES,
         default=argparse.SUPPRESS,
-        help="how the levels of a process count: the image's error times 1, SNR, max(SNR, 1) or "
-        "SNR + 1 (default: snr for epsilon, snr_trunc for sample, v for v_prediction)",
+        help="weight of each noise level, with --precond cosine or ddpm: the image's squared "
+        "error counts times 1, SNR, max(SNR, 1) or SNR + 1 (default: snr for epsilon, snr_trunc "
+        "for sample, v for v_prediction)",
     )
     parser.add_argument(
         "--flip", action="store_true", help="mirror each image with probability 1/2"
@@ -96,7 +113,7 @@ def add_teacher(verbs: Verbs) -> None:
         metavar="NORM",
         type=float,
         default=argparse.SUPPRESS,
-        help="shorten longer gradients to this norm (default: not at all)",
+        help="largest norm of the gradient, which is scaled down to it (default: no limit)",
     )
     add_execution_options(parser)
     add_out(parser, "safetensors file to write")

@@ -25,7 +25,6 @@ from bdense.progressive import (
     UpdateReport,
     distill_round,
     reparameterised,
-    require_levels,
     run_identity,
 )
 from bdense.sampling import Sampler
@@ -143,7 +142,7 @@ def distill_chain(
         raise InputError(
             f"the rounds' substeps={config.substeps} are not the chain's K={chain.substeps}"
         )
-    require_levels(teacher, schedule)
+    teacher.require_levels(schedule)
     predicted = prediction_type or prediction_of(teacher)
     converts = predicted != prediction_of(teacher)
     start = reparameterised(teacher, str(predicted)) if converts else None

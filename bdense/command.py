@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import TypeAlias
 
-from bdense.errors import BdenseError, InputError, StoppedError
+from bdense.errors import BdenseError, InputError, StoppedError, is_out_of_memory
 
 DONE, FAILURE = 0, BdenseError.exit_status
 USER_ERROR, INTERRUPTED = InputError.exit_status, StoppedError.exit_status
@@ -78,7 +78,7 @@ def run_verb(
             tell(f"{prog}: {clean(line)}")
         return error.exit_status
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         tell(f"{prog}: out of memory; choose a smaller --batch")
         return FAILURE
@@ -94,9 +94,3 @@ def run_verb(
 
 def _to_stderr(line: str) -> None:
     sys.stderr.write(line + "\n")
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether it is Python's own or torch's; by its name and words, as torch is slow to import."""
-    torchs = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
-    return isinstance(error, MemoryError) or torchs

@@ -13,6 +13,7 @@ from bdense.errors import CheckpointError, InputError, ShapeError
 from bdense.execution import Execution
 from bdense.networks import NETWORKS, Network
 from bdense.preconditioning import EDM, PRECONDITIONINGS, Preconditioning, make_preconditioning
+from bdense.schedules import Levels
 
 
 class Denoiser(Protocol):
@@ -81,6 +82,20 @@ class NetworkDenoiser(nn.Module):
     def step_condition(self) -> bool:
         """Whether every call needs ``num_points`` (SFD-v)."""
         return bool(self.model.step_condition)
+
+    def require_levels(self, schedule: Levels) -> None:
+        """Refuse noise levels that it was not trained for.
+
+        Raises:
+            InputError: The schedule exceeds them.
+        """
+        trained = self.precond
+        if schedule.sigma_min < trained.sigma_min or schedule.sigma_max > trained.sigma_max:
+            raise InputError(
+                f"{schedule.text()} exceed those that this {trained.name} teacher was trained "
+                f"for, {trained.sigma_min:.4g} to {trained.sigma_max:.4g}; choose a schedule "
+                "inside them (sigma_min, sigma_max)"
+            )
 
     @property
     def sigma_data(self) -> float:

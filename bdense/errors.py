@@ -35,6 +35,15 @@ class NonFiniteError(BdenseError, ArithmeticError):
     """Images, features or a distance hold NaN or infinity: the model diverged."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, a GPU or torch's allocator on the CPU had no memory to give.
+
+    torch's are told by name and words: it is slow to import, and this module is for commands too.
+    """
+    torchs = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and torchs)
+
+
 class NonFiniteLossError(NonFiniteError):
     """A loss or a gradient is not finite; the run stops instead of repairing it."""
 

@@ -469,21 +469,7 @@ def _check(
             "progressive distillation is not trained in float16, whose small gradients vanish; "
             "use bfloat16"
         )
-    require_levels(teacher, schedule)
-
-
-def require_levels(teacher: NetworkDenoiser, schedule: Levels) -> None:
-    """Refuse noise levels that the teacher was not trained for.
-
-    Raises:
-        InputError: The schedule exceeds them.
-    """
-    trained = teacher.precond
-    if schedule.sigma_min < trained.sigma_min or schedule.sigma_max > trained.sigma_max:
-        raise InputError(
-            f"{schedule.text()} exceed those that this {trained.name} teacher was trained for, "
-            f"{trained.sigma_min:.4g} to {trained.sigma_max:.4g}; choose a schedule inside them"
-        )
+    teacher.require_levels(schedule)
 
 
 def run_identity(

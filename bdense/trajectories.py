@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from bdense import NUMERICS
 from bdense.checkpoints import denoiser_sha256
 from bdense.denoiser import NetworkDenoiser
-from bdense.errors import InputError
 from bdense.intervals import IntervalGrid, VariableGrid
 from bdense.randomness import Stream, generator
 from bdense.solvers import Solver, analytical_first_step, trajectory
@@ -96,14 +95,7 @@ class LiveTrajectories:
     teacher_afs: bool = False
 
     def __post_init__(self) -> None:
-        trained, schedule = self.teacher.precond, self.grid.schedule
-        if schedule.sigma_min < trained.sigma_min or schedule.sigma_max > trained.sigma_max:
-            raise InputError(
-                f"sigma_min={schedule.sigma_min}, sigma_max={schedule.sigma_max} exceed the noise "
-                f"levels that this {trained.name} teacher was trained for, "
-                f"{trained.sigma_min:.4g} to {trained.sigma_max:.4g}; choose a schedule inside "
-                "them"
-            )
+        self.teacher.require_levels(self.grid.schedule)
 
     def __len__(self) -> int:
         return self.count

@@ -368,7 +368,7 @@ def test_a_teacher_of_a_process_is_distilled_with_sfd(teacher, ddpm, tmp_path):
         )
         assert denoiser_sha256(load_denoiser(out)[0]) == denoiser_sha256(expected)
     line = refused(command("distill", ddpm, *SHORT, "--out", out))
-    assert "exceed the noise levels that this ddpm teacher was trained for, 0.03956 to" in line
+    assert "exceed those that this ddpm teacher was trained for, 0.03956 to" in line
     line = refused(command("distill", teacher, *SHORT, "--schedule", "native", "--out", out))
     assert line == (
         "--schedule native ends without noise, which Euler students do not reach; choose another "

@@ -36,7 +36,6 @@ def test_the_interval_by_hand():
     assert paired.relative == pytest.approx(-2.5 / 10)
     assert not paired.tie
     assert paired.text() == "-0.83 [-1.35, -0.32]"
-    assert paired.text(1) == "-0.8 [-1.4, -0.3]"
 
 
 def test_the_interval_is_scipys():

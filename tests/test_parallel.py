@@ -1,6 +1,7 @@
 """One training shared by two processes: gloo on the CPU."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -180,6 +181,18 @@ def test_what_ends_a_follower_ends_the_leader_within_seconds(how, size, kind, wo
         (note,) = caught.value.__notes__
         assert note.startswith("on cpu:\nTraceback")
         assert "in follow_and_fail" in note
+
+
+def test_the_first_to_fail_is_blamed():
+    """Not who missed it in a sum, though both have told by the time that the leader looks."""
+    followers = bdense.parallel._Followers([torch.device("cpu")] * 3, None)
+    for when, words in ((2.0, "connection closed"), (1.0, "no memory")):
+        end, outcome = multiprocessing.Pipe(duplex=False)
+        outcome.send((when, RuntimeError(words)))
+        followers._ends[end] = 1
+    followers._watch()
+    with pytest.raises(RuntimeError, match="no memory"):
+        followers.miss()
 
 
 def gone() -> None:

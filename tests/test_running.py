@@ -14,11 +14,12 @@ from optuna.trial import TrialState
 
 from bdense.errors import InputError
 from search import cli
-from search.database.halting import HALT, Ending, Launch, Stops, ask_all
+from search.database.halting import HALT, Launch, Stops, ask_all
 from search.database.lease import SURPLUS
 from search.database.ledger import Claim, Ledger
 from search.database.storage import resolve_storage_url
 from search.launching import launch
+from search.launching.ending import Ending
 from search.launching.gpus import count_gpus, use_gpus
 from search.records import retention
 from search.records.folders import row_folder

@@ -44,9 +44,9 @@ class Paired:
         """Whether the interval spans 0: the seeds do not tell which of both is better."""
         return self.low <= 0 <= self.high
 
-    def text(self, decimals: int = 2) -> str:
+    def text(self) -> str:
         """For a table's cell: ``-0.61 [-0.80, -0.42]``, or ``-0.12 [-0.30, +0.06], tie``."""
-        mean, low, high = (f"{x:+.{decimals}f}" for x in (self.mean, self.low, self.high))
+        mean, low, high = (f"{x:+.2f}" for x in (self.mean, self.low, self.high))
         spread = "one seed" if self.n == 1 else f"{low}, {high}"
         return f"{mean} [{spread}]" + ", tie" * self.tie
 

@@ -25,10 +25,11 @@ import ray
 from ray import tune
 
 from bdense.errors import InputError
-from search.database.halting import Ending, Launch, is_asked, stopped
+from search.database.halting import Launch, is_asked, stopped
 from search.database.ledger import Ledger
 from search.database.storage import cache_folder, one_line, runs_folder, without_password
 from search.errors import ClusterLostError, WorkersFailedError
+from search.launching.ending import Ending
 from search.launching.head import Head, leave_ray
 from search.launching.ray_errors import cannot_use
 from search.records.artifacts import artifacts_place

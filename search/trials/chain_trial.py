@@ -21,7 +21,7 @@ from bdense.data import Dataset
 from bdense.denoiser import NetworkDenoiser
 from bdense.extractors import Extractor, load_extractor
 from bdense.files import atomic_write, file_lock
-from bdense.progressive import DataBatches, UpdateReport, require_levels
+from bdense.progressive import DataBatches, UpdateReport
 from bdense.references import Reference
 from bdense.schedules import Levels
 from bdense.sources import load_model
@@ -97,7 +97,7 @@ def prepare_chain(
     teacher = prepare_models(spec, device, report)
     if spec.teacher.checkpoint is not None:
         require_levels_known(spec, load_model(spec.teacher.checkpoint)[1], teacher)
-    require_levels(teacher, chain_schedule(spec, teacher))
+    teacher.require_levels(chain_schedule(spec, teacher))
     dataset = load_data(spec)
     if teacher.label_dim and dataset is not None:
         dataset.require_labels(teacher.label_dim)

@@ -17,7 +17,7 @@ from bdense.branches import export_branch
 from bdense.cards import write_card
 from bdense.checkpoints import save_denoiser
 from bdense.denoiser import NetworkDenoiser
-from bdense.errors import BdenseError, NonFiniteError, StoppedError
+from bdense.errors import BdenseError, NonFiniteError, StoppedError, is_out_of_memory
 from bdense.metrics import FID
 from bdense.sfd import IterationReport
 from bdense.sharing import distill_on
@@ -148,12 +148,6 @@ def _bring(
             log("released", level=logging.WARNING, why=why)
         else:
             fail("error", f"{type(error).__name__}: {error}")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, a GPU or torch's allocator on the CPU had no memory to give."""
-    on_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    return on_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def evaluate(

@@ -4,30 +4,28 @@
 # mended by hand. It joins again and carries on where Ray's head died, and gives up where none can be joined for 5 minutes.
 set -u
 CLUSTER_LOST=75   # search.errors.ClusterLostError
-JOINS=30 PAUSE=${PAUSE:-10}
+PATIENCE=${PATIENCE:-300} PAUSE=${PAUSE:-10}   # seconds
 
 become_the_command() {   # in the background the shell itself, so that it gets the signals
     if [ $# -gt 0 ]; then exec bdense-search "$@"; else exec bdense-search launch "$STUDY" ${LAUNCH_OPTIONS:-}; fi
 }
 
-ended= child= failed=0
+ended= child= joined=$(date +%s)
 trap 'ended=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null' TERM INT
 while [ -z "$ended" ]; do
     ray stop --force > /dev/null 2>&1
     if ray-node.sh driver > /tmp/ray-start.log 2>&1; then
         if [ -n "$ended" ]; then break; fi   # asked to end while it joined
-        failed=0
         export RAY_ADDRESS=ray-head:6379
         become_the_command "$@" &
         child=$!
         # A signal to this shell ends a wait before the command has ended.
         while wait "$child"; status=$?; kill -0 "$child" 2>/dev/null; do :; done
-        child=
+        child= joined=$(date +%s)
     else
         cat /tmp/ray-start.log >&2
-        failed=$((failed + 1))
-        if [ "$failed" -ge "$JOINS" ]; then exit 1; fi
         status=$CLUSTER_LOST
+        if [ $(($(date +%s) - joined)) -ge "$PATIENCE" ]; then exit 1; fi
     fi
     if [ -n "$ended" ]; then exit "$status"; fi
     case "$status" in

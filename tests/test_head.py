@@ -39,6 +39,26 @@ def test_a_head_that_is_silent_or_raises_interrupts_once_patience_is_over(is_the
     assert 0.1 <= time.monotonic() - began < 10
 
 
+def test_patience_is_of_time_however_long_each_answer_takes(monkeypatch):
+    """A name that cannot be resolved takes 10 seconds to say so."""
+    monkeypatch.setattr(head, "PATIENCE_SECONDS", 2.0)
+
+    def is_there() -> bool:
+        time.sleep(1.5)
+        return False
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        wait(is_there, 20)
+    assert 2.9 <= time.monotonic() - began < 10
+
+
+def test_the_heads_name_is_resolved_while_it_is_known(monkeypatch):
+    assert head._resolved("localhost:6379") in (("127.0.0.1", 6379), ("::1", 6379))
+    assert head._resolved("[::1]:6379") == ("::1", 6379)
+    assert head._resolved("host.invalid:6379") == ("host.invalid", 6379)
+
+
 def test_a_head_that_answers_again_in_time_is_not_lost():
     answers, all_given = iter([False, True, *[None, True] * 20]), threading.Event()
 

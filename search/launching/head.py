@@ -3,11 +3,13 @@
 Nothing is lost with it but time: what rows there are stands in the database.
 """
 
+import contextlib
 import logging
 import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -47,10 +49,12 @@ class Head:
         self._client = client
         self._is_there = is_there or self._asked_of_ray
         self.address, self._node = "", ""
+        self._place: tuple[str, int] = ("", 0)
         if not client and is_there is None:
             context = ray.get_runtime_context()
             self.address = str(context.gcs_address)
             self._node = context.get_node_id()
+            self._place = _resolved(self.address)
         self._lost = threading.Event()
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="Ray's head", daemon=True)
@@ -77,10 +81,14 @@ class Head:
         os._exit(ClusterLostError.exit_status)
 
     def _watch(self) -> None:
-        silent = 0.0
+        heard, missed = time.monotonic(), 0
         while not self._left.wait(LOOK_SECONDS):
-            silent = 0.0 if self._is_heard() else silent + LOOK_SECONDS
-            if silent >= PATIENCE_SECONDS:
+            if self._is_heard():
+                heard, missed = time.monotonic(), 0
+                continue
+            missed += 1
+            # A single answer may be long in coming.
+            if missed > 1 and time.monotonic() - heard >= PATIENCE_SECONDS:
                 self._lost.set()
                 os.kill(os.getpid(), signal.SIGINT)
                 if not self._left.wait(STUCK_SECONDS):
@@ -98,9 +106,8 @@ class Head:
         return self._answers() and self._has_this_node()
 
     def _answers(self) -> bool:
-        host, _, port = self.address.rpartition(":")
         try:
-            socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+            socket.create_connection(self._place, CONNECT_SECONDS).close()
         except OSError:
             return False
         return True
@@ -109,6 +116,18 @@ class Head:
         """Without its node this process gets no answer from any worker."""
         nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
         return any(node["NodeID"] == self._node and node["Alive"] for node in nodes)
+
+
+def _resolved(address: str) -> tuple[str, int]:
+    """IP and port of host:port, while the name is known.
+
+    That of a container which has ended is looked for in vain for 10 seconds at a time.
+    """
+    host, _, port = address.rpartition(":")
+    with contextlib.suppress(OSError):
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+        return str(found[0][4][0]), int(port)
+    return host.strip("[]"), int(port)
 
 
 def leave_ray(head: Head) -> None:

@@ -75,7 +75,6 @@ def assert_shown(workplace: Workplace, *names: str) -> None:
     assert set(list_graph_object_ids(stored)) == plots
 
 
-# `make test-all`: its first launch is calm_fids' too, which the fault test below compares with.
 @pytest.mark.slow
 def test_a_study_from_launch_to_best(workplace, calm_fids):
     """Launch, look, launch again, extend; the second run repeats every number of the first."""
@@ -137,6 +136,7 @@ def test_a_study_from_launch_to_best(workplace, calm_fids):
     assert fids(workplace) == after
 
 
+@pytest.mark.slow
 @pytest.mark.faults
 def test_killed_workers_and_launchers_lose_nothing(workplace, calm_fids):
     """kill -9 of a worker, Ctrl-C, kill -9 of the launcher: same trials, same FIDs."""

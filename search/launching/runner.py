@@ -315,7 +315,10 @@ def _prepare(
     # The GPUs of a trial share its batches; these tasks take one.
     team = spec.resources.team
     gpus = gpus_per_trial(spec.resources) / team
-    most_cpus = max(cpus for cpus, own in _machines() if own >= gpus)
+    # A machine may leave the cluster at any time; Ray then waits for the next.
+    most_cpus = max(
+        (cpus for cpus, own in _machines() if own >= gpus), default=spec.resources.cpus
+    )
     together = min(slots, max(_fit_by_machine(spec.resources)))
     threads = spec.teacher.train.threads if spec.teacher.train else 1
     cpus = max(spec.resources.cpus, min(threads, most_cpus))

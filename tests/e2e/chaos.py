@@ -16,12 +16,15 @@ from pathlib import Path
 
 from search.database.ledger import Ledger
 from search.records.study import baselines_name
+from search.records.trial_log import LOG_FILE, read_log
 from tests.conftest import Postgres
 
 # A lease's shortest. What is frozen or cut off longer loses its trial.
 LEASE_SECONDS = 10.0
 AWAY_SECONDS = 10.0
 MOST_HEADLESS_SECONDS = 60.0
+MOST_AIMING_SECONDS = 5.0
+MOST_FROZEN_SECONDS = 60.0
 # The other kinds cost a start of Ray, which tells nothing more of the study.
 _TWICE = ("worker killed", "worker frozen", "PostgreSQL restarted")
 
@@ -135,7 +138,11 @@ class Supervisor:
 class Chaos:
     """What goes wrong.
 
+    Every second worker is killed in the midst of its training, every second one frozen until it
+    has lost its trial, so that each run has both; the others at any moment.
+
     Attributes:
+        runs: Folder of the launch's studies.
         hits: How often each kind of fault struck something that was at work.
         fenced: How many frozen workers had lost their trial when they were thawed.
         log: Seconds since the start and what was done, for whoever reads a failure.
@@ -144,6 +151,7 @@ class Chaos:
     seed: int
     url: str
     study: str
+    runs: Path
     launch: Supervisor
     postgres: Postgres
     network: Network | None
@@ -204,12 +212,15 @@ class Chaos:
     def _note(self, text: str) -> None:
         self.log.append(f"{time.monotonic() - self.started:6.1f} s  {text}")
 
-    def _owners(self) -> list[int]:
-        """Processes that hold a trial, or held it when they died."""
-        held = []
+    def _owners(self) -> dict[int, Path]:
+        """Processes that hold a trial, or held it when they died, and the trials' folders."""
+        held = {}
         for name in (self.study, baselines_name(self.study)):
-            held += Ledger.open(self.url, name, budget=None).running()
-        return [int(row.owner.rpartition(":")[2]) for row in held if row.owner]
+            for row in Ledger.open(self.url, name, budget=None).running():
+                folder = self.runs / name / f"{row.number:05d}"
+                if row.owner:
+                    held[int(row.owner.rpartition(":")[2])] = folder
+        return held
 
     def _workers(self) -> list[int]:
         """Those that live and are not frozen."""
@@ -217,8 +228,19 @@ class Chaos:
         return [pid for pid in pids if pid not in self._frozen and Path(f"/proc/{pid}").exists()]
 
     def _kill_worker(self) -> bool:
-        workers = self._workers()
+        aimed = self.hits["worker killed"] % 2 == 0
+        workers = self._training() if aimed else self._workers()
         return bool(workers) and _signal(self._draw.choice(workers), signal.SIGKILL)
+
+    def _training(self) -> list[int]:
+        """Workers that just now saved a part of their training."""
+        until = time.monotonic() + MOST_AIMING_SECONDS
+        while time.monotonic() < until:
+            awake, folders = self._workers(), self._owners()
+            if saved := [pid for pid in awake if _last_event(folders.get(pid)) == "checkpoint"]:
+                return saved
+            time.sleep(0.01)
+        return []
 
     def _kill_launcher(self) -> bool:
         pid = self.launch.pid
@@ -263,24 +285,35 @@ class Chaos:
             assert seconds < MOST_HEADLESS_SECONDS, f"the launcher outlives {part}"
 
     def _freeze(self) -> bool:
+        aimed = self.hits["worker frozen"] % 2 == 0
         workers = self._workers()
-        if not workers:
+        if len(workers) < (2 if aimed else 1):  # somebody must be awake to take its trial
             return False
         pid = self._draw.choice(workers)
         if not _signal(pid, signal.SIGSTOP):
             return False
         self._frozen[pid] = threading.Timer(LEASE_SECONDS + 4, self._thaw, [pid])
-        self._frozen[pid].start()
-        return True
+        if not aimed:
+            self._frozen[pid].start()
+            return True
+        until = time.monotonic() + MOST_FROZEN_SECONDS
+        held = pid in self._owners()
+        while pid in self._owners() and time.monotonic() < until:
+            time.sleep(0.2)
+        return self._thaw(pid) and held
 
-    def _thaw(self, pid: int) -> None:
+    def _thaw(self, pid: int) -> bool:
+        """Whether it lives, and has lost its trial."""
+        lost = False
         # The database may be away just now.
         with contextlib.suppress(Exception):
-            if pid not in self._owners():
-                self.fenced += 1
-                self._note(f"worker {pid} thaws without its trial")
-        _signal(pid, signal.SIGCONT)
+            lost = pid not in self._owners()
+        lost = _signal(pid, signal.SIGCONT) and lost
+        if lost:
+            self.fenced += 1
+            self._note(f"worker {pid} thaws without its trial")
         self._frozen.pop(pid, None)
+        return lost
 
     def _cut(self) -> bool:
         if self.network is None or not self._workers():
@@ -308,6 +341,12 @@ def end_all(mark: str) -> None:
         with contextlib.suppress(OSError):
             if mark.encode() in entry.read_bytes() and int(entry.parent.name) != os.getpid():
                 _signal(int(entry.parent.name), signal.SIGKILL)
+
+
+def _last_event(folder: Path | None) -> str | None:
+    """Of a trial's log."""
+    events = read_log(folder / LOG_FILE)[0] if folder and (folder / LOG_FILE).exists() else []
+    return events[-1]["event"] if events else None
 
 
 def _arguments(pid: int) -> list[str]:

@@ -115,7 +115,8 @@ def test_nothing_is_lost_or_counted_twice_whatever_fails(
         tmp_path,
         place.environment,
     )
-    chaos = Chaos(seed, resolve_storage_url(database), NAME, launch, postgres, cable)
+    runs = tmp_path / "runs"
+    chaos = Chaos(seed, resolve_storage_url(database), NAME, runs, launch, postgres, cable)
     begun = time.monotonic()
     try:
         due = 0.0
@@ -136,7 +137,7 @@ def test_nothing_is_lost_or_counted_twice_whatever_fails(
             sys.stdout.write(f"\n{told}\n")
 
     calm_begun = time.monotonic()
-    for name, value in {"BDENSE_CACHE": place.cache, "BDENSE_RUNS": tmp_path / "runs"}.items():
+    for name, value in {"BDENSE_CACHE": place.cache, "BDENSE_RUNS": runs}.items():
         os.environ[name] = str(value)
     calm = measure_calmly(file, POINTS, tmp_path / "calm")
     calm_seconds = time.monotonic() - calm_begun
@@ -153,10 +154,10 @@ def test_nothing_is_lost_or_counted_twice_whatever_fails(
     assert (baselines.complete, baselines.planned) == (2, 2)
     assert lease_rows(database) == []
     for trial in trials:
-        result = tmp_path / "runs" / NAME / f"{trial.number:05d}" / "result.json"
+        result = runs / NAME / f"{trial.number:05d}" / "result.json"
         assert json.loads(result.read_text())["value"] == trial.value
 
-    losses = takeovers(tmp_path / "runs" / NAME)
+    losses = takeovers(runs / NAME)
     again = Counter(len(loss.steps) for loss in losses)
     with capsys.disabled():
         sys.stdout.write(

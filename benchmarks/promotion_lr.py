@@ -18,7 +18,7 @@ from search.records.planned import UNIFORM, Arm
 from search.specs.study_file import read_promotion
 from search.trials.assets import use_device
 from search.trials.chain_engine import check_promotion
-from search.trials.chain_trial import ChainAssets, evaluate, load_chain, prepare_chain
+from search.trials.chain_trial import ChainAssets, load_chain, prepare_chain, train_and_measure
 
 LR_FACTORS = (0.5, 1.0, 2.0)
 PROMOTION = Path("studies/promote-digits.yaml")
@@ -89,7 +89,7 @@ def _fids(
     found: dict[int, list[float]] = {n: [] for n in steps}
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
-            result = evaluate(
+            result = train_and_measure(
                 own,
                 arm,
                 seed,

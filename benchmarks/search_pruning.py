@@ -34,7 +34,7 @@ from search.specs.study_spec import PruningSpec, SamplerSpec, StopSpec, StudySpe
 from search.trials.assets import Assets, load, prepare, use_device
 from search.trials.engine import check, excess_weight
 from search.trials.pruning import is_poor, judge_of
-from search.trials.trial import bring_to_an_end, evaluate
+from search.trials.trial import bring_to_an_end, train_and_measure
 
 AT = (0.25, 0.5)
 WITHIN = 0.02
@@ -166,7 +166,7 @@ def _run(
             holding: Holding, place: Path, log: TrialLog, judge: Any = judge, params: Any = params
         ) -> dict[str, Any]:
             calls = {"check": holding.check, "report": holding.report, "judge": judge}
-            return evaluate(assets, params, place, log=log, **calls)
+            return train_and_measure(assets, params, place, log=log, **calls)
 
         bring_to_an_end(ledger, claim, work, fingerprint=assets.fingerprint, asked=asked)
     seconds = time.perf_counter() - started

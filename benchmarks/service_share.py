@@ -24,7 +24,7 @@ GOAL, GOAL_SECONDS = 0.05, 15.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class TrialTimes:
     """One trial, times in seconds since 1970.
 
     Attributes:
@@ -72,7 +72,7 @@ def main() -> None:
     publish("service_share", body, write=given.write, arguments=arguments, threads=trials_on)
 
 
-def _run(recipe: Path, trials: int, teacher_kimg: float) -> tuple[list[Row], str]:
+def _run(recipe: Path, trials: int, teacher_kimg: float) -> tuple[list[TrialTimes], str]:
     """Launch the recipe with a smaller teacher in a folder of its own, as a user would."""
     spec = yaml.safe_load(recipe.read_text())
     spec["name"] = "service-share"
@@ -102,7 +102,7 @@ on how good it is.""",
     )
 
 
-def _rows(url: str, name: str, runs: Path) -> list[Row]:
+def _rows(url: str, name: str, runs: Path) -> list[TrialTimes]:
     """Complete trials and baselines."""
     rows = []
     for study_name in (f"{name}.baselines", name):
@@ -120,12 +120,12 @@ def _rows(url: str, name: str, runs: Path) -> list[Row]:
     return rows
 
 
-def _row(trial: FrozenTrial, runs: Path) -> Row:
+def _row(trial: FrozenTrial, runs: Path) -> TrialTimes:
     assert trial.datetime_start is not None
     assert trial.datetime_complete is not None
     attrs = trial.user_attrs
     result = (runs / attrs["student"]).with_name("result.json")
-    return Row(
+    return TrialTimes(
         label=str(trial.params.get("method", trial.number)),
         worker=attrs["worker"],
         started=trial.datetime_start.timestamp(),
@@ -136,7 +136,7 @@ def _row(trial: FrozenTrial, runs: Path) -> Row:
     )
 
 
-def _body(rows: list[Row]) -> str:
+def _body(rows: list[TrialTimes]) -> str:
     by_worker = defaultdict(list)
     for row in sorted(rows, key=lambda row: row.started):
         by_worker[row.worker].append(row)
@@ -166,7 +166,7 @@ and save: the rest of the claim (the proposal), and writing student and result. 
 attributes and the value. The thread that renews the lease runs beside bdense and counts as it."""
 
 
-def _gaps(workers: Iterable[list[Row]]) -> str:
+def _gaps(workers: Iterable[list[TrialTimes]]) -> str:
     """What the service does around a trial, in milliseconds."""
     between = [b.started - a.told for own in workers for a, b in pairwise(own)]
     rows = [row for own in workers for row in own]

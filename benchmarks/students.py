@@ -20,7 +20,7 @@ from search.trials.assets import (
     trajectory_store,
     use_device,
 )
-from search.trials.trial import evaluate
+from search.trials.trial import train_and_measure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +83,9 @@ def _run(spec: StudySpec, arms: Sequence[Arm]) -> Iterator[tuple[Arm, float]]:
         for index, arm in enumerate(arms):
             own = replace(assets, spec=arm.within(spec))
             place = Path(folder) / str(index)
-            result = evaluate(own, arm.params, place, check=lambda: None, report=lambda _: None)
+            result = train_and_measure(
+                own, arm.params, place, check=lambda: None, report=lambda _: None
+            )
             yield arm, float(result["value"])
 
 

@@ -15,15 +15,15 @@ from search.verbs.confirm import add_confirm, add_transfer
 from search.verbs.doctor import add_doctor
 from search.verbs.fetch import add_fetch
 from search.verbs.launch import add_launch
-from search.verbs.look import (
+from search.verbs.promote import add_promote
+from search.verbs.show import (
     add_best,
     add_dashboard,
     add_export,
     add_report,
     add_status,
 )
-from search.verbs.promote import add_promote
-from search.verbs.run import add_enqueue, add_logs, add_stop
+from search.verbs.steer import add_enqueue, add_logs, add_stop
 from search.verbs.storage import add_storage
 
 

@@ -19,7 +19,7 @@ class UnknownStudyError(InputError):
     """No study of that name is in the storage."""
 
 
-class NotPlannedError(UnknownStudyError):
+class NotPlannedError(InputError):
     """A study of that name is there, and it is a search."""
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from bdense.checkpoints import load_denoiser
 from bdense.diffusers_export import export_pipeline
@@ -16,11 +16,11 @@ from bdense.errors import InputError
 from bdense.exports import CONFIG, Picture, export_folder
 from bdense.networks.diffusers_unet import DiffusersUNet
 from search.database.ledger import Ledger
-from search.database.storage import retrying
+from search.database.rows import StoredTrial
 from search.judging.comparison import compare
 from search.judging.confirmation import CONFIRM_SUFFIX, verdict
 from search.records.folders import named_file
-from search.records.planned import Planned, Row
+from search.records.planned import Planned, PlannedRow
 from search.records.study import FINGERPRINT, Study
 from search.showing.chain_report import card_row, chain_chart, chain_table, fid_table, seeds_text
 from search.showing.drawing import DPI, picture
@@ -89,8 +89,8 @@ def export_trial(
 def made_from(planned: Planned) -> dict[str, Any]:
     """What a model folder's figures rest on: it is out of date once this has changed."""
     numbers = [trial.number for trial in _complete_trials(planned.ledger)]
-    stored = planned.ledger.study.user_attrs[FINGERPRINT]
-    return {"study": planned.name, "fingerprint": stored, "rows": numbers, **planned.facts}
+    fingerprint = planned.ledger.attribute(FINGERPRINT)
+    return {"study": planned.name, "fingerprint": fingerprint, "rows": numbers, **planned.facts}
 
 
 def is_current(folder: Path, planned: Planned) -> bool:
@@ -153,7 +153,7 @@ def promoted_row(
     searched = [each.name for each in arms if not each.is_baseline]
     if arm is None and len(searched) > 1:
         arm = _winner_of(planned, searched)
-    rows = [(t.number, Row.of(t.params)) for t in _complete_trials(planned.ledger)]
+    rows = [(t.number, PlannedRow.of(t.params)) for t in _complete_trials(planned.ledger)]
     found = [
         (row.seed, number)
         for number, row in rows
@@ -189,13 +189,12 @@ def _best_of(study: Study) -> tuple[Study | Planned, int]:
     if found is not None and found.ended:
         rows = found.winner.rows
         return Planned.open(study.url, study.name + CONFIRM_SUFFIX), rows[min(rows)]
-    trials = _complete_trials(study.trials)
-    return study, min(trials, key=lambda t: (t.value or 0.0, t.number)).number
+    best = study.trials.best()
+    return study, _complete_trials(study.trials)[0].number if best is None else best.number
 
 
-def _complete_trials(ledger: Ledger) -> list[FrozenTrial]:
-    complete = (TrialState.COMPLETE,)
-    trials = retrying(lambda: ledger.study.get_trials(deepcopy=False, states=complete))
+def _complete_trials(ledger: Ledger) -> list[StoredTrial]:
+    trials = ledger.rows(TrialState.COMPLETE)
     if not trials:
         raise InputError(
             f"no row of {ledger.study.study_name} is complete, so there is no student to export"
@@ -203,7 +202,7 @@ def _complete_trials(ledger: Ledger) -> list[FrozenTrial]:
     return trials
 
 
-def _complete(ledger: Ledger, number: int) -> FrozenTrial:
+def _complete(ledger: Ledger, number: int) -> StoredTrial:
     trials = {trial.number: trial for trial in _complete_trials(ledger)}
     if number not in trials:
         raise InputError(
@@ -213,7 +212,7 @@ def _complete(ledger: Ledger, number: int) -> FrozenTrial:
     return trials[number]
 
 
-def _student(ledger: Ledger, trial: FrozenTrial, steps: int | None) -> Path:
+def _student(ledger: Ledger, trial: StoredTrial, steps: int | None) -> Path:
     """The file of a trial's student.
 
     Raises:
@@ -246,19 +245,19 @@ def _student(ledger: Ledger, trial: FrozenTrial, steps: int | None) -> Path:
     )
 
 
-def _steps(trial: FrozenTrial, steps: int | None) -> int:
+def _steps(trial: StoredTrial, steps: int | None) -> int:
     return min(int(name) for name in trial.user_attrs["fids"]) if steps is None else steps
 
 
-def _chain_pictures(planned: Planned, trial: FrozenTrial, steps: int) -> dict[str, Picture]:
+def _chain_pictures(planned: Planned, trial: StoredTrial, steps: int) -> dict[str, Picture]:
     """The figure, and each arm's first images at that number of steps, from the same latents."""
     figure = picture(chain_chart(planned))
     pictures: dict[str, Picture] = {
         FIGURE: lambda path: figure.savefig(path, format="png", dpi=DPI)
     }
-    seed, arms = Row.of(trial.params).seed, planned.arms
+    seed, arms = PlannedRow.of(trial.params).seed, planned.arms
     for other in _complete_trials(planned.ledger):
-        row = Row.of(other.params)
+        row = PlannedRow.of(other.params)
         student = named_file(other.user_attrs["student"])
         grid = student.with_name(f"{steps:05d}-samples.png")
         if row.seed == seed and grid.is_file():
@@ -267,9 +266,9 @@ def _chain_pictures(planned: Planned, trial: FrozenTrial, steps: int) -> dict[st
     return pictures
 
 
-def _student_table(planned: Planned, trial: FrozenTrial) -> list[dict[str, Any]]:
+def _student_table(planned: Planned, trial: StoredTrial) -> list[dict[str, Any]]:
     """The card's FIDs of students of SFD: every arm at this row's budget and NFE."""
-    row = Row.of(trial.params)
+    row = PlannedRow.of(trial.params)
     return [
         {"nfe": row.nfe, "kimg": row.kimg, **card_row(result), "seeds": seeds_text(result)}
         for result in compare(planned, kimg=row.kimg, nfe=row.nfe).results

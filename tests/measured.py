@@ -20,7 +20,7 @@ from search.cli import main
 from search.database.ledger import Claim, Ledger
 from search.database.tables import open_tables
 from search.judging.confirmation import plan_confirmation
-from search.records.planned import SPACES, Arm, Planned, Row
+from search.records.planned import SPACES, Arm, Planned, PlannedRow
 from search.records.study import SPEC, Study
 from search.specs.promotion_spec import PromotionSpec
 from search.specs.space import baseline_space, search_space
@@ -164,18 +164,20 @@ def _complete(
     ledger.complete(claim, value, {"fid": measured, "weights": weights, "student": file, **attrs})
 
 
-def finish(planned: Planned, value: Callable[[Arm, Row], float], *, most: int = 1000) -> list[Row]:
+def finish(
+    planned: Planned, value: Callable[[Arm, PlannedRow], float], *, most: int = 1000
+) -> list[PlannedRow]:
     """Complete the rows that are left, or so many of them, with chosen FIDs; says which.
 
     A chain's FID is ``value`` at its last number of steps and 1 less at each one before.
     """
     attributes = planned.ledger.study.user_attrs
-    done: list[Row] = []
+    done: list[PlannedRow] = []
     while len(done) < most:
         claim = planned.ledger.claim(SPACES[planned.kind], None)
         if not isinstance(claim, Claim):
             break
-        row = Row.of(claim.params)
+        row = PlannedRow.of(claim.params)
         arm, folder = planned.arms[row.arm], f"{planned.name}/{claim.number:05d}"
         last = value(arm, row)
         attrs: dict[str, Any] = {"arm": arm.name}

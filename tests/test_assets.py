@@ -12,7 +12,7 @@ from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.references import dataset_reference, write_reference
 from search.trials import assets
-from search.trials.trial import STUDENT, evaluate
+from search.trials.trial import STUDENT, train_and_measure
 from tests.small import same_weights, small_teacher
 from tests.studies import NORMALISED, REMOVED, spec
 
@@ -58,7 +58,7 @@ def run(study, folder: Path) -> float:
     assets.prepare(study, CPU, lambda *_: None)
     shared = assets.load(study, CPU)
     quiet = {"check": lambda: None, "report": lambda _: None}
-    return evaluate(shared, {"a": 1.0}, folder, **quiet)["value"]
+    return train_and_measure(shared, {"a": 1.0}, folder, **quiet)["value"]
 
 
 @pytest.mark.usefixtures("no_data")

@@ -19,7 +19,7 @@ from search.trials.chain_engine import check_promotion
 from search.trials.chain_estimate import chain_memory, chains_work, estimate_promotion
 from search.trials.engine import architecture
 from search.trials.estimate import Work
-from search.trials.memory import row_of, trial_memory
+from search.trials.memory import trial_memory, words_of
 from tests.studies import PROMOTIONS, promotion, spec
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -201,8 +201,8 @@ def test_a_chains_batch_is_not_shared_by_gpus(monkeypatch):
     monkeypatch.setattr(search.trials.memory, "free_bytes", lambda _: 2**20)
     told = dataclasses.replace(memory_of(), activations=2**40).shortage(promotion(), CUDA, 1)
     assert told.endswith(" GiB and the GPU has 1 MiB free; lower round.batch (64 now)")
-    assert row_of(promotion()).name == "chain"
-    assert row_of(spec()).name == "trial"
+    assert words_of(promotion()).name == "chain"
+    assert words_of(spec()).name == "trial"
 
 
 @pytest.mark.parametrize("path", PROMOTIONS, ids=lambda path: path.name)

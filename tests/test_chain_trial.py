@@ -21,7 +21,7 @@ from search.judging.promotion import PLAIN_PD, given_arm, plan_progressive
 from search.records.planned import SPACES, UNIFORM, Arm, Planned
 from search.records.progress_text import share_done
 from search.records.trial_log import LOG_FILE, TrialLog, read_log
-from search.trials.chain_trial import ChainAssets, evaluate, load_chain, prepare_chain
+from search.trials.chain_trial import ChainAssets, load_chain, prepare_chain, train_and_measure
 from search.trials.workers import ChainWorker
 from tests.measured import copy_storage, empty_storage, open_once
 from tests.studies import promotion
@@ -74,7 +74,7 @@ class Told:
         seed: int = 0,
         check: Callable[[], None] = lambda: None,
     ) -> dict[str, Any]:
-        return evaluate(
+        return train_and_measure(
             assets,
             arm,
             seed,
@@ -237,9 +237,9 @@ def test_a_stopped_row_saves_just_there_and_its_log_tells_of_every_update(assets
 
     quiet = {"report": told.texts.append, "on_fid": lambda *_: None}
     with pytest.raises(StoppedError):
-        evaluate(assets, OURS, 0, folder, check=check, log=TrialLog(folder), **quiet)
+        train_and_measure(assets, OURS, 0, folder, check=check, log=TrialLog(folder), **quiet)
     calmly = {"check": lambda: None, "log": TrialLog(folder)}
-    result = evaluate(assets, OURS, 0, folder, **calmly, **quiet)
+    result = train_and_measure(assets, OURS, 0, folder, **calmly, **quiet)
     assert comparable(result) == comparable(expected)
     assert hashes(folder) == hashes(expected_folder)
     events, _ = read_log(folder / LOG_FILE)

@@ -6,7 +6,7 @@ import pytest
 
 from search.judging.comparison import compare, difference_text
 from search.judging.promotion import PLAIN_PD
-from search.records.planned import PLAIN, SPACES, UNIFORM, Arm, Planned, Row
+from search.records.planned import PLAIN, SPACES, UNIFORM, Arm, Planned, PlannedRow
 from search.records.standing import align
 from tests.measured import copy_storage, empty_storage, fid, finish, normalised, open_once
 from tests.studies import promotion
@@ -32,7 +32,7 @@ def planned_of(url, *, arms=(PLAIN, UNIFORM, OURS), seeds=(1, 2, 3), budgets=((2
     planned.plan(
         list(arms),
         [
-            Row(arm=index, seed=seed, kimg=kimg, nfe=nfe)
+            PlannedRow(arm=index, seed=seed, kimg=kimg, nfe=nfe)
             for kimg, nfe in budgets
             for seed in seeds
             for index in range(len(arms))
@@ -146,7 +146,7 @@ def test_a_chain_is_compared_at_any_of_its_steps(url):
     """8 -> 4 -> 2: the FID is 1 lower at 4 steps than at 2."""
     planned = Planned.create(url, "promote-digits", "progressive", promotion(), facts={})
     arms = [PLAIN_PD, UNIFORM, OURS]
-    planned.plan(arms, [Row(arm=arm, seed=seed) for seed in (0, 1) for arm in range(3)])
+    planned.plan(arms, [PlannedRow(arm=arm, seed=seed) for seed in (0, 1) for arm in range(3)])
     finish(planned, lambda arm, row: 10.0 - 2 * row.arm + row.seed)
     assert compare(planned).plain.arm == PLAIN_PD
     for steps, expected in ((2, {0: 10.0, 1: 11.0}), (4, {0: 9.0, 1: 10.0})):

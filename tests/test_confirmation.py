@@ -16,7 +16,7 @@ from search.judging.confirmation import (
 )
 from search.judging.promotion import confirmed_arm
 from search.judging.retraining import fresh_seeds, variant, variants
-from search.records.planned import PLAIN, SPACES, UNIFORM, Arm, Planned, Row
+from search.records.planned import PLAIN, SPACES, UNIFORM, Arm, Planned, PlannedRow
 from search.records.study import Study
 from search.showing.report_files import write_planned_report
 from search.specs.study_spec import StudySpec
@@ -103,13 +103,13 @@ def slope(arm: Arm) -> float:
     return next(a for i, a in enumerate(NOISY) if i == arm.trial)
 
 
-def fresh(arm: Arm, row: Row) -> float:
+def fresh(arm: Arm, row: PlannedRow) -> float:
     if arm == PLAIN:
         return PLAIN_FIDS[row.seed]
     return UNIFORM_FIDS[row.seed] if arm == UNIFORM else FRESH[slope(arm)][row.seed]
 
 
-def longer(arm: Arm, row: Row) -> float:
+def longer(arm: Arm, row: PlannedRow) -> float:
     """At another budget: 8 plain, and the less the steeper."""
     return row.seed / 8 + (8.0 if arm.is_baseline else 7.0 - slope(arm))
 
@@ -135,7 +135,7 @@ def test_candidates_are_those_of_lowest_posterior_mean_not_of_lowest_value(url):
 def test_each_trains_under_the_same_fresh_seeds(planned):
     assert planned.name == "digits.confirm"
     assert planned.unfinished() == [
-        Row(arm=arm, seed=seed, kimg=2.56, nfe=2) for seed in (1, 2, 3) for arm in range(5)
+        PlannedRow(arm=arm, seed=seed, kimg=2.56, nfe=2) for seed in (1, 2, 3) for arm in range(5)
     ]
     assert planned.facts == {"of": "digits"}
 
@@ -147,7 +147,7 @@ def test_fresh_seeds_are_none_of_the_search_s():
 
 def test_a_row_trains_as_the_search_did_but_for_what_it_says():
     study = normalised()
-    row = Row(arm=2, seed=5, kimg=7.5, nfe=3)
+    row = PlannedRow(arm=2, seed=5, kimg=7.5, nfe=3)
     other = variant(study, row)
     changed = {
         key: value for key, value in other.conditions().items() if study.conditions()[key] != value
@@ -158,7 +158,7 @@ def test_a_row_trains_as_the_search_did_but_for_what_it_says():
         "seeds.evaluation": 5,
         "student.nfe": 3,
     }
-    assert variant(study, Row(arm=2, seed=0)) == study
+    assert variant(study, PlannedRow(arm=2, seed=0)) == study
 
 
 def test_each_variant_is_made_once(planned):
@@ -241,7 +241,7 @@ def test_an_arm_holds_the_weights_that_its_trial_had(searched):
 def test_more_seeds_add_rows(confirmed):
     planned = confirmation(confirmed, seeds=5)
     assert planned.unfinished() == [
-        Row(arm=arm, seed=seed, kimg=2.56, nfe=2) for seed in (4, 5) for arm in range(5)
+        PlannedRow(arm=arm, seed=seed, kimg=2.56, nfe=2) for seed in (4, 5) for arm in range(5)
     ]
 
 
@@ -254,7 +254,7 @@ def test_more_candidates_are_the_next_best(confirmed):
     planned = confirmation(confirmed, count=4)
     assert slopes(planned)[:3] == [1.25, 1.0, 1.5]
     assert len(planned.arms) == 6
-    assert planned.unfinished() == [Row(arm=5, seed=s, kimg=2.56, nfe=2) for s in (1, 2, 3)]
+    assert planned.unfinished() == [PlannedRow(arm=5, seed=s, kimg=2.56, nfe=2) for s in (1, 2, 3)]
 
 
 def test_a_search_that_went_on_adds_its_new_candidates(url):
@@ -266,7 +266,7 @@ def test_a_search_that_went_on_adds_its_new_candidates(url):
     extended = search(url, [*FEW, ({"a": 1.0}, 8.0)])
     again = confirmation(extended, count=1, seeds=1)
     assert [arm.trial for arm in again.arms[2:]] == [3, 6]
-    assert again.unfinished() == [Row(arm=3, seed=1, kimg=2.56, nfe=2)]
+    assert again.unfinished() == [PlannedRow(arm=3, seed=1, kimg=2.56, nfe=2)]
     finish(again, lambda arm, row: 5.0)
     assert verdict(extended).winner.arm.trial == 6
 

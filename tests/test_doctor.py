@@ -26,12 +26,11 @@ from search.database.storage import open_storage, resolve_storage_url
 from search.doctor import storage as doctor_storage
 from search.doctor.examination import examine_study
 from search.doctor.finding import Finding
-from search.doctor.machine import look_at_machine, wants_of
+from search.doctor.machine import check_machine, wants_of
 from search.doctor.rows import subjects
-from search.doctor.storage import engine_of, look_at_storage
+from search.doctor.storage import check_storage, engine_of
 from search.records.artifacts import artifact_store, attach
-from search.records.planned import PLAIN, SPACES, UNIFORM, Planned
-from search.records.planned import Row as PlannedRow
+from search.records.planned import PLAIN, SPACES, UNIFORM, Planned, PlannedRow
 from search.records.standing import copy_baselines
 from search.records.study import BASELINES_SUFFIX, FINGERPRINT, Study
 from search.specs.space import baseline_space, make_sampler, search_space
@@ -459,12 +458,12 @@ def test_ten_thousand_trials_and_their_folders_take_seconds(patient):
 
 
 def storage_findings(url: str) -> list[Finding]:
-    return [each for each in look_at_storage(url, engine_of(url)) if each.level != "ok"]
+    return [each for each in check_storage(url, engine_of(url)) if each.level != "ok"]
 
 
 def test_a_healthy_storage(patient):
     assert storage_findings(patient.url) == []
-    checks = [each.check for each in look_at_storage(patient.url, engine_of(patient.url))]
+    checks = [each.check for each in check_storage(patient.url, engine_of(patient.url))]
     assert checks[:4] == ["storage", "schema", "schema", "rights"]
 
 
@@ -526,11 +525,11 @@ def test_a_full_disk_and_one_that_cannot_be_written(tmp_path, monkeypatch):
         storage = open_storage(resolve_storage_url(None))
         storage.remove_session()
         storage.engine.dispose()  # or the disk could not be mounted anew
-        found = list(itertools.islice(look_at_machine([]), 2))
+        found = list(itertools.islice(check_machine([]), 2))
         assert [each.level for each in found] == ["problem", "problem"]
         assert "GiB are free where runs lie" in found[0].text
         disk.make_read_only()
-        found = list(itertools.islice(look_at_machine([]), 2))
+        found = list(itertools.islice(check_machine([]), 2))
         assert "runs cannot be written" in found[0].text
         (found,) = storage_findings(resolve_storage_url(None))
         assert (found.check, found.level) == ("storage", "problem")
@@ -623,5 +622,5 @@ def test_a_trial_that_fits_no_machine(monkeypatch, tmp_path):
     monkeypatch.setenv("BDENSE_RUNS", str(tmp_path))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     wants = wants_of("digits", spec(resources__gpus=64).model_dump(mode="json"))
-    (found,) = [each for each in look_at_machine([wants]) if each.level == "problem"]
+    (found,) = [each for each in check_machine([wants]) if each.level == "problem"]
     assert found.text.startswith("a trial asks for 1 CPUs and 64 GPUs of one machine; there are ")

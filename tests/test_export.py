@@ -15,7 +15,7 @@ from bdense.sources import load_model
 from search.database.ledger import Ledger
 from search.database.storage import runs_folder
 from search.export import export_trial, promoted_row
-from search.judging.promotion import confirmed_arm, given_arm, plan_full_budget, plan_progressive
+from search.judging.promotion import confirmed_arm, given_arm, plan_progressive, plan_retraining
 from search.judging.transfer import plan_transfer
 from search.launching import launch
 from search.records.planned import Planned
@@ -169,7 +169,7 @@ def test_a_baseline_s_student_may_be_asked_for(searched, tmp_path):
 def test_at_full_budget_it_is_that_of_the_nfe_and_budget_asked_for(confirmed):
     arm = confirmed_arm(confirmed)
     for kimg, nfes in ((5.0, [2, 3]), (20.0, [2])):
-        planned = plan_full_budget(confirmed, normalised(), arm, nfes=nfes, kimg=kimg, seeds=1)
+        planned = plan_retraining(confirmed, normalised(), arm, nfes=nfes, kimg=kimg, seeds=1)
         finish(planned, lambda arm, row: 9.0 - row.arm)
     found = {
         (nfe, kimg): promoted_row(planned, nfe=nfe, kimg=kimg)
@@ -375,7 +375,7 @@ def test_at_full_budget_each_nfe_has_its_folder_and_other_budgets_lie_beside(con
     """The second command exports its own students, not those of the first."""
     arm, runs = confirmed_arm(confirmed), tmp_path / "runs/digits.promote"
     for kimg, nfes in ((5.0, [2, 3]), (20.0, [2])):
-        planned = plan_full_budget(confirmed, normalised(), arm, nfes=nfes, kimg=kimg, seeds=1)
+        planned = plan_retraining(confirmed, normalised(), arm, nfes=nfes, kimg=kimg, seeds=1)
         finish(planned, lambda arm, row: 9.0 - row.arm)
     keep(planned.ledger, 2, 5, 8)
     path = write(tmp_path, weights=NORMALISED)

@@ -13,7 +13,7 @@ from search.launching.head import Head
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    monkeypatch.setattr(head, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(head, "ASK_SECONDS", 0.02)
     monkeypatch.setattr(head, "PATIENCE_SECONDS", 0.1)
     # Or a Ctrl-C that this process was started to ignore would interrupt nothing.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -20,10 +20,10 @@ from bdense.errors import InputError
 from search.database.ledger import Ledger
 from search.database.storage import open_reading
 from search.records.folders import named_file, row_folder
-from search.records.planned import SPACES, Arm, Planned, Row
+from search.records.planned import SPACES, Arm, Planned, PlannedRow
 from search.records.study import CONDITIONS, FINGERPRINT, SPEC, Study
 from search.showing.dashboard import HOST, _QuietHandler, _Server, dashboard_application
-from search.showing.drawing import shortened
+from search.showing.drawing import ellipsised
 from search.showing.live import attach_pictures, show
 from search.showing.markdown import escaped, fenced, html_table, markdown_table, tagless
 from search.showing.report_files import write_planned_report, write_report
@@ -182,7 +182,7 @@ def test_planned_rows_are_escaped_alike(tmp_path, monkeypatch):
     planned = Planned.create(url, NAME, "retrain", spec(), facts=of)
     planned.plan(
         [Arm(name=PICTURE + LINES, params={"a": 1.0, "b": 0.0})],
-        [Row(arm=0, seed=1, kimg=1.0, nfe=2)],
+        [PlannedRow(arm=0, seed=1, kimg=1.0, nfe=2)],
     )
     claim = planned.ledger.claim(SPACES["retrain"], None)
     fid = {**FID_CONDITIONS, "value": 3.0, "extractor": SCRIPT, "seeds": {"training": 1}}
@@ -218,8 +218,8 @@ def test_bare_addresses_become_no_links(text):
 
 
 def test_a_label_that_is_too_long_is_shortened():
-    assert shortened("a" * 60) == "a" * 60
-    assert shortened("a" * 61) == "a" * 59 + "…"
+    assert ellipsised("a" * 60) == "a" * 60
+    assert ellipsised("a" * 61) == "a" * 59 + "…"
 
 
 def read_cells(html: str) -> list[list[str]]:

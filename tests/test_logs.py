@@ -23,7 +23,7 @@ from search.showing.log_lines import log_line
 from search.specs.space import search_space
 from search.trials.engine import branches_and_weights, training_config
 from search.trials.result import read_result, take_folder
-from search.trials.trial import CHECKPOINT, bring_to_an_end, evaluate
+from search.trials.trial import CHECKPOINT, bring_to_an_end, train_and_measure
 from tests.studies import spec
 from tests.test_trial import CPU, TINY, prepared
 
@@ -122,7 +122,7 @@ def test_losses_are_those_of_each_interval_and_branch(tmp_path):
     study = spec(**SMALL, student__afs=False)
     shared, folder = prepared(study), tmp_path / "runs/digits/00000"
     quiet = {"check": lambda: None, "report": lambda _: None}
-    found = evaluate(shared, {"a": 1.0}, folder, log=TrialLog(folder), **quiet)
+    found = train_and_measure(shared, {"a": 1.0}, folder, log=TrialLog(folder), **quiet)
     reports = []
     num_branches, weights = branches_and_weights(study, {"a": 1.0})
     distill_on(
@@ -150,7 +150,7 @@ def test_what_is_stopped_saves_just_there_and_ends_as_if_it_had_not_been(tmp_pat
     params = learned if weights == "learned" else {"a": 1.0}
     calm, folder = tmp_path / "study/00000", tmp_path / "study/00001"
     quiet = {"check": lambda: None, "report": lambda _: None}
-    expected = evaluate(shared, params, calm, **quiet)
+    expected = train_and_measure(shared, params, calm, **quiet)
     left = iter(range(4))
 
     def stopping() -> None:
@@ -158,7 +158,7 @@ def test_what_is_stopped_saves_just_there_and_ends_as_if_it_had_not_been(tmp_pat
             raise StoppedError("enough")
 
     with pytest.raises(StoppedError):
-        evaluate(
+        train_and_measure(
             shared,
             params,
             folder,
@@ -167,7 +167,7 @@ def test_what_is_stopped_saves_just_there_and_ends_as_if_it_had_not_been(tmp_pat
             log=TrialLog(folder),
         )
     assert (folder / CHECKPOINT).exists()
-    found = evaluate(shared, params, folder, log=TrialLog(folder), **quiet)
+    found = train_and_measure(shared, params, folder, log=TrialLog(folder), **quiet)
     kept = ("fid", "weights", "weights_over_time")
     assert {k: found["attrs"].get(k) for k in kept} == {k: expected["attrs"].get(k) for k in kept}
     happened = [(event["event"], event.get("iteration")) for event in events(folder)]

@@ -7,9 +7,9 @@ import optuna
 import pytest
 
 from search.database.ledger import Claim, Ledger
-from search.errors import SpecChangedError, UnknownStudyError
+from search.errors import NotPlannedError, SpecChangedError, UnknownStudyError
 from search.records.opening import open_record, open_search_named
-from search.records.planned import PLAIN, SPACES, UNIFORM, Arm, Planned, Row
+from search.records.planned import PLAIN, SPACES, UNIFORM, Arm, Planned, PlannedRow
 from search.records.study import Study
 from search.specs.study_spec import StudySpec
 from tests.measured import copy_storage, empty_storage, finish, normalised, open_once, search
@@ -30,8 +30,10 @@ def create(url: str, *, study=None, facts=None) -> Planned:
     return Planned.create(url, "digits.confirm", "retrain", given, facts=of)
 
 
-def rows(*seeds: int, arms: int = 3) -> list[Row]:
-    return [Row(arm=arm, seed=seed, kimg=2.56, nfe=2) for seed in seeds for arm in range(arms)]
+def rows(*seeds: int, arms: int = 3) -> list[PlannedRow]:
+    return [
+        PlannedRow(arm=arm, seed=seed, kimg=2.56, nfe=2) for seed in seeds for arm in range(arms)
+    ]
 
 
 def claim_next(planned: Planned) -> Claim:
@@ -40,13 +42,15 @@ def claim_next(planned: Planned) -> Claim:
     return claim
 
 
-def by_arm(arm: Arm, row: Row) -> float:
+def by_arm(arm: Arm, row: PlannedRow) -> float:
     return 10.0 + row.arm + row.seed / 8
 
 
-@pytest.mark.parametrize("row", [Row(arm=2, seed=7), Row(arm=0, seed=1, kimg=2.56, nfe=3)])
+@pytest.mark.parametrize(
+    "row", [PlannedRow(arm=2, seed=7), PlannedRow(arm=0, seed=1, kimg=2.56, nfe=3)]
+)
 def test_a_row_is_its_parameters(row):
-    assert Row.of(row.params()) == row
+    assert PlannedRow.of(row.params()) == row
     assert None not in row.params().values()
 
 
@@ -87,7 +91,7 @@ def test_planned_again_only_what_is_new_is_added(url):
     fourth = Arm(name="a 2.000 (trial 5)", params={"a": 2.0, "b": -4.0}, trial=5)
     again.plan([*ARMS, fourth], rows(1, 2, arms=4))
     assert again.arms == [*ARMS, fourth]
-    new = [*rows(2), *(Row(arm=3, seed=s, kimg=2.56, nfe=2) for s in (1, 2))]
+    new = [*rows(2), *(PlannedRow(arm=3, seed=s, kimg=2.56, nfe=2) for s in (1, 2))]
     assert again.unfinished() == new
     assert again.rows() == [*rows(1), *new]
     assert (again.ledger.budget, again.left()) == (8, 5)
@@ -114,7 +118,7 @@ def test_two_budgets_that_nearly_agree_are_two_rows(url):
     planned = create(url)
     budgets = (2.56, math.nextafter(2.56, 3.0))
     for kimg in budgets:
-        planned.plan(ARMS, [Row(arm=0, seed=1, kimg=kimg, nfe=2)])
+        planned.plan(ARMS, [PlannedRow(arm=0, seed=1, kimg=kimg, nfe=2)])
     assert [row.kimg for row in planned.unfinished()] == list(budgets)
     finish(planned, by_arm)
     assert [trial.params["kimg"] for trial in planned.ledger.study.trials] == list(budgets)
@@ -194,9 +198,9 @@ def test_a_study_whose_maker_was_killed_is_made_whole_by_the_next(url):
 
 def test_a_search_is_no_planned_study_nor_the_reverse(url):
     study = search(url, [({"a": 1.0}, 9.0)])
-    with pytest.raises(UnknownStudyError, match="study 'digits' is a search, not a list of plann"):
+    with pytest.raises(NotPlannedError, match="study 'digits' is a search, not a list of plann"):
         Planned.open(url, "digits")
-    with pytest.raises(UnknownStudyError, match="study 'digits' is a search"):
+    with pytest.raises(NotPlannedError, match="study 'digits' is a search"):
         Planned.create(url, "digits", "retrain", normalised(), facts={})
     assert study.trials.budget == 1
     create(url).plan(ARMS, rows(1))
@@ -216,12 +220,12 @@ def test_a_search_is_no_planned_study_nor_the_reverse(url):
 def test_a_search_does_not_take_the_name_of_planned_rows(url):
     """Neither begun nor waiting rows are mixed with a search's trials."""
     planned = Planned.create(url, "promote-digits", "progressive", promotion(), facts={})
-    planned.plan(ARMS, [Row(arm=0, seed=0)])
+    planned.plan(ARMS, [PlannedRow(arm=0, seed=0)])
     spec_json = planned.spec_json
     with pytest.raises(SpecChangedError, match=r"'promote-digits' .* planned rows, .* another "):
         Study.create(url, normalised(name="promote-digits"))
     assert planned.spec_json == spec_json
-    assert planned.unfinished() == [Row(arm=0, seed=0)]
+    assert planned.unfinished() == [PlannedRow(arm=0, seed=0)]
 
 
 def test_an_unknown_one_is_not_made_by_looking(url):

@@ -19,14 +19,14 @@ from search.judging.promotion import (
     PLAIN_PD,
     confirmed_arm,
     given_arm,
-    plan_full_budget,
     plan_progressive,
+    plan_retraining,
     said_of_budget,
     said_of_weights,
 )
 from search.judging.retraining import variants
 from search.launching import launch
-from search.records.planned import PLAIN, UNIFORM, Arm, Planned, Row
+from search.records.planned import PLAIN, UNIFORM, Arm, Planned, PlannedRow
 from search.records.study import Study
 from search.showing.chain_report import by_steps, chain_chart, chain_table, fid_table
 from search.showing.drawing import picture
@@ -88,7 +88,7 @@ def planned_chain(url: str, arm: Arm = PAPER, seeds=(0, 1), of=None, **keys) -> 
     return plan_progressive(url, promotion(**keys), arm, of=of, seeds=seeds)
 
 
-def last_fid(arm: Arm, row: Row) -> float:
+def last_fid(arm: Arm, row: PlannedRow) -> float:
     """Plain 9, 10; uniform 8.5, 9.5; promoted 7, 8."""
     return {"pd": 9.0, "uniform": 8.5}.get(arm.params.get("method"), 7.0) + row.seed
 
@@ -198,7 +198,7 @@ def test_learned_weights_are_refused_for_progressive_distillation(url):
 def test_plain_uniform_and_the_weights_under_each_seed(url):
     planned = planned_chain(url)
     assert planned.arms == [PLAIN_PD, UNIFORM, PAPER]
-    assert planned.unfinished() == [Row(arm=a, seed=s) for s in (0, 1) for a in (0, 1, 2)]
+    assert planned.unfinished() == [PlannedRow(arm=a, seed=s) for s in (0, 1) for a in (0, 1, 2)]
     assert planned.facts == {"of": None, "a": 1.386, "b": -4.274}
 
 
@@ -226,7 +226,7 @@ def test_other_conditions_under_the_same_name_are_refused(url):
 def test_more_seeds_add_rows_and_fewer_take_none_away(url):
     finish(planned_chain(url), last_fid)
     more = planned_chain(url, seeds=(0, 1, 7))
-    assert more.unfinished() == [Row(arm=arm, seed=7) for arm in range(3)]
+    assert more.unfinished() == [PlannedRow(arm=arm, seed=7) for arm in range(3)]
     assert (more.left(), planned_chain(url, seeds=(0,)).left()) == (3, 3)
 
 
@@ -311,11 +311,11 @@ def test_full_budget_is_a_row_for_each_arm_seed_and_nfe(confirmed):
     """Under seeds that neither the search has seen nor the confirmation, which chose by 1 to 3."""
     study = normalised()
     arm = confirmed_arm(confirmed)
-    planned = plan_full_budget(confirmed, study, arm, nfes=[2, 3], kimg=20, seeds=2)
+    planned = plan_retraining(confirmed, study, arm, nfes=[2, 3], kimg=20, seeds=2)
     assert planned.name == "digits.promote"
     assert planned.arms == [PLAIN, UNIFORM, arm]
     assert planned.unfinished() == [
-        Row(arm=index, seed=seed, kimg=20.0, nfe=nfe)
+        PlannedRow(arm=index, seed=seed, kimg=20.0, nfe=nfe)
         for nfe in (2, 3)
         for seed in (4, 5)
         for index in range(3)
@@ -326,11 +326,11 @@ def test_full_budget_is_a_row_for_each_arm_seed_and_nfe(confirmed):
 
 def test_other_weights_at_full_budget_are_one_more_arm_beside_the_same_baselines(confirmed):
     study, first = normalised(), confirmed_arm(confirmed)
-    planned = plan_full_budget(confirmed, study, first, nfes=[2], kimg=20, seeds=1)
+    planned = plan_retraining(confirmed, study, first, nfes=[2], kimg=20, seeds=1)
     finish(planned, last_fid)
-    more = plan_full_budget(confirmed, study, PAPER, nfes=[2], kimg=20, seeds=1)
+    more = plan_retraining(confirmed, study, PAPER, nfes=[2], kimg=20, seeds=1)
     assert more.arms == [PLAIN, UNIFORM, first, PAPER]
-    assert more.unfinished() == [Row(arm=3, seed=4, kimg=20.0, nfe=2)]
+    assert more.unfinished() == [PlannedRow(arm=3, seed=4, kimg=20.0, nfe=2)]
 
 
 def test_weights_that_were_confirmed_at_another_budget_are_told(confirmed):
@@ -346,7 +346,7 @@ def test_learned_weights_may_be_promoted_by_sfd(url):
     study = search(url, [({"rule": "uncertainty", "strength": 0.5}, 9.0)], study=learned)
     finish(confirmation(study, learned, count=1), lambda arm, row: 10.0 - row.arm)
     arm = confirmed_arm(study)
-    planned = plan_full_budget(study, learned, arm, nfes=[2], kimg=20, seeds=1)
+    planned = plan_retraining(study, learned, arm, nfes=[2], kimg=20, seeds=1)
     assert planned.arms[2].params == {"rule": "uncertainty", "strength": 0.5, "memory": 100}
 
 

@@ -18,8 +18,8 @@ from search.records.standing import headline, standing
 from search.records.study import Study
 from search.specs.study_spec import StudySpec
 from search.trials import assets
-from search.trials.pruning import LOOKS, judge_of
-from search.trials.trial import evaluate
+from search.trials.pruning import LOOKS_FILE, judge_of
+from search.trials.trial import train_and_measure
 from search.trials.workers import SearchWorker
 from tests.e2e.study import small_study
 from tests.studies import spec
@@ -258,7 +258,7 @@ def test_a_clearly_bad_point_is_pruned_and_the_others_are_what_they_would_be(fol
     # Looks and pruning change no trial's number.
     plain = digits(name="plain")
     quiet = {"check": lambda: None, "report": lambda _: None}
-    found = evaluate(prepared(plain), {"a": 1.0}, folders / "plain" / "00000", **quiet)
+    found = train_and_measure(prepared(plain), {"a": 1.0}, folders / "plain" / "00000", **quiet)
     assert found["value"] == first.value
     assert "intermediate" not in found["attrs"]
     # FIDs on the way of other images would be compared with these.
@@ -280,15 +280,19 @@ def test_whoever_takes_over_tells_the_looks_again_and_ends_the_same(folders):
         return False
 
     place, calm = (folders / "study" / name for name in ("00000", "00001"))
-    expected = evaluate(shared, {"a": 1.0}, calm, check=lambda: None, judge=judge, **quiet)
+    expected = train_and_measure(
+        shared, {"a": 1.0}, calm, check=lambda: None, judge=judge, **quiet
+    )
     before = list(told)
     # Checks: 2 iterations, 64 images drawn and judged, 2 iterations, and the second look begun.
     with pytest.raises(InterruptedRunError):
-        evaluate(shared, {"a": 1.0}, place, check=interrupted_after(6), judge=judge, **quiet)
+        train_and_measure(
+            shared, {"a": 1.0}, place, check=interrupted_after(6), judge=judge, **quiet
+        )
     assert (place / CHECKPOINT).exists()
-    assert len(json.loads((place / LOOKS).read_text())) == 1
+    assert len(json.loads((place / LOOKS_FILE).read_text())) == 1
     told.clear()
-    found = evaluate(shared, {"a": 1.0}, place, check=lambda: None, judge=judge, **quiet)
+    found = train_and_measure(shared, {"a": 1.0}, place, check=lambda: None, judge=judge, **quiet)
     assert told == before[1:]
     assert found["value"] == expected["value"]
     assert found["attrs"]["intermediate"] == expected["attrs"]["intermediate"]
@@ -300,9 +304,9 @@ def test_a_pruned_trial_that_nobody_told_is_told_by_whoever_takes_over(folders):
     study = digits(budget={"kimg": 0.256}, pruning={"at": AT, "images": 64})
     shared, place = prepared(study), folders / "study" / "00000"
     quiet = {"check": lambda: None, "report": lambda _: None}
-    first = evaluate(shared, {"a": 1.0}, place, judge=lambda *_: True, **quiet)
+    first = train_and_measure(shared, {"a": 1.0}, place, judge=lambda *_: True, **quiet)
     assert (first["value"], first["attrs"]["pruned_at"]) == (None, 0.25)
     assert not (place / CHECKPOINT).exists()
     assert json.loads((place / RESULT).read_text()) == first
-    again = evaluate(shared, {"a": 1.0}, place, judge=lambda *_: False, **quiet)
+    again = train_and_measure(shared, {"a": 1.0}, place, judge=lambda *_: False, **quiet)
     assert again == first

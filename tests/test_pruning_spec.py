@@ -8,7 +8,7 @@ import yaml
 
 from search.errors import SpecError
 from search.judging.retraining import variant
-from search.records.planned import Row
+from search.records.planned import PlannedRow
 from search.specs.space import make_pruner
 from search.specs.study_file import as_yaml, parse_spec
 from tests.studies import changed, spec
@@ -134,4 +134,4 @@ def test_what_is_wrong_is_named(keys, expected):
 def test_students_trained_again_are_not_looked_at():
     """At a smaller budget there may be no room for the looks."""
     study = spec(pruning={"pruner": "median", "at": AT})
-    assert variant(study, Row(arm=0, seed=3, kimg=0.064)).looks == {}
+    assert variant(study, PlannedRow(arm=0, seed=3, kimg=0.064)).looks == {}

@@ -17,7 +17,7 @@ from sqlalchemy import event
 
 from benchmarks.large_study import fill
 from search.database.ledger import Claim, Ledger, asked_of
-from search.database.rows import Row
+from search.database.rows import StoredTrial
 from search.database.storage import open_storage
 from search.database.tables import Role, grant
 from search.errors import StorageError, UnknownStudyError
@@ -91,8 +91,8 @@ def ledger(request, tmp_path_factory) -> Ledger:
     return varied_study
 
 
-def row_of(trial: FrozenTrial) -> Row:
-    return Row(
+def row_of(trial: FrozenTrial) -> StoredTrial:
+    return StoredTrial(
         number=trial.number,
         value=trial.value,
         params=trial.params,

@@ -24,7 +24,7 @@ from search.launching.gpus import count_gpus, use_gpus
 from search.records import retention
 from search.records.folders import row_folder
 from search.records.opening import stored_spec
-from search.records.planned import PLAIN, SPACES, Planned, Row
+from search.records.planned import PLAIN, SPACES, Planned, PlannedRow
 from search.records.points import Point, checked, largest_weight
 from search.records.retention import CHECKPOINT, STUDENT
 from search.records.standing import failures
@@ -496,7 +496,7 @@ def test_clean_deletes_no_trajectories_that_another_study_reads(capsys, recorded
     else:
         url = resolve_storage_url(None)
         other = Planned.create(url, "other", "retrain", spec(name="other"), facts={})
-        other.plan([PLAIN], [Row(arm=0, seed=1, kimg=1.0, nfe=2)])
+        other.plan([PLAIN], [PlannedRow(arm=0, seed=1, kimg=1.0, nfe=2)])
         ledger, named = other.ledger, [str(recorded.with_name("4567")), str(recorded)]
         taken, by = ledger.claim(SPACES["retrain"], None), ledger
     ledger.study.set_user_attr("trajectories", named)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-from search.database.ledger import STOPPED, Claim, Done, Ledger
+from search.database.ledger import ENDED_EARLY, Claim, Done, Ledger
 from search.judging.stopping import StopRule, room_left
 from search.judging.surrogate import Evaluation, posterior, posterior_means
 from search.records.points import Point, enqueue
@@ -141,7 +141,7 @@ def search(ledger: Ledger, given: StudySpec, fid: Callable[[float], float]) -> i
 def test_it_is_off_by_default(tmp_path):
     record, given = study(tmp_path)
     assert search(record.trials, given, lambda _: 10.0) == 30
-    assert record.trials.attribute(STOPPED) is None
+    assert record.trials.attribute(ENDED_EARLY) is None
     assert "changes" not in record.trials.study.user_attrs
 
 
@@ -151,7 +151,7 @@ def test_a_study_of_noise_is_stopped_and_counts_as_ended(tmp_path):
     assert 8 <= complete < 30
     counts = record.trials.counts()
     assert (counts.planned, counts.complete, counts.waiting) == (complete, complete, 0)
-    stopped = record.trials.attribute(STOPPED)
+    stopped = record.trials.attribute(ENDED_EARLY)
     assert (stopped["after"], stopped["of"]) == (complete, 30)
     assert "less than its noise of 1.30% (stop.noise)" in stopped["reason"]
     [change] = record.trials.study.user_attrs["changes"]
@@ -175,7 +175,7 @@ def test_a_study_that_still_gains_is_not(tmp_path):
         return 10.0 * 0.9 ** next(steps)
 
     assert search(record.trials, given, fid) == 12
-    assert record.trials.attribute(STOPPED) is None
+    assert record.trials.attribute(ENDED_EARLY) is None
 
 
 def test_it_is_not_asked_before_enough_trials_are_complete(tmp_path):
@@ -245,7 +245,7 @@ def test_what_runs_is_finished_and_what_was_planned_comes_first(tmp_path):
     assert ledger.budget == 30  # the ninth is still to be begun
     running = ledger.claim(SPACE, None)
     StopRule(given, SPACE, lambda _: True)(ledger)
-    assert (ledger.budget, ledger.attribute(STOPPED)["after"]) == (9, 9)
+    assert (ledger.budget, ledger.attribute(ENDED_EARLY)["after"]) == (9, 9)
     assert ledger.counts().running == 1
     ledger.complete(running, 10.0, {})
     counts = ledger.counts()
@@ -264,7 +264,7 @@ def test_a_log_linear_search_is_judged_by_its_slopes(tmp_path):
     rule = StopRule(given, space, lambda _: True)
     assert {tuple(each.point) for each in rule._evaluations(ledger)} == {("a",)}
     rule(ledger)
-    assert ledger.attribute(STOPPED)["after"] == 16
+    assert ledger.attribute(ENDED_EARLY)["after"] == 16
 
 
 def test_pruned_and_failed_trials_count_and_tell_the_curve_nothing(tmp_path):
@@ -304,4 +304,4 @@ def test_the_bound_is_relative_to_the_noise_given(tmp_path):
             record.trials.enqueue(each.point)
             record.trials.complete(record.trials.claim(SPACE, None), each.value, {})
         StopRule(given, SPACE, lambda _: True)(record.trials)
-        assert (record.trials.attribute(STOPPED) is not None) == stops
+        assert (record.trials.attribute(ENDED_EARLY) is not None) == stops

@@ -9,11 +9,11 @@ from search.judging.comparison import compare
 from search.judging.retraining import variant, variants
 from search.judging.transfer import plan_transfer, transfer_name
 from search.launching import launch
-from search.records.planned import PLAIN, UNIFORM, Planned, Row
+from search.records.planned import PLAIN, UNIFORM, Planned, PlannedRow
 from search.records.study import Study
 from search.specs.study_spec import StudySpec
 from search.trials import assets
-from search.trials.trial import evaluate
+from search.trials.trial import train_and_measure
 from search.trials.workers import RetrainWorker
 from tests.measured import (
     command,
@@ -67,7 +67,7 @@ def test_the_top_weights_and_the_baselines_of_the_other_study(study):
     assert [arm.trial for arm in planned.arms[2:]] == [3, 2]
     # Seeds 0 and 1 are the other study's own.
     assert planned.unfinished() == [
-        Row(arm=arm, seed=seed, kimg=5.0, nfe=3) for seed in (2, 3) for arm in range(4)
+        PlannedRow(arm=arm, seed=seed, kimg=5.0, nfe=3) for seed in (2, 3) for arm in range(4)
     ]
     assert planned.facts == {"of": "digits"}
     assert planned.spec(StudySpec) == other()
@@ -89,7 +89,7 @@ def test_asked_again_only_what_is_new_is_added(study):
     finish(planned, lambda arm, row: 9.0 - row.arm)
     assert [arm.trial for arm in plan(study, top=3).arms[2:]] == [3, 2, 4]
     assert plan(study, top=3).unfinished() == [
-        Row(arm=4, seed=seed, kimg=5.0, nfe=3) for seed in (2, 3)
+        PlannedRow(arm=4, seed=seed, kimg=5.0, nfe=3) for seed in (2, 3)
     ]
     # Fewer take nothing away, and ask for nothing new.
     assert plan(study, top=1).left() == 2
@@ -125,10 +125,12 @@ def test_rows_train_as_their_variant_does(study, tmp_path, monkeypatch, shared_c
         worker.work(claimed)
     comparison = compare(planned)
     assert [list(result.fids) for result in comparison.results] == [[2]] * 3
-    shared = assets.load(variant(to, Row(arm=0, seed=2, kimg=0.064, nfe=3)), torch.device("cpu"))
+    shared = assets.load(
+        variant(to, PlannedRow(arm=0, seed=2, kimg=0.064, nfe=3)), torch.device("cpu")
+    )
     quiet = {"check": lambda: None, "report": lambda _: None}
     ours = comparison.results[2]
-    alone = evaluate(shared, ours.arm.params, tmp_path / "alone/00000", **quiet)
+    alone = train_and_measure(shared, ours.arm.params, tmp_path / "alone/00000", **quiet)
     assert ours.fids == {2: alone["value"]}
     assert ours.conditions == alone["attrs"]["fid"]
     plain, uniform, ours = planned.ledger.study.trials

@@ -17,7 +17,7 @@ from bdense.references import dataset_reference, write_reference
 from bdense.sampling import draw_images, sampler_from
 from search.specs.study_spec import StudySpec
 from search.trials import assets
-from search.trials.trial import CHECKPOINT, STUDENT, evaluate
+from search.trials.trial import CHECKPOINT, STUDENT, train_and_measure
 from tests.small import small_teacher
 from tests.studies import NORMALISED, spec
 
@@ -48,7 +48,7 @@ def prepared(study: StudySpec) -> assets.Assets:
 
 def attrs(shared: assets.Assets, folder: Path, params: Mapping[str, Any] = SLOPE) -> dict:
     quiet = {"check": lambda: None, "report": lambda _: None}
-    return evaluate(shared, params, folder, **quiet)["attrs"]
+    return train_and_measure(shared, params, folder, **quiet)["attrs"]
 
 
 def test_a_trial_stores_the_metrics_it_was_asked_for(tmp_path, monkeypatch):
@@ -97,7 +97,9 @@ def test_learned_weights_are_stored_over_time_and_drawn_also_after_an_interrupti
     calm, taken_over = tmp_path / "study" / "00000", tmp_path / "study" / "00001"
     expected = attrs(shared, calm, params)
     with pytest.raises(InterruptedRunError):
-        evaluate(shared, params, taken_over, check=interrupted_after(2), report=lambda _: None)
+        train_and_measure(
+            shared, params, taken_over, check=interrupted_after(2), report=lambda _: None
+        )
     assert (taken_over / CHECKPOINT).exists()
     found = attrs(shared, taken_over, params)
     stored = ("fid", "rule", "strength", "weights", "weights_over_time")
@@ -122,10 +124,12 @@ def test_whoever_takes_over_from_an_evaluation_trains_no_more(tmp_path, checks):
     shared, quiet = prepared(spec(**TINY)), {"report": lambda _: None}
     place = tmp_path / "00000"
     with pytest.raises(InterruptedRunError):
-        evaluate(shared, SLOPE, place, check=interrupted_after(checks), **quiet)
+        train_and_measure(shared, SLOPE, place, check=interrupted_after(checks), **quiet)
     assert load_tensors(place / CHECKPOINT)[1]["iteration"] == 4
     texts: list[str] = []
-    found = evaluate(shared, SLOPE, place, check=interrupted_after(3), report=texts.append)
+    found = train_and_measure(
+        shared, SLOPE, place, check=interrupted_after(3), report=texts.append
+    )
     assert texts == ["evaluating 128/256 images", "evaluating 256/256 images"]
     assert not (place / CHECKPOINT).exists()
     assert found["attrs"]["fid"] == attrs(shared, tmp_path / "00001")["fid"]

@@ -8,7 +8,7 @@ from optuna.samplers import RandomSampler
 from bdense.errors import InputError
 from search.database.ledger import Claim, Ledger
 from search.errors import SpecChangedError, UnpreparedError
-from search.records.planned import PLAIN, UNIFORM, Planned, Row
+from search.records.planned import PLAIN, UNIFORM, Planned, PlannedRow
 from search.records.study import Study
 from search.specs.space import baseline_space, search_space
 from search.trials import workers
@@ -86,7 +86,9 @@ def test_a_machine_that_cannot_load_gives_the_row_back(tmp_path, monkeypatch):
     monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
     url = f"sqlite:///{tmp_path}/study.db"
     planned = Planned.create(url, "digits.confirm", "retrain", spec(), facts={"of": "digits"})
-    planned.plan([PLAIN, UNIFORM], [Row(arm=arm, seed=1, kimg=2.56, nfe=2) for arm in range(2)])
+    planned.plan(
+        [PLAIN, UNIFORM], [PlannedRow(arm=arm, seed=1, kimg=2.56, nfe=2) for arm in range(2)]
+    )
 
     def refuse(*_, **__):
         raise InputError("the data set is not mounted here")

@@ -1,8 +1,8 @@
 """How a worker gets its next trial, under the study's lock.
 
 The only module beside ``search.database.verdicts`` that uses Optuna's semi-private calls: a
-``Trial`` made from its key, ``_suggest`` and ``_study_id``. The ledger's contract suite covers
-them, and pyproject.toml pins Optuna's minor version.
+``Trial`` made from its key, ``_suggest``, ``_storage``, ``_study_id`` and ``_trial_id``. The
+ledger's contract suite covers them, and pyproject.toml pins Optuna's minor version.
 """
 
 import logging

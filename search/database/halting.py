@@ -122,7 +122,7 @@ def held(ledgers: Sequence["Ledger"]) -> int:
     return sum(ledger.held() for ledger in ledgers)
 
 
-def stopped(name: str) -> StoppedError:
+def stopped_error(name: str) -> StoppedError:
     """The end of whoever was asked."""
     return StoppedError(
         f"study {name} was stopped by `bdense-search stop`; nothing is lost: {CONTINUE}"

@@ -9,7 +9,7 @@ from typing import Self
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from search.database.halting import HALT, Launch, Stops, stopped
+from search.database.halting import HALT, Launch, Stops, stopped_error
 from search.database.lease import Claim, Leases
 from search.database.storage import one_line
 from search.errors import LeaseLostError
@@ -66,9 +66,9 @@ class Holding:
             StoppedError: somebody asked the study, or this launch's workers, to stop.
         """
         if self._lost.is_set():
-            raise lost(self.claim)
+            raise lost_error(self.claim)
         if self._stopped.is_set():
-            raise stopped(self._study)
+            raise stopped_error(self._study)
 
     def report(self, progress: str) -> None:
         """Show ``progress`` beside the trial, 200 characters at most; never waits.
@@ -112,7 +112,7 @@ class Holding:
         return False
 
 
-def lost(claim: Claim) -> LeaseLostError:
+def lost_error(claim: Claim) -> LeaseLostError:
     """The error of a worker that comes too late."""
     return LeaseLostError(
         f"trial {claim.number}: attempt {claim.attempt} no longer holds it; another worker took "

@@ -30,10 +30,10 @@ from search.database.claims import (
     leases_of,
     rows_of,
 )
-from search.database.halting import HALT, Launch, Stops, stopped
-from search.database.holding import Holding, lost
+from search.database.halting import HALT, Launch, Stops, stopped_error
+from search.database.holding import Holding, lost_error
 from search.database.lease import Claim, RunningRow
-from search.database.rows import FIXED, NOT_COUNTED, Row
+from search.database.rows import FIXED, NOT_COUNTED, StoredTrial
 from search.database.settings import (
     DEFAULT_MAX_ATTEMPTS,
     DEFAULT_TTL_SECONDS,
@@ -56,7 +56,7 @@ FailureReason: TypeAlias = Literal["diverged", "out of memory", "error", "poison
 # Those that the user can mend before the same is asked for again.
 MENDABLE: tuple[FailureReason, ...] = ("out of memory", "error", "poisoned")
 
-STOPPED = "stopped"
+ENDED_EARLY = "stopped"
 _NOTHING: Mapping[str, JSON] = MappingProxyType({})
 
 
@@ -298,7 +298,7 @@ class Ledger:
                     record_change(self.study, "budget", budget, begun, reason)
                     self.study.set_user_attr("budget", begun)
                 # The last: without it the study is not ended, and may be once more.
-                self.study.set_user_attr(STOPPED, what)
+                self.study.set_user_attr(ENDED_EARLY, what)
 
         retrying(write)
 
@@ -335,7 +335,7 @@ class Ledger:
             with exclusive(self._storage.engine, self._lock) as connection:
                 stored = self.study.user_attrs
                 if Stops.of(stored.get(HALT)).reaches(self.launch):
-                    raise stopped(self.study.study_name)
+                    raise stopped_error(self.study.study_name)
                 return self._claimer.claim(connection, asking, int(stored["budget"]))
 
         return retrying(attempt)
@@ -362,7 +362,7 @@ class Ledger:
             LeaseLostError: another worker took the trial over; nothing was told.
         """
         if not retrying(partial(self._leases.renew, claim)):
-            raise lost(claim)
+            raise lost_error(claim)
         retrying(partial(self._storage.set_trial_intermediate_value, claim.trial_id, step, value))
 
     def prune(self, claim: Claim, attrs: Mapping[str, JSON]) -> None:
@@ -397,7 +397,7 @@ class Ledger:
             LeaseLostError: another worker took the trial over already.
         """
         if not retrying(partial(self._leases.release, claim, forgive=interrupted)):
-            raise lost(claim)
+            raise lost_error(claim)
 
     def forgive_running(self) -> None:
         """The launcher was interrupted: no running trial is to blame for the end of its attempt.
@@ -457,7 +457,7 @@ class Ledger:
 
         return sum(row.process is not None and not row.adoptable for row in retrying(read))
 
-    def rows(self, state: TrialState, keys: Collection[str] | None = None) -> list[Row]:
+    def rows(self, state: TrialState, keys: Collection[str] | None = None) -> list[StoredTrial]:
         """Every trial in that state, in order of their numbers; not by loading all the others.
 
         Args:
@@ -488,7 +488,7 @@ class Ledger:
         """Numbers of trials that will not run again."""
         return retrying(self._rows.ended)
 
-    def best(self) -> Row | None:
+    def best(self) -> StoredTrial | None:
         """The complete trial of lowest value, of equal ones the first; None without any."""
         return retrying(self._rows.best)
 
@@ -508,7 +508,7 @@ class Ledger:
     ) -> None:
         # Renewing is the fence: nobody else adopts for a full ttl, enough for what follows.
         if not retrying(partial(self._leases.renew, claim)):
-            raise lost(claim)
+            raise lost_error(claim)
         set_attribute = partial(self._storage.set_trial_user_attr, claim.trial_id)
         try:
             # Before the value: a finished trial takes no more attributes.

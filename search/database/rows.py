@@ -38,7 +38,7 @@ _ORDER = sa.case((KIND_OF_VALUE == "INF_NEG", -1), (KIND_OF_VALUE == "INF_POS", 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class StoredTrial:
     """A trial as it is stored; ``value`` is None without one."""
 
     number: int
@@ -59,7 +59,9 @@ class Rows:
         self._engine = engine
         self._mine = TRIALS.c.study_id == study_id
 
-    def of_state(self, state: TrialState, keys: Collection[str] | None = None) -> list[Row]:
+    def of_state(
+        self, state: TrialState, keys: Collection[str] | None = None
+    ) -> list[StoredTrial]:
         """Every trial in that state, in order of their numbers.
 
         Args:
@@ -68,7 +70,7 @@ class Rows:
         """
         return self._read(self._select(state).order_by(TRIALS.c.number), keys)
 
-    def best(self) -> Row | None:
+    def best(self) -> StoredTrial | None:
         """The complete trial of lowest value, of equal ones the first; None without any."""
         found = self._read(
             self._select(TrialState.COMPLETE)
@@ -144,7 +146,9 @@ class Rows:
             .where(self._mine, sa.literal(state.name) == STATE)
         )
 
-    def _read(self, query: sa.Select[Any], keys: Collection[str] | None = None) -> list[Row]:
+    def _read(
+        self, query: sa.Select[Any], keys: Collection[str] | None = None
+    ) -> list[StoredTrial]:
         """The trials that ``query`` finds, all of them finished: nothing of them changes now."""
         chosen = query.with_only_columns(TRIALS.c.trial_id, maintain_column_froms=True).subquery()
         with self._engine.connect() as connection:
@@ -159,7 +163,7 @@ class Rows:
             attributes = _attributes(connection, stored)
             params = _params(connection, sa.select(PARAMS).where(PARAMS.c.trial_id.in_(which)))
         return [
-            Row(
+            StoredTrial(
                 number=row.number,
                 value=_value(row),
                 params=params.get(row.trial_id, {}),

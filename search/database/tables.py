@@ -204,20 +204,20 @@ def _stored_version(connection: sa.Connection) -> int | None:
 
 def _differs(engine: sa.Engine) -> bool:
     """Whether a table of ours has other columns than this version's."""
-    look = sa.inspect(engine)
+    inspector = sa.inspect(engine)
     return any(
-        {column["name"] for column in look.get_columns(table.name)} != set(table.c.keys())
+        {column["name"] for column in inspector.get_columns(table.name)} != set(table.c.keys())
         for table in _OURS.sorted_tables
-        if look.has_table(table.name)
+        if inspector.has_table(table.name)
     )
 
 
 def _held(engine: sa.Engine) -> int:
     """Leases that were renewed so lately that their owners must be thought alive."""
-    look = sa.inspect(engine)
-    if not look.has_table(LEASE.name):
+    inspector = sa.inspect(engine)
+    if not inspector.has_table(LEASE.name):
         return 0
-    if not {"expires"} <= {column["name"] for column in look.get_columns(LEASE.name)}:
+    if not {"expires"} <= {column["name"] for column in inspector.get_columns(LEASE.name)}:
         return 0
     # Of the old table this is the column that there must be.
     expires = sa.column("expires", sa.Double)

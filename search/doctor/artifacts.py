@@ -18,7 +18,7 @@ _PREFIX = "artifacts:"
 _ASKED_AT_MOST = 50
 
 
-def look_at_artifacts(engine: sa.Engine, of: Subject) -> Iterator[Finding]:
+def check_artifacts(engine: sa.Engine, of: Subject) -> Iterator[Finding]:
     """Of a folder every artifact, of a bucket the last ones."""
     known = _known(engine, of)
     if not known:

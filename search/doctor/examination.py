@@ -11,16 +11,16 @@ import sqlalchemy as sa
 from bdense.errors import BdenseError
 from search.database.lease import LEASE
 from search.database.storage import DATABASE_ERRORS, lacks_rights, one_line, redact
-from search.doctor.artifacts import look_at_artifacts
-from search.doctor.files import look_at_cache, look_at_files
+from search.doctor.artifacts import check_artifacts
+from search.doctor.files import check_cache, check_files
 from search.doctor.finding import Finding, ok, problem, warning
-from search.doctor.machine import look_at_machine, wants_of
-from search.doctor.rows import Subject, look_at_rows, names, subjects
-from search.doctor.storage import can_read_studies, engine_of, look_at_storage
+from search.doctor.machine import check_machine, wants_of
+from search.doctor.rows import Subject, check_rows, names, subjects
+from search.doctor.storage import can_read_studies, check_storage, engine_of
 from search.errors import UnknownStudyError
 from search.records.study import BASELINE_RESULTS, BASELINES_SUFFIX, FINGERPRINT
 
-Look = Callable[[], Iterator[Finding]]
+Check = Callable[[], Iterator[Finding]]
 
 
 def examine(url: str, name: str | None, *, fix: bool = False) -> Iterator[Finding]:
@@ -35,45 +35,45 @@ def examine(url: str, name: str | None, *, fix: bool = False) -> Iterator[Findin
         UnknownStudyError: There is no study of that name.
     """
     engine = engine_of(url)
-    storage = list(look_at_storage(url, engine))
+    storage = list(check_storage(url, engine))
     found = subjects(engine, name) if can_read_studies(engine) else []
     if name is not None and not found and can_read_studies(engine):
         there = ", ".join(names(engine)) or "none"
         raise UnknownStudyError(f"no study {name!r} in {redact(url)}; studies there: {there}")
     yield from storage
     wants = [want for of in found if (want := wants_of(of.name, of.spec)) and not of.is_baselines]
-    yield from _each(lambda: look_at_machine(wants), fix=fix)
-    yield from _each(look_at_cache, fix=fix)
+    yield from _each(lambda: check_machine(wants), fix=fix)
+    yield from _each(check_cache, fix=fix)
     for of in found:
         yield from examine_study(url, engine, of, fix=fix)
 
 
 def examine_study(url: str, engine: sa.Engine, of: Subject, *, fix: bool) -> Iterator[Finding]:
     """Look at one study's rows and files."""
-    for look in _looks(url, engine, of):
-        yield from (each.of(of.name) for each in _each(look, fix=fix))
+    for check in _checks(url, engine, of):
+        yield from (each.of(of.name) for each in _each(check, fix=fix))
 
 
-def _looks(url: str, engine: sa.Engine, of: Subject) -> list[Look]:
+def _checks(url: str, engine: sa.Engine, of: Subject) -> list[Check]:
     """What is looked at of one study."""
 
     def rows() -> Iterator[Finding]:
         has_leases = sa.inspect(engine).has_table(LEASE.name)
-        yield from look_at_rows(engine, of, has_leases=has_leases)
+        yield from check_rows(engine, of, has_leases=has_leases)
 
-    looks: list[Look] = [rows]
+    checks: list[Check] = [rows]
     if of.is_whole:
-        looks.append(lambda: look_at_files(engine, of))
-        looks.append(lambda: look_at_artifacts(engine, of))
+        checks.append(lambda: check_files(engine, of))
+        checks.append(lambda: check_artifacts(engine, of))
         if not of.is_planned:
-            looks += [lambda: _baselines(url, of), lambda: _same_bdense(of)]
-    return looks
+            checks += [lambda: _baselines(url, of), lambda: _same_bdense(of)]
+    return checks
 
 
-def _each(look: Look, *, fix: bool) -> Iterator[Finding]:
+def _each(check: Check, *, fix: bool) -> Iterator[Finding]:
     """What is found, mended with ``fix``; what keeps anybody from looking is a finding too."""
     try:
-        for finding in look():
+        for finding in check():
             yield _mended(finding) if fix and finding.mend is not None else finding
     except DATABASE_ERRORS as error:
         yield problem(

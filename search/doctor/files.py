@@ -48,7 +48,7 @@ class _Seen:
     abandoned: list[Path] = field(default_factory=list)
 
 
-def look_at_files(engine: sa.Engine, of: Subject) -> Iterator[Finding]:
+def check_files(engine: sa.Engine, of: Subject) -> Iterator[Finding]:
     """Everything about one study that its folder tells."""
     try:
         folder = row_folder(of.name, 0).parent
@@ -72,7 +72,7 @@ def look_at_files(engine: sa.Engine, of: Subject) -> Iterator[Finding]:
     for row in rows:
         if row.state in _ENDED and (place := there.get(f"{row.number:05d}")) is not None:
             names = set(os.listdir(place))  # noqa: PTH208  10,000 folders: no Path for each file
-            _look_at_row(row, place, names, of, seen, has_student=row.number in kept)
+            _check_row(row, place, names, of, seen, has_student=row.number in kept)
         elif row.state == TrialState.COMPLETE.name:
             seen.without_result.append(row.number)
     yield from _missing(seen)
@@ -82,7 +82,7 @@ def look_at_files(engine: sa.Engine, of: Subject) -> Iterator[Finding]:
     yield from _strangers(there, {row.number for row in rows})
 
 
-def look_at_cache() -> Iterator[Finding]:
+def check_cache() -> Iterator[Finding]:
     """Files that were begun and never became whole, under the cache folder."""
     cache = cache_folder()
     if cache.is_dir():
@@ -125,7 +125,7 @@ def _kept(of: Subject, rows: list[sa.Row[tuple[int, str, float, str]]]) -> set[i
     return {*sorted(values, key=lambda number: (values[number], number))[:keep], *named}
 
 
-def _look_at_row(
+def _check_row(
     row: sa.Row[tuple[int, str, float, str]],
     place: Path,
     names: set[str],

@@ -40,7 +40,7 @@ def wants_of(name: str, spec: dict[str, Any]) -> Wants | None:
     return Wants(study=name, cpus=resources["cpus"], gpus=0.0 if gpus == "auto" else gpus)
 
 
-def look_at_machine(wants: list[Wants]) -> Iterator[Finding]:
+def check_machine(wants: list[Wants]) -> Iterator[Finding]:
     """Disks, Ray and GPUs, held against what the studies' trials ask for."""
     yield from _disks()
     machines: list[tuple[float, float]] | None = None

@@ -101,7 +101,7 @@ def names(engine: sa.Engine) -> list[str]:
         return sorted(connection.execute(sa.select(_STUDIES.c.study_name)).scalars())
 
 
-def look_at_rows(engine: sa.Engine, of: Subject, *, has_leases: bool) -> Iterator[Finding]:
+def check_rows(engine: sa.Engine, of: Subject, *, has_leases: bool) -> Iterator[Finding]:
     """Everything about one study that its rows tell."""
     if not of.is_whole:
         yield _half_made(of)

@@ -55,7 +55,7 @@ def engine_of(url: str) -> sa.Engine:
     )
 
 
-def look_at_storage(url: str, engine: sa.Engine) -> Iterator[Finding]:
+def check_storage(url: str, engine: sa.Engine) -> Iterator[Finding]:
     """Reach, schema, rights and clock; the last finding is a problem where no more can be read."""
     path = sqlite_file(url)
     if path is not None and not path.exists():

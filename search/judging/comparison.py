@@ -3,15 +3,12 @@
 Reads the storage alone. A difference is told only where its paired interval excludes 0.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from optuna.trial import TrialState
-
-from search.database.storage import retrying
 from search.judging.paired import Paired, Summary, paired_difference, summary
-from search.records.planned import Arm, Planned, Row
+from search.records.planned import Arm, Planned, PlannedRow
 from search.records.standing import COMPARED_KEYS, align
 
 PLAIN_METHODS = ("sfd", "pd")
@@ -142,8 +139,8 @@ def compare(
     fids: dict[int, dict[int, float]] = {}
     rows: dict[int, dict[int, int]] = {}
     conditions: dict[int, dict[str, Any]] = {}
-    for trial in complete_rows(planned):
-        row = Row.of(trial.params)
+    for trial in planned.complete():
+        row = PlannedRow.of(trial.params)
         if (kimg is not None and row.kimg != kimg) or (nfe is not None and row.nfe != nfe):
             continue
         fid = fid_of(trial.user_attrs, steps)
@@ -169,10 +166,3 @@ def fid_of(attrs: Mapping[str, Any], steps: int | None) -> dict[str, Any] | None
         return found
     of_round: dict[str, Any] | None = attrs.get("fids", {}).get(str(steps))
     return of_round
-
-
-def complete_rows(planned: Planned) -> Sequence[Any]:
-    """Optuna's trials that are complete, in order."""
-    study = planned.ledger.study
-    complete = (TrialState.COMPLETE,)
-    return retrying(lambda: study.get_trials(deepcopy=False, states=complete))

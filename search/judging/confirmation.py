@@ -13,18 +13,17 @@ from typing import Any
 from optuna.trial import TrialState
 
 from bdense.errors import InputError
-from search.database.rows import Row as Trial
-from search.errors import UnknownStudyError
+from search.database.rows import StoredTrial
+from search.errors import NotPlannedError, UnknownStudyError
 from search.judging.comparison import (
     ArmResult,
     Comparison,
     compare,
-    complete_rows,
     difference_text,
 )
 from search.judging.retraining import fresh_seeds
 from search.judging.surrogate import Evaluation, candidates, posterior_means
-from search.records.planned import PLAIN, UNIFORM, Arm, Planned, Row
+from search.records.planned import PLAIN, UNIFORM, Arm, Planned, PlannedRow
 from search.records.retention import keep_too
 from search.records.standing import FID_KEYS, headline, standing
 from search.records.study import Study
@@ -130,17 +129,16 @@ def plan_confirmation(
     trials = complete_trials(study)
     name, facts = study.name + CONFIRM_SUFFIX, {"of": study.name}
     planned = Planned.create(study.url, name, "retrain", spec, facts=facts)
-    attributes = planned.ledger.study.user_attrs
     arms = planned.arms or [PLAIN, UNIFORM]
     basis = [len(trials), count]
-    if attributes.get(CHOSEN_AFTER) != basis:
+    if planned.ledger.attribute(CHOSEN_AFTER) != basis:
         known = {arm.trial for arm in arms}
         chosen = choose(study, spec, trials, count)
         arms += [arm for arm in chosen if arm.trial not in known]
     # A new candidate has to have the seeds of those that were there before it.
     known_seeds = {row.seed for row in planned.rows() if row.kimg == float(kimg)}
     rows = [
-        Row(arm=index, seed=seed, kimg=float(kimg), nfe=spec.student.nfe)
+        PlannedRow(arm=index, seed=seed, kimg=float(kimg), nfe=spec.student.nfe)
         for seed in sorted(known_seeds | set(fresh_seeds(spec, seeds)))
         for index in range(len(arms))
     ]
@@ -151,7 +149,7 @@ def plan_confirmation(
     return planned
 
 
-def complete_trials(study: Study) -> list[Trial]:
+def complete_trials(study: Study) -> list[StoredTrial]:
     """The search's complete trials, with what ``arm_of`` asks of them.
 
     Raises:
@@ -166,14 +164,14 @@ def complete_trials(study: Study) -> list[Trial]:
     return trials
 
 
-def choose(study: Study, spec: StudySpec, trials: Sequence[Trial], count: int) -> list[Arm]:
+def choose(study: Study, spec: StudySpec, trials: Sequence[StoredTrial], count: int) -> list[Arm]:
     """The points of lowest posterior mean, as arms; none that is uniform weights again."""
     uniform = _uniform_of(study, spec)
     found = candidates([*uniform, *_searched(trials)], count, taken=range(len(uniform)))
     return [arm_of(spec, trials[i - len(uniform)]) for i in found]
 
 
-def arm_of(spec: StudySpec, trial: Trial) -> Arm:
+def arm_of(spec: StudySpec, trial: StoredTrial) -> Arm:
     """A trial's weights as an arm of other studies: (a, b), or how they are learned."""
     attrs = trial.user_attrs
     if isinstance(spec.weights, LearnedSpace):
@@ -189,10 +187,10 @@ def verdict(study: Study) -> Verdict | None:
     """What the study's confirmation says so far; None without one, or before it has a value."""
     try:
         planned = Planned.of(study.url, study.trials.beside(study.name + CONFIRM_SUFFIX))
-    except UnknownStudyError:
+    except (UnknownStudyError, NotPlannedError):
         return None
     spec = planned.spec(StudySpec)
-    kimg = float(planned.ledger.study.user_attrs.get(KIMG, spec.budget.kimg))
+    kimg = float(planned.ledger.attribute(KIMG) or spec.budget.kimg)
     comparison = compare(planned, kimg=kimg)
     most = max((len(result.fids) for result in comparison.results), default=0)
     # One that failed under a seed, or has not had all of them yet, does not win by the others.
@@ -211,12 +209,14 @@ def _pooled_means(
     arms, evaluations = planned.arms, []
     if kimg == spec.budget.kimg:
         evaluations += [*_uniform_of(study, spec), *_searched(complete_trials(study))]
-    for trial in complete_rows(planned):
-        row = Row.of(trial.params)
+    for trial in planned.complete():
+        row = PlannedRow.of(trial.params)
         point = point_of(arms[row.arm].params, spec)
         if row.kimg == kimg and point is not None:
-            value, group = float(trial.value), f"seed {row.seed}"
-            evaluations.append(Evaluation(point=point, value=value, group=group))
+            assert trial.value is not None
+            evaluations.append(
+                Evaluation(point=point, value=trial.value, group=f"seed {row.seed}")
+            )
     asked = [point_of(result.arm.params, spec) or {} for result in searched]
     return posterior_means(evaluations, asked)
 
@@ -234,7 +234,7 @@ def point_of(params: Mapping[str, Any], spec: StudySpec) -> dict[str, Any] | Non
     return {name: params[name] for name in names} if names[0] in params else None
 
 
-def _searched(trials: Sequence[Trial]) -> list[Evaluation]:
+def _searched(trials: Sequence[StoredTrial]) -> list[Evaluation]:
     names = [name for name in trials[0].params if name != "b"] if trials else []
     return [
         Evaluation(

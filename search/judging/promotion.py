@@ -1,4 +1,4 @@
-"""The winner's weights at work: progressive distillation with them, or SFD at full budget.
+"""The winner's weights at work: progressive distillation with them, or SFD trained longer.
 
 Both beside their baselines, under the same seeds for all, as a study of planned rows.
 """
@@ -10,7 +10,7 @@ from bdense.errors import InputError
 from search.errors import UnknownStudyError
 from search.judging.confirmation import CONFIRM_SUFFIX, verdict
 from search.judging.retraining import fresh_seeds
-from search.records.planned import PLAIN, UNIFORM, Arm, Planned, Row
+from search.records.planned import PLAIN, UNIFORM, Arm, Planned, PlannedRow
 from search.records.standing import in_short, standing
 from search.records.study import Study
 from search.specs.log_linear import branch_weights, last_to_first
@@ -113,11 +113,13 @@ def plan_progressive(
     facts = {"of": of, **arm.params}
     planned = Planned.create(url, spec.name, "progressive", spec, facts=facts)
     arms = planned.arms or [PLAIN_PD, UNIFORM, arm]
-    planned.plan(arms, [Row(arm=index, seed=seed) for seed in seeds for index in range(len(arms))])
+    planned.plan(
+        arms, [PlannedRow(arm=index, seed=seed) for seed in seeds for index in range(len(arms))]
+    )
     return planned
 
 
-def plan_full_budget(
+def plan_retraining(
     study: Study,
     spec: StudySpec,
     arm: Arm,
@@ -126,7 +128,7 @@ def plan_full_budget(
     kimg: float,
     seeds: int,
 ) -> Planned:
-    """Students of SFD still to be trained at full budget: the same arms, for each NFE.
+    """Students of SFD still to be trained, at a budget of their own: the same arms, for each NFE.
 
     Args:
         study: The search.
@@ -145,7 +147,7 @@ def plan_full_budget(
     # Nor the seeds that the winner was chosen by.
     used = seeds_of(study.url, study.name + CONFIRM_SUFFIX)
     rows = [
-        Row(arm=place, seed=seed, kimg=float(kimg), nfe=nfe)
+        PlannedRow(arm=place, seed=seed, kimg=float(kimg), nfe=nfe)
         for nfe in nfes
         for seed in fresh_seeds(spec, seeds, used)
         for place in places

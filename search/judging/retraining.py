@@ -2,11 +2,11 @@
 
 from collections.abc import Collection
 
-from search.records.planned import Planned, Row
+from search.records.planned import Planned, PlannedRow
 from search.specs.study_spec import PruningSpec, StudySpec
 
 
-def variant(spec: StudySpec, row: Row) -> StudySpec:
+def variant(spec: StudySpec, row: PlannedRow) -> StudySpec:
     """The study as a row trains in it: its own seeds, budget and NFE, all else alike.
 
     Its latents are of its seed too: a fresh seed has nothing in common with the search's.
@@ -21,7 +21,7 @@ def variant(spec: StudySpec, row: Row) -> StudySpec:
 
 def variants(planned: Planned, spec: StudySpec) -> list[StudySpec]:
     """Each spec that rows still to be run train in, once."""
-    rows = {Row(arm=0, seed=r.seed, kimg=r.kimg, nfe=r.nfe) for r in planned.unfinished()}
+    rows = {PlannedRow(arm=0, seed=r.seed, kimg=r.kimg, nfe=r.nfe) for r in planned.unfinished()}
     ordered = sorted(rows, key=lambda row: (row.nfe or 0, row.kimg or 0, row.seed))
     return [variant(spec, row) for row in ordered]
 

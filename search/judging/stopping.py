@@ -16,7 +16,7 @@ import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState
 
-from search.database.ledger import STOPPED, Ledger
+from search.database.ledger import ENDED_EARLY, Ledger
 from search.judging.confirmation import point_of
 from search.judging.surrogate import Evaluation, posterior
 from search.specs.study_spec import StudySpec
@@ -104,7 +104,7 @@ class StopRule:
         if counts.complete in (0, self._seen) or counts.waiting or begun >= counts.planned:
             return
         self._seen = counts.complete
-        if counts.complete < self._least or ledger.attribute(STOPPED) is not None:
+        if counts.complete < self._least or ledger.attribute(ENDED_EARLY) is not None:
             return
         room = room_left(self._evaluations(ledger), self._space, self._allowed)
         if room is not None and room.gain < self._stop.noise:

@@ -3,7 +3,7 @@
 from bdense.errors import InputError
 from search.judging.confirmation import choose, complete_trials
 from search.judging.retraining import fresh_seeds
-from search.records.planned import PLAIN, UNIFORM, Planned, Row
+from search.records.planned import PLAIN, UNIFORM, Planned, PlannedRow
 from search.records.study import Study
 from search.specs.study_spec import StudySpec
 
@@ -40,7 +40,7 @@ def plan_transfer(
     planned = Planned.create(study.url, name, "retrain", to, facts=facts)
     arms, places = planned.with_arms([PLAIN, UNIFORM, *choose(study, spec, trials, top)])
     rows = [
-        Row(arm=place, seed=seed, kimg=float(to.budget.kimg), nfe=to.student.nfe)
+        PlannedRow(arm=place, seed=seed, kimg=float(to.budget.kimg), nfe=to.student.nfe)
         for seed in fresh_seeds(to, seeds)
         for place in places
     ]

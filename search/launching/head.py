@@ -19,7 +19,7 @@ from search.errors import ClusterLostError
 
 _log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0
+ASK_SECONDS = 1.0
 CONNECT_SECONDS = 2.0
 # A head that is only restarted or slow answers again within these.
 PATIENCE_SECONDS = 10.0
@@ -82,7 +82,7 @@ class Head:
 
     def _watch(self) -> None:
         heard, missed = time.monotonic(), 0
-        while not self._left.wait(LOOK_SECONDS):
+        while not self._left.wait(ASK_SECONDS):
             if self._is_heard():
                 heard, missed = time.monotonic(), 0
                 continue

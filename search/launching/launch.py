@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from search.launching.progress import Display, Look, look_at_planned, look_at_study
+from search.launching.progress import Display, Snapshot, planned_snapshot, study_snapshot
 from search.launching.runner import Job, run
 from search.records.folders import named_file
 from search.records.planned import Planned
@@ -40,7 +40,7 @@ def launch(spec: StudySpec, url: str, source: Path, workers: int | None) -> tupl
         if before.counts.complete or before.counts.running:
             say(f"carrying on with {headline(before)}")
         job = Job(kind="search", record=study, specs=[spec])
-        run_shown(job, functools.partial(look_at_study, study), workers, showing)
+        run_shown(job, functools.partial(study_snapshot, study), workers, showing)
     copy_baselines(study)
     for line in study.trials.differing_versions():
         say(f"{line}; what is close may differ by that alone (bdense-search doctor {spec.name})")
@@ -50,9 +50,11 @@ def launch(spec: StudySpec, url: str, source: Path, workers: int | None) -> tupl
     return "\n".join(lines), now.best is not None
 
 
-def run_shown(job: Job, look: Callable[[], Look], workers: int | None, showing: Showing) -> None:
+def run_shown(
+    job: Job, snapshot: Callable[[], Snapshot], workers: int | None, showing: Showing
+) -> None:
     """Bring rows to their end and show how far they are: on stderr, and in the dashboard."""
-    display = Display(look)
+    display = Display(snapshot)
 
     def on_running() -> None:
         display.running()
@@ -87,7 +89,7 @@ def run_planned(planned: Planned, specs: Sequence[ModelSpec], workers: int | Non
     if counts.complete or counts.running:
         say(f"carrying on with {planned.headline()}")
     job = Job(kind=planned.kind, record=planned, specs=specs)
-    run_shown(job, functools.partial(look_at_planned, planned), workers, showing)
+    run_shown(job, functools.partial(planned_snapshot, planned), workers, showing)
     showing.finish()
 
 

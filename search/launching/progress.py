@@ -25,8 +25,8 @@ STEPS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Look:
-    """One look at rows that are being run.
+class Snapshot:
+    """How far rows are that are being run, at one moment.
 
     Attributes:
         text: How far they are, and what is best so far.
@@ -40,7 +40,7 @@ class Look:
     running: Sequence[Running]
 
 
-def look_at_study(study: Study) -> Look:
+def study_snapshot(study: Study) -> Snapshot:
     """A search and its baselines."""
     now = standing(study)
     assert study.baselines is not None  # a launch plans them
@@ -54,7 +54,7 @@ def look_at_study(study: Study) -> Look:
         text += f", best FID {now.best['fid']:.3f} ({in_short(now.best)})"
     elif now.baselines:
         text += f", plain SFD {next(iter(now.baselines.values()))['fid']:.3f}"
-    return Look(
+    return Snapshot(
         text=text,
         ended=now.counts.ended + base.ended,
         total=now.counts.planned + base.planned,
@@ -62,13 +62,13 @@ def look_at_study(study: Study) -> Look:
     )
 
 
-def look_at_planned(planned: Planned) -> Look:
+def planned_snapshot(planned: Planned) -> Snapshot:
     """Planned rows."""
     counts = planned.ledger.counts()
     text = f"rows {counts.ended}/{counts.planned}"
     if counts.failed:
         text += f", {counts.failed} failed"
-    return Look(
+    return Snapshot(
         text=text,
         ended=counts.ended,
         total=counts.planned,
@@ -80,12 +80,12 @@ class Display:
     """What a command that runs rows does now: rows done, best so far, time left.
 
     Args:
-        look: Looks at the rows.
+        snapshot: Reads how far the rows are.
         stream: Where lines go.
     """
 
-    def __init__(self, look: Callable[[], Look], stream: TextIO | None = None) -> None:
-        self._look = look
+    def __init__(self, snapshot: Callable[[], Snapshot], stream: TextIO | None = None) -> None:
+        self._snapshot = snapshot
         self._stream = stream or sys.stderr
         self._started = time.monotonic()
         self._step_started: dict[str, tuple[float, int]] = {}
@@ -114,18 +114,20 @@ class Display:
         self._show(text, message.what, is_last=is_last)
 
     def running(self) -> None:
-        """A look at the database."""
-        look = self._look()
+        """How far the rows are by now."""
+        snapshot = self._snapshot()
         if self._done_at_start is None:
-            self._done_at_start, self._rows_started = look.ended, time.monotonic()
-        text, partly = look.text, sum(share_done(row.progress) for row in look.running)
-        if (progress := look.ended - self._done_at_start + partly) > 0:
+            self._done_at_start, self._rows_started = snapshot.ended, time.monotonic()
+        text, partly = snapshot.text, sum(share_done(row.progress) for row in snapshot.running)
+        if (progress := snapshot.ended - self._done_at_start + partly) > 0:
             spent = time.monotonic() - self._rows_started
-            left = spent / progress * (look.total - look.ended - partly)
+            left = spent / progress * (snapshot.total - snapshot.ended - partly)
             text += f", about {duration(left)} left"
-        if look.running:
-            text += f"; {len(look.running)} running: {look.running[0].progress or 'starting'}"
-        self._show(text, f"rows {look.ended}", is_last=False)
+        if snapshot.running:
+            text += (
+                f"; {len(snapshot.running)} running: {snapshot.running[0].progress or 'starting'}"
+            )
+        self._show(text, f"rows {snapshot.ended}", is_last=False)
 
     def close(self) -> None:
         """End a line that changes."""

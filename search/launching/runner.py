@@ -25,7 +25,7 @@ import ray
 from ray import tune
 
 from bdense.errors import InputError
-from search.database.halting import Launch, is_asked, stopped
+from search.database.halting import Launch, is_asked, stopped_error
 from search.database.ledger import Ledger
 from search.database.storage import cache_folder, one_line, runs_folder, without_password
 from search.errors import ClusterLostError, WorkersFailedError
@@ -147,7 +147,7 @@ def run(
         if not all_ended:  # else they gave back what they had; what still runs is another launch's
             record.forgive_running()
         if is_asked(record.ledgers, launch):
-            raise stopped(record.name) from None
+            raise stopped_error(record.name) from None
         if head is not None and head.lost:
             raise _head_lost(head) from None
         raise
@@ -158,7 +158,7 @@ def run(
     if record.left():
         _raise_first(refusals)
         if is_asked(record.ledgers, launch):
-            raise stopped(record.name)
+            raise stopped_error(record.name)
     for message in dict.fromkeys(refusal.message for refusal in refusals):
         say(f"all rows have ended, but a worker took no part in it: {message}")
 

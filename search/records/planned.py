@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState
 
 from search.database.ledger import MENDABLE, Ledger, asked_of
+from search.database.rows import StoredTrial
 from search.database.storage import retrying
 from search.errors import NotPlannedError, SpecChangedError, UnknownStudyError
 from search.records.standing import counts_line
@@ -70,7 +72,7 @@ UNIFORM = Arm(name="uniform weights", params={"method": "uniform"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class PlannedRow:
     """One training: an arm under a seed.
 
     Attributes:
@@ -113,8 +115,9 @@ class Planned:
         """One that exists.
 
         Raises:
-            UnknownStudyError: There is none of that name, it is a search, or its maker was killed
-                before it was whole.
+            UnknownStudyError: There is none of that name, or its maker was killed before it was
+                whole.
+            NotPlannedError: It is a search.
             StorageError: The database cannot be opened.
         """
         return cls.of(url, Ledger.open(url, name, budget=None))
@@ -124,7 +127,7 @@ class Planned:
         """The rows of a ledger that is open.
 
         Raises:
-            UnknownStudyError: As of ``open``.
+            UnknownStudyError, NotPlannedError: As of ``open``.
         """
         name = ledger.study.study_name
         attributes = retrying(lambda: ledger.study.user_attrs)
@@ -152,14 +155,13 @@ class Planned:
             facts: What it was made of, such as ``of``, a search's name; they may not change.
 
         Raises:
+            NotPlannedError: It is a search.
             SpecChangedError: The stored one has other conditions or facts; says which.
             StorageError: The database cannot be used.
         """
         is_new = True
         try:
             found = cls.open(url, name)
-        except NotPlannedError:
-            raise
         except UnknownStudyError:
             pass
         else:
@@ -229,7 +231,7 @@ class Planned:
         arms += [arm for arm in wanted if arm not in arms]
         return arms, [arms.index(arm) for arm in wanted]
 
-    def plan(self, arms: Sequence[Arm], rows: Sequence[Row]) -> None:
+    def plan(self, arms: Sequence[Arm], rows: Sequence[PlannedRow]) -> None:
         """Add arms and rows to those there are; what is there already is not added again.
 
         Args:
@@ -248,13 +250,17 @@ class Planned:
             self.ledger.enqueue(row.params(), {"arm": arms[row.arm].name}, again=MENDABLE)
         self.ledger.resize()
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[PlannedRow]:
         """All rows, in the order that they were planned in."""
         return [row for row, _ in self._rows()]
 
-    def unfinished(self) -> list[Row]:
+    def unfinished(self) -> list[PlannedRow]:
         """Rows that have not ended."""
         return [row for row, ended in self._rows() if not ended]
+
+    def complete(self) -> list[StoredTrial]:
+        """Those that have a result, as they are stored, in order."""
+        return self.ledger.rows(TrialState.COMPLETE)
 
     def headline(self) -> str:
         """Counts on one line."""
@@ -269,10 +275,10 @@ class Planned:
         """An interruption counts against no row."""
         self.ledger.forgive_running()
 
-    def _rows(self) -> list[tuple[Row, bool]]:
+    def _rows(self) -> list[tuple[PlannedRow, bool]]:
         """Each row, and whether it has ended."""
         trials = retrying(lambda: self.ledger.study.get_trials(deepcopy=False))
-        return [(Row.of(asked_of(trial)), trial.state.is_finished()) for trial in trials]
+        return [(PlannedRow.of(asked_of(trial)), trial.state.is_finished()) for trial in trials]
 
     def _attributes(self) -> dict[str, Any]:
         return retrying(lambda: self.ledger.study.user_attrs)

@@ -9,7 +9,7 @@ from optuna.trial import TrialState
 
 from search.database.lease import SURPLUS
 from search.database.ledger import Counts, Ledger
-from search.database.rows import Row
+from search.database.rows import StoredTrial
 from search.database.storage import redact, retrying
 from search.records.study import BASELINE_RESULTS, Study, stopped_early
 
@@ -229,13 +229,13 @@ def _best(ledger: Ledger) -> dict[str, Any] | None:
     return _complete(trial) | {"confirmed": False, "student": trial.user_attrs["student"]}
 
 
-def _complete(trial: Row) -> dict[str, Any]:
+def _complete(trial: StoredTrial) -> dict[str, Any]:
     attrs = trial.user_attrs
     weights = {key: attrs[key] for key in WEIGHTS_KEYS if key in attrs}
     return {"number": trial.number, **weights, **_fid_of(trial)}
 
 
-def _fid_of(trial: Row) -> dict[str, Any]:
+def _fid_of(trial: StoredTrial) -> dict[str, Any]:
     stored: Mapping[str, Any] = trial.user_attrs["fid"]
     others = {key: trial.user_attrs[key] for key in OTHER_METRICS if key in trial.user_attrs}
     return {"fid": trial.value, **{key: stored[key] for key in FID_KEYS}, **others}

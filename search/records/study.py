@@ -10,7 +10,7 @@ from typing import Any, Self
 import optuna
 from optuna.exceptions import ExperimentalWarning
 
-from search.database.ledger import MENDABLE, STOPPED, Counts, Ledger
+from search.database.ledger import ENDED_EARLY, MENDABLE, Counts, Ledger
 from search.errors import SpecChangedError, UnknownStudyError
 from search.specs.model_spec import flatten
 from search.specs.space import BASELINES
@@ -149,7 +149,7 @@ def refuse_other_conditions(url: str, spec: StudySpec) -> None:
         study = Study.open(url, spec.name)
     except UnknownStudyError:
         return
-    if KIND in study.trials.study.user_attrs:
+    if study.trials.attribute(KIND) is not None:
         raise SpecChangedError(
             f"{spec.name!r} exists and holds planned rows, not a search; give the study another "
             "name"
@@ -157,7 +157,7 @@ def refuse_other_conditions(url: str, spec: StudySpec) -> None:
     # Until something is measured there is nothing to compare with: a mistake may be mended.
     if not study.has_started():
         return
-    stored = json.loads(study.trials.study.user_attrs[CONDITIONS])
+    stored = json.loads(study.trials.attribute(CONDITIONS))
     if changed := differing_conditions(stored, spec.conditions()):
         raise SpecChangedError(
             f"study {spec.name!r} exists under other conditions, so its numbers would not "
@@ -211,7 +211,7 @@ def stopped_early(ledger: Ledger) -> dict[str, Any] | None:
 
     None where it did not, or where the study was extended since.
     """
-    stopped: dict[str, Any] | None = ledger.attribute(STOPPED)
+    stopped: dict[str, Any] | None = ledger.attribute(ENDED_EARLY)
     return stopped if stopped is not None and stopped["after"] == ledger.budget else None
 
 

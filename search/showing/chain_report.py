@@ -9,7 +9,6 @@ from search.judging.comparison import (
     ArmResult,
     Comparison,
     compare,
-    complete_rows,
     difference_text,
     fid_line,
 )
@@ -33,7 +32,7 @@ def by_steps(planned: Planned) -> dict[int, Comparison]:
 
 def teacher_fid(planned: Planned) -> dict[str, Any] | None:
     """The FID at the chain's first number of steps, the same for all rows."""
-    for trial in complete_rows(planned):
+    for trial in planned.complete():
         found: dict[str, Any] = trial.user_attrs["teacher_fid"]
         return found
     return None

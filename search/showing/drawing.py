@@ -136,21 +136,21 @@ def interactive(chart: Chart) -> "go.Figure":
         marker = {"color": [chart.bounds()[0]], **_scale(chart)}
         nothing = {"x": [None], "y": [None], "showlegend": False}
         traces.append({"type": "scatter", "mode": "markers", "marker": marker, **nothing})
-    x: dict[str, Any] = {"title": {"text": _escaped(shortened(chart.x))}, "automargin": True}
-    y: dict[str, Any] = {"title": {"text": _escaped(shortened(chart.y))}, "automargin": True}
+    x: dict[str, Any] = {"title": {"text": _escaped(ellipsised(chart.x))}, "automargin": True}
+    y: dict[str, Any] = {"title": {"text": _escaped(ellipsised(chart.y))}, "automargin": True}
     if chart.log_x:
         x["type"] = "log"
     if chart.log_y:
         y["type"] = "log"
     if chart.ticks:
         x["tickvals"] = list(chart.ticks)
-        x["ticktext"] = [_escaped(shortened(text)) for text in chart.ticks.values()]
+        x["ticktext"] = [_escaped(ellipsised(text)) for text in chart.ticks.values()]
     grid = {"gridcolor": "#e6e6e6", "zeroline": False, "showline": True, "linecolor": "#999999"}
     return go.Figure(
         data=traces,
         layout={
             "template": "none",
-            "title": {"text": _escaped(shortened(chart.title)), "font": {"size": 16}},
+            "title": {"text": _escaped(ellipsised(chart.title)), "font": {"size": 16}},
             "xaxis": x | grid,
             "yaxis": y | grid,
             "legend": {"orientation": "h", "y": -0.22, "font": {"size": 11}},
@@ -163,7 +163,7 @@ def interactive(chart: Chart) -> "go.Figure":
 def _trace(series: Series, chart: Chart) -> dict[str, Any]:
     trace: dict[str, Any] = {
         "type": "bar" if series.kind == "bars" else "scatter",
-        "name": _escaped(shortened(series.name)),
+        "name": _escaped(ellipsised(series.name)),
         "x": [_escaped(x) if isinstance(x, str) else _short(x) for x in series.x],
         "y": [_short(y) for y in series.y],
         "showlegend": not series.quiet,
@@ -192,7 +192,7 @@ def _trace(series: Series, chart: Chart) -> dict[str, Any]:
 def _scale(chart: Chart) -> dict[str, Any]:
     low, high = chart.bounds()
     stops = [[i / (len(STOPS) - 1), colour] for i, colour in enumerate(STOPS)]
-    bar = {"title": {"text": _escaped(shortened(chart.scale))}, "thickness": 12}
+    bar = {"title": {"text": _escaped(ellipsised(chart.scale))}, "thickness": 12}
     return {
         "colorscale": stops,
         "cmin": _short(low),
@@ -208,7 +208,7 @@ def _level(series: Series, span: tuple[float, float]) -> dict[str, Any]:
     return {
         "type": "scatter",
         "mode": "lines",
-        "name": _escaped(shortened(series.name)),
+        "name": _escaped(ellipsised(series.name)),
         "x": [_short(x) for x in span],
         "y": [y, y],
         "line": line,
@@ -231,20 +231,20 @@ def _short(value: float) -> float:
 
 def _escaped(text: str) -> str:
     """Plotly reads some tags in texts."""
-    return html.escape(one_line(text), quote=False)
+    return html.escape(printable(text), quote=False)
 
 
 def _plain(text: str) -> str:
     """Matplotlib reads mathematics between dollars, and leaves out what begins with _."""
-    return shortened(one_line(text)).replace("$", r"\$").removeprefix("_")
+    return ellipsised(printable(text)).replace("$", r"\$").removeprefix("_")
 
 
-def shortened(text: str) -> str:
+def ellipsised(text: str) -> str:
     """Its beginning, with an ellipsis where that is not all."""
     return text if len(text) <= _LONGEST else text[: _LONGEST - 1].rstrip() + "…"
 
 
-def one_line(text: str) -> str:
+def printable(text: str) -> str:
     """Without what would break a line or be no character of a text."""
     return "".join(c if c.isprintable() else " " for c in text)
 

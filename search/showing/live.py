@@ -22,7 +22,7 @@ from search.records.study import Study
 from search.showing.dashboard_texts import save_texts
 from search.showing.drawing import interactive
 from search.showing.notes import planned_note, study_note, trial_note
-from search.showing.overview import look_at, look_at_rows
+from search.showing.overview import overview_of, planned_overview_of
 
 _log = logging.getLogger(__name__)
 
@@ -77,13 +77,13 @@ def show(record: Study | Planned) -> None:
         StorageError: The database stayed away.
     """
     if isinstance(record, Planned):
-        rows = look_at_rows(record)
+        rows = planned_overview_of(record)
         ledger, note, charts = record.ledger, planned_note(rows), rows.charts()
     else:
-        look = look_at(record)
-        best = None if look.now.best is None else look.now.best["number"]
-        grids = _grids(record, look.now.baselines, best)
-        ledger, note, charts = record.trials, study_note(look, grids), look.charts()
+        overview = overview_of(record)
+        best = None if overview.now.best is None else overview.now.best["number"]
+        grids = _grids(record, overview.now.baselines, best)
+        ledger, note, charts = record.trials, study_note(overview, grids), overview.charts()
     plots = {chart.key: str(interactive(chart).to_json()) for chart in charts}
     save_texts(ledger.storage, _study_id(ledger), note, plots=plots)
 

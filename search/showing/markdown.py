@@ -4,7 +4,7 @@ import html
 import re
 from collections.abc import Sequence
 
-from search.showing.drawing import one_line
+from search.showing.drawing import printable
 
 # What would make a link, a picture, a tag, a table's cell, code or a formula of plain words.
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|&!#~$])")
@@ -16,14 +16,14 @@ _JOINER = "\u2060"
 
 def escaped(text: str) -> str:
     """One line of Markdown that shows as these very words."""
-    return _SPECIAL.sub(r"\\\1", _BARE_LINK.sub(_JOINER, one_line(text)))
+    return _SPECIAL.sub(r"\\\1", _BARE_LINK.sub(_JOINER, printable(text)))
 
 
 def fenced(text: str, language: str = "") -> str:
     """Lines as they are, in a block that they cannot leave."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    lines = "\n".join(one_line(line) for line in text.splitlines())
+    lines = "\n".join(printable(line) for line in text.splitlines())
     return f"{fence}{language}\n{lines}\n{fence}"
 
 
@@ -36,7 +36,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 def tagless(text: str) -> str:
     """One line of HTML that shows as these very words, also within an attribute's quotes."""
-    return html.escape(one_line(text), quote=True)
+    return html.escape(printable(text), quote=True)
 
 
 def html_table(rows: Sequence[Sequence[str]], *, kind: str = "") -> str:

@@ -1,6 +1,7 @@
 """Where studies stand, for Prometheus: text at /metrics, computed by SQL as it is asked for.
 
-A handful of queries over the whole database, whatever its trials: an index does the counting.
+A few queries over the whole database and one for each study's baselines, whatever its trials: an
+index does the counting.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -113,7 +114,7 @@ class Studies(Collector):
             if study.is_search and study.key in best:
                 lowest.add_metric([name], best[study.key])
             if name.endswith(BASELINES_SUFFIX):
-                for row in Rows(self._engine, study.key).of_state(TrialState.COMPLETE):
+                for row in Rows(self._engine, study.key).of_state(TrialState.COMPLETE, ()):
                     labels = [name.removesuffix(BASELINES_SUFFIX), str(row.params["method"])]
                     baselines.add_metric(labels, row.value or 0.0)
             if study.key in claimed:

@@ -54,39 +54,39 @@ def trial_note(
     return "\n\n".join(line for line in lines if line) + "\n"
 
 
-def study_note(look: Overview, pictures: Sequence[tuple[str, str]]) -> str:
+def study_note(overview: Overview, pictures: Sequence[tuple[str, str]]) -> str:
     """A search: best and its confidence, baselines, counts, spec.
 
     Args:
-        look: At the study.
+        overview: Of the study.
         pictures: (title, address) of the grids of baselines and the best.
     """
-    now = look.now
+    now = overview.now
     lines = [f"# {escaped(now.study)}"]
     if now.best is not None:
         lines.append(
             f"**Best: FID {now.best['fid']:.3f}**, trial {now.best['number']}, "
-            f"{escaped(in_short(now.best))}; {escaped(look.confidence())}."
+            f"{escaped(in_short(now.best))}; {escaped(overview.confidence())}."
         )
     lines.append(f"{escaped(headline(now))}.")
     if len(rows := table_rows(now)) > 1:
         lines.append(markdown_table(rows))
-    if look.verdict is not None:
-        lines += ["Under fresh seeds:", markdown_table(look.verdict.comparison.rows())]
+    if overview.verdict is not None:
+        lines += ["Under fresh seeds:", markdown_table(overview.verdict.comparison.rows())]
     lines += [escaped(line) for line in remarks(now)]
-    if look.importance_remark and look.trials:
-        lines.append(escaped(look.importance_remark))
+    if overview.importance_remark and overview.trials:
+        lines.append(escaped(overview.importance_remark))
     if pictures:
         header = [escaped(title) for title, _ in pictures]
         cells = [f"![]({address})" for _, address in pictures]
         lines.append("The first 64 images of each, from the same latents:")
         lines.append("\n".join(_row(r) for r in (header, ["---"] * len(header), cells)))
-    return _ended(lines, look)
+    return _ended(lines, overview)
 
 
-def planned_note(look: PlannedOverview) -> str:
+def planned_note(overview: PlannedOverview) -> str:
     """Planned rows: what they are of, arms, spec."""
-    planned = look.planned
+    planned = overview.planned
     lines = [
         f"# {escaped(planned.name)}",
         f"{escaped(counts_line(planned.ledger.counts(), 'rows'))}.",
@@ -94,22 +94,25 @@ def planned_note(look: PlannedOverview) -> str:
     if planned.facts:
         told = ", ".join(f"{key}: {value}" for key, value in planned.facts.items())
         lines.append(escaped(told))
-    for title, rows in look.tables:
+    for title, rows in overview.tables:
         lines += [f"**{escaped(title)}**" if title else "", markdown_table(rows)]
-    lines += [escaped(line) for line in look.conditions]
-    return _ended(lines, look)
+    lines += [escaped(line) for line in overview.conditions]
+    return _ended(lines, overview)
 
 
-def _ended(lines: list[str], look: Overview | PlannedOverview) -> str:
+def _ended(lines: list[str], overview: Overview | PlannedOverview) -> str:
     """What every study's note ends with."""
-    if look.failures:
-        lines += ["**Failures**", "\n".join(f"- {escaped(line)}" for line in look.failures)]
-    if look.changes:
-        lines += ["**Changes**", "\n".join(f"- {escaped(t)}" for t in changes_text(look.changes))]
+    if overview.failures:
+        lines += ["**Failures**", "\n".join(f"- {escaped(line)}" for line in overview.failures)]
+    if overview.changes:
+        lines += [
+            "**Changes**",
+            "\n".join(f"- {escaped(t)}" for t in changes_text(overview.changes)),
+        ]
     lines += [
-        f"**Spec**, fingerprint {escaped(look.fingerprint)}",
-        fenced(look.spec, "yaml"),
-        f"Written by the launcher at {look.written}.",
+        f"**Spec**, fingerprint {escaped(overview.fingerprint)}",
+        fenced(overview.spec, "yaml"),
+        f"Written by the launcher at {overview.written}.",
     ]
     return "\n\n".join(line for line in lines if line) + "\n"
 

@@ -17,9 +17,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.database.settings import CHANGES
 from search.database.storage import retrying
-from search.judging.comparison import Comparison, compare, complete_rows
+from search.judging.comparison import Comparison, compare
 from search.judging.confirmation import Verdict, verdict
-from search.records.planned import Planned, Row
+from search.records.planned import Planned, PlannedRow
 from search.records.standing import Standing, complete_trials, failed_rows, failures, standing
 from search.records.study import FINGERPRINT, SPEC, Study
 from search.showing.chain_report import chain_chart, chain_conditions, chain_rows
@@ -109,7 +109,7 @@ class PlannedOverview:
         ]
 
 
-def look_at(study: Study) -> Overview:
+def overview_of(study: Study) -> Overview:
     """Read a search."""
     record = study.trials.study
     attributes = retrying(lambda: record.user_attrs)
@@ -132,7 +132,7 @@ def look_at(study: Study) -> Overview:
     )
 
 
-def look_at_rows(planned: Planned) -> PlannedOverview:
+def planned_overview_of(planned: Planned) -> PlannedOverview:
     """Read planned rows."""
     record = planned.ledger.study
     attributes = retrying(lambda: record.user_attrs)
@@ -160,7 +160,7 @@ def look_at_rows(planned: Planned) -> PlannedOverview:
 
 def by_budget(planned: Planned) -> list[tuple[str, Comparison]]:
     """The complete rows compared at each budget and NFE that rows were trained for."""
-    rows = {(r.kimg, r.nfe) for r in (Row.of(t.params) for t in complete_rows(planned))}
+    rows = {(r.kimg, r.nfe) for r in (PlannedRow.of(t.params) for t in planned.complete())}
     return [
         (f"{kimg:g} kimg, NFE {nfe}", compare(planned, kimg=kimg, nfe=nfe))
         for kimg, nfe in sorted(rows, key=lambda pair: (pair[1] or 0, pair[0] or 0))

@@ -29,7 +29,7 @@ from search.showing.charts import Chart
 from search.showing.drawing import save_png
 from search.showing.markdown import escaped, fenced, markdown_table
 from search.showing.notes import TIMINGS, changes_text, conditions
-from search.showing.overview import Overview, PlannedOverview, look_at, look_at_rows
+from search.showing.overview import Overview, PlannedOverview, overview_of, planned_overview_of
 from search.showing.report_html import (
     Picture,
     Section,
@@ -60,14 +60,14 @@ def write_report(study: Study, folder: Path) -> Path:
     Raises:
         InputError: No trial is complete.
     """
-    look = look_at(study)
-    now = look.now
-    if now.best is None or not look.trials:
+    overview = overview_of(study)
+    now = overview.now
+    if now.best is None or not overview.trials:
         raise InputError(
             f"{headline(now)}: there is nothing to report yet; run bdense-search launch first"
         )
-    plots, grids = _draw(look.charts(), folder), _copy_grids(look, folder)
-    rows = trial_rows(look.trials)
+    plots, grids = _draw(overview.charts(), folder), _copy_grids(overview, folder)
+    rows = trial_rows(overview.trials)
     _write(
         folder / PAGE,
         f"# {escaped(now.study)}",
@@ -88,7 +88,7 @@ def write_report(study: Study, folder: Path) -> Path:
                     f"trial {now.best['number']}, {in_short(now.best)}: "
                     f"w_1 .. w_K = {weights_text(now.best['weights'])}",
                     conditions(now.best),
-                    f"{look.confidence()}.",
+                    f"{overview.confidence()}.",
                 ],
             ),
         ],
@@ -98,18 +98,18 @@ def write_report(study: Study, folder: Path) -> Path:
                 parts=[
                     rows_table(table_rows(now)),
                     *(paragraph(line, "quiet") for line in remarks(now)),
-                    *(_under_fresh_seeds(look.verdict) if look.verdict else []),
+                    *(_under_fresh_seeds(overview.verdict) if overview.verdict else []),
                 ],
             ),
             Section(
                 title="Plots",
-                parts=[figures(plots, "plots"), paragraph(look.importance_remark, "quiet")],
+                parts=[figures(plots, "plots"), paragraph(overview.importance_remark, "quiet")],
             ),
             Section(title="Samples", parts=[figures(grids, "grids")] if grids else []),
             Section(title="Trials", parts=[rows_table(rows)]),
-            *_last_sections(look),
+            *_last_sections(overview),
         ],
-        look.written,
+        overview.written,
     )
     _write(folder / HTML_PAGE, html)
     return folder / PAGE
@@ -121,26 +121,26 @@ def write_planned_report(planned: Planned, folder: Path) -> Path:
     Raises:
         InputError: No row is complete.
     """
-    look = look_at_rows(planned)
-    if not look.comparison.results:
+    overview = planned_overview_of(planned)
+    if not overview.comparison.results:
         raise InputError(f"{planned.headline()}: there is nothing to report yet")
-    plots = _draw(look.charts(), folder)
-    grids = _copy_arms(planned, look.comparison, folder)
+    plots = _draw(overview.charts(), folder)
+    grids = _copy_arms(planned, overview.comparison, folder)
     about = "The first 64 images of each arm's last student, from the same latents."
     table_text = "\n\n".join(
-        "\n".join([*([title] if title else []), *align(rows)]) for title, rows in look.tables
+        "\n".join([*([title] if title else []), *align(rows)]) for title, rows in overview.tables
     )
     _write(
         folder / PAGE,
         f"# {escaped(planned.name)}",
         f"{escaped(planned.headline())}.",
-        fenced("\n".join([table_text, *look.conditions])),
+        fenced("\n".join([table_text, *overview.conditions])),
         *_in_markdown(plots),
         about,
         *_in_markdown(grids),
     )
     facts = ", ".join(f"{key}: {value}" for key, value in planned.facts.items())
-    tables = [paragraph(title) + rows_table(rows, left=False) for title, rows in look.tables]
+    tables = [paragraph(title) + rows_table(rows, left=False) for title, rows in overview.tables]
     html = page(
         planned.name,
         [paragraph(f"{planned.headline()}.", "lead"), paragraph(facts)],
@@ -148,15 +148,15 @@ def write_planned_report(planned: Planned, folder: Path) -> Path:
             Section(title="Plots", parts=[figures(plots, "plots")]),
             Section(
                 title="Result",
-                parts=[*tables, *(paragraph(line, "quiet") for line in look.conditions)],
+                parts=[*tables, *(paragraph(line, "quiet") for line in overview.conditions)],
             ),
             Section(
                 title="Samples",
                 parts=[paragraph(about), figures(grids, "grids")] if grids else [],
             ),
-            *_last_sections(look),
+            *_last_sections(overview),
         ],
-        look.written,
+        overview.written,
     )
     _write(folder / HTML_PAGE, html)
     return folder / PAGE
@@ -191,14 +191,15 @@ def _under_fresh_seeds(found: Verdict) -> list[str]:
     ]
 
 
-def _last_sections(look: Overview | PlannedOverview) -> list[Section]:
+def _last_sections(overview: Overview | PlannedOverview) -> list[Section]:
     """What every report ends with."""
-    spec = preformatted(look.spec)
+    spec = preformatted(overview.spec)
     return [
-        Section(title="Failures", parts=[bullets(look.failures)]),
-        Section(title="Changes", parts=[bullets(changes_text(look.changes))]),
+        Section(title="Failures", parts=[bullets(overview.failures)]),
+        Section(title="Changes", parts=[bullets(changes_text(overview.changes))]),
         Section(
-            title="Spec", parts=[folded(f"fingerprint {look.fingerprint}", spec)] if spec else []
+            title="Spec",
+            parts=[folded(f"fingerprint {overview.fingerprint}", spec)] if spec else [],
         ),
     ]
 
@@ -214,9 +215,9 @@ def _draw(charts: Sequence[Chart], folder: Path) -> list[Picture]:
     return drawn
 
 
-def _copy_grids(look: Overview, folder: Path) -> list[Picture]:
+def _copy_grids(overview: Overview, folder: Path) -> list[Picture]:
     """The sample grids of baselines and best that are still there."""
-    now = look.now
+    now = overview.now
     assert now.best is not None
     best = now.best["number"]
     sources = [

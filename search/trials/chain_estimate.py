@@ -23,7 +23,7 @@ from search.trials.estimate import (
     training_words,
     weights_bytes,
 )
-from search.trials.memory import Memory, Plan, Update, dataset_bytes, row_memory
+from search.trials.memory import Memory, StudentCalls, Update, dataset_bytes, row_memory
 
 
 def estimate_promotion(spec: PromotionSpec, arms: int) -> Cost:
@@ -117,7 +117,7 @@ def chain_memory(
     """
     with torch.device("meta"):
         teacher = build_denoiser(dict(architecture))
-    plan = Plan(
+    plan = StudentCalls(
         spec=spec,
         architecture=architecture,
         device=device,

@@ -173,7 +173,7 @@ def _read_or_make(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, A
     return found
 
 
-def evaluate(
+def train_and_measure(
     assets: ChainAssets,
     arm: Arm,
     seed: int,

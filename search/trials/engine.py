@@ -225,13 +225,13 @@ def branches_and_weights(
     if params.get("method") == "uniform":
         return substeps, uniform_weights()
     if "rule" in params:
-        memory = params["memory"] if "memory" in params else memory_of(spec)
+        memory = params["memory"] if "memory" in params else updates_remembered(spec)
         rule, strength = params["rule"], params["strength"]
         return substeps, TracedWeights(substeps, rule=rule, strength=strength, memory=memory)
     return substeps, given_weights(params, substeps)
 
 
-def memory_of(spec: StudySpec) -> int:
+def updates_remembered(spec: StudySpec) -> int:
     """Updates that learned weights of this study remember."""
     assert isinstance(spec.weights, LearnedSpace)
     return spec.weights.memory

@@ -26,8 +26,8 @@ from search.trials.memory import (
     extractor_size,
     free_bytes,
     interval_update,
-    row_of,
     trial_memory,
+    words_of,
 )
 
 MEASURE_SECONDS = 5.0
@@ -185,7 +185,7 @@ def _not_here(spec: ModelSpec, memory: Memory, device: torch.device) -> list[str
     reasons = []
     gpus = spec.resources.gpus
     if device.type == "cpu" and gpus != "auto" and gpus > 0:
-        row = row_of(spec).name
+        row = words_of(spec).name
         reasons.append(f"it has no GPU, and a {row} asks for resources.gpus {gpus:g}")
     try:
         execution(spec).require(device)
@@ -249,7 +249,7 @@ def image_seconds(
     # Untrained weights take as long as any.
     student = build_denoiser(dict(network)).to(device).eval().execute(_computable(spec, device))
     optimizer = torch.optim.Adam(student.parameters(), fused=True)
-    whole = row_of(spec).batch
+    whole = words_of(spec).batch
     batch = _affordable(student, whole // spec.resources.team, memory, device)
     x, level = torch.zeros(batch, *student.image_shape, device=device), torch.tensor(1.0)
 

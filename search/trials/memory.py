@@ -89,7 +89,7 @@ _CGROUP_CACHE = ("active_file", "inactive_file")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class RowWords:
     """What a spec calls what is foretold.
 
     Attributes:
@@ -107,14 +107,16 @@ class Row:
     can_share: bool
 
 
-def row_of(spec: ModelSpec) -> Row:
+def words_of(spec: ModelSpec) -> RowWords:
     """A study's trial, or a promotion's chain."""
     if isinstance(spec, PromotionSpec):
         batch = spec.round.batch
-        return Row(kind="promotion", name="chain", key="round.batch", batch=batch, can_share=False)
+        return RowWords(
+            kind="promotion", name="chain", key="round.batch", batch=batch, can_share=False
+        )
     assert isinstance(spec, StudySpec)
     batch = spec.budget.batch
-    return Row(kind="study", name="trial", key="budget.batch", batch=batch, can_share=True)
+    return RowWords(kind="study", name="trial", key="budget.batch", batch=batch, can_share=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +164,7 @@ class Memory:
 
     def line(self, spec: ModelSpec) -> str:
         """For people."""
-        row = row_of(spec)
+        row = words_of(spec)
         each = " on each of its GPUs" if spec.resources.team > 1 else ""
         parts = {
             "teacher": self.teacher,
@@ -182,7 +184,7 @@ class Memory:
 
         What is lacking comes with the way out.
         """
-        row, free = row_of(spec), free_bytes(device)
+        row, free = words_of(spec), free_bytes(device)
         gpus = spec.resources.gpus
         if device.type == "cuda":
             # Rows with GPUs of their own do not share one.
@@ -207,7 +209,7 @@ class Memory:
     def _smaller(self, spec: ModelSpec) -> str:
         """What to lower."""
         if self.at_the_most == "training":
-            row = row_of(spec)
+            row = words_of(spec)
             return f"lower {row.key} ({row.batch} now)"
         key, images = "evaluation.images", spec.evaluation.images
         if self.at_the_most == "look":
@@ -222,7 +224,7 @@ class Memory:
             InputError: ``shortage`` has something to say.
         """
         if lacking := self.shortage(spec, device, together):
-            raise InputError(f"{row_of(spec).kind} {spec.name}: {lacking}")
+            raise InputError(f"{words_of(spec).kind} {spec.name}: {lacking}")
 
 
 def trial_memory(spec: StudySpec, architecture: Mapping[str, Any], device: torch.device) -> Memory:
@@ -233,7 +235,7 @@ def trial_memory(spec: StudySpec, architecture: Mapping[str, Any], device: torch
         architecture: The teacher's, as ``build_denoiser`` takes it.
         device: Where it runs.
     """
-    plan = Plan(
+    plan = StudentCalls(
         spec=spec,
         architecture=architecture,
         device=device,
@@ -252,7 +254,7 @@ def trial_memory(spec: StudySpec, architecture: Mapping[str, Any], device: torch
     return dataclasses.replace(memory, look=look)
 
 
-def row_memory(plan: "Plan", *, images: int, moments: int = 2, process: int = 0) -> Memory:
+def row_memory(plan: "StudentCalls", *, images: int, moments: int = 2, process: int = 0) -> Memory:
     """Foretell one row's memory.
 
     Args:
@@ -298,7 +300,7 @@ def extractor_size(name: str) -> ExtractorSize:
     return _EXTRACTORS.get("dinov2-vit-l-14" if kind == "dinov2" else kind, _SMALL_EXTRACTOR)
 
 
-def _judging(plan: "Plan", count: int, metrics: Collection[str]) -> int:
+def _judging(plan: "StudentCalls", count: int, metrics: Collection[str]) -> int:
     """Drawing so many images, and the extractor; they lie in the machine's memory."""
     spec = plan.spec
     extractor = extractor_size(spec.evaluation.extractor)
@@ -318,7 +320,7 @@ def _judging(plan: "Plan", count: int, metrics: Collection[str]) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class StudentCalls:
     """A student's calls, on a GPU for real, else on tensors without numbers.
 
     Attributes:
@@ -338,7 +340,7 @@ class Plan:
     @property
     def batch(self) -> int:
         """Training images on one device."""
-        return row_of(self.spec).batch // self.spec.resources.team
+        return words_of(self.spec).batch // self.spec.resources.team
 
     @property
     def image(self) -> int:
@@ -399,7 +401,7 @@ class Plan:
             few, more = peak(_SMALL), peak(_LARGER)
         except torch.OutOfMemoryError as error:
             raise InputError(
-                f"{row_of(self.spec).kind} {self.spec.name}: the GPU has no room for {_LARGER} "
+                f"{words_of(self.spec).kind} {self.spec.name}: the GPU has no room for {_LARGER} "
                 "images; free it, or take a larger one"
             ) from error
         slope = max(0, more - few) / (_LARGER - _SMALL)

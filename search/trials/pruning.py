@@ -30,7 +30,7 @@ from search.trials.assets import Assets
 from search.trials.engine import student_sampler
 from search.trials.measuring import measure
 
-LOOKS = "looks.json"
+LOOKS_FILE = "looks.json"
 # What is told of a look: images trained on so far and the FID; answered by whether to end.
 Judge = Callable[[int, float], bool]
 
@@ -111,7 +111,7 @@ class OnTheWay:
         report: Callable[[str], None],
     ) -> None:
         self._assets = assets
-        self._path = folder / LOOKS
+        self._path = folder / LOOKS_FILE
         self._judge = judge
         self._check = check
         self._report = report

@@ -150,7 +150,7 @@ def _bring(
             fail("error", f"{type(error).__name__}: {error}")
 
 
-def evaluate(
+def train_and_measure(
     assets: Assets,
     params: Mapping[str, Any],
     folder: Path,

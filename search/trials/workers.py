@@ -22,7 +22,7 @@ from search.errors import SpecChangedError, UnpreparedError
 from search.judging.retraining import variant
 from search.judging.stopping import StopRule
 from search.records.opening import stored_spec
-from search.records.planned import SPACES, Planned, Row
+from search.records.planned import SPACES, Planned, PlannedRow
 from search.records.retention import keep_best_students
 from search.records.standing import copy_baselines
 from search.records.study import FINGERPRINT, TEACHER, TRAJECTORIES, Study
@@ -35,7 +35,7 @@ from search.trials.assets import Assets, load, use_device
 from search.trials.chain_trial import ChainAssets, load_chain
 from search.trials.engine import excess_weight
 from search.trials.pruning import Judge, judge_of
-from search.trials.trial import bring_to_an_end, evaluate
+from search.trials.trial import bring_to_an_end, train_and_measure
 
 _log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class RetrainWorker:
 
     def work(self, claimed: Claimed) -> None:
         """Train and measure."""
-        row = Row.of(claimed.claim.params)
+        row = PlannedRow.of(claimed.claim.params)
         _require_same_conditions(self._planned.ledger, claimed, self._spec.fingerprint())
         spec, arm = variant(self._spec, row), self._planned.arms[row.arm]
 
@@ -196,12 +196,12 @@ class ChainWorker:
 
     def work(self, claimed: Claimed) -> None:
         """Distil and measure each round."""
-        row, ledger, assets = Row.of(claimed.claim.params), claimed.ledger, self._assets
+        row, ledger, assets = PlannedRow.of(claimed.claim.params), claimed.ledger, self._assets
         _require_same_conditions(ledger, claimed, assets.fingerprint)
         arm = self._planned.arms[row.arm]
 
         def train(holding: Holding, folder: Path, log: TrialLog) -> dict[str, Any]:
-            return chain_trial.evaluate(
+            return chain_trial.train_and_measure(
                 assets,
                 arm,
                 row.seed,
@@ -245,7 +245,9 @@ def _evaluate(
     judge: Judge | None = None,
 ) -> dict[str, Any]:
     check, report = holding.check, holding.report
-    return evaluate(assets, params, folder, check=check, report=report, judge=judge, log=log)
+    return train_and_measure(
+        assets, params, folder, check=check, report=report, judge=judge, log=log
+    )
 
 
 def _end(
@@ -273,7 +275,7 @@ def _require_same_teacher(of: Ledger, teacher: NetworkDenoiser) -> None:
 
 def _require_same_conditions(of: Ledger, claimed: Claimed, mine: str) -> None:
     """A worker of other numerics, or of a spec replaced meanwhile, must not measure here."""
-    stored = retrying(lambda: of.study.user_attrs)[FINGERPRINT]
+    stored = of.attribute(FINGERPRINT)
     if stored != mine:
         claimed.ledger.release(claimed.claim, interrupted=True)
         raise SpecChangedError(

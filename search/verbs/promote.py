@@ -1,4 +1,4 @@
-"""``promote`` confirmed weights: progressive distillation with them, or SFD at full budget."""
+"""``promote`` confirmed weights: progressive distillation with them, or SFD trained longer."""
 
 import argparse
 import sys
@@ -48,7 +48,7 @@ def add_promote(verbs: Verbs) -> None:
         "--method",
         choices=("pd", "sfd"),
         default="pd",
-        help="progressive distillation (default), or SFD at full budget for each --nfe",
+        help="progressive distillation (default), or SFD for --kimg at each --nfe",
     )
     parser.add_argument(
         "--weights",
@@ -137,7 +137,7 @@ def _promote_sfd(options: argparse.Namespace) -> None:
         SFD_SUFFIX,
         confirmed_arm,
         given_arm,
-        plan_full_budget,
+        plan_retraining,
         said_of_budget,
     )
     from search.judging.retraining import variants
@@ -167,7 +167,7 @@ def _promote_sfd(options: argparse.Namespace) -> None:
     arm = given_arm(options.weights) if given else confirmed_arm(study)
     if not given:
         sys.stderr.write(said_of_budget(study, kimg))
-    planned = plan_full_budget(study, spec, arm, nfes=nfes, kimg=kimg, seeds=seeds[0])
+    planned = plan_retraining(study, spec, arm, nfes=nfes, kimg=kimg, seeds=seeds[0])
     run_planned(planned, variants(planned, spec), options.workers)
     show_rows(planned)
     for nfe, folder in folders.items():

@@ -103,7 +103,7 @@ class Supervisor:
     ended: list[tuple[int, str]] = field(default_factory=list)
     process: subprocess.Popen[str] | None = None
 
-    def look(self) -> bool:
+    def keep_running(self) -> bool:
         """Start it where it does not run; False once it has ended well."""
         if self.process is None:
             self._start()
@@ -138,8 +138,8 @@ class Supervisor:
 class Chaos:
     """What goes wrong.
 
-    Every second worker is killed in the midst of its training, every second one frozen until it
-    has lost its trial, so that each run has both; the others at any moment.
+    Every second kill meets a worker in the midst of its training, and every second freeze lasts
+    until the trial is lost, so that each run has both; the others come at any moment.
 
     Attributes:
         runs: Folder of the launch's studies.
@@ -367,7 +367,7 @@ def _signal(pid: int, number: signal.Signals) -> bool:
 def measure_calmly(
     study: Path, points: Sequence[float], folder: Path, parts: int = 2
 ) -> dict[float, float]:
-    """FID of each point by ``search.trials.trial.evaluate``, in processes that nothing happens to.
+    """FID of each point by a trial's own function, in processes that nothing happens to.
 
     Args:
         study: Its file; teacher and trajectories are in the cache that the environment names.
@@ -401,12 +401,17 @@ def measure_calmly(
 def _measure(study: Path, folder: Path, points: Sequence[float]) -> None:
     from search.specs.study_file import read_spec
     from search.trials.assets import load, use_device
-    from search.trials.trial import evaluate
+    from search.trials.trial import train_and_measure
 
     spec = read_spec(study)
     assets = load(spec, use_device(spec), record=True)
     found = [
-        (a, evaluate(assets, {"a": a}, folder / repr(a), check=_nothing, report=_nothing)["value"])
+        (
+            a,
+            train_and_measure(assets, {"a": a}, folder / repr(a), check=_nothing, report=_nothing)[
+                "value"
+            ],
+        )
         for a in points
     ]
     sys.stdout.write(json.dumps(found))

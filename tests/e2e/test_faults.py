@@ -120,7 +120,7 @@ def test_nothing_is_lost_or_counted_twice_whatever_fails(
     begun = time.monotonic()
     try:
         due = 0.0
-        while launch.look():
+        while launch.keep_running():
             spent = time.monotonic() - begun
             assert spent < MOST_SECONDS, f"not done after {spent:.0f} s, {study.trials.counts()}"
             if not study.trials.counts().complete:

@@ -10,6 +10,7 @@ from torch.nn.parameter import Parameter
 import search.trials.chain_estimate
 import search.trials.estimate
 import search.trials.memory
+import search.trials.student_calls
 from bdense.branches import widen_head
 from bdense.denoiser import NetworkDenoiser, build_denoiser
 from bdense.progressive import branch_errors, dense_targets
@@ -19,7 +20,8 @@ from search.trials.chain_engine import check_promotion
 from search.trials.chain_estimate import chain_memory, chains_work, estimate_promotion
 from search.trials.engine import architecture
 from search.trials.estimate import Work
-from search.trials.memory import trial_memory, words_of
+from search.trials.memory import trial_memory
+from search.trials.row_words import words_of
 from tests.studies import PROMOTIONS, promotion, spec
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -32,7 +34,7 @@ def nothing_here(tmp_path, monkeypatch):
     for variable in ("BDENSE_CHECKPOINTS", "BDENSE_RUNS", "BDENSE_DATA", "TORCH_HOME"):
         monkeypatch.setenv(variable, str(tmp_path / variable))
     monkeypatch.setattr(search.trials.memory, "free_bytes", lambda _: 2**50)
-    monkeypatch.setattr(search.trials.memory, "_HEAP_SHARE", 1.0)
+    monkeypatch.setattr(search.trials.student_calls, "_HEAP_SHARE", 1.0)
     monkeypatch.setattr(search.trials.estimate, "MEASURE_SECONDS", 0.01)
 
 

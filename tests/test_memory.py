@@ -9,13 +9,17 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import Parameter
 
+import search.trials.free_memory
 import search.trials.memory
+import search.trials.student_calls
 from bdense.branches import widen_head
 from bdense.errors import InputError
 from bdense.sfd import branch_losses, branch_states
 from search.specs.study_spec import StudySpec
 from search.trials.engine import student_grid
-from search.trials.memory import Memory, _LiveBytes, free_bytes, trial_memory
+from search.trials.free_memory import free_bytes
+from search.trials.memory import Memory, trial_memory
+from search.trials.student_calls import _LiveBytes
 from tests.small import small_teacher
 from tests.studies import spec
 
@@ -26,7 +30,7 @@ GIB = 2**30
 @pytest.fixture(autouse=True)
 def exact(monkeypatch):
     """A block takes what it holds; what a heap adds was measured, and has its own test."""
-    monkeypatch.setattr(search.trials.memory, "_HEAP_SHARE", 1.0)
+    monkeypatch.setattr(search.trials.student_calls, "_HEAP_SHARE", 1.0)
 
 
 def memory_of(**keys) -> Memory:
@@ -57,8 +61,8 @@ def test_what_a_backward_pass_needs_is_alive():
 
 
 def test_a_small_block_takes_more_than_it_holds(monkeypatch):
-    monkeypatch.setattr(search.trials.memory, "_HEAP_SHARE", 1.5)
-    monkeypatch.setattr(search.trials.memory, "_HEAP_BLOCK", 4000)
+    monkeypatch.setattr(search.trials.student_calls, "_HEAP_SHARE", 1.5)
+    monkeypatch.setattr(search.trials.student_calls, "_HEAP_BLOCK", 4000)
     with FakeTensorMode():
         live = _LiveBytes()
         with live:
@@ -309,7 +313,7 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch, files, expected):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"{text}\n")
-    monkeypatch.setattr(search.trials.memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(search.trials.free_memory, "_CGROUP", tmp_path)
     free = free_bytes(CPU)
     assert free == expected if expected is not None else free > 2**20
 

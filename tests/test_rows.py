@@ -16,7 +16,8 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import event
 
 from benchmarks.large_study import fill
-from search.database.ledger import Claim, Ledger, asked_of
+from search.database.ledger import Claim, Ledger
+from search.database.reader import asked_of
 from search.database.rows import StoredTrial
 from search.database.storage import open_storage
 from search.database.tables import Role, grant

@@ -7,8 +7,7 @@ may finish it; what was told first stays.
 
 import logging
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, Self, TypeAlias
@@ -18,37 +17,33 @@ from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from search.database.claims import (
     Asking,
     Claimer,
     Done,
     Wait,
-    differing_versions,
     failure_attributes,
-    leases_of,
-    rows_of,
 )
 from search.database.halting import HALT, Launch, Stops, stopped_error
 from search.database.holding import Holding, lost_error
-from search.database.lease import Claim, RunningRow
-from search.database.rows import FIXED, NOT_COUNTED, StoredTrial
+from search.database.lease import Claim
+from search.database.reader import LedgerReader
+from search.database.rows import NOT_COUNTED
 from search.database.settings import (
     DEFAULT_MAX_ATTEMPTS,
-    DEFAULT_TTL_SECONDS,
     JSON,
     check_settings,
-    find_study,
     lock_name,
     open_study,
     record_change,
     require_file,
 )
-from search.database.storage import exclusive, open_reading, retrying
+from search.database.storage import exclusive, retrying
 from search.database.tables import open_tables
 
-__all__ = ["Claim", "Counts", "Done", "FailureReason", "Holding", "Ledger", "Running", "Wait"]
+__all__ = ["Claim", "Done", "FailureReason", "Holding", "Ledger", "Wait"]
 
 _log = logging.getLogger(__name__)
 
@@ -60,56 +55,19 @@ ENDED_EARLY = "stopped"
 _NOTHING: Mapping[str, JSON] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Counts:
-    """Trials of a study by state; those refused as out of bounds are in none of them."""
-
-    planned: int
-    complete: int
-    pruned: int
-    failed: int
-    running: int
-    waiting: int
-
-    @property
-    def ended(self) -> int:
-        """Trials that will not run again."""
-        return self.complete + self.pruned + self.failed
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Running:
-    """A running trial as shown to people; ``owner`` is host:pid, ``seconds`` since its claim."""
-
-    number: int
-    owner: str
-    attempt: int
-    progress: str
-    seconds: float
-
-
-class Ledger:
+class Ledger(LedgerReader):
     """The trials of one study, shared by every process that opens it. Make it by ``open``."""
 
     def __init__(
-        self,
-        storage: RDBStorage,
-        study: optuna.Study,
-        *,
-        ttl: float,
-        max_attempts: int,
-        launch: Launch,
+        self, storage: RDBStorage, study: optuna.Study, attributes: Mapping[str, Any]
     ) -> None:
-        self.study = study
-        self.ttl = ttl
-        self.max_attempts = max_attempts
-        self._storage = storage
+        super().__init__(storage, study, attributes)
+        self.max_attempts = int(attributes.get("max_attempts", DEFAULT_MAX_ATTEMPTS))
+        # Whoever is part of no launch ends with what is asked from now on.
+        self.launch = Launch(name="", stops=Stops.of(attributes.get(HALT)).count)
         self._lock = lock_name(study.study_name)
-        self._leases = leases_of(storage, study, ttl)
-        self._rows = rows_of(storage, study)
-        self._claimer = Claimer(study, self._leases, max_attempts)
+        self._claimer = Claimer(study, self._leases, self.max_attempts)
         self._warm = False
-        self.launch = launch
 
     @classmethod
     def open(
@@ -146,49 +104,6 @@ class Ledger:
         storage = open_tables(url)
         given = {"budget": budget, "ttl": ttl, "max_attempts": max_attempts}
         return cls._of(storage, retrying(partial(open_study, storage, study_name, given)))
-
-    @classmethod
-    def open_reading(cls, url: str, study_name: str) -> Self:
-        """A study to look at: the database itself refuses what would change it.
-
-        Raises:
-            StorageError: the database cannot be opened.
-            UnknownStudyError: there is no such study.
-        """
-        require_file(url, study_name)
-        storage = open_reading(url)
-        return cls._of(storage, retrying(partial(find_study, storage, study_name)))
-
-    def beside(self, study_name: str) -> Self:
-        """Another study of the same database, through the same connections, for the same use.
-
-        Raises:
-            UnknownStudyError: there is no such study.
-        """
-        storage = self._storage
-        return self._of(storage, retrying(partial(find_study, storage, study_name)))
-
-    @classmethod
-    def _of(cls, storage: RDBStorage, study: optuna.Study) -> Self:
-        attributes = retrying(lambda: study.user_attrs)
-        return cls(
-            storage,
-            study,
-            ttl=float(attributes.get("ttl", DEFAULT_TTL_SECONDS)),
-            max_attempts=int(attributes.get("max_attempts", DEFAULT_MAX_ATTEMPTS)),
-            # Whoever is part of no launch ends with what is asked from now on.
-            launch=Launch(name="", stops=Stops.of(attributes.get(HALT)).count),
-        )
-
-    @property
-    def storage(self) -> RDBStorage:
-        """The database, for what Optuna keeps beside the rows."""
-        return self._storage
-
-    @property
-    def budget(self) -> int:
-        """Trials to run in all, as stored now: another launcher may have changed it."""
-        return retrying(self._stored_budget)
 
     def record_change(self, key: str, old: JSON, new: JSON) -> None:
         """Append to the study's attribute ``changes`` that a setting is no longer what it was."""
@@ -230,10 +145,6 @@ class Ledger:
                 return True
 
         return retrying(add)
-
-    def attribute(self, key: str) -> Any:  # noqa: ANN401  as JSON has it
-        """The study's attribute of that name, as stored now; None where there is none."""
-        return retrying(lambda: self.study.user_attrs).get(key)
 
     def change(self, key: str, to: Callable[[Any], JSON]) -> None:
         """Replace the study's attribute of that name by what ``to`` makes of it.
@@ -411,94 +322,6 @@ class Ledger:
 
         retrying(write)
 
-    def counts(self) -> Counts:
-        """How many trials are in which state."""
-
-        def read() -> dict[str, int]:
-            with self._storage.engine.connect() as connection:
-                return self._leases.count_states(connection)
-
-        by_state = retrying(read)
-        started = sum(by_state.values()) - by_state["WAITING"]
-        return Counts(
-            planned=max(self.budget, started),
-            complete=by_state["COMPLETE"],
-            pruned=by_state["PRUNED"],
-            failed=by_state["FAIL"],
-            running=by_state["RUNNING"],
-            waiting=by_state["WAITING"],
-        )
-
-    def running(self) -> list[Running]:
-        """The running trials that somebody took, lowest number first."""
-
-        def read() -> list[RunningRow]:
-            with self._storage.engine.connect() as connection:
-                return self._leases.running(connection)
-
-        return [
-            Running(
-                number=row.number,
-                owner=f"{row.process.host}:{row.process.pid}" if row.owner else "",
-                attempt=row.attempt,
-                progress=row.progress,
-                seconds=row.seconds,
-            )
-            for row in retrying(read)
-            if row.process is not None
-        ]
-
-    def held(self) -> int:
-        """Trials that somebody works on, as far as it can be told."""
-
-        def read() -> list[RunningRow]:
-            with self._storage.engine.connect() as connection:
-                return self._leases.running(connection)
-
-        return sum(row.process is not None and not row.adoptable for row in retrying(read))
-
-    def rows(self, state: TrialState, keys: Collection[str] | None = None) -> list[StoredTrial]:
-        """Every trial in that state, in order of their numbers; not by loading all the others.
-
-        Args:
-            state: Optuna's.
-            keys: The attributes that are wanted, which are most of the cost; None for all.
-        """
-        return retrying(partial(self._rows.of_state, state, keys))
-
-    def asked(self) -> list[dict[str, Any]]:
-        """Parameters of each trial, by number: as planned, else as suggested."""
-        return [params for params, _ in retrying(self._rows.asked)]
-
-    def complete_values(self) -> dict[int, float]:
-        """Number -> value of each complete trial."""
-        return retrying(self._rows.complete)
-
-    def ranked_after(self, rank: int, most: int, also: int) -> list[int]:
-        """Complete trials after the ``rank`` best, best first.
-
-        Args:
-            rank: how many are passed over.
-            most: how many of the next there are at most.
-            also: the number of one that is among them however far down it is.
-        """
-        return retrying(partial(self._rows.ranked_after, rank, most, also))
-
-    def ended(self) -> list[int]:
-        """Numbers of trials that will not run again."""
-        return retrying(self._rows.ended)
-
-    def best(self) -> StoredTrial | None:
-        """The complete trial of lowest value, of equal ones the first; None without any."""
-        return retrying(self._rows.best)
-
-    def differing_versions(self) -> list[str]:
-        """A line for each package that trials were measured with several versions of."""
-        return retrying(partial(differing_versions, self._storage, self.study))
-
-    def _stored_budget(self) -> int:
-        return int(self.study.user_attrs["budget"])
-
     def _finish(
         self,
         claim: Claim,
@@ -520,9 +343,3 @@ class Ledger:
         except UpdateFinishedTrialError:
             _log.warning("trial %d was finished before; its first result stands", claim.number)
         retrying(partial(self._leases.drop, claim))
-
-
-def asked_of(trial: FrozenTrial) -> dict[str, Any]:
-    """A trial's parameters; while it waits Optuna keeps them as those that were asked for."""
-    asked: dict[str, Any] = trial.system_attrs.get(FIXED, trial.params)
-    return asked

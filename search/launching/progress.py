@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
-from search.database.ledger import Running
+from search.database.reader import Running
 from search.records.planned import Planned
 from search.records.progress_text import share_done
 from search.records.standing import duration, in_short, standing

@@ -13,7 +13,8 @@ from typing import Any, Literal, Self
 from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
 
-from search.database.ledger import MENDABLE, Ledger, asked_of
+from search.database.ledger import MENDABLE, Ledger
+from search.database.reader import asked_of
 from search.database.rows import StoredTrial
 from search.database.storage import retrying
 from search.errors import NotPlannedError, SpecChangedError, UnknownStudyError

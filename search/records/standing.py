@@ -8,7 +8,8 @@ from typing import Any
 from optuna.trial import TrialState
 
 from search.database.lease import SURPLUS
-from search.database.ledger import Counts, Ledger
+from search.database.ledger import Ledger
+from search.database.reader import Counts
 from search.database.rows import StoredTrial
 from search.database.storage import redact, retrying
 from search.records.study import BASELINE_RESULTS, Study, stopped_early

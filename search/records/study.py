@@ -10,7 +10,8 @@ from typing import Any, Self
 import optuna
 from optuna.exceptions import ExperimentalWarning
 
-from search.database.ledger import ENDED_EARLY, MENDABLE, Counts, Ledger
+from search.database.ledger import ENDED_EARLY, MENDABLE, Ledger
+from search.database.reader import Counts
 from search.errors import SpecChangedError, UnknownStudyError
 from search.specs.model_spec import flatten
 from search.specs.space import BASELINES

@@ -23,7 +23,8 @@ from search.trials.estimate import (
     training_words,
     weights_bytes,
 )
-from search.trials.memory import Memory, StudentCalls, Update, dataset_bytes, row_memory
+from search.trials.memory import Memory, dataset_bytes, row_memory
+from search.trials.student_calls import StudentCalls, Update
 
 
 def estimate_promotion(spec: PromotionSpec, arms: int) -> Cost:

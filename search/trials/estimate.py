@@ -20,15 +20,15 @@ from search.specs.space import BASELINES
 from search.specs.study_spec import StudySpec
 from search.trials.assets import trajectory_store, use_device
 from search.trials.engine import architecture, execution, student_grid, teacher_solver
+from search.trials.free_memory import free_bytes
 from search.trials.memory import (
     Memory,
-    Update,
     extractor_size,
-    free_bytes,
     interval_update,
     trial_memory,
-    words_of,
 )
+from search.trials.row_words import words_of
+from search.trials.student_calls import Update
 
 MEASURE_SECONDS = 5.0
 

@@ -1,48 +1,34 @@
 """What one row, trial or chain, takes of its device's memory, foretold before anything is spent.
 
-Parameters, gradients and Adam's moments are a multiplication. What a batch takes on its way
-through the network is measured at small batches where there is a GPU; on a CPU it is counted,
-operation by operation, on tensors that have a shape and no numbers.
+Parameters, gradients and Adam's moments are a multiplication; what a batch takes on its way
+through the network, ``search.trials.student_calls`` finds out.
 """
 
 import dataclasses
-import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from bdense.data_names import split_side
-from bdense.denoiser import NetworkDenoiser, build_denoiser
+from bdense.denoiser import NetworkDenoiser
 from bdense.errors import InputError
-from bdense.execution import Execution
 from bdense.sfd import branch_losses, branch_states
 from search.specs.model_spec import ModelSpec
-from search.specs.promotion_spec import PromotionSpec
 from search.specs.study_spec import StudySpec
-from search.trials.engine import execution, student_grid
-
-# A student's way forth and back, with images [B, C, H, W].
-Update = Callable[[NetworkDenoiser, Tensor], None]
+from search.trials.engine import student_grid
+from search.trials.free_memory import free_bytes
+from search.trials.row_words import words_of
+from search.trials.student_calls import StudentCalls, Update
 
 _MIB, _GIB = 2**20, 2**30
 _FLOAT = 4  # bytes
 # A process that has loaded all it computes with, measured (resident, torch 2.15); for a GPU, not
 # measured, its context and the libraries' workspaces.
 _RUNTIME = {"cpu": 870 * _MIB, "cuda": 800 * _MIB}
-# glibc keeps blocks up to this size in heaps that stay with the process, and with holes: resident
-# memory grew by 1.53 times the live bytes, for 8 x 8 and 32 x 32 networks at batches 16 to 4096,
-# and by 1.0 where MALLOC_MMAP_THRESHOLD_ was 64 KiB.
-_HEAP_BLOCK, _HEAP_SHARE = 32 * _MIB, 1.55
-# Batches that are small enough for any GPU, and far enough apart to tell the slope.
-_SMALL, _LARGER = 2, 4
 # bdense.references.features_of and measure_images take that many at a time.
 _FEATURES_BATCH = 256
 
@@ -79,44 +65,6 @@ _REFERENCE_IMAGES: Mapping[str, int] = MappingProxyType(
     }
 )
 _REFERENCE_OF_FILES = 60_000
-# A container's limit and what is taken of it: cgroup v2, then v1; its files' cache is given back.
-_CGROUP = Path("/sys/fs/cgroup")
-_CGROUP_FILES = (
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-)
-_CGROUP_CACHE = ("active_file", "inactive_file")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowWords:
-    """What a spec calls what is foretold.
-
-    Attributes:
-        kind: Of spec.
-        name: Of one of its rows.
-        key: Of the images of an update, in its file.
-        batch: Those images.
-        can_share: Whether GPUs can share them.
-    """
-
-    kind: str
-    name: str
-    key: str
-    batch: int
-    can_share: bool
-
-
-def words_of(spec: ModelSpec) -> RowWords:
-    """A study's trial, or a promotion's chain."""
-    if isinstance(spec, PromotionSpec):
-        batch = spec.round.batch
-        return RowWords(
-            kind="promotion", name="chain", key="round.batch", batch=batch, can_share=False
-        )
-    assert isinstance(spec, StudySpec)
-    batch = spec.budget.batch
-    return RowWords(kind="study", name="trial", key="budget.batch", batch=batch, can_share=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,7 +202,7 @@ def trial_memory(spec: StudySpec, architecture: Mapping[str, Any], device: torch
     return dataclasses.replace(memory, look=look)
 
 
-def row_memory(plan: "StudentCalls", *, images: int, moments: int = 2, process: int = 0) -> Memory:
+def row_memory(plan: StudentCalls, *, images: int, moments: int = 2, process: int = 0) -> Memory:
     """Foretell one row's memory.
 
     Args:
@@ -300,7 +248,7 @@ def extractor_size(name: str) -> ExtractorSize:
     return _EXTRACTORS.get("dinov2-vit-l-14" if kind == "dinov2" else kind, _SMALL_EXTRACTOR)
 
 
-def _judging(plan: "StudentCalls", count: int, metrics: Collection[str]) -> int:
+def _judging(plan: StudentCalls, count: int, metrics: Collection[str]) -> int:
     """Drawing so many images, and the extractor; they lie in the machine's memory."""
     spec = plan.spec
     extractor = extractor_size(spec.evaluation.extractor)
@@ -317,177 +265,6 @@ def _judging(plan: "StudentCalls", count: int, metrics: Collection[str]) -> int:
         real = _REFERENCE_IMAGES.get(source, _REFERENCE_OF_FILES)
         features += real * extractor.features * (4 + 8)
     return weights + max(plan.sampling(count) + 2 * images, images + seen, images + features)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StudentCalls:
-    """A student's calls, on a GPU for real, else on tensors without numbers.
-
-    Attributes:
-        spec: What it is trained and judged for.
-        architecture: The teacher's, as ``build_denoiser`` takes it.
-        device: Where it runs.
-        num_branches: K.
-        update: One of its training.
-    """
-
-    spec: ModelSpec
-    architecture: Mapping[str, Any]
-    device: torch.device
-    num_branches: int
-    update: Update
-
-    @property
-    def batch(self) -> int:
-        """Training images on one device."""
-        return words_of(self.spec).batch // self.spec.resources.team
-
-    @property
-    def image(self) -> int:
-        """Values of one image."""
-        with torch.device("meta"):
-            return int(torch.Size(build_denoiser(dict(self.architecture)).image_shape).numel())
-
-    def parameters(self, num_branches: int) -> int:
-        """Bytes of a network's parameters and buffers."""
-        network = self._network(num_branches, torch.device("meta"))
-        tensors = [*network.parameters(), *network.buffers()]
-        return sum(tensor.nbytes for tensor in tensors)
-
-    def training(self) -> int:
-        """Bytes on the way forth and back, beside parameters and gradients."""
-        return self._peak(self.update, self.batch)
-
-    def sampling(self, count: int) -> int:
-        """Bytes of a call without gradients, where so many images are drawn."""
-
-        def call(student: NetworkDenoiser, x: Tensor) -> None:
-            with torch.no_grad():
-                student(x, torch.tensor(1.0))
-
-        return self._peak(call, min(self.spec.evaluation.batch, count))
-
-    def _peak(self, call: Update, batch: int) -> int:
-        if self.device.type == "cuda":
-            return self._measured(call, batch)
-        student = self._network(self.num_branches, torch.device("meta")).train()
-        student.execution = Execution(precision=self.spec.precision)
-        # A process's levels are numbers that it looks up, and keeps: not in what has none.
-        student.precond(torch.ones(1, 1, 1, 1))
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            student.to_empty(device="cpu")
-            live = _LiveBytes()
-            # Gradients that are there already are no part of what a call takes.
-            for parameter in student.parameters():
-                parameter.grad = torch.zeros_like(parameter)
-            with live:
-                call(student, torch.zeros(batch, *student.image_shape))
-        return live.peak
-
-    def _measured(self, call: Update, batch: int) -> int:
-        # Compiling takes minutes, and saves memory if anything.
-        student = self._network(self.num_branches, torch.device("cpu")).train().to(self.device)
-        student.execute(dataclasses.replace(execution(self.spec), compile=False))
-
-        def peak(images: int) -> int:
-            x = torch.zeros(images, *student.image_shape, device=self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            before = torch.cuda.memory_allocated(self.device)
-            call(student, x)
-            return torch.cuda.max_memory_allocated(self.device) - before
-
-        try:
-            peak(_SMALL)  # makes the gradients, and whatever the libraries keep
-            few, more = peak(_SMALL), peak(_LARGER)
-        except torch.OutOfMemoryError as error:
-            raise InputError(
-                f"{words_of(self.spec).kind} {self.spec.name}: the GPU has no room for {_LARGER} "
-                "images; free it, or take a larger one"
-            ) from error
-        slope = max(0, more - few) / (_LARGER - _SMALL)
-        return int(few + slope * max(0, batch - _SMALL))
-
-    def _network(self, num_branches: int, device: torch.device) -> NetworkDenoiser:
-        with device:
-            return build_denoiser({**self.architecture, "num_branches": num_branches})
-
-
-class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in torch
-    """Counts the memory of the tensors that are made while it is on, as they come and go.
-
-    Attributes:
-        peak: The most at any time.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.peak = 0
-        self._now = 0
-        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-
-    def __torch_dispatch__(
-        self,
-        func: Any,  # noqa: ANN401  an overload of torch's
-        types: Any,  # noqa: ANN401
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
-        for given in tree_leaves((args, kwargs)):
-            if isinstance(given, Tensor):
-                self._see(given, size=0)
-        out = func(*args, **(kwargs or {}))
-        for made in tree_leaves(out):
-            if isinstance(made, Tensor):
-                self._see(made, size=_resident(made.untyped_storage().nbytes()))
-        return out
-
-    def _see(self, tensor: Tensor, size: int) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-
-        def gone(_: object) -> None:
-            self._now -= size
-            del self._known[key]
-
-        self._known[key] = weakref.ref(storage, gone)
-        self._now += size
-        self.peak = max(self.peak, self._now)
-
-
-def _resident(size: int) -> int:
-    """What a block of the CPU's memory takes."""
-    return int(_HEAP_SHARE * size) if size <= _HEAP_BLOCK else size
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Bytes that are free on a device; None where the system does not say."""
-    if device.type == "cuda":
-        # What a measurement took and torch has kept for this process is free too.
-        torch.cuda.empty_cache()
-        return int(torch.cuda.mem_get_info(device)[0])
-    known = Path("/proc/meminfo")
-    if not known.exists():
-        return None
-    lines = dict(line.split(":", 1) for line in known.read_text().splitlines())
-    return min([int(lines["MemAvailable"].split()[0]) * 1024, *_left_to_container()])
-
-
-def _left_to_container() -> list[int]:
-    """Bytes that this container's limits leave; none where there is no limit."""
-    left = []
-    for limit, taken in _CGROUP_FILES:
-        most, now = _CGROUP / limit, _CGROUP / taken
-        if not (most.is_file() and now.is_file()) or (text := most.read_text().strip()) == "max":
-            continue
-        stat = now.with_name("memory.stat")
-        lines = stat.read_text().splitlines() if stat.is_file() else []
-        known = dict(line.split() for line in lines)
-        # v1 counts the groups below in names of their own.
-        cache = sum(int(known.get(f"total_{key}", known.get(key, 0))) for key in _CGROUP_CACHE)
-        left.append(max(0, int(text) - int(now.read_text()) + cache))
-    return left
 
 
 def _size(size: float) -> str:

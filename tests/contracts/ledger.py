@@ -17,7 +17,8 @@ from optuna.trial import TrialState
 from bdense.errors import InputError, StoppedError
 from search.database import claims as claiming
 from search.database.halting import HALT, Launch, ask_all, ask_workers, asked_at, is_asked
-from search.database.ledger import Claim, Counts, Done, Ledger, Wait
+from search.database.ledger import Claim, Done, Ledger, Wait
+from search.database.reader import Counts
 from search.database.storage import open_storage
 from search.errors import LeaseLostError, UnknownStudyError
 from tests.contracts.ledger_worker import SPACE, STEPS, objective

@@ -15,7 +15,8 @@ import sqlalchemy as sa
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
-from search.database.ledger import Claim, Counts, Done, Ledger, Wait
+from search.database.ledger import Claim, Done, Ledger, Wait
+from search.database.reader import Counts
 from search.database.storage import open_storage
 from tests.contracts import ledger_worker
 from tests.contracts.ledger_worker import SPACE, objective

@@ -13,7 +13,8 @@ from optuna_dashboard._custom_plot_data import list_graph_object_ids
 
 from bdense.checkpoints import load_tensors
 from bdense.data import load_dataset
-from search.database.ledger import Ledger, Running
+from search.database.ledger import Ledger
+from search.database.reader import Running
 from search.database.storage import resolve_storage_url
 from search.records.artifacts import FolderStore, attached
 from search.records.study import Study

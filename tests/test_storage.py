@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
+import search.database.storage
 from search import cli
 from search.database.storage import (
     exclusive,
@@ -297,6 +298,38 @@ class TestOnPostgres:
         assert given["keepalives_idle"] == "30"
         storage.engine.dispose()
 
+    def test_a_frozen_transaction_keeps_nobody_waiting_for_ever(self, postgres, monkeypatch):
+        """As of a worker that is stopped between the renewal of its lease and the commit."""
+        monkeypatch.setattr(search.database.storage, "FROZEN_SECONDS", 1)
+        storage = open_storage(postgres.new_database())
+        row = sa.text("UPDATE version_info SET version_info_id = version_info_id")
+        with storage.engine.connect() as frozen, storage.engine.connect() as other:
+            frozen.execute(row)
+            other.execute(sa.text("SET statement_timeout = '60s'"))
+            other.execute(row)  # once the server has ended the first
+            other.commit()
+            with pytest.raises(OperationalError) as cut_off:
+                frozen.execute(row)
+            assert is_transient(cut_off.value)
+        storage.engine.dispose()
+
+    @pytest.mark.parametrize("by", ["url", "environment"])
+    def test_settings_of_the_users_own_stay(self, postgres, monkeypatch, by):
+        url = postgres.new_database()
+        given = "-c work_mem=5MB"
+        if by == "environment":
+            monkeypatch.setenv("PGOPTIONS", given)
+        else:
+            url = sa.make_url(url).update_query_dict({"options": given}).render_as_string()
+        storage = open_storage(url)
+        with storage.engine.connect() as connection:
+            shown = [
+                connection.exec_driver_sql(f"SHOW {name}").scalar_one()
+                for name in ("work_mem", "idle_in_transaction_session_timeout")
+            ]
+        assert shown == ["5MB", "30s"]
+        storage.engine.dispose()
+
     def test_a_frozen_holder_of_the_lock_is_cut_off_by_the_server(self, postgres):
         storage = open_storage(postgres.new_database())
         with exclusive(storage.engine, "a study") as connection:
@@ -304,7 +337,7 @@ class TestOnPostgres:
             assert timeout.scalar_one() == "2min"
         with storage.engine.connect() as connection:
             after = connection.exec_driver_sql("SHOW idle_in_transaction_session_timeout")
-            assert after.scalar_one() == "0"
+            assert after.scalar_one() == "30s"
             name = connection.exec_driver_sql("SHOW application_name")
             assert name.scalar_one() == "bdense"
         storage.engine.dispose()

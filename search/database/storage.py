@@ -38,7 +38,9 @@ ACCEPTED_FORMS = (
 BUSY_SECONDS = 30
 CONNECT_SECONDS = 5
 ANSWER_SECONDS = 30
-# A server ends a claim that is frozen this long, or the study would wait for it for ever.
+# A server ends a transaction whose process is frozen or cut off this long, or everybody who wants
+# what it locks would wait for ever; a claim, in which a sampler computes, has longer.
+FROZEN_SECONDS = 30
 FROZEN_CLAIM_SECONDS = 120
 _WITHOUT_RIGHTS = (
     "the user may not do that: let the database's owner give the command bdense-search storage "
@@ -335,9 +337,9 @@ def _open_postgres(url: str, *, reading: bool, **options: Any) -> RDBStorage:  #
         # gone, the kernel would send it again for a quarter of an hour.
         "tcp_user_timeout": 1000 * ANSWER_SECONDS,
         "application_name": "bdense",
+        "options": _session_settings(url, reading=reading),
     }
     if reading:
-        connect_args["options"] = "-c default_transaction_read_only=on"
         options["skip_table_creation"] = True
     gate = sqlalchemy.create_engine(
         url, connect_args=connect_args, poolclass=sqlalchemy.pool.NullPool
@@ -353,6 +355,21 @@ def _open_postgres(url: str, *, reading: bool, **options: Any) -> RDBStorage:  #
             pool_recycle=1800,
             **options,
         )
+
+
+def _session_settings(url: str, *, reading: bool) -> str:
+    """How the server is to treat a connection, beside what the user asks by libpq's means."""
+    settings = {
+        "idle_in_transaction_session_timeout": f"{FROZEN_SECONDS}s",
+        # The server's own, for a client that is gone without a word.
+        "tcp_keepalives_idle": 30,
+        "tcp_keepalives_interval": 10,
+        "tcp_keepalives_count": 3,
+    }
+    if reading:
+        settings["default_transaction_read_only"] = "on"
+    asked = make_url(url).query.get("options") or os.environ.get("PGOPTIONS", "")
+    return " ".join([str(asked), *(f"-c {name}={value}" for name, value in settings.items())])
 
 
 def _storage(

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -224,15 +225,15 @@ def test_a_dead_workers_trial_is_freed_and_a_live_ones_is_not(patient):
 
 
 def test_a_lease_that_ended_elsewhere_is_freed(patient):
-    """Its worker is on another machine, so only the clock tells; twenty seconds ago."""
+    """Its worker is on another machine, so only the clock tells; a thousand seconds ago."""
     ledger = Ledger.open(patient.url, SPEC.name, budget=None, ttl=0.2)
     patient.take(ledger)
     time.sleep(0.3)  # a server that has just been started is not trusted for a lease's time
     patient.sql(
-        "UPDATE bdense_lease SET host = 'box-7', boot = 'b', pid = 7, expires = expires - 20"
+        "UPDATE bdense_lease SET host = 'box-7', boot = 'b', pid = 7, expires = expires - 1000"
     )
     found = patient.only("warning", "its worker box-7:7 (attempt 1) has not renewed its lease")
-    assert "which ended 20 s ago" in found.text
+    assert re.search(r"which ended 1\d\d\d s ago", found.text)
     patient.only("mended", "box-7:7", fix=True)
     with open_storage(patient.url).engine.connect() as connection:
         lease = connection.execute(sa.select(LEASE)).one()

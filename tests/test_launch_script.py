@@ -4,12 +4,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from search.errors import ClusterLostError
+from tests.contracts.scene import wait_until
 
 SCRIPT = Path(__file__).parents[1] / "docker" / "launch.sh"
 COMMAND = f"""#!{sys.executable}
@@ -74,9 +74,9 @@ def test_a_signal_reaches_the_command_which_ends_in_its_own_time(start):
     assert process.returncode == 130
 
 
-def test_a_signal_while_it_joins_begins_nothing(start):
-    process = start(joining=1, seconds=60)
-    time.sleep(0.5)
+def test_a_signal_while_it_joins_begins_nothing(start, tmp_path):
+    process = start(joining=5, seconds=60)
+    wait_until((tmp_path / "joins").exists)
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=20)[0] == ""
     assert process.returncode == 130

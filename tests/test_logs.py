@@ -4,7 +4,6 @@ import json
 import logging
 import math
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ from search.specs.space import search_space
 from search.trials.engine import branches_and_weights, training_config
 from search.trials.result import read_result, take_folder
 from search.trials.trial import CHECKPOINT, bring_to_an_end, train_and_measure
+from tests.contracts.scene import wait_until
 from tests.studies import spec
 from tests.test_trial import CPU, TINY, prepared
 
@@ -394,15 +394,22 @@ def test_a_trial_s_events_and_its_lease_s_troubles_are_in_the_log(capsys, as_jso
         with open_storage(url).engine.begin() as connection:
             connection.execute(sa.text(f"ALTER TABLE {old} RENAME TO {new}"))
 
+    told: list[str] = []
+
+    def is_told() -> bool:
+        told.append(capsys.readouterr().err)
+        return "not renewed" in "".join(told)
+
     def work(holding, folder, log):
         rename("bdense_lease", "gone")
-        holding.report("x")
-        time.sleep(1.5)  # a progress is written within a second
+        holding.report("x")  # a progress is written within a second
+        wait_until(is_told)
         rename("gone", "bdense_lease")
         return {"value": 1.0, "attrs": {"timings": {}}}
 
     run(study, work)
-    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    told.append(capsys.readouterr().err)
+    lines = [json.loads(line) for line in "".join(told).splitlines()]
     ours = {(line["study"], line["trial"], line["attempt"]) for line in lines}
     assert ours == {("digits", 0, 1)}
     assert lines[0]["message"] == "claimed"

@@ -42,11 +42,11 @@ def outputs(student: NetworkDenoiser) -> torch.Tensor:
 
 
 def follow_in_haste(team: Team, device: torch.device, job: Any) -> None:
-    """From the first look on, two seconds are enough; until then both processes still load."""
+    """From the first look on, five seconds are enough; until then both processes still load."""
     wait = Team.while_others_wait
 
     def in_haste(self: Team, name: str, work: Callable[[], object]) -> None:
-        dist.set_timeout(timedelta(seconds=2))
+        dist.set_timeout(timedelta(seconds=5))
         wait(self, name, work)
 
     Team.while_others_wait = in_haste
@@ -66,7 +66,7 @@ def test_two_processes_equal_one_to_rounding(tmp_path, monkeypatch, rule):
     def look(after: int, student: NetworkDenoiser) -> None:
         looked.append(outputs(student))
         if len(looked) == 3:
-            time.sleep(3)  # longer than the other process waits for a gradient
+            time.sleep(7)  # longer than the other process waits for a gradient
 
     for devices in (ONE, TWO):
         # A rule has a state: each run begins with one of its own.
@@ -340,7 +340,7 @@ def test_no_follower_outlives_a_leader_that_is_killed(tmp_path):
     finally:
         leader.kill()
         leader.wait()
-    last = time.monotonic() + 3
+    last = time.monotonic() + 30
     while is_alive(pid):
         if time.monotonic() > last:
             os.kill(pid, signal.SIGKILL)
@@ -358,7 +358,7 @@ def test_no_follower_outlives_the_block(tmp_path):
 
     with pytest.raises(KeyError):
         lead(TWO, sleep_for_long, tmp_path / "pid", fail)
-    assert time.monotonic() - seen["began"] < 3
+    assert time.monotonic() - seen["began"] < 30
     assert not is_alive(seen["pid"])
 
 

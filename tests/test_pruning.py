@@ -12,7 +12,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from search.database.ledger import Claim, Ledger
 from search.errors import SpecChangedError
-from search.records.folders import row_folder
+from search.records.artifacts import attached
+from search.records.folders import GRID, row_folder
 from search.records.retention import CHECKPOINT, RESULT, STUDENT
 from search.records.standing import headline, standing
 from search.records.study import Study
@@ -249,6 +250,8 @@ def test_a_clearly_bad_point_is_pruned_and_the_others_are_what_they_would_be(fol
     folder = row_folder("small", 2)
     assert not (folder / CHECKPOINT).exists()
     assert not (folder / STUDENT).exists()
+    (grid,) = attached(record.trials.storage, bad)
+    assert grid.filename == GRID
     assert (row_folder("small", 1) / STUDENT).exists()
     # Baselines are looked at by nobody.
     assert [row.intermediate_values for row in record.baselines.study.trials] == [{}, {}]
@@ -308,5 +311,6 @@ def test_a_pruned_trial_that_nobody_told_is_told_by_whoever_takes_over(folders):
     assert (first["value"], first["attrs"]["pruned_at"]) == (None, 0.25)
     assert not (place / CHECKPOINT).exists()
     assert json.loads((place / RESULT).read_text()) == first
+    assert (place / GRID).exists()
     again = train_and_measure(shared, {"a": 1.0}, place, judge=lambda *_: False, **quiet)
     assert again == first

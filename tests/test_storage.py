@@ -415,7 +415,7 @@ def test_the_lock_keeps_other_processes_out(tmp_path):
     )
     command = [sys.executable, "-c", program, f"sqlite:///{tmp_path}/study.db", str(counter)]
     processes = [subprocess.Popen(command) for _ in range(4)]
-    assert [process.wait(30) for process in processes] == [0] * 4
+    assert [process.wait(120) for process in processes] == [0] * 4
     assert counter.read_text() == "8"
 
 

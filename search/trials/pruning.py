@@ -23,6 +23,7 @@ from bdense.files import atomic_write
 from bdense.sfd import Looks
 from search.database.ledger import Claim, Ledger
 from search.database.verdicts import verdict_of
+from search.records.folders import GRID
 from search.records.progress_text import looking
 from search.specs.space import make_pruner
 from search.specs.study_spec import StudySpec
@@ -112,6 +113,7 @@ class OnTheWay:
     ) -> None:
         self._assets = assets
         self._path = folder / LOOKS_FILE
+        self._grid = folder / GRID
         self._judge = judge
         self._check = check
         self._report = report
@@ -175,6 +177,8 @@ class OnTheWay:
             training_seed=spec.seeds.training,
             on_image=lambda done: self._report(looking(after, total, done, spec.look_images)),
             check=self._check,
+            # All that is seen of a student that ends here; the last one's takes its place.
+            grid_path=self._grid,
         ).fid
         if not math.isfinite(fid.value):
             raise NonFiniteError(

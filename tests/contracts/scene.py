@@ -4,10 +4,11 @@ import contextlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,12 +18,12 @@ from optuna.trial import TrialState
 
 from search.database.ledger import Claim, Done, Ledger, Wait
 from search.database.reader import Counts
-from search.database.storage import open_storage
+from search.database.storage import open_storage, sqlite_file
 from tests.contracts import ledger_worker
 from tests.contracts.ledger_worker import SPACE, objective
 
 STUDY = "digits"
-PATIENCE_SECONDS = 40.0
+PATIENCE_SECONDS = 120.0
 LONG_TTL = 60.0  # longer than any test: what is adopted earlier was adopted at once
 
 
@@ -51,6 +52,21 @@ class Scene:
         """Every step that was computed for a trial, in order, by whom."""
         log = self.folder / str(number) / "log"
         return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+    @contextlib.contextmanager
+    def held_up(self) -> Iterator[None]:
+        """Nobody gets beyond the middle of a trial, however far apart workers started."""
+        gate = self.folder / ledger_worker.GATE
+        gate.touch()
+        yield
+        gate.unlink()
+
+    def freeze(self, process: subprocess.Popen) -> None:
+        """Stop it where it stands, but not in a write to SQLite, which keeps everybody out."""
+        path = sqlite_file(self.url)
+        with contextlib.closing(sqlite3.connect(path or ":memory:", timeout=30)) as database:
+            database.execute("BEGIN IMMEDIATE")
+            process.send_signal(signal.SIGSTOP)
 
     def attempts(self, number: int) -> int:
         """The last attempt that computed a step of a trial; 0 where none did."""
@@ -98,6 +114,12 @@ def lease_rows(url: str) -> list[tuple[int, int]]:
     with storage.engine.connect() as connection:
         rows = connection.execute(sa.text("SELECT trial_id, attempt FROM bdense_lease"))
         return [tuple(row) for row in rows]
+
+
+def expire_leases(url: str) -> None:
+    """As if nobody had renewed one for a long time."""
+    with open_storage(url).engine.begin() as connection:
+        connection.execute(sa.text("UPDATE bdense_lease SET expires = expires - 1000"))
 
 
 def take(ledger: Ledger, constraint=None) -> Claim:

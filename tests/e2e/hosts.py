@@ -88,7 +88,7 @@ class Host:
         return process
 
     def run(
-        self, *command: str | Path, environment: Mapping[str, str], timeout: float = 120
+        self, *command: str | Path, environment: Mapping[str, str], timeout: float = 300
     ) -> subprocess.CompletedProcess[str]:
         """Run a program on it to its end."""
         with self.start(*command, environment=environment) as process:

@@ -81,7 +81,7 @@ class Workplace:
             stderr=subprocess.PIPE,
         )
 
-    def run(self, *arguments: str | Path, timeout: float = 200) -> subprocess.CompletedProcess:
+    def run(self, *arguments: str | Path, timeout: float = 600) -> subprocess.CompletedProcess:
         with self.start(*arguments) as process:
             try:
                 out, err = process.communicate(timeout=timeout)
@@ -96,7 +96,7 @@ class Workplace:
         return json.loads(done.stdout)
 
 
-def wait_until(condition, *, seconds: float = 90, what: str = "") -> Any:
+def wait_until(condition, *, seconds: float = 300, what: str = "") -> Any:
     """The first true answer."""
     deadline = time.monotonic() + seconds
     while not (answer := condition()):

@@ -98,7 +98,7 @@ def database(postgres: Postgres, cable: Network | None) -> Iterator[str]:
 
 
 def test_nothing_is_lost_or_counted_twice_whatever_fails(
-    tmp_path, tmp_path_factory, postgres, database, cable, capsys
+    tmp_path, tmp_path_factory, postgres, database, cable, capsys, monkeypatch
 ):
     seed = int(os.environ.get("BDENSE_FAULT_SEED") or random.SystemRandom().randrange(10**6))
     place = Workplace(tmp_path, tmp_path_factory.mktemp("cache"), storage=database)
@@ -137,8 +137,8 @@ def test_nothing_is_lost_or_counted_twice_whatever_fails(
             sys.stdout.write(f"\n{told}\n")
 
     calm_begun = time.monotonic()
-    for name, value in {"BDENSE_CACHE": place.cache, "BDENSE_RUNS": runs}.items():
-        os.environ[name] = str(value)
+    monkeypatch.setenv("BDENSE_CACHE", str(place.cache))
+    monkeypatch.setenv("BDENSE_RUNS", str(runs))
     calm = measure_calmly(file, POINTS, tmp_path / "calm")
     calm_seconds = time.monotonic() - calm_begun
 
@@ -209,7 +209,9 @@ def takeovers(folder: Path) -> list[Loss]:
             last = trained[-1]["attempt"]
             lost = [e for e in trained if e["attempt"] == last and e["iteration"] >= first]
             saved = [
-                e["at"] for e in before if e["event"] == "checkpoint" and e["iteration"] < first
+                e["at"]
+                for e in before
+                if e["event"] == "checkpoint" and e["attempt"] == last and e["iteration"] < first
             ]
             seconds = 0.0
             if len(lost) > 1:

@@ -170,8 +170,10 @@ def test_a_confirmation_goes_by_its_own_name(launched):
     status = launched.json("status", "small.confirm")
     assert status["trials"]["complete"] == 12
     page = launched.folder / "shown/report.md"
-    assert done(launched, "report", "small.confirm", "--out", "shown") == "shown/report.md\n"
-    assert page.read_text().count("![") == 4  # a grid of each arm
+    assert done(launched, "report", "small.confirm", "--out", "shown") == (
+        "shown/report.html\nshown/report.md\n"
+    )
+    assert page.read_text().count("![") == 5  # the plot, and a grid of each arm
     winner = launched.json("best", "small")["confirmed"]["winner"]["name"]
     for name, folder in (("small.confirm", "of-rows"), ("small", "of-search")):
         done(launched, "export", name, folder)
@@ -219,7 +221,9 @@ def test_a_confirmed_winner_is_promoted_by_a_chain(launched):
     done(launched, "export", "promote-small", "early", "--steps", "4")
     early = load_denoiser(launched.folder / "early/model.safetensors")[1]
     assert (early["fid"]["nfe"], early["fid"]["value"]) == (4, trials[2].intermediate_values[4])
-    assert done(launched, "report", "promote-small", "--out", "chain") == "chain/report.md\n"
+    assert done(launched, "report", "promote-small", "--out", "chain") == (
+        "chain/report.html\nchain/report.md\n"
+    )
     assert (launched.folder / "chain/fid.png").exists()
     other = refused(launched, "promote", file, "--weights", PAPER)
     assert "'promote-small' exists under other conditions" in other

@@ -21,6 +21,7 @@ from search.specs.study_spec import StudySpec
 from search.trials import assets, result
 from search.trials.workers import SearchWorker
 from tests.e2e.chaos import end_all
+from tests.e2e.stack import free_port
 from tests.e2e.study import Workplace, kill, small_study
 
 SHORT = {"trials": 2, "kimg": 0.128, "batch": 64}
@@ -83,7 +84,7 @@ def cluster(tmp_path) -> Iterator[dict[str, str]]:
     token = tmp_path / "token"
     token.write_text("0123456789abcdef" * 4)
     shared = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    port, mark = 20_000 + os.getpid() % 10_000, {"BDENSE_TEST_HEAD": str(tmp_path)}
+    port, mark = free_port(), {"BDENSE_TEST_HEAD": str(tmp_path)}
     program = Path(sys.executable).with_name("ray")
     try:
         subprocess.run(
@@ -94,7 +95,7 @@ def cluster(tmp_path) -> Iterator[dict[str, str]]:
             ],
             check=True,
             capture_output=True,
-            timeout=120,
+            timeout=300,
             env=os.environ | shared | mark,
         )
         yield shared | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
@@ -160,7 +161,7 @@ def test_a_trial_that_kills_its_workers_is_given_up_and_the_study_goes_on(tmp_pa
     launcher = place.start("launch", place.write(tree), "--workers", "2")
     victims: set[int] = set()
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 900
         while launcher.poll() is None:
             assert time.monotonic() < deadline
             for row in Ledger.open(url, "poison", budget=None).running():

@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from search.database.ledger import Ledger
 from tests.conftest import Postgres
 from tests.e2e.hosts import NETWORK, Host, network, why_not
-from tests.e2e.study import Workplace, small_study
+from tests.e2e.study import Workplace, small_study, wait_until
 
 pytestmark = pytest.mark.slow
 RAY = Path(sys.executable).with_name("ray")
@@ -160,6 +160,11 @@ def cluster(folder: Path, hosts: list[Host], server: Postgres) -> Cluster:
     )
     cluster.settle()
     cluster.start_ray(head, "--head", f"--port={RAY_PORT}", "--num-cpus=0", "--num-gpus=0")
+    alive = (RAY, "health-check", f"--address={cluster.address}")
+    wait_until(
+        lambda: head.run(*alive, environment=cluster.environment(head)).returncode == 0,
+        what="the head",
+    )
     return cluster
 
 
@@ -211,15 +216,15 @@ def test_a_study_runs_on_the_other_host_and_tells_nobody_its_password(cluster, c
     assert launch.poll() is None
     cluster.start_ray(worker, f"--address={cluster.address}", "--num-cpus=2", "--num-gpus=0")
     told, pickles = set(), set()
-    for _ in range(400):
+    deadline = time.monotonic() + 900
+    while launch.poll() is None:
+        assert time.monotonic() < deadline, "not done in time"
         told |= {line for host in (head, worker) for line in arguments(host).splitlines()}
         # Tune's, which are gone at the end.
         pickles |= {path.name for path in head.folder.glob("bdense-tune-*/*/*.pkl")}
         assert holders(PASSWORD, head.folder) == set()
-        if launch.poll() is not None:
-            break
         time.sleep(0.5)
-    out, err = launch.communicate(timeout=5)
+    out, err = launch.communicate()
     assert launch.returncode == 0, err
     assert out.startswith("study small: 3 of 3 trials complete, 0 pruned, 0 failed")
 
@@ -262,7 +267,7 @@ REFUSED = (
 def test_ray_refuses_whoever_has_no_token_or_another(cluster, changed):
     Workplace(cluster.shared, cluster.shared / "cache").write(small_study(name="refused"))
     with cluster.search("launch", cluster.shared / "refused.yaml", **changed) as launch:
-        out, err = launch.communicate(timeout=120)
+        out, err = launch.communicate(timeout=300)
     assert (launch.returncode, out) == (2, "")
     assert err.endswith(REFUSED.format(address=cluster.address))
     assert "Traceback" not in err
@@ -290,7 +295,7 @@ def test_a_wrong_password_is_refused_by_the_database(cluster):
     wrong.write_text("*:*:*:bdense:guess\n")
     wrong.chmod(0o600)
     with cluster.search("status", "small", PGPASSFILE=str(wrong)) as status:
-        out, err = status.communicate(timeout=60)
+        out, err = status.communicate(timeout=300)
     assert (status.returncode, out) == (2, "")
     assert "password authentication failed" in err
     assert len(err.splitlines()) == 1

@@ -4,6 +4,8 @@ The preconditioning, the solvers, the losses and the optimiser stay in float32 w
 """
 
 import contextlib
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -15,6 +17,8 @@ from bdense.errors import InputError
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+# What torch.compile writes is C++ on a CPU, and on a GPU C around Triton's kernels.
+_COMPILERS = ("g++", "clang++", "gcc", "clang")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +46,14 @@ class Execution:
         """Refuse what the device does not compute.
 
         Raises:
-            InputError: tf32 or float16 away from a GPU.
+            InputError: tf32 or float16 away from a GPU, or compilation without a compiler.
         """
+        compilers = (*_COMPILERS, os.environ.get("CXX"), os.environ.get("CC"))
+        if self.compile and not any(shutil.which(name) for name in compilers if name):
+            raise InputError(
+                "compile needs a C++ compiler, and this machine has none; install g++, or leave it "
+                "out"
+            )
         if self.precision in ("tf32", "float16") and device.type != "cuda":
             raise InputError(
                 f"precision {self.precision} needs a CUDA device, not {device.type}; use float32 "

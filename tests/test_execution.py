@@ -204,6 +204,17 @@ def test_stopped_and_resumed_is_never_stopped_in_any_layout(tmp_path):
 # ---- compilation ----
 
 
+def test_compilation_without_a_compiler_is_refused(monkeypatch):
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(
+        InputError, match="this machine has none; install g\\+\\+, or leave it out"
+    ):
+        small_teacher().execute(Execution(compile=True))
+    small_teacher().execute(Execution())
+
+
 @pytest.mark.slow
 def test_a_compiled_network_computes_the_same():
     """Minutes where nothing is cached. Outputs only: L1's signs flip on rounding."""

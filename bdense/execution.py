@@ -51,8 +51,8 @@ class Execution:
         compilers = (*_COMPILERS, os.environ.get("CXX"), os.environ.get("CC"))
         if self.compile and not any(shutil.which(name) for name in compilers if name):
             raise InputError(
-                "compile needs a C++ compiler, and this machine has none; install g++, or leave it "
-                "out"
+                "compile needs a C++ compiler, and this machine has none; install g++, or leave "
+                "compile out"
             )
         if self.precision in ("tf32", "float16") and device.type != "cuda":
             raise InputError(

@@ -10,7 +10,6 @@ network. B batch, K branches, C channels, H x W pixels, N student steps.
 
 import copy
 import itertools
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,10 +20,11 @@ from torch import Tensor
 
 from bdense import NUMERICS
 from bdense.branches import widen_head
-from bdense.checkpoints import denoiser_sha256, resume_training, save_training
+from bdense.checkpoints import denoiser_sha256
 from bdense.data import Dataset, to_float
 from bdense.denoiser import Denoiser, NetworkDenoiser
 from bdense.errors import InputError, NonFiniteLossError, StoppedError
+from bdense.keeper import Keeper
 from bdense.preconditioning import DDPM, Cosine
 from bdense.randomness import Stream, generator, seeded
 from bdense.schedules import Levels
@@ -259,22 +259,18 @@ def distill_round(
     identity["num_steps"] = num_steps
     if start is not teacher:
         identity["start"] = denoiser_sha256(start)
-    first = 0
-    if checkpoint is not None:
-        first, _ = resume_training(checkpoint, _KIND, student, optimizer, identity)
+    keeper = Keeper(
+        checkpoint,
+        _KIND,
+        student,
+        optimizer,
+        identity,
+        seconds=checkpoint_seconds,
+        on_save=on_save,
+    )
+    first = keeper.resume()
     fine = schedule.grid(num_steps * config.substeps)
     k = torch.arange(config.substeps + 1)[:, None]  # against every image
-    last_save = time.monotonic()
-
-    def save(done: int) -> None:
-        nonlocal last_save
-        if checkpoint is None:
-            return
-        save_training(checkpoint, _KIND, student, optimizer, done, identity)
-        last_save = time.monotonic()
-        if on_save is not None:
-            on_save(done)
-
     for iteration in range(first, config.updates):
         lr = config.lr_at(iteration)
         for group in optimizer.param_groups:
@@ -296,10 +292,10 @@ def distill_round(
             try:
                 on_update(UpdateReport(iteration, config.updates, lr, seen, value, norm))
             except StoppedError:
-                save(iteration + 1)
+                keeper.save(iteration + 1)
                 raise
-        if time.monotonic() - last_save >= checkpoint_seconds:
-            save(iteration + 1)
+        if keeper.is_due:
+            keeper.save(iteration + 1)
     return student.eval()
 
 

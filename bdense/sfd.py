@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from bdense.branches import export_branch, widen_head
 from bdense.denoiser import NetworkDenoiser
 from bdense.errors import InputError, NonFiniteLossError, StoppedError
+from bdense.keeper import Keeper
 from bdense.parallel import Team
 from bdense.randomness import Stream, seeded
-from bdense.sfd_run import Keeper, require_fitting, run_identity
 from bdense.sfd_run import Looks as Looks
+from bdense.sfd_run import require_fitting, run_identity
 from bdense.solvers import analytical_slope
 from bdense.trajectories import Trajectories, Walk
 from bdense.weighting import BranchWeighting, FixedWeights
@@ -37,6 +38,9 @@ class PerceptualLoss(Protocol):
     def describe(self) -> dict[str, Any]:
         """JSON-able; equal descriptions make equal losses."""
         ...
+
+
+_KIND = "sfd-training"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,9 +171,9 @@ def distill(
     team = team or Team.alone()
     keeper = Keeper(
         checkpoint,
+        _KIND,
         student,
         optimizer,
-        weighting,
         run_identity(
             asdict(config),
             weighting,
@@ -179,6 +183,7 @@ def distill(
             team,
         ),
         seconds=checkpoint_seconds,
+        weighting=weighting,
         writes=team.leads,
         on_save=on_save,
     )

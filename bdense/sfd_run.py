@@ -1,23 +1,16 @@
-"""A distillation beside its method: what fits together, where it is kept, when it is looked at."""
+"""A distillation beside its method: what fits together, which run it is, when it is looked at."""
 
-import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from bdense.checkpoints import denoiser_sha256, resume_training, save_training
+from bdense.checkpoints import denoiser_sha256
 from bdense.denoiser import NetworkDenoiser
 from bdense.errors import InputError
 from bdense.intervals import VariableGrid
 from bdense.parallel import Team
 from bdense.trajectories import Trajectories
 from bdense.weighting import BranchWeighting
-
-# What a checkpoint is of, and the prefix of the learned weights' tensors in it.
-_KIND, _WEIGHTING = "sfd-training", "weighting."
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,78 +104,3 @@ def run_identity(
         # Each device draws dropout of its own.
         fields["devices"] = team.size
     return {"weights": weighting.describe(), **fields, **served}
-
-
-class Keeper:
-    """A run's checkpoint.
-
-    Args:
-        path: The file; None keeps nothing.
-        student, optimizer, weighting: What is kept.
-        identity: Of ``run_identity``.
-        seconds: A save is due this long after the last.
-        writes: Whether this process does; each reads.
-        on_save: Called after each save with the iterations done.
-    """
-
-    def __init__(
-        self,
-        path: Path | None,
-        student: NetworkDenoiser,
-        optimizer: torch.optim.Optimizer,
-        weighting: BranchWeighting,
-        identity: Mapping[str, Any],
-        *,
-        seconds: float,
-        writes: bool,
-        on_save: Callable[[int], None] | None,
-    ) -> None:
-        self._path = path
-        self._student = student
-        self._optimizer = optimizer
-        self._weighting = weighting
-        self._identity = identity
-        self._seconds = seconds
-        self._writes = writes
-        self._on_save = on_save
-        self._last = time.monotonic()
-
-    @property
-    def is_due(self) -> bool:
-        """Whether the last save, or the start, is long ago."""
-        return time.monotonic() - self._last >= self._seconds
-
-    def save(self, done: int) -> None:
-        """Keep the run as it is after so many iterations."""
-        if self._path is None or not self._writes:
-            return
-        learned = {_WEIGHTING + name: value for name, value in self._weighting.state().items()}
-        save_training(
-            self._path, _KIND, self._student, self._optimizer, done, self._identity, learned
-        )
-        self._last = time.monotonic()
-        if self._on_save is not None:
-            self._on_save(done)
-
-    def resume(self) -> int:
-        """Load a saved run, if there is one, and say at which iteration it goes on.
-
-        Raises:
-            CheckpointError: The file is of another run.
-        """
-        if self._path is None:
-            return 0
-        iteration, tensors = resume_training(
-            self._path, _KIND, self._student, self._optimizer, self._identity
-        )
-        device = next(self._student.parameters()).device
-        if tensors:
-            self._weighting.restore(
-                {
-                    name.removeprefix(_WEIGHTING): value.to(device)
-                    for name, value in tensors.items()
-                    if name.startswith(_WEIGHTING)
-                }
-            )
-        self._last = time.monotonic()
-        return iteration

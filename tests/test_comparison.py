@@ -7,7 +7,7 @@ import pytest
 from search.judging.comparison import compare, difference_text
 from search.judging.promotion import PLAIN_PD
 from search.records.planned import PLAIN, SPACES, UNIFORM, Arm, Planned, PlannedRow
-from search.records.standing import align
+from search.records.wording import align
 from tests.measured import copy_storage, empty_storage, fid, finish, normalised, open_once
 from tests.studies import promotion
 

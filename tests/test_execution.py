@@ -209,7 +209,7 @@ def test_compilation_without_a_compiler_is_refused(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(
-        InputError, match="this machine has none; install g\\+\\+, or leave it out"
+        InputError, match="this machine has none; install g\\+\\+, or leave compile out"
     ):
         small_teacher().execute(Execution(compile=True))
     small_teacher().execute(Execution())

@@ -19,7 +19,6 @@ from search.records.standing import (
     best_json,
     complete_trials,
     copy_baselines,
-    duration,
     failures,
     headline,
     in_short,
@@ -28,6 +27,7 @@ from search.records.standing import (
     table,
 )
 from search.records.study import Study
+from search.records.wording import duration
 from search.showing.drawing import picture
 from search.showing.figures import fid_over
 from search.showing.report_files import write_report

@@ -64,6 +64,7 @@ LEFT_OUT = sa.exists().where(
     USER_ATTRIBUTES.c.trial_id == TRIALS.c.trial_id,
     USER_ATTRIBUTES.c.key.in_((OUT_OF_BOUNDS, SURPLUS)),
 )
+STUDIES = sa.table("studies", *map(sa.column, ("study_id", "study_name")))
 STUDY_ATTRIBUTES = sa.table(
     "study_user_attributes", *map(sa.column, ("study_id", "key", "value_json"))
 )

@@ -25,15 +25,20 @@ from search.doctor.finding import Finding, first_of, problem, warning
 from search.doctor.rows import Subject
 from search.records.folders import GRID, row_folder
 from search.records.planned import ARMS
-from search.records.retention import CHECKPOINT, IDENTITY, KEPT, RESULT, UNFINISHED_ROUND
+from search.records.retention import (
+    ABANDONED_SECONDS,
+    CHECKPOINT,
+    IDENTITY,
+    KEPT,
+    RESULT,
+    UNFINISHED_ROUND,
+)
 from search.records.study import FINGERPRINT, KIND
 
 _CHECKPOINT = re.compile(rf"{re.escape(CHECKPOINT)}$|.*{re.escape(UNFINISHED_ROUND)}$")
 _PARTIAL = re.compile(r"\..*\.partial$")
 _ROW = re.compile(r"(\d{5,})(\.[0-9a-f]{8})?$")
 _ENDED = {TrialState.COMPLETE.name, TrialState.PRUNED.name, TrialState.FAIL.name}
-# Nobody writes at one file for longer without touching it.
-_ABANDONED_SECONDS = 3600.0
 
 
 @dataclass
@@ -94,7 +99,7 @@ def _is_abandoned(path: Path) -> bool:
         age = time.time() - path.stat().st_mtime
     except FileNotFoundError:  # it has become whole
         return False
-    return path.is_file() and age > _ABANDONED_SECONDS
+    return path.is_file() and age > ABANDONED_SECONDS
 
 
 def _rows(engine: sa.Engine, of: Subject) -> list[sa.Row[tuple[int, str, float, str]]]:

@@ -1,6 +1,5 @@
 """What the doctor looks at on this machine: room on its disks, Ray, GPUs that torch sees."""
 
-import contextlib
 import multiprocessing
 import os
 import shutil
@@ -10,7 +9,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import TimeoutError as TooLateError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from search.database.storage import cache_folder, runs_folder
@@ -151,13 +149,9 @@ def _nodes() -> list[tuple[bool, float, float]]:
     import ray
 
     from search.database.storage import resolve_storage_url
-    from search.launching.runner import ray_session
+    from search.launching.runner import quiet, ray_session
 
-    with (
-        Path(os.devnull).open("w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        ray_session(resolve_storage_url(None)),
-    ):
+    with quiet(), ray_session(resolve_storage_url(None)):
         nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
     return [
         (

@@ -14,6 +14,7 @@ from search.database.lease import (
     LEASE,
     RELEASED,
     STATE,
+    STUDIES,
     STUDY_ATTRIBUTES,
     TRIALS,
     USER_ATTRIBUTES,
@@ -28,7 +29,6 @@ from search.doctor.finding import Finding, first_of, ok, problem, warning
 from search.records.study import BASELINES_SUFFIX, FINGERPRINT, KIND, SPEC
 
 _COMPLETE = TrialState.COMPLETE.name
-_STUDIES = sa.table("studies", sa.column("study_id"), sa.column("study_name"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,9 +73,9 @@ class Subject:
 def subjects(engine: sa.Engine, name: str | None) -> list[Subject]:
     """A study and its baselines, or all studies, in order of their names."""
     attributes: dict[int, dict[str, Any]] = defaultdict(dict)
-    asked = sa.select(_STUDIES)
+    asked = sa.select(STUDIES)
     if name is not None:
-        asked = asked.where(_STUDIES.c.study_name.in_([name, name + BASELINES_SUFFIX]))
+        asked = asked.where(STUDIES.c.study_name.in_([name, name + BASELINES_SUFFIX]))
     with engine.connect() as connection:
         keys = {row.study_name: row.study_id for row in connection.execute(asked)}
         of_them = sa.select(STUDY_ATTRIBUTES)
@@ -98,7 +98,7 @@ def subjects(engine: sa.Engine, name: str | None) -> list[Subject]:
 def names(engine: sa.Engine) -> list[str]:
     """Of all studies."""
     with engine.connect() as connection:
-        return sorted(connection.execute(sa.select(_STUDIES.c.study_name)).scalars())
+        return sorted(connection.execute(sa.select(STUDIES.c.study_name)).scalars())
 
 
 def check_rows(engine: sa.Engine, of: Subject, *, has_leases: bool) -> Iterator[Finding]:

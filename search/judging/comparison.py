@@ -9,7 +9,8 @@ from typing import Any
 
 from search.judging.paired import Paired, Summary, paired_difference, summary
 from search.records.planned import Arm, Planned, PlannedRow
-from search.records.standing import COMPARED_KEYS, align
+from search.records.standing import COMPARED_KEYS
+from search.records.wording import align
 
 PLAIN_METHODS = ("sfd", "pd")
 

@@ -9,8 +9,9 @@ from typing import TextIO
 from search.database.reader import Running
 from search.records.planned import Planned
 from search.records.progress_text import share_done
-from search.records.standing import duration, in_short, standing
+from search.records.standing import in_short, standing
 from search.records.study import Study
+from search.records.wording import duration
 from search.service_log import say
 from search.trials.slots import Progress
 

@@ -125,7 +125,7 @@ def run(
     all_ended = False
     try:
         with (
-            _quiet(),
+            quiet(),
             ray_session(record.url) as head,
             Ending(record.ledgers, launch, at_once=lambda: _is_lost(head)) as ending,
         ):
@@ -182,7 +182,7 @@ def _head_lost(head: Head) -> ClusterLostError:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Standard output holds the command's result alone; the remarks of Ray and Tune are none."""
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
@@ -360,12 +360,12 @@ def _raise_first(refusals: Sequence[Refusal]) -> None:
 
 def _run_slots(resources: ResourcesSpec, orders: Orders, slots: int) -> list[Refusal]:
     """Run that many slots till all have ended; what those said that could not go on."""
-    launch = uuid.uuid4().hex[:8]
+    lot = uuid.uuid4().hex[:8]
     scratch = Path(tempfile.mkdtemp(prefix="bdense-tune-"))
     marks = Path(orders.runs) / orders.study / "slots"
     config = {
         "orders": orders,
-        "mark": tune.grid_search([str(marks / f"{launch}-{i}") for i in range(slots)]),
+        "mark": tune.grid_search([str(marks / f"{lot}-{i}") for i in range(slots)]),
     }
     held = {"cpu": resources.cpus, "gpu": gpus_per_trial(resources)}
     tuner = tune.Tuner(
@@ -373,7 +373,7 @@ def _run_slots(resources: ResourcesSpec, orders: Orders, slots: int) -> list[Ref
         param_space=config,
         tune_config=tune.TuneConfig(max_concurrent_trials=slots),
         run_config=tune.RunConfig(
-            name=launch,
+            name=lot,
             storage_path=str(scratch),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=-1),

@@ -18,7 +18,6 @@ from search.database.reader import asked_of
 from search.database.rows import StoredTrial
 from search.database.storage import retrying
 from search.errors import NotPlannedError, SpecChangedError, UnknownStudyError
-from search.records.standing import counts_line
 from search.records.study import (
     CONDITIONS,
     FINGERPRINT,
@@ -27,6 +26,7 @@ from search.records.study import (
     differing_conditions,
     name_metric,
 )
+from search.records.wording import counts_line
 from search.specs.model_spec import ModelSpec
 from search.specs.study_file import Spec, read_stored
 

@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 _ASIDE = re.compile(r"\d{5,}\.[0-9a-f]{8}")  # as search.trials.result moves folders aside
 _CARD = Path(STUDENT).with_suffix(".md").name
 # A worker that is alive writes one file for less time than this.
-_ABANDONED_SECONDS = 3600.0
+ABANDONED_SECONDS = 3600.0
 # Ranks after the best that are looked at when a trial ends: more than trials that end at once.
 _MARGIN = 64
 
@@ -97,7 +97,7 @@ def _student_files(folder: Path) -> Sequence[Path]:
 
 
 def _abandoned(folder: Path) -> Iterator[Path]:
-    old = time.time() - _ABANDONED_SECONDS
+    old = time.time() - ABANDONED_SECONDS
     for path in folder.glob(".*.partial"):
         if path.is_file() and path.stat().st_mtime < old:
             yield path

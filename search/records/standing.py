@@ -1,7 +1,6 @@
 """Where a study stands, as objects for scripts and tables for people. Reads the storage alone."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from search.database.reader import Counts
 from search.database.rows import StoredTrial
 from search.database.storage import redact, retrying
 from search.records.study import BASELINE_RESULTS, Study, stopped_early
+from search.records.wording import align, counts_line, weights_text
 
 TITLES = {"sfd": "plain SFD", "uniform": "uniform weights"}
 FID_KEYS = (
@@ -189,14 +189,6 @@ def headline(now: Standing) -> str:
     return f"{line}; stopped after {early['after']} of {early['of']} trials: {early['reason']}"
 
 
-def counts_line(counts: Counts, rows: str) -> str:
-    """Rows by state, in words."""
-    return (
-        f"{counts.complete} of {counts.planned} {rows} complete, "
-        f"{counts.pruned} pruned, {counts.failed} failed, {counts.running} running"
-    )
-
-
 def failures(study: Study) -> list[str]:
     """A line for each failed baseline and trial, with its reason."""
     ledgers = (study.baselines, study.trials)
@@ -266,32 +258,3 @@ def _where(best: Mapping[str, Any]) -> tuple[str, str]:
     if "rule" in best:
         return best["rule"], f"{best['strength']:.3f}"
     return f"{best['a']:.3f}", f"{best['b']:.3f}"
-
-
-def weights_text(weights: Sequence[float]) -> str:
-    """Three digits of each."""
-    return " ".join(f"{w:.3g}" for w in weights)
-
-
-def align(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Cells in columns, the first and the last to the left."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(w) if i in (0, len(row) - 1) else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def duration(seconds: float) -> str:
-    """Minutes and seconds, as people say them."""
-    if not math.isfinite(seconds):
-        return "unknown"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

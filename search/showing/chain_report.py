@@ -13,7 +13,7 @@ from search.judging.comparison import (
     fid_line,
 )
 from search.records.planned import Planned
-from search.records.standing import align
+from search.records.wording import align
 from search.showing.charts import Chart
 from search.showing.figures import fid_over_steps
 from search.specs.promotion_spec import PromotionSpec

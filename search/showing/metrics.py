@@ -22,6 +22,7 @@ from search.database.lease import (
     LEFT_OUT,
     RELEASED,
     STATE,
+    STUDIES,
     STUDY_ATTRIBUTES,
     TRIALS,
     database_clock,
@@ -30,7 +31,6 @@ from search.database.rows import KIND_OF_VALUE, VALUES, Rows
 from search.records.study import BASELINES_SUFFIX, KIND
 
 PATH = "/metrics"
-STUDIES = sa.table("studies", *map(sa.column, ("study_id", "study_name")))
 # Optuna's states in the words of ``status``.
 STATES = {
     TrialState.COMPLETE: "complete",

@@ -7,7 +7,8 @@ written it.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from search.records.standing import counts_line, duration, headline, in_short, remarks, table_rows
+from search.records.standing import headline, in_short, remarks, table_rows
+from search.records.wording import counts_line, duration
 from search.showing.markdown import escaped, fenced, markdown_table
 from search.showing.overview import Overview, PlannedOverview
 

@@ -14,17 +14,9 @@ from search.judging.comparison import Comparison
 from search.judging.confirmation import Verdict
 from search.records.folders import GRID, WEIGHTS_PLOT, pictures, row_folder
 from search.records.planned import Planned
-from search.records.standing import (
-    TITLES,
-    align,
-    headline,
-    in_short,
-    remarks,
-    table,
-    table_rows,
-    weights_text,
-)
+from search.records.standing import TITLES, headline, in_short, remarks, table, table_rows
 from search.records.study import Study, baselines_name
+from search.records.wording import align, weights_text
 from search.showing.charts import Chart
 from search.showing.drawing import save_png
 from search.showing.markdown import escaped, fenced, markdown_table

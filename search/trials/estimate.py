@@ -14,7 +14,7 @@ from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.extractors import missing_weights
 from bdense.public import CHECKPOINTS, HUB_CHECKPOINTS, REFERENCES
-from search.records.standing import duration
+from search.records.wording import duration
 from search.specs.model_spec import ModelSpec
 from search.specs.space import BASELINES
 from search.specs.study_spec import StudySpec

@@ -122,7 +122,6 @@ def _status(options: argparse.Namespace) -> None:
     from search.database.halting import CONTINUE, asked_at
     from search.records.planned import Planned
     from search.records.standing import (
-        duration,
         failed_rows,
         failures,
         headline,
@@ -130,6 +129,7 @@ def _status(options: argparse.Namespace) -> None:
         status_json,
         trials_json,
     )
+    from search.records.wording import duration
 
     record = _open(options)
     if isinstance(record, Planned):

@@ -18,11 +18,11 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow" --numprocesses $(TEST_JOBS) --dist loadfile tests --ignore tests/e2e
 	$(BIN)/python -m pytest -m "not slow" tests/e2e
 
-# What the service promises, on real processes: a study from launch to best, kills and stops, 200 trials under faults,
-# strangers that join, two hosts, docker compose.
+# What takes longer: full disks, 10,000 trials, compiled networks; then what the service promises, on real processes: a study
+# from launch to best, kills and stops, 200 trials under faults, strangers that join, two hosts, docker compose.
 test-service: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow tests/e2e/test_search.py tests/e2e/test_faults.py \
-	    tests/e2e/test_strangers.py tests/e2e/test_two_hosts.py tests/test_hostile_texts.py tests/e2e/test_compose.py
+	$(BIN)/python -m pytest -m slow --numprocesses $(TEST_JOBS) --dist loadfile tests --ignore tests/e2e
+	$(BIN)/python -m pytest -m slow tests/e2e --ignore tests/e2e/test_promotion.py
 
 test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

@@ -38,15 +38,15 @@ def states(stack: Stack) -> str:
     return ", ".join(sorted(f"{row['Service']} {row['State']}" for row in listed))
 
 
-def last_line(stack: Stack) -> str:
-    """How far the launcher says that it is."""
-    lines = [line for line in stack.logs("launcher").splitlines() if "running:" in line]
-    return lines[-1].partition("|")[2].strip() if lines else ""
+def said(stack: Stack, words: str) -> str:
+    """The last that the launcher said with these words in it."""
+    lines = [line for line in stack.logs("launcher").splitlines() if words in line]
+    return str(json.loads(lines[-1].partition("|")[2])["message"]) if lines else ""
 
 
 def ended(stack: Stack) -> int:
     """Trials that have ended, by what the launcher says."""
-    found = re.search(r"trials (\d+)/", last_line(stack))
+    found = re.search(r"trials (\d+)/", said(stack, "running:"))
     return int(found[1]) if found else 0
 
 
@@ -82,18 +82,21 @@ def run(stack: Stack, trials: int, log: Log) -> dict[str, Any]:
     stack.build()
     log.say(f"up, {stack.workers} workers")
     stack.up()
+    # An engine may have another image under that name than Docker's.
+    version = stack.compose("exec", "-T", "postgres", "postgres", "--version").stdout.strip()
+    log.say(f"the image postgres:17 is {version}")
     wait_until(lambda: ended(stack) >= 2, seconds=1800, what="two trials")
-    log.say(last_line(stack))
+    log.say(said(stack, "running:"))
     log.say(f"before: {states(stack)}")
     log.say("a ray-worker's first process is killed (SIGKILL)")
     victim = stack.containers("ray-worker")[0]
     stack.crash(victim)
     wait_until(
-        lambda: stack.inspect(victim)[0]["RestartCount"] == 1, seconds=120, what="its restart"
+        lambda: stack.inspect(victim)[0]["RestartCount"] > 0, seconds=120, what="its restart"
     )
     log.say("its container was started again")
     wait_until(lambda: ended(stack) >= trials // 2, seconds=1800, what="half of the trials")
-    log.say(last_line(stack))
+    log.say(said(stack, "running:"))
     stack.down()
     log.say("down, then up again")
     stack.up()
@@ -102,8 +105,7 @@ def run(stack: Stack, trials: int, log: Log) -> dict[str, Any]:
     log.say(f"the launcher has ended with {status}")
     assert status == 0, stack.logs("launcher")
     log.say(f"after: {states(stack)}")
-    carried = [line for line in stack.logs("launcher").splitlines() if "carrying on" in line]
-    log.say(carried[0].partition("|")[2].strip())
+    log.say(said(stack, "carrying on"))
     answer = stack.search("best")
     assert answer["trials"]["complete"] == trials, answer
     doctor = stack.compose(

@@ -20,7 +20,7 @@ from sqlalchemy.engine import make_url
 
 # Before torch is loaded: on small tensors more threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-pytest.register_assert_rewrite("tests.contracts.ledger", "tests.contracts.scene")
+pytest.register_assert_rewrite("tests.contracts")
 
 
 @dataclass

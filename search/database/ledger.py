@@ -19,13 +19,7 @@ from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
-from search.database.claims import (
-    Asking,
-    Claimer,
-    Done,
-    Wait,
-    failure_attributes,
-)
+from search.database.claims import Asking, Claimer, Done, Wait, failure_attributes
 from search.database.halting import HALT, Launch, Stops, stopped_error
 from search.database.holding import Holding, lost_error
 from search.database.lease import Claim

@@ -21,12 +21,7 @@ from search.specs.study_spec import StudySpec
 from search.trials.assets import trajectory_store, use_device
 from search.trials.engine import architecture, execution, student_grid, teacher_solver
 from search.trials.free_memory import free_bytes
-from search.trials.memory import (
-    Memory,
-    extractor_size,
-    interval_update,
-    trial_memory,
-)
+from search.trials.memory import Memory, extractor_size, interval_update, trial_memory
 from search.trials.row_words import words_of
 from search.trials.student_calls import Update
 

@@ -1,8 +1,6 @@
 """What the ledger promises on every database, shown with real processes that really die."""
 
-import math
 import os
-import signal
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -14,17 +12,17 @@ import sqlalchemy as sa
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
-from bdense.errors import InputError, StoppedError
+from bdense.errors import InputError
 from search.database import claims as claiming
-from search.database.halting import HALT, Launch, ask_all, ask_workers, asked_at, is_asked
 from search.database.ledger import Claim, Done, Ledger, Wait
 from search.database.reader import Counts
 from search.database.storage import open_storage
 from search.errors import LeaseLostError, UnknownStudyError
-from tests.contracts.ledger_worker import SPACE, STEPS, objective
+from tests.contracts.ledger_deaths import Deaths
+from tests.contracts.ledger_planned import Planned
+from tests.contracts.ledger_stops import Stops
+from tests.contracts.ledger_worker import SPACE, objective
 from tests.contracts.scene import (
-    LONG_TTL,
-    PATIENCE_SECONDS,
     STUDY,
     Scene,
     complete,
@@ -35,7 +33,7 @@ from tests.contracts.scene import (
 )
 
 
-class LedgerContract:
+class LedgerContract(Deaths, Planned, Stops):
     """What every database promises; subclass it and give it a ``url`` fixture: an empty one."""
 
     @pytest.fixture
@@ -44,103 +42,6 @@ class LedgerContract:
         scene.folder.mkdir()
         yield scene
         scene.end()
-
-    # Processes that die.
-
-    @pytest.mark.faults
-    def test_a_killed_workers_trial_is_resumed_at_once(self, scene):
-        scene.open(budget=2, ttl=LONG_TTL)
-        victim = scene.start()
-        scene.wait_for_step(3)
-        victim.kill()
-        at_death = len(scene.steps(0))
-        assert scene.start().wait(PATIENCE_SECONDS) == 0
-        counts = scene.settle()
-        assert (counts.complete, counts.failed) == (2, 0)
-        second = [line["step"] for line in scene.steps(0) if line["attempt"] == 2]
-        # One step may have been logged and not yet stored when the signal came.
-        assert second[0] >= at_death - 1
-        assert second[-1] == STEPS - 1
-        assert len(scene.steps(1)) == STEPS
-
-    @pytest.mark.faults
-    def test_a_killed_launcher_with_its_workers_is_carried_on_by_the_same_command(self, scene):
-        command = ("--budget", "2", "--ttl", str(LONG_TTL), "--workers", "2")
-        with scene.held_up():
-            launcher = scene.start(*command)
-            scene.wait_for_step(3, trials=2)
-            os.killpg(launcher.pid, signal.SIGKILL)
-            launcher.wait()
-        assert scene.start(*command).wait(PATIENCE_SECONDS) == 0
-        assert scene.settle().complete == 2
-        for number in (0, 1):
-            attempts = [line["attempt"] for line in scene.steps(number)]
-            assert set(attempts) == {1, 2}
-            assert STEPS <= len(attempts) <= STEPS + 1
-
-    @pytest.mark.faults
-    def test_workers_that_outlive_their_launcher_keep_their_trials(self, scene):
-        command = ("--budget", "3", "--ttl", str(LONG_TTL), "--workers", "2")
-        with scene.held_up():
-            launcher = scene.start(*command)
-            scene.wait_for_step(2, trials=2)
-            launcher.kill()
-            launcher.wait()
-        assert scene.start(*command).wait(PATIENCE_SECONDS) == 0
-        assert scene.settle().complete == 3
-        for number in range(3):
-            assert [line["step"] for line in scene.steps(number)] == list(range(STEPS))
-
-    @pytest.mark.faults
-    def test_two_launchers_at_once_share_one_budget(self, scene):
-        command = ("--budget", "3", "--ttl", str(LONG_TTL), "--workers", "2")
-        launchers = [scene.start(*command) for _ in range(2)]
-        assert [launcher.wait(PATIENCE_SECONDS) for launcher in launchers] == [0, 0]
-        assert scene.settle().complete == 3
-        for number in range(3):
-            assert [line["step"] for line in scene.steps(number)] == list(range(STEPS))
-
-    @pytest.mark.faults
-    def test_a_frozen_worker_is_fenced_when_it_thaws(self, scene):
-        ledger = scene.open(budget=1, ttl=2.0)
-        zombie = scene.start()
-        scene.wait_for_step(3)
-        scene.freeze(zombie)
-        claims: list[Claim] = []
-
-        def adopt() -> bool:
-            claim = ledger.claim(SPACE, RandomSampler)
-            if isinstance(claim, Claim):
-                claims.append(claim)
-            return bool(claims)
-
-        wait_until(adopt)
-        assert (claims[0].number, claims[0].attempt, claims[0].adopted) == (0, 2, True)
-        with ledger.holding(claims[0]) as held:
-            zombie.send_signal(signal.SIGCONT)
-            wait_until((scene.folder / "lost").exists)
-            held.check()
-        assert ledger.counts().complete == 0
-        ledger.complete(claims[0], objective(dict(claims[0].params)), {"attempt": 2})
-        assert zombie.wait(PATIENCE_SECONDS) == 0
-        scene.settle()
-        assert ledger.study.trials[0].user_attrs["attempt"] == 2
-        assert "attempt 1 no longer holds it" in (scene.folder / "lost").read_text()
-
-    @pytest.mark.faults
-    def test_a_trial_that_kills_its_workers_is_given_up(self, scene):
-        ledger = scene.open(budget=1, ttl=LONG_TTL, max_attempts=2)
-        for attempt in (1, 2):
-            victim = scene.start()
-            wait_until(lambda attempt=attempt: scene.attempts(0) == attempt)
-            victim.kill()
-            victim.wait()
-        assert ledger.claim(SPACE, RandomSampler) == Done()
-        trial = ledger.study.trials[0]
-        assert trial.state is TrialState.FAIL
-        assert trial.user_attrs["reason"] == "poisoned"
-        assert "started 2 times" in trial.user_attrs["error"]
-        assert scene.settle().failed == 1
 
     # One trial is one row.
 
@@ -317,113 +218,6 @@ class LedgerContract:
             complete(ledger, claim)
         assert offsets == [0, 1, 2, 3]
 
-    # Trials that were planned.
-
-    def test_without_a_sampler_planned_trials_alone_are_begun(self, scene):
-        ledger = scene.open(budget=4)
-        planned = [{"a": a, "b": -1.0} for a in (1.0, 2.0)]
-        for params in planned:
-            ledger.enqueue(params)
-        claims = [ledger.claim(SPACE, None) for _ in planned]
-        assert [claim.params for claim in claims] == planned
-        assert scene.open().claim(SPACE, None) == Wait()
-        for claim in claims:
-            complete(ledger, claim)
-        assert scene.open().claim(SPACE, None) == Done()
-        assert [trial.params for trial in ledger.study.trials] == planned
-        # Whoever brings a sampler goes on to the budget.
-        assert scene.settle().complete == 4
-
-    def test_without_a_sampler_the_budget_holds_too(self, scene):
-        ledger = scene.open(budget=1)
-        for a in (1.0, 2.0):
-            ledger.enqueue({"a": a, "b": -1.0})
-        complete(ledger, ledger.claim(SPACE, None))
-        assert ledger.claim(SPACE, None) == Done()
-        assert ledger.counts().waiting == 1
-
-    def test_without_a_sampler_a_trial_is_taken_over_with_its_parameters(self, scene):
-        ledger = scene.open(budget=1)
-        ledger.enqueue({"a": 1.0, "b": -1.0})
-        first = ledger.claim(SPACE, None)
-        ledger.release(first)
-        second = scene.open().claim(SPACE, None)
-        assert (second.number, second.attempt, second.adopted) == (0, 2, True)
-        assert second.params == first.params
-        complete(ledger, second)
-        assert scene.settle().complete == 1
-
-    def test_what_a_trial_was_planned_with_stays_with_it(self, scene):
-        ledger = scene.open(budget=1)
-        ledger.enqueue({"a": 1.0, "b": -1.0}, {"arm": "uniform"})
-        assert ledger.study.trials[0].user_attrs == {"arm": "uniform"}
-        claim = take(ledger)
-        ledger.complete(claim, objective(dict(claim.params)), {"seconds": 2.5})
-        assert ledger.study.trials[0].user_attrs == {"arm": "uniform", "seconds": 2.5}
-        scene.settle()
-
-    def test_trials_are_planned_to_the_last_bit(self, scene):
-        """Optuna itself takes nearly equal numbers for equal."""
-        ledger = scene.open(budget=2)
-        planned = [{"a": a, "b": -1.0} for a in (1.0, math.nextafter(1.0, 2.0))]
-        for params in (*planned, *planned):
-            ledger.enqueue(params)
-        assert ledger.counts().waiting == 2
-        claims = [ledger.claim(SPACE, None) for _ in planned]
-        assert [claim.params for claim in claims] == planned
-        for claim in claims:
-            complete(ledger, claim)
-        assert [trial.params for trial in scene.open().study.trials] == planned
-        scene.settle()
-
-    def test_a_failed_trial_is_planned_anew_where_its_reason_allows(self, scene):
-        ledger = scene.open(budget=1)
-        params = {"a": 1.0, "b": -1.0}
-        ledger.enqueue(params)
-        ledger.fail(take(ledger), "error", "no such file", {})
-        for again in ((), ("diverged", "poisoned")):
-            ledger.enqueue(params, again=again)
-            assert ledger.counts().waiting == 0
-        for _ in range(2):
-            ledger.enqueue(params, again=("error",))
-        ledger.resize()
-        second = take(ledger)
-        assert (second.number, second.attempt, dict(second.params)) == (1, 1, params)
-        ledger.enqueue(params, again=("error",))
-        complete(ledger, second)
-        ledger.enqueue(params, again=("error",))
-        counts = ledger.counts()
-        assert (counts.complete, counts.failed, counts.waiting) == (1, 1, 0)
-
-    def test_a_list_of_the_study_only_grows(self, scene):
-        ledger, other = scene.open(budget=1), scene.open()
-        assert ledger.extend_list("arms", ["plain", "uniform"])
-        assert other.extend_list("arms", ["plain", "uniform", "third"])
-        assert not ledger.extend_list("arms", ["plain", "uniform", "another"])
-        assert not ledger.extend_list("arms", ["plain", "uniform"])
-        assert ledger.study.user_attrs["arms"] == ["plain", "uniform", "third"]
-
-    def test_the_budget_is_made_that_of_the_planned_trials(self, scene):
-        """Also what others plan at the same time; no change of a setting is recorded."""
-        ledger, other = scene.open(budget=1), scene.open()
-        ledger.enqueue({"a": 1.0, "b": -1.0})
-        complete(ledger, ledger.claim(SPACE, None))
-        for a in (2.0, 2.5):
-            other.enqueue({"a": a, "b": -1.0})
-        ledger.resize()
-        assert (ledger.budget, other.budget, other.counts().planned) == (3, 3, 3)
-        assert "changes" not in ledger.study.user_attrs
-        assert scene.settle().complete == 3
-
-    def test_a_deleted_study_is_gone_with_its_planned_trials(self, scene):
-        ledger = scene.open(budget=1)
-        ledger.enqueue({"a": 1.0, "b": -1.0})
-        ledger.delete()
-        with pytest.raises(UnknownStudyError):
-            scene.open()
-        assert scene.open(budget=1).study.trials == []
-        assert scene.settle().complete == 1
-
     # Values on the way.
 
     def test_values_on_the_way_are_stored_by_step_and_told_again_written_anew(self, scene):
@@ -471,131 +265,6 @@ class LedgerContract:
             "seconds": 3.5,
         }
         assert scene.settle().failed == 1
-
-    def test_an_interruption_is_not_held_against_the_trial(self, scene):
-        ledger = scene.open(budget=1, max_attempts=1)
-        for attempt in (1, 2, 3):
-            claim = take(ledger)
-            assert (claim.attempt, claim.tries) == (attempt, 1)
-            ledger.release(claim, interrupted=True)
-        assert scene.settle().complete == 1
-
-    def test_an_interrupted_launch_is_held_against_no_running_trial(self, scene):
-        """Workers die with their launcher before they can release anything."""
-        ledger = scene.open(budget=1, max_attempts=1, ttl=0.3)
-        for attempt in (1, 2, 3):
-            claim = take(ledger)
-            assert (claim.attempt, claim.tries) == (attempt, 1)
-            scene.open().forgive_running()
-            time.sleep(0.4)
-        assert scene.settle().complete == 1
-
-    def test_a_stop_reaches_who_works_now_and_nobody_who_comes_later(self, scene):
-        ledger = scene.open(budget=2, ttl=0.6)
-        with ledger.holding(take(ledger)) as held:
-            held.check()
-            ask_all([scene.open()])
-            wait_until(lambda: _raises(StoppedError, held.check))
-            ledger.release(held.claim, interrupted=True)
-        with pytest.raises(StoppedError, match="study digits was stopped by `bdense-search stop`"):
-            take(ledger)
-        later = scene.open()
-        claim = take(later)
-        assert (claim.adopted, claim.attempt, claim.tries) == (True, 2, 1)
-        with later.holding(claim) as held:
-            time.sleep(0.5)
-            held.check()
-
-    def test_who_has_launched_is_stopped_by_what_was_asked_since(self, scene):
-        """Whenever its workers open the study; and a launch settles what was asked before it."""
-        ledger = scene.open(budget=2)
-        first = Launch.begin([ledger])
-        ask_all([ledger])
-        late_worker = scene.open()
-        late_worker.launch = first
-        with pytest.raises(StoppedError):
-            take(late_worker)
-        assert is_asked([ledger], first)
-        assert asked_at([ledger]) is not None
-        second = Launch.begin([ledger])
-        assert not is_asked([ledger], second)
-        assert asked_at([ledger]) is None
-        late_worker.launch = second
-        assert take(late_worker).number == 0
-
-    def test_an_interrupted_launch_stops_its_own_workers_alone(self, scene):
-        ledger = scene.open(budget=3, ttl=0.6)
-        mine, other = Launch.begin([ledger]), Launch.begin([ledger])
-        holds = []
-        for launch in (mine, other):
-            worker = scene.open()
-            worker.launch = launch
-            holds.append(worker.holding(take(worker)))
-        with holds[0] as held, holds[1] as others:
-            ask_workers([ledger], mine)
-            ask_workers([ledger], mine)
-            wait_until(lambda: _raises(StoppedError, held.check))
-            time.sleep(0.4)
-            others.check()
-        assert not is_asked([ledger], mine)
-        assert ledger.attribute(HALT)["launches"] == [mine.name]
-
-    def test_what_was_given_back_is_not_forgiven_once_more(self, scene):
-        ledger = scene.open(budget=1)
-        ledger.release(take(ledger), interrupted=True)
-        ledger.forgive_running()
-        claim = take(ledger)
-        assert (claim.attempt, claim.tries) == (2, 1)
-
-    def test_no_more_attempts_are_forgiven_than_there_were(self, scene):
-        """Each Ctrl-C of another launch forgives what runs."""
-        ledger = scene.open(budget=1, max_attempts=2)
-        first = take(ledger)
-        for _ in range(5):
-            ledger.forgive_running()
-        ledger.release(first, interrupted=True)
-        tries = []
-        for _ in range(2):
-            claim = take(ledger)
-            tries.append(claim.tries)
-            ledger.release(claim)
-        assert tries == [1, 2]
-        assert finish_one(ledger) is None
-        assert ledger.counts().failed == 1
-
-    def test_two_stops_at_once_are_two(self, scene, monkeypatch):
-        """A launch that began between them is reached by the second."""
-        ledger, other = scene.open(budget=2), scene.open()
-        launches = []
-        change = other.change
-
-        def later(key, to) -> None:
-            ask_all([ledger])  # it has counted, and is overtaken
-            launches.append(Launch.begin([ledger]))
-            change(key, to)
-
-        monkeypatch.setattr(other, "change", later)
-        ask_all([other])
-        assert is_asked([ledger], launches[0])
-
-    def test_held_are_trials_of_live_workers(self, scene):
-        ledger = scene.open(budget=3, ttl=5.0)
-        assert ledger.held() == 0
-        given_back, kept = take(ledger), take(ledger)
-        assert ledger.held() == 2
-        ledger.release(given_back)
-        assert ledger.held() == 1
-        expire_leases(scene.url)
-        # A server that has just been started is not trusted for a lease's time.
-        wait_until(lambda: ledger.held() == 0)
-        assert kept.number in {row.number for row in ledger.running()}
-
-    def test_a_study_of_somebody_else_is_refused_and_left_alone(self, scene):
-        storage = open_storage(scene.url)
-        optuna.create_study(study_name="theirs", storage=storage)
-        with pytest.raises(UnknownStudyError, match="'theirs' was not made by bdense-search"):
-            Ledger.open(scene.url, "theirs", budget=None)
-        assert optuna.load_study(study_name="theirs", storage=storage).user_attrs == {}
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
     def test_a_value_that_is_not_finite_fails_the_trial(self, scene, value):
@@ -670,6 +339,18 @@ class LedgerContract:
         complete(ledger, claim)
         assert ledger.running() == []
 
+    def test_held_are_trials_of_live_workers(self, scene):
+        ledger = scene.open(budget=3, ttl=5.0)
+        assert ledger.held() == 0
+        given_back, kept = take(ledger), take(ledger)
+        assert ledger.held() == 2
+        ledger.release(given_back)
+        assert ledger.held() == 1
+        expire_leases(scene.url)
+        # A server that has just been started is not trusted for a lease's time.
+        wait_until(lambda: ledger.held() == 0)
+        assert kept.number in {row.number for row in ledger.running()}
+
     # Settings.
 
     def test_settings_are_the_studys_and_not_the_callers(self, scene):
@@ -710,10 +391,9 @@ def _busy() -> sqlite3.OperationalError:
     error.sqlite_errorname = "SQLITE_BUSY"
     return error
 
-
-def _raises(kind: type[Exception], call) -> bool:
-    try:
-        call()
-    except kind:
-        return True
-    return False
+    def test_a_study_of_somebody_else_is_refused_and_left_alone(self, scene):
+        storage = open_storage(scene.url)
+        optuna.create_study(study_name="theirs", storage=storage)
+        with pytest.raises(UnknownStudyError, match="'theirs' was not made by bdense-search"):
+            Ledger.open(scene.url, "theirs", budget=None)
+        assert optuna.load_study(study_name="theirs", storage=storage).user_attrs == {}

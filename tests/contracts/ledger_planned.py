@@ -1,0 +1,119 @@
+"""Trials that were planned, before any that are suggested."""
+
+import math
+
+import pytest
+
+from search.database.ledger import Done, Wait
+from search.errors import UnknownStudyError
+from tests.contracts.ledger_worker import SPACE, objective
+from tests.contracts.scene import complete, take
+
+
+class Planned:
+    """A planned trial is begun as it was planned."""
+
+    def test_without_a_sampler_planned_trials_alone_are_begun(self, scene):
+        ledger = scene.open(budget=4)
+        planned = [{"a": a, "b": -1.0} for a in (1.0, 2.0)]
+        for params in planned:
+            ledger.enqueue(params)
+        claims = [ledger.claim(SPACE, None) for _ in planned]
+        assert [claim.params for claim in claims] == planned
+        assert scene.open().claim(SPACE, None) == Wait()
+        for claim in claims:
+            complete(ledger, claim)
+        assert scene.open().claim(SPACE, None) == Done()
+        assert [trial.params for trial in ledger.study.trials] == planned
+        # Whoever brings a sampler goes on to the budget.
+        assert scene.settle().complete == 4
+
+    def test_without_a_sampler_the_budget_holds_too(self, scene):
+        ledger = scene.open(budget=1)
+        for a in (1.0, 2.0):
+            ledger.enqueue({"a": a, "b": -1.0})
+        complete(ledger, ledger.claim(SPACE, None))
+        assert ledger.claim(SPACE, None) == Done()
+        assert ledger.counts().waiting == 1
+
+    def test_without_a_sampler_a_trial_is_taken_over_with_its_parameters(self, scene):
+        ledger = scene.open(budget=1)
+        ledger.enqueue({"a": 1.0, "b": -1.0})
+        first = ledger.claim(SPACE, None)
+        ledger.release(first)
+        second = scene.open().claim(SPACE, None)
+        assert (second.number, second.attempt, second.adopted) == (0, 2, True)
+        assert second.params == first.params
+        complete(ledger, second)
+        assert scene.settle().complete == 1
+
+    def test_what_a_trial_was_planned_with_stays_with_it(self, scene):
+        ledger = scene.open(budget=1)
+        ledger.enqueue({"a": 1.0, "b": -1.0}, {"arm": "uniform"})
+        assert ledger.study.trials[0].user_attrs == {"arm": "uniform"}
+        claim = take(ledger)
+        ledger.complete(claim, objective(dict(claim.params)), {"seconds": 2.5})
+        assert ledger.study.trials[0].user_attrs == {"arm": "uniform", "seconds": 2.5}
+        scene.settle()
+
+    def test_trials_are_planned_to_the_last_bit(self, scene):
+        """Optuna itself takes nearly equal numbers for equal."""
+        ledger = scene.open(budget=2)
+        planned = [{"a": a, "b": -1.0} for a in (1.0, math.nextafter(1.0, 2.0))]
+        for params in (*planned, *planned):
+            ledger.enqueue(params)
+        assert ledger.counts().waiting == 2
+        claims = [ledger.claim(SPACE, None) for _ in planned]
+        assert [claim.params for claim in claims] == planned
+        for claim in claims:
+            complete(ledger, claim)
+        assert [trial.params for trial in scene.open().study.trials] == planned
+        scene.settle()
+
+    def test_a_failed_trial_is_planned_anew_where_its_reason_allows(self, scene):
+        ledger = scene.open(budget=1)
+        params = {"a": 1.0, "b": -1.0}
+        ledger.enqueue(params)
+        ledger.fail(take(ledger), "error", "no such file", {})
+        for again in ((), ("diverged", "poisoned")):
+            ledger.enqueue(params, again=again)
+            assert ledger.counts().waiting == 0
+        for _ in range(2):
+            ledger.enqueue(params, again=("error",))
+        ledger.resize()
+        second = take(ledger)
+        assert (second.number, second.attempt, dict(second.params)) == (1, 1, params)
+        ledger.enqueue(params, again=("error",))
+        complete(ledger, second)
+        ledger.enqueue(params, again=("error",))
+        counts = ledger.counts()
+        assert (counts.complete, counts.failed, counts.waiting) == (1, 1, 0)
+
+    def test_a_list_of_the_study_only_grows(self, scene):
+        ledger, other = scene.open(budget=1), scene.open()
+        assert ledger.extend_list("arms", ["plain", "uniform"])
+        assert other.extend_list("arms", ["plain", "uniform", "third"])
+        assert not ledger.extend_list("arms", ["plain", "uniform", "another"])
+        assert not ledger.extend_list("arms", ["plain", "uniform"])
+        assert ledger.study.user_attrs["arms"] == ["plain", "uniform", "third"]
+
+    def test_the_budget_is_made_that_of_the_planned_trials(self, scene):
+        """Also what others plan at the same time; no change of a setting is recorded."""
+        ledger, other = scene.open(budget=1), scene.open()
+        ledger.enqueue({"a": 1.0, "b": -1.0})
+        complete(ledger, ledger.claim(SPACE, None))
+        for a in (2.0, 2.5):
+            other.enqueue({"a": a, "b": -1.0})
+        ledger.resize()
+        assert (ledger.budget, other.budget, other.counts().planned) == (3, 3, 3)
+        assert "changes" not in ledger.study.user_attrs
+        assert scene.settle().complete == 3
+
+    def test_a_deleted_study_is_gone_with_its_planned_trials(self, scene):
+        ledger = scene.open(budget=1)
+        ledger.enqueue({"a": 1.0, "b": -1.0})
+        ledger.delete()
+        with pytest.raises(UnknownStudyError):
+            scene.open()
+        assert scene.open(budget=1).study.trials == []
+        assert scene.settle().complete == 1

@@ -21,7 +21,7 @@ test: $(VENV)/.installed-dev
 # What takes longer: full disks, 10,000 trials, compiled networks; then what the service promises, on real processes: a study
 # from launch to best, kills and stops, 200 trials under faults, strangers that join, two hosts, docker compose.
 test-service: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow --numprocesses $(TEST_JOBS) --dist loadfile tests --ignore tests/e2e
+	$(BIN)/python -m pytest -m slow tests --ignore tests/e2e
 	$(BIN)/python -m pytest -m slow tests/e2e --ignore tests/e2e/test_promotion.py
 
 test-all: $(VENV)/.installed-dev

@@ -452,7 +452,7 @@ def test_ten_thousand_trials_and_their_folders_take_seconds(patient):
     assert len(found) == 1, found
     assert "the FID of trial 4321 is not that of its result.json" in found[0]
     sys.stderr.write(f"doctor over 10,000 trials: {seconds:.1f} s\n")
-    assert seconds < 15
+    assert seconds < 45
 
 
 # The storage.

@@ -39,9 +39,8 @@ BUSY_SECONDS = 30
 CONNECT_SECONDS = 5
 ANSWER_SECONDS = 30
 # A server ends a transaction whose process is frozen or cut off this long, or everybody who wants
-# what it locks would wait for ever; a claim, in which a sampler computes, has longer.
-FROZEN_SECONDS = 30
-FROZEN_CLAIM_SECONDS = 120
+# what it locks would wait for ever. Samplers compute in one, and Optuna makes trials of its rows.
+FROZEN_SECONDS = 120
 _WITHOUT_RIGHTS = (
     "the user may not do that: let the database's owner give the command bdense-search storage "
     "init, with --writer or --reader for this user"
@@ -391,9 +390,6 @@ def _storage(
 def _lock_in_transaction(connection: Connection, name: str) -> None:
     digest = hashlib.sha256(f"bdense {name}".encode()).digest()
     key = int.from_bytes(digest[:8], "big", signed=True)
-    connection.execute(
-        text(f"SET LOCAL idle_in_transaction_session_timeout = '{FROZEN_CLAIM_SECONDS}s'")
-    )
     connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
 
 

@@ -6,6 +6,7 @@ The preconditioning, the solvers, the losses and the optimiser stay in float32 w
 import contextlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -17,8 +18,6 @@ from bdense.errors import InputError
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-# What torch.compile writes is C++ on a CPU, and on a GPU C around Triton's kernels.
-_COMPILERS = ("g++", "clang++", "gcc", "clang")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +47,10 @@ class Execution:
         Raises:
             InputError: tf32 or float16 away from a GPU, or compilation without a compiler.
         """
-        compilers = (*_COMPILERS, os.environ.get("CXX"), os.environ.get("CC"))
-        if self.compile and not any(shutil.which(name) for name in compilers if name):
+        if self.compile and not any(map(shutil.which, _compilers(device))):
             raise InputError(
-                "compile needs a C++ compiler, and this machine has none; install g++, or leave "
-                "compile out"
+                f"compile needs a compiler, {' or '.join(_compilers(device))}, and this machine "
+                "has none; install it, or leave compile out"
             )
         if self.precision in ("tf32", "float16") and device.type != "cuda":
             raise InputError(
@@ -93,3 +91,10 @@ def exact_products() -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def _compilers(device: torch.device) -> list[str]:
+    """Those that torch.compile calls: for C++ on a CPU, for C around Triton's kernels on a GPU."""
+    if device.type == "cuda":
+        return [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    return [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]

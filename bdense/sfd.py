@@ -27,6 +27,8 @@ from bdense.solvers import analytical_slope
 from bdense.trajectories import Trajectories, Walk
 from bdense.weighting import BranchWeighting, FixedWeights
 
+_KIND = "sfd-training"
+
 
 class PerceptualLoss(Protocol):
     """How unlike images look to people."""
@@ -38,9 +40,6 @@ class PerceptualLoss(Protocol):
     def describe(self) -> dict[str, Any]:
         """JSON-able; equal descriptions make equal losses."""
         ...
-
-
-_KIND = "sfd-training"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

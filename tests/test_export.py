@@ -166,7 +166,7 @@ def test_a_baseline_s_student_may_be_asked_for(searched, tmp_path):
         export_trial(planned, tmp_path / "none", baseline="sfd")
 
 
-def test_at_full_budget_it_is_that_of_the_nfe_and_budget_asked_for(confirmed):
+def test_trained_again_it_is_that_of_the_nfe_and_budget_asked_for(confirmed):
     arm = confirmed_arm(confirmed)
     for kimg, nfes in ((5.0, [2, 3]), (20.0, [2])):
         planned = plan_retraining(confirmed, normalised(), arm, nfes=nfes, kimg=kimg, seeds=1)
@@ -371,7 +371,7 @@ def test_mistakes_on_the_command_line(searched, tmp_path):
 
 
 @pytest.mark.slow
-def test_at_full_budget_each_nfe_has_its_folder_and_other_budgets_lie_beside(confirmed, tmp_path):
+def test_trained_again_each_nfe_has_its_folder_and_other_budgets_lie_beside(confirmed, tmp_path):
     """The second command exports its own students, not those of the first."""
     arm, runs = confirmed_arm(confirmed), tmp_path / "runs/digits.promote"
     for kimg, nfes in ((5.0, [2, 3]), (20.0, [2])):

@@ -304,10 +304,10 @@ def test_a_chain_whose_spec_is_another_versions_is_not_reported(url, tmp_path):
     assert told.startswith("this bdense cannot read the study's spec (promote-digits: wings: ")
 
 
-# ---- rows of SFD at full budget ----
+# ---- rows of SFD trained again ----
 
 
-def test_full_budget_is_a_row_for_each_arm_seed_and_nfe(confirmed):
+def test_sfd_trained_again_is_a_row_for_each_arm_seed_and_nfe(confirmed):
     """Under seeds that neither the search has seen nor the confirmation, which chose by 1 to 3."""
     study = normalised()
     arm = confirmed_arm(confirmed)
@@ -324,7 +324,7 @@ def test_full_budget_is_a_row_for_each_arm_seed_and_nfe(confirmed):
     assert made == [(2, 4, 20.0), (2, 5, 20.0), (3, 4, 20.0), (3, 5, 20.0)]
 
 
-def test_other_weights_at_full_budget_are_one_more_arm_beside_the_same_baselines(confirmed):
+def test_other_weights_trained_again_are_one_more_arm_beside_the_same_baselines(confirmed):
     study, first = normalised(), confirmed_arm(confirmed)
     planned = plan_retraining(confirmed, study, first, nfes=[2], kimg=20, seeds=1)
     finish(planned, last_fid)
@@ -457,7 +457,7 @@ def test_mistakes_in_a_promotion_s_options(asked, options, message):
         (("--weights", "x"), "--weights x is no A,B"),
     ],
 )
-def test_mistakes_in_the_options_of_a_full_budget(asked, options, message):
+def test_mistakes_in_the_options_of_training_again(asked, options, message):
     assert message in refused(command("promote", "digits", "--method", "sfd", *options))
 
 

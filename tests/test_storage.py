@@ -300,8 +300,10 @@ class TestOnPostgres:
 
     def test_a_frozen_transaction_keeps_nobody_waiting_for_ever(self, postgres, monkeypatch):
         """As of a worker that is stopped between the renewal of its lease and the commit."""
-        monkeypatch.setattr(search.database.storage, "FROZEN_SECONDS", 1)
-        storage = open_storage(postgres.new_database())
+        url = postgres.new_database()
+        open_storage(url).engine.dispose()  # which makes the tables, and may take longer
+        monkeypatch.setattr(search.database.storage, "FROZEN_SECONDS", 5)
+        storage = open_storage(url)
         row = sa.text("UPDATE version_info SET version_info_id = version_info_id")
         with storage.engine.connect() as frozen, storage.engine.connect() as other:
             frozen.execute(row)

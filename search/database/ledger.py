@@ -50,7 +50,10 @@ _NOTHING: Mapping[str, JSON] = MappingProxyType({})
 
 
 class Ledger(LedgerReader):
-    """The trials of one study, shared by every process that opens it. Make it by ``open``."""
+    """The trials of one study, shared by every process that opens it.
+
+    Make it by ``open``, or by ``open_reading`` where it is only looked at.
+    """
 
     def __init__(
         self, storage: RDBStorage, study: optuna.Study, attributes: Mapping[str, Any]

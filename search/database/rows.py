@@ -160,7 +160,8 @@ class Rows:
             stored = sa.select(USER_ATTRIBUTES).where(USER_ATTRIBUTES.c.trial_id.in_(which))
             if keys is not None:
                 stored = stored.where(USER_ATTRIBUTES.c.key.in_(keys))
-            attributes = _attributes(connection, stored)
+            wants_none = keys is not None and not keys
+            attributes = {} if wants_none else _attributes(connection, stored)
             params = _params(connection, sa.select(PARAMS).where(PARAMS.c.trial_id.in_(which)))
         return [
             StoredTrial(

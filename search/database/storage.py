@@ -367,8 +367,8 @@ def _session_settings(url: str, *, reading: bool) -> str:
     }
     if reading:
         settings["default_transaction_read_only"] = "on"
-    asked = make_url(url).query.get("options") or os.environ.get("PGOPTIONS", "")
-    return " ".join([str(asked), *(f"-c {name}={value}" for name, value in settings.items())])
+    asked = make_url(url).normalized_query.get("options") or [os.environ.get("PGOPTIONS", "")]
+    return " ".join([*asked, *(f"-c {name}={value}" for name, value in settings.items())])
 
 
 def _storage(

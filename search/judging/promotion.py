@@ -1,4 +1,4 @@
-"""The winner's weights at work: progressive distillation with them, or SFD trained longer.
+"""The winner's weights at work: progressive distillation with them, or SFD trained again.
 
 Both beside their baselines, under the same seeds for all, as a study of planned rows.
 """

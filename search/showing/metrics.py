@@ -1,7 +1,7 @@
 """Where studies stand, for Prometheus: text at /metrics, computed by SQL as it is asked for.
 
-A few queries over the whole database and one for each study's baselines, whatever its trials: an
-index does the counting.
+A few queries over the whole database and a few for each study's baselines, whatever its trials:
+an index does the counting.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping

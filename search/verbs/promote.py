@@ -1,4 +1,4 @@
-"""``promote`` confirmed weights: progressive distillation with them, or SFD trained longer."""
+"""``promote`` confirmed weights: progressive distillation with them, or SFD trained again."""
 
 import argparse
 import sys
@@ -48,7 +48,7 @@ def add_promote(verbs: Verbs) -> None:
         "--method",
         choices=("pd", "sfd"),
         default="pd",
-        help="progressive distillation (default), or SFD for --kimg at each --nfe",
+        help="progressive distillation (default), or SFD of --kimg for each --nfe",
     )
     parser.add_argument(
         "--weights",

@@ -384,16 +384,16 @@ class LedgerContract(Deaths, Planned, Stops):
         with pytest.raises(InputError, match=message):
             scene.open(**settings)
 
-
-def _busy() -> sqlite3.OperationalError:
-    """What waiting helps against, whichever database it stands for."""
-    error = sqlite3.OperationalError("database is locked")
-    error.sqlite_errorname = "SQLITE_BUSY"
-    return error
-
     def test_a_study_of_somebody_else_is_refused_and_left_alone(self, scene):
         storage = open_storage(scene.url)
         optuna.create_study(study_name="theirs", storage=storage)
         with pytest.raises(UnknownStudyError, match="'theirs' was not made by bdense-search"):
             Ledger.open(scene.url, "theirs", budget=None)
         assert optuna.load_study(study_name="theirs", storage=storage).user_attrs == {}
+
+
+def _busy() -> sqlite3.OperationalError:
+    """What waiting helps against, whichever database it stands for."""
+    error = sqlite3.OperationalError("database is locked")
+    error.sqlite_errorname = "SQLITE_BUSY"
+    return error

@@ -31,11 +31,13 @@ class Stops:
         assert scene.settle().complete == 1
 
     def test_a_stop_reaches_who_works_now_and_nobody_who_comes_later(self, scene):
-        ledger = scene.open(budget=2, ttl=0.6)
+        ledger = scene.open(budget=2, ttl=15)
         with ledger.holding(take(ledger)) as held:
             held.check()
+            asked = time.monotonic()
             ask_all([scene.open()])
             wait_until(lambda: _raises(StoppedError, held.check))
+            assert time.monotonic() - asked < 15  # at the next renewal, after ttl / 3
             ledger.release(held.claim, interrupted=True)
         with pytest.raises(StoppedError, match="study digits was stopped by `bdense-search stop`"):
             take(ledger)

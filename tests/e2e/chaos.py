@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from search.database.ledger import Ledger
+from search.database.storage import FROZEN_SECONDS
 from search.records.study import baselines_name
 from search.records.trial_log import LOG_FILE, read_log
 from tests.conftest import Postgres
@@ -24,7 +25,7 @@ LEASE_SECONDS = 10.0
 AWAY_SECONDS = 10.0
 MOST_HEADLESS_SECONDS = 60.0
 MOST_AIMING_SECONDS = 5.0
-MOST_FROZEN_SECONDS = 60.0
+MOST_FROZEN_SECONDS = FROZEN_SECONDS + 3 * LEASE_SECONDS
 # The other kinds cost a start of Ray, which tells nothing more of the study.
 _TWICE = ("worker killed", "worker frozen", "PostgreSQL restarted")
 
@@ -296,22 +297,22 @@ class Chaos:
         pid = self._draw.choice(workers)
         if not _signal(pid, signal.SIGSTOP):
             return False
-        self._frozen[pid] = threading.Timer(LEASE_SECONDS + 4, self._thaw, [pid])
+        held = pid in self._owners()  # or it had told its result just before
+        self._frozen[pid] = threading.Timer(LEASE_SECONDS + 4, self._thaw, [pid, held])
         if not aimed:
             self._frozen[pid].start()
             return True
         until = time.monotonic() + MOST_FROZEN_SECONDS
-        held = pid in self._owners()
         while pid in self._owners() and time.monotonic() < until:
             time.sleep(0.2)
-        return self._thaw(pid) and held
+        return self._thaw(pid, held)
 
-    def _thaw(self, pid: int) -> bool:
-        """Whether it lives, and has lost its trial."""
+    def _thaw(self, pid: int, held: bool) -> bool:
+        """Whether it lives, and has lost the trial that it held when it froze."""
         lost = False
         # The database may be away just now.
         with contextlib.suppress(Exception):
-            lost = pid not in self._owners()
+            lost = held and pid not in self._owners()
         lost = _signal(pid, signal.SIGCONT) and lost
         if lost:
             self.fenced += 1

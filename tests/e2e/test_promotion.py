@@ -231,7 +231,7 @@ def test_a_confirmed_winner_is_promoted_by_a_chain(launched):
 
 
 @pytest.mark.slow
-def test_a_confirmed_winner_is_trained_longer(launched):
+def test_a_confirmed_winner_is_trained_again(launched):
     options = ("--method", "sfd", "--nfe", "2,3", "--seeds", "1", "--kimg", "1.28")
     out = done(launched, "promote", "small", *options)
     assert "small.promote: 6 of 6 rows complete" in out

@@ -350,7 +350,10 @@ def test_a_study_on_postgres_keeps_its_password_to_itself(workplace, calm_fids, 
 
     # The first moments belong to the user's own command line.
     own = Path(f"/proc/{launcher.pid}/cmdline")
-    wait_until(lambda: password not in own.read_text(), what="the password leaves ps")
+    wait_until(
+        lambda: (text := own.read_text()) and password not in text,  # empty while it is executed
+        what="the password leaves ps",
+    )
     seen_running = False
     while launcher.poll() is None:
         lines = process_list()

@@ -96,5 +96,8 @@ def exact_products() -> Iterator[None]:
 def _compilers(device: torch.device) -> list[str]:
     """Those that torch.compile calls: for C++ on a CPU, for C around Triton's kernels on a GPU."""
     if device.type == "cuda":
-        return [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
-    return [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
+        told, usual = os.environ.get("CC"), ["gcc", "clang"]
+    else:
+        told, usual = os.environ.get("CXX"), ["clang++" if sys.platform == "darwin" else "g++"]
+    # Such as "ccache g++".
+    return told.split()[:1] if told else usual

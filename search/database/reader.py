@@ -115,11 +115,6 @@ class LedgerReader:
 
     def running(self) -> list[Running]:
         """The running trials that somebody took, lowest number first."""
-
-        def read() -> list[RunningRow]:
-            with self._storage.engine.connect() as connection:
-                return self._leases.running(connection)
-
         return [
             Running(
                 number=row.number,
@@ -128,18 +123,14 @@ class LedgerReader:
                 progress=row.progress,
                 seconds=row.seconds,
             )
-            for row in retrying(read)
+            for row in retrying(self._running)
             if row.process is not None
         ]
 
     def held(self) -> int:
         """Trials that somebody works on, as far as it can be told."""
-
-        def read() -> list[RunningRow]:
-            with self._storage.engine.connect() as connection:
-                return self._leases.running(connection)
-
-        return sum(row.process is not None and not row.adoptable for row in retrying(read))
+        rows = retrying(self._running)
+        return sum(row.process is not None and not row.adoptable for row in rows)
 
     def rows(self, state: TrialState, keys: Collection[str] | None = None) -> list[StoredTrial]:
         """Every trial in that state, in order of their numbers; not by loading all the others.
@@ -179,6 +170,10 @@ class LedgerReader:
     def differing_versions(self) -> list[str]:
         """A line for each package that trials were measured with several versions of."""
         return retrying(partial(differing_versions, self._storage, self.study))
+
+    def _running(self) -> list[RunningRow]:
+        with self._storage.engine.connect() as connection:
+            return self._leases.running(connection)
 
     def _stored_budget(self) -> int:
         return int(self.study.user_attrs["budget"])

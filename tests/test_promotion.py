@@ -488,7 +488,8 @@ def test_a_search_s_file_is_no_promotion(asked):
     expected = "a teacher and a chain of steps, which a promotion file gives: add --to PROMOTION"
     assert expected in refused(command("promote", path))
     assert expected in refused(command("promote", "digits"))
-    assert expected in refused(command("promote", "digits", "--to", path))
+    given = refused(command("promote", "digits", "--to", path))
+    assert "is a study, not a promotion: it has a student and no chain" in given
     chain = chain_file(asked)
     assert "are promotions; drop one" in refused(command("promote", chain, "--to", chain))
     assert "is a promotion, not a study: it has a chain" in refused(command("launch", chain))

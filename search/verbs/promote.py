@@ -187,13 +187,13 @@ def _sfd_folder(options: argparse.Namespace, name: str, nfe: int, count: int, ki
 def _promotion(options: argparse.Namespace) -> "tuple[PromotionSpec, str | None]":
     """The promotion as the options change it, and the search its weights come from."""
     from search.specs.promotion_spec import PromotionSpec
-    from search.specs.study_file import parse_promotion, read_any
+    from search.specs.study_file import parse_promotion, read_any, read_promotion
 
     given, source = Path(options.study), None
     found = read_any(given) if given.suffix in (".yaml", ".yml") else None
     spec = found
     if options.to is not None:
-        spec, source = read_any(options.to), study_name(options.study)
+        spec, source = read_promotion(Path(options.to)), study_name(options.study)
         if isinstance(found, PromotionSpec):
             raise InputError(f"both STUDY {given} and --to {options.to} are promotions; drop one")
     if not isinstance(spec, PromotionSpec):

@@ -7,84 +7,84 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bdense.branches import export_branch as export_branch
-    from bdense.branches import widen_head as widen_head
-    from bdense.chain import Chain as Chain
-    from bdense.chain import distill_chain as distill_chain
-    from bdense.checkpoints import load_denoiser as load_denoiser
-    from bdense.checkpoints import save_denoiser as save_denoiser
-    from bdense.data import load_dataset as load_dataset
-    from bdense.ddpm import DDPMSchedule as DDPMSchedule
-    from bdense.exports import export_folder as export_folder
-    from bdense.extractors import load_extractor as load_extractor
-    from bdense.intervals import IntervalGrid as IntervalGrid
-    from bdense.metrics import FID as FID
-    from bdense.metrics import measure_images as measure_images
-    from bdense.progressive import DataBatches as DataBatches
-    from bdense.progressive import PDConfig as PDConfig
-    from bdense.progressive import distill_round as distill_round
-    from bdense.recordings import TrajectoryStore as TrajectoryStore
-    from bdense.references import dataset_reference as dataset_reference
-    from bdense.references import read_reference as read_reference
-    from bdense.sampling import Sampler as Sampler
-    from bdense.sampling import draw_images as draw_images
-    from bdense.sampling import samplers_from as samplers_from
-    from bdense.sampling import save_grid as save_grid
-    from bdense.schedules import Schedule as Schedule
-    from bdense.sfd import SFDConfig as SFDConfig
-    from bdense.sfd import distill as distill
-    from bdense.solvers import DPMSolverPP as DPMSolverPP
-    from bdense.solvers import Euler as Euler
-    from bdense.sources import load_model as load_model
-    from bdense.teachers import TeacherConfig as TeacherConfig
-    from bdense.teachers import train_teacher as train_teacher
-    from bdense.trajectories import LiveTrajectories as LiveTrajectories
-    from bdense.vp import CosineSchedule as CosineSchedule
-    from bdense.weights import LogLinearWeights as LogLinearWeights
-    from bdense.weights import normalised_weights as normalised_weights
-    from bdense.weights import uniform_weights as uniform_weights
+    from bdense.data.datasets import load_dataset as load_dataset
+    from bdense.diffusion.branches import export_branch as export_branch
+    from bdense.diffusion.branches import widen_head as widen_head
+    from bdense.diffusion.ddpm import DDPMSchedule as DDPMSchedule
+    from bdense.diffusion.intervals import IntervalGrid as IntervalGrid
+    from bdense.diffusion.sampling import Sampler as Sampler
+    from bdense.diffusion.sampling import draw_images as draw_images
+    from bdense.diffusion.sampling import samplers_from as samplers_from
+    from bdense.diffusion.sampling import save_grid as save_grid
+    from bdense.diffusion.schedules import Schedule as Schedule
+    from bdense.diffusion.solvers import DPMSolverPP as DPMSolverPP
+    from bdense.diffusion.solvers import Euler as Euler
+    from bdense.diffusion.vp import CosineSchedule as CosineSchedule
+    from bdense.methods.chain import Chain as Chain
+    from bdense.methods.chain import distill_chain as distill_chain
+    from bdense.methods.progressive import DataBatches as DataBatches
+    from bdense.methods.progressive import PDConfig as PDConfig
+    from bdense.methods.progressive import distill_round as distill_round
+    from bdense.methods.recordings import TrajectoryStore as TrajectoryStore
+    from bdense.methods.sfd import SFDConfig as SFDConfig
+    from bdense.methods.sfd import distill as distill
+    from bdense.methods.trajectories import LiveTrajectories as LiveTrajectories
+    from bdense.metrics.extractors import load_extractor as load_extractor
+    from bdense.metrics.metrics import FID as FID
+    from bdense.metrics.metrics import measure_images as measure_images
+    from bdense.metrics.references import dataset_reference as dataset_reference
+    from bdense.metrics.references import read_reference as read_reference
+    from bdense.models.folders import export_folder as export_folder
+    from bdense.models.sources import load_model as load_model
+    from bdense.models.store import load_denoiser as load_denoiser
+    from bdense.models.store import save_denoiser as save_denoiser
+    from bdense.training.teacher import TeacherConfig as TeacherConfig
+    from bdense.training.teacher import train_teacher as train_teacher
+    from bdense.weights.spaces import LogLinearWeights as LogLinearWeights
+    from bdense.weights.spaces import normalised_weights as normalised_weights
+    from bdense.weights.spaces import uniform_weights as uniform_weights
 
 # Raised by hand whenever a golden or the digits result moves: results of different numerics are
 # never compared.
 NUMERICS = 2
 
 _HOME = {
-    "FID": "metrics",
-    "Chain": "chain",
-    "CosineSchedule": "vp",
-    "DDPMSchedule": "ddpm",
-    "DPMSolverPP": "solvers",
-    "DataBatches": "progressive",
-    "Euler": "solvers",
-    "IntervalGrid": "intervals",
-    "LiveTrajectories": "trajectories",
-    "LogLinearWeights": "weights",
-    "PDConfig": "progressive",
-    "SFDConfig": "sfd",
-    "Sampler": "sampling",
-    "Schedule": "schedules",
-    "TeacherConfig": "teachers",
-    "TrajectoryStore": "recordings",
-    "dataset_reference": "references",
-    "distill": "sfd",
-    "distill_chain": "chain",
-    "distill_round": "progressive",
-    "draw_images": "sampling",
-    "export_branch": "branches",
-    "export_folder": "exports",
-    "load_dataset": "data",
-    "load_denoiser": "checkpoints",
-    "load_extractor": "extractors",
-    "load_model": "sources",
-    "measure_images": "metrics",
-    "normalised_weights": "weights",
-    "read_reference": "references",
-    "samplers_from": "sampling",
-    "save_denoiser": "checkpoints",
-    "save_grid": "sampling",
-    "train_teacher": "teachers",
-    "uniform_weights": "weights",
-    "widen_head": "branches",
+    "FID": "metrics.metrics",
+    "Chain": "methods.chain",
+    "CosineSchedule": "diffusion.vp",
+    "DDPMSchedule": "diffusion.ddpm",
+    "DPMSolverPP": "diffusion.solvers",
+    "DataBatches": "methods.progressive",
+    "Euler": "diffusion.solvers",
+    "IntervalGrid": "diffusion.intervals",
+    "LiveTrajectories": "methods.trajectories",
+    "LogLinearWeights": "weights.spaces",
+    "PDConfig": "methods.progressive",
+    "SFDConfig": "methods.sfd",
+    "Sampler": "diffusion.sampling",
+    "Schedule": "diffusion.schedules",
+    "TeacherConfig": "training.teacher",
+    "TrajectoryStore": "methods.recordings",
+    "dataset_reference": "metrics.references",
+    "distill": "methods.sfd",
+    "distill_chain": "methods.chain",
+    "distill_round": "methods.progressive",
+    "draw_images": "diffusion.sampling",
+    "export_branch": "diffusion.branches",
+    "export_folder": "models.folders",
+    "load_dataset": "data.datasets",
+    "load_denoiser": "models.store",
+    "load_extractor": "metrics.extractors",
+    "load_model": "models.sources",
+    "measure_images": "metrics.metrics",
+    "normalised_weights": "weights.spaces",
+    "read_reference": "metrics.references",
+    "samplers_from": "diffusion.sampling",
+    "save_denoiser": "models.store",
+    "save_grid": "diffusion.sampling",
+    "train_teacher": "training.teacher",
+    "uniform_weights": "weights.spaces",
+    "widen_head": "diffusion.branches",
 }
 __all__ = [*_HOME, "NUMERICS"]
 

@@ -4,9 +4,9 @@ import statistics
 
 from benchmarks.common import parser, publish
 from benchmarks.students import Arm, add_study_options, conditions, fid_table, fids_of
-from search.specs.study_file import read_spec
-from search.specs.study_spec import StudySpec
-from search.trials.engine import check
+from search.spec.study_file import read_spec
+from search.spec.study_spec import StudySpec
+from search.worker.engine import check
 
 LR_FACTORS = (0.5, 1.0, 2.0)
 CURVE = (-0.5, 0.0, 0.25, 0.5, 1.0, 1.386, 2.0)

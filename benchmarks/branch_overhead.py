@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from bdense.denoiser import NetworkDenoiser
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.methods.trajectories import Walk
 from bdense.networks import SongUNet, SongUNetConfig
-from bdense.trajectories import Walk
 from benchmarks.branch_pieces import GRID, K, SyntheticTrajectories, measure_pieces
 from benchmarks.common import DIGITS_STUDY, parser, publish, table
 from benchmarks.timing import (
@@ -22,7 +22,7 @@ from benchmarks.timing import (
     synchronise,
     untrained_teacher,
 )
-from search.specs.study_file import read_spec
+from search.spec.study_file import read_spec
 
 # EDM's CIFAR-10 network with half of its channels and three blocks a level instead of four.
 CIFAR_LIKE = SongUNetConfig(

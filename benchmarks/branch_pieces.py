@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bdense.branches import widen_head
-from bdense.denoiser import NetworkDenoiser
-from bdense.intervals import IntervalGrid
+from bdense.diffusion.branches import widen_head
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.intervals import IntervalGrid
+from bdense.methods.sfd import branch_losses, branch_states
+from bdense.methods.trajectories import Walk
 from bdense.networks import SongUNet
-from bdense.sfd import branch_losses, branch_states
-from bdense.trajectories import Walk
 from benchmarks.timing import Paired, interleave, seconds_per_call
 
 K = 4

@@ -17,24 +17,24 @@ from typing import Any
 
 import torch
 
-from bdense.branches import export_branch
-from bdense.cards import inherited, write_card
-from bdense.checkpoints import load_denoiser, save_denoiser
-from bdense.data import Dataset, load_dataset
-from bdense.denoiser import NetworkDenoiser
+from bdense.data.datasets import Dataset, load_dataset
+from bdense.diffusion.branches import export_branch
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.intervals import IntervalGrid
+from bdense.diffusion.sampling import Sampler, draw_images, save_grid
+from bdense.diffusion.solvers import DPMSolverPP
 from bdense.execution import PRECISIONS, Execution, exact_products
-from bdense.extractors import load_extractor
 from bdense.files import atomic_write
-from bdense.intervals import IntervalGrid
-from bdense.metrics import FID, measure_images
-from bdense.recordings import TrajectoryStore
-from bdense.references import dataset_reference
-from bdense.sampling import Sampler, draw_images, save_grid
-from bdense.sfd import IterationReport, SFDConfig, distill
-from bdense.solvers import DPMSolverPP
-from bdense.teachers import TeacherConfig, train_teacher
-from bdense.trajectories import LiveTrajectories
-from bdense.weights import LogLinearWeights, uniform_weights
+from bdense.methods.recordings import TrajectoryStore
+from bdense.methods.sfd import IterationReport, SFDConfig, distill
+from bdense.methods.trajectories import LiveTrajectories
+from bdense.metrics.extractors import load_extractor
+from bdense.metrics.metrics import FID, measure_images
+from bdense.metrics.references import dataset_reference
+from bdense.models.cards import inherited, write_card
+from bdense.models.store import load_denoiser, save_denoiser
+from bdense.training.teacher import TeacherConfig, train_teacher
+from bdense.weights.spaces import LogLinearWeights, uniform_weights
 from benchmarks.common import parser, publish, table
 from benchmarks.timing import pick_device, synchronise
 

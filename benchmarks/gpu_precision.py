@@ -13,22 +13,22 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from bdense.branches import widen_head
-from bdense.denoiser import NetworkDenoiser, build_denoiser
+from bdense.diffusion.branches import widen_head
+from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
+from bdense.diffusion.intervals import IntervalGrid
+from bdense.diffusion.solvers import DPMSolverPP, trajectory
 from bdense.errors import InputError
 from bdense.execution import PRECISIONS, Execution, exact_products
-from bdense.intervals import IntervalGrid
-from bdense.public import CHECKPOINTS
-from bdense.sfd import (
+from bdense.methods.sfd import (
     SFDConfig,
     branch_losses,
     branch_states,
     distill,
     first_interval_without_network,
 )
-from bdense.solvers import DPMSolverPP, trajectory
-from bdense.trajectories import LiveTrajectories
-from bdense.weights import uniform_weights
+from bdense.methods.trajectories import LiveTrajectories
+from bdense.models.public import CHECKPOINTS
+from bdense.weights.spaces import uniform_weights
 from benchmarks.common import parser, publish, table
 from benchmarks.timing import pick_device, seconds_per_iteration
 

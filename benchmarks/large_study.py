@@ -13,10 +13,10 @@ import sqlalchemy as sa
 from optuna.distributions import distribution_to_json
 from optuna.storages import RDBStorage
 
-from search.records.study import Study
-from search.specs.log_linear import branch_weights, equivalent_b
-from search.specs.space import search_space
-from search.specs.study_spec import StudySpec
+from search.spec.log_linear import branch_weights, equivalent_b
+from search.spec.space import search_space
+from search.spec.study_spec import StudySpec
+from search.study.study import Study
 
 TABLES = ("studies", "trials", "trial_values", "trial_params", "trial_user_attributes")
 BATCH = 1000
@@ -88,7 +88,7 @@ def fill(study: Study, storage: RDBStorage, spec: StudySpec, count: int) -> None
 
 
 def _stored(spec: StudySpec, number: int, a: float, value: float) -> dict[str, Any]:
-    """What a trial of that slope stores, as of ``search.trials.trial``."""
+    """What a trial of that slope stores, as of ``search.worker.trial``."""
     substeps = spec.student.substeps
     b = equivalent_b(a, substeps)
     return {

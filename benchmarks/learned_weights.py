@@ -3,13 +3,13 @@
 import statistics
 from collections.abc import Sequence
 
-from bdense.weighting import RULES
+from bdense.weights.weighting import RULES
 from benchmarks.common import parser, publish
 from benchmarks.students import Arm, add_study_options, conditions, fid_table, fids_of
-from search.specs.model_spec import FloatRange
-from search.specs.study_file import read_spec
-from search.specs.study_spec import LearnedSpace, NormalisedSpace, StudySpec
-from search.trials.engine import check
+from search.spec.model_spec import FloatRange
+from search.spec.study_file import read_spec
+from search.spec.study_spec import LearnedSpace, NormalisedSpace, StudySpec
+from search.worker.engine import check
 
 SEEDS = (0, 1, 2)
 STRENGTHS = (1.0, -0.5, -1.0)

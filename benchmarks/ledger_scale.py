@@ -27,13 +27,13 @@ from sqlalchemy.exc import OperationalError
 from benchmarks.common import DIGITS_STUDY, parser, publish, table
 from benchmarks.large_study import fill
 from benchmarks.servers import Server, postgres
-from search.database.ledger import Claim, Ledger
-from search.database.storage import open_storage
 from search.errors import StorageError
-from search.records.study import Study
-from search.specs.space import make_sampler, search_space
-from search.specs.study_file import read_spec
-from search.specs.study_spec import StudySpec
+from search.spec.space import make_sampler, search_space
+from search.spec.study_file import read_spec
+from search.spec.study_spec import StudySpec
+from search.storage.engine import open_storage
+from search.storage.ledger import Claim, Ledger
+from search.study.study import Study
 
 NAME = "ledger_scale"
 MANY = 10**6  # trials planned: more than anybody runs

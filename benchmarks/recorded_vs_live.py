@@ -5,8 +5,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from bdense.recordings import TrajectoryStore
-from bdense.trajectories import LiveTrajectories
+from bdense.methods.recordings import TrajectoryStore
+from bdense.methods.trajectories import LiveTrajectories
 from benchmarks.common import DIGITS_STUDY, parser, publish, table
 from benchmarks.timing import (
     Paired,
@@ -16,9 +16,9 @@ from benchmarks.timing import (
     seconds_per_iteration,
     untrained_teacher,
 )
-from search.specs.study_file import read_spec
-from search.specs.study_spec import StudySpec
-from search.trials.engine import student_grid, teacher_solver, training_config
+from search.spec.study_file import read_spec
+from search.spec.study_spec import StudySpec
+from search.worker.engine import student_grid, teacher_solver, training_config
 
 
 def main() -> None:

@@ -21,11 +21,11 @@ from numpy.polynomial import Polynomial
 
 from benchmarks.common import parser, publish, table
 from benchmarks.students import Arm, add_study_options, conditions, fid_table, fids_of
-from search.judging.paired import paired_difference
-from search.judging.surrogate import Evaluation, candidates, posterior_means
-from search.specs.study_file import read_spec
-from search.specs.study_spec import StudySpec
-from search.trials.engine import check
+from search.analysis.paired import paired_difference
+from search.analysis.surrogate import Evaluation, candidates, posterior_means
+from search.spec.study_file import read_spec
+from search.spec.study_spec import StudySpec
+from search.worker.engine import check
 
 SLOPES = (-0.8, -0.4, 0.0, 0.25, 0.5, 0.75, 1.0, 1.386, 1.8)
 SEEDS = (0, 1, 2)
@@ -283,7 +283,7 @@ Regret over {repeats} searches of each kind, the true FID of the choice less the
 mean / 90th percentile (ratio of means to that of {RAW}).
 
 - {RAW}: the trial of lowest value.
-- {MEAN}: the trial of lowest posterior mean of a Gaussian process (search.judging.surrogate).
+- {MEAN}: the trial of lowest posterior mean of a Gaussian process (search.analysis.surrogate).
 - top {TOP}: the rule's {TOP} candidates are trained again with {FRESH} fresh seeds each, \
 {TOP * FRESH} trainings
   more; of them that of lowest mean over the fresh seeds, or of lowest posterior mean

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import DIGITS_STUDY, table
-from search.specs.study_spec import StudySpec, WeightsSpec
-from search.trials.assets import (
+from search.spec.study_spec import StudySpec, WeightsSpec
+from search.worker.assets import (
     Assets,
     load,
     load_data,
@@ -20,7 +20,7 @@ from search.trials.assets import (
     trajectory_store,
     use_device,
 )
-from search.trials.trial import train_and_measure
+from search.worker.trial import train_and_measure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

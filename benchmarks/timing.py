@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from bdense.data import load_dataset
-from bdense.denoiser import NetworkDenoiser
-from bdense.sfd import IterationReport, SFDConfig, distill
-from bdense.teachers import new_denoiser
-from bdense.trajectories import Trajectories
-from bdense.weights import uniform_weights
+from bdense.data.datasets import load_dataset
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.methods.sfd import IterationReport, SFDConfig, distill
+from bdense.methods.trajectories import Trajectories
+from bdense.training.teacher import new_denoiser
+from bdense.weights.spaces import uniform_weights
 
 if TYPE_CHECKING:
-    from search.specs.study_spec import StudySpec
+    from search.spec.study_spec import StudySpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ def seconds_per_iteration(
 def untrained_teacher(spec: "StudySpec", device: torch.device) -> NetworkDenoiser:
     """The study's network with its initial weights, which cost what trained ones do."""
     # Here: the engine is timed on machines that have nothing of the service.
-    from search.trials.engine import teacher_config
+    from search.worker.engine import teacher_config
 
     if spec.teacher.train is None:
         raise SystemExit(f"study {spec.name} has no teacher.train; choose one that trains its own")

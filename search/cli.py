@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from types import FrameType
 
 from bdense.command import new_parser, run_verb
-from search.database.storage import DATABASE_ERRORS, as_storage_error, redact, resolve_storage_url
-from search.service_log import say, start_logging
+from search.log import say, start_logging
+from search.storage.engine import DATABASE_ERRORS, as_storage_error, redact, resolve_storage_url
 from search.verbs.clean import add_clean
 from search.verbs.confirm import add_confirm, add_transfer
 from search.verbs.doctor import add_doctor

@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 from optuna.trial import TrialState
 
-from bdense.checkpoints import load_denoiser
-from bdense.diffusers_export import export_pipeline
 from bdense.errors import InputError
-from bdense.exports import CONFIG, Picture, export_folder
+from bdense.models.diffusers_export import export_pipeline
+from bdense.models.folders import CONFIG, Picture, export_folder
+from bdense.models.store import load_denoiser
 from bdense.networks.diffusers_unet import DiffusersUNet
-from search.database.ledger import Ledger
-from search.database.rows import StoredTrial
-from search.judging.comparison import compare
-from search.judging.confirmation import CONFIRM_SUFFIX, verdict
-from search.records.folders import named_file
-from search.records.planned import Planned, PlannedRow
-from search.records.study import FINGERPRINT, Study
-from search.showing.chain_report import card_row, chain_chart, chain_table, fid_table, seeds_text
-from search.showing.drawing import DPI, picture
+from search.analysis.comparison import compare
+from search.analysis.confirmation import CONFIRM_SUFFIX, verdict
+from search.report.chain_report import card_row, chain_chart, chain_table, fid_table, seeds_text
+from search.report.render import DPI, picture
+from search.storage.ledger import Ledger
+from search.storage.rows import StoredTrial
+from search.study.arms import Planned, PlannedRow
+from search.study.folders import named_file
+from search.study.study import FINGERPRINT, Study
 
 if TYPE_CHECKING:
-    from bdense.denoiser import NetworkDenoiser
+    from bdense.diffusion.denoiser import NetworkDenoiser
 
 PIPELINE, FIGURE = "diffusers", "fid.png"
 _MADE_FROM = "made_from"  # in the metadata of what is handed on

@@ -5,8 +5,8 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
-from bdense.checkpoints import denoiser_sha256, load_denoiser
 from bdense.cli import main
+from bdense.models.store import denoiser_sha256, load_denoiser
 
 TINY = ("--channels", 8, "--mult", 1, 2, "--batch", 32, "--kimg", 0.128)
 DIGITS = ("--extractor", "digits-classifier")

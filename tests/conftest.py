@@ -164,7 +164,7 @@ def digits_extractor(shared_cache: Path):
     """The digits classifier, on the CPU."""
     import torch
 
-    from bdense.extractors import load_extractor
+    from bdense.metrics.extractors import load_extractor
 
     return load_extractor("digits-classifier", cache=shared_cache, device=torch.device("cpu"))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bdense.extractors import Extractor, load_extractor
+from bdense.metrics.extractors import Extractor, load_extractor
 
 CPU = torch.device("cpu")
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bdense.checkpoints import load_denoiser
-from bdense.denoiser import NetworkDenoiser
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.models.store import load_denoiser
 
 ROOT = Path(__file__).parents[1]
 GOLDENS = Path(os.environ.get("BDENSE_GOLDENS", ROOT / "../shared/goldens"))

@@ -15,17 +15,17 @@ import sqlalchemy as sa
 from optuna.samplers import RandomSampler
 from optuna.storages import RDBStorage
 
-from bdense.metrics import FID
+from bdense.metrics.metrics import FID
+from search.analysis.confirmation import plan_confirmation
 from search.cli import main
-from search.database.ledger import Claim, Ledger
-from search.database.tables import open_tables
-from search.judging.confirmation import plan_confirmation
-from search.records.planned import SPACES, Arm, Planned, PlannedRow
-from search.records.study import SPEC, Study
-from search.specs.promotion_spec import PromotionSpec
-from search.specs.space import baseline_space, search_space
-from search.specs.study_spec import LearnedSpace, StudySpec
-from search.trials.engine import given_weights
+from search.spec.promotion_spec import PromotionSpec
+from search.spec.space import baseline_space, search_space
+from search.spec.study_spec import LearnedSpace, StudySpec
+from search.storage.ledger import Claim, Ledger
+from search.storage.schema import open_tables
+from search.study.arms import SPACES, Arm, Planned, PlannedRow
+from search.study.study import SPEC, Study
+from search.worker.engine import given_weights
 from tests.commands import Answer
 from tests.studies import NORMALISED, spec
 
@@ -132,7 +132,7 @@ def open_once(patch: pytest.MonkeyPatch) -> None:
         storage.engine.dispose()
         return storage
 
-    patch.setattr("search.database.ledger.open_tables", quickly)
+    patch.setattr("search.storage.ledger.open_tables", quickly)
 
 
 def _do_not_sync(connection: sqlite3.Connection, _: object) -> None:

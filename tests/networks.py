@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bdense.denoiser import NetworkDenoiser, build_denoiser
+from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 
 TINY: dict[str, Any] = {
     "img_resolution": 8,

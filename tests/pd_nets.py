@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bdense.denoiser import NetworkDenoiser
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.preconditioning import Preconditioning
 from bdense.networks import NETWORKS
-from bdense.preconditioning import Preconditioning
 
 
 class TinyConv(nn.Module):

@@ -2,7 +2,7 @@
 
 import torch
 
-from bdense.denoiser import NetworkDenoiser
+from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.execution import Execution
 
 # Level: max |error| of an EDM network in float16 with the preconditioning in float32

@@ -4,12 +4,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bdense.denoiser import NetworkDenoiser
-from bdense.intervals import IntervalGrid
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.intervals import IntervalGrid
+from bdense.diffusion.schedules import Schedule
+from bdense.diffusion.solvers import DPMSolverPP
+from bdense.methods.trajectories import LiveTrajectories
 from bdense.networks import SongUNet, SongUNetConfig
-from bdense.schedules import Schedule
-from bdense.solvers import DPMSolverPP
-from bdense.trajectories import LiveTrajectories
 
 
 def small_teacher(*, dropout: float = 0.0, seed: int = 0, channels: int = 1) -> NetworkDenoiser:

@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from search.specs.promotion_spec import PromotionSpec
-from search.specs.study_file import parse_promotion, parse_spec
-from search.specs.study_spec import StudySpec
+from search.spec.promotion_spec import PromotionSpec
+from search.spec.study_file import parse_promotion, parse_spec
+from search.spec.study_spec import StudySpec
 from tests.goldens import ROOT
 
 # Those that come along.

@@ -11,11 +11,12 @@ from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.exceptions import UpdateFinishedTrialError
 
 from bdense.errors import InputError
-from search.database.ledger import Claim, Ledger
-from search.database.storage import DATABASE_ERRORS, exclusive
 from search.errors import ArtifactError
-from search.records import artifacts
-from search.records.artifacts import (
+from search.spec.space import search_space
+from search.storage.engine import DATABASE_ERRORS, exclusive
+from search.storage.ledger import Claim, Ledger
+from search.study import artifacts
+from search.study.artifacts import (
     FolderStore,
     artifact_store,
     artifacts_place,
@@ -23,7 +24,6 @@ from search.records.artifacts import (
     attached,
     is_stored,
 )
-from search.specs.space import search_space
 from tests.studies import spec
 
 

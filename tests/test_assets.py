@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import search.trials.memory
-from bdense.checkpoints import load_denoiser, save_denoiser
-from bdense.data import Dataset, load_dataset
+import search.worker.memory
+from bdense.data.datasets import Dataset, load_dataset
 from bdense.errors import InputError
 from bdense.execution import Execution
-from bdense.references import dataset_reference, write_reference
-from search.trials import assets
-from search.trials.trial import STUDENT, train_and_measure
+from bdense.metrics.references import dataset_reference, write_reference
+from bdense.models.store import load_denoiser, save_denoiser
+from search.worker import assets
+from search.worker.trial import STUDENT, train_and_measure
 from tests.small import same_weights, small_teacher
 from tests.studies import NORMALISED, REMOVED, spec
 
@@ -117,6 +117,6 @@ def test_gpus_that_torch_cannot_use_are_refused(monkeypatch):
 
 @pytest.mark.usefixtures("no_data")
 def test_too_little_memory_is_refused_first(monkeypatch):
-    monkeypatch.setattr(search.trials.memory, "free_bytes", lambda _: 2**30)
+    monkeypatch.setattr(search.worker.memory, "free_bytes", lambda _: 2**30)
     with pytest.raises(InputError, match=r"for each of 4 trials at once; lower .* by --workers$"):
         assets.prepare(spec(**TINY), CPU, lambda *_: None, together=4)

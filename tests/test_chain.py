@@ -12,17 +12,17 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from bdense.branches import export_branch
-from bdense.chain import Chain, Round, distill_chain, pd_sampler, prediction_of
-from bdense.checkpoints import load_denoiser, load_tensors, save_denoiser
-from bdense.data import Dataset
-from bdense.denoiser import NetworkDenoiser, build_denoiser
+from bdense.data.datasets import Dataset
+from bdense.diffusion.branches import export_branch
+from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
+from bdense.diffusion.sampling import samplers_from
+from bdense.diffusion.schedules import Schedule
+from bdense.diffusion.vp import CosineSchedule
 from bdense.errors import CheckpointError, InputError, NonFiniteLossError
 from bdense.execution import Execution
-from bdense.progressive import DataBatches, PDConfig, distill_round, reparameterised
-from bdense.sampling import samplers_from
-from bdense.schedules import Schedule
-from bdense.vp import CosineSchedule
+from bdense.methods.chain import Chain, Round, distill_chain, pd_sampler, prediction_of
+from bdense.methods.progressive import DataBatches, PDConfig, distill_round, reparameterised
+from bdense.models.store import load_denoiser, load_tensors, save_denoiser
 from tests.networks import tiny_denoiser
 from tests.small import same_weights
 

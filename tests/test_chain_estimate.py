@@ -7,21 +7,21 @@ import pytest
 import torch
 from torch.nn.parameter import Parameter
 
-import search.trials.chain_estimate
-import search.trials.estimate
-import search.trials.memory
-import search.trials.student_calls
-from bdense.branches import widen_head
-from bdense.denoiser import NetworkDenoiser, build_denoiser
-from bdense.progressive import branch_errors, dense_targets
-from search.specs.promotion_spec import PromotionSpec
-from search.specs.study_file import read_promotion
-from search.trials.chain_engine import check_promotion
-from search.trials.chain_estimate import chain_memory, chains_work, estimate_promotion
-from search.trials.engine import architecture
-from search.trials.estimate import Work
-from search.trials.memory import trial_memory
-from search.trials.row_words import words_of
+import search.worker.chain_estimate
+import search.worker.estimate
+import search.worker.memory
+import search.worker.student_calls
+from bdense.diffusion.branches import widen_head
+from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
+from bdense.methods.progressive import branch_errors, dense_targets
+from search.spec.promotion_spec import PromotionSpec
+from search.spec.study_file import read_promotion
+from search.worker.chain_engine import check_promotion
+from search.worker.chain_estimate import chain_memory, chains_work, estimate_promotion
+from search.worker.engine import architecture
+from search.worker.estimate import Work
+from search.worker.memory import trial_memory
+from search.worker.row_words import words_of
 from tests.studies import PROMOTIONS, promotion, spec
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -33,9 +33,9 @@ def nothing_here(tmp_path, monkeypatch):
     """Empty folders, plenty of room, exact counts, and no time to lose."""
     for variable in ("BDENSE_CHECKPOINTS", "BDENSE_RUNS", "BDENSE_DATA", "TORCH_HOME"):
         monkeypatch.setenv(variable, str(tmp_path / variable))
-    monkeypatch.setattr(search.trials.memory, "free_bytes", lambda _: 2**50)
-    monkeypatch.setattr(search.trials.student_calls, "_HEAP_SHARE", 1.0)
-    monkeypatch.setattr(search.trials.estimate, "MEASURE_SECONDS", 0.01)
+    monkeypatch.setattr(search.worker.memory, "free_bytes", lambda _: 2**50)
+    monkeypatch.setattr(search.worker.student_calls, "_HEAP_SHARE", 1.0)
+    monkeypatch.setattr(search.worker.estimate, "MEASURE_SECONDS", 0.01)
 
 
 WIDE = {
@@ -106,7 +106,7 @@ def test_time_is_all_of_it():
 
 
 def test_the_lines_name_the_parts(monkeypatch):
-    monkeypatch.setattr(search.trials.chain_estimate, "image_seconds", lambda *_: (1e-3, 3e-3))
+    monkeypatch.setattr(search.worker.chain_estimate, "image_seconds", lambda *_: (1e-3, 3e-3))
     *work, memory, time = estimate_promotion(promotion(), arms=3).lines()
     assert tuple(work) == work_of(3).lines
     assert memory.startswith("memory: about ")
@@ -122,7 +122,7 @@ def test_the_lines_name_the_parts(monkeypatch):
 # ---- memory ----
 
 
-def memory_of(**keys) -> search.trials.memory.Memory:
+def memory_of(**keys) -> search.worker.memory.Memory:
     given = promotion(**keys)
     return chain_memory(given, architecture(given), CPU)
 
@@ -189,7 +189,7 @@ def test_what_this_machine_cannot_do_is_said_and_not_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (told,) = estimate_promotion(promotion(resources={"gpus": 1}), arms=1).remarks
     assert told == "not on this machine: it has no GPU, and a chain asks for resources.gpus 1"
-    monkeypatch.setattr(search.trials.memory, "free_bytes", lambda _: 2**20)
+    monkeypatch.setattr(search.worker.memory, "free_bytes", lambda _: 2**20)
     (crowded,) = estimate_promotion(promotion(), arms=1).remarks
     assert re.fullmatch(
         r"not on this machine: a chain needs about 0\.\d+ GiB and this machine has 1 MiB free; "
@@ -200,7 +200,7 @@ def test_what_this_machine_cannot_do_is_said_and_not_refused(monkeypatch):
 
 
 def test_a_chains_batch_is_not_shared_by_gpus(monkeypatch):
-    monkeypatch.setattr(search.trials.memory, "free_bytes", lambda _: 2**20)
+    monkeypatch.setattr(search.worker.memory, "free_bytes", lambda _: 2**20)
     told = dataclasses.replace(memory_of(), activations=2**40).shortage(promotion(), CUDA, 1)
     assert told.endswith(" GiB and the GPU has 1 MiB free; lower round.batch (64 now)")
     assert words_of(promotion()).name == "chain"
@@ -214,7 +214,7 @@ def test_every_promotion_that_comes_along_runs_dry(path, tmp_path, monkeypatch):
     if given.teacher.checkpoint is not None:
         pytest.importorskip("diffusers", reason="needs the diffusers extra")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(search.trials.chain_estimate, "image_seconds", lambda *_: (1e-3, 3e-3))
+    monkeypatch.setattr(search.worker.chain_estimate, "image_seconds", lambda *_: (1e-3, 3e-3))
     check_promotion(given)
     cost = estimate_promotion(given, arms=3)
     assert cost.lines()[0].startswith(f"chains: {3 * len(given.seeds.training)} of ")

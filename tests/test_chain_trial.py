@@ -11,18 +11,18 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-import bdense.checkpoints
-from bdense.checkpoints import denoiser_sha256, load_denoiser
+import bdense.models.store
 from bdense.errors import StoppedError
-from search.database.ledger import Claim, Ledger
-from search.database.room import is_full_disk
+from bdense.models.store import denoiser_sha256, load_denoiser
+from search.analysis.promotion import PLAIN_PD, given_arm, plan_progressive
 from search.errors import DiskFullError, LeaseLostError, SpecChangedError
-from search.judging.promotion import PLAIN_PD, given_arm, plan_progressive
-from search.records.planned import SPACES, UNIFORM, Arm, Planned
-from search.records.progress_text import share_done
-from search.records.trial_log import LOG_FILE, TrialLog, read_log
-from search.trials.chain_trial import ChainAssets, load_chain, prepare_chain, train_and_measure
-from search.trials.workers import ChainWorker
+from search.storage.disk import is_full_disk
+from search.storage.ledger import Claim, Ledger
+from search.study.arms import SPACES, UNIFORM, Arm, Planned
+from search.study.progress_text import share_done
+from search.study.trial_log import LOG_FILE, TrialLog, read_log
+from search.worker.chain_trial import ChainAssets, load_chain, prepare_chain, train_and_measure
+from search.worker.workers import ChainWorker
 from tests.measured import copy_storage, empty_storage, open_once
 from tests.studies import promotion
 
@@ -291,7 +291,7 @@ def test_the_teacher_s_fid_is_measured_once(assets, monkeypatch, shared_cache):
         raise AssertionError("measured again")
 
     files = sorted((shared_cache / "teacher-fids").glob("*.json"))
-    monkeypatch.setattr("search.trials.measuring.draw_images", measured)
+    monkeypatch.setattr("search.worker.evaluation.draw_images", measured)
     assert load_chain(assets.spec, CPU).teacher_fid == assets.teacher_fid
     # Seeds of training and the number of rounds are none of its conditions.
     longer = promotion(**TINY, seeds={"training": [5]}, chain={"first": 8, "last": 4})
@@ -328,7 +328,7 @@ def planned(assets, tmp_path, tmp_path_factory, monkeypatch) -> Planned:
 
 @pytest.fixture
 def worker(planned, assets, monkeypatch) -> ChainWorker:
-    monkeypatch.setattr("search.trials.workers.load_chain", lambda *_: assets)
+    monkeypatch.setattr("search.worker.workers.load_chain", lambda *_: assets)
     return ChainWorker(planned)
 
 
@@ -396,14 +396,14 @@ def test_a_full_disk_ends_the_launch_and_not_the_row(
 ):
     """The row is given back and forgiven, and goes on after the round that was saved."""
     skip_to(planned, 2)
-    save = bdense.checkpoints.save_file
+    save = bdense.models.store.save_file
 
     def full(tensors: dict, path: Path, **rest: object) -> None:
         if Path(path).name.startswith(".00002.safetensors"):
             raise error
         save(tensors, path, **rest)
 
-    monkeypatch.setattr(bdense.checkpoints, "save_file", full)
+    monkeypatch.setattr(bdense.models.store, "save_file", full)
     with pytest.raises(DiskFullError) as found:
         worker.work(worker.claim())
     assert str(found.value).startswith("no space is left where runs are kept (")
@@ -417,7 +417,7 @@ def test_a_full_disk_ends_the_launch_and_not_the_row(
     counts = Ledger.open(planned.url, planned.name, budget=None).counts()
     assert (counts.running, counts.failed) == (1, 2)
 
-    monkeypatch.setattr(bdense.checkpoints, "save_file", save)
+    monkeypatch.setattr(bdense.models.store, "save_file", save)
     claimed = worker.claim()
     assert (claimed.claim.number, claimed.claim.attempt, claimed.claim.tries) == (2, 2, 1)
     worker.work(claimed)

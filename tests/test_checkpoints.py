@@ -15,9 +15,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from bdense import checkpoints, files
-from bdense.branches import widen_head
-from bdense.checkpoints import (
+from bdense import files
+from bdense.diffusion.branches import widen_head
+from bdense.diffusion.sampling import Sampler
+from bdense.errors import CheckpointError
+from bdense.files import atomic_write, file_lock, sha256_file
+from bdense.models import store as checkpoints
+from bdense.models.store import (
     adam_tensors,
     denoiser_sha256,
     load_denoiser,
@@ -26,9 +30,6 @@ from bdense.checkpoints import (
     save_denoiser,
     save_tensors,
 )
-from bdense.errors import CheckpointError
-from bdense.files import atomic_write, file_lock, sha256_file
-from bdense.sampling import Sampler
 from tests.disks import small_disk
 from tests.small import same_weights, small_teacher
 

@@ -5,11 +5,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bdense.checkpoints import load_tensors, save_tensors
-from bdense.classifiers import RECIPES, Classifier, Recipe, classifier_weights, load_classifier
-from bdense.data import load_dataset, to_float
+from bdense.data.datasets import load_dataset, to_float
 from bdense.errors import CheckpointError, InputError, ShapeError
-from bdense.extractors import load_extractor
+from bdense.metrics.classifiers import (
+    RECIPES,
+    Classifier,
+    Recipe,
+    classifier_weights,
+    load_classifier,
+)
+from bdense.metrics.extractors import load_extractor
+from bdense.models.store import load_tensors, save_tensors
 from bdense.randomness import Stream, derive_seed, generator
 from tests.features import CPU, random_images
 

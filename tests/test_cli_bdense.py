@@ -9,14 +9,19 @@ import pytest
 import torch
 from PIL import Image
 
-from bdense.checkpoints import denoiser_sha256, load_denoiser, save_denoiser
 from bdense.command import run_verb
-from bdense.data import load_dataset
-from bdense.extractors import load_extractor
-from bdense.metrics import MetricSettings, frechet_distance, kernel_distance, precision_recall
-from bdense.references import dataset_reference, features_of, statistics_of
-from bdense.sampling import Sampler, draw_images, sampler_from
-from bdense.solvers import make_solver
+from bdense.data.datasets import load_dataset
+from bdense.diffusion.sampling import Sampler, draw_images, sampler_from
+from bdense.diffusion.solvers import make_solver
+from bdense.metrics.extractors import load_extractor
+from bdense.metrics.metrics import (
+    MetricSettings,
+    frechet_distance,
+    kernel_distance,
+    precision_recall,
+)
+from bdense.metrics.references import dataset_reference, features_of, statistics_of
+from bdense.models.store import denoiser_sha256, load_denoiser, save_denoiser
 from bdense.verbs.common import Progress
 from tests.commands import DIGITS, SHORT, TINY, bdense, distill, refused
 

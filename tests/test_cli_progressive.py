@@ -11,20 +11,20 @@ from PIL import Image
 
 import bdense.verbs.drawing
 import bdense.verbs.progressive
-from bdense.chain import Chain, distill_chain, pd_sampler
-from bdense.checkpoints import denoiser_sha256, load_denoiser
-from bdense.data import load_dataset
-from bdense.ddpm import DDPMSchedule
-from bdense.intervals import IntervalGrid
-from bdense.preconditioning import native_schedule
-from bdense.progressive import DataBatches, PDConfig
-from bdense.sampling import draw_images, samplers_from
-from bdense.schedules import Levels, Schedule
-from bdense.sfd import SFDConfig
-from bdense.solvers import DPMSolverPP
-from bdense.trajectories import LiveTrajectories
-from bdense.vp import CosineSchedule
-from bdense.weighting import FixedWeights
+from bdense.data.datasets import load_dataset
+from bdense.diffusion.ddpm import DDPMSchedule
+from bdense.diffusion.intervals import IntervalGrid
+from bdense.diffusion.preconditioning import native_schedule
+from bdense.diffusion.sampling import draw_images, samplers_from
+from bdense.diffusion.schedules import Levels, Schedule
+from bdense.diffusion.solvers import DPMSolverPP
+from bdense.diffusion.vp import CosineSchedule
+from bdense.methods.chain import Chain, distill_chain, pd_sampler
+from bdense.methods.progressive import DataBatches, PDConfig
+from bdense.methods.sfd import SFDConfig
+from bdense.methods.trajectories import LiveTrajectories
+from bdense.models.store import denoiser_sha256, load_denoiser
+from bdense.weights.weighting import FixedWeights
 from tests.commands import DIGITS, SHORT, TINY, done, refused
 from tests.commands import bdense as command
 

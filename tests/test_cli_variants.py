@@ -10,16 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from bdense.branches import export_branch
-from bdense.checkpoints import denoiser_sha256, load_denoiser, load_tensors
-from bdense.intervals import IntervalGrid, VariableGrid
-from bdense.sampling import draw_images, samplers_from
-from bdense.sfd import SFDConfig
-from bdense.sfd import distill as train
-from bdense.solvers import DPMSolverPP, Euler
-from bdense.step_condition import with_step_condition
-from bdense.trajectories import LiveTrajectories
-from bdense.weighting import LearnedWeights
+from bdense.diffusion.branches import export_branch
+from bdense.diffusion.intervals import IntervalGrid, VariableGrid
+from bdense.diffusion.sampling import draw_images, samplers_from
+from bdense.diffusion.solvers import DPMSolverPP, Euler
+from bdense.diffusion.step_condition import with_step_condition
+from bdense.methods.sfd import SFDConfig
+from bdense.methods.sfd import distill as train
+from bdense.methods.trajectories import LiveTrajectories
+from bdense.models.store import denoiser_sha256, load_denoiser, load_tensors
+from bdense.weights.weighting import LearnedWeights
 from tests.commands import DIGITS, SHORT, TINY, bdense, distill, done, refused
 
 ONES = torch.ones(4, dtype=torch.float64)

@@ -4,10 +4,10 @@ import math
 
 import pytest
 
-from search.judging.comparison import compare, difference_text
-from search.judging.promotion import PLAIN_PD
-from search.records.planned import PLAIN, SPACES, UNIFORM, Arm, Planned, PlannedRow
-from search.records.wording import align
+from search.analysis.comparison import compare, difference_text
+from search.analysis.promotion import PLAIN_PD
+from search.study.arms import PLAIN, SPACES, UNIFORM, Arm, Planned, PlannedRow
+from search.study.wording import align
 from tests.measured import copy_storage, empty_storage, fid, finish, normalised, open_once
 from tests.studies import promotion
 

@@ -8,8 +8,8 @@ import pytest
 
 from bdense import NUMERICS
 from bdense.files import sha256_file
-from search.specs.model_spec import flatten
-from search.specs.study_file import read_spec
+from search.spec.model_spec import flatten
+from search.spec.study_file import read_spec
 from tests.studies import LEARNED, NORMALISED, STUDIES, spec
 
 

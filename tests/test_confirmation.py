@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 
 from bdense.errors import InputError
-from search.judging.confirmation import (
+from search.analysis.confirmation import (
     choose,
     complete_trials,
     plan_confirmation,
     point_of,
     verdict,
 )
-from search.judging.promotion import confirmed_arm
-from search.judging.retraining import fresh_seeds, variant, variants
-from search.records.planned import PLAIN, SPACES, UNIFORM, Arm, Planned, PlannedRow
-from search.records.study import Study
-from search.showing.report_files import write_planned_report
-from search.specs.study_spec import StudySpec
+from search.analysis.promotion import confirmed_arm
+from search.analysis.retraining import fresh_seeds, variant, variants
+from search.report.report_files import write_planned_report
+from search.spec.study_spec import StudySpec
+from search.study.arms import PLAIN, SPACES, UNIFORM, Arm, Planned, PlannedRow
+from search.study.study import Study
 from tests.measured import (
     command,
     copy_storage,

@@ -8,13 +8,13 @@ import pytest
 import torch
 import yaml
 
-from bdense.cards import inherited, model_card
-from bdense.checkpoints import denoiser_sha256, load_denoiser, save_denoiser
-from bdense.convert import convert
+from bdense.diffusion.sampling import Sampler
 from bdense.errors import InputError
 from bdense.files import sha256_file
-from bdense.sampling import Sampler
-from bdense.sources import load_model
+from bdense.models.cards import inherited, model_card
+from bdense.models.convert import convert
+from bdense.models.sources import load_model
+from bdense.models.store import denoiser_sha256, load_denoiser, save_denoiser
 from tests.goldens import discover
 from tests.small import same_weights, small_teacher
 

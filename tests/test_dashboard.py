@@ -20,18 +20,18 @@ import pytest
 from optuna_dashboard import wsgi
 
 from bdense.errors import InputError
-from search.database.ledger import Ledger
-from search.database.storage import open_reading, open_storage
 from search.errors import StorageError
-from search.records.artifacts import FolderStore, attach
-from search.showing.dashboard import (
+from search.report.dashboard import (
     Application,
     addressed_here,
     dashboard_application,
     hardened,
     serve,
 )
-from search.specs.space import search_space
+from search.spec.space import search_space
+from search.storage.engine import open_reading, open_storage
+from search.storage.ledger import Ledger
+from search.study.artifacts import FolderStore, attach
 from tests.e2e.study import wait_until
 from tests.studies import spec
 
@@ -311,7 +311,7 @@ def test_under_gunicorn_from_the_environment(study, tmp_path):
     command = ["-m", "gunicorn", "--workers=1", "--threads=4", f"--bind=unix:{socket_path}"]
     settings = {"BDENSE_STORAGE": study.url, "BDENSE_RUNS": str(tmp_path / "runs")}
     with subprocess.Popen(
-        [sys.executable, *command, "search.showing.dashboard:application()"],
+        [sys.executable, *command, "search.report.dashboard:application()"],
         env=os.environ | settings,
         stderr=subprocess.DEVNULL,
     ) as process:
@@ -348,7 +348,7 @@ def running(url: str) -> Iterator[tuple[subprocess.Popen, str]]:
     """The real server in a process of its own, and its address."""
     # Ignored, as by a shell that starts a command in the background, these tests perhaps.
     program = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-    program += "from search.showing.dashboard import serve\n"
+    program += "from search.report.dashboard import serve\n"
     program += "serve(sys.argv[1], port=0, writable=False)"
     with subprocess.Popen(
         [sys.executable, "-c", program, url],

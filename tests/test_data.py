@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-import bdense.data
-from bdense.data import DATA_SETS, Dataset, image_shape, load_dataset, pad, to_float
+import bdense.data.datasets
+from bdense.data.datasets import DATA_SETS, Dataset, image_shape, load_dataset, pad, to_float
 from bdense.errors import InputError, ShapeError
 from tests.goldens import ROOT
 
@@ -293,7 +293,7 @@ def test_cifar_10_is_fetched_and_unpacked_once(small_cifar, tmp_path, monkeypatc
 
     root = tmp_path / "data"
     monkeypatch.setenv("BDENSE_DATA", str(root))
-    monkeypatch.setattr(bdense.data, "fetch", fetch)
+    monkeypatch.setattr(bdense.data.datasets, "fetch", fetch)
     for _ in range(2):
         found = load_dataset("cifar10")
         assert found.images[:, 2, 31, 31].tolist() == found.labels.tolist() == [*range(10)]
@@ -341,7 +341,7 @@ def test_a_set_without_a_network_says_in_one_line_what_to_fetch(
 def test_the_data_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("BDENSE_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert bdense.data.data_folder() == tmp_path / "bdense/data"
+    assert bdense.data.datasets.data_folder() == tmp_path / "bdense/data"
     monkeypatch.setenv("BDENSE_DATA", "~/sets")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert bdense.data.data_folder() == tmp_path / "sets"
+    assert bdense.data.datasets.data_folder() == tmp_path / "sets"

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bdense.data_files import read_folder, read_idx, read_idx_images, read_zip
+from bdense.data.readers import read_folder, read_idx, read_idx_images, read_zip
 from bdense.errors import InputError
 
 

@@ -9,17 +9,17 @@ from optuna.samplers import RandomSampler
 
 from bdense.errors import InputError
 from search import cli
-from search.database.ledger import Claim, Ledger
-from search.database.storage import (
+from search.errors import StorageError, StorageRefusedError
+from search.storage.engine import (
     open_reading,
     open_storage,
     resolve_storage_url,
     without_password,
 )
-from search.database.tables import SCHEMA, Role, grant, open_tables, read_password, upgrade
-from search.errors import StorageError, StorageRefusedError
-from search.trials import slots
-from search.trials.slots import Orders, Refusal, slot
+from search.storage.ledger import Claim, Ledger
+from search.storage.schema import SCHEMA, Role, grant, open_tables, read_password, upgrade
+from search.worker import ray_tasks
+from search.worker.ray_tasks import Orders, Refusal, slot
 from tests.contracts.ledger_worker import SPACE
 
 PASSWORD = "it's 50 % \\ secret"
@@ -90,7 +90,7 @@ def refusal(monkeypatch, tmp_path):
         for name in ("BDENSE_RUNS", "BDENSE_CACHE", "BDENSE_ARTIFACTS", "BDENSE_LOG"):
             monkeypatch.setenv(name, "")  # the test's to restore
         with monkeypatch.context() as patch:
-            patch.setattr(slots.time, "sleep", wait)
+            patch.setattr(ray_tasks.time, "sleep", wait)
             found: Refusal = slot({"orders": told, "mark": str(tmp_path / "mark")})["refusal"]
         return found
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from bdense.ddpm import DDPMSchedule
+from bdense.diffusion.ddpm import DDPMSchedule
+from bdense.diffusion.preconditioning import DDPM, PREDICTIONS, make_preconditioning
 from bdense.errors import CheckpointError, InputError
-from bdense.preconditioning import DDPM, PREDICTIONS, make_preconditioning
 
 # T = 3 with betas 1/2: alpha_bar 1/2, 1/4, 1/8, hence sigma^2 1, 3, 7.
 HALVES = DDPMSchedule(num_train_timesteps=3, trained_betas=(0.5, 0.5, 0.5))

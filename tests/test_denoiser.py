@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 
-from bdense.branches import export_branch, widen_head
-from bdense.denoiser import NetworkDenoiser, build_denoiser
+from bdense.diffusion.branches import export_branch, widen_head
+from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
+from bdense.diffusion.preconditioning import EDM
 from bdense.errors import CheckpointError, InputError, ShapeError
 from bdense.networks import SongUNet, SongUNetConfig
-from bdense.preconditioning import EDM
 from tests.networks import TINY, image, one_hot, tiny_denoiser
 from tests.small import same_weights, small_teacher
 

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from bdense.branches import widen_head
-from bdense.checkpoints import denoiser_sha256
-from bdense.ddpm import DDPMSchedule
-from bdense.denoiser import NetworkDenoiser
-from bdense.diffusers_export import export_pipeline
-from bdense.diffusers_teacher import read_diffusers
+from bdense.diffusion.branches import widen_head
+from bdense.diffusion.ddpm import DDPMSchedule
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.preconditioning import DDPM, Cosine, native_schedule
+from bdense.diffusion.sampling import Sampler, to_uint8
+from bdense.diffusion.solvers import DDIM, Euler
 from bdense.errors import InputError
 from bdense.execution import Execution
-from bdense.preconditioning import DDPM, Cosine, native_schedule
-from bdense.sampling import Sampler, to_uint8
-from bdense.solvers import DDIM, Euler
+from bdense.models.diffusers_export import export_pipeline
+from bdense.models.diffusers_teacher import read_diffusers
+from bdense.models.store import denoiser_sha256
 from tests.small import small_teacher
 from tests.test_diffusers_teacher import new_scheduler, new_unet, save
 
@@ -283,7 +283,7 @@ def test_a_folder_that_exists_is_refused_and_a_failure_leaves_none(tmp_path, mon
     def fail(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("bdense.diffusers_export.pipeline_card", fail)
+    monkeypatch.setattr("bdense.models.diffusers_export.pipeline_card", fail)
     with pytest.raises(OSError, match="no space left"):
         export_pipeline(tmp_path / "student", student, told(own(student)))
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bdense.branches import export_branch, widen_head
-from bdense.checkpoints import denoiser_sha256, load_denoiser, save_denoiser
-from bdense.diffusers_teacher import is_hub_id, read_diffusers
+from bdense.diffusion.branches import export_branch, widen_head
+from bdense.diffusion.sampling import Sampler, draw_images
+from bdense.diffusion.schedules import Schedule
+from bdense.diffusion.solvers import Euler
 from bdense.errors import CheckpointError, InputError, ShapeError
-from bdense.sampling import Sampler, draw_images
-from bdense.schedules import Schedule
-from bdense.sfd import SFDConfig, distill
-from bdense.solvers import Euler
+from bdense.methods.sfd import SFDConfig, distill
+from bdense.models.diffusers_teacher import is_hub_id, read_diffusers
+from bdense.models.store import denoiser_sha256, load_denoiser, save_denoiser
 from tests.small import same_weights, small_trajectories
 
 diffusers = pytest.importorskip("diffusers", reason="needs the diffusers extra")

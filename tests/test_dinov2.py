@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bdense.dinov2 import SIZES, DinoV2, Size
+from bdense.metrics.dinov2 import SIZES, DinoV2, Size
 
 TINY = Size(width=8, depth=2, heads=2, file="")
 # By facebookresearch/dinov2 at b8931f7 (DinoVisionTransformer with the arguments of its hub,

@@ -24,7 +24,7 @@ FOREIGN = re.compile(
 
 
 def names(text: str) -> set[str]:
-    """Dotted names of Python things, such as ``bdense.sfd.distill``."""
+    """Dotted names of Python things, such as ``bdense.methods.sfd.distill``."""
     return set(DOTTED.findall(text))
 
 
@@ -66,14 +66,19 @@ def test_options_exist(document):
 
 
 def test_the_check_sees_what_is_not_there():
-    text = "`bdense.sfd.distil`, `bdense.nothing.x` in `runs/bdense.db`, `bdense.sfd.SFDConfig.lr`"
-    assert names(text) == {"bdense.sfd.distil", "bdense.nothing.x", "bdense.sfd.SFDConfig.lr"}
-    assert {name for name in names(text) if exists(name)} == {"bdense.sfd.SFDConfig.lr"}
-    assert exists("bdense.denoiser.NetworkDenoiser.model")
+    sfd = "bdense.methods.sfd"
+    text = f"`{sfd}.distil`, `bdense.nothing.x` in `runs/bdense.db`, `{sfd}.SFDConfig.lr`"
+    assert names(text) == {
+        "bdense.methods.sfd.distil",
+        "bdense.nothing.x",
+        "bdense.methods.sfd.SFDConfig.lr",
+    }
+    assert {name for name in names(text) if exists(name)} == {"bdense.methods.sfd.SFDConfig.lr"}
+    assert exists("bdense.diffusion.denoiser.NetworkDenoiser.model")
     assert OPTION.findall(FOREIGN.sub("", "docker up --a\n`ray x --b`, `bdense-search --cc`")) == [
         "--cc"
     ]
-    assert FILE.findall("`bdense/sfd.py`, `bdense/networks/`, x/docs/y.md") == [
-        "bdense/sfd.py",
+    assert FILE.findall("`bdense/methods/sfd.py`, `bdense/networks/`, x/docs/y.md") == [
+        "bdense/methods/sfd.py",
         "bdense/networks/",
     ]

@@ -21,20 +21,20 @@ from sqlalchemy.engine import make_url
 
 from benchmarks.large_study import fill
 from search.cli import main
-from search.database.lease import LEASE
-from search.database.ledger import Claim, Ledger
-from search.database.storage import open_storage, resolve_storage_url
 from search.doctor import storage as doctor_storage
 from search.doctor.examination import examine_study
 from search.doctor.finding import Finding
 from search.doctor.machine import check_machine, wants_of
 from search.doctor.rows import subjects
 from search.doctor.storage import check_storage, engine_of
-from search.records.artifacts import artifact_store, attach
-from search.records.planned import PLAIN, SPACES, UNIFORM, Planned, PlannedRow
-from search.records.standing import copy_baselines
-from search.records.study import BASELINES_SUFFIX, FINGERPRINT, Study
-from search.specs.space import baseline_space, make_sampler, search_space
+from search.spec.space import baseline_space, make_sampler, search_space
+from search.storage.engine import open_storage, resolve_storage_url
+from search.storage.leases import LEASE
+from search.storage.ledger import Claim, Ledger
+from search.study.arms import PLAIN, SPACES, UNIFORM, Planned, PlannedRow
+from search.study.artifacts import artifact_store, attach
+from search.study.study import BASELINES_SUFFIX, FINGERPRINT, Study
+from search.study.summary import copy_baselines
 from tests.contracts.scene import lease_rows
 from tests.disks import small_disk
 from tests.studies import NORMALISED, spec

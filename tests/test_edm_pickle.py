@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from bdense.edm_pickle import ForeignNetwork, read_edm_pickle
 from bdense.errors import CheckpointError, UnsafePickleError
+from bdense.models.edm_pickle import ForeignNetwork, read_edm_pickle
 from tests.goldens import discover
 
 

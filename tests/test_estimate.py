@@ -6,18 +6,18 @@ import re
 import pytest
 import torch
 
-import bdense.public
-import bdense.sources
-import search.trials.estimate
-import search.trials.memory
-from bdense.checkpoints import save_denoiser
-from bdense.denoiser import build_denoiser
-from bdense.public import CHECKPOINTS, EDM_LICENCE
-from search.specs.study_file import read_spec
-from search.trials.engine import architecture, check
-from search.trials.estimate import _affordable, estimate, trials_work
-from search.trials.memory import Memory
+import bdense.models.public
+import bdense.models.sources
+import search.worker.estimate
+import search.worker.memory
+from bdense.diffusion.denoiser import build_denoiser
+from bdense.models.public import CHECKPOINTS, EDM_LICENCE
+from bdense.models.store import save_denoiser
+from search.spec.study_file import read_spec
 from search.verbs.launch import _dry_run
+from search.worker.engine import architecture, check
+from search.worker.estimate import _affordable, estimate, trials_work
+from search.worker.memory import Memory
 from tests.small import small_teacher
 from tests.studies import REMOVED, STUDIES, spec
 
@@ -29,8 +29,8 @@ def nothing_here(tmp_path, monkeypatch):
     """Empty folders, plenty of room, and no time to lose."""
     for variable in ("BDENSE_CHECKPOINTS", "BDENSE_RUNS", "BDENSE_DATA", "TORCH_HOME"):
         monkeypatch.setenv(variable, str(tmp_path / variable))
-    monkeypatch.setattr(search.trials.memory, "free_bytes", lambda _: 2**50)
-    monkeypatch.setattr(search.trials.estimate, "MEASURE_SECONDS", 0.01)
+    monkeypatch.setattr(search.worker.memory, "free_bytes", lambda _: 2**50)
+    monkeypatch.setattr(search.worker.estimate, "MEASURE_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def published(monkeypatch):
         url=CHECKPOINTS[NAME].url.replace(".pkl", ".safetensors"),
         sha256=None,
     )
-    for module in (bdense.public, search.trials.estimate, bdense.sources):
+    for module in (bdense.models.public, search.worker.estimate, bdense.models.sources):
         monkeypatch.setattr(module, "CHECKPOINTS", {NAME: small})
     return small
 
@@ -110,7 +110,7 @@ def test_all_that_is_downloaded_is_named_with_its_size(published, tmp_path):
 
 def test_what_this_machine_cannot_do_is_said_and_not_refused(published, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(search.trials.memory, "free_bytes", lambda _: 2**20)
+    monkeypatch.setattr(search.worker.memory, "free_bytes", lambda _: 2**20)
     teacher = {"checkpoint": NAME}
     (crowded, *_) = estimate(spec(teacher=teacher)).remarks
     assert crowded.startswith("not on this machine: a trial needs about 0.")
@@ -129,13 +129,13 @@ def test_a_measurement_takes_no_more_images_than_a_gpu_has_room_for(monkeypatch)
     network, cuda = small_teacher(), torch.device("cuda")
     taken = {}
     for gib in (4, 12, 80):
-        monkeypatch.setattr(search.trials.estimate, "free_bytes", lambda _, gib=gib: gib * 2**30)
+        monkeypatch.setattr(search.worker.estimate, "free_bytes", lambda _, gib=gib: gib * 2**30)
         taken[gib] = _affordable(network, 128, memory, cuda)
     assert taken == {4: 1, 12: 64, 80: 128}
 
 
 def test_a_network_without_room_is_not_measured(published, monkeypatch):
-    monkeypatch.setattr(search.trials.estimate, "free_bytes", lambda _: 2**10)
+    monkeypatch.setattr(search.worker.estimate, "free_bytes", lambda _: 2**10)
     cost = estimate(spec(teacher={"checkpoint": NAME}, resources={"gpus": 0}))
     told = "time: not measured, the network alone has no room on 1 CPU thread(s)"
     assert told in cost.lines()
@@ -151,7 +151,7 @@ def test_a_trials_own_teacher_is_known_without_its_data():
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
 def test_every_study_that_comes_along_runs_dry(path, monkeypatch, capsys):
     """Without its checkpoint, its data, the internet, or a GPU."""
-    monkeypatch.setattr(search.trials.estimate, "_measure", lambda *_: (1e-3, 3e-3))
+    monkeypatch.setattr(search.worker.estimate, "_measure", lambda *_: (1e-3, 3e-3))
     study = read_spec(path)
     check(study)
     _dry_run(study)

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import bdense.sfd
-from bdense.branches import export_branch, widen_head
-from bdense.checkpoints import denoiser_sha256, load_tensors
-from bdense.data import load_dataset
-from bdense.denoiser import NetworkDenoiser
+import bdense.methods.sfd
+from bdense.data.datasets import load_dataset
+from bdense.diffusion.branches import export_branch, widen_head
+from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import CheckpointError, InputError, NonFiniteLossError
 from bdense.execution import PRECISIONS, Execution, exact_products
-from bdense.sfd import SFDConfig, distill
-from bdense.teachers import TeacherConfig, train_teacher
-from bdense.weights import LogLinearWeights, uniform_weights
+from bdense.methods.sfd import SFDConfig, distill
+from bdense.models.store import denoiser_sha256, load_tensors
+from bdense.training.teacher import TeacherConfig, train_teacher
+from bdense.weights.spaces import LogLinearWeights, uniform_weights
 from tests.goldens import discover, golden_network
 from tests.precisions import assert_within_bounds
 from tests.small import same_weights, small_teacher, small_trajectories
@@ -240,7 +240,7 @@ def test_a_compiled_network_computes_the_same():
 @pytest.mark.slow
 def test_a_compiled_network_names_the_branch_too(monkeypatch):
     """A compiled graph is walked back once; finding the branch takes a walk for each."""
-    monkeypatch.setattr(bdense.sfd, "branch_losses", steep(branch=3, from_call=0))
+    monkeypatch.setattr(bdense.methods.sfd, "branch_losses", steep(branch=3, from_call=0))
     teacher = small_teacher().execute(Execution(compile=True))
     with pytest.raises(NonFiniteLossError, match="iteration 0, interval 1, branch 3"):
         distill(teacher, small_trajectories(teacher), TRAIN, WEIGHTS)
@@ -251,7 +251,7 @@ def test_a_compiled_network_names_the_branch_too(monkeypatch):
 
 def steep(*, branch: int, from_call: int):
     """``branch_losses`` where that branch's gradient overflows and its value is untouched."""
-    real, calls = bdense.sfd.branch_losses, iter(range(1000))
+    real, calls = bdense.methods.sfd.branch_losses, iter(range(1000))
 
     def losses(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         found = list(real(states, targets))
@@ -274,14 +274,16 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_an_update(
     monkeypatch, tmp_path, branch, from_call, where
 ):
     """Two updates an iteration, so call c is interval 1 + c % 2 of iteration c // 2."""
-    monkeypatch.setattr(bdense.sfd, "branch_losses", steep(branch=branch, from_call=from_call))
+    monkeypatch.setattr(
+        bdense.methods.sfd, "branch_losses", steep(branch=branch, from_call=from_call)
+    )
     students: list[NetworkDenoiser] = []
 
     def widened(teacher: NetworkDenoiser, num_branches: int) -> NetworkDenoiser:
         students.append(widen_head(teacher, num_branches))
         return students[-1]
 
-    monkeypatch.setattr(bdense.sfd, "widen_head", widened)
+    monkeypatch.setattr(bdense.methods.sfd, "widen_head", widened)
     after_updates = []
     hook = register_optimizer_step_post_hook(
         lambda *_: after_updates.append(copy.deepcopy(students[-1].state_dict()))

@@ -7,20 +7,20 @@ import fsspec
 import pytest
 from PIL import Image
 
-from bdense.checkpoints import denoiser_sha256, load_denoiser, save_denoiser
-from bdense.denoiser import NetworkDenoiser
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.sampling import Sampler
 from bdense.errors import InputError
-from bdense.sampling import Sampler
-from bdense.sources import load_model
-from search.database.ledger import Ledger
-from search.database.storage import runs_folder
+from bdense.models.sources import load_model
+from bdense.models.store import denoiser_sha256, load_denoiser, save_denoiser
+from search.analysis.promotion import confirmed_arm, given_arm, plan_progressive, plan_retraining
+from search.analysis.transfer import plan_transfer
 from search.export import export_trial, promoted_row
-from search.judging.promotion import confirmed_arm, given_arm, plan_progressive, plan_retraining
-from search.judging.transfer import plan_transfer
-from search.launching import launch
-from search.records.planned import Planned
-from search.records.study import Study
-from search.trials.engine import student_sampler
+from search.run import launch
+from search.storage.engine import runs_folder
+from search.storage.ledger import Ledger
+from search.study.arms import Planned
+from search.study.study import Study
+from search.worker.engine import student_sampler
 from tests.measured import (
     command,
     confirmed_valley,

@@ -14,17 +14,17 @@ import torch
 from safetensors.torch import save_file
 
 import bdense
-from bdense.branches import widen_head
-from bdense.cards import folder_card, model_card
-from bdense.checkpoints import denoiser_sha256
-from bdense.ddpm import DDPMSchedule
+from bdense.diffusion.branches import widen_head
+from bdense.diffusion.ddpm import DDPMSchedule
+from bdense.diffusion.sampling import Sampler, draw_images, served_metadata
+from bdense.diffusion.solvers import DDIM
+from bdense.diffusion.vp import CosineSchedule
 from bdense.errors import CheckpointError, InputError
-from bdense.exports import export_folder
 from bdense.files import atomic_folder
-from bdense.sampling import Sampler, draw_images, served_metadata
-from bdense.solvers import DDIM
-from bdense.sources import load_model
-from bdense.vp import CosineSchedule
+from bdense.models.cards import folder_card, model_card
+from bdense.models.folders import export_folder
+from bdense.models.sources import load_model
+from bdense.models.store import denoiser_sha256
 from tests.commands import bdense as command
 from tests.commands import done, refused
 from tests.small import same_weights, small_teacher

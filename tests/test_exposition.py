@@ -12,13 +12,13 @@ from optuna.samplers import RandomSampler
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.large_study import fill
-from search.database.claims import OUT_OF_BOUNDS
-from search.database.ledger import Claim, Ledger
-from search.database.storage import open_reading, open_storage
-from search.records.study import KIND, Study
-from search.showing.dashboard import dashboard_application
-from search.showing.metrics import mount
-from search.specs.space import baseline_space, search_space
+from search.report.dashboard import dashboard_application
+from search.report.prometheus import mount
+from search.spec.space import baseline_space, search_space
+from search.storage.claims import OUT_OF_BOUNDS
+from search.storage.engine import open_reading, open_storage
+from search.storage.ledger import Claim, Ledger
+from search.study.study import KIND, Study
 from tests.studies import NORMALISED, spec
 
 SPACE = search_space(spec())

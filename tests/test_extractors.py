@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from bdense.dinov2 import SIZES, DinoV2
 from bdense.errors import CheckpointError, InputError, ShapeError
-from bdense.extractors import load_extractor
 from bdense.files import sha256_file
+from bdense.metrics.dinov2 import SIZES, DinoV2
+from bdense.metrics.extractors import load_extractor
 from tests.features import CPU, ColourMeans, random_images, scripted
 from tests.goldens import ROOT
 

@@ -5,11 +5,9 @@ import math
 
 import pytest
 
-from search.judging.comparison import ArmResult, Comparison
-from search.records.planned import PLAIN, UNIFORM
-from search.showing.charts import Chart, Series
-from search.showing.drawing import STOPS, interactive, picture, save_png, shade
-from search.showing.figures import (
+from search.analysis.comparison import ArmResult, Comparison
+from search.report.charts import Chart, Series
+from search.report.plots import (
     arms_of,
     fid_over,
     fid_over_both,
@@ -19,6 +17,8 @@ from search.showing.figures import (
     thinned,
     weights_of,
 )
+from search.report.render import STOPS, interactive, picture, save_png, shade
+from search.study.arms import PLAIN, UNIFORM
 
 BASELINES = {"sfd": {"fid": 4.0}, "uniform": {"fid": 3.5}}
 

@@ -6,21 +6,21 @@ import json
 import pytest
 import torch
 
-from bdense.checkpoints import (
+from bdense.cli import main
+from bdense.diffusion.preconditioning import IDDPM
+from bdense.diffusion.sampling import Sampler, sampler_from
+from bdense.diffusion.schedules import Schedule
+from bdense.diffusion.step_condition import with_step_condition
+from bdense.errors import CheckpointError
+from bdense.models.edm_pickle import ForeignModule, ForeignNetwork, read_edm_pickle
+from bdense.models.foreign import denoiser_from_edm
+from bdense.models.sfd_checkpoints import student_samplers
+from bdense.models.store import (
     denoiser_sha256,
     load_denoiser,
     save_denoiser,
 )
-from bdense.cli import main
-from bdense.edm_pickle import ForeignModule, ForeignNetwork, read_edm_pickle
-from bdense.errors import CheckpointError
-from bdense.foreign import denoiser_from_edm
 from bdense.networks.layers import Linear
-from bdense.preconditioning import IDDPM
-from bdense.sampling import Sampler, sampler_from
-from bdense.schedules import Schedule
-from bdense.sfd_checkpoints import student_samplers
-from bdense.step_condition import with_step_condition
 from tests.goldens import close, discover, tensors
 from tests.networks import tiny_denoiser
 from tests.small import same_weights

@@ -14,12 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from bdense.branches import export_branch, widen_head
-from bdense.checkpoints import load_tensors
-from bdense.ddpm import DDPMSchedule
-from bdense.denoiser import Denoiser, NetworkDenoiser
-from bdense.preconditioning import Cosine
-from bdense.progressive import (
+from bdense.diffusion.branches import export_branch, widen_head
+from bdense.diffusion.ddpm import DDPMSchedule
+from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
+from bdense.diffusion.preconditioning import Cosine
+from bdense.diffusion.sampling import Sampler
+from bdense.diffusion.snr_weights import snr_weight
+from bdense.diffusion.solvers import DDIM, trajectory
+from bdense.diffusion.vp import CosineSchedule, VPSchedule
+from bdense.methods.progressive import (
     Batch,
     PDConfig,
     UpdateReport,
@@ -28,10 +31,7 @@ from bdense.progressive import (
     distill_round,
     target_shares,
 )
-from bdense.sampling import Sampler
-from bdense.snr_weights import snr_weight
-from bdense.solvers import DDIM, trajectory
-from bdense.vp import CosineSchedule, VPSchedule
+from bdense.models.store import load_tensors
 from tests.goldens import PD, discover, settings, tensors
 from tests.pd_nets import tiny_conv
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bdense.preconditioning import Cosine
-from bdense.snr_weights import LOSSES
-from bdense.teachers import vp_denoising_loss
-from bdense.vp import CosineSchedule
+from bdense.diffusion.preconditioning import Cosine
+from bdense.diffusion.snr_weights import LOSSES
+from bdense.diffusion.vp import CosineSchedule
+from bdense.training.teacher import vp_denoising_loss
 from tests.goldens import PD, discover, settings, tensors
 from tests.pd_nets import tiny_conv
 

@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bdense.networks.layers import UNetBlock
-from bdense.sampling import Sampler, to_uint8
-from bdense.schedules import Schedule
-from bdense.solvers import (
+from bdense.diffusion.sampling import Sampler, to_uint8
+from bdense.diffusion.schedules import Schedule
+from bdense.diffusion.solvers import (
     DPM2,
     IPNDM,
     DPMSolverPP,
@@ -20,6 +19,7 @@ from bdense.solvers import (
     analytical_first_step,
     trajectory,
 )
+from bdense.networks.layers import UNetBlock
 from tests.goldens import close, discover, golden_network, settings, tensors
 
 pytestmark = pytest.mark.golden

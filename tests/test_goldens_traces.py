@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bdense.branches import export_branch, widen_head
-from bdense.denoiser import NetworkDenoiser
-from bdense.intervals import IntervalGrid
+from bdense.diffusion.branches import export_branch, widen_head
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.intervals import IntervalGrid
+from bdense.diffusion.sampling import Sampler, conditioned
+from bdense.diffusion.schedules import Schedule
+from bdense.diffusion.step_condition import with_step_condition
+from bdense.methods.sfd import IterationReport, SFDConfig, branch_losses, branch_states, distill
+from bdense.methods.trajectories import LiveTrajectories
 from bdense.randomness import Stream
-from bdense.sampling import Sampler, conditioned
-from bdense.schedules import Schedule
-from bdense.sfd import IterationReport, SFDConfig, branch_losses, branch_states, distill
-from bdense.step_condition import with_step_condition
-from bdense.trajectories import LiveTrajectories
 from tests.goldens import close, discover, golden_network, settings, tensors
 from tests.test_goldens_sfd import solver_from
 
@@ -112,7 +112,7 @@ def reference_dropout(monkeypatch):
         def __exit__(self, *_):
             return None
 
-    monkeypatch.setattr("bdense.sfd.seeded", Seeded)
+    monkeypatch.setattr("bdense.methods.sfd.seeded", Seeded)
 
 
 def compare_losses(reports: list[IterationReport], info: dict, data: dict) -> None:

@@ -5,20 +5,20 @@ import time
 import pytest
 import torch
 
-from bdense.branches import export_branch, widen_head
-from bdense.data import load_dataset
-from bdense.denoiser import NetworkDenoiser
+from bdense.data.datasets import load_dataset
+from bdense.diffusion.branches import export_branch, widen_head
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.sampling import Sampler, draw_images
+from bdense.diffusion.vp import CosineSchedule
 from bdense.errors import NonFiniteLossError
 from bdense.execution import Execution, exact_products
-from bdense.parallel import Team, team_of
-from bdense.progressive import DataBatches, PDConfig, distill_round
-from bdense.sampling import Sampler, draw_images
-from bdense.sfd import SFDConfig, branch_losses, branch_states, distill
-from bdense.sharing import distill_on
-from bdense.teachers import TeacherConfig, train_teacher
-from bdense.vp import CosineSchedule
-from bdense.weights import LogLinearWeights
-from search.trials.memory import trial_memory
+from bdense.methods.progressive import DataBatches, PDConfig, distill_round
+from bdense.methods.sfd import SFDConfig, branch_losses, branch_states, distill
+from bdense.methods.sharing import distill_on
+from bdense.training.parallel import Team, team_of
+from bdense.training.teacher import TeacherConfig, train_teacher
+from bdense.weights.spaces import LogLinearWeights
+from search.worker.memory import trial_memory
 from tests.goldens import discover, golden_network
 from tests.networks import tiny_denoiser
 from tests.precisions import assert_within_bounds

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from search.launching import head
-from search.launching.head import Head
+from search.run import head
+from search.run.head import Head
 
 
 @pytest.fixture(autouse=True)

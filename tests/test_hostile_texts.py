@@ -17,16 +17,16 @@ import pytest
 from optuna_dashboard import get_note
 
 from bdense.errors import InputError
-from search.database.ledger import Ledger
-from search.database.storage import open_reading
-from search.records.folders import named_file, row_folder
-from search.records.planned import SPACES, Arm, Planned, PlannedRow
-from search.records.study import CONDITIONS, FINGERPRINT, SPEC, Study
-from search.showing.dashboard import HOST, _QuietHandler, _Server, dashboard_application
-from search.showing.drawing import ellipsised
-from search.showing.live import attach_pictures, show
-from search.showing.markdown import escaped, fenced, html_table, markdown_table, tagless
-from search.showing.report_files import write_planned_report, write_report
+from search.report.dashboard import HOST, _QuietHandler, _Server, dashboard_application
+from search.report.live import attach_pictures, show
+from search.report.markdown import escaped, fenced, html_table, markdown_table, tagless
+from search.report.render import ellipsised
+from search.report.report_files import write_planned_report, write_report
+from search.storage.engine import open_reading
+from search.storage.ledger import Ledger
+from search.study.arms import SPACES, Arm, Planned, PlannedRow
+from search.study.folders import named_file, row_folder
+from search.study.study import CONDITIONS, FINGERPRINT, SPEC, Study
 from tests.studies import spec
 from tests.test_report import CONDITIONS as FID_CONDITIONS
 from tests.test_report import attributes, baseline_space, read_html, take, trial

@@ -7,13 +7,13 @@ import itertools
 import pytest
 import torch
 
+from bdense.diffusion.intervals import IntervalGrid, VariableGrid
+from bdense.diffusion.solvers import Euler
+from bdense.diffusion.step_condition import with_step_condition
 from bdense.errors import InputError
-from bdense.intervals import IntervalGrid, VariableGrid
-from bdense.recordings import TrajectoryStore
-from bdense.sfd import SFDConfig, distill
-from bdense.solvers import Euler
-from bdense.step_condition import with_step_condition
-from bdense.trajectories import LiveTrajectories
+from bdense.methods.recordings import TrajectoryStore
+from bdense.methods.sfd import SFDConfig, distill
+from bdense.methods.trajectories import LiveTrajectories
 from tests.small import same_weights, small_teacher, small_trajectories
 
 DRAWN = VariableGrid(num_intervals=(2, 3, 4), substeps=2)
@@ -51,7 +51,7 @@ def test_an_interval_too_few_is_refused():
 
 
 def test_recorded_rows_of_different_numbers_are_the_live_ones(tmp_path, monkeypatch):
-    monkeypatch.setattr("bdense.recordings.MIN_SHARDS", 3)
+    monkeypatch.setattr("bdense.methods.recordings.MIN_SHARDS", 3)
     live = drawn_trajectories(count=7)
     store = TrajectoryStore(live, tmp_path)
     recorded = store.record()
@@ -79,7 +79,7 @@ def test_a_variable_student_is_told_its_number_of_points(monkeypatch):
         heard.append(conditions.get("num_points"))
         return original(self, *args, **conditions)
 
-    monkeypatch.setattr("bdense.sfd.NetworkDenoiser.branches", spy)
+    monkeypatch.setattr("bdense.methods.sfd.NetworkDenoiser.branches", spy)
     train = SFDConfig(num_branches=2, images=8, lr=1e-3, dropout=False)
 
     class Walked:

@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from search.database import lease
-from search.database.lease import Process, _start_time
+from search.storage import leases
+from search.storage.leases import Process, _start_time
 
 # As root makes them: a /proc that shows others' processes to root alone, and one who is not root.
 HIDING = """
 import dataclasses, os, subprocess, sys
 from pathlib import Path
-from search.database.lease import Process, _start_time
+from search.storage.leases import Process, _start_time
 
 here = Process.current()
 living = dataclasses.replace(here, pid=os.getppid(), started=_start_time(os.getppid()))
@@ -58,7 +58,7 @@ def test_another_process_of_that_number_is_not_it():
 def test_what_cannot_be_read_is_dead_only_where_nothing_has_its_number(monkeypatch):
     child = subprocess.Popen(["sleep", "60"])
     process = of(child.pid)
-    monkeypatch.setattr(lease, "_start_time", lambda _: None)
+    monkeypatch.setattr(leases, "_start_time", lambda _: None)
     assert not process.is_seen_dead()
     child.kill()
     child.wait()

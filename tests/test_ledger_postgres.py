@@ -5,7 +5,7 @@ import time
 import pytest
 from optuna.samplers import RandomSampler
 
-from search.database.ledger import Claim
+from search.storage.ledger import Claim
 from tests.contracts.ledger import LedgerContract
 from tests.contracts.ledger_worker import SPACE, STEPS
 from tests.contracts.scene import LONG_TTL, complete, take, wait_until

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from search.database.ledger import Ledger
 from search.errors import UnknownStudyError
+from search.storage.ledger import Ledger
 from tests.contracts.ledger import LedgerContract
 
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from bdense.weights import LogLinearWeights, normalised_weights
-from search.specs.log_linear import branch_weights, equivalent_b, last_to_first
+from bdense.weights.spaces import LogLinearWeights, normalised_weights
+from search.spec.log_linear import branch_weights, equivalent_b, last_to_first
 
 
 @pytest.mark.parametrize("a", [-2.0, 0.0, 1.386, 3.0])

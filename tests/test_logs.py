@@ -10,19 +10,19 @@ import pytest
 import sqlalchemy as sa
 
 from bdense.errors import StoppedError
-from bdense.sharing import distill_on
+from bdense.methods.sharing import distill_on
 from search import cli
-from search.database.ledger import Claim, Ledger
-from search.database.storage import open_storage, resolve_storage_url
-from search.records.folders import row_folder
-from search.records.study import Study
-from search.records.trial_log import LOG_FILE, TrialLog, is_noted, read_log, shortened
-from search.service_log import about, say, speaking_of, start_logging
-from search.showing.log_lines import log_line
-from search.specs.space import search_space
-from search.trials.engine import branches_and_weights, training_config
-from search.trials.result import read_result, take_folder
-from search.trials.trial import CHECKPOINT, bring_to_an_end, train_and_measure
+from search.log import about, say, speaking_of, start_logging
+from search.report.log_lines import log_line
+from search.spec.space import search_space
+from search.storage.engine import open_storage, resolve_storage_url
+from search.storage.ledger import Claim, Ledger
+from search.study.folders import row_folder
+from search.study.study import Study
+from search.study.trial_log import LOG_FILE, TrialLog, is_noted, read_log, shortened
+from search.worker.engine import branches_and_weights, training_config
+from search.worker.result import read_result, take_folder
+from search.worker.trial import CHECKPOINT, bring_to_an_end, train_and_measure
 from tests.contracts.scene import wait_until
 from tests.studies import spec
 from tests.test_trial import CPU, TINY, prepared
@@ -484,7 +484,7 @@ def test_another_form_of_log_is_refused(capsys, monkeypatch):
 def test_what_a_thread_speaks_of_is_its_own():
     about(study="mine")
     seen: list[dict] = []
-    from search.service_log import spoken_of
+    from search.log import spoken_of
 
     thread = threading.Thread(target=lambda: seen.append(spoken_of()))
     thread.start()

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from bdense.checkpoints import load_tensors
-from bdense.denoiser import NetworkDenoiser
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.sampling import Sampler, draw_images
 from bdense.errors import InputError
-from bdense.sampling import Sampler, draw_images
-from bdense.sfd import IterationReport, Looks, SFDConfig, distill
-from bdense.weighting import LearnedWeights
-from bdense.weights import uniform_weights
+from bdense.methods.sfd import IterationReport, Looks, SFDConfig, distill
+from bdense.models.store import load_tensors
+from bdense.weights.spaces import uniform_weights
+from bdense.weights.weighting import LearnedWeights
 from tests.small import same_weights, small_teacher, small_trajectories
 
 TRAIN = SFDConfig(num_branches=4, images=24, lr=1e-3)  # 6 iterations of 4

@@ -9,17 +9,17 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import Parameter
 
-import search.trials.free_memory
-import search.trials.memory
-import search.trials.student_calls
-from bdense.branches import widen_head
+import search.worker.free_memory
+import search.worker.memory
+import search.worker.student_calls
+from bdense.diffusion.branches import widen_head
 from bdense.errors import InputError
-from bdense.sfd import branch_losses, branch_states
-from search.specs.study_spec import StudySpec
-from search.trials.engine import student_grid
-from search.trials.free_memory import free_bytes
-from search.trials.memory import Memory, trial_memory
-from search.trials.student_calls import _LiveBytes
+from bdense.methods.sfd import branch_losses, branch_states
+from search.spec.study_spec import StudySpec
+from search.worker.engine import student_grid
+from search.worker.free_memory import free_bytes
+from search.worker.memory import Memory, trial_memory
+from search.worker.student_calls import _LiveBytes
 from tests.small import small_teacher
 from tests.studies import spec
 
@@ -30,7 +30,7 @@ GIB = 2**30
 @pytest.fixture(autouse=True)
 def exact(monkeypatch):
     """A block takes what it holds; what a heap adds was measured, and has its own test."""
-    monkeypatch.setattr(search.trials.student_calls, "_HEAP_SHARE", 1.0)
+    monkeypatch.setattr(search.worker.student_calls, "_HEAP_SHARE", 1.0)
 
 
 def memory_of(**keys) -> Memory:
@@ -61,8 +61,8 @@ def test_what_a_backward_pass_needs_is_alive():
 
 
 def test_a_small_block_takes_more_than_it_holds(monkeypatch):
-    monkeypatch.setattr(search.trials.student_calls, "_HEAP_SHARE", 1.5)
-    monkeypatch.setattr(search.trials.student_calls, "_HEAP_BLOCK", 4000)
+    monkeypatch.setattr(search.worker.student_calls, "_HEAP_SHARE", 1.5)
+    monkeypatch.setattr(search.worker.student_calls, "_HEAP_BLOCK", 4000)
     with FakeTensorMode():
         live = _LiveBytes()
         with live:
@@ -237,31 +237,31 @@ def shortage(study: StudySpec, device: torch.device, together: int, **sizes: flo
 def test_too_little_room_is_named_with_the_way_out(
     monkeypatch, free, device, keys, together, expected
 ):
-    monkeypatch.setattr(search.trials.memory, "free_bytes", lambda _: free * GIB)
+    monkeypatch.setattr(search.worker.memory, "free_bytes", lambda _: free * GIB)
     assert shortage(spec(resources=keys), device, together) == expected
 
 
 def test_where_evaluation_takes_it_its_batch_is_named(monkeypatch):
-    monkeypatch.setattr(search.trials.memory, "free_bytes", lambda _: GIB)
+    monkeypatch.setattr(search.worker.memory, "free_bytes", lambda _: GIB)
     told = shortage(spec(), CPU, 1, activations=1.0, evaluation=7.0)
     assert told.endswith("; lower evaluation.batch (128 now) or evaluation.images (256 now)")
 
 
 def test_where_a_look_takes_it_its_images_are_named(monkeypatch):
-    monkeypatch.setattr(search.trials.memory, "free_bytes", lambda _: GIB)
+    monkeypatch.setattr(search.worker.memory, "free_bytes", lambda _: GIB)
     study = spec(pruning={"at": [0.5], "images": 200})
     told = shortage(study, CPU, 1, activations=1.0, evaluation=7.0, look=7.5)
     assert told.endswith("; lower evaluation.batch (128 now) or pruning.images (200 now)")
 
 
 def test_a_launch_is_refused_before_anything_is_made(monkeypatch):
-    monkeypatch.setattr(search.trials.memory, "free_bytes", lambda _: GIB)
+    monkeypatch.setattr(search.worker.memory, "free_bytes", lambda _: GIB)
     with pytest.raises(InputError, match=r"^study digits: a trial needs about 8\.00 GiB and th"):
         memory().require_room(spec(), CPU, 1)
 
 
 def test_a_system_that_does_not_say_refuses_nothing(monkeypatch):
-    monkeypatch.setattr(search.trials.memory, "free_bytes", lambda _: None)
+    monkeypatch.setattr(search.worker.memory, "free_bytes", lambda _: None)
     assert shortage(spec(), CPU, 100) == ""
 
 
@@ -313,7 +313,7 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch, files, expected):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(f"{text}\n")
-    monkeypatch.setattr(search.trials.free_memory, "_CGROUP", tmp_path)
+    monkeypatch.setattr(search.worker.free_memory, "_CGROUP", tmp_path)
     free = free_bytes(CPU)
     assert free == expected if expected is not None else free > 2**20
 

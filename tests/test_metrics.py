@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bdense.data import Dataset, load_dataset, to_float
+from bdense.data.datasets import Dataset, load_dataset, to_float
+from bdense.diffusion.sampling import to_uint8
 from bdense.errors import BdenseError, InputError, NonFiniteError, ShapeError
-from bdense.extractors import CLASSIFIER, TORCHSCRIPT, load_extractor
-from bdense.metrics import (
+from bdense.metrics.extractors import CLASSIFIER, TORCHSCRIPT, load_extractor
+from bdense.metrics.metrics import (
     FID,
     KID,
     Metrics,
@@ -24,14 +25,13 @@ from bdense.metrics import (
     precision_recall,
     require_measurable,
 )
-from bdense.references import (
+from bdense.metrics.references import (
     Reference,
     Statistics,
     dataset_reference,
     features_of,
     statistics_of,
 )
-from bdense.sampling import to_uint8
 from tests.features import CPU, ColourMeans, counting, random_images, scripted
 from tests.goldens import ROOT, discover
 
@@ -185,7 +185,7 @@ def test_precision_and_recall_are_the_formula(k):
 def test_precision_does_not_depend_on_the_rows_held_at_a_time(monkeypatch):
     real, generated = normal(30, 2, 6), normal(25, 2, 7, shift=1.0)
     whole = precision_recall(generated, real, 3)
-    monkeypatch.setattr("bdense.metrics._PRC_ROWS", 4)
+    monkeypatch.setattr("bdense.metrics.metrics._PRC_ROWS", 4)
     assert precision_recall(generated, real, 3) == whole
 
 

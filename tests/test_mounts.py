@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from search.database.mounts import file_system, refuse_network_file_system
 from search.errors import StorageRefusedError
+from search.storage.mounts import file_system, refuse_network_file_system
 
 # As a kernel writes it: the optional fields before the dash vary in number.
 MOUNTS = r"""

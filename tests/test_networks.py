@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bdense.branches import export_branch, widen_head
+from bdense.diffusion.branches import export_branch, widen_head
 from bdense.errors import CheckpointError, InputError, ShapeError
 from bdense.networks import (
     NETWORKS,

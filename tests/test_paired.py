@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from bdense.errors import InputError
-from search.judging.paired import Summary, paired_difference, summary
+from search.analysis.paired import Summary, paired_difference, summary
 
 OURS = {0: 2.0, 1: 2.5, 2: 3.0}
 BASE = {0: 3.0, 1: 3.1, 2: 3.9, 7: 9.0}

@@ -16,17 +16,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import bdense.parallel
-import bdense.sharing
-from bdense.branches import widen_head
-from bdense.denoiser import NetworkDenoiser
+import bdense.methods.sharing
+import bdense.training.parallel
+from bdense.diffusion.branches import widen_head
+from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import InputError, NonFiniteError, NonFiniteLossError
-from bdense.parallel import Follow, Team, team_of
-from bdense.recordings import TrajectoryStore
-from bdense.sfd import IterationReport, Looks, SFDConfig
-from bdense.sharing import distill_on
-from bdense.weighting import LearnedWeights
-from bdense.weights import LogLinearWeights
+from bdense.methods.recordings import TrajectoryStore
+from bdense.methods.sfd import IterationReport, Looks, SFDConfig
+from bdense.methods.sharing import distill_on
+from bdense.training.parallel import Follow, Team, team_of
+from bdense.weights.spaces import LogLinearWeights
+from bdense.weights.weighting import LearnedWeights
 from tests.small import small_teacher, small_trajectories
 
 ONE, TWO = [torch.device("cpu")], [torch.device("cpu")] * 2
@@ -50,13 +50,13 @@ def follow_in_haste(team: Team, device: torch.device, job: Any) -> None:
         wait(self, name, work)
 
     Team.while_others_wait = in_haste
-    bdense.sharing._follow(team, device, job)
+    bdense.methods.sharing._follow(team, device, job)
 
 
 @pytest.mark.parametrize("rule", [None, pytest.param("gradient-norm", marks=pytest.mark.slow)])
 def test_two_processes_equal_one_to_rounding(tmp_path, monkeypatch, rule):
     """Outputs, not weights: Adam makes steps of rounding noise where a gradient cancels."""
-    monkeypatch.setattr(bdense.sharing, "_follow", follow_in_haste)
+    monkeypatch.setattr(bdense.methods.sharing, "_follow", follow_in_haste)
     teacher = small_teacher()
     live = small_trajectories(teacher, count=3, batch=4)
     trajectories = TrajectoryStore(live, tmp_path).record()
@@ -124,9 +124,11 @@ def test_followers_are_as_deterministic_as_the_leader(tmp_path):
 def test_a_follower_starts_on_its_own_device(monkeypatch):
     trajectories = small_trajectories(small_teacher())
     noted = {}
-    monkeypatch.setattr(bdense.sharing, "distill", lambda *_, **options: noted.update(options))
+    monkeypatch.setattr(
+        bdense.methods.sharing, "distill", lambda *_, **options: noted.update(options)
+    )
     job = (trajectories, TRAIN, torch.ones(4), {"start": small_teacher()})
-    bdense.sharing._follow(Team(1, 2), torch.device("meta"), job)
+    bdense.methods.sharing._follow(Team(1, 2), torch.device("meta"), job)
     assert {p.device.type for p in noted["start"].parameters()} == {"meta"}
     assert {p.device.type for p in job[3]["start"].parameters()} == {"cpu"}
 
@@ -185,7 +187,7 @@ def test_what_ends_a_follower_ends_the_leader_within_seconds(how, size, kind, wo
 
 def test_the_first_to_fail_is_blamed():
     """Not who missed it in a sum, though both have told by the time that the leader looks."""
-    followers = bdense.parallel._Followers([torch.device("cpu")] * 3, None)
+    followers = bdense.training.parallel._Followers([torch.device("cpu")] * 3, None)
     for when, words in ((2.0, "connection closed"), (1.0, "no memory")):
         end, outcome = multiprocessing.Pipe(duplex=False)
         outcome.send((when, RuntimeError(words)))
@@ -226,11 +228,11 @@ def follow_out_of_memory(team: Team, device: torch.device, job: Any) -> None:
         return mean(self, values)
 
     Team.mean = third_fails
-    bdense.sharing._follow(team, device, job)
+    bdense.methods.sharing._follow(team, device, job)
 
 
 def test_a_distillation_ends_by_what_a_follower_raises(tmp_path, monkeypatch):
-    monkeypatch.setattr(bdense.sharing, "_follow", follow_out_of_memory)
+    monkeypatch.setattr(bdense.methods.sharing, "_follow", follow_out_of_memory)
     teacher = small_teacher()
     trajectories = small_trajectories(teacher, count=3, batch=4)
     reports = []
@@ -261,8 +263,8 @@ def test_an_iteration_in_which_a_follower_failed_is_not_reported(monkeypatch):
     def distill(*_: object, on_iteration: Callable[[object], None], **__: object) -> None:
         on_iteration("garbage")
 
-    monkeypatch.setattr(bdense.sharing, "team_of", team)
-    monkeypatch.setattr(bdense.sharing, "distill", distill)
+    monkeypatch.setattr(bdense.methods.sharing, "team_of", team)
+    monkeypatch.setattr(bdense.methods.sharing, "distill", distill)
     trajectories = small_trajectories(small_teacher(), batch=4)
     reports = []
     with pytest.raises(torch.OutOfMemoryError):
@@ -295,7 +297,7 @@ class LocalWordsError(OSError):
     ],
 )
 def test_errors_travel_with_their_words(error, kind):
-    found = bdense.parallel._portable(error, torch.device("cuda", 1))
+    found = bdense.training.parallel._portable(error, torch.device("cuda", 1))
     assert (type(found), str(found)) == (kind, str(error))
     assert found.__notes__[-1].startswith("on cuda:1:\n")
 
@@ -364,7 +366,7 @@ def test_no_follower_outlives_the_block(tmp_path):
 
 def test_a_follower_whose_leader_ended_before_does_not_begin():
     context = torch.multiprocessing.get_context("spawn")
-    process = context.Process(target=bdense.parallel._end_with, args=(os.getppid(),))
+    process = context.Process(target=bdense.training.parallel._end_with, args=(os.getppid(),))
     process.start()
     process.join()
     assert process.exitcode == 1

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bdense import perceptual
-from bdense.checkpoints import denoiser_sha256, load_denoiser, load_tensors, save_denoiser
 from bdense.errors import CheckpointError, InputError
 from bdense.files import sha256_file
-from bdense.perceptual import LPIPS, LPIPS_URL, VGG16_URL
-from bdense.sfd import SFDConfig, distill
+from bdense.methods import perceptual
+from bdense.methods.perceptual import LPIPS, LPIPS_URL, VGG16_URL
+from bdense.methods.sfd import SFDConfig, distill
+from bdense.models.store import denoiser_sha256, load_denoiser, load_tensors, save_denoiser
 from tests.commands import done
 from tests.small import same_weights, small_teacher, small_trajectories
 
@@ -116,7 +116,7 @@ def test_missing_weights_are_named_with_where_to_put_them(tmp_path, monkeypatch,
         raise InputError(f"cannot download {what}; fetch {url} by hand and put it at {path}")
 
     checkpoints = tmp_path / "hub/checkpoints"
-    monkeypatch.setattr("bdense.pretrained.fetch", refuse)
+    monkeypatch.setattr("bdense.models.pretrained.fetch", refuse)
     expected = f"LPIPS weights; fetch {LPIPS_URL} by hand and put it at {checkpoints}/lpips_w"
     with pytest.raises(InputError, match=re.escape(expected)):
         LPIPS()

@@ -6,12 +6,12 @@ import math
 import optuna
 import pytest
 
-from search.database.ledger import Claim, Ledger
 from search.errors import NotPlannedError, SpecChangedError, UnknownStudyError
-from search.records.opening import open_record, open_search_named
-from search.records.planned import PLAIN, SPACES, UNIFORM, Arm, Planned, PlannedRow
-from search.records.study import Study
-from search.specs.study_spec import StudySpec
+from search.spec.study_spec import StudySpec
+from search.storage.ledger import Claim, Ledger
+from search.study.arms import PLAIN, SPACES, UNIFORM, Arm, Planned, PlannedRow
+from search.study.opening import open_record, open_search_named
+from search.study.study import Study
 from tests.measured import copy_storage, empty_storage, finish, normalised, open_once, search
 from tests.studies import promotion
 

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from bdense.branches import export_branch, widen_head
-from bdense.denoiser import NetworkDenoiser, build_denoiser
+from bdense.diffusion.branches import export_branch, widen_head
+from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
+from bdense.diffusion.preconditioning import EDM, IDDPM, VE, VP
 from bdense.errors import CheckpointError, InputError, ShapeError
 from bdense.networks import SongUNet, SongUNetConfig
-from bdense.preconditioning import EDM, IDDPM, VE, VP
 from tests.networks import TINY, image, tiny_denoiser
 
 LEVELS = [1e-3, 0.02, 0.5, 1.2, 7.0, 80.0]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from search.records.progress_text import evaluating, in_round, looking, share_done, training
+from search.study.progress_text import evaluating, in_round, looking, share_done, training
 
 
 def test_people_read_how_far_a_row_is():

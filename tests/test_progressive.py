@@ -10,13 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from bdense.branches import export_branch, widen_head
-from bdense.checkpoints import load_tensors
-from bdense.data import Dataset, to_float
-from bdense.denoiser import Denoiser, NetworkDenoiser
+from bdense.data.datasets import Dataset, to_float
+from bdense.diffusion.branches import export_branch, widen_head
+from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
+from bdense.diffusion.preconditioning import DDPM, Cosine
+from bdense.diffusion.sampling import Sampler
+from bdense.diffusion.schedules import Levels, Schedule
+from bdense.diffusion.snr_weights import snr_weight
+from bdense.diffusion.solvers import DDIM, trajectory
+from bdense.diffusion.vp import CosineSchedule
 from bdense.errors import CheckpointError, InputError, NonFiniteLossError
-from bdense.preconditioning import DDPM, Cosine
-from bdense.progressive import (
+from bdense.methods.progressive import (
     Batch,
     DataBatches,
     PDConfig,
@@ -27,11 +31,7 @@ from bdense.progressive import (
     reparameterised,
     target_shares,
 )
-from bdense.sampling import Sampler
-from bdense.schedules import Levels, Schedule
-from bdense.snr_weights import snr_weight
-from bdense.solvers import DDIM, trajectory
-from bdense.vp import CosineSchedule
+from bdense.models.store import load_tensors
 from tests.networks import image, tiny_denoiser
 from tests.pd_nets import TinyConv
 from tests.small import same_weights
@@ -465,7 +465,7 @@ def test_what_is_not_finite_is_named_before_an_update_is_made(tmp_path, monkeypa
         targets[1, 3] = math.inf
         return targets
 
-    monkeypatch.setattr("bdense.progressive.dense_targets", broken)
+    monkeypatch.setattr("bdense.methods.progressive.dense_targets", broken)
     with pytest.raises(NonFiniteLossError, match=r"the loss .* at iteration 0, branch 2"):
         distill_round(first, Noise(), COSINE, 2, config(num_branches=2), TWO)
 

@@ -8,14 +8,12 @@ import pytest
 import torch
 import yaml
 
-from bdense.checkpoints import load_denoiser, save_denoiser
+from bdense.diffusion.sampling import Sampler
+from bdense.diffusion.solvers import DDIM
+from bdense.diffusion.vp import CosineSchedule
 from bdense.errors import InputError
-from bdense.sampling import Sampler
-from bdense.solvers import DDIM
-from bdense.vp import CosineSchedule
-from search.database.storage import runs_folder
-from search.errors import SpecChangedError
-from search.judging.promotion import (
+from bdense.models.store import load_denoiser, save_denoiser
+from search.analysis.promotion import (
     PLAIN_PD,
     confirmed_arm,
     given_arm,
@@ -24,14 +22,16 @@ from search.judging.promotion import (
     said_of_budget,
     said_of_weights,
 )
-from search.judging.retraining import variants
-from search.launching import launch
-from search.records.planned import PLAIN, UNIFORM, Arm, Planned, PlannedRow
-from search.records.study import Study
-from search.showing.chain_report import by_steps, chain_chart, chain_table, fid_table
-from search.showing.drawing import picture
-from search.showing.report_files import write_planned_report
-from search.trials.chain_engine import chain_weights
+from search.analysis.retraining import variants
+from search.errors import SpecChangedError
+from search.report.chain_report import by_steps, chain_chart, chain_table, fid_table
+from search.report.render import picture
+from search.report.report_files import write_planned_report
+from search.run import launch
+from search.storage.engine import runs_folder
+from search.study.arms import PLAIN, UNIFORM, Arm, Planned, PlannedRow
+from search.study.study import Study
+from search.worker.chain_engine import chain_weights
 from tests.measured import (
     command,
     confirmed_valley,
@@ -414,7 +414,7 @@ def test_a_promotion_s_file_names_its_study(asked):
 def test_a_dry_run_plans_nothing(asked, made, monkeypatch):
     """What it costs is measured elsewhere."""
     cost = SimpleNamespace(lines=lambda: ["what it costs"])
-    monkeypatch.setattr("search.trials.chain_estimate.estimate_promotion", lambda *_, **__: cost)
+    monkeypatch.setattr("search.worker.chain_estimate.estimate_promotion", lambda *_, **__: cost)
     answer = promote(asked, "--dry-run", "--seeds", "4,5", "--weights-space", "state")
     assert answer.status == 0, answer.err
     told = yaml.safe_load(answer.out)

@@ -8,16 +8,16 @@ import pytest
 import torch
 import yaml
 
-from bdense.preconditioning import PREDICTIONS, Cosine
-from bdense.progressive import Optimizer, PDConfig, WeightsSpace
-from bdense.schedules import Schedule
-from bdense.snr_weights import LOSSES
-from bdense.vp import CosineSchedule
+from bdense.diffusion.preconditioning import PREDICTIONS, Cosine
+from bdense.diffusion.schedules import Schedule
+from bdense.diffusion.snr_weights import LOSSES
+from bdense.diffusion.vp import CosineSchedule
+from bdense.methods.progressive import Optimizer, PDConfig, WeightsSpace
 from search.errors import SpecError
-from search.records.planned import UNIFORM, Arm
-from search.specs.promotion_spec import PromotionSpec, RoundSpec
-from search.specs.study_file import as_yaml, parse_promotion, read_promotion
-from search.trials.chain_engine import (
+from search.spec.promotion_spec import PromotionSpec, RoundSpec
+from search.spec.study_file import as_yaml, parse_promotion, read_promotion
+from search.study.arms import UNIFORM, Arm
+from search.worker.chain_engine import (
     chain_of,
     chain_schedule,
     chain_weights,

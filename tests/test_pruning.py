@@ -10,18 +10,18 @@ from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from search.database.ledger import Claim, Ledger
 from search.errors import SpecChangedError
-from search.records.artifacts import attached
-from search.records.folders import GRID, row_folder
-from search.records.retention import CHECKPOINT, RESULT, STUDENT
-from search.records.standing import headline, standing
-from search.records.study import Study
-from search.specs.study_spec import StudySpec
-from search.trials import assets
-from search.trials.pruning import LOOKS_FILE, judge_of
-from search.trials.trial import train_and_measure
-from search.trials.workers import SearchWorker
+from search.spec.study_spec import StudySpec
+from search.storage.ledger import Claim, Ledger
+from search.study.artifacts import attached
+from search.study.folders import GRID, row_folder
+from search.study.retention import CHECKPOINT, RESULT, STUDENT
+from search.study.study import Study
+from search.study.summary import headline, standing
+from search.worker import assets
+from search.worker.pruning import LOOKS_FILE, judge_of
+from search.worker.trial import train_and_measure
+from search.worker.workers import SearchWorker
 from tests.e2e.study import small_study
 from tests.studies import spec
 from tests.test_trial import InterruptedRunError, interrupted_after

@@ -6,11 +6,11 @@ import optuna
 import pytest
 import yaml
 
+from search.analysis.retraining import variant
 from search.errors import SpecError
-from search.judging.retraining import variant
-from search.records.planned import PlannedRow
-from search.specs.space import make_pruner
-from search.specs.study_file import as_yaml, parse_spec
+from search.spec.space import make_pruner
+from search.spec.study_file import as_yaml, parse_spec
+from search.study.arms import PlannedRow
 from tests.studies import changed, spec
 
 AT = [0.25, 0.5]

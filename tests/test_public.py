@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import bdense.public
-import bdense.sources
-from bdense.checkpoints import denoiser_sha256, load_denoiser, save_denoiser
-from bdense.denoiser import build_denoiser
+import bdense.models.public
+import bdense.models.sources
+from bdense.diffusion.denoiser import build_denoiser
 from bdense.errors import CheckpointError, InputError
 from bdense.files import sha256_file
-from bdense.public import (
+from bdense.models.public import (
     CHECKPOINTS,
     HUB_CHECKPOINTS,
     REFERENCES,
@@ -26,7 +25,8 @@ from bdense.public import (
     resolve_checkpoint,
     resolve_reference,
 )
-from bdense.sources import load_model
+from bdense.models.sources import load_model
+from bdense.models.store import denoiser_sha256, load_denoiser, save_denoiser
 from tests.goldens import discover
 from tests.small import same_weights, small_teacher
 
@@ -62,7 +62,7 @@ def published(tmp_path, monkeypatch) -> Iterator[bytes]:
             name: dataclasses.replace(file, url=f"{at}/{name}.pkl", sha256=None, size=None)
             for name, file in CHECKPOINTS.items()
         }
-        monkeypatch.setattr(bdense.public, "CHECKPOINTS", table)
+        monkeypatch.setattr(bdense.models.public, "CHECKPOINTS", table)
         yield content
         server.shutdown()
 
@@ -143,7 +143,7 @@ def test_a_hub_model_has_its_address_and_terms():
 def test_a_hub_models_terms_come_with_it(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     read = {"source": HUB, "scheduler": "DDPMScheduler", "licence": "apache-2.0"}
-    monkeypatch.setattr(bdense.sources, "read_diffusers", lambda _: (small_teacher(), read))
+    monkeypatch.setattr(bdense.models.sources, "read_diffusers", lambda _: (small_teacher(), read))
     _, metadata = load_model(HUB)
     assert metadata == {
         "source": HUB,
@@ -203,7 +203,7 @@ def test_what_is_neither_lists_the_names(folder):
 
 def test_no_network_is_one_line_with_the_address(folder, monkeypatch):
     elsewhere = dataclasses.replace(CHECKPOINTS[CIFAR10], url="http://host.invalid/a/net.pkl")
-    monkeypatch.setattr(bdense.public, "CHECKPOINTS", {CIFAR10: elsewhere})
+    monkeypatch.setattr(bdense.models.public, "CHECKPOINTS", {CIFAR10: elsewhere})
     with pytest.raises(InputError) as caught:
         resolve_checkpoint(CIFAR10)
     assert str(caught.value) == (
@@ -269,7 +269,7 @@ def test_pickles_of_torch_are_told_what_is_read(tmp_path, ending):
 def test_a_published_model_comes_with_its_terms(folder, monkeypatch, file):
     """From the folder of public files, where somebody put it by hand."""
     here = dataclasses.replace(CHECKPOINTS[CIFAR10], sha256=sha256_file(file))
-    for module in (bdense.public, bdense.sources):
+    for module in (bdense.models.public, bdense.models.sources):
         monkeypatch.setattr(module, "CHECKPOINTS", {CIFAR10: here})
     folder.mkdir()
     shutil.copy(file, here.path)

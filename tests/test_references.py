@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from bdense.data import Dataset, load_dataset
+from bdense.data.datasets import Dataset, load_dataset
 from bdense.errors import CheckpointError, InputError, NonFiniteError, ShapeError
-from bdense.metrics import frechet_distance
-from bdense.references import (
+from bdense.metrics.metrics import frechet_distance
+from bdense.metrics.references import (
     Statistics,
     dataset_reference,
     features_of,

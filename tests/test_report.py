@@ -12,9 +12,14 @@ import pytest
 from PIL import Image
 
 from bdense.errors import InputError
-from bdense.metrics import FID
-from search.database.ledger import Claim, Ledger
-from search.records.standing import (
+from bdense.metrics.metrics import FID
+from search.report.plots import fid_over
+from search.report.render import picture
+from search.report.report_files import write_report
+from search.spec.space import baseline_space, search_space
+from search.storage.ledger import Claim, Ledger
+from search.study.study import Study
+from search.study.summary import (
     baseline_results,
     best_json,
     complete_trials,
@@ -26,12 +31,7 @@ from search.records.standing import (
     status_json,
     table,
 )
-from search.records.study import Study
-from search.records.wording import duration
-from search.showing.drawing import picture
-from search.showing.figures import fid_over
-from search.showing.report_files import write_report
-from search.specs.space import baseline_space, search_space
+from search.study.wording import duration
 from tests.studies import spec
 
 WEIGHTS = {1.0: [0.5, 1.5, 4.0, 10.0], 0.5: [1.0, 1.6, 2.7, 4.5], 2.0: [0.1, 1.0, 7.4, 55.0]}

@@ -16,15 +16,15 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import event
 
 from benchmarks.large_study import fill
-from search.database.ledger import Claim, Ledger
-from search.database.reader import asked_of
-from search.database.rows import StoredTrial
-from search.database.storage import open_storage
-from search.database.tables import Role, grant
 from search.errors import StorageError, UnknownStudyError
-from search.records.standing import best_json, complete_trials, failures, standing, status_json
-from search.records.study import Study
-from search.specs.space import baseline_space, make_sampler, search_space
+from search.spec.space import baseline_space, make_sampler, search_space
+from search.storage.engine import open_storage
+from search.storage.ledger import Claim, Ledger
+from search.storage.reader import asked_of
+from search.storage.rows import StoredTrial
+from search.storage.schema import Role, grant
+from search.study.study import Study
+from search.study.summary import best_json, complete_trials, failures, standing, status_json
 from tests.e2e.study import Workplace
 from tests.studies import NORMALISED, spec
 

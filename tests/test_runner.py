@@ -12,9 +12,9 @@ import pytest
 import ray
 
 from bdense.errors import InputError
-from search.database.halting import NO_LAUNCH
-from search.launching import runner
-from search.trials.slots import Kind, Orders
+from search.run import runner
+from search.storage.stop_flags import NO_LAUNCH
+from search.worker.ray_tasks import Kind, Orders
 from tests.studies import promotion, spec
 
 ONE_GPU_EACH = [(8, 1), (8, 1), (8, 1)]

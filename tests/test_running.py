@@ -14,23 +14,23 @@ from optuna.trial import TrialState
 
 from bdense.errors import InputError
 from search import cli
-from search.database.halting import HALT, Launch, Stops, ask_all
-from search.database.lease import SURPLUS
-from search.database.ledger import Claim, Ledger
-from search.database.storage import resolve_storage_url
-from search.launching import launch
-from search.launching.ending import Ending
-from search.launching.gpus import count_gpus, use_gpus
-from search.records import retention
-from search.records.folders import row_folder
-from search.records.opening import stored_spec
-from search.records.planned import PLAIN, SPACES, Planned, PlannedRow
-from search.records.points import Point, checked, largest_weight
-from search.records.retention import CHECKPOINT, STUDENT
-from search.records.standing import failures
-from search.records.study import Study
-from search.specs.space import baseline_space, search_space
-from search.trials.engine import excess_weight
+from search.run import launch
+from search.run.ending import Ending
+from search.run.gpus import count_gpus, use_gpus
+from search.spec.space import baseline_space, search_space
+from search.storage.engine import resolve_storage_url
+from search.storage.leases import SURPLUS
+from search.storage.ledger import Claim, Ledger
+from search.storage.stop_flags import HALT, Launch, Stops, ask_all
+from search.study import retention
+from search.study.arms import PLAIN, SPACES, Planned, PlannedRow
+from search.study.folders import row_folder
+from search.study.opening import stored_spec
+from search.study.points import Point, checked, largest_weight
+from search.study.retention import CHECKPOINT, STUDENT
+from search.study.study import Study
+from search.study.summary import failures
+from search.worker.engine import excess_weight
 from tests.contracts.scene import wait_until
 from tests.studies import LEARNED, NORMALISED, spec, write
 
@@ -182,7 +182,7 @@ def test_points_outside_the_search_are_refused(weights, point, message):
 @pytest.mark.parametrize("a", [-2.0, 0.0, 1.386, 3.0])
 def test_the_largest_weight_is_that_of_the_engine(a):
     """The command bounds it without torch; workers hold trials against the engine's own."""
-    from search.trials.engine import given_weights
+    from search.worker.engine import given_weights
 
     for params in ({"a": a, "b": -1.5}, {"a": a}):
         expected = float(given_weights(params, 4)(4).max())

@@ -7,9 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bdense.errors import InputError, NonFiniteError
-from bdense.randomness import Stream, derive_seed, generator, image_noise, seeded
-from bdense.sampling import (
+from bdense.diffusion.sampling import (
     Sampler,
     draw_images,
     image_grid,
@@ -17,8 +15,10 @@ from bdense.sampling import (
     save_grid,
     to_uint8,
 )
-from bdense.schedules import Schedule
-from bdense.solvers import DPMSolverPP, Euler
+from bdense.diffusion.schedules import Schedule
+from bdense.diffusion.solvers import DPMSolverPP, Euler
+from bdense.errors import InputError, NonFiniteError
+from bdense.randomness import Stream, derive_seed, generator, image_noise, seeded
 from tests.small import GaussianDenoiser, small_teacher
 
 LOGSNR = Schedule(kind="logsnr")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from bdense.diffusion.intervals import IntervalGrid
+from bdense.diffusion.schedules import Schedule
 from bdense.errors import InputError
-from bdense.intervals import IntervalGrid
-from bdense.schedules import Schedule
 
 SCHEDULES = [
     Schedule(),

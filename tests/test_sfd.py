@@ -6,16 +6,16 @@ import math
 import pytest
 import torch
 
-from bdense.branches import export_branch, widen_head
-from bdense.checkpoints import load_tensors
+from bdense.diffusion.branches import export_branch, widen_head
+from bdense.diffusion.intervals import IntervalGrid, VariableGrid
+from bdense.diffusion.solvers import DPMSolverPP, Euler, trajectory
+from bdense.diffusion.step_condition import with_step_condition
 from bdense.errors import CheckpointError, InputError, NonFiniteLossError
-from bdense.intervals import IntervalGrid, VariableGrid
-from bdense.parallel import Team
-from bdense.sfd import SFDConfig, branch_losses, branch_states, distill
-from bdense.solvers import DPMSolverPP, Euler, trajectory
-from bdense.step_condition import with_step_condition
-from bdense.trajectories import LiveTrajectories
-from bdense.weights import LogLinearWeights, normalised_weights, uniform_weights
+from bdense.methods.sfd import SFDConfig, branch_losses, branch_states, distill
+from bdense.methods.trajectories import LiveTrajectories
+from bdense.models.store import load_tensors
+from bdense.training.parallel import Team
+from bdense.weights.spaces import LogLinearWeights, normalised_weights, uniform_weights
 from tests.networks import tiny_denoiser
 from tests.small import same_weights, small_teacher, small_trajectories
 

@@ -13,16 +13,16 @@ import sqlalchemy as sa
 import yaml
 from optuna.samplers import RandomSampler
 
-from bdense.data import load_dataset
+from bdense.data.datasets import load_dataset
 from search.cli import main
-from search.database.ledger import Claim, Ledger
-from search.database.room import disk_error, is_full_disk
-from search.database.storage import open_storage, resolve_storage_url
 from search.errors import StorageFullError
-from search.records.study import Study
-from search.specs.study_spec import StudySpec
-from search.trials import assets
-from search.trials.slots import Orders, Progress, Refusal, prepare_task, record_task, slot
+from search.spec.study_spec import StudySpec
+from search.storage.disk import disk_error, is_full_disk
+from search.storage.engine import open_storage, resolve_storage_url
+from search.storage.ledger import Claim, Ledger
+from search.study.study import Study
+from search.worker import assets
+from search.worker.ray_tasks import Orders, Progress, Refusal, prepare_task, record_task, slot
 from tests.contracts.ledger_worker import SPACE
 from tests.disks import small_disk
 from tests.e2e.study import small_study
@@ -250,9 +250,9 @@ HUNGRY = """
 import resource, sys
 from pathlib import Path
 
-from search.database.storage import resolve_storage_url
-from search.records.study import Study
-from search.trials.workers import SearchWorker
+from search.storage.engine import resolve_storage_url
+from search.study.study import Study
+from search.worker.workers import SearchWorker
 
 study = Study.open(resolve_storage_url(None), "small")
 worker = SearchWorker(study)

@@ -12,15 +12,15 @@ from optuna_dashboard import get_note
 from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 from optuna_dashboard._note import get_note_from_system_attrs
 
-from search.database.ledger import Ledger
-from search.records.artifacts import artifact_store
-from search.records.folders import pictures, row_folder
-from search.records.study import Study
-from search.showing import live as showing
-from search.showing.dashboard_texts import save_texts
-from search.showing.live import Showing, attach_pictures, show
-from search.showing.notes import timings_text
-from search.showing.overview import importance_in
+from search.report import live as showing
+from search.report.dashboard_texts import save_texts
+from search.report.live import Showing, attach_pictures, show
+from search.report.notes import timings_text
+from search.report.overview import importance_in
+from search.storage.ledger import Ledger
+from search.study.artifacts import artifact_store
+from search.study.folders import pictures, row_folder
+from search.study.study import Study
 from tests.test_report import attributes, baseline_space, finish, take, trial
 
 TIMINGS = {"student_seconds": 61.0, "evaluation_seconds": 2.25, "service_seconds": 0.04}

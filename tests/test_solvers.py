@@ -6,10 +6,9 @@ from typing import get_args
 import pytest
 import torch
 
-from bdense.errors import InputError
-from bdense.schedules import Schedule
-from bdense.solver_names import SolverName
-from bdense.solvers import (
+from bdense.diffusion.schedules import Schedule
+from bdense.diffusion.solver_names import SolverName
+from bdense.diffusion.solvers import (
     DPM2,
     IPNDM,
     SOLVERS,
@@ -23,6 +22,7 @@ from bdense.solvers import (
     solve,
     trajectory,
 )
+from bdense.errors import InputError
 from tests.small import GaussianDenoiser
 
 MULTISTEP = [

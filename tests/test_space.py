@@ -6,9 +6,9 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-from bdense.weighting import RULES
-from search.specs.space import baseline_space, make_sampler, search_space
-from search.trials.engine import branches_and_weights, excess_weight
+from bdense.weights.weighting import RULES
+from search.spec.space import baseline_space, make_sampler, search_space
+from search.worker.engine import branches_and_weights, excess_weight
 from tests.studies import LEARNED, NORMALISED, spec
 
 

@@ -8,14 +8,14 @@ from typing import get_args
 import pytest
 import yaml
 
+from bdense.diffusion.snr_weights import LOSSES
+from bdense.diffusion.solvers import DPM2, IPNDM, SOLVERS, DPMSolverPP, Euler, Heun
 from bdense.execution import PRECISIONS
-from bdense.snr_weights import LOSSES
-from bdense.solvers import DPM2, IPNDM, SOLVERS, DPMSolverPP, Euler, Heun
-from bdense.weighting import RULES, LearnedWeights
+from bdense.weights.weighting import RULES, LearnedWeights
 from search.errors import SpecError
-from search.specs.study_file import as_yaml, parse_spec, read_spec
-from search.specs.study_spec import StudySpec
-from search.trials.engine import (
+from search.spec.study_file import as_yaml, parse_spec, read_spec
+from search.spec.study_spec import StudySpec
+from search.worker.engine import (
     check,
     student_grid,
     student_sampler,

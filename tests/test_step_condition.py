@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from bdense.branches import export_branch, widen_head
-from bdense.denoiser import build_denoiser
+from bdense.diffusion.branches import export_branch, widen_head
+from bdense.diffusion.denoiser import build_denoiser
+from bdense.diffusion.step_condition import with_step_condition
 from bdense.errors import InputError, ShapeError
-from bdense.step_condition import with_step_condition
 from tests.goldens import close, discover, golden_network, settings, tensors
 from tests.networks import image, one_hot, tiny_denoiser
 from tests.small import same_weights

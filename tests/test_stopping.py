@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-from search.database.ledger import ENDED_EARLY, Claim, Done, Ledger
-from search.judging.stopping import StopRule, room_left
-from search.judging.surrogate import Evaluation, posterior, posterior_means
-from search.records.points import Point, enqueue
-from search.records.standing import FID_KEYS, headline, standing, status_json
-from search.records.study import Study, stopped_early
-from search.specs.space import make_sampler, search_space
-from search.specs.study_spec import StudySpec
+from search.analysis.stopping import StopRule, room_left
+from search.analysis.surrogate import Evaluation, posterior, posterior_means
+from search.spec.space import make_sampler, search_space
+from search.spec.study_spec import StudySpec
+from search.storage.ledger import ENDED_EARLY, Claim, Done, Ledger
+from search.study.points import Point, enqueue
+from search.study.study import Study, stopped_early
+from search.study.summary import FID_KEYS, headline, standing, status_json
 from tests.studies import NORMALISED, spec
 
 SPACE = {"a": FloatDistribution(-1.0, 2.0)}

@@ -11,9 +11,10 @@ import sqlalchemy as sa
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
-import search.database.storage
+import search.storage.engine
 from search import cli
-from search.database.storage import (
+from search.errors import StorageError, StorageRefusedError
+from search.storage.engine import (
     exclusive,
     is_transient,
     open_storage,
@@ -23,8 +24,7 @@ from search.database.storage import (
     sqlite_file,
     without_password,
 )
-from search.errors import StorageError, StorageRefusedError
-from search.trials.slots import worker_storage
+from search.worker.ray_tasks import worker_storage
 
 SECRET = "hunter2"
 
@@ -302,7 +302,7 @@ class TestOnPostgres:
         """As of a worker that is stopped between the renewal of its lease and the commit."""
         url = postgres.new_database()
         open_storage(url).engine.dispose()  # which makes the tables, and may take longer
-        monkeypatch.setattr(search.database.storage, "FROZEN_SECONDS", 5)
+        monkeypatch.setattr(search.storage.engine, "FROZEN_SECONDS", 5)
         storage = open_storage(url)
         row = sa.text("UPDATE version_info SET version_info_id = version_info_id")
         with storage.engine.connect() as frozen, storage.engine.connect() as other:
@@ -405,7 +405,7 @@ def test_the_lock_keeps_other_processes_out(tmp_path):
     counter.write_text("0")
     program = (
         "import sys, time; from pathlib import Path\n"
-        "from search.database.storage import exclusive, open_storage\n"
+        "from search.storage.engine import exclusive, open_storage\n"
         "engine = open_storage(sys.argv[1]).engine; counter = Path(sys.argv[2])\n"
         "for _ in range(2):\n"
         "    with exclusive(engine, 'a study'):\n"
@@ -420,7 +420,7 @@ def test_the_lock_keeps_other_processes_out(tmp_path):
 
 def test_the_ledger_needs_neither_torch_nor_ray():
     names = "{'torch', 'ray', 'yaml'}"
-    program = f"import sys, search.database.ledger; print(sorted({names} & set(sys.modules)))"
+    program = f"import sys, search.storage.ledger; print(sorted({names} & set(sys.modules)))"
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from search.errors import SpecError
-from search.specs.study_file import as_yaml, read_any, read_promotion, read_spec
+from search.spec.study_file import as_yaml, read_any, read_promotion, read_spec
 from tests.studies import CHAIN, promotion, spec, write
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from bdense.errors import InputError
-from search.judging import surrogate
-from search.judging.surrogate import Evaluation, candidates, posterior_means
+from search.analysis import surrogate
+from search.analysis.surrogate import Evaluation, candidates, posterior_means
 
 
 def bowl(a):
@@ -209,7 +209,7 @@ def test_points_of_another_study():
 def test_importing_the_surrogate_is_cheap():
     """The launcher reads studies without sklearn, scipy or torch."""
     names = "{'sklearn', 'scipy', 'torch'}"
-    modules = "search.judging.surrogate, search.judging.paired"
+    modules = "search.analysis.surrogate, search.analysis.paired"
     code = f"import sys, {modules}; assert not {names} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
 

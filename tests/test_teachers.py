@@ -7,15 +7,10 @@ import re
 import pytest
 import torch
 
-from bdense import teachers
-from bdense.checkpoints import load_denoiser, load_tensors
-from bdense.data import Dataset, load_dataset, to_float
-from bdense.ddpm import DDPMSchedule
-from bdense.denoiser import NetworkDenoiser
-from bdense.errors import CheckpointError, InputError, NonFiniteLossError
-from bdense.execution import Execution
-from bdense.networks import SongUNet, SongUNetConfig
-from bdense.preconditioning import (
+from bdense.data.datasets import Dataset, load_dataset, to_float
+from bdense.diffusion.ddpm import DDPMSchedule
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.preconditioning import (
     DDPM,
     EDM,
     PREDICTIONS,
@@ -23,9 +18,14 @@ from bdense.preconditioning import (
     Preconditioning,
     native_schedule,
 )
+from bdense.diffusion.snr_weights import LOSSES, snr_weight
+from bdense.errors import CheckpointError, InputError, NonFiniteLossError
+from bdense.execution import Execution
+from bdense.models.store import load_denoiser, load_tensors
+from bdense.networks import SongUNet, SongUNetConfig
 from bdense.randomness import Stream, generator
-from bdense.snr_weights import LOSSES, snr_weight
-from bdense.teachers import (
+from bdense.training import teacher as teachers
+from bdense.training.teacher import (
     TeacherConfig,
     denoising_loss,
     new_denoiser,
@@ -235,7 +235,7 @@ def batches(monkeypatch, dataset: Dataset, training: TeacherConfig) -> list[tupl
         return real(denoiser, training, *batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr("bdense.teachers._loss", spy)
+        patch.setattr("bdense.training.teacher._loss", spy)
         train_teacher(dataset, training, device=CPU)
     return seen
 
@@ -408,7 +408,7 @@ def test_a_batch_goes_with_the_classes_of_its_images(digits, monkeypatch):
         seen.append((clean, class_labels))
         return denoising_loss(denoiser, clean, noise, sigma, class_labels)
 
-    monkeypatch.setattr("bdense.teachers.denoising_loss", spy)
+    monkeypatch.setattr("bdense.training.teacher.denoising_loss", spy)
     train_teacher(digits, conditional(images=48, label_dim=12), device=CPU)
     assert len(seen) == 3
     known = to_float(digits.images)
@@ -440,7 +440,7 @@ def test_the_first_batches_do_not_depend_on_the_condition(digits, monkeypatch):
         seen.append(batch)
         return denoising_loss(denoiser, *batch)
 
-    monkeypatch.setattr("bdense.teachers.denoising_loss", spy)
+    monkeypatch.setattr("bdense.training.teacher.denoising_loss", spy)
     train_teacher(digits, config(images=16), device=CPU)
     train_teacher(digits, conditional(images=16), device=CPU)
     (*plain, nothing), (*told, classes) = seen
@@ -477,8 +477,8 @@ def test_labels_make_another_teacher_only_where_they_are_told(digits, tmp_path):
 
 def test_cached_teachers_keep_their_names(digits, monkeypatch):
     """Of the digits study: hours of work elsewhere must not be lost to a field of a hash."""
-    import search.trials.assets
-    from search.specs.model_spec import TeacherTraining
+    import search.worker.assets
+    from search.spec.model_spec import TeacherTraining
 
     network = {"model_channels": 24, "channel_mult": [1, 2], "num_blocks": 1}
     network |= {"attn_resolutions": [], "dropout": 0.0}
@@ -487,9 +487,9 @@ def test_cached_teachers_keep_their_names(digits, monkeypatch):
         training = TeacherTraining(
             network=network | more, kimg=250, batch=256, lr=2e-3, ema_halflife_kimg=20, threads=2
         )
-        return search.trials.assets._teacher_path(training, dataset).name
+        return search.worker.assets._teacher_path(training, dataset).name
 
-    monkeypatch.setattr(search.trials.assets, "NUMERICS", 1)
+    monkeypatch.setattr(search.worker.assets, "NUMERICS", 1)
     bare = Dataset("digits", digits.images, digits.sha256)
     assert name(digits) == name(bare) == "digits-e9b1ea5afac09230.safetensors"
     assert name(digits, label_dim=10) != name(bare, label_dim=10)
@@ -652,7 +652,7 @@ def test_a_gradient_that_is_not_finite_makes_no_update(digits, tmp_path, monkeyp
     def rootish_loss(denoiser, clean, noise, sigma, class_labels):
         return (denoiser(clean, sigma) - denoiser(clean, sigma).detach()).square().sum().sqrt()
 
-    monkeypatch.setattr("bdense.teachers.denoising_loss", rootish_loss)
+    monkeypatch.setattr("bdense.training.teacher.denoising_loss", rootish_loss)
     path = tmp_path / "teacher.safetensors"
     with pytest.raises(NonFiniteLossError, match="the teacher's gradient is not finite") as at:
         train_teacher(digits, config(), device=CPU, checkpoint=path, checkpoint_seconds=0)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from bdense.sfd import IterationReport, SFDConfig, distill
-from search.trials.traced_weights import MAX_POINTS, TracedWeights, draw_history
+from bdense.methods.sfd import IterationReport, SFDConfig, distill
+from search.worker.traced_weights import MAX_POINTS, TracedWeights, draw_history
 from tests.small import same_weights, small_teacher, small_trajectories
 
 ITERATIONS = 6

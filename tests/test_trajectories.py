@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
+from bdense.diffusion.solvers import Euler
 from bdense.errors import CheckpointError, InputError
-from bdense.recordings import TrajectoryStore
-from bdense.sfd import SFDConfig, distill
-from bdense.solvers import Euler
-from bdense.trajectories import LiveTrajectories
-from bdense.weights import LogLinearWeights
+from bdense.methods.recordings import TrajectoryStore
+from bdense.methods.sfd import SFDConfig, distill
+from bdense.methods.trajectories import LiveTrajectories
+from bdense.weights.spaces import LogLinearWeights
 from tests.small import same_weights, small_teacher, small_trajectories
 
 
@@ -44,7 +44,7 @@ def test_size_on_disk_is_the_size_announced(tmp_path):
 
 
 def test_a_store_is_recorded_once_and_by_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("bdense.recordings.MIN_SHARDS", 3)
+    monkeypatch.setattr("bdense.methods.recordings.MIN_SHARDS", 3)
     live = small_trajectories(small_teacher(), count=5)
     store = TrajectoryStore(live, tmp_path)
     assert (store.shard_length, store.num_shards) == (2, 3)

@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from bdense.cards import card_path, model_card
-from bdense.checkpoints import load_denoiser, load_tensors, save_denoiser
-from bdense.data import load_dataset
+from bdense.data.datasets import load_dataset
+from bdense.diffusion.sampling import draw_images, sampler_from
 from bdense.errors import InputError
-from bdense.metrics import MetricSettings
-from bdense.references import dataset_reference, write_reference
-from bdense.sampling import draw_images, sampler_from
-from search.specs.study_spec import StudySpec
-from search.trials import assets
-from search.trials.trial import CHECKPOINT, STUDENT, train_and_measure
+from bdense.metrics.metrics import MetricSettings
+from bdense.metrics.references import dataset_reference, write_reference
+from bdense.models.cards import card_path, model_card
+from bdense.models.store import load_denoiser, load_tensors, save_denoiser
+from search.spec.study_spec import StudySpec
+from search.worker import assets
+from search.worker.trial import CHECKPOINT, STUDENT, train_and_measure
 from tests.small import small_teacher
 from tests.studies import NORMALISED, spec
 
@@ -54,7 +54,7 @@ def attrs(shared: assets.Assets, folder: Path, params: Mapping[str, Any] = SLOPE
 def test_a_trial_stores_the_metrics_it_was_asked_for(tmp_path, monkeypatch):
     # A hundred subsets take a quarter of a minute.
     few = functools.partial(MetricSettings, kid_subsets=2)
-    monkeypatch.setattr("bdense.metrics.MetricSettings", few)
+    monkeypatch.setattr("bdense.metrics.metrics.MetricSettings", few)
     shared = prepared(
         spec(**TINY, evaluation__images=1000, evaluation__metrics=["fid", "kid", "prc"])
     )
@@ -165,7 +165,7 @@ def test_a_reference_file_takes_the_data_sets_place(tmp_path, digits_extractor, 
 
 def test_a_students_images_can_be_drawn_again(tmp_path):
     """The metadata of the file that a trial leaves names its FID and how to draw."""
-    from bdense.checkpoints import load_denoiser
+    from bdense.models.store import load_denoiser
 
     shared = prepared(spec(**TINY))
     found = attrs(shared, tmp_path / "00000")

@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 
-from bdense.ddpm import DDPMSchedule
+from bdense.diffusion.ddpm import DDPMSchedule
+from bdense.diffusion.preconditioning import DDPM, EDM, Cosine, native_schedule
+from bdense.diffusion.sampling import schedule_from
+from bdense.diffusion.schedules import Schedule
+from bdense.diffusion.vp import CosineSchedule
 from bdense.errors import InputError
-from bdense.preconditioning import DDPM, EDM, Cosine, native_schedule
-from bdense.sampling import schedule_from
-from bdense.schedules import Schedule
-from bdense.vp import CosineSchedule
 
 COSINE = CosineSchedule()
 NARROW = CosineSchedule(logsnr_min=-6.0, logsnr_max=9.0)

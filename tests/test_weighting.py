@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from bdense.branches import export_branch
+from bdense.diffusion.branches import export_branch
 from bdense.errors import InputError
-from bdense.sfd import IterationReport, SFDConfig, distill
-from bdense.weighting import SMALLEST_SCALE, FixedWeights, LearnedWeights
+from bdense.methods.sfd import IterationReport, SFDConfig, distill
+from bdense.weights.weighting import SMALLEST_SCALE, FixedWeights, LearnedWeights
 from tests.small import same_weights, small_teacher, small_trajectories
 
 LOSSES = torch.tensor([1.0, 2.0, 4.0, 8.0])

@@ -6,13 +6,13 @@ import pytest
 from optuna.samplers import RandomSampler
 
 from bdense.errors import InputError
-from search.database.ledger import Claim, Ledger
 from search.errors import SpecChangedError, UnpreparedError
-from search.records.planned import PLAIN, UNIFORM, Planned, PlannedRow
-from search.records.study import Study
-from search.specs.space import baseline_space, search_space
-from search.trials import workers
-from search.trials.workers import RetrainWorker, SearchWorker, pause_after
+from search.spec.space import baseline_space, search_space
+from search.storage.ledger import Claim, Ledger
+from search.study.arms import PLAIN, UNIFORM, Planned, PlannedRow
+from search.study.study import Study
+from search.worker import workers
+from search.worker.workers import RetrainWorker, SearchWorker, pause_after
 from tests.small import small_teacher
 from tests.studies import spec
 

@@ -286,7 +286,7 @@ def check_inputs(
     if not network.step_condition:
         raise InputError(
             f"num_points={num_points} is given to a network without step condition; leave it "
-            "out, or add the layers with bdense.step_condition.with_step_condition"
+            "out, or add the layers with bdense.diffusion.step_condition.with_step_condition"
         )
     if isinstance(num_points, Tensor):
         if num_points.dim() > 1 or num_points.numel() not in (1, len(x)):

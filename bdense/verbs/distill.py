@@ -6,21 +6,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bdense.branches import export_branch
-from bdense.cards import inherited, write_card
-from bdense.checkpoints import denoiser_sha256, save_denoiser
 from bdense.command import Verbs
-from bdense.denoiser import NetworkDenoiser
+from bdense.diffusion.branches import export_branch
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.intervals import IntervalGrid, VariableGrid
+from bdense.diffusion.sampling import Sampler, samplers_from, served_metadata
+from bdense.diffusion.schedules import Schedule
+from bdense.diffusion.solvers import Euler, Solver
+from bdense.diffusion.step_condition import STARTS, with_step_condition
 from bdense.errors import InputError
-from bdense.intervals import IntervalGrid, VariableGrid
-from bdense.perceptual import LPIPS
-from bdense.sampling import Sampler, samplers_from, served_metadata
-from bdense.schedules import Schedule
-from bdense.sfd import IterationReport, SFDConfig, distill
-from bdense.solvers import Euler, Solver
-from bdense.sources import load_model
-from bdense.step_condition import STARTS, with_step_condition
-from bdense.trajectories import LiveTrajectories
+from bdense.methods.perceptual import LPIPS
+from bdense.methods.sfd import IterationReport, SFDConfig, distill
+from bdense.methods.trajectories import LiveTrajectories
+from bdense.models.cards import inherited, write_card
+from bdense.models.sources import load_model
+from bdense.models.store import denoiser_sha256, save_denoiser
 from bdense.verbs.common import (
     Progress,
     add_execution_options,
@@ -38,8 +38,8 @@ from bdense.verbs.grid_options import (
     chosen_solver,
     student_samplers,
 )
-from bdense.weighting import RULES, BranchWeighting, FixedWeights, LearnedWeights
-from bdense.weights import LogLinearWeights
+from bdense.weights.spaces import LogLinearWeights
+from bdense.weights.weighting import RULES, BranchWeighting, FixedWeights, LearnedWeights
 
 TEACHER_SOLVER = "dpmpp"
 PERCEPTUAL = ("lpips", "lpips-sfd")

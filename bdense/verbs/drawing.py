@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from bdense import NUMERICS
-from bdense.checkpoints import denoiser_sha256
 from bdense.command import Verbs
-from bdense.data import DATA_SETS, Dataset, load_dataset
-from bdense.denoiser import NetworkDenoiser
-from bdense.extractors import Extractor, load_extractor
+from bdense.data.datasets import DATA_SETS, Dataset, load_dataset
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.sampling import Sampler, draw_images, require_class, save_grid
 from bdense.files import atomic_write
-from bdense.metrics import METRICS, MetricSettings, measure_images, require_measurable
-from bdense.public import REFERENCES, resolve_reference
-from bdense.references import Reference, dataset_reference, read_reference
-from bdense.sampling import Sampler, draw_images, require_class, save_grid
-from bdense.sources import load_model
+from bdense.metrics.extractors import Extractor, load_extractor
+from bdense.metrics.metrics import METRICS, MetricSettings, measure_images, require_measurable
+from bdense.metrics.references import Reference, dataset_reference, read_reference
+from bdense.models.public import REFERENCES, resolve_reference
+from bdense.models.sources import load_model
+from bdense.models.store import denoiser_sha256
 from bdense.verbs.common import (
     Progress,
     add_execution_options,

@@ -5,11 +5,11 @@ import argparse
 import torch
 
 from bdense.command import Verbs, add_verb
-from bdense.convert import convert
-from bdense.data import DATA_SETS, load_dataset
-from bdense.extractors import load_extractor
-from bdense.public import CHECKPOINTS
-from bdense.references import dataset_reference, write_reference
+from bdense.data.datasets import DATA_SETS, load_dataset
+from bdense.metrics.extractors import load_extractor
+from bdense.metrics.references import dataset_reference, write_reference
+from bdense.models.convert import convert
+from bdense.models.public import CHECKPOINTS
 from bdense.verbs.common import add_out, computing_verb, require_file_name
 from bdense.verbs.drawing import add_extractor_options
 

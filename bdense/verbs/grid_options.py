@@ -4,12 +4,12 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bdense.diffusion.preconditioning import Preconditioning, native_schedule
+from bdense.diffusion.sampling import Sampler, samplers_from
+from bdense.diffusion.schedules import SCHEDULES, Levels, Schedule
+from bdense.diffusion.solvers import DDIM, SOLVERS, Solver, make_solver
+from bdense.diffusion.vp import VPSchedule
 from bdense.errors import InputError
-from bdense.preconditioning import Preconditioning, native_schedule
-from bdense.sampling import Sampler, samplers_from
-from bdense.schedules import SCHEDULES, Levels, Schedule
-from bdense.solvers import DDIM, SOLVERS, Solver, make_solver
-from bdense.vp import VPSchedule
 
 LEVELS: dict[str, Any] = {
     "schedule": "polynomial",

@@ -10,26 +10,26 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from bdense.cards import inherited
-from bdense.chain import Chain, distill_chain, pd_sampler
-from bdense.checkpoints import denoiser_sha256
 from bdense.command import Verbs
-from bdense.data import DATA_SETS, Dataset, load_dataset
-from bdense.denoiser import NetworkDenoiser
+from bdense.data.datasets import DATA_SETS, Dataset, load_dataset
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.preconditioning import PREDICTIONS
+from bdense.diffusion.sampling import samplers_from
+from bdense.diffusion.schedules import Levels
+from bdense.diffusion.snr_weights import LOSSES
+from bdense.diffusion.solvers import DDIM
 from bdense.errors import InputError
-from bdense.preconditioning import PREDICTIONS
-from bdense.progressive import (
+from bdense.methods.chain import Chain, distill_chain, pd_sampler
+from bdense.methods.progressive import (
     DataBatches,
     Optimizer,
     PDConfig,
     UpdateReport,
     WeightsSpace,
 )
-from bdense.sampling import samplers_from
-from bdense.schedules import Levels
-from bdense.snr_weights import LOSSES
-from bdense.solvers import DDIM
-from bdense.sources import load_model
+from bdense.models.cards import inherited
+from bdense.models.sources import load_model
+from bdense.models.store import denoiser_sha256
 from bdense.verbs.common import (
     Progress,
     add_execution_options,
@@ -39,7 +39,7 @@ from bdense.verbs.common import (
 )
 from bdense.verbs.drawing import Judge, add_extractor_options, make_judge
 from bdense.verbs.grid_options import LEVELS, NATIVE, add_level_options, chosen_schedule
-from bdense.weights import LogLinearWeights, sum_to_one
+from bdense.weights.spaces import LogLinearWeights, sum_to_one
 
 # Of the reference, each round.
 UPDATES = 50_000

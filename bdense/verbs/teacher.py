@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 
-from bdense.cards import write_card
-from bdense.checkpoints import denoiser_sha256, save_denoiser
 from bdense.command import Verbs
-from bdense.data import DATA_SETS, Dataset, load_dataset
+from bdense.data.datasets import DATA_SETS, Dataset, load_dataset
+from bdense.diffusion.preconditioning import PREDICTIONS
+from bdense.diffusion.snr_weights import LOSSES
 from bdense.errors import InputError
-from bdense.preconditioning import PREDICTIONS
-from bdense.snr_weights import LOSSES
-from bdense.teachers import TeacherConfig, train_teacher
+from bdense.models.cards import write_card
+from bdense.models.store import denoiser_sha256, save_denoiser
+from bdense.training.teacher import TeacherConfig, train_teacher
 from bdense.verbs.common import (
     Progress,
     add_execution_options,

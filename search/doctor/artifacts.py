@@ -6,11 +6,11 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from search.database.lease import TRIALS
-from search.database.rows import SYSTEM_ATTRIBUTES
 from search.doctor.finding import Finding, first_of, problem, warning
 from search.doctor.rows import Subject
-from search.records.artifacts import Store, artifact_store, artifacts_place, is_stored
+from search.storage.leases import TRIALS
+from search.storage.rows import SYSTEM_ATTRIBUTES
+from search.study.artifacts import Store, artifact_store, artifacts_place, is_stored
 
 # As Optuna stores what it knows of an artifact, in the trial's system attributes.
 _PREFIX = "artifacts:"

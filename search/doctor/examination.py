@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 import sqlalchemy as sa
 
 from bdense.errors import BdenseError
-from search.database.lease import LEASE
-from search.database.storage import DATABASE_ERRORS, lacks_rights, one_line, redact
 from search.doctor.artifacts import check_artifacts
 from search.doctor.files import check_cache, check_files
 from search.doctor.finding import Finding, ok, problem, warning
@@ -18,7 +16,9 @@ from search.doctor.machine import check_machine, wants_of
 from search.doctor.rows import Subject, check_rows, names, subjects
 from search.doctor.storage import can_read_studies, check_storage, engine_of
 from search.errors import UnknownStudyError
-from search.records.study import BASELINE_RESULTS, BASELINES_SUFFIX, FINGERPRINT
+from search.storage.engine import DATABASE_ERRORS, lacks_rights, one_line, redact
+from search.storage.leases import LEASE
+from search.study.study import BASELINE_RESULTS, BASELINES_SUFFIX, FINGERPRINT
 
 Check = Callable[[], Iterator[Finding]]
 
@@ -99,8 +99,8 @@ def _mended(finding: Finding) -> Finding:
 
 def _baselines(url: str, of: Subject) -> Iterator[Finding]:
     """Whether a search has its baselines, and their results in its own attributes."""
-    from search.records.standing import baseline_results, copy_baselines
-    from search.records.study import Study
+    from search.study.study import Study
+    from search.study.summary import baseline_results, copy_baselines
 
     if not of.has_baselines:
         yield warning(
@@ -124,7 +124,7 @@ def _baselines(url: str, of: Subject) -> Iterator[Finding]:
 
 def _same_bdense(of: Subject) -> Iterator[Finding]:
     """Whether this installation would measure what the study's trials were measured by."""
-    from search.records.opening import spec_of
+    from search.study.opening import spec_of
 
     try:
         mine = spec_of(of.name, of.attributes).fingerprint()

@@ -18,14 +18,14 @@ import sqlalchemy as sa
 from optuna.trial import TrialState
 
 from bdense.errors import InputError
-from search.database.lease import STATE, TRIALS, USER_ATTRIBUTES
-from search.database.rows import VALUES, Rows
-from search.database.storage import cache_folder, runs_folder
 from search.doctor.finding import Finding, first_of, problem, warning
 from search.doctor.rows import Subject
-from search.records.folders import GRID, row_folder
-from search.records.planned import ARMS
-from search.records.retention import (
+from search.storage.engine import cache_folder, runs_folder
+from search.storage.leases import STATE, TRIALS, USER_ATTRIBUTES
+from search.storage.rows import VALUES, Rows
+from search.study.arms import ARMS
+from search.study.folders import GRID, row_folder
+from search.study.retention import (
     ABANDONED_SECONDS,
     CHECKPOINT,
     IDENTITY,
@@ -33,7 +33,7 @@ from search.records.retention import (
     RESULT,
     UNFINISHED_ROUND,
 )
-from search.records.study import FINGERPRINT, KIND
+from search.study.study import FINGERPRINT, KIND
 
 _CHECKPOINT = re.compile(rf"{re.escape(CHECKPOINT)}$|.*{re.escape(UNFINISHED_ROUND)}$")
 _PARTIAL = re.compile(r"\..*\.partial$")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, TypeAlias
 
-from search.database.storage import redact
+from search.storage.engine import redact
 
 Level: TypeAlias = Literal["ok", "warning", "problem", "mended"]
 

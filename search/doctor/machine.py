@@ -11,8 +11,8 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from search.database.storage import cache_folder, runs_folder
 from search.doctor.finding import Finding, ok, problem, warning
+from search.storage.engine import cache_folder, runs_folder
 
 _T = TypeVar("_T")
 
@@ -148,8 +148,8 @@ def _nodes() -> list[tuple[bool, float, float]]:
     """Each machine of the cluster: is it alive, its CPUs and GPUs."""
     import ray
 
-    from search.database.storage import resolve_storage_url
-    from search.launching.runner import quiet, ray_session
+    from search.run.runner import quiet, ray_session
+    from search.storage.engine import resolve_storage_url
 
     with quiet(), ray_session(resolve_storage_url(None)):
         nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]

@@ -10,7 +10,8 @@ from typing import Any
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
-from search.database.lease import (
+from search.doctor.finding import Finding, first_of, ok, problem, warning
+from search.storage.leases import (
     LEASE,
     RELEASED,
     STATE,
@@ -22,11 +23,10 @@ from search.database.lease import (
     RunningRow,
     database_clock,
 )
-from search.database.rows import Rows
-from search.database.settings import DEFAULT_TTL_SECONDS
-from search.database.versions import differing
-from search.doctor.finding import Finding, first_of, ok, problem, warning
-from search.records.study import BASELINES_SUFFIX, FINGERPRINT, KIND, SPEC
+from search.storage.rows import Rows
+from search.storage.settings import DEFAULT_TTL_SECONDS
+from search.storage.versions import differing
+from search.study.study import BASELINES_SUFFIX, FINGERPRINT, KIND, SPEC
 
 _COMPLETE = TrialState.COMPLETE.name
 

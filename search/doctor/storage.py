@@ -15,10 +15,10 @@ import sqlalchemy as sa
 from optuna.storages import RDBStorage
 from sqlalchemy.exc import SQLAlchemyError
 
-from search.database.lease import LEASE
-from search.database.storage import CONNECT_SECONDS, UPGRADE, one_line, redact, sqlite_file
-from search.database.tables import SCHEMA
 from search.doctor.finding import Finding, ok, problem, warning
+from search.storage.engine import CONNECT_SECONDS, UPGRADE, one_line, redact, sqlite_file
+from search.storage.leases import LEASE
+from search.storage.schema import SCHEMA
 
 CLOCK_SECONDS = 5.0
 BUSY_SECONDS = 10.0

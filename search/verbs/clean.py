@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from bdense.command import Verbs
 from bdense.errors import InputError
-from search.database.storage import cache_folder, resolve_storage_url, retrying
+from search.storage.engine import cache_folder, resolve_storage_url, retrying
 from search.verbs.common import numbers, study_name, study_verb
 
 if TYPE_CHECKING:
-    from search.database.ledger import Ledger
-    from search.records.planned import Planned
-    from search.records.study import Study
+    from search.storage.ledger import Ledger
+    from search.study.arms import Planned
+    from search.study.study import Study
 
 _MIB = 2**20
 
@@ -51,13 +51,13 @@ def add_clean(verbs: Verbs) -> None:
 
 
 def _clean(options: argparse.Namespace) -> None:
-    from search.records.opening import open_record
+    from search.study.opening import open_record
 
     record = open_record(resolve_storage_url(options.storage), study_name(options.study))
     if options.keep:
         _keep(record, options.keep)
     if options.checkpoints:
-        from search.records.retention import clean_checkpoints
+        from search.study.retention import clean_checkpoints
 
         freed = sum(map(clean_checkpoints, record.ledgers))
         print(f"{freed / _MIB:.1f} MiB of checkpoints and leftovers deleted")
@@ -68,8 +68,8 @@ def _clean(options: argparse.Namespace) -> None:
 
 
 def _keep(record: "Study | Planned", asked: list[int]) -> None:
-    from search.records.folders import row_folder
-    from search.records.retention import STUDENT, keep_too
+    from search.study.folders import row_folder
+    from search.study.retention import STUDENT, keep_too
 
     ledger = _search(record, "--keep").trials
     there = [n for n in asked if (row_folder(record.name, n) / STUDENT).is_file()]
@@ -84,8 +84,8 @@ def _keep(record: "Study | Planned", asked: list[int]) -> None:
 
 
 def _students(record: "Study | Planned") -> None:
-    from search.records.opening import stored_spec
-    from search.records.retention import clean_students
+    from search.study.opening import stored_spec
+    from search.study.retention import clean_students
 
     ledger = _search(record, "--students").trials
     keep = stored_spec(ledger).keep_students
@@ -94,7 +94,7 @@ def _students(record: "Study | Planned") -> None:
 
 
 def _search(record: "Study | Planned", option: str) -> "Study":
-    from search.records.planned import Planned
+    from search.study.arms import Planned
 
     if isinstance(record, Planned):
         raise InputError(
@@ -109,8 +109,8 @@ def _running(ledger: "Ledger") -> list[int]:
 
 
 def _trajectories(record: "Study | Planned") -> None:
-    from search.database.halting import held
-    from search.records.study import TRAJECTORIES
+    from search.storage.stop_flags import held
+    from search.study.study import TRAJECTORIES
 
     if working := held(record.ledgers):
         raise InputError(
@@ -147,9 +147,9 @@ def _refuse_readers(record: "Study | Planned", folders: Collection[Path]) -> Non
 
     Trajectories are those of a teacher, a grid and a seed, whatever study asks for them.
     """
-    from search.database.halting import held
-    from search.records.opening import open_record
-    from search.records.study import TRAJECTORIES
+    from search.storage.stop_flags import held
+    from search.study.opening import open_record
+    from search.study.study import TRAJECTORIES
 
     own = {ledger.study.study_name for ledger in record.ledgers}
     for other in retrying(record.ledgers[0].storage.get_all_studies):

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 import yaml
 
 from bdense.command import Run, Verbs, add_verb
-from search.database.storage import resolve_storage_url
 from search.errors import SpecError
+from search.storage.engine import resolve_storage_url
 
 if TYPE_CHECKING:
-    from search.records.planned import Planned
-    from search.records.study import Study
-    from search.specs.study_spec import StudySpec
+    from search.spec.study_spec import StudySpec
+    from search.study.arms import Planned
+    from search.study.study import Study
 
-LEAST_SEEDS = 3  # search.specs.study_spec.ConfirmSpec's, spelt out: pydantic is slow to import
+LEAST_SEEDS = 3  # search.spec.study_spec.ConfirmSpec's, spelt out: pydantic is slow to import
 
 
 def storage_verb(
@@ -70,9 +70,9 @@ def open_search(options: argparse.Namespace) -> "tuple[Study, StudySpec]":
         InputError: Another version of bdense launched it.
         SpecChangedError: The file's conditions are not those that the study was run under.
     """
-    from search.records.opening import open_search_named, stored_spec
-    from search.records.study import refuse_other_conditions
-    from search.specs.study_file import read_spec
+    from search.spec.study_file import read_spec
+    from search.study.opening import open_search_named, stored_spec
+    from search.study.study import refuse_other_conditions
 
     url = resolve_storage_url(options.storage)
     study = open_search_named(url, study_name(options.study))
@@ -130,7 +130,7 @@ def seeds_to_pair(text: str) -> int:
 
 def show_rows(planned: "Planned") -> None:
     """Print how many rows are in which state, and why some failed."""
-    from search.records.standing import failed_rows
+    from search.study.summary import failed_rows
 
     print(planned.headline())
     for line in failed_rows(planned.ledger, "row"):

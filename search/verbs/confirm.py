@@ -81,10 +81,10 @@ def add_transfer(verbs: Verbs) -> None:
 
 
 def _confirm(options: argparse.Namespace) -> None:
-    from search.judging.confirmation import plan_confirmation, verdict
-    from search.judging.retraining import variants
-    from search.launching.gpus import use_gpus
-    from search.launching.launch import run_planned
+    from search.analysis.confirmation import plan_confirmation, verdict
+    from search.analysis.retraining import variants
+    from search.run.gpus import use_gpus
+    from search.run.launch import run_planned
 
     use_gpus(options.gpus)
     study, spec = open_search(options)
@@ -109,12 +109,12 @@ def _confirm(options: argparse.Namespace) -> None:
 
 
 def _transfer(options: argparse.Namespace) -> None:
-    from search.judging.comparison import compare
-    from search.judging.retraining import variants
-    from search.judging.transfer import plan_transfer
-    from search.launching.gpus import use_gpus
-    from search.launching.launch import check_apart, run_planned
-    from search.specs.study_file import read_spec
+    from search.analysis.comparison import compare
+    from search.analysis.retraining import variants
+    from search.analysis.transfer import plan_transfer
+    from search.run.gpus import use_gpus
+    from search.run.launch import check_apart, run_planned
+    from search.spec.study_file import read_spec
 
     use_gpus(options.gpus)
     study, spec = open_search(options)

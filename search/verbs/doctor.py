@@ -5,7 +5,7 @@ import json
 
 from bdense.command import Verbs
 from bdense.errors import BdenseError
-from search.database.storage import redact, resolve_storage_url
+from search.storage.engine import redact, resolve_storage_url
 from search.verbs.common import storage_verb, study_name
 
 

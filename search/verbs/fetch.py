@@ -22,8 +22,8 @@ def add_fetch(verbs: Verbs) -> None:
 
 
 def _fetch(options: argparse.Namespace) -> None:
-    from search.launching.fetching import fetch_all
-    from search.specs.study_file import read_any
+    from search.run.fetching import fetch_all
+    from search.spec.study_file import read_any
 
     spec = read_any(options.study)
     for line in fetch_all(spec):

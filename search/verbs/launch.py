@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from bdense.command import Verbs
 from bdense.errors import BdenseError
-from search.database.storage import resolve_storage_url
+from search.storage.engine import resolve_storage_url
 from search.verbs.common import add_workers, positive, storage_verb
 
 if TYPE_CHECKING:
-    from search.specs.study_spec import StudySpec
+    from search.spec.study_spec import StudySpec
 
 
 def add_launch(verbs: Verbs) -> None:
@@ -39,9 +39,9 @@ def add_launch(verbs: Verbs) -> None:
 
 
 def _launch(options: argparse.Namespace) -> None:
-    from search.launching.gpus import use_gpus
-    from search.launching.launch import check_apart, launch
-    from search.specs.study_file import read_spec
+    from search.run.gpus import use_gpus
+    from search.run.launch import check_apart, launch
+    from search.spec.study_file import read_spec
 
     use_gpus(options.gpus)
     spec = read_spec(options.study)
@@ -60,8 +60,8 @@ def _launch(options: argparse.Namespace) -> None:
 
 
 def _dry_run(spec: "StudySpec") -> None:
-    from search.specs.study_file import as_yaml
-    from search.trials.estimate import estimate
+    from search.spec.study_file import as_yaml
+    from search.worker.estimate import estimate
 
     print(as_yaml(spec), end="")
     print(f"# fingerprint {spec.fingerprint()}")

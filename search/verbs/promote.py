@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from bdense.command import Verbs
 from bdense.errors import InputError
-from search.database.storage import resolve_storage_url, runs_folder
+from search.storage.engine import resolve_storage_url, runs_folder
 from search.verbs.common import (
     add_workers,
     numbers,
@@ -20,8 +20,8 @@ from search.verbs.common import (
 )
 
 if TYPE_CHECKING:
-    from search.records.planned import Arm, Planned
-    from search.specs.promotion_spec import PromotionSpec
+    from search.spec.promotion_spec import PromotionSpec
+    from search.study.arms import Arm, Planned
 
 
 def add_promote(verbs: Verbs) -> None:
@@ -99,7 +99,7 @@ def add_promote(verbs: Verbs) -> None:
 
 
 def _promote(options: argparse.Namespace) -> None:
-    from search.launching.gpus import use_gpus
+    from search.run.gpus import use_gpus
 
     use_gpus(options.gpus)
     if options.method == "sfd":
@@ -109,9 +109,9 @@ def _promote(options: argparse.Namespace) -> None:
 
 
 def _promote_pd(options: argparse.Namespace) -> None:
-    from search.judging.promotion import plan_progressive, said_of_weights
-    from search.launching.launch import check_apart, run_planned
-    from search.showing.chain_report import chain_table
+    from search.analysis.promotion import plan_progressive, said_of_weights
+    from search.report.chain_report import chain_table
+    from search.run.launch import check_apart, run_planned
 
     _refuse(options, "pd", nfe=options.nfe, kimg=options.kimg)
     spec, source = _promotion(options)
@@ -132,16 +132,16 @@ def _promote_pd(options: argparse.Namespace) -> None:
 
 
 def _promote_sfd(options: argparse.Namespace) -> None:
-    from search.judging.comparison import compare
-    from search.judging.promotion import (
+    from search.analysis.comparison import compare
+    from search.analysis.promotion import (
         SFD_SUFFIX,
         confirmed_arm,
         given_arm,
         plan_retraining,
         said_of_budget,
     )
-    from search.judging.retraining import variants
-    from search.launching.launch import run_planned
+    from search.analysis.retraining import variants
+    from search.run.launch import run_planned
 
     _refuse(
         options,
@@ -186,8 +186,8 @@ def _sfd_folder(options: argparse.Namespace, name: str, nfe: int, count: int, ki
 
 def _promotion(options: argparse.Namespace) -> "tuple[PromotionSpec, str | None]":
     """The promotion as the options change it, and the search its weights come from."""
-    from search.specs.promotion_spec import PromotionSpec
-    from search.specs.study_file import parse_promotion, read_any, read_promotion
+    from search.spec.promotion_spec import PromotionSpec
+    from search.spec.study_file import parse_promotion, read_any, read_promotion
 
     given, source = Path(options.study), None
     found = read_any(given) if given.suffix in (".yaml", ".yml") else None
@@ -223,7 +223,7 @@ def _training_seeds(given: list[int]) -> tuple[int, ...]:
 
 def _promoted(options: argparse.Namespace, source: str | None) -> "tuple[Arm, int | None]":
     """The weights to promote, and the K that they were searched at, where they were."""
-    from search.judging.promotion import confirmed_arm, given_arm
+    from search.analysis.promotion import confirmed_arm, given_arm
 
     if options.weights is not None:
         return given_arm(options.weights), None
@@ -238,8 +238,8 @@ def _promoted(options: argparse.Namespace, source: str | None) -> "tuple[Arm, in
 
 
 def _dry_run(spec: "PromotionSpec") -> None:
-    from search.specs.study_file import as_yaml
-    from search.trials.chain_estimate import estimate_promotion
+    from search.spec.study_file import as_yaml
+    from search.worker.chain_estimate import estimate_promotion
 
     print(as_yaml(spec), end="")
     print(f"# fingerprint {spec.fingerprint()}")

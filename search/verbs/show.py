@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bdense.command import Verbs
-from search.database.storage import resolve_storage_url
+from search.storage.engine import resolve_storage_url
 from search.verbs.common import port, positive, storage_verb, study_name, study_verb
 
 if TYPE_CHECKING:
-    from search.records.planned import Planned
-    from search.records.study import Study
+    from search.study.arms import Planned
+    from search.study.study import Study
 
 
 def add_status(verbs: Verbs) -> None:
@@ -112,16 +112,16 @@ def add_dashboard(verbs: Verbs) -> None:
 
 def _open(options: argparse.Namespace) -> "Study | Planned":
     """The study that is named, to look at."""
-    from search.records.opening import open_record
+    from search.study.opening import open_record
 
     url = resolve_storage_url(options.storage)
     return open_record(url, study_name(options.study), reading=True)
 
 
 def _status(options: argparse.Namespace) -> None:
-    from search.database.halting import CONTINUE, asked_at
-    from search.records.planned import Planned
-    from search.records.standing import (
+    from search.storage.stop_flags import CONTINUE, asked_at
+    from search.study.arms import Planned
+    from search.study.summary import (
         failed_rows,
         failures,
         headline,
@@ -129,7 +129,7 @@ def _status(options: argparse.Namespace) -> None:
         status_json,
         trials_json,
     )
-    from search.records.wording import duration
+    from search.study.wording import duration
 
     record = _open(options)
     if isinstance(record, Planned):
@@ -155,9 +155,9 @@ def _status(options: argparse.Namespace) -> None:
 
 
 def _best(options: argparse.Namespace) -> None:
-    from search.judging.confirmation import verdict
-    from search.records.opening import open_search_named
-    from search.records.standing import best_json, headline, standing, table
+    from search.analysis.confirmation import verdict
+    from search.study.opening import open_search_named
+    from search.study.summary import best_json, headline, standing, table
 
     url = resolve_storage_url(options.storage)
     study = open_search_named(url, study_name(options.study), reading=True)
@@ -177,8 +177,8 @@ def _best(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from search.records.planned import Planned
-    from search.showing.report_files import HTML_PAGE, write_planned_report, write_report
+    from search.report.report_files import HTML_PAGE, write_planned_report, write_report
+    from search.study.arms import Planned
 
     record = _open(options)
     if isinstance(record, Planned):
@@ -209,6 +209,6 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _dashboard(options: argparse.Namespace) -> None:
-    from search.showing.dashboard import serve
+    from search.report.dashboard import serve
 
     serve(resolve_storage_url(options.storage), port=options.port, writable=options.writable)

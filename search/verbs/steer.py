@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 from bdense.command import Verbs
 from bdense.errors import BdenseError, InputError
-from search.database.halting import CONTINUE, ask_all, held
-from search.database.storage import resolve_storage_url
+from search.storage.engine import resolve_storage_url
+from search.storage.stop_flags import CONTINUE, ask_all, held
 from search.verbs.common import study_name, study_verb
 
 if TYPE_CHECKING:
-    from search.database.ledger import Ledger
-    from search.records.planned import Planned
-    from search.records.study import Study
+    from search.storage.ledger import Ledger
+    from search.study.arms import Planned
+    from search.study.study import Study
 
 POLL_SECONDS = 0.5
 
@@ -83,7 +83,7 @@ def add_logs(verbs: Verbs) -> None:
 
 
 def _stop(options: argparse.Namespace) -> None:
-    from search.records.opening import open_record
+    from search.study.opening import open_record
 
     record = open_record(resolve_storage_url(options.storage), study_name(options.study))
     ledgers = record.ledgers
@@ -111,8 +111,8 @@ def _stop(options: argparse.Namespace) -> None:
 
 
 def _enqueue(options: argparse.Namespace) -> None:
-    from search.records.opening import open_search_named, stored_spec
-    from search.records.points import Point, enqueue
+    from search.study.opening import open_search_named, stored_spec
+    from search.study.points import Point, enqueue
 
     url = resolve_storage_url(options.storage)
     study = open_search_named(url, study_name(options.study))
@@ -123,11 +123,11 @@ def _enqueue(options: argparse.Namespace) -> None:
 
 
 def _logs(options: argparse.Namespace) -> None:
-    from search.records.folders import row_folder
-    from search.records.following import Followed
-    from search.records.opening import open_record
-    from search.records.trial_log import LOG_FILE, read_log
-    from search.showing.log_lines import HEADER, log_line
+    from search.report.log_lines import HEADER, log_line
+    from search.study.folders import row_folder
+    from search.study.following import Followed
+    from search.study.opening import open_record
+    from search.study.trial_log import LOG_FILE, read_log
 
     url = resolve_storage_url(options.storage)
     record = open_record(url, study_name(options.study), reading=True)
@@ -159,7 +159,7 @@ def _logs(options: argparse.Namespace) -> None:
 
 def _row(record: "Study | Planned", options: argparse.Namespace) -> "tuple[Ledger, int]":
     """Whose log is meant."""
-    from search.records.planned import Planned
+    from search.study.arms import Planned
 
     if (options.trial is None) == (options.baseline is None):
         raise InputError("give either the number of a TRIAL, or --baseline, one of the two")

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from bdense.command import Verbs
 from bdense.errors import InputError
-from search.database.storage import redact, resolve_storage_url
+from search.storage.engine import redact, resolve_storage_url
 from search.verbs.common import storage_verb
 
 if TYPE_CHECKING:
-    from search.database.tables import Access, Role
+    from search.storage.schema import Access, Role
 
 _ROLES: tuple[tuple[str, "Access", str], ...] = (
     ("writer", "read-write", "role that may launch and work, made if need be (PostgreSQL)"),
@@ -44,7 +44,7 @@ def add_storage(verbs: Verbs) -> None:
 
 
 def _storage(options: argparse.Namespace) -> None:
-    from search.database.tables import grant, open_tables, upgrade
+    from search.storage.schema import grant, open_tables, upgrade
 
     url = resolve_storage_url(options.storage)
     roles = _roles(options)
@@ -64,7 +64,7 @@ def _storage(options: argparse.Namespace) -> None:
 
 
 def _roles(options: argparse.Namespace) -> "list[Role]":
-    from search.database.tables import Role, read_password
+    from search.storage.schema import Role, read_password
 
     roles = []
     for kind, access, _ in _ROLES:

@@ -13,11 +13,11 @@ from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
 from bdense.errors import InputError
-from search.database import claims as claiming
-from search.database.ledger import Claim, Done, Ledger, Wait
-from search.database.reader import Counts
-from search.database.storage import open_storage
 from search.errors import LeaseLostError, UnknownStudyError
+from search.storage import claims as claiming
+from search.storage.engine import open_storage
+from search.storage.ledger import Claim, Done, Ledger, Wait
+from search.storage.reader import Counts
 from tests.contracts.ledger_deaths import Deaths
 from tests.contracts.ledger_planned import Planned
 from tests.contracts.ledger_stops import Stops

@@ -7,7 +7,7 @@ import pytest
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
-from search.database.ledger import Claim, Done
+from search.storage.ledger import Claim, Done
 from tests.contracts.ledger_worker import SPACE, STEPS, objective
 from tests.contracts.scene import LONG_TTL, PATIENCE_SECONDS, wait_until
 

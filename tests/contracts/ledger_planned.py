@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from search.database.ledger import Done, Wait
 from search.errors import UnknownStudyError
+from search.storage.ledger import Done, Wait
 from tests.contracts.ledger_worker import SPACE, objective
 from tests.contracts.scene import complete, take
 

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from bdense.errors import StoppedError
-from search.database.halting import HALT, Launch, ask_all, ask_workers, asked_at, is_asked
+from search.storage.stop_flags import HALT, Launch, ask_all, ask_workers, asked_at, is_asked
 from tests.contracts.scene import finish_one, take, wait_until
 
 

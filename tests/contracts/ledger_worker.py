@@ -19,8 +19,8 @@ from optuna.distributions import FloatDistribution
 from optuna.samplers import RandomSampler
 
 from bdense.files import atomic_write
-from search.database.ledger import Claim, Done, Holding, Ledger, Wait
 from search.errors import LeaseLostError
+from search.storage.ledger import Claim, Done, Holding, Ledger, Wait
 
 SPACE = {"a": FloatDistribution(-1.0, 3.0), "b": FloatDistribution(-6.0, 0.0)}
 STEPS = 8

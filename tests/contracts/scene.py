@@ -16,9 +16,9 @@ import sqlalchemy as sa
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
-from search.database.ledger import Claim, Done, Ledger, Wait
-from search.database.reader import Counts
-from search.database.storage import open_storage, sqlite_file
+from search.storage.engine import open_storage, sqlite_file
+from search.storage.ledger import Claim, Done, Ledger, Wait
+from search.storage.reader import Counts
 from tests.contracts import ledger_worker
 from tests.contracts.ledger_worker import SPACE, objective
 

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from search.database.ledger import Ledger
-from search.database.storage import FROZEN_SECONDS
-from search.records.study import baselines_name
-from search.records.trial_log import LOG_FILE, read_log
+from search.storage.engine import FROZEN_SECONDS
+from search.storage.ledger import Ledger
+from search.study.study import baselines_name
+from search.study.trial_log import LOG_FILE, read_log
 from tests.conftest import Postgres
 
 # A lease's shortest. What is frozen or cut off longer loses its trial.
@@ -405,9 +405,9 @@ def measure_calmly(
 
 
 def _measure(study: Path, folder: Path, points: Sequence[float]) -> None:
-    from search.specs.study_file import read_spec
-    from search.trials.assets import load, use_device
-    from search.trials.trial import train_and_measure
+    from search.spec.study_file import read_spec
+    from search.worker.assets import load, use_device
+    from search.worker.trial import train_and_measure
 
     spec = read_spec(study)
     assets = load(spec, use_device(spec), record=True)

@@ -10,7 +10,7 @@ import urllib.request
 import pytest
 import yaml
 
-from search.database.lease import RELEASED
+from search.storage.leases import RELEASED
 from tests.e2e.stack import APP_USER, ROOT, SECRETS, Engine, Stack
 from tests.e2e.study import small_study, wait_until
 

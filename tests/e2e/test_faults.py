@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 from sqlalchemy.engine import make_url
 
-from search.database.storage import resolve_storage_url
 from search.errors import ClusterLostError
-from search.records.study import Study
-from search.records.trial_log import LOG_FILE, read_log
-from search.specs.study_spec import StudySpec
+from search.spec.study_spec import StudySpec
+from search.storage.engine import resolve_storage_url
+from search.study.study import Study
+from search.study.trial_log import LOG_FILE, read_log
 from tests.conftest import Postgres
 from tests.contracts.scene import lease_rows
 from tests.e2e.chaos import (

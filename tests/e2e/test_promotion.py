@@ -9,10 +9,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from bdense.checkpoints import denoiser_sha256, load_denoiser
-from search.database.ledger import Ledger
-from search.database.storage import open_storage
-from search.showing.dashboard import dashboard_application
+from bdense.models.store import denoiser_sha256, load_denoiser
+from search.report.dashboard import dashboard_application
+from search.storage.engine import open_storage
+from search.storage.ledger import Ledger
 from tests.commands import bdense
 from tests.e2e.study import Workplace, kill, small_study, wait_until
 from tests.measured import VALLEY, search

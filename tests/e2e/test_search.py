@@ -10,17 +10,17 @@ import pytest
 from optuna_dashboard import get_note
 from optuna_dashboard._custom_plot_data import list_graph_object_ids
 
-from bdense.checkpoints import load_tensors
-from bdense.data import load_dataset
-from search.database.ledger import Ledger
-from search.database.reader import Running
-from search.database.storage import resolve_storage_url
-from search.records.artifacts import FolderStore, attached
-from search.records.study import Study
-from search.records.trial_log import read_log
-from search.specs.study_spec import StudySpec
-from search.trials.assets import load_teacher, prepare, trajectory_store, use_device
-from search.trials.slots import Orders, slot
+from bdense.data.datasets import load_dataset
+from bdense.models.store import load_tensors
+from search.spec.study_spec import StudySpec
+from search.storage.engine import resolve_storage_url
+from search.storage.ledger import Ledger
+from search.storage.reader import Running
+from search.study.artifacts import FolderStore, attached
+from search.study.study import Study
+from search.study.trial_log import read_log
+from search.worker.assets import load_teacher, prepare, trajectory_store, use_device
+from search.worker.ray_tasks import Orders, slot
 from tests.e2e.study import Workplace, kill, small_study, wait_until
 
 BEST_KEYS = {"number", "a", "b", "weights", "fid", "nfe", "images", "extractor", "reference"}

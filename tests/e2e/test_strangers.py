@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-import search.specs.model_spec
-from search.database.ledger import Ledger
-from search.database.storage import resolve_storage_url
+import search.spec.model_spec
 from search.errors import SpecChangedError
-from search.records.study import Study
-from search.specs.space import baseline_space
-from search.specs.study_spec import StudySpec
-from search.trials import assets, result
-from search.trials.workers import SearchWorker
+from search.spec.space import baseline_space
+from search.spec.study_spec import StudySpec
+from search.storage.engine import resolve_storage_url
+from search.storage.ledger import Ledger
+from search.study.study import Study
+from search.worker import assets, result
+from search.worker.workers import SearchWorker
 from tests.e2e.chaos import end_all
 from tests.e2e.stack import free_port
 from tests.e2e.study import Workplace, kill, small_study
@@ -46,7 +46,7 @@ def work_on_one(study: Study) -> None:
 
 def test_a_worker_of_other_numerics_measures_nothing(study, monkeypatch):
     work_on_one(study)
-    monkeypatch.setattr(search.specs.model_spec, "NUMERICS", -1)
+    monkeypatch.setattr(search.spec.model_spec, "NUMERICS", -1)
     with pytest.raises(SpecChangedError, match="the worker runs another version of bdense"):
         work_on_one(study)
     counts = study.baselines.counts()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from search.database.ledger import Ledger
+from search.storage.ledger import Ledger
 from tests.conftest import Postgres
 from tests.e2e.hosts import NETWORK, Host, network, why_not
 from tests.e2e.study import Workplace, small_study, wait_until

@@ -1,0 +1,287 @@
+"""Image sets, as bytes: what a teacher is trained on and what samples are compared with.
+
+A set is named by one string, ``NAME``, ``FORMAT:PATH``, and ``@SIDE`` after either to pad.
+n images, C channels, H x W pixels.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bdense.data.names import split_format, split_side
+from bdense.data.readers import read_folder, read_idx_images, read_zip
+from bdense.downloads import fetch
+from bdense.errors import InputError, ShapeError
+from bdense.files import file_lock, user_folder
+
+DATA_FOLDER = "BDENSE_DATA"
+Loaded: TypeAlias = tuple[Tensor, Tensor | None]
+
+_CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+_FASHION_MNIST_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+# sha256 of the images and of the labels.
+_FASHION_MNIST = {
+    "train": (
+        "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+        "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+    ),
+    "t10k": (
+        "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+        "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A named set of images.
+
+    Attributes:
+        name: What the user calls it, such as ``digits`` or ``fashion-mnist@32``.
+        images: [n, C, H, W] uint8.
+        sha256: Hex digest of the shape and the pixels; equal exactly where the images are.
+        labels: [n] int64 classes counted from 0; None where the set has none.
+
+    Raises:
+        ShapeError: Images or labels are of another type or shape.
+    """
+
+    name: str
+    images: Tensor
+    sha256: str
+    labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.dim() != 4:
+            raise ShapeError(
+                f"data set {self.name!r} has images of {self.images.dtype} and shape "
+                f"{list(self.images.shape)}; give uint8 [n, C, H, W]"
+            )
+        labels, n = self.labels, len(self.images)
+        if labels is not None and (labels.dtype != torch.int64 or labels.shape != (n,)):
+            raise ShapeError(
+                f"data set {self.name!r} has {n} images and labels of {labels.dtype} and shape "
+                f"{list(labels.shape)}; give one int64 label for each image"
+            )
+
+    @property
+    def num_classes(self) -> int:
+        """Classes, counted up to the highest label; 0 without labels."""
+        return 0 if self.labels is None else int(self.labels.max()) + 1
+
+    @property
+    def labels_sha256(self) -> str:
+        """Hex digest of the labels, of which ``sha256`` knows nothing; empty without labels."""
+        return "" if self.labels is None else _sha256(self.labels)
+
+    def one_hot_labels(self, label_dim: int, index: Tensor | None = None) -> Tensor:
+        """Labels as a conditional network takes them.
+
+        Args:
+            label_dim: Classes that the network knows, at least those of the set.
+            index: [m] which images' labels; None is all.
+
+        Returns:
+            [m or n, label_dim] float32.
+
+        Raises:
+            InputError: As ``require_labels``.
+        """
+        labels = self.require_labels(label_dim)
+        return F.one_hot(labels if index is None else labels[index], label_dim).float()
+
+    def require_labels(self, label_dim: int) -> Tensor:
+        """[n] int64 labels, all below ``label_dim``.
+
+        Raises:
+            InputError: The set has no labels, or more classes than ``label_dim``.
+        """
+        if self.labels is None:
+            raise InputError(
+                f"data set {self.name!r} has no labels, which a network of label_dim={label_dim} "
+                "needs; choose a labelled set or an unconditional network (label_dim 0)"
+            )
+        if self.num_classes > label_dim:
+            raise InputError(
+                f"data set {self.name!r} has {self.num_classes} classes and the network "
+                f"label_dim={label_dim}; set label_dim to {self.num_classes}"
+            )
+        return self.labels
+
+
+def load_dataset(spec: str) -> Dataset:
+    """Load a data set.
+
+    Args:
+        spec: A name (``digits``: the 1797 digits inside scikit-learn; ``cifar10``,
+            ``cifar10-test``, ``fashion-mnist``, ``fashion-mnist-test``: under $BDENSE_DATA,
+            downloaded where they are not there), or a format and a path: ``folder:DIR`` (image
+            files, labels from ``dataset.json`` or from sub-folders), ``zip:FILE`` (EDM's data set
+            archives), ``idx:FILE`` (images in the format of MNIST). ``@SIDE`` at the end pads
+            every image with black to SIDE x SIDE, as in ``fashion-mnist@32``.
+
+    Raises:
+        InputError: There is no such data set, or its files are missing, damaged, empty or mixed.
+    """
+    source, side = split_side(spec)
+    name, images, labels = _load(source)
+    return _dataset(name, images, labels) if side is None else _padded(name, images, labels, side)
+
+
+def image_shape(spec: str) -> tuple[int, int, int]:
+    """(C, H, W) of a data set, without loading one whose shape is known from its name.
+
+    Raises:
+        InputError: As ``load_dataset``.
+    """
+    source, side = split_side(spec)
+    channels, height, width = _SHAPES.get(source) or _load(source)[1].shape[1:]
+    if side is None:
+        return channels, height, width
+    _require_room(source, side, height, width)
+    return channels, side, side
+
+
+def pad(dataset: Dataset, side: int) -> Dataset:
+    """The set with black around its images up to ``side`` x ``side``, the odd pixel at the end.
+
+    Raises:
+        InputError: The images are larger.
+    """
+    return _padded(dataset.name, dataset.images, dataset.labels, side)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """float32 in [-1, 1] of uint8 images of any shape: byte 0 is -1, byte 255 is 1."""
+    return images.float().div_(127.5).sub_(1)
+
+
+def data_folder() -> Path:
+    """$BDENSE_DATA, or a folder of the user's cache."""
+    return user_folder(DATA_FOLDER, "data")
+
+
+def _load(source: str) -> tuple[str, Tensor, Tensor | None]:
+    """What the set is called anywhere, its images and its labels."""
+    if (found := split_format(source)) is not None:
+        kind, path = found[0], Path(found[1]).expanduser()
+        # A path is this machine's; its last part is what the set is called elsewhere.
+        return f"{kind}:{path.resolve().name}", *_FORMATS[kind](path)
+    if source in _NAMED:
+        return source, *_NAMED[source]()
+    raise InputError(f"unknown data set {source!r}; known are {DATA_SETS}")
+
+
+def _padded(name: str, images: Tensor, labels: Tensor | None, side: int) -> Dataset:
+    height, width = images.shape[2:]
+    _require_room(name, side, height, width)
+    if side != height or side != width:
+        left, top = (side - width) // 2, (side - height) // 2
+        images = F.pad(images, (left, side - width - left, top, side - height - top))
+    return _dataset(f"{name}@{side}", images, labels)
+
+
+def _require_room(name: str, side: int, height: int, width: int) -> None:
+    if side < max(height, width):
+        raise InputError(
+            f"data set {name}@{side}: its images of {height} x {width} pixels are larger; "
+            "padding only adds"
+        )
+
+
+def _dataset(name: str, images: Tensor, labels: Tensor | None) -> Dataset:
+    return Dataset(name, images, _sha256(images), labels)
+
+
+def _sha256(array: Tensor) -> str:
+    """Hex digest of the shape and the values."""
+    digest = hashlib.sha256(f"{list(array.shape)}".encode())
+    # The array itself: its bytes would be a copy, which large sets have no room for.
+    digest.update(array.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _digits() -> Loaded:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    ink = torch.from_numpy(bunch.images)  # [1797, 8, 8] float64, whole numbers 0..16
+    images = (ink / 16 * 255).round().to(torch.uint8).unsqueeze(1)
+    return images, torch.from_numpy(bunch.target).long()
+
+
+def _cifar10(*, train: bool) -> Loaded:
+    """The official pickles, which torchvision opens only if their MD5 is the published one."""
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import extract_archive
+
+    root = data_folder()
+
+    def read() -> Loaded:
+        found = CIFAR10(root, train)
+        images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
+        return images, torch.tensor(found.targets)
+
+    try:
+        return read()
+    except RuntimeError:  # a file is not there, or not whole
+        archive = _fetched("CIFAR-10", root / CIFAR10.filename, CIFAR10.url, _CIFAR10_SHA256)
+    with file_lock(root / ".cifar-10.lock"):
+        with contextlib.suppress(RuntimeError):
+            return read()  # another process has unpacked it meanwhile
+        extract_archive(archive, root)
+        return read()
+
+
+def _fashion_mnist(part: str) -> Loaded:
+    folder = data_folder() / "fashion-mnist"
+    names = (f"{part}-images-idx3-ubyte.gz", f"{part}-labels-idx1-ubyte.gz")
+    images, _ = (
+        _fetched("Fashion-MNIST", folder / name, _FASHION_MNIST_URL + name, sha256)
+        for name, sha256 in zip(names, _FASHION_MNIST[part], strict=True)
+    )
+    return read_idx_images(images)  # with the labels beside them
+
+
+def _fetched(title: str, path: Path, url: str, sha256: str) -> Path:
+    """The published file at ``path``, downloaded if it is not there."""
+    try:
+        return fetch(url, path, what=f"{title}'s {path.name}", sha256=sha256)
+    except InputError as error:
+        raise InputError(
+            f"{title} is not in {path.parent}, or not whole: {error}; or set {DATA_FOLDER}, now "
+            f"{data_folder()}, to the folder that has it"
+        ) from error
+
+
+# Each returns [n, C, H, W] uint8 and [n] labels.
+_NAMED: dict[str, Callable[[], Loaded]] = {
+    "digits": _digits,
+    "cifar10": lambda: _cifar10(train=True),
+    "cifar10-test": lambda: _cifar10(train=False),
+    "fashion-mnist": lambda: _fashion_mnist("train"),
+    "fashion-mnist-test": lambda: _fashion_mnist("t10k"),
+}
+_SHAPES = {
+    "digits": (1, 8, 8),
+    "cifar10": (3, 32, 32),
+    "cifar10-test": (3, 32, 32),
+    "fashion-mnist": (1, 28, 28),
+    "fashion-mnist-test": (1, 28, 28),
+}
+_FORMATS: dict[str, Callable[[Path], Loaded]] = {
+    "folder": read_folder,
+    "zip": read_zip,
+    "idx": read_idx_images,
+}
+DATA_SETS = (
+    f"{', '.join([*sorted(_NAMED), *(f'{kind}:PATH' for kind in _FORMATS)])}; "
+    "NAME@SIDE pads images to SIDE x SIDE"
+)

@@ -1,0 +1,1 @@
+"""Diffusion: noise levels, denoisers, solvers and samplers."""

@@ -1,0 +1,246 @@
+"""One contract for every teacher and student: D(x; sigma), the expected clean image.
+
+B batch, K branches, C image channels, H x W pixels, N student intervals.
+"""
+
+import copy
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from bdense.diffusion.preconditioning import (
+    EDM,
+    PRECONDITIONINGS,
+    Preconditioning,
+    make_preconditioning,
+)
+from bdense.diffusion.schedules import Levels
+from bdense.errors import CheckpointError, InputError, ShapeError
+from bdense.execution import Execution
+from bdense.networks import NETWORKS, Network
+
+
+class Denoiser(Protocol):
+    """Anything that maps a noisy image and its noise level to the expected clean image."""
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """D(x; sigma).
+
+        Args:
+            x: [B, C, H, W] image plus sigma times unit noise.
+            sigma: 0-dim or [B], any floating dtype and device.
+
+        Returns:
+            [B, C, H, W].
+        """
+        ...
+
+
+class NetworkDenoiser(nn.Module):
+    """D^k = c_skip x + c_out F^k(c_in x, c_noise) (Karras et al. 2022, table 1).
+
+    A network with K groups of output channels is a branched denoiser: ``branches`` gives all K
+    predictions, calling the module gives branch K, the only one that inference keeps.
+
+    Args:
+        model: F.
+        precond: c_skip, c_out, c_in and c_noise; None is EDM's.
+    """
+
+    model: Any  # a Network, which torch's stubs would take for any Module or Tensor
+
+    def __init__(self, model: Network, precond: Preconditioning | None = None) -> None:
+        super().__init__()
+        self.precond = precond or EDM()
+        self.model = model
+        self.execution = Execution()
+        if model.out_channels % self.group_channels:
+            raise ShapeError(
+                f"the network has {model.out_channels} output channels, which is no multiple of "
+                f"the {self.group_channels} that precond={self.precond.name!r} takes for a "
+                f"prediction of {model.img_channels} image channels"
+            )
+
+    @property
+    def group_channels(self) -> int:
+        """Output channels of the network for one branch; the first C of them are F^k."""
+        return int(self.model.img_channels) * self.precond.outputs
+
+    @property
+    def num_branches(self) -> int:
+        """K, the number of predictions a call makes."""
+        return int(self.model.out_channels) // self.group_channels
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        side = int(self.model.img_resolution)
+        return int(self.model.img_channels), side, side
+
+    @property
+    def label_dim(self) -> int:
+        """Number of classes; 0 is unconditional."""
+        return int(self.model.label_dim)
+
+    @property
+    def step_condition(self) -> bool:
+        """Whether every call needs ``num_points`` (SFD-v)."""
+        return bool(self.model.step_condition)
+
+    def require_levels(self, schedule: Levels) -> None:
+        """Refuse noise levels that it was not trained for.
+
+        Raises:
+            InputError: The schedule exceeds them.
+        """
+        trained = self.precond
+        if schedule.sigma_min < trained.sigma_min or schedule.sigma_max > trained.sigma_max:
+            raise InputError(
+                f"{schedule.text()} exceed those that this {trained.name} teacher was trained "
+                f"for, {trained.sigma_min:.4g} to {trained.sigma_max:.4g}; choose a schedule "
+                "inside them (sigma_min, sigma_max)"
+            )
+
+    @property
+    def sigma_data(self) -> float:
+        """Standard deviation of the images, which EDM's loss weighs its levels by.
+
+        Raises:
+            InputError: The preconditioning is not EDM's and has none.
+        """
+        if not isinstance(self.precond, EDM):
+            raise InputError(
+                f"a denoiser with precond={self.precond.name!r} has no sigma_data; "
+                "EDM's loss needs precond='edm'"
+            )
+        return self.precond.sigma_data
+
+    def branches(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        num_points: int | Tensor | None = None,
+    ) -> Tensor:
+        """All K predictions at once.
+
+        Args:
+            x: [B, C, H, W].
+            sigma: 0-dim or [B].
+            class_labels: [B, label_dim] one-hot, only for a conditional network; None is zeros,
+                which EDM's networks take for no class in particular.
+            augment_labels: [B, augment_dim], EDM's augmentation labels.
+            num_points: N + 1 time stamps of the sampler that asks, one number or [B]: needed by
+                a network with step condition, refused by another.
+
+        Returns:
+            [B, K, C, H, W]; index K - 1 is the interval's end point.
+
+        Raises:
+            ShapeError: Images or labels do not fit the network.
+            InputError: ``num_points`` is given or missing against ``step_condition``.
+        """
+        sigma = sigma.to(device=x.device, dtype=x.dtype).reshape(-1, 1, 1, 1)
+        c_skip, c_out, c_in, c_noise = self.precond(sigma)
+        with self.execution.autocast(x.device):
+            out = self.model(c_in * x, c_noise.flatten(), class_labels, augment_labels, num_points)
+        out = out.to(x.dtype)
+        b, c, h, w = x.shape
+        # Of each group, only the prediction of the image: improved DDPM's has a variance after it.
+        out = out.view(b, self.num_branches, self.group_channels, h, w)[:, :, :c]
+        denoised: Tensor = (c_skip * x)[:, None] + c_out[:, None] * out
+        return denoised
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        num_points: int | Tensor | None = None,
+    ) -> Tensor:
+        """D(x; sigma) of branch K: [B, C, H, W]; arguments as of ``branches``."""
+        return self.branches(x, sigma, class_labels, augment_labels, num_points)[:, -1]
+
+    def given(self, class_labels: Tensor | None = None, num_points: int | None = None) -> Denoiser:
+        """D(x; sigma) of branch K with the conditions bound, as solvers and samplers take it.
+
+        Args:
+            class_labels: [B, label_dim] for the batches of B images it will be called with.
+            num_points: N + 1.
+        """
+
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            return self.forward(x, sigma, class_labels, num_points=num_points)
+
+        return denoise
+
+    def execute(self, execution: Execution) -> Self:
+        """Compute the network so from now on, in place; copies and students do it alike."""
+        execution.require(next(self.parameters()).device)
+        execution.prepare(self.model)
+        self.execution = execution
+        return self
+
+    def on(self, device: torch.device) -> Self:
+        """A copy on another device, computed alike."""
+        copied = copy.deepcopy(self).to(device)
+        if copied.execution != Execution():
+            # A copy is not compiled, and tf32 is a setting of each process.
+            copied.execute(copied.execution)
+        return copied
+
+    def describe(self) -> dict[str, Any]:
+        """What ``build_denoiser`` needs to build this module again, JSON-able."""
+        return {
+            "precond": self.precond.name,
+            **self.precond.options(),
+            **self.model.describe(),
+            "num_branches": self.num_branches,
+        }
+
+
+def build_denoiser(description: dict[str, Any]) -> NetworkDenoiser:
+    """A freshly initialised denoiser of the described architecture.
+
+    Raises:
+        CheckpointError: The description names something this version does not build.
+    """
+    options = dict(description)
+    precond, network = options.pop("precond", None), options.pop("network", None)
+    config, num_branches = options.pop("config", {}), int(options.pop("num_branches", 1))
+    if precond not in PRECONDITIONINGS or network not in NETWORKS:
+        raise CheckpointError(
+            f"no denoiser is built from precond={precond!r}, network={network!r}; this version "
+            f"builds precond in {sorted(PRECONDITIONINGS)}, network in {sorted(NETWORKS)}"
+        )
+    column = make_preconditioning(precond, options)
+    prediction_channels = int(config.get("img_channels", 0)) * column.outputs
+    # Weights follow from a checkpoint or an explicit seed, never from the global generator.
+    with torch.random.fork_rng(devices=[]):
+        model = NETWORKS[network](
+            config, num_branches=num_branches, prediction_channels=prediction_channels
+        )
+    return NetworkDenoiser(model, column)
+
+
+def fill(denoiser: NetworkDenoiser, tensors: dict[str, Tensor], source: str) -> NetworkDenoiser:
+    """The denoiser with the weights of a file, in eval mode.
+
+    Raises:
+        CheckpointError: Names or shapes differ; it says which.
+    """
+    expected = {name: tuple(value.shape) for name, value in denoiser.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in tensors.items()}
+    if expected != found:
+        missing = sorted(expected.keys() - found.keys())[:3]
+        extra = sorted(found.keys() - expected.keys())[:3]
+        shapes = sorted(k for k in expected.keys() & found.keys() if expected[k] != found[k])[:3]
+        raise CheckpointError(
+            f"the weights of {source} do not fit the network they describe: "
+            f"missing {missing}, not expected {extra}, of another shape {shapes}"
+        )
+    denoiser.load_state_dict(tensors)
+    return denoiser.eval()

@@ -1,0 +1,124 @@
+"""The student's intervals and the teacher's sub-steps inside them, of one length or drawn anew.
+
+N student intervals, K sub-steps of the teacher in each.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bdense.diffusion.schedules import Schedule
+from bdense.errors import InputError
+from bdense.randomness import Stream, generator
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntervalGrid:
+    """The student's N intervals, each cut into K teacher sub-steps.
+
+    Attributes:
+        num_intervals: N; network evaluations are N, or N - 1 with ``afs``.
+        substeps: K.
+        afs: The first interval is taken without the network and never trained.
+    """
+
+    num_intervals: int
+    substeps: int
+    afs: bool = True
+    schedule: Schedule = field(default_factory=Schedule)
+
+    def __post_init__(self) -> None:
+        if self.substeps < 1:
+            raise InputError(f"substeps (K) must be at least 1, got {self.substeps}")
+        if self.nfe < 1:
+            raise InputError(
+                f"num_intervals={self.num_intervals} with afs={self.afs} leaves no network "
+                "evaluation; NFE must be at least 1"
+            )
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations an image costs the student."""
+        return self.num_intervals - (1 if self.afs else 0)
+
+    @property
+    def num_points(self) -> int:
+        """N + 1, the number that a step-conditional student is told."""
+        return self.num_intervals + 1
+
+    @property
+    def trained(self) -> range:
+        """Intervals n that use the network."""
+        return range(1 if self.afs else 0, self.num_intervals)
+
+    @property
+    def num_rows(self) -> int:
+        """R, the teacher states that supervise: K for each trained interval."""
+        return self.substeps * len(self.trained)
+
+    def fine(self) -> Tensor:
+        """[N * K + 1] float64: the teacher's grid."""
+        return self.schedule.fine_grid(self.num_intervals, self.substeps)
+
+    def student(self) -> Tensor:
+        """[N + 1] float64: every K-th level of the teacher's grid."""
+        return self.fine()[:: self.substeps]
+
+    def interval(self, n: int) -> Tensor:
+        """[K + 1] float64: t_{n,0} = t_n, ..., t_{n,K} = t_{n+1}."""
+        return self.fine()[n * self.substeps : (n + 1) * self.substeps + 1]
+
+    def at(self, iteration: int, seed: int) -> "IntervalGrid":
+        """The grid of that iteration: always this one."""
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able; equal descriptions give equal levels."""
+        return {
+            "levels": [float(t) for t in self.fine()],
+            "substeps": self.substeps,
+            "afs": self.afs,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VariableGrid:
+    """SFD-v: one student for several NFE, N drawn for each batch (Zhou et al. 2024).
+
+    Attributes:
+        num_intervals: The N to draw from, each as likely.
+        substeps: K.
+        afs: As in ``IntervalGrid``.
+    """
+
+    num_intervals: tuple[int, ...] = (3, 4, 5, 6)
+    substeps: int
+    afs: bool = True
+    schedule: Schedule = field(default_factory=Schedule)
+
+    def __post_init__(self) -> None:
+        if not self.num_intervals or len(set(self.num_intervals)) < len(self.num_intervals):
+            raise InputError(
+                f"num_intervals must be different numbers to draw from, got {self.num_intervals}"
+            )
+        self.grids()
+
+    def grids(self) -> list[IntervalGrid]:
+        """One for each N."""
+        return [
+            IntervalGrid(
+                num_intervals=n, substeps=self.substeps, afs=self.afs, schedule=self.schedule
+            )
+            for n in self.num_intervals
+        ]
+
+    def at(self, iteration: int, seed: int) -> IntervalGrid:
+        """The grid of that iteration, whoever asks for it and when."""
+        draw = generator(seed, Stream.INTERVALS, iteration)
+        return self.grids()[int(torch.randint(len(self.num_intervals), (), generator=draw))]
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able; equal descriptions give equal levels."""
+        return {"drawn": [grid.describe() for grid in self.grids()]}

@@ -1,0 +1,336 @@
+"""How a network F is turned into a denoiser D (Karras et al. 2022, table 1), one class a column.
+
+D(x; sigma) = c_skip x + c_out F(c_in x, c_noise). Each class gives the four for sigma
+[B, 1, 1, 1], in its dtype and on its device; what the network saw in its own coordinates while it
+was trained is the business of ``c_in`` and ``c_noise`` alone.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from bdense.diffusion.ddpm import DDPMSchedule
+from bdense.diffusion.vp import CosineSchedule, VPSchedule
+from bdense.errors import CheckpointError, InputError
+
+
+class Coefficients(NamedTuple):
+    """c_skip, c_out, c_in and c_noise, each [B, 1, 1, 1]."""
+
+    skip: Tensor
+    out: Tensor
+    into: Tensor
+    noise: Tensor
+
+
+class Preconditioning(Protocol):
+    """One column of the table.
+
+    Attributes:
+        name: Its name in the description of a denoiser.
+        outputs: Network outputs a pixel and channel, of which the first is F.
+        sigma_min, sigma_max: Levels it was trained for, 0 and infinity where it has no bounds.
+    """
+
+    name: ClassVar[str]
+    outputs: ClassVar[int]
+
+    @property
+    def sigma_min(self) -> float: ...
+    @property
+    def sigma_max(self) -> float: ...
+
+    def __call__(self, sigma: Tensor) -> Coefficients:
+        """The four coefficients for sigma [B, 1, 1, 1]."""
+        ...
+
+    def options(self) -> dict[str, Any]:
+        """The fields, JSON-able."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Column:
+    """What the columns share: finite options, and those above 0 that must be."""
+
+    name: ClassVar[str]
+    outputs: ClassVar[int] = 1
+    positive: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not math.isfinite(value) or (field.name in self.positive and not value > 0):
+                sign = "positive" if field.name in self.positive else "finite"
+                raise InputError(
+                    f"{field.name} of the {self.name!r} preconditioning must be {sign}, "
+                    f"got {value}"
+                )
+
+    def options(self) -> dict[str, Any]:
+        """The fields, JSON-able."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EDM(_Column):
+    """Karras et al.'s own: network inputs and targets of unit variance at every level."""
+
+    name = "edm"
+    positive = ("sigma_data",)
+    sigma_min: ClassVar[float] = 0.0
+    sigma_max: ClassVar[float] = math.inf
+
+    sigma_data: float = 0.5
+
+    def __call__(self, sigma: Tensor) -> Coefficients:
+        """Coefficients for sigma [B, 1, 1, 1]."""
+        variance = self.sigma_data**2 + sigma**2
+        return Coefficients(
+            skip=self.sigma_data**2 / variance,
+            out=sigma * self.sigma_data / variance.sqrt(),
+            into=1 / variance.sqrt(),
+            noise=sigma.log() / 4,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class VP(_Column):
+    """Variance preserving (Song et al. 2021): F predicts the noise.
+
+    sigma(t)^2 = exp(beta_d t^2 / 2 + beta_min t) - 1 for t from ``epsilon_t`` to 1; the network
+    sees t as (M - 1) t.
+    """
+
+    name = "vp"
+    positive = ("beta_d", "M", "epsilon_t")
+
+    beta_d: float = 19.9
+    beta_min: float = 0.1
+    M: int = 1000
+    epsilon_t: float = 1e-5
+
+    def __call__(self, sigma: Tensor) -> Coefficients:
+        """Coefficients for sigma [B, 1, 1, 1]."""
+        # log1p: at small levels log(1 + sigma^2) has lost sigma, in float32 below 3e-4 all of it.
+        root = (self.beta_min**2 + 2 * self.beta_d * torch.log1p(sigma**2)).sqrt()
+        time = (root - self.beta_min) / self.beta_d
+        return Coefficients(
+            skip=torch.ones_like(sigma),
+            out=-sigma,
+            into=1 / (sigma**2 + 1).sqrt(),
+            noise=(self.M - 1) * time,
+        )
+
+    @property
+    def sigma_min(self) -> float:
+        """sigma(epsilon_t)."""
+        return self._sigma(self.epsilon_t)
+
+    @property
+    def sigma_max(self) -> float:
+        """sigma(1)."""
+        return self._sigma(1.0)
+
+    def _sigma(self, time: float) -> float:
+        return math.sqrt(math.expm1(self.beta_d * time**2 / 2 + self.beta_min * time))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VE(_Column):
+    """Variance exploding (Song et al. 2021): F predicts minus the noise."""
+
+    name = "ve"
+    positive = ("sigma_min", "sigma_max")
+
+    sigma_min: float = 0.02
+    sigma_max: float = 100.0
+
+    def __call__(self, sigma: Tensor) -> Coefficients:
+        """Coefficients for sigma [B, 1, 1, 1]."""
+        return Coefficients(
+            skip=torch.ones_like(sigma),
+            out=sigma,
+            into=torch.ones_like(sigma),
+            noise=(sigma / 2).log(),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class IDDPM(_Column):
+    """Improved DDPM (Nichol & Dhariwal 2021): M levels u_0 > ... > u_M = 0, F predicts the noise.
+
+    c_noise is M - 1 - argmin_j |u_j - sigma|; x itself keeps its own sigma. The network predicts a
+    variance as well, in a second C channels, which no sampler here uses.
+    """
+
+    name = "iddpm"
+    outputs = 2
+    positive = ("C_1", "C_2", "M")
+
+    C_1: float = 0.001
+    C_2: float = 0.008
+    M: int = 1000
+
+    def __call__(self, sigma: Tensor) -> Coefficients:
+        """Coefficients for sigma [B, 1, 1, 1]."""
+        levels = torch.tensor(self.levels(), dtype=sigma.dtype, device=sigma.device)
+        nearest = (levels - sigma.reshape(-1, 1)).abs().argmin(dim=1).view_as(sigma)
+        return Coefficients(
+            skip=torch.ones_like(sigma),
+            out=-sigma,
+            into=1 / (sigma**2 + 1).sqrt(),
+            noise=(self.M - 1 - nearest).to(sigma),
+        )
+
+    def levels(self) -> list[float]:
+        """u_0 > ... > u_M = 0."""
+        return _iddpm_levels(self.C_1, self.C_2, self.M)
+
+    @property
+    def sigma_min(self) -> float:
+        """u_{M - 1}."""
+        return self.levels()[-2]
+
+    @property
+    def sigma_max(self) -> float:
+        """u_0."""
+        return self.levels()[0]
+
+
+@functools.lru_cache(maxsize=8)
+def _iddpm_levels(C_1: float, C_2: float, M: int) -> list[float]:
+    """u_{j-1} = sqrt((u_j^2 + 1) / max(alpha_{j-1} / alpha_j, C_1) - 1) from u_M = 0 up."""
+
+    def alpha(j: int) -> float:
+        return math.sin(math.pi / 2 * j / (M * (C_2 + 1))) ** 2
+
+    levels = [0.0]
+    for j in range(M, 0, -1):
+        ratio = max(alpha(j - 1) / alpha(j), C_1)
+        levels.append(math.sqrt((levels[-1] ** 2 + 1) / ratio - 1))
+    return levels[::-1]
+
+
+# What F predicts (diffusers' names): the noise eps, the image x_0, or v = alpha eps - s x_0
+# (Salimans & Ho 2022).
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+
+
+def _require_prediction(prediction_type: str) -> None:
+    if prediction_type not in PREDICTIONS:
+        raise InputError(
+            f"prediction_type must be one of {', '.join(PREDICTIONS)}, got {prediction_type!r}"
+        )
+
+
+def _vp_coefficients(prediction_type: str, sigma: Tensor, noise: Tensor) -> Coefficients:
+    """Of a network that sees z = x / sqrt(1 + sigma^2); D = x_0 for each prediction."""
+    variance = 1 + sigma**2
+    skip, out = {
+        "epsilon": (torch.ones_like(sigma), -sigma),
+        "sample": (torch.zeros_like(sigma), torch.ones_like(sigma)),
+        "v_prediction": (1 / variance, -sigma / variance.sqrt()),
+    }[prediction_type]
+    return Coefficients(skip=skip, out=out, into=1 / variance.sqrt(), noise=noise)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDPM(DDPMSchedule):
+    """A network trained at T discrete times (Ho et al. 2020), as diffusers' schedulers say it.
+
+    The network sees z = x / sqrt(1 + sigma^2) and the time of sigma, a fraction between two of
+    the trained ones.
+
+    Attributes:
+        prediction_type: What F predicts, one of ``PREDICTIONS``.
+    """
+
+    name: ClassVar[str] = "ddpm"
+    outputs: ClassVar[int] = 1
+
+    prediction_type: str = "epsilon"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_prediction(self.prediction_type)
+
+    def __call__(self, sigma: Tensor) -> Coefficients:
+        """Coefficients for sigma [B, 1, 1, 1]."""
+        return _vp_coefficients(self.prediction_type, sigma, self.time(sigma).to(sigma))
+
+    def options(self) -> dict[str, Any]:
+        """The fields, JSON-able."""
+        return super().options() | {"prediction_type": self.prediction_type}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cosine(CosineSchedule):
+    """A network trained in the continuous time of the cosine process (Salimans & Ho 2022).
+
+    It sees z = x / sqrt(1 + sigma^2) and 1000 arctan(sigma) / (pi / 2), their ``inv_cos`` input.
+
+    Attributes:
+        prediction_type: What F predicts, one of ``PREDICTIONS``.
+    """
+
+    name: ClassVar[str] = "cosine"
+    outputs: ClassVar[int] = 1
+    # The input's own bounds on logsnr, whatever those of the process.
+    largest: ClassVar[float] = math.exp(10)
+
+    prediction_type: str = "v_prediction"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_prediction(self.prediction_type)
+
+    def __call__(self, sigma: Tensor) -> Coefficients:
+        """Coefficients for sigma [B, 1, 1, 1]."""
+        angle = sigma.clamp(1 / self.largest, self.largest).atan()
+        return _vp_coefficients(self.prediction_type, sigma, angle * (2000 / math.pi))
+
+    def options(self) -> dict[str, Any]:
+        """The fields, JSON-able."""
+        return super().options() | {"prediction_type": self.prediction_type}
+
+
+def native_schedule(precond: Preconditioning) -> VPSchedule:
+    """The process that a network was trained on.
+
+    Raises:
+        InputError: It was trained at noise levels of its own, without a process.
+    """
+    if isinstance(precond, DDPM):
+        return DDPMSchedule(**DDPMSchedule.options(precond))
+    if isinstance(precond, Cosine):
+        return CosineSchedule(**CosineSchedule.options(precond))
+    raise InputError(
+        f"a network with precond={precond.name!r} was trained on no VP process; choose a schedule"
+    )
+
+
+PRECONDITIONINGS: dict[str, type[EDM | VP | VE | IDDPM | DDPM | Cosine]] = {
+    column.name: column for column in (EDM, VP, VE, IDDPM, DDPM, Cosine)
+}
+
+
+def make_preconditioning(name: str, options: Mapping[str, Any]) -> Preconditioning:
+    """The preconditioning that ``name`` and ``options()`` describe.
+
+    Raises:
+        CheckpointError: No preconditioning has that name or those options.
+    """
+    if name not in PRECONDITIONINGS:
+        raise CheckpointError(
+            f"preconditioning {name!r} is unknown; this version has {sorted(PRECONDITIONINGS)}"
+        )
+    try:
+        return PRECONDITIONINGS[name](**options)
+    except TypeError as error:
+        raise CheckpointError(f"the options do not fit precond={name!r}: {error}") from error

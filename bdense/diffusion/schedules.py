@@ -1,0 +1,128 @@
+"""Time grids: decreasing noise levels t_0 > t_1 > ... > t_N = sigma_min.
+
+The teacher's fine grid is the student's, subdivided K-fold in the same parameterisation, so its
+row K * n is the student's t_n. Everything is computed in float64.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bdense.errors import InputError
+
+# VP schedule: the smallest time of the continuous process (Song et al. 2021, appendix C).
+VP_EPSILON = 1e-3
+
+
+class Levels(Protocol):
+    """How noise levels are spaced: ``Schedule``, or a VP process (``vp.VPSchedule``)."""
+
+    @property
+    def sigma_min(self) -> float: ...
+    @property
+    def sigma_max(self) -> float: ...
+
+    def grid(self, num_intervals: int) -> Tensor:
+        """[num_intervals + 1] float64, decreasing; that of N K intervals holds that of N."""
+        ...
+
+    def start(self, noise: Tensor) -> Tensor:
+        """[B, C, H, W] unit noise to the state at the first level."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able; ``bdense.diffusion.sampling.schedule_from`` reads it back."""
+        ...
+
+    def text(self) -> str:
+        """For people."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """How noise levels are spaced between ``sigma_max`` and ``sigma_min``.
+
+    Attributes:
+        kind: ``polynomial`` (Karras et al. 2022, eq. 5), ``logsnr`` (uniform in log sigma) or
+            ``time_uniform`` (uniform in the VP process' time, to the power 1 / rho).
+        rho: Exponent; 7 is polynomial's, give 1 with time_uniform. ``logsnr`` does not use it.
+    """
+
+    kind: str = "polynomial"
+    rho: float = 7.0
+    sigma_min: float = 0.006
+    sigma_max: float = 80.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in _GRIDS:
+            raise InputError(
+                f"schedule kind {self.kind!r} is unknown; choose from {sorted(_GRIDS)}"
+            )
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+            raise InputError(
+                f"a schedule needs 0 < sigma_min < sigma_max, got sigma_min={self.sigma_min}, "
+                f"sigma_max={self.sigma_max}"
+            )
+        if not 0 < self.rho < math.inf:
+            raise InputError(f"schedule rho must be positive and finite, got {self.rho}")
+
+    def grid(self, num_intervals: int) -> Tensor:
+        """[num_intervals + 1] float64 noise levels, from sigma_max down to sigma_min."""
+        if num_intervals < 1:
+            raise InputError(f"a grid needs at least 1 interval, got {num_intervals}")
+        position = torch.arange(num_intervals + 1, dtype=torch.float64) / num_intervals
+        return _GRIDS[self.kind](self, position)
+
+    def fine_grid(self, num_intervals: int, substeps: int) -> Tensor:
+        """[N * K + 1] float64: the teacher's grid, whose every K-th entry is the student's."""
+        if substeps < 1:
+            raise InputError(f"substeps (K) must be at least 1, got {substeps}")
+        return self.grid(num_intervals * substeps)
+
+    def start(self, noise: Tensor) -> Tensor:
+        """[B, C, H, W]: noise of the first level; what is left of an image there is left out."""
+        return self.grid(1)[0] * noise
+
+    def describe(self) -> dict[str, Any]:
+        """The fields."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """For people."""
+        return f"{self.kind} levels from {self.sigma_max:g} to {self.sigma_min:g}"
+
+
+def _polynomial(schedule: Schedule, position: Tensor) -> Tensor:
+    high = schedule.sigma_max ** (1 / schedule.rho)
+    low = schedule.sigma_min ** (1 / schedule.rho)
+    grid: Tensor = (high + position * (low - high)) ** schedule.rho
+    return grid
+
+
+def _logsnr(schedule: Schedule, position: Tensor) -> Tensor:
+    high, low = math.log(schedule.sigma_max), math.log(schedule.sigma_min)
+    return torch.exp(high + position * (low - high))
+
+
+def _time_uniform(schedule: Schedule, position: Tensor) -> Tensor:
+    # sigma(t)^2 = exp(beta_d t^2 / 2 + beta_min t) - 1 with sigma(1) = sigma_max and
+    # sigma(VP_EPSILON) = sigma_min (Karras et al. 2022, table 1, VP column).
+    at_one = math.log1p(schedule.sigma_max**2)
+    at_epsilon = math.log1p(schedule.sigma_min**2)
+    beta_d = 2 * (at_epsilon / VP_EPSILON - at_one) / (VP_EPSILON - 1)
+    beta_min = at_one - beta_d / 2
+    time = (1 + position * (VP_EPSILON ** (1 / schedule.rho) - 1)) ** schedule.rho
+    return torch.expm1(beta_d * time**2 / 2 + beta_min * time).sqrt()
+
+
+_GRIDS: dict[str, Callable[[Schedule, Tensor], Tensor]] = {
+    "polynomial": _polynomial,
+    "logsnr": _logsnr,
+    "time_uniform": _time_uniform,
+}
+SCHEDULES = tuple(_GRIDS)

@@ -1,0 +1,108 @@
+"""Variance-preserving processes as schedules of noise levels, which PD halves.
+
+z_u = alpha_u x_0 + s_u eps, alpha^2 + s^2 = 1, for times u from 1 (noise) to 0 (clean). In our
+coordinates x = z / alpha and sigma = s / alpha = exp(-logsnr / 2), so that a DDIM step is an
+Euler step, and the last level, at u = 0, is sigma = 0: there the last prediction is the image.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from bdense.errors import InputError
+
+
+class VPSchedule:
+    """A process by its noise level at each time; grids of n steps are even in u.
+
+    The grid of N K steps holds that of N, bit for bit.
+    """
+
+    kind: ClassVar[str]
+
+    def level(self, u: Tensor) -> Tensor:
+        """sigma at times u in (0, 1], float64 of the same shape."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, Any]:
+        """The fields, JSON-able."""
+        raise NotImplementedError
+
+    def draw(self, u: Tensor) -> Tensor:
+        """Levels to train at, for u uniform in [0, 1): float64 of the same shape."""
+        # 1 - u lies in (0, 1]: the clean end has no noise to learn from.
+        return self.level(1 - u)
+
+    @property
+    def sigma_min(self) -> float:
+        """The lowest level that a network knows."""
+        raise NotImplementedError
+
+    @property
+    def sigma_max(self) -> float:
+        """The level at u = 1."""
+        raise NotImplementedError
+
+    def grid(self, num_intervals: int) -> Tensor:
+        """[num_intervals + 1] float64: u = 1, .., 1 / n, and 0 at the end."""
+        if num_intervals < 1:
+            raise InputError(f"a grid needs at least 1 interval, got {num_intervals}")
+        u = torch.arange(num_intervals, 0, -1, dtype=torch.float64) / num_intervals
+        return torch.cat([self.level(u), u.new_zeros(1)])
+
+    def start(self, noise: Tensor) -> Tensor:
+        """The state at u = 1 of z ~ N(0, 1): z / alpha = sqrt(1 + sigma^2) z."""
+        highest = self.level(torch.ones((), dtype=torch.float64))
+        return (1 + highest**2).sqrt() * noise
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able; ``bdense.diffusion.sampling.schedule_from`` reads it back."""
+        return {"kind": self.kind, **self.options()}
+
+    def text(self) -> str:
+        """For people."""
+        return f"{self.kind} levels, even in time"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineSchedule(VPSchedule):
+    """logsnr(u) = -2 ln tan(a u + b) (Salimans & Ho 2022, arXiv 2202.00512): sigma = tan(a u + b).
+
+    Attributes:
+        logsnr_min, logsnr_max: At u = 1 and u = 0.
+    """
+
+    kind: ClassVar[str] = "cosine"
+
+    logsnr_min: float = -20.0
+    logsnr_max: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not -math.inf < self.logsnr_min < self.logsnr_max < math.inf:
+            raise InputError(
+                f"a cosine schedule needs logsnr_min < logsnr_max, got {self.logsnr_min} and "
+                f"{self.logsnr_max}"
+            )
+
+    def options(self) -> dict[str, Any]:
+        """The fields, JSON-able."""
+        return {"logsnr_min": self.logsnr_min, "logsnr_max": self.logsnr_max}
+
+    def level(self, u: Tensor) -> Tensor:
+        """sigma at times u in (0, 1], float64 of the same shape."""
+        b = math.atan(math.exp(-self.logsnr_max / 2))
+        a = math.atan(math.exp(-self.logsnr_min / 2)) - b
+        return torch.tan(a * u.double() + b)
+
+    @property
+    def sigma_min(self) -> float:
+        """exp(-logsnr_max / 2)."""
+        return math.exp(-self.logsnr_max / 2)
+
+    @property
+    def sigma_max(self) -> float:
+        """exp(-logsnr_min / 2)."""
+        return math.exp(-self.logsnr_min / 2)

@@ -1,0 +1,264 @@
+"""Trajectories recorded once and shared by every trial.
+
+Teacher evaluations are two thirds of an SFD iteration and do not depend on the branch weights.
+A store holds, for each iteration, the states that students are supervised on; the noise and the
+classes they start from come back from their seed.
+
+R supervising rows of an iteration, B batch, C channels, H x W pixels.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.intervals import IntervalGrid, VariableGrid
+from bdense.errors import CheckpointError, InputError
+from bdense.files import atomic_write, file_lock
+from bdense.methods.trajectories import LiveTrajectories, Walk
+
+# A shard is what a worker records at once and loses when it dies.
+MAX_SHARD_BYTES = 32 * 2**20
+MIN_SHARDS = 16
+STORED_DTYPES = ("float32", "float16")
+
+
+@dataclass(frozen=True, eq=False)
+class TrajectoryStore:
+    """Recorded trajectories: a folder of memory-mapped shards, each written whole by one rename.
+
+    The folder's name is the fingerprint of all that its numbers depend on.
+    """
+
+    live: LiveTrajectories
+    root: Path
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in STORED_DTYPES:
+            raise InputError(
+                f"trajectory dtype {self.dtype!r} is unknown; choose from {list(STORED_DTYPES)}"
+            )
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """Where the shards lie; its name takes a hash over the whole teacher."""
+        key = self.live.describe() | {"count": self.live.count, "dtype": self.dtype}
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        return self.root / digest[:16]
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """[B, C, H, W] of one row."""
+        return (self.live.batch, *self.live.teacher.image_shape)
+
+    def rows_before(self, iteration: int) -> int:
+        """Rows of all iterations before that one; before ``count``: of all."""
+        grid = self.live.grid
+        if isinstance(grid, IntervalGrid):
+            return iteration * grid.num_rows
+        return self._drawn_rows[iteration]
+
+    @functools.cached_property
+    def _drawn_rows(self) -> list[int]:
+        each = (self.live.grid_at(i).num_rows for i in range(self.live.count))
+        return list(itertools.accumulate(each, initial=0))
+
+    @property
+    def nbytes(self) -> int:
+        """Size on disk when complete, in bytes."""
+        return (
+            self.rows_before(self.live.count)
+            * math.prod(self.row_shape)
+            * np.dtype(self.dtype).itemsize
+        )
+
+    @property
+    def shard_length(self) -> int:
+        """Iterations in a shard (the last may hold fewer)."""
+        fit = MAX_SHARD_BYTES * self.live.count // self.nbytes
+        return max(1, min(fit, -(-self.live.count // MIN_SHARDS)))
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the complete store."""
+        return -(-self.live.count // self.shard_length)
+
+    def shard_path(self, shard: int) -> Path:
+        """The file of that shard."""
+        return self.folder / f"shard-{shard:05d}.npy"
+
+    def iterations(self, shard: int) -> range:
+        """The iterations whose rows are in that shard."""
+        first = shard * self.shard_length
+        return range(first, min(first + self.shard_length, self.live.count))
+
+    def missing(self) -> list[int]:
+        """Shards still to be recorded."""
+        present = self._present()
+        return [s for s in range(self.num_shards) if f"shard-{s:05d}.npy" not in present]
+
+    def _present(self) -> set[str]:
+        return {path.name for path in self.folder.glob("shard-*.npy")}
+
+    def require_room(self, max_bytes: int | None = None) -> None:
+        """Refuse before anything is computed if the rest would not fit.
+
+        Raises:
+            InputError: The store is larger than ``max_bytes``, or than the free disk space.
+        """
+        gib = self.nbytes / 2**30
+        if max_bytes is not None and self.nbytes > max_bytes:
+            raise InputError(
+                f"the trajectories need {gib:.3g} GiB and the bound is "
+                f"{max_bytes / 2**30:.3g} GiB; raise trajectories.max_gib, record float16, "
+                "or set trajectories.mode to live"
+            )
+        self.root.mkdir(parents=True, exist_ok=True)
+        left = self.nbytes * (self.num_shards - len(self._present())) // self.num_shards
+        free = shutil.disk_usage(self.root).free
+        if left > free:
+            raise InputError(
+                f"the trajectories need {left / 2**30:.2f} GiB more and {self.root} has "
+                f"{free / 2**30:.2f} GiB free; make room or set trajectories.mode to live"
+            )
+
+    def record_shard(self, shard: int, on_iteration: Callable[[int], None] | None = None) -> None:
+        """Compute one shard and write it, unless somebody has meanwhile.
+
+        Args:
+            shard: 0-based.
+            on_iteration: Called with the number of iterations done in this shard.
+        """
+        path = self.shard_path(shard)
+        with file_lock(path.with_suffix(".lock")):
+            if path.exists():
+                return
+            iterations = self.iterations(shard)
+            first = self.rows_before(iterations.start)
+            shape = (self.rows_before(iterations.stop) - first, *self.row_shape)
+            rows = np.empty(shape, self.dtype)
+            for done, i in enumerate(iterations, 1):
+                own = slice(self.rows_before(i) - first, self.rows_before(i + 1) - first)
+                rows[own] = self.live[i].states.cpu().numpy()
+                if on_iteration is not None:
+                    on_iteration(done)
+            with atomic_write(path) as scratch, scratch.open("wb") as file:
+                np.save(file, rows)
+
+    def record(self, on_iteration: Callable[[int], None] | None = None) -> "RecordedTrajectories":
+        """Record whatever is missing and open the store.
+
+        Args:
+            on_iteration: Called with the number of iterations recorded by this call.
+        """
+        self.require_room()
+        done = 0
+        for shard in self.missing():
+            base = done
+
+            def report(i: int, base: int = base) -> None:
+                if on_iteration is not None:
+                    on_iteration(base + i)
+
+            self.record_shard(shard, report)
+            done += len(self.iterations(shard))
+        return self.open()
+
+    def open(self) -> "RecordedTrajectories":
+        """Map the complete store.
+
+        Raises:
+            CheckpointError: A shard is missing, or its shape is not the one expected.
+        """
+        if missing := self.missing():
+            raise CheckpointError(
+                f"{len(missing)} of {self.num_shards} trajectory shards are missing in "
+                f"{self.folder}; record them first"
+            )
+        shards = [self._map(shard) for shard in range(self.num_shards)]
+        return RecordedTrajectories(self, shards)
+
+    def _map(self, shard: int) -> np.ndarray:
+        path = self.shard_path(shard)
+        iterations = self.iterations(shard)
+        length = self.rows_before(iterations.stop) - self.rows_before(iterations.start)
+        try:
+            rows: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path} is not a trajectory shard ({error}); delete it to record it again"
+            ) from error
+        expected = (length, *self.row_shape)
+        if rows.shape != expected or rows.dtype != self.dtype:
+            raise CheckpointError(
+                f"{path} holds {rows.dtype} {rows.shape}, expected {self.dtype} {expected}; "
+                "delete it to record it again"
+            )
+        return rows
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedTrajectories:
+    """A complete store, read through memory maps that all processes share."""
+
+    store: TrajectoryStore
+    shards: list[np.ndarray]
+
+    @property
+    def grid(self) -> IntervalGrid | VariableGrid:
+        """The grid it was recorded on."""
+        return self.store.live.grid
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.store.live.batch
+
+    @property
+    def teacher(self) -> NetworkDenoiser:
+        """Whose trajectories they are."""
+        return self.store.live.teacher
+
+    def on(self, device: torch.device) -> "RecordedTrajectories":
+        """The same, with the batches on another device."""
+        store = replace(self.store, live=self.store.live.on(device))
+        return replace(self, store=store)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickled, a memory map would be copied whole.
+        return TrajectoryStore.open, (self.store,)
+
+    def __len__(self) -> int:
+        return self.store.live.count
+
+    def __getitem__(self, iteration: int) -> Walk:
+        return self.part(iteration, slice(None))
+
+    def part(self, iteration: int, images: slice) -> Walk:
+        if not 0 <= iteration < len(self):
+            raise IndexError(iteration)
+        store = self.store
+        shard = iteration // store.shard_length
+        before = store.rows_before(store.iterations(shard).start)
+        own = slice(
+            store.rows_before(iteration) - before, store.rows_before(iteration + 1) - before
+        )
+        # Copied out of the map: torch warns about read-only memory, and .to() would copy anyway.
+        states = torch.from_numpy(np.array(self.shards[shard][own, images], dtype=np.float32))
+        grid, start, labels = store.live.beginning(iteration, images)
+        return Walk(grid, start, states.to(start), labels)
+
+    def describe(self) -> dict[str, Any]:
+        stored = {} if self.store.dtype == "float32" else {"dtype": self.store.dtype}
+        return self.store.live.describe() | stored

@@ -1,0 +1,162 @@
+"""Teacher trajectories: the states that students are supervised on, computed live.
+
+R supervising rows, B batch, C channels, H x W pixels.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bdense import NUMERICS
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.intervals import IntervalGrid, VariableGrid
+from bdense.diffusion.solvers import Solver, analytical_first_step, trajectory
+from bdense.models.store import denoiser_sha256
+from bdense.randomness import Stream, generator
+
+
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """One batch of trajectories.
+
+    Attributes:
+        grid: The intervals that were walked.
+        start: [B, C, H, W] x_T = t_0 * noise, where teacher and student begin.
+        states: [R, B, C, H, W] the teacher's states at the trained sub-levels, in walking order.
+        labels: [B, label_dim] one-hot classes of teacher and student; None for an unconditional
+            network.
+    """
+
+    grid: IntervalGrid
+    start: Tensor
+    states: Tensor
+    labels: Tensor | None = None
+
+
+class Trajectories(Protocol):
+    """Batches by iteration, however they come about."""
+
+    @property
+    def grid(self) -> IntervalGrid | VariableGrid:
+        """The student's intervals and the teacher's sub-steps."""
+        ...
+
+    @property
+    def batch(self) -> int:
+        """B, trajectories an iteration."""
+        ...
+
+    def __len__(self) -> int:
+        """Iterations it can serve."""
+        ...
+
+    def __getitem__(self, iteration: int) -> Walk:
+        """The batch of that iteration, on the training device."""
+        ...
+
+    def part(self, iteration: int, images: slice) -> Walk:
+        """Some images of that batch, as a process of several takes its share."""
+        ...
+
+    @property
+    def teacher(self) -> NetworkDenoiser:
+        """Whose trajectories they are."""
+        ...
+
+    def on(self, device: torch.device) -> Self:
+        """The same, with the teacher and the batches on another device."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What its numbers depend on, JSON-able; equal descriptions serve equal batches."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class LiveTrajectories:
+    """The teacher walks its fine grid anew for every batch.
+
+    Attributes:
+        count: Iterations to serve.
+        seed: Training seed; noise and classes of iteration i follow from (seed, i).
+        teacher_afs: The teacher's first sub-step is analytical too: for a teacher that is itself
+            a student distilled with AFS (SFD's second stage).
+    """
+
+    teacher: NetworkDenoiser
+    grid: IntervalGrid | VariableGrid
+    solver: Solver
+    batch: int
+    count: int
+    seed: int
+    teacher_afs: bool = False
+
+    def __post_init__(self) -> None:
+        self.teacher.require_levels(self.grid.schedule)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, iteration: int) -> Walk:
+        return self.part(iteration, slice(None))
+
+    def part(self, iteration: int, images: slice) -> Walk:
+        if not 0 <= iteration < self.count:
+            raise IndexError(iteration)
+        grid, start, labels = self.beginning(iteration, images)
+        return Walk(grid, start, self._states(grid, start, labels), labels)
+
+    def beginning(
+        self, iteration: int, images: slice
+    ) -> tuple[IntervalGrid, Tensor, Tensor | None]:
+        """What an iteration starts from, without the teacher: grid, x_T [B, C, H, W], classes."""
+        grid, like = self.grid_at(iteration), next(self.teacher.parameters())
+        labels = self.labels(iteration)
+        start = grid.fine()[0] * self.noise(iteration)[images].to(like)
+        return grid, start, None if labels is None else labels[images].to(like)
+
+    def grid_at(self, iteration: int) -> IntervalGrid:
+        """The intervals of that iteration."""
+        return self.grid.at(iteration, self.seed)
+
+    def noise(self, iteration: int) -> Tensor:
+        """[B, C, H, W] unit noise of that iteration, on the CPU."""
+        shape = (self.batch, *self.teacher.image_shape)
+        return torch.randn(shape, generator=generator(self.seed, Stream.TRAJECTORY, iteration))
+
+    def labels(self, iteration: int) -> Tensor | None:
+        """[B, label_dim] one-hot classes, each as likely; None for an unconditional teacher."""
+        classes = self.teacher.label_dim
+        if not classes:
+            return None
+        draw = generator(self.seed, Stream.LABELS, iteration)
+        return F.one_hot(torch.randint(classes, (self.batch,), generator=draw), classes).float()
+
+    def on(self, device: torch.device) -> "LiveTrajectories":
+        """The same, with a copy of the teacher on another device."""
+        return replace(self, teacher=self.teacher.on(device))
+
+    def _states(self, grid: IntervalGrid, start: Tensor, labels: Tensor | None) -> Tensor:
+        """The teacher's walk from ``start``: [R, B, C, H, W]."""
+        fine = grid.fine()
+        points = len(fine) if self.teacher.step_condition else None
+        denoise = self.teacher.given(class_labels=labels, num_points=points)
+        if self.teacher_afs:
+            denoise = analytical_first_step(denoise, fine[0])
+        states = trajectory(self.solver, denoise, start, fine)
+        return states[len(states) - grid.num_rows :]
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "numerics": NUMERICS,
+            "teacher": denoiser_sha256(self.teacher),
+            "teacher_afs": self.teacher_afs,
+            "precision": self.teacher.execution.precision,
+            "grid": self.grid.describe(),
+            "solver": {"name": type(self.solver).__name__} | asdict(self.solver),  # type: ignore[call-overload]
+            "batch": self.batch,
+            "seed": self.seed,
+        }

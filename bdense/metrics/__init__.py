@@ -1,0 +1,1 @@
+"""FID and other metrics, their feature networks and reference statistics."""

@@ -1,0 +1,176 @@
+"""Small classifiers of labelled sets, whose last hidden layer gives features for FID.
+
+Trained once, on one thread and from explicit generators, and kept as safetensors. B batch, C
+channels.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bdense.data.datasets import load_dataset, pad
+from bdense.errors import CheckpointError, InputError, ShapeError
+from bdense.files import file_lock
+from bdense.models.store import load_tensors, save_tensors
+from bdense.randomness import Stream, generator, seeded
+
+# Part of the file's name: raise it with any change below that moves the weights.
+_RECIPE = 1
+_BATCH = 64
+_LR = 1e-3
+_SEED = 0
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A labelled set, the side its images are padded to, and the passes over it."""
+
+    data: str
+    side: int
+    epochs: int
+
+
+# By the extractor's name.
+RECIPES = {
+    "digits-classifier": Recipe(data="digits", side=8, epochs=12),
+    "fashion-mnist-classifier": Recipe(data="fashion-mnist", side=32, epochs=3),
+    # Barely trained: for a look at whether everything runs, not for a comparison.
+    "cifar10-classifier": Recipe(data="cifar10", side=32, epochs=1),
+}
+
+
+class Classifier(nn.Module):
+    """Convolutions down to 4 x 4 and two linear layers; features are what the last of them sees.
+
+    Colours are averaged: one classifier serves grey images and their three-channel copies.
+
+    Args:
+        name: What its errors call it.
+        side: H = W of the images it is trained on: 8, 16, 32, ...
+        num_classes: Of the set.
+    """
+
+    DIM = 64
+
+    def __init__(self, name: str, side: int, num_classes: int) -> None:
+        super().__init__()
+        if side < 8 or side & (side - 1):
+            raise InputError(f"{name} must have a side of 8, 16, 32, ... pixels, got {side}")
+        self.name, self.side = name, side
+        self.conv0 = nn.Conv2d(1, 32, 3, padding=1)
+        self.convs, channels = 1, 32
+        while side > 4:
+            wider = min(2 * channels, 128)
+            halving = nn.Conv2d(channels, wider, 3, padding=1, stride=2)
+            self.add_module(f"conv{self.convs}", halving)
+            self.convs, channels, side = self.convs + 1, wider, side // 2
+        self.hidden = nn.Linear(channels * side**2, self.DIM)
+        self.classes = nn.Linear(self.DIM, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features; images smaller than what it was trained on are padded as those were.
+
+        Args:
+            images: [B, C, H, W] uint8, H = W, more than half of ``side`` and at most ``side``.
+
+        Returns:
+            [B, 64] float32.
+
+        Raises:
+            ShapeError: The images are larger, much smaller, or not square.
+        """
+        height, width = images.shape[2:]
+        if height != width or not self.side < 2 * height <= 2 * self.side:
+            raise ShapeError(
+                f"{self.name} takes images of {self.side} x {self.side} pixels, or a little "
+                f"smaller, got {list(images.shape)}; choose another feature extractor"
+            )
+        before = (self.side - height) // 2
+        after = self.side - height - before
+        grey = F.pad(images, (before, after, before, after)).float().mean(dim=1, keepdim=True)
+        x = grey / 127.5 - 1
+        for index in range(self.convs):
+            x = F.silu(self.get_submodule(f"conv{index}")(x))
+        return F.silu(self.hidden(x.flatten(1)))
+
+
+def classifier_weights(name: str, cache: Path) -> tuple[Path, dict[str, Any]]:
+    """The weights file and its metadata (``train_accuracy``), trained now if it is not there.
+
+    Args:
+        name: One of ``RECIPES``.
+        cache: Folder of the file.
+
+    Raises:
+        InputError: The data set cannot be had.
+    """
+    path = Path(cache) / f"{name}-{_RECIPE}.safetensors"
+    with file_lock(path.with_suffix(".lock")):
+        if not path.exists():
+            recipe = RECIPES[name]
+            network, accuracy = _train(name, recipe)
+            facts = {"kind": name, "train_accuracy": accuracy, "epochs": recipe.epochs}
+            save_tensors(path, network.state_dict(), facts)
+    return path, load_tensors(path)[1]
+
+
+def load_classifier(path: Path) -> Classifier:
+    """The classifier of a file that ``classifier_weights`` made.
+
+    Raises:
+        CheckpointError: The file is missing, cut short, or holds something else.
+    """
+    tensors, metadata = load_tensors(path)
+    try:
+        name = metadata["kind"]
+        network = Classifier(name, RECIPES[name].side, len(tensors["classes.bias"]))
+        network.load_state_dict(tensors)
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} does not hold a classifier; delete it, and it is trained again"
+        ) from error
+    return network
+
+
+def _train(name: str, recipe: Recipe) -> tuple[Classifier, float]:
+    """The trained network and the share of its training images that it names rightly."""
+    dataset = pad(load_dataset(recipe.data), recipe.side)
+    images, labels = dataset.images, dataset.labels
+    assert labels is not None
+    with _one_thread():
+        with seeded(_CPU, _SEED, Stream.CLASSIFIER):
+            network = Classifier(name, recipe.side, dataset.num_classes)
+        optimizer = torch.optim.Adam(network.parameters(), lr=_LR)
+        for epoch in range(recipe.epochs):
+            draw = generator(_SEED, Stream.CLASSIFIER, epoch)
+            for batch in torch.split(torch.randperm(len(images), generator=draw), _BATCH):
+                optimizer.zero_grad(set_to_none=True)
+                loss = F.cross_entropy(network.classes(network(images[batch])), labels[batch])
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+        return network, _accuracy(network, images, labels)
+
+
+@torch.no_grad()
+def _accuracy(network: Classifier, images: Tensor, labels: Tensor) -> float:
+    parts = torch.split(images, 1024)
+    guesses = torch.cat([network.classes(network(part)).argmax(dim=1) for part in parts])
+    return guesses.eq(labels).double().mean().item()
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums in one order, so that the weights do not depend on the number of cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,321 @@
+"""Features of images: torch-fidelity's Inception, DINOv2, a TorchScript file, classifiers.
+
+All are torch-fidelity ``FeatureExtractorBase`` networks, found in its registry and made by its
+``create_feature_extractor``. B batch, C channels, H x W pixels, d features.
+"""
+
+import functools
+import io
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from bdense.errors import InputError, ShapeError
+from bdense.files import sha256_file
+from bdense.metrics.classifiers import RECIPES, Classifier, classifier_weights, load_classifier
+from bdense.metrics.dinov2 import SIZES, DinoV2, Size
+from bdense.models.pretrained import downloaded_weights, last_line, weights_of, weights_path
+
+SPECS = ", ".join(
+    ["inception[:WEIGHTS.pth], dinov2[:WEIGHTS.pth], torchscript:FILE.pt", *SIZES, *RECIPES]
+)
+# Names in torch-fidelity's registry; the weights file goes in as feature_extractor_weights_path.
+TORCHSCRIPT = "bdense-torchscript"
+CLASSIFIER = "bdense-classifier"
+INCEPTION = "inception-v3-compat"
+FEATURES = "features"
+# torch-fidelity's class for these runs code that it downloads; ours is registered beside it.
+DINOV2 = {name: f"bdense-{name}" for name in SIZES}
+
+_INCEPTION_LAYER = "2048"
+_DINOV2_LAYER = "dinov2"
+# What Stein et al. 2023 (arXiv 2306.04675) compare generative models by.
+_DINOV2_DEFAULT = "dinov2-vit-l-14"
+_INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+# A network that takes one size only is asked for its feature count at the usual ones.
+_PROBE_SIDES = (32, 64, 8, 16, 28, 128, 224, 256, 299)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Extractor:
+    """Images to features, with what is needed to name them beside a distance.
+
+    Attributes:
+        name: Kind and file name; no folder of this machine.
+        sha256: Hex digest of the weights file.
+        dim: d, features of an image.
+        network: torch-fidelity extractor: [B, 3, H, W] uint8 -> ([B, d],).
+        device: Where ``network`` is.
+        metadata: What is known of its training (``train_accuracy`` of a classifier).
+    """
+
+    name: str
+    sha256: str
+    dim: int
+    network: nn.Module
+    device: torch.device
+    metadata: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features of [B, C, H, W] uint8 images, C = 1 (repeated to 3) or 3: [B, d] float32, CPU.
+
+        Raises:
+            ShapeError: The images are no such images, or of a size the network cannot take.
+        """
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
+            raise ShapeError(
+                f"extractor {self.name} takes uint8 [B, 1 or 3, H, W]; got {images.dtype} "
+                f"{list(images.shape)}: convert with to_uint8"
+            )
+        try:
+            features = _features(self.network, images.to(self.device))
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, torch.jit.Error) as error:
+            raise ShapeError(
+                f"extractor {self.name} cannot take images of shape {list(images.shape)}: "
+                f"{last_line(error)}"
+            ) from error
+        if features.shape != (len(images), self.dim):
+            raise ShapeError(
+                f"extractor {self.name} gave {list(features.shape)} for {len(images)} images, "
+                f"not {[len(images), self.dim]}"
+            )
+        return features.float().cpu()
+
+
+def load_extractor(spec: str, *, cache: Path, device: torch.device) -> Extractor:
+    """Make a feature extractor.
+
+    Args:
+        spec: ``inception`` (torch-fidelity's, 2048 features, weights downloaded once),
+            ``inception:WEIGHTS.pth``, ``dinov2`` (ViT-L/14, 1024 features, weights downloaded
+            once), ``dinov2:WEIGHTS.pth``, another of its sizes by torch-fidelity's name
+            (``dinov2-vit-s-14``, -b, -l, -g: 384, 768, 1024, 1536 features) likewise,
+            ``torchscript:FILE.pt`` (a scripted network of the user's,
+            uint8 [B, 3, H, W] -> [B, d]; its program is run), or ``digits-classifier``,
+            ``fashion-mnist-classifier``, ``cifar10-classifier`` (small networks of 64 features,
+            trained once here).
+        cache: Folder for what is made once.
+        device: Where to compute features.
+
+    Raises:
+        InputError: The spec is unknown, or its file is missing, corrupt or of another kind.
+    """
+    kind, _, argument = spec.partition(":")
+    if kind == "inception":
+        return _inception(argument, device)
+    if kind == "dinov2" or kind in SIZES:
+        return _dinov2(_DINOV2_DEFAULT if kind == "dinov2" else kind, argument, device)
+    if kind == "torchscript" and argument:
+        return _torchscript(Path(argument), device)
+    if spec in RECIPES:
+        return _classifier(spec, cache, device)
+    raise InputError(f"unknown feature extractor {spec!r}; known are {SPECS}")
+
+
+def missing_weights(spec: str) -> tuple[str, Path] | None:
+    """Address and place of the weights that ``load_extractor`` would download, if any."""
+    kind, _, argument = spec.partition(":")
+    if argument:
+        return None
+    if kind == "inception":
+        url = _inception_url()
+    elif kind == "dinov2" or kind in SIZES:
+        url = SIZES[_DINOV2_DEFAULT if kind == "dinov2" else kind].url
+    else:
+        return None
+    path = weights_path(url)
+    return None if path.is_file() else (url, path)
+
+
+def _classifier(name: str, cache: Path, device: torch.device) -> Extractor:
+    path, metadata = classifier_weights(name, cache)
+    return Extractor(
+        name=name,
+        sha256=sha256_file(path),
+        dim=Classifier.DIM,
+        network=_create(CLASSIFIER, FEATURES, path, device),
+        device=device,
+        metadata=MappingProxyType(metadata),
+    )
+
+
+def _torchscript(path: Path, device: torch.device) -> Extractor:
+    network = _create(TORCHSCRIPT, FEATURES, path, device)
+    return Extractor(
+        name=f"torchscript:{path.name}",
+        sha256=sha256_file(path),
+        dim=_probe(network, path, device),
+        network=network,
+        device=device,
+    )
+
+
+def _inception(weights: str, device: torch.device) -> Extractor:
+    url = _inception_url()
+    path = Path(weights) if weights else downloaded_weights(url, "Inception", _INCEPTION_SHA256)
+    with weights_of("torch-fidelity's Inception", path, url):
+        # torch-fidelity unpickles the weights it is given without restriction, so it is given a
+        # copy written here of what the restricted reader found.
+        copy = io.BytesIO()
+        torch.save(torch.load(path, map_location="cpu", weights_only=True), copy)
+        copy.seek(0)
+        network = _create(INCEPTION, _INCEPTION_LAYER, copy, device)
+    return Extractor(
+        name="inception", sha256=sha256_file(path), dim=2048, network=network, device=device
+    )
+
+
+def _dinov2(name: str, weights: str, device: torch.device) -> Extractor:
+    size = SIZES[name]
+    path = Path(weights) if weights else downloaded_weights(size.url, name)
+    with weights_of(name, path, size.url):
+        network = _create(DINOV2[name], _DINOV2_LAYER, path, device)
+    return Extractor(
+        name=name, sha256=sha256_file(path), dim=size.width, network=network, device=device
+    )
+
+
+def _inception_url() -> str:
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    return str(URL_INCEPTION_V3)
+
+
+def _create(name: str, layer: str, weights: Path | BinaryIO, device: torch.device) -> nn.Module:
+    from torch_fidelity.utils import create_feature_extractor
+
+    _register()
+    # Constructors draw the weights that the file then replaces: not from the caller's state.
+    with torch.random.fork_rng(devices=[]):
+        network: nn.Module = create_feature_extractor(
+            name, [layer], cuda=False, verbose=False, feature_extractor_weights_path=weights
+        )
+    return network.to(device)
+
+
+@functools.cache
+def _register() -> None:
+    """Add ours to torch-fidelity's registry; once, as a name may not be registered again."""
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+    from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
+    from torch_fidelity.registry import register_feature_extractor
+
+    class OneLayer(FeatureExtractorBase):  # type: ignore[misc]  # torch-fidelity is untyped
+        """[B, 3, H, W] uint8 -> ([B, d],), by a network read from its weights file."""
+
+        def __init__(
+            self,
+            name: str,
+            features_list: list[str],
+            feature_extractor_weights_path: Path,
+            **_: object,
+        ) -> None:
+            super().__init__(name, features_list)
+            self.body = _BODIES[name](Path(feature_extractor_weights_path))
+
+        @staticmethod
+        def get_provided_features_list() -> tuple[str]:
+            return (FEATURES,)
+
+        @staticmethod
+        def get_default_feature_layer_for_metric(metric: str) -> str:
+            return FEATURES
+
+        @staticmethod
+        def can_be_compiled() -> bool:
+            return False
+
+        def forward(self, images: Tensor) -> tuple[Tensor]:
+            return (self.body(images),)
+
+    class OwnDinoV2(FeatureExtractorDinoV2):  # type: ignore[misc]  # torch-fidelity is untyped
+        """torch-fidelity's, preparing the images as it does, around a network made here."""
+
+        def __init__(
+            self,
+            name: str,
+            features_list: list[str],
+            feature_extractor_weights_path: Path,
+            **_: object,
+        ) -> None:
+            # Its constructor fetches the network's code and runs it: only its base's is wanted.
+            FeatureExtractorBase.__init__(self, name, features_list)
+            self.feature_extractor_internal_dtype = torch.float32
+            size = SIZES[name.removeprefix("bdense-")]
+            self.model = _load_dinov2(size, feature_extractor_weights_path)
+
+    for name in _BODIES:
+        register_feature_extractor(name, OneLayer)
+    for name in DINOV2.values():
+        register_feature_extractor(name, OwnDinoV2)
+
+
+def _load_dinov2(size: Size, path: Path) -> nn.Module:
+    # Made of nothing and given the file's tensors: the largest has 4.5 GB of them.
+    with torch.device("meta"):
+        network = DinoV2(size)
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    network.load_state_dict(weights, assign=True)
+    return network.float()
+
+
+def _load_torchscript(path: Path) -> nn.Module:
+    if not path.is_file():
+        raise InputError(f"there is no TorchScript file at {path}")
+    with warnings.catch_warnings():
+        # The format of the files that users have; its successor cannot read them.
+        warnings.filterwarnings("ignore", message=r"`torch\.jit\.load` is deprecated")
+        try:
+            script: nn.Module = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
+        except (RuntimeError, ValueError) as error:
+            raise InputError(
+                f"{path} cannot be read as TorchScript ({last_line(error)}); write it with "
+                "torch.jit.save"
+            ) from error
+    return script
+
+
+_BODIES: dict[str, Callable[[Path], nn.Module]] = {
+    TORCHSCRIPT: _load_torchscript,
+    CLASSIFIER: load_classifier,
+}
+
+
+def _features(network: nn.Module, images: Tensor) -> Tensor:
+    """[B, 1 or 3, H, W] uint8 -> what the extractor's one layer gives."""
+    with torch.no_grad():
+        (features,) = network(images.expand(-1, 3, -1, -1))
+    return features  # type: ignore[no-any-return]  # modules are untyped in torch
+
+
+def _probe(network: nn.Module, path: Path, device: torch.device) -> int:
+    """d, of two black images of the first size that the network takes.
+
+    Raises:
+        InputError: It takes none, or its output is not [B, d] of floats.
+    """
+    for side in _PROBE_SIDES:
+        images = torch.zeros(2, 3, side, side, dtype=torch.uint8, device=device)
+        try:
+            features = _features(network, images)
+        except (RuntimeError, torch.jit.Error) as error:
+            reason = last_line(error)
+            continue
+        if not isinstance(features, Tensor):
+            got = type(features).__name__
+        elif features.dim() == 2 and len(features) == 2 and features.is_floating_point():
+            return features.shape[1]
+        else:
+            got = f"{features.dtype} {list(features.shape)}"
+        raise InputError(
+            f"{path} turns uint8 {list(images.shape)} into {got}; an extractor gives [B, d] floats"
+        )
+    raise InputError(f"{path} takes no uint8 images [B, 3, H, W]: {reason}")

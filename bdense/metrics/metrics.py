@@ -1,0 +1,336 @@
+"""Measures of generated images by torch-fidelity, in one pass, each with its conditions.
+
+FID: Heusel et al. 2017 (arXiv 1706.08500), |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), S
+the unbiased covariance. KID: Binkowski et al. 2018 (arXiv 1801.01401), the unbiased MMD^2 of
+subsets under the kernel (x . y / d + 1)^3. Precision, recall: Kynkaanniemi et al. 2019 (arXiv
+1904.06991), the share of one set inside the balls that reach from each image of the other to its
+k-th neighbour. d features.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor
+
+from bdense.errors import InputError, NonFiniteError, ShapeError
+from bdense.metrics.extractors import Extractor
+from bdense.metrics.references import Reference, Statistics, features_of, statistics_of
+
+METRICS = ("fid", "kid", "prc")
+# Rows of distances held at a time: 2048 x 50,000 of them are 800 MB.
+_PRC_ROWS = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MetricSettings:
+    """What KID and precision/recall depend on beside the images; the FID on nothing.
+
+    Attributes:
+        kid_subsets: Subsets drawn of either set; more give a steadier mean.
+        kid_subset_size: Images in each; the deviation depends on it, the mean's expectation not.
+        kid_seed: Of the draw.
+        neighbours: k; larger balls raise precision and recall. 5 is the SFD reference's, 3 that
+            of Kynkaanniemi et al.
+    """
+
+    kid_subsets: int = 100
+    kid_subset_size: int = 1000
+    kid_seed: int = 2020
+    neighbours: int = 5
+
+    def __post_init__(self) -> None:
+        least = {"kid_subsets": 1, "kid_subset_size": 2, "kid_seed": 0, "neighbours": 1}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise InputError(f"{name} must be at least {bound}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Values of a metric and everything they depend on; without that they mean nothing.
+
+    Attributes:
+        images: Images generated.
+        reference: Name of the reference set.
+        reference_images: Images in it; None where a statistics file does not say.
+        extractor: Name of the feature network; only ``inception`` gives what papers call FID.
+        extractor_sha256: Hex digest of its weights.
+        nfe: Network evaluations an image cost.
+        seeds: By name, such as ``training`` and ``evaluation``.
+    """
+
+    VALUES: ClassVar[tuple[str, ...]]
+
+    images: int
+    reference: str
+    reference_images: int | None
+    extractor: str
+    extractor_sha256: str
+    nfe: int
+    seeds: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able: the values and their conditions."""
+        return {name: getattr(self, name) for name in self.VALUES} | self.conditions()
+
+    def conditions(self) -> dict[str, Any]:
+        """All but the values: what must agree for two of them to be compared."""
+        conditions = asdict(self)
+        for name in self.VALUES:
+            del conditions[name]
+        return conditions
+
+    def require_comparable(self, other: "Measurement") -> None:
+        """Make sure that the two differ in nothing but the images' quality.
+
+        Raises:
+            InputError: They are of other metrics, or were measured under other conditions; the
+                message names each.
+        """
+        if type(self) is not type(other):
+            raise InputError(
+                f"{type(self).__name__} and {type(other).__name__} are not comparable"
+            )
+        theirs = other.conditions()
+        differing = [
+            f"{name}: {mine} against {theirs[name]}"
+            for name, mine in self.conditions().items()
+            if mine != theirs[name]
+        ]
+        if differing:
+            raise InputError(
+                f"these {type(self).__name__}s are not comparable ({'; '.join(differing)}); "
+                "measure both alike"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FID(Measurement):
+    """A Frechet distance.
+
+    Attributes:
+        value: The distance; 0 for equal statistics.
+    """
+
+    VALUES = ("value",)
+
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class KID(Measurement):
+    """A kernel distance: the mean over subsets, about 0 for equal distributions, also below.
+
+    Attributes:
+        mean: Over the subsets.
+        std: Over the subsets; not the mean's error.
+        subsets: How many.
+        subset_size: Images in each.
+        subset_seed: Of their draw.
+    """
+
+    VALUES = ("mean", "std")
+
+    mean: float
+    std: float
+    subsets: int
+    subset_size: int
+    subset_seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionRecall(Measurement):
+    """How many generated images are like real ones, and how many real ones like generated ones.
+
+    Attributes:
+        precision: Share of the generated images inside the real ones' balls.
+        recall: Share of the real images inside the generated ones' balls.
+        neighbours: k; a ball reaches from an image to its k-th neighbour in its own set.
+    """
+
+    VALUES = ("precision", "recall")
+
+    precision: float
+    recall: float
+    neighbours: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """What was measured of one set of images; None for what was not asked for."""
+
+    fid: FID
+    kid: KID | None = None
+    prc: PrecisionRecall | None = None
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """JSON-able, by metric: those that were measured."""
+        measured = {"fid": self.fid, "kid": self.kid, "prc": self.prc}
+        return {name: each.as_dict() for name, each in measured.items() if each is not None}
+
+
+def measure_images(
+    images: Tensor,
+    extractor: Extractor,
+    reference: Reference,
+    *,
+    metrics: Collection[str] = ("fid",),
+    settings: MetricSettings | None = None,
+    nfe: int,
+    seeds: dict[str, int],
+    batch: int = 256,
+    on_image: Callable[[int], None] | None = None,
+) -> Metrics:
+    """Measure images against a reference; the extractor sees each of them once.
+
+    Args:
+        images: [n, C, H, W] uint8, C = 1 or 3, n >= 2.
+        extractor: Feature network, the one that saw the reference.
+        reference: What to compare with.
+        metrics: What to measure; the FID always is.
+        settings: Of KID and precision/recall; the defaults where None.
+        nfe: Network evaluations an image cost.
+        seeds: The images' seeds by name.
+        batch: Images at a time; the result depends on it by rounding only.
+        on_image: Called with the number of images that the extractor has seen so far.
+
+    Raises:
+        InputError: What ``require_measurable`` raises, or images the extractor cannot take.
+        NonFiniteError: Features or a distance are not finite.
+    """
+    settings = settings or MetricSettings()
+    require_measurable(metrics, settings, len(images), reference)
+    features = features_of(images, extractor, batch, on_image)
+    conditions: dict[str, Any] = {
+        "images": len(images),
+        "reference": reference.name,
+        "reference_images": reference.statistics.count,
+        "extractor": extractor.name,
+        "extractor_sha256": extractor.sha256,
+        "nfe": nfe,
+        "seeds": seeds,
+    }
+    value = frechet_distance(statistics_of(features), reference.statistics)
+    kid = prc = None
+    if "kid" in metrics:
+        assert reference.features is not None
+        mean, std = kernel_distance(features, reference.features, settings)
+        kid = KID(
+            mean=mean,
+            std=std,
+            subsets=settings.kid_subsets,
+            subset_size=settings.kid_subset_size,
+            subset_seed=settings.kid_seed,
+            **conditions,
+        )
+    if "prc" in metrics:
+        assert reference.features is not None
+        precision, recall = precision_recall(features, reference.features, settings.neighbours)
+        prc = PrecisionRecall(
+            precision=precision, recall=recall, neighbours=settings.neighbours, **conditions
+        )
+    return Metrics(fid=FID(value=value, **conditions), kid=kid, prc=prc)
+
+
+def require_measurable(
+    metrics: Collection[str], settings: MetricSettings, images: int, reference: Reference
+) -> None:
+    """Refuse before the images are drawn what could not be measured of them.
+
+    Raises:
+        InputError: A metric is unknown, the reference has no features for it, or one of the two
+            sets is too small.
+    """
+    unknown = sorted(set(metrics) - set(METRICS))
+    if unknown:
+        raise InputError(f"unknown metric {unknown[0]!r}; known are {', '.join(METRICS)}")
+    single = [name for name in METRICS if name in metrics and name != "fid"]
+    if single and reference.features is None:
+        raise InputError(
+            f"for {' and '.join(single)} the features of single reference images are needed, and "
+            f"{reference.name} holds their mean and covariance alone; name the data set instead, "
+            "or measure fid alone"
+        )
+    for name in single:
+        least, knob = {
+            "kid": (settings.kid_subset_size, "the KID's subset size"),
+            "prc": (settings.neighbours + 1, "the number of neighbours"),
+        }[name]
+        # Where there are features there is a count.
+        for whose, count in (("", images), ("reference ", reference.statistics.count or 0)):
+            if count < least:
+                raise InputError(
+                    f"{name} needs at least {least} {whose}images, got {count}; take more, lower "
+                    f"{knob}, or leave {name} out"
+                )
+
+
+def frechet_distance(a: Statistics, b: Statistics) -> float:
+    """Frechet distance of two Gaussians; symmetric, 0 for equal ones.
+
+    Raises:
+        ShapeError: The two come from extractors with another number of features.
+        NonFiniteError: The distance is not finite.
+    """
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+    if a.mu.shape != b.mu.shape:
+        raise ShapeError(
+            f"statistics over {a.mu.size} and {b.mu.size} features cannot be compared; use one "
+            "extractor for both"
+        )
+    pair = ({"mu": each.mu, "sigma": each.sigma} for each in (a, b))
+    value = float(fid_statistics_to_metric(*pair, verbose=False)[KEY_METRIC_FID])
+    if not np.isfinite(value):
+        raise NonFiniteError(f"the Frechet distance is {value}")
+    return value
+
+
+def kernel_distance(a: Tensor, b: Tensor, settings: MetricSettings) -> tuple[float, float]:
+    """KID of two sets of features [n, d] and [m, d]: mean and deviation over the subsets."""
+    from torch_fidelity.metric_kid import (
+        KEY_METRIC_KID_MEAN,
+        KEY_METRIC_KID_STD,
+        kid_features_to_metric,
+    )
+
+    # In float64: the estimate is a small difference of large sums of cubes.
+    found = kid_features_to_metric(
+        a.double(),
+        b.double(),
+        kid_subsets=settings.kid_subsets,
+        kid_subset_size=settings.kid_subset_size,
+        kid_kernel="poly",
+        kid_kernel_poly_degree=3,
+        kid_kernel_poly_gamma=None,  # 1 / d
+        kid_kernel_poly_coef0=1,
+        rng_seed=settings.kid_seed,
+        verbose=False,
+    )
+    mean, std = found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
+    if not np.isfinite(mean):
+        raise NonFiniteError(f"the kernel distance is {mean}")
+    return mean, std
+
+
+def precision_recall(generated: Tensor, real: Tensor, neighbours: int) -> tuple[float, float]:
+    """Precision and recall of generated features [n, d] for real ones [m, d], k neighbours."""
+    from torch_fidelity.metric_prc import (
+        KEY_METRIC_PRECISION,
+        KEY_METRIC_RECALL,
+        prc_features_to_metric,
+    )
+
+    # In float64: torch takes distances of many rows from scalar products, which in float32 puts
+    # an image up to some thousandths of its norm away from its equal.
+    found = prc_features_to_metric(
+        generated.double(),
+        real.double(),
+        prc_neighborhood=neighbours,
+        prc_batch_size=_PRC_ROWS,
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    return found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]

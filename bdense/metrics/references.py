@@ -1,0 +1,286 @@
+"""What generated images are compared with: features of a data set, or EDM's .npz of statistics.
+
+n images, C channels, H x W pixels, d features.
+"""
+
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bdense.data.datasets import Dataset
+from bdense.data.names import split_format
+from bdense.errors import CheckpointError, InputError, NonFiniteError, ShapeError
+from bdense.execution import exact_products
+from bdense.files import atomic_write, file_lock, sha256_file
+from bdense.metrics.extractors import Extractor
+from bdense.models.store import load_tensors, save_tensors
+
+# EDM's own; its fid.py takes a file for a dictionary and looks at no other key.
+_MU, _SIGMA = "mu", "sigma"
+# Ours beside them, so that a file says what it was made of.
+_COUNT, _DATA, _EXTRACTOR, _EXTRACTOR_SHA256 = "count", "data", "extractor", "extractor_sha256"
+_FEATURES = "features"
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Mean and covariance of the features of a set of images.
+
+    Attributes:
+        mu: [d] float64.
+        sigma: [d, d] float64, unbiased covariance.
+        count: n, images they were taken over; None where a file does not say.
+    """
+
+    mu: NDArray[np.float64]
+    sigma: NDArray[np.float64]
+    count: int | None
+
+    def __post_init__(self) -> None:
+        d = self.mu.size
+        if self.mu.shape != (d,) or self.sigma.shape != (d, d):
+            raise ShapeError(
+                f"statistics need mu [d] and sigma [d, d], got {list(self.mu.shape)} and "
+                f"{list(self.sigma.shape)}"
+            )
+        if not (np.isfinite(self.mu).all() and np.isfinite(self.sigma).all()):
+            whose = "" if self.count is None else f" of {self.count} images"
+            raise NonFiniteError(f"the features{whose} are not finite")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Reference:
+    """A reference set as an extractor sees it.
+
+    Attributes:
+        name: The data set's, or a file's with the start of its hash (of a set of files: of the
+            pixels).
+        statistics: For the Frechet distance.
+        features: [n, d] float32, for what needs single images; None where they were not asked
+            for or a file does not have them.
+    """
+
+    name: str
+    statistics: Statistics
+    features: Tensor | None = None
+
+
+def features_of(
+    images: Tensor,
+    extractor: Extractor,
+    batch: int = 256,
+    on_image: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Features of all the images: [n, d] float32 on the CPU.
+
+    Args:
+        images: [n, C, H, W] uint8, C = 1 or 3, n >= 2.
+        extractor: Feature network; called once for each image.
+        batch: Images at a time; the result depends on it by rounding only.
+        on_image: Called with the number of images seen so far.
+
+    Raises:
+        InputError: Fewer than 2 images, or images the extractor cannot take.
+    """
+    if batch < 1:
+        raise InputError(f"batch must be at least 1, got {batch}")
+    if len(images) < 2:
+        raise _too_few(len(images))
+    features, seen = [], 0
+    for part in torch.split(images, batch):
+        # A distance between students of different precisions is of their images alone.
+        with exact_products():
+            features.append(extractor(part))
+        seen += len(part)
+        if on_image is not None:
+            on_image(seen)
+    return torch.cat(features)
+
+
+def statistics_of(features: Tensor) -> Statistics:
+    """Mean and unbiased covariance over the n >= 2 rows of ``features`` [n, d], in float64.
+
+    Raises:
+        InputError: There are fewer than 2 rows.
+        NonFiniteError: The features are not finite.
+    """
+    from torch_fidelity.metric_fid import fid_features_to_statistics
+
+    if len(features) < 2:
+        raise _too_few(len(features))
+    found = fid_features_to_statistics(features.double())
+    # numpy gives the covariance of a single feature without its two dimensions.
+    return Statistics(found["mu"], np.atleast_2d(found["sigma"]), len(features))
+
+
+def dataset_reference(
+    dataset: Dataset, extractor: Extractor, *, cache: Path, with_features: bool = False
+) -> Reference:
+    """A whole data set, seen once by the extractor and kept for these pixels and these weights.
+
+    Args:
+        dataset: The reference set.
+        extractor: Feature network.
+        cache: Folder of what is made once.
+        with_features: Whether to load the features too; they are kept in any case.
+
+    Raises:
+        CheckpointError: A cached file cannot be read.
+    """
+    name = f"{dataset.name}-{dataset.sha256[:16]}-{extractor.sha256[:16]}"
+    statistics_path = Path(cache) / "statistics" / f"{name}.npz"
+    features_path = Path(cache) / "features" / f"{name}.safetensors"
+    with file_lock(statistics_path.with_suffix(".lock")):
+        have_statistics, have_features = statistics_path.exists(), features_path.exists()
+        if not have_statistics or (with_features and not have_features):
+            made = features_of(dataset.images, extractor)
+            facts = {"kind": "features", **_facts(dataset.name, extractor)}
+            # The statistics come last: where they are, both were made.
+            save_tensors(features_path, {_FEATURES: made}, facts)
+            if not have_statistics:
+                write_reference(statistics_path, statistics_of(made), dataset.name, extractor)
+    statistics = _cached_statistics(statistics_path, extractor)
+    features = _cached_features(features_path, statistics) if with_features else None
+    # Sets of files are called by their last folder alone, which others may share.
+    own = f":{dataset.sha256[:16]}" if split_format(dataset.name) else ""
+    return Reference(name=dataset.name + own, statistics=statistics, features=features)
+
+
+def write_reference(path: Path, statistics: Statistics, data: str, extractor: Extractor) -> None:
+    """Write statistics as EDM's .npz (mu, sigma) with count, data set and extractor beside them.
+
+    Args:
+        path: File to write; NVlabs' fid.py reads it too.
+        statistics: Of the data set's features.
+        data: The data set's name.
+        extractor: What the features are of.
+    """
+    members: dict[str, Any] = {
+        _MU: statistics.mu,
+        _SIGMA: statistics.sigma,
+        **_facts(data, extractor),
+    }
+    if statistics.count is not None:
+        members[_COUNT] = statistics.count
+    with atomic_write(path) as scratch, scratch.open("wb") as file:
+        np.savez(file, **members)
+
+
+def read_reference(path: Path, extractor: Extractor) -> Reference:
+    """Statistics from a file, ours or one of EDM's fid-refs, for images seen by ``extractor``.
+
+    EDM's files are of Inception features and say neither that nor their number of images: what
+    is not there is not checked, and the count stays unknown.
+
+    Raises:
+        CheckpointError: The file is missing, cut short, or holds something else.
+        InputError: It says that it was made with another extractor.
+        ShapeError: It has another number of features.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no reference file at {path}")
+    statistics = _read_statistics(path, extractor)
+    return Reference(name=f"{path.name}:{sha256_file(path)[:16]}", statistics=statistics)
+
+
+def _facts(data: str, extractor: Extractor) -> dict[str, str]:
+    return {_DATA: data, _EXTRACTOR: extractor.name, _EXTRACTOR_SHA256: extractor.sha256}
+
+
+def _read_statistics(path: Path, extractor: Extractor) -> Statistics:
+    found = _read_arrays(path)
+    for key in (_MU, _SIGMA):
+        if found[key].dtype.kind != "f":
+            raise CheckpointError(f"{key!r} in {path} is no array of floats; make the file again")
+    count = found.get(_COUNT)
+    if count is not None and (count.shape != () or count.dtype.kind not in "iu" or count < 1):
+        raise CheckpointError(f"{_COUNT!r} in {path} is no number of images; make the file again")
+    theirs = {key: str(found.get(key, "")) for key in (_EXTRACTOR, _EXTRACTOR_SHA256)}
+    if theirs[_EXTRACTOR_SHA256] not in ("", extractor.sha256):
+        raise InputError(
+            f"{path} was made with extractor {theirs[_EXTRACTOR]} of weights "
+            f"{theirs[_EXTRACTOR_SHA256][:16]}, not with {extractor.name} of "
+            f"{extractor.sha256[:16]}; give that extractor, or make a file with this one by "
+            "`bdense reference`"
+        )
+    try:
+        statistics = Statistics(
+            found[_MU].astype(np.float64),
+            found[_SIGMA].astype(np.float64),
+            None if count is None else int(count),
+        )
+    except (ShapeError, NonFiniteError) as error:
+        raise CheckpointError(f"{path}: {error}; make the file again") from error
+    if statistics.mu.size != extractor.dim:
+        raise ShapeError(
+            f"{path} holds statistics of {statistics.mu.size} features and extractor "
+            f"{extractor.name} gives {extractor.dim}; use the extractor that the file was made "
+            "with (EDM's fid-refs: inception)"
+        )
+    return statistics
+
+
+def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """What is known of an .npz, by key; nothing in it is unpickled."""
+    if not zipfile.is_zipfile(path):
+        # numpy would take it for a pickle, and say so.
+        raise CheckpointError(f"{path} cannot be read as .npz (it is cut short, or no such file)")
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            missing = [key for key in (_MU, _SIGMA) if key not in found.files]
+            known = (_MU, _SIGMA, _COUNT, _EXTRACTOR, _EXTRACTOR_SHA256)
+            members = {key: found[key] for key in known if key in found.files}
+            others = ", ".join(found.files) or "nothing"
+    # All that numpy and zipfile say of damaged or foreign archives.
+    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be read as .npz ({error})") from error
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise CheckpointError(f"{path} cannot be read as .npz ({error})") from error
+    if missing:
+        raise CheckpointError(
+            f"{path} has no {' and no '.join(missing)} (it holds {others}); a reference is EDM's "
+            ".npz with mu and sigma, as `bdense reference` writes it"
+        )
+    # numpy gives the bytes of a member that is no array.
+    if not all(isinstance(member, np.ndarray) for member in members.values()):
+        raise CheckpointError(f"{path} cannot be read as .npz (it holds no arrays)")
+    return members
+
+
+def _cached_statistics(path: Path, extractor: Extractor) -> Statistics:
+    try:
+        return _read_statistics(path, extractor)
+    except InputError as error:
+        raise _broken_cache("statistics", path, error) from error
+
+
+def _cached_features(path: Path, statistics: Statistics) -> Tensor:
+    try:
+        features = load_tensors(path)[0].get(_FEATURES)
+    except CheckpointError as error:
+        raise _broken_cache("features", path, error) from error
+    expected = (statistics.count, statistics.mu.size)
+    if features is None or features.shape != expected:
+        raise _broken_cache("features", path, f"not of shape {list(expected)}")
+    return features
+
+
+def _broken_cache(what: str, path: Path, reason: object) -> CheckpointError:
+    return CheckpointError(
+        f"cached {what} {path} cannot be read ({reason}); delete the file, and it is made again"
+    )
+
+
+def _too_few(count: int) -> InputError:
+    return InputError(
+        f"a Frechet distance needs at least 2 images, got {count}; raise the number of images"
+    )

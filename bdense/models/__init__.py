@@ -1,0 +1,1 @@
+"""Models on disk: our format, model folders and foreign checkpoints."""

@@ -1,0 +1,329 @@
+"""Model cards: what a file is, whose terms it carries, and how to draw from it, for people.
+
+The form is the Hugging Face hub's: Markdown with YAML in front.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.sampling import samplers_from
+from bdense.diffusion.solvers import DDIM, Euler
+from bdense.files import atomic_write
+
+# How a student was made, by its ``method``.
+_DENSE = "with dense branch supervision (B-DENSE, arXiv 2602.15971)"
+_PD = "Progressive Distillation (arXiv 2202.00512)"
+_METHODS = {
+    "sfd": "Simple and Fast Distillation (SFD, arXiv 2409.19681)",
+    "sfd-bdense": f"SFD (arXiv 2409.19681) {_DENSE}",
+    "uniform": f"SFD (arXiv 2409.19681) {_DENSE}, all branches alike",
+    "pd": _PD,
+    "pd-bdense": f"{_PD} {_DENSE}",
+    "pd-uniform": f"{_PD} {_DENSE}, all branches alike",
+}
+_STEPS = {Euler: "Euler", DDIM: "DDIM"}
+# What a student takes over from its teacher.
+_INHERITED = ("licence", "citation")
+# What a table of FIDs has in columns wherever its rows say it, and the columns' names.
+_COLUMNS = {
+    "steps": "steps",
+    "nfe": "NFE",
+    "arm": "arm",
+    "fid": "FID",
+    "std_err": "standard error",
+    "n": "n",
+}
+
+
+def inherited(teacher: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What a student's metadata take from its teacher's: what the teacher is, and its terms.
+
+    Args:
+        teacher: The teacher's metadata.
+        name: What the user called the teacher, for one that says nothing of where it is from.
+    """
+    terms = {key: teacher[key] for key in _INHERITED if key in teacher}
+    return {"teacher": teacher.get("source", name), **terms}
+
+
+def model_card(name: str, denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> str:
+    """The card of one safetensors file.
+
+    Args:
+        name: The file's name.
+        denoiser: What it holds.
+        metadata: What its header says beside the architecture.
+
+    Returns:
+        Markdown.
+    """
+    return _card(name, denoiser, metadata, _fenced("sh", _sample_command(name, metadata)))
+
+
+def folder_card(
+    name: str,
+    denoiser: NetworkDenoiser,
+    metadata: Mapping[str, Any],
+    *,
+    pictures: Sequence[str] = (),
+    extra: str = "",
+) -> str:
+    """The card of a folder that holds a student with its own sampler.
+
+    Args:
+        name: The folder's name.
+        denoiser: The student.
+        metadata: What the header of its weights says; ``fid_table``, a list of rows, is shown.
+        pictures: Names of picture files in the folder.
+        extra: Markdown at the end.
+
+    Returns:
+        Markdown.
+    """
+    _, *others = (str(sampler.nfe) for sampler in samplers_from(metadata))
+    which = f"  # the others: NFE {', '.join(others)}" if others else ""
+    lines = [
+        "import bdense",
+        "",
+        f"model, metadata = bdense.load_model({json.dumps(name)})",
+        f"sampler = bdense.samplers_from(metadata)[0]{which}",
+        "images = bdense.draw_images(model, sampler, 64, seed=0)  # uint8 [64, C, H, W]",
+        'bdense.save_grid(images, "samples.png")',
+    ]
+    return _card(
+        name,
+        denoiser,
+        metadata,
+        "## How to sample",
+        _fenced("sh", _sample_command(name, metadata)),
+        _fenced("python", *lines),
+        *_pictures(pictures),
+        *_fid_section(metadata),
+        extra.strip(),
+    )
+
+
+def pipeline_card(
+    name: str, denoiser: NetworkDenoiser, metadata: Mapping[str, Any], call: Mapping[str, Any]
+) -> str:
+    """The card of a student as a folder that diffusers' ``DDIMPipeline`` loads.
+
+    Args:
+        name: The folder's name.
+        denoiser: The student.
+        metadata: What is known of it.
+        call: What the pipeline must be called with to draw as the student was distilled to.
+
+    Returns:
+        Markdown.
+    """
+    settings = ", ".join(f"{key}={value!r}" for key, value in call.items())
+    lines = [
+        "import torch",
+        "from diffusers import DDIMPipeline",
+        "",
+        f"pipeline = DDIMPipeline.from_pretrained({json.dumps(name)})",
+        "images = pipeline(",
+        f"    batch_size=64, {settings}, generator=torch.manual_seed(0)",
+        ").images",
+    ]
+    return _card(
+        name,
+        denoiser,
+        metadata,
+        "## How to sample",
+        _fenced("python", *lines),
+        f"It was distilled for `{settings}`; other settings are not what it was measured with.",
+        *_fid_section(metadata),
+        library="diffusers",
+    )
+
+
+def _card(
+    name: str,
+    denoiser: NetworkDenoiser,
+    metadata: Mapping[str, Any],
+    *sections: str,
+    library: str = "bdense",
+) -> str:
+    """What every card begins with, and its own sections; those that are empty are left out."""
+    student = metadata.get("kind") == "student"
+    licence = metadata.get("licence")
+    front = {
+        # The hub's identifiers are SPDX's in lower case.
+        "license": (licence or "unknown").lower(),
+        "library_name": library,
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": "[diffusion, distillation]" if student else "[diffusion]",
+    }
+    rows = _facts(denoiser, metadata) | (_student_facts(metadata) if student else {})
+    blocks = [
+        "\n".join(["---", *(f"{key}: {value}" for key, value in front.items()), "---"]),
+        f"# {name}",
+        _what_it_is(metadata),
+        _table(["", ""], rows.items()),
+        _terms(metadata, student=student),
+        *filter(None, sections),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    def line(cells: Iterable[str]) -> str:
+        return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)
+
+    return "\n".join([line(heads), "|" + "---|" * len(heads), *map(line, rows)])
+
+
+def _fenced(language: str, *lines: str) -> str:
+    return "\n".join([f"```{language}", *lines, "```"])
+
+
+def _pictures(names: Sequence[str]) -> list[str]:
+    return [f"![{Path(name).stem}]({name})" for name in names]
+
+
+def _fid_section(metadata: Mapping[str, Any]) -> list[str]:
+    """The table of FIDs; what all its rows say alike is said once below it."""
+    rows: Sequence[Mapping[str, Any]] = metadata.get("fid_table", ())
+    said = dict.fromkeys(key for row in rows for key in row if row[key] is not None)
+    if not said:
+        return []
+    shared = {
+        key: rows[0].get(key)
+        for key in said
+        if key not in _COLUMNS and all(row.get(key) == rows[0].get(key) for row in rows)
+    }
+    columns = [key for key in _COLUMNS if key in said]
+    columns += [key for key in said if key not in _COLUMNS and key not in shared]
+    heads = [_COLUMNS.get(key, _words(key)) for key in columns]
+    table = _table(heads, [[_cell(key, row.get(key)) for key in columns] for row in rows])
+    conditions = ", ".join(f"{_words(key)} {_cell(key, value)}" for key, value in shared.items())
+    return ["## FID", table, f"All with {conditions}." if conditions else ""]
+
+
+def _cell(key: str, value: Any) -> str:  # noqa: ANN401  of JSON
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.2g}" if key == "std_err" else f"{value:.4g}"
+    # A digest is known by its beginning; a bar would end the cell.
+    return str(value)[: 16 if key.endswith("sha256") else None].replace("|", "\\|")
+
+
+def _words(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def _what_it_is(metadata: Mapping[str, Any]) -> str:
+    if metadata.get("kind") != "student":
+        return "A diffusion model: a denoiser D(x; sigma), which can be a teacher."
+    method = metadata.get("method")
+    by = f", distilled by {_METHODS.get(method, method)}" if method else ""
+    return f"A few-step student of a diffusion model{by}."
+
+
+def write_card(path: Path, denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> Path:
+    """Write the card of the safetensors file ``path`` beside it, ending in .md; its path."""
+    card = card_path(path)
+    with atomic_write(card) as scratch:
+        scratch.write_text(model_card(Path(path).name, denoiser, metadata))
+    return card
+
+
+def card_path(path: Path) -> Path:
+    """Where the card of a file is."""
+    return Path(path).with_suffix(".md")
+
+
+def network_facts(denoiser: NetworkDenoiser) -> dict[str, str]:
+    """Network, preconditioning, size, images and classes, for people."""
+    description = denoiser.describe()
+    channels, height, width = denoiser.image_shape
+    parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+    options = ", ".join(
+        f"{key} {value}"
+        for key, value in denoiser.precond.options().items()
+        if not isinstance(value, list | None)
+    )
+    return {
+        "network": str(description["network"]),
+        "preconditioning": f"{denoiser.precond.name} ({options})",
+        "parameters": f"{parameters:,}",
+        "images": f"{channels} x {height} x {width}",
+        "classes": str(denoiser.label_dim or "none"),
+    }
+
+
+def _facts(denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> dict[str, str]:
+    facts = network_facts(denoiser)
+    for key in ("source", "url", "citation", "scheduler", "data"):
+        if key in metadata:
+            facts[key] = str(metadata[key])
+    return facts
+
+
+def _student_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
+    facts = {key: str(metadata[key]) for key in ("teacher", "method", "study") if key in metadata}
+    if "teacher_sha256" in metadata:
+        facts["teacher's sha256"] = f"`{metadata['teacher_sha256']}`"
+    if "stage" in metadata:
+        facts["stage"] = f"{metadata['stage']}: the teacher is a student itself"
+    if "seeds" in metadata:
+        seeds = metadata["seeds"].items()
+        facts["seeds"] = ", ".join(f"{name} {seed}" for name, seed in seeds)
+    if "weights" in metadata:
+        facts["branch weights"] = ", ".join(f"{weight:.4g}" for weight in metadata["weights"])
+    if "weighting" in metadata:
+        rule = dict(metadata["weighting"])
+        settings = ", ".join(f"{key} {value:g}" for key, value in rule.items() if key != "rule")
+        facts["branch weights"] += f" at the end, learned by {rule['rule']} ({settings})"
+    if "perceptual" in metadata:
+        low, high = metadata["perceptual"]["range"]
+        facts["perceptual loss"] = (
+            f"{metadata['perceptual']['name']} on the last interval, of images in [{low}, {high}]"
+        )
+    if samplers := samplers_from(metadata):
+        sampler, steps = samplers[0], [str(each.num_intervals) for each in samplers]
+        facts["network evaluations an image (NFE)"] = ", ".join(str(s.nfe) for s in samplers)
+        facts["sampler"] = (
+            f"{', '.join(steps)} {_STEPS[type(sampler.solver)]} steps"
+            f"{', the first analytical' * sampler.afs}, {sampler.schedule.text()}"
+            f"{', predictions clipped to [-1, 1]' * (sampler.solver == DDIM(clip=True))}"
+        )
+    if "fid" in metadata:
+        facts["FID"] = _fid(metadata["fid"])
+    return facts
+
+
+def _fid(fid: Mapping[str, Any]) -> str:
+    """Never the number alone."""
+    conditions = ", ".join(
+        f"{_words(key)} {str(value)[:16]}"
+        for key, value in fid.items()
+        if key not in ("value", "fid", "seeds") and value is not None
+    )
+    return f"{fid.get('fid', fid.get('value')):.4g} ({conditions})"
+
+
+def _terms(metadata: Mapping[str, Any], *, student: bool) -> str:
+    licence = metadata.get("licence")
+    if licence is None and not student and "data" in metadata:
+        return (
+            f"Licence: not known, nor is that of its training data, {metadata['data']}. Ask the "
+            "makers of the data first."
+        )
+    if licence is None:
+        whose = "the teacher's makers, or whoever trained it," if student else "its makers"
+        return f"Licence: not known; nothing that it came with names one. Ask {whose} first."
+    of_whom = ", its teacher's: a student is made of its teacher's weights" if student else ""
+    return f"Licence: {licence}{of_whom}."
+
+
+def _sample_command(name: str, metadata: Mapping[str, Any]) -> str:
+    # A student has a sampler of its own; a teacher's is the user's choice.
+    grid = "" if "sampler" in metadata else " --solver heun --nfe 36 --no-afs"
+    return f"bdense sample {name}{grid} --images 64 --out samples.png"

@@ -1,0 +1,140 @@
+"""What a distillation hands over: a folder with the student, its card and pictures.
+
+``bdense sample FOLDER`` and ``bdense.load_model(FOLDER)`` read it.
+"""
+
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.sampling import Sampler, draw_images, samplers_from, save_grid
+from bdense.errors import InputError
+from bdense.files import atomic_folder, require_new
+from bdense.models.cards import folder_card
+from bdense.models.convert import readable_json
+from bdense.models.sources import MODEL_FILE
+from bdense.models.store import denoiser_sha256, save_denoiser
+
+CONFIG, CARD, SAMPLES = "config.json", "README.md", "samples.png"
+# Drawn where no picture of samples is given: what `bdense sample FOLDER` draws unasked.
+SAMPLE_COUNT, SAMPLE_SEED = 64, 0
+_PICTURE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+
+# A file to copy, or what writes one to the path that it is called with.
+Picture = Path | Callable[[Path], object]
+
+
+def export_folder(
+    folder: Path,
+    denoiser: NetworkDenoiser,
+    metadata: Mapping[str, Any],
+    *,
+    extra_card: str = "",
+    pictures: Mapping[str, Picture] | None = None,
+    finish: Callable[[Path], object] | None = None,
+) -> tuple[Path, ...]:
+    """Write a student as a folder, which appears whole by one rename or not at all.
+
+    It holds the weights with their metadata (``model.safetensors``), the same to be read
+    (``config.json``), the model card (``README.md``), 64 images (``samples.png``) and the
+    pictures given.
+
+    Args:
+        folder: Where it will lie; its parent is made.
+        denoiser: A student of one branch.
+        metadata: JSON-able, its ``sampler`` among them.
+        extra_card: Markdown for the end of the card.
+        pictures: By the names of their files, which the card shows; ``samples.png`` among them
+            takes the place of those drawn here.
+        finish: Called with the folder before it appears, to write more into it.
+
+    Returns:
+        The files, the pictures last.
+
+    Raises:
+        InputError: The folder exists, or a student of several branches, metadata without a
+            sampler or a picture that cannot be taken is given: all before any work.
+    """
+    folder = Path(folder)
+    given = dict(pictures or {})
+    require_new(folder)
+    _require_pictures(given)
+    sampler = own_sampler(metadata)
+    require_one_branch(denoiser)
+    shown = [SAMPLES, *(name for name in given if name != SAMPLES)]
+    with atomic_folder(folder) as scratch:
+        save_denoiser(scratch / MODEL_FILE, denoiser, metadata)
+        weights = denoiser_sha256(denoiser)
+        (scratch / CONFIG).write_text(readable_json(MODEL_FILE, denoiser, metadata, weights))
+        card = folder_card(folder.name, denoiser, metadata, pictures=shown, extra=extra_card)
+        (scratch / CARD).write_text(card)
+        for name, picture in given.items():
+            _put(picture, scratch / name)
+        if SAMPLES not in given:
+            _draw_samples(denoiser, sampler, scratch / SAMPLES)
+        if finish is not None:
+            finish(scratch)
+    return tuple(folder / name for name in (MODEL_FILE, CONFIG, CARD, *shown))
+
+
+def own_sampler(metadata: Mapping[str, Any]) -> Sampler:
+    """The sampler that a student was distilled for, that of the lowest NFE among several.
+
+    Raises:
+        InputError: The metadata name none.
+    """
+    if not (samplers := samplers_from(metadata)):
+        raise InputError(
+            "the metadata of an exported student must have its sampler, which its card names; "
+            "give 'sampler': Sampler(...).describe()"
+        )
+    return samplers[0]
+
+
+def require_one_branch(denoiser: NetworkDenoiser) -> None:
+    """Refuse a student that still has the branches of its training.
+
+    Raises:
+        InputError: It has.
+    """
+    if denoiser.num_branches != 1:
+        raise InputError(
+            f"the student has {denoiser.num_branches} branches, and inference keeps one; take it "
+            "out first with export_branch"
+        )
+
+
+def _require_pictures(pictures: Mapping[str, Picture]) -> None:
+    for name, picture in pictures.items():
+        if not _PICTURE_NAME.fullmatch(name) or name in (MODEL_FILE, CONFIG, CARD):
+            raise InputError(
+                f"a picture cannot be called {name!r} in the folder; take a plain file name such "
+                "as 'fid.png'"
+            )
+        if isinstance(picture, Path) and not picture.is_file():
+            raise InputError(f"there is no picture at {picture} to be {name}; make it first")
+
+
+def _put(picture: Picture, path: Path) -> None:
+    if isinstance(picture, Path):
+        shutil.copyfile(picture, path)
+    else:
+        picture(path)
+        if not path.is_file():
+            raise InputError(
+                f"what was given for {path.name} wrote no file; it must write to the path that "
+                "it is called with"
+            )
+
+
+def _draw_samples(denoiser: NetworkDenoiser, sampler: Sampler, path: Path) -> None:
+    training = denoiser.training
+    denoiser.eval()
+    try:
+        images = draw_images(denoiser, sampler, SAMPLE_COUNT, seed=SAMPLE_SEED)
+    finally:
+        denoiser.train(training)
+    save_grid(images, path)

@@ -1,0 +1,226 @@
+"""Checkpoints and exports: safetensors, their metadata in the header, appearing by one rename."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser, fill
+from bdense.diffusion.sampling import samplers_from
+from bdense.errors import CheckpointError, InputError
+from bdense.files import atomic_write
+from bdense.models.foreign import load_foreign
+
+HEADER_KEY = "bdense"
+FORMAT = 1
+ADAM_TENSORS = ("step", "exp_avg", "exp_avg_sq")
+# What a disk or its server fails at now and not the next time; it says nothing of the file.
+_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENOMEM, errno.EAGAIN)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write tensors and JSON-able metadata as one safetensors file."""
+    header = {HEADER_KEY: json.dumps({"format": FORMAT, **metadata})}
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomic_write(path) as scratch:
+        try:
+            save_file(on_cpu, scratch, metadata=header)
+        except SafetensorError as error:
+            raise _system_error(error, path) from error
+
+
+def _system_error(error: Exception, path: Path) -> Exception:
+    """What the system said, such as that the disk is full, which the library only quotes."""
+    if (found := re.search(r"os error (\d+)", str(error))) is None:
+        return error
+    number = int(found[1])
+    return OSError(number, os.strerror(number), str(path))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of a file that ``save_tensors`` wrote.
+
+    Raises:
+        CheckpointError: The file is missing, cut short, or not one of ours.
+        OSError: The disk, or the server it is on, does not answer now.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        fault = _system_error(error, path)
+        if isinstance(fault, OSError) and fault.errno in _PASSING:
+            raise fault from error
+        raise CheckpointError(
+            f"{path} cannot be read as safetensors ({error}); it may be cut short: fetch or make "
+            "it again"
+        ) from error
+    if HEADER_KEY not in header:
+        raise CheckpointError(
+            f"{path} is a safetensors file without a {HEADER_KEY!r} header; this project did not "
+            f"write it (header keys: {sorted(header)})"
+        )
+    try:
+        metadata = json.loads(header[HEADER_KEY])
+    except json.JSONDecodeError:
+        metadata = None
+    if not isinstance(metadata, dict) or metadata.pop("format", None) != FORMAT:
+        raise CheckpointError(f"{path} has a format this version does not read; upgrade bdense")
+    return tensors, metadata
+
+
+def save_denoiser(path: Path, denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> None:
+    """Write a denoiser with what is needed to build it again, and ``metadata`` beside that."""
+    save_tensors(path, denoiser.state_dict(), {**metadata, "architecture": denoiser.describe()})
+
+
+def load_denoiser(path: Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
+    """A denoiser in eval mode and its metadata, from our safetensors or a pickle of EDM or SFD.
+
+    The metadata of an SFD student has its ``sampler``, as ``bdense distill`` writes it, and its
+    ``nfe`` where it serves several.
+
+    Raises:
+        CheckpointError: The file is no such checkpoint, or its weights do not fit.
+    """
+    path = Path(path)
+    if path.suffix == ".pkl":
+        return load_foreign(path)
+    tensors, metadata = load_tensors(path)
+    if "architecture" not in metadata:
+        raise CheckpointError(f"{path} holds {metadata.get('kind', 'tensors')}, not a denoiser")
+    with _header_of(path):
+        denoiser = build_denoiser(metadata.pop("architecture"))
+        samplers_from(metadata)
+    return fill(denoiser, tensors, str(path)), metadata
+
+
+@contextlib.contextmanager
+def _header_of(path: Path) -> Iterator[None]:
+    """What a header makes no sense of, said with the file's name."""
+    try:
+        yield
+    except InputError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    # All that numbers and texts in each other's place can lead to.
+    except (
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
+        raise CheckpointError(
+            f"{path} has a damaged header ({error!r}); fetch or make it again"
+        ) from error
+
+
+def denoiser_sha256(denoiser: NetworkDenoiser) -> str:
+    """Hex digest of a denoiser's architecture and weights."""
+    digest = hashlib.sha256(json.dumps(denoiser.describe(), sort_keys=True).encode())
+    for name, value in sorted(denoiser.state_dict().items()):
+        digest.update(name.encode())
+        # Flat: a 1 x 1 kernel in NHWC memory counts as contiguous with strides no view accepts.
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def adam_tensors(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Adam's moments and step counts by parameter name, for exact resumption."""
+    return {
+        f"adam.{kind}.{name}": optimizer.state[parameter][kind]
+        for name, parameter in module.named_parameters()
+        if parameter in optimizer.state
+        for kind in ADAM_TENSORS
+    }
+
+
+def restore_adam(
+    module: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what ``adam_tensors`` gave."""
+    for name, parameter in module.named_parameters():
+        if f"adam.step.{name}" in tensors:
+            saved = {kind: tensors[f"adam.{kind}.{name}"] for kind in ADAM_TENSORS}
+            step = saved.pop("step").to(device=parameter.device, dtype=torch.float32)
+            # The moments in the parameter's own memory layout, which a file does not keep: fused
+            # Adam pairs them up by their place in memory.
+            moments = {kind: _like(value, parameter) for kind, value in saved.items()}
+            optimizer.state[parameter] = {"step": step, **moments}
+
+
+def save_training(
+    path: Path,
+    kind: str,
+    module: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    iteration: int,
+    identity: Mapping[str, Any],
+    extra: Mapping[str, Tensor] = MappingProxyType({}),
+) -> None:
+    """Keep a training as it is before ``iteration``.
+
+    Args:
+        path: File to write.
+        kind: Which training it is.
+        module, optimizer: Weights, and Adam's state where there is any.
+        iteration: The next one, counted from 0.
+        identity: What must agree for it to be the same run, JSON-able and flat.
+        extra: Further state by name, such as learned weights.
+    """
+    tensors = {**module.state_dict(), **adam_tensors(module, optimizer), **extra}
+    save_tensors(path, tensors, {"kind": kind, "iteration": iteration, "identity": dict(identity)})
+
+
+def resume_training(
+    path: Path,
+    kind: str,
+    module: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    identity: Mapping[str, Any],
+) -> tuple[int, dict[str, Tensor]]:
+    """Put back what ``save_training`` kept, if there is such a file.
+
+    Returns:
+        The next iteration, 0 where there is no file, and all tensors of the file.
+
+    Raises:
+        CheckpointError: The file is of another run; says in what it differs.
+    """
+    if not Path(path).exists():
+        return 0, {}
+    tensors, metadata = load_tensors(path)
+    stored = metadata.get("identity", {})
+    differing = sorted(
+        key for key in stored.keys() | identity.keys() if stored.get(key) != identity.get(key)
+    )
+    if metadata.get("kind") != kind or differing:
+        raise CheckpointError(
+            f"{path} belongs to another run (differs in: {', '.join(differing) or 'kind'}); "
+            "give this run a folder of its own or delete the file"
+        )
+    module.load_state_dict({name: tensors[name] for name in module.state_dict()})
+    restore_adam(module, optimizer, tensors)
+    return int(metadata["iteration"]), tensors
+
+
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    """float32, on the parameter's device and in its memory layout."""
+    return torch.empty_like(parameter, dtype=torch.float32, requires_grad=False).copy_(value)

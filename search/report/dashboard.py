@@ -1,0 +1,175 @@
+"""optuna-dashboard over the studies of a storage, read-only unless asked.
+
+For one person's browser on this machine (``serve``), or behind a proxy that knows who is asking
+(``application``, for gunicorn).
+"""
+
+import json
+import re
+import signal
+import socketserver
+import sys
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from optuna.storages import RDBStorage
+from optuna_dashboard import wsgi
+
+from bdense.errors import InputError
+from search.report.prometheus import Application, mount
+from search.storage.engine import open_reading, open_storage, resolve_storage_url
+from search.study.artifacts import Store, artifact_store
+
+HOST = "127.0.0.1"
+READING = ("GET", "HEAD", "OPTIONS")
+# All that a browser has to read; none of it changes anything in the dashboard that is pinned. What
+# another version may add is refused until somebody has looked at it.
+READ = re.compile(
+    r"/?|/dashboard(/.*)?|/incompatible-rdb-schema|/favicon\.ico|/static/.+|/csv/\d+"
+    r"|/api/(meta|studies|studies/\d+|studies/\d+/param_importances|studies/\d+/plot/\w+)"
+    r"|/artifacts/\d+/(\d+/)?[0-9a-fA-F-]+"
+)
+# What a browser may draw; an artifact of any other type (HTML, SVG) is offered as a file.
+DRAWN = ("image/png", "image/jpeg", "image/gif", "image/webp")
+_ARTIFACT = "/artifacts/"
+_POLICY = "Content-Security-Policy"
+_NOTHING_RUNS = "default-src 'none'; sandbox; frame-ancestors 'none'"
+_NO_FRAMES = "; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
+
+Headers: TypeAlias = list[tuple[str, str]]
+
+
+def read_only(application: Application) -> Application:
+    """Answer 403 to every request that could change a study, and to what nobody knows.
+
+    The stock dashboard lets anybody rename a study, which copies its trials to new rows and
+    orphans the running ones.
+    """
+
+    def guarded(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        path = environ.get("PATH_INFO", "").rstrip("/")
+        if environ.get("REQUEST_METHOD") in READING and READ.fullmatch(path):
+            return application(environ, start_response)
+        start_response("403 Forbidden", [("Content-Type", "application/json")])
+        return [b'{"reason": "this dashboard is read-only; start it with --writable to change"}']
+
+    return guarded
+
+
+def hardened(application: Application) -> Application:
+    """Say in every answer that nothing in it runs but the dashboard's own page."""
+
+    def guarded(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        path = environ.get("PATH_INFO", "")
+
+        def start(status: str, headers: Headers, *error: Any) -> Any:  # noqa: ANN401  WSGI's own
+            return start_response(status, safe_headers(path, headers), *error)
+
+        return application(environ, start)
+
+    return guarded
+
+
+def addressed_here(application: Application, port: int) -> Application:
+    """Answer 403 to a request for any host but this machine's own.
+
+    A page elsewhere whose name is made to resolve to 127.0.0.1 could read all studies else.
+    """
+    names = (HOST, "localhost", "[::1]")
+    hosts = {f"{name}:{port}" for name in names} | ({*names} if port == 80 else set())
+
+    def guarded(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        if environ.get("HTTP_HOST", "").lower() in hosts:
+            return application(environ, start_response)
+        headers = safe_headers("", [("Content-Type", "application/json")])
+        start_response("403 Forbidden", headers)
+        reason = f"this dashboard is for this machine alone; open http://{HOST}:{port}"
+        return [json.dumps({"reason": reason}).encode()]
+
+    return guarded
+
+
+def safe_headers(path: str, headers: Headers) -> Headers:
+    """An answer's headers with those that keep a browser from running what is in it."""
+    given = {name.lower(): value for name, value in headers}
+    own = given.get(_POLICY.lower())
+    kept = [
+        (name, value)
+        for name, value in headers
+        if name.lower() not in (_POLICY.lower(), "access-control-allow-origin")
+    ]
+    kept += [
+        (_POLICY, own + _NO_FRAMES if own else _NOTHING_RUNS),
+        ("X-Content-Type-Options", "nosniff"),
+        ("X-Frame-Options", "DENY"),
+        ("Referrer-Policy", "no-referrer"),
+        ("Cross-Origin-Resource-Policy", "same-origin"),
+    ]
+    kind = given.get("content-type", "").partition(";")[0].strip().lower()
+    if path.startswith(_ARTIFACT) and kind not in DRAWN:
+        kept.append(("Content-Disposition", "attachment"))
+    return kept
+
+
+def dashboard_application(
+    storage: RDBStorage, *, writable: bool, artifacts: Store | None = None
+) -> Application:
+    """The dashboard as a WSGI application.
+
+    Args:
+        storage: The studies.
+        writable: Whether requests may change them.
+        artifacts: Where trials' pictures are.
+    """
+    application: Application = wsgi(storage, artifact_store=artifacts)
+    return hardened(mount(application if writable else read_only(application), storage))
+
+
+def application() -> Application:
+    """For a WSGI server, read-only, from BDENSE_STORAGE and BDENSE_ARTIFACTS or BDENSE_RUNS.
+
+    gunicorn --workers 1 --threads 8 'search.report.dashboard:application()'
+
+    Raises:
+        InputError: The database cannot be opened, or the artifacts' place is of no known form.
+    """
+    storage = open_reading(resolve_storage_url(None))
+    return dashboard_application(storage, writable=False, artifacts=artifact_store())
+
+
+def serve(url: str, *, port: int, writable: bool) -> None:
+    """Serve the dashboard on 127.0.0.1 until interrupted.
+
+    Raises:
+        StorageError: The database cannot be opened.
+        InputError: The port cannot be had, or the artifacts' place is of no known form.
+    """
+    storage = open_storage(url) if writable else open_reading(url)
+    application = dashboard_application(storage, writable=writable, artifacts=artifact_store())
+    try:
+        server = make_server(HOST, port, application, _Server, _QuietHandler)
+    except OSError as error:
+        raise InputError(
+            f"port {port} on {HOST} cannot be used ({error.strerror}); choose another --port"
+        ) from error
+    server.set_app(addressed_here(application, server.server_port))
+    if threading.current_thread() is threading.main_thread():
+        # A shell that starts it in the background has it ignore Ctrl-C's signal.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    with server:
+        mode = "changes are allowed" if writable else "read-only"
+        sys.stderr.write(
+            f"dashboard on http://{HOST}:{server.server_port} ({mode}); Ctrl-C ends\n"
+        )
+        server.serve_forever()
+
+
+class _Server(socketserver.ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _QuietHandler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: ANN401
+        """One line a request would bury everything else."""

@@ -1,0 +1,52 @@
+"""Markdown and HTML whose texts are texts, whoever wrote them into the database."""
+
+import html
+import re
+from collections.abc import Sequence
+
+from search.report.render import printable
+
+# What would make a link, a picture, a tag, a table's cell, code or a formula of plain words.
+_SPECIAL = re.compile(r"([\\`*_\[\]<>|&!#~$])")
+# What GFM makes links of without any mark, in some readers after marks were taken away: https://
+# and the like, www., mail addresses. A word joiner, which shows as nothing, keeps it from that.
+_BARE_LINK = re.compile(r"(?<=:)(?=//)|(?<=www)(?=\.)|(?=@)", re.IGNORECASE)
+_JOINER = "\u2060"
+
+
+def escaped(text: str) -> str:
+    """One line of Markdown that shows as these very words."""
+    return _SPECIAL.sub(r"\\\1", _BARE_LINK.sub(_JOINER, printable(text)))
+
+
+def fenced(text: str, language: str = "") -> str:
+    """Lines as they are, in a block that they cannot leave."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    lines = "\n".join(printable(line) for line in text.splitlines())
+    return f"{fence}{language}\n{lines}\n{fence}"
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """A header and rows of cells, all escaped."""
+    header, *rest = [[escaped(cell) for cell in row] for row in rows]
+    lines = [header, ["---"] * len(header), *rest]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def tagless(text: str) -> str:
+    """One line of HTML that shows as these very words, also within an attribute's quotes."""
+    return html.escape(printable(text), quote=True)
+
+
+def html_table(rows: Sequence[Sequence[str]], *, kind: str = "") -> str:
+    """A header and rows of cells, all escaped; the first row's cells are headings."""
+    header, *rest = rows
+    head = "".join(f'<th scope="col">{tagless(cell)}</th>' for cell in header)
+    body = "\n".join(
+        "<tr>" + "".join(f"<td>{tagless(cell)}</td>" for cell in row) + "</tr>" for row in rest
+    )
+    return (
+        f'<div class="wide"><table class="{tagless(kind)}"><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>\n{body}\n</tbody></table></div>"
+    )

@@ -1,0 +1,107 @@
+"""How a launch ends before its rows do: signals, and a study that is asked to stop."""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, Self
+
+from search.log import say
+from search.storage.engine import one_line
+from search.storage.ledger import Ledger
+from search.storage.stop_flags import Launch, ask_workers, is_asked
+
+_log = logging.getLogger(__name__)
+
+POLL_SECONDS = 1.0
+# Workers have this long after Ctrl-C or SIGTERM: half of what `docker compose stop` is told here.
+GRACE_SECONDS = 60.0
+
+
+class Ending:
+    """Lets a launch end as it should: its workers save and give back what they work on.
+
+    Before rows run there is nothing to wait for: Ctrl-C, SIGTERM or a study that is asked to stop
+    end the block at once, as a ``KeyboardInterrupt``. Then the first signal asks this launch's
+    workers to stop, and a second one, or ``grace`` seconds, ends the block.
+
+    Args:
+        ledgers: Of the rows.
+        launch: This one.
+        at_once: Whether there is nobody left to wait for.
+        grace: Seconds that workers have to save and to end.
+    """
+
+    def __init__(
+        self,
+        ledgers: Sequence[Ledger],
+        launch: Launch,
+        *,
+        at_once: Callable[[], bool] = lambda: False,
+        grace: float = GRACE_SECONDS,
+    ) -> None:
+        self._ledgers = ledgers
+        self._launch = launch
+        self._at_once = at_once
+        self._rows_run = False
+        self._over = threading.Event()
+        self._interrupted = threading.Event()
+        self._before: dict[int, Any] = {}
+        self._thread = threading.Thread(target=self._watch, name="end of the launch", daemon=True)
+        self._timer = threading.Timer(grace, self._end_now)
+        self._timer.daemon = True
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether there was a signal."""
+        return self._interrupted.is_set()
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._on_signal)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._timer.cancel()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def rows_run(self) -> None:
+        """From now on workers have something to save."""
+        self._rows_run = True
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        if self.interrupted or self._at_once() or not self._rows_run or self._timer.is_alive():
+            raise KeyboardInterrupt
+        self._interrupted.set()
+        self._timer.start()
+        say("\nending: workers save what they have; Ctrl-C again ends at once")
+
+    def _watch(self) -> None:
+        while not self._over.wait(POLL_SECONDS):
+            try:
+                if self.interrupted:
+                    ask_workers(self._ledgers, self._launch)
+                    return
+                if is_asked(self._ledgers, self._launch):
+                    self._wind_up()
+                    return
+            except Exception as error:  # noqa: BLE001  the database may come back
+                _log.warning("whether to stop cannot be seen: %s", one_line(error))
+
+    def _wind_up(self) -> None:
+        """The study was asked to stop: its workers see to that themselves."""
+        if self._rows_run:
+            self._timer.start()
+        else:
+            self._end_now()
+
+    def _end_now(self) -> None:
+        if not self._over.is_set():
+            self._interrupted.set()
+            os.kill(os.getpid(), signal.SIGINT)

@@ -1,0 +1,37 @@
+"""Everything that a study file needs from elsewhere, so that its workers need no way out."""
+
+from collections.abc import Iterator
+
+import torch
+
+from bdense.data.datasets import load_dataset
+from bdense.metrics.extractors import load_extractor, missing_weights
+from bdense.models.public import published_checkpoint, resolve_reference
+from bdense.models.sources import load_model
+from search.spec.model_spec import ModelSpec
+from search.storage.engine import cache_folder
+
+
+def fetch_all(spec: ModelSpec) -> Iterator[str]:
+    """Have data, teacher, reference and the extractor's weights on this machine.
+
+    Yields:
+        What is there now and where, a line each.
+
+    Raises:
+        InputError: Something cannot be had; says where to put it by hand.
+    """
+    if spec.uses_data:
+        assert spec.data is not None  # a spec that uses data names it
+        dataset = load_dataset(spec.data)
+        yield f"data {spec.data}: {len(dataset.images)} images"
+    if (teacher := spec.teacher.checkpoint) is not None:
+        load_model(teacher)
+        published = published_checkpoint(teacher)
+        yield f"teacher {teacher}" + (f": {published.path}" if published is not None else "")
+    if (reference := spec.evaluation.reference) is not None:
+        yield f"reference {reference}: {resolve_reference(reference)}"
+    extractor = spec.evaluation.extractor
+    if (missing := missing_weights(extractor)) is not None:
+        load_extractor(extractor, cache=cache_folder(), device=torch.device("cpu"))
+        yield f"extractor {extractor}: {missing[1]}"

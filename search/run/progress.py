@@ -1,0 +1,151 @@
+"""A launch as it goes, on stderr: a changing line on a terminal, else a line now and then."""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TextIO
+
+from search.log import say
+from search.storage.reader import Running
+from search.study.arms import Planned
+from search.study.progress_text import share_done
+from search.study.study import Study
+from search.study.summary import in_short, standing
+from search.study.wording import duration
+from search.worker.ray_tasks import Progress
+
+LINE_SECONDS = 10.0
+STEPS = {
+    "waiting": "waiting for a free worker",
+    "features": "feature extractor",
+    "teacher": "training the teacher",
+    "teacher FID": "measuring the teacher",
+    "trajectories": "recording trajectories",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """How far rows are that are being run, at one moment.
+
+    Attributes:
+        text: How far they are, and what is best so far.
+        ended, total: Rows.
+        running: Those at work.
+    """
+
+    text: str
+    ended: int
+    total: int
+    running: Sequence[Running]
+
+
+def study_snapshot(study: Study) -> Snapshot:
+    """A search and its baselines."""
+    now = standing(study)
+    assert study.baselines is not None  # a launch plans them
+    base = study.baselines.counts()
+    text = f"trials {now.counts.ended}/{now.counts.planned}"
+    if base.complete + base.failed < base.planned:
+        text += f", baselines {base.complete}/{base.planned}"
+    if now.counts.failed:
+        text += f", {now.counts.failed} failed"
+    if now.best is not None:
+        text += f", best FID {now.best['fid']:.3f} ({in_short(now.best)})"
+    elif now.baselines:
+        text += f", plain SFD {next(iter(now.baselines.values()))['fid']:.3f}"
+    return Snapshot(
+        text=text,
+        ended=now.counts.ended + base.ended,
+        total=now.counts.planned + base.planned,
+        running=[*study.baselines.running(), *study.trials.running()],
+    )
+
+
+def planned_snapshot(planned: Planned) -> Snapshot:
+    """Planned rows."""
+    counts = planned.ledger.counts()
+    text = f"rows {counts.ended}/{counts.planned}"
+    if counts.failed:
+        text += f", {counts.failed} failed"
+    return Snapshot(
+        text=text,
+        ended=counts.ended,
+        total=counts.planned,
+        running=planned.ledger.running(),
+    )
+
+
+class Display:
+    """What a command that runs rows does now: rows done, best so far, time left.
+
+    Args:
+        snapshot: Reads how far the rows are.
+        stream: Where lines go.
+    """
+
+    def __init__(self, snapshot: Callable[[], Snapshot], stream: TextIO | None = None) -> None:
+        self._snapshot = snapshot
+        self._stream = stream or sys.stderr
+        self._started = time.monotonic()
+        self._step_started: dict[str, tuple[float, int]] = {}
+        self._done_at_start: int | None = None
+        self._rows_started = 0.0
+        self._last_line = ""
+        self._last_time = -LINE_SECONDS
+        self._last_step = ""
+
+    def preparing(self, message: Progress) -> None:
+        """A message from a preparing task."""
+        now = time.monotonic()
+        begun, first = self._step_started.setdefault(message.what, (now, message.done))
+        text = STEPS[message.what]
+        if message.total > 1:
+            text += f" {message.done}/{message.total}"
+        if message.remark:
+            text += f", {message.remark}"
+        if message.done > first:
+            left = (now - begun) / (message.done - first) * (message.total - message.done)
+            text += f", about {duration(left)} left for this step"
+        is_last = message.done == message.total
+        if is_last:
+            # It may come again, for another seed.
+            del self._step_started[message.what]
+        self._show(text, message.what, is_last=is_last)
+
+    def running(self) -> None:
+        """How far the rows are by now."""
+        snapshot = self._snapshot()
+        if self._done_at_start is None:
+            self._done_at_start, self._rows_started = snapshot.ended, time.monotonic()
+        text, partly = snapshot.text, sum(share_done(row.progress) for row in snapshot.running)
+        if (progress := snapshot.ended - self._done_at_start + partly) > 0:
+            spent = time.monotonic() - self._rows_started
+            left = spent / progress * (snapshot.total - snapshot.ended - partly)
+            text += f", about {duration(left)} left"
+        if snapshot.running:
+            text += (
+                f"; {len(snapshot.running)} running: {snapshot.running[0].progress or 'starting'}"
+            )
+        self._show(text, f"rows {snapshot.ended}", is_last=False)
+
+    def close(self) -> None:
+        """End a line that changes."""
+        if self._stream.isatty() and self._last_line:
+            self._stream.write("\n")
+            self._stream.flush()
+        self._last_line = ""
+
+    def _show(self, text: str, step: str, *, is_last: bool) -> None:
+        line = f"[{duration(time.monotonic() - self._started):>12}] {text}"
+        if self._stream.isatty():
+            padding = " " * max(0, len(self._last_line) - len(line))
+            self._stream.write(f"\r{line}{padding}" + ("\n" if is_last else ""))
+            self._stream.flush()
+            self._last_line = "" if is_last else line
+            return
+        is_due = time.monotonic() - self._last_time >= LINE_SECONDS
+        if is_due or is_last or step != self._last_step:
+            say(line, self._stream)
+            self._last_time, self._last_step = time.monotonic(), step

@@ -1,0 +1,419 @@
+"""The launcher: Ray as executor of a study that lives in the database.
+
+Nothing here is needed to find out where a study stands; killed at any point, the same command
+carries on.
+"""
+
+import contextlib
+import contextvars
+import functools
+import logging
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+from ray import tune
+
+from bdense.errors import InputError
+from search.errors import ClusterLostError, WorkersFailedError
+from search.log import LOG, say
+from search.run.ending import Ending
+from search.run.head import Head, leave_ray
+from search.run.ray_errors import cannot_use
+from search.spec.model_spec import ModelSpec, ResourcesSpec
+from search.spec.study_spec import StudySpec
+from search.storage.engine import cache_folder, one_line, runs_folder, without_password
+from search.storage.ledger import Ledger
+from search.storage.stop_flags import Launch, is_asked, stopped_error
+from search.study.artifacts import artifacts_place
+from search.worker.ray_tasks import (
+    Kind,
+    Orders,
+    Progress,
+    Refusal,
+    prepare_task,
+    record_task,
+    slot,
+)
+
+OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least; nothing large goes through it
+POLL_SECONDS = 1.0
+JOIN_SECONDS = 60.0  # that a cluster's first worker has
+
+_log = logging.getLogger(__name__)
+
+
+class Record(Protocol):
+    """What a launch needs of the record of its rows: a ``Study``, or a ``Planned``."""
+
+    @property
+    def url(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def ledgers(self) -> Sequence[Ledger]: ...
+    def left(self) -> int:
+        """Rows that have not ended."""
+        ...
+
+    def forgive_running(self) -> None:
+        """An interruption counts against no row."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Rows to bring to their end.
+
+    Attributes:
+        kind: What they are.
+        record: Where they are.
+        specs: What is made for them: the study, or each variant of it that rows train in.
+    """
+
+    kind: Kind
+    record: Record
+    specs: Sequence[ModelSpec]
+
+    @property
+    def resources(self) -> ResourcesSpec:
+        """Of each row."""
+        return self.specs[0].resources
+
+    def orders(self, launch: Launch) -> Orders:
+        """For the workers."""
+        return Orders(
+            launch=launch,
+            log=os.environ.get(LOG, ""),
+            kind=self.kind,
+            study=self.record.name,
+            storage=without_password(self.record.url),
+            runs=str(runs_folder().resolve()),
+            cache=str(cache_folder().resolve()),
+            artifacts=artifacts_place(),
+        )
+
+
+def run(
+    job: Job,
+    *,
+    workers: int | None,
+    on_preparing: Callable[[Progress], None],
+    on_running: Callable[[], None],
+) -> None:
+    """Bring the rows to their end on Ray's workers.
+
+    Args:
+        job: The rows.
+        workers: Rows at once; None is one for each GPU, or for each ``resources.cpus``.
+        on_preparing: Called with the progress of the preparations.
+        on_running: Called every second while rows run, from another thread.
+
+    Raises:
+        InputError: Something the user gave cannot be used on the workers.
+        WorkersFailedError: Workers die before they reach a row.
+        ClusterLostError: Ray's head is gone.
+        StoppedError: Somebody asked the study to stop.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the workers have saved what they had.
+    """
+    record = job.record
+    launch = Launch.begin(record.ledgers)
+    orders = job.orders(launch)
+    head: Head | None = None
+    all_ended = False
+    try:
+        with (
+            quiet(),
+            ray_session(record.url) as head,
+            Ending(record.ledgers, launch, at_once=lambda: _is_lost(head)) as ending,
+        ):
+            if head is not None:
+                head.last_words = functools.partial(_last_words, record, head)
+            _await_machines()
+            slots = _slots(job.resources, workers)
+            for spec in job.specs:
+                _prepare(spec, orders, slots, on_preparing)
+            ending.rows_run()
+            with _every_second(on_running):
+                # Slots find nothing to do once all is claimed: no more of them than rows left.
+                needed = min(slots, max(record.left(), 1))
+                refusals = _run_slots(job.resources, orders, needed)
+                all_ended = True
+        if ending.interrupted:
+            raise KeyboardInterrupt  # as it would have without workers to wait for
+    except KeyboardInterrupt:
+        if not all_ended:  # else they gave back what they had; what still runs is another launch's
+            record.forgive_running()
+        if is_asked(record.ledgers, launch):
+            raise stopped_error(record.name) from None
+        if head is not None and head.lost:
+            raise _head_lost(head) from None
+        raise
+    except ray.exceptions.RayError as error:
+        if head is not None and head.lost:
+            raise _head_lost(head) from error
+        raise WorkersFailedError(f"a worker of Ray failed: {error}") from error
+    if record.left():
+        _raise_first(refusals)
+        if is_asked(record.ledgers, launch):
+            raise stopped_error(record.name)
+    for message in dict.fromkeys(refusal.message for refusal in refusals):
+        say(f"all rows have ended, but a worker took no part in it: {message}")
+
+
+def _is_lost(head: Head | None) -> bool:
+    return head is not None and head.lost
+
+
+def _last_words(record: Record, head: Head) -> None:
+    """What an error would have said, where Ray lets none through."""
+    sys.stderr.write(f"bdense-search: {_head_lost(head)}\n")
+    sys.stderr.flush()
+    record.forgive_running()
+
+
+def _head_lost(head: Head) -> ClusterLostError:
+    return ClusterLostError(
+        f"the head of Ray at {head.address} is gone, or this machine's part of it; nothing is "
+        "lost: when it is back, run the same command again to continue"
+    )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Standard output holds the command's result alone; the remarks of Ray and Tune are none."""
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
+
+
+@contextlib.contextmanager
+def ray_session(url: str) -> Iterator[Head]:
+    """A Ray cluster: the one of ``RAY_ADDRESS``, else one of this machine's own for the launch.
+
+    Once its head is gone, the block is left as by Ctrl-C.
+    """
+    # Local workers inherit the environment: the password is in no pickle and no argument.
+    os.environ["BDENSE_STORAGE"] = url
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    # Each worker that dies is a traceback to Tune, and a trial taken over to us.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    local: dict[str, Any] = {}
+    if address := os.environ.get("RAY_ADDRESS"):
+        _require_listener(address)
+    else:
+        # Named, or Ray would join whatever cluster it finds running on this machine.
+        local = {
+            "address": "local",
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+        }
+    try:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, **local)
+    except Exception as error:  # Ray raises a bare one where a node of its own does not start
+        raise cannot_use(error) from error
+    head = Head(client=os.environ.get("RAY_ADDRESS", "").startswith("ray://"))
+    try:
+        with head:
+            yield head
+    finally:
+        leave_ray(head)
+
+
+def _require_listener(address: str) -> None:
+    """Ray would try for minutes to reach a cluster that is not there."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return  # "auto" or "local"
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        raise InputError(
+            f"no Ray cluster answers at RAY_ADDRESS={address} ({error}); start it, correct the "
+            "address, or unset RAY_ADDRESS to use this machine alone"
+        ) from error
+
+
+def _slots(resources: ResourcesSpec, workers: int | None) -> int:
+    gpus, fit = gpus_per_trial(resources), sum(_fit_by_machine(resources))
+    if fit < 1:
+        machines = " or ".join(f"{cpus:g} CPUs and {own:g} GPUs" for cpus, own in _machines())
+        raise InputError(
+            f"a trial asks for resources.cpus={resources.cpus:g} and gpus={gpus:g} of one "
+            f"machine, and the cluster's have {machines}; lower them"
+        )
+    if workers is not None and workers > fit:
+        own = sum(have for _, have in _machines())
+        if gpus and fit == sum(_fit_on_gpus(have, gpus) for _, have in _machines()):
+            less = "set resources.gpus below 1" if gpus >= 1 else "resources.gpus"
+            raise InputError(
+                f"--workers {workers} are more workers than GPUs: a trial holds {gpus:g}, and "
+                f"{own:g} are there, which is room for {fit} trials; lower --workers, or {less} "
+                "so that trials share a GPU"
+            )
+        raise InputError(
+            f"--workers {workers} do not fit: the cluster has room for {fit} trials of "
+            f"{resources.cpus:g} CPUs and {gpus:g} GPUs; lower --workers or resources"
+        )
+    return workers or fit
+
+
+def _await_machines() -> None:
+    """A cluster's head may be there before any worker is: one without CPUs has room for nothing.
+
+    Raises:
+        InputError: No worker joined in time.
+    """
+    deadline = time.monotonic() + JOIN_SECONDS
+    while not any(cpus for cpus, _ in _machines()):
+        if time.monotonic() > deadline:
+            raise InputError(
+                f"no worker joined the Ray cluster within {JOIN_SECONDS:g} seconds, and its head "
+                "has no CPUs; start one: ray start --address=HEAD:PORT, with the head's token"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def _machines() -> list[tuple[float, float]]:
+    """CPUs and GPUs of each machine of the cluster."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [(each.get("CPU", 0.0), each.get("GPU", 0.0)) for each in alive]
+
+
+def _fit_by_machine(resources: ResourcesSpec) -> list[int]:
+    """Trials at once on each machine: a trial's CPUs and GPUs are of one."""
+    cpus, gpus = resources.cpus, gpus_per_trial(resources)
+    return [
+        min(int(own_cpus / cpus), _fit_on_gpus(own_gpus, gpus) if gpus else int(own_cpus / cpus))
+        for own_cpus, own_gpus in _machines()
+    ]
+
+
+def _fit_on_gpus(own: float, each: float) -> int:
+    """Trials at once on a machine's GPUs; a share is of one of them."""
+    if each >= 1:
+        return int(own / each)
+    return int(own) * int(1 / each + 1e-9)  # 1 / (1 / 49) is less than 49
+
+
+def gpus_per_trial(resources: ResourcesSpec) -> float:
+    """GPUs a trial holds: the spec's number, or for ``auto`` one where the cluster has any."""
+    if resources.gpus == "auto":
+        return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+    return float(resources.gpus)
+
+
+def _prepare(
+    spec: ModelSpec, orders: Orders, slots: int, tell: Callable[[Progress], None]
+) -> None:
+    """Teacher and features in one task, then trajectories in one for each slot and its GPUs."""
+    # The GPUs of a trial share its batches; these tasks take one.
+    team = spec.resources.team
+    gpus = gpus_per_trial(spec.resources) / team
+    # A machine may leave the cluster at any time; Ray then waits for the next.
+    most_cpus = max(
+        (cpus for cpus, own in _machines() if own >= gpus), default=spec.resources.cpus
+    )
+    together = min(slots, max(_fit_by_machine(spec.resources)))
+    threads = spec.teacher.train.threads if spec.teacher.train else 1
+    cpus = max(spec.resources.cpus, min(threads, most_cpus))
+    tell(Progress(what="waiting", done=0, total=1))
+    text = spec.model_dump_json()
+    _follow([_task(prepare_task, cpus, gpus).remote(orders, text, together)], tell)
+    if isinstance(spec, StudySpec) and spec.trajectories.mode == "recorded":
+        record, parts = _task(record_task, spec.resources.cpus / team, gpus), slots * team
+        _follow([record.remote(orders, text, part, parts) for part in range(parts)], tell)
+
+
+def _task(function: Callable[..., Any], cpus: float, gpus: float) -> Any:  # noqa: ANN401  Ray's
+    # max_calls: the process ends with the task and frees torch's memory for the slots.
+    return ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=2)(function)
+
+
+def _follow(streams: Sequence[Any], tell: Callable[[Progress], None]) -> None:
+    """Pass on what tasks tell until all have ended; the first refusal ends the launch."""
+    waiting: list[Any] = list(streams)
+    while waiting:
+        ready: list[Any] = ray.wait(waiting, num_returns=1, fetch_local=False)[0]
+        for stream in ready:
+            try:
+                message: Any = ray.get(next(stream))
+            except StopIteration:
+                waiting.remove(stream)
+                continue
+            if isinstance(message, Refusal):
+                _raise_first([message])
+            tell(message)
+
+
+def _raise_first(refusals: Sequence[Refusal]) -> None:
+    """What workers could not do, as an error of the launch: the user's mistakes first."""
+    for refusal in sorted(refusals, key=lambda r: not r.is_input_error):
+        kind = InputError if refusal.is_input_error else WorkersFailedError
+        raise kind(refusal.message)
+
+
+def _run_slots(resources: ResourcesSpec, orders: Orders, slots: int) -> list[Refusal]:
+    """Run that many slots till all have ended; what those said that could not go on."""
+    lot = uuid.uuid4().hex[:8]
+    scratch = Path(tempfile.mkdtemp(prefix="bdense-tune-"))
+    marks = Path(orders.runs) / orders.study / "slots"
+    config = {
+        "orders": orders,
+        "mark": tune.grid_search([str(marks / f"{lot}-{i}") for i in range(slots)]),
+    }
+    held = {"cpu": resources.cpus, "gpu": gpus_per_trial(resources)}
+    tuner = tune.Tuner(
+        tune.with_resources(slot, held),
+        param_space=config,
+        tune_config=tune.TuneConfig(max_concurrent_trials=slots),
+        run_config=tune.RunConfig(
+            name=lot,
+            storage_path=str(scratch),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=-1),
+        ),
+    )
+    try:
+        results = tuner.fit()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(marks, ignore_errors=True)
+    ended = [results[i].metrics or {} for i in range(len(results))]
+    return [metrics["refusal"] for metrics in ended if metrics.get("refusal")]
+
+
+@contextlib.contextmanager
+def _every_second(call: Callable[[], None]) -> Iterator[None]:
+    """Call from a thread of its own until the block is left."""
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.wait(POLL_SECONDS):
+            try:
+                call()
+            except Exception as error:  # noqa: BLE001  showing progress must not end a launch
+                _log.warning("progress cannot be shown: %s", one_line(error))
+
+    # What is logged there is about the same study.
+    context = contextvars.copy_context()
+    thread = threading.Thread(target=context.run, args=(run,), name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=5)

@@ -1,0 +1,35 @@
+"""Disks that do not take what a study writes, whichever of its files it was: full, or closed."""
+
+import errno
+import platform
+
+from bdense.errors import InputError
+from search.errors import DiskFullError, NoAccessError
+from search.storage.engine import cache_folder, redact, runs_folder
+
+_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether there was no space left to write to."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def disk_error(error: BaseException) -> InputError | None:
+    """What any row's files would meet, for the user: where, and what to do. None of another."""
+    if not isinstance(error, OSError):
+        return None
+    places = " or ".join(sorted({str(runs_folder().resolve()), str(cache_folder().resolve())}))
+    if is_full_disk(error):
+        return DiskFullError(
+            f"no space is left where runs are kept ({places}): {redact(str(error))}; "
+            "free some and give the same command again: it carries on from what was saved last"
+        )
+    if error.errno in _CLOSED:
+        return NoAccessError(
+            f"on {platform.node()} a worker may not use {error.filename or 'a file'} "
+            f"({error.strerror}): let its user read what the study names and write where runs "
+            f"are kept ({places}), or set BDENSE_RUNS and BDENSE_CACHE to folders where it may, "
+            "and give the same command again: it carries on from what was saved last"
+        )
+    return None

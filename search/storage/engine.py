@@ -1,0 +1,478 @@
+"""Where studies live: a SQLite file on one machine, or a PostgreSQL server for several."""
+
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import random
+import re
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import sqlalchemy
+from optuna.exceptions import StorageInternalError
+from optuna.storages import RDBStorage
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from bdense.files import file_lock
+from search.errors import StorageError, StorageFullError, StorageRefusedError
+from search.storage.mounts import refuse_network_file_system
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+# What comes from a database, through Optuna or not.
+DATABASE_ERRORS = (SQLAlchemyError, StorageInternalError)
+
+ACCEPTED_FORMS = (
+    "sqlite:///folder/file.db (relative to the current folder), sqlite:////absolute/file.db "
+    "or postgresql://user@host:5432/database (password in PGPASSWORD or PGPASSFILE)"
+)
+BUSY_SECONDS = 30
+CONNECT_SECONDS = 5
+ANSWER_SECONDS = 30
+# A server ends a transaction whose process is frozen or cut off this long, or everybody who wants
+# what it locks would wait for ever. Samplers compute in one, and Optuna makes trials of its rows.
+FROZEN_SECONDS = 120
+_WITHOUT_RIGHTS = (
+    "the user may not do that: let the database's owner give the command bdense-search storage "
+    "init, with --writer or --reader for this user"
+)
+UPGRADE = "end its workers, then renew them by: bdense-search storage upgrade"
+
+# Named here because a bare postgresql:// means another driver from SQLAlchemy 2.1 on.
+_POSTGRES_DRIVER = "postgresql+psycopg2"
+_POSTGRES_NAMES = ("postgresql", _POSTGRES_DRIVER)
+_SQLITE_NAMES = ("sqlite", "sqlite+pysqlite")
+_FIRST_DELAY_SECONDS = 0.1
+_LONGEST_DELAY_SECONDS = 10.0
+# Not the global generator: a database hiccup must not move anybody's seeded draws.
+_jitter = random.Random()
+
+# What libpq takes in a URL's query that is a secret by itself, not the path of one.
+_SECRETS = (
+    *("password", "sslpassword", "oauth_client_secret"),
+    *("scram_client_key", "scram_server_key"),
+)
+# Of a server at the start of a connection, where its code of the error is not handed on.
+_TURNED_AWAY = re.compile(
+    r"password authentication failed|(?:peer|ident) authentication failed|no password supplied"
+    r"|no pg_hba\.conf entry|is not permitted to log in|permission denied for database"
+    r"|(?:role|database) \".*\" does not exist",
+    re.IGNORECASE,
+)
+# insufficient_privilege, read_only_sql_transaction
+_LACKING_RIGHTS = ("42501", "25006")
+
+# A text that is a URL as a whole, well-formed or not, may hold blanks in its password.
+_WHOLE_URL_PASSWORD = re.compile(
+    r"^([a-z][\w+.-]*:/*[^:/@\s]*|[^:/@\s]+):(?![\s/]).*@", re.IGNORECASE
+)
+_URL_PASSWORD = re.compile(r"([a-z][\w+.-]*://[^:/@\s]*):\S*@", re.IGNORECASE)
+# In a URL's query the value of another key, percent-encoded, may hold one too.
+_DSN_PASSWORD = re.compile(
+    r"((?:pass(?:word|wd)?|oauth_client_secret|scram_(?:client|server)_key)\s*(?:=|%3D)\s*)"
+    r"('(?:[^'\\]|\\.)*'|[^\s&'\"]+)",
+    re.IGNORECASE,
+)
+
+
+def runs_folder() -> Path:
+    """Folder of everything a run leaves behind: ``$BDENSE_RUNS``, else ``runs``."""
+    return Path(os.environ.get("BDENSE_RUNS") or "runs")
+
+
+def cache_folder() -> Path:
+    """Folder of what studies share: ``$BDENSE_CACHE``, else ``cache`` under the runs."""
+    return Path(os.environ.get("BDENSE_CACHE") or runs_folder() / "cache")
+
+
+def resolve_storage_url(given: str | None) -> str:
+    """The storage to use: ``given``, else ``$BDENSE_STORAGE``, else a SQLite file under the runs.
+
+    The answer names its driver and holds an absolute path, so that it means the same to a worker
+    that starts in another folder. It may hold a password: show ``redact`` of it.
+
+    Raises:
+        StorageRefusedError: the URL has no form that is accepted; the message lists those that
+            are.
+    """
+    asked = given or os.environ.get("BDENSE_STORAGE")
+    if not asked:
+        return f"sqlite:///{runs_folder().resolve() / 'bdense.db'}"
+    url = _parse(asked)
+    if url.drivername in _SQLITE_NAMES:
+        path = _sqlite_database(url, asked).resolve()
+        return f"sqlite:///{path}"
+    return url.set(drivername=_POSTGRES_DRIVER).render_as_string(hide_password=False)
+
+
+def without_password(url: str) -> str:
+    """A resolved URL whose secrets must come from elsewhere; safe to hand on."""
+    # Not by its ``set``, to which None is no value.
+    bare = make_url(url)._replace(password=None).difference_update_query(_SECRETS)
+    return bare.render_as_string(hide_password=False)
+
+
+def redact(text_or_url: str) -> str:
+    """The same text without the password of any URL or connection string in it."""
+    without = _WHOLE_URL_PASSWORD.sub(r"\1:***@", text_or_url)
+    return _DSN_PASSWORD.sub(r"\1***", _URL_PASSWORD.sub(r"\1:***@", without))
+
+
+def sqlite_file(url: str) -> Path | None:
+    """Database file of a SQLite URL; None for a server."""
+    parsed = _parse(url)
+    return _sqlite_database(parsed, url) if parsed.drivername in _SQLITE_NAMES else None
+
+
+def open_storage(url: str) -> RDBStorage:
+    """Open the database, making its file, folder and Optuna's tables if they are not there.
+
+    Args:
+        url: what ``resolve_storage_url`` accepts.
+
+    Raises:
+        StorageError: it cannot be opened; one line that says what to check, without a password.
+            A ``StorageRefusedError`` where it cannot be later either.
+    """
+    return _open(url)
+
+
+def open_reading(url: str) -> RDBStorage:
+    """Open a database that is there; whatever would write to it is refused by the database.
+
+    Args:
+        url: what ``resolve_storage_url`` accepts.
+
+    Raises:
+        StorageError: as of ``open_storage``; or there is none yet.
+    """
+    return _open(url, reading=True)
+
+
+def open_to_upgrade(url: str) -> RDBStorage:
+    """As ``open_storage``, for a database whose tables may be of another version of Optuna."""
+    return _open(url, skip_compatibility_check=True)
+
+
+def _open(url: str, *, reading: bool = False, **options: Any) -> RDBStorage:  # noqa: ANN401
+    resolved = resolve_storage_url(url)
+    path = sqlite_file(resolved)
+    try:
+        if path is not None:
+            refuse_network_file_system(path)
+            return _open_sqlite(resolved, path, reading=reading, **options)
+        return _open_postgres(resolved, reading=reading, **options)
+    except (SQLAlchemyError, StorageInternalError, OSError, RuntimeError) as error:
+        # RuntimeError: Optuna met a schema of another version.
+        raise cannot_open(resolved, error) from None
+
+
+@contextlib.contextmanager
+def exclusive(engine: Engine, name: str) -> Iterator[Connection]:
+    """Hold the lock called ``name`` across all processes that use this database.
+
+    PostgreSQL: an advisory lock that ends with the transaction of the connection handed out, so
+    what is written through it becomes visible as the lock is freed. SQLite: a lock on
+    ``<database>.lock``, never a transaction, which would block Optuna's own connection; each
+    statement is committed by itself. Both are freed when their holder dies.
+    """
+    if engine.dialect.name == "sqlite":
+        with (
+            file_lock(Path(f"{engine.url.database}.lock")),
+            engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection,
+        ):
+            yield connection
+        return
+    with engine.begin() as connection:
+        _lock_in_transaction(connection, name)
+        yield connection
+
+
+def retrying(call: Callable[[], _T], *, patience_seconds: float = 300.0) -> _T:
+    """Call, and call again while the database is away; ``call`` must be safe to repeat.
+
+    Args:
+        call: what to do; it may have taken effect even where it raised.
+        patience_seconds: how long to go on after the first failure, in seconds.
+
+    Raises:
+        StorageFullError: its disk is full, which no waiting mends.
+        StorageRefusedError: the user may not do that.
+        StorageError: the database did not come back in time.
+    """
+    deadline: float | None = None
+    delay = _FIRST_DELAY_SECONDS
+    while True:
+        try:
+            return call()
+        except (SQLAlchemyError, StorageInternalError) as error:
+            if is_full(error):
+                raise StorageFullError(_full(error)) from None
+            if lacks_rights(error):
+                raise StorageRefusedError(f"{one_line(error)}; {_WITHOUT_RIGHTS}") from None
+            if not is_transient(error):
+                raise
+            message = one_line(error)
+        now = time.monotonic()
+        if deadline is None:
+            deadline = now + patience_seconds
+            _log.warning("the study database does not answer, trying again: %s", message)
+        if now >= deadline:
+            raise StorageError(
+                f"the study database did not answer for {patience_seconds:g} seconds: {message}; "
+                "check that it runs, then give the same command again: it carries on"
+            )
+        time.sleep(min(delay * _jitter.uniform(0.5, 1.0), max(deadline - now, 0.0)))
+        delay = min(2 * delay, _LONGEST_DELAY_SECONDS)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the database may answer the same call a little later."""
+    if isinstance(error, StorageInternalError):
+        return error.__cause__ is not None and is_transient(error.__cause__)
+    if isinstance(error, PoolTimeoutError):
+        return True
+    if not isinstance(error, DBAPIError):
+        return False
+    if isinstance(error.orig, sqlite3.Error):
+        code = getattr(error.orig, "sqlite_errorname", "")
+        return code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_IOERR", "SQLITE_CANTOPEN"))
+    return error.connection_invalidated or isinstance(
+        error, (sqlalchemy.exc.OperationalError, sqlalchemy.exc.InterfaceError)
+    )
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether the database has no room left on its disk."""
+    if isinstance(error, StorageInternalError) and error.__cause__ is not None:
+        error = error.__cause__
+    if not isinstance(error, DBAPIError):
+        return False
+    # disk_full, of PostgreSQL.
+    by_name = getattr(error.orig, "sqlite_errorname", "") == "SQLITE_FULL"
+    return by_name or getattr(error.orig, "pgcode", None) == "53100"
+
+
+def as_storage_error(error: BaseException) -> StorageError:
+    """What a database answered where nobody waits for it, for the user."""
+    if is_full(error):
+        return StorageFullError(_full(error))
+    return StorageError(
+        f"the study database: {one_line(error)}; check that it runs, then give the same command "
+        "again: it carries on"
+    )
+
+
+def _full(error: BaseException) -> str:
+    return (
+        f"the disk of the study database is full: {one_line(error)}; make room and give the same "
+        "command again: it carries on from what was told before"
+    )
+
+
+def one_line(error: BaseException) -> str:
+    """What the database's driver said, on one line and without a password."""
+    if isinstance(error, StorageInternalError) and error.__cause__ is not None:
+        error = error.__cause__
+    said = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    return redact(" ".join(str(said).split()))
+
+
+class _SqliteConnection(sqlite3.Connection):
+    """Checks foreign keys: SQLite does so only where each connection asks for it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - sqlite3 calls it
+        super().__init__(*args, **kwargs)
+        self.execute("PRAGMA foreign_keys = ON")
+
+
+class _SqliteReader(sqlite3.Connection):
+    """Writes nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - sqlite3 calls it
+        super().__init__(*args, **kwargs)
+        self.execute("PRAGMA query_only = ON")
+
+
+def _open_sqlite(url: str, path: Path, *, reading: bool, **options: Any) -> RDBStorage:  # noqa: ANN401
+    if reading:
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {path}; launch a study first")
+        connect_args = {"timeout": BUSY_SECONDS, "factory": _SqliteReader}
+        return _storage(url, connect_args=connect_args, skip_table_creation=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    connect_args = {"timeout": BUSY_SECONDS, "factory": _SqliteConnection}
+    with file_lock(Path(f"{path}.lock")):
+        # The switch to WAL does not heed the busy timeout, so it is made once, under the lock.
+        _switch_to_wal(path)
+        return _storage(url, connect_args=connect_args, **options)
+
+
+def _switch_to_wal(path: Path) -> None:
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as connection:
+            connection.execute("PRAGMA journal_mode = WAL")
+    except sqlite3.Error as error:
+        raise OSError(f"{path.name}: {error}") from error
+
+
+def _open_postgres(url: str, *, reading: bool, **options: Any) -> RDBStorage:  # noqa: ANN401
+    connect_args: dict[str, Any] = {
+        "connect_timeout": CONNECT_SECONDS,
+        "keepalives": 1,
+        "keepalives_idle": 30,
+        "keepalives_interval": 10,
+        "keepalives_count": 3,
+        # Keepalives rest while something sent is not acknowledged: where the network is silently
+        # gone, the kernel would send it again for a quarter of an hour.
+        "tcp_user_timeout": 1000 * ANSWER_SECONDS,
+        "application_name": "bdense",
+        "options": _session_settings(url, reading=reading),
+    }
+    if reading:
+        options["skip_table_creation"] = True
+    gate = sqlalchemy.create_engine(
+        url, connect_args=connect_args, poolclass=sqlalchemy.pool.NullPool
+    )
+    # Two launchers that meet an empty database would both create the tables, and one would fail.
+    with exclusive(gate, "schema"):
+        return _storage(
+            url,
+            connect_args=connect_args,
+            pool_pre_ping=True,
+            pool_size=2,
+            max_overflow=2,
+            pool_recycle=1800,
+            **options,
+        )
+
+
+def _session_settings(url: str, *, reading: bool) -> str:
+    """How the server is to treat a connection, beside what the user asks by libpq's means."""
+    settings = {
+        "idle_in_transaction_session_timeout": f"{FROZEN_SECONDS}s",
+        # The server's own, for a client that is gone without a word.
+        "tcp_keepalives_idle": 30,
+        "tcp_keepalives_interval": 10,
+        "tcp_keepalives_count": 3,
+    }
+    if reading:
+        settings["default_transaction_read_only"] = "on"
+    asked = make_url(url).normalized_query.get("options") or [os.environ.get("PGOPTIONS", "")]
+    return " ".join([*asked, *(f"-c {name}={value}" for name, value in settings.items())])
+
+
+def _storage(
+    url: str,
+    *,
+    skip_compatibility_check: bool = False,
+    skip_table_creation: bool = False,
+    **engine_kwargs: Any,  # noqa: ANN401 - SQLAlchemy's own
+) -> RDBStorage:
+    # Optuna runs str.format over its URL, which would trip over a brace in a password or a path.
+    return RDBStorage(
+        url.replace("{", "{{").replace("}", "}}"),
+        engine_kwargs={"echo": False, **engine_kwargs},
+        skip_compatibility_check=skip_compatibility_check,
+        skip_table_creation=skip_table_creation,
+    )
+
+
+def _lock_in_transaction(connection: Connection, name: str) -> None:
+    digest = hashlib.sha256(f"bdense {name}".encode()).digest()
+    key = int.from_bytes(digest[:8], "big", signed=True)
+    connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
+
+
+def _parse(given: str) -> URL:
+    try:
+        url = make_url(given)
+    except (ArgumentError, ValueError):
+        raise StorageRefusedError(_bad_url(given)) from None
+    # A dsn is psycopg2's own, a connection string inside the URL: nobody looks for secrets there.
+    if url.drivername not in _POSTGRES_NAMES + _SQLITE_NAMES or "dsn" in url.query:
+        raise StorageRefusedError(_bad_url(given))
+    if "@" in (url.host or ""):
+        raise StorageRefusedError(
+            f"storage URL {redact(given)} has an @ inside its password; write it as %40, "
+            "or leave the password to PGPASSWORD or PGPASSFILE"
+        )
+    return url
+
+
+def _sqlite_database(url: URL, given: str) -> Path:
+    database = url.database or ""
+    if not database or database == ":memory:" or database.startswith("file:") or url.query:
+        raise StorageRefusedError(
+            f"storage URL {redact(given)} does not name a SQLite file; workers are processes of "
+            f"their own and share nothing else: give {ACCEPTED_FORMS}"
+        )
+    return Path(database)
+
+
+def _bad_url(given: str) -> str:
+    return (
+        f"storage URL {redact(given)} (from --storage or BDENSE_STORAGE) is not of a known form; "
+        f"give {ACCEPTED_FORMS}"
+    )
+
+
+def cannot_open(url: str, error: BaseException) -> StorageError:
+    """Why a database cannot be used and what to do, on one line and without a password."""
+    parsed = make_url(url)
+    said = one_line(error)
+    for secret in _secrets(parsed):
+        said = said.replace(secret, "***")
+    kind = StorageRefusedError if _is_final(error) else StorageError
+    advice = _advice(parsed, error, said)
+    return kind(f"cannot open the study database {redact(url)}: {said}; {advice}")
+
+
+def _secrets(url: URL) -> list[str]:
+    """What a URL holds of them, each as it is."""
+    queried = (value for key in _SECRETS for value in url.normalized_query.get(key, ()))
+    return [secret for secret in (url.password, *queried) if secret]
+
+
+def _is_final(error: BaseException) -> bool:
+    """Whether opening would fail again however long one waits."""
+    if isinstance(error, StorageInternalError) and error.__cause__ is not None:
+        return _is_final(error.__cause__)
+    if isinstance(error, OSError):
+        final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+        return error.errno in final
+    if isinstance(error, DBAPIError):
+        return lacks_rights(error) or bool(_TURNED_AWAY.search(str(error.orig)))
+    return isinstance(error, RuntimeError)  # tables of another version of Optuna's
+
+
+def _advice(url: URL, error: BaseException, said: str) -> str:
+    if isinstance(error, RuntimeError):
+        # Optuna's words, which name its own command, where the tables are old.
+        is_old = "storage upgrade" in said
+        return f"for a study database: {UPGRADE}" if is_old else "update optuna and bdense here"
+    if lacks_rights(error):
+        return _WITHOUT_RIGHTS
+    if url.drivername in _SQLITE_NAMES:
+        return "check that the folder can be written, the disk has room and the file is a database"
+    return (
+        "check that the server runs and can be reached from here, that user and database "
+        "exist, and the password in PGPASSWORD or PGPASSFILE"
+    )
+
+
+def lacks_rights(error: BaseException) -> bool:
+    """Whether the server refused a statement to this user, or writing to a reader."""
+    if isinstance(error, StorageInternalError) and error.__cause__ is not None:
+        error = error.__cause__
+    code = getattr(error.orig, "pgcode", None) if isinstance(error, DBAPIError) else None
+    return code in _LACKING_RIGHTS

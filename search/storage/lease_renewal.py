@@ -1,0 +1,120 @@
+"""Keeping a lease alive while its trial is worked on."""
+
+import contextvars
+import json
+import logging
+import threading
+import time
+from typing import Self
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from search.errors import LeaseLostError
+from search.storage.engine import one_line
+from search.storage.leases import Claim, Leases
+from search.storage.stop_flags import HALT, Launch, Stops, stopped_error
+
+_log = logging.getLogger(__name__)
+
+PROGRESS_SECONDS = 1.0
+_JOIN_SECONDS = 10.0
+
+
+class Holding:
+    """Renews a claim's lease from a thread of its own, through outages, until it is left.
+
+    Use it as a context manager around the work on a trial. Leaving it frees nothing: finish or
+    release the claim.
+    """
+
+    def __init__(self, leases: Leases, claim: Claim, study: str, launch: Launch) -> None:
+        self.claim = claim
+        self._leases = leases
+        self._study = study
+        self._launch = launch
+        self._lost = threading.Event()
+        self._stopped = threading.Event()
+        self._stopping = False
+        self._progress: str | None = None
+        self._changed = threading.Condition()
+        # What it logs is of the trial too.
+        run = contextvars.copy_context().run
+        self._thread = threading.Thread(
+            target=run, args=(self._run,), name=f"lease of trial {claim.number}", daemon=True
+        )
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join(_JOIN_SECONDS)
+
+    @property
+    def lost(self) -> bool:
+        """Whether the lease is known to be another worker's."""
+        return self._lost.is_set()
+
+    def check(self) -> None:
+        """Stop work that has become another worker's, or that is to stop; costs nothing.
+
+        Raises:
+            LeaseLostError: the trial was taken over.
+            StoppedError: somebody asked the study, or this launch's workers, to stop.
+        """
+        if self._lost.is_set():
+            raise lost_error(self.claim)
+        if self._stopped.is_set():
+            raise stopped_error(self._study)
+
+    def report(self, progress: str) -> None:
+        """Show ``progress`` beside the trial, 200 characters at most; never waits.
+
+        The last text of each second is stored.
+        """
+        with self._changed:
+            self._progress = progress
+            self._changed.notify()
+
+    def _run(self) -> None:
+        renewed = time.monotonic()
+        while self._wait_for_work(renewed):
+            with self._changed:
+                progress, self._progress = self._progress, None
+            renewed = time.monotonic()
+            try:
+                held, stop = self._leases.renew_and_read(self.claim, progress, HALT)
+                if not held:
+                    self._lost.set()
+                    return
+                if stop and Stops.of(json.loads(stop)).reaches(self._launch):
+                    self._stopped.set()
+            except SQLAlchemyError as error:
+                # The lease may outlive the outage, and the work must in any case.
+                _log.warning(
+                    "lease of trial %d not renewed: %s", self.claim.number, one_line(error)
+                )
+
+    def _wait_for_work(self, renewed: float) -> bool:
+        """Sleep until it is time to renew or to store a progress; False where it is left."""
+        with self._changed:
+            while not self._stopping:
+                pause = self._leases.ttl / 3
+                if self._progress is not None:
+                    pause = min(pause, PROGRESS_SECONDS)
+                rest = renewed + pause - time.monotonic()
+                if rest <= 0:
+                    return True
+                self._changed.wait(rest)
+        return False
+
+
+def lost_error(claim: Claim) -> LeaseLostError:
+    """The error of a worker that comes too late."""
+    return LeaseLostError(
+        f"trial {claim.number}: attempt {claim.attempt} no longer holds it; another worker took "
+        "it over or finished it, and nothing was told by this one"
+    )

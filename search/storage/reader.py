@@ -1,0 +1,185 @@
+"""A study's trials as they are read: counts, who works on what, results; nothing is changed."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+import optuna
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from search.storage.claims import differing_versions, leases_of, rows_of
+from search.storage.engine import open_reading, retrying
+from search.storage.leases import RunningRow
+from search.storage.rows import FIXED, StoredTrial
+from search.storage.settings import DEFAULT_TTL_SECONDS, find_study, require_file
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """Trials of a study by state; those refused as out of bounds are in none of them."""
+
+    planned: int
+    complete: int
+    pruned: int
+    failed: int
+    running: int
+    waiting: int
+
+    @property
+    def ended(self) -> int:
+        """Trials that will not run again."""
+        return self.complete + self.pruned + self.failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """A running trial as shown to people; ``owner`` is host:pid, ``seconds`` since its claim."""
+
+    number: int
+    owner: str
+    attempt: int
+    progress: str
+    seconds: float
+
+
+class LedgerReader:
+    """The trials of one study, to look at. Make it by ``open_reading``."""
+
+    def __init__(
+        self, storage: RDBStorage, study: optuna.Study, attributes: Mapping[str, Any]
+    ) -> None:
+        self.study = study
+        self.ttl = float(attributes.get("ttl", DEFAULT_TTL_SECONDS))
+        self._storage = storage
+        self._leases = leases_of(storage, study, self.ttl)
+        self._rows = rows_of(storage, study)
+
+    @classmethod
+    def open_reading(cls, url: str, study_name: str) -> Self:
+        """A study to look at: the database itself refuses what would change it.
+
+        Raises:
+            StorageError: the database cannot be opened.
+            UnknownStudyError: there is no such study.
+        """
+        require_file(url, study_name)
+        storage = open_reading(url)
+        return cls._of(storage, retrying(partial(find_study, storage, study_name)))
+
+    def beside(self, study_name: str) -> Self:
+        """Another study of the same database, through the same connections, for the same use.
+
+        Raises:
+            UnknownStudyError: there is no such study.
+        """
+        storage = self._storage
+        return self._of(storage, retrying(partial(find_study, storage, study_name)))
+
+    @classmethod
+    def _of(cls, storage: RDBStorage, study: optuna.Study) -> Self:
+        return cls(storage, study, retrying(lambda: study.user_attrs))
+
+    @property
+    def storage(self) -> RDBStorage:
+        """The database, for what Optuna keeps beside the rows."""
+        return self._storage
+
+    @property
+    def budget(self) -> int:
+        """Trials to run in all, as stored now: another launcher may have changed it."""
+        return retrying(self._stored_budget)
+
+    def attribute(self, key: str) -> Any:  # noqa: ANN401  as JSON has it
+        """The study's attribute of that name, as stored now; None where there is none."""
+        return retrying(lambda: self.study.user_attrs).get(key)
+
+    def counts(self) -> Counts:
+        """How many trials are in which state."""
+
+        def read() -> dict[str, int]:
+            with self._storage.engine.connect() as connection:
+                return self._leases.count_states(connection)
+
+        by_state = retrying(read)
+        started = sum(by_state.values()) - by_state["WAITING"]
+        return Counts(
+            planned=max(self.budget, started),
+            complete=by_state["COMPLETE"],
+            pruned=by_state["PRUNED"],
+            failed=by_state["FAIL"],
+            running=by_state["RUNNING"],
+            waiting=by_state["WAITING"],
+        )
+
+    def running(self) -> list[Running]:
+        """The running trials that somebody took, lowest number first."""
+        return [
+            Running(
+                number=row.number,
+                owner=f"{row.process.host}:{row.process.pid}" if row.owner else "",
+                attempt=row.attempt,
+                progress=row.progress,
+                seconds=row.seconds,
+            )
+            for row in retrying(self._running)
+            if row.process is not None
+        ]
+
+    def held(self) -> int:
+        """Trials that somebody works on, as far as it can be told."""
+        rows = retrying(self._running)
+        return sum(row.process is not None and not row.adoptable for row in rows)
+
+    def rows(self, state: TrialState, keys: Collection[str] | None = None) -> list[StoredTrial]:
+        """Every trial in that state, in order of their numbers; not by loading all the others.
+
+        Args:
+            state: Optuna's.
+            keys: The attributes that are wanted, which are most of the cost; None for all.
+        """
+        return retrying(partial(self._rows.of_state, state, keys))
+
+    def asked(self) -> list[dict[str, Any]]:
+        """Parameters of each trial, by number: as planned, else as suggested."""
+        return [params for params, _ in retrying(self._rows.asked)]
+
+    def complete_values(self) -> dict[int, float]:
+        """Number -> value of each complete trial."""
+        return retrying(self._rows.complete)
+
+    def ranked_after(self, rank: int, most: int, also: int) -> list[int]:
+        """Complete trials after the ``rank`` best, best first.
+
+        Args:
+            rank: how many are passed over.
+            most: how many of the next there are at most.
+            also: the number of one that is among them however far down it is.
+        """
+        return retrying(partial(self._rows.ranked_after, rank, most, also))
+
+    def ended(self) -> list[int]:
+        """Numbers of trials that will not run again."""
+        return retrying(self._rows.ended)
+
+    def best(self) -> StoredTrial | None:
+        """The complete trial of lowest value, of equal ones the first; None without any."""
+        return retrying(self._rows.best)
+
+    def differing_versions(self) -> list[str]:
+        """A line for each package that trials were measured with several versions of."""
+        return retrying(partial(differing_versions, self._storage, self.study))
+
+    def _running(self) -> list[RunningRow]:
+        with self._storage.engine.connect() as connection:
+            return self._leases.running(connection)
+
+    def _stored_budget(self) -> int:
+        return int(self.study.user_attrs["budget"])
+
+
+def asked_of(trial: FrozenTrial) -> dict[str, Any]:
+    """A trial's parameters; while it waits Optuna keeps them as those that were asked for."""
+    asked: dict[str, Any] = trial.system_attrs.get(FIXED, trial.params)
+    return asked

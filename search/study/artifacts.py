@@ -1,0 +1,229 @@
+"""A trial's pictures beside its row, as Optuna's artifacts, where the dashboard shows them.
+
+The metadata lie in the database with the trial, which takes none once it is finished; the files
+lie in a folder or a bucket that workers and dashboard share.
+"""
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from optuna.artifacts import (
+    ArtifactMeta,
+    Boto3ArtifactStore,
+    FileSystemArtifactStore,
+    get_all_artifact_meta,
+    upload_artifact,
+)
+from optuna.artifacts.exceptions import ArtifactNotFound
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial
+
+from bdense.errors import InputError
+from bdense.files import atomic_write
+from search.errors import ArtifactError
+from search.storage.engine import exclusive, one_line, retrying, runs_folder
+
+PLACE = "BDENSE_ARTIFACTS"
+FOLDER = "artifacts"
+_BUCKET = "s3://"
+# A store that has not taken a trial's pictures by then hangs.
+PATIENCE_SECONDS = 120.0
+
+
+class Store(Protocol):
+    """What Optuna asks of an artifact store."""
+
+    def open_reader(self, artifact_id: str) -> BinaryIO:
+        """Raises ArtifactNotFound where there is none of that id."""
+        ...
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        """Replaces what is there."""
+        ...
+
+    def remove(self, artifact_id: str) -> None:
+        """Raises ArtifactNotFound, where the store can tell."""
+        ...
+
+
+class FolderStore(FileSystemArtifactStore):  # type: ignore[misc]  # Optuna exports it untyped
+    """Files of a folder that appear whole or not at all."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._folder = folder
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        if Path(artifact_id).name != artifact_id:
+            raise ValueError(f"{artifact_id!r} is no artifact's id")
+        with atomic_write(self._folder / artifact_id) as scratch, scratch.open("wb") as file:
+            shutil.copyfileobj(content_body, file)
+
+
+class PrefixedStore:
+    """A part of another store: what has a prefix before its id."""
+
+    def __init__(self, store: Store, prefix: str) -> None:
+        self._store = store
+        self._prefix = prefix
+
+    def open_reader(self, artifact_id: str) -> BinaryIO:
+        """As ``Store``."""
+        return self._store.open_reader(self._prefix + artifact_id)
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        """As ``Store``."""
+        self._store.write(self._prefix + artifact_id, content_body)
+
+    def remove(self, artifact_id: str) -> None:
+        """As ``Store``."""
+        self._store.remove(self._prefix + artifact_id)
+
+
+def artifacts_place() -> str:
+    """``$BDENSE_ARTIFACTS``, else a folder under the runs; one that means the same everywhere.
+
+    Raises:
+        InputError: It is neither a folder nor ``s3://bucket[/prefix]``, or boto3 is missing.
+    """
+    given = os.environ.get(PLACE) or str(runs_folder() / FOLDER)
+    if given.startswith(_BUCKET):
+        if not given.removeprefix(_BUCKET).strip("/"):
+            raise InputError(f"{PLACE}={given} names no bucket; give s3://bucket[/prefix]")
+        if importlib.util.find_spec("boto3") is None:
+            raise InputError(
+                f"{PLACE}={given} needs boto3: pip install 'bdense[s3]', or name a folder"
+            )
+        return given
+    if "://" in given:
+        raise InputError(
+            f"{PLACE}={given} is of no known form; give a folder, or s3://bucket[/prefix]"
+        )
+    return str(Path(given).resolve())
+
+
+def artifact_store(place: str | None = None) -> Store:
+    """The store of a place, as ``artifacts_place`` gives it, which is asked without one."""
+    place = place or artifacts_place()
+    if not place.startswith(_BUCKET):
+        return FolderStore(Path(place))
+    bucket, _, prefix = place.removeprefix(_BUCKET).partition("/")
+    store: Store = Boto3ArtifactStore(bucket)
+    prefix = prefix.strip("/")
+    return PrefixedStore(store, f"{prefix}/") if prefix else store
+
+
+def attach(
+    storage: RDBStorage, trial_id: int, files: Sequence[Path], store: Store
+) -> dict[str, str]:
+    """Make files a trial's artifacts, each once, whatever a worker before this one got done.
+
+    The database is asked for their ids first, under a lock; the store is waited for without one,
+    and not for ever.
+
+    Args:
+        storage: The study's.
+        trial_id: Of a trial that is not finished.
+        files: Of different names.
+        store: Where they go.
+
+    Returns:
+        File name -> id of the artifact.
+
+    Raises:
+        UpdateFinishedTrialError: Another worker has finished it.
+        StorageError: The database stayed away.
+        ArtifactError: The store cannot be written to, or hangs.
+    """
+
+    def reserve() -> dict[str, str]:
+        # A worker that was frozen here and its adopter would each begin one.
+        with exclusive(storage.engine, f"artifacts of trial {trial_id}"):
+            trial = storage.get_trial(trial_id)
+            known = {meta.filename: meta.artifact_id for meta in attached(storage, trial)}
+            for path in files:
+                if path.name not in known:
+                    known[path.name] = upload_artifact(
+                        artifact_store=_Nowhere(),
+                        file_path=str(path),
+                        study_or_trial=trial,
+                        storage=storage,
+                    )
+            return {path.name: known[path.name] for path in files}
+
+    ids = retrying(reserve)
+
+    def write() -> None:
+        # Whoever took the trial over may find each of them whole, in part, or not at all.
+        for path in files:
+            _mend(store, ids[path.name], path)
+
+    _in_time(write)
+    return ids
+
+
+def attached(storage: RDBStorage, trial: FrozenTrial) -> list[ArtifactMeta]:
+    """What is known of a trial's artifacts; their files may be gone."""
+    return retrying(lambda: get_all_artifact_meta(trial, storage=storage))
+
+
+def is_stored(store: Store, artifact_id: str) -> bool:
+    """Whether the file of an artifact is there."""
+    try:
+        store.open_reader(artifact_id).close()
+    except ArtifactNotFound:
+        return False
+    return True
+
+
+class _Nowhere:
+    """Lets Optuna name an artifact and write its metadata; the file goes elsewhere, by itself."""
+
+    def open_reader(self, artifact_id: str) -> BinaryIO:
+        raise ArtifactNotFound(artifact_id)
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        pass
+
+    def remove(self, artifact_id: str) -> None:
+        pass
+
+
+def _in_time(write: Callable[[], None]) -> None:
+    """Write to a store; whatever goes wrong there is an error of its own kind."""
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            write()
+        except Exception as error:  # noqa: BLE001  raised below
+            errors.append(error)
+
+    # A mount whose server is gone blocks whoever writes to it, with nothing to end that.
+    thread = threading.Thread(target=work, name="artifacts", daemon=True)
+    thread.start()
+    thread.join(PATIENCE_SECONDS)
+    if thread.is_alive():
+        raise ArtifactError(
+            f"the store of artifacts has not answered for {PATIENCE_SECONDS:g} seconds; "
+            f"check {PLACE}"
+        )
+    if errors:
+        raise ArtifactError(
+            f"the store of artifacts: {one_line(errors[0])}; check {PLACE}"
+        ) from errors[0]
+
+
+def _mend(store: Store, artifact_id: str, path: Path) -> None:
+    content = path.read_bytes()
+    with contextlib.suppress(ArtifactNotFound), store.open_reader(artifact_id) as stored:
+        if stored.read() == content:
+            return
+    with path.open("rb") as file:
+        store.write(artifact_id, file)

@@ -1,0 +1,129 @@
+"""What happened to a row, in its own folder: a line of JSON for each event, appended only.
+
+Whoever works on the row writes; several attempts, on several machines, follow each other in one
+file. A worker that died may leave half a last line, which readers pass over.
+"""
+
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from search.log import FIELDS, json_line, spoken_of, timestamp
+
+LOG_FILE = "log.jsonl"
+TRAINING_LINES = 100  # at most, of one training; a resumed one may repeat a few
+_DIGITS = 6
+
+_log = logging.getLogger(__name__)
+
+
+class Note(Protocol):
+    """Somewhere to note what happens."""
+
+    def __call__(self, event: str, /, *, level: int = ..., **fields: object) -> None: ...
+
+
+def worker_name() -> str:
+    """This process among all that work on a study's rows: host:pid."""
+    return f"{platform.node()}:{os.getpid()}"
+
+
+def unnoted(event: str, /, *, level: int = logging.INFO, **fields: object) -> None:
+    """Notes nothing."""
+
+
+class TrialLog:
+    """One attempt's part of a row's log.
+
+    What is noted before ``open`` is written then: only a worker that has made sure that the
+    folder is its row's may write there. A log that cannot be written is no reason to fail.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / LOG_FILE
+        self._early: list[str] | None = []
+
+    def __call__(self, event: str, /, *, level: int = logging.INFO, **fields: object) -> None:
+        """Append an event, and tell the service's log of it."""
+        _log.log(level, event, extra={FIELDS: fields})
+        entry = {
+            "time": timestamp(time.time()),
+            "level": logging.getLevelName(level).lower(),
+            **spoken_of(),
+            "worker": worker_name(),
+            "event": event,
+        }
+        line = json_line(entry, fields) + "\n"
+        if self._early is not None:
+            self._early.append(line)
+        else:
+            self._append(line)
+
+    def open(self) -> Self:
+        """From now on the folder is the row's."""
+        if self._early is None:
+            return self
+        text, self._early = "".join(self._early), None
+        try:
+            whole = not self._path.exists() or self._path.read_bytes()[-1:] in (b"", b"\n")
+        except OSError:
+            whole = True
+        self._append(text if whole else "\n" + text)
+        return self
+
+    def _append(self, text: str) -> None:
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as file:
+                file.write(text)  # one write: a reader sees whole lines
+        except OSError as error:
+            _log.warning("%s cannot be written: %s", self._path, error)
+
+
+def is_noted(iteration: int, iterations: int) -> bool:
+    """Whether a training's iteration, from 0, gets a line: every hundredth part, and the last."""
+    every = max(1, iterations // TRAINING_LINES)
+    return iteration % every == 0 or iteration == iterations - 1
+
+
+def shortened(values: Any) -> Any:  # noqa: ANN401  numbers, nested lists of them, tensors
+    """Numbers with six digits, which is all that people read."""
+    if hasattr(values, "tolist"):
+        values = values.tolist()
+    if isinstance(values, list):
+        return [shortened(value) for value in values]
+    return float(f"{values:.{_DIGITS}g}")
+
+
+def read_log(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    """Events from a place in the file on.
+
+    Args:
+        path: The log; there may be none yet.
+        offset: Bytes that were read before.
+
+    Returns:
+        Events, and how many bytes are read now: a last line without its end is left for later.
+    """
+    if not path.exists():
+        return [], offset
+    with path.open("rb") as file:
+        file.seek(offset)
+        text = file.read()
+    whole = text[: text.rfind(b"\n") + 1]
+    return list(_events(whole)), offset + len(whole)
+
+
+def _events(lines: bytes) -> Iterator[dict[str, Any]]:
+    for line in lines.splitlines():
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue  # its writer died in the middle
+        if isinstance(event, dict) and "event" in event:
+            yield event

@@ -1,0 +1,43 @@
+"""Counts, weights, seconds and tables as people read them."""
+
+import math
+from collections.abc import Sequence
+
+from search.storage.reader import Counts
+
+
+def counts_line(counts: Counts, rows: str) -> str:
+    """Rows by state, in words."""
+    return (
+        f"{counts.complete} of {counts.planned} {rows} complete, "
+        f"{counts.pruned} pruned, {counts.failed} failed, {counts.running} running"
+    )
+
+
+def weights_text(weights: Sequence[float]) -> str:
+    """Three digits of each."""
+    return " ".join(f"{w:.3g}" for w in weights)
+
+
+def align(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Cells in columns, the first and the last to the left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(w) if i in (0, len(row) - 1) else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def duration(seconds: float) -> str:
+    """Minutes and seconds, as people say them."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -1,0 +1,115 @@
+"""Where a promotion file meets the engine: spec in, ``bdense`` objects out."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.preconditioning import DDPM, Cosine, native_schedule
+from bdense.diffusion.sampling import samplers_from
+from bdense.diffusion.schedules import Levels, Schedule
+from bdense.diffusion.solvers import DDIM
+from bdense.errors import InputError
+from bdense.methods.chain import Chain, pd_sampler
+from bdense.methods.progressive import PDConfig
+from bdense.weights.spaces import sum_to_one, uniform_weights
+from search.errors import SpecError
+from search.spec.promotion_spec import PromotionSpec
+from search.study.arms import Arm
+from search.worker.engine import architecture, check_models, execution, given_weights
+
+
+def check_promotion(spec: PromotionSpec) -> None:
+    """Refuse what only the engine can see, before anything is spent.
+
+    Raises:
+        SpecError: The chain does not divide, rounds or schedule do not fit, or as of
+            ``search.worker.engine.check_models``.
+    """
+    check_models(spec)
+    try:
+        chain_of(spec)
+        round_config(spec, 1, seed=0)
+        if spec.resources.gpus == 0:
+            execution(spec).require(torch.device("cpu"))
+        made = architecture(spec)
+    except InputError as error:
+        raise SpecError(f"promotion {spec.name}: {error}") from error
+    if made["precond"] not in (DDPM.name, Cosine.name):
+        if spec.schedule == "native":
+            raise SpecError(
+                f"promotion {spec.name}: schedule: native: the teacher has precond "
+                f"{made['precond']}, which has no process of its own; give a schedule "
+                "(kind, sigma_min, sigma_max), or train a teacher with precond cosine or ddpm"
+            )
+        if spec.prediction_type is not None:
+            raise SpecError(
+                f"promotion {spec.name}: prediction_type {spec.prediction_type}: the teacher has "
+                f"precond {made['precond']}, which has no prediction type; leave it out"
+            )
+
+
+def chain_of(spec: PromotionSpec) -> Chain:
+    """Numbers of steps.
+
+    Raises:
+        InputError: K does not lead from the first to the last.
+    """
+    return Chain(first=spec.chain.first, last=spec.chain.last, substeps=spec.chain.substeps)
+
+
+def round_config(spec: PromotionSpec, num_branches: int, seed: int) -> PDConfig:
+    """How each round is trained."""
+    return PDConfig(
+        substeps=spec.chain.substeps,
+        num_branches=num_branches,
+        weights_space=spec.weights_space,
+        seed=seed,
+        **spec.round.model_dump(),
+    )
+
+
+def chain_schedule(spec: PromotionSpec, teacher: NetworkDenoiser) -> Levels:
+    """Noise levels of all grids."""
+    if spec.schedule == "native":
+        native: Levels = native_schedule(teacher.precond)
+        return native
+    return Schedule(**spec.schedule.model_dump())
+
+
+def require_levels_known(
+    spec: PromotionSpec, known: Mapping[str, Any], teacher: NetworkDenoiser
+) -> None:
+    """Refuse a teacher that is a student of other steps or levels than the chain begins with.
+
+    Args:
+        spec: The promotion.
+        known: The teacher's metadata.
+        teacher: Itself.
+
+    Raises:
+        InputError: It is one; a student knows the levels that it was distilled for alone.
+    """
+    samplers = samplers_from(known)
+    first = pd_sampler(chain_schedule(spec, teacher), spec.chain.first)
+    for own in samplers:
+        alike = isinstance(own.solver, DDIM) and own.schedule == first.schedule
+        if not (alike and own.num_intervals == first.num_intervals):
+            raise InputError(
+                f"teacher.checkpoint {spec.teacher.checkpoint} is a student of "
+                f"{own.num_intervals} steps at {own.schedule.text()}, which knows those alone, "
+                f"and the chain begins with {spec.chain.first} steps at {first.schedule.text()}; "
+                "give its teacher, or begin with its steps and levels"
+            )
+
+
+def chain_weights(arm: Arm, substeps: int) -> Tensor:
+    """[num_branches] float64 of an arm, rescaled to sum 1: clipped gradients see the scale."""
+    method = arm.params.get("method")
+    if method == "pd":
+        return torch.ones(1, dtype=torch.float64)
+    if method == "uniform":
+        return sum_to_one(uniform_weights()(substeps))
+    return sum_to_one(given_weights(arm.params, substeps)(substeps))

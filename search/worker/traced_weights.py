@@ -1,0 +1,81 @@
+"""Learned branch weights that keep their own history, and its picture.
+
+The history is part of the state that ``distill`` puts into its checkpoint: a run that is taken
+over has exactly the past that it does not repeat. K branches.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bdense.files import atomic_write
+from bdense.methods.sfd import IterationReport
+from bdense.weights.weighting import LearnedWeights, Rule
+
+# Rows of a trial are read whole by every look at the study: its history has to stay small.
+MAX_POINTS = 100
+_PAST = "past"
+
+
+class TracedWeights(LearnedWeights):
+    """Learned weights that remember those of every iteration."""
+
+    def __init__(self, num_branches: int, *, rule: Rule, strength: float, memory: int) -> None:
+        """As ``LearnedWeights``."""
+        super().__init__(num_branches, rule=rule, strength=strength, memory=memory)
+        self._past: list[Tensor] = []
+
+    def note(self, done: IterationReport) -> None:
+        """Remember an iteration, by the weights of its last update."""
+        assert done.iteration == len(self._past)
+        self._past.append(done.weights[-1])
+
+    def history(self) -> dict[str, list[Any]]:
+        """The way of the weights, JSON-able.
+
+        Returns:
+            ``iterations`` [n], 0-based, evenly spread from the first to the last, n at most
+            ``MAX_POINTS``; ``weights`` [n][K].
+        """
+        count = len(self._past)
+        spread = torch.linspace(0, count - 1, min(count, MAX_POINTS), dtype=torch.float64)
+        points = spread.round().int().tolist()
+        weights = [[round(w, 6) for w in self._past[i].tolist()] for i in points]
+        return {"iterations": points, "weights": weights}
+
+    def state(self) -> dict[str, Tensor]:
+        past = {_PAST: torch.stack(self._past)} if self._past else {}
+        return super().state() | past
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        super().restore(state)
+        self._past = list(state[_PAST].cpu()) if _PAST in state else []
+
+
+def draw_history(history: Mapping[str, Sequence[Any]], title: str, path: Path) -> None:
+    """A PNG of each branch's weight over the iterations.
+
+    Args:
+        history: From ``TracedWeights.history``.
+        title: Above it.
+        path: The file.
+    """
+    # Half a second, for learned weights alone. Figure, not pyplot: no window, no global state.
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    columns = list(zip(*history["weights"], strict=True))
+    figure = Figure(figsize=(7.5, 4.0), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(1.0, color="0.6", linewidth=0.8, linestyle="--", label="uniform")
+    colours = colormaps["viridis"].resampled(len(columns) + 1)
+    for k, weights in enumerate(columns, 1):
+        name = f"k = {k}" + (" (end point)" if k == len(columns) else "")
+        axes.plot(history["iterations"], weights, color=colours(k - 1), label=name)
+    axes.set(xlabel="iteration", ylabel="branch weight $w_k$", title=title)
+    figure.legend(loc="outside right center")
+    with atomic_write(path) as scratch:
+        figure.savefig(scratch, format="png", dpi=150)

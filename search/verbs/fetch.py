@@ -16,16 +16,16 @@ def add_fetch(verbs: Verbs) -> None:
         _fetch,
     )
     parser.add_argument(
-        "study", metavar="STUDY.yaml", type=Path, help="a study's or a promotion's file"
+        "study", metavar="STUDY.yaml", type=Path, help="a study's file"
     )
     parser.set_defaults(storage=None)
 
 
 def _fetch(options: argparse.Namespace) -> None:
     from search.run.fetching import fetch_all
-    from search.spec.study_file import read_any
+    from search.spec.file import read_spec
 
-    spec = read_any(options.study)
+    spec = read_spec(options.study)
     for line in fetch_all(spec):
         print(line, flush=True)
     print(f"{spec.name}: everything is here")

@@ -197,6 +197,12 @@ def _typed(known: Knob, value: Any, prefix: str) -> Any:  # noqa: ANN401  as a f
         return None
     kind, origin = known.type, get_origin(known.type)
     wrong = InputError(f"{prefix}{known.name} must be {_called(kind)}, got {value!r}")
+    if isinstance(kind, type) and issubclass(kind, Knobs):
+        if isinstance(value, Mapping):
+            return kind.read(value, prefix + known.name)
+        if not isinstance(value, kind):
+            raise wrong
+        return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise wrong
@@ -216,4 +222,6 @@ def _called(kind: Any) -> str:  # noqa: ANN401  an annotation
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     if get_origin(kind) is tuple:
         return "a list"
+    if isinstance(kind, type) and issubclass(kind, Knobs):
+        return f"a mapping of {', '.join(knobs_of(kind))}"
     return names.get(kind, "a mapping" if get_origin(kind) is dict or kind is dict else str(kind))

@@ -124,15 +124,20 @@ def test_spaces_are_read_from_plain_mappings():
     ("name", "tree", "message"),
     [
         ("normalised", {"a": {"low": 2.0, "high": 1.0}}, "weights.a.low 2 is above high 1"),
-        ("normalised", {"a": {"low": 2.0}}, "weights.a.high is missing"),
-        ("normalised", {"a": 2.0}, "weights.a must be a mapping of low, high, got 2.0"),
+        ("normalised", {"a": {"low": 3.0}}, "weights.a.low 3 is above high 2"),
+        ("normalised", {"a": {"most": 2.0}}, "weights.a.most is unknown"),
+        ("normalised", {"a": 2.0}, "weights.a must be .* got 2.0"),
         ("normalised", {"b": {"low": 0.0, "high": 1.0}}, "weights.b is unknown"),
-        ("log-linear", {"largest": 0.0}, "weights.largest must be above 0, got 0"),
+        ("log-linear", {"largest": 0.0}, "weights.largest must be .*above 0.* got 0"),
         ("learned", {"rules": []}, r"weights.rules \[\] must name one rule or more"),
         ("learned", {"rules": ["uncertainty"] * 2}, "weights.rules .* each once"),
-        ("learned", {"rules": ["loss"]}, "weights.rules: loss is none of uncertainty, gradient-"),
-        ("learned", {"memory": 0}, "weights.memory must be at least 1"),
-        ("learned", {"strength": {"low": 0.0, "high": 12.0}}, r"in -10\.\.10, got 12"),
+        ("learned", {"rules": ["loss"]}, "weights.rules must be one of uncertainty, gradient-"),
+        ("learned", {"memory": 0}, "weights.memory must be .* at least 1, got 0"),
+        (
+            "learned",
+            {"strength": {"low": 0.0, "high": 12.0}},
+            r"weights.strength must lie in -10\.\.10, got 12",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(name, tree, message):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from bdense.errors import InputError
-from bdense.knobs import Knobs, knob
+from bdense.knobs import KnobError, Knobs, knob
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +84,7 @@ class Range(Knobs):
     def __post_init__(self) -> None:
         Knobs.__post_init__(self)
         if self.low > self.high:
-            raise InputError(f"low {self.low:g} is above high {self.high:g}; swap them")
+            raise KnobError("low", f"{self.low:g} is above high {self.high:g}; swap them")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -332,7 +332,7 @@ class LearnedSpace(WeightSpace):
 
     name: ClassVar[str] = "learned"
 
-    rules: tuple[str, ...] = knob(RULES, "what a branch's scale is, one rule or more")
+    rules: tuple[Rule, ...] = knob(RULES, "what a branch's scale is, one rule or more")
     strength: Range = knob(
         Range(low=-1.0, high=1.5),
         "exponent of 1 / scale: 0 is uniform, 1 the rule itself, below 0 its reverse",
@@ -341,12 +341,10 @@ class LearnedSpace(WeightSpace):
 
     def __post_init__(self) -> None:
         Knobs.__post_init__(self)
-        for rule in self.rules:
-            Choice(RULES).require("rules:", rule)
         if not self.rules or len(set(self.rules)) < len(self.rules):
-            raise InputError(
-                f"rules {list(self.rules)} must name one rule or more, each once; leave it out "
-                "for all"
+            raise KnobError(
+                "rules",
+                f"{list(self.rules)} must name one rule or more, each once; leave it out for all",
             )
         for bound in (self.strength.low, self.strength.high):
             require_strength(bound)
@@ -408,8 +406,8 @@ def require_strength(strength: float) -> None:
         InputError: It is, or it is NaN.
     """
     if not abs(strength) <= MAX_STRENGTH:
-        raise InputError(
-            f"weight strength must lie in -{MAX_STRENGTH:g}..{MAX_STRENGTH:g}, got {strength}"
+        raise KnobError(
+            "strength", f"must lie in -{MAX_STRENGTH:g}..{MAX_STRENGTH:g}, got {strength}"
         )
 
 

@@ -14,18 +14,18 @@ import pytest
 import sqlalchemy as sa
 from optuna.samplers import RandomSampler
 from optuna.storages import RDBStorage
+from search.spec.promotion_spec import PromotionSpec
+from search.spec.study_spec import LearnedSpace, StudySpec
+from search.worker.engine import given_weights
 
 from bdense.metrics.metrics import FID
 from search.analysis.confirmation import plan_confirmation
 from search.cli import main
-from search.spec.promotion_spec import PromotionSpec
 from search.spec.space import baseline_space, search_space
-from search.spec.study_spec import LearnedSpace, StudySpec
 from search.storage.ledger import Claim, Ledger
 from search.storage.schema import open_tables
 from search.study.arms import SPACES, Arm, Planned, PlannedRow
 from search.study.study import SPEC, Study
-from search.worker.engine import given_weights
 from tests.commands import Answer
 from tests.studies import NORMALISED, spec
 

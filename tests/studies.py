@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
 from search.spec.promotion_spec import PromotionSpec
 from search.spec.study_file import parse_promotion, parse_spec
 from search.spec.study_spec import StudySpec
+
 from tests.goldens import ROOT
 
 # Those that come along.

@@ -5,6 +5,10 @@ import re
 
 import pytest
 import torch
+from search.spec.promotion_spec import PromotionSpec
+from search.spec.study_file import read_promotion
+from search.worker.chain_engine import check_promotion
+from search.worker.engine import architecture
 from torch.nn.parameter import Parameter
 
 import search.worker.chain_estimate
@@ -14,11 +18,7 @@ import search.worker.student_calls
 from bdense.diffusion.branches import widen_head
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.methods.progressive import branch_errors, dense_targets
-from search.spec.promotion_spec import PromotionSpec
-from search.spec.study_file import read_promotion
-from search.worker.chain_engine import check_promotion
 from search.worker.chain_estimate import chain_memory, chains_work, estimate_promotion
-from search.worker.engine import architecture
 from search.worker.estimate import Work
 from search.worker.memory import trial_memory
 from search.worker.row_words import words_of

@@ -5,6 +5,8 @@ import re
 
 import pytest
 import torch
+from search.spec.study_file import read_spec
+from search.worker.engine import architecture, check
 
 import bdense.models.public
 import bdense.models.sources
@@ -13,9 +15,7 @@ import search.worker.memory
 from bdense.diffusion.denoiser import build_denoiser
 from bdense.models.public import CHECKPOINTS, EDM_LICENCE
 from bdense.models.store import save_denoiser
-from search.spec.study_file import read_spec
 from search.verbs.launch import _dry_run
-from search.worker.engine import architecture, check
 from search.worker.estimate import _affordable, estimate, trials_work
 from search.worker.memory import Memory
 from tests.small import small_teacher

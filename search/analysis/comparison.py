@@ -116,9 +116,7 @@ def table_rows(
     rows: list[tuple[str, ...]] = [header]
     if teacher is not None:
         dashes = ["-"] * (len(shown))
-        rows.append(
-            ("teacher", f"NFE {teacher.nfe}", *dashes, f"{teacher.value:.3f}", *["-"] * 3)
-        )
+        rows.append(("teacher", f"NFE {teacher.nfe}", *dashes, f"{teacher.value:.3f}", *["-"] * 3))
     for each in comparisons:
         for result in each.results:
             values, found = result.values, result.summary()
@@ -193,9 +191,7 @@ def compare(study: Study, *, variant: int | None = None, stage: str | None = Non
     return Comparison(
         stage=name,
         variant=variants[index] if variants else {},
-        results=tuple(
-            ArmResult(arm=arms[i], fids=fids[i], rows=rows[i]) for i in sorted(fids)
-        ),
+        results=tuple(ArmResult(arm=arms[i], fids=fids[i], rows=rows[i]) for i in sorted(fids)),
     )
 
 
@@ -207,9 +203,7 @@ def teacher_of(study: Study) -> MeasuredFID | None:
 
 
 def _titled(each: Comparison, title: str) -> Comparison:
-    return Comparison(
-        title=title, stage=each.stage, variant=each.variant, results=each.results
-    )
+    return Comparison(title=title, stage=each.stage, variant=each.variant, results=each.results)
 
 
 __all__ = [

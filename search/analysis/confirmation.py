@@ -63,8 +63,7 @@ class Verdict:
         judged = [
             f"against {baseline.arm.name} {difference_text(pair)}"
             for baseline in (comparison.plain, comparison.uniform)
-            if baseline is not None
-            and (pair := comparison.against(winner, baseline)) is not None
+            if baseline is not None and (pair := comparison.against(winner, baseline)) is not None
         ]
         error = "" if found.standard_error is None else f" +- {found.error_text()}"
         return (
@@ -114,9 +113,7 @@ def verdict(study: Study) -> Verdict | None:
     comparison = compare(confirmation, variant=judged)
     most = max((len(result.fids) for result in comparison.results), default=0)
     # One that failed under a seed, or has not had all of them yet, does not win by the others.
-    searched = [
-        r for r in comparison.results if r.arm.baseline is None and len(r.fids) == most
-    ]
+    searched = [r for r in comparison.results if r.arm.baseline is None and len(r.fids) == most]
     if not searched:
         return None
     means = _pooled_means(study, confirmation, spec, judged, searched)

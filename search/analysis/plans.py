@@ -8,7 +8,8 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from bdense.errors import InputError
-from bdense.weights.spaces import branch_weights, last_to_first
+from bdense.weights import space_of
+from bdense.weights.spaces import LogLinearWeights
 from search.analysis.confirmation import (
     CHOSEN_AFTER,
     CONFIRM_SUFFIX,
@@ -26,9 +27,7 @@ from search.study.study import Study
 PROMOTE_SUFFIX, FROM = ".promote", ".from."
 
 
-def plan_confirmation(
-    study: Study, *, method: Mapping[str, Any], seeds: int, count: int
-) -> Study:
+def plan_confirmation(study: Study, *, method: Mapping[str, Any], seeds: int, count: int) -> Study:
     """Candidates and both baselines, under each fresh seed.
 
     Called again it adds what is new: more seeds, another budget, and new candidates where the
@@ -55,9 +54,7 @@ def plan_confirmation(
     change = _differing(spec, method)
     # A new candidate has to have the seeds of those that were there before it.
     variants = confirmation.variants
-    known_seeds = {
-        row.seed for row, _ in confirmation.rows() if variants[row.variant] == change
-    }
+    known_seeds = {row.seed for row, _ in confirmation.rows() if variants[row.variant] == change}
     confirmation.plan(arms, sorted(known_seeds | set(fresh_seeds(spec, seeds))), [change])
     keep_too(study.search, [arm.trial for arm in arms if arm.trial is not None])
     record = confirmation.main.study
@@ -129,7 +126,7 @@ def plan_given(url: str, spec: StudySpec) -> Study:
     plan = spec.plan
     assert isinstance(plan, ArmsPlan)
     arms = [_named(url, spec, each) for each in plan.arms]
-    sources = [each["winner_of"] for each in plan.arms if _names_winner(each)]
+    sources = [str(each["winner_of"]) for each in plan.arms if isinstance(each, dict) and "winner_of" in each]
     planned = Study.create(url, spec, facts={"of": sources[0]} if sources else {})
     planned.plan(arms, plan.seeds)
     return planned
@@ -177,13 +174,14 @@ def at_another_k(arm: Arm, searched_at: int | None, num_branches: int) -> str:
     if "a" not in arm.params:
         return ""
     a, b = arm.params["a"], arm.params["b"]
-    values = branch_weights(a, b, num_branches)
+    given = LogLinearWeights(a=a, b=b)
+    values = given.values(num_branches)
     weights = " ".join(f"{value / sum(values):.3g}" for value in values)
     formula = f"log w_k = {a:.4g} k {'-' if b < 0 else '+'} {abs(b):.4g}"
-    here = f"w_{num_branches}/w_1 = {last_to_first(a, num_branches):.4g} at K = {num_branches}"
+    here = f"w_{num_branches}/w_1 = {given.last_to_first(num_branches):.4g} at K = {num_branches}"
     if searched_at is None or searched_at == num_branches:
         return f"{formula}: {here}; rescaled to sum 1: {weights}"
-    there = f"w_{searched_at}/w_1 = {last_to_first(a, searched_at):.4g} at the search's "
+    there = f"w_{searched_at}/w_1 = {given.last_to_first(searched_at):.4g} at the search's "
     return (
         f"{formula}: {there}K = {searched_at} becomes {here}, taken literally; rescaled to "
         f"sum 1: {weights}"
@@ -214,25 +212,19 @@ def _named(url: str, spec: StudySpec, given: str | Mapping[str, Any]) -> Arm:
     if given == "uniform":
         return uniform_arm()
     assert isinstance(given, Mapping)
-    if _names_winner(given):
+    if "winner_of" in given:
         return confirmed_arm(Study.open(url, given["winner_of"]))
-    from bdense.weights import space_of
-
     params = dict(given)
     space = space_of(params)
     stored = space.stored(params, spec.resolved.num_branches)
     return Arm(name=f"{space.label(params)} (given)", params=stored)
 
 
-def _names_winner(given: str | Mapping[str, Any]) -> bool:
-    return isinstance(given, Mapping) and "winner_of" in given
-
-
 def _require_sum(arm: Arm, num_branches: int) -> None:
     """Rescaled to sum 1 they must be numbers."""
     if "a" not in arm.params:
         return
-    total = sum(branch_weights(arm.params["a"], arm.params["b"], num_branches))
+    total = sum(LogLinearWeights(a=arm.params["a"], b=arm.params["b"]).values(num_branches))
     if not 0 < total < math.inf:
         raise InputError(
             f"the weights of {arm.name} have no positive, finite sum at K = {num_branches}; give "

@@ -79,9 +79,7 @@ def show(study: Study) -> None:
     save_texts(study.main.storage, _study_id(study.main), note, plots=plots)
 
 
-def attach_pictures(
-    ledger: Ledger, claim: Claim, folder: Path, result: TrialResult
-) -> None:
+def attach_pictures(ledger: Ledger, claim: Claim, folder: Path, result: TrialResult) -> None:
     """Make a trial's pictures its artifacts and write its note, before it is finished.
 
     A store that cannot be written to costs the pictures, never the FID.

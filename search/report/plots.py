@@ -171,9 +171,7 @@ def arms_of(comparison: Comparison, title: str, key: str) -> Chart:
     )
 
 
-def fid_over_nfe(
-    stages: Sequence[Comparison], teacher: MeasuredFID | None, title: str
-) -> Chart:
+def fid_over_nfe(stages: Sequence[Comparison], teacher: MeasuredFID | None, title: str) -> Chart:
     """FID over the evaluations of each stage, a line for each arm, bars of one standard error."""
     first = stages[0]
     series = []

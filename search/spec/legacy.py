@@ -37,7 +37,8 @@ def _search(tree: dict[str, Any]) -> dict[str, Any]:
     student.pop("method", None)
     solver = student.pop("solver", {})
     solver = {"name": solver} if isinstance(solver, str) else dict(solver)
-    method = {"name": "sfd", **student}
+    levels = _levels(student.pop("schedule", None))
+    method = {"name": "sfd", **student, **levels}
     if "name" in solver:
         method["solver"] = solver["name"]
     if solver.get("order") is not None:
@@ -55,6 +56,14 @@ def _search(tree: dict[str, Any]) -> dict[str, Any]:
         kept = {key: value for key, value in weights.items() if key != "parameterisation"}
         tree["weights"] = {"name": weights["parameterisation"], **kept}
     return {**tree, "method": method | budget, "plan": plan}
+
+
+def _levels(schedule: dict[str, Any] | None) -> dict[str, Any]:
+    """A schedule's kind and its numbers, which are settings of the method."""
+    if not schedule:
+        return {}
+    kept = {key: value for key, value in schedule.items() if key != "kind"}
+    return {"schedule": schedule.get("kind", "polynomial"), **kept}
 
 
 def _sampler(given: dict[str, Any] | None) -> dict[str, Any]:
@@ -78,17 +87,8 @@ def _pruning(given: dict[str, Any]) -> dict[str, Any]:
             "percentile": given.get("percentile") or 25.0,
             **startup,
         },
-        "successive-halving": {
-            "name": "SuccessiveHalvingPruner",
-            "min_resource": 1,
-            "reduction_factor": factor,
-        },
-        "hyperband": {
-            "name": "HyperbandPruner",
-            "min_resource": 1,
-            "max_resource": factor ** len(given.get("at", ())) + 1,
-            "reduction_factor": factor,
-        },
+        "successive-halving": {"name": "SuccessiveHalvingPruner", "reduction_factor": factor},
+        "hyperband": {"name": "HyperbandPruner", "reduction_factor": factor},
         "patient-median": {
             "name": "PatientPruner",
             "wrapped_pruner": {"name": "MedianPruner", **startup},
@@ -114,7 +114,7 @@ def _promotion(tree: dict[str, Any]) -> dict[str, Any]:
         if (value := tree.pop(key, None)) not in (None, False):
             method[key] = value
     if (schedule := tree.pop("schedule", "native")) != "native":
-        method["schedule"] = schedule
+        method |= _levels(schedule)
     seeds = dict(tree.pop("seeds", {}))
     plan: dict[str, Any] = {"arms": ["plain", "uniform"]}
     if (study := tree.pop("study", None)) is not None:

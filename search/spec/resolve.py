@@ -18,8 +18,9 @@ from bdense.metrics.classifiers import RECIPES
 from bdense.metrics.dinov2 import SIZES
 from bdense.metrics.extractors import SPECS
 from bdense.models.public import published_architecture
+from bdense.models.sources import load_model
 from bdense.networks import SongUNet, SongUNetConfig
-from bdense.training.teacher import TeacherConfig
+from bdense.training.teacher import TeacherConfig, new_denoiser
 from search.errors import SpecError
 from search.spec.space import make_pruner, make_sampler
 from search.spec.study import Facts, SearchPlan, StageFacts, StudySpec, TeacherTraining
@@ -59,6 +60,23 @@ def resolve(spec: StudySpec, source: str = "", told: str = "") -> StudySpec:
     except SpecError as error:
         raise SpecError(f"{before}{error}") from error
     return resolved
+
+
+def architecture(spec: StudySpec) -> dict[str, Any]:
+    """The teacher's network as ``build_denoiser`` takes it; nothing is downloaded for it.
+
+    Raises:
+        InputError: The teacher's file cannot be read, or the network does not fit the data.
+    """
+    name = spec.teacher.checkpoint
+    if name is not None:
+        published = published_architecture(name)
+        return dict(published) if published is not None else load_model(name)[0].describe()
+    assert spec.teacher.train is not None
+    assert spec.data is not None  # a spec that trains a teacher names its data
+    shape = torch.Size(image_shape(spec.data))
+    with torch.device("meta"):
+        return new_denoiser(teacher_config(spec.teacher.train), shape).describe()
 
 
 def variant(spec: StudySpec, changes: dict[str, Any]) -> StudySpec:

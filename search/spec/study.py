@@ -290,7 +290,7 @@ class StudySpec(Strict):
     data: str | None = None
     teacher: TeacherSpec
     method: Member
-    weights: Member = Member(name="normalised", a={"low": -1.0, "high": 2.0})
+    weights: Member = Member(name="normalised")
     plan: SearchPlan | ArmsPlan
     evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
     precision: Precision = "float32"

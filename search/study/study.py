@@ -333,8 +333,8 @@ class Study:
         if stored is not None and now is not None and stored != now:
             raise SpecChangedError(
                 f"study {spec.name!r} has intermediate FIDs measured otherwise, which would not "
-                f"compare (plan.at {stored['at']} of {stored['images']} images stored, {now['at']} "
-                f"of {now['images']} given); restore them, or drop plan.at"
+                f"compare (plan.at {stored['at']} of {stored['images']} images stored, "
+                f"{now['at']} of {now['images']} given); restore them, or drop plan.at"
             )
 
     def _forget_if_changed(self, spec: StudySpec, facts: Mapping[str, Any]) -> bool:

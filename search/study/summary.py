@@ -6,13 +6,14 @@ from typing import Any
 
 from optuna.trial import TrialState
 
+from bdense.weights.spaces import PLAIN, UNIFORM
 from search.spec.study import StudySpec
 from search.storage.engine import redact, retrying
 from search.storage.leases import SURPLUS
 from search.storage.ledger import Ledger
 from search.storage.reader import Counts
 from search.storage.rows import StoredTrial
-from search.study.arms import PLAIN, UNIFORM, ArmRow
+from search.study.arms import ArmRow
 from search.study.results import TrialResult
 from search.study.study import BASELINE_RESULTS, Study
 from search.study.wording import align, counts_line, weights_text

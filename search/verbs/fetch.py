@@ -15,9 +15,7 @@ def add_fetch(verbs: Verbs) -> None:
         "bdense-search fetch studies/cifar10-nfe2.yaml",
         _fetch,
     )
-    parser.add_argument(
-        "study", metavar="STUDY.yaml", type=Path, help="a study's file"
-    )
+    parser.add_argument("study", metavar="STUDY.yaml", type=Path, help="a study's file")
     parser.set_defaults(storage=None)
 
 

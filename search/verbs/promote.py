@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from bdense.command import Verbs
 from bdense.errors import InputError
-from search.storage.engine import resolve_storage_url, runs_folder
+from search.storage.engine import runs_folder
 from search.verbs.common import (
     add_workers,
     numbers,
@@ -151,9 +151,7 @@ def _own(study: "Study") -> "StudySpec":
     return given_arms(study.spec, study.name + PROMOTE_SUFFIX)
 
 
-def _variants(
-    options: argparse.Namespace, study: "Study", *, own: bool
-) -> list[dict[str, Any]]:
+def _variants(options: argparse.Namespace, study: "Study", *, own: bool) -> list[dict[str, Any]]:
     """Changes of the method's settings that --kimg and --nfe ask for."""
     base: dict[str, Any] = dict(study.spec.confirm.method) if own else {}
     if options.kimg:

@@ -4,6 +4,7 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
+
 from bdense.command import Verbs
 from search.storage.engine import resolve_storage_url
 from search.verbs.common import open_study, port, positive, storage_verb, study_verb

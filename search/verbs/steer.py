@@ -67,7 +67,11 @@ def add_logs(verbs: Verbs) -> None:
         _logs,
     )
     parser.add_argument(
-        "trial", metavar="TRIAL", type=int, nargs="?", help="number of the trial, or of the row of a study of given arms"
+        "trial",
+        metavar="TRIAL",
+        type=int,
+        nargs="?",
+        help="number of the trial or row",
     )
     parser.add_argument(
         "--baseline",

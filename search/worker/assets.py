@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bdense.methods.method import Inputs, Method, MethodConfig, Recordings
 
 from bdense import NUMERICS
 from bdense.data.datasets import Dataset, load_dataset
@@ -20,7 +21,6 @@ from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import InputError
 from bdense.files import atomic_write, file_lock
 from bdense.methods import METHODS
-from bdense.methods.method import Inputs, Method, MethodConfig, Recordings
 from bdense.methods.recordings import TrajectoryStore
 from bdense.metrics.extractors import Extractor, load_extractor
 from bdense.metrics.metrics import MetricSettings, require_measurable
@@ -53,6 +53,7 @@ class Assets:
         dataset: None where nothing needs one.
         evaluator: Measures students and teacher.
         terms: What students' metadata take over from the teacher's: licence and such.
+        known: Metadata of the teacher's file.
         teacher_fid: Of the teacher, where the method measures it.
     """
 
@@ -64,6 +65,7 @@ class Assets:
     dataset: Dataset | None
     evaluator: Evaluator
     terms: Mapping[str, Any]
+    known: Mapping[str, Any]
     teacher_fid: MeasuredFID | None = None
 
     @property
@@ -100,6 +102,7 @@ class Assets:
             dataset=self.dataset,
             seed=seed,
             recordings=Recordings(root=root, dtype=dtype) if recorded else None,
+            known=self.known,
         )
 
     def store(self, seed: int) -> TrajectoryStore | None:
@@ -181,6 +184,7 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
         teacher=teacher,
         dataset=dataset,
         evaluator=Evaluator(spec.evaluation, extractor, reference, spec.seeds.evaluation),
+        known=known,
         terms=inherited(known, Path(spec.teacher.checkpoint or f"trained on {spec.data}").name),
     )
     return replace(assets, teacher_fid=_teacher_fid(assets, told))

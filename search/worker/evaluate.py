@@ -10,18 +10,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bdense.files import atomic_write
 from bdense.methods.distill import TrainedStage, distill
 from bdense.methods.method import StagePlan
-from bdense.models.cards import write_card
-from bdense.models.store import denoiser_sha256, save_denoiser
 from bdense.training.loop import IterationReport
+
+from bdense.files import atomic_write
+from bdense.models.cards import write_card
+from bdense.models.store import save_denoiser
 from bdense.weights import space_of
-from bdense.weights.spaces import BASELINE, PLAIN
+from bdense.weights.spaces import BASELINE
 from search.study.arms import Task
 from search.study.folders import GRID, WEIGHTS_PLOT
 from search.study.progress_text import evaluating, in_stage, training
 from search.study.results import MeasuredFID, TrialResult
+from search.study.retention import CHECKPOINT, STUDENT
 from search.study.trial_log import Note, TrialLog, is_noted, shortened, unnoted
 from search.worker.assets import Assets
 from search.worker.pruning import IntermediateFIDs, Judge, PrunedError
@@ -100,7 +102,7 @@ class _Row:
         fids: dict[str, MeasuredFID] = {}
         measured: Measures | None = None
         pruned: dict[str, Any] = {}
-        path = self._folder / "student.safetensors"
+        path = self._folder / STUDENT
         intermediate = IntermediateFIDs(
             assets,
             self._folder,
@@ -116,8 +118,8 @@ class _Row:
             for index, stage in enumerate(self._distilled(intermediate), 1):
                 trained = time.perf_counter()
                 self._seconds["student_seconds"] += trained - started
-                path = stage.path
-                measured = self._measured(stage)
+                path = stage.path or self._folder / STUDENT
+                measured = self._measured(stage, path)
                 fids[str(stage.plan.nfe)] = fid = MeasuredFID.of(measured["fid"])
                 started = time.perf_counter()
                 self._seconds["evaluation_seconds"] += started - trained
@@ -139,14 +141,24 @@ class _Row:
             assets.config,
             self._new_weighting,
             assets.inputs(self._task.seed),
-            folder=self._folder,
+            **self._places(),
             devices=assets.devices,
             metadata=self._metadata(),
             checkpoint_seconds=assets.spec.resources.checkpoint_seconds,
             on_iteration=self._on_iteration,
             on_save=lambda plan, done: self._note("checkpoint", stage=plan.name, iteration=done),
-            evaluations=intermediate.evaluations,
+            evaluations=intermediate.of,
         )
+
+    def _places(self) -> dict[str, Path]:
+        """Where students and checkpoints go.
+
+        A method of one stage keeps its checkpoint, from which the weights' history can be read
+        again, until the result is there; one of several keeps each stage's student.
+        """
+        if len(self._stages) > 1:
+            return {"folder": self._folder}
+        return {"checkpoint": self._folder / CHECKPOINT}
 
     def _new_weighting(self) -> TracedWeights:
         """The row's weights, from the start of a stage."""
@@ -177,12 +189,12 @@ class _Row:
         place = branched.index(plan) + 1 if plan in branched else 1
         self._report(text if len(branched) == 1 else in_stage(place, len(branched), text))
 
-    def _measured(self, stage: TrainedStage) -> Measures:
+    def _measured(self, stage: TrainedStage, path: Path) -> Measures:
         """A stage's metrics; of several stages each keeps its FID in a file of its own."""
         count = self._assets.spec.evaluation.images
         named = {"stage": stage.plan.name} if stage.plan.name else {}
         grid = GRID if not stage.plan.name else f"{stage.plan.name}-{GRID}"
-        kept = stage.path.with_suffix(".fid.json")
+        kept = path.with_suffix(".fid.json")
         if stage.plan.name and kept.exists():
             stored: Measures = json.loads(kept.read_text())
             return stored
@@ -200,31 +212,27 @@ class _Row:
             with atomic_write(kept) as scratch:
                 scratch.write_text(json.dumps(found))
             self._note("stage", **named, fid=measured.fid.value)
-        self._save(stage, found)
+        self._save(stage, path, found)
         return found
 
     def _metadata(self) -> dict[str, Any]:
-        """What every student's file says."""
+        """What every student's file says, besides what the method tells."""
         assets, task = self._assets, self._task
         baseline = task.params.get(BASELINE)
         return {
-            "kind": "student",
             **assets.terms,
-            "method": assets.method.name,
             "arm": baseline or "bdense",
             "study": assets.spec.name,
             "params": dict(task.params),
             "seeds": {"training": task.seed, "evaluation": task.latents},
-            "teacher_sha256": denoiser_sha256(assets.teacher),
             "fingerprint": assets.fingerprint,
-            "precision": assets.spec.precision,
         }
 
-    def _save(self, stage: TrainedStage, found: Measures) -> None:
+    def _save(self, stage: TrainedStage, path: Path, found: Measures) -> None:
         """The student's file again, with its FID, and its card beside it."""
-        metadata = stage.metadata | {"fid": found["fid"]}
-        save_denoiser(stage.path, stage.student, metadata)
-        write_card(stage.path, stage.student, metadata)
+        metadata = {**stage.metadata, "fid": found["fid"]}
+        save_denoiser(path, stage.student, metadata)
+        write_card(path, stage.student, metadata)
 
     def _result(
         self,

@@ -88,6 +88,9 @@ class Evaluator:
         return {
             "images": self.spec.images,
             "extractor": self.extractor.sha256,
-            "reference": [self.reference.name, hashlib.sha256(self.reference.statistics.mu.tobytes()).hexdigest()],
+            "reference": [
+                self.reference.name,
+                hashlib.sha256(self.reference.statistics.mu.tobytes()).hexdigest(),
+            ],
             "latents": self.latents,
         }

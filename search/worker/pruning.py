@@ -8,13 +8,17 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bdense.methods.method import Stage
+from bdense.training.loop import Evaluations
+
 from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.sampling import Sampler
 from bdense.errors import NonFiniteError
 from bdense.files import atomic_write
-from bdense.training.loop import Evaluations
 from search.spec.space import make_pruner
 from search.spec.study import StudySpec
 from search.storage.ledger import Claim, Ledger
@@ -92,10 +96,11 @@ class IntermediateFIDs:
         self._last = ""
         self.seconds = 0.0
 
-    @property
-    def evaluations(self) -> Evaluations | None:
-        """For ``distill``; None where the plan has none."""
-        return Evaluations(tuple(self._after), self._evaluate) if self._after else None
+    def of(self, stage: Stage) -> Evaluations | None:
+        """Those of a stage, for ``distill``; None where the plan has none."""
+        if not self._after:
+            return None
+        return Evaluations(tuple(self._after), partial(self._evaluate, stage.sampler))
 
     @property
     def found(self) -> list[dict[str, Any]]:
@@ -145,10 +150,10 @@ class IntermediateFIDs:
             if after in self._after and each["images"] == self._images()
         }
 
-    def _evaluate(self, after: int, student: NetworkDenoiser) -> None:
+    def _evaluate(self, sampler: Sampler, after: int, student: NetworkDenoiser) -> None:
         started = time.perf_counter()
         if after not in self._found:
-            self._found[after] = self._measured(after, student)
+            self._found[after] = self._measured(sampler, after, student)
             with atomic_write(self._path) as scratch:
                 scratch.write_text(json.dumps(self.found))
         each = self._found[after]
@@ -164,13 +169,12 @@ class IntermediateFIDs:
             self._found = {at: each for at, each in self._found.items() if at <= after}
             raise PrunedError
 
-    def _measured(self, after: int, student: NetworkDenoiser) -> dict[str, Any]:
+    def _measured(self, sampler: Sampler, after: int, student: NetworkDenoiser) -> dict[str, Any]:
         assets, images = self._assets, self._images()
         total = assets.spec.resolved.stages[0].num_updates
-        (plan,) = assets.method.plan(assets.config)
         fid = assets.evaluator.measure(
             student,
-            assets.method.sampler(plan, assets.teacher, assets.config),
+            sampler,
             images=images,
             training_seed=self._seed,
             on_image=lambda done: self._report(measuring(after, total, done, images)),

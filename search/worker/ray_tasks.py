@@ -129,7 +129,7 @@ def prepare_task(worker: WorkerConfig, together: int) -> Iterator[Progress | Wor
             worker.settle()
             spec = Study.open(worker_storage(worker.storage), worker.study).spec
             device = use_device(spec)
-            require_room(spec, device, together)
+            require_room(spec, together)
             load(spec, device, report)
         except Exception as error:  # noqa: BLE001  it reaches the user as the launch's error
             messages.put(WorkerError.of(error))
@@ -163,9 +163,7 @@ def record_task(worker: WorkerConfig, part: int, parts: int) -> Iterator[Progres
             for shard in missing:
                 store.record_shard(shard)
                 done = store.num_shards - len(store.missing())
-                yield Progress(
-                    what="trajectories", done=done, total=store.num_shards, remark=size
-                )
+                yield Progress(what="trajectories", done=done, total=store.num_shards, remark=size)
     except Exception as error:  # noqa: BLE001  it reaches the user as the launch's error
         yield WorkerError.of(error)
 
@@ -174,7 +172,8 @@ def slot(config: Mapping[str, Any]) -> dict[str, Any]:
     """A Ray Tune trainable: claim and work on rows until all have ended.
 
     Args:
-        config: ``worker`` (a ``WorkerConfig``), and ``mark``: a file that counts this slot's starts.
+        config: ``worker`` (a ``WorkerConfig``), and ``mark``, a file that counts this slot's
+            starts.
 
     Returns:
         ``error``: why it could not go on, or None.

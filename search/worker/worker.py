@@ -24,7 +24,7 @@ from search.study.retention import keep_best_students
 from search.study.study import FINGERPRINT, TEACHER, TRAJECTORIES, Study
 from search.study.summary import copy_baselines
 from search.study.trial_log import TrialLog
-from search.worker.assets import Assets, load, use_device
+from search.worker.assets import load, use_device
 from search.worker.evaluate import evaluate
 from search.worker.lifecycle import bring_to_an_end
 from search.worker.pruning import judge_of

@@ -1,4 +1,4 @@
-"""Seconds until a search is within 2 % of the best, with and without pruning and the stop rule.
+"""Seconds until a search is within 2 % of the best, with and without pruning.
 
 Two searches of the same points are run in full, each in this process: one that looks at every
 trial on its way and ends none, and one that prunes. The first knows what each trial costs and
@@ -23,11 +23,9 @@ import optuna
 from optuna.trial import TrialState
 
 from benchmarks.common import DIGITS_STUDY, parser, publish, table
-from search.analysis.stopping import room_left
-from search.analysis.surrogate import Evaluation
 from search.spec.space import make_pruner, make_sampler, search_space
 from search.spec.study_file import read_spec
-from search.spec.study_spec import PruningSpec, SamplerSpec, StopSpec, StudySpec
+from search.spec.study_spec import PruningSpec, SamplerSpec, StudySpec
 from search.storage.engine import cache_folder
 from search.storage.ledger import Claim, Holding, Ledger
 from search.study.trial_log import TrialLog
@@ -221,30 +219,6 @@ def _replay(spec: StudySpec, trials: Sequence[Trial], enough: float) -> tuple[Ou
     return outcome, verdicts
 
 
-def _stopped(spec: StudySpec, trials: Sequence[Trial], enough: float) -> Outcome:
-    """Search without pruning until the stop rule ends it; its own time counts."""
-    space, rule = search_space(spec), StopSpec(rule="bound")
-    least = max(rule.min_trials, spec.sampler.startup_trials)
-    seconds, reached, best, count = 0.0, None, float("inf"), 0
-    for count, trial in enumerate(trials, 1):
-        seconds += trial.seconds(spec.pruning.at, looked=False)
-        best = min(best, trial.fid)
-        if reached is None and trial.fid <= enough:
-            reached = seconds
-        if count < least:
-            continue
-        started = time.perf_counter()
-        measured = [
-            Evaluation(point=each.params, value=each.fid, group="search")
-            for each in trials[:count]
-        ]
-        room = room_left(measured, space, lambda params: excess_weight(spec, params) <= 0)
-        seconds += time.perf_counter() - started
-        if room is not None and room.gain < rule.noise:
-            break
-    return Outcome(reached=reached, seconds=seconds, best=best, trials=count, pruned=0)
-
-
 def _body(
     spec: StudySpec,
     trials: Sequence[Trial],
@@ -262,7 +236,6 @@ def _body(
         pruned = _pruning(spec, pruner)
         searches[pruner] = [_replay(pruned, order, enough)[0] for order in shuffled]
         sys.stderr.write(f"{pruner}: {orders} orders\n")
-    searches["stop rule"] = [_stopped(spec, order, enough) for order in shuffled]
     rows = [_cells(name, outcomes, best) for name, outcomes in searches.items()]
     header = [
         "search",
@@ -287,8 +260,7 @@ FIDs {best:.3f} to {max(t.fid for t in trials):.3f}; {good} of the points are
 within {WITHIN:.0%} of the best. Correlation of a look's FID with the last one: \
 {looks[0]:.2f} and {looks[1]:.2f}.
 Seconds of a trial, medians: {_medians(trials)}. Pruners at their defaults (5 trials before any is
-pruned), the stop rule at its own (noise {StopSpec().noise:.1%}, \
-{max(StopSpec().min_trials, spec.sampler.startup_trials)} trials).
+pruned).
 
 Run in full, in the order drawn; trials that a pruner left have the FIDs of the first search, bit \
 for bit: {_same(real)}.

@@ -1,4 +1,4 @@
-"""The sections of a study that end trials, and searches, early."""
+"""The section of a study that ends trials early."""
 
 import re
 
@@ -22,16 +22,15 @@ def message(**keys) -> str:
     return str(error.value)
 
 
-def test_both_are_off_by_default():
+def test_it_is_off_by_default():
     study = spec()
     assert (study.pruning.pruner, study.pruning.at, study.looks) == ("none", (), {})
-    assert study.stop.rule == "none"
     assert isinstance(make_pruner(study), optuna.pruners.NopPruner)
 
 
-def test_neither_changes_what_a_trial_measures():
+def test_it_does_not_change_what_a_trial_measures():
     """So that they may be changed later, and studies from before keep their fingerprint."""
-    ended = spec(pruning={"pruner": "median", "at": AT, "images": 64}, stop={"rule": "bound"})
+    ended = spec(pruning={"pruner": "median", "at": AT, "images": 64})
     assert ended.fingerprint() == spec().fingerprint() == "80eeb77169b35e48"
 
 
@@ -122,9 +121,6 @@ def test_looks_are_iterations_of_the_budget():
             "pruning.factor: .* equal to 2, got 1",
         ),
         ({"pruning": {"at": AT, "bound": 1}}, "pruning.bound: unknown key; check the spelling"),
-        ({"stop": {"rule": "terminator"}}, "stop.rule: .*'none' or 'bound', got 'terminator'"),
-        ({"stop": {"rule": "bound", "noise": 0}}, "stop.noise: .* greater than 0, got 0"),
-        ({"stop": {"min_trials": 3}}, "stop.min_trials: .* equal to 4, got 3"),
     ],
 )
 def test_what_is_wrong_is_named(keys, expected):

@@ -82,27 +82,6 @@ def posterior_means(
     return _means_by_process(at, values, members, asked)
 
 
-def posterior(evaluations: Sequence[Evaluation], points: Sequence[Point]) -> tuple[Array, Array]:
-    """Posterior of the noise-free FID: [m] means as in ``posterior_means``, [m] deviations.
-
-    Args:
-        evaluations: 4 or more, at two points or more, all of one group.
-        points: Where to.
-
-    Returns:
-        Means, and standard deviations without the noise of a measurement.
-    """
-    cube = _Cube.around([evaluation.point for evaluation in evaluations])
-    at = cube.place([evaluation.point for evaluation in evaluations])
-    values = np.array([evaluation.value for evaluation in evaluations])
-    members = _one_hot([evaluation.group for evaluation in evaluations])
-    level, scale, process = _process(at, values, members)
-    means, deviations = process.predict(cube.place(points), return_std=True)
-    # The kernel's last term is the noise, which scikit-learn counts in.
-    variances = np.maximum(deviations**2 - process.kernel_.k2.noise_level, 0.0)
-    return level + scale * means, scale * np.sqrt(variances)
-
-
 def candidates(
     evaluations: Sequence[Evaluation],
     count: int,
@@ -224,13 +203,7 @@ def _means_by_point(at: Array, values: Array, members: Array, asked: Array) -> l
 
 
 def _means_by_process(at: Array, values: Array, members: Array, asked: Array) -> list[float]:
-    """Posterior means."""
-    level, scale, process = _process(at, values, members)
-    return [float(mean) for mean in level + scale * process.predict(asked)]
-
-
-def _process(at: Array, values: Array, members: Array) -> tuple[float, float, Any]:
-    """A fitted process with its level and scale: values are level + scale * the process.
+    """Posterior means of values that are level + scale * a process.
 
     Offsets need a kernel and a kernel's fit needs offsets, hence rounds.
     """
@@ -247,7 +220,7 @@ def _process(at: Array, values: Array, members: Array) -> tuple[float, float, An
         # Groups apart from one another; their common level hardly moves the curve.
         if np.ptp(offsets - before) < 5e-3 * scale:
             break
-    return float(before.mean()), scale, process
+    return [float(mean) for mean in float(before.mean()) + scale * process.predict(asked)]
 
 
 def _kept(members: Array) -> npt.NDArray[np.intp]:

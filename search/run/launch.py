@@ -127,6 +127,6 @@ def _next(now: Standing, source: Path) -> list[str]:
         if "weights_plot" in now.best:
             plot = named_file(now.best["weights_plot"])
             lines.append(f"its weights over time:   {plot}")
-    more = 2 * (now.stopped["of"] if now.stopped else now.counts.planned)
+    more = 2 * now.counts.planned
     lines.append(f"search on:               bdense-search launch {source} --trials {more}")
     return lines

@@ -275,24 +275,6 @@ class PruningSpec(Strict):
         return self
 
 
-class StopSpec(Strict):
-    """When to end a search early, for what it could still gain is less than noise; off by default.
-
-    Attributes:
-        rule: ``bound``: from the curve through the FIDs measured, the most that any point may
-            still be better than the best, two standard deviations in its favour.
-        noise: Standard deviation of the FID, relative, that a gain has to exceed; the default is
-            what one training seed moves it by.
-        min_trials: Complete trials before the rule is asked; never fewer than
-            ``sampler.startup_trials``.
-    """
-
-    rule: Literal["none", "bound"] = "none"
-    noise: Annotated[float, Field(gt=0, lt=1)] = 0.013
-    # A curve is fitted to 4 or more (search.analysis.surrogate.FEWEST).
-    min_trials: Annotated[int, Field(ge=4)] = 8
-
-
 class StudySpec(ModelSpec):
     """A whole study."""
 
@@ -304,7 +286,6 @@ class StudySpec(ModelSpec):
     trajectories: TrajectoriesSpec = Field(default_factory=TrajectoriesSpec)
     keep_students: Count = 3
     pruning: PruningSpec = Field(default_factory=PruningSpec)
-    stop: StopSpec = Field(default_factory=StopSpec)
     confirm: ConfirmSpec = Field(default_factory=ConfirmSpec)
 
     @field_validator("weights", mode="before")
@@ -357,7 +338,7 @@ class StudySpec(ModelSpec):
         return self.pruning.images or self.evaluation.images
 
     def _conditions(self) -> dict[str, Any]:
-        """Trial count, bounds, sampler, pruner, stop, trajectory mode and resources may change.
+        """Trial count, bounds, sampler, pruner, trajectory mode and resources may change.
 
         But for the number of GPUs that share a batch.
         """

@@ -45,7 +45,6 @@ FailureReason: TypeAlias = Literal["diverged", "out of memory", "error", "poison
 # Those that the user can mend before the same is asked for again.
 MENDABLE: tuple[FailureReason, ...] = ("out of memory", "error", "poisoned")
 
-ENDED_EARLY = "stopped"
 _NOTHING: Mapping[str, JSON] = MappingProxyType({})
 
 
@@ -183,30 +182,6 @@ class Ledger(LedgerReader):
         def write() -> None:
             with exclusive(self._storage.engine, self._lock):
                 self.study.set_user_attr("budget", self._rows.count())
-
-        retrying(write)
-
-    def end_early(self, reason: str) -> None:
-        """Make the budget that of the trials begun: what runs is finished, nothing new is asked.
-
-        The study's attribute ``stopped`` says ``after`` how many trials ``of`` how many, and why.
-        Nothing is done where a planned trial waits: it was planned while the reason was found.
-        """
-        what: dict[str, Any] = {}  # of the last try, whose answer may be lost
-
-        def write() -> None:
-            nonlocal what
-            with exclusive(self._storage.engine, self._lock) as connection:
-                states = self._leases.count_states(connection)
-                begun, budget = sum(states.values()) - states["WAITING"], self._stored_budget()
-                if not (what and budget == what["after"]):
-                    if states["WAITING"] or begun >= budget:
-                        return
-                    what = {"after": begun, "of": budget, "reason": reason}
-                    record_change(self.study, "budget", budget, begun, reason)
-                    self.study.set_user_attr("budget", begun)
-                # The last: without it the study is not ended, and may be once more.
-                self.study.set_user_attr(ENDED_EARLY, what)
 
         retrying(write)
 

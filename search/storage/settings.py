@@ -77,12 +77,10 @@ def _store(study: optuna.Study, given: Mapping[str, int | float | None]) -> None
             study.set_user_attr(key, value)
 
 
-def record_change(
-    study: optuna.Study, key: str, old: JSON, new: JSON, reason: str | None = None
-) -> None:
+def record_change(study: optuna.Study, key: str, old: JSON, new: JSON) -> None:
     """Append to the study's attribute ``changes``, under its lock."""
     changes = list(study.user_attrs.get(CHANGES, []))
-    what = {"key": key, "old": old, "new": new} | ({"reason": reason} if reason else {})
+    what = {"key": key, "old": old, "new": new}
     # Asked again after a lost answer, it is still one change.
     if not changes or {name: changes[-1].get(name) for name in what} != what:
         now = datetime.now(UTC).isoformat(timespec="seconds")

@@ -16,7 +16,7 @@ from bdense.errors import StoppedError
 if TYPE_CHECKING:
     from search.storage.ledger import Ledger
 
-HALT = "halt"  # the attribute of the study; `stopped` is that of the stop rule
+HALT = "halt"  # the attribute of the study
 CONTINUE = "run the launch command again to continue"
 _REMEMBERED = 20  # launches that were interrupted
 

@@ -15,7 +15,7 @@ from search.spec.model_spec import flatten
 from search.spec.space import BASELINES
 from search.spec.study_file import read_stored
 from search.spec.study_spec import StudySpec
-from search.storage.ledger import ENDED_EARLY, MENDABLE, Ledger
+from search.storage.ledger import MENDABLE, Ledger
 from search.storage.reader import Counts
 
 # Attributes of the Optuna study.
@@ -87,7 +87,7 @@ class Study:
             ttl=spec.resources.lease_seconds,
             max_attempts=spec.resources.max_attempts,
         )
-        trials = open_ledger(spec.name, budget=_budget(stored, spec))
+        trials = open_ledger(spec.name, budget=spec.budget.trials)
         _store(trials, spec, before)
         beside = baselines_name(spec.name)
         known = _stored(url, beside) is not None
@@ -188,32 +188,6 @@ def _spec_in(ledger: Ledger) -> StudySpec | None:
     """What its last launch stored; None where that was killed before it stored any."""
     text: str | None = ledger.attribute(SPEC)
     return None if text is None else read_stored(StudySpec, ledger.study.study_name, text)
-
-
-def _budget(stored: Ledger | None, spec: StudySpec) -> int | None:
-    """Trials to plan; None keeps what the stop rule left, where the same number is given again.
-
-    Any other number is somebody's wish, and so are a spec without the rule and points that were
-    planned since, for which there is no room in what was left.
-    """
-    if stored is None:
-        return spec.budget.trials
-    stopped = stopped_early(stored)
-    same = stopped is not None and spec.budget.trials == stopped["of"]
-    if not same or spec.stop.rule == "none":
-        return spec.budget.trials
-    counts = stored.counts()
-    fits = counts.ended + counts.running + counts.waiting <= stored.budget
-    return None if fits else spec.budget.trials
-
-
-def stopped_early(ledger: Ledger) -> dict[str, Any] | None:
-    """``after`` how many trials ``of`` how many a study's rule ended it, and the ``reason``.
-
-    None where it did not, or where the study was extended since.
-    """
-    stopped: dict[str, Any] | None = ledger.attribute(ENDED_EARLY)
-    return stopped if stopped is not None and stopped["after"] == ledger.budget else None
 
 
 def _refuse_other_looks(study: Study, spec: StudySpec) -> None:

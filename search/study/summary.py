@@ -11,7 +11,7 @@ from search.storage.leases import SURPLUS
 from search.storage.ledger import Ledger
 from search.storage.reader import Counts
 from search.storage.rows import StoredTrial
-from search.study.study import BASELINE_RESULTS, Study, stopped_early
+from search.study.study import BASELINE_RESULTS, Study
 from search.study.wording import align, counts_line, weights_text
 
 TITLES = {"sfd": "plain SFD", "uniform": "uniform weights"}
@@ -42,7 +42,6 @@ class Standing:
         counts: Trials by state.
         best: The complete trial of lowest FID, or None.
         baselines: By method, as far as measured.
-        stopped: What the stop rule said, if it ended the search: ``after``, ``of``, ``reason``.
     """
 
     study: str
@@ -50,7 +49,6 @@ class Standing:
     counts: Counts
     best: dict[str, Any] | None
     baselines: dict[str, dict[str, Any]]
-    stopped: dict[str, Any] | None = None
 
     def trials(self) -> dict[str, int]:
         """planned, complete, pruned, failed, running."""
@@ -65,7 +63,6 @@ def standing(study: Study) -> Standing:
         counts=study.trials.counts(),
         best=_best(study.trials),
         baselines=baseline_results(study),
-        stopped=stopped_early(study.trials),
     )
 
 
@@ -82,8 +79,7 @@ def trials_json(counts: Counts) -> dict[str, int]:
 
 def status_json(now: Standing) -> dict[str, Any]:
     """What ``status --json`` prints."""
-    early = {"stopped": now.stopped} if now.stopped is not None else {}
-    return {"study": now.study, "trials": now.trials(), **early}
+    return {"study": now.study, "trials": now.trials()}
 
 
 def best_json(now: Standing) -> dict[str, Any]:
@@ -183,10 +179,7 @@ def remarks(now: Standing) -> list[str]:
 
 def headline(now: Standing) -> str:
     """Counts on one line."""
-    line, early = f"study {now.study}: {counts_line(now.counts, 'trials')}", now.stopped
-    if early is None:
-        return line
-    return f"{line}; stopped after {early['after']} of {early['of']} trials: {early['reason']}"
+    return f"study {now.study}: {counts_line(now.counts, 'trials')}"
 
 
 def failures(study: Study) -> list[str]:

@@ -17,7 +17,6 @@ from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import InputError
 from bdense.models.store import denoiser_sha256
 from search.analysis.retraining import variant
-from search.analysis.stopping import StopRule
 from search.errors import SpecChangedError, UnpreparedError
 from search.spec.promotion_spec import PromotionSpec
 from search.spec.space import baseline_space, make_sampler, search_space
@@ -80,11 +79,6 @@ class SearchWorker:
         # Recorded by the launch where the cache is shared, by each machine where it is its own.
         self._assets = load(self._spec, use_device(self._spec), record=True)
         _require_same_teacher(study.trials, self._assets.teacher)
-        self._stop = StopRule(
-            self._spec,
-            search_space(self._spec),
-            lambda params: excess_weight(self._spec, params) <= 0,
-        )
         if self._assets.store is not None:
             folder = str(self._assets.store.folder.resolve())
             retrying(lambda: study.trials.study.set_user_attr(TRAJECTORIES, folder))
@@ -100,7 +94,6 @@ class SearchWorker:
                 if isinstance(first, Claim):
                     return Claimed(study.baselines, first, asked)
                 self._baselines_ended = isinstance(first, Done)
-            self._stop(study.trials)
             then = study.trials.claim(
                 search_space(spec),
                 functools.partial(make_sampler, spec),

@@ -1,14 +1,12 @@
 """What the ledger promises on every database, shown with real processes that really die."""
 
 import os
-import sqlite3
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
 import pytest
-import sqlalchemy as sa
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
@@ -111,61 +109,6 @@ class LedgerContract(Deaths, Planned, Stops):
         scene.open(budget=2)
         assert ledger.claim(SPACE, RandomSampler) == Done()
         assert ledger.counts().planned == 3
-
-    def test_a_search_ended_early_finishes_what_runs_and_can_be_extended(self, scene):
-        ledger = scene.open(budget=6)
-        first, second = take(ledger), take(ledger)
-        complete(ledger, first)
-        scene.open().end_early("nothing to gain")
-        ledger.end_early("asked once more")
-        assert ledger.study.user_attrs["stopped"] == {
-            "after": 2,
-            "of": 6,
-            "reason": "nothing to gain",
-        }
-        [change] = ledger.study.user_attrs["changes"]
-        assert (change["key"], change["old"], change["new"]) == ("budget", 6, 2)
-        assert change["reason"] == "nothing to gain"
-        assert ledger.claim(SPACE, RandomSampler) == Wait()
-        ledger.prune(second, {})
-        assert ledger.claim(SPACE, RandomSampler) == Done()
-        counts = scene.settle()
-        assert (counts.planned, counts.complete, counts.pruned) == (2, 1, 1)
-        scene.open(budget=4)
-        assert scene.settle().planned == 4
-
-    def test_a_search_is_not_ended_early_while_a_planned_trial_waits(self, scene):
-        """It was planned while the rule thought."""
-        ledger = scene.open(budget=6)
-        complete(ledger, take(ledger))
-        ledger.enqueue({"a": 0.25, "b": -0.5})
-        ledger.end_early("nothing to gain")
-        assert (ledger.budget, ledger.attribute("stopped")) == (6, None)
-        complete(ledger, take(ledger))
-        ledger.end_early("nothing to gain")
-        assert (ledger.budget, ledger.attribute("stopped")["after"]) == (2, 2)
-
-    @pytest.mark.parametrize("lost_at", ["changes", "budget", "stopped"])
-    def test_a_search_whose_end_was_half_written_is_ended_whole(self, scene, monkeypatch, lost_at):
-        """The database goes away in between, and comes back."""
-        ledger = scene.open(budget=6)
-        complete(ledger, take(ledger))
-        write, lost = ledger.study.set_user_attr, []
-
-        def losing(key, value) -> None:
-            write(key, value)
-            if key == lost_at and not lost:
-                lost.append(key)
-                raise sa.exc.OperationalError("UPDATE", {}, _busy())
-
-        monkeypatch.setattr(ledger.study, "set_user_attr", losing)
-        ledger.end_early("nothing to gain")
-        assert len(lost) == 1
-        assert ledger.budget == 1
-        what = {"after": 1, "of": 6, "reason": "nothing to gain"}
-        assert ledger.study.user_attrs["stopped"] == what
-        [change] = ledger.study.user_attrs["changes"]
-        assert (change["key"], change["old"], change["new"]) == ("budget", 6, 1)
 
     def test_suggestions_beyond_the_bound_are_pruned_outside_the_budget(self, scene):
         ledger = scene.open(budget=3)
@@ -390,10 +333,3 @@ class LedgerContract(Deaths, Planned, Stops):
         with pytest.raises(UnknownStudyError, match="'theirs' was not made by bdense-search"):
             Ledger.open(scene.url, "theirs", budget=None)
         assert optuna.load_study(study_name="theirs", storage=storage).user_attrs == {}
-
-
-def _busy() -> sqlite3.OperationalError:
-    """What waiting helps against, whichever database it stands for."""
-    error = sqlite3.OperationalError("database is locked")
-    error.sqlite_errorname = "SQLITE_BUSY"
-    return error

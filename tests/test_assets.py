@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
+import search.worker.memory
 import torch
 from search.worker.trial import STUDENT, train_and_measure
 
-import search.worker.memory
 from bdense.data.datasets import Dataset, load_dataset
 from bdense.errors import InputError
 from bdense.execution import Execution

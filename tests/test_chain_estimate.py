@@ -4,24 +4,24 @@ import dataclasses
 import re
 
 import pytest
-import torch
-from search.spec.promotion_spec import PromotionSpec
-from search.spec.study_file import read_promotion
-from search.worker.chain_engine import check_promotion
-from search.worker.engine import architecture
-from torch.nn.parameter import Parameter
-
 import search.worker.chain_estimate
 import search.worker.estimate
 import search.worker.memory
 import search.worker.student_calls
-from bdense.diffusion.branches import widen_head
-from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
-from bdense.methods.progressive import branch_errors, dense_targets
+import torch
+from search.spec.promotion_spec import PromotionSpec
+from search.spec.study_file import read_promotion
+from search.worker.chain_engine import check_promotion
 from search.worker.chain_estimate import chain_memory, chains_work, estimate_promotion
+from search.worker.engine import architecture
 from search.worker.estimate import Work
 from search.worker.memory import trial_memory
 from search.worker.row_words import words_of
+from torch.nn.parameter import Parameter
+
+from bdense.diffusion.branches import widen_head
+from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
+from bdense.methods.progressive import branch_errors, dense_targets
 from tests.studies import PROMOTIONS, promotion, spec
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

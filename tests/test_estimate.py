@@ -4,20 +4,20 @@ import dataclasses
 import re
 
 import pytest
+import search.worker.estimate
+import search.worker.memory
 import torch
 from search.spec.study_file import read_spec
 from search.worker.engine import architecture, check
+from search.worker.estimate import _affordable, estimate, trials_work
+from search.worker.memory import Memory
 
 import bdense.models.public
 import bdense.models.sources
-import search.worker.estimate
-import search.worker.memory
 from bdense.diffusion.denoiser import build_denoiser
 from bdense.models.public import CHECKPOINTS, EDM_LICENCE
 from bdense.models.store import save_denoiser
 from search.verbs.launch import _dry_run
-from search.worker.estimate import _affordable, estimate, trials_work
-from search.worker.memory import Memory
 from tests.small import small_teacher
 from tests.studies import REMOVED, STUDIES, spec
 

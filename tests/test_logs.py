@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from bdense.methods.sharing import distill_on
 from search.worker.engine import branches_and_weights, training_config
 from search.worker.trial import CHECKPOINT, bring_to_an_end, train_and_measure
 
 from bdense.errors import StoppedError
-from bdense.methods.sharing import distill_on
 from search import cli
 from search.log import about, say, speaking_of, start_logging
 from search.report.log_lines import log_line

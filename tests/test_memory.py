@@ -5,21 +5,21 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
-from search.spec.study_spec import StudySpec
-from search.worker.engine import student_grid
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.parameter import Parameter
-
 import search.worker.free_memory
 import search.worker.memory
 import search.worker.student_calls
-from bdense.diffusion.branches import widen_head
-from bdense.errors import InputError
-from bdense.methods.sfd import branch_losses, branch_states
+import torch
+from search.spec.study_spec import StudySpec
+from search.worker.engine import student_grid
 from search.worker.free_memory import free_bytes
 from search.worker.memory import Memory, trial_memory
 from search.worker.student_calls import _LiveBytes
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.parameter import Parameter
+
+from bdense.diffusion.branches import widen_head
+from bdense.errors import InputError
+from bdense.methods.sfd import branch_losses, branch_states
 from tests.small import small_teacher
 from tests.studies import spec
 

@@ -571,6 +571,7 @@ class Progressive:
     """Progressive Distillation: one stage a round."""
 
     name: ClassVar[str] = "progressive"
+    title: ClassVar[str] = "PD"
     Config: ClassVar[type[PDConfig]] = PDConfig
     needs_data: ClassVar[bool] = True
 

@@ -126,7 +126,8 @@ def plan_given(url: str, spec: StudySpec) -> Study:
     plan = spec.plan
     assert isinstance(plan, ArmsPlan)
     arms = [_named(url, spec, each) for each in plan.arms]
-    sources = [str(each["winner_of"]) for each in plan.arms if isinstance(each, dict) and "winner_of" in each]
+    named = [each for each in plan.arms if isinstance(each, dict)]
+    sources = [str(each["winner_of"]) for each in named if "winner_of" in each]
     planned = Study.create(url, spec, facts={"of": sources[0]} if sources else {})
     planned.plan(arms, plan.seeds)
     return planned

@@ -28,7 +28,7 @@ from search.storage.leases import (
     database_clock,
 )
 from search.storage.rows import KIND_OF_VALUE, VALUES, Rows
-from search.study.study import BASELINES_SUFFIX, KIND
+from search.study.study import ARMS, BASELINES_SUFFIX
 
 PATH = "/metrics"
 # Optuna's states in the words of ``status``.
@@ -73,7 +73,7 @@ class _Study:
     @property
     def is_search(self) -> bool:
         """Whether its values compare: neither baselines nor planned rows."""
-        return KIND not in self.attributes and not self.name.endswith(BASELINES_SUFFIX)
+        return ARMS not in self.attributes and not self.name.endswith(BASELINES_SUFFIX)
 
 
 class Studies(Collector):
@@ -133,7 +133,7 @@ def _gauge(name: str, help_: str, *labels: str) -> GaugeMetricFamily:
 def _studies(connection: sa.Connection) -> list[_Study]:
     attributes: dict[int, dict[str, str]] = {}
     for row in connection.execute(
-        sa.select(STUDY_ATTRIBUTES).where(STUDY_ATTRIBUTES.c.key.in_(("budget", KIND)))
+        sa.select(STUDY_ATTRIBUTES).where(STUDY_ATTRIBUTES.c.key.in_(("budget", ARMS)))
     ):
         attributes.setdefault(row.study_id, {})[row.key] = row.value_json
     found = connection.execute(sa.select(STUDIES).order_by(STUDIES.c.study_name))

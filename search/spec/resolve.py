@@ -10,7 +10,7 @@ import torch
 
 from bdense.data.datasets import image_shape
 from bdense.data.names import split_format, split_side
-from bdense.diffusion.denoiser import build_denoiser
+from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.methods import METHODS
@@ -59,7 +59,11 @@ def resolve(spec: StudySpec, source: str = "", told: str = "") -> StudySpec:
             _check_network(spec.teacher.train)
     except SpecError as error:
         raise SpecError(f"{before}{error}") from error
-    return resolved
+    with torch.device("meta"):
+        try:
+            return _with_facts(resolved, build_denoiser(architecture(resolved)))
+        except InputError as error:
+            raise SpecError(f"{before}{error}") from error
 
 
 def architecture(spec: StudySpec) -> dict[str, Any]:
@@ -117,10 +121,10 @@ def teacher_config(training: TeacherTraining) -> TeacherConfig:
     )
 
 
-def _with_facts(spec: StudySpec) -> StudySpec:
+def _with_facts(spec: StudySpec, teacher: NetworkDenoiser | None = None) -> StudySpec:
     method = METHODS[spec.method.name]()
     config = method.Config.read(spec.method.options, "method")
-    plans = method.plan(config)
+    plans = method.plan(config, teacher)
     facts = Facts(
         title=method.title,
         num_branches=method.num_branches(config),

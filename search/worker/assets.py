@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bdense.methods.method import Inputs, Method, MethodConfig, Recordings
 
 from bdense import NUMERICS
 from bdense.data.datasets import Dataset, load_dataset
@@ -21,6 +20,7 @@ from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import InputError
 from bdense.files import atomic_write, file_lock
 from bdense.methods import METHODS
+from bdense.methods.method import Inputs, Method, MethodConfig, Recordings
 from bdense.methods.recordings import TrajectoryStore
 from bdense.metrics.extractors import Extractor, load_extractor
 from bdense.metrics.metrics import MetricSettings, require_measurable

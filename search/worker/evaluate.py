@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from bdense.files import atomic_write
 from bdense.methods.distill import TrainedStage, distill
 from bdense.methods.method import StagePlan
-from bdense.training.loop import IterationReport
-
-from bdense.files import atomic_write
 from bdense.models.cards import write_card
 from bdense.models.store import save_denoiser
+from bdense.training.loop import IterationReport
 from bdense.weights import space_of
 from bdense.weights.spaces import BASELINE
 from search.study.arms import Task
@@ -93,7 +92,7 @@ class _Row:
         self._space = space_of(task.params, space)
         self._branches = assets.spec.resolved.num_branches
         self._weighting: TracedWeights | None = None
-        self._stages = assets.method.plan(assets.config)
+        self._stages = assets.method.plan(assets.config, assets.teacher)
         self._seconds = {"student_seconds": 0.0, "evaluation_seconds": 0.0}
 
     def run(self) -> TrialResult:
@@ -141,7 +140,10 @@ class _Row:
             assets.config,
             self._new_weighting,
             assets.inputs(self._task.seed),
-            **self._places(),
+            folder=self._folder if len(self._stages) > 1 else None,
+            # A method of one stage keeps its checkpoint, which holds the weights' history, until
+            # the result is there.
+            checkpoint=self._folder / CHECKPOINT if len(self._stages) == 1 else None,
             devices=assets.devices,
             metadata=self._metadata(),
             checkpoint_seconds=assets.spec.resources.checkpoint_seconds,
@@ -149,16 +151,6 @@ class _Row:
             on_save=lambda plan, done: self._note("checkpoint", stage=plan.name, iteration=done),
             evaluations=intermediate.of,
         )
-
-    def _places(self) -> dict[str, Path]:
-        """Where students and checkpoints go.
-
-        A method of one stage keeps its checkpoint, from which the weights' history can be read
-        again, until the result is there; one of several keeps each stage's student.
-        """
-        if len(self._stages) > 1:
-            return {"folder": self._folder}
-        return {"checkpoint": self._folder / CHECKPOINT}
 
     def _new_weighting(self) -> TracedWeights:
         """The row's weights, from the start of a stage."""
@@ -170,7 +162,7 @@ class _Row:
         if self._weighting is not None and plan.branched:
             self._weighting.note(done)
         if is_noted(done.iteration, done.iterations):
-            named = {"stage": plan.name} if plan.name else {}
+            named: dict[str, Any] = {"stage": plan.name} if plan.name else {}
             self._note(
                 "training",
                 **named,
@@ -192,7 +184,7 @@ class _Row:
     def _measured(self, stage: TrainedStage, path: Path) -> Measures:
         """A stage's metrics; of several stages each keeps its FID in a file of its own."""
         count = self._assets.spec.evaluation.images
-        named = {"stage": stage.plan.name} if stage.plan.name else {}
+        named: dict[str, Any] = {"stage": stage.plan.name} if stage.plan.name else {}
         grid = GRID if not stage.plan.name else f"{stage.plan.name}-{GRID}"
         kept = path.with_suffix(".fid.json")
         if stage.plan.name and kept.exists():

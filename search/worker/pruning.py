@@ -12,13 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bdense.methods.method import Stage
-from bdense.training.loop import Evaluations
-
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import Sampler
 from bdense.errors import NonFiniteError
 from bdense.files import atomic_write
+from bdense.methods.method import Stage
+from bdense.training.loop import Evaluations
 from search.spec.space import make_pruner
 from search.spec.study import StudySpec
 from search.storage.ledger import Claim, Ledger

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bdense.training.loop import IterationReport
 from torch import Tensor
 
 from bdense.files import atomic_write
+from bdense.training.loop import IterationReport
 from bdense.weights.weighting import BranchWeighting, FixedWeights
 
 # Rows of a trial are read whole by every look at the study: its history has to stay small.

@@ -6,8 +6,21 @@ import tempfile
 from pathlib import Path
 
 from bdense.command import Verbs
-from search.storage.engine import resolve_storage_url
+from search.storage.engine import redact, resolve_storage_url
 from search.verbs.common import open_study, port, positive, storage_verb, study_verb
+
+
+def add_list(verbs: Verbs) -> None:
+    """``list`` and its options."""
+    parser = storage_verb(
+        verbs, "list", "list the studies of a storage", "bdense-search list --json", _list
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one array; each study has study, kind, method, trials, best_fid, started, "
+        "changed",
+    )
 
 
 def add_status(verbs: Verbs) -> None:
@@ -103,6 +116,19 @@ def add_dashboard(verbs: Verbs) -> None:
         action="store_true",
         help="let the browser change studies; renaming one orphans its running trials",
     )
+
+
+def _list(options: argparse.Namespace) -> None:
+    from search.study.catalogue import list_studies, studies_json, studies_table
+
+    url = resolve_storage_url(options.storage)
+    found = list_studies(url)
+    if options.json:
+        print(json.dumps(studies_json(found)))
+    elif found:
+        print(*studies_table(found), sep="\n")
+    else:
+        print(f"no studies in {redact(url)}")
 
 
 def _status(options: argparse.Namespace) -> None:

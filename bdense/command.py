@@ -1,10 +1,11 @@
 """What the project's commands share: verbs that explain themselves, and exit statuses."""
 
 import argparse
+import importlib.metadata
 import os
 import sys
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 from bdense.errors import BdenseError, InputError, StoppedError, is_out_of_memory
 
@@ -16,9 +17,12 @@ Run: TypeAlias = Callable[[argparse.Namespace], None]
 
 
 def new_parser(prog: str, description: str, example: str) -> tuple[argparse.ArgumentParser, Verbs]:
-    """A command that takes verbs."""
+    """A command that takes verbs, and ``--version``."""
     parser = argparse.ArgumentParser(
         prog=prog, description=description, epilog=f"example: {example}", allow_abbrev=False
+    )
+    parser.add_argument(
+        "--version", action=_ShowVersion, nargs=0, help="show the version and exit"
     )
     return parser, parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
@@ -90,6 +94,14 @@ def run_verb(
         tell(f"\n{on_interrupt}")
         return INTERRUPTED
     return DONE
+
+
+class _ShowVersion(argparse.Action):
+    """Print the installed version; argparse's own action would look it up at every start."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, **__: object) -> NoReturn:
+        sys.stdout.write(f"{parser.prog} {importlib.metadata.version('bdense')}\n")
+        parser.exit()
 
 
 def _to_stderr(line: str) -> None:

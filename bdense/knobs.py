@@ -1,25 +1,57 @@
 """Knobs: each setting declared once, as a dataclass field with its default, range and help.
 
-The command line, study files, error messages and the reference page are all made from these
-declarations::
+Command-line options, the keys of study files, error messages and the reference pages are all made
+from these declarations::
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class SFDConfig(Knobs):
         nfe: int = knob(2, "network evaluations an image", low=1)
+
+A knob holds an int, float, bool, str or Path, a ``Literal``, a tuple of these, a mapping, or
+another ``Knobs`` class; or one of several of these, ``None`` among them.
 """
 
+import argparse
 import dataclasses
 import difflib
+import functools
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self, Union, get_args, get_origin
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from bdense.errors import InputError
 
+# What stands for None on the command line and in documentation.
+NONE = "none"
 _KEY = "knob"
+# A nested knob of this name is spelt as the class around it: --schedule, not --kind.
+_CHOOSING = ("name", "kind")
+
+C = TypeVar("C", bound="Knobs")
+
+
+class KnobError(InputError):
+    """A knob is missing, unknown, of another type or out of range.
+
+    Attributes:
+        name: The knob, spelt as where it was given: ``lr``, ``method.lr`` or ``--lr``.
+        problem: What is wrong with it; follows the name in the message.
+    """
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(name, problem)
+        self.name, self.problem = name, problem
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.problem}"
+
+
+class _WrongTypeError(Exception):
+    """A value cannot be taken for one of a type."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,11 +63,13 @@ class Knob:
         type: Its annotation, ``None`` taken out of a union.
         default: ``dataclasses.MISSING`` where it must be given.
         optional: Whether ``None`` is a value.
-        help: What it does, in words that fit behind "--name".
-        low, high: Smallest and largest value, both allowed.
+        help: What it does.
+        low, high: Smallest and largest number, both allowed.
         above, below: Bounds that are not allowed themselves.
-        choices: All values there are; empty where they are not counted.
+        choices: All values there are; empty where they are not listed.
         metavar: What stands for the value in help.
+        none: What ``None`` means, where its name does not say it.
+        group: Heading in the command's help; empty for none.
     """
 
     name: str
@@ -49,6 +83,8 @@ class Knob:
     below: float | None = None
     choices: tuple[Any, ...] = ()
     metavar: str | None = None
+    none: str = ""
+    group: str = ""
 
     @property
     def required(self) -> bool:
@@ -56,48 +92,83 @@ class Knob:
         return self.default is dataclasses.MISSING
 
     @property
-    def range(self) -> str:
-        """Its range for people; empty where every value of the type will do."""
+    def values(self) -> str:
+        """Type and range, for people."""
         if self.choices:
-            return "one of " + ", ".join(map(str, self.choices))
-        bounds = {
-            "at least": self.low,
-            "at most": self.high,
-            "above": self.above,
-            "below": self.below,
-        }
-        return " and ".join(
-            f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None
-        )
+            known = f"one of {', '.join(map(str, self.choices))}"
+        else:
+            known = " ".join(filter(None, (_type_text(self.type), self._range())))
+        return f"{known}, or {NONE}" if self.optional else known
 
-    def require(self, value: Any) -> None:  # noqa: ANN401  of whatever type the user gave
-        """Refuse a value outside the range.
+    def text(self, value: Any) -> str:  # noqa: ANN401  of the knob's type
+        """A value, for people: as the command line has it, but for ``none``'s meaning."""
+        if value is None:
+            return self.none or NONE
+        if isinstance(value, bool):
+            return str(value).lower()
+        if isinstance(value, tuple):
+            return " ".join(map(self.text, value)) or NONE
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    def accept(self, value: Any) -> Any:  # noqa: ANN401  whatever was given
+        """The value as the knob's type; an int does for a float, and a list for a tuple.
 
         Raises:
-            InputError: It is; the message names the knob, the value and the range.
+            KnobError: It is of another type or out of range.
         """
-        if value is None and self.optional:
-            return
-        if self.choices:
-            if value not in self.choices:
-                close = difflib.get_close_matches(str(value), list(map(str, self.choices)), 1)
-                hint = f"; did you mean {close[0]}?" if close else ""
-                raise InputError(f"{self.name} must be {self.range}, got {value!r}{hint}")
-            return
-        for number in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(number, int | float) and not isinstance(number, bool):
-                self._require_number(number, value)
+        return self._converted(_as_type, value, repr(value))
 
-    def _require_number(self, number: float, given: object) -> None:
-        inside = (
-            math.isfinite(number)
-            and (self.low is None or number >= self.low)
-            and (self.high is None or number <= self.high)
-            and (self.above is None or number > self.above)
-            and (self.below is None or number < self.below)
+    def parse(self, text: str | Sequence[str]) -> Any:  # noqa: ANN401  of the knob's type
+        """The value that a text stands for, or several texts for a tuple.
+
+        Raises:
+            KnobError: It stands for no value of the type, or one out of range.
+        """
+        written = text if isinstance(text, str) else " ".join(text)
+        value = None if written == NONE and self.optional else text
+        return self._converted(_from_text, value, written or "''")
+
+    def _converted(self, convert: Any, given: Any, shown: str) -> Any:  # noqa: ANN401
+        if given is None and self.optional:
+            return None
+        if isinstance(given, Mapping) and isinstance(self.default, Knobs):
+            usual = self.default
+            given = {name: getattr(usual, name) for name in knobs_of(type(usual))} | dict(given)
+        try:
+            value = convert(self.type, given)
+        except _WrongTypeError:
+            raise self._refusal(given, shown) from None
+        except KnobError as error:  # of a class of knobs
+            raise KnobError(f"{self.name}.{error.name}", error.problem) from error
+        parts = value if isinstance(value, tuple) else (value,)
+        if self.choices and not set(parts) <= set(self.choices):
+            raise self._refusal(given, shown)
+        if not all(map(self._contains, parts)):
+            raise self._refusal(given, shown)
+        return value
+
+    def _refusal(self, given: object, shown: str) -> KnobError:
+        close = difflib.get_close_matches(str(given), list(map(str, self.choices)), 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return KnobError(self.name, f"must be {self.values}, got {shown}{hint}")
+
+    def _contains(self, value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return True
+        return (
+            math.isfinite(value)
+            and (self.low is None or value >= self.low)
+            and (self.high is None or value <= self.high)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
         )
-        if not inside:
-            raise InputError(f"{self.name} must be {self.range or 'finite'}, got {given}")
+
+    def _range(self) -> str:
+        if self.low is not None and self.high is not None:
+            return f"from {self.low:g} to {self.high:g}"
+        words = ("of at least", "of at most", "above", "below")
+        bounds = zip(words, (self.low, self.high, self.above, self.below), strict=True)
+        return " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
 
 
 def knob(
@@ -110,6 +181,8 @@ def knob(
     below: float | None = None,
     choices: tuple[Any, ...] = (),
     metavar: str | None = None,
+    none: str = "",
+    group: str = "",
 ) -> Any:  # noqa: ANN401  as dataclasses.field does
     """A field of a ``Knobs`` class; arguments as of ``Knob``. A ``Literal`` gives its choices."""
     told = {
@@ -120,6 +193,8 @@ def knob(
         "below": below,
         "choices": choices,
         "metavar": metavar,
+        "none": none,
+        "group": group,
     }
     if isinstance(default, dict | list):
         return field(default_factory=lambda: type(default)(default), metadata={_KEY: told})
@@ -128,41 +203,55 @@ def knob(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Knobs:
-    """A frozen dataclass whose fields are knobs; values outside their ranges are refused."""
+    """A frozen dataclass whose fields are knobs; values out of their ranges are refused.
+
+    A subclass with a ``__post_init__`` of its own calls ``Knobs.__post_init__(self)`` in it.
+    """
 
     def __post_init__(self) -> None:
         for name, known in knobs_of(type(self)).items():
-            known.require(getattr(self, name))
+            object.__setattr__(self, name, known.accept(getattr(self, name)))
 
     @classmethod
     def read(cls, tree: Mapping[str, Any], where: str = "") -> Self:
         """From a mapping of plain values, as files hold them.
 
         Args:
-            tree: Names to values; lists stand for tuples.
-            where: What the mapping is, in front of each name in errors, such as ``method``.
+            tree: Names to values. Lists stand for tuples, and a text for the number that it
+                spells: YAML takes 5e-4 for a text.
+            where: The mapping's own name, put in front of each knob's in errors: ``method``.
 
         Raises:
-            InputError: A name is unknown, a value missing, of another type or out of range.
+            KnobError: A name is unknown, a value missing, of another type or out of range.
         """
         known = knobs_of(cls)
-        prefix = f"{where}." if where else ""
-        for name in tree:
-            if name not in known:
-                close = difflib.get_close_matches(str(name), known, 1)
-                hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
-                raise InputError(f"{prefix}{name} is unknown; {hint}")
-        if missing := [n for n, each in known.items() if each.required and n not in tree]:
-            raise InputError(f"{prefix}{missing[0]} is missing: {known[missing[0]].help}")
-        values = {n: _typed(known[n], value, prefix) for n, value in tree.items()}
         try:
-            return cls(**values)
-        except InputError as error:
-            raise InputError(f"{prefix}{error}") from error
+            for name in tree:
+                if name not in known:
+                    close = difflib.get_close_matches(str(name), known, 1)
+                    hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+                    raise KnobError(str(name), f"is unknown; {hint}")
+            for name, each in known.items():
+                if each.required and name not in tree:
+                    raise KnobError(name, f"is missing: {each.help}")
+            return cls(
+                **{
+                    name: known[name].parse(value) if isinstance(value, str) else value
+                    for name, value in tree.items()
+                }
+            )
+        except KnobError as error:
+            name = f"{where}.{error.name}" if where else error.name
+            raise KnobError(name, error.problem) from error
 
 
-def knobs_of(cls: type) -> dict[str, Knob]:
+def knobs_of(cls: type) -> Mapping[str, Knob]:
     """The knobs of a class by name, in the order of their declaration."""
+    return _declared(cls)
+
+
+@functools.cache
+def _declared(cls: type) -> Mapping[str, Knob]:
     hints = typing.get_type_hints(cls)
     found = {}
     for each in dataclasses.fields(cls):
@@ -170,7 +259,6 @@ def knobs_of(cls: type) -> dict[str, Knob]:
         if told is None:
             continue
         kind, optional = _without_none(hints[each.name])
-        choices = told["choices"] or (get_args(kind) if get_origin(kind) is Literal else ())
         default = each.default
         if each.default_factory is not dataclasses.MISSING:
             default = each.default_factory()
@@ -179,41 +267,237 @@ def knobs_of(cls: type) -> dict[str, Knob]:
             type=kind,
             default=default,
             optional=optional,
-            **told | {"choices": choices},
+            **told | {"choices": told["choices"] or _choices(kind)},
         )
-    return found
+    return types.MappingProxyType(found)
+
+
+# ---- types ----
 
 
 def _without_none(hint: Any) -> tuple[Any, bool]:  # noqa: ANN401  an annotation
-    if get_origin(hint) not in (Union, types.UnionType):
+    if not _is_union(hint):
         return hint, False
-    others = tuple(each for each in get_args(hint) if each is not type(None))
-    return (others[0] if len(others) == 1 else Union[others]), len(others) < len(get_args(hint))  # noqa: UP007
+    others = tuple(each for each in get_args(hint) if each is not types.NoneType)
+    return Union[others], len(others) < len(get_args(hint))  # noqa: UP007  of a tuple
 
 
-def _typed(known: Knob, value: Any, prefix: str) -> Any:  # noqa: ANN401  as a file has it
-    """The value as the knob's type, where a file can only write a relative of it."""
-    if value is None and known.optional:
-        return None
-    kind, origin = known.type, get_origin(known.type)
-    wrong = InputError(f"{prefix}{known.name} must be {_called(kind)}, got {value!r}")
-    if origin is tuple:
+def _is_union(hint: Any) -> bool:  # noqa: ANN401
+    return get_origin(hint) in (Union, types.UnionType)
+
+
+def _is_knobs(kind: Any) -> bool:  # noqa: ANN401
+    return isinstance(kind, type) and issubclass(kind, Knobs)
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:  # noqa: ANN401
+    """All values of a ``Literal``, or of each part of a tuple of them."""
+    if get_origin(kind) is tuple:
+        return _choices(get_args(kind)[0])
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def _parts(kind: Any, given: Sequence[Any]) -> Iterator[tuple[Any, Any]]:  # noqa: ANN401
+    """Each part of what is given for a tuple, with its type."""
+    kinds = get_args(kind)
+    if kinds[-1] is Ellipsis:
+        kinds = kinds[:1] * len(given)
+    if len(kinds) != len(given):
+        raise _WrongTypeError
+    return zip(kinds, given, strict=True)
+
+
+def _as_type(kind: Any, value: Any) -> Any:  # noqa: ANN401
+    """The value itself, or what it stands for where the type has another form."""
+    if _is_union(kind):
+        return _first_that_takes(_as_type, kind, value)
+    if get_origin(kind) is Literal:
+        matches = value in get_args(kind)
+    elif get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):
-            raise wrong
-        return tuple(value)
-    if kind is float:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise wrong
+            raise _WrongTypeError
+        return tuple(_as_type(each, part) for each, part in _parts(kind, value))
+    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if kind is int and (isinstance(value, bool) or not isinstance(value, int)):
-        raise wrong
-    if kind in (bool, str, dict) and not isinstance(value, kind):
-        raise wrong
+    elif kind is Path and isinstance(value, str):
+        return Path(value)
+    elif _is_knobs(kind) and isinstance(value, Mapping):
+        return kind.read(value)
+    elif kind in (int, float):
+        matches = isinstance(value, kind) and not isinstance(value, bool)
+    else:
+        matches = isinstance(value, get_origin(kind) or kind)
+    if not matches:
+        raise _WrongTypeError
     return value
 
 
-def _called(kind: Any) -> str:  # noqa: ANN401  an annotation
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+def _from_text(kind: Any, text: str | Sequence[str]) -> Any:  # noqa: ANN401
+    if _is_union(kind):
+        return _first_that_takes(_from_text, kind, text)
     if get_origin(kind) is tuple:
-        return "a list"
-    return names.get(kind, "a mapping" if get_origin(kind) is dict or kind is dict else str(kind))
+        words = text.split() if isinstance(text, str) else text
+        return tuple(_from_text(each, part) for each, part in _parts(kind, words))
+    if get_origin(kind) is Literal:
+        named = {str(choice): choice for choice in get_args(kind)}
+        if text in named:
+            return named[str(text)]
+    elif kind in (int, float, str, Path):
+        try:
+            return kind(text)
+        except ValueError:
+            raise _WrongTypeError from None
+    raise _WrongTypeError
+
+
+def _first_that_takes(convert: Any, union: Any, given: Any) -> Any:  # noqa: ANN401
+    for kind in get_args(union):
+        try:
+            return convert(kind, given)
+        except _WrongTypeError:
+            continue
+    raise _WrongTypeError
+
+
+def _type_text(kind: Any) -> str:  # noqa: ANN401
+    """A type, for people."""
+    if _is_union(kind):
+        return " or ".join(map(_type_text, get_args(kind)))
+    if get_origin(kind) is Literal:
+        return " or ".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple:
+        several = {int: "whole numbers", float: "numbers"}.get(get_args(kind)[0], "words")
+        fixed = get_args(kind)[-1] is not Ellipsis
+        return f"{len(get_args(kind))} {several}" if fixed else several
+    names = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a word",
+        Path: "a path",
+    }
+    return names.get(kind, "a mapping")
+
+
+# ---- the command line ----
+
+
+def add_options(
+    parser: argparse.ArgumentParser, *configs: type[Knobs], skip: Collection[str] = ()
+) -> None:
+    """An option for each knob of these classes, under the headings of their groups.
+
+    ``num_steps`` becomes --num-steps, a bool --name and --no-name, a tuple takes several words,
+    and "none" stands for None. A nested class gives an option for each of its knobs, and its
+    ``name`` or ``kind`` is spelt as the class. Mappings are for files alone. What is not given is
+    absent from the namespace, which ``from_options`` reads.
+
+    Args:
+        parser: A command's.
+        configs: Their options' names must differ.
+        skip: Dotted names of knobs that become no options.
+    """
+    headings: dict[str, argparse._ActionsContainer] = {"": parser}
+    for config in configs:
+        for name, known in _single_knobs(config).items():
+            if name in skip or get_origin(known.type) is dict or known.type is dict:
+                continue
+            if known.group not in headings:
+                headings[known.group] = parser.add_argument_group(known.group)
+            headings[known.group].add_argument(_option(name), **_argument(name, known))
+
+
+def from_options(config: type[C], options: argparse.Namespace, **known: Any) -> C:  # noqa: ANN401
+    """The class with the options that were given, and its defaults.
+
+    Args:
+        config: One that was given to ``add_options``.
+        options: What the parser made of the command line.
+        known: Knobs that have no option.
+
+    Raises:
+        KnobError: A value is of another type or out of range; names the option.
+    """
+    tree = dict(known)
+    try:
+        for name, each in _single_knobs(config).items():
+            if name in options:
+                _put(tree, name, each, getattr(options, name))
+        return config.read(tree)
+    except KnobError as error:
+        spelt = _option(error.name) if error.name in _single_knobs(config) else error.name
+        raise KnobError(spelt, error.problem) from error
+
+
+def _put(tree: dict[str, Any], name: str, known: Knob, given: Any) -> None:  # noqa: ANN401
+    """Enter what was given for a knob under its dotted name."""
+    *outer, last = name.split(".")
+    for each in outer:
+        tree = tree.setdefault(each, {})
+    try:
+        tree[last] = given if isinstance(given, bool) else known.parse(given)
+    except KnobError as error:
+        raise KnobError(name, error.problem) from error
+
+
+def _single_knobs(config: type[Knobs], prefix: str = "", usual: object = None) -> dict[str, Knob]:
+    """All knobs by dotted name, those of nested classes in place of the class.
+
+    Args:
+        config: The class.
+        prefix: In front of its knobs' names.
+        usual: An instance of it whose values are the defaults.
+    """
+    found = {}
+    for name, declared in knobs_of(config).items():
+        default = getattr(usual, name) if isinstance(usual, config) else declared.default
+        known = dataclasses.replace(declared, default=default)
+        if _is_knobs(known.type):
+            inner = _single_knobs(known.type, f"{prefix}{name}.", known.default)
+            for path, each in inner.items():
+                found[path] = dataclasses.replace(each, group=each.group or known.group)
+        else:
+            found[prefix + name] = known
+    return found
+
+
+def _option(name: str) -> str:
+    """``num_steps`` as --num-steps, ``schedule.rho`` as --rho, ``schedule.kind`` as --schedule."""
+    *outer, last = name.split(".")
+    return "--" + (outer[-1] if outer and last in _CHOOSING else last).replace("_", "-")
+
+
+def _argument(name: str, known: Knob) -> dict[str, Any]:
+    """What ``add_argument`` is told of a knob."""
+    default = "" if known.required or known.default is False else known.text(known.default)
+    told = {
+        "dest": name,
+        "default": argparse.SUPPRESS,
+        "required": known.required,
+        "help": (known.help + (f" (default: {default})" if default else "")).replace("%", "%%"),
+    }
+    if known.type is bool:
+        return told | {"action": argparse.BooleanOptionalAction}
+    if get_origin(known.type) is tuple:
+        kinds = get_args(known.type)
+        told["nargs"] = "+" if kinds[-1] is Ellipsis else len(kinds)
+    listed = "{" + ",".join(map(str, known.choices)) + "}" if known.choices else None
+    return told | {"metavar": known.metavar or listed or _metavar(known.type)}
+
+
+def _metavar(kind: Any) -> str:  # noqa: ANN401
+    inner = get_args(kind)[0] if get_args(kind) else kind
+    return {int: "N", float: "X", Path: "PATH"}.get(inner, "NAME")
+
+
+# ---- documentation ----
+
+
+def reference(config: type[Knobs]) -> str:
+    """A Markdown table of a class's knobs: name, values, default, what it does."""
+    rows = [("knob", "values", "default", "what it does"), ("---",) * 4]
+    for name, known in _single_knobs(config).items():
+        default = "must be given" if known.required else known.text(known.default)
+        rows.append((f"`{name}`", known.values, default, known.help))
+    cells = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+    return "".join(f"| {' | '.join(row)} |\n" for row in cells)

@@ -36,14 +36,21 @@ class Registry(Mapping[str, T], Generic[T]):
         """The member of that name.
 
         Raises:
-            InputError: There is none; names those there are.
+            InputError: There is none, or its package cannot be imported.
         """
         if name in self._builtin:
             module, _, attribute = self._builtin[name].partition(":")
             return cast(T, getattr(importlib.import_module(module), attribute))
         for point in self._added():
             if point.name == name:
-                return cast(T, point.load())
+                try:
+                    return cast(T, point.load())
+                except (ImportError, AttributeError) as error:
+                    package = point.dist.name if point.dist else point.value
+                    raise InputError(
+                        f"the {self._noun} {name!r} of the package {package} cannot be loaded "
+                        f"({error}); mend or remove that package"
+                    ) from error
         close = difflib.get_close_matches(str(name), list(self), 1)
         hint = f"; did you mean {close[0]}?" if close else ""
         raise InputError(f"no {self._noun} is called {name!r}; there are {', '.join(self)}{hint}")

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from optuna.distributions import distribution_to_json
 from optuna.storages import RDBStorage
 
-from search.spec.log_linear import branch_weights, equivalent_b
+from bdense.weights.spaces import normalised_weights
 from search.spec.space import search_space
 from search.spec.study_spec import StudySpec
 from search.study.study import Study
@@ -90,9 +90,9 @@ def fill(study: Study, storage: RDBStorage, spec: StudySpec, count: int) -> None
 def _stored(spec: StudySpec, number: int, a: float, value: float) -> dict[str, Any]:
     """What a trial of that slope stores, as of ``search.worker.trial``."""
     substeps = spec.student.substeps
-    b = equivalent_b(a, substeps)
+    weights = normalised_weights(a, substeps)
     return {
-        "weights": branch_weights(a, b, substeps),
+        "weights": weights.values(substeps),
         "fid": {
             "value": value,
             "images": spec.evaluation.images,
@@ -115,6 +115,6 @@ def _stored(spec: StudySpec, number: int, a: float, value: float) -> dict[str, A
         "device": "x86_64 CPU, 1 threads",
         "worker": "host:1234",
         "a": a,
-        "b": b,
+        "b": weights.b,
         "tries": 1,
     }

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Sequence
 
-from bdense.weights.weighting import RULES
+from bdense.weights.spaces import RULES
 from benchmarks.common import parser, publish
 from benchmarks.students import Arm, add_study_options, conditions, fid_table, fids_of
 from search.spec.model_spec import FloatRange

@@ -1,5 +1,7 @@
 """What importing costs, and that the public names are there."""
 
+import importlib
+import importlib.metadata
 import subprocess
 import sys
 
@@ -27,6 +29,24 @@ def test_looking_at_a_study_needs_no_torch():
     looking = ("search.cli", "search.study.summary", "search.storage.ledger")
     loaded = modules_after(f"import {', '.join(looking)}")
     assert not loaded & {"torch", "ray"}
+
+
+@pytest.mark.parametrize("command", ["bdense", "search"])
+def test_version_of_both_commands(command, capsys):
+    """It is asked in scripts, so it must not import torch."""
+    main = importlib.import_module(f"{command}.cli").main
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    prog = {"bdense": "bdense", "search": "bdense-search"}[command]
+    version = importlib.metadata.version("bdense")
+    assert capsys.readouterr().out == f"{prog} {version}\n"
+    loaded = modules_after(
+        f"import atexit; atexit.register(lambda: print(*sys.modules)); "
+        f"from {command}.cli import main; main(['--version'])"
+    )
+    assert f"{command}.cli" in loaded
+    assert "torch" not in loaded
 
 
 @pytest.mark.parametrize("name", bdense.__all__)

@@ -6,7 +6,7 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-from bdense.weights.weighting import RULES
+from bdense.weights.spaces import RULES
 from search.spec.space import baseline_space, make_sampler, search_space
 from search.worker.engine import branches_and_weights, excess_weight
 from tests.studies import LEARNED, NORMALISED, spec

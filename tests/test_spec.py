@@ -11,7 +11,8 @@ import yaml
 from bdense.diffusion.snr_weights import LOSSES
 from bdense.diffusion.solvers import DPM2, IPNDM, SOLVERS, DPMSolverPP, Euler, Heun
 from bdense.execution import PRECISIONS
-from bdense.weights.weighting import RULES, LearnedWeights
+from bdense.weights.spaces import RULES
+from bdense.weights.weighting import LearnedWeights
 from search.errors import SpecError
 from search.spec.study_file import as_yaml, parse_spec, read_spec
 from search.spec.study_spec import StudySpec

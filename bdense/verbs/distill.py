@@ -38,8 +38,8 @@ from bdense.verbs.grid_options import (
     chosen_solver,
     student_samplers,
 )
-from bdense.weights.spaces import LogLinearWeights
-from bdense.weights.weighting import RULES, BranchWeighting, FixedWeights, LearnedWeights
+from bdense.weights.spaces import RULES, LogLinearWeights
+from bdense.weights.weighting import BranchWeighting, FixedWeights, LearnedWeights
 
 TEACHER_SOLVER = "dpmpp"
 PERCEPTUAL = ("lpips", "lpips-sfd")

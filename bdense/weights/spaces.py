@@ -1,23 +1,422 @@
-"""Branch weights w_1..w_K: how much each of the teacher's intermediate states counts.
+"""Spaces of branch weights w_1..w_K, and the log-linear ones; importing this loads no torch.
 
-B-DENSE, appendix A.1: log w_k = a k + b. k counts from 1; branch K is the interval's end point.
+B-DENSE (arXiv 2602.15971), appendix A.1: log w_k = a k + b. k counts from 1; branch K is the
+interval's end point.
 """
 
+import abc
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from bdense.errors import InputError
+from bdense.knobs import KnobError, Knobs, knob
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bdense.weights.weighting import BranchWeighting
+
+Rule = Literal["uncertainty", "gradient-norm"]
+RULES: tuple[Rule, ...] = ("uncertainty", "gradient-norm")
+MAX_STRENGTH = 10.0
+
+# An arm of every space: {"baseline": PLAIN} trains branch K alone, {"baseline": UNIFORM} has
+# w_k = 1.
+BASELINE, PLAIN, UNIFORM = "baseline", "plain", "uniform"
+
+
+@dataclass(frozen=True, slots=True)
+class Uniform:
+    """A parameter drawn from a closed interval."""
+
+    low: float
+    high: float
+
+    def require(self, name: str, value: Any) -> None:  # noqa: ANN401  as the user gave it
+        """Refuse a value outside it.
+
+        Raises:
+            InputError: It is, or it is not a number.
+        """
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise InputError(f"{name} must be a number, got {value!r}")
+        if not self.low <= value <= self.high:
+            raise InputError(
+                f"{name} {value:g} lies outside weights.{name}, {self.low:g} to {self.high:g}"
+            )
+
+    @property
+    def is_one_point(self) -> bool:
+        """Whether it has a single value."""
+        return self.low == self.high
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A parameter that is one of some words."""
+
+    options: tuple[str, ...]
+
+    def require(self, name: str, value: Any) -> None:  # noqa: ANN401  as the user gave it
+        """Refuse a word that is not among them.
+
+        Raises:
+            InputError: It is not.
+        """
+        if value not in self.options:
+            raise InputError(f"{name} {value} is none of {', '.join(self.options)}")
+
+    @property
+    def is_one_point(self) -> bool:
+        """Whether there is a single word."""
+        return len(self.options) == 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Range(Knobs):
+    """A closed interval to search; low = high fixes the value."""
+
+    low: float = knob(help="smallest value")
+    high: float = knob(help="largest value")
+
+    def __post_init__(self) -> None:
+        Knobs.__post_init__(self)
+        if self.low > self.high:
+            raise KnobError("low", f"{self.low:g} is above high {self.high:g}; swap them")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSpace(Knobs, abc.ABC):
+    """Where branch weights are searched.
+
+    A member is a frozen dataclass of knobs, each with a default, that gives ``name``,
+    ``distributions`` and ``own_weighting``; the rest has defaults. The parameters ``params`` that
+    the methods take are a draw from ``distributions``, what ``stored`` made of one, or a baseline
+    (``{"baseline": "plain"}`` or ``{"baseline": "uniform"}``).
+    """
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def distributions(self) -> Mapping[str, Uniform | Choice]:
+        """What a sampler draws: parameter name to distribution."""
+
+    @abc.abstractmethod
+    def own_weighting(self, params: Mapping[str, Any], num_branches: int) -> "BranchWeighting":
+        """Weights of parameters that are not a baseline's; [K] float64."""
+
+    def weighting(self, params: Mapping[str, Any], num_branches: int) -> "BranchWeighting":
+        """The weights that a student is trained with; loads torch.
+
+        Args:
+            params: See the class.
+            num_branches: K of the method with branches.
+
+        Returns:
+            One branch for plain distillation, else K.
+
+        Raises:
+            InputError: ``params`` are not of this space.
+        """
+        from bdense.weights.weighting import FixedWeights
+
+        baseline = params.get(BASELINE)
+        if baseline is None:
+            self.require_read(params)
+            return self.own_weighting(params, num_branches)
+        return FixedWeights(uniform_weights()(num_branches if baseline == UNIFORM else 1))
+
+    def reads(self, params: Mapping[str, Any]) -> bool:
+        """Whether ``params`` are of this space: a draw, something stored, or a baseline."""
+        if BASELINE in params:
+            return params[BASELINE] in (PLAIN, UNIFORM)
+        return params.keys() == self.distributions().keys()
+
+    def require_read(self, params: Mapping[str, Any]) -> None:
+        """Refuse parameters of another space.
+
+        Raises:
+            InputError: They are.
+        """
+        if not self.reads(params):
+            raise InputError(
+                f"{self.name} weights have the parameters {', '.join(self.distributions())}, "
+                f"got {', '.join(params) or 'none'}"
+            )
+
+    def coordinates(self, params: Mapping[str, Any]) -> tuple[float, ...] | None:
+        """Where the weights lie for a surrogate and for plots; one number for each of ``axes``.
+
+        Points with equal coordinates train the same student. None where weights have no place
+        among the others.
+        """
+        return None
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the coordinates; empty for a space without geometry."""
+        return ()
+
+    def label(self, params: Mapping[str, Any]) -> str:
+        """The weights in a few words, such as ``a 0.071``."""
+        if BASELINE in params:
+            return {PLAIN: "plain", UNIFORM: "uniform weights"}[params[BASELINE]]
+        return ", ".join(f"{name} {_short(value)}" for name, value in params.items())
+
+    def excess(self, params: Mapping[str, Any], num_branches: int) -> float:
+        """How far the weights lie beyond the space's own bound; above 0 they are not trained."""
+        return 0.0
+
+    def stored(self, params: Mapping[str, Any], num_branches: int) -> dict[str, Any]:
+        """What a result keeps of its weights: parameters that mean the same without the space."""
+        return dict(params)
+
+    def check(self, num_branches: int) -> None:
+        """Refuse a space without a point that may be trained.
+
+        Raises:
+            InputError: Its bounds exclude every point.
+        """
+        return
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether some of its weightings need the norm of each branch's gradient."""
+        return False
+
+    @property
+    def is_one_point(self) -> bool:
+        """Whether all draws are the same."""
+        return all(each.is_one_point for each in self.distributions().values())
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for results of two searches to be of one study; bounds may differ."""
+        return {"name": self.name}
+
+
+def require_point(
+    space: WeightSpace, params: Mapping[str, Any], num_branches: int
+) -> dict[str, Any]:
+    """A point that a user asks for, checked against the space.
+
+    Returns:
+        Its parameters, in the order of the space's.
+
+    Raises:
+        InputError: A parameter is missing, unknown or out of bounds, or the weights exceed the
+            bound of the space.
+    """
+    distributions = space.distributions()
+    if params.keys() != distributions.keys():
+        raise InputError(
+            f"{space.name} weights have the parameters {', '.join(distributions)}, got "
+            f"{', '.join(params) or 'none'}; give each of them and no other"
+        )
+    for name, distribution in distributions.items():
+        distribution.require(name, params[name])
+    over = space.excess(params, num_branches)
+    if over > 0:
+        raise InputError(
+            f"the weights of {space.label(params)} exceed the bound of the space by {over:.4g}; "
+            "choose others, or raise weights.largest"
+        )
+    return {
+        name: float(params[name]) if isinstance(each, Uniform) else params[name]
+        for name, each in distributions.items()
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _GivenSpace(WeightSpace):
+    """Log-linear weights, fixed before the training starts."""
+
+    a: Range = knob(Range(low=-0.5, high=3.0), "slope of log w_k = a k + b")
+    largest: float | None = knob(
+        None, "largest weight allowed: points beyond it are not trained", above=0
+    )
+
+    @abc.abstractmethod
+    def weights(self, params: Mapping[str, Any], num_branches: int) -> "LogLinearWeights":
+        """(a, b) of the parameters."""
+
+    @abc.abstractmethod
+    def lightest(self) -> dict[str, float]:
+        """The point whose largest weight is the smallest."""
+
+    def reads(self, params: Mapping[str, Any]) -> bool:
+        # What is stored has both a and b.
+        return WeightSpace.reads(self, params) or params.keys() == {"a", "b"}
+
+    def own_weighting(self, params: Mapping[str, Any], num_branches: int) -> "BranchWeighting":
+        from bdense.weights.weighting import FixedWeights
+
+        return FixedWeights(self.weights(params, num_branches)(num_branches))
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return ("a",)
+
+    def coordinates(self, params: Mapping[str, Any]) -> tuple[float, ...] | None:
+        """The slope. Adam's update does not depend on b, and uniform weights are a = 0."""
+        if BASELINE in params:
+            return (0.0,) if params[BASELINE] == UNIFORM else None
+        return (float(params["a"]),) if "a" in params else None
+
+    def excess(self, params: Mapping[str, Any], num_branches: int) -> float:
+        if self.largest is None or BASELINE in params:
+            return 0.0
+        return max(self.weights(params, num_branches).values(num_branches)) - self.largest
+
+    def stored(self, params: Mapping[str, Any], num_branches: int) -> dict[str, Any]:
+        if BASELINE in params:
+            return dict(params)
+        weights = self.weights(params, num_branches)
+        return {"a": weights.a, "b": weights.b}
+
+    def check(self, num_branches: int) -> None:
+        over = self.excess(self.lightest(), num_branches)
+        if over > 0 and self.largest is not None:
+            raise InputError(
+                f"weights.largest {self.largest:g} rules out the whole space, whose smallest "
+                f"largest weight is {self.largest + over:.4g}; raise weights.largest or lower the "
+                "bounds"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogLinearSpace(_GivenSpace):
+    """log w_k = a k + b, with both a and b searched: the paper's."""
+
+    name: ClassVar[str] = "log-linear"
+
+    b: Range = knob(Range(low=-6.0, high=0.0), "offset of log w_k = a k + b")
+
+    def distributions(self) -> Mapping[str, Uniform | Choice]:
+        return {
+            "a": Uniform(self.a.low, self.a.high),
+            "b": Uniform(self.b.low, self.b.high),
+        }
+
+    def weights(self, params: Mapping[str, Any], num_branches: int) -> "LogLinearWeights":
+        return LogLinearWeights(a=params["a"], b=params["b"])
+
+    def lightest(self) -> dict[str, float]:
+        return {"a": self.a.low, "b": self.b.low}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormalisedSpace(_GivenSpace):
+    """log w_k = a k + b, with a searched and b such that the weights' sum is K."""
+
+    name: ClassVar[str] = "normalised"
+
+    a: Range = knob(Range(low=-1.0, high=2.0), "slope of log w_k = a k + b")
+
+    def distributions(self) -> Mapping[str, Uniform | Choice]:
+        return {"a": Uniform(self.a.low, self.a.high)}
+
+    def weights(self, params: Mapping[str, Any], num_branches: int) -> "LogLinearWeights":
+        if "b" in params:
+            return LogLinearWeights(a=params["a"], b=params["b"])
+        return normalised_weights(params["a"], num_branches)
+
+    def lightest(self) -> dict[str, float]:
+        return {"a": min(max(0.0, self.a.low), self.a.high)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnedSpace(WeightSpace):
+    """Weights that follow the student's own losses or gradients while it trains."""
+
+    name: ClassVar[str] = "learned"
+
+    rules: tuple[Rule, ...] = knob(RULES, "what a branch's scale is, one rule or more")
+    strength: Range = knob(
+        Range(low=-1.0, high=1.5),
+        "exponent of 1 / scale: 0 is uniform, 1 the rule itself, below 0 its reverse",
+    )
+    memory: int = knob(100, "updates until an old one counts 1 / e in the scale", low=1)
+
+    def __post_init__(self) -> None:
+        Knobs.__post_init__(self)
+        if not self.rules or len(set(self.rules)) < len(self.rules):
+            raise KnobError(
+                "rules",
+                f"{list(self.rules)} must name one rule or more, each once; leave it out for all",
+            )
+        for bound in (self.strength.low, self.strength.high):
+            require_strength(bound)
+
+    def distributions(self) -> Mapping[str, Uniform | Choice]:
+        return {
+            "rule": Choice(self.rules),
+            "strength": Uniform(self.strength.low, self.strength.high),
+        }
+
+    def reads(self, params: Mapping[str, Any]) -> bool:
+        # What is stored has the memory too.
+        return WeightSpace.reads(self, params) or params.keys() == {"rule", "strength", "memory"}
+
+    def own_weighting(self, params: Mapping[str, Any], num_branches: int) -> "BranchWeighting":
+        from bdense.weights.weighting import LearnedWeights
+
+        return LearnedWeights(
+            num_branches,
+            rule=params["rule"],
+            strength=params["strength"],
+            memory=self._memory(params),
+        )
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return ("strength", *self.rules)
+
+    def coordinates(self, params: Mapping[str, Any]) -> tuple[float, ...] | None:
+        """The strength, and 1 for the rule it is of beside 0 for the others."""
+        if "rule" not in params:
+            return None
+        return (float(params["strength"]), *(float(params["rule"] == r) for r in self.rules))
+
+    def label(self, params: Mapping[str, Any]) -> str:
+        if BASELINE in params:
+            return WeightSpace.label(self, params)
+        return f"{params['rule']}, strength {params['strength']:.3f}"
+
+    def stored(self, params: Mapping[str, Any], num_branches: int) -> dict[str, Any]:
+        return dict(params) if BASELINE in params else {**params, "memory": self._memory(params)}
+
+    def _memory(self, params: Mapping[str, Any]) -> int:
+        return int(params.get("memory", self.memory))
+
+    @property
+    def needs_gradients(self) -> bool:
+        return "gradient-norm" in self.rules
+
+    def identity(self) -> dict[str, Any]:
+        # Optuna holds a categorical parameter to its first choices, in their order.
+        return {"name": self.name, "memory": self.memory, "rules": list(self.rules)}
+
+
+def require_strength(strength: float) -> None:
+    """Refuse an exponent beyond ``MAX_STRENGTH``.
+
+    Raises:
+        InputError: It is, or it is NaN.
+    """
+    if not abs(strength) <= MAX_STRENGTH:
+        raise KnobError(
+            "strength", f"must lie in -{MAX_STRENGTH:g}..{MAX_STRENGTH:g}, got {strength}"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogLinearWeights:
     """w_k = exp(a k + b).
 
-    a = 0 weighs all branches alike; a -> inf leaves the end point alone, which is plain
-    distillation. b scales the whole loss, which Adam's update does not see.
+    a = 0 gives all branches the same weight; a -> inf leaves the end point alone, which is plain
+    distillation. b scales the whole loss, which does not change Adam's update.
     """
 
     a: float
@@ -30,12 +429,25 @@ class LogLinearWeights:
                     f"branch weight {name} must be a finite number, got {getattr(self, name)}"
                 )
 
-    def __call__(self, num_branches: int) -> Tensor:
-        """[K] float64 weights; positive as far as float64 reaches."""
+    def values(self, num_branches: int) -> list[float]:
+        """w_1..w_K; 0 or infinity where float64 ends.
+
+        Raises:
+            InputError: K is below 1.
+        """
         if num_branches < 1:
             raise InputError(f"num_branches (K) must be at least 1, got {num_branches}")
-        k = torch.arange(1, num_branches + 1, dtype=torch.float64)
-        return torch.exp(self.a * k + self.b)
+        return [_exp(self.a * k + self.b) for k in range(1, num_branches + 1)]
+
+    def last_to_first(self, num_branches: int) -> float:
+        """w_K / w_1; infinite where float64 ends."""
+        return _exp(self.a * (num_branches - 1))
+
+    def __call__(self, num_branches: int) -> "Tensor":
+        """[K] float64: ``values`` as a tensor."""
+        import torch
+
+        return torch.tensor(self.values(num_branches), dtype=torch.float64)
 
 
 def uniform_weights() -> LogLinearWeights:
@@ -46,24 +458,34 @@ def uniform_weights() -> LogLinearWeights:
 def normalised_weights(a: float, num_branches: int) -> LogLinearWeights:
     """The weights of slope ``a`` whose sum is K: b = ln K - ln sum_k exp(a k).
 
-    One number decides them, and (a, b) stays defined, so both parameterisations compare.
+    Raises:
+        InputError: ``a`` is not finite, or K is below 1.
     """
-    if not math.isfinite(a):
-        raise InputError(f"branch weight a must be a finite number, got {a}")
-    if num_branches < 1:
-        raise InputError(f"num_branches (K) must be at least 1, got {num_branches}")
-    k = torch.arange(1, num_branches + 1, dtype=torch.float64)
-    b = math.log(num_branches) - float(torch.logsumexp(a * k, dim=0))
-    return LogLinearWeights(a=a, b=b)
+    # Checks both.
+    LogLinearWeights(a=a).values(num_branches)
+    largest = max(a, a * num_branches)
+    total = math.fsum(math.exp(a * k - largest) for k in range(1, num_branches + 1))
+    return LogLinearWeights(a=a, b=math.log(num_branches) - largest - math.log(total))
 
 
-def sum_to_one(weights: Tensor) -> Tensor:
-    """[K] the same weights over their sum, which is what a clipped gradient compares fairly.
+def sum_to_one(weights: "Tensor") -> "Tensor":
+    """[K] the same weights over their sum, so that clipped gradients compare fairly.
 
     Raises:
-        InputError: They have no positive, finite sum.
+        InputError: Their sum is not positive and finite.
     """
     total = float(weights.sum())
     if not 0 < total < math.inf:
         raise InputError(f"branch weights {weights.tolist()} have no positive, finite sum")
     return weights / total
+
+
+def _exp(exponent: float) -> float:
+    try:
+        return math.exp(exponent)
+    except OverflowError:
+        return math.inf
+
+
+def _short(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -11,15 +11,14 @@ its reverse. K branches.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from bdense.errors import InputError
+from bdense.weights.spaces import RULES, require_strength
 
-Rule = Literal["uncertainty", "gradient-norm"]
-RULES: tuple[Rule, ...] = ("uncertainty", "gradient-norm")
 # Without AFS a branch may start at its target, and its L1 loss is rounding noise: its scale is
 # near zero and says nothing. No branch counts as smaller than this share of the largest.
 SMALLEST_SCALE = 1e-3
@@ -116,7 +115,7 @@ class LearnedWeights:
     """
 
     def __init__(
-        self, num_branches: int, *, rule: Rule, strength: float = 1.0, memory: int = 100
+        self, num_branches: int, *, rule: str, strength: float = 1.0, memory: int = 100
     ) -> None:
         """Start without an opinion: the first update is seen before it is weighed.
 
@@ -130,8 +129,7 @@ class LearnedWeights:
             raise InputError(f"num_branches (K) must be at least 1, got {num_branches}")
         if rule not in RULES:
             raise InputError(f"weight rule {rule!r} is unknown; choose from {list(RULES)}")
-        if not abs(strength) <= 10:
-            raise InputError(f"weight strength must lie in -10..10, got {strength}")
+        require_strength(strength)
         if memory < 1:
             raise InputError(f"weight memory must be at least 1 update, got {memory}")
         self.num_branches = num_branches

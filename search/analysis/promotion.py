@@ -7,10 +7,10 @@ import math
 from collections.abc import Sequence
 
 from bdense.errors import InputError
+from bdense.weights.spaces import LogLinearWeights
 from search.analysis.confirmation import CONFIRM_SUFFIX, verdict
 from search.analysis.retraining import fresh_seeds
 from search.errors import UnknownStudyError
-from search.spec.log_linear import branch_weights, last_to_first
 from search.spec.promotion_spec import PromotionSpec
 from search.spec.study_spec import StudySpec
 from search.study.arms import PLAIN, UNIFORM, Arm, Planned, PlannedRow
@@ -68,12 +68,12 @@ def given_arm(text: str) -> Arm:
 
 def said_of_weights(arm: Arm, searched_at: int | None, substeps: int) -> str:
     """What the same (a, b) means at another K, in words."""
-    a, values = arm.params["a"], _literally(arm, substeps)
+    searched, values = LogLinearWeights(a=arm.params["a"]), _literally(arm, substeps)
     weights = " ".join(f"{value / sum(values):.3g}" for value in values)
-    here = f"w_{substeps}/w_1 = {last_to_first(a, substeps):.4g} at K = {substeps}"
+    here = f"w_{substeps}/w_1 = {searched.last_to_first(substeps):.4g} at K = {substeps}"
     if searched_at is None or searched_at == substeps:
         return f"{_formula(arm)}: {here}; rescaled to sum 1: {weights}"
-    there = f"w_{searched_at}/w_1 = {last_to_first(a, searched_at):.4g} at the search's "
+    there = f"w_{searched_at}/w_1 = {searched.last_to_first(searched_at):.4g} at the search's "
     return (
         f"{_formula(arm)}: {there}K = {searched_at} becomes {here}, taken literally; rescaled to "
         f"sum 1: {weights}"
@@ -188,4 +188,4 @@ def _formula(arm: Arm) -> str:
 
 def _literally(arm: Arm, substeps: int) -> list[float]:
     """w_1 .. w_K."""
-    return branch_weights(arm.params["a"], arm.params["b"], substeps)
+    return LogLinearWeights(a=arm.params["a"], b=arm.params["b"]).values(substeps)

@@ -6,9 +6,9 @@ FIDs are lower-is-better; K branches, k = 1..K.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bdense.weights.spaces import normalised_weights
 from search.analysis.comparison import Comparison
 from search.report.charts import OWN_COLOUR, Chart, Series
-from search.spec.log_linear import equivalent_b
 from search.study.summary import TITLES, in_short
 
 PLAIN_COLOUR, UNIFORM_COLOUR = "#333333", "#e08214"
@@ -77,7 +77,7 @@ def fid_over_both(trials: Sequence[Mapping[str, Any]]) -> Chart:
         low, high = (f(trial["a"] for trial in shown) for f in (min, max))
         steps = [low + (high - low) * i / 60 for i in range(61)]
         branches = len(shown[0]["weights"])
-        line = [equivalent_b(a, branches) for a in steps]
+        line = [normalised_weights(a, branches).b for a in steps]
         name = "b = ln K - ln sum exp(a k)"
         series.append(Series(name=name, kind="line", x=steps, y=line, colour="#999999"))
         held = "b was not searched: it follows from a, as the weights' sum is held at K."

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bdense.errors import InputError
-from search.spec.log_linear import branch_weights, equivalent_b
+from bdense.weights.spaces import LogLinearWeights, normalised_weights
 from search.spec.model_spec import FloatRange
 from search.spec.study_spec import LearnedSpace, LogLinearSpace, StudySpec
 from search.storage.ledger import MENDABLE
@@ -93,8 +93,9 @@ def checked(spec: StudySpec, point: Point) -> dict[str, Any]:
 def largest_weight(params: Mapping[str, float], substeps: int) -> float:
     """max_k w_k of log w_k = a k + b, k = 1..K; without b the sum of w_k is K."""
     a = params["a"]
-    b = params["b"] if "b" in params else equivalent_b(a, substeps)
-    return max(branch_weights(a, b, substeps))
+    if "b" in params:
+        return max(LogLinearWeights(a=a, b=params["b"]).values(substeps))
+    return max(normalised_weights(a, substeps).values(substeps))
 
 
 def _require_names(spec: StudySpec, given: Mapping[str, Any], names: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""See where a study stands, and take from it: ``status``, ``best``, ``report``, ``export`` .."""
+"""See where studies stand, and take from them: ``list``, ``status``, ``best``, ``report`` .."""
 
 import argparse
 import json
@@ -7,12 +7,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bdense.command import Verbs
-from search.storage.engine import resolve_storage_url
+from search.storage.engine import redact, resolve_storage_url
 from search.verbs.common import port, positive, storage_verb, study_name, study_verb
 
 if TYPE_CHECKING:
     from search.study.arms import Planned
     from search.study.study import Study
+
+
+def add_list(verbs: Verbs) -> None:
+    """``list`` and its options."""
+    parser = storage_verb(
+        verbs, "list", "list the studies of a storage", "bdense-search list --json", _list
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one array; each study has study, kind, method, trials, best_fid, started, "
+        "changed",
+    )
 
 
 def add_status(verbs: Verbs) -> None:
@@ -116,6 +129,19 @@ def _open(options: argparse.Namespace) -> "Study | Planned":
 
     url = resolve_storage_url(options.storage)
     return open_record(url, study_name(options.study), reading=True)
+
+
+def _list(options: argparse.Namespace) -> None:
+    from search.study.catalogue import list_studies, studies_json, studies_table
+
+    url = resolve_storage_url(options.storage)
+    found = list_studies(url)
+    if options.json:
+        print(json.dumps(studies_json(found)))
+    elif found:
+        print(*studies_table(found), sep="\n")
+    else:
+        print(f"no studies in {redact(url)}")
 
 
 def _status(options: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bdense.files import atomic_write
 from bdense.methods.sfd import IterationReport
-from bdense.weights.weighting import LearnedWeights, Rule
+from bdense.weights.weighting import LearnedWeights
 
 # Rows of a trial are read whole by every look at the study: its history has to stay small.
 MAX_POINTS = 100
@@ -23,7 +23,7 @@ _PAST = "past"
 class TracedWeights(LearnedWeights):
     """Learned weights that remember those of every iteration."""
 
-    def __init__(self, num_branches: int, *, rule: Rule, strength: float, memory: int) -> None:
+    def __init__(self, num_branches: int, *, rule: str, strength: float, memory: int) -> None:
         """As ``LearnedWeights``."""
         super().__init__(num_branches, rule=rule, strength=strength, memory=memory)
         self._past: list[Tensor] = []

@@ -1,0 +1,249 @@
+"""One declaration of each setting: the class, files, options, errors and documentation."""
+
+import argparse
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from bdense.errors import InputError
+from bdense.knobs import KnobError, Knobs, add_options, from_options, knob, knobs_of, reference
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Levels(Knobs):
+    kind: Literal["polynomial", "logsnr"] = knob("polynomial", "spacing")
+    rho: float = knob(7.0, "exponent", above=0, group="sampling")
+    low: float = knob(0.1, "last level", above=0)
+    high: float = knob(80.0, "first level", above=0)
+
+    def __post_init__(self) -> None:
+        Knobs.__post_init__(self)
+        if self.low >= self.high:
+            raise KnobError("low", f"must be below high {self.high:g}, got {self.low:g}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config(Knobs):
+    steps: int = knob(help="how | many", low=1, high=9, metavar="K")
+    lr: float = knob(1e-3, "step size", above=0, group="training")
+    share: float = knob(0.5, "50% of it", above=0, below=1)
+    betas: tuple[float, float] = knob((0.9, 0.999), "Adam's", low=0, below=1)
+    sides: tuple[int, ...] = knob((), "sides", low=1)
+    metrics: tuple[Literal["fid", "kid"], ...] = knob(("fid",), "what to measure")
+    optimizer: Literal["adam", "sgd"] = knob("adam", "optimiser", group="training")
+    colour: str = knob("red", "colour", choices=("red", "blue"))
+    clip: float | None = knob(None, "largest norm", above=0, none="no limit")
+    gpus: Literal["auto"] | float = knob("auto", "GPUs", low=0)
+    afs: bool = knob(True, "first step for nothing")
+    flip: bool = knob(False, "mirror half of the images")
+    folder: Path | None = knob(None, "folder")
+    levels: Levels = knob(Levels(rho=5.0), "noise levels", group="model")
+    network: dict[str, Any] = knob({}, "a network's own options")
+
+
+def options_of(*arguments: object, skip: tuple[str, ...] = ()) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_options(parser, Config, skip=skip)
+    return parser.parse_args([str(each) for each in arguments])
+
+
+def built(*arguments: object) -> Config:
+    return from_options(Config, options_of("--steps", 3, *arguments))
+
+
+# ---- the class ----
+
+
+def test_values_are_taken_as_their_types():
+    config = Config(steps=2, lr=1, betas=[0, 0.5], sides=[8, 4], folder="here", gpus=2)
+    assert (config.lr, config.betas, config.sides) == (1.0, (0.0, 0.5), (8, 4))
+    assert [type(each) for each in (config.lr, *config.betas, config.gpus)] == [float] * 4
+    assert config.folder == Path("here")
+
+
+def test_mutable_defaults_are_not_shared():
+    one, other = Config(steps=1), Config(steps=1)
+    one.network["side"] = 8
+    assert other.network == {}
+
+
+WRONG = [
+    ("steps", 0, "must be a whole number from 1 to 9, got 0"),
+    ("steps", 10, "got 10"),
+    ("steps", 2.0, "got 2.0"),
+    ("steps", True, "got True"),
+    ("steps", None, "got None"),
+    ("lr", 0.0, "must be a number above 0, got 0.0"),
+    ("lr", float("nan"), "got nan"),
+    ("lr", float("inf"), "got inf"),
+    ("lr", "fast", "got 'fast'"),
+    ("lr", False, "got False"),
+    ("share", 1.0, "must be a number above 0 and below 1, got 1.0"),
+    ("betas", (0.9,), "must be 2 numbers of at least 0 and below 1, got (0.9,)"),
+    ("betas", (0.9, 1.0), "got (0.9, 1.0)"),
+    ("betas", 0.9, "got 0.9"),
+    ("sides", (8, 0), "must be whole numbers of at least 1, got (8, 0)"),
+    ("sides", (8, 2.0), "got (8, 2.0)"),
+    ("metrics", ("fid", "kit"), "must be one of fid, kid, got ('fid', 'kit')"),
+    ("optimizer", "adan", "must be one of adam, sgd, got 'adan'; did you mean adam?"),
+    ("colour", "green", "must be one of red, blue, got 'green'"),
+    ("colour", 1, "got 1"),
+    ("clip", -1, "must be a number above 0, or none, got -1"),
+    ("gpus", "all", "must be auto or a number of at least 0, got 'all'"),
+    ("gpus", -1, "got -1"),
+    ("afs", 1, "must be true or false, got 1"),
+    ("folder", 1, "must be a path, or none, got 1"),
+    ("levels", 7, "must be a mapping, got 7"),
+    ("network", [1], "must be a mapping, got [1]"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "problem"), WRONG)
+def test_other_values_are_refused_by_name(name, value, problem):
+    with pytest.raises(KnobError) as caught:
+        Config(**{"steps": 1, name: value})
+    assert caught.value.name == name
+    assert problem in str(caught.value)
+    with pytest.raises(KnobError) as caught:
+        Config.read({"steps": 1, name: value}, "method")
+    assert str(caught.value).startswith(f"method.{name} must be ")
+
+
+def test_an_error_survives_another_process():
+    error = pickle.loads(pickle.dumps(KnobError("lr", "must be above 0")))  # noqa: S301
+    assert (str(error), error.name) == ("lr must be above 0", "lr")
+    assert isinstance(error, InputError)
+
+
+# ---- files ----
+
+
+def test_a_mapping_is_read():
+    config = Config.read({"steps": 4, "lr": "5e-4", "levels": {"high": 9}, "clip": "none"})
+    # YAML takes 5e-4 for a text. What a nested mapping leaves out is as the outer default has it.
+    assert (config.steps, config.lr, config.clip) == (4, 5e-4, None)
+    assert config.levels == Levels(rho=5.0, high=9.0)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({}, "method.steps is missing: how | many"),
+        ({"steps": 1, "stpes": 2}, "method.stpes is unknown; did you mean steps?"),
+        ({"steps": 1, "q": 2}, "method.q is unknown; known: steps, lr, share"),
+        ({"steps": 1, "levels": {"rho": 0}}, "method.levels.rho must be a number above 0, got 0"),
+        ({"steps": 1, "levels": {"rhp": 1}}, "method.levels.rhp is unknown; did you mean rho?"),
+        ({"steps": 1, "levels": {"low": 99}}, "method.levels.low must be below high 80, got 99"),
+        ({"steps": 1, "lr": "5e"}, "method.lr must be a number above 0, got 5e"),
+    ],
+)
+def test_a_mapping_that_cannot_be_is_refused(tree, message):
+    with pytest.raises(KnobError) as caught:
+        Config.read(tree, "method")
+    assert str(caught.value).startswith(message)
+
+
+# ---- options ----
+
+
+def test_options_give_what_the_class_gives():
+    assert built() == Config(steps=3)
+    given = built(
+        *("--lr", "5e-4", "--betas", 0, 0.5, "--sides", 8, 4, "--metrics", "kid", "fid"),
+        *("--optimizer", "sgd", "--clip", 2, "--gpus", 1, "--no-afs", "--flip"),
+        *("--folder", "here", "--levels", "logsnr", "--rho", 3),
+    )
+    assert given == Config(
+        steps=3,
+        lr=5e-4,
+        betas=(0.0, 0.5),
+        sides=(8, 4),
+        metrics=("kid", "fid"),
+        optimizer="sgd",
+        clip=2.0,
+        gpus=1.0,
+        afs=False,
+        flip=True,
+        folder=Path("here"),
+        levels=Levels(kind="logsnr", rho=3.0),
+    )
+    assert built("--clip", "none", "--gpus", "auto") == Config(steps=3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("--steps", "0"), "--steps must be a whole number from 1 to 9, got 0"),
+        (("--steps", "two"), "--steps must be a whole number from 1 to 9, got two"),
+        (("--steps", "2.5"), "got 2.5"),
+        (("--lr", "nan"), "--lr must be a number above 0, got nan"),
+        (("--lr", ""), "--lr must be a number above 0, got ''"),
+        (("--lr", "none"), "--lr must be a number above 0, got none"),
+        (("--clip", "inf"), "--clip must be a number above 0, or none, got inf"),
+        (("--betas", "0.1", "x"), "got 0.1 x"),
+        (("--sides", "8", "0"), "--sides must be whole numbers of at least 1, got 8 0"),
+        (("--metrics", "kit"), "--metrics must be one of fid, kid, got kit"),
+        (("--optimizer", "sgb"), "one of adam, sgd, got sgb; did you mean sgd?"),
+        (("--colour", "green"), "--colour must be one of red, blue, got green"),
+        (("--gpus", "-1"), "--gpus must be auto or a number of at least 0, got -1"),
+        (("--rho", "0"), "--rho must be a number above 0, got 0"),
+        (("--levels", "karras"), "--levels must be one of polynomial, logsnr, got karras"),
+        (("--low", "99"), "--low must be below high 80, got 99"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_by_their_own_name(arguments, line):
+    with pytest.raises(KnobError) as caught:
+        built(*arguments)
+    assert line in str(caught.value)
+    assert str(caught.value).startswith(arguments[0] + " must be ")
+
+
+def test_help_has_range_default_and_heading(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    parser = argparse.ArgumentParser()
+    add_options(parser, Config, skip=("folder", "levels.low"))
+    text = " ".join(parser.format_help().split())
+    assert "--steps K how | many --share X 50% of it (default: 0.5)" in text
+    assert "--optimizer {adam,sgd} optimiser (default: adam)" in text
+    assert "--clip X largest norm (default: no limit)" in text
+    assert "--sides N [N ...] sides (default: none)" in text
+    assert "--betas X X Adam's (default: 0.9 0.999)" in text
+    assert "--afs, --no-afs first step for nothing (default: true)" in text
+    assert "--flip, --no-flip mirror half of the images " in text
+    assert "training: --lr X step size (default: 0.001)" in text
+    assert "model: --levels {polynomial,logsnr} spacing (default: polynomial)" in text
+    assert "sampling: --rho X exponent (default: 5)" in text
+    assert "--folder" not in text
+    assert "--network" not in text
+    assert "--low" not in text
+
+
+def test_a_required_option_is_asked_for(capsys):
+    parser = argparse.ArgumentParser(prog="x")
+    add_options(parser, Config)
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args([])
+    assert "the following arguments are required: --steps" in capsys.readouterr().err
+
+
+def test_a_knob_without_an_option_is_given_by_the_caller():
+    options = options_of("--lr", 0.1, skip=("steps",))
+    assert from_options(Config, options, steps=4) == Config(steps=4, lr=0.1)
+
+
+# ---- documentation ----
+
+
+def test_the_reference_is_a_row_for_each_knob():
+    head, rule, *rows = reference(Config).splitlines()
+    assert head == "| knob | values | default | what it does |"
+    assert rule == "| --- | --- | --- | --- |"
+    assert rows[0] == "| `steps` | a whole number from 1 to 9 | must be given | how \\| many |"
+    assert "| `clip` | a number above 0, or none | no limit | largest norm |" in rows
+    assert "| `levels.rho` | a number above 0 | 5 | exponent |" in rows
+    assert "| `afs` | true or false | true | first step for nothing |" in rows
+    single = len(knobs_of(Config)) - 1 + len(knobs_of(Levels))
+    assert len(rows) == single

@@ -1,0 +1,225 @@
+"""Weight spaces: log-linear, normalised, learned; and the log-linear weights themselves."""
+
+import math
+
+import pytest
+import torch
+
+from bdense.errors import InputError
+from bdense.weights import WEIGHT_SPACES, space_of
+from bdense.weights.spaces import (
+    RULES,
+    Choice,
+    LearnedSpace,
+    LogLinearSpace,
+    LogLinearWeights,
+    NormalisedSpace,
+    Range,
+    Uniform,
+    normalised_weights,
+    require_point,
+)
+from tests.contracts.weight_spaces import WeightSpaceContract
+
+
+class TestLogLinear(WeightSpaceContract):
+    @pytest.fixture
+    def space(self):
+        return LogLinearSpace(largest=100.0)
+
+    @pytest.fixture
+    def point(self):
+        return {"a": 1.386, "b": -4.274}
+
+    @pytest.fixture
+    def another(self):
+        return {"a": 1.337, "b": -4.195}
+
+
+class TestNormalised(WeightSpaceContract):
+    @pytest.fixture
+    def space(self):
+        return NormalisedSpace(a=Range(low=-1.0, high=3.0), largest=3.5)
+
+    @pytest.fixture
+    def point(self):
+        return {"a": 0.071}
+
+    @pytest.fixture
+    def another(self):
+        return {"a": 0.5}
+
+
+class TestLearned(WeightSpaceContract):
+    @pytest.fixture
+    def space(self):
+        return LearnedSpace(memory=7)
+
+    @pytest.fixture
+    def point(self):
+        return {"rule": "uncertainty", "strength": 0.5}
+
+    @pytest.fixture
+    def another(self):
+        return {"rule": "gradient-norm", "strength": 0.5}
+
+
+# ---- log-linear weights ----
+
+
+@pytest.mark.parametrize("a", [-2.0, 0.0, 1.386, 3.0])
+@pytest.mark.parametrize("num_branches", [1, 2, 4, 16])
+def test_weights_are_exp_of_a_k_plus_b(a, num_branches):
+    k = torch.arange(1, num_branches + 1, dtype=torch.float64)
+    given = LogLinearWeights(a=a, b=-1.5)
+    expected = torch.exp(a * k - 1.5).tolist()
+    assert given.values(num_branches) == pytest.approx(expected, rel=1e-12)
+    assert given(num_branches).tolist() == given.values(num_branches)
+    ratio = expected[-1] / expected[0]
+    assert given.last_to_first(num_branches) == pytest.approx(ratio, rel=1e-12)
+    assert sum(normalised_weights(a, num_branches).values(num_branches)) == pytest.approx(
+        num_branches
+    )
+
+
+@pytest.mark.parametrize("a", [-300.0, 0.0, 300.0])
+def test_normalised_weights_of_steep_slopes_are_finite(a):
+    """One branch has all of the sum K = 4, or each has its 1."""
+    largest = max(normalised_weights(a, 4).values(4))
+    assert largest == pytest.approx(4.0 if a else 1.0)
+
+
+def test_what_is_beyond_float64_is_infinite():
+    assert LogLinearWeights(a=800.0, b=-800.0).values(2) == [1.0, math.inf]
+    assert LogLinearWeights(a=800.0).last_to_first(2) == math.inf
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_need_finite_numbers(bad):
+    with pytest.raises(InputError, match="weight a must be a finite number"):
+        normalised_weights(bad, 4)
+    with pytest.raises(InputError, match="weight b must be a finite number"):
+        LogLinearWeights(a=0.0, b=bad)
+    with pytest.raises(InputError, match=r"num_branches \(K\) must be at least 1, got 0"):
+        normalised_weights(0.0, 0)
+
+
+# ---- reading ----
+
+
+def test_spaces_are_read_from_plain_mappings():
+    read = LogLinearSpace.read({"a": {"low": -0.5, "high": 3}, "b": {"low": -4, "high": -4}})
+    assert read.distributions() == {"a": Uniform(-0.5, 3.0), "b": Uniform(-4.0, -4.0)}
+    learned = LearnedSpace.read({"rules": ["gradient-norm"], "strength": {"low": 1, "high": 1}})
+    assert learned.distributions() == {
+        "rule": Choice(("gradient-norm",)),
+        "strength": Uniform(1.0, 1.0),
+    }
+    assert learned.is_one_point
+    assert learned.needs_gradients
+    assert not LearnedSpace(rules=("uncertainty",)).needs_gradients
+
+
+@pytest.mark.parametrize(
+    ("name", "tree", "message"),
+    [
+        ("normalised", {"a": {"low": 2.0, "high": 1.0}}, "weights.a.low 2 is above high 1"),
+        ("normalised", {"a": {"low": 3.0}}, "weights.a.low 3 is above high 2"),
+        ("normalised", {"a": {"most": 2.0}}, "weights.a.most is unknown"),
+        ("normalised", {"a": 2.0}, "weights.a must be .* got 2.0"),
+        ("normalised", {"b": {"low": 0.0, "high": 1.0}}, "weights.b is unknown"),
+        ("log-linear", {"largest": 0.0}, "weights.largest must be .*above 0.* got 0"),
+        ("learned", {"rules": []}, r"weights.rules \[\] must name one rule or more"),
+        ("learned", {"rules": ["uncertainty"] * 2}, "weights.rules .* each once"),
+        ("learned", {"rules": ["loss"]}, "weights.rules must be one of uncertainty, gradient-"),
+        ("learned", {"memory": 0}, "weights.memory must be .* at least 1, got 0"),
+        (
+            "learned",
+            {"strength": {"low": 0.0, "high": 12.0}},
+            r"weights.strength must lie in -10\.\.10, got 12",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named(name, tree, message):
+    with pytest.raises(InputError, match=message):
+        WEIGHT_SPACES[name].read(tree, "weights")
+
+
+# ---- bounds ----
+
+
+def test_the_excess_is_measured_from_the_largest_weight():
+    """a < 0 makes w_1 the largest, a > 0 w_K."""
+    bounded = LogLinearSpace(largest=2.0)
+    assert bounded.excess({"a": math.log(2), "b": -math.log(2)}, 4) == pytest.approx(8 - 2)
+    assert bounded.excess({"a": -1.0, "b": 1.0}, 4) == pytest.approx(1 - 2)
+    # w_4 = 4 * 27 / (1 + 3 + 9 + 27).
+    normalised = NormalisedSpace(largest=3.0)
+    assert normalised.excess({"a": math.log(3)}, 4) == pytest.approx(2.7 - 3)
+    assert LogLinearSpace().excess({"a": 100.0, "b": 100.0}, 4) == 0
+
+
+def test_a_bound_that_excludes_the_whole_space_is_refused():
+    with pytest.raises(InputError, match=r"largest 0.5 rules out .* largest weight is 1;"):
+        NormalisedSpace(largest=0.5).check(4)
+    # The least of max w_k is w_1 at the lower bounds: exp(-0.5 - 6).
+    with pytest.raises(InputError, match=r"largest weight is 0\.001503;"):
+        LogLinearSpace(largest=1e-3).check(4)
+
+
+@pytest.mark.parametrize(
+    ("space", "params", "message"),
+    [
+        (NormalisedSpace(), {"a": 5.0}, "a 5 lies outside weights.a, -1 to 2"),
+        (NormalisedSpace(), {"a": math.nan}, "a nan lies outside"),
+        (NormalisedSpace(), {"a": "x"}, "a must be a number, got 'x'"),
+        (NormalisedSpace(), {"a": 1.0, "b": 0.0}, "have the parameters a, got a, b"),
+        (NormalisedSpace(largest=2.0), {"a": 2.0}, r"a 2\.000 exceed the bound .* by 1\.46"),
+        (LearnedSpace(), {"rule": "loss", "strength": 0.0}, "rule loss is none of"),
+    ],
+)
+def test_points_outside_the_space_are_refused(space, params, message):
+    with pytest.raises(InputError, match=message):
+        require_point(space, params, 4)
+
+
+# ---- values ----
+
+
+def test_weights_of_each_space():
+    log_linear = LogLinearSpace().weighting({"a": math.log(2), "b": -1.0}, 4)
+    expected = [2 / math.e, 4 / math.e, 8 / math.e, 16 / math.e]
+    assert log_linear.weights().tolist() == pytest.approx(expected)
+    normalised = NormalisedSpace().weighting({"a": math.log(2)}, 3)
+    assert normalised.weights().tolist() == pytest.approx([3 / 7, 6 / 7, 12 / 7])
+    learned = LearnedSpace(memory=7).weighting({"rule": RULES[1], "strength": -0.5}, 3)
+    assert learned.describe() == {"rule": RULES[1], "strength": -0.5, "memory": 7}
+
+
+def test_results_store_a_and_b_or_the_rule():
+    stored = NormalisedSpace().stored({"a": math.log(2)}, 3)
+    assert stored == {"a": math.log(2), "b": pytest.approx(math.log(3 / 14))}
+    assert LearnedSpace(memory=7).stored({"rule": RULES[0], "strength": 1.0}, 4) == {
+        "rule": RULES[0],
+        "strength": 1.0,
+        "memory": 7,
+    }
+
+
+def test_coordinates_leave_out_what_adam_does_not_see():
+    assert LogLinearSpace().coordinates({"a": 1.0, "b": -4.0}) == (1.0,)
+    assert NormalisedSpace().coordinates({"baseline": "uniform"}) == (0.0,)
+    assert NormalisedSpace().coordinates({"baseline": "plain"}) is None
+    learned = LearnedSpace()
+    assert learned.axes == ("strength", "uncertainty", "gradient-norm")
+    assert learned.coordinates({"rule": "gradient-norm", "strength": 0.5}) == (0.5, 0.0, 1.0)
+
+
+def test_weights_found_elsewhere_belong_to_the_space_that_reads_them():
+    own = NormalisedSpace(largest=3.0)
+    assert space_of({"a": 1.0}, own) is own
+    assert space_of({"a": 1.0, "b": 0.0}) == LogLinearSpace()
+    learned = {"rule": RULES[0], "strength": 1.0, "memory": 5}
+    assert space_of(learned, own) == LearnedSpace()
+    with pytest.raises(InputError, match="no weight space has the parameters c"):
+        space_of({"c": 1.0}, own)

@@ -50,7 +50,7 @@ def _launch(options: argparse.Namespace) -> None:
         spec = spec.model_copy(update={"budget": budget})
     check_apart(spec)
     if options.dry_run:
-        _dry_run(spec)
+        _dry_run(spec, options.workers)
         return
     url = resolve_storage_url(options.storage)
     result, succeeded = launch(spec, url, options.study, options.workers)
@@ -59,11 +59,11 @@ def _launch(options: argparse.Namespace) -> None:
         raise BdenseError(f"no trial of study {spec.name} is complete; the reasons are above")
 
 
-def _dry_run(spec: "StudySpec") -> None:
+def _dry_run(spec: "StudySpec", workers: int | None) -> None:
     from search.spec.study_file import as_yaml
-    from search.worker.estimate import estimate
+    from search.worker.cost import cost_lines
 
     print(as_yaml(spec), end="")
     print(f"# fingerprint {spec.fingerprint()}")
-    for line in estimate(spec).lines():
+    for line in cost_lines(spec, workers=workers):
         print(f"# {line}")

@@ -117,7 +117,7 @@ def _promote_pd(options: argparse.Namespace) -> None:
     spec, source = _promotion(options)
     check_apart(spec)
     if options.dry_run:
-        _dry_run(spec)
+        _dry_run(spec, options.workers)
         return
     url = resolve_storage_url(options.storage)
     folder = options.out or runs_folder() / spec.name / "model"
@@ -237,13 +237,13 @@ def _promoted(options: argparse.Namespace, source: str | None) -> "tuple[Arm, in
     return confirmed_arm(study), spec.student.substeps
 
 
-def _dry_run(spec: "PromotionSpec") -> None:
+def _dry_run(spec: "PromotionSpec", workers: int | None) -> None:
     from search.spec.study_file import as_yaml
-    from search.worker.chain_estimate import estimate_promotion
+    from search.worker.cost import cost_lines
 
     print(as_yaml(spec), end="")
     print(f"# fingerprint {spec.fingerprint()}")
-    for line in estimate_promotion(spec, arms=3).lines():
+    for line in cost_lines(spec, arms=3, workers=workers):
         print(f"# {line}")
 
 

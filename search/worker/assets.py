@@ -33,14 +33,12 @@ from search.spec.model_spec import ModelSpec, TeacherTraining
 from search.spec.study_spec import StudySpec
 from search.storage.engine import cache_folder
 from search.worker.engine import (
-    architecture,
     execution,
     student_grid,
     teacher_config,
     teacher_solver,
     training_config,
 )
-from search.worker.memory import trial_memory
 
 # Called with what is being made, how much is done, of how much, and a remark.
 Report = Callable[[str, int, int, str], None]
@@ -75,12 +73,11 @@ class Assets:
         return [torch.device("cuda", index) for index in range(self.spec.resources.team)]
 
 
-def use_device(spec: ModelSpec, *, foretold: bool = False) -> torch.device:
+def use_device(spec: ModelSpec) -> torch.device:
     """Set this process up as the spec asks, and say where its trials run.
 
     Args:
         spec: Of the trials.
-        foretold: They run elsewhere or later: the CPU does for GPUs that are not here.
 
     Raises:
         InputError: The spec asks for a number of GPUs, which its trials hold here, and torch can
@@ -94,7 +91,7 @@ def use_device(spec: ModelSpec, *, foretold: bool = False) -> torch.device:
     gpus = spec.resources.gpus
     if gpus != 0 and torch.cuda.is_available():
         return torch.device("cuda")
-    if gpus not in (0, "auto") and not foretold:
+    if gpus not in (0, "auto"):
         cuda = torch.version.cuda
         build = f"is built for CUDA {cuda}" if cuda else "is built without CUDA"
         raise InputError(
@@ -105,26 +102,19 @@ def use_device(spec: ModelSpec, *, foretold: bool = False) -> torch.device:
     return torch.device("cpu")
 
 
-def prepare(
-    spec: StudySpec, device: torch.device, report: Report, *, together: int | None = None
-) -> None:
+def prepare(spec: StudySpec, device: torch.device, report: Report) -> None:
     """Make teacher, extractor and what is known of the reference, or find them in the cache.
 
     Args:
         spec: The study.
         device: Where its trials run.
         report: Called with the progress.
-        together: Trials at once on this machine, whose memory is then to suffice for them; None
-            asks for no room.
 
     Raises:
-        InputError: The device does not compute ``precision``, has too little memory, or something
-            the user gave cannot be had or does not fit.
+        InputError: The device does not compute ``precision``, or something the user gave cannot be
+            had or does not fit.
     """
     execution(spec).require(device)
-    if together is not None:
-        memory = trial_memory(spec, architecture(spec), device)
-        memory.require_room(spec, device, together)
     teacher = prepare_models(spec, device, report)
     if spec.trajectories.mode == "recorded":
         trajectory_store(spec, teacher).require_room(round(spec.trajectories.max_gib * 2**30))

@@ -45,8 +45,7 @@ from search.worker.chain_engine import (
     require_levels_known,
     round_config,
 )
-from search.worker.chain_estimate import chain_memory
-from search.worker.engine import architecture, execution
+from search.worker.engine import execution
 from search.worker.evaluation import measure
 from search.worker.result import below_runs, provenance, read_result, take_folder, write_result
 
@@ -75,25 +74,18 @@ class ChainAssets:
         return next(self.teacher.parameters()).device
 
 
-def prepare_chain(
-    spec: PromotionSpec, device: torch.device, report: Report, *, together: int | None = None
-) -> None:
+def prepare_chain(spec: PromotionSpec, device: torch.device, report: Report) -> None:
     """Make teacher, extractor and reference, and measure the teacher, or find them in the cache.
 
     Args:
         spec: The promotion.
         device: Where its chains run.
         report: Called with the progress.
-        together: Chains at once on this machine, for which its memory has to suffice; None asks
-            for no room.
 
     Raises:
-        InputError: Something the user gave cannot be had or does not fit, or memory is too little.
+        InputError: Something the user gave cannot be had or does not fit.
     """
     execution(spec).require(device)
-    if together is not None:
-        memory = chain_memory(spec, architecture(spec), device)
-        memory.require_room(spec, device, together)
     teacher = prepare_models(spec, device, report)
     if spec.teacher.checkpoint is not None:
         require_levels_known(spec, load_model(spec.teacher.checkpoint)[1], teacher)

@@ -136,6 +136,7 @@ def prepare_task(orders: Orders, spec: str, together: int) -> Iterator[Progress 
     # Imported here: the launcher ships this function and needs no torch for it.
     from search.worker.assets import prepare, use_device
     from search.worker.chain_trial import prepare_chain
+    from search.worker.cost import require_room
 
     messages: queue.SimpleQueue[Progress | Refusal | None] = queue.SimpleQueue()
     told = [0.0]
@@ -149,11 +150,13 @@ def prepare_task(orders: Orders, spec: str, together: int) -> Iterator[Progress 
         try:
             orders.settle()
             read = orders.read(spec)
+            report("memory", 0, 1, "that a trial takes")
+            require_room(read, together)
             if isinstance(read, PromotionSpec):
-                prepare_chain(read, use_device(read), report, together=together)
+                prepare_chain(read, use_device(read), report)
             else:
                 assert isinstance(read, StudySpec)
-                prepare(read, use_device(read), report, together=together)
+                prepare(read, use_device(read), report)
         except Exception as error:  # noqa: BLE001  it reaches the user as the launch's error
             messages.put(Refusal.of(error))
         finally:

@@ -48,7 +48,7 @@ def assets(shared_cache) -> ChainAssets:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BDENSE_CACHE", str(shared_cache))
         spec = promotion(**TINY)
-        prepare_chain(spec, CPU, lambda *_: None, together=1)
+        prepare_chain(spec, CPU, lambda *_: None)
         return load_chain(spec, CPU)
 
 
@@ -310,7 +310,7 @@ def test_its_measurement_is_shown(monkeypatch, tmp_path, shared_cache):
             (cache / path.name).symlink_to(path)
     monkeypatch.setenv("BDENSE_CACHE", str(cache))
     shown = []
-    prepare_chain(promotion(**TINY), CPU, lambda *told: shown.append(told), together=1)
+    prepare_chain(promotion(**TINY), CPU, lambda *told: shown.append(told))
     assert [told for told in shown if told[0] == "teacher FID"] == [
         ("teacher FID", done, 64, "at 8 steps") for done in (32, 64)
     ]

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -413,8 +412,7 @@ def test_a_promotion_s_file_names_its_study(asked):
 
 def test_a_dry_run_plans_nothing(asked, made, monkeypatch):
     """What it costs is measured elsewhere."""
-    cost = SimpleNamespace(lines=lambda: ["what it costs"])
-    monkeypatch.setattr("search.worker.chain_estimate.estimate_promotion", lambda *_, **__: cost)
+    monkeypatch.setattr("search.worker.cost.cost_lines", lambda *_, **__: ["what it costs"])
     answer = promote(asked, "--dry-run", "--seeds", "4,5", "--weights-space", "state")
     assert answer.status == 0, answer.err
     told = yaml.safe_load(answer.out)

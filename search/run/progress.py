@@ -17,6 +17,7 @@ from search.worker.ray_tasks import Progress
 LINE_SECONDS = 10.0
 STEPS = {
     "waiting": "waiting for a free worker",
+    "memory": "measuring the memory",
     "features": "feature extractor",
     "teacher": "training the teacher",
     "teacher FID": "measuring the teacher",

@@ -157,7 +157,7 @@ def test_activations_are_those_of_a_real_update():
     levels = levels.double().expand(-1, 64)
     targets = dense_targets(student, x, levels)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        branch_errors(student, x, levels[0], targets)
+        branch_errors(student.branches, x, levels[0], targets)
     needed = sum(storage.nbytes() for storage in kept.values()) + targets.nbytes + 3 * x.nbytes
     assert needed <= memory_of().activations <= 1.3 * needed
 

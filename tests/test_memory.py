@@ -97,7 +97,7 @@ def test_activations_are_those_of_a_real_update():
 
     x = torch.randn(64, *student.image_shape)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        states = branch_states(student, x, grid.interval(1))
+        states = branch_states(student.branches, x, grid.interval(1))
         branch_losses(states, x.expand(4, *x.shape)).sum()
     saved = sum(storage.nbytes() for storage in kept.values())
     walk = (grid.num_rows + 1) * x.nbytes

@@ -238,7 +238,7 @@ def trajectory_store(spec: StudySpec, teacher: NetworkDenoiser) -> TrajectorySto
         grid=student_grid(spec),
         solver=teacher_solver(spec),
         batch=spec.budget.batch,
-        count=training_config(spec, 1).iterations(spec.budget.batch),
+        count=training_config(spec).num_updates,
         seed=spec.seeds.training,
     )
     return TrajectoryStore(live, cache_folder() / "trajectories", spec.trajectories.dtype)

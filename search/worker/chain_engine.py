@@ -7,13 +7,10 @@ import torch
 from torch import Tensor
 
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.diffusion.preconditioning import DDPM, Cosine, native_schedule
-from bdense.diffusion.sampling import samplers_from
-from bdense.diffusion.schedules import Levels, Schedule
-from bdense.diffusion.solvers import DDIM
+from bdense.diffusion.preconditioning import DDPM, Cosine
+from bdense.diffusion.schedules import Levels
 from bdense.errors import InputError
-from bdense.methods.chain import Chain, pd_sampler
-from bdense.methods.progressive import PDConfig
+from bdense.methods.progressive import PDConfig, Progressive
 from bdense.weights.spaces import sum_to_one, uniform_weights
 from search.errors import SpecError
 from search.spec.promotion_spec import PromotionSpec
@@ -30,8 +27,7 @@ def check_promotion(spec: PromotionSpec) -> None:
     """
     check_models(spec)
     try:
-        chain_of(spec)
-        round_config(spec, 1, seed=0)
+        round_config(spec)
         if spec.resources.gpus == 0:
             execution(spec).require(torch.device("cpu"))
         made = architecture(spec)
@@ -51,32 +47,33 @@ def check_promotion(spec: PromotionSpec) -> None:
             )
 
 
-def chain_of(spec: PromotionSpec) -> Chain:
-    """Numbers of steps.
+def round_config(spec: PromotionSpec) -> PDConfig:
+    """The chain and how each round is trained.
 
     Raises:
-        InputError: K does not lead from the first to the last.
+        InputError: K does not lead from the first number of steps to the last.
     """
-    return Chain(first=spec.chain.first, last=spec.chain.last, substeps=spec.chain.substeps)
-
-
-def round_config(spec: PromotionSpec, num_branches: int, seed: int) -> PDConfig:
-    """How each round is trained."""
+    options = spec.round.model_dump()
+    levels: dict[str, Any] = {}
+    if spec.schedule != "native":
+        levels = spec.schedule.model_dump()
+        levels["schedule"] = levels.pop("kind")
     return PDConfig(
+        steps=spec.chain.first,
+        until=spec.chain.last,
         substeps=spec.chain.substeps,
-        num_branches=num_branches,
+        lr_schedule="linear" if options.pop("anneal") else "constant",
         weights_space=spec.weights_space,
-        seed=seed,
-        **spec.round.model_dump(),
+        prediction_type=spec.prediction_type,
+        clip_samples=spec.clip_samples,
+        **options,
+        **levels,
     )
 
 
 def chain_schedule(spec: PromotionSpec, teacher: NetworkDenoiser) -> Levels:
     """Noise levels of all grids."""
-    if spec.schedule == "native":
-        native: Levels = native_schedule(teacher.precond)
-        return native
-    return Schedule(**spec.schedule.model_dump())
+    return round_config(spec).levels(teacher)
 
 
 def require_levels_known(
@@ -92,17 +89,10 @@ def require_levels_known(
     Raises:
         InputError: It is one; a student knows the levels that it was distilled for alone.
     """
-    samplers = samplers_from(known)
-    first = pd_sampler(chain_schedule(spec, teacher), spec.chain.first)
-    for own in samplers:
-        alike = isinstance(own.solver, DDIM) and own.schedule == first.schedule
-        if not (alike and own.num_intervals == first.num_intervals):
-            raise InputError(
-                f"teacher.checkpoint {spec.teacher.checkpoint} is a student of "
-                f"{own.num_intervals} steps at {own.schedule.text()}, which knows those alone, "
-                f"and the chain begins with {spec.chain.first} steps at {first.schedule.text()}; "
-                "give its teacher, or begin with its steps and levels"
-            )
+    try:
+        Progressive().check(round_config(spec), teacher, known)
+    except InputError as error:
+        raise InputError(f"teacher.checkpoint {spec.teacher.checkpoint}: {error}") from error
 
 
 def chain_weights(arm: Arm, substeps: int) -> Tensor:

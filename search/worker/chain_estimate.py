@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
-from bdense.methods.chain import prediction_of
-from bdense.methods.progressive import branch_errors, dense_targets
+from bdense.methods.progressive import branch_errors, dense_targets, prediction_of
 from search.spec.promotion_spec import PromotionSpec
 from search.worker.assets import use_device
-from search.worker.chain_engine import chain_of, chain_schedule
+from search.worker.chain_engine import chain_schedule, round_config
 from search.worker.engine import architecture
 from search.worker.estimate import (
     Cost,
@@ -72,7 +71,7 @@ def chains_work(spec: PromotionSpec, teacher: NetworkDenoiser, arms: int) -> Wor
         InputError: K does not lead from the first number of steps to the last.
     """
     first, images = spec.chain.first, spec.evaluation.images
-    rounds, chains = chain_of(spec).students, arms * len(spec.seeds.training)
+    rounds, chains = round_config(spec).rounds, arms * len(spec.seeds.training)
     # Another prediction type costs a round without fewer steps, with the teacher at 1 a time.
     converts = spec.prediction_type not in (None, prediction_of(teacher))
     steps = (first, *rounds) if converts else rounds
@@ -137,7 +136,7 @@ def chain_memory(
 def _levels(spec: PromotionSpec, teacher: NetworkDenoiser) -> Tensor:
     """[K + 1, 1] of the first round's first interval, t_{0,0}..t_{0,K}."""
     substeps = spec.chain.substeps
-    grid = chain_schedule(spec, teacher).grid(chain_of(spec).students[0] * substeps)
+    grid = chain_schedule(spec, teacher).grid(round_config(spec).rounds[0] * substeps)
     return grid[: substeps + 1, None]
 
 
@@ -166,5 +165,5 @@ def _whole_update(spec: PromotionSpec, teacher: NetworkDenoiser) -> Update:
 
 
 def _learn(student: NetworkDenoiser, x: Tensor, sigma: Tensor, targets: Tensor) -> None:
-    errors = branch_errors(student, x, sigma, targets)
+    errors = branch_errors(student.branches, x, sigma, targets)
     errors.sum().backward()  # type: ignore[no-untyped-call]

@@ -19,12 +19,15 @@ from bdense.data.datasets import Dataset
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.schedules import Levels
 from bdense.files import atomic_write, file_lock
-from bdense.methods.chain import Round, distill_chain, pd_sampler
-from bdense.methods.progressive import DataBatches, UpdateReport
+from bdense.methods.distill import TrainedStage, distill
+from bdense.methods.method import Inputs, StagePlan
+from bdense.methods.progressive import Progressive, pd_sampler
 from bdense.metrics.extractors import Extractor, load_extractor
 from bdense.metrics.references import Reference
 from bdense.models.sources import load_model
 from bdense.models.store import denoiser_sha256
+from bdense.training.loop import IterationReport
+from bdense.weights.weighting import FixedWeights
 from search.spec.promotion_spec import PromotionSpec
 from search.storage.engine import cache_folder
 from search.study.arms import Arm
@@ -39,7 +42,6 @@ from search.worker.assets import (
     teacher_and_terms,
 )
 from search.worker.chain_engine import (
-    chain_of,
     chain_schedule,
     chain_weights,
     require_levels_known,
@@ -216,10 +218,10 @@ def train_and_measure(
     ):
         trained = time.perf_counter()
         seconds["student_seconds"] += trained - started
-        fids[round_.steps] = fid = _round_fid(
+        fids[round_.plan.nfe] = fid = _round_fid(
             assets, round_, seed, check=check, report=report, note=note
         )
-        on_fid(round_.steps, float(fid["value"]))
+        on_fid(round_.plan.nfe, float(fid["value"]))
         started = time.perf_counter()
         seconds["evaluation_seconds"] += started - trained
     last = spec.chain.last
@@ -251,32 +253,22 @@ def _rounds(
     check: Callable[[], None],
     report: Callable[[str], None],
     note: Note,
-) -> Iterator[Round]:
+) -> Iterator[TrainedStage]:
     spec = assets.spec
 
-    def on_update(steps: int, done: UpdateReport) -> None:
-        _note_training(note, steps, done, weights)
+    def on_iteration(plan: StagePlan, done: IterationReport) -> None:
+        _note_training(note, plan.nfe, done, weights)
         text = training(done.iteration + 1, done.iterations, done.loss)
-        report(_in_round(spec, steps, text))
+        report(_in_round(spec, plan.nfe, text))
         check()
 
-    return distill_chain(
+    return distill(
+        Progressive(),
         assets.teacher,
-        DataBatches(
-            assets.dataset,
-            spec.round.batch,
-            seed,
-            assets.device,
-            flip=spec.round.flip,
-            label_dim=assets.teacher.label_dim,
-        ),
-        assets.schedule,
-        chain_of(spec),
-        round_config(spec, len(weights), seed),
-        weights,
-        folder,
-        prediction_type=spec.prediction_type,
-        clip_samples=spec.clip_samples,
+        round_config(spec),
+        lambda: FixedWeights(weights),
+        Inputs(dataset=assets.dataset, seed=seed),
+        folder=folder,
         metadata={
             **assets.terms,
             "study": spec.name,
@@ -285,17 +277,15 @@ def _rounds(
             ),
             "params": arm.params,
             "seeds": {"training": seed, "evaluation": spec.seeds.evaluation},
-            "teacher_sha256": denoiser_sha256(assets.teacher),
             "fingerprint": assets.fingerprint,
-            "precision": spec.precision,
         },
         checkpoint_seconds=spec.resources.checkpoint_seconds,
-        on_update=on_update,
-        on_save=lambda steps, done: note("checkpoint", steps=steps, iteration=done),
+        on_iteration=on_iteration,
+        on_save=lambda plan, done: note("checkpoint", steps=plan.nfe, iteration=done),
     )
 
 
-def _note_training(note: Note, steps: int, done: UpdateReport, weights: torch.Tensor) -> None:
+def _note_training(note: Note, steps: int, done: IterationReport, weights: torch.Tensor) -> None:
     """A line for some updates of a round, evenly spread: losses by branch, as one interval's."""
     if is_noted(done.iteration, done.iterations):
         note(
@@ -304,7 +294,7 @@ def _note_training(note: Note, steps: int, done: UpdateReport, weights: torch.Te
             iteration=done.iteration + 1,
             iterations=done.iterations,
             loss=shortened(done.loss),
-            branch_losses=[shortened(done.branch_losses)],
+            branch_losses=shortened(done.branch_losses),
             weights=[shortened(weights)],
             lr=done.lr,
         )
@@ -315,14 +305,14 @@ def _in_round(spec: PromotionSpec, steps: int, text: str) -> str:
 
     A converting round is part of the first.
     """
-    students = chain_of(spec).students
+    students = round_config(spec).rounds
     place = students.index(steps) + 1 if steps in students else 1
     return in_round(place, len(students), text)
 
 
 def _round_fid(
     assets: ChainAssets,
-    round_: Round,
+    round_: TrainedStage,
     seed: int,
     *,
     check: Callable[[], None],
@@ -330,23 +320,25 @@ def _round_fid(
     note: Note,
 ) -> dict[str, Any]:
     """A round's FID with its conditions, from its file or measured now."""
-    path = round_.path.with_suffix(".fid.json")
+    assert round_.path is not None
+    student = round_.path
+    path = student.with_suffix(".fid.json")
     count = assets.spec.evaluation.images
 
     def make() -> dict[str, Any]:
-        note("evaluating", steps=round_.steps, images=count)
+        note("evaluating", steps=round_.plan.nfe, images=count)
         fid = _measured(
             assets,
             round_.student,
-            round_.steps,
+            round_.plan.nfe,
             training_seed=seed,
             on_image=lambda done: report(
-                _in_round(assets.spec, round_.steps, evaluating(done, count))
+                _in_round(assets.spec, round_.plan.nfe, evaluating(done, count))
             ),
             check=check,
-            grid_path=round_.path.with_name(f"{round_.path.stem}-{GRID}"),
+            grid_path=student.with_name(f"{student.stem}-{GRID}"),
         )
-        note("round", steps=round_.steps, fid=fid["value"])
+        note("round", steps=round_.plan.nfe, fid=fid["value"])
         return fid
 
     return _read_or_make(path, make)

@@ -8,10 +8,9 @@ import torch
 from bdense.data.datasets import image_shape
 from bdense.data.names import split_format, split_side
 from bdense.diffusion.denoiser import build_denoiser
-from bdense.diffusion.intervals import IntervalGrid
+from bdense.diffusion.intervals import IntervalGrid, VariableGrid
 from bdense.diffusion.sampling import Sampler
-from bdense.diffusion.schedules import Schedule
-from bdense.diffusion.solvers import Solver, make_solver
+from bdense.diffusion.solvers import Solver
 from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.methods.sfd import SFDConfig
@@ -39,7 +38,7 @@ def check(spec: StudySpec) -> None:
     """
     try:
         student_grid(spec)
-        training_config(spec, spec.student.substeps)
+        training_config(spec)
         if spec.resources.gpus == 0:
             execution(spec).require(torch.device("cpu"))
     except InputError as error:
@@ -154,34 +153,37 @@ def teacher_config(training: TeacherTraining) -> TeacherConfig:
 
 def teacher_solver(spec: StudySpec) -> Solver:
     """The solver that the teacher walks with."""
-    solver = spec.student.solver
-    return make_solver(solver.name, order=solver.order, thresholding=solver.thresholding)
+    return training_config(spec).make_solver()
 
 
 def student_grid(spec: StudySpec) -> IntervalGrid:
     """N intervals (NFE, or NFE + 1 with AFS) of K sub-steps."""
-    student = spec.student
-    return IntervalGrid(
-        num_intervals=student.nfe + (1 if student.afs else 0),
-        substeps=student.substeps,
-        afs=student.afs,
-        schedule=Schedule(**student.schedule.model_dump()),
-    )
+    grid = training_config(spec).grid
+    assert not isinstance(grid, VariableGrid)  # a study is of one NFE
+    return grid
 
 
 def student_sampler(spec: StudySpec) -> Sampler:
     """How a student of this study draws images."""
-    grid = student_grid(spec)
-    return Sampler(num_intervals=grid.num_intervals, afs=grid.afs, schedule=grid.schedule)
+    return training_config(spec).samplers[0]
 
 
-def training_config(spec: StudySpec, num_branches: int) -> SFDConfig:
+def training_config(spec: StudySpec) -> SFDConfig:
     """How a student of this study learns."""
+    student, budget = spec.student, spec.budget
+    levels = student.schedule.model_dump()
     return SFDConfig(
-        num_branches=num_branches,
-        images=spec.budget.images,
-        lr=spec.budget.lr,
-        seed=spec.seeds.training,
+        nfe=student.nfe,
+        substeps=student.substeps,
+        afs=student.afs,
+        solver=student.solver.name,
+        order=student.solver.order,
+        thresholding=student.solver.thresholding,
+        schedule=levels.pop("kind"),
+        **levels,
+        kimg=budget.kimg,
+        batch=budget.batch,
+        lr=budget.lr,
     )
 
 

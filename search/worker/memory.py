@@ -230,7 +230,7 @@ def interval_update(spec: StudySpec) -> Update:
 
     def forth_and_back(student: NetworkDenoiser, x: Tensor) -> None:
         targets = x.expand(student.num_branches, *x.shape)
-        states = branch_states(student, x, grid.interval(grid.trained.start))
+        states = branch_states(student.branches, x, grid.interval(grid.trained.start))
         losses = branch_losses(states, targets)
         losses.sum().backward()  # type: ignore[no-untyped-call]
 

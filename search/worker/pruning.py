@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import NonFiniteError
 from bdense.files import atomic_write
-from bdense.methods.sfd import Looks
+from bdense.training.loop import Evaluations
 from search.spec.space import make_pruner
 from search.spec.study_spec import StudySpec
 from search.storage.ledger import Claim, Ledger
@@ -121,9 +121,9 @@ class OnTheWay:
         self.seconds = 0.0
 
     @property
-    def looks(self) -> Looks:
-        """For ``distill``."""
-        return Looks(self._assets.spec.looks, self._look)
+    def looks(self) -> Evaluations:
+        """For ``train``."""
+        return Evaluations(self._assets.spec.looks, self._look)
 
     @property
     def found(self) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bdense.files import atomic_write
-from bdense.methods.sfd import IterationReport
+from bdense.training.loop import IterationReport
 from bdense.weights.weighting import LearnedWeights
 
 # Rows of a trial are read whole by every look at the study: its history has to stay small.

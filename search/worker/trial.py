@@ -16,11 +16,12 @@ import torch
 from bdense.diffusion.branches import export_branch
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import BdenseError, NonFiniteError, StoppedError, is_out_of_memory
-from bdense.methods.sfd import IterationReport
-from bdense.methods.sharing import distill_on
+from bdense.methods.sfd import SFDStage
 from bdense.metrics.metrics import FID
 from bdense.models.cards import write_card
 from bdense.models.store import save_denoiser
+from bdense.training.loop import IterationReport, train
+from bdense.weights.weighting import FixedWeights
 from search.errors import LeaseLostError, StorageError, UnpreparedError
 from search.log import speaking_of
 from search.report.live import attach_pictures
@@ -186,9 +187,7 @@ def train_and_measure(
     weighting = weights if isinstance(weights, TracedWeights) else weights(num_branches)
     way = OnTheWay(assets, folder, judge, check=check, report=report) if judge else None
     started = time.perf_counter()
-    branched = _train(
-        assets, num_branches, weighting, folder, way, check=check, report=report, note=note
-    )
+    branched = _train(assets, weighting, folder, way, check=check, report=report, note=note)
     trained = time.perf_counter()
     looked = way.seconds if way is not None else 0.0
     seconds = {"student_seconds": round(trained - started - looked, 3)}
@@ -228,7 +227,6 @@ def train_and_measure(
 
 def _train(
     assets: Assets,
-    num_branches: int,
     weighting: torch.Tensor | TracedWeights,
     folder: Path,
     way: OnTheWay | None,
@@ -250,17 +248,21 @@ def _train(
         check()  # the last: a checkpoint that it makes holds this iteration too
 
     with contextlib.suppress(PrunedError):
-        return distill_on(
-            assets.devices,
-            assets.teacher,
-            assets.trajectories,
-            training_config(assets.spec, num_branches),
-            weighting,
+        stage = SFDStage(
+            config=training_config(assets.spec),
+            trajectories=assets.trajectories,
+            start=assets.teacher,
+            seed=assets.spec.seeds.training,
+        )
+        return train(
+            stage,
+            weighting if isinstance(weighting, TracedWeights) else FixedWeights(weighting),
+            devices=assets.devices,
             checkpoint=folder / CHECKPOINT,
             checkpoint_seconds=assets.spec.resources.checkpoint_seconds,
             on_iteration=on_iteration,
             on_save=lambda done: note("checkpoint", iteration=done),
-            looks=way.looks if way else None,
+            evaluations=way.looks if way else None,
         )
     return None
 

@@ -13,13 +13,13 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 search: $(VENV)/.installed
 	$(BIN)/bdense-search launch $(STUDY)
 
-# Files side by side, then what starts Ray, which takes the whole machine.
+# Unit tests on several processes, then tests that start Ray, which takes the whole machine.
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow" --numprocesses $(TEST_JOBS) --dist loadfile tests --ignore tests/e2e
 	$(BIN)/python -m pytest -m "not slow" tests/e2e
 
-# What takes longer: full disks, 10,000 trials, compiled networks; then what the service promises, on real processes: a study
-# from launch to best, kills and stops, 200 trials under faults, strangers that join, two hosts, docker compose.
+# Slow tests: full disks, 10,000 trials, compiled networks; then the service on real processes: a study from launch to best,
+# kills and stops, 200 trials under faults, foreign workers that join, two hosts, docker compose.
 test-service: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow tests --ignore tests/e2e
 	$(BIN)/python -m pytest -m slow tests/e2e --ignore tests/e2e/test_promotion.py
@@ -46,6 +46,6 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable '.[search,dev]'
 	@touch $@
 
-# What `make` made; studies and their students, in runs/, are yours.
+# Removes what `make` made; studies and their students in runs/ stay.
 clean:
 	rm -rf $(VENV)

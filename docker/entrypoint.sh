@@ -1,10 +1,10 @@
 #!/bin/sh
-# Before the command of every container: passwords from their secret files to where the libraries look for them, so that
-# they stand in no environment that `docker inspect` shows, in no argument and on no disk.
+# Runs before the command of every container: takes passwords from their secret files to where the libraries look for them.
+# No environment that `docker inspect` shows, no argument and no disk holds them.
 set -eu
 umask 027
 
-there() {   # whether that secret was given to this container; one that cannot be read is a mistake, not its absence
+there() {   # whether this container was given that secret; a secret that cannot be read is an error
     [ -e "/run/secrets/$1" ] || return 1
     if [ ! -r "/run/secrets/$1" ] || [ ! -s "/run/secrets/$1" ]; then
         echo "the secret file $1 is empty or cannot be read by user $(id -u); see docker/secrets.sh" >&2
@@ -13,7 +13,7 @@ there() {   # whether that secret was given to this container; one that cannot b
 }
 
 if there database; then
-    # User, host and database stand in BDENSE_STORAGE. libpq refuses a password file that others may read.
+    # BDENSE_STORAGE has user, host and database. libpq refuses a password file that others may read.
     export PGPASSFILE=/dev/shm/.pgpass
     (umask 077; printf '*:*:*:*:%s\n' "$(sed 's/[\\:]/\\&/g' /run/secrets/database)" > "$PGPASSFILE")
 fi

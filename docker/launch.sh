@@ -1,12 +1,12 @@
 #!/bin/sh
-# Joins the cluster, then runs the study to its end; or the verb that is given there, such as confirm or doctor.
-# Ends as the command does: 0 once the study is complete or was stopped by `bdense-search stop`, 2 where something is to be
-# mended by hand. It joins again and carries on where Ray's head died, and gives up where none can be joined for 5 minutes.
+# Joins the cluster, then runs the study to its end, or the given verb, such as confirm or doctor.
+# Exits as the command does: 0 if the study is complete or was stopped by `bdense-search stop`, 2 if you must repair something.
+# If Ray's head dies, it joins the next one and continues; it gives up after 5 minutes without a head.
 set -u
 CLUSTER_LOST=75   # search.errors.ClusterLostError
 PATIENCE=${PATIENCE:-300} PAUSE=${PAUSE:-10}   # seconds
 
-become_the_command() {   # in the background the shell itself, so that it gets the signals
+become_the_command() {   # by exec: the process in the background is the command itself, and gets the signals
     if [ $# -gt 0 ]; then exec bdense-search "$@"; else exec bdense-search launch "$STUDY" ${LAUNCH_OPTIONS:-}; fi
 }
 
@@ -19,7 +19,7 @@ while [ -z "$ended" ]; do
         export RAY_ADDRESS=ray-head:6379
         become_the_command "$@" &
         child=$!
-        # A signal to this shell ends a wait before the command has ended.
+        # A signal to this shell ends a wait early.
         while wait "$child"; status=$?; kill -0 "$child" 2>/dev/null; do :; done
         child= joined=$(date +%s)
     else

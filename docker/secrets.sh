@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes the passwords that docker-compose.yml takes from docker/secrets/, those that are not there yet.
-# The folder is closed to other users of this machine; the files in it can be read in the containers, by users of other numbers.
+# Makes the passwords in docker/secrets/ that docker-compose.yml needs; existing ones stay.
+# The folder is closed to other users of this machine. The files in it are readable, because containers have other user ids.
 set -eu
 cd "$(dirname "$0")"
 mkdir -p secrets

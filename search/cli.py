@@ -20,6 +20,7 @@ from search.verbs.show import (
     add_best,
     add_dashboard,
     add_export,
+    add_list,
     add_report,
     add_status,
 )
@@ -58,9 +59,10 @@ def _parser() -> argparse.ArgumentParser:
         "bdense-search launch studies/digits-nfe2.yaml",
     )
     running = (add_launch, add_stop, add_enqueue, add_logs, add_confirm, add_promote, add_transfer)
-    looking = (add_status, add_best, add_report, add_export, add_dashboard, add_clean, add_doctor)
+    looking = (add_list, add_status, add_best, add_report, add_export, add_dashboard)
+    tending = (add_clean, add_doctor)
     preparing = (add_fetch, add_storage)
-    for add in (*running, *looking, *preparing):
+    for add in (*running, *looking, *tending, *preparing):
         add(verbs)
     return parser
 

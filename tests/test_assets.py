@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import search.worker.memory
 from bdense.data.datasets import Dataset, load_dataset
 from bdense.errors import InputError
 from bdense.execution import Execution
@@ -103,7 +102,6 @@ def test_gpus_that_torch_cannot_use_are_refused(monkeypatch):
             assets.use_device(study)
         assert f"torch {torch.__version__} is built " in str(e.value)
         assert "or set resources.gpus to 0 to train on CPUs" in str(e.value)
-        assert assets.use_device(study, foretold=True) == CPU
     for gpus in (0, "auto"):
         assert assets.use_device(spec(resources={"gpus": gpus})) == CPU
     monkeypatch.setattr(torch.version, "cuda", None)
@@ -113,10 +111,3 @@ def test_gpus_that_torch_cannot_use_are_refused(monkeypatch):
     for gpus in (0, 0.5, 1, "auto"):
         device = assets.use_device(spec(resources={"gpus": gpus}))
         assert device.type == ("cuda" if gpus else "cpu")
-
-
-@pytest.mark.usefixtures("no_data")
-def test_too_little_memory_is_refused_first(monkeypatch):
-    monkeypatch.setattr(search.worker.memory, "free_bytes", lambda _: 2**30)
-    with pytest.raises(InputError, match=r"for each of 4 trials at once; lower .* by --workers$"):
-        assets.prepare(spec(**TINY), CPU, lambda *_: None, together=4)

@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
+from search.analysis.promotion import PLAIN_PD, given_arm, plan_progressive
+from search.worker.chain_trial import ChainAssets, load_chain, prepare_chain, train_and_measure
+from search.worker.workers import ChainWorker
 
 import bdense.models.store
 from bdense.errors import StoppedError
 from bdense.models.store import denoiser_sha256, load_denoiser
-from search.analysis.promotion import PLAIN_PD, given_arm, plan_progressive
 from search.errors import DiskFullError, LeaseLostError, SpecChangedError
 from search.storage.disk import is_full_disk
 from search.storage.ledger import Claim, Ledger
 from search.study.arms import SPACES, UNIFORM, Arm, Planned
 from search.study.progress_text import share_done
 from search.study.trial_log import LOG_FILE, TrialLog, read_log
-from search.worker.chain_trial import ChainAssets, load_chain, prepare_chain, train_and_measure
-from search.worker.workers import ChainWorker
 from tests.measured import copy_storage, empty_storage, open_once
 from tests.studies import promotion
 
@@ -48,7 +48,7 @@ def assets(shared_cache) -> ChainAssets:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BDENSE_CACHE", str(shared_cache))
         spec = promotion(**TINY)
-        prepare_chain(spec, CPU, lambda *_: None, together=1)
+        prepare_chain(spec, CPU, lambda *_: None)
         return load_chain(spec, CPU)
 
 
@@ -312,7 +312,7 @@ def test_its_measurement_is_shown(monkeypatch, tmp_path, shared_cache):
             (cache / path.name).symlink_to(path)
     monkeypatch.setenv("BDENSE_CACHE", str(cache))
     shown = []
-    prepare_chain(promotion(**TINY), CPU, lambda *told: shown.append(told), together=1)
+    prepare_chain(promotion(**TINY), CPU, lambda *told: shown.append(told))
     assert [told for told in shown if told[0] == "teacher FID"] == [
         ("teacher FID", done, 64, "at 8 steps") for done in (32, 64)
     ]

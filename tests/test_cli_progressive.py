@@ -442,7 +442,7 @@ def test_other_mistakes_are_named(teacher, edm, tmp_path):
         (("--sigma-min", 1, "--sigma-max", 2), "and --sigma-min 1.0 --sigma-max 2.0 asks for"),
         (("--solver", "euler"), "ends without noise, which euler does not reach; take --solver"),
         (("--solver", "dpmpp"), "ends without noise, which dpmpp does not reach"),
-        (("--solver", "heun", "--clip"), "heun does not clip predictions; leave it out, or take"),
+        (("--solver", "heun", "--clip"), "heun has no clip; leave it out, or take"),
     ],
 )
 def test_what_does_not_go_with_a_process_is_refused(teacher, tmp_path, options, message):
@@ -456,7 +456,7 @@ def test_a_network_without_a_process_has_no_native_levels(edm, tmp_path):
     line = refused(command("sample", edm, "--schedule", "native", "--out", tmp_path / "x.png"))
     assert line == "a network with precond='edm' was trained on no VP process; choose a schedule"
     line = refused(command("sample", edm, "--clip", "--out", tmp_path / "x.png"))
-    assert line == "euler does not clip predictions; leave it out, or take ddim"
+    assert line == "euler has no clip; leave it out, or take ddim"
 
 
 def test_a_chain_that_diverges_is_a_failure_and_keeps_what_is_done(teacher, tmp_path):

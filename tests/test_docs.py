@@ -9,13 +9,14 @@ import pytest
 from tests.test_help import all_help
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 
 DOTTED = re.compile(r"(?<![\w/.-])bdense(?:\.[A-Za-z]\w*)+")
 FOLDERS = "bdense|search|tests|docs|studies|benchmarks"
 FILE = re.compile(rf"(?<![\w/.-])(?:{FOLDERS})/(?:[\w-]+/)*(?:[\w-]+\.[a-z]+)?(?![\w*])")
 LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)")
+ANCHOR = re.compile(r"\]\(([^):#\s]*)#([^)\s]+)\)")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
 # Commands of others, at the start of a line or of a piece in backticks, with their options.
 FOREIGN = re.compile(
@@ -54,6 +55,23 @@ def test_files_exist(document):
     text = document.read_text()
     missing = [path for path in FILE.findall(text) if not (ROOT / path).exists()]
     missing += [path for path in LINK.findall(text) if not (document.parent / path).exists()]
+    assert missing == []
+
+
+def anchors(document: Path) -> set[str]:
+    """Of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
+
+
+@each_document
+def test_anchors_exist(document):
+    links = ANCHOR.findall(document.read_text())
+    missing = [
+        f"{path}#{anchor}"
+        for path, anchor in links
+        if anchor not in anchors((document.parent / path) if path else document)
+    ]
     assert missing == []
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from bdense.methods.sharing import distill_on
+from search.worker.engine import branches_and_weights, training_config
+from search.worker.trial import CHECKPOINT, bring_to_an_end, train_and_measure
 
 from bdense.errors import StoppedError
-from bdense.methods.sfd import SFDStage
-from bdense.training.loop import train
-from bdense.weights.weighting import FixedWeights
 from search import cli
 from search.log import about, say, speaking_of, start_logging
 from search.report.log_lines import log_line
@@ -22,12 +22,10 @@ from search.storage.ledger import Claim, Ledger
 from search.study.folders import row_folder
 from search.study.study import Study
 from search.study.trial_log import LOG_FILE, TrialLog, is_noted, read_log, shortened
-from search.worker.engine import branches_and_weights, training_config
 from search.worker.result import read_result, take_folder
-from search.worker.trial import CHECKPOINT, bring_to_an_end, train_and_measure
 from tests.contracts.scene import wait_until
 from tests.studies import spec
-from tests.test_trial import TINY, prepared
+from tests.test_trial import CPU, TINY, prepared
 
 SMALL = TINY | {"budget__kimg": 0.32}  # ten iterations
 
@@ -127,13 +125,14 @@ def test_losses_are_those_of_each_interval_and_branch(tmp_path):
     found = train_and_measure(shared, {"a": 1.0}, folder, log=TrialLog(folder), **quiet)
     reports = []
     num_branches, weights = branches_and_weights(study, {"a": 1.0})
-    stage = SFDStage(
-        config=training_config(study),
-        trajectories=shared.trajectories,
-        start=shared.teacher,
-        seed=study.seeds.training,
+    distill_on(
+        (CPU,),
+        shared.teacher,
+        shared.trajectories,
+        training_config(study, num_branches),
+        weights(num_branches),
+        on_iteration=reports.append,
     )
-    train(stage, FixedWeights(weights(num_branches)), on_iteration=reports.append)
     training = [event for event in events(folder) if event["event"] == "training"]
     assert [event["iteration"] for event in training] == list(range(1, 11))
     for event, report in zip(training, reports, strict=True):

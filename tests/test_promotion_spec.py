@@ -7,23 +7,23 @@ from typing import get_args
 import pytest
 import torch
 import yaml
-
-from bdense.diffusion.preconditioning import PREDICTIONS, Cosine
-from bdense.diffusion.schedules import Schedule
-from bdense.diffusion.snr_weights import LOSSES
-from bdense.diffusion.vp import CosineSchedule
-from bdense.methods.progressive import PDConfig, WeightsSpace
-from bdense.training.optimisation import OPTIMIZERS
-from search.errors import SpecError
 from search.spec.promotion_spec import PromotionSpec, RoundSpec
 from search.spec.study_file import as_yaml, parse_promotion, read_promotion
-from search.study.arms import UNIFORM, Arm
 from search.worker.chain_engine import (
+    chain_of,
     chain_schedule,
     chain_weights,
     check_promotion,
     round_config,
 )
+
+from bdense.diffusion.preconditioning import PREDICTIONS, Cosine
+from bdense.diffusion.schedules import Schedule
+from bdense.diffusion.snr_weights import LOSSES
+from bdense.diffusion.vp import CosineSchedule
+from bdense.methods.progressive import Optimizer, PDConfig, WeightsSpace
+from search.errors import SpecError
+from search.study.arms import UNIFORM, Arm
 from tests.small import small_teacher
 from tests.studies import CHAIN, PROMOTIONS, REMOVED, STUDIES, changed, promotion
 
@@ -52,9 +52,9 @@ def message(**keys) -> str:
         ({"chain__last": 0}, "chain.last: .* equal to 1, got 0"),
         (
             {"chain__last": 3},
-            "8 steps do not become 3 by dividing .*; end at until=4 or 2, or start at steps=6$",
+            "8 steps do not become 3 by dividing by K=2 .*; end at 4 or 2, or start at 6$",
         ),
-        ({"chain__first": 2}, "got steps=2 and until=2"),
+        ({"chain__first": 2}, "a chain goes down from the teacher's steps .* got 2 to 2"),
         ({"round__updates": 0}, "round.updates: .* equal to 1, got 0"),
         ({"precision": "float16"}, "precision float16: the gradients .* use bfloat16$"),
         (
@@ -68,7 +68,7 @@ def message(**keys) -> str:
         ({"round__weight_decay": -1}, "round.weight_decay: .* equal to 0, got -1"),
         (
             {"round__weight_decay": 0.1},
-            "^promotion promote-digits: weight_decay=0.1 needs optimizer=adamw",
+            "^promotion promote-digits: weight_decay=0.1 with optimizer='adam': only adamw",
         ),
         (
             {"prediction_type": "eps"},
@@ -164,9 +164,8 @@ def test_every_mistake_has_a_line():
 def test_what_is_left_out_has_the_references_values():
     """But for its number of updates, those of ``PDConfig``."""
     left_out = RoundSpec(updates=10)
-    spec = promotion(round={"updates": 10})
-    assert round_config(spec) == PDConfig(
-        steps=spec.chain.first, until=spec.chain.last, updates=10
+    assert round_config(promotion(round={"updates": 10}), 2, seed=0) == PDConfig(
+        updates=10, num_branches=2
     )
     assert (left_out.batch, left_out.lr, left_out.loss) == (128, 5e-5, "snr_trunc")
     given = promotion()
@@ -177,7 +176,7 @@ def test_what_is_left_out_has_the_references_values():
 def test_the_choices_of_the_spec_are_the_engines():
     """Spelt out in the spec, which a launcher reads without torch."""
     fields = RoundSpec.model_fields
-    assert get_args(fields["optimizer"].annotation) == OPTIMIZERS
+    assert get_args(fields["optimizer"].annotation) == get_args(Optimizer)
     assert get_args(fields["loss"].annotation) == LOSSES
     fields = PromotionSpec.model_fields
     assert get_args(fields["weights_space"].annotation) == get_args(WeightsSpace)
@@ -186,11 +185,11 @@ def test_the_choices_of_the_spec_are_the_engines():
 
 def test_a_promotion_in_the_engines_terms():
     spec = promotion(round__flip=True, round__clip_norm=None, weights_space="state")
-    assert round_config(spec).rounds == spec.chain.steps[1:] == (4, 2)
-    config = round_config(spec)
-    assert (config.updates, config.batch, config.lr) == (10, 64, 3e-4)
+    assert chain_of(spec).students == spec.chain.steps[1:] == (4, 2)
+    config = round_config(spec, 1, seed=5)
+    assert (config.updates, config.batch, config.lr, config.seed) == (10, 64, 3e-4, 5)
     assert (config.flip, config.clip_norm, config.weights_space) == (True, None, "state")
-    assert config.substeps == 2
+    assert (config.substeps, config.num_branches) == (2, 1)
     teacher = small_teacher()
     given = promotion(schedule=LEVELS)
     assert chain_schedule(given, teacher) == Schedule(kind="polynomial", sigma_max=40.0)
@@ -311,7 +310,7 @@ def test_the_promotions_that_come_along_are_in_order(path, tmp_path):
 def test_the_paper_promotes_at_512_256_and_128_steps():
     (path,) = (path for path in PROMOTIONS if "cifar10" in path.name)
     spec = read_promotion(path)
-    assert round_config(spec).rounds == spec.chain.steps[1:] == (512, 256, 128)
+    assert chain_of(spec).students == spec.chain.steps[1:] == (512, 256, 128)
     round_ = spec.round
     assert (round_.updates, round_.batch, round_.lr) == (50_000, 128, 5e-5)
     assert (round_.optimizer, round_.weight_decay, round_.flip) == ("adamw", 0.0, True)

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from bdense.diffusion.snr_weights import LOSSES
-from bdense.diffusion.solvers import DPM2, IPNDM, SOLVERS, DPMSolverPP, Euler, Heun
+from bdense.diffusion.solver_names import SOLVERS
+from bdense.diffusion.solvers import DPM2, IPNDM, DPMSolverPP, Euler, Heun
 from bdense.execution import PRECISIONS
 from bdense.weights.spaces import RULES
 from bdense.weights.weighting import LearnedWeights

@@ -9,6 +9,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from bdense.diffusion.conditions import ClassLabels, Condition, Conditions, conditions_for
 from bdense.diffusion.preconditioning import (
     EDM,
     PRECONDITIONINGS,
@@ -164,16 +165,33 @@ class NetworkDenoiser(nn.Module):
         """D(x; sigma) of branch K: [B, C, H, W]; arguments as of ``branches``."""
         return self.branches(x, sigma, class_labels, augment_labels, num_points)[:, -1]
 
-    def given(self, class_labels: Tensor | None = None, num_points: int | None = None) -> Denoiser:
-        """D(x; sigma) of branch K with the conditions bound, as solvers and samplers take it.
+    @property
+    def conditions(self) -> Conditions:
+        """The kind of condition that the network takes."""
+        return conditions_for(self.label_dim)
+
+    def given(
+        self,
+        condition: Condition | Tensor | None = None,
+        num_points: int | None = None,
+        *,
+        class_labels: Tensor | None = None,
+    ) -> Denoiser:
+        """D(x; sigma) of branch K with its conditions bound, as solvers and samplers take it.
 
         Args:
-            class_labels: [B, label_dim] for the batches of B images it will be called with.
-            num_points: N + 1.
+            condition: Of the batches of B images that it will be called with; None tells nothing.
+            num_points: N + 1 of the sampler that asks; told to networks with step condition.
         """
+        if isinstance(condition, Tensor):
+            condition = ClassLabels(condition)
+        if class_labels is not None:
+            condition = ClassLabels(class_labels)
+        told = {} if condition is None else dict(condition.arguments())
+        points = num_points if self.step_condition else None
 
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            return self.forward(x, sigma, class_labels, num_points=num_points)
+            return self.forward(x, sigma, **told, num_points=points)
 
         return denoise
 

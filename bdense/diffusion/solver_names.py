@@ -48,13 +48,3 @@ def refuse_thresholding(name: str) -> None:
     """
     if name != "dpmpp":
         raise InputError(f"{name} has no thresholding; leave it out, or take dpmpp")
-
-
-def refuse_clipping(name: str) -> None:
-    """Let pass the one solver that clips predictions.
-
-    Raises:
-        InputError: It is another.
-    """
-    if name != "ddim":
-        raise InputError(f"{name} does not clip predictions; leave it out, or take ddim")

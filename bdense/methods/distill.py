@@ -56,7 +56,7 @@ class _Run:
     metadata: Mapping[str, Any]
     on_iteration: Callable[[StagePlan, IterationReport], None] | None
     on_save: Callable[[StagePlan, int], None] | None
-    evaluations: Callable[[StagePlan], Evaluations | None] | None
+    evaluations: Callable[[Stage], Evaluations | None] | None
     identity: Mapping[str, Any]
 
     def path(self, plan: StagePlan) -> Path | None:
@@ -142,7 +142,7 @@ class _Run:
             checkpoint_seconds=self.checkpoint_seconds,
             on_iteration=on_iteration,
             on_save=on_save,
-            evaluations=self.evaluations(plan) if self.evaluations is not None else None,
+            evaluations=self.evaluations(stage) if self.evaluations is not None else None,
         )
         student = export_branch(branched)
         metadata = self._metadata(stage, weighting)
@@ -189,7 +189,7 @@ def distill(
     metadata: Mapping[str, Any] | None = None,
     on_iteration: Callable[[StagePlan, IterationReport], None] | None = None,
     on_save: Callable[[StagePlan, int], None] | None = None,
-    evaluations: Callable[[StagePlan], Evaluations | None] | None = None,
+    evaluations: Callable[[Stage], Evaluations | None] | None = None,
 ) -> Iterator[TrainedStage]:
     """Distil stage by stage, and yield each student as it is done.
 

@@ -7,7 +7,7 @@ entry point of the group ``bdense.methods``.
 
 import abc
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
@@ -36,6 +36,13 @@ class MethodConfig(OptimisationConfig):
 
     def __post_init__(self) -> None:
         OptimisationConfig.__post_init__(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The knobs as ``read`` takes them and a file holds them: lists stand for tuples."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +122,7 @@ class Method(abc.ABC):
     """A distillation method; its ``config`` arguments are of its own ``Config``."""
 
     name: ClassVar[str]
+    title: ClassVar[str]  # for people, such as SFD
     Config: ClassVar[type[MethodConfig]]
     needs_data: ClassVar[bool] = False
 

@@ -542,6 +542,7 @@ class Progressive(Method):
     """Progressive Distillation: one stage a round."""
 
     name: ClassVar[str] = "progressive"
+    title: ClassVar[str] = "PD"
     Config: ClassVar[type[PDConfig]] = PDConfig
     needs_data: ClassVar[bool] = True
 

@@ -120,7 +120,7 @@ class SFDConfig(MethodConfig):
 
     @classmethod
     def read(cls, tree: Mapping[str, Any], where: str = "") -> Self:
-        """As of ``Knobs``, with other defaults for several NFE and for a second stage."""
+        """As of ``Knobs``, with the usual values for several NFE or a second stage."""
         usual: Mapping[str, Any] = {}
         if tree.get("second_stage") is True:
             usual = _SECOND_STAGE
@@ -399,6 +399,7 @@ class SFD(Method):
     """Simple and Fast Distillation: one stage."""
 
     name: ClassVar[str] = "sfd"
+    title: ClassVar[str] = "SFD"
     Config: ClassVar[type[SFDConfig]] = SFDConfig
 
     def plan(

@@ -52,6 +52,11 @@ class PublicFile:
         """Where it lies once it is fetched, or put there by hand."""
         return checkpoint_folder() / self.url.rsplit("/", 1)[1]
 
+    @property
+    def is_here(self) -> bool:
+        """Whether it has been fetched."""
+        return self.path.is_file()
+
     def fetch(self) -> Path:
         """Its path, after downloading it if need be.
 

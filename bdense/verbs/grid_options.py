@@ -7,7 +7,8 @@ from typing import Any
 from bdense.diffusion.preconditioning import Preconditioning, native_schedule
 from bdense.diffusion.sampling import Sampler, samplers_from
 from bdense.diffusion.schedules import SCHEDULES, Levels, Schedule
-from bdense.diffusion.solvers import DDIM, SOLVERS, Solver, make_solver
+from bdense.diffusion.solver_names import SOLVERS
+from bdense.diffusion.solvers import DDIM, Solver, make_solver
 from bdense.diffusion.vp import VPSchedule
 from bdense.errors import InputError
 

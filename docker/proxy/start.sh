@@ -1,11 +1,11 @@
 #!/bin/sh
-# The password from its secret file, hashed; TLS where docker-compose.tls.yml asks for it, and then never without.
+# Hashes the password from its secret file and starts nginx, with TLS if docker-compose.tls.yml asks for it.
 set -eu
 umask 077
 case "${TLS:+tls}${BIND:-127.0.0.1}" in
 tls* | 127.* | "[::1]" | localhost) ;;
 *)
-    echo "BIND=$BIND without TLS would send the password in the clear: add docker-compose.tls.yml to COMPOSE_FILE in .env," \
+    echo "BIND=$BIND without TLS would send the password unencrypted: add docker-compose.tls.yml to COMPOSE_FILE in .env," \
         "or set BIND=127.0.0.1 (docs/running.md)" >&2
     exit 2
     ;;

@@ -4,8 +4,7 @@ A few queries over the whole database and a few for each study's baselines, what
 an index does the counting.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
@@ -19,26 +18,17 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from search.storage.leases import (
     LEASE,
-    LEFT_OUT,
     RELEASED,
     STATE,
-    STUDIES,
-    STUDY_ATTRIBUTES,
     TRIALS,
     database_clock,
 )
-from search.storage.rows import KIND_OF_VALUE, VALUES, Rows
-from search.study.study import BASELINES_SUFFIX, KIND
+from search.storage.rows import Rows
+from search.storage.studies import StoredStudy, read_studies
+from search.study.study import ARMS, BASELINES_SUFFIX
 
 PATH = "/metrics"
-# Optuna's states in the words of ``status``.
-STATES = {
-    TrialState.COMPLETE: "complete",
-    TrialState.PRUNED: "pruned",
-    TrialState.FAIL: "failed",
-    TrialState.RUNNING: "running",
-    TrialState.WAITING: "waiting",
-}
+STATES = ("complete", "pruned", "failed", "running", "waiting")
 
 Application: TypeAlias = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
@@ -62,20 +52,6 @@ def mount(application: Application, storage: RDBStorage) -> Application:
     return routed
 
 
-@dataclass(frozen=True, slots=True)
-class _Study:
-    """One study of ours: its key in the database, its name, and what it says of itself."""
-
-    key: int
-    name: str
-    attributes: Mapping[str, str]
-
-    @property
-    def is_search(self) -> bool:
-        """Whether its values compare: neither baselines nor planned rows."""
-        return KIND not in self.attributes and not self.name.endswith(BASELINES_SUFFIX)
-
-
 class Studies(Collector):
     """Gauges of every study that bdense-search made in a database, baselines' own included."""
 
@@ -88,13 +64,10 @@ class Studies(Collector):
         Raises:
             SQLAlchemyError: The database does not answer.
         """
+        studies = read_studies(self._engine, (ARMS,))
         with self._engine.connect() as connection:
-            studies = _studies(connection)
-            counts = _counts(connection)
-            best = _best(connection)
             claimed = _claimed(connection, database_clock(self._engine))
-            ended = _ended(connection)
-        now = datetime.now(UTC).replace(tzinfo=None)
+        now = datetime.now(UTC)
         planned = _gauge("bdense_trials_planned", "Trials to run in all.")
         trials = _gauge("bdense_trials", "Trials by state.", "state")
         lowest = _gauge("bdense_best_fid", "Lowest FID of a search's complete trials.")
@@ -108,11 +81,11 @@ class Studies(Collector):
         since = _gauge("bdense_seconds_since_completion", "Time since a trial last ended.")
         for study in studies:
             name = study.name
-            planned.add_metric([name], float(study.attributes["budget"]))
-            for state, word in STATES.items():
-                trials.add_metric([name, word], counts.get((study.key, state.name), 0))
-            if study.is_search and study.key in best:
-                lowest.add_metric([name], best[study.key])
+            planned.add_metric([name], study.counts.planned)
+            for word in STATES:
+                trials.add_metric([name, word], getattr(study.counts, word))
+            if study.best is not None and _is_search(study):
+                lowest.add_metric([name], study.best)
             if name.endswith(BASELINES_SUFFIX):
                 for row in Rows(self._engine, study.key).of_state(TrialState.COMPLETE, ()):
                     labels = [name.removesuffix(BASELINES_SUFFIX), str(row.params["method"])]
@@ -121,8 +94,8 @@ class Studies(Collector):
                 oldest, late = claimed[study.key]
                 lease.add_metric([name], oldest)
                 overdue.add_metric([name], late)
-            if study.key in ended:
-                since.add_metric([name], (now - ended[study.key]).total_seconds())
+            if study.ended is not None:
+                since.add_metric([name], (now - study.ended).total_seconds())
         yield from (planned, trials, lowest, baselines, lease, overdue, since)
 
 
@@ -130,38 +103,9 @@ def _gauge(name: str, help_: str, *labels: str) -> GaugeMetricFamily:
     return GaugeMetricFamily(name, help_, labels=["study", *labels])
 
 
-def _studies(connection: sa.Connection) -> list[_Study]:
-    attributes: dict[int, dict[str, str]] = {}
-    for row in connection.execute(
-        sa.select(STUDY_ATTRIBUTES).where(STUDY_ATTRIBUTES.c.key.in_(("budget", KIND)))
-    ):
-        attributes.setdefault(row.study_id, {})[row.key] = row.value_json
-    found = connection.execute(sa.select(STUDIES).order_by(STUDIES.c.study_name))
-    return [
-        _Study(row.study_id, row.study_name, attributes[row.study_id])
-        for row in found
-        if "budget" in attributes.get(row.study_id, {})
-    ]
-
-
-def _counts(connection: sa.Connection) -> dict[tuple[int, str], int]:
-    """Trials by study and state, without those that count nowhere."""
-    rows = connection.execute(
-        sa.select(TRIALS.c.study_id, STATE.label("state"), sa.func.count().label("trials"))
-        .where(~LEFT_OUT)
-        .group_by(TRIALS.c.study_id, STATE)
-    )
-    return {(row.study_id, row.state): row.trials for row in rows}
-
-
-def _best(connection: sa.Connection) -> dict[int, float]:
-    rows = connection.execute(
-        sa.select(TRIALS.c.study_id, sa.func.min(VALUES.c.value).label("value"))
-        .select_from(TRIALS.join(VALUES, VALUES.c.trial_id == TRIALS.c.trial_id))
-        .where(STATE == "COMPLETE", VALUES.c.objective == 0, KIND_OF_VALUE == "FINITE")
-        .group_by(TRIALS.c.study_id)
-    )
-    return {row.study_id: row.value for row in rows}
+def _is_search(study: StoredStudy) -> bool:
+    """Whether its values compare: neither baselines nor given arms."""
+    return ARMS not in study.attributes and not study.name.endswith(BASELINES_SUFFIX)
 
 
 def _claimed(
@@ -180,13 +124,3 @@ def _claimed(
         .group_by(TRIALS.c.study_id)
     )
     return {row.study_id: (row.oldest, row.late) for row in rows}
-
-
-def _ended(connection: sa.Connection) -> dict[int, datetime]:
-    """When a trial of each study last ended, in UTC."""
-    rows = connection.execute(
-        sa.select(TRIALS.c.study_id, sa.func.max(TRIALS.c.datetime_complete).label("last"))
-        .where(TRIALS.c.datetime_complete.is_not(None))
-        .group_by(TRIALS.c.study_id)
-    )
-    return {row.study_id: row.last for row in rows}

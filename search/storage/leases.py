@@ -53,7 +53,8 @@ SURPLUS = "surplus"
 TRIALS = sa.table(
     "trials",
     *map(sa.column, ("trial_id", "number", "study_id", "state")),
-    sa.column("datetime_complete", sa.DateTime),  # in UTC
+    sa.column("datetime_start", sa.DateTime),  # in UTC, as the next
+    sa.column("datetime_complete", sa.DateTime),
 )
 # PostgreSQL holds the state in a type of its own, which compares with no text.
 STATE = sa.cast(TRIALS.c.state, sa.String)

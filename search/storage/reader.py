@@ -27,6 +27,19 @@ class Counts:
     running: int
     waiting: int
 
+    @classmethod
+    def of(cls, states: Mapping[str, int], *, budget: int) -> Self:
+        """From the number of trials in each of Optuna's states."""
+        started = sum(states.values()) - states["WAITING"]
+        return cls(
+            planned=max(budget, started),
+            complete=states["COMPLETE"],
+            pruned=states["PRUNED"],
+            failed=states["FAIL"],
+            running=states["RUNNING"],
+            waiting=states["WAITING"],
+        )
+
     @property
     def ended(self) -> int:
         """Trials that will not run again."""
@@ -102,16 +115,7 @@ class LedgerReader:
             with self._storage.engine.connect() as connection:
                 return self._leases.count_states(connection)
 
-        by_state = retrying(read)
-        started = sum(by_state.values()) - by_state["WAITING"]
-        return Counts(
-            planned=max(self.budget, started),
-            complete=by_state["COMPLETE"],
-            pruned=by_state["PRUNED"],
-            failed=by_state["FAIL"],
-            running=by_state["RUNNING"],
-            waiting=by_state["WAITING"],
-        )
+        return Counts.of(retrying(read), budget=self.budget)
 
     def running(self) -> list[Running]:
         """The running trials that somebody took, lowest number first."""

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from optuna_dashboard import get_note
 from optuna_dashboard._custom_plot_data import list_graph_object_ids
+from search.spec.study_spec import StudySpec
 
 from bdense.data.datasets import load_dataset
 from bdense.models.store import load_tensors
-from search.spec.study_spec import StudySpec
 from search.storage.engine import resolve_storage_url
 from search.storage.ledger import Ledger
 from search.storage.reader import Running
@@ -393,10 +393,10 @@ def process_list() -> list[str]:
 def test_dry_run_starts_nothing(workplace):
     done = workplace.run("launch", workplace.write(small_study()), "--dry-run")
     assert done.returncode == 0, done.stderr
-    # 2560 images, 12 sub-steps; 2 trained intervals; 256 images at NFE 2; 10 kimg of teacher.
-    assert "30,720 of the teacher" in done.stdout
-    assert "5,120 forward+backward and 512 forward for each student" in done.stdout
-    assert "10,000 forward+backward to train the teacher" in done.stdout
+    assert "# trials: 5 (baselines included), each of 40 updates and 256 images" in done.stdout
+    assert "# memory: " in done.stdout
+    assert "# time: " in done.stdout
+    assert "# teacher: trained on 10,000 images first" in done.stdout
     assert "# fingerprint " in done.stdout
     assert not (workplace.folder / "runs").exists()
 

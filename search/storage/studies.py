@@ -1,0 +1,125 @@
+"""All studies of a storage at once: a few queries, however many trials they have."""
+
+import json
+from collections import defaultdict
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from optuna.trial import TrialState
+
+from search.storage.leases import LEFT_OUT, STATE, STUDIES, STUDY_ATTRIBUTES, TRIALS
+from search.storage.reader import Counts
+from search.storage.rows import KIND_OF_VALUE, VALUES
+
+_BUDGET = "budget"  # every study that bdense-search made has one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredStudy:
+    """One study, without its trials.
+
+    Attributes:
+        key: Optuna's key of the study.
+        name: Its name.
+        attributes: Those that were asked for, as far as the study has them.
+        counts: Trials by state.
+        best: Lowest finite value of a complete trial; None without any.
+        started: When its first trial started, in UTC; None before that.
+        ended: When a trial last ended, in UTC.
+        changed: When a trial last started or ended, in UTC.
+    """
+
+    key: int
+    name: str
+    attributes: dict[str, Any]
+    counts: Counts
+    best: float | None
+    started: datetime | None
+    ended: datetime | None
+    changed: datetime | None
+
+
+def read_studies(engine: sa.Engine, attributes: Collection[str] = ()) -> list[StoredStudy]:
+    """The studies that bdense-search made in a database, by name.
+
+    Args:
+        engine: The database.
+        attributes: Which attributes of the studies are wanted.
+
+    Raises:
+        SQLAlchemyError: The database does not answer.
+    """
+    with engine.connect() as connection:
+        studies = {row.study_id: row.study_name for row in connection.execute(sa.select(STUDIES))}
+        stored = _attributes(connection, {_BUDGET, *attributes})
+        states = _states(connection)
+        best = _best(connection)
+        times = _times(connection)
+    found = []
+    for key, name in sorted(studies.items(), key=lambda item: item[1]):
+        if _BUDGET not in stored[key]:
+            continue
+        started, last_start, ended = times.get(key, (None, None, None))
+        found.append(
+            StoredStudy(
+                key=key,
+                name=name,
+                attributes={a: v for a, v in stored[key].items() if a in attributes},
+                counts=Counts.of(states[key], budget=int(stored[key][_BUDGET])),
+                best=best.get(key),
+                started=started,
+                ended=ended,
+                changed=max(filter(None, (last_start, ended)), default=None),
+            )
+        )
+    return found
+
+
+def _attributes(connection: sa.Connection, keys: Collection[str]) -> dict[int, dict[str, Any]]:
+    rows = connection.execute(
+        sa.select(STUDY_ATTRIBUTES).where(STUDY_ATTRIBUTES.c.key.in_(sorted(keys)))
+    )
+    found: dict[int, dict[str, Any]] = defaultdict(dict)
+    for row in rows:
+        found[row.study_id][row.key] = json.loads(row.value_json)
+    return found
+
+
+def _states(connection: sa.Connection) -> dict[int, dict[str, int]]:
+    """Trials by study and state, without those that count nowhere."""
+    rows = connection.execute(
+        sa.select(TRIALS.c.study_id, STATE.label("state"), sa.func.count().label("trials"))
+        .where(~LEFT_OUT)
+        .group_by(TRIALS.c.study_id, STATE)
+    )
+    none = {state.name: 0 for state in TrialState}
+    found: dict[int, dict[str, int]] = defaultdict(none.copy)
+    for row in rows:
+        found[row.study_id][row.state] = row.trials
+    return found
+
+
+def _best(connection: sa.Connection) -> dict[int, float]:
+    rows = connection.execute(
+        sa.select(TRIALS.c.study_id, sa.func.min(VALUES.c.value).label("value"))
+        .select_from(TRIALS.join(VALUES, VALUES.c.trial_id == TRIALS.c.trial_id))
+        .where(STATE == "COMPLETE", VALUES.c.objective == 0, KIND_OF_VALUE == "FINITE")
+        .group_by(TRIALS.c.study_id)
+    )
+    return {row.study_id: row.value for row in rows}
+
+
+def _times(connection: sa.Connection) -> dict[int, tuple[datetime | None, ...]]:
+    """First start, last start and last end of each study's trials."""
+    start, end = TRIALS.c.datetime_start, TRIALS.c.datetime_complete
+    rows = connection.execute(
+        sa.select(
+            TRIALS.c.study_id, sa.func.min(start), sa.func.max(start), sa.func.max(end)
+        ).group_by(TRIALS.c.study_id)
+    )
+    return {
+        key: tuple(time and time.replace(tzinfo=UTC) for time in times) for key, *times in rows
+    }

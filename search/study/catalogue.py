@@ -1,0 +1,80 @@
+"""The studies of a storage in a list: what each is, how far it is, its lowest FID."""
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from search.storage.engine import open_reading, retrying, sqlite_file
+from search.storage.studies import StoredStudy, read_studies
+from search.study.study import ARMS, BASELINES_SUFFIX, SPEC
+from search.study.summary import counts_json
+from search.study.wording import align
+
+_HEADER = ("study", "kind", "method", "complete", "failed", "running", "lowest FID", "last change")
+
+
+def list_studies(url: str) -> list[StoredStudy]:
+    """The studies of a storage by name, without those that only hold another's baselines.
+
+    Raises:
+        StorageError: The database cannot be opened.
+    """
+    path = sqlite_file(url)
+    if path is not None and not path.exists():
+        return []
+    engine = open_reading(url).engine
+    found = retrying(lambda: read_studies(engine, (ARMS, SPEC)))
+    return [study for study in found if not study.name.endswith(BASELINES_SUFFIX)]
+
+
+def studies_json(studies: Sequence[StoredStudy]) -> list[dict[str, Any]]:
+    """What ``list --json`` prints: times in UTC, null for what there is not yet."""
+    return [
+        {
+            "study": study.name,
+            "kind": _kind(study),
+            "method": _method(study),
+            "trials": counts_json(study.counts),
+            "best_fid": study.best,
+            "started": study.started and study.started.isoformat(timespec="seconds"),
+            "changed": study.changed and study.changed.isoformat(timespec="seconds"),
+        }
+        for study in studies
+    ]
+
+
+def studies_table(studies: Sequence[StoredStudy]) -> list[str]:
+    """A header and a line for each study, times in this machine's zone."""
+    return align([_HEADER, *map(_cells, studies)])
+
+
+def _cells(study: StoredStudy) -> tuple[str, ...]:
+    counts = study.counts
+    return (
+        study.name,
+        _kind(study),
+        _method(study) or "-",
+        f"{counts.complete}/{counts.planned}",
+        str(counts.failed),
+        str(counts.running),
+        "-" if study.best is None else f"{study.best:.3f}",
+        _local(study.changed),
+    )
+
+
+def _kind(study: StoredStudy) -> str:
+    """``search``, or what the rows of a study of given arms are."""
+    return "arms" if ARMS in study.attributes else "search"
+
+
+def _method(study: StoredStudy) -> str | None:
+    """The method of its students; None while the study is half made."""
+    if SPEC not in study.attributes:
+        return None
+    method: str | None = json.loads(study.attributes[SPEC]).get("method", {}).get("name")
+    return method  # a study of an older form has none until storage upgrade
+
+
+def _local(time: datetime | None) -> str:
+    return "-" if time is None else f"{time.astimezone():%Y-%m-%d %H:%M}"

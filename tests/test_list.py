@@ -1,0 +1,112 @@
+"""``bdense-search list``: the studies of a storage, a line each."""
+
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime
+
+import optuna
+import pytest
+from optuna.distributions import FloatDistribution
+from optuna.samplers import RandomSampler
+
+from search import cli
+from search.storage.engine import open_reading, open_storage
+from search.storage.ledger import Claim, Ledger
+from search.storage.studies import read_studies
+from search.study.study import BASELINES_SUFFIX, KIND, SPEC
+
+SPACE = {"a": FloatDistribution(-1.0, 3.0)}
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def url(request, tmp_path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'study.db'}"
+    return request.getfixturevalue("postgres").new_database()
+
+
+def take(ledger: Ledger) -> Claim:
+    claim = ledger.claim(SPACE, lambda offset: RandomSampler(seed=offset))
+    assert isinstance(claim, Claim)
+    return claim
+
+
+def fill(url: str) -> None:
+    """A search under way with its baselines, a promotion, a half-made study, a stranger's."""
+    search = Ledger.open(url, "digits", budget=5)
+    search.study.set_user_attr(SPEC, json.dumps({"student": {"nfe": 2}}))
+    for value in (3.5, 2.25):
+        search.complete(take(search), value, {})
+    search.fail(take(search), "diverged", "loss inf", {})
+    take(search)
+    Ledger.open(url, f"digits{BASELINES_SUFFIX}", budget=2)
+    promotion = Ledger.open(url, "chain", budget=6)
+    promotion.study.set_user_attr(KIND, "progressive")
+    promotion.study.set_user_attr(SPEC, json.dumps({"chain": {"first": 8, "last": 2}}))
+    Ledger.open(url, "new", budget=1)
+    stranger = optuna.create_study(study_name="stranger", storage=open_storage(url))
+    stranger.tell(stranger.ask(), 1.0)
+
+
+def run(url: str, capsys, *options: str) -> str:
+    assert cli.main(["list", "--storage", url, *options]) == 0
+    return capsys.readouterr().out
+
+
+def test_each_study_with_its_counts_and_lowest_fid(url, capsys):
+    before = datetime.now(UTC).replace(microsecond=0)
+    fill(url)
+    chain, digits, new = json.loads(run(url, capsys, "--json"))
+    assert digits | {"started": None, "changed": None} == {
+        "study": "digits",
+        "kind": "search",
+        "method": "sfd",
+        "trials": {"planned": 5, "complete": 2, "pruned": 0, "failed": 1, "running": 1},
+        "best_fid": 2.25,
+        "started": None,
+        "changed": None,
+    }
+    started, changed = (datetime.fromisoformat(digits[key]) for key in ("started", "changed"))
+    assert before <= started <= changed <= datetime.now(UTC)
+    assert (chain["study"], chain["kind"], chain["method"]) == (
+        "chain",
+        "progressive",
+        "progressive",
+    )
+    assert (chain["best_fid"], chain["started"], chain["changed"]) == (None, None, None)
+    assert (new["study"], new["method"], new["trials"]["planned"]) == ("new", None, 1)
+
+
+def test_a_line_for_people(url, capsys):
+    fill(url)
+    header, *lines = run(url, capsys).splitlines()
+    assert [line.split()[0] for line in lines] == ["chain", "digits", "new"]
+    assert lines[1].split()[1:7] == ["search", "sfd", "2/5", "1", "1", "2.250"]
+    assert lines[2].split()[1:] == ["search", "-", "0/1", "0", "0", "-", "-"]
+    assert header.split()[:3] == ["study", "kind", "method"]
+
+
+def test_counts_are_those_of_status(url):
+    fill(url)
+    by_name = {study.name: study.counts for study in read_studies(open_reading(url).engine)}
+    for name, counts in by_name.items():
+        assert counts == Ledger.open(url, name, budget=None).counts()
+
+
+def test_a_storage_without_studies(tmp_path, capsys):
+    url = f"sqlite:///{tmp_path / 'none.db'}"
+    assert "no studies" in run(url, capsys)
+    assert json.loads(run(url, capsys, "--json")) == []
+    assert not (tmp_path / "none.db").exists()
+
+
+def test_no_torch(tmp_path):
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    fill(url)
+    code = (
+        "import sys; from search.cli import main; "
+        f"assert main(['list', '--storage', {url!r}]) == 0; "
+        "sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

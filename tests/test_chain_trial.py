@@ -245,11 +245,13 @@ def test_a_stopped_row_saves_just_there_and_its_log_tells_of_every_update(assets
     events, _ = read_log(folder / LOG_FILE)
     assert [(e["event"], e["steps"], e.get("iteration")) for e in events] == [
         *(("training", 4, i) for i in range(1, 6)),
+        ("checkpoint", 4, 5),
         ("evaluating", 4, None),
         ("round", 4, None),
         *(("training", 2, i) for i in range(1, 4)),
         ("checkpoint", 2, 3),
         *(("training", 2, i) for i in (4, 5)),
+        ("checkpoint", 2, 5),
         ("evaluating", 2, None),
         ("round", 2, None),
     ]

@@ -290,9 +290,8 @@ def test_a_study_in_the_engines_terms():
         "lower_order_final": True,
         "thresholding": True,
     }
-    training = training_config(study, 4)
-    assert (training.num_branches, training.images, training.seed) == (4, 2560, 5)
-    assert (training.lr, training.iterations(64)) == (5e-4, 40)
+    training = training_config(study)
+    assert (training.images, training.lr, training.num_updates) == (2560, 5e-4, 40)
     teacher = teacher_config(study.teacher.train)
     assert (teacher.images, teacher.warmup_images, teacher.batch) == (10_000, 10_000, 256)
     assert (teacher.precond, teacher.loss, teacher.flip, teacher.clip) == (None, None, False, None)

@@ -141,7 +141,7 @@ class MultistepConsistency(Solver):
         for i, (t, t_next) in enumerate(itertools.pairwise(sigmas)):
             x = towards(denoise(x, t), x, end / t)
             if t_next > end:
-                x = x + (t_next**2 - end**2).sqrt() * noise(i)
+                x = x + (t_next**2 - end**2).sqrt() * noise(i).to(x)
             yield x
 
 

@@ -19,8 +19,8 @@ class UnknownStudyError(InputError):
     """No study of that name is in the storage."""
 
 
-class NotPlannedError(InputError):
-    """A study of that name is there, and it is a search."""
+class OutdatedStudyError(InputError):
+    """An older version made the study; `storage upgrade` brings it over."""
 
 
 class UnpreparedError(InputError):

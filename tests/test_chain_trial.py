@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
+from search.analysis.promotion import PLAIN_PD, given_arm, plan_progressive
+from search.worker.chain_trial import ChainAssets, load_chain, prepare_chain, train_and_measure
+from search.worker.workers import ChainWorker
 
 import bdense.models.store
 from bdense.errors import StoppedError
 from bdense.models.store import denoiser_sha256, load_denoiser
-from search.analysis.promotion import PLAIN_PD, given_arm, plan_progressive
 from search.errors import DiskFullError, LeaseLostError, SpecChangedError
 from search.storage.disk import is_full_disk
 from search.storage.ledger import Claim, Ledger
 from search.study.arms import SPACES, UNIFORM, Arm, Planned
 from search.study.progress_text import share_done
 from search.study.trial_log import LOG_FILE, TrialLog, read_log
-from search.worker.chain_trial import ChainAssets, load_chain, prepare_chain, train_and_measure
-from search.worker.workers import ChainWorker
 from tests.measured import copy_storage, empty_storage, open_once
 from tests.studies import promotion
 
@@ -245,11 +245,13 @@ def test_a_stopped_row_saves_just_there_and_its_log_tells_of_every_update(assets
     events, _ = read_log(folder / LOG_FILE)
     assert [(e["event"], e["steps"], e.get("iteration")) for e in events] == [
         *(("training", 4, i) for i in range(1, 6)),
+        ("checkpoint", 4, 5),
         ("evaluating", 4, None),
         ("round", 4, None),
         *(("training", 2, i) for i in range(1, 4)),
         ("checkpoint", 2, 3),
         *(("training", 2, i) for i in (4, 5)),
+        ("checkpoint", 2, 5),
         ("evaluating", 2, None),
         ("round", 2, None),
     ]

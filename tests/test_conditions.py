@@ -5,11 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from search.spec.model_spec import flatten
+from search.spec.study_file import read_spec
 
 from bdense import NUMERICS
 from bdense.files import sha256_file
-from search.spec.model_spec import flatten
-from search.spec.study_file import read_spec
 from tests.studies import LEARNED, NORMALISED, STUDIES, spec
 
 

@@ -13,10 +13,9 @@ from bdense.diffusion.sampling import Sampler, draw_images
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import Euler
 from bdense.errors import CheckpointError, InputError, ShapeError
-from bdense.methods.sfd import SFDConfig, distill
 from bdense.models.diffusers_teacher import is_hub_id, read_diffusers
 from bdense.models.store import denoiser_sha256, load_denoiser, save_denoiser
-from tests.small import same_weights, small_trajectories
+from tests.small import same_weights, sfd, small_trajectories
 
 diffusers = pytest.importorskip("diffusers", reason="needs the diffusers extra")
 
@@ -134,12 +133,11 @@ def test_the_head_is_widened_and_taken_apart_again(folder):
 def test_a_student_is_distilled(folder, tmp_path):
     teacher = read_diffusers(folder)[0]
     before = denoiser_sha256(teacher)
-    config = SFDConfig(num_branches=4, images=8, lr=1e-3, seed=0)
     with pytest.raises(InputError, match=r"ddpm teacher was trained for, 0\.01 to .*; choose a"):
         small_trajectories(teacher, count=2)
     schedule = Schedule(sigma_min=0.02, sigma_max=14)
     trajectories = small_trajectories(teacher, count=2, schedule=schedule)
-    branched = distill(teacher, trajectories, config, torch.ones(4))
+    branched = sfd(trajectories, torch.ones(4), images=8)
     student = export_branch(branched)
     assert denoiser_sha256(teacher) == before != denoiser_sha256(student)
     assert student.describe() == teacher.describe()

@@ -7,16 +7,8 @@ from typing import get_args
 import pytest
 import torch
 import yaml
-
-from bdense.diffusion.preconditioning import PREDICTIONS, Cosine
-from bdense.diffusion.schedules import Schedule
-from bdense.diffusion.snr_weights import LOSSES
-from bdense.diffusion.vp import CosineSchedule
-from bdense.methods.progressive import Optimizer, PDConfig, WeightsSpace
-from search.errors import SpecError
 from search.spec.promotion_spec import PromotionSpec, RoundSpec
 from search.spec.study_file import as_yaml, parse_promotion, read_promotion
-from search.study.arms import UNIFORM, Arm
 from search.worker.chain_engine import (
     chain_of,
     chain_schedule,
@@ -24,6 +16,14 @@ from search.worker.chain_engine import (
     check_promotion,
     round_config,
 )
+
+from bdense.diffusion.preconditioning import PREDICTIONS, Cosine
+from bdense.diffusion.schedules import Schedule
+from bdense.diffusion.snr_weights import LOSSES
+from bdense.diffusion.vp import CosineSchedule
+from bdense.methods.progressive import Optimizer, PDConfig, WeightsSpace
+from search.errors import SpecError
+from search.study.arms import UNIFORM, Arm
 from tests.small import small_teacher
 from tests.studies import CHAIN, PROMOTIONS, REMOVED, STUDIES, changed, promotion
 

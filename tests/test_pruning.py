@@ -8,10 +8,12 @@ import torch
 from optuna.distributions import FloatDistribution
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
+from search.spec.study_spec import StudySpec
+from search.worker.trial import train_and_measure
+from search.worker.workers import SearchWorker
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from search.errors import SpecChangedError
-from search.spec.study_spec import StudySpec
 from search.storage.ledger import Claim, Ledger
 from search.study.artifacts import attached
 from search.study.folders import GRID, row_folder
@@ -20,8 +22,6 @@ from search.study.study import Study
 from search.study.summary import headline, standing
 from search.worker import assets
 from search.worker.pruning import LOOKS_FILE, judge_of
-from search.worker.trial import train_and_measure
-from search.worker.workers import SearchWorker
 from tests.e2e.study import small_study
 from tests.studies import spec
 from tests.test_trial import InterruptedRunError, interrupted_after

@@ -5,11 +5,11 @@ import re
 import optuna
 import pytest
 import yaml
-
 from search.analysis.retraining import variant
+from search.spec.study_file import as_yaml, parse_spec
+
 from search.errors import SpecError
 from search.spec.space import make_pruner
-from search.spec.study_file import as_yaml, parse_spec
 from search.study.arms import PlannedRow
 from tests.studies import changed, spec
 

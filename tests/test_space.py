@@ -5,10 +5,10 @@ import math
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
+from search.worker.engine import branches_and_weights, excess_weight
 
 from bdense.weights.spaces import RULES
 from search.spec.space import baseline_space, make_sampler, search_space
-from search.worker.engine import branches_and_weights, excess_weight
 from tests.studies import LEARNED, NORMALISED, spec
 
 

@@ -7,14 +7,6 @@ from typing import get_args
 
 import pytest
 import yaml
-
-from bdense.diffusion.snr_weights import LOSSES
-from bdense.diffusion.solver_names import SOLVERS
-from bdense.diffusion.solvers import DPM2, IPNDM, DPMSolverPP, Euler, Heun
-from bdense.execution import PRECISIONS
-from bdense.weights.spaces import RULES
-from bdense.weights.weighting import LearnedWeights
-from search.errors import SpecError
 from search.spec.study_file import as_yaml, parse_spec, read_spec
 from search.spec.study_spec import StudySpec
 from search.worker.engine import (
@@ -25,6 +17,14 @@ from search.worker.engine import (
     teacher_solver,
     training_config,
 )
+
+from bdense.diffusion.snr_weights import LOSSES
+from bdense.diffusion.solver_names import SOLVERS
+from bdense.diffusion.solvers import DPM2, IPNDM, DPMSolverPP, Euler, Heun
+from bdense.execution import PRECISIONS
+from bdense.weights.spaces import RULES
+from bdense.weights.weighting import LearnedWeights
+from search.errors import SpecError
 from tests.studies import LEARNED, NORMALISED, REMOVED, STUDIES, changed, spec
 
 TRAINED = {"kimg": 1}
@@ -290,9 +290,8 @@ def test_a_study_in_the_engines_terms():
         "lower_order_final": True,
         "thresholding": True,
     }
-    training = training_config(study, 4)
-    assert (training.num_branches, training.images, training.seed) == (4, 2560, 5)
-    assert (training.lr, training.iterations(64)) == (5e-4, 40)
+    training = training_config(study)
+    assert (training.images, training.lr, training.num_updates) == (2560, 5e-4, 40)
     teacher = teacher_config(study.teacher.train)
     assert (teacher.images, teacher.warmup_images, teacher.batch) == (10_000, 10_000, 256)
     assert (teacher.precond, teacher.loss, teacher.flip, teacher.clip) == (None, None, False, None)

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
+from search.spec.study_file import as_yaml, read_any, read_promotion, read_spec
 
 from search.errors import SpecError
-from search.spec.study_file import as_yaml, read_any, read_promotion, read_spec
 from tests.studies import CHAIN, promotion, spec, write
 
 

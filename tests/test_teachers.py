@@ -477,8 +477,9 @@ def test_labels_make_another_teacher_only_where_they_are_told(digits, tmp_path):
 
 def test_cached_teachers_keep_their_names(digits, monkeypatch):
     """Of the digits study: hours of work elsewhere must not be lost to a field of a hash."""
-    import search.worker.assets
     from search.spec.model_spec import TeacherTraining
+
+    import search.worker.assets
 
     network = {"model_channels": 24, "channel_mult": [1, 2], "num_blocks": 1}
     network |= {"attn_resolutions": [], "dropout": 0.0}

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from search.spec.study_spec import StudySpec
+from search.worker.trial import CHECKPOINT, STUDENT, train_and_measure
 
 from bdense.data.datasets import load_dataset
 from bdense.diffusion.sampling import draw_images, sampler_from
@@ -15,9 +17,7 @@ from bdense.metrics.metrics import MetricSettings
 from bdense.metrics.references import dataset_reference, write_reference
 from bdense.models.cards import card_path, model_card
 from bdense.models.store import load_denoiser, load_tensors, save_denoiser
-from search.spec.study_spec import StudySpec
 from search.worker import assets
-from search.worker.trial import CHECKPOINT, STUDENT, train_and_measure
 from tests.small import small_teacher
 from tests.studies import NORMALISED, spec
 

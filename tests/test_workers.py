@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 from optuna.samplers import RandomSampler
+from search.worker.workers import RetrainWorker, SearchWorker, pause_after
 
 from bdense.errors import InputError
 from search.errors import SpecChangedError, UnpreparedError
@@ -12,7 +13,6 @@ from search.storage.ledger import Claim, Ledger
 from search.study.arms import PLAIN, UNIFORM, Planned, PlannedRow
 from search.study.study import Study
 from search.worker import workers
-from search.worker.workers import RetrainWorker, SearchWorker, pause_after
 from tests.small import small_teacher
 from tests.studies import spec
 

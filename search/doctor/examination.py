@@ -18,7 +18,7 @@ from search.doctor.storage import can_read_studies, check_storage, engine_of
 from search.errors import UnknownStudyError
 from search.storage.engine import DATABASE_ERRORS, lacks_rights, one_line, redact
 from search.storage.leases import LEASE
-from search.study.study import BASELINE_RESULTS, BASELINES_SUFFIX, FINGERPRINT
+from search.study.study import BASELINE_RESULTS, BASELINES_SUFFIX, FINGERPRINT, SPEC
 
 Check = Callable[[], Iterator[Finding]]
 
@@ -100,7 +100,7 @@ def _mended(finding: Finding) -> Finding:
 def _baselines(url: str, of: Subject) -> Iterator[Finding]:
     """Whether a search has its baselines, and their results in its own attributes."""
     from search.study.study import Study
-    from search.study.summary import baseline_results, copy_baselines
+    from search.study.summary import baselines_of, copy_baselines
 
     if not of.has_baselines:
         yield warning(
@@ -109,8 +109,8 @@ def _baselines(url: str, of: Subject) -> Iterator[Finding]:
             "launch it again",
         )
         return
-    study = Study.open_reading(url, of.name)
-    results = baseline_results(study)
+    study = Study.open(url, of.name, reading=True)
+    results = {name: each.as_dict() for name, each in baselines_of(study).items()}
     if results and of.attributes.get(BASELINE_RESULTS) != results:
         yield warning(
             "baselines",
@@ -124,10 +124,10 @@ def _baselines(url: str, of: Subject) -> Iterator[Finding]:
 
 def _same_bdense(of: Subject) -> Iterator[Finding]:
     """Whether this installation would measure what the study's trials were measured by."""
-    from search.study.opening import spec_of
+    from search.spec.file import read_stored
 
     try:
-        mine = spec_of(of.name, of.attributes).fingerprint()
+        mine = read_stored(of.name, of.attributes[SPEC]).fingerprint()
     except BdenseError as error:
         yield problem("conditions", str(error))
         return

@@ -23,7 +23,6 @@ from search.doctor.rows import Subject
 from search.storage.engine import cache_folder, runs_folder
 from search.storage.leases import STATE, TRIALS, USER_ATTRIBUTES
 from search.storage.rows import VALUES, Rows
-from search.study.arms import ARMS
 from search.study.folders import GRID, row_folder
 from search.study.retention import (
     ABANDONED_SECONDS,
@@ -33,7 +32,7 @@ from search.study.retention import (
     RESULT,
     UNFINISHED_ROUND,
 )
-from search.study.study import FINGERPRINT, KIND
+from search.study.study import ARMS, FINGERPRINT
 
 _CHECKPOINT = re.compile(rf"{re.escape(CHECKPOINT)}$|.*{re.escape(UNFINISHED_ROUND)}$")
 _PARTIAL = re.compile(r"\..*\.partial$")
@@ -149,7 +148,7 @@ def _check_row(
         seen.without_result.append(row.number)
     elif _value_in(place / RESULT) != row.value:
         seen.other_value.append(row.number)
-    if of.attributes.get(KIND) != "progressive" and GRID not in names:
+    if not any(name.endswith(GRID) for name in names):
         seen.without_pictures.append(row.number)
     if has_student and row.student is not None:
         student = runs_folder() / json.loads(row.student)
@@ -204,20 +203,19 @@ def _own(
     asked = [params for params, _ in Rows(engine, of.key).asked()]
     own = {}
     for number, paths in checkpoints.items():
-        expected = _identity(of, asked[number], fingerprints.get(number, default))
-        if _stored_identity(paths[0].parent) == expected:
+        if _is_own(of, asked[number], fingerprints.get(number, default), paths[0].parent):
             own[number] = paths
     return own
 
 
-def _identity(of: Subject, params: dict[str, Any], fingerprint: str | None) -> dict[str, Any]:
-    """What the worker of a row writes into its folder."""
-    kind, identity = of.attributes.get(KIND), {"params": params, "fingerprint": fingerprint}
-    if kind is not None:
-        identity["params"] = of.attributes[ARMS][params["arm"]]["params"]
-    if kind == "progressive":
-        identity["seed"] = params["seed"]
-    return identity
+def _is_own(of: Subject, params: dict[str, Any], fingerprint: str | None, folder: Path) -> bool:
+    """Whether a folder's mark is of the row with these parameters."""
+    stored = _stored_identity(folder)
+    if not isinstance(stored, dict):
+        return False
+    arms = of.attributes.get(ARMS)
+    expected = arms[params["arm"]]["params"] if arms else params
+    return bool(stored.get("params") == expected and stored.get("fingerprint") == fingerprint)
 
 
 def _stored_identity(folder: Path) -> object:

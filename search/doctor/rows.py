@@ -26,7 +26,7 @@ from search.storage.leases import (
 from search.storage.rows import Rows
 from search.storage.settings import DEFAULT_TTL_SECONDS
 from search.storage.versions import differing
-from search.study.study import BASELINES_SUFFIX, FINGERPRINT, KIND, SPEC
+from search.study.study import ARMS, BASELINES_SUFFIX, FINGERPRINT, SPEC
 
 _COMPLETE = TrialState.COMPLETE.name
 
@@ -55,7 +55,7 @@ class Subject:
     @property
     def is_planned(self) -> bool:
         """Whether all its rows are known beforehand: what is there twice is a mistake."""
-        return self.is_baselines or KIND in self.attributes
+        return self.is_baselines or ARMS in self.attributes
 
     @property
     def is_whole(self) -> bool:
@@ -278,8 +278,7 @@ def _conditions(engine: sa.Engine, of: Subject) -> Iterator[Finding]:
             "versions", line, "FIDs may differ in their last digits; measure again what is close"
         )
     expected = ((of.parent if of.is_baselines else of.attributes) or {}).get(FINGERPRINT)
-    # Rows of a confirmation have their seed's and budget's own.
-    if expected is None or of.attributes.get(KIND) == "retrain":
+    if expected is None:
         return
     query = (
         sa.select(TRIALS.c.number)

@@ -6,16 +6,16 @@ FIDs are lower-is-better; K branches, k = 1..K.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bdense.weights.spaces import normalised_weights
+from bdense.weights.spaces import PLAIN, UNIFORM
 from search.analysis.comparison import Comparison
 from search.report.charts import OWN_COLOUR, Chart, Series
-from search.study.summary import TITLES, in_short
+from search.study.results import MeasuredFID
+from search.study.summary import Measured, Summary
 
 PLAIN_COLOUR, UNIFORM_COLOUR = "#333333", "#e08214"
 BEST_COLOUR = "#b2182b"
-_BASELINES = {"sfd": PLAIN_COLOUR, "uniform": UNIFORM_COLOUR}
 _RULES = (OWN_COLOUR, "#4d9221", "#762a83")
-_ARMS = {"plain PD": PLAIN_COLOUR, "plain SFD": PLAIN_COLOUR, "uniform weights": UNIFORM_COLOUR}
+_ARMS = {PLAIN: PLAIN_COLOUR, UNIFORM: UNIFORM_COLOUR}
 # A study's plots live in its rows of the database, in pieces; more could not be told apart anyhow.
 MOST_POINTS, MOST_LINES = 400, 60
 # From this ratio of the worst FID to the best one on, an axis is logarithmic.
@@ -23,26 +23,24 @@ _WIDE = 8.0
 
 
 def study_charts(
-    trials: Sequence[Mapping[str, Any]],
-    baselines: Mapping[str, Mapping[str, Any]],
-    importance: Mapping[str, float],
+    measured: Sequence[Measured], hours: Mapping[int, float], now: Summary
 ) -> list[Chart]:
     """A search's plots.
 
     Args:
-        trials: Complete, at least one: ``number``, ``fid``, ``images``, ``weights``, ``hours``
-            from the study's first start to the trial's end; ``a`` and ``b``, or ``rule`` and
-            ``strength``.
-        baselines: By method, each with its ``fid``.
-        importance: Parameter -> share; empty where it says nothing.
+        measured: Complete trials, at least one.
+        hours: From the study's first start to the end of each, by number.
+        now: The search, with its baselines.
     """
+    trials = [
+        each.as_dict() | {"label": each.label, "hours": hours.get(each.number, 0.0)}
+        for each in measured
+    ]
+    baselines = {each.label: each.as_dict() for each in now.baselines.values()}
     learned = "rule" in trials[0]
-    charts = [fid_over(trials, baselines, "strength" if learned else "a")]
-    if not learned:
-        charts.append(fid_over_both(trials))
+    axes = [name for name in now.spec.space.distributions() if name in trials[0]]
+    charts = [fid_over(trials, baselines, "strength" if learned else axes[0])]
     charts.append(weights_of(trials))
-    if importance:
-        charts.append(importance_of(importance))
     charts.append(fid_over_time(trials, baselines))
     return charts
 
@@ -64,35 +62,6 @@ def fid_over(
         y=_fid_label(trials),
         series=[*series, _best(shown, axis, "fid")],
         log_y=_is_wide(trials),
-        remark=remark,
-    )
-
-
-def fid_over_both(trials: Sequence[Mapping[str, Any]]) -> Chart:
-    """FID over (a, b) by colour; where b was not searched, the line that it follows from a."""
-    shown, remark = thinned(trials, MOST_POINTS)
-    series: list[Series] = []
-    searched = "b" in trials[0].get("searched", ("a", "b"))
-    if not searched:
-        low, high = (f(trial["a"] for trial in shown) for f in (min, max))
-        steps = [low + (high - low) * i / 60 for i in range(61)]
-        branches = len(shown[0]["weights"])
-        line = [normalised_weights(a, branches).b for a in steps]
-        name = "b = ln K - ln sum exp(a k)"
-        series.append(Series(name=name, kind="line", x=steps, y=line, colour="#999999"))
-        held = "b was not searched: it follows from a, as the weights' sum is held at K."
-        remark = f"{held} {remark}".strip()
-    series.append(_points(shown, "a", "b", "B-DENSE", values=[t["fid"] for t in shown]))
-    series.append(
-        Series(name="uniform weights", kind="points", x=[0.0], y=[0.0], colour=UNIFORM_COLOUR)
-    )
-    return Chart(
-        key="fid-over-a-b",
-        title="FID over (a, b)" if searched else "FID over a and the b that follows",
-        x="a",
-        y="b",
-        series=[*series, _best(shown, "a", "b")],
-        scale="FID",
         remark=remark,
     )
 
@@ -129,27 +98,6 @@ def weights_of(trials: Sequence[Mapping[str, Any]]) -> Chart:
         ticks={float(i): str(i) for i in k} | last,
         scale="FID",
         remark=remark,
-    )
-
-
-def importance_of(importance: Mapping[str, float]) -> Chart:
-    """Share of each parameter in where the best trials lie."""
-    ordered = sorted(importance.items(), key=lambda pair: -pair[1])
-    return Chart(
-        key="importance",
-        title="Importance of the parameters",
-        x="parameter",
-        y="share",
-        series=[
-            Series(
-                name="importance",
-                kind="bars",
-                x=[name for name, _ in ordered],
-                y=[share for _, share in ordered],
-                quiet=True,
-            )
-        ],
-        remark="PED-ANOVA: how much each parameter separates the best tenth from all trials.",
     )
 
 
@@ -192,14 +140,14 @@ def arms_of(comparison: Comparison, title: str, key: str) -> Chart:
     each = [
         (i, fid, f"{name}, seed {seed}: {fid:.3f}")
         for i, (name, result) in enumerate(zip(names, comparison.results, strict=True))
-        for seed, fid in sorted(result.fids.items())
+        for seed, fid in sorted(result.values.items())
     ]
     summaries = [result.summary() for result in comparison.results]
     return Chart(
         key=key,
         title=title,
         x="",
-        y=f"FID, {comparison.results[0].conditions['images']} images",
+        y=f"FID, {comparison.results[0].conditions.images} images",
         series=[
             Series(
                 name="one seed",
@@ -223,28 +171,27 @@ def arms_of(comparison: Comparison, title: str, key: str) -> Chart:
     )
 
 
-def fid_over_steps(
-    rounds: Mapping[int, Comparison], teacher: Mapping[str, Any] | None, title: str
-) -> Chart:
-    """FID over a chain's number of steps, a line for each arm, bars of one standard error."""
-    first = next(iter(rounds.values()))
+def fid_over_nfe(stages: Sequence[Comparison], teacher: MeasuredFID | None, title: str) -> Chart:
+    """FID over the evaluations of each stage, a line for each arm, bars of one standard error."""
+    first = stages[0]
     series = []
     for result in first.results:
         own = {
-            steps: match.summary()
-            for steps, comparison in rounds.items()
-            for match in comparison.results
+            match.conditions.nfe: match.summary()
+            for stage in stages
+            for match in stage.results
             if match.arm == result.arm
         }
+        baseline = result.arm.baseline
         series.append(
             Series(
-                name=result.arm.name if result.arm.is_baseline else f"B-DENSE, {result.arm.name}",
+                name=result.arm.name if baseline else f"B-DENSE, {result.arm.name}",
                 kind="line",
                 x=list(own),
                 y=[found.mean for found in own.values()],
                 spread=[found.standard_error or 0.0 for found in own.values()],
-                colour=_ARMS.get(result.arm.name, OWN_COLOUR),
-                dashed=result.arm.name == "uniform weights",
+                colour=_ARMS.get(baseline or "", OWN_COLOUR),
+                dashed=baseline == UNIFORM,
             )
         )
     if teacher is not None:
@@ -252,20 +199,20 @@ def fid_over_steps(
             Series(
                 name="teacher",
                 kind="points",
-                x=[teacher["nfe"]],
-                y=[teacher["value"]],
+                x=[teacher.nfe],
+                y=[teacher.value],
                 colour="#000000",
             )
         )
-    steps = [*([teacher["nfe"]] if teacher else []), *rounds]
+    places = [*([teacher.nfe] if teacher else []), *(s.results[0].conditions.nfe for s in stages)]
     return Chart(
         key="fid",
         title=title,
-        x="DDIM steps",
-        y=f"FID, {first.results[0].conditions['images']} images",
+        x="network evaluations (NFE)",
+        y=f"FID, {first.results[0].conditions.images} images",
         series=series,
         log_x=True,
-        ticks={float(n): str(n) for n in steps},
+        ticks={float(n): str(n) for n in places},
     )
 
 
@@ -317,18 +264,18 @@ def _best(trials: Sequence[Mapping[str, Any]], x: str, y: str) -> Series:
 def _levels(baselines: Mapping[str, Mapping[str, Any]]) -> list[Series]:
     return [
         Series(
-            name=f"{TITLES[method]} {result['fid']:.3f}",
+            name=f"{label} {result['fid']:.3f}",
             kind="level",
             y=[result["fid"]],
-            colour=_BASELINES[method],
-            dashed=method == "uniform",
+            colour=PLAIN_COLOUR if label.startswith("plain") else UNIFORM_COLOUR,
+            dashed=not label.startswith("plain"),
         )
-        for method, result in baselines.items()
+        for label, result in baselines.items()
     ]
 
 
 def _label(trial: Mapping[str, Any]) -> str:
-    return f"trial {trial['number']}, FID {trial['fid']:.3f}, {in_short(trial)}"
+    return f"trial {trial['number']}, FID {trial['fid']:.3f}, {trial['label']}"
 
 
 def _fid_label(trials: Sequence[Mapping[str, Any]]) -> str:

@@ -3,6 +3,7 @@
 A process of its own makes them, by networks of random weights, which take as long as any.
 """
 
+import contextlib
 import dataclasses
 import multiprocessing
 import resource
@@ -17,25 +18,22 @@ import torch
 from bdense.data.datasets import Dataset
 from bdense.diffusion.branches import export_branch
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
-from bdense.diffusion.sampling import Sampler, draw_images
-from bdense.errors import InputError, is_out_of_memory
-from bdense.methods.chain import pd_sampler, prediction_of
-from bdense.methods.progressive import DataBatches, distill_round
-from bdense.methods.sfd import distill
+from bdense.diffusion.sampling import draw_images
+from bdense.errors import InputError, StoppedError, is_out_of_memory
+from bdense.methods import METHODS
+from bdense.methods.method import Inputs, Recordings, Stage
 from bdense.metrics.classifiers import RECIPES
 from bdense.metrics.extractors import load_extractor, missing_weights
 from bdense.metrics.references import features_of
 from bdense.models.public import CHECKPOINTS, HUB_CHECKPOINTS, REFERENCES
+from bdense.training.loop import IterationReport, train
 from bdense.weights.spaces import uniform_weights
-from search.spec.model_spec import ModelSpec
-from search.spec.promotion_spec import PromotionSpec
-from search.spec.space import BASELINES
-from search.spec.study_spec import StudySpec
+from bdense.weights.weighting import FixedWeights
+from search.spec.resolve import architecture, execution
+from search.spec.study import ArmsPlan, StudySpec
 from search.storage.engine import cache_folder
 from search.study.wording import duration
-from search.worker.assets import trajectory_store, use_device
-from search.worker.chain_engine import chain_of, chain_schedule, round_config
-from search.worker.engine import architecture, execution, student_sampler, training_config
+from search.worker.assets import use_device
 
 PATIENCE_SECONDS = 20.0  # that a dry run waits for a measurement
 _UPDATES = 2  # the first warms up
@@ -69,7 +67,7 @@ class Measured:
 
 
 def measure(
-    spec: ModelSpec, *, download: bool = False, patience: float | None = None
+    spec: StudySpec, *, download: bool = False, patience: float | None = None
 ) -> Measured | None:
     """Measure on this machine what a trial takes.
 
@@ -107,7 +105,7 @@ def measure(
     return answer
 
 
-def require_room(spec: ModelSpec, together: int) -> None:
+def require_room(spec: StudySpec, together: int) -> None:
     """Measure a trial, and refuse trials that would run out of memory.
 
     Args:
@@ -131,14 +129,12 @@ def require_room(spec: ModelSpec, together: int) -> None:
         )
 
 
-def _smaller(spec: ModelSpec) -> str:
+def _smaller(spec: StudySpec) -> str:
     """The way out of too little memory."""
-    key, batch = "budget.batch", 0
-    if isinstance(spec, PromotionSpec):
-        key, batch = "round.batch", spec.round.batch
-    elif isinstance(spec, StudySpec):
-        batch = spec.budget.batch
-    return f"lower {key} ({batch} now) or evaluation.batch ({spec.evaluation.batch} now)"
+    return (
+        f"lower method.batch ({spec.resolved.batch} now) or evaluation.batch "
+        f"({spec.evaluation.batch} now)"
+    )
 
 
 def free_memory() -> int:
@@ -156,18 +152,17 @@ def free_memory() -> int:
     return min(left, max(0, int(limit) - int(taken.read_text()) + cache))
 
 
-def cost_lines(spec: ModelSpec, *, arms: int = 0, workers: int | None = None) -> list[str]:
+def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
     """What a dry run says of the cost; nothing is downloaded or kept.
 
     Args:
         spec: What would be launched.
-        arms: Of a promotion, baselines included.
         workers: Trials at once; 1 by default.
     """
     with torch.device("meta"):
         teacher = build_denoiser(architecture(spec))
     parameters = 4 * sum(p.numel() for p in teacher.parameters())
-    work = _work(spec, teacher, parameters, arms)
+    work = _work(spec, teacher, parameters)
     try:
         found = measure(spec, patience=PATIENCE_SECONDS)
         why = f"it takes longer than {PATIENCE_SECONDS:g} s here"
@@ -190,44 +185,47 @@ class _Work:
     updates: int
     images: int
     evaluations: int
-    recorded: int = 0  # batches, once for all
+    recorded: int  # batches, once for all
     lines: tuple[str, ...]
 
 
-def _work(spec: ModelSpec, teacher: NetworkDenoiser, parameters: int, arms: int) -> _Work:
-    if isinstance(spec, PromotionSpec):
-        converts = spec.prediction_type not in (None, prediction_of(teacher))
-        steps = ((spec.chain.first,) if converts else ()) + chain_of(spec).students
-        chains = arms * len(spec.seeds.training)
-        kept = parameters * len(steps) * chains / 2**20
-        return _Work(
-            rows=chains,
-            updates=len(steps) * spec.round.updates,
-            images=len(steps) * spec.evaluation.images,
-            evaluations=sum(steps) * spec.evaluation.images,
-            lines=(
-                f"trials: {chains}, with a student at each of {', '.join(map(str, steps))} steps",
-                f"disk: {kept:,.0f} MiB of students",
-            ),
-        )
-    assert isinstance(spec, StudySpec)
-    rows, updates = spec.budget.trials + len(BASELINES), spec.budget.iterations
-    recorded = spec.trajectories.mode == "recorded"
-    images = spec.evaluation.images + len(spec.looks) * spec.look_images
-    stored = trajectory_store(spec, teacher).nbytes / 2**20 if recorded else 0
-    kept = parameters * (spec.keep_students + len(BASELINES)) / 2**20
+def _work(spec: StudySpec, teacher: NetworkDenoiser, parameters: int) -> _Work:
+    stages, images = spec.resolved.stages, spec.evaluation.images
+    if isinstance(spec.plan, ArmsPlan):
+        rows = len(spec.plan.arms) * len(spec.plan.seeds) * len(spec.plan.variants)
+        kept = rows
+        intermediate = 0
+    else:
+        rows = spec.plan.trials + 2  # both baselines
+        kept = spec.keep_students + 2
+        intermediate = len(spec.plan.at) * (spec.plan.images or images)
+    updates = sum(stage.num_updates for stage in stages)
+    drawn = len(stages) * images + intermediate
+    store = _store(spec, teacher)
+    students = f"{len(stages)} students" if len(stages) > 1 else "a student"
     return _Work(
         rows=rows,
         updates=updates,
-        images=images,
-        evaluations=images * spec.student.nfe,
-        recorded=updates if recorded else 0,
+        images=drawn,
+        evaluations=sum(stage.nfe for stage in stages) * images + stages[0].nfe * intermediate,
+        recorded=0 if store == 0 else stages[0].num_updates,
         lines=(
-            f"trials: {rows} (baselines included), each of {updates:,} updates and {images:,} "
-            "images",
-            f"disk: {stored:,.0f} MiB of trajectories, {kept:,.0f} MiB of kept students",
+            f"rows: {rows}, each of {students}, {updates:,} updates and {drawn:,} images",
+            f"disk: {store / 2**20:,.0f} MiB of trajectories a seed, "
+            f"{kept * len(stages) * parameters / 2**20:,.0f} MiB of kept students",
         ),
     )
+
+
+def _store(spec: StudySpec, teacher: NetworkDenoiser) -> int:
+    """Bytes of the trajectories that are recorded of one seed."""
+    if spec.trajectories.mode == "live":
+        return 0
+    method = METHODS[spec.method.name]()
+    config = method.Config.read(spec.method.options, "method")
+    recordings = Recordings(root=cache_folder() / "trajectories", dtype=spec.trajectories.dtype)
+    found = method.recording(config, teacher, Inputs(recordings=recordings))
+    return 0 if found is None else found.nbytes
 
 
 def _measured_lines(found: Measured, work: _Work, workers: int) -> list[str]:
@@ -243,7 +241,7 @@ def _measured_lines(found: Measured, work: _Work, workers: int) -> list[str]:
     ]
 
 
-def _downloads(spec: ModelSpec, teacher_bytes: int) -> list[str]:
+def _downloads(spec: StudySpec, teacher_bytes: int) -> list[str]:
     """What a launch fetches first."""
     name = spec.teacher.checkpoint or ""
     wanted = [
@@ -253,7 +251,7 @@ def _downloads(spec: ModelSpec, teacher_bytes: int) -> list[str]:
     lines = [
         f"{file.url} to {file.path} (about {size / 2**20:,.0f} MiB)"
         for file, size in wanted
-        if file is not None and not file.is_here
+        if file is not None and not file.path.exists()
     ]
     if (weights := missing_weights(spec.evaluation.extractor)) is not None:
         lines.append("{} to {}".format(*weights))
@@ -267,7 +265,7 @@ def _gib(size: float) -> str:
 # In the child.
 
 
-def _answer(to: Connection, spec: ModelSpec, free: int, download: bool) -> None:
+def _answer(to: Connection, spec: StudySpec, free: int, download: bool) -> None:
     try:
         to.send(_measure(spec, free, download))
     except InputError as error:
@@ -278,7 +276,7 @@ def _answer(to: Connection, spec: ModelSpec, free: int, download: bool) -> None:
         to.send(MemoryError(str(error).partition("\n")[0]))
 
 
-def _measure(spec: ModelSpec, free: int, download: bool) -> Measured:
+def _measure(spec: StudySpec, free: int, download: bool) -> Measured:
     device = use_device(spec)
     wanted = dataclasses.replace(execution(spec), compile=False)  # which would take minutes
     wanted.require(device)
@@ -287,9 +285,9 @@ def _measure(spec: ModelSpec, free: int, download: bool) -> Measured:
     else:  # an allocation fails, in place of the system ending some process or other
         resource.setrlimit(resource.RLIMIT_DATA, (free, free))
     teacher = build_denoiser(architecture(spec)).to(device).eval().execute(wanted)
-    learned = _round(spec, teacher) if isinstance(spec, PromotionSpec) else _walk(spec, teacher)
-    recording, update, branched, sampler = learned
-    student, evaluation = export_branch(branched), spec.evaluation
+    stage = _first_stage(spec, teacher)
+    recording, update, student = _updates(spec, stage)
+    sampler, evaluation = stage.sampler, spec.evaluation
     count = min(evaluation.batch, evaluation.images)
     clock = _Clock(device)
     images = draw_images(student, sampler, count, seed=0, batch=count)
@@ -314,40 +312,43 @@ def _measure(spec: ModelSpec, free: int, download: bool) -> Measured:
     )
 
 
-def _walk(
-    spec: ModelSpec, teacher: NetworkDenoiser
-) -> tuple[float, float, NetworkDenoiser, Sampler]:
-    """SFD: seconds to record a batch and of an update, a student and how it draws."""
-    assert isinstance(spec, StudySpec)
-    device, batch = next(teacher.parameters()).device, spec.budget.batch // spec.resources.team
-    live = trajectory_store(spec, teacher).live
-    walks = dataclasses.replace(live, batch=batch, count=_UPDATES)
+def _first_stage(spec: StudySpec, teacher: NetworkDenoiser) -> Stage:
+    """The first stage that has branches, on images of noise where it learns from any."""
+    method = METHODS[spec.method.name]()
+    share = spec.resolved.batch // spec.resources.team
+    config = method.Config.read({**spec.method.options, "batch": share}, "method")
+    classes = teacher.label_dim
+    noise = torch.randint(256, (share, *teacher.image_shape), dtype=torch.uint8)
+    dataset = Dataset("noise", noise, "", torch.arange(share) % classes if classes else None)
+    plan = next(each for each in method.plan(config) if each.branched)
+    return method.stage(plan, teacher, config, Inputs(dataset=dataset))
+
+
+def _updates(spec: StudySpec, stage: Stage) -> tuple[float, float, NetworkDenoiser]:
+    """Seconds to record a batch and of an update, and a student."""
+    device = next(stage.start.parameters()).device
     clock = _Clock(device)
     for iteration in range(_UPDATES):
-        walks[iteration]
+        stage.batch(iteration, slice(None))
         clock()
-    walking = clock.last
-    config = training_config(spec, spec.student.substeps)
-    config = dataclasses.replace(config, images=batch * _UPDATES)
-    weights = uniform_weights()(config.num_branches)
-    branched = distill(teacher, walks, config, weights, on_iteration=clock)
-    recorded = walking if spec.trajectories.mode == "recorded" else 0.0
-    return recorded, max(clock.last - recorded, 0.0), branched, student_sampler(spec)
+    batch = clock.last
+
+    def stop(done: IterationReport) -> None:
+        clock()
+        if done.iteration + 1 == _UPDATES:
+            raise StoppedError
+
+    weights = FixedWeights(uniform_weights()(stage.num_branches))
+    with contextlib.suppress(StoppedError):
+        train(stage, weights, on_iteration=stop)
+    recorded = batch if spec.trajectories.mode == "recorded" and _is_recorded(spec) else 0.0
+    return recorded, max(clock.last - recorded, 0.0), export_branch(stage.start)
 
 
-def _round(
-    spec: PromotionSpec, teacher: NetworkDenoiser
-) -> tuple[float, float, NetworkDenoiser, Sampler]:
-    """PD: the same of its first round, whose updates make their own targets."""
-    device, count, classes = next(teacher.parameters()).device, spec.round.batch, teacher.label_dim
-    noise = torch.randint(256, (count, *teacher.image_shape), dtype=torch.uint8)
-    dataset = Dataset("noise", noise, "", torch.arange(count) % classes if classes else None)
-    batches = DataBatches(dataset, count, 0, device, flip=spec.round.flip, label_dim=classes)
-    config = dataclasses.replace(round_config(spec, spec.chain.substeps, 0), updates=_UPDATES)
-    clock, weights = _Clock(device), uniform_weights()(config.num_branches)
-    levels, steps = chain_schedule(spec, teacher), chain_of(spec).students
-    branched = distill_round(teacher, batches, levels, steps[0], config, weights, on_update=clock)
-    return 0.0, clock.last, branched, pd_sampler(levels, steps[-1])
+def _is_recorded(spec: StudySpec) -> bool:
+    """Whether the method's batches come from trajectories that are recorded once."""
+    with torch.device("meta"):
+        return _store(spec, build_denoiser(architecture(spec))) > 0
 
 
 class _Clock:

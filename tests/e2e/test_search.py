@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from optuna_dashboard import get_note
 from optuna_dashboard._custom_plot_data import list_graph_object_ids
+from search.spec.study_spec import StudySpec
 
 from bdense.data.datasets import load_dataset
 from bdense.models.store import load_tensors
-from search.spec.study_spec import StudySpec
 from search.storage.engine import resolve_storage_url
 from search.storage.ledger import Ledger
 from search.storage.reader import Running

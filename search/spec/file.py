@@ -1,6 +1,10 @@
-"""A study's or promotion's file: YAML to its spec, its files found, its mistakes named by key."""
+"""A study's file: YAML to its spec, its files found, its mistakes named by key."""
 
-from collections.abc import Collection
+import functools
+import multiprocessing
+import signal
+from collections.abc import Callable, Collection
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,75 +15,119 @@ from bdense.data.names import split_format, split_side
 from bdense.errors import InputError
 from bdense.models.public import REFERENCES, published_names
 from search.errors import SpecError
-from search.spec.model_spec import ModelSpec, Strict
-from search.spec.promotion_spec import PromotionSpec
-from search.spec.study_spec import StudySpec
+from search.spec.legacy import translated
+from search.spec.study import Strict, StudySpec
 
-Spec = TypeVar("Spec", bound=ModelSpec)
-# What kinds of specs are called, and a key that one kind alone has.
-_NAMES: dict[type[ModelSpec], str] = {StudySpec: "study", PromotionSpec: "promotion"}
-_OF_PROMOTIONS = "chain"
+T = TypeVar("T")
 
 
-def read_spec(path: Path) -> StudySpec:
-    """Parse a study file.
+def read_spec(path: Path, changes: dict[str, Any] | None = None) -> StudySpec:
+    """Parse a study file, and let the engine check it and fill in the method's defaults.
+
+    The engine needs torch, which would stay in the launcher's memory (500 MB) for the whole
+    study: a child process does this.
+
+    Args:
+        path: The file.
+        changes: Sections that options replace, such as ``{"plan": {...}}``, merged key by key.
 
     Raises:
         SpecError: The file cannot be read, is no YAML mapping, or a key or value is wrong; one
             line for each, naming the key.
     """
-    tree = _read(path, StudySpec)
-    if _OF_PROMOTIONS in tree:
-        raise SpecError(
-            f"{path} is a promotion, not a study: it has a {_OF_PROMOTIONS}; give it to "
-            f"`bdense-search promote STUDY --to {path}`"
-        )
-    return _with_absolute_files(parse_spec(tree, source=str(path)), source=str(path))
+    return apart(functools.partial(_resolved, Path(path), changes or {}))
 
 
-def read_promotion(path: Path) -> PromotionSpec:
-    """Parse a promotion's file.
+def apart(call: Callable[[], T]) -> T:
+    """Call in a process of its own, which takes torch with it when it ends."""
+    spawn = multiprocessing.get_context("spawn")
+    # Ctrl-C reaches the whole group; only the launcher is to speak of it.
+    quiet = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(max_workers=1, mp_context=spawn, initializer=quiet) as child:
+        return child.submit(call).result()
+
+
+def _resolved(path: Path, changes: dict[str, Any]) -> StudySpec:
+    from search.spec.resolve import resolve
+
+    tree, told = translated(read_tree(path))
+    return resolve(parse(_merged(tree, changes), source=str(path)), source=str(path), told=told)
+
+
+def _merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(tree)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping.
 
     Raises:
-        SpecError: As of ``read_spec``.
+        SpecError: It cannot be read, or is no mapping.
     """
-    tree = _read(path, PromotionSpec)
-    if "student" in tree and _OF_PROMOTIONS not in tree:
-        raise SpecError(
-            f"{path} is a study, not a promotion: it has a student and no {_OF_PROMOTIONS}; give "
-            f"it to `bdense-search launch {path}`"
-        )
-    return _with_absolute_files(parse_promotion(tree, source=str(path)), source=str(path))
-
-
-def read_any(path: Path) -> StudySpec | PromotionSpec:
-    """Parse a file of either kind; one with the key ``chain`` is a promotion's.
-
-    Raises:
-        SpecError: As of ``read_spec``.
-    """
-    tree = _read(path, StudySpec)
-    return read_promotion(path) if _OF_PROMOTIONS in tree else read_spec(path)
-
-
-def _read(path: Path, kind: type[ModelSpec]) -> dict[str, Any]:
-    path = Path(path)
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"the {_NAMES[kind]} file {path} cannot be read: {error}") from error
+        raise SpecError(f"the study file {path} cannot be read: {error}") from error
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise SpecError(f"{path} is not valid YAML: {reason}") from error
     if not isinstance(tree, dict):
-        own = "student" if kind is StudySpec else _OF_PROMOTIONS
-        raise SpecError(f"{path} must be a mapping of keys such as name, data, teacher, {own}")
+        raise SpecError(f"{path} must be a mapping of keys such as name, data, teacher, method")
     return tree
 
 
-def _with_absolute_files(spec: Spec, source: str) -> Spec:
+def parse(tree: dict[str, Any], source: str) -> StudySpec:
+    """A study from a mapping, its files with paths that hold in any folder.
+
+    Raises:
+        SpecError: One line for each mistake, naming ``source`` and the key.
+    """
+    try:
+        spec = StudySpec.model_validate(tree)
+        _ = spec.space  # its own mistakes are InputErrors
+    except ValidationError as error:
+        raise SpecError("\n".join(f"{source}: {line}" for line in _lines(error, tree))) from error
+    except InputError as error:
+        raise SpecError(f"{source}: {error}") from error
+    if "." in spec.name:
+        raise SpecError(
+            f"{source}: name: {spec.name!r} has a dot, which names of derived studies have "
+            f"(NAME.confirm); choose another, such as {spec.name.replace('.', '-')}"
+        )
+    return _with_absolute_files(spec, source)
+
+
+def read_stored(name: str, text: str) -> StudySpec:
+    """The spec of the study of that name, from the JSON that its last launch stored.
+
+    Raises:
+        InputError: It is one of another version of bdense.
+    """
+    try:
+        return StudySpec.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the whole"
+        count = error.error_count()
+        more = f" and {count - 1} more" if count > 1 else ""
+        raise InputError(
+            f"this bdense cannot read the study's spec ({name}: {place}: {first['msg']}{more}); "
+            "use the version that launched it"
+        ) from error
+
+
+def as_yaml(spec: StudySpec) -> str:
+    """The resolved spec, every default spelt out."""
+    return yaml.safe_dump(spec.model_dump(mode="json", exclude={"facts"}), sort_keys=False)
+
+
+def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
     """The spec with its files as they are seen from any folder: workers have folders of their own.
 
     Raises:
@@ -129,65 +177,19 @@ def _absolute_data(data: str, source: str) -> str:
     return f"{kind}:{path}" if side is None else f"{kind}:{path}@{side}"
 
 
-def parse_spec(tree: dict[str, Any], source: str) -> StudySpec:
-    """A study from a mapping; errors name ``source`` and the key."""
-    return _parse(StudySpec, tree, source)
-
-
-def parse_promotion(tree: dict[str, Any], source: str) -> PromotionSpec:
-    """A promotion from a mapping, likewise."""
-    return _parse(PromotionSpec, tree, source)
-
-
-def read_stored(kind: type[Spec], name: str, text: str) -> Spec:
-    """The spec of the study of that name, from the JSON that its last launch stored.
-
-    Raises:
-        InputError: It is one of another version of bdense.
-    """
-    try:
-        return kind.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the whole"
-        count = error.error_count()
-        more = f" and {count - 1} more" if count > 1 else ""
-        raise InputError(
-            f"this bdense cannot read the study's spec ({name}: {place}: {first['msg']}{more}); "
-            "use the version that launched it"
-        ) from error
-
-
-def _parse(kind: type[Spec], tree: dict[str, Any], source: str) -> Spec:
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        lines = _lines(error, tree, _NAMES[kind])
-        raise SpecError("\n".join(f"{source}: {line}" for line in lines)) from error
-
-
-def _lines(error: ValidationError, tree: dict[str, Any], whole: str) -> list[str]:
-    """One line for each key that is wrong; ``whole`` stands for the file itself."""
+def _lines(error: ValidationError, tree: dict[str, Any]) -> list[str]:
+    """One line for each key that is wrong."""
     told: dict[str, list[str]] = {}
     values: dict[str, Any] = {}
     for problem in error.errors():
         place = _as_written(problem["loc"], tree, missing=problem["type"] == "missing")
-        key = ".".join(str(part) for part in place) or whole
+        key = ".".join(str(part) for part in place) or "study"
         message = problem["msg"].removeprefix("Value error, ")
         given = problem["input"]
-        of_several = len(place) < len(problem["loc"])
-        if of_several and problem["type"] == "literal_error" and isinstance(given, dict):
-            continue  # a mapping was meant where a word would do; what is wrong in it follows
         if problem["type"] == "extra_forbidden":
             message = "unknown key; check the spelling"
         elif problem["type"] == "missing":
             message = "this key is missing"
-        elif problem["type"] == "union_tag_not_found":
-            key, message = f"{key}.parameterisation", "this key is missing"
-        elif problem["type"] == "union_tag_invalid":
-            key = f"{key}.parameterisation"
-            known, tag = problem["ctx"]["expected_tags"], problem["ctx"]["tag"]
-            message = f"Input should be one of {known}, got {tag!r}"
         elif problem["type"] != "value_error" and not isinstance(given, dict):
             # Our own messages name the value themselves.
             values[key] = given
@@ -210,7 +212,8 @@ def _got(key: str, values: dict[str, Any]) -> str:
 def _keys(class_name: str) -> str:
     """What a section has, for people."""
     sections = {section.__name__: section for section in Strict.__subclasses__()}
-    return ", ".join(sections[class_name].model_fields)
+    found = sections.get(class_name)
+    return ", ".join(found.model_fields) if found else "name and its settings"
 
 
 def _as_written(
@@ -227,8 +230,3 @@ def _as_written(
             continue  # names a kind
         written.append(part)
     return tuple(written)
-
-
-def as_yaml(spec: ModelSpec) -> str:
-    """The resolved spec, every default spelt out."""
-    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False)

@@ -16,6 +16,7 @@ from bdense.files import atomic_write
 # How a student was made, by its ``method``.
 _DENSE = "with dense branch supervision (B-DENSE, arXiv 2602.15971)"
 _PD = "Progressive Distillation (arXiv 2202.00512)"
+_CD = "Consistency Distillation (arXiv 2303.01469)"
 _METHODS = {
     "sfd": "Simple and Fast Distillation (SFD, arXiv 2409.19681)",
     "sfd-bdense": f"SFD (arXiv 2409.19681) {_DENSE}",
@@ -23,6 +24,8 @@ _METHODS = {
     "pd": _PD,
     "pd-bdense": f"{_PD} {_DENSE}",
     "pd-uniform": f"{_PD} {_DENSE}, all branches alike",
+    "consistency": _CD,
+    "consistency-bdense": f"{_CD} {_DENSE}",
 }
 # What a student takes over from its teacher.
 _INHERITED = ("licence", "citation")

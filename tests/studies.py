@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from search.spec.file import parse
@@ -97,6 +98,11 @@ def spec(tree: dict[str, Any] = STUDY, /, **keys: Any) -> StudySpec:
 def promotion(**keys: Any) -> StudySpec:
     """``PROMOTION``, changed and resolved."""
     return spec(PROMOTION, **keys)
+
+
+def resolve_here(patch: pytest.MonkeyPatch) -> None:
+    """Let ``read_spec`` work in this process, which has loaded torch anyway."""
+    patch.setattr("search.spec.file.apart", lambda call: call())
 
 
 def write(folder: Path, tree: dict[str, Any] = STUDY, /, **keys: Any) -> Path:

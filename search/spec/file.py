@@ -50,7 +50,11 @@ def apart(call: Callable[[], T]) -> T:
 def _resolved(path: Path, changes: dict[str, Any]) -> StudySpec:
     from search.spec.resolve import resolve
 
-    tree, told = translated(read_tree(path))
+    tree = read_tree(path)
+    try:
+        tree, told = translated(tree)
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from error
     return resolve(parse(_merged(tree, changes), source=str(path)), source=str(path), told=told)
 
 
@@ -90,11 +94,12 @@ def parse(tree: dict[str, Any], source: str) -> StudySpec:
     """
     try:
         spec = StudySpec.model_validate(tree)
-        _ = spec.space  # its own mistakes are InputErrors
     except ValidationError as error:
         raise SpecError("\n".join(f"{source}: {line}" for line in _lines(error, tree))) from error
+    try:
+        _ = spec.space
     except InputError as error:
-        raise SpecError(f"{source}: {error}") from error
+        raise SpecError(f"{source}: {SpecError.under('weights', error)}") from error
     if "." in spec.name:
         raise SpecError(
             f"{source}: name: {spec.name!r} has a dot, which names of derived studies have "

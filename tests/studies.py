@@ -61,8 +61,9 @@ PROMOTION: dict[str, Any] = {
     "plan": {"arms": ["plain", "uniform"], "seeds": [0, 1]},
     "evaluation": {"images": 256, "extractor": "digits-classifier"},
 }
-# Method and plan of a study: both methods, each searched and with given arms.
-METHODS, PLANS = ("sfd", "progressive"), ("search", "arms")
+CONSISTENCY = {"name": "consistency", "steps": 4, "substeps": 2, "kimg": 2.56, "batch": 64}
+# Method and plan of a study: each method, searched and with given arms.
+METHODS, PLANS = ("sfd", "progressive", "consistency"), ("search", "arms")
 KINDS = tuple((method, plan) for method in METHODS for plan in PLANS)
 REMOVED = object()
 
@@ -84,9 +85,10 @@ def changed(tree: dict[str, Any] = STUDY, /, **keys: Any) -> dict[str, Any]:
 
 def of_kind(method: str, plan: str) -> dict[str, Any]:
     """A study of that method and plan; searches are over a alone."""
-    tree = changed(
-        STUDY if method == "sfd" else PROMOTION, name=f"{method}-{plan}", weights=NORMALISED
-    )
+    tree = changed(PROMOTION if method == "progressive" else STUDY, name=f"{method}-{plan}")
+    tree["weights"] = NORMALISED
+    if method == "consistency":
+        tree["method"] = CONSISTENCY
     return changed(tree, plan=(STUDY if plan == "search" else PROMOTION)["plan"])
 
 

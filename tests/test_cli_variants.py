@@ -15,12 +15,11 @@ from bdense.diffusion.intervals import IntervalGrid, VariableGrid
 from bdense.diffusion.sampling import draw_images, samplers_from
 from bdense.diffusion.solvers import DPMSolverPP, Euler
 from bdense.diffusion.step_condition import with_step_condition
-from bdense.methods.sfd import SFDConfig
-from bdense.methods.sfd import distill as train
 from bdense.methods.trajectories import LiveTrajectories
 from bdense.models.store import denoiser_sha256, load_denoiser, load_tensors
 from bdense.weights.weighting import LearnedWeights
 from tests.commands import DIGITS, SHORT, TINY, bdense, distill, done, refused
+from tests.small import sfd
 
 ONES = torch.ones(4, dtype=torch.float64)
 # Two iterations of 32 images at lr 1e-3, as SHORT says.
@@ -103,9 +102,8 @@ def test_several_nfe_are_one_student(variable, conditional):
     assert (metadata["nfe"], metadata["sampler"]["num_intervals"]) == ([2, 3, 4, 5], 3)
     grid = VariableGrid(num_intervals=(3, 4, 5, 6), substeps=4)
     trajectories = live(conditional, grid)
-    config = SFDConfig(num_branches=4, **CONFIG)
     start = with_step_condition(trajectories.teacher, start="teacher", seed=0)
-    expected = train(trajectories.teacher, trajectories, config, ONES, start=start)
+    expected = sfd(trajectories, ONES, start=start, **CONFIG)
     assert denoiser_sha256(student) == denoiser_sha256(export_branch(expected))
     card = variable.with_suffix(".md").read_text()
     assert "(NFE) | 2, 3, 4, 5 |" in card
@@ -137,8 +135,8 @@ def test_the_usual_length_depends_on_what_is_made(teacher, variable, tmp_path, m
     """200 kimg for one NFE, 800 for several, 2000 at another step size for a second stage."""
     asked = []
 
-    def note(teacher, trajectories, config, *_, **__):
-        asked.append((config.images, config.lr, trajectories.grid.substeps, config.dropout))
+    def note(method, teacher, config, *_, **__):
+        asked.append((config.images, config.lr, config.substeps, config.dropout))
         raise KeyboardInterrupt
 
     monkeypatch.setattr("bdense.verbs.distill.distill", note)
@@ -168,8 +166,7 @@ def test_a_student_is_distilled_into_one_evaluation(variable, folder):
     # The teacher walks the seven points it was trained for, its own first step analytical.
     grid = IntervalGrid(num_intervals=2, substeps=3)
     trajectories = live(variable, grid, solver=Euler(), teacher_afs=True)
-    config = SFDConfig(num_branches=3, **CONFIG)
-    expected = train(trajectories.teacher, trajectories, config, ONES[:3])
+    expected = sfd(trajectories, ONES[:3], **CONFIG)
     assert digest == denoiser_sha256(export_branch(expected))
     picture = folder / "one.png"
     images = draw_images(export_branch(expected), sampler, 2, seed=0)[:, 0]
@@ -185,13 +182,12 @@ def test_the_second_stage_keeps_the_levels_and_the_first_step_of_the_first(teach
     assert (sampler.schedule.kind, sampler.schedule.sigma_max) == ("logsnr", 40.0)
     grid = IntervalGrid(num_intervals=2, substeps=2, schedule=sampler.schedule)
     trajectories = live(first, grid, solver=Euler(), teacher_afs=False)
-    config = SFDConfig(num_branches=1, **CONFIG)
-    expected = train(trajectories.teacher, trajectories, config, ONES[:1])
+    expected = sfd(trajectories, ONES[:1], **CONFIG)
     assert digest == denoiser_sha256(export_branch(expected))
     line = refused(bdense("distill", first, "--second-stage", *SHORT, "--out", second))
     assert line == (
-        f"--nfe 1 with --substeps 3 makes the teacher walk 2 x 3 = 6 intervals, and {first} was "
-        "distilled for 4; take --nfe 1 --substeps 2, or give a student distilled with --nfe 6"
+        "nfe=1 with substeps=3 makes the teacher walk 2 x 3 = 6 intervals, and it was distilled "
+        "for 4; take nfe=1 with substeps=2, or give a student distilled with nfe=6"
     )
 
 
@@ -206,8 +202,7 @@ def test_weights_are_learned_and_written_down(teacher, folder, rule):
     assert metadata["weighting"] == {"rule": rule, "strength": 0.5, "memory": 100}
     grid = IntervalGrid(num_intervals=3, substeps=4)
     trajectories, weighting = live(teacher, grid), LearnedWeights(4, rule=rule, strength=0.5)
-    config = SFDConfig(num_branches=4, **CONFIG)
-    expected = train(trajectories.teacher, trajectories, config, weighting)
+    expected = sfd(trajectories, weighting, **CONFIG)
     assert digest == denoiser_sha256(export_branch(expected))
     assert metadata["weights"] == weighting.weights().tolist()
     assert math.fsum(metadata["weights"]) == pytest.approx(4)
@@ -224,7 +219,7 @@ def test_other_number_formats_leave_float32_weights(teacher, folder, tmp_path):
     reduced, full = distill(teacher, path, *options), distill(teacher, tmp_path / "x.safetensors")
     assert reduced != full
     assert {tensor.dtype for tensor in load_tensors(path)[0].values()} == {torch.float32}
-    assert load_denoiser(path)[1]["training"]["precision"] == "bfloat16"
+    assert load_denoiser(path)[1]["precision"] == "bfloat16"
     picture = folder / "format.png"
     assert not torch.equal(drawn(picture, path), drawn(picture, path, *options))
     exact, rounded = tmp_path / "exact.safetensors", tmp_path / "rounded.safetensors"
@@ -246,12 +241,12 @@ def test_other_number_formats_leave_float32_weights(teacher, folder, tmp_path):
         (("--strength", 2), "--strength is of weights that are learned, got --strength 2.0; add"),
         (("--learn", "uncertainty", "--method", "sfd"), "--method sfd has one output .* --learn"),
         (("--learn", "gradient-norm", "--compile"), "a compiled network hides; drop compile"),
-        (("--nfe", 2, 3, 2), "--nfe 2 3 2 names a number twice; give each once"),
-        (("--nfe", 0, 2), "leaves no network evaluation"),
-        (("--step-condition", "random"), "--step-condition random is of a student for several"),
+        (("--nfe", 2, 3, 2), "names a number twice; give each once"),
+        (("--nfe", 0, 2), "nfe must be"),
+        (("--step-condition", "random"), "step_condition=random is for a student of several"),
         (("--precision", "float16", "--device", "cpu"), "float16 needs a CUDA device, not cpu"),
         (("--precision", "tf32", "--device", "cpu"), "use float32 or bfloat16"),
-        (("--second-stage",), r"teacher\.safetensors is none; make one of it first, with bdense"),
+        (("--second-stage",), "and the teacher is none; make one of it first"),
     ],
 )
 def test_what_cannot_be_distilled_is_refused(teacher, tmp_path, monkeypatch, options, message):
@@ -264,16 +259,16 @@ def test_what_cannot_be_distilled_is_refused(teacher, tmp_path, monkeypatch, opt
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "is a student, which knows the levels .* --second-stage, or give its teacher"),
-        (("--second-stage", "--nfe", 1, 2), "is for one NFE, got --nfe 1 2; give one"),
-        (("--second-stage", "--solver", "heun"), "takes Euler steps, got --solver heun; drop it"),
-        (("--second-stage", "--rho", 5), "keeps the noise levels .* and --rho 5.0 asks for other"),
-        (("--second-stage", "--substeps", 0), r"substeps \(K\) must be at least 1, got 0"),
+        ((), "is a student, which knows the levels .* second_stage, or give its own teacher"),
+        (("--second-stage", "--nfe", 1, 2), "second_stage is for one NFE"),
+        (("--second-stage", "--solver", "heun"), "takes Euler steps, got solver=heun"),
+        (("--second-stage", "--rho", 5), "keeps the teacher's noise levels.*'rho': 5.0"),
+        (("--second-stage", "--substeps", 0), "substeps must be"),
         (
             ("--second-stage", "--nfe", 3),
-            r"4 x 3 = 12 intervals, and .* was distilled for 3 or 4 or 5 or 6; take --nfe 1 "
-            r"--substeps 2 or --nfe 2 --substeps 2 or --nfe 1 --substeps 3, or give a student "
-            r"distilled with --nfe 11",
+            r"4 x 3 = 12 intervals, and .* was distilled for 3 or 4 or 5 or 6; take nfe=1 "
+            r"with substeps=2 or nfe=2 with substeps=2 or nfe=1 with substeps=3, or give a "
+            r"student distilled with nfe=11",
         ),
     ],
 )

@@ -28,8 +28,7 @@ from bdense.diffusion.snr_weights import Loss, snr_weight
 from bdense.diffusion.solvers import DDIM
 from bdense.errors import InputError
 from bdense.knobs import knob
-from bdense.methods.method import Inputs, MethodConfig, StagePlan
-from bdense.methods.recordings import TrajectoryStore
+from bdense.methods.method import Inputs, Method, MethodConfig, StagePlan
 from bdense.methods.sfd import levels_of
 from bdense.models.store import denoiser_sha256
 from bdense.randomness import Stream, generator
@@ -195,7 +194,7 @@ class PDStage(Stateless):
         start: What the student starts as.
         levels: Noise levels of both grids.
         steps: N of the student.
-        dataset: Images, drawn with replacement; None where ``batch`` is overridden.
+        dataset: Images, drawn with replacement; None in a subclass that has its own batches.
         seed: Of images, noise, times, flips and dropout.
         substeps: K; 1 in a round that converts the teacher and keeps its steps.
     """
@@ -290,21 +289,55 @@ class PDStage(Stateless):
 
     def describe(self, weighting: BranchWeighting) -> dict[str, Any]:
         """What must agree for a checkpoint to be of the same run."""
-        run = run_identity(
-            self.config,
-            self.teacher,
-            self.levels,
-            self._describe_batches(),
-            weighting,
-            substeps=self.substeps,
-            seed=self.seed,
-        )
         started = {} if self.start is self.teacher else {"start": denoiser_sha256(self.start)}
-        return {**run, "num_steps": self.steps, **started}
+        return {**self.describe_run(weighting), "num_steps": self.steps, **started}
 
-    def _describe_batches(self) -> dict[str, Any]:
+    def describe_run(self, weighting: BranchWeighting) -> dict[str, Any]:
+        """What must agree for two trainings to be alike, whatever their steps."""
+        config, described = self.config, weighting.describe()
+        added = config.changed()
+        weights: Any = described
+        if "fixed" in described:
+            fixed = torch.tensor(described["fixed"], dtype=torch.float64)
+            weights = config.scaled(fixed).tolist()
+            added.pop("rescale_weights", None)  # seen in the weights
+        if added.get("lr_schedule") == "constant":
+            del added["lr_schedule"]  # seen in anneal
+        fields = {
+            **added,
+            "updates": config.updates,
+            "substeps": self.substeps,
+            "num_branches": weighting.num_branches,
+            "batch": config.batch,
+            "lr": config.lr,
+            "anneal": config.lr_schedule == "linear",
+            "optimizer": config.optimizer,
+            "betas": list(config.betas),
+            "weight_decay": config.weight_decay,
+            "clip_norm": config.clip_norm,
+            "loss": config.loss,
+            "clip_targets": config.clip_targets,
+            "weights_space": config.weights_space,
+            "dropout": config.dropout,
+            "flip": config.flip,
+            "seed": self.seed,
+        }
+        return {
+            "numerics": NUMERICS,
+            "teacher": denoiser_sha256(self.teacher),
+            "precision": self.teacher.execution.precision,
+            "schedule": self.levels.describe(),
+            "weights": weights,
+            **{f"config.{name}": value for name, value in fields.items()},
+            **{f"batches.{name}": value for name, value in self.describe_batches().items()},
+        }
+
+    def describe_batches(self) -> dict[str, Any]:
+        """What the batches depend on, JSON-able."""
         assert self.dataset is not None
-        return describe_batches(self.config, self.dataset, self.start.label_dim, self.seed)
+        labels = {"labels": self.dataset.labels_sha256} if self.start.label_dim else {}
+        drawn = {"batch": self.config.batch, "seed": self.seed, "flip": self.config.flip}
+        return {"data": self.dataset.sha256, **drawn, **labels}
 
     def on(self, device: torch.device) -> "PDStage":
         """The same on another device."""
@@ -491,68 +524,6 @@ def prediction_of(denoiser: NetworkDenoiser) -> str | None:
     return precond.prediction_type if isinstance(precond, Cosine | DDPM) else None
 
 
-def describe_batches(
-    config: PDConfig, dataset: Dataset, label_dim: int, seed: int
-) -> dict[str, Any]:
-    """What a round's batches depend on, JSON-able."""
-    labels = {"labels": dataset.labels_sha256} if label_dim else {}
-    drawn = {"batch": config.batch, "seed": seed, "flip": config.flip}
-    return {"data": dataset.sha256, **drawn, **labels}
-
-
-def run_identity(
-    config: PDConfig,
-    teacher: NetworkDenoiser,
-    levels: Levels,
-    batches: Mapping[str, Any],
-    weighting: BranchWeighting,
-    *,
-    substeps: int,
-    seed: int,
-) -> dict[str, Any]:
-    """What must agree for two trainings to be alike, whatever their steps; one level deep."""
-    described = weighting.describe()
-    added = config.changed()
-    if "fixed" in described:
-        fixed = torch.tensor(described["fixed"], dtype=torch.float64)
-        weights: Any = config.scaled(fixed).tolist()
-        added.pop("rescale_weights", None)  # seen in the weights
-    else:
-        weights = described
-    for name in ("lr_schedule", "clip_norm"):
-        added.pop(name, None)  # below
-    if config.lr_schedule == "step":
-        added["lr_schedule"] = config.lr_schedule
-    fields = {
-        **added,
-        "updates": config.updates,
-        "substeps": substeps,
-        "num_branches": weighting.num_branches,
-        "batch": config.batch,
-        "lr": config.lr,
-        "anneal": config.lr_schedule == "linear",
-        "optimizer": config.optimizer,
-        "betas": list(config.betas),
-        "weight_decay": config.weight_decay,
-        "clip_norm": config.clip_norm,
-        "loss": config.loss,
-        "clip_targets": config.clip_targets,
-        "weights_space": config.weights_space,
-        "dropout": config.dropout,
-        "flip": config.flip,
-        "seed": seed,
-    }
-    return {
-        "numerics": NUMERICS,
-        "teacher": denoiser_sha256(teacher),
-        "precision": teacher.execution.precision,
-        "schedule": levels.describe(),
-        "weights": weights,
-        **{f"config.{name}": value for name, value in fields.items()},
-        **{f"batches.{name}": value for name, value in batches.items()},
-    }
-
-
 def _require_images(dataset: Dataset, teacher: NetworkDenoiser) -> None:
     """Refuse a data set of other images or classes than the teacher's.
 
@@ -571,7 +542,7 @@ def _require_images(dataset: Dataset, teacher: NetworkDenoiser) -> None:
         dataset.require_labels(teacher.label_dim)
 
 
-class Progressive:
+class Progressive(Method):
     """Progressive Distillation: one stage a round."""
 
     name: ClassVar[str] = "progressive"
@@ -657,12 +628,6 @@ class Progressive:
             substeps=config.substeps if plan.branched else 1,
         )
 
-    def recording(
-        self, config: PDConfig, teacher: NetworkDenoiser, inputs: Inputs
-    ) -> TrajectoryStore | None:
-        """None: a round's batches are drawn anew, at the student's own levels."""
-        return None
-
     def identity(
         self,
         config: PDConfig,
@@ -671,18 +636,9 @@ class Progressive:
         weighting: BranchWeighting,
     ) -> dict[str, Any]:
         """Without ``until``: a run that goes on further keeps its rounds."""
-        dataset = inputs.require_dataset(self.name)
-        batches = describe_batches(config, dataset, teacher.label_dim, inputs.seed)
+        stage = self.stage(self.plan(config)[-1], teacher, config, inputs)
         return {
-            **run_identity(
-                config,
-                teacher,
-                config.levels(teacher),
-                batches,
-                weighting,
-                substeps=config.substeps,
-                seed=inputs.seed,
-            ),
+            **stage.describe_run(weighting),
             "first": config.steps,
             "prediction_type": config.prediction_type or prediction_of(teacher),
             "clip_samples": config.clip_samples,

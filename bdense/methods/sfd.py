@@ -21,7 +21,7 @@ from bdense.diffusion.solvers import Solver, analytical_slope, make_solver
 from bdense.diffusion.step_condition import Start, with_step_condition
 from bdense.errors import InputError
 from bdense.knobs import KnobError, knob
-from bdense.methods.method import Inputs, MethodConfig, StagePlan
+from bdense.methods.method import Inputs, Method, MethodConfig, StagePlan
 from bdense.methods.perceptual import LPIPS
 from bdense.methods.recordings import TrajectoryStore
 from bdense.methods.trajectories import LiveTrajectories, Trajectories, TrajectoryBatch
@@ -398,13 +398,12 @@ def branch_losses(states: Tensor, targets: Tensor) -> Tensor:
     return (states - targets).abs().sum(dim=(0, 2, 3, 4)) / len(states)
 
 
-class SFD:
+class SFD(Method):
     """Simple and Fast Distillation: one stage."""
 
     name: ClassVar[str] = "sfd"
     title: ClassVar[str] = "SFD"
     Config: ClassVar[type[SFDConfig]] = SFDConfig
-    needs_data: ClassVar[bool] = False
 
     def plan(
         self, config: SFDConfig, teacher: NetworkDenoiser | None = None
@@ -439,10 +438,6 @@ class SFD:
         """A student's own noise levels, which a second stage keeps."""
         return levels_of(known)
 
-    def teacher_sampler(self, config: SFDConfig, teacher: NetworkDenoiser) -> Sampler | None:
-        """None: the teacher is not measured beside its student."""
-        return None
-
     def stage(
         self, plan: StagePlan, teacher: NetworkDenoiser, config: SFDConfig, inputs: Inputs
     ) -> SFDStage:
@@ -470,17 +465,6 @@ class SFD:
             return None
         live = _live(config, teacher, inputs)
         return TrajectoryStore(live, inputs.recordings.root, inputs.recordings.dtype)
-
-    def identity(
-        self,
-        config: SFDConfig,
-        teacher: NetworkDenoiser,
-        inputs: Inputs,
-        weighting: BranchWeighting,
-    ) -> dict[str, Any]:
-        """That of the stage."""
-        (plan,) = self.plan(config)
-        return self.stage(plan, teacher, config, inputs).describe(weighting)
 
 
 def _live(config: SFDConfig, teacher: NetworkDenoiser, inputs: Inputs) -> LiveTrajectories:

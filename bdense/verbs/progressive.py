@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,22 +13,17 @@ from bdense.command import Verbs
 from bdense.data.datasets import DATA_SETS, Dataset, load_dataset
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.preconditioning import PREDICTIONS
-from bdense.diffusion.sampling import samplers_from
-from bdense.diffusion.schedules import Levels
+from bdense.diffusion.sampling import Sampler
 from bdense.diffusion.snr_weights import LOSSES
-from bdense.diffusion.solvers import DDIM
 from bdense.errors import InputError
-from bdense.methods.chain import Chain, distill_chain, pd_sampler
-from bdense.methods.progressive import (
-    DataBatches,
-    Optimizer,
-    PDConfig,
-    UpdateReport,
-    WeightsSpace,
-)
+from bdense.knobs import knobs_of
+from bdense.methods.distill import distill
+from bdense.methods.method import Inputs, StagePlan
+from bdense.methods.progressive import PDConfig, Progressive, WeightsSpace
 from bdense.models.cards import inherited
 from bdense.models.sources import load_model
-from bdense.models.store import denoiser_sha256
+from bdense.training.loop import IterationReport
+from bdense.training.optimisation import OPTIMIZERS
 from bdense.verbs.common import (
     Progress,
     add_execution_options,
@@ -38,11 +32,10 @@ from bdense.verbs.common import (
     computing_verb,
 )
 from bdense.verbs.drawing import Judge, add_extractor_options, make_judge
-from bdense.verbs.grid_options import LEVELS, NATIVE, add_level_options, chosen_schedule
-from bdense.weights.spaces import LogLinearWeights, sum_to_one
+from bdense.verbs.grid_options import NATIVE, add_level_options
+from bdense.weights.spaces import LogLinearWeights
+from bdense.weights.weighting import FixedWeights
 
-# Of the reference, each round.
-UPDATES = 50_000
 IMAGES = 50_000
 
 
@@ -146,7 +139,7 @@ def _add_weights_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_round_options(parser: argparse.ArgumentParser) -> None:
-    usual = PDConfig(updates=UPDATES)
+    usual = PDConfig(steps=2, until=1)
     parser.add_argument(
         "--updates", metavar="N", type=int, default=usual.updates, help="updates in each round"
     )
@@ -162,7 +155,7 @@ def _add_round_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--constant-lr", action="store_true", help="keep the step size as it is")
     parser.add_argument(
         "--optimizer",
-        choices=get_args(Optimizer),
+        choices=OPTIMIZERS,
         default=usual.optimizer,
         help="optimiser; adamw has a weight decay, sgd no momentum",
     )
@@ -201,62 +194,58 @@ def _add_round_options(parser: argparse.ArgumentParser) -> None:
 
 def _progressive(options: argparse.Namespace) -> None:
     device, execution = torch.device(options.device), chosen_execution(options)
-    chain = Chain(first=options.steps, last=options.until, substeps=options.substeps)
-    weights = _weights(options)
-    config = _config(options, len(weights))
-    dataset = load_dataset(options.data)
     teacher, known = load_model(options.teacher)
-    schedule = _schedule(options, teacher, known)
-    _require_images(options, dataset, teacher)
+    method = Progressive()
+    config = PDConfig.read(method.usual(known) | _given(options))
+    weights = _weights(options)
+    dataset = load_dataset(options.data)
     teacher.to(device).execute(execution)
-    batches = DataBatches(
-        dataset,
-        config.batch,
-        config.seed,
-        device,
-        flip=config.flip,
-        label_dim=teacher.label_dim,
-    )
-    rounds = distill_chain(
+    rounds = distill(
+        method,
         teacher,
-        batches,
-        schedule,
-        chain,
         config,
-        weights,
-        options.out,
-        prediction_type=vars(options).get("prediction"),
-        clip_samples=options.clip_samples,
-        metadata={
-            "teacher_sha256": denoiser_sha256(teacher),
-            "data": dataset.name,
-            "precision": execution.precision,
-            **inherited(known, Path(options.teacher).name),
-        },
-        on_update=_Rounds(),
+        lambda: FixedWeights(weights),
+        Inputs(dataset=dataset, seed=options.seed, known=known),
+        folder=options.out,
+        metadata={"data": dataset.name, **inherited(known, Path(options.teacher).name)},
+        on_iteration=_Rounds(),
     )
     judge = _judge(options, dataset)
     _require_folder(options.out)
 
-    def tell(name: str, where: object, model: NetworkDenoiser, steps: int) -> None:
-        print(f"{steps} steps: {where}", flush=True)
+    def tell(name: str, where: object, model: NetworkDenoiser, sampler: Sampler) -> None:
+        print(f"{sampler.nfe} steps: {where}", flush=True)
         if judge is not None:
-            sampler = pd_sampler(schedule, steps, clip=options.clip_samples)
             print(json.dumps(judge.fid(name, model, sampler)), flush=True)
 
     if judge is not None:
-        tell("teacher", options.teacher, teacher, chain.first)
+        first = method.teacher_sampler(config, teacher)
+        assert first is not None
+        tell("teacher", options.teacher, teacher, first)
     for done in rounds:
-        tell(done.path.stem, done.path, done.student, done.steps)
+        assert done.path is not None
+        tell(done.path.stem, done.path, done.student, done.sampler)
     print(done.path)
 
 
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """The knobs that the command line gives."""
+    given = {name: value for name, value in vars(options).items() if name in knobs_of(PDConfig)}
+    if options.clip_norm == float("inf"):
+        given["clip_norm"] = None
+    if options.constant_lr:
+        given["lr_schedule"] = "constant"
+    if "prediction" in vars(options):
+        given["prediction_type"] = options.prediction
+    return given
+
+
 def _weights(options: argparse.Namespace) -> Tensor:
-    """[num_branches] for the method, of sum 1."""
+    """[num_branches] for the method."""
     given = {name: value for name, value in vars(options).items() if name in ("a", "b")}
     if options.method == "pd-bdense":
         a, b = given.get("a", 0.0), given.get("b", 0.0)
-        return sum_to_one(LogLinearWeights(a=a, b=b)(options.substeps))
+        return LogLinearWeights(a=a, b=b)(options.substeps)
     if options.weights_space != "clean":
         given["weights-space"] = options.weights_space
     if any(given.values()):
@@ -266,72 +255,6 @@ def _weights(options: argparse.Namespace) -> Tensor:
             "--method pd-bdense"
         )
     return torch.ones(1, dtype=torch.float64)
-
-
-def _config(options: argparse.Namespace, num_branches: int) -> PDConfig:
-    return PDConfig(
-        updates=options.updates,
-        substeps=options.substeps,
-        num_branches=num_branches,
-        batch=options.batch,
-        lr=options.lr,
-        anneal=not options.constant_lr,
-        optimizer=options.optimizer,
-        weight_decay=options.weight_decay,
-        clip_norm=None if options.clip_norm == float("inf") else options.clip_norm,
-        loss=options.loss,
-        clip_targets=options.clip_targets,
-        weights_space=options.weights_space,
-        dropout=options.dropout,
-        flip=options.flip,
-        seed=options.seed,
-    )
-
-
-def _schedule(
-    options: argparse.Namespace, teacher: NetworkDenoiser, known: Mapping[str, Any]
-) -> Levels:
-    """A student's own noise levels, which it alone knows; else those asked for.
-
-    Raises:
-        InputError: A student was not made by progressive distillation, or for other steps.
-    """
-    served = samplers_from(known)
-    if not served:
-        return chosen_schedule(options, teacher.precond, NATIVE)
-    own = served[0]
-    if not isinstance(own.solver, DDIM):
-        raise InputError(
-            f"{options.teacher} is a student of SFD, whose steps are distilled further with "
-            "bdense distill --second-stage; give that, or its teacher here"
-        )
-    if own.num_intervals != options.steps:
-        raise InputError(
-            f"{options.teacher} is a student of {own.num_intervals} steps, which knows their "
-            f"levels alone, and --steps {options.steps} asks for others; give --steps "
-            f"{own.num_intervals}, or its teacher"
-        )
-    asked = any(name in vars(options) for name in LEVELS)
-    if asked and chosen_schedule(options, teacher.precond, NATIVE) != own.schedule:
-        raise InputError(
-            f"{options.teacher} is a student that knows {own.schedule.text()} alone, and "
-            "--schedule asks for others; drop it and what belongs to it"
-        )
-    return own.schedule
-
-
-def _require_images(
-    options: argparse.Namespace, dataset: Dataset, teacher: NetworkDenoiser
-) -> None:
-    """Refuse a data set of other images than the teacher's."""
-    theirs, own = (
-        " x ".join(map(str, shape)) for shape in (dataset.images.shape[1:], teacher.image_shape)
-    )
-    if theirs != own:
-        raise InputError(
-            f"--data {options.data} has images of {theirs}, and {options.teacher} is a network "
-            f"for {own}; give the data set that it was trained on, padded alike"
-        )
 
 
 def _require_folder(path: Path) -> None:
@@ -349,8 +272,9 @@ class _Rounds:
     def __init__(self) -> None:
         self._steps, self._show = 0, Progress()
 
-    def __call__(self, steps: int, done: UpdateReport) -> None:
-        """Say how far the round to that many steps is."""
+    def __call__(self, plan: StagePlan, done: IterationReport) -> None:
+        """Say how far the round is."""
+        steps = plan.nfe
         if steps != self._steps:
             self._steps, self._show = steps, Progress()
         self._show(done.iteration + 1, done.iterations, f"{steps} steps, loss {done.loss:.4g}")

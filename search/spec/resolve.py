@@ -123,8 +123,9 @@ def teacher_config(training: TeacherTraining) -> TeacherConfig:
 
 def _with_teacher(spec: StudySpec) -> StudySpec:
     """The facts with the teacher's network known, which the method may refuse."""
+    made = architecture(spec)
     with torch.device("meta"):
-        teacher = build_denoiser(architecture(spec))
+        teacher = build_denoiser(made)
         teacher.execution = execution(spec)
         method = METHODS[spec.method.name]()
         try:
@@ -229,6 +230,11 @@ def _check_arms(spec: StudySpec, plan: ArmsPlan) -> None:
             space_of(arm).weighting(arm, spec.resolved.num_branches)
         except (InputError, TypeError) as error:
             raise SpecError(f"plan.arms.{index}: {error}") from error
+    for index, changes in enumerate(plan.variants):
+        try:
+            variant(spec, changes)
+        except InputError as error:
+            raise SpecError(f"plan.variants.{index}: {error}") from error
 
 
 def _check_data(spec: StudySpec) -> None:

@@ -52,7 +52,11 @@ def apart(call: Callable[[], T]) -> T:
 def _resolved(path: Path, changes: dict[str, Any]) -> StudySpec:
     from search.spec.resolve import resolve
 
-    tree, told = translated(read_tree(path))
+    tree = read_tree(path)
+    try:
+        tree, told = translated(tree)
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from error
     return resolve(parse(_merged(tree, changes), source=str(path)), source=str(path), told=told)
 
 
@@ -94,7 +98,10 @@ def parse(tree: dict[str, Any], source: str) -> StudySpec:
         raise SpecError(f"{source}: facts is written by bdense itself; leave it out")
     try:
         spec = StudySpec.read(tree)
-        _ = spec.space  # its own mistakes
+        try:
+            _ = spec.space
+        except InputError as error:
+            raise SpecError(SpecError.under("weights", error)) from error
     except InputError as error:
         lines = str(error).splitlines()
         raise SpecError("\n".join(f"{source}: {line}" for line in lines)) from error

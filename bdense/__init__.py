@@ -97,3 +97,7 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401  PEP 562
     if name not in _HOME:
         raise AttributeError(f"module 'bdense' has no attribute {name!r}")
     return getattr(importlib.import_module(f"bdense.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -18,8 +18,11 @@ from bdense.networks import (
 )
 from bdense.networks.layers import Conv2d, FourierEmbedding, PositionalEmbedding, UNetBlock
 from tests.contracts.networks import NetworkContract
+from tests.example_package import PatchNetwork
 from tests.networks import TINY, awake, image, one_hot, tiny_denoiser
-from tests.patch_network import PatchNetwork
+from tests.plugins import example_package
+
+__all__ = ["example_package"]
 
 BOTH = pytest.mark.parametrize("network", ["SongUNet", "DhariwalUNet"])
 CONFIGS = {"SongUNet": SongUNetConfig, "DhariwalUNet": DhariwalUNetConfig}
@@ -254,12 +257,12 @@ class TestDiffusersNetworks(NetworkContract):
             return awake(DiffusersUNet(unet)).eval()
 
 
+@pytest.mark.usefixtures("example_package")
 class TestPatchNetwork(NetworkContract):
     """A head whose rows are (p, p, C) or (C, p, p), in another package's network."""
 
     @pytest.fixture(params=["ppc", "cpp"])
-    def network(self, request, monkeypatch):
-        monkeypatch.setitem(NETWORKS._builtin, "PatchNetwork", "tests.patch_network:PatchNetwork")
+    def network(self, request):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return PatchNetwork(

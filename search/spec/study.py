@@ -55,6 +55,9 @@ class Member:
             raise KnobError(key, f"must be a mapping with a name and its settings, got {given!r}")
         return cls(given["name"], {key: value for key, value in given.items() if key != "name"})
 
+    def __str__(self) -> str:
+        return self.name
+
     def with_options(self, changes: Mapping[str, Any]) -> Self:
         """The same member with some settings replaced."""
         return type(self)(self.name, {**self.options, **changes})

@@ -1,6 +1,6 @@
-"""How a network is computed: number format, compilation, memory layout. Not what it computes.
+"""How a network is computed: number format, compilation, memory layout.
 
-The preconditioning, the solvers, the losses and the optimiser stay in float32 whatever the format.
+Preconditioning, solvers, losses and the optimiser always use float32.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ class Execution:
     Attributes:
         precision: ``float32``; ``tf32``, float32 whose products a GPU rounds to 10 bits; or
             autocast to ``bfloat16`` or ``float16``, parameters and their updates in float32.
-        compile: By torch.compile: worth its minutes for long runs.
+        compile: Use torch.compile; it takes minutes, which long runs win back.
         channels_last: NHWC memory, which tensor cores prefer; slower on CPUs.
     """
 
@@ -42,15 +42,15 @@ class Execution:
             )
 
     def require(self, device: torch.device) -> None:
-        """Refuse what the device does not compute.
+        """Refuse settings that the device does not support.
 
         Raises:
-            InputError: tf32 or float16 away from a GPU, or compilation without a compiler.
+            InputError: tf32 or float16 without a GPU, or compilation without a compiler.
         """
         if self.compile and not any(map(shutil.which, _compilers(device))):
             raise InputError(
-                f"compile needs a compiler, {' or '.join(_compilers(device))}, and this machine "
-                "has none; install it, or leave compile out"
+                f"compile needs the compiler {' or '.join(_compilers(device))}, which is missing "
+                "here; install it, or leave compile out"
             )
         if self.precision in ("tf32", "float16") and device.type != "cuda":
             raise InputError(
@@ -60,11 +60,11 @@ class Execution:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """What autocast computes in; None leaves float32 alone."""
+        """Autocast's type; None without autocast."""
         return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.precision)
 
     def prepare(self, network: nn.Module) -> None:
-        """Lay the network's memory out and compile it, in place; ``set_products`` too."""
+        """Set the network's memory layout and compile it, in place; calls ``set_products``."""
         self.set_products()
         if self.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -72,7 +72,7 @@ class Execution:
             network.compile()
 
     def set_products(self) -> None:
-        """Have a GPU round float32 products to tf32, or not: a setting of the whole process."""
+        """Set whether a GPU rounds float32 products to tf32; holds for the whole process."""
         torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
         torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
 
@@ -83,7 +83,7 @@ class Execution:
 
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
-    """Compute float32 products as such for a while, whatever precision a denoiser has set."""
+    """Compute float32 products exactly inside the context, whatever a denoiser has set."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     Execution().set_products()
     try:
@@ -94,10 +94,10 @@ def exact_products() -> Iterator[None]:
 
 
 def _compilers(device: torch.device) -> list[str]:
-    """Those that torch.compile calls: for C++ on a CPU, for C around Triton's kernels on a GPU."""
+    """Compilers that torch.compile can use: C++ on a CPU, C for Triton's kernels on a GPU."""
     if device.type == "cuda":
         told, usual = os.environ.get("CC"), ["gcc", "clang"]
     else:
         told, usual = os.environ.get("CXX"), ["clang++" if sys.platform == "darwin" else "g++"]
-    # Such as "ccache g++".
+    # The variable may hold a wrapper and options, such as "ccache g++".
     return told.split()[:1] if told else usual

@@ -28,6 +28,7 @@ class Stream(IntEnum):
     LABELS = 7
     EVALUATION_LABELS = 8
     PROGRESSIVE = 9
+    EVALUATION_STEPS = 10
 
 
 def derive_seed(seed: int, stream: Stream, *index: int) -> int:
@@ -45,11 +46,11 @@ def generator(seed: int, stream: Stream, *index: int) -> torch.Generator:
 
 
 def image_noise(
-    seed: int, stream: Stream, first: int, count: int, shape: tuple[int, ...]
+    seed: int, stream: Stream, images: range, shape: tuple[int, ...], *index: int
 ) -> Tensor:
-    """[count, *shape] unit noise; image i depends only on ``first + i``."""
-    images = range(first, first + count)
-    return torch.stack([torch.randn(shape, generator=generator(seed, stream, i)) for i in images])
+    """[B, *shape] unit noise; image i depends only on (seed, stream, i, index)."""
+    draws = [generator(seed, stream, i, *index) for i in images]
+    return torch.stack([torch.randn(shape, generator=draw) for draw in draws])
 
 
 @contextlib.contextmanager

@@ -2,11 +2,12 @@
 
 import statistics
 
-from benchmarks.common import parser, publish
-from benchmarks.students import Arm, add_study_options, conditions, fid_table, fids_of
 from search.spec.study_file import read_spec
 from search.spec.study_spec import StudySpec
 from search.worker.engine import check
+
+from benchmarks.common import parser, publish
+from benchmarks.students import Arm, add_study_options, conditions, fid_table, fids_of
 
 LR_FACTORS = (0.5, 1.0, 2.0)
 CURVE = (-0.5, 0.0, 0.25, 0.5, 1.0, 1.386, 2.0)

@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict, dataclass
 
 import torch
+from search.spec.study_file import read_spec
 
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.methods.trajectories import Walk
@@ -22,7 +23,6 @@ from benchmarks.timing import (
     synchronise,
     untrained_teacher,
 )
-from search.spec.study_file import read_spec
 
 # EDM's CIFAR-10 network with half of its channels and three blocks a level instead of four.
 CIFAR_LIKE = SongUNetConfig(

@@ -12,10 +12,10 @@ from typing import Any
 import sqlalchemy as sa
 from optuna.distributions import distribution_to_json
 from optuna.storages import RDBStorage
+from search.spec.study_spec import StudySpec
 
 from bdense.weights.spaces import normalised_weights
 from search.spec.space import search_space
-from search.spec.study_spec import StudySpec
 from search.study.study import Study
 
 TABLES = ("studies", "trials", "trial_values", "trial_params", "trial_user_attributes")

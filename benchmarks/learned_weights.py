@@ -3,13 +3,14 @@
 import statistics
 from collections.abc import Sequence
 
-from bdense.weights.spaces import RULES
-from benchmarks.common import parser, publish
-from benchmarks.students import Arm, add_study_options, conditions, fid_table, fids_of
 from search.spec.model_spec import FloatRange
 from search.spec.study_file import read_spec
 from search.spec.study_spec import LearnedSpace, NormalisedSpace, StudySpec
 from search.worker.engine import check
+
+from bdense.weights.spaces import RULES
+from benchmarks.common import parser, publish
+from benchmarks.students import Arm, add_study_options, conditions, fid_table, fids_of
 
 SEEDS = (0, 1, 2)
 STRENGTHS = (1.0, -0.5, -1.0)

@@ -22,6 +22,8 @@ from pathlib import Path
 import optuna
 import sqlalchemy as sa
 from optuna.samplers import BaseSampler
+from search.spec.study_file import read_spec
+from search.spec.study_spec import StudySpec
 from sqlalchemy.exc import OperationalError
 
 from benchmarks.common import DIGITS_STUDY, parser, publish, table
@@ -29,8 +31,6 @@ from benchmarks.large_study import fill
 from benchmarks.servers import Server, postgres
 from search.errors import StorageError
 from search.spec.space import make_sampler, search_space
-from search.spec.study_file import read_spec
-from search.spec.study_spec import StudySpec
 from search.storage.engine import open_storage
 from search.storage.ledger import Claim, Ledger
 from search.study.study import Study

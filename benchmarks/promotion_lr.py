@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.common import parser, publish, table
 from search.analysis.promotion import PLAIN_PD
 from search.spec.study_file import read_promotion
-from search.study.arms import UNIFORM, Arm
-from search.worker.assets import use_device
 from search.worker.chain_engine import check_promotion
 from search.worker.chain_trial import ChainAssets, load_chain, prepare_chain, train_and_measure
+
+from benchmarks.common import parser, publish, table
+from search.study.arms import UNIFORM, Arm
+from search.worker.assets import use_device
 
 LR_FACTORS = (0.5, 1.0, 2.0)
 PROMOTION = Path("studies/promote-digits.yaml")

@@ -5,6 +5,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from search.spec.study_file import read_spec
+from search.spec.study_spec import StudySpec
+from search.worker.engine import student_grid, teacher_solver, training_config
+
 from bdense.methods.recordings import TrajectoryStore
 from bdense.methods.trajectories import LiveTrajectories
 from benchmarks.common import DIGITS_STUDY, parser, publish, table
@@ -16,9 +20,6 @@ from benchmarks.timing import (
     seconds_per_iteration,
     untrained_teacher,
 )
-from search.spec.study_file import read_spec
-from search.spec.study_spec import StudySpec
-from search.worker.engine import student_grid, teacher_solver, training_config
 
 
 def main() -> None:

@@ -21,18 +21,18 @@ from typing import Any
 import numpy as np
 import optuna
 from optuna.trial import TrialState
+from search.spec.study_file import read_spec
+from search.spec.study_spec import PruningSpec, SamplerSpec, StudySpec
+from search.worker.engine import check, excess_weight
+from search.worker.trial import bring_to_an_end, train_and_measure
 
 from benchmarks.common import DIGITS_STUDY, parser, publish, table
 from search.spec.space import make_pruner, make_sampler, search_space
-from search.spec.study_file import read_spec
-from search.spec.study_spec import PruningSpec, SamplerSpec, StudySpec
 from search.storage.engine import cache_folder
 from search.storage.ledger import Claim, Holding, Ledger
 from search.study.trial_log import TrialLog
 from search.worker.assets import Assets, load, prepare, use_device
-from search.worker.engine import check, excess_weight
 from search.worker.pruning import is_poor, judge_of
-from search.worker.trial import bring_to_an_end, train_and_measure
 
 AT = (0.25, 0.5)
 WITHIN = 0.02

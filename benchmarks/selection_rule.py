@@ -18,14 +18,14 @@ import numpy as np
 import numpy.typing as npt
 import optuna
 from numpy.polynomial import Polynomial
+from search.spec.study_file import read_spec
+from search.spec.study_spec import StudySpec
+from search.worker.engine import check
 
 from benchmarks.common import parser, publish, table
 from benchmarks.students import Arm, add_study_options, conditions, fid_table, fids_of
 from search.analysis.paired import paired_difference
 from search.analysis.surrogate import Evaluation, candidates, posterior_means
-from search.spec.study_file import read_spec
-from search.spec.study_spec import StudySpec
-from search.worker.engine import check
 
 SLOPES = (-0.8, -0.4, 0.0, 0.25, 0.5, 0.75, 1.0, 1.386, 1.8)
 SEEDS = (0, 1, 2)

@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import DIGITS_STUDY, table
 from search.spec.study_spec import StudySpec, WeightsSpec
+from search.worker.trial import train_and_measure
+
+from benchmarks.common import DIGITS_STUDY, table
 from search.worker.assets import (
     Assets,
     load,
@@ -20,7 +22,6 @@ from search.worker.assets import (
     trajectory_store,
     use_device,
 )
-from search.worker.trial import train_and_measure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

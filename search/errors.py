@@ -1,6 +1,7 @@
 """What the service raises on purpose, as branches of the project's one tree of errors."""
 
 from bdense.errors import BdenseError, InputError
+from bdense.knobs import KnobError
 
 
 class StorageError(InputError):
@@ -19,8 +20,8 @@ class UnknownStudyError(InputError):
     """No study of that name is in the storage."""
 
 
-class NotPlannedError(InputError):
-    """A study of that name is there, and it is a search."""
+class OutdatedStudyError(InputError):
+    """An older version made the study; `storage upgrade` brings it over."""
 
 
 class UnpreparedError(InputError):
@@ -33,6 +34,12 @@ class LeaseLostError(BdenseError):
 
 class SpecError(InputError):
     """A study file is wrong; one line for each mistake, naming the key."""
+
+    @classmethod
+    def under(cls, key: str, error: InputError) -> "SpecError":
+        """An error of a section of that name, unless it names its key itself."""
+        own = isinstance(error, KnobError | SpecError)
+        return cls(str(error) if own else f"{key}: {error}")
 
 
 class SpecChangedError(InputError):

@@ -1,10 +1,10 @@
-"""Students of a study or promotion as folders to hand on: weights, card, pictures, figures."""
+"""Students of a study as folders to hand on: weights, card, pictures, figures."""
 
 import contextlib
 import itertools
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +15,17 @@ from bdense.models.diffusers_export import export_pipeline
 from bdense.models.folders import CONFIG, Picture, export_folder
 from bdense.models.store import load_denoiser
 from bdense.networks.diffusers_unet import DiffusersUNet
-from search.analysis.comparison import compare
+from search.analysis.comparison import comparisons_of, table_rows, teacher_of
 from search.analysis.confirmation import CONFIRM_SUFFIX, verdict
-from search.report.chain_report import card_row, chain_chart, chain_table, fid_table, seeds_text
-from search.report.render import DPI, picture
+from search.report.overview import overview_of
 from search.storage.ledger import Ledger
 from search.storage.rows import StoredTrial
-from search.study.arms import Planned, PlannedRow
-from search.study.folders import named_file
+from search.study.arms import ArmRow
+from search.study.folders import GRID, named_file
+from search.study.results import MeasuredFID, TrialResult
 from search.study.study import FINGERPRINT, Study
+from search.study.summary import baselines_of, headline
+from search.study.wording import align
 
 if TYPE_CHECKING:
     from bdense.diffusion.denoiser import NetworkDenoiser
@@ -33,82 +35,115 @@ _MADE_FROM = "made_from"  # in the metadata of what is handed on
 
 
 def export_trial(
-    record: Study | Planned,
+    study: Study,
     folder: Path,
     *,
     number: int | None = None,
-    steps: int | None = None,
+    nfe: int | None = None,
     baseline: str | None = None,
 ) -> list[Path]:
     """Write a kept student as a model folder.
 
     Args:
-        record: A search, confirmation, transfer or promotion.
+        study: Of any kind.
         folder: Where it will lie; it must not exist.
-        number: Of the trial or row; None is, of a search, the confirmed winner's under the first
-            fresh seed, else the best trial's, and of planned rows the first seed's of the arm that
-            is no baseline.
-        steps: Of a chain's student; None is the last.
-        baseline: Of a search, the method of the baseline that is meant instead.
+        number: Of the row; None is, of a search, the confirmed winner's under the first fresh
+            seed, else the best trial's, and of given arms the first seed's of the one arm that is
+            no baseline.
+        nfe: Of a method of several stages, which student; None is the last.
+        baseline: Of a search, ``plain`` or ``uniform`` instead of a trial.
 
     Returns:
         The folder, and the diffusers pipeline in it where the network is a diffusers one.
 
     Raises:
-        InputError: There is no such trial, it has not ended well, or its student was not kept.
+        InputError: There is no such row, it has not ended well, or its student was not kept.
     """
     if baseline is not None:
-        ledger, number = _baseline(record, baseline)
+        ledger, number = _baseline(study, baseline)
     else:
         if number is None:
-            record, number = (
-                _best_of(record) if isinstance(record, Study) else (record, promoted_row(record))
-            )
-        ledger = record.trials if isinstance(record, Study) else record.ledger
+            study, number = _best_of(study) if study.is_search else (study, arm_row(study))
+        ledger = study.main
     trial = _complete(ledger, number)
-    path = _student(ledger, trial, steps)
+    result = TrialResult.of(trial.value, trial.user_attrs)
+    path = _student(study, ledger, trial, nfe)
     denoiser, metadata = load_denoiser(path)
     metadata.pop("identity", None)
+    fid = result.fids.get(str(nfe)) if nfe is not None else result.fid
+    if fid is not None:
+        metadata["fid"] = fid.as_dict()
     pictures: dict[str, Picture] = {}
     extra = ""
-    if isinstance(record, Planned) and record.kind == "progressive":
-        metadata["fid"] = trial.user_attrs["fids"][str(_steps(trial, steps))]
-        metadata["fid_table"] = fid_table(record)
-        pictures |= _chain_pictures(record, trial, _steps(trial, steps))
-        extra = f"All rounds of the promotion:\n\n```\n{chain_table(record)}\n```"
-    elif isinstance(record, Planned):
-        metadata["fid"] = trial.user_attrs["fid"]
-        metadata["fid_table"] = _student_table(record, trial)
-    if isinstance(record, Planned):
-        metadata[_MADE_FROM] = made_from(record)
+    if not study.is_search:
+        metadata["fid_table"] = fid_table(study)
+        metadata[_MADE_FROM] = made_from(study)
+        pictures |= _pictures(study, trial, path)
+        rows = align(table_rows(comparisons_of(study), teacher_of(study)))
+        extra = "All arms of the study:\n\n```\n" + "\n".join(rows) + "\n```"
     pipeline = _pipeline_of(denoiser, metadata)
     export_folder(folder, denoiser, metadata, pictures=pictures, extra_card=extra, finish=pipeline)
     return [path for path in (folder, folder / PIPELINE) if path.is_dir()]
 
 
-def made_from(planned: Planned) -> dict[str, Any]:
+def fid_table(study: Study) -> list[dict[str, Any]]:
+    """The FIDs of given arms as rows for a model card."""
+    table = []
+    if (teacher := teacher_of(study)) is not None:
+        latents = {"evaluation_seed": teacher.seeds["evaluation"]}
+        told = {"nfe": teacher.nfe, "arm": "teacher", "fid": teacher.value}
+        table.append({**told, **_alike(teacher), **latents})
+    for comparison in comparisons_of(study):
+        for each in comparison.results:
+            found = each.summary()
+            table.append(
+                {
+                    "nfe": each.conditions.nfe,
+                    **comparison.variant,
+                    "arm": each.arm.name,
+                    "fid": found.mean,
+                    "std_err": found.standard_error,
+                    "n": found.n,
+                    **_alike(each.conditions),
+                    "training_seeds": " ".join(map(str, sorted(each.fids))),
+                }
+            )
+    return table
+
+
+def _alike(fid: MeasuredFID) -> dict[str, Any]:
+    """What a FID in a model card is told with."""
+    return {
+        "images": fid.images,
+        "extractor": fid.extractor,
+        "extractor_sha256": fid.extractor_sha256,
+        "reference": fid.reference,
+        "reference_images": fid.reference_images,
+    }
+
+
+def made_from(study: Study) -> dict[str, Any]:
     """What a model folder's figures rest on: it is out of date once this has changed."""
-    numbers = [trial.number for trial in _complete_trials(planned.ledger)]
-    fingerprint = planned.ledger.attribute(FINGERPRINT)
-    return {"study": planned.name, "fingerprint": fingerprint, "rows": numbers, **planned.facts}
+    numbers = [trial.number for trial in _complete_rows(study.main)]
+    fingerprint = study.main.attribute(FINGERPRINT)
+    return {"study": study.name, "fingerprint": fingerprint, "rows": numbers, **study.facts}
 
 
-def is_current(folder: Path, planned: Planned) -> bool:
-    """Whether a model folder was made of all that the promotion has measured."""
-    config = folder / CONFIG
-    if not config.is_file():
-        return False
-    with contextlib.suppress(ValueError):
-        return bool(json.loads(config.read_text()).get(_MADE_FROM) == made_from(planned))
-    return False
+def is_current(folder: Path, study: Study) -> bool:
+    """Whether a model folder was made of all that the study has measured."""
+    return _stored_origin(folder) == made_from(study)
 
 
 def is_of(folder: Path, name: str) -> bool:
-    """Whether a folder is a model of the promotion of that name, of whatever age."""
-    config = folder / CONFIG
+    """Whether a folder is a model of the study of that name, of whatever age."""
+    return _stored_origin(folder).get("study") == name
+
+
+def _stored_origin(folder: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
-        return bool(json.loads(config.read_text()).get(_MADE_FROM, {}).get("study") == name)
-    return False
+        found: dict[str, Any] = json.loads((folder / CONFIG).read_text()).get(_MADE_FROM, {})
+        return found
+    return {}
 
 
 def put_aside(folder: Path) -> None:
@@ -121,79 +156,69 @@ def put_aside(folder: Path) -> None:
     sys.stderr.write(f"the model of fewer rows is now {aside}\n")
 
 
-def _baseline(record: Study | Planned, method: str) -> tuple[Ledger, int]:
-    """Where a search's baseline is."""
-    if not isinstance(record, Study) or record.baselines is None:
-        raise InputError(f"--baseline {method} is of a search; name a row by --trial instead")
-    for trial in _complete_trials(record.baselines):
-        if trial.params["method"] == method:
-            return record.baselines, trial.number
-    raise InputError(f"study {record.name} has no complete baseline {method}; launch it first")
-
-
-def promoted_row(
-    planned: Planned,
-    *,
-    arm: str | None = None,
-    nfe: int | None = None,
-    kimg: float | None = None,
-) -> int:
+def arm_row(study: Study, *, arm: str | None = None, variant: int | None = None) -> int:
     """The row of the first seed whose arm is no baseline.
 
     Args:
-        planned: The study.
+        study: Of given arms.
         arm: Name of the arm; needed where there are several but for a confirmation, whose winner
             is meant.
-        nfe, kimg: Of a student of SFD.
+        variant: Index of the method's settings.
 
     Raises:
         InputError: None of them is complete, or it is not clear which arm is meant.
     """
-    arms = planned.arms
-    searched = [each.name for each in arms if not each.is_baseline]
+    arms = study.arms
+    searched = [each.name for each in arms if each.baseline is None]
     if arm is None and len(searched) > 1:
-        arm = _winner_of(planned, searched)
-    rows = [(t.number, PlannedRow.of(t.params)) for t in _complete_trials(planned.ledger)]
+        arm = _winner_of(study, searched)
+    rows = [(t.number, ArmRow.of(t.params)) for t in _complete_rows(study.main)]
     found = [
         (row.seed, number)
         for number, row in rows
-        if arms[row.arm].name in ([arm] if arm else searched)
-        and nfe in (None, row.nfe)
-        and kimg in (None, row.kimg)
+        if arms[row.arm].name in ([arm] if arm else searched) and variant in (None, row.variant)
     ]
     if not found:
-        at = "" if nfe is None or kimg is None else f" at NFE {nfe} and {kimg:g} kimg"
         raise InputError(
-            f"{planned.headline()}: none of the promoted weights' rows{at} is complete; run the "
-            "same command again, or name a row by --trial"
+            f"{headline(study)}: no row of the promoted weights is complete; run the same command "
+            "again, or name a row by --trial"
         )
     return min(found)[1]
 
 
-def _winner_of(planned: Planned, names: Sequence[str]) -> str:
+def _winner_of(study: Study, names: list[str]) -> str:
     """Name of a confirmation's winner."""
-    of = planned.facts.get("of")
-    if of is not None and planned.name == of + CONFIRM_SUFFIX:
-        found = verdict(Study.open(planned.url, of))
+    of = study.facts.get("of")
+    if of is not None and study.name == of + CONFIRM_SUFFIX:
+        found = verdict(Study.open(study.url, of))
         if found is not None:
             return found.winner.arm.name
     raise InputError(
-        f"{planned.name} has {len(names)} arms beside its baselines ({', '.join(names)}); name a "
+        f"{study.name} has {len(names)} arms beside its baselines ({', '.join(names)}); name a "
         "row by --trial"
     )
 
 
-def _best_of(study: Study) -> tuple[Study | Planned, int]:
+def _baseline(study: Study, name: str) -> tuple[Ledger, int]:
+    """Where a search's baseline is."""
+    if not study.is_search or study.given is None:
+        raise InputError(f"--baseline {name} is for a search; name a row by --trial instead")
+    if (found := baselines_of(study).get(name)) is None:
+        raise InputError(f"study {study.name} has no complete baseline {name}; launch it first")
+    return study.given, found.number
+
+
+def _best_of(study: Study) -> tuple[Study, int]:
     """Whose student a search hands on, and where it is."""
-    found = verdict(study)
-    if found is not None and found.ended:
+    found, confirmation = verdict(study), study.beside(study.name + CONFIRM_SUFFIX)
+    if found is not None and found.ended and confirmation is not None:
         rows = found.winner.rows
-        return Planned.open(study.url, study.name + CONFIRM_SUFFIX), rows[min(rows)]
-    best = study.trials.best()
-    return study, _complete_trials(study.trials)[0].number if best is None else best.number
+        return confirmation, rows[min(rows)]
+    best = study.search.best()
+    return study, _complete_rows(study.search)[0].number if best is None else best.number
 
 
-def _complete_trials(ledger: Ledger) -> list[StoredTrial]:
+def _complete_rows(ledger: Ledger) -> list[StoredTrial]:
     trials = ledger.rows(TrialState.COMPLETE)
     if not trials:
         raise InputError(
@@ -203,7 +228,7 @@ def _complete_trials(ledger: Ledger) -> list[StoredTrial]:
 
 
 def _complete(ledger: Ledger, number: int) -> StoredTrial:
-    trials = {trial.number: trial for trial in _complete_trials(ledger)}
+    trials = {trial.number: trial for trial in _complete_rows(ledger)}
     if number not in trials:
         raise InputError(
             f"trial {number} of {ledger.study.study_name} is not complete, or there is none; "
@@ -212,29 +237,26 @@ def _complete(ledger: Ledger, number: int) -> StoredTrial:
     return trials[number]
 
 
-def _student(ledger: Ledger, trial: StoredTrial, steps: int | None) -> Path:
-    """The file of a trial's student.
+def _student(study: Study, ledger: Ledger, trial: StoredTrial, nfe: int | None) -> Path:
+    """The file of a row's student.
 
     Raises:
-        InputError: It was not kept, or the row has no such round.
+        InputError: It was not kept, or the row has no such stage.
     """
-    last = named_file(trial.user_attrs["student"])
-    if steps is not None and "fids" not in trial.user_attrs:
-        raise InputError(
-            f"--steps {steps} is of a promotion's chain, and this student is of SFD; leave it out"
-        )
-    path: Path = last if steps is None else last.with_name(f"{steps:05d}.safetensors")
+    path = named_file(trial.user_attrs["student"])
+    if nfe is not None:
+        names = {stage.nfe: stage.name for stage in study.spec.resolved.stages}
+        if not names.get(nfe):
+            raise InputError(
+                f"--nfe {nfe}: the students of {study.name} take "
+                f"{', '.join(map(str, names))} evaluations; choose one, or leave it out"
+            )
+        path = path.with_name(f"{names[nfe]}.safetensors")
     if path.is_file():
         return path
-    if steps is not None:
-        students = last.parent.glob("[0-9]*.safetensors")
-        rounds = sorted((str(int(file.stem)) for file in students), key=int)
-        raise InputError(
-            f"row {trial.number} has no student of {steps} steps; choose from {', '.join(rounds)}"
-        )
     kept = [
         str(other.number)
-        for other in _complete_trials(ledger)
+        for other in _complete_rows(ledger)
         if named_file(other.user_attrs["student"]).is_file()
     ]
     raise InputError(
@@ -245,34 +267,19 @@ def _student(ledger: Ledger, trial: StoredTrial, steps: int | None) -> Path:
     )
 
 
-def _steps(trial: StoredTrial, steps: int | None) -> int:
-    return min(int(name) for name in trial.user_attrs["fids"]) if steps is None else steps
-
-
-def _chain_pictures(planned: Planned, trial: StoredTrial, steps: int) -> dict[str, Picture]:
-    """The figure, and each arm's first images at that number of steps, from the same latents."""
-    figure = picture(chain_chart(planned))
-    pictures: dict[str, Picture] = {
-        FIGURE: lambda path: figure.savefig(path, format="png", dpi=DPI)
-    }
-    seed, arms = PlannedRow.of(trial.params).seed, planned.arms
-    for other in _complete_trials(planned.ledger):
-        row = PlannedRow.of(other.params)
-        student = named_file(other.user_attrs["student"])
-        grid = student.with_name(f"{steps:05d}-samples.png")
-        if row.seed == seed and grid.is_file():
-            name = arms[row.arm].name.split()[0] if arms[row.arm].is_baseline else "promoted"
+def _pictures(study: Study, trial: StoredTrial, path: Path) -> dict[str, Picture]:
+    """The figure, and each arm's first images at that stage, from the same latents."""
+    plots = overview_of(study).plots()
+    pictures: dict[str, Picture] = {FIGURE: plots[0].save} if plots else {}
+    own, arms = ArmRow.of(trial.params), study.arms
+    grid_name = GRID if path.stem == "student" else f"{path.stem}-{GRID}"
+    for other in _complete_rows(study.main):
+        row = ArmRow.of(other.params)
+        grid = named_file(other.user_attrs["student"]).with_name(grid_name)
+        if (row.seed, row.variant) == (own.seed, own.variant) and grid.is_file():
+            name = arms[row.arm].baseline or "promoted"
             pictures[f"samples-{name}.png"] = grid
     return pictures
-
-
-def _student_table(planned: Planned, trial: StoredTrial) -> list[dict[str, Any]]:
-    """The card's FIDs of students of SFD: every arm at this row's budget and NFE."""
-    row = PlannedRow.of(trial.params)
-    return [
-        {"nfe": row.nfe, "kimg": row.kimg, **card_row(result), "seeds": seeds_text(result)}
-        for result in compare(planned, kimg=row.kimg, nfe=row.nfe).results
-    ]
 
 
 def _pipeline_of(

@@ -1,4 +1,4 @@
-"""Searches and planned rows with FIDs that are chosen, not measured: no training, no Ray."""
+"""Studies with FIDs that are chosen, not measured: no training, no Ray."""
 
 import contextlib
 import functools
@@ -7,6 +7,7 @@ import shutil
 import signal
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,23 @@ from optuna.samplers import RandomSampler
 from optuna.storages import RDBStorage
 
 from bdense.metrics.metrics import FID
-from search.analysis.confirmation import plan_confirmation
+from bdense.weights import space_of
+from search.analysis.plans import plan_confirmation, plan_given
 from search.cli import main
-from search.spec.promotion_spec import PromotionSpec
-from search.spec.space import baseline_space, search_space
-from search.spec.study_spec import LearnedSpace, StudySpec
+from search.spec.resolve import variant
+from search.spec.space import search_space
+from search.spec.study import StudySpec
 from search.storage.ledger import Claim, Ledger
 from search.storage.schema import open_tables
-from search.study.arms import SPACES, Arm, Planned, PlannedRow
-from search.study.study import SPEC, Study
-from search.worker.engine import given_weights
+from search.study.arms import ROW_SPACE, Arm, ArmRow
+from search.study.results import MeasuredFID, TrialResult
+from search.study.study import Study
 from tests.commands import Answer
 from tests.studies import NORMALISED, spec
 
 TEACHER_FID = 3.0
 STUDENT = "student.safetensors"
+PLAIN_FID, UNIFORM_FID = 12.0, 11.0
 
 
 def normalised(**keys: Any) -> StudySpec:
@@ -52,37 +55,94 @@ def fid(value: float, *, nfe: int = 2, **seeds: int) -> dict[str, Any]:
     ).as_dict()
 
 
+def result(study: Study, ledger: Ledger, claim: Claim, value: float) -> TrialResult:
+    """What a claimed row came to, if its FID is ``value``.
+
+    Of a method of several stages ``value`` is the last one's, and each one before has 1 less.
+    """
+    task = study.task(ledger, claim.params)
+    own = study.spec
+    changed = variant(own, dict(task.variant))
+    stages, branches = changed.resolved.stages, changed.resolved.num_branches
+    space = space_of(task.params, own.space if own.is_search else None)
+    seeds = {"training": task.seed, "evaluation": task.latents}
+    fids = {
+        str(stage.nfe): MeasuredFID.of(fid(value - after, nfe=stage.nfe, **seeds))
+        for stage, after in zip(stages, reversed(range(len(stages))), strict=True)
+    }
+    several = len(stages) > 1
+    file = f"{stages[-1].name}.safetensors" if several else STUDENT
+    first = changed.method.options.get("steps")
+    return TrialResult(
+        value=value,
+        fingerprint=own.fingerprint(),
+        seeds=seeds,
+        versions={},
+        device="a CPU",
+        worker="host:1",
+        timings={},
+        weights=space.weighting(task.params, branches).weights().tolist(),
+        parameters={} if "baseline" in task.params else space.stored(task.params, branches),
+        fid=fids[str(stages[-1].nfe)],
+        fids=fids if several else {},
+        teacher_fid=MeasuredFID.of(fid(TEACHER_FID, nfe=first, evaluation=task.latents))
+        if first
+        else None,
+        student=f"{ledger.study.study_name}/{claim.number:05d}/{file}",
+        arm=task.arm,
+        variant=dict(task.variant),
+    )
+
+
+def complete(study: Study, ledger: Ledger, claim: Claim, value: float) -> None:
+    """Finish a claimed row with a chosen FID."""
+    ledger.complete(claim, value, result(study, ledger, claim, value).attrs())
+
+
+def created(url: str, study: StudySpec) -> Study:
+    """The study as a launch makes it, its given arms planned."""
+    return Study.create(url, study) if study.is_search else plan_given(url, study)
+
+
+def finish(
+    study: Study, value: Callable[[Arm, ArmRow], float], *, most: int = 1000
+) -> list[ArmRow]:
+    """Complete the rows of given arms that are left, or so many of them; says which."""
+    assert study.given is not None
+    done: list[ArmRow] = []
+    while len(done) < most:
+        claim = study.given.claim(ROW_SPACE, None)
+        if not isinstance(claim, Claim):
+            break
+        row = ArmRow.of(claim.params)
+        complete(study, study.given, claim, value(study.arms[row.arm], row))
+        done.append(row)
+    return done
+
+
 def search(
     url: str,
     trials: Sequence[tuple[Mapping[str, Any], float]],
     *,
     study: StudySpec | None = None,
-    plain: float = 12.0,
-    uniform: float = 11.0,
+    plain: float = PLAIN_FID,
+    uniform: float = UNIFORM_FID,
 ) -> Study:
     """A search whose trials, parameters and FID, are complete, as are its baselines.
 
     One that exists is extended by those that it lacks.
     """
     study = study or normalised()
-    budget = study.budget.model_copy(update={"trials": max(1, len(trials))})
-    study = study.model_copy(update={"budget": budget})
+    plan = replace(study.search, trials=max(1, len(trials)))
+    study = replace(study, plan=plan)
     record = Study.create(url, study)
-    assert record.baselines is not None
-    while isinstance(claim := record.baselines.claim(baseline_space(), None), Claim):
-        value = plain if claim.params["method"] == "sfd" else uniform
-        _complete(record.baselines, claim, value, study, [1.0] * 4)
-    for params, value in trials[record.trials.counts().complete :]:
-        record.trials.enqueue(params)
-        claim = record.trials.claim(search_space(study), RandomSampler)
+    finish(record, lambda arm, _: plain if arm.baseline == "plain" else uniform)
+    for params, value in trials[record.search.counts().complete :]:
+        record.search.enqueue(params)
+        claim = record.search.claim(search_space(study), RandomSampler)
         assert isinstance(claim, Claim)
-        assert dict(claim.params) == params
-        if isinstance(study.weights, LearnedSpace):
-            _complete(record.trials, claim, value, study, [1.0] * 4, **params)
-        else:
-            weights = given_weights(params, study.student.substeps)
-            values = weights(study.student.substeps).tolist()
-            _complete(record.trials, claim, value, study, values, a=weights.a, b=weights.b)
+        assert dict(claim.params) == dict(params)
+        complete(record, record.search, claim, value)
     return record
 
 
@@ -111,7 +171,7 @@ def confirmed_valley(folder: Path) -> Path:
     def make(url: str) -> None:
         copy_storage(searched_valley(folder), folder / "confirmed.db")
         study = Study.open(url, "digits")
-        planned = plan_confirmation(study, normalised(), kimg=2.56, seeds=3, count=2)
+        planned = plan_confirmation(study, method={}, seeds=3, count=2)
         finish(planned, lambda arm, row: 12.0 - row.arm + row.seed / 8)
 
     return made_once(folder, "confirmed", make)
@@ -146,60 +206,6 @@ def copy_storage(source: Path, target: Path) -> str:
         if Path(f"{source}{end}").exists():
             shutil.copyfile(f"{source}{end}", f"{target}{end}")
     return f"sqlite:///{target}"
-
-
-def _complete(
-    ledger: Ledger,
-    claim: Claim,
-    value: float,
-    study: StudySpec,
-    weights: list[float],
-    **attrs: Any,
-) -> None:
-    seeds = study.seeds
-    measured = fid(
-        value, nfe=study.student.nfe, training=seeds.training, evaluation=seeds.evaluation
-    )
-    file = f"{ledger.study.study_name}/{claim.number:05d}/{STUDENT}"
-    ledger.complete(claim, value, {"fid": measured, "weights": weights, "student": file, **attrs})
-
-
-def finish(
-    planned: Planned, value: Callable[[Arm, PlannedRow], float], *, most: int = 1000
-) -> list[PlannedRow]:
-    """Complete the rows that are left, or so many of them, with chosen FIDs; says which.
-
-    A chain's FID is ``value`` at its last number of steps and 1 less at each one before.
-    """
-    attributes = planned.ledger.study.user_attrs
-    done: list[PlannedRow] = []
-    while len(done) < most:
-        claim = planned.ledger.claim(SPACES[planned.kind], None)
-        if not isinstance(claim, Claim):
-            break
-        row = PlannedRow.of(claim.params)
-        arm, folder = planned.arms[row.arm], f"{planned.name}/{claim.number:05d}"
-        last = value(arm, row)
-        attrs: dict[str, Any] = {"arm": arm.name}
-        if planned.kind == "retrain":
-            assert row.nfe is not None
-            measured = fid(last, nfe=row.nfe, training=row.seed, evaluation=row.seed)
-            attrs |= {"fid": measured, "kimg": row.kimg, "student": f"{folder}/{STUDENT}"}
-        else:
-            chain = PromotionSpec.model_validate_json(attributes[SPEC]).chain
-            fids = {}
-            for steps in reversed(chain.steps[1:]):
-                fids[steps] = fid(last, nfe=steps, training=row.seed, evaluation=0)
-                last -= 1
-            attrs |= {
-                "fid": fids[chain.last],
-                "fids": {str(n): fids[n] for n in sorted(fids, reverse=True)},
-                "teacher_fid": fid(TEACHER_FID, nfe=chain.first, evaluation=0),
-                "student": f"{folder}/{chain.last:05d}.safetensors",
-            }
-        planned.ledger.complete(claim, attrs["fid"]["value"], attrs)
-        done.append(row)
-    return done
 
 
 def command(*arguments: object) -> Answer:

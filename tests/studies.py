@@ -1,37 +1,46 @@
-"""A study and a promotion as mappings, to be changed key by key."""
+"""Study files as mappings, to be changed key by key, and the resolved specs that they make."""
 
 import copy
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
-from search.spec.promotion_spec import PromotionSpec
-from search.spec.study_file import parse_promotion, parse_spec
-from search.spec.study_spec import StudySpec
+from search.spec.file import parse
+from search.spec.resolve import resolve
+from search.spec.study import StudySpec
 from tests.goldens import ROOT
 
 # Those that come along.
-PROMOTIONS = sorted((ROOT / "studies").glob("promote-*.yaml"))
-STUDIES = sorted(set((ROOT / "studies").glob("*.yaml")) - set(PROMOTIONS))
+STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
 
+# A search of SFD's weights.
 STUDY: dict[str, Any] = {
     "name": "digits",
     "data": "digits",
     "teacher": {"train": {"network": {"model_channels": 8, "channel_mult": [1, 2]}, "kimg": 10}},
-    "student": {"nfe": 2, "substeps": 4, "afs": True},
+    "method": {
+        "name": "sfd",
+        "nfe": 2,
+        "substeps": 4,
+        "afs": True,
+        "kimg": 2.56,
+        "batch": 64,
+        "lr": 5e-4,
+    },
     "weights": {
-        "parameterisation": "log-linear",
+        "name": "log-linear",
         "a": {"low": -0.5, "high": 3.0},
         "b": {"low": -6.0, "high": 0.0},
     },
-    "budget": {"trials": 4, "kimg": 2.56, "batch": 64, "lr": 5e-4},
+    "plan": {"trials": 4},
     "evaluation": {"images": 256, "extractor": "digits-classifier"},
 }
-NORMALISED = {"parameterisation": "normalised", "a": {"low": -0.5, "high": 3.0}}
-LEARNED = {"parameterisation": "learned"}
-# A chain of two rounds, 8 -> 4 -> 2.
-CHAIN: dict[str, Any] = {
+NORMALISED = {"name": "normalised", "a": {"low": -0.5, "high": 3.0}}
+LEARNED = {"name": "learned"}
+# Progressive distillation in two rounds, 8 -> 4 -> 2, under given arms.
+PROMOTION: dict[str, Any] = {
     "name": "promote-digits",
     "data": "digits",
     "teacher": {
@@ -41,10 +50,21 @@ CHAIN: dict[str, Any] = {
             "precond": {"name": "cosine", "prediction_type": "v_prediction"},
         }
     },
-    "chain": {"first": 8, "last": 2},
-    "round": {"updates": 10, "batch": 64, "lr": 3e-4},
+    "method": {
+        "name": "progressive",
+        "steps": 8,
+        "until": 2,
+        "updates": 10,
+        "batch": 64,
+        "lr": 3e-4,
+    },
+    "plan": {"arms": ["plain", "uniform"], "seeds": [0, 1]},
     "evaluation": {"images": 256, "extractor": "digits-classifier"},
 }
+CONSISTENCY = {"name": "consistency", "steps": 4, "substeps": 2, "kimg": 2.56, "batch": 64}
+# Method and plan of a study: each method, searched and with given arms.
+METHODS, PLANS = ("sfd", "progressive", "consistency"), ("search", "arms")
+KINDS = tuple((method, plan) for method in METHODS for plan in PLANS)
 REMOVED = object()
 
 
@@ -63,15 +83,32 @@ def changed(tree: dict[str, Any] = STUDY, /, **keys: Any) -> dict[str, Any]:
     return tree
 
 
-def spec(**keys: Any) -> StudySpec:
-    return parse_spec(changed(**keys), source="study.yaml")
+def of_kind(method: str, plan: str) -> dict[str, Any]:
+    """A study of that method and plan; searches are over a alone."""
+    tree = changed(PROMOTION if method == "progressive" else STUDY, name=f"{method}-{plan}")
+    tree["weights"] = NORMALISED
+    if method == "consistency":
+        tree["method"] = CONSISTENCY
+    return changed(tree, plan=(STUDY if plan == "search" else PROMOTION)["plan"])
 
 
-def promotion(**keys: Any) -> PromotionSpec:
-    return parse_promotion(changed(CHAIN, **keys), source="promotion.yaml")
+def spec(tree: dict[str, Any] = STUDY, /, **keys: Any) -> StudySpec:
+    """The study of that mapping, resolved, as a launch has it."""
+    return resolve(parse(changed(tree, **keys), source="study.yaml"), source="study.yaml")
+
+
+def promotion(**keys: Any) -> StudySpec:
+    """``PROMOTION``, changed and resolved."""
+    return spec(PROMOTION, **keys)
+
+
+def resolve_here(patch: pytest.MonkeyPatch) -> None:
+    """Let ``read_spec`` work in this process, which has loaded torch anyway."""
+    patch.setattr("search.spec.file.apart", lambda call: call())
 
 
 def write(folder: Path, tree: dict[str, Any] = STUDY, /, **keys: Any) -> Path:
+    """A study's file."""
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(changed(tree, **keys)))
     return path

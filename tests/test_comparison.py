@@ -3,9 +3,9 @@
 import math
 
 import pytest
+from search.analysis.promotion import PLAIN_PD
 
 from search.analysis.comparison import compare, difference_text
-from search.analysis.promotion import PLAIN_PD
 from search.study.arms import PLAIN, SPACES, UNIFORM, Arm, Planned, PlannedRow
 from search.study.wording import align
 from tests.measured import copy_storage, empty_storage, fid, finish, normalised, open_once

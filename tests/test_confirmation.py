@@ -5,6 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+from search.analysis.promotion import confirmed_arm
+from search.analysis.retraining import fresh_seeds, variant, variants
+from search.spec.study_spec import StudySpec
 
 from bdense.errors import InputError
 from search.analysis.confirmation import (
@@ -14,10 +17,7 @@ from search.analysis.confirmation import (
     point_of,
     verdict,
 )
-from search.analysis.promotion import confirmed_arm
-from search.analysis.retraining import fresh_seeds, variant, variants
 from search.report.report_files import write_planned_report
-from search.spec.study_spec import StudySpec
 from search.study.arms import PLAIN, SPACES, UNIFORM, Arm, Planned, PlannedRow
 from search.study.study import Study
 from tests.measured import (

@@ -6,21 +6,21 @@ from pathlib import Path
 import fsspec
 import pytest
 from PIL import Image
+from search.analysis.promotion import confirmed_arm, given_arm, plan_progressive, plan_retraining
+from search.analysis.transfer import plan_transfer
+from search.worker.engine import student_sampler
 
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import Sampler
 from bdense.errors import InputError
 from bdense.models.sources import load_model
 from bdense.models.store import denoiser_sha256, load_denoiser, save_denoiser
-from search.analysis.promotion import confirmed_arm, given_arm, plan_progressive, plan_retraining
-from search.analysis.transfer import plan_transfer
 from search.export import export_trial, promoted_row
 from search.run import launch
 from search.storage.engine import runs_folder
 from search.storage.ledger import Ledger
 from search.study.arms import Planned
 from search.study.study import Study
-from search.worker.engine import student_sampler
 from tests.measured import (
     command,
     confirmed_valley,

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from bdense.methods.sharing import distill_on
+from search.worker.engine import branches_and_weights, training_config
+from search.worker.trial import CHECKPOINT, bring_to_an_end, train_and_measure
 
 from bdense.errors import StoppedError
-from bdense.methods.sharing import distill_on
 from search import cli
 from search.log import about, say, speaking_of, start_logging
 from search.report.log_lines import log_line
@@ -20,9 +22,7 @@ from search.storage.ledger import Claim, Ledger
 from search.study.folders import row_folder
 from search.study.study import Study
 from search.study.trial_log import LOG_FILE, TrialLog, is_noted, read_log, shortened
-from search.worker.engine import branches_and_weights, training_config
 from search.worker.result import read_result, take_folder
-from search.worker.trial import CHECKPOINT, bring_to_an_end, train_and_measure
 from tests.contracts.scene import wait_until
 from tests.studies import spec
 from tests.test_trial import CPU, TINY, prepared

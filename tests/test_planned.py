@@ -5,12 +5,12 @@ import math
 
 import optuna
 import pytest
+from search.spec.study_spec import StudySpec
+from search.study.opening import open_record, open_search_named
 
 from search.errors import NotPlannedError, SpecChangedError, UnknownStudyError
-from search.spec.study_spec import StudySpec
 from search.storage.ledger import Claim, Ledger
 from search.study.arms import PLAIN, SPACES, UNIFORM, Arm, Planned, PlannedRow
-from search.study.opening import open_record, open_search_named
 from search.study.study import Study
 from tests.measured import copy_storage, empty_storage, finish, normalised, open_once, search
 from tests.studies import promotion

@@ -2,17 +2,10 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-
-from bdense.diffusion.sampling import Sampler
-from bdense.diffusion.solvers import DDIM
-from bdense.diffusion.vp import CosineSchedule
-from bdense.errors import InputError
-from bdense.models.store import load_denoiser, save_denoiser
 from search.analysis.promotion import (
     PLAIN_PD,
     confirmed_arm,
@@ -23,15 +16,21 @@ from search.analysis.promotion import (
     said_of_weights,
 )
 from search.analysis.retraining import variants
-from search.errors import SpecChangedError
 from search.report.chain_report import by_steps, chain_chart, chain_table, fid_table
+from search.worker.chain_engine import chain_weights
+
+from bdense.diffusion.sampling import Sampler
+from bdense.diffusion.solvers import DDIM
+from bdense.diffusion.vp import CosineSchedule
+from bdense.errors import InputError
+from bdense.models.store import load_denoiser, save_denoiser
+from search.errors import SpecChangedError
 from search.report.render import picture
 from search.report.report_files import write_planned_report
 from search.run import launch
 from search.storage.engine import runs_folder
 from search.study.arms import PLAIN, UNIFORM, Arm, Planned, PlannedRow
 from search.study.study import Study
-from search.worker.chain_engine import chain_weights
 from tests.measured import (
     command,
     confirmed_valley,
@@ -413,8 +412,7 @@ def test_a_promotion_s_file_names_its_study(asked):
 
 def test_a_dry_run_plans_nothing(asked, made, monkeypatch):
     """What it costs is measured elsewhere."""
-    cost = SimpleNamespace(lines=lambda: ["what it costs"])
-    monkeypatch.setattr("search.worker.chain_estimate.estimate_promotion", lambda *_, **__: cost)
+    monkeypatch.setattr("search.worker.cost.cost_lines", lambda *_, **__: ["what it costs"])
     answer = promote(asked, "--dry-run", "--seeds", "4,5", "--weights-space", "state")
     assert answer.status == 0, answer.err
     told = yaml.safe_load(answer.out)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
+from search.study.opening import stored_spec
+from search.worker.engine import excess_weight
 
 from bdense.errors import InputError
 from search import cli
@@ -25,12 +27,10 @@ from search.storage.stop_flags import HALT, Launch, Stops, ask_all
 from search.study import retention
 from search.study.arms import PLAIN, SPACES, Planned, PlannedRow
 from search.study.folders import row_folder
-from search.study.opening import stored_spec
 from search.study.points import Point, checked, largest_weight
 from search.study.retention import CHECKPOINT, STUDENT
 from search.study.study import Study
 from search.study.summary import failures
-from search.worker.engine import excess_weight
 from tests.contracts.scene import wait_until
 from tests.studies import LEARNED, NORMALISED, spec, write
 

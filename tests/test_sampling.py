@@ -16,7 +16,7 @@ from bdense.diffusion.sampling import (
     to_uint8,
 )
 from bdense.diffusion.schedules import Schedule
-from bdense.diffusion.solvers import DPMSolverPP, Euler
+from bdense.diffusion.solvers import DDIM, DPMSolverPP, Euler
 from bdense.errors import InputError, NonFiniteError
 from bdense.randomness import Stream, derive_seed, generator, image_noise, seeded
 from tests.small import GaussianDenoiser, small_teacher
@@ -94,9 +94,16 @@ def test_a_sampler_comes_back_from_its_description():
     assert sampler_from(description) == sampler
 
 
-def test_a_sampler_that_no_student_has_is_not_described():
-    with pytest.raises(InputError, match="euler or ddim alone, got DPMSolverPP"):
-        Sampler(num_intervals=3, afs=True, solver=DPMSolverPP()).describe()
+def test_any_solver_comes_back_and_descriptions_of_today_are_read():
+    grid = {"num_intervals": 3, "afs": True, "schedule": Schedule().describe()}
+    assert sampler_from({**grid, "solver": "euler"}) == Sampler(num_intervals=3, afs=True)
+    clipped = Sampler(num_intervals=3, afs=True, solver=DDIM(clip=True))
+    assert clipped.describe() == {**grid, "solver": "ddim", "clip": True}
+    assert sampler_from({**grid, "solver": "ddim"}).solver == DDIM()
+    multistep = Sampler(num_intervals=3, afs=True, solver=DPMSolverPP(max_order=2))
+    assert sampler_from(json.loads(json.dumps(multistep.describe()))) == multistep
+    with pytest.raises(InputError, match="no solver is called 'later'"):
+        sampler_from({**grid, "solver": "later"})
 
 
 # ---- images ----
@@ -117,7 +124,7 @@ def test_an_image_depends_on_the_seed_and_its_number_alone():
 
 def test_drawn_images_are_those_of_the_sampler():
     teacher, sampler = small_teacher(), Sampler(num_intervals=3, afs=True)
-    latents = image_noise(3, Stream.EVALUATION, 0, 4, (1, 8, 8))
+    latents = image_noise(3, Stream.EVALUATION, range(4), (1, 8, 8))
     expected = to_uint8(sampler(teacher, latents))
     assert torch.equal(draw_images(teacher, sampler, 4, seed=3), expected)
 
@@ -197,10 +204,10 @@ def test_a_picture_is_written_with_small_images_enlarged(tmp_path, channels, mod
 
 def test_noise_of_an_image_is_its_own():
     shape = (1, 2, 2)
-    five = image_noise(7, Stream.EVALUATION, 0, 5, shape)
-    assert torch.equal(image_noise(7, Stream.EVALUATION, 3, 2, shape), five[3:])
+    five = image_noise(7, Stream.EVALUATION, range(5), shape)
+    assert torch.equal(image_noise(7, Stream.EVALUATION, range(3, 5), shape), five[3:])
     assert len({tuple(image.flatten().tolist()) for image in five}) == 5
-    many = image_noise(7, Stream.EVALUATION, 0, 1000, (16,))
+    many = image_noise(7, Stream.EVALUATION, range(1000), (16,))
     assert many.mean().item() == pytest.approx(0, abs=0.03)
     assert many.std().item() == pytest.approx(1, abs=0.03)
 

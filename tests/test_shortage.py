@@ -12,11 +12,11 @@ import pytest
 import sqlalchemy as sa
 import yaml
 from optuna.samplers import RandomSampler
+from search.spec.study_spec import StudySpec
 
 from bdense.data.datasets import load_dataset
 from search.cli import main
 from search.errors import StorageFullError
-from search.spec.study_spec import StudySpec
 from search.storage.disk import disk_error, is_full_disk
 from search.storage.engine import open_storage, resolve_storage_url
 from search.storage.ledger import Claim, Ledger

@@ -2,19 +2,19 @@
 
 import pytest
 import torch
+from search.analysis.retraining import variant, variants
+from search.analysis.transfer import plan_transfer, transfer_name
+from search.spec.study_spec import StudySpec
+from search.worker.trial import train_and_measure
+from search.worker.workers import RetrainWorker
 
 from bdense.errors import InputError
 from search.analysis.comparison import compare
-from search.analysis.retraining import variant, variants
-from search.analysis.transfer import plan_transfer, transfer_name
 from search.errors import SpecChangedError
 from search.run import launch
-from search.spec.study_spec import StudySpec
 from search.study.arms import PLAIN, UNIFORM, Planned, PlannedRow
 from search.study.study import Study
 from search.worker import assets
-from search.worker.trial import train_and_measure
-from search.worker.workers import RetrainWorker
 from tests.measured import (
     command,
     copy_storage,

@@ -11,27 +11,38 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
+from bdense.diffusion.conditions import Condition, conditions_for
 from bdense.diffusion.ddpm import DDPMSchedule
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
 from bdense.diffusion.schedules import Levels, Schedule
-from bdense.diffusion.solvers import DDIM, Euler, Solver, analytical_first_step, make_solver, solve
+from bdense.diffusion.solvers import (
+    Euler,
+    Solver,
+    StepNoise,
+    analytical_first_step,
+    no_noise,
+    solve,
+    solver_from,
+)
 from bdense.diffusion.vp import CosineSchedule
 from bdense.errors import InputError, NonFiniteError
 from bdense.files import atomic_write
-from bdense.randomness import Stream, generator, image_noise
+from bdense.randomness import Stream, image_noise
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampler:
-    """How images are drawn: the grid walked, the solver, and whether its first step is free.
+    """How images are drawn: the grid, the solver, and whether its first step is free.
 
     Attributes:
         num_intervals: N steps.
         afs: Analytical first step: NFE is one less.
-        schedule: How the levels are spaced; on one that ends at 0 the solver is ``ddim``.
-        solver: Any solver; a student of SFD needs ``euler``, one of PD ``ddim``.
+        schedule: How the levels are spaced.
+        solver: Of the steps; a student needs the one that it was distilled for.
+
+    Raises:
+        InputError: NFE is below 1, or the schedule ends at 0, which the solver does not reach.
     """
 
     num_intervals: int
@@ -45,6 +56,11 @@ class Sampler:
                 f"num_intervals={self.num_intervals} with afs={self.afs} leaves no network "
                 "evaluation; NFE must be at least 1"
             )
+        if not self.solver.reaches_zero and float(self.schedule.grid(1)[-1]) == 0:
+            raise InputError(
+                f"{self.schedule.text()} end without noise, which {self.solver.name} does not "
+                "reach; take ddim"
+            )
 
     @property
     def nfe(self) -> int:
@@ -56,43 +72,41 @@ class Sampler:
         """N + 1, the number that a step-conditional student is told."""
         return self.num_intervals + 1
 
-    def __call__(self, denoise: Denoiser, noise: Tensor) -> Tensor:
-        """[B, C, H, W] unit noise to images, nominally in [-1, 1].
+    def __call__(
+        self, denoise: Denoiser, noise: Tensor, step_noise: StepNoise = no_noise
+    ) -> Tensor:
+        """Draw images, nominally in [-1, 1].
 
-        A conditional network comes with its conditions bound: ``NetworkDenoiser.given``.
+        Args:
+            denoise: D(x; sigma), with its conditions bound (``NetworkDenoiser.given``).
+            noise: [B, C, H, W] unit noise that images start from.
+            step_noise: What a stochastic solver adds in each interval.
+
+        Returns:
+            [B, C, H, W].
         """
         levels = self.schedule.grid(self.num_intervals)
         model = analytical_first_step(denoise, levels[0]) if self.afs else denoise
-        return solve(self.solver, model, self.schedule.start(noise), levels)
+        return solve(self.solver, model, self.schedule.start(noise), levels, step_noise)
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able; ``sampler_from`` reads it back.
-
-        Raises:
-            InputError: The solver is neither Euler nor DDIM, whose steps students are trained for.
-        """
-        described = {
-            "num_intervals": self.num_intervals,
-            "afs": self.afs,
-            "schedule": self.schedule.describe(),
-        }
-        if isinstance(self.solver, Euler):
-            return described | {"solver": "euler"}
-        if isinstance(self.solver, DDIM):
-            return described | {"solver": "ddim", "clip": self.solver.clip}
-        raise InputError(
-            f"a student's sampler is kept with euler or ddim alone, got {self.solver}; "
-            "students are trained for those steps"
-        )
+        """Plain values, which ``sampler_from`` reads back; the solver's beside the grid's."""
+        grid = {"num_intervals": self.num_intervals, "afs": self.afs}
+        return grid | {"schedule": self.schedule.describe()} | self.solver.describe()
 
 
 def sampler_from(description: Mapping[str, Any]) -> Sampler:
-    """The sampler that ``Sampler.describe`` wrote down."""
+    """The sampler that ``Sampler.describe`` wrote down.
+
+    Raises:
+        InputError: The solver is not known, or its options are others.
+    """
+    solver = dict(description)
     return Sampler(
-        num_intervals=description["num_intervals"],
-        afs=description["afs"],
-        schedule=schedule_from(description["schedule"]),
-        solver=make_solver(description["solver"], clip=description.get("clip", False)),
+        num_intervals=solver.pop("num_intervals"),
+        afs=solver.pop("afs"),
+        schedule=schedule_from(solver.pop("schedule")),
+        solver=solver_from(solver),
     )
 
 
@@ -137,7 +151,7 @@ def draw_images(
 ) -> Tensor:
     """Draw images as a user's files would hold them.
 
-    Image i starts from noise (seed, i): not from the batch size, nor from how many are drawn.
+    Image i depends on (seed, i) alone, and not on the batch size or the number of images.
 
     Args:
         denoiser: In eval mode.
@@ -152,31 +166,45 @@ def draw_images(
         [count, C, H, W] uint8 on the CPU.
 
     Raises:
+        InputError: The network does not know the class, or a number is below 1.
         NonFiniteError: An image holds NaN or infinity.
     """
-    require_class(denoiser, class_index)
+    conditions = conditions_for(denoiser.label_dim, class_index)
     if count < 1:
         raise InputError(f"the number of images must be at least 1, got {count}")
     if batch < 1:
         raise InputError(f"batch must be at least 1, got {batch}")
-    device = next(denoiser.parameters()).device
+    like = next(denoiser.parameters())
     drawn = []
     for first in range(0, count, batch):
-        size = min(batch, count - first)
-        noise = image_noise(seed, Stream.EVALUATION, first, size, denoiser.image_shape)
-        labels = _labels(denoiser, seed, range(first, first + size), class_index)
-        images = sampler(conditioned(denoiser, sampler, labels), noise.to(device))
-        drawn.append(to_uint8(images).cpu())
+        images = range(first, min(first + batch, count))
+        noise = image_noise(seed, Stream.EVALUATION, images, denoiser.image_shape)
+        condition = conditions.evaluation(seed, images).to(like)
+        found = sampler(
+            conditioned(denoiser, sampler, condition),
+            noise.to(like.device),
+            step_noise(seed, images, denoiser.image_shape),
+        )
+        drawn.append(to_uint8(found).cpu())
         if on_image is not None:
-            on_image(first + size)
+            on_image(images.stop)
     return torch.cat(drawn)
 
 
-def conditioned(denoiser: NetworkDenoiser, sampler: Sampler, labels: Tensor | None) -> Denoiser:
-    """The network as a sampler of that many steps calls it, with these classes [B, label_dim]."""
-    return denoiser.given(
-        class_labels=labels, num_points=sampler.num_points if denoiser.step_condition else None
-    )
+def step_noise(seed: int, images: range, shape: tuple[int, ...]) -> StepNoise:
+    """What a stochastic solver draws with: of (seed, image, interval) alone, on the CPU."""
+
+    def draw(interval: int) -> Tensor:
+        return image_noise(seed, Stream.EVALUATION_STEPS, images, shape, interval)
+
+    return draw
+
+
+def conditioned(
+    denoiser: NetworkDenoiser, sampler: Sampler, condition: Condition | Tensor | None
+) -> Denoiser:
+    """The network as that sampler calls it, with the condition of a batch."""
+    return denoiser.given(condition, sampler.num_points)
 
 
 def require_class(denoiser: NetworkDenoiser, class_index: int | None) -> None:
@@ -185,31 +213,7 @@ def require_class(denoiser: NetworkDenoiser, class_index: int | None) -> None:
     Raises:
         InputError: It is not one of its classes, or it has none.
     """
-    classes = denoiser.label_dim
-    if class_index is not None and not 0 <= class_index < classes:
-        if not classes:
-            raise InputError(
-                f"class {class_index} was asked of an unconditional network; leave the class out"
-            )
-        raise InputError(
-            f"class {class_index} is not one of the network's {classes}; "
-            f"choose from 0..{classes - 1}"
-        )
-
-
-def _labels(
-    denoiser: NetworkDenoiser, seed: int, images: range, class_index: int | None
-) -> Tensor | None:
-    """[B, label_dim] one-hot; image i's class depends on (seed, i) alone."""
-    classes = denoiser.label_dim
-    if not classes:
-        return None
-    if class_index is None:
-        draws = [generator(seed, Stream.EVALUATION_LABELS, i) for i in images]
-        index = torch.cat([torch.randint(classes, (1,), generator=draw) for draw in draws])
-    else:
-        index = torch.full((len(images),), class_index)
-    return F.one_hot(index, classes).float().to(next(denoiser.parameters()))
+    conditions_for(denoiser.label_dim, class_index)
 
 
 def to_uint8(images: Tensor) -> Tensor:

@@ -1,49 +1,88 @@
-"""ODE solvers in EDM's coordinates: dx / d sigma = (x - D(x; sigma)) / sigma.
+"""Solvers in EDM's coordinates, of the ODE dx / d sigma = (x - D(x; sigma)) / sigma.
 
 A solver yields the state after each interval of a grid. ``trajectory`` keeps them all, ``solve``
-keeps the last. To add one, write a dataclass with ``order``, ``nfe`` and ``steps``, name it in
-``solver_names.SOLVERS`` and build it in ``make_solver``.
+keeps the last. To add one, write a ``Solver`` and name it in ``bdense.diffusion.SOLVERS`` or in an
+entry point of the group ``bdense.solvers``. Importing this module loads no torch, so that commands
+can list solvers and their options at once.
 
 B batch, C channels, H x W pixels, n intervals; t the level stepped from, t' the level stepped to.
 """
 
+from __future__ import annotations
+
+import abc
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
-
-from bdense.diffusion.denoiser import Denoiser
-from bdense.diffusion.solver_names import SOLVERS as SOLVERS
-from bdense.diffusion.solver_names import refuse_clipping, refuse_thresholding, solver_order
+from bdense.diffusion import SOLVERS
 from bdense.errors import InputError
+from bdense.knobs import KnobError, Knobs, knob, knobs_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bdense.diffusion.denoiser import Denoiser
+
+# Unit noise [B, C, H, W] of interval i, which depends on the seed, the image and i alone.
+StepNoise = Callable[[int], "Tensor"]
 
 
-class Solver(Protocol):
-    """What every solver promises."""
+def no_noise(interval: int) -> Tensor:
+    """For walks that must be deterministic.
+
+    Raises:
+        InputError: Always: a stochastic solver asked for noise.
+    """
+    raise InputError(
+        "this solver draws noise in every interval, and is used where states must follow from the "
+        "first one alone; take a deterministic one"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solver(Knobs, abc.ABC):
+    """What every solver promises: a frozen dataclass whose options are knobs.
+
+    Attributes:
+        name: In ``bdense.diffusion.SOLVERS``.
+        evaluations: Of the network, in each interval.
+        reaches_zero: Whether the last level may be 0.
+    """
+
+    name: ClassVar[str]
+    evaluations: ClassVar[int] = 1
+    reaches_zero: ClassVar[bool] = False
 
     @property
+    @abc.abstractmethod
     def order(self) -> int:
         """Halving every step divides the error by 2 ** order."""
-        ...
 
-    def nfe(self, num_intervals: int) -> int:
-        """Network evaluations for a grid of that many intervals."""
-        ...
-
-    def steps(self, denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
+    @abc.abstractmethod
+    def steps(
+        self, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: StepNoise = no_noise
+    ) -> Iterator[Tensor]:
         """Yield the state [B, C, H, W] at sigmas[1], sigmas[2], ...
 
         Args:
             denoise: D(x; sigma).
             x: [B, C, H, W] state at ``sigmas[0]``; its dtype is kept.
-            sigmas: [n + 1] float64 on the CPU, decreasing, positive; ddim's may end at 0.
+            sigmas: [n + 1] float64 on the CPU, decreasing and positive; the last may be 0 where
+                ``reaches_zero``.
+            noise: What a stochastic solver adds in each interval; others leave it alone.
         """
-        ...
+
+    def nfe(self, num_intervals: int) -> int:
+        """Network evaluations for a grid of that many intervals."""
+        return self.evaluations * num_intervals
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values from which ``solver_from`` makes an equal solver."""
+        return {"solver": self.name, **asdict(self)}
 
 
 def slope(denoise: Denoiser, x: Tensor, t: Tensor) -> Tensor:
@@ -51,20 +90,21 @@ def slope(denoise: Denoiser, x: Tensor, t: Tensor) -> Tensor:
     return (x - denoise(x, t)) / t
 
 
-@dataclass(frozen=True, slots=True)
-class Euler:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Euler(Solver):
     """First order, 1 NFE an interval; DDIM (Song et al. 2020) in these coordinates."""
+
+    name: ClassVar[str] = "euler"
+    reaches_zero: ClassVar[bool] = True
 
     @property
     def order(self) -> int:
         """1."""
         return 1
 
-    def nfe(self, num_intervals: int) -> int:
-        """One evaluation an interval."""
-        return num_intervals
-
-    def steps(self, denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
+    def steps(
+        self, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: StepNoise = no_noise
+    ) -> Iterator[Tensor]:
         """x' = x + (t' - t) d."""
         for t, t_next in itertools.pairwise(sigmas):
             x = x + (t_next - t) * slope(denoise, x, t)
@@ -72,28 +112,27 @@ class Euler:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DDIM:
+class DDIM(Solver):
     """Euler's step as Song et al. 2020 (arXiv 2010.02502) write it; the grid may end at 0.
 
-    The same but for rounding, and exact where Euler's is not: at levels of some thousands, and at
-    t' = 0, where it is D itself.
-
-    Attributes:
-        clip: Clamp D to [-1, 1]; the noise follows from the clamped D, as in Salimans & Ho 2022.
+    Equal to Euler's but for rounding, and exact where that is not: at levels of some thousands,
+    and at t' = 0, where it is D itself. With ``clip`` the noise follows from the clamped D, as in
+    Salimans & Ho 2022.
     """
 
-    clip: bool = False
+    name: ClassVar[str] = "ddim"
+    reaches_zero: ClassVar[bool] = True
+
+    clip: bool = knob(False, "clamp predicted images to [-1, 1]")
 
     @property
     def order(self) -> int:
         """1."""
         return 1
 
-    def nfe(self, num_intervals: int) -> int:
-        """One evaluation an interval."""
-        return num_intervals
-
-    def steps(self, denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
+    def steps(
+        self, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: StepNoise = no_noise
+    ) -> Iterator[Tensor]:
         """x' = D + (t' / t) (x - D)."""
         for t, t_next in itertools.pairwise(sigmas):
             denoised = denoise(x, t)
@@ -103,23 +142,24 @@ class DDIM:
             yield x
 
 
-@dataclass(frozen=True, slots=True)
-class Heun:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heun(Solver):
     """Second order, 2 NFE an interval: the mean of the slopes at both ends.
 
     Karras et al. 2022, algorithm 1. The grid ends above 0, so the last interval costs 2 as well.
     """
+
+    name: ClassVar[str] = "heun"
+    evaluations: ClassVar[int] = 2
 
     @property
     def order(self) -> int:
         """2."""
         return 2
 
-    def nfe(self, num_intervals: int) -> int:
-        """Two evaluations an interval."""
-        return 2 * num_intervals
-
-    def steps(self, denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
+    def steps(
+        self, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: StepNoise = no_noise
+    ) -> Iterator[Tensor]:
         """x' = x + (t' - t) (d + d') / 2, where d' is the slope at the end of Euler's step."""
         for t, t_next in itertools.pairwise(sigmas):
             d = slope(denoise, x, t)
@@ -130,30 +170,26 @@ class Heun:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DPM2:
+class DPM2(Solver):
     """DPM-Solver-2 (Lu et al. 2022, arXiv 2206.00927, algorithm 4), 2 NFE an interval.
 
-    Attributes:
-        r: Where in log t the second slope is taken: near 0 at t, at 1 at t', which makes it
-            Heun's. 1/2, the geometric mean, uses that slope alone.
+    Near r = 0 the second slope is taken at t, at r = 1 at t', which makes it Heun's. 1/2, the
+    geometric mean, uses that slope alone.
     """
 
-    r: float = 0.5
+    name: ClassVar[str] = "dpm2"
+    evaluations: ClassVar[int] = 2
 
-    def __post_init__(self) -> None:
-        if not 0 < self.r <= 1:
-            raise InputError(f"dpm2 takes its second slope at 0 < r <= 1, got r={self.r}; try 0.5")
+    r: float = knob(0.5, "where in log t the second slope is taken", above=0, high=1)
 
     @property
     def order(self) -> int:
         """2."""
         return 2
 
-    def nfe(self, num_intervals: int) -> int:
-        """Two evaluations an interval."""
-        return 2 * num_intervals
-
-    def steps(self, denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
+    def steps(
+        self, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: StepNoise = no_noise
+    ) -> Iterator[Tensor]:
         """x' = x + (t' - t) (d_mid / 2r + (1 - 1 / 2r) d), with t_mid = t'^r t^(1 - r)."""
         for t, t_next in itertools.pairwise(sigmas):
             t_mid = t_next**self.r * t ** (1 - self.r)
@@ -174,34 +210,30 @@ _ADAMS_BASHFORTH = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class IPNDM:
+class IPNDM(Solver):
     """iPNDM (Zhang & Chen 2022, arXiv 2204.13902, appendix B.2), 1 NFE an interval.
 
-    Adams-Bashforth with the coefficients of equal steps, whatever the grid's steps are.
-
-    Attributes:
-        max_order: 2, 3 or 4 slopes a step; the first steps use what history there is.
+    Adams-Bashforth with the coefficients of equal steps, whatever the grid's steps are. The first
+    steps use what history there is.
     """
 
-    max_order: int = 4
+    name: ClassVar[str] = "ipndm"
+    reaches_zero: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        solver_order("ipndm", self.max_order)
+    max_order: int = knob(4, "slopes that a step uses at most", low=2, high=4)
 
     @property
     def order(self) -> int:
         """2, whatever ``max_order``.
 
-        Neighbouring steps differ by a factor of 1 + O(1 / n), which the coefficients, those of
-        equal steps, know nothing of: with more slopes the error is smaller, but falls no faster.
+        The coefficients are those of equal steps, and neighbouring steps differ by a factor of
+        1 + O(1 / n): with more slopes the error is smaller, but falls no faster.
         """
         return 2
 
-    def nfe(self, num_intervals: int) -> int:
-        """One evaluation an interval, whatever the order."""
-        return num_intervals
-
-    def steps(self, denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
+    def steps(
+        self, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: StepNoise = no_noise
+    ) -> Iterator[Tensor]:
         """x' = x + (t' - t) (c_1 d + c_2 d_-1 + ...)."""
         history: list[Tensor] = []  # d at the newest level first
         for t, t_next in itertools.pairwise(sigmas):
@@ -212,49 +244,44 @@ class IPNDM:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DPMSolverPP:
+class DPMSolverPP(Solver):
     """DPM-Solver++ multistep (Lu et al. 2022, arXiv 2211.01095), 1 NFE an interval.
 
-    Attributes:
-        max_order: 1, 2 or 3 predictions a step; the first steps use what history there is.
-        prediction: What is extrapolated in log t: ``data`` (D; DPM-Solver++) or ``noise``
-            ((x - D) / t; the multistep DPM-Solver).
-        lower_order_final: The last step is of order 1, the one before of order 2 at most.
-        thresholding: Clamp every predicted image to its own 99.5 % quantile and rescale to
-            [-1, 1] (Saharia et al. 2022). Off by default: the published SFD runs never had it.
+    What is extrapolated in log t is D (``prediction`` data; DPM-Solver++) or (x - D) / t (noise;
+    the multistep DPM-Solver). The first steps use what history there is. ``thresholding`` clamps
+    each predicted image to its 99.5 % quantile (Saharia et al. 2022); the published SFD runs never
+    had it.
     """
 
-    max_order: int = 3
-    prediction: Literal["data", "noise"] = "data"
-    lower_order_final: bool = True
-    thresholding: bool = False
+    name: ClassVar[str] = "dpmpp"
+
+    max_order: int = knob(3, "predictions that a step uses at most", low=1, high=3)
+    prediction: Literal["data", "noise"] = knob("data", "what is extrapolated")
+    lower_order_final: bool = knob(True, "take the last step with order 1, the one before with 2")
+    thresholding: bool = knob(
+        False, "clamp predicted images to their 99.5 % quantile and rescale them to [-1, 1]"
+    )
 
     def __post_init__(self) -> None:
-        solver_order("dpmpp", self.max_order)
-        if self.prediction not in ("data", "noise"):
-            raise InputError(
-                f"dpmpp's prediction is 'data' or 'noise', got {self.prediction!r}; choose one"
-            )
+        Solver.__post_init__(self)
         if self.thresholding and self.prediction == "noise":
-            raise InputError(
-                "thresholding clamps images, got it with prediction='noise'; drop it or predict "
-                "'data'"
+            raise KnobError(
+                "thresholding",
+                "clamps images, got it with prediction='noise'; drop it or predict 'data'",
             )
 
     @property
     def order(self) -> int:
-        """``max_order``, but 2 at most, with either prediction.
+        """``max_order``, at most 2, with either prediction.
 
         The third-order update as published, and as every checkpoint's authors ran it, has half of
         the last term of the expansion: its error is smaller, but falls no faster.
         """
         return min(self.max_order, 2)
 
-    def nfe(self, num_intervals: int) -> int:
-        """One evaluation an interval, whatever the order."""
-        return num_intervals
-
-    def steps(self, denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
+    def steps(
+        self, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: StepNoise = no_noise
+    ) -> Iterator[Tensor]:
         """Exponential integrator in lambda = -log t with divided differences of D, or of d."""
         num_intervals = len(sigmas) - 1
         lambdas = [-math.log(t) for t in sigmas.tolist()]
@@ -325,7 +352,7 @@ def _noise_step(x: Tensor, differences: list[Tensor], lambdas: list[float]) -> T
 
 def dynamic_threshold(denoised: Tensor, quantile: float = 0.995) -> Tensor:
     """Clamp each image to s = max(its ``quantile`` of |x|, 1) and divide by s: [B, C, H, W]."""
-    limit = torch.quantile(denoised.abs().flatten(1), quantile, dim=1).clamp(min=1)
+    limit = denoised.abs().flatten(1).quantile(quantile, dim=1).clamp(min=1)
     limit = limit[:, None, None, None]
     return denoised.clamp(-limit, limit) / limit
 
@@ -349,14 +376,13 @@ def analytical_slope(x: Tensor, sigma: Tensor) -> Tensor:
     return x / (1 + sigma**2).sqrt()
 
 
-@torch.no_grad()
 def trajectory(
     solver: Solver, denoise: Denoiser, x: Tensor, sigmas: Tensor, *, denoise_to_zero: bool = False
 ) -> Tensor:
     """Every state of the walk, the start included.
 
     Args:
-        solver: Which rule to step by.
+        solver: A deterministic one.
         denoise: D(x; sigma).
         x: [B, C, H, W] state at ``sigmas[0]``.
         sigmas: [n + 1] float64 on the CPU.
@@ -364,46 +390,69 @@ def trajectory(
 
     Returns:
         [n + 1, B, C, H, W], or [n + 2, ...] with ``denoise_to_zero``.
+
+    Raises:
+        InputError: The solver is stochastic.
     """
-    states = [x, *solver.steps(denoise, x, sigmas)]
-    if denoise_to_zero:
-        states.append(denoise(states[-1], sigmas[-1]))
-    return torch.stack(states)
+    import torch
+
+    with torch.no_grad():
+        states = [x, *solver.steps(denoise, x, sigmas)]
+        if denoise_to_zero:
+            states.append(denoise(states[-1], sigmas[-1]))
+        return torch.stack(states)
 
 
-@torch.no_grad()
-def solve(solver: Solver, denoise: Denoiser, x: Tensor, sigmas: Tensor) -> Tensor:
-    """The last state of the walk alone: [B, C, H, W]."""
-    return deque(solver.steps(denoise, x, sigmas), maxlen=1).pop()
+def solve(
+    solver: Solver, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: StepNoise = no_noise
+) -> Tensor:
+    """The last state of the walk alone: [B, C, H, W]; arguments as of ``Solver.steps``."""
+    import torch
+
+    with torch.no_grad():
+        return deque(solver.steps(denoise, x, sigmas, noise), maxlen=1).pop()
 
 
-def make_solver(
-    name: str, *, order: int | None = None, thresholding: bool = False, clip: bool = False
-) -> Solver:
+def make_solver(name: str, *, order: int | None = None, **options: Any) -> Solver:  # noqa: ANN401
     """The solver of that name.
 
     Args:
-        name: One of ``SOLVERS``.
-        order: One of ``SOLVERS[name]``; None for the highest.
-        thresholding: Of dpmpp's predictions.
-        clip: Of ddim's predictions.
+        name: In ``bdense.diffusion.SOLVERS``.
+        order: ``max_order`` of a solver that has it, else its order; None for the highest.
+        options: The solver's other knobs. One that is False or None may be given to any solver.
 
     Raises:
-        InputError: The name is unknown, or that solver has no such option.
+        InputError: The name is unknown, or that solver has no such option or order.
     """
-    max_order = solver_order(name, order)
-    if thresholding:
-        refuse_thresholding(name)
-    if clip:
-        refuse_clipping(name)
-    if name == "ddim":
-        return DDIM(clip=clip)
-    if name == "heun":
-        return Heun()
-    if name == "dpm2":
-        return DPM2()
-    if name == "ipndm":
-        return IPNDM(max_order=max_order)
-    if name == "dpmpp":
-        return DPMSolverPP(max_order=max_order, thresholding=thresholding)
-    return Euler()
+    kind = SOLVERS[name]
+    known = knobs_of(kind)
+    given = {key: value for key, value in options.items() if value not in (None, False)}
+    if order is not None and "max_order" in known:
+        given["max_order"] = order
+    elif order is not None and order != (only := kind().order):
+        others = _with_option("max_order")
+        raise InputError(
+            f"{name} has order {only} alone, got {order}; leave it out, or take {others}"
+        )
+    for key in given:
+        if key not in known:
+            raise InputError(f"{name} has no {key}; leave it out, or take {_with_option(key)}")
+    try:
+        return kind.read(given)
+    except KnobError as error:
+        option = "order" if error.name == "max_order" else error.name
+        raise KnobError(f"{name}'s {option}", error.problem) from error
+
+
+def _with_option(name: str) -> str:
+    return " or ".join(each for each in SOLVERS if name in knobs_of(SOLVERS[each]))
+
+
+def solver_from(description: Mapping[str, Any]) -> Solver:
+    """The solver that ``Solver.describe`` wrote down.
+
+    Raises:
+        InputError: No solver is registered under its name, or its options are others.
+    """
+    options = dict(description)
+    return SOLVERS[options.pop("solver")].read(options, "solver")

@@ -1,1 +1,18 @@
-"""Distillation methods, one file each, behind one protocol."""
+"""Distillation methods, by name."""
+
+from typing import TYPE_CHECKING
+
+from bdense.registry import Registry
+
+if TYPE_CHECKING:
+    from bdense.methods.method import Method
+
+METHODS: "Registry[type[Method]]" = Registry(
+    "method",
+    "bdense.methods",
+    {
+        "sfd": "bdense.methods.sfd:SFD",
+        "progressive": "bdense.methods.progressive:Progressive",
+        "consistency": "bdense.methods.consistency:Consistency",
+    },
+)

@@ -2,7 +2,7 @@
 
 Salimans & Ho 2022 (arXiv 2202.00512), algorithm 2; B-DENSE (arXiv 2602.15971), section 3. A step
 of the student lands where K DDIM steps of the teacher land; then the student, by branch K, is the
-next round's teacher.
+next round's teacher: N -> N / K -> ...
 
 In our coordinates, x = z / alpha and sigma = 1 / sqrt(SNR), for any parameterisation of either
 network. B batch, K branches, C channels, H x W pixels, N student steps.
@@ -10,119 +10,167 @@ network. B batch, K branches, C channels, H x W pixels, N student steps.
 
 import copy
 import itertools
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from bdense import NUMERICS
 from bdense.data.datasets import Dataset, to_float
-from bdense.diffusion.branches import widen_head
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
-from bdense.diffusion.preconditioning import DDPM, Cosine
-from bdense.diffusion.schedules import Levels
-from bdense.diffusion.snr_weights import LOSSES, Loss, snr_weight
-from bdense.errors import InputError, NonFiniteLossError, StoppedError
+from bdense.diffusion.preconditioning import DDPM, Cosine, native_schedule
+from bdense.diffusion.sampling import Sampler, samplers_from, served_metadata
+from bdense.diffusion.schedules import Levels, Schedule
+from bdense.diffusion.snr_weights import Loss, snr_weight
+from bdense.diffusion.solvers import DDIM
+from bdense.errors import InputError
+from bdense.knobs import knob
+from bdense.methods.method import Inputs, Method, MethodConfig, StagePlan
+from bdense.methods.sfd import levels_of
 from bdense.models.store import denoiser_sha256
-from bdense.randomness import Stream, generator, seeded
-from bdense.training.checkpoint import Keeper
+from bdense.randomness import Stream, generator
+from bdense.training.optimisation import LRSchedule
+from bdense.training.stage import Branches, ImageLosses, Stateless
+from bdense.weights.weighting import BranchWeighting
 
-Optimizer = Literal["adam", "adamw", "sgd"]
 WeightsSpace = Literal["clean", "state"]
-_KIND = "pd-training"
+ScheduleKind = Literal["native", "polynomial", "logsnr", "time_uniform"]
+PredictionType = Literal["epsilon", "sample", "v_prediction"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PDConfig:
-    """How a round is trained; the defaults are the reference's for CIFAR-10.
+class PDConfig(MethodConfig):
+    """The knobs of PD; the defaults of a round are the reference's for CIFAR-10."""
 
-    Attributes:
-        updates: Optimiser steps of a round.
-        substeps: K, the teacher's steps in one of the student's.
-        num_branches: K for B-DENSE; 1 for plain PD, supervised at the step's end alone.
-        batch: Images an update.
-        lr: Step size of the first update.
-        anneal: Let it fall linearly, to lr / updates at the last; else it is constant.
-        optimizer: ``adamw`` decouples ``weight_decay``; ``adam`` has none; ``sgd`` is plain.
-        clip_norm: The gradient is scaled down to this norm; None lets it be. Unlike Adam's, the
-            clipped update sees the scale of the branch weights.
-        loss: Weight of |D^k - D*^k|^2: ``constant`` 1, ``snr``, ``snr_trunc`` max(SNR, 1), ``v``
-            SNR + 1, of the step's beginning for all branches.
-        clip_targets: Clamp the teacher's predictions to [-1, 1], which keeps the targets there.
-        weights_space: ``clean`` takes w_k as they are; ``state`` multiplies them by
-            1 - t_{n,k} / t_n, as SFD's loss does by itself, and keeps their sum.
-        dropout: Keep the teacher's dropout on while training.
-        flip: Mirror each image with probability 1/2.
-        seed: Of images, noise, times, flips and dropout.
-    """
+    heading: ClassVar[str] = "method progressive"
 
-    updates: int
-    substeps: int = 2
-    num_branches: int = 1
-    batch: int = 128
-    lr: float = 5e-5
-    anneal: bool = True
-    optimizer: Optimizer = "adam"
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    clip_norm: float | None = 1.0
-    loss: Loss = "snr_trunc"
-    clip_targets: bool = False
-    weights_space: WeightsSpace = "clean"
-    dropout: bool = False
-    flip: bool = False
-    seed: int = 0
+    steps: int = knob(help="DDIM steps of the teacher", low=2)
+    until: int = knob(help="DDIM steps of the last student", low=1)
+    substeps: int = knob(
+        2,
+        "the teacher's steps in each of the student's, K: every round divides their number by K",
+        low=2,
+    )
+    updates: int = knob(50_000, "updates in each round", low=1)
+    lr_schedule: LRSchedule = knob(
+        "linear",
+        "step size over each round: constant, linear (falls to 0), or step (a tenth in the second "
+        "half)",
+    )
+    clip_norm: float | None = knob(
+        1.0, "largest norm of the gradient, which is scaled down to it", above=0, none="no limit"
+    )
+    rescale_weights: bool = knob(
+        True, "divide the branch weights by their sum, as clipped gradients see their scale"
+    )
+    dropout: bool = knob(False, "train with the teacher's own dropout")
+    loss: Loss = knob(
+        "snr_trunc",
+        "weight of each noise level: the image's squared error counts times 1 (constant), SNR "
+        "(snr), max(SNR, 1) (snr_trunc) or SNR + 1 (v), of the step's beginning for all branches",
+    )
+    clip_targets: bool = knob(
+        False, "clamp the teacher's predictions to [-1, 1] in training, which keeps targets there"
+    )
+    clip_samples: bool = knob(
+        False, "clamp predictions to [-1, 1] when teacher and students draw images"
+    )
+    weights_space: WeightsSpace = knob(
+        "clean",
+        "clean: take w_k as they are; state: multiply them by 1 - t_k / t_0 of each step, as "
+        "SFD's loss does by itself, and keep their sum",
+    )
+    prediction_type: PredictionType | None = knob(
+        None,
+        "what the students' networks predict: noise, image or v; a teacher that predicts another "
+        "is converted first, by a round that keeps its number of steps",
+        none="what the teacher's network predicts",
+    )
+    schedule: ScheduleKind = knob(
+        "native",
+        "spacing of the noise levels; native is the process that the network was trained on",
+    )
+    rho: float | None = knob(
+        None, "exponent of the spacing, of schedules that are not native", above=0, none="7"
+    )
+    sigma_min: float | None = knob(
+        None, "last noise level, of schedules that are not native", above=0, none="0.006"
+    )
+    sigma_max: float | None = knob(
+        None, "first noise level, of schedules that are not native", above=0, none="80"
+    )
+    flip: bool = knob(False, "mirror each image with probability 1/2")
 
     def __post_init__(self) -> None:
-        for name in ("updates", "substeps", "batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        choices = {
-            "optimizer": get_args(Optimizer),
-            "loss": LOSSES,
-            "weights_space": get_args(WeightsSpace),
+        MethodConfig.__post_init__(self)
+        _require_dividing(self.steps, self.until, self.substeps)
+        given = {
+            name: value
+            for name in ("rho", "sigma_min", "sigma_max")
+            if (value := getattr(self, name)) is not None
         }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise InputError(
-                    f"{name} {getattr(self, name)!r} is unknown; choose from {', '.join(known)}"
-                )
-        if self.num_branches not in (1, self.substeps):
+        if self.schedule != "native":
+            _ = self._levels  # which refuses what does not fit together
+        elif given:
+            spelt = ", ".join(f"{name}={value}" for name, value in given.items())
             raise InputError(
-                f"num_branches={self.num_branches} fits neither plain PD (1) nor the teacher's "
-                f"sub-steps (substeps={self.substeps})"
+                f"schedule=native has the levels of the network's own process, and {spelt} asks "
+                "for others; drop that, or choose another schedule"
             )
-        if not 0 < self.lr < float("inf"):
-            raise InputError(f"lr must be positive and finite, got {self.lr}")
-        decay = self.weight_decay
-        if not 0 <= decay < float("inf") or (decay and self.optimizer != "adamw"):
-            raise InputError(
-                f"weight_decay={decay} with optimizer={self.optimizer!r}: only adamw has any, a "
-                "finite number from 0 up"
-            )
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise InputError(f"clip_norm must be positive, got {self.clip_norm}; None clips not")
 
-    def lr_at(self, iteration: int) -> float:
-        """lr (1 - j / S) at update j of S, or lr."""
-        return self.lr * (1 - iteration / self.updates) if self.anneal else self.lr
+    @property
+    def rounds(self) -> tuple[int, ...]:
+        """N of each round's student, from steps / K down to ``until``."""
+        steps = [self.steps // self.substeps]
+        while steps[-1] > self.until:
+            steps.append(steps[-1] // self.substeps)
+        return tuple(steps)
 
-    def make_optimizer(self, student: NetworkDenoiser) -> torch.optim.Optimizer:
-        """One of the student's parameters, anew for each round as in the reference."""
-        parameters = student.parameters()
-        if self.optimizer == "sgd":
-            return torch.optim.SGD(parameters, lr=self.lr)
-        decay = self.weight_decay
-        return torch.optim.AdamW(
-            parameters, lr=self.lr, betas=self.betas, weight_decay=decay, fused=True
+    def levels(self, teacher: NetworkDenoiser) -> Levels:
+        """The noise levels of all grids.
+
+        Raises:
+            InputError: The schedule is native, and the network has no process of its own.
+        """
+        return native_schedule(teacher.precond) if self.schedule == "native" else self._levels
+
+    @property
+    def _levels(self) -> Schedule:
+        given = {"rho": self.rho, "sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
+        return Schedule(
+            kind=self.schedule, **{name: v for name, v in given.items() if v is not None}
+        )
+
+
+def _require_dividing(first: int, last: int, substeps: int) -> None:
+    """Refuse numbers of steps that do not lead from one to the other.
+
+    Raises:
+        InputError: They do not; names some that would.
+    """
+    if last >= first:
+        raise InputError(
+            f"the number of steps goes down from the teacher's, got steps={first} and "
+            f"until={last}; give a smaller until"
+        )
+    reached = [first]
+    while reached[-1] > last and reached[-1] % substeps == 0:
+        reached.append(reached[-1] // substeps)
+    if reached[-1] != last:
+        usable = [n for n in reached[1:] if n >= 1]
+        ways = f"end at until={' or '.join(map(str, usable))}, or " if usable else ""
+        power = max(1, round(math.log(first / last, substeps)))
+        raise InputError(
+            f"{first} steps do not become {last} by dividing by substeps={substeps} again and "
+            f"again; {ways}start at steps={last * substeps**power}"
         )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Batch:
+class ImageBatch:
     """What one update learns from.
 
     Attributes:
@@ -138,165 +186,202 @@ class Batch:
     labels: Tensor | None = None
 
 
-class Batches(Protocol):
-    """Where a round's batches come from; any is reached without those before it."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PDStage(Stateless):
+    """A round: a student whose N steps follow the teacher's K N, or one that is converted.
 
-    def __call__(self, iteration: int, num_steps: int) -> Batch:
-        """The batch of that update of the round to ``num_steps``."""
-        ...
+    Attributes:
+        config: Of the method.
+        teacher: One branch, on the device to train on.
+        start: What the student starts as.
+        levels: Noise levels of both grids.
+        steps: N of the student.
+        dataset: Images, drawn with replacement; None in a subclass that has its own batches.
+        seed: Of images, noise, times, flips and dropout.
+        substeps: K; 1 in a round that converts the teacher and keeps its steps.
+    """
 
-    def describe(self) -> dict[str, Any]:
-        """JSON-able; equal descriptions give equal batches."""
-        ...
+    kind: ClassVar[str] = "pd"
+
+    config: PDConfig
+    teacher: NetworkDenoiser
+    start: NetworkDenoiser
+    levels: Levels
+    steps: int
+    dataset: Dataset | None
+    seed: int
+    substeps: int
+
+    def __post_init__(self) -> None:
+        _require_precision(self.teacher)
+        self.teacher.require_levels(self.levels)
+        if self.dataset is not None:
+            _require_images(self.dataset, self.teacher)
+
+    @property
+    def num_updates(self) -> int:
+        """Of a round."""
+        return self.config.updates
+
+    @property
+    def num_branches(self) -> int:
+        """K, the teacher's steps in one of the student's."""
+        return self.substeps
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.config.batch
+
+    @property
+    def dropout(self) -> bool:
+        """Whether the student trains with the dropout of its network."""
+        return self.config.dropout
+
+    @property
+    def optimisation(self) -> PDConfig:
+        """The config."""
+        return self.config
+
+    @property
+    def sampler(self) -> Sampler:
+        """How the student draws."""
+        return pd_sampler(self.levels, self.steps, clip=self.config.clip_samples)
+
+    def metadata(self) -> dict[str, Any]:
+        """What the student's file says of it."""
+        return served_metadata([self.sampler])
+
+    def batch(self, iteration: int, images: slice) -> ImageBatch:
+        """Images, noise and steps; two runs of one seed see the same, whatever their weights."""
+        assert self.dataset is not None
+        device, label_dim = next(self.start.parameters()).device, self.start.label_dim
+        draw = generator(self.seed, Stream.PROGRESSIVE, self.steps, iteration)
+        index = torch.randint(len(self.dataset.images), (self.config.batch,), generator=draw)
+        clean = to_float(self.dataset.images[index])
+        noise = torch.randn(clean.shape, generator=draw)
+        interval = torch.randint(self.steps, (self.config.batch,), generator=draw)
+        if self.config.flip:
+            mirrored = torch.rand(self.config.batch, generator=draw) < 0.5
+            clean[mirrored] = clean[mirrored].flip(-1)
+        labels = None
+        if label_dim:
+            labels = self.dataset.one_hot_labels(label_dim, index)[images].to(device)
+        return ImageBatch(
+            clean[images].to(device), noise[images].to(device), interval[images], labels
+        )
+
+    def updates(self, iteration: int, batch: ImageBatch) -> Iterator["RoundUpdate"]:
+        """One update."""
+        fine = self.levels.grid(self.steps * self.substeps)
+        k = torch.arange(self.substeps + 1)[:, None]  # against every image
+        # t_{n,0}..t_{n,K} of each image's own interval.
+        levels = fine[self.substeps * batch.interval + k]
+        x = batch.clean + _per_image(levels[0], batch.clean) * batch.noise
+        denoise = self.teacher.given(batch.labels)
+        yield RoundUpdate(
+            stream=(self.steps, iteration),
+            x=x,
+            levels=levels,
+            targets=dense_targets(denoise, x, levels, clip=self.config.clip_targets),
+            labels=batch.labels,
+            loss=self.config.loss,
+            space=self.config.weights_space,
+        )
+
+    def describe(self, weighting: BranchWeighting) -> dict[str, Any]:
+        """What must agree for a checkpoint to be of the same run."""
+        started = {} if self.start is self.teacher else {"start": denoiser_sha256(self.start)}
+        return {**self.describe_run(weighting), "num_steps": self.steps, **started}
+
+    def describe_run(self, weighting: BranchWeighting) -> dict[str, Any]:
+        """What must agree for two trainings to be alike, whatever their steps."""
+        config, described = self.config, weighting.describe()
+        added = config.changed()
+        weights: Any = described
+        if "fixed" in described:
+            fixed = torch.tensor(described["fixed"], dtype=torch.float64)
+            weights = config.scaled(fixed).tolist()
+            added.pop("rescale_weights", None)  # seen in the weights
+        if added.get("lr_schedule") == "constant":
+            del added["lr_schedule"]  # seen in anneal
+        fields = {
+            **added,
+            "updates": config.updates,
+            "substeps": self.substeps,
+            "num_branches": weighting.num_branches,
+            "batch": config.batch,
+            "lr": config.lr,
+            "anneal": config.lr_schedule == "linear",
+            "optimizer": config.optimizer,
+            "betas": list(config.betas),
+            "weight_decay": config.weight_decay,
+            "clip_norm": config.clip_norm,
+            "loss": config.loss,
+            "clip_targets": config.clip_targets,
+            "weights_space": config.weights_space,
+            "dropout": config.dropout,
+            "flip": config.flip,
+            "seed": self.seed,
+        }
+        return {
+            "numerics": NUMERICS,
+            "teacher": denoiser_sha256(self.teacher),
+            "precision": self.teacher.execution.precision,
+            "schedule": self.levels.describe(),
+            "weights": weights,
+            **{f"config.{name}": value for name, value in fields.items()},
+            **{f"batches.{name}": value for name, value in self.describe_batches().items()},
+        }
+
+    def describe_batches(self) -> dict[str, Any]:
+        """What the batches depend on, JSON-able."""
+        assert self.dataset is not None
+        labels = {"labels": self.dataset.labels_sha256} if self.start.label_dim else {}
+        drawn = {"batch": self.config.batch, "seed": self.seed, "flip": self.config.flip}
+        return {"data": self.dataset.sha256, **drawn, **labels}
+
+    def on(self, device: torch.device) -> "PDStage":
+        """The same on another device."""
+        teacher = self.teacher.on(device)
+        start = teacher if self.start is self.teacher else self.start.on(device)
+        return replace(self, teacher=teacher, start=start)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RoundUpdate:
+    """One update of a round, for states ``x`` [B, C, H, W] at the first of ``levels``."""
+
+    stream: tuple[int, ...]
+    x: Tensor
+    levels: Tensor
+    targets: Tensor
+    labels: Tensor | None
+    loss: Loss
+    space: WeightsSpace
+
+    @property
+    def where(self) -> Mapping[str, int]:
+        """The whole iteration."""
+        return {}
+
+    def __call__(self, branches: Branches) -> "RoundLosses":
+        """The branches' losses, weighted by the noise level."""
+        errors = branch_errors(branches, self.x, self.levels[0], self.targets, self.labels)
+        losses = snr_weight(self.levels[0], self.loss).to(errors) * errors
+        return RoundLosses(losses, self.levels, self.space)
 
 
 @dataclass(frozen=True, eq=False)
-class DataBatches:
-    """Images of a set, drawn with replacement; times uniform over the steps.
+class RoundLosses(ImageLosses):
+    """Losses whose branch weights may differ by image."""
 
-    Two runs of one seed see the same batches, whatever their weights.
-    """
+    levels: Tensor
+    space: WeightsSpace
 
-    dataset: Dataset
-    batch: int
-    seed: int
-    device: torch.device
-    flip: bool = False
-    label_dim: int = 0
-
-    def __post_init__(self) -> None:
-        if self.label_dim:
-            self.dataset.require_labels(self.label_dim)
-
-    def __call__(self, iteration: int, num_steps: int) -> Batch:
-        """The batch of that update of the round to ``num_steps``."""
-        draw = generator(self.seed, Stream.PROGRESSIVE, num_steps, iteration)
-        index = torch.randint(len(self.dataset.images), (self.batch,), generator=draw)
-        clean = to_float(self.dataset.images[index])
-        noise = torch.randn(clean.shape, generator=draw)
-        interval = torch.randint(num_steps, (self.batch,), generator=draw)
-        if self.flip:
-            mirrored = torch.rand(self.batch, generator=draw) < 0.5
-            clean[mirrored] = clean[mirrored].flip(-1)
-        labels = None
-        if self.label_dim:
-            labels = self.dataset.one_hot_labels(self.label_dim, index).to(self.device)
-        return Batch(clean.to(self.device), noise.to(self.device), interval, labels)
-
-    def describe(self) -> dict[str, Any]:
-        """JSON-able; equal descriptions give equal batches."""
-        labels = {"labels": self.dataset.labels_sha256} if self.label_dim else {}
-        drawn = {"batch": self.batch, "seed": self.seed, "flip": self.flip}
-        return {"data": self.dataset.sha256, **drawn, **labels}
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateReport:
-    """What one update did.
-
-    Attributes:
-        iteration: 0-based, of this round.
-        iterations: Of the whole round.
-        lr: Step size used.
-        branch_losses: [K] float64 on the CPU: by branch, SNR-weighted, without its branch weight.
-        loss: Their weighted sum, which was minimised.
-        gradient_norm: Before clipping.
-    """
-
-    iteration: int
-    iterations: int
-    lr: float
-    branch_losses: Tensor
-    loss: float
-    gradient_norm: float
-
-
-def distill_round(
-    teacher: NetworkDenoiser,
-    batches: Batches,
-    schedule: Levels,
-    num_steps: int,
-    config: PDConfig,
-    weights: Tensor,
-    *,
-    start: NetworkDenoiser | None = None,
-    checkpoint: Path | None = None,
-    checkpoint_seconds: float = 60.0,
-    on_update: Callable[[UpdateReport], None] | None = None,
-    on_save: Callable[[int], None] | None = None,
-) -> NetworkDenoiser:
-    """Train a student whose ``num_steps`` DDIM steps follow the teacher's K ``num_steps``.
-
-    Stopped anywhere and called again with the same ``checkpoint``, it ends with the same weights.
-
-    Args:
-        teacher: One branch, on the device to train on.
-        batches: What to learn from.
-        schedule: Levels of both grids.
-        num_steps: N of the student.
-        config: Length, step size, loss, branches.
-        weights: [num_branches] w_1..w_K, used as they are.
-        start: Another network to start from, such as the teacher ``reparameterised``.
-        checkpoint: File to resume from and to save to; None keeps nothing.
-        checkpoint_seconds: Save at the first update that ends this long after the last save.
-        on_update: Called after every update; what it raises ends the run, a ``StoppedError`` with
-            a save.
-        on_save: Called after each save with the updates done.
-
-    Returns:
-        The branched student, in eval mode; ``export_branch`` makes it the teacher's size.
-
-    Raises:
-        InputError: Weights, branches, levels or steps do not fit together.
-        NonFiniteLossError: A loss or gradient is not finite; no update was made from it.
-    """
-    start = start or teacher
-    _check(teacher, schedule, config, weights, num_steps)
-    start.execution.set_products()
-    student = widen_head(start, config.num_branches).train(config.dropout)
-    optimizer = config.make_optimizer(student)
-    identity = run_identity(teacher, batches, schedule, config, weights)
-    identity["num_steps"] = num_steps
-    if start is not teacher:
-        identity["start"] = denoiser_sha256(start)
-    keeper = Keeper(
-        checkpoint,
-        _KIND,
-        student,
-        optimizer,
-        identity,
-        seconds=checkpoint_seconds,
-        on_save=on_save,
-    )
-    first = keeper.resume()
-    fine = schedule.grid(num_steps * config.substeps)
-    k = torch.arange(config.substeps + 1)[:, None]  # against every image
-    for iteration in range(first, config.updates):
-        lr = config.lr_at(iteration)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        batch = batches(iteration, num_steps)
-        # t_{n,0}..t_{n,K} of each image's own interval.
-        levels = fine[config.substeps * batch.interval + k]
-        x = batch.clean + _per_image(levels[0], batch.clean) * batch.noise
-        targets = dense_targets(teacher.given(batch.labels), x, levels, clip=config.clip_targets)
-        with seeded(x.device, config.seed, Stream.DROPOUT, num_steps, iteration):
-            errors = branch_errors(student, x, levels[0], targets, batch.labels)
-        losses = snr_weight(levels[0], config.loss).to(errors) * errors
-        weighting = image_weights(weights, levels, config.weights_space).to(losses)
-        loss = (weighting * losses).sum(0).mean()
-        norm = _update(optimizer, student, loss, losses, config.clip_norm, iteration)
-        if on_update is not None:
-            seen = losses.detach().mean(1).double().cpu()
-            value = float(loss.detach())
-            try:
-                on_update(UpdateReport(iteration, config.updates, lr, seen, value, norm))
-            except StoppedError:
-                keeper.save(iteration + 1)
-                raise
-        if keeper.is_due:
-            keeper.save(iteration + 1)
-    return student.eval()
+    def image_weights(self, weights: Tensor) -> Tensor:
+        """[K, B]."""
+        return image_weights(weights, self.levels, self.space)
 
 
 @torch.no_grad()
@@ -351,7 +436,7 @@ def target_shares(levels: Tensor) -> list[Tensor]:
 
 
 def branch_errors(
-    student: NetworkDenoiser,
+    branches: Branches,
     x: Tensor,
     sigma: Tensor,
     targets: Tensor,
@@ -360,7 +445,8 @@ def branch_errors(
     """|D^k - D*^k|^2, mean over pixels.
 
     Args:
-        student: Its K branches stand for D*^1..D*^K; a single one for D*^K.
+        branches: The student's ``branches``; its K branches stand for D*^1..D*^K, a single one
+            for D*^K.
         x: [B, C, H, W] states at ``sigma``.
         sigma: [B].
         targets: [K', B, C, H, W], K' >= K; the last K are meant.
@@ -369,8 +455,8 @@ def branch_errors(
     Returns:
         [K, B].
     """
-    denoised = student.branches(x, sigma, class_labels=labels)
-    targets = targets[-student.num_branches :].transpose(0, 1)
+    denoised = branches(x, sigma, class_labels=labels)
+    targets = targets[-denoised.shape[1] :].transpose(0, 1)
     return (denoised - targets).square().mean(dim=(2, 3, 4)).T
 
 
@@ -416,74 +502,146 @@ def reparameterised(denoiser: NetworkDenoiser, prediction_type: str) -> NetworkD
     return copied
 
 
-def _per_image(values: Tensor, images: Tensor) -> Tensor:
-    """[B] float64 to [B, 1, 1, 1] in the images' type and on their device."""
-    return values.to(images).view(-1, 1, 1, 1)
-
-
-def _update(
-    optimizer: torch.optim.Optimizer,
-    student: NetworkDenoiser,
-    loss: Tensor,
-    losses: Tensor,
-    clip_norm: float | None,
-    iteration: int,
-) -> float:
-    """One step down the loss, if it and its gradient are finite; the norm before clipping."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    gradients = [p.grad for p in student.parameters() if p.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(gradients, foreach=True))
-    if not (norm < float("inf") and bool(loss.isfinite())):
-        finite = losses.detach().isfinite().all(dim=1).tolist()
-        branch = finite.index(False) + 1 if False in finite else None
-        what = "the gradient" if branch is None else "the loss"
-        raise NonFiniteLossError(what, iteration=iteration, branch=branch)
-    if clip_norm is not None and norm > clip_norm:
-        # torch's own adds 1e-6 to the norm, which the reference does not.
-        torch._foreach_mul_(gradients, clip_norm / norm)
-    optimizer.step()
-    return norm
-
-
-def _check(
-    teacher: NetworkDenoiser, schedule: Levels, config: PDConfig, weights: Tensor, num_steps: int
-) -> None:
-    if weights.shape != (config.num_branches,):
-        raise InputError(
-            f"there are {weights.numel()} branch weights for num_branches={config.num_branches}; "
-            "give one for each branch"
-        )
-    if not bool((weights.isfinite() & (weights >= 0)).all()) or not bool(weights.any()):
-        raise InputError(
-            f"branch weights must be finite, not negative and not all 0, got {weights.tolist()}"
-        )
-    if num_steps < 1:
-        raise InputError(f"a student takes at least 1 step, got {num_steps}")
+def _require_precision(teacher: NetworkDenoiser) -> None:
     if teacher.execution.precision == "float16":
         raise InputError(
             "progressive distillation is not trained in float16, whose small gradients vanish; "
             "use bfloat16"
         )
-    teacher.require_levels(schedule)
 
 
-def run_identity(
-    teacher: NetworkDenoiser,
-    batches: Batches,
-    schedule: Levels,
-    config: PDConfig,
-    weights: Tensor,
-) -> dict[str, Any]:
-    """What must agree for two trainings to be alike, whatever their steps; one level deep."""
-    fields = {f"config.{name}": value for name, value in asdict(config).items()}
-    fields["config.betas"] = list(config.betas)
-    return {
-        "numerics": NUMERICS,
-        "teacher": denoiser_sha256(teacher),
-        "precision": teacher.execution.precision,
-        "schedule": schedule.describe(),
-        "weights": weights.tolist(),
-        **fields,
-        **{f"batches.{name}": value for name, value in batches.describe().items()},
-    }
+def _per_image(values: Tensor, images: Tensor) -> Tensor:
+    """[B] float64 to [B, 1, 1, 1] in the images' type and on their device."""
+    return values.to(images).view(-1, 1, 1, 1)
+
+
+def pd_sampler(levels: Levels, steps: int, *, clip: bool = False) -> Sampler:
+    """How a teacher or student of progressive distillation draws images in that many steps."""
+    return Sampler(num_intervals=steps, afs=False, schedule=levels, solver=DDIM(clip=clip))
+
+
+def prediction_of(denoiser: NetworkDenoiser) -> str | None:
+    """What a network on a VP process predicts; None for others."""
+    precond = denoiser.precond
+    return precond.prediction_type if isinstance(precond, Cosine | DDPM) else None
+
+
+def _require_images(dataset: Dataset, teacher: NetworkDenoiser) -> None:
+    """Refuse a data set of other images or classes than the teacher's.
+
+    Raises:
+        InputError: It is one.
+    """
+    theirs, own = (
+        " x ".join(map(str, shape)) for shape in (dataset.images.shape[1:], teacher.image_shape)
+    )
+    if theirs != own:
+        raise InputError(
+            f"data {dataset.name} has images of {theirs}, and the teacher is a network for {own}; "
+            "give the data set that it was trained on, padded alike"
+        )
+    if teacher.label_dim:
+        dataset.require_labels(teacher.label_dim)
+
+
+class Progressive(Method):
+    """Progressive Distillation: one stage a round."""
+
+    name: ClassVar[str] = "progressive"
+    title: ClassVar[str] = "PD"
+    Config: ClassVar[type[PDConfig]] = PDConfig
+    needs_data: ClassVar[bool] = True
+
+    def plan(
+        self, config: PDConfig, teacher: NetworkDenoiser | None = None
+    ) -> tuple[StagePlan, ...]:
+        """The rounds, after one that converts the teacher where ``prediction_type`` asks for it.
+
+        With a teacher that predicts that already there is none to convert.
+        """
+
+        def plan(steps: int, *, branched: bool = True) -> StagePlan:
+            return StagePlan(
+                name=f"{steps:05d}",
+                label=f"{steps} steps",
+                num_updates=config.updates,
+                nfe=steps,
+                branched=branched,
+            )
+
+        wanted = config.prediction_type
+        converts = wanted is not None and (teacher is None or prediction_of(teacher) != wanted)
+        first = (plan(config.steps, branched=False),) if converts else ()
+        return first + tuple(plan(steps) for steps in config.rounds)
+
+    def num_branches(self, config: PDConfig) -> int:
+        """K, the teacher's steps in one of the student's."""
+        return config.substeps
+
+    def check(self, config: PDConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
+        """Refuse a teacher that cannot be distilled so.
+
+        Raises:
+            InputError: It was not trained for the levels, has no process or prediction type that
+                is asked for, computes in float16, or is itself a student of other steps or levels.
+        """
+        _require_precision(teacher)
+        levels = config.levels(teacher)
+        teacher.require_levels(levels)
+        if not self.plan(config, teacher)[0].branched:
+            reparameterised(teacher, str(config.prediction_type))
+        for own in samplers_from(known):
+            if not isinstance(own.solver, DDIM):
+                raise InputError(
+                    "the teacher is a student of SFD, whose steps are distilled further with the "
+                    "method sfd and second_stage; give that, or its own teacher"
+                )
+            if own.num_intervals != config.steps or own.schedule != levels:
+                raise InputError(
+                    f"the teacher is a student of {own.num_intervals} steps at "
+                    f"{own.schedule.text()}, which knows those alone, and the first round begins "
+                    f"with {config.steps} steps at {levels.text()}; give its own teacher, or its "
+                    "steps and levels (steps, schedule)"
+                )
+
+    def usual(self, known: Mapping[str, Any]) -> dict[str, Any]:
+        """A student's own noise levels, which it alone knows."""
+        return levels_of(known)
+
+    def teacher_sampler(self, config: PDConfig, teacher: NetworkDenoiser) -> Sampler | None:
+        """The number of steps that the first round begins with."""
+        return pd_sampler(config.levels(teacher), config.steps, clip=config.clip_samples)
+
+    def stage(
+        self, plan: StagePlan, teacher: NetworkDenoiser, config: PDConfig, inputs: Inputs
+    ) -> PDStage:
+        """The round to ``plan.nfe`` steps."""
+        start = teacher
+        if not plan.branched:
+            start = reparameterised(teacher, str(config.prediction_type))
+        return PDStage(
+            config=config,
+            teacher=teacher,
+            start=start,
+            levels=config.levels(teacher),
+            steps=plan.nfe,
+            dataset=inputs.require_dataset(self.name),
+            seed=inputs.seed,
+            substeps=config.substeps if plan.branched else 1,
+        )
+
+    def identity(
+        self,
+        config: PDConfig,
+        teacher: NetworkDenoiser,
+        inputs: Inputs,
+        weighting: BranchWeighting,
+    ) -> dict[str, Any]:
+        """Without ``until``: a run that goes on further keeps its rounds."""
+        stage = self.stage(self.plan(config)[-1], teacher, config, inputs)
+        return {
+            **stage.describe_run(weighting),
+            "first": config.steps,
+            "prediction_type": config.prediction_type or prediction_of(teacher),
+            "clip_samples": config.clip_samples,
+        }

@@ -25,7 +25,7 @@ from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.intervals import IntervalGrid, VariableGrid
 from bdense.errors import CheckpointError, InputError
 from bdense.files import atomic_write, file_lock
-from bdense.methods.trajectories import LiveTrajectories, Walk
+from bdense.methods.trajectories import LiveTrajectories, TrajectoryBatch
 
 # A shard is what a worker records at once and loses when it dies.
 MAX_SHARD_BYTES = 32 * 2**20
@@ -242,10 +242,10 @@ class RecordedTrajectories:
     def __len__(self) -> int:
         return self.store.live.count
 
-    def __getitem__(self, iteration: int) -> Walk:
+    def __getitem__(self, iteration: int) -> TrajectoryBatch:
         return self.part(iteration, slice(None))
 
-    def part(self, iteration: int, images: slice) -> Walk:
+    def part(self, iteration: int, images: slice) -> TrajectoryBatch:
         if not 0 <= iteration < len(self):
             raise IndexError(iteration)
         store = self.store
@@ -257,7 +257,7 @@ class RecordedTrajectories:
         # Copied out of the map: torch warns about read-only memory, and .to() would copy anyway.
         states = torch.from_numpy(np.array(self.shards[shard][own, images], dtype=np.float32))
         grid, start, labels = store.live.beginning(iteration, images)
-        return Walk(grid, start, states.to(start), labels)
+        return TrajectoryBatch(grid, start, states.to(start), labels)
 
     def describe(self) -> dict[str, Any]:
         stored = {} if self.store.dtype == "float32" else {"dtype": self.store.dtype}

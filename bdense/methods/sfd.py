@@ -2,32 +2,184 @@
 
 Zhou et al. 2024 (arXiv 2409.19681), algorithm 1; B-DENSE (arXiv 2602.15971), section 3.
 
-B batch, K branches, C channels, H x W pixels, S trained intervals.
+B batch, K branches, C channels, H x W pixels, N student intervals.
 """
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bdense.diffusion.branches import export_branch, widen_head
+from bdense.diffusion import SOLVERS, ScheduleKind
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.diffusion.solvers import analytical_slope
-from bdense.errors import InputError, NonFiniteLossError, StoppedError
-from bdense.methods.sfd_run import Looks as Looks
-from bdense.methods.sfd_run import require_fitting, run_identity
-from bdense.methods.trajectories import Trajectories, Walk
-from bdense.randomness import Stream, seeded
-from bdense.training.checkpoint import Keeper
-from bdense.training.parallel import Team
-from bdense.weights.weighting import BranchWeighting, FixedWeights
+from bdense.diffusion.intervals import IntervalGrid, VariableGrid
+from bdense.diffusion.sampling import Sampler, samplers_from, served_metadata
+from bdense.diffusion.schedules import Schedule
+from bdense.diffusion.solvers import Solver, analytical_slope, make_solver
+from bdense.diffusion.step_condition import Start, with_step_condition
+from bdense.errors import InputError
+from bdense.knobs import KnobError, knob
+from bdense.methods.method import Inputs, Method, MethodConfig, StagePlan
+from bdense.methods.perceptual import LPIPS
+from bdense.methods.recordings import TrajectoryStore
+from bdense.methods.trajectories import LiveTrajectories, Trajectories, TrajectoryBatch
+from bdense.models.store import denoiser_sha256
+from bdense.training.optimisation import LRSchedule
+from bdense.training.stage import Branches, Stateless
+from bdense.weights.weighting import BranchWeighting
 
-_KIND = "sfd-training"
+Perceptual = Literal["none", "lpips", "lpips-sfd"]
+# What is usual for a student of several NFE, and for a second stage (Zhou et al. 2024).
+_SEVERAL_NFE: Mapping[str, Any] = {"kimg": 800.0}
+_SECOND_STAGE: Mapping[str, Any] = {
+    "nfe": 1,
+    "substeps": 3,
+    "solver": "euler",
+    "kimg": 2000.0,
+    "lr": 5e-4,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SFDConfig(MethodConfig):
+    """The knobs of SFD; the defaults are the reference's for one NFE."""
+
+    heading: ClassVar[str] = "method sfd"
+
+    nfe: int | tuple[int, ...] = knob(
+        2,
+        "network evaluations an image; several numbers make one student for all of them, SFD-v "
+        "(1 with second_stage)",
+        low=1,
+    )
+    substeps: int = knob(
+        4,
+        "steps that the teacher takes in each of the student's, K (3 with second_stage)",
+        low=1,
+    )
+    afs: bool = knob(True, "analytical first step: one more interval for the same NFE")
+    solver: str = knob(
+        "dpmpp",
+        "solver that the teacher walks with (euler with second_stage)",
+        choices=tuple(SOLVERS),
+    )
+    order: int | None = knob(None, "order of the solver", low=1, none="the highest")
+    thresholding: bool = knob(False, "dynamic thresholding of dpmpp's predictions")
+    schedule: ScheduleKind = knob("polynomial", "spacing of the noise levels")
+    rho: float = knob(7.0, "exponent of the spacing, which logsnr does not use", above=0)
+    sigma_min: float = knob(0.006, "last noise level, the lowest", above=0)
+    sigma_max: float = knob(80.0, "first noise level, the highest", above=0)
+    kimg: float = knob(
+        200.0,
+        "training length in thousands of images (800 for several NFE, 2000 with second_stage)",
+        low=0.001,
+    )
+    lr: float = knob(5e-5, "step size (5e-4 with second_stage)", above=0)
+    lr_schedule: LRSchedule = knob(
+        "step",
+        "step size over the run: constant, linear (falls to 0), or step (a tenth in the second "
+        "half)",
+    )
+    perceptual: Perceptual = knob(
+        "none",
+        "add the LPIPS between the ends of the last interval to the loss (needs the extra lpips "
+        "and 0.5 GB of weights): lpips feeds it images in [0, 1], which it expects, lpips-sfd in "
+        "[-1, 1], as the reference does",
+    )
+    step_condition: Start = knob(
+        "teacher",
+        "where a student for several NFE starts: as its teacher, or with random layers for the "
+        "number of steps, as the reference does",
+    )
+    second_stage: bool = knob(
+        False, "the teacher is itself a student of SFD, whose steps are distilled into fewer"
+    )
+
+    def __post_init__(self) -> None:
+        MethodConfig.__post_init__(self)
+        several = self.nfe if isinstance(self.nfe, tuple | list) else (self.nfe,)
+        if not several or any(isinstance(n, bool) or not isinstance(n, int) for n in several):
+            raise InputError(f"nfe must be a whole number or several, got {self.nfe!r}")
+        if len(set(several)) < len(several):
+            raise InputError(f"nfe {list(several)} names a number twice; give each once")
+        kept = tuple(sorted(several)) if len(several) > 1 else several[0]
+        object.__setattr__(self, "nfe", kept)
+        try:
+            _ = self.grid, self.make_solver()  # which refuse what does not fit together
+        except KnobError as error:  # the solver's knob, which is not one of these
+            raise InputError(str(error)) from error
+        if self.step_condition != "teacher" and len(several) == 1:
+            raise InputError(
+                f"step_condition={self.step_condition} is for a student of several NFE, got "
+                f"nfe={self.nfe}; give more numbers or drop it"
+            )
+        if self.second_stage:
+            if len(several) > 1:
+                raise InputError(f"second_stage is for one NFE, got nfe={list(several)}; give one")
+            if self.solver != "euler":
+                raise InputError(
+                    f"second_stage walks a student, which takes Euler steps, got "
+                    f"solver={self.solver}; give solver=euler"
+                )
+
+    @classmethod
+    def read(cls, tree: Mapping[str, Any], where: str = "") -> Self:
+        """As of ``Knobs``, with the usual values for several NFE or a second stage."""
+        usual: Mapping[str, Any] = {}
+        if tree.get("second_stage") is True:
+            usual = _SECOND_STAGE
+        elif isinstance(nfe := tree.get("nfe"), list | tuple) and len(nfe) > 1:
+            usual = _SEVERAL_NFE
+        return super(SFDConfig, cls).read({**usual, **tree}, where)
+
+    @property
+    def several_nfe(self) -> tuple[int, ...]:
+        """``nfe``, as numbers in rising order."""
+        return self.nfe if isinstance(self.nfe, tuple) else (self.nfe,)
+
+    @property
+    def images(self) -> int:
+        """``kimg`` in images."""
+        return round(self.kimg * 1000)
+
+    @property
+    def num_updates(self) -> int:
+        """Iterations: ceil(images / batch)."""
+        return -(-self.images // self.batch)
+
+    @property
+    def levels(self) -> Schedule:
+        """The noise levels."""
+        return Schedule(
+            kind=self.schedule, rho=self.rho, sigma_min=self.sigma_min, sigma_max=self.sigma_max
+        )
+
+    @property
+    def grid(self) -> IntervalGrid | VariableGrid:
+        """The student's intervals and the teacher's sub-steps."""
+        intervals = tuple(nfe + self.afs for nfe in self.several_nfe)
+        shared: dict[str, Any] = {
+            "substeps": self.substeps,
+            "afs": self.afs,
+            "schedule": self.levels,
+        }
+        if len(intervals) > 1:
+            return VariableGrid(num_intervals=intervals, **shared)
+        return IntervalGrid(num_intervals=intervals[0], **shared)
+
+    @property
+    def samplers(self) -> tuple[Sampler, ...]:
+        """How the student draws, by NFE."""
+        return tuple(
+            Sampler(num_intervals=nfe + self.afs, afs=self.afs, schedule=self.levels)
+            for nfe in self.several_nfe
+        )
+
+    def make_solver(self) -> Solver:
+        """What the teacher walks with."""
+        return make_solver(self.solver, order=self.order, thresholding=self.thresholding)
 
 
 class PerceptualLoss(Protocol):
@@ -42,191 +194,165 @@ class PerceptualLoss(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SFDConfig:
-    """How long and how fast a student learns.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SFDStage(Stateless):
+    """A student that follows its teacher's trajectories.
 
     Attributes:
-        num_branches: K for B-DENSE; 1 for plain SFD, supervised at each interval's end alone.
-        images: Training images in all; iterations = ceil(images / batch).
-        lr: Adam's step size; a tenth of it from the middle of the run on.
-        dropout: Keep the checkpoint's dropout on while training, as the reference does.
-        seed: Seeds dropout; the noise is the trajectories' own.
+        config: Length, step size.
+        trajectories: Batches by iteration, on the training device.
+        seed: Of dropout; the noise is the trajectories' own.
+        start: What the student starts as.
+        perceptual: Added at the end of the last interval, C * H * W times, as in the reference's
+            second stage; None adds nothing.
     """
 
-    num_branches: int
-    images: int
-    lr: float = 5e-5
-    betas: tuple[float, float] = (0.9, 0.999)
-    dropout: bool = True
+    kind: ClassVar[str] = "sfd"
+
+    config: SFDConfig
+    trajectories: Trajectories
+    start: NetworkDenoiser
     seed: int = 0
+    perceptual: PerceptualLoss | None = None
 
     def __post_init__(self) -> None:
-        if self.num_branches < 1:
-            raise InputError(f"num_branches (K) must be at least 1, got {self.num_branches}")
-        if self.images < 1:
-            raise InputError(f"images must be at least 1, got {self.images}")
-        if not 0 < self.lr < float("inf"):
-            raise InputError(f"lr must be positive and finite, got {self.lr}")
-
-    def iterations(self, batch: int) -> int:
-        """Iterations of that batch size that see all ``images``."""
-        if batch < 1:
-            raise InputError(f"batch must be at least 1, got {batch}")
-        return -(-self.images // batch)
-
-    def lr_at(self, iteration: int, batch: int) -> float:
-        """lr, or lr / 10 after the first iteration that began with half of the images seen."""
-        past_the_middle = iteration > 0 and (iteration - 1) * batch * 2 >= self.images
-        return self.lr / 10 if past_the_middle else self.lr
-
-
-@dataclass(frozen=True, slots=True)
-class IterationReport:
-    """What one iteration did.
-
-    Attributes:
-        iteration: 0-based.
-        iterations: Of the whole run.
-        lr: Step size used.
-        branch_losses: [S, K] float64 on the CPU: L1 summed over pixels, mean over the batch,
-            unweighted.
-        weights: [S, K] float64 branch weights used.
-    """
-
-    iteration: int
-    iterations: int
-    lr: float
-    branch_losses: Tensor
-    weights: Tensor
+        grid = self.trajectories.grid
+        if isinstance(grid, VariableGrid) and not self.start.step_condition:
+            raise InputError(
+                f"a student for several numbers of intervals {list(grid.num_intervals)} is told "
+                "which; start it from with_step_condition(teacher, seed=...)"
+            )
+        if self.num_updates > len(self.trajectories):
+            raise InputError(
+                f"{self.config.images} images make {self.num_updates} iterations, and the "
+                f"trajectories hold {len(self.trajectories)}; record more or train on fewer images"
+            )
 
     @property
-    def loss(self) -> float:
-        """The weighted branch losses, mean over the trained intervals."""
-        return float((self.branch_losses * self.weights).sum(-1).mean())
+    def num_updates(self) -> int:
+        """Iterations: ceil(images / batch)."""
+        return -(-self.config.images // self.batch_size)
+
+    @property
+    def num_branches(self) -> int:
+        """K, the teacher's sub-steps."""
+        return self.trajectories.grid.substeps
+
+    @property
+    def batch_size(self) -> int:
+        """B, trajectories an iteration."""
+        return self.trajectories.batch
+
+    @property
+    def dropout(self) -> bool:
+        """Whether the student trains with the dropout of its network."""
+        return self.config.dropout
+
+    @property
+    def optimisation(self) -> SFDConfig:
+        """The config."""
+        return self.config
+
+    @property
+    def sampler(self) -> Sampler:
+        """How the student draws, with its fewest evaluations."""
+        return self.config.samplers[0]
+
+    def metadata(self) -> dict[str, Any]:
+        """What the student's file says of it."""
+        stage = {"stage": 2} if self.config.second_stage else {}
+        perceptual = {} if self.perceptual is None else {"perceptual": self.perceptual.describe()}
+        return {**stage, **perceptual, **served_metadata(self.config.samplers)}
+
+    def batch(self, iteration: int, images: slice) -> TrajectoryBatch:
+        """Some of that iteration's trajectories."""
+        return self.trajectories.part(iteration, images)
+
+    def updates(self, iteration: int, batch: TrajectoryBatch) -> Iterator["IntervalUpdate"]:
+        """An update for each trained interval, on the student's own path."""
+        grid = batch.grid
+        x = (
+            first_interval_without_network(batch.start, grid.interval(0))
+            if grid.afs
+            else (batch.start)
+        )
+        for row, n in enumerate(grid.trained):
+            update = IntervalUpdate(
+                stream=(iteration, n),
+                where={"interval": n},
+                x=x,
+                levels=grid.interval(n),
+                targets=batch.states[row * grid.substeps : (row + 1) * grid.substeps],
+                labels=batch.labels,
+                num_points=grid.num_points if self.start.step_condition else None,
+                perceptual=self.perceptual if n == grid.num_intervals - 1 else None,
+            )
+            yield update
+            x = update.end
+
+    def describe(self, weighting: BranchWeighting) -> dict[str, Any]:
+        """What must agree for a checkpoint to be of the same run."""
+        config = self.config
+        perceptual = {} if self.perceptual is None else {"perceptual": self.perceptual.describe()}
+        added = {f"config.{name}": value for name, value in config.changed().items()}
+        return {
+            "weights": weighting.describe(),
+            **added,
+            "config.num_branches": weighting.num_branches,
+            "config.images": config.images,
+            "config.lr": config.lr,
+            "config.betas": list(config.betas),
+            "config.dropout": config.dropout,
+            "config.seed": self.seed,
+            "start": denoiser_sha256(self.start),
+            **perceptual,
+            **{f"trajectories.{k}": value for k, value in self.trajectories.describe().items()},
+        }
+
+    def on(self, device: torch.device) -> "SFDStage":
+        """The same on another device."""
+        moved = self.trajectories.on(device)
+        same = self.start is self.trajectories.teacher
+        start = moved.teacher if same else self.start.on(device)
+        return replace(self, trajectories=moved, start=start)
 
 
-def distill(
-    teacher: NetworkDenoiser,
-    trajectories: Trajectories,
-    config: SFDConfig,
-    weights: Tensor | BranchWeighting,
-    *,
-    start: NetworkDenoiser | None = None,
-    perceptual: PerceptualLoss | None = None,
-    team: Team | None = None,
-    checkpoint: Path | None = None,
-    checkpoint_seconds: float = 60.0,
-    on_iteration: Callable[[IterationReport], None] | None = None,
-    on_save: Callable[[int], None] | None = None,
-    looks: Looks | None = None,
-) -> NetworkDenoiser:
-    """Train a student on the teacher's trajectories.
+@dataclass(eq=False, kw_only=True)
+class IntervalUpdate:
+    """One interval from the state ``x`` [B, C, H, W] on; ``end`` is where the student ended."""
 
-    Stopped anywhere and called again with the same ``checkpoint``, it ends with the same weights.
+    stream: tuple[int, ...]
+    where: Mapping[str, int]
+    x: Tensor
+    levels: Tensor
+    targets: Tensor
+    labels: Tensor | None
+    num_points: int | None
+    perceptual: PerceptualLoss | None
+    end: Tensor = field(init=False)
 
-    Args:
-        teacher: The student starts as a copy of it, on its device.
-        trajectories: Batches by iteration, all of ``config.iterations``.
-        config: Length, step size, branches.
-        weights: [num_branches] w_1..w_K, or what learns them.
-        start: Another student to start from, such as the teacher ``with_step_condition``.
-        perceptual: Added at the end of the last interval, C * H * W times, as in the reference's
-            second stage; ``bdense.methods.perceptual.LPIPS`` is one.
-        team: The processes that share each batch; None is this one alone.
-        checkpoint: File to resume from and to save to; None keeps nothing.
-        checkpoint_seconds: Save at the first iteration that ends this long after the last save; at
-            the end in any case.
-        on_iteration: Called after every iteration; what it raises ends the run, a
-            ``StoppedError`` with a save.
-        on_save: Called after each save with the iterations done.
-        looks: At the student on its way; saved before each.
-
-    Returns:
-        The branched student, in eval mode; ``export_branch`` makes it the teacher's size.
-
-    Raises:
-        InputError: Branches, weights and trajectories do not fit together.
-        NonFiniteLossError: A loss or gradient is not finite; no update was made from it.
-    """
-    batch = trajectories.batch
-    iterations = config.iterations(batch)
-    weighting = FixedWeights(weights) if isinstance(weights, Tensor) else weights
-    start = start or teacher
-    require_fitting(
-        trajectories,
-        weighting,
-        start,
-        num_branches=config.num_branches,
-        images=config.images,
-        iterations=iterations,
-    )
-    looked_at = looks.on_the_way(iterations) if looks is not None else frozenset()
-    start.execution.set_products()
-    student = widen_head(start, config.num_branches).train(config.dropout)
-    optimizer = torch.optim.Adam(
-        student.parameters(), lr=config.lr, betas=config.betas, fused=True
-    )
-    team = team or Team.alone()
-    keeper = Keeper(
-        checkpoint,
-        _KIND,
-        student,
-        optimizer,
-        run_identity(
-            asdict(config),
-            weighting,
-            trajectories,
-            start,
-            perceptual.describe() if perceptual is not None else None,
-            team,
-        ),
-        seconds=checkpoint_seconds,
-        weighting=weighting,
-        writes=team.leads,
-        on_save=on_save,
-    )
-    first = keeper.resume()
-    update = _Update(student, optimizer, weighting, perceptual, team, config.seed)
-    images = team.share_of(batch)
-    for iteration in range(first, iterations):
-        if looks is not None and iteration in looked_at:
-            look = functools.partial(_look, looks, iteration, student)
-            team.while_others_wait(f"look {iteration}", look)
-        lr = config.lr_at(iteration, batch)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        losses, used = _walk_along(update, trajectories.part(iteration, images), iteration)
-        done = iteration + 1
-        # Before the save: a caller that is no longer entitled to the checkpoint ends the run here.
-        if on_iteration is not None:
-            try:
-                on_iteration(IterationReport(iteration, iterations, lr, losses, used))
-            except StoppedError:
-                keeper.save(done)
-                raise
-        if done in looked_at or done == iterations or keeper.is_due:
-            keeper.save(done)
-    return student.eval()
+    def __call__(self, branches: Branches) -> "SFDLosses":
+        """The branches' states and losses."""
+        states = branch_states(branches, self.x, self.levels, self.labels, self.num_points)
+        self.end = states[:, -1].detach()
+        losses = branch_losses(states, self.targets)
+        if self.perceptual is None:
+            return SFDLosses(losses)
+        distance, end, target = self.perceptual, states[:, -1], self.targets[-1]
+        return SFDLosses(losses, lambda: self.x[0].numel() * distance(end, target))
 
 
-def _look(looks: Looks, after: int, student: NetworkDenoiser) -> None:
-    """At a copy of branch K."""
-    looks.look(after, export_branch(student).eval())
+@dataclass(frozen=True, eq=False)
+class SFDLosses:
+    """[K] L1 losses, and what is added to their weighted sum."""
 
+    per_branch: Tensor
+    added: Callable[[], Tensor] | None = None
 
-def _walk_along(update: "_Update", walk: Walk, iteration: int) -> tuple[Tensor, Tensor]:
-    """An update for each trained interval, on the student's own path: [S, K] losses, weights."""
-    grid, report = walk.grid, []
-    x = walk.start
-    if grid.afs:
-        x = first_interval_without_network(x, grid.interval(0))
-    for row, n in enumerate(grid.trained):
-        targets = walk.states[row * grid.substeps : (row + 1) * grid.substeps]
-        x, losses, weights = update(walk, n, x, targets, iteration)
-        report.append((losses, weights))
-    losses_of, weights_of = zip(*report, strict=True)
-    return torch.stack(losses_of), torch.stack(weights_of)
+    def weighted(self, weights: Tensor) -> Tensor:
+        """The weighted sum, and what is added to it."""
+        loss = (weights.to(self.per_branch) * self.per_branch).sum()
+        return loss if self.added is None else loss + self.added()
 
 
 def first_interval_without_network(x: Tensor, levels: Tensor) -> Tensor:
@@ -235,7 +361,7 @@ def first_interval_without_network(x: Tensor, levels: Tensor) -> Tensor:
 
 
 def branch_states(
-    student: NetworkDenoiser,
+    branches: Branches,
     x: Tensor,
     levels: Tensor,
     labels: Tensor | None = None,
@@ -244,7 +370,8 @@ def branch_states(
     """Where each branch says the teacher is: x^k = x + (t_{n,k} - t_n) (x - D^k) / t_n.
 
     Args:
-        student: Its K branches stand for t_{n,1}..t_{n,K}; a single one for t_{n,K}.
+        branches: The student's ``branches``; its K branches stand for t_{n,1}..t_{n,K}, a single
+            one for t_{n,K}.
         x: [B, C, H, W] the student's state at t_n.
         levels: [K + 1] float64, t_{n,0} = t_n down to t_{n,K}.
         labels: [B, label_dim] classes, for a conditional student.
@@ -254,9 +381,9 @@ def branch_states(
         [B, K, C, H, W]; index -1 is the end of the interval.
     """
     t = levels[0]
-    denoised = student.branches(x, t, class_labels=labels, num_points=num_points)
+    denoised = branches(x, t, class_labels=labels, num_points=num_points)
     slopes = (x[:, None] - denoised) / t
-    steps = (levels[1:] - t)[-student.num_branches :]
+    steps = (levels[1:] - t)[-denoised.shape[1] :]
     return x[:, None] + steps.to(x).view(-1, 1, 1, 1) * slopes
 
 
@@ -274,121 +401,147 @@ def branch_losses(states: Tensor, targets: Tensor) -> Tensor:
     return (states - targets).abs().sum(dim=(0, 2, 3, 4)) / len(states)
 
 
-class _Branches(nn.Module):
-    """From a state to the branches' states and losses: what a team's gradients flow through."""
+class SFD(Method):
+    """Simple and Fast Distillation: one stage."""
 
-    def __init__(self, student: NetworkDenoiser) -> None:
-        super().__init__()
-        self.student = student
+    name: ClassVar[str] = "sfd"
+    title: ClassVar[str] = "SFD"
+    Config: ClassVar[type[SFDConfig]] = SFDConfig
 
-    def forward(
-        self, x: Tensor, levels: Tensor, targets: Tensor, labels: Tensor | None, points: int
-    ) -> tuple[Tensor, Tensor]:
-        """[B, K, C, H, W] states and [K] losses."""
-        told = points if self.student.step_condition else None
-        states = branch_states(self.student, x, levels, labels, told)
-        return states, branch_losses(states, targets)
+    def plan(
+        self, config: SFDConfig, teacher: NetworkDenoiser | None = None
+    ) -> tuple[StagePlan, ...]:
+        """One stage."""
+        several = config.several_nfe
+        label = f"{', '.join(map(str, several))} NFE"
+        return (StagePlan(name="", label=label, num_updates=config.num_updates, nfe=several[0]),)
 
+    def num_branches(self, config: SFDConfig) -> int:
+        """K, the teacher's sub-steps."""
+        return config.substeps
 
-class _Update:
-    """One optimiser step on one interval."""
+    def check(self, config: SFDConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
+        """Refuse a teacher that cannot be distilled so.
 
-    def __init__(
-        self,
-        student: NetworkDenoiser,
-        optimizer: torch.optim.Optimizer,
-        weighting: BranchWeighting,
-        perceptual: PerceptualLoss | None,
-        team: Team,
-        seed: int,
-    ) -> None:
-        self._branches = _Branches(student)
-        self._forward = team.wrap(self._branches)
-        self._optimizer = optimizer
-        self._weighting = weighting
-        self._perceptual = perceptual
-        self._team = team
-        self._seed = seed
-
-    def __call__(
-        self, walk: Walk, n: int, x: Tensor, targets: Tensor, iteration: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Learn interval ``n`` from the state ``x`` [B, C, H, W].
-
-        Returns:
-            Where the student itself ends [B, C, H, W], detached; [K] losses and [K] weights,
-            float64 on the CPU.
+        Raises:
+            InputError: It was not trained for the levels, or is itself a student and no
+                ``second_stage`` is asked for, or the other way round.
         """
-        grid = walk.grid
-        inputs = (x, grid.interval(n), targets, walk.labels, grid.num_points)
-        with self._shared_features() as shared, self._dropout(x.device, iteration, n):
-            states, losses = self._forward(*inputs)
-        seen = self._team.mean(losses.detach())
-        self._weighting.observe(seen, self._gradient_norms(losses, shared))
-        weights = self._weighting.weights().to(losses)
-        loss = (weights * losses).sum()
-        if self._perceptual is not None and n == grid.num_intervals - 1:
-            loss = loss + x[0].numel() * self._perceptual(states[:, -1], targets[-1])
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        gradients = [p.grad for p in self._branches.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        # The one place where a GPU is waited for.
-        *values, last = torch.cat([seen, weights, norm.to(weights)[None]]).double().cpu()
-        if not all(value.isfinite() for value in (*values, last)):
-            # Eagerly: a compiled graph is walked back once, and each branch wants its own.
-            eager = torch.compiler.set_stance("force_eager")
-            with eager, self._dropout(x.device, iteration, n):
-                raise self._named(seen, weights, inputs, iteration, n)
-        self._optimizer.step()
-        k = len(losses)
-        return states[:, -1].detach(), torch.stack(values[:k]), torch.stack(values[k:])
+        teacher.require_levels(config.levels)
+        served = {sampler.num_intervals: sampler for sampler in samplers_from(known)}
+        if config.second_stage:
+            _check_second_stage(config, served)
+        elif served:
+            raise InputError(
+                "the teacher is a student, which knows the levels it was distilled for alone; "
+                "distil it further with second_stage, or give its own teacher"
+            )
 
-    def _dropout(
-        self, device: torch.device, iteration: int, n: int
-    ) -> contextlib.AbstractContextManager[None]:
-        """The random state that dropout draws from in this update, whoever repeats it."""
-        own = self._team.own_index
-        return seeded(device, self._seed, Stream.DROPOUT, iteration, n, *own)
+    def usual(self, known: Mapping[str, Any]) -> dict[str, Any]:
+        """A student's own noise levels, which a second stage keeps."""
+        return levels_of(known)
 
-    @contextlib.contextmanager
-    def _shared_features(self) -> Iterator[list[Tensor]]:
-        """The head's input, which all branches share, once the network has been called."""
-        kept: list[Tensor] = []
-        if not self._weighting.needs_gradients:
-            yield kept
-            return
-        model = self._branches.student.model
-        head = model.get_submodule(model.head_name)
-        hook = head.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
-        try:
-            yield kept
-        finally:
-            hook.remove()
+    def stage(
+        self, plan: StagePlan, teacher: NetworkDenoiser, config: SFDConfig, inputs: Inputs
+    ) -> SFDStage:
+        """The one stage."""
+        store = self.recording(config, teacher, inputs)
+        start = teacher
+        if len(config.several_nfe) > 1 and not teacher.step_condition:
+            start = with_step_condition(teacher, start=config.step_condition, seed=inputs.seed)
+        perceptual = None
+        if config.perceptual != "none":
+            perceptual = LPIPS(as_reference=config.perceptual == "lpips-sfd")
+        return SFDStage(
+            config=config,
+            trajectories=(store.open() if store is not None else _live(config, teacher, inputs)),
+            start=start,
+            seed=inputs.seed,
+            perceptual=perceptual,
+        )
 
-    def _gradient_norms(self, losses: Tensor, shared: list[Tensor]) -> Tensor | None:
-        """[K] |d loss_k / d shared|, each by a walk back through the head alone."""
-        if not shared:
+    def recording(
+        self, config: SFDConfig, teacher: NetworkDenoiser, inputs: Inputs
+    ) -> TrajectoryStore | None:
+        """The teacher's trajectories, which do not depend on the branch weights."""
+        if inputs.recordings is None:
             return None
-        norms = [
-            torch.autograd.grad(loss, shared[0], retain_graph=True)[0].norm() for loss in losses
-        ]
-        # Of the whole batch: the squares add up over the shares, each a mean over its own images.
-        return (self._team.mean(torch.stack(norms).square()) / self._team.size).sqrt()
+        live = _live(config, teacher, inputs)
+        return TrajectoryStore(live, inputs.recordings.root, inputs.recordings.dtype)
 
-    def _named(
-        self, losses: Tensor, weights: Tensor, inputs: tuple[Any, ...], iteration: int, n: int
-    ) -> NonFiniteLossError:
-        """What is not finite and which branch caused it: each alone, from the same draws."""
-        where = {"iteration": iteration, "interval": n}
-        for k, loss in enumerate(losses, 1):
-            if not bool(loss.isfinite()):
-                return NonFiniteLossError("the loss", **where, branch=k)
-        _, losses = self._branches(*inputs)
-        parameters = list(self._branches.parameters())
-        # Weighted, as in the update: a large weight may be what overflows.
-        for k, loss in enumerate(weights * losses, 1):
-            alone = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-            if not all(bool(g.isfinite().all()) for g in alone if g is not None):
-                return NonFiniteLossError("the gradient", **where, branch=k)
-        return NonFiniteLossError("the gradient", **where)
+
+def _live(config: SFDConfig, teacher: NetworkDenoiser, inputs: Inputs) -> LiveTrajectories:
+    """The teacher's trajectories, computed anew for every batch."""
+    teacher_afs = False
+    if config.second_stage:
+        served = {sampler.num_intervals: sampler for sampler in samplers_from(inputs.known)}
+        teacher_afs = served[_walked(config)].afs
+    return LiveTrajectories(
+        teacher=teacher,
+        grid=config.grid,
+        solver=config.make_solver(),
+        batch=config.batch,
+        count=config.num_updates,
+        seed=inputs.seed,
+        teacher_afs=teacher_afs,
+    )
+
+
+def _walked(config: SFDConfig) -> int:
+    """Intervals that the teacher of a second stage walks."""
+    return (config.several_nfe[0] + config.afs) * config.substeps
+
+
+def levels_of(known: Mapping[str, Any]) -> dict[str, Any]:
+    """The knobs of a student's noise levels; none for a teacher, or for a process of its own."""
+    served = samplers_from(known)
+    if not served or not isinstance(levels := served[0].schedule, Schedule):
+        return {}
+    described = levels.describe()
+    return {"schedule": described.pop("kind"), **described}
+
+
+def _check_second_stage(config: SFDConfig, served: Mapping[int, Sampler]) -> None:
+    """A teacher that is a student: on its own grid, by its own steps.
+
+    A student for several NFE is told its number of points, that of the grid it walks.
+    """
+    if not served:
+        raise InputError(
+            "second_stage distils a student further, and the teacher is none; make one of it "
+            "first, with nfe=5"
+        )
+    any_of_them = next(iter(served.values()))
+    if not isinstance(any_of_them.schedule, Schedule):
+        raise InputError(
+            "second_stage walks students of SFD, and the teacher draws by "
+            f"{any_of_them.schedule.text()}; distil it further with the method progressive"
+        )
+    if any_of_them.schedule != config.levels:
+        raise InputError(
+            f"second_stage keeps the teacher's noise levels, {any_of_them.schedule.describe()}, "
+            f"got {config.levels.describe()}; give the teacher's (schedule, rho, sigma_min, "
+            "sigma_max)"
+        )
+    wanted = _walked(config)
+    if wanted not in served:
+        own = " or ".join(map(str, served))
+        intervals = config.several_nfe[0] + config.afs
+        raise InputError(
+            f"nfe={config.nfe} with substeps={config.substeps} makes the teacher walk "
+            f"{intervals} x {config.substeps} = {wanted} intervals, and it was distilled for "
+            f"{own}; {_way_out(served, config, wanted)}"
+        )
+
+
+def _way_out(served: Mapping[int, Sampler], config: SFDConfig, wanted: int) -> str:
+    """What would fit: other numbers for this teacher, or another teacher."""
+    free = int(config.afs)
+    fitting = [
+        f"nfe={intervals // substeps - free} with substeps={substeps}"
+        for intervals in served
+        for substeps in range(2, intervals + 1)
+        if intervals % substeps == 0 and intervals // substeps > free
+    ]
+    other = f"give a student distilled with nfe={wanted - any(s.afs for s in served.values())}"
+    return f"take {' or '.join(fitting)}, or {other}" if fitting else other

@@ -19,7 +19,7 @@ from bdense.randomness import Stream, generator
 
 
 @dataclass(frozen=True, slots=True)
-class Walk:
+class TrajectoryBatch:
     """One batch of trajectories.
 
     Attributes:
@@ -53,11 +53,11 @@ class Trajectories(Protocol):
         """Iterations it can serve."""
         ...
 
-    def __getitem__(self, iteration: int) -> Walk:
+    def __getitem__(self, iteration: int) -> TrajectoryBatch:
         """The batch of that iteration, on the training device."""
         ...
 
-    def part(self, iteration: int, images: slice) -> Walk:
+    def part(self, iteration: int, images: slice) -> TrajectoryBatch:
         """Some images of that batch, as a process of several takes its share."""
         ...
 
@@ -100,14 +100,14 @@ class LiveTrajectories:
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, iteration: int) -> Walk:
+    def __getitem__(self, iteration: int) -> TrajectoryBatch:
         return self.part(iteration, slice(None))
 
-    def part(self, iteration: int, images: slice) -> Walk:
+    def part(self, iteration: int, images: slice) -> TrajectoryBatch:
         if not 0 <= iteration < self.count:
             raise IndexError(iteration)
         grid, start, labels = self.beginning(iteration, images)
-        return Walk(grid, start, self._states(grid, start, labels), labels)
+        return TrajectoryBatch(grid, start, self._states(grid, start, labels), labels)
 
     def beginning(
         self, iteration: int, images: slice

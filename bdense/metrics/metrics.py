@@ -17,34 +17,10 @@ from torch import Tensor
 from bdense.errors import InputError, NonFiniteError, ShapeError
 from bdense.metrics.extractors import Extractor
 from bdense.metrics.references import Reference, Statistics, features_of, statistics_of
+from bdense.metrics.settings import METRICS, MetricSettings
 
-METRICS = ("fid", "kid", "prc")
 # Rows of distances in memory at a time: 2048 x 50,000 distances take 800 MB.
 _PRC_ROWS = 2048
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MetricSettings:
-    """Settings of KID and of precision and recall; the FID has none.
-
-    Attributes:
-        kid_subsets: Subsets drawn from either set; more give a steadier mean.
-        kid_subset_size: Images in each; affects the deviation, not the mean's expectation.
-        kid_seed: Seed of the draw.
-        neighbours: k; a larger k raises precision and recall. The SFD reference uses 5,
-            Kynkaanniemi et al. 3.
-    """
-
-    kid_subsets: int = 100
-    kid_subset_size: int = 1000
-    kid_seed: int = 2020
-    neighbours: int = 5
-
-    def __post_init__(self) -> None:
-        least = {"kid_subsets": 1, "kid_subset_size": 2, "kid_seed": 0, "neighbours": 1}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise InputError(f"{name} must be at least {bound}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)

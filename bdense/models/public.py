@@ -52,6 +52,11 @@ class PublicFile:
         """Path of the downloaded file, or of one put there by hand."""
         return checkpoint_folder() / self.url.rsplit("/", 1)[1]
 
+    @property
+    def is_here(self) -> bool:
+        """Whether it has been fetched."""
+        return self.path.is_file()
+
     def fetch(self) -> Path:
         """Its path; downloads the file if missing.
 

@@ -7,12 +7,10 @@ B batch, C channels, H x W pixels.
 """
 
 import copy
-import json
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,12 +24,16 @@ from bdense.diffusion.preconditioning import (
     make_preconditioning,
     native_schedule,
 )
-from bdense.diffusion.snr_weights import LOSSES, Loss, snr_weight
-from bdense.errors import CheckpointError, InputError, NonFiniteLossError
+from bdense.diffusion.snr_weights import Loss, snr_weight
+from bdense.errors import InputError
 from bdense.execution import Execution
-from bdense.models.store import adam_tensors, load_tensors, restore_adam, save_tensors
+from bdense.knobs import Knobs, knob
 from bdense.networks import SongUNet, SongUNetConfig
-from bdense.randomness import Stream, derive_seed, generator, seeded
+from bdense.randomness import Stream, derive_seed, generator
+from bdense.training.loop import IterationReport, train
+from bdense.training.optimisation import OptimisationConfig
+from bdense.training.stage import Branches, ImageLosses, Stateless
+from bdense.weights.weighting import BranchWeighting, FixedWeights
 
 # Of a network by what it predicts: as the reference for images, else the network's own error.
 DEFAULT_LOSS: dict[str, Loss] = {"sample": "snr_trunc", "epsilon": "snr", "v_prediction": "v"}
@@ -40,53 +42,46 @@ _OPTIONAL = ("precond", "loss", "flip", "clip")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherConfig:
-    """A teacher's network and its training.
+class TeacherConfig(Knobs):
+    """The knobs of a teacher's network and its training."""
 
-    Attributes:
-        network: Options of the SongUNet beyond image size and channels. With ``label_dim``
-            above 0 it is trained with the classes of the data set.
-        images: Training images in all (with repetition).
-        batch: Images an iteration.
-        lr: Adam's step size after the warm-up.
-        warmup_images: Images over which lr rises linearly from 0.
-        ema_halflife_images: Images after which a weight's share in the average has halved.
-        p_mean, p_std: ln sigma ~ N(p_mean, p_std^2), with EDM's preconditioning.
-        seed: Of initial weights, batches, noise and dropout.
-        precond: Name (cosine or ddpm) and options of a preconditioning whose process is trained
-            on, at its own levels; None is EDM's.
-        loss: How the levels of that process count, of ``LOSSES``; None is ``DEFAULT_LOSS``.
-        flip: Mirror each image with probability 1/2.
-        clip: Largest norm of the gradient, which is shortened to it; None leaves it as it is.
-    """
+    heading: ClassVar[str] = "training"
 
-    images: int
-    batch: int = 256
-    lr: float = 2e-3
-    warmup_images: int = 10_000
-    ema_halflife_images: int = 10_000
-    p_mean: float = -1.2
-    p_std: float = 1.2
-    seed: int = 0
-    network: dict[str, Any] = field(default_factory=dict)
-    precond: dict[str, Any] | None = None
-    loss: Loss | None = None
-    flip: bool = False
-    clip: float | None = None
+    images: int = knob(help="training images in all, with repetition", low=1)
+    batch: int = knob(256, "images in each iteration", low=1)
+    lr: float = knob(2e-3, "Adam's step size after the warm-up", above=0)
+    warmup_images: int = knob(
+        10_000, "images over which the step size rises linearly from 0", low=0
+    )
+    ema_halflife_images: int = knob(
+        10_000, "images after which a weight's share in the average has halved", low=1
+    )
+    p_mean: float = knob(-1.2, "mean of ln sigma, the log noise level, with EDM's preconditioning")
+    p_std: float = knob(1.2, "standard deviation of ln sigma", low=0)
+    seed: int = knob(0, "seed of initial weights, batches, noise and dropout", low=0)
+    network: dict[str, Any] = knob(
+        {},
+        "options of the SongUNet beyond image size and channels; with label_dim above 0 it is "
+        "trained with the classes of the data set",
+    )
+    precond: dict[str, Any] | None = knob(
+        None,
+        "name (cosine or ddpm) and options of a variance-preserving process to train on, at its "
+        "own levels; EDM's preconditioning where it is not given",
+    )
+    loss: Loss | None = knob(
+        None,
+        "weight of each noise level of that process: 1 (constant), SNR (snr), max(SNR, 1) "
+        "(snr_trunc) or SNR + 1 (v)",
+        none="snr for epsilon, snr_trunc for sample, v for v_prediction",
+    )
+    flip: bool = knob(False, "mirror each image with probability 1/2")
+    clip: float | None = knob(
+        None, "largest norm of the gradient, which is scaled down to it", above=0, none="no limit"
+    )
 
     def __post_init__(self) -> None:
-        for name in ("images", "batch", "ema_halflife_images"):
-            if getattr(self, name) < 1:
-                raise InputError(f"teacher {name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.lr < float("inf"):
-            raise InputError(f"teacher lr must be positive and finite, got {self.lr}")
-        if self.clip is not None and not 0 < self.clip < float("inf"):
-            raise InputError(
-                f"teacher clip must be positive and finite, got {self.clip}; leave it out for "
-                "gradients as they are"
-            )
-        if self.loss is not None and self.loss not in LOSSES:
-            raise InputError(f"teacher loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
+        Knobs.__post_init__(self)
         if self.loss is not None and self.precond is None:
             raise InputError(
                 f"teacher loss {self.loss!r} is for a process, and EDM's preconditioning has its "
@@ -132,10 +127,15 @@ class TeacherConfig:
         """Classes that the network is told; 0 for an unconditional one."""
         return int(self.network.get("label_dim", 0))
 
-    def lr_at(self, iteration: int) -> float:
-        """The step size of that iteration, counted from 0."""
-        seen = (iteration + 1) * self.batch
-        return self.lr * min(1.0, seen / max(self.warmup_images, 1))
+    @property
+    def optimisation(self) -> OptimisationConfig:
+        """Adam, a warm-up, clipping, and the average of the weights."""
+        return OptimisationConfig(
+            lr=self.lr,
+            warmup_images=self.warmup_images,
+            clip_norm=self.clip,
+            ema=float(self.ema_halflife_images),
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, as files hold them.
@@ -150,66 +150,170 @@ class TeacherConfig:
         return options
 
 
-def denoising_loss(
-    denoiser: NetworkDenoiser,
-    clean: Tensor,
-    noise: Tensor,
-    sigma: Tensor,
-    class_labels: Tensor | None = None,
-) -> Tensor:
-    """lambda(sigma) |D(y + n; sigma) - y|^2, mean over pixels (Karras et al. 2022, table 1).
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TeacherStage(Stateless):
+    """Denoising score matching.
 
-    Args:
-        denoiser: One branch.
-        clean: [B, C, H, W] y in [-1, 1].
-        noise: [B, C, H, W], unit.
-        sigma: [B].
-        class_labels: [B, label_dim] one-hot, for a conditional network.
-
-    Returns:
-        [B]; 1 in expectation for an untrained network.
+    Attributes:
+        config: Length, step size, seed.
+        dataset: uint8 images; with labels, if the network has a ``label_dim``.
+        start: Initial weights, on the device to train on.
     """
-    sigma_data = denoiser.sigma_data
-    weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-    return weight * _squared_error(denoiser, clean, noise, sigma, class_labels)
+
+    kind: ClassVar[str] = "teacher"
+    num_branches: ClassVar[int] = 1
+    dropout: ClassVar[bool] = True
+
+    config: TeacherConfig
+    dataset: Dataset
+    start: NetworkDenoiser
+
+    def __post_init__(self) -> None:
+        if self.start.execution.precision == "float16":
+            raise InputError(
+                "a teacher is not trained in float16, whose small gradients vanish; use bfloat16"
+            )
+        if self.config.label_dim:
+            self.dataset.require_labels(self.config.label_dim)
+
+    @property
+    def num_updates(self) -> int:
+        """ceil(images / batch)."""
+        return self.config.iterations
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.config.batch
+
+    @property
+    def seed(self) -> int:
+        """Of the config."""
+        return self.config.seed
+
+    @property
+    def optimisation(self) -> OptimisationConfig:
+        """Of the config."""
+        return self.config.optimisation
+
+    def batch(self, iteration: int, images: slice) -> "NoisyBatch":
+        """Images, drawn with replacement, noise and noise levels."""
+        config, device = self.config, next(self.start.parameters()).device
+        draw = generator(config.seed, Stream.TEACHER_BATCH, iteration)
+        index = torch.randint(len(self.dataset.images), (config.batch,), generator=draw)
+        pixels = self.dataset.images[index]
+        noise = torch.randn(pixels.shape, generator=draw)
+        sigma = _levels(config, draw, device)
+        if config.flip:
+            mirrored = torch.rand(config.batch, generator=draw) < 0.5
+            pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
+        labels = None
+        if config.label_dim:
+            labels = self.dataset.one_hot_labels(config.label_dim, index)[images].to(device)
+        return NoisyBatch(
+            # Bytes until here: a whole set in float32 is four times as large.
+            clean=to_float(pixels[images]).to(device),
+            noise=noise[images].to(device),
+            sigma=sigma[images],
+            labels=labels,
+        )
+
+    def updates(self, iteration: int, batch: "NoisyBatch") -> Iterator["DenoisingUpdate"]:
+        """One update."""
+        yield DenoisingUpdate(
+            stream=(iteration,),
+            batch=batch,
+            loss=self.config.vp_loss,
+            sigma_data=self.start.sigma_data if self.config.vp_loss is None else None,
+        )
+
+    def describe(self, weighting: BranchWeighting) -> dict[str, Any]:
+        """What must agree for a checkpoint to be of the same run."""
+        # Checkpoints from before there was a choice say nothing, and were made in float32.
+        precision = self.start.execution.precision
+        chosen = {} if precision == "float32" else {"precision": precision}
+        return {
+            "config": self.config.as_dict(),
+            **teacher_data(self.config, self.dataset),
+            **chosen,
+        }
+
+    def on(self, device: torch.device) -> "TeacherStage":
+        """The same on another device."""
+        return replace(self, start=self.start.on(device))
 
 
-def vp_denoising_loss(
-    denoiser: NetworkDenoiser,
-    clean: Tensor,
-    noise: Tensor,
-    sigma: Tensor,
-    class_labels: Tensor | None = None,
-    *,
-    loss: Loss,
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class NoisyBatch:
+    """What one update of a teacher learns from.
+
+    Attributes:
+        clean: [B, C, H, W] y in [-1, 1].
+        noise: [B, C, H, W], unit.
+        sigma: [B] noise levels.
+        labels: [B, label_dim] one-hot classes, or None.
+    """
+
+    clean: Tensor
+    noise: Tensor
+    sigma: Tensor
+    labels: Tensor | None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DenoisingUpdate:
+    """One update: lambda(sigma) |D(y + n; sigma) - y|^2.
+
+    Attributes:
+        loss: The weight of a process' levels; None is EDM's, which needs ``sigma_data``.
+    """
+
+    stream: tuple[int, ...]
+    batch: NoisyBatch
+    loss: Loss | None
+    sigma_data: float | None
+
+    @property
+    def where(self) -> Mapping[str, int]:
+        """The whole iteration."""
+        return {}
+
+    def __call__(self, branches: Branches) -> ImageLosses:
+        """[1, B] losses."""
+        batch, sigma = self.batch, self.batch.sigma
+        errors = squared_error(branches, batch.clean, batch.noise, sigma, batch.labels)
+        if self.loss is not None:
+            return ImageLosses((snr_weight(sigma, self.loss) * errors)[None])
+        assert self.sigma_data is not None
+        return ImageLosses((edm_weight(sigma, self.sigma_data) * errors)[None])
+
+
+def edm_weight(sigma: Tensor, sigma_data: float) -> Tensor:
+    """lambda(sigma) of EDM's loss (Karras et al. 2022, table 1), of the shape of ``sigma``.
+
+    The loss of an untrained network is 1 in expectation.
+    """
+    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+
+
+def squared_error(
+    branches: Branches, clean: Tensor, noise: Tensor, sigma: Tensor, labels: Tensor | None
 ) -> Tensor:
-    """w(sigma) |D(y + n; sigma) - y|^2, mean over pixels (Salimans & Ho 2022, section 4).
+    """|D(y + n; sigma) - y|^2 of branch K, mean over pixels.
 
     Args:
-        denoiser: One branch.
+        branches: Of a denoiser.
         clean: [B, C, H, W] y in [-1, 1].
         noise: [B, C, H, W], unit.
         sigma: [B].
-        class_labels: [B, label_dim] one-hot, for a conditional network.
-        loss: w, as in ``snr_weight``.
+        labels: [B, label_dim] one-hot, for a conditional network.
 
     Returns:
         [B].
     """
-    return snr_weight(sigma, loss) * _squared_error(denoiser, clean, noise, sigma, class_labels)
-
-
-def _squared_error(
-    denoiser: NetworkDenoiser,
-    clean: Tensor,
-    noise: Tensor,
-    sigma: Tensor,
-    class_labels: Tensor | None,
-) -> Tensor:
-    """[B] |D(y + n; sigma) - y|^2, mean over pixels."""
-    denoised = denoiser(clean + sigma.view(-1, 1, 1, 1) * noise, sigma, class_labels)
-    error: Tensor = (denoised - clean).square().mean(dim=(1, 2, 3))
-    return error
+    noisy = clean + sigma.view(-1, 1, 1, 1) * noise
+    denoised = branches(noisy, sigma, class_labels=labels)[:, -1]
+    return (denoised - clean).square().mean(dim=(1, 2, 3))
 
 
 def train_teacher(
@@ -241,37 +345,22 @@ def train_teacher(
         InputError: The network cannot take the images, or their labels.
         NonFiniteLossError: A loss or gradient is not finite; no update was made from it.
     """
-    execution = execution or Execution()
-    if execution.precision == "float16":
-        raise InputError(
-            "a teacher is not trained in float16, whose small gradients vanish; use bfloat16"
-        )
-    denoiser = new_denoiser(config, dataset.images.shape[1:]).to(device)
-    if config.label_dim:
-        dataset.require_labels(config.label_dim)
-    ema = copy.deepcopy(denoiser).eval().requires_grad_(False)
-    denoiser.execute(execution)
-    optimizer = torch.optim.Adam(denoiser.parameters(), lr=config.lr, fused=True)
-    identity = _identity(config, dataset, denoiser.execution)
-    first = _resume(checkpoint, denoiser, ema, optimizer, identity) if checkpoint else 0
-    decay = 0.5 ** (config.batch / config.ema_halflife_images)
-    last_save = time.monotonic()
+    teacher = new_denoiser(config, dataset.images.shape[1:]).to(device)
+    start = copy.deepcopy(teacher).execute(execution or Execution())
 
-    denoiser.train()
-    for iteration in range(first, config.iterations):
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr_at(iteration)
-        with seeded(device, config.seed, Stream.DROPOUT, iteration):
-            loss = _loss(denoiser, config, *_batch(dataset, config, iteration, device)).mean()
-        value = _update(denoiser, optimizer, loss, iteration, config.clip)
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(denoiser.parameters()), 1 - decay)
-        if checkpoint and time.monotonic() - last_save >= checkpoint_seconds:
-            _save(checkpoint, denoiser, ema, optimizer, iteration + 1, identity)
-            last_save = time.monotonic()
+    def report(done: IterationReport) -> None:
         if on_iteration is not None:
-            on_iteration(iteration + 1, config.iterations, value)
-    return ema
+            on_iteration(done.iteration + 1, done.iterations, done.loss)
+
+    trained = train(
+        TeacherStage(config=config, dataset=dataset, start=start),
+        FixedWeights(torch.ones(1)),
+        checkpoint=checkpoint,
+        checkpoint_seconds=checkpoint_seconds,
+        on_iteration=report,
+    )
+    teacher.load_state_dict(trained.state_dict())
+    return teacher.eval().requires_grad_(False)
 
 
 def new_denoiser(config: TeacherConfig, image_shape: torch.Size) -> NetworkDenoiser:
@@ -323,25 +412,6 @@ def _fits(config: TeacherConfig, channels: int, side: int) -> bool:
     return True
 
 
-def _batch(
-    dataset: Dataset, config: TeacherConfig, iteration: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Clean images, unit noise, noise levels and classes of one iteration."""
-    draw = generator(config.seed, Stream.TEACHER_BATCH, iteration)
-    index = torch.randint(len(dataset.images), (config.batch,), generator=draw)
-    images = dataset.images[index]
-    noise = torch.randn(images.shape, generator=draw).to(device)
-    sigma = _levels(config, draw, device)
-    if config.flip:
-        mirrored = torch.rand(config.batch, generator=draw) < 0.5
-        images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
-    # Bytes until here: a whole set in float32 is four times as large.
-    clean = to_float(images).to(device)
-    if not config.label_dim:
-        return clean, noise, sigma, None
-    return clean, noise, sigma, dataset.one_hot_labels(config.label_dim, index).to(device)
-
-
 def _levels(config: TeacherConfig, draw: torch.Generator, device: torch.device) -> Tensor:
     """[B] noise levels to train at."""
     if config.precond is None:
@@ -349,85 +419,3 @@ def _levels(config: TeacherConfig, draw: torch.Generator, device: torch.device) 
         return (config.p_mean + config.p_std * normal).exp()
     u = torch.rand(config.batch, generator=draw, dtype=torch.float64)
     return native_schedule(config.preconditioning).draw(u).float().to(device)
-
-
-def _loss(
-    denoiser: NetworkDenoiser,
-    config: TeacherConfig,
-    clean: Tensor,
-    noise: Tensor,
-    sigma: Tensor,
-    class_labels: Tensor | None,
-) -> Tensor:
-    """[B], as the preconditioning asks."""
-    loss = config.vp_loss
-    if loss is None:
-        return denoising_loss(denoiser, clean, noise, sigma, class_labels)
-    return vp_denoising_loss(denoiser, clean, noise, sigma, class_labels, loss=loss)
-
-
-def _update(
-    denoiser: NetworkDenoiser,
-    optimizer: torch.optim.Optimizer,
-    loss: Tensor,
-    iteration: int,
-    clip: float | None,
-) -> float:
-    """One step down the loss, if it and its gradient are finite; the loss before it."""
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    gradients = [p.grad for p in denoiser.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-    for what, value in (("loss", loss), ("gradient", norm)):
-        if not bool(value.isfinite()):
-            raise NonFiniteLossError(f"the teacher's {what}", iteration=iteration)
-    if clip is not None:
-        torch._foreach_mul_(gradients, clip / norm.clamp(min=clip))
-    optimizer.step()
-    return float(loss.detach())
-
-
-def _identity(config: TeacherConfig, dataset: Dataset, execution: Execution) -> dict[str, Any]:
-    """What must agree for a checkpoint to be the same run, as a checkpoint gives it back."""
-    identity: dict[str, Any] = {"config": config.as_dict(), **teacher_data(config, dataset)}
-    # Checkpoints from before there was a choice say nothing, and were made in float32.
-    if execution.precision != "float32":
-        identity["precision"] = execution.precision
-    # In JSON a tuple, such as channel_mult's, is a list.
-    return dict(json.loads(json.dumps(identity)))
-
-
-def _save(
-    path: Path,
-    denoiser: NetworkDenoiser,
-    ema: NetworkDenoiser,
-    optimizer: torch.optim.Optimizer,
-    iteration: int,
-    identity: dict[str, Any],
-) -> None:
-    tensors = denoiser.state_dict() | adam_tensors(denoiser, optimizer)
-    tensors |= {f"ema.{name}": value for name, value in ema.state_dict().items()}
-    save_tensors(
-        path, tensors, {"kind": "teacher-training", "iteration": iteration, "identity": identity}
-    )
-
-
-def _resume(
-    path: Path,
-    denoiser: NetworkDenoiser,
-    ema: NetworkDenoiser,
-    optimizer: torch.optim.Optimizer,
-    identity: dict[str, Any],
-) -> int:
-    if not path.exists():
-        return 0
-    tensors, metadata = load_tensors(path)
-    if metadata.get("kind") != "teacher-training" or metadata.get("identity") != identity:
-        raise CheckpointError(
-            f"{path} belongs to another teacher; delete it or choose another file"
-        )
-    own = {name: tensors[name] for name in denoiser.state_dict()}
-    denoiser.load_state_dict(own)
-    ema.load_state_dict({name: tensors[f"ema.{name}"] for name in own})
-    restore_adam(denoiser, optimizer, tensors)
-    return int(metadata["iteration"])

@@ -1,18 +1,23 @@
-"""Planned rows side by side: each arm's FIDs over the seeds, against both baselines, as a table.
+"""Given arms side by side: each one's FIDs over the seeds, against both baselines, as a table.
 
 Reads the storage alone. A difference is told only where its paired interval excludes 0.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bdense.weights.spaces import PLAIN, UNIFORM
 from search.analysis.paired import Paired, Summary, paired_difference, summary
-from search.study.arms import Arm, Planned, PlannedRow
-from search.study.summary import COMPARED_KEYS
+from search.spec.study import StudySpec
+from search.study.arms import Arm, ArmRow
+from search.study.results import COMPARED_KEYS, MeasuredFID, TrialResult
+from search.study.study import Study
 from search.study.wording import align
 
-PLAIN_METHODS = ("sfd", "pd")
+_AGAINST = ("vs plain", "vs uniform")
+# With more seeds than this a table shows their mean alone.
+_MOST_SEEDS = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,19 +26,27 @@ class ArmResult:
 
     Attributes:
         arm: Which.
-        fids: FID by training seed.
+        fids: FID with its conditions, by training seed.
         rows: Numbers of the rows, by training seed.
-        conditions: Those of its FIDs but for the seed; a comparison says where they differ.
     """
 
     arm: Arm
-    fids: dict[int, float]
+    fids: dict[int, MeasuredFID]
     rows: dict[int, int]
-    conditions: dict[str, Any]
+
+    @property
+    def values(self) -> dict[int, float]:
+        """FID by training seed."""
+        return {seed: fid.value for seed, fid in self.fids.items()}
+
+    @property
+    def conditions(self) -> MeasuredFID:
+        """Of the first seed; ``Comparison.differing`` says where others differ."""
+        return self.fids[min(self.fids)]
 
     def summary(self) -> Summary:
         """Mean and standard error over the seeds."""
-        return summary(list(self.fids.values()))
+        return summary(list(self.values.values()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,80 +54,88 @@ class Comparison:
     """Arms that were trained under the same seeds, in the order of their study.
 
     Attributes:
+        title: At which stage and variant of the method; "" where there is one.
+        stage: Name of the stage.
+        variant: Changes of the method's settings.
         results: Of the arms that were measured at least once.
     """
 
+    title: str = ""
+    stage: str = ""
+    variant: Mapping[str, Any]
     results: tuple[ArmResult, ...]
 
-    def baseline(self, *methods: str) -> ArmResult | None:
-        """The first baseline of one of these methods."""
-        found = (r for r in self.results if r.arm.params.get("method") in methods)
-        return next(found, None)
+    def baseline(self, name: str) -> ArmResult | None:
+        """``plain`` or ``uniform``."""
+        return next((each for each in self.results if each.arm.baseline == name), None)
 
     @property
     def plain(self) -> ArmResult | None:
         """The student with one branch."""
-        return self.baseline(*PLAIN_METHODS)
+        return self.baseline(PLAIN)
 
     @property
     def uniform(self) -> ArmResult | None:
         """All branches alike."""
-        return self.baseline("uniform")
+        return self.baseline(UNIFORM)
 
     @property
     def differing(self) -> list[str]:
         """Conditions in which these FIDs differ, so that they are not compared."""
-        first = self.results[0].conditions if self.results else {}
-        return sorted(
-            {key for r in self.results for key in COMPARED_KEYS if r.conditions[key] != first[key]}
-        )
+        fids = [fid for result in self.results for fid in result.fids.values()]
+        return sorted({key for fid in fids for key in fid.differing(fids[0])})
 
     def against(self, result: ArmResult, other: ArmResult | None) -> Paired | None:
         """The paired difference, where there is something to pair."""
         if other is None or other is result or self.differing:
             return None
-        return paired_difference(result.fids, other.fids)
+        return paired_difference(result.values, other.values)
 
     def table(self) -> list[str]:
         """For people: a line for each arm."""
-        return align(self.rows())
-
-    def rows(self) -> list[tuple[str, ...]]:
-        """A header and the same lines as cells."""
-        seeds = sorted({seed for result in self.results for seed in result.fids})
-        header = ("", *(f"seed {s}" for s in seeds), "mean", "s.e.", *_AGAINST)
-        rows = [header]
-        for result in self.results:
-            each = [f"{result.fids[s]:.3f}" if s in result.fids else "-" for s in seeds]
-            found = result.summary()
-            pairs = [self.against(result, other) for other in (self.plain, self.uniform)]
-            texts = [difference_text(pair) for pair in pairs]
-            mean, error = f"{found.mean:.3f}", found.error_text()
-            rows.append((result.arm.name, *each, mean, error, *texts))
-        return rows
+        return align(table_rows([self]))
 
     def conditions_line(self) -> str:
         """What these FIDs have in common."""
-        first = self.results[0].conditions
         if self.differing:
             return (
                 f"These FIDs were measured under different conditions "
                 f"({', '.join(self.differing)}): no comparison."
             )
-        of_all = {result.conditions["nfe"] for result in self.results} == {first["nfe"]}
-        return fid_line(first, f" at NFE {first['nfe']}" if of_all else "")
+        return fid_line(self.results[0].conditions)
 
 
-def fid_line(fid: Mapping[str, Any], at: str = "") -> str:
+def table_rows(
+    comparisons: Sequence[Comparison], teacher: MeasuredFID | None = None
+) -> list[tuple[str, ...]]:
+    """A header and a line for each arm of each comparison, as cells."""
+    seeds = sorted({s for each in comparisons for r in each.results for s in r.fids})
+    shown = seeds if len(seeds) <= _MOST_SEEDS else []
+    at = ("at",) if len(comparisons) > 1 or teacher is not None else ()
+    header = ("", *at, *(f"seed {s}" for s in shown), "mean", "s.e.", *_AGAINST)
+    rows: list[tuple[str, ...]] = [header]
+    if teacher is not None:
+        dashes = ["-"] * (len(shown))
+        rows.append(("teacher", f"NFE {teacher.nfe}", *dashes, f"{teacher.value:.3f}", *["-"] * 3))
+    for each in comparisons:
+        for result in each.results:
+            values, found = result.values, result.summary()
+            own = [f"{values[s]:.3f}" if s in values else "-" for s in shown]
+            pairs = [each.against(result, other) for other in (each.plain, each.uniform)]
+            texts = [difference_text(pair) for pair in pairs]
+            place = (each.title,) if at else ()
+            mean, error = f"{found.mean:.3f}", found.error_text()
+            rows.append((result.arm.name, *place, *own, mean, error, *texts))
+    return rows
+
+
+def fid_line(fid: MeasuredFID) -> str:
     """The conditions of a FID, and how differences are told."""
     return (
-        f"FID: {fid['images']} images{at}, features of {fid['extractor']}, against "
-        f"{fid['reference']}. Differences are paired by seed, in [] their 95 % t interval; a tie "
+        f"FID: {fid.images} images at NFE {fid.nfe}, features of {fid.extractor}, against "
+        f"{fid.reference}. Differences are paired by seed, in [] their 95 % t interval; a tie "
         "where it spans 0."
     )
-
-
-_AGAINST = ("vs plain", "vs uniform")
 
 
 def difference_text(pair: Paired | None) -> str:
@@ -122,48 +143,78 @@ def difference_text(pair: Paired | None) -> str:
     return "-" if pair is None else f"{100 * pair.relative:+.1f} %, {pair.text()}"
 
 
-def compare(
-    planned: Planned,
-    *,
-    kimg: float | None = None,
-    nfe: int | None = None,
-    steps: int | None = None,
-) -> Comparison:
-    """The complete rows of one budget and NFE, or one number of steps of their chains.
+def comparisons_of(study: Study) -> list[Comparison]:
+    """Every stage and variant that given arms were measured at, in order."""
+    spec, variants = study.spec, study.variants
+    found = []
+    for index, changes in enumerate(variants):
+        for stage in spec.resolved.stages:
+            each = compare(study, variant=index, stage=stage.name)
+            if each.results:
+                several = len(spec.resolved.stages) > 1
+                words = [stage.label] if several else []
+                words += [variant_text(spec, changes)] if len(variants) > 1 else []
+                found.append(_titled(each, ", ".join(words)))
+    return found
+
+
+def variant_text(spec: StudySpec, changes: Mapping[str, Any]) -> str:
+    """A variant of the method's settings for people, such as ``kimg 38.4``."""
+    words = [f"{name} {value}" for name, value in changes.items()]
+    return ", ".join(words) or "as the study"
+
+
+def compare(study: Study, *, variant: int | None = None, stage: str | None = None) -> Comparison:
+    """The complete rows of one variant, at one stage.
 
     Args:
-        planned: The study.
-        kimg, nfe: Of students of SFD; None takes rows of any.
-        steps: Of a chain's round; None is the last.
+        study: With given arms.
+        variant: Index; None takes the first.
+        stage: Its name; None is the last.
     """
-    arms = planned.arms
-    fids: dict[int, dict[int, float]] = {}
+    arms, spec, variants = study.arms, study.spec, study.variants
+    index = variant or 0
+    stages = {each.name: each.nfe for each in spec.resolved.stages}
+    name = spec.resolved.stages[-1].name if stage is None else stage
+    fids: dict[int, dict[int, MeasuredFID]] = {}
     rows: dict[int, dict[int, int]] = {}
-    conditions: dict[int, dict[str, Any]] = {}
-    for trial in planned.complete():
-        row = PlannedRow.of(trial.params)
-        if (kimg is not None and row.kimg != kimg) or (nfe is not None and row.nfe != nfe):
+    for trial in study.complete_rows():
+        row = ArmRow.of(trial.params)
+        if row.variant != index:
             continue
-        fid = fid_of(trial.user_attrs, steps)
+        result = TrialResult.of(trial.value, trial.user_attrs)
+        fid = result.fids.get(str(stages[name])) if result.fids else result.fid
         if fid is None:
             continue
-        fids.setdefault(row.arm, {})[row.seed] = float(fid["value"])
+        fids.setdefault(row.arm, {})[row.seed] = fid
         rows.setdefault(row.arm, {})[row.seed] = trial.number
-        known = conditions.setdefault(row.arm, dict(fid))
-        # An arm that is not alike in itself is like no other either.
-        known |= {key: None for key in COMPARED_KEYS if known[key] != fid[key]}
     return Comparison(
-        results=tuple(
-            ArmResult(arm=arms[i], fids=fids[i], rows=rows[i], conditions=conditions[i])
-            for i in sorted(fids)
-        )
+        stage=name,
+        variant=variants[index] if variants else {},
+        results=tuple(ArmResult(arm=arms[i], fids=fids[i], rows=rows[i]) for i in sorted(fids)),
     )
 
 
-def fid_of(attrs: Mapping[str, Any], steps: int | None) -> dict[str, Any] | None:
-    """A row's FID with its conditions, at a chain's number of steps where one is asked for."""
-    if steps is None:
-        found: dict[str, Any] = attrs["fid"]
-        return found
-    of_round: dict[str, Any] | None = attrs.get("fids", {}).get(str(steps))
-    return of_round
+def teacher_of(study: Study) -> MeasuredFID | None:
+    """The teacher's FID, which all rows share, where the method measures it."""
+    for trial in study.complete_rows():
+        return TrialResult.of(trial.value, trial.user_attrs).teacher_fid
+    return None
+
+
+def _titled(each: Comparison, title: str) -> Comparison:
+    return Comparison(title=title, stage=each.stage, variant=each.variant, results=each.results)
+
+
+__all__ = [
+    "COMPARED_KEYS",
+    "ArmResult",
+    "Comparison",
+    "compare",
+    "comparisons_of",
+    "difference_text",
+    "fid_line",
+    "table_rows",
+    "teacher_of",
+    "variant_text",
+]

@@ -6,32 +6,26 @@ the candidate of lowest posterior mean over everything measured; what is said of
 fresh seeds alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from optuna.trial import TrialState
 
 from bdense.errors import InputError
-from search.analysis.comparison import (
-    ArmResult,
-    Comparison,
-    compare,
-    difference_text,
-)
-from search.analysis.retraining import fresh_seeds
+from bdense.weights.spaces import BASELINE, UNIFORM
+from search.analysis.comparison import ArmResult, Comparison, compare, difference_text
 from search.analysis.surrogate import Evaluation, candidates, posterior_means
-from search.errors import NotPlannedError, UnknownStudyError
-from search.spec.study_spec import LearnedSpace, StudySpec
+from search.spec.study import StudySpec
 from search.storage.rows import StoredTrial
-from search.study.arms import PLAIN, UNIFORM, Arm, Planned, PlannedRow
-from search.study.retention import keep_too
+from search.study.arms import Arm, ArmRow
 from search.study.study import Study
-from search.study.summary import FID_KEYS, headline, standing
+from search.study.summary import baselines_of, headline
 
 CONFIRM_SUFFIX = ".confirm"
-# Attributes of a confirmation: its budget; of how many trials how many candidates were chosen.
-KIMG, CHOSEN_AFTER = "kimg", "chosen_after"
+# Attributes of a confirmation: of how many trials how many candidates were chosen; which variant
+# of the method's settings the verdict is about.
+CHOSEN_AFTER, JUDGED = "chosen_after", "judged_variant"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,14 +35,22 @@ class Verdict:
     Attributes:
         comparison: Candidates and baselines under the fresh seeds.
         winner: The chosen candidate.
-        kimg: Budget of each.
+        spec: Of the search.
         ended: Whether all rows have ended.
     """
 
     comparison: Comparison
     winner: ArmResult
-    kimg: float
+    spec: StudySpec
     ended: bool
+
+    @property
+    def budget(self) -> str:
+        """What each student was trained for, such as ``12.8 kimg``."""
+        settings = {**self.spec.method.options, **self.comparison.variant}
+        if "kimg" in settings:
+            return f"{settings['kimg']:g} kimg"
+        return f"{self.spec.resolved.stages[0].num_updates} updates a stage"
 
     def lines(self) -> list[str]:
         """For people."""
@@ -58,27 +60,19 @@ class Verdict:
         """The winner in one."""
         comparison, winner = self.comparison, self.winner
         found = winner.summary()
-        against = {
-            name: comparison.against(winner, baseline)
-            for name, baseline in (
-                ("plain SFD", comparison.plain),
-                ("uniform weights", comparison.uniform),
-            )
-        }
         judged = [
-            f"against {name} {difference_text(pair)}"
-            for name, pair in against.items()
-            if pair is not None
+            f"against {baseline.arm.name} {difference_text(pair)}"
+            for baseline in (comparison.plain, comparison.uniform)
+            if baseline is not None and (pair := comparison.against(winner, baseline)) is not None
         ]
         error = "" if found.standard_error is None else f" +- {found.error_text()}"
         return (
-            f"confirmed{'' if self.ended else ' so far'} at {self.kimg:g} kimg: "
-            f"{winner.arm.name}, mean FID {found.mean:.3f}{error} over {found.n} fresh seeds; "
-            + "; ".join(judged)
+            f"confirmed{'' if self.ended else ' so far'} at {self.budget}: {winner.arm.name}, "
+            f"mean FID {found.mean:.3f}{error} over {found.n} fresh seeds; " + "; ".join(judged)
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able: the winner, and every arm's FIDs."""
+        """As ``confirm --json`` prints it: the winner, and every arm's FIDs."""
         comparison = self.comparison
         arms = []
         for result in comparison.results:
@@ -89,64 +83,62 @@ class Verdict:
             }
             arms.append(
                 result.arm.as_dict()
-                | {"fids": {str(seed): fid for seed, fid in result.fids.items()}}
+                | {"fids": {str(seed): fid for seed, fid in result.values.items()}}
                 | {"mean": found.mean, "n": found.n}
                 | ({} if found.standard_error is None else {"std_err": found.standard_error})
-                | {"conditions": {key: result.conditions[key] for key in FID_KEYS}}
+                | {"conditions": result.conditions.conditions()}
                 | {
                     name: {"mean": p.mean, "low": p.low, "high": p.high, "tie": p.tie}
                     for name, p in pairs.items()
                     if p is not None and p.n > 1
                 }
             )
+        settings = {**self.spec.method.options, **comparison.variant}
         return {
             "winner": self.winner.arm.as_dict(),
-            "kimg": self.kimg,
+            **({"kimg": settings["kimg"]} if "kimg" in settings else {}),
+            "method": dict(comparison.variant),
             "ended": self.ended,
             "arms": arms,
         }
 
 
-def plan_confirmation(
-    study: Study, spec: StudySpec, *, kimg: float, seeds: int, count: int
-) -> Planned:
-    """The rows that are still to be run: candidates and both baselines, under each fresh seed.
+def verdict(study: Study) -> Verdict | None:
+    """What the study's confirmation says so far; None without one, or before it has a value."""
+    confirmation = study.beside(study.name + CONFIRM_SUFFIX)
+    if confirmation is None or confirmation.is_search:
+        return None
+    spec = study.spec
+    judged = int(confirmation.main.attribute(JUDGED) or 0)
+    comparison = compare(confirmation, variant=judged)
+    most = max((len(result.fids) for result in comparison.results), default=0)
+    # One that failed under a seed, or has not had all of them yet, does not win by the others.
+    searched = [r for r in comparison.results if r.arm.baseline is None and len(r.fids) == most]
+    if not searched:
+        return None
+    means = _pooled_means(study, confirmation, spec, judged, searched)
+    winner = searched[min(range(len(searched)), key=means.__getitem__)]
+    ended = not confirmation.left()
+    return Verdict(comparison=comparison, winner=winner, spec=spec, ended=ended)
 
-    Called again it adds what is new: more seeds, another budget, and new candidates where the
-    search has gone on since.
 
-    Args:
-        study: The search.
-        spec: Its spec.
-        kimg: Budget of each student.
-        seeds: How many fresh ones.
-        count: Candidates.
+def confirmed_arm(study: Study) -> Arm:
+    """The confirmed winner.
 
     Raises:
-        InputError: No trial of the search is complete.
-        SpecChangedError: The stored confirmation is of other conditions.
+        InputError: There is none yet, or the confirmation has not ended.
     """
-    trials = complete_trials(study)
-    name, facts = study.name + CONFIRM_SUFFIX, {"of": study.name}
-    planned = Planned.create(study.url, name, "retrain", spec, facts=facts)
-    arms = planned.arms or [PLAIN, UNIFORM]
-    basis = [len(trials), count]
-    if planned.ledger.attribute(CHOSEN_AFTER) != basis:
-        known = {arm.trial for arm in arms}
-        chosen = choose(study, spec, trials, count)
-        arms += [arm for arm in chosen if arm.trial not in known]
-    # A new candidate has to have the seeds of those that were there before it.
-    known_seeds = {row.seed for row in planned.rows() if row.kimg == float(kimg)}
-    rows = [
-        PlannedRow(arm=index, seed=seed, kimg=float(kimg), nfe=spec.student.nfe)
-        for seed in sorted(known_seeds | set(fresh_seeds(spec, seeds)))
-        for index in range(len(arms))
-    ]
-    planned.plan(arms, rows)
-    keep_too(study.trials, [arm.trial for arm in arms if arm.trial is not None])
-    planned.ledger.study.set_user_attr(CHOSEN_AFTER, basis)
-    planned.ledger.study.set_user_attr(KIMG, float(kimg))
-    return planned
+    found = verdict(study)
+    way_out = f"run bdense-search confirm {study.name} first, or give weights by --weights A,B"
+    if found is None:
+        complete_trials(study)
+        raise InputError(
+            f"study {study.name} has no confirmed winner, only a best of n that may have been "
+            f"lucky; {way_out}"
+        )
+    if not found.ended:
+        raise InputError(f"the confirmation of study {study.name} has not ended; {way_out}")
+    return found.winner.arm
 
 
 def complete_trials(study: Study) -> list[StoredTrial]:
@@ -155,90 +147,67 @@ def complete_trials(study: Study) -> list[StoredTrial]:
     Raises:
         InputError: There is none.
     """
-    trials = study.trials.rows(TrialState.COMPLETE, ("a", "b"))
+    trials = study.search.rows(TrialState.COMPLETE, ("a", "b"))
     if not trials:
         raise InputError(
-            f"{headline(standing(study))}: there is no point to choose yet; run "
-            "bdense-search launch first"
+            f"{headline(study)}: there is no point to choose yet; run bdense-search launch first"
         )
     return trials
 
 
-def choose(study: Study, spec: StudySpec, trials: Sequence[StoredTrial], count: int) -> list[Arm]:
+def choose(study: Study, trials: Sequence[StoredTrial], count: int) -> list[Arm]:
     """The points of lowest posterior mean, as arms; none that is uniform weights again."""
+    spec = study.spec
     uniform = _uniform_of(study, spec)
-    found = candidates([*uniform, *_searched(trials)], count, taken=range(len(uniform)))
+    found = candidates([*uniform, *_searched(spec, trials)], count, taken=range(len(uniform)))
     return [arm_of(spec, trials[i - len(uniform)]) for i in found]
 
 
 def arm_of(spec: StudySpec, trial: StoredTrial) -> Arm:
-    """A trial's weights as an arm of other studies: (a, b), or how they are learned."""
-    attrs = trial.user_attrs
-    if isinstance(spec.weights, LearnedSpace):
-        params = {**trial.params, "memory": spec.weights.memory}
-        name = f"{params['rule']}, strength {params['strength']:.3f}"
-    else:
-        params = {"a": attrs["a"], "b": attrs["b"]}
-        name = f"a {params['a']:.3f}"
-    return Arm(name=f"{name} (trial {trial.number})", params=params, trial=trial.number)
+    """A trial's weights as an arm of other studies."""
+    space = spec.space
+    return Arm(
+        name=f"{space.label(trial.params)} (trial {trial.number})",
+        params=space.stored(trial.params, spec.resolved.num_branches),
+        trial=trial.number,
+    )
 
 
-def verdict(study: Study) -> Verdict | None:
-    """What the study's confirmation says so far; None without one, or before it has a value."""
-    try:
-        planned = Planned.of(study.url, study.trials.beside(study.name + CONFIRM_SUFFIX))
-    except (UnknownStudyError, NotPlannedError):
-        return None
-    spec = planned.spec(StudySpec)
-    kimg = float(planned.ledger.attribute(KIMG) or spec.budget.kimg)
-    comparison = compare(planned, kimg=kimg)
-    most = max((len(result.fids) for result in comparison.results), default=0)
-    # One that failed under a seed, or has not had all of them yet, does not win by the others.
-    searched = [r for r in comparison.results if not r.arm.is_baseline and len(r.fids) == most]
-    if not searched:
-        return None
-    means = _pooled_means(study, planned, spec, kimg, searched)
-    winner = searched[min(range(len(searched)), key=means.__getitem__)]
-    return Verdict(comparison=comparison, winner=winner, kimg=kimg, ended=not planned.left())
+def point_of(spec: StudySpec, params: dict[str, Any]) -> dict[str, float] | None:
+    """Where weights lie for the surrogate; None for those that lie nowhere, as plain ones."""
+    space = spec.space
+    at = space.coordinates(params)
+    return None if at is None else dict(zip(space.axes, at, strict=True))
 
 
 def _pooled_means(
-    study: Study, planned: Planned, spec: StudySpec, kimg: float, searched: Sequence[ArmResult]
+    study: Study,
+    confirmation: Study,
+    spec: StudySpec,
+    judged: int,
+    searched: Sequence[ArmResult],
 ) -> list[float]:
     """Posterior mean of each candidate over all that was measured at that budget."""
-    arms, evaluations = planned.arms, []
-    if kimg == spec.budget.kimg:
-        evaluations += [*_uniform_of(study, spec), *_searched(complete_trials(study))]
-    for trial in planned.complete():
-        row = PlannedRow.of(trial.params)
-        point = point_of(arms[row.arm].params, spec)
-        if row.kimg == kimg and point is not None:
+    arms, evaluations = confirmation.arms, []
+    if not confirmation.variants[judged]:
+        trials = complete_trials(study)
+        evaluations += [*_uniform_of(study, spec), *_searched(spec, trials)]
+    for trial in confirmation.complete_rows():
+        row = ArmRow.of(trial.params)
+        point = point_of(spec, arms[row.arm].params)
+        if row.variant == judged and point is not None:
             assert trial.value is not None
             evaluations.append(
                 Evaluation(point=point, value=trial.value, group=f"seed {row.seed}")
             )
-    asked = [point_of(result.arm.params, spec) or {} for result in searched]
+    asked = [point_of(spec, result.arm.params) or {} for result in searched]
     return posterior_means(evaluations, asked)
 
 
-def point_of(params: Mapping[str, Any], spec: StudySpec) -> dict[str, Any] | None:
-    """Where weights lie for the surrogate: the slope a, or a rule and its strength.
-
-    Not b, which Adam does not see: two trials of one a are one student. Uniform weights are
-    a = 0; plain SFD, and uniform weights among learned ones, lie nowhere.
-    """
-    learned = isinstance(spec.weights, LearnedSpace)
-    if params.get("method") == "uniform" and not learned:
-        return {"a": 0.0}
-    names = ("rule", "strength") if learned else ("a",)
-    return {name: params[name] for name in names} if names[0] in params else None
-
-
-def _searched(trials: Sequence[StoredTrial]) -> list[Evaluation]:
-    names = [name for name in trials[0].params if name != "b"] if trials else []
+def _searched(spec: StudySpec, trials: Sequence[StoredTrial]) -> list[Evaluation]:
     return [
         Evaluation(
-            point={name: trial.params[name] for name in names},
+            point=point_of(spec, trial.params) or {},
             value=float(trial.value or 0.0),
             group="search",
         )
@@ -248,8 +217,8 @@ def _searched(trials: Sequence[StoredTrial]) -> list[Evaluation]:
 
 def _uniform_of(study: Study, spec: StudySpec) -> list[Evaluation]:
     """The baseline of uniform weights as one more point of the space: the search measured it."""
-    measured: Mapping[str, Any] | None = standing(study).baselines.get("uniform")
-    point = point_of(UNIFORM.params, spec)
+    measured = baselines_of(study).get(UNIFORM)
+    point = point_of(spec, {BASELINE: UNIFORM})
     if measured is None or point is None:
         return []
-    return [Evaluation(point=point, value=float(measured["fid"]), group="search")]
+    return [Evaluation(point=point, value=measured.fid, group="search")]

@@ -1,4 +1,4 @@
-"""The dashboard's notes and plots of a study, kept up to date while it runs and at its end.
+"""The dashboard's notes of a study, kept up to date while it runs and at its end.
 
 Whatever goes wrong here is logged and ends nothing: what is shown can be written again.
 """
@@ -6,23 +6,19 @@ Whatever goes wrong here is logged and ends nothing: what is shown can be writte
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from search.errors import LeaseLostError, StorageError
 from search.report.dashboard_texts import save_texts
-from search.report.notes import planned_note, study_note, trial_note
-from search.report.overview import overview_of, planned_overview_of
-from search.report.render import interactive
+from search.report.notes import study_note, trial_note
+from search.report.overview import Overview, overview_of
 from search.storage.engine import one_line, retrying
 from search.storage.ledger import Claim, Ledger
-from search.study.arms import Planned
 from search.study.artifacts import artifact_store, attach, attached
 from search.study.folders import GRID, pictures
-from search.study.opening import open_record
+from search.study.results import TrialResult
 from search.study.study import Study
-from search.study.summary import TITLES
 
 _log = logging.getLogger(__name__)
 
@@ -32,14 +28,14 @@ _SHARE = 20.0
 
 
 class Showing:
-    """Writes a study's note and plots, when trials have ended since and not too often.
+    """Writes a study's note, when trials have ended since and not too often.
 
     Args:
-        record: The study.
+        study: Which.
     """
 
-    def __init__(self, record: Study | Planned) -> None:
-        self._record = record
+    def __init__(self, study: Study) -> None:
+        self._study = study
         self._shown: Sequence[int] | None = None
         self._not_before = 0.0
         self._writing = threading.Lock()
@@ -52,45 +48,36 @@ class Showing:
     def finish(self) -> None:
         """Write them as they are at the end, and those of the search that this one confirms."""
         self._write()
-        if isinstance(self._record, Planned) and (of := self._record.facts.get("of")):
-            url = self._record.url
-            _never_in_the_way("the search's note", lambda: show(open_record(url, str(of))))
+        if of := self._study.facts.get("of"):
+            url = self._study.url
+            _never_in_the_way("the search's note", lambda: show(Study.open(url, str(of))))
 
     def _write(self) -> None:
         with self._writing:
             started = time.monotonic()
-            _never_in_the_way("the study's note and plots", self._write_if_changed)
+            _never_in_the_way("the study's note", self._write_if_changed)
             took = time.monotonic() - started
             self._not_before = time.monotonic() + max(LEAST_SECONDS, _SHARE * took)
 
     def _write_if_changed(self) -> None:
-        ended = [ledger.counts().ended for ledger in self._record.ledgers]
+        ended = [ledger.counts().ended for ledger in self._study.ledgers]
         if ended != self._shown:
-            show(self._record)
+            show(self._study)
             self._shown = ended
 
 
-def show(record: Study | Planned) -> None:
-    """Write a study's note and plots as they should be now.
+def show(study: Study) -> None:
+    """Write a study's note as it should be now.
 
     Raises:
         StorageError: The database stayed away.
     """
-    if isinstance(record, Planned):
-        rows = planned_overview_of(record)
-        ledger, note, charts = record.ledger, planned_note(rows), rows.charts()
-    else:
-        overview = overview_of(record)
-        best = None if overview.now.best is None else overview.now.best["number"]
-        grids = _grids(record, overview.now.baselines, best)
-        ledger, note, charts = record.trials, study_note(overview, grids), overview.charts()
-    plots = {chart.key: str(interactive(chart).to_json()) for chart in charts}
-    save_texts(ledger.storage, _study_id(ledger), note, plots=plots)
+    overview = overview_of(study)
+    note = study_note(overview, _grids(overview))
+    save_texts(study.main.storage, _study_id(study.main), note)
 
 
-def attach_pictures(
-    ledger: Ledger, claim: Claim, folder: Path, value: float | None, attrs: Mapping[str, Any]
-) -> None:
+def attach_pictures(ledger: Ledger, claim: Claim, folder: Path, result: TrialResult) -> None:
     """Make a trial's pictures its artifacts and write its note, before it is finished.
 
     A store that cannot be written to costs the pictures, never the FID.
@@ -99,8 +86,7 @@ def attach_pictures(
         ledger: The study's.
         claim: The trial.
         folder: Its files.
-        value: Its FID, None of one that is pruned.
-        attrs: What its row stores.
+        result: What it came to.
 
     Raises:
         LeaseLostError: Another worker took it over.
@@ -116,16 +102,16 @@ def attach_pictures(
     addresses = [(name, address(ledger, claim.trial_id, each)) for name, each in ids.items()]
 
     def write() -> None:
-        note = trial_note(_title(claim, attrs), value, attrs, addresses)
+        note = trial_note(_title(claim, result), result, addresses)
         save_texts(ledger.storage, _study_id(ledger), note, trial_id=claim.trial_id)
 
     _harmless(f"note of trial {claim.number}", write)
 
 
-def _title(claim: Claim, attrs: Mapping[str, Any]) -> str:
-    if "arm" in attrs:
-        return f"{attrs['arm']}, seed {claim.params.get('seed')}"
-    return TITLES.get(claim.params.get("method", ""), f"trial {claim.number}")
+def _title(claim: Claim, result: TrialResult) -> str:
+    if result.arm is not None:
+        return f"{result.arm}, seed {claim.params['seed']}"
+    return f"trial {claim.number}"
 
 
 def address(ledger: Ledger, trial_id: int, artifact_id: str) -> str:
@@ -134,13 +120,14 @@ def address(ledger: Ledger, trial_id: int, artifact_id: str) -> str:
     return f"/artifacts/{study_id}/{trial_id}/{artifact_id}"
 
 
-def _grids(
-    study: Study, baselines: Mapping[str, Mapping[str, Any]], best: int | None
-) -> list[tuple[str, str]]:
-    """(title, address) of the sample grids of baselines and best."""
-    wanted = [(TITLES[m], study.baselines, found["number"]) for m, found in baselines.items()]
-    if best is not None:
-        wanted.append((f"best: trial {best}", study.trials, best))
+def _grids(overview: Overview) -> list[tuple[str, str]]:
+    """(title, address) of the sample grids of a search's baselines and best."""
+    study, now = overview.study, overview.now
+    if now is None:
+        return []
+    wanted = [(each.label, study.given, each.number) for each in now.baselines.values()]
+    if now.best is not None:
+        wanted.append((f"best: trial {now.best.number}", study.trials, now.best.number))
     found = []
     for title, ledger, number in wanted:
         assert ledger is not None  # it has a result

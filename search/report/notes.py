@@ -1,115 +1,85 @@
 """What the dashboard says beside the numbers: a note of each trial, one of each study.
 
-Markdown. Every text that is not ours is escaped: whoever may write to the database could have
+Markdown. Every text that is not ours is escaped: anyone who may write to the database could have
 written it.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from search.analysis.comparison import table_rows
 from search.report.markdown import escaped, fenced, markdown_table
-from search.report.overview import Overview, PlannedOverview
-from search.study.summary import headline, in_short, remarks, table_rows
-from search.study.wording import counts_line, duration
+from search.report.overview import Overview
+from search.study.results import MeasuredFID, TrialResult
+from search.study.wording import duration
 
 # What a trial's seconds went to, by the names that its row has for them.
 TIMINGS = {
     "student_seconds": "training",
     "evaluation_seconds": "evaluation",
-    "looks_seconds": "looks",
+    "intermediate_seconds": "intermediate evaluations",
     "service_seconds": "service",
 }
 
 
-def trial_note(
-    title: str,
-    value: float | None,
-    attrs: Mapping[str, Any],
-    pictures: Sequence[tuple[str, str]],
-) -> str:
-    """A finished trial's weights, FID and its conditions or why it was pruned, timings, pictures.
+def trial_note(title: str, result: TrialResult, pictures: Sequence[tuple[str, str]]) -> str:
+    """A finished row's weights, FID and its conditions or why it was pruned, timings, pictures.
 
     Args:
         title: What it is.
-        value: Its FID, None of one that is pruned.
-        attrs: What its row stores.
+        result: What it came to.
         pictures: (file name, address) of each.
     """
-    weights = attrs.get("weights", [])
     lines = [f"## {escaped(title)}"]
-    if value is not None:
-        lines.append(f"**FID {value:.4f}** {escaped(conditions(attrs['fid']))}")
-    elif "reason" in attrs:
-        at = f" at {attrs['pruned_at']:g} of its budget" if "pruned_at" in attrs else ""
-        lines.append(f"**Pruned{at}**: {escaped(str(attrs['reason']))}")
-    if weights:
-        header = [f"w_{k}" for k in range(1, len(weights) + 1)]
-        lines.append(markdown_table([header, [f"{w:.4g}" for w in weights]]))
-    lines.append(escaped(_origin(attrs)))
-    if "fids" in attrs:
-        rows = [("steps", "FID")]
-        rows += [(steps, f"{fid['value']:.3f}") for steps, fid in attrs["fids"].items()]
+    if result.value is not None and result.fid is not None:
+        lines.append(f"**FID {result.value:.4f}** {escaped(conditions(result.fid))}")
+    elif result.reason is not None:
+        at = f" at {result.pruned_at:g} of its budget" if result.pruned_at is not None else ""
+        lines.append(f"**Pruned{at}**: {escaped(result.reason)}")
+    if result.weights:
+        header = [f"w_{k}" for k in range(1, len(result.weights) + 1)]
+        lines.append(markdown_table([header, [f"{w:.4g}" for w in result.weights]]))
+    lines.append(escaped(_origin(result.parameters)))
+    if result.fids:
+        rows = [("NFE", "FID"), *((nfe, f"{fid.value:.3f}") for nfe, fid in result.fids.items())]
         lines.append(markdown_table(rows))
-    lines.append(escaped(timings_text(attrs.get("timings", {}))))
+    lines.append(escaped(timings_text(result.timings)))
     lines += [f"{escaped(name)}:\n\n![]({address})" for name, address in pictures]
     return "\n\n".join(line for line in lines if line) + "\n"
 
 
 def study_note(overview: Overview, pictures: Sequence[tuple[str, str]]) -> str:
-    """A search: best and its confidence, baselines, counts, spec.
+    """A study: its result and how much it is to be trusted, counts, spec.
 
     Args:
         overview: Of the study.
-        pictures: (title, address) of the grids of baselines and the best.
+        pictures: (title, address) of sample grids.
     """
     now = overview.now
-    lines = [f"# {escaped(now.study)}"]
-    if now.best is not None:
+    lines = [f"# {escaped(overview.study.name)}"]
+    if now is not None and now.best is not None:
         lines.append(
-            f"**Best: FID {now.best['fid']:.3f}**, trial {now.best['number']}, "
-            f"{escaped(in_short(now.best))}; {escaped(overview.confidence())}."
+            f"**Best: FID {now.best.fid:.3f}**, trial {now.best.number}, "
+            f"{escaped(now.best.label)}; {escaped(overview.confidence())}."
         )
-    lines.append(f"{escaped(headline(now))}.")
-    if len(rows := table_rows(now)) > 1:
+    lines.append(f"{escaped(overview.headline())}.")
+    if facts := overview.study.facts:
+        lines.append(escaped(", ".join(f"{key}: {value}" for key, value in facts.items())))
+    if len(rows := overview.table()) > 1:
         lines.append(markdown_table(rows))
     if overview.verdict is not None:
-        lines += ["Under fresh seeds:", markdown_table(overview.verdict.comparison.rows())]
-    lines += [escaped(line) for line in remarks(now)]
-    if overview.importance_remark and overview.trials:
-        lines.append(escaped(overview.importance_remark))
+        lines += ["Under fresh seeds:", markdown_table(table_rows([overview.verdict.comparison]))]
+    lines += [escaped(line) for line in overview.remarks()]
     if pictures:
         header = [escaped(title) for title, _ in pictures]
         cells = [f"![]({address})" for _, address in pictures]
         lines.append("The first 64 images of each, from the same latents:")
         lines.append("\n".join(_row(r) for r in (header, ["---"] * len(header), cells)))
-    return _ended(lines, overview)
-
-
-def planned_note(overview: PlannedOverview) -> str:
-    """Planned rows: what they are of, arms, spec."""
-    planned = overview.planned
-    lines = [
-        f"# {escaped(planned.name)}",
-        f"{escaped(counts_line(planned.ledger.counts(), 'rows'))}.",
-    ]
-    if planned.facts:
-        told = ", ".join(f"{key}: {value}" for key, value in planned.facts.items())
-        lines.append(escaped(told))
-    for title, rows in overview.tables:
-        lines += [f"**{escaped(title)}**" if title else "", markdown_table(rows)]
-    lines += [escaped(line) for line in overview.conditions]
-    return _ended(lines, overview)
-
-
-def _ended(lines: list[str], overview: Overview | PlannedOverview) -> str:
-    """What every study's note ends with."""
     if overview.failures:
         lines += ["**Failures**", "\n".join(f"- {escaped(line)}" for line in overview.failures)]
     if overview.changes:
-        lines += [
-            "**Changes**",
-            "\n".join(f"- {escaped(t)}" for t in changes_text(overview.changes)),
-        ]
+        changed = changes_text(overview.changes)
+        lines += ["**Changes**", "\n".join(f"- {escaped(text)}" for text in changed)]
     lines += [
         f"**Spec**, fingerprint {escaped(overview.fingerprint)}",
         fenced(overview.spec, "yaml"),
@@ -118,13 +88,13 @@ def _ended(lines: list[str], overview: Overview | PlannedOverview) -> str:
     return "\n\n".join(line for line in lines if line) + "\n"
 
 
-def conditions(fid: Mapping[str, Any]) -> str:
+def conditions(fid: MeasuredFID) -> str:
     """Under which a FID was measured; no FID is shown without them."""
-    seeds = ", ".join(f"{what} {seed}" for what, seed in fid["seeds"].items())
+    seeds = ", ".join(f"{what} {seed}" for what, seed in fid.seeds.items())
     return (
-        f"of {fid['images']} images at NFE {fid['nfe']}, features of {fid['extractor']} "
-        f"({fid['extractor_sha256'][:8]}), against {fid['reference_images']} of "
-        f"{fid['reference']}, seeds: {seeds}"
+        f"of {fid.images} images at NFE {fid.nfe}, features of {fid.extractor} "
+        f"({fid.extractor_sha256[:8]}), against {fid.reference_images} of {fid.reference}, "
+        f"seeds: {seeds}"
     )
 
 
@@ -137,22 +107,23 @@ def timings_text(timings: Mapping[str, float]) -> str:
     )
 
 
-def _spent(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
-
-
 def changes_text(changes: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line for each setting that was changed."""
     return [f"{c['time']}: {c['key']} from {c['old']} to {c['new']}" for c in changes]
 
 
-def _origin(attrs: Mapping[str, Any]) -> str:
-    """Where its weights come from."""
-    if "rule" in attrs:
-        return f"learned by {attrs['rule']}, strength {attrs['strength']:.4f}"
-    if "a" in attrs:
-        return f"log w_k = a k + b with a = {attrs['a']:.5f}, b = {attrs['b']:.5f}"
-    return ""
+def _spent(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
+
+
+def _origin(parameters: Mapping[str, Any]) -> str:
+    """Where the weights come from."""
+    if "rule" in parameters:
+        return f"learned by {parameters['rule']}, strength {parameters['strength']:.4f}"
+    if "a" in parameters:
+        a, b = parameters["a"], parameters["b"]
+        return f"log w_k = a k + b with a = {a:.5f}, b = {b:.5f}"
+    return ", ".join(f"{name} {value}" for name, value in parameters.items())
 
 
 def _row(cells: Sequence[str]) -> str:

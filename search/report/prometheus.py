@@ -25,7 +25,7 @@ from search.storage.leases import (
 )
 from search.storage.rows import Rows
 from search.storage.studies import StoredStudy, read_studies
-from search.study.study import BASELINES_SUFFIX, KIND
+from search.study.study import ARMS, BASELINES_SUFFIX
 
 PATH = "/metrics"
 STATES = ("complete", "pruned", "failed", "running", "waiting")
@@ -64,7 +64,7 @@ class Studies(Collector):
         Raises:
             SQLAlchemyError: The database does not answer.
         """
-        studies = read_studies(self._engine, (KIND,))
+        studies = read_studies(self._engine, (ARMS,))
         with self._engine.connect() as connection:
             claimed = _claimed(connection, database_clock(self._engine))
         now = datetime.now(UTC)
@@ -104,8 +104,8 @@ def _gauge(name: str, help_: str, *labels: str) -> GaugeMetricFamily:
 
 
 def _is_search(study: StoredStudy) -> bool:
-    """Whether its values compare: neither baselines nor planned rows."""
-    return KIND not in study.attributes and not study.name.endswith(BASELINES_SUFFIX)
+    """Whether its values compare: neither baselines nor given arms."""
+    return ARMS not in study.attributes and not study.name.endswith(BASELINES_SUFFIX)
 
 
 def _claimed(

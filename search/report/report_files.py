@@ -1,22 +1,20 @@
 """A study's result as files to show: report.html, whole in itself, report.md, and their pictures.
 
-Reads the storage and the trials' folders; writes nothing but the folder it is given.
+Reads the storage and the rows' folders; writes nothing but the folder it is given.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from bdense.errors import InputError
 from bdense.files import atomic_write
-from search.analysis.comparison import Comparison
+from search.analysis.comparison import Comparison, table_rows
 from search.analysis.confirmation import Verdict
-from search.report.charts import Chart
 from search.report.markdown import escaped, fenced, markdown_table
 from search.report.notes import TIMINGS, changes_text, conditions
-from search.report.overview import Overview, PlannedOverview, overview_of, planned_overview_of
-from search.report.render import save_png
+from search.report.overview import Overview, overview_of
+from search.report.plots import Plot
 from search.report.report_html import (
     Picture,
     Section,
@@ -29,10 +27,10 @@ from search.report.report_html import (
     preformatted,
     rows_table,
 )
-from search.study.arms import Planned
+from search.storage.ledger import Ledger
 from search.study.folders import GRID, WEIGHTS_PLOT, pictures, row_folder
-from search.study.study import Study, baselines_name
-from search.study.summary import TITLES, headline, in_short, remarks, table, table_rows
+from search.study.study import Study
+from search.study.summary import Measured
 from search.study.wording import align, weights_text
 
 PAGE, HTML_PAGE = "report.md", "report.html"
@@ -43,110 +41,56 @@ def write_report(study: Study, folder: Path) -> Path:
     """Write the two pages, a picture of each plot and a grid of samples of the students shown.
 
     Args:
-        study: With at least one complete trial.
+        study: With at least one complete row.
         folder: Made where it is not there; files of the same names are replaced.
 
     Returns:
         The page of Markdown; ``report.html`` lies beside it.
 
     Raises:
-        InputError: No trial is complete.
+        InputError: No row is complete.
     """
     overview = overview_of(study)
-    now = overview.now
-    if now.best is None or not overview.trials:
+    if overview.is_empty:
         raise InputError(
-            f"{headline(now)}: there is nothing to report yet; run bdense-search launch first"
+            f"{overview.headline()}: there is nothing to report yet; run bdense-search launch "
+            "first"
         )
-    plots, grids = _draw(overview.charts(), folder), _copy_grids(overview, folder)
-    rows = trial_rows(overview.trials)
+    plots, grids = _draw(overview.plots(), folder), _copy_grids(overview, folder)
+    trials = trial_rows(overview.trials) if overview.trials else []
+    facts = ", ".join(f"{key}: {value}" for key, value in study.facts.items())
     _write(
         folder / PAGE,
-        f"# {escaped(now.study)}",
-        f"{escaped(headline(now))}.",
-        fenced(table(now)),
+        f"# {escaped(study.name)}",
+        f"{escaped(overview.headline())}.",
+        escaped(facts),
+        fenced("\n".join([*align(overview.table()), *overview.remarks()])),
         *_in_markdown(plots),
-        markdown_table(rows),
-        SAME_LATENTS,
+        markdown_table(trials) if trials else "",
+        SAME_LATENTS if grids else "",
         *_in_markdown(grids),
     )
     html = page(
-        now.study,
-        [
-            paragraph(f"{headline(now)}.", "lead"),
-            highlighted(
-                f"FID {now.best['fid']:.3f}",
-                [
-                    f"trial {now.best['number']}, {in_short(now.best)}: "
-                    f"w_1 .. w_K = {weights_text(now.best['weights'])}",
-                    conditions(now.best),
-                    f"{overview.confidence()}.",
-                ],
-            ),
-        ],
+        study.name,
+        [paragraph(f"{overview.headline()}.", "lead"), paragraph(facts), *_best(overview)],
         [
             Section(
                 title="Result",
                 parts=[
-                    rows_table(table_rows(now)),
-                    *(paragraph(line, "quiet") for line in remarks(now)),
+                    rows_table(overview.table(), left=overview.now is not None),
+                    *(paragraph(line, "quiet") for line in overview.remarks()),
                     *(_under_fresh_seeds(overview.verdict) if overview.verdict else []),
                 ],
             ),
-            Section(
-                title="Plots",
-                parts=[figures(plots, "plots"), paragraph(overview.importance_remark, "quiet")],
-            ),
-            Section(title="Samples", parts=[figures(grids, "grids")] if grids else []),
-            Section(title="Trials", parts=[rows_table(rows)]),
-            *_last_sections(overview),
-        ],
-        overview.written,
-    )
-    _write(folder / HTML_PAGE, html)
-    return folder / PAGE
-
-
-def write_planned_report(planned: Planned, folder: Path) -> Path:
-    """The same of planned rows: a grid of each arm, and plots of their FIDs.
-
-    Raises:
-        InputError: No row is complete.
-    """
-    overview = planned_overview_of(planned)
-    if not overview.comparison.results:
-        raise InputError(f"{planned.headline()}: there is nothing to report yet")
-    plots = _draw(overview.charts(), folder)
-    grids = _copy_arms(planned, overview.comparison, folder)
-    about = "The first 64 images of each arm's last student, from the same latents."
-    table_text = "\n\n".join(
-        "\n".join([*([title] if title else []), *align(rows)]) for title, rows in overview.tables
-    )
-    _write(
-        folder / PAGE,
-        f"# {escaped(planned.name)}",
-        f"{escaped(planned.headline())}.",
-        fenced("\n".join([table_text, *overview.conditions])),
-        *_in_markdown(plots),
-        about,
-        *_in_markdown(grids),
-    )
-    facts = ", ".join(f"{key}: {value}" for key, value in planned.facts.items())
-    tables = [paragraph(title) + rows_table(rows, left=False) for title, rows in overview.tables]
-    html = page(
-        planned.name,
-        [paragraph(f"{planned.headline()}.", "lead"), paragraph(facts)],
-        [
             Section(title="Plots", parts=[figures(plots, "plots")]),
+            Section(title="Samples", parts=[figures(grids, "grids")] if grids else []),
+            Section(title="Trials", parts=[rows_table(trials)] if trials else []),
+            Section(title="Failures", parts=[bullets(overview.failures)]),
+            Section(title="Changes", parts=[bullets(changes_text(overview.changes))]),
             Section(
-                title="Result",
-                parts=[*tables, *(paragraph(line, "quiet") for line in overview.conditions)],
+                title="Spec",
+                parts=[folded(f"fingerprint {overview.fingerprint}", preformatted(overview.spec))],
             ),
-            Section(
-                title="Samples",
-                parts=[paragraph(about), figures(grids, "grids")] if grids else [],
-            ),
-            *_last_sections(overview),
         ],
         overview.written,
     )
@@ -154,22 +98,41 @@ def write_planned_report(planned: Planned, folder: Path) -> Path:
     return folder / PAGE
 
 
-def trial_rows(trials: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+def _best(overview: Overview) -> list[str]:
+    """A search's best trial, in large letters."""
+    if overview.now is None or overview.now.best is None:
+        return []
+    best = overview.now.best
+    assert best.result.fid is not None
+    return [
+        highlighted(
+            f"FID {best.fid:.3f}",
+            [
+                f"trial {best.number}, {best.label}: w_1 .. w_K = "
+                f"{weights_text(best.result.weights)}",
+                conditions(best.result.fid),
+                f"{overview.confidence()}.",
+            ],
+        )
+    ]
+
+
+def trial_rows(trials: Sequence[Measured]) -> list[tuple[str, ...]]:
     """A header and every complete trial as cells, the best first."""
-    names = ("rule", "strength") if "rule" in trials[0] else ("a", "b")
-    timed = [name for name in TIMINGS if any(name in trial["timings"] for trial in trials)]
+    names = [name for name in trials[0].result.parameters if name != "memory"]
+    timed = [name for name in TIMINGS if any(name in each.result.timings for each in trials)]
     titles = [f"{TIMINGS[name]}, s" for name in timed]
     rows: list[tuple[str, ...]] = [("trial", *names, "FID", *titles, "w_1 .. w_K")]
-    for trial in sorted(trials, key=lambda t: float(t["fid"])):
-        where = (trial[name] for name in names)
-        seconds = (trial["timings"].get(name) for name in timed)
+    for trial in sorted(trials, key=lambda each: each.fid):
+        where = (trial.result.parameters[name] for name in names)
+        seconds = (trial.result.timings.get(name) for name in timed)
         rows.append(
             (
-                str(trial["number"]),
+                str(trial.number),
                 *(f"{each:.3f}" if isinstance(each, float) else str(each) for each in where),
-                f"{trial['fid']:.3f}",
+                f"{trial.fid:.3f}",
                 *("-" if each is None else f"{each:.1f}" for each in seconds),
-                weights_text(trial["weights"]),
+                weights_text(trial.result.weights),
             )
         )
     return rows
@@ -177,72 +140,63 @@ def trial_rows(trials: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 def _under_fresh_seeds(found: Verdict) -> list[str]:
     return [
-        paragraph(f"Under fresh seeds, at {found.kimg:g} kimg:"),
-        rows_table(found.comparison.rows(), left=False),
+        paragraph(f"Under fresh seeds, at {found.budget}:"),
+        rows_table(table_rows([found.comparison]), left=False),
         paragraph(found.comparison.conditions_line(), "quiet"),
     ]
 
 
-def _last_sections(overview: Overview | PlannedOverview) -> list[Section]:
-    """What every report ends with."""
-    spec = preformatted(overview.spec)
-    return [
-        Section(title="Failures", parts=[bullets(overview.failures)]),
-        Section(title="Changes", parts=[bullets(changes_text(overview.changes))]),
-        Section(
-            title="Spec",
-            parts=[folded(f"fingerprint {overview.fingerprint}", spec)] if spec else [],
-        ),
-    ]
-
-
-def _draw(charts: Sequence[Chart], folder: Path) -> list[Picture]:
+def _draw(plots: Sequence[Plot], folder: Path) -> list[Picture]:
     """Each plot as a picture in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
-    for chart in charts:
-        path = folder / f"{chart.key}.png"
-        save_png(chart, path)
-        drawn.append(Picture(path=path, caption=chart.remark, alt=chart.title))
+    for plot in plots:
+        path = folder / f"{plot.key}.png"
+        plot.save(path)
+        drawn.append(Picture(path=path, caption="", alt=plot.title))
     return drawn
 
 
 def _copy_grids(overview: Overview, folder: Path) -> list[Picture]:
-    """The sample grids of baselines and best that are still there."""
-    now = overview.now
-    assert now.best is not None
-    best = now.best["number"]
+    """Sample grids that are still there: of a search its baselines and best, else of each arm."""
+    if overview.now is None:
+        return _copy_arms(overview.study, overview.comparisons[-1], folder)
+    study, now = overview.study, overview.now
+    best = now.best
+    assert best is not None
     sources = [
-        (TITLES[method], row_folder(baselines_name(now.study), result["number"]), method)
-        for method, result in now.baselines.items()
+        (each.label, study.given, each.number, name) for name, each in now.baselines.items()
     ]
-    sources.append((f"best: trial {best}", row_folder(now.study, best), "best"))
-    found = [
-        _copy(source / GRID, folder / f"samples-{name}.png", title)
-        for title, source, name in sources
-        if (source / GRID).is_file()
-    ]
-    weights = row_folder(now.study, best) / WEIGHTS_PLOT
+    sources.append((f"best: trial {best.number}", study.trials, best.number, "best"))
+    found = []
+    for title, ledger, number, name in sources:
+        grid = _grid(ledger, number)
+        if grid is not None:
+            found.append(_copy(grid, folder / f"samples-{name}.png", title))
+    weights = row_folder(study.name, best.number) / WEIGHTS_PLOT
     if weights.is_file():
-        title = f"weights of trial {best} over its training"
+        title = f"weights of trial {best.number} over its training"
         found.append(_copy(weights, folder / "weights-best.png", title))
     return found
 
 
-def _copy_arms(planned: Planned, comparison: Comparison, folder: Path) -> list[Picture]:
+def _copy_arms(study: Study, comparison: Comparison, folder: Path) -> list[Picture]:
     """Each arm's grid under the first seed, where it is still there."""
     found = []
     for index, result in enumerate(comparison.results):
         seed = min(result.rows)
-        grids = [
-            path
-            for path in pictures(row_folder(planned.name, result.rows[seed]))
-            if path.name != WEIGHTS_PLOT
-        ]
-        if grids:
+        grid = _grid(study.given, result.rows[seed])
+        if grid is not None:
             title = f"{result.arm.name}, seed {seed}"
-            found.append(_copy(grids[0], folder / f"samples-{index}.png", title))
+            found.append(_copy(grid, folder / f"samples-{index}.png", title))
     return found
+
+
+def _grid(ledger: Ledger | None, number: int) -> Path | None:
+    """A row's grid, of several stages the last one's."""
+    assert ledger is not None
+    found = pictures(row_folder(ledger.study.study_name, number))
+    return next((path for path in found if path.name.endswith(GRID)), None)
 
 
 def _copy(source: Path, to: Path, title: str) -> Picture:

@@ -8,11 +8,11 @@ from bdense.data.datasets import load_dataset
 from bdense.metrics.extractors import load_extractor, missing_weights
 from bdense.models.public import published_checkpoint, resolve_reference
 from bdense.models.sources import load_model
-from search.spec.model_spec import ModelSpec
+from search.spec.study import StudySpec
 from search.storage.engine import cache_folder
 
 
-def fetch_all(spec: ModelSpec) -> Iterator[str]:
+def fetch_all(spec: StudySpec) -> Iterator[str]:
     """Have data, teacher, reference and the extractor's weights on this machine.
 
     Yields:

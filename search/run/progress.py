@@ -8,16 +8,16 @@ from typing import TextIO
 
 from search.log import say
 from search.storage.reader import Running
-from search.study.arms import Planned
 from search.study.progress_text import share_done
 from search.study.study import Study
-from search.study.summary import in_short, standing
+from search.study.summary import summary_of
 from search.study.wording import duration
 from search.worker.ray_tasks import Progress
 
 LINE_SECONDS = 10.0
 STEPS = {
     "waiting": "waiting for a free worker",
+    "memory": "measuring the memory",
     "features": "feature extractor",
     "teacher": "training the teacher",
     "teacher FID": "measuring the teacher",
@@ -41,39 +41,29 @@ class Snapshot:
     running: Sequence[Running]
 
 
-def study_snapshot(study: Study) -> Snapshot:
-    """A search and its baselines."""
-    now = standing(study)
-    assert study.baselines is not None  # a launch plans them
-    base = study.baselines.counts()
-    text = f"trials {now.counts.ended}/{now.counts.planned}"
-    if base.complete + base.failed < base.planned:
-        text += f", baselines {base.complete}/{base.planned}"
-    if now.counts.failed:
-        text += f", {now.counts.failed} failed"
-    if now.best is not None:
-        text += f", best FID {now.best['fid']:.3f} ({in_short(now.best)})"
-    elif now.baselines:
-        text += f", plain SFD {next(iter(now.baselines.values()))['fid']:.3f}"
+def snapshot_of(study: Study) -> Snapshot:
+    """How far a study's rows are now."""
+    counts = [ledger.counts() for ledger in study.ledgers]
+    main = counts[0]
+    what = "trials" if study.is_search else "rows"
+    text = f"{what} {main.ended}/{main.planned}"
+    if study.is_search:
+        base, now = counts[-1], summary_of(study)
+        if base.complete + base.failed < base.planned:
+            text += f", baselines {base.complete}/{base.planned}"
+        if main.failed:
+            text += f", {main.failed} failed"
+        if now.best is not None:
+            text += f", best FID {now.best.fid:.3f} ({now.best.label})"
+        elif now.plain is not None:
+            text += f", {now.plain.label} {now.plain.fid:.3f}"
+    elif main.failed:
+        text += f", {main.failed} failed"
     return Snapshot(
         text=text,
-        ended=now.counts.ended + base.ended,
-        total=now.counts.planned + base.planned,
-        running=[*study.baselines.running(), *study.trials.running()],
-    )
-
-
-def planned_snapshot(planned: Planned) -> Snapshot:
-    """Planned rows."""
-    counts = planned.ledger.counts()
-    text = f"rows {counts.ended}/{counts.planned}"
-    if counts.failed:
-        text += f", {counts.failed} failed"
-    return Snapshot(
-        text=text,
-        ended=counts.ended,
-        total=counts.planned,
-        running=planned.ledger.running(),
+        ended=sum(each.ended for each in counts),
+        total=sum(each.planned for each in counts),
+        running=[row for ledger in reversed(study.ledgers) for row in ledger.running()],
     )
 
 

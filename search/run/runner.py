@@ -17,9 +17,8 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 from ray import tune
@@ -30,17 +29,15 @@ from search.log import LOG, say
 from search.run.ending import Ending
 from search.run.head import Head, leave_ray
 from search.run.ray_errors import cannot_use
-from search.spec.model_spec import ModelSpec, ResourcesSpec
-from search.spec.study_spec import StudySpec
+from search.spec.study import ResourcesSpec, StudySpec
 from search.storage.engine import cache_folder, one_line, runs_folder, without_password
-from search.storage.ledger import Ledger
 from search.storage.stop_flags import Launch, is_asked, stopped_error
 from search.study.artifacts import artifacts_place
+from search.study.study import Study
 from search.worker.ray_tasks import (
-    Kind,
-    Orders,
     Progress,
-    Refusal,
+    WorkerConfig,
+    WorkerError,
     prepare_task,
     record_task,
     slot,
@@ -53,59 +50,8 @@ JOIN_SECONDS = 60.0  # that a cluster's first worker has
 _log = logging.getLogger(__name__)
 
 
-class Record(Protocol):
-    """What a launch needs of the record of its rows: a ``Study``, or a ``Planned``."""
-
-    @property
-    def url(self) -> str: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def ledgers(self) -> Sequence[Ledger]: ...
-    def left(self) -> int:
-        """Rows that have not ended."""
-        ...
-
-    def forgive_running(self) -> None:
-        """An interruption counts against no row."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """Rows to bring to their end.
-
-    Attributes:
-        kind: What they are.
-        record: Where they are.
-        specs: What is made for them: the study, or each variant of it that rows train in.
-    """
-
-    kind: Kind
-    record: Record
-    specs: Sequence[ModelSpec]
-
-    @property
-    def resources(self) -> ResourcesSpec:
-        """Of each row."""
-        return self.specs[0].resources
-
-    def orders(self, launch: Launch) -> Orders:
-        """For the workers."""
-        return Orders(
-            launch=launch,
-            log=os.environ.get(LOG, ""),
-            kind=self.kind,
-            study=self.record.name,
-            storage=without_password(self.record.url),
-            runs=str(runs_folder().resolve()),
-            cache=str(cache_folder().resolve()),
-            artifacts=artifacts_place(),
-        )
-
-
 def run(
-    job: Job,
+    study: Study,
     *,
     workers: int | None,
     on_preparing: Callable[[Progress], None],
@@ -114,7 +60,7 @@ def run(
     """Bring the rows to their end on Ray's workers.
 
     Args:
-        job: The rows.
+        study: Whose rows.
         workers: Rows at once; None is one for each GPU, or for each ``resources.cpus``.
         on_preparing: Called with the progress of the preparations.
         on_running: Called every second while rows run, from another thread.
@@ -126,36 +72,43 @@ def run(
         StoppedError: Somebody asked the study to stop.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the workers have saved what they had.
     """
-    record = job.record
-    launch = Launch.begin(record.ledgers)
-    orders = job.orders(launch)
+    spec = study.spec
+    launch = Launch.begin(study.ledgers)
+    worker = WorkerConfig(
+        launch=launch,
+        log=os.environ.get(LOG, ""),
+        study=study.name,
+        storage=without_password(study.url),
+        runs=str(runs_folder().resolve()),
+        cache=str(cache_folder().resolve()),
+        artifacts=artifacts_place(),
+    )
     head: Head | None = None
     all_ended = False
     try:
         with (
             quiet(),
-            ray_session(record.url) as head,
-            Ending(record.ledgers, launch, at_once=lambda: _is_lost(head)) as ending,
+            ray_session(study.url) as head,
+            Ending(study.ledgers, launch, at_once=lambda: _is_lost(head)) as ending,
         ):
             if head is not None:
-                head.last_words = functools.partial(_last_words, record, head)
+                head.last_words = functools.partial(_last_words, study, head)
             _await_machines()
-            slots = _slots(job.resources, workers)
-            for spec in job.specs:
-                _prepare(spec, orders, slots, on_preparing)
+            slots = _slots(spec.resources, workers)
+            _prepare(spec, worker, slots, on_preparing)
             ending.rows_run()
             with _every_second(on_running):
                 # Slots find nothing to do once all is claimed: no more of them than rows left.
-                needed = min(slots, max(record.left(), 1))
-                refusals = _run_slots(job.resources, orders, needed)
+                needed = min(slots, max(study.left(), 1))
+                errors = _run_slots(spec.resources, worker, needed)
                 all_ended = True
         if ending.interrupted:
             raise KeyboardInterrupt  # as it would have without workers to wait for
     except KeyboardInterrupt:
         if not all_ended:  # else they gave back what they had; what still runs is another launch's
-            record.forgive_running()
-        if is_asked(record.ledgers, launch):
-            raise stopped_error(record.name) from None
+            study.forgive_running()
+        if is_asked(study.ledgers, launch):
+            raise stopped_error(study.name) from None
         if head is not None and head.lost:
             raise _head_lost(head) from None
         raise
@@ -163,11 +116,11 @@ def run(
         if head is not None and head.lost:
             raise _head_lost(head) from error
         raise WorkersFailedError(f"a worker of Ray failed: {error}") from error
-    if record.left():
-        _raise_first(refusals)
-        if is_asked(record.ledgers, launch):
-            raise stopped_error(record.name)
-    for message in dict.fromkeys(refusal.message for refusal in refusals):
+    if study.left():
+        _raise_first(errors)
+        if is_asked(study.ledgers, launch):
+            raise stopped_error(study.name)
+    for message in dict.fromkeys(error.message for error in errors):
         say(f"all rows have ended, but a worker took no part in it: {message}")
 
 
@@ -175,11 +128,11 @@ def _is_lost(head: Head | None) -> bool:
     return head is not None and head.lost
 
 
-def _last_words(record: Record, head: Head) -> None:
+def _last_words(study: Study, head: Head) -> None:
     """What an error would have said, where Ray lets none through."""
     sys.stderr.write(f"bdense-search: {_head_lost(head)}\n")
     sys.stderr.flush()
-    record.forgive_running()
+    study.forgive_running()
 
 
 def _head_lost(head: Head) -> ClusterLostError:
@@ -317,7 +270,7 @@ def gpus_per_trial(resources: ResourcesSpec) -> float:
 
 
 def _prepare(
-    spec: ModelSpec, orders: Orders, slots: int, tell: Callable[[Progress], None]
+    spec: StudySpec, worker: WorkerConfig, slots: int, tell: Callable[[Progress], None]
 ) -> None:
     """Teacher and features in one task, then trajectories in one for each slot and its GPUs."""
     # The GPUs of a trial share its batches; these tasks take one.
@@ -331,11 +284,10 @@ def _prepare(
     threads = spec.teacher.train.threads if spec.teacher.train else 1
     cpus = max(spec.resources.cpus, min(threads, most_cpus))
     tell(Progress(what="waiting", done=0, total=1))
-    text = spec.model_dump_json()
-    _follow([_task(prepare_task, cpus, gpus).remote(orders, text, together)], tell)
-    if isinstance(spec, StudySpec) and spec.trajectories.mode == "recorded":
+    _follow([_task(prepare_task, cpus, gpus).remote(worker, together)], tell)
+    if spec.trajectories.mode == "recorded":
         record, parts = _task(record_task, spec.resources.cpus / team, gpus), slots * team
-        _follow([record.remote(orders, text, part, parts) for part in range(parts)], tell)
+        _follow([record.remote(worker, part, parts) for part in range(parts)], tell)
 
 
 def _task(function: Callable[..., Any], cpus: float, gpus: float) -> Any:  # noqa: ANN401  Ray's
@@ -344,7 +296,7 @@ def _task(function: Callable[..., Any], cpus: float, gpus: float) -> Any:  # noq
 
 
 def _follow(streams: Sequence[Any], tell: Callable[[Progress], None]) -> None:
-    """Pass on what tasks tell until all have ended; the first refusal ends the launch."""
+    """Pass on what tasks tell until all have ended; the first error ends the launch."""
     waiting: list[Any] = list(streams)
     while waiting:
         ready: list[Any] = ray.wait(waiting, num_returns=1, fetch_local=False)[0]
@@ -354,25 +306,25 @@ def _follow(streams: Sequence[Any], tell: Callable[[Progress], None]) -> None:
             except StopIteration:
                 waiting.remove(stream)
                 continue
-            if isinstance(message, Refusal):
+            if isinstance(message, WorkerError):
                 _raise_first([message])
             tell(message)
 
 
-def _raise_first(refusals: Sequence[Refusal]) -> None:
+def _raise_first(errors: Sequence[WorkerError]) -> None:
     """What workers could not do, as an error of the launch: the user's mistakes first."""
-    for refusal in sorted(refusals, key=lambda r: not r.is_input_error):
-        kind = InputError if refusal.is_input_error else WorkersFailedError
-        raise kind(refusal.message)
+    for error in sorted(errors, key=lambda each: not each.is_input_error):
+        kind = InputError if error.is_input_error else WorkersFailedError
+        raise kind(error.message)
 
 
-def _run_slots(resources: ResourcesSpec, orders: Orders, slots: int) -> list[Refusal]:
+def _run_slots(resources: ResourcesSpec, worker: WorkerConfig, slots: int) -> list[WorkerError]:
     """Run that many slots till all have ended; what those said that could not go on."""
     lot = uuid.uuid4().hex[:8]
     scratch = Path(tempfile.mkdtemp(prefix="bdense-tune-"))
-    marks = Path(orders.runs) / orders.study / "slots"
+    marks = Path(worker.runs) / worker.study / "slots"
     config = {
-        "orders": orders,
+        "worker": worker,
         "mark": tune.grid_search([str(marks / f"{lot}-{i}") for i in range(slots)]),
     }
     held = {"cpu": resources.cpus, "gpu": gpus_per_trial(resources)}
@@ -393,7 +345,7 @@ def _run_slots(resources: ResourcesSpec, orders: Orders, slots: int) -> list[Ref
         shutil.rmtree(scratch, ignore_errors=True)
         shutil.rmtree(marks, ignore_errors=True)
     ended = [results[i].metrics or {} for i in range(len(results))]
-    return [metrics["refusal"] for metrics in ended if metrics.get("refusal")]
+    return [metrics["error"] for metrics in ended if metrics.get("error")]
 
 
 @contextlib.contextmanager

@@ -1,38 +1,28 @@
-"""What a study samples, its baselines, who proposes, and who ends a trial on its way."""
+"""What a study samples, who proposes, and who ends a trial early: by Optuna's own classes."""
 
+import difflib
+import inspect
 import warnings
+from types import ModuleType
+from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.exceptions import ExperimentalWarning
 
-from search.spec.model_spec import FloatRange
-from search.spec.study_spec import LearnedSpace, LogLinearSpace, StudySpec
-
-# Plain SFD, and B-DENSE with every branch counting alike.
-BASELINES = ("sfd", "uniform")
+from bdense.weights.spaces import Choice
+from search.errors import SpecError
+from search.spec.study import Member, StudySpec
 
 
 def search_space(spec: StudySpec) -> dict[str, BaseDistribution]:
     """The distributions of a trial's parameters."""
-    weights = spec.weights
-    if isinstance(weights, LearnedSpace):
-        return {
-            "rule": CategoricalDistribution(weights.rules),
-            "strength": _float(weights.strength),
-        }
-    if isinstance(weights, LogLinearSpace):
-        return {"a": _float(weights.a), "b": _float(weights.b)}
-    return {"a": _float(weights.a)}
-
-
-def baseline_space() -> dict[str, BaseDistribution]:
-    """The one parameter of a baseline's row."""
-    return {"method": CategoricalDistribution(BASELINES)}
-
-
-def _float(bounds: FloatRange) -> FloatDistribution:
-    return FloatDistribution(bounds.low, bounds.high)
+    return {
+        name: CategoricalDistribution(each.options)
+        if isinstance(each, Choice)
+        else FloatDistribution(each.low, each.high)
+        for name, each in spec.space.distributions().items()
+    }
 
 
 def make_sampler(spec: StudySpec, offset: int) -> optuna.samplers.BaseSampler:
@@ -41,38 +31,74 @@ def make_sampler(spec: StudySpec, offset: int) -> optuna.samplers.BaseSampler:
     Derived from the number of trials so far: reproducible, and never equal in two processes.
     """
     seed = (spec.seeds.sampler + offset) % 2**31
-    startup = spec.sampler.startup_trials
-    if spec.sampler.name == "gp":
-        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=startup)
-    if spec.sampler.name == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
+    made: optuna.samplers.BaseSampler = _made(
+        optuna.samplers, "plan.sampler", spec.search.sampler, seed=seed
+    )
+    return made
+
+
+def require_sampler(spec: StudySpec) -> None:
+    """Let the sampler propose two points of the space, the second knowing of the first.
+
+    Raises:
+        SpecError: There is no such sampler, it refuses its arguments or the space, or it needs a
+            package that is not installed.
+    """
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        study = optuna.create_study(sampler=make_sampler(spec, 0))
+        for value in (1.0, 2.0):
+            study.tell(study.ask(search_space(spec)), value)
+    except SpecError:
+        raise
+    except Exception as error:  # Optuna's samplers raise what they like
+        raise SpecError(f"plan.sampler: {spec.search.sampler.name}: {error}") from error
+    finally:
+        optuna.logging.set_verbosity(verbosity)
 
 
 def make_pruner(spec: StudySpec) -> optuna.pruners.BasePruner:
-    """The study's pruner.
+    """The study's pruner; one that ends nothing where the plan names none."""
+    if spec.search.pruner is None:
+        return optuna.pruners.NopPruner()
+    made: optuna.pruners.BasePruner = _made(optuna.pruners, "plan.pruner", spec.search.pruner)
+    return made
 
-    Those of successive halving count looks: their resource at look i = 0, 1, .. is factor^i.
+
+def _made(module: ModuleType, key: str, member: Member, **own: Any) -> Any:  # noqa: ANN401
+    """A class of Optuna's by its name, with its arguments as the file gives them.
+
+    Raises:
+        SpecError: There is no such class, or it refuses its arguments.
     """
-    given, pruners = spec.pruning, optuna.pruners
-    startup = given.startup_trials or 0
-    if given.pruner == "percentile":
-        assert given.percentile is not None  # filled in
-        return pruners.PercentilePruner(given.percentile, n_startup_trials=startup)
-    if given.pruner == "successive-halving":
-        assert given.factor is not None
-        return pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=given.factor)
-    if given.pruner == "hyperband":
-        assert given.factor is not None
-        # The logarithm of factor^n + 1 is n and a bit, however it is rounded: n + 1 brackets.
-        most = given.factor ** len(given.at) + 1
-        return pruners.HyperbandPruner(1, most, reduction_factor=given.factor)
-    median = pruners.MedianPruner(n_startup_trials=startup)
-    if given.pruner == "median":
-        return median
-    if given.pruner == "patient-median":
-        assert given.patience is not None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            return pruners.PatientPruner(median, patience=given.patience)
-    return pruners.NopPruner()
+    kinds = {name: getattr(module, name) for name in module.__all__}
+    known = [name for name, kind in kinds.items() if inspect.isclass(kind)]
+    known = [name for name in known if not inspect.isabstract(kinds[name])]
+    if member.name not in known:
+        close = difflib.get_close_matches(member.name, known, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise SpecError(
+            f"{key}.name: {module.__name__} has no class {member.name}; choose from "
+            f"{', '.join(known)}{hint}"
+        )
+    kind = kinds[member.name]
+    options = {
+        name: _made(module, f"{key}.{name}", Member.of(value, name))
+        if isinstance(value, dict) and "name" in value
+        else value
+        for name, value in member.options.items()
+    }
+    signature = inspect.signature(kind)
+    own = {name: value for name, value in own.items() if name in signature.parameters}
+    if clash := own.keys() & options.keys():
+        raise SpecError(f"{key}: {', '.join(clash)} is set by seeds.sampler; leave it out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        try:
+            return kind(**options, **own)
+        except (TypeError, ValueError, ImportError) as error:
+            arguments = ", ".join(signature.parameters)
+            raise SpecError(
+                f"{key}: {member.name}: {error}; its arguments are {arguments}"
+            ) from error

@@ -7,8 +7,8 @@ from typing import Any
 
 from search.storage.engine import open_reading, retrying, sqlite_file
 from search.storage.studies import StoredStudy, read_studies
-from search.study.study import BASELINES_SUFFIX, KIND, SPEC
-from search.study.summary import trials_json
+from search.study.study import ARMS, BASELINES_SUFFIX, SPEC
+from search.study.summary import counts_json
 from search.study.wording import align
 
 _HEADER = ("study", "kind", "method", "complete", "failed", "running", "lowest FID", "last change")
@@ -24,7 +24,7 @@ def list_studies(url: str) -> list[StoredStudy]:
     if path is not None and not path.exists():
         return []
     engine = open_reading(url).engine
-    found = retrying(lambda: read_studies(engine, (KIND, SPEC)))
+    found = retrying(lambda: read_studies(engine, (ARMS, SPEC)))
     return [study for study in found if not study.name.endswith(BASELINES_SUFFIX)]
 
 
@@ -35,7 +35,7 @@ def studies_json(studies: Sequence[StoredStudy]) -> list[dict[str, Any]]:
             "study": study.name,
             "kind": _kind(study),
             "method": _method(study),
-            "trials": trials_json(study.counts),
+            "trials": counts_json(study.counts),
             "best_fid": study.best,
             "started": study.started and study.started.isoformat(timespec="seconds"),
             "changed": study.changed and study.changed.isoformat(timespec="seconds"),
@@ -65,14 +65,15 @@ def _cells(study: StoredStudy) -> tuple[str, ...]:
 
 def _kind(study: StoredStudy) -> str:
     """``search``, or what the rows of a study of given arms are."""
-    return str(study.attributes.get(KIND, "search"))
+    return "arms" if ARMS in study.attributes else "search"
 
 
 def _method(study: StoredStudy) -> str | None:
     """The method of its students; None while the study is half made."""
     if SPEC not in study.attributes:
         return None
-    return "progressive" if "chain" in json.loads(study.attributes[SPEC]) else "sfd"
+    method: str | None = json.loads(study.attributes[SPEC]).get("method", {}).get("name")
+    return method  # a study of an older form has none until storage upgrade
 
 
 def _local(time: datetime | None) -> str:

@@ -8,7 +8,7 @@ import re
 # The rest is evaluation's.
 _TRAINING_SHARE = 0.9
 _WORDS = re.compile(
-    r"(?:round (?P<round>\d+)/(?P<rounds>\d+): )?"
+    r"(?:stage (?P<stage>\d+)/(?P<stages>\d+): )?"
     r"(?P<what>training|evaluating) (?P<done>\d+)/(?P<total>\d+)"
 )
 
@@ -18,9 +18,9 @@ def training(done: int, iterations: int, loss: float) -> str:
     return f"training {done}/{iterations}, loss {loss:.3g}"
 
 
-def looking(trained: int, iterations: int, done: int, images: int) -> str:
-    """After so many iterations the student is looked at, and so many of its images are drawn."""
-    return f"training {trained}/{iterations}, looking at {done}/{images} images"
+def measuring(trained: int, iterations: int, done: int, images: int) -> str:
+    """After so many iterations the student is measured, and so many of its images are drawn."""
+    return f"training {trained}/{iterations}, measuring {done}/{images} images"
 
 
 def evaluating(done: int, images: int) -> str:
@@ -28,15 +28,15 @@ def evaluating(done: int, images: int) -> str:
     return f"evaluating {done}/{images} images"
 
 
-def in_round(number: int, rounds: int, text: str) -> str:
-    """One of the texts above, of a chain's round; numbers begin with 1."""
-    return f"round {number}/{rounds}: {text}"
+def in_stage(number: int, stages: int, text: str) -> str:
+    """One of the texts above, of a stage of several; numbers begin with 1."""
+    return f"stage {number}/{stages}: {text}"
 
 
 def share_done(text: str) -> float:
     """How much of a row is done, 0 to 1, by one of the texts above; 0 by any other.
 
-    Evaluation is the last tenth. Of a chain each round is an equal share.
+    Evaluation is the last tenth. Each of several stages is an equal share.
     """
     found = _WORDS.match(text)
     if found is None:
@@ -46,6 +46,6 @@ def share_done(text: str) -> float:
         own = _TRAINING_SHARE * share
     else:
         own = _TRAINING_SHARE + (1 - _TRAINING_SHARE) * share
-    if found["round"] is None:
+    if found["stage"] is None:
         return own
-    return (int(found["round"]) - 1 + own) / int(found["rounds"])
+    return (int(found["stage"]) - 1 + own) / int(found["stages"])

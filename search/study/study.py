@@ -1,170 +1,376 @@
-"""A study's record: the ledgers of its trials and baselines, and which changes it takes."""
+"""A study's record: its spec, its arms and the ledgers of its rows, in one storage.
 
-import functools
+A search has two ledgers: the trials that a sampler proposes, and its baselines, which are arms
+like any other, in a study of Optuna's beside it. A study of given arms has one.
+"""
+
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
+from optuna.trial import TrialState
 
-from search.errors import SpecChangedError, UnknownStudyError
-from search.spec.model_spec import flatten
-from search.spec.space import BASELINES
-from search.spec.study_file import read_stored
-from search.spec.study_spec import StudySpec
+from search.errors import OutdatedStudyError, SpecChangedError, UnknownStudyError
+from search.spec.file import read_stored
+from search.spec.study import ArmsPlan, StudySpec, flatten
+from search.storage.engine import retrying
 from search.storage.ledger import MENDABLE, Ledger
-from search.storage.reader import Counts
+from search.storage.reader import Counts, asked_of
+from search.storage.rows import StoredTrial
+from search.study.arms import Arm, ArmRow, Task, plain_arm, uniform_arm
 
 # Attributes of the Optuna study.
 SPEC, CONDITIONS, FINGERPRINT = "spec", "conditions", "fingerprint"
 TRAJECTORIES, BASELINE_RESULTS = "trajectories", "baselines"
 TEACHER = "teacher_sha256"  # of the first worker's; the same for all
-KIND = "kind"  # of planned rows; a search has none
-LOOKS = "looks"  # at which fractions of the budget, and how many images, since the first look
+ARMS, VARIANTS, FACTS = "arms", "variants", "facts"
+# What intermediate FIDs are of: at which fractions, of how many images, since the first.
+INTERMEDIATE = "intermediate"
+# The form of all these; storage upgrade brings older ones over.
+FORMAT, CURRENT = "format", 2
 BASELINES_SUFFIX = ".baselines"
 # The ledger records changes of its own settings itself.
-_LEDGER_SETTINGS = ("budget.trials", "resources.lease_seconds", "resources.max_attempts")
+_LEDGER_SETTINGS = ("plan.trials", "resources.lease_seconds", "resources.max_attempts")
 
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """Trials and baselines of one name in one storage.
+    """One study in one storage.
 
     Attributes:
         url: The storage; it may hold a password, show ``redact`` of it.
-        trials: What is searched.
-        baselines: Plain SFD and uniform weights; None where none were planned.
+        trials: What a sampler proposes; None for a study of given arms.
+        given: Rows of given arms, of a search its baselines; None where they were not planned.
     """
 
     url: str
-    trials: Ledger
-    baselines: Ledger | None
+    trials: Ledger | None
+    given: Ledger | None
 
     @classmethod
-    def open(cls, url: str, name: str) -> Self:
+    def open(cls, url: str, name: str, *, reading: bool = False) -> Self:
         """A study that exists.
 
+        Args:
+            url: The storage.
+            name: Of the study.
+            reading: Whether it is only looked at, perhaps by a user who may do no more.
+
         Raises:
-            UnknownStudyError: There is none of that name.
+            UnknownStudyError: There is none of that name, or its maker was killed before it was
+                whole.
+            OutdatedStudyError: An older version made it.
             StorageError: The database cannot be opened.
         """
-        _refuse_baselines(name)
-        return cls._of(url, Ledger.open(url, name, budget=None))
+        if name.endswith(BASELINES_SUFFIX):
+            raise UnknownStudyError(
+                f"{name!r} holds the baselines of a study; give the study itself: "
+                f"{name.removesuffix(BASELINES_SUFFIX)!r}"
+            )
+        found = Ledger.open_reading(url, name) if reading else Ledger.open(url, name, budget=None)
+        return cls._of(url, found)
 
-    @classmethod
-    def open_reading(cls, url: str, name: str) -> Self:
-        """The same, to look at: nothing can be changed through it."""
-        _refuse_baselines(name)
-        return cls._of(url, Ledger.open_reading(url, name))
-
-    @classmethod
-    def _of(cls, url: str, trials: Ledger) -> Self:
+    def beside(self, name: str) -> Self | None:
+        """Another study of the same storage, through the same connections; None without it."""
         try:
-            baselines = trials.beside(baselines_name(trials.study.study_name))
+            return type(self)._of(self.url, self.main.beside(name))
+        except UnknownStudyError:
+            return None
+
+    @classmethod
+    def _of(cls, url: str, found: Ledger) -> Self:
+        name = found.study.study_name
+        attributes = retrying(lambda: found.study.user_attrs)
+        if SPEC not in attributes:
+            raise UnknownStudyError(f"study {name!r} is half made; the same command carries on")
+        if attributes.get(FORMAT) != CURRENT:
+            raise OutdatedStudyError(
+                f"study {name!r} was made by an older version of bdense; bring it over by "
+                "`bdense-search storage upgrade`"
+            )
+        if ARMS in attributes:
+            return cls(url, None, found)
+        try:
+            baselines = found.beside(name + BASELINES_SUFFIX)
         except UnknownStudyError:
             baselines = None
-        return cls(url, trials, baselines)
+        return cls(url, found, baselines)
 
     @classmethod
-    def create(cls, url: str, spec: StudySpec) -> Self:
+    def create(cls, url: str, spec: StudySpec, *, facts: Mapping[str, Any] | None = None) -> Self:
         """The study of that spec: new, or joined if its numbers stay comparable.
+
+        Args:
+            url: The storage.
+            spec: Resolved.
+            facts: What a study of given arms was made of, such as ``of``, a search's name; they
+                may not change.
 
         Raises:
             SpecChangedError: The stored study has other conditions; says which.
             InputError: Another version of bdense launched it, whose spec this one cannot read.
             StorageError: The database cannot be used.
         """
-        refuse_other_conditions(url, spec)
         stored = _stored(url, spec.name)
-        # Read before anything is changed: it may be refused.
-        before = None if stored is None else _spec_in(stored)
-        open_ledger = functools.partial(
-            Ledger.open,
-            url,
-            ttl=spec.resources.lease_seconds,
-            max_attempts=spec.resources.max_attempts,
-        )
-        trials = open_ledger(spec.name, budget=spec.budget.trials)
+        before = stored.spec if stored is not None else None
+        if stored is not None and stored._forget_if_changed(spec, facts or {}):
+            stored = before = None
+        if spec.is_search:
+            return cls._create_search(url, spec, before)
+        # A smaller budget, if only for a moment, would send others' workers home.
+        ledger = _ledger(url, spec, spec.name, 1 if stored is None else None)
+        if stored is None:
+            ledger.study.set_user_attr(ARMS, [])
+            ledger.study.set_user_attr(VARIANTS, [])
+            ledger.study.set_user_attr(FACTS, dict(facts or {}))
+        _store(ledger, spec, before)
+        return cls(url, None, ledger)
+
+    @classmethod
+    def _create_search(cls, url: str, spec: StudySpec, before: StudySpec | None) -> Self:
+        trials = _ledger(url, spec, spec.name, spec.search.trials)
         _store(trials, spec, before)
-        beside = baselines_name(spec.name)
-        known = _stored(url, beside) is not None
-        baselines = open_ledger(beside, budget=None if known else len(BASELINES))
-        baselines.study.set_user_attr("of", spec.name)
+        beside = spec.name + BASELINES_SUFFIX
+        try:
+            trials.beside(beside)
+        except UnknownStudyError:
+            is_new = True
+        else:
+            is_new = False
+        given = _ledger(url, spec, beside, 2 if is_new else None)
+        given.study.set_user_attr("of", spec.name)
+        study = cls(url, trials, given)
         # One that failed is tried again; its row stays and counts.
-        for method in BASELINES:
-            if baselines.enqueue({"method": method}, again=MENDABLE):
-                baselines.resize()
-        return cls(url, trials, baselines)
+        study.plan([plain_arm(spec), uniform_arm()], [spec.seeds.training])
+        return study
+
+    @property
+    def main(self) -> Ledger:
+        """The ledger whose Optuna study has the name and the attributes."""
+        ledger = self.trials or self.given
+        assert ledger is not None
+        return ledger
 
     @property
     def name(self) -> str:
         """The study's name."""
-        return self.trials.study.study_name
+        return self.main.study.study_name
+
+    @property
+    def is_search(self) -> bool:
+        """Whether a sampler proposes its points."""
+        return self.trials is not None
+
+    @property
+    def search(self) -> Ledger:
+        """The trials of a search.
+
+        Raises:
+            UnknownStudyError: It is a study of given arms.
+        """
+        if self.trials is None:
+            of = self.facts.get("of")
+            hint = f"; give the search itself: {of}" if of else ""
+            raise UnknownStudyError(f"{self.name!r} measures given arms and is no search{hint}")
+        return self.trials
 
     @property
     def ledgers(self) -> tuple[Ledger, ...]:
-        """Of its trials and, where they were planned, its baselines."""
-        return tuple(each for each in (self.trials, self.baselines) if each is not None)
+        """Of its trials and its given arms, as far as there are any."""
+        return tuple(each for each in (self.trials, self.given) if each is not None)
 
-    def counts(self) -> list[Counts]:
-        """Of the trials, then of the baselines."""
-        return [each.counts() for each in self.ledgers]
+    @property
+    def spec(self) -> StudySpec:
+        """As its last launch stored it.
+
+        Raises:
+            InputError: Another version of bdense stored it.
+        """
+        return read_stored(self.name, str(self._attributes()[SPEC]))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a study of given arms was made of."""
+        return dict(self._attributes().get(FACTS, {}))
+
+    @property
+    def arms(self) -> list[Arm]:
+        """Given arms, in the order that rows count them in."""
+        return [Arm(**each) for each in self._given(ARMS)]
+
+    @property
+    def variants(self) -> list[dict[str, Any]]:
+        """Changes of the method's settings, in the order that rows count them in."""
+        return list(self._given(VARIANTS))
+
+    def plan(
+        self,
+        arms: Sequence[Arm],
+        seeds: Sequence[int],
+        variants: Sequence[Mapping[str, Any]] = ({},),
+    ) -> None:
+        """Add given arms under each seed and variant; what is there already is not added again.
+
+        Args:
+            arms: Which; one that failed for want of memory or by an error is tried anew.
+            seeds: Of the training.
+            variants: Settings of the method that differ from the study's.
+
+        Raises:
+            SpecChangedError: Another command has added arms meanwhile.
+        """
+        assert self.given is not None
+        known, changes = self.arms, self.variants
+        known += [arm for arm in arms if arm not in known]
+        changes += [dict(each) for each in variants if dict(each) not in changes]
+        stored = self.given.extend_list(
+            ARMS, [arm.as_dict() for arm in known]
+        ) and self.given.extend_list(VARIANTS, changes)
+        if not stored:
+            raise SpecChangedError(
+                f"another command has added arms to {self.name!r} meanwhile; give this one again"
+            )
+        for change in variants:
+            for seed in seeds:
+                for arm in arms:
+                    row = ArmRow(
+                        arm=known.index(arm), seed=seed, variant=changes.index(dict(change))
+                    )
+                    self.given.enqueue(row.params(), {"arm": arm.name}, again=MENDABLE)
+        self.given.resize()
+
+    def task(self, ledger: Ledger, params: Mapping[str, Any]) -> Task:
+        """What a row of one of its ledgers asks for."""
+        spec = self.spec
+        if ledger is not self.given:
+            return Task(
+                params=dict(params), seed=spec.seeds.training, latents=spec.seeds.evaluation
+            )
+        row = ArmRow.of(params)
+        arm = self.arms[row.arm]
+        fresh = isinstance(spec.plan, ArmsPlan) and spec.plan.latents == "fresh"
+        return Task(
+            params=arm.params,
+            seed=row.seed,
+            latents=row.seed if fresh else spec.seeds.evaluation,
+            variant=self.variants[row.variant],
+            arm=arm.name,
+        )
+
+    def rows(self) -> list[tuple[ArmRow, bool]]:
+        """Each row of a given arm as planned, and whether it has ended."""
+        if self.given is None:
+            return []
+        record = self.given.study
+        trials = retrying(lambda: record.get_trials(deepcopy=False))
+        return [(ArmRow.of(asked_of(trial)), trial.state.is_finished()) for trial in trials]
+
+    def complete_rows(self) -> list[StoredTrial]:
+        """Rows of given arms that have a result, in order."""
+        return [] if self.given is None else self.given.rows(TrialState.COMPLETE)
+
+    def tasks_left(self) -> list[Task]:
+        """What rows that have not ended ask for, but for their weights; each once."""
+        tasks: list[Task] = []
+        if self.trials is not None:
+            tasks.append(self.task(self.trials, {}))
+        for row, ended in self.rows():
+            if ended:
+                continue
+            task = self.task_of(row)
+            if task not in tasks:
+                tasks.append(task)
+        return tasks
+
+    def task_of(self, row: ArmRow) -> Task:
+        """A row's task without its arm: what it shares with the other arms of its seed."""
+        assert self.given is not None
+        found = self.task(self.given, row.params())
+        return Task(params={}, seed=found.seed, latents=found.latents, variant=found.variant)
+
+    def counts(self) -> Counts:
+        """Of the trials of a search, else of the given arms."""
+        return self.main.counts()
 
     def left(self) -> int:
-        """Trials and baselines that have not ended."""
-        return sum(counts.planned - counts.ended for counts in self.counts())
+        """Rows that have not ended."""
+        counts = [ledger.counts() for ledger in self.ledgers]
+        return sum(each.planned - each.ended for each in counts)
 
     def has_started(self) -> bool:
         """Whether anything was ever begun; until then its conditions may change."""
-        return any(counts.ended + counts.running for counts in self.counts())
+        counts = [ledger.counts() for ledger in self.ledgers]
+        return any(each.ended + each.running for each in counts)
 
     def forgive_running(self) -> None:
-        """An interruption counts against no trial."""
+        """An interruption counts against no row."""
         for ledger in self.ledgers:
             ledger.forgive_running()
 
+    def refuse_other_conditions(
+        self, spec: StudySpec, facts: Mapping[str, Any] | None = None
+    ) -> None:
+        """Refuse a spec whose numbers would not compare with those measured.
 
-def baselines_name(name: str) -> str:
-    """Name of the Optuna study that holds the baselines' rows."""
-    return name + BASELINES_SUFFIX
+        Args:
+            spec: Resolved.
+            facts: As of ``create``; None takes those stored.
 
+        Raises:
+            SpecChangedError: It is one; says in what it differs.
+        """
+        changed = self._changed(spec, self.facts if facts is None else facts)
+        if changed and self.has_started():
+            raise SpecChangedError(
+                f"study {spec.name!r} exists under other conditions, so its numbers would not "
+                f"compare ({'; '.join(changed)}); rename the study or restore the file"
+            )
+        stored, now = self.main.attribute(INTERMEDIATE), intermediate_of(spec)
+        if stored is not None and now is not None and stored != now:
+            raise SpecChangedError(
+                f"study {spec.name!r} has intermediate FIDs measured otherwise, which would not "
+                f"compare (plan.at {stored['at']} of {stored['images']} images stored, "
+                f"{now['at']} of {now['images']} given); restore them, or drop plan.at"
+            )
 
-def _refuse_baselines(name: str) -> None:
-    if name.endswith(BASELINES_SUFFIX):
-        raise UnknownStudyError(
-            f"{name!r} holds the baselines of a study; give the study itself: "
-            f"{name.removesuffix(BASELINES_SUFFIX)!r}"
-        )
+    def _forget_if_changed(self, spec: StudySpec, facts: Mapping[str, Any]) -> bool:
+        """Delete what was planned under other conditions, if nothing of it was ever begun.
 
+        Returns:
+            Whether the whole study was deleted; a search keeps the points that users asked for.
 
-def refuse_other_conditions(url: str, spec: StudySpec) -> None:
-    """Make sure that the stored study of that name, if it was begun, has the spec's conditions.
+        Raises:
+            SpecChangedError: Numbers were measured under other conditions.
+        """
+        if spec.is_search != self.is_search:
+            kinds = {True: "a search", False: "given arms"}
+            raise SpecChangedError(
+                f"study {spec.name!r} exists and is {kinds[self.is_search]}, not "
+                f"{kinds[spec.is_search]}; give this one another name"
+            )
+        self.refuse_other_conditions(spec, facts)
+        changed = bool(self._changed(spec, facts))
+        if changed and self.given is not None:
+            self.given.delete()
+        return changed and not self.is_search
 
-    Raises:
-        SpecChangedError: It has others, says which; or it is no search.
-    """
-    try:
-        study = Study.open(url, spec.name)
-    except UnknownStudyError:
-        return
-    if study.trials.attribute(KIND) is not None:
-        raise SpecChangedError(
-            f"{spec.name!r} exists and holds planned rows, not a search; give the study another "
-            "name"
-        )
-    # Until something is measured there is nothing to compare with: a mistake may be mended.
-    if not study.has_started():
-        return
-    stored = json.loads(study.trials.attribute(CONDITIONS))
-    if changed := differing_conditions(stored, spec.conditions()):
-        raise SpecChangedError(
-            f"study {spec.name!r} exists under other conditions, so its numbers would not "
-            f"compare ({'; '.join(changed)}); rename the study or restore the file"
-        )
-    _refuse_other_looks(study, spec)
+    def _changed(self, spec: StudySpec, facts: Mapping[str, Any]) -> list[str]:
+        old = {**json.loads(self._attributes()[CONDITIONS]), **self.facts}
+        return differing_conditions(old, {**spec.conditions(), **facts})
+
+    def _given(self, key: str) -> list[Any]:
+        if self.given is None:
+            return []
+        record = self.given.study
+        return list(retrying(lambda: record.user_attrs).get(key, []))
+
+    def _attributes(self) -> dict[str, Any]:
+        record = self.main.study
+        return retrying(lambda: record.user_attrs)
 
 
 def differing_conditions(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -176,53 +382,12 @@ def differing_conditions(old: Mapping[str, Any], new: Mapping[str, Any]) -> list
     ]
 
 
-def _stored(url: str, name: str) -> Ledger | None:
-    """The study of that name, if there is one."""
-    try:
-        return Ledger.open(url, name, budget=None)
-    except UnknownStudyError:
+def intermediate_of(spec: StudySpec) -> dict[str, Any] | None:
+    """What a search's intermediate FIDs are of; None where there are none."""
+    if not spec.is_search or not spec.search.at:
         return None
-
-
-def _spec_in(ledger: Ledger) -> StudySpec | None:
-    """What its last launch stored; None where that was killed before it stored any."""
-    text: str | None = ledger.attribute(SPEC)
-    return None if text is None else read_stored(StudySpec, ledger.study.study_name, text)
-
-
-def _refuse_other_looks(study: Study, spec: StudySpec) -> None:
-    """FIDs on the way compare at one fraction and number of images, with all trials' before."""
-    stored, new = study.trials.attribute(LOOKS), _looks(spec)
-    if stored is not None and new is not None and stored != new:
-        raise SpecChangedError(
-            f"study {spec.name!r} has FIDs on the way measured otherwise, which would not compare "
-            f"(pruning.at {stored['at']} of {stored['images']} images stored, {new['at']} of "
-            f"{new['images']} given); restore them, or drop pruning.at"
-        )
-
-
-def _looks(spec: StudySpec) -> dict[str, Any] | None:
-    """What the FIDs on the way are of; None where there are none."""
-    if not spec.pruning.at:
-        return None
-    return {"at": list(spec.pruning.at), "images": spec.look_images}
-
-
-def _store(ledger: Ledger, spec: StudySpec, before: StudySpec | None) -> None:
-    """Write the spec into the study, where workers read it, and record what it changes."""
-    study, new = ledger.study, spec.model_dump(mode="json")
-    if before is not None:
-        # A section that the stored one did not have is at its default there, not changed.
-        old = flatten(before.model_dump(mode="json"))
-        for key, value in flatten(new).items():
-            if old.get(key) != value and key not in _LEDGER_SETTINGS:
-                ledger.record_change(key, old.get(key), value)
-    if (looks := _looks(spec)) is not None:
-        study.set_user_attr(LOOKS, looks)
-    study.set_user_attr(CONDITIONS, json.dumps(spec.conditions()))
-    study.set_user_attr(FINGERPRINT, spec.fingerprint())
-    study.set_user_attr(SPEC, json.dumps(new))
-    name_metric(study)
+    images = spec.search.images or spec.evaluation.images
+    return {"at": list(spec.search.at), "images": images}
 
 
 def name_metric(study: optuna.Study) -> None:
@@ -230,3 +395,40 @@ def name_metric(study: optuna.Study) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         study.set_metric_names(["FID"])
+
+
+def _stored(url: str, name: str) -> Study | None:
+    """The study of that name, if there is one."""
+    try:
+        return Study.open(url, name)
+    except UnknownStudyError:
+        return None
+
+
+def _ledger(url: str, spec: StudySpec, name: str, budget: int | None) -> Ledger:
+    return Ledger.open(
+        url,
+        name,
+        budget=budget,
+        ttl=spec.resources.lease_seconds,
+        max_attempts=spec.resources.max_attempts,
+    )
+
+
+def _store(ledger: Ledger, spec: StudySpec, before: StudySpec | None) -> None:
+    """Write the spec into the study, where workers read it, and record what it changes."""
+    study, new = ledger.study, spec.as_dict()
+    if before is not None:
+        # A section that the stored one did not have is at its default there, not changed.
+        old = flatten(before.as_dict())
+        for key, value in flatten(new).items():
+            if old.get(key) != value and key not in _LEDGER_SETTINGS:
+                ledger.record_change(key, old.get(key), value)
+    if (intermediate := intermediate_of(spec)) is not None:
+        study.set_user_attr(INTERMEDIATE, intermediate)
+    name_metric(study)
+    study.set_user_attr(CONDITIONS, json.dumps(spec.conditions()))
+    study.set_user_attr(FINGERPRINT, spec.fingerprint())
+    study.set_user_attr(FORMAT, CURRENT)
+    # The last: with it the study is whole.
+    study.set_user_attr(SPEC, json.dumps(new))

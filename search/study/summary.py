@@ -1,72 +1,135 @@
-"""Where a study stands, as objects for scripts and tables for people. Reads the storage alone."""
+"""Where a study stands, as records for scripts and tables for people. Reads the storage alone."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from optuna.trial import TrialState
 
+from bdense.weights.spaces import PLAIN, UNIFORM
+from search.spec.study import StudySpec
 from search.storage.engine import redact, retrying
 from search.storage.leases import SURPLUS
 from search.storage.ledger import Ledger
 from search.storage.reader import Counts
 from search.storage.rows import StoredTrial
+from search.study.arms import ArmRow
+from search.study.results import TrialResult
 from search.study.study import BASELINE_RESULTS, Study
 from search.study.wording import align, counts_line, weights_text
 
-TITLES = {"sfd": "plain SFD", "uniform": "uniform weights"}
-FID_KEYS = (
-    "nfe",
-    "images",
-    "extractor",
-    "extractor_sha256",
-    "reference",
-    "reference_images",
-    "seeds",
-)
-# Two FIDs are compared only where these agree.
-COMPARED_KEYS = ("extractor_sha256", "reference", "images", "nfe")
-# Each with conditions of its own, where the study measured it.
-OTHER_METRICS = ("kid", "prc")
-# Where a trial's weights come from: given by (a, b), or learned.
-WEIGHTS_KEYS = ("a", "b", "rule", "strength", "weights", "weights_plot")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A complete row.
+
+    Attributes:
+        number: Of the row.
+        label: Where it lies in the space, or its arm, for people.
+        result: What it came to; its ``fid`` is there.
+        params: As they were sampled; of a given arm its arm, seed and variant.
+    """
+
+    number: int
+    label: str
+    result: TrialResult
+    params: dict[str, Any]
+
+    @property
+    def fid(self) -> float:
+        """Its value."""
+        assert self.result.value is not None
+        return self.result.value
+
+    def as_dict(self) -> dict[str, Any]:
+        """As ``best --json`` prints it."""
+        assert self.result.fid is not None
+        weights = {"weights": self.result.weights}
+        if self.result.weights_plot is not None:
+            weights["weights_plot"] = self.result.weights_plot  # type: ignore[assignment]
+        return {
+            "number": self.number,
+            **self.result.parameters,
+            **weights,
+            "fid": self.fid,
+            **self.result.fid.conditions(),
+            **self.result.metrics,
+        }
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """One look at a study.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """One reading of a search.
 
     Attributes:
         study: Its name.
-        storage: Where it lives, without password.
+        storage: Where it lies, without password.
+        spec: As stored.
         counts: Trials by state.
         best: The complete trial of lowest FID, or None.
-        baselines: By method, as far as measured.
+        baselines: ``plain`` and ``uniform``, as far as measured.
+        confirmed: Whether the best is a confirmation's winner.
     """
 
     study: str
     storage: str
+    spec: StudySpec
     counts: Counts
-    best: dict[str, Any] | None
-    baselines: dict[str, dict[str, Any]]
+    best: Measured | None
+    baselines: dict[str, Measured]
+    confirmed: bool = False
 
-    def trials(self) -> dict[str, int]:
-        """planned, complete, pruned, failed, running."""
-        return trials_json(self.counts)
+    @property
+    def plain(self) -> Measured | None:
+        """Plain distillation."""
+        return self.baselines.get(PLAIN)
 
 
-def standing(study: Study) -> Standing:
-    """Look at a study and its baselines."""
-    return Standing(
+def summary_of(study: Study) -> Summary:
+    """Read a search and its baselines."""
+    spec, best = study.spec, study.search.best()
+    return Summary(
         study=study.name,
         storage=redact(study.url),
-        counts=study.trials.counts(),
-        best=_best(study.trials),
-        baselines=baseline_results(study),
+        spec=spec,
+        counts=study.search.counts(),
+        best=None if best is None else measured(spec, best),
+        baselines=baselines_of(study),
     )
 
 
-def trials_json(counts: Counts) -> dict[str, int]:
+def measured(spec: StudySpec, trial: StoredTrial) -> Measured:
+    """A complete trial of a search."""
+    return Measured(
+        number=trial.number,
+        label=spec.space.label(trial.params),
+        result=TrialResult.of(trial.value, trial.user_attrs),
+        params=trial.params,
+    )
+
+
+def complete_trials(study: Study) -> list[Measured]:
+    """The complete trials of a search, in order."""
+    spec = study.spec
+    return [measured(spec, trial) for trial in study.search.rows(TrialState.COMPLETE)]
+
+
+def baselines_of(study: Study) -> dict[str, Measured]:
+    """The complete baselines of a search: ``plain``, ``uniform``."""
+    arms, found = study.arms, {}
+    for trial in study.complete_rows():
+        arm = arms[ArmRow.of(trial.params).arm]
+        if arm.baseline is not None:
+            found[arm.baseline] = Measured(
+                number=trial.number,
+                label=arm.name,
+                result=TrialResult.of(trial.value, trial.user_attrs),
+                params=trial.params,
+            )
+    return {name: found[name] for name in (PLAIN, UNIFORM) if name in found}
+
+
+def counts_json(counts: Counts) -> dict[str, int]:
     """planned, complete, pruned, failed, running."""
     return {
         "planned": counts.planned,
@@ -77,177 +140,126 @@ def trials_json(counts: Counts) -> dict[str, int]:
     }
 
 
-def status_json(now: Standing) -> dict[str, Any]:
-    """What ``status --json`` prints."""
-    return {"study": now.study, "trials": now.trials()}
-
-
-def best_json(now: Standing) -> dict[str, Any]:
-    """What ``best --json`` prints."""
+def best_json(now: Summary) -> dict[str, Any]:
+    """What ``best --json`` prints; plain distillation under its method's name."""
+    best = None
+    if now.best is not None:
+        own = {"confirmed": now.confirmed, "student": now.best.result.student}
+        best = now.best.as_dict() | own
     return {
         "study": now.study,
         "storage": now.storage,
-        "trials": now.trials(),
-        "best": now.best,
-        "baselines": now.baselines,
+        "trials": counts_json(now.counts),
+        "best": best,
+        "baselines": {
+            now.spec.method.name if name == PLAIN else name: each.as_dict()
+            for name, each in now.baselines.items()
+        },
     }
 
 
-def baseline_results(study: Study) -> dict[str, dict[str, Any]]:
-    """The complete baselines of a study: method -> FID and its conditions."""
-    if study.baselines is None:
-        return {}
-    results = {}
-    for trial in study.baselines.rows(TrialState.COMPLETE):
-        results[trial.params["method"]] = _fid_of(trial) | {
-            "weights": trial.user_attrs["weights"],
-            "number": trial.number,
-        }
-    return {method: results[method] for method in TITLES if method in results}
-
-
-def complete_trials(study: Study) -> list[dict[str, Any]]:
-    """Number, weights and FID with its conditions of each complete trial, in order."""
-    return [_complete(trial) for trial in study.trials.rows(TrialState.COMPLETE)]
-
-
 def copy_baselines(study: Study) -> None:
-    """Store the baselines in the study's own attributes, where the dashboard shows them."""
-    results, record = baseline_results(study), study.trials.study
-    if results and retrying(lambda: record.user_attrs).get(BASELINE_RESULTS) != results:
-        retrying(lambda: record.set_user_attr(BASELINE_RESULTS, results))
+    """Store the baselines in the search's own attributes, where the dashboard shows them."""
+    found = {name: each.as_dict() for name, each in baselines_of(study).items()}
+    record = study.search.study
+    if found and retrying(lambda: record.user_attrs).get(BASELINE_RESULTS) != found:
+        retrying(lambda: record.set_user_attr(BASELINE_RESULTS, found))
 
 
-def table(now: Standing) -> str:
-    """The study's result for people: baselines, the best trial, and what their FIDs mean."""
+def table(now: Summary) -> str:
+    """The search's result for people: baselines, the best trial, and what their FIDs mean."""
     return "\n".join([*align(table_rows(now)), *remarks(now)])
 
 
-def table_rows(now: Standing) -> list[tuple[str, ...]]:
+def table_rows(now: Summary) -> list[tuple[str, ...]]:
     """A header, then baselines and the best trial, as cells."""
-    best = now.best
-    learned = best is not None and "rule" in best
-    of_weights = ("rule", "strength", "final w_1 .. w_K") if learned else ("a", "b", "w_1 .. w_K")
-    rows: list[tuple[str, ...]] = [("", "FID", "vs plain SFD", *of_weights)]
-    plain = now.baselines.get("sfd")
-    for method, title in TITLES.items():
-        if method in now.baselines:
-            result = now.baselines[method]
-            weights = weights_text(result["weights"]) if method == "uniform" else "end point alone"
-            if method == "uniform":
-                where = ("any", "0") if learned else ("0", "0")
-            else:
-                where = ("-", "-")
-            cells = (title, f"{result['fid']:.3f}", gain(result, plain))
-            rows.append((*cells, *where, weights))
-    if best is not None:
-        title = f"best of {now.counts.complete} (trial {best['number']})"
-        rows.append(
-            (
-                title,
-                f"{best['fid']:.3f}",
-                gain(best, plain),
-                *_where(best),
-                weights_text(best["weights"]),
-            )
-        )
+    names = tuple(now.spec.space.distributions())
+    parameters = tuple(dict.fromkeys((*names, *(now.best.result.parameters if now.best else ()))))
+    parameters = tuple(name for name in parameters if name != "memory")
+    header = ("", "FID", f"vs plain {now.spec.resolved.title}", *parameters, "w_1 .. w_K")
+    rows: list[tuple[str, ...]] = [header]
+    shown = [(each.label, each) for each in now.baselines.values()]
+    if now.best is not None:
+        shown.append((f"best of {now.counts.complete} (trial {now.best.number})", now.best))
+    for title, each in shown:
+        is_plain = now.plain is not None and each is now.plain
+        cells = [_cell(each, name, is_plain) for name in parameters]
+        weights = "end point alone" if is_plain else weights_text(each.result.weights)
+        rows.append((title, f"{each.fid:.3f}", gain(each, now.plain), *cells, weights))
     return rows
 
 
-def remarks(now: Standing) -> list[str]:
+def _cell(each: Measured, name: str, is_plain: bool) -> str:
+    value = each.result.parameters.get(name)
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if value is not None:
+        return str(value)
+    # Uniform weights are a = b = 0, and any rule at strength 0.
+    return "-" if is_plain else {"rule": "any"}.get(name, "0")
+
+
+def remarks(now: Summary) -> list[str]:
     """What the table's FIDs mean, and what not."""
-    lines, best = [], now.best
-    if best is not None and not best["confirmed"]:
+    lines = []
+    if now.best is not None and not now.confirmed:
         lines.append(
             "The best is the lowest of several noisy values from one training seed: "
             "best of n, not confirmed."
         )
-    shown = [*now.baselines.values(), *([best] if best is not None else [])]
-    if differing := sorted({key for result in shown for key in _differing(result, shown[0])}):
+    shown = [*now.baselines.values(), *([now.best] if now.best is not None else [])]
+    if differing := sorted({key for each in shown for key in differing_in(each, shown[0])}):
         lines.append(
             f"These FIDs were measured under different conditions ({', '.join(differing)}): no "
             "comparison where they differ."
         )
-    measured = best or next(iter(now.baselines.values()), None)
-    if measured is not None:
+    if shown and (fid := shown[-1].result.fid) is not None:
         lines.append(
-            f"FID: {measured['images']} images at NFE {measured['nfe']}, features of "
-            f"{measured['extractor']}, against {measured['reference']}."
+            f"FID: {fid.images} images at NFE {fid.nfe}, features of {fid.extractor}, against "
+            f"{fid.reference}."
         )
     return lines
 
 
-def headline(now: Standing) -> str:
+def headline(study: Study, rows: str = "") -> str:
     """Counts on one line."""
-    return f"study {now.study}: {counts_line(now.counts, 'trials')}"
+    what = rows or ("trials" if study.is_search else "rows")
+    name = f"study {study.name}" if study.is_search else study.name
+    return f"{name}: {counts_line(study.counts(), what)}"
 
 
 def failures(study: Study) -> list[str]:
-    """A line for each failed baseline and trial, with its reason."""
-    ledgers = (study.baselines, study.trials)
-    return [line for ledger in ledgers if ledger is not None for line in failed_rows(ledger)]
+    """A line for each row that failed and counts as one, with its reason."""
+    return [line for ledger in study.ledgers for line in _failed(study, ledger)]
 
 
-def failed_rows(ledger: Ledger, what: str = "trial") -> list[str]:
-    """A line for each failed row of a ledger that counts as one, with its reason."""
+def _failed(study: Study, ledger: Ledger) -> Sequence[str]:
     lines = []
+    is_baselines = study.is_search and ledger is study.given
     for trial in ledger.rows(TrialState.FAIL):
-        method = trial.params.get("method")
-        # A baseline that failed was tried again by the next launch.
-        if SURPLUS in trial.user_attrs or (method and method in _complete_methods(ledger)):
+        if SURPLUS in trial.user_attrs:
             continue
         arm = trial.user_attrs.get("arm")
-        title = TITLES[method] if method else f"{what} {trial.number}"
-        title += f" ({arm}, seed {trial.params['seed']})" if arm else ""
+        # A baseline that failed was tried again by the next launch.
+        if is_baselines and arm in [each.label for each in baselines_of(study).values()]:
+            continue
+        title = f"trial {trial.number}" if study.is_search else f"row {trial.number}"
+        if arm:
+            title = arm if is_baselines else f"{title} ({arm}, seed {trial.params['seed']})"
         reason, error = (trial.user_attrs.get(key, "") for key in ("reason", "error"))
         lines.append(f"{title} failed, {reason or 'unknown'}: {error}")
     return lines
 
 
-def _complete_methods(ledger: Ledger) -> set[str]:
-    return {trial.params["method"] for trial in ledger.rows(TrialState.COMPLETE, ())}
-
-
-def _best(ledger: Ledger) -> dict[str, Any] | None:
-    trial = ledger.best()
-    if trial is None:
-        return None
-    return _complete(trial) | {"confirmed": False, "student": trial.user_attrs["student"]}
-
-
-def _complete(trial: StoredTrial) -> dict[str, Any]:
-    attrs = trial.user_attrs
-    weights = {key: attrs[key] for key in WEIGHTS_KEYS if key in attrs}
-    return {"number": trial.number, **weights, **_fid_of(trial)}
-
-
-def _fid_of(trial: StoredTrial) -> dict[str, Any]:
-    stored: Mapping[str, Any] = trial.user_attrs["fid"]
-    others = {key: trial.user_attrs[key] for key in OTHER_METRICS if key in trial.user_attrs}
-    return {"fid": trial.value, **{key: stored[key] for key in FID_KEYS}, **others}
-
-
-def gain(result: Mapping[str, Any], plain: Mapping[str, Any] | None) -> str:
-    """Against plain SFD, in per cent, where the two can be compared."""
-    if plain is None or result["fid"] == plain["fid"] or _differing(result, plain):
+def gain(each: Measured, plain: Measured | None) -> str:
+    """Against plain distillation, in per cent, where the two can be compared."""
+    if plain is None or each.fid == plain.fid or differing_in(each, plain):
         return "-"
-    return f"{100 * (result['fid'] / plain['fid'] - 1):+.1f} %"
+    return f"{100 * (each.fid / plain.fid - 1):+.1f} %"
 
 
-def _differing(result: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+def differing_in(each: Measured, other: Measured) -> list[str]:
     """What keeps two FIDs from being compared."""
-    return [key for key in COMPARED_KEYS if result[key] != other[key]]
-
-
-def in_short(best: Mapping[str, Any]) -> str:
-    """Where in the search space the best trial lies, in a few words."""
-    if "rule" in best:
-        return f"{best['rule']}, strength {best['strength']:.3f}"
-    return f"a {best['a']:.3f}"
-
-
-def _where(best: Mapping[str, Any]) -> tuple[str, str]:
-    """The same as two cells of a table."""
-    if "rule" in best:
-        return best["rule"], f"{best['strength']:.3f}"
-    return f"{best['a']:.3f}", f"{best['b']:.3f}"
+    assert each.result.fid is not None
+    assert other.result.fid is not None
+    return each.result.fid.differing(other.result.fid)

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from bdense.command import Verbs
 from bdense.errors import InputError
-from search.storage.engine import cache_folder, resolve_storage_url, retrying
-from search.verbs.common import numbers, study_name, study_verb
+from search.storage.engine import cache_folder, retrying
+from search.verbs.common import numbers, open_study, study_verb
 
 if TYPE_CHECKING:
     from search.storage.ledger import Ledger
-    from search.study.arms import Planned
     from search.study.study import Study
 
 _MIB = 2**20
@@ -51,9 +50,7 @@ def add_clean(verbs: Verbs) -> None:
 
 
 def _clean(options: argparse.Namespace) -> None:
-    from search.study.opening import open_record
-
-    record = open_record(resolve_storage_url(options.storage), study_name(options.study))
+    record = open_study(options)
     if options.keep:
         _keep(record, options.keep)
     if options.checkpoints:
@@ -67,11 +64,11 @@ def _clean(options: argparse.Namespace) -> None:
         _trajectories(record)
 
 
-def _keep(record: "Study | Planned", asked: list[int]) -> None:
+def _keep(record: "Study", asked: list[int]) -> None:
     from search.study.folders import row_folder
     from search.study.retention import STUDENT, keep_too
 
-    ledger = _search(record, "--keep").trials
+    ledger = _search(record, "--keep")
     there = [n for n in asked if (row_folder(record.name, n) / STUDENT).is_file()]
     if gone := sorted(set(asked) - set(there) - set(_running(ledger))):
         raise InputError(
@@ -83,32 +80,29 @@ def _keep(record: "Study | Planned", asked: list[int]) -> None:
     print(f"students of trials {', '.join(map(str, kept))} of {record.name} stay")
 
 
-def _students(record: "Study | Planned") -> None:
-    from search.study.opening import stored_spec
+def _students(record: "Study") -> None:
     from search.study.retention import clean_students
 
-    ledger = _search(record, "--students").trials
-    keep = stored_spec(ledger).keep_students
+    ledger = _search(record, "--students")
+    keep = record.spec.keep_students
     freed = clean_students(ledger, keep)
     print(f"{freed / _MIB:.1f} MiB of students deleted; the best {keep} stay")
 
 
-def _search(record: "Study | Planned", option: str) -> "Study":
-    from search.study.arms import Planned
-
-    if isinstance(record, Planned):
+def _search(study: "Study", option: str) -> "Ledger":
+    if study.trials is None:
         raise InputError(
-            f"{option} is of a search: the students of planned rows all stay, as `export` and the "
-            f"figures of {record.name} name them; when they are exported, delete its folder"
+            f"{option} applies to a search: the students of given arms all stay, as `export` and "
+            f"the figures of {study.name} name them; when they are exported, delete its folder"
         )
-    return record
+    return study.trials
 
 
 def _running(ledger: "Ledger") -> list[int]:
     return [row.number for row in ledger.running()]
 
 
-def _trajectories(record: "Study | Planned") -> None:
+def _trajectories(record: "Study") -> None:
     from search.storage.stop_flags import held
     from search.study.study import TRAJECTORIES
 
@@ -137,26 +131,25 @@ def _trajectories(record: "Study | Planned") -> None:
 
 
 def _folders(stored: Any) -> list[Path]:  # noqa: ANN401  JSON, or None where nothing is stored
-    """What a study says of its trajectories: a search has one folder, planned rows one a seed."""
+    """What a study says of its trajectories: one folder a seed."""
     named = stored if isinstance(stored, list) else [stored]
     return [Path(each) for each in named if isinstance(each, str)]
 
 
-def _refuse_readers(record: "Study | Planned", folders: Collection[Path]) -> None:
+def _refuse_readers(record: "Study", folders: Collection[Path]) -> None:
     """Make sure that no other study of the storage works on what is to be deleted.
 
     Trajectories are those of a teacher, a grid and a seed, whatever study asks for them.
     """
     from search.storage.stop_flags import held
-    from search.study.opening import open_record
-    from search.study.study import TRAJECTORIES
+    from search.study.study import TRAJECTORIES, Study
 
     own = {ledger.study.study_name for ledger in record.ledgers}
     for other in retrying(record.ledgers[0].storage.get_all_studies):
         shared = [each for each in _folders(other.user_attrs.get(TRAJECTORIES)) if each in folders]
         if not shared or other.study_name in own:
             continue
-        if working := held(open_record(record.url, other.study_name).ledgers):
+        if working := held(Study.open(record.url, other.study_name).ledgers):
             raise InputError(
                 f"{working} trials of {other.study_name} are worked on and read the same "
                 f"trajectories, {shared[0]}; end them first: bdense-search stop "

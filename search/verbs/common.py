@@ -11,11 +11,9 @@ from search.errors import SpecError
 from search.storage.engine import resolve_storage_url
 
 if TYPE_CHECKING:
-    from search.spec.study_spec import StudySpec
-    from search.study.arms import Planned
     from search.study.study import Study
 
-LEAST_SEEDS = 3  # search.spec.study_spec.ConfirmSpec's, spelt out: pydantic is slow to import
+LEAST_SEEDS = 3  # search.spec.study.ConfirmSpec's, spelt out
 
 
 def storage_verb(
@@ -62,27 +60,36 @@ def study_name(given: str) -> str:
     return str(tree["name"])
 
 
-def open_search(options: argparse.Namespace) -> "tuple[Study, StudySpec]":
-    """The search that STUDY names and its spec: by its file, as the file has it now.
+def open_study(options: argparse.Namespace, *, reading: bool = False) -> "Study":
+    """The study that STUDY names.
+
+    Raises:
+        UnknownStudyError: There is none of that name.
+    """
+    from search.study.study import Study
+
+    url = resolve_storage_url(options.storage)
+    return Study.open(url, study_name(options.study), reading=reading)
+
+
+def open_search(options: argparse.Namespace) -> "Study":
+    """The search that STUDY names, under the conditions that it was run under.
 
     Raises:
         UnknownStudyError: There is no such search.
         InputError: Another version of bdense launched it.
-        SpecChangedError: The file's conditions are not those that the study was run under.
+        SpecChangedError: The file's conditions, or those of the stored spec as they are now, are
+            not those that the study was run under.
     """
-    from search.spec.study_file import read_spec
-    from search.study.opening import open_search_named, stored_spec
-    from search.study.study import refuse_other_conditions
+    from search.spec.file import read_spec
 
-    url = resolve_storage_url(options.storage)
-    study = open_search_named(url, study_name(options.study))
-    if Path(options.study).suffix in (".yaml", ".yml"):
-        spec = read_spec(Path(options.study))
-    else:
-        spec = stored_spec(study.trials)
+    study = open_study(options)
+    _ = study.search
+    path = Path(options.study)
     # By its name too: a teacher's file, the data or the engine's numerics may have changed since.
-    refuse_other_conditions(url, spec)
-    return study, spec
+    spec = read_spec(path) if path.suffix in (".yaml", ".yml") else study.spec
+    study.refuse_other_conditions(spec)
+    return study
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
@@ -128,12 +135,12 @@ def seeds_to_pair(text: str) -> int:
     return value
 
 
-def show_rows(planned: "Planned") -> None:
+def show_rows(study: "Study") -> None:
     """Print how many rows are in which state, and why some failed."""
-    from search.study.summary import failed_rows
+    from search.study.summary import failures, headline
 
-    print(planned.headline())
-    for line in failed_rows(planned.ledger, "row"):
+    print(headline(study))
+    for line in failures(study):
         print(line)
 
 

@@ -1,4 +1,4 @@
-"""``confirm`` what a search found, and ``transfer`` it to another study's conditions."""
+"""``confirm`` a search's best under fresh seeds, and ``transfer`` it to another study."""
 
 import argparse
 import json
@@ -22,8 +22,8 @@ def add_confirm(verbs: Verbs) -> None:
     parser = study_verb(
         verbs,
         "confirm",
-        "train the most promising weights and both baselines again under fresh seeds",
-        "bdense-search confirm digits-nfe2",
+        "train a search's best points and both baselines again under fresh seeds",
+        "bdense-search confirm digits-nfe2 --seeds 5",
         _confirm,
         json_keys="winner, kimg, ended, arms",
     )
@@ -31,9 +31,9 @@ def add_confirm(verbs: Verbs) -> None:
         "--kimg",
         metavar="X",
         type=thousands,
-        help="training length of each student in thousands of images: that at which the winner "
-        "will be used, as the best weights depend on it (default: confirm.kimg of the study, else "
-        "the search's own)",
+        help="training length of each student in thousands of images: the one that the winner "
+        "will be used at, as the best weights depend on it (default: confirm.method of the "
+        "study, else the search's own)",
     )
     parser.add_argument(
         "--seeds",
@@ -81,22 +81,21 @@ def add_transfer(verbs: Verbs) -> None:
 
 
 def _confirm(options: argparse.Namespace) -> None:
-    from search.analysis.confirmation import plan_confirmation, verdict
-    from search.analysis.retraining import variants
+    from search.analysis.confirmation import verdict
+    from search.analysis.plans import plan_confirmation
     from search.run.gpus import use_gpus
-    from search.run.launch import run_planned
+    from search.run.launch import run_rows
 
     use_gpus(options.gpus)
-    study, spec = open_search(options)
-    asked = spec.confirm
+    study = open_search(options)
+    asked = study.spec.confirm
     planned = plan_confirmation(
         study,
-        spec,
-        kimg=options.kimg or asked.kimg or spec.budget.kimg,
+        method={"kimg": options.kimg} if options.kimg else asked.method,
         seeds=options.seeds or asked.seeds,
         count=options.candidates or asked.candidates,
     )
-    run_planned(planned, variants(planned, spec), options.workers)
+    run_rows(planned, options.workers)
     found = verdict(study)
     if options.json and found is not None:
         print(json.dumps(found.as_dict()))
@@ -105,23 +104,21 @@ def _confirm(options: argparse.Namespace) -> None:
     if found is None:
         raise InputError(f"{planned.name}: no candidate is complete under every seed; see above")
     print(*found.lines(), sep="\n")
-    print(f"promote it:   bdense-search promote {study.name} --to PROMOTION.yaml")
+    print(f"promote it:   bdense-search promote {study.name} --to STUDY.yaml")
 
 
 def _transfer(options: argparse.Namespace) -> None:
     from search.analysis.comparison import compare
-    from search.analysis.retraining import variants
-    from search.analysis.transfer import plan_transfer
+    from search.analysis.plans import plan_transfer
     from search.run.gpus import use_gpus
-    from search.run.launch import check_apart, run_planned
-    from search.spec.study_file import read_spec
+    from search.run.launch import run_rows
+    from search.spec.file import read_spec
 
     use_gpus(options.gpus)
-    study, spec = open_search(options)
+    study = open_search(options)
     to = read_spec(options.to)
-    check_apart(to)
-    planned = plan_transfer(study, spec, to, top=options.top, seeds=options.seeds)
-    run_planned(planned, variants(planned, to), options.workers)
+    planned = plan_transfer(study, to, top=options.top, seeds=options.seeds)
+    run_rows(planned, options.workers)
     show_rows(planned)
     comparison = compare(planned)
     if not comparison.results:

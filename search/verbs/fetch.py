@@ -15,17 +15,15 @@ def add_fetch(verbs: Verbs) -> None:
         "bdense-search fetch studies/cifar10-nfe2.yaml",
         _fetch,
     )
-    parser.add_argument(
-        "study", metavar="STUDY.yaml", type=Path, help="a study's or a promotion's file"
-    )
+    parser.add_argument("study", metavar="STUDY.yaml", type=Path, help="a study's file")
     parser.set_defaults(storage=None)
 
 
 def _fetch(options: argparse.Namespace) -> None:
     from search.run.fetching import fetch_all
-    from search.spec.study_file import read_any
+    from search.spec.file import read_spec
 
-    spec = read_any(options.study)
+    spec = read_spec(options.study)
     for line in fetch_all(spec):
         print(line, flush=True)
     print(f"{spec.name}: everything is here")

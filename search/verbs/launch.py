@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bdense.command import Verbs
 from bdense.errors import BdenseError
@@ -10,7 +10,7 @@ from search.storage.engine import resolve_storage_url
 from search.verbs.common import add_workers, positive, storage_verb
 
 if TYPE_CHECKING:
-    from search.spec.study_spec import StudySpec
+    from search.spec.study import StudySpec
 
 
 def add_launch(verbs: Verbs) -> None:
@@ -27,7 +27,7 @@ def add_launch(verbs: Verbs) -> None:
         "--trials",
         metavar="N",
         type=positive,
-        help="trials in all, counting those that are done (default: budget.trials of the file)",
+        help="trials in all, counting those that are done (default: plan.trials of the file)",
     )
     add_workers(parser)
     parser.add_argument(
@@ -40,30 +40,30 @@ def add_launch(verbs: Verbs) -> None:
 
 def _launch(options: argparse.Namespace) -> None:
     from search.run.gpus import use_gpus
-    from search.run.launch import check_apart, launch
-    from search.spec.study_file import read_spec
+    from search.run.launch import launch
+    from search.spec.file import read_spec
 
     use_gpus(options.gpus)
-    spec = read_spec(options.study)
+    changes: dict[str, Any] = {}
     if options.trials is not None:
-        budget = spec.budget.model_copy(update={"trials": options.trials})
-        spec = spec.model_copy(update={"budget": budget})
-    check_apart(spec)
+        changes = {"plan": {"trials": options.trials}}
+    spec = read_spec(options.study, changes)
     if options.dry_run:
-        _dry_run(spec)
+        dry_run(spec)
         return
     url = resolve_storage_url(options.storage)
     result, succeeded = launch(spec, url, options.study, options.workers)
     print(result)
     if not succeeded:
-        raise BdenseError(f"no trial of study {spec.name} is complete; the reasons are above")
+        raise BdenseError(f"no row of study {spec.name} is complete; the reasons are above")
 
 
-def _dry_run(spec: "StudySpec") -> None:
-    from search.spec.study_file import as_yaml
-    from search.worker.estimate import estimate
+def dry_run(spec: "StudySpec") -> None:
+    """Print the resolved study, its fingerprint and what it would cost."""
+    from search.spec.file import as_yaml
+    from search.worker.cost import cost_lines
 
     print(as_yaml(spec), end="")
     print(f"# fingerprint {spec.fingerprint()}")
-    for line in estimate(spec).lines():
+    for line in cost_lines(spec):
         print(f"# {line}")

@@ -1,13 +1,13 @@
-"""``promote`` confirmed weights: progressive distillation with them, or SFD trained again."""
+"""``promote``: train a study's confirmed weights beside the baselines, and export the model."""
 
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bdense.command import Verbs
 from bdense.errors import InputError
-from search.storage.engine import resolve_storage_url, runs_folder
+from search.storage.engine import runs_folder
 from search.verbs.common import (
     add_workers,
     numbers,
@@ -15,13 +15,13 @@ from search.verbs.common import (
     positives,
     show_rows,
     storage_verb,
-    study_name,
     thousands,
 )
 
 if TYPE_CHECKING:
-    from search.spec.promotion_spec import PromotionSpec
-    from search.study.arms import Arm, Planned
+    from search.spec.study import StudySpec
+    from search.study.arms import Arm
+    from search.study.study import Study
 
 
 def add_promote(verbs: Verbs) -> None:
@@ -29,26 +29,17 @@ def add_promote(verbs: Verbs) -> None:
     parser = storage_verb(
         verbs,
         "promote",
-        "retrain with a study's confirmed weights, beside its baselines, and export the model",
+        "train a study's confirmed weights again beside its baselines, and export the model",
         "bdense-search promote digits-nfe2 --to studies/promote-digits.yaml",
         _promote,
     )
-    parser.add_argument(
-        "study",
-        metavar="STUDY",
-        help="a study's name or its YAML file; or a promotion's file, which names its study",
-    )
+    parser.add_argument("study", metavar="STUDY", help="a search's name or its YAML file")
     parser.add_argument(
         "--to",
-        metavar="PROMOTION.yaml",
+        metavar="STUDY2.yaml",
         type=Path,
-        help="the promotion file: teacher, chain of steps, rounds (needed by --method pd)",
-    )
-    parser.add_argument(
-        "--method",
-        choices=("pd", "sfd"),
-        default="pd",
-        help="progressive distillation (default), or SFD of --kimg for each --nfe",
+        help="a study of given arms, of any method, under whose conditions, seeds and name they "
+        "are trained (default: the search's own method, under fresh seeds)",
     )
     parser.add_argument(
         "--weights",
@@ -57,32 +48,25 @@ def add_promote(verbs: Verbs) -> None:
         "where A is negative, --weights=A,B",
     )
     parser.add_argument(
-        "--weights-space",
-        choices=("clean", "state"),
-        help="pd: take w_k as they are (default), or multiply them by 1 - t_{n,k} / t_n, as "
-        "SFD's loss in the space of states does by itself",
-    )
-    parser.add_argument(
         "--seeds",
         metavar="N",
         type=numbers,
-        help="number of seeds; pd: seeds 0 to N - 1, or the seeds themselves, as in 0,1,2 "
-        "(default: the file's); sfd: fresh ones (default: 3)",
+        help="number of seeds, or with --to the seeds themselves, as in 0,1,2 (default: the "
+        "file's; 3 fresh ones without --to)",
     )
     parser.add_argument(
         "--nfe",
         metavar="N",
         type=positives,
-        help="sfd: network evaluations an image, as in 2,3 (default: the study's)",
+        help="network evaluations an image, as in 2,3: a model for each (default: the method's)",
     )
     parser.add_argument(
         "--kimg",
         metavar="X",
         type=thousands,
-        help="sfd: training length of each student in thousands of images (default: confirm.kimg, "
-        "else the search's own)",
+        help="training length of each student in thousands of images (default: confirm.method "
+        "of the study, else the method's own)",
     )
-    parser.add_argument("--name", help="pd: name of the promotion (default: the file's)")
     parser.add_argument(
         "--out",
         metavar="DIR",
@@ -94,160 +78,126 @@ def add_promote(verbs: Verbs) -> None:
         "-n",
         "--dry-run",
         action="store_true",
-        help="pd: print the resolved promotion, its fingerprint and its cost; start nothing",
+        help="print the resolved study, its fingerprint and its cost; start nothing",
     )
 
 
 def _promote(options: argparse.Namespace) -> None:
+    from search.analysis.comparison import table_rows, teacher_of
+    from search.analysis.plans import (
+        at_another_k,
+        other_budget,
+        plan_promotion,
+    )
     from search.run.gpus import use_gpus
+    from search.run.launch import run_rows
+    from search.study.wording import align
+    from search.verbs.launch import dry_run
 
     use_gpus(options.gpus)
-    if options.method == "sfd":
-        _promote_sfd(options)
-    else:
-        _promote_pd(options)
-
-
-def _promote_pd(options: argparse.Namespace) -> None:
-    from search.analysis.promotion import plan_progressive, said_of_weights
-    from search.report.chain_report import chain_table
-    from search.run.launch import check_apart, run_planned
-
-    _refuse(options, "pd", nfe=options.nfe, kimg=options.kimg)
-    spec, source = _promotion(options)
-    check_apart(spec)
-    if options.dry_run:
-        _dry_run(spec)
-        return
-    url = resolve_storage_url(options.storage)
-    folder = options.out or runs_folder() / spec.name / "model"
-    _require_free(options, url, spec.name, [folder])
-    arm, searched_at = _promoted(options, source)
-    planned = plan_progressive(url, spec, arm, of=source, seeds=spec.seeds.training)
-    print(said_of_weights(arm, searched_at, spec.chain.substeps), flush=True)
-    run_planned(planned, [spec], options.workers)
-    show_rows(planned)
-    print(chain_table(planned))
-    _hand_over(planned, folder)
-
-
-def _promote_sfd(options: argparse.Namespace) -> None:
-    from search.analysis.comparison import compare
-    from search.analysis.promotion import (
-        SFD_SUFFIX,
-        confirmed_arm,
-        given_arm,
-        plan_retraining,
-        said_of_budget,
-    )
-    from search.analysis.retraining import variants
-    from search.run.launch import run_planned
-
-    _refuse(
-        options,
-        "sfd",
-        to=options.to,
-        name=options.name,
-        weights_space=options.weights_space,
-        dry_run=options.dry_run,
-    )
-    study, spec = open_search(options)
-    seeds = options.seeds or [3]
-    if len(seeds) > 1 or seeds[0] < 1:
-        raise InputError(
-            f"--seeds {','.join(map(str, seeds))}: with --method sfd it is how many fresh ones; "
-            "give one number, 1 or more"
-        )
-    nfes = options.nfe or [spec.student.nfe]
-    kimg = float(options.kimg or spec.confirm.kimg or spec.budget.kimg)
-    name = study.name + SFD_SUFFIX
-    folders = {nfe: _sfd_folder(options, name, nfe, len(nfes), kimg) for nfe in nfes}
-    _require_free(options, study.url, name, list(folders.values()))
-    given = options.weights is not None
-    arm = given_arm(options.weights) if given else confirmed_arm(study)
-    if not given:
-        sys.stderr.write(said_of_budget(study, kimg))
-    planned = plan_retraining(study, spec, arm, nfes=nfes, kimg=kimg, seeds=seeds[0])
-    run_planned(planned, variants(planned, spec), options.workers)
-    show_rows(planned)
-    for nfe, folder in folders.items():
-        comparison = compare(planned, kimg=kimg, nfe=nfe)
-        if comparison.results:
-            print(*comparison.table(), comparison.conditions_line(), sep="\n")
-        _hand_over(planned, folder, arm=arm.name, nfe=nfe, kimg=kimg)
-
-
-def _sfd_folder(options: argparse.Namespace, name: str, nfe: int, count: int, kimg: float) -> Path:
-    """Where the student for that NFE goes; those of other budgets may come beside it."""
-    if options.out is None:
-        return runs_folder() / name / f"model-nfe{nfe}-{kimg:g}kimg"
-    return Path(options.out if count == 1 else options.out / f"nfe-{nfe}")
-
-
-def _promotion(options: argparse.Namespace) -> "tuple[PromotionSpec, str | None]":
-    """The promotion as the options change it, and the search its weights come from."""
-    from search.spec.promotion_spec import PromotionSpec
-    from search.spec.study_file import parse_promotion, read_any, read_promotion
-
-    given, source = Path(options.study), None
-    found = read_any(given) if given.suffix in (".yaml", ".yml") else None
-    spec = found
     if options.to is not None:
-        spec, source = read_promotion(Path(options.to)), study_name(options.study)
-        if isinstance(found, PromotionSpec):
-            raise InputError(f"both STUDY {given} and --to {options.to} are promotions; drop one")
-    if not isinstance(spec, PromotionSpec):
+        spec = _given(options)
+        if options.dry_run:
+            dry_run(spec)
+            return
+    study = open_search(options)
+    spec = _given(options) if options.to is not None else _own(study)
+    variants = _variants(options, study, own=options.to is None)
+    if options.dry_run:
+        dry_run(spec)
+        return
+    folders = [_folder(options, spec, variant, len(variants)) for variant in variants]
+    _require_free(options, spec.name, folders)
+    arm = _arm(options, study)
+    if options.weights is None and options.to is None:
+        sys.stderr.write("".join({other_budget(study, variant) for variant in variants}))
+    told = at_another_k(arm, study.spec.resolved.num_branches, spec.resolved.num_branches)
+    planned = plan_promotion(
+        study.url,
+        spec,
+        arm,
+        of=study.name,
+        seeds=_seeds(options, study, spec),
+        variants=variants,
+    )
+    if told:
+        print(told, flush=True)
+    run_rows(planned, options.workers)
+    show_rows(planned)
+    from search.analysis.comparison import comparisons_of
+
+    if shown := comparisons_of(planned):
+        print(*align(table_rows(shown, teacher_of(planned))), shown[0].conditions_line(), sep="\n")
+    for variant, folder in zip(variants, folders, strict=True):
+        _hand_over(planned, folder, arm, variant)
+
+
+def _given(options: argparse.Namespace) -> "StudySpec":
+    """The study of --to, with the seeds of the options."""
+    from search.spec.file import read_spec
+
+    spec = read_spec(options.to)
+    if spec.is_search:
         raise InputError(
-            "progressive distillation needs a teacher and a chain of steps, which a promotion "
-            "file gives: add --to PROMOTION.yaml, such as studies/promote-digits.yaml, or take "
-            "--method sfd"
+            f"--to {options.to} is a search; give a study of given arms (plan: arms, seeds), or "
+            "measure weights under a search's conditions by `bdense-search transfer`"
         )
-    changes: dict[str, object] = {}
-    if options.name is not None:
-        changes["name"] = options.name
-    if options.weights_space:
-        changes["weights_space"] = options.weights_space
-    if options.seeds:
-        changes["seeds"] = spec.seeds.model_copy(
-            update={"training": _training_seeds(options.seeds)}
-        )
-    tree = spec.model_copy(update=changes).model_dump()
-    file = f"{options.to or given} with these options"
-    return parse_promotion(tree, source=file), source or spec.study
+    return spec
 
 
-def _training_seeds(given: list[int]) -> tuple[int, ...]:
-    """One number is how many, several are the seeds themselves."""
-    return tuple(range(given[0])) if len(given) == 1 else tuple(given)
+def _own(study: "Study") -> "StudySpec":
+    from search.analysis.plans import PROMOTE_SUFFIX, given_arms
+
+    return given_arms(study.spec, study.name + PROMOTE_SUFFIX)
 
 
-def _promoted(options: argparse.Namespace, source: str | None) -> "tuple[Arm, int | None]":
-    """The weights to promote, and the K that they were searched at, where they were."""
-    from search.analysis.promotion import confirmed_arm, given_arm
+def _variants(options: argparse.Namespace, study: "Study", *, own: bool) -> list[dict[str, Any]]:
+    """Changes of the method's settings that --kimg and --nfe ask for."""
+    base: dict[str, Any] = dict(study.spec.confirm.method) if own else {}
+    if options.kimg:
+        base["kimg"] = options.kimg
+    return [{**base, "nfe": nfe} for nfe in options.nfe] if options.nfe else [base]
 
-    if options.weights is not None:
-        return given_arm(options.weights), None
-    if source is None:
+
+def _seeds(options: argparse.Namespace, study: "Study", spec: "StudySpec") -> list[int]:
+    from search.analysis.confirmation import CONFIRM_SUFFIX
+    from search.analysis.plans import fresh_seeds, seeds_of
+    from search.spec.study import ArmsPlan
+
+    if options.to is not None:
+        assert isinstance(spec.plan, ArmsPlan)
+        if not options.seeds:
+            return list(spec.plan.seeds)
+        # One number is how many, several are the seeds themselves.
+        return list(range(options.seeds[0])) if len(options.seeds) == 1 else options.seeds
+    count = options.seeds or [3]
+    if len(count) > 1 or count[0] < 1:
         raise InputError(
-            "no study says which weights to promote: name one as STUDY or as study: in the "
-            "promotion file, or give --weights A,B"
+            f"--seeds {','.join(map(str, count))}: without --to it is how many fresh ones; give "
+            "one number, 1 or more"
         )
-    options.study = options.study if options.to is not None else source
-    study, spec = open_search(options)
-    return confirmed_arm(study), spec.student.substeps
+    # Nor the seeds that the winner was chosen by.
+    return fresh_seeds(study.spec, count[0], seeds_of(study, study.name + CONFIRM_SUFFIX))
 
 
-def _dry_run(spec: "PromotionSpec") -> None:
-    from search.spec.study_file import as_yaml
-    from search.worker.chain_estimate import estimate_promotion
+def _arm(options: argparse.Namespace, study: "Study") -> "Arm":
+    from search.analysis.confirmation import confirmed_arm
+    from search.analysis.plans import arm_from
 
-    print(as_yaml(spec), end="")
-    print(f"# fingerprint {spec.fingerprint()}")
-    for line in estimate_promotion(spec, arms=3).lines():
-        print(f"# {line}")
+    return arm_from(options.weights) if options.weights is not None else confirmed_arm(study)
 
 
-def _require_free(options: argparse.Namespace, url: str, name: str, folders: list[Path]) -> None:
+def _folder(
+    options: argparse.Namespace, spec: "StudySpec", variant: dict[str, Any], count: int
+) -> Path:
+    """Where a variant's model goes; those of others may come beside it."""
+    named = "-".join(f"{name}{value:g}" for name, value in sorted(variant.items()))
+    if options.out is None:
+        return runs_folder() / spec.name / ("model" + (f"-{named}" if named else ""))
+    return Path(options.out if count == 1 else options.out / named)
+
+
+def _require_free(options: argparse.Namespace, name: str, folders: list[Path]) -> None:
     """Refuse folders of somebody else's before hours of work, not after them.
 
     Those that this promotion wrote before are left, or written anew once it has gone on.
@@ -261,20 +211,14 @@ def _require_free(options: argparse.Namespace, url: str, name: str, folders: lis
                 require_new(folder)
 
 
-def _hand_over(
-    planned: "Planned",
-    folder: Path,
-    *,
-    arm: str | None = None,
-    nfe: int | None = None,
-    kimg: float | None = None,
-) -> None:
+def _hand_over(planned: "Study", folder: Path, arm: "Arm", variant: dict[str, Any]) -> None:
     """Export the promoted student, unless an earlier run did and nothing is new since."""
-    from search.export import export_trial, is_current, promoted_row, put_aside
+    from search.export import arm_row, export_trial, is_current, put_aside
+    from search.study.summary import headline
 
     if planned.left():
-        raise InputError(f"{planned.headline()}; run the same command again to continue")
-    number = promoted_row(planned, arm=arm, nfe=nfe, kimg=kimg)
+        raise InputError(f"{headline(planned)}; run the same command again to continue")
+    number = arm_row(planned, arm=arm.name, variant=planned.variants.index(variant))
     if is_current(folder, planned):
         print(f"model folder, written before: {folder}")
     else:
@@ -282,10 +226,3 @@ def _hand_over(
         for path in export_trial(planned, folder, number=number):
             print(f"model folder: {path}")
     print(f"draw images with it:   bdense sample {folder} --out samples.png")
-
-
-def _refuse(options: argparse.Namespace, method: str, **given: object) -> None:
-    """Options of the other method."""
-    wrong = [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
-    if wrong:
-        raise InputError(f"--method {method} has no {' and no '.join(wrong)}; drop that")

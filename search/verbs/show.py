@@ -1,18 +1,13 @@
-"""See where studies stand, and take from them: ``list``, ``status``, ``best``, ``report`` .."""
+"""See where a study stands, and take from it: ``status``, ``best``, ``report``, ``export`` .."""
 
 import argparse
 import json
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bdense.command import Verbs
 from search.storage.engine import redact, resolve_storage_url
-from search.verbs.common import port, positive, storage_verb, study_name, study_verb
-
-if TYPE_CHECKING:
-    from search.study.arms import Planned
-    from search.study.study import Study
+from search.verbs.common import open_study, port, positive, storage_verb, study_verb
 
 
 def add_list(verbs: Verbs) -> None:
@@ -89,18 +84,18 @@ def add_export(verbs: Verbs) -> None:
         metavar="N",
         type=int,
         help="number of the trial whose student is written (default: the confirmed winner, else "
-        "the best; in a promotion that of the promoted weights with the first seed)",
+        "the best; of given arms the searched weights with the first seed)",
     )
     parser.add_argument(
         "--baseline",
-        choices=("sfd", "uniform"),
+        choices=("plain", "uniform"),
         help="write this baseline of a search instead of a trial",
     )
     parser.add_argument(
-        "--steps",
+        "--nfe",
         metavar="N",
         type=positive,
-        help="steps of the student in a promotion's chain (default: the last's)",
+        help="evaluations of the student, in a method of several stages (default: the last's)",
     )
 
 
@@ -123,14 +118,6 @@ def add_dashboard(verbs: Verbs) -> None:
     )
 
 
-def _open(options: argparse.Namespace) -> "Study | Planned":
-    """The study that is named, to look at."""
-    from search.study.opening import open_record
-
-    url = resolve_storage_url(options.storage)
-    return open_record(url, study_name(options.study), reading=True)
-
-
 def _list(options: argparse.Namespace) -> None:
     from search.study.catalogue import list_studies, studies_json, studies_table
 
@@ -146,55 +133,39 @@ def _list(options: argparse.Namespace) -> None:
 
 def _status(options: argparse.Namespace) -> None:
     from search.storage.stop_flags import CONTINUE, asked_at
-    from search.study.arms import Planned
-    from search.study.summary import (
-        failed_rows,
-        failures,
-        headline,
-        standing,
-        status_json,
-        trials_json,
-    )
+    from search.study.summary import counts_json, failures, headline
     from search.study.wording import duration
 
-    record = _open(options)
-    if isinstance(record, Planned):
-        ledger, row = record.ledger, "row"
-        shown = {"study": record.name, "trials": trials_json(ledger.counts())}
-        lines = [record.headline(), *failed_rows(ledger, row)]
-    else:
-        ledger, row, now = record.trials, "trial", standing(record)
-        shown, lines = status_json(now), [headline(now), *failures(record)]
+    study = open_study(options, reading=True)
     if options.json:
-        print(json.dumps(shown))
+        print(json.dumps({"study": study.name, "trials": counts_json(study.counts())}))
         return
-    print(lines[0])
-    for running in ledger.running():
+    print(headline(study))
+    row = "trial" if study.is_search else "row"
+    for running in study.main.running():
         print(
             f"{row} {running.number} on {running.owner} for {duration(running.seconds)}, attempt "
             f"{running.attempt}: {running.progress or 'starting'}"
         )
-    if when := asked_at(record.ledgers):
+    if when := asked_at(study.ledgers):
         print(f"asked to stop at {when}; {CONTINUE}")
-    for line in lines[1:]:
+    for line in failures(study):
         print(line)
 
 
 def _best(options: argparse.Namespace) -> None:
     from search.analysis.confirmation import verdict
-    from search.study.opening import open_search_named
-    from search.study.summary import best_json, headline, standing, table
+    from search.study.summary import best_json, headline, summary_of, table
 
-    url = resolve_storage_url(options.storage)
-    study = open_search_named(url, study_name(options.study), reading=True)
-    now, found = standing(study), verdict(study)
+    study = open_study(options, reading=True)
+    now, found = summary_of(study), verdict(study)
     if options.json:
         confirmed = None if found is None else found.as_dict()
         print(json.dumps(best_json(now) | {"confirmed": confirmed}))
     elif now.best is None:
-        print(f"{headline(now)}; no trial is complete yet")
+        print(f"{headline(study)}; no trial is complete yet")
     else:
-        print(headline(now))
+        print(headline(study))
         print(table(now))
         if found is None:
             print(f"No winner is confirmed: bdense-search confirm {study.name}")
@@ -203,14 +174,9 @@ def _best(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from search.report.report_files import HTML_PAGE, write_planned_report, write_report
-    from search.study.arms import Planned
+    from search.report.report_files import HTML_PAGE, write_report
 
-    record = _open(options)
-    if isinstance(record, Planned):
-        page = write_planned_report(record, options.out)
-    else:
-        page = write_report(record, options.out)
+    page = write_report(open_study(options, reading=True), options.out)
     print(page.with_name(HTML_PAGE), page, sep="\n")
 
 
@@ -219,18 +185,19 @@ def _export(options: argparse.Namespace) -> None:
     from search.export import export_trial
     from search.uploading import Place, is_url
 
-    wanted = {"number": options.trial, "steps": options.steps, "baseline": options.baseline}
+    wanted = {"number": options.trial, "nfe": options.nfe, "baseline": options.baseline}
+    study = open_study(options, reading=True)
     if is_url(options.folder):
         place = Place(options.folder)
         place.require_new()
         with tempfile.TemporaryDirectory(prefix="bdense-export-") as scratch:
             folder = Path(scratch) / "model"
-            export_trial(_open(options), folder, **wanted)
+            export_trial(study, folder, **wanted)
             place.take(folder)
         print(place.url)
         return
     require_new(Path(options.folder))
-    for path in export_trial(_open(options), Path(options.folder), **wanted):
+    for path in export_trial(study, Path(options.folder), **wanted):
         print(path)
 
 

@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING
 
 from bdense.command import Verbs
 from bdense.errors import BdenseError, InputError
-from search.storage.engine import resolve_storage_url
 from search.storage.stop_flags import CONTINUE, ask_all, held
-from search.verbs.common import study_name, study_verb
+from search.verbs.common import open_study, study_verb
 
 if TYPE_CHECKING:
     from search.storage.ledger import Ledger
-    from search.study.arms import Planned
     from search.study.study import Study
 
 POLL_SECONDS = 0.5
@@ -69,11 +67,15 @@ def add_logs(verbs: Verbs) -> None:
         _logs,
     )
     parser.add_argument(
-        "trial", metavar="TRIAL", type=int, nargs="?", help="number of the trial or planned row"
+        "trial",
+        metavar="TRIAL",
+        type=int,
+        nargs="?",
+        help="number of the trial or row",
     )
     parser.add_argument(
         "--baseline",
-        choices=("sfd", "uniform"),
+        choices=("plain", "uniform"),
         help="show this baseline of a search instead of a trial",
     )
     parser.add_argument(
@@ -83,9 +85,7 @@ def add_logs(verbs: Verbs) -> None:
 
 
 def _stop(options: argparse.Namespace) -> None:
-    from search.study.opening import open_record
-
-    record = open_record(resolve_storage_url(options.storage), study_name(options.study))
+    record = open_study(options)
     ledgers = record.ledgers
     ask_all(ledgers)
     working = held(ledgers)
@@ -111,14 +111,12 @@ def _stop(options: argparse.Namespace) -> None:
 
 
 def _enqueue(options: argparse.Namespace) -> None:
-    from search.study.opening import open_search_named, stored_spec
-    from search.study.points import Point, enqueue
+    from search.study.points import enqueue
 
-    url = resolve_storage_url(options.storage)
-    study = open_search_named(url, study_name(options.study))
-    point = Point(a=options.a, b=options.b, rule=options.rule, strength=options.strength)
+    names = ("a", "b", "rule", "strength")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
     # The bounds that workers have, not those of a file that was changed since.
-    for line in enqueue(study, stored_spec(study.trials), point):
+    for line in enqueue(open_study(options), given):
         print(line)
 
 
@@ -126,12 +124,9 @@ def _logs(options: argparse.Namespace) -> None:
     from search.report.log_lines import HEADER, log_line
     from search.study.folders import row_folder
     from search.study.following import Followed
-    from search.study.opening import open_record
     from search.study.trial_log import LOG_FILE, read_log
 
-    url = resolve_storage_url(options.storage)
-    record = open_record(url, study_name(options.study), reading=True)
-    ledger, number = _row(record, options)
+    ledger, number = _row(open_study(options, reading=True), options)
     row = Followed(ledger, number)
     path = row_folder(ledger.study.study_name, number) / LOG_FILE
     offset, shown = 0, 0
@@ -157,21 +152,19 @@ def _logs(options: argparse.Namespace) -> None:
         )
 
 
-def _row(record: "Study | Planned", options: argparse.Namespace) -> "tuple[Ledger, int]":
+def _row(study: "Study", options: argparse.Namespace) -> "tuple[Ledger, int]":
     """Whose log is meant."""
-    from search.study.arms import Planned
-
     if (options.trial is None) == (options.baseline is None):
         raise InputError("give either the number of a TRIAL, or --baseline, one of the two")
     if options.trial is not None:
-        return record.ledgers[0], options.trial
-    if isinstance(record, Planned) or record.baselines is None:
-        raise InputError(f"{record.name} has no baselines of its own; give the number of a row")
+        return study.main, options.trial
+    if not study.is_search or study.given is None:
+        raise InputError(f"{study.name} has no baselines of its own; give the number of a row")
     # The last of them: one that failed is planned anew by the next launch.
-    for number, asked in reversed(list(enumerate(record.baselines.asked()))):
-        if asked.get("method") == options.baseline:
-            return record.baselines, number
+    for number, (row, _) in reversed(list(enumerate(study.rows()))):
+        if study.arms[row.arm].baseline == options.baseline:
+            return study.given, number
     raise InputError(
-        f"study {record.name} has no baseline {options.baseline} yet: its launch was killed "
-        "before it was whole; launch it again"
+        f"study {study.name} has no baseline {options.baseline} yet: its launch was killed before "
+        "it was whole; launch it again"
     )

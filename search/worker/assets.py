@@ -1,4 +1,4 @@
-"""What every trial of a study shares: teacher, trajectories, extractor, reference statistics.
+"""What a study's rows share: teacher, trajectories, extractor, reference statistics.
 
 Made once, under locks, cached under the runs folder, and read by all workers.
 """
@@ -8,7 +8,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,49 +18,56 @@ from bdense import NUMERICS
 from bdense.data.datasets import Dataset, load_dataset
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import InputError
-from bdense.files import file_lock
+from bdense.files import atomic_write, file_lock
+from bdense.methods import METHODS
+from bdense.methods.method import Inputs, Method, MethodConfig, Recordings
 from bdense.methods.recordings import TrajectoryStore
-from bdense.methods.trajectories import LiveTrajectories, Trajectories
 from bdense.metrics.extractors import Extractor, load_extractor
-from bdense.metrics.metrics import MetricSettings, require_measurable
+from bdense.metrics.metrics import require_measurable
 from bdense.metrics.references import Reference, dataset_reference, read_reference
+from bdense.metrics.settings import MetricSettings
 from bdense.models.cards import inherited
 from bdense.models.public import resolve_reference
 from bdense.models.sources import load_model
 from bdense.models.store import denoiser_sha256, load_denoiser, save_denoiser
 from bdense.training.teacher import teacher_data, train_teacher
-from search.spec.model_spec import ModelSpec, TeacherTraining
-from search.spec.study_spec import StudySpec
+from search.spec.resolve import execution, teacher_config, variant
+from search.spec.study import StudySpec, TeacherTraining
 from search.storage.engine import cache_folder
-from search.worker.engine import (
-    architecture,
-    execution,
-    student_grid,
-    teacher_config,
-    teacher_solver,
-    training_config,
-)
-from search.worker.memory import trial_memory
+from search.study.arms import Task
+from search.study.results import MeasuredFID
+from search.worker.evaluation import Evaluator
 
 # Called with what is being made, how much is done, of how much, and a remark.
 Report = Callable[[str, int, int, str], None]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Assets:
     """A study's shared parts, in one process's memory.
 
-    ``terms`` is what its students' metadata take over from the teacher's: licence and such.
+    Attributes:
+        spec: The study, or the variant of it that a row trains in.
+        fingerprint: The study's.
+        method, config: How students are distilled.
+        teacher: On the training device.
+        dataset: None where nothing needs one.
+        evaluator: Measures students and teacher.
+        terms: What students' metadata take over from the teacher's: licence and such.
+        known: Metadata of the teacher's file.
+        teacher_fid: Of the teacher, where the method measures it.
     """
 
     spec: StudySpec
     fingerprint: str
+    method: Method
+    config: MethodConfig
     teacher: NetworkDenoiser
-    trajectories: Trajectories
-    store: TrajectoryStore | None
-    extractor: Extractor
-    reference: Reference
+    dataset: Dataset | None
+    evaluator: Evaluator
     terms: Mapping[str, Any]
+    known: Mapping[str, Any]
+    teacher_fid: MeasuredFID | None = None
 
     @property
     def device(self) -> torch.device:
@@ -74,8 +81,40 @@ class Assets:
             return [self.device]
         return [torch.device("cuda", index) for index in range(self.spec.resources.team)]
 
+    def of(self, task: Task) -> "Assets":
+        """The same for a row's own variant and latents.
 
-def use_device(spec: ModelSpec, *, foretold: bool = False) -> torch.device:
+        Raises:
+            InputError: The method refuses the variant.
+        """
+        spec = variant(self.spec, dict(task.variant))
+        return replace(
+            self,
+            spec=spec,
+            config=self.method.Config.read(spec.method.options, "method"),
+            evaluator=replace(self.evaluator, latents=task.latents),
+        )
+
+    def inputs(self, seed: int) -> Inputs:
+        """What the method's stages learn from, besides the teacher."""
+        recorded = self.spec.trajectories.mode == "recorded"
+        root, dtype = cache_folder() / "trajectories", self.spec.trajectories.dtype
+        return Inputs(
+            dataset=self.dataset,
+            seed=seed,
+            recordings=Recordings(root=root, dtype=dtype) if recorded else None,
+            known=self.known,
+        )
+
+    def store(self, seed: int) -> TrajectoryStore | None:
+        """Where the teacher's trajectories for that seed lie, recorded or not yet."""
+        inputs = self.inputs(seed)
+        if inputs.recordings is None:
+            return None
+        return self.method.recording(self.config, self.teacher, inputs)
+
+
+def use_device(spec: StudySpec, *, foretold: bool = False) -> torch.device:
     """Set this process up as the spec asks, and say where its trials run.
 
     Args:
@@ -105,92 +144,62 @@ def use_device(spec: ModelSpec, *, foretold: bool = False) -> torch.device:
     return torch.device("cpu")
 
 
-def prepare(
-    spec: StudySpec, device: torch.device, report: Report, *, together: int | None = None
-) -> None:
-    """Make teacher, extractor and what is known of the reference, or find them in the cache.
+def load(spec: StudySpec, device: torch.device, report: Report | None = None) -> Assets:
+    """Teacher, extractor, reference and the teacher's FID, made now or found in the cache.
 
     Args:
-        spec: The study.
+        spec: The study, resolved.
         device: Where its trials run.
         report: Called with the progress.
-        together: Trials at once on this machine, whose memory is then to suffice for them; None
-            asks for no room.
 
     Raises:
-        InputError: The device does not compute ``precision``, has too little memory, or something
-            the user gave cannot be had or does not fit.
+        InputError: The device does not compute ``precision``, or something the user gave cannot
+            be had or does not fit.
     """
     execution(spec).require(device)
-    if together is not None:
-        memory = trial_memory(spec, architecture(spec), device)
-        memory.require_room(spec, device, together)
-    teacher = prepare_models(spec, device, report)
-    if spec.trajectories.mode == "recorded":
-        trajectory_store(spec, teacher).require_room(round(spec.trajectories.max_gib * 2**30))
-
-
-def prepare_models(spec: ModelSpec, device: torch.device, report: Report) -> NetworkDenoiser:
-    """Make extractor and reference, and the teacher, which is returned.
-
-    Raises:
-        InputError: Something the user gave cannot be had or does not fit.
-    """
+    told = report or (lambda *_: None)
     dataset, evaluation = load_data(spec), spec.evaluation
-    report("features", 0, 1, evaluation.extractor)
+    told("features", 0, 1, evaluation.extractor)
     extractor = load_extractor(evaluation.extractor, cache=cache_folder(), device=device)
-    reference = load_reference(spec, dataset, extractor)
+    reference = _reference(spec, dataset, extractor)
     try:
         require_measurable(evaluation.metrics, MetricSettings(), evaluation.images, reference)
     except InputError as error:
         raise InputError(
             f"{error} (a study chooses evaluation.images and evaluation.metrics alone)"
         ) from error
-    teacher = load_teacher(spec, dataset, device, report)
+    teacher, known = _teacher(spec, dataset, device, told)
     if dataset is not None and tuple(teacher.image_shape) != tuple(dataset.images.shape[1:]):
         raise InputError(
             f"the teacher makes images of {teacher.image_shape} (channels, height, width) and "
             f"{spec.data} holds {tuple(dataset.images.shape[1:])}; choose another data or teacher"
         )
-    return teacher
-
-
-def load(spec: StudySpec, device: torch.device, *, record: bool = False) -> Assets:
-    """Everything ``prepare`` and the recording made, from the cache.
-
-    Args:
-        spec: The study.
-        device: Where its trials run.
-        record: Record what is missing of the trajectories, in place of refusing to go on.
-    """
-    dataset = load_data(spec)
-    teacher, terms = teacher_and_terms(spec, dataset, device)
-    extractor = load_extractor(spec.evaluation.extractor, cache=cache_folder(), device=device)
-    store = trajectory_store(spec, teacher)
-    recorded = spec.trajectories.mode == "recorded"
-    if recorded and record and store.missing():
-        store.record()
-    return Assets(
+    method = METHODS[spec.method.name]()
+    config = method.Config.read(spec.method.options, "method")
+    method.check(config, teacher, known)
+    assets = Assets(
         spec=spec,
         fingerprint=spec.fingerprint(),
+        method=method,
+        config=config,
         teacher=teacher,
-        trajectories=store.open() if recorded else store.live,
-        store=store if recorded else None,
-        extractor=extractor,
-        reference=load_reference(spec, dataset, extractor),
-        terms=terms,
+        dataset=dataset,
+        evaluator=Evaluator(spec.evaluation, extractor, reference, spec.seeds.evaluation),
+        known=known,
+        terms=inherited(known, Path(spec.teacher.checkpoint or f"trained on {spec.data}").name),
     )
+    return replace(assets, teacher_fid=_teacher_fid(assets, told))
 
 
-def load_data(spec: ModelSpec) -> Dataset | None:
-    """The study's data set; None where teacher and reference are there without it."""
+def load_data(spec: StudySpec) -> Dataset | None:
+    """The study's data set; None where nothing needs one."""
     if not spec.uses_data:
         return None
     assert spec.data is not None  # a spec that uses data names it
     return load_dataset(spec.data)
 
 
-def load_reference(spec: ModelSpec, dataset: Dataset | None, extractor: Extractor) -> Reference:
+def _reference(spec: StudySpec, dataset: Dataset | None, extractor: Extractor) -> Reference:
     """What the study's images are compared with: its file, or its data set seen once."""
     if spec.evaluation.reference is not None:
         return read_reference(resolve_reference(spec.evaluation.reference), extractor)
@@ -199,49 +208,23 @@ def load_reference(spec: ModelSpec, dataset: Dataset | None, extractor: Extracto
     return dataset_reference(dataset, extractor, cache=cache_folder(), with_features=with_features)
 
 
-def load_teacher(
-    spec: ModelSpec, dataset: Dataset | None, device: torch.device, report: Report | None = None
-) -> NetworkDenoiser:
-    """The study's teacher: its checkpoint, or trained here once and cached."""
-    return teacher_and_terms(spec, dataset, device, report)[0]
-
-
-def teacher_and_terms(
-    spec: ModelSpec, dataset: Dataset | None, device: torch.device, report: Report | None = None
-) -> tuple[NetworkDenoiser, dict[str, Any]]:
-    """The teacher, which computes as the spec asks, and what students' metadata take over."""
-    teacher, known = _stored_teacher(spec, dataset, device, report)
-    terms = inherited(known, Path(spec.teacher.checkpoint or f"trained on {spec.data}").name)
-    # For float32 too: by itself torch has a GPU round the products of convolutions.
-    return teacher.to(device).execute(execution(spec)), terms
-
-
-def _stored_teacher(
-    spec: ModelSpec, dataset: Dataset | None, device: torch.device, report: Report | None
-) -> tuple[NetworkDenoiser, dict[str, Any]]:
+def _teacher(
+    spec: StudySpec, dataset: Dataset | None, device: torch.device, report: Report
+) -> tuple[NetworkDenoiser, Mapping[str, Any]]:
+    """The teacher, which computes as the spec asks, and its metadata."""
     if spec.teacher.checkpoint is not None:
-        return load_model(spec.teacher.checkpoint)
-    assert spec.teacher.train is not None
-    assert dataset is not None
-    path = _teacher_path(spec.teacher.train, dataset)
-    if not path.exists():
-        with file_lock(path.with_suffix(".lock")):
-            if not path.exists():
-                _train_and_cache(spec.teacher.train, dataset, device, path, report)
-    return load_denoiser(path)
-
-
-def trajectory_store(spec: StudySpec, teacher: NetworkDenoiser) -> TrajectoryStore:
-    """Where the teacher's trajectories for this study lie, recorded or not yet."""
-    live = LiveTrajectories(
-        teacher=teacher,
-        grid=student_grid(spec),
-        solver=teacher_solver(spec),
-        batch=spec.budget.batch,
-        count=training_config(spec, 1).iterations(spec.budget.batch),
-        seed=spec.seeds.training,
-    )
-    return TrajectoryStore(live, cache_folder() / "trajectories", spec.trajectories.dtype)
+        teacher, known = load_model(spec.teacher.checkpoint)
+    else:
+        assert spec.teacher.train is not None
+        assert dataset is not None
+        path = _teacher_path(spec.teacher.train, dataset)
+        if not path.exists():
+            with file_lock(path.with_suffix(".lock")):
+                if not path.exists():
+                    _train_and_cache(spec.teacher.train, dataset, device, path, report)
+        teacher, known = load_denoiser(path)
+    # For float32 too: by itself torch has a GPU round the products of convolutions.
+    return teacher.to(device).execute(execution(spec)), known
 
 
 def _teacher_path(training: TeacherTraining, dataset: Dataset) -> Path:
@@ -252,29 +235,23 @@ def _teacher_path(training: TeacherTraining, dataset: Dataset) -> Path:
         **teacher_data(config, dataset),
         "numerics": NUMERICS,
     }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_folder() / "teachers" / f"{dataset.name}-{digest}.safetensors"
+    return cache_folder() / "teachers" / f"{dataset.name}-{_digest(key)}.safetensors"
 
 
 def _train_and_cache(
-    training: TeacherTraining,
-    dataset: Dataset,
-    device: torch.device,
-    path: Path,
-    report: Report | None,
+    training: TeacherTraining, dataset: Dataset, device: torch.device, path: Path, report: Report
 ) -> None:
     unfinished = path.with_suffix(".training.safetensors")
-
-    def on_iteration(done: int, total: int, loss: float) -> None:
-        if report is not None:
-            report("teacher", done, total, f"loss {loss:.3f}")
-
     config = teacher_config(training)
     # Of its own: the threads decide the last bits, and the trials have theirs.
     threads = torch.get_num_threads()
     torch.set_num_threads(training.threads)
     teacher = train_teacher(
-        dataset, config, device=device, checkpoint=unfinished, on_iteration=on_iteration
+        dataset,
+        config,
+        device=device,
+        checkpoint=unfinished,
+        on_iteration=lambda done, total, loss: report("teacher", done, total, f"loss {loss:.3f}"),
     )
     torch.set_num_threads(threads)
     metadata = {
@@ -286,3 +263,39 @@ def _train_and_cache(
     }
     save_denoiser(path, teacher, metadata)
     unfinished.unlink(missing_ok=True)
+
+
+def _teacher_fid(assets: Assets, report: Report) -> MeasuredFID | None:
+    """The teacher's FID by the method's own sampler: measured once and cached."""
+    sampler = assets.method.teacher_sampler(assets.config, assets.teacher)
+    if sampler is None:
+        return None
+    spec, evaluator = assets.spec, assets.evaluator
+    key = {
+        "teacher": denoiser_sha256(assets.teacher),
+        "sampler": sampler.describe(),
+        "evaluation": evaluator.describe(),
+        "precision": spec.precision,
+        "numerics": NUMERICS,
+    }
+    path = cache_folder() / "teacher-fids" / f"{_digest(key)}.json"
+    with file_lock(path.with_suffix(".lock")):
+        if not path.exists():
+            total = spec.evaluation.images
+            found = evaluator.measure(
+                assets.teacher,
+                sampler,
+                training_seed=None,
+                on_image=lambda done: report(
+                    "teacher FID", done, total, f"at {sampler.nfe} evaluations"
+                ),
+                check=lambda: None,
+                grid_path=path.with_suffix(".png"),
+            )
+            with atomic_write(path) as scratch:
+                scratch.write_text(json.dumps(found.fid.as_dict()))
+        return MeasuredFID.of(json.loads(path.read_text()))
+
+
+def _digest(key: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]

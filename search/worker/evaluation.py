@@ -1,91 +1,96 @@
 """How every model of a study is measured: the same latents for all, under the same conditions."""
 
-from collections.abc import Callable, Collection
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import Sampler, draw_images, save_grid
 from bdense.metrics.extractors import Extractor
 from bdense.metrics.metrics import Metrics, measure_images
 from bdense.metrics.references import Reference
-from search.spec.promotion_spec import PromotionSpec
-from search.spec.study_spec import StudySpec
+from search.spec.study import EvaluationSpec
 
 _GRID_IMAGES = 64
 
 
-class Yardstick(Protocol):
-    """What all of a study's models are measured with, as its assets hold it."""
+@dataclass(frozen=True, eq=False)
+class Evaluator:
+    """Measures the images of a study's models.
 
-    @property
-    def spec(self) -> StudySpec | PromotionSpec:
-        """Says the latents' seed."""
-        ...
-
-    @property
-    def extractor(self) -> Extractor:
-        """Feature network, the one that saw the reference."""
-        ...
-
-    @property
-    def reference(self) -> Reference:
-        """What images are compared with."""
-        ...
-
-
-def measure(
-    yardstick: Yardstick,
-    denoiser: NetworkDenoiser,
-    sampler: Sampler,
-    *,
-    images: int,
-    metrics: Collection[str] = ("fid",),
-    training_seed: int | None,
-    on_image: Callable[[int], None],
-    check: Callable[[], None],
-    grid_path: Path | None = None,
-) -> Metrics:
-    """Draw a model's images from the study's latents and measure them.
-
-    Args:
-        yardstick: The study's.
-        denoiser: A student, or the teacher.
-        sampler: How it draws.
-        images: How many.
-        metrics: What to measure; the FID always is.
-        training_seed: The student's; None for a teacher, which rows of all seeds share.
-        on_image: Called with the number of images drawn so far.
-        check: Called for every batch of images drawn, before ``on_image``, and for every one
-            judged; what it raises ends the work.
-        grid_path: Where a grid of the first 64 images goes; None leaves none.
-
-    Raises:
-        NonFiniteError: An image, a feature or a distance is not finite.
+    Attributes:
+        spec: How many images, and what is measured of them.
+        extractor: Feature network, the one that saw the reference.
+        reference: What images are compared with.
+        latents: Seed of the noise that images are drawn from.
     """
-    spec = yardstick.spec
 
-    def on_drawn(done: int) -> None:
-        check()
-        on_image(done)
+    spec: EvaluationSpec
+    extractor: Extractor
+    reference: Reference
+    latents: int
 
-    drawn = draw_images(
-        denoiser,
-        sampler,
-        images,
-        seed=spec.seeds.evaluation,
-        batch=spec.evaluation.batch,
-        on_image=on_drawn,
-    )
-    if grid_path is not None:
-        save_grid(drawn[:_GRID_IMAGES], grid_path)
-    trained = {} if training_seed is None else {"training": training_seed}
-    return measure_images(
-        drawn,
-        yardstick.extractor,
-        yardstick.reference,
-        metrics=metrics,
-        nfe=sampler.nfe,
-        seeds={**trained, "evaluation": spec.seeds.evaluation},
-        on_image=lambda _: check(),
-    )
+    def measure(
+        self,
+        denoiser: NetworkDenoiser,
+        sampler: Sampler,
+        *,
+        training_seed: int | None,
+        on_image: Callable[[int], None],
+        check: Callable[[], None],
+        images: int | None = None,
+        grid_path: Path | None = None,
+    ) -> Metrics:
+        """Draw a model's images and measure them.
+
+        Args:
+            denoiser: A student, or the teacher.
+            sampler: How it draws.
+            training_seed: The student's; None for a teacher, which rows of all seeds share.
+            on_image: Called with the number of images drawn so far.
+            check: Called for every batch of images drawn or judged; what it raises ends the work.
+            images: Of an intermediate evaluation, which measures the FID alone; None: the study's.
+            grid_path: Where a grid of the first 64 images goes; None leaves none.
+
+        Raises:
+            NonFiniteError: An image, a feature or a distance is not finite.
+        """
+
+        def on_drawn(done: int) -> None:
+            check()
+            on_image(done)
+
+        drawn = draw_images(
+            denoiser,
+            sampler,
+            images or self.spec.images,
+            seed=self.latents,
+            batch=self.spec.batch,
+            on_image=on_drawn,
+        )
+        if grid_path is not None:
+            save_grid(drawn[:_GRID_IMAGES], grid_path)
+        trained = {} if training_seed is None else {"training": training_seed}
+        return measure_images(
+            drawn,
+            self.extractor,
+            self.reference,
+            metrics=self.spec.metrics if images is None else ("fid",),
+            nfe=sampler.nfe,
+            seeds={**trained, "evaluation": self.latents},
+            on_image=lambda _: check(),
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What a FID depends on besides the model; equal descriptions compare."""
+        return {
+            "images": self.spec.images,
+            "extractor": self.extractor.sha256,
+            "reference": [
+                self.reference.name,
+                hashlib.sha256(self.reference.statistics.mu.tobytes()).hexdigest(),
+            ],
+            "latents": self.latents,
+        }

@@ -1,103 +1,76 @@
-"""A trial's FIDs on the way, and whether they are worth going on for.
+"""A trial's intermediate FIDs, and whether they are worth going on for.
 
-A look is kept in the trial's folder before it is told, so that whoever takes the trial over tells
-the same; the verdict on it is kept in the database before it is acted on. FIDs on the way compare
-with one another alone: at the same fraction of the budget, of as many images.
+An intermediate FID is kept in the trial's folder before it is told, so that whoever takes the
+trial over tells the same; the pruner's verdict is kept in the database before it is acted on.
 """
 
-import copy
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from optuna import Study
-from optuna.pruners import BasePruner
-from optuna.trial import FrozenTrial, TrialState
-
 from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.sampling import Sampler
 from bdense.errors import NonFiniteError
 from bdense.files import atomic_write
-from bdense.methods.sfd import Looks
+from bdense.methods.method import Stage
+from bdense.training.loop import Evaluations
 from search.spec.space import make_pruner
-from search.spec.study_spec import StudySpec
+from search.spec.study import StudySpec
 from search.storage.ledger import Claim, Ledger
 from search.storage.verdicts import verdict_of
 from search.study.folders import GRID
-from search.study.progress_text import looking
+from search.study.progress_text import measuring
 from search.worker.assets import Assets
-from search.worker.engine import student_sampler
-from search.worker.evaluation import measure
 
-LOOKS_FILE = "looks.json"
-# What is told of a look: images trained on so far and the FID; answered by whether to end.
-Judge = Callable[[int, float], bool]
+INTERMEDIATE_FILE = "intermediate.json"
 
 
 class PrunedError(Exception):
     """A trial is not worth going on with; ends its training, and reaches nobody else."""
 
 
-def judge_of(spec: StudySpec, ledger: Ledger, claim: Claim) -> Judge | None:
-    """Who stores the FIDs on the way of a claimed trial and asks the study's pruner.
-
-    None where the study has no looks.
-    """
-    if not spec.pruning.at:
-        return None
-    pruner = make_pruner(spec)
-
-    def judge(images: int, fid: float) -> bool:
-        ledger.report(claim, images, fid)
-        return verdict_of(
-            ledger.study,
-            claim.number,
-            images,
-            lambda study: is_poor(spec, pruner, study, claim.number),
-        )
-
-    return judge
-
-
-def is_poor(spec: StudySpec, pruner: BasePruner, study: Study, number: int) -> bool:
-    """Whether a trial is to end at its last look.
+class Judge:
+    """Stores the intermediate FIDs of a claimed row, and asks the study's pruner about a trial's.
 
     Args:
         spec: The study's.
-        pruner: Of ``make_pruner``.
-        study: Where the FIDs on the way are stored, by images trained on.
-        number: The trial's.
+        ledger: Of the row.
+        claim: The row.
+        prunes: Whether it may be ended; a baseline or a given arm is measured to its end alone.
     """
-    trials = study.get_trials(deepcopy=False)
-    trial = trials[number]
-    if spec.pruning.factor is not None:
-        trial = _by_rung(trial, spec)
-    # Asked in any case: halving notes what it saw.
-    poor = pruner.prune(study, trial)
-    complete = sum(other.state is TrialState.COMPLETE for other in trials)
-    return poor and complete >= (spec.pruning.startup_trials or 0)
+
+    def __init__(self, spec: StudySpec, ledger: Ledger, claim: Claim, *, prunes: bool) -> None:
+        self.prunes = prunes
+        self._ledger = ledger
+        self._claim = claim
+        self._pruner = make_pruner(spec) if prunes else None
+
+    def __call__(self, step: int, fid: float) -> bool:
+        """Store a FID at a step, images trained on or the stage; whether to end there."""
+        claim, pruner = self._claim, self._pruner
+        self._ledger.report(claim, step, fid)
+        if pruner is None:
+            return False
+        return verdict_of(
+            self._ledger.study,
+            claim.number,
+            step,
+            lambda study: pruner.prune(study, study.get_trials(deepcopy=False)[claim.number]),
+        )
 
 
-def _by_rung(trial: FrozenTrial, spec: StudySpec) -> FrozenTrial:
-    """The trial with its looks counted as halving counts resources: factor^i at look i."""
-    assert spec.pruning.factor is not None
-    counted, told = copy.copy(trial), trial.intermediate_values
-    steps = [after * spec.budget.batch for after in spec.looks]
-    counted.intermediate_values = {
-        spec.pruning.factor**rung: told[step] for rung, step in enumerate(steps) if step in told
-    }
-    return counted
-
-
-class OnTheWay:
-    """Looks at one trial's student.
+class IntermediateFIDs:
+    """Measures one row's student while it trains, or after each stage, and asks the judge.
 
     Args:
-        assets: What the study's trials share.
-        folder: The trial's.
-        judge: Whom the FIDs are told.
+        assets: Of the row.
+        folder: The row's.
+        judge: Told each FID; None tells nobody.
+        seed: The row's training seed.
         check: Called for every batch of images drawn or judged; what it raises ends the work.
         report: Called with a short text on the progress.
     """
@@ -106,88 +79,118 @@ class OnTheWay:
         self,
         assets: Assets,
         folder: Path,
-        judge: Judge,
+        judge: Judge | None,
         *,
+        seed: int,
         check: Callable[[], None],
         report: Callable[[str], None],
     ) -> None:
         self._assets = assets
-        self._path = folder / LOOKS_FILE
+        self._path = folder / INTERMEDIATE_FILE
         self._grid = folder / GRID
         self._judge = judge
+        self._seed = seed
         self._check = check
         self._report = report
+        self._after = self._asked_for()
         self._found = self._before()
+        self._last = ""
         self.seconds = 0.0
 
-    @property
-    def looks(self) -> Looks:
-        """For ``distill``."""
-        return Looks(self._assets.spec.looks, self._look)
+    def of(self, stage: Stage) -> Evaluations | None:
+        """Those of a stage, for ``distill``; None where the plan has none."""
+        if not self._after:
+            return None
+        return Evaluations(tuple(self._after), partial(self._evaluate, stage.sampler))
 
     @property
     def found(self) -> list[dict[str, Any]]:
-        """Each look so far: fraction, images trained on, FID with its conditions."""
+        """Each so far: fraction, images trained on, FID with its conditions."""
         return [self._found[after] for after in sorted(self._found)]
 
+    def note_stage(self, step: int, fid: float, *, is_last: bool = False) -> None:
+        """Tell the FID after a stage, 0 for the teacher's.
+
+        Raises:
+            PrunedError: The judge ends the row there, which is not its last stage.
+        """
+        if self._judge is None:
+            return
+        self._last = f"FID {fid:.3f} after stage {step}"
+        if self._judge(step, fid) and not is_last and step > 0:
+            raise PrunedError
+
     def ended(self) -> dict[str, Any]:
-        """What a trial that was pruned at its last look says of itself."""
-        last, pruner = self.found[-1], self._assets.spec.pruning.pruner
-        return {
-            "pruned_at": last["fraction"],
-            "reason": f"{pruner}: FID {last['fid']:.3f} of {last['images']} images at "
-            f"{last['fraction']:g} of the budget",
-        }
+        """What a row that was pruned says of itself."""
+        pruner = self._assets.spec.search.pruner
+        name = "pruner" if pruner is None else pruner.name
+        at = {"pruned_at": self.found[-1]["fraction"]} if self._found else {}
+        return {**at, "reason": f"{name}: {self._last}"}
+
+    def _asked_for(self) -> dict[int, float]:
+        """Updates after which a student is measured, and their fractions."""
+        spec = self._assets.spec
+        if self._judge is None or not self._judge.prunes:
+            return {}
+        total = spec.resolved.stages[0].num_updates
+        return {round(fraction * total): fraction for fraction in spec.search.at}
+
+    def _images(self) -> int:
+        return self._assets.spec.search.images or self._assets.spec.evaluation.images
 
     def _before(self) -> dict[int, dict[str, Any]]:
-        """Looks of a worker before, as far as they are still asked for."""
+        """Those of a worker before, as far as they are still asked for."""
         if not self._path.exists():
             return {}
         stored: list[dict[str, Any]] = json.loads(self._path.read_text())
-        batch, looks = self._assets.spec.budget.batch, self._assets.spec.looks
-        kept = {look["trained_images"] // batch: look for look in stored}
+        batch = self._assets.spec.resolved.batch
+        kept = {each["trained_images"] // batch: each for each in stored}
         return {
-            after: look
-            for after, look in kept.items()
-            if after in looks and look["images"] == self._assets.spec.look_images
+            after: each
+            for after, each in kept.items()
+            if after in self._after and each["images"] == self._images()
         }
 
-    def _look(self, after: int, student: NetworkDenoiser) -> None:
+    def _evaluate(self, sampler: Sampler, after: int, student: NetworkDenoiser) -> None:
         started = time.perf_counter()
         if after not in self._found:
-            self._found[after] = self._measured(after, student)
+            self._found[after] = self._measured(sampler, after, student)
             with atomic_write(self._path) as scratch:
                 scratch.write_text(json.dumps(self.found))
-        look = self._found[after]
-        ends = self._judge(look["trained_images"], look["fid"])
+        each = self._found[after]
+        self._last = (
+            f"FID {each['fid']:.3f} of {each['images']} images at {each['fraction']:g} of the "
+            "budget"
+        )
+        assert self._judge is not None
+        ends = self._judge(each["trained_images"], each["fid"])
         self.seconds += time.perf_counter() - started
         if ends:
-            # A later look may have been kept by a run that had got further.
-            self._found = {at: look for at, look in self._found.items() if at <= after}
+            # A later one may have been kept by a run that had got further.
+            self._found = {at: each for at, each in self._found.items() if at <= after}
             raise PrunedError
 
-    def _measured(self, after: int, student: NetworkDenoiser) -> dict[str, Any]:
-        spec = self._assets.spec
-        total = spec.budget.iterations
-        fid = measure(
-            self._assets,
+    def _measured(self, sampler: Sampler, after: int, student: NetworkDenoiser) -> dict[str, Any]:
+        assets, images = self._assets, self._images()
+        total = assets.spec.resolved.stages[0].num_updates
+        fid = assets.evaluator.measure(
             student,
-            student_sampler(spec),
-            images=spec.look_images,
-            training_seed=spec.seeds.training,
-            on_image=lambda done: self._report(looking(after, total, done, spec.look_images)),
+            sampler,
+            images=images,
+            training_seed=self._seed,
+            on_image=lambda done: self._report(measuring(after, total, done, images)),
             check=self._check,
             # All that is seen of a student that ends here; the last one's takes its place.
             grid_path=self._grid,
         ).fid
         if not math.isfinite(fid.value):
             raise NonFiniteError(
-                f"the FID after {after} of {total} iterations is {fid.value}; the model diverged"
+                f"the FID after {after} of {total} updates is {fid.value}; the model diverged"
             )
-        conditions: Mapping[str, Any] = fid.as_dict()
+        conditions = {key: value for key, value in fid.as_dict().items() if key != "value"}
         return {
-            "fraction": spec.looks[after],
-            "trained_images": after * spec.budget.batch,
+            "fraction": self._after[after],
+            "trained_images": after * assets.spec.resolved.batch,
             "fid": fid.value,
-            **{key: value for key, value in conditions.items() if key != "value"},
+            **conditions,
         }

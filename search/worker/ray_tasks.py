@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from bdense.errors import BdenseError, InputError, StoppedError
 from search.errors import (
@@ -22,19 +22,14 @@ from search.errors import (
     WorkersFailedError,
 )
 from search.log import LOG, about, start_logging
-from search.spec.model_spec import ModelSpec
-from search.spec.promotion_spec import PromotionSpec
-from search.spec.study_file import read_stored
-from search.spec.study_spec import StudySpec
 from search.storage.disk import disk_error
 from search.storage.engine import redact, resolve_storage_url, without_password
 from search.storage.stop_flags import NO_LAUNCH, Launch
-from search.study.arms import Planned
 from search.study.artifacts import PLACE as ARTIFACTS
 from search.study.study import Study
 
 if TYPE_CHECKING:
-    from search.worker.workers import Worker
+    from search.worker.worker import Worker
 
 _log = logging.getLogger(__name__)
 
@@ -43,16 +38,11 @@ MAX_STARTS = 3
 PATIENCE_SECONDS = 300.0
 
 
-# What rows are: a search's trials, students trained again, chains of progressive distillation.
-Kind = Literal["search", "retrain", "progressive"]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Orders:
+class WorkerConfig:
     """What a worker is told, whatever folder and environment it starts in; holds no password.
 
     Attributes:
-        kind: What the study's rows are.
         study: Name of the study, which holds the spec.
         storage: URL without password.
         runs, cache: The launcher's folders.
@@ -61,7 +51,6 @@ class Orders:
         log: The launcher's ``BDENSE_LOG``.
     """
 
-    kind: Kind
     study: str
     storage: str
     runs: str
@@ -78,15 +67,6 @@ class Orders:
         start_logging()
         about(study=self.study)
 
-    def read(self, spec: str) -> ModelSpec:
-        """A spec of this kind from JSON.
-
-        Raises:
-            InputError: The launcher is one of another version of bdense.
-        """
-        kind = PromotionSpec if self.kind == "progressive" else StudySpec
-        return read_stored(kind, self.study, spec)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
@@ -99,14 +79,14 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Refusal:
+class WorkerError:
     """Why a worker cannot do its part, and whether the user can mend it."""
 
     message: str
     is_input_error: bool
 
     @classmethod
-    def of(cls, error: Exception) -> "Refusal":
+    def of(cls, error: Exception) -> "WorkerError":
         """The error in words, without a password."""
         error = disk_error(error) or error
         own = isinstance(error, BdenseError)
@@ -125,19 +105,18 @@ def worker_storage(asked: str) -> str:
     return asked
 
 
-def prepare_task(orders: Orders, spec: str, together: int) -> Iterator[Progress | Refusal]:
-    """Make what the rows share and tell about it; the last message may be a refusal.
+def prepare_task(worker: WorkerConfig, together: int) -> Iterator[Progress | WorkerError]:
+    """Make what the rows share and tell about it; the last message may be an error.
 
     Args:
-        orders: The study's.
-        spec: As JSON: the study's own, or a variant of it.
+        worker: Of the study.
         together: Rows at once on one machine.
     """
     # Imported here: the launcher ships this function and needs no torch for it.
-    from search.worker.assets import prepare, use_device
-    from search.worker.chain_trial import prepare_chain
+    from search.worker.assets import load, use_device
+    from search.worker.cost import require_room
 
-    messages: queue.SimpleQueue[Progress | Refusal | None] = queue.SimpleQueue()
+    messages: queue.SimpleQueue[Progress | WorkerError | None] = queue.SimpleQueue()
     told = [0.0]
 
     def report(what: str, done: int, total: int, remark: str) -> None:
@@ -147,15 +126,13 @@ def prepare_task(orders: Orders, spec: str, together: int) -> Iterator[Progress 
 
     def work() -> None:
         try:
-            orders.settle()
-            read = orders.read(spec)
-            if isinstance(read, PromotionSpec):
-                prepare_chain(read, use_device(read), report, together=together)
-            else:
-                assert isinstance(read, StudySpec)
-                prepare(read, use_device(read), report, together=together)
+            worker.settle()
+            spec = Study.open(worker_storage(worker.storage), worker.study).spec
+            device = use_device(spec)
+            require_room(spec, together)
+            load(spec, device, report)
         except Exception as error:  # noqa: BLE001  it reaches the user as the launch's error
-            messages.put(Refusal.of(error))
+            messages.put(WorkerError.of(error))
         finally:
             messages.put(None)
 
@@ -164,62 +141,67 @@ def prepare_task(orders: Orders, spec: str, together: int) -> Iterator[Progress 
         yield message
 
 
-def record_task(orders: Orders, spec: str, part: int, parts: int) -> Iterator[Progress | Refusal]:
-    """Record the missing shards whose number leaves the remainder ``part`` by ``parts``."""
-    from search.worker.assets import load_data, load_teacher, trajectory_store, use_device
+def record_task(worker: WorkerConfig, part: int, parts: int) -> Iterator[Progress | WorkerError]:
+    """Record the missing trajectory shards whose number is ``part`` modulo ``parts``."""
+    from search.worker.assets import load, use_device
 
     try:
-        orders.settle()
-        read = orders.read(spec)
-        assert isinstance(read, StudySpec)
-        teacher = load_teacher(read, load_data(read), use_device(read))
-        store = trajectory_store(read, teacher)
-        size = f"{store.nbytes / 2**20:.0f} MiB on disk"
-        # By number, not by place in the list: other tasks record while this one starts.
-        missing = [shard for shard in store.missing() if shard % parts == part]
-        if missing:
-            yield Progress(what="trajectories", done=0, total=store.num_shards, remark=size)
-        for shard in missing:
-            store.record_shard(shard)
-            done = store.num_shards - len(store.missing())
-            yield Progress(what="trajectories", done=done, total=store.num_shards, remark=size)
+        worker.settle()
+        study = Study.open(worker_storage(worker.storage), worker.study)
+        spec = study.spec
+        assets = load(spec, use_device(spec))
+        for task in study.tasks_left():
+            store = assets.of(task).store(task.seed)
+            if store is None:
+                return
+            store.require_room(round(spec.trajectories.max_gib * 2**30))
+            size = f"{store.nbytes / 2**20:.0f} MiB on disk"
+            # By number, not by place in the list: other tasks record while this one starts.
+            missing = [shard for shard in store.missing() if shard % parts == part]
+            if missing:
+                yield Progress(what="trajectories", done=0, total=store.num_shards, remark=size)
+            for shard in missing:
+                store.record_shard(shard)
+                done = store.num_shards - len(store.missing())
+                yield Progress(what="trajectories", done=done, total=store.num_shards, remark=size)
     except Exception as error:  # noqa: BLE001  it reaches the user as the launch's error
-        yield Refusal.of(error)
+        yield WorkerError.of(error)
 
 
 def slot(config: Mapping[str, Any]) -> dict[str, Any]:
     """A Ray Tune trainable: claim and work on rows until all have ended.
 
     Args:
-        config: ``orders``, and ``mark``: a file that counts this slot's starts.
+        config: ``worker`` (a ``WorkerConfig``), and ``mark``, a file that counts this slot's
+            starts.
 
     Returns:
-        ``refusal``: why it could not go on, or None.
+        ``error``: why it could not go on, or None.
     """
-    orders, mark = config["orders"], Path(config["mark"])
+    worker, mark = config["worker"], Path(config["mark"])
     try:
-        orders.settle()
+        worker.settle()
         if _count_start(mark) > MAX_STARTS:
             raise WorkersFailedError(
                 f"a worker died {MAX_STARTS} times in a row without taking a trial, as it started "
                 "or as it waited for one; its output is in Ray's session log folder "
                 "(worker-*.err)"
             )
-        _work(orders, mark)
+        _work(worker, mark)
     except StoppedError:
         pass  # the launch knows why
     except BdenseError as error:
-        return {"refusal": Refusal.of(error)}
+        return {"error": WorkerError.of(error)}
     except OSError as error:
         # Started again it would meet the same disk, for ever.
         if disk_error(error) is None:
             raise
-        return {"refusal": Refusal.of(error)}
-    return {"refusal": None}
+        return {"error": WorkerError.of(error)}
+    return {"error": None}
 
 
-def _work(orders: Orders, mark: Path) -> None:
-    worker = _open_patiently(orders)
+def _work(config: WorkerConfig, mark: Path) -> None:
+    worker = _open_patiently(config)
     while (claimed := worker.claim()) is not None:
         mark.unlink(missing_ok=True)
         try:
@@ -228,7 +210,7 @@ def _work(orders: Orders, mark: Path) -> None:
             _log.warning("%s", error)
 
 
-def _open_patiently(orders: Orders) -> "Worker":
+def _open_patiently(config: WorkerConfig) -> "Worker":
     """The worker of a study on a database that may just be restarting.
 
     Raises:
@@ -237,7 +219,7 @@ def _open_patiently(orders: Orders) -> "Worker":
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
-            return _worker_of(orders)
+            return _worker_of(config)
         except (StorageFullError, StorageRefusedError):
             raise
         except StorageError:
@@ -246,18 +228,13 @@ def _open_patiently(orders: Orders) -> "Worker":
             time.sleep(POLL_SECONDS)
 
 
-def _worker_of(orders: Orders) -> "Worker":
-    from search.worker.workers import ChainWorker, RetrainWorker, SearchWorker
+def _worker_of(config: WorkerConfig) -> "Worker":
+    from search.worker.worker import Worker
 
-    url = worker_storage(orders.storage)
-    if orders.kind == "search":
-        study = Study.open(url, orders.study)
-        for ledger in study.ledgers:
-            ledger.launch = orders.launch
-        return SearchWorker(study)
-    planned = Planned.open(url, orders.study)
-    planned.ledger.launch = orders.launch
-    return ChainWorker(planned) if orders.kind == "progressive" else RetrainWorker(planned)
+    study = Study.open(worker_storage(config.storage), config.study)
+    for ledger in study.ledgers:
+        ledger.launch = config.launch
+    return Worker(study)
 
 
 def _count_start(mark: Path) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from bdense.files import atomic_write
+from search.study.results import TrialResult
 from search.study.retention import IDENTITY, RESULT, drop_checkpoints
 from search.study.trial_log import LOG_FILE, worker_name
 
@@ -42,32 +43,31 @@ def _holds_more_than_a_log(folder: Path) -> bool:
     return folder.exists() and any(path.name != LOG_FILE for path in folder.iterdir())
 
 
-def read_result(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+def read_result(folder: Path, identity: Mapping[str, Any]) -> TrialResult | None:
     """What a worker before computed for this very row, if it got that far."""
     path = folder / RESULT
     if not path.exists():
         return None
-    result: dict[str, Any] = json.loads(path.read_text())
-    return result if result["identity"] == identity else None
+    stored: dict[str, Any] = json.loads(path.read_text())
+    if stored["identity"] != identity:
+        return None
+    return TrialResult.of(stored["value"], stored["attrs"])
 
 
-def write_result(
-    folder: Path, identity: Mapping[str, Any], value: float | None, attrs: dict[str, Any]
-) -> dict[str, Any]:
+def write_result(folder: Path, identity: Mapping[str, Any], result: TrialResult) -> TrialResult:
     """Keep what a row came to in its folder; its checkpoint is of no use any more.
 
     Args:
         folder: The row's.
         identity: The row's, as ``take_folder`` was given it.
-        value: The FID; None where the row was ended on the way.
-        attrs: What the row stores, JSON-able.
+        result: What it came to.
 
     Returns:
-        What ``read_result`` finds.
+        The same.
     """
-    result = {"value": value, "attrs": attrs, "identity": identity}
+    stored = {"value": result.value, "attrs": result.attrs(), "identity": identity}
     with atomic_write(folder / RESULT) as scratch:
-        scratch.write_text(json.dumps(result))
+        scratch.write_text(json.dumps(stored))
     drop_checkpoints(folder)
     return result
 

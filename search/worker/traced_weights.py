@@ -1,7 +1,7 @@
-"""Learned branch weights that keep their own history, and its picture.
+"""Branch weights that keep their own history where they are learned, and its picture.
 
-The history is part of the state that ``distill`` puts into its checkpoint: a run that is taken
-over has exactly the past that it does not repeat. K branches.
+The history is part of the state in the training's checkpoint: a run that is taken over has
+exactly the past that it does not repeat. K branches.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,34 +12,59 @@ import torch
 from torch import Tensor
 
 from bdense.files import atomic_write
-from bdense.methods.sfd import IterationReport
-from bdense.weights.weighting import LearnedWeights
+from bdense.training.loop import IterationReport
+from bdense.weights.weighting import BranchWeighting, FixedWeights
 
 # Rows of a trial are read whole by every look at the study: its history has to stay small.
 MAX_POINTS = 100
 _PAST = "past"
 
 
-class TracedWeights(LearnedWeights):
-    """Learned weights that remember those of every iteration."""
+class TracedWeights:
+    """A weighting that, where its weights are learned, remembers those of every iteration.
 
-    def __init__(self, num_branches: int, *, rule: str, strength: float, memory: int) -> None:
-        """As ``LearnedWeights``."""
-        super().__init__(num_branches, rule=rule, strength=strength, memory=memory)
+    Args:
+        given: What decides the weights.
+    """
+
+    def __init__(self, given: BranchWeighting) -> None:
+        self._given = given
+        self._learns = not isinstance(given, FixedWeights)
         self._past: list[Tensor] = []
+
+    @property
+    def num_branches(self) -> int:
+        """K."""
+        return self._given.num_branches
+
+    @property
+    def needs_gradients(self) -> bool:
+        """As of the weighting."""
+        return self._given.needs_gradients
+
+    def observe(self, losses: Tensor, gradient_norms: Tensor | None) -> None:
+        """As of the weighting."""
+        self._given.observe(losses, gradient_norms)
+
+    def weights(self) -> Tensor:
+        """[K] float64 w_1..w_K of the next update."""
+        return self._given.weights()
 
     def note(self, done: IterationReport) -> None:
         """Remember an iteration, by the weights of its last update."""
-        assert done.iteration == len(self._past)
-        self._past.append(done.weights[-1])
+        if self._learns:
+            assert done.iteration == len(self._past)
+            self._past.append(done.weights[-1])
 
-    def history(self) -> dict[str, list[Any]]:
-        """The way of the weights, JSON-able.
+    def history(self) -> dict[str, list[Any]] | None:
+        """How the weights changed; None for fixed ones.
 
         Returns:
             ``iterations`` [n], 0-based, evenly spread from the first to the last, n at most
             ``MAX_POINTS``; ``weights`` [n][K].
         """
+        if not self._learns:
+            return None
         count = len(self._past)
         spread = torch.linspace(0, count - 1, min(count, MAX_POINTS), dtype=torch.float64)
         points = spread.round().int().tolist()
@@ -47,12 +72,18 @@ class TracedWeights(LearnedWeights):
         return {"iterations": points, "weights": weights}
 
     def state(self) -> dict[str, Tensor]:
+        """What ``restore`` needs, the past included."""
         past = {_PAST: torch.stack(self._past)} if self._past else {}
-        return super().state() | past
+        return self._given.state() | past
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        super().restore(state)
+        """Go on from ``state``."""
+        self._given.restore({name: value for name, value in state.items() if name != _PAST})
         self._past = list(state[_PAST].cpu()) if _PAST in state else []
+
+    def describe(self) -> dict[str, Any]:
+        """As of the weighting."""
+        return self._given.describe()
 
 
 def draw_history(history: Mapping[str, Sequence[Any]], title: str, path: Path) -> None:

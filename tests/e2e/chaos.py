@@ -406,8 +406,9 @@ def measure_calmly(
 
 def _measure(study: Path, folder: Path, points: Sequence[float]) -> None:
     from search.spec.study_file import read_spec
-    from search.worker.assets import load, use_device
     from search.worker.trial import train_and_measure
+
+    from search.worker.assets import load, use_device
 
     spec = read_spec(study)
     assets = load(spec, use_device(spec), record=True)

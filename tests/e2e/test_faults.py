@@ -16,10 +16,10 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from search.spec.study_spec import StudySpec
 from sqlalchemy.engine import make_url
 
 from search.errors import ClusterLostError
-from search.spec.study_spec import StudySpec
 from search.storage.engine import resolve_storage_url
 from search.study.study import Study
 from search.study.trial_log import LOG_FILE, read_log

@@ -10,16 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 import search.spec.model_spec
+from search.spec.study_spec import StudySpec
+from search.worker.workers import SearchWorker
+
 from search.errors import SpecChangedError
 from search.spec.space import baseline_space
-from search.spec.study_spec import StudySpec
 from search.storage.engine import resolve_storage_url
 from search.storage.ledger import Ledger
 from search.study.study import Study
 from search.worker import assets, result
-from search.worker.workers import SearchWorker
 from tests.e2e.chaos import end_all
 from tests.e2e.stack import free_port
 from tests.e2e.study import Workplace, kill, small_study

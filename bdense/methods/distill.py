@@ -1,0 +1,258 @@
+"""Run a method: train its stages one after the other, each student the next stage's teacher."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bdense.diffusion.branches import export_branch
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.sampling import Sampler, samplers_from
+from bdense.errors import CheckpointError, InputError
+from bdense.methods.method import Inputs, Method, MethodConfig, Stage, StagePlan
+from bdense.models.cards import write_card
+from bdense.models.store import denoiser_sha256, load_denoiser, load_tensors, save_denoiser
+from bdense.training.loop import Evaluations, IterationReport, train
+from bdense.weights.weighting import BranchWeighting, FixedWeights
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TrainedStage:
+    """A stage that is done.
+
+    Attributes:
+        plan: Which one.
+        student: One branch, the teacher's size, in eval mode.
+        sampler: How it draws.
+        weighting: The branch weights as they ended; None where the student was read from its file.
+        metadata: What the student's file says or would say.
+        path: Its file; None where none is kept.
+    """
+
+    plan: StagePlan
+    student: NetworkDenoiser
+    sampler: Sampler
+    weighting: BranchWeighting | None
+    metadata: Mapping[str, Any]
+    path: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What the stages of one run share; fields as of ``distill``."""
+
+    method: Method
+    config: MethodConfig
+    weighting: Callable[[], BranchWeighting]
+    inputs: Inputs
+    folder: Path | None
+    name: str
+    checkpoint: Path | None
+    devices: Sequence[torch.device] | None
+    checkpoint_seconds: float
+    metadata: Mapping[str, Any]
+    on_iteration: Callable[[StagePlan, IterationReport], None] | None
+    on_save: Callable[[StagePlan, int], None] | None
+    evaluations: Callable[[Stage], Evaluations | None] | None
+    identity: Mapping[str, Any]
+
+    def path(self, plan: StagePlan) -> Path | None:
+        """The file of that stage's student."""
+        if self.folder is None:
+            return None
+        return self.folder / f"{plan.name or self.name}.safetensors"
+
+    def is_kept(self, plan: StagePlan) -> bool:
+        """Whether that stage was done before."""
+        path = self.path(plan)
+        return path is not None and path.exists()
+
+    def stages(
+        self, plans: Sequence[StagePlan], teacher: NetworkDenoiser, first: Stage | None
+    ) -> Iterator[TrainedStage]:
+        """Each from its file, or trained and kept now; ``first`` is the first, if not kept."""
+        for plan in plans:
+            path = self.path(plan)
+            unfinished = self.checkpoint
+            if path is not None and unfinished is None:
+                unfinished = path.with_suffix(".training.safetensors")
+            if path is not None and path.exists():
+                done = self._kept(plan, path, teacher)
+            else:
+                stage = first or self.method.stage(plan, teacher, self.config, self.inputs)
+                done = self._trained(plan, stage, path, unfinished)
+            first = None
+            if path is not None and unfinished is not None:
+                unfinished.unlink(missing_ok=True)
+            yield done
+            teacher = done.student
+
+    def require_own(self, path: Path) -> None:
+        """Refuse a student of another run.
+
+        Raises:
+            CheckpointError: It is one; says in what they differ.
+        """
+        if not path.exists():
+            return
+        stored = load_tensors(path)[1].get("identity", {})
+        keys = stored.keys() | self.identity.keys()
+        if differing := sorted(key for key in keys if stored.get(key) != self.identity.get(key)):
+            raise CheckpointError(
+                f"{path} is a student of another run (differs in: {', '.join(differing)}); give "
+                "this run a folder of its own or delete that one's files"
+            )
+
+    def _kept(self, plan: StagePlan, path: Path, teacher: NetworkDenoiser) -> TrainedStage:
+        """A stage that was done before."""
+        self.require_own(path)
+        student, metadata = load_denoiser(path)
+        student.to(next(teacher.parameters()).device).execute(teacher.execution)
+        return TrainedStage(
+            plan=plan,
+            student=student,
+            sampler=samplers_from(metadata)[0],
+            weighting=None,
+            metadata=metadata,
+            path=path,
+        )
+
+    def _trained(
+        self, plan: StagePlan, stage: Stage, path: Path | None, unfinished: Path | None
+    ) -> TrainedStage:
+        """A stage that is trained, resumed from its checkpoint, and kept."""
+        weighting = self.weighting() if plan.branched else FixedWeights(torch.ones(1))
+
+        def on_iteration(done: IterationReport) -> None:
+            if self.on_iteration is not None:
+                self.on_iteration(plan, done)
+
+        def on_save(done: int) -> None:
+            if self.on_save is not None:
+                self.on_save(plan, done)
+
+        branched = train(
+            stage,
+            weighting,
+            devices=self.devices,
+            checkpoint=unfinished,
+            checkpoint_seconds=self.checkpoint_seconds,
+            on_iteration=on_iteration,
+            on_save=on_save,
+            evaluations=self.evaluations(stage) if self.evaluations is not None else None,
+        )
+        student = export_branch(branched)
+        metadata = self._metadata(stage, weighting)
+        if path is not None:
+            # The weights last: a stage that has them is done.
+            write_card(path, student, metadata)
+            save_denoiser(path, student, metadata)
+        return TrainedStage(
+            plan=plan,
+            student=student,
+            sampler=stage.sampler,
+            weighting=weighting,
+            metadata=metadata,
+            path=path,
+        )
+
+    def _metadata(self, stage: Stage, weighting: BranchWeighting) -> dict[str, Any]:
+        """What the student's file says of it."""
+        described = weighting.describe()
+        return {
+            "kind": "student",
+            "method": stage.kind if weighting.num_branches == 1 else f"{stage.kind}-bdense",
+            "weights": stage.optimisation.scaled(weighting.weights()).tolist(),
+            **({} if "fixed" in described else {"weighting": described}),
+            "training": asdict(self.config) | {"seed": self.inputs.seed},
+            **self.metadata,
+            **stage.metadata(),
+            **({"identity": dict(self.identity)} if self.folder is not None else {}),
+        }
+
+
+def distill(
+    method: Method,
+    teacher: NetworkDenoiser,
+    config: MethodConfig,
+    weighting: Callable[[], BranchWeighting],
+    inputs: Inputs,
+    *,
+    folder: Path | None = None,
+    name: str = "student",
+    checkpoint: Path | None = None,
+    devices: Sequence[torch.device] | None = None,
+    checkpoint_seconds: float = 60.0,
+    metadata: Mapping[str, Any] | None = None,
+    on_iteration: Callable[[StagePlan, IterationReport], None] | None = None,
+    on_save: Callable[[StagePlan, int], None] | None = None,
+    evaluations: Callable[[Stage], Evaluations | None] | None = None,
+) -> Iterator[TrainedStage]:
+    """Distil stage by stage, and yield each student as it is done.
+
+    What does not fit together is refused at once, before the first stage is asked for. Stopped
+    anywhere and called again with the same folder or checkpoint, it ends with the same students.
+
+    Args:
+        method: An instance of one of ``bdense.methods.METHODS``.
+        teacher: One branch, on the device to train on.
+        config: Of the method.
+        weighting: Makes the branch weights of a stage, new ones for each.
+        inputs: What is learned from besides the teacher.
+        folder: Where each student is kept with its model card as soon as it is done, and the
+            checkpoint of the stage that is under way; None keeps no students.
+        name: What the file of a method of one stage is called, without its ending.
+        checkpoint: File for the checkpoint of a method of one stage, in place of one in the
+            folder; it is left there where no student is kept.
+        devices: Devices of this machine that share each batch; the first is the teacher's.
+        checkpoint_seconds: As of ``train``.
+        metadata: What else the students' files say.
+        on_iteration: Called with the stage after every iteration; an exception ends the run, as
+            of ``train``.
+        on_save: Called with the stage and the iterations done, after each save.
+        evaluations: Evaluations of a stage on its way.
+
+    Raises:
+        InputError: Something does not fit together.
+        CheckpointError: The folder holds students of another run; says in what they differ.
+        NonFiniteLossError: A stage diverged; those before it stay.
+    """
+    method.check(config, teacher, inputs.known)
+    plans = method.plan(config, teacher)
+    if len(plans) > 1 and (folder is None or checkpoint is not None):
+        raise InputError(
+            f"{method.name} has {len(plans)} stages here, each with a student and a checkpoint of "
+            "its own; give a folder, and no checkpoint"
+        )
+    identity = {}
+    if folder is not None:
+        # As JSON gives it back, where a tuple is a list.
+        identity = json.loads(json.dumps(method.identity(config, teacher, inputs, weighting())))
+    run = _Run(
+        method=method,
+        config=config,
+        weighting=weighting,
+        inputs=inputs,
+        folder=folder,
+        name=name,
+        checkpoint=checkpoint,
+        devices=devices,
+        checkpoint_seconds=checkpoint_seconds,
+        metadata={
+            "teacher_sha256": denoiser_sha256(teacher),
+            "precision": teacher.execution.precision,
+            **(metadata or {}),
+        },
+        on_iteration=on_iteration,
+        on_save=on_save,
+        evaluations=evaluations,
+        identity=identity,
+    )
+    for plan in plans:
+        if (path := run.path(plan)) is not None:
+            run.require_own(path)
+    first = None if run.is_kept(plans[0]) else method.stage(plans[0], teacher, config, inputs)
+    return run.stages(plans, teacher, first)

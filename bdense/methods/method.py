@@ -1,0 +1,190 @@
+"""What a distillation method is: a config of knobs, a plan of stages, and the stages themselves.
+
+A method is one file: a ``MethodConfig`` with its knobs, a ``Stage`` that the training loop runs,
+and a ``Method`` that makes the stages. Its name goes into ``bdense.methods.METHODS``, or into an
+entry point of the group ``bdense.methods``.
+"""
+
+import abc
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
+
+from bdense.data.datasets import Dataset
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.sampling import Sampler
+from bdense.errors import InputError
+from bdense.knobs import knob
+from bdense.training.optimisation import OptimisationConfig
+from bdense.training.stage import Training
+from bdense.weights.weighting import BranchWeighting
+
+if TYPE_CHECKING:
+    from bdense.methods.recordings import TrajectoryStore
+
+# A method takes its own config alone, which a protocol of all methods cannot say.
+AnyConfig: TypeAlias = Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodConfig(OptimisationConfig):
+    """The knobs that every method has; a method adds its own and may change the defaults."""
+
+    batch: int = knob(128, "images in each iteration", low=1)
+    dropout: bool = knob(True, "train with the teacher's own dropout")
+
+    def __post_init__(self) -> None:
+        OptimisationConfig.__post_init__(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The knobs as ``read`` takes them and a file holds them: lists stand for tuples."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlan:
+    """What is known of a stage without its teacher.
+
+    Attributes:
+        name: What its files are called, such as ``00032``; empty where the method has one stage.
+        label: For people, such as ``2 NFE`` or ``32 steps``.
+        num_updates: Iterations of the training loop.
+        nfe: Network evaluations an image costs the student; the fewest, where it serves several.
+        branched: Whether it uses the branch weights; else it has one branch of weight 1.
+    """
+
+    name: str
+    label: str
+    num_updates: int
+    nfe: int
+    branched: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Recordings:
+    """Where a teacher's trajectories are recorded once, to be shared by many students.
+
+    Attributes:
+        root: Folder; each recording has a folder of its own in it.
+        dtype: ``float32`` or ``float16``.
+    """
+
+    root: Path
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Inputs:
+    """What stages learn from besides the teacher.
+
+    Attributes:
+        dataset: For methods that need data.
+        seed: Seed of batches, noise and dropout.
+        recordings: Where a method that can record its teacher's trajectories keeps them; None
+            computes them anew for each student.
+        known: Metadata of the first teacher's file; a student's says which levels it knows.
+    """
+
+    dataset: Dataset | None = None
+    seed: int = 0
+    recordings: Recordings | None = None
+    known: Mapping[str, Any] = field(default_factory=dict)
+
+    def require_dataset(self, method: str) -> Dataset:
+        """The data set.
+
+        Raises:
+            InputError: There is none.
+        """
+        if self.dataset is None:
+            raise InputError(f"method {method} learns from images; give a data set (data)")
+        return self.dataset
+
+
+class Stage(Training, Protocol):
+    """One training of a method."""
+
+    @property
+    def sampler(self) -> Sampler:
+        """How its student draws images."""
+        ...
+
+    def metadata(self) -> dict[str, Any]:
+        """What the student's file says of it, its ``sampler`` among it; JSON-able."""
+        ...
+
+
+class Method(abc.ABC):
+    """A distillation method; its ``config`` arguments are of its own ``Config``."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]  # for people, such as SFD
+    Config: ClassVar[type[MethodConfig]]
+    needs_data: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def plan(
+        self, config: AnyConfig, teacher: NetworkDenoiser | None = None
+    ) -> tuple[StagePlan, ...]:
+        """The stages in order; with a teacher, those that it needs."""
+
+    @abc.abstractmethod
+    def num_branches(self, config: AnyConfig) -> int:
+        """K with dense supervision."""
+
+    @abc.abstractmethod
+    def check(self, config: AnyConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
+        """Refuse a teacher that cannot be distilled so, before anything is spent.
+
+        Args:
+            config: Of the method.
+            teacher: The first teacher.
+            known: Metadata of its file.
+
+        Raises:
+            InputError: Levels, steps or the prediction type do not fit, or the teacher is itself
+                a student where the method takes none.
+        """
+
+    @abc.abstractmethod
+    def stage(
+        self, plan: StagePlan, teacher: NetworkDenoiser, config: AnyConfig, inputs: Inputs
+    ) -> Stage:
+        """One stage.
+
+        Args:
+            plan: Which one.
+            teacher: The student of the stage before, or the first teacher; on the device to train
+                on.
+            config: Of the method.
+            inputs: What is learned from besides.
+        """
+
+    def usual(self, known: Mapping[str, Any]) -> dict[str, Any]:
+        """Knobs that the teacher's metadata settle where they are not given, such as levels."""
+        return {}
+
+    def teacher_sampler(self, config: AnyConfig, teacher: NetworkDenoiser) -> Sampler | None:
+        """How the teacher itself is measured beside its students; None: it is not."""
+        return None
+
+    def recording(
+        self, config: AnyConfig, teacher: NetworkDenoiser, inputs: Inputs
+    ) -> "TrajectoryStore | None":
+        """What can be recorded beforehand, with ``inputs.recordings``; None: nothing."""
+        return None
+
+    def identity(
+        self,
+        config: AnyConfig,
+        teacher: NetworkDenoiser,
+        inputs: Inputs,
+        weighting: BranchWeighting,
+    ) -> dict[str, Any]:
+        """What must agree for kept students to be of the same distillation; JSON-able, flat."""
+        first = self.plan(config, teacher)[0]
+        return self.stage(first, teacher, config, inputs).describe(weighting)

@@ -1,0 +1,393 @@
+"""The one training loop: of teachers, and of every stage of every distillation method.
+
+S updates an iteration, K branches.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bdense.diffusion.branches import export_branch, widen_head
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.errors import InputError, NonFiniteLossError, StoppedError
+from bdense.randomness import Stream, seeded
+from bdense.training.checkpoint import TrainingCheckpoint
+from bdense.training.parallel import Team, team_of
+from bdense.training.stage import BranchLosses, Training, Update
+from bdense.weights.weighting import BranchWeighting
+
+
+@dataclass(frozen=True, slots=True)
+class IterationReport:
+    """What one iteration did.
+
+    Attributes:
+        iteration: 0-based.
+        iterations: Of the whole run.
+        lr: Step size used.
+        branch_losses: [S, K] float64 on the CPU: mean over the batch, unweighted.
+        weights: [S, K] float64 branch weights used.
+        loss: What was minimised, mean over the updates.
+        gradient_norm: Before clipping, the largest of the updates.
+    """
+
+    iteration: int
+    iterations: int
+    lr: float
+    branch_losses: Tensor
+    weights: Tensor
+    loss: float
+    gradient_norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluations:
+    """Evaluations of the student while it learns; they do not change the training.
+
+    Attributes:
+        after: Numbers of iterations, each from 1 to one less than all.
+        evaluate: Called after so many, with that number and branch K as ``export_branch`` makes
+            it, in eval mode: a copy. What it raises ends the run. A run that is resumed just
+            there is evaluated again.
+    """
+
+    after: Collection[int] = ()
+    evaluate: Callable[[int, NetworkDenoiser], None] = field(default=lambda *_: None)
+
+    def within(self, num_updates: int) -> frozenset[int]:
+        """``after``, of a run of that many iterations.
+
+        Raises:
+            InputError: A number lies outside the run.
+        """
+        if outside := sorted(number for number in self.after if not 0 < number < num_updates):
+            raise InputError(
+                f"evaluations after {outside} iterations lie outside 1..{num_updates - 1}, the "
+                f"inside of a run of {num_updates} iterations"
+            )
+        return frozenset(self.after)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Options:
+    """The arguments of ``train`` beside stage and weighting."""
+
+    checkpoint: Path | None
+    checkpoint_seconds: float = 60.0
+    on_iteration: Callable[[IterationReport], None] | None = None
+    on_save: Callable[[int], None] | None = None
+    evaluations: Evaluations
+
+
+def train(
+    stage: Training,
+    weighting: BranchWeighting,
+    *,
+    devices: Sequence[torch.device] | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_seconds: float = 60.0,
+    on_iteration: Callable[[IterationReport], None] | None = None,
+    on_save: Callable[[int], None] | None = None,
+    evaluations: Evaluations | None = None,
+) -> NetworkDenoiser:
+    """Train the student of one stage.
+
+    Stopped anywhere and called again with the same ``checkpoint``, it ends with the same weights.
+
+    Args:
+        stage: What is learned.
+        weighting: Where the weights w_1..w_K come from; one branch is plain training.
+        devices: Devices of this machine that share each batch equally; the first is the stage's.
+            The result is that of one device up to rounding and, with dropout, other masks.
+        checkpoint: File to resume from and to save to; None keeps nothing.
+        checkpoint_seconds: Save at the first iteration that ends this long after the last save; at
+            the end in any case.
+        on_iteration: Called after every iteration; an exception ends the run, a ``StoppedError``
+            with a save.
+        on_save: Called after each save with the iterations done.
+        evaluations: Evaluations on the way; saved before each.
+
+    Returns:
+        The branched student, in eval mode: its average where the stage asks for one.
+        ``export_branch`` makes it the teacher's size.
+
+    Raises:
+        InputError: Branches, weights and devices do not fit the stage.
+        NonFiniteLossError: A loss or gradient is not finite; no update was made from it.
+        CheckpointError: The checkpoint is of another run.
+    """
+    options = _Options(
+        checkpoint=checkpoint,
+        checkpoint_seconds=checkpoint_seconds,
+        on_iteration=on_iteration,
+        on_save=on_save,
+        evaluations=evaluations or Evaluations(),
+    )
+    _require_fitting(stage, weighting)
+    if devices is None or len(devices) == 1:
+        return _train(Team.alone(), stage, weighting, options)
+    Team(0, len(devices)).share_of(stage.batch_size)
+    # The others wait while this process evaluates.
+    waits = Evaluations(tuple(options.evaluations.after), _not_here)
+    with team_of(devices, _follow, (stage, weighting, checkpoint, waits)) as team:
+        return _train(team, stage, weighting, options)
+
+
+def _follow(
+    team: Team,
+    device: torch.device,
+    job: tuple[Training, BranchWeighting, Path | None, Evaluations],
+) -> None:
+    stage, weighting, checkpoint, waits = job
+    _train(team, stage.on(device), weighting, _Options(checkpoint=checkpoint, evaluations=waits))
+
+
+def _not_here(after: int, student: NetworkDenoiser) -> None:
+    raise AssertionError(f"a follower was to evaluate its student after {after} iterations")
+
+
+def _train(
+    team: Team, stage: Training, weighting: BranchWeighting, options: _Options
+) -> NetworkDenoiser:
+    """The loop, in one process of a team."""
+    evaluated = options.evaluations.within(stage.num_updates)
+    stage.start.execution.set_products()
+    student = widen_head(stage.start, weighting.num_branches).train(stage.dropout)
+    stage.begin(student)
+    optimizer = stage.optimisation.make_optimizer(student.parameters())
+    average = _Average.of(student, stage)
+    trained = average.student if average is not None else student
+    checkpoint = TrainingCheckpoint(
+        options.checkpoint,
+        stage,
+        weighting,
+        student,
+        optimizer,
+        average.student if average is not None else None,
+        run_identity(stage, weighting, team),
+        seconds=options.checkpoint_seconds,
+        writes=team.leads,
+        on_save=options.on_save,
+    )
+    first = checkpoint.resume()
+    step, images = (
+        _Step(stage, weighting, student, optimizer, team),
+        team.share_of(stage.batch_size),
+    )
+    for iteration in range(first, stage.num_updates):
+        if iteration in evaluated:
+            evaluate = functools.partial(_evaluate, options.evaluations, iteration, trained)
+            team.while_others_wait(f"evaluation {iteration}", evaluate)
+        lr = stage.optimisation.lr_at(iteration, stage.num_updates, stage.batch_size)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        batch = stage.batch(iteration, images)
+        steps = [step(iteration, update) for update in stage.updates(iteration, batch)]
+        if average is not None:
+            average.add(student)
+        done = iteration + 1
+        # Before the save: a caller that is no longer entitled to the checkpoint ends the run here.
+        try:
+            team.miss()
+            if options.on_iteration is not None:
+                options.on_iteration(_report(iteration, stage.num_updates, lr, steps))
+        except StoppedError:
+            checkpoint.save(done)
+            raise
+        if done in evaluated or done == stage.num_updates or checkpoint.is_due:
+            checkpoint.save(done)
+    return trained.eval()
+
+
+def run_identity(stage: Training, weighting: BranchWeighting, team: Team) -> dict[str, Any]:
+    """What must agree for a checkpoint to be of the same run."""
+    # Each device draws dropout of its own.
+    shared = {"devices": team.size} if team.size > 1 else {}
+    return stage.describe(weighting) | shared
+
+
+def _require_fitting(stage: Training, weighting: BranchWeighting) -> None:
+    """Refuse weights that the stage cannot use.
+
+    Raises:
+        InputError: It cannot.
+    """
+    if weighting.num_branches not in (1, stage.num_branches):
+        raise InputError(
+            f"there are {weighting.num_branches} branch weights, and the stage has "
+            f"{stage.num_branches} branches (substeps); give one for each branch, or a single one "
+            "for plain training"
+        )
+    if weighting.needs_gradients and stage.start.execution.compile:
+        # A compiled graph hands out no tensor from its middle that gradients can be asked for.
+        raise InputError(
+            "weights learned by gradient norms need the input of the network's head, which a "
+            "compiled network hides; drop compile, or learn them by the rule uncertainty"
+        )
+
+
+def _evaluate(evaluations: Evaluations, after: int, student: NetworkDenoiser) -> None:
+    """Of a copy of branch K."""
+    evaluations.evaluate(after, export_branch(student).eval())
+
+
+@dataclass(frozen=True, eq=False)
+class _Average:
+    """The running average of a student's weights."""
+
+    student: NetworkDenoiser
+    share: float
+
+    @classmethod
+    def of(cls, student: NetworkDenoiser, stage: Training) -> "_Average | None":
+        """A new one, where the stage asks for it."""
+        share = stage.optimisation.ema_share(stage.batch_size)
+        if share is None:
+            return None
+        copied = student.on(next(student.parameters()).device)
+        return cls(copied.eval().requires_grad_(False), share)
+
+    @torch.no_grad()
+    def add(self, student: NetworkDenoiser) -> None:
+        """Move towards the student's weights."""
+        torch._foreach_lerp_(
+            list(self.student.parameters()), list(student.parameters()), self.share
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """What one update did: [K] float64 losses and weights, and two numbers."""
+
+    losses: Tensor
+    weights: Tensor
+    loss: float
+    gradient_norm: float
+
+
+def _report(iteration: int, iterations: int, lr: float, steps: Sequence[_Done]) -> IterationReport:
+    return IterationReport(
+        iteration=iteration,
+        iterations=iterations,
+        lr=lr,
+        branch_losses=torch.stack([step.losses for step in steps]),
+        weights=torch.stack([step.weights for step in steps]),
+        loss=sum(step.loss for step in steps) / len(steps),
+        gradient_norm=max(step.gradient_norm for step in steps),
+    )
+
+
+class _Branches(nn.Module):
+    """``student.branches`` as a module, which a team's gradients flow through."""
+
+    def __init__(self, student: NetworkDenoiser) -> None:
+        super().__init__()
+        self.student = student
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401  those of branches
+        """[B, K, C, H, W]."""
+        return self.student.branches(*args, **kwargs)
+
+
+class _Step:
+    """One step of the optimiser."""
+
+    def __init__(
+        self,
+        stage: Training,
+        weighting: BranchWeighting,
+        student: NetworkDenoiser,
+        optimizer: torch.optim.Optimizer,
+        team: Team,
+    ) -> None:
+        self._stage = stage
+        self._weighting = weighting
+        self._student = student
+        self._optimizer = optimizer
+        self._team = team
+        self._parameters = list(student.parameters())
+        self._branches = student.branches
+        if team.size > 1:
+            self._branches = team.wrap(_Branches(student))
+
+    def __call__(self, iteration: int, update: Update) -> _Done:
+        """Make the update, unless a loss or gradient is not finite."""
+        optimisation, team = self._stage.optimisation, self._team
+        with self._shared_features() as shared, self._dropout(update):
+            losses = update(self._branches)
+        per_branch = losses.per_branch
+        seen = team.mean(per_branch.detach())
+        self._weighting.observe(seen, self._gradient_norms(per_branch, shared))
+        weights = optimisation.scaled(self._weighting.weights())
+        loss = losses.weighted(weights)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        minimised = team.mean(loss.detach())
+        # The one place where a GPU is waited for.
+        numbers = torch.cat([seen, torch.stack([minimised, norm.to(seen)])]).double().cpu()
+        used = weights.detach().to(seen.dtype).double().cpu()
+        if not bool(numbers.isfinite().all() and used.isfinite().all()):
+            raise self._named(update, seen, weights, iteration)
+        value, length = numbers[-2:].tolist()
+        optimisation.clip(gradients, length)
+        self._optimizer.step()
+        return _Done(numbers[:-2], used, value, length)
+
+    def _dropout(self, update: Update) -> contextlib.AbstractContextManager[None]:
+        """The random state that dropout draws from in this update, on every call of it."""
+        device = self._parameters[0].device
+        own = self._team.own_index
+        return seeded(device, self._stage.seed, Stream.DROPOUT, *update.stream, *own)
+
+    @contextlib.contextmanager
+    def _shared_features(self) -> Iterator[list[Tensor]]:
+        """The head's input, which all branches share, once the network has been called."""
+        kept: list[Tensor] = []
+        if not self._weighting.needs_gradients:
+            yield kept
+            return
+        model = self._student.model
+        head = model.get_submodule(model.head_name)
+        hook = head.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+        try:
+            yield kept
+        finally:
+            hook.remove()
+
+    def _gradient_norms(self, losses: Tensor, shared: list[Tensor]) -> Tensor | None:
+        """[K] |d loss_k / d shared|, each by a walk back through the head alone."""
+        if not shared:
+            return None
+        norms = [
+            torch.autograd.grad(loss, shared[0], retain_graph=True)[0].norm() for loss in losses
+        ]
+        # Of the whole batch: the squares add up over the shares, each a mean over its own images.
+        return (self._team.mean(torch.stack(norms).square()) / self._team.size).sqrt()
+
+    def _named(
+        self, update: Update, seen: Tensor, weights: Tensor, iteration: int
+    ) -> NonFiniteLossError:
+        """What is not finite and which branch caused it: each alone, from the same draws."""
+        where = {"iteration": iteration, **update.where}
+        for k, loss in enumerate(seen, 1):
+            if not bool(loss.isfinite()):
+                return NonFiniteLossError("the loss", **where, branch=k)
+        # Eagerly: a compiled graph is walked back once, and each branch wants its own.
+        with torch.compiler.set_stance("force_eager"), self._dropout(update):
+            losses: BranchLosses = update(self._student.branches)
+            # Weighted, as in the update: a large weight may be what overflows.
+            for k, loss in enumerate(weights.to(seen) * losses.per_branch, 1):
+                alone = torch.autograd.grad(
+                    loss, self._parameters, retain_graph=True, allow_unused=True
+                )
+                if not all(bool(g.isfinite().all()) for g in alone if g is not None):
+                    return NonFiniteLossError("the gradient", **where, branch=k)
+        return NonFiniteLossError("the gradient", **where)

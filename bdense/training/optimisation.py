@@ -1,0 +1,116 @@
+"""How a stage is optimised: optimiser, step size, clipping, averaging of the weights."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from bdense.errors import InputError
+from bdense.knobs import Knobs, knob
+
+Optimizer = Literal["adam", "adamw", "sgd"]
+LRSchedule = Literal["constant", "linear", "step"]
+OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimisationConfig(Knobs):
+    """Optimiser, step size, clipping, averaging; every method's config has these knobs."""
+
+    heading: ClassVar[str] = "training"
+
+    optimizer: Optimizer = knob(
+        "adam", "optimiser; adamw has a decoupled weight decay, sgd no momentum"
+    )
+    lr: float = knob(5e-5, "step size", above=0)
+    betas: tuple[float, float] = knob(
+        (0.9, 0.999), "decay of adam's and adamw's moments", low=0, below=1
+    )
+    weight_decay: float = knob(0.0, "weight decay of adamw", low=0)
+    clip_norm: float | None = knob(
+        None, "largest norm of the gradient, which is scaled down to it", above=0, none="no limit"
+    )
+    lr_schedule: LRSchedule = knob(
+        "constant",
+        "step size over the run: constant, linear (falls to 0), or step (a tenth in the second "
+        "half)",
+    )
+    warmup_images: int = knob(
+        0, "images over which the step size first rises linearly from 0", low=0
+    )
+    ema: float | None = knob(
+        None,
+        "average the student's weights; images after which a weight's share has halved",
+        above=0,
+        none="no average",
+    )
+    rescale_weights: bool = knob(
+        False, "divide the branch weights by their sum, as clipped gradients see their scale"
+    )
+
+    def __post_init__(self) -> None:
+        Knobs.__post_init__(self)
+        if len(self.betas) != 2:
+            raise InputError(f"betas must be two numbers, got {list(self.betas)}")
+        if self.weight_decay and self.optimizer != "adamw":
+            raise InputError(
+                f"weight_decay={self.weight_decay} needs optimizer=adamw, got "
+                f"optimizer={self.optimizer}; {self.optimizer} has no weight decay"
+            )
+
+    def lr_at(self, iteration: int, num_updates: int, batch: int) -> float:
+        """The step size of that iteration, counted from 0.
+
+        Args:
+            iteration: Of ``num_updates``.
+            num_updates: Iterations of the run.
+            batch: Images an iteration.
+        """
+        lr = self.lr
+        if self.lr_schedule == "linear":
+            lr *= 1 - iteration / num_updates
+        elif self.lr_schedule == "step" and 2 * (iteration - 1) >= num_updates:
+            lr /= 10  # after the first iteration that began with half of the images seen
+        if self.warmup_images:
+            lr *= min(1.0, (iteration + 1) * batch / self.warmup_images)
+        return lr
+
+    def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimiser of these parameters."""
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(parameters, lr=self.lr)
+        if self.optimizer == "adam":
+            return torch.optim.Adam(parameters, lr=self.lr, betas=self.betas, fused=True)
+        return torch.optim.AdamW(
+            parameters, lr=self.lr, betas=self.betas, weight_decay=self.weight_decay, fused=True
+        )
+
+    def clip(self, gradients: list[Tensor], norm: float) -> None:
+        """Scale gradients of that norm down to ``clip_norm``, in place."""
+        if self.clip_norm is not None and norm > self.clip_norm:
+            # torch's own adds 1e-6 to the norm, which the reference of PD does not.
+            torch._foreach_mul_(gradients, self.clip_norm / norm)
+
+    def scaled(self, weights: Tensor) -> Tensor:
+        """The branch weights [K] as the loss uses them."""
+        return weights / weights.sum() if self.rescale_weights else weights
+
+    def ema_share(self, batch: int) -> float | None:
+        """The share of the newest weights in the average at each iteration; None without one."""
+        return None if self.ema is None else 1 - math.pow(0.5, batch / self.ema)
+
+    def changed(self) -> dict[str, Any]:
+        """The knobs of optimisation that are off their default, JSON-able.
+
+        Runs of before a knob was there are runs at its default.
+        """
+        defaults = {each.name: each.default for each in fields(type(self))}
+        found = {each.name: getattr(self, each.name) for each in fields(OptimisationConfig)}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in found.items()
+            if value != defaults[name]
+        }

@@ -1,0 +1,234 @@
+"""Studies of given arms that are made from others: confirmations, transfers, promotions.
+
+All are arms under seeds, and differ only in which arms, under whose conditions.
+"""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from bdense.errors import InputError
+from bdense.weights import space_of
+from bdense.weights.spaces import LogLinearWeights
+from search.analysis.confirmation import (
+    CHOSEN_AFTER,
+    CONFIRM_SUFFIX,
+    JUDGED,
+    choose,
+    complete_trials,
+    confirmed_arm,
+    verdict,
+)
+from search.spec.study import ArmsPlan, StudySpec
+from search.study.arms import Arm, plain_arm, uniform_arm
+from search.study.retention import keep_too
+from search.study.study import Study
+
+PROMOTE_SUFFIX, FROM = ".promote", ".from."
+
+
+def plan_confirmation(study: Study, *, method: Mapping[str, Any], seeds: int, count: int) -> Study:
+    """Candidates and both baselines, under each fresh seed.
+
+    Called again it adds what is new: more seeds, another budget, and new candidates where the
+    search has gone on since.
+
+    Args:
+        study: The search.
+        method: Settings of the method that differ from the search's.
+        seeds: How many fresh ones.
+        count: Candidates.
+
+    Raises:
+        InputError: No trial of the search is complete.
+        SpecChangedError: The stored confirmation is of other conditions.
+    """
+    spec, trials = study.spec, complete_trials(study)
+    name, facts = study.name + CONFIRM_SUFFIX, {"of": study.name}
+    confirmation = Study.create(study.url, given_arms(spec, name), facts=facts)
+    arms = confirmation.arms or [plain_arm(spec), uniform_arm()]
+    basis = [len(trials), count]
+    if confirmation.main.attribute(CHOSEN_AFTER) != basis:
+        known = {arm.trial for arm in arms}
+        arms += [arm for arm in choose(study, trials, count) if arm.trial not in known]
+    change = _differing(spec, method)
+    # A new candidate has to have the seeds of those that were there before it.
+    variants = confirmation.variants
+    known_seeds = {row.seed for row, _ in confirmation.rows() if variants[row.variant] == change}
+    confirmation.plan(arms, sorted(known_seeds | set(fresh_seeds(spec, seeds))), [change])
+    keep_too(study.search, [arm.trial for arm in arms if arm.trial is not None])
+    record = confirmation.main.study
+    record.set_user_attr(CHOSEN_AFTER, basis)
+    record.set_user_attr(JUDGED, confirmation.variants.index(change))
+    return confirmation
+
+
+def plan_transfer(study: Study, to: StudySpec, *, top: int, seeds: int) -> Study:
+    """A study's top weights, taken literally, and both baselines, under another's conditions.
+
+    Args:
+        study: Where the weights were found.
+        to: Under whose conditions they are measured.
+        top: How many, by the lowest posterior mean.
+        seeds: How many fresh ones, the same for all.
+
+    Raises:
+        InputError: No trial of the study is complete, or both are one.
+        SpecChangedError: The stored transfer is of other conditions.
+    """
+    if to.name == study.name:
+        raise InputError(
+            f"--to names study {study.name} itself; give another's file, or confirm it instead"
+        )
+    arms = [plain_arm(to), uniform_arm(), *choose(study, complete_trials(study), top)]
+    name = f"{to.name}{FROM}{study.name}"
+    planned = Study.create(study.url, given_arms(to, name), facts={"of": study.name})
+    planned.plan(arms, fresh_seeds(to, seeds))
+    return planned
+
+
+def plan_promotion(
+    url: str,
+    spec: StudySpec,
+    arm: Arm,
+    *,
+    of: str | None,
+    seeds: Sequence[int],
+    variants: Sequence[Mapping[str, Any]] = ({},),
+) -> Study:
+    """The promoted weights and both baselines, trained under each seed.
+
+    Args:
+        url: The storage.
+        spec: Under whose conditions; its plan is one of given arms.
+        arm: What is promoted.
+        of: Name of the search it comes from.
+        seeds: Of the training.
+        variants: Settings of the method to train each under.
+
+    Raises:
+        InputError: The sum of the weights is no positive, finite number.
+        SpecChangedError: A promotion of that name has other conditions.
+    """
+    _require_sum(arm, spec.resolved.num_branches)
+    planned = Study.create(url, spec, facts={"of": of})
+    planned.plan([plain_arm(spec), uniform_arm(), arm], seeds, variants)
+    return planned
+
+
+def plan_given(url: str, spec: StudySpec) -> Study:
+    """The arms that a study's file names.
+
+    Raises:
+        InputError: An arm is none, or a study that one is the winner of has none.
+        SpecChangedError: The stored study has other conditions.
+    """
+    plan = spec.plan
+    assert isinstance(plan, ArmsPlan)
+    arms = [_named(url, spec, each) for each in plan.arms]
+    named = [each for each in plan.arms if isinstance(each, dict)]
+    sources = [str(each["winner_of"]) for each in named if "winner_of" in each]
+    planned = Study.create(url, spec, facts={"of": sources[0]} if sources else {})
+    planned.plan(arms, plan.seeds, plan.variants)
+    return planned
+
+
+def given_arms(spec: StudySpec, name: str) -> StudySpec:
+    """A study of given arms under a study's conditions, each seed on latents of its own."""
+    plan = ArmsPlan(arms=(), seeds=(0,), latents="fresh")
+    return replace(spec, name=name, plan=plan)
+
+
+def fresh_seeds(spec: StudySpec, count: int, used: Collection[int] = ()) -> list[int]:
+    """The lowest seeds that neither the search nor ``used`` have seen."""
+    seen = {spec.seeds.training, spec.seeds.evaluation, *used}
+    return [seed for seed in range(count + len(seen)) if seed not in seen][:count]
+
+
+def seeds_of(study: Study, name: str) -> set[int]:
+    """Training seeds of another study of given arms; none where there is no such study."""
+    other = study.beside(name)
+    return set() if other is None else {row.seed for row, _ in other.rows()}
+
+
+def arm_from(text: str) -> Arm:
+    """``A,B`` of the command line.
+
+    Raises:
+        InputError: It is no pair of finite numbers.
+    """
+    parts = text.split(",")
+    try:
+        a, b = (float(part) for part in (*parts, *["0"] * (2 - len(parts))))
+    except ValueError as error:
+        raise InputError(
+            f"--weights {text} is no A,B of log w_k = a k + b; give two numbers, as in "
+            "--weights 1.386,-4.274"
+        ) from error
+    if not (math.isfinite(a) and math.isfinite(b)):
+        raise InputError(f"--weights {text} must be finite numbers")
+    return Arm(name=f"a {a:.3f} (given)", params={"a": a, "b": b})
+
+
+def at_another_k(arm: Arm, searched_at: int | None, num_branches: int) -> str:
+    """What the same (a, b) means at another K, in words; "" for learned weights."""
+    if "a" not in arm.params:
+        return ""
+    a, b = arm.params["a"], arm.params["b"]
+    given = LogLinearWeights(a=a, b=b)
+    values = given.values(num_branches)
+    weights = " ".join(f"{value / sum(values):.3g}" for value in values)
+    formula = f"log w_k = {a:.4g} k {'-' if b < 0 else '+'} {abs(b):.4g}"
+    here = f"w_{num_branches}/w_1 = {given.last_to_first(num_branches):.4g} at K = {num_branches}"
+    if searched_at is None or searched_at == num_branches:
+        return f"{formula}: {here}; rescaled to sum 1: {weights}"
+    there = f"w_{searched_at}/w_1 = {given.last_to_first(searched_at):.4g} at the search's "
+    return (
+        f"{formula}: {there}K = {searched_at} becomes {here}, taken literally; rescaled to "
+        f"sum 1: {weights}"
+    )
+
+
+def other_budget(study: Study, method: Mapping[str, Any]) -> str:
+    """A line where weights were confirmed under other settings; the best ones move with them."""
+    found = verdict(study)
+    if found is None or dict(found.comparison.variant) == _differing(study.spec, method):
+        return ""
+    return (
+        f"these weights were confirmed at {found.budget} and are used at other settings "
+        f"({', '.join(f'{k} {v}' for k, v in method.items()) or 'the search'}): the best ones "
+        "move with them; confirm them there\n"
+    )
+
+
+def _differing(spec: StudySpec, method: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that are not the study's own."""
+    own = spec.method.options
+    return {name: value for name, value in method.items() if own.get(name) != value}
+
+
+def _named(url: str, spec: StudySpec, given: str | Mapping[str, Any]) -> Arm:
+    if given == "plain":
+        return plain_arm(spec)
+    if given == "uniform":
+        return uniform_arm()
+    assert isinstance(given, Mapping)
+    if "winner_of" in given:
+        return confirmed_arm(Study.open(url, given["winner_of"]))
+    params = dict(given)
+    space = space_of(params)
+    stored = space.stored(params, spec.resolved.num_branches)
+    return Arm(name=f"{space.label(params)} (given)", params=stored)
+
+
+def _require_sum(arm: Arm, num_branches: int) -> None:
+    """Rescaled to sum 1 they must be numbers."""
+    if "a" not in arm.params:
+        return
+    total = sum(LogLinearWeights(a=arm.params["a"], b=arm.params["b"]).values(num_branches))
+    if not 0 < total < math.inf:
+        raise InputError(
+            f"the weights of {arm.name} have no positive, finite sum at K = {num_branches}; give "
+            "others by --weights A,B"
+        )

@@ -1,0 +1,187 @@
+"""A study's file: YAML to its spec, its files found, its mistakes named by key."""
+
+import dataclasses
+import functools
+import json
+import multiprocessing
+import re
+import signal
+from collections.abc import Callable, Collection
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from bdense.data.names import split_format, split_side
+from bdense.errors import InputError
+from bdense.models.public import REFERENCES, published_names
+from search.errors import SpecError
+from search.spec.legacy import translated
+from search.spec.study import StudySpec
+
+T = TypeVar("T")
+
+
+def read_spec(path: Path, changes: dict[str, Any] | None = None) -> StudySpec:
+    """Parse a study file, and let the engine check it and fill in the method's defaults.
+
+    The engine needs torch, which would stay in the launcher's memory (500 MB) for the whole
+    study: a child process does this.
+
+    Args:
+        path: The file.
+        changes: Sections that options replace, such as ``{"plan": {...}}``, merged key by key.
+
+    Raises:
+        SpecError: The file cannot be read, is no YAML mapping, or a key or value is wrong; one
+            line for each, naming the key.
+    """
+    return apart(functools.partial(_resolved, Path(path), changes or {}))
+
+
+def apart(call: Callable[[], T]) -> T:
+    """Call in a process of its own, which takes torch with it when it ends."""
+    spawn = multiprocessing.get_context("spawn")
+    # Ctrl-C reaches the whole group; only the launcher is to speak of it.
+    quiet = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(max_workers=1, mp_context=spawn, initializer=quiet) as child:
+        return child.submit(call).result()
+
+
+def _resolved(path: Path, changes: dict[str, Any]) -> StudySpec:
+    from search.spec.resolve import resolve
+
+    tree = read_tree(path)
+    try:
+        tree, told = translated(tree)
+    except SpecError as error:
+        raise SpecError(f"{path}: {error}") from error
+    return resolve(parse(_merged(tree, changes), source=str(path)), source=str(path), told=told)
+
+
+def _merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(tree)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def read_tree(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping.
+
+    Raises:
+        SpecError: It cannot be read, or is no mapping.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"the study file {path} cannot be read: {error}") from error
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise SpecError(f"{path} is not valid YAML: {reason}") from error
+    if not isinstance(tree, dict):
+        raise SpecError(f"{path} must be a mapping of keys such as name, data, teacher, method")
+    return tree
+
+
+def parse(tree: dict[str, Any], source: str) -> StudySpec:
+    """A study from a mapping, its files with paths that hold in any folder.
+
+    Raises:
+        SpecError: One line for each mistake, naming ``source`` and the key.
+    """
+    if "facts" in tree:
+        raise SpecError(f"{source}: facts is written by bdense itself; leave it out")
+    try:
+        spec = StudySpec.read(tree)
+        try:
+            _ = spec.space
+        except InputError as error:
+            raise SpecError(SpecError.under("weights", error)) from error
+    except InputError as error:
+        lines = str(error).splitlines()
+        raise SpecError("\n".join(f"{source}: {line}" for line in lines)) from error
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,63}", spec.name):
+        raise SpecError(
+            f"{source}: name must be lower-case letters, digits and hyphens, at most 64, got "
+            f"{spec.name!r}"
+        )
+    return _with_absolute_files(spec, source)
+
+
+def read_stored(name: str, text: str) -> StudySpec:
+    """The spec of the study of that name, from the JSON that its last launch stored.
+
+    Raises:
+        InputError: It is one of another version of bdense.
+    """
+    try:
+        return StudySpec.read(json.loads(text))
+    except InputError as error:
+        first, *more = str(error).splitlines()
+        others = f" and {len(more)} more" if more else ""
+        raise InputError(
+            f"this bdense cannot read the study's spec ({name}: {first}{others}); use the version "
+            "that launched it"
+        ) from error
+
+
+def as_yaml(spec: StudySpec) -> str:
+    """The resolved spec, every default spelt out."""
+    tree = spec.as_dict()
+    del tree["facts"]
+    return yaml.safe_dump(tree, sort_keys=False)
+
+
+def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
+    """The spec with its files as they are seen from any folder: workers have folders of their own.
+
+    Raises:
+        SpecError: There is no such file.
+    """
+
+    def absolute(key: str, file: str, names: Collection[str] = ()) -> str:
+        if file in names:
+            return file
+        path = Path(file).resolve()
+        if path.is_dir():
+            raise SpecError(
+                f"{source}: {key}: {file} is a folder; a model in diffusers' format becomes a "
+                f"file by `bdense convert {file} --out teacher.safetensors`"
+            )
+        if not path.is_file():
+            known = f", nor a public one of that name ({', '.join(names)})" if names else ""
+            raise SpecError(f"{source}: {key}: there is no file {file}{known}")
+        return str(path)
+
+    teacher, evaluation, data = spec.teacher, spec.evaluation, spec.data
+    if data is not None:
+        data = _absolute_data(data, source)
+    if teacher.checkpoint is not None:
+        checkpoint = absolute("teacher.checkpoint", teacher.checkpoint, published_names())
+        teacher = dataclasses.replace(teacher, checkpoint=checkpoint)
+    kind, _, file = evaluation.extractor.partition(":")
+    if file:
+        extractor = f"{kind}:{absolute('evaluation.extractor', file)}"
+        evaluation = dataclasses.replace(evaluation, extractor=extractor)
+    if evaluation.reference is not None:
+        reference = absolute("evaluation.reference", evaluation.reference, REFERENCES)
+        evaluation = dataclasses.replace(evaluation, reference=reference)
+    return dataclasses.replace(spec, teacher=teacher, evaluation=evaluation, data=data)
+
+
+def _absolute_data(data: str, source: str) -> str:
+    """A data set of files with its path as it is seen from any folder; a name stays one."""
+    given, side = split_side(data)
+    if (found := split_format(given)) is None:
+        return data
+    kind, path = found[0], Path(found[1]).expanduser().resolve()
+    if kind == "folder" and not path.is_dir():
+        raise SpecError(f"{source}: data: there is no folder {found[1]}")
+    if kind != "folder" and not path.is_file():
+        raise SpecError(f"{source}: data: there is no file {found[1]}")
+    return f"{kind}:{path}" if side is None else f"{kind}:{path}@{side}"

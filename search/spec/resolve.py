@@ -1,0 +1,281 @@
+"""What the engine says of a spec, before anything is spent: the one place of ``spec`` with torch.
+
+Checks what only the engine can see, fills in the method's defaults and notes the facts that others
+ask for without torch.
+"""
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from bdense.data.datasets import image_shape
+from bdense.data.names import split_format, split_side
+from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
+from bdense.errors import InputError
+from bdense.execution import Execution
+from bdense.methods import METHODS
+from bdense.metrics.classifiers import RECIPES
+from bdense.metrics.dinov2 import SIZES
+from bdense.metrics.extractors import SPECS
+from bdense.models.public import published_architecture
+from bdense.models.sources import load_model
+from bdense.networks import SongUNet, SongUNetConfig
+from bdense.training.teacher import TeacherConfig, new_denoiser
+from bdense.weights import space_of
+from search.errors import SpecError
+from search.spec.space import make_pruner, require_sampler
+from search.spec.study import (
+    ArmsPlan,
+    Facts,
+    SearchPlan,
+    StageFacts,
+    StudySpec,
+    TeacherTraining,
+)
+
+
+def resolve(spec: StudySpec, source: str = "", told: str = "") -> StudySpec:
+    """The spec with the method's defaults filled in and its facts.
+
+    Args:
+        spec: As parsed.
+        source: What it was read from, in front of each error.
+        told: What the user is told besides, if anything (an old form, how it is written now).
+
+    Raises:
+        SpecError: There is no such method, data set or extractor, a setting is wrong, the teacher
+            makes other images than the data set's, no weights are within the bound, or there is
+            nothing to search.
+    """
+    before = f"{source}: " if source else f"study {spec.name}: "
+    if told:
+        sys.stderr.write(f"bdense-search: {source}: {told}\n")
+    try:
+        resolved = _with_facts(spec)
+        _check_weights(resolved)
+        _check_plan(resolved)
+        if spec.resources.gpus == 0:
+            execution(spec).require(torch.device("cpu"))
+        _check_data(resolved)
+        _check_extractor(spec.evaluation.extractor)
+        if spec.teacher.train is not None:
+            _check_network(spec.teacher.train)
+        return _with_teacher(resolved)
+    except InputError as error:
+        raise SpecError(f"{before}{error}") from error
+
+
+def architecture(spec: StudySpec) -> dict[str, Any]:
+    """The teacher's network as ``build_denoiser`` takes it; nothing is downloaded for it.
+
+    Raises:
+        InputError: The teacher's file cannot be read, or the network does not fit the data.
+    """
+    name = spec.teacher.checkpoint
+    if name is not None:
+        published = published_architecture(name)
+        return dict(published) if published is not None else load_model(name)[0].describe()
+    assert spec.teacher.train is not None
+    assert spec.data is not None  # a spec that trains a teacher names its data
+    shape = torch.Size(image_shape(spec.data))
+    with torch.device("meta"):
+        return new_denoiser(teacher_config(spec.teacher.train), shape).describe()
+
+
+def variant(spec: StudySpec, changes: dict[str, Any]) -> StudySpec:
+    """A resolved spec with some of the method's settings replaced.
+
+    Raises:
+        InputError: The method has no such setting, or refuses the value.
+    """
+    if not changes:
+        return spec
+    return _with_facts(replace(spec, method=spec.method.with_options(changes)))
+
+
+def execution(spec: StudySpec) -> Execution:
+    """How teacher and students compute their network."""
+    resources = spec.resources
+    return Execution(
+        precision=spec.precision,
+        compile=resources.compile,
+        channels_last=resources.channels_last,
+    )
+
+
+def teacher_config(training: TeacherTraining) -> TeacherConfig:
+    """How the study's own teacher is trained."""
+    return TeacherConfig(
+        images=round(training.kimg * 1000),
+        batch=training.batch,
+        lr=training.lr,
+        warmup_images=round(training.warmup_kimg * 1000),
+        ema_halflife_images=round(training.ema_halflife_kimg * 1000),
+        seed=training.seed,
+        network=training.network,
+        precond=training.precond,
+        loss=training.loss,
+        flip=training.flip,
+        clip=training.clip,
+    )
+
+
+def _with_teacher(spec: StudySpec) -> StudySpec:
+    """The facts with the teacher's network known, which the method may refuse."""
+    made = architecture(spec)
+    with torch.device("meta"):
+        teacher = build_denoiser(made)
+        teacher.execution = execution(spec)
+        method = METHODS[spec.method.name]()
+        try:
+            method.check(method.Config.read(spec.method.options), teacher, {})
+        except InputError as error:
+            raise SpecError.under("method", error) from error
+        return _with_facts(spec, teacher)
+
+
+def _with_facts(spec: StudySpec, teacher: NetworkDenoiser | None = None) -> StudySpec:
+    try:
+        method = METHODS[spec.method.name]()
+        config = method.Config.read(spec.method.options, "method")
+        plans = method.plan(config, teacher)
+    except InputError as error:
+        raise SpecError.under("method", error) from error
+    facts = Facts(
+        title=method.title,
+        num_branches=method.num_branches(config),
+        batch=config.batch,
+        needs_data=method.needs_data,
+        stages=tuple(
+            StageFacts(
+                name=plan.name,
+                label=plan.label,
+                num_updates=plan.num_updates,
+                nfe=plan.nfe,
+                branched=plan.branched,
+            )
+            for plan in plans
+        ),
+    )
+    chosen = spec.method.with_options(config.as_dict())
+    return replace(spec, method=chosen, facts=facts)
+
+
+def _check_weights(spec: StudySpec) -> None:
+    if not spec.is_search:
+        return
+    space = spec.space
+    space.check(spec.resolved.num_branches)
+    if spec.resources.compile and "gradient-norm" in getattr(space, "rules", ()):
+        raise InputError(
+            "weights.rules: gradient-norm reads the features inside the network, which "
+            "resources.compile hides; drop one of the two"
+        )
+    if space.is_one_point and spec.search.trials > 1:
+        raise InputError(
+            f"plan.trials: {spec.search.trials} trials would all be the same, as weights has one "
+            "point; run 1, or widen weights"
+        )
+
+
+def _check_plan(spec: StudySpec) -> None:
+    facts = spec.resolved
+    if spec.data is None and spec.uses_data:
+        if facts.needs_data:
+            raise InputError("data is missing; name the data set whose images are learned from")
+        missing = "teacher.checkpoint" if spec.teacher.train else "evaluation.reference"
+        raise InputError(
+            "data is missing; name a data set, or leave it out and give both teacher.checkpoint "
+            f"and evaluation.reference (missing: {missing})"
+        )
+    if facts.batch % spec.resources.team:
+        raise InputError(
+            f"method.batch {facts.batch} cannot be shared equally by resources.gpus "
+            f"{spec.resources.team}; choose a multiple, or other gpus"
+        )
+    if not isinstance(spec.plan, SearchPlan):
+        _check_arms(spec, spec.plan)
+        return
+    require_sampler(spec)
+    make_pruner(spec)
+    try:
+        variant(spec, spec.confirm.method)
+    except InputError as error:
+        raise SpecError(f"confirm.{error}") from error
+    if len(facts.stages) > 1 and spec.plan.at:
+        raise InputError(
+            f"plan.at {list(spec.plan.at)}: a method of {len(facts.stages)} stages is measured "
+            "after each of them; leave it out"
+        )
+    if (images := spec.plan.images or 0) > spec.evaluation.images:
+        raise InputError(
+            f"plan.images {images} is above evaluation.images {spec.evaluation.images}; lower it, "
+            "or leave it out for as many"
+        )
+    total = facts.stages[0].num_updates
+    after = [round(fraction * total) for fraction in spec.plan.at]
+    if after and (after[0] < 1 or after[-1] >= total or len(set(after)) < len(after)):
+        raise InputError(
+            f"plan.at {list(spec.plan.at)} of {total} updates are evaluations after {after} of "
+            "them, which must be different and lie inside the training; choose other fractions"
+        )
+
+
+def _check_arms(spec: StudySpec, plan: ArmsPlan) -> None:
+    for index, arm in enumerate(plan.arms):
+        if isinstance(arm, str) or "winner_of" in arm:
+            continue
+        try:
+            space_of(arm).weighting(arm, spec.resolved.num_branches)
+        except (InputError, TypeError) as error:
+            raise SpecError(f"plan.arms.{index}: {error}") from error
+    for index, changes in enumerate(plan.variants):
+        try:
+            variant(spec, changes)
+        except InputError as error:
+            raise SpecError(f"plan.variants.{index}: {error}") from error
+
+
+def _check_data(spec: StudySpec) -> None:
+    # Files are looked into once they are read, which may take long.
+    if spec.data is None or split_format(split_side(spec.data)[0]) is not None:
+        return
+    try:
+        shape = image_shape(spec.data)
+    except InputError as error:
+        raise SpecError(f"data: {error}") from error
+    name = spec.teacher.checkpoint
+    published = published_architecture(name)
+    if published is None or not spec.uses_data:
+        return
+    with torch.device("meta"):
+        made = tuple(build_denoiser(dict(published)).image_shape)
+    if made != shape:
+        raise SpecError(
+            f"teacher.checkpoint: {name} makes images of {made} (channels, height, width) and "
+            f"data {spec.data} holds {shape}; choose another of the two"
+        )
+
+
+def _check_extractor(name: str) -> None:
+    kind, _, file = name.partition(":")
+    of_a_file = kind == "torchscript" and file
+    if not (of_a_file or kind in ("inception", "dinov2", *SIZES) or name in RECIPES):
+        raise SpecError(f"evaluation.extractor: there is no {name!r}; known are {SPECS}")
+
+
+def _check_network(training: TeacherTraining) -> None:
+    # The images' size is not known yet; 64 pixels can be halved as often as anybody asks.
+    options = {"img_resolution": 64, "img_channels": 1, **training.network}
+    try:
+        # Without memory or numbers: building is what finds a wrong type.
+        with torch.device("meta"):
+            SongUNet(SongUNetConfig(**options))
+    except (InputError, TypeError, ValueError, RuntimeError) as error:
+        raise SpecError(f"teacher.train.network {training.network}: {error}") from error
+    try:
+        teacher_config(training)
+    except InputError as error:
+        raise SpecError(f"teacher.train: {error}") from error

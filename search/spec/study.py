@@ -1,0 +1,508 @@
+"""A study: what is distilled by which method, what is searched, how it is judged, what it costs.
+
+One file, whatever the method and whether points are searched or given arms are measured. A
+misspelt key is an error and a parsed spec never changes. Counts of images are in kimg (thousands),
+sizes in GiB, times in seconds.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from bdense import NUMERICS
+from bdense.data.names import LABELS_FILE, image_files, labels_beside, split_format, split_side
+from bdense.errors import InputError
+from bdense.files import sha256_file
+from bdense.knobs import KnobError, Knobs, knob, knobs_of
+from bdense.models.public import REFERENCES, published_checkpoint
+from bdense.weights import WEIGHT_SPACES
+from bdense.weights.spaces import WeightSpace
+
+# Of bdense.execution.PRECISIONS, which needs torch.
+Precision = Literal["float32", "tf32", "bfloat16", "float16"]
+Loss = Literal["constant", "snr", "snr_trunc", "v"]
+_SEEDS: dict[str, Any] = {"low": 0, "below": 2**31}
+# One image or more.
+_KIMG: dict[str, Any] = {"low": 0.001}
+
+# Folders under the runs that all studies share (search.storage.engine, search.study.artifacts).
+TAKEN_NAMES = ("artifacts", "cache")
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A member of a registry by its name, with its own settings beside it."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, given: Any, key: str) -> Self:  # noqa: ANN401  as YAML has it
+        """From a mapping with a ``name``, or the name alone.
+
+        Raises:
+            KnobError: It is neither.
+        """
+        if isinstance(given, cls):
+            return given
+        if isinstance(given, str):
+            return cls(given)
+        if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
+            raise KnobError(key, f"must be a mapping with a name and its settings, got {given!r}")
+        return cls(given["name"], {key: value for key, value in given.items() if key != "name"})
+
+    def __str__(self) -> str:
+        return self.name
+
+    def with_options(self, changes: Mapping[str, Any]) -> Self:
+        """The same member with some settings replaced."""
+        return type(self)(self.name, {**self.options, **changes})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherTraining(Knobs):
+    """A small teacher trained on the study's data, once, and cached."""
+
+    network: dict[str, Any] = knob({}, "options of the SongUNet beyond image size and channels")
+    kimg: float = knob(help="training length in thousands of images", **_KIMG)
+    batch: int = knob(256, "images an update", low=1)
+    lr: float = knob(2e-3, "step size after the warm-up", above=0)
+    warmup_kimg: float = knob(10.0, "thousands of images over which lr rises from 0", low=0)
+    ema_halflife_kimg: float = knob(
+        10.0, "thousands of images after which a weight's share in the average has halved", **_KIMG
+    )
+    seed: int = knob(0, "seed of initial weights, batches, noise and dropout", **_SEEDS)
+    threads: int = knob(1, "CPU threads; they decide the last bits of the weights", low=1)
+    precond: dict[str, Any] | None = knob(
+        None,
+        "name (cosine or ddpm) and options of a variance-preserving process to train on",
+        none="EDM's levels",
+    )
+    loss: Loss | None = knob(
+        None, "how the levels of that process count", none="by what the network predicts"
+    )
+    flip: bool = knob(False, "mirror each image with probability 1/2")
+    clip: float | None = knob(None, "largest norm of the gradient", above=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherSpec(Knobs):
+    """Either a checkpoint or a training recipe."""
+
+    checkpoint: str | None = knob(
+        None,
+        "a file (our safetensors, pickle of EDM or SFD), or the name of a published one, which is "
+        "downloaded once",
+    )
+    train: TeacherTraining | None = knob(None, "how to train one on the study's own data")
+
+    def __post_init__(self) -> None:
+        Knobs.__post_init__(self)
+        if (self.checkpoint is None) == (self.train is None):
+            raise InputError("give either checkpoint: FILE or train: {...}, one of the two")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationSpec(Knobs):
+    """How a student is judged: FID of so many images against the study's data, or a file."""
+
+    images: int = knob(50_000, "images drawn of each student", low=2)
+    extractor: str = knob(
+        "inception",
+        "feature network: inception, dinov2, torchscript:FILE, or a small classifier trained once "
+        "here (digits-, fashion-mnist-, cifar10-classifier)",
+    )
+    batch: int = knob(128, "images drawn at a time", low=1)
+    metrics: tuple[Literal["fid", "kid", "prc"], ...] = knob(
+        ("fid",), "what is measured; the fid, which is searched for, always is"
+    )
+    reference: str | None = knob(
+        None,
+        "EDM's .npz of statistics in place of the data set's: a file, or the name of one of EDM's",
+    )
+
+    def __post_init__(self) -> None:
+        Knobs.__post_init__(self)
+        if "fid" not in self.metrics:
+            raise InputError(f"metrics {list(self.metrics)} lack fid, which is searched for")
+        if self.reference is not None and set(self.metrics) != {"fid"}:
+            raise InputError(
+                f"metrics {list(self.metrics)} beside fid need single reference images, which a "
+                "reference file lacks; drop them, or drop reference to compare with data"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResourcesSpec(Knobs):
+    """What one trial holds, how it computes, and when its worker counts as lost."""
+
+    cpus: float = knob(1.0, "CPUs of a trial", above=0)
+    gpus: Literal["auto"] | float = knob(
+        "auto",
+        "GPUs of a trial: auto (one, where there are any), a share of one, or a whole number of "
+        "one machine's, which then share every batch",
+        low=0,
+    )
+    threads: int = knob(1, "CPU threads of a trial", low=1)
+    deterministic: bool = knob(False, "deterministic algorithms of torch alone")
+    compile: bool = knob(False, "compile networks by torch.compile; moves numbers by rounding")
+    channels_last: bool = knob(False, "NHWC memory; moves numbers by rounding")
+    checkpoint_seconds: float = knob(60.0, "seconds between checkpoints of a training", above=0)
+    lease_seconds: float = knob(60.0, "seconds after which a silent worker counts as lost", low=10)
+    max_attempts: int = knob(3, "times a trial is started before it counts as poisoned", low=1)
+
+    def __post_init__(self) -> None:
+        Knobs.__post_init__(self)
+        gpus = self.gpus
+        if gpus != "auto" and gpus > 1 and gpus % 1:
+            raise KnobError(
+                "gpus",
+                f"{gpus:g} is neither a share of one GPU nor a whole number of them; give 0 to 1, "
+                f"{int(gpus)} or {int(gpus) + 1}",
+            )
+
+    @property
+    def team(self) -> int:
+        """GPUs that share a trial's batches; 1 also for a trial without any."""
+        return 1 if self.gpus == "auto" else max(1, int(self.gpus))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchPlan(Knobs):
+    """Points proposed by a sampler, beside plain distillation and uniform weights."""
+
+    trials: int = knob(help="points in all", low=1)
+    sampler: Member = knob(
+        Member("TPESampler"),
+        "a class of optuna.samplers and its arguments; its seed is seeds.sampler",
+    )
+    pruner: Member | None = knob(
+        None, "a class of optuna.pruners and its arguments, asked at each intermediate FID"
+    )
+    at: tuple[float, ...] = knob(
+        (),
+        "fractions of the training after which the student is measured, ascending; a method of "
+        "several stages is measured after each of them",
+        above=0,
+        below=1,
+    )
+    images: int | None = knob(
+        None, "images drawn for each intermediate FID", low=2, none="evaluation.images"
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sampler", Member.of(self.sampler, "sampler"))
+        if self.pruner is not None:
+            object.__setattr__(self, "pruner", Member.of(self.pruner, "pruner"))
+        Knobs.__post_init__(self)
+        if list(self.at) != sorted(set(self.at)):
+            raise KnobError("at", f"{list(self.at)} must ascend, each fraction once; sort it")
+        if self.images is not None and not self.at:
+            raise KnobError(
+                "images",
+                f"{self.images} are drawn at no fraction of the training; give at: [...] or drop "
+                "images",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmsPlan(Knobs):
+    """Given arms, each trained under each seed."""
+
+    arms: tuple[str | dict[str, Any], ...] = knob(
+        ("plain", "uniform"),
+        "plain, uniform, a mapping of weight parameters (a, b; rule, strength), or {winner_of: "
+        "STUDY}, another study's confirmed winner",
+    )
+    seeds: tuple[int, ...] = knob((0, 1, 2), "training seeds, the same for all arms", **_SEEDS)
+    variants: tuple[dict[str, Any], ...] = knob(
+        ({},), "settings of the method that differ from the study's: arms are trained under each"
+    )
+    latents: Literal["shared", "fresh"] = knob(
+        "shared",
+        "shared: all rows are judged on the latents of seeds.evaluation; fresh: each seed on its "
+        "own",
+    )
+
+    def __post_init__(self) -> None:
+        Knobs.__post_init__(self)
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise KnobError("seeds", f"{list(self.seeds)} must name one seed or more, each once")
+        for arm in self.arms:
+            if isinstance(arm, str) and arm not in ("plain", "uniform"):
+                raise KnobError("arms", f"must be plain, uniform or a mapping, got {arm!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeedsSpec(Knobs):
+    """One training seed and one set of latents for all trials of a search; the sampler's seed."""
+
+    training: int = knob(0, "seed of each training", **_SEEDS)
+    evaluation: int = knob(0, "seed of the latents that images are drawn from", **_SEEDS)
+    sampler: int = knob(0, "seed of the sampler", **_SEEDS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrajectoriesSpec(Knobs):
+    """Teacher trajectories, of methods that can record them."""
+
+    mode: Literal["recorded", "live"] = knob(
+        "recorded", "record once and share, or compute anew in every trial"
+    )
+    dtype: Literal["float32", "float16"] = knob("float32", "of what is recorded")
+    max_gib: float = knob(32.0, "most GiB to record", above=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfirmSpec(Knobs):
+    """How the best weights are told from lucky ones: fresh seeds, the same for all."""
+
+    candidates: int = knob(3, "points of the search with the lowest posterior mean", low=1)
+    seeds: int = knob(3, "fresh training seeds, and latents, each", low=3)
+    method: dict[str, Any] = knob(
+        {},
+        "settings of the method that differ from the search's, such as kimg of the budget the "
+        "winner will be used at, since the best weights move with it",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageFacts(Knobs):
+    """What is known of a stage before it is trained, as ``bdense.methods.method.StagePlan``."""
+
+    name: str = knob()
+    label: str = knob()
+    num_updates: int = knob()
+    nfe: int = knob()
+    branched: bool = knob()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts(Knobs):
+    """What the engine says of a spec, so that others need not load torch to know it."""
+
+    title: str = knob(help="the method's short name for people, such as SFD")
+    num_branches: int = knob(help="K")
+    batch: int = knob(help="images an update")
+    needs_data: bool = knob(help="whether students learn from the data itself")
+    stages: tuple[StageFacts, ...] = knob(help="of the method, in order")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudySpec(Knobs):
+    """A whole study."""
+
+    name: str = knob(help="lower-case letters, digits and hyphens; also its folder under runs/")
+    data: str | None = knob(
+        None,
+        "what a teacher is trained on and the FID's reference: a name, or folder:, zip:, idx: and "
+        "a path; not needed where teacher.checkpoint and evaluation.reference are there and the "
+        "method does not learn from data",
+    )
+    teacher: TeacherSpec = knob(help="whose steps are distilled")
+    method: Member = knob(help="a distillation method's name and its settings")
+    weights: Member = knob(Member("normalised"), "a weight space's name and its settings")
+    plan: SearchPlan | ArmsPlan = knob(help="a search (trials, ...) or given arms (arms, ...)")
+    evaluation: EvaluationSpec = knob(EvaluationSpec(), "how students are judged")
+    precision: Precision = knob(
+        "float32",
+        "what teacher, training and sampling are computed in; features are float32 in any case",
+    )
+    seeds: SeedsSpec = knob(SeedsSpec(), "seeds of a search")
+    trajectories: TrajectoriesSpec = knob(TrajectoriesSpec(), "the teacher's trajectories")
+    resources: ResourcesSpec = knob(ResourcesSpec(), "what a trial holds")
+    keep_students: int = knob(3, "how many of a search's best students stay on the disk", low=1)
+    confirm: ConfirmSpec = knob(ConfirmSpec(), "how a search's best is confirmed")
+    facts: Facts | None = knob(None, "written by search.spec.resolve")
+
+    def __post_init__(self) -> None:
+        Knobs.__post_init__(self)
+        if self.name in TAKEN_NAMES:
+            raise KnobError(
+                "name",
+                f"{self.name!r} is a folder under the runs that all studies share; choose another",
+            )
+
+    @classmethod
+    def read(cls, tree: Mapping[str, Any], where: str = "") -> Self:
+        """As of ``Knobs``, with all mistakes at once, a line for each section.
+
+        Raises:
+            InputError: A line for each mistake, naming the key.
+        """
+        values, problems = dict(tree), []
+        for name, known in knobs_of(cls).items():
+            try:
+                if name in tree:
+                    values[name] = _section(name, tree[name])
+                    known.accept(values[name])
+            except InputError as error:
+                problems.append(_named(name, error))
+        rest = {name: value for name, value in values.items() if name in knobs_of(cls)}
+        unknown = {name: value for name, value in values.items() if name not in rest}
+        try:
+            # Of a key that is unknown or missing.
+            if unknown or not problems:
+                return super(StudySpec, cls).read(values, where)
+        except InputError as error:
+            problems.append(str(error))
+        raise InputError("\n".join(dict.fromkeys(problems)))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, which ``read`` takes back."""
+        plain: dict[str, Any] = as_plain(self)
+        return plain
+
+    @property
+    def space(self) -> WeightSpace:
+        """Where weights are searched, read from ``weights``."""
+        member: WeightSpace = WEIGHT_SPACES[self.weights.name].read(
+            self.weights.options, "weights"
+        )
+        return member
+
+    @property
+    def is_search(self) -> bool:
+        """Whether points are proposed, rather than arms given."""
+        return isinstance(self.plan, SearchPlan)
+
+    @property
+    def search(self) -> SearchPlan:
+        """The plan of a search."""
+        assert isinstance(self.plan, SearchPlan)
+        return self.plan
+
+    @property
+    def resolved(self) -> Facts:
+        """The engine's facts, which every stored spec has."""
+        assert self.facts is not None
+        return self.facts
+
+    @property
+    def uses_data(self) -> bool:
+        """Whether anything needs the data set: students or teacher to learn, or the reference."""
+        made = self.teacher.train is not None or self.evaluation.reference is None
+        return made or (self.facts is not None and self.facts.needs_data)
+
+    def conditions(self) -> dict[str, Any]:
+        """What changes a row's number, flat: ``section.key`` -> value.
+
+        Trial count, bounds, sampler, pruner, mode of trajectories and resources may change, but
+        for the number of GPUs that share a batch.
+        """
+        kept: dict[str, Any] = {
+            "numerics": NUMERICS,
+            "teacher": self._teacher(),
+            "evaluation": self._evaluation(),
+            "method": as_plain(self.method),
+        }
+        if self.precision != "float32":
+            kept["precision"] = self.precision
+        if self.data is not None:
+            kept["data"] = _content_of(self.data)
+        if isinstance(self.plan, SearchPlan):
+            kept["weights"] = self.space.identity()
+            kept["seeds"] = {
+                "training": self.seeds.training,
+                "evaluation": self.seeds.evaluation,
+            }
+        else:
+            shared = self.plan.latents == "shared"
+            kept["latents"] = self.seeds.evaluation if shared else "fresh"
+        if self.trajectories.mode == "recorded" and self.trajectories.dtype != "float32":
+            kept["trajectories"] = {"dtype": self.trajectories.dtype}
+        if self.resources.team > 1:
+            kept["resources"] = {"gpus": self.resources.team}
+        return flatten(kept)
+
+    def fingerprint(self) -> str:
+        """16 hex digits over ``conditions``."""
+        text = json.dumps(self.conditions(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _teacher(self) -> dict[str, Any]:
+        checkpoint = self.teacher.checkpoint
+        if checkpoint is None:
+            return {"train": as_plain(self.teacher.train)}
+        # A file's content counts, not where it lies; a published one is what its name says.
+        if published_checkpoint(checkpoint) is not None:
+            return {"checkpoint": checkpoint}
+        return {"checkpoint_sha256": sha256_file(Path(checkpoint))}
+
+    def _evaluation(self) -> dict[str, Any]:
+        given = self.evaluation
+        kind, _, file = given.extractor.partition(":")
+        extractor = f"{kind}:{sha256_file(Path(file))}" if file else given.extractor
+        kept: dict[str, Any] = {"images": given.images, "extractor": extractor}
+        if given.reference is not None:
+            is_name = given.reference in REFERENCES
+            kept["reference"] = given.reference if is_name else sha256_file(Path(given.reference))
+        return kept
+
+
+def as_plain(value: Any) -> Any:  # noqa: ANN401  any part of a spec
+    """Dataclasses as mappings, members with their name among their settings, tuples as lists."""
+    if isinstance(value, Member):
+        return {"name": value.name, **as_plain(value.options)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return {each.name: as_plain(getattr(value, each.name)) for each in fields}
+    if isinstance(value, Mapping):
+        return {key: as_plain(each) for key, each in value.items()}
+    return [as_plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _section(name: str, given: Any) -> Any:  # noqa: ANN401  as YAML has it
+    """A section that is not one class alone, as what it is."""
+    if name in ("method", "weights"):
+        return Member.of(given, name)
+    if name == "plan" and isinstance(given, Mapping):
+        return (ArmsPlan if "arms" in given else SearchPlan).read(given)
+    return given
+
+
+def _named(name: str, error: InputError) -> str:
+    """A mistake with the section's name in front."""
+    text = str(error)
+    return text if text.startswith((f"{name} ", f"{name}.")) else f"{name}.{text}"
+
+
+def _content_of(data: str) -> str:
+    """A data set by what is in it: a name stands for itself, for a path its files."""
+    source, side = split_side(data)
+    if (found := split_format(source)) is None:
+        return data
+    kind, path = found[0], Path(found[1]).expanduser()
+    if kind == "folder":
+        content = _digest_of_folder(path)
+    else:
+        labels = labels_beside(path) if kind == "idx" else None
+        content = "+".join(sha256_file(file) for file in (path, labels) if file is not None)
+    return f"{kind}:{content}" if side is None else f"{kind}:{content}@{side}"
+
+
+def _digest_of_folder(folder: Path) -> str:
+    """Hex digest over the images' names and sizes, and the labels.
+
+    Not over the pixels, which take minutes to read and are asked for by every launch and worker;
+    nor over times of modification, which differ wherever the folder is copied to.
+    """
+    files = [(name, (folder / name).stat().st_size) for name in image_files(folder)]
+    labels = folder / LABELS_FILE
+    known = [files, sha256_file(labels) if labels.is_file() else None]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,375 @@
+"""What a study costs in time and memory: two updates and a batch of images, measured for real.
+
+A process of its own makes them, by networks of random weights, which take as long as any.
+"""
+
+import contextlib
+import dataclasses
+import multiprocessing
+import resource
+import signal
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+from bdense.data.datasets import Dataset
+from bdense.diffusion.branches import export_branch
+from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
+from bdense.diffusion.sampling import draw_images
+from bdense.errors import InputError, StoppedError, is_out_of_memory
+from bdense.methods import METHODS
+from bdense.methods.method import Inputs, Recordings, Stage
+from bdense.metrics.classifiers import RECIPES
+from bdense.metrics.extractors import load_extractor, missing_weights
+from bdense.metrics.references import features_of
+from bdense.models.public import CHECKPOINTS, HUB_CHECKPOINTS, REFERENCES
+from bdense.training.loop import IterationReport, train
+from bdense.weights.spaces import uniform_weights
+from bdense.weights.weighting import FixedWeights
+from search.spec.resolve import architecture, execution
+from search.spec.study import ArmsPlan, StudySpec
+from search.storage.engine import cache_folder
+from search.study.wording import duration
+from search.worker.assets import use_device
+
+PATIENCE_SECONDS = 20.0  # that a dry run waits for a measurement
+_UPDATES = 2  # the first warms up
+_FEATURES_BATCH = 256  # images that bdense.metrics.references.features_of takes at a time
+# What CUDA and its libraries take of a GPU for each process, which torch does not count.
+_CONTEXT = 800 * 2**20
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Seconds and bytes of a trial.
+
+    Attributes:
+        recording_seconds: A batch of trajectories that is recorded once for all trials.
+        update_seconds: An update.
+        draw_seconds: A network evaluation of one image, while images are drawn.
+        feature_seconds: One image's features; 0 where the extractor is missing, or small.
+        peak_bytes: The most memory that the process held, on its device.
+        free_bytes: Memory of that device that was free before.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    recording_seconds: float
+    update_seconds: float
+    draw_seconds: float
+    feature_seconds: float
+    peak_bytes: int
+    free_bytes: int
+    device: str
+
+
+def measure(
+    spec: StudySpec, *, download: bool = False, patience: float | None = None
+) -> Measured | None:
+    """Measure on this machine what a trial takes.
+
+    Args:
+        spec: What would be launched.
+        download: Fetch a missing feature extractor; else its part is left out.
+        patience: Seconds to wait; None waits as long as it takes.
+
+    Returns:
+        None where it takes longer than ``patience``.
+
+    Raises:
+        InputError: This machine cannot do what the spec asks, or runs out of memory.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe(duplex=False)
+    asked = (theirs, spec, free_memory(), download)
+    child = spawn.Process(target=_answer, args=asked, daemon=True)
+    child.start()
+    theirs.close()
+    try:
+        answer: Measured | Exception | None = ours.recv() if ours.poll(patience) else None
+    except EOFError:
+        child.join()
+        if child.exitcode != -signal.SIGKILL:
+            raise RuntimeError("the measurement of a trial's cost failed, as above") from None
+        answer = MemoryError("the system ended the process")
+    finally:
+        child.kill()
+        child.join()
+    if isinstance(answer, MemoryError):
+        raise InputError(f"one trial alone runs out of memory ({answer}); {_smaller(spec)}")
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def require_room(spec: StudySpec, together: int) -> None:
+    """Measure a trial, and refuse trials that would run out of memory.
+
+    Args:
+        spec: What is launched.
+        together: Trials at once on this machine.
+
+    Raises:
+        InputError: They have no room; says what to lower. Or as of ``measure``.
+    """
+    found = measure(spec, download=True)
+    assert found is not None  # that is for the impatient
+    if found.device == "cuda":  # trials that hold whole GPUs do not share one
+        share = spec.resources.gpus
+        together = min(together, 1 if share == "auto" or share >= 1 else int(1 / share + 1e-9))
+    if (needed := together * found.peak_bytes) > found.free_bytes:
+        fewer = f"run fewer at once by --workers ({together} now), or " if together > 1 else ""
+        raise InputError(
+            f"{together} trial{'s' * (together > 1)} of study {spec.name} at once need "
+            f"{_gib(needed)} and {'the GPU' if found.device == 'cuda' else 'this machine'} has "
+            f"{_gib(found.free_bytes)} free; {fewer}{_smaller(spec)}"
+        )
+
+
+def _smaller(spec: StudySpec) -> str:
+    """The way out of too little memory."""
+    return (
+        f"lower method.batch ({spec.resolved.batch} now) or evaluation.batch "
+        f"({spec.evaluation.batch} now)"
+    )
+
+
+def free_memory() -> int:
+    """Bytes of memory that this machine, or this container, has left; very many if unknown."""
+    if not Path("/proc/meminfo").exists():
+        return 2**50
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    left = int(lines["MemAvailable"].split()[0]) * 1024
+    most, taken, stat = (_CGROUP / f"memory.{name}" for name in ("max", "current", "stat"))
+    if not most.is_file() or (limit := most.read_text().strip()) == "max":
+        return left
+    # The cache of files is given back where it is needed.
+    known = dict(line.split() for line in stat.read_text().splitlines())
+    cache = int(known["active_file"]) + int(known["inactive_file"])
+    return min(left, max(0, int(limit) - int(taken.read_text()) + cache))
+
+
+def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
+    """What a dry run says of the cost; nothing is downloaded or kept.
+
+    Args:
+        spec: What would be launched.
+        workers: Trials at once; 1 by default.
+    """
+    with torch.device("meta"):
+        teacher = build_denoiser(architecture(spec))
+    parameters = 4 * sum(p.numel() for p in teacher.parameters())
+    work = _work(spec, teacher, parameters)
+    try:
+        found = measure(spec, patience=PATIENCE_SECONDS)
+        why = f"it takes longer than {PATIENCE_SECONDS:g} s here"
+    except InputError as error:
+        found, why = None, str(error)
+    lines = [*work.lines, f"time and memory: the launch measures them; not here: {why}"]
+    if found is not None:
+        lines[-1:] = _measured_lines(found, work, workers or 1)
+    if spec.teacher.train:
+        images = round(spec.teacher.train.kimg * 1000)
+        lines.append(f"teacher: trained on {images:,} images first, which is not counted")
+    return lines + _downloads(spec, parameters)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """Of each of ``rows`` trials: updates, images, and network evaluations to draw them."""
+
+    rows: int
+    updates: int
+    images: int
+    evaluations: int
+    recorded: int  # batches, once for all
+    lines: tuple[str, ...]
+
+
+def _work(spec: StudySpec, teacher: NetworkDenoiser, parameters: int) -> _Work:
+    stages, images = spec.resolved.stages, spec.evaluation.images
+    if isinstance(spec.plan, ArmsPlan):
+        rows = len(spec.plan.arms) * len(spec.plan.seeds) * len(spec.plan.variants)
+        kept = rows
+        intermediate = 0
+    else:
+        rows = spec.plan.trials + 2  # both baselines
+        kept = spec.keep_students + 2
+        intermediate = len(spec.plan.at) * (spec.plan.images or images)
+    updates = sum(stage.num_updates for stage in stages)
+    drawn = len(stages) * images + intermediate
+    store = _store(spec, teacher)
+    students = f"{len(stages)} students" if len(stages) > 1 else "a student"
+    return _Work(
+        rows=rows,
+        updates=updates,
+        images=drawn,
+        evaluations=sum(stage.nfe for stage in stages) * images + stages[0].nfe * intermediate,
+        recorded=0 if store == 0 else stages[0].num_updates,
+        lines=(
+            f"rows: {rows}, each of {students}, {updates:,} updates and {drawn:,} images",
+            f"disk: {store / 2**20:,.0f} MiB of trajectories a seed, "
+            f"{kept * len(stages) * parameters / 2**20:,.0f} MiB of kept students",
+        ),
+    )
+
+
+def _store(spec: StudySpec, teacher: NetworkDenoiser) -> int:
+    """Bytes of the trajectories that are recorded of one seed."""
+    if spec.trajectories.mode == "live":
+        return 0
+    method = METHODS[spec.method.name]()
+    config = method.Config.read(spec.method.options, "method")
+    recordings = Recordings(root=cache_folder() / "trajectories", dtype=spec.trajectories.dtype)
+    found = method.recording(config, teacher, Inputs(recordings=recordings))
+    return 0 if found is None else found.nbytes
+
+
+def _measured_lines(found: Measured, work: _Work, workers: int) -> list[str]:
+    drawing = work.evaluations * found.draw_seconds + work.images * found.feature_seconds
+    each = work.updates * found.update_seconds + drawing
+    total = (work.recorded * found.recording_seconds + work.rows * each) / workers
+    return [
+        f"memory: {_gib(found.peak_bytes)} a trial, of {_gib(found.free_bytes)} that are free",
+        f"time: {duration(each)} a trial, {duration(total)} in all with {workers} "
+        f"worker{'s' * (workers > 1)}, measured on {found.device} ({found.update_seconds:.3g} s "
+        f"an update, {1e3 * found.draw_seconds:.3g} ms a network evaluation of an image, "
+        f"{1e3 * found.feature_seconds:.3g} ms its features)",
+    ]
+
+
+def _downloads(spec: StudySpec, teacher_bytes: int) -> list[str]:
+    """What a launch fetches first."""
+    name = spec.teacher.checkpoint or ""
+    wanted = [
+        (CHECKPOINTS.get(name) or HUB_CHECKPOINTS.get(name), teacher_bytes),
+        (REFERENCES.get(spec.evaluation.reference or ""), 8 * 2048 * 2049),
+    ]
+    lines = [
+        f"{file.url} to {file.path} (about {size / 2**20:,.0f} MiB)"
+        for file, size in wanted
+        if file is not None and not file.path.exists()
+    ]
+    if (weights := missing_weights(spec.evaluation.extractor)) is not None:
+        lines.append("{} to {}".format(*weights))
+    return [f"download: the launch fetches {line}" for line in lines]
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+# In the child.
+
+
+def _answer(to: Connection, spec: StudySpec, free: int, download: bool) -> None:
+    try:
+        to.send(_measure(spec, free, download))
+    except InputError as error:
+        to.send(error)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        to.send(MemoryError(str(error).partition("\n")[0]))
+
+
+def _measure(spec: StudySpec, free: int, download: bool) -> Measured:
+    device = use_device(spec)
+    wanted = dataclasses.replace(execution(spec), compile=False)  # which would take minutes
+    wanted.require(device)
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] + _CONTEXT
+    else:  # an allocation fails, in place of the system ending some process or other
+        resource.setrlimit(resource.RLIMIT_DATA, (free, free))
+    teacher = build_denoiser(architecture(spec)).to(device).eval().execute(wanted)
+    stage = _first_stage(spec, teacher)
+    recording, update, student = _updates(spec, stage)
+    sampler, evaluation = stage.sampler, spec.evaluation
+    count = min(evaluation.batch, evaluation.images)
+    clock = _Clock(device)
+    images = draw_images(student, sampler, count, seed=0, batch=count)
+    clock()
+    drawing = clock.last
+    seen, extracting, name = min(_FEATURES_BATCH, evaluation.images), 0.0, evaluation.extractor
+    if name not in RECIPES and (download or missing_weights(name) is None):
+        extractor = load_extractor(name, cache=cache_folder(), device=device)
+        repeated = images[torch.arange(seen) % count]
+        clock()
+        features_of(repeated, extractor)
+        clock()
+        extracting = clock.last
+    return Measured(
+        recording_seconds=recording,
+        update_seconds=update,
+        draw_seconds=drawing / count / sampler.nfe,
+        feature_seconds=extracting / seen,
+        peak_bytes=_peak_bytes(device),
+        free_bytes=free,
+        device=device.type,
+    )
+
+
+def _first_stage(spec: StudySpec, teacher: NetworkDenoiser) -> Stage:
+    """The first stage that has branches, on images of noise where it learns from any."""
+    method = METHODS[spec.method.name]()
+    share = spec.resolved.batch // spec.resources.team
+    config = method.Config.read({**spec.method.options, "batch": share}, "method")
+    classes = teacher.label_dim
+    noise = torch.randint(256, (share, *teacher.image_shape), dtype=torch.uint8)
+    dataset = Dataset("noise", noise, "", torch.arange(share) % classes if classes else None)
+    plan = next(each for each in method.plan(config) if each.branched)
+    return method.stage(plan, teacher, config, Inputs(dataset=dataset))
+
+
+def _updates(spec: StudySpec, stage: Stage) -> tuple[float, float, NetworkDenoiser]:
+    """Seconds to record a batch and of an update, and a student."""
+    device = next(stage.start.parameters()).device
+    clock = _Clock(device)
+    for iteration in range(_UPDATES):
+        stage.batch(iteration, slice(None))
+        clock()
+    batch = clock.last
+
+    def stop(done: IterationReport) -> None:
+        clock()
+        if done.iteration + 1 == _UPDATES:
+            raise StoppedError
+
+    weights = FixedWeights(uniform_weights()(stage.num_branches))
+    with contextlib.suppress(StoppedError):
+        train(stage, weights, on_iteration=stop)
+    recorded = batch if spec.trajectories.mode == "recorded" and _is_recorded(spec) else 0.0
+    return recorded, max(clock.last - recorded, 0.0), export_branch(stage.start)
+
+
+def _is_recorded(spec: StudySpec) -> bool:
+    """Whether the method's batches come from trajectories that are recorded once."""
+    with torch.device("meta"):
+        return _store(spec, build_denoiser(architecture(spec))) > 0
+
+
+class _Clock:
+    """Seconds since it was last asked; what a GPU was told before is done by then."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._seen, self.last = device, time.perf_counter(), 0.0
+
+    def __call__(self, _: object = None) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        before, self._seen = self._seen, time.perf_counter()
+        self.last = self._seen - before
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) + _CONTEXT
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Of this process alone; what getrusage says begins with its parent's.
+    lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) * 1024

@@ -1,0 +1,266 @@
+"""One row's work: branch weights -> students, stage by stage -> FID.
+
+A row's folder holds its training checkpoint, then pictures, students and ``result.json``. The
+result is written before it is told, so that whoever takes over a finished row only tells.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from bdense.files import atomic_write
+from bdense.methods.distill import TrainedStage, distill
+from bdense.methods.method import StagePlan
+from bdense.models.cards import write_card
+from bdense.models.store import save_denoiser
+from bdense.training.loop import IterationReport
+from bdense.weights import space_of
+from bdense.weights.spaces import BASELINE
+from search.study.arms import Task
+from search.study.folders import GRID, WEIGHTS_PLOT
+from search.study.progress_text import evaluating, in_stage, training
+from search.study.results import MeasuredFID, TrialResult
+from search.study.retention import CHECKPOINT, STUDENT
+from search.study.trial_log import Note, TrialLog, is_noted, shortened, unnoted
+from search.worker.assets import Assets
+from search.worker.pruning import IntermediateFIDs, Judge, PrunedError
+from search.worker.result import below_runs, provenance, read_result, take_folder, write_result
+from search.worker.traced_weights import TracedWeights, draw_history
+
+# A metric's name to its values and conditions, as bdense.metrics.metrics.Metrics.as_dict.
+Measures = dict[str, dict[str, Any]]
+
+
+def evaluate(
+    assets: Assets,
+    task: Task,
+    folder: Path,
+    *,
+    check: Callable[[], None],
+    report: Callable[[str], None],
+    judge: Judge | None = None,
+    log: TrialLog | None = None,
+) -> TrialResult:
+    """Train the students that a row asks for and measure each.
+
+    Args:
+        assets: What the study's rows share.
+        task: The row's weights, seed and latents.
+        folder: Where checkpoints, students and the result go.
+        check: Called every update and for every batch of images drawn or judged; what it raises
+            ends the work.
+        report: Called with a short text on the progress.
+        judge: Told the intermediate FIDs, and asked whether to end there; None tells nobody.
+        log: The row's.
+
+    Returns:
+        What the row came to; read from the folder if a worker before got that far.
+    """
+    identity = task.identity() | {"fingerprint": assets.fingerprint}
+    take_folder(folder, identity)
+    note: Note = unnoted if log is None else log.open()
+    if (done := read_result(folder, identity)) is not None:
+        return done
+    row = _Row(assets.of(task), task, folder, check=check, report=report, judge=judge, note=note)
+    return write_result(folder, identity, row.run())
+
+
+class _Row:
+    """One row while it is worked on."""
+
+    def __init__(
+        self,
+        assets: Assets,
+        task: Task,
+        folder: Path,
+        *,
+        check: Callable[[], None],
+        report: Callable[[str], None],
+        judge: Judge | None,
+        note: Note,
+    ) -> None:
+        self._assets = assets
+        self._task = task
+        self._folder = folder
+        self._check = check
+        self._report = report
+        self._judge = judge
+        self._note = note
+        space = assets.spec.space if assets.spec.is_search else None
+        self._space = space_of(task.params, space)
+        self._branches = assets.spec.resolved.num_branches
+        self._weighting: TracedWeights | None = None
+        self._stages = assets.method.plan(assets.config, assets.teacher)
+        self._seconds = {"student_seconds": 0.0, "evaluation_seconds": 0.0}
+
+    def run(self) -> TrialResult:
+        """Every stage, and what came of it."""
+        assets, stages = self._assets, self._stages
+        fids: dict[str, MeasuredFID] = {}
+        measured: Measures | None = None
+        pruned: dict[str, Any] = {}
+        path = self._folder / STUDENT
+        intermediate = IntermediateFIDs(
+            assets,
+            self._folder,
+            self._judge,
+            seed=self._task.seed,
+            check=self._check,
+            report=self._report,
+        )
+        if assets.teacher_fid is not None:
+            intermediate.note_stage(0, assets.teacher_fid.value)
+        started = time.perf_counter()
+        try:
+            for index, stage in enumerate(self._distilled(intermediate), 1):
+                trained = time.perf_counter()
+                self._seconds["student_seconds"] += trained - started
+                path = stage.path or self._folder / STUDENT
+                measured = self._measured(stage, path)
+                fids[str(stage.plan.nfe)] = fid = MeasuredFID.of(measured["fid"])
+                started = time.perf_counter()
+                self._seconds["evaluation_seconds"] += started - trained
+                if len(stages) > 1:
+                    intermediate.note_stage(index, fid.value, is_last=index == len(stages))
+        except PrunedError:
+            self._seconds["student_seconds"] += time.perf_counter() - started
+            pruned = intermediate.ended()
+        self._seconds["student_seconds"] -= intermediate.seconds
+        if intermediate.seconds:
+            self._seconds["intermediate_seconds"] = intermediate.seconds
+        return self._result(None if pruned else measured, fids, path, intermediate.found, pruned)
+
+    def _distilled(self, intermediate: IntermediateFIDs) -> Iterator[TrainedStage]:
+        assets = self._assets
+        return distill(
+            assets.method,
+            assets.teacher,
+            assets.config,
+            self._new_weighting,
+            assets.inputs(self._task.seed),
+            folder=self._folder if len(self._stages) > 1 else None,
+            # A method of one stage keeps its checkpoint, which holds the weights' history, until
+            # the result is there.
+            checkpoint=self._folder / CHECKPOINT if len(self._stages) == 1 else None,
+            devices=assets.devices,
+            metadata=self._metadata(),
+            checkpoint_seconds=assets.spec.resources.checkpoint_seconds,
+            on_iteration=self._on_iteration,
+            on_save=lambda plan, done: self._note("checkpoint", stage=plan.name, iteration=done),
+            evaluations=intermediate.of,
+        )
+
+    def _new_weighting(self) -> TracedWeights:
+        """The row's weights, from the start of a stage."""
+        given = self._space.weighting(self._task.params, self._branches)
+        self._weighting = TracedWeights(given)
+        return self._weighting
+
+    def _on_iteration(self, plan: StagePlan, done: IterationReport) -> None:
+        if self._weighting is not None and plan.branched:
+            self._weighting.note(done)
+        if is_noted(done.iteration, done.iterations):
+            named: dict[str, Any] = {"stage": plan.name} if plan.name else {}
+            self._note(
+                "training",
+                **named,
+                iteration=done.iteration + 1,
+                iterations=done.iterations,
+                loss=shortened(done.loss),
+                branch_losses=shortened(done.branch_losses),
+                weights=shortened(done.weights),
+                lr=done.lr,
+            )
+        self._tell(plan, training(done.iteration + 1, done.iterations, done.loss))
+        self._check()  # the last: a checkpoint that it makes holds this iteration too
+
+    def _tell(self, plan: StagePlan, text: str) -> None:
+        branched = [each for each in self._stages if each.branched]
+        place = branched.index(plan) + 1 if plan in branched else 1
+        self._report(text if len(branched) == 1 else in_stage(place, len(branched), text))
+
+    def _measured(self, stage: TrainedStage, path: Path) -> Measures:
+        """A stage's metrics; of several stages each keeps its FID in a file of its own."""
+        count = self._assets.spec.evaluation.images
+        named: dict[str, Any] = {"stage": stage.plan.name} if stage.plan.name else {}
+        grid = GRID if not stage.plan.name else f"{stage.plan.name}-{GRID}"
+        kept = path.with_suffix(".fid.json")
+        if stage.plan.name and kept.exists():
+            stored: Measures = json.loads(kept.read_text())
+            return stored
+        self._note("evaluating", **named, images=count)
+        measured = self._assets.evaluator.measure(
+            stage.student,
+            stage.sampler,
+            training_seed=self._task.seed,
+            on_image=lambda done: self._tell(stage.plan, evaluating(done, count)),
+            check=self._check,
+            grid_path=self._folder / grid,
+        )
+        found = measured.as_dict()
+        if stage.plan.name:
+            with atomic_write(kept) as scratch:
+                scratch.write_text(json.dumps(found))
+            self._note("stage", **named, fid=measured.fid.value)
+        self._save(stage, path, found)
+        return found
+
+    def _metadata(self) -> dict[str, Any]:
+        """What every student's file says, besides what the method tells."""
+        assets, task = self._assets, self._task
+        baseline = task.params.get(BASELINE)
+        return {
+            **assets.terms,
+            "arm": baseline or "bdense",
+            "study": assets.spec.name,
+            "params": dict(task.params),
+            "seeds": {"training": task.seed, "evaluation": task.latents},
+            "fingerprint": assets.fingerprint,
+        }
+
+    def _save(self, stage: TrainedStage, path: Path, found: Measures) -> None:
+        """The student's file again, with its FID, and its card beside it."""
+        metadata = {**stage.metadata, "fid": found["fid"]}
+        save_denoiser(path, stage.student, metadata)
+        write_card(path, stage.student, metadata)
+
+    def _result(
+        self,
+        measured: Measures | None,
+        fids: dict[str, MeasuredFID],
+        path: Path,
+        intermediate: list[dict[str, Any]],
+        pruned: dict[str, Any],
+    ) -> TrialResult:
+        assets, task = self._assets, self._task
+        weighting = self._weighting
+        history = None if weighting is None else weighting.history()
+        plot = self._folder / WEIGHTS_PLOT
+        if history is not None:
+            draw_history(history, self._space.label(task.params), plot)
+        last = fids.get(str(self._stages[-1].nfe)) if measured is not None else None
+        stored = {} if BASELINE in task.params else self._space.stored(task.params, self._branches)
+        return TrialResult(
+            value=None if last is None else last.value,
+            weights=[] if weighting is None else weighting.weights().tolist(),
+            parameters=stored,
+            fid=last,
+            fids=fids if len(self._stages) > 1 else {},
+            teacher_fid=assets.teacher_fid,
+            metrics={name: each for name, each in (measured or {}).items() if name != "fid"},
+            intermediate=intermediate,
+            weights_over_time=history,
+            weights_plot=None if history is None else below_runs(plot),
+            student=None if last is None else below_runs(path),
+            arm=task.arm,
+            variant=dict(task.variant),
+            timings={name: round(value, 3) for name, value in self._seconds.items()},
+            **provenance(
+                assets.fingerprint,
+                {"training": task.seed, "evaluation": task.latents},
+                assets.device,
+            ),
+            **pruned,
+        )

@@ -1,0 +1,139 @@
+"""A claimed row's life: work on it under its lease; what goes wrong becomes a named state."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bdense.errors import BdenseError, NonFiniteError, StoppedError, is_out_of_memory
+from search.errors import LeaseLostError, StorageError, UnpreparedError
+from search.log import speaking_of
+from search.report.live import attach_pictures
+from search.storage.disk import disk_error, is_full_disk
+from search.storage.engine import redact
+from search.storage.ledger import Claim, FailureReason, Holding, Ledger
+from search.study.folders import row_folder
+from search.study.results import TrialResult
+from search.study.retention import drop_checkpoints
+from search.study.trial_log import TrialLog
+from search.worker.result import package_versions
+
+_log = logging.getLogger(__name__)
+
+
+def bring_to_an_end(
+    ledger: Ledger,
+    claim: Claim,
+    work: Callable[[Holding, Path, TrialLog], TrialResult],
+    *,
+    fingerprint: str,
+    asked: float,
+) -> None:
+    """Do a claimed row's work and tell its result, or why there is none, or give it back.
+
+    Args:
+        ledger: The study's.
+        claim: What is worked on.
+        work: From the held lease, the row's folder and its log to what the row came to.
+        fingerprint: Of the conditions.
+        asked: ``time.perf_counter()`` when the claim was asked for.
+
+    Raises:
+        LeaseLostError: Another worker took it over; nothing was told.
+        StorageError: The database stayed away; the trial is taken over once it is back.
+        StoppedError: Somebody asked it to end; the trial was given back.
+        UnpreparedError: This machine cannot work on it; the trial was given back.
+    """
+    study = ledger.study.study_name
+    with speaking_of(study=study, trial=claim.number, attempt=claim.attempt):
+        log = TrialLog(row_folder(study, claim.number))
+        before = {"from_attempt": claim.attempt - 1} if claim.adopted else {}
+        log("adopted" if before else "claimed", params=dict(claim.params), **before)
+        try:
+            _bring(ledger, claim, work, log, fingerprint=fingerprint, asked=asked)
+        finally:
+            log.open()  # where it ended before anybody looked at the folder
+
+
+def _bring(
+    ledger: Ledger,
+    claim: Claim,
+    work: Callable[[Holding, Path, TrialLog], TrialResult],
+    log: TrialLog,
+    *,
+    fingerprint: str,
+    asked: float,
+) -> None:
+    folder = row_folder(ledger.study.study_name, claim.number)
+
+    def fail(reason: FailureReason, detail: str) -> None:
+        _fail(ledger, claim, fingerprint, reason, detail)
+        log("failed", level=logging.WARNING, reason=reason, error=redact(detail))
+        drop_checkpoints(folder)
+
+    try:
+        with ledger.holding(claim) as holding:
+            result = work(holding, folder, log)
+        service = {"service_seconds": _service_seconds(asked, result)}
+        result = replace(result, timings={**result.timings, **service})
+        # Now: a finished trial takes no more of them.
+        with ledger.holding(claim):
+            attach_pictures(ledger, claim, folder, result)
+        attrs = result.attrs() | {"tries": claim.tries}
+        if result.value is None:
+            ledger.prune(claim, attrs)
+            log("pruned", reason=result.reason)
+        else:
+            ledger.complete(claim, result.value, attrs)
+            log("complete", fid=result.value)
+    except StoppedError:
+        ledger.release(claim, interrupted=True)
+        log("released", why="stopped")
+        raise
+    except (LeaseLostError, StorageError) as error:
+        # Not the trial's fault; its result lies in its folder for whoever takes it over.
+        log("lost", level=logging.WARNING, error=str(error))
+        raise
+    except UnpreparedError as error:
+        ledger.release(claim, interrupted=True)
+        log("released", level=logging.WARNING, why=redact(str(error)))
+        raise
+    except NonFiniteError as error:
+        fail("diverged", str(error))
+    except BdenseError as error:
+        fail("error", str(error))
+    except Exception as error:
+        if is_out_of_memory(error):
+            # The same anywhere, and the memory is free again.
+            what = "\n".join(str(error).splitlines()[:1])
+            fail("out of memory", f"{what}; use a smaller batch or give trials more memory")
+            return
+        if (refusal := disk_error(error)) is not None:
+            # Nor the trial's fault; any other row would fail for it too.
+            ledger.release(claim, interrupted=True)
+            why = "disk full" if is_full_disk(error) else "no access"
+            log("released", level=logging.WARNING, why=why)
+            raise refusal from error
+        _log.exception("trial %d, attempt %d", claim.number, claim.attempt)
+        if claim.tries < ledger.max_attempts:
+            ledger.release(claim)
+            why = redact(f"{type(error).__name__}: {error}")
+            log("released", level=logging.WARNING, why=why)
+        else:
+            fail("error", f"{type(error).__name__}: {error}")
+
+
+def _service_seconds(asked: float, result: TrialResult) -> float:
+    """Time between asking for the trial and telling its result that bdense did not take."""
+    inside = sum(s for name, s in result.timings.items() if name != "service_seconds")
+    # A result taken over was computed by another worker, before this one asked.
+    return round(max(time.perf_counter() - asked - inside, 0.0), 3)
+
+
+def _fail(
+    ledger: Ledger, claim: Claim, fingerprint: str, reason: FailureReason, detail: str
+) -> None:
+    attrs: dict[str, Any] = {"fingerprint": fingerprint, "versions": package_versions()}
+    ledger.fail(claim, reason, detail, attrs)

@@ -1,0 +1,180 @@
+"""A worker of a study: claims rows, given arms first, and brings each to its end.
+
+It takes its orders from the database: the spec is the study's, the rows are the ledgers'.
+"""
+
+import functools
+import platform
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.errors import InputError
+from bdense.models.store import denoiser_sha256
+from search.errors import SpecChangedError, UnpreparedError
+from search.spec.space import make_sampler, search_space
+from search.storage.engine import retrying
+from search.storage.ledger import Claim, Done, Holding, Ledger
+from search.study.arms import ROW_SPACE, Task
+from search.study.results import TrialResult
+from search.study.retention import keep_best_students
+from search.study.study import FINGERPRINT, TEACHER, TRAJECTORIES, Study
+from search.study.summary import copy_baselines
+from search.study.trial_log import TrialLog
+from search.worker.assets import load, use_device
+from search.worker.evaluate import evaluate
+from search.worker.lifecycle import bring_to_an_end
+from search.worker.pruning import Judge
+
+POLL_SECONDS, LONGEST_POLL_SECONDS = 1.0, 5.0
+# Not the global generator, which seeded draws come from.
+_jitter = random.Random()
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A row to work on, and ``time.perf_counter()`` when it was asked for."""
+
+    ledger: Ledger
+    claim: Claim
+    asked: float
+
+
+class Worker:
+    """Takes rows of one study and brings them to their end."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+        self._given_ended = False
+        # The study's spec, not the launcher's: another may have extended it meanwhile.
+        self._spec = study.spec
+        self._assets = load(self._spec, use_device(self._spec))
+        _require_same_teacher(study.main, self._assets.teacher)
+
+    def claim(self) -> Claimed | None:
+        """The next row, after waiting for one if need be; None once all have ended.
+
+        Given arms come first: of a search these are the baselines, something to beat.
+        """
+        study, began = self._study, time.perf_counter()
+        while True:
+            asked = time.perf_counter()
+            if study.given is not None and not self._given_ended:
+                found = study.given.claim(ROW_SPACE, None)
+                if isinstance(found, Claim):
+                    return Claimed(study.given, found, asked)
+                # Others may add arms to a study that has no trials to go on with.
+                self._given_ended = isinstance(found, Done) and study.is_search
+                if isinstance(found, Done) and not study.is_search:
+                    return None
+            if study.trials is not None:
+                then = study.trials.claim(
+                    search_space(self._spec),
+                    functools.partial(make_sampler, self._spec),
+                    self._excess,
+                )
+                if isinstance(then, Claim):
+                    return Claimed(study.trials, then, asked)
+                if self._given_ended and isinstance(then, Done):
+                    return None
+            time.sleep(pause_after(time.perf_counter() - began))
+
+    def work(self, claimed: Claimed) -> None:
+        """Train and measure a row, or give it back; of a search keep the best students alone.
+
+        Raises:
+            LeaseLostError: Another worker took it over; nothing was told.
+        """
+        study, ledger, claim = self._study, claimed.ledger, claimed.claim
+        self._require_same_conditions(claimed)
+        is_trial = ledger is study.trials
+        task = study.task(ledger, claim.params)
+        judge = Judge(self._spec, ledger, claim, prunes=is_trial)
+
+        def work(holding: Holding, folder: Path, log: TrialLog) -> TrialResult:
+            # Recorded while the lease is held, which may take longer than one lasts.
+            self._record(task)
+            result = evaluate(
+                self._assets,
+                task,
+                folder,
+                check=holding.check,
+                report=holding.report,
+                judge=judge,
+                log=log,
+            )
+            if is_trial:
+                drawn = (self._spec.seeds.sampler + claim.number) % 2**31
+                result.seeds["sampler"] = drawn
+            return result
+
+        bring_to_an_end(
+            ledger, claim, work, fingerprint=self._assets.fingerprint, asked=claimed.asked
+        )
+        if is_trial:
+            keep_best_students(ledger, self._spec.keep_students, claim.number)
+        elif study.is_search:
+            copy_baselines(study)
+
+    def _excess(self, params: Mapping[str, object]) -> float:
+        return self._spec.space.excess(params, self._spec.resolved.num_branches)
+
+    def _record(self, task: Task) -> None:
+        """Record what is missing of a task's trajectories, and note where they lie for ``clean``.
+
+        A launch records them where the cache is shared, each machine where it is its own.
+
+        Raises:
+            UnpreparedError: This machine cannot have them.
+        """
+        try:
+            store = self._assets.of(task).store(task.seed)
+            if store is None:
+                return
+            if store.missing():
+                store.record()
+        except InputError as error:
+            raise UnpreparedError(f"on {platform.node()}: {error}") from error
+        folder = str(store.folder.resolve())
+        main = self._study.main
+        if folder not in (retrying(lambda: main.study.user_attrs).get(TRAJECTORIES) or []):
+            main.change(TRAJECTORIES, lambda known: sorted({*(known or []), folder}))
+
+    def _require_same_conditions(self, claimed: Claimed) -> None:
+        """A worker of other numerics, or of a spec replaced meanwhile, must not measure here."""
+        mine, main = self._assets.fingerprint, self._study.main
+        stored = main.attribute(FINGERPRINT)
+        if stored != mine:
+            claimed.ledger.release(claimed.claim, interrupted=True)
+            raise SpecChangedError(
+                f"a worker measures under other conditions (fingerprint {mine}) than study "
+                f"{main.study.study_name} has ({stored}): another launch changed the study before "
+                "its first trial, or the worker runs another version of bdense; launch again"
+            )
+
+
+def pause_after(waited: float) -> float:
+    """Seconds to the next try after so many: about a tenth of them, 1 to 5.
+
+    Workers that find nothing to do, hundreds perhaps, take the lock of those who have something.
+    """
+    pause = min(max(POLL_SECONDS, waited / 10), LONGEST_POLL_SECONDS)
+    return pause * _jitter.uniform(0.8, 1.2)
+
+
+def _require_same_teacher(of: Ledger, teacher: NetworkDenoiser) -> None:
+    """A cache or a checkpoint that machines do not share may hold another teacher."""
+    mine = denoiser_sha256(teacher)
+    if of.attribute(TEACHER) is None:
+        of.change(TEACHER, lambda stored: stored or mine)  # another may have been first
+    stored = of.attribute(TEACHER)
+    if stored != mine:
+        raise SpecChangedError(
+            f"the teacher on {platform.node()} has other weights (sha256 {mine[:12]}) than the "
+            f"one that study {of.study.study_name} is measured with ({stored[:12]}), so its FIDs "
+            "would not compare: give all machines one BDENSE_CACHE and the same checkpoint, or "
+            "start a study of another name"
+        )

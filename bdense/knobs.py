@@ -160,10 +160,12 @@ class Knob:
 
     def _range(self) -> str:
         if self.low is not None and self.high is not None:
-            return f"from {self.low:g} to {self.high:g}"
+            return f"from {_number(self.low)} to {_number(self.high)}"
         words = ("of at least", "of at most", "above", "below")
         bounds = zip(words, (self.low, self.high, self.above, self.below), strict=True)
-        return " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+        return " and ".join(
+            f"{word} {_number(bound)}" for word, bound in bounds if bound is not None
+        )
 
 
 def knob(
@@ -275,6 +277,10 @@ def _declared(cls: Any) -> Mapping[str, Knob]:  # noqa: ANN401
 def _annotated(cls: Any) -> Mapping[str, Any]:  # noqa: ANN401
     annotations: Mapping[str, Any] = vars(cls).get("__annotations__", {})
     return annotations
+
+
+def _number(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 # ---- types ----

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,7 @@ def test_a_student_is_a_teacher_in_size_with_its_own_sampler(student, teacher):
     sampler = sampler_from(metadata["sampler"])
     assert (sampler.nfe, sampler.num_intervals, sampler.afs) == (2, 3, True)
     assert denoiser_sha256(loaded) != denoiser_sha256(parent)
+    assert not list(student.parent.glob("*.training.*"))
 
 
 def test_the_same_command_makes_the_same_student(student, teacher, folder):
@@ -475,3 +477,21 @@ def test_what_cannot_be_converted_is_refused(teacher, tmp_path):
     assert "is not a diffusers folder" in refused(
         bdense("convert", tmp_path, "--out", tmp_path / "x.safetensors")
     )
+
+
+# ---- the library ----
+
+
+def test_readmes_ten_lines_make_what_the_command_makes(teacher, tmp_path, monkeypatch):
+    """But for their length."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    code = code.replace("kimg=12.8", "kimg=0.064, batch=32").replace("64, seed", "6, seed")
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(teacher, "teacher.safetensors")
+    exec(code, {})
+    by_command = tmp_path / "s.safetensors"
+    distill(teacher, by_command, "--a", 0)
+    picture = tmp_path / "command.png"
+    assert bdense("sample", by_command, "--images", 6, "--out", picture).status == 0
+    assert (tmp_path / "samples.png").read_bytes() == picture.read_bytes()

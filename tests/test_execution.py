@@ -213,10 +213,7 @@ NEEDS_COMPILER = pytest.mark.skipif(
 
 def test_compilation_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
-    expected = (
-        "needs a compiler, no-such-compiler, and this machine has none; install it, or leave"
-    )
-    with pytest.raises(InputError, match=expected):
+    with pytest.raises(InputError, match=r"compile .*no-such-compiler"):
         small_teacher().execute(Execution(compile=True))
     small_teacher().execute(Execution())
 

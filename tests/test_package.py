@@ -23,7 +23,7 @@ def test_the_engine_knows_no_service():
     """So that it runs on a machine that has none of them."""
     loaded = modules_after("from bdense import *; import bdense.cli")
     assert "torch" in loaded
-    service = {"ray", "optuna", "pydantic", "sqlalchemy", "yaml", "search", "sklearn"}
+    service = {"ray", "optuna", "sqlalchemy", "yaml", "search", "sklearn"}
     assert not loaded & (service | {"torch_fidelity", "torchvision"})
 
 

@@ -213,11 +213,7 @@ class PDStage(Stateless):
     substeps: int
 
     def __post_init__(self) -> None:
-        if self.teacher.execution.precision == "float16":
-            raise InputError(
-                "progressive distillation is not trained in float16, whose small gradients "
-                "vanish; use bfloat16"
-            )
+        _require_precision(self.teacher)
         self.teacher.require_levels(self.levels)
         if self.dataset is not None:
             _require_images(self.dataset, self.teacher)
@@ -506,6 +502,14 @@ def reparameterised(denoiser: NetworkDenoiser, prediction_type: str) -> NetworkD
     return copied
 
 
+def _require_precision(teacher: NetworkDenoiser) -> None:
+    if teacher.execution.precision == "float16":
+        raise InputError(
+            "progressive distillation is not trained in float16, whose small gradients vanish; "
+            "use bfloat16"
+        )
+
+
 def _per_image(values: Tensor, images: Tensor) -> Tensor:
     """[B] float64 to [B, 1, 1, 1] in the images' type and on their device."""
     return values.to(images).view(-1, 1, 1, 1)
@@ -579,8 +583,9 @@ class Progressive(Method):
 
         Raises:
             InputError: It was not trained for the levels, has no process or prediction type that
-                is asked for, or is itself a student of other steps or levels.
+                is asked for, computes in float16, or is itself a student of other steps or levels.
         """
+        _require_precision(teacher)
         levels = config.levels(teacher)
         teacher.require_levels(levels)
         if not self.plan(config, teacher)[0].branched:

@@ -20,7 +20,7 @@ from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import Solver, analytical_slope, make_solver
 from bdense.diffusion.step_condition import Start, with_step_condition
 from bdense.errors import InputError
-from bdense.knobs import knob
+from bdense.knobs import KnobError, knob
 from bdense.methods.method import Inputs, Method, MethodConfig, StagePlan
 from bdense.methods.perceptual import LPIPS
 from bdense.methods.recordings import TrajectoryStore
@@ -106,7 +106,10 @@ class SFDConfig(MethodConfig):
             raise InputError(f"nfe {list(several)} names a number twice; give each once")
         kept = tuple(sorted(several)) if len(several) > 1 else several[0]
         object.__setattr__(self, "nfe", kept)
-        _ = self.grid, self.make_solver()  # which refuse what does not fit together
+        try:
+            _ = self.grid, self.make_solver()  # which refuse what does not fit together
+        except KnobError as error:  # the solver's knob, which is not one of these
+            raise InputError(str(error)) from error
         if self.step_condition != "teacher" and len(several) == 1:
             raise InputError(
                 f"step_condition={self.step_condition} is for a student of several NFE, got "

@@ -18,5 +18,6 @@ SOLVERS: "Registry[type[Solver]]" = Registry(
         "dpm2": f"{_HERE}:DPM2",
         "ipndm": f"{_HERE}:IPNDM",
         "dpmpp": f"{_HERE}:DPMSolverPP",
+        "consistency": "bdense.methods.consistency:MultistepConsistency",
     },
 )

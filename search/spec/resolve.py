@@ -59,11 +59,13 @@ def resolve(spec: StudySpec, source: str = "", told: str = "") -> StudySpec:
             _check_network(spec.teacher.train)
     except SpecError as error:
         raise SpecError(f"{before}{error}") from error
-    with torch.device("meta"):
-        try:
-            return _with_facts(resolved, build_denoiser(architecture(resolved)))
-        except InputError as error:
-            raise SpecError(f"{before}{error}") from error
+    try:
+        made = architecture(resolved)
+        with torch.device("meta"):
+            teacher = build_denoiser(made)
+        return _with_facts(resolved, teacher)
+    except InputError as error:
+        raise SpecError(f"{before}{error}") from error
 
 
 def architecture(spec: StudySpec) -> dict[str, Any]:

@@ -197,12 +197,15 @@ class ArmsPlan(Strict):
         arms: ``plain``, ``uniform``, a mapping of weight parameters (a, b; rule, strength), or
             ``{winner_of: STUDY}``, another study's confirmed winner.
         seeds: Training seeds, the same for all arms.
+        variants: Settings of the method that differ from the study's; each arm is trained under
+            each of them.
         latents: ``shared``: all rows are judged on the latents of ``seeds.evaluation``; ``fresh``:
             each seed on its own.
     """
 
     arms: tuple[Literal["plain", "uniform"] | dict[str, Any], ...] = ("plain", "uniform")
     seeds: tuple[Seed, ...] = (0, 1, 2)
+    variants: tuple[dict[str, Any], ...] = ({},)
     latents: Literal["shared", "fresh"] = "shared"
 
     @field_validator("seeds")

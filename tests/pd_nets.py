@@ -76,13 +76,15 @@ class TinyConv(Network):
 NETWORKS._builtin["TinyConv"] = f"{__name__}:TinyConv"
 
 
-def small_conv(precond: str = "edm", *, dropout: float = 0.3, **options: Any) -> NetworkDenoiser:
+def small_conv(
+    precond: str = "edm", *, dropout: float = 0.3, precond_options: Mapping[str, Any] | None = None
+) -> NetworkDenoiser:
     """A float32 denoiser of 1 x 8 x 8 images that trains in milliseconds."""
     description = {
         "precond": precond,
         "network": "TinyConv",
         "config": {"img_channels": 1, "img_resolution": 8, "hidden": 4, "dropout": dropout},
-        **options,
+        **(precond_options or {}),
     }
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -50,7 +50,7 @@ class WeightingContract:
     def test_it_travels_to_another_process(self):
         weighting = self.make()
         seen(weighting, 3)
-        copied = pickle.loads(pickle.dumps(weighting))
+        copied = pickle.loads(pickle.dumps(weighting))  # noqa: S301
         assert torch.equal(copied.weights(), weighting.weights())
 
     def test_it_is_described_by_what_it_is_not_by_what_it_saw(self):

@@ -1,4 +1,4 @@
-"""The networks against their own definition written out, their labels, and what is no network."""
+"""Networks: the contract of each, EDM's written out by hand, labels, and options refused."""
 
 import math
 
@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from bdense.diffusion.branches import export_branch, widen_head
-from bdense.errors import CheckpointError, InputError, ShapeError
+from bdense.errors import InputError, ShapeError
 from bdense.networks import (
-    NETWORKS,
     DhariwalUNet,
     DhariwalUNetConfig,
     DiffusersUNet,
@@ -18,8 +17,11 @@ from bdense.networks import (
 )
 from bdense.networks.layers import Conv2d, FourierEmbedding, PositionalEmbedding, UNetBlock
 from tests.contracts.networks import NetworkContract
+from tests.example_package import PatchNetwork
 from tests.networks import TINY, awake, image, one_hot, tiny_denoiser
-from tests.patch_network import PatchNetwork
+from tests.plugins import example_package
+
+__all__ = ["example_package"]
 
 BOTH = pytest.mark.parametrize("network", ["SongUNet", "DhariwalUNet"])
 CONFIGS = {"SongUNet": SongUNetConfig, "DhariwalUNet": DhariwalUNetConfig}
@@ -254,12 +256,12 @@ class TestDiffusersNetworks(NetworkContract):
             return awake(DiffusersUNet(unet)).eval()
 
 
+@pytest.mark.usefixtures("example_package")
 class TestPatchNetwork(NetworkContract):
     """A head whose rows are (p, p, C) or (C, p, p), in another package's network."""
 
     @pytest.fixture(params=["ppc", "cpp"])
-    def network(self, request, monkeypatch):
-        monkeypatch.setitem(NETWORKS._builtin, "PatchNetwork", "tests.patch_network:PatchNetwork")
+    def network(self, request):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return PatchNetwork(
@@ -397,11 +399,3 @@ def test_options_that_make_no_network_are_refused(network, options, message):
 def test_options_of_ncsnpp_that_make_no_network_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         SongUNetConfig(**TINY | options)
-
-
-@BOTH
-def test_unknown_options_are_named(network):
-    with pytest.raises(CheckpointError, match=f"do not fit a {network}: .*'depth'"):
-        NETWORKS[network].build(TINY | {"depth": 3}, num_branches=1, outputs=1)
-    with pytest.raises(CheckpointError, match=f"do not fit a {network}: .*'img_channels'"):
-        NETWORKS[network].build({"img_resolution": 8}, num_branches=1, outputs=1)

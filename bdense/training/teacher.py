@@ -46,6 +46,8 @@ _OPTIONAL = ("precond", "loss", "flip", "clip")
 class TeacherConfig(Knobs):
     """The knobs of a teacher's network and its training."""
 
+    heading: ClassVar[str] = "training"
+
     images: int = knob(help="training images in all, with repetition", low=1)
     batch: int = knob(256, "images in each iteration", low=1)
     lr: float = knob(2e-3, "Adam's step size after the warm-up", above=0)
@@ -71,11 +73,12 @@ class TeacherConfig(Knobs):
     loss: Loss | None = knob(
         None,
         "weight of each noise level of that process: 1 (constant), SNR (snr), max(SNR, 1) "
-        "(snr_trunc) or SNR + 1 (v); by what the network predicts where it is not given",
+        "(snr_trunc) or SNR + 1 (v)",
+        none="snr for epsilon, snr_trunc for sample, v for v_prediction",
     )
     flip: bool = knob(False, "mirror each image with probability 1/2")
     clip: float | None = knob(
-        None, "largest norm of the gradient, which is scaled down to it", above=0
+        None, "largest norm of the gradient, which is scaled down to it", above=0, none="no limit"
     )
 
     def __post_init__(self) -> None:
@@ -167,10 +170,6 @@ class TeacherStage(Stateless):
     start: NetworkDenoiser
 
     def __post_init__(self) -> None:
-        if self.start.execution.precision == "float16":
-            raise InputError(
-                "a teacher is not trained in float16, whose small gradients vanish; use bfloat16"
-            )
         self.start.conditions.require(self.dataset)
 
     @property
@@ -344,6 +343,10 @@ def train_teacher(
         InputError: The network cannot take the images, or their labels.
         NonFiniteLossError: A loss or gradient is not finite; no update was made from it.
     """
+    if execution is not None and execution.precision == "float16":
+        raise InputError(
+            "a teacher is not trained in float16, whose small gradients vanish; use bfloat16"
+        )
     teacher = new_denoiser(config, dataset.images.shape[1:]).to(device)
     start = copy.deepcopy(teacher).execute(execution or Execution())
 

@@ -472,9 +472,9 @@ def test_the_first_batches_do_not_depend_on_the_condition(digits):
 
 def test_labels_that_are_missing_or_too_many_are_refused(digits):
     bare = Dataset("bare", digits.images, digits.sha256)
-    with pytest.raises(InputError, match="'bare' has no labels, which a network of label_dim=10"):
+    with pytest.raises(InputError, match="'bare' has no labels"):
         train_teacher(bare, conditional(), device=CPU)
-    with pytest.raises(InputError, match="'digits' has 10 classes and the network label_dim=9"):
+    with pytest.raises(InputError, match=r"'digits' has 10 classes .*label_dim=9"):
         train_teacher(digits, conditional(label_dim=9), device=CPU)
 
 
@@ -498,9 +498,8 @@ def test_labels_make_another_teacher_only_where_they_are_told(digits, tmp_path):
 
 def test_cached_teachers_keep_their_names(digits, monkeypatch):
     """Of the digits study: hours of work elsewhere must not be lost to a field of a hash."""
-    from search.spec.study import TeacherTraining
-
     import search.worker.assets
+    from search.spec.study import TeacherTraining
 
     network = {"model_channels": 24, "channel_mult": [1, 2], "num_blocks": 1}
     network |= {"attn_resolutions": [], "dropout": 0.0}

@@ -79,7 +79,10 @@ class NetworkContract:
             return
         unlabelled = network(x, level, **told)
         torch.testing.assert_close(network(x, level, torch.zeros(3, classes), **told), unlabelled)
-        assert not torch.allclose(network(x, level, torch.eye(classes)[:3], **told), unlabelled)
+        labelled = network(x, level, torch.eye(classes)[:3], **told)
+        assert not torch.allclose(labelled, unlabelled)
+        one_row = network(x, level, torch.eye(classes)[:1], **told)
+        torch.testing.assert_close(one_row[0], labelled[0])
         with pytest.raises(ShapeError):
             network(x, level, torch.ones(3, classes + 1), **told)
 

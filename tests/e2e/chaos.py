@@ -205,9 +205,12 @@ class Chaos:
             self._note(kind)
 
     def pause(self) -> float:
-        """Seconds until the next; fewer in the first round: a fast machine is to see it whole."""
+        """Seconds until the next; fewer in the first round: a fast machine is to see it whole.
+
+        Later ones leave the study time to go on, as many of them cost a start of Ray.
+        """
         is_first = sum(self.hits.values()) < self.round
-        return self._draw.uniform(1.0, 3.0) if is_first else self._draw.uniform(2.0, 5.0)
+        return self._draw.uniform(1.0, 3.0) if is_first else self._draw.uniform(4.0, 8.0)
 
     def end(self) -> None:
         """Thaw what is frozen."""

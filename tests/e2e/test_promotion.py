@@ -1,4 +1,4 @@
-"""Studies of given arms at work, from a user's seat: launched, confirmed, promoted, transferred."""
+"""Studies of given arms: launched, confirmed, promoted, transferred, from a user's seat."""
 
 import signal
 from pathlib import Path

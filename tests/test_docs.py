@@ -114,7 +114,11 @@ def test_the_recipes_run(tmp_path):
     (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "mine")],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",  # networks this small are slower on more
+            "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]),
+        },
         cwd=ROOT,
         capture_output=True,
         text=True,

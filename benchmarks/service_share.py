@@ -113,7 +113,7 @@ def _rows(url: str, name: str, runs: Path) -> list[TrialTimes]:
         trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if any(trial.user_attrs["tries"] > 1 for trial in trials):
             raise SystemExit(
-                f"study {study_name} lost workers, so their time is unknown; give a study that ran "
+                f"study {study_name} lost workers, so their time is unknown; give one that ran "
                 "undisturbed"
             )
         rows += [_row(trial, runs) for trial in trials]

@@ -163,7 +163,7 @@ def test_progressive_rows_whose_worker_is_killed_end_the_same_bit_for_bit(workpl
         kill(workplace.worker_at("round 2/2: training", "fault", row=2)[0])
         folder = workplace.runs / "fault/00002"
         first_round = (folder / "00004.safetensors").stat().st_mtime_ns
-        out, err = launcher.communicate(timeout=300)
+        out, err = launcher.communicate(timeout=900)
     finally:
         launcher.send_signal(signal.SIGINT)
     assert launcher.returncode == 0, err

@@ -51,7 +51,7 @@ def plan_confirmation(study: Study, *, method: Mapping[str, Any], seeds: int, co
     if confirmation.main.attribute(CHOSEN_AFTER) != basis:
         known = {arm.trial for arm in arms}
         arms += [arm for arm in choose(study, trials, count) if arm.trial not in known]
-    change = _differing(spec, method)
+    change = differing(spec, method)
     # A new candidate has to have the seeds of those that were there before it.
     variants = confirmation.variants
     known_seeds = {row.seed for row, _ in confirmation.rows() if variants[row.variant] == change}
@@ -134,7 +134,7 @@ def plan_given(url: str, spec: StudySpec) -> Study:
 
 
 def given_arms(spec: StudySpec, name: str) -> StudySpec:
-    """A study of given arms under a study's conditions, each seed on latents of its own."""
+    """A study of given arms under a study's conditions, each seed judged on its own latents."""
     plan = ArmsPlan(arms=(), seeds=(0,), latents="fresh")
     return spec.model_copy(update={"name": name, "plan": plan})
 
@@ -170,38 +170,37 @@ def arm_from(text: str) -> Arm:
     return Arm(name=f"a {a:.3f} (given)", params={"a": a, "b": b})
 
 
-def at_another_k(arm: Arm, searched_at: int | None, num_branches: int) -> str:
-    """What the same (a, b) means at another K, in words; "" for learned weights."""
-    if "a" not in arm.params:
+def at_another_k(arm: Arm, searched_at: int, num_branches: int) -> str:
+    """What the same (a, b) means at another K, in words; "" where there is nothing to tell."""
+    if "a" not in arm.params or searched_at == num_branches:
         return ""
     a, b = arm.params["a"], arm.params["b"]
     given = LogLinearWeights(a=a, b=b)
     values = given.values(num_branches)
-    weights = " ".join(f"{value / sum(values):.3g}" for value in values)
-    formula = f"log w_k = {a:.4g} k {'-' if b < 0 else '+'} {abs(b):.4g}"
-    here = f"w_{num_branches}/w_1 = {given.last_to_first(num_branches):.4g} at K = {num_branches}"
-    if searched_at is None or searched_at == num_branches:
-        return f"{formula}: {here}; rescaled to sum 1: {weights}"
-    there = f"w_{searched_at}/w_1 = {given.last_to_first(searched_at):.4g} at the search's "
+    shares = " ".join(f"{value / sum(values):.3g}" for value in values)
+    there, here = (
+        f"w_{k}/w_1 = {given.last_to_first(k):.4g} at K = {k}" for k in (searched_at, num_branches)
+    )
     return (
-        f"{formula}: {there}K = {searched_at} becomes {here}, taken literally; rescaled to "
-        f"sum 1: {weights}"
+        f"log w_k = {a:.4g} k {'-' if b < 0 else '+'} {abs(b):.4g} is taken literally: {there}, "
+        f"where it was searched, becomes {here}, in shares {shares}"
     )
 
 
 def other_budget(study: Study, method: Mapping[str, Any]) -> str:
     """A line where weights were confirmed under other settings; the best ones move with them."""
     found = verdict(study)
-    if found is None or dict(found.comparison.variant) == _differing(study.spec, method):
+    if found is None or dict(found.comparison.variant) == differing(study.spec, method):
         return ""
+    settings = ", ".join(f"{name} {value}" for name, value in method.items())
     return (
-        f"these weights were confirmed at {found.budget} and are used at other settings "
-        f"({', '.join(f'{k} {v}' for k, v in method.items()) or 'the search'}): the best ones "
-        "move with them; confirm them there\n"
+        f"these weights were confirmed at {found.budget} and are used at "
+        f"{settings or 'the settings of the search'}: the best ones move with that; confirm them "
+        "there\n"
     )
 
 
-def _differing(spec: StudySpec, method: Mapping[str, Any]) -> dict[str, Any]:
+def differing(spec: StudySpec, method: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that are not the study's own."""
     own = spec.method.options
     return {name: value for name, value in method.items() if own.get(name) != value}

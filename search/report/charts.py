@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["points", "line", "steps", "level", "bars"]
+Kind = Literal["points", "line", "steps", "level"]
 OWN_COLOUR = "#2166ac"
 
 
@@ -15,10 +15,10 @@ class Series:
 
     Attributes:
         name: For the legend.
-        kind: ``level`` is a horizontal line at y[0]; ``bars`` have words for x.
+        kind: ``level`` is a horizontal line at y[0].
         x, y: Of equal length, but for a level.
         colour: #rrggbb.
-        values: Colours each point by the chart's scale instead; of a line, a single value.
+        value: Colours a line by the chart's scale instead.
         labels: Of each point, for whoever points at it.
         spread: Half of each point's error bar.
         dashed: Of lines.
@@ -28,9 +28,9 @@ class Series:
     name: str
     kind: Kind
     y: Sequence[float]
-    x: Sequence[float | str] = ()
+    x: Sequence[float] = ()
     colour: str = OWN_COLOUR
-    values: Sequence[float] = ()
+    value: float | None = None
     labels: Sequence[str] = ()
     spread: Sequence[float] = ()
     dashed: bool = False
@@ -64,6 +64,6 @@ class Chart:
 
     def bounds(self) -> tuple[float, float]:
         """Between which values colours are spread; what is among the worst tenth has the last."""
-        values = sorted(value for series in self.series for value in series.values)
+        values = sorted(each.value for each in self.series if each.value is not None)
         last = math.ceil(0.9 * len(values)) if len(values) >= 10 else len(values)
         return values[0], max(values[last - 1], values[0] + 1e-9)

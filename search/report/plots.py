@@ -1,4 +1,4 @@
-"""A study's plots as charts, which ``showing/drawing.py`` draws for reports and the dashboard.
+"""A study's plots as charts, which ``render`` draws for reports and the dashboard.
 
 FIDs are lower-is-better; K branches, k = 1..K.
 """
@@ -6,7 +6,7 @@ FIDs are lower-is-better; K branches, k = 1..K.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bdense.weights.spaces import PLAIN, UNIFORM
+from bdense.weights.spaces import PLAIN, UNIFORM, Uniform
 from search.analysis.comparison import Comparison
 from search.report.charts import OWN_COLOUR, Chart, Series
 from search.study.results import MeasuredFID
@@ -37,26 +37,35 @@ def study_charts(
         for each in measured
     ]
     baselines = {each.label: each.as_dict() for each in now.baselines.values()}
-    learned = "rule" in trials[0]
-    axes = [name for name in now.spec.space.distributions() if name in trials[0]]
-    charts = [fid_over(trials, baselines, "strength" if learned else axes[0])]
-    charts.append(weights_of(trials))
-    charts.append(fid_over_time(trials, baselines))
-    return charts
+    distributions = now.spec.space.distributions()
+    numbers = [name for name, each in distributions.items() if isinstance(each, Uniform)]
+    word = next((name for name in distributions if name not in numbers), "")
+    charts = [fid_over(trials, baselines, name, word) for name in numbers[:1]]
+    return [*charts, weights_of(trials), fid_over_time(trials, baselines)]
 
 
 def fid_over(
-    trials: Sequence[Mapping[str, Any]], baselines: Mapping[str, Mapping[str, Any]], axis: str
+    trials: Sequence[Mapping[str, Any]],
+    baselines: Mapping[str, Mapping[str, Any]],
+    axis: str,
+    word: str = "",
 ) -> Chart:
-    """FID of each trial over one of its parameters, beside the baselines."""
+    """FID of each trial over one of its parameters, beside the baselines.
+
+    Args:
+        trials: At least one.
+        baselines: By their labels.
+        axis: The parameter.
+        word: A parameter that is a word; each of them has points of its own.
+    """
     shown, remark = thinned(trials, MOST_POINTS)
     series = _levels(baselines)
-    rules = sorted({trial.get("rule", "") for trial in shown})
-    for rule, colour in zip(rules, _cycle(len(rules)), strict=True):
-        own = [trial for trial in shown if trial.get("rule", "") == rule]
-        series.append(_points(own, axis, "fid", f"B-DENSE, {rule}" if rule else "B-DENSE", colour))
+    words = sorted({str(trial.get(word, "")) for trial in shown})
+    for each, colour in zip(words, _cycle(len(words)), strict=True):
+        own = [trial for trial in shown if str(trial.get(word, "")) == each]
+        series.append(_points(own, axis, "fid", f"B-DENSE, {each}" if each else "B-DENSE", colour))
     return Chart(
-        key="fid-over-a" if axis == "a" else f"fid-over-{axis}",
+        key=f"fid-over-{axis}",
         title=f"FID over {axis}",
         x="slope a of log w_k = a k + b" if axis == "a" else axis,
         y=_fid_label(trials),
@@ -79,7 +88,7 @@ def weights_of(trials: Sequence[Mapping[str, Any]]) -> Chart:
                 kind="line",
                 x=k,
                 y=trial["weights"],
-                values=[trial["fid"]],
+                value=trial["fid"],
                 labels=[_label(trial)] * branches,
                 quiet=True,
             )
@@ -236,7 +245,6 @@ def _points(
     y: str,
     name: str,
     colour: str = OWN_COLOUR,
-    values: Sequence[float] = (),
 ) -> Series:
     return Series(
         name=name,
@@ -244,7 +252,6 @@ def _points(
         x=[trial[x] for trial in trials],
         y=[trial[y] for trial in trials],
         colour=colour,
-        values=values,
         labels=[_label(trial) for trial in trials],
     )
 

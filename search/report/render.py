@@ -87,12 +87,10 @@ def _draw(axes: "Axes", series: Series, chart: Chart) -> None:
     dash = "--" if series.dashed else "-"
     if series.kind == "level":
         axes.axhline(series.y[0], color=series.colour, linestyle=dash, linewidth=1.2, label=label)
-    elif series.kind == "bars":
-        axes.bar([_plain(str(x)) for x in series.x], series.y, width=0.5, color=series.colour)
     elif series.kind == "steps":
         axes.step(series.x, series.y, where="post", color=series.colour, label=label)
     elif series.kind == "line":
-        colour = shade(series.values[0], *chart.bounds()) if series.values else series.colour
+        colour = _colour(series, chart)
         if series.spread:
             axes.errorbar(
                 series.x,
@@ -107,9 +105,6 @@ def _draw(axes: "Axes", series: Series, chart: Chart) -> None:
             )
         else:
             axes.plot(series.x, series.y, dash, color=colour, linewidth=1.3, label=label)
-    elif series.values:
-        colours = [shade(value, *chart.bounds()) for value in series.values]
-        axes.scatter(series.x, series.y, s=_MARKS**2, c=colours, label=label)
     elif series.spread:
         axes.errorbar(
             series.x,
@@ -131,7 +126,7 @@ def interactive(chart: Chart) -> "go.Figure":
     traces = [_trace(series, chart) for series in chart.series if series.kind != "level"]
     span = _span(chart)
     traces[:0] = [_level(series, span) for series in chart.series if series.kind == "level"]
-    if chart.scale and not any(len(s.values) > 1 for s in chart.series):
+    if chart.scale:
         # Lines have no scale of their own: a trace without points carries it.
         marker = {"color": [chart.bounds()[0]], **_scale(chart)}
         nothing = {"x": [None], "y": [None], "showlegend": False}
@@ -162,9 +157,9 @@ def interactive(chart: Chart) -> "go.Figure":
 
 def _trace(series: Series, chart: Chart) -> dict[str, Any]:
     trace: dict[str, Any] = {
-        "type": "bar" if series.kind == "bars" else "scatter",
+        "type": "scatter",
         "name": _escaped(ellipsised(series.name)),
-        "x": [_escaped(x) if isinstance(x, str) else _short(x) for x in series.x],
+        "x": [_short(x) for x in series.x],
         "y": [_short(y) for y in series.y],
         "showlegend": not series.quiet,
     }
@@ -172,16 +167,9 @@ def _trace(series: Series, chart: Chart) -> dict[str, Any]:
         trace |= {"text": [_escaped(text) for text in series.labels], "hoverinfo": "text"}
     if any(series.spread):
         trace["error_y"] = {"type": "data", "array": [_short(s) for s in series.spread]}
-    if series.kind == "bars":
-        return trace | {"marker": {"color": series.colour}, "width": 0.5}
     if series.kind == "points":
-        marker: dict[str, Any] = {"size": 9, "color": series.colour}
-        if series.values:
-            marker |= {"color": [_short(v) for v in series.values], **_scale(chart)}
-        return trace | {"mode": "markers", "marker": marker}
-    line: dict[str, Any] = {"color": series.colour, "width": 1.5}
-    if series.values:
-        line["color"] = shade(series.values[0], *chart.bounds())
+        return trace | {"mode": "markers", "marker": {"size": 9, "color": series.colour}}
+    line: dict[str, Any] = {"color": _colour(series, chart), "width": 1.5}
     if series.dashed:
         line["dash"] = "dash"
     if series.kind == "steps":
@@ -218,10 +206,15 @@ def _level(series: Series, span: tuple[float, float]) -> dict[str, Any]:
 
 def _span(chart: Chart) -> tuple[float, float]:
     """From where to where levels go."""
-    places = [x for series in chart.series for x in series.x if not isinstance(x, str)]
+    places = [x for series in chart.series for x in series.x]
     low, high = min(places, default=0.0), max(places, default=1.0)
     margin = 0.0 if chart.log_x else 0.03 * (high - low)
     return low - margin, high + margin
+
+
+def _colour(series: Series, chart: Chart) -> str:
+    """Of a line."""
+    return series.colour if series.value is None else shade(series.value, *chart.bounds())
 
 
 def _short(value: float) -> float:

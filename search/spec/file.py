@@ -38,6 +38,15 @@ def read_spec(path: Path, changes: dict[str, Any] | None = None) -> StudySpec:
     return apart(functools.partial(_resolved, Path(path), changes or {}))
 
 
+def in_variant(spec: StudySpec, changes: dict[str, Any]) -> StudySpec:
+    """The study with some of the method's settings replaced, which the engine checks.
+
+    Raises:
+        InputError: The method has no such setting, or refuses the value.
+    """
+    return apart(functools.partial(_varied, spec, changes)) if changes else spec
+
+
 def apart(call: Callable[[], T]) -> T:
     """Call in a process of its own, which takes torch with it when it ends."""
     spawn = multiprocessing.get_context("spawn")
@@ -52,6 +61,12 @@ def _resolved(path: Path, changes: dict[str, Any]) -> StudySpec:
 
     tree, told = translated(read_tree(path))
     return resolve(parse(_merged(tree, changes), source=str(path)), source=str(path), told=told)
+
+
+def _varied(spec: StudySpec, changes: dict[str, Any]) -> StudySpec:
+    from search.spec.resolve import variant
+
+    return variant(spec, changes)
 
 
 def _merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from search.study.arms import Arm
     from search.study.study import Study
 
+FRESH_SEEDS = 3
+
 
 def add_promote(verbs: Verbs) -> None:
     """``promote`` and its options."""
@@ -52,7 +54,7 @@ def add_promote(verbs: Verbs) -> None:
         metavar="N",
         type=numbers,
         help="number of seeds, or with --to the seeds themselves, as in 0,1,2 (default: the "
-        "file's; 3 fresh ones without --to)",
+        f"file's; {FRESH_SEEDS} fresh ones without --to)",
     )
     parser.add_argument(
         "--nfe",
@@ -83,59 +85,47 @@ def add_promote(verbs: Verbs) -> None:
 
 
 def _promote(options: argparse.Namespace) -> None:
-    from search.analysis.comparison import table_rows, teacher_of
-    from search.analysis.plans import (
-        at_another_k,
-        other_budget,
-        plan_promotion,
-    )
+    from search.analysis.comparison import comparisons_of, table_rows, teacher_of
+    from search.analysis.plans import at_another_k, differing, other_budget, plan_promotion
     from search.run.gpus import use_gpus
     from search.run.launch import run_rows
+    from search.spec.file import in_variant
     from search.study.wording import align
-    from search.verbs.launch import dry_run
 
     use_gpus(options.gpus)
-    if options.to is not None:
-        spec = _given(options)
-        if options.dry_run:
-            dry_run(spec)
-            return
     study = open_search(options)
-    spec = _given(options) if options.to is not None else _own(study)
-    variants = _variants(options, study, own=options.to is None)
+    spec, asked = _spec(options, study), _asked(options, study)
+    variants = [differing(spec, each) for each in asked]
+    trained = [in_variant(spec, each) for each in variants]
+    seeds = _seeds(options, study, spec)
     if options.dry_run:
-        dry_run(spec)
+        for each in trained:
+            _dry_run(options, study, each, seeds)
         return
-    folders = [_folder(options, spec, variant, len(variants)) for variant in variants]
+    folders = [_folder(options, spec, each, len(asked)) for each in asked]
     _require_free(options, spec.name, folders)
     arm = _arm(options, study)
     if options.weights is None and options.to is None:
-        sys.stderr.write("".join({other_budget(study, variant) for variant in variants}))
+        sys.stderr.write("".join({other_budget(study, each) for each in asked}))
     told = at_another_k(arm, study.spec.resolved.num_branches, spec.resolved.num_branches)
-    planned = plan_promotion(
-        study.url,
-        spec,
-        arm,
-        of=study.name,
-        seeds=_seeds(options, study, spec),
-        variants=variants,
-    )
+    planned = plan_promotion(study.url, spec, arm, of=study.name, seeds=seeds, variants=variants)
     if told:
         print(told, flush=True)
     run_rows(planned, options.workers)
     show_rows(planned)
-    from search.analysis.comparison import comparisons_of
-
     if shown := comparisons_of(planned):
         print(*align(table_rows(shown, teacher_of(planned))), shown[0].conditions_line(), sep="\n")
     for variant, folder in zip(variants, folders, strict=True):
         _hand_over(planned, folder, arm, variant)
 
 
-def _given(options: argparse.Namespace) -> "StudySpec":
-    """The study of --to, with the seeds of the options."""
+def _spec(options: argparse.Namespace, study: "Study") -> "StudySpec":
+    """Under whose conditions: those of --to, else the search's."""
+    from search.analysis.plans import PROMOTE_SUFFIX, given_arms
     from search.spec.file import read_spec
 
+    if options.to is None:
+        return given_arms(study.spec, study.name + PROMOTE_SUFFIX)
     spec = read_spec(options.to)
     if spec.is_search:
         raise InputError(
@@ -145,15 +135,9 @@ def _given(options: argparse.Namespace) -> "StudySpec":
     return spec
 
 
-def _own(study: "Study") -> "StudySpec":
-    from search.analysis.plans import PROMOTE_SUFFIX, given_arms
-
-    return given_arms(study.spec, study.name + PROMOTE_SUFFIX)
-
-
-def _variants(options: argparse.Namespace, study: "Study", *, own: bool) -> list[dict[str, Any]]:
-    """Changes of the method's settings that --kimg and --nfe ask for."""
-    base: dict[str, Any] = dict(study.spec.confirm.method) if own else {}
+def _asked(options: argparse.Namespace, study: "Study") -> list[dict[str, Any]]:
+    """Settings of the method that --kimg, --nfe and the search's ``confirm`` ask for."""
+    base = dict(study.spec.confirm.method) if options.to is None else {}
     if options.kimg:
         base["kimg"] = options.kimg
     return [{**base, "nfe": nfe} for nfe in options.nfe] if options.nfe else [base]
@@ -164,20 +148,42 @@ def _seeds(options: argparse.Namespace, study: "Study", spec: "StudySpec") -> li
     from search.analysis.plans import fresh_seeds, seeds_of
     from search.spec.study import ArmsPlan
 
-    if options.to is not None:
+    given = options.seeds
+    if options.to is None:
+        given = given or [FRESH_SEEDS]
+        if len(given) > 1 or given[0] < 1:
+            raise InputError(
+                f"--seeds {','.join(map(str, given))}: without --to it is how many fresh ones; "
+                "give one number, 1 or more"
+            )
+        # Nor the seeds that the winner was chosen by.
+        return fresh_seeds(study.spec, given[0], seeds_of(study, study.name + CONFIRM_SUFFIX))
+    if given is None:
         assert isinstance(spec.plan, ArmsPlan)
-        if not options.seeds:
-            return list(spec.plan.seeds)
-        # One number is how many, several are the seeds themselves.
-        return list(range(options.seeds[0])) if len(options.seeds) == 1 else options.seeds
-    count = options.seeds or [3]
-    if len(count) > 1 or count[0] < 1:
+        return list(spec.plan.seeds)
+    # One number is how many, several are the seeds themselves.
+    seeds = list(range(given[0])) if len(given) == 1 else given
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise InputError(
-            f"--seeds {','.join(map(str, count))}: without --to it is how many fresh ones; give "
-            "one number, 1 or more"
+            f"--seeds {','.join(map(str, given))}: give how many, 1 or more, or several seeds "
+            "from 0 on, each once"
         )
-    # Nor the seeds that the winner was chosen by.
-    return fresh_seeds(study.spec, count[0], seeds_of(study, study.name + CONFIRM_SUFFIX))
+    return seeds
+
+
+def _dry_run(
+    options: argparse.Namespace, study: "Study", spec: "StudySpec", seeds: list[int]
+) -> None:
+    """Tell of the study as if its file had these arms and seeds."""
+    from search.analysis.plans import arm_from
+    from search.spec.study import ArmsPlan
+    from search.verbs.launch import dry_run
+
+    assert isinstance(spec.plan, ArmsPlan)
+    given = options.weights
+    promoted = {"winner_of": study.name} if given is None else arm_from(given).params
+    arms = {"arms": ("plain", "uniform", promoted), "seeds": tuple(seeds)}
+    dry_run(spec.model_copy(update={"plan": spec.plan.model_copy(update=arms)}))
 
 
 def _arm(options: argparse.Namespace, study: "Study") -> "Arm":
@@ -188,10 +194,10 @@ def _arm(options: argparse.Namespace, study: "Study") -> "Arm":
 
 
 def _folder(
-    options: argparse.Namespace, spec: "StudySpec", variant: dict[str, Any], count: int
+    options: argparse.Namespace, spec: "StudySpec", asked: dict[str, Any], count: int
 ) -> Path:
-    """Where a variant's model goes; those of others may come beside it."""
-    named = "-".join(f"{name}{value:g}" for name, value in sorted(variant.items()))
+    """Where the model of these settings goes; those of others may come beside it."""
+    named = "-".join(f"{name}{asked[name]:g}" for name in ("kimg", "nfe") if name in asked)
     if options.out is None:
         return runs_folder() / spec.name / ("model" + (f"-{named}" if named else ""))
     return Path(options.out if count == 1 else options.out / named)
@@ -219,7 +225,7 @@ def _hand_over(planned: "Study", folder: Path, arm: "Arm", variant: dict[str, An
     if planned.left():
         raise InputError(f"{headline(planned)}; run the same command again to continue")
     number = arm_row(planned, arm=arm.name, variant=planned.variants.index(variant))
-    if is_current(folder, planned):
+    if is_current(folder, planned, number):
         print(f"model folder, written before: {folder}")
     else:
         put_aside(folder)

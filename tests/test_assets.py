@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from search.worker.trial import STUDENT, train_and_measure
 
 from bdense.data.datasets import Dataset, load_dataset
 from bdense.errors import InputError
@@ -11,7 +12,6 @@ from bdense.execution import Execution
 from bdense.metrics.references import dataset_reference, write_reference
 from bdense.models.store import load_denoiser, save_denoiser
 from search.worker import assets
-from search.worker.trial import STUDENT, train_and_measure
 from tests.small import same_weights, small_teacher
 from tests.studies import NORMALISED, REMOVED, spec
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bdense.methods.chain import Chain, Round, distill_chain, pd_sampler, prediction_of
 from safetensors import SafetensorError
 
 from bdense.data.datasets import Dataset
@@ -20,7 +21,6 @@ from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.vp import CosineSchedule
 from bdense.errors import CheckpointError, InputError, NonFiniteLossError
 from bdense.execution import Execution
-from bdense.methods.chain import Chain, Round, distill_chain, pd_sampler, prediction_of
 from bdense.methods.progressive import DataBatches, PDConfig, distill_round, reparameterised
 from bdense.models.store import load_denoiser, load_tensors, save_denoiser
 from tests.networks import tiny_denoiser

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bdense.methods.chain import Chain, distill_chain, pd_sampler
 from PIL import Image
 
 import bdense.verbs.drawing
@@ -19,7 +20,6 @@ from bdense.diffusion.sampling import draw_images, samplers_from
 from bdense.diffusion.schedules import Levels, Schedule
 from bdense.diffusion.solvers import DPMSolverPP
 from bdense.diffusion.vp import CosineSchedule
-from bdense.methods.chain import Chain, distill_chain, pd_sampler
 from bdense.methods.progressive import DataBatches, PDConfig
 from bdense.methods.sfd import SFDConfig
 from bdense.methods.trajectories import LiveTrajectories

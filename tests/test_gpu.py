@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from bdense.methods.sharing import distill_on
 
 from bdense.data.datasets import load_dataset
 from bdense.diffusion.branches import export_branch, widen_head
@@ -14,7 +15,6 @@ from bdense.errors import NonFiniteLossError
 from bdense.execution import Execution, exact_products
 from bdense.methods.progressive import DataBatches, PDConfig, distill_round
 from bdense.methods.sfd import SFDConfig, branch_losses, branch_states, distill
-from bdense.methods.sharing import distill_on
 from bdense.training.parallel import Team, team_of
 from bdense.training.teacher import TeacherConfig, train_teacher
 from bdense.weights.spaces import LogLinearWeights

@@ -12,18 +12,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import bdense.methods.sharing
 import pytest
 import torch
 import torch.distributed as dist
+from bdense.methods.sharing import distill_on
 
-import bdense.methods.sharing
 import bdense.training.parallel
 from bdense.diffusion.branches import widen_head
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import InputError, NonFiniteError, NonFiniteLossError
 from bdense.methods.recordings import TrajectoryStore
 from bdense.methods.sfd import IterationReport, Looks, SFDConfig
-from bdense.methods.sharing import distill_on
 from bdense.training.parallel import Follow, Team, team_of
 from bdense.weights.spaces import LogLinearWeights
 from bdense.weights.weighting import LearnedWeights

@@ -7,14 +7,6 @@ from typing import get_args
 
 import pytest
 import yaml
-
-from bdense.diffusion.snr_weights import LOSSES
-from bdense.diffusion.solver_names import SOLVERS
-from bdense.diffusion.solvers import DPM2, IPNDM, DPMSolverPP, Euler, Heun
-from bdense.execution import PRECISIONS
-from bdense.weights.spaces import RULES
-from bdense.weights.weighting import LearnedWeights
-from search.errors import SpecError
 from search.spec.study_file import as_yaml, parse_spec, read_spec
 from search.spec.study_spec import StudySpec
 from search.worker.engine import (
@@ -25,6 +17,14 @@ from search.worker.engine import (
     teacher_solver,
     training_config,
 )
+
+from bdense.diffusion.snr_weights import LOSSES
+from bdense.diffusion.solver_names import SOLVERS
+from bdense.diffusion.solvers import DPM2, IPNDM, DPMSolverPP, Euler, Heun
+from bdense.execution import PRECISIONS
+from bdense.weights.spaces import RULES
+from bdense.weights.weighting import LearnedWeights
+from search.errors import SpecError
 from tests.studies import LEARNED, NORMALISED, REMOVED, STUDIES, changed, spec
 
 TRAINED = {"kimg": 1}

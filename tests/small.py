@@ -1,6 +1,7 @@
 """Small teachers, and denoisers in closed form."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -8,8 +9,11 @@ from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.intervals import IntervalGrid
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import DPMSolverPP
-from bdense.methods.trajectories import LiveTrajectories
+from bdense.methods.sfd import SFDConfig, SFDStage
+from bdense.methods.trajectories import LiveTrajectories, Trajectories
 from bdense.networks import SongUNet, SongUNetConfig
+from bdense.training.loop import train
+from bdense.weights.weighting import BranchWeighting, FixedWeights
 
 
 def small_teacher(*, dropout: float = 0.0, seed: int = 0, channels: int = 1) -> NetworkDenoiser:
@@ -49,6 +53,44 @@ def small_trajectories(
     return LiveTrajectories(
         teacher=teacher, grid=grid, solver=DPMSolverPP(), batch=batch, count=count, seed=7
     )
+
+
+def sfd_stage(
+    trajectories: Trajectories,
+    *,
+    images: int = 16,
+    seed: int = 0,
+    start: NetworkDenoiser | None = None,
+    perceptual: Any = None,
+    **knobs: Any,
+) -> SFDStage:
+    """SFD on these trajectories, of a student that starts as their teacher."""
+    return SFDStage(
+        config=SFDConfig(kimg=images / 1000, **{"lr": 1e-3} | knobs),
+        trajectories=trajectories,
+        start=start or trajectories.teacher,
+        seed=seed,
+        perceptual=perceptual,
+    )
+
+
+OF_TRAIN = (
+    "devices",
+    "checkpoint",
+    "checkpoint_seconds",
+    "on_iteration",
+    "on_save",
+    "evaluations",
+)
+
+
+def sfd(
+    trajectories: Trajectories, weights: torch.Tensor | BranchWeighting, **options: Any
+) -> NetworkDenoiser:
+    """The branched student of ``sfd_stage``; options as of that and of ``train``."""
+    weighting = FixedWeights(weights) if isinstance(weights, torch.Tensor) else weights
+    own = {name: options.pop(name) for name in OF_TRAIN if name in options}
+    return train(sfd_stage(trajectories, **options), weighting, **own)
 
 
 def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:

@@ -13,10 +13,9 @@ from bdense.diffusion.sampling import Sampler, draw_images
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import Euler
 from bdense.errors import CheckpointError, InputError, ShapeError
-from bdense.methods.sfd import SFDConfig, distill
 from bdense.models.diffusers_teacher import is_hub_id, read_diffusers
 from bdense.models.store import denoiser_sha256, load_denoiser, save_denoiser
-from tests.small import same_weights, small_trajectories
+from tests.small import same_weights, sfd, small_trajectories
 
 diffusers = pytest.importorskip("diffusers", reason="needs the diffusers extra")
 
@@ -110,7 +109,7 @@ def test_classes_are_one_hot_rows(tmp_path):
     labels = torch.eye(5)[[3, 1]]
     torch.testing.assert_close(denoiser(x, sigma, labels), x - sigma * eps, rtol=1e-4, atol=1e-5)
     assert denoiser(x, sigma).shape == x.shape
-    with pytest.raises(ShapeError, match=r"\[B, 5\], got \[2, 4\]"):
+    with pytest.raises(ShapeError, match=r"\[2, 5\] .* got \[2, 4\]"):
         denoiser(x, sigma, torch.zeros(2, 4))
 
 
@@ -134,12 +133,11 @@ def test_the_head_is_widened_and_taken_apart_again(folder):
 def test_a_student_is_distilled(folder, tmp_path):
     teacher = read_diffusers(folder)[0]
     before = denoiser_sha256(teacher)
-    config = SFDConfig(num_branches=4, images=8, lr=1e-3, seed=0)
     with pytest.raises(InputError, match=r"ddpm teacher was trained for, 0\.01 to .*; choose a"):
         small_trajectories(teacher, count=2)
     schedule = Schedule(sigma_min=0.02, sigma_max=14)
     trajectories = small_trajectories(teacher, count=2, schedule=schedule)
-    branched = distill(teacher, trajectories, config, torch.ones(4))
+    branched = sfd(trajectories, torch.ones(4), images=8)
     student = export_branch(branched)
     assert denoiser_sha256(teacher) == before != denoiser_sha256(student)
     assert student.describe() == teacher.describe()
@@ -250,7 +248,7 @@ def test_other_folders_are_named(folder, tmp_path):
     with pytest.raises(CheckpointError, match=r"neither unet/config\.json nor config\.json"):
         read_diffusers(tmp_path)
     shutil.rmtree(folder / "scheduler")
-    with pytest.raises(CheckpointError, match="has a model and no scheduler/scheduler_config"):
+    with pytest.raises(CheckpointError, match="no scheduler/scheduler_config"):
         read_diffusers(folder)
 
 
@@ -263,7 +261,7 @@ def test_other_folders_are_named(folder, tmp_path):
         ("unet/config.json", {"time_embedding_type": "fourier"}, "'fourier'"),
         ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type='timestep'"),
         ("unet/config.json", {"layers_per_block": 2}, "diffusers cannot load"),
-        ("scheduler/scheduler_config.json", {"_class_name": "UniPC"}, "is of a UniPC; the noise"),
+        ("scheduler/scheduler_config.json", {"_class_name": "UniPC"}, "describes a UniPC"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}, "got 'sigmoid'"),
         ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "got 'flow'"),
         ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "pure noise"),
@@ -284,9 +282,9 @@ def test_broken_files_are_named(folder):
 def test_conditions_that_it_does_not_have_are_refused(folder):
     denoiser = read_diffusers(folder)[0]
     x, sigma = torch.zeros(1, 1, 8, 8), torch.tensor(1.0)
-    with pytest.raises(ShapeError, match="unconditional"):
+    with pytest.raises(ShapeError, match="a network that takes none"):
         denoiser(x, sigma, torch.zeros(1, 3))
-    with pytest.raises(InputError, match="neither augment_labels nor num_points"):
+    with pytest.raises(InputError, match="num_points=4 is given to a network without"):
         denoiser(x, sigma, num_points=4)
     with pytest.raises(ShapeError, match=r"\[B, 1, 8, 8\], got \[1, 1, 4, 4\]"):
         denoiser(torch.zeros(1, 1, 4, 4), sigma)

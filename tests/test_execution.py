@@ -121,7 +121,7 @@ def test_what_only_a_gpu_computes_is_refused(precision):
 
 
 def test_an_unknown_precision_is_refused():
-    with pytest.raises(InputError, match=r"precision 'fp8' is unknown.*'bfloat16'"):
+    with pytest.raises(InputError, match=r"precision must be one of .* bfloat16, .* got 'fp8'"):
         Execution(precision="fp8")
 
 
@@ -213,10 +213,7 @@ NEEDS_COMPILER = pytest.mark.skipif(
 
 def test_compilation_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
-    expected = (
-        "needs a compiler, no-such-compiler, and this machine has none; install it, or leave"
-    )
-    with pytest.raises(InputError, match=expected):
+    with pytest.raises(InputError, match=r"compile .*no-such-compiler"):
         small_teacher().execute(Execution(compile=True))
     small_teacher().execute(Execution())
 

@@ -7,6 +7,7 @@ optimiser and DDPM's levels is not the reference's but these files' own.
 import json
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,16 @@ from bdense.diffusion.snr_weights import snr_weight
 from bdense.diffusion.solvers import DDIM, trajectory
 from bdense.diffusion.vp import CosineSchedule, VPSchedule
 from bdense.methods.progressive import (
-    Batch,
+    ImageBatch,
     PDConfig,
-    UpdateReport,
+    PDStage,
     branch_errors,
     dense_targets,
-    distill_round,
     target_shares,
 )
 from bdense.models.store import load_tensors
+from bdense.training.loop import IterationReport, train
+from bdense.weights.weighting import FixedWeights
 from tests.goldens import PD, discover, settings, tensors
 from tests.pd_nets import tiny_conv
 
@@ -264,7 +266,7 @@ def errors_of(
         return (predicted - targets).square().mean(dim=(2, 3, 4))
     student = tiny_conv(of, "student/", column(config["mean_type"]), len(targets))
     near(student.branches(x, sigma).transpose(0, 1), of["student_x_k"], 1e-11)
-    return branch_errors(student, x, sigma, targets)
+    return branch_errors(student.branches, x, sigma, targets)
 
 
 # ---- sampling ----
@@ -291,18 +293,18 @@ def test_ddim(path: Path):
 # ---- whole short trainings ----
 
 
-class FileBatches:
-    """A file's own images, noise and times."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FileStage(PDStage):
+    """A round on a file's own images, noise and times."""
 
-    def __init__(self, data: dict[str, Tensor], num_steps: int):
-        self.data, self.num_steps = data, num_steps
+    data: dict[str, Tensor]
 
-    def __call__(self, iteration: int, num_steps: int) -> Batch:
-        assert num_steps == self.num_steps
-        interval = num_steps - 1 - self.data["i"][iteration]
-        return Batch(self.data["x"][iteration], self.data["eps"][iteration], interval)
+    def batch(self, iteration: int, images: slice) -> ImageBatch:
+        assert images == slice(0, self.batch_size)
+        interval = self.steps - 1 - self.data["i"][iteration]
+        return ImageBatch(self.data["x"][iteration], self.data["eps"][iteration], interval)
 
-    def describe(self) -> dict[str, Any]:
+    def describe_batches(self) -> dict[str, Any]:
         return {}
 
 
@@ -315,20 +317,23 @@ def rounds_of(path: Path) -> list[dict[str, Tensor]]:
     return [{k.removeprefix(p): v for k, v in data.items() if k.startswith(p)} for p in named]
 
 
-def training_of(config: dict[str, Any], substeps: int) -> PDConfig:
-    decay = config["weight_decay"]
+def training_of(config: dict[str, Any], steps: int) -> PDConfig:
+    """To a student of that many steps."""
+    decay, substeps = config["weight_decay"], config.get("K", 2)
     return PDConfig(
-        updates=config["updates"],
+        steps=steps * substeps,
+        until=steps,
         substeps=substeps,
-        num_branches=substeps if config["method"] == "bdense" else 1,
+        updates=config["updates"],
         lr=config["lr"],
-        anneal=config["lr_schedule"] == "linear_to_0",
+        lr_schedule={"linear_to_0": "linear"}.get(config["lr_schedule"], "constant"),
         # flax's Adam decouples its decay.
         optimizer="adamw" if decay else config["optimizer"],
         betas=tuple(config["adam_betas"]),
         weight_decay=decay,
         clip_norm=config["grad_clip"],
         loss=LOSS[config["loss"]],
+        rescale_weights=False,
     )
 
 
@@ -363,37 +368,45 @@ def check_round(
     data: dict[str, Tensor],
     checkpoint: Path,
 ) -> NetworkDenoiser:
-    train = training_of(config, config.get("K", 2))
+    training = training_of(config, steps)
     weights = torch.tensor(config.get("branch_weights") or [1.0], dtype=torch.float64)
-    bound, batches = bound_of(config), FileBatches(data, steps)
-    start = widen_head(teacher, train.num_branches)
+    assert len(weights) == (training.substeps if config["method"] == "bdense" else 1)
+    bound = bound_of(config)
+    start = widen_head(teacher, len(weights))
     near_weights(start, data, "init/", bound)
-    check_first_gradient(start, teacher, schedule, steps, train, weights, data, bound)
-    reports: list[UpdateReport] = []
+    check_first_gradient(start, teacher, schedule, steps, training, weights, data, bound)
+    reports: list[IterationReport] = []
 
-    def on_update(report: UpdateReport) -> None:
+    def on_iteration(report: IterationReport) -> None:
         reports.append(report)
         if report.iteration == 1:
             after1 = load_tensors(checkpoint)[0]
             for name, golden in named(data, "after1/"):
                 near(after1[f"model.{name}"], golden, bound)
 
-    student = distill_round(
-        teacher,
-        batches,
-        schedule,
-        steps,
-        train,
-        weights,
+    stage = FileStage(
+        config=training,
+        teacher=teacher,
+        start=teacher,
+        levels=schedule,
+        steps=steps,
+        dataset=None,
+        seed=0,
+        substeps=training.substeps,
+        data=data,
+    )
+    student = train(
+        stage,
+        FixedWeights(weights),
         checkpoint=checkpoint,
         checkpoint_seconds=0,
-        on_update=on_update,
+        on_iteration=on_iteration,
     )
     relative(torch.tensor([r.lr for r in reports], dtype=torch.float64), data["lr"], 1e-12)
     relative(torch.tensor([r.loss for r in reports], dtype=torch.float64), data["loss"], bound)
     norms = torch.tensor([r.gradient_norm for r in reports], dtype=torch.float64)
     relative(norms, data["gnorm"], bound)
-    near(torch.stack([r.branch_losses for r in reports]), data["loss_k"], bound)
+    near(torch.cat([r.branch_losses for r in reports]), data["loss_k"], bound)
     near_weights(student, data, "final/", bound)
     for name, golden in named(data, "sample/"):
         if name != "init_z":
@@ -414,15 +427,17 @@ def check_first_gradient(
     teacher: NetworkDenoiser,
     schedule: VPSchedule,
     steps: int,
-    train: PDConfig,
+    training: PDConfig,
     weights: Tensor,
     data: dict[str, Tensor],
     bound: float,
 ) -> None:
-    levels = levels_at(schedule, data["i"][0], steps, train.substeps)
+    levels = levels_at(schedule, data["i"][0], steps, training.substeps)
     x = data["x"][0] + four(levels[0]) * data["eps"][0]
     targets = dense_targets(teacher, x, levels)
-    losses = snr_weight(levels[0], train.loss) * branch_errors(student, x, levels[0], targets)
+    losses = snr_weight(levels[0], training.loss) * branch_errors(
+        student.branches, x, levels[0], targets
+    )
     (weights @ losses).mean().backward()
     for name, golden in named(data, "grad0/"):
         gradient = student.get_parameter(f"model.{name}").grad

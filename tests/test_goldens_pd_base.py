@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from bdense.diffusion.preconditioning import Cosine
-from bdense.diffusion.snr_weights import LOSSES
+from bdense.diffusion.snr_weights import LOSSES, snr_weight
 from bdense.diffusion.vp import CosineSchedule
-from bdense.training.teacher import vp_denoising_loss
+from bdense.training.teacher import squared_error
 from tests.goldens import PD, discover, settings, tensors
 from tests.pd_nets import tiny_conv
 
@@ -44,7 +44,10 @@ def test_the_denoising_loss(path, mean_type):
     for name, u in times.items():
         sigma = schedule.level(u)
         for loss, reference_name in reference_names.items():
-            actual = vp_denoising_loss(denoiser, golden["x"], golden["eps"], sigma, loss=loss)
+            errors = squared_error(
+                denoiser.branches, golden["x"], golden["eps"], sigma, labels=None
+            )
+            actual = snr_weight(sigma, loss) * errors
             expected = golden[f"{mean_type}/{name}/loss_{reference_name}"]
             error = relative_error(actual.detach(), expected)
             assert error <= BOUND, f"{name} {loss}: off by {error:.3g}"

@@ -12,9 +12,11 @@ from bdense.diffusion.intervals import IntervalGrid
 from bdense.diffusion.sampling import Sampler, conditioned
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.step_condition import with_step_condition
-from bdense.methods.sfd import IterationReport, SFDConfig, branch_losses, branch_states, distill
+from bdense.methods.sfd import SFDConfig, SFDStage, branch_losses, branch_states
 from bdense.methods.trajectories import LiveTrajectories
 from bdense.randomness import Stream
+from bdense.training.loop import IterationReport, train
+from bdense.weights.weighting import FixedWeights
 from tests.goldens import close, discover, golden_network, settings, tensors
 from tests.test_goldens_sfd import solver_from
 
@@ -112,7 +114,7 @@ def reference_dropout(monkeypatch):
         def __exit__(self, *_):
             return None
 
-    monkeypatch.setattr("bdense.methods.sfd.seeded", Seeded)
+    monkeypatch.setattr("bdense.training.loop.seeded", Seeded)
 
 
 def compare_losses(reports: list[IterationReport], info: dict, data: dict) -> None:
@@ -154,15 +156,18 @@ def test_trace(path: Path, reference_dropout):
         check_first_gradient(start, walk, weights, info, data)
 
     reports: list[IterationReport] = []
-    train = SFDConfig(
-        num_branches=num_branches,
-        images=config["iters"] * config["B"],
-        lr=config["lr"],
-        dropout=config["dropout"],
+    assert len(weights) == num_branches
+    stage = SFDStage(
+        config=SFDConfig(
+            kimg=config["iters"] * config["B"] / 1000,
+            batch=config["B"],
+            lr=config["lr"],
+            dropout=config["dropout"],
+        ),
+        trajectories=trajectories,
+        start=start,
     )
-    student = distill(
-        teacher, trajectories, train, weights, start=start, on_iteration=reports.append
-    )
+    student = train(stage, FixedWeights(weights), on_iteration=reports.append)
     compare_losses(reports, info, data)
     head = student.get_submodule(info["grad0_names"]["head"])
     close(head.weight.detach(), data["final.head.weight"], atol=1e-4)
@@ -207,7 +212,7 @@ def check_first_gradient(start: NetworkDenoiser, walk, weights, info: dict, data
     n = grid.trained.start
     x = data["student_states_iter0"][n - 1] if n else walk.start
     told = grid.num_points if student.step_condition else None
-    states = branch_states(student, x, grid.interval(n), walk.labels, told)
+    states = branch_states(student.branches, x, grid.interval(n), walk.labels, told)
     losses = branch_losses(states, walk.states[: grid.substeps])
     (weights.to(losses) * losses).sum().backward()
     close(states[:, -1].detach(), data["student_states_iter0"][n], rtol_of_max=1e-5)

@@ -14,10 +14,9 @@ from bdense.errors import CheckpointError, InputError
 from bdense.files import sha256_file
 from bdense.methods import perceptual
 from bdense.methods.perceptual import LPIPS, LPIPS_URL, VGG16_URL
-from bdense.methods.sfd import SFDConfig, distill
 from bdense.models.store import denoiser_sha256, load_denoiser, load_tensors, save_denoiser
 from tests.commands import done
-from tests.small import same_weights, small_teacher, small_trajectories
+from tests.small import same_weights, sfd, small_teacher, small_trajectories
 
 VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0)
 
@@ -172,25 +171,19 @@ def test_it_is_added_for_every_pixel_at_the_end_of_the_last_interval(tmp_path):
     """As in the reference: a 0-dim distance added to each element of the loss before the sum."""
     teacher = small_teacher()
     trajectories = small_trajectories(teacher, count=1, substeps=2)
-    config = SFDConfig(num_branches=1, images=4, lr=1e-3)
     loss, one = Halved(), torch.ones(1)
     path = tmp_path / "checkpoint.safetensors"
-    student = distill(
-        teacher,
-        trajectories,
-        config,
-        one,
-        perceptual=loss,
-        checkpoint=path,
-        checkpoint_seconds=0,
+    short = {"images": 4}
+    student = sfd(
+        trajectories, one, perceptual=loss, checkpoint=path, checkpoint_seconds=0, **short
     )
     assert loss.asked == [torch.Size((4, 1, 8, 8))]
     assert load_tensors(path)[1]["identity"]["perceptual"] == {"name": "halved"}
     with pytest.raises(CheckpointError, match="differs in: perceptual"):
-        distill(teacher, trajectories, config, one, perceptual=Halved("other"), checkpoint=path)
+        sfd(trajectories, one, perceptual=Halved("other"), checkpoint=path, **short)
 
     # Written out. NFE 2 with AFS: intervals 1 and 2 are trained, the loss is of the second.
-    plain = distill(teacher, trajectories, config, one)
+    plain = sfd(trajectories, one, **short)
     assert not same_weights(plain, student)
     own = copy.deepcopy(teacher).train()
     optimizer = torch.optim.Adam(own.parameters(), lr=1e-3, fused=True)
@@ -222,4 +215,4 @@ def test_bdense_distill_takes_it(lpips, tmp_path):
     assert len(digests) == 3
     assert metadata["perceptual"] == LPIPS(as_reference=True).describe()
     card = student.with_suffix(".md").read_text()
-    assert "| perceptual loss | lpips on the last interval, of images in [-1, 1] |" in card
+    assert "| perceptual loss | lpips on the last interval, images in [-1, 1] |" in card

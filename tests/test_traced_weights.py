@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from bdense.methods.sfd import IterationReport, SFDConfig, distill
+from bdense.training.loop import IterationReport
 from search.worker.traced_weights import MAX_POINTS, TracedWeights, draw_history
-from tests.small import same_weights, small_teacher, small_trajectories
+from tests.small import same_weights, sfd, small_teacher, small_trajectories
 
 ITERATIONS = 6
 
@@ -23,7 +23,7 @@ def noted(count: int) -> TracedWeights:
     weights = traced()
     for i in range(count):
         used = torch.stack([torch.zeros(4), torch.arange(4) + i]).double()
-        weights.note(IterationReport(i, count, 1e-3, torch.ones(2, 4), used))
+        weights.note(IterationReport(i, count, 1e-3, torch.ones(2, 4), used, 1.0, 1.0))
     return weights
 
 
@@ -40,11 +40,10 @@ def train(weights: TracedWeights, checkpoint: Path | None, stop_at: int = ITERAT
             raise InterruptedRunError
         weights.note(done)
 
-    return distill(
-        teacher,
+    return sfd(
         small_trajectories(teacher, count=ITERATIONS),
-        SFDConfig(num_branches=4, images=4 * ITERATIONS, lr=1e-3),
         weights,
+        images=4 * ITERATIONS,
         checkpoint=checkpoint,
         checkpoint_seconds=0.0,
         on_iteration=on_iteration,

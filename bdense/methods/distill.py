@@ -65,10 +65,15 @@ class _Run:
             return None
         return self.folder / f"{plan.name or self.name}.safetensors"
 
+    def is_kept(self, plan: StagePlan) -> bool:
+        """Whether that stage was done before."""
+        path = self.path(plan)
+        return path is not None and path.exists()
+
     def stages(
-        self, plans: Sequence[StagePlan], teacher: NetworkDenoiser
+        self, plans: Sequence[StagePlan], teacher: NetworkDenoiser, first: Stage | None
     ) -> Iterator[TrainedStage]:
-        """Each from its file, or trained and kept now."""
+        """Each from its file, or trained and kept now; ``first`` is the first, if not kept."""
         for plan in plans:
             path = self.path(plan)
             unfinished = self.checkpoint
@@ -77,7 +82,9 @@ class _Run:
             if path is not None and path.exists():
                 done = self._kept(plan, path, teacher)
             else:
-                done = self._trained(plan, path, unfinished, teacher)
+                stage = first or self.method.stage(plan, teacher, self.config, self.inputs)
+                done = self._trained(plan, stage, path, unfinished)
+            first = None
             if path is not None and unfinished is not None:
                 unfinished.unlink(missing_ok=True)
             yield done
@@ -114,11 +121,10 @@ class _Run:
         )
 
     def _trained(
-        self, plan: StagePlan, path: Path | None, unfinished: Path | None, teacher: NetworkDenoiser
+        self, plan: StagePlan, stage: Stage, path: Path | None, unfinished: Path | None
     ) -> TrainedStage:
         """A stage that is trained, resumed from its checkpoint, and kept."""
         weighting = self.weighting() if plan.branched else FixedWeights(torch.ones(1))
-        stage = self.method.stage(plan, teacher, self.config, self.inputs)
 
         def on_iteration(done: IterationReport) -> None:
             if self.on_iteration is not None:
@@ -248,4 +254,5 @@ def distill(
     for plan in plans:
         if (path := run.path(plan)) is not None:
             run.require_own(path)
-    return run.stages(plans, teacher)
+    first = None if run.is_kept(plans[0]) else method.stage(plans[0], teacher, config, inputs)
+    return run.stages(plans, teacher, first)

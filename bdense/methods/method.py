@@ -5,6 +5,7 @@ and a ``Method`` that makes the stages. Its name goes into ``bdense.methods.METH
 entry point of the group ``bdense.methods``.
 """
 
+import abc
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -117,32 +118,26 @@ class Stage(Training, Protocol):
         ...
 
 
-class Method(Protocol):
-    """A distillation method."""
+class Method(abc.ABC):
+    """A distillation method; its ``config`` arguments are of its own ``Config``."""
 
     name: ClassVar[str]
     title: ClassVar[str]  # for people, such as SFD
     Config: ClassVar[type[MethodConfig]]
-    needs_data: ClassVar[bool]
+    needs_data: ClassVar[bool] = False
 
+    @abc.abstractmethod
     def plan(
-        self,
-        config: AnyConfig,
-        teacher: NetworkDenoiser | None = None,
+        self, config: AnyConfig, teacher: NetworkDenoiser | None = None
     ) -> tuple[StagePlan, ...]:
         """The stages in order; with a teacher, those that it needs."""
-        ...
 
+    @abc.abstractmethod
     def num_branches(self, config: AnyConfig) -> int:
         """K with dense supervision."""
-        ...
 
-    def check(
-        self,
-        config: AnyConfig,
-        teacher: NetworkDenoiser,
-        known: Mapping[str, Any],
-    ) -> None:
+    @abc.abstractmethod
+    def check(self, config: AnyConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
         """Refuse a teacher that cannot be distilled so, before anything is spent.
 
         Args:
@@ -154,26 +149,10 @@ class Method(Protocol):
             InputError: Levels, steps or the prediction type do not fit, or the teacher is itself
                 a student where the method takes none.
         """
-        ...
 
-    def usual(self, known: Mapping[str, Any]) -> dict[str, Any]:
-        """Knobs that the teacher's metadata settle where they are not given, such as levels."""
-        ...
-
-    def teacher_sampler(
-        self,
-        config: AnyConfig,
-        teacher: NetworkDenoiser,
-    ) -> Sampler | None:
-        """How the teacher itself is measured beside its students; None: it is not."""
-        ...
-
+    @abc.abstractmethod
     def stage(
-        self,
-        plan: StagePlan,
-        teacher: NetworkDenoiser,
-        config: AnyConfig,
-        inputs: Inputs,
+        self, plan: StagePlan, teacher: NetworkDenoiser, config: AnyConfig, inputs: Inputs
     ) -> Stage:
         """One stage.
 
@@ -184,16 +163,20 @@ class Method(Protocol):
             config: Of the method.
             inputs: What is learned from besides.
         """
-        ...
+
+    def usual(self, known: Mapping[str, Any]) -> dict[str, Any]:
+        """Knobs that the teacher's metadata settle where they are not given, such as levels."""
+        return {}
+
+    def teacher_sampler(self, config: AnyConfig, teacher: NetworkDenoiser) -> Sampler | None:
+        """How the teacher itself is measured beside its students; None: it is not."""
+        return None
 
     def recording(
-        self,
-        config: AnyConfig,
-        teacher: NetworkDenoiser,
-        inputs: Inputs,
+        self, config: AnyConfig, teacher: NetworkDenoiser, inputs: Inputs
     ) -> "TrajectoryStore | None":
         """What can be recorded beforehand, with ``inputs.recordings``; None: nothing."""
-        ...
+        return None
 
     def identity(
         self,
@@ -203,4 +186,5 @@ class Method(Protocol):
         weighting: BranchWeighting,
     ) -> dict[str, Any]:
         """What must agree for kept students to be of the same distillation; JSON-able, flat."""
-        ...
+        first = self.plan(config, teacher)[0]
+        return self.stage(first, teacher, config, inputs).describe(weighting)

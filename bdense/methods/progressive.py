@@ -28,8 +28,7 @@ from bdense.diffusion.snr_weights import Loss, snr_weight
 from bdense.diffusion.solvers import DDIM
 from bdense.errors import InputError
 from bdense.knobs import knob
-from bdense.methods.method import Inputs, MethodConfig, StagePlan
-from bdense.methods.recordings import TrajectoryStore
+from bdense.methods.method import Inputs, Method, MethodConfig, StagePlan
 from bdense.methods.sfd import levels_of
 from bdense.models.store import denoiser_sha256
 from bdense.randomness import Stream, generator
@@ -46,6 +45,8 @@ PredictionType = Literal["epsilon", "sample", "v_prediction"]
 class PDConfig(MethodConfig):
     """The knobs of PD; the defaults of a round are the reference's for CIFAR-10."""
 
+    heading: ClassVar[str] = "method progressive"
+
     steps: int = knob(help="DDIM steps of the teacher", low=2)
     until: int = knob(help="DDIM steps of the last student", low=1)
     substeps: int = knob(
@@ -60,7 +61,7 @@ class PDConfig(MethodConfig):
         "half)",
     )
     clip_norm: float | None = knob(
-        1.0, "largest norm of the gradient, which is scaled down to it", above=0
+        1.0, "largest norm of the gradient, which is scaled down to it", above=0, none="no limit"
     )
     rescale_weights: bool = knob(
         True, "divide the branch weights by their sum, as clipped gradients see their scale"
@@ -85,21 +86,21 @@ class PDConfig(MethodConfig):
     prediction_type: PredictionType | None = knob(
         None,
         "what the students' networks predict: noise, image or v; a teacher that predicts another "
-        "is converted first, by a round that keeps its number of steps; what the teacher's "
-        "network predicts where it is not given",
+        "is converted first, by a round that keeps its number of steps",
+        none="what the teacher's network predicts",
     )
     schedule: ScheduleKind = knob(
         "native",
         "spacing of the noise levels; native is the process that the network was trained on",
     )
     rho: float | None = knob(
-        None, "exponent of the spacing, of schedules that are not native (7)", above=0
+        None, "exponent of the spacing, of schedules that are not native", above=0, none="7"
     )
     sigma_min: float | None = knob(
-        None, "last noise level, the lowest, of schedules that are not native (0.006)", above=0
+        None, "last noise level, of schedules that are not native", above=0, none="0.006"
     )
     sigma_max: float | None = knob(
-        None, "first noise level, the highest, of schedules that are not native (80)", above=0
+        None, "first noise level, of schedules that are not native", above=0, none="80"
     )
     flip: bool = knob(False, "mirror each image with probability 1/2")
 
@@ -195,7 +196,7 @@ class PDStage(Stateless):
         start: What the student starts as.
         levels: Noise levels of both grids.
         steps: N of the student.
-        dataset: Images, drawn with replacement; None where ``batch`` is overridden.
+        dataset: Images, drawn with replacement; None in a subclass that has its own batches.
         seed: Of images, noise, times, flips and dropout.
         substeps: K; 1 in a round that converts the teacher and keeps its steps.
     """
@@ -212,11 +213,7 @@ class PDStage(Stateless):
     substeps: int
 
     def __post_init__(self) -> None:
-        if self.teacher.execution.precision == "float16":
-            raise InputError(
-                "progressive distillation is not trained in float16, whose small gradients "
-                "vanish; use bfloat16"
-            )
+        _require_precision(self.teacher)
         self.teacher.require_levels(self.levels)
         if self.dataset is not None:
             _require_images(self.dataset, self.teacher)
@@ -294,21 +291,55 @@ class PDStage(Stateless):
 
     def describe(self, weighting: BranchWeighting) -> dict[str, Any]:
         """What must agree for a checkpoint to be of the same run."""
-        run = run_identity(
-            self.config,
-            self.teacher,
-            self.levels,
-            self._describe_batches(),
-            weighting,
-            substeps=self.substeps,
-            seed=self.seed,
-        )
         started = {} if self.start is self.teacher else {"start": denoiser_sha256(self.start)}
-        return {**run, "num_steps": self.steps, **started}
+        return {**self.describe_run(weighting), "num_steps": self.steps, **started}
 
-    def _describe_batches(self) -> dict[str, Any]:
+    def describe_run(self, weighting: BranchWeighting) -> dict[str, Any]:
+        """What must agree for two trainings to be alike, whatever their steps."""
+        config, described = self.config, weighting.describe()
+        added = config.changed()
+        weights: Any = described
+        if "fixed" in described:
+            fixed = torch.tensor(described["fixed"], dtype=torch.float64)
+            weights = config.scaled(fixed).tolist()
+            added.pop("rescale_weights", None)  # seen in the weights
+        if added.get("lr_schedule") == "constant":
+            del added["lr_schedule"]  # seen in anneal
+        fields = {
+            **added,
+            "updates": config.updates,
+            "substeps": self.substeps,
+            "num_branches": weighting.num_branches,
+            "batch": config.batch,
+            "lr": config.lr,
+            "anneal": config.lr_schedule == "linear",
+            "optimizer": config.optimizer,
+            "betas": list(config.betas),
+            "weight_decay": config.weight_decay,
+            "clip_norm": config.clip_norm,
+            "loss": config.loss,
+            "clip_targets": config.clip_targets,
+            "weights_space": config.weights_space,
+            "dropout": config.dropout,
+            "flip": config.flip,
+            "seed": self.seed,
+        }
+        return {
+            "numerics": NUMERICS,
+            "teacher": denoiser_sha256(self.teacher),
+            "precision": self.teacher.execution.precision,
+            "schedule": self.levels.describe(),
+            "weights": weights,
+            **{f"config.{name}": value for name, value in fields.items()},
+            **{f"batches.{name}": value for name, value in self.describe_batches().items()},
+        }
+
+    def describe_batches(self) -> dict[str, Any]:
+        """What the batches depend on, JSON-able."""
         assert self.dataset is not None
-        return describe_batches(self.config, self.dataset, self.start.label_dim, self.seed)
+        labels = {"labels": self.dataset.labels_sha256} if self.start.label_dim else {}
+        drawn = {"batch": self.config.batch, "seed": self.seed, "flip": self.config.flip}
+        return {"data": self.dataset.sha256, **drawn, **labels}
 
     def on(self, device: torch.device) -> "PDStage":
         """The same on another device."""
@@ -471,6 +502,14 @@ def reparameterised(denoiser: NetworkDenoiser, prediction_type: str) -> NetworkD
     return copied
 
 
+def _require_precision(teacher: NetworkDenoiser) -> None:
+    if teacher.execution.precision == "float16":
+        raise InputError(
+            "progressive distillation is not trained in float16, whose small gradients vanish; "
+            "use bfloat16"
+        )
+
+
 def _per_image(values: Tensor, images: Tensor) -> Tensor:
     """[B] float64 to [B, 1, 1, 1] in the images' type and on their device."""
     return values.to(images).view(-1, 1, 1, 1)
@@ -485,68 +524,6 @@ def prediction_of(denoiser: NetworkDenoiser) -> str | None:
     """What a network on a VP process predicts; None for others."""
     precond = denoiser.precond
     return precond.prediction_type if isinstance(precond, Cosine | DDPM) else None
-
-
-def describe_batches(
-    config: PDConfig, dataset: Dataset, label_dim: int, seed: int
-) -> dict[str, Any]:
-    """What a round's batches depend on, JSON-able."""
-    labels = {"labels": dataset.labels_sha256} if label_dim else {}
-    drawn = {"batch": config.batch, "seed": seed, "flip": config.flip}
-    return {"data": dataset.sha256, **drawn, **labels}
-
-
-def run_identity(
-    config: PDConfig,
-    teacher: NetworkDenoiser,
-    levels: Levels,
-    batches: Mapping[str, Any],
-    weighting: BranchWeighting,
-    *,
-    substeps: int,
-    seed: int,
-) -> dict[str, Any]:
-    """What must agree for two trainings to be alike, whatever their steps; one level deep."""
-    described = weighting.describe()
-    added = config.changed()
-    if "fixed" in described:
-        fixed = torch.tensor(described["fixed"], dtype=torch.float64)
-        weights: Any = config.scaled(fixed).tolist()
-        added.pop("rescale_weights", None)  # seen in the weights
-    else:
-        weights = described
-    for name in ("lr_schedule", "clip_norm"):
-        added.pop(name, None)  # below
-    if config.lr_schedule == "step":
-        added["lr_schedule"] = config.lr_schedule
-    fields = {
-        **added,
-        "updates": config.updates,
-        "substeps": substeps,
-        "num_branches": weighting.num_branches,
-        "batch": config.batch,
-        "lr": config.lr,
-        "anneal": config.lr_schedule == "linear",
-        "optimizer": config.optimizer,
-        "betas": list(config.betas),
-        "weight_decay": config.weight_decay,
-        "clip_norm": config.clip_norm,
-        "loss": config.loss,
-        "clip_targets": config.clip_targets,
-        "weights_space": config.weights_space,
-        "dropout": config.dropout,
-        "flip": config.flip,
-        "seed": seed,
-    }
-    return {
-        "numerics": NUMERICS,
-        "teacher": denoiser_sha256(teacher),
-        "precision": teacher.execution.precision,
-        "schedule": levels.describe(),
-        "weights": weights,
-        **{f"config.{name}": value for name, value in fields.items()},
-        **{f"batches.{name}": value for name, value in batches.items()},
-    }
 
 
 def _require_images(dataset: Dataset, teacher: NetworkDenoiser) -> None:
@@ -567,7 +544,7 @@ def _require_images(dataset: Dataset, teacher: NetworkDenoiser) -> None:
         dataset.require_labels(teacher.label_dim)
 
 
-class Progressive:
+class Progressive(Method):
     """Progressive Distillation: one stage a round."""
 
     name: ClassVar[str] = "progressive"
@@ -606,8 +583,9 @@ class Progressive:
 
         Raises:
             InputError: It was not trained for the levels, has no process or prediction type that
-                is asked for, or is itself a student of other steps or levels.
+                is asked for, computes in float16, or is itself a student of other steps or levels.
         """
+        _require_precision(teacher)
         levels = config.levels(teacher)
         teacher.require_levels(levels)
         if not self.plan(config, teacher)[0].branched:
@@ -652,12 +630,6 @@ class Progressive:
             substeps=config.substeps if plan.branched else 1,
         )
 
-    def recording(
-        self, config: PDConfig, teacher: NetworkDenoiser, inputs: Inputs
-    ) -> TrajectoryStore | None:
-        """None: a round's batches are drawn anew, at the student's own levels."""
-        return None
-
     def identity(
         self,
         config: PDConfig,
@@ -666,18 +638,9 @@ class Progressive:
         weighting: BranchWeighting,
     ) -> dict[str, Any]:
         """Without ``until``: a run that goes on further keeps its rounds."""
-        dataset = inputs.require_dataset(self.name)
-        batches = describe_batches(config, dataset, teacher.label_dim, inputs.seed)
+        stage = self.stage(self.plan(config)[-1], teacher, config, inputs)
         return {
-            **run_identity(
-                config,
-                teacher,
-                config.levels(teacher),
-                batches,
-                weighting,
-                substeps=config.substeps,
-                seed=inputs.seed,
-            ),
+            **stage.describe_run(weighting),
             "first": config.steps,
             "prediction_type": config.prediction_type or prediction_of(teacher),
             "clip_samples": config.clip_samples,

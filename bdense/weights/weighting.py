@@ -60,7 +60,7 @@ class BranchWeighting(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able; equal descriptions make equal runs."""
+        """Plain values; equal descriptions make equal runs."""
         ...
 
 

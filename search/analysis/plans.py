@@ -5,6 +5,7 @@ All are arms under seeds, and differ only in which arms, under whose conditions.
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from bdense.errors import InputError
@@ -129,14 +130,14 @@ def plan_given(url: str, spec: StudySpec) -> Study:
     named = [each for each in plan.arms if isinstance(each, dict)]
     sources = [str(each["winner_of"]) for each in named if "winner_of" in each]
     planned = Study.create(url, spec, facts={"of": sources[0]} if sources else {})
-    planned.plan(arms, plan.seeds)
+    planned.plan(arms, plan.seeds, plan.variants)
     return planned
 
 
 def given_arms(spec: StudySpec, name: str) -> StudySpec:
     """A study of given arms under a study's conditions, each seed judged on its own latents."""
     plan = ArmsPlan(arms=(), seeds=(0,), latents="fresh")
-    return spec.model_copy(update={"name": name, "plan": plan})
+    return replace(spec, name=name, plan=plan)
 
 
 def fresh_seeds(spec: StudySpec, count: int, used: Collection[int] = ()) -> list[int]:

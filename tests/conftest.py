@@ -175,12 +175,12 @@ def url(
 ) -> str:
     """A storage without a study, which the command uses; specs are resolved in this process."""
     from tests.measured import copy_storage, empty_storage, open_once
+    from tests.studies import resolve_here
 
     monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("BDENSE_STORAGE", f"sqlite:///{tmp_path / 'study.db'}")
     open_once(monkeypatch)
-    # It has torch already.
-    monkeypatch.setattr("search.spec.file.apart", lambda call: call())
+    resolve_here(monkeypatch)
     return copy_storage(empty_storage(tmp_path_factory.getbasetemp()), tmp_path / "study.db")
 
 

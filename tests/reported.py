@@ -25,11 +25,11 @@ RULES = [
 SPECS: dict[str, StudySpec] = {}
 # What is plotted of each kind of study.
 PLOTS = {
-    "sfd-search": ["fid-over-a", "weights", "fid-over-time"],
-    "progressive-search": ["fid-over-a", "weights", "fid-over-time"],
-    "learned-search": ["fid-over-strength", "weights", "fid-over-time"],
-    "sfd-arms": ["arms-0"],
-    "progressive-arms": ["fid"],
+    "sfd-search": "fid-over-a",
+    "progressive-search": "fid-over-a",
+    "learned-search": "fid-over-strength",
+    "sfd-arms": "arms-0",
+    "progressive-arms": "fid",
 }
 
 
@@ -55,8 +55,8 @@ def reported(url: str, kind: str) -> Study:
         return study
     points = RULES if kind == "learned-search" else POINTS
     study = search(url, points, study=of, plain=12.5, uniform=13.28)
-    plan = of.search.model_copy(update={"trials": len(points) + 3})
-    study = Study.create(url, of.model_copy(update={"plan": plan}))
+    plan = dataclasses.replace(of.search, trials=len(points) + 3)
+    study = Study.create(url, dataclasses.replace(of, plan=plan))
     taken = [take(study, {**points[0][0], name: value}) for name, value in EXTRA[kind]]
     study.search.prune(taken[0], {})
     fail(study.search, taken[1])

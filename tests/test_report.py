@@ -10,7 +10,6 @@ import pytest
 from bdense.errors import InputError
 from search.analysis.plans import plan_confirmation
 from search.report.overview import overview_of
-from search.report.render import picture
 from search.report.report_files import write_report
 from search.study.arms import ROW_SPACE
 from search.study.summary import (
@@ -220,14 +219,14 @@ def test_both_pages_hold_all_there_is(url, kind, tmp_path):
     sampled.write_bytes(b"a grid")
     folder = tmp_path / "shown"
     page, overview = write_report(study, folder), overview_of(study)
-    names = [f"{name}.png" for name in PLOTS[kind]]
-    assert all(is_plot(folder / name) for name in names)
+    plot = f"{PLOTS[kind]}.png"
+    assert is_plot(folder / plot)
     # The grids of others are not there, this one is.
     copied = "samples-best.png" if study.is_search else "samples-2.png"
     assert (folder / copied).read_bytes() == b"a grid"
 
     text = page.read_text()
-    assert re.findall(r"\]\((.*?)\)", text) == [*names, copied]
+    assert re.findall(r"\]\((.*?)\)", text) == [plot, copied]
     html = (folder / "report.html").read_text()
     found = read_html(html)
     for row in overview.table():
@@ -237,7 +236,7 @@ def test_both_pages_hold_all_there_is(url, kind, tmp_path):
         assert line in found.text
     assert found.links == []
     assert [base64.b64decode(each.partition("base64,")[2]) for each in found.pictures] == [
-        (folder / name).read_bytes() for name in [*names, copied]
+        (folder / name).read_bytes() for name in (plot, copied)
     ]
     assert "default-src 'none'; img-src data:;" in html
     assert not re.search(r"(src|href)=\"?(http|/|\.)|url\(|@import", html)
@@ -264,34 +263,6 @@ def test_a_change_of_a_setting_is_in_the_report(url, tmp_path):
     write_report(reported(url, "sfd-search"), tmp_path / "shown")
     text = read_html((tmp_path / "shown/report.html").read_text()).text
     assert re.search(r"\d\d:\d\d.*: budget from 3 to 6", text)
-
-
-def test_the_curve_shows_every_trial_and_the_baselines(url):
-    overview = overview_of(
-        search(url, POINTS, study=spec_of("sfd-search"), plain=12.5, uniform=13.28)
-    )
-    (axes,) = picture(overview.charts()[0]).axes
-    plain, uniform, dots, best = axes.get_lines()
-    assert dots.get_xydata().tolist() == [[1.0, 12.5], [0.5, 11.0], [2.0, 11.0]]
-    assert best.get_xydata().tolist() == [[0.5, 11.0]]
-    assert {line.get_label(): line.get_ydata()[0] for line in (plain, uniform)} == {
-        "plain SFD 12.500": 12.5,
-        "uniform weights 13.280": 13.28,
-    }
-
-
-def test_the_curve_over_the_evaluations_has_a_line_for_each_arm_and_the_teacher(url):
-    """Two seeds alike: no spread; 8 -> 4 -> 2 steps, each FID 1 lower at 4 than at 2."""
-    overview = overview_of(reported(url, "progressive-arms"))
-    (axes,) = picture(overview.charts()[0]).axes
-    bars = {bar.get_label(): bar[0].get_xydata().tolist() for bar in axes.containers}
-    assert bars == {
-        "plain PD": [[4, 11.0], [2, 12.0]],
-        "uniform weights": [[4, 10.0], [2, 11.0]],
-        "B-DENSE, given": [[4, 9.0], [2, 10.0]],
-    }
-    teacher = next(line for line in axes.get_lines() if line.get_label() == "teacher")
-    assert teacher.get_xydata().tolist() == [[8, 3.0]]
 
 
 @pytest.mark.parametrize("kind", ["sfd-search", "progressive-arms"])

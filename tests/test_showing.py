@@ -1,7 +1,6 @@
-"""What a launch keeps in the dashboard: notes, plots, pictures; none of it is in the way."""
+"""What a launch keeps in the dashboard: notes and pictures; none of it is in the way."""
 
 import dataclasses
-import json
 import shutil
 import threading
 from pathlib import Path
@@ -10,7 +9,6 @@ import optuna
 import pytest
 from optuna.artifacts import get_all_artifact_meta
 from optuna_dashboard import get_note
-from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 from optuna_dashboard._note import get_note_from_system_attrs
 
 from search.report import live
@@ -57,11 +55,6 @@ def study(made, tmp_path, monkeypatch) -> Study:
 
 def end_another(study: Study) -> None:
     complete(study, study.search, take(study, POINT), 11.0)
-
-
-def plots(study: Study) -> dict[str, dict]:
-    stored = study.main.storage.get_study_system_attrs(study.main.study._study_id)
-    return {key: json.loads(text) for key, text in get_plotly_graph_objects(stored).items()}
 
 
 def note_of(ledger: Ledger, trial_id: int) -> str:
@@ -154,7 +147,7 @@ def test_seconds_are_told_as_people_say_them():
 
 
 @pytest.mark.parametrize("kind", PLOTS)
-def test_a_study_of_any_kind_has_a_note_and_its_plots(url, kind):
+def test_a_study_of_any_kind_has_a_note(url, kind):
     study = reported(url, kind)
     show(study)
     note, overview = get_note(study.main.study), overview_of(study)
@@ -163,7 +156,6 @@ def test_a_study_of_any_kind_has_a_note_and_its_plots(url, kind):
         assert escaped(line) in note
     for row in overview.table():
         assert " | ".join(map(escaped, row)) in note
-    assert sorted(plots(study)) == sorted(PLOTS[kind])
 
 
 def test_a_search_s_note_has_the_grids_that_there_are(study):
@@ -172,15 +164,12 @@ def test_a_search_s_note_has_the_grids_that_there_are(study):
     note = get_note(study.search.study)
     assert "**Best: FID 12.500**, trial 0, a 1.000" in note
     assert note.count("![](/artifacts/") == 2
-    dots = next(t for t in plots(study)["fid-over-a"]["data"] if t["name"] == "B-DENSE")
-    assert (dots["x"], dots["y"]) == ([1.0], [12.5])
 
 
-def test_before_any_trial_there_is_a_note_and_no_plot(url):
+def test_before_any_trial_there_is_a_note(url):
     study = created(url, spec_of("sfd-search"))
     show(study)
     assert "0 of 4 trials complete" in get_note(study.search.study)
-    assert plots(study) == {}
 
 
 def test_they_are_written_when_rows_have_ended_and_not_too_often(study, monkeypatch):
@@ -222,7 +211,7 @@ def test_what_goes_wrong_ends_no_launch(study, caplog):
     study.search.study.add_trial(optuna.trial.create_trial(value=1.0))
     Showing(study).refresh()
     Showing(study).finish()
-    assert "the study's note and plots could not be stored" in caplog.text
+    assert "the study's note could not be stored" in caplog.text
 
 
 # ---- how they are stored ----
@@ -231,11 +220,9 @@ def test_what_goes_wrong_ends_no_launch(study, caplog):
 def test_what_is_shorter_leaves_nothing_of_what_was_longer(study):
     """Texts are stored in pieces; the dashboard puts together all that there are."""
     ledger, study_id = study.search, study.search.study._study_id
-    for note, plot in (("x" * 5000, {"data": ["y" * 9000]}), ("short", {"data": []})):
-        plots_json = {"fid-over-a": json.dumps(plot), "fid-over-a-b": json.dumps({"data": [1]})}
-        save_texts(ledger.storage, study_id, note, plots=plots_json)
+    for note in ("x" * 5000, "short"):
+        save_texts(ledger.storage, study_id, note)
         assert get_note(ledger.study) == note
-        assert plots(study) == {"fid-over-a": plot, "fid-over-a-b": {"data": [1]}}
 
 
 def test_a_note_of_one_trial_is_of_no_other_and_not_the_study_s(study):

@@ -80,7 +80,9 @@ def fid_over(trials: Sequence[Measured], now: Summary) -> Plot | None:
     Returns:
         None where the space has no coordinates.
     """
-    placed = [(p, each) for each in trials if (p := point_of(now.spec, each.parameters)) is not None]
+    placed = [
+        (p, each) for each in trials if (p := point_of(now.spec, each.parameters)) is not None
+    ]
     if not placed:
         return None
     axis, *others = placed[0][0]

@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import re
 import signal
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,13 +40,14 @@ def read_spec(path: Path, changes: dict[str, Any] | None = None) -> StudySpec:
     return apart(functools.partial(_resolved, Path(path), changes or {}))
 
 
-def in_variant(spec: StudySpec, changes: dict[str, Any]) -> StudySpec:
-    """The study with some of the method's settings replaced, which the engine checks.
+def require_variants(spec: StudySpec, variants: Sequence[dict[str, Any]]) -> None:
+    """Let the engine, in a child process, check settings that differ from a resolved study's.
 
     Raises:
         InputError: The method has no such setting, or refuses the value.
     """
-    return apart(functools.partial(_varied, spec, changes)) if changes else spec
+    if any(variants):
+        apart(functools.partial(_require_variants, spec, variants))
 
 
 def apart(call: Callable[[], T]) -> T:
@@ -69,10 +70,11 @@ def _resolved(path: Path, changes: dict[str, Any]) -> StudySpec:
     return resolve(parse(_merged(tree, changes), source=str(path)), source=str(path), told=told)
 
 
-def _varied(spec: StudySpec, changes: dict[str, Any]) -> StudySpec:
+def _require_variants(spec: StudySpec, variants: Sequence[dict[str, Any]]) -> None:
     from search.spec.resolve import variant
 
-    return variant(spec, changes)
+    for changes in variants:
+        variant(spec, changes)
 
 
 def _merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

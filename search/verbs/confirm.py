@@ -85,13 +85,13 @@ def _confirm(options: argparse.Namespace) -> None:
     from search.analysis.plans import differing, plan_confirmation
     from search.run.gpus import use_gpus
     from search.run.launch import run_rows
-    from search.spec.file import in_variant
+    from search.spec.file import require_variants
 
     use_gpus(options.gpus)
     study = open_search(options)
     asked = study.spec.confirm
     method = asked.method | ({"kimg": options.kimg} if options.kimg else {})
-    in_variant(study.spec, differing(study.spec, method))
+    require_variants(study.spec, [differing(study.spec, method)])
     planned = plan_confirmation(
         study,
         method=method,

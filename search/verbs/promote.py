@@ -1,7 +1,9 @@
 """``promote``: train a study's confirmed weights beside the baselines, and export the model."""
 
 import argparse
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,7 @@ from search.verbs.common import (
 )
 
 if TYPE_CHECKING:
-    from search.spec.study import StudySpec
+    from search.spec.study import ArmsPlan, StudySpec
     from search.study.arms import Arm
     from search.study.study import Study
 
@@ -89,18 +91,18 @@ def _promote(options: argparse.Namespace) -> None:
     from search.analysis.plans import at_another_k, differing, other_budget, plan_promotion
     from search.run.gpus import use_gpus
     from search.run.launch import run_rows
-    from search.spec.file import in_variant
+    from search.spec.file import require_variants
     from search.study.wording import align
 
     use_gpus(options.gpus)
     study = open_search(options)
-    spec, asked = _spec(options, study), _asked(options, study)
+    spec = _spec(options, study)
+    asked = _asked(options, study, spec)
     variants = [differing(spec, each) for each in asked]
-    trained = [in_variant(spec, each) for each in variants]
+    require_variants(spec, variants)
     seeds = _seeds(options, study, spec)
     if options.dry_run:
-        for each in trained:
-            _dry_run(options, study, each, seeds)
+        _dry_run(options, study, spec, seeds, variants)
         return
     folders = [_folder(options, spec, each, len(asked)) for each in asked]
     _require_free(options, spec.name, folders)
@@ -135,18 +137,28 @@ def _spec(options: argparse.Namespace, study: "Study") -> "StudySpec":
     return spec
 
 
-def _asked(options: argparse.Namespace, study: "Study") -> list[dict[str, Any]]:
-    """Settings of the method that --kimg, --nfe and the search's ``confirm`` ask for."""
-    base = dict(study.spec.confirm.method) if options.to is None else {}
+def _asked(options: argparse.Namespace, study: "Study", spec: "StudySpec") -> list[dict[str, Any]]:
+    """Settings of the method: the variants of --to or the search's ``confirm``, with options."""
+    asked = [dict(study.spec.confirm.method)]
+    if options.to is not None:
+        asked = [dict(each) for each in _arms_plan(spec).variants]
     if options.kimg:
-        base["kimg"] = options.kimg
-    return [{**base, "nfe": nfe} for nfe in options.nfe] if options.nfe else [base]
+        asked = [{**each, "kimg": options.kimg} for each in asked]
+    if options.nfe:
+        asked = [{**each, "nfe": nfe} for each in asked for nfe in options.nfe]
+    return asked
+
+
+def _arms_plan(spec: "StudySpec") -> "ArmsPlan":
+    from search.spec.study import ArmsPlan
+
+    assert isinstance(spec.plan, ArmsPlan)
+    return spec.plan
 
 
 def _seeds(options: argparse.Namespace, study: "Study", spec: "StudySpec") -> list[int]:
     from search.analysis.confirmation import CONFIRM_SUFFIX
     from search.analysis.plans import fresh_seeds, seeds_of
-    from search.spec.study import ArmsPlan
 
     given = options.seeds
     if options.to is None:
@@ -158,32 +170,34 @@ def _seeds(options: argparse.Namespace, study: "Study", spec: "StudySpec") -> li
             )
         # Nor the seeds that the winner was chosen by.
         return fresh_seeds(study.spec, given[0], seeds_of(study, study.name + CONFIRM_SUFFIX))
+    plan = _arms_plan(spec)
     if given is None:
-        assert isinstance(spec.plan, ArmsPlan)
-        return list(spec.plan.seeds)
+        return list(plan.seeds)
     # One number is how many, several are the seeds themselves.
-    seeds = list(range(given[0])) if len(given) == 1 else given
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise InputError(
-            f"--seeds {','.join(map(str, given))}: give how many, 1 or more, or several seeds "
-            "from 0 on, each once"
-        )
-    return seeds
+    seeds = range(given[0]) if len(given) == 1 else given
+    return list(replace(plan, seeds=tuple(seeds)).seeds)  # which refuses others
 
 
 def _dry_run(
-    options: argparse.Namespace, study: "Study", spec: "StudySpec", seeds: list[int]
+    options: argparse.Namespace,
+    study: "Study",
+    spec: "StudySpec",
+    seeds: list[int],
+    variants: list[dict[str, Any]],
 ) -> None:
-    """Tell of the study as if its file had these arms and seeds."""
+    """Tell of the study as if its file had this plan."""
     from search.analysis.plans import arm_from
-    from search.spec.study import ArmsPlan
     from search.verbs.launch import dry_run
 
-    assert isinstance(spec.plan, ArmsPlan)
     given = options.weights
     promoted = {"winner_of": study.name} if given is None else arm_from(given).params
-    arms = {"arms": ("plain", "uniform", promoted), "seeds": tuple(seeds)}
-    dry_run(spec.model_copy(update={"plan": spec.plan.model_copy(update=arms)}))
+    plan = replace(
+        _arms_plan(spec),
+        arms=("plain", "uniform", promoted),
+        seeds=tuple(seeds),
+        variants=tuple(variants),
+    )
+    dry_run(replace(spec, plan=plan))
 
 
 def _arm(options: argparse.Namespace, study: "Study") -> "Arm":
@@ -197,7 +211,11 @@ def _folder(
     options: argparse.Namespace, spec: "StudySpec", asked: dict[str, Any], count: int
 ) -> Path:
     """Where the model of these settings goes; those of others may come beside it."""
-    named = "-".join(f"{name}{asked[name]:g}" for name in ("kimg", "nfe") if name in asked)
+    words = [
+        f"{name}{value:g}" if isinstance(value, float) else f"{name}{value}"
+        for name, value in sorted(asked.items())
+    ]
+    named = re.sub(r"[^\w.-]+", "-", "-".join(words))
     if options.out is None:
         return runs_folder() / spec.name / ("model" + (f"-{named}" if named else ""))
     return Path(options.out if count == 1 else options.out / named)

@@ -260,7 +260,7 @@ def test_a_spec_of_another_version_is_named(source, way, tmp_path):
     stored = json.loads(study.main.attribute(SPEC)) | {"wings": 2}
     study.main.study.set_user_attr(SPEC, json.dumps(stored))
     told = refused(command("report", way.name, "--out", tmp_path / "shown"))
-    assert f"cannot read the study's spec ({way.name}: wings: " in told
+    assert f"cannot read the study's spec ({way.name}: wings is unknown" in told
 
 
 def test_a_row_that_failed_for_want_of_memory_is_tried_anew(confirmed):
@@ -313,7 +313,7 @@ def test_weights_without_a_sum_are_refused_before_anything_is_planned(confirmed,
 def test_other_weights_are_one_more_arm_beside_the_same_baselines(confirmed):
     finish(promote_to(confirmed, 1), fid)
     more = plan_promotion(confirmed.url, promotion(), PAPER, of="digits", seeds=[0])
-    assert [arm.name for arm in more.arms[2:]] == ["a 0.750 (trial 2)", "a 1.386 (given)"]
+    assert [arm.trial for arm in more.arms[2:]] == [2, None]
     assert left(more) == [ArmRow(arm=3, seed=0)]
 
 
@@ -325,12 +325,20 @@ def test_weights_that_were_confirmed_at_another_budget_are_told(confirmed):
 
 def test_a_file_s_arms_may_be_a_winner_and_given_weights(confirmed):
     arms = ["plain", {"winner_of": "digits"}, {"a": 1.0, "b": -2.0}, {"a": 0.0}]
-    study = plan_given(confirmed.url, promotion(plan={"arms": arms, "seeds": [7]}))
+    of = promotion(plan={"arms": arms, "seeds": [7]})
+    study = plan_given(confirmed.url, of)
     assert [arm.trial for arm in study.arms] == [None, 2, None, None]
     assert study.arms[2].params == {"a": 1.0, "b": -2.0}
     assert study.arms[3].params == {"a": 0.0, "b": 0.0}
     assert study.facts == {"of": "digits"}
     assert left(study) == [ArmRow(arm=arm, seed=7) for arm in range(4)]
+    # Given on the command line they are the same arm.
+    plan_promotion(confirmed.url, of, arm_from("1,-2"), of="digits", seeds=[7])
+    assert [arm.name for arm in study.arms[2:]] == [
+        "a 1.000, b -2.000 (given)",
+        "a 0.000, b 0.000 (given)",
+        "uniform weights",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -386,7 +394,7 @@ def test_a_model_is_written_once_and_anew_when_there_is_more(confirmed, tmp_path
     arguments = ("promote", "digits", "--to", write(tmp_path, PROMOTION), "--seeds")
     study = promote_to(confirmed, 1)
     finish(study, fid)
-    keep(study)
+    keep(study, 2)
     model = tmp_path / "runs/promote-digits/model"
     assert f"model folder: {model}\n" in command(*arguments, "1").out
     assert denoiser_sha256(load_model(str(model))[0]) == digest(2)
@@ -395,7 +403,6 @@ def test_a_model_is_written_once_and_anew_when_there_is_more(confirmed, tmp_path
     assert {path.name: path.stat().st_mtime_ns for path in model.iterdir()} == written
 
     finish(promote_to(confirmed, 2), fid)
-    keep(study)
     more = command(*arguments, "2")
     assert f"model folder: {model}\n" in more.out
     older = Path(f"{model}.1")
@@ -416,7 +423,7 @@ def test_each_nfe_has_a_model_and_other_weights_another(confirmed, tmp_path):
             variants=({}, {"nfe": 3}),
         )
         finish(study, fid)
-    keep(study)
+    keep(study, 2, 5, 6)
 
     def exported(*options: str) -> dict[str, str]:
         answer = command(*verb, *options)
@@ -455,12 +462,12 @@ def test_a_dry_run_plans_nothing_and_prints_what_a_launch_would_take(
     ("options", "message"),
     [
         (("--weights", "nonsense"), "--weights nonsense is no A,B of log w_k = a k + b; give two"),
-        (("--weights", "1000,0"), "a 1000.000 (given) have no positive, finite sum at K = 2"),
+        (("--weights", "1000,0"), "(given) have no positive, finite sum at K = 2"),
         (("--nfe", "2"), "method.nfe is unknown"),
         (("--kimg", "2"), "method.kimg is unknown"),
         (("--out", "."), ". exists already; choose another folder"),
         (("--seeds", "0,0"), "seeds [0, 0] must name one seed or more, each once"),
-        (("--seeds=-1,0",), "seeds must be 0 or more"),
+        (("--seeds=-1,0",), "seeds must be whole numbers of at least 0"),
         (("--seeds", "0"), "seeds [] must name one seed or more"),
     ],
 )

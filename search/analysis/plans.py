@@ -168,7 +168,7 @@ def arm_from(text: str) -> Arm:
         ) from error
     if not (math.isfinite(a) and math.isfinite(b)):
         raise InputError(f"--weights {text} must be finite numbers")
-    return Arm(name=f"a {a:.3f} (given)", params={"a": a, "b": b})
+    return _given({"a": a, "b": b})
 
 
 def at_another_k(arm: Arm, searched_at: int, num_branches: int) -> str:
@@ -215,10 +215,12 @@ def _named(url: str, spec: StudySpec, given: str | Mapping[str, Any]) -> Arm:
     assert isinstance(given, Mapping)
     if "winner_of" in given:
         return confirmed_arm(Study.open(url, given["winner_of"]))
-    params = dict(given)
-    space = space_of(params)
-    stored = space.stored(params, spec.resolved.num_branches)
-    return Arm(name=f"{space.label(params)} (given)", params=stored)
+    return _given(space_of(given).stored(given, spec.resolved.num_branches))
+
+
+def _given(params: Mapping[str, Any]) -> Arm:
+    """As a result stores them, so that equal weights are one arm, whoever gives them."""
+    return Arm(name=f"{space_of(params).label(params)} (given)", params=dict(params))
 
 
 def _require_sum(arm: Arm, num_branches: int) -> None:

@@ -197,7 +197,7 @@ def _dry_run(
         seeds=tuple(seeds),
         variants=tuple(variants),
     )
-    dry_run(replace(spec, plan=plan))
+    dry_run(replace(spec, plan=plan), options.workers)
 
 
 def _arm(options: argparse.Namespace, study: "Study") -> "Arm":

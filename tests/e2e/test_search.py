@@ -426,7 +426,7 @@ def test_mistakes_in_a_study_file_exit_with_2_and_name_the_key(workplace, sectio
     [
         (("status", "nobody"), "no study 'nobody'"),
         (("best", "absent.yaml"), "the study file absent.yaml cannot be read"),
-        (("status", "x", "--storage", "mysql://u@h/d"), "is not of a known form"),
+        (("status", "x", "--storage", "mysql://u@h/d"), "mysql://u@h/d"),
         (
             ("status", "x", "--storage", "postgresql://me:pw-Zq7@127.0.0.1:1/db"),
             "check that the server runs",

@@ -135,7 +135,7 @@ def test_a_cluster_of_another_ray_is_refused_in_words(cluster, tmp_path):
     line = done.stderr.splitlines()[-1]
     assert line.startswith(f"bdense-search: Ray cannot be used at {head}: Version mismatch: ")
     assert "The cluster was started with: Ray: 0.0.1" in line
-    assert line.endswith("install here the versions of Ray and Python that the cluster has")
+    assert line.endswith("versions of Ray and Python here")
     assert "Traceback" not in done.stderr
 
 

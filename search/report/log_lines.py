@@ -30,14 +30,14 @@ def _told(event: Mapping[str, Any]) -> str:
 
 
 def _training(event: Mapping[str, Any]) -> str:
-    stage = f"stage {event['stage']}, " if "stage" in event else ""
+    steps = f"{event['steps']} steps, " if "steps" in event else ""
     intervals = "  ".join(
         f"[{n}] {' '.join(_cell(loss) for loss in losses)}"
         for n, losses in enumerate(event["branch_losses"], 1)
     )
     total = event["iterations"]
     place = f"{event['iteration']:>{len(str(total))}}/{total}"
-    return f"training  {stage}{place}  loss {_cell(event['loss'])}  {intervals}"
+    return f"training  {steps}{place}  loss {_cell(event['loss'])}  {intervals}"
 
 
 def _cell(value: float | str) -> str:

@@ -20,19 +20,19 @@ import torch
 from torch import Tensor
 
 from bdense import NUMERICS
-from bdense.data.datasets import Dataset, to_float
+from bdense.data.datasets import Dataset
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
 from bdense.diffusion.sampling import Sampler, samplers_from, served_metadata
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import Solver, StepNoise, make_solver, no_noise, trajectory
 from bdense.errors import InputError
 from bdense.knobs import knob
+from bdense.methods.images import ImageBatch, ImageDraw
 from bdense.methods.method import Inputs, MethodConfig, StagePlan
 from bdense.methods.perceptual import LPIPS
 from bdense.models.store import denoiser_sha256
-from bdense.randomness import Stream, generator
 from bdense.training.optimisation import LRSchedule
-from bdense.training.stage import Branches
+from bdense.training.stage import Branches, Configured
 from bdense.weights.weighting import BranchWeighting
 
 Loss = Literal["pseudo-huber", "l2", "lpips"]
@@ -153,25 +153,8 @@ def towards(denoised: Tensor, x: Tensor, ratio: Tensor) -> Tensor:
     return denoised + ratio * (x - denoised)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ConsistencyBatch:
-    """What one update learns from.
-
-    Attributes:
-        clean: [B, C, H, W] images in [-1, 1].
-        noise: [B, C, H, W], unit.
-        interval: [B] int64 n in 0..N - 1, counted from the noisy end.
-        labels: [B, label_dim] one-hot classes, or None.
-    """
-
-    clean: Tensor
-    noise: Tensor
-    interval: Tensor
-    labels: Tensor | None
-
-
 @dataclass(eq=False, kw_only=True)
-class ConsistencyStage:
+class ConsistencyStage(Configured):
     """The one stage: a student, and the average of it that makes its targets.
 
     Attributes:
@@ -206,24 +189,9 @@ class ConsistencyStage:
         return self.config.substeps
 
     @property
-    def batch_size(self) -> int:
-        """B."""
-        return self.config.batch
-
-    @property
     def start(self) -> NetworkDenoiser:
         """The teacher."""
         return self.teacher
-
-    @property
-    def dropout(self) -> bool:
-        """Whether the student trains with the dropout of its network."""
-        return self.config.dropout
-
-    @property
-    def optimisation(self) -> ConsistencyConfig:
-        """The config."""
-        return self.config
 
     @property
     def sampler(self) -> Sampler:
@@ -239,26 +207,15 @@ class ConsistencyStage:
         """What the student's file says of it."""
         return served_metadata([self.sampler])
 
-    def batch(self, iteration: int, images: slice) -> ConsistencyBatch:
+    def batch(self, iteration: int, images: slice) -> ImageBatch:
         """Images, noise and intervals; runs of one seed see the same, whatever their weights."""
-        count, label_dim = self.config.batch, self.teacher.label_dim
-        device = next(self.teacher.parameters()).device
-        draw = generator(self.seed, Stream.PROGRESSIVE, 0, iteration)
-        index = torch.randint(len(self.dataset.images), (count,), generator=draw)
-        clean = to_float(self.dataset.images[index])
-        noise = torch.randn(clean.shape, generator=draw)
-        interval = torch.randint(self.config.intervals_at(iteration), (count,), generator=draw)
-        if self.config.flip:
-            mirrored = torch.rand(count, generator=draw) < 0.5
-            clean[mirrored] = clean[mirrored].flip(-1)
-        labels = None
-        if label_dim:
-            labels = self.dataset.one_hot_labels(label_dim, index)[images].to(device)
-        return ConsistencyBatch(
-            clean[images].to(device), noise[images].to(device), interval[images], labels
+        config = self.config
+        draw = ImageDraw(
+            dataset=self.dataset, count=config.batch, seed=self.seed, flip=config.flip
         )
+        return draw(self.teacher, iteration, config.intervals_at(iteration), images)
 
-    def updates(self, iteration: int, batch: ConsistencyBatch) -> Iterator["ConsistencyUpdate"]:
+    def updates(self, iteration: int, batch: ImageBatch) -> Iterator["ConsistencyUpdate"]:
         """One update; then the target follows the student."""
         config = self.config
         assert self._target is not None
@@ -267,16 +224,16 @@ class ConsistencyStage:
         # t_{n,0}..t_{n,K} of each image's own interval: [K + 1, B, 1, 1, 1].
         levels = fine[config.substeps * batch.interval + k].to(batch.clean)[..., None, None, None]
         x = batch.clean + levels[0] * batch.noise
-        states = trajectory(self._solver, self.teacher.given(batch.labels), x, levels)
+        states = trajectory(self._solver, self.teacher.given(batch.condition), x, levels)
         yield ConsistencyUpdate(
             stream=(0, iteration),
             x=x,
             level=levels[0],
             end=config.sigma_min,
             targets=consistency_targets(
-                self._target.given(batch.labels), states[1:], levels[1:], config.sigma_min
+                self._target.given(batch.condition), states[1:], levels[1:], config.sigma_min
             ),
-            labels=batch.labels,
+            told=batch.condition.arguments(),
             config=config,
             perceptual=self._perceptual,
         )
@@ -353,7 +310,7 @@ class ConsistencyUpdate:
     level: Tensor
     end: float
     targets: Tensor
-    labels: Tensor | None
+    told: Mapping[str, Tensor]
     config: ConsistencyConfig
     perceptual: LPIPS | None
 
@@ -364,7 +321,7 @@ class ConsistencyUpdate:
 
     def __call__(self, branches: Branches) -> "ConsistencyLosses":
         """The branches' distances from their targets."""
-        denoised = branches(self.x, self.level.flatten(), class_labels=self.labels)
+        denoised = branches(self.x, self.level.flatten(), **self.told)
         ratio = (self.end / self.level)[:, None]
         found = towards(denoised, self.x[:, None], ratio)
         num_branches = found.shape[1]

@@ -1,17 +1,20 @@
 """Consistency distillation, against its algorithm written out and a Gaussian's exact solution."""
 
 import copy
+import math
 
 import pytest
 import torch
 
 from bdense.data.datasets import Dataset, to_float
 from bdense.diffusion.branches import export_branch
+from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import Sampler, draw_images
 from bdense.diffusion.solvers import Euler, Heun, trajectory
 from bdense.errors import InputError
 from bdense.methods import METHODS
 from bdense.methods.consistency import (
+    Consistency,
     ConsistencyConfig,
     ConsistencyStage,
     MultistepConsistency,
@@ -19,10 +22,13 @@ from bdense.methods.consistency import (
     pseudo_huber,
     towards,
 )
+from bdense.methods.method import Inputs
 from bdense.randomness import Stream, generator
 from bdense.training.loop import train
 from bdense.weights.weighting import FixedWeights
-from tests.small import GaussianDenoiser, same_weights, small_teacher
+from tests.contracts.methods import ONE, MethodContract
+from tests.pd_nets import small_conv
+from tests.small import GaussianDenoiser, Half, same_weights, small_teacher
 
 IMAGES = torch.randint(256, (16, 1, 8, 8), generator=torch.Generator().manual_seed(5))
 DATA = Dataset("noise", IMAGES.to(torch.uint8), "", None)
@@ -35,21 +41,20 @@ def stage_of(**knobs) -> ConsistencyStage:
     )
 
 
-@pytest.mark.parametrize("loss", ["pseudo-huber", "l2"])
-@pytest.mark.parametrize("substeps", [1, 2])
-def test_plain_is_algorithm_2_bit_for_bit(loss, substeps):
-    """Song et al. 2023, algorithm 2; with K sub-steps plain learns from the interval's end."""
-    stage = stage_of(loss=loss, substeps=substeps, target_decay=0.9)
+def algorithm_2(stage: ConsistencyStage) -> NetworkDenoiser:
+    """Song et al. 2023, algorithm 2, along the teacher's K sub-steps."""
     config, teacher = stage.config, stage.teacher
     online = copy.deepcopy(teacher)
     target = copy.deepcopy(teacher).requires_grad_(False)
-    adam = torch.optim.Adam(online.parameters(), lr=1e-3, fused=True)
-    fine = config.levels.fine_grid(6, substeps)
-    for iteration in range(3):
-        draw = generator(3, Stream.PROGRESSIVE, 0, iteration)
-        clean = to_float(DATA.images[torch.randint(16, (8,), generator=draw)])
+    adam = torch.optim.Adam(online.parameters(), lr=config.lr, fused=True)
+    count, substeps = config.steps, config.substeps
+    fine = config.levels.fine_grid(count, substeps)
+    for iteration in range(config.num_updates):
+        draw = generator(stage.seed, Stream.PROGRESSIVE, 0, iteration)
+        index = torch.randint(len(stage.dataset.images), (config.batch,), generator=draw)
+        clean = to_float(stage.dataset.images[index])
         noise = torch.randn(clean.shape, generator=draw)
-        n = torch.randint(6, (8,), generator=draw)
+        n = torch.randint(count, (config.batch,), generator=draw)
         grid = [fine[substeps * n + k].float()[:, None, None, None] for k in range(substeps + 1)]
         x = clean + grid[0] * noise
         state = trajectory(Heun(), teacher, x, torch.stack(grid))[-1]
@@ -58,18 +63,46 @@ def test_plain_is_algorithm_2_bit_for_bit(loss, substeps):
             wanted = end + 0.006 / grid[-1] * (state - end)
         denoised = online(x, grid[0].flatten())
         found = denoised + 0.006 / grid[0] * (x - denoised)
-        if loss == "l2":
+        if config.loss == "l2":
             value = (found - wanted).square().mean()
         else:
-            c = 0.00054 * 8
+            c = 0.00054 * math.sqrt(clean[0].numel())
             value = (((found - wanted).square().flatten(1).sum(1) + c * c).sqrt() - c).mean()
         adam.zero_grad()
         value.backward()
         adam.step()
         with torch.no_grad():
-            torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - 0.9)
-    student = train(stage, FixedWeights(torch.ones(1)))
-    assert same_weights(student, online)
+            torch._foreach_lerp_(
+                list(target.parameters()), list(online.parameters()), 1 - config.target_decay
+            )
+    return online
+
+
+@pytest.mark.parametrize("loss", ["pseudo-huber", "l2"])
+@pytest.mark.parametrize("substeps", [1, 2])
+def test_plain_is_algorithm_2_bit_for_bit(loss, substeps):
+    """With K sub-steps plain learns from the interval's end."""
+    stage = stage_of(loss=loss, substeps=substeps, target_decay=0.9)
+    assert same_weights(train(stage, FixedWeights(ONE)), algorithm_2(stage))
+
+
+class TestConsistency(MethodContract):
+    method = Consistency
+    knobs = {"steps": 4, "kimg": 0.03, "batch": 6, "lr": 1e-3, "substeps": 2}  # noqa: RUF012
+
+    @pytest.fixture(autouse=True)
+    def _without_a_download(self, monkeypatch):
+        monkeypatch.setattr("bdense.methods.consistency.LPIPS", Half)
+
+    def teacher(self):
+        return small_conv()
+
+    def inputs(self, seed=5):
+        return Inputs(dataset=DATA, seed=seed)
+
+    def written_out(self):
+        stage = self.learning(dropout=False)
+        return stage, algorithm_2(stage)
 
 
 def test_branch_k_learns_from_the_teachers_kth_sub_step():

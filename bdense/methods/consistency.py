@@ -310,7 +310,7 @@ class ConsistencyUpdate:
     level: Tensor
     end: float
     targets: Tensor
-    told: Mapping[str, Tensor]
+    told: Mapping[str, Any]
     config: ConsistencyConfig
     perceptual: LPIPS | None
 

@@ -117,16 +117,3 @@ class GaussianDenoiser:
         """[n + 1, B, C, H, W] exact states at ``sigmas``, from x at the first of them."""
         variance = self.std**2 + sigmas**2
         return (variance / variance[0]).sqrt().view(-1, 1, 1, 1, 1) * x
-
-
-class Half:
-    """A perceptual loss without a network."""
-
-    def __init__(self, *, as_reference: bool = False) -> None:
-        self.share = 0.25 if as_reference else 0.5
-
-    def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return self.share * (images - targets).square().mean()
-
-    def describe(self) -> dict[str, Any]:
-        return {"name": "half", "share": self.share, "range": [-1, 1]}

@@ -18,10 +18,10 @@ from bdense.methods.trajectories import LiveTrajectories
 from bdense.training.loop import train
 from bdense.weights.spaces import LogLinearWeights, uniform_weights
 from bdense.weights.weighting import FixedWeights
-from tests.contracts.methods import ALL, ONE, KilledError, MethodContract
+from tests.contracts.methods import ALL, ONE, HalfSquare, KilledError, MethodContract
 from tests.networks import tiny_denoiser
 from tests.pd_nets import small_conv
-from tests.small import Half, same_weights, sfd, small_teacher, small_trajectories
+from tests.small import same_weights, sfd, small_teacher, small_trajectories
 
 
 class TestSFD(MethodContract):
@@ -31,7 +31,7 @@ class TestSFD(MethodContract):
 
     @pytest.fixture(autouse=True)
     def _without_a_download(self, monkeypatch):
-        monkeypatch.setattr("bdense.methods.sfd.LPIPS", Half)
+        monkeypatch.setattr("bdense.methods.sfd.LPIPS", HalfSquare)
 
     def teacher(self):
         return small_conv()

@@ -6,6 +6,9 @@ distillation (``chain``, ``round``). Both are read as what they say today.
 
 from typing import Any
 
+from bdense.diffusion.solver_names import SOLVERS
+
+_USUAL_LEVELS = {"rho": 7.0, "sigma_min": 0.006, "sigma_max": 80.0}
 _SAMPLERS = {"tpe": "TPESampler", "gp": "GPSampler", "random": "RandomSampler"}
 
 
@@ -41,7 +44,9 @@ def _search(tree: dict[str, Any]) -> dict[str, Any]:
     method = {"name": "sfd", **student, **levels}
     if "name" in solver:
         method["solver"] = solver["name"]
-    if solver.get("order") is not None:
+    name = solver.get("name", "dpmpp")
+    # Stored specs spell out the highest order, which is what comes unasked.
+    if name in SOLVERS and solver.get("order") not in (None, SOLVERS[name][-1]):
         method["order"] = solver["order"]
     if solver.get("thresholding"):
         method["thresholding"] = True
@@ -114,7 +119,9 @@ def _promotion(tree: dict[str, Any]) -> dict[str, Any]:
         if (value := tree.pop(key, None)) not in (None, False):
             method[key] = value
     if (schedule := tree.pop("schedule", "native")) != "native":
-        method |= _levels(schedule)
+        # Unset they are these, which stored specs spell out.
+        levels = _levels(schedule).items()
+        method |= {key: value for key, value in levels if value != _USUAL_LEVELS.get(key)}
     seeds = dict(tree.pop("seeds", {}))
     plan: dict[str, Any] = {"arms": ["plain", "uniform"]}
     if (study := tree.pop("study", None)) is not None:

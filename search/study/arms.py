@@ -7,7 +7,7 @@ from typing import Any, Self
 from optuna.distributions import BaseDistribution, IntDistribution
 
 from bdense.weights.spaces import BASELINE, PLAIN, UNIFORM
-from search.spec.study import StudySpec
+from search.spec.study import ArmsPlan, StudySpec
 
 # A row's parameters: its arm, training seed and variant of the method's settings.
 ROW_SPACE: Mapping[str, BaseDistribution] = {
@@ -49,6 +49,12 @@ def plain_arm(spec: StudySpec) -> Arm:
 def uniform_arm() -> Arm:
     """All branches weigh alike."""
     return Arm(name="uniform weights", params={BASELINE: UNIFORM})
+
+
+def given_arms(spec: StudySpec, name: str) -> StudySpec:
+    """A study of given arms under a study's conditions, each seed on latents of its own."""
+    plan = ArmsPlan(arms=(), seeds=(0,), latents="fresh")
+    return spec.model_copy(update={"name": name, "plan": plan})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,6 +30,9 @@ TEACHER = "teacher_sha256"  # of the first worker's; the same for all
 ARMS, VARIANTS, FACTS = "arms", "variants", "facts"
 # What intermediate FIDs are of: at which fractions, of how many images, since the first.
 INTERMEDIATE = "intermediate"
+# Of a confirmation: how many trials how many candidates were chosen from; which variant of the
+# method's settings the verdict is about.
+CHOSEN_AFTER, JUDGED = "chosen_after", "judged_variant"
 # The form of all these; storage upgrade brings older ones over.
 FORMAT, CURRENT = "format", 2
 BASELINES_SUFFIX = ".baselines"

@@ -24,9 +24,9 @@ from search.storage.ledger import Claim, Ledger
 from search.storage.verdicts import verdict_of
 from search.study.folders import GRID
 from search.study.progress_text import measuring
+from search.study.retention import INTERMEDIATE_FILE
 from search.worker.assets import Assets
 
-INTERMEDIATE_FILE = "intermediate.json"
 # Told an intermediate value: its step (images trained on, or the stage) and the FID; answers
 # whether to end there.
 Judge = Callable[[int, float], bool]

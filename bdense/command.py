@@ -33,7 +33,6 @@ def add_verb(
     what: str,
     example: str,
     run: Run,
-    formatter: type[argparse.HelpFormatter] = argparse.HelpFormatter,
 ) -> argparse.ArgumentParser:
     """A verb with its one line of help, an example, and what it runs."""
     parser = verbs.add_parser(
@@ -41,7 +40,6 @@ def add_verb(
         help=what,
         description=what[0].upper() + what[1:] + ".",
         epilog=f"example: {example}",
-        formatter_class=formatter,
         allow_abbrev=False,
     )
     parser.set_defaults(run=run)

@@ -1,6 +1,7 @@
 """What the service raises on purpose, as branches of the project's one tree of errors."""
 
 from bdense.errors import BdenseError, InputError
+from bdense.knobs import KnobError
 
 
 class StorageError(InputError):
@@ -33,6 +34,12 @@ class LeaseLostError(BdenseError):
 
 class SpecError(InputError):
     """A study file is wrong; one line for each mistake, naming the key."""
+
+    @classmethod
+    def under(cls, key: str, error: InputError) -> "SpecError":
+        """An error of a section of that name, unless it names its key itself."""
+        own = isinstance(error, KnobError | SpecError)
+        return cls(str(error) if own else f"{key}: {error}")
 
 
 class SpecChangedError(InputError):

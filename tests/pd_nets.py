@@ -9,36 +9,39 @@ from torch import Tensor, nn
 
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.preconditioning import Preconditioning
-from bdense.networks import NETWORKS
+from bdense.networks import NETWORKS, Network
 
 
-class TinyConv(nn.Module):
+class TinyConv(Network):
     """conv3x3, SiLU, conv3x3 on the image and one channel of t = noise_labels / 1000.
 
     With the ``Cosine`` preconditioning t is the golden files' atan(sigma) / (pi / 2), whatever
     the process. Images need not be square; ``img_resolution`` is only told on.
     """
 
-    label_dim = 0
-    step_condition = False
     head_name = "conv2"
 
     def __init__(
-        self, *, img_channels: int, img_resolution: int, hidden: int, out_channels: int
+        self,
+        *,
+        img_channels: int,
+        img_resolution: int,
+        hidden: int,
+        num_branches: int = 1,
+        outputs: int = 1,
     ) -> None:
         super().__init__()
         self.img_channels = img_channels
         self.img_resolution = img_resolution
         self.hidden = hidden
-        self.out_channels = out_channels
+        self.num_branches = num_branches
+        self.prediction_channels = outputs * img_channels
         self.conv1 = nn.Conv2d(img_channels + 1, hidden, 3, padding=1)
-        self.conv2 = nn.Conv2d(hidden, out_channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(hidden, self.out_channels, 3, padding=1)
 
     @classmethod
-    def build(
-        cls, options: Mapping[str, Any], *, num_branches: int, prediction_channels: int
-    ) -> Self:
-        return cls(**options, out_channels=num_branches * prediction_channels)
+    def build(cls, options: Mapping[str, Any], *, num_branches: int, outputs: int) -> Self:
+        return cls(**options, num_branches=num_branches, outputs=outputs)
 
     def describe(self) -> dict[str, Any]:
         config = {
@@ -64,7 +67,8 @@ class TinyConv(nn.Module):
         return self.conv2(F.silu(self.conv1(torch.cat([x, t.to(x)], dim=1))))
 
 
-NETWORKS["TinyConv"] = TinyConv.build
+# As an entry point would.
+NETWORKS._builtin["TinyConv"] = f"{__name__}:TinyConv"
 
 
 def tiny_conv(
@@ -86,7 +90,7 @@ def tiny_conv(
             img_channels=inputs - 1,
             img_resolution=4,
             hidden=hidden,
-            out_channels=len(weights["conv2.bias"]),
+            num_branches=len(weights["conv2.bias"]) // (inputs - 1),
         )
     model.double().load_state_dict(weights)
     denoiser = NetworkDenoiser(model, precond)

@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from search.spec.file import parse
@@ -60,8 +61,9 @@ PROMOTION: dict[str, Any] = {
     "plan": {"arms": ["plain", "uniform"], "seeds": [0, 1]},
     "evaluation": {"images": 256, "extractor": "digits-classifier"},
 }
-# Method and plan of a study: both methods, each searched and with given arms.
-METHODS, PLANS = ("sfd", "progressive"), ("search", "arms")
+CONSISTENCY = {"name": "consistency", "steps": 4, "substeps": 2, "kimg": 2.56, "batch": 64}
+# Method and plan of a study: each method, searched and with given arms.
+METHODS, PLANS = ("sfd", "progressive", "consistency"), ("search", "arms")
 KINDS = tuple((method, plan) for method in METHODS for plan in PLANS)
 REMOVED = object()
 
@@ -83,9 +85,10 @@ def changed(tree: dict[str, Any] = STUDY, /, **keys: Any) -> dict[str, Any]:
 
 def of_kind(method: str, plan: str) -> dict[str, Any]:
     """A study of that method and plan; searches are over a alone."""
-    tree = changed(
-        STUDY if method == "sfd" else PROMOTION, name=f"{method}-{plan}", weights=NORMALISED
-    )
+    tree = changed(PROMOTION if method == "progressive" else STUDY, name=f"{method}-{plan}")
+    tree["weights"] = NORMALISED
+    if method == "consistency":
+        tree["method"] = CONSISTENCY
     return changed(tree, plan=(STUDY if plan == "search" else PROMOTION)["plan"])
 
 
@@ -97,6 +100,11 @@ def spec(tree: dict[str, Any] = STUDY, /, **keys: Any) -> StudySpec:
 def promotion(**keys: Any) -> StudySpec:
     """``PROMOTION``, changed and resolved."""
     return spec(PROMOTION, **keys)
+
+
+def resolve_here(patch: pytest.MonkeyPatch) -> None:
+    """Let ``read_spec`` work in this process, which has loaded torch anyway."""
+    patch.setattr("search.spec.file.apart", lambda call: call())
 
 
 def write(folder: Path, tree: dict[str, Any] = STUDY, /, **keys: Any) -> Path:

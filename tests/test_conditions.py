@@ -3,14 +3,18 @@
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
-from search.spec.model_spec import flatten
-from search.spec.study_file import read_spec
 
 from bdense import NUMERICS
 from bdense.files import sha256_file
-from tests.studies import LEARNED, NORMALISED, STUDIES, spec
+from bdense.knobs import knobs_of
+from bdense.methods import METHODS as BUILT_IN
+from search.spec.file import parse
+from search.spec.resolve import variant
+from search.spec.study import StudySpec, flatten
+from tests.studies import KINDS, LEARNED, METHODS, PLANS, changed, of_kind, spec
 
 
 def zipped(path: Path, content: bytes = b"an archive") -> str:
@@ -18,85 +22,114 @@ def zipped(path: Path, content: bytes = b"an archive") -> str:
     return f"zip:{path}"
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"name": "another"},
-        {"budget__trials": 32},
+def given(**keys: Any) -> StudySpec:
+    """As parsed: nothing is looked into that the conditions do not need."""
+    return parse(changed(**keys), source="study.yaml")
+
+
+def differing(one: StudySpec, other: StudySpec) -> set[str]:
+    before, after = one.conditions(), other.conditions()
+    assert (one.fingerprint() == other.fingerprint()) == (before == after)
+    return {key for key in before | after if before.get(key) != after.get(key)}
+
+
+# Of a study of any method and plan.
+LEFT_ALONE = [
+    {"name": "another"},
+    {"resources": {"cpus": 2, "threads": 2, "lease_seconds": 10, "max_attempts": 5}},
+    {"resources": {"gpus": 0.5, "compile": True, "channels_last": True}},
+    {"precision": "float32"},
+    {"trajectories": {"mode": "live", "max_gib": 1.0}},
+    {"trajectories": {"mode": "live", "dtype": "float16"}},
+    {"evaluation__batch": 32},
+    {"evaluation__metrics": ["fid", "kid", "prc"]},
+    {"keep_students": 1},
+    {"confirm": {"seeds": 5}},
+    {"method__optimizer": "adam"},  # the default, spelt out
+    {"teacher__train__flip": False},
+]
+# Of a search, whose plan may grow, and of given arms, to which more may be added.
+OF_A_PLAN = {
+    "search": [
+        {"plan__trials": 32},
         {"weights__a": {"low": 0.0, "high": 1.0}},
-        {"weights__b": {"low": -1.0, "high": 1.0}},
         {"weights__largest": 8.0},
-        {"sampler": {"name": "gp", "startup_trials": 3}},
+        {"plan__sampler": {"name": "RandomSampler"}},
+        {"plan__pruner": {"name": "MedianPruner"}},
         {"seeds": {"sampler": 9}},
-        {"resources": {"cpus": 2, "threads": 2, "lease_seconds": 10, "max_attempts": 5}},
-        {"resources": {"gpus": 1, "compile": True, "channels_last": True}},
-        {"resources": {"gpus": 0.5}},
-        {"precision": "float32"},
-        {"trajectories": {"mode": "live"}},
-        {"trajectories": {"mode": "live", "dtype": "float16"}},
-        {"trajectories": {"max_gib": 1.0}},
-        {"evaluation__batch": 32},
-        {"evaluation__metrics": ["fid", "kid", "prc"]},
-        {"keep_students": 1},
-        {"student__method": "sfd-bdense"},  # the default, spelt out
-        {"teacher__train__flip": False},
-        {"teacher__train__precond": None, "teacher__train__loss": None},
-        {"student__solver": {"name": "dpmpp", "order": 3}},
     ],
-)
-def test_what_leaves_the_numbers_alone_leaves_the_fingerprint_alone(keys):
-    assert spec(**keys).conditions() == spec().conditions()
-    assert spec(**keys).fingerprint() == spec().fingerprint()
+    "arms": [
+        {"plan__seeds": [7]},
+        {"plan__arms": ["plain"]},
+        {"weights": "learned"},
+        {"seeds": {"training": 9}},
+    ],
+}
+
+
+@pytest.mark.parametrize(("method", "plan"), KINDS)
+def test_what_leaves_the_numbers_alone_leaves_the_fingerprint_alone(method, plan):
+    tree = of_kind(method, plan)
+    before = spec(tree)
+    for keys in LEFT_ALONE + OF_A_PLAN[plan]:
+        after = spec(tree, **keys)
+        assert after.conditions() == before.conditions(), keys
+        assert after.fingerprint() == before.fingerprint()
 
 
 @pytest.mark.parametrize(
     ("keys", "differs"),
     [
-        ({"data": "cifar10"}, {"data"}),
-        ({"precision": "bfloat16"}, {"precision"}),
-        ({"teacher__train__kimg": 11}, {"teacher.train.kimg"}),
+        ({"data": "cifar10"}, "data"),
+        ({"precision": "bfloat16"}, "precision"),
+        ({"teacher__train__kimg": 11}, "teacher.train.kimg"),
+        ({"teacher__train__network__model_channels": 12}, "teacher.train.network.model_channels"),
+        ({"teacher__train__seed": 1}, "teacher.train.seed"),
         (
-            {"teacher__train__network__model_channels": 12},
-            {"teacher.train.network.model_channels"},
+            {"teacher__train__precond__prediction_type": "sample"},
+            "teacher.train.precond.prediction_type",
         ),
-        ({"teacher__train__seed": 1}, {"teacher.train.seed"}),
-        ({"teacher__train__precond": {"name": "cosine"}}, {"teacher.train.precond.name"}),
-        ({"teacher__train__loss": "snr"}, {"teacher.train.loss"}),
-        ({"teacher__train__flip": True}, {"teacher.train.flip"}),
-        ({"teacher__train__clip": 1}, {"teacher.train.clip"}),
-        ({"student__nfe": 3}, {"student.nfe"}),
-        ({"student__substeps": 3}, {"student.substeps"}),
-        ({"student__afs": False}, {"student.afs"}),
-        ({"student__solver": {"order": 2}}, {"student.solver.order"}),
-        ({"student__solver": {"name": "heun"}}, {"student.solver.name", "student.solver.order"}),
-        ({"student__solver": {"thresholding": True}}, {"student.solver.thresholding"}),
-        ({"student__schedule": {"rho": 5}}, {"student.schedule.rho"}),
-        ({"weights": NORMALISED}, {"weights.parameterisation"}),
-        (
-            {"weights": "learned"},
-            {"weights.parameterisation", "weights.memory", "weights.rules"},
-        ),
-        ({"budget__lr": 1e-4}, {"budget.lr"}),
-        ({"budget__kimg": 5.12}, {"budget.kimg"}),
-        ({"budget__batch": 128}, {"budget.batch"}),
-        ({"evaluation__images": 512}, {"evaluation.images"}),
-        ({"evaluation__extractor": "inception"}, {"evaluation.extractor"}),
-        ({"seeds": {"training": 1}}, {"seeds.training"}),
-        ({"seeds": {"evaluation": 1}}, {"seeds.evaluation"}),
-        ({"trajectories": {"dtype": "float16"}}, {"trajectories.dtype"}),
+        ({"teacher__train__loss": "snr"}, "teacher.train.loss"),
+        ({"teacher__train__flip": True}, "teacher.train.flip"),
+        ({"teacher__train__clip": 1}, "teacher.train.clip"),
+        ({"evaluation__images": 512}, "evaluation.images"),
+        ({"evaluation__extractor": "inception"}, "evaluation.extractor"),
+        ({"trajectories": {"dtype": "float16"}}, "trajectories.dtype"),
         # Dropout differs with the number of devices that share a batch.
-        ({"resources": {"gpus": 2}}, {"resources.gpus"}),
+        ({"resources": {"gpus": 2}}, "resources.gpus"),
     ],
 )
-def test_what_changes_the_numbers_changes_the_fingerprint(keys, differs):
-    before, after = spec().conditions(), spec(**keys).conditions()
-    assert {key for key in before | after if before.get(key) != after.get(key)} == differs
-    assert spec(**keys).fingerprint() != spec().fingerprint()
+@pytest.mark.parametrize("method", METHODS)
+def test_what_changes_the_numbers_changes_the_fingerprint(method, keys, differs):
+    tree = changed(of_kind(method, "arms"), teacher__train__precond={"name": "cosine"})
+    assert differing(spec(tree), spec(tree, **keys)) == {differs}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_knob_of_the_method_is_a_condition(method):
+    """A new one is a condition by itself."""
+    study = spec(of_kind(method, "search"))
+    conditions = study.conditions()
+    assert {key for key in conditions if key.startswith("method.")} == {
+        f"method.{name}" for name in ("name", *knobs_of(BUILT_IN[method].Config))
+    }
+    assert differing(study, variant(study, {"lr": 1e-4})) == {"method.lr"}
+    assert differing(study, variant(study, {"batch": 32})) == {"method.batch"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_seeds_of_a_search_are_conditions_and_of_given_arms_the_latents(method):
+    search, arms = (of_kind(method, plan) for plan in PLANS)
+    for key in ("training", "evaluation"):
+        assert differing(spec(search), spec(search, seeds={key: 1})) == {f"seeds.{key}"}
+    assert differing(spec(arms), spec(arms, seeds={"evaluation": 1})) == {"latents"}
+    assert differing(spec(arms), spec(arms, plan__latents="fresh")) == {"latents"}
 
 
 def test_of_learned_weights_memory_and_rules_are_conditions_and_the_bounds_are_not():
     """Trials of other rules would compare, but no Optuna study takes other choices."""
     learned = spec(weights="learned")
+    assert differing(spec(), learned) == {"weights.name", "weights.memory", "weights.rules"}
     bounded = spec(weights={**LEARNED, "strength": {"low": 0.0, "high": 1.0}})
     assert bounded.fingerprint() == learned.fingerprint()
     for other in ({"memory": 200}, {"rules": ["uncertainty"]}):
@@ -122,7 +155,7 @@ def test_a_files_content_counts_not_where_it_lies(tmp_path, section):
     one.write_bytes(b"weights")
     shutil.copy(one, copy)
     other.write_bytes(b"others")
-    studies = [spec(**section(path)) for path in (one, copy, other)]
+    studies = [given(**section(path)) for path in (one, copy, other)]
     marks = [study.fingerprint() for study in studies]
     assert marks[0] == marks[1] != marks[2]
     for path, study in zip((one, copy, other), studies, strict=True):
@@ -130,66 +163,24 @@ def test_a_files_content_counts_not_where_it_lies(tmp_path, section):
         assert str(tmp_path) not in str(study.conditions())
 
 
-def test_the_conditions_of_the_digits_study_have_these_names():
-    """A name more or less is another fingerprint: no study stored before would go on."""
-    digits = next(path for path in STUDIES if path.stem == "digits-nfe2")
-    assert sorted(read_spec(digits).conditions()) == [
-        "budget.batch",
-        "budget.kimg",
-        "budget.lr",
-        "data",
-        "evaluation.extractor",
-        "evaluation.images",
-        "numerics",
-        "seeds.evaluation",
-        "seeds.training",
-        "student.afs",
-        "student.method",
-        "student.nfe",
-        "student.schedule.kind",
-        "student.schedule.rho",
-        "student.schedule.sigma_max",
-        "student.schedule.sigma_min",
-        "student.solver.name",
-        "student.solver.order",
-        "student.solver.thresholding",
-        "student.substeps",
-        "teacher.checkpoint",
-        "teacher.train.batch",
-        "teacher.train.ema_halflife_kimg",
-        "teacher.train.kimg",
-        "teacher.train.lr",
-        "teacher.train.network.attn_resolutions",
-        "teacher.train.network.channel_mult",
-        "teacher.train.network.dropout",
-        "teacher.train.network.model_channels",
-        "teacher.train.network.num_blocks",
-        "teacher.train.seed",
-        "teacher.train.threads",
-        "teacher.train.warmup_kimg",
-        "trajectories.dtype",
-        "weights.parameterisation",
-    ]
-
-
 def test_an_archives_content_is_the_condition(tmp_path):
     data = zipped(tmp_path / "a.zip")
     digest = sha256_file(tmp_path / "a.zip")
-    assert spec(data=data).conditions()["data"] == f"zip:{digest}"
-    assert spec(data=f"{data}@64").conditions()["data"] == f"zip:{digest}@64"
+    assert given(data=data).conditions()["data"] == f"zip:{digest}"
+    assert given(data=f"{data}@64").conditions()["data"] == f"zip:{digest}@64"
     same, other = zipped(tmp_path / "b.zip"), zipped(tmp_path / "c.zip", b"another")
-    assert spec(data=same).fingerprint() == spec(data=data).fingerprint()
-    assert spec(data=other).fingerprint() != spec(data=data).fingerprint()
+    assert given(data=same).fingerprint() == given(data=data).fingerprint()
+    assert given(data=other).fingerprint() != given(data=data).fingerprint()
 
 
 def test_labels_beside_idx_images_are_part_of_them(tmp_path):
     images = tmp_path / "train-images-idx3-ubyte.gz"
     images.write_bytes(b"pixels")
-    alone = spec(data=f"idx:{images}").conditions()["data"]
+    alone = given(data=f"idx:{images}").conditions()["data"]
     assert alone == f"idx:{sha256_file(images)}"
     labels = tmp_path / "train-labels-idx1-ubyte.gz"
     labels.write_bytes(b"classes")
-    assert spec(data=f"idx:{images}").conditions()["data"] == f"{alone}+{sha256_file(labels)}"
+    assert given(data=f"idx:{images}").conditions()["data"] == f"{alone}+{sha256_file(labels)}"
 
 
 def test_a_folder_is_known_by_its_images_names_and_sizes(tmp_path):
@@ -198,7 +189,7 @@ def test_a_folder_is_known_by_its_images_names_and_sizes(tmp_path):
             path = tmp_path / name / file.replace("__", "/").replace("_", ".")
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        return spec(data=f"folder:{tmp_path / name}").fingerprint()
+        return given(data=f"folder:{tmp_path / name}").fingerprint()
 
     images = {"cats__a_png": b"12345", "dogs__b_png": b"123"}
     mark = folder("one", **images)

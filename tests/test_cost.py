@@ -7,17 +7,17 @@ import signal
 
 import pytest
 import torch
+from search.spec.study_file import read_promotion, read_spec
+from search.worker.chain_engine import check_promotion
+from search.worker.engine import architecture, check
 
 from bdense.diffusion.denoiser import build_denoiser
 from bdense.errors import InputError
 from bdense.models.public import CHECKPOINTS, EDM_LICENCE
 from bdense.models.store import save_denoiser
-from search.spec.study_file import read_promotion, read_spec
 from search.verbs.launch import _dry_run
 from search.worker import cost
-from search.worker.chain_engine import check_promotion
 from search.worker.cost import Measured, cost_lines, measure, require_room
-from search.worker.engine import architecture, check
 from search.worker.ray_tasks import Refusal, prepare_task
 from tests.small import small_teacher
 from tests.studies import PROMOTIONS, REMOVED, STUDIES, promotion, spec

@@ -121,9 +121,9 @@ def test_a_wider_head_is_the_only_cost():
     assert sizes[1] - sizes[0] == 3 * head
 
 
-def test_a_head_that_fits_no_branches_is_refused():
+def test_a_head_of_another_width_is_refused():
     odd = SongUNet(tiny_config(), prediction_channels=3)
-    with pytest.raises(ShapeError, match=r"3 output channels, which is no multiple .*edm"):
+    with pytest.raises(ShapeError, match=r"predicts 3 channels an image, and precond='edm'"):
         NetworkDenoiser(odd)
 
 

@@ -109,7 +109,7 @@ def test_classes_are_one_hot_rows(tmp_path):
     labels = torch.eye(5)[[3, 1]]
     torch.testing.assert_close(denoiser(x, sigma, labels), x - sigma * eps, rtol=1e-4, atol=1e-5)
     assert denoiser(x, sigma).shape == x.shape
-    with pytest.raises(ShapeError, match=r"\[B, 5\], got \[2, 4\]"):
+    with pytest.raises(ShapeError, match=r"\[2, 5\] .* got \[2, 4\]"):
         denoiser(x, sigma, torch.zeros(2, 4))
 
 
@@ -282,9 +282,9 @@ def test_broken_files_are_named(folder):
 def test_conditions_that_it_does_not_have_are_refused(folder):
     denoiser = read_diffusers(folder)[0]
     x, sigma = torch.zeros(1, 1, 8, 8), torch.tensor(1.0)
-    with pytest.raises(ShapeError, match="unconditional"):
+    with pytest.raises(ShapeError, match="a network that takes none"):
         denoiser(x, sigma, torch.zeros(1, 3))
-    with pytest.raises(InputError, match="neither augment_labels nor num_points"):
+    with pytest.raises(InputError, match="num_points=4 is given to a network without"):
         denoiser(x, sigma, num_points=4)
     with pytest.raises(ShapeError, match=r"\[B, 1, 8, 8\], got \[1, 1, 4, 4\]"):
         denoiser(torch.zeros(1, 1, 4, 4), sigma)

@@ -12,11 +12,17 @@ from bdense.networks import (
     NETWORKS,
     DhariwalUNet,
     DhariwalUNetConfig,
+    DiffusersUNet,
     SongUNet,
     SongUNetConfig,
 )
 from bdense.networks.layers import Conv2d, FourierEmbedding, PositionalEmbedding, UNetBlock
+from tests.contracts.networks import NetworkContract
+from tests.example_package import PatchNetwork
 from tests.networks import TINY, awake, image, one_hot, tiny_denoiser
+from tests.plugins import example_package
+
+__all__ = ["example_package"]
 
 BOTH = pytest.mark.parametrize("network", ["SongUNet", "DhariwalUNet"])
 CONFIGS = {"SongUNet": SongUNetConfig, "DhariwalUNet": DhariwalUNetConfig}
@@ -211,34 +217,67 @@ def test_gradients_reach_every_parameter():
         assert all(p.grad is not None and p.grad.any() for p in net.parameters())
 
 
+# ---- the contract ----
+
+
+class TestEDMsNetworks(NetworkContract):
+    @pytest.fixture(
+        params=[
+            ("SongUNet", {"decoder_type": "skip"}),
+            ("SongUNet", {"decoder_type": "skip", "encoder_type": "skip", "label_dim": 3}),
+            ("SongUNet", {"encoder_type": "residual", "embedding_type": "fourier"}),
+            ("SongUNet", {"label_dim": 3, "step_condition": True, "augment_dim": 2}),
+            ("SongUNet", {"precond": "iddpm"}),
+            ("DhariwalUNet", {"label_dim": 3}),
+            ("DhariwalUNet", {"precond": "iddpm", "step_condition": True}),
+        ],
+        ids=str,
+    )
+    def network(self, request):
+        name, options = request.param
+        return tiny_denoiser(name, **options).model
+
+
+class TestDiffusersNetworks(NetworkContract):
+    @pytest.fixture(params=[None, 3])
+    def network(self, request):
+        pytest.importorskip("diffusers")
+        unet = {
+            "sample_size": 8,
+            "in_channels": 2,
+            "block_out_channels": [8, 16],
+            "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+            "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+            "num_class_embeds": request.param,
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return awake(DiffusersUNet(unet)).eval()
+
+
+@pytest.mark.usefixtures("example_package")
+class TestPatchNetwork(NetworkContract):
+    """A head whose rows are (p, p, C) or (C, p, p), in another package's network."""
+
+    @pytest.fixture(params=["ppc", "cpp"])
+    def network(self, request):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return PatchNetwork(
+                img_channels=2, img_resolution=8, label_dim=3, order=request.param
+            ).eval()
+
+
 # ---- branches ----
 
 
-@pytest.mark.parametrize(
-    ("network", "options"),
-    [
-        ("SongUNet", {"decoder_type": "skip"}),
-        ("SongUNet", {"decoder_type": "skip", "encoder_type": "skip", "channel_mult": (1, 1, 2)}),
-        ("SongUNet", {"encoder_type": "residual", "embedding_type": "fourier"}),
-        ("DhariwalUNet", {}),
-    ],
-)
-@pytest.mark.parametrize("precond", ["edm", "iddpm"])
-def test_every_branch_of_a_widened_network_is_the_teacher(network, options, precond):
-    teacher = tiny_denoiser(network, precond=precond, **options)
-    student = widen_head(teacher, 3)
-    x, sigma = image(), torch.tensor([0.1, 1.0, 20.0])
-    branches = student.branches(x, sigma)
-    for k in range(3):
-        torch.testing.assert_close(branches[:, k], teacher(x, sigma), rtol=0, atol=1e-6)
-        torch.testing.assert_close(
-            export_branch(student, k + 1)(x, sigma), teacher(x, sigma), rtol=0, atol=1e-6
-        )
-    # A wider head is the only cost.
-    head = teacher.model.get_submodule(teacher.model.head_name)
-    extra = 2 * (head.weight.numel() + head.bias.numel())
-    sizes = [sum(p.numel() for p in net.parameters()) for net in (teacher, student)]
-    assert sizes[1] - sizes[0] == extra
+def test_the_branches_of_a_patch_head_interleave():
+    """Rows (p, p, C) become (p, p, K C): row k C + c of each pixel of a patch is branch k's."""
+    network = PatchNetwork(img_channels=2, img_resolution=8)
+    wide = network.widen(3).head.bias.view(4, 3, 2)
+    assert torch.equal(wide, network.head.bias.view(4, 1, 2).expand(4, 3, 2))
 
 
 def test_branches_of_a_skip_decoder_share_the_lower_levels():
@@ -366,6 +405,6 @@ def test_options_of_ncsnpp_that_make_no_network_are_refused(options, message):
 @BOTH
 def test_unknown_options_are_named(network):
     with pytest.raises(CheckpointError, match=f"do not fit a {network}: .*'depth'"):
-        NETWORKS[network](TINY | {"depth": 3}, num_branches=1, prediction_channels=2)
+        NETWORKS[network].build(TINY | {"depth": 3}, num_branches=1, outputs=1)
     with pytest.raises(CheckpointError, match=f"do not fit a {network}: .*'img_channels'"):
-        NETWORKS[network]({"img_resolution": 8}, num_branches=1, prediction_channels=2)
+        NETWORKS[network].build({"img_resolution": 8}, num_branches=1, outputs=1)

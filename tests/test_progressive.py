@@ -70,9 +70,7 @@ def conv(prediction: str = "v_prediction", hidden: int = 4, channels: int = 1) -
     """Float64, 8 x 8."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = TinyConv(
-            img_channels=channels, img_resolution=8, hidden=hidden, out_channels=channels
-        )
+        model = TinyConv(img_channels=channels, img_resolution=8, hidden=hidden)
     return NetworkDenoiser(model.double(), Cosine(prediction_type=prediction)).eval()
 
 

@@ -1,15 +1,37 @@
-"""What is sampled, by whom, and what it means to the engine."""
-
-import math
+"""What a search samples, who proposes it and who ends a trial: Optuna's own classes, by name."""
 
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
-from search.worker.engine import branches_and_weights, excess_weight
 
 from bdense.weights.spaces import RULES
-from search.spec.space import baseline_space, make_sampler, search_space
-from tests.studies import LEARNED, NORMALISED, spec
+from search.errors import SpecError
+from search.spec.space import make_pruner, make_sampler, search_space
+from tests.studies import LEARNED, METHODS, NORMALISED, of_kind, spec
+
+# What those need that cannot be made without.
+ARGUMENTS = {
+    "GridSampler": {"search_space": {"rule": list(RULES), "strength": [0.0, 1.0]}},
+    "PartialFixedSampler": {
+        "fixed_params": {"strength": 1.0},
+        "base_sampler": {"name": "RandomSampler"},
+    },
+    "PatientPruner": {"wrapped_pruner": {"name": "MedianPruner"}, "patience": 1},
+    "PercentilePruner": {"percentile": 25.0},
+    "ThresholdPruner": {"upper": 9.0},
+}
+SAMPLERS = (
+    *("TPESampler", "GPSampler", "RandomSampler", "QMCSampler", "NSGAIISampler"),
+    *("GridSampler", "PartialFixedSampler"),
+)
+PRUNERS = (
+    *("MedianPruner", "PercentilePruner", "SuccessiveHalvingPruner", "HyperbandPruner"),
+    *("PatientPruner", "ThresholdPruner", "WilcoxonPruner", "NopPruner"),
+)
+
+
+def member(name: str, **arguments) -> dict:
+    return {"name": name, **ARGUMENTS.get(name, {}), **arguments}
 
 
 def suggestions(study_spec, offset: int, count: int = 3) -> list[dict[str, float]]:
@@ -18,37 +40,18 @@ def suggestions(study_spec, offset: int, count: int = 3) -> list[dict[str, float
     return [study.ask(search_space(study_spec)).params for _ in range(count)]
 
 
-# ---- the space ----
-
-
-def test_both_parameters_have_their_bounds():
-    assert search_space(spec()) == {
-        "a": FloatDistribution(-0.5, 3.0),
-        "b": FloatDistribution(-6.0, 0.0),
-    }
-
-
-def test_normalised_weights_are_one_number():
-    assert search_space(spec(weights=NORMALISED)) == {"a": FloatDistribution(-0.5, 3.0)}
-
-
-def test_learned_weights_are_a_rule_and_its_strength():
+@pytest.mark.parametrize("method", METHODS)
+def test_the_space_is_the_weights_whatever_the_method(method):
+    tree = of_kind(method, "search")
+    a, b = FloatDistribution(-0.5, 3.0), FloatDistribution(-6.0, 0.0)
+    assert search_space(spec(tree)) == {"a": a}
+    both = {"name": "log-linear", "b": {"low": -6.0, "high": 0.0}}
+    assert search_space(spec(tree, weights=both)) == {"a": a, "b": b}
     learned = {**LEARNED, "rules": ["gradient-norm"], "strength": {"low": 0.5, "high": 2.0}}
-    assert search_space(spec(weights=learned)) == {
+    assert search_space(spec(tree, weights=learned)) == {
         "rule": CategoricalDistribution(("gradient-norm",)),
         "strength": FloatDistribution(0.5, 2.0),
     }
-
-
-@pytest.mark.parametrize("name", ["tpe", "gp", "random"])
-def test_every_sampler_can_choose_a_rule(name):
-    study_spec = spec(weights="learned", sampler={"name": name, "startup_trials": 2})
-    study = optuna.create_study(sampler=make_sampler(study_spec, 0))
-    for value in (3.0, 1.0, 2.0):
-        trial = study.ask(search_space(study_spec))
-        assert trial.params["rule"] in RULES
-        assert -1.0 <= trial.params["strength"] <= 1.5
-        study.tell(trial, value)
 
 
 def test_equal_bounds_fix_a_parameter():
@@ -56,89 +59,56 @@ def test_equal_bounds_fix_a_parameter():
     assert {params["b"] for params in suggestions(fixed, 0)} == {-4.0}
 
 
-def test_baselines_are_plain_sfd_and_uniform_weights():
-    assert baseline_space() == {"method": CategoricalDistribution(("sfd", "uniform"))}
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_any_sampler_of_optunas_proposes_rules_and_strengths(name):
+    study_spec = spec(weights=LEARNED, plan__sampler=member(name))
+    sampler = make_sampler(study_spec, 0)
+    assert type(sampler) is getattr(optuna.samplers, name)
+    study = optuna.create_study(sampler=sampler)
+    for value in (3.0, 1.0, 2.0):
+        trial = study.ask(search_space(study_spec))
+        assert trial.params["rule"] in RULES
+        assert -1.0 <= trial.params["strength"] <= 1.5
+        study.tell(trial, value)
 
 
-# ---- samplers ----
+def test_a_samplers_arguments_are_passed_on():
+    sampler = make_sampler(spec(plan__sampler=member("TPESampler", n_startup_trials=3)), 0)
+    assert sampler._n_startup_trials == 3
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("tpe", optuna.samplers.TPESampler),
-        ("gp", optuna.samplers.GPSampler),
-        ("random", optuna.samplers.RandomSampler),
-    ],
-)
-def test_samplers_by_name(name, kind):
-    assert type(make_sampler(spec(sampler={"name": name}), 0)) is kind
-
-
-@pytest.mark.parametrize("name", ["tpe", "random"])
+@pytest.mark.parametrize("name", ["TPESampler", "RandomSampler"])
 def test_a_suggestion_repeats_with_its_offset_and_differs_with_another(name):
-    study = spec(sampler={"name": name})
-    first = suggestions(study, 0)
-    assert suggestions(study, 0) == first
+    study = spec(plan__sampler=member(name))
+    assert suggestions(study, 0) == suggestions(study, 0)
     drawn = [suggestions(study, offset, 1)[0]["a"] for offset in range(8)]
     assert len(set(drawn)) == 8
     assert all(-0.5 <= a <= 3.0 for a in drawn)
 
 
 def test_the_offset_is_added_to_the_studys_seed():
-    shifted = spec(seeds={"sampler": 5}, sampler={"name": "random"})
-    plain = spec(sampler={"name": "random"})
-    assert suggestions(shifted, 2) == suggestions(plain, 7)
-    largest = spec(seeds={"sampler": 2**31 - 1}, sampler={"name": "random"})
-    assert suggestions(largest, 1) == suggestions(plain, 0)
+    def seeded(sampler: int):
+        return spec(seeds={"sampler": sampler}, plan__sampler=member("RandomSampler"))
+
+    assert suggestions(seeded(5), 2) == suggestions(seeded(0), 7)
+    assert suggestions(seeded(2**31 - 1), 1) == suggestions(seeded(0), 0)
 
 
-# ---- weights ----
+@pytest.mark.parametrize("name", PRUNERS)
+def test_any_pruner_of_optunas_ends_trials(name):
+    study = spec(plan__pruner=member(name), plan__at=[0.25, 0.5])
+    assert type(make_pruner(study)) is getattr(optuna.pruners, name)
 
 
-def test_log_linear_parameters_are_the_weights_own():
-    num_branches, weights = branches_and_weights(spec(), {"a": math.log(2), "b": -1.0})
-    assert num_branches == 4
-    assert (weights.a, weights.b) == (math.log(2), -1.0)
-    expected = [2 / math.e, 4 / math.e, 8 / math.e, 16 / math.e]
-    assert weights(4).tolist() == pytest.approx(expected)
+def test_without_one_nothing_is_pruned():
+    assert type(make_pruner(spec())) is optuna.pruners.NopPruner
 
 
-def test_normalised_weights_sum_to_k():
-    study = spec(weights=NORMALISED, student__substeps=3)
-    num_branches, weights = branches_and_weights(study, {"a": math.log(2)})
-    assert num_branches == 3
-    assert weights(3).tolist() == pytest.approx([3 / 7, 6 / 7, 12 / 7])
-    assert weights.b == pytest.approx(math.log(3 / 14))
-
-
-def test_learned_weights_start_from_the_trials_parameters_and_the_studys_memory():
-    study = spec(weights={**LEARNED, "memory": 7}, student__substeps=3)
-    num_branches, weights = branches_and_weights(study, {"rule": RULES[1], "strength": -0.5})
-    assert (num_branches, weights.num_branches) == (3, 3)
-    assert weights.describe() == {"rule": RULES[1], "strength": -0.5, "memory": 7}
-
-
-def test_baselines_are_one_branch_or_all_alike():
-    for study in (spec(), spec(weights=NORMALISED), spec(weights="learned")):
-        one, plain = branches_and_weights(study, {"method": "sfd"})
-        assert (one, plain(one).tolist()) == (1, [1.0])
-        four, uniform = branches_and_weights(study, {"method": "uniform"})
-        assert (four, uniform(four).tolist()) == (4, [1.0] * 4)
-
-
-def test_the_excess_is_measured_from_the_largest_weight():
-    """a < 0 makes w_1 the largest, a > 0 w_K."""
-    bounded = spec(weights__largest=2.0)
-    assert excess_weight(bounded, {"a": math.log(2), "b": -math.log(2)}) == pytest.approx(8 - 2)
-    assert excess_weight(bounded, {"a": -1.0, "b": 1.0}) == pytest.approx(1 - 2)
-    assert excess_weight(bounded, {"a": 0.0, "b": math.log(2)}) == pytest.approx(0, abs=1e-12)
-    normalised = spec(weights={**NORMALISED, "largest": 3.0})
-    # w_4 = 4 * 27 / (1 + 3 + 9 + 27).
-    assert excess_weight(normalised, {"a": math.log(3)}) == pytest.approx(2.7 - 3)
-
-
-def test_without_a_bound_nothing_is_in_excess():
-    assert excess_weight(spec(), {"a": 100.0, "b": 100.0}) == 0.0
-    learned = {"rule": RULES[0], "strength": 1.0}
-    assert excess_weight(spec(weights="learned"), learned) == 0.0
+def test_a_sampler_that_needs_a_missing_package_names_it():
+    try:
+        import cmaes  # noqa: F401
+    except ImportError:
+        with pytest.raises(SpecError, match=r"^study.yaml: plan\.sampler: CmaEsSampler: .*cmaes"):
+            spec(weights=NORMALISED, plan__sampler=member("CmaEsSampler"))
+    else:
+        assert spec(plan__sampler=member("CmaEsSampler")).search.sampler.name == "CmaEsSampler"

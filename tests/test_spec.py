@@ -1,303 +1,311 @@
-"""Study files: what is wrong in one is named, and what changes its numbers changes its mark."""
+"""A study of any method: a mistake is named by file and key, and what is left out is filled in."""
 
-import dataclasses
 import math
-import re
 from typing import get_args
 
 import pytest
 import yaml
 
 from bdense.diffusion.snr_weights import LOSSES
-from bdense.diffusion.solver_names import SOLVERS
-from bdense.diffusion.solvers import DPM2, IPNDM, DPMSolverPP, Euler, Heun
 from bdense.execution import PRECISIONS
-from bdense.weights.spaces import RULES
-from bdense.weights.weighting import LearnedWeights
+from bdense.knobs import knobs_of
+from bdense.methods import METHODS
+from bdense.methods.progressive import PDConfig
+from bdense.methods.sfd import SFDConfig
+from bdense.weights import WEIGHT_SPACES
 from search.errors import SpecError
-from search.spec.study_file import as_yaml, parse_spec, read_spec
-from search.spec.study_spec import StudySpec
-from search.worker.engine import (
-    check,
-    student_grid,
-    student_sampler,
-    teacher_config,
-    teacher_solver,
-    training_config,
+from search.spec.file import as_yaml, parse, read_tree
+from search.spec.resolve import resolve, teacher_config, variant
+from search.spec.study import StudySpec
+from tests.studies import (
+    KINDS,
+    LEARNED,
+    NORMALISED,
+    PROMOTION,
+    REMOVED,
+    STUDIES,
+    STUDY,
+    of_kind,
+    promotion,
+    spec,
 )
-from tests.studies import LEARNED, NORMALISED, REMOVED, STUDIES, changed, spec
 
-TRAINED = {"kimg": 1}
+EDM = {"checkpoint": "edm-cifar10-32x32-uncond-vp"}
+DDPM = {"checkpoint": "google/ddpm-cifar10-32"}
+REFERENCE = "cifar10-32x32"
+ONE_POINT = {**LEARNED, "rules": ["uncertainty"], "strength": {"low": 1.0, "high": 1.0}}
+ARMS = PROMOTION["plan"]
 
 
-ONE_POINT = {"rules": ["uncertainty"], "strength": {"low": 1.0, "high": 1.0}}
-
-
-def message(**keys) -> str:
+def message(tree, **keys) -> str:
     with pytest.raises(SpecError) as error:
-        check(parse_spec(changed(**keys), source="study.yaml"))
+        spec(tree, **keys)
     return str(error.value)
 
 
-NAMED = {
-    "teacher": {"checkpoint": "edm-cifar10-32x32-uncond-vp"},
-    "evaluation__reference": "cifar10-32x32",
-}
+# What is changed, the key that is named, and what is said of it.
+OF_ANY_METHOD = [
+    ({"method": "sfd"}, "method", "a mapping of name and its settings"),
+    ({"method__name": REMOVED}, "method.name", "missing"),
+    ({"method__name": "sdf"}, "method", "'sdf'; there are sfd, .*; did you mean sfd?"),
+    ({"method__substepp": 2}, "method.substepp", "did you mean substeps?"),
+    ({"method__sampler": 2}, "method.sampler", "is unknown"),
+    ({"method__lr": math.nan}, "method.lr", "above 0, got nan"),
+    ({"method__lr": "fast"}, "method.lr", "got fast"),
+    ({"method__batch": 0}, "method.batch", "at least 1, got 0"),
+    ({"method__batch": True}, "method.batch", "got True"),
+    ({"method__clip_norm": 0}, "method.clip_norm", "above 0, or none, got 0"),
+    ({"method__optimizer": "adma"}, "method.optimizer", "adam, adamw, sgd, .* mean adam"),
+    ({"method__weight_decay": 0.1}, "method", "weight_decay=0.1 needs optimizer=adamw"),
+    ({"method__schedule": "logsn"}, "method.schedule", "did you mean logsnr?"),
+    (
+        {"method__schedule": "polynomial", "method__sigma_min": 90.0},
+        "method",
+        "sigma_min=90.0, sigma_max=80.0",
+    ),
+    ({"resources": {"gpus": 3}}, "method.batch", "64 .* resources.gpus 3"),
+    ({"confirm": {"method": {"lrs": 3}}}, "confirm.method.lrs", "did you mean lr?"),
+    ({"plan": {**ARMS, "variants": [{}, {"lr": 0}]}}, "plan.variants.1", "method.lr .* got 0"),
+]
+OF_ANY = [
+    ({"budgett": 3}, "budgett", "unknown key"),
+    ({"method": REMOVED}, "method", "missing"),
+    ({"weights": "lerned"}, "weights", "normalised, learned; did you mean learned?"),
+    ({"weights": {"name": "linear"}}, "weights", "did you mean log-linear?"),
+    ({"weights": 3}, "weights", "a mapping of name and its settings, got 3"),
+    ({"weights": {**NORMALISED, "larges": 1}}, "weights.larges", "did you mean largest?"),
+    ({"weights": {**NORMALISED, "b": 1}}, "weights.b", "known: a, largest"),
+    (
+        {"weights": {"name": "normalised", "a": {"low": 3, "high": 1}}},
+        "weights.a.low",
+        "3 is above high 1",
+    ),
+    ({"weights": {"name": "normalised", "a": {"low": math.nan}}}, "weights.a.low", "got nan"),
+    ({"weights": {**LEARNED, "rules": ["loss"]}}, "weights.rules", "got ['loss']"),
+    ({"plan": REMOVED}, "plan", "missing"),
+    ({"plan": 7}, "plan", "trials, sampler, pruner, at, images or a mapping of arms, seeds"),
+    ({"plan": {"trials": 0}}, "plan.trials", "got 0"),
+    ({"plan": {"trials": 1, "sampler": "GPSampler"}}, "plan.sampler", "a mapping of name"),
+    ({"plan": {"trials": 1, "images": 64}}, "plan", "images 64"),
+    ({"plan": {"trials": 1, "at": [0.5, 0.25]}}, "plan", "[0.5, 0.25] must ascend"),
+    ({"plan": {"trials": 1, "at": [1.0]}}, "plan.at.0", "less than 1, got 1.0"),
+    ({"plan": {**ARMS, "trials": 3}}, "plan.trials", "unknown key"),
+    ({"plan": {**ARMS, "arms": ["plaim"]}}, "plan.arms.0", "'plain' or 'uniform' .*'plaim'"),
+    ({"plan": {**ARMS, "arms": ["plain", {"c": 1}]}}, "plan.arms.1", "the parameters c"),
+    ({"plan": {**ARMS, "arms": [{"a": "x"}]}}, "plan.arms.0", ""),
+    ({"plan": {**ARMS, "seeds": []}}, "plan.seeds", "[] must name one seed or more"),
+    ({"plan": {**ARMS, "seeds": [1, 1]}}, "plan.seeds", "[1, 1] must .* each once"),
+    ({"plan": {**ARMS, "seeds": [-1]}}, "plan.seeds.0", "got -1"),
+    ({"plan": {**ARMS, "latents": "own"}}, "plan.latents", "'fresh', got 'own'"),
+    ({"teacher": {}}, "teacher", "either checkpoint: FILE or train"),
+    ({"teacher__checkpoint": "x.pkl"}, "teacher", "one of the two"),
+    ({"teacher__train__kimg": 0}, "teacher.train.kimg", "got 0"),
+    ({"teacher__train__warmup_kimg": math.inf}, "teacher.train.warmup_kimg", "got inf"),
+    ({"teacher__train__network": {"depth": 3}}, "teacher.train.network", "'depth'"),
+    ({"teacher__train__network__model_channels": 6}, "teacher.train.network", "multiple of 4"),
+    ({"teacher__train__loss": "mse"}, "teacher.train.loss", "got 'mse'"),
+    ({"teacher__train__precond": {"name": "vp"}}, "teacher.train", "cosine or ddpm, got 'vp'"),
+    (
+        {"teacher__train__precond": {"name": "cosine", "timesteps": 64}},
+        "teacher.train",
+        "'timesteps'",
+    ),
+    ({"evaluation__images": 1}, "evaluation.images", "got 1"),
+    ({"evaluation__metrics": ["fid", "is"]}, "evaluation.metrics.1", "got 'is'"),
+    ({"evaluation__metrics": ["kid"]}, "evaluation", "['kid'] lack fid"),
+    (
+        {"evaluation__metrics": ["fid", "prc"], "evaluation__reference": REFERENCE},
+        "evaluation",
+        "drop reference",
+    ),
+    ({"evaluation__extractor": "inceptoin"}, "evaluation.extractor", "'inceptoin'; known are"),
+    ({"seeds": {"training": -1}}, "seeds.training", "got -1"),
+    ({"seeds": {"sampler": 2**31}}, "seeds.sampler", "got 2147483648"),
+    ({"trajectories": {"dtype": "int8"}}, "trajectories.dtype", "got 'int8'"),
+    ({"resources": {"lease_seconds": 1}}, "resources.lease_seconds", "got 1"),
+    ({"resources": {"gpus": -1}}, "resources.gpus", "'auto' or greater .* 0, got -1"),
+    ({"resources": {"gpus": 1.5}}, "resources.gpus", "give 0 to 1, 1 or 2"),
+    ({"precision": "float8"}, "precision", "'bfloat16' or 'float16', got 'float8'"),
+    ({"precision": "tf32", "resources": {"gpus": 0}}, "precision", "tf32 needs a CUDA device"),
+    ({"confirm": {"seeds": 2}}, "confirm.seeds", "got 2"),
+    ({"data": "digitz"}, "data", "'digitz'; known are"),
+    ({"data": "cifar10@16"}, "data", "larger"),
+    ({"data": REMOVED}, "data", "missing"),
+    ({"name": "Digits NFE 2"}, "name", "'Digits NFE 2'"),
+    ({"name": "cache"}, "name", "'cache' is a folder"),
+    ({"name": "digits.baselines"}, "name", "digits-baselines"),
+]
+SFD_ALONE = [
+    ({"method__nfe": 2.5}, "method.nfe", "got 2.5"),
+    ({"method__nfe": [2, 2]}, "method", "[2, 2] names a number twice"),
+    ({"method__solver": "dpm"}, "method.solver", "did you mean dpm2?"),
+    ({"method__order": 4}, "method", "dpmpp.* order .* 1 to 3, got 4"),
+    ({"method__solver": "heun", "method__thresholding": True}, "method", "no thresholding"),
+    ({"method__kimg": 1e-5}, "method.kimg", "0.001, got 1e-05"),
+    ({"weights": ONE_POINT}, "plan.trials", "4 trials would all be the same"),
+    ({"weights": {**NORMALISED, "largest": 0.5}}, "weights.largest", "0.5 rules out .* is 1;"),
+    ({"weights": LEARNED, "resources": {"compile": True}}, "weights.rules", "resources.compile"),
+    ({"plan__trails": 3}, "plan.trails", "unknown key"),
+    ({"plan__at": [0.01]}, "plan.at", "[0.01] of 40 updates .* after [0]"),
+    ({"plan__at": [0.99]}, "plan.at", "after [40]"),
+    ({"plan__at": [0.5, 0.501]}, "plan.at", "after [20, 20]"),
+    ({"plan__at": [0.5], "plan__images": 512}, "plan.images", "512 .* evaluation.images 256"),
+    ({"plan__sampler": {"name": "TPESampelr"}}, "plan.sampler.name", "did you mean TPESampler?"),
+    ({"plan__sampler": {"name": "BaseSampler"}}, "plan.sampler.name", "no class BaseSampler"),
+    ({"plan__sampler": {"name": "TPESampler", "trials": 3}}, "plan.sampler", "n_startup_trials"),
+    ({"plan__sampler": {"name": "TPESampler", "seed": 3}}, "plan.sampler", "seeds.sampler"),
+    ({"plan__sampler": {"name": "BruteForceSampler"}}, "plan.sampler", "step"),
+    ({"plan__pruner": {"name": "MedianPrune"}}, "plan.pruner.name", "did you mean MedianPruner?"),
+    ({"plan__pruner": {"name": "MedianPruner", "factor": 3}}, "plan.pruner", "n_warmup_steps"),
+    (
+        {"plan__pruner": {"name": "PatientPruner", "wrapped_pruner": {"name": "Median"}}},
+        "plan.pruner.wrapped_pruner.name",
+        "no class Median",
+    ),
+    ({"teacher": EDM, "data": REMOVED}, "data", "missing: evaluation.reference"),
+    ({"teacher": EDM}, "teacher.checkpoint", "(3, 32, 32) .* digits holds (1, 8, 8)"),
+    ({"teacher__train__loss": "v"}, "teacher.train", "'v' is for a process"),
+]
+PD_ALONE = [
+    ({"method__until": REMOVED}, "method.until", "missing"),
+    ({"method__updates": 0}, "method.updates", "got 0"),
+    ({"method__substeps": 1}, "method.substeps", "at least 2, got 1"),
+    ({"method__until": 3}, "method", "end at until=4 or 2, or start at steps=6"),
+    ({"method__steps": 2}, "method", "steps=2 and until=2"),
+    ({"method__prediction_type": "eps"}, "method.prediction_type", "did you mean epsilon?"),
+    ({"method__rho": 3}, "method", "rho=3.0"),
+    ({"precision": "float16"}, "method", "bfloat16"),
+    ({"plan": {"trials": 3, "at": [0.5]}}, "plan.at", "2 stages"),
+    ({"data": REMOVED, "teacher": DDPM, "evaluation__reference": REFERENCE}, "data", "missing"),
+    # Before anything is spent.
+    ({"teacher__train__precond": REMOVED}, "method", "precond='edm' .* choose a schedule"),
+    ({"teacher": EDM, "data": "cifar10"}, "method", "precond='edm' .* choose a schedule"),
+    (
+        {
+            "teacher__train__precond": REMOVED,
+            "method__schedule": "polynomial",
+            "method__prediction_type": "sample",
+        },
+        "method",
+        "not converted to sample",
+    ),
+]
 
 
 @pytest.mark.parametrize(
-    ("keys", "expected"),
+    ("tree", "keys", "key", "said"),
     [
-        ({"budgett": 3}, "study.yaml: budgett: unknown key; check the spelling"),
-        ({"budget__trails": 3}, "budget.trails: unknown key"),
-        ({"student__schedule": {"sigma": 1}}, "student.schedule.sigma: unknown key"),
-        ({"budget": REMOVED}, "study.yaml: budget: this key is missing"),
-        ({"student__nfe": REMOVED}, "student.nfe: this key is missing"),
-        ({"student__substeps": 0}, "student.substeps: .* greater than or equal to 1, got 0"),
-        ({"student__nfe": 0}, "student.nfe: .* greater than or equal to 1, got 0"),
-        ({"student__nfe": 2.5}, "student.nfe: .* integer.*, got 2.5"),
-        ({"student__method": "pd"}, "student.method: .*'sfd-bdense', got 'pd'"),
-        (
-            {"student__solver": {"order": 4}},
-            "student.solver.order: dpmpp has orders 1, 2 and 3, got 4; leave it out for 3$",
-        ),
-        (
-            {"student__solver": {"name": "ipndm", "order": 1}},
-            "student.solver.order: ipndm has orders 2, 3 and 4, got 1",
-        ),
-        (
-            {"student__solver": {"name": "heun", "order": 3}},
-            "student.solver.order: heun has order 2 alone, got 3; leave it out, or take ipndm or",
-        ),
-        ({"student__solver": {"order": 2.5}}, "student.solver.order: .* integer.*, got 2.5"),
-        (
-            {"student__solver": {"name": "heun", "thresholding": True}},
-            "student.solver.thresholding: heun has no thresholding; leave it out, or take dpmpp$",
-        ),
-        (
-            {"student__solver": {"name": "dpm", "order": 9, "thresholding": True}},
-            "^study.yaml: student.solver.name: .*'euler', 'ddim', 'heun', .*, got 'dpm'$",
-        ),
-        (
-            {"student__schedule": {"sigma_min": 90.0}},
-            "student.schedule: sigma_min 90.0 must be below sigma_max 80.0",
-        ),
-        ({"student__schedule": {"rho": 0}}, "student.schedule.rho: .* greater than 0, got 0"),
-        (
-            {"weights__a": {"low": 3.0, "high": 1.0}},
-            "weights.a: low 3.0 is above high 1.0; swap them",
-        ),
-        ({"weights__b__high": -7.0}, "weights.b: low -6.0 is above high -7.0; swap them"),
-        ({"weights__a__low": math.nan}, "weights.a.low: .* finite number, got nan"),
-        ({"weights__b__high": math.inf}, "weights.b.high: .* finite number, got inf"),
-        ({"weights__largest": math.nan}, "weights.largest: .* finite number, got nan"),
-        (
-            {"weights__parameterisation": "linear"},
-            "weights.parameterisation: .* 'log-linear', 'normalised', 'learned', got 'linear'",
-        ),
-        ({"weights__parameterisation": REMOVED}, "weights.parameterisation: this key is missing"),
-        ({"weights__b": REMOVED}, "weights.b: this key is missing"),
-        ({"weights__c": 1}, "weights.c: unknown key"),
-        (
-            {"weights__parameterisation": "normalised"},
-            "weights: normalised weights have no b; drop it or use log-linear",
-        ),
-        (
-            {"weights": {**LEARNED, "largest": 2.0}},
-            "weights: learned weights have no largest; drop it or use log-linear or normalised",
-        ),
-        (
-            {"weights": {**NORMALISED, "rules": ["uncertainty"]}},
-            "weights: normalised weights have no rules; drop it or use learned",
-        ),
-        ({"weights": "uniform"}, "weights: 'uniform' alone says too little; .* the word learned"),
-        ({"weights": 3}, "weights: .* dictionary .*, got 3"),
-        (
-            {"weights": {**LEARNED, "rules": ["loss"]}},
-            "weights.rules.0: .* 'uncertainty' or 'gradient-norm', got 'loss'",
-        ),
-        ({"weights": {**LEARNED, "rules": []}}, r"weights.rules: \[\] must name one rule or more"),
-        (
-            {"weights": {**LEARNED, "rules": ["uncertainty"] * 2}},
-            r"weights.rules: \['uncertainty', 'uncertainty'\] must name .* each once",
-        ),
-        ({"weights": {**LEARNED, "memory": 0}}, "weights.memory: .* equal to 1, got 0"),
-        (
-            {"weights": {**LEARNED, "strength": {"low": 1.0, "high": -1.0}}},
-            "weights.strength: low 1.0 is above high -1.0; swap them",
-        ),
-        (
-            {"weights": {**LEARNED, "strength": {"low": 0.0, "high": 12.0}}},
-            "weights.strength: .* must lie in -10..10, got 12.0",
-        ),
-        (
-            {"weights": {**LEARNED, **ONE_POINT}},
-            "4 trials .* would all be the same, rule uncertainty at strength 1; run 1, or give",
-        ),
-        (
-            {"weights": LEARNED, "resources": {"compile": True}},
-            "gradient-norm looks into the network, which resources.compile closes; drop one",
-        ),
-        (
-            {"weights": {**NORMALISED, "largest": 0.5}},
-            "weights.largest 0.5 rules out the whole space, whose smallest largest weight is 1;",
-        ),
-        # The least of max w_k is w_1 at the lower bounds: exp(-0.5 - 6).
-        (
-            {"weights__largest": 1e-3},
-            "weights.largest 0.001 rules out .* smallest largest weight is 0.001503;",
-        ),
-        ({"teacher": {}}, "teacher: give either checkpoint: FILE or train: {...}, one of the two"),
-        (
-            {"teacher": {"checkpoint": "x.pkl", "train": TRAINED}},
-            "teacher: give either checkpoint: FILE or train",
-        ),
-        ({"teacher__train__kimg": 0}, "teacher.train.kimg: .* equal to 0.001, got 0"),
-        ({"teacher__train__warmup_kimg": math.inf}, "teacher.train.warmup_kimg: .* got inf"),
-        (
-            {"teacher__train__network": {"depth": 3}},
-            r"teacher.train.network \{'depth': 3\}: .*'depth'",
-        ),
-        (
-            {"teacher__train__network": {"model_channels": 6}},
-            r"teacher.train.network \{'model_channels': 6\}: .* a multiple of 4",
-        ),
-        ({"teacher__train__loss": "mse"}, "teacher.train.loss: .* 'constant', .*, got 'mse'"),
-        ({"teacher__train__loss": "v"}, "teacher.train: teacher loss 'v' is for a process"),
-        ({"teacher__train__clip": 0}, "teacher.train.clip: .* greater than 0, got 0"),
-        (
-            {"teacher__train__precond": {"name": "vp"}},
-            "teacher.train: teacher precond needs the name cosine or ddpm, got 'vp'",
-        ),
-        (
-            {"teacher__train__precond": {"name": "cosine", "timesteps": 64}},
-            "teacher.train: the options do not fit precond='cosine': .*'timesteps'",
-        ),
-        (
-            {"teacher__train__precond": {"name": "ddpm", "num_train_timesteps": "many"}},
-            "teacher.train: the options do not fit precond='ddpm'",
-        ),
-        ({"budget__trials": 0}, "budget.trials: .* equal to 1, got 0"),
-        ({"budget__kimg": 1e-5}, "budget.kimg: .* equal to 0.001, got 1e-05"),
-        ({"budget__lr": math.nan}, "budget.lr: .* finite number, got nan"),
-        ({"budget__lr": "fast"}, "budget.lr: .* got 'fast'"),
-        ({"evaluation__images": 1}, "evaluation.images: .* equal to 2, got 1"),
-        ({"evaluation__metrics": ["fid", "is"]}, "evaluation.metrics.1: .* got 'is'"),
-        ({"evaluation__metrics": ["kid"]}, r"evaluation: metrics \['kid'\] lack fid"),
-        (
-            {"evaluation__metrics": ["fid", "prc"], "evaluation__reference": "refs.npz"},
-            "evaluation: metrics .* need single reference images, .* drop reference to compare",
-        ),
-        ({"sampler": {"name": "cma"}}, "sampler.name: .* got 'cma'"),
-        ({"seeds": {"training": -1}}, "seeds.training: .* equal to 0, got -1"),
-        ({"seeds": {"training": 2**31}}, "seeds.training: .* got 2147483648"),
-        ({"trajectories": {"dtype": "int8"}}, "trajectories.dtype: .* got 'int8'"),
-        ({"resources": {"lease_seconds": 1}}, "resources.lease_seconds: .* equal to 10, got 1"),
-        ({"resources": {"gpus": -1}}, "resources.gpus.* equal to 0, got -1"),
-        (
-            {"resources": {"gpus": 1.5}},
-            "resources.gpus: 1.5 is neither a share of one GPU nor a whole number of them; give 0 "
-            "to 1, 1 or 2$",
-        ),
-        (
-            {"resources": {"gpus": 3}},
-            "budget.batch 64 cannot be shared equally by resources.gpus 3; choose a multiple",
-        ),
-        ({"precision": "float8"}, "precision: .* 'bfloat16' or 'float16', got 'float8'"),
-        (
-            {"precision": "float16", "resources": {"gpus": 0}},
-            "precision float16 needs a CUDA device, not cpu; use float32 or bfloat16",
-        ),
-        ({"data": REMOVED}, "data is missing; .* evaluation.reference .missing: teacher.checkp"),
-        (
-            {"data": REMOVED, "teacher": {"checkpoint": "edm-cifar10-32x32-uncond-vp"}},
-            "data is missing; .* evaluation.reference .missing: evaluation.reference.",
-        ),
-        ({"name": "Digits NFE 2"}, "name: .* pattern .* got 'Digits NFE 2'"),
-        ({"name": "cache"}, "name: 'cache' is a folder under the runs that all studies share;"),
-        ({"name": "artifacts"}, "name: 'artifacts' is a folder under the runs that all"),
-        ({"name": "digits.baselines"}, "name: .* pattern .* got 'digits.baselines'"),
+        *((of_kind("sfd", "search"), *each) for each in OF_ANY),
+        *((of_kind(name, "search"), *each) for name in METHODS for each in OF_ANY_METHOD),
+        *((STUDY, *each) for each in SFD_ALONE),
+        *((PROMOTION, *each) for each in PD_ALONE),
     ],
 )
-def test_a_mistake_is_named_by_its_key_and_value(keys, expected):
-    assert re.search(expected, message(**keys))
+def test_a_mistake_is_named_by_file_and_key(tree, keys, key, said):
+    told = message(tree, **keys)
+    assert told.startswith(f"study.yaml: {key}")
+    assert told.removeprefix(f"study.yaml: {key}")[0] in ": "
+    place = 0
+    for words in said.split(".*"):
+        assert words.strip() in told[place:], told
+        place = told.index(words.strip(), place)
+    assert "\n" not in told
 
 
-def test_every_mistake_has_a_line():
-    lines = message(student__nfe=0, budget__kimg="many", colour="red").splitlines()
-    assert [line.split(": ")[1] for line in lines] == ["student.nfe", "budget.kimg", "colour"]
+def test_every_mistake_of_the_form_has_a_line():
+    lines = message(STUDY, plan__trials=0, evaluation__images="many", colour="red").splitlines()
+    keys = [line.split(": ")[1] for line in lines]
+    assert sorted(keys) == ["colour", "evaluation.images", "plan.trials"]
 
 
-def test_what_is_left_out_has_the_papers_values():
-    minimal = spec(student={"nfe": 2}, budget={"trials": 4, "kimg": 200}, evaluation={})
-    assert (minimal.student.substeps, minimal.student.afs) == (4, True)
-    assert (minimal.budget.images, minimal.budget.batch, minimal.budget.lr) == (200_000, 128, 5e-5)
-    assert (minimal.evaluation.images, minimal.evaluation.extractor) == (50_000, "inception")
-    schedule = minimal.student.schedule
-    assert (schedule.kind, schedule.rho) == ("polynomial", 7.0)
-    assert (schedule.sigma_min, schedule.sigma_max) == (0.006, 80.0)
-    solver = minimal.student.solver
-    assert (solver.name, solver.order, solver.thresholding) == ("dpmpp", 3, False)
-    assert minimal.sampler.name == "tpe"
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_knob_of_every_method_is_named_where_it_is_wrong(name):
+    """A mapping is no value of any knob."""
+    tree = of_kind(name, "search")
+    for knob in knobs_of(METHODS[name].Config):
+        assert message(tree, **{f"method__{knob}": {"x": 1}}).startswith(
+            f"study.yaml: method.{knob} must be"
+        )
 
 
-def test_learned_in_a_word_is_every_rule_with_the_engines_memory():
-    learned = spec(weights="learned").weights
-    assert learned.rules == RULES
-    assert (learned.strength.low, learned.strength.high) == (-1.0, 1.5)
-    assert learned.memory == LearnedWeights(4, rule="uncertainty").memory
-    assert spec(weights=LEARNED).weights == learned
+@pytest.mark.parametrize("name", list(WEIGHT_SPACES))
+def test_every_knob_of_every_weight_space_is_named_where_it_is_wrong(name):
+    for knob in knobs_of(WEIGHT_SPACES[name]):
+        told = message(STUDY, weights={"name": name, knob: "x"})
+        assert told.startswith(f"study.yaml: weights.{knob} must be")
 
 
-def test_one_trial_of_fixed_learned_weights_repeats_nothing():
-    check(spec(weights={**LEARNED, **ONE_POINT}, budget__trials=1))
+# ---- what is left out ----
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
-def test_the_studies_that_come_along_are_in_order(path):
-    """A teacher of theirs may be a file that the user has to fetch."""
-    tree = yaml.safe_load(path.read_text())
-    study = parse_spec(tree, source=path.name)
-    check(study)
-    assert study.name == path.stem
-    assert student_grid(study).nfe == study.student.nfe
+def test_the_methods_defaults_are_filled_in():
+    sfd = spec(method={"name": "sfd"}, evaluation={}, weights="normalised")
+    assert sfd.method.options == SFDConfig().as_dict()
+    assert (sfd.method.options["substeps"], sfd.method.options["lr"]) == (4, 5e-5)
+    assert (sfd.evaluation.images, sfd.evaluation.extractor) == (50_000, "inception")
+    assert sfd.search.sampler.name == "TPESampler"
+    rounds = {"steps": 8, "until": 2}
+    pd = promotion(method={"name": "progressive", **rounds}, plan={"arms": ["plain"]})
+    assert pd.method.options == PDConfig(**rounds).as_dict()
+    assert (pd.method.options["lr"], pd.method.options["batch"]) == (5e-5, 128)
+    assert pd.plan.seeds == (0, 1, 2)
+    assert pd.weights.name == "normalised"
 
 
-def test_the_learned_digits_study_shares_all_but_the_weights():
-    """So that its cached teacher and trajectories serve both, and their FIDs compare."""
-    by_name = {path.stem: path for path in STUDIES}
-    one, other = (read_spec(by_name[name]) for name in ("digits-nfe2", "digits-learned"))
-    before, after = one.conditions(), other.conditions()
-    differing = {key for key in before | after if before.get(key) != after.get(key)}
-    assert {key.split(".")[0] for key in differing} == {"weights"}
+@pytest.mark.parametrize(("method", "plan"), KINDS)
+def test_what_is_resolved_is_read_as_the_same_study(method, plan):
+    study = spec(of_kind(method, plan))
+    again = resolve(parse(yaml.safe_load(as_yaml(study)), source="study.yaml"))
+    assert again == study
+    assert again.fingerprint() == study.fingerprint()
+    assert StudySpec.model_validate_json(study.model_dump_json()) == study
+    assert study.is_search == (plan == "search")
 
 
-def test_a_study_in_the_engines_terms():
-    study = spec(
-        student__schedule={"kind": "logsnr", "sigma_min": 0.01},
-        student__solver={"name": "dpmpp", "order": 2, "thresholding": True},
-        seeds={"training": 5, "evaluation": 6},
-    )
-    grid, sampler = student_grid(study), student_sampler(study)
-    assert (grid.num_intervals, grid.substeps, grid.afs, grid.nfe) == (3, 4, True, 2)
-    assert (grid.schedule.kind, grid.schedule.sigma_min) == ("logsnr", 0.01)
-    assert (sampler.num_intervals, sampler.afs, sampler.nfe) == (3, True, 2)
-    assert sampler.schedule == grid.schedule
-    solver = teacher_solver(study)
-    assert dataclasses.asdict(solver) == {
-        "max_order": 2,
-        "prediction": "data",
-        "lower_order_final": True,
-        "thresholding": True,
-    }
-    training = training_config(study)
-    assert (training.images, training.lr, training.num_updates) == (2560, 5e-4, 40)
-    teacher = teacher_config(study.teacher.train)
-    assert (teacher.images, teacher.warmup_images, teacher.batch) == (10_000, 10_000, 256)
-    assert (teacher.precond, teacher.loss, teacher.flip, teacher.clip) == (None, None, False, None)
+def test_the_facts_are_known_without_the_engine():
+    sfd, pd = spec().resolved, promotion().resolved
+    assert (sfd.title, sfd.num_branches, sfd.batch, sfd.needs_data) == ("SFD", 4, 64, False)
+    assert [(s.name, s.num_updates, s.nfe, s.branched) for s in sfd.stages] == [("", 40, 2, True)]
+    assert (pd.num_branches, pd.batch, pd.needs_data) == (2, 64, True)
+    assert [(s.name, s.num_updates, s.nfe) for s in pd.stages] == [
+        ("00004", 10, 4),
+        ("00002", 10, 2),
+    ]
 
 
-def test_a_teacher_of_a_process_in_the_engines_terms():
+def test_a_round_converts_a_teacher_that_predicts_something_else_alone():
+    kept = promotion(method__prediction_type="v_prediction").resolved.stages
+    converted = promotion(method__prediction_type="sample").resolved.stages
+    assert [stage.name for stage in kept] == ["00004", "00002"]
+    assert [(stage.name, stage.branched) for stage in converted] == [
+        ("00008", False),
+        ("00004", True),
+        ("00002", True),
+    ]
+
+
+def test_a_variant_has_its_own_facts():
+    study = spec()
+    assert variant(study, {}) is study
+    longer = variant(study, {"kimg": 5.12, "nfe": 3})
+    assert (longer.resolved.stages[0].num_updates, longer.resolved.stages[0].nfe) == (80, 3)
+    assert longer.method.options == {**study.method.options, "kimg": 5.12, "nfe": 3}
+    with pytest.raises(SpecError, match=r"method\.kimgs is unknown; did you mean kimg"):
+        variant(study, {"kimgs": 5})
+
+
+def test_one_trial_of_one_point_repeats_nothing():
+    assert spec(weights=ONE_POINT, plan__trials=1).space.is_one_point
+
+
+def test_a_confirmation_may_have_settings_of_its_own():
+    assert spec(confirm={"method": {"kimg": 200}}).confirm.method == {"kimg": 200}
+
+
+# ---- teachers, data, machines ----
+
+
+def test_a_teachers_recipe_in_the_engines_terms():
     recipe = {
         "precond": {"name": "cosine", "prediction_type": "sample"},
         "loss": "constant",
@@ -305,91 +313,40 @@ def test_a_teacher_of_a_process_in_the_engines_terms():
         "clip": 1.0,
     }
     study = spec(**{f"teacher__train__{key}": value for key, value in recipe.items()})
-    check(study)
     teacher = teacher_config(study.teacher.train)
     assert {key: teacher.as_dict()[key] for key in recipe} == recipe
-    again = parse_spec(yaml.safe_load(as_yaml(study)), source="study.yaml")
-    assert again.fingerprint() == study.fingerprint()
+    assert (teacher.images, teacher.warmup_images, teacher.batch) == (10_000, 10_000, 256)
 
 
-def test_the_losses_of_the_spec_are_the_engines():
-    optional = type(spec().teacher.train).model_fields["loss"].annotation
-    assert get_args(get_args(optional)[0]) == LOSSES
-
-
-@pytest.mark.parametrize(
-    ("name", "solver"),
-    [
-        ("euler", Euler()),
-        ("heun", Heun()),
-        ("dpm2", DPM2()),
-        ("ipndm", IPNDM(max_order=4)),
-        ("dpmpp", DPMSolverPP(max_order=3)),
-    ],
-)
-def test_every_solver_can_walk_the_teacher(name, solver):
-    """At its highest order where none is asked for, which the resolved study spells out."""
-    study = spec(student__solver={"name": name})
-    assert teacher_solver(study) == solver
-    assert study.student.solver.order == SOLVERS[name][-1]
-    again = parse_spec(yaml.safe_load(as_yaml(study)), source="study.yaml")
-    assert again.fingerprint() == study.fingerprint()
-
-
-def test_without_afs_every_interval_costs_an_evaluation():
-    grid = student_grid(spec(student__afs=False))
-    assert (grid.num_intervals, grid.nfe) == (2, 2)
-
-
-@pytest.mark.parametrize(
-    ("keys", "expected"),
-    [
-        (
-            {"data": "digitz"},
-            "^study digits: data: unknown data set 'digitz'; known are cifar10, ",
-        ),
-        ({"data": "cifar10@16"}, "^study digits: data: data set cifar10@16: .* are larger; "),
-        (
-            {"evaluation__extractor": "inceptoin"},
-            "^study digits: evaluation.extractor: there is no 'inceptoin'; known are inception",
-        ),
-        (
-            {"evaluation__extractor": "torchscript"},
-            "^study digits: evaluation.extractor: there is no 'torchscript'; known are inception",
-        ),
-        (
-            {"teacher": {"checkpoint": "edm-cifar10-32x32-uncond-vp"}},
-            r"^study digits: teacher.checkpoint: edm-cifar10-32x32-uncond-vp makes images of "
-            r"\(3, 32, 32\) .* and data digits holds \(1, 8, 8\); choose another of the two$",
-        ),
-    ],
-)
-def test_what_is_known_by_name_is_refused_at_once(keys, expected):
-    told = message(**keys)
-    assert re.search(expected, told)
-    assert "\n" not in told
-
-
-def test_files_and_data_that_nothing_needs_are_not_looked_into(tmp_path):
-    check(spec(data=f"zip:{tmp_path / 'none.zip'}"))
-    public = {"checkpoint": "edm-cifar10-32x32-uncond-vp"}
-    check(spec(data="cifar10", teacher=public))
-    check(spec(teacher=public, evaluation__reference="cifar10-32x32"))
-
-
-def test_the_precisions_are_the_engines():
+def test_words_of_the_spec_are_the_engines():
     """Spelt out in the spec, which a launcher reads without torch."""
-    known = StudySpec.model_fields["precision"].annotation
-    assert get_args(known) == PRECISIONS
+    assert get_args(StudySpec.model_fields["precision"].annotation) == PRECISIONS
+    loss = type(spec().teacher.train).model_fields["loss"].annotation
+    assert get_args(get_args(loss)[0]) == LOSSES
 
 
 def test_a_finished_teacher_and_a_reference_need_no_data():
-    study = spec(**NAMED, data=REMOVED)
+    study = spec(teacher=EDM, evaluation__reference=REFERENCE, data=REMOVED)
     assert (study.data, study.uses_data) == (None, False)
     assert "data" not in study.conditions()
-    assert spec(**NAMED).uses_data is False
-    assert spec(teacher=NAMED["teacher"]).uses_data is True
-    assert spec(evaluation__reference="cifar10-32x32").uses_data is True
+    assert spec(teacher=EDM, evaluation__reference=REFERENCE).uses_data is False
+    assert spec(teacher=EDM, data="cifar10").uses_data is True
+    assert spec(evaluation__reference=REFERENCE).uses_data is True
+    pytest.importorskip("diffusers", reason="needs the diffusers extra")
+    learns = promotion(teacher=DDPM, data="cifar10", evaluation__reference=REFERENCE)
+    assert learns.uses_data is True
+
+
+def test_data_files_are_not_looked_into(tmp_path):
+    archive = tmp_path / "images.zip"
+    archive.write_bytes(b"no archive")
+    assert spec(teacher=EDM, data=f"zip:{archive}").data == f"zip:{archive}"
+
+
+def test_a_teacher_of_other_images_is_refused():
+    pytest.importorskip("diffusers", reason="needs the diffusers extra")
+    told = message(PROMOTION, teacher=DDPM)
+    assert told.startswith("study.yaml: teacher.checkpoint: google/ddpm-cifar10-32 makes images")
 
 
 @pytest.mark.parametrize(
@@ -397,3 +354,48 @@ def test_a_finished_teacher_and_a_reference_need_no_data():
 )
 def test_whole_gpus_make_a_team(gpus, team):
     assert spec(resources={"gpus": gpus}).resources.team == team
+
+
+# ---- the studies that come along ----
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
+def test_the_studies_that_come_along_are_in_order(path):
+    tree = read_tree(path)
+    if "google/" in str(tree["teacher"]):
+        pytest.importorskip("diffusers", reason="needs the diffusers extra")
+    study = resolve(parse(tree, source=path.name))
+    assert study.name == path.stem
+    assert str(path.relative_to(path.parents[1])) in path.read_text().splitlines()[1]
+    if not study.is_search:
+        winners = {arm["winner_of"] for arm in study.plan.arms if "winner_of" in arm}
+        assert winners <= {each.stem for each in STUDIES}
+
+
+def test_digits_studies_share_all_but_what_they_are_about():
+    """So that cached teachers and trajectories serve both, and their FIDs compare."""
+    trees = {path.stem: read_tree(path) for path in STUDIES}
+    searched, learned = trees["digits-nfe2"], trees["digits-learned"]
+    differing = {key for key in searched if searched[key] != learned.get(key)}
+    assert differing == {"name", "weights", "plan"}
+    assert trees["digits-pd"]["teacher"] == trees["promote-digits"]["teacher"]
+    process = trees["promote-digits"]["teacher"]["train"].pop("precond")
+    assert process == {"name": "cosine", "prediction_type": "v_prediction"}
+    assert trees["promote-digits"]["teacher"] == searched["teacher"]
+
+
+def test_the_paper_promotes_at_512_256_and_128_steps():
+    pytest.importorskip("diffusers", reason="needs the diffusers extra")
+    (path,) = (path for path in STUDIES if path.stem == "promote-cifar10")
+    study = resolve(parse(read_tree(path), source=path.name))
+    assert [stage.nfe for stage in study.resolved.stages] == [512, 256, 128]
+    settings = {
+        "updates": 50_000,
+        "batch": 128,
+        "lr": 5e-5,
+        "optimizer": "adamw",
+        "weight_decay": 0.0,
+        "flip": True,
+    }
+    assert study.method.options == {**study.method.options, **settings}
+    assert (study.evaluation.images, study.evaluation.extractor) == (50_000, "inception")

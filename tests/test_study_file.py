@@ -1,110 +1,119 @@
-"""Files of studies and promotions: read whole or refused, their files found from any folder."""
+"""Study files: read whole or refused, changed by options, their files found from any folder."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from search.spec.study_file import as_yaml, read_any, read_promotion, read_spec
 
+from bdense.errors import InputError
 from search.errors import SpecError
-from tests.studies import CHAIN, promotion, spec, write
-
-
-def zipped(path: Path, content: bytes = b"an archive") -> str:
-    path.write_bytes(content)
-    return f"zip:{path}"
-
+from search.spec.file import as_yaml, read_spec, read_stored
+from tests.studies import PROMOTION, promotion, resolve_here, spec, write
 
 NAMED = {
     "teacher": {"checkpoint": "edm-cifar10-32x32-uncond-vp"},
     "evaluation__reference": "cifar10-32x32",
+    "data": "cifar10",
 }
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("name: [unclosed", "is not valid YAML: "),
-        ("- a\n- list", "must be a mapping of keys such as name, data"),
-        ("", "must be a mapping of keys"),
-        ("!!python/object/apply:os.system [true]", "is not valid YAML: could not determine a con"),
-    ],
-)
-def test_a_file_that_is_no_study_is_named(tmp_path, text, expected):
-    path = tmp_path / "study.yaml"
-    path.write_text(text)
+@pytest.fixture(autouse=True)
+def _here(monkeypatch):
+    resolve_here(monkeypatch)
+
+
+def refusal(path: Path) -> str:
     with pytest.raises(SpecError) as error:
         read_spec(path)
-    assert str(error.value).startswith(f"{path} {expected}")
-    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_launcher_reads_a_study_without_torch(tmp_path):
+    """A child process has it, and hands back what it says or what is wrong."""
+    program = (
+        "import sys; from pathlib import Path; from search.spec.file import read_spec\n"
+        "if __name__ == '__main__':\n"
+        "    print(read_spec(Path(sys.argv[1])).resolved.num_branches, 'torch' in sys.modules)\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    command = [sys.executable, tmp_path / "program.py", write(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (found.stdout, found.stderr) == ("4 False\n", "")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"name: [unclosed", "is not valid YAML: "),
+        (b"- a\n- list", "must be a mapping of keys such as name, data"),
+        (b"", "must be a mapping of keys"),
+        (
+            b"!!python/object/apply:os.system [true]",
+            "is not valid YAML: could not determine a con",
+        ),
+        (b"\xff\xfe\x00", "cannot be read: "),
+    ],
+)
+def test_a_file_that_is_no_study_is_named(tmp_path, content, expected):
+    path = tmp_path / "study.yaml"
+    path.write_bytes(content)
+    assert f"{path} {expected}" in refusal(path)
+    assert "\n" not in refusal(path)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(SpecError, match=r"none\.yaml cannot be read: .*No such file"):
-        read_spec(tmp_path / "none.yaml")
-    with pytest.raises(SpecError, match=r"cannot be read: .*Is a directory"):
-        read_spec(tmp_path)
-    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(SpecError, match=r"bytes\.yaml cannot be read: .*codec"):
-        read_spec(tmp_path / "bytes.yaml")
+    assert f"{tmp_path / 'none.yaml'} cannot be read: " in refusal(tmp_path / "none.yaml")
+    assert f"{tmp_path} cannot be read: " in refusal(tmp_path)
+
+
+def test_options_replace_keys_of_sections(tmp_path):
+    changed = read_spec(write(tmp_path), {"plan": {"trials": 9}, "method": {"kimg": 5.12}})
+    assert changed == spec(plan__trials=9, method__kimg=5.12)
+    seeds = read_spec(write(tmp_path, PROMOTION), {"plan": {"seeds": [7]}})
+    assert seeds == promotion(plan__seeds=[7])
 
 
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
         ({"teacher": {"checkpoint": "no.pkl"}}, "teacher.checkpoint: there is no file no.pkl"),
-        (
-            {"evaluation__extractor": "torchscript:no.pt"},
-            "evaluation.extractor: there is no file no.pt",
-        ),
+        ({"teacher": {"checkpoint": "edm-cifar"}}, ".* edm-cifar, .*edm-ffhq-64x64-uncond-vp"),
+        ({"evaluation__extractor": "torchscript:no.pt"}, "evaluation.extractor: .* no.pt"),
+        ({"evaluation__reference": "no.npz"}, "evaluation.reference: .* no.npz, .*cifar10-32x32"),
         ({"data": "zip:no.zip"}, "data: there is no file no.zip"),
         ({"data": "folder:nowhere@32"}, "data: there is no folder nowhere"),
+        ({"teacher": {"checkpoint": "/"}}, "teacher.checkpoint: / is a folder; .*bdense convert"),
     ],
 )
-def test_a_missing_file_of_a_study_is_named(tmp_path, keys, expected):
+def test_a_missing_file_of_a_study_is_named_and_the_names_there_are(tmp_path, keys, expected):
     path = write(tmp_path, **keys)
-    with pytest.raises(SpecError) as error:
+    with pytest.raises(SpecError, match=f"^{path}: {expected}"):
         read_spec(path)
-    # What may be a name lists the names after it.
-    assert str(error.value).split(", nor a public one")[0] == f"{path}: {expected}"
-
-
-@pytest.mark.parametrize("weights", [{"weights__largest": 8.0}, {"weights": "learned"}])
-def test_the_resolved_study_is_the_same_study(tmp_path, weights):
-    first = read_spec(write(tmp_path, **weights))
-    again = tmp_path / "again.yaml"
-    again.write_text(as_yaml(first))
-    assert read_spec(again) == first
-    assert read_spec(again).fingerprint() == first.fingerprint()
 
 
 def test_files_are_found_from_any_folder(tmp_path, monkeypatch):
     """Workers start in folders of their own."""
-    (tmp_path / "teacher.pkl").write_bytes(b"a teacher")
-    (tmp_path / "features.pt").write_bytes(b"features")
-    (tmp_path / "refs.npz").write_bytes(b"statistics")
+    for name in ("features.pt", "refs.npz", "set.zip"):
+        (tmp_path / name).write_bytes(b"a file")
+    (tmp_path / "images").mkdir()
     path = write(
         tmp_path,
-        teacher={"checkpoint": "teacher.pkl"},
         evaluation__extractor="torchscript:features.pt",
         evaluation__reference="refs.npz",
+        data="zip:set.zip",
+        **{"teacher": NAMED["teacher"]},
     )
     monkeypatch.chdir(tmp_path)
     found = read_spec(path)
-    monkeypatch.chdir("/")
-    assert found.teacher.checkpoint == str(tmp_path / "teacher.pkl")
     assert found.evaluation.extractor == f"torchscript:{tmp_path / 'features.pt'}"
     assert found.evaluation.reference == str(tmp_path / "refs.npz")
-    assert found.fingerprint() == found.fingerprint()
-
-
-def test_data_files_are_found_from_any_folder(tmp_path, monkeypatch):
-    (tmp_path / "images").mkdir()
-    zipped(tmp_path / "set.zip")
+    assert found.data == f"zip:{tmp_path / 'set.zip'}"
+    (tmp_path / "again.yaml").write_text(as_yaml(found))
+    monkeypatch.chdir("/")
+    assert read_spec(tmp_path / "again.yaml") == found
     monkeypatch.chdir(tmp_path)
-    archive, folder = (
-        read_spec(write(tmp_path, data=data)) for data in ("zip:set.zip", "folder:images@32")
-    )
-    assert archive.data == f"zip:{tmp_path / 'set.zip'}"
+    folder = read_spec(write(tmp_path, data="folder:images@32", teacher=NAMED["teacher"]))
     assert folder.data == f"folder:{tmp_path / 'images'}@32"
     assert read_spec(write(tmp_path, data="digits@16")).data == "digits@16"
 
@@ -113,95 +122,28 @@ def test_names_are_no_files_and_stand_for_themselves(tmp_path, monkeypatch):
     """Whether they are downloaded yet or not, and wherever to."""
     monkeypatch.setenv("BDENSE_CHECKPOINTS", str(tmp_path / "public"))
     found = read_spec(write(tmp_path, **NAMED))
-    assert found.teacher.checkpoint == "edm-cifar10-32x32-uncond-vp"
-    assert found.evaluation.reference == "cifar10-32x32"
     conditions = found.conditions()
-    assert conditions["teacher.checkpoint"] == "edm-cifar10-32x32-uncond-vp"
-    assert conditions["evaluation.reference"] == "cifar10-32x32"
+    assert (
+        conditions["teacher.checkpoint"]
+        == found.teacher.checkpoint
+        == "edm-cifar10-32x32-uncond-vp"
+    )
+    assert conditions["evaluation.reference"] == found.evaluation.reference == "cifar10-32x32"
     assert not (tmp_path / "public").exists()
     other = spec(**NAMED | {"teacher": {"checkpoint": "edm-cifar10-32x32-cond-vp"}})
     assert other.fingerprint() != found.fingerprint()
 
 
 def test_a_model_on_the_hub_is_a_name_too(tmp_path):
+    pytest.importorskip("diffusers", reason="needs the diffusers extra")
     hub = {"checkpoint": "google/ddpm-cifar10-32"}
-    assert read_spec(write(tmp_path, teacher=hub)).teacher.checkpoint == hub["checkpoint"]
-    found = read_promotion(write(tmp_path, CHAIN, teacher=hub, data="cifar10"))
-    assert found.teacher.checkpoint == hub["checkpoint"]
-    other = write(tmp_path, teacher={"checkpoint": "google/ddpm-cat-256"})
-    with pytest.raises(SpecError, match=r"no file google/ddpm-cat-256, nor .*/ddpm-cifar10-32\)$"):
-        read_spec(other)
+    found = read_spec(write(tmp_path, PROMOTION, teacher=hub, data="cifar10"))
+    assert found.conditions()["teacher.checkpoint"] == hub["checkpoint"]
+    told = refusal(write(tmp_path, teacher={"checkpoint": "google/ddpm-cat-256"}))
+    assert "no file google/ddpm-cat-256" in told
 
 
-def test_a_name_that_is_none_lists_them(tmp_path):
-    path = write(tmp_path, teacher={"checkpoint": "edm-cifar"})
-    with pytest.raises(SpecError, match=r"there is no file edm-cifar, .*edm-ffhq-64x64-uncond-vp"):
-        read_spec(path)
-
-
-def test_a_folder_is_to_be_converted_first(tmp_path):
-    (tmp_path / "ddpm").mkdir()
-    path = write(tmp_path, teacher={"checkpoint": str(tmp_path / "ddpm")})
-    with pytest.raises(SpecError, match=r"is a folder; .*bdense convert .*ddpm --out"):
-        read_spec(path)
-
-
-# ---- promotions ----
-
-
-def test_a_chain_tells_a_promotion_from_a_study(tmp_path):
-    assert read_any(write(tmp_path)) == spec()
-    assert read_any(write(tmp_path, CHAIN)) == promotion()
-
-
-def test_the_other_kind_of_file_is_told_where_it_goes(tmp_path):
-    path = write(tmp_path, CHAIN)
-    with pytest.raises(SpecError) as error:
-        read_spec(path)
-    assert str(error.value) == (
-        f"{path} is a promotion, not a study: it has a chain; give it to `bdense-search promote "
-        f"STUDY --to {path}`"
-    )
-    path = write(tmp_path)
-    with pytest.raises(SpecError) as error:
-        read_promotion(path)
-    assert str(error.value) == (
-        f"{path} is a study, not a promotion: it has a student and no chain; give it to "
-        f"`bdense-search launch {path}`"
-    )
-
-
-def test_a_promotion_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(SpecError, match=r"^the promotion file .*none\.yaml cannot be read: "):
-        read_promotion(tmp_path / "none.yaml")
-    (tmp_path / "list.yaml").write_text("- a")
-    with pytest.raises(SpecError, match=r"a mapping of keys such as name, data, teacher, chain$"):
-        read_promotion(tmp_path / "list.yaml")
-
-
-def test_a_promotions_files_are_found_from_any_folder(tmp_path, monkeypatch):
-    (tmp_path / "teacher.pkl").write_bytes(b"a teacher")
-    zipped(tmp_path / "set.zip")
-    path = write(tmp_path, CHAIN, teacher={"checkpoint": "teacher.pkl"}, data="zip:set.zip")
-    monkeypatch.chdir(tmp_path)
-    found = read_any(path)
-    assert found.teacher.checkpoint == str(tmp_path / "teacher.pkl")
-    assert found.data == f"zip:{tmp_path / 'set.zip'}"
-
-
-@pytest.mark.parametrize("schedule", ["native", {"kind": "logsnr"}])
-def test_the_resolved_promotion_is_the_same_promotion(tmp_path, schedule):
-    first = read_promotion(write(tmp_path, CHAIN, schedule=schedule))
-    again = tmp_path / "again.yaml"
-    again.write_text(as_yaml(first))
-    assert read_any(again) == first
-    assert read_any(again).fingerprint() == first.fingerprint()
-
-
-def test_a_value_of_several_kinds_has_one_line(tmp_path):
-    path = write(tmp_path, resources={"gpus": -1})
-    with pytest.raises(SpecError) as error:
-        read_spec(path)
-    assert str(error.value) == (
-        f"{path}: resources.gpus: Input should be 'auto' or greater than or equal to 0, got -1"
-    )
+def test_a_stored_spec_of_another_version_is_named():
+    text = spec().model_dump_json().replace('"trials":4', '"trials":4,"wings":2')
+    with pytest.raises(InputError, match=r"\(digits: plan\.\S*wings: .*use the version that laun"):
+        read_stored("digits", text)

@@ -1,6 +1,5 @@
 """Training a teacher: it learns, its average and first step by hand, and it may be stopped."""
 
-import argparse
 import math
 import re
 
@@ -33,7 +32,8 @@ from bdense.training.teacher import (
     train_teacher,
     vp_denoising_loss,
 )
-from bdense.verbs.teacher import _process, _scaled_betas, add_teacher
+from bdense.verbs.options import ModelOptions
+from bdense.verbs.teacher import process, scaled_betas
 from tests.commands import TINY, bdense, refused
 from tests.small import same_weights
 
@@ -526,22 +526,20 @@ def test_a_teacher_of_a_process_is_written_with_its_recipe(tmp_path, options, re
 
 
 def test_the_usual_times_of_ddpm_are_the_published_ones():
-    command = argparse.ArgumentParser()
-    add_teacher(command.add_subparsers())
-    options = command.parse_args(["teacher", "--precond", "ddpm", "--out", "t.safetensors"])
-    assert config(precond=_process(options)).preconditioning == DDPM()
+    asked = ModelOptions(precond="ddpm")
+    assert config(precond=process(asked)).preconditioning == DDPM()
 
 
 @pytest.mark.parametrize("timesteps", [21, 64, 1000, 4096])
 def test_ddpm_ends_in_noise_in_any_number_of_times(timesteps):
-    schedule = DDPMSchedule(**_scaled_betas(timesteps))
+    schedule = DDPMSchedule(**scaled_betas(timesteps))
     assert schedule.sigma_max > 150
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--loss", "v"), "--loss v does nothing with --precond edm; .* cosine or ddpm"),
+        (("--loss", "v"), "loss 'v' is for a process, .* choose precond cosine or ddpm"),
         (("--prediction", "sample"), "--prediction sample does nothing with --precond edm"),
         (
             ("--precond", "cosine", "--timesteps", 64),
@@ -549,9 +547,9 @@ def test_ddpm_ends_in_noise_in_any_number_of_times(timesteps):
         ),
         (
             ("--precond", "ddpm", "--timesteps", 20),
-            "--timesteps must be above 20, got 20: the last beta is 20 / T and must be below 1",
+            "--timesteps must be a whole number of at least 21, or none, got 20",
         ),
-        (("--clip", 0), "teacher clip must be positive and finite, got 0.0"),
+        (("--clip", 0), "--clip must be a number above 0, or none, got 0"),
     ],
 )
 def test_options_of_another_process_are_refused(tmp_path, options, message):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bdense.data.names import split_format, split_side
+from bdense.data.names import DATA_SETS, split_format, split_side
 from bdense.data.readers import read_folder, read_idx_images, read_zip
 from bdense.downloads import fetch
 from bdense.errors import InputError, ShapeError
@@ -281,7 +281,3 @@ _FORMATS: dict[str, Callable[[Path], Loaded]] = {
     "zip": read_zip,
     "idx": read_idx_images,
 }
-DATA_SETS = (
-    f"{', '.join([*sorted(_NAMED), *(f'{kind}:PATH' for kind in _FORMATS)])}; "
-    "NAME@SIDE pads images to SIDE x SIDE"
-)

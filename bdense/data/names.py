@@ -8,6 +8,11 @@ from bdense.errors import InputError
 
 # A data set of files is FORMAT:PATH.
 FORMATS = ("folder", "zip", "idx")
+# What a user may name.
+DATA_SETS = (
+    "cifar10, cifar10-test, digits, fashion-mnist, fashion-mnist-test, "
+    f"{', '.join(f'{kind}:PATH' for kind in FORMATS)}; NAME@SIDE pads images to SIDE x SIDE"
+)
 LABELS_FILE = "dataset.json"
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 

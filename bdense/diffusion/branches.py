@@ -1,18 +1,11 @@
-"""The branched student: widen the last layer K-fold, and take branch K out again.
+"""The branched student: widen the last layer K-fold, and take branch K out again."""
 
-Output channels are K consecutive groups of equal width; group k - 1 is branch k.
-"""
-
-from collections.abc import Callable
-
-from torch import Tensor
-
-from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
-from bdense.errors import InputError
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.networks import Network
 
 
 def widen_head(teacher: NetworkDenoiser, num_branches: int) -> NetworkDenoiser:
-    """A copy of the teacher whose head is repeated K times, so that every branch equals it.
+    """A copy of the teacher with K branches, each of which equals it.
 
     Args:
         teacher: A denoiser with one branch.
@@ -20,19 +13,9 @@ def widen_head(teacher: NetworkDenoiser, num_branches: int) -> NetworkDenoiser:
 
     Raises:
         InputError: K is below 1, or the teacher has branches already.
+        ShapeError: The network's last layer cannot be widened.
     """
-    if num_branches < 1:
-        raise InputError(f"num_branches (K) must be at least 1, got {num_branches}")
-    if teacher.num_branches != 1:
-        raise InputError(
-            f"the teacher has {teacher.num_branches} branches already; "
-            "take one of them out first with export_branch"
-        )
-
-    def repeat(head: Tensor) -> Tensor:
-        return head.repeat(num_branches, *[1] * (head.dim() - 1))
-
-    return _with_head(teacher, num_branches, repeat)
+    return _with_model(teacher, teacher.model.widen(num_branches))
 
 
 def export_branch(student: NetworkDenoiser, branch: int | None = None) -> NetworkDenoiser:
@@ -41,24 +24,15 @@ def export_branch(student: NetworkDenoiser, branch: int | None = None) -> Networ
     Args:
         student: A branched denoiser; it is not changed.
         branch: k, counted from 1; None is K, the interval's end point.
+
+    Raises:
+        InputError: There is no such branch.
     """
-    total = student.num_branches
-    k = total if branch is None else branch
-    if not 1 <= k <= total:
-        raise InputError(f"branch must lie in 1..{total}, got {branch}")
-    width = student.group_channels
-    return _with_head(student, 1, lambda head: head[(k - 1) * width : k * width])
+    k = student.num_branches if branch is None else branch
+    return _with_model(student, student.model.select(k))
 
 
-def _with_head(
-    denoiser: NetworkDenoiser, num_branches: int, change: Callable[[Tensor], Tensor]
-) -> NetworkDenoiser:
-    """The same denoiser with that many branches and a changed weight and bias of the head."""
-    built = build_denoiser(denoiser.describe() | {"num_branches": num_branches})
-    built.to(next(denoiser.parameters())).train(denoiser.training)
-    state = denoiser.state_dict()
-    for name in ("weight", "bias"):
-        key = f"model.{denoiser.model.head_name}.{name}"
-        state[key] = change(state[key])
-    built.load_state_dict(state)
-    return built.execute(denoiser.execution)
+def _with_model(denoiser: NetworkDenoiser, model: Network) -> NetworkDenoiser:
+    """The same denoiser of another network, computed alike."""
+    changed = NetworkDenoiser(model, denoiser.precond).train(denoiser.training)
+    return changed.execute(denoiser.execution)

@@ -49,45 +49,40 @@ class NetworkDenoiser(nn.Module):
         precond: c_skip, c_out, c_in and c_noise; None is EDM's.
     """
 
-    model: Any  # a Network, which torch's stubs would take for any Module or Tensor
+    model: Network
 
     def __init__(self, model: Network, precond: Preconditioning | None = None) -> None:
         super().__init__()
         self.precond = precond or EDM()
         self.model = model
         self.execution = Execution()
-        if model.out_channels % self.group_channels:
+        if model.prediction_channels != model.img_channels * self.precond.outputs:
             raise ShapeError(
-                f"the network has {model.out_channels} output channels, which is no multiple of "
-                f"the {self.group_channels} that precond={self.precond.name!r} takes for a "
-                f"prediction of {model.img_channels} image channels"
+                f"the network predicts {model.prediction_channels} channels an image, and "
+                f"precond={self.precond.name!r} takes {self.precond.outputs} for each of the "
+                f"{model.img_channels} image channels"
             )
-
-    @property
-    def group_channels(self) -> int:
-        """Output channels of the network for one branch; the first C of them are F^k."""
-        return int(self.model.img_channels) * self.precond.outputs
 
     @property
     def num_branches(self) -> int:
         """K, the number of predictions a call makes."""
-        return int(self.model.out_channels) // self.group_channels
+        return self.model.num_branches
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
-        side = int(self.model.img_resolution)
-        return int(self.model.img_channels), side, side
+        side = self.model.img_resolution
+        return self.model.img_channels, side, side
 
     @property
     def label_dim(self) -> int:
         """Number of classes; 0 is unconditional."""
-        return int(self.model.label_dim)
+        return self.model.label_dim
 
     @property
     def step_condition(self) -> bool:
         """Whether every call needs ``num_points`` (SFD-v)."""
-        return bool(self.model.step_condition)
+        return self.model.step_condition
 
     def require_levels(self, schedule: Levels) -> None:
         """Refuse noise levels that it was not trained for.
@@ -150,7 +145,7 @@ class NetworkDenoiser(nn.Module):
         out = out.to(x.dtype)
         b, c, h, w = x.shape
         # Of each group, only the prediction of the image: improved DDPM's has a variance after it.
-        out = out.view(b, self.num_branches, self.group_channels, h, w)[:, :, :c]
+        out = out.view(b, self.num_branches, -1, h, w)[:, :, :c]
         denoised: Tensor = (c_skip * x)[:, None] + c_out[:, None] * out
         return denoised
 
@@ -211,7 +206,7 @@ class NetworkDenoiser(nn.Module):
         return copied
 
     def describe(self) -> dict[str, Any]:
-        """What ``build_denoiser`` needs to build this module again, JSON-able."""
+        """Plain values, from which ``build_denoiser`` builds the same architecture."""
         return {
             "precond": self.precond.name,
             **self.precond.options(),
@@ -235,12 +230,9 @@ def build_denoiser(description: dict[str, Any]) -> NetworkDenoiser:
             f"builds precond in {sorted(PRECONDITIONINGS)}, network in {sorted(NETWORKS)}"
         )
     column = make_preconditioning(precond, options)
-    prediction_channels = int(config.get("img_channels", 0)) * column.outputs
     # Weights follow from a checkpoint or an explicit seed, never from the global generator.
     with torch.random.fork_rng(devices=[]):
-        model = NETWORKS[network](
-            config, num_branches=num_branches, prediction_channels=prediction_channels
-        )
+        model = NETWORKS[network].build(config, num_branches=num_branches, outputs=column.outputs)
     return NetworkDenoiser(model, column)
 
 

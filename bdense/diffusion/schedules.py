@@ -125,4 +125,3 @@ _GRIDS: dict[str, Callable[[Schedule, Tensor], Tensor]] = {
     "logsnr": _logsnr,
     "time_uniform": _time_uniform,
 }
-SCHEDULES = tuple(_GRIDS)

@@ -95,6 +95,7 @@ class Euler(Solver):
     """First order, 1 NFE an interval; DDIM (Song et al. 2020) in these coordinates."""
 
     name: ClassVar[str] = "euler"
+    reaches_zero: ClassVar[bool] = True
 
     @property
     def order(self) -> int:
@@ -217,6 +218,7 @@ class IPNDM(Solver):
     """
 
     name: ClassVar[str] = "ipndm"
+    reaches_zero: ClassVar[bool] = True
 
     max_order: int = knob(4, "slopes that a step uses at most", low=2, high=4)
 

@@ -45,6 +45,8 @@ PredictionType = Literal["epsilon", "sample", "v_prediction"]
 class PDConfig(MethodConfig):
     """The knobs of PD; the defaults of a round are the reference's for CIFAR-10."""
 
+    heading: ClassVar[str] = "method progressive"
+
     steps: int = knob(help="DDIM steps of the teacher", low=2)
     until: int = knob(help="DDIM steps of the last student", low=1)
     substeps: int = knob(
@@ -59,7 +61,7 @@ class PDConfig(MethodConfig):
         "half)",
     )
     clip_norm: float | None = knob(
-        1.0, "largest norm of the gradient, which is scaled down to it", above=0
+        1.0, "largest norm of the gradient, which is scaled down to it", above=0, none="no limit"
     )
     rescale_weights: bool = knob(
         True, "divide the branch weights by their sum, as clipped gradients see their scale"
@@ -84,21 +86,21 @@ class PDConfig(MethodConfig):
     prediction_type: PredictionType | None = knob(
         None,
         "what the students' networks predict: noise, image or v; a teacher that predicts another "
-        "is converted first, by a round that keeps its number of steps; what the teacher's "
-        "network predicts where it is not given",
+        "is converted first, by a round that keeps its number of steps",
+        none="what the teacher's network predicts",
     )
     schedule: ScheduleKind = knob(
         "native",
         "spacing of the noise levels; native is the process that the network was trained on",
     )
     rho: float | None = knob(
-        None, "exponent of the spacing, of schedules that are not native (7)", above=0
+        None, "exponent of the spacing, of schedules that are not native", above=0, none="7"
     )
     sigma_min: float | None = knob(
-        None, "last noise level, the lowest, of schedules that are not native (0.006)", above=0
+        None, "last noise level, of schedules that are not native", above=0, none="0.006"
     )
     sigma_max: float | None = knob(
-        None, "first noise level, the highest, of schedules that are not native (80)", above=0
+        None, "first noise level, of schedules that are not native", above=0, none="80"
     )
     flip: bool = knob(False, "mirror each image with probability 1/2")
 
@@ -211,11 +213,7 @@ class PDStage(Stateless):
     substeps: int
 
     def __post_init__(self) -> None:
-        if self.teacher.execution.precision == "float16":
-            raise InputError(
-                "progressive distillation is not trained in float16, whose small gradients "
-                "vanish; use bfloat16"
-            )
+        _require_precision(self.teacher)
         self.teacher.require_levels(self.levels)
         if self.dataset is not None:
             _require_images(self.dataset, self.teacher)
@@ -504,6 +502,14 @@ def reparameterised(denoiser: NetworkDenoiser, prediction_type: str) -> NetworkD
     return copied
 
 
+def _require_precision(teacher: NetworkDenoiser) -> None:
+    if teacher.execution.precision == "float16":
+        raise InputError(
+            "progressive distillation is not trained in float16, whose small gradients vanish; "
+            "use bfloat16"
+        )
+
+
 def _per_image(values: Tensor, images: Tensor) -> Tensor:
     """[B] float64 to [B, 1, 1, 1] in the images' type and on their device."""
     return values.to(images).view(-1, 1, 1, 1)
@@ -577,8 +583,9 @@ class Progressive(Method):
 
         Raises:
             InputError: It was not trained for the levels, has no process or prediction type that
-                is asked for, or is itself a student of other steps or levels.
+                is asked for, computes in float16, or is itself a student of other steps or levels.
         """
+        _require_precision(teacher)
         levels = config.levels(teacher)
         teacher.require_levels(levels)
         if not self.plan(config, teacher)[0].branched:

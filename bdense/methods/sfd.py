@@ -12,15 +12,15 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 import torch
 from torch import Tensor
 
+from bdense.diffusion import SOLVERS, ScheduleKind
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.intervals import IntervalGrid, VariableGrid
 from bdense.diffusion.sampling import Sampler, samplers_from, served_metadata
 from bdense.diffusion.schedules import Schedule
-from bdense.diffusion.solver_names import SolverName
 from bdense.diffusion.solvers import Solver, analytical_slope, make_solver
 from bdense.diffusion.step_condition import Start, with_step_condition
 from bdense.errors import InputError
-from bdense.knobs import knob
+from bdense.knobs import KnobError, knob
 from bdense.methods.method import Inputs, Method, MethodConfig, StagePlan
 from bdense.methods.perceptual import LPIPS
 from bdense.methods.recordings import TrajectoryStore
@@ -31,7 +31,6 @@ from bdense.training.stage import Branches, Stateless
 from bdense.weights.weighting import BranchWeighting
 
 Perceptual = Literal["none", "lpips", "lpips-sfd"]
-ScheduleKind = Literal["polynomial", "logsnr", "time_uniform"]
 # What is usual for a student of several NFE, and for a second stage (Zhou et al. 2024).
 _SEVERAL_NFE: Mapping[str, Any] = {"kimg": 800.0}
 _SECOND_STAGE: Mapping[str, Any] = {
@@ -47,6 +46,8 @@ _SECOND_STAGE: Mapping[str, Any] = {
 class SFDConfig(MethodConfig):
     """The knobs of SFD; the defaults are the reference's for one NFE."""
 
+    heading: ClassVar[str] = "method sfd"
+
     nfe: int | tuple[int, ...] = knob(
         2,
         "network evaluations an image; several numbers make one student for all of them, SFD-v "
@@ -59,10 +60,12 @@ class SFDConfig(MethodConfig):
         low=1,
     )
     afs: bool = knob(True, "analytical first step: one more interval for the same NFE")
-    solver: SolverName = knob(
-        "dpmpp", "solver that the teacher walks with (euler with second_stage)"
+    solver: str = knob(
+        "dpmpp",
+        "solver that the teacher walks with (euler with second_stage)",
+        choices=tuple(SOLVERS),
     )
-    order: int | None = knob(None, "order of the solver; the highest where it is not given", low=1)
+    order: int | None = knob(None, "order of the solver", low=1, none="the highest")
     thresholding: bool = knob(False, "dynamic thresholding of dpmpp's predictions")
     schedule: ScheduleKind = knob("polynomial", "spacing of the noise levels")
     rho: float = knob(7.0, "exponent of the spacing, which logsnr does not use", above=0)
@@ -103,7 +106,10 @@ class SFDConfig(MethodConfig):
             raise InputError(f"nfe {list(several)} names a number twice; give each once")
         kept = tuple(sorted(several)) if len(several) > 1 else several[0]
         object.__setattr__(self, "nfe", kept)
-        _ = self.grid, self.make_solver()  # which refuse what does not fit together
+        try:
+            _ = self.grid, self.make_solver()  # which refuse what does not fit together
+        except KnobError as error:  # the solver's knob, which is not one of these
+            raise InputError(str(error)) from error
         if self.step_condition != "teacher" and len(several) == 1:
             raise InputError(
                 f"step_condition={self.step_condition} is for a student of several NFE, got "

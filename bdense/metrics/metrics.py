@@ -17,34 +17,10 @@ from torch import Tensor
 from bdense.errors import InputError, NonFiniteError, ShapeError
 from bdense.metrics.extractors import Extractor
 from bdense.metrics.references import Reference, Statistics, features_of, statistics_of
+from bdense.metrics.settings import METRICS, MetricSettings
 
-METRICS = ("fid", "kid", "prc")
 # Rows of distances held at a time: 2048 x 50,000 of them are 800 MB.
 _PRC_ROWS = 2048
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MetricSettings:
-    """What KID and precision/recall depend on beside the images; the FID on nothing.
-
-    Attributes:
-        kid_subsets: Subsets drawn of either set; more give a steadier mean.
-        kid_subset_size: Images in each; the deviation depends on it, the mean's expectation not.
-        kid_seed: Of the draw.
-        neighbours: k; larger balls raise precision and recall. 5 is the SFD reference's, 3 that
-            of Kynkaanniemi et al.
-    """
-
-    kid_subsets: int = 100
-    kid_subset_size: int = 1000
-    kid_seed: int = 2020
-    neighbours: int = 5
-
-    def __post_init__(self) -> None:
-        least = {"kid_subsets": 1, "kid_subset_size": 2, "kid_seed": 0, "neighbours": 1}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise InputError(f"{name} must be at least {bound}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,13 @@ from typing import Any
 
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import samplers_from
-from bdense.diffusion.solvers import DDIM, Euler
+from bdense.diffusion.solvers import DDIM
 from bdense.files import atomic_write
 
 # How a student was made, by its ``method``.
 _DENSE = "with dense branch supervision (B-DENSE, arXiv 2602.15971)"
 _PD = "Progressive Distillation (arXiv 2202.00512)"
+_CD = "Consistency Distillation (arXiv 2303.01469)"
 _METHODS = {
     "sfd": "Simple and Fast Distillation (SFD, arXiv 2409.19681)",
     "sfd-bdense": f"SFD (arXiv 2409.19681) {_DENSE}",
@@ -23,8 +24,9 @@ _METHODS = {
     "pd": _PD,
     "pd-bdense": f"{_PD} {_DENSE}",
     "pd-uniform": f"{_PD} {_DENSE}, all branches alike",
+    "consistency": _CD,
+    "consistency-bdense": f"{_CD} {_DENSE}",
 }
-_STEPS = {Euler: "Euler", DDIM: "DDIM"}
 # What a student takes over from its teacher.
 _INHERITED = ("licence", "citation")
 # What a table of FIDs has in columns wherever its rows say it, and the columns' names.
@@ -36,6 +38,9 @@ _COLUMNS = {
     "std_err": "standard error",
     "n": "n",
 }
+
+# Solvers whose name people write otherwise.
+_TITLES = {"euler": "Euler", "ddim": "DDIM"}
 
 
 def inherited(teacher: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -288,9 +293,10 @@ def _student_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
         )
     if samplers := samplers_from(metadata):
         sampler, steps = samplers[0], [str(each.num_intervals) for each in samplers]
+        name = sampler.solver.name
         facts["network evaluations an image (NFE)"] = ", ".join(str(s.nfe) for s in samplers)
         facts["sampler"] = (
-            f"{', '.join(steps)} {_STEPS[type(sampler.solver)]} steps"
+            f"{', '.join(steps)} {_TITLES.get(name, name)} steps"
             f"{', the first analytical' * sampler.afs}, {sampler.schedule.text()}"
             f"{', predictions clipped to [-1, 1]' * (sampler.solver == DDIM(clip=True))}"
         )

@@ -41,6 +41,7 @@ class DhariwalUNet(UNet):
 
     config_class = DhariwalUNetConfig
     config: DhariwalUNetConfig
+    head_name = "out_conv"
 
     def __init__(
         self,
@@ -74,11 +75,6 @@ class DhariwalUNet(UNet):
         width = self._build(emb_channels)
         self.out_norm = GroupNorm(width)
         self.out_conv = Conv2d(width, self.out_channels, 3, init=ZERO)
-
-    @property
-    def head_name(self) -> str:
-        """Dotted name of the last convolution, the layer that branches widen."""
-        return "out_conv"
 
     def _build(self, emb_channels: int) -> int:
         """Fill ``enc`` and ``dec``; the channels they end with."""

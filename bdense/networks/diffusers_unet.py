@@ -5,11 +5,12 @@ Its weights keep diffusers' names below ``unet.``. B batch, C image channels, H 
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
-from bdense.errors import CheckpointError, InputError, ShapeError
+from bdense.errors import CheckpointError, InputError
+from bdense.networks.network import Network, check_inputs, check_labels
 
 # What diffusers writes about a file rather than about a network, or what we choose ourselves.
 _NOT_OPTIONS = ("num_train_timesteps", "out_channels")
@@ -30,7 +31,7 @@ def require_diffusers() -> None:
         ) from error
 
 
-class DiffusersUNet(nn.Module):
+class DiffusersUNet(Network):
     """A ``UNet2DModel`` whose class labels are one-hot rows; the head is its ``conv_out``.
 
     Args:
@@ -41,7 +42,6 @@ class DiffusersUNet(nn.Module):
         CheckpointError: It is no network of this kind that can be a denoiser here.
     """
 
-    step_condition = False
     head_name = "unet.conv_out"
 
     def __init__(self, unet: Mapping[str, Any], *, num_branches: int = 1) -> None:
@@ -52,7 +52,8 @@ class DiffusersUNet(nn.Module):
         self.img_channels = int(self.options["in_channels"])
         self.img_resolution = int(self.options["sample_size"])
         self.label_dim = int(self.options.get("num_class_embeds") or 0)
-        self.out_channels = num_branches * self.img_channels
+        self.num_branches = num_branches
+        self.prediction_channels = self.img_channels
         try:
             self.unet: Any = UNet2DModel(**self.options, out_channels=self.out_channels)
         except (TypeError, ValueError) as error:
@@ -61,29 +62,23 @@ class DiffusersUNet(nn.Module):
             self.unet.class_embedding = _OneHotEmbedding(self.unet.class_embedding.weight)
 
     @classmethod
-    def build(
-        cls, options: Mapping[str, Any], *, num_branches: int, prediction_channels: int
-    ) -> "DiffusersUNet":
-        """A network with initial weights from what ``describe`` wrote as ``config``.
-
-        Raises:
-            CheckpointError: The options are others, or fit no such network.
-        """
+    def build(cls, options: Mapping[str, Any], *, num_branches: int, outputs: int) -> Self:
+        """As of ``Network``; ``outputs`` is 1."""
         require_diffusers()
         if set(options) != {"img_channels", "unet"}:
             raise CheckpointError(
                 f"a UNet2DModel is described by img_channels and unet, got {sorted(options)}"
             )
         network = cls(options["unet"], num_branches=num_branches)
-        if not network.img_channels == options["img_channels"] == prediction_channels:
+        if outputs != 1 or network.img_channels != options["img_channels"]:
             raise CheckpointError(
                 f"a UNet2DModel of {network.img_channels} image channels predicts as many, not "
-                f"{prediction_channels}"
+                f"{outputs * options['img_channels']}"
             )
         return network
 
     def describe(self) -> dict[str, Any]:
-        """``network``, a key of ``bdense.networks.NETWORKS``, and the ``config`` for it."""
+        """As of ``Network``."""
         config = {"img_channels": self.img_channels, "unet": self.options}
         return {"network": "UNet2DModel", "config": config}
 
@@ -95,45 +90,16 @@ class DiffusersUNet(nn.Module):
         augment_labels: Tensor | None = None,
         num_points: int | Tensor | None = None,
     ) -> Tensor:
-        """F(x; c_noise).
-
-        Args:
-            x: [B, C, H, W] preconditioned input.
-            noise_labels: [B] or [1] times in 0..T - 1; fractions lie between the trained ones.
-            class_labels: [B, label_dim] or [1, label_dim], one-hot; None is all zeros.
-            augment_labels: None: such networks have no augmentation labels.
-            num_points: None: such networks have no step condition.
-
-        Returns:
-            [B, out_channels, H, W].
-
-        Raises:
-            ShapeError: Images or labels do not fit the network.
-            InputError: A condition is given that the network does not have.
-        """
-        if augment_labels is not None or num_points is not None:
-            raise InputError("a UNet2DModel takes neither augment_labels nor num_points")
-        expected = (self.img_channels, self.img_resolution, self.img_resolution)
-        if x.shape[1:] != expected:
-            raise ShapeError(
-                f"the network takes images [B, {', '.join(map(str, expected))}], got "
-                f"{list(x.shape)}; resize or pad them, or use a teacher of that size"
-            )
-        labels = self._labels(x, class_labels)
+        """As of ``Network``; ``noise_labels`` are times in 0..T - 1, or between them."""
+        check_inputs(self, x, class_labels, num_points)
+        check_labels("augment_labels", augment_labels, 0, len(x))
+        if class_labels is None and self.label_dim:
+            class_labels = x.new_zeros(1, self.label_dim)
+        labels = None if class_labels is None else class_labels.to(x)
         # One for each image, in a floating type: the library takes whole numbers for indices.
         times = noise_labels.to(x).expand(len(x))
         sample: Tensor = self.unet(x, times, class_labels=labels, return_dict=False)[0]
         return sample
-
-    def _labels(self, x: Tensor, class_labels: Tensor | None) -> Tensor | None:
-        if class_labels is None:
-            return x.new_zeros(1, self.label_dim) if self.label_dim else None
-        if class_labels.dim() != 2 or class_labels.shape[1] != self.label_dim:
-            raise ShapeError(
-                f"class_labels must be [B, {self.label_dim}], got {list(class_labels.shape)}"
-                + ("" if self.label_dim else "; the network is unconditional: give none")
-            )
-        return class_labels.to(x)
 
 
 class _OneHotEmbedding(nn.Module):

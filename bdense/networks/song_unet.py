@@ -98,6 +98,7 @@ class SongUNet(UNet):
         super().__init__(
             config, num_branches=num_branches, prediction_channels=prediction_channels
         )
+        self.head_name = f"dec.{config.img_resolution}x{config.img_resolution}_aux_conv"
         noise_channels = config.model_channels * config.channel_mult_noise
         emb_channels = config.model_channels * config.channel_mult_emb
         # The order of construction is the order of the draws: a seed means the same network.
@@ -118,12 +119,6 @@ class SongUNet(UNet):
         self.enc = nn.ModuleDict()
         self.dec = nn.ModuleDict()
         self._build_decoder(*self._build_encoder())
-
-    @property
-    def head_name(self) -> str:
-        """Dotted name of the last convolution, the layer that branches widen."""
-        side = self.config.img_resolution
-        return f"dec.{side}x{side}_aux_conv"
 
     def _block(
         self, cin: int, cout: int, *, up: bool = False, down: bool = False, attention: bool = False

@@ -5,67 +5,15 @@ B batch, K branches, C image channels, E embedding channels, N student intervals
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from bdense.errors import CheckpointError, InputError, ShapeError
+from bdense.errors import CheckpointError, InputError
 from bdense.networks.layers import Init, Linear, PositionalEmbedding
-
-
-class Network(Protocol):
-    """F(x; c_noise) as ``NetworkDenoiser`` takes it: a ``torch.nn.Module`` of whatever making.
-
-    Attributes:
-        img_channels: C.
-        img_resolution: Side of the square image in pixels.
-        label_dim: Number of classes; 0 is unconditional.
-        step_condition: Whether ``forward`` takes, and needs, ``num_points``.
-        out_channels: Of all predictions together, K equal groups.
-        head_name: Dotted name of the layer whose weight and bias end in ``out_channels``, which
-            branches widen.
-    """
-
-    @property
-    def img_channels(self) -> int: ...
-    @property
-    def img_resolution(self) -> int: ...
-    @property
-    def label_dim(self) -> int: ...
-    @property
-    def step_condition(self) -> bool: ...
-    @property
-    def out_channels(self) -> int: ...
-    @property
-    def head_name(self) -> str: ...
-
-    def describe(self) -> dict[str, Any]:
-        """``network``, a key of ``bdense.networks.NETWORKS``, and the ``config`` for it."""
-        ...
-
-    def __call__(
-        self,
-        x: Tensor,
-        noise_labels: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-        num_points: int | Tensor | None = None,
-    ) -> Tensor:
-        """F(x; c_noise).
-
-        Args:
-            x: [B, C, H, W] preconditioned input.
-            noise_labels: [B] or [1] c_noise.
-            class_labels: [B, label_dim] or [1, label_dim], one-hot; None is all zeros.
-            augment_labels: [B, augment_dim]; None switches them off.
-            num_points: N + 1 time stamps of the sampler that asks, one number or [B].
-
-        Returns:
-            [B, out_channels, H, W].
-        """
-        ...
+from bdense.networks.network import Network, check_inputs, check_labels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,14 +91,13 @@ class UNetConfig:
         return options
 
 
-class UNet(nn.Module):
+class UNet(Network):
     """Base of EDM's networks: embeddings are made here, ``enc`` and ``dec`` in the subclass.
 
     Args:
         config: Size and options.
-        num_branches: K, groups of output channels.
-        prediction_channels: Channels of one group; None is C. Improved DDPM's networks predict
-            a variance besides, in 2 C.
+        num_branches: K.
+        prediction_channels: P; None is C. Improved DDPM's networks predict a variance too, in 2 C.
     """
 
     config_class: ClassVar[type[UNetConfig]]
@@ -164,58 +111,27 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         self.config: Any = config
+        self.img_channels = config.img_channels
+        self.img_resolution = config.img_resolution
+        self.label_dim = config.label_dim
+        self.step_condition = config.step_condition
         self.num_branches = num_branches
         self.prediction_channels = prediction_channels or config.img_channels
 
     @classmethod
-    def build(
-        cls, options: Mapping[str, Any], *, num_branches: int, prediction_channels: int
-    ) -> Self:
-        """The network of ``config.options()``, with initial weights.
-
-        Raises:
-            CheckpointError: An option is missing, unknown or of the wrong type.
-        """
+    def build(cls, options: Mapping[str, Any], *, num_branches: int, outputs: int) -> Self:
+        """As of ``Network``, from ``config.options()``."""
         try:
             config = cls.config_class(**options)
         except TypeError as error:
             name = cls.config_class.network
             raise CheckpointError(f"the network options do not fit a {name}: {error}") from error
-        return cls(config, num_branches=num_branches, prediction_channels=prediction_channels)
+        channels = outputs * config.img_channels
+        return cls(config, num_branches=num_branches, prediction_channels=channels)
 
     def describe(self) -> dict[str, Any]:
-        """``network`` and ``config``, from which ``build`` makes the same architecture."""
+        """As of ``Network``."""
         return {"network": self.config.network, "config": self.config.options()}
-
-    @property
-    def head_name(self) -> str:
-        """Dotted name of the last convolution, the layer that branches widen."""
-        raise NotImplementedError
-
-    @property
-    def img_channels(self) -> int:
-        """C."""
-        return int(self.config.img_channels)
-
-    @property
-    def img_resolution(self) -> int:
-        """Side of the image in pixels."""
-        return int(self.config.img_resolution)
-
-    @property
-    def label_dim(self) -> int:
-        """Number of classes; 0 is unconditional."""
-        return int(self.config.label_dim)
-
-    @property
-    def step_condition(self) -> bool:
-        """Whether the network is told the student's number of time stamps."""
-        return bool(self.config.step_condition)
-
-    @property
-    def out_channels(self) -> int:
-        """Channels of all predictions together."""
-        return self.num_branches * self.prediction_channels
 
     def _build_step_embedding(
         self, embedding: PositionalEmbedding, emb_channels: int, init: Init
@@ -257,57 +173,3 @@ class UNet(nn.Module):
     ) -> None:
         check_inputs(self, x, class_labels, num_points)
         check_labels("augment_labels", augment_labels, self.config.augment_dim, len(x))
-
-
-def check_inputs(
-    network: Network, x: Tensor, class_labels: Tensor | None, num_points: int | Tensor | None
-) -> None:
-    """Refuse what the network cannot take, in the user's words.
-
-    Raises:
-        ShapeError: Images or labels are of another size.
-        InputError: ``num_points`` is given or missing against the network's step condition.
-    """
-    side, channels = network.img_resolution, network.img_channels
-    if tuple(x.shape[1:]) != (channels, side, side):
-        raise ShapeError(
-            f"the network takes images [B, {channels}, {side}, {side}], got {list(x.shape)}; "
-            f"resize or pad them, or use a teacher of that size"
-        )
-    check_labels("class_labels", class_labels, network.label_dim, len(x))
-    if num_points is None:
-        if network.step_condition:
-            raise InputError(
-                "the network is conditioned on the number of time stamps and num_points is "
-                "missing; give N + 1 for a sampler of N intervals, as in "
-                "denoiser.given(num_points=4)"
-            )
-        return
-    if not network.step_condition:
-        raise InputError(
-            f"num_points={num_points} is given to a network without step condition; leave it "
-            "out, or add the layers with bdense.diffusion.step_condition.with_step_condition"
-        )
-    if isinstance(num_points, Tensor):
-        if num_points.dim() > 1 or num_points.numel() not in (1, len(x)):
-            raise ShapeError(
-                f"num_points must be one number or [{len(x)}], got {list(num_points.shape)}"
-            )
-    elif num_points < 2:
-        raise InputError(
-            f"num_points counts the time stamps of a sampler, N + 1, at least 2; got {num_points}"
-        )
-
-
-def check_labels(name: str, labels: Tensor | None, width: int, batch: int) -> None:
-    """Refuse labels that are not [batch, width] or [1, width]; None always passes."""
-    if labels is None or tuple(labels.shape) in ((batch, width), (1, width)):
-        return
-    if not width:
-        raise ShapeError(
-            f"{name} {list(labels.shape)} are given to a network that takes none; leave them out"
-        )
-    raise ShapeError(
-        f"{name} must be [{batch}, {width}] for {batch} images (one-hot rows), "
-        f"got {list(labels.shape)}"
-    )

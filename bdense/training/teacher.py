@@ -45,6 +45,8 @@ _OPTIONAL = ("precond", "loss", "flip", "clip")
 class TeacherConfig(Knobs):
     """The knobs of a teacher's network and its training."""
 
+    heading: ClassVar[str] = "training"
+
     images: int = knob(help="training images in all, with repetition", low=1)
     batch: int = knob(256, "images in each iteration", low=1)
     lr: float = knob(2e-3, "Adam's step size after the warm-up", above=0)
@@ -70,11 +72,12 @@ class TeacherConfig(Knobs):
     loss: Loss | None = knob(
         None,
         "weight of each noise level of that process: 1 (constant), SNR (snr), max(SNR, 1) "
-        "(snr_trunc) or SNR + 1 (v); by what the network predicts where it is not given",
+        "(snr_trunc) or SNR + 1 (v)",
+        none="snr for epsilon, snr_trunc for sample, v for v_prediction",
     )
     flip: bool = knob(False, "mirror each image with probability 1/2")
     clip: float | None = knob(
-        None, "largest norm of the gradient, which is scaled down to it", above=0
+        None, "largest norm of the gradient, which is scaled down to it", above=0, none="no limit"
     )
 
     def __post_init__(self) -> None:

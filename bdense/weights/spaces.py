@@ -332,7 +332,11 @@ class LearnedSpace(WeightSpace):
 
     name: ClassVar[str] = "learned"
 
-    rules: tuple[Rule, ...] = knob(RULES, "what a branch's scale is, one rule or more")
+    rules: tuple[Rule, ...] = knob(
+        RULES,
+        "rule that weights are learned by: a branch's scale is its mean loss (uncertainty), or "
+        "the norm of its gradient (gradient-norm)",
+    )
     strength: Range = knob(
         Range(low=-1.0, high=1.5),
         "exponent of 1 / scale: 0 is uniform, 1 the rule itself, below 0 its reverse",

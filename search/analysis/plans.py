@@ -127,7 +127,7 @@ def plan_given(url: str, spec: StudySpec) -> Study:
     named = [each for each in plan.arms if isinstance(each, dict)]
     sources = [str(each["winner_of"]) for each in named if "winner_of" in each]
     planned = Study.create(url, spec, facts={"of": sources[0]} if sources else {})
-    planned.plan(arms, plan.seeds)
+    planned.plan(arms, plan.seeds, plan.variants)
     return planned
 
 

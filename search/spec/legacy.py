@@ -6,8 +6,11 @@ distillation (``chain``, ``round``). Both are read as what they say today.
 
 from typing import Any
 
-from bdense.diffusion.solver_names import SOLVERS
+from search.errors import SpecError
 
+# What is meant where a file leaves them out, which stored specs spell out: a solver's order, and
+# the levels of a promotion whose schedule is not native.
+_ORDERS = {"euler": 1, "ddim": 1, "heun": 2, "dpm2": 2, "ipndm": 4, "dpmpp": 3}
 _USUAL_LEVELS = {"rho": 7.0, "sigma_min": 0.006, "sigma_max": 80.0}
 _SAMPLERS = {"tpe": "TPESampler", "gp": "GPSampler", "random": "RandomSampler"}
 
@@ -15,9 +18,16 @@ _SAMPLERS = {"tpe": "TPESampler", "gp": "GPSampler", "random": "RandomSampler"}
 def translated(tree: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """A tree in today's form, and one line that says how to write it now; "" if it was.
 
+    Keys that neither form has are kept, to be refused as the others are.
+
     Args:
         tree: A study file's mapping, or a stored spec of an older version.
+
+    Raises:
+        SpecError: A section of the old form is no mapping.
     """
+    if "method" in tree or "plan" in tree:
+        return tree, ""
     if "chain" in tree or "round" in tree:
         return _promotion(dict(tree)), (
             "this is the old form of a promotion; write `method: {name: progressive, ...}` for "
@@ -32,30 +42,38 @@ def translated(tree: dict[str, Any]) -> tuple[dict[str, Any], str]:
     return tree, ""
 
 
+def _section(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    """A section, taken out; empty where there is none.
+
+    Raises:
+        SpecError: It is no mapping.
+    """
+    section = tree.pop(key, None)
+    if not isinstance(section, dict | None):
+        raise SpecError(f"{key}: must be a mapping, got {section!r}")
+    return dict(section or {})
+
+
 def _search(tree: dict[str, Any]) -> dict[str, Any]:
-    student, budget = dict(tree.pop("student", {})), dict(tree.pop("budget", {}))
+    student, budget = _section(tree, "student"), _section(tree, "budget")
     plan: dict[str, Any] = {}
     if "trials" in budget:
         plan["trials"] = budget.pop("trials")
     student.pop("method", None)
-    solver = student.pop("solver", {})
-    solver = {"name": solver} if isinstance(solver, str) else dict(solver)
-    levels = _levels(student.pop("schedule", None))
-    method = {"name": "sfd", **student, **levels}
+    if isinstance(name := student.get("solver"), str):
+        student["solver"] = {"name": name}
+    solver, levels = _section(student, "solver"), _levels(_section(student, "schedule"))
+    if solver.get("order") in (None, _ORDERS.get(str(solver.get("name", "dpmpp")))):
+        solver.pop("order", None)
     if "name" in solver:
-        method["solver"] = solver["name"]
-    name = solver.get("name", "dpmpp")
-    # Stored specs spell out the highest order, which is what comes unasked.
-    if name in SOLVERS and solver.get("order") not in (None, SOLVERS[name][-1]):
-        method["order"] = solver["order"]
-    if solver.get("thresholding"):
-        method["thresholding"] = True
-    plan |= _sampler(tree.pop("sampler", None)) | _pruning(dict(tree.pop("pruning", {})))
+        solver["solver"] = solver.pop("name")
+    method = {"name": "sfd", **student, **levels, **solver}
+    plan |= _sampler(_section(tree, "sampler")) | _pruning(_section(tree, "pruning"))
     tree.pop("stop", None)
-    if isinstance(tree.get("confirm"), dict):
-        tree["confirm"] = confirm = dict(tree["confirm"])
+    if confirm := _section(tree, "confirm"):
         if (kimg := confirm.pop("kimg", None)) is not None:
             confirm["method"] = {"kimg": kimg}
+        tree["confirm"] = confirm
     weights = tree.get("weights")
     if isinstance(weights, dict) and "parameterisation" in weights:
         kept = {key: value for key, value in weights.items() if key != "parameterisation"}
@@ -63,7 +81,7 @@ def _search(tree: dict[str, Any]) -> dict[str, Any]:
     return {**tree, "method": method | budget, "plan": plan}
 
 
-def _levels(schedule: dict[str, Any] | None) -> dict[str, Any]:
+def _levels(schedule: dict[str, Any]) -> dict[str, Any]:
     """A schedule's kind and its numbers, which are settings of the method."""
     if not schedule:
         return {}
@@ -71,58 +89,55 @@ def _levels(schedule: dict[str, Any] | None) -> dict[str, Any]:
     return {"schedule": schedule.get("kind", "polynomial"), **kept}
 
 
-def _sampler(given: dict[str, Any] | None) -> dict[str, Any]:
-    if given is None:
+def _sampler(given: dict[str, Any]) -> dict[str, Any]:
+    if not given:
         return {}
-    name = str(given.get("name", "tpe"))
-    options = {key: value for key, value in given.items() if key not in ("name", "startup_trials")}
-    if "startup_trials" in given and name != "random":
-        options["n_startup_trials"] = given["startup_trials"]
-    return {"sampler": {"name": _SAMPLERS.get(name, name), **options}}
+    name, startup = str(given.pop("name", "tpe")), given.pop("startup_trials", None)
+    if startup is not None and name != "random":
+        given["n_startup_trials"] = startup
+    return {"sampler": {"name": _SAMPLERS.get(name, name), **given}}
 
 
 def _pruning(given: dict[str, Any]) -> dict[str, Any]:
-    plan = {key: given[key] for key in ("at", "images") if given.get(key)}
-    startup = {"n_startup_trials": given.get("startup_trials") or 5}
-    factor = given.get("factor") or 2
+    """Its own keys, whatever the pruner; a stored spec has all of them, unset ones as None."""
+    name = given.pop("pruner", "none")
+    startup = {"n_startup_trials": given.pop("startup_trials", None) or 5}
+    percentile = {"percentile": given.pop("percentile", None) or 25.0}
+    factor = {"reduction_factor": given.pop("factor", None) or 2}
+    patience = {"patience": given.pop("patience", None) or 1}
+    median = {"name": "MedianPruner", **startup}
     known: dict[str, dict[str, Any]] = {
-        "median": {"name": "MedianPruner", **startup},
-        "percentile": {
-            "name": "PercentilePruner",
-            "percentile": given.get("percentile") or 25.0,
-            **startup,
-        },
-        "successive-halving": {"name": "SuccessiveHalvingPruner", "reduction_factor": factor},
-        "hyperband": {"name": "HyperbandPruner", "reduction_factor": factor},
-        "patient-median": {
-            "name": "PatientPruner",
-            "wrapped_pruner": {"name": "MedianPruner", **startup},
-            "patience": given.get("patience") or 1,
-        },
+        "median": median,
+        "percentile": {"name": "PercentilePruner", **percentile, **startup},
+        "successive-halving": {"name": "SuccessiveHalvingPruner", **factor},
+        "hyperband": {"name": "HyperbandPruner", **factor},
+        "patient-median": {"name": "PatientPruner", "wrapped_pruner": median, **patience},
     }
-    if isinstance(given.get("pruner"), dict):
-        plan["pruner"] = given["pruner"]
-    elif (pruner := given.get("pruner", "none")) != "none":
-        plan["pruner"] = known.get(pruner, {"name": pruner})
+    plan = {key: value for key, value in given.items() if value}
+    if isinstance(name, dict):
+        plan["pruner"] = name
+    elif name != "none":
+        plan["pruner"] = known.get(str(name), {"name": name})
     return plan
 
 
 def _promotion(tree: dict[str, Any]) -> dict[str, Any]:
-    chain, update = dict(tree.pop("chain", {})), dict(tree.pop("round", {}))
-    renamed = {"first": "steps", "last": "until", "substeps": "substeps"}
+    chain, update = _section(tree, "chain"), _section(tree, "round")
+    renamed = {"first": "steps", "last": "until"}
     method: dict[str, Any] = {"name": "progressive"}
-    method |= {new: chain[old] for old, new in renamed.items() if old in chain}
+    method |= {renamed.get(key, key): value for key, value in chain.items()}
     if "anneal" in update:
         method["lr_schedule"] = "linear" if update.pop("anneal") else "constant"
     method |= update
     for key in ("prediction_type", "clip_samples", "weights_space"):
         if (value := tree.pop(key, None)) not in (None, False):
             method[key] = value
-    if (schedule := tree.pop("schedule", "native")) != "native":
-        # Unset they are these, which stored specs spell out.
-        levels = _levels(schedule).items()
+    if isinstance(tree.get("schedule"), str):
+        method["schedule"] = tree.pop("schedule")
+    else:
+        levels = _levels(_section(tree, "schedule")).items()
         method |= {key: value for key, value in levels if value != _USUAL_LEVELS.get(key)}
-    seeds = dict(tree.pop("seeds", {}))
+    seeds = _section(tree, "seeds")
     plan: dict[str, Any] = {"arms": ["plain", "uniform"]}
     if (study := tree.pop("study", None)) is not None:
         plan["arms"] = [*plan["arms"], {"winner_of": study}]

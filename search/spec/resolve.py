@@ -4,6 +4,8 @@ Checks what only the engine can see, fills in the method's defaults and notes th
 ask for without torch.
 """
 
+import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,9 +23,17 @@ from bdense.models.public import published_architecture
 from bdense.models.sources import load_model
 from bdense.networks import SongUNet, SongUNetConfig
 from bdense.training.teacher import TeacherConfig, new_denoiser
+from bdense.weights import space_of
 from search.errors import SpecError
-from search.spec.space import make_pruner, make_sampler
-from search.spec.study import Facts, SearchPlan, StageFacts, StudySpec, TeacherTraining
+from search.spec.space import make_pruner, require_sampler
+from search.spec.study import (
+    ArmsPlan,
+    Facts,
+    SearchPlan,
+    StageFacts,
+    StudySpec,
+    TeacherTraining,
+)
 
 
 def resolve(spec: StudySpec, source: str = "", told: str = "") -> StudySpec:
@@ -41,8 +51,6 @@ def resolve(spec: StudySpec, source: str = "", told: str = "") -> StudySpec:
     """
     before = f"{source}: " if source else f"study {spec.name}: "
     if told:
-        import sys
-
         sys.stderr.write(f"bdense-search: {source}: {told}\n")
     try:
         resolved = _with_facts(spec)
@@ -50,20 +58,13 @@ def resolve(spec: StudySpec, source: str = "", told: str = "") -> StudySpec:
         _check_plan(resolved)
         if spec.resources.gpus == 0:
             execution(spec).require(torch.device("cpu"))
-    except InputError as error:
-        raise SpecError(f"{before}{error}") from error
-    try:
         _check_data(resolved)
         _check_extractor(spec.evaluation.extractor)
         if spec.teacher.train is not None:
             _check_network(spec.teacher.train)
-    except SpecError as error:
+        return _with_teacher(resolved)
+    except InputError as error:
         raise SpecError(f"{before}{error}") from error
-    with torch.device("meta"):
-        try:
-            return _with_facts(resolved, build_denoiser(architecture(resolved)))
-        except InputError as error:
-            raise SpecError(f"{before}{error}") from error
 
 
 def filled_in(spec: StudySpec) -> StudySpec:
@@ -79,8 +80,7 @@ def filled_in(spec: StudySpec) -> StudySpec:
     if all(stage.branched for stage in found.resolved.stages):
         return found
     try:
-        with torch.device("meta"):
-            return _with_facts(found, build_denoiser(architecture(found)))
+        return _with_teacher(found)
     except InputError:
         return found
 
@@ -110,7 +110,7 @@ def variant(spec: StudySpec, changes: dict[str, Any]) -> StudySpec:
     """
     if not changes:
         return spec
-    return _with_facts(spec.model_copy(update={"method": spec.method.with_options(changes)}))
+    return _with_facts(replace(spec, method=spec.method.with_options(changes)))
 
 
 def execution(spec: StudySpec) -> Execution:
@@ -140,10 +140,27 @@ def teacher_config(training: TeacherTraining) -> TeacherConfig:
     )
 
 
+def _with_teacher(spec: StudySpec) -> StudySpec:
+    """The facts with the teacher's network known, which the method may refuse."""
+    made = architecture(spec)
+    with torch.device("meta"):
+        teacher = build_denoiser(made)
+        teacher.execution = execution(spec)
+        method = METHODS[spec.method.name]()
+        try:
+            method.check(method.Config.read(spec.method.options), teacher, {})
+        except InputError as error:
+            raise SpecError.under("method", error) from error
+        return _with_facts(spec, teacher)
+
+
 def _with_facts(spec: StudySpec, teacher: NetworkDenoiser | None = None) -> StudySpec:
-    method = METHODS[spec.method.name]()
-    config = method.Config.read(spec.method.options, "method")
-    plans = method.plan(config, teacher)
+    try:
+        method = METHODS[spec.method.name]()
+        config = method.Config.read(spec.method.options, "method")
+        plans = method.plan(config, teacher)
+    except InputError as error:
+        raise SpecError.under("method", error) from error
     facts = Facts(
         title=method.title,
         num_branches=method.num_branches(config),
@@ -161,7 +178,7 @@ def _with_facts(spec: StudySpec, teacher: NetworkDenoiser | None = None) -> Stud
         ),
     )
     chosen = spec.method.with_options(config.as_dict())
-    return spec.model_copy(update={"method": chosen, "facts": facts})
+    return replace(spec, method=chosen, facts=facts)
 
 
 def _check_weights(spec: StudySpec) -> None:
@@ -197,9 +214,14 @@ def _check_plan(spec: StudySpec) -> None:
             f"{spec.resources.team}; choose a multiple, or other gpus"
         )
     if not isinstance(spec.plan, SearchPlan):
+        _check_arms(spec, spec.plan)
         return
-    make_sampler(spec, 0)
+    require_sampler(spec)
     make_pruner(spec)
+    try:
+        variant(spec, spec.confirm.method)
+    except InputError as error:
+        raise SpecError(f"confirm.{error}") from error
     if len(facts.stages) > 1 and spec.plan.at:
         raise InputError(
             f"plan.at {list(spec.plan.at)}: a method of {len(facts.stages)} stages is measured "
@@ -217,6 +239,21 @@ def _check_plan(spec: StudySpec) -> None:
             f"plan.at {list(spec.plan.at)} of {total} updates are evaluations after {after} of "
             "them, which must be different and lie inside the training; choose other fractions"
         )
+
+
+def _check_arms(spec: StudySpec, plan: ArmsPlan) -> None:
+    for index, arm in enumerate(plan.arms):
+        if isinstance(arm, str) or "winner_of" in arm:
+            continue
+        try:
+            space_of(arm).weighting(arm, spec.resolved.num_branches)
+        except (InputError, TypeError) as error:
+            raise SpecError(f"plan.arms.{index}: {error}") from error
+    for index, changes in enumerate(plan.variants):
+        try:
+            variant(spec, changes)
+        except InputError as error:
+            raise SpecError(f"plan.variants.{index}: {error}") from error
 
 
 def _check_data(spec: StudySpec) -> None:

@@ -1,5 +1,6 @@
 """What a study samples, who proposes, and who ends a trial early: by Optuna's own classes."""
 
+import difflib
 import inspect
 import warnings
 from types import ModuleType
@@ -36,6 +37,27 @@ def make_sampler(spec: StudySpec, offset: int) -> optuna.samplers.BaseSampler:
     return made
 
 
+def require_sampler(spec: StudySpec) -> None:
+    """Let the sampler propose two points of the space, the second knowing of the first.
+
+    Raises:
+        SpecError: There is no such sampler, it refuses its arguments or the space, or it needs a
+            package that is not installed.
+    """
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        study = optuna.create_study(sampler=make_sampler(spec, 0))
+        for value in (1.0, 2.0):
+            study.tell(study.ask(search_space(spec)), value)
+    except SpecError:
+        raise
+    except Exception as error:  # Optuna's samplers raise what they like
+        raise SpecError(f"plan.sampler: {spec.search.sampler.name}: {error}") from error
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
 def make_pruner(spec: StudySpec) -> optuna.pruners.BasePruner:
     """The study's pruner; one that ends nothing where the plan names none."""
     if spec.search.pruner is None:
@@ -50,15 +72,19 @@ def _made(module: ModuleType, key: str, member: Member, **own: Any) -> Any:  # n
     Raises:
         SpecError: There is no such class, or it refuses its arguments.
     """
-    known = [name for name in module.__all__ if inspect.isclass(getattr(module, name))]
+    kinds = {name: getattr(module, name) for name in module.__all__}
+    known = [name for name, kind in kinds.items() if inspect.isclass(kind)]
+    known = [name for name in known if not inspect.isabstract(kinds[name])]
     if member.name not in known:
+        close = difflib.get_close_matches(member.name, known, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
         raise SpecError(
             f"{key}.name: {module.__name__} has no class {member.name}; choose from "
-            f"{', '.join(known)}"
+            f"{', '.join(known)}{hint}"
         )
-    kind = getattr(module, member.name)
+    kind = kinds[member.name]
     options = {
-        name: _made(module, f"{key}.{name}", Member.model_validate(value))
+        name: _made(module, f"{key}.{name}", Member.of(value, name))
         if isinstance(value, dict) and "name" in value
         else value
         for name, value in member.options.items()
@@ -71,5 +97,8 @@ def _made(module: ModuleType, key: str, member: Member, **own: Any) -> Any:  # n
         warnings.simplefilter("ignore", ExperimentalWarning)
         try:
             return kind(**options, **own)
-        except (TypeError, ValueError) as error:
-            raise SpecError(f"{key}: {member.name}{signature}: {error}") from error
+        except (TypeError, ValueError, ImportError) as error:
+            arguments = ", ".join(signature.parameters)
+            raise SpecError(
+                f"{key}: {member.name}: {error}; its arguments are {arguments}"
+            ) from error

@@ -182,8 +182,8 @@ def exclusive(engine: Engine, *names: str) -> Iterator[Connection]:
 
     PostgreSQL: an advisory lock that ends with the transaction of the connection handed out, so
     what is written through it becomes visible as the lock is freed. SQLite: a lock on
-    ``<database>.lock``, whatever the names, never a transaction, which would block Optuna's own connection; each
-    statement is committed by itself. Both are freed when their holder dies.
+    ``<database>.lock``, the same for all names, never a transaction, which would block Optuna's
+    own connection; each statement is committed by itself. Both are freed when their holder dies.
     """
     if engine.dialect.name == "sqlite":
         with (

@@ -127,13 +127,22 @@ class LedgerReader:
                 progress=row.progress,
                 seconds=row.seconds,
             )
-            for row in retrying(self._running)
+            for row in self.running_rows()
             if row.process is not None
         ]
 
+    def running_rows(self) -> list[RunningRow]:
+        """The running trials with their leases, lowest number first."""
+
+        def read() -> list[RunningRow]:
+            with self._storage.engine.connect() as connection:
+                return self._leases.running(connection)
+
+        return retrying(read)
+
     def held(self) -> int:
         """Trials that somebody works on, as far as it can be told."""
-        rows = retrying(self._running)
+        rows = self.running_rows()
         return sum(row.process is not None and not row.adoptable for row in rows)
 
     def rows(self, state: TrialState, keys: Collection[str] | None = None) -> list[StoredTrial]:
@@ -174,10 +183,6 @@ class LedgerReader:
     def differing_versions(self) -> list[str]:
         """A line for each package that trials were measured with several versions of."""
         return retrying(partial(differing_versions, self._storage, self.study))
-
-    def _running(self) -> list[RunningRow]:
-        with self._storage.engine.connect() as connection:
-            return self._leases.running(connection)
 
     def _stored_budget(self) -> int:
         return int(self.study.user_attrs["budget"])

@@ -164,19 +164,30 @@ def read_password(path: Path) -> str:
     return password
 
 
+def require_schema(engine: sa.Engine, url: str) -> None:
+    """Refuse tables of another version; where there are none yet there is nothing to refuse.
+
+    Raises:
+        StorageRefusedError: They are of another; says which command renews them.
+    """
+    version = None
+    if sa.inspect(engine).has_table(_VERSION.name):
+        with engine.connect() as connection:
+            version = _stored_version(connection)
+    if version is None and _differs(engine):  # of the time before there were versions
+        raise StorageRefusedError(_old(url, "before 1"))
+    if version is not None and version < SCHEMA:
+        raise StorageRefusedError(_old(url, str(version)))
+    if version is not None and version > SCHEMA:
+        raise StorageRefusedError(_newer(url, version))
+
+
 def _make_or_check(engine: sa.Engine, url: str) -> None:
     _OURS.create_all(engine)
+    require_schema(engine, url)
     with engine.begin() as connection:
-        version = _stored_version(connection)
-        if version is None:
-            # Either all was made just now, or it is of the time before there were versions.
-            if _differs(engine):
-                raise StorageRefusedError(_old(url, "before 1"))
+        if _stored_version(connection) is None:  # all was made just now
             connection.execute(sa.insert(_VERSION).values(version=SCHEMA))
-        elif version < SCHEMA:
-            raise StorageRefusedError(_old(url, str(version)))
-        elif version > SCHEMA:
-            raise StorageRefusedError(_newer(url, version))
 
 
 def _upgrade_ours(engine: sa.Engine, url: str) -> list[str]:

@@ -1,7 +1,7 @@
 """Arms: given ways to weigh the branches, each trained under one or more seeds."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from optuna.distributions import BaseDistribution, IntDistribution
@@ -54,7 +54,7 @@ def uniform_arm() -> Arm:
 def given_arms(spec: StudySpec, name: str) -> StudySpec:
     """A study of given arms under a study's conditions, each seed on latents of its own."""
     plan = ArmsPlan(arms=(), seeds=(0,), latents="fresh")
-    return spec.model_copy(update={"name": name, "plan": plan})
+    return replace(spec, name=name, plan=plan)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,6 @@ from typing import Any
 import sqlalchemy as sa
 from optuna.distributions import distribution_to_json
 from optuna.trial import FrozenTrial, TrialState
-from pydantic import ValidationError
 
 from bdense.errors import InputError
 from bdense.files import atomic_write
@@ -134,10 +133,10 @@ def _translated_all(specs: Mapping[str, str]) -> dict[str, StudySpec | str]:
     found: dict[str, StudySpec | str] = {}
     for name, text in specs.items():
         try:
-            spec = StudySpec.model_validate(translated(json.loads(text))[0])
+            spec = StudySpec.read(translated(json.loads(text))[0])
             _ = spec.space
             found[name] = filled_in(spec)
-        except (InputError, ValidationError) as error:
+        except InputError as error:
             found[name] = f"its stored spec cannot be read: {' '.join(str(error).split())}"
     return found
 
@@ -280,7 +279,7 @@ class _Form:
         found: dict[str, Any] = {
             CONDITIONS: json.dumps(self.conditions),
             FINGERPRINT: self.fingerprint,
-            SPEC: json.dumps(self.spec.model_dump(mode="json")),
+            SPEC: json.dumps(self.spec.as_dict()),
         }
         if isinstance(folder := old.get(TRAJECTORIES), str):
             found[TRAJECTORIES] = [folder]

@@ -192,7 +192,7 @@ class _Work:
 def _work(spec: StudySpec, teacher: NetworkDenoiser, parameters: int) -> _Work:
     stages, images = spec.resolved.stages, spec.evaluation.images
     if isinstance(spec.plan, ArmsPlan):
-        rows = len(spec.plan.arms) * len(spec.plan.seeds)
+        rows = len(spec.plan.arms) * len(spec.plan.seeds) * len(spec.plan.variants)
         kept = rows
         intermediate = 0
     else:

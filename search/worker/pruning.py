@@ -27,38 +27,39 @@ from search.study.progress_text import measuring
 from search.study.retention import INTERMEDIATE_FILE
 from search.worker.assets import Assets
 
-# Told an intermediate value: its step (images trained on, or the stage) and the FID; answers
-# whether to end there.
-Judge = Callable[[int, float], bool]
-
 
 class PrunedError(Exception):
     """A trial is not worth going on with; ends its training, and reaches nobody else."""
 
 
-def judge_of(spec: StudySpec, ledger: Ledger, claim: Claim, *, prunes: bool) -> Judge:
+class Judge:
     """Stores the intermediate FIDs of a claimed row, and asks the study's pruner about a trial's.
 
     Args:
         spec: The study's.
         ledger: Of the row.
         claim: The row.
-        prunes: Whether it may be ended; a baseline or a given arm is measured to its end.
+        prunes: Whether it may be ended; a baseline or a given arm is measured to its end alone.
     """
-    pruner = make_pruner(spec) if prunes else None
 
-    def judge(step: int, fid: float) -> bool:
-        ledger.report(claim, step, fid)
+    def __init__(self, spec: StudySpec, ledger: Ledger, claim: Claim, *, prunes: bool) -> None:
+        self.prunes = prunes
+        self._ledger = ledger
+        self._claim = claim
+        self._pruner = make_pruner(spec) if prunes else None
+
+    def __call__(self, step: int, fid: float) -> bool:
+        """Store a FID at a step, images trained on or the stage; whether to end there."""
+        claim, pruner = self._claim, self._pruner
+        self._ledger.report(claim, step, fid)
         if pruner is None:
             return False
         return verdict_of(
-            ledger.study,
+            self._ledger.study,
             claim.number,
             step,
             lambda study: pruner.prune(study, study.get_trials(deepcopy=False)[claim.number]),
         )
-
-    return judge
 
 
 class IntermediateFIDs:
@@ -128,7 +129,7 @@ class IntermediateFIDs:
     def _asked_for(self) -> dict[int, float]:
         """Updates after which a student is measured, and their fractions."""
         spec = self._assets.spec
-        if self._judge is None or not spec.is_search:
+        if self._judge is None or not self._judge.prunes:
             return {}
         total = spec.resolved.stages[0].num_updates
         return {round(fraction * total): fraction for fraction in spec.search.at}

@@ -27,7 +27,7 @@ from search.study.trial_log import TrialLog
 from search.worker.assets import load, use_device
 from search.worker.evaluate import evaluate
 from search.worker.lifecycle import bring_to_an_end
-from search.worker.pruning import judge_of
+from search.worker.pruning import Judge
 
 POLL_SECONDS, LONGEST_POLL_SECONDS = 1.0, 5.0
 # Not the global generator, which seeded draws come from.
@@ -92,7 +92,7 @@ class Worker:
         self._require_same_conditions(claimed)
         is_trial = ledger is study.trials
         task = study.task(ledger, claim.params)
-        judge = judge_of(self._spec, ledger, claim, prunes=is_trial)
+        judge = Judge(self._spec, ledger, claim, prunes=is_trial)
 
         def work(holding: Holding, folder: Path, log: TrialLog) -> TrialResult:
             # Recorded while the lease is held, which may take longer than one lasts.

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from optuna_dashboard import get_note
-from optuna_dashboard._custom_plot_data import list_graph_object_ids
 from search.spec.study_spec import StudySpec
 
 from bdense.data.datasets import load_dataset
@@ -58,7 +57,7 @@ def calm_fids(tmp_path_factory, cache) -> dict[float, float]:
 
 
 def assert_shown(workplace: Workplace, *names: str) -> None:
-    """Each trial has its grid once, which is the one in its folder; the study note and plots."""
+    """Each trial has its grid once, which is the one in its folder; the study note."""
     folder = FolderStore(workplace.folder / "runs" / "artifacts")
     for name in names:
         of = ledger(workplace, name)
@@ -69,10 +68,6 @@ def assert_shown(workplace: Workplace, *names: str) -> None:
                 assert stored.read() == grid.read_bytes()
     record = ledger(workplace, names[0])
     assert "3 of 3 trials complete" in get_note(record.study)
-    study_id = record.storage.get_study_id_from_name(names[0])
-    stored = record.storage.get_study_system_attrs(study_id)
-    plots = {"fid-over-a", "fid-over-a-b", "weights", "fid-over-time"}
-    assert set(list_graph_object_ids(stored)) == plots
 
 
 @pytest.mark.slow

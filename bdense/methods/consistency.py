@@ -1,0 +1,484 @@
+"""Consistency distillation, plain or with dense branch supervision (B-DENSE).
+
+Song et al. 2023 (arXiv 2303.01469), algorithm 2; B-DENSE (arXiv 2602.15971), section 3. The
+student learns f, which maps every state of a teacher's trajectory to its end at epsilon, the
+lowest level.
+
+In our coordinates f(x, t) = D + (epsilon / t) (x - D): the Euler step of the student's denoiser D
+from t straight to epsilon. f(x, epsilon) = x holds by construction for any preconditioning, and
+the student is a denoiser like its teacher. Branch k learns f at the state that the teacher reaches
+after its k-th sub-step. B batch, K branches, C channels, H x W pixels, N intervals.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from bdense import NUMERICS
+from bdense.data.datasets import Dataset, to_float
+from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
+from bdense.diffusion.sampling import Sampler, samplers_from, served_metadata
+from bdense.diffusion.schedules import Schedule
+from bdense.diffusion.solvers import Solver, StepNoise, make_solver, no_noise, trajectory
+from bdense.errors import InputError
+from bdense.knobs import knob
+from bdense.methods.method import Inputs, MethodConfig, StagePlan
+from bdense.methods.perceptual import LPIPS
+from bdense.models.store import denoiser_sha256
+from bdense.randomness import Stream, generator
+from bdense.training.optimisation import LRSchedule
+from bdense.training.stage import Branches
+from bdense.weights.weighting import BranchWeighting
+
+Loss = Literal["pseudo-huber", "l2", "lpips"]
+StepSolver = Literal["heun", "euler", "dpm2", "ipndm"]
+ScheduleKind = Literal["polynomial", "logsnr", "time_uniform"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConsistencyConfig(MethodConfig):
+    """The knobs of consistency distillation; defaults as of Song et al. for CIFAR-10."""
+
+    heading: ClassVar[str] = "method consistency"
+
+    nfe: int = knob(1, "network evaluations an image; above 1 by multistep sampling", low=1)
+    steps: int = knob(18, "intervals of the noise levels, N", low=1)
+    substeps: int = knob(
+        1, "steps that the teacher takes in each interval, K; plain learns from the last", low=1
+    )
+    solver: StepSolver = knob("heun", "solver of the teacher's steps")
+    schedule: ScheduleKind = knob("polynomial", "spacing of the noise levels")
+    rho: float = knob(7.0, "exponent of the spacing, which logsnr does not use", above=0)
+    sigma_min: float = knob(
+        0.006, "lowest noise level, epsilon: where f leaves x as it is", above=0
+    )
+    sigma_max: float = knob(80.0, "highest noise level", above=0)
+    kimg: float = knob(200.0, "training length in thousands of images", low=0.001)
+    loss: Loss = knob(
+        "pseudo-huber",
+        "distance between f and its target: sqrt(|.|^2 + c^2) - c, the squared error, or LPIPS "
+        "(needs the extra lpips and 0.5 GB of weights)",
+    )
+    huber_c: float | None = knob(
+        None,
+        "c of pseudo-huber",
+        above=0,
+        none="0.00054 sqrt(C H W), after Song & Dhariwal 2023",
+    )
+    target_decay: float = knob(
+        0.95, "mu: what the target network keeps of itself at each update", low=0, below=1
+    )
+    target_schedule: Literal["fixed", "progressive"] = knob(
+        "fixed",
+        "fixed: N and mu as given; progressive: N rises from 2 to steps, and mu with it to "
+        "exp(2 ln target_decay / N) (Song et al., appendix C)",
+    )
+    flip: bool = knob(False, "mirror each image with probability 1/2")
+    dropout: bool = knob(False, "train with the teacher's own dropout")
+    lr_schedule: LRSchedule = knob(
+        "constant",
+        "step size over the run: constant, linear (falls to 0), or step (a tenth in the second "
+        "half)",
+    )
+
+    def __post_init__(self) -> None:
+        MethodConfig.__post_init__(self)
+        _ = self.levels  # refuses levels that do not fit together
+        if self.huber_c is not None and self.loss != "pseudo-huber":
+            raise InputError(
+                f"huber_c={self.huber_c:g} needs loss=pseudo-huber, got loss={self.loss}; drop it"
+            )
+
+    @property
+    def levels(self) -> Schedule:
+        """The noise levels."""
+        return Schedule(
+            kind=self.schedule, rho=self.rho, sigma_min=self.sigma_min, sigma_max=self.sigma_max
+        )
+
+    @property
+    def num_updates(self) -> int:
+        """Iterations: ceil(images / batch)."""
+        return -(-round(self.kimg * 1000) // self.batch)
+
+    def intervals_at(self, iteration: int) -> int:
+        """N at that iteration."""
+        if self.target_schedule == "fixed":
+            return self.steps
+        first = min(2, self.steps)
+        risen = iteration / self.num_updates * ((self.steps + 1) ** 2 - first**2) + first**2
+        return min(self.steps, math.ceil(math.sqrt(risen) - 1) + 1)
+
+    def decay_at(self, iteration: int) -> float:
+        """mu at that iteration."""
+        if self.target_schedule == "fixed" or self.target_decay == 0:
+            return self.target_decay
+        return math.exp(2 * math.log(self.target_decay) / self.intervals_at(iteration))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MultistepConsistency(Solver):
+    """f from the first level; then noise is added up to each next one, and f taken again.
+
+    Song et al. 2023, algorithm 1, in which the last level of the grid is epsilon.
+    """
+
+    name: ClassVar[str] = "consistency"
+    reaches_zero: ClassVar[bool] = True
+
+    @property
+    def order(self) -> int:
+        """1: a step of a denoiser that is no consistency function is Euler's."""
+        return 1
+
+    def steps(
+        self, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: StepNoise = no_noise
+    ) -> Iterator[Tensor]:
+        """x' = f(x, t) + sqrt(t'^2 - epsilon^2) z; no noise in the last interval."""
+        end = sigmas[-1]
+        for i, (t, t_next) in enumerate(itertools.pairwise(sigmas)):
+            x = towards(denoise(x, t), x, end / t)
+            if t_next > end:
+                x = x + (t_next**2 - end**2).sqrt() * noise(i).to(x)
+            yield x
+
+
+def towards(denoised: Tensor, x: Tensor, ratio: Tensor) -> Tensor:
+    """f = D + (epsilon / t) (x - D), of any shapes that broadcast."""
+    return denoised + ratio * (x - denoised)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ConsistencyBatch:
+    """What one update learns from.
+
+    Attributes:
+        clean: [B, C, H, W] images in [-1, 1].
+        noise: [B, C, H, W], unit.
+        interval: [B] int64 n in 0..N - 1, counted from the noisy end.
+        labels: [B, label_dim] one-hot classes, or None.
+    """
+
+    clean: Tensor
+    noise: Tensor
+    interval: Tensor
+    labels: Tensor | None
+
+
+@dataclass(eq=False, kw_only=True)
+class ConsistencyStage:
+    """The one stage: a student, and the average of it that makes its targets.
+
+    Attributes:
+        config: Of the method.
+        teacher: One branch, on the device to train on; the student starts as it.
+        dataset: Images, drawn with replacement.
+        seed: Of images, noise, intervals, flips and dropout.
+    """
+
+    kind: ClassVar[str] = "consistency"
+
+    config: ConsistencyConfig
+    teacher: NetworkDenoiser
+    dataset: Dataset
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.teacher.require_levels(self.config.levels)
+        self._solver = make_solver(self.config.solver)
+        self._perceptual = LPIPS() if self.config.loss == "lpips" else None
+        self._student: NetworkDenoiser | None = None
+        self._target: NetworkDenoiser | None = None
+
+    @property
+    def num_updates(self) -> int:
+        """Iterations of the loop."""
+        return self.config.num_updates
+
+    @property
+    def num_branches(self) -> int:
+        """K, the teacher's steps in an interval."""
+        return self.config.substeps
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.config.batch
+
+    @property
+    def start(self) -> NetworkDenoiser:
+        """The teacher."""
+        return self.teacher
+
+    @property
+    def dropout(self) -> bool:
+        """Whether the student trains with the dropout of its network."""
+        return self.config.dropout
+
+    @property
+    def optimisation(self) -> ConsistencyConfig:
+        """The config."""
+        return self.config
+
+    @property
+    def sampler(self) -> Sampler:
+        """How the student draws: one step, or several with noise between them."""
+        return Sampler(
+            num_intervals=self.config.nfe,
+            afs=False,
+            schedule=self.config.levels,
+            solver=MultistepConsistency(),
+        )
+
+    def metadata(self) -> dict[str, Any]:
+        """What the student's file says of it."""
+        return served_metadata([self.sampler])
+
+    def batch(self, iteration: int, images: slice) -> ConsistencyBatch:
+        """Images, noise and intervals; runs of one seed see the same, whatever their weights."""
+        count, label_dim = self.config.batch, self.teacher.label_dim
+        device = next(self.teacher.parameters()).device
+        draw = generator(self.seed, Stream.PROGRESSIVE, 0, iteration)
+        index = torch.randint(len(self.dataset.images), (count,), generator=draw)
+        clean = to_float(self.dataset.images[index])
+        noise = torch.randn(clean.shape, generator=draw)
+        interval = torch.randint(self.config.intervals_at(iteration), (count,), generator=draw)
+        if self.config.flip:
+            mirrored = torch.rand(count, generator=draw) < 0.5
+            clean[mirrored] = clean[mirrored].flip(-1)
+        labels = None
+        if label_dim:
+            labels = self.dataset.one_hot_labels(label_dim, index)[images].to(device)
+        return ConsistencyBatch(
+            clean[images].to(device), noise[images].to(device), interval[images], labels
+        )
+
+    def updates(self, iteration: int, batch: ConsistencyBatch) -> Iterator["ConsistencyUpdate"]:
+        """One update; then the target follows the student."""
+        config = self.config
+        assert self._target is not None
+        fine = config.levels.fine_grid(config.intervals_at(iteration), config.substeps)
+        k = torch.arange(config.substeps + 1)[:, None]
+        # t_{n,0}..t_{n,K} of each image's own interval: [K + 1, B, 1, 1, 1].
+        levels = fine[config.substeps * batch.interval + k].to(batch.clean)[..., None, None, None]
+        x = batch.clean + levels[0] * batch.noise
+        states = trajectory(self._solver, self.teacher.given(batch.labels), x, levels)
+        yield ConsistencyUpdate(
+            stream=(0, iteration),
+            x=x,
+            level=levels[0],
+            end=config.sigma_min,
+            targets=consistency_targets(
+                self._target.given(batch.labels), states[1:], levels[1:], config.sigma_min
+            ),
+            labels=batch.labels,
+            config=config,
+            perceptual=self._perceptual,
+        )
+        self._follow(config.decay_at(iteration))
+
+    def describe(self, weighting: BranchWeighting) -> dict[str, Any]:
+        """What must agree for a checkpoint to be of the same run."""
+        perceptual = {} if self._perceptual is None else {"lpips": self._perceptual.describe()}
+        return {
+            "numerics": NUMERICS,
+            "teacher": denoiser_sha256(self.teacher),
+            "precision": self.teacher.execution.precision,
+            "weights": weighting.describe(),
+            **{f"config.{name}": value for name, value in self.config.as_dict().items()},
+            **perceptual,
+            "data": self.dataset.sha256,
+            "seed": self.seed,
+        }
+
+    def on(self, device: torch.device) -> "ConsistencyStage":
+        """The same on another device."""
+        return replace(self, teacher=self.teacher.on(device))
+
+    def begin(self, student: NetworkDenoiser) -> None:
+        """The target starts as the student."""
+        self._student = student
+        target = student.on(next(student.parameters()).device)
+        self._target = target.eval().requires_grad_(False)
+
+    def state(self) -> Mapping[str, Tensor]:
+        """The target's weights."""
+        assert self._target is not None
+        return self._target.state_dict()
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Put the target's weights back."""
+        assert self._target is not None
+        self._target.load_state_dict(dict(state))
+
+    @torch.no_grad()
+    def _follow(self, decay: float) -> None:
+        """theta^- <- mu theta^- + (1 - mu) theta."""
+        assert self._target is not None
+        assert self._student is not None
+        torch._foreach_lerp_(
+            list(self._target.parameters()), list(self._student.parameters()), 1 - decay
+        )
+
+
+@torch.no_grad()
+def consistency_targets(target: Denoiser, states: Tensor, levels: Tensor, end: float) -> Tensor:
+    """f of the target network at the teacher's states.
+
+    Args:
+        target: D^-(x; sigma) by branch K.
+        states: [K, B, C, H, W] after each of the teacher's sub-steps.
+        levels: [K, B, 1, 1, 1] their levels; where one is ``end``, f is the state itself.
+        end: epsilon.
+
+    Returns:
+        [K, B, C, H, W].
+    """
+    return torch.stack(
+        [towards(target(x, t.flatten()), x, end / t) for x, t in zip(states, levels, strict=True)]
+    )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ConsistencyUpdate:
+    """One update for states ``x`` [B, C, H, W] at ``level`` [B, 1, 1, 1]."""
+
+    stream: tuple[int, ...]
+    x: Tensor
+    level: Tensor
+    end: float
+    targets: Tensor
+    labels: Tensor | None
+    config: ConsistencyConfig
+    perceptual: LPIPS | None
+
+    @property
+    def where(self) -> Mapping[str, int]:
+        """The whole iteration."""
+        return {}
+
+    def __call__(self, branches: Branches) -> "ConsistencyLosses":
+        """The branches' distances from their targets."""
+        denoised = branches(self.x, self.level.flatten(), class_labels=self.labels)
+        ratio = (self.end / self.level)[:, None]
+        found = towards(denoised, self.x[:, None], ratio)
+        num_branches = found.shape[1]
+        return ConsistencyLosses(
+            torch.stack(
+                [
+                    self._distance(found[:, k], target)
+                    for k, target in enumerate(self.targets[-num_branches:])
+                ]
+            )
+        )
+
+    def _distance(self, found: Tensor, target: Tensor) -> Tensor:
+        """0-dim, mean over the batch."""
+        if self.perceptual is not None:
+            return self.perceptual(found, target)
+        if self.config.loss == "l2":
+            return (found - target).square().mean()
+        c = self.config.huber_c
+        return pseudo_huber(found, target, c)
+
+
+def pseudo_huber(found: Tensor, target: Tensor, c: float | None = None) -> Tensor:
+    """sqrt(|found - target|^2 + c^2) - c, mean over the batch: 0-dim.
+
+    Args:
+        found, target: [B, C, H, W].
+        c: Errors far below it count by their square; None is 0.00054 sqrt(C H W).
+    """
+    if c is None:
+        c = 0.00054 * math.sqrt(found[0].numel())
+    distance = (found - target).square().flatten(1).sum(1)
+    return ((distance + c * c).sqrt() - c).mean()
+
+
+@dataclass(frozen=True, eq=False)
+class ConsistencyLosses:
+    """[K] distances, mean over the batch."""
+
+    per_branch: Tensor
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """Their weighted sum."""
+        return (weights.to(self.per_branch) * self.per_branch).sum()
+
+
+class Consistency:
+    """Consistency distillation: one stage."""
+
+    name: ClassVar[str] = "consistency"
+    title: ClassVar[str] = "CD"
+    Config: ClassVar[type[ConsistencyConfig]] = ConsistencyConfig
+    needs_data: ClassVar[bool] = True
+
+    def plan(
+        self, config: ConsistencyConfig, teacher: NetworkDenoiser | None = None
+    ) -> tuple[StagePlan, ...]:
+        """One stage."""
+        label, updates = f"{config.nfe} NFE", config.num_updates
+        return (StagePlan(name="", label=label, num_updates=updates, nfe=config.nfe),)
+
+    def num_branches(self, config: ConsistencyConfig) -> int:
+        """K, the teacher's steps in an interval."""
+        return config.substeps
+
+    def check(
+        self, config: ConsistencyConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]
+    ) -> None:
+        """Refuse a teacher that cannot be distilled so.
+
+        Raises:
+            InputError: It was not trained for the levels, or is itself a student.
+        """
+        teacher.require_levels(config.levels)
+        if samplers_from(known):
+            raise InputError(
+                "the teacher is a student, which knows the levels it was distilled for alone; "
+                "give its own teacher"
+            )
+
+    def usual(self, known: Mapping[str, Any]) -> dict[str, Any]:
+        """Nothing follows from the teacher's metadata."""
+        return {}
+
+    def teacher_sampler(
+        self, config: ConsistencyConfig, teacher: NetworkDenoiser
+    ) -> Sampler | None:
+        """None: the teacher is not measured beside its student."""
+        return None
+
+    def stage(
+        self,
+        plan: StagePlan,
+        teacher: NetworkDenoiser,
+        config: ConsistencyConfig,
+        inputs: Inputs,
+    ) -> ConsistencyStage:
+        """The one stage."""
+        dataset = inputs.require_dataset(self.name)
+        return ConsistencyStage(config=config, teacher=teacher, dataset=dataset, seed=inputs.seed)
+
+    def recording(
+        self, config: ConsistencyConfig, teacher: NetworkDenoiser, inputs: Inputs
+    ) -> None:
+        """Nothing: states start from images and noise drawn for each batch."""
+        return
+
+    def identity(
+        self,
+        config: ConsistencyConfig,
+        teacher: NetworkDenoiser,
+        inputs: Inputs,
+        weighting: BranchWeighting,
+    ) -> dict[str, Any]:
+        """That of the stage."""
+        (plan,) = self.plan(config)
+        return self.stage(plan, teacher, config, inputs).describe(weighting)

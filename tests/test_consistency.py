@@ -1,0 +1,195 @@
+"""Consistency distillation, against its algorithm written out and a Gaussian's exact solution."""
+
+import copy
+
+import pytest
+import torch
+
+from bdense.data.datasets import Dataset, to_float
+from bdense.diffusion.branches import export_branch
+from bdense.diffusion.sampling import Sampler, draw_images
+from bdense.diffusion.solvers import Euler, Heun, trajectory
+from bdense.errors import InputError
+from bdense.methods import METHODS
+from bdense.methods.consistency import (
+    ConsistencyConfig,
+    ConsistencyStage,
+    MultistepConsistency,
+    consistency_targets,
+    pseudo_huber,
+    towards,
+)
+from bdense.randomness import Stream, generator
+from bdense.training.loop import train
+from bdense.weights.weighting import FixedWeights
+from tests.small import GaussianDenoiser, same_weights, small_teacher
+
+IMAGES = torch.randint(256, (16, 1, 8, 8), generator=torch.Generator().manual_seed(5))
+DATA = Dataset("noise", IMAGES.to(torch.uint8), "", None)
+
+
+def stage_of(**knobs) -> ConsistencyStage:
+    settings = {"steps": 6, "substeps": 1, "kimg": 0.024, "batch": 8, "lr": 1e-3} | knobs
+    return ConsistencyStage(
+        config=ConsistencyConfig(**settings), teacher=small_teacher(), dataset=DATA, seed=3
+    )
+
+
+@pytest.mark.parametrize("loss", ["pseudo-huber", "l2"])
+@pytest.mark.parametrize("substeps", [1, 2])
+def test_plain_is_algorithm_2_bit_for_bit(loss, substeps):
+    """Song et al. 2023, algorithm 2; with K sub-steps plain learns from the interval's end."""
+    stage = stage_of(loss=loss, substeps=substeps, target_decay=0.9)
+    config, teacher = stage.config, stage.teacher
+    online = copy.deepcopy(teacher)
+    target = copy.deepcopy(teacher).requires_grad_(False)
+    adam = torch.optim.Adam(online.parameters(), lr=1e-3, fused=True)
+    fine = config.levels.fine_grid(6, substeps)
+    for iteration in range(3):
+        draw = generator(3, Stream.PROGRESSIVE, 0, iteration)
+        clean = to_float(DATA.images[torch.randint(16, (8,), generator=draw)])
+        noise = torch.randn(clean.shape, generator=draw)
+        n = torch.randint(6, (8,), generator=draw)
+        grid = [fine[substeps * n + k].float()[:, None, None, None] for k in range(substeps + 1)]
+        x = clean + grid[0] * noise
+        state = trajectory(Heun(), teacher, x, torch.stack(grid))[-1]
+        with torch.no_grad():
+            end = target(state, grid[-1].flatten())
+            wanted = end + 0.006 / grid[-1] * (state - end)
+        denoised = online(x, grid[0].flatten())
+        found = denoised + 0.006 / grid[0] * (x - denoised)
+        if loss == "l2":
+            value = (found - wanted).square().mean()
+        else:
+            c = 0.00054 * 8
+            value = (((found - wanted).square().flatten(1).sum(1) + c * c).sqrt() - c).mean()
+        adam.zero_grad()
+        value.backward()
+        adam.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - 0.9)
+    student = train(stage, FixedWeights(torch.ones(1)))
+    assert same_weights(student, online)
+
+
+def test_branch_k_learns_from_the_teachers_kth_sub_step():
+    """With a weight on branch k alone, branch K is left where it began, and k follows."""
+    stage = stage_of(substeps=3, kimg=0.008)
+    for k in range(3):
+        weights = torch.zeros(3, dtype=torch.float64)
+        weights[k] = 1
+        student = train(stage, FixedWeights(weights))
+        reports = [export_branch(student, branch) for branch in (1, 2, 3)]
+        head = [r.model.get_submodule(r.model.head_name).weight for r in reports]
+        start = stage.teacher.model.get_submodule(stage.teacher.model.head_name).weight
+        assert [bool(torch.equal(h, start)) for h in head] == [j != k for j in range(3)]
+
+
+@pytest.mark.parametrize("std", [0.5, 2.0])
+def test_on_a_gaussian_the_exact_consistency_function_is_the_fixed_point(std):
+    """f(x, t) = x sqrt((s^2 + e^2) / (s^2 + t^2)): each target equals f of the state before."""
+    end = 0.006
+    fine = ConsistencyConfig().levels.fine_grid(200, 2)
+
+    def exact(x, t):
+        """The denoiser whose ``towards`` is the exact f."""
+        f = x * ((std**2 + end**2) / (std**2 + t**2)).sqrt()
+        return (f - end / t * x) / (1 - end / t) if bool((t > end).all()) else x
+
+    gaussian = GaussianDenoiser(std)
+    x0 = torch.randn(4, 1, 2, 2, dtype=torch.float64)
+    for n in (0, 50, 150, 198):
+        levels = fine[2 * n : 2 * n + 3].view(3, 1, 1, 1, 1)
+        x = levels[0] * x0
+        states = trajectory(Heun(), lambda y, t: gaussian_of(gaussian, y, t), x, levels)
+        targets = consistency_targets(
+            lambda y, t: exact(y, t.view(-1, 1, 1, 1)), states[1:], levels[1:], end
+        )
+        own = towards(exact(x, levels[0]), x, end / levels[0])
+        for target in targets:
+            torch.testing.assert_close(target, own, rtol=2e-4, atol=1e-8)
+
+
+def gaussian_of(denoiser, x, t):
+    return x * denoiser.std**2 / (denoiser.std**2 + t**2)
+
+
+def test_f_is_the_identity_at_epsilon():
+    x, denoised = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(towards(denoised, x, torch.tensor(1.0)), x)
+
+
+def test_pseudo_huber_counts_small_errors_by_their_square_and_large_ones_by_their_size():
+    zero = torch.zeros(1, 1, 2, 2, dtype=torch.float64)
+    small, large = zero + 1e-5, zero + 100
+    assert float(pseudo_huber(small, zero, 1.0)) == pytest.approx(0.5 * 4e-10, rel=1e-3)
+    assert float(pseudo_huber(large, zero, 1.0)) == pytest.approx(200 - 1, rel=1e-3)
+
+
+def test_one_step_is_eulers_and_two_steps_add_noise_up_to_the_level_between():
+    teacher, levels = small_teacher(), ConsistencyConfig().levels
+    one = Sampler(num_intervals=1, afs=False, schedule=levels, solver=MultistepConsistency())
+    euler = Sampler(num_intervals=1, afs=False, schedule=levels, solver=Euler())
+    noise = torch.randn(2, 1, 8, 8)
+    # Euler's sum cancels at t = 80, where the state is some hundreds.
+    torch.testing.assert_close(one(teacher, noise), euler(teacher, noise), rtol=0, atol=1e-4)
+    two = Sampler(num_intervals=2, afs=False, schedule=levels, solver=MultistepConsistency())
+    z = torch.randn(2, 1, 8, 8)
+    t0, t1, end = levels.grid(2)
+    with torch.no_grad():
+        first = teacher(t0 * noise, t0)
+        first = first + end / t0 * (t0 * noise - first)
+        x = first + (t1**2 - end**2).sqrt() * z
+        last = teacher(x, t1)
+        expected = last + end / t1 * (x - last)
+    torch.testing.assert_close(
+        two(teacher, noise, lambda i: z), expected.float(), rtol=1e-4, atol=1e-4
+    )
+    assert (one.nfe, two.nfe) == (1, 2)
+
+
+def test_images_of_several_steps_do_not_depend_on_the_batch():
+    stage = stage_of(nfe=3)
+    together = draw_images(stage.teacher, stage.sampler, 5, seed=1, batch=5)
+    assert torch.equal(together, draw_images(stage.teacher, stage.sampler, 5, seed=1, batch=2))
+
+
+def test_a_run_that_was_stopped_goes_on_with_its_target_network(tmp_path):
+    stage = stage_of(substeps=2, target_decay=0.99)
+    weights = FixedWeights(torch.ones(2))
+    whole = train(stage, weights)
+
+    def stop(done):
+        if done.iteration == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            stage_of(substeps=2, target_decay=0.99),
+            weights,
+            checkpoint=tmp_path / "c",
+            checkpoint_seconds=0,
+            on_iteration=stop,
+        )
+    resumed = train(stage_of(substeps=2, target_decay=0.99), weights, checkpoint=tmp_path / "c")
+    assert same_weights(resumed, whole)
+
+
+def test_the_progressive_schedule_ends_at_all_steps_and_the_given_decay_of_two():
+    config = ConsistencyConfig(steps=18, target_schedule="progressive", kimg=12.8)
+    numbers = [config.intervals_at(i) for i in range(config.num_updates)]
+    assert numbers == sorted(numbers)
+    assert (numbers[0], numbers[-1]) == (2, 18)
+    assert config.decay_at(0) == pytest.approx(0.95)
+    assert config.decay_at(config.num_updates - 1) == pytest.approx(0.95 ** (2 / 18))
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(InputError, match="huber_c"):
+        ConsistencyConfig(loss="l2", huber_c=0.1)
+    with pytest.raises(InputError, match="solver"):
+        ConsistencyConfig.read({"solver": "dpmpp"})
+    method = METHODS["consistency"]()
+    known = {"sampler": stage_of().sampler.describe()}
+    with pytest.raises(InputError, match="teacher"):
+        method.check(ConsistencyConfig(), small_teacher(), known)

@@ -1,0 +1,191 @@
+"""Study files of before there was one form: each is read as what it says today, in one line."""
+
+import pytest
+import yaml
+
+from search.errors import SpecError
+from search.spec.file import parse, read_spec, read_tree
+from search.spec.legacy import translated
+from search.spec.resolve import resolve
+from tests.goldens import ROOT
+from tests.studies import STUDIES, STUDY
+
+# As commit 3f7be1a had them.
+OLD = sorted((ROOT / "tests/data/studies-3f7be1a").glob("*.yaml"))
+BUDGET = {"trials": 4, "kimg": 2.56, "batch": 64, "lr": 5e-4}
+SEARCH = {
+    "student": {"method": "sfd-bdense", "nfe": 2, "substeps": 4},
+    "weights": {"parameterisation": "normalised", "a": {"low": -0.5, "high": 3.0}},
+    "budget": BUDGET,
+}
+CHAIN = {"chain": {"first": 8, "last": 2}, "round": {"updates": 10}}
+SFD = {"name": "sfd", "nfe": 2, "substeps": 4, "kimg": 2.56, "batch": 64, "lr": 5e-4}
+PD = {"name": "progressive", "steps": 8, "until": 2, "updates": 10}
+MEDIAN = {"name": "MedianPruner", "n_startup_trials": 5}
+UNSET = dict.fromkeys(("startup_trials", "percentile", "factor", "patience"))
+
+
+@pytest.mark.parametrize("path", OLD, ids=lambda path: path.name)
+def test_a_study_of_then_is_the_study_of_that_name_today(path):
+    (today,) = (each for each in STUDIES if each.name == path.name)
+    tree, told = translated(read_tree(path))
+    assert told.startswith("this is the old form of a ")
+    assert "\n" not in told
+    now, nothing = translated(read_tree(today))
+    assert nothing == ""
+    if "google/" in str(now["teacher"]):
+        pytest.importorskip("diffusers", reason="needs the diffusers extra")
+    then = resolve(parse(tree, source=path.name))
+    assert then == resolve(parse(now, source=path.name))
+
+
+def test_all_of_them_are_there():
+    assert len(OLD) == 15
+
+
+@pytest.mark.parametrize(
+    ("tree", "expected"),
+    [
+        (
+            SEARCH,
+            {
+                "method": SFD,
+                "weights": {"name": "normalised", "a": {"low": -0.5, "high": 3.0}},
+                "plan": {"trials": 4},
+            },
+        ),
+        ({"student": {}, "weights": "learned"}, {"method": {"name": "sfd"}, "weights": "learned"}),
+        (
+            {"student": {"solver": {"name": "heun"}}},
+            {"method": {"name": "sfd", "solver": "heun"}},
+        ),
+        (
+            {"student": {"solver": "ddim", "schedule": {"kind": "logsnr", "sigma_min": 0.01}}},
+            {
+                "method": {
+                    "name": "sfd",
+                    "solver": "ddim",
+                    "schedule": "logsnr",
+                    "sigma_min": 0.01,
+                }
+            },
+        ),
+        (
+            {"budget": {}, "sampler": {"name": "gp", "startup_trials": 3}},
+            {"plan": {"sampler": {"name": "GPSampler", "n_startup_trials": 3}}},
+        ),
+        (
+            {"budget": {}, "sampler": {"name": "random", "startup_trials": 3}},
+            {"plan": {"sampler": {"name": "RandomSampler"}}},
+        ),
+        (
+            {"budget": {}, "pruning": {"pruner": "median", "at": [0.5], "images": 64, **UNSET}},
+            {"plan": {"pruner": MEDIAN, "at": [0.5], "images": 64}},
+        ),
+        (
+            {"budget": {}, "pruning": {"pruner": "percentile", "percentile": 10.0}},
+            {
+                "plan": {
+                    "pruner": {
+                        "name": "PercentilePruner",
+                        "percentile": 10.0,
+                        "n_startup_trials": 5,
+                    }
+                }
+            },
+        ),
+        (
+            {"budget": {}, "pruning": {"pruner": "successive-halving"}},
+            {"plan": {"pruner": {"name": "SuccessiveHalvingPruner", "reduction_factor": 2}}},
+        ),
+        (
+            {"budget": {}, "pruning": {"pruner": "hyperband", "factor": 3}},
+            {"plan": {"pruner": {"name": "HyperbandPruner", "reduction_factor": 3}}},
+        ),
+        (
+            {"budget": {}, "pruning": {"pruner": "patient-median", "at": [0.2, 0.4, 0.6]}},
+            {
+                "plan": {
+                    "at": [0.2, 0.4, 0.6],
+                    "pruner": {"name": "PatientPruner", "wrapped_pruner": MEDIAN, "patience": 1},
+                }
+            },
+        ),
+        ({"budget": {}, "pruning": {"pruner": "none"}, "stop": {"patience": 5}}, {"plan": {}}),
+        (
+            {"budget": {}, "confirm": {"kimg": 200, "candidates": 2}},
+            {"confirm": {"candidates": 2, "method": {"kimg": 200}}},
+        ),
+        (
+            {**CHAIN, "study": "digits", "seeds": {"training": [0, 1], "evaluation": 3}},
+            {
+                "method": PD,
+                "plan": {"arms": ["plain", "uniform", {"winner_of": "digits"}], "seeds": [0, 1]},
+                "seeds": {"evaluation": 3},
+            },
+        ),
+        (
+            {**CHAIN, "prediction_type": "sample", "clip_samples": False, "schedule": "native"},
+            {"method": PD | {"prediction_type": "sample", "schedule": "native"}},
+        ),
+        (
+            {**CHAIN, "schedule": {"kind": "polynomial"}, "round": {"anneal": False}},
+            {"method": {**PD, "schedule": "polynomial", "lr_schedule": "constant"}},
+        ),
+    ],
+)
+def test_what_the_old_form_said_in_todays(tree, expected):
+    found, told = translated(tree)
+    assert told
+    if "round" in tree and "anneal" in tree["round"]:
+        expected["method"].pop("updates")
+    assert {key: found[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("tree", "key"),
+    [
+        ({"student": 3}, "student: must be a mapping, got 3"),
+        ({"chain": [8, 4]}, "chain: must be a mapping"),
+        ({"budget": {}, "sampler": "tpe"}, "sampler: must be a mapping, got 'tpe'"),
+    ],
+)
+def test_a_section_that_is_none_is_named(tree, key):
+    with pytest.raises(SpecError) as error:
+        translated(tree)
+    assert str(error.value).startswith(key)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"student": {"nfee": 2}}, "method.nfee"),
+        ({"student": {"solver": {"nam": "heun"}}}, "method.nam"),
+        ({"pruning": {"bound": 3}}, "plan.bound"),
+        ({"stopp": {}}, "stopp"),
+        # Half rewritten: nothing of today's sections is lost, and nothing else taken for them.
+        ({"method": {"name": "progressive", "steps": 8, "until": 4}}, "plan"),
+    ],
+)
+def test_a_key_that_neither_form_has_is_refused(changes, key):
+    rest = {name: STUDY[name] for name in ("name", "data", "teacher", "evaluation")}
+    tree, _ = translated({**rest, **SEARCH, **changes})
+    with pytest.raises(SpecError) as error:
+        resolve(parse(tree, source="study.yaml"), source="study.yaml")
+    assert f"study.yaml: {key}" in str(error.value)
+
+
+def test_a_launch_says_once_how_to_write_it_now(tmp_path, capfd):
+    path = tmp_path / "study.yaml"
+    rest = {name: STUDY[name] for name in ("name", "data", "teacher", "evaluation")}
+    path.write_text(yaml.safe_dump({**rest, **SEARCH}))
+    study = read_spec(path)
+    assert (study.method.name, study.search.trials) == ("sfd", 4)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(
+        f"bdense-search: {path}: this is the old form of a study; write `method:"
+    )
+    path.write_text(yaml.safe_dump({**rest, **SEARCH, "student": 3}))
+    with pytest.raises(SpecError, match="student: must be a mapping") as error:
+        read_spec(path)
+    assert str(error.value).startswith(str(path))

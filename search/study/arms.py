@@ -22,12 +22,12 @@ class Arm:
     """One way to weigh the branches.
 
     Attributes:
-        name: For people.
+        name: For people; of two arms that are equal it may differ.
         params: ``baseline`` (plain or uniform), or a and b, or rule, strength and memory.
         trial: Number of the search's trial it comes from, if from one.
     """
 
-    name: str
+    name: str = field(compare=False)
     params: dict[str, Any]
     trial: int | None = None
 

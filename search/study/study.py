@@ -240,10 +240,10 @@ class Study:
         for change in variants:
             for seed in seeds:
                 for arm in arms:
-                    row = ArmRow(
-                        arm=known.index(arm), seed=seed, variant=changes.index(dict(change))
-                    )
-                    self.given.enqueue(row.params(), {"arm": arm.name}, again=MENDABLE)
+                    place = known.index(arm)
+                    row = ArmRow(arm=place, seed=seed, variant=changes.index(dict(change)))
+                    called = {"arm": known[place].name}
+                    self.given.enqueue(row.params(), called, again=MENDABLE)
         self.given.resize()
 
     def task(self, ledger: Ledger, params: Mapping[str, Any]) -> Task:

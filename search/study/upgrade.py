@@ -22,7 +22,7 @@ from optuna.trial import FrozenTrial, TrialState
 from bdense.errors import InputError
 from bdense.files import atomic_write
 from bdense.weights.spaces import BASELINE, PLAIN, UNIFORM
-from search.errors import UnknownStudyError
+from search.errors import StorageError, UnknownStudyError
 from search.spec.file import apart
 from search.spec.legacy import translated
 from search.spec.study import StudySpec, fingerprint_of
@@ -101,6 +101,8 @@ def upgrade_studies(url: str) -> Iterator[str]:
             if isinstance(found, str):
                 raise InputError(found)
             yield f"study {name}: {_bring_over(url, name, found)}"
+        except StorageError:
+            raise
         except InputError as error:
             refused.append(f"{name}: {error}")
     if refused:
@@ -156,28 +158,36 @@ def _bring_over(url: str, name: str, spec: StudySpec) -> str:
     _refuse_at_work(ledgers)
     form = _Form.of(name, ledger.study.user_attrs, spec)
     _require_folders(name, ledgers)
+    rows = [form.rows(each) for each in ledgers]
     # Outside the lock, which a server may take back from who holds it for minutes.
     folders = [
         _rewrite_folder(row_folder(each.study.study_name, row.number), row, form)
-        for each in ledgers
-        for row in form.rows(each)
+        for each, its in zip(ledgers, rows, strict=True)
+        for row in its
     ]
-    engine = ledger.storage.engine
+    retrying(functools.partial(_rewrite_database, ledgers, form))
+    beside = f" and {len(rows[1])} baselines" if baselines is not None else ""
+    return f"{len(rows[0])} rows{beside}, {sum(folders)} row folders, brought to format {CURRENT}"
+
+
+def _rewrite_database(ledgers: Sequence[Ledger], form: "_Form") -> None:
+    """All that the database holds of a study, in one transaction; twice is once."""
+    main, engine = ledgers[0], ledgers[0].storage.engine
     with exclusive(engine, *(lock_name(each.study.study_name) for each in ledgers)):
+        if FORMAT in main.study.user_attrs:
+            return  # an earlier try was committed, only its answer was lost
         _refuse_at_work(ledgers)
         rows = [form.rows(each) for each in ledgers]
         with engine.begin() as connection:
             for each, its in zip(ledgers, rows, strict=True):
-                _rewrite_rows(connection, _key_of(connection, each), its, form)
-            if baselines is not None:
-                arms = {ARMS: [arm.as_dict() for arm in form.arms], VARIANTS: [{}]}
-                _set(connection, STUDY_ATTRIBUTES, _key_of(connection, baselines), arms)
-            key = _key_of(connection, ledger)
+                key = _key_of(connection, each)
+                _rewrite_rows(connection, key, its, form)
+                if each is not main:
+                    arms = [arm.as_dict() for arm in form.arms]
+                    _set(connection, STUDY_ATTRIBUTES, key, {ARMS: arms, VARIANTS: [{}]})
+            key = _key_of(connection, main)
             _drop(connection, STUDY_ATTRIBUTES, key, (_KIND, _KIMG, _LOOKS))
-            # The last: with it the study is brought over.
             _set(connection, STUDY_ATTRIBUTES, key, {**form.attributes(), FORMAT: CURRENT})
-    beside = f" and {len(rows[1])} of baselines" if baselines is not None else ""
-    return f"{len(rows[0])} rows{beside}, {sum(folders)} row folders, brought to format {CURRENT}"
 
 
 def _refuse_at_work(ledgers: Sequence[Ledger]) -> None:
@@ -306,8 +316,14 @@ class _Form:
         return _Row(number=trial.number, trial=trial, params=params, before=before, task=task)
 
     def _given(self, trial: FrozenTrial) -> _Row:
-        """A row of a given arm, or a baseline."""
+        """A row of a given arm, or a baseline.
+
+        Raises:
+            InputError: It is of today's form.
+        """
         asked, seeds, kind = asked_of(trial), self.spec.seeds, self.old.get(_KIND)
+        if asked.keys() == ROW_SPACE.keys():
+            raise InputError("another command brings it over just now; give this one again")
         arms, variant = self.arms, {}
         before: dict[str, Any] = {"fingerprint": self.old[FINGERPRINT]}
         if kind is None:

@@ -9,6 +9,7 @@ cut short is repeated: what it has written already is left as it is.
 """
 
 import functools
+import importlib.util
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -85,12 +86,18 @@ def upgrade_studies(url: str) -> Iterator[str]:
 
     Raises:
         StorageError: The database cannot be used.
-        InputError: Some studies stay as they were; says why. The others are brought over.
+        InputError: Torch is missing, or some studies stay as they were; says why. The others are
+            brought over.
     """
     engine = open_tables(url).engine
     outdated = retrying(lambda: _outdated(engine))
     if not outdated:
         return
+    if importlib.util.find_spec("torch") is None:
+        raise InputError(
+            f"{', '.join(outdated)} are of an older form, which is read with torch; give this "
+            "command where it is installed, beside the runs folder"
+        )
     specs = apart(
         functools.partial(_translated_all, {name: each[SPEC] for name, each in outdated.items()})
     )

@@ -1,6 +1,6 @@
-"""How a network is computed: number format, compilation, memory layout. Not what it computes.
+"""How a network is computed: number format, compilation, memory layout.
 
-The preconditioning, the solvers, the losses and the optimiser stay in float32 whatever the format.
+Preconditioning, solvers, losses and the optimiser always use float32.
 """
 
 import contextlib
@@ -41,15 +41,15 @@ class Execution(Knobs):
     )
 
     def require(self, device: "torch.device") -> None:
-        """Refuse what the device does not compute.
+        """Refuse settings that the device does not support.
 
         Raises:
-            InputError: tf32 or float16 away from a GPU, or compilation without a compiler.
+            InputError: tf32 or float16 without a GPU, or compilation without a compiler.
         """
         if self.compile and not any(map(shutil.which, _compilers(device))):
             raise InputError(
-                f"compile needs a compiler, {' or '.join(_compilers(device))}, and this machine "
-                "has none; install it, or leave compile out"
+                f"compile needs the compiler {' or '.join(_compilers(device))}, which is missing "
+                "here; install it, or leave compile out"
             )
         if self.precision in ("tf32", "float16") and device.type != "cuda":
             raise InputError(
@@ -59,13 +59,13 @@ class Execution(Knobs):
 
     @property
     def dtype(self) -> "torch.dtype | None":
-        """What autocast computes in; None leaves float32 alone."""
+        """Autocast's type; None without autocast."""
         import torch
 
         return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.precision)
 
     def prepare(self, network: "nn.Module") -> None:
-        """Lay the network's memory out and compile it, in place; ``set_products`` too."""
+        """Set the network's memory layout and compile it, in place; calls ``set_products``."""
         import torch
 
         self.set_products()
@@ -75,7 +75,7 @@ class Execution(Knobs):
             network.compile()
 
     def set_products(self) -> None:
-        """Have a GPU round float32 products to tf32, or not: a setting of the whole process."""
+        """Set whether a GPU rounds float32 products to tf32; holds for the whole process."""
         import torch
 
         torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
@@ -90,7 +90,7 @@ class Execution(Knobs):
 
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
-    """Compute float32 products as such for a while, whatever precision a denoiser has set."""
+    """Compute float32 products exactly inside the context, whatever a denoiser has set."""
     import torch
 
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
@@ -103,10 +103,10 @@ def exact_products() -> Iterator[None]:
 
 
 def _compilers(device: "torch.device") -> list[str]:
-    """Those that torch.compile calls: for C++ on a CPU, for C around Triton's kernels on a GPU."""
+    """Compilers that torch.compile can use: C++ on a CPU, C for Triton's kernels on a GPU."""
     if device.type == "cuda":
         told, usual = os.environ.get("CC"), ["gcc", "clang"]
     else:
         told, usual = os.environ.get("CXX"), ["clang++" if sys.platform == "darwin" else "g++"]
-    # Such as "ccache g++".
+    # The variable may hold a wrapper and options, such as "ccache g++".
     return told.split()[:1] if told else usual

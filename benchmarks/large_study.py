@@ -12,10 +12,10 @@ from typing import Any
 import sqlalchemy as sa
 from optuna.distributions import distribution_to_json
 from optuna.storages import RDBStorage
-from search.spec.study_spec import StudySpec
 
 from bdense.weights.spaces import normalised_weights
 from search.spec.space import search_space
+from search.spec.study import StudySpec
 from search.study.study import Study
 
 TABLES = ("studies", "trials", "trial_values", "trial_params", "trial_user_attributes")
@@ -88,8 +88,8 @@ def fill(study: Study, storage: RDBStorage, spec: StudySpec, count: int) -> None
 
 
 def _stored(spec: StudySpec, number: int, a: float, value: float) -> dict[str, Any]:
-    """What a trial of that slope stores, as of ``search.worker.trial``."""
-    substeps = spec.student.substeps
+    """What a trial of that slope stores, as of ``search.study.results``."""
+    substeps = spec.resolved.num_branches
     weights = normalised_weights(a, substeps)
     return {
         "weights": weights.values(substeps),
@@ -100,7 +100,7 @@ def _stored(spec: StudySpec, number: int, a: float, value: float) -> dict[str, A
             "reference_images": 1797,
             "extractor": spec.evaluation.extractor,
             "extractor_sha256": "0" * 64,
-            "nfe": spec.student.nfe,
+            "nfe": spec.resolved.stages[-1].nfe,
             "seeds": {"training": 0, "evaluation": 0},
         },
         "fingerprint": spec.fingerprint(),

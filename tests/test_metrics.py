@@ -387,7 +387,7 @@ def reference_of(count):
             ["fid", "prc", "kid"],
             10,
             Reference(name="refs.npz:00", statistics=gaussian([0], [[1]], None)),
-            "for kid and prc .* refs.npz:00 holds .* name the data set instead, or measure fid",
+            "kid and prc .* refs.npz:00 ",
         ),
         (["kid"], 7, reference_of(10), "kid needs at least 8 images, got 7; .*subset size, or le"),
         (["kid"], 10, reference_of(7), "kid needs at least 8 reference images, got 7"),

@@ -276,6 +276,7 @@ class SFDStage(Stateless):
             if grid.afs
             else (batch.start)
         )
+        points = {"num_points": grid.num_points} if self.start.step_condition else {}
         for row, n in enumerate(grid.trained):
             update = IntervalUpdate(
                 stream=(iteration, n),
@@ -283,8 +284,7 @@ class SFDStage(Stateless):
                 x=x,
                 levels=grid.interval(n),
                 targets=batch.states[row * grid.substeps : (row + 1) * grid.substeps],
-                labels=batch.labels,
-                num_points=grid.num_points if self.start.step_condition else None,
+                told={**batch.condition.arguments(), **points},
                 perceptual=self.perceptual if n == grid.num_intervals - 1 else None,
             )
             yield update
@@ -326,14 +326,13 @@ class IntervalUpdate:
     x: Tensor
     levels: Tensor
     targets: Tensor
-    labels: Tensor | None
-    num_points: int | None
+    told: Mapping[str, Any]
     perceptual: PerceptualLoss | None
     end: Tensor = field(init=False)
 
     def __call__(self, branches: Branches) -> "SFDLosses":
         """The branches' states and losses."""
-        states = branch_states(branches, self.x, self.levels, self.labels, self.num_points)
+        states = branch_states(branches, self.x, self.levels, **self.told)
         self.end = states[:, -1].detach()
         losses = branch_losses(states, self.targets)
         if self.perceptual is None:
@@ -364,8 +363,7 @@ def branch_states(
     branches: Branches,
     x: Tensor,
     levels: Tensor,
-    labels: Tensor | None = None,
-    num_points: int | None = None,
+    **told: Any,  # noqa: ANN401  of branches
 ) -> Tensor:
     """Where each branch says the teacher is: x^k = x + (t_{n,k} - t_n) (x - D^k) / t_n.
 
@@ -374,14 +372,13 @@ def branch_states(
             one for t_{n,K}.
         x: [B, C, H, W] the student's state at t_n.
         levels: [K + 1] float64, t_{n,0} = t_n down to t_{n,K}.
-        labels: [B, label_dim] classes, for a conditional student.
-        num_points: N + 1, for a step-conditional student.
+        told: Conditions, and ``num_points`` N + 1 for a step-conditional student.
 
     Returns:
         [B, K, C, H, W]; index -1 is the end of the interval.
     """
     t = levels[0]
-    denoised = branches(x, t, class_labels=labels, num_points=num_points)
+    denoised = branches(x, t, **told)
     slopes = (x[:, None] - denoised) / t
     steps = (levels[1:] - t)[-denoised.shape[1] :]
     return x[:, None] + steps.to(x).view(-1, 1, 1, 1) * slopes

@@ -1,4 +1,4 @@
-"""Which metrics there are, and their settings; importing this loads no torch."""
+"""Names and settings of the metrics; importing this does not import torch."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -11,7 +11,7 @@ METRICS: tuple[MetricName, ...] = get_args(MetricName)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricSettings(Knobs):
-    """What KID and precision/recall depend on beside the images; the FID on nothing."""
+    """Settings of KID and of precision and recall; the FID has none."""
 
     kid_subsets: int = knob(100, "subsets of either set; more give kid a steadier mean", low=1)
     # The deviation depends on it, the mean's expectation does not.

@@ -378,7 +378,7 @@ class LearnedSpace(WeightSpace):
         return ("strength", *self.rules)
 
     def coordinates(self, params: Mapping[str, Any]) -> tuple[float, ...] | None:
-        """The strength, and 1 for the rule it is of beside 0 for the others."""
+        """The strength; then 1 for the rule chosen and 0 for the others."""
         if "rule" not in params:
             return None
         return (float(params["strength"]), *(float(params["rule"] == r) for r in self.rules))

@@ -18,6 +18,9 @@ from bdense.errors import InputError
 from bdense.files import atomic_write
 from bdense.models.store import denoiser_sha256, load_denoiser
 from search.errors import OutdatedStudyError, SpecChangedError
+from search.spec.file import parse, read_tree
+from search.spec.legacy import translated
+from search.spec.resolve import resolve
 from search.storage.ledger import Claim
 from search.storage.schema import open_tables
 from search.study import upgrade
@@ -251,6 +254,19 @@ def test_studies_of_given_arms_are_of_their_own_name_and_know_their_trajectories
     assert (promoted.seeds, promoted.latents) == ((0,), "shared")
     trajectories = Study.open(url, "small").main.attribute(TRAJECTORIES)
     assert trajectories == [attribute("small", "trajectories")]
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("small", "small"), ("learned", "learned"), ("promote-small", "promotion")],
+)
+def test_the_old_study_file_is_still_that_of_its_study(url, name, file):
+    study = Study.open(url, name)
+    path = OLD / f"{file}.yaml"
+    spec = resolve(parse(translated(read_tree(path))[0], source=path.name))
+    study.refuse_other_conditions(spec)
+    # By it row folders are known again.
+    assert spec.fingerprint() == study.main.attribute(FINGERPRINT)
 
 
 def test_twice_is_once(url):

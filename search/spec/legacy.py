@@ -8,10 +8,6 @@ from typing import Any
 
 from search.errors import SpecError
 
-# What is meant where a file leaves them out, which stored specs spell out: a solver's order, and
-# the levels of a promotion whose schedule is not native.
-_ORDERS = {"euler": 1, "ddim": 1, "heun": 2, "dpm2": 2, "ipndm": 4, "dpmpp": 3}
-_USUAL_LEVELS = {"rho": 7.0, "sigma_min": 0.006, "sigma_max": 80.0}
 _SAMPLERS = {"tpe": "TPESampler", "gp": "GPSampler", "random": "RandomSampler"}
 
 
@@ -63,8 +59,6 @@ def _search(tree: dict[str, Any]) -> dict[str, Any]:
     if isinstance(name := student.get("solver"), str):
         student["solver"] = {"name": name}
     solver, levels = _section(student, "solver"), _levels(_section(student, "schedule"))
-    if solver.get("order") in (None, _ORDERS.get(str(solver.get("name", "dpmpp")))):
-        solver.pop("order", None)
     if "name" in solver:
         solver["solver"] = solver.pop("name")
     method = {"name": "sfd", **student, **levels, **solver}
@@ -135,8 +129,7 @@ def _promotion(tree: dict[str, Any]) -> dict[str, Any]:
     if isinstance(tree.get("schedule"), str):
         method["schedule"] = tree.pop("schedule")
     else:
-        levels = _levels(_section(tree, "schedule")).items()
-        method |= {key: value for key, value in levels if value != _USUAL_LEVELS.get(key)}
+        method |= _levels(_section(tree, "schedule"))
     seeds = _section(tree, "seeds")
     plan: dict[str, Any] = {"arms": ["plain", "uniform"]}
     if (study := tree.pop("study", None)) is not None:

@@ -8,26 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bdense.data.datasets import load_dataset as load_dataset
+    from bdense.diffusion import SOLVERS as SOLVERS
     from bdense.diffusion.branches import export_branch as export_branch
-    from bdense.diffusion.branches import widen_head as widen_head
-    from bdense.diffusion.ddpm import DDPMSchedule as DDPMSchedule
-    from bdense.diffusion.intervals import IntervalGrid as IntervalGrid
     from bdense.diffusion.sampling import Sampler as Sampler
     from bdense.diffusion.sampling import draw_images as draw_images
     from bdense.diffusion.sampling import samplers_from as samplers_from
     from bdense.diffusion.sampling import save_grid as save_grid
     from bdense.diffusion.schedules import Schedule as Schedule
-    from bdense.diffusion.solvers import DPMSolverPP as DPMSolverPP
-    from bdense.diffusion.solvers import Euler as Euler
-    from bdense.diffusion.vp import CosineSchedule as CosineSchedule
     from bdense.methods import METHODS as METHODS
     from bdense.methods.distill import distill as distill
     from bdense.methods.method import Inputs as Inputs
     from bdense.methods.method import Recordings as Recordings
     from bdense.methods.progressive import PDConfig as PDConfig
-    from bdense.methods.recordings import TrajectoryStore as TrajectoryStore
     from bdense.methods.sfd import SFDConfig as SFDConfig
-    from bdense.methods.trajectories import LiveTrajectories as LiveTrajectories
     from bdense.metrics.extractors import load_extractor as load_extractor
     from bdense.metrics.metrics import FID as FID
     from bdense.metrics.metrics import measure_images as measure_images
@@ -37,9 +30,11 @@ if TYPE_CHECKING:
     from bdense.models.sources import load_model as load_model
     from bdense.models.store import load_denoiser as load_denoiser
     from bdense.models.store import save_denoiser as save_denoiser
+    from bdense.networks import NETWORKS as NETWORKS
     from bdense.training.loop import train as train
     from bdense.training.teacher import TeacherConfig as TeacherConfig
     from bdense.training.teacher import train_teacher as train_teacher
+    from bdense.weights import WEIGHT_SPACES as WEIGHT_SPACES
     from bdense.weights.spaces import LogLinearWeights as LogLinearWeights
     from bdense.weights.spaces import normalised_weights as normalised_weights
     from bdense.weights.spaces import uniform_weights as uniform_weights
@@ -52,24 +47,20 @@ NUMERICS = 2
 
 _HOME = {
     "FID": "metrics.metrics",
-    "CosineSchedule": "diffusion.vp",
-    "DDPMSchedule": "diffusion.ddpm",
-    "DPMSolverPP": "diffusion.solvers",
-    "Euler": "diffusion.solvers",
     "FixedWeights": "weights.weighting",
     "Inputs": "methods.method",
-    "IntervalGrid": "diffusion.intervals",
     "LearnedWeights": "weights.weighting",
-    "LiveTrajectories": "methods.trajectories",
     "LogLinearWeights": "weights.spaces",
     "METHODS": "methods",
+    "NETWORKS": "networks",
     "PDConfig": "methods.progressive",
     "Recordings": "methods.method",
     "SFDConfig": "methods.sfd",
+    "SOLVERS": "diffusion",
     "Sampler": "diffusion.sampling",
     "Schedule": "diffusion.schedules",
     "TeacherConfig": "training.teacher",
-    "TrajectoryStore": "methods.recordings",
+    "WEIGHT_SPACES": "weights",
     "dataset_reference": "metrics.references",
     "distill": "methods.distill",
     "draw_images": "diffusion.sampling",
@@ -88,7 +79,6 @@ _HOME = {
     "train": "training.loop",
     "train_teacher": "training.teacher",
     "uniform_weights": "weights.spaces",
-    "widen_head": "diffusion.branches",
 }
 __all__ = [*_HOME, "NUMERICS"]
 
@@ -97,3 +87,7 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401  PEP 562
     if name not in _HOME:
         raise AttributeError(f"module 'bdense' has no attribute {name!r}")
     return getattr(importlib.import_module(f"bdense.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

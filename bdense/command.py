@@ -1,4 +1,4 @@
-"""What the project's commands share: verbs that explain themselves, and exit statuses."""
+"""Shared by both commands: verbs with help and an example, exit statuses."""
 
 import argparse
 import importlib.metadata
@@ -33,7 +33,6 @@ def add_verb(
     what: str,
     example: str,
     run: Run,
-    formatter: type[argparse.HelpFormatter] = argparse.HelpFormatter,
 ) -> argparse.ArgumentParser:
     """A verb with its one line of help, an example, and what it runs."""
     parser = verbs.add_parser(
@@ -41,7 +40,6 @@ def add_verb(
         help=what,
         description=what[0].upper() + what[1:] + ".",
         epilog=f"example: {example}",
-        formatter_class=formatter,
         allow_abbrev=False,
     )
     parser.set_defaults(run=run)
@@ -56,25 +54,25 @@ def run_verb(
     clean: Callable[[str], str] = str,
     tell: Callable[[str], None] | None = None,
 ) -> int:
-    """Call, and turn what it raises into one clear line on stderr and an exit status.
+    """Call, and turn an error into one line on stderr and an exit status.
 
     Args:
-        prog: Name of the command, in front of each line.
-        call: What the user asked for.
-        on_interrupt: What to say on Ctrl-C.
-        clean: Takes secrets out of a line.
-        tell: Where lines go, without their ends; None is stderr.
+        prog: Name of the command, at the start of each line.
+        call: Runs the verb.
+        on_interrupt: The message on Ctrl-C.
+        clean: Removes secrets from a line.
+        tell: Takes each line, without its newline; None writes to stderr.
 
     Returns:
-        0 done, 130 interrupted, else the error's: 1 failed, 2 a mistake of the user's, others
-        as their classes say.
+        0 if it succeeded, 130 if interrupted, else the error's exit status: 1 failed, 2 a mistake
+        of the user's, others as their classes say.
     """
     tell = tell or _to_stderr
     try:
         call()
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has gone (``| head``); the interpreter must not trip over it again at its end.
+        # The reader has gone (``| head``); the interpreter must not fail again when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
     except BdenseError as error:

@@ -1,4 +1,4 @@
-"""Public files into a folder of one's own: resumed, checked, and there whole or not at all."""
+"""Downloads of public files: resumed, checked, and present whole or not at all."""
 
 import contextlib
 import errno
@@ -18,41 +18,41 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 _CHUNK = 1 << 20
-_TIMEOUT = 60.0  # seconds without a byte
+_TIMEOUT = 60.0  # seconds without data
 _ATTEMPTS = 5
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# A log file gets a line now and then, a terminal a bar that moves.
+# Seconds between updates: on a terminal a bar, in a log file a line now and then.
 _SHOW_SECONDS = {True: 0.2, False: 15.0}
 
 
 class _WrongFileError(Exception):
-    """What came is whole but not the file that was asked for."""
+    """The download is complete but not the expected file."""
 
 
 class _TryAgainError(Exception):
-    """The connection ended early; what has come is kept."""
+    """The connection ended early; the part that came is kept."""
 
 
 def fetch(
     url: str, path: Path, *, what: str, sha256: str | None = None, size: int | None = None
 ) -> Path:
-    """The file at ``path``, fetched from ``url`` if it is not there.
+    """The file at ``path``, downloaded from ``url`` if it is not there.
 
-    What has come of it waits in ``path`` + ``.partial``, beside a note of the version it belongs
-    to; this call or a later one carries on where it stopped, if the server can and still has that
-    version. One process fetches, others wait for it.
+    An incomplete download stays in ``path`` + ``.partial``, beside a note of its version. This or
+    a later call continues it if the server supports that and still has the version. One process
+    downloads, others wait for it.
 
     Args:
         url: http or https address.
-        path: Where the file shall be.
-        what: What the file is, for people.
-        sha256: Hex digest it must have, where one is known.
-        size: Bytes it must have, where that is known.
+        path: Where the file is, or is put.
+        what: What the file is, for messages.
+        sha256: Its hex digest; None if unknown.
+        size: Its bytes; None if unknown.
 
     Raises:
-        InputError: It cannot be fetched, or is not what it should be; the message is one line
-            with the address and where to put the file by hand.
-        OSError: The disk is full, where a file put there by hand would not fit either.
+        InputError: It cannot be downloaded, or is another file; one line with the address and
+            where to put the file by hand.
+        OSError: The disk is full.
     """
     path = Path(path)
     by_hand = f"fetch {url} by hand and put it at {path}"
@@ -80,7 +80,7 @@ def _fetch(url: str, path: Path, what: str, sha256: str | None, size: int | None
             _carry_on(url, partial, what, size)
             break
         except (_TryAgainError, TimeoutError, ConnectionError, http.client.HTTPException):
-            # Only while it gets on: a server that gives nothing is not asked for ever.
+            # Try again only while data arrives.
             if attempt == _ATTEMPTS or partial.size <= before:
                 raise
     if wrong := _difference(partial.data, sha256, size):
@@ -91,7 +91,7 @@ def _fetch(url: str, path: Path, what: str, sha256: str | None, size: int | None
 
 
 class _Partial:
-    """What has come so far, and which version of the file it is a part of."""
+    """An incomplete download and the version of the file that it is part of."""
 
     def __init__(self, path: Path) -> None:
         self.data = path.with_name(f"{path.name}.partial")
@@ -99,51 +99,51 @@ class _Partial:
 
     @property
     def size(self) -> int:
-        """Bytes that are there."""
+        """Bytes downloaded so far."""
         return self.data.stat().st_size if self.data.exists() else 0
 
     @property
     def version(self) -> str | None:
-        """The server's mark of the version, if parts of it are there."""
+        """The server's tag of the version, if part of it is there."""
         return self._note.read_text() if self.size and self._note.exists() else None
 
     def start(self, version: str | None) -> None:
-        """Begin anew, with a version that a later request can ask for."""
+        """Start over, with a version that a later request can ask for."""
         self.data.unlink(missing_ok=True)
         self._note.unlink(missing_ok=True)
         if version is not None:
             self._note.write_text(version)
 
     def forget(self) -> None:
-        """Leave nothing behind."""
+        """Delete the part and its note."""
         self.data.unlink(missing_ok=True)
         self._note.unlink(missing_ok=True)
 
 
 def _carry_on(url: str, partial: _Partial, what: str, size: int | None) -> None:
-    """One request: the rest of the file, or all of it where there is no rest to ask for."""
-    # A compressed answer has other bytes, and another length.
+    """One request: the rest of the file, or all of it if nothing is there yet."""
+    # A compressed answer would have other bytes and another length.
     headers = {"Accept-Encoding": "identity", "User-Agent": "bdense"}
     have, version = partial.size, partial.version
     if version is not None:
-        # The server sends the rest of this very version, or the whole of another.
+        # The server sends the rest of this version, or all of a newer one.
         headers |= {"Range": f"bytes={have}-", "If-Range": version}
     request = urllib.request.Request(url, headers=headers)
     try:
-        # An opener of its own: urlopen's keeps the proxies of its process's first download.
+        # A new opener: urlopen's keeps the proxy settings of the process's first download.
         response = urllib.request.build_opener().open(request, timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE or version is None:
             raise
-        # All of it is there already, or too much: only starting over tells.
+        # The part is complete or too long: start over to find out.
         partial.forget()
         return _carry_on(url, partial, what, size)
     with response:
         if response.status == http.client.PARTIAL_CONTENT:
             first, total = _content_range(response.headers.get("Content-Range", ""))
             if first != have:
-                raise _TryAgainError(f"the server sent bytes from {first} on, not from {have} on")
+                raise _TryAgainError(f"the server sent bytes from {first}, not from {have}")
         else:
             have, total = 0, _whole(response.headers.get("Content-Length"))
             partial.start(_version(response))
@@ -153,7 +153,7 @@ def _carry_on(url: str, partial: _Partial, what: str, size: int | None) -> None:
         have = _receive(response, partial, have, total, what)
     if total is not None and have != total:
         raise _TryAgainError(
-            f"the connection ended after {have} of {total} bytes; the same command carries on"
+            f"the connection ended after {have} of {total} bytes; the same command continues"
         )
 
 
@@ -164,7 +164,7 @@ def _receive(
     total: int | None,
     what: str,
 ) -> int:
-    """Append what the server sends; returns the bytes that are there then."""
+    """Append what the server sends; returns the bytes downloaded so far."""
     with partial.data.open("ab") as file, _progress(what, have, total) as show:
         while True:
             chunk = response.read1(_CHUNK)
@@ -193,7 +193,7 @@ def _progress(what: str, have: int, total: int | None) -> "Iterator[tqdm[Any]]":
 
 
 def _version(response: http.client.HTTPResponse) -> str | None:
-    """What If-Range takes: a strong tag, or a date."""
+    """A strong tag or a date, which If-Range accepts."""
     if response.headers.get("Accept-Ranges", "bytes") == "none":
         return None
     tag: str | None = response.headers.get("ETag")
@@ -203,7 +203,7 @@ def _version(response: http.client.HTTPResponse) -> str | None:
 
 
 def _content_range(header: str) -> tuple[int, int | None]:
-    """First byte and length of the whole, of ``bytes 5-9/10`` or ``bytes 5-9/*``."""
+    """First byte and total length in ``bytes 5-9/10`` or ``bytes 5-9/*``."""
     unit, _, rest = header.partition(" ")
     span, _, total = rest.partition("/")
     if unit != "bytes" or not total:
@@ -216,7 +216,7 @@ def _whole(header: str | None) -> int | None:
 
 
 def _difference(path: Path, sha256: str | None, size: int | None) -> str | None:
-    """How a file differs from what it should be; None if it does not."""
+    """How a file differs from the expected one; None if it does not."""
     found = path.stat().st_size
     if size is not None and found != size:
         return f"it has {found} bytes, not {size}"
@@ -231,7 +231,7 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, urllib.error.URLError):
         reason = error.reason
         if isinstance(reason, socket.gaierror):
-            return "its host cannot be found: no network here?"
+            return "its host cannot be found; is there a network?"
         return _reason(reason) if isinstance(reason, BaseException) else str(reason)
     if isinstance(error, TimeoutError):
         return f"no answer for {_TIMEOUT:.0f} s"

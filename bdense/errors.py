@@ -1,4 +1,4 @@
-"""One tree of errors, each with the exit status that a command ends with for it."""
+"""The tree of errors; each class has the exit status of a command that ends with it."""
 
 
 class BdenseError(Exception):
@@ -14,21 +14,21 @@ class InputError(BdenseError, ValueError):
 
 
 class StoppedError(BdenseError):
-    """Somebody asked the work to end: it was kept as it is, and the same call carries on."""
+    """The work was asked to stop: its state is saved, and the same call continues it."""
 
     exit_status = 130
 
 
 class ShapeError(InputError):
-    """A tensor, image or head has a size that the operation cannot take."""
+    """A tensor, image or head has a shape that the operation does not accept."""
 
 
 class CheckpointError(InputError):
-    """A file is not a checkpoint this project can read, or is not the one that was asked for."""
+    """A file is not a checkpoint that this project can read, or not the expected one."""
 
 
 class UnsafePickleError(CheckpointError):
-    """A pickle asks for more than an EDM network needs; nothing in it was run."""
+    """A pickle needs more than an EDM network does; nothing in it was executed."""
 
 
 class NonFiniteError(BdenseError, ArithmeticError):
@@ -36,9 +36,9 @@ class NonFiniteError(BdenseError, ArithmeticError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, a GPU or torch's allocator on the CPU had no memory to give.
+    """Whether Python, a GPU or torch's CPU allocator ran out of memory.
 
-    torch's are told by name and words: it is slow to import, and this module is for commands too.
+    Torch's errors are recognised by name, because importing torch is slow.
     """
     torchs = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and torchs)

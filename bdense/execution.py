@@ -1,6 +1,6 @@
-"""How a network is computed: number format, compilation, memory layout. Not what it computes.
+"""How a network is computed: number format, compilation, memory layout.
 
-The preconditioning, the solvers, the losses and the optimiser stay in float32 whatever the format.
+Preconditioning, solvers, losses and the optimiser always use float32.
 """
 
 import contextlib
@@ -9,48 +9,47 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from bdense.errors import InputError
+from bdense.knobs import Knobs, knob
+
+# torch is imported where it is used: the command's help reads this module.
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Execution:
-    """How a denoiser calls its network.
+class Execution(Knobs):
+    """How a denoiser calls its network."""
 
-    Attributes:
-        precision: ``float32``; ``tf32``, float32 whose products a GPU rounds to 10 bits; or
-            autocast to ``bfloat16`` or ``float16``, parameters and their updates in float32.
-        compile: By torch.compile: worth its minutes for long runs.
-        channels_last: NHWC memory, which tensor cores prefer; slower on CPUs.
-    """
+    heading: ClassVar[str] = "hardware"
 
-    precision: Precision = "float32"
-    compile: bool = False
-    channels_last: bool = False
+    precision: Precision = knob(
+        "float32",
+        "number format of the network's calls: tf32 is float32 whose products a GPU rounds to 10 "
+        "bits; with bfloat16 and float16 the weights and their updates stay float32; tf32 and "
+        "float16 need a GPU",
+    )
+    compile: bool = knob(False, "torch.compile the network: takes minutes, pays off in long runs")
+    channels_last: bool = knob(
+        False, "keep tensors in NHWC order, which a GPU's tensor cores prefer; slower on CPUs"
+    )
 
-    def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise InputError(
-                f"precision {self.precision!r} is unknown; choose from {list(PRECISIONS)}"
-            )
-
-    def require(self, device: torch.device) -> None:
-        """Refuse what the device does not compute.
+    def require(self, device: "torch.device") -> None:
+        """Refuse settings that the device does not support.
 
         Raises:
-            InputError: tf32 or float16 away from a GPU, or compilation without a compiler.
+            InputError: tf32 or float16 without a GPU, or compilation without a compiler.
         """
         if self.compile and not any(map(shutil.which, _compilers(device))):
             raise InputError(
-                f"compile needs a compiler, {' or '.join(_compilers(device))}, and this machine "
-                "has none; install it, or leave compile out"
+                f"compile needs the compiler {' or '.join(_compilers(device))}, which is missing "
+                "here; install it, or leave compile out"
             )
         if self.precision in ("tf32", "float16") and device.type != "cuda":
             raise InputError(
@@ -59,12 +58,16 @@ class Execution:
             )
 
     @property
-    def dtype(self) -> torch.dtype | None:
-        """What autocast computes in; None leaves float32 alone."""
+    def dtype(self) -> "torch.dtype | None":
+        """Autocast's type; None without autocast."""
+        import torch
+
         return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(self.precision)
 
-    def prepare(self, network: nn.Module) -> None:
-        """Lay the network's memory out and compile it, in place; ``set_products`` too."""
+    def prepare(self, network: "nn.Module") -> None:
+        """Set the network's memory layout and compile it, in place; calls ``set_products``."""
+        import torch
+
         self.set_products()
         if self.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -72,18 +75,24 @@ class Execution:
             network.compile()
 
     def set_products(self) -> None:
-        """Have a GPU round float32 products to tf32, or not: a setting of the whole process."""
+        """Set whether a GPU rounds float32 products to tf32; holds for the whole process."""
+        import torch
+
         torch.set_float32_matmul_precision("high" if self.precision == "tf32" else "highest")
         torch.backends.cudnn.allow_tf32 = self.precision == "tf32"
 
-    def autocast(self, device: torch.device) -> torch.autocast:
+    def autocast(self, device: "torch.device") -> "torch.autocast":
         """The context of a network call."""
+        import torch
+
         return torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
 
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
-    """Compute float32 products as such for a while, whatever precision a denoiser has set."""
+    """Compute float32 products exactly inside the context, whatever a denoiser has set."""
+    import torch
+
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     Execution().set_products()
     try:
@@ -93,11 +102,11 @@ def exact_products() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
-def _compilers(device: torch.device) -> list[str]:
-    """Those that torch.compile calls: for C++ on a CPU, for C around Triton's kernels on a GPU."""
+def _compilers(device: "torch.device") -> list[str]:
+    """Compilers that torch.compile can use: C++ on a CPU, C for Triton's kernels on a GPU."""
     if device.type == "cuda":
         told, usual = os.environ.get("CC"), ["gcc", "clang"]
     else:
         told, usual = os.environ.get("CXX"), ["clang++" if sys.platform == "darwin" else "g++"]
-    # Such as "ccache g++".
+    # The variable may hold a wrapper and options, such as "ccache g++".
     return told.split()[:1] if told else usual

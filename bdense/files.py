@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and locks that die with their holder."""
+"""Files and folders that appear whole or not at all, and locks that end with their holder."""
 
 import contextlib
 import errno
@@ -45,10 +45,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def require_new(path: Path) -> None:
-    """Refuse a path at which something lies already.
+    """Refuse a path that exists.
 
     Raises:
-        InputError: Something does.
+        InputError: It exists.
     """
     path = Path(path)
     if path.exists() or path.is_symlink():
@@ -59,11 +59,10 @@ def require_new(path: Path) -> None:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield a scratch folder beside ``path``; on success it is synced and renamed to ``path``.
 
-    A reader sees the whole folder or none. On an error the scratch folder is removed with all
-    that is in it.
+    A reader sees the whole folder or none. On an error the scratch folder is removed.
 
     Raises:
-        InputError: Something lies at ``path``, at the start or by the time that all is written.
+        InputError: ``path`` exists, at the start or when everything is written.
     """
     path = Path(path)
     require_new(path)
@@ -85,16 +84,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def file_lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on ``path``; the kernel frees it however the holder dies.
+    """Hold an exclusive lock on ``path``, which the kernel frees when the holder dies.
 
-    The file says who held it last, as host:pid; whoever waits long for it warns once.
+    The file names its last holder as host:pid. A process that waits long logs one warning.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Opened without truncation: those who wait for it must not wipe out who holds it.
+    # Opened without truncation: a waiting process must not erase the holder's name.
     with path.open("ab", buffering=0) as file:
         _lock(file.fileno(), path)
-        # To say so is not worth an error on a full disk.
+        # A full disk must not stop the holder because it cannot write its name.
         with contextlib.suppress(OSError):
             file.truncate(0)
             file.write(f"{platform.node()}:{os.getpid()}\n".encode())
@@ -117,7 +116,7 @@ def _lock(descriptor: int, path: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        # The kernel's queue is a fairer place to wait in than a loop of tries.
+        # The kernel's queue is fairer than retries.
         warning = threading.Timer(LONG_WAIT_SECONDS, _warn_of_waiting, (path,))
         warning.daemon = True
         warning.start()
@@ -133,15 +132,15 @@ def _warn_of_waiting(path: Path) -> None:
     except OSError:
         holder = ""
     _log.warning(
-        "waiting for the lock %s, which %s holds; if that process was stopped (Ctrl-Z), let it go "
-        "on or end it",
+        "waiting for the lock %s, held by %s; if that process was stopped (Ctrl-Z), resume it or "
+        "end it",
         path,
         holder or "another process",
     )
 
 
 def _settle(folder: Path) -> None:
-    """Everything in a folder gets the permissions of new files and is on the disk, itself last."""
+    """Give everything in a folder the permissions of new files and sync it, the folder last."""
     mask = _umask()
     for entry in [*folder.rglob("*"), folder]:
         entry.chmod((0o777 if entry.is_dir() else 0o666) & ~mask)
@@ -149,12 +148,12 @@ def _settle(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have a file's contents, or a folder's names, on the disk."""
+    """Write a file's contents, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some file systems do it for no folder.
+        # Some file systems cannot sync a folder.
         if error.errno != errno.EINVAL:
             raise
     finally:
@@ -163,7 +162,7 @@ def _sync(path: Path) -> None:
 
 def _umask() -> int:
     """Permissions that new files do not get."""
-    # Python reads it by setting it, and other threads may make files meanwhile.
+    # os.umask reads by setting, and other threads may create files meanwhile.
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text(errors="replace").splitlines():
             if line.startswith("Umask:"):

@@ -12,6 +12,7 @@ another ``Knobs`` class; or one of several of these, ``None`` among them.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -21,7 +22,7 @@ import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from bdense.errors import InputError
 
@@ -69,7 +70,7 @@ class Knob:
         choices: All values there are; empty where they are not listed.
         metavar: What stands for the value in help.
         none: What ``None`` means, where its name does not say it.
-        group: Heading in the command's help; empty for none.
+        heading: What it is listed under in the command's help; empty for none.
     """
 
     name: str
@@ -84,7 +85,7 @@ class Knob:
     choices: tuple[Any, ...] = ()
     metavar: str | None = None
     none: str = ""
-    group: str = ""
+    heading: str = ""
 
     @property
     def required(self) -> bool:
@@ -102,13 +103,7 @@ class Knob:
 
     def text(self, value: Any) -> str:  # noqa: ANN401  of the knob's type
         """A value, for people: as the command line has it, but for ``none``'s meaning."""
-        if value is None:
-            return self.none or NONE
-        if isinstance(value, bool):
-            return str(value).lower()
-        if isinstance(value, tuple):
-            return " ".join(map(self.text, value)) or NONE
-        return f"{value:g}" if isinstance(value, float) else str(value)
+        return self.none or NONE if value is None else _text(value)
 
     def accept(self, value: Any) -> Any:  # noqa: ANN401  whatever was given
         """The value as the knob's type; an int does for a float, and a list for a tuple.
@@ -165,10 +160,12 @@ class Knob:
 
     def _range(self) -> str:
         if self.low is not None and self.high is not None:
-            return f"from {self.low:g} to {self.high:g}"
+            return f"from {_number(self.low)} to {_number(self.high)}"
         words = ("of at least", "of at most", "above", "below")
         bounds = zip(words, (self.low, self.high, self.above, self.below), strict=True)
-        return " and ".join(f"{word} {bound:g}" for word, bound in bounds if bound is not None)
+        return " and ".join(
+            f"{word} {_number(bound)}" for word, bound in bounds if bound is not None
+        )
 
 
 def knob(
@@ -182,7 +179,6 @@ def knob(
     choices: tuple[Any, ...] = (),
     metavar: str | None = None,
     none: str = "",
-    group: str = "",
 ) -> Any:  # noqa: ANN401  as dataclasses.field does
     """A field of a ``Knobs`` class; arguments as of ``Knob``. A ``Literal`` gives its choices."""
     told = {
@@ -194,7 +190,6 @@ def knob(
         "choices": choices,
         "metavar": metavar,
         "none": none,
-        "group": group,
     }
     if isinstance(default, dict | list):
         return field(default_factory=lambda: type(default)(default), metadata={_KEY: told})
@@ -206,7 +201,12 @@ class Knobs:
     """A frozen dataclass whose fields are knobs; values out of their ranges are refused.
 
     A subclass with a ``__post_init__`` of its own calls ``Knobs.__post_init__(self)`` in it.
+
+    Attributes:
+        heading: What the knobs that a class declares first are listed under in help.
     """
+
+    heading: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         for name, known in knobs_of(type(self)).items():
@@ -251,7 +251,7 @@ def knobs_of(cls: type) -> Mapping[str, Knob]:
 
 
 @functools.cache
-def _declared(cls: type) -> Mapping[str, Knob]:
+def _declared(cls: Any) -> Mapping[str, Knob]:  # noqa: ANN401
     hints = typing.get_type_hints(cls)
     found = {}
     for each in dataclasses.fields(cls):
@@ -259,6 +259,7 @@ def _declared(cls: type) -> Mapping[str, Knob]:
         if told is None:
             continue
         kind, optional = _without_none(hints[each.name])
+        *_, first = (base for base in cls.__mro__ if each.name in _annotated(base))
         default = each.default
         if each.default_factory is not dataclasses.MISSING:
             default = each.default_factory()
@@ -267,12 +268,31 @@ def _declared(cls: type) -> Mapping[str, Knob]:
             type=kind,
             default=default,
             optional=optional,
+            heading=first.heading,
             **told | {"choices": told["choices"] or _choices(kind)},
         )
     return types.MappingProxyType(found)
 
 
+def _annotated(cls: Any) -> Mapping[str, Any]:  # noqa: ANN401
+    annotations: Mapping[str, Any] = vars(cls).get("__annotations__", {})
+    return annotations
+
+
+def _number(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
+
+
 # ---- types ----
+
+
+def _text(value: Any) -> str:  # noqa: ANN401
+    """A value as the command line and YAML have it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return " ".join(map(_text, value)) or NONE
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _without_none(hint: Any) -> tuple[Any, bool]:  # noqa: ANN401  an annotation
@@ -294,6 +314,9 @@ def _choices(kind: Any) -> tuple[Any, ...]:  # noqa: ANN401
     """All values of a ``Literal``, or of each part of a tuple of them."""
     if get_origin(kind) is tuple:
         return _choices(get_args(kind)[0])
+    if _is_union(kind):
+        each = list(map(_choices, get_args(kind)))
+        return sum(each, ()) if all(each) else ()
     return get_args(kind) if get_origin(kind) is Literal else ()
 
 
@@ -335,18 +358,17 @@ def _as_type(kind: Any, value: Any) -> Any:  # noqa: ANN401
 def _from_text(kind: Any, text: str | Sequence[str]) -> Any:  # noqa: ANN401
     if _is_union(kind):
         return _first_that_takes(_from_text, kind, text)
+    words = [text] if isinstance(text, str) else text
     if get_origin(kind) is tuple:
-        words = text.split() if isinstance(text, str) else text
-        return tuple(_from_text(each, part) for each, part in _parts(kind, words))
-    if get_origin(kind) is Literal:
-        named = {str(choice): choice for choice in get_args(kind)}
-        if text in named:
-            return named[str(text)]
-    elif kind in (int, float, str, Path):
-        try:
-            return kind(text)
-        except ValueError:
-            raise _WrongTypeError from None
+        return tuple(_from_text(each, word) for each, word in _parts(kind, words))
+    if len(words) == 1:
+        if get_origin(kind) is Literal:
+            named = {str(choice): choice for choice in get_args(kind)}
+            if words[0] in named:
+                return named[words[0]]
+        elif kind in (int, float, str, Path):
+            with contextlib.suppress(ValueError):
+                return kind(words[0])
     raise _WrongTypeError
 
 
@@ -385,7 +407,7 @@ def _type_text(kind: Any) -> str:  # noqa: ANN401
 def add_options(
     parser: argparse.ArgumentParser, *configs: type[Knobs], skip: Collection[str] = ()
 ) -> None:
-    """An option for each knob of these classes, under the headings of their groups.
+    """An option for each knob of these classes, under their headings.
 
     ``num_steps`` becomes --num-steps, a bool --name and --no-name, a tuple takes several words,
     and "none" stands for None. A nested class gives an option for each of its knobs, and its
@@ -400,33 +422,50 @@ def add_options(
     headings: dict[str, argparse._ActionsContainer] = {"": parser}
     for config in configs:
         for name, known in _single_knobs(config).items():
-            if name in skip or get_origin(known.type) is dict or known.type is dict:
+            if name in skip or not _has_option(known):
                 continue
-            if known.group not in headings:
-                headings[known.group] = parser.add_argument_group(known.group)
-            headings[known.group].add_argument(_option(name), **_argument(name, known))
+            if known.heading not in headings:
+                headings[known.heading] = parser.add_argument_group(known.heading)
+            headings[known.heading].add_argument(_option(name), **_argument(name, known))
 
 
-def from_options(config: type[C], options: argparse.Namespace, **known: Any) -> C:  # noqa: ANN401
-    """The class with the options that were given, and its defaults.
+def from_options(config: type[C], options: argparse.Namespace, **usual: Any) -> C:  # noqa: ANN401
+    """The class with the options that were given.
 
     Args:
         config: One that was given to ``add_options``.
         options: What the parser made of the command line.
-        known: Knobs that have no option.
+        usual: Knobs that have no option, or another default than the class has.
 
     Raises:
         KnobError: A value is of another type or out of range; names the option.
     """
-    tree = dict(known)
+    tree = dict(usual)
     try:
         for name, each in _single_knobs(config).items():
-            if name in options:
+            if name in options and _has_option(each):
                 _put(tree, name, each, getattr(options, name))
         return config.read(tree)
     except KnobError as error:
         spelt = _option(error.name) if error.name in _single_knobs(config) else error.name
         raise KnobError(spelt, error.problem) from error
+
+
+def option_names(config: type[Knobs]) -> frozenset[str]:
+    """Every spelling of the options that ``add_options`` makes of a class."""
+    knobs = _single_knobs(config)
+    negated = (f"--no-{_option(name)[2:]}" for name, each in knobs.items() if each.type is bool)
+    return frozenset([*map(_option, knobs), *negated])
+
+
+def spelt_options(values: Mapping[str, Any]) -> str:
+    """Knobs and their values, as the command line has them: ``--rho 7 --no-afs``."""
+    return " ".join(
+        ("--" if value else "--no-") + _option(name)[2:]
+        if isinstance(value, bool)
+        else f"{_option(name)} {_text(value)}"
+        for name, value in values.items()
+    )
 
 
 def _put(tree: dict[str, Any], name: str, known: Knob, given: Any) -> None:  # noqa: ANN401
@@ -455,16 +494,24 @@ def _single_knobs(config: type[Knobs], prefix: str = "", usual: object = None) -
         if _is_knobs(known.type):
             inner = _single_knobs(known.type, f"{prefix}{name}.", known.default)
             for path, each in inner.items():
-                found[path] = dataclasses.replace(each, group=each.group or known.group)
+                found[path] = dataclasses.replace(each, heading=each.heading or known.heading)
         else:
             found[prefix + name] = known
     return found
 
 
+def _has_option(known: Knob) -> bool:
+    return (get_origin(known.type) or known.type) is not dict
+
+
 def _option(name: str) -> str:
-    """``num_steps`` as --num-steps, ``schedule.rho`` as --rho, ``schedule.kind`` as --schedule."""
+    """``num_steps`` as --num-steps, ``schedule.rho`` as --rho, ``schedule.kind`` as --schedule.
+
+    ``class_``, which Python would not have without the line, is --class.
+    """
     *outer, last = name.split(".")
-    return "--" + (outer[-1] if outer and last in _CHOOSING else last).replace("_", "-")
+    word = outer[-1] if outer and last in _CHOOSING else last
+    return "--" + word.rstrip("_").replace("_", "-")
 
 
 def _argument(name: str, known: Knob) -> dict[str, Any]:
@@ -478,9 +525,9 @@ def _argument(name: str, known: Knob) -> dict[str, Any]:
     }
     if known.type is bool:
         return told | {"action": argparse.BooleanOptionalAction}
-    if get_origin(known.type) is tuple:
-        kinds = get_args(known.type)
-        told["nargs"] = "+" if kinds[-1] is Ellipsis else len(kinds)
+    kinds = get_args(known.type) if _is_union(known.type) else (known.type,)
+    if any(get_origin(kind) is tuple for kind in kinds):
+        told["nargs"] = "+"  # a wrong number of them is refused as other values are
     listed = "{" + ",".join(map(str, known.choices)) + "}" if known.choices else None
     return told | {"metavar": known.metavar or listed or _metavar(known.type)}
 

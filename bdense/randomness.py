@@ -1,8 +1,7 @@
 """Explicit random generators, one for each (seed, stream, index).
 
-Counter-based: any draw is reached without making those before it, so a resumed run, a recorded
-trajectory and a parallel worker all see the same noise. Draws are made on the CPU and moved, so
-that they do not depend on the device.
+Each draw is made without those before it, so a resumed run, a recorded trajectory and a parallel
+worker see the same noise. Draws are made on the CPU and moved: they do not depend on the device.
 """
 
 import contextlib
@@ -17,7 +16,7 @@ from bdense.errors import InputError
 
 
 class Stream(IntEnum):
-    """What a draw is for; two streams of one seed never share numbers."""
+    """The purpose of a draw; two streams of one seed never share numbers."""
 
     TRAJECTORY = 0
     EVALUATION = 1
@@ -36,27 +35,27 @@ def derive_seed(seed: int, stream: Stream, *index: int) -> int:
     """A 63-bit seed for that draw."""
     if seed < 0:
         raise InputError(f"a seed must not be negative, got {seed}")
-    # The length counts because SeedSequence takes no notice of trailing zeros.
+    # The length is included because SeedSequence ignores trailing zeros.
     sequence = np.random.SeedSequence((seed, int(stream), len(index), *index))
     return int(sequence.generate_state(1, np.uint64)[0]) >> 1
 
 
 def generator(seed: int, stream: Stream, *index: int) -> torch.Generator:
-    """A CPU generator of its own for that draw."""
+    """A new CPU generator for that draw."""
     return torch.Generator().manual_seed(derive_seed(seed, stream, *index))
 
 
 def image_noise(
     seed: int, stream: Stream, images: range, shape: tuple[int, ...], *index: int
 ) -> Tensor:
-    """[B, *shape] unit noise in which image i's depends on (seed, stream, i, index) alone."""
+    """[B, *shape] unit noise; image i depends only on (seed, stream, i, index)."""
     draws = [generator(seed, stream, i, *index) for i in images]
     return torch.stack([torch.randn(shape, generator=draw) for draw in draws])
 
 
 @contextlib.contextmanager
 def seeded(device: torch.device, seed: int, stream: Stream, *index: int) -> Iterator[None]:
-    """Give code that draws from the global generators (dropout) a state of its own."""
+    """Seed the global generators inside the context, for code that draws from them (dropout)."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive_seed(seed, stream, *index))

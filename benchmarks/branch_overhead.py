@@ -8,10 +8,9 @@ import sys
 from dataclasses import asdict, dataclass
 
 import torch
-from search.spec.study_file import read_spec
 
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.methods.trajectories import Walk
+from bdense.methods.trajectories import TrajectoryBatch
 from bdense.networks import SongUNet, SongUNetConfig
 from benchmarks.branch_pieces import GRID, K, SyntheticTrajectories, measure_pieces
 from benchmarks.common import DIGITS_STUDY, parser, publish, table
@@ -23,6 +22,7 @@ from benchmarks.timing import (
     synchronise,
     untrained_teacher,
 )
+from search.spec.file import read_spec
 
 # EDM's CIFAR-10 network with half of its channels and three blocks a level instead of four.
 CIFAR_LIKE = SongUNetConfig(
@@ -92,7 +92,7 @@ def _setting(size: str, device: torch.device) -> tuple[NetworkDenoiser, Syntheti
     shape = (batch, *teacher.image_shape)
     start = 80 * torch.randn(shape, device=device)
     states = torch.randn(GRID.num_rows, *shape, device=device)
-    return teacher, SyntheticTrajectories(Walk(start, states))
+    return teacher, SyntheticTrajectories(TrajectoryBatch(GRID, start, states))
 
 
 def _section(

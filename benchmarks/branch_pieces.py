@@ -12,7 +12,7 @@ from bdense.diffusion.branches import widen_head
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.intervals import IntervalGrid
 from bdense.methods.sfd import branch_losses, branch_states
-from bdense.methods.trajectories import Walk
+from bdense.methods.trajectories import TrajectoryBatch
 from bdense.networks import SongUNet
 from benchmarks.timing import Paired, interleave, seconds_per_call
 
@@ -25,7 +25,7 @@ PAIRS, CALLS = 15, 10
 class SyntheticTrajectories:
     """One made-up batch served again and again, so that the student's cost alone is measured."""
 
-    walk: Walk
+    walk: TrajectoryBatch
     grid: IntervalGrid = GRID
 
     @property
@@ -35,7 +35,7 @@ class SyntheticTrajectories:
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __getitem__(self, iteration: int) -> Walk:
+    def part(self, iteration: int, images: slice) -> TrajectoryBatch:
         return self.walk
 
     def describe(self) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class FreeNetwork(nn.Module):
         return self.out
 
 
-Piece = Callable[[NetworkDenoiser, Walk], Callable[[], object]]
+Piece = Callable[[NetworkDenoiser, TrajectoryBatch], Callable[[], object]]
 
 
 def measure_pieces(
@@ -80,7 +80,7 @@ def measure_pieces(
     return {name: interleave(side(make, K), side(make, 1), PAIRS) for name, make in makers.items()}
 
 
-def _head(student: NetworkDenoiser, walk: Walk) -> Callable[[], object]:
+def _head(student: NetworkDenoiser, walk: TrajectoryBatch) -> Callable[[], object]:
     head = student.model.get_submodule(student.model.head_name)
     x = walk.start
     size = (len(x), head.in_channels, *x.shape[2:])
@@ -93,20 +93,20 @@ def _head(student: NetworkDenoiser, walk: Walk) -> Callable[[], object]:
     return work
 
 
-def _loss(student: NetworkDenoiser, walk: Walk) -> Callable[[], object]:
+def _loss(student: NetworkDenoiser, walk: TrajectoryBatch) -> Callable[[], object]:
     network = FreeNetwork(student.model)
     free = NetworkDenoiser(network)  # type: ignore[arg-type]
     levels, targets = GRID.interval(1), walk.states[:K]
 
     def work() -> None:
-        losses = branch_losses(branch_states(free, walk.start, levels), targets)
+        losses = branch_losses(branch_states(free.branches, walk.start, levels), targets)
         assert network.out is not None
         torch.autograd.grad(losses.sum(), network.out)
 
     return work
 
 
-def _update(student: NetworkDenoiser, walk: Walk) -> Callable[[], object]:
+def _update(student: NetworkDenoiser, walk: TrajectoryBatch) -> Callable[[], object]:
     parameters = list(student.parameters())
     gradients = [torch.randn_like(p) for p in parameters]
     for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -26,15 +26,17 @@ from bdense.diffusion.solvers import DPMSolverPP
 from bdense.execution import PRECISIONS, Execution, exact_products
 from bdense.files import atomic_write
 from bdense.methods.recordings import TrajectoryStore
-from bdense.methods.sfd import IterationReport, SFDConfig, distill
+from bdense.methods.sfd import SFDConfig, SFDStage
 from bdense.methods.trajectories import LiveTrajectories
 from bdense.metrics.extractors import load_extractor
 from bdense.metrics.metrics import FID, measure_images
 from bdense.metrics.references import dataset_reference
 from bdense.models.cards import inherited, write_card
 from bdense.models.store import load_denoiser, save_denoiser
+from bdense.training.loop import IterationReport, train
 from bdense.training.teacher import TeacherConfig, train_teacher
 from bdense.weights.spaces import LogLinearWeights, uniform_weights
+from bdense.weights.weighting import FixedWeights
 from benchmarks.common import parser, publish, table
 from benchmarks.timing import pick_device, synchronise
 
@@ -248,9 +250,9 @@ def _students(
 ) -> None:
     teacher, facts = load_denoiser(given.folder / "teacher.safetensors")
     teacher.to(device).execute(execution)
-    training = SFDConfig(num_branches=1, images=int(1000 * given.kimg), lr=given.lr)
+    training = SFDConfig(kimg=given.kimg, batch=given.batch)
     live = LiveTrajectories(
-        teacher, GRID, DPMSolverPP(), given.batch, training.iterations(given.batch), seed=0
+        teacher, GRID, DPMSolverPP(), given.batch, training.num_updates, seed=0
     )
     store = TrajectoryStore(live, given.folder / "trajectories", "float16")
     for shard in store.missing():
@@ -291,12 +293,11 @@ def _student(
             _say(f"{name}: iteration {done.iteration + 1} of {done.iterations}, {done.loss:.2f}")
         clock.check()
 
-    config = SFDConfig(num_branches=num_branches, images=int(1000 * given.kimg), lr=given.lr)
-    branched = distill(
-        teacher,
-        store.open(),
-        config,
-        weights(num_branches),
+    config = SFDConfig(kimg=given.kimg, batch=given.batch, lr=given.lr)
+    stage = SFDStage(config=config, trajectories=store.open(), start=teacher)
+    branched = train(
+        stage,
+        FixedWeights(weights(num_branches)),
         checkpoint=given.folder / f"student-{_slug(name)}-training.safetensors",
         checkpoint_seconds=20.0,
         on_iteration=on_iteration,

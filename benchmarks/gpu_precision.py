@@ -21,14 +21,16 @@ from bdense.errors import InputError
 from bdense.execution import PRECISIONS, Execution, exact_products
 from bdense.methods.sfd import (
     SFDConfig,
+    SFDStage,
     branch_losses,
     branch_states,
-    distill,
     first_interval_without_network,
 )
 from bdense.methods.trajectories import LiveTrajectories
 from bdense.models.public import CHECKPOINTS
+from bdense.training.loop import train
 from bdense.weights.spaces import uniform_weights
+from bdense.weights.weighting import FixedWeights
 from benchmarks.common import parser, publish, table
 from benchmarks.timing import pick_device, seconds_per_iteration
 
@@ -237,7 +239,7 @@ def _first_gradient(teacher: NetworkDenoiser, states: Tensor) -> list[Tensor]:
     n = GRID.trained[0]
     x = first_interval_without_network(states[0], GRID.interval(0))
     targets = states[n * K + 1 : (n + 1) * K + 1]
-    losses = branch_losses(branch_states(student, x, GRID.interval(n)), targets)
+    losses = branch_losses(branch_states(student.branches, x, GRID.interval(n)), targets)
     losses.sum().backward()
     return [p.grad for p in student.parameters() if p.grad is not None]
 
@@ -247,11 +249,13 @@ def _norm(gradient: Sequence[Tensor]) -> float:
 
 
 def _flops(trajectories: LiveTrajectories, num_branches: int) -> int:
-    """Of one iteration of ``distill``, which is run."""
-    config = SFDConfig(num_branches=num_branches, images=trajectories.batch)
+    """Of one training iteration, which is run."""
+    config = SFDConfig(kimg=trajectories.batch / 1000)
+    start = trajectories.teacher
+    stage = SFDStage(config=config, trajectories=trajectories, start=start)
     counter = FlopCounterMode(display=False)
     with counter:
-        distill(trajectories.teacher, trajectories, config, uniform_weights()(num_branches))
+        train(stage, FixedWeights(uniform_weights()(num_branches)))
     return int(counter.get_total_flops())
 
 

@@ -16,7 +16,6 @@ from optuna.storages import RDBStorage
 from bdense.weights.spaces import normalised_weights
 from search.spec.space import search_space
 from search.spec.study import StudySpec
-from search.study.results import MeasuredFID, TrialResult
 from search.study.study import Study
 
 TABLES = ("studies", "trials", "trial_values", "trial_params", "trial_user_attributes")
@@ -89,30 +88,33 @@ def fill(study: Study, storage: RDBStorage, spec: StudySpec, count: int) -> None
 
 
 def _stored(spec: StudySpec, number: int, a: float, value: float) -> dict[str, Any]:
-    """What a trial of that slope stores."""
-    branches, seeds = spec.resolved.num_branches, {"training": 0, "evaluation": 0}
-    weights = normalised_weights(a, branches)
-    fid = {
-        "value": value,
-        "images": spec.evaluation.images,
-        "reference": "digits",
-        "reference_images": 1797,
-        "extractor": spec.evaluation.extractor,
-        "extractor_sha256": "0" * 64,
-        "nfe": spec.resolved.stages[-1].nfe,
-        "seeds": seeds,
+    """What a trial of that slope stores, as of ``search.study.results``."""
+    substeps = spec.resolved.num_branches
+    weights = normalised_weights(a, substeps)
+    return {
+        "weights": weights.values(substeps),
+        "fid": {
+            "value": value,
+            "images": spec.evaluation.images,
+            "reference": "digits",
+            "reference_images": 1797,
+            "extractor": spec.evaluation.extractor,
+            "extractor_sha256": "0" * 64,
+            "nfe": spec.resolved.stages[-1].nfe,
+            "seeds": {"training": 0, "evaluation": 0},
+        },
+        "fingerprint": spec.fingerprint(),
+        "seeds": {"training": 0, "evaluation": 0, "sampler": number},
+        "versions": {"bdense": "0.1.0", "torch": "2.13.0", "optuna": "5.0.0", "ray": "2.60.0"},
+        "timings": {
+            "student_seconds": 11.2,
+            "evaluation_seconds": 3.4,
+            "service_seconds": 0.2,
+        },
+        "student": f"{spec.name}/{number:05d}/student.safetensors",
+        "device": "x86_64 CPU, 1 threads",
+        "worker": "host:1234",
+        "a": a,
+        "b": weights.b,
+        "tries": 1,
     }
-    result = TrialResult(
-        value=value,
-        weights=weights.values(branches),
-        parameters={"a": a, "b": weights.b},
-        fid=MeasuredFID.of(fid),
-        fingerprint=spec.fingerprint(),
-        seeds={**seeds, "sampler": number},
-        versions={"bdense": "0.1.0", "torch": "2.13.0", "optuna": "5.0.0", "ray": "2.60.0"},
-        timings={"student_seconds": 11.2, "evaluation_seconds": 3.4, "service_seconds": 0.2},
-        student=f"{spec.name}/{number:05d}/student.safetensors",
-        device="x86_64 CPU, 1 threads",
-        worker="host:1234",
-    )
-    return result.attrs() | {"tries": 1}

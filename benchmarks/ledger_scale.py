@@ -16,21 +16,21 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import optuna
 import sqlalchemy as sa
 from optuna.samplers import BaseSampler
-from search.spec.study_file import read_spec
-from search.spec.study_spec import StudySpec
 from sqlalchemy.exc import OperationalError
 
 from benchmarks.common import DIGITS_STUDY, parser, publish, table
 from benchmarks.large_study import fill
 from benchmarks.servers import Server, postgres
 from search.errors import StorageError
+from search.spec.file import read_spec
 from search.spec.space import make_sampler, search_space
+from search.spec.study import Member, StudySpec
 from search.storage.engine import open_storage
 from search.storage.ledger import Claim, Ledger
 from search.study.study import Study
@@ -53,9 +53,7 @@ def main() -> None:
     """Measure what is asked for and print."""
     options = parser(__doc__)
     options.add_argument("--workers", type=int, nargs="*", default=[1, 8, 64, 256], metavar="N")
-    options.add_argument(
-        "--samplers", nargs="+", default=["random", "tpe"], choices=("random", "tpe", "gp")
-    )
+    options.add_argument("--samplers", nargs="+", default=["RandomSampler", "TPESampler"])
     options.add_argument(
         "--seconds",
         type=float,
@@ -90,12 +88,8 @@ def main() -> None:
 def _spec(sampler: str) -> StudySpec:
     """The digits study, with that sampler and a budget that nobody exhausts."""
     spec = read_spec(DIGITS_STUDY)
-    return spec.model_copy(
-        update={
-            "sampler": spec.sampler.model_copy(update={"name": sampler}),
-            "budget": spec.budget.model_copy(update={"trials": MANY}),
-        }
-    )
+    plan = replace(spec.search, sampler=Member(sampler), trials=MANY)
+    return replace(spec, plan=plan)
 
 
 def _load(server: Server, given: argparse.Namespace) -> str:
@@ -109,7 +103,7 @@ def _load(server: Server, given: argparse.Namespace) -> str:
             gc.collect()  # the connections of the row before
             _say(f"{workers} workers, {sampler}")
             times, seconds, most = _run(server, url, spec, workers, given.seconds)
-            counts = study.trials.counts()
+            counts = study.search.counts()
             assert (counts.complete, counts.running) == (len(times.tells), 0), counts
             rows.append(
                 [
@@ -147,7 +141,7 @@ def _run(
 
     def work() -> None:
         try:
-            ledger = Study.open(url, spec.name).trials
+            ledger = Study.open(url, spec.name).search
         except StorageError as error:
             times.refused.append(str(error))
             ready.abort()
@@ -221,12 +215,12 @@ it. Later ones read only what is new."""
 def _figures(url: str, trials: int) -> dict[str, float]:
     """What calls take there, in seconds, the median of some."""
     _say(f"{trials} trials in {url.partition(':')[0]}")
-    spec, random = _spec("tpe"), _spec("random")
+    spec, random = _spec("TPESampler"), _spec("RandomSampler")
     study, storage = Study.create(url, spec), open_storage(url)
     found = {"filling it by bulk SQL": _median(lambda: fill(study, storage, spec, trials))}
     for verb in ("status", "best"):
         found[f"`{verb}`, a new process"] = _median(lambda v=verb: _command(url, v), 3)
-    ledger, claims = study.trials, []
+    ledger, claims = study.search, []
     for name, of, times in (
         ("first claim of a ledger", spec, 1),
         ("claim by TPE, warm", spec, 10),
@@ -245,7 +239,7 @@ def _figures(url: str, trials: int) -> dict[str, float]:
 
 def _gp(server: Server, sizes: Sequence[int]) -> str:
     """The Gaussian process, whose cost grows with the cube of the trials."""
-    spec, rows = _spec("gp"), []
+    spec, rows = _spec("GPSampler"), []
     for trials in sizes:
         _say(f"GP at {trials} trials")
         url = server.new_database()
@@ -262,13 +256,13 @@ The very first one imports torch. The study's lock is held meanwhile: other work
 
 
 def _one(study: Study, spec: StudySpec) -> None:
-    _tell(study.trials, _claim(study.trials, spec))
+    _tell(study.search, _claim(study.search, spec))
 
 
 def _limit() -> str:
     """How many workers a server takes that has its default number of connections."""
     _say(f"the limit of {DEFAULT_CONNECTIONS} connections")
-    spec = _spec("random")
+    spec = _spec("RandomSampler")
     held: list[Study] = []
     with postgres(DEFAULT_CONNECTIONS) as server:
         url = server.new_database()
@@ -299,7 +293,7 @@ def _joins(url: str, spec: StudySpec, held: list[Study]) -> str | None:
         study = Study.open(url, spec.name)
     except StorageError as error:
         return str(error).partition("failed: ")[2].partition(";")[0]
-    if _asked_within(lambda: _claim(study.trials, spec), 5.0) is None:
+    if _asked_within(lambda: _claim(study.search, spec), 5.0) is None:
         return "(no answer to its claim within 5 s: the claim's second connection is refused)"
     held.append(study)
     return None
@@ -316,7 +310,7 @@ def _asked_within(call: Callable[[], object], seconds: float) -> object:
 
 def _ride(url: str, spec: StudySpec, held: list[Study]) -> float:
     """Seconds that a claim takes of a full server, some of whose clients end after 3 s."""
-    late = held[-1].trials
+    late = held[-1].search
     late._storage.engine.dispose()
     engine = sa.create_engine(url, poolclass=sa.NullPool)
     others = []
@@ -342,7 +336,7 @@ def _tell(ledger: Ledger, claim: Claim) -> None:
 
 def _command(url: str, verb: str) -> None:
     subprocess.run(
-        [sys.executable, "-m", "search.cli", verb, _spec("tpe").name],
+        [sys.executable, "-m", "search.cli", verb, _spec("TPESampler").name],
         env={**os.environ, "BDENSE_STORAGE": url},
         cwd=Path(__file__).parents[1],
         check=True,

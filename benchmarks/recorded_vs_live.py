@@ -5,11 +5,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from search.spec.study_file import read_spec
-from search.spec.study_spec import StudySpec
-from search.worker.engine import student_grid, teacher_solver, training_config
-
 from bdense.methods.recordings import TrajectoryStore
+from bdense.methods.sfd import SFDConfig
 from bdense.methods.trajectories import LiveTrajectories
 from benchmarks.common import DIGITS_STUDY, parser, publish, table
 from benchmarks.timing import (
@@ -20,6 +17,8 @@ from benchmarks.timing import (
     seconds_per_iteration,
     untrained_teacher,
 )
+from search.spec.file import read_spec
+from search.spec.study import StudySpec
 
 
 def main() -> None:
@@ -38,15 +37,16 @@ def main() -> None:
 
     spec = read_spec(given.study)
     device = pick_device(spec.resources.threads)
+    config = SFDConfig.read(spec.method.options)
     live = LiveTrajectories(
         teacher=untrained_teacher(spec, device),
-        grid=student_grid(spec),
-        solver=teacher_solver(spec),
-        batch=spec.budget.batch,
+        grid=config.grid,
+        solver=config.make_solver(),
+        batch=config.batch,
         count=given.iterations + 1,
         seed=spec.seeds.training,
     )
-    substeps = spec.student.substeps
+    substeps = config.substeps
     with tempfile.TemporaryDirectory() as folder:
         live[0]  # the first use of a network is slow and belongs to neither side
         started = time.perf_counter()
@@ -73,7 +73,7 @@ def _body(
     walked = live.solver.nfe(grid.num_intervals * grid.substeps)
     # Forward and backward cost about three forwards.
     student = 3 * len(grid.trained)
-    iterations = training_config(spec, 1).iterations(live.batch)
+    iterations = spec.resolved.stages[0].num_updates
     saved = training.difference * iterations
     pays_after = math.ceil(recording * iterations / saved) if saved > 0 else None
     sides = zip(("live", "recorded"), training.seconds, serving.seconds, strict=True)

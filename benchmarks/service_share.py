@@ -76,7 +76,7 @@ def _run(recipe: Path, trials: int, teacher_kimg: float) -> tuple[list[TrialTime
     """Launch the recipe with a smaller teacher in a folder of its own, as a user would."""
     spec = yaml.safe_load(recipe.read_text())
     spec["name"] = "service-share"
-    spec["budget"]["trials"] = trials
+    spec["plan"]["trials"] = trials
     spec["teacher"]["train"]["kimg"] = teacher_kimg
     with tempfile.TemporaryDirectory() as folder:
         runs, study = Path(folder) / "runs", Path(folder) / "service-share.yaml"

@@ -10,13 +10,15 @@ import torch
 
 from bdense.data.datasets import load_dataset
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.methods.sfd import IterationReport, SFDConfig, distill
+from bdense.methods.sfd import SFDConfig, SFDStage
 from bdense.methods.trajectories import Trajectories
+from bdense.training.loop import IterationReport, train
 from bdense.training.teacher import new_denoiser
 from bdense.weights.spaces import uniform_weights
+from bdense.weights.weighting import FixedWeights
 
 if TYPE_CHECKING:
-    from search.spec.study_spec import StudySpec
+    from search.spec.study import StudySpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ def seconds_per_call(call: Callable[[], object], calls: int, device: torch.devic
 def seconds_per_iteration(
     teacher: NetworkDenoiser, trajectories: Trajectories, num_branches: int, iterations: int
 ) -> float:
-    """Mean over a block of training iterations of ``distill``, after one that does not count.
+    """Mean over a block of SFD's training iterations, after one that does not count.
 
     Args:
         teacher: The student starts from it.
@@ -94,17 +96,16 @@ def seconds_per_iteration(
         synchronise(device)
         stamps.append(time.perf_counter())
 
-    images = (iterations + 1) * trajectories.batch
-    config = SFDConfig(num_branches=num_branches, images=images)
-    weights = uniform_weights()(num_branches)
-    distill(teacher, trajectories, config, weights, on_iteration=on_iteration)
+    kimg = (iterations + 1) * trajectories.batch / 1000
+    stage = SFDStage(config=SFDConfig(kimg=kimg), trajectories=trajectories, start=teacher)
+    train(stage, FixedWeights(uniform_weights()(num_branches)), on_iteration=on_iteration)
     return (stamps[-1] - stamps[0]) / iterations
 
 
 def untrained_teacher(spec: "StudySpec", device: torch.device) -> NetworkDenoiser:
     """The study's network with its initial weights, which cost what trained ones do."""
     # Here: the engine is timed on machines that have nothing of the service.
-    from search.worker.engine import teacher_config
+    from search.spec.resolve import teacher_config
 
     if spec.teacher.train is None:
         raise SystemExit(f"study {spec.name} has no teacher.train; choose one that trains its own")

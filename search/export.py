@@ -18,7 +18,6 @@ from bdense.networks.diffusers_unet import DiffusersUNet
 from search.analysis.comparison import comparisons_of, table_rows, teacher_of
 from search.analysis.confirmation import CONFIRM_SUFFIX, verdict
 from search.report.overview import overview_of
-from search.report.render import DPI, picture
 from search.storage.ledger import Ledger
 from search.storage.rows import StoredTrial
 from search.study.arms import ArmRow
@@ -270,11 +269,8 @@ def _student(study: Study, ledger: Ledger, trial: StoredTrial, nfe: int | None) 
 
 def _pictures(study: Study, trial: StoredTrial, path: Path) -> dict[str, Picture]:
     """The figure, and each arm's first images at that stage, from the same latents."""
-    charts = overview_of(study).charts()
-    pictures: dict[str, Picture] = {}
-    if charts:
-        figure = picture(charts[0])
-        pictures[FIGURE] = lambda path: figure.savefig(path, format="png", dpi=DPI)
+    plots = overview_of(study).plots()
+    pictures: dict[str, Picture] = {FIGURE: plots[0].save} if plots else {}
     own, arms = ArmRow.of(trial.params), study.arms
     grid_name = GRID if path.stem == "student" else f"{path.stem}-{GRID}"
     for other in _complete_rows(study.main):

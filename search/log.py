@@ -1,5 +1,5 @@
-"""The service's own log, on stderr: text for people, or with ``BDENSE_LOG=json`` a JSON object a
-line, which says of what study, trial and attempt it speaks.
+"""The service's log on stderr: text, or with ``BDENSE_LOG=json`` a JSON object per line that names
+study, trial and attempt.
 """
 
 import contextlib
@@ -19,26 +19,26 @@ from search.storage.engine import redact
 
 LOG = "BDENSE_LOG"
 TEXT, JSON = "text", "json"
-# Attributes of a record that were given by ``extra=``, which is kept apart under this name.
+# Name of the record's attribute with what was given by ``extra=``.
 FIELDS = "fields"
 _KEYS = ("study", "trial", "attempt")
 
 _log = logging.getLogger(__name__)
 
-# Of this thread, and of those that copy its context.
+# Of this thread and of threads that copy its context.
 _about: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar(
     "about", default=MappingProxyType({})
 )
 
 
 def about(**keys: Any) -> None:  # noqa: ANN401  JSON-able
-    """What this thread's records are about from now on: study, trial, attempt."""
+    """Set study, trial or attempt of this thread's records from now on."""
     _about.set({**_about.get(), **keys})
 
 
 @contextlib.contextmanager
 def speaking_of(**keys: Any) -> Iterator[None]:  # noqa: ANN401  JSON-able
-    """What this thread's records are about within the block."""
+    """Set study, trial or attempt of this thread's records inside the block."""
     token = _about.set({**_about.get(), **keys})
     try:
         yield
@@ -47,7 +47,7 @@ def speaking_of(**keys: Any) -> Iterator[None]:  # noqa: ANN401  JSON-able
 
 
 def spoken_of() -> dict[str, Any]:
-    """What this thread's records are about."""
+    """Study, trial and attempt of this thread's records."""
     return dict(_about.get())
 
 
@@ -55,19 +55,16 @@ def is_json() -> bool:
     """Whether the log is JSON.
 
     Raises:
-        InputError: ``BDENSE_LOG`` says neither.
+        InputError: ``BDENSE_LOG`` has another value.
     """
     given = os.environ.get(LOG) or TEXT
     if given not in (TEXT, JSON):
-        raise InputError(f"{LOG}={given} is no form of the log; set it to {TEXT} or {JSON}")
+        raise InputError(f"{LOG}={given} is unknown; set it to {TEXT} or {JSON}")
     return given == JSON
 
 
 def start_logging() -> None:
-    """Log to stderr as ``BDENSE_LOG`` says, from now on.
-
-    As text warnings alone, as JSON what happens to trials too.
-    """
+    """Start logging to stderr as ``BDENSE_LOG`` says: text has warnings only, JSON all events."""
     root = logging.getLogger()
     as_json = is_json()
     handler = next((each for each in root.handlers if isinstance(each, _Handler)), None)
@@ -80,10 +77,7 @@ def start_logging() -> None:
 
 
 def say(line: str, stream: TextIO | None = None) -> None:
-    """A line for whoever started the command: on ``stream``, or in the log where that is JSON.
-
-    The stream is stderr where none is given.
-    """
+    """Print a line for the user: on ``stream`` (None: stderr), or in the log if that is JSON."""
     with contextlib.suppress(InputError):
         if is_json():
             _log.info(line.strip())
@@ -94,27 +88,27 @@ def say(line: str, stream: TextIO | None = None) -> None:
 
 
 class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to what is stderr at the time, and remembers what each record is about."""
+    """Writes to the current stderr and notes study, trial and attempt of each record."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
 
     @property
     def stream(self) -> TextIO:  # type: ignore[override]
-        """Where to."""
+        """The current stderr."""
         return sys.stderr
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """All of them; here still in the thread that speaks."""
+        """Let every record pass; called in the thread that logs."""
         record.about = spoken_of()
         return super().filter(record)
 
 
 class Text(logging.Formatter):
-    """Lines for people, without passwords, those of exceptions included."""
+    """Text lines and tracebacks without passwords."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """As logging has it."""
+        """The formatted record."""
         return redact(super().format(record))
 
 
@@ -122,7 +116,7 @@ class JsonLines(logging.Formatter):
     """One JSON object a record: time, level, logger, study, trial, attempt, message, fields."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Without a newline, whatever the message holds, and without passwords."""
+        """One line without passwords."""
         own: Mapping[str, Any] = getattr(record, "about", None) or spoken_of()
         entry: dict[str, Any] = {
             "time": timestamp(record.created),
@@ -137,13 +131,13 @@ class JsonLines(logging.Formatter):
 
 
 def json_line(entry: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
-    """One JSON object without passwords: the entry, and fields under names that it leaves."""
+    """One JSON object without passwords: the entry, and fields that it does not have."""
     rest = {key: value for key, value in fields.items() if key not in entry}
     return json.dumps(_plain({**entry, **rest}), allow_nan=False)
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401  whatever is logged
-    """As JSON has it; what it has no number for is a word: nan, inf."""
+    """A value for JSON; nan and inf become words."""
     if isinstance(value, float):
         return value if math.isfinite(value) else str(float(value))
     if value is None or isinstance(value, (bool, int)):

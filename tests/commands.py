@@ -2,15 +2,23 @@
 
 import contextlib
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from bdense.cli import main
+from bdense.data.datasets import load_dataset
+from bdense.methods import METHODS
+from bdense.methods.distill import distill as distill_stages
+from bdense.methods.method import Inputs
 from bdense.models.store import denoiser_sha256, load_denoiser
+from bdense.weights.weighting import BranchWeighting
 
 TINY = ("--channels", 8, "--mult", 1, 2, "--batch", 32, "--kimg", 0.128)
 DIGITS = ("--extractor", "digits-classifier")
 SHORT = ("--kimg", 0.064, "--batch", 32, "--lr", 1e-3)
+# The config that SHORT asks for.
+SHORT_CONFIG = {"kimg": 0.064, "batch": 32, "lr": 1e-3}
 
 
 @dataclass
@@ -52,3 +60,26 @@ def distill(teacher: Path, path: Path, *options: object) -> str:
     """Hash of a student made anew."""
     done("distill", teacher, *SHORT, *options, "--out", path)
     return denoiser_sha256(load_denoiser(path)[0])
+
+
+def distilled(
+    method: str,
+    teacher: Path,
+    weighting: Callable[[], BranchWeighting],
+    *,
+    folder: Path | None = None,
+    seed: int = 0,
+    **config: object,
+) -> list[str]:
+    """Hashes of the students of each stage, by the library."""
+    made, (model, known) = METHODS[method](), load_denoiser(teacher)
+    dataset = load_dataset("digits") if made.needs_data else None
+    stages = distill_stages(
+        made,
+        model,
+        made.Config.read(config),
+        weighting,
+        Inputs(dataset=dataset, seed=seed, known=known),
+        folder=folder,
+    )
+    return [denoiser_sha256(each.student) for each in stages]

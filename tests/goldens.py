@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,17 @@ SFD = GOLDENS / "sfd"
 PD = GOLDENS / "pd"
 
 
-def discover(pattern: str, folder: Path = SFD) -> list[Any]:
-    """Test parameters, one for each file that matches; a skip with its reason where none does."""
-    found = sorted(folder.glob(pattern))
+def discover(
+    pattern: str, folder: Path = SFD, *, where: Callable[[Path], bool] = lambda path: True
+) -> list[Any]:
+    """Test parameters, one for each file that matches; a skip with its reason where none does.
+
+    Args:
+        pattern: Of the name.
+        folder: Where to look.
+        where: What the file must be like besides, such as by its ``settings``.
+    """
+    found = [path for path in sorted(folder.glob(pattern)) if where(path)]
     if not found:
         reason = f"no golden file {folder.name}/{pattern} under BDENSE_GOLDENS={GOLDENS}"
         return [pytest.param(None, marks=pytest.mark.skip(reason=reason), id=pattern)]

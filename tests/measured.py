@@ -7,6 +7,7 @@ import shutil
 import signal
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,8 @@ def search(
     One that exists is extended by those that it lacks.
     """
     study = study or normalised()
-    plan = study.search.model_copy(update={"trials": max(1, len(trials))})
-    study = study.model_copy(update={"plan": plan})
+    plan = replace(study.search, trials=max(1, len(trials)))
+    study = replace(study, plan=plan)
     record = Study.create(url, study)
     finish(record, lambda arm, _: plain if arm.baseline == "plain" else uniform)
     for params, value in trials[record.search.counts().complete :]:

@@ -26,10 +26,20 @@ from search.study.artifacts import (
 )
 from tests.studies import spec
 
+SERVERS = ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)]
+
 
 @pytest.fixture
-def ledger(tmp_path) -> Ledger:
-    return Ledger.open(f"sqlite:///{tmp_path / 'study.db'}", "digits", budget=3)
+def url(tmp_path, request) -> str:
+    """Of a database on SQLite, or on the server that a test names."""
+    if getattr(request, "param", "sqlite") == "postgres":
+        return request.getfixturevalue("postgres").new_database()
+    return f"sqlite:///{tmp_path / 'study.db'}"
+
+
+@pytest.fixture
+def ledger(url) -> Ledger:
+    return Ledger.open(url, "digits", budget=3)
 
 
 @pytest.fixture
@@ -71,15 +81,9 @@ def test_attached_again_it_is_still_one(ledger, grid, tmp_path):
     assert [path.name for path in (tmp_path / "artifacts").iterdir()] == [first["samples.png"]]
 
 
-@pytest.mark.parametrize(
-    "server", ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)]
-)
-def test_two_workers_at_once_attach_it_once(server, request, grid, tmp_path):
+@pytest.mark.parametrize("url", SERVERS, indirect=True)
+def test_two_workers_at_once_attach_it_once(url, ledger, grid, tmp_path):
     """One was frozen and thaws while its adopter is at the same place."""
-    url = f"sqlite:///{tmp_path / 'study.db'}"
-    if server == "postgres":
-        url = request.getfixturevalue("postgres").new_database()
-    ledger = Ledger.open(url, "digits", budget=3)
     trial_id, store = claim(ledger).trial_id, FolderStore(tmp_path / "artifacts")
     together, found = threading.Barrier(4), []
 
@@ -138,18 +142,12 @@ class HangingStore(FolderStore):
         super().write(artifact_id, content_body)
 
 
-@pytest.mark.parametrize(
-    "server", ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)]
-)
+@pytest.mark.parametrize("url", SERVERS, indirect=True)
 def test_a_store_that_hangs_holds_up_nobody_and_is_not_waited_for_for_ever(
-    server, request, grid, tmp_path, monkeypatch
+    url, ledger, grid, tmp_path, monkeypatch
 ):
-    url = f"sqlite:///{tmp_path / 'study.db'}"
-    if server == "postgres":
-        url = request.getfixturevalue("postgres").new_database()
-    ledger = Ledger.open(url, "digits", budget=3)
     trial_id, store = claim(ledger).trial_id, HangingStore(tmp_path / "artifacts")
-    monkeypatch.setattr(artifacts, "PATIENCE_SECONDS", 5.0)
+    monkeypatch.setattr(artifacts, "PATIENCE_SECONDS", 2.0)
     errors = []
 
     def work() -> None:
@@ -166,8 +164,8 @@ def test_a_store_that_hangs_holds_up_nobody_and_is_not_waited_for_for_ever(
         assert thread.is_alive()
     thread.join()
     store.back.set()
-    expected = "the store of artifacts has not answered for 5 seconds; check BDENSE_ARTIFACTS"
-    assert errors == [expected]
+    (said,) = errors
+    assert "has not answered for 2 seconds; check BDENSE_ARTIFACTS" in said
     assert len(metas(ledger, trial_id)) == 1
 
 
@@ -220,8 +218,8 @@ def test_the_place_is_a_folder_under_the_runs(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("place", "says"),
     [
-        ("gs://bucket", "no known form; give a folder, or s3://"),
-        ("s3:///", "names no bucket; give s3://"),
+        ("gs://bucket", "gs://bucket .* give a folder, or s3://"),
+        ("s3:///", "no bucket; give s3://"),
     ],
 )
 def test_a_place_of_no_known_form_is_refused(monkeypatch, place, says):

@@ -166,7 +166,7 @@ def test_a_foreign_safetensors_file_is_named(path):
 def test_a_header_of_another_version_is_refused(path, header):
     path.parent.mkdir()
     save_file({"weight": torch.zeros(2)}, path, metadata={"bdense": header})
-    with pytest.raises(CheckpointError, match="a format this version does not read; upgrade"):
+    with pytest.raises(CheckpointError, match=r"format of .*upgrade"):
         load_tensors(path)
 
 
@@ -293,10 +293,8 @@ def test_who_waits_long_for_a_lock_is_told_who_holds_it(tmp_path, monkeypatch, c
     with file_lock(lock):
         assert lock.read_text() == f"{platform.node()}:{os.getpid()}\n"
     assert holder.wait(30) == 0
-    assert caplog.messages == [
-        f"waiting for the lock {lock}, which {platform.node()}:{holder.pid} holds; if that "
-        "process was stopped (Ctrl-Z), let it go on or end it"
-    ]
+    (message,) = caplog.messages
+    assert f"the lock {lock}, held by {platform.node()}:{holder.pid};" in message
 
 
 def test_a_full_disk_keeps_nobody_from_a_lock(tmp_path):

@@ -1,4 +1,4 @@
-"""``bdense progressive``, and drawing from teachers of VP processes, through the command line."""
+"""Progressive distillation, and drawing from teachers of VP processes, by the command line."""
 
 import json
 import re
@@ -9,30 +9,24 @@ import pytest
 import torch
 from PIL import Image
 
-import bdense.verbs.drawing
-import bdense.verbs.progressive
-from bdense.data.datasets import load_dataset
+import bdense.verbs.distill
+import bdense.verbs.fid
+from bdense.cli import make_parser
 from bdense.diffusion.ddpm import DDPMSchedule
-from bdense.diffusion.intervals import IntervalGrid
 from bdense.diffusion.preconditioning import native_schedule
 from bdense.diffusion.sampling import draw_images, samplers_from
-from bdense.diffusion.schedules import Schedule
-from bdense.diffusion.solvers import DPMSolverPP
 from bdense.diffusion.vp import CosineSchedule
-from bdense.methods.distill import distill
-from bdense.methods.method import Inputs
-from bdense.methods.progressive import PDConfig, Progressive, pd_sampler
-from bdense.methods.trajectories import LiveTrajectories
+from bdense.knobs import from_options
+from bdense.methods.progressive import PDConfig, pd_sampler
 from bdense.models.store import denoiser_sha256, load_denoiser
 from bdense.weights.weighting import FixedWeights
-from tests.commands import DIGITS, SHORT, TINY, done, refused
+from tests.commands import DIGITS, SHORT, SHORT_CONFIG, TINY, distilled, done, refused
 from tests.commands import bdense as command
-from tests.small import sfd
 
-ROUND = ("--updates", 2, "--batch", 8, "--lr", 1e-3)
+PD = ("--method", "progressive")
+ROUND = (*PD, "--updates", 2, "--batch", 8, "--lr", 1e-3)
 STEPS = ("--steps", 8, "--until", 2)
-CONFIG = {"steps": 8, "until": 2, "updates": 2, "batch": 8, "lr": 1e-3}
-HALVES = torch.tensor([0.5, 0.5], dtype=torch.float64)
+CONFIG = {"updates": 2, "batch": 8, "lr": 1e-3}
 
 
 @pytest.fixture(scope="module")
@@ -69,31 +63,23 @@ def edm(folder) -> Path:
 def chain(folder, teacher) -> Path:
     """8 -> 4 -> 2."""
     out = folder / "chain"
-    lines = done("progressive", teacher, *STEPS, *ROUND, "--out", out).splitlines()
-    files = [out / f"{steps:05d}.safetensors" for steps in (4, 2)]
-    assert lines == [f"4 steps: {files[0]}", f"2 steps: {files[1]}", str(files[1])]
+    lines = done("distill", teacher, *STEPS, *ROUND, "--out", out).splitlines()
+    assert lines == [f"{steps} steps: {out / f'{steps:05d}.safetensors'}" for steps in (4, 2)]
     return out
 
 
-def by_hand(
+def by_library(
     path: Path,
     folder: Path,
-    last: int = 2,
     *,
-    weights: torch.Tensor = HALVES,
-    **knobs,
+    weights: FixedWeights | None = None,
+    num_branches: int = 2,
+    **config: object,
 ) -> list[str]:
-    """Hashes of the students of 8 -> .. -> ``last``, by the library."""
-    first = load_denoiser(path)[0]
-    rounds = distill(
-        Progressive(),
-        first,
-        PDConfig(**CONFIG | {"until": last} | knobs),
-        lambda: FixedWeights(weights),
-        Inputs(dataset=load_dataset("digits")),
-        folder=folder,
-    )
-    return [denoiser_sha256(done.student) for done in rounds]
+    """Hashes of the students of 8 -> 4 -> 2, with uniform weights."""
+    given = weights or FixedWeights(torch.ones(num_branches, dtype=torch.float64))
+    knobs = {"steps": 8, "until": 2, **CONFIG, **config}
+    return distilled("progressive", path, lambda: given, folder=folder, **knobs)
 
 
 def hashes(folder: Path, *steps: int) -> list[str]:
@@ -113,17 +99,17 @@ def drawn(path: Path, model: Path, *options: object) -> torch.Tensor:
 
 
 def test_a_chain_is_the_librarys(chain, teacher, tmp_path):
-    assert hashes(chain, 4, 2) == by_hand(teacher, tmp_path)
+    assert hashes(chain, 4, 2) == by_library(teacher, tmp_path)
     student, metadata = load_denoiser(chain / "00002.safetensors")
     parent = load_denoiser(teacher)[0]
     assert student.describe() == parent.describe()
     assert samplers_from(metadata) == [pd_sampler(CosineSchedule(), 2)]
-    assert (metadata["kind"], metadata["method"]) == ("student", "pd-bdense")
+    assert metadata["kind"] == "student"
     assert (metadata["weights"], metadata["data"]) == ([0.5, 0.5], "digits")
     assert metadata["teacher"] == "cosine.safetensors"
     assert metadata["teacher_sha256"] == denoiser_sha256(parent)
     assert metadata["precision"] == "float32"
-    assert metadata["training"] | {"updates": 2, "lr": 1e-3, "batch": 8} == metadata["training"]
+    assert metadata["training"] | CONFIG == metadata["training"]
     assert "| sampler | 2 DDIM steps, cosine" in (chain / "00002.md").read_text()
 
 
@@ -131,12 +117,11 @@ def test_every_round_is_measured_as_fid_measures_it(chain, teacher, tmp_path, sh
     """The teacher first; each file's own sampler and latents, the same conditions."""
     measure = (*DIGITS, "--images", 32, "--cache", shared_cache)
     out = tmp_path / "chain"
-    made = ("progressive", teacher, *STEPS, *ROUND, *measure, "--out", out)
+    made = ("distill", teacher, *STEPS, *ROUND, *measure, "--out", out)
     lines = done(*made).splitlines()
     assert lines[::2] == [
-        f"8 steps: {teacher}",
+        f"teacher: {teacher}",
         *(f"{steps} steps: {out / f'{steps:05d}.safetensors'}" for steps in (4, 2)),
-        str(out / "00002.safetensors"),
     ]
     fids = [json.loads(line) for line in lines[1::2]]
     native = ("--schedule", "native", "--solver", "ddim", "--nfe", 8, "--no-afs")
@@ -158,13 +143,13 @@ def test_an_interrupted_chain_carries_on(chain, teacher, tmp_path, shared_cache,
     """Without training or measuring again what is there."""
     out, drawings = tmp_path / "chain", []
     measure = (*DIGITS, "--images", 8, "--cache", shared_cache)
-    made = ("progressive", teacher, *STEPS, *ROUND, *measure, "--out", out)
+    made = ("distill", teacher, *STEPS, *ROUND, *measure, "--out", out)
 
     def draw(model, sampler, count, **options):
         drawings.append(sampler.num_intervals)
         return draw_images(model, sampler, count, **options)
 
-    monkeypatch.setattr(bdense.verbs.drawing, "draw_images", draw)
+    monkeypatch.setattr(bdense.verbs.fid, "draw_images", draw)
     trained = []
 
     def interrupt(self, plan, report):
@@ -173,7 +158,7 @@ def test_an_interrupted_chain_carries_on(chain, teacher, tmp_path, shared_cache,
             raise KeyboardInterrupt
 
     with monkeypatch.context() as during:
-        during.setattr(bdense.verbs.progressive._Rounds, "__call__", interrupt)
+        during.setattr(bdense.verbs.distill._StageProgress, "__call__", interrupt)
         answer = command(*made)
     assert answer.status == 130
     assert "interrupted; run the same command again to continue" in answer.err
@@ -189,36 +174,25 @@ def test_an_interrupted_chain_carries_on(chain, teacher, tmp_path, shared_cache,
     assert "is a student of another run (differs in: config.lr); give this run a folder" in line
 
 
-def test_options_are_the_librarys_and_the_usual_ones_the_references(
-    teacher, tmp_path, monkeypatch
-):
-    asked = []
+def test_options_are_the_configs():
+    def config(*arguments: object) -> PDConfig:
+        given = ["distill", "teacher", *map(str, (*PD, *arguments)), "--out", "x"]
+        return from_options(PDConfig, make_parser(given).parse_args(given))
 
-    def note(method, model, config, weighting, inputs, **_):
-        asked.append((config, weighting().weights().tolist(), inputs.seed))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(bdense.verbs.progressive, "distill", note)
-    made = ("progressive", teacher, "--out", tmp_path / "chain")
-    every = (
-        *("--substeps", 3, "--updates", 7, "--batch", 9, "--lr", 0.1, "--constant-lr"),
-        *("--optimizer", "adamw", "--weight-decay", 0.2, "--clip-norm", 0.3, "--loss", "v"),
-        *("--clip-targets", "--weights-space", "state", "--dropout", "--flip", "--seed", 4),
-        *("--prediction", "sample", "--clip-samples", "--schedule", "logsnr", "--sigma-min", 0.1),
+    assert config(*STEPS) == PDConfig(steps=8, until=2)
+    assert config(*STEPS, "--clip-norm", "none") == PDConfig(steps=8, until=2, clip_norm=None)
+    every = config(
+        *("--steps", 9, "--until", 1, "--substeps", 3, "--updates", 7, "--batch", 9),
+        *("--lr", 0.1, "--lr-schedule", "constant", "--optimizer", "adamw"),
+        *("--weight-decay", 0.2, "--clip-norm", 0.3, "--loss", "v", "--clip-targets"),
+        *("--weights-space", "state", "--dropout", "--flip", "--prediction-type", "sample"),
+        *("--clip-samples", "--schedule", "logsnr", "--sigma-min", 0.1),
     )
-    for options in (
-        STEPS,
-        (*STEPS, "--method", "pd", "--clip-norm", "inf"),
-        ("--steps", 9, "--until", 1, *every),
-    ):
-        assert command(*made, *options).status == 130
-    assert asked[0] == (PDConfig(steps=8, until=2), [1.0, 1.0], 0)
-    assert asked[1] == (PDConfig(steps=8, until=2, clip_norm=None), [1.0], 0)
-    train = PDConfig(
+    assert every == PDConfig(
         steps=9,
         until=1,
-        updates=7,
         substeps=3,
+        updates=7,
         batch=9,
         lr=0.1,
         lr_schedule="constant",
@@ -235,7 +209,6 @@ def test_options_are_the_librarys_and_the_usual_ones_the_references(
         schedule="logsnr",
         sigma_min=0.1,
     )
-    assert asked[2] == (train, [1.0] * 3, 4)
 
 
 @pytest.mark.parametrize(
@@ -244,31 +217,26 @@ def test_options_are_the_librarys_and_the_usual_ones_the_references(
         (("--a", 1.386294, "--b", -4.274), [0.2, 0.8]),
         (("--a", 1.386294), [0.2, 0.8]),
         (("--a", -0.6931472), [2 / 3, 1 / 3]),
-        (("--method", "pd"), [1.0]),
+        (("--plain",), [1.0]),
     ],
 )
 def test_weights_have_the_sum_1(teacher, tmp_path, options, weights):
     """Whatever b: a clipped gradient would see it."""
     out = tmp_path / "chain"
-    short = ("--steps", 8, "--until", 4, *ROUND)
-    done("progressive", teacher, *short, *options, "--out", out)
-    metadata = load_denoiser(out / "00004.safetensors")[1]
-    assert metadata["weights"] == pytest.approx(weights, abs=1e-6)
-    exact = torch.tensor(metadata["weights"], dtype=torch.float64)
-    assert hashes(out, 4) == by_hand(teacher, tmp_path / "x", 4, weights=exact)
-    assert metadata["method"] == ("pd" if len(weights) == 1 else "pd-bdense")
+    done("distill", teacher, "--steps", 8, "--until", 4, *ROUND, *options, "--out", out)
+    assert load_denoiser(out / "00004.safetensors")[1]["weights"] == pytest.approx(
+        weights, abs=1e-6
+    )
 
 
 def test_a_teacher_of_noise_is_converted_first(ddpm, tmp_path):
     """It is conditional too, and walks the 64 times that it was trained at."""
     out = tmp_path / "chain"
-    change = ("--prediction", "v_prediction", "--clip-samples", "--flip")
-    lines = done("progressive", ddpm, *STEPS, *ROUND, *change, "--out", out).splitlines()
-    assert [line.split(":")[0] for line in lines[:3]] == ["8 steps", "4 steps", "2 steps"]
-    expected = by_hand(
-        ddpm, tmp_path / "x", flip=True, prediction_type="v_prediction", clip_samples=True
-    )
-    assert hashes(out, 8, 4, 2) == expected
+    change = ("--prediction-type", "v_prediction", "--clip-samples", "--flip")
+    lines = done("distill", ddpm, *STEPS, *ROUND, *change, "--out", out).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["8 steps", "4 steps", "2 steps"]
+    knobs = {"prediction_type": "v_prediction", "clip_samples": True, "flip": True}
+    assert hashes(out, 8, 4, 2) == by_library(ddpm, tmp_path / "x", **knobs)
     student, metadata = load_denoiser(out / "00002.safetensors")
     assert (student.precond.prediction_type, student.label_dim) == ("v_prediction", 10)
     (sampler,) = samplers_from(metadata)
@@ -281,26 +249,26 @@ def test_a_teacher_of_noise_is_converted_first(ddpm, tmp_path):
 
 def test_a_teacher_without_a_process_is_given_levels(edm, tmp_path):
     out = tmp_path / "chain"
-    made = ("progressive", edm, *STEPS, *ROUND, "--out", out)
+    made = ("distill", edm, *STEPS, *ROUND, "--out", out)
     assert refused(command(*made)) == (
         "a network with precond='edm' was trained on no VP process; choose a schedule"
     )
     done(*made, "--schedule", "polynomial", "--rho", 5)
-    assert hashes(out, 4, 2) == by_hand(edm, tmp_path / "x", schedule="polynomial", rho=5.0)
+    wanted = by_library(edm, tmp_path / "x", schedule="polynomial", rho=5.0)
+    assert hashes(out, 4, 2) == wanted
 
 
 def test_a_student_is_distilled_further_on_its_own_levels(chain, teacher, tmp_path):
     """In a chain of its own, which ends as a chain that had gone on would."""
     path, out = chain / "00002.safetensors", tmp_path / "more"
-    made = ("progressive", path, *ROUND, "--out", out)
+    made = ("distill", path, *ROUND, "--out", out)
     done(*made, "--steps", 2, "--until", 1)
-    expected = by_hand(teacher, tmp_path / "whole", 1)
+    expected = by_library(teacher, tmp_path / "whole", until=1)
     assert hashes(out, 1) == expected[-1:]
-    done(*made, "--steps", 2, "--until", 1, "--schedule", "native")
     line = refused(command(*made, "--steps", 8, "--until", 4))
-    assert "is a student of 2 steps at cosine levels, even in time, which knows those" in line
+    assert "is a student of 2 steps at cosine levels, even in time" in line
     line = refused(command(*made, "--steps", 2, "--until", 1, "--schedule", "polynomial"))
-    assert "the first round begins with 2 steps at polynomial levels" in line
+    assert "which knows those alone" in line
 
 
 # ---- drawing ----
@@ -339,39 +307,30 @@ def test_a_student_draws_as_it_was_distilled_to(chain, tmp_path):
 
 
 def test_a_teacher_of_a_process_is_distilled_with_sfd(teacher, ddpm, tmp_path):
-    out = tmp_path / "s.safetensors"
-    for path, given, schedule in (
-        (teacher, (), Schedule()),
-        (ddpm, ("--sigma-min", 0.05), Schedule(sigma_min=0.05)),
+    out, plain = tmp_path / "s.safetensors", FixedWeights(torch.ones(1))
+    for path, given, config in (
+        (teacher, (), {}),
+        (ddpm, ("--sigma-min", 0.05), {"sigma_min": 0.05}),
     ):
-        done("distill", path, *SHORT, "--method", "sfd", *given, "--out", out)
-        trajectories = LiveTrajectories(
-            teacher=load_denoiser(path)[0],
-            grid=IntervalGrid(num_intervals=3, substeps=4, schedule=schedule),
-            solver=DPMSolverPP(),
-            batch=32,
-            count=2,
-            seed=0,
-        )
-        expected = sfd(trajectories, torch.ones(1), images=64)
-        assert denoiser_sha256(load_denoiser(out)[0]) == denoiser_sha256(expected)
+        done("distill", path, *SHORT, "--plain", *given, "--out", out)
+        wanted = distilled("sfd", path, lambda: plain, **config, **SHORT_CONFIG)
+        assert [denoiser_sha256(load_denoiser(out)[0])] == wanted
     line = refused(command("distill", ddpm, *SHORT, "--out", out))
     assert "exceed those that this ddpm teacher was trained for, 0.03956 to" in line
     line = refused(command("distill", teacher, *SHORT, "--schedule", "native", "--out", out))
-    assert "schedule must be one of polynomial, logsnr" in line
+    assert "--schedule must be one of polynomial, logsnr, time_uniform, got native" in line
 
 
 def test_students_of_one_kind_are_not_distilled_as_the_other(chain, teacher, tmp_path):
     path, out = chain / "00002.safetensors", tmp_path / "s.safetensors"
     line = refused(command("distill", path, "--second-stage", *SHORT, "--out", out))
-    assert "walks students of SFD, and the teacher draws by cosine levels, even in time" in line
+    assert "second_stage walks students of SFD, and the teacher draws by cosine levels" in line
     line = refused(command("distill", path, *SHORT, "--out", out))
     assert "is a student, which knows the levels it was distilled for alone" in line
     done("distill", teacher, *SHORT, "--no-afs", "--nfe", 2, "--out", out)
-    line = refused(
-        command("progressive", out, "--steps", 2, "--until", 1, "--out", tmp_path / "c")
-    )
-    assert "the teacher is a student of SFD, whose steps are distilled further with" in line
+    further = (*PD, "--steps", 2, "--until", 1, "--schedule", "polynomial")
+    line = refused(command("distill", out, *further, "--out", tmp_path / "c"))
+    assert "is a student of SFD, whose steps are distilled further with the method sfd" in line
     assert not (tmp_path / "c").exists()
 
 
@@ -381,55 +340,47 @@ def test_students_of_one_kind_are_not_distilled_as_the_other(chain, teacher, tmp
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--until", 3), "8 steps do not become 3 by dividing .* end at until=4 or 2, or start"),
+        (
+            ("--until", 3),
+            "8 steps do not become 3 by dividing by substeps=2 .* until=4 or 2, or s",
+        ),
         (("--until", 8), "got steps=8 and until=8"),
-        (("--substeps", 1), "substeps must be"),
-        (("--method", "pd", "--a", 1), "--method pd has one output .* got --a 1.0; drop that or"),
-        (("--method", "pd", "--weights-space", "state"), "got --weights-space state; drop that"),
-        (("--a", "nan"), "branch weight a must be a finite number, got nan"),
-        (("--a", 1e3), "branch weights must be finite"),
-        (("--updates", 0), "updates must be"),
-        (("--batch", 0), "batch must be"),
-        (("--lr", 0), "lr must be"),
-        (("--weight-decay", 0.1), "weight_decay=0.1 needs optimizer=adamw"),
-        (("--clip-norm", 0), "clip_norm must be"),
+        (("--plain", "--a", 1), "--plain leaves one branch, .* got --a 1; drop one"),
+        (("--a", 1e3), "branch weights .* got .inf, inf."),
+        (("--weight-decay", 0.1), "weight_decay=0.1 needs optimizer=adamw, got optimizer=adam"),
+        (("--nfe", 2), "--nfe is no option of --method progressive; --method sfd has it"),
         (("--data", "digit"), "unknown data set 'digit'; known are cifar10"),
         (
             ("--data", "digits@16"),
-            "data digits@16 has images of 1 x 16 x 16, and the teacher is a network "
+            r"--data digits@16 has images of 1 x 16 x 16, and .*cosine\.safetensors is a network "
             "for 1 x 8 x 8; give the data set that it was trained on, padded alike",
         ),
-        (("--schedule", "karras"), "schedule must be one of native"),
-        (
-            ("--rho", 5),
-            "schedule=native has the levels of the network's own process, and rho=5.0 asks "
-            "for others; drop that, or choose another schedule",
-        ),
+        (("--rho", 5), "schedule=native has the levels of the network's own process, and rho=5"),
         (
             ("--schedule", "polynomial", "--sigma-max", 1e5),
             "polynomial levels from 100000 to 0.006 exceed those that this cosine teacher was",
         ),
-        (("--images", 64), "--images 64 is of the FID, which is not measured without --extractor"),
+        (("--images", 64), "--images needs --extractor"),
         (("--extractor", "vgg"), "unknown feature extractor 'vgg'"),
         (("--precision", "float16", "--device", "cpu"), "float16 needs a CUDA device, not cpu"),
     ],
 )
 def test_a_chain_that_cannot_be_is_refused(teacher, tmp_path, shared_cache, options, message):
-    made = ("progressive", teacher, *STEPS, *ROUND, "--cache", shared_cache)
+    made = ("distill", teacher, *STEPS, *ROUND, "--cache", shared_cache)
     answer = command(*made, "--out", tmp_path / "chain", *options)
     assert re.search(message, refused(answer))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_other_mistakes_are_named(teacher, edm, tmp_path):
-    made = ("progressive", edm, *STEPS, *ROUND, "--out", tmp_path / "chain")
-    line = refused(command(*made, "--schedule", "logsnr", "--prediction", "sample"))
+    made = ("distill", edm, *STEPS, *ROUND, "--out", tmp_path / "chain")
+    line = refused(command(*made, "--schedule", "logsnr", "--prediction-type", "sample"))
     assert line.startswith("a network with precond='edm' is not converted to sample; only those")
     (tmp_path / "file").write_text("in the way")
     line = refused(command(*made, "--schedule", "logsnr", "--out", tmp_path / "file"))
     assert line == f"--out {tmp_path / 'file'} is a file; give the name of a folder"
     for missing in (("--steps", 8), ("--until", 2)):
-        answer = command("progressive", teacher, *missing, "--out", tmp_path / "chain")
+        answer = command("distill", teacher, *PD, *missing, "--out", tmp_path / "chain")
         assert (answer.status, answer.out) == (2, "")
         assert "the following arguments are required: --" in answer.err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -438,11 +389,11 @@ def test_other_mistakes_are_named(teacher, edm, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--rho", 5), "and --rho 5.0 asks for others; drop that, or choose another schedule"),
-        (("--sigma-min", 1, "--sigma-max", 2), "and --sigma-min 1.0 --sigma-max 2.0 asks for"),
-        (("--solver", "euler"), "ends without noise, which euler does not reach; take --solver"),
-        (("--solver", "dpmpp"), "ends without noise, which dpmpp does not reach"),
-        (("--solver", "heun", "--clip"), "heun has no clip; leave it out, or take"),
+        (("--rho", 5), "and --rho 5 asks for others; drop that, or choose another schedule"),
+        (("--sigma-min", 1, "--sigma-max", 2), "and --sigma-min 1 --sigma-max 2 asks for"),
+        (("--solver", "euler"), "end without noise, which euler does not reach; take ddim"),
+        (("--solver", "dpmpp"), "end without noise, which dpmpp does not reach"),
+        (("--solver", "heun", "--clip"), "heun has no clip; leave it out, or take ddim"),
     ],
 )
 def test_what_does_not_go_with_a_process_is_refused(teacher, tmp_path, options, message):
@@ -461,8 +412,8 @@ def test_a_network_without_a_process_has_no_native_levels(edm, tmp_path):
 
 def test_a_chain_that_diverges_is_a_failure_and_keeps_what_is_done(teacher, tmp_path):
     out = tmp_path / "chain"
-    wild = ("--optimizer", "sgd", "--lr", 1e30, "--clip-norm", "inf")
-    answer = command("progressive", teacher, *STEPS, *ROUND, *wild, "--out", out)
+    wild = ("--optimizer", "sgd", "--lr", 1e30, "--clip-norm", "none")
+    answer = command("distill", teacher, *STEPS, *ROUND, *wild, "--out", out)
     assert (answer.status, answer.out) == (1, "")
     assert "the loss is not finite at iteration 1, branch 1; lower the learning rate" in answer.err
     assert list(out.iterdir()) == []

@@ -10,20 +10,23 @@ import pytest
 import torch
 from PIL import Image
 
-from bdense.diffusion.branches import export_branch
-from bdense.diffusion.intervals import IntervalGrid, VariableGrid
+from bdense.cli import make_parser
 from bdense.diffusion.sampling import draw_images, samplers_from
-from bdense.diffusion.solvers import DPMSolverPP, Euler
-from bdense.diffusion.step_condition import with_step_condition
-from bdense.methods.trajectories import LiveTrajectories
+from bdense.knobs import from_options
+from bdense.methods.sfd import SFDConfig
 from bdense.models.store import denoiser_sha256, load_denoiser, load_tensors
-from bdense.weights.weighting import LearnedWeights
-from tests.commands import DIGITS, SHORT, TINY, bdense, distill, done, refused
-from tests.small import sfd
-
-ONES = torch.ones(4, dtype=torch.float64)
-# Two iterations of 32 images at lr 1e-3, as SHORT says.
-CONFIG = {"images": 64, "lr": 1e-3}
+from bdense.weights.weighting import FixedWeights, LearnedWeights
+from tests.commands import (
+    DIGITS,
+    SHORT,
+    SHORT_CONFIG,
+    TINY,
+    bdense,
+    distill,
+    distilled,
+    done,
+    refused,
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +53,12 @@ def variable(folder, conditional) -> Path:
     """A student of ten classes, for four NFE."""
     path = folder / "variable.safetensors"
     answer = done("distill", conditional, "--nfe", 2, 5, 4, 3, *SHORT, "--out", path)
-    assert answer == f"{path} NFE 2 3 4 5\n"
+    assert answer == f"2, 3, 4, 5 NFE: {path}\n"
     return path
 
 
-def live(teacher: Path, grid: IntervalGrid | VariableGrid, **options) -> LiveTrajectories:
-    """What ``SHORT`` trains on."""
-    loaded = load_denoiser(teacher)[0]
-    usual = {"solver": DPMSolverPP(), "batch": 32, "count": 2, "seed": 0}
-    return LiveTrajectories(teacher=loaded, grid=grid, **usual | options)
+def ones(num_branches: int) -> FixedWeights:
+    return FixedWeights(torch.ones(num_branches, dtype=torch.float64))
 
 
 def drawn(path: Path, model: Path, *options: object) -> torch.Tensor:
@@ -100,11 +100,8 @@ def test_several_nfe_are_one_student(variable, conditional):
     student, metadata = load_denoiser(variable)
     assert student.step_condition
     assert (metadata["nfe"], metadata["sampler"]["num_intervals"]) == ([2, 3, 4, 5], 3)
-    grid = VariableGrid(num_intervals=(3, 4, 5, 6), substeps=4)
-    trajectories = live(conditional, grid)
-    start = with_step_condition(trajectories.teacher, start="teacher", seed=0)
-    expected = sfd(trajectories, ONES, start=start, **CONFIG)
-    assert denoiser_sha256(student) == denoiser_sha256(export_branch(expected))
+    wanted = distilled("sfd", conditional, lambda: ones(4), nfe=[5, 2, 4, 3], **SHORT_CONFIG)
+    assert [denoiser_sha256(student)] == wanted
     card = variable.with_suffix(".md").read_text()
     assert "(NFE) | 2, 3, 4, 5 |" in card
     assert "| 3, 4, 5, 6 Euler steps, the first analytical, polynomial" in card
@@ -119,11 +116,11 @@ def test_a_student_for_several_nfe_draws_with_the_one_asked_for(variable, folder
         assert torch.equal(drawn(picture, variable, "--nfe", nfe), images)
     assert torch.equal(drawn(picture, variable), drawn(picture, variable, "--nfe", 2))
     line = refused(bdense("sample", variable, "--nfe", 7, "--out", picture))
-    assert "distilled for (NFE 2, 3, 4 or 5), and nfe=7 asks for another" in line
+    assert "distilled for (NFE 2, 3, 4 or 5), and --nfe 7 asks for another" in line
 
 
 def test_the_layers_for_the_number_of_steps_may_start_at_random(teacher, folder):
-    path, several = folder / "random.safetensors", ("--nfe", 1, 2, "--method", "sfd")
+    path, several = folder / "random.safetensors", ("--nfe", 1, 2, "--plain")
     hashes = {
         distill(teacher, path, *several, *start)
         for start in ((), ("--step-condition", "teacher"), ("--step-condition", "random"))
@@ -131,26 +128,19 @@ def test_the_layers_for_the_number_of_steps_may_start_at_random(teacher, folder)
     assert len(hashes) == 2
 
 
-def test_the_usual_length_depends_on_what_is_made(teacher, variable, tmp_path, monkeypatch):
+def test_the_usual_length_depends_on_what_is_made():
     """200 kimg for one NFE, 800 for several, 2000 at another step size for a second stage."""
-    asked = []
 
-    def note(method, teacher, config, *_, **__):
-        asked.append((config.images, config.lr, config.substeps, config.dropout))
-        raise KeyboardInterrupt
+    def config(*arguments: object) -> SFDConfig:
+        given = ["distill", "teacher", *map(str, arguments), "--out", "x"]
+        return from_options(SFDConfig, make_parser(given).parse_args(given))
 
-    monkeypatch.setattr("bdense.verbs.distill.distill", note)
-    for given in (
-        (teacher,),
-        (teacher, "--nfe", 2, 3, "--no-dropout"),
-        (variable, "--second-stage"),
-    ):
-        assert bdense("distill", *given, "--out", tmp_path / "x.safetensors").status == 130
-    assert asked == [
-        (200_000, 5e-5, 4, True),
-        (800_000, 5e-5, 4, False),
-        (2_000_000, 5e-4, 3, True),
-    ]
+    assert config() == SFDConfig(kimg=200, lr=5e-5, substeps=4, dropout=True)
+    several = config("--nfe", 2, 3, "--no-dropout")
+    assert several == SFDConfig(nfe=(2, 3), kimg=800, substeps=4, dropout=False)
+    second = config("--second-stage")
+    assert (second.nfe, second.kimg, second.lr, second.substeps) == (1, 2000, 5e-4, 3)
+    assert config("--second-stage", "--kimg", 1, "--nfe", 2).kimg == 1
 
 
 # ---- the second stage ----
@@ -164,12 +154,10 @@ def test_a_student_is_distilled_into_one_evaluation(variable, folder):
     assert (sampler.nfe, sampler.num_intervals, sampler.num_points) == (1, 2, 3)
     assert (metadata["stage"], len(metadata["weights"]), "nfe" in metadata) == (2, 3, False)
     # The teacher walks the seven points it was trained for, its own first step analytical.
-    grid = IntervalGrid(num_intervals=2, substeps=3)
-    trajectories = live(variable, grid, solver=Euler(), teacher_afs=True)
-    expected = sfd(trajectories, ONES[:3], **CONFIG)
-    assert digest == denoiser_sha256(export_branch(expected))
+    wanted = distilled("sfd", variable, lambda: ones(3), second_stage=True, **SHORT_CONFIG)
+    assert [digest] == wanted
     picture = folder / "one.png"
-    images = draw_images(export_branch(expected), sampler, 2, seed=0)[:, 0]
+    images = draw_images(load_denoiser(path)[0], sampler, 2, seed=0)[:, 0]
     assert torch.equal(drawn(picture, path), images)
     assert "| stage | 2: the teacher is a student itself |" in path.with_suffix(".md").read_text()
 
@@ -177,15 +165,14 @@ def test_a_student_is_distilled_into_one_evaluation(variable, folder):
 def test_the_second_stage_keeps_the_levels_and_the_first_step_of_the_first(teacher, folder):
     first, second = folder / "first.safetensors", folder / "second.safetensors"
     distill(teacher, first, "--nfe", 4, "--no-afs", "--schedule", "logsnr", "--sigma-max", 40)
-    digest = distill(first, second, "--second-stage", "--substeps", 2, "--method", "sfd")
+    digest = distill(first, second, "--second-stage", "--substeps", 2, "--plain")
     (sampler,) = samplers_from(load_denoiser(second)[1])
     assert (sampler.schedule.kind, sampler.schedule.sigma_max) == ("logsnr", 40.0)
-    grid = IntervalGrid(num_intervals=2, substeps=2, schedule=sampler.schedule)
-    trajectories = live(first, grid, solver=Euler(), teacher_afs=False)
-    expected = sfd(trajectories, ONES[:1], **CONFIG)
-    assert digest == denoiser_sha256(export_branch(expected))
+    config = {"second_stage": True, "substeps": 2, "schedule": "logsnr"}
+    config |= {"sigma_max": 40.0, **SHORT_CONFIG}
+    assert [digest] == distilled("sfd", first, lambda: ones(1), **config)
     line = refused(bdense("distill", first, "--second-stage", *SHORT, "--out", second))
-    assert line == (
+    assert line.startswith(
         "nfe=1 with substeps=3 makes the teacher walk 2 x 3 = 6 intervals, and it was distilled "
         "for 4; take nfe=1 with substeps=2, or give a student distilled with nfe=6"
     )
@@ -200,11 +187,14 @@ def test_weights_are_learned_and_written_down(teacher, folder, rule):
     digest = distill(teacher, path, "--learn", rule, "--strength", 0.5)
     metadata = load_denoiser(path)[1]
     assert metadata["weighting"] == {"rule": rule, "strength": 0.5, "memory": 100}
-    grid = IntervalGrid(num_intervals=3, substeps=4)
-    trajectories, weighting = live(teacher, grid), LearnedWeights(4, rule=rule, strength=0.5)
-    expected = sfd(trajectories, weighting, **CONFIG)
-    assert digest == denoiser_sha256(export_branch(expected))
-    assert metadata["weights"] == weighting.weights().tolist()
+    made = []
+
+    def learned() -> LearnedWeights:
+        made.append(LearnedWeights(4, rule=rule, strength=0.5))
+        return made[-1]
+
+    assert [digest] == distilled("sfd", teacher, learned, nfe=2, **SHORT_CONFIG)
+    assert metadata["weights"] == made[-1].weights().tolist()
     assert math.fsum(metadata["weights"]) == pytest.approx(4)
     spelt = ", ".join(f"{weight:.4g}" for weight in metadata["weights"])
     card = path.with_suffix(".md").read_text()
@@ -235,18 +225,19 @@ def test_other_number_formats_leave_float32_weights(teacher, folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--learn", "loss"), "weight rule 'loss' is unknown; choose from"),
-        (("--learn", "uncertainty", "--a", 1), "got --learn uncertainty --a 1.0; drop one"),
+        (("--learn", "loss"), "--learn must be one of uncertainty, gradient-norm.* got loss"),
+        (("--learn", "uncertainty", "--a", 1), "has --a 1 --learn uncertainty; there are log-li"),
         (("--learn", "uncertainty", "--strength", 99), r"strength must lie in -10\.\.10, got 99"),
-        (("--strength", 2), "--strength is of weights that are learned, got --strength 2.0; add"),
-        (("--learn", "uncertainty", "--method", "sfd"), "--method sfd has one output .* --learn"),
+        (("--strength", 2), "--learn is missing: the weights learned need it"),
+        (("--weights", "normalised", "--b", 2), "the weights normalised do not have --b 2"),
+        (("--weights", "lerned"), "no weight space is called 'lerned'; .* did you mean learned"),
+        (("--learn", "uncertainty", "--plain"), "--plain leaves one branch, .* --learn uncerta"),
         (("--learn", "gradient-norm", "--compile"), "a compiled network hides; drop compile"),
-        (("--nfe", 2, 3, 2), "names a number twice; give each once"),
-        (("--nfe", 0, 2), "nfe must be"),
-        (("--step-condition", "random"), "step_condition=random is for a student of several"),
+        (("--nfe", 2, 3, 2), r"nfe \[2, 3, 2\] names a number twice; give each once"),
+        (("--step-condition", "random"), "step_condition=random is for a student of several NFE"),
         (("--precision", "float16", "--device", "cpu"), "float16 needs a CUDA device, not cpu"),
         (("--precision", "tf32", "--device", "cpu"), "use float32 or bfloat16"),
-        (("--second-stage",), "and the teacher is none; make one of it first"),
+        (("--second-stage",), "the teacher is none; make one of it first"),
     ],
 )
 def test_what_cannot_be_distilled_is_refused(teacher, tmp_path, monkeypatch, options, message):
@@ -260,15 +251,14 @@ def test_what_cannot_be_distilled_is_refused(teacher, tmp_path, monkeypatch, opt
     ("options", "message"),
     [
         ((), "is a student, which knows the levels .* second_stage, or give its own teacher"),
-        (("--second-stage", "--nfe", 1, 2), "second_stage is for one NFE"),
+        (("--second-stage", "--nfe", 1, 2), r"is for one NFE, got nfe=\[1, 2\]; give one"),
         (("--second-stage", "--solver", "heun"), "takes Euler steps, got solver=heun"),
-        (("--second-stage", "--rho", 5), "keeps the teacher's noise levels.*'rho': 5.0"),
-        (("--second-stage", "--substeps", 0), "substeps must be"),
+        (("--second-stage", "--rho", 5), "keeps the teacher's noise levels"),
         (
             ("--second-stage", "--nfe", 3),
-            r"4 x 3 = 12 intervals, and .* was distilled for 3 or 4 or 5 or 6; take nfe=1 "
-            r"with substeps=2 or nfe=2 with substeps=2 or nfe=1 with substeps=3, or give a "
-            r"student distilled with nfe=11",
+            r"4 x 3 = 12 intervals, and it was distilled for 3 or 4 or 5 or 6; take nfe=1 with "
+            r"substeps=2 or nfe=2 with substeps=2 or nfe=1 with substeps=3, or give a student "
+            r"distilled with nfe=11",
         ),
     ],
 )
@@ -280,9 +270,8 @@ def test_what_cannot_be_made_of_a_student_is_refused(variable, tmp_path, options
 
 def test_a_class_that_is_none_is_refused(teacher, conditional, tmp_path):
     out, cache = ("--out", tmp_path / "x.png"), ("--cache", tmp_path / "cache")
-    for index in (10, -1):
-        line = refused(bdense("sample", conditional, "--class", index, *out))
-        assert line == f"class {index} is not one of the network's 10; choose from 0..9"
+    line = refused(bdense("sample", conditional, "--class", 10, *out))
+    assert line == "class 10 is not one of the network's 10; choose from 0..9"
     none = "class 0 was asked of an unconditional network; leave the class out"
     assert refused(bdense("sample", teacher, "--class", 0, *out)) == none
     assert refused(bdense("fid", teacher, "--class", 0, *DIGITS, *cache)) == none

@@ -114,7 +114,7 @@ def test_an_edm_pickle_is_converted_and_told_of(file, tmp_path):
     foreign = load_denoiser(file)[0]
     assert same_weights(load_denoiser(out)[0], foreign)
     facts = dict(done.facts)
-    assert re.fullmatch(r"\d+ bytes, read over and not run", facts.pop("program text in the file"))
+    assert re.fullmatch(r"\d+ bytes, not executed", facts.pop("program text in the file"))
     assert facts == {
         "source": "edm-cifar10-32x32-uncond-vp.pkl",
         "class": "EDMPrecond",
@@ -175,5 +175,5 @@ def test_a_diffusers_folder_is_converted(tmp_path):
 def test_only_safetensors_are_written(tmp_path):
     path = tmp_path / "t.safetensors"
     save_denoiser(path, small_teacher(), {})
-    with pytest.raises(InputError, match=r"x\.pkl does not end in \.safetensors"):
+    with pytest.raises(InputError, match=r"x\.pkl must end in \.safetensors"):
         convert(path, tmp_path / "x.pkl")

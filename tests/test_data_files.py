@@ -102,7 +102,7 @@ def test_mnists_labels_are_found_beside_its_images(tmp_path, name):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (idx(3, 4, 4)[:-1], "holds 47 bytes after its header, which names 3 x 4 x 4"),
+        (idx(3, 4, 4)[:-1], "holds 47 bytes .* 3 x 4 x 4"),
         (idx(3, 4, 4) + b"x", "holds 49 bytes after its header"),
         (idx(3, 4, 4)[:9], "ends inside its header; fetch it again"),
         (idx(3, 4, 4, kind=13), "is not an idx file of bytes: .* '00 00 0d 03', not '00 00 08'"),
@@ -110,7 +110,7 @@ def test_mnists_labels_are_found_beside_its_images(tmp_path, name):
         (b"", "is not an idx file of bytes: its 0 bytes"),
         (
             b"\0\0\x08\x03" + b"\xff" * 12,
-            "holds 0 bytes after its header, which names 4294967295 x 4294967295 x 4294967295",
+            "holds 0 bytes .* 4294967295 x 4294967295 x 4294967295",
         ),
         (gzip.compress(idx(9, 9, 9, data=noise(729).tobytes()))[:-200], "cannot be read: .*ended"),
         (b"\x1f\x8b\x08\0\0\0\0\0\0\xff" + b"\xff" * 40, "cannot be read: Error -3"),
@@ -203,7 +203,7 @@ def test_a_part_that_cannot_be_listed_is_not_left_out(tmp_path, monkeypatch):
 
 
 def test_a_folder_without_images_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"holds no images; known are \.bmp, \.jpeg"):
+    with pytest.raises(InputError, match=r"holds no images; .*\.bmp, \.jpeg"):
         read_folder(tmp_path)
     with pytest.raises(InputError, match=r"there is no image folder \S+absent$"):
         read_folder(tmp_path / "absent")
@@ -221,7 +221,7 @@ def test_a_folder_without_images_is_refused(tmp_path):
 )
 def test_mixed_images_are_refused(tmp_path, other, message):
     folder_of(tmp_path, {"a.png": PNG, "b.png": other})
-    with pytest.raises(InputError, match=f"mixes images: {message}; bring them to one size"):
+    with pytest.raises(InputError, match=f"mixes images: {message}"):
         read_folder(tmp_path)
 
 
@@ -264,8 +264,8 @@ def frames(kind: str) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"hello", "it is no image, or cut short at its beginning"),
-        (PNG[:40], "it is no image|truncated"),
+        (b"hello", "not an image"),
+        (PNG[:40], "not an image|truncated"),
         (encoded(noise(64, 64, 3))[:3000], "truncated"),
         (encoded(noise(64, 64, 3), "JPEG")[:900], "truncated"),
         (encoded(noise(64, 64, 3), "WEBP")[:900], "could not create decoder"),
@@ -276,10 +276,10 @@ def frames(kind: str) -> bytes:
         (deep_png(2, 3), "it has more than 8 bits a channel; convert it to 8"),
         (deep_png(4, 2), "it has more than 8 bits a channel; convert it to 8"),
         (deep_png(6, 4), "it has more than 8 bits a channel; convert it to 8"),
-        (frames("PNG"), "it has 2 frames; write each as an image of its own"),
+        (frames("PNG"), "2 frames"),
         (frames("WEBP"), "it has 2 frames"),
         (frames("TIFF"), "it has 2 frames"),
-        (encoded(noise(8, 8, 4)), "it has transparent pixels; lay it on a background"),
+        (encoded(noise(8, 8, 4)), "transparent pixels"),
         (encoded(noise(8, 8, 2)), "it has transparent pixels"),
         (encoded(np.zeros_like(GREY), mode="P", transparency=0), "it has transparent pixels"),
         (encoded(np.zeros_like(RGB), transparency=(0, 0, 0)), "it has transparent pixels"),

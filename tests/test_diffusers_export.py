@@ -232,21 +232,21 @@ def assert_refused(folder: Path, student: NetworkDenoiser, metadata: Any, messag
     assert sorted(folder.parent.iterdir()) == there
 
 
-INSTEAD = "export_folder writes it as a folder that this project reads$"
+INSTEAD = ".*export_folder"
 
 
 def test_networks_that_no_pipeline_calls(tmp_path):
     plain, out = student_of(tmp_path / "teacher"), tmp_path / "student"
     metadata = told(own(plain))
-    message = f"holds a UNet2DModel of diffusers, and the student is a SongUNet; .*{INSTEAD}"
+    message = f"UNet2DModel .* SongUNet; {INSTEAD}"
     assert_refused(out, small_teacher(), metadata, message)
-    message = "the student has 2 branches, .*; take it out first with export_branch"
+    message = "2 branches, .* export_branch"
     assert_refused(out, widen_head(plain, 2), metadata, message)
     classes = student_of(tmp_path / "classes", {"num_class_embeds": 3})
-    message = f"has 3 classes, and a DDIMPipeline asks for none; {INSTEAD}"
+    message = f"3 classes, .*; {INSTEAD}"
     assert_refused(out, classes, metadata, message)
     cosine = NetworkDenoiser(plain.model, Cosine())
-    message = f"times of a DDPM, and the student has precond='cosine'; {INSTEAD}"
+    message = f"precond='cosine'; {INSTEAD}"
     assert_refused(out, cosine, told(own(cosine)), message)
 
 
@@ -254,24 +254,21 @@ def test_samplers_that_no_pipeline_has(tmp_path):
     student, out = student_of(tmp_path / "teacher"), tmp_path / "student"
     schedule = native_schedule(student.precond)
     euler = Sampler(num_intervals=N, afs=False, schedule=schedule, solver=Euler())
-    message = f"draws by DDIM, and the student was distilled for steps of Euler; {INSTEAD}"
+    message = f"distilled for Euler steps; {INSTEAD}"
     assert_refused(out, student, told(euler), message)
     afs = Sampler(num_intervals=N, afs=True, schedule=schedule, solver=DDIM())
-    assert_refused(out, student, told(afs), "for steps of DDIM with afs")
+    assert_refused(out, student, told(afs), "for DDIM with afs steps")
     other = DDPMSchedule(num_train_timesteps=T, beta_end=0.03)
     another = Sampler(num_intervals=N, afs=False, schedule=other, solver=DDIM())
-    message = r"was distilled on another \(ddpm levels, even in time\); distil it on its teacher's"
+    message = r"\(ddpm levels, even in time\); distil it on its teacher's"
     assert_refused(out, student, told(another), message)
-    assert_refused(out, student, {"kind": "student"}, "must have its sampler")
+    assert_refused(out, student, {"kind": "student"}, "no sampler")
 
 
 @pytest.mark.parametrize(("times", "steps", "nearest"), [(1000, 128, 125), (50, 64, 50)])
 def test_steps_that_fall_between_the_trained_times(tmp_path, times, steps, nearest):
     student = student_of(tmp_path / "teacher", num_train_timesteps=times)
-    message = (
-        f"{steps} steps do not divide the {times} times that the network was trained at: .*; "
-        f"distil to {nearest} steps, or {INSTEAD}"
-    )
+    message = f"{steps} steps do not divide .* {times} .*; distil to {nearest} steps, or {INSTEAD}"
     assert_refused(tmp_path / "student", student, told(own(student, steps)), message)
 
 

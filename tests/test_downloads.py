@@ -106,7 +106,7 @@ def test_a_file_is_fetched_once_with_a_bar_on_stderr(server, path, capsys):
 def test_what_an_earlier_call_left_is_carried_on_with(server, path):
     server.stop_after = [300_000, 0, 0]
     line = refusal(server, path)
-    assert "the connection ended after 300000 of 1048576 bytes; the same command" in line
+    assert "300000 of 1048576 bytes" in line
     assert left(path) == {"net.pkl.partial", "net.pkl.partial.version"}
     server.stop_after, server.asked = [], []
     fetch(server.url, path, what="the test net", sha256=SHA256)
@@ -209,7 +209,7 @@ def test_a_quota_that_is_spent_is_what_it_is(server, path, monkeypatch):
 
 def test_a_host_that_is_not_there_is_one_line(server, path):
     server.url = "http://host.invalid/net.pkl"
-    assert "its host cannot be found: no network here?" in refusal(server, path)
+    assert "host cannot be found" in refusal(server, path)
     server.url = "http://127.0.0.1:9/net.pkl"
     assert "(Connection refused)" in refusal(server, path)
 

@@ -206,7 +206,7 @@ def test_a_small_network_is_rebuilt_with_its_names_and_values(read, table):
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"_parameters": {"w": 3}}, "parameter stands on a int"),
+        ({"_parameters": {"w": 3}}, "parameter's tensor is a int"),
         ({"_modules": {"child": [1]}}, "child is a list, not a module"),
         ({"_buffers": [1]}, "_buffers is missing or not a dictionary"),
         ({"_init_args": (1, 2)}, r"positional arguments.*\(1, 2\)"),
@@ -219,7 +219,7 @@ def test_a_network_that_is_not_one_is_named(read, state, message):
 
 
 def test_other_contents_are_named(read, tmp_path):
-    with pytest.raises(CheckpointError, match=r"no 'ema' or 'model'; it has \['loss', 'nets'\]"):
+    with pytest.raises(CheckpointError, match=r"no 'ema' or 'model', only \['loss', 'nets'\]"):
         read({"nets": 1, "loss": 2})
     with pytest.raises(CheckpointError, match="'model' is a int, not a network"):
         read({"model": 1, "loss": 2})
@@ -241,7 +241,7 @@ def test_other_contents_are_named(read, tmp_path):
 @pytest.mark.parametrize(
     ("geometry", "message"),
     [
-        ({"size": (1 << 40,), "stride": (0,)}, "stands on 4 values"),
+        ({"size": (1 << 40,), "stride": (0,)}, "storage of 4 values"),
         ({"size": (4,), "offset": 1}, "out of bounds"),
         ({"size": (2,), "stride": (-1,)}, "Negative strides"),
     ],

@@ -321,14 +321,14 @@ def test_a_folder_of_folders_is_one_too(tmp_path):
 @pytest.mark.parametrize(
     ("pictures", "message"),
     [
-        ({"a/b.png": len}, r"a picture cannot be called 'a/b\.png' in the folder"),
-        ({"../b.png": len}, "cannot be called"),
-        ({".b.png": len}, "cannot be called"),
-        ({"a b.png": len}, "cannot be called"),
-        ({"README.md": len}, "cannot be called"),
-        ({"model.safetensors": len}, "cannot be called"),
-        ({"plot.png": Path("none.png")}, r"no picture at none\.png to be plot\.png; make it"),
-        ({"plot.png": lambda path: None}, r"given for plot\.png wrote no file; it must write"),
+        ({"a/b.png": len}, r"'a/b\.png'"),
+        ({"../b.png": len}, "plain file name"),
+        ({".b.png": len}, "plain file name"),
+        ({"a b.png": len}, "plain file name"),
+        ({"README.md": len}, "plain file name"),
+        ({"model.safetensors": len}, "plain file name"),
+        ({"plot.png": Path("none.png")}, r"no picture none\.png .*plot\.png"),
+        ({"plot.png": lambda path: None}, r"plot\.png wrote no file"),
     ],
 )
 def test_pictures_that_cannot_be_taken(tmp_path, pictures, message):
@@ -338,9 +338,9 @@ def test_pictures_that_cannot_be_taken(tmp_path, pictures, message):
 
 
 def test_what_is_no_finished_student_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"must have its sampler.*Sampler\(\.\.\.\)\.describe"):
+    with pytest.raises(InputError, match=r"no sampler.*Sampler\(\.\.\.\)\.describe"):
         export_folder(tmp_path / "x", small_teacher(), {"kind": "teacher"})
-    with pytest.raises(InputError, match=r"has 3 branches, .* take it out first with export_bran"):
+    with pytest.raises(InputError, match=r"3 branches, .* export_branch"):
         export_folder(tmp_path / "x", widen_head(small_teacher(), 3), STUDENT)
     assert names(tmp_path) == []
 

@@ -1,215 +1,125 @@
-"""Plots as data, and that both who draw them draw just that."""
+"""A study's own plots: what is drawn of its numbers, and how names of any origin are shown."""
 
-import json
-import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from search.analysis.comparison import ArmResult, Comparison
-from search.report.charts import Chart, Series
-from search.report.plots import (
-    arms_of,
-    fid_over,
-    fid_over_both,
-    fid_over_time,
-    importance_of,
-    study_charts,
-    thinned,
-    weights_of,
-)
-from search.report.render import STOPS, interactive, picture, save_png, shade
-from search.study.arms import PLAIN, UNIFORM
-
-BASELINES = {"sfd": {"fid": 4.0}, "uniform": {"fid": 3.5}}
+from search.analysis.surrogate import Evaluation, posterior_means
+from search.report.overview import overview_of
+from search.report.plots import Plot, plain
+from search.study.study import Study
+from tests.measured import VALLEY, created, finish, normalised, search
+from tests.studies import LEARNED, PROMOTION, spec
 
 
-def trial(number: int, a: float, fid: float, hours: float = 0.0, **others) -> dict:
-    weights = [math.exp(a * k - 1.0) for k in (1, 2, 3, 4)]
-    known = {"number": number, "a": a, "b": -1.0, "fid": fid, "images": 256, "hours": hours}
-    return known | {"weights": weights, "searched": ("a", "b"), "timings": {}} | others
+@pytest.fixture
+def url(tmp_path) -> str:
+    return f"sqlite:///{tmp_path}/study.db"
 
 
-TRIALS = [trial(0, 0.5, 3.6, 0.5), trial(1, 1.0, 3.2, 1.5), trial(2, 2.0, 3.8, 1.0)]
+def lines(study: Study) -> dict[str, tuple[list[float], list[float]]]:
+    """x and y of each line of its one plot, by its name in the legend; the curve has none."""
+    (plot,) = overview_of(study).plots()
+    (axes,) = plot.figure().axes
+    drawn = {line.get_label(): line for line in axes.get_lines()}
+    return {name: (list(each.get_xdata()), list(each.get_ydata())) for name, each in drawn.items()}
 
 
-def named(chart: Chart) -> dict[str, Series]:
-    return {series.name: series for series in chart.series}
-
-
-def test_fid_over_a_with_the_baselines_as_levels():
-    series = named(fid_over(TRIALS, BASELINES, "a"))
-    assert (series["B-DENSE"].x, series["B-DENSE"].y) == ([0.5, 1.0, 2.0], [3.6, 3.2, 3.8])
-    assert (series["best: trial 1"].x, series["best: trial 1"].y) == ([1.0], [3.2])
-    levels = {name: each.y for name, each in series.items() if each.kind == "level"}
-    assert levels == {"plain SFD 4.000": [4.0], "uniform weights 3.500": [3.5]}
-
-
-def test_learned_weights_have_points_for_each_rule():
-    learned = [
-        {**trial(0, 0.0, 3.0), "rule": "uncertainty", "strength": 1.0},
-        {**trial(1, 0.0, 3.1), "rule": "gradient-norm", "strength": -0.5},
+def test_fid_over_a_with_its_baselines_its_best_and_the_surrogates_curve(url):
+    found = lines(search(url, VALLEY))
+    places, fids = [params["a"] for params, _ in VALLEY], [fid for _, fid in VALLEY]
+    assert found["B-DENSE"] == (places, pytest.approx(fids))
+    assert found["best: trial 3"] == ([1.25], [pytest.approx(fids[3])])
+    assert found["plain SFD 12.000"][1] == [12.0, 12.0]
+    assert found["uniform weights 11.000"][1] == [11.0, 11.0]
+    (curve,) = (each for name, each in found.items() if name.startswith("_"))
+    assert (curve[0][0], curve[0][-1]) == (min(places), max(places))
+    evaluations = [
+        Evaluation(point={"a": a}, value=fid, group="search")
+        for a, fid in zip(places, fids, strict=True)
     ]
-    charts = {chart.key: chart for chart in study_charts(learned, BASELINES, {})}
-    assert list(charts) == ["fid-over-strength", "weights", "fid-over-time"]
-    series = named(charts["fid-over-strength"])
-    assert series["B-DENSE, gradient-norm"].x == [-0.5]
-    assert series["B-DENSE, uncertainty"].x == [1.0]
+    asked = [{"a": float(a)} for a in curve[0]]
+    assert curve[1] == pytest.approx(posterior_means(evaluations, asked))
+    assert 0.5 < curve[0][int(np.argmin(curve[1]))] < 1.7
 
 
-def test_fid_over_both_is_by_colour():
-    chart = fid_over_both(TRIALS)
-    series = named(chart)["B-DENSE"]
-    assert (series.x, series.y) == ([0.5, 1.0, 2.0], [-1.0, -1.0, -1.0])
-    assert series.values == [3.6, 3.2, 3.8]
-    assert (chart.scale, chart.bounds()) == ("FID", (3.2, 3.8))
-    assert chart.remark == ""
+def test_three_trials_have_no_curve(url):
+    assert not any(name.startswith("_") for name in lines(search(url, VALLEY[:3])))
 
 
-def test_where_b_follows_from_a_its_line_is_drawn_and_said():
-    held = [{**each, "searched": ("a",)} for each in TRIALS]
-    chart = fid_over_both(held)
-    line = named(chart)["b = ln K - ln sum exp(a k)"]
-    assert (line.x[0], line.x[-1]) == (0.5, 2.0)
-    for a, b in zip(line.x, line.y, strict=True):
-        assert sum(math.exp(a * k + b) for k in (1, 2, 3, 4)) == pytest.approx(4.0)
-    assert chart.remark.startswith("b was not searched: it follows from a")
-
-
-def test_weights_are_lines_in_the_order_of_their_fid():
-    chart = weights_of(TRIALS)
-    lines = [series for series in chart.series if series.values]
-    assert [line.values for line in lines] == [[3.8], [3.6], [3.2]]
-    assert lines[-1].y == TRIALS[1]["weights"]
-    assert named(chart)["best: trial 1"].y == TRIALS[1]["weights"]
-    assert chart.ticks == {1.0: "1", 2.0: "2", 3.0: "3", 4: "4 (end point)"}
-
-
-def test_time_has_the_best_so_far():
-    chart = fid_over_time(TRIALS, {})
-    series = named(chart)
-    assert chart.x == "hours since the first trial began"
-    assert (series["B-DENSE"].x, series["B-DENSE"].y) == ([0.5, 1.0, 1.5], [3.6, 3.8, 3.2])
-    best = series["best so far"]
-    assert (best.x, best.y) == ([0.5, 1.5, 1.5], [3.6, 3.2, 3.2])
-
-
-def test_a_short_study_is_told_in_minutes():
-    chart = fid_over_time([trial(0, 1.0, 3.0, 0.25), trial(1, 1.0, 2.0, 0.5)], {})
-    assert chart.x == "minutes since the first trial began"
-    assert named(chart)["best so far"].x == [15.0, 30.0, 30.0]
-
-
-def test_importance_is_in_order():
-    (series,) = importance_of({"b": 0.1, "a": 0.9}).series
-    assert (series.x, series.y) == (["a", "b"], [0.9, 0.1])
-
-
-def test_very_different_fids_have_a_logarithmic_axis():
-    assert not fid_over(TRIALS, {}, "a").log_y
-    assert fid_over([*TRIALS, trial(3, 0.0, 400.0)], {}, "a").log_y
-
-
-def test_one_very_bad_trial_does_not_take_all_colours():
-    chart = fid_over_both(
-        [trial(i, i / 10, 3.0 + i / 10) for i in range(10)] + [trial(10, 2, 1e6)]
-    )
-    assert chart.bounds() == (3.0, pytest.approx(3.9))
-
-
-def test_of_very_many_trials_the_best_half_is_shown_and_it_is_said():
-    many = [trial(i, 0.1, float((i * 7919) % 1000)) for i in range(1000)]
-    shown, remark = thinned(many, 100)
-    assert len(shown) == 100
-    assert remark == "Shown are the best 50 of 1000 trials and 50 of the others."
-    assert {each["fid"] for each in shown} >= set(map(float, range(50)))
-    assert [each["number"] for each in shown] == sorted(each["number"] for each in shown)
-    assert thinned(many[:100], 100) == (many[:100], "")
-
-
-def test_arms_are_points_for_each_seed_and_their_mean():
-    fid = {"images": 256, "nfe": 2}
-    results = tuple(
-        ArmResult(arm=arm, fids=fids, rows=dict.fromkeys(fids, 0), conditions=fid)
-        for arm, fids in ((PLAIN, {1: 4.0, 2: 6.0}), (UNIFORM, {1: 3.0, 2: 3.0}))
-    )
-    series = named(arms_of(Comparison(results=results), "title", "arms-0"))
-    assert list(zip(series["one seed"].x, series["one seed"].y, strict=True)) == [
-        (0.0, 4.0),
-        (0.0, 6.0),
-        (1.0, 3.0),
-        (1.0, 3.0),
+def test_learned_weights_have_points_and_a_curve_for_each_rule(url):
+    rules = ("uncertainty", "gradient-norm")
+    trials = [
+        ({"rule": rule, "strength": strength}, 9.0 + strength**2 + rules.index(rule))
+        for rule in rules
+        for strength in (-0.5, 0.5, 1.0)
     ]
-    mean = series["mean and s.e."]
-    assert (mean.y, mean.spread) == ([5.0, 3.0], [1.0, 0.0])
+    found = lines(search(url, trials, study=spec(weights=LEARNED)))
+    for rule in rules:
+        assert found[f"B-DENSE, {rule}"][0] == [-0.5, 0.5, 1.0]
+    assert sum(name.startswith("_") for name in found) == 2
+
+
+def test_very_different_fids_have_a_logarithmic_axis(url):
+    (plot,) = overview_of(search(url, [*VALLEY, ({"a": 2.9}, 900.0)])).plots()
+    assert plot.figure().axes[0].get_yscale() == "log"
+
+
+def test_arms_have_a_point_for_each_seed_and_their_mean(url):
+    arms = normalised(plan={"arms": ["plain", "uniform"], "seeds": [1, 2]}, name="arms")
+    study = created(url, arms)
+    finish(study, lambda arm, row: 4.0 + 2 * row.seed if arm.baseline == "plain" else 3.0)
+    (plot,) = overview_of(study).plots()
+    (axes,) = plot.figure().axes
+    each = [list(line.get_ydata()) for line in axes.get_lines() if line.get_marker() == "o"]
+    assert [6.0, 8.0] in each
+    assert [7.0] in each
+    assert [3.0, 3.0] in each
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["plain SFD", "uniform weights"]
+
+
+def test_a_method_of_several_stages_has_a_line_for_each_arm_over_nfe(url):
+    study = created(url, spec(PROMOTION, plan={"arms": ["plain", "uniform"], "seeds": [0, 1]}))
+    finish(study, lambda arm, row: (20.0 if arm.baseline == "plain" else 10.0) + row.seed)
+    (plot,) = overview_of(study).plots()
+    (axes,) = plot.figure().axes
+    labels = axes.get_legend_handles_labels()[1]
+    assert labels[-1].startswith("uniform") or "teacher" in labels
+    drawn = [
+        (list(line.get_xdata()), list(line.get_ydata()))
+        for line in axes.get_lines()
+        if len(line.get_xdata()) == 2 and line.get_marker() == "o"
+    ]
+    # The last stage, of 2 steps, has the row's FID; the one before it 1 less.
+    assert drawn == [([4, 2], [19.5, 20.5]), ([4, 2], [9.5, 10.5])]
+
+
+def test_before_anything_was_measured_there_is_none(url):
+    assert overview_of(Study.create(url, normalised())).plots() == []
+
+
+def test_a_picture_is_a_png_of_its_size(url, tmp_path):
+    from PIL import Image
+
+    (plot,) = overview_of(search(url, VALLEY)).plots()
+    plot.save(tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert (picture.format, picture.size) == ("PNG", (1050, 630))
 
 
 @pytest.mark.parametrize(
-    ("value", "colour"), [(0, STOPS[0]), (4, STOPS[-1]), (2, STOPS[2]), (9, STOPS[-1])]
+    ("text", "shown"),
+    [
+        ("$x_1$", r"\$x_1\$"),
+        ("_hidden\n", "hidden "),
+        ("a" * 60, "a" * 60),
+        ("a" * 61, "a" * 59 + "…"),
+    ],
 )
-def test_colours_go_from_stop_to_stop(value, colour):
-    assert shade(value, 0, 4) == colour
-
-
-def test_a_colour_between_two_stops_is_between_them():
-    left, right, mixed = (
-        [int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in (STOPS[0], STOPS[1], shade(0.5, 0, 4))
-    )
-    assert mixed == [round((a + b) / 2) for a, b in zip(left, right, strict=True)]
-
-
-CHARTS = study_charts(TRIALS, BASELINES, {"a": 0.9, "b": 0.1})
-
-
-@pytest.mark.parametrize("chart", CHARTS, ids=lambda chart: chart.key)
-def test_the_dashboard_draws_what_the_chart_says(chart):
-    drawn = json.loads(interactive(chart).to_json())
-    traces = {trace.get("name"): trace for trace in drawn["data"] if trace.get("name")}
-    for series in chart.series:
-        trace = traces[series.name]
-        expected = list(series.y) * 2 if series.kind == "level" else list(series.y)
-        assert trace["y"] == pytest.approx(expected, rel=1e-4)
-        if series.kind != "level":
-            assert trace["x"] == pytest.approx(list(series.x)) or trace["x"] == list(series.x)
-    assert drawn["layout"]["title"]["text"] == chart.title
-    assert ("type" in drawn["layout"]["yaxis"]) == chart.log_y
-    if chart.scale:
-        (scaled,) = (t["marker"] for t in drawn["data"] if "colorbar" in t.get("marker", {}))
-        assert (scaled["cmin"], scaled["cmax"]) == chart.bounds()
-
-
-@pytest.mark.parametrize("chart", CHARTS, ids=lambda chart: chart.key)
-def test_the_picture_draws_what_the_chart_says(chart, tmp_path):
-    axes, *scales = picture(chart).axes
-    assert len(scales) == bool(chart.scale)
-    labels = (
-        [text.get_text() for text in axes.get_legend().get_texts()]
-        if any(not series.quiet for series in chart.series)
-        else []
-    )
-    assert labels == [series.name for series in chart.series if not series.quiet]
-    lines = [line.get_ydata() for line in axes.get_lines()]
-    for series in chart.series:
-        if series.kind in ("line", "steps"):
-            assert any(list(line) == list(series.y) for line in lines)
-    save_png(chart, tmp_path / "chart.png")
-    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_texts_are_no_tags_and_no_mathematics():
-    chart = Chart(
-        key="x",
-        title="<b>$x_1$</b>\n_",
-        x="a & b",
-        y="",
-        series=[Series(name="_<a href='javascript:1'>", kind="points", x=[1.0], y=[1.0])],
-    )
-    drawn = interactive(chart)
-    assert drawn.layout.title.text == "&lt;b&gt;$x_1$&lt;/b&gt; _"
-    assert drawn.data[0].name == "_&lt;a href='javascript:1'&gt;"
-    figure = picture(chart)
+def test_names_are_no_mathematics_and_not_too_long(text, shown):
+    assert plain(text) == shown
+    plot = Plot("key", text, lambda axes: axes.plot([1], [1], "o", label=plain(text)))
+    figure = replace(plot).figure()
     figure.draw_without_rendering()
-    (axes,) = figure.axes
-    assert axes.get_title() == r"<b>\$x_1\$</b> _"
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
-        "<a href='javascript:1'>"
-    ]
+    assert figure.axes[0].get_title() == shown

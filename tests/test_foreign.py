@@ -198,7 +198,7 @@ def test_the_levels_in_an_iddpm_file_are_compared_and_left():
 def test_a_foreign_class_or_option_that_is_not_built_is_named():
     made = tiny_denoiser()
     config = made.describe()["config"] | {"model_type": "SongUNet"}
-    with pytest.raises(CheckpointError, match=r"no denoiser is built from a CTPrecond; .* VEPrec"):
+    with pytest.raises(CheckpointError, match=r"CTPrecond is not supported; .* VEPrec"):
         denoiser_from_edm(foreign_of(made, "CTPrecond", **config))
     with pytest.raises(CheckpointError, match="network='UViT'"):
         denoiser_from_edm(foreign_of(made, "EDMPrecond", **config | {"model_type": "UViT"}))

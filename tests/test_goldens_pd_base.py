@@ -44,9 +44,7 @@ def test_the_denoising_loss(path, mean_type):
     for name, u in times.items():
         sigma = schedule.level(u)
         for loss, reference_name in reference_names.items():
-            errors = squared_error(
-                denoiser.branches, golden["x"], golden["eps"], sigma, labels=None
-            )
+            errors = squared_error(denoiser.branches, golden["x"], golden["eps"], sigma)
             actual = snr_weight(sigma, loss) * errors
             expected = golden[f"{mean_type}/{name}/loss_{reference_name}"]
             error = relative_error(actual.detach(), expected)

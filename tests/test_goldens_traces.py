@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from bdense.diffusion.branches import export_branch, widen_head
+from bdense.diffusion.conditions import ClassLabels, Condition, Unconditional
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.intervals import IntervalGrid
 from bdense.diffusion.sampling import Sampler, conditioned
@@ -43,8 +44,8 @@ class TrajectoriesFromFile(LiveTrajectories):
 
     def beginning(self, iteration: int, images: slice):
         """Without AFS as the reference does: from 80 times the noise, whatever its grid's t_0."""
-        grid, start, labels = super().beginning(iteration, images)
-        return grid, start if grid.afs else 80 * self.noise(iteration)[images], labels
+        grid, start, condition = super().beginning(iteration, images)
+        return grid, start if grid.afs else 80 * self.noise(iteration)[images], condition
 
     def grid_at(self, iteration: int) -> IntervalGrid:
         config, data = self.file
@@ -53,10 +54,11 @@ class TrajectoriesFromFile(LiveTrajectories):
     def noise(self, iteration: int) -> torch.Tensor:
         return self.file[1]["noise"][iteration]
 
-    def labels(self, iteration: int) -> torch.Tensor | None:
+    def condition(self, iteration: int) -> Condition:
         if not self.teacher.label_dim:
-            return None
-        return F.one_hot(self.file[1]["label_idx"][iteration], self.teacher.label_dim).float()
+            return Unconditional()
+        index = self.file[1]["label_idx"][iteration]
+        return ClassLabels(F.one_hot(index, self.teacher.label_dim).float())
 
 
 class Float32Grid(IntervalGrid):
@@ -211,8 +213,9 @@ def check_first_gradient(start: NetworkDenoiser, walk, weights, info: dict, data
     student, grid = widen_head(start, info["K"]), walk.grid
     n = grid.trained.start
     x = data["student_states_iter0"][n - 1] if n else walk.start
-    told = grid.num_points if student.step_condition else None
-    states = branch_states(student.branches, x, grid.interval(n), walk.labels, told)
+    told = {"num_points": grid.num_points} if student.step_condition else {}
+    told |= walk.condition.arguments()
+    states = branch_states(student.branches, x, grid.interval(n), **told)
     losses = branch_losses(states, walk.states[: grid.substeps])
     (weights.to(losses) * losses).sum().backward()
     close(states[:, -1].detach(), data["student_states_iter0"][n], rtol_of_max=1e-5)

@@ -1,28 +1,31 @@
 """What a GPU must agree on; skipped where torch sees none."""
 
 import time
+from typing import Any
 
 import pytest
 import torch
-from bdense.methods.sharing import distill_on
 
 from bdense.data.datasets import load_dataset
 from bdense.diffusion.branches import export_branch, widen_head
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import Sampler, draw_images
-from bdense.diffusion.vp import CosineSchedule
 from bdense.errors import NonFiniteLossError
 from bdense.execution import Execution, exact_products
-from bdense.methods.progressive import DataBatches, PDConfig, distill_round
-from bdense.methods.sfd import SFDConfig, branch_losses, branch_states, distill
+from bdense.methods.method import Inputs
+from bdense.methods.progressive import PDConfig, Progressive
+from bdense.methods.sfd import branch_losses, branch_states
+from bdense.training.loop import train
 from bdense.training.parallel import Team, team_of
 from bdense.training.teacher import TeacherConfig, train_teacher
 from bdense.weights.spaces import LogLinearWeights
+from bdense.weights.weighting import FixedWeights
 from search.worker.cost import _CONTEXT, measure
+from tests.contracts.methods import KilledError
 from tests.goldens import discover, golden_network
 from tests.networks import tiny_denoiser
 from tests.precisions import assert_within_bounds
-from tests.small import same_weights, small_teacher, small_trajectories
+from tests.small import same_weights, sfd, small_teacher, small_trajectories
 from tests.studies import spec
 
 pytestmark = [
@@ -36,9 +39,7 @@ def student_on(device: str) -> NetworkDenoiser:
 
 
 def student_of(teacher: NetworkDenoiser) -> NetworkDenoiser:
-    trajectories = small_trajectories(teacher)
-    train = SFDConfig(num_branches=4, images=16, lr=1e-4)
-    return export_branch(distill(teacher, trajectories, train, LogLinearWeights(a=1.0)(4)))
+    return export_branch(sfd(small_trajectories(teacher), LogLinearWeights(a=1.0)(4), lr=1e-4))
 
 
 def test_students_of_cpu_and_gpu_agree_to_rounding():
@@ -101,7 +102,7 @@ def first_gradient(teacher: NetworkDenoiser) -> torch.Tensor:
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(4, *teacher.image_shape, generator=draw).to("cuda")
     levels = torch.tensor([4.0, 3.0, 2.0, 1.0, 0.5], dtype=torch.float64)
-    states = branch_states(student, 4 * x, levels)
+    states = branch_states(student.branches, 4 * x, levels)
     branch_losses(states, x.expand(4, -1, -1, -1, -1) + 100).sum().backward()
     return torch.cat([p.grad.flatten().cpu() for p in student.parameters() if p.grad is not None])
 
@@ -129,12 +130,12 @@ def test_an_overflow_names_iteration_and_branch():
         teacher = small_teacher().to("cuda")
         with torch.no_grad():
             next(p for p in teacher.parameters() if p.dim() == 4).mul_(1e7)
-        train, weights = SFDConfig(num_branches=4, images=4), LogLinearWeights(a=1.0)(4)
+        weights, short = LogLinearWeights(a=1.0)(4), {"images": 4, "lr": 5e-5, "start": teacher}
         teacher.execute(Execution(precision="bfloat16"))
-        distill(teacher, trajectories, train, weights)
+        sfd(trajectories, weights, **short)
         teacher.execute(Execution(precision="float16"))
         with pytest.raises(NonFiniteLossError, match="iteration 0, interval 1, branch 1"):
-            distill(teacher, trajectories, train, weights)
+            sfd(trajectories, weights, **short)
 
 
 def test_a_teacher_is_averaged_in_float32():
@@ -153,21 +154,18 @@ def test_a_teacher_is_averaged_in_float32():
 # ---- progressive distillation ----
 
 
-class StopHereError(Exception):
-    """Stands for a kill at that point."""
-
-
-def halved(device: str, config: PDConfig, **options) -> NetworkDenoiser:
+def halved(device: str, knobs: dict[str, Any], **options: Any) -> NetworkDenoiser:
     """A branched student of 4 steps, its teacher of 8 on the same device."""
     teacher = tiny_denoiser(precond="cosine", img_channels=1, dropout=0.3).to(device)
-    batches = DataBatches(load_dataset("digits"), config.batch, config.seed, torch.device(device))
-    weights = torch.tensor([0.3, 0.7])
-    return distill_round(teacher, batches, CosineSchedule(), 4, config, weights, **options)
+    method, config = Progressive(), PDConfig(steps=8, until=4, batch=16, **knobs)
+    inputs = Inputs(dataset=load_dataset("digits"))
+    stage = method.stage(method.plan(config)[0], teacher, config, inputs)
+    return train(stage, FixedWeights(torch.tensor([0.3, 0.7])), **options)
 
 
 def test_a_round_on_the_gpu_is_the_cpus_to_rounding():
     """By plain gradients: Adam makes steps of the noise that branch 1's are at first."""
-    config = PDConfig(updates=4, num_branches=2, batch=16, lr=1e-2, optimizer="sgd")
+    config = {"updates": 4, "lr": 1e-2, "optimizer": "sgd"}
     with exact_products():
         cpu, cuda = (outputs(export_branch(halved(device, config))) for device in ("cpu", "cuda"))
         untrained = outputs(tiny_denoiser(precond="cosine", img_channels=1, dropout=0.3))
@@ -175,22 +173,22 @@ def test_a_round_on_the_gpu_is_the_cpus_to_rounding():
 
 
 def test_a_round_resumes_bit_for_bit_on_a_deterministic_gpu(tmp_path, monkeypatch):
-    config = PDConfig(updates=5, num_branches=2, batch=16, lr=1e-3, dropout=True, flip=True)
+    config = {"updates": 5, "lr": 1e-3, "dropout": True, "flip": True}
     path = tmp_path / "round.safetensors"
 
     def stop(done):
         if done.iteration == 3:
-            raise StopHereError
+            raise KilledError
 
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     try:
         whole = halved("cuda", config)
-        with pytest.raises(StopHereError):
-            halved("cuda", config, checkpoint=path, checkpoint_seconds=0, on_update=stop)
+        with pytest.raises(KilledError):
+            halved("cuda", config, checkpoint=path, checkpoint_seconds=0, on_iteration=stop)
         torch.manual_seed(99)
         seen = []
-        resumed = halved("cuda", config, checkpoint=path, on_update=seen.append)
+        resumed = halved("cuda", config, checkpoint=path, on_iteration=seen.append)
     finally:
         torch.use_deterministic_algorithms(False)
     assert [done.iteration for done in seen] == [3, 4]
@@ -204,16 +202,10 @@ def test_a_round_resumes_bit_for_bit_on_a_deterministic_gpu(tmp_path, monkeypatc
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_two_gpus_equal_one_to_rounding(precision):
     teacher = small_teacher().to("cuda:0").execute(Execution(precision=precision))
-    train = SFDConfig(num_branches=4, images=12, lr=1e-4, dropout=False)
+    weights, short = LogLinearWeights(a=1.0)(4), {"images": 12, "lr": 1e-4, "dropout": False}
     devices = [torch.device("cuda", index) for index in range(2)]
     students = [
-        distill_on(
-            devices[:count],
-            teacher,
-            small_trajectories(teacher),
-            train,
-            LogLinearWeights(a=1.0)(4),
-        )
+        sfd(small_trajectories(teacher), weights, devices=devices[:count], **short)
         for count in (1, 2)
     ]
     alone, shared = (outputs(export_branch(student)) for student in students)
@@ -258,10 +250,9 @@ def test_a_trial_is_measured_in_a_process_of_its_own():
     assert 0 < found.update_seconds < 60
     teacher = small_teacher().to("cuda")
     trajectories = small_trajectories(teacher, count=2, batch=1024)
-    train = SFDConfig(num_branches=4, images=2048, lr=1e-4)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    distill(teacher, trajectories, train, LogLinearWeights(a=1.0)(4))
+    sfd(trajectories, LogLinearWeights(a=1.0)(4), images=2048, lr=1e-4)
     taken = torch.cuda.max_memory_allocated() - before
     assert 0.8 * taken < found.peak_bytes - _CONTEXT < 4 * taken
     assert found.peak_bytes < found.free_bytes

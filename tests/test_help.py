@@ -1,30 +1,44 @@
 """The help texts are part of the interface: docs/cli.txt holds them, and changes with them."""
 
 import argparse
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import bdense.cli
 import search.cli
+from bdense.methods import METHODS
 
 CLI = Path(__file__).parents[1] / "docs/cli.txt"
 
 
+def verbs_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parsers of a command's verbs."""
+    verbs = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return dict(verbs.choices)
+
+
+def all_parsers() -> Iterator[argparse.ArgumentParser]:
+    """Both commands', each followed by its verbs', ``bdense distill``'s once for each method."""
+    parser = search.cli._parser()
+    yield parser
+    yield from verbs_of(parser).values()
+    yield bdense.cli.make_parser([])
+    for verb in bdense.cli.VERBS:
+        for method in METHODS if verb == "distill" else ("",):
+            arguments = [verb, *(("--method", method) if method else ())]
+            yield verbs_of(bdense.cli.make_parser(arguments))[verb]
+
+
 def all_help() -> str:
     """Help of both commands and all their verbs, 100 columns wide."""
-    texts = []
-    for parser in (search.cli._parser(), bdense.cli._parser()):
-        texts.append(parser.format_help())
-        verbs = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-        texts += [verb.format_help() for verb in verbs.choices.values()]
-    return "\n".join(texts)
+    return "\n".join(parser.format_help() for parser in all_parsers())
 
 
 def test_docs_hold_the_help_texts(monkeypatch):
     """To renew the file: BDENSE_WRITE_DOCS=1 pytest tests/test_help.py."""
-    import os
-
     monkeypatch.setenv("COLUMNS", "100")
     if os.environ.get("BDENSE_WRITE_DOCS"):
         CLI.write_text(all_help())
@@ -33,13 +47,12 @@ def test_docs_hold_the_help_texts(monkeypatch):
 
 
 def test_every_option_and_verb_explains_itself_with_an_example():
-    for parser in (search.cli._parser(), bdense.cli._parser()):
-        verbs = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-        for name, verb in verbs.choices.items():
-            assert verb.epilog.startswith(f"example: {parser.prog} {name} ")
-            assert not [a.dest for a in verb._actions if not a.help]
+    for parser in all_parsers():
+        assert parser.epilog.startswith(f"example: {parser.prog} ")
+        for action in parser._actions:
+            assert action.help or isinstance(action, argparse._SubParsersAction), action
             # What it is comes first, not whose.
-            assert not [a.help for a in verb._actions if a.help.startswith(("of ", "or "))]
+            assert not (action.help or "").startswith(("of ", "or ")), action.help
 
 
 @pytest.mark.parametrize("main", [search.cli.main, bdense.cli.main])

@@ -12,9 +12,8 @@ from bdense.diffusion.solvers import Euler
 from bdense.diffusion.step_condition import with_step_condition
 from bdense.errors import InputError
 from bdense.methods.recordings import TrajectoryStore
-from bdense.methods.sfd import SFDConfig, distill
 from bdense.methods.trajectories import LiveTrajectories
-from tests.small import same_weights, small_teacher, small_trajectories
+from tests.small import same_weights, sfd, sfd_stage, small_teacher, small_trajectories
 
 DRAWN = VariableGrid(num_intervals=(2, 3, 4), substeps=2)
 
@@ -67,52 +66,31 @@ def test_recorded_rows_of_different_numbers_are_the_live_ones(tmp_path, monkeypa
         assert torch.equal(part.start, live[i].start[1:2])
 
 
-def test_a_variable_student_is_told_its_number_of_points(monkeypatch):
-    """The network hears N + 1 of the batch's own grid, and nothing where it cannot."""
+def test_a_variable_student_is_told_its_number_of_points():
+    """N + 1 of the batch's own grid, in every interval."""
     live = drawn_trajectories(count=4)
-    student = with_step_condition(live.teacher, seed=0)
-    walks = [live[i] for i in range(4)]
-    heard = []
-    original = type(student).branches
-
-    def spy(self, *args, **conditions):
-        heard.append(conditions.get("num_points"))
-        return original(self, *args, **conditions)
-
-    monkeypatch.setattr("bdense.methods.sfd.NetworkDenoiser.branches", spy)
-    train = SFDConfig(num_branches=2, images=8, lr=1e-3, dropout=False)
-
-    class Walked:
-        """Trajectories already walked: nothing but the student calls a network."""
-
-        grid, batch, teacher = DRAWN, 2, live.teacher
-
-        def __len__(self):
-            return 4
-
-        def part(self, iteration, images):
-            return walks[iteration]
-
-        def describe(self):
-            return {}
-
-    distill(live.teacher, Walked(), train, torch.ones(2), start=student)
-    expected = [live.grid_at(i).num_points for i in range(4) for _ in live.grid_at(i).trained]
-    assert heard == expected
+    stage = sfd_stage(live, images=8, start=with_step_condition(live.teacher, seed=0))
+    for i in range(4):
+        grid = live.grid_at(i)
+        heard = []
+        for update in stage.updates(i, stage.batch(i, slice(None))):
+            heard.append(update.told["num_points"])
+            update(stage.start.branches)
+        assert heard == [grid.num_points] * len(grid.trained)
     with pytest.raises(InputError, match=r"\[2, 3, 4\] is told which; start it from with_step"):
-        distill(live.teacher, Walked(), train, torch.ones(2))
+        sfd_stage(live, images=8)
 
 
 def test_another_start_is_another_run(tmp_path):
     """A checkpoint of a student that started elsewhere is not taken for this run's."""
     live = small_trajectories(small_teacher(), count=2)
-    train = SFDConfig(num_branches=1, images=8, lr=1e-3, dropout=False)
+    short = {"images": 8, "dropout": False}
     checkpoint = tmp_path / "run.safetensors"
     options = {"checkpoint": checkpoint, "checkpoint_seconds": 0.0}
-    one = distill(live.teacher, live, train, torch.ones(1), start=small_teacher(seed=5), **options)
-    assert not same_weights(one, distill(live.teacher, live, train, torch.ones(1)))
+    one = sfd(live, torch.ones(1), start=small_teacher(seed=5), **short, **options)
+    assert not same_weights(one, sfd(live, torch.ones(1), **short))
     with pytest.raises(InputError, match=r"belongs to another run .*start"):
-        distill(live.teacher, live, train, torch.ones(1), **options)
+        sfd(live, torch.ones(1), **short, **options)
 
 
 def test_a_teacher_that_is_a_student_may_begin_with_afs_too():

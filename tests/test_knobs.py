@@ -4,7 +4,7 @@ import argparse
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 
@@ -14,8 +14,10 @@ from bdense.knobs import KnobError, Knobs, add_options, from_options, knob, knob
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Levels(Knobs):
+    heading: ClassVar[str] = "sampling"
+
     kind: Literal["polynomial", "logsnr"] = knob("polynomial", "spacing")
-    rho: float = knob(7.0, "exponent", above=0, group="sampling")
+    rho: float = knob(7.0, "exponent", above=0)
     low: float = knob(0.1, "last level", above=0)
     high: float = knob(80.0, "first level", above=0)
 
@@ -26,21 +28,30 @@ class Levels(Knobs):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Config(Knobs):
+class Training(Knobs):
+    heading: ClassVar[str] = "training"
+
+    lr: float = knob(1e-2, "step size of any", above=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config(Training):
+    heading: ClassVar[str] = "model"
+
     steps: int = knob(help="how | many", low=1, high=9, metavar="K")
-    lr: float = knob(1e-3, "step size", above=0, group="training")
+    lr: float = knob(1e-3, "step size", above=0)
     share: float = knob(0.5, "50% of it", above=0, below=1)
     betas: tuple[float, float] = knob((0.9, 0.999), "Adam's", low=0, below=1)
     sides: tuple[int, ...] = knob((), "sides", low=1)
     metrics: tuple[Literal["fid", "kid"], ...] = knob(("fid",), "what to measure")
-    optimizer: Literal["adam", "sgd"] = knob("adam", "optimiser", group="training")
+    optimizer: Literal["adam", "sgd"] = knob("adam", "optimiser")
     colour: str = knob("red", "colour", choices=("red", "blue"))
     clip: float | None = knob(None, "largest norm", above=0, none="no limit")
     gpus: Literal["auto"] | float = knob("auto", "GPUs", low=0)
     afs: bool = knob(True, "first step for nothing")
     flip: bool = knob(False, "mirror half of the images")
     folder: Path | None = knob(None, "folder")
-    levels: Levels = knob(Levels(rho=5.0), "noise levels", group="model")
+    levels: Levels = knob(Levels(rho=5.0), "noise levels")
     network: dict[str, Any] = knob({}, "a network's own options")
 
 
@@ -133,7 +144,7 @@ def test_a_mapping_is_read():
     [
         ({}, "method.steps is missing: how | many"),
         ({"steps": 1, "stpes": 2}, "method.stpes is unknown; did you mean steps?"),
-        ({"steps": 1, "q": 2}, "method.q is unknown; known: steps, lr, share"),
+        ({"steps": 1, "q": 2}, "method.q is unknown; known: lr, steps, share"),
         ({"steps": 1, "levels": {"rho": 0}}, "method.levels.rho must be a number above 0, got 0"),
         ({"steps": 1, "levels": {"rhp": 1}}, "method.levels.rhp is unknown; did you mean rho?"),
         ({"steps": 1, "levels": {"low": 99}}, "method.levels.low must be below high 80, got 99"),
@@ -184,6 +195,7 @@ def test_options_give_what_the_class_gives():
         (("--lr", "none"), "--lr must be a number above 0, got none"),
         (("--clip", "inf"), "--clip must be a number above 0, or none, got inf"),
         (("--betas", "0.1", "x"), "got 0.1 x"),
+        (("--betas", "0.1"), "--betas must be 2 numbers of at least 0 and below 1, got 0.1"),
         (("--sides", "8", "0"), "--sides must be whole numbers of at least 1, got 8 0"),
         (("--metrics", "kit"), "--metrics must be one of fid, kid, got kit"),
         (("--optimizer", "sgb"), "one of adam, sgd, got sgb; did you mean sgd?"),
@@ -206,16 +218,16 @@ def test_help_has_range_default_and_heading(monkeypatch):
     parser = argparse.ArgumentParser()
     add_options(parser, Config, skip=("folder", "levels.low"))
     text = " ".join(parser.format_help().split())
-    assert "--steps K how | many --share X 50% of it (default: 0.5)" in text
+    assert "training: --lr X step size (default: 0.001) model: --steps K how | many" in text
+    assert "--share X 50% of it (default: 0.5)" in text
     assert "--optimizer {adam,sgd} optimiser (default: adam)" in text
     assert "--clip X largest norm (default: no limit)" in text
     assert "--sides N [N ...] sides (default: none)" in text
-    assert "--betas X X Adam's (default: 0.9 0.999)" in text
+    assert "--betas X [X ...] Adam's (default: 0.9 0.999)" in text
     assert "--afs, --no-afs first step for nothing (default: true)" in text
     assert "--flip, --no-flip mirror half of the images " in text
-    assert "training: --lr X step size (default: 0.001)" in text
-    assert "model: --levels {polynomial,logsnr} spacing (default: polynomial)" in text
-    assert "sampling: --rho X exponent (default: 5)" in text
+    assert "sampling: --levels {polynomial,logsnr} spacing (default: polynomial)" in text
+    assert "--rho X exponent (default: 5)" in text
     assert "--folder" not in text
     assert "--network" not in text
     assert "--low" not in text
@@ -241,7 +253,8 @@ def test_the_reference_is_a_row_for_each_knob():
     head, rule, *rows = reference(Config).splitlines()
     assert head == "| knob | values | default | what it does |"
     assert rule == "| --- | --- | --- | --- |"
-    assert rows[0] == "| `steps` | a whole number from 1 to 9 | must be given | how \\| many |"
+    assert rows[0] == "| `lr` | a number above 0 | 0.001 | step size |"
+    assert rows[1] == "| `steps` | a whole number from 1 to 9 | must be given | how \\| many |"
     assert "| `clip` | a number above 0, or none | no limit | largest norm |" in rows
     assert "| `levels.rho` | a number above 0 | 5 | exponent |" in rows
     assert "| `afs` | true or false | true | first step for nothing |" in rows

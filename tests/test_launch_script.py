@@ -26,8 +26,11 @@ sys.exit(int(os.environ["STATUS"]))
 
 @pytest.fixture
 def start(tmp_path, monkeypatch):
-    """Runs the script with a joining and a command that take so many seconds."""
-    joining = '#!/bin/sh\necho joining >> "$JOINS_FILE"\nsleep "$JOINING"\nexit "$REFUSED"\n'
+    """Runs the script; joining lasts while the gate is there, the command so many seconds."""
+    joining = (
+        '#!/bin/sh\necho joining >> "$JOINS_FILE"\n'
+        'while [ -e "$GATE" ]; do sleep 0.05; done\nexit "$REFUSED"\n'
+    )
     programs = {"ray": "#!/bin/sh\n", "ray-node.sh": joining}
     for name, text in (programs | {"bdense-search": COMMAND}).items():
         (tmp_path / name).write_text(text)
@@ -36,11 +39,9 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setenv("STUDY", "studies/one.yaml")
     monkeypatch.setenv("LAUNCH_OPTIONS", "--trials 4")
 
-    def start(
-        *arguments: str, joining: float = 0, seconds: float = 0, status: int = 0, **more: int
-    ):
-        settings = {"JOINING": joining, "SECONDS_LONG": seconds, "STATUS": status, "REFUSED": 0}
-        settings |= {"JOINS_FILE": tmp_path / "joins", **more}
+    def start(*arguments: str, seconds: float = 0, status: int = 0, **more: int):
+        settings = {"SECONDS_LONG": seconds, "STATUS": status, "REFUSED": 0}
+        settings |= {"JOINS_FILE": tmp_path / "joins", "GATE": tmp_path / "gate", **more}
         own = {name: str(value) for name, value in settings.items()}
         return subprocess.Popen(
             ["sh", SCRIPT, *arguments],
@@ -75,9 +76,12 @@ def test_a_signal_reaches_the_command_which_ends_in_its_own_time(start):
 
 
 def test_a_signal_while_it_joins_begins_nothing(start, tmp_path):
-    process = start(joining=5, seconds=60)
+    gate = tmp_path / "gate"
+    gate.touch()
+    process = start(seconds=60)
     wait_until((tmp_path / "joins").exists)
     process.send_signal(signal.SIGTERM)
+    gate.unlink()
     assert process.communicate(timeout=20)[0] == ""
     assert process.returncode == 130
 
@@ -92,7 +96,7 @@ def test_where_the_head_died_it_joins_again(start):
 
 
 def test_where_no_cluster_can_be_joined_it_gives_up(start, tmp_path):
-    process = start(REFUSED=1, PAUSE=0, PATIENCE=2)
+    process = start(REFUSED=1, PAUSE=0, PATIENCE=1)
     assert process.communicate(timeout=60)[0] == ""
     assert process.returncode == 1
     assert (tmp_path / "joins").read_text().count("joining") > 1

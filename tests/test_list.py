@@ -14,7 +14,7 @@ from search import cli
 from search.storage.engine import open_reading, open_storage
 from search.storage.ledger import Claim, Ledger
 from search.storage.studies import read_studies
-from search.study.study import BASELINES_SUFFIX, KIND, SPEC
+from search.study.study import ARMS, BASELINES_SUFFIX, SPEC
 
 SPACE = {"a": FloatDistribution(-1.0, 3.0)}
 
@@ -35,15 +35,15 @@ def take(ledger: Ledger) -> Claim:
 def fill(url: str) -> None:
     """A search under way with its baselines, a promotion, a half-made study, a stranger's."""
     search = Ledger.open(url, "digits", budget=5)
-    search.study.set_user_attr(SPEC, json.dumps({"student": {"nfe": 2}}))
+    search.study.set_user_attr(SPEC, json.dumps({"method": {"name": "sfd"}}))
     for value in (3.5, 2.25):
         search.complete(take(search), value, {})
     search.fail(take(search), "diverged", "loss inf", {})
     take(search)
     Ledger.open(url, f"digits{BASELINES_SUFFIX}", budget=2)
     promotion = Ledger.open(url, "chain", budget=6)
-    promotion.study.set_user_attr(KIND, "progressive")
-    promotion.study.set_user_attr(SPEC, json.dumps({"chain": {"first": 8, "last": 2}}))
+    promotion.study.set_user_attr(ARMS, [])
+    promotion.study.set_user_attr(SPEC, json.dumps({"method": {"name": "progressive"}}))
     Ledger.open(url, "new", budget=1)
     stranger = optuna.create_study(study_name="stranger", storage=open_storage(url))
     stranger.tell(stranger.ask(), 1.0)
@@ -71,7 +71,7 @@ def test_each_study_with_its_counts_and_lowest_fid(url, capsys):
     assert before <= started <= changed <= datetime.now(UTC)
     assert (chain["study"], chain["kind"], chain["method"]) == (
         "chain",
-        "progressive",
+        "arms",
         "progressive",
     )
     assert (chain["best_fid"], chain["started"], chain["changed"]) == (None, None, None)

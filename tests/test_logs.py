@@ -478,7 +478,8 @@ def test_another_form_of_log_is_refused(capsys, monkeypatch):
     monkeypatch.setenv("BDENSE_LOG", "xml")
     status, _, err = answer(capsys, "status", "digits")
     assert status == 2
-    assert err == "bdense-search: BDENSE_LOG=xml is no form of the log; set it to text or json\n"
+    assert err.startswith("bdense-search: BDENSE_LOG=xml ")
+    assert "text or json" in err
 
 
 def test_what_a_thread_speaks_of_is_its_own():

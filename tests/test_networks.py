@@ -1,4 +1,4 @@
-"""The networks against their own definition written out, their labels, and what is no network."""
+"""Networks: the contract of each, EDM's written out by hand, labels, and options refused."""
 
 import math
 
@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from bdense.diffusion.branches import export_branch, widen_head
-from bdense.errors import CheckpointError, InputError, ShapeError
+from bdense.errors import InputError, ShapeError
 from bdense.networks import (
-    NETWORKS,
     DhariwalUNet,
     DhariwalUNetConfig,
     DiffusersUNet,
@@ -18,8 +17,11 @@ from bdense.networks import (
 )
 from bdense.networks.layers import Conv2d, FourierEmbedding, PositionalEmbedding, UNetBlock
 from tests.contracts.networks import NetworkContract
+from tests.example_package import PatchNetwork
 from tests.networks import TINY, awake, image, one_hot, tiny_denoiser
-from tests.patch_network import PatchNetwork
+from tests.plugins import example_package
+
+__all__ = ["example_package"]
 
 BOTH = pytest.mark.parametrize("network", ["SongUNet", "DhariwalUNet"])
 CONFIGS = {"SongUNet": SongUNetConfig, "DhariwalUNet": DhariwalUNetConfig}
@@ -254,12 +256,12 @@ class TestDiffusersNetworks(NetworkContract):
             return awake(DiffusersUNet(unet)).eval()
 
 
+@pytest.mark.usefixtures("example_package")
 class TestPatchNetwork(NetworkContract):
     """A head whose rows are (p, p, C) or (C, p, p), in another package's network."""
 
     @pytest.fixture(params=["ppc", "cpp"])
-    def network(self, request, monkeypatch):
-        monkeypatch.setitem(NETWORKS._builtin, "PatchNetwork", "tests.patch_network:PatchNetwork")
+    def network(self, request):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return PatchNetwork(
@@ -297,19 +299,6 @@ def test_branches_of_a_skip_decoder_share_the_lower_levels():
 
 
 @BOTH
-def test_labels_matter_and_none_is_zeros(network):
-    net = tiny_denoiser(network, label_dim=3)
-    x, sigma = image(), torch.tensor(1.0)
-    labelled = net(x, sigma, one_hot(0, 1, 2))
-    unlabelled = net(x, sigma)
-    torch.testing.assert_close(unlabelled, net(x, sigma, torch.zeros(3, 3)))
-    assert not torch.allclose(labelled, unlabelled)
-    # One row stands for all, and whole numbers are as good as any.
-    torch.testing.assert_close(net(x, sigma, one_hot(1)), net(x, sigma, one_hot(1, 1, 1)))
-    torch.testing.assert_close(net(x, sigma, one_hot(0, 1, 2).long()), labelled)
-
-
-@BOTH
 def test_label_dropout_hides_classes_in_training_alone(network):
     net = tiny_denoiser(network, label_dim=3, label_dropout=0.5)
     x, sigma = image(1).expand(64, -1, -1, -1), torch.tensor(1.0)
@@ -338,22 +327,6 @@ def test_labels_of_another_shape_are_refused(network, given, message):
     net = tiny_denoiser(network, label_dim=4, augment_dim=2)
     with pytest.raises(ShapeError, match=message):
         net(image(), torch.tensor(1.0), **given)
-
-
-@BOTH
-def test_labels_for_a_network_without_any_are_refused(network):
-    net = tiny_denoiser(network)
-    for given in ({"class_labels": one_hot(0, 1, 2)}, {"augment_labels": torch.zeros(3, 9)}):
-        with pytest.raises(ShapeError, match=f"{next(iter(given))} .* a network that takes none"):
-            net(image(), torch.tensor(1.0), **given)
-
-
-@BOTH
-def test_images_of_another_size_are_refused(network):
-    net = tiny_denoiser(network)
-    for shape in ((2, 2, 16, 16), (2, 3, 8, 8)):
-        with pytest.raises(ShapeError, match=rf"images \[B, 2, 8, 8\], got \[{shape[0]}, "):
-            net(torch.zeros(shape), torch.tensor(1.0))
 
 
 # ---- options ----
@@ -397,11 +370,3 @@ def test_options_that_make_no_network_are_refused(network, options, message):
 def test_options_of_ncsnpp_that_make_no_network_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         SongUNetConfig(**TINY | options)
-
-
-@BOTH
-def test_unknown_options_are_named(network):
-    with pytest.raises(CheckpointError, match=f"do not fit a {network}: .*'depth'"):
-        NETWORKS[network].build(TINY | {"depth": 3}, num_branches=1, outputs=1)
-    with pytest.raises(CheckpointError, match=f"do not fit a {network}: .*'img_channels'"):
-        NETWORKS[network].build({"img_resolution": 8}, num_branches=1, outputs=1)

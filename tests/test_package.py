@@ -1,9 +1,11 @@
 """What importing costs, and that the public names are there."""
 
+import ast
 import importlib
 import importlib.metadata
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +23,7 @@ def test_the_engine_knows_no_service():
     """So that it runs on a machine that has none of them."""
     loaded = modules_after("from bdense import *; import bdense.cli")
     assert "torch" in loaded
-    service = {"ray", "optuna", "pydantic", "sqlalchemy", "yaml", "search", "sklearn"}
+    service = {"ray", "optuna", "sqlalchemy", "yaml", "search", "sklearn"}
     assert not loaded & (service | {"torch_fidelity", "torchvision"})
 
 
@@ -29,6 +31,12 @@ def test_looking_at_a_study_needs_no_torch():
     looking = ("search.cli", "search.study.summary", "search.storage.ledger")
     loaded = modules_after(f"import {', '.join(looking)}")
     assert not loaded & {"torch", "ray"}
+
+
+def modules_of(command: str, *arguments: str) -> set[str]:
+    """Modules that a command has loaded by its end."""
+    at_exit = "import atexit; atexit.register(lambda: print(*sys.modules))"
+    return modules_after(f"{at_exit}; from {command}.cli import main; main({list(arguments)})")
 
 
 @pytest.mark.parametrize("command", ["bdense", "search"])
@@ -41,18 +49,35 @@ def test_version_of_both_commands(command, capsys):
     prog = {"bdense": "bdense", "search": "bdense-search"}[command]
     version = importlib.metadata.version("bdense")
     assert capsys.readouterr().out == f"{prog} {version}\n"
-    loaded = modules_after(
-        f"import atexit; atexit.register(lambda: print(*sys.modules)); "
-        f"from {command}.cli import main; main(['--version'])"
-    )
+    loaded = modules_of(command, "--version")
     assert f"{command}.cli" in loaded
     assert "torch" not in loaded
+
+
+@pytest.mark.parametrize("verb", ["", "sample", "fid", "reference", "convert"])
+def test_help_needs_no_torch(verb):
+    loaded = modules_of("bdense", *filter(None, [verb]), "--help")
+    assert "bdense.verbs.options" in loaded
+    assert not loaded & {"torch", "numpy", "PIL"}
 
 
 @pytest.mark.parametrize("name", bdense.__all__)
 def test_public_names(name):
     thing = getattr(bdense, name)
-    assert name == "NUMERICS" or thing.__name__ == name
+    assert name.isupper() or thing.__name__ == name
+
+
+def test_the_public_names_are_listed_and_known_to_type_checkers():
+    assert dir(bdense) == sorted(bdense.__all__)
+    tree = ast.parse(Path(bdense.__file__).read_text())
+    (guarded,) = (node for node in tree.body if isinstance(node, ast.If))
+    imported = {
+        alias.asname: node.module
+        for node in guarded.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert imported == {name: f"bdense.{home}" for name, home in bdense._HOME.items()}
 
 
 def test_no_other_names():

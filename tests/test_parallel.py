@@ -1,48 +1,38 @@
 """One training shared by two processes: gloo on the CPU."""
 
-import contextlib
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import bdense.methods.sharing
 import pytest
 import torch
 import torch.distributed as dist
-from bdense.methods.sharing import distill_on
 
+import bdense.training.loop
 import bdense.training.parallel
 from bdense.diffusion.branches import widen_head
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import InputError, NonFiniteError, NonFiniteLossError
 from bdense.methods.recordings import TrajectoryStore
-from bdense.methods.sfd import IterationReport, Looks, SFDConfig
+from bdense.training.loop import Evaluations, IterationReport
 from bdense.training.parallel import Follow, Team, team_of
 from bdense.weights.spaces import LogLinearWeights
-from bdense.weights.weighting import LearnedWeights
-from tests.small import small_teacher, small_trajectories
+from bdense.weights.weighting import FixedWeights, LearnedWeights
+from tests.contracts.methods import TWO_CPUS, outputs
+from tests.small import sfd, sfd_stage, small_teacher, small_trajectories
 
-ONE, TWO = [torch.device("cpu")], [torch.device("cpu")] * 2
-TRAIN = SFDConfig(num_branches=4, images=12, lr=1e-4, dropout=False)
-
-
-@torch.no_grad()
-def outputs(student: NetworkDenoiser) -> torch.Tensor:
-    """Every branch at four noise levels."""
-    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    sigma = torch.tensor([0.01, 0.5, 5.0, 40.0])
-    return student.branches(x * sigma.view(-1, 1, 1, 1), sigma)
+SHORT = {"images": 12, "lr": 1e-4, "dropout": False}
 
 
 def follow_in_haste(team: Team, device: torch.device, job: Any) -> None:
-    """From the first look on, five seconds are enough; until then both processes still load."""
+    """From the first evaluation on, five seconds are enough; before it both still load."""
     wait = Team.while_others_wait
 
     def in_haste(self: Team, name: str, work: Callable[[], object]) -> None:
@@ -50,38 +40,37 @@ def follow_in_haste(team: Team, device: torch.device, job: Any) -> None:
         wait(self, name, work)
 
     Team.while_others_wait = in_haste
-    bdense.methods.sharing._follow(team, device, job)
+    bdense.training.loop._follow(team, device, job)
 
 
 @pytest.mark.parametrize("rule", [None, pytest.param("gradient-norm", marks=pytest.mark.slow)])
-def test_two_processes_equal_one_to_rounding(tmp_path, monkeypatch, rule):
-    """Outputs, not weights: Adam makes steps of rounding noise where a gradient cancels."""
-    monkeypatch.setattr(bdense.methods.sharing, "_follow", follow_in_haste)
+def test_the_leader_alone_evaluates_while_the_others_wait(tmp_path, monkeypatch, rule):
+    """For longer than they wait for a gradient; on recorded trajectories."""
+    monkeypatch.setattr(bdense.training.loop, "_follow", follow_in_haste)
     teacher = small_teacher()
     live = small_trajectories(teacher, count=3, batch=4)
     trajectories = TrajectoryStore(live, tmp_path).record()
     reports: list[list[IterationReport]] = []
-    students, looked = [], []
+    students, seen = [], []
 
-    def look(after: int, student: NetworkDenoiser) -> None:
-        looked.append(outputs(student))
-        if len(looked) == 3:
+    def evaluate(after: int, student: NetworkDenoiser) -> None:
+        seen.append(outputs(student))
+        if len(seen) == 3:
             time.sleep(7)  # longer than the other process waits for a gradient
 
-    for devices in (ONE, TWO):
+    for devices in (None, TWO_CPUS):
         # A rule has a state: each run begins with one of its own.
         weights = LearnedWeights(4, rule=rule) if rule else LogLinearWeights(a=1.0)(4)
         reports.append([])
         report = reports[-1].append
         students.append(
-            distill_on(
-                devices,
-                teacher,
+            sfd(
                 trajectories,
-                TRAIN,
                 weights,
+                devices=devices,
                 on_iteration=report,
-                looks=Looks([1, 2], look),
+                evaluations=Evaluations([1, 2], evaluate),
+                **SHORT,
             )
         )
     for alone, shared in zip(*reports, strict=True):
@@ -90,16 +79,15 @@ def test_two_processes_equal_one_to_rounding(tmp_path, monkeypatch, rule):
     alone, shared = map(outputs, students)
     trained = (alone - outputs(widen_head(teacher, 4))).abs().max()
     assert (alone - shared).abs().max() < 1e-3 * trained
-    # The leader alone looks, at branch K, while the other waits.
-    for first, second in zip(looked[:2], looked[2:], strict=True):
+    for first, second in zip(seen[:2], seen[2:], strict=True):
         assert first.shape[1] == 1
         assert (first - second).abs().max() < 1e-3 * trained
 
 
 def test_a_team_that_cannot_be_is_refused():
-    trajectories = small_trajectories(small_teacher(), batch=3)
+    trajectories = small_trajectories(small_teacher(), count=6, batch=3)
     with pytest.raises(InputError, match="batch=3 cannot be shared by 2 devices"):
-        distill_on(TWO, trajectories.teacher, trajectories, TRAIN, torch.ones(4))
+        sfd(trajectories, torch.ones(4), devices=TWO_CPUS)
     with (
         pytest.raises(InputError, match="devices of one kind"),
         team_of([torch.device("cpu"), torch.device("cuda", 0)], print, None),
@@ -114,23 +102,24 @@ def note_settings(team: Team, device: torch.device, path: Path) -> None:
 def test_followers_are_as_deterministic_as_the_leader(tmp_path):
     torch.use_deterministic_algorithms(True)
     try:
-        with team_of(TWO, note_settings, tmp_path / "noted"):
+        with team_of(TWO_CPUS, note_settings, tmp_path / "noted"):
             pass
     finally:
         torch.use_deterministic_algorithms(False)
     assert (tmp_path / "noted").read_text() == "1 True"
 
 
-def test_a_follower_starts_on_its_own_device(monkeypatch):
+def test_a_stage_moves_with_all_its_networks():
+    """A follower starts on its own device; the leader's stage stays where it is."""
     trajectories = small_trajectories(small_teacher())
-    noted = {}
-    monkeypatch.setattr(
-        bdense.methods.sharing, "distill", lambda *_, **options: noted.update(options)
-    )
-    job = (trajectories, TRAIN, torch.ones(4), {"start": small_teacher()})
-    bdense.methods.sharing._follow(Team(1, 2), torch.device("meta"), job)
-    assert {p.device.type for p in noted["start"].parameters()} == {"meta"}
-    assert {p.device.type for p in job[3]["start"].parameters()} == {"cpu"}
+    meta = torch.device("meta")
+    for start in (None, small_teacher(seed=1)):
+        stage = sfd_stage(trajectories, start=start)
+        moved = stage.on(meta)
+        assert (moved.start is moved.trajectories.teacher) == (start is None)
+        for network in (moved.start, moved.trajectories.teacher):
+            assert {p.device.type for p in network.parameters()} == {"meta"}
+        assert {p.device.type for p in stage.start.parameters()} == {"cpu"}
 
 
 def test_shares_of_a_batch_cover_it():
@@ -212,7 +201,7 @@ def test_a_follower_that_does_not_come_is_not_waited_for():
     began = time.monotonic()
     with (
         pytest.raises(RuntimeError, match="on cpu ended with exit code 1; if it said why"),
-        team_of(TWO, print, Unreadable()),
+        team_of(TWO_CPUS, print, Unreadable()),
     ):
         pytest.fail("there is no team")
     assert time.monotonic() - began < 60
@@ -221,62 +210,54 @@ def test_a_follower_that_does_not_come_is_not_waited_for():
 def follow_out_of_memory(team: Team, device: torch.device, job: Any) -> None:
     mean, means = Team.mean, []
 
-    def third_fails(self: Team, values: torch.Tensor) -> torch.Tensor:
+    def fails(self: Team, values: torch.Tensor) -> torch.Tensor:
         means.append(values)
-        if len(means) == 3:
+        if len(means) == 5:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return mean(self, values)
 
-    Team.mean = third_fails
-    bdense.methods.sharing._follow(team, device, job)
+    Team.mean = fails
+    bdense.training.loop._follow(team, device, job)
 
 
 def test_a_distillation_ends_by_what_a_follower_raises(tmp_path, monkeypatch):
-    monkeypatch.setattr(bdense.methods.sharing, "_follow", follow_out_of_memory)
+    monkeypatch.setattr(bdense.training.loop, "_follow", follow_out_of_memory)
     teacher = small_teacher()
     trajectories = small_trajectories(teacher, count=3, batch=4)
     reports = []
     with pytest.raises(torch.OutOfMemoryError, match=r"^CUDA out of memory"):
-        distill_on(
-            TWO,
-            teacher,
+        sfd(
             trajectories,
-            TRAIN,
             torch.ones(4),
+            devices=TWO_CPUS,
             checkpoint=tmp_path / "training.safetensors",
             on_iteration=reports.append,
+            **SHORT,
         )
     assert len(reports) < 3
     assert not (tmp_path / "training.safetensors").exists()
 
 
-def test_an_iteration_in_which_a_follower_failed_is_not_reported(monkeypatch):
+def test_an_iteration_in_which_a_follower_failed_is_not_reported(tmp_path):
     """NCCL's sums, once ended, give numbers and raise nothing."""
 
     def miss() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    @contextlib.contextmanager
-    def team(*_: object) -> Iterator[Team]:
-        yield Team(0, 2, miss=miss)
-
-    def distill(*_: object, on_iteration: Callable[[object], None], **__: object) -> None:
-        on_iteration("garbage")
-
-    monkeypatch.setattr(bdense.methods.sharing, "team_of", team)
-    monkeypatch.setattr(bdense.methods.sharing, "distill", distill)
-    trajectories = small_trajectories(small_teacher(), batch=4)
-    reports = []
+    stage = sfd_stage(small_trajectories(small_teacher()))
+    path, reports = tmp_path / "training.safetensors", []
+    options = bdense.training.loop._Options(
+        checkpoint=path,
+        checkpoint_seconds=0,
+        on_iteration=reports.append,
+        evaluations=Evaluations(),
+    )
     with pytest.raises(torch.OutOfMemoryError):
-        distill_on(
-            TWO,
-            trajectories.teacher,
-            trajectories,
-            TRAIN,
-            torch.ones(4),
-            on_iteration=reports.append,
+        bdense.training.loop._train(
+            Team(0, 1, miss=miss), stage, FixedWeights(torch.ones(4)), options
         )
     assert reports == []
+    assert not path.exists()
 
 
 class LocalWordsError(OSError):
@@ -309,7 +290,7 @@ def sleep_for_long(team: Team, device: torch.device, path: Path) -> None:
 
 
 def lead_for_long(path: str) -> None:
-    with team_of(TWO, sleep_for_long, Path(path)):
+    with team_of(TWO_CPUS, sleep_for_long, Path(path)):
         time.sleep(600)
 
 
@@ -359,7 +340,7 @@ def test_no_follower_outlives_the_block(tmp_path):
         raise KeyError
 
     with pytest.raises(KeyError):
-        lead(TWO, sleep_for_long, tmp_path / "pid", fail)
+        lead(TWO_CPUS, sleep_for_long, tmp_path / "pid", fail)
     assert time.monotonic() - seen["began"] < 30
     assert not is_alive(seen["pid"])
 

@@ -215,4 +215,4 @@ def test_bdense_distill_takes_it(lpips, tmp_path):
     assert len(digests) == 3
     assert metadata["perceptual"] == LPIPS(as_reference=True).describe()
     card = student.with_suffix(".md").read_text()
-    assert "| perceptual loss | lpips on the last interval, of images in [-1, 1] |" in card
+    assert "| perceptual loss | lpips on the last interval, images in [-1, 1] |" in card

@@ -1,9 +1,9 @@
-"""Progressive distillation: contracts that need no golden file."""
+"""Progressive distillation: what any method promises, and what is its own."""
 
 import copy
 import hashlib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bdense.data.datasets import Dataset, to_float
-from bdense.diffusion.branches import export_branch, widen_head
+from bdense.diffusion.branches import widen_head
+from bdense.diffusion.conditions import ClassLabels
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
 from bdense.diffusion.preconditioning import DDPM, Cosine
 from bdense.diffusion.sampling import Sampler
@@ -19,31 +20,29 @@ from bdense.diffusion.schedules import Levels, Schedule
 from bdense.diffusion.snr_weights import snr_weight
 from bdense.diffusion.solvers import DDIM, trajectory
 from bdense.diffusion.vp import CosineSchedule
-from bdense.errors import CheckpointError, InputError, NonFiniteLossError
+from bdense.errors import InputError, NonFiniteLossError
+from bdense.execution import Execution
+from bdense.methods.method import Inputs
 from bdense.methods.progressive import (
-    Batch,
-    DataBatches,
+    ImageBatch,
     PDConfig,
+    PDStage,
+    Progressive,
     branch_errors,
     dense_targets,
-    distill_round,
     image_weights,
     reparameterised,
     target_shares,
 )
-from bdense.models.store import load_tensors
+from bdense.training.loop import train
+from bdense.weights.weighting import FixedWeights
+from tests.contracts.methods import ALL, ONE, MethodContract
 from tests.networks import image, tiny_denoiser
-from tests.pd_nets import TinyConv
+from tests.pd_nets import TinyConv, small_conv
 from tests.small import same_weights
 
 COSINE = CosineSchedule()
-ONE = torch.ones(1, dtype=torch.float64)
 TWO = torch.tensor([0.3, 0.7], dtype=torch.float64)
-CPU = torch.device("cpu")
-
-
-class StopHereError(Exception):
-    """Stands for a kill at that point."""
 
 
 def images(count: int = 12, channels: int = 2) -> Dataset:
@@ -53,17 +52,19 @@ def images(count: int = 12, channels: int = 2) -> Dataset:
     return Dataset("noise", pixels, "its-sha256", torch.arange(count) % 3)
 
 
-def batches(label_dim: int = 0, **options) -> DataBatches:
-    usual = {"batch": 4, "seed": 5, "device": CPU, "label_dim": label_dim}
-    return DataBatches(images(), **usual | options)
+def config(**changes: Any) -> PDConfig:
+    """A round to 4 steps."""
+    usual = {"steps": 8, "until": 4, "updates": 3, "batch": 4, "lr": 1e-3}
+    return PDConfig(**usual | changes)
 
 
-def config(updates: int = 3, **options) -> PDConfig:
-    return PDConfig(updates=updates, **{"batch": 4, "lr": 1e-3, "seed": 5} | options)
-
-
-def teacher(**options) -> NetworkDenoiser:
-    return tiny_denoiser(**{"precond": "cosine"} | options)
+def stage_on(
+    teacher: NetworkDenoiser, *, seed: int = 5, dataset: Dataset | None = None, **changes: Any
+) -> PDStage:
+    """The first round on images of a set."""
+    method, chosen = Progressive(), config(**changes)
+    plan = method.plan(chosen, teacher)[0]
+    return method.stage(plan, teacher, chosen, Inputs(dataset=dataset or images(), seed=seed))
 
 
 def conv(prediction: str = "v_prediction", hidden: int = 4, channels: int = 1) -> NetworkDenoiser:
@@ -74,91 +75,117 @@ def conv(prediction: str = "v_prediction", hidden: int = 4, channels: int = 1) -
     return NetworkDenoiser(model.double(), Cosine(prediction_type=prediction)).eval()
 
 
-@dataclass
-class Noise:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class OnNoise(PDStage):
     """Float64 batches of 8 images for ``conv``."""
 
-    scale: float = 0.5
-
-    def __call__(self, iteration: int, num_steps: int) -> Batch:
+    def batch(self, iteration: int, images: slice) -> ImageBatch:
         draw = torch.Generator().manual_seed(iteration)
         clean, noise = torch.randn(2, 8, 1, 8, 8, generator=draw, dtype=torch.float64)
-        return Batch(self.scale * clean, noise, torch.arange(8) % num_steps)
+        return ImageBatch(0.5 * clean, noise, torch.arange(8) % self.steps)
 
-    def describe(self) -> dict[str, Any]:
+    def describe_batches(self) -> dict[str, Any]:
         return {}
+
+
+def on_noise(teacher: NetworkDenoiser, steps: int = 2, **changes: Any) -> OnNoise:
+    """A round to ``steps``."""
+    start = changes.pop("start", teacher)
+    substeps = changes.get("substeps", 2)
+    chosen = config(**{"steps": steps * substeps, "until": steps, "batch": 8} | changes)
+    return OnNoise(
+        config=chosen,
+        teacher=teacher,
+        start=start,
+        levels=COSINE,
+        steps=steps,
+        dataset=None,
+        seed=5,
+        substeps=substeps,
+    )
+
+
+def levels_of(stage: OnNoise, batch: ImageBatch) -> Tensor:
+    """[K + 1, B], written out."""
+    grid, k = COSINE.grid(stage.steps * stage.substeps), stage.substeps
+    return torch.stack([grid[k * batch.interval + j] for j in range(k + 1)])
 
 
 def four(values: Tensor) -> Tensor:
     return values.float().view(-1, 1, 1, 1)
 
 
-# ---- a round ----
-
-
-@pytest.mark.parametrize("label_dim", [0, 3])
-def test_plain_pd_is_a_loop_written_out(label_dim):
-    """Bit for bit; a conditional teacher and its student are told the classes of the images."""
-    first = teacher(label_dim=label_dim)
-    drawn = batches(label_dim)
-    student = distill_round(first, drawn, COSINE, 4, config(), ONE)
-
-    plain = copy.deepcopy(first)
+def plain_round(stage: PDStage) -> NetworkDenoiser:
+    """The method with one branch, K = 2, written out."""
+    plain, first, grid = copy.deepcopy(stage.start), stage.teacher, COSINE.grid(2 * stage.steps)
     optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3, fused=True)
-    grid, norms = COSINE.grid(8), []
-    for j in range(3):
-        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - j / 3)
-        batch = drawn(j, 4)
-        assert (batch.labels is None) == (label_dim == 0)
+    norms = []
+    for j in range(stage.num_updates):
+        optimizer.param_groups[0]["lr"] = 1e-3 * (1 - j / stage.num_updates)
+        batch = stage.batch(j, ALL)
+        told = batch.condition.arguments()
         t_0, t_1, t_2 = (grid[2 * batch.interval + k] for k in range(3))
         x = batch.clean + four(t_0) * batch.noise
         with torch.no_grad():
-            D_0 = first(x, t_0, batch.labels)
-            D_1 = first(D_0 + four(t_1 / t_0) * (x - D_0), t_1, batch.labels)
+            D_0 = first(x, t_0, **told)
+            D_1 = first(D_0 + four(t_1 / t_0) * (x - D_0), t_1, **told)
         # r = 1 / t; numerator and denominator times t_2, which may be 0.
         scale = 1 - t_2 / t_0
         share_0, share_1 = (t_2 / t_1 - t_2 / t_0) / scale, (1 - t_2 / t_1) / scale
         target = four(share_0) * D_0 + four(share_1) * D_1
-        error = (plain(x, t_0, batch.labels) - target).square().mean(dim=(1, 2, 3))
+        error = (plain(x, t_0, **told) - target).square().mean(dim=(1, 2, 3))
         loss = ((t_0**-2).clamp(min=1).float() * error).mean()
         optimizer.zero_grad()
         loss.backward()
         gradients = [p.grad for p in plain.parameters()]
         norms.append(torch.stack([g.norm() for g in gradients]).norm().item())
-        if norms[-1] > 1:
+        if norms[-1] > stage.config.clip_norm:
             for g in gradients:
-                g.mul_(1 / norms[-1])
+                g.mul_(stage.config.clip_norm / norms[-1])
         optimizer.step()
-    assert same_weights(student, plain)
-    assert not same_weights(student, first)
-    # Clipping was at work.
-    assert max(norms) > 1
+    assert max(norms) > stage.config.clip_norm  # clipping was at work
+    return plain
 
 
-def test_the_last_branch_alone_is_plain_distillation():
-    """Weight 0 for the others: to rounding, as a wider head is another product."""
-    first = conv()
-    alone = torch.tensor([0.0, 0.0, 0.0, 1.0])
-    for kind in ("adam", "sgd"):
-        four_steps = config(substeps=4, optimizer=kind)
-        branched = distill_round(
-            first, Noise(), COSINE, 2, replace(four_steps, num_branches=4), alone
-        )
-        plain = distill_round(first, Noise(), COSINE, 2, four_steps, ONE)
-        last = export_branch(branched)
-        for p, q in zip(last.parameters(), plain.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
-        assert not same_weights(plain, first)
+class TestProgressive(MethodContract):
+    method = Progressive
+    knobs = {"steps": 8, "until": 2, "updates": 5, "batch": 4, "lr": 1e-3}  # noqa: RUF012
+    others = {"steps": (16,), "until": (4,), "substeps": (4,)}  # noqa: RUF012
+    rate = 1e-3
+
+    def teacher(self):
+        return small_conv("cosine")
+
+    def inputs(self, seed=5):
+        return Inputs(dataset=images(channels=1), seed=seed)
+
+    def learning(self, seed=5, **changes):
+        return super().learning(seed, **{"dropout": True} | changes)
+
+    def written_out(self):
+        stage = self.learning(dropout=False, clip_norm=0.05)
+        return stage, plain_round(stage)
+
+
+# ---- a round ----
+
+
+def test_a_conditional_teacher_and_its_student_are_told_the_classes():
+    stage = stage_on(tiny_denoiser(precond="cosine", label_dim=3))
+    assert isinstance(stage.batch(0, ALL).condition, ClassLabels)
+    student = train(stage, FixedWeights(ONE))
+    assert same_weights(student, plain_round(stage))
+    assert not same_weights(student, stage.start)
 
 
 def test_what_an_update_reports_by_hand():
     """Losses by branch, their weighted sum, the gradient's norm before clipping."""
     first, reports = conv(), []
-    train = config(1, num_branches=2, loss="v", clip_norm=1e-3)
-    distill_round(first, Noise(), COSINE, 4, train, TWO, on_update=reports.append)
+    stage = on_noise(first, 4, updates=1, loss="v", clip_norm=1e-3)
+    train(stage, FixedWeights(TWO), on_iteration=reports.append)
     (report,) = reports
-    batch, grid = Noise()(0, 4), COSINE.grid(8)
-    levels = torch.stack([grid[2 * batch.interval + k] for k in range(3)])
+    batch = stage.batch(0, ALL)
+    levels = levels_of(stage, batch)
     x = batch.clean + levels[0].view(-1, 1, 1, 1) * batch.noise
     student = widen_head(first, 2)
     D = student.branches(x, levels[0])
@@ -169,22 +196,34 @@ def test_what_an_update_reports_by_hand():
     loss.backward()
     norm = math.sqrt(sum(float(p.grad.square().sum()) for p in student.parameters()))
     expected = losses.tolist()
-    assert report.branch_losses.tolist() == pytest.approx(expected, rel=1e-10, abs=1e-20)
+    assert report.branch_losses[0].tolist() == pytest.approx(expected, rel=1e-10, abs=1e-20)
     # Branch 1 starts at its target, the teacher's own prediction.
     assert expected[0] < 1e-20 < 1e-8 < expected[1]
     assert report.loss == pytest.approx(loss.item(), rel=1e-10)
     assert report.gradient_norm == pytest.approx(norm, rel=1e-9)
     assert (report.iteration, report.iterations, report.lr) == (0, 1, 1e-3)
+    assert report.weights.tolist() == [[0.3, 0.7]]
+
+
+def test_weights_are_rescaled_to_sum_1_unless_asked_not_to():
+    """A clipped gradient would see their scale."""
+    first = conv()
+    one, scaled = (train(on_noise(first), FixedWeights(factor * TWO)) for factor in (1, 2.0**40))
+    assert same_weights(one, scaled)
+    reports = []
+    raw = on_noise(first, rescale_weights=False)
+    train(raw, FixedWeights(4 * TWO), on_iteration=reports.append)
+    assert reports[0].weights.tolist() == [pytest.approx([1.2, 2.8])]
 
 
 def test_a_gradient_is_clipped_to_its_norm_exactly():
     """torch's own takes the norm for 1e-6 more than it is."""
     first, reports = conv(), []
-    steps = {"optimizer": "sgd", "lr": 1.0, "anneal": False}
 
     def moved(clip_norm: float | None) -> float:
-        train = config(1, clip_norm=clip_norm, **steps)
-        student = distill_round(first, Noise(), COSINE, 2, train, ONE, on_update=reports.append)
+        steps = {"optimizer": "sgd", "lr": 1.0, "lr_schedule": "constant", "updates": 1}
+        stage = on_noise(first, clip_norm=clip_norm, **steps)
+        student = train(stage, FixedWeights(ONE), on_iteration=reports.append)
         pairs = zip(student.parameters(), first.parameters(), strict=True)
         return math.sqrt(sum(float((p - q).detach().square().sum()) for p, q in pairs))
 
@@ -196,35 +235,35 @@ def test_a_gradient_is_clipped_to_its_norm_exactly():
 
 
 def test_the_step_size_falls_to_a_last_share_or_not_at_all():
-    run = config(4, lr=0.8)
-    assert [run.lr_at(j) for j in range(4)] == pytest.approx([0.8, 0.6, 0.4, 0.2])
-    assert [replace(run, anneal=False).lr_at(j) for j in range(4)] == [0.8] * 4
-    reports = []
-    distill_round(conv(), Noise(), COSINE, 2, run, ONE, on_update=reports.append)
-    assert [report.lr for report in reports] == [run.lr_at(j) for j in range(4)]
+    for schedule, expected in (("linear", [0.8, 0.6, 0.4, 0.2]), ("constant", [0.8] * 4)):
+        reports = []
+        stage = on_noise(conv(), updates=4, lr=0.8, lr_schedule=schedule)
+        train(stage, FixedWeights(ONE), on_iteration=reports.append)
+        assert [report.lr for report in reports] == pytest.approx(expected)
 
 
 def test_the_optimisers_are_three():
     """Two updates written out for sgd and adamw; adam is adamw without decay."""
     first = conv()
 
-    def student(optimizer: str, **options) -> NetworkDenoiser:
-        train = config(2, optimizer=optimizer, anneal=False, clip_norm=None, **options)
-        return distill_round(first, Noise(), COSINE, 2, train, ONE)
+    def student(optimizer: str, **changes: Any) -> NetworkDenoiser:
+        usual = {"updates": 2, "lr_schedule": "constant", "clip_norm": None}
+        return train(on_noise(first, optimizer=optimizer, **usual | changes), FixedWeights(ONE))
 
     made = {
         "sgd": lambda p: torch.optim.SGD(p, lr=1e-3),
         "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.5),
     }
+    stage = on_noise(first)
     for name, make in made.items():
         plain = copy.deepcopy(first)
         optimizer = make(plain.parameters())
         for j in range(2):
-            batch, grid = Noise()(j, 2), COSINE.grid(4)
-            levels = torch.stack([grid[2 * batch.interval + k] for k in range(3)])
+            batch = stage.batch(j, ALL)
+            levels = levels_of(stage, batch)
             x = batch.clean + levels[0].view(-1, 1, 1, 1) * batch.noise
             targets = dense_targets(first, x, levels)
-            errors = branch_errors(plain, x, levels[0], targets)
+            errors = branch_errors(plain.branches, x, levels[0], targets)
             optimizer.zero_grad()
             (snr_weight(levels[0], "snr_trunc") * errors).mean().backward()
             optimizer.step()
@@ -239,7 +278,7 @@ def test_the_optimisers_are_three():
 
 
 def test_the_first_target_is_the_teachers_own_prediction():
-    first = teacher()
+    first = tiny_denoiser(precond="cosine")
     draw = torch.Generator().manual_seed(0)
     for substeps, num_steps in ((2, 1), (2, 5), (4, 3)):
         n = torch.arange(6) % num_steps
@@ -350,17 +389,18 @@ def test_a_round_uses_the_space_it_is_told():
 
     def run(space: str) -> tuple[NetworkDenoiser, float]:
         reports = []
-        train = config(1, num_branches=2, weights_space=space)
-        student = distill_round(first, Noise(), COSINE, 4, train, TWO, on_update=reports.append)
+        stage = on_noise(first, 4, updates=1, weights_space=space)
+        student = train(stage, FixedWeights(TWO), on_iteration=reports.append)
         return student, reports[0].loss
 
-    batch, grid = Noise()(0, 4), COSINE.grid(8)
-    levels = torch.stack([grid[2 * batch.interval + k] for k in range(3)])
+    stage = on_noise(first, 4)
+    batch = stage.batch(0, ALL)
+    levels = levels_of(stage, batch)
     x = batch.clean + levels[0].view(-1, 1, 1, 1) * batch.noise
     targets = dense_targets(first, x, levels)
     with torch.no_grad():
         losses = snr_weight(levels[0], "snr_trunc") * branch_errors(
-            widen_head(first, 2), x, levels[0], targets
+            widen_head(first, 2).branches, x, levels[0], targets
         )
     factors = 1 - levels[1:] / levels[0]
     by_hand = TWO[:, None] * factors / (TWO[:, None] * factors).sum(0)
@@ -370,158 +410,131 @@ def test_a_round_uses_the_space_it_is_told():
     assert not same_weights(state, clean)
 
 
-# ---- stopped and resumed ----
+# ---- failures, refusals ----
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "stop_after"), [("adam", 1), ("adam", 3), ("adam", 5), ("adamw", 4), ("sgd", 3)]
-)
-def test_stopped_and_resumed_is_never_stopped(tmp_path, optimizer, stop_after):
-    first = teacher(dropout=0.3)
-    decay = {"weight_decay": 0.1} if optimizer == "adamw" else {}
-    train = config(5, num_branches=2, optimizer=optimizer, dropout=True, flip=True, **decay)
-    run = (first, batches(flip=True), COSINE, 4, train, TWO)
-    whole = distill_round(*run)
-
-    def stop(report):
-        if report.iteration + 1 == stop_after:
-            raise StopHereError
-
-    path = tmp_path / "round.safetensors"
-    with pytest.raises(StopHereError):
-        distill_round(*run, checkpoint=path, checkpoint_seconds=0, on_update=stop)
-    kept = load_tensors(path)[1]["iteration"] if path.exists() else 0
-    assert kept == stop_after - 1
-    torch.manual_seed(99)  # the global state of the new process is another one
-    seen = []
-    resumed = distill_round(*run, checkpoint=path, on_update=seen.append)
-    assert same_weights(resumed, whole)
-    assert [report.iteration for report in seen] == list(range(stop_after - 1, 5))
-
-
-def test_a_checkpoint_of_another_round_is_refused(tmp_path):
-    first, keep = conv(), {"checkpoint": tmp_path / "x.safetensors", "checkpoint_seconds": 0}
-    train = config(2, num_branches=2)
-    run = {"teacher": first, "batches": Noise(), "schedule": COSINE, "num_steps": 4}
-    distill_round(**run, config=train, weights=TWO, **keep)
-    other = CosineSchedule(logsnr_max=15.0)
-    for change, message in (
-        ({"weights": TWO.flip(0)}, "differs in: weights"),
-        ({"config": replace(train, lr=1e-4, loss="snr")}, r"config\.loss, config\.lr"),
-        ({"num_steps": 8}, "differs in: num_steps"),
-        ({"schedule": other}, "differs in: schedule"),
-        ({"teacher": conv("sample"), "start": first}, "differs in: start, teacher"),
-        ({"start": reparameterised(first, "sample")}, "differs in: start"),
-        ({"batches": batches()}, r"batches\.batch, batches\.data, batches\.flip, batches\.seed"),
-    ):
-        with pytest.raises(CheckpointError, match=message):
-            distill_round(**run | {"config": train, "weights": TWO, **keep} | change)
-    starts = [reparameterised(first, prediction) for prediction in ("sample", "epsilon")]
-    run |= {"config": train, "weights": TWO, "checkpoint": tmp_path / "y.safetensors"}
-    distill_round(**run, start=starts[0], checkpoint_seconds=0)
-    with pytest.raises(CheckpointError, match="differs in: start"):
-        distill_round(**run, start=starts[1])
-
-
-# ---- dropout, failures, refusals ----
-
-
-def test_dropout_is_seeded_and_off_unless_asked_for():
-    first = teacher(dropout=0.5)
-
-    def student(**options) -> NetworkDenoiser:
-        torch.rand(1)  # another global state
-        return distill_round(first, batches(), COSINE, 4, config(2, **options), ONE)
-
-    before = torch.random.get_rng_state()
-    on = student(dropout=True)
-    torch.random.set_rng_state(before)
-    torch.rand(7)
-    assert same_weights(on, student(dropout=True))
-    assert not same_weights(on, student())
-    assert same_weights(student(), student())
-    assert not on.training
-
-
-def test_what_is_not_finite_is_named_before_an_update_is_made(tmp_path, monkeypatch):
-    first, path = conv(), tmp_path / "x.safetensors"
-    keep = {"checkpoint": path, "checkpoint_seconds": 0}
-    wild = config(3, optimizer="sgd", lr=1e200, anneal=False, num_branches=2, clip_norm=None)
-    with pytest.raises(
-        NonFiniteLossError, match=r"the loss .* at iteration 1, branch 1"
-    ) as caught:
-        distill_round(first, Noise(), COSINE, 2, wild, TWO, **keep)
-    assert (caught.value.iteration, caught.value.branch) == (1, 1)
-    assert load_tensors(path)[1]["iteration"] == 1
+def test_what_is_not_finite_is_named_before_an_update_is_made(monkeypatch):
+    first = conv()
+    wild = {"optimizer": "sgd", "lr": 1e200, "lr_schedule": "constant", "clip_norm": None}
+    with pytest.raises(NonFiniteLossError, match=r"the loss .* at iteration 1, branch 1"):
+        train(on_noise(first, **wild), FixedWeights(TWO))
     # A loss may be finite, and its gradient's norm not.
     with pytest.raises(NonFiniteLossError, match="the gradient is not finite at iteration 0") as g:
-        distill_round(first, Noise(), COSINE, 2, config(), 1e200 * ONE)
-    assert g.value.branch is None
+        train(on_noise(first, rescale_weights=False), FixedWeights(1e200 * ONE))
+    assert g.value.branch is None  # each number of it is
 
-    def broken(*arguments, **options):
+    def broken(*arguments: Any, **options: Any) -> Tensor:
         targets = dense_targets(*arguments, **options)
         targets[1, 3] = math.inf
         return targets
 
     monkeypatch.setattr("bdense.methods.progressive.dense_targets", broken)
     with pytest.raises(NonFiniteLossError, match=r"the loss .* at iteration 0, branch 2"):
-        distill_round(first, Noise(), COSINE, 2, config(num_branches=2), TWO)
+        train(on_noise(first), FixedWeights(TWO))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"updates": 0}, "updates must be at least 1, got 0"),
-        ({"substeps": 0}, "substeps must be at least 1, got 0"),
-        ({"batch": 0}, "batch must be at least 1, got 0"),
-        ({"optimizer": "lion"}, "optimizer 'lion' is unknown; choose from adam, adamw, sgd"),
-        ({"loss": "l1"}, "loss 'l1' is unknown; choose from constant, snr, snr_trunc, v"),
-        ({"weights_space": "x"}, "weights_space 'x' is unknown; choose from clean, state"),
-        ({"num_branches": 3}, r"num_branches=3 fits neither plain PD \(1\) .*\(substeps=2\)"),
-        ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
-        ({"lr": math.inf}, "lr must be positive and finite, got inf"),
-        ({"lr": math.nan}, "lr must be positive and finite, got nan"),
-        ({"weight_decay": 0.1}, "weight_decay=0.1 with optimizer='adam': only adamw has any"),
-        ({"weight_decay": -0.1, "optimizer": "adamw"}, "a finite number from 0 up"),
-        ({"weight_decay": math.nan, "optimizer": "adamw"}, "weight_decay=nan"),
-        ({"clip_norm": 0.0}, "clip_norm must be positive, got 0.0; None clips not"),
-        ({"clip_norm": math.nan}, "clip_norm must be positive, got nan"),
+        ({"updates": 0}, "updates must be"),
+        ({"substeps": 1}, "substeps must be"),
+        ({"batch": 0}, "batch must be"),
+        ({"optimizer": "lion"}, "optimizer must be one of adam, adamw, sgd"),
+        ({"loss": "l1"}, "loss must be one of constant, snr"),
+        ({"weights_space": "x"}, "weights_space must be one of clean, state"),
+        ({"lr": math.inf}, "lr must be .* got inf"),
+        ({"lr": math.nan}, "lr must be .* got nan"),
+        ({"weight_decay": 0.1}, "weight_decay=0.1 needs optimizer=adamw"),
+        ({"weight_decay": math.nan, "optimizer": "adamw"}, "weight_decay must be"),
+        ({"clip_norm": 0.0}, "clip_norm must be"),
+        ({"rho": 5.0}, "schedule=native has the levels .* and rho=5.0 asks for others"),
+        ({"schedule": "logsnr", "sigma_min": 99.0}, "needs 0 < sigma_min < sigma_max"),
     ],
 )
 def test_bad_settings_are_named(options, message):
     with pytest.raises(InputError, match=message):
-        PDConfig(**{"updates": 1} | options)
+        config(**options)
 
 
-def test_what_does_not_fit_together_is_refused():
-    first, train = conv(), config(num_branches=2)
+@pytest.mark.parametrize(
+    ("first", "last", "substeps", "message"),
+    [
+        (64, 6, 3, r"64 steps do not become 6 by dividing by substeps=3 .*; start at steps=54"),
+        (64, 6, 2, "end at until=32 or 16 or 8 or 4, or start at steps=48"),
+        (6, 4, 2, "end at until=3, or start at steps=8"),
+        (96, 1, 2, "; end at until=48 or 24 or 12 or 6 or 3, or start at steps=128"),
+        (8, 8, 2, "got steps=8 and until=8"),
+        (4, 8, 2, "got steps=4 and until=8"),
+        (8, 0, 2, "until must be"),
+    ],
+)
+def test_steps_that_do_not_divide_are_refused_with_what_would(first, last, substeps, message):
+    with pytest.raises(InputError, match=message):
+        PDConfig(steps=first, until=last, substeps=substeps)
 
-    def run(weights: Tensor, num_steps: int = 4, schedule: Levels = COSINE) -> None:
-        distill_round(first, Noise(), schedule, num_steps, train, weights)
 
-    with pytest.raises(InputError, match="3 branch weights for num_branches=2; give one for each"):
-        run(torch.ones(3))
+def test_steps_divide():
+    assert PDConfig(steps=64, until=4).rounds == (32, 16, 8, 4)
+    assert PDConfig(steps=1024, until=128).rounds == (512, 256, 128)
+    assert PDConfig(steps=162, until=6, substeps=3).rounds == (54, 18, 6)
+    assert PDConfig(steps=4, until=1, substeps=4).rounds == (1,)
+
+
+def test_weights_that_say_nothing_are_refused():
     for bad in ([1.0, math.inf], [math.nan, 1.0], [-1.0, 2.0], [0.0, 0.0]):
-        with pytest.raises(InputError, match="finite, not negative and not all 0, got"):
-            run(torch.tensor(bad))
-    with pytest.raises(InputError, match="at least 1 step, got 0"):
-        run(TWO, 0)
-    with pytest.raises(InputError, match="4 branches already"):
-        distill_round(widen_head(first, 4), Noise(), COSINE, 4, train, TWO)
-    ddpm = tiny_denoiser(precond="ddpm")
+        with pytest.raises(InputError, match="branch weights must be finite numbers >= 0"):
+            FixedWeights(torch.tensor(bad))
+
+
+def test_a_teacher_that_does_not_fit_is_refused():
+    method, ddpm = Progressive(), tiny_denoiser(precond="ddpm")
+    polynomial = config(schedule="polynomial")
     with pytest.raises(
         InputError,
         match=r"polynomial levels from 80 to 0\.006 exceed those that this ddpm teacher was "
         r"trained for, 0\.01 to 157\.4; choose a schedule inside them",
     ):
-        distill_round(ddpm, batches(), Schedule(), 4, train, TWO)
+        method.check(polynomial, ddpm, {})
+    with pytest.raises(InputError, match="precond='edm' was trained on no VP process"):
+        method.check(config(), tiny_denoiser(), {})
+    method.check(polynomial, tiny_denoiser(), {})
+    with pytest.raises(InputError, match="precond='edm' is not converted to sample"):
+        method.check(config(schedule="polynomial", prediction_type="sample"), tiny_denoiser(), {})
+    half = Execution(precision="float16")
+    teacher = conv()
+    object.__setattr__(teacher, "execution", half)
+    with pytest.raises(InputError, match="not trained in float16"):
+        on_noise(teacher)
+    with pytest.raises(InputError, match="method progressive learns from images; give a data"):
+        method.stage(method.plan(config())[0], ddpm, config(), Inputs())
+    with pytest.raises(InputError, match="has images of 3 x 8 x 8, and the teacher is a network"):
+        stage_on(tiny_denoiser(precond="cosine"), dataset=images(channels=3))
+    with pytest.raises(InputError, match=r"'noise' has 3 classes .*label_dim=2"):
+        stage_on(tiny_denoiser(precond="cosine", label_dim=2))
+
+
+def test_a_student_is_distilled_further_on_its_own_levels():
+    method, teacher = Progressive(), conv()
+    known = {"sampler": method.teacher_sampler(config(), teacher).describe()}
+    method.check(config(), teacher, known)
+    with pytest.raises(InputError, match=r"is a student of 8 steps at cosine levels.* with 4"):
+        method.check(config(steps=4, until=2), teacher, known)
+    with pytest.raises(InputError, match="with 8 steps at polynomial levels"):
+        method.check(config(schedule="polynomial"), teacher, known)
+    # Levels of a schedule are taken over.
+    own = config(schedule="logsnr", sigma_max=20.0)
+    known = {"sampler": method.teacher_sampler(own, teacher).describe()}
+    assert config(**method.usual(known)).levels(teacher) == own.levels(teacher)
+    euler = Sampler(num_intervals=8, afs=False)
+    with pytest.raises(InputError, match="is a student of SFD"):
+        method.check(config(), teacher, {"sampler": euler.describe()})
 
 
 # ---- another prediction ----
 
 
 def test_a_copy_is_taken_to_predict_something_else():
-    first = teacher()
+    first = tiny_denoiser(precond="cosine")
     taken = reparameterised(first, "sample")
     assert taken.precond == Cosine(prediction_type="sample")
     assert first.precond == Cosine(prediction_type="v_prediction")
@@ -543,30 +556,20 @@ def test_a_copy_is_taken_to_predict_something_else():
 # ---- batches ----
 
 
-def same(a: Batch, b: Batch) -> bool:
-    names = ("clean", "noise", "interval", "labels")
-    pairs = [(getattr(a, name), getattr(b, name)) for name in names]
-    return all(x is y is None or torch.equal(x, y) for x, y in pairs)
-
-
-def test_two_arms_see_the_same_batches_reached_in_any_order():
-    one, other = batches(3), batches(3)
-    forward = [one(j, 4) for j in range(5)]
-    for j in (4, 1, 3, 0, 2):
-        assert same(other(j, 4), forward[j])
-    assert not torch.equal(forward[0].noise, forward[1].noise)
-    # Each round draws its own.
-    assert not torch.equal(one(0, 4).noise, one(0, 8).noise)
-    assert not torch.equal(one(0, 4).noise, batches(3, seed=6)(0, 4).noise)
+def test_each_round_draws_its_own_batches():
+    teacher = tiny_denoiser(precond="cosine")
+    one, other = stage_on(teacher), stage_on(teacher, steps=16, until=8)
+    assert not torch.equal(one.batch(0, ALL).noise, other.batch(0, ALL).noise)
 
 
 def test_batches_are_images_of_the_set_with_their_classes():
     dataset = images()
     clean = to_float(dataset.images)
-    drawn = [batches(3)(j, 4) for j in range(30)]
+    stage = stage_on(tiny_denoiser(precond="cosine", label_dim=3))
+    drawn = [stage.batch(j, ALL) for j in range(30)]
     seen = set()
     for batch in drawn:
-        for pixels, label in zip(batch.clean, batch.labels, strict=True):
+        for pixels, label in zip(batch.clean, batch.condition.one_hot, strict=True):
             (which,) = (clean == pixels).flatten(1).all(1).nonzero().flatten().tolist()
             assert label.tolist() == [float(c == which % 3) for c in range(3)]
             seen.add(which)
@@ -579,8 +582,10 @@ def test_batches_are_images_of_the_set_with_their_classes():
 
 
 def test_flips_mirror_half_of_the_images_and_nothing_else():
-    plain, flipped = batches(batch=64), batches(batch=64, flip=True)
-    before, after = plain(0, 4), flipped(0, 4)
+    teacher = tiny_denoiser(precond="cosine")
+    before, after = (
+        stage_on(teacher, batch=64, flip=flip).batch(0, ALL) for flip in (False, True)
+    )
     assert torch.equal(before.noise, after.noise)
     assert torch.equal(before.interval, after.interval)
     kept = (before.clean == after.clean).flatten(1).all(1)
@@ -589,20 +594,8 @@ def test_flips_mirror_half_of_the_images_and_nothing_else():
     assert 16 < int(mirrored.sum()) < 48
 
 
-def test_descriptions_differ_where_batches_do():
-    described = [
-        batches(**options).describe()
-        for options in (
-            {},
-            {"seed": 6},
-            {"batch": 8},
-            {"flip": True},
-            {"label_dim": 3},
-        )
-    ]
-    for i, one in enumerate(described):
-        assert all((one == other) == (i == j) for j, other in enumerate(described))
+def test_labels_are_part_of_the_run_where_they_are_told():
+    stage = stage_on(tiny_denoiser(precond="cosine", label_dim=3))
     labels = hashlib.sha256(b"[12]" + images().labels.numpy().tobytes()).hexdigest()
-    assert described[-1]["labels"] == labels
-    with pytest.raises(InputError, match="'noise' has 3 classes and the network label_dim=2"):
-        batches(2)
+    assert stage.describe_batches()["labels"] == labels
+    assert "labels" not in stage_on(tiny_denoiser(precond="cosine")).describe_batches()

@@ -194,10 +194,10 @@ def test_a_path_is_taken_as_it_is(folder, tmp_path):
 
 
 def test_what_is_neither_lists_the_names(folder):
-    with pytest.raises(InputError, match="no checkpoint file at edm-cifar, nor a pub") as c:
+    with pytest.raises(InputError, match="no checkpoint file edm-cifar, ") as c:
         resolve_checkpoint("edm-cifar")
     assert all(name in str(c.value) for name in CHECKPOINTS)
-    with pytest.raises(InputError, match="known are cifar10-32x32, ffhq-64x64"):
+    with pytest.raises(InputError, match="public are cifar10-32x32, ffhq-64x64"):
         resolve_reference("cifar10")
 
 
@@ -206,11 +206,9 @@ def test_no_network_is_one_line_with_the_address(folder, monkeypatch):
     monkeypatch.setattr(bdense.models.public, "CHECKPOINTS", {CIFAR10: elsewhere})
     with pytest.raises(InputError) as caught:
         resolve_checkpoint(CIFAR10)
-    assert str(caught.value) == (
-        f"cannot download {CIFAR10} (its host cannot be found: no network here?); fetch "
-        f"http://host.invalid/a/net.pkl by hand and put it at {folder / 'net.pkl'}, or give a "
-        "file by its path"
-    )
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"cannot download {CIFAR10} (")
+    assert f"http://host.invalid/a/net.pkl by hand and put it at {folder / 'net.pkl'}" in line
 
 
 def test_another_file_in_its_place_is_refused_unless_asked_for_by_path(folder):
@@ -243,14 +241,14 @@ def test_a_file_of_ours_says_itself_whose_it_is(tmp_path):
 
 def test_a_missing_model_lists_the_names(folder):
     for missing in ("nothing.pkl", "folder/nothing.safetensors", "nothing"):
-        with pytest.raises(InputError, match=f"no checkpoint file at {missing}.*{CIFAR10}"):
+        with pytest.raises(InputError, match=f"no checkpoint file {missing}.*{CIFAR10}"):
             load_model(missing)
 
 
 def test_a_mistyped_path_is_not_asked_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("runs").mkdir()
-    with pytest.raises(InputError, match="no such file: runs/teacher; it is not looked for on"):
+    with pytest.raises(InputError, match="no file runs/teacher"):
         load_model("runs/teacher")
 
 
@@ -258,9 +256,7 @@ def test_a_mistyped_path_is_not_asked_of_the_hub(tmp_path, monkeypatch):
 def test_pickles_of_torch_are_told_what_is_read(tmp_path, ending):
     path = tmp_path / f"model.{ending}"
     path.write_bytes(b"PK")
-    with pytest.raises(
-        CheckpointError, match=rf"model\.{ending} is .* not read; give .safetensors"
-    ):
+    with pytest.raises(CheckpointError, match=rf"model\.{ending} .* not read; give .safetensors"):
         load_model(path)
 
 

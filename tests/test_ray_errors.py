@@ -45,7 +45,7 @@ def test_anything_else_is_said_on_one_line(address, monkeypatch):
     )
     versions = RuntimeError("Version mismatch: The cluster was started with:\n Ray: 2.59")
     assert str(cannot_use(versions)).endswith(
-        "install here the versions of Ray and Python that the cluster has"
+        "install the cluster's versions of Ray and Python here"
     )
     monkeypatch.delenv("RAY_ADDRESS")
     assert str(cannot_use(ValueError("no room"))) == (

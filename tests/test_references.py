@@ -210,12 +210,12 @@ def test_float32_statistics_are_taken(colours, tmp_path):
         ({"mu": np.zeros((3, 1))}, r"mu \[d\] and sigma \[d, d\], got \[3, 1\] and \[3, 3\]"),
         ({"sigma": np.eye(2)}, r"got \[3\] and \[2, 2\]"),
         ({"mu": np.array([1.0, np.nan, 0.0])}, "features are not finite; make the file again"),
-        ({"sigma": np.full((3, 3), "x")}, "'sigma' in .* is no array of floats"),
-        ({"sigma": np.eye(3, dtype=complex)}, "'sigma' in .* is no array of floats"),
+        ({"sigma": np.full((3, 3), "x")}, "'sigma' in .* is not an array of floats"),
+        ({"sigma": np.eye(3, dtype=complex)}, "'sigma' in .* is not an array of floats"),
         ({"mu": np.array([None] * 3)}, "cannot be read as .npz .*allow_pickle=False"),
-        ({"count": np.array("many")}, "'count' in .* is no number of images"),
-        ({"count": np.array(0)}, "'count' in .* is no number of images"),
-        ({"count": np.array([5, 6])}, "'count' in .* is no number of images"),
+        ({"count": np.array("many")}, "'count' in .* is not a number of images"),
+        ({"count": np.array(0)}, "'count' in .* is not a number of images"),
+        ({"count": np.array([5, 6])}, "'count' in .* is not a number of images"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said(changes, message, colours, tmp_path):
@@ -262,14 +262,12 @@ def test_objects_in_a_file_are_not_unpickled(colours, tmp_path, monkeypatch):
 
 def test_a_file_of_other_features_is_refused(colours, tmp_path):
     path = edm_file(tmp_path / "refs.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    with pytest.raises(ShapeError, match=r"2048 features and .*features\.pt gives 3; .*inception"):
+    with pytest.raises(ShapeError, match=r"2048 features.* .*features\.pt gives 3; .*inception"):
         read_reference(path, colours)
     write_reference(path, Statistics(np.zeros(3), np.eye(3), 5), "tiny", colours)
     other = dataclasses.replace(colours, name="another", sha256="e" * 64)
     ours = colours.sha256[:16]
-    with pytest.raises(
-        InputError, match=rf"features\.pt of weights {ours}, not with another of e"
-    ):
+    with pytest.raises(InputError, match=rf"features\.pt .*{ours}.*another .*e{{16}}"):
         read_reference(path, other)
 
 

@@ -1,20 +1,23 @@
 """How trials are spread over a cluster's machines."""
 
 import contextlib
-import json
+import dataclasses
 import os
 import pickle
 import signal
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import ray
 
 from bdense.errors import InputError
 from search.run import runner
-from search.storage.stop_flags import NO_LAUNCH
-from search.worker.ray_tasks import Kind, Orders
+from search.spec.study import StudySpec
+from search.storage.engine import resolve_storage_url
+from search.study.study import Study
+from search.worker.ray_tasks import WorkerConfig
 from tests.studies import promotion, spec
 
 ONE_GPU_EACH = [(8, 1), (8, 1), (8, 1)]
@@ -60,108 +63,111 @@ def test_a_trial_has_its_cpus_and_gpus_of_one_machine(cluster, machines, resourc
 
 def test_what_fits_on_no_machine_is_refused(cluster):
     cluster(ONE_GPU_EACH)
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=r"resources\.cpus=4 and gpus=2 .* 8 CPUs and 1 GPUs or"):
         runner._slots(spec(resources={"gpus": 2, "cpus": 4}).resources, None)
-    assert str(error.value) == (
-        "a trial asks for resources.cpus=4 and gpus=2 of one machine, and the cluster's have "
-        "8 CPUs and 1 GPUs or 8 CPUs and 1 GPUs or 8 CPUs and 1 GPUs; lower them"
-    )
 
 
-def test_more_workers_than_fit_are_refused(cluster):
-    cluster(TWO_GPUS_EACH)
-    resources = spec(resources={"gpus": 2}).resources
-    assert runner._slots(resources, 1) == 1
-    with pytest.raises(InputError) as error:
-        runner._slots(resources, 3)
-    assert str(error.value) == (
-        "--workers 3 are more workers than GPUs: a trial holds 2, and 4 are there, which is room "
-        "for 2 trials; lower --workers, or set resources.gpus below 1 so that trials share a GPU"
-    )
-    with pytest.raises(InputError) as error:
-        runner._slots(spec(resources={"gpus": 0.6}).resources, 5)
-    assert str(error.value) == (
-        "--workers 5 are more workers than GPUs: a trial holds 0.6, and 4 are there, which is "
-        "room for 4 trials; lower --workers, or resources.gpus so that trials share a GPU"
-    )
-    cluster([(2, 0)])
-    with pytest.raises(InputError, match=r"--workers 3 do not fit: .* room for 2 trials of 1 CPU"):
-        runner._slots(spec().resources, 3)
+@pytest.mark.parametrize(
+    ("machines", "resources", "workers", "says"),
+    [
+        (TWO_GPUS_EACH, {"gpus": 2}, 3, r"a trial holds 2, and 4 are there, .* room for 2 trials"),
+        (
+            TWO_GPUS_EACH,
+            {"gpus": 0.6},
+            5,
+            r"holds 0\.6, .* room for 4 trials.* resources\.gpus so",
+        ),
+        ([(2, 0)], {}, 3, r"room for 2 trials of 1 CPUs"),
+    ],
+)
+def test_more_workers_than_fit_are_refused(cluster, machines, resources, workers, says):
+    cluster(machines)
+    asked = spec(resources=resources).resources
+    assert runner._slots(asked, 1) == 1
+    with pytest.raises(InputError, match=rf"--workers {workers} .*{says}"):
+        runner._slots(asked, workers)
 
 
-class EndedRows:
-    """A record of which nothing is left."""
-
-    url, name, ledgers = "sqlite:////nowhere.db", "digits", ()
-
-    def left(self) -> int:
-        return 0
-
-    def forgive_running(self) -> None:
-        raise AssertionError("nothing runs")
+@pytest.fixture
+def study(tmp_path, monkeypatch) -> Study:
+    """Just made: nothing of it has run."""
+    monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("BDENSE_CACHE", str(tmp_path / "cache"))
+    return Study.create(resolve_storage_url(f"sqlite:///{tmp_path}/study.db"), spec())
 
 
-def test_ray_s_remarks_do_not_mix_with_the_result(monkeypatch, capsys):
+@pytest.fixture
+def without_ray(monkeypatch):
+    """Puts stand-ins in the place of a session, the preparations and the slots."""
+
+    def be(session=lambda: None, prepare=lambda: None, slots=lambda: None) -> None:
+        @contextlib.contextmanager
+        def entered(url: str) -> Iterator[None]:
+            session()
+            yield
+
+        monkeypatch.setattr(runner, "ray_session", entered)
+        monkeypatch.setattr(runner, "_await_machines", lambda: None)
+        monkeypatch.setattr(runner, "_slots", lambda *_: 1)
+        monkeypatch.setattr(runner, "_prepare", lambda *_: prepare())
+        monkeypatch.setattr(runner, "_run_slots", lambda *_: slots() or [])
+
+    return be
+
+
+def run(study: Study) -> None:
+    runner.run(study, workers=1, on_preparing=lambda _: None, on_running=lambda: None)
+
+
+def test_ray_s_remarks_do_not_mix_with_the_result(study, without_ray, capsys):
     """It tells of a worker that died on standard output, whatever it is doing."""
 
-    @contextlib.contextmanager
-    def session(url: str) -> Iterator[None]:
-        sys.stdout.write("(raylet) A worker died or was killed\n")
-        yield
-
-    def prepare(*_: object) -> None:
+    def remark() -> None:
         sys.stdout.write("(raylet) A worker died or was killed\n")
 
-    monkeypatch.setattr(runner, "ray_session", session)
-    monkeypatch.setattr(runner, "_await_machines", lambda: None)
-    monkeypatch.setattr(runner, "_slots", lambda *_: 1)
-    monkeypatch.setattr(runner, "_prepare", prepare)
-    monkeypatch.setattr(runner, "_run_slots", lambda *_: [])
-    job = runner.Job(kind="retrain", record=EndedRows(), specs=[spec()])
-    runner.run(job, workers=1, on_preparing=lambda _: None, on_running=lambda: None)
+    without_ray(session=remark, prepare=remark)
+    run(study)
     sys.stdout.write("the result\n")
     assert capsys.readouterr().out == "the result\n"
 
 
-def test_a_launch_whose_workers_saved_and_ended_forgives_nobody(monkeypatch):
+def test_a_launch_whose_workers_saved_and_ended_forgives_nobody(study, without_ray, monkeypatch):
     """What still runs is another launch's: its attempts are not this one's to forgive."""
-
-    @contextlib.contextmanager
-    def session(url: str) -> Iterator[None]:
-        yield
-
-    def interrupted(*_: object) -> list:
-        os.kill(os.getpid(), signal.SIGINT)
-        return []
-
-    monkeypatch.setattr(runner, "ray_session", session)
-    monkeypatch.setattr(runner, "_await_machines", lambda: None)
-    monkeypatch.setattr(runner, "_slots", lambda *_: 1)
-    monkeypatch.setattr(runner, "_prepare", lambda *_: None)
-    monkeypatch.setattr(runner, "_run_slots", interrupted)
-    job = runner.Job(kind="retrain", record=EndedRows(), specs=[spec()])
+    forgiven: list[str] = []
+    monkeypatch.setattr(Study, "forgive_running", lambda self: forgiven.append(self.name))
+    without_ray(slots=lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
-        runner.run(job, workers=1, on_preparing=lambda _: None, on_running=lambda: None)
+        run(study)
+    assert forgiven == []
+    without_ray(prepare=lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        run(study)
+    assert forgiven == [study.name]
 
 
-class Started:
-    """Stands for Ray's tasks: keeps what each was given."""
-
-    def __init__(self) -> None:
-        self.tasks: list[tuple[str, float, float, tuple]] = []
-        self.specs: list[str] = []
-
-    def task(self, function, cpus: float, gpus: float) -> "Started":
-        self._asked = (function.__name__, cpus, gpus)
-        return self
-
-    def remote(self, orders: Orders, spec: str, *given: int) -> None:
-        self.tasks.append((*self._asked, given))
-        self.specs.append(spec)
+WORKER = WorkerConfig(study="digits", storage="", runs="", cache="")
 
 
-def orders(kind: Kind) -> Orders:
-    return Orders(kind=kind, study="digits", storage="", runs="", cache="")
+@pytest.fixture
+def started(monkeypatch) -> list[tuple[Any, ...]]:
+    """Tasks that would run on Ray: name, CPUs, GPUs, and what else each was given."""
+    tasks: list[tuple[Any, ...]] = []
+
+    class Task:
+        def __init__(self, function, cpus: float, gpus: float) -> None:
+            self.asked = (function.__name__, cpus, gpus)
+
+        def remote(self, worker: WorkerConfig, *given: int) -> None:
+            assert worker == WORKER
+            tasks.append((*self.asked, given))
+
+    monkeypatch.setattr(runner, "_task", Task)
+    monkeypatch.setattr(runner, "_follow", lambda *_: None)
+    return tasks
+
+
+def prepare(study: StudySpec, slots: int) -> None:
+    runner._prepare(study, WORKER, slots, lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -175,16 +181,11 @@ def orders(kind: Kind) -> Orders:
     ],
 )
 def test_what_is_prepared_and_recorded_where(
-    cluster, monkeypatch, machines, resources, slots, prepared, recorded
+    cluster, started, machines, resources, slots, prepared, recorded
 ):
     cluster(machines)
-    started = Started()
-    monkeypatch.setattr(runner, "_task", started.task)
-    monkeypatch.setattr(runner, "_follow", lambda *_: None)
-    study = spec(resources=resources)
-    runner._prepare(study, orders("search"), slots, lambda _: None)
-    assert all(orders("search").read(text) == study for text in started.specs)
-    first, *others = started.tasks
+    prepare(spec(resources=resources), slots)
+    first, *others = started
     assert first == ("prepare_task", *prepared)
     cpus, gpus, parts = recorded
     assert others == [("record_task", cpus, gpus, (part, parts)) for part in range(parts)]
@@ -195,35 +196,18 @@ def test_what_is_prepared_and_recorded_where(
     # CPUs of a machine that has the GPU too, or the task would wait for ever.
     [("auto", 16, 8), (0.5, 16, 8), ("auto", 4, 4), (0, 16, 16), (0, 99, 64)],
 )
-def test_a_machine_can_run_the_preparation(cluster, monkeypatch, gpus, threads, cpus):
+def test_a_machine_can_run_the_preparation(cluster, started, gpus, threads, cpus):
     cluster([(64, 0), (8, 1)])
-    started = Started()
-    monkeypatch.setattr(runner, "_task", started.task)
-    monkeypatch.setattr(runner, "_follow", lambda *_: None)
-    study = spec(resources={"gpus": gpus}, teacher__train__threads=threads)
-    runner._prepare(study, orders("search"), 1, lambda _: None)
+    prepare(spec(resources={"gpus": gpus}, teacher__train__threads=threads), 1)
     share = 1 if gpus == "auto" else gpus
-    assert started.tasks[0] == ("prepare_task", cpus, share, (1,))
+    assert started[0] == ("prepare_task", cpus, share, (1,))
 
 
-@pytest.mark.parametrize(
-    ("kind", "given"),
-    [("progressive", promotion()), ("retrain", spec(trajectories__mode="live"))],
-)
-def test_without_recorded_trajectories_there_is_one_task(cluster, monkeypatch, kind, given):
+@pytest.mark.parametrize("made", [spec, promotion], ids=["sfd", "progressive"])
+def test_without_recorded_trajectories_there_is_one_task(cluster, started, made):
     cluster([(4, 0)])
-    started = Started()
-    monkeypatch.setattr(runner, "_task", started.task)
-    monkeypatch.setattr(runner, "_follow", lambda *_: None)
-    runner._prepare(given, orders(kind), 4, lambda _: None)
-    assert started.tasks == [("prepare_task", 1, 0, (4,))]
-    assert [orders(kind).read(text) for text in started.specs] == [given]
-
-
-def test_a_launcher_of_another_version_is_told_to_a_worker():
-    text = json.dumps(spec().model_dump(mode="json") | {"wings": 2})
-    with pytest.raises(InputError, match=r"cannot read the study's spec \(digits: wings: Extra"):
-        orders("search").read(text)
+    prepare(made(trajectories__mode="live"), 4)
+    assert started == [("prepare_task", 1, 0, (4,))]
 
 
 @pytest.mark.parametrize(
@@ -234,9 +218,10 @@ def test_a_launcher_of_another_version_is_told_to_a_worker():
         "postgresql+psycopg2://me@db/studies?sslmode=require&sslpassword=hunter2",
     ],
 )
-def test_no_secret_is_in_what_ray_pickles(url):
-    record = EndedRows()
-    record.url = url
-    told = runner.Job(kind="retrain", record=record, specs=[spec()]).orders(NO_LAUNCH)
-    assert told.storage.startswith("postgresql+psycopg2://me@db/studies")
+def test_no_secret_is_in_what_ray_pickles(study, without_ray, monkeypatch, url):
+    told: list[WorkerConfig] = []
+    without_ray()
+    monkeypatch.setattr(runner, "_prepare", lambda _, worker, *__: told.append(worker))
+    run(dataclasses.replace(study, url=url))
+    assert told[0].storage.startswith("postgresql+psycopg2://me@db/studies")
     assert b"hunter2" not in pickle.dumps(told)

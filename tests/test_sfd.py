@@ -1,7 +1,8 @@
-"""SFD and B-DENSE: contracts that need no golden file."""
+"""SFD, plain and B-DENSE: what any method promises, and what is its own."""
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,60 +12,148 @@ from bdense.diffusion.intervals import IntervalGrid, VariableGrid
 from bdense.diffusion.solvers import DPMSolverPP, Euler, trajectory
 from bdense.diffusion.step_condition import with_step_condition
 from bdense.errors import CheckpointError, InputError, NonFiniteLossError
-from bdense.methods.sfd import SFDConfig, branch_losses, branch_states, distill
+from bdense.methods.method import Inputs, Recordings
+from bdense.methods.sfd import SFD, SFDConfig, SFDStage, branch_losses, branch_states
 from bdense.methods.trajectories import LiveTrajectories
-from bdense.models.store import load_tensors
-from bdense.training.parallel import Team
-from bdense.weights.spaces import LogLinearWeights, normalised_weights, uniform_weights
+from bdense.training.loop import train
+from bdense.weights.spaces import LogLinearWeights, uniform_weights
+from bdense.weights.weighting import FixedWeights
+from tests.contracts.methods import ALL, ONE, KilledError, MethodContract
 from tests.networks import tiny_denoiser
-from tests.small import same_weights, small_teacher, small_trajectories
-
-ONE = torch.ones(1, dtype=torch.float64)
-
-
-def config(num_branches: int = 4, images: int = 16, **kwargs) -> SFDConfig:
-    return SFDConfig(num_branches=num_branches, images=images, lr=1e-3, **kwargs)
+from tests.pd_nets import small_conv
+from tests.small import same_weights, sfd, small_teacher, small_trajectories
 
 
-class StopHereError(Exception):
-    """Stands for a kill at that point."""
+class Half:
+    """A perceptual loss without a network."""
+
+    def __init__(self, *, as_reference: bool = False) -> None:
+        self.share = 0.25 if as_reference else 0.5
+
+    def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self.share * (images - targets).square().mean()
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "half", "share": self.share, "range": [-1, 1]}
 
 
-def test_one_branch_with_weight_one_is_plain_sfd_bit_for_bit():
-    """At K = 4 the teacher takes four sub-steps and only the end point supervises."""
-    teacher = small_teacher()
-    trajectories = small_trajectories(teacher, count=4, batch=4)
-    student = distill(teacher, trajectories, config(num_branches=1), ONE)
+class TestSFD(MethodContract):
+    method = SFD
+    knobs = {"kimg": 0.03, "batch": 6, "lr": 1e-3, "substeps": 2}  # noqa: RUF012
+    others = {"nfe": (3,)}  # noqa: RUF012
 
-    # The plain method written out: Euler along the student's own path, L1 at interval ends.
-    plain = copy.deepcopy(teacher).train()
+    @pytest.fixture(autouse=True)
+    def _without_a_download(self, monkeypatch):
+        monkeypatch.setattr("bdense.methods.sfd.LPIPS", Half)
+
+    def teacher(self):
+        return small_conv()
+
+    def written_out(self):
+        """Euler along the student's own path, L1 at the ends of the intervals alone."""
+        stage = self.learning(dropout=False, substeps=4)
+        plain = copy.deepcopy(stage.start)
+        optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3, fused=True)
+        t = stage.trajectories.grid.student()
+        for iteration in range(5):
+            # 30 images in all: iteration 3 is the first that begins with half of them seen.
+            optimizer.param_groups[0]["lr"] = 1e-4 if iteration == 4 else 1e-3
+            batch = stage.batch(iteration, ALL)
+            ends = {1: batch.states[3], 2: batch.states[7]}
+            x = batch.start
+            x = x + (t[1] - t[0]) * (x / (1 + t[0] ** 2).sqrt())
+            for n in (1, 2):
+                x_next = x + (t[n + 1] - t[n]) * ((x - plain(x, t[n])) / t[n])
+                loss = (x_next - ends[n]).abs().sum() / len(x)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                x = x_next.detach()
+        return stage, plain
+
+
+def several_nfe(seed: int = 5, **changes: Any) -> SFDStage:
+    """SFD-v on a network with a step condition and dropout."""
+    usual = {"nfe": (1, 2, 3), "kimg": 0.024, "batch": 4, "lr": 1e-3, "substeps": 2}
+    method, teacher = SFD(), small_teacher(dropout=0.3)
+    config = SFDConfig(**usual | changes)
+    return method.stage(method.plan(config)[0], teacher, config, Inputs(seed=seed))
+
+
+def test_several_nfe_are_a_loop_written_out():
+    """N is drawn anew in each iteration, and the student is told N + 1."""
+    stage = several_nfe(dropout=False)
+    plain = copy.deepcopy(stage.start)
     optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3, fused=True)
-    t = trajectories.grid.student()
-    for iteration in range(4):
-        # 16 images in all: iterations 0, 4, 8, 12; half is passed at 8, so from 12 on lr / 10.
-        optimizer.param_groups[0]["lr"] = 1e-4 if iteration == 3 else 1e-3
-        walk = trajectories[iteration]
-        ends = {1: walk.states[3], 2: walk.states[7]}
-        x = walk.start
+    intervals = set()
+    for iteration in range(6):
+        optimizer.param_groups[0]["lr"] = 1e-4 if iteration > 3 else 1e-3
+        batch = stage.batch(iteration, ALL)
+        t, count = batch.grid.student(), batch.grid.num_intervals
+        intervals.add(count)
+        x = batch.start
         x = x + (t[1] - t[0]) * (x / (1 + t[0] ** 2).sqrt())
-        for n in (1, 2):
-            x_next = x + (t[n + 1] - t[n]) * ((x - plain(x, t[n])) / t[n])
-            loss = (x_next - ends[n]).abs().sum() / len(x)
+        for n in range(1, count):
+            D = plain(x, t[n], num_points=count + 1)
+            x_next = x + (t[n + 1] - t[n]) * ((x - D) / t[n])
+            loss = (x_next - batch.states[2 * n - 1]).abs().sum() / len(x)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             x = x_next.detach()
-    assert same_weights(student, plain)
-    assert not same_weights(student, teacher)
+    assert intervals == {2, 3, 4}
+    assert same_weights(train(stage, FixedWeights(ONE)), plain)
+
+
+def test_several_nfe_resume_bit_for_bit(tmp_path):
+    """The N of each iteration is drawn as if never stopped."""
+    intervals, rest = [], []
+    weights = FixedWeights(torch.tensor([0.5, 1.5]))
+    whole = train(
+        several_nfe(), weights, on_iteration=lambda done: intervals.append(len(done.weights))
+    )
+
+    def kill(done):
+        if done.iteration == 3:
+            raise KilledError
+
+    path = tmp_path / "checkpoint.safetensors"
+    with pytest.raises(KilledError):
+        train(several_nfe(), weights, checkpoint=path, checkpoint_seconds=0, on_iteration=kill)
+    torch.manual_seed(99)
+    resumed = train(
+        several_nfe(),
+        weights,
+        checkpoint=path,
+        on_iteration=lambda done: rest.append(len(done.weights)),
+    )
+    assert same_weights(resumed, whole)
+    assert rest == intervals[3:]
+
+
+def test_the_start_of_a_student_for_several_nfe_is_part_of_the_run(tmp_path):
+    path, several = (
+        tmp_path / "checkpoint.safetensors",
+        VariableGrid(num_intervals=(2, 3), substeps=2),
+    )
+    live = LiveTrajectories(
+        teacher=small_teacher(), grid=several, solver=DPMSolverPP(), batch=4, count=4, seed=7
+    )
+    one, other = (with_step_condition(live.teacher, start="random", seed=s) for s in (1, 2))
+    weights = torch.ones(2)
+    sfd(live, weights, start=one, checkpoint=path)
+    with pytest.raises(CheckpointError, match="differs in: start"):
+        sfd(live, weights, start=other, checkpoint=path)
+    with pytest.raises(InputError, match="start it from with_step_condition"):
+        sfd(live, weights)
 
 
 def test_b_is_inert_under_adam():
     """Scaling all weights by 8, an exact power of two, moves no float64 student by 1e-6."""
     teacher = small_teacher().double()
     trajectories = small_trajectories(teacher)
-    train = SFDConfig(num_branches=4, images=16, lr=5e-5)
     students = [
-        distill(teacher, trajectories, train, LogLinearWeights(a=0.8, b=b)(4))
+        sfd(trajectories, LogLinearWeights(a=0.8, b=b)(4), lr=5e-5)
         for b in (-2.0, -2.0 + 3 * math.log(2))
     ]
     for p, q in zip(students[0].parameters(), students[1].parameters(), strict=True):
@@ -76,25 +165,13 @@ def test_b_is_inert_under_adam():
     assert moved > 1e-4
 
 
-@pytest.mark.parametrize("afs", [True, False])
-def test_large_a_alone_is_plain_distillation(afs):
-    """a -> inf leaves the end point alone: branch K follows plain SFD's path."""
-    teacher = small_teacher()
-    trajectories = small_trajectories(teacher, afs=afs)
-    end_alone = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
-    branched = export_branch(distill(teacher, trajectories, config(), end_alone))
-    plain = distill(teacher, trajectories, config(num_branches=1), ONE)
-    for p, q in zip(branched.parameters(), plain.parameters(), strict=True):
-        assert torch.allclose(p, q, atol=2e-6)
-
-
 def test_losses_by_hand():
     """x^k = x + (t_k - t_0)(x - D)/t_0; L1 over pixels, mean over the batch."""
     teacher = small_teacher()
     student = widen_head(teacher, 2)
     levels = torch.tensor([4.0, 3.0, 1.0], dtype=torch.float64)
     x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    states = branch_states(student, x, levels)
+    states = branch_states(student.branches, x, levels)
     denoised = teacher(x, levels[0])
     for k, t in enumerate((3.0, 1.0)):
         expected = x + (t - 4.0) * (x - denoised) / 4.0
@@ -108,20 +185,20 @@ def test_plain_sfd_with_classes_is_a_loop_written_out():
     """Teacher and student are told the same class of each image, drawn anew each iteration."""
     teacher = tiny_denoiser(label_dim=3)
     trajectories = small_trajectories(teacher, count=3, substeps=2)
-    student = distill(teacher, trajectories, config(num_branches=1, images=12), ONE)
+    student = sfd(trajectories, ONE, images=12)
 
     plain = copy.deepcopy(teacher).train()
     optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3, fused=True)
     t, seen = trajectories.grid.student(), []
     for iteration in range(3):
         walk = trajectories[iteration]
-        classes = walk.labels
+        classes = walk.condition.one_hot
         assert classes.sum(1).tolist() == [1.0] * 4
         seen.append(classes.argmax(1))
         # The teacher's walk: DPM-Solver++ on its six sub-steps, from the same noise.
         rows = trajectory(
             DPMSolverPP(),
-            teacher.given(class_labels=classes),
+            teacher.given(walk.condition),
             walk.start,
             trajectories.grid.fine(),
         )
@@ -151,7 +228,7 @@ def test_the_second_stage_is_a_loop_written_out(teacher_afs):
         seed=7,
         teacher_afs=teacher_afs,
     )
-    student = distill(stage_one, trajectories, config(num_branches=1, images=12), ONE)
+    student = sfd(trajectories, ONE, images=12)
 
     plain = copy.deepcopy(stage_one).train()
     optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3, fused=True)
@@ -177,114 +254,9 @@ def test_the_second_stage_is_a_loop_written_out(teacher_afs):
     assert same_weights(student, plain)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("stop_after", [2, 3, 5])
-def test_stopped_and_resumed_is_never_stopped(tmp_path, dropout, stop_after):
-    teacher = small_teacher(dropout=dropout)
-    trajectories = small_trajectories(teacher, count=5)
-    weights = LogLinearWeights(a=1.0)(4)
-    train = config(images=20)
-    whole = distill(teacher, trajectories, train, weights)
-
-    def stop(report):
-        if report.iteration + 1 == stop_after:
-            raise StopHereError
-
-    path = tmp_path / "checkpoint.safetensors"
-    with pytest.raises(StopHereError):
-        distill(
-            teacher,
-            trajectories,
-            train,
-            weights,
-            checkpoint=path,
-            checkpoint_seconds=0,
-            on_iteration=stop,
-        )
-    assert load_tensors(path)[1]["iteration"] == stop_after - 1
-    torch.manual_seed(99)  # the global state of the new process is another one
-    seen = []
-    resumed = distill(
-        teacher, trajectories, train, weights, checkpoint=path, on_iteration=seen.append
-    )
-    assert same_weights(resumed, whole)
-    assert [report.iteration for report in seen] == list(range(stop_after - 1, 5))
-
-
-def test_a_student_for_several_numbers_of_steps_resumes_bit_for_bit(tmp_path):
-    """SFD-v with branches and dropout: the N of each iteration is drawn as if never stopped."""
-    teacher = small_teacher(dropout=0.3)
-    trajectories = LiveTrajectories(
-        teacher=teacher,
-        grid=VariableGrid(num_intervals=(2, 3, 4), substeps=2),
-        solver=DPMSolverPP(),
-        batch=4,
-        count=6,
-        seed=7,
-    )
-    run = (teacher, trajectories, config(num_branches=2, images=24), torch.tensor([0.5, 1.5]))
-    start = with_step_condition(teacher, start="random", seed=1)
-    intervals = []
-    whole = distill(
-        *run, start=start, on_iteration=lambda done: intervals.append(len(done.weights))
-    )
-    # Trained intervals of an iteration: N - 1 with AFS.
-    assert set(intervals) == {1, 2, 3}
-
-    def stop(done):
-        if done.iteration == 3:
-            raise StopHereError
-
-    keep = {"start": start, "checkpoint": tmp_path / "checkpoint.safetensors"}
-    with pytest.raises(StopHereError):
-        distill(*run, **keep, checkpoint_seconds=0, on_iteration=stop)
-    torch.manual_seed(99)
-    rest = []
-    resumed = distill(*run, **keep, on_iteration=lambda done: rest.append(len(done.weights)))
-    assert same_weights(resumed, whole)
-    assert rest == intervals[3:]
-    other = with_step_condition(teacher, start="random", seed=2)
-    with pytest.raises(CheckpointError, match="differs in: start"):
-        distill(*run, start=other, checkpoint=keep["checkpoint"])
-
-
-def test_dropout_follows_the_checkpoint():
-    teacher = small_teacher(dropout=0.5)
-    trajectories = small_trajectories(teacher)
-    weights = uniform_weights()(4)
-    on, again = (distill(teacher, trajectories, config(), weights) for _ in range(2))
-    off = distill(teacher, trajectories, config(dropout=False), weights)
-    assert same_weights(on, again)
-    assert not same_weights(on, off)
-
-
-def test_a_checkpoint_of_another_run_is_refused(tmp_path):
-    teacher = small_teacher()
-    trajectories = small_trajectories(teacher)
-    path = tmp_path / "checkpoint.safetensors"
-    keep = {"checkpoint": path, "checkpoint_seconds": 0}
-    distill(teacher, trajectories, config(), uniform_weights()(4), **keep)
-    with pytest.raises(CheckpointError, match="differs in: weights"):
-        distill(teacher, trajectories, config(), LogLinearWeights(a=1.0)(4), **keep)
-    with pytest.raises(CheckpointError, match=r"config\.images"):
-        distill(teacher, trajectories, config(images=12), uniform_weights()(4), **keep)
-    with pytest.raises(CheckpointError, match="differs in: devices"):
-        distill(teacher, trajectories, config(), uniform_weights()(4), team=Team(0, 2), **keep)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_before_an_update(tmp_path):
-    teacher = small_teacher()
-    with torch.no_grad():
-        next(teacher.parameters()).fill_(float("nan"))
-    trajectories = small_trajectories(small_teacher())
-    with pytest.raises(NonFiniteLossError, match="iteration 0, interval 1, branch 1") as caught:
-        distill(teacher, trajectories, config(), uniform_weights()(4))
-    assert (caught.value.iteration, caught.value.interval, caught.value.branch) == (0, 1, 1)
-
-
 def test_exported_student_has_the_teachers_size():
     teacher = small_teacher()
-    student = distill(teacher, small_trajectories(teacher), config(), uniform_weights()(4))
+    student = sfd(small_trajectories(teacher), uniform_weights()(4))
     exported = export_branch(student)
     assert exported.describe() == teacher.describe()
     x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -305,54 +277,108 @@ def test_widened_branches_start_as_the_teacher():
         assert torch.allclose(branches[:, k], teacher(x, sigma), atol=1e-6)
 
 
+def test_the_second_stage_walks_as_its_teacher_draws():
+    """Euler on the teacher's own grid; its first step is analytical where the teacher's is."""
+    known = {"sampler": SFDConfig(nfe=5).samplers[0].describe()}
+    method = SFD()
+    config = SFDConfig.read({**method.usual(known), "second_stage": True})
+    assert (config.nfe, config.substeps, config.solver) == (1, 3, "euler")
+    assert (config.kimg, config.lr) == (2000, 5e-4)
+    teacher = small_teacher()
+    method.check(config, teacher, known)
+    stage = method.stage(method.plan(config)[0], teacher, config, Inputs(known=known))
+    assert stage.trajectories.teacher_afs
+    assert stage.trajectories.solver == Euler()
+    assert stage.metadata()["stage"] == 2
+    for changes, message in (
+        ({"nfe": 2}, r"3 x 3 = 9 intervals, .* distilled for 6; take nfe=2 with substeps=2 or"),
+        ({"sigma_max": 40.0}, "keeps the teacher's noise levels"),
+    ):
+        with pytest.raises(InputError, match=message):
+            method.check(SFDConfig.read(config.as_dict() | changes), teacher, known)
+    with pytest.raises(InputError, match="distils a student further, and the teacher is none"):
+        method.check(config, teacher, {})
+    with pytest.raises(InputError, match="the teacher is a student, which knows the levels it"):
+        method.check(SFDConfig(), teacher, known)
+
+
+def test_a_student_learns_from_recorded_trajectories(tmp_path):
+    """The same student as from live ones; without a recording it says what to do."""
+    method, teacher = SFD(), small_teacher()
+    config = SFDConfig(kimg=0.016, batch=4, substeps=2, lr=1e-3)
+    (plan,) = method.plan(config)
+    recorded = Inputs(seed=7, recordings=Recordings(tmp_path))
+    assert method.recording(config, teacher, Inputs(seed=7)) is None
+    with pytest.raises(CheckpointError, match="record them first"):
+        method.stage(plan, teacher, config, recorded)
+    method.recording(config, teacher, recorded).record()
+    one, other = (
+        train(method.stage(plan, teacher, config, inputs), FixedWeights(torch.ones(2)))
+        for inputs in (recorded, Inputs(seed=7))
+    )
+    assert same_weights(one, other)
+
+
+def test_a_loss_names_its_interval():
+    teacher = small_teacher()
+    with torch.no_grad():
+        next(teacher.parameters()).fill_(float("nan"))
+    trajectories = small_trajectories(small_teacher())
+    with pytest.raises(NonFiniteLossError, match="iteration 0, interval 1, branch 1") as caught:
+        sfd(trajectories, uniform_weights()(4), start=teacher)
+    assert (caught.value.iteration, caught.value.interval, caught.value.branch) == (0, 1, 1)
+
+
 def test_learning_rate_drops_after_the_middle():
-    """32 images, batch 4: iteration 4 is the first that begins with 16 seen; 5 is lowered."""
-    run = SFDConfig(num_branches=1, images=32, lr=5e-5)
-    assert [run.lr_at(i, 4) for i in range(8)] == [5e-5] * 5 + [5e-6] * 3
+    """8 iterations: 4 is the first that begins with half of the images seen; 5 is lowered."""
+    run = SFDConfig(kimg=0.032, batch=4)
+    assert [run.lr_at(i, 8, 4) for i in range(8)] == [5e-5] * 5 + [5e-6] * 3
+
+
+def test_usual_values_depend_on_what_is_made():
+    """Zhou et al. 2024: one NFE, several, and a second stage."""
+    one, several = SFDConfig.read({}), SFDConfig.read({"nfe": [2, 3]})
+    assert (one.nfe, one.kimg, one.lr, one.substeps) == (2, 200, 5e-5, 4)
+    assert (several.nfe, several.kimg, several.lr) == ((2, 3), 800, 5e-5)
+    assert SFDConfig.read({"nfe": [3], "kimg": 7}).kimg == 7
+    assert SFDConfig.read({"nfe": [3]}) == SFDConfig(nfe=3)
+    assert several.samplers[1].nfe == 3
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "message"),
+    ("knobs", "message"),
     [
-        ({"num_branches": 0, "images": 1}, r"num_branches \(K\) must be at least 1, got 0"),
-        ({"num_branches": 1, "images": 0}, "images must be at least 1, got 0"),
-        ({"num_branches": 1, "images": 1, "lr": float("nan")}, "lr must be positive"),
+        ({"substeps": 0}, "substeps must be .* at least 1, got 0"),
+        ({"kimg": 0}, "kimg must be"),
+        ({"lr": float("nan")}, "lr must be .* got nan"),
+        ({"nfe": (2, 2)}, "names a number twice"),
+        ({"nfe": ()}, "nfe must be"),
+        ({"nfe": True}, "nfe must be"),
+        ({"solver": "dpm3"}, "solver must be .* did you mean dpm2"),
+        ({"solver": "euler", "order": 2}, "euler has order 1 alone, got 2"),
+        ({"solver": "heun", "thresholding": True}, "heun has no thresholding"),
+        ({"sigma_min": 90.0}, "needs 0 < sigma_min < sigma_max"),
+        ({"step_condition": "random"}, "step_condition=random is for a student of several NFE"),
+        ({"second_stage": True}, "which takes Euler steps, got solver=dpmpp"),
+        ({"second_stage": True, "nfe": (1, 2)}, "second_stage is for one NFE"),
+        ({"weight_decay": 0.1}, "weight_decay=0.1 needs optimizer=adamw"),
+        ({"betas": (0.9,)}, "betas must be"),
     ],
 )
-def test_bad_settings_are_named(kwargs, message):
+def test_bad_settings_are_named(knobs, message):
     with pytest.raises(InputError, match=message):
-        SFDConfig(**kwargs)
+        SFDConfig(**knobs)
 
 
 def test_what_does_not_fit_together_is_refused():
-    teacher = small_teacher()
-    trajectories = small_trajectories(teacher)
-    with pytest.raises(InputError, match="num_branches=3 fits neither"):
-        distill(teacher, trajectories, config(num_branches=3), torch.ones(3))
-    with pytest.raises(InputError, match="3 branch weights for num_branches=4"):
-        distill(teacher, trajectories, config(), torch.ones(3))
+    trajectories = small_trajectories(small_teacher())
+    with pytest.raises(InputError, match="there are 3 branch weights"):
+        sfd(trajectories, torch.ones(3))
     with pytest.raises(InputError, match=r"must be finite numbers >= 0.*\[-1.0, 1.0\]"):
-        distill(teacher, trajectories, config(), torch.tensor([-1.0, 1.0]))
+        sfd(trajectories, torch.tensor([-1.0, 1.0]))
     with pytest.raises(InputError, match="250 iterations, and the trajectories hold 4"):
-        distill(teacher, trajectories, config(images=1000), torch.ones(4))
-    with pytest.raises(InputError, match="NFE must be at least 1"):
-        IntervalGrid(num_intervals=1, substeps=4, afs=True)
-    with pytest.raises(InputError, match=r"substeps \(K\) must be at least 1, got 0"):
-        IntervalGrid(num_intervals=2, substeps=0)
+        sfd(trajectories, torch.ones(4), images=1000)
+    with pytest.raises(InputError, match="exceed those that this ddpm teacher was trained for"):
+        SFD().check(SFDConfig(), tiny_denoiser(precond="ddpm"), {})
     with pytest.raises(InputError, match="4 branches already"):
-        widen_head(widen_head(teacher, 4), 2)
-
-
-def test_weights_in_closed_form():
-    """The paper's best: a = ln 4 makes each weight four times the one before."""
-    weights = LogLinearWeights(a=1.386, b=-4.274)(4)
-    assert weights.tolist() == pytest.approx([0.0556875, 0.2226843, 0.8904752, 3.5608526])
-    assert uniform_weights()(3).tolist() == [1.0, 1.0, 1.0]
-    for a in (-0.5, 0.0, 1.3, 40.0):
-        normalised = normalised_weights(a, 4)
-        assert normalised(4).sum().item() == pytest.approx(4.0)
-        ratio = normalised(4)[3] / normalised(4)[2]
-        assert ratio.item() == pytest.approx(torch.tensor(a).double().exp().item(), rel=1e-6)
-    assert normalised_weights(0.0, 4).b == pytest.approx(0.0)
-    with pytest.raises(InputError, match="b must be a finite number, got nan"):
-        LogLinearWeights(a=0.0, b=float("nan"))
+        widen_head(widen_head(small_teacher(), 4), 2)

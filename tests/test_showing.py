@@ -1,6 +1,5 @@
-"""What a launch keeps in the dashboard: notes, plots, pictures; none of it is in the way."""
+"""What a launch keeps in the dashboard: notes and pictures; none of it is in the way."""
 
-import json
 import shutil
 import threading
 from pathlib import Path
@@ -9,7 +8,6 @@ import optuna
 import pytest
 from optuna.artifacts import get_all_artifact_meta
 from optuna_dashboard import get_note
-from optuna_dashboard._custom_plot_data import get_plotly_graph_objects
 from optuna_dashboard._note import get_note_from_system_attrs
 
 from search.report import live as showing
@@ -61,12 +59,6 @@ def complete(ledger: Ledger, claim, value: float, attrs: dict) -> None:
     (folder / "samples.png").write_bytes(b"grid of %d" % claim.number)
     attach_pictures(ledger, claim, folder, value, attrs)
     ledger.complete(claim, value, attrs)
-
-
-def plots(study: Study) -> dict[str, dict]:
-    record = study.trials.study
-    stored = study.trials.storage.get_study_system_attrs(record._study_id)
-    return {key: json.loads(text) for key, text in get_plotly_graph_objects(stored).items()}
 
 
 def note_of(ledger: Ledger, trial_id: int) -> str:
@@ -149,7 +141,7 @@ def test_a_pruned_trial_has_a_note_without_a_fid(study):
     assert "**FID" not in note
 
 
-def test_the_study_has_a_note_and_its_plots(study):
+def test_the_study_has_a_note(study):
     show(study)
     note = get_note(study.trials.study)
     assert note.startswith(
@@ -160,19 +152,14 @@ def test_the_study_has_a_note_and_its_plots(study):
     assert "| best of 1 (trial 0) | 12.500 | -3.8 % | 1.000 | -1.000 |" in note
     # The best trial was told without a grid, the baselines were not.
     assert note.count("![](/artifacts/") == 2
-    found = plots(study)
-    assert sorted(found) == ["fid-over-a", "fid-over-a-b", "fid-over-time", "weights"]
-    dots = next(trace for trace in found["fid-over-a"]["data"] if trace["name"] == "B-DENSE")
-    assert (dots["x"], dots["y"]) == ([1.0], [12.5])
 
 
-def test_before_any_trial_there_is_a_note_and_no_plot(tmp_path):
+def test_before_any_trial_there_is_a_note(tmp_path):
     url = f"sqlite:///{tmp_path / 'study.db'}"
     Ledger.open(url, "digits", budget=4)
     study = Study.open(url, "digits")
     show(study)
     assert "0 of 4 trials complete" in get_note(study.trials.study)
-    assert plots(study) == {}
 
 
 def test_they_are_written_when_trials_have_ended_and_not_too_often(study, monkeypatch):
@@ -207,17 +194,15 @@ def test_what_goes_wrong_ends_no_launch(study, caplog):
     study.trials.study.add_trial(optuna.trial.create_trial(value=1.0))
     Showing(study).refresh()
     Showing(study).finish()
-    assert "the study's note and plots could not be stored" in caplog.text
+    assert "the study's note could not be stored" in caplog.text
 
 
 def test_what_is_shorter_leaves_nothing_of_what_was_longer(study):
     """Texts are stored in pieces; the dashboard puts together all that there are."""
     ledger, study_id = study.trials, study.trials.study._study_id
-    for note, plot in (("x" * 5000, {"data": ["y" * 9000]}), ("short", {"data": []})):
-        plots_json = {"fid-over-a": json.dumps(plot), "fid-over-a-b": json.dumps({"data": [1]})}
-        save_texts(ledger.storage, study_id, note, plots=plots_json)
+    for note in ("x" * 5000, "short"):
+        save_texts(ledger.storage, study_id, note)
         assert get_note(ledger.study) == note
-        assert plots(study) == {"fid-over-a": plot, "fid-over-a-b": {"data": [1]}}
 
 
 def test_a_note_of_one_trial_is_of_no_other_and_not_the_study_s(study):

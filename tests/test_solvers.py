@@ -1,9 +1,8 @@
 """Solvers: the contract of each, and their parts by hand."""
 
-import itertools
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -21,12 +20,11 @@ from bdense.diffusion.solvers import (
     analytical_first_step,
     dynamic_threshold,
     make_solver,
-    no_noise,
     solve,
     trajectory,
 )
 from bdense.errors import InputError
-from bdense.knobs import knob
+from bdense.methods.consistency import MultistepConsistency
 from tests.contracts.solvers import (
     SolverContract,
     StochasticSolverContract,
@@ -34,7 +32,11 @@ from tests.contracts.solvers import (
     grid,
     start,
 )
+from tests.example_package import Renoise
+from tests.plugins import example_package
 from tests.small import GaussianDenoiser, small_teacher
+
+__all__ = ["example_package"]
 
 MULTISTEP = [
     *(IPNDM(max_order=order) for order in (2, 3, 4)),
@@ -59,39 +61,14 @@ class TestEverySolver(SolverContract):
         return request.param
 
 
-# ---- a stochastic solver, as another package may bring it ----
+# ---- stochastic solvers ----
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Renoise(Solver):
-    """Predicts the image and adds noise of the next level, none at the last."""
-
-    name: ClassVar[str] = "renoise"
-
-    strength: float = knob(1.0, "share of the level that is added", low=0)
-
-    @property
-    def order(self) -> int:
-        return 1
-
-    def steps(self, denoise, x, sigmas, noise=no_noise):
-        last = sigmas[-1]
-        for i, (t, t_next) in enumerate(itertools.pairwise(sigmas)):
-            added = (t_next**2 - last**2).sqrt() * self.strength
-            x = denoise(x, t) + added * noise(i).to(x)
-            yield x
-
-
-@pytest.fixture
-def registered(monkeypatch):
-    monkeypatch.setitem(SOLVERS._builtin, "renoise", f"{__name__}:Renoise")
-
-
-@pytest.mark.usefixtures("registered")
+@pytest.mark.usefixtures("example_package")
 class TestStochasticSolver(StochasticSolverContract):
-    @pytest.fixture
-    def solver(self):
-        return Renoise(strength=0.5)
+    @pytest.fixture(params=[Renoise(strength=0.5), MultistepConsistency()], ids=repr)
+    def solver(self, request):
+        return request.param
 
 
 def test_a_stochastic_solver_draws_noise_of_each_image_and_interval():
@@ -335,7 +312,7 @@ def test_solvers_by_name():
 
 
 def test_every_name_makes_its_solver():
-    assert list(SOLVERS) == ["euler", "ddim", "heun", "dpm2", "ipndm", "dpmpp"]
+    assert list(SOLVERS)[:6] == ["euler", "ddim", "heun", "dpm2", "ipndm", "dpmpp"]
     for name in SOLVERS:
         assert make_solver(name).name == name
         assert make_solver(name, order=None, thresholding=False, clip=None) == make_solver(name)
@@ -377,3 +354,20 @@ def test_what_no_solver_has_is_refused(name, options, message):
 def test_a_solver_that_cannot_be_is_refused(solver, options, message):
     with pytest.raises(InputError, match=message):
         solver(**options)
+
+
+def test_solvers_and_their_options_are_listed_without_torch():
+    """So that a command's help is there at once."""
+    code = (
+        "import sys; from bdense.knobs import knobs_of; "
+        "from bdense.diffusion.solvers import DPMSolverPP; "
+        "print(*knobs_of(DPMSolverPP), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [
+        "max_order",
+        "prediction",
+        "lower_order_final",
+        "thresholding",
+        "False",
+    ]

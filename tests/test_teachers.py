@@ -1,6 +1,6 @@
 """Training a teacher: it learns, its average and first step by hand, and it may be stopped."""
 
-import argparse
+import copy
 import math
 import re
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bdense.data.datasets import Dataset, load_dataset, to_float
+from bdense.diffusion.conditions import Unconditional
 from bdense.diffusion.ddpm import DDPMSchedule
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.preconditioning import (
@@ -21,20 +22,24 @@ from bdense.diffusion.preconditioning import (
 from bdense.diffusion.snr_weights import LOSSES, snr_weight
 from bdense.errors import CheckpointError, InputError, NonFiniteLossError
 from bdense.execution import Execution
-from bdense.models.store import load_denoiser, load_tensors
+from bdense.models.store import load_denoiser
 from bdense.networks import SongUNet, SongUNetConfig
 from bdense.randomness import Stream, generator
-from bdense.training import teacher as teachers
+from bdense.training.loop import train
 from bdense.training.teacher import (
+    DenoisingUpdate,
+    NoisyBatch,
     TeacherConfig,
-    denoising_loss,
+    TeacherStage,
     new_denoiser,
     teacher_data,
     train_teacher,
-    vp_denoising_loss,
 )
-from bdense.verbs.teacher import _process, _scaled_betas, add_teacher
+from bdense.verbs.options import ModelOptions
+from bdense.verbs.teacher import process, scaled_betas
+from bdense.weights.weighting import FixedWeights
 from tests.commands import TINY, bdense, refused
+from tests.contracts.methods import ALL, ONE, KilledError, TrainingContract, Watched
 from tests.small import same_weights
 
 CPU = torch.device("cpu")
@@ -59,10 +64,6 @@ DDPM_64 = {
 }
 
 
-class StopHereError(Exception):
-    """Stands for a kill at that point."""
-
-
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
     return load_dataset("digits")
@@ -71,6 +72,61 @@ def digits() -> Dataset:
 def config(images: int = 80, **options) -> TeacherConfig:
     network = {**NETWORK, **options.pop("network", {})}
     return TeacherConfig(**{"images": images, "batch": 16, "network": network, **options})
+
+
+def stage_of(training: TeacherConfig, dataset: Dataset) -> TeacherStage:
+    start = new_denoiser(training, dataset.images.shape[1:])
+    return TeacherStage(config=training, dataset=dataset, start=start)
+
+
+def losses_of(
+    denoiser: NetworkDenoiser,
+    clean: torch.Tensor,
+    noise: torch.Tensor,
+    sigma: torch.Tensor,
+    loss: str | None = None,
+) -> torch.Tensor:
+    """[B], of an update on these images; EDM's without ``loss``."""
+    batch = NoisyBatch(clean=clean, noise=noise, sigma=sigma, condition=Unconditional())
+    update = DenoisingUpdate(stream=(0,), batch=batch, loss=loss, sigma_data=0.5)
+    return update(denoiser.branches).per_image[0]
+
+
+class TestTeacher(TrainingContract):
+    """A teacher is a stage of one branch, whose weights are averaged."""
+
+    rate = 2e-3
+
+    def learning(self, seed=5, dropout=True, lr=0.01, **changes):
+        network = NETWORK | {"dropout": 0.3 if dropout else 0.0}
+        averaged = {"warmup_images": 40, "ema_halflife_images": 30, "clip": 1.0}
+        training = config(seed=seed, lr=lr, **averaged | {"network": network} | changes)
+        return stage_of(training, load_dataset("digits"))
+
+    def written_out(self):
+        """EDM's loss, Adam with a warm-up, and the running average."""
+        stage = self.learning(dropout=False)
+        plain = copy.deepcopy(stage.start)
+        average = copy.deepcopy(plain)
+        optimizer = torch.optim.Adam(plain.parameters(), lr=0.01, fused=True)
+        for iteration in range(5):
+            optimizer.param_groups[0]["lr"] = 0.01 * min(1.0, 16 * (iteration + 1) / 40)
+            batch = stage.batch(iteration, ALL)
+            sigma = batch.sigma
+            denoised = plain(batch.clean + sigma.view(-1, 1, 1, 1) * batch.noise, sigma)
+            error = (denoised - batch.clean).square().mean(dim=(1, 2, 3))
+            loss = ((sigma**2 + 0.25) / (sigma * 0.5) ** 2 * error).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            gradients = [p.grad for p in plain.parameters()]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            for gradient in gradients:
+                gradient.mul_(min(1.0, 1.0 / float(norm)))
+            optimizer.step()
+            with torch.no_grad():
+                for mean, p in zip(average.parameters(), plain.parameters(), strict=True):
+                    mean.lerp_(p, 1 - 0.5 ** (16 / 30))
+        return stage, average
 
 
 def silent_denoiser(precond: Preconditioning | None = None) -> NetworkDenoiser:
@@ -89,7 +145,7 @@ def silent_denoiser(precond: Preconditioning | None = None) -> NetworkDenoiser:
 def test_the_loss_by_hand():
     """sigma = sigma_data = 0.5: c_skip = 1/2, weight (1/2) / (1/16) = 8, y = 0.2, n = 1."""
     clean, noise = torch.full((2, 1, 8, 8), 0.2), torch.ones(2, 1, 8, 8)
-    loss = denoising_loss(silent_denoiser(), clean, noise, torch.tensor([0.5, 0.5]))
+    loss = losses_of(silent_denoiser(), clean, noise, torch.tensor([0.5, 0.5]))
     # D = (0.2 + 0.5) / 2 = 0.35, error 0.15.
     assert loss.tolist() == pytest.approx([8 * 0.15**2] * 2, rel=1e-5)
 
@@ -99,7 +155,7 @@ def test_the_loss_of_an_untrained_network_is_one_at_every_level():
     draw = torch.Generator().manual_seed(0)
     clean, noise = (torch.randn(64, 1, 8, 8, generator=draw) for _ in range(2))
     for sigma in (0.02, 0.5, 20.0):
-        loss = denoising_loss(silent_denoiser(), 0.5 * clean, noise, torch.full((64,), sigma))
+        loss = losses_of(silent_denoiser(), 0.5 * clean, noise, torch.full((64,), sigma))
         assert loss.mean().item() == pytest.approx(1.0, abs=0.08)
 
 
@@ -136,7 +192,7 @@ def test_the_loss_of_a_process_is_the_networks_own_error(prediction, loss):
     s = sigma.view(-1, 1, 1, 1) * alpha
     target = {"epsilon": noise, "sample": clean, "v_prediction": alpha * noise - s * clean}
     expected = target[prediction].square().mean(dim=(1, 2, 3))
-    actual = vp_denoising_loss(denoiser, clean, noise, sigma, loss=loss)
+    actual = losses_of(denoiser, clean, noise, sigma, loss)
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=0)
 
 
@@ -158,8 +214,8 @@ def test_training_lowers_the_loss(digits):
     noise = torch.randn(clean.shape, generator=draw)
     sigma = (-1.2 + 1.2 * torch.randn(256, generator=draw)).exp()
     with torch.no_grad():
-        before = denoising_loss(new_denoiser(learning, SHAPE), clean, noise, sigma).mean()
-        after = denoising_loss(teacher, clean, noise, sigma).mean()
+        before = losses_of(new_denoiser(learning, SHAPE), clean, noise, sigma).mean()
+        after = losses_of(teacher, clean, noise, sigma).mean()
     assert after < 0.7 * before
     assert not teacher.training
 
@@ -175,35 +231,34 @@ def test_progress_counts_iterations(digits):
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_the_average_and_the_warm_up_by_hand(digits, tmp_path):
+def test_the_average_and_the_warm_up_by_hand(digits):
     """A halflife of one batch halves every share: ema_2 = w_0 / 4 + w_1 / 4 + w_2 / 2."""
-    path, saved = tmp_path / "teacher.safetensors", []
     averaging = config(images=32, ema_halflife_images=16, warmup_images=64, lr=0.01)
-    teacher = train_teacher(
-        digits,
-        averaging,
-        device=CPU,
-        checkpoint=path,
-        checkpoint_seconds=0,
-        on_iteration=lambda done, total, loss: saved.append(load_tensors(path)[0]),
-    )
-    start = new_denoiser(averaging, SHAPE)
+    stage = Watched(stage_of(averaging, digits))
+    steps: list[dict[str, torch.Tensor]] = []
+
+    def note(done) -> None:
+        steps.append(copy.deepcopy(stage.student.state_dict()))
+
+    teacher = train(stage, FixedWeights(ONE), on_iteration=note)
+    start = stage.start
     for name, w_0 in start.named_parameters():
-        w_1, w_2 = (tensors[name] for tensors in saved)
+        w_1, w_2 = (tensors[name] for tensors in steps)
         average = w_0.detach() / 4 + w_1 / 4 + w_2 / 2
         torch.testing.assert_close(teacher.get_parameter(name), average)
         # Adam's first step is lr times the gradient's sign; a quarter of the warm-up is over.
         assert (w_1 - w_0).abs().max() <= 0.01 / 4 * 1.001
     head = f"model.{start.model.head_name}.bias"
-    moved = (saved[0][head] - start.get_parameter(head)).abs()
+    moved = (steps[0][head] - start.get_parameter(head)).abs()
     assert moved.item() == pytest.approx(0.01 / 4, rel=1e-3)
 
 
 def test_the_step_size_rises_with_the_images_seen():
     """64 images of warm-up, 16 an iteration; without a warm-up it is whole from the start."""
-    rising = config(lr=0.4, warmup_images=64)
-    assert [rising.lr_at(i) for i in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
-    assert config(lr=0.4, warmup_images=0).lr_at(0) == 0.4
+    rising = config(lr=0.4, warmup_images=64).optimisation
+    lrs = [rising.lr_at(i, 5, 16) for i in range(5)]
+    assert lrs == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4])
+    assert config(lr=0.4, warmup_images=0).optimisation.lr_at(0, 5, 16) == 0.4
 
 
 @pytest.mark.parametrize("precond", [COSINE, DDPM_64], ids=["cosine-v", "ddpm-eps"])
@@ -219,34 +274,24 @@ def test_training_on_a_process_lowers_its_loss(digits, precond):
     sigma = native_schedule(teacher.precond).draw(torch.arange(256) / 256).float()
     with torch.no_grad():
         before, after = (
-            vp_denoising_loss(denoiser, clean, noise, sigma, loss=learning.vp_loss).mean()
+            losses_of(denoiser, clean, noise, sigma, learning.vp_loss).mean()
             for denoiser in (new_denoiser(learning, SHAPE), teacher)
         )
     assert after < 0.7 * before
 
 
-def batches(monkeypatch, dataset: Dataset, training: TeacherConfig) -> list[tuple]:
-    """Clean images, noise, levels and classes of every iteration."""
-    seen = []
-    real = teachers._loss
-
-    def spy(denoiser, training, *batch):
-        seen.append(batch)
-        return real(denoiser, training, *batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("bdense.training.teacher._loss", spy)
-        train_teacher(dataset, training, device=CPU)
-    return seen
+def batches(training: TeacherConfig, dataset: Dataset) -> list[NoisyBatch]:
+    """Those of every iteration."""
+    stage = stage_of(training, dataset)
+    return [stage.batch(i, ALL) for i in range(stage.num_updates)]
 
 
-def test_the_levels_are_those_of_the_process(digits, monkeypatch):
+def test_the_levels_are_those_of_the_process(digits):
     """DDPM's are those of its 64 times; the angle of the cosine's is uniform."""
     drawn = {}
     for precond in (COSINE, DDPM_64):
         training = config(images=1024, batch=256, precond=precond)
-        seen = batches(monkeypatch, digits, training)
-        drawn[precond["name"]] = torch.cat([sigma for _, _, sigma, _ in seen])
+        drawn[precond["name"]] = torch.cat([b.sigma for b in batches(training, digits)])
     assert all(sigma.dtype == torch.float32 for sigma in drawn.values())
     process = DDPMSchedule(num_train_timesteps=64, beta_start=0.1 / 64, beta_end=20 / 64)
     known = process.sigma(torch.arange(64)).float()
@@ -256,30 +301,30 @@ def test_the_levels_are_those_of_the_process(digits, monkeypatch):
     assert angle.histc(4, min=0, max=1).tolist() == pytest.approx([256] * 4, abs=60)
 
 
-def test_images_and_noise_do_not_depend_on_the_levels_or_mirrors(digits, monkeypatch):
+def test_images_and_noise_do_not_depend_on_the_levels_or_mirrors(digits):
     """Levels are drawn after them, mirrors last; a mirrored image keeps its noise."""
     plain, process, mirrored = (
-        batches(monkeypatch, digits, config(images=64, batch=64, **options))[0]
+        batches(config(images=64, batch=64, **options), digits)[0]
         for options in ({}, {"precond": COSINE}, {"precond": COSINE, "flip": True})
     )
     for other in (process, mirrored):
-        assert torch.equal(plain[1], other[1])
-    assert torch.equal(plain[0], process[0])
-    assert torch.equal(process[2], mirrored[2])
-    turned = (mirrored[0] == plain[0].flip(-1)).flatten(1).all(dim=1)
-    kept = (mirrored[0] == plain[0]).flatten(1).all(dim=1)
+        assert torch.equal(plain.noise, other.noise)
+    assert torch.equal(plain.clean, process.clean)
+    assert torch.equal(process.sigma, mirrored.sigma)
+    turned = (mirrored.clean == plain.clean.flip(-1)).flatten(1).all(dim=1)
+    kept = (mirrored.clean == plain.clean).flatten(1).all(dim=1)
     assert bool((turned | kept).all())
     assert 16 < turned.sum() < 48
 
 
-def test_the_first_batch_of_an_edm_teacher_by_hand(digits, monkeypatch):
+def test_the_first_batch_of_an_edm_teacher_by_hand(digits):
     """Teachers that are kept must come out again, bit for bit."""
-    (clean, noise, sigma, _), *_ = batches(monkeypatch, digits, config(images=16))
+    batch = batches(config(images=16), digits)[0]
     draw = generator(0, Stream.TEACHER_BATCH, 0)
     index = torch.randint(len(digits.images), (16,), generator=draw)
-    assert torch.equal(clean, to_float(digits.images[index]))
-    assert torch.equal(noise, torch.randn(16, 1, 8, 8, generator=draw))
-    assert torch.equal(sigma, (-1.2 + 1.2 * torch.randn(16, generator=draw)).exp())
+    assert torch.equal(batch.clean, to_float(digits.images[index]))
+    assert torch.equal(batch.noise, torch.randn(16, 1, 8, 8, generator=draw))
+    assert torch.equal(batch.sigma, (-1.2 + 1.2 * torch.randn(16, generator=draw)).exp())
 
 
 def test_a_long_gradient_is_shortened_to_the_norm_asked_for(digits, monkeypatch):
@@ -320,38 +365,28 @@ def test_the_seed_decides_everything(digits):
 
 
 @pytest.mark.parametrize(
-    ("stop_after", "options"),
-    [
-        (1, {}),
-        (3, {}),
-        (2, {"precond": COSINE, "loss": "snr_trunc", "flip": True, "clip": 1.0}),
-        (2, {"precond": DDPM_64}),
-    ],
+    "options",
+    [{"precond": COSINE, "loss": "snr_trunc", "flip": True}, {"precond": DDPM_64}],
+    ids=["cosine", "ddpm"],
 )
-def test_stopped_and_resumed_is_never_stopped(digits, tmp_path, stop_after, options):
-    """Bit for bit, dropout included, whatever the new process' random state."""
+def test_a_teacher_of_a_process_resumes_bit_for_bit(digits, tmp_path, options):
+    """Dropout included, whatever the new process' random state."""
     training = config(network={"dropout": 0.3}, **options)
+    keep = {"device": CPU, "checkpoint": tmp_path / "teacher.safetensors"}
     whole = train_teacher(digits, training, device=CPU)
 
-    def stop(done, total, loss):
-        if done == stop_after:
-            raise StopHereError
+    def kill(done, total, loss):
+        if done == 3:
+            raise KilledError
 
-    path = tmp_path / "teacher.safetensors"
-    with pytest.raises(StopHereError):
-        train_teacher(
-            digits, training, device=CPU, checkpoint=path, checkpoint_seconds=0, on_iteration=stop
-        )
+    with pytest.raises(KilledError):
+        train_teacher(digits, training, **keep, checkpoint_seconds=0, on_iteration=kill)
     torch.manual_seed(99)
     seen = []
     resumed = train_teacher(
-        digits,
-        training,
-        device=CPU,
-        checkpoint=path,
-        on_iteration=lambda done, total, loss: seen.append(done),
+        digits, training, **keep, on_iteration=lambda done, total, loss: seen.append(done)
     )
-    assert seen == list(range(stop_after + 1, 6))
+    assert seen == [3, 4, 5]
     assert same_weights(resumed, whole)
 
 
@@ -361,7 +396,7 @@ def test_a_checkpoint_of_another_teacher_is_refused(digits, tmp_path):
     train_teacher(digits, config(images=16), **keep)
     few = Dataset("few", digits.images[:100], "another hash")
     for data, training in ((digits, config(images=16, lr=0.1)), (few, config(images=16))):
-        with pytest.raises(CheckpointError, match=r"teacher\.safetensors belongs to another"):
+        with pytest.raises(CheckpointError, match=r"teacher\.safetensors belongs to another run"):
             train_teacher(data, training, **keep)
 
 
@@ -382,7 +417,7 @@ def test_another_process_is_another_teacher(digits, tmp_path):
     keep = {"device": CPU, "checkpoint": path, "checkpoint_seconds": 0}
     train_teacher(digits, config(images=16), **keep)
     for options in ({"precond": COSINE}, {"flip": True}, {"clip": 1.0}):
-        with pytest.raises(CheckpointError, match="belongs to another teacher"):
+        with pytest.raises(CheckpointError, match="belongs to another run"):
             train_teacher(digits, config(images=16, **options), **keep)
 
 
@@ -400,22 +435,14 @@ def shades() -> Dataset:
     return Dataset("shades", images, "a hash", labels)
 
 
-def test_a_batch_goes_with_the_classes_of_its_images(digits, monkeypatch):
+def test_a_batch_goes_with_the_classes_of_its_images(digits):
     """Every image finds itself in the set again, and its class is the one that went with it."""
-    seen = []
-
-    def spy(denoiser, clean, noise, sigma, class_labels):
-        seen.append((clean, class_labels))
-        return denoising_loss(denoiser, clean, noise, sigma, class_labels)
-
-    monkeypatch.setattr("bdense.training.teacher.denoising_loss", spy)
-    train_teacher(digits, conditional(images=48, label_dim=12), device=CPU)
-    assert len(seen) == 3
     known = to_float(digits.images)
-    for clean, class_labels in seen:
-        assert class_labels.shape == (16, 12)
-        assert torch.equal(class_labels.sum(dim=1), torch.ones(16))
-        for image, label in zip(clean, class_labels, strict=True):
+    for batch in batches(conditional(images=48, label_dim=12), digits):
+        classes = batch.condition.one_hot
+        assert classes.shape == (16, 12)
+        assert torch.equal(classes.sum(dim=1), torch.ones(16))
+        for image, label in zip(batch.clean, classes, strict=True):
             (index,) = (known == image).flatten(1).all(dim=1).nonzero()
             assert digits.labels[index] == label.argmax()
 
@@ -432,28 +459,22 @@ def test_a_conditional_teacher_learns_what_a_class_looks_like():
     assert white > 0.8
 
 
-def test_the_first_batches_do_not_depend_on_the_condition(digits, monkeypatch):
+def test_the_first_batches_do_not_depend_on_the_condition(digits):
     """Labels take no draw of their own: images, noise and levels are the same."""
-    seen = []
-
-    def spy(denoiser, *batch):
-        seen.append(batch)
-        return denoising_loss(denoiser, *batch)
-
-    monkeypatch.setattr("bdense.training.teacher.denoising_loss", spy)
-    train_teacher(digits, config(images=16), device=CPU)
-    train_teacher(digits, conditional(images=16), device=CPU)
-    (*plain, nothing), (*told, classes) = seen
-    assert all(torch.equal(a, b) for a, b in zip(plain, told, strict=True))
-    assert nothing is None
-    assert classes.shape == (16, 10)
+    (plain,), (told,) = (
+        batches(training, digits) for training in (config(images=16), conditional(images=16))
+    )
+    for name in ("clean", "noise", "sigma"):
+        assert torch.equal(getattr(plain, name), getattr(told, name))
+    assert plain.condition.arguments() == {}
+    assert told.condition.one_hot.shape == (16, 10)
 
 
 def test_labels_that_are_missing_or_too_many_are_refused(digits):
     bare = Dataset("bare", digits.images, digits.sha256)
-    with pytest.raises(InputError, match="'bare' has no labels, which a network of label_dim=10"):
+    with pytest.raises(InputError, match="'bare' has no labels"):
         train_teacher(bare, conditional(), device=CPU)
-    with pytest.raises(InputError, match="'digits' has 10 classes and the network label_dim=9"):
+    with pytest.raises(InputError, match=r"'digits' has 10 classes .*label_dim=9"):
         train_teacher(digits, conditional(label_dim=9), device=CPU)
 
 
@@ -469,7 +490,7 @@ def test_labels_make_another_teacher_only_where_they_are_told(digits, tmp_path):
         path = tmp_path / f"{training.label_dim}.safetensors"
         train_teacher(digits, training, checkpoint=path, **keep)
     train_teacher(shuffled, config(images=16), checkpoint=tmp_path / "0.safetensors", **keep)
-    with pytest.raises(CheckpointError, match="belongs to another teacher"):
+    with pytest.raises(CheckpointError, match="belongs to another run"):
         train_teacher(
             shuffled, conditional(images=16), checkpoint=tmp_path / "10.safetensors", **keep
         )
@@ -477,9 +498,8 @@ def test_labels_make_another_teacher_only_where_they_are_told(digits, tmp_path):
 
 def test_cached_teachers_keep_their_names(digits, monkeypatch):
     """Of the digits study: hours of work elsewhere must not be lost to a field of a hash."""
-    from search.spec.model_spec import TeacherTraining
-
     import search.worker.assets
+    from search.spec.study import TeacherTraining
 
     network = {"model_channels": 24, "channel_mult": [1, 2], "num_blocks": 1}
     network |= {"attn_resolutions": [], "dropout": 0.0}
@@ -526,22 +546,20 @@ def test_a_teacher_of_a_process_is_written_with_its_recipe(tmp_path, options, re
 
 
 def test_the_usual_times_of_ddpm_are_the_published_ones():
-    command = argparse.ArgumentParser()
-    add_teacher(command.add_subparsers())
-    options = command.parse_args(["teacher", "--precond", "ddpm", "--out", "t.safetensors"])
-    assert config(precond=_process(options)).preconditioning == DDPM()
+    asked = ModelOptions(precond="ddpm")
+    assert config(precond=process(asked)).preconditioning == DDPM()
 
 
 @pytest.mark.parametrize("timesteps", [21, 64, 1000, 4096])
 def test_ddpm_ends_in_noise_in_any_number_of_times(timesteps):
-    schedule = DDPMSchedule(**_scaled_betas(timesteps))
+    schedule = DDPMSchedule(**scaled_betas(timesteps))
     assert schedule.sigma_max > 150
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--loss", "v"), "--loss v does nothing with --precond edm; .* cosine or ddpm"),
+        (("--loss", "v"), "loss 'v' is for a process, .* choose precond cosine or ddpm"),
         (("--prediction", "sample"), "--prediction sample does nothing with --precond edm"),
         (
             ("--precond", "cosine", "--timesteps", 64),
@@ -549,9 +567,9 @@ def test_ddpm_ends_in_noise_in_any_number_of_times(timesteps):
         ),
         (
             ("--precond", "ddpm", "--timesteps", 20),
-            "--timesteps must be above 20, got 20: the last beta is 20 / T and must be below 1",
+            "--timesteps must be a whole number of at least 21, or none, got 20",
         ),
-        (("--clip", 0), "teacher clip must be positive and finite, got 0.0"),
+        (("--clip", 0), "--clip must be a number above 0, or none, got 0"),
     ],
 )
 def test_options_of_another_process_are_refused(tmp_path, options, message):
@@ -566,16 +584,16 @@ def test_options_of_another_process_are_refused(tmp_path, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lr": math.nan}, "teacher lr must be positive and finite, got nan"),
-        ({"lr": 0.0}, "got 0.0"),
-        ({"lr": math.inf}, "got inf"),
-        ({"images": 0}, "teacher images must be at least 1, got 0"),
-        ({"batch": 0}, "teacher batch must be at least 1, got 0"),
-        ({"ema_halflife_images": 0}, "teacher ema_halflife_images must be at least 1, got 0"),
-        ({"clip": 0.0}, "teacher clip must be positive and finite, got 0.0"),
-        ({"clip": math.nan}, "teacher clip must be positive and finite, got nan"),
+        ({"lr": math.nan}, "lr must be .* got nan"),
+        ({"lr": 0.0}, "lr must be .* got 0.0"),
+        ({"lr": math.inf}, "lr must be .* got inf"),
+        ({"images": 0}, "images must be"),
+        ({"batch": 0}, "batch must be"),
+        ({"ema_halflife_images": 0}, "ema_halflife_images must be"),
+        ({"clip": 0.0}, "clip must be .* got 0.0"),
+        ({"clip": math.nan}, "clip must be .* got nan"),
         ({"loss": "snr"}, "teacher loss 'snr' is for a process, .* choose precond cosine or ddpm"),
-        ({"loss": "mse", "precond": COSINE}, "loss must be one of constant, .*, v, got 'mse'"),
+        ({"loss": "mse", "precond": COSINE}, "loss must be one of constant, .* got 'mse'"),
         ({"precond": {}}, "precond needs the name cosine or ddpm, got None; leave precond out"),
         ({"precond": {"name": "edm"}}, "got 'edm'; leave precond out for EDM's"),
         ({"precond": {"name": "vp"}}, "precond needs the name cosine or ddpm, got 'vp'"),
@@ -610,8 +628,8 @@ def test_a_network_that_does_not_fit_is_refused():
         new_denoiser(config(network={"channel_mult": (1, 1, 1, 1, 1)}), SHAPE)
     with pytest.raises(InputError, match=r"square images, got 20 x 28; @32 after the data set's"):
         new_denoiser(config(), torch.Size((1, 20, 28)))
-    with pytest.raises(InputError, match="seed must not be negative, got -1"):
-        new_denoiser(config(seed=-1), SHAPE)
+    with pytest.raises(InputError, match="seed must be"):
+        config(seed=-1)
 
 
 def test_a_side_that_cannot_be_halved_says_how_to_pad():
@@ -636,7 +654,7 @@ def test_other_mistakes_are_not_blamed_on_the_side():
 
 def test_a_loss_that_is_not_finite_stops_the_run_by_name(digits):
     seen = []
-    with pytest.raises(NonFiniteLossError, match="the teacher's loss is not finite at iter") as at:
+    with pytest.raises(NonFiniteLossError, match="the loss is not finite at iter") as at:
         train_teacher(
             digits,
             config(lr=1e30, warmup_images=0),
@@ -645,20 +663,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name(digits):
         )
     assert at.value.iteration == len(seen) == 1
     assert math.isfinite(seen[0])
-
-
-def test_a_gradient_that_is_not_finite_makes_no_update(digits, tmp_path, monkeypatch):
-    """The square root's slope at 0 is infinite, its value is not."""
-
-    def rootish_loss(denoiser, clean, noise, sigma, class_labels):
-        return (denoiser(clean, sigma) - denoiser(clean, sigma).detach()).square().sum().sqrt()
-
-    monkeypatch.setattr("bdense.training.teacher.denoising_loss", rootish_loss)
-    path = tmp_path / "teacher.safetensors"
-    with pytest.raises(NonFiniteLossError, match="the teacher's gradient is not finite") as at:
-        train_teacher(digits, config(), device=CPU, checkpoint=path, checkpoint_seconds=0)
-    assert at.value.iteration == 0
-    assert not path.exists()
 
 
 def test_float16_is_no_format_to_train_in():

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from bdense.training.loop import IterationReport
+from bdense.weights.weighting import FixedWeights, LearnedWeights
 from search.worker.traced_weights import MAX_POINTS, TracedWeights, draw_history
 from tests.small import same_weights, sfd, small_teacher, small_trajectories
 
@@ -15,7 +16,7 @@ ITERATIONS = 6
 
 
 def traced(rule="uncertainty") -> TracedWeights:
-    return TracedWeights(4, rule=rule, strength=1.0, memory=10)
+    return TracedWeights(LearnedWeights(4, rule=rule, strength=1.0, memory=10))
 
 
 def noted(count: int) -> TracedWeights:
@@ -80,6 +81,12 @@ def test_a_short_history_is_whole():
         "iterations": [0, 1, 2],
         "weights": [[0.0, 1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0], [2.0, 3.0, 4.0, 5.0]],
     }
+
+
+def test_fixed_weights_have_no_history():
+    fixed = TracedWeights(FixedWeights(torch.ones(4, dtype=torch.float64)))
+    train(fixed, None)
+    assert fixed.history() is None
 
 
 def test_a_long_history_is_thinned_and_keeps_its_ends():

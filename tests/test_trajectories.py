@@ -7,21 +7,17 @@ import torch
 from bdense.diffusion.solvers import Euler
 from bdense.errors import CheckpointError, InputError
 from bdense.methods.recordings import TrajectoryStore
-from bdense.methods.sfd import SFDConfig, distill
 from bdense.methods.trajectories import LiveTrajectories
 from bdense.weights.spaces import LogLinearWeights
-from tests.small import same_weights, small_teacher, small_trajectories
+from tests.small import same_weights, sfd, small_teacher, small_trajectories
 
 
 def test_students_of_recorded_and_live_trajectories_are_the_same_bit_for_bit(tmp_path):
     teacher = small_teacher()
     live = small_trajectories(teacher, count=4)
     recorded = TrajectoryStore(live, tmp_path).record()
-    train = SFDConfig(num_branches=4, images=16, lr=1e-3)
     weights = LogLinearWeights(a=1.0)(4)
-    assert same_weights(
-        distill(teacher, recorded, train, weights), distill(teacher, live, train, weights)
-    )
+    assert same_weights(sfd(recorded, weights), sfd(live, weights))
 
 
 def test_float16_costs_half_and_is_another_run(tmp_path):

@@ -5,11 +5,31 @@ import torch
 
 from bdense.diffusion.branches import export_branch
 from bdense.errors import InputError
-from bdense.methods.sfd import IterationReport, SFDConfig, distill
+from bdense.training.loop import IterationReport
 from bdense.weights.weighting import SMALLEST_SCALE, FixedWeights, LearnedWeights
-from tests.small import same_weights, small_teacher, small_trajectories
+from tests.contracts.weights import WeightingContract
+from tests.small import same_weights, sfd, small_teacher, small_trajectories
 
 LOSSES = torch.tensor([1.0, 2.0, 4.0, 8.0])
+
+
+class TestFixedWeights(WeightingContract):
+    options = ({"last": 3.0},)
+
+    def make(self, last=4.0):
+        return FixedWeights(torch.tensor([0.5, 1.0, 2.0, last]))
+
+
+class TestLearnedByLosses(WeightingContract):
+    rule = "uncertainty"
+    options = ({"strength": 0.5}, {"memory": 3})
+
+    def make(self, **options):
+        return LearnedWeights(4, rule=self.rule, **options)
+
+
+class TestLearnedByGradients(TestLearnedByLosses):
+    rule = "gradient-norm"
 
 
 def seen(weighting: LearnedWeights, *losses: torch.Tensor) -> list[float]:
@@ -63,8 +83,7 @@ def test_gradient_norms_are_made_equal():
             super().observe(losses, gradient_norms)
 
     rule = Spy(4, rule="gradient-norm", memory=1)
-    train = SFDConfig(num_branches=4, images=4, lr=1e-4, dropout=False)
-    distill(teacher, trajectories, train, rule, on_iteration=reports.append)
+    sfd(trajectories, rule, images=4, lr=1e-4, dropout=False, on_iteration=reports.append)
     for norms, weights in zip(observed, reports[0].weights, strict=True):
         weighted = norms * weights
         assert weighted.tolist() == pytest.approx([float(weighted[0])] * 4, rel=1e-5)
@@ -77,40 +96,11 @@ def test_gradient_norms_are_made_equal():
     )
 
 
-@pytest.mark.parametrize("rule", ["uncertainty", "gradient-norm"])
-def test_a_learning_run_resumes_bit_for_bit(tmp_path, rule):
-    teacher = small_teacher()
-    trajectories = small_trajectories(teacher, count=4)
-    train = SFDConfig(num_branches=4, images=16, lr=1e-3, dropout=False)
-
-    def run(weighting, **options):
-        return distill(teacher, trajectories, train, weighting, **options)
-
-    whole = run(LearnedWeights(4, rule=rule, strength=-0.5))
-    checkpoint = tmp_path / "run.safetensors"
-
-    class StopError(Exception):
-        pass
-
-    def stop(report: IterationReport) -> None:
-        if report.iteration == 2:
-            raise StopError
-
-    options = {"checkpoint": checkpoint, "checkpoint_seconds": 0.0}
-    with pytest.raises(StopError):
-        run(LearnedWeights(4, rule=rule, strength=-0.5), on_iteration=stop, **options)
-    resumed = run(LearnedWeights(4, rule=rule, strength=-0.5), **options)
-    assert same_weights(whole, resumed)
-
-
 def test_strength_zero_is_uniform_weights_bit_for_bit():
     teacher = small_teacher()
     trajectories = small_trajectories(teacher, count=2)
-    train = SFDConfig(num_branches=4, images=8, lr=1e-3, dropout=False)
-    learned = distill(
-        teacher, trajectories, train, LearnedWeights(4, rule="uncertainty", strength=0.0)
-    )
-    uniform = distill(teacher, trajectories, train, torch.ones(4))
+    rule = LearnedWeights(4, rule="uncertainty", strength=0.0)
+    learned, uniform = (sfd(trajectories, weights, images=8) for weights in (rule, torch.ones(4)))
     assert same_weights(export_branch(learned), export_branch(uniform))
 
 

@@ -1,6 +1,6 @@
-"""Image sets, as bytes: what a teacher is trained on and what samples are compared with.
+"""Image sets, as bytes: training sets of teachers and reference sets of metrics.
 
-A set is named by one string, ``NAME``, ``FORMAT:PATH``, and ``@SIDE`` after either to pad.
+A string names a set: ``NAME`` or ``FORMAT:PATH``, either followed by ``@SIDE`` to pad.
 n images, C channels, H x W pixels.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bdense.data.names import split_format, split_side
+from bdense.data.names import DATA_SETS, split_format, split_side
 from bdense.data.readers import read_folder, read_idx_images, read_zip
 from bdense.downloads import fetch
 from bdense.errors import InputError, ShapeError
@@ -26,7 +26,7 @@ Loaded: TypeAlias = tuple[Tensor, Tensor | None]
 
 _CIFAR10_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
 _FASHION_MNIST_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-# sha256 of the images and of the labels.
+# sha256 of the files of images and of labels.
 _FASHION_MNIST = {
     "train": (
         "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
@@ -44,13 +44,13 @@ class Dataset:
     """A named set of images.
 
     Attributes:
-        name: What the user calls it, such as ``digits`` or ``fashion-mnist@32``.
+        name: The user's name for it, such as ``digits`` or ``fashion-mnist@32``.
         images: [n, C, H, W] uint8.
-        sha256: Hex digest of the shape and the pixels; equal exactly where the images are.
-        labels: [n] int64 classes counted from 0; None where the set has none.
+        sha256: Hex digest of the shape and the pixels.
+        labels: [n] int64 classes counted from 0; None without labels.
 
     Raises:
-        ShapeError: Images or labels are of another type or shape.
+        ShapeError: Images or labels have another type or shape.
     """
 
     name: str
@@ -73,20 +73,20 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
-        """Classes, counted up to the highest label; 0 without labels."""
+        """Highest label + 1; 0 without labels."""
         return 0 if self.labels is None else int(self.labels.max()) + 1
 
     @property
     def labels_sha256(self) -> str:
-        """Hex digest of the labels, of which ``sha256`` knows nothing; empty without labels."""
+        """Hex digest of the labels, which ``sha256`` does not cover; empty without labels."""
         return "" if self.labels is None else _sha256(self.labels)
 
     def one_hot_labels(self, label_dim: int, index: Tensor | None = None) -> Tensor:
-        """Labels as a conditional network takes them.
+        """Labels as input of a class-conditional network.
 
         Args:
-            label_dim: Classes that the network knows, at least those of the set.
-            index: [m] which images' labels; None is all.
+            label_dim: Classes of the network, at least those of the set.
+            index: [m] images whose labels are wanted; None for all.
 
         Returns:
             [m or n, label_dim] float32.
@@ -105,8 +105,8 @@ class Dataset:
         """
         if self.labels is None:
             raise InputError(
-                f"data set {self.name!r} has no labels, which a network of label_dim={label_dim} "
-                "needs; choose a labelled set or an unconditional network (label_dim 0)"
+                f"data set {self.name!r} has no labels, but a network with label_dim={label_dim} "
+                "needs them; choose a labelled set or an unconditional network (label_dim 0)"
             )
         if self.num_classes > label_dim:
             raise InputError(
@@ -122,10 +122,10 @@ def load_dataset(spec: str) -> Dataset:
     Args:
         spec: A name (``digits``: the 1797 digits inside scikit-learn; ``cifar10``,
             ``cifar10-test``, ``fashion-mnist``, ``fashion-mnist-test``: under $BDENSE_DATA,
-            downloaded where they are not there), or a format and a path: ``folder:DIR`` (image
+            downloaded if missing), or a format and a path: ``folder:DIR`` (image
             files, labels from ``dataset.json`` or from sub-folders), ``zip:FILE`` (EDM's data set
-            archives), ``idx:FILE`` (images in the format of MNIST). ``@SIDE`` at the end pads
-            every image with black to SIDE x SIDE, as in ``fashion-mnist@32``.
+            archives), ``idx:FILE`` (images in MNIST's format). ``@SIDE`` at the end pads every
+            image with black to SIDE x SIDE, as in ``fashion-mnist@32``.
 
     Raises:
         InputError: There is no such data set, or its files are missing, damaged, empty or mixed.
@@ -136,7 +136,7 @@ def load_dataset(spec: str) -> Dataset:
 
 
 def image_shape(spec: str) -> tuple[int, int, int]:
-    """(C, H, W) of a data set, without loading one whose shape is known from its name.
+    """(C, H, W) of a data set; sets whose name tells their shape are not loaded.
 
     Raises:
         InputError: As ``load_dataset``.
@@ -150,10 +150,10 @@ def image_shape(spec: str) -> tuple[int, int, int]:
 
 
 def pad(dataset: Dataset, side: int) -> Dataset:
-    """The set with black around its images up to ``side`` x ``side``, the odd pixel at the end.
+    """The set padded with black to ``side`` x ``side``; an odd pixel goes to the right or bottom.
 
     Raises:
-        InputError: The images are larger.
+        InputError: The images are larger than that.
     """
     return _padded(dataset.name, dataset.images, dataset.labels, side)
 
@@ -169,10 +169,10 @@ def data_folder() -> Path:
 
 
 def _load(source: str) -> tuple[str, Tensor, Tensor | None]:
-    """What the set is called anywhere, its images and its labels."""
+    """Name, images and labels; the name holds no path of this machine."""
     if (found := split_format(source)) is not None:
         kind, path = found[0], Path(found[1]).expanduser()
-        # A path is this machine's; its last part is what the set is called elsewhere.
+        # The name of a set of files is the last part of its path.
         return f"{kind}:{path.resolve().name}", *_FORMATS[kind](path)
     if source in _NAMED:
         return source, *_NAMED[source]()
@@ -191,8 +191,8 @@ def _padded(name: str, images: Tensor, labels: Tensor | None, side: int) -> Data
 def _require_room(name: str, side: int, height: int, width: int) -> None:
     if side < max(height, width):
         raise InputError(
-            f"data set {name}@{side}: its images of {height} x {width} pixels are larger; "
-            "padding only adds"
+            f"data set {name}@{side}: its images are larger, {height} x {width} pixels; choose a "
+            f"side of at least {max(height, width)}"
         )
 
 
@@ -203,7 +203,7 @@ def _dataset(name: str, images: Tensor, labels: Tensor | None) -> Dataset:
 def _sha256(array: Tensor) -> str:
     """Hex digest of the shape and the values."""
     digest = hashlib.sha256(f"{list(array.shape)}".encode())
-    # The array itself: its bytes would be a copy, which large sets have no room for.
+    # Hash the array itself: a copy of a large set may not fit into memory.
     digest.update(array.contiguous().numpy().data)
     return digest.hexdigest()
 
@@ -218,7 +218,7 @@ def _digits() -> Loaded:
 
 
 def _cifar10(*, train: bool) -> Loaded:
-    """The official pickles, which torchvision opens only if their MD5 is the published one."""
+    """The official pickles; torchvision opens them only if their MD5 is the published one."""
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import extract_archive
 
@@ -231,11 +231,11 @@ def _cifar10(*, train: bool) -> Loaded:
 
     try:
         return read()
-    except RuntimeError:  # a file is not there, or not whole
+    except RuntimeError:  # a file is missing or incomplete
         archive = _fetched("CIFAR-10", root / CIFAR10.filename, CIFAR10.url, _CIFAR10_SHA256)
     with file_lock(root / ".cifar-10.lock"):
         with contextlib.suppress(RuntimeError):
-            return read()  # another process has unpacked it meanwhile
+            return read()  # another process unpacked it in the meantime
         extract_archive(archive, root)
         return read()
 
@@ -251,13 +251,13 @@ def _fashion_mnist(part: str) -> Loaded:
 
 
 def _fetched(title: str, path: Path, url: str, sha256: str) -> Path:
-    """The published file at ``path``, downloaded if it is not there."""
+    """The published file at ``path``, downloaded if missing."""
     try:
         return fetch(url, path, what=f"{title}'s {path.name}", sha256=sha256)
     except InputError as error:
         raise InputError(
-            f"{title} is not in {path.parent}, or not whole: {error}; or set {DATA_FOLDER}, now "
-            f"{data_folder()}, to the folder that has it"
+            f"{title} is missing or incomplete in {path.parent}: {error}; or set {DATA_FOLDER}, "
+            f"now {data_folder()}, to the folder that has it"
         ) from error
 
 
@@ -281,7 +281,3 @@ _FORMATS: dict[str, Callable[[Path], Loaded]] = {
     "zip": read_zip,
     "idx": read_idx_images,
 }
-DATA_SETS = (
-    f"{', '.join([*sorted(_NAMED), *(f'{kind}:PATH' for kind in _FORMATS)])}; "
-    "NAME@SIDE pads images to SIDE x SIDE"
-)

@@ -40,11 +40,11 @@ _UNREADABLE = (
 
 
 def read_idx(path: Path) -> Tensor:
-    """The array of an idx file of bytes, gzipped or not: uint8, of the shape in its header.
+    """The array of an idx file of bytes, gzipped or not: uint8, with the shape of its header.
 
     Raises:
-        InputError: The file is missing, of another type, or of another length than its header
-            says.
+        InputError: The file is missing, not an idx file of bytes, or its length contradicts its
+            header.
     """
     try:
         with _open_idx(path) as file:
@@ -63,7 +63,7 @@ def read_idx(path: Path) -> Tensor:
     shape = struct.unpack(f">{dimensions}I", content[4:header])
     if len(content) - header != math.prod(shape):
         raise InputError(
-            f"{path} holds {len(content) - header} bytes after its header, which names "
+            f"{path} holds {len(content) - header} bytes after its header, which says "
             f"{' x '.join(map(str, shape))}; fetch it again"
         )
     if not math.prod(shape):
@@ -72,12 +72,12 @@ def read_idx(path: Path) -> Tensor:
 
 
 def read_idx_images(path: Path) -> tuple[Tensor, Tensor | None]:
-    """Images of an idx file, and the labels of the file beside it, if its name is MNIST's.
+    """Images of an idx file, and the labels from the file beside it, found by MNIST's names.
 
     ``train-images-idx3-ubyte.gz`` belongs to ``train-labels-idx1-ubyte.gz``.
 
     Raises:
-        InputError: As ``read_idx``, or the arrays are not images and a label for each.
+        InputError: As ``read_idx``, or the arrays are not images with one label each.
     """
     images = read_idx(path)
     if images.dim() != 3 or not images.numel():
@@ -89,7 +89,7 @@ def read_idx_images(path: Path) -> tuple[Tensor, Tensor | None]:
     if labels.shape != (len(images),):
         raise InputError(
             f"{beside} holds labels of shape {list(labels.shape)} for the {len(images)} images of "
-            f"{path}; they are of different sets"
+            f"{path}; the two belong to different sets"
         )
     return images.unsqueeze(1), labels.long()
 
@@ -101,14 +101,14 @@ def _open_idx(path: Path) -> BinaryIO:
 
 
 def read_folder(folder: Path) -> tuple[Tensor, Tensor | None]:
-    """Every image file below a folder, in the order of their names; hidden ones are left out.
+    """Every image file below a folder, sorted by name, without hidden ones.
 
-    Labels come from ``dataset.json`` as EDM's tools write it, else from the sub-folders at the
-    top, one for each class in the order of their names; a single one is no class.
+    Labels come from ``dataset.json`` as EDM's tools write it, else from the top-level sub-folders,
+    one class each, sorted by name; a single sub-folder gives no labels.
 
     Raises:
-        InputError: There is no image, one cannot be used, their sizes or colour modes differ, or
-            the labels do not fit them.
+        InputError: There is no image, one cannot be used, sizes or colour modes differ, or the
+            labels do not fit the images.
     """
     if not folder.is_dir():
         remedy = f"; zip:{folder} reads an archive" if zipfile.is_zipfile(folder) else ""
@@ -129,7 +129,7 @@ def read_zip(path: Path) -> tuple[Tensor, Tensor | None]:
     """An EDM data set archive: images, and labels in ``dataset.json`` (NVlabs/edm dataset_tool).
 
     Raises:
-        InputError: As ``read_folder``, or the file is no zip.
+        InputError: As ``read_folder``, or the file is not a zip archive.
     """
     try:
         archive = zipfile.ZipFile(path)
@@ -152,9 +152,9 @@ def read_zip(path: Path) -> tuple[Tensor, Tensor | None]:
 def _read_images(
     source: str, names: Sequence[str], open_file: Callable[[str], BinaryIO]
 ) -> Tensor:
-    """[n, C, H, W] uint8, decoded one by one into the one array."""
+    """[n, C, H, W] uint8, decoded one by one into one array."""
     if not names:
-        raise InputError(f"{source} holds no images; known are {', '.join(SUFFIXES)} files")
+        raise InputError(f"{source} holds no images; accepted are {', '.join(SUFFIXES)} files")
     images: NDArray[np.uint8] | None = None
     for index, name in enumerate(names):
         try:
@@ -169,7 +169,7 @@ def _read_images(
         if pixels.shape != images.shape[1:]:
             raise InputError(
                 f"{source} mixes images: {names[0]} is {_size(images.shape[1:])} and {name} is "
-                f"{_size(pixels.shape)}; bring them to one size and colour mode"
+                f"{_size(pixels.shape)}; convert them to one size and colour mode"
             )
         images[index] = pixels
     assert images is not None
@@ -180,13 +180,13 @@ def _pixels(image: Image.Image) -> NDArray[np.uint8]:
     """[C, H, W]: grey stays grey, everything else (palettes, CMYK) becomes RGB.
 
     Raises:
-        ValueError: Bytes of one still picture would not be what the file shows.
+        ValueError: The file is not one opaque still image of 8 bits a channel.
     """
-    # A camera's JPEG may carry a preview behind the picture (MPO); that is no animation.
+    # A camera's JPEG may carry a preview behind the picture (MPO), which is not an animation.
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
     if frames > 1:
-        raise ValueError(f"it has {frames} frames; write each as an image of its own")
-    # Pillow would cut 16-bit colours off at 8 without a word: only the stored layout tells.
+        raise ValueError(f"it has {frames} frames; save each as its own image")
+    # Pillow silently cuts 16-bit colours to 8 bits; only the stored layout shows it.
     deep = any(re.search(r"(?<!BGR);16", str(tile[3])) for tile in getattr(image, "tile", ()))
     if deep or image.mode[0] in "IF":
         raise ValueError("it has more than 8 bits a channel; convert it to 8")
@@ -195,7 +195,7 @@ def _pixels(image: Image.Image) -> NDArray[np.uint8]:
         image = image.convert("RGBA")
         least, _ = image.getchannel("A").getextrema()
         if least != 255:
-            raise ValueError("it has transparent pixels; lay it on a background")
+            raise ValueError("it has transparent pixels; put it on a background")
     pixels = np.asarray(image if image.mode == mode else image.convert(mode))
     return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
 
@@ -229,7 +229,7 @@ def _edm_labels(source: str, text: bytes, names: Sequence[str]) -> Tensor | None
     if missing:
         raise InputError(
             f"{source} has no label for {missing[0]} ({len(missing)} of {len(names)} images are "
-            'missing); add them, or "labels": null for none at all'
+            'missing); add them, or write "labels": null for no labels'
         )
     return torch.tensor([table[name] for name in names])
 
@@ -241,7 +241,7 @@ def _class_number(label: Any) -> int:  # noqa: ANN401  whatever JSON holds
 
 
 def _reason(error: BaseException) -> str:
-    """Without the path, which the message names already."""
+    """The error's text without the path, which the message already names."""
     if isinstance(error, UnidentifiedImageError):
-        return "it is no image, or cut short at its beginning"
+        return "it is not an image, or is cut short"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

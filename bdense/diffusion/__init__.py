@@ -1,11 +1,14 @@
 """Diffusion: noise levels, denoisers, solvers and samplers; importing this loads no torch."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from bdense.registry import Registry
 
 if TYPE_CHECKING:
     from bdense.diffusion.solvers import Solver
+
+# How ``bdense.diffusion.schedules.Schedule`` spaces levels.
+ScheduleKind = Literal["polynomial", "logsnr", "time_uniform"]
 
 _HERE = "bdense.diffusion.solvers"
 SOLVERS: "Registry[type[Solver]]" = Registry(

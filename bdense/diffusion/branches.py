@@ -33,6 +33,6 @@ def export_branch(student: NetworkDenoiser, branch: int | None = None) -> Networ
 
 
 def _with_model(denoiser: NetworkDenoiser, model: Network) -> NetworkDenoiser:
-    """The same denoiser of another network, computed alike."""
+    """A denoiser of another network, with the same preconditioning, mode and execution."""
     changed = NetworkDenoiser(model, denoiser.precond).train(denoiser.training)
     return changed.execute(denoiser.execution)

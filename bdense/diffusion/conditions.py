@@ -29,7 +29,7 @@ class Condition(Protocol):
         ...
 
     def to(self, like: Tensor) -> Self:
-        """The same on that tensor's device and in its type."""
+        """On that tensor's device and in its type."""
         ...
 
 

@@ -70,7 +70,7 @@ class DDPMSchedule(VPSchedule):
             )
 
     def options(self) -> dict[str, Any]:
-        """The fields, JSON-able."""
+        """The fields as plain values."""
         betas = None if self.trained_betas is None else list(self.trained_betas)
         return {
             _T: self.num_train_timesteps,
@@ -102,8 +102,7 @@ class DDPMSchedule(VPSchedule):
     def time(self, sigma: Tensor) -> Tensor:
         """Fractional time of noise levels, float64; 0 below the first level, T - 1 above the last.
 
-        The network knows no times beyond those, and at its own first one the noise is all but
-        gone.
+        The network was trained at no other times.
         """
         table = _table(self, sigma.device)
         wanted = -torch.log1p(sigma.double() ** 2)

@@ -219,7 +219,7 @@ def build_denoiser(description: dict[str, Any]) -> NetworkDenoiser:
     """A freshly initialised denoiser of the described architecture.
 
     Raises:
-        CheckpointError: The description names something this version does not build.
+        CheckpointError: There is no such network or preconditioning, or the options do not fit.
     """
     options = dict(description)
     precond, network = options.pop("precond", None), options.pop("network", None)
@@ -232,7 +232,14 @@ def build_denoiser(description: dict[str, Any]) -> NetworkDenoiser:
     column = make_preconditioning(precond, options)
     # Weights follow from a checkpoint or an explicit seed, never from the global generator.
     with torch.random.fork_rng(devices=[]):
-        model = NETWORKS[network].build(config, num_branches=num_branches, outputs=column.outputs)
+        try:
+            model = NETWORKS[network].build(
+                config, num_branches=num_branches, outputs=column.outputs
+            )
+        except TypeError as error:
+            raise CheckpointError(
+                f"the network options do not fit a {network}: {error}"
+            ) from error
     return NetworkDenoiser(model, column)
 
 

@@ -1,4 +1,4 @@
-"""The student's intervals and the teacher's sub-steps inside them, of one length or drawn anew.
+"""The student's intervals and the teacher's sub-steps in them; their number may vary by batch.
 
 N student intervals, K sub-steps of the teacher in each.
 """
@@ -71,11 +71,11 @@ class IntervalGrid:
         return self.fine()[n * self.substeps : (n + 1) * self.substeps + 1]
 
     def at(self, iteration: int, seed: int) -> "IntervalGrid":
-        """The grid of that iteration: always this one."""
+        """This grid, in every iteration."""
         return self
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able; equal descriptions give equal levels."""
+        """Plain values; equal descriptions give equal levels."""
         return {
             "levels": [float(t) for t in self.fine()],
             "substeps": self.substeps,
@@ -115,10 +115,10 @@ class VariableGrid:
         ]
 
     def at(self, iteration: int, seed: int) -> IntervalGrid:
-        """The grid of that iteration, whoever asks for it and when."""
+        """The grid of that iteration; it depends on (seed, iteration) alone."""
         draw = generator(seed, Stream.INTERVALS, iteration)
         return self.grids()[int(torch.randint(len(self.num_intervals), (), generator=draw))]
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able; equal descriptions give equal levels."""
+        """Plain values; equal descriptions give equal levels."""
         return {"drawn": [grid.describe() for grid in self.grids()]}

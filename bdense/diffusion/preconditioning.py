@@ -1,8 +1,8 @@
-"""How a network F is turned into a denoiser D (Karras et al. 2022, table 1), one class a column.
+"""How a network F becomes a denoiser D (Karras et al. 2022, table 1); each column is a class.
 
-D(x; sigma) = c_skip x + c_out F(c_in x, c_noise). Each class gives the four for sigma
-[B, 1, 1, 1], in its dtype and on its device; what the network saw in its own coordinates while it
-was trained is the business of ``c_in`` and ``c_noise`` alone.
+D(x; sigma) = c_skip x + c_out F(c_in x, c_noise). Each class gives the four coefficients for sigma
+[B, 1, 1, 1], in its dtype and on its device. ``c_in`` and ``c_noise`` translate into the
+coordinates that the network was trained in.
 """
 
 import functools
@@ -50,7 +50,7 @@ class Preconditioning(Protocol):
         ...
 
     def options(self) -> dict[str, Any]:
-        """The fields, JSON-able."""
+        """The fields as plain values."""
         ...
 
 
@@ -73,7 +73,7 @@ class _Column:
                 )
 
     def options(self) -> dict[str, Any]:
-        """The fields, JSON-able."""
+        """The fields as plain values."""
         return asdict(self)
 
 
@@ -265,7 +265,7 @@ class DDPM(DDPMSchedule):
         return _vp_coefficients(self.prediction_type, sigma, self.time(sigma).to(sigma))
 
     def options(self) -> dict[str, Any]:
-        """The fields, JSON-able."""
+        """The fields as plain values."""
         return super().options() | {"prediction_type": self.prediction_type}
 
 
@@ -296,7 +296,7 @@ class Cosine(CosineSchedule):
         return _vp_coefficients(self.prediction_type, sigma, angle * (2000 / math.pi))
 
     def options(self) -> dict[str, Any]:
-        """The fields, JSON-able."""
+        """The fields as plain values."""
         return super().options() | {"prediction_type": self.prediction_type}
 
 

@@ -35,7 +35,7 @@ class Levels(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able; ``bdense.diffusion.sampling.schedule_from`` reads it back."""
+        """Plain values, which ``bdense.diffusion.sampling.schedule_from`` reads back."""
         ...
 
     def text(self) -> str:
@@ -85,7 +85,7 @@ class Schedule:
         return self.grid(num_intervals * substeps)
 
     def start(self, noise: Tensor) -> Tensor:
-        """[B, C, H, W]: noise of the first level; what is left of an image there is left out."""
+        """[B, C, H, W] noise of the first level, without what is left of an image there."""
         return self.grid(1)[0] * noise
 
     def describe(self) -> dict[str, Any]:
@@ -125,4 +125,3 @@ _GRIDS: dict[str, Callable[[Schedule, Tensor], Tensor]] = {
     "logsnr": _logsnr,
     "time_uniform": _time_uniform,
 }
-SCHEDULES = tuple(_GRIDS)

@@ -28,7 +28,7 @@ class VPSchedule:
         raise NotImplementedError
 
     def options(self) -> dict[str, Any]:
-        """The fields, JSON-able."""
+        """The fields as plain values."""
         raise NotImplementedError
 
     def draw(self, u: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class VPSchedule:
         return (1 + highest**2).sqrt() * noise
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able; ``bdense.diffusion.sampling.schedule_from`` reads it back."""
+        """Plain values, which ``bdense.diffusion.sampling.schedule_from`` reads back."""
         return {"kind": self.kind, **self.options()}
 
     def text(self) -> str:
@@ -88,7 +88,7 @@ class CosineSchedule(VPSchedule):
             )
 
     def options(self) -> dict[str, Any]:
-        """The fields, JSON-able."""
+        """The fields as plain values."""
         return {"logsnr_min": self.logsnr_min, "logsnr_max": self.logsnr_max}
 
     def level(self, u: Tensor) -> Tensor:

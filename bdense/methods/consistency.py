@@ -44,6 +44,8 @@ ScheduleKind = Literal["polynomial", "logsnr", "time_uniform"]
 class ConsistencyConfig(MethodConfig):
     """The knobs of consistency distillation; defaults as of Song et al. for CIFAR-10."""
 
+    heading: ClassVar[str] = "method consistency"
+
     nfe: int = knob(1, "network evaluations an image; above 1 by multistep sampling", low=1)
     steps: int = knob(18, "intervals of the noise levels, N", low=1)
     substeps: int = knob(
@@ -64,8 +66,9 @@ class ConsistencyConfig(MethodConfig):
     )
     huber_c: float | None = knob(
         None,
-        "c of pseudo-huber; 0.00054 sqrt(C H W) where it is not given (Song & Dhariwal 2023)",
+        "c of pseudo-huber",
         above=0,
+        none="0.00054 sqrt(C H W), after Song & Dhariwal 2023",
     )
     target_decay: float = knob(
         0.95, "mu: what the target network keeps of itself at each update", low=0, below=1

@@ -12,7 +12,7 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bdense import NUMERICS
 from bdense.data.datasets import Dataset, to_float
+from bdense.diffusion.conditions import Condition, Unconditional
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
 from bdense.diffusion.preconditioning import DDPM, Cosine, native_schedule
 from bdense.diffusion.sampling import Sampler, samplers_from, served_metadata
@@ -45,6 +46,8 @@ PredictionType = Literal["epsilon", "sample", "v_prediction"]
 class PDConfig(MethodConfig):
     """The knobs of PD; the defaults of a round are the reference's for CIFAR-10."""
 
+    heading: ClassVar[str] = "method progressive"
+
     steps: int = knob(help="DDIM steps of the teacher", low=2)
     until: int = knob(help="DDIM steps of the last student", low=1)
     substeps: int = knob(
@@ -59,7 +62,7 @@ class PDConfig(MethodConfig):
         "half)",
     )
     clip_norm: float | None = knob(
-        1.0, "largest norm of the gradient, which is scaled down to it", above=0
+        1.0, "largest norm of the gradient, which is scaled down to it", above=0, none="no limit"
     )
     rescale_weights: bool = knob(
         True, "divide the branch weights by their sum, as clipped gradients see their scale"
@@ -84,21 +87,21 @@ class PDConfig(MethodConfig):
     prediction_type: PredictionType | None = knob(
         None,
         "what the students' networks predict: noise, image or v; a teacher that predicts another "
-        "is converted first, by a round that keeps its number of steps; what the teacher's "
-        "network predicts where it is not given",
+        "is converted first, by a round that keeps its number of steps",
+        none="what the teacher's network predicts",
     )
     schedule: ScheduleKind = knob(
         "native",
         "spacing of the noise levels; native is the process that the network was trained on",
     )
     rho: float | None = knob(
-        None, "exponent of the spacing, of schedules that are not native (7)", above=0
+        None, "exponent of the spacing, of schedules that are not native", above=0, none="7"
     )
     sigma_min: float | None = knob(
-        None, "last noise level, the lowest, of schedules that are not native (0.006)", above=0
+        None, "last noise level, of schedules that are not native", above=0, none="0.006"
     )
     sigma_max: float | None = knob(
-        None, "first noise level, the highest, of schedules that are not native (80)", above=0
+        None, "first noise level, of schedules that are not native", above=0, none="80"
     )
     flip: bool = knob(False, "mirror each image with probability 1/2")
 
@@ -175,13 +178,13 @@ class ImageBatch:
         clean: [B, C, H, W] images in [-1, 1].
         noise: [B, C, H, W], unit.
         interval: [B] int64 n in 0..N - 1, counted from the noisy end.
-        labels: [B, label_dim] one-hot classes, or None.
+        condition: What the networks are told of the images, such as their classes.
     """
 
     clean: Tensor
     noise: Tensor
     interval: Tensor
-    labels: Tensor | None = None
+    condition: Condition = field(default_factory=Unconditional)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -253,7 +256,7 @@ class PDStage(Stateless):
     def batch(self, iteration: int, images: slice) -> ImageBatch:
         """Images, noise and steps; two runs of one seed see the same, whatever their weights."""
         assert self.dataset is not None
-        device, label_dim = next(self.start.parameters()).device, self.start.label_dim
+        like = next(self.start.parameters())
         draw = generator(self.seed, Stream.PROGRESSIVE, self.steps, iteration)
         index = torch.randint(len(self.dataset.images), (self.config.batch,), generator=draw)
         clean = to_float(self.dataset.images[index])
@@ -262,11 +265,11 @@ class PDStage(Stateless):
         if self.config.flip:
             mirrored = torch.rand(self.config.batch, generator=draw) < 0.5
             clean[mirrored] = clean[mirrored].flip(-1)
-        labels = None
-        if label_dim:
-            labels = self.dataset.one_hot_labels(label_dim, index)[images].to(device)
         return ImageBatch(
-            clean[images].to(device), noise[images].to(device), interval[images], labels
+            clean[images].to(like.device),
+            noise[images].to(like.device),
+            interval[images],
+            self.start.conditions.of(self.dataset, index[images]).to(like),
         )
 
     def updates(self, iteration: int, batch: ImageBatch) -> Iterator["RoundUpdate"]:
@@ -276,13 +279,13 @@ class PDStage(Stateless):
         # t_{n,0}..t_{n,K} of each image's own interval.
         levels = fine[self.substeps * batch.interval + k]
         x = batch.clean + _per_image(levels[0], batch.clean) * batch.noise
-        denoise = self.teacher.given(batch.labels)
+        denoise = self.teacher.given(batch.condition)
         yield RoundUpdate(
             stream=(self.steps, iteration),
             x=x,
             levels=levels,
             targets=dense_targets(denoise, x, levels, clip=self.config.clip_targets),
-            labels=batch.labels,
+            told=batch.condition.arguments(),
             loss=self.config.loss,
             space=self.config.weights_space,
         )
@@ -354,7 +357,7 @@ class RoundUpdate:
     x: Tensor
     levels: Tensor
     targets: Tensor
-    labels: Tensor | None
+    told: Mapping[str, Any]
     loss: Loss
     space: WeightsSpace
 
@@ -365,7 +368,7 @@ class RoundUpdate:
 
     def __call__(self, branches: Branches) -> "RoundLosses":
         """The branches' losses, weighted by the noise level."""
-        errors = branch_errors(branches, self.x, self.levels[0], self.targets, self.labels)
+        errors = branch_errors(branches, self.x, self.levels[0], self.targets, **self.told)
         losses = snr_weight(self.levels[0], self.loss).to(errors) * errors
         return RoundLosses(losses, self.levels, self.space)
 
@@ -438,7 +441,7 @@ def branch_errors(
     x: Tensor,
     sigma: Tensor,
     targets: Tensor,
-    labels: Tensor | None = None,
+    **told: Any,  # noqa: ANN401  of branches
 ) -> Tensor:
     """|D^k - D*^k|^2, mean over pixels.
 
@@ -448,12 +451,12 @@ def branch_errors(
         x: [B, C, H, W] states at ``sigma``.
         sigma: [B].
         targets: [K', B, C, H, W], K' >= K; the last K are meant.
-        labels: [B, label_dim] classes, for a conditional student.
+        told: Conditions of a conditional student.
 
     Returns:
         [K, B].
     """
-    denoised = branches(x, sigma, class_labels=labels)
+    denoised = branches(x, sigma, **told)
     targets = targets[-denoised.shape[1] :].transpose(0, 1)
     return (denoised - targets).square().mean(dim=(2, 3, 4)).T
 
@@ -538,8 +541,7 @@ def _require_images(dataset: Dataset, teacher: NetworkDenoiser) -> None:
             f"data {dataset.name} has images of {theirs}, and the teacher is a network for {own}; "
             "give the data set that it was trained on, padded alike"
         )
-    if teacher.label_dim:
-        dataset.require_labels(teacher.label_dim)
+    teacher.conditions.require(dataset)
 
 
 class Progressive(Method):

@@ -256,8 +256,8 @@ class RecordedTrajectories:
         )
         # Copied out of the map: torch warns about read-only memory, and .to() would copy anyway.
         states = torch.from_numpy(np.array(self.shards[shard][own, images], dtype=np.float32))
-        grid, start, labels = store.live.beginning(iteration, images)
-        return TrajectoryBatch(grid, start, states.to(start), labels)
+        grid, start, condition = store.live.beginning(iteration, images)
+        return TrajectoryBatch(grid, start, states.to(start), condition)
 
     def describe(self) -> dict[str, Any]:
         stored = {} if self.store.dtype == "float32" else {"dtype": self.store.dtype}

@@ -12,11 +12,11 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 import torch
 from torch import Tensor
 
+from bdense.diffusion import SOLVERS, ScheduleKind
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.intervals import IntervalGrid, VariableGrid
 from bdense.diffusion.sampling import Sampler, samplers_from, served_metadata
 from bdense.diffusion.schedules import Schedule
-from bdense.diffusion.solver_names import SolverName
 from bdense.diffusion.solvers import Solver, analytical_slope, make_solver
 from bdense.diffusion.step_condition import Start, with_step_condition
 from bdense.errors import InputError
@@ -31,7 +31,6 @@ from bdense.training.stage import Branches, Stateless
 from bdense.weights.weighting import BranchWeighting
 
 Perceptual = Literal["none", "lpips", "lpips-sfd"]
-ScheduleKind = Literal["polynomial", "logsnr", "time_uniform"]
 # What is usual for a student of several NFE, and for a second stage (Zhou et al. 2024).
 _SEVERAL_NFE: Mapping[str, Any] = {"kimg": 800.0}
 _SECOND_STAGE: Mapping[str, Any] = {
@@ -47,6 +46,8 @@ _SECOND_STAGE: Mapping[str, Any] = {
 class SFDConfig(MethodConfig):
     """The knobs of SFD; the defaults are the reference's for one NFE."""
 
+    heading: ClassVar[str] = "method sfd"
+
     nfe: int | tuple[int, ...] = knob(
         2,
         "network evaluations an image; several numbers make one student for all of them, SFD-v "
@@ -59,10 +60,12 @@ class SFDConfig(MethodConfig):
         low=1,
     )
     afs: bool = knob(True, "analytical first step: one more interval for the same NFE")
-    solver: SolverName = knob(
-        "dpmpp", "solver that the teacher walks with (euler with second_stage)"
+    solver: str = knob(
+        "dpmpp",
+        "solver that the teacher walks with (euler with second_stage)",
+        choices=tuple(SOLVERS),
     )
-    order: int | None = knob(None, "order of the solver; the highest where it is not given", low=1)
+    order: int | None = knob(None, "order of the solver", low=1, none="the highest")
     thresholding: bool = knob(False, "dynamic thresholding of dpmpp's predictions")
     schedule: ScheduleKind = knob("polynomial", "spacing of the noise levels")
     rho: float = knob(7.0, "exponent of the spacing, which logsnr does not use", above=0)
@@ -273,6 +276,7 @@ class SFDStage(Stateless):
             if grid.afs
             else (batch.start)
         )
+        points = {"num_points": grid.num_points} if self.start.step_condition else {}
         for row, n in enumerate(grid.trained):
             update = IntervalUpdate(
                 stream=(iteration, n),
@@ -280,8 +284,7 @@ class SFDStage(Stateless):
                 x=x,
                 levels=grid.interval(n),
                 targets=batch.states[row * grid.substeps : (row + 1) * grid.substeps],
-                labels=batch.labels,
-                num_points=grid.num_points if self.start.step_condition else None,
+                told={**batch.condition.arguments(), **points},
                 perceptual=self.perceptual if n == grid.num_intervals - 1 else None,
             )
             yield update
@@ -323,14 +326,13 @@ class IntervalUpdate:
     x: Tensor
     levels: Tensor
     targets: Tensor
-    labels: Tensor | None
-    num_points: int | None
+    told: Mapping[str, Any]
     perceptual: PerceptualLoss | None
     end: Tensor = field(init=False)
 
     def __call__(self, branches: Branches) -> "SFDLosses":
         """The branches' states and losses."""
-        states = branch_states(branches, self.x, self.levels, self.labels, self.num_points)
+        states = branch_states(branches, self.x, self.levels, **self.told)
         self.end = states[:, -1].detach()
         losses = branch_losses(states, self.targets)
         if self.perceptual is None:
@@ -361,8 +363,7 @@ def branch_states(
     branches: Branches,
     x: Tensor,
     levels: Tensor,
-    labels: Tensor | None = None,
-    num_points: int | None = None,
+    **told: Any,  # noqa: ANN401  of branches
 ) -> Tensor:
     """Where each branch says the teacher is: x^k = x + (t_{n,k} - t_n) (x - D^k) / t_n.
 
@@ -371,14 +372,13 @@ def branch_states(
             one for t_{n,K}.
         x: [B, C, H, W] the student's state at t_n.
         levels: [K + 1] float64, t_{n,0} = t_n down to t_{n,K}.
-        labels: [B, label_dim] classes, for a conditional student.
-        num_points: N + 1, for a step-conditional student.
+        told: Conditions, and ``num_points`` N + 1 for a step-conditional student.
 
     Returns:
         [B, K, C, H, W]; index -1 is the end of the interval.
     """
     t = levels[0]
-    denoised = branches(x, t, class_labels=labels, num_points=num_points)
+    denoised = branches(x, t, **told)
     slopes = (x[:, None] - denoised) / t
     steps = (levels[1:] - t)[-denoised.shape[1] :]
     return x[:, None] + steps.to(x).view(-1, 1, 1, 1) * slopes

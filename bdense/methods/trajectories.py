@@ -3,14 +3,14 @@
 R supervising rows, B batch, C channels, H x W pixels.
 """
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from bdense import NUMERICS
+from bdense.diffusion.conditions import Condition, Unconditional
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.intervals import IntervalGrid, VariableGrid
 from bdense.diffusion.solvers import Solver, analytical_first_step, trajectory
@@ -26,14 +26,13 @@ class TrajectoryBatch:
         grid: The intervals that were walked.
         start: [B, C, H, W] x_T = t_0 * noise, where teacher and student begin.
         states: [R, B, C, H, W] the teacher's states at the trained sub-levels, in walking order.
-        labels: [B, label_dim] one-hot classes of teacher and student; None for an unconditional
-            network.
+        condition: What teacher and student are told of the images, such as their classes.
     """
 
     grid: IntervalGrid
     start: Tensor
     states: Tensor
-    labels: Tensor | None = None
+    condition: Condition = field(default_factory=Unconditional)
 
 
 class Trajectories(Protocol):
@@ -106,17 +105,14 @@ class LiveTrajectories:
     def part(self, iteration: int, images: slice) -> TrajectoryBatch:
         if not 0 <= iteration < self.count:
             raise IndexError(iteration)
-        grid, start, labels = self.beginning(iteration, images)
-        return TrajectoryBatch(grid, start, self._states(grid, start, labels), labels)
+        grid, start, condition = self.beginning(iteration, images)
+        return TrajectoryBatch(grid, start, self._states(grid, start, condition), condition)
 
-    def beginning(
-        self, iteration: int, images: slice
-    ) -> tuple[IntervalGrid, Tensor, Tensor | None]:
-        """What an iteration starts from, without the teacher: grid, x_T [B, C, H, W], classes."""
+    def beginning(self, iteration: int, images: slice) -> tuple[IntervalGrid, Tensor, Condition]:
+        """What an iteration starts from: grid, x_T [B, C, H, W] and its condition."""
         grid, like = self.grid_at(iteration), next(self.teacher.parameters())
-        labels = self.labels(iteration)
         start = grid.fine()[0] * self.noise(iteration)[images].to(like)
-        return grid, start, None if labels is None else labels[images].to(like)
+        return grid, start, self.condition(iteration).part(images).to(like)
 
     def grid_at(self, iteration: int) -> IntervalGrid:
         """The intervals of that iteration."""
@@ -127,23 +123,18 @@ class LiveTrajectories:
         shape = (self.batch, *self.teacher.image_shape)
         return torch.randn(shape, generator=generator(self.seed, Stream.TRAJECTORY, iteration))
 
-    def labels(self, iteration: int) -> Tensor | None:
-        """[B, label_dim] one-hot classes, each as likely; None for an unconditional teacher."""
-        classes = self.teacher.label_dim
-        if not classes:
-            return None
-        draw = generator(self.seed, Stream.LABELS, iteration)
-        return F.one_hot(torch.randint(classes, (self.batch,), generator=draw), classes).float()
+    def condition(self, iteration: int) -> Condition:
+        """Of the batch of that iteration, on the CPU."""
+        return self.teacher.conditions.drawn(self.seed, iteration, self.batch)
 
     def on(self, device: torch.device) -> "LiveTrajectories":
         """The same, with a copy of the teacher on another device."""
         return replace(self, teacher=self.teacher.on(device))
 
-    def _states(self, grid: IntervalGrid, start: Tensor, labels: Tensor | None) -> Tensor:
+    def _states(self, grid: IntervalGrid, start: Tensor, condition: Condition) -> Tensor:
         """The teacher's walk from ``start``: [R, B, C, H, W]."""
         fine = grid.fine()
-        points = len(fine) if self.teacher.step_condition else None
-        denoise = self.teacher.given(class_labels=labels, num_points=points)
+        denoise = self.teacher.given(condition, num_points=len(fine))
         if self.teacher_afs:
             denoise = analytical_first_step(denoise, fine[0])
         states = trajectory(self.solver, denoise, start, fine)

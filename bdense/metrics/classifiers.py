@@ -1,6 +1,6 @@
-"""Small classifiers of labelled sets, whose last hidden layer gives features for FID.
+"""Small classifiers whose last hidden layer gives features for FID.
 
-Trained once, on one thread and from explicit generators, and kept as safetensors. B batch, C
+Each is trained once, on one thread and from explicit seeds, and kept as safetensors. B batch, C
 channels.
 """
 
@@ -20,7 +20,7 @@ from bdense.files import file_lock
 from bdense.models.store import load_tensors, save_tensors
 from bdense.randomness import Stream, generator, seeded
 
-# Part of the file's name: raise it with any change below that moves the weights.
+# Part of the file's name; raise it when a change below changes the weights.
 _RECIPE = 1
 _BATCH = 64
 _LR = 1e-3
@@ -30,7 +30,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """A labelled set, the side its images are padded to, and the passes over it."""
+    """Training set, side that its images are padded to, and epochs."""
 
     data: str
     side: int
@@ -41,20 +41,20 @@ class Recipe:
 RECIPES = {
     "digits-classifier": Recipe(data="digits", side=8, epochs=12),
     "fashion-mnist-classifier": Recipe(data="fashion-mnist", side=32, epochs=3),
-    # Barely trained: for a look at whether everything runs, not for a comparison.
+    # Barely trained: to check that everything runs, not to compare.
     "cifar10-classifier": Recipe(data="cifar10", side=32, epochs=1),
 }
 
 
 class Classifier(nn.Module):
-    """Convolutions down to 4 x 4 and two linear layers; features are what the last of them sees.
+    """Convolutions down to 4 x 4 pixels and two linear layers; features are the last one's input.
 
-    Colours are averaged: one classifier serves grey images and their three-channel copies.
+    Colours are averaged, so one classifier serves grey images and their three-channel copies.
 
     Args:
-        name: What its errors call it.
-        side: H = W of the images it is trained on: 8, 16, 32, ...
-        num_classes: Of the set.
+        name: Its name in errors.
+        side: H = W of the training images: 8, 16, 32, ...
+        num_classes: Classes of the training set.
     """
 
     DIM = 64
@@ -75,7 +75,7 @@ class Classifier(nn.Module):
         self.classes = nn.Linear(self.DIM, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features; images smaller than what it was trained on are padded as those were.
+        """Features; images smaller than the training images are padded like those.
 
         Args:
             images: [B, C, H, W] uint8, H = W, more than half of ``side`` and at most ``side``.
@@ -89,8 +89,8 @@ class Classifier(nn.Module):
         height, width = images.shape[2:]
         if height != width or not self.side < 2 * height <= 2 * self.side:
             raise ShapeError(
-                f"{self.name} takes images of {self.side} x {self.side} pixels, or a little "
-                f"smaller, got {list(images.shape)}; choose another feature extractor"
+                f"{self.name} takes square images of more than {self.side // 2} and at most "
+                f"{self.side} pixels a side, got {list(images.shape)}; choose another extractor"
             )
         before = (self.side - height) // 2
         after = self.side - height - before
@@ -102,14 +102,14 @@ class Classifier(nn.Module):
 
 
 def classifier_weights(name: str, cache: Path) -> tuple[Path, dict[str, Any]]:
-    """The weights file and its metadata (``train_accuracy``), trained now if it is not there.
+    """The weights file and its metadata (``train_accuracy``); trains the classifier if missing.
 
     Args:
         name: One of ``RECIPES``.
         cache: Folder of the file.
 
     Raises:
-        InputError: The data set cannot be had.
+        InputError: The data set is missing and cannot be downloaded.
     """
     path = Path(cache) / f"{name}-{_RECIPE}.safetensors"
     with file_lock(path.with_suffix(".lock")):
@@ -122,7 +122,7 @@ def classifier_weights(name: str, cache: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def load_classifier(path: Path) -> Classifier:
-    """The classifier of a file that ``classifier_weights`` made.
+    """Read a classifier that ``classifier_weights`` wrote.
 
     Raises:
         CheckpointError: The file is missing, cut short, or holds something else.
@@ -134,13 +134,13 @@ def load_classifier(path: Path) -> Classifier:
         network.load_state_dict(tensors)
     except (KeyError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} does not hold a classifier; delete it, and it is trained again"
+            f"{path} does not hold a classifier; delete it to have it trained again"
         ) from error
     return network
 
 
 def _train(name: str, recipe: Recipe) -> tuple[Classifier, float]:
-    """The trained network and the share of its training images that it names rightly."""
+    """The trained network and its accuracy on the training images."""
     dataset = pad(load_dataset(recipe.data), recipe.side)
     images, labels = dataset.images, dataset.labels
     assert labels is not None
@@ -167,7 +167,7 @@ def _accuracy(network: Classifier, images: Tensor, labels: Tensor) -> float:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Sums in one order, so that the weights do not depend on the number of cores."""
+    """Use one thread, so that the weights do not depend on the number of cores."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

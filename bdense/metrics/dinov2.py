@@ -1,8 +1,9 @@
-"""The DINOv2 vision transformers, so that no code is downloaded and run to have their features.
+"""The DINOv2 vision transformers.
 
-torch-fidelity's own extractor gets them by ``torch.hub.load``, which executes what it fetches.
-Written after Oquab et al. 2023 (arXiv 2304.07193) and facebookresearch/dinov2 at b8931f7, whose
-published weights fit (those without registers). B batch, T tokens, d width, G x G patches.
+torch-fidelity's own extractor uses ``torch.hub.load``, which executes code that it downloads; this
+file makes that unnecessary. Written after Oquab et al. 2023 (arXiv 2304.07193) and
+facebookresearch/dinov2 at b8931f7; takes their published weights without registers. B batch, T
+tokens, d width, G x G patches.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 PATCH = 14
-# The published weights hold a position for each patch of 518 x 518 pixels.
+# The published weights have a position for each patch of a 518 x 518 image.
 TRAINED_GRID = 37
 _EPS = 1e-6
 
@@ -23,9 +24,9 @@ class Size:
 
     Attributes:
         width: d, also the number of features.
-        depth: Blocks.
-        heads: Of each attention.
-        gated: A SwiGLU in place of the two-layer perceptron.
+        depth: Number of blocks.
+        heads: Attention heads.
+        gated: SwiGLU in place of the two-layer perceptron.
         file: Name of the published weights, without folder and ending.
     """
 
@@ -51,20 +52,20 @@ SIZES = {
 
 
 class DinoV2(nn.Module):
-    """[B, 3, H, H] float32, normalised as ImageNet's, H a multiple of 14 -> [B, d] class token."""
+    """[B, 3, H, H] float32 images, normalised like ImageNet, 14 | H -> class token [B, d]."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
         self.patch_embed = _PatchEmbed(size.width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, size.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + TRAINED_GRID**2, size.width))
-        # Of the pre-training alone; the published weights hold it.
+        # Only pre-training uses it, but the published weights contain it.
         self.mask_token = nn.Parameter(torch.zeros(1, size.width))
         self.blocks = nn.ModuleList(_Block(size) for _ in range(size.depth))
         self.norm = nn.LayerNorm(size.width, _EPS)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features of a batch of images, as the class describes."""
+        """Class tokens of a batch of images."""
         patches = self.patch_embed(images)  # [B, d, G, G]
         grid = patches.shape[-1]
         x = torch.cat(
@@ -82,7 +83,7 @@ class DinoV2(nn.Module):
             return self.pos_embed
         width = self.pos_embed.shape[-1]
         learned = self.pos_embed[:, 1:].reshape(1, TRAINED_GRID, TRAINED_GRID, width)
-        # The reference's 0.1 against rounding is part of the result: bicubic samples lie at
+        # The reference adds 0.1 against rounding. That affects the result: bicubic samples lie at
         # multiples of this scale, not of the ratio of the sizes.
         scale = (grid + 0.1) / TRAINED_GRID
         resized = F.interpolate(
@@ -102,7 +103,7 @@ class _PatchEmbed(nn.Module):
 
 
 class _Block(nn.Module):
-    """Attention and perceptron, each normalised before and scaled channel by channel after."""
+    """Attention and perceptron, each with a norm before and a scale per channel after."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -158,7 +159,7 @@ class _Perceptron(nn.Module):
 class _SwiGLU(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        # Two thirds of the perceptron's width, in whole eights: the same cost.
+        # Two thirds of the perceptron's width, rounded up to a multiple of 8: equal cost.
         hidden = (4 * width * 2 // 3 + 7) // 8 * 8
         self.w12 = nn.Linear(width, 2 * hidden)
         self.w3 = nn.Linear(hidden, width)

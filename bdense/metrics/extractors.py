@@ -1,6 +1,6 @@
-"""Features of images: torch-fidelity's Inception, DINOv2, a TorchScript file, classifiers.
+"""Feature extractors: torch-fidelity's Inception, DINOv2, TorchScript files, small classifiers.
 
-All are torch-fidelity ``FeatureExtractorBase`` networks, found in its registry and made by its
+Each is a ``FeatureExtractorBase`` of torch-fidelity, registered there and made by its
 ``create_feature_extractor``. B batch, C channels, H x W pixels, d features.
 """
 
@@ -25,34 +25,34 @@ from bdense.models.pretrained import downloaded_weights, last_line, weights_of, 
 SPECS = ", ".join(
     ["inception[:WEIGHTS.pth], dinov2[:WEIGHTS.pth], torchscript:FILE.pt", *SIZES, *RECIPES]
 )
-# Names in torch-fidelity's registry; the weights file goes in as feature_extractor_weights_path.
+# Names in torch-fidelity's registry, which passes the file as feature_extractor_weights_path.
 TORCHSCRIPT = "bdense-torchscript"
 CLASSIFIER = "bdense-classifier"
 INCEPTION = "inception-v3-compat"
 FEATURES = "features"
-# torch-fidelity's class for these runs code that it downloads; ours is registered beside it.
+# torch-fidelity's own DINOv2 classes run code that they download; ours are registered beside them.
 DINOV2 = {name: f"bdense-{name}" for name in SIZES}
 
 _INCEPTION_LAYER = "2048"
 _DINOV2_LAYER = "dinov2"
-# What Stein et al. 2023 (arXiv 2306.04675) compare generative models by.
+# The size that Stein et al. 2023 (arXiv 2306.04675) use to compare generative models.
 _DINOV2_DEFAULT = "dinov2-vit-l-14"
 _INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-# A network that takes one size only is asked for its feature count at the usual ones.
+# Image sides that are tried to find the number of features of a TorchScript network.
 _PROBE_SIDES = (32, 64, 8, 16, 28, 128, 224, 256, 299)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Extractor:
-    """Images to features, with what is needed to name them beside a distance.
+    """A network from images to features, with the name and hash that identify a distance.
 
     Attributes:
-        name: Kind and file name; no folder of this machine.
+        name: Kind and file name, without folders of this machine.
         sha256: Hex digest of the weights file.
-        dim: d, features of an image.
+        dim: d, number of features.
         network: torch-fidelity extractor: [B, 3, H, W] uint8 -> ([B, d],).
-        device: Where ``network`` is.
-        metadata: What is known of its training (``train_accuracy`` of a classifier).
+        device: Device of ``network``.
+        metadata: Facts about its training (``train_accuracy`` of a classifier).
     """
 
     name: str
@@ -66,12 +66,12 @@ class Extractor:
         """Features of [B, C, H, W] uint8 images, C = 1 (repeated to 3) or 3: [B, d] float32, CPU.
 
         Raises:
-            ShapeError: The images are no such images, or of a size the network cannot take.
+            ShapeError: The tensor has another type or shape, or a size that the network refuses.
         """
         if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
             raise ShapeError(
-                f"extractor {self.name} takes uint8 [B, 1 or 3, H, W]; got {images.dtype} "
-                f"{list(images.shape)}: convert with to_uint8"
+                f"extractor {self.name} takes uint8 [B, 1 or 3, H, W], got {images.dtype} "
+                f"{list(images.shape)}; convert with to_uint8"
             )
         try:
             features = _features(self.network, images.to(self.device))
@@ -162,8 +162,8 @@ def _inception(weights: str, device: torch.device) -> Extractor:
     url = _inception_url()
     path = Path(weights) if weights else downloaded_weights(url, "Inception", _INCEPTION_SHA256)
     with weights_of("torch-fidelity's Inception", path, url):
-        # torch-fidelity unpickles the weights it is given without restriction, so it is given a
-        # copy written here of what the restricted reader found.
+        # torch-fidelity unpickles weights without restriction. So it gets a copy of what torch's
+        # restricted reader found.
         copy = io.BytesIO()
         torch.save(torch.load(path, map_location="cpu", weights_only=True), copy)
         copy.seek(0)
@@ -193,7 +193,7 @@ def _create(name: str, layer: str, weights: Path | BinaryIO, device: torch.devic
     from torch_fidelity.utils import create_feature_extractor
 
     _register()
-    # Constructors draw the weights that the file then replaces: not from the caller's state.
+    # Constructors draw initial weights; keep the caller's random state.
     with torch.random.fork_rng(devices=[]):
         network: nn.Module = create_feature_extractor(
             name, [layer], cuda=False, verbose=False, feature_extractor_weights_path=weights
@@ -203,7 +203,7 @@ def _create(name: str, layer: str, weights: Path | BinaryIO, device: torch.devic
 
 @functools.cache
 def _register() -> None:
-    """Add ours to torch-fidelity's registry; once, as a name may not be registered again."""
+    """Add our extractors to torch-fidelity's registry, once: it refuses a second registration."""
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
     from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
     from torch_fidelity.registry import register_feature_extractor
@@ -237,7 +237,7 @@ def _register() -> None:
             return (self.body(images),)
 
     class OwnDinoV2(FeatureExtractorDinoV2):  # type: ignore[misc]  # torch-fidelity is untyped
-        """torch-fidelity's, preparing the images as it does, around a network made here."""
+        """torch-fidelity's extractor, with its image preparation, around our network."""
 
         def __init__(
             self,
@@ -246,7 +246,7 @@ def _register() -> None:
             feature_extractor_weights_path: Path,
             **_: object,
         ) -> None:
-            # Its constructor fetches the network's code and runs it: only its base's is wanted.
+            # Its own constructor would download code and run it: call only its base's.
             FeatureExtractorBase.__init__(self, name, features_list)
             self.feature_extractor_internal_dtype = torch.float32
             size = SIZES[name.removeprefix("bdense-")]
@@ -259,7 +259,7 @@ def _register() -> None:
 
 
 def _load_dinov2(size: Size, path: Path) -> nn.Module:
-    # Made of nothing and given the file's tensors: the largest has 4.5 GB of them.
+    # Built without memory, then given the file's tensors: the largest has 4.5 GB.
     with torch.device("meta"):
         network = DinoV2(size)
     weights = torch.load(path, map_location="cpu", weights_only=True)
@@ -271,13 +271,13 @@ def _load_torchscript(path: Path) -> nn.Module:
     if not path.is_file():
         raise InputError(f"there is no TorchScript file at {path}")
     with warnings.catch_warnings():
-        # The format of the files that users have; its successor cannot read them.
+        # Deprecated, but its successor cannot read the files that users have.
         warnings.filterwarnings("ignore", message=r"`torch\.jit\.load` is deprecated")
         try:
             script: nn.Module = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
         except (RuntimeError, ValueError) as error:
             raise InputError(
-                f"{path} cannot be read as TorchScript ({last_line(error)}); write it with "
+                f"{path} cannot be read as TorchScript ({last_line(error)}); write it by "
                 "torch.jit.save"
             ) from error
     return script
@@ -290,17 +290,17 @@ _BODIES: dict[str, Callable[[Path], nn.Module]] = {
 
 
 def _features(network: nn.Module, images: Tensor) -> Tensor:
-    """[B, 1 or 3, H, W] uint8 -> what the extractor's one layer gives."""
+    """[B, 1 or 3, H, W] uint8 -> features of the extractor's layer."""
     with torch.no_grad():
         (features,) = network(images.expand(-1, 3, -1, -1))
     return features  # type: ignore[no-any-return]  # modules are untyped in torch
 
 
 def _probe(network: nn.Module, path: Path, device: torch.device) -> int:
-    """d, of two black images of the first size that the network takes.
+    """d, from two black images of the first size that the network accepts.
 
     Raises:
-        InputError: It takes none, or its output is not [B, d] of floats.
+        InputError: It accepts none, or its output is not [B, d] floats.
     """
     for side in _PROBE_SIDES:
         images = torch.zeros(2, 3, side, side, dtype=torch.uint8, device=device)
@@ -316,6 +316,6 @@ def _probe(network: nn.Module, path: Path, device: torch.device) -> int:
         else:
             got = f"{features.dtype} {list(features.shape)}"
         raise InputError(
-            f"{path} turns uint8 {list(images.shape)} into {got}; an extractor gives [B, d] floats"
+            f"{path} maps uint8 {list(images.shape)} to {got}; an extractor gives [B, d] floats"
         )
-    raise InputError(f"{path} takes no uint8 images [B, 3, H, W]: {reason}")
+    raise InputError(f"{path} does not accept uint8 images [B, 3, H, W]: {reason}")

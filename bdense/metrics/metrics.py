@@ -1,4 +1,4 @@
-"""Measures of generated images by torch-fidelity, in one pass, each with its conditions.
+"""Metrics of generated images by torch-fidelity, in one pass, each with its conditions.
 
 FID: Heusel et al. 2017 (arXiv 1706.08500), |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)), S
 the unbiased covariance. KID: Binkowski et al. 2018 (arXiv 1801.01401), the unbiased MMD^2 of
@@ -17,47 +17,23 @@ from torch import Tensor
 from bdense.errors import InputError, NonFiniteError, ShapeError
 from bdense.metrics.extractors import Extractor
 from bdense.metrics.references import Reference, Statistics, features_of, statistics_of
+from bdense.metrics.settings import METRICS, MetricSettings
 
-METRICS = ("fid", "kid", "prc")
-# Rows of distances held at a time: 2048 x 50,000 of them are 800 MB.
+# Rows of distances in memory at a time: 2048 x 50,000 distances take 800 MB.
 _PRC_ROWS = 2048
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MetricSettings:
-    """What KID and precision/recall depend on beside the images; the FID on nothing.
-
-    Attributes:
-        kid_subsets: Subsets drawn of either set; more give a steadier mean.
-        kid_subset_size: Images in each; the deviation depends on it, the mean's expectation not.
-        kid_seed: Of the draw.
-        neighbours: k; larger balls raise precision and recall. 5 is the SFD reference's, 3 that
-            of Kynkaanniemi et al.
-    """
-
-    kid_subsets: int = 100
-    kid_subset_size: int = 1000
-    kid_seed: int = 2020
-    neighbours: int = 5
-
-    def __post_init__(self) -> None:
-        least = {"kid_subsets": 1, "kid_subset_size": 2, "kid_seed": 0, "neighbours": 1}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise InputError(f"{name} must be at least {bound}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Values of a metric and everything they depend on; without that they mean nothing.
+    """Values of a metric with all conditions that they depend on.
 
     Attributes:
-        images: Images generated.
+        images: Number of generated images.
         reference: Name of the reference set.
-        reference_images: Images in it; None where a statistics file does not say.
+        reference_images: Number of its images; None if a statistics file does not say.
         extractor: Name of the feature network; only ``inception`` gives what papers call FID.
         extractor_sha256: Hex digest of its weights.
-        nfe: Network evaluations an image cost.
+        nfe: Network evaluations per image.
         seeds: By name, such as ``training`` and ``evaluation``.
     """
 
@@ -72,22 +48,21 @@ class Measurement:
     seeds: dict[str, int]
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able: the values and their conditions."""
+        """The values and their conditions, as JSON has them."""
         return {name: getattr(self, name) for name in self.VALUES} | self.conditions()
 
     def conditions(self) -> dict[str, Any]:
-        """All but the values: what must agree for two of them to be compared."""
+        """Everything but the values; two measurements compare only if these agree."""
         conditions = asdict(self)
         for name in self.VALUES:
             del conditions[name]
         return conditions
 
     def require_comparable(self, other: "Measurement") -> None:
-        """Make sure that the two differ in nothing but the images' quality.
+        """Refuse to compare with a measurement of other conditions.
 
         Raises:
-            InputError: They are of other metrics, or were measured under other conditions; the
-                message names each.
+            InputError: Metrics or conditions differ; names each.
         """
         if type(self) is not type(other):
             raise InputError(
@@ -102,7 +77,7 @@ class Measurement:
         if differing:
             raise InputError(
                 f"these {type(self).__name__}s are not comparable ({'; '.join(differing)}); "
-                "measure both alike"
+                "measure both under the same conditions"
             )
 
 
@@ -111,7 +86,7 @@ class FID(Measurement):
     """A Frechet distance.
 
     Attributes:
-        value: The distance; 0 for equal statistics.
+        value: The distance; 0 if the statistics are equal.
     """
 
     VALUES = ("value",)
@@ -121,14 +96,14 @@ class FID(Measurement):
 
 @dataclass(frozen=True, kw_only=True)
 class KID(Measurement):
-    """A kernel distance: the mean over subsets, about 0 for equal distributions, also below.
+    """A kernel distance, unbiased: around 0 for equal distributions, and may be negative.
 
     Attributes:
         mean: Over the subsets.
-        std: Over the subsets; not the mean's error.
-        subsets: How many.
+        std: Over the subsets; not the standard error of the mean.
+        subsets: Number of subsets.
         subset_size: Images in each.
-        subset_seed: Of their draw.
+        subset_seed: Seed of their draw.
     """
 
     VALUES = ("mean", "std")
@@ -142,7 +117,7 @@ class KID(Measurement):
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionRecall(Measurement):
-    """How many generated images are like real ones, and how many real ones like generated ones.
+    """Which share of the generated images looks real, and of the real ones is covered.
 
     Attributes:
         precision: Share of the generated images inside the real ones' balls.
@@ -159,14 +134,14 @@ class PrecisionRecall(Measurement):
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """What was measured of one set of images; None for what was not asked for."""
+    """The metrics of one set of images; None for those not asked for."""
 
     fid: FID
     kid: KID | None = None
     prc: PrecisionRecall | None = None
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
-        """JSON-able, by metric: those that were measured."""
+        """By metric, as JSON has them; only those that were measured."""
         measured = {"fid": self.fid, "kid": self.kid, "prc": self.prc}
         return {name: each.as_dict() for name, each in measured.items() if each is not None}
 
@@ -187,17 +162,17 @@ def measure_images(
 
     Args:
         images: [n, C, H, W] uint8, C = 1 or 3, n >= 2.
-        extractor: Feature network, the one that saw the reference.
+        extractor: Feature network; the reference's features must come from it too.
         reference: What to compare with.
-        metrics: What to measure; the FID always is.
-        settings: Of KID and precision/recall; the defaults where None.
-        nfe: Network evaluations an image cost.
+        metrics: Metrics to measure; the FID is always measured.
+        settings: Of KID and precision/recall; None for the defaults.
+        nfe: Network evaluations per image.
         seeds: The images' seeds by name.
-        batch: Images at a time; the result depends on it by rounding only.
+        batch: Images at a time; affects the result only by rounding.
         on_image: Called with the number of images that the extractor has seen so far.
 
     Raises:
-        InputError: What ``require_measurable`` raises, or images the extractor cannot take.
+        InputError: As ``require_measurable``, or the extractor does not accept the images.
         NonFiniteError: Features or a distance are not finite.
     """
     settings = settings or MetricSettings()
@@ -237,11 +212,11 @@ def measure_images(
 def require_measurable(
     metrics: Collection[str], settings: MetricSettings, images: int, reference: Reference
 ) -> None:
-    """Refuse before the images are drawn what could not be measured of them.
+    """Check, before images are drawn, that the metrics can be measured.
 
     Raises:
-        InputError: A metric is unknown, the reference has no features for it, or one of the two
-            sets is too small.
+        InputError: A metric is unknown, the reference has no features for it, or a set is too
+            small.
     """
     unknown = sorted(set(metrics) - set(METRICS))
     if unknown:
@@ -249,8 +224,8 @@ def require_measurable(
     single = [name for name in METRICS if name in metrics and name != "fid"]
     if single and reference.features is None:
         raise InputError(
-            f"for {' and '.join(single)} the features of single reference images are needed, and "
-            f"{reference.name} holds their mean and covariance alone; name the data set instead, "
+            f"{' and '.join(single)} need the features of single reference images, but "
+            f"{reference.name} holds only their mean and covariance; name the data set instead, "
             "or measure fid alone"
         )
     for name in single:
@@ -258,7 +233,7 @@ def require_measurable(
             "kid": (settings.kid_subset_size, "the KID's subset size"),
             "prc": (settings.neighbours + 1, "the number of neighbours"),
         }[name]
-        # Where there are features there is a count.
+        # A reference with features has a count.
         for whose, count in (("", images), ("reference ", reference.statistics.count or 0)):
             if count < least:
                 raise InputError(
@@ -268,18 +243,18 @@ def require_measurable(
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """Frechet distance of two Gaussians; symmetric, 0 for equal ones.
+    """Frechet distance of two Gaussians; symmetric, 0 if they are equal.
 
     Raises:
-        ShapeError: The two come from extractors with another number of features.
+        ShapeError: The numbers of features differ.
         NonFiniteError: The distance is not finite.
     """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
     if a.mu.shape != b.mu.shape:
         raise ShapeError(
-            f"statistics over {a.mu.size} and {b.mu.size} features cannot be compared; use one "
-            "extractor for both"
+            f"statistics over {a.mu.size} and {b.mu.size} features cannot be compared; use the "
+            "same extractor for both"
         )
     pair = ({"mu": each.mu, "sigma": each.sigma} for each in (a, b))
     value = float(fid_statistics_to_metric(*pair, verbose=False)[KEY_METRIC_FID])
@@ -289,7 +264,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def kernel_distance(a: Tensor, b: Tensor, settings: MetricSettings) -> tuple[float, float]:
-    """KID of two sets of features [n, d] and [m, d]: mean and deviation over the subsets."""
+    """KID of features [n, d] and [m, d]: mean and standard deviation over the subsets."""
     from torch_fidelity.metric_kid import (
         KEY_METRIC_KID_MEAN,
         KEY_METRIC_KID_STD,
@@ -316,15 +291,15 @@ def kernel_distance(a: Tensor, b: Tensor, settings: MetricSettings) -> tuple[flo
 
 
 def precision_recall(generated: Tensor, real: Tensor, neighbours: int) -> tuple[float, float]:
-    """Precision and recall of generated features [n, d] for real ones [m, d], k neighbours."""
+    """Precision and recall of generated features [n, d] against real ones [m, d]."""
     from torch_fidelity.metric_prc import (
         KEY_METRIC_PRECISION,
         KEY_METRIC_RECALL,
         prc_features_to_metric,
     )
 
-    # In float64: torch takes distances of many rows from scalar products, which in float32 puts
-    # an image up to some thousandths of its norm away from its equal.
+    # In float64: torch computes distances of many rows from scalar products. In float32 two equal
+    # images would be up to some thousandths of their norm apart.
     found = prc_features_to_metric(
         generated.double(),
         real.double(),

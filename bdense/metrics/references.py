@@ -1,4 +1,4 @@
-"""What generated images are compared with: features of a data set, or EDM's .npz of statistics.
+"""Reference sets of metrics: features of a data set, or EDM's .npz of statistics.
 
 n images, C channels, H x W pixels, d features.
 """
@@ -23,9 +23,9 @@ from bdense.files import atomic_write, file_lock, sha256_file
 from bdense.metrics.extractors import Extractor
 from bdense.models.store import load_tensors, save_tensors
 
-# EDM's own; its fid.py takes a file for a dictionary and looks at no other key.
+# EDM's keys; its fid.py ignores all others.
 _MU, _SIGMA = "mu", "sigma"
-# Ours beside them, so that a file says what it was made of.
+# Our keys beside them: what the statistics were computed from.
 _COUNT, _DATA, _EXTRACTOR, _EXTRACTOR_SHA256 = "count", "data", "extractor", "extractor_sha256"
 _FEATURES = "features"
 
@@ -37,7 +37,7 @@ class Statistics:
     Attributes:
         mu: [d] float64.
         sigma: [d, d] float64, unbiased covariance.
-        count: n, images they were taken over; None where a file does not say.
+        count: n, number of images; None if a file does not say.
     """
 
     mu: NDArray[np.float64]
@@ -61,11 +61,10 @@ class Reference:
     """A reference set as an extractor sees it.
 
     Attributes:
-        name: The data set's, or a file's with the start of its hash (of a set of files: of the
-            pixels).
+        name: The data set's; sets of files and statistics files add the start of a hash.
         statistics: For the Frechet distance.
-        features: [n, d] float32, for what needs single images; None where they were not asked
-            for or a file does not have them.
+        features: [n, d] float32, for KID, precision and recall; None if they were not asked for
+            or a file does not have them.
     """
 
     name: str
@@ -83,12 +82,12 @@ def features_of(
 
     Args:
         images: [n, C, H, W] uint8, C = 1 or 3, n >= 2.
-        extractor: Feature network; called once for each image.
-        batch: Images at a time; the result depends on it by rounding only.
+        extractor: Feature network; sees each image once.
+        batch: Images at a time; affects the result only by rounding.
         on_image: Called with the number of images seen so far.
 
     Raises:
-        InputError: Fewer than 2 images, or images the extractor cannot take.
+        InputError: There are fewer than 2 images, or the extractor does not accept them.
     """
     if batch < 1:
         raise InputError(f"batch must be at least 1, got {batch}")
@@ -96,7 +95,7 @@ def features_of(
         raise _too_few(len(images))
     features, seen = [], 0
     for part in torch.split(images, batch):
-        # A distance between students of different precisions is of their images alone.
+        # Features are exact, whatever precision the student was computed in.
         with exact_products():
             features.append(extractor(part))
         seen += len(part)
@@ -124,13 +123,13 @@ def statistics_of(features: Tensor) -> Statistics:
 def dataset_reference(
     dataset: Dataset, extractor: Extractor, *, cache: Path, with_features: bool = False
 ) -> Reference:
-    """A whole data set, seen once by the extractor and kept for these pixels and these weights.
+    """A whole data set as reference; cached for its pixels and the extractor's weights.
 
     Args:
         dataset: The reference set.
         extractor: Feature network.
-        cache: Folder of what is made once.
-        with_features: Whether to load the features too; they are kept in any case.
+        cache: Folder of cached files.
+        with_features: Whether to load the features too; they are cached in any case.
 
     Raises:
         CheckpointError: A cached file cannot be read.
@@ -143,25 +142,25 @@ def dataset_reference(
         if not have_statistics or (with_features and not have_features):
             made = features_of(dataset.images, extractor)
             facts = {"kind": "features", **_facts(dataset.name, extractor)}
-            # The statistics come last: where they are, both were made.
+            # Statistics are written last: if they exist, so do the features.
             save_tensors(features_path, {_FEATURES: made}, facts)
             if not have_statistics:
                 write_reference(statistics_path, statistics_of(made), dataset.name, extractor)
     statistics = _cached_statistics(statistics_path, extractor)
     features = _cached_features(features_path, statistics) if with_features else None
-    # Sets of files are called by their last folder alone, which others may share.
+    # A set of files is named by its last folder only, which others may share.
     own = f":{dataset.sha256[:16]}" if split_format(dataset.name) else ""
     return Reference(name=dataset.name + own, statistics=statistics, features=features)
 
 
 def write_reference(path: Path, statistics: Statistics, data: str, extractor: Extractor) -> None:
-    """Write statistics as EDM's .npz (mu, sigma) with count, data set and extractor beside them.
+    """Write statistics as EDM's .npz (mu, sigma), with count, data set and extractor added.
 
     Args:
         path: File to write; NVlabs' fid.py reads it too.
         statistics: Of the data set's features.
-        data: The data set's name.
-        extractor: What the features are of.
+        data: Name of the data set.
+        extractor: The feature network.
     """
     members: dict[str, Any] = {
         _MU: statistics.mu,
@@ -177,12 +176,12 @@ def write_reference(path: Path, statistics: Statistics, data: str, extractor: Ex
 def read_reference(path: Path, extractor: Extractor) -> Reference:
     """Statistics from a file, ours or one of EDM's fid-refs, for images seen by ``extractor``.
 
-    EDM's files are of Inception features and say neither that nor their number of images: what
-    is not there is not checked, and the count stays unknown.
+    EDM's files hold statistics of Inception features, but do not say so, nor how many images they
+    are of. So their extractor is not checked, and the count stays unknown.
 
     Raises:
         CheckpointError: The file is missing, cut short, or holds something else.
-        InputError: It says that it was made with another extractor.
+        InputError: It was made with another extractor.
         ShapeError: It has another number of features.
     """
     path = Path(path)
@@ -200,16 +199,20 @@ def _read_statistics(path: Path, extractor: Extractor) -> Statistics:
     found = _read_arrays(path)
     for key in (_MU, _SIGMA):
         if found[key].dtype.kind != "f":
-            raise CheckpointError(f"{key!r} in {path} is no array of floats; make the file again")
+            raise CheckpointError(
+                f"{key!r} in {path} is not an array of floats; make the file again"
+            )
     count = found.get(_COUNT)
     if count is not None and (count.shape != () or count.dtype.kind not in "iu" or count < 1):
-        raise CheckpointError(f"{_COUNT!r} in {path} is no number of images; make the file again")
+        raise CheckpointError(
+            f"{_COUNT!r} in {path} is not a number of images; make the file again"
+        )
     theirs = {key: str(found.get(key, "")) for key in (_EXTRACTOR, _EXTRACTOR_SHA256)}
     if theirs[_EXTRACTOR_SHA256] not in ("", extractor.sha256):
         raise InputError(
-            f"{path} was made with extractor {theirs[_EXTRACTOR]} of weights "
-            f"{theirs[_EXTRACTOR_SHA256][:16]}, not with {extractor.name} of "
-            f"{extractor.sha256[:16]}; give that extractor, or make a file with this one by "
+            f"{path} was made with extractor {theirs[_EXTRACTOR]} (weights "
+            f"{theirs[_EXTRACTOR_SHA256][:16]}), not with {extractor.name} (weights "
+            f"{extractor.sha256[:16]}); use that extractor, or make a file for this one with "
             "`bdense reference`"
         )
     try:
@@ -222,7 +225,7 @@ def _read_statistics(path: Path, extractor: Extractor) -> Statistics:
         raise CheckpointError(f"{path}: {error}; make the file again") from error
     if statistics.mu.size != extractor.dim:
         raise ShapeError(
-            f"{path} holds statistics of {statistics.mu.size} features and extractor "
+            f"{path} holds statistics of {statistics.mu.size} features, but extractor "
             f"{extractor.name} gives {extractor.dim}; use the extractor that the file was made "
             "with (EDM's fid-refs: inception)"
         )
@@ -230,17 +233,19 @@ def _read_statistics(path: Path, extractor: Extractor) -> Statistics:
 
 
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """What is known of an .npz, by key; nothing in it is unpickled."""
+    """The known arrays of an .npz by key; nothing in it is unpickled."""
     if not zipfile.is_zipfile(path):
-        # numpy would take it for a pickle, and say so.
-        raise CheckpointError(f"{path} cannot be read as .npz (it is cut short, or no such file)")
+        # numpy's own message would call it a pickle.
+        raise CheckpointError(
+            f"{path} cannot be read as .npz (it is cut short, or another kind of file)"
+        )
     try:
         with np.load(path, allow_pickle=False) as found:
             missing = [key for key in (_MU, _SIGMA) if key not in found.files]
             known = (_MU, _SIGMA, _COUNT, _EXTRACTOR, _EXTRACTOR_SHA256)
             members = {key: found[key] for key in known if key in found.files}
             others = ", ".join(found.files) or "nothing"
-    # All that numpy and zipfile say of damaged or foreign archives.
+    # What numpy and zipfile raise for damaged or foreign archives.
     except (OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be read as .npz ({error})") from error
     except (zipfile.BadZipFile, zlib.error) as error:
@@ -250,7 +255,7 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
             f"{path} has no {' and no '.join(missing)} (it holds {others}); a reference is EDM's "
             ".npz with mu and sigma, as `bdense reference` writes it"
         )
-    # numpy gives the bytes of a member that is no array.
+    # numpy returns bytes for a member that is not an array.
     if not all(isinstance(member, np.ndarray) for member in members.values()):
         raise CheckpointError(f"{path} cannot be read as .npz (it holds no arrays)")
     return members
@@ -276,7 +281,7 @@ def _cached_features(path: Path, statistics: Statistics) -> Tensor:
 
 def _broken_cache(what: str, path: Path, reason: object) -> CheckpointError:
     return CheckpointError(
-        f"cached {what} {path} cannot be read ({reason}); delete the file, and it is made again"
+        f"cached {what} {path} cannot be read ({reason}); delete the file to have it made again"
     )
 
 

@@ -1,6 +1,6 @@
-"""Model cards: what a file is, whose terms it carries, and how to draw from it, for people.
+"""Model cards: what a model is, its licence, how to draw from it.
 
-The form is the Hugging Face hub's: Markdown with YAML in front.
+In the Hugging Face hub's form: Markdown with YAML in front.
 """
 
 import json
@@ -27,9 +27,9 @@ _METHODS = {
     "consistency": _CD,
     "consistency-bdense": f"{_CD} {_DENSE}",
 }
-# What a student takes over from its teacher.
+# Metadata that a student inherits from its teacher.
 _INHERITED = ("licence", "citation")
-# What a table of FIDs has in columns wherever its rows say it, and the columns' names.
+# Keys of a table of FIDs that always get a column, and the columns' titles.
 _COLUMNS = {
     "steps": "steps",
     "nfe": "NFE",
@@ -44,11 +44,11 @@ _TITLES = {"euler": "Euler", "ddim": "DDIM"}
 
 
 def inherited(teacher: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What a student's metadata take from its teacher's: what the teacher is, and its terms.
+    """A student's metadata about its teacher: source, licence, citation.
 
     Args:
         teacher: The teacher's metadata.
-        name: What the user called the teacher, for one that says nothing of where it is from.
+        name: The user's name for the teacher, used if its metadata have no source.
     """
     terms = {key: teacher[key] for key in _INHERITED if key in teacher}
     return {"teacher": teacher.get("source", name), **terms}
@@ -58,9 +58,9 @@ def model_card(name: str, denoiser: NetworkDenoiser, metadata: Mapping[str, Any]
     """The card of one safetensors file.
 
     Args:
-        name: The file's name.
-        denoiser: What it holds.
-        metadata: What its header says beside the architecture.
+        name: Name of the file.
+        denoiser: The model in it.
+        metadata: The file's metadata.
 
     Returns:
         Markdown.
@@ -76,14 +76,14 @@ def folder_card(
     pictures: Sequence[str] = (),
     extra: str = "",
 ) -> str:
-    """The card of a folder that holds a student with its own sampler.
+    """The card of a folder with a student and its own sampler.
 
     Args:
-        name: The folder's name.
+        name: Name of the folder.
         denoiser: The student.
-        metadata: What the header of its weights says; ``fid_table``, a list of rows, is shown.
+        metadata: Its metadata; ``fid_table``, a list of rows, becomes a table.
         pictures: Names of picture files in the folder.
-        extra: Markdown at the end.
+        extra: Markdown for the end.
 
     Returns:
         Markdown.
@@ -114,13 +114,13 @@ def folder_card(
 def pipeline_card(
     name: str, denoiser: NetworkDenoiser, metadata: Mapping[str, Any], call: Mapping[str, Any]
 ) -> str:
-    """The card of a student as a folder that diffusers' ``DDIMPipeline`` loads.
+    """The card of a folder that diffusers' ``DDIMPipeline`` loads.
 
     Args:
-        name: The folder's name.
+        name: Name of the folder.
         denoiser: The student.
-        metadata: What is known of it.
-        call: What the pipeline must be called with to draw as the student was distilled to.
+        metadata: Its metadata.
+        call: Arguments of the pipeline that draw as the student was distilled to.
 
     Returns:
         Markdown.
@@ -154,7 +154,7 @@ def _card(
     *sections: str,
     library: str = "bdense",
 ) -> str:
-    """What every card begins with, and its own sections; those that are empty are left out."""
+    """The common beginning of every card, then the given sections without empty ones."""
     student = metadata.get("kind") == "student"
     licence = metadata.get("licence")
     front = {
@@ -192,7 +192,7 @@ def _pictures(names: Sequence[str]) -> list[str]:
 
 
 def _fid_section(metadata: Mapping[str, Any]) -> list[str]:
-    """The table of FIDs; what all its rows say alike is said once below it."""
+    """The table of FIDs; conditions that all rows share stand once below it."""
     rows: Sequence[Mapping[str, Any]] = metadata.get("fid_table", ())
     said = dict.fromkeys(key for row in rows for key in row if row[key] is not None)
     if not said:
@@ -215,7 +215,7 @@ def _cell(key: str, value: Any) -> str:  # noqa: ANN401  of JSON
         return "-"
     if isinstance(value, float):
         return f"{value:.2g}" if key == "std_err" else f"{value:.4g}"
-    # A digest is known by its beginning; a bar would end the cell.
+    # The start of a digest identifies it; a bar would end the cell.
     return str(value)[: 16 if key.endswith("sha256") else None].replace("|", "\\|")
 
 
@@ -232,7 +232,7 @@ def _what_it_is(metadata: Mapping[str, Any]) -> str:
 
 
 def write_card(path: Path, denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> Path:
-    """Write the card of the safetensors file ``path`` beside it, ending in .md; its path."""
+    """Write the card of the safetensors file ``path`` beside it; returns the card's path."""
     card = card_path(path)
     with atomic_write(card) as scratch:
         scratch.write_text(model_card(Path(path).name, denoiser, metadata))
@@ -240,12 +240,12 @@ def write_card(path: Path, denoiser: NetworkDenoiser, metadata: Mapping[str, Any
 
 
 def card_path(path: Path) -> Path:
-    """Where the card of a file is."""
+    """Path of a file's card: the ending becomes .md."""
     return Path(path).with_suffix(".md")
 
 
 def network_facts(denoiser: NetworkDenoiser) -> dict[str, str]:
-    """Network, preconditioning, size, images and classes, for people."""
+    """Network, preconditioning, size, images and classes, as texts."""
     description = denoiser.describe()
     channels, height, width = denoiser.image_shape
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
@@ -276,7 +276,7 @@ def _student_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
     if "teacher_sha256" in metadata:
         facts["teacher's sha256"] = f"`{metadata['teacher_sha256']}`"
     if "stage" in metadata:
-        facts["stage"] = f"{metadata['stage']}: the teacher is a student itself"
+        facts["stage"] = f"{metadata['stage']}: its teacher is a student"
     if "seeds" in metadata:
         seeds = metadata["seeds"].items()
         facts["seeds"] = ", ".join(f"{name} {seed}" for name, seed in seeds)
@@ -289,7 +289,7 @@ def _student_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
     if "perceptual" in metadata:
         low, high = metadata["perceptual"]["range"]
         facts["perceptual loss"] = (
-            f"{metadata['perceptual']['name']} on the last interval, of images in [{low}, {high}]"
+            f"{metadata['perceptual']['name']} on the last interval, images in [{low}, {high}]"
         )
     if samplers := samplers_from(metadata):
         sampler, steps = samplers[0], [str(each.num_intervals) for each in samplers]
@@ -306,7 +306,7 @@ def _student_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _fid(fid: Mapping[str, Any]) -> str:
-    """Never the number alone."""
+    """The FID with its conditions."""
     conditions = ", ".join(
         f"{_words(key)} {str(value)[:16]}"
         for key, value in fid.items()
@@ -319,17 +319,17 @@ def _terms(metadata: Mapping[str, Any], *, student: bool) -> str:
     licence = metadata.get("licence")
     if licence is None and not student and "data" in metadata:
         return (
-            f"Licence: not known, nor is that of its training data, {metadata['data']}. Ask the "
-            "makers of the data first."
+            "Licence: not known, and neither is that of its training data, "
+            f"{metadata['data']}. Ask the makers of the data first."
         )
     if licence is None:
-        whose = "the teacher's makers, or whoever trained it," if student else "its makers"
-        return f"Licence: not known; nothing that it came with names one. Ask {whose} first."
-    of_whom = ", its teacher's: a student is made of its teacher's weights" if student else ""
+        whose = "the makers of its teacher" if student else "its makers"
+        return f"Licence: not known; none came with it. Ask {whose} first."
+    of_whom = ", its teacher's: a student is made from its teacher's weights" if student else ""
     return f"Licence: {licence}{of_whom}."
 
 
 def _sample_command(name: str, metadata: Mapping[str, Any]) -> str:
-    # A student has a sampler of its own; a teacher's is the user's choice.
+    # A student has its own sampler; a teacher's is the user's choice.
     grid = "" if "sampler" in metadata else " --solver heun --nfe 36 --no-afs"
     return f"bdense sample {name}{grid} --images 64 --out samples.png"

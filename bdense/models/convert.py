@@ -1,4 +1,4 @@
-"""A foreign checkpoint becomes a file of ours: safetensors, readable JSON and a model card."""
+"""Convert a foreign checkpoint to safetensors, with readable JSON and a model card."""
 
 import json
 from collections.abc import Mapping
@@ -22,15 +22,15 @@ class Conversion:
     """What was found and what was written.
 
     Attributes:
-        facts: About the source and the network, for people, in order.
-        files: The three files.
+        facts: About the source and the network, in the order to print them.
+        files: The three files written.
     """
 
     facts: Mapping[str, str]
     files: tuple[Path, ...]
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Facts and files, a line each."""
         written = f"wrote {', '.join(map(str, self.files))}"
         return [*(f"{key}: {value}" for key, value in self.facts.items()), written]
 
@@ -39,7 +39,7 @@ def convert(source: str | Path, out: Path) -> Conversion:
     """Write a model as safetensors, with a readable .json and a model card beside it.
 
     Args:
-        source: As of ``load_model``.
+        source: As in ``load_model``.
         out: File to write, ending in ``.safetensors``.
 
     Raises:
@@ -47,7 +47,7 @@ def convert(source: str | Path, out: Path) -> Conversion:
     """
     out = Path(out)
     if out.suffix != _SUFFIX:
-        raise InputError(f"{out} does not end in {_SUFFIX}, which is what is written")
+        raise InputError(f"{out} must end in {_SUFFIX}, the format that is written")
     denoiser, found = load_model(source)
     metadata = {"kind": "teacher", **found}
     published = CHECKPOINTS.get(str(source))
@@ -76,7 +76,7 @@ def _facts(denoiser: NetworkDenoiser, metadata: Mapping[str, Any], weights: str)
         )
     if "embedded_source_bytes" in metadata:
         facts["program text in the file"] = (
-            f"{metadata['embedded_source_bytes']:,} bytes, read over and not run"
+            f"{metadata['embedded_source_bytes']:,} bytes, not executed"
         )
     facts["licence"] = str(metadata.get("licence", "not known"))
     if "source_sha256" in metadata:
@@ -87,13 +87,13 @@ def _facts(denoiser: NetworkDenoiser, metadata: Mapping[str, Any], weights: str)
 def readable_json(
     name: str, denoiser: NetworkDenoiser, metadata: Mapping[str, Any], weights: str
 ) -> str:
-    """What a file of weights holds, to be read beside it.
+    """Readable JSON about a file of weights.
 
     Args:
-        name: The file's.
-        denoiser: What it holds.
-        metadata: What its header says beside the architecture.
-        weights: ``denoiser_sha256``.
+        name: Name of the file.
+        denoiser: The model in it.
+        metadata: The file's metadata.
+        weights: Its ``denoiser_sha256``.
     """
     channels, height, width = denoiser.image_shape
     tree = {

@@ -1,8 +1,8 @@
 """DDPM teachers in diffusers' format: a folder, or an id on the Hugging Face hub.
 
-A ``UNet2DModel`` and the configuration of its scheduler, in one folder (google/ddpm-cifar10-32) or
-in ``unet`` and ``scheduler`` below it. Needs the ``diffusers`` extra; a teacher saved here as
-safetensors needs it too, but none of diffusers' own files.
+A ``UNet2DModel`` and its scheduler's configuration, in one folder (google/ddpm-cifar10-32) or in
+``unet`` and ``scheduler`` below it. Needs the ``diffusers`` extra, also for teachers that were
+converted to safetensors.
 """
 
 import dataclasses
@@ -20,34 +20,34 @@ from bdense.networks.diffusers_unet import require_diffusers, unet_options
 HUB = "https://huggingface.co"
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# What others keep pickles of torch in, which are not read here.
+# Endings of torch pickles, which are not read.
 TORCH_FILES = (".bin", ".ckpt", ".pt", ".pth")
 _MODEL, _CONFIG, _SCHEDULER = "UNet2DModel", "config.json", "scheduler_config.json"
 _WEIGHTS = "diffusion_pytorch_model"
-# Of schedulers that were saved before these keys existed, and of new ones left at the default.
+# For schedulers saved before a key existed, or left at its default.
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(DDPM)}
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether ``source`` has the form OWNER/NAME; a file ending says that a file was meant."""
+    """Whether ``source`` has the form OWNER/NAME; a file ending means a file."""
     files = (".pkl", ".safetensors", *TORCH_FILES)
     return bool(_HUB_ID.fullmatch(source)) and Path(source).suffix not in files
 
 
 def read_diffusers(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
-    """The denoiser of a diffusers folder or hub id, in eval mode, and what is known of it.
+    """The denoiser of a diffusers folder or hub id, in eval mode, and its metadata.
 
     Args:
         source: A folder as ``save_pretrained`` writes it, or OWNER/NAME on the hub.
 
     Returns:
-        The denoiser, and metadata: ``source``, ``class`` of the model, ``scheduler``, ``licence``
-        where its README.md names one, ``clip_sample`` where the scheduler clips predictions to
-        that range (this project's solvers do not).
+        The denoiser, and metadata: ``source``, ``class`` of the model, ``scheduler``; ``licence``
+        if its README.md names one; ``clip_sample`` if the scheduler clips predictions to that
+        range (this project's solvers do not).
 
     Raises:
-        CheckpointError: It is no such folder, or holds another model, or a scheduler whose noise
-            levels cannot be told.
+        CheckpointError: It is not such a folder, holds another model, or a scheduler of unknown
+            noise levels.
         InputError: diffusers is not installed, or the hub cannot be reached.
     """
     require_diffusers()
@@ -62,7 +62,7 @@ def read_diffusers(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]
             f"this version reads {_MODEL} (unconditional pixel models, and those with classes)"
         )
     precond, facts = _scheduler(scheduler_file)
-    # An id says where it is from; a folder's path would say only where it lies here.
+    # Record an id, but not a path of this machine.
     name = folder.resolve().name if Path(source).is_dir() else str(source)
     metadata = {"source": name, "class": _MODEL, **facts}
     if licence := _licence(folder / "README.md"):
@@ -76,7 +76,7 @@ def _denoiser(folder: Path, config: dict[str, Any], precond: DDPM) -> NetworkDen
 
     options = unet_options(config)
     try:
-        # Its own loader knows the names that older versions of it gave to weights.
+        # diffusers' loader knows the weights' names of its older versions.
         loaded = UNet2DModel.from_pretrained(folder, low_cpu_mem_usage=False)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())
@@ -95,12 +95,12 @@ def _find(folder: Path) -> tuple[Path, Path]:
             if file.is_file():
                 return folder / model, file
             raise CheckpointError(
-                f"{folder} has a model and no {file.relative_to(folder)}, which says what the "
-                "times mean; save the whole pipeline, or the scheduler beside the model"
+                f"{folder} has a model but no {file.relative_to(folder)}, which defines its noise "
+                "levels; save the whole pipeline, or the scheduler beside the model"
             )
     raise CheckpointError(
         f"{folder} is not a diffusers folder: it has neither unet/{_CONFIG} nor {_CONFIG}; give "
-        "one that save_pretrained wrote"
+        "a folder that save_pretrained wrote"
     )
 
 
@@ -109,12 +109,13 @@ def _scheduler(file: Path) -> tuple[DDPM, dict[str, Any]]:
     name = config.get("_class_name")
     if name not in SCHEDULERS:
         raise CheckpointError(
-            f"{file} is of a {name}; the noise levels of {' and '.join(SCHEDULERS)} are known "
-            "here: save one of them, made from the other's config, in its place"
+            f"{file} describes a {name}, but only {' and '.join(SCHEDULERS)} are supported; make "
+            "one of them from its config and save that in its place"
         )
     if config.get("rescale_betas_zero_snr"):
         raise CheckpointError(
-            f"{file} has rescale_betas_zero_snr: its last level is pure noise, which has no sigma"
+            f"{file} has rescale_betas_zero_snr, which is not supported: its last level is pure "
+            "noise, which has no sigma"
         )
     try:
         precond = DDPM(**{key: config.get(key, value) for key, value in _DEFAULTS.items()})
@@ -129,12 +130,12 @@ def _scheduler(file: Path) -> tuple[DDPM, dict[str, Any]]:
 
 
 def _from_hub(source: str) -> Path:
-    """A folder with what is needed of a hub's repository; the library caches and resumes."""
+    """A folder with the needed files of a hub repository; huggingface_hub caches and resumes."""
     from huggingface_hub import snapshot_download
 
     if not is_hub_id(source):
         raise CheckpointError(
-            f"there is no diffusers folder {source}, nor is it an id of the form OWNER/NAME"
+            f"there is no diffusers folder {source}, and it is not a hub id OWNER/NAME either"
         )
     texts = [*(f"{part}{_CONFIG}" for part in ("", "unet/")), "README.md"]
     texts += [_SCHEDULER, f"scheduler/{_SCHEDULER}"]
@@ -144,7 +145,7 @@ def _from_hub(source: str) -> Path:
             folder = Path(snapshot_download(source, allow_patterns=texts + weights))
             if any(folder.rglob(f"{_WEIGHTS}.{ending}")):
                 break
-    # Its errors for repositories, files and names are OSErrors and ValueErrors.
+    # huggingface_hub raises OSErrors and ValueErrors for repositories, files and names.
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
@@ -160,16 +161,16 @@ def _read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(found, dict):
-        raise CheckpointError(f"{file} holds no configuration")
+        raise CheckpointError(f"{file} does not hold a configuration")
     return found
 
 
 def _licence(readme: Path) -> str | None:
-    """``license:`` of a model card's front matter."""
+    """``license:`` in a model card's front matter."""
     if not readme.is_file():
         return None
     text = readme.read_text(errors="replace")
     front = text.split("---", 2)[1] if text.startswith("---") and text.count("---") > 1 else ""
     found = re.search(r"^license:[ \t]*['\"]?([\w.+-]+)", front, re.MULTILINE)
-    # What our own cards say where nothing is known.
+    # Our own cards say unknown if they know none.
     return found[1] if found and found[1] != "unknown" else None

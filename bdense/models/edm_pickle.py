@@ -1,9 +1,9 @@
-"""Reads the networks in pickles of EDM (NVlabs/edm) and SFD (diff-sampler); runs nothing in them.
+"""Read networks from pickles of EDM (NVlabs/edm) and SFD (diff-sampler); executes nothing.
 
-An EDM pickle stores every module as the source text of its class plus its ``__dict__``, and the
-genuine loader executes that text; an SFD pickle names the class for Python to import. Here the
-pickle machine only ever meets stand-ins that keep names, numbers and weights; whatever is not
-among the few globals that these networks need is refused.
+An EDM pickle stores each module as the source text of its class and its ``__dict__``, and EDM's
+own loader executes that text. An SFD pickle names classes for Python to import. Here the pickle
+machine gets stand-ins that keep names, numbers and weights. It refuses every global except the
+few that these networks need.
 """
 
 import io
@@ -21,17 +21,17 @@ from torch import Tensor
 
 from bdense.errors import CheckpointError, UnsafePickleError
 
-# These reach objects without asking ``find_class``: the extension registry answers from a cache of
-# live objects, and a persistent id is whatever the loader makes of it. No EDM file has them.
+# These opcodes reach objects without ``find_class``: the extension registry answers from a cache
+# of live objects, and the loader decides what a persistent id means. No EDM file has them.
 _REFUSED_OPCODES = frozenset({"EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID"})
 _MEMO_OPCODES = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
-# Hashing a key of tuples nested 100 000 deep overflows the interpreter's stack. A network of the
-# size of ImageNet's has some 5 000 tuples in all.
+# Hashing a key of 100 000 nested tuples overflows the interpreter's stack. EDM's ImageNet network
+# has about 5 000 tuples.
 _MAX_TUPLES = 20_000
 _NUMPY_SCALARS = frozenset(
     {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
 )
-# The classes of SFD's networks, and the keys of the network meant for sampling, EDM's and SFD's.
+# Classes of SFD's networks; keys of the network for sampling in EDM's and SFD's files.
 _SFD_CLASSES = (
     "EDMPrecond",
     "SongUNet",
@@ -43,7 +43,7 @@ _SFD_CLASSES = (
     "PositionalEmbedding",
 )
 _NETWORK_KEYS = ("ema", "model")
-# What the pickle machine, torch and the stand-ins raise on bytes that do not add up.
+# What the pickle machine, torch and the stand-ins raise on malformed bytes.
 _MALFORMED = (
     pickle.UnpicklingError,
     EOFError,
@@ -59,18 +59,18 @@ _MALFORMED = (
 
 @dataclass(frozen=True)
 class ForeignNetwork:
-    """What a foreign checkpoint says about its network; nothing in it can run.
+    """A network read from a foreign checkpoint, as plain data.
 
     Attributes:
         class_name: Outer class, such as ``EDMPrecond`` or ``VPPrecond``.
-        init_kwargs: Arguments the network was built with, as plain values, without defaults.
-            Empty for SFD's files, which do not say.
+        init_kwargs: Constructor arguments as plain values, without defaults. Empty for SFD's
+            files, which do not have them.
         state_dict: Weights and persistent buffers on the CPU, under the names and in the order of
             ``torch.nn.Module.state_dict``.
         attributes: Plain scalars of the outer module (``sigma_min``, ``label_dim``, ...).
-        embedded_source_bytes: Program text found in the file and left alone.
+        embedded_source_bytes: Size of the program text in the file, which is never executed.
         modules: Class name and plain scalars of every module inside, by its dotted name.
-        training_kwargs: What an SFD student was distilled with; None in EDM's files.
+        training_kwargs: Options that an SFD student was distilled with; None in EDM's files.
     """
 
     class_name: str
@@ -95,11 +95,11 @@ def read_edm_pickle(path: Path, key: str | None = None) -> ForeignNetwork:
 
     Args:
         path: A file such as ``edm-cifar10-32x32-cond-vp.pkl``.
-        key: Entry of the pickled dictionary; None is the network meant for sampling, EDM's
-            ``ema`` or SFD's ``model``.
+        key: Entry of the pickled dictionary; None for the network for sampling, EDM's ``ema`` or
+            SFD's ``model``.
 
     Raises:
-        UnsafePickleError: The file asks for something outside the short list; the text names it.
+        UnsafePickleError: The file needs a global that is not allowed; names it.
         CheckpointError: The file is missing, cut short, not a pickle, or holds something else.
     """
     path = Path(path)
@@ -121,7 +121,7 @@ def read_edm_pickle(path: Path, key: str | None = None) -> ForeignNetwork:
 
 
 def _check_opcodes(file: BinaryIO) -> None:
-    """Read through the whole pickle as data, before any of it is obeyed."""
+    """Scan the whole pickle as data, before any of its opcodes is obeyed."""
     if file.read(1) != pickle.PROTO:
         raise CheckpointError(
             "not a pickle of protocol 2 or later; give a .pkl file as published by NVlabs/edm"
@@ -132,18 +132,18 @@ def _check_opcodes(file: BinaryIO) -> None:
         if opcode.name in _REFUSED_OPCODES:
             raise UnsafePickleError(
                 f"uses opcode {opcode.name} ({argument!r}), which reaches outside the file "
-                "and which no such network needs; nothing in it was run"
+                "and which no EDM or SFD network needs; nothing in it was run"
             )
         # The machine allocates its memo up to the highest index; a real pickle counts up from 0.
         if opcode.name in _MEMO_OPCODES and isinstance(argument, int) and argument > count:
-            raise CheckpointError(f"stores memo entry {argument} as its opcode number {count}")
+            raise CheckpointError(f"stores memo entry {argument} at opcode {count}")
         tuples += opcode.name.startswith("TUPLE")
         if tuples > _MAX_TUPLES:
-            raise CheckpointError(f"holds more than {_MAX_TUPLES} tuples, as no such network does")
+            raise CheckpointError(f"holds more than {_MAX_TUPLES} tuples; no such network does")
 
 
 class _Inert:
-    """Base of the stand-ins: BUILD, the opcode that sets attributes, meets a refusal."""
+    """Base of the stand-ins: refuses BUILD, the opcode that sets attributes."""
 
     __slots__ = ()
 
@@ -153,9 +153,9 @@ class _Inert:
 
 @dataclass(frozen=True, eq=False)
 class _Builder(_Inert):
-    """Stands for an allowed global that the file calls.
+    """Stand-in for an allowed global that the file calls.
 
-    Not a bare function: the file could write to a function's attributes.
+    A class, because a file could write to the attributes of a plain function.
     """
 
     build: Callable[..., object]
@@ -175,7 +175,7 @@ class _Weight(_Inert):
 
 
 class _DType:
-    """A numpy scalar's type: its code in the call, its byte order in the state that follows."""
+    """A numpy scalar's type: the call has its code, the state that follows its byte order."""
 
     __slots__ = ("code", "order")
 
@@ -194,7 +194,7 @@ class _DType:
 
 
 class _Module(_Inert):
-    """Stands for a module: the name of its class and its ``__dict__``."""
+    """Stand-in for a module: the name of its class and its ``__dict__``."""
 
     __slots__ = ("class_name", "state")
 
@@ -203,7 +203,7 @@ class _Module(_Inert):
 
 
 class _NamedModule(_Module):
-    """A module that the file creates by the name of its class (NEWOBJ, then BUILD)."""
+    """A module that the file creates by its class's name (NEWOBJ, then BUILD)."""
 
     __slots__ = ()
     stands_for: ClassVar[str]
@@ -238,7 +238,7 @@ _NAMED_GLOBALS: dict[tuple[str, str], type] = {
 
 
 class _Reader(pickle.Unpickler):
-    """A pickle machine that can reach the stand-ins below and nothing else."""
+    """A pickle machine that can reach only the stand-ins below."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file)
@@ -256,18 +256,18 @@ class _Reader(pickle.Unpickler):
         }
 
     def find_class(self, module_name: str, global_name: str, /) -> object:
-        """The stand-in for an allowed global; a dotted name is one name, not a path to follow."""
+        """The stand-in for an allowed global; a dotted name is not followed."""
         found = self._globals.get((module_name, global_name))
         if found is not None:
             return found
         accepted = ", ".join(".".join(name) for name in self._globals)
         raise UnsafePickleError(
             f"asks for {module_name}.{global_name}, which no EDM or SFD network needs; nothing in "
-            f"it was run. Accepted are {accepted}"
+            f"it was run. Allowed are {accepted}"
         )
 
     def _persistent(self, meta: object) -> _Module:
-        """A module from its class name and state; the source text is counted and dropped."""
+        """A module from its class name and state; its source text is only measured."""
         meta = _table(meta, "a persistent object")
         if meta.get("type") != "class":
             raise CheckpointError(
@@ -293,7 +293,7 @@ def _table(value: object, what: str) -> dict[str, Any]:
 
 
 def _storage(data: object) -> _Storage:
-    """The tensor bytes, themselves a pickle, read by torch's own restricted reader."""
+    """Tensor bytes, themselves a pickle, read by torch's restricted reader."""
     if not isinstance(data, bytes):
         raise CheckpointError(f"a tensor's bytes are a {_kind(data)}")
     try:
@@ -313,18 +313,18 @@ def _tensor(
     storage: object, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object
 ) -> _Weight:
     if not isinstance(storage, _Storage):
-        raise CheckpointError(f"a tensor stands on a {_kind(storage)}")
-    # A view that repeats elements is small in the file and of any size once it is copied.
+        raise CheckpointError(f"a tensor's storage is a {_kind(storage)}")
+    # A view that repeats elements is small in the file but has any size once it is copied.
     if math.prod(size) > storage.values.numel():
         raise CheckpointError(
-            f"a tensor of shape {size} stands on {storage.values.numel()} values"
+            f"a tensor of shape {size} has a storage of {storage.values.numel()} values"
         )
     return _Weight(storage.values.as_strided(size, stride, offset))
 
 
 def _parameter(weight: object, *_: object) -> _Weight:
     if not isinstance(weight, _Weight):
-        raise CheckpointError(f"a parameter stands on a {_kind(weight)}")
+        raise CheckpointError(f"a parameter's tensor is a {_kind(weight)}")
     return weight
 
 
@@ -343,7 +343,7 @@ def _entry(contents: object, key: str | None) -> _Module:
     found = next((name for name in names if name in contents), None)
     if found is None:
         raise CheckpointError(
-            f"has no {wanted}; it has {sorted(map(str, contents))}: name the network's key"
+            f"has no {wanted}, only {sorted(map(str, contents))}; give the network's key"
         )
     network = contents[found]
     if not isinstance(network, _Module):
@@ -354,7 +354,7 @@ def _entry(contents: object, key: str | None) -> _Module:
 def _describe(network: _Module, source_bytes: int) -> ForeignNetwork:
     if network.state.get("_init_args"):
         raise CheckpointError(
-            f"{network.class_name} was built with positional arguments, whose names it lacks: "
+            f"{network.class_name} was built with positional arguments, whose names are unknown: "
             f"{network.state['_init_args']!r}"
         )
     state_dict: dict[str, Tensor] = {}
@@ -391,9 +391,9 @@ def _collect(
     modules: dict[str, ForeignModule],
     seen: set[int],
 ) -> None:
-    """Add weights, in the order of ``torch.nn.Module.state_dict``, and the modules inside."""
+    """Collect weights, in the order of ``torch.nn.Module.state_dict``, and submodules."""
     where = f"{prefix or 'the network '}({module.class_name})"
-    # A module inside itself never ends, and one shared at every level doubles the work at each.
+    # A module inside itself would never end, and one shared at every level doubles the work.
     if id(module) in seen:
         raise CheckpointError(f"{where} is in the network more than once")
     seen.add(id(module))
@@ -416,7 +416,7 @@ def _plain_table(value: object, what: str) -> dict[str, Any]:
 
 
 def _plain(value: object, name: str) -> object:
-    """``value`` if it is made of numbers, strings, lists and dictionaries alone."""
+    """``value`` if it consists of numbers, strings, lists and dictionaries."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):

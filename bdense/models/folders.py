@@ -1,4 +1,4 @@
-"""What a distillation hands over: a folder with the student, its card and pictures.
+"""Model folders: a student with its card and pictures.
 
 ``bdense sample FOLDER`` and ``bdense.load_model(FOLDER)`` read it.
 """
@@ -19,11 +19,11 @@ from bdense.models.sources import MODEL_FILE
 from bdense.models.store import denoiser_sha256, save_denoiser
 
 CONFIG, CARD, SAMPLES = "config.json", "README.md", "samples.png"
-# Drawn where no picture of samples is given: what `bdense sample FOLDER` draws unasked.
+# Samples that are drawn if none are given: the defaults of `bdense sample FOLDER`.
 SAMPLE_COUNT, SAMPLE_SEED = 64, 0
 _PICTURE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
-# A file to copy, or what writes one to the path that it is called with.
+# A file to copy, or a function that writes to the path it is called with.
 Picture = Path | Callable[[Path], object]
 
 
@@ -36,27 +36,27 @@ def export_folder(
     pictures: Mapping[str, Picture] | None = None,
     finish: Callable[[Path], object] | None = None,
 ) -> tuple[Path, ...]:
-    """Write a student as a folder, which appears whole by one rename or not at all.
+    """Write a student as a folder, which appears whole or not at all.
 
-    It holds the weights with their metadata (``model.safetensors``), the same to be read
-    (``config.json``), the model card (``README.md``), 64 images (``samples.png``) and the
-    pictures given.
+    It holds the weights with their metadata (``model.safetensors``), the same as readable JSON
+    (``config.json``), the model card (``README.md``), 64 images (``samples.png``) and the given
+    pictures.
 
     Args:
-        folder: Where it will lie; its parent is made.
+        folder: Folder to write; its parent is created.
         denoiser: A student of one branch.
-        metadata: JSON-able, its ``sampler`` among them.
+        metadata: JSON values, ``sampler`` among them.
         extra_card: Markdown for the end of the card.
-        pictures: By the names of their files, which the card shows; ``samples.png`` among them
-            takes the place of those drawn here.
-        finish: Called with the folder before it appears, to write more into it.
+        pictures: By file name; the card shows them. A ``samples.png`` replaces the images drawn
+            here.
+        finish: Called with the folder before it appears, to add files.
 
     Returns:
-        The files, the pictures last.
+        The files, pictures last.
 
     Raises:
-        InputError: The folder exists, or a student of several branches, metadata without a
-            sampler or a picture that cannot be taken is given: all before any work.
+        InputError: The folder exists, the student has several branches, the metadata have no
+            sampler, or a picture cannot be used; checked before any work.
     """
     folder = Path(folder)
     given = dict(pictures or {})
@@ -81,29 +81,29 @@ def export_folder(
 
 
 def own_sampler(metadata: Mapping[str, Any]) -> Sampler:
-    """The sampler that a student was distilled for, that of the lowest NFE among several.
+    """The sampler that a student was distilled for; of several, the one with the lowest NFE.
 
     Raises:
-        InputError: The metadata name none.
+        InputError: The metadata have none.
     """
     if not (samplers := samplers_from(metadata)):
         raise InputError(
-            "the metadata of an exported student must have its sampler, which its card names; "
-            "give 'sampler': Sampler(...).describe()"
+            "the metadata of an exported student have no sampler; add 'sampler': "
+            "Sampler(...).describe()"
         )
     return samplers[0]
 
 
 def require_one_branch(denoiser: NetworkDenoiser) -> None:
-    """Refuse a student that still has the branches of its training.
+    """Refuse a student that still has several branches.
 
     Raises:
-        InputError: It has.
+        InputError: It has several.
     """
     if denoiser.num_branches != 1:
         raise InputError(
-            f"the student has {denoiser.num_branches} branches, and inference keeps one; take it "
-            "out first with export_branch"
+            f"the student has {denoiser.num_branches} branches, but inference uses one; take one "
+            "with export_branch first"
         )
 
 
@@ -111,11 +111,11 @@ def _require_pictures(pictures: Mapping[str, Picture]) -> None:
     for name, picture in pictures.items():
         if not _PICTURE_NAME.fullmatch(name) or name in (MODEL_FILE, CONFIG, CARD):
             raise InputError(
-                f"a picture cannot be called {name!r} in the folder; take a plain file name such "
-                "as 'fid.png'"
+                f"a picture in the folder cannot have the name {name!r}; choose a plain file name "
+                "such as 'fid.png'"
             )
         if isinstance(picture, Path) and not picture.is_file():
-            raise InputError(f"there is no picture at {picture} to be {name}; make it first")
+            raise InputError(f"there is no picture {picture} to copy as {name}; make it first")
 
 
 def _put(picture: Picture, path: Path) -> None:
@@ -125,8 +125,8 @@ def _put(picture: Picture, path: Path) -> None:
         picture(path)
         if not path.is_file():
             raise InputError(
-                f"what was given for {path.name} wrote no file; it must write to the path that "
-                "it is called with"
+                f"the function for {path.name} wrote no file; it must write to the path it is "
+                "called with"
             )
 
 

@@ -1,4 +1,4 @@
-"""Denoisers out of the pickles of EDM and SFD, once the restricted reader has taken them apart."""
+"""Build denoisers from pickles of EDM and SFD, which the restricted reader has parsed."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -14,24 +14,24 @@ from bdense.errors import CheckpointError, InputError
 from bdense.models import sfd_checkpoints
 from bdense.models.edm_pickle import ForeignNetwork, read_edm_pickle
 
-# Class in an EDM file: our preconditioning, and the network where the file names none.
+# Class in an EDM file: our preconditioning, and the network if the file names none.
 EDM_CLASSES = {
     "EDMPrecond": ("edm", "DhariwalUNet"),
     "VPPrecond": ("vp", "SongUNet"),
     "VEPrecond": ("ve", "SongUNet"),
     "iDDPMPrecond": ("iddpm", "DhariwalUNet"),
 }
-# Where EDM's defaults are not ours: its files leave out arguments that were not given.
+# EDM's defaults that differ from ours: its files omit arguments that were not given.
 EDM_DEFAULTS: dict[str, dict[str, Any]] = {"SongUNet": {"channel_mult": (1, 2, 2, 2)}}
 
 
 def load_foreign(path: Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
-    """A denoiser in eval mode and what its pickle says of it.
+    """A denoiser in eval mode and its metadata, from a pickle of EDM or SFD.
 
-    An SFD student comes with ``sampler`` and ``nfe``, as ``bdense distill`` writes them.
+    The metadata of an SFD student have ``sampler`` and ``nfe``, as ``bdense distill`` writes them.
 
     Raises:
-        CheckpointError: The file is no such pickle, or its weights do not fit.
+        CheckpointError: The file is not such a pickle, or its weights do not fit.
     """
     foreign = read_edm_pickle(path)
     metadata: dict[str, Any] = {
@@ -54,30 +54,29 @@ def load_foreign(path: Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
 
 
 def denoiser_from_edm(foreign: ForeignNetwork) -> NetworkDenoiser:
-    """The denoiser a pickle of EDM or SFD describes, in float32 and in eval mode.
+    """The denoiser that a pickle of EDM or SFD describes, in float32 and in eval mode.
 
     Raises:
-        CheckpointError: Its preconditioning or network is not built in this version.
-        InputError: Its options make no network.
+        CheckpointError: This version does not support its preconditioning or network.
+        InputError: Its options are not valid.
     """
     if foreign.class_name not in EDM_CLASSES:
         raise CheckpointError(
-            f"no denoiser is built from a {foreign.class_name}; "
-            f"this version builds {', '.join(EDM_CLASSES)}"
+            f"a {foreign.class_name} is not supported; this version reads {', '.join(EDM_CLASSES)}"
         )
     precond, usual_network = EDM_CLASSES[foreign.class_name]
     options, weights = foreign.init_kwargs, foreign.state_dict
     if foreign.training_kwargs is not None:
         options = sfd_checkpoints.network_options(foreign)
         weights = sfd_checkpoints.used_weights(foreign)
-    # The module's own attribute is what the file's arguments came to.
+    # The module's attribute, if there is one, is what the arguments resulted in.
     columns = {
         field.name: foreign.attributes.get(field.name, options.get(field.name, field.default))
         for field in fields(PRECONDITIONINGS[precond])
     }
     network = options.get("model_type", usual_network)
-    # Not the network's: half precision is no property of the weights, and a schedule states its
-    # own levels.
+    # Not arguments of our network: half precision is not a property of the weights, and a schedule
+    # has its own levels.
     others = {"model_type", "use_fp16", "sigma_min", "sigma_max", *columns}
     given = {name: value for name, value in options.items() if name not in others}
     denoiser = build_denoiser(
@@ -92,11 +91,11 @@ def denoiser_from_edm(foreign: ForeignNetwork) -> NetworkDenoiser:
 
 
 def _without_levels(weights: dict[str, Tensor], denoiser: NetworkDenoiser) -> dict[str, Tensor]:
-    """The weights without the noise levels that an iDDPM file keeps and we compute."""
+    """The weights without an iDDPM file's noise levels, which we compute."""
     if not isinstance(denoiser.precond, IDDPM) or "u" not in weights:
         return weights
     ours, stored = torch.tensor(denoiser.precond.levels()), weights["u"]
-    # The file's come from a float32 recursion that loses 3 digits of the lowest levels.
+    # The file's levels come from a float32 recursion that loses 3 digits of the lowest ones.
     if ours.shape != stored.shape or not torch.allclose(stored.float(), ours, rtol=0.01):
         raise CheckpointError(
             f"the noise levels u of the iDDPMPrecond are not those of C_1, C_2 and M: "

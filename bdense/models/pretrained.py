@@ -1,4 +1,4 @@
-"""Weights that others publish, where torch keeps such files, read without running anything."""
+"""Published weights in torch's own cache folder, read without executing anything."""
 
 import contextlib
 import pickle
@@ -14,22 +14,22 @@ _LONGEST_REASON = 300
 
 
 def downloaded_weights(url: str, what: str, sha256: str | None = None) -> Path:
-    """The weights where torch keeps such files, fetched from their publisher if need be.
+    """The weights file in torch's cache, downloaded if missing.
 
     Raises:
-        InputError: As of ``fetch``.
+        InputError: As in ``fetch``.
     """
     return fetch(url, weights_path(url), what=f"the {what} weights", sha256=sha256)
 
 
 def weights_path(url: str) -> Path:
-    """Where torch keeps the file of an address, there already or not."""
+    """Path of an address's file in torch's cache, whether it exists or not."""
     return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
 
 
 @contextlib.contextmanager
 def weights_of(whose: str, path: Path, url: str) -> Iterator[None]:
-    """Name the file whose weights cannot be read or do not fit, and where the right one is."""
+    """Turn errors of reading weights into one that names the file and the right address."""
     try:
         yield
     except OSError as error:
@@ -43,7 +43,7 @@ def weights_of(whose: str, path: Path, url: str) -> Iterator[None]:
 
 
 def last_line(error: BaseException) -> str:
-    """The reason itself: torch puts the interpreter's stack in front of it."""
+    """The last line of an error: torch puts a stack in front of it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # A state dict that does not fit is answered with all its names.
+    # Torch lists all names of a state dict that does not fit.
     return lines[-1][:_LONGEST_REASON] if lines else type(error).__name__

@@ -1,7 +1,7 @@
 """Public models and files by name: EDM's checkpoints and reference statistics, a DDPM on the hub.
 
-What they are, where they lie, what their networks look like (so that a cost can be told before
-anything is fetched), and whose they are.
+Their addresses, architectures (to estimate a cost before a download) and licences. NOTICE has the
+terms in words.
 """
 
 from collections.abc import Mapping
@@ -27,16 +27,16 @@ _EDM_FILES = "https://nvlabs-fi-cdn.nvidia.com/edm"
 
 @dataclass(frozen=True, kw_only=True)
 class PublicFile:
-    """A file that its makers publish.
+    """A published file.
 
     Attributes:
-        name: What users call it here.
-        url: Where its makers have it.
+        name: Name for users.
+        url: Address at its publisher.
         source: Page that presents it.
-        licence: SPDX identifier of its terms.
-        citation: Whom to cite.
-        sha256: Hex digest, where somebody says it; the makers themselves say none.
-        size: Bytes, likewise.
+        licence: SPDX identifier.
+        citation: Paper to cite.
+        sha256: Hex digest, if known from a third party; the publisher states none.
+        size: Bytes, if known likewise.
     """
 
     name: str
@@ -49,7 +49,7 @@ class PublicFile:
 
     @property
     def path(self) -> Path:
-        """Where it lies once it is fetched, or put there by hand."""
+        """Path of the downloaded file, or of one put there by hand."""
         return checkpoint_folder() / self.url.rsplit("/", 1)[1]
 
     @property
@@ -58,15 +58,15 @@ class PublicFile:
         return self.path.is_file()
 
     def fetch(self) -> Path:
-        """Its path, after downloading it if need be.
+        """Its path; downloads the file if missing.
 
         Raises:
-            InputError: It cannot be had, or another file lies there.
+            InputError: It cannot be downloaded, or another file is there.
         """
         try:
             return fetch(self.url, self.path, what=self.name, sha256=self.sha256, size=self.size)
         except InputError as error:
-            # By its path a file is taken as it is, whatever is known of the published one.
+            # A file given by path is not compared with the published one.
             raise InputError(f"{error}, or give a file by its path") from error
 
 
@@ -75,7 +75,7 @@ class PublicCheckpoint(PublicFile):
     """A published network.
 
     Attributes:
-        architecture: What ``build_denoiser`` makes it from.
+        architecture: Description for ``build_denoiser``.
     """
 
     architecture: Mapping[str, Any]
@@ -83,13 +83,13 @@ class PublicCheckpoint(PublicFile):
 
 @dataclass(frozen=True, kw_only=True)
 class HubCheckpoint:
-    """A published network that the Hugging Face hub's own library fetches and keeps.
+    """A published network that huggingface_hub downloads and caches.
 
     Attributes:
         name: OWNER/NAME on the hub.
-        licence: SPDX identifier of its terms.
-        citation: Whom to cite.
-        architecture: What ``build_denoiser`` makes it from.
+        licence: SPDX identifier.
+        citation: Paper to cite.
+        architecture: Description for ``build_denoiser``.
     """
 
     name: str
@@ -104,39 +104,39 @@ class HubCheckpoint:
 
     @property
     def path(self) -> Path:
-        """The folder that the library keeps it in, below $HF_HOME.
+        """Its folder in huggingface_hub's cache, below $HF_HOME.
 
         Raises:
-            InputError: The library is not installed.
+            InputError: huggingface_hub is not installed.
         """
         try:
             from huggingface_hub import constants, file_download
         except ImportError as error:
             raise InputError(
-                f"{self.name} is on the Hugging Face hub, whose library is missing ({error}); "
-                "install it with pip install 'bdense[diffusers]'"
+                f"{self.name} is on the Hugging Face hub, which needs huggingface_hub ({error}); "
+                "pip install 'bdense[diffusers]'"
             ) from error
         folder: str = file_download.repo_folder_name(repo_id=self.name, repo_type="model")
         return Path(constants.HF_HUB_CACHE, folder)
 
     @property
     def is_here(self) -> bool:
-        """Whether its weights have been fetched."""
+        """Whether its weights are downloaded."""
         return any(self.path.glob("snapshots/*/diffusion_pytorch_model.*"))
 
 
 def checkpoint_folder() -> Path:
-    """$BDENSE_CHECKPOINTS, or a folder of the user's cache."""
+    """$BDENSE_CHECKPOINTS, or a folder in the user's cache."""
     return user_folder(CHECKPOINT_FOLDER, "checkpoints")
 
 
 def published_checkpoint(name: str) -> PublicCheckpoint | HubCheckpoint | None:
-    """The published network of that name; None for others."""
+    """The published network of that name, or None."""
     return CHECKPOINTS.get(name) or HUB_CHECKPOINTS.get(name)
 
 
 def published_architecture(name: str | None) -> Mapping[str, Any] | None:
-    """What ``build_denoiser`` makes the published network of that name from; None for others."""
+    """Description, for ``build_denoiser``, of the published network of that name, or None."""
     published = published_checkpoint(name) if name is not None else None
     return published.architecture if published is not None else None
 
@@ -147,32 +147,32 @@ def published_names() -> tuple[str, ...]:
 
 
 def published_as(path: Path) -> PublicCheckpoint | None:
-    """The published network that a file is by its name, wherever it lies; None for others."""
+    """The published network whose file name a path has, in any folder, or None."""
     return CHECKPOINTS.get(path.stem) if path.suffix == ".pkl" else None
 
 
 def resolve_checkpoint(name_or_path: str | Path) -> Path:
-    """A file: the given one, or the published one of that name, downloaded if need be.
+    """The given file, or the published one of that name, downloaded if missing.
 
     Raises:
-        InputError: It is neither, or cannot be downloaded.
+        InputError: There is no such file or name, or it cannot be downloaded.
     """
     return _resolve(name_or_path, CHECKPOINTS, "checkpoint")
 
 
 def resolve_reference(name_or_path: str | Path) -> Path:
-    """As ``resolve_checkpoint``, for .npz files of reference statistics (EDM's fid-refs)."""
+    """Like ``resolve_checkpoint``, for .npz files of reference statistics (EDM's fid-refs)."""
     return _resolve(name_or_path, REFERENCES, "reference")
 
 
 def _resolve(name_or_path: str | Path, table: Mapping[str, PublicFile], what: str) -> Path:
-    # A name means the same in every folder: a file beside us does not hide it.
+    # A public name wins over a file of that name in the current folder.
     if str(name_or_path) in table:
         return table[str(name_or_path)].fetch()
     path = Path(name_or_path)
     if not path.exists():
         raise InputError(
-            f"there is no {what} file at {path}, nor a public one of that name; known are "
+            f"there is no {what} file {path}, and no public one of that name; public are "
             f"{', '.join(table)}"
         )
     return path
@@ -212,11 +212,11 @@ _IMAGENET = {
     "dropout": 0.1,
 }
 
-# NVIDIA publishes no hashes. These are what other projects found and check their copies against
-# (looked up 2026-11): the unconditional one by an ECT study of many runs, in its
-# download_checkpoint.sh (variable ECT_EDM_CHECKPOINT_SHA256); the conditional one, its size and
-# the statistics by mlperf-edu, in constants EDM_CIFAR10_CHECKPOINT_SHA256, _BYTES and
-# EDM_CIFAR10_FID_REFERENCE_SHA256. For the others nobody's were found, so none is pinned.
+# NVIDIA publishes no hashes. These are from other projects, which check their copies against them
+# (looked up 2026-11): the unconditional one from an ECT study, in its download_checkpoint.sh
+# (variable ECT_EDM_CHECKPOINT_SHA256); the conditional one, its size and the statistics from
+# mlperf-edu, in constants EDM_CIFAR10_CHECKPOINT_SHA256, _BYTES and
+# EDM_CIFAR10_FID_REFERENCE_SHA256. None were found for the others, so they are not checked.
 _PINS: dict[str, dict[str, Any]] = {
     "edm-cifar10-32x32-uncond-vp": {
         "sha256": "4d5dcc1f1d0d41c8934ad21626eeddbdc0460182becf9fc059a0631b1eedb4da",

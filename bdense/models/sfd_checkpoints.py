@@ -1,8 +1,8 @@
-"""What an SFD checkpoint (zju-pi/diff-sampler, sfd-main) says about its network and sampler.
+"""Network and sampler of an SFD checkpoint (zju-pi/diff-sampler, sfd-main).
 
-Such a file keeps the modules and the options of the distillation, but not the arguments that the
-network was built with: the reference hard-codes those for each data set. They are read off the
-modules here, so that any size loads; the names and shapes of all weights are compared afterwards.
+Such a file has the modules and the options of the distillation, but not the network's arguments,
+which the reference hard-codes for each data set. They are derived from the modules, so that any
+size loads; names and shapes of all weights are compared afterwards.
 """
 
 from typing import Any
@@ -14,15 +14,15 @@ from bdense.diffusion.schedules import Schedule
 from bdense.errors import CheckpointError, InputError
 from bdense.models.edm_pickle import ForeignNetwork
 
-# Every network of the reference has these layers; only one distilled with a step condition uses
-# them, and its teacher's file has none.
+# Every network of the reference has these layers, but only those distilled with a step condition
+# use them; teachers' files do not have them.
 _STEP_LAYERS = ("map_step_layer0.", "map_step_layer1.", "affine_step.")
-# SFD-v draws its number of time stamps from these, whatever the options say.
+# SFD-v draws its number of time stamps from these, regardless of the options.
 _SFD_V_POINTS = range(4, 8)
 
 
 def network_options(foreign: ForeignNetwork) -> dict[str, Any]:
-    """Arguments of the network, in EDM's names, as an EDM file's ``init_kwargs`` would have them.
+    """Arguments of the network, like the ``init_kwargs`` of an EDM file.
 
     Raises:
         CheckpointError: The modules are not those of a DDPM++ or ADM network.
@@ -66,17 +66,17 @@ def _read_off(foreign: ForeignNetwork) -> dict[str, Any]:
 
 
 def step_condition(foreign: ForeignNetwork) -> bool:
-    """Whether the student was told its number of time stamps, as far as the file says.
+    """Whether the student is told its number of time stamps, according to the file's flag.
 
-    The reference's second stage trains with the condition of its teacher and writes the flag of
-    its command line; like the reference's sampler this believes the flag.
+    The reference's second stage trains with its teacher's condition but writes the flag of its
+    command line. Its sampler follows the flag, and so does this.
     """
     assert foreign.training_kwargs is not None
     return bool(foreign.training_kwargs.get("use_step_condition"))
 
 
 def used_weights(foreign: ForeignNetwork) -> dict[str, Tensor]:
-    """The weights without the step layers of a student that was trained without them."""
+    """The weights, without step layers if the student was trained without them."""
     if step_condition(foreign):
         return foreign.state_dict
     return {

@@ -1,4 +1,4 @@
-"""A model by whatever a user has of it: a published name, a file, a diffusers folder or hub id."""
+"""Load a model from a public name, a file, a folder or a hub id."""
 
 from pathlib import Path
 from typing import Any
@@ -23,18 +23,18 @@ MODEL_FILE = "model.safetensors"
 
 
 def load_model(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
-    """The denoiser in eval mode, and what is known of it.
+    """The denoiser in eval mode, and its metadata.
 
     Args:
-        source: Name of a published checkpoint (downloaded once), a file of ours or of EDM's or
-            SFD's, a folder of ``export_folder`` or in diffusers' format, or OWNER/NAME on the
-            Hugging Face hub.
+        source: Name of a published checkpoint (downloaded once), a file of ours, EDM's or SFD's,
+            a folder of ``export_folder`` or in diffusers' format, or OWNER/NAME on the Hugging
+            Face hub.
 
     Returns:
-        The denoiser and its metadata; ``licence``, an SPDX identifier, only where it is known.
+        The denoiser and its metadata; these have ``licence``, an SPDX identifier, only if known.
 
     Raises:
-        InputError: It is none of these, or cannot be fetched or read.
+        InputError: It is none of these, or cannot be downloaded or read.
     """
     name = str(source)
     if name in CHECKPOINTS:
@@ -44,8 +44,8 @@ def load_model(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
     on_hub = is_hub_id(name) and not path.exists()
     if on_hub and path.parent.is_dir():
         raise InputError(
-            f"there is no such file: {name}; it is not looked for on the Hugging Face hub, as "
-            f"{path.parent} is a folder here"
+            f"there is no file {name}; it is not taken for a hub id because {path.parent} is a "
+            "folder here"
         )
     if _is_ours(path / MODEL_FILE):
         return load_denoiser(path / MODEL_FILE)
@@ -56,8 +56,8 @@ def load_model(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
     file = resolve_checkpoint(path)
     if file.suffix in TORCH_FILES:
         raise CheckpointError(
-            f"{file} is of a kind that is not read; give .safetensors of bdense, .pkl of EDM or "
-            "SFD, a folder of ours or in diffusers' format, a hub id, or a public name"
+            f"{file} has a format that is not read; give .safetensors of bdense, .pkl of EDM or "
+            "SFD, a folder of bdense or in diffusers' format, a hub id, or a public name"
         )
     denoiser, metadata = load_denoiser(file)
     if (published := published_as(path)) is not None:
@@ -66,7 +66,7 @@ def load_model(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
 
 
 def _is_ours(file: Path) -> bool:
-    """Whether a folder's weights are this project's; a file cut short counts, to be named."""
+    """Whether a folder's weights are ours; a damaged file counts, so that the error names it."""
     if not file.is_file():
         return False
     try:

@@ -1,4 +1,4 @@
-"""Checkpoints and exports: safetensors, their metadata in the header, appearing by one rename."""
+"""Checkpoints as safetensors, with metadata in the header; each appears by one rename."""
 
 import contextlib
 import errno
@@ -25,12 +25,12 @@ from bdense.models.foreign import load_foreign
 HEADER_KEY = "bdense"
 FORMAT = 1
 ADAM_TENSORS = ("step", "exp_avg", "exp_avg_sq")
-# What a disk or its server fails at now and not the next time; it says nothing of the file.
+# Errors of a disk or its server that may pass; they say nothing about the file.
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENOMEM, errno.EAGAIN)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write tensors and JSON-able metadata as one safetensors file."""
+    """Write tensors and metadata (JSON values) as one safetensors file."""
     header = {HEADER_KEY: json.dumps({"format": FORMAT, **metadata})}
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_write(path) as scratch:
@@ -41,7 +41,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def _system_error(error: Exception, path: Path) -> Exception:
-    """What the system said, such as that the disk is full, which the library only quotes."""
+    """The operating system's error, such as a full disk, which the library only quotes."""
     if (found := re.search(r"os error (\d+)", str(error))) is None:
         return error
     number = int(found[1])
@@ -53,7 +53,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises:
         CheckpointError: The file is missing, cut short, or not one of ours.
-        OSError: The disk, or the server it is on, does not answer now.
+        OSError: The disk or its server does not answer at the moment.
     """
     path = Path(path)
     if not path.is_file():
@@ -72,7 +72,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
     if HEADER_KEY not in header:
         raise CheckpointError(
-            f"{path} is a safetensors file without a {HEADER_KEY!r} header; this project did not "
+            f"{path} is a safetensors file without a {HEADER_KEY!r} header, so bdense did not "
             f"write it (header keys: {sorted(header)})"
         )
     try:
@@ -80,23 +80,23 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except json.JSONDecodeError:
         metadata = None
     if not isinstance(metadata, dict) or metadata.pop("format", None) != FORMAT:
-        raise CheckpointError(f"{path} has a format this version does not read; upgrade bdense")
+        raise CheckpointError(f"this version cannot read the format of {path}; upgrade bdense")
     return tensors, metadata
 
 
 def save_denoiser(path: Path, denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> None:
-    """Write a denoiser with what is needed to build it again, and ``metadata`` beside that."""
+    """Write a denoiser with its architecture and ``metadata``."""
     save_tensors(path, denoiser.state_dict(), {**metadata, "architecture": denoiser.describe()})
 
 
 def load_denoiser(path: Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
     """A denoiser in eval mode and its metadata, from our safetensors or a pickle of EDM or SFD.
 
-    The metadata of an SFD student has its ``sampler``, as ``bdense distill`` writes it, and its
-    ``nfe`` where it serves several.
+    The metadata of an SFD student have ``sampler``, as ``bdense distill`` writes it, and ``nfe``
+    if it serves several.
 
     Raises:
-        CheckpointError: The file is no such checkpoint, or its weights do not fit.
+        CheckpointError: The file is not such a checkpoint, or its weights do not fit.
     """
     path = Path(path)
     if path.suffix == ".pkl":
@@ -112,12 +112,12 @@ def load_denoiser(path: Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
 
 @contextlib.contextmanager
 def _header_of(path: Path) -> Iterator[None]:
-    """What a header makes no sense of, said with the file's name."""
+    """Turn errors of a damaged header into one that names the file."""
     try:
         yield
     except InputError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    # All that numbers and texts in each other's place can lead to.
+    # What values of a wrong type in a header can raise.
     except (
         TypeError,
         ValueError,
@@ -136,7 +136,7 @@ def denoiser_sha256(denoiser: NetworkDenoiser) -> str:
     digest = hashlib.sha256(json.dumps(denoiser.describe(), sort_keys=True).encode())
     for name, value in sorted(denoiser.state_dict().items()):
         digest.update(name.encode())
-        # Flat: a 1 x 1 kernel in NHWC memory counts as contiguous with strides no view accepts.
+        # Flat: a 1 x 1 kernel in NHWC memory is contiguous but has strides that view refuses.
         flat = value.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -155,13 +155,13 @@ def adam_tensors(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> d
 def restore_adam(
     module: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put back what ``adam_tensors`` gave."""
+    """Restore what ``adam_tensors`` returned."""
     for name, parameter in module.named_parameters():
         if f"adam.step.{name}" in tensors:
             saved = {kind: tensors[f"adam.{kind}.{name}"] for kind in ADAM_TENSORS}
             step = saved.pop("step").to(device=parameter.device, dtype=torch.float32)
-            # The moments in the parameter's own memory layout, which a file does not keep: fused
-            # Adam pairs them up by their place in memory.
+            # The moments need the parameter's memory layout, which a file does not keep: fused
+            # Adam pairs them by their place in memory.
             moments = {kind: _like(value, parameter) for kind, value in saved.items()}
             optimizer.state[parameter] = {"step": step, **moments}
 

@@ -39,7 +39,7 @@ class DiffusersUNet(Network):
         num_branches: K.
 
     Raises:
-        CheckpointError: It is no network of this kind that can be a denoiser here.
+        CheckpointError: The options do not fit, or need more than a denoiser here can give.
     """
 
     head_name = "unet.conv_out"
@@ -115,7 +115,7 @@ class _OneHotEmbedding(nn.Module):
 
 
 def unet_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a ``UNet2DModel`` among what its ``config.json`` says, JSON-able.
+    """The options of a ``UNet2DModel`` among what its ``config.json`` says, as plain values.
 
     Raises:
         CheckpointError: It needs more than this project gives a network.

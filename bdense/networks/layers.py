@@ -82,7 +82,7 @@ class Conv2d(nn.Module):
         kernel: Side of the filter; 0 leaves the resampling alone, without weights.
         up: Double the image first, by the transposed ``resample_filter``.
         down: Halve the image first, by ``resample_filter`` at stride 2.
-        convolve_first: Convolve the whole image and halve it afterwards. The same but for the
+        convolve_first: Convolve the whole image and halve it afterwards. This differs at the
             border, where the convolution then sees zeros outside the image only.
         init: Initial weights.
     """
@@ -147,7 +147,7 @@ class Conv2d(nn.Module):
 
     def _double(self, x: Tensor) -> Tensor:
         if self.box_filter:
-            # The same numbers as the transposed convolution, without its cost.
+            # Equals the transposed convolution and is faster.
             return F.interpolate(x, scale_factor=2.0, mode="nearest")
         assert self.resample_filter is not None
         taps = (self.resample_filter * 4).to(x.dtype).expand(x.shape[1], -1, -1, -1)
@@ -318,7 +318,7 @@ class UNetBlock(nn.Module):
         qkv = self.qkv(x).reshape(b * self.num_heads, c // self.num_heads, 3, h * w)
         q, k, v = qkv.unbind(2)
         if x.is_cuda:
-            # The same without keeping [H * W, H * W] weights; the rounding is another one.
+            # Does not keep [H * W, H * W] weights; rounds in another way.
             out = F.scaled_dot_product_attention(q.mT[None], k.mT[None], v.mT[None])[0].mT
         else:
             weights = torch.einsum("ncq,nck->nqk", q, k / math.sqrt(k.shape[1])).softmax(dim=2)

@@ -55,7 +55,8 @@ class Network(nn.Module, abc.ABC):
             outputs: P / C.
 
         Raises:
-            CheckpointError: An option is missing, unknown or of the wrong type.
+            InputError: The options do not fit together.
+            TypeError: One is missing, unknown or of the wrong type.
         """
 
     @abc.abstractmethod

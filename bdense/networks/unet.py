@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdense.errors import CheckpointError, InputError
+from bdense.errors import InputError
 from bdense.networks.layers import Init, Linear, PositionalEmbedding
 from bdense.networks.network import Network, check_inputs, check_labels
 
@@ -79,7 +79,7 @@ class UNetConfig:
             )
 
     def options(self) -> dict[str, Any]:
-        """The fields, JSON-able.
+        """The fields as plain values.
 
         Optional ones are left out where they are off: the fields are part of the digest of a
         denoiser, by which recorded trajectories and runs to resume know their teacher.
@@ -121,11 +121,7 @@ class UNet(Network):
     @classmethod
     def build(cls, options: Mapping[str, Any], *, num_branches: int, outputs: int) -> Self:
         """As of ``Network``, from ``config.options()``."""
-        try:
-            config = cls.config_class(**options)
-        except TypeError as error:
-            name = cls.config_class.network
-            raise CheckpointError(f"the network options do not fit a {name}: {error}") from error
+        config = cls.config_class(**options)
         channels = outputs * config.img_channels
         return cls(config, num_branches=num_branches, prediction_channels=channels)
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 class OptimisationConfig(Knobs):
     """Optimiser, step size, clipping, averaging; every method's config has these knobs."""
 
+    heading: ClassVar[str] = "training"
+
     optimizer: Optimizer = knob(
         "adam", "optimiser; adamw has a decoupled weight decay, sgd no momentum"
     )
@@ -29,7 +31,7 @@ class OptimisationConfig(Knobs):
     )
     weight_decay: float = knob(0.0, "weight decay of adamw", low=0)
     clip_norm: float | None = knob(
-        None, "largest norm of the gradient, which is scaled down to it", above=0
+        None, "largest norm of the gradient, which is scaled down to it", above=0, none="no limit"
     )
     lr_schedule: LRSchedule = knob(
         "constant",
@@ -43,6 +45,7 @@ class OptimisationConfig(Knobs):
         None,
         "average the student's weights; images after which a weight's share has halved",
         above=0,
+        none="no average",
     )
     rescale_weights: bool = knob(
         False, "divide the branch weights by their sum, as clipped gradients see their scale"

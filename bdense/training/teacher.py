@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bdense.data.datasets import Dataset, to_float
+from bdense.diffusion.conditions import Condition
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.preconditioning import (
     DDPM,
@@ -45,6 +46,8 @@ _OPTIONAL = ("precond", "loss", "flip", "clip")
 class TeacherConfig(Knobs):
     """The knobs of a teacher's network and its training."""
 
+    heading: ClassVar[str] = "training"
+
     images: int = knob(help="training images in all, with repetition", low=1)
     batch: int = knob(256, "images in each iteration", low=1)
     lr: float = knob(2e-3, "Adam's step size after the warm-up", above=0)
@@ -70,11 +73,12 @@ class TeacherConfig(Knobs):
     loss: Loss | None = knob(
         None,
         "weight of each noise level of that process: 1 (constant), SNR (snr), max(SNR, 1) "
-        "(snr_trunc) or SNR + 1 (v); by what the network predicts where it is not given",
+        "(snr_trunc) or SNR + 1 (v)",
+        none="snr for epsilon, snr_trunc for sample, v for v_prediction",
     )
     flip: bool = knob(False, "mirror each image with probability 1/2")
     clip: float | None = knob(
-        None, "largest norm of the gradient, which is scaled down to it", above=0
+        None, "largest norm of the gradient, which is scaled down to it", above=0, none="no limit"
     )
 
     def __post_init__(self) -> None:
@@ -166,12 +170,7 @@ class TeacherStage(Stateless):
     start: NetworkDenoiser
 
     def __post_init__(self) -> None:
-        if self.start.execution.precision == "float16":
-            raise InputError(
-                "a teacher is not trained in float16, whose small gradients vanish; use bfloat16"
-            )
-        if self.config.label_dim:
-            self.dataset.require_labels(self.config.label_dim)
+        self.start.conditions.require(self.dataset)
 
     @property
     def num_updates(self) -> int:
@@ -195,24 +194,21 @@ class TeacherStage(Stateless):
 
     def batch(self, iteration: int, images: slice) -> "NoisyBatch":
         """Images, drawn with replacement, noise and noise levels."""
-        config, device = self.config, next(self.start.parameters()).device
+        config, like = self.config, next(self.start.parameters())
         draw = generator(config.seed, Stream.TEACHER_BATCH, iteration)
         index = torch.randint(len(self.dataset.images), (config.batch,), generator=draw)
         pixels = self.dataset.images[index]
         noise = torch.randn(pixels.shape, generator=draw)
-        sigma = _levels(config, draw, device)
+        sigma = _levels(config, draw, like.device)
         if config.flip:
             mirrored = torch.rand(config.batch, generator=draw) < 0.5
             pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
-        labels = None
-        if config.label_dim:
-            labels = self.dataset.one_hot_labels(config.label_dim, index)[images].to(device)
         return NoisyBatch(
             # Bytes until here: a whole set in float32 is four times as large.
-            clean=to_float(pixels[images]).to(device),
-            noise=noise[images].to(device),
+            clean=to_float(pixels[images]).to(like.device),
+            noise=noise[images].to(like.device),
             sigma=sigma[images],
-            labels=labels,
+            condition=self.start.conditions.of(self.dataset, index[images]).to(like),
         )
 
     def updates(self, iteration: int, batch: "NoisyBatch") -> Iterator["DenoisingUpdate"]:
@@ -248,13 +244,13 @@ class NoisyBatch:
         clean: [B, C, H, W] y in [-1, 1].
         noise: [B, C, H, W], unit.
         sigma: [B] noise levels.
-        labels: [B, label_dim] one-hot classes, or None.
+        condition: What the network is told of the images, such as their classes.
     """
 
     clean: Tensor
     noise: Tensor
     sigma: Tensor
-    labels: Tensor | None
+    condition: Condition
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -278,7 +274,8 @@ class DenoisingUpdate:
     def __call__(self, branches: Branches) -> ImageLosses:
         """[1, B] losses."""
         batch, sigma = self.batch, self.batch.sigma
-        errors = squared_error(branches, batch.clean, batch.noise, sigma, batch.labels)
+        told = batch.condition.arguments()
+        errors = squared_error(branches, batch.clean, batch.noise, sigma, **told)
         if self.loss is not None:
             return ImageLosses((snr_weight(sigma, self.loss) * errors)[None])
         assert self.sigma_data is not None
@@ -294,7 +291,11 @@ def edm_weight(sigma: Tensor, sigma_data: float) -> Tensor:
 
 
 def squared_error(
-    branches: Branches, clean: Tensor, noise: Tensor, sigma: Tensor, labels: Tensor | None
+    branches: Branches,
+    clean: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    **told: Any,  # noqa: ANN401  of branches
 ) -> Tensor:
     """|D(y + n; sigma) - y|^2 of branch K, mean over pixels.
 
@@ -303,13 +304,13 @@ def squared_error(
         clean: [B, C, H, W] y in [-1, 1].
         noise: [B, C, H, W], unit.
         sigma: [B].
-        labels: [B, label_dim] one-hot, for a conditional network.
+        told: Conditions of a conditional network.
 
     Returns:
         [B].
     """
     noisy = clean + sigma.view(-1, 1, 1, 1) * noise
-    denoised = branches(noisy, sigma, class_labels=labels)[:, -1]
+    denoised = branches(noisy, sigma, **told)[:, -1]
     return (denoised - clean).square().mean(dim=(1, 2, 3))
 
 
@@ -342,6 +343,10 @@ def train_teacher(
         InputError: The network cannot take the images, or their labels.
         NonFiniteLossError: A loss or gradient is not finite; no update was made from it.
     """
+    if execution is not None and execution.precision == "float16":
+        raise InputError(
+            "a teacher is not trained in float16, whose small gradients vanish; use bfloat16"
+        )
     teacher = new_denoiser(config, dataset.images.shape[1:]).to(device)
     start = copy.deepcopy(teacher).execute(execution or Execution())
 

@@ -1,191 +1,136 @@
-"""``bdense distill``: a few-step student, or several NFE's, or a student of a student."""
+"""``bdense distill``: students of a teacher, by any method, plain or with B-DENSE."""
 
 import argparse
+import json
 from pathlib import Path
-from typing import Any
 
-from bdense.command import Verbs
-from bdense.diffusion.step_condition import STARTS
+import torch
+
+from bdense.data.datasets import Dataset, load_dataset
+from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import InputError
-from bdense.knobs import knobs_of
-from bdense.methods.distill import distill
+from bdense.knobs import KnobError, from_options
+from bdense.methods import METHODS
+from bdense.methods.distill import TrainedStage
+from bdense.methods.distill import distill as distill_stages
 from bdense.methods.method import Inputs, StagePlan
-from bdense.methods.sfd import SFD, SFDConfig
 from bdense.models.cards import inherited, write_card
 from bdense.models.sources import load_model
 from bdense.models.store import save_denoiser
 from bdense.training.loop import IterationReport
 from bdense.verbs.common import (
     Progress,
-    add_execution_options,
-    add_model,
-    add_out,
-    chosen_execution,
-    computing_verb,
+    chosen_hardware,
     require_file_name,
+    require_folder_name,
     unfinished,
 )
-from bdense.verbs.grid_options import (
-    add_grid_options,
-    add_solver_options,
-)
-from bdense.weights.spaces import RULES, LogLinearWeights
-from bdense.weights.weighting import BranchWeighting, FixedWeights, LearnedWeights
+from bdense.verbs.fid import KeptFIDs
+from bdense.verbs.options import DistillOptions, Evaluation
+from bdense.verbs.weight_options import chosen_weighting
 
-PERCEPTUAL = ("lpips", "lpips-sfd")
+IMAGES = 50_000
 
 
-def add_distill(verbs: Verbs) -> None:
-    """The verb and its options."""
-    parser = computing_verb(
-        verbs,
-        "distill",
-        "distil a few-step student with SFD, plain or B-DENSE",
-        "bdense distill teacher.safetensors --nfe 2 --a 1.386 --out student.safetensors",
-        _distill,
-    )
-    add_model(parser, "teacher")
-    parser.add_argument(
-        "--method",
-        choices=("sfd", "sfd-bdense"),
-        default="sfd-bdense",
-        help="plain SFD, or with branches",
-    )
-    parser.add_argument(
-        "--second-stage",
-        action="store_true",
-        help="TEACHER is a student itself; distil its steps into fewer",
-    )
-
-    def add(flag: str, what: str, default: str, **kwargs: Any) -> None:  # noqa: ANN401
-        # Absent where not given: what is usual depends on the other options.
-        what += f" (default: {default})"
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=what, **kwargs)
-
-    add("--a", "slope of the branch weights, log w_k = a k + b", "0", type=float)
-    add("--b", "offset of the branch weights, log w_k = a k + b", "0", type=float)
-    add(
-        "--learn",
-        f"learn the branch weights while training, by the rule {' or '.join(RULES)}",
-        "fixed by --a and --b",
-        metavar="RULE",
-    )
-    add(
-        "--strength",
-        "exponent of --learn's rule: 0 is uniform, below 0 the reverse",
-        "1",
-        type=float,
-    )
-    add_grid_options(parser, distilled=True)
-    add(
-        "--step-condition",
-        "where a student for several NFE starts: as its teacher, or with random layers for the "
-        "number of steps, as the reference does",
-        STARTS[0],
-        choices=STARTS,
-    )
-    add(
-        "--substeps",
-        "steps that the teacher takes in each of the student's",
-        "4; 3 with --second-stage",
-        metavar="K",
-        type=int,
-    )
-    add_solver_options(
-        parser,
-        default="dpmpp; euler with --second-stage",
-        what="solver that the teacher walks with",
-    )
-    add(
-        "--kimg",
-        "training length in thousands of images",
-        "200; 800 for several NFE; 2000 with --second-stage",
-        type=float,
-    )
-    parser.add_argument(
-        "--batch", metavar="N", type=int, default=128, help="images in each iteration"
-    )
-    add(
-        "--lr",
-        "Adam's step size; a tenth of it in the second half",
-        "5e-05; 0.0005 with --second-stage",
-        type=float,
-    )
-    parser.add_argument(
-        "--dropout",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="train with the teacher's own dropout",
-    )
-    add(
-        "--perceptual",
-        "add the LPIPS between the ends of the last interval to the loss (needs the extra lpips, "
-        "and 0.5 GB of weights); lpips feeds it images in [0, 1], which it expects, lpips-sfd in "
-        "[-1, 1], as the reference does",
-        "none",
-        choices=PERCEPTUAL,
-    )
-    add_execution_options(parser)
-    add_out(parser, "safetensors file to write")
-
-
-def _distill(options: argparse.Namespace) -> None:
-    given, execution = vars(options), chosen_execution(options)
-    require_file_name(options.out)
+def distill(options: argparse.Namespace) -> None:
+    """Run the verb."""
+    own, evaluation = from_options(DistillOptions, options), from_options(Evaluation, options)
+    method = METHODS[own.method]()
+    config = from_options(method.Config, options)
+    weighting = chosen_weighting(options, method.num_branches(config))
+    device, execution = chosen_hardware(options)
+    dataset = None
+    if method.needs_data or evaluation.extractor is not None:
+        dataset = load_dataset(own.data)
     teacher, known = load_model(options.teacher)
-    method = SFD()
-    chosen = {name: given[name] for name in knobs_of(SFDConfig) if name in given}
-    if options.second_stage:
-        chosen = method.usual(known) | chosen
-    config = SFDConfig.read(chosen)
-    teacher.to(options.device).execute(execution)
-    show, scratch = Progress(), unfinished(options.out)
-
-    def on_iteration(_: StagePlan, done: IterationReport) -> None:
-        show(done.iteration + 1, done.iterations, f"loss {done.loss:.4g}")
-
-    (done,) = distill(
+    # What a student that is distilled further was made for, where no option says otherwise.
+    config = from_options(method.Config, options, **method.usual(known))
+    if method.needs_data and dataset is not None:
+        _require_images(dataset, own.data, teacher, options.teacher)
+    teacher.to(device).execute(execution)
+    # Several stages: a folder of students. One: a file, and its checkpoint beside it.
+    several = any(plan.name for plan in method.plan(config, teacher))
+    stages = distill_stages(
         method,
         teacher,
         config,
-        lambda: _weighting(options, config.substeps),
-        Inputs(seed=options.seed, known=known),
-        checkpoint=scratch,
-        metadata=inherited(known, Path(options.teacher).name),
-        on_iteration=on_iteration,
+        weighting,
+        Inputs(dataset=dataset, seed=own.seed, known=known),
+        folder=own.out if several else None,
+        checkpoint=None if several else unfinished(own.out),
+        metadata={
+            **({"data": dataset.name} if method.needs_data and dataset is not None else {}),
+            **inherited(known, Path(options.teacher).name),
+        },
+        on_iteration=_StageProgress(),
     )
-    save_denoiser(options.out, done.student, done.metadata)
-    write_card(options.out, done.student, done.metadata)
-    scratch.unlink(missing_ok=True)
-    print(f"{options.out} NFE {' '.join(map(str, config.several_nfe))}")
+    fids = _kept_fids(own, evaluation, dataset, device, several=several)
+    (require_folder_name if several else require_file_name)(own.out)
+    sampler = method.teacher_sampler(config, teacher)
+    if fids is not None and sampler is not None:
+        print(f"teacher: {options.teacher}", flush=True)
+        print(json.dumps(fids.fid("teacher", teacher, sampler)), flush=True)
+    for done in stages:
+        path = done.path or _keep(own.out, done)
+        print(f"{done.plan.label}: {path}", flush=True)
+        if fids is not None:
+            print(json.dumps(fids.fid(path.stem, done.student, done.sampler)), flush=True)
 
 
-def _weighting(options: argparse.Namespace, substeps: int) -> BranchWeighting:
-    """Given, or learned, for the method's number of branches."""
-    given = {
-        name: value
-        for name, value in vars(options).items()
-        if name in ("a", "b", "learn", "strength")
-    }
-    spelt = " ".join(f"--{name} {value}" for name, value in given.items())
-    if options.method == "sfd":
-        if any(given.values()):
-            raise InputError(
-                f"--method sfd has one output and no branch weights, got {spelt}; drop that or "
-                "use --method sfd-bdense"
-            )
-        return FixedWeights(LogLinearWeights(a=0.0)(1))
-    if "learn" not in given:
-        if "strength" in given:
-            raise InputError(
-                f"--strength is of weights that are learned, got {spelt}; add --learn "
-                f"{' or --learn '.join(RULES)}, or drop it"
-            )
-        a, b = given.get("a", 0.0), given.get("b", 0.0)
-        # LogLinearWeights refuses a K below 1 as the grid has done.
-        return FixedWeights(LogLinearWeights(a=a, b=b)(substeps))
-    if "a" in given or "b" in given:
+def _keep(path: Path, done: TrainedStage) -> Path:
+    """Write a single student with its card; its checkpoint is not needed any more."""
+    save_denoiser(path, done.student, done.metadata)
+    write_card(path, done.student, done.metadata)
+    unfinished(path).unlink(missing_ok=True)
+    return path
+
+
+def _require_images(dataset: Dataset, named: str, teacher: NetworkDenoiser, source: str) -> None:
+    """Refuse a data set of other images than the teacher's."""
+    theirs, own = (
+        " x ".join(map(str, shape)) for shape in (dataset.images.shape[1:], teacher.image_shape)
+    )
+    if theirs != own:
         raise InputError(
-            f"--learn sets the branch weights that --a and --b would give, got {spelt}; drop one"
+            f"--data {named} has images of {theirs}, and {source} is a network for {own}; give "
+            "the data set that it was trained on, padded alike"
         )
-    return LearnedWeights(substeps, rule=given["learn"], strength=given.get("strength", 1.0))
+
+
+def _kept_fids(
+    own: DistillOptions,
+    evaluation: Evaluation,
+    dataset: Dataset | None,
+    device: torch.device,
+    *,
+    several: bool,
+) -> KeptFIDs | None:
+    """What --extractor asks for; None without it."""
+    if evaluation.extractor is None or dataset is None:
+        if evaluation.images is not None:
+            raise KnobError("--images", "needs --extractor, which measures the FID")
+        return None
+    return KeptFIDs.of(
+        evaluation.extractor,
+        evaluation.cache,
+        dataset,
+        device,
+        folder=own.out if several else own.out.parent,
+        images=evaluation.images or IMAGES,
+        seed=own.seed,
+    )
+
+
+class _StageProgress:
+    """Progress of one stage after the other."""
+
+    def __init__(self) -> None:
+        self._plan: StagePlan | None = None
+        self._show = Progress()
+
+    def __call__(self, plan: StagePlan, done: IterationReport) -> None:
+        """Say how far the stage is."""
+        if plan != self._plan:
+            self._plan, self._show = plan, Progress()
+        remark = f"{plan.label}, loss {done.loss:.4g}"
+        self._show(done.iteration + 1, done.iterations, remark)

@@ -332,7 +332,11 @@ class LearnedSpace(WeightSpace):
 
     name: ClassVar[str] = "learned"
 
-    rules: tuple[Rule, ...] = knob(RULES, "what a branch's scale is, one rule or more")
+    rules: tuple[Rule, ...] = knob(
+        RULES,
+        "rule that weights are learned by: a branch's scale is its mean loss (uncertainty), or "
+        "the norm of its gradient (gradient-norm)",
+    )
     strength: Range = knob(
         Range(low=-1.0, high=1.5),
         "exponent of 1 / scale: 0 is uniform, 1 the rule itself, below 0 its reverse",
@@ -374,7 +378,7 @@ class LearnedSpace(WeightSpace):
         return ("strength", *self.rules)
 
     def coordinates(self, params: Mapping[str, Any]) -> tuple[float, ...] | None:
-        """The strength, and 1 for the rule it is of beside 0 for the others."""
+        """The strength; then 1 for the rule chosen and 0 for the others."""
         if "rule" not in params:
             return None
         return (float(params["strength"]), *(float(params["rule"] == r) for r in self.rules))

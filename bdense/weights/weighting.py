@@ -60,7 +60,7 @@ class BranchWeighting(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able; equal descriptions make equal runs."""
+        """Plain values; equal descriptions make equal runs."""
         ...
 
 
@@ -72,10 +72,10 @@ class FixedWeights:
 
     def __post_init__(self) -> None:
         usable = (self.values >= 0) & self.values.isfinite()
-        if self.values.dim() != 1 or not bool(usable.all()):
+        if self.values.dim() != 1 or not bool(usable.all() and self.values.any()):
             raise InputError(
-                f"branch weights must be finite numbers >= 0, one for each branch, got "
-                f"{self.values.tolist()}"
+                f"branch weights must be finite numbers >= 0, one for each branch and not all 0, "
+                f"got {self.values.tolist()}"
             )
 
     @property

@@ -5,6 +5,7 @@ All are arms under seeds, and differ only in which arms, under whose conditions.
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from bdense.errors import InputError
@@ -136,7 +137,7 @@ def plan_given(url: str, spec: StudySpec) -> Study:
 def given_arms(spec: StudySpec, name: str) -> StudySpec:
     """A study of given arms under a study's conditions, each seed on latents of its own."""
     plan = ArmsPlan(arms=(), seeds=(0,), latents="fresh")
-    return spec.model_copy(update={"name": name, "plan": plan})
+    return replace(spec, name=name, plan=plan)
 
 
 def fresh_seeds(spec: StudySpec, count: int, used: Collection[int] = ()) -> list[int]:

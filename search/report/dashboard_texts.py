@@ -1,12 +1,10 @@
-"""Notes and plots where optuna-dashboard reads them: in pieces, among a study's system attributes.
+"""Notes where optuna-dashboard reads them: in pieces, among a study's system attributes.
 
 Its own functions for this read all notes of a study to write one, show readers half of it, and
 draw in scikit-learn (150 MB in every worker); a test reads with them what is written here.
 """
 
 import json
-from collections.abc import Mapping
-from types import MappingProxyType
 
 import sqlalchemy as sa
 from optuna.storages import RDBStorage
@@ -18,8 +16,7 @@ ATTRIBUTES = sa.table(
     "study_system_attributes", *map(sa.column, ("study_id", "key", "value_json"))
 )
 PIECE = 2045  # characters, as the dashboard has it
-_PLOT = "dashboard:plot_data:"
-_NOTHING: Mapping[str, str] = MappingProxyType({})
+_PLOTS = "dashboard:plot_data:"  # of an older version, which are out of date by now
 
 
 def save_texts(
@@ -28,26 +25,25 @@ def save_texts(
     note: str,
     *,
     trial_id: int | None = None,
-    plots: Mapping[str, str] = _NOTHING,
 ) -> None:
-    """Replace a note, and plots with it; a reader sees all of the old or all of the new.
+    """Replace a note; a reader sees all of the old or all of the new.
 
     Args:
         storage: The study's.
         study_id: Optuna's key of it.
         note: Markdown.
         trial_id: Whose note it is; None is the study's.
-        plots: Name, of letters and hyphens -> plotly's JSON.
 
     Raises:
         StorageError: The database stayed away.
     """
     of = "dashboard:" if trial_id is None else f"dashboard:{trial_id}:"
     version_key, mine = f"{of}note_ver", ATTRIBUTES.c.study_id == study_id
-    texts = {f"{of}note_str:": note} | {f"{_PLOT}{name}:": plot for name, plot in plots.items()}
-    pieces = {f"{start}{i}": piece for start, text in texts.items() for i, piece in _cut(text)}
+    start = f"{of}note_str:"
+    pieces = {f"{start}{i}": piece for i, piece in _cut(note)}
+    old = [start] if trial_id is not None else [start, _PLOTS]
     keys = [ATTRIBUTES.c.key == version_key]
-    keys += [ATTRIBUTES.c.key.startswith(start, autoescape=True) for start in texts]
+    keys += [ATTRIBUTES.c.key.startswith(each, autoescape=True) for each in old]
 
     def write() -> None:
         # Two launchers of a study would both insert what neither has found.

@@ -1,4 +1,4 @@
-"""The dashboard's notes and plots of a study, kept up to date while it runs and at its end.
+"""The dashboard's notes of a study, kept up to date while it runs and at its end.
 
 Whatever goes wrong here is logged and ends nothing: what is shown can be written again.
 """
@@ -13,7 +13,6 @@ from search.errors import LeaseLostError, StorageError
 from search.report.dashboard_texts import save_texts
 from search.report.notes import study_note, trial_note
 from search.report.overview import Overview, overview_of
-from search.report.render import interactive
 from search.storage.engine import one_line, retrying
 from search.storage.ledger import Claim, Ledger
 from search.study.artifacts import artifact_store, attach, attached
@@ -29,7 +28,7 @@ _SHARE = 20.0
 
 
 class Showing:
-    """Writes a study's note and plots, when trials have ended since and not too often.
+    """Writes a study's note, when trials have ended since and not too often.
 
     Args:
         study: Which.
@@ -56,7 +55,7 @@ class Showing:
     def _write(self) -> None:
         with self._writing:
             started = time.monotonic()
-            _never_in_the_way("the study's note and plots", self._write_if_changed)
+            _never_in_the_way("the study's note", self._write_if_changed)
             took = time.monotonic() - started
             self._not_before = time.monotonic() + max(LEAST_SECONDS, _SHARE * took)
 
@@ -68,15 +67,14 @@ class Showing:
 
 
 def show(study: Study) -> None:
-    """Write a study's note and plots as they should be now.
+    """Write a study's note as it should be now.
 
     Raises:
         StorageError: The database stayed away.
     """
     overview = overview_of(study)
     note = study_note(overview, _grids(overview))
-    plots = {chart.key: str(interactive(chart).to_json()) for chart in overview.charts()}
-    save_texts(study.main.storage, _study_id(study.main), note, plots=plots)
+    save_texts(study.main.storage, _study_id(study.main), note)
 
 
 def attach_pictures(ledger: Ledger, claim: Claim, folder: Path, result: TrialResult) -> None:

@@ -4,8 +4,6 @@ import html
 import re
 from collections.abc import Sequence
 
-from search.report.render import printable
-
 # What would make a link, a picture, a tag, a table's cell, code or a formula of plain words.
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|&!#~$])")
 # What GFM makes links of without any mark, in some readers after marks were taken away: https://
@@ -50,3 +48,8 @@ def html_table(rows: Sequence[Sequence[str]], *, kind: str = "") -> str:
         f'<div class="wide"><table class="{tagless(kind)}"><thead><tr>{head}</tr></thead>\n'
         f"<tbody>\n{body}\n</tbody></table></div>"
     )
+
+
+def printable(text: str) -> str:
+    """Without what would break a line or be no character of a text."""
+    return "".join(c if c.isprintable() else " " for c in text)

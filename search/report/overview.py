@@ -1,4 +1,4 @@
-"""All there is to say of a study, read once: for the dashboard's notes and plots, and the report.
+"""All there is to say of a study, read once: for the dashboard's notes and the report.
 
 Reads the storage alone.
 """
@@ -8,12 +8,9 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from optuna.trial import FrozenTrial
-
 from search.analysis.comparison import Comparison, comparisons_of, table_rows, teacher_of
 from search.analysis.confirmation import Verdict, verdict
-from search.report.charts import Chart
-from search.report.plots import arms_of, fid_over_nfe, study_charts
+from search.report.plots import Plot, study_plots
 from search.spec.file import as_yaml
 from search.storage.engine import retrying
 from search.storage.settings import CHANGES
@@ -30,8 +27,7 @@ class Overview:
     Attributes:
         study: Which.
         now: Of a search: counts, best trial and baselines.
-        trials: Of a search: the complete ones; ``hours`` from the study's first start to the end
-            of each.
+        trials: Of a search: the complete ones.
         verdict: Of a search: its confirmation's, where there is one.
         comparisons: Of given arms: each stage and variant.
         teacher: Its FID, where the method measures it.
@@ -45,7 +41,6 @@ class Overview:
     study: Study
     now: Summary | None
     trials: Sequence[Measured]
-    hours: Mapping[int, float]
     verdict: Verdict | None
     comparisons: Sequence[Comparison]
     teacher: MeasuredFID | None
@@ -76,19 +71,11 @@ class Overview:
             return summary.remarks(self.now)
         return list(dict.fromkeys(each.conditions_line() for each in self.comparisons))
 
-    def charts(self) -> list[Chart]:
-        """Its plots; none before anything was measured."""
+    def plots(self) -> list[Plot]:
+        """Its own plots; none before anything was measured."""
         if self.is_empty:
             return []
-        if self.now is not None:
-            return study_charts(self.trials, self.hours, self.now)
-        stages = [each for each in self.comparisons if each.variant == self.comparisons[0].variant]
-        if len({each.stage for each in stages}) > 1:
-            return [fid_over_nfe(stages, self.teacher, self.study.name)]
-        return [
-            arms_of(each, f"FID of each arm{each.title and ', '}{each.title}", f"arms-{index}")
-            for index, each in enumerate(self.comparisons)
-        ]
+        return study_plots(self.trials, self.now, self.comparisons, self.teacher, self.study.name)
 
     def confidence(self) -> str:
         """How much the best of a search is to be trusted."""
@@ -112,7 +99,6 @@ def overview_of(study: Study) -> Overview:
         study=study,
         now=now,
         trials=trials,
-        hours=_hours(retrying(lambda: record.get_trials(deepcopy=False))) if trials else {},
         verdict=found,
         comparisons=[] if study.is_search else comparisons_of(study),
         teacher=teacher_of(study),
@@ -122,13 +108,3 @@ def overview_of(study: Study) -> Overview:
         changes=list(attributes.get(CHANGES, [])),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
-
-
-def _hours(trials: Sequence[FrozenTrial]) -> dict[int, float]:
-    """From the first start to each trial's end."""
-    starts = [trial.datetime_start for trial in trials if trial.datetime_start is not None]
-    return {
-        trial.number: (trial.datetime_complete - min(starts)).total_seconds() / 3600
-        for trial in trials
-        if trial.datetime_complete is not None and starts
-    }

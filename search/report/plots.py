@@ -1,291 +1,208 @@
-"""A study's plots as charts, which ``showing/drawing.py`` draws for reports and the dashboard.
+"""A study's own plots: what Optuna's dashboard does not draw by itself.
 
-FIDs are lower-is-better; K branches, k = 1..K.
+Names may come from anyone who may write to the database, so matplotlib is kept from reading
+mathematics in them.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
+
+from bdense.files import atomic_write
 from bdense.weights.spaces import PLAIN, UNIFORM
 from search.analysis.comparison import Comparison
-from search.report.charts import OWN_COLOUR, Chart, Series
+from search.analysis.confirmation import point_of
+from search.analysis.surrogate import FEWEST, Evaluation, posterior_means
+from search.report.markdown import printable
 from search.study.results import MeasuredFID
 from search.study.summary import Measured, Summary
 
-PLAIN_COLOUR, UNIFORM_COLOUR = "#333333", "#e08214"
-BEST_COLOUR = "#b2182b"
-_RULES = (OWN_COLOUR, "#4d9221", "#762a83")
-_ARMS = {PLAIN: PLAIN_COLOUR, UNIFORM: UNIFORM_COLOUR}
-# A study's plots live in its rows of the database, in pieces; more could not be told apart anyhow.
-MOST_POINTS, MOST_LINES = 400, 60
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 150
+_BEST, _OTHERS = "#b2182b", ("#2166ac", "#4d9221", "#762a83")
+_BASELINES = {PLAIN: ("#333333", "-"), UNIFORM: ("#e08214", "--")}
+_CURVE_POINTS = 200
 # From this ratio of the worst FID to the best one on, an axis is logarithmic.
 _WIDE = 8.0
+_LONGEST = 60  # characters of a title or name: more would leave no room for the plot
 
 
-def study_charts(
-    measured: Sequence[Measured], hours: Mapping[int, float], now: Summary
-) -> list[Chart]:
-    """A search's plots.
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """One picture.
+
+    Attributes:
+        key: Names the file.
+        title: Above it.
+        draw: Draws on empty axes.
+    """
+
+    key: str
+    title: str
+    draw: "Callable[[Axes], None]"
+
+    def figure(self) -> "Figure":
+        """The picture, 1050 x 630 pixels at ``DPI``."""
+        # Half a second, for reports alone. Figure, not pyplot: no window, no global state.
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+
+        with rc_context({"font.size": 11.5}):
+            figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+            axes = figure.subplots()
+            axes.grid(color="0.9", linewidth=0.6)
+            axes.set_axisbelow(True)
+            self.draw(axes)
+            axes.set_title(plain(self.title))
+            if axes.get_legend_handles_labels()[1]:
+                axes.legend(fontsize="small")
+        return figure
+
+    def save(self, path: Path) -> None:
+        """As a PNG file."""
+        with atomic_write(path) as scratch:
+            self.figure().savefig(scratch, format="png", dpi=DPI)
+
+
+def fid_over(trials: Sequence[Measured], now: Summary) -> Plot | None:
+    """FID of a search's trials over the space's first coordinate, with the surrogate's curve.
 
     Args:
-        measured: Complete trials, at least one.
-        hours: From the study's first start to the end of each, by number.
+        trials: Complete ones, at least one.
         now: The search, with its baselines.
+
+    Returns:
+        None where the space has no coordinates.
     """
-    trials = [
-        each.as_dict() | {"label": each.label, "hours": hours.get(each.number, 0.0)}
-        for each in measured
-    ]
-    baselines = {each.label: each.as_dict() for each in now.baselines.values()}
-    learned = "rule" in trials[0]
-    axes = [name for name in now.spec.space.distributions() if name in trials[0]]
-    charts = [fid_over(trials, baselines, "strength" if learned else axes[0])]
-    charts.append(weights_of(trials))
-    charts.append(fid_over_time(trials, baselines))
-    return charts
+    placed = [(p, each) for each in trials if (p := point_of(now.spec, each.params)) is not None]
+    if not placed:
+        return None
+    axis, *others = placed[0][0]
+    groups = {tuple(point[name] for name in others): point for point, _ in placed}
+    best = min(trials, key=lambda each: (each.fid, each.number))
+
+    def draw(axes: "Axes") -> None:
+        for name, baseline in now.baselines.items():
+            colour, style = _BASELINES[name]
+            label = plain(f"{baseline.label} {baseline.fid:.3f}")
+            axes.axhline(baseline.fid, color=colour, linestyle=style, linewidth=1.2, label=label)
+        for number, (group, example) in enumerate(groups.items()):
+            colour = _OTHERS[number % len(_OTHERS)]
+            own = [(p, e) for p, e in placed if tuple(p[name] for name in others) == group]
+            words = [str(word) for word in own[0][1].params.values() if isinstance(word, str)]
+            x, y = [point[axis] for point, _ in own], [each.fid for _, each in own]
+            axes.plot(x, y, "o", color=colour, label=plain(", ".join(["B-DENSE", *words])))
+            if len(placed) >= FEWEST and min(x) < max(x):
+                curve = np.linspace(min(x), max(x), _CURVE_POINTS)
+                asked = [{**example, axis: float(at)} for at in curve]
+                measured = [Evaluation(point=p, value=e.fid, group="search") for p, e in placed]
+                axes.plot(curve, posterior_means(measured, asked), color=colour, linewidth=1.0)
+        place = next(point[axis] for point, each in placed if each is best)
+        axes.plot(place, best.fid, "o", color=_BEST, label=f"best: trial {best.number}")
+        fids = [each.fid for each in trials]
+        if min(fids) > 0 and max(fids) / min(fids) > _WIDE:
+            axes.set_yscale("log")
+        axes.set_xlabel("slope a of log w_k = a k + b" if axis == "a" else axis)
+        axes.set_ylabel(_fid(best.result.fid))
+
+    return Plot(f"fid-over-{axis}", f"FID over {axis}", draw)
 
 
-def fid_over(
-    trials: Sequence[Mapping[str, Any]], baselines: Mapping[str, Mapping[str, Any]], axis: str
-) -> Chart:
-    """FID of each trial over one of its parameters, beside the baselines."""
-    shown, remark = thinned(trials, MOST_POINTS)
-    series = _levels(baselines)
-    rules = sorted({trial.get("rule", "") for trial in shown})
-    for rule, colour in zip(rules, _cycle(len(rules)), strict=True):
-        own = [trial for trial in shown if trial.get("rule", "") == rule]
-        series.append(_points(own, axis, "fid", f"B-DENSE, {rule}" if rule else "B-DENSE", colour))
-    return Chart(
-        key="fid-over-a" if axis == "a" else f"fid-over-{axis}",
-        title=f"FID over {axis}",
-        x="slope a of log w_k = a k + b" if axis == "a" else axis,
-        y=_fid_label(trials),
-        series=[*series, _best(shown, axis, "fid")],
-        log_y=_is_wide(trials),
-        remark=remark,
-    )
-
-
-def weights_of(trials: Sequence[Mapping[str, Any]]) -> Chart:
-    """w_k over k, a line for each trial, coloured by its FID; the best above the others."""
-    shown, remark = thinned(trials, MOST_LINES)
-    branches = len(shown[0]["weights"])
-    k = list(range(1, branches + 1))
-    series = [Series(name="uniform", kind="level", y=[1.0], colour=UNIFORM_COLOUR, dashed=True)]
-    for trial in sorted(shown, key=lambda t: float(t["fid"]), reverse=True):
-        series.append(
-            Series(
-                name=_label(trial),
-                kind="line",
-                x=k,
-                y=trial["weights"],
-                values=[trial["fid"]],
-                labels=[_label(trial)] * branches,
-                quiet=True,
-            )
-        )
-    best = min(shown, key=lambda t: float(t["fid"]))
-    name = f"best: trial {best['number']}"
-    series.append(Series(name=name, kind="line", x=k, y=best["weights"], colour=BEST_COLOUR))
-    last = {k[-1]: f"{k[-1]} (end point)"}
-    return Chart(
-        key="weights",
-        title="Branch weights, by FID",
-        x="branch k",
-        y="weight w_k",
-        series=series,
-        log_y=True,
-        ticks={float(i): str(i) for i in k} | last,
-        scale="FID",
-        remark=remark,
-    )
-
-
-def fid_over_time(
-    trials: Sequence[Mapping[str, Any]], baselines: Mapping[str, Mapping[str, Any]]
-) -> Chart:
-    """FID of each trial over the hours since the study began, and the best until then."""
-    unit, of_an_hour = ("hours", 1) if max(t["hours"] for t in trials) > 1 else ("minutes", 60)
-    ordered = sorted(
-        ({**trial, unit: trial["hours"] * of_an_hour} for trial in trials),
-        key=lambda t: float(t[unit]),
-    )
-    times: list[float] = []
-    best: list[float] = []
-    for trial in ordered:
-        if not best or trial["fid"] < best[-1]:
-            times.append(trial[unit])
-            best.append(trial["fid"])
-    times.append(ordered[-1][unit])
-    best.append(best[-1])
-    shown, remark = thinned(ordered, MOST_POINTS)
-    return Chart(
-        key="fid-over-time",
-        title="FID over time",
-        x=f"{unit} since the first trial began",
-        y=_fid_label(trials),
-        series=[
-            *_levels(baselines),
-            _points(shown, unit, "fid", "B-DENSE", "#92c5de"),
-            Series(name="best so far", kind="steps", x=times, y=best, colour=BEST_COLOUR),
-        ],
-        log_y=_is_wide(trials),
-        remark=remark,
-    )
-
-
-def arms_of(comparison: Comparison, title: str, key: str) -> Chart:
+def fid_of_arms(comparison: Comparison, key: str) -> Plot:
     """FID of each arm under each seed, with its mean and standard error."""
-    names = [result.arm.name for result in comparison.results]
-    each = [
-        (i, fid, f"{name}, seed {seed}: {fid:.3f}")
-        for i, (name, result) in enumerate(zip(names, comparison.results, strict=True))
-        for seed, fid in sorted(result.values.items())
-    ]
-    summaries = [result.summary() for result in comparison.results]
-    return Chart(
-        key=key,
-        title=title,
-        x="",
-        y=f"FID, {comparison.results[0].conditions.images} images",
-        series=[
-            Series(
-                name="one seed",
-                kind="points",
-                x=[float(i) for i, _, _ in each],
-                y=[fid for _, fid, _ in each],
-                labels=[label for *_, label in each],
-                colour="#92c5de",
-            ),
-            Series(
-                name="mean and s.e.",
-                kind="points",
-                x=[i + 0.15 for i in range(len(names))],
-                y=[found.mean for found in summaries],
-                spread=[found.standard_error or 0.0 for found in summaries],
-                labels=names,
-                colour=BEST_COLOUR,
-            ),
-        ],
-        ticks={float(i): name for i, name in enumerate(names)},
-    )
+    results = comparison.results
 
-
-def fid_over_nfe(stages: Sequence[Comparison], teacher: MeasuredFID | None, title: str) -> Chart:
-    """FID over the evaluations of each stage, a line for each arm, bars of one standard error."""
-    first = stages[0]
-    series = []
-    for result in first.results:
-        own = {
-            match.conditions.nfe: match.summary()
-            for stage in stages
-            for match in stage.results
-            if match.arm == result.arm
-        }
-        baseline = result.arm.baseline
-        series.append(
-            Series(
-                name=result.arm.name if baseline else f"B-DENSE, {result.arm.name}",
-                kind="line",
-                x=list(own),
-                y=[found.mean for found in own.values()],
-                spread=[found.standard_error or 0.0 for found in own.values()],
-                colour=_ARMS.get(baseline or "", OWN_COLOUR),
-                dashed=baseline == UNIFORM,
+    def draw(axes: "Axes") -> None:
+        for number, result in enumerate(results):
+            found, seeds = result.summary(), list(result.values.values())
+            each, mean = ("", "") if number else ("one seed", "mean and standard error")
+            axes.plot([number] * len(seeds), seeds, "o", color="#92c5de", label=each)
+            axes.errorbar(
+                number + 0.15,
+                found.mean,
+                yerr=found.standard_error or 0.0,
+                fmt="o",
+                capsize=3,
+                color=_BEST,
+                label=mean,
             )
-        )
-    if teacher is not None:
-        series.append(
-            Series(
-                name="teacher",
-                kind="points",
-                x=[teacher.nfe],
-                y=[teacher.value],
-                colour="#000000",
+        axes.set_xticks(range(len(results)), [plain(result.arm.name) for result in results])
+        axes.set_ylabel(_fid(results[0].conditions))
+
+    return Plot(key, f"FID of each arm{comparison.title and ', '}{comparison.title}", draw)
+
+
+def fid_over_nfe(stages: Sequence[Comparison], teacher: MeasuredFID | None, title: str) -> Plot:
+    """FID over the network evaluations of each stage, a line for each arm, one standard error."""
+
+    def draw(axes: "Axes") -> None:
+        for number, first in enumerate(stages[0].results):
+            arm, own = first.arm, [r for s in stages for r in s.results if r.arm == first.arm]
+            found = [result.summary() for result in own]
+            other = (_OTHERS[number % len(_OTHERS)], "-")
+            colour, style = _BASELINES.get(arm.baseline or "", other)
+            axes.errorbar(
+                [result.conditions.nfe for result in own],
+                [each.mean for each in found],
+                yerr=[each.standard_error or 0.0 for each in found],
+                marker="o",
+                markersize=4,
+                capsize=3,
+                color=colour,
+                linestyle=style,
+                label=plain(arm.name if arm.baseline else f"B-DENSE, {arm.name}"),
             )
-        )
-    places = [*([teacher.nfe] if teacher else []), *(s.results[0].conditions.nfe for s in stages)]
-    return Chart(
-        key="fid",
-        title=title,
-        x="network evaluations (NFE)",
-        y=f"FID, {first.results[0].conditions.images} images",
-        series=series,
-        log_x=True,
-        ticks={float(n): str(n) for n in places},
-    )
+        places = [stage.results[0].conditions.nfe for stage in stages]
+        if teacher is not None:
+            places.append(teacher.nfe)
+            axes.plot(teacher.nfe, teacher.value, "o", color="black", label="teacher")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(places, [str(place) for place in places])
+        axes.set_xlabel("network evaluations (NFE)")
+        axes.set_ylabel(_fid(stages[0].results[0].conditions))
+
+    return Plot("fid", title, draw)
 
 
-def thinned(
-    trials: Sequence[Mapping[str, Any]], most: int
-) -> tuple[Sequence[Mapping[str, Any]], str]:
-    """At most so many trials in their order: the best half, and of the others evenly many."""
-    if len(trials) <= most:
-        return trials, ""
-    ranked = sorted(range(len(trials)), key=lambda i: float(trials[i]["fid"]))
-    best, others = ranked[: most // 2], sorted(ranked[most // 2 :])
-    left = most - len(best)
-    chosen = {*best, *(others[i * len(others) // left] for i in range(left))}
-    remark = f"Shown are the best {len(best)} of {len(trials)} trials and {left} of the others."
-    return [trials[i] for i in sorted(chosen)], remark
+def study_plots(
+    trials: Sequence[Measured],
+    now: Summary | None,
+    comparisons: Sequence[Comparison],
+    teacher: MeasuredFID | None,
+    title: str,
+) -> list[Plot]:
+    """The plots of a search, or of given arms.
+
+    Args:
+        trials: Complete ones of a search.
+        now: The search; None for given arms.
+        comparisons: Of given arms: each stage and variant.
+        teacher: Its FID, where the method measures it.
+        title: Of the plot over stages.
+    """
+    if now is not None:
+        plot = fid_over(trials, now) if trials else None
+        return [plot] if plot is not None else []
+    stages = [each for each in comparisons if each.variant == comparisons[0].variant]
+    if len({each.stage for each in stages}) > 1:
+        return [fid_over_nfe(stages, teacher, title)]
+    return [fid_of_arms(each, f"arms-{index}") for index, each in enumerate(comparisons)]
 
 
-def _points(
-    trials: Sequence[Mapping[str, Any]],
-    x: str,
-    y: str,
-    name: str,
-    colour: str = OWN_COLOUR,
-    values: Sequence[float] = (),
-) -> Series:
-    return Series(
-        name=name,
-        kind="points",
-        x=[trial[x] for trial in trials],
-        y=[trial[y] for trial in trials],
-        colour=colour,
-        values=values,
-        labels=[_label(trial) for trial in trials],
-    )
+def plain(text: str) -> str:
+    """Text for matplotlib, which reads $...$ as mathematics and leaves out what begins with _."""
+    short = printable(text)
+    if len(short) > _LONGEST:
+        short = short[: _LONGEST - 1].rstrip() + "…"
+    return short.replace("$", r"\$").removeprefix("_")
 
 
-def _best(trials: Sequence[Mapping[str, Any]], x: str, y: str) -> Series:
-    best = min(trials, key=lambda t: (float(t["fid"]), t["number"]))
-    return Series(
-        name=f"best: trial {best['number']}",
-        kind="points",
-        x=[best[x]],
-        y=[best[y]],
-        colour=BEST_COLOUR,
-        labels=[_label(best)],
-    )
-
-
-def _levels(baselines: Mapping[str, Mapping[str, Any]]) -> list[Series]:
-    return [
-        Series(
-            name=f"{label} {result['fid']:.3f}",
-            kind="level",
-            y=[result["fid"]],
-            colour=PLAIN_COLOUR if label.startswith("plain") else UNIFORM_COLOUR,
-            dashed=not label.startswith("plain"),
-        )
-        for label, result in baselines.items()
-    ]
-
-
-def _label(trial: Mapping[str, Any]) -> str:
-    return f"trial {trial['number']}, FID {trial['fid']:.3f}, {trial['label']}"
-
-
-def _fid_label(trials: Sequence[Mapping[str, Any]]) -> str:
-    return f"FID, {trials[0]['images']} images"
-
-
-def _is_wide(trials: Sequence[Mapping[str, Any]]) -> bool:
-    fids = [float(trial["fid"]) for trial in trials]
-    return min(fids) > 0 and max(fids) / min(fids) > _WIDE
-
-
-def _cycle(count: int) -> list[str]:
-    return [_RULES[i % len(_RULES)] for i in range(count)]
+def _fid(fid: MeasuredFID | None) -> str:
+    assert fid is not None  # of complete rows
+    return f"FID, {fid.images} images"

@@ -11,11 +11,10 @@ from bdense.errors import InputError
 from bdense.files import atomic_write
 from search.analysis.comparison import Comparison, table_rows
 from search.analysis.confirmation import Verdict
-from search.report.charts import Chart
 from search.report.markdown import escaped, fenced, markdown_table
 from search.report.notes import TIMINGS, changes_text, conditions
 from search.report.overview import Overview, overview_of
-from search.report.render import save_png
+from search.report.plots import Plot
 from search.report.report_html import (
     Picture,
     Section,
@@ -57,7 +56,7 @@ def write_report(study: Study, folder: Path) -> Path:
             f"{overview.headline()}: there is nothing to report yet; run bdense-search launch "
             "first"
         )
-    plots, grids = _draw(overview.charts(), folder), _copy_grids(overview, folder)
+    plots, grids = _draw(overview.plots(), folder), _copy_grids(overview, folder)
     trials = trial_rows(overview.trials) if overview.trials else []
     facts = ", ".join(f"{key}: {value}" for key, value in study.facts.items())
     _write(
@@ -147,14 +146,14 @@ def _under_fresh_seeds(found: Verdict) -> list[str]:
     ]
 
 
-def _draw(charts: Sequence[Chart], folder: Path) -> list[Picture]:
+def _draw(plots: Sequence[Plot], folder: Path) -> list[Picture]:
     """Each plot as a picture in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
-    for chart in charts:
-        path = folder / f"{chart.key}.png"
-        save_png(chart, path)
-        drawn.append(Picture(path=path, caption=chart.remark, alt=chart.title))
+    for plot in plots:
+        path = folder / f"{plot.key}.png"
+        plot.save(path)
+        drawn.append(Picture(path=path, caption="", alt=plot.title))
     return drawn
 
 

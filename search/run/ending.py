@@ -1,4 +1,4 @@
-"""How a launch ends before its rows do: signals, and a study that is asked to stop."""
+"""End a launch early: on signals, or when its study is asked to stop."""
 
 import logging
 import os
@@ -16,22 +16,22 @@ from search.storage.stop_flags import Launch, ask_workers, is_asked
 _log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
-# Workers have this long after Ctrl-C or SIGTERM: half of what `docker compose stop` is told here.
+# Time for workers after Ctrl-C or SIGTERM: half of the grace period in docker-compose.yml.
 GRACE_SECONDS = 60.0
 
 
 class Ending:
-    """Lets a launch end as it should: its workers save and give back what they work on.
+    """Ends a launch so that its workers save and give their trials back.
 
-    Before rows run there is nothing to wait for: Ctrl-C, SIGTERM or a study that is asked to stop
-    end the block at once, as a ``KeyboardInterrupt``. Then the first signal asks this launch's
-    workers to stop, and a second one, or ``grace`` seconds, ends the block.
+    Before rows run, Ctrl-C, SIGTERM or a stop request end the block at once, by a
+    ``KeyboardInterrupt``. Afterwards the first signal asks this launch's workers to stop, and a
+    second one, or ``grace`` seconds, ends the block.
 
     Args:
-        ledgers: Of the rows.
-        launch: This one.
-        at_once: Whether there is nobody left to wait for.
-        grace: Seconds that workers have to save and to end.
+        ledgers: The ledgers of the rows.
+        launch: This launch.
+        at_once: Whether there are no workers to wait for.
+        grace: Seconds that workers have to save and end.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Ending:
 
     @property
     def interrupted(self) -> bool:
-        """Whether there was a signal."""
+        """Whether a signal came."""
         return self._interrupted.is_set()
 
     def __enter__(self) -> Self:
@@ -72,7 +72,7 @@ class Ending:
             signal.signal(number, handler)
 
     def rows_run(self) -> None:
-        """From now on workers have something to save."""
+        """Say that rows run now, so that workers have something to save."""
         self._rows_run = True
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
@@ -95,7 +95,7 @@ class Ending:
                 _log.warning("whether to stop cannot be seen: %s", one_line(error))
 
     def _wind_up(self) -> None:
-        """The study was asked to stop: its workers see to that themselves."""
+        """End after a stop request, which the workers see by themselves."""
         if self._rows_run:
             self._timer.start()
         else:

@@ -1,4 +1,4 @@
-"""Everything that a study file needs from elsewhere, so that its workers need no way out."""
+"""Download everything that a study file needs, so that its workers need no internet access."""
 
 from collections.abc import Iterator
 
@@ -13,13 +13,13 @@ from search.storage.engine import cache_folder
 
 
 def fetch_all(spec: StudySpec) -> Iterator[str]:
-    """Have data, teacher, reference and the extractor's weights on this machine.
+    """Download data, teacher, reference and the extractor's weights, as far as missing.
 
     Yields:
-        What is there now and where, a line each.
+        A line for each: what it is and where.
 
     Raises:
-        InputError: Something cannot be had; says where to put it by hand.
+        InputError: Something cannot be downloaded; says where to put it by hand.
     """
     if spec.uses_data:
         assert spec.data is not None  # a spec that uses data names it

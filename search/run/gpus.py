@@ -1,4 +1,4 @@
-"""Which of this machine's GPUs a launch may use; counted without torch, which a launcher lacks."""
+"""The GPUs of this machine that a launch may use, counted without torch."""
 
 import os
 import re
@@ -15,7 +15,7 @@ _SECONDS = 30
 
 
 def count_gpus() -> int:
-    """GPUs of this machine, or of this container, in nvidia-smi's numbering from 0."""
+    """Number of GPUs of this machine or container, as nvidia-smi counts them."""
     if (program := shutil.which("nvidia-smi")) is not None:
         try:
             listed = subprocess.run(
@@ -34,16 +34,15 @@ def use_gpus(
     *,
     there: int | None = None,
 ) -> None:
-    """Let a Ray of this machine's own see these GPUs alone; before it is started.
+    """Restrict a local Ray to these GPUs; call before it starts.
 
     Args:
-        chosen: Numbers as nvidia-smi gives them; None leaves everything as it is.
-        environment: What Ray will get.
+        chosen: nvidia-smi's numbers; None changes nothing.
+        environment: Ray's environment.
         there: GPUs of this machine; None counts them.
 
     Raises:
-        InputError: They are not there, are not this process's to choose, or Ray is not this
-            machine's own.
+        InputError: There are no such GPUs, this process may not use them, or Ray is not local.
     """
     if chosen is None:
         return
@@ -78,5 +77,5 @@ def use_gpus(
                 "unset it"
             )
     environment[VISIBLE] = ",".join(map(str, chosen))
-    # CUDA's own order is by speed, nvidia-smi's by place.
+    # CUDA orders GPUs by speed, nvidia-smi by bus.
     environment[ORDER] = "PCI_BUS_ID"

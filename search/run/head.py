@@ -1,6 +1,5 @@
-"""Noticing that Ray's head is gone: Ray tells it after a minute and ends the process, or never.
-
-Nothing is lost with it but time: what rows there are stands in the database.
+"""Notice that Ray's head is gone; Ray itself reports it after a minute, by ending the process, or
+never. No rows are lost, as they are in the database.
 """
 
 import contextlib
@@ -21,25 +20,23 @@ _log = logging.getLogger(__name__)
 
 ASK_SECONDS = 1.0
 CONNECT_SECONDS = 2.0
-# A head that is only restarted or slow answers again within these.
+# A head that restarts or is slow answers again within this time.
 PATIENCE_SECONDS = 10.0
-# From the interrupt, and again from the last word: Ray's own code heeds neither.
+# Time after the interrupt, and again after the last words: Ray's code may ignore both.
 STUCK_SECONDS = 5.0
 
 
 class Head:
-    """Watches the head and this machine's own node from a thread of its own.
+    """Watches the head and this machine's node from a thread.
 
-    What is no answer, an exception of Ray's included, is silence.
-
-    Once they are gone for good it interrupts the main thread, as Ctrl-C would: ``lost`` then
-    tells the two apart. Use it as a context manager around the use of a connected Ray. Ray's own
-    code may wait for its head without heeding an interrupt: then ``last_words`` are called, and
+    Any exception counts as no answer. When they are gone for good it interrupts the main thread,
+    like Ctrl-C; ``lost`` tells the two apart. Use it as a context manager while Ray is connected.
+    Ray's code may wait for its head and ignore the interrupt. Then ``last_words`` is called and
     the process ends with the status of ``ClusterLostError``.
 
     Args:
-        client: Whether Ray is used through its client, which has no node of its own to watch.
-        is_there: Tells whether head and node are there; None asks Ray.
+        client: Whether Ray's client is used, which has no local node to watch.
+        is_there: Whether head and node are there; None asks Ray.
     """
 
     def __init__(
@@ -69,12 +66,12 @@ class Head:
 
     @property
     def lost(self) -> bool:
-        """Whether it is gone."""
+        """Whether the head is gone."""
         return self._lost.is_set()
 
     def end(self) -> None:
-        """End this process now; what it started on this machine ends with it."""
-        # They may wait for a database that is gone as well.
+        """End this process now, and with it what it started on this machine."""
+        # The last words may wait for a database that is gone too.
         last = threading.Thread(target=self.last_words, name="last words", daemon=True)
         last.start()
         last.join(STUCK_SECONDS)
@@ -87,7 +84,7 @@ class Head:
                 heard, missed = time.monotonic(), 0
                 continue
             missed += 1
-            # A single answer may be long in coming.
+            # One answer may take long.
             if missed > 1 and time.monotonic() - heard >= PATIENCE_SECONDS:
                 self._lost.set()
                 os.kill(os.getpid(), signal.SIGINT)
@@ -113,15 +110,15 @@ class Head:
         return True
 
     def _has_this_node(self) -> bool:
-        """Without its node this process gets no answer from any worker."""
+        """Whether this process's node is alive; without it no worker answers."""
         nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
         return any(node["NodeID"] == self._node and node["Alive"] for node in nodes)
 
 
 def _resolved(address: str) -> tuple[str, int]:
-    """IP and port of host:port, while the name is known.
+    """IP and port of host:port, resolved while the name is known.
 
-    That of a container which has ended is looked for in vain for 10 seconds at a time.
+    Looking up the name of a container that has ended takes 10 seconds each time.
     """
     host, _, port = address.rpartition(":")
     with contextlib.suppress(OSError):
@@ -131,7 +128,7 @@ def _resolved(address: str) -> tuple[str, int]:
 
 
 def leave_ray(head: Head) -> None:
-    """Disconnect; where the head is lost within seconds, whatever Ray waits for."""
+    """Disconnect; if the head is lost, end within seconds whatever Ray waits for."""
     timer = threading.Timer(STUCK_SECONDS, head.end)
     timer.daemon = True
     if head.lost:

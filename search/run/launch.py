@@ -1,4 +1,4 @@
-"""Running what is left of a study, and the ``launch`` verb, which says what came out."""
+"""Run what is left of a study; the ``launch`` verb with its result."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A launch as it goes, on stderr: a changing line on a terminal, else a line now and then."""
+"""Progress of a launch on stderr: a changing line on a terminal, else a line now and then."""
 
 import sys
 import time
@@ -27,12 +27,12 @@ STEPS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """How far rows are that are being run, at one moment.
+    """The progress of rows at one moment.
 
     Attributes:
-        text: How far they are, and what is best so far.
-        ended, total: Rows.
-        running: Those at work.
+        text: Progress and best so far.
+        ended, total: Numbers of rows.
+        running: Running rows.
     """
 
     text: str
@@ -42,7 +42,7 @@ class Snapshot:
 
 
 def snapshot_of(study: Study) -> Snapshot:
-    """How far a study's rows are now."""
+    """The current progress of a study's rows."""
     counts = [ledger.counts() for ledger in study.ledgers]
     main = counts[0]
     what = "trials" if study.is_search else "rows"
@@ -68,11 +68,11 @@ def snapshot_of(study: Study) -> Snapshot:
 
 
 class Display:
-    """What a command that runs rows does now: rows done, best so far, time left.
+    """Shows progress: rows done, best so far, time left.
 
     Args:
-        snapshot: Reads how far the rows are.
-        stream: Where lines go.
+        snapshot: Reads the progress.
+        stream: Takes the lines; None is stderr.
     """
 
     def __init__(self, snapshot: Callable[[], Snapshot], stream: TextIO | None = None) -> None:
@@ -87,7 +87,7 @@ class Display:
         self._last_step = ""
 
     def preparing(self, message: Progress) -> None:
-        """A message from a preparing task."""
+        """Show a message of a preparing task."""
         now = time.monotonic()
         begun, first = self._step_started.setdefault(message.what, (now, message.done))
         text = STEPS[message.what]
@@ -100,12 +100,12 @@ class Display:
             text += f", about {duration(left)} left for this step"
         is_last = message.done == message.total
         if is_last:
-            # It may come again, for another seed.
+            # The step may come again for another seed.
             del self._step_started[message.what]
         self._show(text, message.what, is_last=is_last)
 
     def running(self) -> None:
-        """How far the rows are by now."""
+        """Show the progress of running rows."""
         snapshot = self._snapshot()
         if self._done_at_start is None:
             self._done_at_start, self._rows_started = snapshot.ended, time.monotonic()
@@ -121,7 +121,7 @@ class Display:
         self._show(text, f"rows {snapshot.ended}", is_last=False)
 
     def close(self) -> None:
-        """End a line that changes."""
+        """End the changing line."""
         if self._stream.isatty() and self._last_line:
             self._stream.write("\n")
             self._stream.flush()

@@ -1,4 +1,4 @@
-"""Why a launch cannot use Ray, in a line that says what to do about it."""
+"""Errors of ``ray.init``, in one line with what to do."""
 
 import os
 import traceback
@@ -11,7 +11,7 @@ TOKEN = "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH (a file) or RAY_AUTH_TOKEN
 
 
 def cannot_use(error: Exception) -> InputError:
-    """The error of a launch from what ``ray.init`` raised."""
+    """The error for the user, made from what ``ray.init`` raised."""
     address = os.environ.get("RAY_ADDRESS")
     where = address or "this machine"
     said = " ".join(str(error).split())
@@ -22,12 +22,12 @@ def cannot_use(error: Exception) -> InputError:
         )
     advice = "check RAY_ADDRESS, or unset it" if address else "see Ray's own logs"
     if "version mismatch" in said.lower():
-        advice = "install here the versions of Ray and Python that the cluster has"
+        advice = "install the cluster's versions of Ray and Python here"
     return InputError(f"Ray cannot be used at {where}: {said}; {advice}")
 
 
 def _is_refused(error: Exception) -> bool:
-    """Whether it is about the token; Ray buries that in the causes of what it raises."""
+    """Whether the token was refused, which Ray says only in the causes of its error."""
     if isinstance(error, AuthenticationError):
         return True
     told = "".join(traceback.format_exception(error))

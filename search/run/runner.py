@@ -1,7 +1,6 @@
-"""The launcher: Ray as executor of a study that lives in the database.
+"""The launcher: Ray as the executor of a study in the database.
 
-Nothing here is needed to find out where a study stands; killed at any point, the same command
-carries on.
+Killed at any point, it continues when the same command is run again.
 """
 
 import contextlib
@@ -43,9 +42,9 @@ from search.worker.ray_tasks import (
     slot,
 )
 
-OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least; nothing large goes through it
+OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum; no large object passes through it
 POLL_SECONDS = 1.0
-JOIN_SECONDS = 60.0  # that a cluster's first worker has
+JOIN_SECONDS = 60.0  # for a cluster's first worker
 
 _log = logging.getLogger(__name__)
 
@@ -57,20 +56,20 @@ def run(
     on_preparing: Callable[[Progress], None],
     on_running: Callable[[], None],
 ) -> None:
-    """Bring the rows to their end on Ray's workers.
+    """Run the study's rows on Ray's workers until all have ended.
 
     Args:
-        study: Whose rows.
-        workers: Rows at once; None is one for each GPU, or for each ``resources.cpus``.
+        study: The study.
+        workers: Rows at once; None for one on each GPU, or for each ``resources.cpus``.
         on_preparing: Called with the progress of the preparations.
         on_running: Called every second while rows run, from another thread.
 
     Raises:
-        InputError: Something the user gave cannot be used on the workers.
+        InputError: Workers cannot use something that the user gave.
         WorkersFailedError: Workers die before they reach a row.
         ClusterLostError: Ray's head is gone.
-        StoppedError: Somebody asked the study to stop.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; the workers have saved what they had.
+        StoppedError: The study was asked to stop.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the workers have saved their state.
     """
     spec = study.spec
     launch = Launch.begin(study.ledgers)
@@ -98,14 +97,14 @@ def run(
             _prepare(spec, worker, slots, on_preparing)
             ending.rows_run()
             with _every_second(on_running):
-                # Slots find nothing to do once all is claimed: no more of them than rows left.
+                # No more slots than rows are left: others would find nothing to do.
                 needed = min(slots, max(study.left(), 1))
                 errors = _run_slots(spec.resources, worker, needed)
                 all_ended = True
         if ending.interrupted:
-            raise KeyboardInterrupt  # as it would have without workers to wait for
+            raise KeyboardInterrupt  # as if there had been no workers to wait for
     except KeyboardInterrupt:
-        if not all_ended:  # else they gave back what they had; what still runs is another launch's
+        if not all_ended:  # else they gave their rows back; those that run are another launch's
             study.forgive_running()
         if is_asked(study.ledgers, launch):
             raise stopped_error(study.name) from None

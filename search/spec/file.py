@@ -1,7 +1,10 @@
 """A study's file: YAML to its spec, its files found, its mistakes named by key."""
 
+import dataclasses
 import functools
+import json
 import multiprocessing
+import re
 import signal
 from collections.abc import Callable, Collection
 from concurrent.futures import ProcessPoolExecutor
@@ -9,14 +12,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import ValidationError
 
 from bdense.data.names import split_format, split_side
 from bdense.errors import InputError
 from bdense.models.public import REFERENCES, published_names
 from search.errors import SpecError
 from search.spec.legacy import translated
-from search.spec.study import Strict, StudySpec
+from search.spec.study import StudySpec
 
 T = TypeVar("T")
 
@@ -92,18 +94,21 @@ def parse(tree: dict[str, Any], source: str) -> StudySpec:
     Raises:
         SpecError: One line for each mistake, naming ``source`` and the key.
     """
+    if "facts" in tree:
+        raise SpecError(f"{source}: facts is written by bdense itself; leave it out")
     try:
-        spec = StudySpec.model_validate(tree)
-    except ValidationError as error:
-        raise SpecError("\n".join(f"{source}: {line}" for line in _lines(error, tree))) from error
-    try:
-        _ = spec.space
+        spec = StudySpec.read(tree)
+        try:
+            _ = spec.space
+        except InputError as error:
+            raise SpecError(SpecError.under("weights", error)) from error
     except InputError as error:
-        raise SpecError(f"{source}: {SpecError.under('weights', error)}") from error
-    if "." in spec.name:
+        lines = str(error).splitlines()
+        raise SpecError("\n".join(f"{source}: {line}" for line in lines)) from error
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,63}", spec.name):
         raise SpecError(
-            f"{source}: name: {spec.name!r} has a dot, which names of derived studies have "
-            f"(NAME.confirm); choose another, such as {spec.name.replace('.', '-')}"
+            f"{source}: name must be lower-case letters, digits and hyphens, at most 64, got "
+            f"{spec.name!r}"
         )
     return _with_absolute_files(spec, source)
 
@@ -115,21 +120,21 @@ def read_stored(name: str, text: str) -> StudySpec:
         InputError: It is one of another version of bdense.
     """
     try:
-        return StudySpec.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the whole"
-        count = error.error_count()
-        more = f" and {count - 1} more" if count > 1 else ""
+        return StudySpec.read(json.loads(text))
+    except InputError as error:
+        first, *more = str(error).splitlines()
+        others = f" and {len(more)} more" if more else ""
         raise InputError(
-            f"this bdense cannot read the study's spec ({name}: {place}: {first['msg']}{more}); "
-            "use the version that launched it"
+            f"this bdense cannot read the study's spec ({name}: {first}{others}); use the version "
+            "that launched it"
         ) from error
 
 
 def as_yaml(spec: StudySpec) -> str:
     """The resolved spec, every default spelt out."""
-    return yaml.safe_dump(spec.model_dump(mode="json", exclude={"facts"}), sort_keys=False)
+    tree = spec.as_dict()
+    del tree["facts"]
+    return yaml.safe_dump(tree, sort_keys=False)
 
 
 def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
@@ -158,15 +163,15 @@ def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
         data = _absolute_data(data, source)
     if teacher.checkpoint is not None:
         checkpoint = absolute("teacher.checkpoint", teacher.checkpoint, published_names())
-        teacher = teacher.model_copy(update={"checkpoint": checkpoint})
+        teacher = dataclasses.replace(teacher, checkpoint=checkpoint)
     kind, _, file = evaluation.extractor.partition(":")
     if file:
         extractor = f"{kind}:{absolute('evaluation.extractor', file)}"
-        evaluation = evaluation.model_copy(update={"extractor": extractor})
+        evaluation = dataclasses.replace(evaluation, extractor=extractor)
     if evaluation.reference is not None:
         reference = absolute("evaluation.reference", evaluation.reference, REFERENCES)
-        evaluation = evaluation.model_copy(update={"reference": reference})
-    return spec.model_copy(update={"teacher": teacher, "evaluation": evaluation, "data": data})
+        evaluation = dataclasses.replace(evaluation, reference=reference)
+    return dataclasses.replace(spec, teacher=teacher, evaluation=evaluation, data=data)
 
 
 def _absolute_data(data: str, source: str) -> str:
@@ -180,58 +185,3 @@ def _absolute_data(data: str, source: str) -> str:
     if kind != "folder" and not path.is_file():
         raise SpecError(f"{source}: data: there is no file {found[1]}")
     return f"{kind}:{path}" if side is None else f"{kind}:{path}@{side}"
-
-
-def _lines(error: ValidationError, tree: dict[str, Any]) -> list[str]:
-    """One line for each key that is wrong."""
-    told: dict[str, list[str]] = {}
-    values: dict[str, Any] = {}
-    for problem in error.errors():
-        place = _as_written(problem["loc"], tree, missing=problem["type"] == "missing")
-        key = ".".join(str(part) for part in place) or "study"
-        message = problem["msg"].removeprefix("Value error, ")
-        given = problem["input"]
-        if problem["type"] == "extra_forbidden":
-            message = "unknown key; check the spelling"
-        elif problem["type"] == "missing":
-            message = "this key is missing"
-        elif problem["type"] != "value_error" and not isinstance(given, dict):
-            # Our own messages name the value themselves.
-            values[key] = given
-            if problem["type"] == "model_type":
-                message = f"Input should be a mapping of {_keys(problem['ctx']['class_name'])}"
-        told.setdefault(key, []).append(message)
-    return [f"{key}: {_joined(told[key])}{_got(key, values)}" for key in told]
-
-
-def _joined(messages: list[str]) -> str:
-    """Several for one key are what its kinds of values ask for each."""
-    first, *others = messages
-    return " or ".join([first, *(text.removeprefix("Input should be ") for text in others)])
-
-
-def _got(key: str, values: dict[str, Any]) -> str:
-    return f", got {values[key]!r}" if key in values else ""
-
-
-def _keys(class_name: str) -> str:
-    """What a section has, for people."""
-    sections = {section.__name__: section for section in Strict.__subclasses__()}
-    found = sections.get(class_name)
-    return ", ".join(found.model_fields) if found else "name and its settings"
-
-
-def _as_written(
-    place: tuple[int | str, ...], tree: dict[str, Any], *, missing: bool
-) -> tuple[int | str, ...]:
-    """Where a problem is in the file: pydantic puts the kind of a value between its keys."""
-    written: list[int | str] = []
-    at: Any = tree
-    for index, part in enumerate(place):
-        is_item = isinstance(at, list) and isinstance(part, int)
-        if is_item or (isinstance(at, dict) and part in at):
-            at = at[part]
-        elif not (missing and index == len(place) - 1):
-            continue  # names a kind
-        written.append(part)
-    return tuple(written)

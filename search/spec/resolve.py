@@ -5,6 +5,7 @@ ask for without torch.
 """
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def variant(spec: StudySpec, changes: dict[str, Any]) -> StudySpec:
     """
     if not changes:
         return spec
-    return _with_facts(spec.model_copy(update={"method": spec.method.with_options(changes)}))
+    return _with_facts(replace(spec, method=spec.method.with_options(changes)))
 
 
 def execution(spec: StudySpec) -> Execution:
@@ -159,7 +160,7 @@ def _with_facts(spec: StudySpec, teacher: NetworkDenoiser | None = None) -> Stud
         ),
     )
     chosen = spec.method.with_options(config.as_dict())
-    return spec.model_copy(update={"method": chosen, "facts": facts})
+    return replace(spec, method=chosen, facts=facts)
 
 
 def _check_weights(spec: StudySpec) -> None:

@@ -84,7 +84,7 @@ def _made(module: ModuleType, key: str, member: Member, **own: Any) -> Any:  # n
         )
     kind = kinds[member.name]
     options = {
-        name: _made(module, f"{key}.{name}", Member.model_validate(value))
+        name: _made(module, f"{key}.{name}", Member.of(value, name))
         if isinstance(value, dict) and "name" in value
         else value
         for name, value in member.options.items()

@@ -5,154 +5,165 @@ misspelt key is an error and a parsed spec never changes. Counts of images are i
 sizes in GiB, times in seconds.
 """
 
+import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
-
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from typing import Any, Literal, Self
 
 from bdense import NUMERICS
 from bdense.data.names import LABELS_FILE, image_files, labels_beside, split_format, split_side
+from bdense.errors import InputError
 from bdense.files import sha256_file
+from bdense.knobs import KnobError, Knobs, knob, knobs_of
 from bdense.models.public import REFERENCES, published_checkpoint
 from bdense.weights import WEIGHT_SPACES
 from bdense.weights.spaces import WeightSpace
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Kimg = Annotated[float, Field(ge=0.001, allow_inf_nan=False)]  # one image or more
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
 # Of bdense.execution.PRECISIONS, which needs torch.
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
+Loss = Literal["constant", "snr", "snr_trunc", "v"]
+_SEEDS: dict[str, Any] = {"low": 0, "below": 2**31}
+# One image or more.
+_KIMG: dict[str, Any] = {"low": 0.001}
 
 # Folders under the runs that all studies share (search.storage.engine, search.study.artifacts).
 TAKEN_NAMES = ("artifacts", "cache")
 
 
-class Strict(BaseModel):
-    """A misspelt key is an error, and a parsed spec never changes."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Member(BaseModel):
+@dataclass(frozen=True, slots=True)
+class Member:
     """A member of a registry by its name, with its own settings beside it."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
-
     name: str
+    options: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Its settings, without the name."""
-        return dict(self.model_extra or {})
+    @classmethod
+    def of(cls, given: Any, key: str) -> Self:  # noqa: ANN401  as YAML has it
+        """From a mapping with a ``name``, or the name alone.
 
-    def with_options(self, changes: dict[str, Any]) -> Self:
+        Raises:
+            KnobError: It is neither.
+        """
+        if isinstance(given, cls):
+            return given
+        if isinstance(given, str):
+            return cls(given)
+        if not isinstance(given, Mapping) or not isinstance(given.get("name"), str):
+            raise KnobError(key, f"must be a mapping with a name and its settings, got {given!r}")
+        return cls(given["name"], {key: value for key, value in given.items() if key != "name"})
+
+    def __str__(self) -> str:
+        return self.name
+
+    def with_options(self, changes: Mapping[str, Any]) -> Self:
         """The same member with some settings replaced."""
-        return type(self)(name=self.name, **{**self.options, **changes})
+        return type(self)(self.name, {**self.options, **changes})
 
 
-class TeacherTraining(Strict):
-    """A small teacher trained on the study's data, once, and cached.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherTraining(Knobs):
+    """A small teacher trained on the study's data, once, and cached."""
 
-    Attributes:
-        precond: Name and options of a variance-preserving process, cosine or ddpm, to train on;
-            unset: EDM's levels.
-        loss: How the levels of that process count; unset: by what the network predicts.
-        flip: Mirror every other image, by chance.
-        clip: Largest norm of the gradient.
-    """
+    network: dict[str, Any] = knob({}, "options of the SongUNet beyond image size and channels")
+    kimg: float = knob(help="training length in thousands of images", **_KIMG)
+    batch: int = knob(256, "images an update", low=1)
+    lr: float = knob(2e-3, "step size after the warm-up", above=0)
+    warmup_kimg: float = knob(10.0, "thousands of images over which lr rises from 0", low=0)
+    ema_halflife_kimg: float = knob(
+        10.0, "thousands of images after which a weight's share in the average has halved", **_KIMG
+    )
+    seed: int = knob(0, "seed of initial weights, batches, noise and dropout", **_SEEDS)
+    threads: int = knob(1, "CPU threads; they decide the last bits of the weights", low=1)
+    precond: dict[str, Any] | None = knob(
+        None,
+        "name (cosine or ddpm) and options of a variance-preserving process to train on",
+        none="EDM's levels",
+    )
+    loss: Loss | None = knob(
+        None, "how the levels of that process count", none="by what the network predicts"
+    )
+    flip: bool = knob(False, "mirror each image with probability 1/2")
+    clip: float | None = knob(None, "largest norm of the gradient", above=0)
 
-    network: dict[str, Any] = Field(default_factory=dict)
-    kimg: Kimg
-    batch: Count = 256
-    lr: Positive = 2e-3
-    warmup_kimg: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10
-    ema_halflife_kimg: Kimg = 10
-    seed: Seed = 0
-    threads: Count = 1
-    precond: dict[str, Any] | None = None
-    loss: Literal["constant", "snr", "snr_trunc", "v"] | None = None
-    flip: bool = False
-    clip: Positive | None = None
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherSpec(Knobs):
+    """Either a checkpoint or a training recipe."""
 
-class TeacherSpec(Strict):
-    """Either a checkpoint or a training recipe.
+    checkpoint: str | None = knob(
+        None,
+        "a file (our safetensors, pickle of EDM or SFD), or the name of a published one, which is "
+        "downloaded once",
+    )
+    train: TeacherTraining | None = knob(None, "how to train one on the study's own data")
 
-    Attributes:
-        checkpoint: A file (our safetensors, pickle of EDM or SFD), or the name of a published one,
-            which is downloaded once.
-        train: How to train one on the study's own data.
-    """
-
-    checkpoint: str | None = None
-    train: TeacherTraining | None = None
-
-    @model_validator(mode="after")
-    def _one_of_both(self) -> Self:
+    def __post_init__(self) -> None:
+        Knobs.__post_init__(self)
         if (self.checkpoint is None) == (self.train is None):
-            raise ValueError("give either checkpoint: FILE or train: {...}, one of the two")
-        return self
+            raise InputError("give either checkpoint: FILE or train: {...}, one of the two")
 
 
-class EvaluationSpec(Strict):
-    """How a student is judged: FID of so many images against the study's data, or a file.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationSpec(Knobs):
+    """How a student is judged: FID of so many images against the study's data, or a file."""
 
-    Attributes:
-        metrics: What is measured of each trial; the FID, which is searched for, always is.
-        reference: EDM's .npz of statistics in place of the data set's, which then only trains: a
-            file, or the name of one of EDM's fid-refs.
-    """
+    images: int = knob(50_000, "images drawn of each student", low=2)
+    extractor: str = knob(
+        "inception",
+        "feature network: inception, dinov2, torchscript:FILE, or a small classifier trained once "
+        "here (digits-, fashion-mnist-, cifar10-classifier)",
+    )
+    batch: int = knob(128, "images drawn at a time", low=1)
+    metrics: tuple[Literal["fid", "kid", "prc"], ...] = knob(
+        ("fid",), "what is measured; the fid, which is searched for, always is"
+    )
+    reference: str | None = knob(
+        None,
+        "EDM's .npz of statistics in place of the data set's: a file, or the name of one of EDM's",
+    )
 
-    images: Annotated[int, Field(ge=2)] = 50_000
-    extractor: str = "inception"
-    batch: Count = 128
-    metrics: tuple[Literal["fid", "kid", "prc"], ...] = ("fid",)
-    reference: str | None = None
-
-    @model_validator(mode="after")
-    def _with_the_fid(self) -> Self:
+    def __post_init__(self) -> None:
+        Knobs.__post_init__(self)
         if "fid" not in self.metrics:
-            raise ValueError(f"metrics {list(self.metrics)} lack fid, which is searched for")
+            raise InputError(f"metrics {list(self.metrics)} lack fid, which is searched for")
         if self.reference is not None and set(self.metrics) != {"fid"}:
-            raise ValueError(
+            raise InputError(
                 f"metrics {list(self.metrics)} beside fid need single reference images, which a "
                 "reference file lacks; drop them, or drop reference to compare with data"
             )
-        return self
 
 
-class ResourcesSpec(Strict):
-    """What one trial holds, how it computes, and when its worker counts as lost.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResourcesSpec(Knobs):
+    """What one trial holds, how it computes, and when its worker counts as lost."""
 
-    Attributes:
-        gpus: ``auto`` (one, where there are any), a share of one, or a whole number of one
-            machine's, which then share every batch.
-        compile: Compile networks by torch.compile; moves numbers by rounding.
-        channels_last: NHWC memory; moves numbers by rounding.
-    """
+    cpus: float = knob(1.0, "CPUs of a trial", above=0)
+    gpus: Literal["auto"] | float = knob(
+        "auto",
+        "GPUs of a trial: auto (one, where there are any), a share of one, or a whole number of "
+        "one machine's, which then share every batch",
+        low=0,
+    )
+    threads: int = knob(1, "CPU threads of a trial", low=1)
+    deterministic: bool = knob(False, "deterministic algorithms of torch alone")
+    compile: bool = knob(False, "compile networks by torch.compile; moves numbers by rounding")
+    channels_last: bool = knob(False, "NHWC memory; moves numbers by rounding")
+    checkpoint_seconds: float = knob(60.0, "seconds between checkpoints of a training", above=0)
+    lease_seconds: float = knob(60.0, "seconds after which a silent worker counts as lost", low=10)
+    max_attempts: int = knob(3, "times a trial is started before it counts as poisoned", low=1)
 
-    cpus: Positive = 1
-    gpus: Literal["auto"] | Annotated[float, Field(ge=0, allow_inf_nan=False)] = "auto"
-    threads: Count = 1
-    deterministic: bool = False
-    compile: bool = False
-    channels_last: bool = False
-    checkpoint_seconds: Positive = 60
-    lease_seconds: Annotated[float, Field(ge=10, allow_inf_nan=False)] = 60
-    max_attempts: Count = 3
-
-    @field_validator("gpus")
-    @classmethod
-    def _a_share_or_whole_ones(cls, gpus: Literal["auto"] | float) -> Literal["auto"] | float:
+    def __post_init__(self) -> None:
+        Knobs.__post_init__(self)
+        gpus = self.gpus
         if gpus != "auto" and gpus > 1 and gpus % 1:
-            raise ValueError(
+            raise KnobError(
+                "gpus",
                 f"{gpus:g} is neither a share of one GPU nor a whole number of them; give 0 to 1, "
-                f"{int(gpus)} or {int(gpus) + 1}"
+                f"{int(gpus)} or {int(gpus) + 1}",
             )
-        return gpus
 
     @property
     def team(self) -> int:
@@ -160,170 +171,191 @@ class ResourcesSpec(Strict):
         return 1 if self.gpus == "auto" else max(1, int(self.gpus))
 
 
-class SearchPlan(Strict):
-    """Points proposed by a sampler, beside plain distillation and uniform weights.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchPlan(Knobs):
+    """Points proposed by a sampler, beside plain distillation and uniform weights."""
 
-    Attributes:
-        trials: Points in all.
-        sampler: A class of ``optuna.samplers`` and its arguments; its seed is ``seeds.sampler``.
-        pruner: A class of ``optuna.pruners`` and its arguments, asked at each intermediate FID.
-        at: Fractions of the training after which the student is measured, ascending; a method of
-            several stages is measured after each of them.
-        images: Drawn for each intermediate FID; unset: ``evaluation.images``.
-    """
+    trials: int = knob(help="points in all", low=1)
+    sampler: Member = knob(
+        Member("TPESampler"),
+        "a class of optuna.samplers and its arguments; its seed is seeds.sampler",
+    )
+    pruner: Member | None = knob(
+        None, "a class of optuna.pruners and its arguments, asked at each intermediate FID"
+    )
+    at: tuple[float, ...] = knob(
+        (),
+        "fractions of the training after which the student is measured, ascending; a method of "
+        "several stages is measured after each of them",
+        above=0,
+        below=1,
+    )
+    images: int | None = knob(
+        None, "images drawn for each intermediate FID", low=2, none="evaluation.images"
+    )
 
-    trials: Count
-    sampler: Member = Member(name="TPESampler")
-    pruner: Member | None = None
-    at: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
-    images: Annotated[int, Field(ge=2)] | None = None
-
-    @model_validator(mode="after")
-    def _intermediate_evaluations(self) -> Self:
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sampler", Member.of(self.sampler, "sampler"))
+        if self.pruner is not None:
+            object.__setattr__(self, "pruner", Member.of(self.pruner, "pruner"))
+        Knobs.__post_init__(self)
         if list(self.at) != sorted(set(self.at)):
-            raise ValueError(f"at {list(self.at)} must ascend, each fraction once; sort it")
+            raise KnobError("at", f"{list(self.at)} must ascend, each fraction once; sort it")
         if self.images is not None and not self.at:
-            raise ValueError(
-                f"images {self.images} are drawn at no fraction of the budget; give at: [...] or "
-                "drop images"
+            raise KnobError(
+                "images",
+                f"{self.images} are drawn at no fraction of the training; give at: [...] or drop "
+                "images",
             )
-        return self
 
 
-class ArmsPlan(Strict):
-    """Given arms, each trained under each seed.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmsPlan(Knobs):
+    """Given arms, each trained under each seed."""
 
-    Attributes:
-        arms: ``plain``, ``uniform``, a mapping of weight parameters (a, b; rule, strength), or
-            ``{winner_of: STUDY}``, another study's confirmed winner.
-        seeds: Training seeds, the same for all arms.
-        variants: Settings of the method that differ from the study's; each arm is trained under
-            each of them.
-        latents: ``shared``: all rows are judged on the latents of ``seeds.evaluation``; ``fresh``:
-            each seed on its own.
-    """
+    arms: tuple[str | dict[str, Any], ...] = knob(
+        ("plain", "uniform"),
+        "plain, uniform, a mapping of weight parameters (a, b; rule, strength), or {winner_of: "
+        "STUDY}, another study's confirmed winner",
+    )
+    seeds: tuple[int, ...] = knob((0, 1, 2), "training seeds, the same for all arms", **_SEEDS)
+    variants: tuple[dict[str, Any], ...] = knob(
+        ({},), "settings of the method that differ from the study's: arms are trained under each"
+    )
+    latents: Literal["shared", "fresh"] = knob(
+        "shared",
+        "shared: all rows are judged on the latents of seeds.evaluation; fresh: each seed on its "
+        "own",
+    )
 
-    arms: tuple[Literal["plain", "uniform"] | dict[str, Any], ...] = ("plain", "uniform")
-    seeds: tuple[Seed, ...] = (0, 1, 2)
-    variants: tuple[dict[str, Any], ...] = ({},)
-    latents: Literal["shared", "fresh"] = "shared"
-
-    @field_validator("seeds")
-    @classmethod
-    def _each_once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if not seeds or len(set(seeds)) < len(seeds):
-            raise ValueError(f"{list(seeds)} must name one seed or more, each once")
-        return seeds
+    def __post_init__(self) -> None:
+        Knobs.__post_init__(self)
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise KnobError("seeds", f"{list(self.seeds)} must name one seed or more, each once")
+        for arm in self.arms:
+            if isinstance(arm, str) and arm not in ("plain", "uniform"):
+                raise KnobError("arms", f"must be plain, uniform or a mapping, got {arm!r}")
 
 
-class SeedsSpec(Strict):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeedsSpec(Knobs):
     """One training seed and one set of latents for all trials of a search; the sampler's seed."""
 
-    training: Seed = 0
-    evaluation: Seed = 0
-    sampler: Seed = 0
+    training: int = knob(0, "seed of each training", **_SEEDS)
+    evaluation: int = knob(0, "seed of the latents that images are drawn from", **_SEEDS)
+    sampler: int = knob(0, "seed of the sampler", **_SEEDS)
 
 
-class TrajectoriesSpec(Strict):
-    """Teacher trajectories: recorded once and shared, or computed anew in every trial."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrajectoriesSpec(Knobs):
+    """Teacher trajectories, of methods that can record them."""
 
-    mode: Literal["recorded", "live"] = "recorded"
-    dtype: Literal["float32", "float16"] = "float32"
-    max_gib: Positive = 32.0
-
-
-class ConfirmSpec(Strict):
-    """How the best weights are told from lucky ones: fresh seeds, the same for all.
-
-    Attributes:
-        candidates: Points of the search with the lowest posterior mean.
-        seeds: Fresh training seeds, and latents, each.
-        method: Settings of the method that differ from the search's, such as ``kimg`` of the
-            budget the winner will be used at, since the best weights move with it.
-    """
-
-    candidates: Count = 3
-    seeds: Annotated[int, Field(ge=3)] = 3
-    method: dict[str, Any] = Field(default_factory=dict)
+    mode: Literal["recorded", "live"] = knob(
+        "recorded", "record once and share, or compute anew in every trial"
+    )
+    dtype: Literal["float32", "float16"] = knob("float32", "of what is recorded")
+    max_gib: float = knob(32.0, "most GiB to record", above=0)
 
 
-class StageFacts(Strict):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfirmSpec(Knobs):
+    """How the best weights are told from lucky ones: fresh seeds, the same for all."""
+
+    candidates: int = knob(3, "points of the search with the lowest posterior mean", low=1)
+    seeds: int = knob(3, "fresh training seeds, and latents, each", low=3)
+    method: dict[str, Any] = knob(
+        {},
+        "settings of the method that differ from the search's, such as kimg of the budget the "
+        "winner will be used at, since the best weights move with it",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageFacts(Knobs):
     """What is known of a stage before it is trained, as ``bdense.methods.method.StagePlan``."""
 
-    name: str
-    label: str
-    num_updates: int
-    nfe: int
-    branched: bool
+    name: str = knob()
+    label: str = knob()
+    num_updates: int = knob()
+    nfe: int = knob()
+    branched: bool = knob()
 
 
-class Facts(Strict):
-    """What the engine says of a spec, so that others need not load torch to know it.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts(Knobs):
+    """What the engine says of a spec, so that others need not load torch to know it."""
 
-    Attributes:
-        title: The method's short name for people, such as SFD.
-        num_branches: K.
-        batch: Images an update.
-        needs_data: Whether students learn from the data itself.
-        stages: Of the method, in order.
-    """
-
-    title: str
-    num_branches: int
-    batch: int
-    needs_data: bool
-    stages: tuple[StageFacts, ...]
+    title: str = knob(help="the method's short name for people, such as SFD")
+    num_branches: int = knob(help="K")
+    batch: int = knob(help="images an update")
+    needs_data: bool = knob(help="whether students learn from the data itself")
+    stages: tuple[StageFacts, ...] = knob(help="of the method, in order")
 
 
-class StudySpec(Strict):
-    """A whole study.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudySpec(Knobs):
+    """A whole study."""
 
-    Attributes:
-        data: What a teacher is trained on and the FID's reference; not needed where both are
-            there already, as ``teacher.checkpoint`` and ``evaluation.reference``, and the method
-            does not learn from data.
-        precision: What the teacher, the student's training and its images are computed in;
-            features and their statistics are float32 in any case.
-        method: A distillation method's name and its settings.
-        weights: A weight space's name and its settings.
-        facts: Written by ``search.spec.resolve``, which also fills in the method's defaults.
-    """
+    name: str = knob(help="lower-case letters, digits and hyphens; also its folder under runs/")
+    data: str | None = knob(
+        None,
+        "what a teacher is trained on and the FID's reference: a name, or folder:, zip:, idx: and "
+        "a path; not needed where teacher.checkpoint and evaluation.reference are there and the "
+        "method does not learn from data",
+    )
+    teacher: TeacherSpec = knob(help="whose steps are distilled")
+    method: Member = knob(help="a distillation method's name and its settings")
+    weights: Member = knob(Member("normalised"), "a weight space's name and its settings")
+    plan: SearchPlan | ArmsPlan = knob(help="a search (trials, ...) or given arms (arms, ...)")
+    evaluation: EvaluationSpec = knob(EvaluationSpec(), "how students are judged")
+    precision: Precision = knob(
+        "float32",
+        "what teacher, training and sampling are computed in; features are float32 in any case",
+    )
+    seeds: SeedsSpec = knob(SeedsSpec(), "seeds of a search")
+    trajectories: TrajectoriesSpec = knob(TrajectoriesSpec(), "the teacher's trajectories")
+    resources: ResourcesSpec = knob(ResourcesSpec(), "what a trial holds")
+    keep_students: int = knob(3, "how many of a search's best students stay on the disk", low=1)
+    confirm: ConfirmSpec = knob(ConfirmSpec(), "how a search's best is confirmed")
+    facts: Facts | None = knob(None, "written by search.spec.resolve")
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$", max_length=128)]
-    data: str | None = None
-    teacher: TeacherSpec
-    method: Member
-    weights: Member = Member(name="normalised")
-    plan: SearchPlan | ArmsPlan
-    evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
-    precision: Precision = "float32"
-    seeds: SeedsSpec = Field(default_factory=SeedsSpec)
-    trajectories: TrajectoriesSpec = Field(default_factory=TrajectoriesSpec)
-    resources: ResourcesSpec = Field(default_factory=ResourcesSpec)
-    keep_students: Count = 3
-    confirm: ConfirmSpec = Field(default_factory=ConfirmSpec)
-    facts: Facts | None = None
-
-    @field_validator("name")
-    @classmethod
-    def _has_a_folder_of_its_own(cls, name: str) -> str:
-        if name in TAKEN_NAMES:
-            raise ValueError(
-                f"{name!r} is a folder under the runs that all studies share; choose another name"
+    def __post_init__(self) -> None:
+        Knobs.__post_init__(self)
+        if self.name in TAKEN_NAMES:
+            raise KnobError(
+                "name",
+                f"{self.name!r} is a folder under the runs that all studies share; choose another",
             )
-        return name
 
-    @field_validator("weights", mode="before")
     @classmethod
-    def _in_a_word(cls, given: Any) -> Any:  # noqa: ANN401  as YAML has it
-        return {"name": given} if isinstance(given, str) else given
+    def read(cls, tree: Mapping[str, Any], where: str = "") -> Self:
+        """As of ``Knobs``, with all mistakes at once, a line for each section.
 
-    @field_validator("plan", mode="before")
-    @classmethod
-    def _one_plan(cls, given: Any) -> Any:  # noqa: ANN401  as YAML has it
-        if isinstance(given, dict):
-            return (ArmsPlan if "arms" in given else SearchPlan).model_validate(given)
-        return given
+        Raises:
+            InputError: A line for each mistake, naming the key.
+        """
+        values, problems = dict(tree), []
+        for name, known in knobs_of(cls).items():
+            try:
+                if name in tree:
+                    values[name] = _section(name, tree[name])
+                    known.accept(values[name])
+            except InputError as error:
+                problems.append(_named(name, error))
+        rest = {name: value for name, value in values.items() if name in knobs_of(cls)}
+        unknown = {name: value for name, value in values.items() if name not in rest}
+        try:
+            # Of a key that is unknown or missing.
+            if unknown or not problems:
+                return super(StudySpec, cls).read(values, where)
+        except InputError as error:
+            problems.append(str(error))
+        raise InputError("\n".join(dict.fromkeys(problems)))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, which ``read`` takes back."""
+        plain: dict[str, Any] = as_plain(self)
+        return plain
 
     @property
     def space(self) -> WeightSpace:
@@ -366,7 +398,7 @@ class StudySpec(Strict):
             "numerics": NUMERICS,
             "teacher": self._teacher(),
             "evaluation": self._evaluation(),
-            "method": self.method.model_dump(mode="json"),
+            "method": as_plain(self.method),
         }
         if self.precision != "float32":
             kept["precision"] = self.precision
@@ -374,7 +406,10 @@ class StudySpec(Strict):
             kept["data"] = _content_of(self.data)
         if isinstance(self.plan, SearchPlan):
             kept["weights"] = self.space.identity()
-            kept["seeds"] = self.seeds.model_dump(include={"training", "evaluation"})
+            kept["seeds"] = {
+                "training": self.seeds.training,
+                "evaluation": self.seeds.evaluation,
+            }
         else:
             shared = self.plan.latents == "shared"
             kept["latents"] = self.seeds.evaluation if shared else "fresh"
@@ -392,7 +427,7 @@ class StudySpec(Strict):
     def _teacher(self) -> dict[str, Any]:
         checkpoint = self.teacher.checkpoint
         if checkpoint is None:
-            return self.teacher.model_dump(mode="json", exclude={"checkpoint"})
+            return {"train": as_plain(self.teacher.train)}
         # A file's content counts, not where it lies; a published one is what its name says.
         if published_checkpoint(checkpoint) is not None:
             return {"checkpoint": checkpoint}
@@ -407,6 +442,33 @@ class StudySpec(Strict):
             is_name = given.reference in REFERENCES
             kept["reference"] = given.reference if is_name else sha256_file(Path(given.reference))
         return kept
+
+
+def as_plain(value: Any) -> Any:  # noqa: ANN401  any part of a spec
+    """Dataclasses as mappings, members with their name among their settings, tuples as lists."""
+    if isinstance(value, Member):
+        return {"name": value.name, **as_plain(value.options)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return {each.name: as_plain(getattr(value, each.name)) for each in fields}
+    if isinstance(value, Mapping):
+        return {key: as_plain(each) for key, each in value.items()}
+    return [as_plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _section(name: str, given: Any) -> Any:  # noqa: ANN401  as YAML has it
+    """A section that is not one class alone, as what it is."""
+    if name in ("method", "weights"):
+        return Member.of(given, name)
+    if name == "plan" and isinstance(given, Mapping):
+        return (ArmsPlan if "arms" in given else SearchPlan).read(given)
+    return given
+
+
+def _named(name: str, error: InputError) -> str:
+    """A mistake with the section's name in front."""
+    text = str(error)
+    return text if text.startswith((f"{name} ", f"{name}.")) else f"{name}.{text}"
 
 
 def _content_of(data: str) -> str:

@@ -34,7 +34,7 @@ _DETAIL_CHARACTERS = 2000
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Nothing to start now, but others still run: ask again later."""
+    """Nothing can start now, but other trials still run: ask again later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +44,9 @@ class Done:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asking:
-    """What one call for a trial was given; ``owner`` tells its lease from that of any other.
+    """Arguments of one call for a trial; ``owner`` identifies the lease it takes.
 
-    Without a ``sampler`` only planned trials are begun.
+    Without a ``sampler`` only planned trials start.
     """
 
     space: Mapping[str, BaseDistribution]
@@ -55,7 +55,7 @@ class Asking:
     owner: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def sampler_at(self, offset: int) -> BaseSampler:
-        """Who proposes; for planned trials, whose parameters are all given, anybody."""
+        """The sampler for the ``offset``-th suggestion; any, for planned trials."""
         return RandomSampler() if self.sampler is None else self.sampler(offset)
 
 
@@ -70,20 +70,20 @@ def rows_of(storage: RDBStorage, study: optuna.Study) -> Rows:
 
 
 def differing_versions(storage: RDBStorage, study: optuna.Study) -> list[str]:
-    """A line for each package that a study's trials were measured with several versions of."""
+    """A line for each package of which a study's trials used several versions."""
     return differing(storage.engine, study._study_id)
 
 
 def failure_attributes(reason: str, detail: str) -> dict[str, str]:
-    """What a failed trial says of itself, without passwords."""
+    """Attributes of a failed trial, without passwords."""
     return {"reason": reason, "error": redact(detail)[:_DETAIL_CHARACTERS]}
 
 
 class Claimer:
     """Picks the trial to work on; ``claim`` needs the study's lock.
 
-    On PostgreSQL the lock's connection sits in a transaction, and Optuna writes through
-    connections of its own: a lease is taken last, so that the two never wait for each other.
+    On PostgreSQL the lock's connection is in a transaction, and Optuna writes through its own
+    connections. The lease is taken last, so that the two never wait for each other.
     """
 
     def __init__(self, study: optuna.Study, leases: Leases, max_attempts: int) -> None:
@@ -92,22 +92,22 @@ class Claimer:
         self._max_attempts = max_attempts
 
     def load_trials(self) -> None:
-        """Fill Optuna's cache, without the lock: later calls read only what is new."""
+        """Fill Optuna's cache without the lock, so that later calls read only new trials."""
         self._study.get_trials(deepcopy=False)
 
     def claim(self, connection: sa.Connection, asking: Asking, budget: int) -> Claim | Wait | Done:
-        """A trial to adopt, else one to begin, else what to do instead.
+        """A trial to take over, else a new one, else ``Wait`` or ``Done``.
 
         Args:
-            connection: the connection that holds the study's lock.
-            asking: what may be asked for.
-            budget: trials to run in all.
+            connection: The connection that holds the study's lock.
+            asking: Arguments of the call.
+            budget: Trials to run in all.
         """
         self._leases.note_server(connection)
         self._leases.sweep(connection)
         for row in self._leases.running(connection):
             if row.owner == asking.owner:
-                # An earlier try of this very call was committed, only its answer was lost.
+                # An earlier attempt of this call was committed, but its answer was lost.
                 params = self._trial(row, asking).params
                 return _claim(row, params, asking, attempt=row.attempt, adopted=row.attempt > 1)
             if row.adoptable and (claim := self._adopt(connection, row, asking, budget)):
@@ -139,7 +139,7 @@ class Claimer:
     def _adopt(
         self, connection: sa.Connection, row: RunningRow, asking: Asking, budget: int
     ) -> Claim | None:
-        """Take over a trial nobody works on, or finish it where it is not to be run again."""
+        """Take over a trial without a worker, or finish it if it must not run again."""
         if row.attempt == 0 and _started(self._leases.count_states(connection)) > budget:
             self._drop_surplus(row)
             return None
@@ -151,14 +151,14 @@ class Claimer:
                 self._poison(trial, row)
                 return None
         except UpdateFinishedTrialError:
-            # Its worker was only frozen, and told its result just now.
+            # Its worker was only frozen and has just finished it.
             return None
         return self._take(connection, row, trial.params, asking, adopted=True)
 
     def _trial(self, row: RunningRow, asking: Asking) -> optuna.Trial:
-        """The trial of a row, with what is missing of its parameters where its asker died."""
+        """The trial of a row; suggests parameters that a dead worker left out."""
         self._study.sampler = asking.sampler_at(row.number)
-        # Optuna's cache writes parameters only of trials that it has listed before.
+        # Optuna's cache can write parameters only of trials that it has listed before.
         self.load_trials()
         trial = optuna.Trial(self._study, row.trial_id)
         for name, distribution in asking.space.items():
@@ -170,7 +170,7 @@ class Claimer:
         return self._study.ask(fixed_distributions=dict(asking.space))
 
     def _within_bounds(self, trial: optuna.Trial, asking: Asking) -> bool:
-        """Whether the trial may run; one that may not is finished and left out of all counts."""
+        """Whether the trial may run; if not, it is finished and counts nowhere."""
         beyond = 0.0 if asking.constraint is None else asking.constraint(trial.params)
         if beyond <= 0:
             return True
@@ -181,9 +181,9 @@ class Claimer:
         return False
 
     def _drop_surplus(self, row: RunningRow) -> None:
-        """Finish a trial beyond the budget, which no worker ever took.
+        """Finish a trial beyond the budget that no worker took.
 
-        It was begun by a claim that lost the study's lock together with its connection.
+        A claim started it and then lost the study's lock with its connection.
         """
         self._study._storage.set_trial_user_attr(row.trial_id, SURPLUS, True)
         self._study.tell(row.number, state=TrialState.FAIL, skip_if_finished=True)

@@ -1,4 +1,4 @@
-"""Disks that do not take what a study writes, whichever of its files it was: full, or closed."""
+"""Errors of a full disk or missing permissions, whichever file was written."""
 
 import errno
 import platform
@@ -11,12 +11,12 @@ _CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Whether there was no space left to write to."""
+    """Whether the disk or quota was full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def disk_error(error: BaseException) -> InputError | None:
-    """What any row's files would meet, for the user: where, and what to do. None of another."""
+    """An error for the user if every row would meet the same; None for other errors."""
     if not isinstance(error, OSError):
         return None
     places = " or ".join(sorted({str(runs_folder().resolve()), str(cache_folder().resolve())}))

@@ -28,7 +28,7 @@ from search.storage.mounts import refuse_network_file_system
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-# What comes from a database, through Optuna or not.
+# Errors of a database, through Optuna or not.
 DATABASE_ERRORS = (SQLAlchemyError, StorageInternalError)
 
 ACCEPTED_FORMS = (
@@ -38,8 +38,8 @@ ACCEPTED_FORMS = (
 BUSY_SECONDS = 30
 CONNECT_SECONDS = 5
 ANSWER_SECONDS = 30
-# A server ends a transaction whose process is frozen or cut off this long, or everybody who wants
-# what it locks would wait for ever. Samplers compute in one, and Optuna makes trials of its rows.
+# The server ends a transaction whose process is frozen or cut off for this long; otherwise others
+# would wait for its locks for ever. Samplers compute, and Optuna loads trials, in a transaction.
 FROZEN_SECONDS = 120
 _WITHOUT_RIGHTS = (
     "the user may not do that: let the database's owner give the command bdense-search storage "
@@ -47,21 +47,21 @@ _WITHOUT_RIGHTS = (
 )
 UPGRADE = "end its workers, then renew them by: bdense-search storage upgrade"
 
-# Named here because a bare postgresql:// means another driver from SQLAlchemy 2.1 on.
+# Explicit, because postgresql:// alone means another driver from SQLAlchemy 2.1 on.
 _POSTGRES_DRIVER = "postgresql+psycopg2"
 _POSTGRES_NAMES = ("postgresql", _POSTGRES_DRIVER)
 _SQLITE_NAMES = ("sqlite", "sqlite+pysqlite")
 _FIRST_DELAY_SECONDS = 0.1
 _LONGEST_DELAY_SECONDS = 10.0
-# Not the global generator: a database hiccup must not move anybody's seeded draws.
+# Not the global generator: a database hiccup must not change seeded draws.
 _jitter = random.Random()
 
-# What libpq takes in a URL's query that is a secret by itself, not the path of one.
+# Keys of libpq in a URL's query whose values are secrets, not paths.
 _SECRETS = (
     *("password", "sslpassword", "oauth_client_secret"),
     *("scram_client_key", "scram_server_key"),
 )
-# Of a server at the start of a connection, where its code of the error is not handed on.
+# Refusals of a server when a connection starts; psycopg2 does not pass on their error codes.
 _TURNED_AWAY = re.compile(
     r"password authentication failed|(?:peer|ident) authentication failed|no password supplied"
     r"|no pg_hba\.conf entry|is not permitted to log in|permission denied for database"
@@ -71,12 +71,12 @@ _TURNED_AWAY = re.compile(
 # insufficient_privilege, read_only_sql_transaction
 _LACKING_RIGHTS = ("42501", "25006")
 
-# A text that is a URL as a whole, well-formed or not, may hold blanks in its password.
+# A text that is one URL, well-formed or not, may have blanks in its password.
 _WHOLE_URL_PASSWORD = re.compile(
     r"^([a-z][\w+.-]*:/*[^:/@\s]*|[^:/@\s]+):(?![\s/]).*@", re.IGNORECASE
 )
 _URL_PASSWORD = re.compile(r"([a-z][\w+.-]*://[^:/@\s]*):\S*@", re.IGNORECASE)
-# In a URL's query the value of another key, percent-encoded, may hold one too.
+# The percent-encoded value of another key in a URL's query may hold a password too.
 _DSN_PASSWORD = re.compile(
     r"((?:pass(?:word|wd)?|oauth_client_secret|scram_(?:client|server)_key)\s*(?:=|%3D)\s*)"
     r"('(?:[^'\\]|\\.)*'|[^\s&'\"]+)",
@@ -85,24 +85,23 @@ _DSN_PASSWORD = re.compile(
 
 
 def runs_folder() -> Path:
-    """Folder of everything a run leaves behind: ``$BDENSE_RUNS``, else ``runs``."""
+    """Folder of all files of studies: ``$BDENSE_RUNS``, else ``runs``."""
     return Path(os.environ.get("BDENSE_RUNS") or "runs")
 
 
 def cache_folder() -> Path:
-    """Folder of what studies share: ``$BDENSE_CACHE``, else ``cache`` under the runs."""
+    """Folder of files that studies share: ``$BDENSE_CACHE``, else ``cache`` under the runs."""
     return Path(os.environ.get("BDENSE_CACHE") or runs_folder() / "cache")
 
 
 def resolve_storage_url(given: str | None) -> str:
     """The storage to use: ``given``, else ``$BDENSE_STORAGE``, else a SQLite file under the runs.
 
-    The answer names its driver and holds an absolute path, so that it means the same to a worker
-    that starts in another folder. It may hold a password: show ``redact`` of it.
+    The URL names its driver and has an absolute path, so that it holds for a worker in another
+    folder. It may contain a password: show ``redact`` of it.
 
     Raises:
-        StorageRefusedError: the URL has no form that is accepted; the message lists those that
-            are.
+        StorageRefusedError: The form of the URL is not accepted; lists those that are.
     """
     asked = given or os.environ.get("BDENSE_STORAGE")
     if not asked:
@@ -115,51 +114,51 @@ def resolve_storage_url(given: str | None) -> str:
 
 
 def without_password(url: str) -> str:
-    """A resolved URL whose secrets must come from elsewhere; safe to hand on."""
-    # Not by its ``set``, to which None is no value.
+    """A resolved URL without secrets, safe to pass on."""
+    # URL.set ignores None.
     bare = make_url(url)._replace(password=None).difference_update_query(_SECRETS)
     return bare.render_as_string(hide_password=False)
 
 
 def redact(text_or_url: str) -> str:
-    """The same text without the password of any URL or connection string in it."""
+    """The text without passwords of URLs and connection strings."""
     without = _WHOLE_URL_PASSWORD.sub(r"\1:***@", text_or_url)
     return _DSN_PASSWORD.sub(r"\1***", _URL_PASSWORD.sub(r"\1:***@", without))
 
 
 def sqlite_file(url: str) -> Path | None:
-    """Database file of a SQLite URL; None for a server."""
+    """Database file of a SQLite URL; None for a server's."""
     parsed = _parse(url)
     return _sqlite_database(parsed, url) if parsed.drivername in _SQLITE_NAMES else None
 
 
 def open_storage(url: str) -> RDBStorage:
-    """Open the database, making its file, folder and Optuna's tables if they are not there.
+    """Open the database; creates its file, folder and Optuna's tables if missing.
 
     Args:
-        url: what ``resolve_storage_url`` accepts.
+        url: As accepted by ``resolve_storage_url``.
 
     Raises:
-        StorageError: it cannot be opened; one line that says what to check, without a password.
-            A ``StorageRefusedError`` where it cannot be later either.
+        StorageError: It cannot be opened; one line with what to check, without a password. A
+            ``StorageRefusedError`` if trying later will not help.
     """
     return _open(url)
 
 
 def open_reading(url: str) -> RDBStorage:
-    """Open a database that is there; whatever would write to it is refused by the database.
+    """Open an existing database so that it refuses writes.
 
     Args:
-        url: what ``resolve_storage_url`` accepts.
+        url: As accepted by ``resolve_storage_url``.
 
     Raises:
-        StorageError: as of ``open_storage``; or there is none yet.
+        StorageError: As in ``open_storage``, or the database does not exist.
     """
     return _open(url, reading=True)
 
 
 def open_to_upgrade(url: str) -> RDBStorage:
-    """As ``open_storage``, for a database whose tables may be of another version of Optuna."""
+    """Like ``open_storage``, for tables of any version of Optuna."""
     return _open(url, skip_compatibility_check=True)
 
 
@@ -172,7 +171,7 @@ def _open(url: str, *, reading: bool = False, **options: Any) -> RDBStorage:  # 
             return _open_sqlite(resolved, path, reading=reading, **options)
         return _open_postgres(resolved, reading=reading, **options)
     except (SQLAlchemyError, StorageInternalError, OSError, RuntimeError) as error:
-        # RuntimeError: Optuna met a schema of another version.
+        # RuntimeError: Optuna found a schema of another version.
         raise cannot_open(resolved, error) from None
 
 
@@ -180,10 +179,10 @@ def _open(url: str, *, reading: bool = False, **options: Any) -> RDBStorage:  # 
 def exclusive(engine: Engine, name: str) -> Iterator[Connection]:
     """Hold the lock called ``name`` across all processes that use this database.
 
-    PostgreSQL: an advisory lock that ends with the transaction of the connection handed out, so
-    what is written through it becomes visible as the lock is freed. SQLite: a lock on
-    ``<database>.lock``, never a transaction, which would block Optuna's own connection; each
-    statement is committed by itself. Both are freed when their holder dies.
+    PostgreSQL: an advisory lock that ends with the transaction of the yielded connection, so that
+    writes become visible when the lock is freed. SQLite: a lock on ``<database>.lock``, not a
+    transaction, which would block Optuna's own connection; each statement is committed by itself.
+    Both locks are freed when their holder dies.
     """
     if engine.dialect.name == "sqlite":
         with (
@@ -201,13 +200,13 @@ def retrying(call: Callable[[], _T], *, patience_seconds: float = 300.0) -> _T:
     """Call, and call again while the database is away; ``call`` must be safe to repeat.
 
     Args:
-        call: what to do; it may have taken effect even where it raised.
-        patience_seconds: how long to go on after the first failure, in seconds.
+        call: May have taken effect even if it raised.
+        patience_seconds: How long to retry after the first failure.
 
     Raises:
-        StorageFullError: its disk is full, which no waiting mends.
-        StorageRefusedError: the user may not do that.
-        StorageError: the database did not come back in time.
+        StorageFullError: The database's disk is full, which waiting does not change.
+        StorageRefusedError: The user has no right to do that.
+        StorageError: The database did not come back in time.
     """
     deadline: float | None = None
     delay = _FIRST_DELAY_SECONDS
@@ -263,7 +262,7 @@ def is_full(error: BaseException) -> bool:
 
 
 def as_storage_error(error: BaseException) -> StorageError:
-    """What a database answered where nobody waits for it, for the user."""
+    """A database's error as one for the user, where it is not retried."""
     if is_full(error):
         return StorageFullError(_full(error))
     return StorageError(
@@ -280,7 +279,7 @@ def _full(error: BaseException) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """What the database's driver said, on one line and without a password."""
+    """The message of the database's driver, on one line and without a password."""
     if isinstance(error, StorageInternalError) and error.__cause__ is not None:
         error = error.__cause__
     said = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
@@ -288,7 +287,7 @@ def one_line(error: BaseException) -> str:
 
 
 class _SqliteConnection(sqlite3.Connection):
-    """Checks foreign keys: SQLite does so only where each connection asks for it."""
+    """Checks foreign keys, which SQLite does only if the connection asks for it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - sqlite3 calls it
         super().__init__(*args, **kwargs)
@@ -296,7 +295,7 @@ class _SqliteConnection(sqlite3.Connection):
 
 
 class _SqliteReader(sqlite3.Connection):
-    """Writes nothing."""
+    """Refuses writes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - sqlite3 calls it
         super().__init__(*args, **kwargs)
@@ -312,7 +311,7 @@ def _open_sqlite(url: str, path: Path, *, reading: bool, **options: Any) -> RDBS
     path.parent.mkdir(parents=True, exist_ok=True)
     connect_args = {"timeout": BUSY_SECONDS, "factory": _SqliteConnection}
     with file_lock(Path(f"{path}.lock")):
-        # The switch to WAL does not heed the busy timeout, so it is made once, under the lock.
+        # The switch to WAL ignores the busy timeout, so it is done once, under the lock.
         _switch_to_wal(path)
         return _storage(url, connect_args=connect_args, **options)
 
@@ -332,8 +331,8 @@ def _open_postgres(url: str, *, reading: bool, **options: Any) -> RDBStorage:  #
         "keepalives_idle": 30,
         "keepalives_interval": 10,
         "keepalives_count": 3,
-        # Keepalives rest while something sent is not acknowledged: where the network is silently
-        # gone, the kernel would send it again for a quarter of an hour.
+        # Keepalives pause while sent data is not acknowledged: on a network that is silently gone
+        # the kernel would resend it for a quarter of an hour.
         "tcp_user_timeout": 1000 * ANSWER_SECONDS,
         "application_name": "bdense",
         "options": _session_settings(url, reading=reading),
@@ -343,7 +342,7 @@ def _open_postgres(url: str, *, reading: bool, **options: Any) -> RDBStorage:  #
     gate = sqlalchemy.create_engine(
         url, connect_args=connect_args, poolclass=sqlalchemy.pool.NullPool
     )
-    # Two launchers that meet an empty database would both create the tables, and one would fail.
+    # Two launchers on an empty database would both create the tables, and one would fail.
     with exclusive(gate, "schema"):
         return _storage(
             url,
@@ -357,10 +356,10 @@ def _open_postgres(url: str, *, reading: bool, **options: Any) -> RDBStorage:  #
 
 
 def _session_settings(url: str, *, reading: bool) -> str:
-    """How the server is to treat a connection, beside what the user asks by libpq's means."""
+    """Options of a connection, added to those that the user sets by libpq's means."""
     settings = {
         "idle_in_transaction_session_timeout": f"{FROZEN_SECONDS}s",
-        # The server's own, for a client that is gone without a word.
+        # On the server's side, for a client that silently disappears.
         "tcp_keepalives_idle": 30,
         "tcp_keepalives_interval": 10,
         "tcp_keepalives_count": 3,
@@ -378,7 +377,7 @@ def _storage(
     skip_table_creation: bool = False,
     **engine_kwargs: Any,  # noqa: ANN401 - SQLAlchemy's own
 ) -> RDBStorage:
-    # Optuna runs str.format over its URL, which would trip over a brace in a password or a path.
+    # Optuna calls str.format on its URL, so braces in a password or a path must be escaped.
     return RDBStorage(
         url.replace("{", "{{").replace("}", "}}"),
         engine_kwargs={"echo": False, **engine_kwargs},
@@ -398,7 +397,7 @@ def _parse(given: str) -> URL:
         url = make_url(given)
     except (ArgumentError, ValueError):
         raise StorageRefusedError(_bad_url(given)) from None
-    # A dsn is psycopg2's own, a connection string inside the URL: nobody looks for secrets there.
+    # A dsn is a connection string inside the URL (psycopg2); ``redact`` does not look into it.
     if url.drivername not in _POSTGRES_NAMES + _SQLITE_NAMES or "dsn" in url.query:
         raise StorageRefusedError(_bad_url(given))
     if "@" in (url.host or ""):
@@ -413,21 +412,21 @@ def _sqlite_database(url: URL, given: str) -> Path:
     database = url.database or ""
     if not database or database == ":memory:" or database.startswith("file:") or url.query:
         raise StorageRefusedError(
-            f"storage URL {redact(given)} does not name a SQLite file; workers are processes of "
-            f"their own and share nothing else: give {ACCEPTED_FORMS}"
+            f"storage URL {redact(given)} does not name a SQLite file, which workers need because "
+            f"they are separate processes; give {ACCEPTED_FORMS}"
         )
     return Path(database)
 
 
 def _bad_url(given: str) -> str:
     return (
-        f"storage URL {redact(given)} (from --storage or BDENSE_STORAGE) is not of a known form; "
+        f"storage URL {redact(given)} (from --storage or BDENSE_STORAGE) has an unknown form; "
         f"give {ACCEPTED_FORMS}"
     )
 
 
 def cannot_open(url: str, error: BaseException) -> StorageError:
-    """Why a database cannot be used and what to do, on one line and without a password."""
+    """An error that says why a database cannot be opened and what to do, on one line."""
     parsed = make_url(url)
     said = one_line(error)
     for secret in _secrets(parsed):
@@ -438,13 +437,13 @@ def cannot_open(url: str, error: BaseException) -> StorageError:
 
 
 def _secrets(url: URL) -> list[str]:
-    """What a URL holds of them, each as it is."""
+    """The secrets in a URL."""
     queried = (value for key in _SECRETS for value in url.normalized_query.get(key, ()))
     return [secret for secret in (url.password, *queried) if secret]
 
 
 def _is_final(error: BaseException) -> bool:
-    """Whether opening would fail again however long one waits."""
+    """Whether opening would fail again later."""
     if isinstance(error, StorageInternalError) and error.__cause__ is not None:
         return _is_final(error.__cause__)
     if isinstance(error, OSError):
@@ -452,12 +451,12 @@ def _is_final(error: BaseException) -> bool:
         return error.errno in final
     if isinstance(error, DBAPIError):
         return lacks_rights(error) or bool(_TURNED_AWAY.search(str(error.orig)))
-    return isinstance(error, RuntimeError)  # tables of another version of Optuna's
+    return isinstance(error, RuntimeError)  # tables of another version of Optuna
 
 
 def _advice(url: URL, error: BaseException, said: str) -> str:
     if isinstance(error, RuntimeError):
-        # Optuna's words, which name its own command, where the tables are old.
+        # Optuna names its own upgrade command if the tables are old.
         is_old = "storage upgrade" in said
         return f"for a study database: {UPGRADE}" if is_old else "update optuna and bdense here"
     if lacks_rights(error):
@@ -471,7 +470,7 @@ def _advice(url: URL, error: BaseException, said: str) -> str:
 
 
 def lacks_rights(error: BaseException) -> bool:
-    """Whether the server refused a statement to this user, or writing to a reader."""
+    """Whether the server refused a statement because of missing rights."""
     if isinstance(error, StorageInternalError) and error.__cause__ is not None:
         error = error.__cause__
     code = getattr(error.orig, "pgcode", None) if isinstance(error, DBAPIError) else None

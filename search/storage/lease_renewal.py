@@ -1,4 +1,4 @@
-"""Keeping a lease alive while its trial is worked on."""
+"""Keep a lease alive while its trial is worked on."""
 
 import contextvars
 import json
@@ -21,10 +21,10 @@ _JOIN_SECONDS = 10.0
 
 
 class Holding:
-    """Renews a claim's lease from a thread of its own, through outages, until it is left.
+    """Renews a claim's lease from a thread, through outages of the database.
 
-    Use it as a context manager around the work on a trial. Leaving it frees nothing: finish or
-    release the claim.
+    Use it as a context manager around the work on a trial. Leaving it does not free the lease:
+    finish or release the claim.
     """
 
     def __init__(self, leases: Leases, claim: Claim, study: str, launch: Launch) -> None:
@@ -37,7 +37,7 @@ class Holding:
         self._stopping = False
         self._progress: str | None = None
         self._changed = threading.Condition()
-        # What it logs is of the trial too.
+        # The thread's log lines belong to the trial too.
         run = contextvars.copy_context().run
         self._thread = threading.Thread(
             target=run, args=(self._run,), name=f"lease of trial {claim.number}", daemon=True
@@ -55,15 +55,15 @@ class Holding:
 
     @property
     def lost(self) -> bool:
-        """Whether the lease is known to be another worker's."""
+        """Whether another worker is known to have the lease."""
         return self._lost.is_set()
 
     def check(self) -> None:
-        """Stop work that has become another worker's, or that is to stop; costs nothing.
+        """Raise if the work must end; costs nothing.
 
         Raises:
-            LeaseLostError: the trial was taken over.
-            StoppedError: somebody asked the study, or this launch's workers, to stop.
+            LeaseLostError: Another worker took the trial over.
+            StoppedError: The study, or this launch's workers, were asked to stop.
         """
         if self._lost.is_set():
             raise lost_error(self.claim)
@@ -71,10 +71,7 @@ class Holding:
             raise stopped_error(self._study)
 
     def report(self, progress: str) -> None:
-        """Show ``progress`` beside the trial, 200 characters at most; never waits.
-
-        The last text of each second is stored.
-        """
+        """Store a text beside the trial, at most 200 characters and once a second; never waits."""
         with self._changed:
             self._progress = progress
             self._changed.notify()
@@ -93,13 +90,13 @@ class Holding:
                 if stop and Stops.of(json.loads(stop)).reaches(self._launch):
                     self._stopped.set()
             except SQLAlchemyError as error:
-                # The lease may outlive the outage, and the work must in any case.
+                # The lease may outlive the outage; the work goes on in any case.
                 _log.warning(
                     "lease of trial %d not renewed: %s", self.claim.number, one_line(error)
                 )
 
     def _wait_for_work(self, renewed: float) -> bool:
-        """Sleep until it is time to renew or to store a progress; False where it is left."""
+        """Sleep until a renewal or a progress text is due; False when the context is left."""
         with self._changed:
             while not self._stopping:
                 pause = self._leases.ttl / 3
@@ -113,7 +110,7 @@ class Holding:
 
 
 def lost_error(claim: Claim) -> LeaseLostError:
-    """The error of a worker that comes too late."""
+    """The error of a worker whose lease another one has."""
     return LeaseLostError(
         f"trial {claim.number}: attempt {claim.attempt} no longer holds it; another worker took "
         "it over or finished it, and nothing was told by this one"

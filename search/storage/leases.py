@@ -1,8 +1,8 @@
-"""Who works on which trial: a row per running trial, renewed by its worker, timed by the database.
+"""Leases: which process works on which running trial, timed by the database's clock.
 
-A lease names a process. It ends when its worker finishes or releases the trial, when it was not
-renewed in time, or at once when the process is seen to be dead from the machine it ran on.
-``attempt`` is its fencing token: it only grows, and a worker whose token is old writes nothing.
+A lease ends when its worker finishes or releases the trial, when it is not renewed in time, or at
+once when its own machine sees that the process is dead. ``attempt`` is its fencing token: it only
+grows, and a worker with an old token cannot write.
 """
 
 import functools
@@ -26,7 +26,7 @@ LEASE = sa.Table(
     sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("forgiven", sa.Integer, nullable=False),
     sa.Column("claimed", sa.Double, nullable=False),  # seconds since 1970 by the database's clock
-    sa.Column("expires", sa.Double, nullable=False),  # the same; RELEASED: free for anybody
+    sa.Column("expires", sa.Double, nullable=False),  # likewise; RELEASED: free at once
     sa.Column("progress", sa.Text, nullable=False),
     sa.Column("host", sa.Text, nullable=False),
     sa.Column("boot", sa.Text, nullable=False),
@@ -36,7 +36,7 @@ LEASE = sa.Table(
 )
 RELEASED = 0.0
 
-# A row for each time a PostgreSQL server was started, by when a claim first saw it serve.
+# A row for each start of a PostgreSQL server: when a claim first saw it serve.
 SERVER = sa.Table(
     "bdense_server",
     LEASE.metadata,
@@ -44,19 +44,19 @@ SERVER = sa.Table(
     sa.Column("seen", sa.Double, nullable=False),
 )
 
-# User attributes of trials that nobody trained, which count nowhere: refused by the bound on the
-# largest weight, or begun beyond the budget.
+# User attributes of trials that were never trained and count nowhere: beyond the bound on the
+# largest weight, or beyond the budget.
 OUT_OF_BOUNDS = "out_of_bounds"
 SURPLUS = "surplus"
 
-# Optuna's own tables, as far as they are read here.
+# Optuna's tables, with the columns that are read here.
 TRIALS = sa.table(
     "trials",
     *map(sa.column, ("trial_id", "number", "study_id", "state")),
-    sa.column("datetime_start", sa.DateTime),  # in UTC, as the next
+    sa.column("datetime_start", sa.DateTime),  # both in UTC
     sa.column("datetime_complete", sa.DateTime),
 )
-# PostgreSQL holds the state in a type of its own, which compares with no text.
+# PostgreSQL has a type for the state, which does not compare with text.
 STATE = sa.cast(TRIALS.c.state, sa.String)
 USER_ATTRIBUTES = sa.table(
     "trial_user_attributes", *map(sa.column, ("trial_id", "key", "value_json"))
@@ -71,7 +71,7 @@ STUDY_ATTRIBUTES = sa.table(
 )
 
 _PROGRESS_CHARACTERS = 200
-# There are no more attempts to forgive than there were.
+# At most as many attempts are forgiven as there were.
 _FORGIVEN_ONE_MORE = sa.case(
     (LEASE.c.forgiven < LEASE.c.attempt, LEASE.c.forgiven + 1), else_=LEASE.c.forgiven
 )
@@ -81,8 +81,8 @@ _FORGIVEN_ONE_MORE = sa.case(
 class Claim:
     """One trial, held by this process until it is finished, released or lost.
 
-    ``attempt`` is the fencing token, 1 for a first run. ``tries`` counts the attempts that are
-    held against the trial, this one included: those cut short by an interruption are not.
+    ``attempt`` is the fencing token, 1 for the first run. ``tries`` counts the attempts that count
+    against the trial, including this one; interrupted attempts do not count.
     """
 
     trial_id: int
@@ -96,7 +96,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """One process among all that ever ran on any machine."""
+    """Identity of one process, unique over all machines and all time."""
 
     host: str
     boot: str
@@ -106,15 +106,15 @@ class Process:
 
     @classmethod
     def current(cls) -> Self:
-        """This process; where there is no /proc the fields that need it are empty."""
+        """This process; without /proc the fields that need it are empty."""
         pid = os.getpid()
         boot, namespace = _place(pid)
         return cls(socket.gethostname(), boot, namespace, pid, _start_time(pid) or "")
 
     def is_seen_dead(self) -> bool:
-        """Whether it ran under this very kernel and pid namespace, and is gone.
+        """Whether it ran under this kernel and pid namespace and is gone.
 
-        False where it cannot be told: then only the clock ends its lease.
+        False if that is unknown: then its lease ends by the clock.
         """
         place = (self.boot, self.pid_namespace)
         if not (place == _place(os.getpid()) and all(place) and self.started):
@@ -125,7 +125,7 @@ class Process:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunningRow:
-    """A trial in state RUNNING and its lease; with the defaults nobody took it yet."""
+    """A trial in state RUNNING and its lease; the defaults mean that no worker took it yet."""
 
     trial_id: int
     number: int
@@ -142,9 +142,9 @@ class Leases:
     """The lease rows of one study.
 
     Args:
-        engine: the study's database.
+        engine: The study's database.
         study_id: Optuna's key of the study.
-        ttl: seconds a lease lasts without being renewed.
+        ttl: Seconds that a lease lasts without renewal.
     """
 
     def __init__(self, engine: sa.Engine, study_id: int, ttl: float) -> None:
@@ -154,14 +154,14 @@ class Leases:
         self._postgres = engine.dialect.name == "postgresql"
 
     def sweep(self, connection: sa.Connection) -> None:
-        """Delete leases of trials that no longer run: their worker died after telling."""
+        """Delete leases of finished trials, left by workers that died after finishing them."""
         running = sa.exists().where(TRIALS.c.trial_id == LEASE.c.trial_id, STATE == "RUNNING")
         connection.execute(sa.delete(LEASE).where(~running))
 
     def note_server(self, connection: sa.Connection) -> None:
         """Remember when this start of the server was first seen to serve.
 
-        Its own start time will not do: recovery after a crash comes later, and may take longer
+        The server's start time will not do: recovery after a crash follows it and may take longer
         than a lease lasts.
         """
         if self._postgres:
@@ -188,7 +188,7 @@ class Leases:
         return [self._running_row(row) for row in rows.mappings()]
 
     def count_states(self, connection: sa.Connection) -> dict[str, int]:
-        """Trials by the name of Optuna's state, all five of them, without those left out."""
+        """Number of trials in each of Optuna's five states, without those that count nowhere."""
         counted = connection.execute(
             sa.select(STATE.label("state"), sa.func.count().label("trials"))
             .where(TRIALS.c.study_id == self._study_id, ~LEFT_OUT)
@@ -197,7 +197,7 @@ class Leases:
         return {state.name: 0 for state in TrialState} | {row.state: row.trials for row in counted}
 
     def count_begun(self, connection: sa.Connection) -> int:
-        """Trials that were ever asked for, those left out of the counts included."""
+        """Trials that ever started, including those that count nowhere."""
         return connection.execute(
             sa.select(sa.func.count())
             .select_from(TRIALS)
@@ -205,7 +205,7 @@ class Leases:
         ).scalar_one()
 
     def take(self, connection: sa.Connection, row: RunningRow, owner: str) -> bool:
-        """Make this process the worker of ``row``; False where another one came first."""
+        """Make this process the worker of ``row``; False if another one came first."""
         mine = Process.current()
         values = {
             "owner": owner,
@@ -233,11 +233,11 @@ class Leases:
         return written.rowcount == 1
 
     def renew(self, claim: Claim, progress: str | None = None) -> bool:
-        """Make the lease last a full ``ttl`` from now; False where it is lost."""
+        """Make the lease last a full ``ttl`` from now; False if it is lost."""
         return self._write(self._renewal(progress), claim)
 
     def renew_and_read(self, claim: Claim, progress: str | None, key: str) -> tuple[bool, str]:
-        """The same, and in the same round trip an attribute of the study, as JSON or ''."""
+        """Like ``renew``; also returns an attribute of the study, as JSON or ''."""
         stored = (
             sa.select(STUDY_ATTRIBUTES.c.value_json)
             .where(STUDY_ATTRIBUTES.c.study_id == self._study_id, STUDY_ATTRIBUTES.c.key == key)
@@ -255,15 +255,15 @@ class Leases:
         return sa.update(LEASE).values(values)
 
     def release(self, claim: Claim, *, forgive: bool) -> bool:
-        """Let anybody take the trial over at once; False where the lease is lost."""
+        """Let another worker take the trial over at once; False if the lease is lost."""
         forgiven = _FORGIVEN_ONE_MORE if forgive else LEASE.c.forgiven
         values = {"expires": RELEASED, "owner": "", "forgiven": forgiven}
         return self._write(sa.update(LEASE).values(values), claim)
 
     def forgive(self, connection: sa.Connection) -> None:
-        """Hold the present attempts of the study's running trials against none of them.
+        """Do not count the current attempts of the study's running trials against them.
 
-        Those that were given back have been forgiven already, or are held against their trial.
+        Released trials were forgiven when they were released, or count.
         """
         mine = sa.select(TRIALS.c.trial_id).where(TRIALS.c.study_id == self._study_id)
         connection.execute(
@@ -308,14 +308,14 @@ class Leases:
     def _is_over(self, row: sa.RowMapping, process: Process) -> bool:
         if row["expires"] == RELEASED or process.is_seen_dead():
             return True
-        # After an outage leases look expired until their live owners have had time to renew them.
+        # After an outage leases look expired until their owners have had time to renew them.
         return bool(row["serving"] > self.ttl and row["expires"] < row["now"])
 
     def _clock(self) -> sa.ColumnElement[float]:
         return database_clock(self._engine)
 
     def _serving(self) -> sa.ColumnElement[float]:
-        """Seconds since this start of the server was first seen; a file always serves."""
+        """Seconds since this start of the server was first seen; infinite for SQLite."""
         if not self._postgres:
             return sa.literal(math.inf)
         seen = sa.select(SERVER.c.seen).where(SERVER.c.started == _SERVER_START).scalar_subquery()
@@ -323,7 +323,7 @@ class Leases:
 
 
 def database_clock(engine: sa.Engine) -> sa.ColumnElement[float]:
-    """Seconds since 1970 by the database's own clock, the only one that leases go by."""
+    """Seconds since 1970 by the database's clock, the only clock that leases use."""
     if engine.dialect.name == "postgresql":
         return _seconds("extract(epoch from clock_timestamp())")
     return _seconds("(julianday('now') - 2440587.5) * 86400.0")
@@ -338,7 +338,7 @@ _SERVER_START = _seconds("extract(epoch from pg_postmaster_start_time())")
 
 @functools.lru_cache(maxsize=1)
 def _place(pid: int) -> tuple[str, str]:
-    """Boot and pid namespace of this process, whose ``pid`` it is: a fork's child looks anew."""
+    """Boot id and pid namespace of this process; ``pid`` is its own, so that a fork asks again."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return boot, str(Path("/proc/self/ns/pid").stat().st_ino)
@@ -347,22 +347,22 @@ def _place(pid: int) -> tuple[str, str]:
 
 
 def _start_time(pid: int) -> str | None:
-    """Clock ticks from boot to the start of a process, empty of one that has only to be reaped.
+    """Clock ticks from boot to the start of a process; empty for a zombie.
 
-    None where it cannot be read: nothing has that pid, or /proc hides what is another user's.
+    None if it cannot be read: there is no such process, or /proc hides other users' processes.
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return None
-    # The command name, in parentheses, may hold anything: fields are counted after the last one.
+    # The command name in parentheses may hold anything: count fields after the last parenthesis.
     fields = stat.rpartition(")")[2].split()
     dead = fields[0] in ("Z", "X")
     return "" if dead else fields[19]
 
 
 def _is_gone(pid: int) -> bool:
-    """Whether nothing has that pid; another user's process is told from none."""
+    """Whether no process has that pid; other users' processes count."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

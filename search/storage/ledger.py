@@ -1,8 +1,8 @@
-"""The lease ledger: one planned trial is one row of Optuna's table for its whole life.
+"""The lease ledger: each trial is one row of Optuna's table for its whole life.
 
-Any number of processes share a study's budget through the database alone. ``Ledger.claim`` takes
-over the trial of a dead worker before it asks for a new one; only the holder of a trial's lease
-may finish it; what was told first stays.
+Any number of processes share a study's budget through the database. ``Ledger.claim`` takes over
+the trial of a dead worker before it starts a new one. Only the holder of a trial's lease may
+finish it, and its first result stays.
 """
 
 import logging
@@ -42,7 +42,7 @@ __all__ = ["Claim", "Done", "FailureReason", "Holding", "Ledger", "Wait"]
 _log = logging.getLogger(__name__)
 
 FailureReason: TypeAlias = Literal["diverged", "out of memory", "error", "poisoned"]
-# Those that the user can mend before the same is asked for again.
+# Reasons that the user can remove before asking for the same trial again.
 MENDABLE: tuple[FailureReason, ...] = ("out of memory", "error", "poisoned")
 
 _NOTHING: Mapping[str, JSON] = MappingProxyType({})
@@ -51,7 +51,7 @@ _NOTHING: Mapping[str, JSON] = MappingProxyType({})
 class Ledger(LedgerReader):
     """The trials of one study, shared by every process that opens it.
 
-    Make it by ``open``, or by ``open_reading`` where it is only looked at.
+    Use ``open``, or ``open_reading`` to look only.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Ledger(LedgerReader):
     ) -> None:
         super().__init__(storage, study, attributes)
         self.max_attempts = int(attributes.get("max_attempts", DEFAULT_MAX_ATTEMPTS))
-        # Whoever is part of no launch ends with what is asked from now on.
+        # A process outside any launch ends with stop requests from now on.
         self.launch = Launch(name="", stops=Stops.of(attributes.get(HALT)).count)
         self._lock = lock_name(study.study_name)
         self._claimer = Claimer(study, self._leases, self.max_attempts)
@@ -78,21 +78,21 @@ class Ledger(LedgerReader):
         """Open a study, creating it and its tables if a budget is given.
 
         Args:
-            url: the storage, as ``resolve_storage_url`` gives it.
-            study_name: the study.
-            budget: trials to run in all, shared by every launcher. None keeps the one stored.
-            ttl: seconds a lease lasts without being renewed; None keeps the one stored, 60 at
-                first.
-            max_attempts: times a trial may be started before it counts as poisoned; None keeps
-                the number stored, 3 at first.
+            url: The storage, from ``resolve_storage_url``.
+            study_name: Name of the study.
+            budget: Trials to run in all, shared by all launchers. None keeps the stored one.
+            ttl: Seconds that a lease lasts without renewal; None keeps the stored one, at first
+                60.
+            max_attempts: How often a trial may start before it counts as poisoned; None keeps the
+                stored number, at first 3.
 
-        A setting that differs from the one stored replaces it, and the study's attribute
-        ``changes`` says so.
+        A setting that differs from the stored one replaces it; the study's attribute ``changes``
+        records that.
 
         Raises:
-            StorageError: the database cannot be opened.
-            UnknownStudyError: no budget was given and there is no such study.
-            InputError: a setting is out of range.
+            StorageError: The database cannot be opened.
+            UnknownStudyError: No budget was given and there is no such study.
+            InputError: A setting is out of range.
         """
         check_settings(budget=budget, ttl=ttl, max_attempts=max_attempts)
         if budget is None:
@@ -102,7 +102,7 @@ class Ledger(LedgerReader):
         return cls._of(storage, retrying(partial(open_study, storage, study_name, given)))
 
     def record_change(self, key: str, old: JSON, new: JSON) -> None:
-        """Append to the study's attribute ``changes`` that a setting is no longer what it was."""
+        """Append a changed setting to the study's attribute ``changes``."""
 
         def append() -> None:
             with exclusive(self._storage.engine, self._lock):
@@ -117,17 +117,17 @@ class Ledger(LedgerReader):
         *,
         again: Sequence[FailureReason] = (),
     ) -> bool:
-        """Plan a trial with these parameters before any other; twice the same is once.
+        """Plan a trial with these parameters before any other; equal parameters are planned once.
 
         It counts in the budget when it starts.
 
         Args:
-            params: as they are, bit for bit: Optuna itself takes nearly equal numbers for equal.
-            attrs: stored with it.
-            again: one that failed for such a reason is no trial, and is planned anew.
+            params: Compared bit for bit; Optuna's own check takes nearly equal numbers for equal.
+            attrs: Attributes of the trial.
+            again: A trial that failed for one of these reasons is planned anew.
 
         Returns:
-            Whether it is planned by this call.
+            Whether this call planned it.
         """
 
         def add() -> bool:
@@ -143,9 +143,9 @@ class Ledger(LedgerReader):
         return retrying(add)
 
     def change(self, key: str, to: Callable[[Any], JSON]) -> None:
-        """Replace the study's attribute of that name by what ``to`` makes of it.
+        """Replace an attribute of the study by what ``to`` makes of it.
 
-        ``to`` may be called again with what it made itself: the first answer was lost.
+        If the database's answer is lost, ``to`` is called again with its own result.
         """
 
         def write() -> None:
@@ -155,10 +155,10 @@ class Ledger(LedgerReader):
         retrying(write)
 
     def extend_list(self, key: str, values: Sequence[JSON]) -> bool:
-        """Store a list as the study's attribute, if it begins with the one that is there.
+        """Store a list as an attribute of the study, if it begins with the stored one.
 
         Returns:
-            Whether it does; else nothing is written.
+            Whether it does; otherwise nothing is written.
         """
 
         def write() -> bool:
@@ -172,12 +172,12 @@ class Ledger(LedgerReader):
         return retrying(write)
 
     def delete(self) -> None:
-        """Delete the study and all its trials; nobody may be at work on one."""
+        """Delete the study and all its trials; no worker may be at work on one."""
         name = self.study.study_name
         retrying(lambda: optuna.delete_study(study_name=name, storage=self._storage))
 
     def resize(self) -> None:
-        """Make the budget that of the trials that were planned, by whomever."""
+        """Set the budget to the number of planned trials."""
 
         def write() -> None:
             with exclusive(self._storage.engine, self._lock):
@@ -194,23 +194,23 @@ class Ledger(LedgerReader):
         """Take a trial: one whose worker is gone, else a planned one, else a new one.
 
         Args:
-            space: what is suggested, name to distribution.
-            sampler: makes the sampler from an offset to its seed: the number of trials started
-                before, so that no two claims draw alike. None begins planned trials alone.
-            constraint: how far parameters are beyond the bound; above 0 the trial is finished at
-                once as pruned, outside the budget, and another one is asked.
+            space: Parameter name to distribution.
+            sampler: Makes the sampler from an offset to its seed, the number of trials started
+                before, so that no two claims draw alike. None starts only planned trials.
+            constraint: How far parameters are beyond the bound; above 0 the trial is finished at
+                once as pruned, outside the budget, and another one is suggested.
 
         Returns:
-            The claim; or ``Wait`` while others run; or ``Done``.
+            The claim; ``Wait`` while others run; or ``Done``.
 
         Raises:
-            StoppedError: the study, or this launch's workers, were asked to stop.
+            StoppedError: The study, or this launch's workers, were asked to stop.
             InputError: 200 suggestions in a row were beyond the bound.
-            StorageError: the database stayed away.
+            StorageError: The database did not come back in time.
         """
         asking = Asking(space=space, sampler=sampler, constraint=constraint)
         if not self._warm:
-            # Under the lock everybody would wait for it: seconds for 10,000 trials.
+            # Not under the lock, where all others would wait: seconds for 10,000 trials.
             retrying(self._claimer.load_trials)
             self._warm = True
 
@@ -228,10 +228,10 @@ class Ledger(LedgerReader):
         return Holding(self._leases, claim, self.study.study_name, self.launch)
 
     def complete(self, claim: Claim, value: float, attrs: Mapping[str, JSON]) -> None:
-        """Finish with a value, lower is better; one that is not finite is a failure: diverged.
+        """Finish with a value; lower is better, and one that is not finite fails as diverged.
 
         Raises:
-            LeaseLostError: another worker took the trial over; nothing was told.
+            LeaseLostError: Another worker took the trial over; nothing was stored.
         """
         if math.isfinite(value):
             self._finish(claim, TrialState.COMPLETE, attrs, value)
@@ -239,53 +239,53 @@ class Ledger(LedgerReader):
             self.fail(claim, "diverged", f"the value is {value}", attrs)
 
     def report(self, claim: Claim, step: int, value: float) -> None:
-        """Store a value on the way to the last one; a step told again is written anew.
+        """Store an intermediate value; a repeated step overwrites its value.
 
         Raises:
-            LeaseLostError: another worker took the trial over; nothing was told.
+            LeaseLostError: Another worker took the trial over; nothing was stored.
         """
         if not retrying(partial(self._leases.renew, claim)):
             raise lost_error(claim)
         retrying(partial(self._storage.set_trial_intermediate_value, claim.trial_id, step, value))
 
     def prune(self, claim: Claim, attrs: Mapping[str, JSON]) -> None:
-        """Finish as not worth going on with.
+        """Finish as pruned.
 
         Raises:
-            LeaseLostError: another worker took the trial over; nothing was told.
+            LeaseLostError: Another worker took the trial over; nothing was stored.
         """
         self._finish(claim, TrialState.PRUNED, attrs)
 
     def fail(
         self, claim: Claim, reason: FailureReason, detail: str, attrs: Mapping[str, JSON]
     ) -> None:
-        """Finish without a value; the trial counts in the budget and samplers do not see it.
+        """Finish without a value; the trial counts in the budget, but samplers do not see it.
 
-        ``detail`` is stored without passwords, at most 2000 characters of it.
+        ``detail`` is stored without passwords, at most 2000 characters.
 
         Raises:
-            LeaseLostError: another worker took the trial over; nothing was told.
+            LeaseLostError: Another worker took the trial over; nothing was stored.
         """
         self._finish(claim, TrialState.FAIL, {**attrs, **failure_attributes(reason, detail)})
 
     def release(self, claim: Claim, *, interrupted: bool = False) -> None:
-        """Give the trial back unfinished, for anybody to go on with at once.
+        """Give the trial back unfinished; another worker may continue it at once.
 
         Args:
-            claim: what is given back.
-            interrupted: nothing was wrong with it (Ctrl-C, a machine going down): this attempt
-                is not held against it.
+            claim: The claim.
+            interrupted: The trial is not to blame (Ctrl-C, a machine that shuts down): this
+                attempt does not count against it.
 
         Raises:
-            LeaseLostError: another worker took the trial over already.
+            LeaseLostError: Another worker took the trial over.
         """
         if not retrying(partial(self._leases.release, claim, forgive=interrupted)):
             raise lost_error(claim)
 
     def forgive_running(self) -> None:
-        """The launcher was interrupted: no running trial is to blame for the end of its attempt.
+        """Do not count the current attempts of running trials: the launcher was interrupted.
 
-        Nothing is released; that is for whoever finds the workers gone.
+        Nothing is released; the next claim finds that the workers are gone.
         """
 
         def write() -> None:
@@ -301,12 +301,12 @@ class Ledger(LedgerReader):
         attrs: Mapping[str, JSON],
         value: float | None = None,
     ) -> None:
-        # Renewing is the fence: nobody else adopts for a full ttl, enough for what follows.
+        # Renewing is the fence: no other worker takes over for a full ttl, enough for the rest.
         if not retrying(partial(self._leases.renew, claim)):
             raise lost_error(claim)
         set_attribute = partial(self._storage.set_trial_user_attr, claim.trial_id)
         try:
-            # Before the value: a finished trial takes no more attributes.
+            # Before the value: a finished trial accepts no attributes.
             for key, stored in attrs.items():
                 retrying(partial(set_attribute, key, stored))
             retrying(

@@ -1,4 +1,4 @@
-"""What kind of file system a path lies on."""
+"""The kind of file system that holds a path."""
 
 import os
 import re
@@ -6,14 +6,14 @@ from pathlib import Path
 
 from search.errors import StorageRefusedError
 
-# SQLite's locks do not hold on these, and two workers would write to one page. Folders that a
-# virtual machine or container shares with its host are among them.
+# SQLite's locks do not hold on these, so two workers could write to one page. They include folders
+# that a virtual machine or container shares with its host.
 _NETWORK = (
     *("nfs", "nfs4", "cifs", "smb3", "smbfs", "ncpfs", "afs", "coda", "ceph", "lustre", "beegfs"),
     *("fhgfs", "gpfs", "gfs2", "ocfs2", "glusterfs", "orangefs", "pvfs2", "panfs", "wekafs"),
     *("9p", "virtiofs", "vboxsf", "vmhgfs", "prl_fs", "drvfs", "fakeowner"),
 )
-# Of those that a program serves (fuse.NAME) any other may be on a network.
+# File systems served by a program (fuse.NAME) that are local; any other may be on a network.
 _LOCAL_FUSE = (
     *("fuse.fuse-overlayfs", "fuse.mergerfs", "fuse.bindfs", "fuse.gocryptfs", "fuse.encfs"),
     *("fuse.ext2", "fuse.ext4", "fuse.exfat", "fuse.ntfs-3g", "fuse.zfs"),
@@ -23,11 +23,11 @@ _OCTAL = re.compile(rb"\\([0-3][0-7]{2})")
 
 
 def file_system(path: Path, mounts: Path = _MOUNTS) -> str:
-    """Type of the file system that holds ``path``, as Linux names it; empty where none is told.
+    """Linux's name for the file system that holds ``path``; empty if unknown.
 
     Args:
-        path: It need not be there yet.
-        mounts: What is mounted where, as in /proc/self/mountinfo.
+        path: Need not exist.
+        mounts: A file like /proc/self/mountinfo.
     """
     try:
         lines = mounts.read_bytes().rstrip(b"\n").split(b"\n")
@@ -36,7 +36,7 @@ def file_system(path: Path, mounts: Path = _MOUNTS) -> str:
     found: dict[Path, str] = {}
     for line in lines:
         before, _, after = line.partition(b" - ")
-        # A blank in a name is written as an octal escape; what is mounted later lies on top.
+        # Blanks in names are octal escapes; later mounts cover earlier ones.
         point = _OCTAL.sub(lambda code: bytes([int(code[1], 8)]), before.split(b" ")[4])
         found[Path(os.fsdecode(point))] = os.fsdecode(after.split(b" ")[0])
     place = path.resolve()
@@ -44,10 +44,10 @@ def file_system(path: Path, mounts: Path = _MOUNTS) -> str:
 
 
 def refuse_network_file_system(path: Path, mounts: Path = _MOUNTS) -> None:
-    """Refuse a SQLite database where its locks would not keep processes apart.
+    """Refuse a SQLite database on a file system where its locks do not hold.
 
     Raises:
-        StorageRefusedError: It lies on a network file system, or on one that may be.
+        StorageRefusedError: The file system is, or may be, on a network.
     """
     kind = file_system(path, mounts)
     is_served = kind.partition(".")[0] == "fuse"

@@ -1,4 +1,4 @@
-"""A study's trials as they are read: counts, who works on what, results; nothing is changed."""
+"""Read a study's trials: counts, running trials, results."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from search.storage.settings import DEFAULT_TTL_SECONDS, find_study, require_fil
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """Trials of a study by state; those refused as out of bounds are in none of them."""
+    """Number of trials by state, without those refused as out of bounds."""
 
     planned: int
     complete: int
@@ -48,7 +48,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Running:
-    """A running trial as shown to people; ``owner`` is host:pid, ``seconds`` since its claim."""
+    """A running trial; ``owner`` is host:pid, ``seconds`` the time since its claim."""
 
     number: int
     owner: str
@@ -58,7 +58,7 @@ class Running:
 
 
 class LedgerReader:
-    """The trials of one study, to look at. Make it by ``open_reading``."""
+    """The trials of one study, read-only. Use ``open_reading``."""
 
     def __init__(
         self, storage: RDBStorage, study: optuna.Study, attributes: Mapping[str, Any]
@@ -71,21 +71,21 @@ class LedgerReader:
 
     @classmethod
     def open_reading(cls, url: str, study_name: str) -> Self:
-        """A study to look at: the database itself refuses what would change it.
+        """A study whose database connection refuses writes.
 
         Raises:
-            StorageError: the database cannot be opened.
-            UnknownStudyError: there is no such study.
+            StorageError: The database cannot be opened.
+            UnknownStudyError: There is no such study.
         """
         require_file(url, study_name)
         storage = open_reading(url)
         return cls._of(storage, retrying(partial(find_study, storage, study_name)))
 
     def beside(self, study_name: str) -> Self:
-        """Another study of the same database, through the same connections, for the same use.
+        """Another study of the same database, through the same connections.
 
         Raises:
-            UnknownStudyError: there is no such study.
+            UnknownStudyError: There is no such study.
         """
         storage = self._storage
         return self._of(storage, retrying(partial(find_study, storage, study_name)))
@@ -96,20 +96,20 @@ class LedgerReader:
 
     @property
     def storage(self) -> RDBStorage:
-        """The database, for what Optuna keeps beside the rows."""
+        """The database, for what Optuna stores beside the rows."""
         return self._storage
 
     @property
     def budget(self) -> int:
-        """Trials to run in all, as stored now: another launcher may have changed it."""
+        """Trials to run in all, as currently stored: another launcher may change it."""
         return retrying(self._stored_budget)
 
     def attribute(self, key: str) -> Any:  # noqa: ANN401  as JSON has it
-        """The study's attribute of that name, as stored now; None where there is none."""
+        """An attribute of the study, as currently stored; None without it."""
         return retrying(lambda: self.study.user_attrs).get(key)
 
     def counts(self) -> Counts:
-        """How many trials are in which state."""
+        """Number of trials by state."""
 
         def read() -> dict[str, int]:
             with self._storage.engine.connect() as connection:
@@ -118,7 +118,7 @@ class LedgerReader:
         return Counts.of(retrying(read), budget=self.budget)
 
     def running(self) -> list[Running]:
-        """The running trials that somebody took, lowest number first."""
+        """Running trials that have a worker, by number."""
         return [
             Running(
                 number=row.number,
@@ -141,21 +141,21 @@ class LedgerReader:
         return retrying(read)
 
     def held(self) -> int:
-        """Trials that somebody works on, as far as it can be told."""
+        """Number of trials that have a live worker, as far as that is known."""
         rows = self.running_rows()
         return sum(row.process is not None and not row.adoptable for row in rows)
 
     def rows(self, state: TrialState, keys: Collection[str] | None = None) -> list[StoredTrial]:
-        """Every trial in that state, in order of their numbers; not by loading all the others.
+        """Every trial in that state, by number; does not load the others.
 
         Args:
-            state: Optuna's.
-            keys: The attributes that are wanted, which are most of the cost; None for all.
+            state: Optuna's state.
+            keys: Attributes to read, which are most of the cost; None for all.
         """
         return retrying(partial(self._rows.of_state, state, keys))
 
     def asked(self) -> list[dict[str, Any]]:
-        """Parameters of each trial, by number: as planned, else as suggested."""
+        """Parameters of each trial, by number: planned ones, else suggested ones."""
         return [params for params, _ in retrying(self._rows.asked)]
 
     def complete_values(self) -> dict[int, float]:
@@ -166,9 +166,9 @@ class LedgerReader:
         """Complete trials after the ``rank`` best, best first.
 
         Args:
-            rank: how many are passed over.
-            most: how many of the next there are at most.
-            also: the number of one that is among them however far down it is.
+            rank: Number of best trials to skip.
+            most: Number of following ones to return, at most.
+            also: Number of a trial that is included whatever its rank.
         """
         return retrying(partial(self._rows.ranked_after, rank, most, also))
 
@@ -177,11 +177,11 @@ class LedgerReader:
         return retrying(self._rows.ended)
 
     def best(self) -> StoredTrial | None:
-        """The complete trial of lowest value, of equal ones the first; None without any."""
+        """The complete trial of lowest value, the first of equal ones; None without any."""
         return retrying(self._rows.best)
 
     def differing_versions(self) -> list[str]:
-        """A line for each package that trials were measured with several versions of."""
+        """A line for each package of which trials used several versions."""
         return retrying(partial(differing_versions, self._storage, self.study))
 
     def _stored_budget(self) -> int:
@@ -189,6 +189,6 @@ class LedgerReader:
 
 
 def asked_of(trial: FrozenTrial) -> dict[str, Any]:
-    """A trial's parameters; while it waits Optuna keeps them as those that were asked for."""
+    """A trial's parameters; Optuna stores those of a waiting trial elsewhere."""
     asked: dict[str, Any] = trial.system_attrs.get(FIXED, trial.params)
     return asked

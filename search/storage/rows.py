@@ -1,6 +1,6 @@
-"""Trials read by SQL: what is shown of a study of any size, without loading all of it.
+"""Trials read by SQL, to show studies of any size without loading all of them.
 
-Optuna's own list makes an object of every trial, its attributes included: seconds for 10,000.
+Optuna's own list creates an object with all attributes for every trial: seconds for 10,000.
 """
 
 import functools
@@ -27,11 +27,11 @@ PARAMS = sa.table(
 SYSTEM_ATTRIBUTES = sa.table(
     "trial_system_attributes", *map(sa.column, ("trial_id", "key", "value_json"))
 )
-# As Optuna stores parameters that are planned, in the trial's system attributes.
+# The trial's system attribute in which Optuna stores planned parameters.
 FIXED = "fixed_params"
-# Why a row that counts nowhere is no trial: beyond the bounds, or the budget.
+# Reason of a row that counts nowhere: beyond the bounds or the budget.
 NOT_COUNTED = "not counted"
-# Values that SQL has no number for; PostgreSQL holds their kind in a type of its own.
+# Values without a number in SQL; PostgreSQL has a type for their kind.
 _INFINITE = {"INF_POS": math.inf, "INF_NEG": -math.inf}
 KIND_OF_VALUE = sa.cast(VALUES.c.value_type, sa.String)
 _ORDER = sa.case((KIND_OF_VALUE == "INF_NEG", -1), (KIND_OF_VALUE == "INF_POS", 1), else_=0)
@@ -39,7 +39,7 @@ _ORDER = sa.case((KIND_OF_VALUE == "INF_NEG", -1), (KIND_OF_VALUE == "INF_POS", 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTrial:
-    """A trial as it is stored; ``value`` is None without one."""
+    """A stored trial; ``value`` is None if it has none."""
 
     number: int
     value: float | None
@@ -115,7 +115,7 @@ class Rows:
             return connection.execute(query).scalar_one()
 
     def asked(self) -> list[tuple[dict[str, Any], str | None]]:
-        """Parameters of each trial and why it failed, if it did: as planned, else as suggested.
+        """Parameters of each trial, planned or suggested, and why it failed, if it did.
 
         A row that counts nowhere has the reason ``NOT_COUNTED``.
         """
@@ -149,13 +149,13 @@ class Rows:
     def _read(
         self, query: sa.Select[Any], keys: Collection[str] | None = None
     ) -> list[StoredTrial]:
-        """The trials that ``query`` finds, all of them finished: nothing of them changes now."""
+        """The trials that ``query`` finds; they are finished, so nothing of them changes."""
         chosen = query.with_only_columns(TRIALS.c.trial_id, maintain_column_froms=True).subquery()
         with self._engine.connect() as connection:
             found = list(connection.execute(query))
             if not found:
                 return []
-            # By key where it is one trial, else by the same query: a list may be too long for SQL.
+            # By key for one trial, else by the same query: a list may be too long for SQL.
             which: Any = [found[0].trial_id] if len(found) == 1 else sa.select(chosen.c.trial_id)
             stored = sa.select(USER_ATTRIBUTES).where(USER_ATTRIBUTES.c.trial_id.in_(which))
             if keys is not None:
@@ -174,7 +174,7 @@ class Rows:
         ]
 
     def _of_mine(self, table: sa.TableClause, *where: sa.ColumnElement[bool]) -> sa.Select[Any]:
-        """Rows of a table that hangs on trials."""
+        """Rows of a table that refers to this study's trials."""
         return (
             sa.select(table)
             .select_from(table.join(TRIALS, TRIALS.c.trial_id == table.c.trial_id))
@@ -200,7 +200,7 @@ def _reason(attributes: dict[str, Any]) -> str:
 
 
 def _params(connection: sa.Connection, query: sa.Select[Any]) -> dict[int, dict[str, Any]]:
-    """Parameters by trial, in the order that they were suggested in."""
+    """Parameters by trial, in the order of their suggestion."""
     found: dict[int, dict[str, Any]] = {}
     for row in connection.execute(query.order_by(PARAMS.c.param_id)):
         value = _distribution(row.distribution_json).to_external_repr(row.param_value)

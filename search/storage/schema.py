@@ -1,8 +1,8 @@
-"""The study database as a whole: its tables and their version, and who may do what in it.
+"""The study database as a whole: its tables, their version, and the rights of roles.
 
-Optuna's tables have versions of their own; ours are told by ``bdense_schema``. Opening makes what
-is missing; what is old is renewed only on demand (``upgrade``), because workers of the old version
-may be at work.
+Optuna's tables have their own versions; ours is in ``bdense_schema``. Opening creates missing
+tables. Old ones are upgraded only on demand (``upgrade``), because workers of the old version may
+be running.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ from search.storage.engine import (
 )
 from search.storage.leases import LEASE, RELEASED, database_clock
 
-# Raise it with every change of the tables below, and say in ``upgrade`` what becomes of old ones.
+# Raise it with every change of the tables below, and handle old ones in ``upgrade``.
 SCHEMA = 1
 _OURS = LEASE.metadata
 _VERSION = sa.Table(
@@ -46,11 +46,11 @@ _GRANTS: dict[Access, tuple[str, str]] = {
 
 
 def open_tables(url: str) -> RDBStorage:
-    """Open a study database, making Optuna's tables and ours where they are not there.
+    """Open a study database and create Optuna's tables and ours if they are missing.
 
     Raises:
-        StorageError: It cannot be opened; a ``StorageRefusedError`` where its tables are of
-            another version, and the message says which command renews them.
+        StorageError: It cannot be opened; a ``StorageRefusedError`` if its tables have another
+            version, with the command that upgrades them.
     """
     storage = open_storage(url)
     try:
@@ -64,8 +64,8 @@ def open_tables(url: str) -> RDBStorage:
 def upgrade(url: str) -> list[str]:
     """Bring the tables of an older version to this one's.
 
-    Studies and trials stay. Leases are made anew where their table changes: a trial that somebody
-    worked on is then taken over from its checkpoint.
+    Studies and trials stay. If the table of leases changes, it is created anew; trials that were
+    running are then taken over from their checkpoints.
 
     Returns:
         What was done, a line each.
@@ -97,7 +97,7 @@ def upgrade(url: str) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Role:
-    """A PostgreSQL role and what it may do; None for a password leaves the role's as it is."""
+    """A PostgreSQL role and its access; a password of None keeps the role's."""
 
     name: str
     access: Access
@@ -105,18 +105,17 @@ class Role:
 
 
 def grant(url: str, roles: Sequence[Role]) -> list[str]:
-    """Make roles that are not there and give them exactly their rights on the study tables.
+    """Create missing roles and give them exactly their rights on the study tables.
 
-    Nobody may connect merely as one of PUBLIC any more. Roles that an earlier call named, or the
-    owner by hand, keep what they were given, until they are named again or dropped.
+    PUBLIC loses the right to connect. Other roles keep the rights they have.
 
     Args:
-        url: A PostgreSQL database, as its owner with the right to make roles.
-        roles: What there shall be.
+        url: A PostgreSQL database, as its owner with the right to create roles.
+        roles: The roles.
 
     Returns:
-        Statements that are left to an administrator, where this owner may not alter a role: its
-        rights are as they should be without them.
+        Statements for an administrator, if this owner may not alter a role; the roles' rights are
+        correct without them.
 
     Raises:
         InputError: The storage is a file, which has no roles.
@@ -165,10 +164,10 @@ def read_password(path: Path) -> str:
 
 
 def require_schema(engine: sa.Engine, url: str) -> None:
-    """Refuse tables of another version; where there are none yet there is nothing to refuse.
+    """Refuse tables of another version; a database without tables passes.
 
     Raises:
-        StorageRefusedError: They are of another; says which command renews them.
+        StorageRefusedError: They have another version; names the command that upgrades them.
     """
     version = None
     if sa.inspect(engine).has_table(_VERSION.name):
@@ -198,7 +197,7 @@ def _upgrade_ours(engine: sa.Engine, url: str) -> list[str]:
         raise StorageRefusedError(_newer(url, version))
     if version == SCHEMA and not _differs(engine):
         return []
-    # Nothing in them outlives the workers, and there are none.
+    # Their rows only matter to running workers, and there are none.
     _OURS.drop_all(engine)
     _OURS.create_all(engine)
     with engine.begin() as connection:
@@ -214,7 +213,7 @@ def _stored_version(connection: sa.Connection) -> int | None:
 
 
 def _differs(engine: sa.Engine) -> bool:
-    """Whether a table of ours has other columns than this version's."""
+    """Whether one of our tables has other columns than in this version."""
     inspector = sa.inspect(engine)
     return any(
         {column["name"] for column in inspector.get_columns(table.name)} != set(table.c.keys())
@@ -224,13 +223,13 @@ def _differs(engine: sa.Engine) -> bool:
 
 
 def _held(engine: sa.Engine) -> int:
-    """Leases that were renewed so lately that their owners must be thought alive."""
+    """Number of leases that have not run out, so that their owners may be alive."""
     inspector = sa.inspect(engine)
     if not inspector.has_table(LEASE.name):
         return 0
     if not {"expires"} <= {column["name"] for column in inspector.get_columns(LEASE.name)}:
         return 0
-    # Of the old table this is the column that there must be.
+    # An old table may lack other columns.
     expires = sa.column("expires", sa.Double)
     leases = sa.table(LEASE.name, expires)
     with engine.connect() as connection:
@@ -249,17 +248,17 @@ def _make(connection: sa.Connection, role: Role) -> None:
     if there is None:
         connection.exec_driver_sql(f"CREATE ROLE {quoted} LOGIN")
     if role.password is not None:
-        # Hashed here: what a statement holds may stand in the server's log.
+        # Hashed here, because statements may appear in the server's log.
         driver: Any = connection.connection.driver_connection
         verifier = encrypt_password(role.password, role.name, driver, "scram-sha-256")
         connection.exec_driver_sql(f"ALTER ROLE {quoted} PASSWORD '{verifier}'")
 
 
 def _set_read_only(connection: sa.Connection, role: Role, name: str) -> list[str]:
-    """Make a reader's transactions read-only by its own setting, and no other's.
+    """Make a reader's transactions read-only by the role's setting; a writer's are not.
 
-    Asked first, as whoever may not alter roles may still give rights to one that needs no
-    altering; and a reader without the setting has no right to write all the same.
+    The setting is read first: an owner who may not alter roles may still grant rights. Without
+    the setting a reader has no right to write either.
     """
     settings = connection.execute(
         sa.text("SELECT rolconfig FROM pg_roles WHERE rolname = :name"), {"name": role.name}
@@ -289,7 +288,7 @@ def _rights(role: Role, database: str, name: str) -> list[str]:
         f"GRANT USAGE ON SCHEMA public TO {name}",
         f"GRANT {tables} ON ALL TABLES IN SCHEMA public TO {name}",
         f"GRANT {sequences} ON ALL SEQUENCES IN SCHEMA public TO {name}",
-        # For tables that an upgrade makes.
+        # For tables that a later upgrade creates.
         f"ALTER DEFAULT PRIVILEGES IN SCHEMA public REVOKE ALL ON TABLES FROM {name}",
         f"ALTER DEFAULT PRIVILEGES IN SCHEMA public REVOKE ALL ON SEQUENCES FROM {name}",
         f"ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT {tables} ON TABLES TO {name}",

@@ -1,4 +1,4 @@
-"""A study of the ledger in Optuna's table: found or made, with its settings and their changes."""
+"""Studies in Optuna's table: find or create one, with its settings and their changes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,15 +22,15 @@ DEFAULT_MAX_ATTEMPTS = 3
 def open_study(
     storage: RDBStorage, name: str, given: Mapping[str, int | float | None]
 ) -> optuna.Study:
-    """A study with these settings: one that is there, or with a budget a new one.
+    """The study of that name with these settings; created if a budget is given.
 
     Args:
-        storage: where it is.
-        name: its name.
-        given: ``budget``, ``ttl`` and ``max_attempts``; None keeps what is stored.
+        storage: Its database.
+        name: Its name.
+        given: ``budget``, ``ttl`` and ``max_attempts``; None keeps the stored value.
 
     Raises:
-        UnknownStudyError: no budget was given and there is no such study of ours.
+        UnknownStudyError: No budget was given and there is no such study of ours.
     """
     with exclusive(storage.engine, lock_name(name)):
         if given["budget"] is None:
@@ -45,7 +45,7 @@ def open_study(
 
 
 def find_study(storage: RDBStorage, name: str) -> optuna.Study:
-    """A study of ours that is there, without a change to it."""
+    """An existing study of ours, without changing it."""
     try:
         study = optuna.load_study(study_name=name, storage=storage)
     except KeyError:
@@ -60,7 +60,7 @@ def find_study(storage: RDBStorage, name: str) -> optuna.Study:
 
 
 def require_file(url: str, study_name: str) -> None:
-    """Where there is no SQLite file there is no study; and looking for one makes none."""
+    """Refuse a missing SQLite file, which opening would create."""
     path = sqlite_file(url)
     if path is not None and not path.exists():
         raise UnknownStudyError(_unknown(study_name, url, []))
@@ -78,10 +78,10 @@ def _store(study: optuna.Study, given: Mapping[str, int | float | None]) -> None
 
 
 def record_change(study: optuna.Study, key: str, old: JSON, new: JSON) -> None:
-    """Append to the study's attribute ``changes``, under its lock."""
+    """Append to the study's attribute ``changes``; needs the study's lock."""
     changes = list(study.user_attrs.get(CHANGES, []))
     what = {"key": key, "old": old, "new": new}
-    # Asked again after a lost answer, it is still one change.
+    # Repeated after a lost answer, it is still one change.
     if not changes or {name: changes[-1].get(name) for name in what} != what:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         study.set_user_attr(CHANGES, [*changes, {"time": now, **what}])
@@ -91,7 +91,7 @@ def check_settings(*, budget: int | None, ttl: float | None, max_attempts: int |
     """Refuse settings out of range.
 
     Raises:
-        InputError: names the one.
+        InputError: One is; names it.
     """
     if budget is not None and budget < 1:
         raise InputError(f"the budget of a study must be 1 trial or more, got {budget}")
@@ -110,5 +110,5 @@ def _unknown(name: str, url: str, names: Sequence[str]) -> str:
 
 
 def lock_name(study_name: str) -> str:
-    """Of the lock under which a study's rows and settings change."""
+    """Name of the lock for changes to a study's rows and settings."""
     return f"study {study_name}"

@@ -1,8 +1,8 @@
-"""Asking a study's launchers and workers to stop, wherever they run: through the database alone.
+"""Stop requests to a study's launchers and workers, through the database.
 
-A study counts how often it was asked to. A launch knows the count at its own start and hands it to
-its workers: what is asked later reaches them, what is asked earlier does not, and nothing has to
-be taken back before the next launch. Ctrl-C asks the workers of one launch alone, by its name.
+A study counts its stop requests. A launch remembers the count at its start and passes it to its
+workers, so later requests reach them and earlier ones do not, and nothing must be reset before the
+next launch. Ctrl-C stops only the workers of one launch, by its name.
 """
 
 import uuid
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 HALT = "halt"  # the attribute of the study
 CONTINUE = "run the launch command again to continue"
-_REMEMBERED = 20  # launches that were interrupted
+_REMEMBERED = 20  # interrupted launches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +26,8 @@ class Launch:
     """One launch and its workers.
 
     Attributes:
-        name: Its own.
-        stops: How often the study had been asked to stop when it began.
+        name: Unique.
+        stops: The study's number of stop requests when it began.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Launch:
 
     @classmethod
     def begin(cls, ledgers: Sequence["Ledger"]) -> Self:
-        """A new one; what was asked before is settled with it, and shown no more."""
+        """A new launch; earlier stop requests are settled by it."""
         stops = max((_stored(ledger).count for ledger in ledgers), default=0)
         for ledger in ledgers:
             if _stored(ledger).asked is not None:
@@ -48,12 +48,12 @@ NO_LAUNCH = Launch(name="", stops=0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stops:
-    """What a study's attribute says.
+    """The stop requests of a study, as its attribute stores them.
 
     Attributes:
-        count: Times that everybody was asked.
-        asked: When, the last time, if nobody has launched the study since.
-        launches: Names of launches that were interrupted.
+        count: Number of requests to all.
+        asked: Time of the last one; None if the study was launched since.
+        launches: Names of interrupted launches.
     """
 
     count: int = 0
@@ -62,33 +62,33 @@ class Stops:
 
     @classmethod
     def of(cls, stored: Any) -> Self:  # noqa: ANN401  JSON, or None where nothing is stored
-        """As the database has it."""
+        """From the stored attribute."""
         if not isinstance(stored, Mapping):
             return cls()
         launches = tuple(stored.get("launches", ()))
         return cls(count=stored.get("count", 0), asked=stored.get("asked"), launches=launches)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able."""
+        """As the database stores it."""
         return {"count": self.count, "asked": self.asked, "launches": list(self.launches)}
 
     def reaches(self, launch: Launch) -> bool:
-        """Whether that launch and its workers are to end."""
+        """Whether that launch and its workers must end."""
         return self.count > launch.stops or launch.name in self.launches
 
     def settled(self) -> dict[str, Any]:
-        """The same once somebody has launched the study."""
+        """As stored after the study's next launch."""
         return self.as_dict() | {"asked": None}
 
 
 def ask_all(ledgers: Sequence["Ledger"]) -> None:
-    """Ask everybody who is at work on a study, or has launched it, to stop."""
-    # A launch has the highest count of all its ledgers, and each has to go beyond it.
+    """Ask all launchers and workers of a study to stop."""
+    # A launch has the highest count of its ledgers; every ledger must exceed it.
     highest = max(_stored(ledger).count for ledger in ledgers)
     now = datetime.now(UTC).isoformat(timespec="seconds")
 
     def asked(old: Any) -> dict[str, Any]:  # noqa: ANN401
-        stops = Stops.of(old)  # under the lock: somebody else may just have asked
+        stops = Stops.of(old)  # under the lock: another request may just have come
         return stops.as_dict() | {"count": 1 + max(stops.count, highest), "asked": now}
 
     for ledger in ledgers:
@@ -108,22 +108,22 @@ def ask_workers(ledgers: Sequence["Ledger"], launch: Launch) -> None:
 
 
 def is_asked(ledgers: Sequence["Ledger"], launch: Launch) -> bool:
-    """Whether everybody was asked to stop since that launch began."""
+    """Whether all were asked to stop since that launch began."""
     return any(_stored(ledger).count > launch.stops for ledger in ledgers)
 
 
 def asked_at(ledgers: Sequence["Ledger"]) -> str | None:
-    """When a study was asked to stop that nobody has launched since."""
+    """Time of the last stop request, if the study was not launched since."""
     return next((when for ledger in ledgers if (when := _stored(ledger).asked)), None)
 
 
 def held(ledgers: Sequence["Ledger"]) -> int:
-    """Rows that somebody works on."""
+    """Number of rows that have a worker."""
     return sum(ledger.held() for ledger in ledgers)
 
 
 def stopped_error(name: str) -> StoppedError:
-    """The end of whoever was asked."""
+    """The error that ends launchers and workers after a stop request."""
     return StoppedError(
         f"study {name} was stopped by `bdense-search stop`; nothing is lost: {CONTINUE}"
     )

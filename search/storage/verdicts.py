@@ -1,8 +1,8 @@
-"""What a pruner says of a trial, once and for all whoever works on it.
+"""A pruner's verdict on a trial, stored once for all workers.
 
-A pruner of successive halving notes in the database which rungs a trial has reached, and judges
-otherwise where it finds its own notes. So its notes are held back until the verdict is stored with
-them: whoever comes later, or asks again after a lost answer, has that verdict.
+Pruners of successive halving note in the database which rungs a trial has reached, and judge
+differently when they find these notes. So the notes are held back until the verdict is stored with
+them. A later worker, or a call repeated after a lost answer, gets that verdict.
 """
 
 import copy
@@ -16,16 +16,16 @@ from search.storage.engine import retrying
 
 
 def verdict_of(study: Study, number: int, step: int, ask: Callable[[Study], bool]) -> bool:
-    """The verdict on a trial at a step: the stored one, else the pruner's, which is stored first.
+    """The verdict on a trial at a step: the stored one, else the pruner's, which is then stored.
 
     Args:
-        study: The trial's.
-        number: The trial's.
-        step: Of the value on the way that is judged.
-        ask: Asks the pruner; what it notes of the trial in the study it is given is held back.
+        study: The trial's study.
+        number: Number of the trial.
+        step: Step of the intermediate value.
+        ask: Asks the pruner about the given study, which holds the pruner's notes back.
 
     Raises:
-        StorageError: The database stayed away.
+        StorageError: The database did not come back in time.
     """
     key, storage = f"verdict:{step}", study._storage
     trial = retrying(lambda: study.get_trials(deepcopy=False)[number])
@@ -38,9 +38,9 @@ def verdict_of(study: Study, number: int, step: int, ask: Callable[[Study], bool
             return ask(_noting(study, notes))
 
         poor = retrying(fresh)
-        verdict = {"poor": bool(poor), "notes": notes}  # NumPy's is no JSON
+        verdict = {"poor": bool(poor), "notes": notes}  # JSON does not take NumPy's bool
         _store(storage, trial._trial_id, key, verdict)
-    # Again where there was one: its worker may have died before they were all there.
+    # Also for a stored verdict: its worker may have died before all notes were stored.
     for name, value in verdict["notes"].items():
         _store(storage, trial._trial_id, name, value)
     return bool(verdict["poor"])
@@ -51,14 +51,14 @@ def _store(storage: BaseStorage, trial_id: int, key: str, value: Any) -> None:  
 
 
 def _noting(study: Study, notes: dict[str, Any]) -> Study:
-    """The same study, but that a pruner's notes go into ``notes``."""
+    """The study with a storage that puts a pruner's notes into ``notes``."""
     noting = copy.copy(study)
     noting._storage = _Noting(study._storage, notes)  # type: ignore[assignment]
     return noting
 
 
 class _Noting:
-    """A storage that keeps attributes of the one trial that is judged to itself."""
+    """A storage that keeps new attributes of the judged trial to itself."""
 
     def __init__(self, storage: BaseStorage, notes: dict[str, Any]) -> None:
         self._storage = storage

@@ -1,4 +1,4 @@
-"""Whether the trials of one study were measured by different versions of what they depend on."""
+"""Whether the trials of a study used different versions of their packages."""
 
 import json
 from collections import defaultdict
@@ -9,11 +9,11 @@ from search.storage.leases import TRIALS, USER_ATTRIBUTES
 
 
 def differing(engine: sa.Engine, study_id: int) -> list[str]:
-    """A line for each package of which trials of the study had different versions.
+    """A line for each package of which the study's trials used different versions.
 
     Args:
         engine: The study's database.
-        study_id: Optuna's key of it.
+        study_id: Optuna's key of the study.
     """
     query = (
         sa.select(

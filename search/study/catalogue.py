@@ -64,7 +64,7 @@ def _cells(study: StoredStudy) -> tuple[str, ...]:
 
 
 def _kind(study: StoredStudy) -> str:
-    """``search``, or what the rows of a study of given arms are."""
+    """``search``, or ``arms`` for a study of given arms."""
     return "arms" if ARMS in study.attributes else "search"
 
 
@@ -72,8 +72,9 @@ def _method(study: StoredStudy) -> str | None:
     """The method of its students; None while the study is half made."""
     if SPEC not in study.attributes:
         return None
+    # A spec of the older form has none, until storage upgrade.
     method: str | None = json.loads(study.attributes[SPEC]).get("method", {}).get("name")
-    return method  # a study of an older form has none until storage upgrade
+    return method
 
 
 def _local(time: datetime | None) -> str:

@@ -417,10 +417,10 @@ def _ledger(url: str, spec: StudySpec, name: str, budget: int | None) -> Ledger:
 
 def _store(ledger: Ledger, spec: StudySpec, before: StudySpec | None) -> None:
     """Write the spec into the study, where workers read it, and record what it changes."""
-    study, new = ledger.study, spec.model_dump(mode="json")
+    study, new = ledger.study, spec.as_dict()
     if before is not None:
         # A section that the stored one did not have is at its default there, not changed.
-        old = flatten(before.model_dump(mode="json"))
+        old = flatten(before.as_dict())
         for key, value in flatten(new).items():
             if old.get(key) != value and key not in _LEDGER_SETTINGS:
                 ledger.record_change(key, old.get(key), value)

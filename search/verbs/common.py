@@ -13,7 +13,7 @@ from search.storage.engine import resolve_storage_url
 if TYPE_CHECKING:
     from search.study.study import Study
 
-LEAST_SEEDS = 3  # search.spec.study.ConfirmSpec's, spelt out: pydantic is slow to import
+LEAST_SEEDS = 3  # search.spec.study.ConfirmSpec's, spelt out
 
 
 def storage_verb(

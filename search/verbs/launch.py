@@ -49,7 +49,7 @@ def _launch(options: argparse.Namespace) -> None:
         changes = {"plan": {"trials": options.trials}}
     spec = read_spec(options.study, changes)
     if options.dry_run:
-        dry_run(spec)
+        dry_run(spec, options.workers)
         return
     url = resolve_storage_url(options.storage)
     result, succeeded = launch(spec, url, options.study, options.workers)
@@ -58,12 +58,12 @@ def _launch(options: argparse.Namespace) -> None:
         raise BdenseError(f"no row of study {spec.name} is complete; the reasons are above")
 
 
-def dry_run(spec: "StudySpec") -> None:
+def dry_run(spec: "StudySpec", workers: int | None) -> None:
     """Print the resolved study, its fingerprint and what it would cost."""
     from search.spec.file import as_yaml
     from search.worker.cost import cost_lines
 
     print(as_yaml(spec), end="")
     print(f"# fingerprint {spec.fingerprint()}")
-    for line in cost_lines(spec):
+    for line in cost_lines(spec, workers=workers):
         print(f"# {line}")

@@ -98,13 +98,13 @@ def _promote(options: argparse.Namespace) -> None:
     if options.to is not None:
         spec = _given(options)
         if options.dry_run:
-            dry_run(spec)
+            dry_run(spec, options.workers)
             return
     study = open_search(options)
     spec = _given(options) if options.to is not None else _own(study)
     variants = _variants(options, study, own=options.to is None)
     if options.dry_run:
-        dry_run(spec)
+        dry_run(spec, options.workers)
         return
     folders = [_folder(options, spec, variant, len(variants)) for variant in variants]
     _require_free(options, spec.name, folders)

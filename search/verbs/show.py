@@ -95,7 +95,7 @@ def add_export(verbs: Verbs) -> None:
         "--nfe",
         metavar="N",
         type=positive,
-        help="of a method of several stages, the evaluations of the student (default: the last's)",
+        help="evaluations of the student, in a method of several stages (default: the last's)",
     )
 
 

@@ -23,8 +23,9 @@ from bdense.methods import METHODS
 from bdense.methods.method import Inputs, Method, MethodConfig, Recordings
 from bdense.methods.recordings import TrajectoryStore
 from bdense.metrics.extractors import Extractor, load_extractor
-from bdense.metrics.metrics import MetricSettings, require_measurable
+from bdense.metrics.metrics import require_measurable
 from bdense.metrics.references import Reference, dataset_reference, read_reference
+from bdense.metrics.settings import MetricSettings
 from bdense.models.cards import inherited
 from bdense.models.public import resolve_reference
 from bdense.models.sources import load_model

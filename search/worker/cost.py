@@ -251,7 +251,7 @@ def _downloads(spec: StudySpec, teacher_bytes: int) -> list[str]:
     lines = [
         f"{file.url} to {file.path} (about {size / 2**20:,.0f} MiB)"
         for file, size in wanted
-        if file is not None and not file.path.exists()
+        if file is not None and not file.is_here
     ]
     if (weights := missing_weights(spec.evaluation.extractor)) is not None:
         lines.append("{} to {}".format(*weights))

@@ -9,7 +9,7 @@ import torch
 from bdense.diffusion.branches import export_branch, widen_head
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.diffusion.preconditioning import EDM, IDDPM
-from bdense.errors import InputError, ShapeError
+from bdense.errors import CheckpointError, InputError, ShapeError
 from bdense.networks import NETWORKS
 from tests.small import same_weights
 
@@ -44,6 +44,12 @@ class NetworkContract:
         assert again.describe() == denoiser.describe()
         again.load_state_dict(denoiser.state_dict())
 
+    def test_options_that_do_not_fit_are_named(self, denoiser):
+        described = denoiser.describe()
+        for config in (described["config"] | {"depth": 3}, {"depth": 3}):
+            with pytest.raises(CheckpointError):
+                build_denoiser(described | {"config": config})
+
     def test_images_come_out_as_they_go_in(self, network, x, told):
         out = network(x, torch.tensor([0.5]), **told)
         assert out.shape == (3, network.out_channels, *x.shape[2:])
@@ -73,7 +79,10 @@ class NetworkContract:
             return
         unlabelled = network(x, level, **told)
         torch.testing.assert_close(network(x, level, torch.zeros(3, classes), **told), unlabelled)
-        assert not torch.allclose(network(x, level, torch.eye(classes)[:3], **told), unlabelled)
+        labelled = network(x, level, torch.eye(classes)[:3], **told)
+        assert not torch.allclose(labelled, unlabelled)
+        one_row = network(x, level, torch.eye(classes)[:1], **told)
+        torch.testing.assert_close(one_row[0], labelled[0])
         with pytest.raises(ShapeError):
             network(x, level, torch.ones(3, classes + 1), **told)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from search.storage.engine import FROZEN_SECONDS
 from search.storage.ledger import Ledger
-from search.study.study import baselines_name
+from search.study.study import BASELINES_SUFFIX
 from search.study.trial_log import LOG_FILE, read_log
 from tests.conftest import Postgres
 
@@ -169,7 +169,7 @@ class Chaos:
         self._draw = random.Random(self.seed)
         self._ledgers = {
             name: Ledger.open(self.url, name, budget=None)
-            for name in (self.study, baselines_name(self.study))
+            for name in (self.study, self.study + BASELINES_SUFFIX)
         }
 
     @property

@@ -28,11 +28,10 @@ SMALL: dict[str, Any] = {
             "ema_halflife_kimg": 1,
         }
     },
-    "student": {"method": "sfd-bdense", "nfe": 2, "substeps": 4, "afs": True},
-    "weights": {"parameterisation": "normalised", "a": {"low": -0.5, "high": 3.0}},
-    "budget": {"trials": 3, "kimg": 2.56, "batch": 64, "lr": 5e-4},
+    "method": {"name": "sfd", "nfe": 2, "substeps": 4, "kimg": 2.56, "batch": 64, "lr": 5e-4},
+    "weights": {"name": "normalised", "a": {"low": -0.5, "high": 3.0}},
+    "plan": {"trials": 3},
     "evaluation": {"images": 256, "extractor": "digits-classifier"},
-    "sampler": {"name": "tpe", "startup_trials": 10},
     "resources": {"checkpoint_seconds": 0.2, "lease_seconds": 10},
 }
 

@@ -16,7 +16,7 @@ from tests.e2e.study import small_study, wait_until
 
 TRIALS = 4
 # Long enough to be killed in.
-STUDY = small_study(budget={"trials": TRIALS, "kimg": 38.4})
+STUDY = small_study(plan={"trials": TRIALS}, method={"kimg": 38.4})
 OURS = ("ray-head", "ray-worker", "launcher", "dashboard", "proxy")
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 

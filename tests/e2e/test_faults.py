@@ -16,7 +16,6 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from search.spec.study_spec import StudySpec
 from sqlalchemy.engine import make_url
 
 from search.errors import ClusterLostError
@@ -35,6 +34,7 @@ from tests.e2e.chaos import (
     measure_calmly,
     network,
 )
+from tests.studies import spec
 from tests.e2e.study import Workplace, small_study
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.postgres]
@@ -48,7 +48,8 @@ JITTER_SECONDS = 0.05  # of the log's times
 # 7 iterations, about half a second.
 STUDY = small_study(
     name=NAME,
-    budget={"trials": TRIALS, "kimg": 0.448, "batch": 64},
+    plan={"trials": TRIALS},
+    method={"kimg": 0.448, "batch": 64},
     evaluation={"images": 64, "batch": 64},
     resources={
         "checkpoint_seconds": CHECKPOINT_SECONDS,
@@ -103,9 +104,9 @@ def test_nothing_is_lost_or_counted_twice_whatever_fails(
     seed = int(os.environ.get("BDENSE_FAULT_SEED") or random.SystemRandom().randrange(10**6))
     place = Workplace(tmp_path, tmp_path_factory.mktemp("cache"), storage=database)
     file = place.write(STUDY)
-    study = Study.create(resolve_storage_url(database), StudySpec.model_validate(STUDY))
+    study = Study.create(resolve_storage_url(database), spec(STUDY))
     for a in POINTS:
-        study.trials.enqueue({"a": a})
+        study.search.enqueue({"a": a})
 
     launch = Supervisor(
         [
@@ -122,8 +123,8 @@ def test_nothing_is_lost_or_counted_twice_whatever_fails(
         due = 0.0
         while launch.keep_running():
             spent = time.monotonic() - begun
-            assert spent < MOST_SECONDS, f"not done after {spent:.0f} s, {study.trials.counts()}"
-            if not study.trials.counts().complete:
+            assert spent < MOST_SECONDS, f"not done after {spent:.0f} s, {study.search.counts()}"
+            if not study.search.counts().complete:
                 due = spent + chaos.pause()  # the first launch makes teacher and trajectories
             elif spent >= due:
                 chaos.strike()
@@ -142,15 +143,15 @@ def test_nothing_is_lost_or_counted_twice_whatever_fails(
     calm = measure_calmly(file, POINTS, tmp_path / "calm")
     calm_seconds = time.monotonic() - calm_begun
 
-    trials = study.trials.study.get_trials(deepcopy=False)
-    counts = study.trials.counts()
+    trials = study.search.study.get_trials(deepcopy=False)
+    counts = study.search.counts()
     # 0 lost, 0 stuck.
     assert counts.planned == counts.complete + counts.pruned + counts.failed == TRIALS, told
     assert (counts.failed, counts.running, counts.waiting) == (0, 0, 0), told
     # 0 twice, and every FID that of a calm run, bit for bit.
     assert sorted(t.params["a"] for t in trials) == POINTS, told
     assert {t.params["a"]: t.value for t in trials} == calm, told
-    baselines = study.baselines.counts()
+    baselines = study.given.counts()
     assert (baselines.complete, baselines.planned) == (2, 2)
     assert lease_rows(database) == []
     for trial in trials:

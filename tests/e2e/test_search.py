@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 from optuna_dashboard import get_note
-from optuna_dashboard._custom_plot_data import list_graph_object_ids
-from search.spec.study_spec import StudySpec
 
 from bdense.data.datasets import load_dataset
 from bdense.models.store import load_tensors
@@ -58,7 +56,7 @@ def calm_fids(tmp_path_factory, cache) -> dict[float, float]:
 
 
 def assert_shown(workplace: Workplace, *names: str) -> None:
-    """Each trial has its grid once, which is the one in its folder; the study note and plots."""
+    """Each trial has its grid once, which is the one in its folder; the study note."""
     folder = FolderStore(workplace.folder / "runs" / "artifacts")
     for name in names:
         of = ledger(workplace, name)
@@ -69,10 +67,6 @@ def assert_shown(workplace: Workplace, *names: str) -> None:
                 assert stored.read() == grid.read_bytes()
     record = ledger(workplace, names[0])
     assert "3 of 3 trials complete" in get_note(record.study)
-    study_id = record.storage.get_study_id_from_name(names[0])
-    stored = record.storage.get_study_system_attrs(study_id)
-    plots = {"fid-over-a", "fid-over-a-b", "weights", "fid-over-time"}
-    assert set(list_graph_object_ids(stored)) == plots
 
 
 @pytest.mark.slow
@@ -129,10 +123,10 @@ def test_a_study_from_launch_to_best(workplace, calm_fids):
     assert "5.0 MiB of trajectories deleted" in workplace.run("clean", "small").stdout
     assert "0.0 MiB of trajectories deleted" in workplace.run("clean", "small").stdout
 
-    changed = workplace.write(small_study(budget={"lr": 1e-3}))
+    changed = workplace.write(small_study(method={"lr": 1e-3}))
     refused = workplace.run("launch", changed)
     assert refused.returncode == 2
-    assert "budget.lr: 0.0005 stored, 0.001 given" in refused.stderr
+    assert "method.lr: 0.0005 stored, 0.001 given" in refused.stderr
     assert fids(workplace) == after
 
 
@@ -185,7 +179,9 @@ def test_killed_workers_and_launchers_lose_nothing(workplace, calm_fids):
 def test_a_stopped_study_saves_at_once_and_carries_on(workplace, tmp_path_factory, cache):
     """`stop` from another process: nothing is trained twice, the FIDs are those of a calm run."""
     # Long enough for another process to start; no checkpoint but the one for the stop.
-    tree = small_study(budget={"trials": 1, "kimg": 6.4}, resources={"checkpoint_seconds": 1e6})
+    tree = small_study(
+        plan={"trials": 1}, method={"kimg": 6.4}, resources={"checkpoint_seconds": 1e6}
+    )
     study = workplace.write(tree)
     calm = Workplace(tmp_path_factory.mktemp("calm"), cache)
     done = calm.run("launch", calm.write(tree))
@@ -251,7 +247,7 @@ def test_a_stopped_study_saves_at_once_and_carries_on(workplace, tmp_path_factor
     assert "training  100/100  loss" in shown.stdout
     # With AFS two of three intervals are trained.
     assert (shown.stdout.count("  [2] "), shown.stdout.count("  [3] ")) == (100, 0)
-    assert len(workplace.run("logs", "small", "--baseline", "sfd").stdout.splitlines()) > 100
+    assert len(workplace.run("logs", "small", "--baseline", "plain").stdout.splitlines()) > 100
 
 
 def run_slot(workplace: Workplace, monkeypatch, study: dict, points=()) -> Ledger:
@@ -259,12 +255,12 @@ def run_slot(workplace: Workplace, monkeypatch, study: dict, points=()) -> Ledge
     monkeypatch.setenv("BDENSE_RUNS", str(workplace.folder / "runs"))
     monkeypatch.setenv("BDENSE_CACHE", str(workplace.cache))
     url = resolve_storage_url(None)
-    spec = StudySpec.model_validate(study)
+    spec = resolved(study)
     record = Study.create(url, spec)
     device = use_device(spec)
     prepare(spec, device, lambda *_: None)
     for point in points:
-        record.trials.enqueue(point)
+        record.search.enqueue(point)
     trajectory_store(spec, load_teacher(spec, load_dataset("digits"), device)).record()
     orders = Orders(
         kind="search",
@@ -279,11 +275,10 @@ def run_slot(workplace: Workplace, monkeypatch, study: dict, points=()) -> Ledge
 
 def test_a_trial_that_diverges_fails_with_its_reason_and_the_study_goes_on(workplace, monkeypatch):
     """exp(4 a) overflows float32 from a = 22.2 on."""
-    study = small_study(
-        weights={"parameterisation": "log-linear", "a": {"low": 0.0, "high": 500.0}}
-    )
+    study = small_study(weights={"name": "log-linear", "a": {"low": 0.0, "high": 500.0}})
     study["weights"]["b"] = {"low": 0.0, "high": 0.0}
-    study["budget"] |= {"trials": 3, "kimg": 0.128}
+    study["plan"]["trials"] = 3
+    study["method"]["kimg"] = 0.128
     points = [{"a": a, "b": 0.0} for a in (1.0, 40.0, 2.0)]
     done = run_slot(workplace, monkeypatch, study, points)
     good, diverged, after = done.study.get_trials(deepcopy=False)
@@ -300,7 +295,8 @@ def test_a_trial_that_diverges_fails_with_its_reason_and_the_study_goes_on(workp
 def test_weights_beyond_the_bound_are_not_trained(workplace, monkeypatch):
     """K = 4 normalised: the largest weight stays below 2 for |a| up to about 0.7."""
     study = small_study(weights={"largest": 2.0})
-    study["budget"] |= {"trials": 3, "kimg": 0.128}
+    study["plan"]["trials"] = 3
+    study["method"]["kimg"] = 0.128
     done = run_slot(workplace, monkeypatch, study)
     trials = done.study.get_trials(deepcopy=False)
     refused = [t for t in trials if t.user_attrs.get("out_of_bounds")]
@@ -317,7 +313,8 @@ def test_a_study_of_learned_weights(workplace, monkeypatch):
     """Its rows hold where the weights went; a launch with other rules is refused."""
     study = small_study()
     study["weights"] = "learned"
-    study["budget"] |= {"trials": 2, "kimg": 0.128}
+    study["plan"]["trials"] = 2
+    study["method"]["kimg"] = 0.128
     done = run_slot(workplace, monkeypatch, study)
     trials = done.study.get_trials(deepcopy=False)
     for trial in trials:
@@ -393,7 +390,7 @@ def process_list() -> list[str]:
 def test_dry_run_starts_nothing(workplace):
     done = workplace.run("launch", workplace.write(small_study()), "--dry-run")
     assert done.returncode == 0, done.stderr
-    assert "# trials: 5 (baselines included), each of 40 updates and 256 images" in done.stdout
+    assert "# rows: 5, each of a student, 40 updates and 256 images" in done.stdout
     assert "# memory: " in done.stdout
     assert "# time: " in done.stdout
     assert "# teacher: trained on 10,000 images first" in done.stdout
@@ -429,7 +426,7 @@ def test_mistakes_in_a_study_file_exit_with_2_and_name_the_key(workplace, sectio
     [
         (("status", "nobody"), "no study 'nobody'"),
         (("best", "absent.yaml"), "the study file absent.yaml cannot be read"),
-        (("status", "x", "--storage", "mysql://u@h/d"), "is not of a known form"),
+        (("status", "x", "--storage", "mysql://u@h/d"), "mysql://u@h/d"),
         (
             ("status", "x", "--storage", "postgresql://me:pw-Zq7@127.0.0.1:1/db"),
             "check that the server runs",
@@ -447,7 +444,7 @@ def test_mistakes_on_the_command_line_exit_with_2(workplace, arguments, message)
 
 def test_files_of_another_study_are_moved_aside_never_taken(workplace, monkeypatch):
     """The database was deleted, the folder was not: its results belong to other parameters."""
-    study = small_study(budget={"trials": 1, "kimg": 0.128, "batch": 64, "lr": 5e-4})
+    study = small_study(plan={"trials": 1}, method={"kimg": 0.128})
     old = run_slot(workplace, monkeypatch, study, [{"a": 1.0}]).study.trials[0]
     (workplace.folder / "runs/bdense.db").unlink()
     new = run_slot(workplace, monkeypatch, study, [{"a": 2.0}]).study.trials[0]

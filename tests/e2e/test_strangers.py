@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import search.spec.model_spec
-from search.spec.study_spec import StudySpec
 from search.worker.workers import SearchWorker
 
 from search.errors import SpecChangedError
@@ -49,10 +48,10 @@ def test_a_worker_of_other_numerics_measures_nothing(study, monkeypatch):
     monkeypatch.setattr(search.spec.model_spec, "NUMERICS", -1)
     with pytest.raises(SpecChangedError, match="the worker runs another version of bdense"):
         work_on_one(study)
-    counts = study.baselines.counts()
+    counts = study.given.counts()
     assert (counts.complete, counts.failed, counts.running) == (1, 0, 1)
     monkeypatch.undo()
-    again = study.baselines.claim(baseline_space(), None)
+    again = study.given.claim(baseline_space(), None)
     assert (again.number, again.attempt, again.tries, again.adopted) == (1, 2, 1, True)
 
 
@@ -69,13 +68,13 @@ def test_a_worker_of_another_release_joins_and_it_is_told(study, monkeypatch, tm
         work_on_one(study)
     finally:
         result.package_versions.cache_clear()
-    first, second = study.trials.study.trials
+    first, second = study.search.study.trials
     assert second.user_attrs["versions"] == first.user_attrs["versions"] | {"bdense": "9.9.9"}
     own = first.user_attrs["versions"]["bdense"]
-    assert study.trials.differing_versions() == [
+    assert study.search.differing_versions() == [
         f"bdense differs between trials: {own} in 1, 9.9.9 in 1"
     ]
-    assert study.baselines.differing_versions() == []
+    assert study.given.differing_versions() == []
 
 
 @pytest.fixture
@@ -136,7 +135,7 @@ def test_a_cluster_of_another_ray_is_refused_in_words(cluster, tmp_path):
     line = done.stderr.splitlines()[-1]
     assert line.startswith(f"bdense-search: Ray cannot be used at {head}: Version mismatch: ")
     assert "The cluster was started with: Ray: 0.0.1" in line
-    assert line.endswith("install here the versions of Ray and Python that the cluster has")
+    assert line.endswith("versions of Ray and Python here")
     assert "Traceback" not in done.stderr
 
 
@@ -157,7 +156,7 @@ def test_a_trial_that_kills_its_workers_is_given_up_and_the_study_goes_on(tmp_pa
     url = resolve_storage_url(f"sqlite:///{tmp_path}/runs/bdense.db")
     study = Study.create(url, StudySpec.model_validate(tree))
     for a in (0.5, 1.0, 1.5):
-        study.trials.enqueue({"a": a})
+        study.search.enqueue({"a": a})
     launcher = place.start("launch", place.write(tree), "--workers", "2")
     victims: set[int] = set()
     try:
@@ -176,7 +175,7 @@ def test_a_trial_that_kills_its_workers_is_given_up_and_the_study_goes_on(tmp_pa
         end_all(f"BDENSE_CACHE={tmp_path}")
     assert launcher.returncode == 0, err
     assert len(victims) == 2
-    given_up, *others = study.trials.study.trials
+    given_up, *others = study.search.study.trials
     assert (given_up.state.name, given_up.user_attrs["reason"]) == ("FAIL", "poisoned")
     assert "started 2 times, and no worker finished it" in given_up.user_attrs["error"]
     assert [each.state.name for each in others] == ["COMPLETE"] * 2

@@ -1,17 +1,23 @@
-"""A transformer of patches in miniature, as another package may bring it: its head is linear."""
+"""What another package may bring: a network, a solver and a method."""
 
-from collections.abc import Mapping
-from typing import Any, Self
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
+from bdense.diffusion.denoiser import Denoiser
+from bdense.diffusion.solvers import Solver, StepNoise, no_noise
+from bdense.knobs import knob
+from bdense.methods.sfd import SFD, SFDConfig
 from bdense.networks import Network
 from bdense.networks.network import check_inputs, check_labels
 
 
 class PatchNetwork(Network):
-    """Patches of p x p pixels, a linear layer each way, and the noise level between them.
+    """A transformer's patches in miniature: p x p pixels, and a linear layer each way.
 
     Args:
         order: Of the head's rows: ``ppc`` (p, p, channels), as DiT's, or ``cpp``.
@@ -72,3 +78,38 @@ class PatchNetwork(Network):
         else:
             tiles = out.view(b, n, n, -1, p, p).permute(0, 3, 1, 4, 2, 5)
         return tiles.reshape(b, -1, side, side)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Renoise(Solver):
+    """Predicts the image and adds noise of the next level, none at the last."""
+
+    name: ClassVar[str] = "renoise"
+
+    strength: float = knob(1.0, "share of the level that is added", low=0)
+
+    @property
+    def order(self) -> int:
+        return 1
+
+    def steps(
+        self, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: StepNoise = no_noise
+    ) -> Iterator[Tensor]:
+        for i, (t, t_next) in enumerate(itertools.pairwise(sigmas)):
+            added = self.strength * (t_next**2 - sigmas[-1] ** 2).sqrt()
+            x = denoise(x, t) + added * noise(i).to(x)
+            yield x
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LongSFDConfig(SFDConfig):
+    """SFD with longer training by default."""
+
+    kimg: float = knob(0.016, "training length in thousands of images", low=0.001)
+
+
+class LongSFD(SFD):
+    """SFD under another name."""
+
+    name: ClassVar[str] = "long-sfd"
+    Config: ClassVar[type[SFDConfig]] = LongSFDConfig

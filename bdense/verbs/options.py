@@ -1,0 +1,291 @@
+"""The options of the verbs, each declared once; importing this loads no torch."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from bdense.data.names import DATA_SETS
+from bdense.diffusion import SOLVERS, ScheduleKind
+from bdense.errors import InputError
+from bdense.execution import Execution
+from bdense.knobs import Knobs, knob, knobs_of, option_names
+from bdense.methods import METHODS
+from bdense.metrics.settings import MetricName
+from bdense.models.public import CHECKPOINTS, REFERENCES
+from bdense.verbs.weight_options import WeightOptions, parameter_options
+
+Configs = tuple[type[Knobs], ...]
+
+_MODEL = (
+    "a safetensors file, a pickle of EDM or SFD, a folder or hub id in diffusers' format, or the "
+    "name of a public checkpoint, which is downloaded (`bdense convert --help` lists the names)"
+)
+# Positional arguments, and their help.
+POSITIONALS = {
+    "model": _MODEL,
+    "teacher": _MODEL,
+    "source": "a pickle of EDM or SFD, a folder or hub id (OWNER/NAME) of a UNet2DModel in "
+    "diffusers' format, or the name of a public checkpoint, which is downloaded: "
+    f"{', '.join(CHECKPOINTS)}",
+}
+_EXTRACTORS = (
+    "inception[:FILE], dinov2[:FILE], torchscript:FILE (uint8 [B,3,H,W] to [B,d]), "
+    "digits-classifier, fashion-mnist-classifier or cifar10-classifier"
+)
+_FORMER_METHODS = {
+    "sfd-bdense": "--method sfd",
+    "pd-bdense": "--method progressive",
+    "pd": "--method progressive --plain",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware(Knobs):
+    """Where a verb computes."""
+
+    heading: ClassVar[str] = "hardware"
+
+    device: Literal["auto", "cpu", "cuda"] = knob(
+        "auto", "where to compute; auto: on a GPU where there is one"
+    )
+    threads: int | None = knob(None, "CPU threads", low=1, none="one for each core")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherOptions(Knobs):
+    """``bdense teacher``, beside the model and its ``TeacherConfig``."""
+
+    data: str = knob("digits", f"data set: {DATA_SETS}")
+    out: Path = knob(help="safetensors file to write", metavar="FILE")
+    kimg: float = knob(250.0, "training length in thousands of images", low=0.001)
+    conditional: bool = knob(False, "teach it the classes of the data set")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions(Knobs):
+    """The network of ``bdense teacher``, and what it is trained to predict."""
+
+    heading: ClassVar[str] = "model"
+
+    channels: int = knob(24, "channels at full resolution", low=1)
+    mult: tuple[int, ...] = knob(
+        (1, 2),
+        "channels of each level, from full resolution down, in multiples of --channels",
+        low=1,
+    )
+    blocks: int = knob(1, "residual blocks in each level", low=1)
+    attention: tuple[int, ...] = knob(
+        (),
+        "sides in pixels of the levels whose blocks have self-attention; the lowest level has it "
+        "anyway",
+        low=1,
+        metavar="SIDE",
+    )
+    dropout: float = knob(0.0, "dropout probability, in training only", low=0, high=1)
+    precond: Literal["edm", "cosine", "ddpm"] = knob(
+        "edm",
+        "noise that it is trained on: EDM's levels, or a variance-preserving process, which "
+        "progressive distillation needs: the cosine, or DDPM's of T discrete times",
+    )
+    prediction: Literal["epsilon", "sample", "v_prediction"] | None = knob(
+        None,
+        "what the network predicts, with --precond cosine or ddpm: noise, image or v",
+        none="v_prediction with cosine, epsilon with ddpm",
+    )
+    # The last beta is 20 / T, and below 1.
+    timesteps: int | None = knob(
+        None,
+        "number T of ddpm's times; its betas, 0.0001 to 0.02, are scaled by 1000 / T, so that any "
+        "T ends in noise",
+        low=21,
+        metavar="T",
+        none="1000",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawing(Knobs):
+    """How a model draws images; what is None is as a student was distilled for."""
+
+    heading: ClassVar[str] = "sampling"
+
+    nfe: int | None = knob(
+        None,
+        "network evaluations an image",
+        low=1,
+        none="a student's own, the lowest of several, else 2",
+    )
+    afs: bool | None = knob(
+        None,
+        "analytical first step: one more interval for the same NFE",
+        none="a student's own, else true",
+    )
+    schedule: ScheduleKind | Literal["native"] | None = knob(
+        None,
+        "spacing of the noise levels; native: the process that the network was trained on",
+        none="a student's own, else polynomial",
+    )
+    rho: float | None = knob(None, "exponent of the spacing", above=0, none="7")
+    sigma_min: float | None = knob(None, "last noise level, the lowest", above=0, none="0.006")
+    sigma_max: float | None = knob(None, "first noise level, the highest", above=0, none="80")
+    solver: str | None = knob(
+        None,
+        "solver that a teacher draws with",
+        choices=tuple(SOLVERS),
+        none="euler; ddim with --schedule native",
+    )
+    order: int | None = knob(None, "order of a solver that has several", low=1, none="the highest")
+    clip: bool | None = knob(
+        None,
+        "clamp ddim's predictions to [-1, 1]",
+        none="a student's own, else false",
+    )
+    class_: int | None = knob(
+        None,
+        "class of all images, counted from 0, of a conditional model",
+        low=0,
+        none="a random one for each",
+    )
+    batch: int = knob(128, "images drawn at a time", low=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleOptions(Knobs):
+    """``bdense sample``."""
+
+    images: int = knob(64, "images to draw", low=1)
+    columns: int = knob(16, "columns of the grid", low=1)
+    seed: int = knob(0, "seed of every random draw", low=0)
+    out: Path = knob(help="PNG file to write", metavar="FILE")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cache(Knobs):
+    """Where what is computed once is kept."""
+
+    heading: ClassVar[str] = "evaluation"
+
+    cache: Path = knob(
+        Path("runs/cache"),
+        "folder where statistics of reference sets and small classifiers are cached",
+        metavar="DIR",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Features(Cache):
+    """What features a distance is measured in."""
+
+    heading: ClassVar[str] = "evaluation"
+
+    extractor: str = knob("inception", f"feature extractor: {_EXTRACTORS}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation(Cache):
+    """What the students of ``bdense distill`` are measured with."""
+
+    heading: ClassVar[str] = "evaluation"
+
+    extractor: str | None = knob(
+        None,
+        f"measure the FID of each student against --data, in the features of {_EXTRACTORS}",
+        none="measure nothing",
+    )
+    images: int | None = knob(None, "images to draw for each FID", low=2, none="50000")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillOptions(Knobs):
+    """``bdense distill``, whatever the method."""
+
+    method: str = knob("sfd", f"distillation method: {', '.join(METHODS)}")
+    data: str = knob(
+        "digits",
+        f"data set to learn from, where the method does, and the FID's reference: {DATA_SETS}",
+    )
+    seed: int = knob(0, "seed of every random draw", low=0)
+    out: Path = knob(
+        help="safetensors file to write; for a method of several stages a folder, with a file for "
+        "each student"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FidOptions(Knobs):
+    """``bdense fid``."""
+
+    data: str | None = knob(
+        None, f"reference data set: {DATA_SETS}", none="digits, without --reference"
+    )
+    reference: str | None = knob(
+        None,
+        "reference statistics (mu, sigma) in place of a data set, for fid alone: an .npz file "
+        f"like EDM's, or one of EDM's by name: {', '.join(REFERENCES)}",
+        metavar="FILE",
+    )
+    metrics: tuple[MetricName, ...] = knob(
+        ("fid",),
+        "what to measure: fid always; kid: kernel distance; prc: precision and recall",
+    )
+    images: int = knob(50_000, "images to draw", low=2)
+    seed: int = knob(0, "seed of every random draw", low=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReferenceOptions(Knobs):
+    """``bdense reference``."""
+
+    data: str = knob("digits", f"reference data set: {DATA_SETS}")
+    out: Path = knob(help="npz file to write", metavar="FILE")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertOptions(Knobs):
+    """``bdense convert``."""
+
+    out: Path = knob(
+        help="safetensors file to write; .json and .md are written beside it", metavar="FILE"
+    )
+
+
+def teacher_configs(arguments: Sequence[str]) -> Configs:
+    """Of ``bdense teacher``; loads torch."""
+    from bdense.training.teacher import TeacherConfig
+
+    return (TeacherOptions, ModelOptions, TeacherConfig, Execution, Hardware)
+
+
+def distill_configs(arguments: Sequence[str]) -> Configs:
+    """Of ``bdense distill``, those of the method that the arguments name among them; loads torch.
+
+    Raises:
+        InputError: There is no such method.
+    """
+    method = METHODS[chosen_method(arguments)].Config
+    own = (DistillOptions, WeightOptions, parameter_options())
+    return (*own, method, Evaluation, Execution, Hardware)
+
+
+def chosen_method(arguments: Sequence[str]) -> str:
+    """The name after --method, else the usual one.
+
+    Raises:
+        InputError: It is what a method was called before.
+    """
+    parser = argparse.ArgumentParser(prog="bdense distill", add_help=False, allow_abbrev=False)
+    parser.add_argument("--method", default=knobs_of(DistillOptions)["method"].default)
+    name: str = parser.parse_known_args(arguments)[0].method
+    if name in _FORMER_METHODS:
+        raise InputError(f"--method {name} is now written {_FORMER_METHODS[name]}")
+    return name
+
+
+def unknown_option(argument: str, arguments: Sequence[str]) -> str:
+    """What to say of an argument that ``bdense distill`` does not take for its method."""
+    flag = argument.partition("=")[0]
+    having = [name for name in METHODS if flag in option_names(METHODS[name].Config)]
+    others = "; " + " and ".join(f"--method {name} has it" for name in having) if having else ""
+    return f"{flag} is no option of --method {chosen_method(arguments)}{others}"

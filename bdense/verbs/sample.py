@@ -1,0 +1,144 @@
+"""``bdense sample``: draw images from a model as one picture."""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.preconditioning import Preconditioning, native_schedule
+from bdense.diffusion.sampling import (
+    Sampler,
+    draw_images,
+    require_class,
+    samplers_from,
+    save_grid,
+)
+from bdense.diffusion.schedules import Levels, Schedule
+from bdense.diffusion.solvers import make_solver
+from bdense.errors import InputError
+from bdense.execution import Execution
+from bdense.knobs import from_options, spelt_options
+from bdense.models.sources import load_model
+from bdense.verbs.common import chosen_hardware, require_file_name
+from bdense.verbs.options import Drawing, SampleOptions
+
+# The schedule that is a network's own process.
+NATIVE = "native"
+_LEVELS: dict[str, Any] = {
+    "schedule": "polynomial",
+    "rho": 7.0,
+    "sigma_min": 0.006,
+    "sigma_max": 80.0,
+}
+_USUAL: dict[str, Any] = {
+    "nfe": 2,
+    "afs": True,
+    "solver": "euler",
+    "order": None,
+    "clip": False,
+    **_LEVELS,
+}
+
+
+def sample(options: argparse.Namespace) -> None:
+    """Run the verb."""
+    own, drawing = from_options(SampleOptions, options), from_options(Drawing, options)
+    device, execution = chosen_hardware(options)
+    require_file_name(own.out)
+    model, sampler = model_and_sampler(options.model, drawing, device, execution)
+    images = draw_images(
+        model,
+        sampler,
+        own.images,
+        seed=own.seed,
+        batch=drawing.batch,
+        class_index=drawing.class_,
+    )
+    save_grid(images, own.out, own.columns)
+    print(own.out)
+
+
+def model_and_sampler(
+    source: str, drawing: Drawing, device: torch.device, execution: Execution
+) -> tuple[NetworkDenoiser, Sampler]:
+    """The model on its device, and how it draws.
+
+    Raises:
+        InputError: There is no such model, or it does not draw so.
+    """
+    model, metadata = load_model(source)
+    sampler = chosen_sampler(source, drawing, metadata, model.precond)
+    require_class(model, drawing.class_)
+    return model.to(device).execute(execution), sampler
+
+
+def chosen_sampler(
+    source: str, drawing: Drawing, metadata: Mapping[str, Any], precond: Preconditioning
+) -> Sampler:
+    """The model's own sampler where it has one, else the one that was asked for.
+
+    Args:
+        source: The model, as the user named it.
+        drawing: What was asked for.
+        metadata: Of the model.
+        precond: Of the model.
+
+    Raises:
+        InputError: The model's own sampler is another, or what was asked for is none.
+    """
+    asked = {name: getattr(drawing, name) for name in _USUAL}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    served = {sampler.nfe: sampler for sampler in samplers_from(metadata)}
+    native = asked.get("schedule") == NATIVE
+    if not served:
+        usual = _USUAL | ({"solver": "ddim"} if native else {})
+        return _sampler(usual | asked, _levels(asked, precond))
+    smallest = min(served)
+    own = served.get(asked.get("nfe", smallest), served[smallest])
+    levels = own.schedule.describe()
+    kept = {"nfe": own.nfe, "afs": own.afs, "schedule": levels.pop("kind"), **levels}
+    solver = own.solver.describe()
+    kept |= {"solver": solver["solver"], "clip": solver.get("clip", False)}
+    kept["order"] = solver.get("max_order", own.solver.order)
+    if native and own.schedule == _levels(asked, precond):
+        del asked["schedule"]
+    if kept | asked != kept:
+        other = {name: value for name, value in asked.items() if kept.get(name) != value}
+        *others, largest = map(str, served)
+        choices = f"{', '.join(others)} or {largest}" if others else largest
+        raise InputError(
+            f"{source} draws with the sampler it was distilled for (NFE {choices}), and "
+            f"{spelt_options(other)} asks for another; drop that, or distil a student for it"
+        )
+    return own
+
+
+def _levels(asked: Mapping[str, Any], precond: Preconditioning) -> Levels:
+    """The noise levels that were asked for."""
+    given = {name: value for name, value in asked.items() if name in _LEVELS}
+    if given.get("schedule") != NATIVE:
+        chosen = _LEVELS | given
+        return Schedule(kind=chosen.pop("schedule"), **chosen)
+    del given["schedule"]
+    if given:
+        raise InputError(
+            f"--schedule {NATIVE} has the levels of the network's own process, and "
+            f"{spelt_options(given)} asks for others; drop that, or choose another schedule"
+        )
+    return native_schedule(precond)
+
+
+def _sampler(chosen: Mapping[str, Any], schedule: Levels) -> Sampler:
+    name, nfe, afs = chosen["solver"], chosen["nfe"], chosen["afs"]
+    solver = make_solver(name, order=chosen["order"], clip=chosen["clip"])
+    num_intervals, rest = divmod(nfe + (1 if afs else 0), solver.evaluations)
+    if rest:
+        taken, other = ("--afs", "--no-afs") if afs else ("--no-afs", "--afs")
+        raise InputError(
+            f"{name} spends {solver.evaluations} evaluations an interval, less one in all with "
+            f"--afs: none of its grids costs --nfe {nfe} with {taken}; take --nfe {nfe + 1} or "
+            f"{other}"
+        )
+    return Sampler(num_intervals=num_intervals, afs=afs, schedule=schedule, solver=solver)

@@ -1,0 +1,142 @@
+"""The options that give the branch weights: of every registered weight space; no torch."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from bdense.errors import InputError
+from bdense.knobs import KnobError, Knobs, from_options, knob, knobs_of, spelt_options
+from bdense.weights import WEIGHT_SPACES
+from bdense.weights.spaces import BASELINE, PLAIN, Choice, WeightSpace
+
+if TYPE_CHECKING:
+    from bdense.weights.weighting import BranchWeighting
+
+_HEADING = "branch weights"
+# Parameters whose option is called something else, and those that need not be given.
+_OPTIONS = {"rule": "learn"}
+_USUAL: Mapping[str, Any] = {"a": 0.0, "b": 0.0, "strength": 1.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightOptions(Knobs):
+    """Whether there are branch weights, and of which space."""
+
+    heading: ClassVar[str] = _HEADING
+
+    plain: bool = knob(
+        False,
+        "one branch, supervised at the end point alone: distil without B-DENSE",
+    )
+    weights: str | None = knob(
+        None,
+        f"weight space: {', '.join(WEIGHT_SPACES)}",
+        none="the first of them that has the parameters given",
+    )
+
+
+def parameter_options() -> type[Knobs]:
+    """A class with a knob for each parameter of the registered spaces; None where not given."""
+    spaces = [WEIGHT_SPACES[name]() for name in WEIGHT_SPACES]
+    fields = {}
+    for parameter in dict.fromkeys(name for space in spaces for name in space.distributions()):
+        having = [space for space in spaces if parameter in space.distributions()]
+        distribution = having[0].distributions()[parameter]
+        kind: Any = float
+        if isinstance(distribution, Choice):
+            kind = Literal[distribution.options]
+        declared = knob(
+            None,
+            f"{_help(having[0], parameter)} ({', '.join(space.name for space in having)})",
+            none=f"{_USUAL[parameter]:g}" if parameter in _USUAL else "",
+        )
+        option = _OPTIONS.get(parameter, parameter)
+        fields[option] = (option, kind | None, declared)
+    return dataclasses.make_dataclass(
+        "WeightParameters",
+        fields.values(),
+        bases=(Knobs,),
+        namespace={"heading": _HEADING},
+        frozen=True,
+        slots=True,
+        kw_only=True,
+    )
+
+
+def chosen_weighting(
+    options: argparse.Namespace, num_branches: int
+) -> Callable[[], "BranchWeighting"]:
+    """What makes the branch weights that were asked for; new ones at each call.
+
+    Args:
+        options: The command line.
+        num_branches: K of the method with branches.
+
+    Raises:
+        InputError: The parameters are of no space, or one is missing.
+    """
+    own, given = from_options(WeightOptions, options), _given(options)
+    if own.plain:
+        if given or own.weights:
+            asked = given | ({"weights": own.weights} if own.weights else {})
+            raise InputError(
+                f"--plain leaves one branch, which has no weight, got {_spelt(asked)}; drop one"
+            )
+        params: Mapping[str, Any] = {BASELINE: PLAIN}
+        space = _space(None, {})
+    else:
+        space = _space(own.weights, given)
+        params = _parameters(space, given)
+    space.weighting(params, num_branches)  # which refuses what is out of range
+    return lambda: space.weighting(params, num_branches)
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """The parameters on the command line, by the spaces' names for them."""
+    values = from_options(parameter_options(), options)
+    names = {option: parameter for parameter, option in _OPTIONS.items()}
+    return {
+        names.get(option, option): value
+        for option in knobs_of(type(values))
+        if (value := getattr(values, option)) is not None
+    }
+
+
+def _space(name: str | None, given: Mapping[str, Any]) -> WeightSpace:
+    """The space that was named, or the first that has these parameters."""
+    spaces = WEIGHT_SPACES.values() if name is None else [WEIGHT_SPACES[name]]
+    for space in (each() for each in spaces):
+        if given.keys() <= space.distributions().keys():
+            return space
+    known = "; ".join(
+        f"{each}: {' '.join(map(_option, WEIGHT_SPACES[each]().distributions()))}"
+        for each in WEIGHT_SPACES
+    )
+    of = "no weight space has" if name is None else f"the weights {name} do not have"
+    raise InputError(f"{of} {_spelt(given)}; there are {known}")
+
+
+def _parameters(space: WeightSpace, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All of the space's parameters."""
+    chosen = {name: given.get(name, _USUAL.get(name)) for name in space.distributions()}
+    for name, value in chosen.items():
+        if value is None:
+            raise KnobError(_option(name), f"is missing: the weights {space.name} need it")
+    return chosen
+
+
+def _help(space: WeightSpace, parameter: str) -> str:
+    """What the space's knob of that name says, or of its plural."""
+    known = knobs_of(type(space))
+    declared = known.get(parameter) or known.get(f"{parameter}s")
+    return declared.help if declared is not None else f"{parameter} of the weights"
+
+
+def _option(parameter: str) -> str:
+    return f"--{_OPTIONS.get(parameter, parameter)}".replace("_", "-")
+
+
+def _spelt(given: Mapping[str, Any]) -> str:
+    return spelt_options({_OPTIONS.get(name, name): value for name, value in given.items()})

@@ -1,0 +1,537 @@
+"""What any training stage and any distillation method promises; one subclass for each."""
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from bdense.diffusion.branches import export_branch, widen_head
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.sampling import samplers_from
+from bdense.errors import CheckpointError, InputError, NonFiniteLossError, StoppedError
+from bdense.knobs import Knob, knobs_of
+from bdense.methods.distill import TrainedStage, distill
+from bdense.methods.method import Inputs, Method, StagePlan
+from bdense.models.store import denoiser_sha256, load_denoiser, load_tensors
+from bdense.training.loop import Evaluations, train
+from bdense.training.stage import Training
+from bdense.weights.weighting import BranchWeighting, FixedWeights, LearnedWeights
+from tests.small import same_weights
+
+ONE = torch.ones(1, dtype=torch.float64)
+TWO_CPUS = [torch.device("cpu")] * 2
+ALL = slice(None)
+
+
+class KilledError(Exception):
+    """Stands for a kill at that point."""
+
+
+class Around:
+    """A stage with something added; what is not defined here is the stage's own."""
+
+    def __init__(self, stage: Training) -> None:
+        self.own = stage
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.own, name)
+
+
+class Watched(Around):
+    """Shows its student."""
+
+    def begin(self, student: NetworkDenoiser) -> None:
+        self.student = student
+        self.own.begin(student)
+
+
+class Steep(Watched):
+    """From an update on, the gradient of one branch overflows; the losses stay as they are."""
+
+    def __init__(self, stage: Training, branch: int, first: int) -> None:
+        super().__init__(stage)
+        self.branch, self.first, self.made = branch, first, 0
+
+    def updates(self, iteration: int, batch: Any) -> Iterator[Any]:
+        for update in self.own.updates(iteration, batch):
+            if self.made < self.first:
+                yield update
+            else:
+                yield _SteepUpdate(update, self.branch)
+            self.made += 1
+
+
+class _SteepUpdate(Around):
+    def __init__(self, update: Any, branch: int) -> None:
+        super().__init__(update)
+        self.branch = branch
+
+    def __call__(self, branches: Any) -> "_SteepLosses":
+        return _SteepLosses(self.own(branches).per_branch, self.branch)
+
+
+class _SteepLosses:
+    def __init__(self, per_branch: Tensor, branch: int) -> None:
+        found = list(per_branch)
+        own = found[branch - 1]
+        # Adds nothing, and what it multiplies the gradient by overflows: 0 stays 0.
+        huge = torch.finfo(own.dtype).max ** 0.75
+        found[branch - 1] = own + huge * (huge * (own - own.detach()))
+        self.per_branch = torch.stack(found)
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        return (weights.to(self.per_branch) * self.per_branch).sum()
+
+
+def tensors_of(batch: Any) -> dict[str, Tensor]:
+    """All tensors of a batch, by name."""
+    if isinstance(batch, Tensor):
+        return {"": batch}
+    if not is_dataclass(batch):
+        return {}
+    found = {}
+    for each in fields(batch):
+        inside = tensors_of(getattr(batch, each.name))
+        found |= {f"{each.name}.{name}": value for name, value in inside.items()}
+    return found
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Two batches, bit for bit."""
+    left, right = tensors_of(a), tensors_of(b)
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+class TrainingContract:
+    """A stage of five updates or more, whose student trains with dropout.
+
+    ``learning`` makes it; ``rate`` is a step size at which rounding stays rounding.
+    """
+
+    rate: ClassVar[float] = 1e-4
+
+    def learning(self, seed: int = 5, **changes: Any) -> Training:
+        """The stage with some knobs changed; ``dropout=False`` and ``lr`` are understood."""
+        raise NotImplementedError
+
+    def written_out(self) -> tuple[Training, NetworkDenoiser]:
+        """A stage with one branch, and its student made by a loop written out in the test."""
+        raise NotImplementedError
+
+    def weighting(self, stage: Training) -> BranchWeighting:
+        return FixedWeights(torch.linspace(0.5, 1.5, stage.num_branches, dtype=torch.float64))
+
+    def weightings(self) -> dict[str, Callable[[int], BranchWeighting]]:
+        """By name, for K branches."""
+        found: dict[str, Callable[[int], BranchWeighting]] = {
+            "fixed": lambda k: FixedWeights(torch.linspace(0.5, 1.5, k, dtype=torch.float64))
+        }
+        if self.learning().num_branches > 1:
+            for rule in ("uncertainty", "gradient-norm"):
+                found[rule] = lambda k, rule=rule: LearnedWeights(k, rule=rule)
+        return found
+
+    def test_one_branch_equals_a_loop_written_out_bit_for_bit(self):
+        stage, expected = self.written_out()
+        student = train(stage, FixedWeights(ONE))
+        assert same_weights(student, expected)
+        assert not same_weights(student, stage.start)
+        assert not student.training
+
+    @pytest.mark.parametrize("killed_in", [0, 1, 4])
+    def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(self, tmp_path, killed_in):
+        """Dropout included, whatever the new process' random state."""
+        for name, weighting in self.weightings().items():
+            path = tmp_path / f"{name}.safetensors"
+
+            def run(name=name, weighting=weighting, **options) -> NetworkDenoiser:
+                stage = self.learning()
+                return train(stage, weighting(stage.num_branches), **options)
+
+            def kill(done, path=path):
+                if done.iteration == killed_in:
+                    raise KilledError
+
+            whole = run()
+            with pytest.raises(KilledError):
+                run(checkpoint=path, checkpoint_seconds=0, on_iteration=kill)
+            kept = load_tensors(path)[1]["iteration"] if path.exists() else 0
+            assert kept == killed_in
+            torch.manual_seed(99)
+            for expected in (range(killed_in, self.learning().num_updates), ()):
+                # Once more, after its last save: it does nothing.
+                seen: list[Any] = []
+                resumed = run(checkpoint=path, on_iteration=seen.append)
+                assert same_weights(resumed, whole)
+                assert [done.iteration for done in seen] == list(expected)
+
+    def test_a_run_that_is_asked_to_stop_saves_just_there(self, tmp_path):
+        stage, path = self.learning(), tmp_path / "checkpoint.safetensors"
+        saves = []
+
+        def stop(done):
+            if done.iteration == 2:
+                raise StoppedError("enough")
+
+        with pytest.raises(StoppedError):
+            train(
+                stage,
+                self.weighting(stage),
+                checkpoint=path,
+                checkpoint_seconds=1e6,
+                on_iteration=stop,
+                on_save=saves.append,
+            )
+        assert load_tensors(path)[1]["iteration"] == 3
+        assert saves == [3]
+
+    def test_batches_depend_on_seed_and_iteration_alone(self):
+        one, same, other = self.learning(), self.learning(), self.learning(seed=6)
+        forward = [one.batch(i, ALL) for i in range(4)]
+        for i in (3, 0, 2, 1):
+            assert equal(same.batch(i, ALL), forward[i])
+            assert not equal(other.batch(i, ALL), forward[i])
+        assert not equal(forward[0], forward[1])
+
+    def test_devices_take_their_parts_of_the_same_batch(self):
+        stage = self.learning()
+        half = stage.batch_size // 2
+        whole = tensors_of(stage.batch(1, ALL))
+        parts = [tensors_of(stage.batch(1, s)) for s in (slice(half), slice(half, 2 * half))]
+        for name, value in whole.items():
+            # Images are the first axis, or the second of a stack of them.
+            axis = value.shape.index(stage.batch_size)
+            assert torch.equal(torch.cat([part[name] for part in parts], axis), value)
+
+    def test_two_devices_equal_one_to_rounding(self):
+        """Outputs, not weights: Adam makes steps of rounding noise where a gradient cancels."""
+        reports: list[list[Any]] = [[], []]
+        students = []
+        for devices, report in zip((None, TWO_CPUS), reports, strict=True):
+            stage = self.learning(dropout=False, lr=self.rate)
+            students.append(
+                train(
+                    stage,
+                    self.weighting(stage),
+                    devices=devices,
+                    on_iteration=report.append,
+                )
+            )
+        for alone, shared in zip(*reports, strict=True):
+            torch.testing.assert_close(
+                alone.branch_losses, shared.branch_losses, rtol=1e-4, atol=1e-6
+            )
+            assert shared.loss == pytest.approx(alone.loss, rel=1e-4)
+            assert shared.gradient_norm == pytest.approx(alone.gradient_norm, rel=1e-3)
+        alone, shared = map(outputs, students)
+        start = outputs(widen_head(stage.start, stage.num_branches))
+        assert (alone - shared).abs().max() < 1e-2 * (alone - start).abs().max()
+
+    def test_a_checkpoint_of_another_run_is_refused(self, tmp_path):
+        path = tmp_path / "checkpoint.safetensors"
+        keep = {"checkpoint": path, "checkpoint_seconds": 0}
+        stage = self.learning()
+        train(stage, self.weighting(stage), **keep)
+        before = path.read_bytes()
+        for other in (self.learning(seed=6), self.learning(lr=0.5)):
+            with pytest.raises(CheckpointError, match=r"another run \(differs in: .*config"):
+                train(other, self.weighting(other), **keep)
+        if stage.num_branches > 1:
+            with pytest.raises(CheckpointError, match="differs in: weights"):
+                train(stage, FixedWeights(torch.ones(stage.num_branches)), **keep)
+        assert path.read_bytes() == before
+
+    def test_a_loss_that_is_not_finite_stops_the_run_before_an_update(self, tmp_path):
+        stage = self.learning()
+        with torch.no_grad():
+            next(stage.start.parameters()).fill_(float("nan"))
+        path = tmp_path / "checkpoint.safetensors"
+        with pytest.raises(NonFiniteLossError, match="the loss is not finite") as caught:
+            train(stage, self.weighting(stage), checkpoint=path, checkpoint_seconds=0)
+        assert (caught.value.iteration, caught.value.branch) == (0, 1)
+        assert not path.exists()
+
+    @pytest.mark.parametrize("first", [0, 1, 3])
+    def test_a_gradient_that_is_not_finite_is_named_and_makes_no_update(self, tmp_path, first):
+        """By iteration and branch; the student is left as the last good update made it."""
+        calm = self.learning()
+        branch = calm.num_branches
+        path, kept = tmp_path / "checkpoint.safetensors", []
+
+        class Noted(Steep):
+            def updates(self, iteration: int, batch: Any) -> Iterator[Any]:
+                for update in super().updates(iteration, batch):
+                    kept.append(
+                        (iteration, update.where, copy.deepcopy(self.student.state_dict()))
+                    )
+                    yield update
+
+        stage = Noted(self.learning(), branch, first)
+        with pytest.raises(NonFiniteLossError, match="the gradient is not finite") as caught:
+            train(stage, self.weighting(calm), checkpoint=path, checkpoint_seconds=0)
+        iteration, where, state = kept[first]
+        assert len(kept) == first + 1
+        assert (caught.value.iteration, caught.value.branch) == (iteration, branch)
+        assert caught.value.interval == where.get("interval")
+        assert all(torch.equal(stage.student.state_dict()[name], state[name]) for name in state)
+        assert (load_tensors(path)[1]["iteration"] if path.exists() else 0) == iteration
+
+    def test_evaluations_see_the_student_on_its_way_and_change_nothing(self, tmp_path):
+        whole = train(self.learning(), self.weighting(self.learning()))
+        seen: dict[int, NetworkDenoiser] = {}
+
+        def evaluate(after: int, student: NetworkDenoiser) -> None:
+            torch.rand(3)
+            seen[after] = student
+            with torch.no_grad():
+                next(student.parameters()).add_(1)  # it is a copy
+
+        stage = self.learning()
+        student = train(stage, self.weighting(stage), evaluations=Evaluations((2, 4), evaluate))
+        assert same_weights(student, whole)
+        assert sorted(seen) == [2, 4]
+        assert all(each.num_branches == 1 and not each.training for each in seen.values())
+
+    def test_a_run_resumed_at_an_evaluation_is_evaluated_again(self, tmp_path):
+        stage, seen = self.learning(), []
+        keep = {"checkpoint": tmp_path / "x.safetensors", "checkpoint_seconds": 1e6}
+
+        def stop_at_4(after: int, student: NetworkDenoiser) -> None:
+            seen.append((after, denoiser_sha256(student)))
+            if len(seen) == 2:
+                raise KilledError
+
+        def run() -> NetworkDenoiser:
+            evaluations = Evaluations((2, 4), stop_at_4)
+            return train(stage, self.weighting(stage), evaluations=evaluations, **keep)
+
+        with pytest.raises(KilledError):
+            run()
+        run()
+        assert [after for after, _ in seen] == [2, 4, 4]
+        assert seen[1] == seen[2]
+
+
+@torch.no_grad()
+def outputs(student: NetworkDenoiser) -> Tensor:
+    """Every branch at four noise levels."""
+    c, h, w = student.image_shape
+    like = next(student.parameters())
+    x = torch.randn(4, c, h, w, generator=torch.Generator().manual_seed(0)).to(like)
+    sigma = torch.tensor([0.01, 0.5, 5.0, 40.0]).to(like)
+    told = {"num_points": 3} if student.step_condition else {}
+    return student.branches(x * sigma.view(-1, 1, 1, 1), sigma, **told)
+
+
+class MethodContract(TrainingContract):
+    """A method with small knobs: its first branched stage has five updates or more."""
+
+    method: ClassVar[type[Method]]
+    # Of the smallest run.
+    knobs: ClassVar[dict[str, Any]]
+    # Values to try where the declaration does not show one that fits.
+    others: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    def teacher(self) -> NetworkDenoiser:
+        """Small, with dropout in its network."""
+        raise NotImplementedError
+
+    def inputs(self, seed: int = 5) -> Inputs:
+        return Inputs(seed=seed)
+
+    def config(self, **changes: Any) -> Any:
+        return self.method.Config(**self.knobs | changes)
+
+    def learning(self, seed: int = 5, **changes: Any) -> Training:
+        method, config, teacher = self.method(), self.config(**changes), self.teacher()
+        plan = next(plan for plan in method.plan(config, teacher) if plan.branched)
+        return method.stage(plan, teacher, config, self.inputs(seed))
+
+    def run(self, folder: Path, seed: int = 5, **options: Any) -> list[TrainedStage]:
+        """All stages, kept in the folder."""
+        changes = {name: options.pop(name) for name in list(options) if name in self._names()}
+        config = self.config(**changes)
+        k = self.method().num_branches(config)
+        return list(
+            distill(
+                self.method(),
+                self.teacher(),
+                config,
+                lambda: FixedWeights(torch.linspace(0.5, 1.5, k, dtype=torch.float64)),
+                self.inputs(seed),
+                folder=folder,
+                **options,
+            )
+        )
+
+    def _names(self) -> set[str]:
+        return set(knobs_of(self.method.Config))
+
+    # ---- stages ----
+
+    def test_plan_and_stages_agree(self):
+        method, config, teacher = self.method(), self.config(), self.teacher()
+        plans = method.plan(config)
+        assert len({plan.name for plan in plans}) == len(plans)
+        assert method.plan(config, teacher) == plans
+        for plan in plans:
+            stage = method.stage(plan, teacher, config, self.inputs())
+            assert stage.num_updates == plan.num_updates
+            assert stage.sampler.nfe == plan.nfe
+            assert stage.num_branches == (method.num_branches(config) if plan.branched else 1)
+            assert stage.batch_size == config.batch
+            assert samplers_from(stage.metadata())[0] == stage.sampler
+            assert stage.optimisation == config
+
+    def test_the_last_branch_alone_is_plain_distillation(self):
+        """Weight 0 for the others: to rounding, as a wider head is another product."""
+        stage = self.learning(dropout=False, lr=self.rate)
+        alone = torch.zeros(stage.num_branches, dtype=torch.float64)
+        alone[-1] = 1
+        branched = export_branch(train(stage, FixedWeights(alone)))
+        plain = train(self.learning(dropout=False, lr=self.rate), FixedWeights(ONE))
+        a, b, start = outputs(branched), outputs(plain), outputs(stage.start)
+        assert (a - b).abs().max() < 1e-2 * (b - start).abs().max()
+
+    def test_weights_of_another_number_are_refused(self):
+        stage = self.learning()
+        count = stage.num_branches + 1
+        with pytest.raises(InputError, match=f"there are {count} branch weights"):
+            train(stage, FixedWeights(torch.ones(count)))
+
+    def test_the_average_of_the_weights_is_what_is_returned(self):
+        """A halflife of one batch halves every share."""
+        stage = Watched(self.learning(ema=self.config().batch))
+        steps: list[dict[str, Tensor]] = []
+
+        def note(_) -> None:
+            steps.append(copy.deepcopy(stage.student.state_dict()))
+
+        averaged = train(stage, self.weighting(stage), on_iteration=note)
+        expected = widen_head(stage.start, stage.num_branches).state_dict()
+        for step in steps:
+            expected = {name: expected[name].lerp(step[name], 0.5) for name in step}
+        for name, value in averaged.state_dict().items():
+            torch.testing.assert_close(value, expected[name])
+        assert not same_weights(averaged, stage.student)
+
+    # ---- knobs ----
+
+    def test_every_knob_changes_the_run_or_is_refused(self, tmp_path):
+        """Whatever changes a student's weights makes another identity, too."""
+        base = self._told(self.run(tmp_path / "base"), {})
+        idle = []
+        for name, known in knobs_of(self.method.Config).items():
+            found = []
+            for i, value in enumerate(self._values(name, known)):
+                try:
+                    done = self.run(tmp_path / f"{name}-{i}", **{name: value})
+                except InputError:
+                    found.append("refused")
+                    continue
+                told = self._told(done, {name: value})
+                found.append("changed" if told != base else "")
+                for stage, (described, student, _) in told.items():
+                    if stage in base and base[stage][1] != student:
+                        assert base[stage][0] != described, f"{name}={value} is not described"
+            if not any(found):
+                idle.append(name)
+        assert idle == []
+
+    def test_every_seed_is_another_run(self, tmp_path):
+        base = self._told(self.run(tmp_path / "a"), {})
+        other = self._told(self.run(tmp_path / "b", seed=6), {}, seed=6)
+        for stage, (described, student, _) in other.items():
+            assert described != base[stage][0]
+            assert student != base[stage][1]
+
+    def _told(
+        self, stages: list[TrainedStage], changes: dict[str, Any], seed: int = 5
+    ) -> dict[str, tuple[str, str, str]]:
+        """By name: what a stage says of itself, its student, how that draws."""
+        method, config, teacher = self.method(), self.config(**changes), self.teacher()
+        found = {}
+        for done in stages:
+            stage = method.stage(done.plan, teacher, config, self.inputs(seed))
+            told = json.dumps(stage.describe(self.weighting(stage)), sort_keys=True)
+            drawn = json.dumps(done.sampler.describe())
+            found[done.plan.name] = (told, denoiser_sha256(done.student), drawn)
+            teacher = done.student
+        return found
+
+    def _values(self, name: str, known: Knob) -> tuple[Any, ...]:
+        """Other values of a knob, from its declaration."""
+        usual = self.knobs.get(name, known.default)
+        if name in self.others:
+            return self.others[name]
+        if name in SHARED_OTHERS:
+            return SHARED_OTHERS[name]
+        if known.choices:
+            return tuple(choice for choice in known.choices if choice != usual)
+        if known.type is bool:
+            return (not usual,)
+        if known.type is int:
+            return ((usual if usual is not None else int(known.low or 0)) + 1,)
+        if known.type is float:
+            return (usual * 1.5 if usual else float(known.low or 0) + 0.5,)
+        raise AssertionError(f"{self.method.name} has a knob {name} of {known.type}: give others")
+
+    # ---- a whole run ----
+
+    def test_students_are_kept_and_read_back_without_training(self, tmp_path):
+        plans: list[tuple[StagePlan, int]] = []
+        first = self.run(
+            tmp_path, on_iteration=lambda plan, done: plans.append((plan, done.iteration))
+        )
+        assert plans == [(done.plan, i) for done in first for i in range(done.plan.num_updates)]
+
+        def never(*_):
+            raise AssertionError("it trains")
+
+        for done, again in zip(first, self.run(tmp_path, on_iteration=never), strict=True):
+            assert (done.plan, done.path, done.sampler) == (again.plan, again.path, again.sampler)
+            assert same_weights(done.student, again.student)
+            kept, metadata = load_denoiser(done.path)
+            assert same_weights(kept, done.student)
+            assert samplers_from(metadata)[0] == done.sampler
+            assert metadata["kind"] == "student"
+            assert metadata["teacher_sha256"] == denoiser_sha256(self.teacher())
+            assert done.path.with_suffix(".md").exists()
+            assert done.student.describe() == again.student.describe()
+            assert (done.student.num_branches, done.student.training) == (1, False)
+        kinds = {path.name.split(".", 1)[1] for path in tmp_path.iterdir()}
+        assert kinds == {"md", "safetensors"}
+        with pytest.raises(CheckpointError, match=r"another run \(differs in: .*config\.lr"):
+            self.run(tmp_path, lr=0.5)
+
+    def test_a_run_killed_in_its_last_stage_resumes_there(self, tmp_path):
+        *_, whole = self.run(tmp_path / "whole")
+        last = whole.plan
+
+        def kill(plan, done):
+            if (plan, done.iteration) == (last, 2):
+                raise KilledError
+
+        with pytest.raises(KilledError):
+            self.run(tmp_path, on_iteration=kill, checkpoint_seconds=0)
+        seen = []
+        *_, resumed = self.run(
+            tmp_path, on_iteration=lambda plan, done: seen.append((plan, done.iteration))
+        )
+        assert seen == [(last, i) for i in range(2, last.num_updates)]
+        assert same_weights(resumed.student, whole.student)
+
+
+SHARED_OTHERS: dict[str, tuple[Any, ...]] = {
+    "betas": ((0.8, 0.99),),
+    "warmup_images": (64,),
+    "weight_decay": (0.1,),
+    "ema": (8.0,),
+    "clip_norm": (0.01,),
+}

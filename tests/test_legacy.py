@@ -164,7 +164,7 @@ def test_a_section_that_is_none_is_named(tree, key):
         ({"pruning": {"bound": 3}}, "plan.bound"),
         ({"stopp": {}}, "stopp"),
         # Half rewritten: nothing of today's sections is lost, and nothing else taken for them.
-        ({"method": {"name": "progressive", "steps": 8, "until": 4}}, "plan"),
+        ({"method": {"name": "progressive", "steps": 8, "until": 4}}, "student"),
     ],
 )
 def test_a_key_that_neither_form_has_is_refused(changes, key):

@@ -502,7 +502,7 @@ def test_clean_deletes_no_folder_but_one_of_trajectories(capsys, recorded, named
 def test_a_spec_of_another_version_is_named(capsys, tmp_path, monkeypatch):
     resolve_here(monkeypatch)
     study = search()
-    stored = changed(spec().model_dump(mode="json"), resources__wings=2)
+    stored = changed(spec().as_dict(), resources__wings=2)
     study.main.study.set_user_attr(SPEC, json.dumps(stored))
     for verb in (
         ("enqueue", "digits", "--a", "1"),
@@ -511,7 +511,7 @@ def test_a_spec_of_another_version_is_named(capsys, tmp_path, monkeypatch):
     ):
         status, out, err = answer(capsys, *verb)
         assert (status, out) == (2, "")
-        assert "cannot read the study's spec (digits: resources.wings: " in err
+        assert "cannot read the study's spec (digits: resources.wings " in err
     # What is refused changes nothing.
     assert Ledger.open(study.url, "digits", budget=None).budget == spec().search.trials
 

@@ -7,11 +7,13 @@ import torch
 
 from bdense.data.datasets import Dataset, to_float
 from bdense.diffusion.branches import export_branch
+from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import Sampler, draw_images
 from bdense.diffusion.solvers import Euler, Heun, trajectory
 from bdense.errors import InputError
 from bdense.methods import METHODS
 from bdense.methods.consistency import (
+    Consistency,
     ConsistencyConfig,
     ConsistencyStage,
     MultistepConsistency,
@@ -19,9 +21,12 @@ from bdense.methods.consistency import (
     pseudo_huber,
     towards,
 )
+from bdense.methods.method import Inputs
 from bdense.randomness import Stream, generator
 from bdense.training.loop import train
 from bdense.weights.weighting import FixedWeights
+from tests.contracts.methods import HalfSquare, MethodContract
+from tests.pd_nets import small_conv
 from tests.small import GaussianDenoiser, same_weights, small_teacher
 
 IMAGES = torch.randint(256, (16, 1, 8, 8), generator=torch.Generator().manual_seed(5))
@@ -35,22 +40,20 @@ def stage_of(**knobs) -> ConsistencyStage:
     )
 
 
-@pytest.mark.parametrize("loss", ["pseudo-huber", "l2"])
-@pytest.mark.parametrize("substeps", [1, 2])
-def test_plain_is_algorithm_2_bit_for_bit(loss, substeps):
+def algorithm_2(stage: ConsistencyStage) -> NetworkDenoiser:
     """Song et al. 2023, algorithm 2; with K sub-steps plain learns from the interval's end."""
-    stage = stage_of(loss=loss, substeps=substeps, target_decay=0.9)
-    config, teacher = stage.config, stage.teacher
+    config, teacher, count = stage.config, stage.teacher, stage.batch_size
+    k, data = stage.num_branches, stage.dataset.images
     online = copy.deepcopy(teacher)
     target = copy.deepcopy(teacher).requires_grad_(False)
-    adam = torch.optim.Adam(online.parameters(), lr=1e-3, fused=True)
-    fine = config.levels.fine_grid(6, substeps)
-    for iteration in range(3):
-        draw = generator(3, Stream.PROGRESSIVE, 0, iteration)
-        clean = to_float(DATA.images[torch.randint(16, (8,), generator=draw)])
+    adam = torch.optim.Adam(online.parameters(), lr=config.lr, fused=True)
+    fine = config.levels.fine_grid(6, k)
+    for iteration in range(stage.num_updates):
+        draw = generator(stage.seed, Stream.PROGRESSIVE, 0, iteration)
+        clean = to_float(data[torch.randint(len(data), (count,), generator=draw)])
         noise = torch.randn(clean.shape, generator=draw)
-        n = torch.randint(6, (8,), generator=draw)
-        grid = [fine[substeps * n + k].float()[:, None, None, None] for k in range(substeps + 1)]
+        n = torch.randint(6, (count,), generator=draw)
+        grid = [fine[k * n + j].float()[:, None, None, None] for j in range(k + 1)]
         x = clean + grid[0] * noise
         state = trajectory(Heun(), teacher, x, torch.stack(grid))[-1]
         with torch.no_grad():
@@ -58,7 +61,7 @@ def test_plain_is_algorithm_2_bit_for_bit(loss, substeps):
             wanted = end + 0.006 / grid[-1] * (state - end)
         denoised = online(x, grid[0].flatten())
         found = denoised + 0.006 / grid[0] * (x - denoised)
-        if loss == "l2":
+        if config.loss == "l2":
             value = (found - wanted).square().mean()
         else:
             c = 0.00054 * 8
@@ -67,9 +70,39 @@ def test_plain_is_algorithm_2_bit_for_bit(loss, substeps):
         value.backward()
         adam.step()
         with torch.no_grad():
-            torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - 0.9)
-    student = train(stage, FixedWeights(torch.ones(1)))
-    assert same_weights(student, online)
+            pairs = list(target.parameters()), list(online.parameters())
+            torch._foreach_lerp_(*pairs, 1 - config.target_decay)
+    return online
+
+
+class TestConsistency(MethodContract):
+    method = Consistency
+    knobs = {"steps": 6, "substeps": 2, "kimg": 0.03, "batch": 6, "lr": 1e-3}  # noqa: RUF012
+    others = {"nfe": (2,)}  # noqa: RUF012
+
+    @pytest.fixture(autouse=True)
+    def _without_a_download(self, monkeypatch):
+        monkeypatch.setattr("bdense.methods.consistency.LPIPS", HalfSquare)
+
+    def teacher(self):
+        return small_conv()
+
+    def inputs(self, seed=5):
+        return Inputs(dataset=DATA, seed=seed)
+
+    def learning(self, seed=5, **changes):
+        return super().learning(seed, **{"dropout": True} | changes)
+
+    def written_out(self):
+        stage = self.learning(dropout=False)
+        return stage, algorithm_2(stage)
+
+
+@pytest.mark.parametrize("loss", ["pseudo-huber", "l2"])
+@pytest.mark.parametrize("substeps", [1, 2])
+def test_plain_is_algorithm_2_bit_for_bit(loss, substeps):
+    stage = stage_of(loss=loss, substeps=substeps, target_decay=0.9)
+    assert same_weights(train(stage, FixedWeights(torch.ones(1))), algorithm_2(stage))
 
 
 def test_branch_k_learns_from_the_teachers_kth_sub_step():
@@ -152,27 +185,6 @@ def test_images_of_several_steps_do_not_depend_on_the_batch():
     stage = stage_of(nfe=3)
     together = draw_images(stage.teacher, stage.sampler, 5, seed=1, batch=5)
     assert torch.equal(together, draw_images(stage.teacher, stage.sampler, 5, seed=1, batch=2))
-
-
-def test_a_run_that_was_stopped_goes_on_with_its_target_network(tmp_path):
-    stage = stage_of(substeps=2, target_decay=0.99)
-    weights = FixedWeights(torch.ones(2))
-    whole = train(stage, weights)
-
-    def stop(done):
-        if done.iteration == 1:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(
-            stage_of(substeps=2, target_decay=0.99),
-            weights,
-            checkpoint=tmp_path / "c",
-            checkpoint_seconds=0,
-            on_iteration=stop,
-        )
-    resumed = train(stage_of(substeps=2, target_decay=0.99), weights, checkpoint=tmp_path / "c")
-    assert same_weights(resumed, whole)
 
 
 def test_the_progressive_schedule_ends_at_all_steps_and_the_given_decay_of_two():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bdense.diffusion.branches import export_branch, widen_head
+from bdense.diffusion.conditions import ClassLabels
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.diffusion.preconditioning import EDM
 from bdense.errors import CheckpointError, ShapeError
@@ -127,7 +128,7 @@ def test_conditions_are_bound_in_a_closure():
     denoiser = tiny_denoiser(label_dim=3)
     x, labels = image(), one_hot(0, 2, 1)
     sigma = torch.tensor([0.1, 1.0, 9.0])
-    assert torch.equal(denoiser.given(labels)(x, sigma), denoiser(x, sigma, labels))
+    assert torch.equal(denoiser.given(ClassLabels(labels))(x, sigma), denoiser(x, sigma, labels))
     assert torch.equal(denoiser.given()(x, sigma), denoiser(x, sigma))
     assert (denoiser.label_dim, denoiser.step_condition) == (3, False)
     assert denoiser.image_shape == (2, 8, 8)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from bdense.diffusion.conditions import ClassLabels
 from bdense.diffusion.sampling import Sampler, to_uint8
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import (
@@ -156,9 +157,9 @@ def test_solvers(path: Path):
 def test_sampling(path: Path, half: str, name: str, sampler: Sampler):
     """The reference sampler, down to the written bytes."""
     data, net = tensors(path), golden_network(f"edm-{name}-tiny")
-    labels = None
+    condition = None
     if net.label_dim:
-        labels = F.one_hot(data[f"{half}.label_idx"], net.label_dim).float()
-    images = sampler(net.given(labels), data[f"{half}.latents"])
+        condition = ClassLabels(F.one_hot(data[f"{half}.label_idx"], net.label_dim).float())
+    images = sampler(net.given(condition), data[f"{half}.latents"])
     close(images, data[f"{half}.images_f32"], atol=1e-5)
     assert torch.equal(to_uint8(images).permute(0, 2, 3, 1), data[f"{half}.images_u8"])

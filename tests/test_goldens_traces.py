@@ -10,7 +10,7 @@ from bdense.diffusion.branches import export_branch, widen_head
 from bdense.diffusion.conditions import ClassLabels, Condition, Unconditional
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.intervals import IntervalGrid
-from bdense.diffusion.sampling import Sampler, conditioned
+from bdense.diffusion.sampling import Sampler
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.step_condition import with_step_condition
 from bdense.methods.sfd import SFDConfig, SFDStage, branch_losses, branch_states
@@ -203,8 +203,10 @@ def compare_outputs(
         golden = data[f"probe_out_final{suffix}"][i]
         close(out if student.num_branches > 1 else out[:, 0], golden, atol=atol)
     sampler = Sampler(num_intervals=points - 1, afs=grid.afs, schedule=grid.schedule)
+    labelled = "sample_labels" in data
+    condition = ClassLabels(data["sample_labels"]) if labelled else None
     for when, net in (("init", start), ("final", export_branch(student))):
-        drawn = sampler(conditioned(net, sampler, data.get("sample_labels")), data["sample_noise"])
+        drawn = sampler(net.given(condition, sampler.num_points), data["sample_noise"])
         close(drawn, data[f"samples_{when}{suffix}"], atol=1e-4 if when == "init" else atol)
 
 

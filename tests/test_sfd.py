@@ -18,23 +18,10 @@ from bdense.methods.trajectories import LiveTrajectories
 from bdense.training.loop import train
 from bdense.weights.spaces import LogLinearWeights, uniform_weights
 from bdense.weights.weighting import FixedWeights
-from tests.contracts.methods import ALL, ONE, KilledError, MethodContract
+from tests.contracts.methods import ALL, ONE, HalfSquare, KilledError, MethodContract
 from tests.networks import tiny_denoiser
 from tests.pd_nets import small_conv
 from tests.small import same_weights, sfd, small_teacher, small_trajectories
-
-
-class Half:
-    """A perceptual loss without a network."""
-
-    def __init__(self, *, as_reference: bool = False) -> None:
-        self.share = 0.25 if as_reference else 0.5
-
-    def __call__(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return self.share * (images - targets).square().mean()
-
-    def describe(self) -> dict[str, Any]:
-        return {"name": "half", "share": self.share, "range": [-1, 1]}
 
 
 class TestSFD(MethodContract):
@@ -44,7 +31,7 @@ class TestSFD(MethodContract):
 
     @pytest.fixture(autouse=True)
     def _without_a_download(self, monkeypatch):
-        monkeypatch.setattr("bdense.methods.sfd.LPIPS", Half)
+        monkeypatch.setattr("bdense.methods.sfd.LPIPS", HalfSquare)
 
     def teacher(self):
         return small_conv()

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from bdense.diffusion.branches import export_branch, widen_head
+from bdense.diffusion.conditions import ClassLabels
 from bdense.diffusion.denoiser import build_denoiser
 from bdense.diffusion.step_condition import with_step_condition
 from bdense.errors import InputError, ShapeError
@@ -184,7 +185,7 @@ def test_branches_dtype_and_mode_are_kept():
 def test_conditions_are_bound_for_a_sampler():
     student = with_step_condition(tiny_denoiser(label_dim=3), start="random", seed=1)
     labels = one_hot(0, 1, 2)
-    bound = student.given(labels, num_points=5)
+    bound = student.given(ClassLabels(labels), num_points=5)
     assert torch.equal(bound(X, SIGMA), student(X, SIGMA, labels, num_points=5))
     assert torch.equal(student.given(num_points=4)(X, SIGMA), student(X, SIGMA, num_points=4))
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from bdense.diffusion.conditions import ClassLabels, Condition, Conditions, conditions_for
+from bdense.diffusion.conditions import Condition, Conditions, conditions_for
 from bdense.diffusion.preconditioning import (
     EDM,
     PRECONDITIONINGS,
@@ -167,10 +167,8 @@ class NetworkDenoiser(nn.Module):
 
     def given(
         self,
-        condition: Condition | Tensor | None = None,
+        condition: Condition | None = None,
         num_points: int | None = None,
-        *,
-        class_labels: Tensor | None = None,
     ) -> Denoiser:
         """D(x; sigma) of branch K with its conditions bound, as solvers and samplers take it.
 
@@ -178,10 +176,6 @@ class NetworkDenoiser(nn.Module):
             condition: Of the batches of B images that it will be called with; None tells nothing.
             num_points: N + 1 of the sampler that asks; told to networks with step condition.
         """
-        if isinstance(condition, Tensor):
-            condition = ClassLabels(condition)
-        if class_labels is not None:
-            condition = ClassLabels(class_labels)
         told = {} if condition is None else dict(condition.arguments())
         points = num_points if self.step_condition else None
 

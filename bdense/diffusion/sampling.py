@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bdense.diffusion.conditions import Condition, conditions_for
+from bdense.diffusion.conditions import conditions_for
 from bdense.diffusion.ddpm import DDPMSchedule
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
 from bdense.diffusion.schedules import Levels, Schedule
@@ -181,7 +181,7 @@ def draw_images(
         noise = image_noise(seed, Stream.EVALUATION, images, denoiser.image_shape)
         condition = conditions.evaluation(seed, images).to(like)
         found = sampler(
-            conditioned(denoiser, sampler, condition),
+            denoiser.given(condition, sampler.num_points),
             noise.to(like.device),
             step_noise(seed, images, denoiser.image_shape),
         )
@@ -198,22 +198,6 @@ def step_noise(seed: int, images: range, shape: tuple[int, ...]) -> StepNoise:
         return image_noise(seed, Stream.EVALUATION_STEPS, images, shape, interval)
 
     return draw
-
-
-def conditioned(
-    denoiser: NetworkDenoiser, sampler: Sampler, condition: Condition | Tensor | None
-) -> Denoiser:
-    """The network as that sampler calls it, with the condition of a batch."""
-    return denoiser.given(condition, sampler.num_points)
-
-
-def require_class(denoiser: NetworkDenoiser, class_index: int | None) -> None:
-    """Refuse a class that the network does not know.
-
-    Raises:
-        InputError: It is not one of its classes, or it has none.
-    """
-    conditions_for(denoiser.label_dim, class_index)
 
 
 def to_uint8(images: Tensor) -> Tensor:

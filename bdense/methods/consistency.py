@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bdense import NUMERICS
 from bdense.data.datasets import Dataset, to_float
+from bdense.diffusion.conditions import Condition
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
 from bdense.diffusion.sampling import Sampler, samplers_from, served_metadata
 from bdense.diffusion.schedules import Schedule
@@ -161,13 +162,13 @@ class ConsistencyBatch:
         clean: [B, C, H, W] images in [-1, 1].
         noise: [B, C, H, W], unit.
         interval: [B] int64 n in 0..N - 1, counted from the noisy end.
-        labels: [B, label_dim] one-hot classes, or None.
+        condition: What the networks are told of the images, such as their classes.
     """
 
     clean: Tensor
     noise: Tensor
     interval: Tensor
-    labels: Tensor | None
+    condition: Condition
 
 
 @dataclass(eq=False, kw_only=True)
@@ -190,6 +191,7 @@ class ConsistencyStage:
 
     def __post_init__(self) -> None:
         self.teacher.require_levels(self.config.levels)
+        self.teacher.conditions.require(self.dataset)
         self._solver = make_solver(self.config.solver)
         self._perceptual = LPIPS() if self.config.loss == "lpips" else None
         self._student: NetworkDenoiser | None = None
@@ -241,8 +243,7 @@ class ConsistencyStage:
 
     def batch(self, iteration: int, images: slice) -> ConsistencyBatch:
         """Images, noise and intervals; runs of one seed see the same, whatever their weights."""
-        count, label_dim = self.config.batch, self.teacher.label_dim
-        device = next(self.teacher.parameters()).device
+        count, like = self.config.batch, next(self.teacher.parameters())
         draw = generator(self.seed, Stream.PROGRESSIVE, 0, iteration)
         index = torch.randint(len(self.dataset.images), (count,), generator=draw)
         clean = to_float(self.dataset.images[index])
@@ -251,11 +252,11 @@ class ConsistencyStage:
         if self.config.flip:
             mirrored = torch.rand(count, generator=draw) < 0.5
             clean[mirrored] = clean[mirrored].flip(-1)
-        labels = None
-        if label_dim:
-            labels = self.dataset.one_hot_labels(label_dim, index)[images].to(device)
         return ConsistencyBatch(
-            clean[images].to(device), noise[images].to(device), interval[images], labels
+            clean[images].to(like.device),
+            noise[images].to(like.device),
+            interval[images],
+            self.teacher.conditions.of(self.dataset, index[images]).to(like),
         )
 
     def updates(self, iteration: int, batch: ConsistencyBatch) -> Iterator["ConsistencyUpdate"]:
@@ -267,16 +268,16 @@ class ConsistencyStage:
         # t_{n,0}..t_{n,K} of each image's own interval: [K + 1, B, 1, 1, 1].
         levels = fine[config.substeps * batch.interval + k].to(batch.clean)[..., None, None, None]
         x = batch.clean + levels[0] * batch.noise
-        states = trajectory(self._solver, self.teacher.given(batch.labels), x, levels)
+        states = trajectory(self._solver, self.teacher.given(batch.condition), x, levels)
         yield ConsistencyUpdate(
             stream=(0, iteration),
             x=x,
             level=levels[0],
             end=config.sigma_min,
             targets=consistency_targets(
-                self._target.given(batch.labels), states[1:], levels[1:], config.sigma_min
+                self._target.given(batch.condition), states[1:], levels[1:], config.sigma_min
             ),
-            labels=batch.labels,
+            told=batch.condition.arguments(),
             config=config,
             perceptual=self._perceptual,
         )
@@ -353,7 +354,7 @@ class ConsistencyUpdate:
     level: Tensor
     end: float
     targets: Tensor
-    labels: Tensor | None
+    told: Mapping[str, Any]
     config: ConsistencyConfig
     perceptual: LPIPS | None
 
@@ -364,7 +365,7 @@ class ConsistencyUpdate:
 
     def __call__(self, branches: Branches) -> "ConsistencyLosses":
         """The branches' distances from their targets."""
-        denoised = branches(self.x, self.level.flatten(), class_labels=self.labels)
+        denoised = branches(self.x, self.level.flatten(), **self.told)
         ratio = (self.end / self.level)[:, None]
         found = towards(denoised, self.x[:, None], ratio)
         num_branches = found.shape[1]

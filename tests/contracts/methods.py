@@ -33,6 +33,19 @@ class KilledError(Exception):
     """Stands for a kill at that point."""
 
 
+class HalfSquare:
+    """A perceptual loss without a network, in the place of LPIPS."""
+
+    def __init__(self, *, as_reference: bool = False) -> None:
+        self.share = 0.25 if as_reference else 0.5
+
+    def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
+        return self.share * (images - targets).square().mean()
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "half", "share": self.share, "range": [-1, 1]}
+
+
 class Around:
     """A stage with something added; what is not defined here is the stage's own."""
 
@@ -240,7 +253,7 @@ class TrainingContract:
         train(stage, self.weighting(stage), **keep)
         before = path.read_bytes()
         for other in (self.learning(seed=6), self.learning(lr=0.5)):
-            with pytest.raises(CheckpointError, match=r"another run \(differs in: .*config"):
+            with pytest.raises(CheckpointError, match="belongs to another run"):
                 train(other, self.weighting(other), **keep)
         if stage.num_branches > 1:
             with pytest.raises(CheckpointError, match="differs in: weights"):

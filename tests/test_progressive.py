@@ -22,9 +22,9 @@ from bdense.diffusion.solvers import DDIM, trajectory
 from bdense.diffusion.vp import CosineSchedule
 from bdense.errors import InputError, NonFiniteLossError
 from bdense.execution import Execution
+from bdense.methods.images import ImageBatch
 from bdense.methods.method import Inputs
 from bdense.methods.progressive import (
-    ImageBatch,
     PDConfig,
     PDStage,
     Progressive,

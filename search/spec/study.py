@@ -195,9 +195,6 @@ class SearchPlan(Knobs):
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sampler", Member.of(self.sampler, "sampler"))
-        if self.pruner is not None:
-            object.__setattr__(self, "pruner", Member.of(self.pruner, "pruner"))
         Knobs.__post_init__(self)
         if list(self.at) != sorted(set(self.at)):
             raise KnobError("at", f"{list(self.at)} must ascend, each fraction once; sort it")
@@ -468,14 +465,23 @@ def _section(name: str, given: Any) -> Any:  # noqa: ANN401  as YAML has it
     """A section that is not one class alone, as what it is."""
     if name in ("method", "weights"):
         return Member.of(given, name)
-    if name == "plan" and isinstance(given, Mapping):
-        return (ArmsPlan if "arms" in given else SearchPlan).read(given)
+    if name == "plan":
+        if not isinstance(given, Mapping):
+            raise KnobError(name, f"must be a mapping with trials or arms, got {given!r}")
+        if "arms" in given:
+            return ArmsPlan.read(given)
+        members = {key: given[key] for key in ("sampler", "pruner") if given.get(key) is not None}
+        return SearchPlan.read(
+            {**given, **{key: Member.of(each, key) for key, each in members.items()}}
+        )
     return given
 
 
 def _named(name: str, error: InputError) -> str:
     """A mistake with the section's name in front."""
     text = str(error)
+    if not isinstance(error, KnobError):
+        return f"{name}: {text}"
     return text if text.startswith((f"{name} ", f"{name}.")) else f"{name}.{text}"
 
 

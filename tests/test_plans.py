@@ -18,7 +18,6 @@ from search.analysis.confirmation import confirmed_arm
 from search.analysis.plans import (
     arm_from,
     at_another_k,
-    given_arms,
     other_budget,
     plan_confirmation,
     plan_given,
@@ -26,7 +25,7 @@ from search.analysis.plans import (
     plan_transfer,
 )
 from search.errors import SpecChangedError
-from search.study.arms import ROW_SPACE, Arm, ArmRow
+from search.study.arms import ROW_SPACE, Arm, ArmRow, given_arms
 from search.study.study import SPEC, Study
 from search.study.wording import align
 from search.worker.assets import load, use_device

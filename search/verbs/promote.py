@@ -123,8 +123,9 @@ def _promote(options: argparse.Namespace) -> None:
 
 def _spec(options: argparse.Namespace, study: "Study") -> "StudySpec":
     """Under whose conditions: those of --to, else the search's."""
-    from search.analysis.plans import PROMOTE_SUFFIX, given_arms
+    from search.analysis.plans import PROMOTE_SUFFIX
     from search.spec.file import read_spec
+    from search.study.arms import given_arms
 
     if options.to is None:
         return given_arms(study.spec, study.name + PROMOTE_SUFFIX)

@@ -114,6 +114,11 @@ class PDConfig(MethodConfig):
         }
         if self.schedule != "native":
             _ = self._levels  # which refuses what does not fit together
+            # Given as the schedule's own default or not, the config is the same.
+            usual = Schedule(kind=self.schedule)
+            for name, value in given.items():
+                if value == getattr(usual, name):
+                    object.__setattr__(self, name, None)
         elif given:
             spelt = ", ".join(f"{name}={value}" for name, value in given.items())
             raise InputError(

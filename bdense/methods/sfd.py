@@ -107,7 +107,10 @@ class SFDConfig(MethodConfig):
         kept = tuple(sorted(several)) if len(several) > 1 else several[0]
         object.__setattr__(self, "nfe", kept)
         try:
-            _ = self.grid, self.make_solver()  # which refuse what does not fit together
+            _, solver = self.grid, self.make_solver()  # which refuse what does not fit together
+            # The highest order is the default: given or not, the config is the same.
+            if solver == make_solver(self.solver, thresholding=self.thresholding):
+                object.__setattr__(self, "order", None)
         except KnobError as error:  # the solver's knob, which is not one of these
             raise InputError(str(error)) from error
         if self.step_condition != "teacher" and len(several) == 1:

@@ -19,13 +19,10 @@ from search.analysis.surrogate import Evaluation, candidates, posterior_means
 from search.spec.study import StudySpec
 from search.storage.rows import StoredTrial
 from search.study.arms import Arm, ArmRow
-from search.study.study import Study
+from search.study.study import JUDGED, Study
 from search.study.summary import baselines_of, headline
 
 CONFIRM_SUFFIX = ".confirm"
-# Attributes of a confirmation: of how many trials how many candidates were chosen; which variant
-# of the method's settings the verdict is about.
-CHOSEN_AFTER, JUDGED = "chosen_after", "judged_variant"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

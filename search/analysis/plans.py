@@ -5,25 +5,22 @@ All are arms under seeds, and differ only in which arms, under whose conditions.
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from bdense.errors import InputError
 from bdense.weights import space_of
 from bdense.weights.spaces import LogLinearWeights
 from search.analysis.confirmation import (
-    CHOSEN_AFTER,
     CONFIRM_SUFFIX,
-    JUDGED,
     choose,
     complete_trials,
     confirmed_arm,
     verdict,
 )
 from search.spec.study import ArmsPlan, StudySpec
-from search.study.arms import Arm, plain_arm, uniform_arm
+from search.study.arms import Arm, given_arms, plain_arm, uniform_arm
 from search.study.retention import keep_too
-from search.study.study import Study
+from search.study.study import CHOSEN_AFTER, JUDGED, Study
 
 PROMOTE_SUFFIX, FROM = ".promote", ".from."
 
@@ -132,12 +129,6 @@ def plan_given(url: str, spec: StudySpec) -> Study:
     planned = Study.create(url, spec, facts={"of": sources[0]} if sources else {})
     planned.plan(arms, plan.seeds, plan.variants)
     return planned
-
-
-def given_arms(spec: StudySpec, name: str) -> StudySpec:
-    """A study of given arms under a study's conditions, each seed on latents of its own."""
-    plan = ArmsPlan(arms=(), seeds=(0,), latents="fresh")
-    return replace(spec, name=name, plan=plan)
 
 
 def fresh_seeds(spec: StudySpec, count: int, used: Collection[int] = ()) -> list[int]:

@@ -64,6 +64,24 @@ def resolve(spec: StudySpec, source: str = "", told: str = "") -> StudySpec:
         raise SpecError(f"{before}{error}") from error
 
 
+def filled_in(spec: StudySpec) -> StudySpec:
+    """The spec with the method's defaults and its facts, checked against nothing else.
+
+    A teacher or data that are not here matter only to a method that may convert its teacher first:
+    then it is taken to do so.
+
+    Raises:
+        InputError: There is no such method, or it refuses a setting.
+    """
+    found = _with_facts(spec)
+    if all(stage.branched for stage in found.resolved.stages):
+        return found
+    try:
+        return _with_teacher(found)
+    except InputError:
+        return found
+
+
 def architecture(spec: StudySpec) -> dict[str, Any]:
     """The teacher's network as ``build_denoiser`` takes it; nothing is downloaded for it.
 

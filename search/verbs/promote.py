@@ -146,7 +146,8 @@ def _given(options: argparse.Namespace) -> "StudySpec":
 
 
 def _own(study: "Study") -> "StudySpec":
-    from search.analysis.plans import PROMOTE_SUFFIX, given_arms
+    from search.analysis.plans import PROMOTE_SUFFIX
+    from search.study.arms import given_arms
 
     return given_arms(study.spec, study.name + PROMOTE_SUFFIX)
 

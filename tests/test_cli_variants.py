@@ -234,7 +234,10 @@ def test_other_number_formats_leave_float32_weights(teacher, folder, tmp_path):
         (("--learn", "uncertainty", "--plain"), "--plain leaves one branch, .* --learn uncerta"),
         (("--learn", "gradient-norm", "--compile"), "a compiled network hides; drop compile"),
         (("--nfe", 2, 3, 2), r"--nfe must be one number or several different ones"),
-        (("--step-condition", "random"), "--step-condition random is for a student of several NFE"),
+        (
+            ("--step-condition", "random"),
+            "--step-condition random is for a student of several NFE",
+        ),
         (("--precision", "float16", "--device", "cpu"), "float16 needs a CUDA device, not cpu"),
         (("--precision", "tf32", "--device", "cpu"), "use float32 or bfloat16"),
         (("--second-stage",), "the teacher is none; make one of it first"),

@@ -7,6 +7,7 @@ B batch, C channels, H x W pixels.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -188,7 +189,7 @@ class TeacherStage(Stateless):
         """Of the config."""
         return self.config.seed
 
-    @property
+    @functools.cached_property
     def optimisation(self) -> OptimisationConfig:
         """Of the config."""
         return self.config.optimisation

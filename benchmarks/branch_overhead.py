@@ -1,4 +1,4 @@
-"""What B-DENSE's K branches add to plain SFD: time and peak memory of a training iteration."""
+"""Time and peak memory that B-DENSE's K branches add to a training iteration of plain SFD."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""The pieces of a training iteration that K branches touch, each measured by itself."""
+"""The parts of a training iteration that depend on K, each measured by itself."""
 
 import sys
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """A CIFAR-10 teacher and its students at NFE 2 on one GPU, judged by two feature networks.
 
-In parts, each of which reads what was left under --folder: `teacher` trains one for a given time,
-`students` distils it in three ways and measures all. A part that is stopped, by --stop-after or
-otherwise, goes on where it was when it is called again with the same options.
+Two parts share the files under --folder: `teacher` trains a teacher for a given time, `students`
+distils it in three ways and measures all. A part that was stopped, by --stop-after or otherwise,
+continues when it is called again with the same options.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, tables, what a run ran on, dated result files."""
+"""Shared by the benchmarks: options, tables, facts about the machine, dated result files."""
 
 import argparse
 import os

@@ -1,7 +1,7 @@
-"""The digits study under docker compose: built, a worker crashed, down, up again, complete.
+"""The digits study under docker compose: build, up, crash a worker, down, up again, complete.
 
-``python -m benchmarks.compose_study --write``; ``--trials 4`` for a short one. Its volumes are
-deleted at the end, unless ``--keep`` says otherwise.
+``python -m benchmarks.compose_study --write``; ``--trials 4`` for a short run. Its volumes are
+deleted at the end, except with ``--keep``.
 """
 
 import json

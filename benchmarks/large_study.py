@@ -1,7 +1,6 @@
-"""Studies of any size, written by a few SQL statements: Optuna takes minutes for 10,000 trials.
+"""Studies of any size, written by a few SQL statements; Optuna takes minutes for 10,000 trials.
 
-The rows are those that Optuna would have written, with all that a trial of a search stores; the
-tests compare them with what Optuna reads back.
+The rows are as Optuna and a search would write them; tests compare them with what Optuna reads.
 """
 
 import json
@@ -26,7 +25,7 @@ _SECONDS_A_TRIAL = 15
 
 
 def fill(study: Study, storage: RDBStorage, spec: StudySpec, count: int) -> None:
-    """Add complete trials to a search over a alone; nobody may be at work on it.
+    """Add complete trials to a search over a alone; no worker may be at work on it.
 
     Args:
         study: Where to; its budget stays as it is.

@@ -1,8 +1,8 @@
-"""The ledger under load: claims per second, a study of 10,000 trials, and what breaks first.
+"""The ledger under load: claims per second, a study of 10,000 trials, and the first limit.
 
-Workers are threads of this process, each with a ledger, an engine and connections of its own;
-their trials take no time. Together they show the ledger's limit on this machine, database
-included, and not what a study needs: 256 GPUs on trials of 20 minutes ask for 0.2 claims a second.
+Workers are threads of this process, each with its own ledger, engine and connections; their trials
+take no time. So they show the ledger's limit on this machine, database included. A study needs far
+less: 256 GPUs on trials of 20 minutes make 0.2 claims a second.
 """
 
 import argparse
@@ -36,8 +36,8 @@ from search.storage.ledger import Claim, Ledger
 from search.study.study import Study
 
 NAME = "ledger_scale"
-MANY = 10**6  # trials planned: more than anybody runs
-DEFAULT_CONNECTIONS = 100  # of a server nobody has set up
+MANY = 10**6  # trials planned: more than are ever run
+DEFAULT_CONNECTIONS = 100  # PostgreSQL's default
 
 
 @dataclass
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def _spec(sampler: str) -> StudySpec:
-    """The digits study, with that sampler and a budget that nobody exhausts."""
+    """The digits study with that sampler and an inexhaustible budget."""
     spec = read_spec(DIGITS_STUDY)
     plan = replace(spec.search, sampler=Member(sampler), trials=MANY)
     return replace(spec, plan=plan)
@@ -208,8 +208,8 @@ Each trial has a value, a parameter and 13 attributes.
 
 {body}
 
-The first claim of a ledger reads the study before it takes the study's lock: nobody waits for
-it. Later ones read only what is new."""
+The first claim of a ledger reads the study before it takes the study's lock, so others do not wait
+for it. Later claims read only what is new."""
 
 
 def _figures(url: str, trials: int) -> dict[str, float]:

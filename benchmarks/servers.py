@@ -19,17 +19,17 @@ _DRIVER = "postgresql+psycopg2"
 
 @dataclass
 class Server:
-    """One server, which writes as safely as by default: fsync and synchronous_commit are on.
+    """One server with the default safety of writes: fsync and synchronous_commit are on.
 
     Attributes:
-        uri: Of its own database, by its socket, for the superuser, without a password.
+        uri: Its own database by its socket, for the superuser, without a password.
     """
 
     uri: str
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def new_database(self) -> str:
-        """URL of a database that nobody has opened yet, for its owner, who is no superuser."""
+        """URL of a new, empty database, for its owner, who is not a superuser."""
         name = f"bench_{next(self._numbers)}"
         self._ask(f"CREATE ROLE {name} LOGIN")
         self._ask(f"CREATE DATABASE {name} OWNER {name}")

@@ -1,4 +1,4 @@
-"""Where a trial's time goes: inside bdense, or to the service around it."""
+"""A trial's time inside bdense and in the service around it."""
 
 import os
 import statistics
@@ -113,8 +113,8 @@ def _rows(url: str, name: str, runs: Path) -> list[TrialTimes]:
         trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         if any(trial.user_attrs["tries"] > 1 for trial in trials):
             raise SystemExit(
-                f"workers of study {study_name} were lost on the way, and their time with them; "
-                "read a study that ran undisturbed"
+                f"study {study_name} lost workers, so their time is unknown; give one that ran "
+                "undisturbed"
             )
         rows += [_row(trial, runs) for trial in trials]
     return rows

@@ -1,4 +1,4 @@
-"""Two sides of a comparison timed in turns, by calls or by training iterations."""
+"""Time two sides of a comparison in turns, by calls or by training iterations."""
 
 import statistics
 import time

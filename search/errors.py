@@ -1,4 +1,4 @@
-"""What the service raises on purpose, as branches of the project's one tree of errors."""
+"""Errors of the service, in the project's one tree of errors."""
 
 from bdense.errors import BdenseError, InputError
 from bdense.knobs import KnobError
@@ -9,11 +9,11 @@ class StorageError(InputError):
 
 
 class StorageRefusedError(StorageError):
-    """The study database lets nobody in, or not this one or this version: no waiting mends it."""
+    """The study database refuses the connection, user or version; waiting does not help."""
 
 
 class StorageFullError(StorageError):
-    """The study database has no room left to write in; what was told before stays."""
+    """The disk of the study database is full; earlier results stay."""
 
 
 class UnknownStudyError(InputError):
@@ -25,11 +25,11 @@ class OutdatedStudyError(InputError):
 
 
 class UnpreparedError(InputError):
-    """This machine cannot have what a row is worked on with; the row is for others to do."""
+    """This machine lacks something that a row needs; another worker must do the row."""
 
 
 class LeaseLostError(BdenseError):
-    """Another worker has taken the trial over; whatever this one computed must not be told."""
+    """Another worker has taken the trial over; this one must not store its result."""
 
 
 class SpecError(InputError):

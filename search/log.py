@@ -31,13 +31,13 @@ _about: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar(
 )
 
 
-def about(**keys: Any) -> None:  # noqa: ANN401  JSON-able
+def about(**keys: Any) -> None:  # noqa: ANN401  JSON values
     """Set study, trial or attempt of this thread's records from now on."""
     _about.set({**_about.get(), **keys})
 
 
 @contextlib.contextmanager
-def speaking_of(**keys: Any) -> Iterator[None]:  # noqa: ANN401  JSON-able
+def speaking_of(**keys: Any) -> Iterator[None]:  # noqa: ANN401  JSON values
     """Set study, trial or attempt of this thread's records inside the block."""
     token = _about.set({**_about.get(), **keys})
     try:

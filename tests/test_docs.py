@@ -1,7 +1,11 @@
 """What the documents name is there: modules, functions, fields, files, options."""
 
 import importlib
+import os
 import re
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -84,6 +88,43 @@ def test_options_exist(document):
     known = set(OPTION.findall(all_help() + scripts))
     ours = FOREIGN.sub("", document.read_text())
     assert sorted(set(OPTION.findall(ours)) - known) == []
+
+
+RECIPE = re.compile(r"^```(python|toml)\n# ([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def test_the_recipes_run(tmp_path):
+    """Each block is a file; their entry points are installed as pip would."""
+    blocks = RECIPE.findall((ROOT / "docs/extending.md").read_text())
+    (metadata,) = [text for kind, _, text in blocks if kind == "toml"]
+    files = {name: text for kind, name, text in blocks if kind == "python"}
+    assert sum("/test_" in name for name in files) == 5
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    info = tmp_path / "mine-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    groups = tomllib.loads(metadata)["project"]["entry-points"]
+    lines = [
+        line
+        for group, named in groups.items()
+        for line in (f"[{group}]", *(f"{name} = {at}" for name, at in named.items()))
+    ]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "mine")],
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",  # networks this small are slower on more
+            "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]),
+        },
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
 
 
 def test_the_check_sees_what_is_not_there():

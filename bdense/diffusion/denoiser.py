@@ -119,6 +119,7 @@ class NetworkDenoiser(nn.Module):
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
         num_points: int | Tensor | None = None,
+        **told: Tensor,
     ) -> Tensor:
         """All K predictions at once.
 
@@ -130,6 +131,7 @@ class NetworkDenoiser(nn.Module):
             augment_labels: [B, augment_dim], EDM's augmentation labels.
             num_points: N + 1 time stamps of the sampler that asks, one number or [B]: needed by
                 a network with step condition, refused by another.
+            told: Arguments of the network's own kind of condition, each with B rows.
 
         Returns:
             [B, K, C, H, W]; index K - 1 is the interval's end point.
@@ -141,7 +143,9 @@ class NetworkDenoiser(nn.Module):
         sigma = sigma.to(device=x.device, dtype=x.dtype).reshape(-1, 1, 1, 1)
         c_skip, c_out, c_in, c_noise = self.precond(sigma)
         with self.execution.autocast(x.device):
-            out = self.model(c_in * x, c_noise.flatten(), class_labels, augment_labels, num_points)
+            out = self.model(
+                c_in * x, c_noise.flatten(), class_labels, augment_labels, num_points, **told
+            )
         out = out.to(x.dtype)
         b, c, h, w = x.shape
         # Of each group, only the prediction of the image: improved DDPM's has a variance after it.
@@ -156,14 +160,16 @@ class NetworkDenoiser(nn.Module):
         class_labels: Tensor | None = None,
         augment_labels: Tensor | None = None,
         num_points: int | Tensor | None = None,
+        **told: Tensor,
     ) -> Tensor:
         """D(x; sigma) of branch K: [B, C, H, W]; arguments as of ``branches``."""
-        return self.branches(x, sigma, class_labels, augment_labels, num_points)[:, -1]
+        return self.branches(x, sigma, class_labels, augment_labels, num_points, **told)[:, -1]
 
     @property
     def conditions(self) -> Conditions:
         """The kind of condition that the network takes."""
-        return conditions_for(self.label_dim)
+        own: Conditions | None = self.model.conditions
+        return conditions_for(self.label_dim) if own is None else own
 
     def given(
         self,

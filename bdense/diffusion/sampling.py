@@ -159,7 +159,7 @@ def draw_images(
         count: Images to draw.
         seed: Of the latents.
         batch: Images at a time.
-        class_index: The class of all images; None draws one for each, each as likely.
+        class_index: The class of all images; None draws the network's condition for each.
         on_image: Called with the number of images drawn so far.
 
     Returns:
@@ -169,7 +169,9 @@ def draw_images(
         InputError: The network does not know the class, or a number is below 1.
         NonFiniteError: An image holds NaN or infinity.
     """
-    conditions = conditions_for(denoiser.label_dim, class_index)
+    conditions = denoiser.conditions
+    if class_index is not None:
+        conditions = conditions_for(denoiser.label_dim, class_index)
     if count < 1:
         raise InputError(f"the number of images must be at least 1, got {count}")
     if batch < 1:

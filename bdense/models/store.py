@@ -175,14 +175,14 @@ def save_training(
     identity: Mapping[str, Any],
     extra: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
-    """Keep a training as it is before ``iteration``.
+    """Save the state of a training before ``iteration``.
 
     Args:
         path: File to write.
-        kind: Which training it is.
-        module, optimizer: Weights, and Adam's state where there is any.
+        kind: Kind of the training.
+        module, optimizer: Weights, and Adam's state if there is one.
         iteration: The next one, counted from 0.
-        identity: What must agree for it to be the same run, JSON-able and flat.
+        identity: Flat JSON values that must agree for a resumption.
         extra: Further state by name, such as learned weights.
     """
     tensors = {**module.state_dict(), **adam_tensors(module, optimizer), **extra}
@@ -196,13 +196,13 @@ def resume_training(
     optimizer: torch.optim.Optimizer,
     identity: Mapping[str, Any],
 ) -> tuple[int, dict[str, Tensor]]:
-    """Put back what ``save_training`` kept, if there is such a file.
+    """Restore what ``save_training`` saved, if there is such a file.
 
     Returns:
-        The next iteration, 0 where there is no file, and all tensors of the file.
+        The next iteration, 0 without a file, and all tensors of the file.
 
     Raises:
-        CheckpointError: The file is of another run; says in what it differs.
+        CheckpointError: The file belongs to another run; says in what it differs.
     """
     if not Path(path).exists():
         return 0, {}

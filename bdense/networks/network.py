@@ -30,6 +30,8 @@ class Network(nn.Module, abc.ABC):
         num_branches: K.
         prediction_channels: P: C, or more where each prediction has a variance behind it.
         head_name: Dotted name of the last layer, whose weight and bias have a row for each output.
+        conditions: Its kind of condition (``bdense.diffusion.conditions.Conditions``), if it is
+            another than its classes; ``forward`` takes the condition's arguments by name.
         head_layout: (outer, inner): the head's rows are [outer, K P, inner] in this order. (1, 1)
             is a convolution's. A head of patches of p x p pixels has (p * p, 1) where its rows are
             in the order (p, p, channels), and (1, p * p) in the order (channels, p, p).
@@ -39,6 +41,7 @@ class Network(nn.Module, abc.ABC):
     img_resolution: int
     label_dim: int = 0
     step_condition: bool = False
+    conditions: Any = None
     num_branches: int
     prediction_channels: int
     head_name: str

@@ -277,7 +277,7 @@ def leases(of: Subject) -> Iterator[Finding]:
         if not row.adoptable or (row.process is not None and not row.owner):
             continue  # it is worked on, or was given back
         if row.process is None:
-            why, repair = "was never taken by a worker: whoever asked for it died", None
+            why, repair = "was never taken by a worker: the process that asked for it died", None
         else:
             worker = f"{row.process.host}:{row.process.pid}"
             ended = "is dead" if row.process.is_seen_dead() else "has not renewed its lease"

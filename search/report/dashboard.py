@@ -42,10 +42,10 @@ Headers: TypeAlias = list[tuple[str, str]]
 
 
 def read_only(application: Application) -> Application:
-    """Answer 403 to every request that could change a study, and to what nobody knows.
+    """Answer 403 to requests that could change a study, and to unknown ones.
 
-    The stock dashboard lets anybody rename a study, which copies its trials to new rows and
-    orphans the running ones.
+    optuna-dashboard itself can rename a study, which copies its trials to new rows and orphans the
+    running ones.
     """
 
     def guarded(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:

@@ -1,13 +1,13 @@
-"""Markdown and HTML whose texts are texts, whoever wrote them into the database."""
+"""Markdown and HTML in which texts from the database are escaped."""
 
 import html
 import re
 from collections.abc import Sequence
 
-# What would make a link, a picture, a tag, a table's cell, code or a formula of plain words.
+# Characters that would start a link, a picture, a tag, a table cell, code or a formula.
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|&!#~$])")
-# What GFM makes links of without any mark, in some readers after marks were taken away: https://
-# and the like, www., mail addresses. A word joiner, which shows as nothing, keeps it from that.
+# GFM turns bare https://, www. and mail addresses into links. An invisible word joiner prevents
+# that.
 _BARE_LINK = re.compile(r"(?<=:)(?=//)|(?<=www)(?=\.)|(?=@)", re.IGNORECASE)
 _JOINER = "\u2060"
 

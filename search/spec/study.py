@@ -59,7 +59,7 @@ class Member:
         return self.name
 
     def with_options(self, changes: Mapping[str, Any]) -> Self:
-        """The same member with some settings replaced."""
+        """This member with some settings replaced."""
         return type(self)(self.name, {**self.options, **changes})
 
 

@@ -1,1 +1,1 @@
-"""One row a trial, whoever dies: storage, leases, claims, the ledger."""
+"""The ledger: one row a trial, claimed under leases, whichever process dies."""

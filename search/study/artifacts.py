@@ -205,7 +205,7 @@ def _in_time(write: Callable[[], None]) -> None:
         except Exception as error:  # noqa: BLE001  raised below
             errors.append(error)
 
-    # A mount whose server is gone blocks whoever writes to it, with nothing to end that.
+    # Writing to a mount whose server is gone blocks for ever, hence a thread.
     thread = threading.Thread(target=work, name="artifacts", daemon=True)
     thread.start()
     thread.join(PATIENCE_SECONDS)

@@ -25,10 +25,10 @@ def row_folder(study_name: str, number: int) -> Path:
 
 
 def named_file(name: str) -> Path:
-    """A file that a row names, study/number/file.
+    """The path of a file that a row names as study/number/file.
 
     Raises:
-        InputError: It lies elsewhere: whoever may write to the database could name any.
+        InputError: It lies elsewhere; rows are not trusted, as others may write to the database.
     """
     parts = Path(name).parts
     if len(parts) != 3 or Path(name).is_absolute() or ".." in parts or "\0" in name:

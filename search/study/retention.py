@@ -62,10 +62,10 @@ def drop_checkpoints(folder: Path) -> int:
 
 
 def clean_checkpoints(ledger: Ledger) -> int:
-    """Delete checkpoints of rows that have ended, and what nobody will ask for: bytes freed.
+    """Delete checkpoints of ended rows and leftovers; returns the bytes freed.
 
-    That is folders of other studies' rows, which were moved aside, and files that were begun by
-    workers that died.
+    Leftovers are folders of other studies that were moved aside, and unfinished files of dead
+    workers.
     """
     name = ledger.study.study_name
     freed = sum(drop_checkpoints(row_folder(name, number)) for number in ledger.ended())

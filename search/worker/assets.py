@@ -82,7 +82,7 @@ class Assets:
         return [torch.device("cuda", index) for index in range(self.spec.resources.team)]
 
     def of(self, task: Task) -> "Assets":
-        """The same for a row's own variant and latents.
+        """These assets with a row's own variant and latents.
 
         Raises:
             InputError: The method refuses the variant.

@@ -1,7 +1,8 @@
 """One row's work: branch weights -> students, stage by stage -> FID.
 
 A row's folder holds its training checkpoint, then pictures, students and ``result.json``. The
-result is written before it is told, so that whoever takes over a finished row only tells.
+result is written there before the database, so that a worker that takes over a finished row only
+stores it.
 """
 
 import json
@@ -52,7 +53,7 @@ def evaluate(
         check: Called every update and for every batch of images drawn or judged; what it raises
             ends the work.
         report: Called with a short text on the progress.
-        judge: Told the intermediate FIDs, and asked whether to end there; None tells nobody.
+        judge: Gets the intermediate FIDs and may end the trial; None: neither.
         log: The row's.
 
     Returns:

@@ -93,7 +93,7 @@ def _bring(
         log("released", why="stopped")
         raise
     except (LeaseLostError, StorageError) as error:
-        # Not the trial's fault; its result lies in its folder for whoever takes it over.
+        # Not the trial's fault; its result is in its folder for the next worker.
         log("lost", level=logging.WARNING, error=str(error))
         raise
     except UnpreparedError as error:

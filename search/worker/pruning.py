@@ -1,7 +1,7 @@
-"""A trial's intermediate FIDs, and whether they are worth going on for.
+"""A trial's intermediate FIDs, and pruning by them.
 
-An intermediate FID is kept in the trial's folder before it is told, so that whoever takes the
-trial over tells the same; the pruner's verdict is kept in the database before it is acted on.
+An intermediate FID is written to the trial's folder before the database, so that a worker that
+takes the trial over reports the same one. The pruner's verdict is stored before it is acted on.
 """
 
 import json
@@ -30,7 +30,7 @@ INTERMEDIATE_FILE = "intermediate.json"
 
 
 class PrunedError(Exception):
-    """A trial is not worth going on with; ends its training, and reaches nobody else."""
+    """The pruner ended the trial; ends its training and is caught by the worker."""
 
 
 class Judge:
@@ -69,7 +69,7 @@ class IntermediateFIDs:
     Args:
         assets: Of the row.
         folder: The row's.
-        judge: Told each FID; None tells nobody.
+        judge: Gets each FID; None: not reported.
         seed: The row's training seed.
         check: Called for every batch of images drawn or judged; what it raises ends the work.
         report: Called with a short text on the progress.

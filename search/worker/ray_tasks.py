@@ -1,6 +1,6 @@
-"""What runs on Ray's workers: making the shared parts, and slots that claim rows till the end.
+"""Tasks on Ray's workers: preparing shared parts, and slots that claim rows until none is left.
 
-A slot may be killed at any point; whoever claims next goes on from the row's last checkpoint.
+A slot may be killed at any point; the next claim continues from the row's last checkpoint.
 """
 
 import logging

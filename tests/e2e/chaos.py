@@ -205,9 +205,12 @@ class Chaos:
             self._note(kind)
 
     def pause(self) -> float:
-        """Seconds until the next; fewer in the first round: a fast machine is to see it whole."""
+        """Seconds until the next; fewer in the first round: a fast machine is to see it whole.
+
+        Later ones leave the study time to go on, as many of them cost a start of Ray.
+        """
         is_first = sum(self.hits.values()) < self.round
-        return self._draw.uniform(1.0, 3.0) if is_first else self._draw.uniform(2.0, 5.0)
+        return self._draw.uniform(1.0, 3.0) if is_first else self._draw.uniform(4.0, 8.0)
 
     def end(self) -> None:
         """Thaw what is frozen."""
@@ -405,22 +408,18 @@ def measure_calmly(
 
 
 def _measure(study: Path, folder: Path, points: Sequence[float]) -> None:
-    from search.spec.study_file import read_spec
-    from search.worker.trial import train_and_measure
-
+    from search.spec.file import read_spec
+    from search.study.arms import Task
     from search.worker.assets import load, use_device
+    from search.worker.evaluate import evaluate
 
     spec = read_spec(study)
-    assets = load(spec, use_device(spec), record=True)
-    found = [
-        (
-            a,
-            train_and_measure(assets, {"a": a}, folder / repr(a), check=_nothing, report=_nothing)[
-                "value"
-            ],
-        )
-        for a in points
-    ]
+    assets, seeds = load(spec, use_device(spec)), spec.seeds
+    found = []
+    for a in points:
+        task = Task(params={"a": a}, seed=seeds.training, latents=seeds.evaluation)
+        result = evaluate(assets, task, folder / repr(a), check=_nothing, report=_nothing)
+        found.append((a, result.value))
     sys.stdout.write(json.dumps(found))
 
 

@@ -1,4 +1,8 @@
-"""docker-compose.yml brought up for real, under a project name of its own."""
+"""docker-compose.yml brought up for real, under a project name of its own.
+
+``python3 -m tests.e2e.stack up DIR`` builds the images beforehand, in an engine that it starts in
+DIR where none answers; tests find it by BDENSE_ENGINE_FOLDER, and ``down DIR`` ends it.
+"""
 
 import base64
 import json
@@ -6,6 +10,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import urllib.error
 import urllib.request
@@ -18,6 +23,7 @@ ROOT = Path(__file__).parents[2]
 # A script that starts a Docker engine where none runs: `up DIR` leaves DIR/env.sh, `down DIR`
 # ends it; $BDENSE_ENGINE, or one that lies beside the project.
 _FOUND = sorted((ROOT.parent / "shared" / "tools").glob("*/engine.sh"))
+STARTED = "BDENSE_ENGINE_FOLDER"
 ENGINE = Path(os.environ.get("BDENSE_ENGINE") or (_FOUND[0] if _FOUND else ""))
 IMAGES_BYTES = 35 * 2**30
 SECRETS = ROOT / "docker" / "secrets"
@@ -32,32 +38,44 @@ class Engine:
     folder: Path | None = None
 
     @classmethod
-    def find(cls) -> "Engine | str":
-        """One that answers, or why there is none."""
-        if _answers(dict(os.environ)):
-            return cls(dict(os.environ))
+    def find(cls, folder: Path | None = None) -> "Engine | str":
+        """One that answers, or why there is none.
+
+        Args:
+            folder: Where one is started that outlives this process; None ends it by ``end``.
+        """
+        for environment in (dict(os.environ), _set_in(os.environ.get(STARTED, ""))):
+            if _answers(environment):
+                return cls(environment)
         if not (ENGINE.is_file() and os.geteuid() == 0):
             return "no Docker engine answers here, and none can be started"
         if (free := shutil.disk_usage(tempfile.gettempdir()).free) < IMAGES_BYTES:
             return f"the images need {IMAGES_BYTES >> 30} GiB of disk, {free >> 30} are free"
-        folder = Path(tempfile.mkdtemp(prefix="bdense-engine-"))
+        own = folder or Path(tempfile.mkdtemp(prefix="bdense-engine-"))
         # For the whole of it, children included.
-        command = ["timeout", "600", "bash", str(ENGINE), "up", str(folder)]
+        command = ["timeout", "600", "bash", str(ENGINE), "up", str(own)]
         started = subprocess.run(command, capture_output=True, text=True, check=False)
-        told = (folder / "env.sh").read_text() if (folder / "env.sh").exists() else ""
-        set_there = dict(pair.split("=", 1) for pair in told.removeprefix("export ").split())
-        environment = {**os.environ, **set_there}
-        if started.returncode or not _answers(environment):
-            subprocess.run(["bash", ENGINE, "down", folder], check=False, capture_output=True)
-            shutil.rmtree(folder, ignore_errors=True)
+        engine = cls(_set_in(str(own)), own)
+        if started.returncode or not _answers(engine.environment):
+            engine.end()
             return f"no Docker engine could be started: {started.stderr[-300:]}"
-        return cls(environment, folder)
+        return engine
 
     def end(self) -> None:
         """Stop it, if it was started here."""
         if self.folder is not None:
-            subprocess.run(["bash", ENGINE, "down", self.folder], check=False, timeout=120)
+            command = ["bash", ENGINE, "down", self.folder]
+            subprocess.run(command, check=False, capture_output=True, timeout=120)
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _set_in(folder: str) -> dict[str, str]:
+    """The environment of an engine that was started in a folder."""
+    told = Path(folder) / "env.sh"
+    if not (folder and told.exists()):
+        return dict(os.environ)
+    pairs = told.read_text().removeprefix("export ").split()
+    return {**os.environ, **dict(pair.split("=", 1) for pair in pairs)}
 
 
 def _answers(environment: dict[str, str]) -> bool:
@@ -186,3 +204,17 @@ class Stack:
     def logs(self, *services: str, options: Sequence[str] = ("--no-color",)) -> str:
         done = self.compose("logs", *options, *services)
         return done.stdout + done.stderr
+
+
+def _main(verb: str, folder: Path) -> None:
+    if verb == "down":
+        Engine({}, folder).end()
+        return
+    engine = Engine.find(folder)
+    if isinstance(engine, str):
+        sys.exit(engine)
+    Stack(engine, "studies/digits-nfe2.yaml").build()
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1], Path(sys.argv[2]))

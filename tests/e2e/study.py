@@ -1,16 +1,28 @@
 """A study small enough for tests: real digits, real Ray, real torch, seconds a trial."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
+from optuna.trial import FrozenTrial
+
+from search.errors import UnknownStudyError
+from search.storage.engine import resolve_storage_url
+from search.storage.ledger import Ledger
+from search.storage.reader import Running
+from search.study.study import Study
+from search.worker.ray_tasks import WorkerConfig, slot
+from tests.studies import spec
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -24,14 +36,15 @@ SMALL: dict[str, Any] = {
                 "attn_resolutions": [],
                 "dropout": 0.0,
             },
-            "kimg": 10,
-            "ema_halflife_kimg": 1,
+            "kimg": 0.256,
+            "batch": 64,
+            "ema_halflife_kimg": 0.1,
         }
     },
     "method": {"name": "sfd", "nfe": 2, "substeps": 4, "kimg": 2.56, "batch": 64, "lr": 5e-4},
     "weights": {"name": "normalised", "a": {"low": -0.5, "high": 3.0}},
     "plan": {"trials": 3},
-    "evaluation": {"images": 256, "extractor": "digits-classifier"},
+    "evaluation": {"images": 64, "batch": 64, "extractor": "digits-classifier"},
     "resources": {"checkpoint_seconds": 0.2, "lease_seconds": 10},
 }
 
@@ -40,8 +53,11 @@ def small_study(**sections: Any) -> dict[str, Any]:
     """``SMALL`` with some sections updated."""
     study = json.loads(json.dumps(SMALL))
     for name, value in sections.items():
-        if isinstance(value, dict):
-            study[name] |= value
+        if isinstance(value, dict) and value.get("name") in (
+            None,
+            study.get(name, {}).get("name"),
+        ):
+            study[name] = study.get(name, {}) | value
         else:
             study[name] = value
     return study
@@ -60,6 +76,14 @@ class Workplace:
         path = self.folder / f"{study['name']}.yaml"
         path.write_text(yaml.safe_dump(study))
         return path
+
+    @property
+    def runs(self) -> Path:
+        return self.folder / "runs"
+
+    @property
+    def url(self) -> str:
+        return resolve_storage_url(self.storage or f"sqlite:///{self.runs}/bdense.db")
 
     @property
     def environment(self) -> dict[str, str]:
@@ -89,13 +113,77 @@ class Workplace:
                 raise
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
+    def done(self, *arguments: str | Path) -> str:
+        """What a command printed that succeeds."""
+        answer = self.run(*arguments)
+        assert answer.returncode == 0, answer.stderr
+        return answer.stdout
+
+    def refused(self, *arguments: str | Path) -> str:
+        """The one line of a mistake."""
+        answer = self.run(*arguments)
+        assert (answer.returncode, answer.stdout) == (2, ""), answer.stderr
+        (line,) = answer.stderr.splitlines()
+        return line.removeprefix("bdense-search: ")
+
     def json(self, *arguments: str | Path) -> dict[str, Any]:
-        done = self.run(*arguments, "--json")
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        return json.loads(self.done(*arguments, "--json"))
+
+    def work(self, tree: dict[str, Any], points: Sequence[dict[str, float]] = ()) -> Study:
+        """Bring a study to its end in this process, without Ray."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name in [each for each in os.environ if each.startswith("BDENSE_")]:
+                patch.delenv(name)
+            patch.setenv("BDENSE_RUNS", str(self.runs))
+            patch.setenv("BDENSE_CACHE", str(self.cache))
+            study = Study.create(self.url, spec(tree))
+            for point in points:
+                study.search.enqueue(point)
+            worker = WorkerConfig(
+                study=study.name, storage=study.url, runs=str(self.runs), cache=str(self.cache)
+            )
+            assert slot({"worker": worker, "mark": str(self.folder / "mark")}) == {"error": None}
+        return study
+
+    def ledger(self, name: str) -> Ledger:
+        return Ledger.open(self.url, name, budget=None)
+
+    def rows(self, name: str) -> list[FrozenTrial]:
+        """Complete rows, and no others."""
+        trials = self.ledger(name).study.get_trials(deepcopy=False)
+        assert {trial.state.name for trial in trials} == {"COMPLETE"}
+        return trials
+
+    def fids(self, name: str = "small") -> dict[float, float]:
+        """Of a search: by a, each once."""
+        trials = self.rows(name)
+        found = {trial.params["a"]: trial.value for trial in trials}
+        assert len(found) == len(trials), "a parameter twice"
+        return found
+
+    def _running(self, name: str) -> Sequence[Running]:
+        """None where there is no such study yet."""
+        if self.storage is None and not (self.runs / "bdense.db").exists():
+            return ()
+        with contextlib.suppress(UnknownStudyError):
+            return self.ledger(name).running()
+        return ()
+
+    def worker_at(self, progress: str, *names: str, row: int | None = None) -> tuple[int, int]:
+        """Process and row of a worker whose progress begins so, once there is one."""
+
+        def found() -> tuple[int, int] | None:
+            for each in [each for name in names for each in self._running(name)]:
+                # One that was given back keeps its progress and has no owner.
+                is_there = each.owner and each.progress.startswith(progress)
+                if is_there and row in (None, each.number):
+                    return int(each.owner.rpartition(":")[2]), each.number
+            return None
+
+        return wait_until(found, what=f"a row at {progress!r}")
 
 
-def wait_until(condition, *, seconds: float = 300, what: str = "") -> Any:
+def wait_until(condition: Callable[[], Any], *, seconds: float = 300, what: str = "") -> Any:
     """The first true answer."""
     deadline = time.monotonic() + seconds
     while not (answer := condition()):

@@ -3,9 +3,9 @@
 import dataclasses
 import ssl
 import subprocess
-import time
 import urllib.error
 import urllib.request
+from typing import Any
 
 import pytest
 import yaml
@@ -14,8 +14,8 @@ from search.storage.leases import RELEASED
 from tests.e2e.stack import APP_USER, ROOT, SECRETS, Engine, Stack
 from tests.e2e.study import small_study, wait_until
 
-TRIALS = 4
-# Long enough to be killed in.
+TRIALS = 6
+# Long enough to be killed in, again and again.
 STUDY = small_study(plan={"trials": TRIALS}, method={"kimg": 38.4})
 OURS = ("ray-head", "ray-worker", "launcher", "dashboard", "proxy")
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory):
+    """Tests use it one after the other, as the one before left it."""
     engine = Engine.find()
     if isinstance(engine, str):
         pytest.skip(f"docker compose is not tried: {engine}")
@@ -33,7 +34,7 @@ def stack(tmp_path_factory):
     services = dict.fromkeys(("fetch", "ray-worker", "launcher"), mounted)
     (folder / "studies.yml").write_text(yaml.safe_dump({"services": services}))
     files = (ROOT / "docker-compose.yml", folder / "studies.yml")
-    stack = Stack(engine, "studies/small.yaml", options=f"--trials {TRIALS}", files=files)
+    stack = Stack(engine, "studies/small.yaml", files=files)
     stack.build()
     stack.down("--volumes")  # of a session that was ended before its end
     try:
@@ -43,14 +44,20 @@ def stack(tmp_path_factory):
         engine.end()
 
 
-def ended(stack: Stack) -> bool:
-    return stack.launcher_status()[0] == "exited"
+def wait_for_training(stack: Stack, after: str = "\0") -> None:
+    """By a launcher whose container is new, or after it has said something."""
 
-
-def wait_for_training(stack: Stack, seconds: float = 300) -> None:
     wait_until(
-        lambda: "running: training" in stack.logs("launcher"), seconds=seconds, what="a trial"
+        lambda: "running: training" in stack.logs("launcher").split(after)[-1],
+        seconds=900,
+        what="a trial",
     )
+
+
+def wait_for_the_end(stack: Stack, status: int = 0) -> None:
+    """Of the launcher."""
+    wait_until(lambda: stack.launcher_status()[0] == "exited", seconds=900, what="its end")
+    assert stack.launcher_status()[1] == status, stack.logs("launcher")
 
 
 def held(stack: Stack) -> int:
@@ -63,92 +70,81 @@ def psql(question: str) -> list[str]:
     return ["psql", "-U", "bdense", "-d", "bdense", "--tuples-only", "--command", question]
 
 
-def test_a_study_survives_crashes_and_a_restart(stack):
-    """A worker's container, then everything, then Ray's head; the launcher joins the next one."""
+def test_a_study_survives_a_crash_and_a_restart_and_its_workers_save(stack):
+    """A worker's container, then the launcher by Docker, which lets its workers save, then all."""
     stack.up()
-    wait_for_training(stack, seconds=900)
+    wait_for_training(stack)
     (worker, *_) = stack.containers("ray-worker")
     before = stack.inspect(worker)[0]["RestartCount"]
     stack.crash(worker)
     wait_until(
         lambda: stack.inspect(worker)[0]["RestartCount"] > before,
-        seconds=60,
         what="the worker's container is started again",
     )
-    time.sleep(5)
+    assert held(stack) > 0
+    stack.compose("stop", "launcher")
+    assert stack.launcher_status() == ("exited", 130), stack.logs("launcher")
+    # What the dead worker held is nobody's to give back.
+    assert held(stack) <= 1
     stack.down()
+
+
+def test_a_launcher_joins_the_next_head_and_stop_ends_it_for_good(stack):
     stack.up()
     wait_for_training(stack)
     stack.compose("kill", "ray-head")  # one that is back at once is not missed
-    wait_until(
-        lambda: "joining the cluster again" in stack.logs("launcher"),
-        seconds=120,
-        what="the launcher misses the head",
-    )
+    missed = "joining the cluster again"
+    wait_until(lambda: missed in stack.logs("launcher"), seconds=120, what="the head is missed")
     stack.up()
-    wait_until(lambda: ended(stack), seconds=900, what="the end of the study")
-    assert stack.launcher_status() == ("exited", 0), stack.logs("launcher")
+    wait_for_training(stack, after=missed)
+    command = ("bdense-search", "stop", "small", "--wait")
+    done = stack.compose("run", "--rm", "--no-deps", "launcher", *command)
+    assert "is stopped: no trial is worked on" in done.stdout
+    wait_for_the_end(stack)
+    assert stack.search("status")["trials"]["complete"] < TRIALS
+    (launcher,) = stack.containers("launcher")
+    restarts = stack.inspect(launcher)[0]["RestartCount"]
+    before, dump, files = back_up(stack)
+    # Meanwhile Docker would have started it again, had it ended by an error.
+    assert stack.launcher_status() == ("exited", 0)
+    assert stack.inspect(launcher)[0]["RestartCount"] == restarts
+    restore(stack, dump, files)
+    wait_until(lambda: stack.search("best") == before, what="the roles")
+
+
+def test_a_restored_study_ends_and_given_again_finds_nothing_to_do(stack):
+    stack.up()
+    wait_for_the_end(stack)
     answer = stack.search("best")
-    assert answer["trials"] == {
-        "planned": TRIALS,
-        "complete": TRIALS,
-        "pruned": 0,
-        "failed": 0,
-        "running": 0,
-    }
+    states = {"planned": TRIALS, "complete": TRIALS, "pruned": 0, "failed": 0, "running": 0}
+    assert answer["trials"] == states
     assert list(answer["baselines"]) == ["sfd", "uniform"]
     # From within the cluster the doctor sees its machines.
     doctor = stack.compose("run", "--rm", "--no-deps", "launcher", "launch.sh", "doctor", "small")
     assert f"{stack.workers} CPUs and 0 GPUs" in doctor.stdout
-    # Given again it finds nothing to do.
     stack.compose("up", "--detach", "launcher")
-    wait_until(lambda: ended(stack), seconds=120, what="the end of a launch without work")
-    assert stack.launcher_status() == ("exited", 0)
+    wait_for_the_end(stack)
     assert "nothing is left to do" in stack.logs("launcher")
 
 
-def test_a_launcher_that_docker_stops_lets_its_workers_save(stack):
-    stack.options = f"--trials {TRIALS + 2}"
-    stack.up()
-    wait_for_training(stack)
-    assert held(stack) > 0
-    stack.compose("stop", "launcher")
-    assert stack.launcher_status() == ("exited", 130), stack.logs("launcher")
-    assert held(stack) == 0
+def back_up(stack: Stack) -> tuple[dict[str, Any], bytes, bytes]:
+    """As docs/running.md says: what is best, the database, the runs."""
+    best = stack.search("best")
+    dumping = ["pg_dump", "-U", "bdense", "--format=custom", "bdense"]
+    dump = stack.pipe("exec", "-T", "postgres", *dumping)
+    taking = ["tar", "-C", "/srv/bdense/runs", "-cz", "."]
+    return best, dump, stack.pipe("run", "--rm", "--no-deps", "-T", "launcher", *taking)
 
 
-def test_stop_ends_the_launcher_for_good_and_up_carries_on(stack):
-    stack.options = f"--trials {TRIALS + 2}"
-    stack.compose("rm", "--force", "launcher")  # and its log
-    stack.up()
-    wait_for_training(stack)
-    command = ("bdense-search", "stop", "small", "--wait")
-    done = stack.compose("run", "--rm", "--no-deps", "launcher", *command)
-    assert "is stopped: no trial is worked on" in done.stdout
-    wait_until(lambda: ended(stack), seconds=60, what="the launcher's end")
-    time.sleep(15)
-    assert stack.launcher_status() == ("exited", 0)
-    assert stack.search("status")["trials"]["complete"] < TRIALS + 2
-    backup_and_restore(stack)
-    stack.up()
-    wait_until(lambda: ended(stack), seconds=600, what="the end of the study")
-    assert stack.launcher_status() == ("exited", 0)
-    assert stack.search("status")["trials"]["complete"] == TRIALS + 2
-
-
-def backup_and_restore(stack: Stack) -> None:
-    """As docs/running.md says, into a stack whose volumes are gone."""
-    before = stack.search("best")
-    exec_, run = ("exec", "-T", "postgres"), ("run", "--rm", "--no-deps", "-T", "launcher")
-    dump = stack.pipe(*exec_, *["pg_dump", "-U", "bdense", "--format=custom", "bdense"])
-    files = stack.pipe(*run, *["tar", "-C", "/srv/bdense/runs", "-cz", "."])
+def restore(stack: Stack, dump: bytes, files: bytes) -> None:
+    """Into a stack whose volumes are gone."""
     stack.down("--volumes")
     stack.compose("up", "--detach", "--wait", "postgres")
-    restore = ["pg_restore", "-U", "bdense", "-d", "bdense", "--no-owner", "--no-privileges"]
-    stack.pipe(*exec_, *restore, given=dump)
-    stack.pipe(*run, *["tar", "-C", "/srv/bdense/runs", "-xz"], given=files)
+    command = ["pg_restore", "-U", "bdense", "-d", "bdense", "--no-owner", "--no-privileges"]
+    stack.pipe("exec", "-T", "postgres", *command, given=dump)
+    putting = ["tar", "-C", "/srv/bdense/runs", "-xz"]
+    stack.pipe("run", "--rm", "--no-deps", "-T", "launcher", *putting, given=files)
     stack.compose("up", "--detach", "storage-init")
-    wait_until(lambda: stack.search("best") == before, seconds=60, what="the roles")
 
 
 def test_tls_or_nothing(stack):
@@ -209,7 +205,6 @@ def https(port: int) -> int | None:
 
 
 def test_the_proxy_asks_for_a_password_and_lets_nothing_change(stack):
-    stack.up()
     password = stack.secrets()["dashboard"]
     wait_until(
         lambda: stack.ask("/api/studies", password=password)[0] == 200,
@@ -232,7 +227,6 @@ def test_the_proxy_asks_for_a_password_and_lets_nothing_change(stack):
 
 
 def test_no_port_but_the_proxys_is_published(stack):
-    stack.up()
     for described in stack.inspect(*stack.containers()):
         service = described["Config"]["Labels"]["com.docker.compose.service"]
         published = {
@@ -252,43 +246,46 @@ def test_no_port_but_the_proxys_is_published(stack):
     assert [network["Internal"] for network in networks] == [True]
 
 
+REACH = """
+import socket, sys
+for host, port in zip(sys.argv[1::2], sys.argv[2::2]):
+    try:
+        socket.create_connection((host, int(port)), 3).close()
+        print(host, "answers")
+    except OSError as error:
+        print(host, error)
+"""
+
+
 def test_from_the_outer_network_neither_database_nor_ray_answers(stack):
-    stack.up()
-    addresses = {
-        service: described["NetworkSettings"]["Networks"][f"{stack.project}_internal"]["IPAddress"]
-        for service in ("postgres", "ray-head")
-        for described in stack.inspect(*stack.containers(service))
-    }
-    program = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 3)"
-    image = f"{stack.project}-service"
-    for network, reached in (("internal", True), ("edge", False)):
-        for service, port in (("postgres", 5432), ("ray-head", 6379)):
-            for host in (service, addresses[service]):
-                done = stack.docker(
-                    *("run", "--rm", "--network", f"{stack.project}_{network}", image),
-                    *("python", "-c", program, host, str(port)),
-                )
-                assert (done.returncode == 0) is reached, (network, service, host, done.stderr)
+    ports = {"postgres": "5432", "ray-head": "6379"}
+    for service in list(ports):
+        (described,) = stack.inspect(*stack.containers(service))
+        address = described["NetworkSettings"]["Networks"][f"{stack.project}_internal"]
+        ports[address["IPAddress"]] = ports[service]
+    asked = [text for pair in ports.items() for text in pair]
+    for network, expected in (("internal", len(ports)), ("edge", 0)):
+        done = stack.docker(
+            *("run", "--rm", "--network", f"{stack.project}_{network}"),
+            *(f"{stack.project}-service", "python", "-c", REACH, *asked),
+        )
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout.splitlines()) == len(ports)
+        assert done.stdout.count("answers") == expected, (network, done.stdout)
 
 
 def test_ray_refuses_whoever_has_no_token(stack):
-    stack.up()
-    for given in ("", "RAY_AUTH_MODE=token RAY_AUTH_TOKEN=wrong"):
-        done = stack.compose(
-            *("run", "--rm", "--no-deps", "--entrypoint", "sh", "launcher", "-c"),
-            f"{given} ray status --address ray-head:6379",
-            check=False,
-        )
-        assert done.returncode != 0
-        assert "Unauthenticated" in done.stdout + done.stderr, done.stdout + done.stderr
-    done = stack.compose(
-        *("run", "--rm", "--no-deps", "launcher", "ray", "status", "--address", "ray-head:6379")
-    )
-    assert "node_" in done.stdout
+    ask = "ray status --address ray-head:6379 2>&1; echo status $?;"
+    wrong = f"export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=wrong; {ask}"
+    run = ("run", "--rm", "--no-deps")
+    done = stack.compose(*run, "--entrypoint", "sh", "launcher", "-c", f"{ask} {wrong}")
+    assert done.stdout.count("Unauthenticated") >= 2, done.stdout
+    assert "status 0" not in done.stdout
+    known = stack.compose(*run, "launcher", "ray", "status", "--address", "ray-head:6379")
+    assert "node_" in known.stdout
 
 
 def test_processes_have_no_rights(stack):
-    stack.up()
     for service in OURS:
         for container in stack.containers(service):
             described = stack.inspect(container)[0]
@@ -314,7 +311,6 @@ def secrets_in_image(stack: Stack, image: str) -> str:
 
 
 def test_no_secret_is_in_a_description_an_image_a_process_list_or_a_log(stack):
-    stack.up()
     containers = stack.containers()
     seen = stack.docker("inspect", *containers).stdout + stack.logs()
     for container in containers:

@@ -34,8 +34,8 @@ from tests.e2e.chaos import (
     measure_calmly,
     network,
 )
-from tests.studies import spec
 from tests.e2e.study import Workplace, small_study
+from tests.studies import spec
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults, pytest.mark.postgres]
 

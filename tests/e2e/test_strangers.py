@@ -10,34 +10,31 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import search.spec.model_spec
-from search.worker.workers import SearchWorker
 
 from search.errors import SpecChangedError
-from search.spec.space import baseline_space
 from search.storage.engine import resolve_storage_url
 from search.storage.ledger import Ledger
+from search.study.arms import ROW_SPACE
 from search.study.study import Study
-from search.worker import assets, result
+from search.worker import result
+from search.worker.worker import Worker
 from tests.e2e.chaos import end_all
 from tests.e2e.stack import free_port
 from tests.e2e.study import Workplace, kill, small_study
-
-SHORT = {"trials": 2, "kimg": 0.128, "batch": 64}
+from tests.rows import SFD
+from tests.studies import spec
 
 
 @pytest.fixture
 def study(tmp_path, monkeypatch, shared_cache) -> Study:
-    """Two short trials and the baselines, with all that they share."""
+    """Two short trials and the baselines."""
     monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("BDENSE_CACHE", str(shared_cache))
-    spec = StudySpec.model_validate(small_study(budget=SHORT) | {"trajectories": {"mode": "live"}})
-    assets.prepare(spec, assets.use_device(spec), lambda *_: None)
-    return Study.create(resolve_storage_url(None), spec)
+    return Study.create(resolve_storage_url(None), spec(SFD, plan={"trials": 2}))
 
 
 def work_on_one(study: Study) -> None:
-    worker = SearchWorker(study)
+    worker = Worker(study)
     claimed = worker.claim()
     assert claimed is not None
     worker.work(claimed)
@@ -45,13 +42,13 @@ def work_on_one(study: Study) -> None:
 
 def test_a_worker_of_other_numerics_measures_nothing(study, monkeypatch):
     work_on_one(study)
-    monkeypatch.setattr(search.spec.model_spec, "NUMERICS", -1)
+    monkeypatch.setattr("search.spec.study.NUMERICS", -1)
     with pytest.raises(SpecChangedError, match="the worker runs another version of bdense"):
         work_on_one(study)
     counts = study.given.counts()
     assert (counts.complete, counts.failed, counts.running) == (1, 0, 1)
     monkeypatch.undo()
-    again = study.given.claim(baseline_space(), None)
+    again = study.given.claim(ROW_SPACE, None)
     assert (again.number, again.attempt, again.tries, again.adopted) == (1, 2, 1, True)
 
 
@@ -150,11 +147,10 @@ def ray_finding(place: Workplace) -> dict[str, str]:
 @pytest.mark.faults
 def test_a_trial_that_kills_its_workers_is_given_up_and_the_study_goes_on(tmp_path):
     """Whoever works on trial 0 is killed, as the kernel does to what takes all the memory."""
-    tree = small_study(budget={"trials": 3, "kimg": 1.28, "batch": 64}, name="poison")
-    tree["resources"] |= {"max_attempts": 2}
+    tree = small_study(name="poison", method={"kimg": 1.28}, resources={"max_attempts": 2})
     place = Workplace(tmp_path, tmp_path / "cache")
     url = resolve_storage_url(f"sqlite:///{tmp_path}/runs/bdense.db")
-    study = Study.create(url, StudySpec.model_validate(tree))
+    study = Study.create(url, spec(tree))
     for a in (0.5, 1.0, 1.5):
         study.search.enqueue({"a": a})
     launcher = place.start("launch", place.write(tree), "--workers", "2")

@@ -100,7 +100,7 @@ def test_a_confirmed_winner_is_promoted_with_another_method(launched):
     assert "at the search's K = 4 becomes w_2/w_1 = " in out
     trials = launched.rows("promote-small")
     assert [t.user_attrs["arm"] for t in trials[:3]] == [
-        "plain progressive distillation",
+        "plain PD",
         "uniform weights",
         name,
     ]

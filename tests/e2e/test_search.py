@@ -89,7 +89,8 @@ def test_a_study_from_launch_to_best(workplace, calm_fids, postgres):
     assert found["confirmed"] is False
     assert list(best["baselines"]) == ["sfd", "uniform"]
     record = workplace.ledger("small")
-    assert record.study.user_attrs["baselines"] == best["baselines"]
+    stored = record.study.user_attrs["baselines"]
+    assert stored == {"plain": best["baselines"]["sfd"], "uniform": best["baselines"]["uniform"]}
     assert (workplace.runs / found["student"]).exists()
     trial = record.study.trials[found["number"]]
     stored = {"seeds", "fingerprint", "versions", "timings", "weights", "fid"}

@@ -308,8 +308,7 @@ def test_dry_run_starts_nothing(workplace):
     said = workplace.done("launch", workplace.write(small_study()), "--dry-run")
     for part in (
         "# rows: 5, each of a student, 40 updates and 64 images",
-        "# memory: ",
-        "# time: ",
+        "memory: ",  # or why it is not measured: a busy machine takes longer than one waits
         "# teacher: trained on 256 images first",
         "# fingerprint ",
     ):

@@ -77,7 +77,7 @@ def export_trial(
     extra = ""
     if not study.is_search:
         metadata["fid_table"] = fid_table(study)
-        metadata[_MADE_FROM] = made_from(study)
+        metadata[_MADE_FROM] = made_from(study, number)
         pictures |= _pictures(study, trial, path)
         rows = align(table_rows(comparisons_of(study), teacher_of(study)))
         extra = "All arms of the study:\n\n```\n" + "\n".join(rows) + "\n```"
@@ -122,16 +122,20 @@ def _alike(fid: MeasuredFID) -> dict[str, Any]:
     }
 
 
-def made_from(study: Study) -> dict[str, Any]:
-    """What a model folder's figures rest on: it is out of date once this has changed."""
-    numbers = [trial.number for trial in _complete_rows(study.main)]
-    fingerprint = study.main.attribute(FINGERPRINT)
-    return {"study": study.name, "fingerprint": fingerprint, "rows": numbers, **study.facts}
+def made_from(study: Study, number: int) -> dict[str, Any]:
+    """Whose student a model folder has, and what its figures rest on."""
+    return {
+        "study": study.name,
+        "fingerprint": study.main.attribute(FINGERPRINT),
+        "row": number,
+        "rows": [trial.number for trial in _complete_rows(study.main)],
+        **study.facts,
+    }
 
 
-def is_current(folder: Path, study: Study) -> bool:
-    """Whether a model folder was made of all that the study has measured."""
-    return _stored_origin(folder) == made_from(study)
+def is_current(folder: Path, study: Study, number: int) -> bool:
+    """Whether a folder is the model of that row, made of all that the study has measured."""
+    return _stored_origin(folder) == made_from(study, number)
 
 
 def is_of(folder: Path, name: str) -> bool:
@@ -153,7 +157,7 @@ def put_aside(folder: Path) -> None:
     older = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
     aside = next(path for path in older if not path.exists())
     folder.rename(aside)
-    sys.stderr.write(f"the model of fewer rows is now {aside}\n")
+    sys.stderr.write(f"the model that was there is now {aside}\n")
 
 
 def arm_row(study: Study, *, arm: str | None = None, variant: int | None = None) -> int:
@@ -245,8 +249,14 @@ def _student(study: Study, ledger: Ledger, trial: StoredTrial, nfe: int | None) 
     """
     path = named_file(trial.user_attrs["student"])
     if nfe is not None:
-        names = {stage.nfe: stage.name for stage in study.spec.resolved.stages}
-        if not names.get(nfe):
+        stages = study.spec.resolved.stages
+        if len(stages) == 1:
+            raise InputError(
+                f"--nfe {nfe}: {stages[0].label} is the only stage of {study.name}; leave it out, "
+                "and name a row by --trial where there are several"
+            )
+        names = {stage.nfe: stage.name for stage in stages}
+        if nfe not in names:
             raise InputError(
                 f"--nfe {nfe}: the students of {study.name} take "
                 f"{', '.join(map(str, names))} evaluations; choose one, or leave it out"
@@ -268,16 +278,19 @@ def _student(study: Study, ledger: Ledger, trial: StoredTrial, nfe: int | None) 
 
 
 def _pictures(study: Study, trial: StoredTrial, path: Path) -> dict[str, Picture]:
-    """The figure, and each arm's first images at that stage, from the same latents."""
+    """The figure, and the first images of this student and the baselines' at that stage."""
     plots = overview_of(study).plots()
     pictures: dict[str, Picture] = {FIGURE: plots[0].save} if plots else {}
     own, arms = ArmRow.of(trial.params), study.arms
     grid_name = GRID if path.stem == "student" else f"{path.stem}-{GRID}"
+    searched = [index for index, arm in enumerate(arms) if arm.baseline is None]
+    shown = own.arm if own.arm in searched else searched[0] if len(searched) == 1 else None
     for other in _complete_rows(study.main):
         row = ArmRow.of(other.params)
         grid = named_file(other.user_attrs["student"]).with_name(grid_name)
-        if (row.seed, row.variant) == (own.seed, own.variant) and grid.is_file():
-            name = arms[row.arm].baseline or "promoted"
+        name = arms[row.arm].baseline or ("promoted" if row.arm == shown else None)
+        alike = (row.seed, row.variant) == (own.seed, own.variant)
+        if name is not None and alike and grid.is_file():
             pictures[f"samples-{name}.png"] = grid
     return pictures
 

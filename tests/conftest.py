@@ -169,6 +169,41 @@ def digits_extractor(shared_cache: Path):
     return load_extractor("digits-classifier", cache=shared_cache, device=torch.device("cpu"))
 
 
+@pytest.fixture
+def url(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> str:
+    """A storage without a study, which the command uses; specs are resolved in this process."""
+    from tests.measured import copy_storage, empty_storage, open_once
+    from tests.studies import resolve_here
+
+    monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("BDENSE_STORAGE", f"sqlite:///{tmp_path / 'study.db'}")
+    open_once(monkeypatch)
+    resolve_here(monkeypatch)
+    return copy_storage(empty_storage(tmp_path_factory.getbasetemp()), tmp_path / "study.db")
+
+
+@pytest.fixture
+def searched(url: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A search of six trials, complete; ``tests.measured.VALLEY`` says which."""
+    from search.study.study import Study
+    from tests.measured import copy_storage, searched_valley
+
+    copy_storage(searched_valley(tmp_path_factory.getbasetemp()), tmp_path / "study.db")
+    return Study.open(url, "digits")
+
+
+@pytest.fixture
+def confirmed(url: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The same search with its confirmation, won by trial 2."""
+    from search.study.study import Study
+    from tests.measured import confirmed_valley, copy_storage
+
+    copy_storage(confirmed_valley(tmp_path_factory.getbasetemp()), tmp_path / "study.db")
+    return Study.open(url, "digits")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say how many checks against golden files ran, and how many could not yet."""
     ran, skipped = (

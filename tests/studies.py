@@ -1,6 +1,8 @@
 """Study files as mappings, to be changed key by key, and the resolved specs that they make."""
 
 import copy
+import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +96,13 @@ def of_kind(method: str, plan: str) -> dict[str, Any]:
 
 def spec(tree: dict[str, Any] = STUDY, /, **keys: Any) -> StudySpec:
     """The study of that mapping, resolved, as a launch has it."""
-    return resolve(parse(changed(tree, **keys), source="study.yaml"), source="study.yaml")
+    return _resolved(json.dumps(changed(tree, **keys)), Path.cwd())
+
+
+@functools.cache
+def _resolved(tree: str, folder: Path) -> StudySpec:
+    """A mapping as JSON; ``folder`` is what relative files in it are relative to."""
+    return resolve(parse(json.loads(tree), source="study.yaml"), source="study.yaml")
 
 
 def promotion(**keys: Any) -> StudySpec:

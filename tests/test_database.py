@@ -1,7 +1,6 @@
 """The study database: tables of another version, roles and what they may not do."""
 
 import subprocess
-import time
 
 import pytest
 import sqlalchemy as sa
@@ -18,9 +17,12 @@ from search.storage.engine import (
 )
 from search.storage.ledger import Claim, Ledger
 from search.storage.schema import SCHEMA, Role, grant, open_tables, read_password, upgrade
+from search.study.study import Study
 from search.worker import ray_tasks
-from search.worker.ray_tasks import Orders, Refusal, slot
+from search.worker.ray_tasks import WorkerConfig, WorkerError, slot
 from tests.contracts.ledger_worker import SPACE
+from tests.contracts.scene import expire_leases, wait_until
+from tests.studies import spec
 
 PASSWORD = "it's 50 % \\ secret"
 
@@ -78,20 +80,19 @@ def refusal(monkeypatch, tmp_path):
     def wait(_: float) -> None:
         raise AssertionError("it waits, though nothing would come of it")
 
-    def of(storage: str) -> Refusal:
-        places = {"runs": str(tmp_path / "runs"), "cache": str(tmp_path / "cache")}
-        told = Orders(
-            kind="search",
+    def of(storage: str) -> WorkerError:
+        told = WorkerConfig(
             study="digits",
             storage=without_password(resolve_storage_url(storage)),
-            **places,
+            runs=str(tmp_path / "runs"),
+            cache=str(tmp_path / "cache"),
         )
         monkeypatch.setenv("BDENSE_STORAGE", storage)
         for name in ("BDENSE_RUNS", "BDENSE_CACHE", "BDENSE_ARTIFACTS", "BDENSE_LOG"):
             monkeypatch.setenv(name, "")  # the test's to restore
         with monkeypatch.context() as patch:
             patch.setattr(ray_tasks.time, "sleep", wait)
-            found: Refusal = slot({"orders": told, "mark": str(tmp_path / "mark")})["refusal"]
+            found: WorkerError = slot({"worker": told, "mark": str(tmp_path / "mark")})["error"]
         return found
 
     return of
@@ -160,9 +161,9 @@ def test_an_upgrade_waits_for_workers(url):
 
 
 def test_a_lease_that_ran_out_holds_up_no_upgrade(url):
-    claimed(url, ttl=0.2)
+    claimed(url)
+    expire_leases(url)
     execute(url, "UPDATE bdense_schema SET version = 0")
-    time.sleep(0.4)
     upgrade(url)
     assert version(url) == [SCHEMA]
 
@@ -259,7 +260,8 @@ class TestRoles:
     def test_the_reader_looks_and_changes_nothing(self, roles, monkeypatch, capsys):
         url, _, reader = roles
         monkeypatch.setenv("PGPASSWORD", PASSWORD)
-        _ledger, _claim = claimed(url)
+        Study.create(url, spec())
+        claimed(url)
         assert cli.main(["status", "digits", "--storage", reader, "--json"]) == 0
         assert '"running": 1' in capsys.readouterr().out
         with pytest.raises(sa.exc.DBAPIError, match="read-only transaction"):
@@ -403,7 +405,7 @@ class TestRoles:
 def test_a_study_is_restored_from_its_backup_and_carried_on(postgres, tmp_path):
     """As docs/running.md says: pg_dump while it runs, pg_restore into an empty database."""
     url, copy = postgres.new_database(), postgres.new_database()
-    ledger, first = claimed(url, ttl=0.2)
+    ledger, first = claimed(url, ttl=1)
     ledger.complete(first, 1.5, {"kept": [1, 2]})
     second = ledger.claim(SPACE, RandomSampler)
     ledger.report(second, 3, 2.5)
@@ -423,11 +425,15 @@ def test_a_study_is_restored_from_its_backup_and_carried_on(postgres, tmp_path):
     assert [(t.value, t.user_attrs["kept"]) for t in restored.study.trials[:1]] == [(1.5, [1, 2])]
     counts = restored.counts()
     assert (counts.planned, counts.complete, counts.running) == (2, 1, 1)
-    time.sleep(0.5)  # the lease that was copied runs out
-    deadline = time.monotonic() + 20
-    while not isinstance(again := restored.claim(SPACE, RandomSampler), Claim):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    assert (again.number, again.params, again.attempt) == (1, second.params, 2)
-    restored.complete(again, 2.0, {})
+    expire_leases(copy)
+    taken: list[Claim] = []
+
+    def take_over() -> bool:
+        claim = restored.claim(SPACE, RandomSampler)
+        taken.extend([claim] if isinstance(claim, Claim) else [])
+        return bool(taken)
+
+    wait_until(take_over)
+    assert (taken[0].number, taken[0].params, taken[0].attempt) == (1, second.params, 2)
+    restored.complete(taken[0], 2.0, {})
     assert restored.counts().complete == 2

@@ -100,8 +100,10 @@ def test_a_teacher_that_predicts_otherwise_is_converted_in_a_stage_of_its_own(tm
 def test_a_baseline_has_one_branch_or_equal_weights(tmp_path, tree, baseline):
     assets = loaded(tree)
     found = run(assets, tmp_path / "study/00000", task({"baseline": baseline}))
-    branches = assets.spec.resolved.num_branches
-    assert found.weights == [1.0] * (1 if baseline == "plain" else branches)
+    branches = 1 if baseline == "plain" else assets.spec.resolved.num_branches
+    # As the loss uses them: PD divides them by their sum.
+    each = 1 / branches if assets.config.rescale_weights else 1.0
+    assert found.weights == [each] * branches
     assert found.parameters == {}
     method = load_denoiser(tmp_path / found.student)[1]["method"]
     assert method.endswith("-bdense") == (baseline == "uniform")

@@ -293,7 +293,7 @@ def test_what_exists_is_refused_before_any_work(tmp_path, kind):
         folder.symlink_to("nowhere")
     with pytest.raises(InputError) as caught:
         export_folder(folder, small_teacher(), STUDENT, pictures={"plot.png": called.append})
-    assert str(caught.value) == f"{folder} exists already; choose another folder or delete it"
+    assert f"{folder} exists already" in str(caught.value)
     assert called == []
     assert names(tmp_path) == ["student"]
 

@@ -23,8 +23,8 @@ from bdense.diffusion.sampling import Sampler
 from bdense.diffusion.snr_weights import snr_weight
 from bdense.diffusion.solvers import DDIM, trajectory
 from bdense.diffusion.vp import CosineSchedule, VPSchedule
+from bdense.methods.images import ImageBatch
 from bdense.methods.progressive import (
-    ImageBatch,
     PDConfig,
     PDStage,
     branch_errors,

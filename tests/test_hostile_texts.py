@@ -18,17 +18,18 @@ from optuna_dashboard import get_note
 
 from bdense.errors import InputError
 from search.report.dashboard import HOST, _QuietHandler, _Server, dashboard_application
-from search.report.live import attach_pictures, show
+from search.report.live import show
 from search.report.markdown import escaped, fenced, html_table, markdown_table, tagless
-from search.report.report_files import write_planned_report, write_report
+from search.report.report_files import write_report
+from search.spec.study import StudySpec
 from search.storage.engine import open_reading
-from search.storage.ledger import Ledger
-from search.study.arms import SPACES, Arm, Planned, PlannedRow
+from search.storage.ledger import Claim, Ledger
+from search.study.arms import ROW_SPACE, Arm
 from search.study.folders import named_file, row_folder
-from search.study.study import CONDITIONS, FINGERPRINT, SPEC, Study
-from tests.studies import spec
-from tests.test_report import CONDITIONS as FID_CONDITIONS
-from tests.test_report import attributes, baseline_space, read_html, take, trial
+from search.study.results import MeasuredFID
+from search.study.study import FINGERPRINT, SPEC, Study
+from tests.measured import created, fid, finish, open_once, search
+from tests.reported import POINTS, fail, read_html, shown, spec_of, take
 
 RUN = "document.documentElement.setAttribute('data-ran','yes')"
 SCRIPT = f"<script>{RUN}</script>"
@@ -45,46 +46,67 @@ class Scene:
 
     study: Study
     folder: Path
+    pictures: list[str]
 
     @property
-    def html(self) -> Path:
-        return self.folder / "shown" / "report.html"
+    def page(self) -> str:
+        return (self.folder / "shown/report.html").read_text()
+
+    def outside(self, text: str) -> str:
+        """Markdown without its blocks of code."""
+        return re.sub(r"^(`{3,}).*?^\1$", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
-@pytest.fixture(scope="module")
-def scene(tmp_path_factory) -> Iterator[Scene]:
+@pytest.fixture(scope="module", params=["sfd-search", "progressive-arms"])
+def scene(request, tmp_path_factory) -> Iterator[Scene]:
     folder = tmp_path_factory.mktemp("hostile")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BDENSE_RUNS", str(folder / "runs"))
         patch.delenv("BDENSE_ARTIFACTS", raising=False)
-        url = f"sqlite:///{folder / 'study.db'}"
-        ledger = Ledger.open(url, NAME, budget=4)
-        evil = spec().model_dump(mode="json") | {"data": SCRIPT + FENCE, "note": [LINES, LINK]}
-        for key, value in ((SPEC, json.dumps(evil)), (FINGERPRINT, PICTURE), (CONDITIONS, "{}")):
-            ledger.study.set_user_attr(key, value)
-        ledger.record_change(f"budget{SCRIPT}", PICTURE, LINES)
-        claim = trial(ledger, 1.0)
-        attrs = attributes(12.5, [0.5, 1.5, 4.0, 10.0]) | {"a": 1.0, "b": -1.0}
-        attrs["fid"] |= {"extractor": SCRIPT, "reference": PICTURE}
-        attrs |= {"student": "../../etc/passwd", "arm": LINES + SCRIPT, "worker": PICTURE}
-        grid = row_folder(NAME, claim.number) / "samples.png"
-        grid.parent.mkdir(parents=True)
-        grid.write_bytes(b"\x89PNG")
-        attach_pictures(ledger, claim, grid.parent, 12.5, attrs)
-        ledger.complete(claim, 12.5, attrs)
-        ledger.fail(trial(ledger, 2.0), "error", f"{SCRIPT}{LINK}{LINES}{FENCE}", {})
-        baselines = Ledger.open(url, f"{NAME}.baselines", budget=2)
-        claim = take(baselines, baseline_space(), {"method": "sfd"})
-        baselines.complete(claim, 13.0, attributes(13.0, [1.0]))
-        study = Study.open(url, NAME)
+        open_once(patch)
+        of = dataclasses.replace(spec_of(request.param), name=NAME)
+        study = (hostile_search if of.is_search else hostile_arms)(folder, of)
+        evil = study.spec.as_dict() | {"data": SCRIPT + FENCE}
+        study.main.study.set_user_attr(SPEC, json.dumps(evil))
+        study.main.study.set_user_attr(FINGERPRINT, PICTURE)
+        study.main.record_change(f"budget{SCRIPT}", PICTURE, LINES)
         show(study)
         write_report(study, folder / "shown")
-        yield Scene(study, folder)
+        plots = ["fid-over-a.png", "samples-best.png"] if of.is_search else ["fid.png"]
+        yield Scene(study, folder, [*plots, *([] if of.is_search else ["samples-0.png"])])
+
+
+def hostile_search(folder: Path, of: StudySpec) -> Study:
+    study = created(f"sqlite:///{folder / 'study.db'}", of)
+    finish(study, lambda arm, row: 13.0)
+    tell(study, study.search, take(study, POINTS[1][0]))
+    failing = take(study, POINTS[2][0])
+    study.search.fail(failing, "error", f"{SCRIPT}{LINK}{LINES}{FENCE}", {})
+    return study
+
+
+def hostile_arms(folder: Path, of: StudySpec) -> Study:
+    url = f"sqlite:///{folder / 'study.db'}"
+    study = Study.create(url, of, facts={"of": SCRIPT + LINES})
+    study.plan([Arm(name=PICTURE + LINES, params=POINTS[1][0])], [1, 2])
+    tell(study, study.given, study.given.claim(ROW_SPACE, None), arm=LINES + SCRIPT)
+    fail(study.given, study.given.claim(ROW_SPACE, None))
+    return study
+
+
+def tell(study: Study, ledger: Ledger, claim: Claim, **changes: object) -> None:
+    """Complete it as a worker of theirs would."""
+    theirs = {"extractor": SCRIPT, "reference": PICTURE}
+    measured = MeasuredFID.of(fid(11.0, training=0, evaluation=0) | theirs)
+    if len(study.spec.resolved.stages) > 1:
+        changes |= {"fids": {"4": measured, "2": measured}, "teacher_fid": measured}
+    changes |= {"fid": measured, "student": "../../etc/passwd", "worker": PICTURE}
+    shown(study, ledger, claim, 11.0, **changes)
 
 
 def test_the_html_report_has_no_tag_but_its_own(scene):
     """The parser refuses scripts and handlers; what they were is there as text."""
-    found = read_html(scene.html)
+    found = read_html(scene.page)
     assert NAME in found.text
     assert SCRIPT in found.text
     assert RUN in found.text
@@ -93,18 +115,14 @@ def test_the_html_report_has_no_tag_but_its_own(scene):
 
 
 def test_the_markdown_has_no_tag_link_or_picture_of_theirs(scene):
-    page = (scene.folder / "shown" / "report.md").read_text()
-    outside = re.sub(r"^(`{3,}).*?^\1$", "", page, flags=re.DOTALL | re.MULTILINE)
-    assert re.findall(r"(?<!\\)!\[.*?\]\((.*?)\)", outside) == [
-        "fid-over-a.png",
-        "samples-best.png",
-    ]
+    outside = scene.outside((scene.folder / "shown/report.md").read_text())
+    assert re.findall(r"(?<!\\)!\[.*?\]\((.*?)\)", outside) == scene.pictures
     assert not re.search(r"(?<!\\)<", outside)
 
 
 def test_the_notes_hold_them_as_words(scene):
-    note = get_note(scene.study.trials.study)
-    outside = re.sub(r"^(`{3,}).*?^\1$", "", note, flags=re.DOTALL | re.MULTILINE)
+    note = get_note(scene.study.main.study)
+    outside = scene.outside(note)
     assert "\\<script\\>" in outside
     assert not re.search(r"(?<!\\)<", outside)
     # The only pictures are the dashboard's own.
@@ -120,12 +138,8 @@ def test_the_notes_hold_them_as_words(scene):
 def test_nothing_lies_outside_the_folders_that_were_asked_for(scene):
     below = {path.relative_to(scene.folder).parts[0] for path in scene.folder.rglob("*")}
     assert below <= {"runs", "shown", "study.db", "study.db.lock", "study.db-wal", "study.db-shm"}
-    assert {path.name for path in (scene.folder / "shown").iterdir()} == {
-        "report.md",
-        "report.html",
-        "fid-over-a.png",
-        "samples-best.png",
-    }
+    written = {path.name for path in (scene.folder / "shown").iterdir()}
+    assert written == {"report.md", "report.html", *scene.pictures}
     runs = {path.name for path in (scene.folder / "runs").iterdir()}
     assert runs == {NAME, "artifacts"}
 
@@ -153,39 +167,15 @@ def test_a_row_names_its_student(monkeypatch):
     )
 
 
-def test_a_study_of_such_a_name_has_no_report(tmp_path, monkeypatch):
-    monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
+def test_a_study_of_such_a_name_has_no_report(url, tmp_path):
     secret = tmp_path / "other" / "00000" / "samples.png"
     secret.parent.mkdir(parents=True)
     secret.write_bytes(b"somebody else's")
     (tmp_path / "runs").mkdir()
-    url = f"sqlite:///{tmp_path / 'study.db'}"
-    ledger = Ledger.open(url, "../other", budget=1)
-    attrs = attributes(12.5, [0.5, 1.5, 4.0, 10.0]) | {"a": 1.0, "b": -1.0, "student": ""}
-    ledger.complete(trial(ledger, 1.0), 12.5, attrs)
+    of = dataclasses.replace(spec_of("sfd-search"), name="../other")
     with pytest.raises(InputError, match="has no folder of its own"):
-        write_report(Study.open(url, "../other"), tmp_path / "shown")
+        write_report(search(url, POINTS, study=of), tmp_path / "shown")
     assert not list(tmp_path.rglob("samples-best.png"))
-
-
-def test_planned_rows_are_escaped_alike(tmp_path, monkeypatch):
-    monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
-    url = f"sqlite:///{tmp_path / 'study.db'}"
-    of = {"of": SCRIPT + LINES}
-    planned = Planned.create(url, NAME, "retrain", spec(), facts=of)
-    planned.plan(
-        [Arm(name=PICTURE + LINES, params={"a": 1.0, "b": 0.0})],
-        [PlannedRow(arm=0, seed=1, kimg=1.0, nfe=2)],
-    )
-    claim = planned.ledger.claim(SPACES["retrain"], None)
-    fid = {**FID_CONDITIONS, "value": 3.0, "extractor": SCRIPT, "seeds": {"training": 1}}
-    planned.ledger.complete(claim, 3.0, {"fid": fid, "weights": [1.0]})
-    show(planned)
-    assert not re.search(r"(?<!\\)<script", get_note(planned.ledger.study).split("```")[0])
-    write_planned_report(planned, tmp_path / "shown")
-    found = read_html(tmp_path / "shown" / "report.html")
-    assert RUN in found.text
-    assert all(each.startswith("data:image/png;base64,") for each in found.pictures)
 
 
 @pytest.mark.parametrize("text", [SCRIPT, PICTURE, LINK, FENCE, LINES, NAME])
@@ -196,7 +186,11 @@ def test_escaped_words_are_one_line_without_meaning(text):
     assert "<" not in tagless(text)
     assert '"' not in tagless(text)
     assert markdown_table([["x"], [text]]).count("\n") == 2
-    assert read_cells(html_table([["x"], [text]])) == [["x"], [" ".join(text.split())]]
+    rows = read_html(html_table([["x"], [text]])).rows
+    assert [" ".join(cell.split()) for row in rows for cell in row] == [
+        "x",
+        " ".join(text.split()),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -208,14 +202,6 @@ def test_bare_addresses_become_no_links(text):
     line = escaped(text)
     assert not re.search(r"https?://|www\.|[-.\w+]@", line, re.IGNORECASE)
     assert line.replace("\u2060", "").replace("\\", "") == text
-
-
-def read_cells(html: str) -> list[list[str]]:
-    from tests.test_report import Cells
-
-    found = Cells()
-    found.feed(html)
-    return [[" ".join(cell.split()) for cell in row] for row in found.rows]
 
 
 @pytest.mark.parametrize("inside", ["plain", "```", "`````\n# out\n```", "``"])
@@ -266,18 +252,18 @@ def test_nothing_runs_in_a_real_browser(scene, tmp_path):
     for evil in (SCRIPT, PICTURE):
         control.write_text(f"<!DOCTYPE html><html><body>{evil}</body></html>")
         assert ran(in_browser(f"file://{control}", tmp_path / "profile"))
-    page = in_browser(f"file://{scene.html}", tmp_path / "profile")
+    page = in_browser(f"file://{scene.folder}/shown/report.html", tmp_path / "profile")
     assert not ran(page)
     assert "&lt;script&gt;document.documentElement" in page
     application = dashboard_application(open_reading(scene.study.url), writable=False)
-    key = scene.study.trials.storage.get_study_id_from_name(NAME)
+    key = scene.study.main.storage.get_study_id_from_name(NAME)
     with make_server(HOST, 0, application, _Server, _QuietHandler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         base = f"http://{HOST}:{server.server_port}/dashboard"
         study = f"{base}/studies/{key}"
         shown = {
             base: "mine'",
-            study: "FID over a",
+            study: "mine'",
             f"{study}/note": "document.documentElement",
             f"{study}/trials?numbers=0": "0.5",
             f"{study}/trials?numbers=1": "document.documentElement",

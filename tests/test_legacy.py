@@ -22,6 +22,11 @@ CHAIN = {"chain": {"first": 8, "last": 2}, "round": {"updates": 10}}
 SFD = {"name": "sfd", "nfe": 2, "substeps": 4, "kimg": 2.56, "batch": 64, "lr": 5e-4}
 PD = {"name": "progressive", "steps": 8, "until": 2, "updates": 10}
 MEDIAN = {"name": "MedianPruner", "n_startup_trials": 5}
+STARTUP = {"n_startup_trials": 3}
+PERCENTILE = {"name": "PercentilePruner", "percentile": 10.0, "n_startup_trials": 5}
+HALVING = {"name": "SuccessiveHalvingPruner", "reduction_factor": 2}
+HYPERBAND = {"name": "HyperbandPruner", "reduction_factor": 3}
+PATIENT = {"name": "PatientPruner", "wrapped_pruner": MEDIAN, "patience": 1}
 UNSET = dict.fromkeys(("startup_trials", "percentile", "factor", "patience"))
 
 
@@ -43,103 +48,67 @@ def test_all_of_them_are_there():
     assert len(OLD) == 15
 
 
+def test_a_search_in_todays_form():
+    found, _ = translated({**SEARCH, "keep_students": 2})
+    assert found["method"] == SFD
+    assert found["weights"] == {"name": "normalised", "a": {"low": -0.5, "high": 3.0}}
+    assert (found["plan"], found["keep_students"]) == ({"trials": 4}, 2)
+    student = {
+        "nfe": 3,
+        "solver": {"name": "heun", "order": None},
+        "schedule": {"kind": "logsnr", "sigma_min": 0.01},
+    }
+    pruning = {"pruner": "none", "at": [0.5], "images": 64, **UNSET}
+    other = {"student": student, "weights": "learned", "pruning": pruning, "stop": {"patience": 5}}
+    found, _ = translated({**other, "confirm": {"kimg": 200, "candidates": 2}})
+    levels = {"schedule": "logsnr", "sigma_min": 0.01}
+    assert found == {
+        "method": {"name": "sfd", "nfe": 3, "solver": "heun", "order": None, **levels},
+        "weights": "learned",
+        "plan": {"at": [0.5], "images": 64},
+        "confirm": {"candidates": 2, "method": {"kimg": 200}},
+    }
+
+
 @pytest.mark.parametrize(
-    ("tree", "expected"),
+    ("section", "key", "expected"),
     [
-        (
-            SEARCH,
-            {
-                "method": SFD,
-                "weights": {"name": "normalised", "a": {"low": -0.5, "high": 3.0}},
-                "plan": {"trials": 4},
-            },
-        ),
-        ({"student": {}, "weights": "learned"}, {"method": {"name": "sfd"}, "weights": "learned"}),
-        (
-            {"student": {"solver": {"name": "heun"}}},
-            {"method": {"name": "sfd", "solver": "heun"}},
-        ),
-        (
-            {"student": {"solver": "ddim", "schedule": {"kind": "logsnr", "sigma_min": 0.01}}},
-            {
-                "method": {
-                    "name": "sfd",
-                    "solver": "ddim",
-                    "schedule": "logsnr",
-                    "sigma_min": 0.01,
-                }
-            },
-        ),
-        (
-            {"budget": {}, "sampler": {"name": "gp", "startup_trials": 3}},
-            {"plan": {"sampler": {"name": "GPSampler", "n_startup_trials": 3}}},
-        ),
-        (
-            {"budget": {}, "sampler": {"name": "random", "startup_trials": 3}},
-            {"plan": {"sampler": {"name": "RandomSampler"}}},
-        ),
-        (
-            {"budget": {}, "pruning": {"pruner": "median", "at": [0.5], "images": 64, **UNSET}},
-            {"plan": {"pruner": MEDIAN, "at": [0.5], "images": 64}},
-        ),
-        (
-            {"budget": {}, "pruning": {"pruner": "percentile", "percentile": 10.0}},
-            {
-                "plan": {
-                    "pruner": {
-                        "name": "PercentilePruner",
-                        "percentile": 10.0,
-                        "n_startup_trials": 5,
-                    }
-                }
-            },
-        ),
-        (
-            {"budget": {}, "pruning": {"pruner": "successive-halving"}},
-            {"plan": {"pruner": {"name": "SuccessiveHalvingPruner", "reduction_factor": 2}}},
-        ),
-        (
-            {"budget": {}, "pruning": {"pruner": "hyperband", "factor": 3}},
-            {"plan": {"pruner": {"name": "HyperbandPruner", "reduction_factor": 3}}},
-        ),
-        (
-            {"budget": {}, "pruning": {"pruner": "patient-median", "at": [0.2, 0.4, 0.6]}},
-            {
-                "plan": {
-                    "at": [0.2, 0.4, 0.6],
-                    "pruner": {"name": "PatientPruner", "wrapped_pruner": MEDIAN, "patience": 1},
-                }
-            },
-        ),
-        ({"budget": {}, "pruning": {"pruner": "none"}, "stop": {"patience": 5}}, {"plan": {}}),
-        (
-            {"budget": {}, "confirm": {"kimg": 200, "candidates": 2}},
-            {"confirm": {"candidates": 2, "method": {"kimg": 200}}},
-        ),
-        (
-            {**CHAIN, "study": "digits", "seeds": {"training": [0, 1], "evaluation": 3}},
-            {
-                "method": PD,
-                "plan": {"arms": ["plain", "uniform", {"winner_of": "digits"}], "seeds": [0, 1]},
-                "seeds": {"evaluation": 3},
-            },
-        ),
-        (
-            {**CHAIN, "prediction_type": "sample", "clip_samples": False, "schedule": "native"},
-            {"method": PD | {"prediction_type": "sample", "schedule": "native"}},
-        ),
-        (
-            {**CHAIN, "schedule": {"kind": "polynomial"}, "round": {"anneal": False}},
-            {"method": {**PD, "schedule": "polynomial", "lr_schedule": "constant"}},
-        ),
+        ({"name": "tpe"}, "sampler", {"name": "TPESampler"}),
+        ({"name": "gp", "startup_trials": 3}, "sampler", {"name": "GPSampler", **STARTUP}),
+        ({"name": "random", "startup_trials": 3}, "sampler", {"name": "RandomSampler"}),
+        ({"pruner": "median", **UNSET}, "pruner", MEDIAN),
+        ({"pruner": "median", "startup_trials": 3}, "pruner", MEDIAN | STARTUP),
+        ({"pruner": "percentile", "percentile": 10.0}, "pruner", PERCENTILE),
+        ({"pruner": "successive-halving"}, "pruner", HALVING),
+        ({"pruner": "hyperband", "factor": 3}, "pruner", HYPERBAND),
+        ({"pruner": "patient-median"}, "pruner", PATIENT),
     ],
 )
-def test_what_the_old_form_said_in_todays(tree, expected):
-    found, told = translated(tree)
-    assert told
-    if "round" in tree and "anneal" in tree["round"]:
-        expected["method"].pop("updates")
-    assert {key: found[key] for key in expected} == expected
+def test_samplers_and_pruners_are_optunas_classes(section, key, expected):
+    found, _ = translated({"budget": {}, "pruning" if "pruner" in section else key: section})
+    assert found["plan"] == {key: expected}
+
+
+def test_a_promotion_in_todays_form():
+    seeds = {"training": [0, 1], "evaluation": 3}
+    found, _ = translated({**CHAIN, "study": "digits", "seeds": seeds, "schedule": "native"})
+    assert found == {
+        "method": {**PD, "schedule": "native"},
+        "plan": {"arms": ["plain", "uniform", {"winner_of": "digits"}], "seeds": [0, 1]},
+        "seeds": {"evaluation": 3},
+    }
+    settings = {"prediction_type": "sample", "clip_samples": False, "weights_space": "state"}
+    update = {"updates": 10, "anneal": False}
+    found, _ = translated({**CHAIN, **settings, "round": update, "schedule": {"rho": 5}})
+    assert found["method"] == {
+        **PD,
+        "prediction_type": "sample",
+        "weights_space": "state",
+        "lr_schedule": "constant",
+        "schedule": "polynomial",
+        "rho": 5,
+    }
+    assert found["plan"] == {"arms": ["plain", "uniform"]}
 
 
 @pytest.mark.parametrize(
@@ -164,7 +133,7 @@ def test_a_section_that_is_none_is_named(tree, key):
         ({"pruning": {"bound": 3}}, "plan.bound"),
         ({"stopp": {}}, "stopp"),
         # Half rewritten: nothing of today's sections is lost, and nothing else taken for them.
-        ({"method": {"name": "progressive", "steps": 8, "until": 4}}, "plan"),
+        ({"method": {"name": "progressive", "steps": 8, "until": 4}}, "student"),
     ],
 )
 def test_a_key_that_neither_form_has_is_refused(changes, key):

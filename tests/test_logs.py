@@ -8,26 +8,28 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from bdense.methods.sharing import distill_on
-from search.worker.engine import branches_and_weights, training_config
-from search.worker.trial import CHECKPOINT, bring_to_an_end, train_and_measure
+from optuna.samplers import RandomSampler
 
 from bdense.errors import StoppedError
+from bdense.methods.distill import distill
 from search import cli
-from search.log import about, say, speaking_of, start_logging
+from search.log import about, say, speaking_of, spoken_of, start_logging
 from search.report.log_lines import log_line
 from search.spec.space import search_space
 from search.storage.engine import open_storage, resolve_storage_url
 from search.storage.ledger import Claim, Ledger
 from search.study.folders import row_folder
+from search.study.results import TrialResult
+from search.study.retention import CHECKPOINT
 from search.study.study import Study
 from search.study.trial_log import LOG_FILE, TrialLog, is_noted, read_log, shortened
+from search.worker.lifecycle import bring_to_an_end
 from search.worker.result import read_result, take_folder
 from tests.contracts.scene import wait_until
+from tests.measured import result
+from tests.rows import SFD, loaded
+from tests.rows import run as work_on
 from tests.studies import spec
-from tests.test_trial import CPU, TINY, prepared
-
-SMALL = TINY | {"budget__kimg": 0.32}  # ten iterations
 
 
 @pytest.fixture(autouse=True)
@@ -119,83 +121,52 @@ def test_long_trainings_get_as_many_lines_as_short_ones(iterations, lines):
 
 
 def test_losses_are_those_of_each_interval_and_branch(tmp_path):
-    study = spec(**SMALL, student__afs=False)
-    shared, folder = prepared(study), tmp_path / "runs/digits/00000"
-    quiet = {"check": lambda: None, "report": lambda _: None}
-    found = train_and_measure(shared, {"a": 1.0}, folder, log=TrialLog(folder), **quiet)
-    reports = []
-    num_branches, weights = branches_and_weights(study, {"a": 1.0})
-    distill_on(
-        (CPU,),
-        shared.teacher,
-        shared.trajectories,
-        training_config(study, num_branches),
-        weights(num_branches),
-        on_iteration=reports.append,
+    assets = loaded(SFD, method__kimg=0.32, method__afs=False)
+    folder, reports = tmp_path / "runs/digits/00000", []
+    found = work_on(assets, folder, log=TrialLog(folder))
+    stages = distill(
+        assets.method,
+        assets.teacher,
+        assets.config,
+        lambda: assets.spec.space.weighting({"a": 1.0}, 4),
+        assets.inputs(0),
+        on_iteration=lambda _, report: reports.append(report),
     )
+    assert len(list(stages)) == 1
     training = [event for event in events(folder) if event["event"] == "training"]
     assert [event["iteration"] for event in training] == list(range(1, 11))
     for event, report in zip(training, reports, strict=True):
         assert event["branch_losses"] == shortened(report.branch_losses)
         assert event["loss"] == pytest.approx(report.loss, rel=1e-5)
         assert [len(interval) for interval in event["branch_losses"]] == [4, 4]
-    assert training[0]["weights"][0] == pytest.approx(found["attrs"]["weights"], rel=1e-5)
+    assert training[0]["weights"][0] == pytest.approx(found.weights, rel=1e-5)
     assert events(folder)[-1] == events(folder)[-1] | {"event": "evaluating", "images": 256}
 
 
-@pytest.mark.parametrize("weights", ["learned", TINY["weights"]])
-def test_what_is_stopped_saves_just_there_and_ends_as_if_it_had_not_been(tmp_path, weights):
-    shared = prepared(spec(**SMALL | {"weights": weights}))
-    learned = {"rule": "gradient-norm", "strength": 1.5}
-    params = learned if weights == "learned" else {"a": 1.0}
-    calm, folder = tmp_path / "study/00000", tmp_path / "study/00001"
-    quiet = {"check": lambda: None, "report": lambda _: None}
-    expected = train_and_measure(shared, params, calm, **quiet)
-    left = iter(range(4))
-
-    def stopping() -> None:
-        if next(left, None) is None:
-            raise StoppedError("enough")
-
-    with pytest.raises(StoppedError):
-        train_and_measure(
-            shared,
-            params,
-            folder,
-            check=stopping,
-            report=lambda _: None,
-            log=TrialLog(folder),
-        )
-    assert (folder / CHECKPOINT).exists()
-    found = train_and_measure(shared, params, folder, log=TrialLog(folder), **quiet)
-    kept = ("fid", "weights", "weights_over_time")
-    assert {k: found["attrs"].get(k) for k in kept} == {k: expected["attrs"].get(k) for k in kept}
-    happened = [(event["event"], event.get("iteration")) for event in events(folder)]
-    assert happened == [
-        *(("training", i) for i in range(1, 6)),
-        ("checkpoint", 5),
-        *(("training", i) for i in range(6, 11)),
-        ("checkpoint", 10),
-        ("evaluating", None),
-    ]
+def made(**keys) -> Study:
+    return Study.create(resolve_storage_url(None), spec(**keys))
 
 
 def claimed(study: Study) -> Claim:
-    from optuna.samplers import RandomSampler
-
-    found = study.trials.claim(search_space(spec()), lambda _: RandomSampler(seed=1))
+    found = study.search.claim(search_space(spec()), lambda _: RandomSampler(seed=1))
     assert isinstance(found, Claim)
     return found
 
 
 def run(study: Study, work) -> Claim:
+    """Bring a trial to its end by a ``work`` that takes the lease, the folder and the log."""
     taken = claimed(study)
-    bring_to_an_end(study.trials, taken, work, fingerprint="f", asked=0.0)
+
+    def whole(*given) -> TrialResult:
+        work(*given)
+        return result(study, study.search, taken, 2.5)
+
+    bring_to_an_end(study.search, taken, whole, fingerprint="f", asked=0.0)
     return taken
 
 
 def test_the_ends_of_attempts_are_told(tmp_path):
-    study = Study.create(resolve_storage_url(None), spec(resources={"max_attempts": 2}))
+    study = made(resources={"max_attempts": 2})
 
     def stopped(*_):
         raise StoppedError("enough")
@@ -206,7 +177,6 @@ def test_the_ends_of_attempts_are_told(tmp_path):
     def whole(holding, folder, log):
         take_folder(folder, {"params": {}})
         log.open()
-        return {"value": 2.5, "attrs": {"timings": {}}}
 
     with pytest.raises(StoppedError):
         run(study, stopped)
@@ -235,7 +205,7 @@ def test_the_ends_of_attempts_are_told(tmp_path):
 
 
 def test_a_failed_trial_keeps_no_checkpoint():
-    study = Study.create(resolve_storage_url(None), spec(resources={"max_attempts": 1}))
+    study = made(resources={"max_attempts": 1})
 
     def fails(holding, folder, log):
         folder.mkdir(parents=True)
@@ -273,13 +243,13 @@ EVENT = {"time": "2026-01-02T03:04:05+00:00", "attempt": 2, "level": "info", "wo
         (
             {
                 "event": "training",
-                "steps": 4,
+                "stage": "00004",
                 "iteration": 5,
                 "iterations": 9,
                 "loss": 0.5,
                 "branch_losses": [[0.25]],
             },
-            "2  training  4 steps, 5/9  loss      0.5  [1]     0.25",
+            "2  training  00004, 5/9  loss      0.5  [1]     0.25",
         ),
         ({"event": "complete", "fid": 9.87654321}, "2  complete  fid 9.87654"),
         ({"event": "failed", "reason": "diverged"}, "2  failed  reason diverged"),
@@ -298,14 +268,17 @@ def answer(capsys, *arguments: object) -> tuple[int, str, str]:
 
 
 def test_logs_of_a_trial_are_followed_to_its_end(capsys):
-    study = Study.create(resolve_storage_url(None), spec())
+    study = made()
     taken = claimed(study)
     log = TrialLog(row_folder("digits", 0)).open()
     with speaking_of(attempt=1):
         log("claimed", params={"a": 1.0})
-    timer = threading.Timer(
-        0.7, lambda: (log("complete", fid=3.0), study.trials.complete(taken, 3.0, {}))
-    )
+
+    def end() -> None:
+        log("complete", fid=3.0)
+        study.search.complete(taken, 3.0, {})
+
+    timer = threading.Timer(0.7, end)
     timer.start()
     status, out, _ = answer(capsys, "logs", "digits", "0", "--follow")
     timer.join()
@@ -320,24 +293,24 @@ def test_logs_of_a_trial_are_followed_to_its_end(capsys):
     [
         (("9",), "study digits has no trial 9: there are 1 so far, 3 more are to come, numbered"),
         (("0",), "trial 0 has no log in "),
-        (("--baseline", "sfd"), "trial 0 has no log in "),
+        (("--baseline", "plain"), "trial 0 has no log in "),
         ((), "give either the number of a TRIAL, or --baseline, one of the two"),
-        (("0", "--baseline", "sfd"), "one of the two"),
+        (("0", "--baseline", "plain"), "one of the two"),
         # Waiting for it would never end.
         (("-1", "--follow"), "study digits has no trial -1: there are 1 so far, 3 more are"),
         (("4", "--follow"), "study digits has no trial 4: there are 1 so far, 3 more are to come"),
     ],
 )
 def test_logs_that_are_not_there(capsys, arguments, message):
-    claimed(Study.create(resolve_storage_url(None), spec()))
+    claimed(made())
     status, out, err = answer(capsys, "logs", "digits", *arguments)
     assert (status, out) == (2, "")
     assert message in err
 
 
 def test_logs_of_baselines_that_are_half_made(capsys):
-    study = Study.create(resolve_storage_url(None), spec())
-    study.baselines.delete()
+    study = made()
+    study.given.delete()
     Ledger.open(study.url, "digits.baselines", budget=2)
     status, out, err = answer(capsys, "logs", "digits", "--baseline", "uniform")
     assert (status, out) == (2, "")
@@ -387,8 +360,7 @@ def test_every_record_says_what_it_is_about(capsys, as_json):
 
 
 def test_a_trial_s_events_and_its_lease_s_troubles_are_in_the_log(capsys, as_json):
-    url = resolve_storage_url(None)
-    study = Study.create(url, spec())
+    url, study = resolve_storage_url(None), made()
 
     def rename(old: str, new: str) -> None:
         with open_storage(url).engine.begin() as connection:
@@ -405,7 +377,6 @@ def test_a_trial_s_events_and_its_lease_s_troubles_are_in_the_log(capsys, as_jso
         holding.report("x")  # a progress is written within a second
         wait_until(is_told)
         rename("gone", "bdense_lease")
-        return {"value": 1.0, "attrs": {"timings": {}}}
 
     run(study, work)
     told.append(capsys.readouterr().err)
@@ -414,7 +385,7 @@ def test_a_trial_s_events_and_its_lease_s_troubles_are_in_the_log(capsys, as_jso
     assert ours == {("digits", 0, 1)}
     assert lines[0]["message"] == "claimed"
     assert any("lease of trial 0 not renewed" in line["message"] for line in lines)
-    assert lines[-1] | {"message": "complete", "fid": 1.0} == lines[-1]
+    assert lines[-1] | {"message": "complete", "fid": 2.5} == lines[-1]
 
 
 def test_an_exception_is_part_of_its_record(capsys, as_json):
@@ -485,8 +456,6 @@ def test_another_form_of_log_is_refused(capsys, monkeypatch):
 def test_what_a_thread_speaks_of_is_its_own():
     about(study="mine")
     seen: list[dict] = []
-    from search.log import spoken_of
-
     thread = threading.Thread(target=lambda: seen.append(spoken_of()))
     thread.start()
     thread.join()

@@ -84,11 +84,8 @@ def test_what_diverged_is_named(bad):
         summary([1.0, 2.0, bad])
 
 
-def test_nothing_to_take_the_mean_of():
+def test_what_has_no_mean_and_no_share():
     with pytest.raises(InputError, match="no values"):
         summary([])
-
-
-def test_a_share_of_nothing():
     with pytest.raises(InputError, match="baseline's mean is 0"):
         paired_difference({0: 1.0}, {0: 0.0})

@@ -22,9 +22,9 @@ from bdense.diffusion.solvers import DDIM, trajectory
 from bdense.diffusion.vp import CosineSchedule
 from bdense.errors import InputError, NonFiniteLossError
 from bdense.execution import Execution
+from bdense.methods.images import ImageBatch
 from bdense.methods.method import Inputs
 from bdense.methods.progressive import (
-    ImageBatch,
     PDConfig,
     PDStage,
     Progressive,
@@ -604,3 +604,11 @@ def test_labels_are_part_of_the_run_where_they_are_told():
     labels = hashlib.sha256(b"[12]" + images().labels.numpy().tobytes()).hexdigest()
     assert stage.describe_batches()["labels"] == labels
     assert "labels" not in stage_on(tiny_denoiser(precond="cosine")).describe_batches()
+
+
+def test_usual_levels_are_the_same_config_given_or_not():
+    def config(**levels: float) -> PDConfig:
+        return PDConfig(steps=8, until=2, schedule="polynomial", **levels)
+
+    assert config(rho=7.0, sigma_min=0.006, sigma_max=80.0) == config()
+    assert config(rho=5.0) != config()

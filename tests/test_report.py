@@ -1,306 +1,198 @@
-"""Where a study stands: from a real database, filled through the ledger, to JSON and a table."""
+"""Where a study stands and what is reported of it, for every kind of study."""
 
 import base64
 import dataclasses
 import json
 import re
-from html.parser import HTMLParser
-from pathlib import Path
 
-import optuna
 import pytest
-from PIL import Image
 
 from bdense.errors import InputError
-from bdense.metrics.metrics import FID
-from search.report.plots import fid_over
-from search.report.render import picture
+from search.analysis.plans import plan_confirmation
+from search.report.overview import overview_of
 from search.report.report_files import write_report
-from search.spec.space import baseline_space, search_space
-from search.storage.ledger import Claim, Ledger
-from search.study.study import Study
+from search.study.arms import ROW_SPACE
 from search.study.summary import (
-    baseline_results,
-    best_json,
-    complete_trials,
     copy_baselines,
     failures,
     headline,
-    in_short,
-    standing,
-    status_json,
+    summary_of,
     table,
 )
 from search.study.wording import duration
-from tests.studies import spec
+from tests.goldens import ROOT
+from tests.measured import command, created, finish, result, search
+from tests.reported import PLOTS, POINTS, RULES, is_plot, read_html, reported, spec_of, take
 
-WEIGHTS = {1.0: [0.5, 1.5, 4.0, 10.0], 0.5: [1.0, 1.6, 2.7, 4.5], 2.0: [0.1, 1.0, 7.4, 55.0]}
-
-# What a script may count on, and what an honest number comes with.
-CONDITIONS = {
-    "nfe": 2,
-    "images": 4096,
-    "extractor": "digits-classifier",
-    "extractor_sha256": "0" * 64,
-    "reference": "digits",
-    "reference_images": 1797,
-    "seeds": {"training": 0, "evaluation": 0},
-}
+# What commit 3f7be1a printed of a database that it made, but for the storage's URL.
+BEFORE = json.loads((ROOT / "tests/data/version-3f7be1a/expected.json").read_text())
+each_kind = pytest.mark.parametrize("kind", PLOTS)
+SEARCHES = [kind for kind in PLOTS if kind.endswith("search")]
 
 
-# Of one trial alone: metrics may be added to a study that has begun.
-KID = {"mean": 0.01, "std": 0.002, "subsets": 100, "subset_size": 1000, "images": 4096}
+def shape(value):
+    """Keys all the way down, in place of what they lead to."""
+    if isinstance(value, dict):
+        return {key: shape(each) for key, each in value.items()}
+    return [shape(each) for each in value] if isinstance(value, list) else None
 
 
-def attributes(value: float, weights: list[float]) -> dict:
-    fid = FID(
-        value=value,
-        images=4096,
-        reference="digits",
-        reference_images=1797,
-        extractor="digits-classifier",
-        extractor_sha256="0" * 64,
-        nfe=2,
-        seeds={"training": 0, "evaluation": 0},
-    )
-    return {"fid": fid.as_dict(), "weights": weights}
+def printed(*arguments: str) -> dict:
+    answer = command(*arguments, "--json")
+    assert answer.status == 0, answer.err
+    return json.loads(answer.out)
 
 
-def take(ledger: Ledger, space: dict, params: dict) -> Claim:
-    ledger.enqueue(params)
-    claim = ledger.claim(space, lambda offset: optuna.samplers.RandomSampler(seed=offset))
-    assert isinstance(claim, Claim)
-    assert dict(claim.params) == params
-    return claim
+# ---- for scripts ----
 
 
-def trial(ledger: Ledger, a: float) -> Claim:
-    return take(ledger, search_space(spec()), {"a": a, "b": -1.0})
+def test_best_and_status_have_the_keys_that_they_had(url):
+    """Of a search of SFD, confirmed, as it was when both were promised to stay."""
+    study = search(url, POINTS, study=spec_of("sfd-search"))
+    finish(plan_confirmation(study, method={}, seeds=3, count=1), lambda arm, row: 9.0 + row.seed)
+    told, before = printed("best", "sfd-search"), BEFORE["best"]["small"]
+    assert told.pop("storage") == url
+    assert shape(told) == shape(before)
+    assert list(told) == list(before)
+    assert [arm["params"] for arm in told["confirmed"]["arms"][:2]] == [
+        arm["params"] for arm in before["confirmed"]["arms"][:2]
+    ]
+    assert shape(printed("status", "sfd-search")) == shape(BEFORE["status"]["small"])
 
 
-def finish(ledger: Ledger, a: float, value: float) -> None:
-    claim = trial(ledger, a)
-    attrs = attributes(value, WEIGHTS[a]) | {"a": a, "b": -1.0}
-    if a == 0.5:
-        attrs["kid"] = KID
-    attrs["student"] = f"digits/{claim.number:05d}/student.safetensors"
-    ledger.complete(claim, value, attrs)
-
-
-@dataclasses.dataclass
-class Scene:
-    """A study of 6 trials: 3 complete, 1 pruned, 1 failed, 1 running; and its baselines."""
-
-    url: str
-    ledger: Ledger
-
-    @property
-    def study(self) -> Study:
-        return Study.open(self.url, "digits")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("report")
-
-
-@pytest.fixture(scope="module")
-def scene(folder) -> Scene:
-    url = f"sqlite:///{folder / 'study.db'}"
-    ledger = Ledger.open(url, "digits", budget=6)
-    finish(ledger, 1.0, 12.5)
-    finish(ledger, 0.5, 11.0)
-    finish(ledger, 2.0, 11.0)
-    ledger.prune(trial(ledger, 0.1), {})
-    ledger.fail(trial(ledger, 2.9), "diverged", "the loss is not finite at iteration 3", {})
-    trial(ledger, -0.2)
-    baselines = Ledger.open(url, "digits.baselines", budget=2)
-    # The order in which they end is not the order in which they are shown.
-    for method, value, weights in (("uniform", 13.28, [1.0] * 4), ("sfd", 12.5, [1.0])):
-        claim = take(baselines, baseline_space(), {"method": method})
-        baselines.complete(claim, value, attributes(value, weights))
-    return Scene(url, ledger)
-
-
-@pytest.fixture(scope="module")
-def empty(folder) -> Scene:
-    url = f"sqlite:///{folder / 'empty.db'}"
-    return Scene(url, Ledger.open(url, "digits", budget=4))
-
-
-TRIALS = {"planned": 6, "complete": 3, "pruned": 1, "failed": 1, "running": 1}
-SFD = {"fid": 12.5, **CONDITIONS, "weights": [1.0], "number": 1}
-UNIFORM = {"fid": 13.28, **CONDITIONS, "weights": [1.0] * 4, "number": 0}
-BEST = {
-    "number": 1,
-    "a": 0.5,
-    "b": -1.0,
-    "weights": [1.0, 1.6, 2.7, 4.5],
-    "fid": 11.0,
-    **CONDITIONS,
-    "kid": KID,
-    "confirmed": False,
-    "student": "digits/00001/student.safetensors",
-}
-
-
-def test_status_for_scripts(scene):
-    now = standing(scene.study)
-    assert json.loads(json.dumps(status_json(now))) == {"study": "digits", "trials": TRIALS}
-
-
-def test_best_for_scripts(scene):
-    """Of two equal trials the earlier one."""
-    now = standing(scene.study)
-    assert json.loads(json.dumps(best_json(now))) == {
-        "study": "digits",
-        "storage": scene.url,
-        "trials": TRIALS,
-        "best": BEST,
-        "baselines": {"sfd": SFD, "uniform": UNIFORM},
+def test_best_of_learned_weights_has_them_too(url):
+    """No (a, b), which they do not have, and no memory, which is the study's."""
+    study = created(url, spec_of("learned-search"))
+    finish(study, lambda arm, row: 12.0)
+    for params, value in RULES:
+        claim = take(study, params)
+        plot = f"learned-search/{claim.number:05d}/weights.png"
+        found = dataclasses.replace(result(study, study.search, claim, value), weights_plot=plot)
+        study.search.complete(claim, value, found.attrs())
+    told = printed("best", "learned-search")
+    assert {key: told["best"][key] for key in ("rule", "strength", "weights_plot")} == {
+        "rule": "gradient-norm",
+        "strength": -0.5,
+        "weights_plot": "learned-search/00001/weights.png",
     }
-    assert list(now.baselines) == ["sfd", "uniform"]
+    del told["storage"]
+    assert shape(told) == shape(BEFORE["best"]["learned"])
 
 
-def test_best_of_nothing(empty):
-    assert best_json(standing(empty.study)) == {
-        "study": "digits",
-        "storage": empty.url,
-        "trials": {"planned": 4, "complete": 0, "pruned": 0, "failed": 0, "running": 0},
-        "best": None,
-        "baselines": {},
+@pytest.mark.parametrize("method", ["sfd", "progressive"])
+def test_best_of_a_search_in_numbers(url, method):
+    """Of two equal trials the earlier one; baselines count in none of the search's figures."""
+    kind = f"{method}-search"
+    reported(url, kind)
+    told = printed("best", kind)
+    counts = {"planned": 6, "complete": 3, "pruned": 1, "failed": 1, "running": 1}
+    assert told["trials"] == printed("status", kind)["trials"] == counts
+    best = told["best"]
+    assert (best["number"], best["a"], best["b"], best["fid"]) == (1, 0.5, -1.0, 11.0)
+    assert best["seeds"] == {"training": 0, "evaluation": 0}
+    assert {name: each["fid"] for name, each in told["baselines"].items()} == {
+        method: 12.5,
+        "uniform": 13.28,
     }
+    assert told["baselines"][method]["weights"] == [1.0]
 
 
-def test_what_is_left_of_a_study_counts_its_baselines(scene, empty):
-    assert scene.study.left() == 1
-    assert scene.study.has_started()
-    assert empty.study.left() == 4
-    assert not empty.study.has_started()
+def test_best_of_nothing(url):
+    created(url, spec_of("sfd-search"))
+    told = printed("best", "sfd-search")
+    assert (told["best"], told["baselines"], told["confirmed"]) == (None, {}, None)
+    assert command("best", "sfd-search").out.endswith("no trial is complete yet\n")
 
 
-def test_the_table(scene):
-    text = table(standing(scene.study))
-    assert text == "\n".join(
-        [
-            "                        FID  vs plain SFD      a       b  w_1 .. w_K",
-            "plain SFD            12.500             -      -       -  end point alone",
-            "uniform weights      13.280        +6.2 %      0       0  1 1 1 1",
-            "best of 3 (trial 1)  11.000       -12.0 %  0.500  -1.000  1 1.6 2.7 4.5",
-            "The best is the lowest of several noisy values from one training seed: "
-            "best of n, not confirmed.",
-            "FID: 4096 images at NFE 2, features of digits-classifier, against digits.",
-        ]
+# ---- for people ----
+
+
+def test_the_table(url):
+    study = reported(url, "sfd-search")
+    assert table(summary_of(study)).splitlines()[:4] == [
+        "                        FID  vs plain SFD      a       b  w_1 .. w_K",
+        "plain SFD            12.500             -      -       -  end point alone",
+        "uniform weights      13.280        +6.2 %      0       0  1 1 1 1",
+        "best of 3 (trial 1)  11.000       -12.0 %  0.500  -1.000  0.607 1 1.65 2.72",
+    ]
+    remarks = table(summary_of(study)).splitlines()[4:]
+    assert "best of n, not confirmed" in remarks[0]
+    assert "256 images at NFE 2, features of digits-classifier" in remarks[1]
+    assert headline(study) == (
+        "study sfd-search: 3 of 6 trials complete, 1 pruned, 1 failed, 1 running"
     )
 
 
-def test_fids_of_other_conditions_are_not_compared(scene):
-    now = standing(scene.study)
-    now.baselines["sfd"]["images"] = 1024
+def test_the_table_of_learned_weights(url):
+    lines = table(summary_of(reported(url, "learned-search"))).splitlines()
+    assert lines[0].split() == [
+        "FID",
+        "vs",
+        "plain",
+        "SFD",
+        "rule",
+        "strength",
+        "w_1",
+        "..",
+        "w_K",
+    ]
+    assert lines[2].split()[:7] == ["uniform", "weights", "13.280", "+6.2", "%", "any", "0"]
+    assert lines[3].split()[5:9] == ["11.000", "-12.0", "%", "gradient-norm"]
+
+
+def test_the_table_before_there_is_a_trial(url):
+    study = created(url, spec_of("sfd-search"))
+    assert " ".join(table(summary_of(study)).split()) == "FID vs plain SFD a b w_1 .. w_K"
+    finish(study, lambda arm, row: 12.0)
+    assert [line.split("  ")[0] for line in table(summary_of(study)).splitlines()[1:3]] == [
+        "plain SFD",
+        "uniform weights",
+    ]
+
+
+def test_fids_of_other_conditions_are_not_compared(url):
+    study = search(url, POINTS, study=spec_of("sfd-search"))
+    now = summary_of(study)
+    plain = now.baselines["plain"]
+    fid = dataclasses.replace(plain.result.fid, images=1024)
+    other = dataclasses.replace(plain, result=dataclasses.replace(plain.result, fid=fid))
+    now = dataclasses.replace(now, baselines=now.baselines | {"plain": other})
     *rows, remark, _ = table(now).splitlines()
     assert "%" not in "".join(rows)
-    assert remark == (
-        "These FIDs were measured under different conditions (images): no comparison where they "
-        "differ."
-    )
+    assert "different conditions (images)" in remark
 
 
-LEARNED_BEST = {
-    **{key: value for key, value in BEST.items() if key not in ("a", "b")},
-    "rule": "gradient-norm",
-    "strength": -0.5,
-    "weights_plot": "digits/00001/weights.png",
-}
+@each_kind
+def test_failures_say_why(url, kind):
+    (line,) = failures(reported(url, kind))
+    assert line.endswith("failed, diverged: the loss is not finite at iteration 3")
+    title = {"sfd-arms": "row 6 (plain SFD, seed 7", "progressive-arms": "row 6 (plain PD, seed 7"}
+    assert line.startswith(title.get(kind, "trial "))
 
 
-@pytest.fixture(scope="module")
-def learned(folder) -> Scene:
-    """Two trials of learned weights, of which the later is better."""
-    url = f"sqlite:///{folder / 'learned.db'}"
-    ledger = Ledger.open(url, "digits", budget=2)
-    baselines = Ledger.open(url, "digits.baselines", budget=2)
-    for method, value, weights in (("sfd", 12.5, [1.0]), ("uniform", 13.28, [1.0] * 4)):
-        claim = take(baselines, baseline_space(), {"method": method})
-        baselines.complete(claim, value, attributes(value, weights))
-    space = search_space(spec(weights="learned"))
-    for rule, strength, value in (("uncertainty", 1.0, 12.0), ("gradient-norm", -0.5, 11.0)):
-        claim = take(ledger, space, {"rule": rule, "strength": strength})
-        files = f"digits/{claim.number:05d}"
-        stored = {
-            "rule": rule,
-            "strength": strength,
-            "weights_over_time": {"iterations": [0], "weights": [WEIGHTS[0.5]]},
-            "weights_plot": f"{files}/weights.png",
-            "student": f"{files}/student.safetensors",
-        }
-        ledger.complete(claim, value, attributes(value, WEIGHTS[0.5]) | {"kid": KID} | stored)
-    return Scene(url, ledger)
+def test_a_baseline_that_failed_is_told_until_it_was_tried_again(url):
+    study = created(url, spec_of("sfd-search"))
+    study.given.fail(study.given.claim(ROW_SPACE, None), "error", "no such file", {})
+    assert failures(study) == ["plain SFD failed, error: no such file"]
+    study = created(url, spec_of("sfd-search"))
+    finish(study, lambda arm, row: 12.0)
+    assert failures(study) == []
 
 
-def test_the_best_learned_weights_for_scripts(learned):
-    """No (a, b), which they do not have."""
-    best = json.loads(json.dumps(best_json(standing(learned.study))))["best"]
-    assert best == LEARNED_BEST
-
-
-def test_the_table_of_learned_weights(learned):
-    lines = table(standing(learned.study)).splitlines()
-    assert lines[:4] == [
-        "                        FID  vs plain SFD           rule  strength  final w_1 .. w_K",
-        "plain SFD            12.500             -              -         -  end point alone",
-        "uniform weights      13.280        +6.2 %            any         0  1 1 1 1",
-        "best of 2 (trial 1)  11.000       -12.0 %  gradient-norm    -0.500  1 1.6 2.7 4.5",
-    ]
-
-
-def test_where_the_best_lies_in_short(scene, learned):
-    assert in_short(standing(scene.study).best) == "a 0.500"
-    assert in_short(standing(learned.study).best) == "gradient-norm, strength -0.500"
-
-
-def test_the_table_while_only_baselines_are_measured(scene):
-    now = dataclasses.replace(standing(scene.study), best=None)
-    lines = table(now).splitlines()
-    assert [line.split("  ")[0] for line in lines[1:3]] == ["plain SFD", "uniform weights"]
-    assert lines[3:] == [
-        "FID: 4096 images at NFE 2, features of digits-classifier, against digits."
-    ]
-
-
-def test_the_table_of_an_untouched_study_is_its_head(empty):
-    head = table(standing(empty.study))
-    assert " ".join(head.split()) == "FID vs plain SFD a b w_1 .. w_K"
-
-
-def test_the_headline(scene):
-    assert headline(standing(scene.study)) == (
-        "study digits: 3 of 6 trials complete, 1 pruned, 1 failed, 1 running"
-    )
-
-
-def test_failures_say_why(scene):
-    assert failures(scene.study) == [
-        "trial 4 failed, diverged: the loss is not finite at iteration 3"
-    ]
-
-
-def test_baselines_are_copied_to_the_study_and_count_in_none_of_its_figures(scene):
-    copy_baselines(scene.study)
-    assert scene.ledger.study.user_attrs["baselines"] == {"sfd": SFD, "uniform": UNIFORM}
-    assert standing(scene.study).trials() == TRIALS
-
-
-def test_a_study_without_baselines_has_none(empty):
-    assert baseline_results(empty.study) == {}
-    copy_baselines(empty.study)
-    assert "baselines" not in empty.ledger.study.user_attrs
+def test_baselines_are_copied_to_the_search_where_the_dashboard_shows_them(url):
+    study = created(url, spec_of("sfd-search"))
+    copy_baselines(study)
+    assert study.search.attribute("baselines") is None
+    finish(study, lambda arm, row: 12.0 + row.arm)
+    copy_baselines(study)
+    stored = study.search.attribute("baselines")
+    assert {name: each["fid"] for name, each in stored.items()} == {"plain": 12.0, "uniform": 13.0}
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
         (0.4, "0 s"),
-        (59.4, "59 s"),
         (59.6, "1 min 00 s"),
         (61, "1 min 01 s"),
         (3599.6, "1 h 00 min"),
@@ -313,123 +205,69 @@ def test_durations(seconds, text):
     assert duration(seconds) == text
 
 
-def test_the_report_is_a_page_with_its_pictures(scene, folder, monkeypatch):
-    monkeypatch.setenv("BDENSE_RUNS", str(folder / "runs"))
-    grid = folder / "runs" / "digits" / "00001" / "samples.png"
-    grid.parent.mkdir(parents=True)
-    grid.write_bytes(b"the best trial's grid")
-    page = write_report(scene.study, folder / "shown")
+# ---- the report ----
+
+
+@each_kind
+def test_both_pages_hold_all_there_is(url, kind, tmp_path):
+    """No request to anywhere: each picture is in the page of HTML, as it is in the folder."""
+    study = reported(url, kind)
+    number = 1 if study.is_search else 4  # the best; the given arm under the first seed
+    grid = "samples.png" if kind != "progressive-arms" else "00002-samples.png"
+    sampled = tmp_path / f"runs/{kind}/{number:05d}" / grid
+    sampled.parent.mkdir(parents=True)
+    sampled.write_bytes(b"a grid")
+    folder = tmp_path / "shown"
+    page, overview = write_report(study, folder), overview_of(study)
+    plot = f"{PLOTS[kind]}.png"
+    assert is_plot(folder / plot)
+    # The grids of others are not there, this one is.
+    copied = "samples-best.png" if study.is_search else "samples-2.png"
+    assert (folder / copied).read_bytes() == b"a grid"
+
     text = page.read_text()
-    assert table(standing(scene.study)) in text
-    # The best first, and of two equal ones the earlier.
+    assert re.findall(r"\]\((.*?)\)", text) == [plot, copied]
+    html = (folder / "report.html").read_text()
+    found = read_html(html)
+    for row in overview.table():
+        assert " ".join(row).split() in [line.split() for line in text.splitlines()]
+        assert [" ".join(cell.split()) for cell in row] in found.rows
+    for line in (overview.headline(), *overview.failures, *overview.remarks()):
+        assert line in found.text
+    assert found.links == []
+    assert [base64.b64decode(each.partition("base64,")[2]) for each in found.pictures] == [
+        (folder / name).read_bytes() for name in (plot, copied)
+    ]
+    assert "default-src 'none'; img-src data:;" in html
+    assert not re.search(r"(src|href)=\"?(http|/|\.)|url\(|@import", html)
+
+
+def test_trials_are_listed_the_best_first(url, tmp_path):
+    text = write_report(reported(url, "sfd-search"), tmp_path / "shown").read_text()
     rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
     assert rows == ["| trial", "| ---", "| 1", "| 2", "| 0"]
-    assert "| 1 | 0.500 | -1.000 | 11.000 | 1 1.6 2.7 4.5 |" in text
-    # The baselines' grids are not there, the best trial's is.
-    assert (folder / "shown" / "samples-best.png").read_bytes() == b"the best trial's grid"
-    plots = ["fid-over-a", "fid-over-a-b", "weights", "fid-over-time"]
-    assert re.findall(r"\]\((.*?)\)", text) == [
-        *(f"{name}.png" for name in plots),
-        "samples-best.png",
-    ]
-    for name in plots:
-        with Image.open(folder / "shown" / f"{name}.png") as picture:
-            assert picture.size == (1050, 630)
+    assert "| 1 | 0.500 | -1.000 | 11.000 | 0.607 1 1.65 2.72 |" in text
 
 
-class Cells(HTMLParser):
-    """Texts of the cells of every table, and addresses of every picture."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows, self.pictures, self.links, self.text = [], [], [], ""
-        self._in_cell = False
-
-    def handle_starttag(self, tag, attrs):
-        found = dict(attrs)
-        if tag == "tr":
-            self.rows.append([])
-        self._in_cell = tag in ("td", "th")
-        if self._in_cell:
-            self.rows[-1].append("")
-        if tag == "img":
-            self.pictures.append(found["src"])
-        self.links += [found[name] for name in ("href", "action", "data") if name in found]
-        assert tag not in ("script", "iframe", "object", "link", "form")
-        assert not [name for name in found if name.startswith("on")]
-
-    def handle_data(self, data):
-        if self._in_cell and self.rows and self.rows[-1]:
-            self.rows[-1][-1] += data.strip()
-        self.text += data
-
-    def handle_endtag(self, tag):
-        self._in_cell = False
+def test_rows_at_two_budgets_have_a_plot_and_a_line_each(url, tmp_path):
+    study = created(url, spec_of("sfd-arms"))
+    study.plan(study.arms, [0], [{"kimg": 5.0}])
+    finish(study, lambda arm, row: 10.0 + row.arm + row.variant)
+    text = write_report(study, tmp_path / "shown").read_text()
+    assert re.findall(r"\]\((.*?)\)", text) == ["arms-0.png", "arms-1.png"]
+    lines = [line.split() for line in text.splitlines() if line.startswith("plain SFD")]
+    assert [line[2:4] for line in lines] == [["as", "the"], ["kimg", "5.0"]]
 
 
-def read_html(path: Path) -> Cells:
-    found = Cells()
-    found.feed(path.read_text())
-    return found
+def test_a_change_of_a_setting_is_in_the_report(url, tmp_path):
+    write_report(reported(url, "sfd-search"), tmp_path / "shown")
+    text = read_html((tmp_path / "shown/report.html").read_text()).text
+    assert re.search(r"\d\d:\d\d.*: budget from 3 to 6", text)
 
 
-def test_the_html_report_holds_all_there_is(scene, folder, monkeypatch):
-    monkeypatch.setenv("BDENSE_RUNS", str(folder / "runs"))
-    write_report(scene.study, folder / "html")
-    found = read_html(folder / "html" / "report.html")
-    assert ["plain SFD", "12.500", "-", "-", "-", "end point alone"] in found.rows
-    assert ["uniform weights", "13.280", "+6.2 %", "0", "0", "1 1 1 1"] in found.rows
-    assert ["1", "0.500", "-1.000", "11.000", "1 1.6 2.7 4.5"] in found.rows
-    assert "3 of 6 trials complete, 1 pruned, 1 failed, 1 running" in found.text
-    assert "trial 1, a 0.500: w_1 .. w_K = 1 1.6 2.7 4.5" in found.text
-    assert "one training seed, not confirmed" in found.text
-    assert "trial 4 failed, diverged: the loss is not finite at iteration 3" in found.text
-    assert "3 complete trials say too little, 20 are needed" in found.text
-    # No request to anywhere: each picture is in the page, as it is in the folder.
-    assert found.links == []
-    assert [
-        base64.b64decode(each.removeprefix("data:image/png;base64,")) for each in (found.pictures)
-    ] == [
-        (folder / "html" / f"{name}.png").read_bytes()
-        for name in (
-            "fid-over-a",
-            "fid-over-a-b",
-            "weights",
-            "fid-over-time",
-            *(["samples-best"] if (folder / "html" / "samples-best.png").exists() else []),
-        )
-    ]
-    text = (folder / "html" / "report.html").read_text()
-    assert "default-src 'none'; img-src data:;" in text
-    assert not re.search(r"(src|href)=\"?(http|/|\.)|url\(|@import", text)
-
-
-def test_a_change_of_a_setting_is_in_the_report(folder, monkeypatch):
-    monkeypatch.setenv("BDENSE_RUNS", str(folder / "runs"))
-    url = f"sqlite:///{folder / 'changed.db'}"
-    finish(Ledger.open(url, "digits", budget=2), 1.0, 12.5)
-    Ledger.open(url, "digits", budget=8)
-    write_report(Study.open(url, "digits"), folder / "changed")
-    assert re.search(
-        r"\d\d:\d\d.*: budget from 2 to 8", read_html(folder / "changed" / "report.html").text
-    )
-
-
-def test_the_curve_shows_every_trial_and_the_baselines(scene):
-    trials = complete_trials(scene.study)
-    (axes,) = picture(fid_over(trials, standing(scene.study).baselines, "a")).axes
-    plain, uniform, dots, best = axes.get_lines()
-    assert dots.get_xydata().tolist() == [[1.0, 12.5], [0.5, 11.0], [2.0, 11.0]]
-    assert best.get_xydata().tolist() == [[0.5, 11.0]]
-    assert {line.get_label(): line.get_ydata()[0] for line in (plain, uniform)} == {
-        "plain SFD 12.500": 12.5,
-        "uniform weights 13.280": 13.28,
-    }
-
-
-def test_there_is_no_report_of_nothing(tmp_path):
-    url = f"sqlite:///{tmp_path / 'study.db'}"
-    Ledger.open(url, "empty", budget=1)
+@pytest.mark.parametrize("kind", ["sfd-search", "progressive-arms"])
+def test_there_is_no_report_of_nothing(url, kind, tmp_path):
+    study = created(url, spec_of(kind))
     with pytest.raises(InputError, match="nothing to report yet; run bdense-search launch"):
-        write_report(Study.open(url, "empty"), tmp_path / "shown")
+        write_report(study, tmp_path / "shown")
     assert not (tmp_path / "shown").exists()

@@ -369,3 +369,10 @@ def test_what_does_not_fit_together_is_refused():
         SFD().check(SFDConfig(), tiny_denoiser(precond="ddpm"), {})
     with pytest.raises(InputError, match="4 branches already"):
         widen_head(widen_head(small_teacher(), 4), 2)
+
+
+def test_the_highest_order_is_the_same_config_given_or_not():
+    """A study that spells it out is the study that leaves it out."""
+    assert SFDConfig(order=3) == SFDConfig()
+    assert SFDConfig(solver="heun", order=2) == SFDConfig(solver="heun")
+    assert SFDConfig(order=2) != SFDConfig()

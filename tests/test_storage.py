@@ -289,15 +289,6 @@ class TestOnPostgres:
         with pytest.raises(StorageRefusedError, match='role "nobody" does not exist'):
             open_storage(postgres.url("postgres", user="nobody"))
 
-    def test_a_server_that_falls_silent_is_given_up_in_time(self, postgres):
-        """By the kernel: nothing on this machine can show a network that is gone."""
-        storage = open_storage(postgres.new_database())
-        with storage.engine.connect() as connection:
-            given = connection.connection.driver_connection.info.dsn_parameters
-        assert given["tcp_user_timeout"] == "30000"
-        assert given["keepalives_idle"] == "30"
-        storage.engine.dispose()
-
     def test_a_frozen_transaction_keeps_nobody_waiting_for_ever(self, postgres, monkeypatch):
         """As of a worker that is stopped between the renewal of its lease and the commit."""
         url = postgres.new_database()
@@ -316,7 +307,10 @@ class TestOnPostgres:
         storage.engine.dispose()
 
     @pytest.mark.parametrize("by", ["url", "environment"])
-    def test_settings_of_the_users_own_stay(self, postgres, monkeypatch, by):
+    def test_who_falls_silent_is_cut_off_and_settings_of_the_users_own_stay(
+        self, postgres, monkeypatch, by
+    ):
+        """By the kernel and the server: nothing here can show a network that is gone."""
         url = postgres.new_database()
         given = "-c work_mem=5MB"
         if by == "environment":
@@ -324,21 +318,12 @@ class TestOnPostgres:
         else:
             url = sa.make_url(url).update_query_dict({"options": given}).render_as_string()
         storage = open_storage(url)
-        with storage.engine.connect() as connection:
-            shown = [
-                connection.exec_driver_sql(f"SHOW {name}").scalar_one()
-                for name in ("work_mem", "idle_in_transaction_session_timeout")
-            ]
-        assert shown == ["5MB", "2min"]
-        storage.engine.dispose()
-
-    def test_a_frozen_holder_of_the_lock_is_cut_off_by_the_server(self, postgres):
-        storage = open_storage(postgres.new_database())
         with exclusive(storage.engine, "a study") as connection:
-            timeout = connection.exec_driver_sql("SHOW idle_in_transaction_session_timeout")
-            assert timeout.scalar_one() == "2min"
-            name = connection.exec_driver_sql("SHOW application_name")
-            assert name.scalar_one() == "bdense"
+            names = ("work_mem", "idle_in_transaction_session_timeout", "application_name")
+            shown = [connection.exec_driver_sql(f"SHOW {n}").scalar_one() for n in names]
+            sent = connection.connection.driver_connection.info.dsn_parameters
+        assert shown == ["5MB", "2min", "bdense"]
+        assert (sent["tcp_user_timeout"], sent["keepalives_idle"]) == ("30000", "30")
         storage.engine.dispose()
 
 

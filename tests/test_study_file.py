@@ -1,5 +1,6 @@
 """Study files: read whole or refused, changed by options, their files found from any folder."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from bdense.errors import InputError
 from search.errors import SpecError
 from search.spec.file import as_yaml, read_spec, read_stored
-from tests.studies import PROMOTION, promotion, resolve_here, spec, write
+from tests.studies import PROMOTION, changed, promotion, resolve_here, spec, write
 
 NAMED = {
     "teacher": {"checkpoint": "edm-cifar10-32x32-uncond-vp"},
@@ -144,6 +145,6 @@ def test_a_model_on_the_hub_is_a_name_too(tmp_path):
 
 
 def test_a_stored_spec_of_another_version_is_named():
-    text = spec().model_dump_json().replace('"trials":4', '"trials":4,"wings":2')
-    with pytest.raises(InputError, match=r"\(digits: plan\.\S*wings: .*use the version that laun"):
-        read_stored("digits", text)
+    stored = changed(spec().as_dict(), plan__wings=2)
+    with pytest.raises(InputError, match=r"\(digits: plan\.wings .*use the version that laun"):
+        read_stored("digits", json.dumps(stored))

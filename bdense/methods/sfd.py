@@ -27,7 +27,7 @@ from bdense.methods.recordings import TrajectoryStore
 from bdense.methods.trajectories import LiveTrajectories, Trajectories, TrajectoryBatch
 from bdense.models.store import denoiser_sha256
 from bdense.training.optimisation import LRSchedule
-from bdense.training.stage import Branches, Stateless
+from bdense.training.stage import Branches, Configured, Stateless
 from bdense.weights.weighting import BranchWeighting
 
 Perceptual = Literal["none", "lpips", "lpips-sfd"]
@@ -105,7 +105,10 @@ class SFDConfig(MethodConfig):
         kept = tuple(sorted(several)) if len(several) > 1 else several[0]
         object.__setattr__(self, "nfe", kept)
         try:
-            _ = self.grid, self.make_solver()  # which refuse what does not fit together
+            _, solver = self.grid, self.make_solver()  # which refuse what does not fit together
+            # The highest order is the default: given or not, the config is the same.
+            if solver == make_solver(self.solver, thresholding=self.thresholding):
+                object.__setattr__(self, "order", None)
         except KnobError as error:  # the solver's knob, which is not one of these
             raise InputError(str(error)) from error
         if self.step_condition != "teacher" and len(several) == 1:
@@ -194,7 +197,7 @@ class PerceptualLoss(Protocol):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class SFDStage(Stateless):
+class SFDStage(Configured, Stateless):
     """A student that follows its teacher's trajectories.
 
     Attributes:
@@ -241,16 +244,6 @@ class SFDStage(Stateless):
     def batch_size(self) -> int:
         """B, trajectories an iteration."""
         return self.trajectories.batch
-
-    @property
-    def dropout(self) -> bool:
-        """Whether the student trains with the dropout of its network."""
-        return self.config.dropout
-
-    @property
-    def optimisation(self) -> SFDConfig:
-        """The config."""
-        return self.config
 
     @property
     def sampler(self) -> Sampler:

@@ -124,6 +124,27 @@ class Training(Protocol):
         ...
 
 
+class Configured:
+    """What a stage reads off its method's config."""
+
+    config: Any
+
+    @property
+    def batch_size(self) -> int:
+        """B, images an iteration, over all devices."""
+        return int(self.config.batch)
+
+    @property
+    def dropout(self) -> bool:
+        """Whether the student trains with the dropout of its network."""
+        return bool(self.config.dropout)
+
+    @property
+    def optimisation(self) -> Any:  # noqa: ANN401  the config's own class
+        """The config."""
+        return self.config
+
+
 class Stateless:
     """A stage that keeps nothing between iterations."""
 

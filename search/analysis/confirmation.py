@@ -13,19 +13,16 @@ from typing import Any
 from optuna.trial import TrialState
 
 from bdense.errors import InputError
-from bdense.weights.spaces import BASELINE, UNIFORM
+from bdense.weights.spaces import BASELINE, PLAIN, UNIFORM
 from search.analysis.comparison import ArmResult, Comparison, compare, difference_text
 from search.analysis.surrogate import Evaluation, candidates, posterior_means
 from search.spec.study import StudySpec
 from search.storage.rows import StoredTrial
 from search.study.arms import Arm, ArmRow
-from search.study.study import Study
+from search.study.study import JUDGED, Study
 from search.study.summary import baselines_of, headline
 
 CONFIRM_SUFFIX = ".confirm"
-# Attributes of a confirmation: of how many trials how many candidates were chosen; which variant
-# of the method's settings the verdict is about.
-CHOSEN_AFTER, JUDGED = "chosen_after", "judged_variant"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +42,15 @@ class Verdict:
     ended: bool
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """Of the method, as each student was trained."""
+        return {**self.spec.method.options, **self.comparison.variant}
+
+    @property
     def budget(self) -> str:
         """What each student was trained for, such as ``12.8 kimg``."""
-        settings = {**self.spec.method.options, **self.comparison.variant}
-        if "kimg" in settings:
-            return f"{settings['kimg']:g} kimg"
+        if "kimg" in self.settings:
+            return f"{self.settings['kimg']:g} kimg"
         return f"{self.spec.resolved.stages[0].num_updates} updates a stage"
 
     def lines(self) -> list[str]:
@@ -82,7 +83,7 @@ class Verdict:
                 "vs_uniform": comparison.against(result, comparison.uniform),
             }
             arms.append(
-                result.arm.as_dict()
+                self._told(result.arm)
                 | {"fids": {str(seed): fid for seed, fid in result.values.items()}}
                 | {"mean": found.mean, "n": found.n}
                 | ({} if found.standard_error is None else {"std_err": found.standard_error})
@@ -93,14 +94,20 @@ class Verdict:
                     if p is not None and p.n > 1
                 }
             )
-        settings = {**self.spec.method.options, **comparison.variant}
+        changed = {name: v for name, v in comparison.variant.items() if name != "kimg"}
         return {
-            "winner": self.winner.arm.as_dict(),
-            **({"kimg": settings["kimg"]} if "kimg" in settings else {}),
-            "method": dict(comparison.variant),
+            "winner": self._told(self.winner.arm),
+            **({"kimg": self.settings["kimg"]} if "kimg" in self.settings else {}),
+            **({"method": changed} if changed else {}),
             "ended": self.ended,
             "arms": arms,
         }
+
+    def _told(self, arm: Arm) -> dict[str, Any]:
+        """An arm for scripts; plain distillation under its method's name."""
+        names = {PLAIN: self.spec.method.name, UNIFORM: UNIFORM, None: None}
+        name = names[arm.baseline]
+        return arm.as_dict() | ({} if name is None else {"params": {"method": name}})
 
 
 def verdict(study: Study) -> Verdict | None:
@@ -156,8 +163,14 @@ def complete_trials(study: Study) -> list[StoredTrial]:
 
 
 def choose(study: Study, trials: Sequence[StoredTrial], count: int) -> list[Arm]:
-    """The points of lowest posterior mean, as arms; none that is uniform weights again."""
+    """The points of lowest posterior mean, as arms; none that is uniform weights again.
+
+    In a space without coordinates they are those of lowest value.
+    """
     spec = study.spec
+    if not spec.space.axes:
+        ranked = sorted(trials, key=lambda trial: (float(trial.value or 0.0), trial.number))
+        return [arm_of(spec, trial) for trial in ranked[:count]]
     uniform = _uniform_of(study, spec)
     found = candidates([*uniform, *_searched(spec, trials)], count, taken=range(len(uniform)))
     return [arm_of(spec, trials[i - len(uniform)]) for i in found]
@@ -187,7 +200,12 @@ def _pooled_means(
     judged: int,
     searched: Sequence[ArmResult],
 ) -> list[float]:
-    """Posterior mean of each candidate over all that was measured at that budget."""
+    """Posterior mean of each candidate over all that was measured at that budget.
+
+    In a space without coordinates it is the mean over the fresh seeds.
+    """
+    if not spec.space.axes:
+        return [result.summary().mean for result in searched]
     arms, evaluations = confirmation.arms, []
     if not confirmation.variants[judged]:
         trials = complete_trials(study)

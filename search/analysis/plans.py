@@ -5,25 +5,22 @@ All are arms under seeds, and differ only in which arms, under whose conditions.
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from bdense.errors import InputError
 from bdense.weights import space_of
 from bdense.weights.spaces import LogLinearWeights
 from search.analysis.confirmation import (
-    CHOSEN_AFTER,
     CONFIRM_SUFFIX,
-    JUDGED,
     choose,
     complete_trials,
     confirmed_arm,
     verdict,
 )
 from search.spec.study import ArmsPlan, StudySpec
-from search.study.arms import Arm, plain_arm, uniform_arm
+from search.study.arms import Arm, given_arms, plain_arm, uniform_arm
 from search.study.retention import keep_too
-from search.study.study import Study
+from search.study.study import CHOSEN_AFTER, JUDGED, Study
 
 PROMOTE_SUFFIX, FROM = ".promote", ".from."
 
@@ -52,7 +49,7 @@ def plan_confirmation(study: Study, *, method: Mapping[str, Any], seeds: int, co
     if confirmation.main.attribute(CHOSEN_AFTER) != basis:
         known = {arm.trial for arm in arms}
         arms += [arm for arm in choose(study, trials, count) if arm.trial not in known]
-    change = _differing(spec, method)
+    change = differing(spec, method)
     # A new candidate has to have the seeds of those that were there before it.
     variants = confirmation.variants
     known_seeds = {row.seed for row, _ in confirmation.rows() if variants[row.variant] == change}
@@ -134,12 +131,6 @@ def plan_given(url: str, spec: StudySpec) -> Study:
     return planned
 
 
-def given_arms(spec: StudySpec, name: str) -> StudySpec:
-    """A study of given arms under a study's conditions, each seed on latents of its own."""
-    plan = ArmsPlan(arms=(), seeds=(0,), latents="fresh")
-    return replace(spec, name=name, plan=plan)
-
-
 def fresh_seeds(spec: StudySpec, count: int, used: Collection[int] = ()) -> list[int]:
     """The lowest seeds that neither the search nor ``used`` have seen."""
     seen = {spec.seeds.training, spec.seeds.evaluation, *used}
@@ -168,41 +159,40 @@ def arm_from(text: str) -> Arm:
         ) from error
     if not (math.isfinite(a) and math.isfinite(b)):
         raise InputError(f"--weights {text} must be finite numbers")
-    return Arm(name=f"a {a:.3f} (given)", params={"a": a, "b": b})
+    return _given({"a": a, "b": b})
 
 
-def at_another_k(arm: Arm, searched_at: int | None, num_branches: int) -> str:
-    """What the same (a, b) means at another K, in words; "" for learned weights."""
-    if "a" not in arm.params:
+def at_another_k(arm: Arm, searched_at: int, num_branches: int) -> str:
+    """What the same (a, b) means at another K, in words; "" where there is nothing to tell."""
+    if "a" not in arm.params or searched_at == num_branches:
         return ""
     a, b = arm.params["a"], arm.params["b"]
     given = LogLinearWeights(a=a, b=b)
     values = given.values(num_branches)
-    weights = " ".join(f"{value / sum(values):.3g}" for value in values)
-    formula = f"log w_k = {a:.4g} k {'-' if b < 0 else '+'} {abs(b):.4g}"
-    here = f"w_{num_branches}/w_1 = {given.last_to_first(num_branches):.4g} at K = {num_branches}"
-    if searched_at is None or searched_at == num_branches:
-        return f"{formula}: {here}; rescaled to sum 1: {weights}"
-    there = f"w_{searched_at}/w_1 = {given.last_to_first(searched_at):.4g} at the search's "
+    shares = " ".join(f"{value / sum(values):.3g}" for value in values)
+    there, here = (
+        f"w_{k}/w_1 = {given.last_to_first(k):.4g} at K = {k}" for k in (searched_at, num_branches)
+    )
     return (
-        f"{formula}: {there}K = {searched_at} becomes {here}, taken literally; rescaled to "
-        f"sum 1: {weights}"
+        f"log w_k = {a:.4g} k {'-' if b < 0 else '+'} {abs(b):.4g} is taken literally: {there}, "
+        f"where it was searched, becomes {here}, in shares {shares}"
     )
 
 
 def other_budget(study: Study, method: Mapping[str, Any]) -> str:
     """A line where weights were confirmed under other settings; the best ones move with them."""
     found = verdict(study)
-    if found is None or dict(found.comparison.variant) == _differing(study.spec, method):
+    if found is None or dict(found.comparison.variant) == differing(study.spec, method):
         return ""
+    settings = ", ".join(f"{name} {value}" for name, value in method.items())
     return (
-        f"these weights were confirmed at {found.budget} and are used at other settings "
-        f"({', '.join(f'{k} {v}' for k, v in method.items()) or 'the search'}): the best ones "
-        "move with them; confirm them there\n"
+        f"these weights were confirmed at {found.budget} and are used at "
+        f"{settings or 'the settings of the search'}: the best ones move with that; confirm them "
+        "there\n"
     )
 
 
-def _differing(spec: StudySpec, method: Mapping[str, Any]) -> dict[str, Any]:
+def differing(spec: StudySpec, method: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that are not the study's own."""
     own = spec.method.options
     return {name: value for name, value in method.items() if own.get(name) != value}
@@ -216,10 +206,12 @@ def _named(url: str, spec: StudySpec, given: str | Mapping[str, Any]) -> Arm:
     assert isinstance(given, Mapping)
     if "winner_of" in given:
         return confirmed_arm(Study.open(url, given["winner_of"]))
-    params = dict(given)
-    space = space_of(params)
-    stored = space.stored(params, spec.resolved.num_branches)
-    return Arm(name=f"{space.label(params)} (given)", params=stored)
+    return _given(space_of(given).stored(given, spec.resolved.num_branches))
+
+
+def _given(params: Mapping[str, Any]) -> Arm:
+    """As a result stores them, so that equal weights are one arm, whoever gives them."""
+    return Arm(name=f"{space_of(params).label(params)} (given)", params=dict(params))
 
 
 def _require_sum(arm: Arm, num_branches: int) -> None:

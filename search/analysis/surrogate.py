@@ -15,9 +15,9 @@ import numpy.typing as npt
 
 from bdense.errors import InputError
 
-# n evaluations, m points asked for, d coordinates (a one-hot one for each word), g groups.
+# n evaluations, m points asked for, d coordinates, g groups.
 Array = npt.NDArray[np.float64]
-Point = Mapping[str, float | str]
+Point = Mapping[str, float]
 
 FEWEST = 4  # evaluations that a surrogate is fitted to
 MOST = 300  # the same: the cost grows with the cube, under a second here, hours at 10,000
@@ -33,7 +33,7 @@ class Evaluation:
     """One measured FID.
 
     Attributes:
-        point: Its parameters; a word, as ``rule``, becomes one-hot coordinates.
+        point: Its coordinates by name, as of ``WeightSpace.coordinates``.
         value: The FID.
         group: What shares an unknown offset: a training seed shifts all its trials alike.
     """
@@ -63,14 +63,14 @@ def posterior_means(
     apart, and a point never measured has the mean of all.
 
     Args:
-        evaluations: n of them, with the same parameters.
+        evaluations: n of them, with the same coordinates.
         points: Where to; the n evaluations' own by default.
 
     Returns:
         n means, or one for each of ``points``.
 
     Raises:
-        InputError: No evaluations, or points whose parameters or their types differ.
+        InputError: No evaluations, or points whose coordinates differ or are not finite.
     """
     cube = _Cube.around([evaluation.point for evaluation in evaluations])
     at = cube.place([evaluation.point for evaluation in evaluations])
@@ -112,60 +112,36 @@ def candidates(
 
 @dataclass(frozen=True, slots=True)
 class _Cube:
-    """The unit cube of some points' range.
-
-    Attributes:
-        ranges: Of each number, low and high.
-        words: Of each other parameter, those that occur.
-    """
+    """The unit cube of some points' range: of each coordinate, low and high."""
 
     ranges: dict[str, tuple[float, float]]
-    words: dict[str, list[str]]
 
     @classmethod
     def around(cls, points: Sequence[Point]) -> Self:
         """The smallest that holds them all."""
         if not points:
             raise InputError("no evaluations to fit a surrogate to; measure some first")
-        ranges, words = {}, {}
-        _same_parameters(points, points[0].keys())
-        for name in sorted(points[0]):
-            column = [point[name] for point in points]
-            if all(isinstance(value, str) for value in column):
-                words[name] = sorted(set(map(str, column)))
-            else:
-                numbers = [_number(name, value) for value in column]
-                ranges[name] = (min(numbers), max(numbers))
-        return cls(ranges, words)
+        _require_coordinates(points, points[0].keys())
+        columns = {name: [point[name] for point in points] for name in sorted(points[0])}
+        return cls({name: (min(column), max(column)) for name, column in columns.items()})
 
     def place(self, points: Sequence[Point]) -> Array:
-        """[m, d]: each number in shares of its range, each word's coordinate 0 or 1."""
-        _same_parameters(points, self.ranges.keys() | self.words.keys())
-        return np.array([self._place(point) for point in points])
-
-    def _place(self, point: Point) -> list[float]:
-        row = []
-        for name, (low, high) in self.ranges.items():
-            # Where all have one value there is no range to share out.
-            row.append((_number(name, point[name]) - low) / ((high - low) or 1.0))
-        for name, known in self.words.items():
-            row += [float(point[name] == word) for word in known]
-        return row
+        """[m, d]: each coordinate in shares of its range."""
+        _require_coordinates(points, self.ranges.keys())
+        lows = [low for low, _ in self.ranges.values()]
+        # Where all have one value there is no range to share out.
+        spans = [(high - low) or 1.0 for low, high in self.ranges.values()]
+        at = np.array([[point[name] for name in self.ranges] for point in points], dtype=float)
+        return (at - lows) / spans
 
 
-def _same_parameters(points: Sequence[Point], names: Set[str]) -> None:
+def _require_coordinates(points: Sequence[Point], names: Set[str]) -> None:
     for point in points:
-        if point.keys() != names:
+        if point.keys() != names or not all(map(math.isfinite, point.values())):
             raise InputError(
-                f"point {dict(point)} has other parameters than {', '.join(sorted(names))}; "
-                "leave it out"
+                f"point {dict(point)} does not have a finite number for each of "
+                f"{', '.join(sorted(names))}; leave it out"
             )
-
-
-def _number(name: str, value: object) -> float:
-    if not isinstance(value, int | float) or not math.isfinite(value):
-        raise InputError(f"parameter {name} is {value!r}; it must be a finite number like others")
-    return float(value)
 
 
 def _one_hot(names: Sequence[str]) -> Array:

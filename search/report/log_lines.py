@@ -7,7 +7,7 @@ from typing import Any
 HEADER = (
     "time      attempt  event\n"
     "Losses of branches k = 1 .. K after each trained interval [1], [2] .. (AFS leaves the first "
-    "one out): unweighted (SFD: L1 summed over pixels; PD: weighted by SNR), mean over the batch."
+    "one out): as the method defines them, before the branch weights, mean over the batch."
 )
 _QUIET = ("time", "level", "study", "trial", "attempt", "worker", "event")
 
@@ -30,14 +30,14 @@ def _told(event: Mapping[str, Any]) -> str:
 
 
 def _training(event: Mapping[str, Any]) -> str:
-    steps = f"{event['steps']} steps, " if "steps" in event else ""
+    stage = f"{event['stage']}, " if "stage" in event else ""
     intervals = "  ".join(
         f"[{n}] {' '.join(_cell(loss) for loss in losses)}"
         for n, losses in enumerate(event["branch_losses"], 1)
     )
     total = event["iterations"]
     place = f"{event['iteration']:>{len(str(total))}}/{total}"
-    return f"training  {steps}{place}  loss {_cell(event['loss'])}  {intervals}"
+    return f"training  {stage}{place}  loss {_cell(event['loss'])}  {intervals}"
 
 
 def _cell(value: float | str) -> str:

@@ -80,7 +80,9 @@ def fid_over(trials: Sequence[Measured], now: Summary) -> Plot | None:
     Returns:
         None where the space has no coordinates.
     """
-    placed = [(p, each) for each in trials if (p := point_of(now.spec, each.params)) is not None]
+    placed = [
+        (p, each) for each in trials if (p := point_of(now.spec, each.parameters)) is not None
+    ]
     if not placed:
         return None
     axis, *others = placed[0][0]
@@ -95,7 +97,7 @@ def fid_over(trials: Sequence[Measured], now: Summary) -> Plot | None:
         for number, (group, example) in enumerate(groups.items()):
             colour = _OTHERS[number % len(_OTHERS)]
             own = [(p, e) for p, e in placed if tuple(p[name] for name in others) == group]
-            words = [str(word) for word in own[0][1].params.values() if isinstance(word, str)]
+            words = [str(word) for word in own[0][1].parameters.values() if isinstance(word, str)]
             x, y = [point[axis] for point, _ in own], [each.fid for _, each in own]
             axes.plot(x, y, "o", color=colour, label=plain(", ".join(["B-DENSE", *words])))
             if len(placed) >= FEWEST and min(x) < max(x):

@@ -25,6 +25,7 @@ from search.storage.leases import (
 )
 from search.storage.rows import Rows
 from search.storage.studies import StoredStudy, read_studies
+from search.study.arms import Arm, ArmRow
 from search.study.study import ARMS, BASELINES_SUFFIX
 
 PATH = "/metrics"
@@ -71,7 +72,7 @@ class Studies(Collector):
         planned = _gauge("bdense_trials_planned", "Trials to run in all.")
         trials = _gauge("bdense_trials", "Trials by state.", "state")
         lowest = _gauge("bdense_best_fid", "Lowest FID of a search's complete trials.")
-        baselines = _gauge("bdense_baseline_fid", "FID of a search's baselines.", "method")
+        baselines = _gauge("bdense_baseline_fid", "FID of a search's baselines.", "baseline")
         lease = _gauge(
             "bdense_oldest_lease_seconds", "Time since the claim of the longest running trial."
         )
@@ -86,9 +87,11 @@ class Studies(Collector):
                 trials.add_metric([name, word], getattr(study.counts, word))
             if study.best is not None and _is_search(study):
                 lowest.add_metric([name], study.best)
-            if name.endswith(BASELINES_SUFFIX):
+            if name.endswith(BASELINES_SUFFIX) and ARMS in study.attributes:
+                arms = [Arm(**each).baseline for each in study.attributes[ARMS]]
                 for row in Rows(self._engine, study.key).of_state(TrialState.COMPLETE, ()):
-                    labels = [name.removesuffix(BASELINES_SUFFIX), str(row.params["method"])]
+                    which = arms[ArmRow.of(row.params).arm]
+                    labels = [name.removesuffix(BASELINES_SUFFIX), str(which)]
                     baselines.add_metric(labels, row.value or 0.0)
             if study.key in claimed:
                 oldest, late = claimed[study.key]

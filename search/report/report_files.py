@@ -119,12 +119,12 @@ def _best(overview: Overview) -> list[str]:
 
 def trial_rows(trials: Sequence[Measured]) -> list[tuple[str, ...]]:
     """A header and every complete trial as cells, the best first."""
-    names = [name for name in trials[0].result.parameters if name != "memory"]
+    names = list(trials[0].parameters)
     timed = [name for name in TIMINGS if any(name in each.result.timings for each in trials)]
     titles = [f"{TIMINGS[name]}, s" for name in timed]
     rows: list[tuple[str, ...]] = [("trial", *names, "FID", *titles, "w_1 .. w_K")]
     for trial in sorted(trials, key=lambda each: each.fid):
-        where = (trial.result.parameters[name] for name in names)
+        where = (trial.parameters[name] for name in names)
         seconds = (trial.result.timings.get(name) for name in timed)
         rows.append(
             (

@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import re
 import signal
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +40,16 @@ def read_spec(path: Path, changes: dict[str, Any] | None = None) -> StudySpec:
     return apart(functools.partial(_resolved, Path(path), changes or {}))
 
 
+def require_variants(spec: StudySpec, variants: Sequence[dict[str, Any]]) -> None:
+    """Let the engine, in a child process, check settings that differ from a resolved study's.
+
+    Raises:
+        InputError: The method has no such setting, or refuses the value.
+    """
+    if any(variants):
+        apart(functools.partial(_require_variants, spec, variants))
+
+
 def apart(call: Callable[[], T]) -> T:
     """Call in a process of its own, which takes torch with it when it ends."""
     spawn = multiprocessing.get_context("spawn")
@@ -58,6 +68,13 @@ def _resolved(path: Path, changes: dict[str, Any]) -> StudySpec:
     except SpecError as error:
         raise SpecError(f"{path}: {error}") from error
     return resolve(parse(_merged(tree, changes), source=str(path)), source=str(path), told=told)
+
+
+def _require_variants(spec: StudySpec, variants: Sequence[dict[str, Any]]) -> None:
+    from search.spec.resolve import variant
+
+    for changes in variants:
+        variant(spec, changes)
 
 
 def _merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

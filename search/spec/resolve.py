@@ -21,7 +21,6 @@ from bdense.metrics.dinov2 import SIZES
 from bdense.metrics.extractors import SPECS
 from bdense.models.public import published_architecture
 from bdense.models.sources import load_model
-from bdense.networks import SongUNet, SongUNetConfig
 from bdense.training.teacher import TeacherConfig, new_denoiser
 from bdense.weights import space_of
 from search.errors import SpecError
@@ -60,11 +59,27 @@ def resolve(spec: StudySpec, source: str = "", told: str = "") -> StudySpec:
             execution(spec).require(torch.device("cpu"))
         _check_data(resolved)
         _check_extractor(spec.evaluation.extractor)
-        if spec.teacher.train is not None:
-            _check_network(spec.teacher.train)
         return _with_teacher(resolved)
     except InputError as error:
         raise SpecError(f"{before}{error}") from error
+
+
+def filled_in(spec: StudySpec) -> StudySpec:
+    """The spec with the method's defaults and its facts, checked against nothing else.
+
+    A teacher or data that are not here matter only to a method that may convert its teacher first:
+    then it is taken to do so.
+
+    Raises:
+        InputError: There is no such method, or it refuses a setting.
+    """
+    found = _with_facts(spec)
+    if all(stage.branched for stage in found.resolved.stages):
+        return found
+    try:
+        return _with_teacher(found)
+    except InputError:
+        return found
 
 
 def architecture(spec: StudySpec) -> dict[str, Any]:
@@ -77,11 +92,25 @@ def architecture(spec: StudySpec) -> dict[str, Any]:
     if name is not None:
         published = published_architecture(name)
         return dict(published) if published is not None else load_model(name)[0].describe()
-    assert spec.teacher.train is not None
+    return _untrained(spec).describe()
+
+
+def _untrained(spec: StudySpec) -> NetworkDenoiser:
+    """The teacher that the study would train, without memory or numbers."""
+    training = spec.teacher.train
+    assert training is not None
     assert spec.data is not None  # a spec that trains a teacher names its data
+    try:
+        config = teacher_config(training)
+    except InputError as error:
+        raise SpecError(f"teacher.train: {error}") from error
     shape = torch.Size(image_shape(spec.data))
-    with torch.device("meta"):
-        return new_denoiser(teacher_config(spec.teacher.train), shape).describe()
+    try:
+        # Building is what finds a wrong type.
+        with torch.device("meta"):
+            return new_denoiser(config, shape)
+    except (InputError, TypeError, ValueError, RuntimeError) as error:
+        raise SpecError(f"teacher.train.network {training.network}: {error}") from error
 
 
 def variant(spec: StudySpec, changes: dict[str, Any]) -> StudySpec:
@@ -124,9 +153,9 @@ def teacher_config(training: TeacherTraining) -> TeacherConfig:
 
 def _with_teacher(spec: StudySpec) -> StudySpec:
     """The facts with the teacher's network known, which the method may refuse."""
-    made = architecture(spec)
+    made = None if spec.teacher.train is not None else architecture(spec)
     with torch.device("meta"):
-        teacher = build_denoiser(made)
+        teacher = _untrained(spec) if made is None else build_denoiser(made)
         teacher.execution = execution(spec)
         method = METHODS[spec.method.name]()
         try:
@@ -264,18 +293,3 @@ def _check_extractor(name: str) -> None:
     of_a_file = kind == "torchscript" and file
     if not (of_a_file or kind in ("inception", "dinov2", *SIZES) or name in RECIPES):
         raise SpecError(f"evaluation.extractor: there is no {name!r}; known are {SPECS}")
-
-
-def _check_network(training: TeacherTraining) -> None:
-    # The images' size is not known yet; 64 pixels can be halved as often as anybody asks.
-    options = {"img_resolution": 64, "img_channels": 1, **training.network}
-    try:
-        # Without memory or numbers: building is what finds a wrong type.
-        with torch.device("meta"):
-            SongUNet(SongUNetConfig(**options))
-    except (InputError, TypeError, ValueError, RuntimeError) as error:
-        raise SpecError(f"teacher.train.network {training.network}: {error}") from error
-    try:
-        teacher_config(training)
-    except InputError as error:
-        raise SpecError(f"teacher.train: {error}") from error

@@ -195,9 +195,6 @@ class SearchPlan(Knobs):
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sampler", Member.of(self.sampler, "sampler"))
-        if self.pruner is not None:
-            object.__setattr__(self, "pruner", Member.of(self.pruner, "pruner"))
         Knobs.__post_init__(self)
         if list(self.at) != sorted(set(self.at)):
             raise KnobError("at", f"{list(self.at)} must ascend, each fraction once; sort it")
@@ -388,22 +385,24 @@ class StudySpec(Knobs):
         made = self.teacher.train is not None or self.evaluation.reference is None
         return made or (self.facts is not None and self.facts.needs_data)
 
-    def conditions(self) -> dict[str, Any]:
+    def conditions(self, contents: Mapping[str, str] | None = None) -> dict[str, Any]:
         """What changes a row's number, flat: ``section.key`` -> value.
 
         Trial count, bounds, sampler, pruner, mode of trajectories and resources may change, but
         for the number of GPUs that share a batch.
+
+        Args:
+            contents: As of ``contents``, where they are known; None reads the files.
         """
         kept: dict[str, Any] = {
             "numerics": NUMERICS,
-            "teacher": self._teacher(),
-            "evaluation": self._evaluation(),
+            "evaluation": {"images": self.evaluation.images},
             "method": as_plain(self.method),
         }
+        if self.teacher.train is not None:
+            kept["teacher"] = {"train": as_plain(self.teacher.train)}
         if self.precision != "float32":
             kept["precision"] = self.precision
-        if self.data is not None:
-            kept["data"] = _content_of(self.data)
         if isinstance(self.plan, SearchPlan):
             kept["weights"] = self.space.identity()
             kept["seeds"] = {
@@ -417,31 +416,37 @@ class StudySpec(Knobs):
             kept["trajectories"] = {"dtype": self.trajectories.dtype}
         if self.resources.team > 1:
             kept["resources"] = {"gpus": self.resources.team}
-        return flatten(kept)
+        return {**flatten(kept), **(self.contents() if contents is None else contents)}
 
     def fingerprint(self) -> str:
         """16 hex digits over ``conditions``."""
-        text = json.dumps(self.conditions(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return fingerprint_of(self.conditions())
 
-    def _teacher(self) -> dict[str, Any]:
-        checkpoint = self.teacher.checkpoint
-        if checkpoint is None:
-            return {"train": as_plain(self.teacher.train)}
-        # A file's content counts, not where it lies; a published one is what its name says.
-        if published_checkpoint(checkpoint) is not None:
-            return {"checkpoint": checkpoint}
-        return {"checkpoint_sha256": sha256_file(Path(checkpoint))}
+    def contents(self) -> dict[str, str]:
+        """What data, teacher, extractor and reference are, by their key among the conditions.
 
-    def _evaluation(self) -> dict[str, Any]:
-        given = self.evaluation
-        kind, _, file = given.extractor.partition(":")
-        extractor = f"{kind}:{sha256_file(Path(file))}" if file else given.extractor
-        kept: dict[str, Any] = {"images": given.images, "extractor": extractor}
-        if given.reference is not None:
-            is_name = given.reference in REFERENCES
-            kept["reference"] = given.reference if is_name else sha256_file(Path(given.reference))
-        return kept
+        A file is its content, not where it lies; a published one is what its name says.
+        """
+        kind, _, file = self.evaluation.extractor.partition(":")
+        extractor = f"{kind}:{sha256_file(Path(file))}" if file else self.evaluation.extractor
+        found = {"evaluation.extractor": extractor}
+        if self.data is not None:
+            found["data"] = _content_of(self.data)
+        if (checkpoint := self.teacher.checkpoint) is not None:
+            if published_checkpoint(checkpoint) is not None:
+                found["teacher.checkpoint"] = checkpoint
+            else:
+                found["teacher.checkpoint_sha256"] = sha256_file(Path(checkpoint))
+        if (reference := self.evaluation.reference) is not None:
+            is_name = reference in REFERENCES
+            found["evaluation.reference"] = reference if is_name else sha256_file(Path(reference))
+        return found
+
+
+def fingerprint_of(conditions: Mapping[str, Any]) -> str:
+    """16 hex digits over flat conditions."""
+    text = json.dumps(conditions, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def as_plain(value: Any) -> Any:  # noqa: ANN401  any part of a spec
@@ -460,14 +465,23 @@ def _section(name: str, given: Any) -> Any:  # noqa: ANN401  as YAML has it
     """A section that is not one class alone, as what it is."""
     if name in ("method", "weights"):
         return Member.of(given, name)
-    if name == "plan" and isinstance(given, Mapping):
-        return (ArmsPlan if "arms" in given else SearchPlan).read(given)
+    if name == "plan":
+        if not isinstance(given, Mapping):
+            raise KnobError(name, f"must be a mapping with trials or arms, got {given!r}")
+        if "arms" in given:
+            return ArmsPlan.read(given)
+        members = {key: given[key] for key in ("sampler", "pruner") if given.get(key) is not None}
+        return SearchPlan.read(
+            {**given, **{key: Member.of(each, key) for key, each in members.items()}}
+        )
     return given
 
 
 def _named(name: str, error: InputError) -> str:
     """A mistake with the section's name in front."""
     text = str(error)
+    if not isinstance(error, KnobError):
+        return f"{name}: {text}"
     return text if text.startswith((f"{name} ", f"{name}.")) else f"{name}.{text}"
 
 

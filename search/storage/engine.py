@@ -176,13 +176,13 @@ def _open(url: str, *, reading: bool = False, **options: Any) -> RDBStorage:  # 
 
 
 @contextlib.contextmanager
-def exclusive(engine: Engine, name: str) -> Iterator[Connection]:
-    """Hold the lock called ``name`` across all processes that use this database.
+def exclusive(engine: Engine, *names: str) -> Iterator[Connection]:
+    """Hold the locks of these names across all processes that use this database.
 
     PostgreSQL: an advisory lock that ends with the transaction of the yielded connection, so that
-    writes become visible when the lock is freed. SQLite: a lock on ``<database>.lock``, not a
-    transaction, which would block Optuna's own connection; each statement is committed by itself.
-    Both locks are freed when their holder dies.
+    writes become visible when the lock is freed. SQLite: a lock on ``<database>.lock``, the same
+    for all names, not a transaction, which would block Optuna's own connection; each statement is
+    committed by itself. Both locks are freed when their holder dies.
     """
     if engine.dialect.name == "sqlite":
         with (
@@ -192,7 +192,8 @@ def exclusive(engine: Engine, name: str) -> Iterator[Connection]:
             yield connection
         return
     with engine.begin() as connection:
-        _lock_in_transaction(connection, name)
+        for name in names:
+            _lock_in_transaction(connection, name)
         yield connection
 
 

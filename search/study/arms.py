@@ -1,13 +1,13 @@
 """Arms: given ways to weigh the branches, each trained under one or more seeds."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from optuna.distributions import BaseDistribution, IntDistribution
 
 from bdense.weights.spaces import BASELINE, PLAIN, UNIFORM
-from search.spec.study import StudySpec
+from search.spec.study import ArmsPlan, StudySpec
 
 # A row's parameters: its arm, training seed and variant of the method's settings.
 ROW_SPACE: Mapping[str, BaseDistribution] = {
@@ -22,12 +22,12 @@ class Arm:
     """One way to weigh the branches.
 
     Attributes:
-        name: For people.
+        name: For people; of two arms that are equal it may differ.
         params: ``baseline`` (plain or uniform), or a and b, or rule, strength and memory.
         trial: Number of the search's trial it comes from, if from one.
     """
 
-    name: str
+    name: str = field(compare=False)
     params: dict[str, Any]
     trial: int | None = None
 
@@ -49,6 +49,12 @@ def plain_arm(spec: StudySpec) -> Arm:
 def uniform_arm() -> Arm:
     """All branches weigh alike."""
     return Arm(name="uniform weights", params={BASELINE: UNIFORM})
+
+
+def given_arms(spec: StudySpec, name: str) -> StudySpec:
+    """A study of given arms under a study's conditions, each seed on latents of its own."""
+    plan = ArmsPlan(arms=(), seeds=(0,), latents="fresh")
+    return replace(spec, name=name, plan=plan)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,6 +30,9 @@ TEACHER = "teacher_sha256"  # of the first worker's; the same for all
 ARMS, VARIANTS, FACTS = "arms", "variants", "facts"
 # What intermediate FIDs are of: at which fractions, of how many images, since the first.
 INTERMEDIATE = "intermediate"
+# Of a confirmation: how many trials how many candidates were chosen from; which variant of the
+# method's settings the verdict is about.
+CHOSEN_AFTER, JUDGED = "chosen_after", "judged_variant"
 # The form of all these; storage upgrade brings older ones over.
 FORMAT, CURRENT = "format", 2
 BASELINES_SUFFIX = ".baselines"
@@ -237,10 +240,10 @@ class Study:
         for change in variants:
             for seed in seeds:
                 for arm in arms:
-                    row = ArmRow(
-                        arm=known.index(arm), seed=seed, variant=changes.index(dict(change))
-                    )
-                    self.given.enqueue(row.params(), {"arm": arm.name}, again=MENDABLE)
+                    place = known.index(arm)
+                    row = ArmRow(arm=place, seed=seed, variant=changes.index(dict(change)))
+                    called = {"arm": known[place].name}
+                    self.given.enqueue(row.params(), called, again=MENDABLE)
         self.given.resize()
 
     def task(self, ledger: Ledger, params: Mapping[str, Any]) -> Task:

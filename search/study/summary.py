@@ -1,7 +1,7 @@
 """Where a study stands, as records for scripts and tables for people. Reads the storage alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from optuna.trial import TrialState
@@ -27,13 +27,13 @@ class Measured:
         number: Of the row.
         label: Where it lies in the space, or its arm, for people.
         result: What it came to; its ``fid`` is there.
-        params: As they were sampled; of a given arm its arm, seed and variant.
+        parameters: Of its weights, as sampled and as a result keeps them; none of a given arm.
     """
 
     number: int
     label: str
     result: TrialResult
-    params: dict[str, Any]
+    parameters: dict[str, Any] = field(default_factory=dict)
 
     @property
     def fid(self) -> float:
@@ -44,13 +44,12 @@ class Measured:
     def as_dict(self) -> dict[str, Any]:
         """As ``best --json`` prints it."""
         assert self.result.fid is not None
-        weights = {"weights": self.result.weights}
-        if self.result.weights_plot is not None:
-            weights["weights_plot"] = self.result.weights_plot  # type: ignore[assignment]
+        plot = self.result.weights_plot
         return {
             "number": self.number,
-            **self.result.parameters,
-            **weights,
+            **self.parameters,
+            "weights": self.result.weights,
+            **({} if plot is None else {"weights_plot": plot}),
             "fid": self.fid,
             **self.result.fid.conditions(),
             **self.result.metrics,
@@ -100,11 +99,14 @@ def summary_of(study: Study) -> Summary:
 
 def measured(spec: StudySpec, trial: StoredTrial) -> Measured:
     """A complete trial of a search."""
+    result = TrialResult.of(trial.value, trial.user_attrs)
+    # A setting of the whole study, not of one point.
+    own = {name: value for name, value in result.parameters.items() if name != "memory"}
     return Measured(
         number=trial.number,
         label=spec.space.label(trial.params),
-        result=TrialResult.of(trial.value, trial.user_attrs),
-        params=trial.params,
+        result=result,
+        parameters=trial.params | own,
     )
 
 
@@ -124,7 +126,6 @@ def baselines_of(study: Study) -> dict[str, Measured]:
                 number=trial.number,
                 label=arm.name,
                 result=TrialResult.of(trial.value, trial.user_attrs),
-                params=trial.params,
             )
     return {name: found[name] for name in (PLAIN, UNIFORM) if name in found}
 
@@ -174,8 +175,7 @@ def table(now: Summary) -> str:
 def table_rows(now: Summary) -> list[tuple[str, ...]]:
     """A header, then baselines and the best trial, as cells."""
     names = tuple(now.spec.space.distributions())
-    parameters = tuple(dict.fromkeys((*names, *(now.best.result.parameters if now.best else ()))))
-    parameters = tuple(name for name in parameters if name != "memory")
+    parameters = tuple(now.best.parameters) if now.best is not None else names
     header = ("", "FID", f"vs plain {now.spec.resolved.title}", *parameters, "w_1 .. w_K")
     rows: list[tuple[str, ...]] = [header]
     shown = [(each.label, each) for each in now.baselines.values()]
@@ -190,7 +190,7 @@ def table_rows(now: Summary) -> list[tuple[str, ...]]:
 
 
 def _cell(each: Measured, name: str, is_plain: bool) -> str:
-    value = each.result.parameters.get(name)
+    value = each.parameters.get(name)
     if isinstance(value, float):
         return f"{value:.3f}"
     if value is not None:

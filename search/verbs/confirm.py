@@ -82,16 +82,19 @@ def add_transfer(verbs: Verbs) -> None:
 
 def _confirm(options: argparse.Namespace) -> None:
     from search.analysis.confirmation import verdict
-    from search.analysis.plans import plan_confirmation
+    from search.analysis.plans import differing, plan_confirmation
     from search.run.gpus import use_gpus
     from search.run.launch import run_rows
+    from search.spec.file import require_variants
 
     use_gpus(options.gpus)
     study = open_search(options)
     asked = study.spec.confirm
+    method = asked.method | ({"kimg": options.kimg} if options.kimg else {})
+    require_variants(study.spec, [differing(study.spec, method)])
     planned = plan_confirmation(
         study,
-        method={"kimg": options.kimg} if options.kimg else asked.method,
+        method=method,
         seeds=options.seeds or asked.seeds,
         count=options.candidates or asked.candidates,
     )

@@ -1,7 +1,9 @@
 """``promote``: train a study's confirmed weights beside the baselines, and export the model."""
 
 import argparse
+import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +21,11 @@ from search.verbs.common import (
 )
 
 if TYPE_CHECKING:
-    from search.spec.study import StudySpec
+    from search.spec.study import ArmsPlan, StudySpec
     from search.study.arms import Arm
     from search.study.study import Study
+
+FRESH_SEEDS = 3
 
 
 def add_promote(verbs: Verbs) -> None:
@@ -52,7 +56,7 @@ def add_promote(verbs: Verbs) -> None:
         metavar="N",
         type=numbers,
         help="number of seeds, or with --to the seeds themselves, as in 0,1,2 (default: the "
-        "file's; 3 fresh ones without --to)",
+        f"file's; {FRESH_SEEDS} fresh ones without --to)",
     )
     parser.add_argument(
         "--nfe",
@@ -83,59 +87,48 @@ def add_promote(verbs: Verbs) -> None:
 
 
 def _promote(options: argparse.Namespace) -> None:
-    from search.analysis.comparison import table_rows, teacher_of
-    from search.analysis.plans import (
-        at_another_k,
-        other_budget,
-        plan_promotion,
-    )
+    from search.analysis.comparison import comparisons_of, table_rows, teacher_of
+    from search.analysis.plans import at_another_k, differing, other_budget, plan_promotion
     from search.run.gpus import use_gpus
     from search.run.launch import run_rows
+    from search.spec.file import require_variants
     from search.study.wording import align
-    from search.verbs.launch import dry_run
 
     use_gpus(options.gpus)
-    if options.to is not None:
-        spec = _given(options)
-        if options.dry_run:
-            dry_run(spec, options.workers)
-            return
     study = open_search(options)
-    spec = _given(options) if options.to is not None else _own(study)
-    variants = _variants(options, study, own=options.to is None)
+    spec = _spec(options, study)
+    asked = _asked(options, study, spec)
+    variants = [differing(spec, each) for each in asked]
+    require_variants(spec, variants)
+    seeds = _seeds(options, study, spec)
     if options.dry_run:
-        dry_run(spec, options.workers)
+        _dry_run(options, study, spec, seeds, variants)
         return
-    folders = [_folder(options, spec, variant, len(variants)) for variant in variants]
+    folders = [_folder(options, spec, each, len(asked)) for each in asked]
     _require_free(options, spec.name, folders)
     arm = _arm(options, study)
     if options.weights is None and options.to is None:
-        sys.stderr.write("".join({other_budget(study, variant) for variant in variants}))
+        sys.stderr.write("".join({other_budget(study, each) for each in asked}))
     told = at_another_k(arm, study.spec.resolved.num_branches, spec.resolved.num_branches)
-    planned = plan_promotion(
-        study.url,
-        spec,
-        arm,
-        of=study.name,
-        seeds=_seeds(options, study, spec),
-        variants=variants,
-    )
+    planned = plan_promotion(study.url, spec, arm, of=study.name, seeds=seeds, variants=variants)
     if told:
         print(told, flush=True)
     run_rows(planned, options.workers)
     show_rows(planned)
-    from search.analysis.comparison import comparisons_of
-
     if shown := comparisons_of(planned):
         print(*align(table_rows(shown, teacher_of(planned))), shown[0].conditions_line(), sep="\n")
     for variant, folder in zip(variants, folders, strict=True):
         _hand_over(planned, folder, arm, variant)
 
 
-def _given(options: argparse.Namespace) -> "StudySpec":
-    """The study of --to, with the seeds of the options."""
+def _spec(options: argparse.Namespace, study: "Study") -> "StudySpec":
+    """Under whose conditions: those of --to, else the search's."""
+    from search.analysis.plans import PROMOTE_SUFFIX
     from search.spec.file import read_spec
+    from search.study.arms import given_arms
 
+    if options.to is None:
+        return given_arms(study.spec, study.name + PROMOTE_SUFFIX)
     spec = read_spec(options.to)
     if spec.is_search:
         raise InputError(
@@ -145,39 +138,67 @@ def _given(options: argparse.Namespace) -> "StudySpec":
     return spec
 
 
-def _own(study: "Study") -> "StudySpec":
-    from search.analysis.plans import PROMOTE_SUFFIX, given_arms
-
-    return given_arms(study.spec, study.name + PROMOTE_SUFFIX)
-
-
-def _variants(options: argparse.Namespace, study: "Study", *, own: bool) -> list[dict[str, Any]]:
-    """Changes of the method's settings that --kimg and --nfe ask for."""
-    base: dict[str, Any] = dict(study.spec.confirm.method) if own else {}
+def _asked(options: argparse.Namespace, study: "Study", spec: "StudySpec") -> list[dict[str, Any]]:
+    """Settings of the method: the variants of --to or the search's ``confirm``, with options."""
+    asked = [dict(study.spec.confirm.method)]
+    if options.to is not None:
+        asked = [dict(each) for each in _arms_plan(spec).variants]
     if options.kimg:
-        base["kimg"] = options.kimg
-    return [{**base, "nfe": nfe} for nfe in options.nfe] if options.nfe else [base]
+        asked = [{**each, "kimg": options.kimg} for each in asked]
+    if options.nfe:
+        asked = [{**each, "nfe": nfe} for each in asked for nfe in options.nfe]
+    return asked
+
+
+def _arms_plan(spec: "StudySpec") -> "ArmsPlan":
+    from search.spec.study import ArmsPlan
+
+    assert isinstance(spec.plan, ArmsPlan)
+    return spec.plan
 
 
 def _seeds(options: argparse.Namespace, study: "Study", spec: "StudySpec") -> list[int]:
     from search.analysis.confirmation import CONFIRM_SUFFIX
     from search.analysis.plans import fresh_seeds, seeds_of
-    from search.spec.study import ArmsPlan
 
-    if options.to is not None:
-        assert isinstance(spec.plan, ArmsPlan)
-        if not options.seeds:
-            return list(spec.plan.seeds)
-        # One number is how many, several are the seeds themselves.
-        return list(range(options.seeds[0])) if len(options.seeds) == 1 else options.seeds
-    count = options.seeds or [3]
-    if len(count) > 1 or count[0] < 1:
-        raise InputError(
-            f"--seeds {','.join(map(str, count))}: without --to it is how many fresh ones; give "
-            "one number, 1 or more"
-        )
-    # Nor the seeds that the winner was chosen by.
-    return fresh_seeds(study.spec, count[0], seeds_of(study, study.name + CONFIRM_SUFFIX))
+    given = options.seeds
+    if options.to is None:
+        given = given or [FRESH_SEEDS]
+        if len(given) > 1 or given[0] < 1:
+            raise InputError(
+                f"--seeds {','.join(map(str, given))}: without --to it is how many fresh ones; "
+                "give one number, 1 or more"
+            )
+        # Nor the seeds that the winner was chosen by.
+        return fresh_seeds(study.spec, given[0], seeds_of(study, study.name + CONFIRM_SUFFIX))
+    plan = _arms_plan(spec)
+    if given is None:
+        return list(plan.seeds)
+    # One number is how many, several are the seeds themselves.
+    seeds = range(given[0]) if len(given) == 1 else given
+    return list(replace(plan, seeds=tuple(seeds)).seeds)  # which refuses others
+
+
+def _dry_run(
+    options: argparse.Namespace,
+    study: "Study",
+    spec: "StudySpec",
+    seeds: list[int],
+    variants: list[dict[str, Any]],
+) -> None:
+    """Tell of the study as if its file had this plan."""
+    from search.analysis.plans import arm_from
+    from search.verbs.launch import dry_run
+
+    given = options.weights
+    promoted = {"winner_of": study.name} if given is None else arm_from(given).params
+    plan = replace(
+        _arms_plan(spec),
+        arms=("plain", "uniform", promoted),
+        seeds=tuple(seeds),
+        variants=tuple(variants),
+    )
+    dry_run(replace(spec, plan=plan), options.workers)
 
 
 def _arm(options: argparse.Namespace, study: "Study") -> "Arm":
@@ -188,10 +209,14 @@ def _arm(options: argparse.Namespace, study: "Study") -> "Arm":
 
 
 def _folder(
-    options: argparse.Namespace, spec: "StudySpec", variant: dict[str, Any], count: int
+    options: argparse.Namespace, spec: "StudySpec", asked: dict[str, Any], count: int
 ) -> Path:
-    """Where a variant's model goes; those of others may come beside it."""
-    named = "-".join(f"{name}{value:g}" for name, value in sorted(variant.items()))
+    """Where the model of these settings goes; those of others may come beside it."""
+    words = [
+        f"{name}{value:g}" if isinstance(value, float) else f"{name}{value}"
+        for name, value in sorted(asked.items())
+    ]
+    named = re.sub(r"[^\w.-]+", "-", "-".join(words))
     if options.out is None:
         return runs_folder() / spec.name / ("model" + (f"-{named}" if named else ""))
     return Path(options.out if count == 1 else options.out / named)
@@ -219,7 +244,7 @@ def _hand_over(planned: "Study", folder: Path, arm: "Arm", variant: dict[str, An
     if planned.left():
         raise InputError(f"{headline(planned)}; run the same command again to continue")
     number = arm_row(planned, arm=arm.name, variant=planned.variants.index(variant))
-    if is_current(folder, planned):
+    if is_current(folder, planned, number):
         print(f"model folder, written before: {folder}")
     else:
         put_aside(folder)

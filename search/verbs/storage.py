@@ -1,6 +1,7 @@
 """``bdense-search storage``: make and renew a database's tables, and its roles."""
 
 import argparse
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,15 +24,15 @@ def add_storage(verbs: Verbs) -> None:
     parser = storage_verb(
         verbs,
         "storage",
-        "make a study database's tables and roles, or bring its tables to this version",
+        "make a study database's tables and roles, or bring it and its studies to this version",
         "bdense-search storage init --writer bdense_rw --writer-password-file secrets/writer",
         _storage,
     )
     parser.add_argument(
         "action",
         choices=("init", "upgrade"),
-        help="init: make what is missing, as the database's owner; upgrade: bring tables to this "
-        "version",
+        help="init: make what is missing, as the database's owner; upgrade: bring tables, studies "
+        "and their row folders to this version",
     )
     for kind, _, what in _ROLES:
         parser.add_argument(f"--{kind}", metavar="NAME", help=f"init: {what}")
@@ -51,8 +52,10 @@ def _storage(options: argparse.Namespace) -> None:
     if options.action == "upgrade":
         if roles:
             raise InputError("storage upgrade takes no --writer or --reader; give them to init")
-        for line in upgrade(url):
-            print(line)
+        from search.study.upgrade import upgrade_studies
+
+        for line in itertools.chain(upgrade(url), upgrade_studies(url)):
+            print(line, flush=True)
         return
     open_tables(url)
     print(f"tables are there: {redact(url)}")

@@ -149,7 +149,7 @@ class _Row:
             metadata=self._metadata(),
             checkpoint_seconds=assets.spec.resources.checkpoint_seconds,
             on_iteration=self._on_iteration,
-            on_save=lambda plan, done: self._note("checkpoint", stage=plan.name, iteration=done),
+            on_save=self._on_save,
             evaluations=intermediate.of,
         )
 
@@ -163,10 +163,9 @@ class _Row:
         if self._weighting is not None and plan.branched:
             self._weighting.note(done)
         if is_noted(done.iteration, done.iterations):
-            named: dict[str, Any] = {"stage": plan.name} if plan.name else {}
             self._note(
                 "training",
-                **named,
+                **_named(plan),
                 iteration=done.iteration + 1,
                 iterations=done.iterations,
                 loss=shortened(done.loss),
@@ -177,6 +176,9 @@ class _Row:
         self._tell(plan, training(done.iteration + 1, done.iterations, done.loss))
         self._check()  # the last: a checkpoint that it makes holds this iteration too
 
+    def _on_save(self, plan: StagePlan, done: int) -> None:
+        self._note("checkpoint", **_named(plan), iteration=done)
+
     def _tell(self, plan: StagePlan, text: str) -> None:
         branched = [each for each in self._stages if each.branched]
         place = branched.index(plan) + 1 if plan in branched else 1
@@ -185,7 +187,7 @@ class _Row:
     def _measured(self, stage: TrainedStage, path: Path) -> Measures:
         """A stage's metrics; of several stages each keeps its FID in a file of its own."""
         count = self._assets.spec.evaluation.images
-        named: dict[str, Any] = {"stage": stage.plan.name} if stage.plan.name else {}
+        named = _named(stage.plan)
         grid = GRID if not stage.plan.name else f"{stage.plan.name}-{GRID}"
         kept = path.with_suffix(".fid.json")
         if stage.plan.name and kept.exists():
@@ -245,7 +247,9 @@ class _Row:
         stored = {} if BASELINE in task.params else self._space.stored(task.params, self._branches)
         return TrialResult(
             value=None if last is None else last.value,
-            weights=[] if weighting is None else weighting.weights().tolist(),
+            weights=[]
+            if weighting is None
+            else assets.config.scaled(weighting.weights()).tolist(),
             parameters=stored,
             fid=last,
             fids=fids if len(self._stages) > 1 else {},
@@ -265,3 +269,8 @@ class _Row:
             ),
             **pruned,
         )
+
+
+def _named(plan: StagePlan) -> dict[str, Any]:
+    """A stage in the row's log, where there are several."""
+    return {"stage": plan.name} if plan.name else {}

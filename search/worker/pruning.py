@@ -24,9 +24,8 @@ from search.storage.ledger import Claim, Ledger
 from search.storage.verdicts import verdict_of
 from search.study.folders import GRID
 from search.study.progress_text import measuring
+from search.study.retention import INTERMEDIATE_FILE
 from search.worker.assets import Assets
-
-INTERMEDIATE_FILE = "intermediate.json"
 
 
 class PrunedError(Exception):

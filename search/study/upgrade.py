@@ -1,0 +1,512 @@
+"""Studies of an older version, brought to today's form: ``storage upgrade``, after the tables.
+
+The old form, format 1, had two kinds of specs. A search's baselines were rows of ``method``, and
+rows of given arms held a budget (``kimg``) and an NFE of their own. Rows, results and checkpoints
+stay what they are; only how they are written changes.
+
+Row folders come first, each file as a whole, then the database in one transaction. A run that was
+cut short is repeated: what it has written already is left as it is.
+"""
+
+import functools
+import importlib.util
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from optuna.distributions import distribution_to_json
+from optuna.trial import FrozenTrial, TrialState
+
+from bdense.errors import InputError
+from bdense.files import atomic_write
+from bdense.weights.spaces import BASELINE, PLAIN, UNIFORM
+from search.errors import StorageError, UnknownStudyError
+from search.spec.file import apart
+from search.spec.legacy import translated
+from search.spec.study import StudySpec, fingerprint_of
+from search.storage.engine import exclusive, retrying
+from search.storage.leases import STUDIES, STUDY_ATTRIBUTES, TRIALS, USER_ATTRIBUTES
+from search.storage.ledger import Ledger
+from search.storage.reader import asked_of
+from search.storage.rows import FIXED, PARAMS, SYSTEM_ATTRIBUTES
+from search.storage.schema import open_tables
+from search.storage.settings import lock_name
+from search.storage.stop_flags import held
+from search.study.arms import ROW_SPACE, Arm, ArmRow, Task, given_arms, plain_arm, uniform_arm
+from search.study.folders import row_folder
+from search.study.retention import IDENTITY, INTERMEDIATE_FILE, RESULT
+from search.study.study import (
+    ARMS,
+    BASELINE_RESULTS,
+    BASELINES_SUFFIX,
+    CONDITIONS,
+    CURRENT,
+    FACTS,
+    FINGERPRINT,
+    FORMAT,
+    INTERMEDIATE,
+    JUDGED,
+    SPEC,
+    TRAJECTORIES,
+    VARIANTS,
+    intermediate_of,
+)
+
+# Attributes of format 1 that are called otherwise now, of studies and of rows.
+_KIND, _KIMG, _LOOKS, _METHOD = "kind", "kimg", "looks", "method"
+_RETRAIN, _PROGRESSIVE = "retrain", "progressive"
+_OLD_INTERMEDIATE_FILE = "looks.json"
+_OLD_BASELINES = {"sfd": PLAIN, "pd": PLAIN, "uniform": UNIFORM}
+_TIMINGS = {"looks_seconds": "intermediate_seconds"}
+# Conditions that are as they were measured, not as this version or this machine has them.
+_MEASURED = (
+    "numerics",
+    "data",
+    "teacher.checkpoint",
+    "teacher.checkpoint_sha256",
+    "evaluation.extractor",
+    "evaluation.reference",
+)
+_VALUES_ON_THE_WAY = sa.table("trial_intermediate_values", *map(sa.column, ("trial_id", "step")))
+
+
+def upgrade_studies(url: str) -> Iterator[str]:
+    """Bring every study of format 1 to today's form.
+
+    Neither the teacher nor the data need to be on this machine; the row folders do.
+
+    Args:
+        url: The storage; its tables are of this version.
+
+    Yields:
+        What was done, a line for each study.
+
+    Raises:
+        StorageError: The database cannot be used.
+        InputError: Torch is missing, or some studies stay as they were; says why. The others are
+            brought over.
+    """
+    engine = open_tables(url).engine
+    outdated = retrying(lambda: _outdated(engine))
+    if not outdated:
+        return
+    if importlib.util.find_spec("torch") is None:
+        raise InputError(
+            f"{', '.join(outdated)} are of an older form, which is read with torch; give this "
+            "command where it is installed, beside the runs folder"
+        )
+    specs = apart(
+        functools.partial(_translated_all, {name: each[SPEC] for name, each in outdated.items()})
+    )
+    refused = []
+    for name in outdated:
+        found = specs[name]
+        try:
+            if isinstance(found, str):
+                raise InputError(found)
+            yield f"study {name}: {_bring_over(url, name, found)}"
+        except StorageError:
+            raise
+        except InputError as error:
+            refused.append(f"{name}: {error}")
+    if refused:
+        raise InputError("these studies stay as they were: " + "; ".join(refused))
+
+
+def _outdated(engine: sa.Engine) -> dict[str, dict[str, Any]]:
+    """The attributes of each whole study of format 1, by name; baselines go with their search."""
+    query = sa.select(STUDIES.c.study_name, STUDY_ATTRIBUTES.c.key, STUDY_ATTRIBUTES.c.value_json)
+    of_study = STUDY_ATTRIBUTES.c.study_id == STUDIES.c.study_id
+    found: dict[str, dict[str, Any]] = {}
+    with engine.connect() as connection:
+        for name, key, value in connection.execute(
+            query.select_from(STUDIES.join(STUDY_ATTRIBUTES, of_study))
+            .where(STUDY_ATTRIBUTES.c.key.in_((SPEC, CONDITIONS, FORMAT)))
+            .order_by(STUDIES.c.study_id)
+        ):
+            found.setdefault(name, {})[key] = json.loads(value)
+    return {
+        name: attributes
+        for name, attributes in found.items()
+        if {SPEC, CONDITIONS} <= attributes.keys() and FORMAT not in attributes
+    }
+
+
+def _translated_all(specs: Mapping[str, str]) -> dict[str, StudySpec | str]:
+    """Each stored spec in today's form, or why it cannot be; needs torch."""
+    from search.spec.resolve import filled_in
+
+    found: dict[str, StudySpec | str] = {}
+    for name, text in specs.items():
+        try:
+            spec = StudySpec.read(translated(json.loads(text))[0])
+            _ = spec.space
+            found[name] = filled_in(spec)
+        except InputError as error:
+            found[name] = f"its stored spec cannot be read: {' '.join(str(error).split())}"
+    return found
+
+
+def _bring_over(url: str, name: str, spec: StudySpec) -> str:
+    """Rewrite one study.
+
+    Raises:
+        InputError: Somebody works on it, or its interrupted rows have no folder here.
+    """
+    ledger = Ledger.open(url, name, budget=None)
+    try:
+        baselines = ledger.beside(name + BASELINES_SUFFIX)
+    except UnknownStudyError:
+        baselines = None
+    ledgers = [ledger] if baselines is None else [ledger, baselines]
+    _refuse_at_work(ledgers)
+    form = _Form.of(name, ledger.study.user_attrs, spec)
+    _require_folders(name, ledgers)
+    rows = [form.rows(each) for each in ledgers]
+    # Outside the lock, which a server may take back from who holds it for minutes.
+    folders = [
+        _rewrite_folder(row_folder(each.study.study_name, row.number), row, form)
+        for each, its in zip(ledgers, rows, strict=True)
+        for row in its
+    ]
+    retrying(functools.partial(_rewrite_database, ledgers, form))
+    beside = f" and {len(rows[1])} baselines" if baselines is not None else ""
+    return f"{len(rows[0])} rows{beside}, {sum(folders)} row folders, brought to format {CURRENT}"
+
+
+def _rewrite_database(ledgers: Sequence[Ledger], form: "_Form") -> None:
+    """All that the database holds of a study, in one transaction; twice is once."""
+    main, engine = ledgers[0], ledgers[0].storage.engine
+    with exclusive(engine, *(lock_name(each.study.study_name) for each in ledgers)):
+        if FORMAT in main.study.user_attrs:
+            return  # an earlier try was committed, only its answer was lost
+        _refuse_at_work(ledgers)
+        rows = [form.rows(each) for each in ledgers]
+        with engine.begin() as connection:
+            for each, its in zip(ledgers, rows, strict=True):
+                key = _key_of(connection, each)
+                _rewrite_rows(connection, key, its, form)
+                if each is not main:
+                    arms = [arm.as_dict() for arm in form.arms]
+                    _set(connection, STUDY_ATTRIBUTES, key, {ARMS: arms, VARIANTS: [{}]})
+            key = _key_of(connection, main)
+            _drop(connection, STUDY_ATTRIBUTES, key, (_KIND, _KIMG, _LOOKS))
+            _set(connection, STUDY_ATTRIBUTES, key, {**form.attributes(), FORMAT: CURRENT})
+
+
+def _refuse_at_work(ledgers: Sequence[Ledger]) -> None:
+    if working := held(ledgers):
+        raise InputError(
+            f"{working} of its rows are being worked on; end the workers, then give this command "
+            "again"
+        )
+
+
+def _require_folders(name: str, ledgers: Sequence[Ledger]) -> None:
+    """Refuse a study whose interrupted rows would start anew as their folders are elsewhere."""
+    for ledger in ledgers:
+        folder = row_folder(ledger.study.study_name, 0).parent
+        if ledger.counts().running and not folder.is_dir():
+            raise InputError(
+                f"it has interrupted rows, and their folder {folder} is not here; give this "
+                "command where the runs are (BDENSE_RUNS), or make that folder to start these "
+                "rows anew"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Row:
+    """One row in both forms.
+
+    Attributes:
+        number: The same in both.
+        trial: As it is stored.
+        params: In today's form, as they were asked for.
+        before: What its folder said of itself.
+        task: What it asks for.
+    """
+
+    number: int
+    trial: FrozenTrial
+    params: dict[str, Any]
+    before: dict[str, Any]
+    task: Task
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Form:
+    """A study in both forms.
+
+    Attributes:
+        name: Its name.
+        old: Its attributes in format 1.
+        spec: Its spec today.
+        conditions: Of the spec, as they were measured.
+        variants: Of the rows, by their kimg and nfe.
+    """
+
+    name: str
+    old: Mapping[str, Any]
+    spec: StudySpec
+    conditions: dict[str, Any]
+    variants: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, name: str, old: Mapping[str, Any], spec: StudySpec) -> "_Form":
+        """From its attributes and its translated spec."""
+        if old.get(_KIND) == _RETRAIN:
+            spec = given_arms(spec, name)
+        measured = json.loads(old[CONDITIONS])
+        known = {key: measured[key] for key in _MEASURED if measured.get(key) is not None}
+        # Without numerics it is of a version before they were counted, which compares with none.
+        conditions = {**spec.conditions(known), "numerics": measured.get("numerics", 0)}
+        return cls(name=name, old=old, spec=spec, conditions=conditions, variants=[{}])
+
+    @property
+    def fingerprint(self) -> str:
+        """Today's."""
+        return fingerprint_of(self.conditions)
+
+    @property
+    def arms(self) -> list[Arm]:
+        """Given arms; of a search its baselines."""
+        if _KIND not in self.old:
+            return [plain_arm(self.spec), uniform_arm()]
+        stored = [Arm(**each) for each in self.old.get(ARMS, [])]
+        return [replace(arm, params=_arm_params(arm.params)) for arm in stored]
+
+    def rows(self, ledger: Ledger) -> list[_Row]:
+        """The rows of one of its ledgers."""
+        trials = retrying(lambda: ledger.study.get_trials(deepcopy=False))
+        is_search = _KIND not in self.old and ledger.study.study_name == self.name
+        return [self._trial(each) if is_search else self._given(each) for each in trials]
+
+    def variant(self, kimg: float, nfe: int) -> dict[str, Any]:
+        """Settings of the method that differ from the study's own."""
+        own = self.spec.method.options
+        asked = {"nfe": nfe, "kimg": kimg}
+        return {key: value for key, value in asked.items() if own.get(key) != value}
+
+    def attributes(self) -> dict[str, Any]:
+        """Today's of the study, but for its format; after its rows, which make its variants."""
+        old = self.old
+        found: dict[str, Any] = {
+            CONDITIONS: json.dumps(self.conditions),
+            FINGERPRINT: self.fingerprint,
+            SPEC: json.dumps(self.spec.as_dict()),
+        }
+        if isinstance(folder := old.get(TRAJECTORIES), str):
+            found[TRAJECTORIES] = [folder]
+        if _KIND in old:
+            found |= {ARMS: [arm.as_dict() for arm in self.arms], VARIANTS: self.variants}
+            # A promotion named its weights too, which its arm does.
+            found[FACTS] = {"of": old.get(FACTS, {}).get("of")}
+            if (kimg := old.get(_KIMG)) is not None:
+                judged = self.variant(kimg, self.spec.method.options["nfe"])
+                found[JUDGED] = self._index(judged)
+            return found
+        if BASELINE_RESULTS in old:
+            results = old[BASELINE_RESULTS].items()
+            found[BASELINE_RESULTS] = {_OLD_BASELINES[name]: each for name, each in results}
+        if _LOOKS in old and (intermediate := intermediate_of(self.spec)) is not None:
+            found[INTERMEDIATE] = {**intermediate, **old[_LOOKS]}
+        return found
+
+    def _trial(self, trial: FrozenTrial) -> _Row:
+        """A point of a search, whose parameters stay."""
+        params, seeds = asked_of(trial), self.spec.seeds
+        task = Task(params=params, seed=seeds.training, latents=seeds.evaluation)
+        before = {"params": params, "fingerprint": self.old[FINGERPRINT]}
+        return _Row(number=trial.number, trial=trial, params=params, before=before, task=task)
+
+    def _given(self, trial: FrozenTrial) -> _Row:
+        """A row of a given arm, or a baseline.
+
+        Raises:
+            InputError: It is of today's form.
+        """
+        asked, seeds, kind = asked_of(trial), self.spec.seeds, self.old.get(_KIND)
+        if asked.keys() == ROW_SPACE.keys():
+            raise InputError("another command brings it over just now; give this one again")
+        arms, variant = self.arms, {}
+        before: dict[str, Any] = {"fingerprint": self.old[FINGERPRINT]}
+        if kind is None:
+            index, seed, latents = _baseline_index(asked), seeds.training, seeds.evaluation
+            before["params"] = {_METHOD: asked[_METHOD]}
+        else:
+            index, seed, latents = asked["arm"], asked["seed"], seeds.evaluation
+            before["params"] = self.old[ARMS][index]["params"]
+        if kind == _PROGRESSIVE:
+            before["seed"] = seed
+        if kind == _RETRAIN:
+            latents, kimg, nfe = seed, asked["kimg"], asked["nfe"]
+            variant = self.variant(kimg, nfe)
+            own = {"seeds.training": seed, "seeds.evaluation": seed}
+            own |= {"budget.kimg": kimg, "student.nfe": nfe}
+            before["fingerprint"] = fingerprint_of({**json.loads(self.old[CONDITIONS]), **own})
+        row = ArmRow(arm=index, seed=seed, variant=self._index(variant))
+        task = Task(
+            params=arms[index].params,
+            seed=seed,
+            latents=latents,
+            variant=variant,
+            arm=arms[index].name,
+        )
+        return _Row(
+            number=trial.number, trial=trial, params=row.params(), before=before, task=task
+        )
+
+    def _index(self, variant: dict[str, Any]) -> int:
+        if variant not in self.variants:
+            self.variants.append(variant)
+        return self.variants.index(variant)
+
+
+def _arm_params(old: dict[str, Any]) -> dict[str, Any]:
+    return {BASELINE: _OLD_BASELINES[old[_METHOD]]} if _METHOD in old else old
+
+
+def _baseline_index(asked: Mapping[str, Any]) -> int:
+    return (PLAIN, UNIFORM).index(_OLD_BASELINES[asked[_METHOD]])
+
+
+def _result_attrs(old: Mapping[str, Any], row: _Row, fingerprint: str) -> dict[str, Any]:
+    """A row's attributes, or those in its result file, in today's form."""
+    found = {key: value for key, value in old.items() if key not in (_METHOD, _KIMG)}
+    if row.task.arm is not None:
+        found["arm"] = row.task.arm
+    if FINGERPRINT in found:
+        found[FINGERPRINT] = fingerprint
+        if row.task.variant:
+            found["variant"] = dict(row.task.variant)
+    if "timings" in found:
+        timings = found["timings"].items()
+        found["timings"] = {_TIMINGS.get(key, key): seconds for key, seconds in timings}
+    return found
+
+
+def _rewrite_folder(folder: Path, row: _Row, form: _Form) -> bool:
+    """Bring a row's folder over, if it is the row's.
+
+    Returns:
+        Whether it is.
+    """
+    identity = row.task.identity() | {"fingerprint": form.fingerprint}
+    mark = folder / IDENTITY
+    if not mark.is_file() or json.loads(mark.read_text()) not in (row.before, identity):
+        return False
+    old = folder / _OLD_INTERMEDIATE_FILE
+    if old.exists():
+        _write(folder / INTERMEDIATE_FILE, json.loads(old.read_text()))
+        old.unlink()
+    for path in folder.glob("*.fid.json"):
+        _rewrite(path, lambda stored: stored if "fid" in stored else {"fid": stored})
+
+    def result(stored: dict[str, Any]) -> dict[str, Any]:
+        attrs = _result_attrs(stored["attrs"], row, form.fingerprint)
+        ours = stored["identity"] == row.before
+        return {**stored, "attrs": attrs, "identity": identity} if ours else stored
+
+    if (folder / RESULT).exists():
+        _rewrite(folder / RESULT, result)
+    # The last: with it the folder is brought over. As ``take_folder`` compares it.
+    _rewrite(mark, lambda _: identity)
+    return True
+
+
+def _rewrite(path: Path, change: Callable[[Any], Any]) -> None:
+    stored = json.loads(path.read_text())
+    if (changed := change(stored)) != stored:
+        _write(path, changed)
+
+
+def _write(path: Path, value: Any) -> None:  # noqa: ANN401  JSON
+    with atomic_write(path) as scratch:
+        scratch.write_text(json.dumps(value, sort_keys=path.name == IDENTITY))
+
+
+def _rewrite_rows(connection: sa.Connection, key: int, rows: Iterable[_Row], form: _Form) -> None:
+    """Bring the rows of the study of that key over."""
+    query = sa.select(TRIALS.c.number, TRIALS.c.trial_id).where(TRIALS.c.study_id == key)
+    keys = {row.number: row.trial_id for row in connection.execute(query)}
+    for row in rows:
+        trial, trial_id = row.trial, keys[row.number]
+        attrs = _result_attrs(trial.user_attrs, row, form.fingerprint)
+        old = trial.user_attrs
+        _drop(connection, USER_ATTRIBUTES, trial_id, old.keys() - attrs.keys())
+        new = {name: value for name, value in attrs.items() if old.get(name) != value}
+        _set(connection, USER_ATTRIBUTES, trial_id, new)
+        if row.task.arm is not None:
+            _rewrite_params(connection, row, trial_id)
+        if len(form.spec.resolved.stages) > 1:
+            _renumber_stages(connection, row, trial_id, form.spec)
+
+
+def _rewrite_params(connection: sa.Connection, row: _Row, trial_id: int) -> None:
+    """The row's parameters as planned, and as suggested where it was begun."""
+    if FIXED in row.trial.system_attrs:
+        _set(connection, SYSTEM_ATTRIBUTES, trial_id, {FIXED: row.params})
+    if row.trial.state is TrialState.WAITING:
+        return
+    connection.execute(sa.delete(PARAMS).where(PARAMS.c.trial_id == trial_id))
+    connection.execute(
+        sa.insert(PARAMS),
+        [
+            {
+                "trial_id": trial_id,
+                "param_name": name,
+                "param_value": float(row.params[name]),
+                "distribution_json": distribution_to_json(distribution),
+            }
+            for name, distribution in ROW_SPACE.items()
+        ],
+    )
+
+
+def _renumber_stages(connection: sa.Connection, row: _Row, trial_id: int, spec: StudySpec) -> None:
+    """FIDs after each stage were numbered by steps, and are by stage; 0 is the teacher."""
+    places = {stage.nfe: index for index, stage in enumerate(spec.resolved.stages, 1)}
+    step, mine = _VALUES_ON_THE_WAY.c.step, _VALUES_ON_THE_WAY.c.trial_id == trial_id
+    for old in row.trial.intermediate_values:
+        # Negative on the way, as a new number may be another's old one.
+        new = -1 - places.get(old, 0)
+        connection.execute(sa.update(_VALUES_ON_THE_WAY).where(mine, step == old).values(step=new))
+    connection.execute(sa.update(_VALUES_ON_THE_WAY).where(mine, step < 0).values(step=-1 - step))
+
+
+def _key_of(connection: sa.Connection, ledger: Ledger) -> int:
+    name = ledger.study.study_name
+    query = sa.select(STUDIES.c.study_id).where(STUDIES.c.study_name == name)
+    key: int = connection.execute(query).scalar_one()
+    return key
+
+
+def _set(
+    connection: sa.Connection, table: sa.TableClause, of: int, values: Mapping[str, Any]
+) -> None:
+    """Write attributes of a study or a trial, in place of those of the same names."""
+    if not values:
+        return
+    _drop(connection, table, of, values)
+    owner = _owner(table)
+    connection.execute(
+        sa.insert(table),
+        [
+            {owner.name: of, "key": name, "value_json": json.dumps(value)}
+            for name, value in values.items()
+        ],
+    )
+
+
+def _drop(connection: sa.Connection, table: sa.TableClause, of: int, names: Iterable[str]) -> None:
+    if names := sorted(names):
+        connection.execute(sa.delete(table).where(_owner(table) == of, table.c.key.in_(names)))
+
+
+def _owner(table: sa.TableClause) -> sa.ColumnClause[Any]:
+    """The column that says whose attribute it is."""
+    column: sa.ColumnClause[Any] = table.c[0]
+    return column

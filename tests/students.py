@@ -1,0 +1,52 @@
+"""Students put where rows say that theirs lie: untrained, each its own, with its picture."""
+
+from pathlib import Path
+
+from PIL import Image
+
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.sampling import Sampler
+from bdense.models.store import denoiser_sha256, save_denoiser
+from search.storage.engine import runs_folder
+from search.storage.ledger import Ledger
+from search.study.study import Study
+from tests.small import small_teacher
+
+METADATA = {"kind": "student", "sampler": Sampler(num_intervals=2, afs=False).describe()}
+
+
+def student(number: int, nfe: int = 2) -> NetworkDenoiser:
+    """That of a row; ``shade`` of its picture is 10 x number + nfe."""
+    return small_teacher(seed=10 * number + nfe)
+
+
+def digest(number: int, nfe: int = 2) -> str:
+    """Of that student's weights."""
+    return denoiser_sha256(student(number, nfe))
+
+
+def keep(study: Study, *numbers: int, ledger: Ledger | None = None) -> None:
+    """Write those of some rows, of each stage.
+
+    Args:
+        study: Of any kind.
+        numbers: Of rows; all without any.
+        ledger: Of the rows; the study's main one by default.
+    """
+    for trial in (ledger or study.main).study.trials:
+        if numbers and trial.number not in numbers:
+            continue
+        last = runs_folder() / trial.user_attrs["student"]
+        for stage in study.spec.resolved.stages:
+            path = last.with_name(f"{stage.name or 'student'}.safetensors")
+            metadata = METADATA | {"identity": {"a": 1}}
+            save_denoiser(path, student(trial.number, stage.nfe), metadata)
+            grid = f"{stage.name}-samples.png" if stage.name else "samples.png"
+            grey = 10 * trial.number + stage.nfe
+            Image.new("L", (8, 8), grey).save(last.with_name(grid))
+
+
+def shade(path: Path) -> int:
+    """Of a picture that ``keep`` made."""
+    with Image.open(path) as picture:
+        return picture.getpixel((0, 0))

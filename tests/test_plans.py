@@ -1,0 +1,540 @@
+"""Arms taken from a search, confirmed, promoted, transferred: four ways to one kind of study."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bdense.errors import InputError
+from bdense.models.sources import load_model
+from bdense.models.store import denoiser_sha256, load_denoiser
+from search.analysis.comparison import comparisons_of, table_rows, teacher_of
+from search.analysis.confirmation import confirmed_arm
+from search.analysis.plans import (
+    arm_from,
+    at_another_k,
+    other_budget,
+    plan_confirmation,
+    plan_given,
+    plan_promotion,
+    plan_transfer,
+)
+from search.errors import SpecChangedError
+from search.study.arms import ROW_SPACE, Arm, ArmRow, given_arms
+from search.study.study import SPEC, Study
+from search.study.wording import align
+from search.worker.assets import load, use_device
+from search.worker.evaluate import evaluate
+from search.worker.worker import Worker
+from tests.measured import command, finish, normalised, refused, search
+from tests.students import digest, keep
+from tests.studies import LEARNED, NORMALISED, PROMOTION, changed, promotion, spec, write
+
+PAPER = arm_from("1.386,-4.274")
+# Another NFE, K, budget and seed.
+OTHERS: dict[str, Any] = {
+    "name": "others",
+    "weights": NORMALISED,
+    "seeds": {"training": 1},
+    "method__nfe": 3,
+    "method__substeps": 2,
+    "method__kimg": 5.0,
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to a study of given arms.
+
+    Attributes:
+        name: Of the study that is made.
+        make: From the search, a number of seeds and changed settings to the study.
+        trials: Of the search, whose weights are its arms beside the baselines.
+        seeds: Of the rows of each arm.
+        verb: The same on the command line; {file} is that of ``tree``.
+        change: A setting without which numbers do not compare; none where it is the search's.
+        variants: Settings of the method.
+        latents: Of the rows, if not their own seeds.
+        of: The search, a fixture.
+    """
+
+    name: str
+    make: Callable[..., Study]
+    trials: Sequence[int]
+    seeds: Sequence[int]
+    verb: Sequence[str]
+    change: dict[str, Any] | None = None
+    tree: dict[str, Any] | None = None
+    variants: Sequence[dict[str, Any]] = ({},)
+    latents: int | None = None
+    of: str = "confirmed"
+
+    def planned(self, study: Study, more: int = 0, **keys: Any) -> Study:
+        """The study with so many seeds more, or less."""
+        return self.make(study, len(self.seeds) + more, **keys)
+
+    def command(self, folder: Path) -> list[str]:
+        file = write(folder, self.tree) if self.tree is not None else ""
+        return [part.format(file=file) for part in self.verb]
+
+
+def confirm(study: Study, count: int) -> Study:
+    return plan_confirmation(study, method={}, seeds=count, count=2)
+
+
+def promote(study: Study, count: int, **keys: Any) -> Study:
+    of = given_arms(normalised(**keys), "digits.promote")
+    return plan_promotion(
+        study.url,
+        of,
+        confirmed_arm(study),
+        of="digits",
+        seeds=range(4, 4 + count),
+        variants=({}, {"nfe": 3}),
+    )
+
+
+def promote_to(study: Study, count: int = 2, **keys: Any) -> Study:
+    arm = confirmed_arm(study)
+    return plan_promotion(study.url, promotion(**keys), arm, of="digits", seeds=range(count))
+
+
+def transfer(study: Study, count: int, **keys: Any) -> Study:
+    return plan_transfer(study, spec(**{**OTHERS, **keys}), top=2, seeds=count)
+
+
+WAYS = [
+    Way(
+        "digits.confirm",
+        confirm,
+        of="searched",
+        trials=(3, 2),
+        seeds=(1, 2, 3),
+        verb=("confirm", "digits", "--candidates", "2"),
+    ),
+    Way(
+        "digits.promote",
+        promote,
+        trials=(2,),
+        seeds=(4, 5),  # 0 is the search's, 1 to 3 chose the winner
+        variants=({}, {"nfe": 3}),
+        change={"method__lr": 1e-3},
+        verb=("promote", "digits", "--nfe", "2,3", "--seeds", "2"),
+    ),
+    Way(
+        "promote-digits",
+        promote_to,
+        trials=(2,),
+        seeds=(0, 1),
+        latents=0,
+        change={"method__updates": 20},
+        verb=("promote", "digits", "--to", "{file}"),
+        tree=PROMOTION,
+    ),
+    Way(
+        "others.from.digits",
+        transfer,
+        trials=(3, 2),
+        seeds=(2, 3),  # 0 and 1 are the other study's own
+        change={"method__kimg": 6.0},
+        verb=("transfer", "digits", "--to", "{file}", "--top", "2", "--seeds", "2"),
+        tree=changed(**OTHERS),
+    ),
+]
+each_way = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+
+
+@pytest.fixture
+def source(request, way) -> Study:
+    """The search."""
+    return request.getfixturevalue(way.of)
+
+
+def fid(arm: Arm, row: ArmRow) -> float:
+    """Plain 9, 10 ..; uniform 8.5, 9.5 ..; the weights 7, 8 .."""
+    return {"plain": 9.0, "uniform": 8.5, None: 7.0}[arm.baseline] + row.seed
+
+
+def left(study: Study) -> list[ArmRow]:
+    return [row for row, ended in study.rows() if not ended]
+
+
+# ---- whichever way ----
+
+
+@each_way
+def test_the_weights_and_both_baselines_are_trained_under_each_seed(source, way):
+    study = way.planned(source)
+    assert (study.name, study.facts, study.is_search) == (way.name, {"of": "digits"}, False)
+    assert [arm.baseline for arm in study.arms[:2]] == ["plain", "uniform"]
+    assert [arm.trial for arm in study.arms[2:]] == list(way.trials)
+    # Taken literally: (a, b) whose sum was the search's K have another one elsewhere.
+    trials = source.search.study.trials
+    stored = [trials[number].user_attrs for number in way.trials]
+    assert [arm.params for arm in study.arms[2:]] == [{"a": s["a"], "b": s["b"]} for s in stored]
+    rows = [
+        ArmRow(arm=arm, seed=seed, variant=variant)
+        for variant in range(len(way.variants))
+        for seed in way.seeds
+        for arm in range(len(study.arms))
+    ]
+    assert left(study) == rows
+    for row in rows:
+        task = study.task(study.given, row.params())
+        assert task.params == study.arms[row.arm].params
+        assert task.variant == way.variants[row.variant]
+        assert (task.seed, task.latents) == (row.seed, row.seed if way.latents is None else 0)
+
+
+@each_way
+def test_asked_again_only_what_is_new_is_added(source, way):
+    done = finish(way.planned(source), fid)
+    assert way.planned(source).left() == 0
+    more = left(way.planned(source, +1))
+    assert {row.seed for row in more} == {max(way.seeds) + 1}
+    assert len(more) == len(done) / len(way.seeds)
+    # Fewer take nothing away.
+    assert left(way.planned(source, -1)) == more
+
+
+@pytest.mark.parametrize("way", WAYS[1:], ids=lambda way: way.name)
+def test_other_conditions_are_refused_once_a_row_has_begun_and_replaced_before(source, way):
+    rows = way.planned(source).left()
+    other = way.planned(source, **way.change)
+    assert other.left() == rows
+    finish(other, fid, most=1)
+    (key,) = way.change
+    with pytest.raises(SpecChangedError, match=rf"\({key.replace('__', '.')}: .* stored, "):
+        way.planned(source)
+
+
+@each_way
+def test_when_it_is_complete_the_verb_tells_the_result_and_starts_nothing(source, way, tmp_path):
+    study = way.planned(source)
+    finish(study, fid)
+    keep(study)
+    answer = command(*way.command(tmp_path))
+    assert answer.status == 0, answer.err
+    assert f"{way.name} is complete; nothing is left to do\n" in answer.err
+    rows = len(study.rows())
+    assert f"{way.name}: {rows} of {rows} rows complete" in answer.out
+    for line in align(table_rows(comparisons_of(study), teacher_of(study))):
+        assert line in answer.out
+    assert "-2.00 [-2.00, -2.00]" in answer.out
+
+
+@each_way
+def test_its_own_name_works_where_a_search_s_does(source, way, tmp_path):
+    study = way.planned(source)
+    claim = study.given.claim(ROW_SPACE, None)
+    study.given.fail(claim, "diverged", "the loss is not finite at iteration 3", {})
+    finish(study, fid)
+    rows, seed = len(study.rows()), way.seeds[0]
+    plain = study.arms[0].name
+    assert command("status", way.name).out.splitlines() == [
+        f"{way.name}: {rows - 1} of {rows} rows complete, 0 pruned, 1 failed, 0 running",
+        f"row 0 ({plain}, seed {seed}) failed, diverged: the loss is not finite at iteration 3",
+    ]
+    counts = {"planned": rows, "complete": rows - 1, "pruned": 0, "failed": 1, "running": 0}
+    told = json.loads(command("status", way.name, "--json").out)
+    assert told == {"study": way.name, "trials": counts}
+    shown = tmp_path / "shown"
+    assert command("report", way.name, "--out", shown).out == (
+        f"{shown / 'report.html'}\n{shown / 'report.md'}\n"
+    )
+    page = (shown / "report.md").read_text()
+    assert f"{rows - 1} of {rows} rows complete" in page
+    assert study.arms[2].name in page
+    assert "give the search itself: digits" in refused(command("best", way.name))
+
+
+@each_way
+def test_a_spec_of_another_version_is_named(source, way, tmp_path):
+    study = way.planned(source)
+    stored = json.loads(study.main.attribute(SPEC)) | {"wings": 2}
+    study.main.study.set_user_attr(SPEC, json.dumps(stored))
+    told = refused(command("report", way.name, "--out", tmp_path / "shown"))
+    assert f"cannot read the study's spec ({way.name}: wings is unknown" in told
+
+
+def test_a_row_that_failed_for_want_of_memory_is_tried_anew(confirmed):
+    study = promote_to(confirmed)
+    for reason in ("out of memory", "diverged"):
+        study.given.fail(study.given.claim(ROW_SPACE, None), reason, "", {})
+    finish(study, fid)
+    assert left(promote_to(confirmed)) == [ArmRow(arm=0, seed=0)]
+
+
+# ---- weights at work ----
+
+
+def test_what_the_same_weights_are_at_another_k():
+    told = at_another_k(PAPER, 4, 2)
+    assert "log w_k = 1.386 k - 4.274" in told
+    assert "w_4/w_1 = 63.94 at K = 4" in told
+    assert "w_2/w_1 = 3.999 at K = 2" in told
+    assert told.endswith("in shares 0.2 0.8")
+    assert at_another_k(PAPER, 4, 4) == ""
+    learned = Arm(name="x", params={"rule": "uncertainty", "strength": 1.0, "memory": 9})
+    assert at_another_k(learned, 4, 2) == ""
+    # w_2/w_1 alone is beyond float64.
+    assert at_another_k(arm_from("800,-1600"), 4, 2).endswith("in shares 0 1")
+
+
+@pytest.mark.parametrize(
+    ("text", "a", "b"),
+    [("1.386,-4.274", 1.386, -4.274), ("0.5", 0.5, 0.0), (" -1 , 2 ", -1.0, 2.0)],
+)
+def test_given_weights(text, a, b):
+    arm = arm_from(text)
+    assert (arm.params, arm.trial, arm.baseline) == ({"a": a, "b": b}, None, None)
+
+
+@pytest.mark.parametrize("text", ["nonsense", "", "1,2,3", "1;2", "1,", ",1", "nan,0", "1,inf"])
+def test_other_texts_are_no_weights(text):
+    with pytest.raises(InputError, match=f"--weights {text} "):
+        arm_from(text)
+
+
+@pytest.mark.parametrize("text", ["1000,0", "0,-1000", "-1000,0"])
+def test_weights_without_a_sum_are_refused_before_anything_is_planned(confirmed, text):
+    """exp overflows, or leaves nothing."""
+    with pytest.raises(InputError, match="no positive, finite sum at K = 2"):
+        plan_promotion(confirmed.url, promotion(), arm_from(text), of=None, seeds=[0])
+    assert confirmed.beside("promote-digits") is None
+
+
+def test_other_weights_are_one_more_arm_beside_the_same_baselines(confirmed):
+    finish(promote_to(confirmed, 1), fid)
+    more = plan_promotion(confirmed.url, promotion(), PAPER, of="digits", seeds=[0])
+    assert [arm.trial for arm in more.arms[2:]] == [2, None]
+    assert left(more) == [ArmRow(arm=3, seed=0)]
+
+
+def test_weights_that_were_confirmed_at_another_budget_are_told(confirmed):
+    assert other_budget(confirmed, {}) == other_budget(confirmed, {"kimg": 2.56}) == ""
+    told = other_budget(confirmed, {"kimg": 20.0})
+    assert "were confirmed at 2.56 kimg and are used at kimg 20.0" in told
+
+
+def test_a_file_s_arms_may_be_a_winner_and_given_weights(confirmed):
+    arms = ["plain", {"winner_of": "digits"}, {"a": 1.0, "b": -2.0}, {"a": 0.0}]
+    of = promotion(plan={"arms": arms, "seeds": [7]})
+    study = plan_given(confirmed.url, of)
+    assert [arm.trial for arm in study.arms] == [None, 2, None, None]
+    assert study.arms[2].params == {"a": 1.0, "b": -2.0}
+    assert study.arms[3].params == {"a": 0.0, "b": 0.0}
+    assert study.facts == {"of": "digits"}
+    assert left(study) == [ArmRow(arm=arm, seed=7) for arm in range(4)]
+    # Given on the command line they are the same arm.
+    plan_promotion(confirmed.url, of, arm_from("1,-2"), of="digits", seeds=[7])
+    assert [arm.name for arm in study.arms[2:]] == [
+        "a 1.000, b -2.000 (given)",
+        "a 0.000, b 0.000 (given)",
+        "uniform weights",
+    ]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda study, arm: plan_transfer(study, spec(**OTHERS), top=1, seeds=1),
+        lambda study, arm: plan_promotion(study.url, promotion(), arm, of=None, seeds=[0]),
+    ],
+    ids=["transferred", "promoted to progressive"],
+)
+def test_learned_weights_go_anywhere_with_their_memory(url, make):
+    learned = spec(weights=LEARNED | {"memory": 7})
+    study = search(url, [({"rule": "uncertainty", "strength": 0.5}, 9.0)], study=learned)
+    finish(plan_confirmation(study, method={}, seeds=3, count=1), fid)
+    planned = make(study, confirmed_arm(study))
+    params = {"rule": "uncertainty", "strength": 0.5, "memory": 7}
+    assert planned.arms[2].params == params
+
+
+def test_rows_train_as_their_variant_does(searched, tmp_path, monkeypatch, shared_cache):
+    """Under the first fresh seed: the weights' FID is that without the ledger."""
+    monkeypatch.setenv("BDENSE_CACHE", str(shared_cache))
+    tiny = {"teacher__train__kimg": 0.128, "teacher__train__batch": 32, "method__batch": 32}
+    tiny |= {"trajectories": {"mode": "live"}, "resources": {"gpus": 0}}
+    to = spec(**{**OTHERS, **tiny, "method__kimg": 0.064, "evaluation__images": 64})
+    study = plan_transfer(searched, to, top=1, seeds=1)
+    worker = Worker(study)
+    while (claimed := worker.claim()) is not None:
+        worker.work(claimed)
+    plain, uniform, ours = study.given.study.trials
+    assert plain.user_attrs["weights"] == [1.0]
+    assert uniform.user_attrs["weights"] == [1.0, 1.0]
+    assert len(ours.user_attrs["weights"]) == 2
+    assert ours.user_attrs["arm"] == "a 1.250 (trial 3)"
+    assert ours.user_attrs["fid"]["nfe"] == 3
+    assert ours.user_attrs["fid"]["seeds"] == {"training": 2, "evaluation": 2}
+    assert (tmp_path / "runs" / ours.user_attrs["student"]).exists()
+    alone = evaluate(
+        load(to, use_device(to)),
+        study.task(study.given, ArmRow(arm=2, seed=2).params()),
+        tmp_path / "alone/00000",
+        check=lambda: None,
+        report=lambda _: None,
+    )
+    assert (alone.value, alone.fid.as_dict()) == (ours.value, ours.user_attrs["fid"])
+
+
+# ---- the verb promote ----
+
+
+def test_a_model_is_written_once_and_anew_when_there_is_more(confirmed, tmp_path):
+    """The figures in its card are those of all rows; the older one keeps its files elsewhere."""
+    arguments = ("promote", "digits", "--to", write(tmp_path, PROMOTION), "--seeds")
+    study = promote_to(confirmed, 1)
+    finish(study, fid)
+    keep(study, 2)
+    model = tmp_path / "runs/promote-digits/model"
+    assert f"model folder: {model}\n" in command(*arguments, "1").out
+    assert denoiser_sha256(load_model(str(model))[0]) == digest(2)
+    written = {path.name: path.stat().st_mtime_ns for path in model.iterdir()}
+    assert f"model folder, written before: {model}\n" in command(*arguments, "1").out
+    assert {path.name: path.stat().st_mtime_ns for path in model.iterdir()} == written
+
+    finish(promote_to(confirmed, 2), fid)
+    more = command(*arguments, "2")
+    assert f"model folder: {model}\n" in more.out
+    older = Path(f"{model}.1")
+    assert {path.name: path.stat().st_mtime_ns for path in older.iterdir()} == written
+    tables = [load_denoiser(f / "model.safetensors")[1]["fid_table"][-1] for f in (older, model)]
+    assert [(row["n"], row["fid"]) for row in tables] == [(1, 7.0), (2, 7.5)]
+
+
+def test_each_nfe_has_a_model_and_other_weights_another(confirmed, tmp_path):
+    verb = ("promote", "digits", "--seeds", "1")
+    for arm in (confirmed_arm(confirmed), PAPER):
+        study = plan_promotion(
+            confirmed.url,
+            given_arms(confirmed.spec, "digits.promote"),
+            arm,
+            of="digits",
+            seeds=[4],
+            variants=({}, {"nfe": 3}),
+        )
+        finish(study, fid)
+    keep(study, 2, 5, 6)
+
+    def exported(*options: str) -> dict[str, str]:
+        answer = command(*verb, *options)
+        assert answer.status == 0, answer.err
+        folders = re.findall(r"^model folder: (.*)$", answer.out, re.MULTILINE)
+        return {Path(path).name: denoiser_sha256(load_model(path)[0]) for path in folders}
+
+    # Rows: plain, uniform, winner at 2 NFE, then at 3; then the given weights'.
+    assert exported() == {"model": digest(2)}
+    assert exported("--nfe", "2,3") == {"model-nfe2": digest(2), "model-nfe3": digest(5)}
+    assert exported("--nfe", "3", "--out", str(tmp_path / "mine")) == {"mine": digest(5)}
+    assert exported("--weights", "1.386,-4.274") == {"model": digest(6)}
+    assert exported() == {"model": digest(2)}
+
+
+def test_a_dry_run_plans_nothing_and_prints_what_a_launch_would_take(
+    confirmed, tmp_path, monkeypatch
+):
+    """What it costs is measured elsewhere."""
+    monkeypatch.setattr("search.worker.cost.cost_lines", lambda *_, **__: ["what it costs"])
+    to = ("promote", "digits", "--to", write(tmp_path, PROMOTION), "-n")
+    answer = command(*to, "--seeds", "4,5")
+    assert answer.status == 0, answer.err
+    told = yaml.safe_load(answer.out)
+    arms = ["plain", "uniform", {"winner_of": "digits"}]
+    assert told["plan"] | {"arms": arms, "seeds": [4, 5], "latents": "shared"} == told["plan"]
+    assert spec(told) == promotion(plan={"arms": arms, "seeds": [4, 5]})
+    assert f"# fingerprint {promotion().fingerprint()}\n# what it costs\n" in answer.out
+    own = yaml.safe_load(command("promote", "digits", "-n", "--weights", "1,2", "--kimg", "5").out)
+    assert own["plan"]["arms"][2] == {"a": 1.0, "b": 2.0}
+    assert (own["plan"]["seeds"], own["plan"]["variants"]) == ([4, 5, 6], [{"kimg": 5.0}])
+    assert confirmed.beside("promote-digits") is confirmed.beside("digits.promote") is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--weights", "nonsense"), "--weights nonsense is no A,B of log w_k = a k + b; give two"),
+        (("--weights", "1000,0"), "(given) have no positive, finite sum at K = 2"),
+        (("--nfe", "2"), "method.nfe is unknown"),
+        (("--kimg", "2"), "method.kimg is unknown"),
+        (("--out", "."), ". exists already; choose another folder"),
+        (("--seeds", "0,0"), "seeds [0, 0] must name one seed or more, each once"),
+        (("--seeds=-1,0",), "seeds must be whole numbers of at least 0"),
+        (("--seeds", "0"), "seeds [] must name one seed or more"),
+    ],
+)
+def test_options_that_do_not_fit_the_other_study(confirmed, tmp_path, options, message):
+    file = write(tmp_path, PROMOTION)
+    assert message in refused(command("promote", "digits", "--to", file, *options))
+    assert confirmed.beside("promote-digits") is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--seeds", "0,1"), "--seeds 0,1: without --to it is how many fresh ones"),
+        (("--seeds", "0"), "--seeds 0: without --to it is how many fresh ones"),
+        (("--weights", "x"), "--weights x is no A,B"),
+        (("--out", "."), ". exists already; choose another folder"),
+    ],
+)
+def test_options_that_do_not_fit_the_search(confirmed, options, message):
+    assert message in refused(command("promote", "digits", *options))
+    assert confirmed.beside("digits.promote") is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--nfe", "0"), "argument --nfe: must be 1 or more, got 0"),
+        (("--nfe", "2,x"), "argument --nfe: invalid positives value: '2,x'"),
+        (("--kimg", "0.0001"), "argument --kimg: must lie in 0.001..1e9, got 0.0001"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options, message):
+    answer = command("promote", "digits", *options)
+    assert (answer.status, message in answer.err) == (2, True)
+
+
+def test_what_cannot_be_promoted_to_is_refused(confirmed, tmp_path):
+    a_search = write(tmp_path, weights=NORMALISED)
+    told = refused(command("promote", "digits", "--to", a_search))
+    assert "is a search; give a study of given arms" in told
+    uneven = write(tmp_path, PROMOTION, method__until=3)
+    told = refused(command("promote", "digits", "--to", uneven))
+    assert "8 steps do not become 3" in told
+    taken = write(tmp_path, PROMOTION, name="digits")
+    told = refused(command("promote", "digits", "--to", taken))
+    assert "exists and is a search" in told
+    a_file = write(tmp_path, weights=NORMALISED, method__lr=1e-3)
+    assert "(method.lr: 0.0005 stored, 0.001 given)" in refused(command("promote", a_file))
+
+
+def test_without_a_confirmed_winner_nothing_is_promoted(searched, tmp_path):
+    for verb in (("promote", "digits"), ("promote", "digits", "--to", write(tmp_path, PROMOTION))):
+        assert "only a best of n that may have been lucky" in refused(command(*verb))
+    planned = plan_confirmation(searched, method={}, seeds=3, count=1)
+    assert "only a best of n" in refused(command("promote", "digits"))
+    finish(planned, fid, most=3)
+    assert "digits has not ended" in refused(command("promote", "digits"))
+
+
+# ---- the verb transfer ----
+
+
+def test_what_cannot_be_transferred_is_refused(searched, tmp_path):
+    file = write(tmp_path, weights=NORMALISED)
+    own = command("transfer", "digits", "--to", file)
+    assert "--to names study digits itself" in refused(own)
+    assert "no study 'nobody'" in refused(command("transfer", "nobody", "--to", file))
+    absent = command("transfer", "digits", "--to", "absent.yaml")
+    assert "absent.yaml cannot be read" in refused(absent)
+    usage = command("transfer", "digits", "--to", file, "--top", "0")
+    assert (usage.status, "argument --top: must be 1 or more, got 0" in usage.err) == (2, True)

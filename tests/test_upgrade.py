@@ -1,0 +1,533 @@
+"""A database and runs folder of commit 3f7be1a: refused, brought over whole, and continued."""
+
+import contextlib
+import json
+import shutil
+import sqlite3
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import sqlalchemy as sa
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState, create_trial
+
+from bdense.errors import InputError
+from bdense.files import atomic_write
+from bdense.models.store import denoiser_sha256, load_denoiser
+from search.errors import OutdatedStudyError, SpecChangedError
+from search.spec.file import parse, read_tree
+from search.spec.legacy import translated
+from search.spec.resolve import resolve
+from search.storage.ledger import Claim
+from search.storage.schema import open_tables
+from search.study import upgrade
+from search.study.arms import ROW_SPACE
+from search.study.folders import row_folder
+from search.study.study import CONDITIONS, FINGERPRINT, JUDGED, TEACHER, TRAJECTORIES, Study
+from search.study.trial_log import LOG_FILE
+from search.worker.result import read_result, take_folder
+from search.worker.worker import Worker
+from tests.goldens import ROOT
+from tests.measured import command, refused
+
+OLD = ROOT / "tests" / "data" / "version-3f7be1a"
+EXPECTED = json.loads((OLD / "expected.json").read_text())
+STUDIES: dict[str, dict[str, Any]] = EXPECTED["studies"]
+NAMES = [name for name in STUDIES if not name.endswith(".baselines")]
+BASELINES = {"sfd": "plain", "pd": "plain", "uniform": "uniform"}
+# Intermediate FIDs of progressive distillation by its steps, and by stage.
+STAGES = {"8": "0", "4": "1", "2": "2"}
+
+
+@pytest.fixture(autouse=True)
+def at_home(tmp_path, tmp_path_factory, monkeypatch) -> None:
+    """Runs and storage of each test are its own; teachers and such are made once."""
+    monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("BDENSE_CACHE", str(tmp_path_factory.getbasetemp() / "upgraded" / "cache"))
+    for name in ("BDENSE_STORAGE", "BDENSE_ARTIFACTS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def in_one_process(monkeypatch) -> None:
+    """Specs are read in this process, which has torch already."""
+    monkeypatch.setattr(upgrade, "apart", lambda call: call())
+
+
+def copied(folder: Path) -> str:
+    """The old runs and database; URL of the latter."""
+    shutil.copytree(OLD / "runs", folder / "runs")
+    shutil.copyfile(OLD / "bdense.db", folder / "runs" / "bdense.db")
+    return f"sqlite:///{folder}/runs/bdense.db"
+
+
+@pytest.fixture
+def old(tmp_path, in_one_process) -> str:
+    return copied(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def upgraded(tmp_path_factory) -> Path:
+    """Brought over, to be copied."""
+    folder = tmp_path_factory.mktemp("upgraded")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BDENSE_RUNS", str(folder / "runs"))
+        patch.setattr(upgrade, "apart", lambda call: call())
+        assert len(list(upgrade.upgrade_studies(copied(folder)))) == len(NAMES)
+    return folder
+
+
+@pytest.fixture
+def url(upgraded, tmp_path, in_one_process) -> str:
+    """A copy of what was brought over."""
+    shutil.copytree(upgraded / "runs", tmp_path / "runs")
+    return f"sqlite:///{tmp_path}/runs/bdense.db"
+
+
+@contextlib.contextmanager
+def database(url: str) -> Iterator[sqlite3.Connection]:
+    with contextlib.closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
+        yield connection
+        connection.commit()
+
+
+def attribute(name: str, key: str) -> Any:
+    """As the old database has it."""
+    with contextlib.closing(sqlite3.connect(f"file:{OLD}/bdense.db?immutable=1", uri=True)) as db:
+        (value,) = db.execute(
+            "SELECT value_json FROM study_user_attributes JOIN studies USING (study_id) "
+            "WHERE study_name = ? AND key = ?",
+            (name, key),
+        ).fetchone()
+    return json.loads(value)
+
+
+def change(url: str, name: str, key: str, values: Mapping[str, Any]) -> None:
+    """Change keys of a JSON text among an old study's attributes."""
+    text = json.dumps(json.dumps({**json.loads(attribute(name, key)), **values}))
+    with database(url) as db:
+        db.execute(
+            "UPDATE study_user_attributes SET value_json = ? WHERE key = ? AND study_id = "
+            "(SELECT study_id FROM studies WHERE study_name = ?)",
+            (text, key, name),
+        )
+
+
+def everything(url: str) -> dict[str, Any]:
+    """Database and files, but for the keys that the database counts by itself."""
+    found: dict[str, Any] = {}
+    with database(url) as db:
+        tables = [
+            name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type='table'")
+        ]
+        for table in tables:
+            own = {"param_id", "study_user_attribute_id", "trial_user_attribute_id"}
+            own |= {"study_system_attribute_id", "trial_system_attribute_id"}
+            columns = [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
+            chosen = ", ".join(f'"{each}"' for each in columns if each not in own)
+            found[table] = sorted(map(str, db.execute(f"SELECT {chosen} FROM {table}")))
+    runs = Path(url.removeprefix("sqlite:///")).parent
+    for path in runs.rglob("*"):
+        if path.is_file() and not path.name.startswith("bdense.db"):
+            found[str(path.relative_to(runs))] = path.read_bytes()
+    return found
+
+
+def test_an_old_study_is_refused_by_a_line_that_names_the_command(old, monkeypatch):
+    monkeypatch.setattr("search.spec.file.apart", lambda call: call())
+    assert "`bdense-search storage upgrade`" in refused(command("status", "small"))
+    answer = command("launch", OLD / "small.yaml")
+    assert (answer.status, answer.out) == (2, "")
+    assert "`bdense-search storage upgrade`" in answer.err.splitlines()[-1]
+    for name in NAMES:
+        with pytest.raises(OutdatedStudyError):
+            Study.open(old, name, reading=True)
+
+
+def test_the_command_prints_a_line_a_study_and_all_reading_commands_say_what_they_said(tmp_path):
+    copied(tmp_path)
+    answer = command("storage", "upgrade")
+    assert answer.status == 0, answer.err
+    tables, *lines = answer.out.splitlines()
+    assert [line.split()[1].rstrip(":") for line in lines] == NAMES
+    for name, told in EXPECTED["status"].items():
+        assert json.loads(command("status", name, "--json").out) == told
+    for name, told in EXPECTED["best"].items():
+        now = json.loads(command("best", name, "--json").out)
+        del now["storage"]
+        assert now == told
+    assert command("storage", "upgrade").out.splitlines() == [tables]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_row_has_its_state_parameters_figures_and_files(url, name):
+    told, study = STUDIES[name], Study.open(url, name)
+    assert study.main.attribute(TEACHER) == told["teacher_sha256"]
+    assert study.spec.fingerprint() == study.main.attribute(FINGERPRINT)
+    assert study.main.budget == told["budget"]
+    rows = {ledger.study.study_name: ledger.study.trials for ledger in study.ledgers}
+    assert set(rows) == {each for each in STUDIES if each in (name, f"{name}.baselines")}
+    for each, trials in rows.items():
+        assert len(trials) == len(STUDIES[each]["rows"])
+        for trial in trials:
+            same_row(study, trial, STUDIES[each]["rows"][str(trial.number)])
+
+
+def same_row(study: Study, trial: optuna.trial.FrozenTrial, told: Mapping[str, Any]) -> None:
+    """A row is what the old version said of it."""
+    attrs = trial.user_attrs
+    assert trial.state.name == told["state"]
+    if trial.state is TrialState.COMPLETE:
+        assert trial.value == told["fid"]
+    steps = STAGES if study.spec.method.name == "progressive" else {}
+    intermediate = {str(step): value for step, value in trial.intermediate_values.items()}
+    before = told.get("intermediate", {})
+    assert intermediate == {steps.get(step, step): value for step, value in before.items()}
+    for key in ("weights", "a", "b", "rule", "strength", "tries", "reason", "error", "pruned_at"):
+        assert attrs.get(key) == told.get(key), key
+    params = trial.system_attrs.get("fixed_params", trial.params)
+    if trial.state is not TrialState.WAITING:
+        assert params == trial.params
+    if "arm" in told["params"]:
+        assert {"variant": 0, **{k: told["params"][k] for k in ("arm", "seed")}} == params
+        assert attrs["arm"] == told["arm"] == study.arms[params["arm"]].name
+    elif "method" in told["params"]:
+        assert study.arms[params["arm"]].baseline == BASELINES[told["params"]["method"]]
+        assert (params["seed"], params["variant"]) == (study.spec.seeds.training, 0)
+    else:
+        assert params == told["params"]
+    if (student := told.get("student")) is not None:
+        path = row_folder("x", 0).parents[1] / student
+        assert denoiser_sha256(load_denoiser(path)[0]) == told["student_sha256"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_worker_takes_each_folder_for_its_rows_and_finds_the_result(url, name):
+    study = Study.open(url, name)
+    folders = []
+    for ledger in study.ledgers:
+        for trial in ledger.study.trials:
+            folder = row_folder(ledger.study.study_name, trial.number)
+            if not (folder / "trial.json").exists():
+                continue
+            params = trial.system_attrs.get("fixed_params", trial.params)
+            identity = study.task(ledger, params).identity()
+            identity |= {"fingerprint": study.spec.fingerprint()}
+            take_folder(folder, identity)
+            assert folder.exists()
+            folders.append(folder)
+            result = read_result(folder, identity)
+            if trial.state is TrialState.COMPLETE:
+                assert result is not None
+                assert result.value == trial.value
+                # Only what is told of a result lies in the database alone.
+                told = {key: trial.user_attrs[key] for key in result.attrs()}
+                for attrs in (stored := result.attrs(), told):
+                    attrs.pop("seeds"), attrs["timings"].pop("service_seconds", None)
+                assert stored == told
+    # Nothing was moved aside.
+    assert not [each for folder in folders for each in folder.parent.glob("0*.*")]
+    assert not [each for folder in folders for each in folder.glob("looks.json")]
+
+
+def test_studies_of_given_arms_are_of_their_own_name_and_know_their_trajectories(url):
+    found = Study.open(url, "small.confirm")
+    assert (found.spec.name, found.facts) == ("small.confirm", {"of": "small"})
+    assert (found.variants, found.main.attribute(JUDGED)) == ([{}], 0)
+    assert [arm.baseline for arm in found.arms] == ["plain", "uniform", None]
+    promoted = Study.open(url, "promote-small").spec.plan
+    assert (promoted.seeds, promoted.latents) == ((0,), "shared")
+    trajectories = Study.open(url, "small").main.attribute(TRAJECTORIES)
+    assert trajectories == [attribute("small", "trajectories")]
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("small", "small"), ("learned", "learned"), ("promote-small", "promotion")],
+)
+def test_the_old_study_file_is_still_that_of_its_study(url, name, file):
+    study = Study.open(url, name)
+    path = OLD / f"{file}.yaml"
+    spec = resolve(parse(translated(read_tree(path))[0], source=path.name))
+    study.refuse_other_conditions(spec)
+    # By it row folders are known again.
+    assert spec.fingerprint() == study.main.attribute(FINGERPRINT)
+
+
+def test_twice_is_once(url):
+    before = everything(url)
+    assert list(upgrade.upgrade_studies(url)) == []
+    assert everything(url) == before
+
+
+class KilledError(Exception):
+    """What ends an upgrade in the middle."""
+
+
+@contextlib.contextmanager
+def killed_after(writes: int, monkeypatch) -> Iterator[None]:
+    """Let so many files and statements be written; the next one is the last that is begun."""
+    left = writes
+
+    def write() -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KilledError
+
+    @contextlib.contextmanager
+    def dying(path: Path) -> Iterator[Path]:
+        with atomic_write(path) as scratch:
+            write()
+            yield scratch
+
+    def execute(connection, cursor, statement, *_: object) -> None:
+        if statement.split()[0] in ("INSERT", "UPDATE", "DELETE"):
+            write()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(upgrade, "atomic_write", dying)
+        sa.event.listen(sa.Engine, "before_cursor_execute", execute)
+        try:
+            yield
+        finally:
+            sa.event.remove(sa.Engine, "before_cursor_execute", execute)
+
+
+def test_killed_again_and_again_it_ends_as_if_it_had_never_been(tmp_path, url, monkeypatch):
+    whole, writes, killed = everything(url), 0, 0
+    again = copied(tmp_path / "again")
+    monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "again" / "runs"))
+    while True:
+        try:
+            with killed_after(writes, monkeypatch):
+                list(upgrade.upgrade_studies(again))
+            break
+        except KilledError:
+            killed, writes = killed + 1, 2 * writes + 1
+        for name in NAMES:  # each study is as it was or brought over, never between
+            with contextlib.suppress(OutdatedStudyError):
+                assert Study.open(again, name).spec.name == name
+    assert killed > 5
+    assert everything(again) == whole
+
+
+def test_a_study_that_is_worked_on_stays_as_it_is(old):
+    with database(old) as db:
+        # By the machine's and the process's names alone nobody could tell that it is dead.
+        db.execute("UPDATE bdense_lease SET boot = '', expires = 1e12 WHERE trial_id = 28")
+    assert "being worked on" in refused(command("storage", "upgrade"))
+    with pytest.raises(InputError, match=r"small: 1 of its rows are being worked on"):
+        list(upgrade.upgrade_studies(old))
+    with pytest.raises(OutdatedStudyError):
+        Study.open(old, "small")
+    assert Study.open(old, "promote-small").counts().complete == 1
+    with database(old) as db:
+        db.execute("UPDATE bdense_lease SET expires = 0")
+    assert len(list(upgrade.upgrade_studies(old))) == 1
+    assert Study.open(old, "small").counts().complete == 3
+
+
+def test_where_the_folders_of_interrupted_rows_are_elsewhere_it_says_so(old, tmp_path):
+    shutil.move(tmp_path / "runs" / "small", tmp_path / "small")
+    with pytest.raises(InputError, match="BDENSE_RUNS"):
+        list(upgrade.upgrade_studies(old))
+    shutil.move(tmp_path / "small", tmp_path / "runs" / "small")
+    (line,) = upgrade.upgrade_studies(old)
+    assert "7 row folders" in line
+
+
+def test_a_folder_of_another_study_is_left_to_be_moved_aside(old, tmp_path):
+    mark = tmp_path / "runs" / "small" / "00000" / "trial.json"
+    mark.write_text('{"fingerprint": "0", "params": {}}')
+    list(upgrade.upgrade_studies(old))
+    assert mark.read_text() == '{"fingerprint": "0", "params": {}}'
+
+
+def test_files_that_are_not_on_this_machine_are_those_that_were_measured_with(old):
+    name, files = "second.from.small", {"data": "folder:00ff", "evaluation.reference": "11ee"}
+    spec = json.loads(attribute(name, "spec"))
+    spec["evaluation"] |= {"reference": "/nowhere/reference.npz"}
+    teacher = {"checkpoint": "/nowhere/teacher.safetensors", "train": None}
+    change(old, name, "spec", spec | {"data": "folder:/nowhere/images", "teacher": teacher})
+    change(old, name, "conditions", files | {"teacher.checkpoint_sha256": "22dd"})
+    list(upgrade.upgrade_studies(old))
+    study = Study.open(old, name)
+    conditions = json.loads(study.main.attribute(CONDITIONS))
+    assert conditions.items() >= files.items()
+    assert conditions["teacher.checkpoint_sha256"] == "22dd"
+    assert study.spec.teacher.checkpoint == "/nowhere/teacher.safetensors"
+    assert study.counts().complete == 3
+
+
+def test_numbers_of_another_numerics_stay_apart_from_todays(old):
+    change(old, "learned", "conditions", {"numerics": 1})
+    list(upgrade.upgrade_studies(old))
+    study = Study.open(old, "learned")
+    with pytest.raises(SpecChangedError, match="numerics"):
+        study.refuse_other_conditions(study.spec)
+
+
+def test_a_spec_that_cannot_be_read_stops_no_other_study(old):
+    change(old, "learned", "spec", {"weights": {"parameterisation": "magic"}})
+    with pytest.raises(InputError, match=r"stay as they were: learned: .*magic"):
+        list(upgrade.upgrade_studies(old))
+    assert Study.open(old, "small").counts().complete == 3
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def planted(request, tmp_path, in_one_process) -> str:
+    """A few old rows in a database of each kind, made by hand."""
+    url = f"sqlite:///{tmp_path}/runs/planted.db"
+    if request.param == "postgres":
+        url = request.getfixturevalue("postgres").new_database()
+    storage = open_tables(url)
+
+    def study(name: str, like: str, **attributes: Any) -> optuna.Study:
+        made = optuna.create_study(study_name=name, storage=storage, direction="minimize")
+        own = {key: attribute(like, key) for key in ("spec", "conditions", "fingerprint")}
+        for key, value in {"budget": 9, "ttl": 60.0, "max_attempts": 3, **attributes}.items():
+            made.set_user_attr(key, value)
+        for key, value in own.items() if "of" not in attributes else ():
+            made.set_user_attr(key, value)
+        return made
+
+    bounds = FloatDistribution(-6.0, 3.0)
+    search = study("small", "small", looks={"at": [0.25], "images": 64}, trajectories="/x/y")
+    search.add_trial(
+        create_trial(
+            params={"a": 1.0, "b": -1.0},
+            distributions={"a": bounds, "b": bounds},
+            value=5.0,
+            user_attrs={"fingerprint": "f", "timings": {"looks_seconds": 1.0}},
+            intermediate_values={768: 9.0},
+        )
+    )
+    search.enqueue_trial({"a": 2.0, "b": -2.0})
+    methods = CategoricalDistribution(("sfd", "uniform"))
+    baselines = study("small.baselines", "small", of="small")
+    for method in methods.choices:
+        baselines.add_trial(
+            create_trial(
+                params={"method": method},
+                distributions={"method": methods},
+                value=7.0,
+                system_attrs={"fixed_params": {"method": method}},
+            )
+        )
+    arms = attribute("small.confirm", "arms")
+    row = {"arm": IntDistribution(0, 10**6), "seed": IntDistribution(0, 2**31 - 1)}
+    student = row | {"kimg": FloatDistribution(0.001, 1e9), "nfe": IntDistribution(1, 10**6)}
+    facts = {"of": "small"}
+    confirmed = study(
+        "small.confirm", "small.confirm", kind="retrain", arms=arms, facts=facts, kimg=6.4
+    )
+    for kimg, nfe in ((6.4, 2), (3.2, 2), (3.2, 3)):
+        params = {"arm": 2, "seed": 1, "kimg": kimg, "nfe": nfe}
+        confirmed.add_trial(
+            create_trial(
+                params=params,
+                distributions=student,
+                value=kimg + nfe,
+                system_attrs={"fixed_params": params},
+                user_attrs={"kimg": kimg, "fingerprint": "f"},
+            )
+        )
+    confirmed.enqueue_trial({"arm": 0, "seed": 1, "kimg": 6.4, "nfe": 2})
+    arms = attribute("promote-small", "arms")
+    facts |= {"a": 1.0, "b": -1.0}
+    promoted = study("promote-small", "promote-small", kind="progressive", arms=arms, facts=facts)
+    promoted.add_trial(
+        create_trial(
+            params={"arm": 1, "seed": 0},
+            distributions=row,
+            value=1.0,
+            intermediate_values={8: 3.0, 4: 2.0, 2: 1.0},
+            user_attrs={"method": "uniform", "arm": "uniform weights"},
+        )
+    )
+    return url
+
+
+def test_rows_of_either_database_are_rewritten(planted):
+    assert len(list(upgrade.upgrade_studies(planted))) == 3
+    small = Study.open(planted, "small")
+    first, waiting = small.search.study.trials
+    assert (first.params, first.value) == ({"a": 1.0, "b": -1.0}, 5.0)
+    assert first.user_attrs == {
+        "fingerprint": small.spec.fingerprint(),
+        "timings": {"intermediate_seconds": 1.0},
+    }
+    assert waiting.state is TrialState.WAITING
+    assert small.main.attribute("intermediate") == {"at": [0.25], "images": 64}
+    baselines = [trial.params for trial in small.given.study.trials]
+    assert baselines == [{"arm": arm, "seed": 0, "variant": 0} for arm in (0, 1)]
+
+    confirmed = Study.open(planted, "small.confirm")
+    assert confirmed.variants == [{}, {"kimg": 6.4}, {"nfe": 3}]
+    assert confirmed.main.attribute(JUDGED) == 1
+    rows = confirmed.given.study.trials
+    assert [(t.params["variant"], t.value) for t in rows[:3]] == [(1, 8.4), (0, 5.2), (2, 6.2)]
+    assert rows[0].user_attrs["variant"] == {"kimg": 6.4}
+    assert "kimg" not in rows[0].user_attrs
+    claim = confirmed.given.claim(ROW_SPACE, None)
+    assert isinstance(claim, Claim)
+    assert confirmed.task(confirmed.given, claim.params).variant == {"kimg": 6.4}
+
+    promoted = Study.open(planted, "promote-small")
+    assert promoted.facts == {"of": "small"}
+    (row,) = promoted.given.study.trials
+    assert row.params == {"arm": 1, "seed": 0, "variant": 0}
+    assert row.intermediate_values == {0: 3.0, 1: 2.0, 2: 1.0}
+    assert row.user_attrs == {"arm": "uniform weights"}
+
+
+def is_finished_as_before(url: str, name: str) -> None:
+    """Each row that had not ended has the FID and the student that the old version came to."""
+    study = Study.open(url, name)
+    for number, told in STUDIES[name]["rows"].items():
+        if "finished" not in told:
+            continue
+        trial, finished = study.main.study.trials[int(number)], told["finished"]
+        same_row(study, trial, {**finished, "params": told["params"]})
+        if "checkpoint" in told:
+            lines = (row_folder(name, int(number)) / LOG_FILE).read_text().splitlines()
+            events = [json.loads(line) for line in lines]
+            adopted = next(i for i, each in enumerate(events) if each["event"] == "adopted")
+            trained = [e["iteration"] for e in events[adopted:] if e["event"] == "training"]
+            assert trained[0] == told["checkpoint"]["iteration"] + 1
+
+
+def finish(url: str, name: str) -> None:
+    """Work on a study to its end, in this process."""
+    try:
+        worker = Worker(Study.open(url, name))
+    except SpecChangedError as error:
+        pytest.skip(f"this machine makes another teacher than the fixture's: {error}")
+    while (claimed := worker.claim()) is not None:
+        worker.work(claimed)
+
+
+@pytest.mark.parametrize("name", ["small", "promote-small"])
+def test_interrupted_rows_go_on_from_their_checkpoints_to_the_same_students(url, name):
+    finish(url, name)
+    is_finished_as_before(url, name)
+
+
+@pytest.mark.slow
+def test_the_old_files_and_commands_finish_what_they_began(url, tmp_path, monkeypatch):
+    finish(url, "learned")  # only to see whether teachers come out as they did
+    monkeypatch.chdir(tmp_path)
+    for arguments, name in (
+        (("launch", OLD / "small.yaml"), "small"),
+        (("promote", "small", "--to", OLD / "promotion.yaml"), "promote-small"),
+    ):
+        answer = command(*arguments, "--workers", 1)
+        assert answer.status == 0, answer.err
+        is_finished_as_before(url, name)
+    now = json.loads(command("best", "small", "--json").out)
+    del now["storage"]
+    assert now == EXPECTED["finished"]["best"]["small"]

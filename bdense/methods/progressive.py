@@ -107,20 +107,22 @@ class PDConfig(MethodConfig):
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)
         _require_dividing(self.steps, self.until, self.substeps)
-        usual = None if self.schedule == "native" else Schedule(kind=self.schedule)
-        for name in ("rho", "sigma_min", "sigma_max"):
-            value = getattr(self, name)
-            if usual is None and value is not None:
-                raise KnobError(
-                    name,
-                    f"{value:g} is for another schedule: native has the levels of the network's "
-                    "own process; leave it out, or choose another schedule",
-                )
-            # Given as the schedule's own default or not, the config is the same.
-            if usual is not None and value == getattr(usual, name):
-                object.__setattr__(self, name, None)
-        if usual is not None:
+        levels = {name: getattr(self, name) for name in ("rho", "sigma_min", "sigma_max")}
+        given = {name: value for name, value in levels.items() if value is not None}
+        if self.schedule != "native":
             _ = self._levels  # which refuses what does not fit together
+            # Given as the schedule's own default or not, the config is the same.
+            usual = Schedule(kind=self.schedule)
+            for name, value in given.items():
+                if value == getattr(usual, name):
+                    object.__setattr__(self, name, None)
+            return
+        for name, value in given.items():
+            raise KnobError(
+                name,
+                f"{value:g} is for another schedule: native has the levels of the network's "
+                "own process; leave it out, or choose another schedule",
+            )
 
     @property
     def rounds(self) -> tuple[int, ...]:

@@ -444,10 +444,10 @@ def test_what_is_not_finite_is_named_before_an_update_is_made(monkeypatch):
         ({"weights_space": "x"}, "weights_space must be one of clean, state"),
         ({"lr": math.inf}, "lr must be .* got inf"),
         ({"lr": math.nan}, "lr must be .* got nan"),
-        ({"weight_decay": 0.1}, "weight_decay=0.1 needs optimizer=adamw"),
+        ({"weight_decay": 0.1}, "weight_decay 0.1 needs optimizer=adamw"),
         ({"weight_decay": math.nan, "optimizer": "adamw"}, "weight_decay must be"),
         ({"clip_norm": 0.0}, "clip_norm must be"),
-        ({"rho": 5.0}, "schedule=native has the levels .* and rho=5.0 asks for others"),
+        ({"rho": 5.0}, "rho 5 is for another schedule: native"),
         ({"schedule": "logsnr", "sigma_min": 99.0}, "needs 0 < sigma_min < sigma_max"),
     ],
 )
@@ -459,12 +459,17 @@ def test_bad_settings_are_named(options, message):
 @pytest.mark.parametrize(
     ("first", "last", "substeps", "message"),
     [
-        (64, 6, 3, r"64 steps do not become 6 by dividing by substeps=3 .*; start at steps=54"),
+        (
+            64,
+            6,
+            3,
+            r"steps 64 do not become until=6 by dividing by substeps=3 .*; start at steps=54",
+        ),
         (64, 6, 2, "end at until=32 or 16 or 8 or 4, or start at steps=48"),
         (6, 4, 2, "end at until=3, or start at steps=8"),
         (96, 1, 2, "; end at until=48 or 24 or 12 or 6 or 3, or start at steps=128"),
-        (8, 8, 2, "got steps=8 and until=8"),
-        (4, 8, 2, "got steps=4 and until=8"),
+        (8, 8, 2, "until must be below steps=8, the teacher's, got 8"),
+        (4, 8, 2, "until must be below steps=4, the teacher's, got 8"),
         (8, 0, 2, "until must be"),
     ],
 )

@@ -559,7 +559,7 @@ def test_ddpm_ends_in_noise_in_any_number_of_times(timesteps):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--loss", "v"), "loss 'v' is for a process, .* choose precond cosine or ddpm"),
+        (("--loss", "v"), "--loss v is for a process, .* choose precond cosine or ddpm"),
         (("--prediction", "sample"), "--prediction sample does nothing with --precond edm"),
         (
             ("--precond", "cosine", "--timesteps", 64),
@@ -592,7 +592,7 @@ def test_options_of_another_process_are_refused(tmp_path, options, message):
         ({"ema_halflife_images": 0}, "ema_halflife_images must be"),
         ({"clip": 0.0}, "clip must be .* got 0.0"),
         ({"clip": math.nan}, "clip must be .* got nan"),
-        ({"loss": "snr"}, "teacher loss 'snr' is for a process, .* choose precond cosine or ddpm"),
+        ({"loss": "snr"}, "loss snr is for a process, .* choose precond cosine or ddpm"),
         ({"loss": "mse", "precond": COSINE}, "loss must be one of constant, .* got 'mse'"),
         ({"precond": {}}, "precond needs the name cosine or ddpm, got None; leave precond out"),
         ({"precond": {"name": "edm"}}, "got 'edm'; leave precond out for EDM's"),

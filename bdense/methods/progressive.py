@@ -27,7 +27,7 @@ from bdense.diffusion.schedules import Levels, Schedule
 from bdense.diffusion.snr_weights import Loss, snr_weight
 from bdense.diffusion.solvers import DDIM
 from bdense.errors import InputError
-from bdense.knobs import knob
+from bdense.knobs import KnobError, knob
 from bdense.methods.images import ImageBatch, ImageDraw
 from bdense.methods.method import Inputs, Method, MethodConfig, StagePlan
 from bdense.methods.sfd import levels_of
@@ -107,11 +107,8 @@ class PDConfig(MethodConfig):
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)
         _require_dividing(self.steps, self.until, self.substeps)
-        given = {
-            name: value
-            for name in ("rho", "sigma_min", "sigma_max")
-            if (value := getattr(self, name)) is not None
-        }
+        levels = {name: getattr(self, name) for name in ("rho", "sigma_min", "sigma_max")}
+        given = {name: value for name, value in levels.items() if value is not None}
         if self.schedule != "native":
             _ = self._levels  # which refuses what does not fit together
             # Given as the schedule's own default or not, the config is the same.
@@ -119,11 +116,12 @@ class PDConfig(MethodConfig):
             for name, value in given.items():
                 if value == getattr(usual, name):
                     object.__setattr__(self, name, None)
-        elif given:
-            spelt = ", ".join(f"{name}={value}" for name, value in given.items())
-            raise InputError(
-                f"schedule=native has the levels of the network's own process, and {spelt} asks "
-                "for others; drop that, or choose another schedule"
+            return
+        for name, value in given.items():
+            raise KnobError(
+                name,
+                f"{value:g} is for another schedule: native has the levels of the network's "
+                "own process; leave it out, or choose another schedule",
             )
 
     @property
@@ -157,10 +155,7 @@ def _require_dividing(first: int, last: int, substeps: int) -> None:
         InputError: They do not; names some that would.
     """
     if last >= first:
-        raise InputError(
-            f"the number of steps goes down from the teacher's, got steps={first} and "
-            f"until={last}; give a smaller until"
-        )
+        raise KnobError("until", f"must be below steps={first}, the teacher's, got {last}")
     reached = [first]
     while reached[-1] > last and reached[-1] % substeps == 0:
         reached.append(reached[-1] // substeps)
@@ -168,9 +163,10 @@ def _require_dividing(first: int, last: int, substeps: int) -> None:
         usable = [n for n in reached[1:] if n >= 1]
         ways = f"end at until={' or '.join(map(str, usable))}, or " if usable else ""
         power = max(1, round(math.log(first / last, substeps)))
-        raise InputError(
-            f"{first} steps do not become {last} by dividing by substeps={substeps} again and "
-            f"again; {ways}start at steps={last * substeps**power}"
+        raise KnobError(
+            "steps",
+            f"{first} do not become until={last} by dividing by substeps={substeps} again and "
+            f"again; {ways}start at steps={last * substeps**power}",
         )
 
 

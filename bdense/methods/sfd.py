@@ -99,11 +99,9 @@ class SFDConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)
-        several = self.nfe if isinstance(self.nfe, tuple | list) else (self.nfe,)
-        if not several or any(isinstance(n, bool) or not isinstance(n, int) for n in several):
-            raise InputError(f"nfe must be a whole number or several, got {self.nfe!r}")
-        if len(set(several)) < len(several):
-            raise InputError(f"nfe {list(several)} names a number twice; give each once")
+        several = self.several_nfe
+        if not several or len(set(several)) < len(several):
+            raise KnobError("nfe", f"must be one number or several different ones, got {several}")
         kept = tuple(sorted(several)) if len(several) > 1 else several[0]
         object.__setattr__(self, "nfe", kept)
         try:
@@ -114,18 +112,19 @@ class SFDConfig(MethodConfig):
         except KnobError as error:  # the solver's knob, which is not one of these
             raise InputError(str(error)) from error
         if self.step_condition != "teacher" and len(several) == 1:
-            raise InputError(
-                f"step_condition={self.step_condition} is for a student of several NFE, got "
-                f"nfe={self.nfe}; give more numbers or drop it"
+            raise KnobError(
+                "step_condition",
+                f"{self.step_condition} is for a student of several NFE, got nfe={self.nfe}; give "
+                "more numbers or leave it out",
             )
-        if self.second_stage:
-            if len(several) > 1:
-                raise InputError(f"second_stage is for one NFE, got nfe={list(several)}; give one")
-            if self.solver != "euler":
-                raise InputError(
-                    f"second_stage walks a student, which takes Euler steps, got "
-                    f"solver={self.solver}; give solver=euler"
-                )
+        if self.second_stage and len(several) > 1:
+            raise KnobError("second_stage", f"is for one NFE, got nfe={list(several)}; give one")
+        if self.second_stage and self.solver != "euler":
+            raise KnobError(
+                "solver",
+                f"must be euler with second_stage, as the teacher is a student and takes Euler "
+                f"steps, got {self.solver}",
+            )
 
     @classmethod
     def read(cls, tree: Mapping[str, Any], where: str = "") -> Self:
@@ -139,7 +138,7 @@ class SFDConfig(MethodConfig):
 
     @property
     def several_nfe(self) -> tuple[int, ...]:
-        """``nfe``, as numbers in rising order."""
+        """``nfe`` as numbers, in rising order."""
         return self.nfe if isinstance(self.nfe, tuple) else (self.nfe,)
 
     @property

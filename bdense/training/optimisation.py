@@ -8,8 +8,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from bdense.errors import InputError
-from bdense.knobs import Knobs, knob
+from bdense.knobs import KnobError, Knobs, knob
 
 Optimizer = Literal["adam", "adamw", "sgd"]
 LRSchedule = Literal["constant", "linear", "step"]
@@ -53,12 +52,10 @@ class OptimisationConfig(Knobs):
 
     def __post_init__(self) -> None:
         Knobs.__post_init__(self)
-        if len(self.betas) != 2:
-            raise InputError(f"betas must be two numbers, got {list(self.betas)}")
         if self.weight_decay and self.optimizer != "adamw":
-            raise InputError(
-                f"weight_decay={self.weight_decay} needs optimizer=adamw, got "
-                f"optimizer={self.optimizer}; {self.optimizer} has no weight decay"
+            raise KnobError(
+                "weight_decay",
+                f"{self.weight_decay:g} needs optimizer=adamw; {self.optimizer} has none",
             )
 
     def lr_at(self, iteration: int, num_updates: int, batch: int) -> float:

@@ -7,6 +7,7 @@ B batch, C channels, H x W pixels.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from bdense.diffusion.preconditioning import (
 from bdense.diffusion.snr_weights import Loss, snr_weight
 from bdense.errors import InputError
 from bdense.execution import Execution
-from bdense.knobs import Knobs, knob
+from bdense.knobs import KnobError, Knobs, knob
 from bdense.networks import SongUNet, SongUNetConfig
 from bdense.randomness import Stream, derive_seed, generator
 from bdense.training.loop import IterationReport, train
@@ -84,9 +85,10 @@ class TeacherConfig(Knobs):
     def __post_init__(self) -> None:
         Knobs.__post_init__(self)
         if self.loss is not None and self.precond is None:
-            raise InputError(
-                f"teacher loss {self.loss!r} is for a process, and EDM's preconditioning has its "
-                "own; leave it out, or choose precond cosine or ddpm"
+            raise KnobError(
+                "loss",
+                f"{self.loss} is for a process, and EDM's preconditioning has its own; leave it "
+                "out, or choose precond cosine or ddpm",
             )
         _ = self.preconditioning  # which refuses bad options
 
@@ -102,9 +104,9 @@ class TeacherConfig(Knobs):
         options = dict(self.precond)
         name = options.pop("name", None)
         if name not in ("cosine", "ddpm"):
-            raise InputError(
-                f"teacher precond needs the name cosine or ddpm, got {name!r}; leave precond out "
-                "for EDM's"
+            raise KnobError(
+                "precond",
+                f"needs the name cosine or ddpm, got {name!r}; leave precond out for EDM's",
             )
         precond = make_preconditioning(name, options)
         assert isinstance(precond, DDPM | Cosine)
@@ -187,7 +189,7 @@ class TeacherStage(Stateless):
         """Of the config."""
         return self.config.seed
 
-    @property
+    @functools.cached_property
     def optimisation(self) -> OptimisationConfig:
         """Of the config."""
         return self.config.optimisation

@@ -17,7 +17,7 @@ from search.study.folders import row_folder
 IDENTITY, RESULT = "trial.json", "result.json"
 INTERMEDIATE_FILE = "intermediate.json"
 STUDENT, CHECKPOINT = "student.safetensors", "checkpoint.safetensors"
-UNFINISHED_ROUND = ".training.safetensors"  # as bdense.methods.chain names it
+UNFINISHED_ROUND = ".training.safetensors"  # as bdense.methods.distill names it
 KEPT = "kept_students"  # the study's attribute: numbers of trials
 
 _log = logging.getLogger(__name__)

@@ -104,7 +104,7 @@ class Workplace:
             stderr=subprocess.PIPE,
         )
 
-    def run(self, *arguments: str | Path, timeout: float = 600) -> subprocess.CompletedProcess:
+    def run(self, *arguments: str | Path, timeout: float = 1800) -> subprocess.CompletedProcess:
         with self.start(*arguments) as process:
             try:
                 out, err = process.communicate(timeout=timeout)
@@ -183,7 +183,7 @@ class Workplace:
         return wait_until(found, what=f"a row at {progress!r}")
 
 
-def wait_until(condition: Callable[[], Any], *, seconds: float = 300, what: str = "") -> Any:
+def wait_until(condition: Callable[[], Any], *, seconds: float = 900, what: str = "") -> Any:
     """The first true answer."""
     deadline = time.monotonic() + seconds
     while not (answer := condition()):

@@ -100,7 +100,7 @@ def test_a_confirmed_winner_is_promoted_with_another_method(launched):
     assert "at the search's K = 4 becomes w_2/w_1 = " in out
     trials = launched.rows("promote-small")
     assert [t.user_attrs["arm"] for t in trials[:3]] == [
-        "plain progressive distillation",
+        "plain PD",
         "uniform weights",
         name,
     ]
@@ -163,7 +163,7 @@ def test_progressive_rows_whose_worker_is_killed_end_the_same_bit_for_bit(workpl
         kill(workplace.worker_at("round 2/2: training", "fault", row=2)[0])
         folder = workplace.runs / "fault/00002"
         first_round = (folder / "00004.safetensors").stat().st_mtime_ns
-        out, err = launcher.communicate(timeout=300)
+        out, err = launcher.communicate(timeout=900)
     finally:
         launcher.send_signal(signal.SIGINT)
     assert launcher.returncode == 0, err

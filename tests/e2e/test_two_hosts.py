@@ -282,7 +282,7 @@ def test_nobody_gets_in_without_the_token_or_the_password(cluster):
     status = cluster.search("status", "small", PGPASSFILE=str(wrong))
 
     for name, launch in launches.items():
-        out, err = launch.communicate(timeout=300)
+        out, err = launch.communicate(timeout=900)
         assert (launch.returncode, out) == (2, ""), name
         line = err.splitlines()[-1]
         assert f"Ray at {cluster.address} asks for a token" in line
@@ -290,11 +290,11 @@ def test_nobody_gets_in_without_the_token_or_the_password(cluster):
         assert "Traceback" not in err
         assert cluster.token not in err
         assert cluster.rows(name) == []
-    _, err = node.communicate(timeout=300)
+    _, err = node.communicate(timeout=900)
     assert node.returncode != 0
     assert "InvalidAuthToken" in err
     # Else the password in the other test would prove nothing.
-    out, err = status.communicate(timeout=300)
+    out, err = status.communicate(timeout=900)
     assert (status.returncode, out) == (2, "")
     (line,) = err.splitlines()
     assert "password authentication failed" in line

@@ -159,8 +159,8 @@ def test_progressive_rows_whose_worker_is_killed_end_the_same_bit_for_bit(workpl
     file = workplace.write({**tree, "name": "fault"})
     launcher = workplace.start("launch", file, "--workers", "1")
     try:
-        kill(workplace.worker_at("round 1/2: training", "fault", row=0)[0])
-        kill(workplace.worker_at("round 2/2: training", "fault", row=2)[0])
+        kill(workplace.worker_at("stage 1/2: training", "fault", row=0)[0])
+        kill(workplace.worker_at("stage 2/2: training", "fault", row=2)[0])
         folder = workplace.runs / "fault/00002"
         first_round = (folder / "00004.safetensors").stat().st_mtime_ns
         out, err = launcher.communicate(timeout=900)

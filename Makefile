@@ -18,11 +18,11 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow" --numprocesses $(TEST_JOBS) --dist loadfile tests --ignore tests/e2e
 	$(BIN)/python -m pytest -m "not slow" tests/e2e
 
-# Slow tests: full disks, 10,000 trials, compiled networks; then the service on real processes: a study from launch to best,
-# kills and stops, 200 trials under faults, foreign workers that join, two hosts, docker compose.
+# Slow tests: too little memory, 10,000 trials, compiled networks; then the service on real processes: kills and stops, given arms
+# (confirmed, promoted, transferred), 200 trials under faults, clusters of other versions, two hosts, docker compose.
 test-service: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow tests --ignore tests/e2e
-	$(BIN)/python -m pytest -m slow tests/e2e --ignore tests/e2e/test_promotion.py
+	$(BIN)/python -m pytest -m slow --numprocesses $(TEST_JOBS) --dist loadfile tests --ignore tests/e2e
+	$(BIN)/python -m pytest -m slow tests/e2e
 
 test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

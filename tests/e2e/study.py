@@ -71,6 +71,7 @@ class Workplace:
     cache: Path
     storage: str | None = None
     extra: dict[str, str] = field(default_factory=dict)
+    _watched: dict[str, Ledger] = field(default_factory=dict, repr=False)
 
     def write(self, study: dict[str, Any]) -> Path:
         path = self.folder / f"{study['name']}.yaml"
@@ -166,7 +167,10 @@ class Workplace:
         if self.storage is None and not (self.runs / "bdense.db").exists():
             return ()
         with contextlib.suppress(UnknownStudyError):
-            return self.ledger(name).running()
+            # Asked again and again, and opening one costs more than a look.
+            if name not in self._watched:
+                self._watched[name] = self.ledger(name)
+            return self._watched[name].running()
         return ()
 
     def worker_at(self, progress: str, *names: str, row: int | None = None) -> tuple[int, int]:

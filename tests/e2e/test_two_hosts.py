@@ -24,7 +24,7 @@ from tests.e2e.hosts import NETWORK, Host, network, why_not
 from tests.e2e.study import Workplace, small_study, wait_until
 
 pytestmark = pytest.mark.slow
-STUDY = small_study()
+STUDY = small_study(method={"kimg": 0.64})
 RAY = Path(sys.executable).with_name("ray")
 RAY_PORT, POSTGRES_PORT = 6379, 5432
 # Ray's least; nothing large goes through it.

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from optuna.trial import FrozenTrial
 
+from search.analysis.plans import plan_given
 from search.errors import UnknownStudyError
 from search.storage.engine import resolve_storage_url
 from search.storage.ledger import Ledger
@@ -137,7 +138,9 @@ class Workplace:
                 patch.delenv(name)
             patch.setenv("BDENSE_RUNS", str(self.runs))
             patch.setenv("BDENSE_CACHE", str(self.cache))
-            study = Study.create(self.url, spec(tree))
+            asked = spec(tree)
+            make = Study.create if asked.is_search else plan_given
+            study = make(self.url, asked)
             for point in points:
                 study.search.enqueue(point)
             worker = WorkerConfig(

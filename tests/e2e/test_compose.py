@@ -95,7 +95,7 @@ def test_a_launcher_joins_the_next_head_and_stop_ends_it_for_good(stack):
     wait_for_training(stack)
     stack.compose("kill", "ray-head")  # one that is back at once is not missed
     missed = "joining the cluster again"
-    wait_until(lambda: missed in stack.logs("launcher"), seconds=120, what="the head is missed")
+    wait_until(lambda: missed in stack.logs("launcher"), what="the head is missed")
     stack.up()
     wait_for_training(stack, after=missed)
     command = ("run", "--rm", "--no-deps", "launcher", "bdense-search", "stop", "small", "--wait")

@@ -6,6 +6,7 @@ import pytest
 from optuna.samplers import RandomSampler
 
 from search.storage.ledger import Claim
+from search.storage.stop_flags import ask_all
 from tests.contracts.ledger import LedgerContract
 from tests.contracts.ledger_worker import SPACE, STEPS
 from tests.contracts.scene import LONG_TTL, complete, take, wait_until
@@ -64,6 +65,15 @@ class TestLedgerOnPostgres(LedgerContract):
         assert (found[0].number, found[0].attempt) == (0, 2)
         complete(ledger, found[0])
         assert scene.settle().complete == 1
+
+    @pytest.mark.faults
+    def test_a_stop_after_a_restart_waits_for_no_worker_that_is_gone(self, scene, postgres):
+        """Though nobody claims a trial, which would see that the server answers again."""
+        ledger = scene.open(budget=1, ttl=1.0)
+        take(ledger)
+        postgres.control("restart", "-m", "immediate")
+        ask_all([ledger])
+        wait_until(lambda: ledger.held() == 0)
 
     @pytest.mark.faults
     def test_a_released_trial_does_not_wait_after_a_restart(self, scene, postgres):

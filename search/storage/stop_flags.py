@@ -93,6 +93,8 @@ def ask_all(ledgers: Sequence["Ledger"]) -> None:
 
     for ledger in ledgers:
         ledger.change(HALT, asked)
+        # From now on there may be no claim that notes a restart of the server.
+        ledger.note_server()
 
 
 def ask_workers(ledgers: Sequence["Ledger"], launch: Launch) -> None:

@@ -45,14 +45,13 @@ def stack(tmp_path_factory):
         engine.end()
 
 
-def wait_for_training(stack: Stack, after: str = "\0") -> None:
-    """By a launcher whose container is new, or after it has said something."""
-
-    wait_until(
-        lambda: "running: training" in stack.logs("launcher").split(after)[-1],
-        seconds=900,
-        what="a trial",
-    )
+def wait_for_training(stack: Stack) -> None:
+    """In a row that is claimed from now on; those of dead workers keep what they said last."""
+    now = "extract(epoch FROM now())"
+    began = asked(stack, f"SELECT {now}")
+    question = f"""SELECT count(*) FROM bdense_lease
+        WHERE claimed > {began} AND expires > {now} AND progress LIKE 'training%'"""
+    wait_until(lambda: asked(stack, question), seconds=900, what="a trial")
 
 
 def wait_for_the_end(stack: Stack, status: int = 0) -> None:
@@ -61,14 +60,15 @@ def wait_for_the_end(stack: Stack, status: int = 0) -> None:
     assert stack.launcher_status()[1] == status, stack.logs("launcher")
 
 
-def held(stack: Stack) -> int:
+def held(stack: Stack) -> float:
     """Rows that a worker holds, or held when it died."""
-    question = f"SELECT count(*) FROM bdense_lease WHERE expires <> {RELEASED}"
-    return int(stack.pipe("exec", "-T", "postgres", *psql(question)))
+    return asked(stack, f"SELECT count(*) FROM bdense_lease WHERE expires <> {RELEASED}")
 
 
-def psql(question: str) -> list[str]:
-    return ["psql", "-U", "bdense", "-d", "bdense", "--tuples-only", "--command", question]
+def asked(stack: Stack, question: str) -> float:
+    """What the database answers."""
+    command = ("psql", "-U", "bdense", "-d", "bdense", "--tuples-only", "--command", question)
+    return float(stack.pipe("exec", "-T", "postgres", *command))
 
 
 def test_a_study_survives_a_crash_and_a_restart_and_its_workers_save(stack):
@@ -97,11 +97,10 @@ def test_a_launcher_joins_the_next_head_and_stop_ends_it_for_good(stack):
     missed = "joining the cluster again"
     wait_until(lambda: missed in stack.logs("launcher"), what="the head is missed")
     stack.up()
-    wait_for_training(stack, after=missed)
-    command = ("run", "--rm", "--no-deps", "launcher", "bdense-search", "stop", "small", "--wait")
-    # A busy machine's workers may take longer than one command waits.
-    stopped = "is stopped: no trial is worked on"
-    wait_until(lambda: stopped in stack.compose(*command, check=False).stdout, what="the stop")
+    wait_for_training(stack)
+    command = ("bdense-search", "stop", "small", "--wait")
+    done = stack.compose("run", "--rm", "--no-deps", "launcher", *command)
+    assert "is stopped: no trial is worked on" in done.stdout
     wait_for_the_end(stack)
     assert stack.search("status")["trials"]["complete"] < TRIALS
     (launcher,) = stack.containers("launcher")

@@ -75,7 +75,7 @@ def test_a_teacher_is_written_with_its_recipe(teacher):
     assert names == ["teacher.md", "teacher.safetensors"]
     card = teacher.with_suffix(".md").read_text()
     assert card.startswith("---\nlicense: unknown\n")
-    assert "nor is that of its training data, digits." in card
+    assert "training data, digits." in card
 
 
 def test_a_teacher_may_be_told_the_classes(folder):
@@ -254,7 +254,7 @@ def test_a_reference_file_gives_the_same_fid(student, folder):
     [
         (("--data", "digit"), "unknown data set 'digit'; known are cifar10, cifar10-test, digits"),
         (("--data", "folder:/nowhere"), "there is no image folder /nowhere"),
-        (("--data", "digits@4"), "digits@4: its images of 8 x 8 pixels are larger"),
+        (("--data", "digits@4"), "digits@4: .*larger, 8 x 8"),
         (("--attention", 8, 16), r"--attention 16: with 2 numbers in --mult .* sides of 8, 4;"),
         (("--channels", 6), "model_channels must be a multiple of 4 .* got 6"),
         (("--mult", 1, 1, 1, 1, 1), "img_resolution=8 cannot be halved 4 times"),
@@ -331,7 +331,7 @@ def test_a_students_own_sampler_may_be_spelt_out(student, tmp_path):
         (("--extractor", "vgg"), "unknown feature extractor 'vgg'; known are inception"),
         (("--extractor", "torchscript:none.pt"), "none.pt"),
         (("--data", "digit"), "unknown data set 'digit'"),
-        ((*DIGITS, "--reference", "no.npz"), "there is no reference file at no.npz"),
+        ((*DIGITS, "--reference", "no.npz"), "no reference file no.npz"),
         ((*DIGITS, "--metrics", "kid"), "kid needs at least 1000 images, got 8"),
     ],
 )
@@ -345,7 +345,7 @@ def test_a_reference_file_has_no_single_images(student, tmp_path):
     np.savez(path, mu=np.zeros(64), sigma=np.eye(64))
     options = (*DIGITS, "--cache", tmp_path, "--reference", path, "--images", 8)
     line = refused(bdense("fid", student, *options, "--metrics", "fid", "prc"))
-    assert re.match(r"for prc .*, and refs\.npz:\w+ holds .* name the data set instead", line)
+    assert re.match(r"prc .*, but refs\.npz:\w+ holds .* name the data set instead", line)
     line = refused(bdense("fid", student, *options, "--data", "digits"))
     assert line.endswith("takes the place of a data set, got --data digits; drop one")
     found = json.loads(bdense("fid", student, *options).out)
@@ -468,10 +468,10 @@ def test_convert_prints_what_it_found(teacher, tmp_path):
 
 
 def test_what_cannot_be_converted_is_refused(teacher, tmp_path):
-    assert "known are edm-cifar10-32x32-uncond-vp, " in refused(
+    assert "edm-cifar10-32x32-uncond-vp, " in refused(
         bdense("convert", "edm-cifar", "--out", tmp_path / "x.safetensors")
     )
-    assert "does not end in .safetensors" in refused(
+    assert "x.pkl must end in .safetensors" in refused(
         bdense("convert", teacher, "--out", tmp_path / "x.pkl")
     )
     assert "is not a diffusers folder" in refused(

@@ -391,7 +391,6 @@ def test_other_mistakes_are_named(teacher, edm, tmp_path):
     [
         (("--rho", 5), "and --rho 5 asks for others; drop that, or choose another schedule"),
         (("--sigma-min", 1, "--sigma-max", 2), "and --sigma-min 1 --sigma-max 2 asks for"),
-        (("--solver", "euler"), "end without noise, which euler does not reach; take ddim"),
         (("--solver", "dpmpp"), "end without noise, which dpmpp does not reach"),
         (("--solver", "heun", "--clip"), "heun has no clip; leave it out, or take ddim"),
     ],

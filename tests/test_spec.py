@@ -56,7 +56,7 @@ OF_ANY_METHOD = [
     ({"method__batch": True}, "method.batch", "got True"),
     ({"method__clip_norm": 0}, "method.clip_norm", "above 0, or none, got 0"),
     ({"method__optimizer": "adma"}, "method.optimizer", "adam, adamw, sgd, .* mean adam"),
-    ({"method__weight_decay": 0.1}, "method", "weight_decay=0.1 needs optimizer=adamw"),
+    ({"method__weight_decay": 0.1}, "method.weight_decay", "0.1 needs optimizer=adamw"),
     ({"method__schedule": "logsn"}, "method.schedule", "did you mean logsnr?"),
     (
         {"method__schedule": "polynomial", "method__sigma_min": 90.0},
@@ -138,7 +138,7 @@ OF_ANY = [
 ]
 SFD_ALONE = [
     ({"method__nfe": 2.5}, "method.nfe", "got 2.5"),
-    ({"method__nfe": [2, 2]}, "method", "[2, 2] names a number twice"),
+    ({"method__nfe": [2, 2]}, "method.nfe", "different ones, got (2, 2)"),
     ({"method__solver": "dpm"}, "method.solver", "did you mean dpm2?"),
     ({"method__order": 4}, "method", "dpmpp.* order .* 1 to 3, got 4"),
     ({"method__solver": "heun", "method__thresholding": True}, "method", "no thresholding"),
@@ -165,16 +165,16 @@ SFD_ALONE = [
     ),
     ({"teacher": EDM, "data": REMOVED}, "data", "missing: evaluation.reference"),
     ({"teacher": EDM}, "teacher.checkpoint", "(3, 32, 32) .* digits holds (1, 8, 8)"),
-    ({"teacher__train__loss": "v"}, "teacher.train", "'v' is for a process"),
+    ({"teacher__train__loss": "v"}, "teacher.train", "loss v is for a process"),
 ]
 PD_ALONE = [
     ({"method__until": REMOVED}, "method.until", "missing"),
     ({"method__updates": 0}, "method.updates", "got 0"),
     ({"method__substeps": 1}, "method.substeps", "at least 2, got 1"),
-    ({"method__until": 3}, "method", "end at until=4 or 2, or start at steps=6"),
-    ({"method__steps": 2}, "method", "steps=2 and until=2"),
+    ({"method__until": 3}, "method.steps", "end at until=4 or 2, or start at steps=6"),
+    ({"method__steps": 2}, "method.until", "steps=2 .* got 2"),
     ({"method__prediction_type": "eps"}, "method.prediction_type", "did you mean epsilon?"),
-    ({"method__rho": 3}, "method", "rho=3.0"),
+    ({"method__rho": 3}, "method.rho", "3 is for another schedule"),
     ({"precision": "float16"}, "method", "bfloat16"),
     ({"plan": {"trials": 3, "at": [0.5]}}, "plan.at", "2 stages"),
     ({"data": REMOVED, "teacher": DDPM, "evaluation__reference": REFERENCE}, "data", "missing"),

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -23,7 +23,7 @@ from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.intervals import IntervalGrid
 from bdense.diffusion.sampling import Sampler, draw_images, save_grid
 from bdense.diffusion.solvers import DPMSolverPP
-from bdense.execution import PRECISIONS, Execution, exact_products
+from bdense.execution import Execution, Precision, exact_products
 from bdense.files import atomic_write
 from bdense.methods.recordings import TrajectoryStore
 from bdense.methods.sfd import SFDConfig, SFDStage
@@ -112,7 +112,7 @@ def _options() -> argparse.Namespace:
         "--stop-after", type=float, default=9.0, metavar="MINUTES", help="default: %(default)s"
     )
     options.add_argument("--data", default="cifar10", help="default: %(default)s")
-    options.add_argument("--precision", choices=PRECISIONS, default="bfloat16")
+    options.add_argument("--precision", choices=get_args(Precision), default="bfloat16")
     options.add_argument("--compile", action="store_true", help="worth it for the teacher")
     options.add_argument("--channels-last", action="store_true")
     options.add_argument("--threads", type=int, default=4, help="CPU threads (default: 4)")

@@ -7,7 +7,7 @@ import pytest
 
 MEMBERS = {
     "bdense.networks": {"PatchNetwork": "example_package:PatchNetwork"},
-    "bdense.solvers": {"renoise": "example_package:Renoise"},
+    "bdense.stochastic_solvers": {"renoise": "example_package:Renoise"},
     "bdense.weights": {"end-point": "example_weights:EndPoint"},
     "bdense.methods": {"long-sfd": "example_package:LongSFD"},
 }

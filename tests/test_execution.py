@@ -4,6 +4,7 @@ import copy
 import shutil
 import sysconfig
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from bdense.data.datasets import load_dataset
 from bdense.diffusion.branches import export_branch, widen_head
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import CheckpointError, InputError, NonFiniteLossError
-from bdense.execution import PRECISIONS, Execution, exact_products
+from bdense.execution import Execution, Precision, exact_products
 from bdense.models.store import denoiser_sha256, load_tensors
 from bdense.training.loop import train
 from bdense.training.teacher import TeacherConfig, train_teacher
@@ -123,7 +124,7 @@ def test_an_unknown_precision_is_refused():
 def test_products_are_rounded_to_tf32_for_that_precision_alone():
     """A setting of the process: each precision makes its own, and measuring puts it back."""
     with exact_products():
-        for precision in PRECISIONS:
+        for precision in get_args(Precision):
             Execution(precision=precision).set_products()
             rounded = precision == "tf32"
             assert (torch.get_float32_matmul_precision() == "high") == rounded

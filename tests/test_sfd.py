@@ -342,6 +342,7 @@ def test_usual_values_depend_on_what_is_made():
         ({"nfe": ()}, "nfe must be"),
         ({"nfe": True}, "nfe must be"),
         ({"solver": "dpm3"}, "solver must be .* did you mean dpm2"),
+        ({"solver": "consistency"}, "solver must be one of euler, ddim"),
         ({"solver": "euler", "order": 2}, "euler has order 1 alone, got 2"),
         ({"solver": "heun", "thresholding": True}, "heun has no thresholding"),
         ({"sigma_min": 90.0}, "needs 0 < sigma_min < sigma_max"),

@@ -50,7 +50,7 @@ def compare_untrained(path: Path) -> None:
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("path", discover("*-trace-*.safetensors", where=is_step_conditional))
+@pytest.mark.parametrize("path", discover("*trace*.safetensors", where=is_step_conditional))
 def test_the_reference_s_students_answer_as_theirs_do(path):
     compare_untrained(path)
 
@@ -82,7 +82,7 @@ def test_a_golden_with_classes_and_steps_is_found_and_its_classes_are_told(tmp_p
         json.dumps({"K": 2, "config": {"net": name, "step_cond": True}})
     )
     save_file(data, path)
-    (found,) = discover("*-trace-*.safetensors", tmp_path, where=is_step_conditional)
+    (found,) = discover("*trace*.safetensors", tmp_path, where=is_step_conditional)
     compare_untrained(*found.values)
     save_file(data | {"probe_labels": one_hot(4, 7, of=student.label_dim)}, path)
     with pytest.raises(AssertionError, match="off by"):

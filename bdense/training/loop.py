@@ -5,6 +5,7 @@ S updates an iteration, K branches.
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -263,10 +264,10 @@ class _Average:
 
 @dataclass(frozen=True, slots=True)
 class _Done:
-    """What one update did: [K] float64 losses and weights, and two numbers."""
+    """What one update did; K losses and weights."""
 
-    losses: Tensor
-    weights: Tensor
+    losses: list[float]
+    weights: list[float]
     loss: float
     gradient_norm: float
 
@@ -276,8 +277,8 @@ def _report(iteration: int, iterations: int, lr: float, steps: Sequence[_Done]) 
         iteration=iteration,
         iterations=iterations,
         lr=lr,
-        branch_losses=torch.stack([step.losses for step in steps]),
-        weights=torch.stack([step.weights for step in steps]),
+        branch_losses=torch.tensor([step.losses for step in steps], dtype=torch.float64),
+        weights=torch.tensor([step.weights for step in steps], dtype=torch.float64),
         loss=sum(step.loss for step in steps) / len(steps),
         gradient_norm=max(step.gradient_norm for step in steps),
     )
@@ -332,14 +333,13 @@ class _Step:
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         minimised = team.mean(loss.detach())
         # The one place where a GPU is waited for.
-        numbers = torch.cat([seen, torch.stack([minimised, norm.to(seen)])]).double().cpu()
-        used = weights.detach().to(seen.dtype).double().cpu()
-        if not bool(numbers.isfinite().all() and used.isfinite().all()):
+        *observed, value, length = torch.hstack((seen, minimised, norm.to(seen))).tolist()
+        used = weights.to(seen.dtype).tolist()
+        if not all(map(math.isfinite, (*observed, value, length, *used))):
             raise self._named(update, seen, weights, iteration)
-        value, length = numbers[-2:].tolist()
         optimisation.clip(gradients, length)
         self._optimizer.step()
-        return _Done(numbers[:-2], used, value, length)
+        return _Done(observed, used, value, length)
 
     def _dropout(self, update: Update) -> contextlib.AbstractContextManager[None]:
         """The random state that dropout draws from in this update, on every call of it."""

@@ -215,12 +215,9 @@ class TeacherStage(Stateless):
 
     def updates(self, iteration: int, batch: "NoisyBatch") -> Iterator["DenoisingUpdate"]:
         """One update."""
-        yield DenoisingUpdate(
-            stream=(iteration,),
-            batch=batch,
-            loss=self.config.vp_loss,
-            sigma_data=self.start.sigma_data if self.config.vp_loss is None else None,
-        )
+        loss = self.config.vp_loss
+        sigma_data = self.start.sigma_data if loss is None else None
+        yield DenoisingUpdate(stream=(iteration,), batch=batch, loss=loss, sigma_data=sigma_data)
 
     def describe(self, weighting: BranchWeighting) -> dict[str, Any]:
         """What must agree for a checkpoint to be of the same run."""

@@ -472,18 +472,6 @@ def normalised_weights(a: float, num_branches: int) -> LogLinearWeights:
     return LogLinearWeights(a=a, b=math.log(num_branches) - largest - math.log(total))
 
 
-def sum_to_one(weights: "Tensor") -> "Tensor":
-    """[K] the same weights over their sum, so that clipped gradients compare fairly.
-
-    Raises:
-        InputError: Their sum is not positive and finite.
-    """
-    total = float(weights.sum())
-    if not 0 < total < math.inf:
-        raise InputError(f"branch weights {weights.tolist()} have no positive, finite sum")
-    return weights / total
-
-
 def _exp(exponent: float) -> float:
     try:
         return math.exp(exponent)

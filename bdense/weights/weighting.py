@@ -71,6 +71,8 @@ class FixedWeights:
     values: Tensor
 
     def __post_init__(self) -> None:
+        # Converted here once, not at every update.
+        object.__setattr__(self, "values", self.values.double())
         usable = (self.values >= 0) & self.values.isfinite()
         if self.values.dim() != 1 or not bool(usable.all() and self.values.any()):
             raise InputError(
@@ -90,7 +92,7 @@ class FixedWeights:
         pass
 
     def weights(self) -> Tensor:
-        return self.values.double()
+        return self.values
 
     def state(self) -> dict[str, Tensor]:
         return {}

@@ -11,12 +11,12 @@ from bdense.diffusion.branches import export_branch, widen_head
 from bdense.diffusion.intervals import IntervalGrid, VariableGrid
 from bdense.diffusion.solvers import DPMSolverPP, Euler, trajectory
 from bdense.diffusion.step_condition import with_step_condition
-from bdense.errors import CheckpointError, InputError, NonFiniteLossError
+from bdense.errors import CheckpointError, InputError
 from bdense.methods.method import Inputs, Recordings
 from bdense.methods.sfd import SFD, SFDConfig, SFDStage, branch_losses, branch_states
 from bdense.methods.trajectories import LiveTrajectories
 from bdense.training.loop import train
-from bdense.weights.spaces import LogLinearWeights, uniform_weights
+from bdense.weights.spaces import LogLinearWeights
 from bdense.weights.weighting import FixedWeights
 from tests.contracts.methods import ALL, ONE, HalfSquare, KilledError, MethodContract
 from tests.networks import tiny_denoiser
@@ -118,11 +118,9 @@ def test_several_nfe_resume_bit_for_bit(tmp_path):
     assert rest == intervals[3:]
 
 
-def test_the_start_of_a_student_for_several_nfe_is_part_of_the_run(tmp_path):
-    path, several = (
-        tmp_path / "checkpoint.safetensors",
-        VariableGrid(num_intervals=(2, 3), substeps=2),
-    )
+def test_the_start_and_the_trajectories_must_fit_the_run(tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    several = VariableGrid(num_intervals=(2, 3), substeps=2)
     live = LiveTrajectories(
         teacher=small_teacher(), grid=several, solver=DPMSolverPP(), batch=4, count=4, seed=7
     )
@@ -133,6 +131,10 @@ def test_the_start_of_a_student_for_several_nfe_is_part_of_the_run(tmp_path):
         sfd(live, weights, start=other, checkpoint=path)
     with pytest.raises(InputError, match="start it from with_step_condition"):
         sfd(live, weights)
+    with pytest.raises(InputError, match="250 iterations, and the trajectories hold 4"):
+        sfd(live, weights, start=one, images=1000)
+    with pytest.raises(InputError, match="exceed those that this ddpm teacher was trained for"):
+        SFD().check(SFDConfig(), tiny_denoiser(precond="ddpm"), {})
 
 
 def test_b_is_inert_under_adam():
@@ -241,29 +243,6 @@ def test_the_second_stage_is_a_loop_written_out(teacher_afs):
     assert same_weights(student, plain)
 
 
-def test_exported_student_has_the_teachers_size():
-    teacher = small_teacher()
-    student = sfd(small_trajectories(teacher), uniform_weights()(4))
-    exported = export_branch(student)
-    assert exported.describe() == teacher.describe()
-    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    sigma = torch.tensor(1.0)
-    with torch.no_grad():
-        assert torch.allclose(exported(x, sigma), student.branches(x, sigma)[:, 3], atol=1e-6)
-        first = export_branch(student, branch=1)
-        assert torch.allclose(first(x, sigma), student.branches(x, sigma)[:, 0], atol=1e-6)
-
-
-def test_widened_branches_start_as_the_teacher():
-    teacher = small_teacher(channels=3)
-    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    sigma = torch.tensor([0.5, 20.0])
-    branches = widen_head(teacher, 4).branches(x, sigma)
-    assert branches.shape == (2, 4, 3, 8, 8)
-    for k in range(4):
-        assert torch.allclose(branches[:, k], teacher(x, sigma), atol=1e-6)
-
-
 def test_the_second_stage_walks_as_its_teacher_draws():
     """Euler on the teacher's own grid; its first step is analytical where the teacher's is."""
     known = {"sampler": SFDConfig(nfe=5).samplers[0].describe()}
@@ -306,22 +285,6 @@ def test_a_student_learns_from_recorded_trajectories(tmp_path):
     assert same_weights(one, other)
 
 
-def test_a_loss_names_its_interval():
-    teacher = small_teacher()
-    with torch.no_grad():
-        next(teacher.parameters()).fill_(float("nan"))
-    trajectories = small_trajectories(small_teacher())
-    with pytest.raises(NonFiniteLossError, match="iteration 0, interval 1, branch 1") as caught:
-        sfd(trajectories, uniform_weights()(4), start=teacher)
-    assert (caught.value.iteration, caught.value.interval, caught.value.branch) == (0, 1, 1)
-
-
-def test_learning_rate_drops_after_the_middle():
-    """8 iterations: 4 is the first that begins with half of the images seen; 5 is lowered."""
-    run = SFDConfig(kimg=0.032, batch=4)
-    assert [run.lr_at(i, 8, 4) for i in range(8)] == [5e-5] * 5 + [5e-6] * 3
-
-
 def test_usual_values_depend_on_what_is_made():
     """Zhou et al. 2024: one NFE, several, and a second stage."""
     one, several = SFDConfig.read({}), SFDConfig.read({"nfe": [2, 3]})
@@ -330,17 +293,16 @@ def test_usual_values_depend_on_what_is_made():
     assert SFDConfig.read({"nfe": [3], "kimg": 7}).kimg == 7
     assert SFDConfig.read({"nfe": [3]}) == SFDConfig(nfe=3)
     assert several.samplers[1].nfe == 3
+    assert SFDConfig(order=3) == SFDConfig() != SFDConfig(order=2)
+    assert SFDConfig(solver="heun", order=2) == SFDConfig(solver="heun")
 
 
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
         ({"substeps": 0}, "substeps must be .* at least 1, got 0"),
-        ({"kimg": 0}, "kimg must be"),
-        ({"lr": float("nan")}, "lr must be .* got nan"),
         ({"nfe": (2, 2)}, "nfe must be one number or several different ones"),
         ({"nfe": ()}, "nfe must be"),
-        ({"nfe": True}, "nfe must be"),
         ({"solver": "dpm3"}, "solver must be .* did you mean dpm2"),
         ({"solver": "consistency"}, "solver must be one of euler, ddim"),
         ({"solver": "euler", "order": 2}, "euler has order 1 alone, got 2"),
@@ -349,31 +311,8 @@ def test_usual_values_depend_on_what_is_made():
         ({"step_condition": "random"}, "step_condition random is for a student of several NFE"),
         ({"second_stage": True}, "solver must be euler with second_stage"),
         ({"second_stage": True, "nfe": (1, 2)}, "second_stage is for one NFE"),
-        ({"weight_decay": 0.1}, "weight_decay 0.1 needs optimizer=adamw"),
-        ({"betas": (0.9,)}, "betas must be"),
     ],
 )
 def test_bad_settings_are_named(knobs, message):
     with pytest.raises(InputError, match=message):
         SFDConfig(**knobs)
-
-
-def test_what_does_not_fit_together_is_refused():
-    trajectories = small_trajectories(small_teacher())
-    with pytest.raises(InputError, match="there are 3 branch weights"):
-        sfd(trajectories, torch.ones(3))
-    with pytest.raises(InputError, match=r"must be finite numbers >= 0.*\[-1.0, 1.0\]"):
-        sfd(trajectories, torch.tensor([-1.0, 1.0]))
-    with pytest.raises(InputError, match="250 iterations, and the trajectories hold 4"):
-        sfd(trajectories, torch.ones(4), images=1000)
-    with pytest.raises(InputError, match="exceed those that this ddpm teacher was trained for"):
-        SFD().check(SFDConfig(), tiny_denoiser(precond="ddpm"), {})
-    with pytest.raises(InputError, match="4 branches already"):
-        widen_head(widen_head(small_teacher(), 4), 2)
-
-
-def test_the_highest_order_is_the_same_config_given_or_not():
-    """A study that spells it out is the study that leaves it out."""
-    assert SFDConfig(order=3) == SFDConfig()
-    assert SFDConfig(solver="heun", order=2) == SFDConfig(solver="heun")
-    assert SFDConfig(order=2) != SFDConfig()

@@ -24,7 +24,6 @@ from tests.plugins import example_package
 __all__ = ["example_package"]
 
 BOTH = pytest.mark.parametrize("network", ["SongUNet", "DhariwalUNet"])
-CONFIGS = {"SongUNet": SongUNetConfig, "DhariwalUNet": DhariwalUNetConfig}
 
 
 # ---- layers ----
@@ -202,20 +201,6 @@ def test_an_untrained_song_network_answers_almost_nothing():
     assert 0 < net(image(), torch.zeros(3)).abs().max() < 1e-4
 
 
-def test_gradients_reach_every_parameter():
-    for network, options in (
-        ("SongUNet", {"encoder_type": "residual", "decoder_type": "skip"}),
-        ("DhariwalUNet", {}),
-    ):
-        net = tiny_denoiser(
-            network, label_dim=3, augment_dim=2, step_condition=True, **options
-        ).model
-        net(
-            image(), torch.zeros(3), one_hot(0, 1, 2), torch.ones(3, 2), 4
-        ).square().sum().backward()
-        assert all(p.grad is not None and p.grad.any() for p in net.parameters())
-
-
 # ---- the contract ----
 
 
@@ -314,59 +299,36 @@ def test_label_dropout_hides_classes_in_training_alone(network):
 
 
 @BOTH
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"class_labels": torch.zeros(3)}, r"class_labels must be \[3, 4\] .* got \[3\]"),
-        ({"class_labels": torch.zeros(3, 5)}, r"class_labels must be \[3, 4\] .* got \[3, 5\]"),
-        ({"class_labels": torch.zeros(2, 4)}, r"class_labels must be \[3, 4\] .* got \[2, 4\]"),
-        ({"augment_labels": torch.zeros(3, 4)}, r"augment_labels must be \[3, 2\] for 3 images"),
-    ],
-)
-def test_labels_of_another_shape_are_refused(network, given, message):
+def test_labels_of_another_shape_are_refused(network):
     net = tiny_denoiser(network, label_dim=4, augment_dim=2)
-    with pytest.raises(ShapeError, match=message):
-        net(image(), torch.tensor(1.0), **given)
+    for name, shape, message in (
+        ("class_labels", (2, 4), r"class_labels must be \[3, 4\] .* got \[2, 4\]"),
+        ("augment_labels", (3, 4), r"augment_labels must be \[3, 2\] for 3 images"),
+    ):
+        with pytest.raises(ShapeError, match=message):
+            net(image(), torch.tensor(1.0), **{name: torch.zeros(shape)})
 
 
 # ---- options ----
 
 
-@BOTH
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"img_channels": 0}, "img_channels must be at least 1, got 0"),
-        ({"num_blocks": 0}, "num_blocks must be at least 1, got 0"),
         ({"label_dim": -1}, "label_dim must be at least 0, got -1"),
-        ({"augment_dim": -1}, "augment_dim must be at least 0, got -1"),
-        ({"channel_mult_emb": 0}, "channel_mult_emb must be at least 1, got 0"),
         ({"model_channels": 6}, "model_channels must be a multiple of 4.* got 6"),
         ({"channel_mult": ()}, r"channel_mult one or more numbers .* got 8 and \[\]"),
         ({"channel_mult": (1, 0)}, r"channel_mult .* got 8 and \[1, 0\]"),
         ({"img_resolution": 12, "channel_mult": (1, 1, 1, 1)}, "12 cannot be halved 3 times"),
-        ({"dropout": 1.5}, "dropout must lie in 0..1, got 1.5"),
         ({"dropout": math.nan}, "dropout must lie in 0..1, got nan"),
         ({"label_dropout": -0.1}, "label_dropout must lie in 0..1, got -0.1"),
-    ],
-)
-def test_options_that_make_no_network_are_refused(network, options, message):
-    with pytest.raises(InputError, match=message):
-        CONFIGS[network](**TINY | options)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
         ({"embedding_type": "random"}, "'random' is unknown; choose from positional, fourier"),
-        ({"encoder_type": "full"}, "'full' is unknown; choose from standard, skip, residual"),
-        ({"decoder_type": "residual"}, "'residual' is unknown; choose from standard, skip"),
         ({"channel_mult_noise": 0}, "channel_mult_noise must be at least 1, got 0"),
-        ({"resample_filter": ()}, r"resample_filter must have an even number .* got \[\]"),
         ({"resample_filter": (1, 2, 1)}, r"an even number .* got \[1, 2, 1\]"),
         ({"resample_filter": (1, -1)}, r"whose sum is not 0, got \[1, -1\]"),
     ],
 )
-def test_options_of_ncsnpp_that_make_no_network_are_refused(options, message):
+def test_options_that_make_no_network_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         SongUNetConfig(**TINY | options)

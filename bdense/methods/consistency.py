@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bdense import NUMERICS
 from bdense.data.datasets import Dataset
+from bdense.diffusion import ScheduleKind
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
 from bdense.diffusion.sampling import Sampler, samplers_from, served_metadata
 from bdense.diffusion.schedules import Schedule
@@ -28,16 +29,15 @@ from bdense.diffusion.solvers import Solver, StepNoise, make_solver, no_noise, t
 from bdense.errors import InputError
 from bdense.knobs import knob
 from bdense.methods.images import ImageBatch, ImageDraw
-from bdense.methods.method import Inputs, MethodConfig, StagePlan
+from bdense.methods.method import Inputs, Method, MethodConfig, StagePlan
 from bdense.methods.perceptual import LPIPS
 from bdense.models.store import denoiser_sha256
 from bdense.training.optimisation import LRSchedule
-from bdense.training.stage import Branches, Configured
+from bdense.training.stage import Branches, BranchMeans, Configured, WholeIteration
 from bdense.weights.weighting import BranchWeighting
 
 Loss = Literal["pseudo-huber", "l2", "lpips"]
 StepSolver = Literal["heun", "euler", "dpm2", "ipndm"]
-ScheduleKind = Literal["polynomial", "logsnr", "time_uniform"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,11 +130,6 @@ class MultistepConsistency(Solver):
 
     name: ClassVar[str] = "consistency"
     reaches_zero: ClassVar[bool] = True
-
-    @property
-    def order(self) -> int:
-        """1: a step of a denoiser that is no consistency function is Euler's."""
-        return 1
 
     def steps(
         self, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: StepNoise = no_noise
@@ -302,7 +297,7 @@ def consistency_targets(target: Denoiser, states: Tensor, levels: Tensor, end: f
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class ConsistencyUpdate:
+class ConsistencyUpdate(WholeIteration):
     """One update for states ``x`` [B, C, H, W] at ``level`` [B, 1, 1, 1]."""
 
     stream: tuple[int, ...]
@@ -314,25 +309,13 @@ class ConsistencyUpdate:
     config: ConsistencyConfig
     perceptual: LPIPS | None
 
-    @property
-    def where(self) -> Mapping[str, int]:
-        """The whole iteration."""
-        return {}
-
-    def __call__(self, branches: Branches) -> "ConsistencyLosses":
+    def __call__(self, branches: Branches) -> BranchMeans:
         """The branches' distances from their targets."""
         denoised = branches(self.x, self.level.flatten(), **self.told)
         ratio = (self.end / self.level)[:, None]
-        found = towards(denoised, self.x[:, None], ratio)
-        num_branches = found.shape[1]
-        return ConsistencyLosses(
-            torch.stack(
-                [
-                    self._distance(found[:, k], target)
-                    for k, target in enumerate(self.targets[-num_branches:])
-                ]
-            )
-        )
+        found = towards(denoised, self.x[:, None], ratio).unbind(1)
+        pairs = zip(found, self.targets[-len(found) :], strict=True)
+        return BranchMeans(torch.stack([self._distance(*pair) for pair in pairs]))
 
     def _distance(self, found: Tensor, target: Tensor) -> Tensor:
         """0-dim, mean over the batch."""
@@ -340,8 +323,7 @@ class ConsistencyUpdate:
             return self.perceptual(found, target)
         if self.config.loss == "l2":
             return (found - target).square().mean()
-        c = self.config.huber_c
-        return pseudo_huber(found, target, c)
+        return pseudo_huber(found, target, self.config.huber_c)
 
 
 def pseudo_huber(found: Tensor, target: Tensor, c: float | None = None) -> Tensor:
@@ -357,18 +339,7 @@ def pseudo_huber(found: Tensor, target: Tensor, c: float | None = None) -> Tenso
     return ((distance + c * c).sqrt() - c).mean()
 
 
-@dataclass(frozen=True, eq=False)
-class ConsistencyLosses:
-    """[K] distances, mean over the batch."""
-
-    per_branch: Tensor
-
-    def weighted(self, weights: Tensor) -> Tensor:
-        """Their weighted sum."""
-        return (weights.to(self.per_branch) * self.per_branch).sum()
-
-
-class Consistency:
+class Consistency(Method):
     """Consistency distillation: one stage."""
 
     name: ClassVar[str] = "consistency"
@@ -402,16 +373,6 @@ class Consistency:
                 "give its own teacher"
             )
 
-    def usual(self, known: Mapping[str, Any]) -> dict[str, Any]:
-        """Nothing follows from the teacher's metadata."""
-        return {}
-
-    def teacher_sampler(
-        self, config: ConsistencyConfig, teacher: NetworkDenoiser
-    ) -> Sampler | None:
-        """None: the teacher is not measured beside its student."""
-        return None
-
     def stage(
         self,
         plan: StagePlan,
@@ -422,20 +383,3 @@ class Consistency:
         """The one stage."""
         dataset = inputs.require_dataset(self.name)
         return ConsistencyStage(config=config, teacher=teacher, dataset=dataset, seed=inputs.seed)
-
-    def recording(
-        self, config: ConsistencyConfig, teacher: NetworkDenoiser, inputs: Inputs
-    ) -> None:
-        """Nothing: states start from images and noise drawn for each batch."""
-        return
-
-    def identity(
-        self,
-        config: ConsistencyConfig,
-        teacher: NetworkDenoiser,
-        inputs: Inputs,
-        weighting: BranchWeighting,
-    ) -> dict[str, Any]:
-        """That of the stage."""
-        (plan,) = self.plan(config)
-        return self.stage(plan, teacher, config, inputs).describe(weighting)

@@ -1,5 +1,6 @@
 """Run a method: train its stages one after the other, each student the next stage's teacher."""
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -126,23 +127,15 @@ class _Run:
         """A stage that is trained, resumed from its checkpoint, and kept."""
         weighting = self.weighting() if plan.branched else FixedWeights(torch.ones(1))
 
-        def on_iteration(done: IterationReport) -> None:
-            if self.on_iteration is not None:
-                self.on_iteration(plan, done)
-
-        def on_save(done: int) -> None:
-            if self.on_save is not None:
-                self.on_save(plan, done)
-
         branched = train(
             stage,
             weighting,
             devices=self.devices,
             checkpoint=unfinished,
             checkpoint_seconds=self.checkpoint_seconds,
-            on_iteration=on_iteration,
-            on_save=on_save,
-            evaluations=self.evaluations(stage) if self.evaluations is not None else None,
+            on_iteration=self.on_iteration and functools.partial(self.on_iteration, plan),
+            on_save=self.on_save and functools.partial(self.on_save, plan),
+            evaluations=self.evaluations and self.evaluations(stage),
         )
         student = export_branch(branched)
         metadata = self._metadata(stage, weighting)

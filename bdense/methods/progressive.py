@@ -33,7 +33,7 @@ from bdense.methods.method import Inputs, Method, MethodConfig, StagePlan
 from bdense.methods.sfd import levels_of
 from bdense.models.store import denoiser_sha256
 from bdense.training.optimisation import LRSchedule
-from bdense.training.stage import Branches, Configured, ImageLosses, Stateless
+from bdense.training.stage import Branches, Configured, ImageLosses, Stateless, WholeIteration
 from bdense.weights.weighting import BranchWeighting
 
 WeightsSpace = Literal["clean", "state"]
@@ -312,7 +312,7 @@ class PDStage(Configured, Stateless):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class RoundUpdate:
+class RoundUpdate(WholeIteration):
     """One update of a round, for states ``x`` [B, C, H, W] at the first of ``levels``."""
 
     stream: tuple[int, ...]
@@ -322,11 +322,6 @@ class RoundUpdate:
     told: Mapping[str, Any]
     loss: Loss
     space: WeightsSpace
-
-    @property
-    def where(self) -> Mapping[str, int]:
-        """The whole iteration."""
-        return {}
 
     def __call__(self, branches: Branches) -> "RoundLosses":
         """The branches' losses, weighted by the noise level."""

@@ -27,7 +27,7 @@ from bdense.methods.recordings import TrajectoryStore
 from bdense.methods.trajectories import LiveTrajectories, Trajectories, TrajectoryBatch
 from bdense.models.store import denoiser_sha256
 from bdense.training.optimisation import LRSchedule
-from bdense.training.stage import Branches, Configured, Stateless
+from bdense.training.stage import Branches, BranchMeans, Configured, Stateless
 from bdense.weights.weighting import BranchWeighting
 
 Perceptual = Literal["none", "lpips", "lpips-sfd"]
@@ -148,7 +148,7 @@ class SFDConfig(MethodConfig):
 
     @property
     def num_updates(self) -> int:
-        """Iterations: ceil(images / batch)."""
+        """ceil(images / batch)."""
         return -(-self.images // self.batch)
 
     @property
@@ -162,11 +162,8 @@ class SFDConfig(MethodConfig):
     def grid(self) -> IntervalGrid | VariableGrid:
         """The student's intervals and the teacher's sub-steps."""
         intervals = tuple(nfe + self.afs for nfe in self.several_nfe)
-        shared: dict[str, Any] = {
-            "substeps": self.substeps,
-            "afs": self.afs,
-            "schedule": self.levels,
-        }
+        shared: dict[str, Any] = {"substeps": self.substeps, "afs": self.afs}
+        shared["schedule"] = self.levels
         if len(intervals) > 1:
             return VariableGrid(num_intervals=intervals, **shared)
         return IntervalGrid(num_intervals=intervals[0], **shared)
@@ -263,11 +260,9 @@ class SFDStage(Configured, Stateless):
     def updates(self, iteration: int, batch: TrajectoryBatch) -> Iterator["IntervalUpdate"]:
         """An update for each trained interval, on the student's own path."""
         grid = batch.grid
-        x = (
-            first_interval_without_network(batch.start, grid.interval(0))
-            if grid.afs
-            else (batch.start)
-        )
+        x = batch.start
+        if grid.afs:
+            x = first_interval_without_network(x, grid.interval(0))
         points = {"num_points": grid.num_points} if self.start.step_condition else {}
         for row, n in enumerate(grid.trained):
             update = IntervalUpdate(
@@ -322,28 +317,26 @@ class IntervalUpdate:
     perceptual: PerceptualLoss | None
     end: Tensor = field(init=False)
 
-    def __call__(self, branches: Branches) -> "SFDLosses":
+    def __call__(self, branches: Branches) -> BranchMeans:
         """The branches' states and losses."""
         states = branch_states(branches, self.x, self.levels, **self.told)
         self.end = states[:, -1].detach()
         losses = branch_losses(states, self.targets)
         if self.perceptual is None:
-            return SFDLosses(losses)
+            return BranchMeans(losses)
         distance, end, target = self.perceptual, states[:, -1], self.targets[-1]
-        return SFDLosses(losses, lambda: self.x[0].numel() * distance(end, target))
+        return PerceptualLosses(losses, lambda: self.x[0].numel() * distance(end, target))
 
 
 @dataclass(frozen=True, eq=False)
-class SFDLosses:
-    """[K] L1 losses, and what is added to their weighted sum."""
+class PerceptualLosses(BranchMeans):
+    """L1 losses, and what is added to their weighted sum."""
 
-    per_branch: Tensor
-    added: Callable[[], Tensor] | None = None
+    added: Callable[[], Tensor]
 
     def weighted(self, weights: Tensor) -> Tensor:
         """The weighted sum, and what is added to it."""
-        loss = (weights.to(self.per_branch) * self.per_branch).sum()
-        return loss if self.added is None else loss + self.added()
+        return super().weighted(weights) + self.added()
 
 
 def first_interval_without_network(x: Tensor, levels: Tensor) -> Tensor:

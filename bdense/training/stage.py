@@ -159,6 +159,26 @@ class Stateless:
         """Nothing to put back."""
 
 
+class WholeIteration:
+    """An update that is alone in its iteration."""
+
+    @property
+    def where(self) -> Mapping[str, int]:
+        """Nothing besides the iteration."""
+        return {}
+
+
+@dataclass(frozen=True, eq=False)
+class BranchMeans:
+    """[K] losses, each a mean over the batch."""
+
+    per_branch: Tensor
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        """The weighted sum."""
+        return (weights.to(self.per_branch) * self.per_branch).sum()
+
+
 @dataclass(frozen=True, eq=False)
 class ImageLosses:
     """Losses that are means over images.

@@ -8,7 +8,7 @@ B batch, C channels, H x W pixels.
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,7 +34,7 @@ from bdense.networks import SongUNet, SongUNetConfig
 from bdense.randomness import Stream, derive_seed, generator
 from bdense.training.loop import IterationReport, train
 from bdense.training.optimisation import OptimisationConfig
-from bdense.training.stage import Branches, ImageLosses, Stateless
+from bdense.training.stage import Branches, ImageLosses, Stateless, WholeIteration
 from bdense.weights.weighting import BranchWeighting, FixedWeights
 
 # Of a network by what it predicts: as the reference for images, else the network's own error.
@@ -253,7 +253,7 @@ class NoisyBatch:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class DenoisingUpdate:
+class DenoisingUpdate(WholeIteration):
     """One update: lambda(sigma) |D(y + n; sigma) - y|^2.
 
     Attributes:
@@ -264,11 +264,6 @@ class DenoisingUpdate:
     batch: NoisyBatch
     loss: Loss | None
     sigma_data: float | None
-
-    @property
-    def where(self) -> Mapping[str, int]:
-        """The whole iteration."""
-        return {}
 
     def __call__(self, branches: Branches) -> ImageLosses:
         """[1, B] losses."""

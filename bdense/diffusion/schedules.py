@@ -89,11 +89,9 @@ class Schedule:
         return self.grid(1)[0] * noise
 
     def describe(self) -> dict[str, Any]:
-        """The fields."""
         return asdict(self)
 
     def text(self) -> str:
-        """For people."""
         return f"{self.kind} levels from {self.sigma_max:g} to {self.sigma_min:g}"
 
 

@@ -144,7 +144,6 @@ class Heun(Solver):
 
     @property
     def order(self) -> int:
-        """2."""
         return 2
 
     def steps(
@@ -174,7 +173,6 @@ class DPM2(Solver):
 
     @property
     def order(self) -> int:
-        """2."""
         return 2
 
     def steps(

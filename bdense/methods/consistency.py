@@ -96,7 +96,6 @@ class ConsistencyConfig(MethodConfig):
 
     @property
     def levels(self) -> Schedule:
-        """The noise levels."""
         return Schedule(
             kind=self.schedule, rho=self.rho, sigma_min=self.sigma_min, sigma_max=self.sigma_max
         )
@@ -175,17 +174,14 @@ class ConsistencyStage(Configured):
 
     @property
     def num_updates(self) -> int:
-        """Iterations of the loop."""
         return self.config.num_updates
 
     @property
     def num_branches(self) -> int:
-        """K, the teacher's steps in an interval."""
         return self.config.substeps
 
     @property
     def start(self) -> NetworkDenoiser:
-        """The teacher."""
         return self.teacher
 
     @property
@@ -199,7 +195,6 @@ class ConsistencyStage(Configured):
         )
 
     def metadata(self) -> dict[str, Any]:
-        """What the student's file says of it."""
         return served_metadata([self.sampler])
 
     def batch(self, iteration: int, images: slice) -> ImageBatch:
@@ -235,7 +230,6 @@ class ConsistencyStage(Configured):
         self._follow(config.decay_at(iteration))
 
     def describe(self, weighting: BranchWeighting) -> dict[str, Any]:
-        """What must agree for a checkpoint to be of the same run."""
         perceptual = {} if self._perceptual is None else {"lpips": self._perceptual.describe()}
         return {
             "numerics": NUMERICS,
@@ -249,22 +243,18 @@ class ConsistencyStage(Configured):
         }
 
     def on(self, device: torch.device) -> "ConsistencyStage":
-        """The same on another device."""
         return replace(self, teacher=self.teacher.on(device))
 
     def begin(self, student: NetworkDenoiser) -> None:
-        """The target starts as the student."""
         self._student = student
         target = student.on(next(student.parameters()).device)
         self._target = target.eval().requires_grad_(False)
 
     def state(self) -> Mapping[str, Tensor]:
-        """The target's weights."""
         assert self._target is not None
         return self._target.state_dict()
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Put the target's weights back."""
         assert self._target is not None
         self._target.load_state_dict(dict(state))
 
@@ -310,7 +300,6 @@ class ConsistencyUpdate(WholeIteration):
     perceptual: LPIPS | None
 
     def __call__(self, branches: Branches) -> BranchMeans:
-        """The branches' distances from their targets."""
         denoised = branches(self.x, self.level.flatten(), **self.told)
         ratio = (self.end / self.level)[:, None]
         found = towards(denoised, self.x[:, None], ratio).unbind(1)
@@ -350,12 +339,10 @@ class Consistency(Method):
     def plan(
         self, config: ConsistencyConfig, teacher: NetworkDenoiser | None = None
     ) -> tuple[StagePlan, ...]:
-        """One stage."""
         label, updates = f"{config.nfe} NFE", config.num_updates
         return (StagePlan(name="", label=label, num_updates=updates, nfe=config.nfe),)
 
     def num_branches(self, config: ConsistencyConfig) -> int:
-        """K, the teacher's steps in an interval."""
         return config.substeps
 
     def check(
@@ -380,6 +367,5 @@ class Consistency(Method):
         config: ConsistencyConfig,
         inputs: Inputs,
     ) -> ConsistencyStage:
-        """The one stage."""
         dataset = inputs.require_dataset(self.name)
         return ConsistencyStage(config=config, teacher=teacher, dataset=dataset, seed=inputs.seed)

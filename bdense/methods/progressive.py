@@ -204,21 +204,17 @@ class PDStage(Configured, Stateless):
 
     @property
     def num_updates(self) -> int:
-        """Of a round."""
         return self.config.updates
 
     @property
     def num_branches(self) -> int:
-        """K, the teacher's steps in one of the student's."""
         return self.substeps
 
     @property
     def sampler(self) -> Sampler:
-        """How the student draws."""
         return pd_sampler(self.levels, self.steps, clip=self.config.clip_samples)
 
     def metadata(self) -> dict[str, Any]:
-        """What the student's file says of it."""
         return served_metadata([self.sampler])
 
     def batch(self, iteration: int, images: slice) -> ImageBatch:
@@ -235,7 +231,6 @@ class PDStage(Configured, Stateless):
         return draw(self.start, iteration, self.steps, images)
 
     def updates(self, iteration: int, batch: ImageBatch) -> Iterator["RoundUpdate"]:
-        """One update."""
         fine = self.levels.grid(self.steps * self.substeps)
         k = torch.arange(self.substeps + 1)[:, None]  # against every image
         # t_{n,0}..t_{n,K} of each image's own interval.
@@ -253,7 +248,6 @@ class PDStage(Configured, Stateless):
         )
 
     def describe(self, weighting: BranchWeighting) -> dict[str, Any]:
-        """What must agree for a checkpoint to be of the same run."""
         started = {} if self.start is self.teacher else {"start": denoiser_sha256(self.start)}
         return {**self.describe_run(weighting), "num_steps": self.steps, **started}
 
@@ -305,7 +299,6 @@ class PDStage(Configured, Stateless):
         return {"data": self.dataset.sha256, **drawn, **labels}
 
     def on(self, device: torch.device) -> "PDStage":
-        """The same on another device."""
         teacher = self.teacher.on(device)
         start = teacher if self.start is self.teacher else self.start.on(device)
         return replace(self, teacher=teacher, start=start)
@@ -338,7 +331,6 @@ class RoundLosses(ImageLosses):
     space: WeightsSpace
 
     def image_weights(self, weights: Tensor) -> Tensor:
-        """[K, B]."""
         return image_weights(weights, self.levels, self.space)
 
 
@@ -532,7 +524,6 @@ class Progressive(Method):
         return first + tuple(plan(steps) for steps in config.rounds)
 
     def num_branches(self, config: PDConfig) -> int:
-        """K, the teacher's steps in one of the student's."""
         return config.substeps
 
     def check(self, config: PDConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:

@@ -217,21 +217,17 @@ class RecordedTrajectories:
 
     @property
     def grid(self) -> IntervalGrid | VariableGrid:
-        """The grid it was recorded on."""
         return self.store.live.grid
 
     @property
     def batch(self) -> int:
-        """B."""
         return self.store.live.batch
 
     @property
     def teacher(self) -> NetworkDenoiser:
-        """Whose trajectories they are."""
         return self.store.live.teacher
 
     def on(self, device: torch.device) -> "RecordedTrajectories":
-        """The same, with the batches on another device."""
         store = replace(self.store, live=self.store.live.on(device))
         return replace(self, store=store)
 

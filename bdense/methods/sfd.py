@@ -153,7 +153,6 @@ class SFDConfig(MethodConfig):
 
     @property
     def levels(self) -> Schedule:
-        """The noise levels."""
         return Schedule(
             kind=self.schedule, rho=self.rho, sigma_min=self.sigma_min, sigma_max=self.sigma_max
         )
@@ -229,17 +228,14 @@ class SFDStage(Configured, Stateless):
 
     @property
     def num_updates(self) -> int:
-        """Iterations: ceil(images / batch)."""
         return -(-self.config.images // self.batch_size)
 
     @property
     def num_branches(self) -> int:
-        """K, the teacher's sub-steps."""
         return self.trajectories.grid.substeps
 
     @property
     def batch_size(self) -> int:
-        """B, trajectories an iteration."""
         return self.trajectories.batch
 
     @property
@@ -248,13 +244,11 @@ class SFDStage(Configured, Stateless):
         return self.config.samplers[0]
 
     def metadata(self) -> dict[str, Any]:
-        """What the student's file says of it."""
         stage = {"stage": 2} if self.config.second_stage else {}
         perceptual = {} if self.perceptual is None else {"perceptual": self.perceptual.describe()}
         return {**stage, **perceptual, **served_metadata(self.config.samplers)}
 
     def batch(self, iteration: int, images: slice) -> TrajectoryBatch:
-        """Some of that iteration's trajectories."""
         return self.trajectories.part(iteration, images)
 
     def updates(self, iteration: int, batch: TrajectoryBatch) -> Iterator["IntervalUpdate"]:
@@ -278,7 +272,6 @@ class SFDStage(Configured, Stateless):
             x = update.end
 
     def describe(self, weighting: BranchWeighting) -> dict[str, Any]:
-        """What must agree for a checkpoint to be of the same run."""
         config = self.config
         perceptual = {} if self.perceptual is None else {"perceptual": self.perceptual.describe()}
         added = {f"config.{name}": value for name, value in config.changed().items()}
@@ -297,7 +290,6 @@ class SFDStage(Configured, Stateless):
         }
 
     def on(self, device: torch.device) -> "SFDStage":
-        """The same on another device."""
         moved = self.trajectories.on(device)
         same = self.start is self.trajectories.teacher
         start = moved.teacher if same else self.start.on(device)
@@ -335,7 +327,6 @@ class PerceptualLosses(BranchMeans):
     added: Callable[[], Tensor]
 
     def weighted(self, weights: Tensor) -> Tensor:
-        """The weighted sum, and what is added to it."""
         return super().weighted(weights) + self.added()
 
 
@@ -393,13 +384,11 @@ class SFD(Method):
     def plan(
         self, config: SFDConfig, teacher: NetworkDenoiser | None = None
     ) -> tuple[StagePlan, ...]:
-        """One stage."""
         several = config.several_nfe
         label = f"{', '.join(map(str, several))} NFE"
         return (StagePlan(name="", label=label, num_updates=config.num_updates, nfe=several[0]),)
 
     def num_branches(self, config: SFDConfig) -> int:
-        """K, the teacher's sub-steps."""
         return config.substeps
 
     def check(self, config: SFDConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
@@ -426,7 +415,6 @@ class SFD(Method):
     def stage(
         self, plan: StagePlan, teacher: NetworkDenoiser, config: SFDConfig, inputs: Inputs
     ) -> SFDStage:
-        """The one stage."""
         store = self.recording(config, teacher, inputs)
         start = teacher
         if len(config.several_nfe) > 1 and not teacher.step_condition:

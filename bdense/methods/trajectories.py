@@ -128,7 +128,6 @@ class LiveTrajectories:
         return self.teacher.conditions.drawn(self.seed, iteration, self.batch)
 
     def on(self, device: torch.device) -> "LiveTrajectories":
-        """The same, with a copy of the teacher on another device."""
         return replace(self, teacher=self.teacher.on(device))
 
     def _states(self, grid: IntervalGrid, start: Tensor, condition: Condition) -> Tensor:

@@ -78,7 +78,6 @@ class DiffusersUNet(Network):
         return network
 
     def describe(self) -> dict[str, Any]:
-        """As of ``Network``."""
         config = {"img_channels": self.img_channels, "unet": self.options}
         return {"network": "UNet2DModel", "config": config}
 

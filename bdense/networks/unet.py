@@ -126,7 +126,6 @@ class UNet(Network):
         return cls(config, num_branches=num_branches, prediction_channels=channels)
 
     def describe(self) -> dict[str, Any]:
-        """As of ``Network``."""
         return {"network": self.config.network, "config": self.config.options()}
 
     # ---- construction, in EDM's order: a seed means the same network ----

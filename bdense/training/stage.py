@@ -131,17 +131,14 @@ class Configured:
 
     @property
     def batch_size(self) -> int:
-        """B, images an iteration, over all devices."""
         return int(self.config.batch)
 
     @property
     def dropout(self) -> bool:
-        """Whether the student trains with the dropout of its network."""
         return bool(self.config.dropout)
 
     @property
     def optimisation(self) -> Any:  # noqa: ANN401  the config's own class
-        """The config."""
         return self.config
 
 
@@ -164,7 +161,6 @@ class WholeIteration:
 
     @property
     def where(self) -> Mapping[str, int]:
-        """Nothing besides the iteration."""
         return {}
 
 
@@ -175,7 +171,6 @@ class BranchMeans:
     per_branch: Tensor
 
     def weighted(self, weights: Tensor) -> Tensor:
-        """The weighted sum."""
         return (weights.to(self.per_branch) * self.per_branch).sum()
 
 
@@ -191,7 +186,6 @@ class ImageLosses:
 
     @property
     def per_branch(self) -> Tensor:
-        """[K]."""
         return self.per_image.mean(1)
 
     def image_weights(self, weights: Tensor) -> Tensor:

@@ -176,22 +176,18 @@ class TeacherStage(Stateless):
 
     @property
     def num_updates(self) -> int:
-        """ceil(images / batch)."""
         return self.config.iterations
 
     @property
     def batch_size(self) -> int:
-        """B."""
         return self.config.batch
 
     @property
     def seed(self) -> int:
-        """Of the config."""
         return self.config.seed
 
     @functools.cached_property
     def optimisation(self) -> OptimisationConfig:
-        """Of the config."""
         return self.config.optimisation
 
     def batch(self, iteration: int, images: slice) -> "NoisyBatch":
@@ -214,13 +210,11 @@ class TeacherStage(Stateless):
         )
 
     def updates(self, iteration: int, batch: "NoisyBatch") -> Iterator["DenoisingUpdate"]:
-        """One update."""
         loss = self.config.vp_loss
         sigma_data = self.start.sigma_data if loss is None else None
         yield DenoisingUpdate(stream=(iteration,), batch=batch, loss=loss, sigma_data=sigma_data)
 
     def describe(self, weighting: BranchWeighting) -> dict[str, Any]:
-        """What must agree for a checkpoint to be of the same run."""
         # Checkpoints from before there was a choice say nothing, and were made in float32.
         precision = self.start.execution.precision
         chosen = {} if precision == "float32" else {"precision": precision}
@@ -231,7 +225,6 @@ class TeacherStage(Stateless):
         }
 
     def on(self, device: torch.device) -> "TeacherStage":
-        """The same on another device."""
         return replace(self, start=self.start.on(device))
 
 

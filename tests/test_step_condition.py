@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import save_file
 
 from bdense.diffusion.branches import export_branch, widen_head
-from bdense.diffusion.conditions import ClassLabels
 from bdense.diffusion.denoiser import build_denoiser
 from bdense.diffusion.step_condition import with_step_condition
 from bdense.errors import InputError, ShapeError
@@ -180,14 +179,6 @@ def test_branches_dtype_and_mode_are_kept():
     again = build_denoiser(student.describe()).double()
     again.load_state_dict(student.state_dict())
     assert again.describe() == student.describe()
-
-
-def test_conditions_are_bound_for_a_sampler():
-    student = with_step_condition(tiny_denoiser(label_dim=3), start="random", seed=1)
-    labels = one_hot(0, 1, 2)
-    bound = student.given(ClassLabels(labels), num_points=5)
-    assert torch.equal(bound(X, SIGMA), student(X, SIGMA, labels, num_points=5))
-    assert torch.equal(student.given(num_points=4)(X, SIGMA), student(X, SIGMA, num_points=4))
 
 
 @BOTH

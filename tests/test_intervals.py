@@ -63,8 +63,8 @@ def test_a_variable_student_is_told_its_number_of_points():
         grid = live.grid_at(i)
         heard = []
         for update in stage.updates(i, stage.batch(i, slice(None))):
-            heard.append(update.told["num_points"])
+            heard.append(update.given["num_points"])
             update(stage.start.branches)
         assert heard == [grid.num_points] * len(grid.trained)
-    with pytest.raises(InputError, match=r"\[2, 3, 4\] is told which; start it from with_step"):
+    with pytest.raises(InputError, match=r"\[2, 3, 4\] is given which; start it from with_step"):
         sfd_stage(live, images=8)

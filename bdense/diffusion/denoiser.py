@@ -118,7 +118,7 @@ class NetworkDenoiser(nn.Module):
         x: Tensor,
         sigma: Tensor,
         class_labels: Tensor | None = None,
-        **told: Any,  # noqa: ANN401  of the network
+        **given: Any,  # noqa: ANN401  of the network
     ) -> Tensor:
         """All K predictions at once.
 
@@ -127,7 +127,7 @@ class NetworkDenoiser(nn.Module):
             sigma: 0-dim or [B].
             class_labels: [B, label_dim] one-hot, only for a conditional network; None is zeros,
                 which EDM's networks take for no class in particular.
-            told: Other conditions of the network by name, as of ``Network.forward``.
+            given: Other conditions of the network by name, as of ``Network.forward``.
 
         Returns:
             [B, K, C, H, W]; index K - 1 is the interval's end point.
@@ -139,7 +139,7 @@ class NetworkDenoiser(nn.Module):
         sigma = sigma.to(device=x.device, dtype=x.dtype).reshape(-1, 1, 1, 1)
         c_skip, c_out, c_in, c_noise = self.precond(sigma)
         with self.execution.autocast(x.device):
-            out = self.model(c_in * x, c_noise.flatten(), class_labels, **told)
+            out = self.model(c_in * x, c_noise.flatten(), class_labels, **given)
         out = out.to(x.dtype)
         b, c, h, w = x.shape
         # Of each group, only the prediction of the image: improved DDPM's has a variance after it.
@@ -152,10 +152,10 @@ class NetworkDenoiser(nn.Module):
         x: Tensor,
         sigma: Tensor,
         class_labels: Tensor | None = None,
-        **told: Any,  # noqa: ANN401  of the network
+        **given: Any,  # noqa: ANN401  of the network
     ) -> Tensor:
         """D(x; sigma) of branch K: [B, C, H, W]; arguments as of ``branches``."""
-        return self.branches(x, sigma, class_labels, **told)[:, -1]
+        return self.branches(x, sigma, class_labels, **given)[:, -1]
 
     @property
     def conditions(self) -> Conditions:
@@ -167,23 +167,23 @@ class NetworkDenoiser(nn.Module):
         """D(x; sigma) of branch K with its conditions bound, as solvers and samplers take it.
 
         Args:
-            condition: Of the batches of B images that it will be called with; None tells nothing.
-            num_points: N + 1 of the sampler that asks; told to networks with step condition.
+            condition: Of the B images that it will be called with; None is unconditional.
+            num_points: N + 1 of the sampler; passed on where there is a step condition.
         """
-        told: dict[str, Any] = {} if condition is None else dict(condition.arguments())
+        given: dict[str, Any] = {} if condition is None else dict(condition.arguments())
         if self.step_condition:
-            told["num_points"] = num_points
-        return functools.partial(self.forward, **told)
+            given["num_points"] = num_points
+        return functools.partial(self.forward, **given)
 
     def execute(self, execution: Execution) -> Self:
-        """Compute the network so from now on, in place; copies and students do it alike."""
+        """Compute the network this way from now on, in place; copies and students inherit it."""
         execution.require(next(self.parameters()).device)
         execution.prepare(self.model)
         self.execution = execution
         return self
 
     def on(self, device: torch.device) -> Self:
-        """A copy on another device, computed alike."""
+        """A copy on another device, with the same execution."""
         copied = copy.deepcopy(self).to(device)
         if copied.execution != Execution():
             # A copy is not compiled, and tf32 is a setting of each process.
@@ -232,7 +232,7 @@ def fill(denoiser: NetworkDenoiser, tensors: dict[str, Tensor], source: str) -> 
     """The denoiser with the weights of a file, in eval mode.
 
     Raises:
-        CheckpointError: Names or shapes differ; it says which.
+        CheckpointError: Names or shapes differ; it names them.
     """
     expected = {name: tuple(value.shape) for name, value in denoiser.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}

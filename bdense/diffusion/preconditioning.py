@@ -233,7 +233,7 @@ def _vp_coefficients(prediction_type: str, sigma: Tensor, noise: Tensor) -> Coef
 
 @dataclass(frozen=True, kw_only=True)
 class DDPM(DDPMSchedule):
-    """A network trained at T discrete times (Ho et al. 2020), as diffusers' schedulers say it.
+    """A network trained at T discrete times (Ho et al. 2020), as in diffusers' schedulers.
 
     The network sees z = x / sqrt(1 + sigma^2) and the time of sigma, a fraction between two of
     the trained ones.

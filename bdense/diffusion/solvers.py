@@ -59,7 +59,7 @@ class Solver(Knobs, abc.ABC):
 
     @property
     def order(self) -> int:
-        """Halving every step divides the error by 2 ** order; 1 where a solver says no other."""
+        """Halving every step divides the error by 2 ** order. 1 unless overridden."""
         return 1
 
     @abc.abstractmethod

@@ -1,7 +1,7 @@
 """The step condition of SFD-v: one student for several numbers of steps (Zhou et al. 2024).
 
-The network is told N + 1, the number of time stamps of the sampler that asks, through layers of
-its own: ``map_step``, ``map_step_layer0``, ``map_step_layer1``, and in each block ``affine_step``.
+The network's input N + 1, the sampler's number of time stamps, has its own layers: ``map_step``,
+``map_step_layer0``, ``map_step_layer1``, and in each block ``affine_step``.
 """
 
 from typing import Literal

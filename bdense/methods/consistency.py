@@ -223,7 +223,7 @@ class ConsistencyStage(Configured):
             targets=consistency_targets(
                 self._target.given(batch.condition), states[1:], levels[1:], config.sigma_min
             ),
-            told=batch.condition.arguments(),
+            given=batch.condition.arguments(),
             config=config,
             perceptual=self._perceptual,
         )
@@ -295,12 +295,12 @@ class ConsistencyUpdate(WholeIteration):
     level: Tensor
     end: float
     targets: Tensor
-    told: Mapping[str, Any]
+    given: Mapping[str, Any]
     config: ConsistencyConfig
     perceptual: LPIPS | None
 
     def __call__(self, branches: Branches) -> BranchMeans:
-        denoised = branches(self.x, self.level.flatten(), **self.told)
+        denoised = branches(self.x, self.level.flatten(), **self.given)
         ratio = (self.end / self.level)[:, None]
         found = towards(denoised, self.x[:, None], ratio).unbind(1)
         pairs = zip(found, self.targets[-len(found) :], strict=True)

@@ -29,7 +29,7 @@ class TrainedStage:
         student: One branch, the teacher's size, in eval mode.
         sampler: How it draws.
         weighting: The branch weights as they ended; None where the student was read from its file.
-        metadata: What the student's file says or would say.
+        metadata: Of the student's file.
         path: Its file; None where none is kept.
     """
 
@@ -95,7 +95,7 @@ class _Run:
         """Refuse a student of another run.
 
         Raises:
-            CheckpointError: It is one; says in what they differ.
+            CheckpointError: It is one; names the differing keys.
         """
         if not path.exists():
             return
@@ -153,7 +153,7 @@ class _Run:
         )
 
     def _metadata(self, stage: Stage, weighting: BranchWeighting) -> dict[str, Any]:
-        """What the student's file says of it."""
+        """Metadata of the student's file."""
         described = weighting.describe()
         return {
             "kind": "student",
@@ -202,7 +202,7 @@ def distill(
             folder; it is left there where no student is kept.
         devices: Devices of this machine that share each batch; the first is the teacher's.
         checkpoint_seconds: As of ``train``.
-        metadata: What else the students' files say.
+        metadata: Additional metadata of the students' files.
         on_iteration: Called with the stage after every iteration; an exception ends the run, as
             of ``train``.
         on_save: Called with the stage and the iterations done, after each save.
@@ -210,7 +210,7 @@ def distill(
 
     Raises:
         InputError: Something does not fit together.
-        CheckpointError: The folder holds students of another run; says in what they differ.
+        CheckpointError: The folder holds students of another run; names the differing keys.
         NonFiniteLossError: A stage diverged; those before it stay.
     """
     method.check(config, teacher, inputs.known)

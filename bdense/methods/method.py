@@ -23,7 +23,7 @@ from bdense.weights.weighting import BranchWeighting
 if TYPE_CHECKING:
     from bdense.methods.recordings import TrajectoryStore
 
-# A method takes its own config alone, which a protocol of all methods cannot say.
+# Each method takes only its own config, which the base class cannot express.
 AnyConfig: TypeAlias = Any
 
 
@@ -86,7 +86,7 @@ class Inputs:
         seed: Seed of batches, noise and dropout.
         recordings: Where a method that can record its teacher's trajectories keeps them; None
             computes them anew for each student.
-        known: Metadata of the first teacher's file; a student's says which levels it knows.
+        known: Metadata of the first teacher's file; a student's names its levels.
     """
 
     dataset: Dataset | None = None
@@ -114,7 +114,7 @@ class Stage(Training, Protocol):
         ...
 
     def metadata(self) -> dict[str, Any]:
-        """What the student's file says of it, its ``sampler`` among it; JSON-able."""
+        """Metadata of the student's file, with its ``sampler``; JSON-able."""
         ...
 
 

@@ -242,7 +242,7 @@ class PDStage(Configured, Stateless):
             x=x,
             levels=levels,
             targets=dense_targets(denoise, x, levels, clip=self.config.clip_targets),
-            told=batch.condition.arguments(),
+            given=batch.condition.arguments(),
             loss=self.config.loss,
             space=self.config.weights_space,
         )
@@ -252,7 +252,7 @@ class PDStage(Configured, Stateless):
         return {**self.describe_run(weighting), "num_steps": self.steps, **started}
 
     def describe_run(self, weighting: BranchWeighting) -> dict[str, Any]:
-        """What must agree for two trainings to be alike, whatever their steps."""
+        """The identity of a run without its numbers of steps."""
         config, described = self.config, weighting.describe()
         added = config.changed()
         weights: Any = described
@@ -312,13 +312,13 @@ class RoundUpdate(WholeIteration):
     x: Tensor
     levels: Tensor
     targets: Tensor
-    told: Mapping[str, Any]
+    given: Mapping[str, Any]
     loss: Loss
     space: WeightsSpace
 
     def __call__(self, branches: Branches) -> "RoundLosses":
         """The branches' losses, weighted by the noise level."""
-        errors = branch_errors(branches, self.x, self.levels[0], self.targets, **self.told)
+        errors = branch_errors(branches, self.x, self.levels[0], self.targets, **self.given)
         losses = snr_weight(self.levels[0], self.loss).to(errors) * errors
         return RoundLosses(losses, self.levels, self.space)
 
@@ -379,7 +379,7 @@ def target_shares(levels: Tensor) -> list[Tensor]:
     """
     shares = []
     for k in range(1, len(levels)):
-        # r_j / r_k = t_k / t_j, and 1 for j = k, which t_k = 0 would not say.
+        # r_j / r_k = t_k / t_j; 1 for j = k also where t_k = 0.
         ratios = torch.cat([levels[k] / levels[:k], torch.ones_like(levels[:1])])
         shares.append(ratios.diff(dim=0) / (1 - ratios[0]))
     return shares
@@ -390,7 +390,7 @@ def branch_errors(
     x: Tensor,
     sigma: Tensor,
     targets: Tensor,
-    **told: Any,  # noqa: ANN401  of branches
+    **given: Any,  # noqa: ANN401  of branches
 ) -> Tensor:
     """|D^k - D*^k|^2, mean over pixels.
 
@@ -400,12 +400,12 @@ def branch_errors(
         x: [B, C, H, W] states at ``sigma``.
         sigma: [B].
         targets: [K', B, C, H, W], K' >= K; the last K are meant.
-        told: Conditions of a conditional student.
+        given: Conditions of a conditional student.
 
     Returns:
         [K, B].
     """
-    denoised = branches(x, sigma, **told)
+    denoised = branches(x, sigma, **given)
     targets = targets[-denoised.shape[1] :].transpose(0, 1)
     return (denoised - targets).square().mean(dim=(2, 3, 4)).T
 
@@ -488,7 +488,7 @@ def _require_images(dataset: Dataset, teacher: NetworkDenoiser) -> None:
     if theirs != own:
         raise InputError(
             f"data {dataset.name} has images of {theirs}, and the teacher is a network for {own}; "
-            "give the data set that it was trained on, padded alike"
+            "give the data set that it was trained on, with the same padding"
         )
     teacher.conditions.require(dataset)
 

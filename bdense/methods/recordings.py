@@ -134,7 +134,7 @@ class TrajectoryStore:
             )
 
     def record_shard(self, shard: int, on_iteration: Callable[[int], None] | None = None) -> None:
-        """Compute one shard and write it, unless somebody has meanwhile.
+        """Compute and write one shard, unless it exists by now.
 
         Args:
             shard: 0-based.

@@ -217,8 +217,8 @@ class SFDStage(Configured, Stateless):
         grid = self.trajectories.grid
         if isinstance(grid, VariableGrid) and not self.start.step_condition:
             raise InputError(
-                f"a student for several numbers of intervals {list(grid.num_intervals)} is told "
-                "which; start it from with_step_condition(teacher, seed=...)"
+                f"a student for several numbers of intervals {list(grid.num_intervals)} needs a "
+                "step condition; start it from with_step_condition(teacher, seed=...)"
             )
         if self.num_updates > len(self.trajectories):
             raise InputError(
@@ -265,7 +265,7 @@ class SFDStage(Configured, Stateless):
                 x=x,
                 levels=grid.interval(n),
                 targets=batch.states[row * grid.substeps : (row + 1) * grid.substeps],
-                told={**batch.condition.arguments(), **points},
+                given={**batch.condition.arguments(), **points},
                 perceptual=self.perceptual if n == grid.num_intervals - 1 else None,
             )
             yield update
@@ -305,13 +305,13 @@ class IntervalUpdate:
     x: Tensor
     levels: Tensor
     targets: Tensor
-    told: Mapping[str, Any]
+    given: Mapping[str, Any]
     perceptual: PerceptualLoss | None
     end: Tensor = field(init=False)
 
     def __call__(self, branches: Branches) -> BranchMeans:
         """The branches' states and losses."""
-        states = branch_states(branches, self.x, self.levels, **self.told)
+        states = branch_states(branches, self.x, self.levels, **self.given)
         self.end = states[:, -1].detach()
         losses = branch_losses(states, self.targets)
         if self.perceptual is None:
@@ -339,22 +339,22 @@ def branch_states(
     branches: Branches,
     x: Tensor,
     levels: Tensor,
-    **told: Any,  # noqa: ANN401  of branches
+    **given: Any,  # noqa: ANN401  of branches
 ) -> Tensor:
-    """Where each branch says the teacher is: x^k = x + (t_{n,k} - t_n) (x - D^k) / t_n.
+    """Each branch's prediction of the teacher's state: x^k = x + (t_{n,k} - t_n) (x - D^k) / t_n.
 
     Args:
         branches: The student's ``branches``; its K branches stand for t_{n,1}..t_{n,K}, a single
             one for t_{n,K}.
         x: [B, C, H, W] the student's state at t_n.
         levels: [K + 1] float64, t_{n,0} = t_n down to t_{n,K}.
-        told: Conditions, and ``num_points`` N + 1 for a step-conditional student.
+        given: Conditions, and ``num_points`` N + 1 for a step-conditional student.
 
     Returns:
         [B, K, C, H, W]; index -1 is the end of the interval.
     """
     t = levels[0]
-    denoised = branches(x, t, **told)
+    denoised = branches(x, t, **given)
     slopes = (x[:, None] - denoised) / t
     steps = (levels[1:] - t)[-denoised.shape[1] :]
     return x[:, None] + steps.to(x).view(-1, 1, 1, 1) * slopes
@@ -474,7 +474,7 @@ def levels_of(known: Mapping[str, Any]) -> dict[str, Any]:
 def _check_second_stage(config: SFDConfig, served: Mapping[int, Sampler]) -> None:
     """A teacher that is a student: on its own grid, by its own steps.
 
-    A student for several NFE is told its number of points, that of the grid it walks.
+    A student for several NFE gets the number of points of the grid it walks.
     """
     if not served:
         raise InputError(

@@ -26,7 +26,7 @@ class TrajectoryBatch:
         grid: The intervals that were walked.
         start: [B, C, H, W] x_T = t_0 * noise, where teacher and student begin.
         states: [R, B, C, H, W] the teacher's states at the trained sub-levels, in walking order.
-        condition: What teacher and student are told of the images, such as their classes.
+        condition: Of the images, such as their classes.
     """
 
     grid: IntervalGrid
@@ -109,7 +109,7 @@ class LiveTrajectories:
         return TrajectoryBatch(grid, start, self._states(grid, start, condition), condition)
 
     def beginning(self, iteration: int, images: slice) -> tuple[IntervalGrid, Tensor, Condition]:
-        """What an iteration starts from: grid, x_T [B, C, H, W] and its condition."""
+        """Start of an iteration: grid, x_T [B, C, H, W] and condition."""
         grid, like = self.grid_at(iteration), next(self.teacher.parameters())
         start = grid.fine()[0] * self.noise(iteration)[images].to(like)
         return grid, start, self.condition(iteration).part(images).to(like)

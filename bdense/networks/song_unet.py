@@ -218,7 +218,7 @@ class SongUNet(UNet):
         self, x: Tensor, skips: list[Tensor], emb: Tensor, emb_step: Tensor | None
     ) -> Tensor:
         """[B, out_channels, H, W]."""
-        image: Tensor | None = None  # what the levels so far say, one group wide
+        image: Tensor | None = None  # the sum of the levels so far, one group wide
         for name, module in self.dec.items():
             if isinstance(module, UNetBlock):
                 if x.shape[1] != module.in_channels:

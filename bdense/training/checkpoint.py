@@ -83,7 +83,7 @@ class TrainingCheckpoint:
         """Load a saved run, if there is one, and return the iteration at which it resumes.
 
         Raises:
-            CheckpointError: The file is of another run.
+            CheckpointError: The file belongs to another run.
         """
         if self._path is None:
             return 0

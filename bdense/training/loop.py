@@ -119,7 +119,7 @@ def train(
     Raises:
         InputError: Branches, weights and devices do not fit the stage.
         NonFiniteLossError: A loss or gradient is not finite; no update was made from it.
-        CheckpointError: The checkpoint is of another run.
+        CheckpointError: The checkpoint belongs to another run.
     """
     options = _Options(
         checkpoint=checkpoint,
@@ -202,7 +202,7 @@ def _train(
 
 
 def run_identity(stage: Training, weighting: BranchWeighting, team: Team) -> dict[str, Any]:
-    """What must agree for a checkpoint to be of the same run."""
+    """What must agree for a checkpoint to belong to the same run."""
     # Each device draws dropout of its own.
     shared = {"devices": team.size} if team.size > 1 else {}
     return stage.describe(weighting) | shared

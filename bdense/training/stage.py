@@ -54,7 +54,7 @@ class Training(Protocol):
 
     @property
     def kind(self) -> str:
-        """Which kind of training a checkpoint is of, such as ``sfd``."""
+        """The kind of training, for checkpoints: ``sfd``, for example."""
         ...
 
     @property
@@ -104,11 +104,11 @@ class Training(Protocol):
         ...
 
     def describe(self, weighting: BranchWeighting) -> dict[str, Any]:
-        """What must agree for a checkpoint to be of the same run, JSON-able, one level deep."""
+        """What must agree for a checkpoint to belong to the same run; JSON-able, flat."""
         ...
 
     def on(self, device: torch.device) -> Self:
-        """The same stage with its networks on another device."""
+        """This stage with its networks on another device."""
         ...
 
     def begin(self, student: NetworkDenoiser) -> None:

@@ -127,7 +127,7 @@ class TeacherConfig(Knobs):
 
     @property
     def label_dim(self) -> int:
-        """Classes that the network is told; 0 for an unconditional one."""
+        """Number of classes; 0 is unconditional."""
         return int(self.network.get("label_dim", 0))
 
     @property
@@ -215,7 +215,7 @@ class TeacherStage(Stateless):
         yield DenoisingUpdate(stream=(iteration,), batch=batch, loss=loss, sigma_data=sigma_data)
 
     def describe(self, weighting: BranchWeighting) -> dict[str, Any]:
-        # Checkpoints from before there was a choice say nothing, and were made in float32.
+        # Checkpoints without it were made in float32.
         precision = self.start.execution.precision
         chosen = {} if precision == "float32" else {"precision": precision}
         return {
@@ -236,7 +236,7 @@ class NoisyBatch:
         clean: [B, C, H, W] y in [-1, 1].
         noise: [B, C, H, W], unit.
         sigma: [B] noise levels.
-        condition: What the network is told of the images, such as their classes.
+        condition: Of the images, such as their classes.
     """
 
     clean: Tensor
@@ -261,8 +261,8 @@ class DenoisingUpdate(WholeIteration):
     def __call__(self, branches: Branches) -> ImageLosses:
         """[1, B] losses."""
         batch, sigma = self.batch, self.batch.sigma
-        told = batch.condition.arguments()
-        errors = squared_error(branches, batch.clean, batch.noise, sigma, **told)
+        given = batch.condition.arguments()
+        errors = squared_error(branches, batch.clean, batch.noise, sigma, **given)
         if self.loss is not None:
             return ImageLosses((snr_weight(sigma, self.loss) * errors)[None])
         assert self.sigma_data is not None
@@ -282,7 +282,7 @@ def squared_error(
     clean: Tensor,
     noise: Tensor,
     sigma: Tensor,
-    **told: Any,  # noqa: ANN401  of branches
+    **given: Any,  # noqa: ANN401  of branches
 ) -> Tensor:
     """|D(y + n; sigma) - y|^2 of branch K, mean over pixels.
 
@@ -291,13 +291,13 @@ def squared_error(
         clean: [B, C, H, W] y in [-1, 1].
         noise: [B, C, H, W], unit.
         sigma: [B].
-        told: Conditions of a conditional network.
+        given: Conditions of a conditional network.
 
     Returns:
         [B].
     """
     noisy = clean + sigma.view(-1, 1, 1, 1) * noise
-    denoised = branches(noisy, sigma, **told)[:, -1]
+    denoised = branches(noisy, sigma, **given)[:, -1]
     return (denoised - clean).square().mean(dim=(1, 2, 3))
 
 
@@ -376,7 +376,7 @@ def new_denoiser(config: TeacherConfig, image_shape: torch.Size) -> NetworkDenoi
 
 
 def teacher_data(config: TeacherConfig, dataset: Dataset) -> dict[str, str]:
-    """Digests of what a teacher learns from: pixels, and the classes that it is told."""
+    """Digests of what a teacher learns from: pixels, and classes where it is conditional."""
     digests = {"data": dataset.sha256}
     # Labels that an unconditional teacher never sees must not make it another one.
     if config.label_dim:

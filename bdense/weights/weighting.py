@@ -19,8 +19,8 @@ from torch import Tensor
 from bdense.errors import InputError
 from bdense.weights.spaces import RULES, require_strength
 
-# Without AFS a branch may start at its target, and its L1 loss is rounding noise: its scale is
-# near zero and says nothing. No branch counts as smaller than this share of the largest.
+# Without AFS a branch may start at its target, where its L1 loss is rounding noise. No scale
+# counts as smaller than this share of the largest.
 SMALLEST_SCALE = 1e-3
 
 

@@ -20,7 +20,7 @@ from bdense.errors import InputError, NonFiniteLossError, StoppedError
 from bdense.randomness import Stream, seeded
 from bdense.training.checkpoint import TrainingCheckpoint
 from bdense.training.parallel import Team, team_of
-from bdense.training.stage import BranchLosses, Training, Update
+from bdense.training.stage import Branches, BranchLosses, Training, Update
 from bdense.weights.weighting import BranchWeighting
 
 
@@ -162,13 +162,14 @@ def _train(
     average = _Average.of(student, stage)
     trained = average.student if average is not None else student
     checkpoint = TrainingCheckpoint(
-        options.checkpoint,
-        stage,
-        weighting,
-        student,
-        optimizer,
-        average.student if average is not None else None,
-        run_identity(stage, weighting, team),
+        path=options.checkpoint,
+        stage=stage,
+        weighting=weighting,
+        student=student,
+        optimizer=optimizer,
+        average=average.student if average is not None else None,
+        # Each device draws its own dropout.
+        identity=stage.describe(weighting) | ({"devices": team.size} if team.size > 1 else {}),
         seconds=options.checkpoint_seconds,
         writes=team.leads,
         on_save=options.on_save,
@@ -199,13 +200,6 @@ def _train(
         if done in evaluated or done == stage.num_updates or checkpoint.is_due:
             checkpoint.save(done)
     return trained.eval()
-
-
-def run_identity(stage: Training, weighting: BranchWeighting, team: Team) -> dict[str, Any]:
-    """What must agree for a checkpoint to belong to the same run."""
-    # Each device draws dropout of its own.
-    shared = {"devices": team.size} if team.size > 1 else {}
-    return stage.describe(weighting) | shared
 
 
 def _require_fitting(stage: Training, weighting: BranchWeighting) -> None:
@@ -285,38 +279,33 @@ class _Branches(nn.Module):
         return self.student.branches(*args, **kwargs)
 
 
+@dataclass(eq=False)
 class _Step:
     """One step of the optimiser."""
 
-    def __init__(
-        self,
-        stage: Training,
-        weighting: BranchWeighting,
-        student: NetworkDenoiser,
-        optimizer: torch.optim.Optimizer,
-        team: Team,
-    ) -> None:
-        self._stage = stage
-        self._weighting = weighting
-        self._student = student
-        self._optimizer = optimizer
-        self._team = team
-        self._parameters = list(student.parameters())
-        self._branches = student.branches
-        if team.size > 1:
-            self._branches = team.wrap(_Branches(student))
+    stage: Training
+    weighting: BranchWeighting
+    student: NetworkDenoiser
+    optimizer: torch.optim.Optimizer
+    team: Team
+
+    def __post_init__(self) -> None:
+        self._parameters = list(self.student.parameters())
+        self._branches: Branches = self.student.branches
+        if self.team.size > 1:
+            self._branches = self.team.wrap(_Branches(self.student))
 
     def __call__(self, iteration: int, update: Update) -> _Done:
         """Make the update, unless a loss or gradient is not finite."""
-        optimisation, team = self._stage.optimisation, self._team
+        optimisation, team = self.stage.optimisation, self.team
         with self._shared_features() as shared, self._dropout(update):
             losses = update(self._branches)
         per_branch = losses.per_branch
         seen = team.mean(per_branch.detach())
-        self._weighting.observe(seen, self._gradient_norms(per_branch, shared))
-        weights = optimisation.scaled(self._weighting.weights())
+        self.weighting.observe(seen, self._gradient_norms(per_branch, shared))
+        weights = optimisation.scaled(self.weighting.weights())
         loss = losses.weighted(weights)
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
@@ -327,23 +316,23 @@ class _Step:
         if not all(map(math.isfinite, (*observed, value, length, *used))):
             raise self._named(update, seen, weights, iteration)
         optimisation.clip(gradients, length)
-        self._optimizer.step()
+        self.optimizer.step()
         return _Done(observed, used, value, length)
 
     def _dropout(self, update: Update) -> contextlib.AbstractContextManager[None]:
         """The random state of dropout in this update, the same on every call."""
         device = self._parameters[0].device
-        own = self._team.own_index
-        return seeded(device, self._stage.seed, Stream.DROPOUT, *update.stream, *own)
+        own = self.team.own_index
+        return seeded(device, self.stage.seed, Stream.DROPOUT, *update.stream, *own)
 
     @contextlib.contextmanager
     def _shared_features(self) -> Iterator[list[Tensor]]:
         """The head's input, shared by all branches, once the network has been called."""
         kept: list[Tensor] = []
-        if not self._weighting.needs_gradients:
+        if not self.weighting.needs_gradients:
             yield kept
             return
-        model = self._student.model
+        model = self.student.model
         head = model.get_submodule(model.head_name)
         hook = head.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
         try:
@@ -359,7 +348,7 @@ class _Step:
             torch.autograd.grad(loss, shared[0], retain_graph=True)[0].norm() for loss in losses
         ]
         # Over the whole batch: squares add up over the shares, each a mean over its own images.
-        return (self._team.mean(torch.stack(norms).square()) / self._team.size).sqrt()
+        return (self.team.mean(torch.stack(norms).square()) / self.team.size).sqrt()
 
     def _named(
         self, update: Update, seen: Tensor, weights: Tensor, iteration: int
@@ -371,7 +360,7 @@ class _Step:
                 return NonFiniteLossError("the loss", **where, branch=k)
         # Eagerly: a compiled graph allows one backward pass, and each branch needs its own.
         with torch.compiler.set_stance("force_eager"), self._dropout(update):
-            losses: BranchLosses = update(self._student.branches)
+            losses: BranchLosses = update(self.student.branches)
             # Weighted as in the update: a large weight may cause the overflow.
             for k, loss in enumerate(weights.to(seen) * losses.per_branch, 1):
                 alone = torch.autograd.grad(

@@ -10,7 +10,7 @@ its reverse. K branches.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -104,8 +104,9 @@ class FixedWeights:
         return {"fixed": self.values.tolist()}
 
 
+@dataclass(eq=False)
 class LearnedWeights:
-    """Weights from a running scale of each branch.
+    """Weights from a running scale of each branch; uniform until the first update is seen.
 
     ``uncertainty``: s_k is the branch's mean L1 loss. With |r| Laplace distributed at a scale of
     its own, the likelihood sum_k |r_k| / s_k + ln s_k is best there (Kendall et al. 2018, arXiv
@@ -114,30 +115,28 @@ class LearnedWeights:
     ``gradient-norm``: s_k is the norm of the branch's gradient at the features that all branches
     share, the head's input, so that w_k makes these norms equal (Chen et al. 2018, arXiv
     1711.02257, without its training rates).
+
+    Attributes:
+        num_branches: K.
+        rule: One of ``RULES``.
+        strength: Exponent of 1 / s_k.
+        memory: Updates over which an old one's share in s_k falls to 1 / e.
     """
 
-    def __init__(
-        self, num_branches: int, *, rule: str, strength: float = 1.0, memory: int = 100
-    ) -> None:
-        """Start without an opinion: the first update is seen before it is weighed.
+    num_branches: int
+    _: KW_ONLY
+    rule: str
+    strength: float = 1.0
+    memory: int = 100
 
-        Args:
-            num_branches: K.
-            rule: One of ``RULES``.
-            strength: Exponent of 1 / s_k.
-            memory: Updates over which an old one's share in s_k falls to 1 / e.
-        """
-        if num_branches < 1:
-            raise InputError(f"num_branches (K) must be at least 1, got {num_branches}")
-        if rule not in RULES:
-            raise InputError(f"weight rule {rule!r} is unknown; choose from {list(RULES)}")
-        require_strength(strength)
-        if memory < 1:
-            raise InputError(f"weight memory must be at least 1 update, got {memory}")
-        self.num_branches = num_branches
-        self.rule = rule
-        self.strength = strength
-        self.memory = memory
+    def __post_init__(self) -> None:
+        if self.num_branches < 1:
+            raise InputError(f"num_branches (K) must be at least 1, got {self.num_branches}")
+        if self.rule not in RULES:
+            raise InputError(f"weight rule {self.rule!r} is unknown; choose from {list(RULES)}")
+        require_strength(self.strength)
+        if self.memory < 1:
+            raise InputError(f"weight memory must be at least 1 update, got {self.memory}")
         self._sum: Tensor | None = None
         self._seen = 0.0
 

@@ -103,14 +103,6 @@ def test_adaptive_scale_and_step_by_hand():
     torch.testing.assert_close(block(x, emb, emb_step), block.conv1(F.silu(h)) + x)
 
 
-def test_a_block_takes_a_step_exactly_where_it_has_the_layer():
-    x, emb = image(1, 4), torch.ones(1, 6)
-    with pytest.raises(InputError, match=r"emb_step is missing .* step_condition=True"):
-        UNetBlock(4, 4, 6, step_condition=True)(x, emb)
-    with pytest.raises(InputError, match=r"emb_step is given .* step_condition=False"):
-        UNetBlock(4, 4, 6)(x, emb, emb)
-
-
 # ---- whole networks, written out ----
 
 

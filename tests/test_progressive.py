@@ -376,32 +376,6 @@ def test_the_space_of_states_multiplies_by_the_way_moved_and_keeps_the_sum():
     assert image_weights(torch.tensor([5.0]), levels, "state").tolist() == [[5.0, 5.0]]
 
 
-def test_a_round_uses_the_space_it_is_told():
-    first = conv()
-
-    def run(space: str) -> tuple[NetworkDenoiser, float]:
-        reports = []
-        stage = on_noise(first, 4, updates=1, weights_space=space)
-        student = train(stage, FixedWeights(TWO), on_iteration=reports.append)
-        return student, reports[0].loss
-
-    stage = on_noise(first, 4)
-    batch = stage.batch(0, ALL)
-    levels = levels_of(stage, batch)
-    x = batch.clean + levels[0].view(-1, 1, 1, 1) * batch.noise
-    targets = dense_targets(first, x, levels)
-    with torch.no_grad():
-        losses = snr_weight(levels[0], "snr_trunc") * branch_errors(
-            widen_head(first, 2).branches, x, levels[0], targets
-        )
-    factors = 1 - levels[1:] / levels[0]
-    by_hand = TWO[:, None] * factors / (TWO[:, None] * factors).sum(0)
-    (state, state_loss), (clean, clean_loss) = run("state"), run("clean")
-    assert state_loss == pytest.approx(float((by_hand * losses).sum(0).mean()), rel=1e-9)
-    assert clean_loss == pytest.approx(float((TWO[:, None] * losses).sum(0).mean()), rel=1e-9)
-    assert not same_weights(state, clean)
-
-
 # ---- failures, refusals ----
 
 

@@ -105,4 +105,4 @@ def test_a_grid_has_an_interval_and_a_substep():
     with pytest.raises(InputError, match="at least 1 interval, got 0"):
         Schedule().grid(0)
     with pytest.raises(InputError, match=r"substeps \(K\) must be at least 1, got 0"):
-        Schedule().fine_grid(3, 0)
+        IntervalGrid(num_intervals=3, substeps=0)

@@ -80,8 +80,6 @@ class Schedule:
 
     def fine_grid(self, num_intervals: int, substeps: int) -> Tensor:
         """[N * K + 1] float64: the teacher's grid, whose every K-th entry is the student's."""
-        if substeps < 1:
-            raise InputError(f"substeps (K) must be at least 1, got {substeps}")
         return self.grid(num_intervals * substeps)
 
     def start(self, noise: Tensor) -> Tensor:

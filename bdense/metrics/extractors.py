@@ -20,7 +20,7 @@ from bdense.errors import InputError, ShapeError
 from bdense.files import sha256_file
 from bdense.metrics.classifiers import RECIPES, Classifier, classifier_weights, load_classifier
 from bdense.metrics.dinov2 import SIZES, DinoV2, Size
-from bdense.models.pretrained import downloaded_weights, last_line, weights_of, weights_path
+from bdense.models.zoo import downloaded_weights, last_line, weights_of, weights_path
 
 SPECS = ", ".join(
     ["inception[:WEIGHTS.pth], dinov2[:WEIGHTS.pth], torchscript:FILE.pt", *SIZES, *RECIPES]

@@ -14,9 +14,8 @@ from bdense.methods import METHODS
 from bdense.methods.distill import TrainedStage
 from bdense.methods.distill import distill as distill_stages
 from bdense.methods.method import Inputs, StagePlan
-from bdense.models.cards import inherited, write_card
-from bdense.models.sources import load_model
-from bdense.models.store import save_denoiser
+from bdense.models.card import inherited, write_card
+from bdense.models.store import load_model, save_denoiser
 from bdense.training.loop import IterationReport
 from bdense.verbs.common import (
     Progress,

@@ -26,8 +26,8 @@ from bdense.metrics.references import (
     write_reference,
 )
 from bdense.metrics.settings import MetricSettings
-from bdense.models.public import resolve_reference
 from bdense.models.store import denoiser_sha256
+from bdense.models.zoo import resolve_reference
 from bdense.verbs.common import Progress, chosen_device, chosen_hardware, require_file_name
 from bdense.verbs.options import Drawing, Features, FidOptions, ReferenceOptions
 from bdense.verbs.sample import model_and_sampler

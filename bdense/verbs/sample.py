@@ -20,7 +20,7 @@ from bdense.diffusion.solvers import make_solver
 from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.knobs import from_options, spelt_options
-from bdense.models.sources import load_model
+from bdense.models.store import load_model
 from bdense.verbs.common import chosen_hardware, require_file_name
 from bdense.verbs.options import Drawing, SampleOptions
 

@@ -6,7 +6,7 @@ from typing import Any
 from bdense.data.datasets import Dataset, load_dataset
 from bdense.errors import InputError
 from bdense.knobs import KnobError, from_options
-from bdense.models.cards import write_card
+from bdense.models.card import write_card
 from bdense.models.store import denoiser_sha256, save_denoiser
 from bdense.training.teacher import TeacherConfig, train_teacher
 from bdense.verbs.common import Progress, chosen_hardware, require_file_name, unfinished

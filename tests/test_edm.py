@@ -12,9 +12,8 @@ from bdense.diffusion.sampling import Sampler, sampler_from
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.step_condition import with_step_condition
 from bdense.errors import CheckpointError
-from bdense.models.edm_pickle import ForeignModule, ForeignNetwork, read_edm_pickle
-from bdense.models.foreign import denoiser_from_edm
-from bdense.models.sfd_checkpoints import student_samplers
+from bdense.models.edm import denoiser_from_edm, student_samplers
+from bdense.models.pickles import ForeignModule, ForeignNetwork, read_edm_pickle
 from bdense.models.store import (
     denoiser_sha256,
     load_denoiser,

@@ -10,23 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
-import bdense.models.public
-import bdense.models.sources
+import bdense.models.store
+import bdense.models.zoo
 from bdense.diffusion.denoiser import build_denoiser
 from bdense.errors import CheckpointError, InputError
 from bdense.files import sha256_file
-from bdense.models.public import (
+from bdense.models.store import denoiser_sha256, load_denoiser, load_model, save_denoiser
+from bdense.models.zoo import (
     CHECKPOINTS,
     HUB_CHECKPOINTS,
     REFERENCES,
     checkpoint_folder,
-    published_architecture,
-    published_names,
     resolve_checkpoint,
     resolve_reference,
 )
-from bdense.models.sources import load_model
-from bdense.models.store import denoiser_sha256, load_denoiser, save_denoiser
 from tests.goldens import discover
 from tests.small import same_weights, small_teacher
 
@@ -62,7 +59,7 @@ def published(tmp_path, monkeypatch) -> Iterator[bytes]:
             name: dataclasses.replace(file, url=f"{at}/{name}.pkl", sha256=None, size=None)
             for name, file in CHECKPOINTS.items()
         }
-        monkeypatch.setattr(bdense.models.public, "CHECKPOINTS", table)
+        monkeypatch.setattr(bdense.models.zoo, "CHECKPOINTS", table)
         yield content
         server.shutdown()
 
@@ -143,7 +140,7 @@ def test_a_hub_model_has_its_address_and_terms():
 def test_a_hub_models_terms_come_with_it(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     read = {"source": HUB, "scheduler": "DDPMScheduler", "licence": "apache-2.0"}
-    monkeypatch.setattr(bdense.models.sources, "read_diffusers", lambda _: (small_teacher(), read))
+    monkeypatch.setattr(bdense.models.store, "read_diffusers", lambda _: (small_teacher(), read))
     _, metadata = load_model(HUB)
     assert metadata == {
         "source": HUB,
@@ -166,14 +163,6 @@ def test_a_hub_model_is_here_once_its_weights_are(monkeypatch, tmp_path):
     assert not published.is_here
     (snapshot / "diffusion_pytorch_model.safetensors").write_bytes(b"")
     assert published.is_here
-
-
-def test_architectures_are_told_by_name():
-    assert set(published_names()) == {*CHECKPOINTS, *HUB_CHECKPOINTS}
-    assert published_architecture(CIFAR10) == CHECKPOINTS[CIFAR10].architecture
-    assert published_architecture(HUB) == HUB_CHECKPOINTS[HUB].architecture
-    assert published_architecture("teacher.pkl") is None
-    assert published_architecture(None) is None
 
 
 # ---- files by name ----
@@ -203,7 +192,7 @@ def test_what_is_neither_lists_the_names(folder):
 
 def test_no_network_is_one_line_with_the_address(folder, monkeypatch):
     elsewhere = dataclasses.replace(CHECKPOINTS[CIFAR10], url="http://host.invalid/a/net.pkl")
-    monkeypatch.setattr(bdense.models.public, "CHECKPOINTS", {CIFAR10: elsewhere})
+    monkeypatch.setattr(bdense.models.zoo, "CHECKPOINTS", {CIFAR10: elsewhere})
     with pytest.raises(InputError) as caught:
         resolve_checkpoint(CIFAR10)
     (line,) = str(caught.value).splitlines()
@@ -265,7 +254,7 @@ def test_pickles_of_torch_are_told_what_is_read(tmp_path, ending):
 def test_a_published_model_comes_with_its_terms(folder, monkeypatch, file):
     """From the folder of public files, where somebody put it by hand."""
     here = dataclasses.replace(CHECKPOINTS[CIFAR10], sha256=sha256_file(file))
-    for module in (bdense.models.public, bdense.models.sources):
+    for module in (bdense.models.zoo, bdense.models.store):
         monkeypatch.setattr(module, "CHECKPOINTS", {CIFAR10: here})
     folder.mkdir()
     shutil.copy(file, here.path)

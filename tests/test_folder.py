@@ -21,10 +21,9 @@ from bdense.diffusion.solvers import DDIM
 from bdense.diffusion.vp import CosineSchedule
 from bdense.errors import CheckpointError, InputError
 from bdense.files import atomic_folder
-from bdense.models.cards import folder_card, model_card
-from bdense.models.folders import export_folder
-from bdense.models.sources import load_model
-from bdense.models.store import denoiser_sha256
+from bdense.models.card import folder_card, model_card
+from bdense.models.folder import export_folder
+from bdense.models.store import denoiser_sha256, load_model
 from tests.commands import bdense as command
 from tests.commands import done, refused
 from tests.small import same_weights, small_teacher

@@ -1,7 +1,4 @@
-"""Model cards: what a model is, its licence, how to draw from it.
-
-In the Hugging Face hub's form: Markdown with YAML in front.
-"""
+"""Model cards (Markdown with YAML in front, as on the Hugging Face hub) and readable JSON."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +9,7 @@ from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import samplers_from
 from bdense.diffusion.solvers import DDIM
 from bdense.files import atomic_write
+from bdense.models.store import denoiser_sha256
 
 # How a student was made, by its ``method``.
 _DENSE = "with dense branch supervision (B-DENSE, arXiv 2602.15971)"
@@ -29,6 +27,8 @@ _METHODS = {
 }
 # Metadata that a student inherits from its teacher.
 _INHERITED = ("licence", "citation")
+# Metadata of any model that its card repeats.
+_KNOWN = ("source", "url", "citation", "scheduler", "data")
 # Keys of a table of FIDs that always get a column, and the columns' titles.
 _COLUMNS = {
     "steps": "steps",
@@ -55,16 +55,7 @@ def inherited(teacher: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def model_card(name: str, denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> str:
-    """The card of one safetensors file.
-
-    Args:
-        name: Name of the file.
-        denoiser: The model in it.
-        metadata: The file's metadata.
-
-    Returns:
-        Markdown.
-    """
+    """The card, in Markdown, of the safetensors file ``name``."""
     return _card(name, denoiser, metadata, _fenced("sh", _sample_command(name, metadata)))
 
 
@@ -76,7 +67,7 @@ def folder_card(
     pictures: Sequence[str] = (),
     extra: str = "",
 ) -> str:
-    """The card of a folder with a student and its own sampler.
+    """The card, in Markdown, of the folder ``name`` with a student and its own sampler.
 
     Args:
         name: Name of the folder.
@@ -84,9 +75,6 @@ def folder_card(
         metadata: Its metadata; ``fid_table``, a list of rows, becomes a table.
         pictures: Names of picture files in the folder.
         extra: Markdown for the end.
-
-    Returns:
-        Markdown.
     """
     _, *others = (str(sampler.nfe) for sampler in samplers_from(metadata))
     which = f"  # the others: NFE {', '.join(others)}" if others else ""
@@ -105,7 +93,7 @@ def folder_card(
         "## How to sample",
         _fenced("sh", _sample_command(name, metadata)),
         _fenced("python", *lines),
-        *_pictures(pictures),
+        *(f"![{Path(picture).stem}]({picture})" for picture in pictures),
         *_fid_section(metadata),
         extra.strip(),
     )
@@ -114,16 +102,9 @@ def folder_card(
 def pipeline_card(
     name: str, denoiser: NetworkDenoiser, metadata: Mapping[str, Any], call: Mapping[str, Any]
 ) -> str:
-    """The card of a folder that diffusers' ``DDIMPipeline`` loads.
+    """The card, in Markdown, of the folder ``name`` that diffusers' ``DDIMPipeline`` loads.
 
-    Args:
-        name: Name of the folder.
-        denoiser: The student.
-        metadata: Its metadata.
-        call: Arguments of the pipeline that draw as the student was distilled to.
-
-    Returns:
-        Markdown.
+    ``call`` has the arguments of the pipeline that draw as the student was distilled to.
     """
     settings = ", ".join(f"{key}={value!r}" for key, value in call.items())
     lines = [
@@ -164,7 +145,8 @@ def _card(
         "pipeline_tag": "unconditional-image-generation",
         "tags": "[diffusion, distillation]" if student else "[diffusion]",
     }
-    rows = _facts(denoiser, metadata) | (_student_facts(metadata) if student else {})
+    known = {key: str(metadata[key]) for key in _KNOWN if key in metadata}
+    rows = network_facts(denoiser) | known | (_student_facts(metadata) if student else {})
     blocks = [
         "\n".join(["---", *(f"{key}: {value}" for key, value in front.items()), "---"]),
         f"# {name}",
@@ -185,10 +167,6 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _fenced(language: str, *lines: str) -> str:
     return "\n".join([f"```{language}", *lines, "```"])
-
-
-def _pictures(names: Sequence[str]) -> list[str]:
-    return [f"![{Path(name).stem}]({name})" for name in names]
 
 
 def _fid_section(metadata: Mapping[str, Any]) -> list[str]:
@@ -232,16 +210,26 @@ def _what_it_is(metadata: Mapping[str, Any]) -> str:
 
 
 def write_card(path: Path, denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> Path:
-    """Write the card of the safetensors file ``path`` beside it; returns the card's path."""
-    card = card_path(path)
+    """Write the card of the safetensors file ``path`` beside it, as .md; returns its path."""
+    path = Path(path)
+    card = path.with_suffix(".md")
     with atomic_write(card) as scratch:
-        scratch.write_text(model_card(Path(path).name, denoiser, metadata))
+        scratch.write_text(model_card(path.name, denoiser, metadata))
     return card
 
 
-def card_path(path: Path) -> Path:
-    """Path of a file's card: the ending becomes .md."""
-    return Path(path).with_suffix(".md")
+def readable_json(name: str, denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> str:
+    """JSON for people and scripts about the weights file ``name``: its metadata and network."""
+    tree = {
+        "file": name,
+        **metadata,
+        "image_shape": list(denoiser.image_shape),
+        "classes": denoiser.label_dim,
+        "parameters": sum(parameter.numel() for parameter in denoiser.parameters()),
+        "weights_sha256": denoiser_sha256(denoiser),
+        "architecture": denoiser.describe(),
+    }
+    return json.dumps(tree, indent=2) + "\n"
 
 
 def network_facts(denoiser: NetworkDenoiser) -> dict[str, str]:
@@ -261,14 +249,6 @@ def network_facts(denoiser: NetworkDenoiser) -> dict[str, str]:
         "images": f"{channels} x {height} x {width}",
         "classes": str(denoiser.label_dim or "none"),
     }
-
-
-def _facts(denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> dict[str, str]:
-    facts = network_facts(denoiser)
-    for key in ("source", "url", "citation", "scheduler", "data"):
-        if key in metadata:
-            facts[key] = str(metadata[key])
-    return facts
 
 
 def _student_facts(metadata: Mapping[str, Any]) -> dict[str, str]:

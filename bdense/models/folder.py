@@ -13,10 +13,8 @@ from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import Sampler, draw_images, samplers_from, save_grid
 from bdense.errors import InputError
 from bdense.files import atomic_folder, require_new
-from bdense.models.cards import folder_card
-from bdense.models.convert import readable_json
-from bdense.models.sources import MODEL_FILE
-from bdense.models.store import denoiser_sha256, save_denoiser
+from bdense.models.card import folder_card, readable_json
+from bdense.models.store import MODEL_FILE, save_denoiser
 
 CONFIG, CARD, SAMPLES = "config.json", "README.md", "samples.png"
 # Samples that are drawn if none are given: the defaults of `bdense sample FOLDER`.
@@ -67,8 +65,7 @@ def export_folder(
     shown = [SAMPLES, *(name for name in given if name != SAMPLES)]
     with atomic_folder(folder) as scratch:
         save_denoiser(scratch / MODEL_FILE, denoiser, metadata)
-        weights = denoiser_sha256(denoiser)
-        (scratch / CONFIG).write_text(readable_json(MODEL_FILE, denoiser, metadata, weights))
+        (scratch / CONFIG).write_text(readable_json(MODEL_FILE, denoiser, metadata))
         card = folder_card(folder.name, denoiser, metadata, pictures=shown, extra=extra_card)
         (scratch / CARD).write_text(card)
         for name, picture in given.items():

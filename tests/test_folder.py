@@ -142,11 +142,6 @@ def test_the_card_of_a_folder_begins_as_that_of_a_file():
     assert "license: cc-by-4.0\nlibrary_name: bdense\n" in head
     row = "| sampler | 4 DDIM steps, ddpm levels, even in time, predictions clipped to [-1, 1] |"
     assert row in head
-    papers = (
-        "Progressive Distillation (arXiv 2202.00512) with dense branch supervision (B-DENSE, "
-        "arXiv 2602.15971)."
-    )
-    assert f"\nA few-step student of a diffusion model, distilled by {papers}\n" in head
 
 
 def test_fids_are_a_table_and_what_they_share_is_said_once():

@@ -20,6 +20,7 @@ from tests.small import same_weights, small_teacher
 STUDENT = {
     "kind": "student",
     "method": "sfd-bdense",
+    "paper": "SFD (arXiv 2409.19681)",
     "weights": [0.25, 0.5, 1.0],
     "teacher": "edm-cifar10-32x32-uncond-vp",
     "teacher_sha256": "cd" * 32,

@@ -20,6 +20,7 @@ from bdense.diffusion.sampling import Sampler, draw_images, served_metadata
 from bdense.diffusion.solvers import DDIM
 from bdense.diffusion.vp import CosineSchedule
 from bdense.errors import CheckpointError, InputError
+from bdense.methods import METHODS
 from bdense.models.card import folder_card, model_card
 from bdense.models.folder import export_folder
 from bdense.models.store import denoiser_sha256, load_model
@@ -36,6 +37,7 @@ SAMPLER = Sampler(
 STUDENT = {
     "kind": "student",
     "method": "pd-bdense",
+    "paper": "Progressive Distillation (arXiv 2202.00512)",
     "weights": [0.5, 0.5],
     "licence": "CC-BY-4.0",
     "sampler": SAMPLER.describe(),
@@ -184,6 +186,14 @@ def test_a_condition_that_differs_is_a_column_and_an_empty_column_is_none():
         "| 1 | 7 | - | - |",
     ]
     assert card.endswith("\n\n" + "\n".join(expected) + "\n")
+
+
+@pytest.mark.parametrize("method", METHODS.values())
+def test_methods_are_named_with_their_papers(method):
+    student, dense = STUDENT | {"paper": method.paper}, " with dense branch supervision"
+    card = model_card("x", small_teacher(), student)
+    assert f"\nA few-step student of a diffusion model, distilled by {method.paper}{dense}" in card
+    assert dense not in model_card("x", small_teacher(), student | {"weights": [1.0]})
 
 
 def test_a_student_for_several_nfe_says_so_in_its_python(tmp_path):

@@ -164,6 +164,7 @@ class _Run:
         described = weighting.describe()
         return {
             "kind": "student",
+            "paper": self.method.paper,
             "method": stage.kind if weighting.num_branches == 1 else f"{stage.kind}-bdense",
             "weights": stage.optimisation.scaled(weighting.weights()).tolist(),
             **({} if "fixed" in described else {"weighting": described}),

@@ -11,20 +11,6 @@ from bdense.diffusion.solvers import DDIM
 from bdense.files import atomic_write
 from bdense.models.store import denoiser_sha256
 
-# How a student was made, by its ``method``.
-_DENSE = "with dense branch supervision (B-DENSE, arXiv 2602.15971)"
-_PD = "Progressive Distillation (arXiv 2202.00512)"
-_CD = "Consistency Distillation (arXiv 2303.01469)"
-_METHODS = {
-    "sfd": "Simple and Fast Distillation (SFD, arXiv 2409.19681)",
-    "sfd-bdense": f"SFD (arXiv 2409.19681) {_DENSE}",
-    "uniform": f"SFD (arXiv 2409.19681) {_DENSE}, all branches alike",
-    "pd": _PD,
-    "pd-bdense": f"{_PD} {_DENSE}",
-    "pd-uniform": f"{_PD} {_DENSE}, all branches alike",
-    "consistency": _CD,
-    "consistency-bdense": f"{_CD} {_DENSE}",
-}
 # Metadata that a student inherits from its teacher.
 _INHERITED = ("licence", "citation")
 # Metadata of any model that its card repeats.
@@ -141,9 +127,12 @@ def _card(
     }
     what = "A diffusion model: a denoiser D(x; sigma), which can be a teacher."
     if student:
-        method = metadata.get("method")
-        by = f", distilled by {_METHODS.get(method, method)}" if method else ""
-        what = f"A few-step student of a diffusion model{by}."
+        # Files of older versions have the method's name alone.
+        paper = metadata.get("paper", metadata.get("method"))
+        what = "A few-step student of a diffusion model" + f", distilled by {paper}" * bool(paper)
+        if len(metadata.get("weights", ())) > 1:
+            what += " with dense branch supervision (B-DENSE, arXiv 2602.15971)"
+        what += "."
     known = {key: str(metadata[key]) for key in _KNOWN if key in metadata}
     rows = network_facts(denoiser) | known | (_student_facts(metadata) if student else {})
     blocks = [

@@ -55,6 +55,7 @@ def load_foreign(path: Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
             metadata |= {
                 "kind": "student",
                 "method": "sfd",
+                "paper": "Simple and Fast Distillation (SFD, arXiv 2409.19681)",
                 "training": foreign.training_kwargs,
                 **served_metadata(student_samplers(foreign)),
             }

@@ -311,7 +311,7 @@ def test_students_of_one_kind_are_not_distilled_as_the_other(chain, teacher, tmp
         (
             ("--data", "digits@16"),
             r"--data digits@16 has images of 1 x 16 x 16, and .*cosine\.safetensors is a network "
-            "for 1 x 8 x 8; give the data set that it was trained on, padded alike",
+            "for 1 x 8 x 8; give the data set that it was trained on, padded",
         ),
         (("--rho", 5), "--rho 5 is for another schedule: native"),
         (

@@ -37,6 +37,7 @@ SAMPLER = Sampler(
 STUDENT = {
     "kind": "student",
     "method": "pd-bdense",
+    "paper": "Progressive Distillation (arXiv 2202.00512)",
     "weights": [0.5, 0.5],
     "licence": "CC-BY-4.0",
     "sampler": SAMPLER.describe(),

@@ -25,17 +25,11 @@ _COLUMNS = {
     "n": "n",
 }
 
-# Solvers whose name people write otherwise.
 _TITLES = {"euler": "Euler", "ddim": "DDIM"}
 
 
 def inherited(teacher: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A student's metadata about its teacher: source, licence, citation.
-
-    Args:
-        teacher: The teacher's metadata.
-        name: The user's name for the teacher, used if its metadata have no source.
-    """
+    """A student's metadata about its teacher: source (else ``name``), licence, citation."""
     terms = {key: teacher[key] for key in _INHERITED if key in teacher}
     return {"teacher": teacher.get("source", name), **terms}
 
@@ -131,12 +125,20 @@ def _card(
         "pipeline_tag": "unconditional-image-generation",
         "tags": "[diffusion, distillation]" if student else "[diffusion]",
     }
+    what = "A diffusion model: a denoiser D(x; sigma), which can be a teacher."
+    if student:
+        # Files of older versions have the method's name alone.
+        paper = metadata.get("paper", metadata.get("method"))
+        what = "A few-step student of a diffusion model" + f", distilled by {paper}" * bool(paper)
+        if len(metadata.get("weights", ())) > 1:
+            what += " with dense branch supervision (B-DENSE, arXiv 2602.15971)"
+        what += "."
     known = {key: str(metadata[key]) for key in _KNOWN if key in metadata}
     rows = network_facts(denoiser) | known | (_student_facts(metadata) if student else {})
     blocks = [
         "\n".join(["---", *(f"{key}: {value}" for key, value in front.items()), "---"]),
         f"# {name}",
-        _what_it_is(metadata),
+        what,
         _table(["", ""], rows.items()),
         _terms(metadata, student=student),
         *filter(None, sections),
@@ -156,18 +158,18 @@ def _fenced(language: str, *lines: str) -> str:
 
 
 def _fid_section(metadata: Mapping[str, Any]) -> list[str]:
-    """The table of FIDs; conditions that all rows share stand once below it."""
+    """The table of FIDs; conditions that all rows share are listed below it."""
     rows: Sequence[Mapping[str, Any]] = metadata.get("fid_table", ())
-    said = dict.fromkeys(key for row in rows for key in row if row[key] is not None)
-    if not said:
+    keys = dict.fromkeys(key for row in rows for key in row if row[key] is not None)
+    if not keys:
         return []
     shared = {
         key: rows[0].get(key)
-        for key in said
+        for key in keys
         if key not in _COLUMNS and all(row.get(key) == rows[0].get(key) for row in rows)
     }
-    columns = [key for key in _COLUMNS if key in said]
-    columns += [key for key in said if key not in _COLUMNS and key not in shared]
+    columns = [key for key in _COLUMNS if key in keys]
+    columns += [key for key in keys if key not in _COLUMNS and key not in shared]
     heads = [_COLUMNS.get(key, _words(key)) for key in columns]
     table = _table(heads, [[_cell(key, row.get(key)) for key in columns] for row in rows])
     conditions = ", ".join(f"{_words(key)} {_cell(key, value)}" for key, value in shared.items())
@@ -185,17 +187,6 @@ def _cell(key: str, value: Any) -> str:  # noqa: ANN401  of JSON
 
 def _words(key: str) -> str:
     return key.replace("_", " ")
-
-
-def _what_it_is(metadata: Mapping[str, Any]) -> str:
-    if metadata.get("kind") != "student":
-        return "A diffusion model: a denoiser D(x; sigma), which can be a teacher."
-    # Files of older versions have the method's name alone.
-    paper = metadata.get("paper", metadata.get("method"))
-    by = f", distilled by {paper}" if paper else ""
-    if len(metadata.get("weights", ())) > 1:
-        by += " with dense branch supervision (B-DENSE, arXiv 2602.15971)"
-    return f"A few-step student of a diffusion model{by}."
 
 
 def write_card(path: Path, denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> Path:
@@ -223,8 +214,6 @@ def readable_json(name: str, denoiser: NetworkDenoiser, metadata: Mapping[str, A
 
 def network_facts(denoiser: NetworkDenoiser) -> dict[str, str]:
     """Network, preconditioning, size, images and classes, as texts."""
-    description = denoiser.describe()
-    channels, height, width = denoiser.image_shape
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
     options = ", ".join(
         f"{key} {value}"
@@ -232,10 +221,10 @@ def network_facts(denoiser: NetworkDenoiser) -> dict[str, str]:
         if not isinstance(value, list | None)
     )
     return {
-        "network": str(description["network"]),
+        "network": str(denoiser.describe()["network"]),
         "preconditioning": f"{denoiser.precond.name} ({options})",
         "parameters": f"{parameters:,}",
-        "images": f"{channels} x {height} x {width}",
+        "images": " x ".join(map(str, denoiser.image_shape)),
         "classes": str(denoiser.label_dim or "none"),
     }
 
@@ -247,8 +236,7 @@ def _student_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
     if "stage" in metadata:
         facts["stage"] = f"{metadata['stage']}: its teacher is a student"
     if "seeds" in metadata:
-        seeds = metadata["seeds"].items()
-        facts["seeds"] = ", ".join(f"{name} {seed}" for name, seed in seeds)
+        facts["seeds"] = ", ".join(f"{name} {seed}" for name, seed in metadata["seeds"].items())
     if "weights" in metadata:
         facts["branch weights"] = ", ".join(f"{weight:.4g}" for weight in metadata["weights"])
     if "weighting" in metadata:
@@ -269,19 +257,14 @@ def _student_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
             f"{', the first analytical' * sampler.afs}, {sampler.schedule.text()}"
             f"{', predictions clipped to [-1, 1]' * (sampler.solver == DDIM(clip=True))}"
         )
-    if "fid" in metadata:
-        facts["FID"] = _fid(metadata["fid"])
+    if (fid := metadata.get("fid")) is not None:
+        conditions = ", ".join(
+            f"{_words(key)} {str(value)[:16]}"
+            for key, value in fid.items()
+            if key not in ("value", "fid", "seeds") and value is not None
+        )
+        facts["FID"] = f"{fid.get('fid', fid.get('value')):.4g} ({conditions})"
     return facts
-
-
-def _fid(fid: Mapping[str, Any]) -> str:
-    """The FID with its conditions."""
-    conditions = ", ".join(
-        f"{_words(key)} {str(value)[:16]}"
-        for key, value in fid.items()
-        if key not in ("value", "fid", "seeds") and value is not None
-    )
-    return f"{fid.get('fid', fid.get('value')):.4g} ({conditions})"
 
 
 def _terms(metadata: Mapping[str, Any], *, student: bool) -> str:
@@ -299,6 +282,6 @@ def _terms(metadata: Mapping[str, Any], *, student: bool) -> str:
 
 
 def _sample_command(name: str, metadata: Mapping[str, Any]) -> str:
-    # A student has its own sampler; a teacher's is the user's choice.
+    # A student has its own sampler; for a teacher the user chooses one.
     grid = "" if "sampler" in metadata else " --solver heun --nfe 36 --no-afs"
     return f"bdense sample {name}{grid} --images 64 --out samples.png"

@@ -36,9 +36,9 @@ def export_folder(
 ) -> tuple[Path, ...]:
     """Write a student as a folder, which appears whole or not at all.
 
-    It holds the weights with their metadata (``model.safetensors``), the same as readable JSON
-    (``config.json``), the model card (``README.md``), 64 images (``samples.png``) and the given
-    pictures.
+    It holds the weights with their metadata (``model.safetensors``), the metadata as readable
+    JSON (``config.json``), the model card (``README.md``), 64 images (``samples.png``) and the
+    given pictures.
 
     Args:
         folder: Folder to write; its parent is created.
@@ -92,11 +92,7 @@ def own_sampler(metadata: Mapping[str, Any]) -> Sampler:
 
 
 def require_one_branch(denoiser: NetworkDenoiser) -> None:
-    """Refuse a student that still has several branches.
-
-    Raises:
-        InputError: It has several.
-    """
+    """Raise an InputError if a student still has several branches."""
     if denoiser.num_branches != 1:
         raise InputError(
             f"the student has {denoiser.num_branches} branches, but inference uses one; take one "

@@ -32,6 +32,9 @@ ADAM_TENSORS = ("step", "exp_avg", "exp_avg_sq")
 # Errors of a disk or its server that may pass; they say nothing about the file.
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENOMEM, errno.EAGAIN)
 
+# What values of a wrong type in a header can raise.
+_WRONG = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write tensors and metadata (JSON values) as one safetensors file."""
@@ -45,7 +48,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def _system_error(error: Exception, path: Path) -> Exception:
-    """The operating system's error, such as a full disk, which the library only quotes."""
+    """The operating system's error, such as a full disk, which safetensors only quotes."""
     if (found := re.search(r"os error (\d+)", str(error))) is None:
         return error
     number = int(found[1])
@@ -121,15 +124,7 @@ def _header_of(path: Path) -> Iterator[None]:
         yield
     except InputError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    # What values of a wrong type in a header can raise.
-    except (
-        TypeError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-        RuntimeError,
-    ) as error:
+    except _WRONG as error:
         raise CheckpointError(
             f"{path} has a damaged header ({error!r}); fetch or make it again"
         ) from error
@@ -211,7 +206,7 @@ def denoiser_sha256(denoiser: NetworkDenoiser) -> str:
 
 
 def adam_tensors(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Adam's moments and step counts by parameter name, for exact resumption."""
+    """Adam's moments and step counts by parameter name, to resume exactly."""
     return {
         f"adam.{kind}.{name}": optimizer.state[parameter][kind]
         for name, parameter in module.named_parameters()
@@ -230,7 +225,12 @@ def restore_adam(
             step = saved.pop("step").to(device=parameter.device, dtype=torch.float32)
             # The moments need the parameter's memory layout, which a file does not keep: fused
             # Adam pairs them by their place in memory.
-            moments = {kind: _like(value, parameter) for kind, value in saved.items()}
+            moments = {
+                kind: torch.empty_like(parameter, dtype=torch.float32, requires_grad=False).copy_(
+                    value
+                )
+                for kind, value in saved.items()
+            }
             optimizer.state[parameter] = {"step": step, **moments}
 
 
@@ -250,7 +250,7 @@ def save_training(
         kind: Kind of the training.
         module, optimizer: Weights, and Adam's state if there is one.
         iteration: The next one, counted from 0.
-        identity: Flat JSON values that must agree for a resumption.
+        identity: Flat JSON values that must agree when the training resumes.
         extra: Further state by name, such as learned weights.
     """
     tensors = {**module.state_dict(), **adam_tensors(module, optimizer), **extra}
@@ -270,7 +270,7 @@ def resume_training(
         The next iteration, 0 without a file, and all tensors of the file.
 
     Raises:
-        CheckpointError: The file belongs to another run; says in what it differs.
+        CheckpointError: The file belongs to another run; names what differs.
     """
     if not Path(path).exists():
         return 0, {}
@@ -287,8 +287,3 @@ def resume_training(
     module.load_state_dict({name: tensors[name] for name in module.state_dict()})
     restore_adam(module, optimizer, tensors)
     return int(metadata["iteration"]), tensors
-
-
-def _like(value: Tensor, parameter: Tensor) -> Tensor:
-    """float32, on the parameter's device and in its memory layout."""
-    return torch.empty_like(parameter, dtype=torch.float32, requires_grad=False).copy_(value)

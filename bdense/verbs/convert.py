@@ -12,7 +12,7 @@ from bdense.knobs import from_options
 from bdense.models.card import network_facts, readable_json, write_card
 from bdense.models.store import denoiser_sha256, load_model, save_denoiser
 from bdense.models.zoo import CHECKPOINTS
-from bdense.verbs.common import require_file_name
+from bdense.verbs.common import require_writable
 from bdense.verbs.options import ConvertOptions
 
 _SUFFIX = ".safetensors"
@@ -21,7 +21,7 @@ _SUFFIX = ".safetensors"
 def convert(options: argparse.Namespace) -> None:
     """Run the verb."""
     source, out = options.source, from_options(ConvertOptions, options).out
-    require_file_name(out)
+    require_writable(out)
     if out.suffix != _SUFFIX:
         raise InputError(f"{out} must end in {_SUFFIX}, the format that is written")
     denoiser, found = load_model(source)

@@ -34,9 +34,6 @@ class MethodConfig(OptimisationConfig):
     batch: int = knob(128, "images in each iteration", low=1)
     dropout: bool = knob(True, "train with the teacher's own dropout")
 
-    def __post_init__(self) -> None:
-        OptimisationConfig.__post_init__(self)
-
     def as_dict(self) -> dict[str, Any]:
         """The knobs as ``read`` takes them and a file holds them: lists stand for tuples."""
         return {

@@ -32,9 +32,6 @@ class DhariwalUNetConfig(UNetConfig):
     num_blocks: int = 3
     attn_resolutions: tuple[int, ...] = (32, 16, 8)
 
-    def __post_init__(self) -> None:
-        UNetConfig.__post_init__(self)  # slots: super() would look for the class before them
-
 
 class DhariwalUNet(UNet):
     """ADM U-Net F(x; c_noise), with EDM's module names; the head is ``out_conv``."""
@@ -43,16 +40,8 @@ class DhariwalUNet(UNet):
     config: DhariwalUNetConfig
     head_name = "out_conv"
 
-    def __init__(
-        self,
-        config: DhariwalUNetConfig,
-        *,
-        num_branches: int = 1,
-        prediction_channels: int | None = None,
-    ) -> None:
-        super().__init__(
-            config, num_branches=num_branches, prediction_channels=prediction_channels
-        )
+    def _build(self) -> None:
+        config = self.config
         emb_channels = config.model_channels * config.channel_mult_emb
         self.map_noise = PositionalEmbedding(config.model_channels)
         self.map_augment = (

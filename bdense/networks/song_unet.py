@@ -88,20 +88,11 @@ class SongUNet(UNet):
     config_class = SongUNetConfig
     config: SongUNetConfig
 
-    def __init__(
-        self,
-        config: SongUNetConfig,
-        *,
-        num_branches: int = 1,
-        prediction_channels: int | None = None,
-    ) -> None:
-        super().__init__(
-            config, num_branches=num_branches, prediction_channels=prediction_channels
-        )
+    def _build(self) -> None:
+        config = self.config
         self.head_name = f"dec.{config.img_resolution}x{config.img_resolution}_aux_conv"
         noise_channels = config.model_channels * config.channel_mult_noise
         emb_channels = config.model_channels * config.channel_mult_emb
-        # The order of construction is the order of the draws: a seed means the same network.
         self.map_noise: nn.Module = (
             FourierEmbedding(noise_channels)
             if config.embedding_type == "fourier"

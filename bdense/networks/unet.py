@@ -92,7 +92,7 @@ class UNetConfig:
 
 
 class UNet(Network):
-    """Base of EDM's networks: embeddings are made here, ``enc`` and ``dec`` in the subclass.
+    """Base of EDM's networks.
 
     Args:
         config: Size and options.
@@ -117,6 +117,7 @@ class UNet(Network):
         self.step_condition = config.step_condition
         self.num_branches = num_branches
         self.prediction_channels = prediction_channels or config.img_channels
+        self._build()
 
     @classmethod
     def build(cls, options: Mapping[str, Any], *, num_branches: int, outputs: int) -> Self:
@@ -129,6 +130,10 @@ class UNet(Network):
         return {"network": self.config.network, "config": self.config.options()}
 
     # ---- construction, in EDM's order: a seed means the same network ----
+
+    def _build(self) -> None:
+        """Make all layers."""
+        raise NotImplementedError
 
     def _block(
         self, cin: int, cout: int, *, up: bool = False, down: bool = False, attention: bool = False

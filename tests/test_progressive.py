@@ -32,7 +32,6 @@ from bdense.methods.progressive import (
     dense_targets,
     image_weights,
     reparameterised,
-    target_shares,
 )
 from bdense.training.loop import train
 from bdense.weights.weighting import FixedWeights
@@ -267,39 +266,6 @@ def test_the_optimisers_are_three():
 
 
 # ---- targets ----
-
-
-def test_the_first_target_is_the_teachers_own_prediction():
-    first = tiny_denoiser(precond="cosine")
-    draw = torch.Generator().manual_seed(0)
-    for substeps, num_steps in ((2, 1), (2, 5), (4, 3)):
-        n = torch.arange(6) % num_steps
-        k = torch.arange(substeps + 1)[:, None]
-        levels = COSINE.grid(num_steps * substeps)[substeps * n + k]
-        x = four(levels[0]) * torch.randn(6, 2, 8, 8, generator=draw)
-        targets = dense_targets(first, x, levels)
-        with torch.no_grad():
-            assert torch.equal(targets[0], first(x, levels[0]))
-        assert targets.shape == (substeps, 6, 2, 8, 8)
-
-
-@pytest.mark.parametrize("substeps", [1, 2, 3, 5, 16])
-def test_targets_are_means_of_predictions(substeps):
-    """Shares of random levels: never negative, of sum 1, as r = 1 / t says."""
-    draw = torch.Generator().manual_seed(substeps)
-    steps = torch.rand(substeps + 1, 200, generator=draw, dtype=torch.float64) + 1e-6
-    levels = (6 * steps - 4).exp().cumsum(0).flip(0)
-    ends_at_0 = torch.arange(200) % 2 == 0
-    levels[-1, ends_at_0] = 0
-    for k, shares in enumerate(target_shares(levels), 1):
-        assert shares.shape == (k, 200)
-        assert bool((shares >= 0).all())
-        torch.testing.assert_close(shares.sum(0), torch.ones(200, dtype=torch.float64))
-        r = 1 / levels[: k + 1, ~ends_at_0]
-        expected = r.diff(dim=0) / (r[-1] - r[0])
-        torch.testing.assert_close(shares[:, ~ends_at_0], expected, rtol=1e-8, atol=1e-10)
-    last = target_shares(levels)[-1][:, ends_at_0]
-    assert last.tolist() == [[0.0] * 100] * (substeps - 1) + [[1.0] * 100]
 
 
 def gauss(x: Tensor, sigma: Tensor) -> Tensor:

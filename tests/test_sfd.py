@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from bdense.diffusion.branches import export_branch, widen_head
-from bdense.diffusion.intervals import IntervalGrid, VariableGrid
-from bdense.diffusion.solvers import DPMSolverPP, Euler, trajectory
+from bdense.diffusion.intervals import VariableGrid
+from bdense.diffusion.solvers import DPMSolverPP, Euler
 from bdense.diffusion.step_condition import with_step_condition
 from bdense.errors import CheckpointError, InputError
 from bdense.methods.method import Inputs, Recordings
@@ -18,7 +18,7 @@ from bdense.methods.trajectories import LiveTrajectories
 from bdense.training.loop import train
 from bdense.weights.spaces import LogLinearWeights
 from bdense.weights.weighting import FixedWeights
-from tests.contracts.methods import ALL, ONE, HalfSquare, KilledError, MethodContract
+from tests.contracts.methods import ALL, HalfSquare, KilledError, MethodContract
 from tests.networks import tiny_denoiser
 from tests.pd_nets import small_conv
 from tests.small import same_weights, sfd, small_teacher, small_trajectories
@@ -65,31 +65,6 @@ def several_nfe(seed: int = 5, **changes: Any) -> SFDStage:
     method, teacher = SFD(), small_teacher(dropout=0.3)
     config = SFDConfig(**usual | changes)
     return method.stage(method.plan(config)[0], teacher, config, Inputs(seed=seed))
-
-
-def test_several_nfe_are_a_loop_written_out():
-    """N is drawn anew in each iteration, and the student is told N + 1."""
-    stage = several_nfe(dropout=False)
-    plain = copy.deepcopy(stage.start)
-    optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3, fused=True)
-    intervals = set()
-    for iteration in range(6):
-        optimizer.param_groups[0]["lr"] = 1e-4 if iteration > 3 else 1e-3
-        batch = stage.batch(iteration, ALL)
-        t, count = batch.grid.student(), batch.grid.num_intervals
-        intervals.add(count)
-        x = batch.start
-        x = x + (t[1] - t[0]) * (x / (1 + t[0] ** 2).sqrt())
-        for n in range(1, count):
-            D = plain(x, t[n], num_points=count + 1)
-            x_next = x + (t[n + 1] - t[n]) * ((x - D) / t[n])
-            loss = (x_next - batch.states[2 * n - 1]).abs().sum() / len(x)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            x = x_next.detach()
-    assert intervals == {2, 3, 4}
-    assert same_weights(train(stage, FixedWeights(ONE)), plain)
 
 
 def test_several_nfe_resume_bit_for_bit(tmp_path):
@@ -168,79 +143,6 @@ def test_losses_by_hand():
     losses = branch_losses(states, torch.stack([x, x]))
     expected = (denoised - x).abs().sum() / 3
     assert losses.tolist() == pytest.approx([0.25 * expected.item(), 0.75 * expected.item()])
-
-
-def test_plain_sfd_with_classes_is_a_loop_written_out():
-    """Teacher and student are told the same class of each image, drawn anew each iteration."""
-    teacher = tiny_denoiser(label_dim=3)
-    trajectories = small_trajectories(teacher, count=3, substeps=2)
-    student = sfd(trajectories, ONE, images=12)
-
-    plain = copy.deepcopy(teacher).train()
-    optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3, fused=True)
-    t, seen = trajectories.grid.student(), []
-    for iteration in range(3):
-        walk = trajectories[iteration]
-        classes = walk.condition.one_hot
-        assert classes.sum(1).tolist() == [1.0] * 4
-        seen.append(classes.argmax(1))
-        # The teacher's walk: DPM-Solver++ on its six sub-steps, from the same noise.
-        rows = trajectory(
-            DPMSolverPP(),
-            teacher.given(walk.condition),
-            walk.start,
-            trajectories.grid.fine(),
-        )
-        x = walk.start + (t[1] - t[0]) * (walk.start / (1 + t[0] ** 2).sqrt())
-        for n in (1, 2):
-            x_next = x + (t[n + 1] - t[n]) * ((x - plain(x, t[n], classes)) / t[n])
-            loss = (x_next - rows[2 * (n + 1)]).abs().sum() / len(x)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            x = x_next.detach()
-    assert not torch.equal(seen[0], seen[1])
-    assert same_weights(student, plain)
-
-
-@pytest.mark.parametrize("teacher_afs", [True, False])
-def test_the_second_stage_is_a_loop_written_out(teacher_afs):
-    """The teacher is a student: Euler along six steps of its own, its first one analytical."""
-    stage_one = small_teacher()
-    grid = IntervalGrid(num_intervals=2, substeps=3)
-    trajectories = LiveTrajectories(
-        teacher=stage_one,
-        grid=grid,
-        solver=Euler(),
-        batch=4,
-        count=3,
-        seed=7,
-        teacher_afs=teacher_afs,
-    )
-    student = sfd(trajectories, ONE, images=12)
-
-    plain = copy.deepcopy(stage_one).train()
-    optimizer = torch.optim.Adam(plain.parameters(), lr=1e-3, fused=True)
-    t = grid.fine()
-    for iteration in range(3):
-        start = x = trajectories[iteration].start
-        with torch.no_grad():
-            for i in range(6):
-                if i == 0 and teacher_afs:
-                    # As a denoiser's answer, the way a walk asks for it: equal but for rounding.
-                    guess = x - t[0] * (x / (1 + t[0] ** 2).sqrt())
-                    slope = (x - guess) / t[0]
-                else:
-                    slope = (x - stage_one(x, t[i])) / t[i]
-                x = x + (t[i + 1] - t[i]) * slope
-        end = x
-        # The student: its first interval, of three sub-steps, analytical; one network call.
-        x = start + (t[3] - t[0]) * (start / (1 + t[0] ** 2).sqrt())
-        x = x + (t[6] - t[3]) * ((x - plain(x, t[3])) / t[3])
-        optimizer.zero_grad()
-        ((x - end).abs().sum() / len(x)).backward()
-        optimizer.step()
-    assert same_weights(student, plain)
 
 
 def test_the_second_stage_walks_as_its_teacher_draws():

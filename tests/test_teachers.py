@@ -16,7 +16,6 @@ from bdense.diffusion.preconditioning import (
     DDPM,
     EDM,
     PREDICTIONS,
-    Cosine,
     Preconditioning,
     native_schedule,
 )
@@ -171,23 +170,6 @@ def test_the_weights_of_a_process_by_hand(kind):
         weight = snr_weight(torch.tensor([[0.5, 1.0, 2.0]], dtype=dtype), kind)
         assert weight.tolist() == [expected[kind]]
         assert weight.dtype == dtype
-
-
-@pytest.mark.parametrize(
-    ("prediction", "loss"), [("epsilon", "snr"), ("sample", "constant"), ("v_prediction", "v")]
-)
-def test_the_loss_of_a_process_is_the_networks_own_error(prediction, loss):
-    """|F - eps|^2, |F - x_0|^2, |F - v|^2 with v = alpha eps - s x_0, for F = 0."""
-    denoiser = silent_denoiser(Cosine(prediction_type=prediction)).double()
-    draw = torch.Generator().manual_seed(0)
-    clean, noise = (torch.randn(3, 1, 8, 8, generator=draw).double() for _ in range(2))
-    sigma = torch.tensor([0.01, 1.0, 100.0], dtype=torch.float64)
-    alpha = (1 / (1 + sigma**2).sqrt()).view(-1, 1, 1, 1)
-    s = sigma.view(-1, 1, 1, 1) * alpha
-    target = {"epsilon": noise, "sample": clean, "v_prediction": alpha * noise - s * clean}
-    expected = target[prediction].square().mean(dim=(1, 2, 3))
-    actual = losses_of(denoiser, clean, noise, sigma, loss)
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=0)
 
 
 # ---- learning ----

@@ -56,28 +56,6 @@ def test_the_levels_of_halves_by_hand():
     assert HALVES.grid(6).tolist() == pytest.approx([math.sqrt(s) for s in squares], rel=1e-12)
 
 
-def test_1000_times_are_walked_in_1024_steps():
-    """At k / 1024 the level lies between those of two trained times, by its log alpha_bar."""
-    betas = [1e-4 + (0.02 - 1e-4) * t / 999 for t in range(1000)]
-    log_alpha_bar = [0.0]
-    for beta in betas:
-        log_alpha_bar.append(log_alpha_bar[-1] + math.log1p(-beta))
-    grid = DDPM_1000.grid(1024)
-    for k in (1, 2, 17, 511, 777, 1023, 1024):
-        time = 1000 * k / 1024
-        below = min(int(time), 999)
-        share = time - below
-        value = (1 - share) * log_alpha_bar[below] + share * log_alpha_bar[below + 1]
-        assert float(grid[1024 - k]) == pytest.approx(math.sqrt(math.expm1(-value)), rel=1e-10)
-    assert len(grid.unique()) == 1025
-    # The lowest is below what the network knows, which answers as at its first time.
-    assert 0 < float(grid[-2]) < DDPM_1000.sigma_min
-    assert float(DDPM_1000.time(grid[-2])) == 0
-    # As many steps as times are the trained levels themselves.
-    trained = DDPM_1000.sigma(torch.arange(999, -1, -1))
-    torch.testing.assert_close(DDPM_1000.grid(1000)[:-1], trained, rtol=1e-10, atol=0)
-
-
 @pytest.mark.parametrize("schedule", [COSINE, NARROW])
 def test_cosine_in_closed_form(schedule):
     """z = cos(phi) x_0 + sin(phi) eps, phi even in u; sigma = tan(phi)."""

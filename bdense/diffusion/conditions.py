@@ -56,11 +56,7 @@ class Conditions(Protocol):
         ...
 
     def require(self, dataset: LabelledImages) -> None:
-        """Refuse a data set without this condition.
-
-        Raises:
-            InputError: It has none.
-        """
+        """Raise an ``InputError`` for a data set without this condition."""
         ...
 
     def of(self, dataset: LabelledImages, index: Tensor) -> Condition:

@@ -86,11 +86,7 @@ class NetworkDenoiser(nn.Module):
         return self.model.step_condition
 
     def require_levels(self, schedule: Levels) -> None:
-        """Refuse noise levels that it was not trained for.
-
-        Raises:
-            InputError: The schedule exceeds them.
-        """
+        """Raise an ``InputError`` for noise levels that it was not trained for."""
         trained = self.precond
         if schedule.sigma_min < trained.sigma_min or schedule.sigma_max > trained.sigma_max:
             raise InputError(

@@ -349,11 +349,6 @@ class Consistency(Method):
     def check(
         self, config: ConsistencyConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]
     ) -> None:
-        """Refuse a teacher that cannot be distilled so.
-
-        Raises:
-            InputError: It was not trained for the levels, or is itself a student.
-        """
         teacher.require_levels(config.levels)
         if samplers_from(known):
             raise InputError(

@@ -92,11 +92,7 @@ class _Run:
             teacher = done.student
 
     def require_own(self, path: Path) -> None:
-        """Refuse a student of another run.
-
-        Raises:
-            CheckpointError: It is one; names the differing keys.
-        """
+        """Refuse a student of another run; names the differing keys."""
         if not path.exists():
             return
         stored = load_tensors(path)[1].get("identity", {})

@@ -149,11 +149,7 @@ class PDConfig(MethodConfig):
 
 
 def _require_dividing(first: int, last: int, substeps: int) -> None:
-    """Refuse numbers of steps that do not lead from one to the other.
-
-    Raises:
-        InputError: They do not; names some that would.
-    """
+    """Refuse numbers of steps that do not lead from one to the other, and name some that do."""
     if last >= first:
         raise KnobError("until", f"must be below steps={first}, the teacher's, got {last}")
     reached = [first]
@@ -477,11 +473,7 @@ def prediction_of(denoiser: NetworkDenoiser) -> str | None:
 
 
 def _require_images(dataset: Dataset, teacher: NetworkDenoiser) -> None:
-    """Refuse a data set of other images or classes than the teacher's.
-
-    Raises:
-        InputError: It is one.
-    """
+    """Refuse a data set of other images or classes than the teacher's."""
     theirs, own = (
         " x ".join(map(str, shape)) for shape in (dataset.images.shape[1:], teacher.image_shape)
     )
@@ -528,12 +520,6 @@ class Progressive(Method):
         return config.substeps
 
     def check(self, config: PDConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
-        """Refuse a teacher that cannot be distilled so.
-
-        Raises:
-            InputError: It was not trained for the levels, has no process or prediction type that
-                is asked for, computes in float16, or is itself a student of other steps or levels.
-        """
         _require_precision(teacher)
         levels = config.levels(teacher)
         teacher.require_levels(levels)

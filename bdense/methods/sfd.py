@@ -393,12 +393,6 @@ class SFD(Method):
         return config.substeps
 
     def check(self, config: SFDConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
-        """Refuse a teacher that cannot be distilled so.
-
-        Raises:
-            InputError: It was not trained for the levels, or is itself a student and no
-                ``second_stage`` is asked for, or the other way round.
-        """
         teacher.require_levels(config.levels)
         served = {sampler.num_intervals: sampler for sampler in samplers_from(known)}
         if config.second_stage:

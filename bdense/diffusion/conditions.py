@@ -21,15 +21,12 @@ class Condition(Protocol):
 
     def arguments(self) -> Mapping[str, Tensor]:
         """Keyword arguments of ``NetworkDenoiser.branches``, each with B rows."""
-        ...
 
     def part(self, images: slice) -> Self:
         """The condition of some of the images."""
-        ...
 
     def to(self, like: Tensor) -> Self:
         """On that tensor's device and in its type."""
-        ...
 
 
 class LabelledImages(Protocol):
@@ -37,11 +34,9 @@ class LabelledImages(Protocol):
 
     def require_labels(self, label_dim: int) -> Tensor:
         """[n] int64 classes, all below ``label_dim``."""
-        ...
 
     def one_hot_labels(self, label_dim: int, index: Tensor | None = None) -> Tensor:
         """[m or n, label_dim] float32."""
-        ...
 
 
 class Conditions(Protocol):
@@ -49,19 +44,15 @@ class Conditions(Protocol):
 
     def drawn(self, seed: int, iteration: int, count: int) -> Condition:
         """For training from noise; depends on (seed, iteration) alone."""
-        ...
 
     def evaluation(self, seed: int, images: range) -> Condition:
         """For drawn images; that of image i depends on (seed, i) alone."""
-        ...
 
     def require(self, dataset: LabelledImages) -> None:
         """Raise an ``InputError`` for a data set without this condition."""
-        ...
 
     def of(self, dataset: LabelledImages, index: Tensor) -> Condition:
         """Of the images [B] of a data set."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -36,7 +36,6 @@ class Denoiser(Protocol):
         Returns:
             [B, C, H, W].
         """
-        ...
 
 
 class NetworkDenoiser(nn.Module):

@@ -47,11 +47,9 @@ class Preconditioning(Protocol):
 
     def __call__(self, sigma: Tensor) -> Coefficients:
         """The four coefficients for sigma [B, 1, 1, 1]."""
-        ...
 
     def options(self) -> dict[str, Any]:
         """The fields as plain values."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

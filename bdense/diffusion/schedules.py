@@ -28,19 +28,15 @@ class Levels(Protocol):
 
     def grid(self, num_intervals: int) -> Tensor:
         """[num_intervals + 1] float64, decreasing; that of N K intervals holds that of N."""
-        ...
 
     def start(self, noise: Tensor) -> Tensor:
         """[B, C, H, W] unit noise to the state at the first level."""
-        ...
 
     def describe(self) -> dict[str, Any]:
         """Plain values, which ``bdense.diffusion.sampling.schedule_from`` reads back."""
-        ...
 
     def text(self) -> str:
         """For people."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -108,11 +108,9 @@ class Stage(Training, Protocol):
     @property
     def sampler(self) -> Sampler:
         """How its student draws images."""
-        ...
 
     def metadata(self) -> dict[str, Any]:
         """Metadata of the student's file, with its ``sampler``; JSON-able."""
-        ...
 
 
 class Method(abc.ABC):

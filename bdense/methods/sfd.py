@@ -185,11 +185,9 @@ class PerceptualLoss(Protocol):
 
     def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
         """0-dim distance of [B, C, H, W] images in [-1, 1] from where they ought to be."""
-        ...
 
     def describe(self) -> dict[str, Any]:
         """JSON-able; equal descriptions make equal losses."""
-        ...
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

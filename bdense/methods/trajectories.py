@@ -41,37 +41,29 @@ class Trajectories(Protocol):
     @property
     def grid(self) -> IntervalGrid | VariableGrid:
         """The student's intervals and the teacher's sub-steps."""
-        ...
 
     @property
     def batch(self) -> int:
         """B, trajectories an iteration."""
-        ...
 
     def __len__(self) -> int:
         """Iterations it can serve."""
-        ...
 
     def __getitem__(self, iteration: int) -> TrajectoryBatch:
         """The batch of that iteration, on the training device."""
-        ...
 
     def part(self, iteration: int, images: slice) -> TrajectoryBatch:
         """Some images of that batch, as a process of several takes its share."""
-        ...
 
     @property
     def teacher(self) -> NetworkDenoiser:
         """Whose trajectories they are."""
-        ...
 
     def on(self, device: torch.device) -> Self:
         """The same, with the teacher and the batches on another device."""
-        ...
 
     def describe(self) -> dict[str, Any]:
         """What its numbers depend on, JSON-able; equal descriptions serve equal batches."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,12 +30,10 @@ class BranchWeighting(Protocol):
     @property
     def num_branches(self) -> int:
         """K."""
-        ...
 
     @property
     def needs_gradients(self) -> bool:
         """Whether ``observe`` wants each branch's gradient norm."""
-        ...
 
     def observe(self, losses: Tensor, gradient_norms: Tensor | None) -> None:
         """See an update's branches before it is made.
@@ -45,23 +43,18 @@ class BranchWeighting(Protocol):
             gradient_norms: [K], of the unweighted losses at the features that all
                 branches share.
         """
-        ...
 
     def weights(self) -> Tensor:
         """[K] float64 w_1..w_K of the next update."""
-        ...
 
     def state(self) -> dict[str, Tensor]:
         """What ``restore`` needs to go on as if never stopped."""
-        ...
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from ``state``."""
-        ...
 
     def describe(self) -> dict[str, Any]:
         """Plain values; equal descriptions make equal runs."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -169,5 +169,5 @@ def test_a_variable_student_is_told_its_number_of_points():
             heard.append(update.given["num_points"])
             update(stage.start.branches)
         assert heard == [grid.num_points] * len(grid.trained)
-    with pytest.raises(InputError, match=r"\[2, 3, 4\] needs a step condition; start it from with_step"):
+    with pytest.raises(InputError, match=r"\[2, 3, 4\] needs a step condition"):
         sfd_stage(live, images=8)

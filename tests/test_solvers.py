@@ -132,12 +132,6 @@ def test_first_order_is_euler():
         torch.testing.assert_close(same, ddim, rtol=1e-12, atol=1e-12)
 
 
-# ---- what a walk costs and gives ----
-
-
-# ---- thresholding and the analytical first step ----
-
-
 # ---- by name ----
 
 

@@ -56,9 +56,6 @@ def test_evaluations_outside_the_run_are_refused(after):
         train(sfd_stage(), FixedWeights(TWO), evaluations=evaluations)
 
 
-# ---- a stage with a state ----
-
-
 # ---- checkpoints of commit 3f7be1a ----
 
 

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.models.store import resume_training, save_training
+from bdense.errors import CheckpointError
+from bdense.models.store import load_tensors, save_tensors
 from bdense.training.stage import Training
 from bdense.weights.weighting import BranchWeighting
 
 # Prefixes of tensors beside the student's and the optimiser's.
 _WEIGHTING, _AVERAGE, _STAGE = "weighting.", "ema.", "stage."
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(eq=False, kw_only=True)
@@ -58,13 +60,13 @@ class TrainingCheckpoint:
         """Save the run after so many iterations."""
         if self.path is None or not self.writes:
             return
-        extra = _prefixed(_WEIGHTING, self.weighting.state())
-        extra |= _prefixed(_STAGE, self.stage.state())
+        tensors = self.student.state_dict() | self._adam()
+        tensors |= _prefixed(_WEIGHTING, self.weighting.state())
+        tensors |= _prefixed(_STAGE, self.stage.state())
         if self.average is not None:
-            extra |= _prefixed(_AVERAGE, self.average.state_dict())
-        save_training(
-            self.path, self._kind, self.student, self.optimizer, done, self.identity, extra
-        )
+            tensors |= _prefixed(_AVERAGE, self.average.state_dict())
+        metadata = {"kind": self._kind, "iteration": done, "identity": self.identity}
+        save_tensors(self.path, tensors, metadata)
         self._last = time.monotonic()
         if self.on_save is not None:
             self.on_save(done)
@@ -75,19 +77,51 @@ class TrainingCheckpoint:
         Raises:
             CheckpointError: The file belongs to another run.
         """
-        if self.path is None:
+        if self.path is None or not Path(self.path).exists():
             return 0
-        iteration, tensors = resume_training(
-            self.path, self._kind, self.student, self.optimizer, self.identity
-        )
-        if tensors:
-            device = next(self.student.parameters()).device
-            self.weighting.restore(_of(_WEIGHTING, tensors, device))
-            self.stage.restore(_of(_STAGE, tensors, device))
-            if self.average is not None:
-                self.average.load_state_dict(_of(_AVERAGE, tensors, device))
+        tensors, metadata = load_tensors(self.path)
+        stored, own = metadata.get("identity", {}), self.identity
+        differing = sorted(k for k in stored.keys() | own.keys() if stored.get(k) != own.get(k))
+        if metadata.get("kind") != self._kind or differing:
+            raise CheckpointError(
+                f"{self.path} belongs to another run (differs in: "
+                f"{', '.join(differing) or 'kind'}); give this run a folder of its own or delete "
+                "the file"
+            )
+        self.student.load_state_dict({name: tensors[name] for name in self.student.state_dict()})
+        self._restore_adam(tensors)
+        device = next(self.student.parameters()).device
+        self.weighting.restore(_of(_WEIGHTING, tensors, device))
+        self.stage.restore(_of(_STAGE, tensors, device))
+        if self.average is not None:
+            self.average.load_state_dict(_of(_AVERAGE, tensors, device))
         self._last = time.monotonic()
-        return iteration
+        return int(metadata["iteration"])
+
+    def _adam(self) -> dict[str, Tensor]:
+        """Adam's moments and step counts by parameter name."""
+        state = self.optimizer.state
+        return {
+            f"adam.{kind}.{name}": state[parameter][kind]
+            for name, parameter in self.student.named_parameters()
+            if parameter in state
+            for kind in _ADAM
+        }
+
+    def _restore_adam(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.student.named_parameters():
+            if f"adam.step.{name}" not in tensors:
+                continue
+            step, *moments = (tensors[f"adam.{kind}.{name}"] for kind in _ADAM)
+            # The moments need the parameter's memory layout, which a file does not keep: fused
+            # Adam pairs them by their place in memory.
+            like = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
+            first, second = (like.clone().copy_(moment) for moment in moments)
+            self.optimizer.state[parameter] = {
+                "step": step.to(device=parameter.device, dtype=torch.float32),
+                "exp_avg": first,
+                "exp_avg_sq": second,
+            }
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,26 +12,14 @@ from typing import get_args
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from bdense.diffusion.branches import widen_head
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.diffusion.intervals import IntervalGrid
 from bdense.diffusion.solvers import DPMSolverPP, trajectory
 from bdense.errors import InputError
 from bdense.execution import Execution, Precision, exact_products
-from bdense.methods.sfd import (
-    SFDConfig,
-    SFDStage,
-    branch_losses,
-    branch_states,
-    first_interval_without_network,
-)
 from bdense.methods.trajectories import LiveTrajectories
 from bdense.models.zoo import CHECKPOINTS
-from bdense.training.loop import train
-from bdense.weights.spaces import uniform_weights
-from bdense.weights.weighting import FixedWeights
 from benchmarks.common import parser, publish, table
 from benchmarks.timing import pick_device, seconds_per_iteration
 
@@ -50,16 +38,14 @@ class Cell:
     """One way to compute, with its own copy of the teacher, and what was measured of it.
 
     Attributes:
-        output_error: max |dD| / max |D|, the largest over the teacher's levels.
-        gradient_error: |dg| / |g| of a new student's first gradient.
+        error: max |dD| / max |D|, the largest over the teacher's levels.
         seconds: Of an iteration, by number of branches, a value for each round.
         peaks: Likewise, the most bytes on the GPU; none on a CPU.
     """
 
     execution: Execution
     trajectories: LiveTrajectories
-    output_error: float
-    gradient_error: float
+    error: float
     seconds: dict[int, list[float]] = field(default_factory=lambda: {1: [], K: []})
     peaks: dict[int, list[int]] = field(default_factory=lambda: {1: [], K: []})
 
@@ -98,17 +84,10 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What errors are measured on: the float32 teacher's walk, and float32's own answers.
-
-    Attributes:
-        states: [N * K + 1, B, C, H, W] the walk.
-        denoised: [N * K, B, C, H, W] the teacher's outputs along it.
-        gradient: Of a new student on its first trained interval, by parameter.
-    """
+    """What errors are measured on: the float32 teacher's walk and its outputs along it."""
 
     states: Tensor
     denoised: Tensor
-    gradient: list[Tensor]
 
     @classmethod
     def of(cls, trajectories: LiveTrajectories) -> "Probe":
@@ -116,15 +95,12 @@ class Probe:
         _, start, _ = trajectories.beginning(0, slice(None))
         teacher = trajectories.teacher
         states = trajectory(trajectories.solver, teacher.given(), start, GRID.fine())
-        return cls(states, _outputs(teacher, states), _first_gradient(teacher, states))
+        return cls(states, _outputs(teacher, states))
 
-    def errors(self, teacher: NetworkDenoiser) -> tuple[float, float]:
-        """Of outputs and of the first gradient, relative to float32."""
+    def error(self, teacher: NetworkDenoiser) -> float:
+        """Of its outputs, relative to float32."""
         pairs = zip(_outputs(teacher, self.states), self.denoised, strict=True)
-        outputs = max(float((mine - d).abs().max() / d.abs().max()) for mine, d in pairs)
-        mine = _first_gradient(teacher, self.states)
-        off = [a - b for a, b in zip(mine, self.gradient, strict=True)]
-        return outputs, _norm(off) / _norm(self.gradient)
+        return max(float((mine - d).abs().max() / d.abs().max()) for mine, d in pairs)
 
 
 def main() -> None:
@@ -136,12 +112,11 @@ def main() -> None:
     device = pick_device(given.threads)
     executions = _executions(given, device)
     with exact_products():
-        flops = {k: _flops(_trajectories(given, device, 1), k) for k in (1, K)}
         probe = Probe.of(_trajectories(given, device, 1))
         cells = [_cell(execution, probe, given, device) for execution in executions]
         del probe
-        rounds = _run(cells, given)
-    publish("gpu_precision", _body(cells, flops, rounds, given, device), write=given.write)
+        _run(cells, given)
+    publish("gpu_precision", _body(cells, given, device), write=given.write)
 
 
 def _options() -> argparse.Namespace:
@@ -166,9 +141,6 @@ def _options() -> argparse.Namespace:
     options.add_argument("--rounds", type=int, default=5, help="rounds that count (default: 5)")
     options.add_argument(
         "--iterations", type=int, default=3, help="iterations of a side in a round (default: 3)"
-    )
-    options.add_argument(
-        "--minutes", type=float, default=60, help="begin no round after so long (default: 60)"
     )
     options.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     return options.parse_args()
@@ -222,13 +194,8 @@ def _cell(
     trajectories = _trajectories(given, device, given.iterations + 1)
     started = time.perf_counter()
     trajectories.teacher.execute(execution)
-    outputs, gradient = probe.errors(trajectories.teacher)
-    cell = Cell(
-        execution=execution,
-        trajectories=trajectories,
-        output_error=outputs,
-        gradient_error=gradient,
-    )
+    error = probe.error(trajectories.teacher)
+    cell = Cell(execution=execution, trajectories=trajectories, error=error)
     _say(f"{' '.join(cell.label)}: ready after {time.perf_counter() - started:.0f} s")
     return cell
 
@@ -238,38 +205,10 @@ def _outputs(teacher: NetworkDenoiser, states: Tensor) -> Tensor:
         return torch.stack([teacher(x, t) for x, t in zip(states, GRID.fine()[:-1], strict=False)])
 
 
-def _first_gradient(teacher: NetworkDenoiser, states: Tensor) -> list[Tensor]:
-    student = widen_head(teacher, K).train()
-    n = GRID.trained[0]
-    x = first_interval_without_network(states[0], GRID.interval(0))
-    targets = states[n * K + 1 : (n + 1) * K + 1]
-    losses = branch_losses(branch_states(student.branches, x, GRID.interval(n)), targets)
-    losses.sum().backward()
-    return [p.grad for p in student.parameters() if p.grad is not None]
-
-
-def _norm(gradient: Sequence[Tensor]) -> float:
-    return float(torch.stack([g.double().square().sum() for g in gradient]).sum().sqrt())
-
-
-def _flops(trajectories: LiveTrajectories, num_branches: int) -> int:
-    """Of one training iteration, which is run."""
-    config = SFDConfig(kimg=trajectories.batch / 1000)
-    start = trajectories.teacher
-    stage = SFDStage(config=config, trajectories=trajectories, start=start)
-    counter = FlopCounterMode(display=False)
-    with counter:
-        train(stage, FixedWeights(uniform_weights()(num_branches)))
-    return int(counter.get_total_flops())
-
-
-def _run(cells: Sequence[Cell], given: argparse.Namespace) -> int:
-    """All cells in turns, plain and branched, each round in another order: rounds that count."""
+def _run(cells: Sequence[Cell], given: argparse.Namespace) -> None:
+    """All cells in turns, plain and branched, each round in another order."""
     started = time.monotonic()
     for done in range(given.rounds + 1):
-        late = time.monotonic() - started > 60 * given.minutes
-        if late and done > 1:
-            return done - 1
         for cell in cells[done % len(cells) :] + cells[: done % len(cells)]:
             for num_branches in (1, K) if done % 2 else (K, 1):
                 cell.measure(num_branches, given.iterations)
@@ -278,16 +217,9 @@ def _run(cells: Sequence[Cell], given: argparse.Namespace) -> int:
                 for values in (*cell.seconds.values(), *cell.peaks.values()):
                     values.clear()
         _say(f"round {done} of {given.rounds}: {time.monotonic() - started:.0f} s")
-    return given.rounds
 
 
-def _body(
-    cells: Sequence[Cell],
-    flops: dict[int, int],
-    rounds: int,
-    given: argparse.Namespace,
-    device: torch.device,
-) -> str:
+def _body(cells: Sequence[Cell], given: argparse.Namespace, device: torch.device) -> str:
     teacher = cells[0].trajectories.teacher
     parameters = sum(p.numel() for p in teacher.parameters())
     header = [
@@ -295,15 +227,13 @@ def _body(
         "mode",
         "layout",
         "iterations/s",
-        "TFLOP/s",
         "to float32",
         "peak GiB",
         "B-DENSE / SFD, time",
         "B-DENSE / SFD, peak",
         "error of D",
-        "error of gradient",
     ]
-    rows = [_row(cell, cells[0], flops[1]) for cell in cells]
+    rows = [_row(cell, cells[0]) for cell in cells]
     evaluations = DPMSolverPP().nfe(GRID.num_intervals * K)
     peak = (
         "the most memory that torch had allocated on the GPU, with one teacher and one student"
@@ -318,21 +248,15 @@ student in each of {len(GRID.trained)} intervals.
 
 {table(header, rows)}
 
-- Iterations, TFLOP/s and peak are of plain SFD; B-DENSE has K branches and uniform weights. \
-Medians of {rounds} rounds of {given.iterations} iterations;
+- Iterations and peak are of plain SFD; B-DENSE has K branches and uniform weights. \
+Medians of {given.rounds} rounds of {given.iterations} iterations;
   in each round every row and both methods had their turn, and a ratio is the median over rounds.
-- An iteration is {flops[1] / 1e12:.4g} TFLOP, {flops[K] / 1e12:.4g} with branches: \
-FlopCounterMode's convolutions and matrix products, forward and backward,
-  2 for each multiply-add, products with padding's zeros among them; normalisation, activations, \
-solver and Adam are not counted.
 - Peak: {peak}.
 - Errors are those against float32, eager, contiguous: max |dD| / max |D|, the largest of the \
-teacher's {evaluations} levels;
-  |dg| / |g| of a new student's gradient on its first interval, K branches, where single signs of \
-the L1 loss flip on rounding."""
+teacher's {evaluations} levels."""
 
 
-def _row(cell: Cell, reference: Cell, flops: int) -> list[str]:
+def _row(cell: Cell, reference: Cell) -> list[str]:
     seconds = cell.median(1)
     rounds = zip(reference.seconds[1], cell.seconds[1], strict=True)
     peaks = [f"{max(cell.peaks[1]) / 2**30:.2f}"] if cell.peaks[1] else ["-"]
@@ -340,13 +264,11 @@ def _row(cell: Cell, reference: Cell, flops: int) -> list[str]:
     return [
         *cell.label,
         f"{1 / seconds:.3g}",
-        f"{flops / seconds / 1e12:.3g}",
         f"{statistics.median(base / own for base, own in rounds):.2f}",
         *peaks,
         f"{cell.branched_over_plain:.3f}",
         *ratio,
-        f"{cell.output_error:.1e}",
-        f"{cell.gradient_error:.1e}",
+        f"{cell.error:.1e}",
     ]
 
 

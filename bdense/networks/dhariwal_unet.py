@@ -5,7 +5,7 @@ B batch, K branches, C image channels, H x W pixels, E embedding channels.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -64,32 +64,19 @@ class DhariwalUNet(UNet):
         self.out_norm = GroupNorm(width)
         self.out_conv = Conv2d(width, self.out_channels, 3, init=ZERO)
 
-    def _block(
-        self, cin: int, cout: int, *, up: bool = False, down: bool = False, attention: bool = False
-    ) -> UNetBlock:
+    def _block(self, cin: int, cout: int, **options: Any) -> UNetBlock:  # noqa: ANN401
         config = self.config
         return UNetBlock(
             cin,
             cout,
             config.model_channels * config.channel_mult_emb,
-            up=up,
-            down=down,
-            attention=attention,
+            **options,
             dropout=config.dropout,
             step_condition=config.step_condition,
             init=KAIMING,
             init_zero=ZERO,
             init_attention=KAIMING,
         )
-
-    def _encode(
-        self, x: Tensor, emb: Tensor, emb_step: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        skips = []
-        for module in self.enc.values():
-            x = module(x, emb, emb_step) if isinstance(module, UNetBlock) else module(x)
-            skips.append(x)
-        return x, skips
 
     def _decode(
         self, x: Tensor, skips: list[Tensor], emb: Tensor, emb_step: Tensor | None

@@ -5,7 +5,7 @@ B batch, K branches, C image channels, H x W pixels, E embedding channels.
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -110,17 +110,13 @@ class SongUNet(UNet):
         first = Conv2d(config.img_channels, config.model_channels, 3)
         self._build_levels(first, config.model_channels)
 
-    def _block(
-        self, cin: int, cout: int, *, up: bool = False, down: bool = False, attention: bool = False
-    ) -> UNetBlock:
+    def _block(self, cin: int, cout: int, **options: Any) -> UNetBlock:  # noqa: ANN401
         config = self.config
         return UNetBlock(
             cin,
             cout,
             config.model_channels * config.channel_mult_emb,
-            up=up,
-            down=down,
-            attention=attention,
+            **options,
             num_heads=1,
             dropout=config.dropout,
             skip_scale=math.sqrt(0.5),
@@ -186,24 +182,6 @@ class SongUNet(UNet):
     def _arrange(self, embedding: Tensor) -> Tensor:
         cos, sin = embedding.chunk(2, dim=1)
         return torch.cat([sin, cos], dim=1)
-
-    def _encode(
-        self, x: Tensor, emb: Tensor, emb_step: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The encoder's last features and all its skip connections."""
-        skips: list[Tensor] = []
-        image = x
-        for name, module in self.enc.items():
-            if name.endswith("_aux_down"):
-                image = module(image)
-            elif name.endswith("_aux_skip"):
-                x = skips[-1] = x + module(image)
-            elif name.endswith("_aux_residual"):
-                x = skips[-1] = image = (x + module(image)) / math.sqrt(2)
-            else:
-                x = module(x, emb, emb_step) if isinstance(module, UNetBlock) else module(x)
-                skips.append(x)
-        return x, skips
 
     def _decode(
         self, x: Tensor, skips: list[Tensor], emb: Tensor, emb_step: Tensor | None

@@ -3,6 +3,7 @@
 B batch, K branches, C image channels, E embedding channels, N student intervals.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
@@ -135,10 +136,8 @@ class UNet(Network):
         """Make all layers."""
         raise NotImplementedError
 
-    def _block(
-        self, cin: int, cout: int, *, up: bool = False, down: bool = False, attention: bool = False
-    ) -> UNetBlock:
-        """A block with this network's options."""
+    def _block(self, cin: int, cout: int, **options: Any) -> UNetBlock:  # noqa: ANN401
+        """A block with this network's options and ``up``, ``down`` or ``attention``."""
         raise NotImplementedError
 
     def _attends(self, side: int, index: int) -> bool:
@@ -225,7 +224,19 @@ class UNet(Network):
         self, x: Tensor, emb: Tensor, emb_step: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
         """The encoder's last features and all its skip connections."""
-        raise NotImplementedError
+        skips: list[Tensor] = []
+        image = x
+        for name, module in self.enc.items():
+            if name.endswith("_aux_down"):
+                image = module(image)
+            elif name.endswith("_aux_skip"):
+                x = skips[-1] = x + module(image)
+            elif name.endswith("_aux_residual"):
+                x = skips[-1] = image = (x + module(image)) / math.sqrt(2)
+            else:
+                x = module(x, emb, emb_step) if isinstance(module, UNetBlock) else module(x)
+                skips.append(x)
+        return x, skips
 
     def _decode(
         self, x: Tensor, skips: list[Tensor], emb: Tensor, emb_step: Tensor | None

@@ -55,7 +55,6 @@ OF_A_PLAN = {
         {"weights__a": {"low": 0.0, "high": 1.0}},
         {"weights__largest": 8.0},
         {"plan__sampler": {"name": "RandomSampler"}},
-        {"plan__pruner": {"name": "MedianPruner"}},
         {"seeds": {"sampler": 9}},
     ],
     "arms": [

@@ -77,9 +77,10 @@ def test_a_samplers_arguments_are_passed_on():
     assert sampler._n_startup_trials == 3
 
 
-@pytest.mark.parametrize("name", ["TPESampler", "RandomSampler"])
+@pytest.mark.parametrize("name", ["TPESampler", "RandomSampler", "PartialFixedSampler"])
 def test_a_suggestion_repeats_with_its_offset_and_differs_with_another(name):
-    study = spec(plan__sampler=member(name))
+    fixed = {"fixed_params": {"b": -1.0}} if name == "PartialFixedSampler" else {}
+    study = spec(plan__sampler=member(name, **fixed))
     assert suggestions(study, 0) == suggestions(study, 0)
     drawn = [suggestions(study, offset, 1)[0]["a"] for offset in range(8)]
     assert len(set(drawn)) == 8

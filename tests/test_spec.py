@@ -156,6 +156,7 @@ SFD_ALONE = [
     ({"plan__sampler": {"name": "TPESampler", "trials": 3}}, "plan.sampler", "n_startup_trials"),
     ({"plan__sampler": {"name": "TPESampler", "seed": 3}}, "plan.sampler", "seeds.sampler"),
     ({"plan__sampler": {"name": "BruteForceSampler"}}, "plan.sampler", "step"),
+    ({"plan__pruner": {"name": "MedianPruner"}}, "plan.pruner", "MedianPruner .* plan.at"),
     ({"plan__pruner": {"name": "MedianPrune"}}, "plan.pruner.name", "did you mean MedianPruner?"),
     ({"plan__pruner": {"name": "MedianPruner", "factor": 3}}, "plan.pruner", "n_warmup_steps"),
     (
@@ -217,6 +218,7 @@ def test_every_mistake_of_the_form_has_a_line():
     lines = message(STUDY, plan__trials=0, evaluation__images="many", colour="red").splitlines()
     keys = [line.removeprefix("study.yaml: ").split(" ")[0] for line in lines]
     assert sorted(keys) == ["colour", "evaluation.images", "plan.trials"]
+    assert not any("facts" in line for line in lines)  # no user may write them
 
 
 @pytest.mark.parametrize("name", list(METHODS))

@@ -16,7 +16,6 @@ ATTRIBUTES = sa.table(
     "study_system_attributes", *map(sa.column, ("study_id", "key", "value_json"))
 )
 PIECE = 2045  # characters, as the dashboard has it
-_PLOTS = "dashboard:plot_data:"  # of an older version, which are out of date by now
 
 
 def save_texts(
@@ -41,9 +40,9 @@ def save_texts(
     version_key, mine = f"{of}note_ver", ATTRIBUTES.c.study_id == study_id
     start = f"{of}note_str:"
     pieces = {f"{start}{i}": piece for i, piece in _cut(note)}
-    old = [start] if trial_id is not None else [start, _PLOTS]
-    keys = [ATTRIBUTES.c.key == version_key]
-    keys += [ATTRIBUTES.c.key.startswith(each, autoescape=True) for each in old]
+    old = sa.or_(
+        ATTRIBUTES.c.key == version_key, ATTRIBUTES.c.key.startswith(start, autoescape=True)
+    )
 
     def write() -> None:
         # Two launchers of a study would both insert what neither has found.
@@ -55,7 +54,7 @@ def save_texts(
                 sa.select(ATTRIBUTES.c.value_json).where(mine, ATTRIBUTES.c.key == version_key)
             )
             stored: dict[str, int | str] = {version_key: json.loads(found or "0") + 1, **pieces}
-            connection.execute(sa.delete(ATTRIBUTES).where(mine, sa.or_(*keys)))
+            connection.execute(sa.delete(ATTRIBUTES).where(mine, old))
             connection.execute(
                 sa.insert(ATTRIBUTES),
                 [

@@ -238,6 +238,11 @@ def _check_plan(spec: StudySpec) -> None:
             f"plan.at {list(spec.plan.at)}: a method of {len(facts.stages)} stages is measured "
             "after each of them; leave it out"
         )
+    if len(facts.stages) == 1 and spec.plan.pruner is not None and not spec.plan.at:
+        raise InputError(
+            f"plan.pruner {spec.plan.pruner} is asked at intermediate FIDs, of which there are "
+            "none; give plan.at: [...], or drop plan.pruner"
+        )
     if (images := spec.plan.images or 0) > spec.evaluation.images:
         raise InputError(
             f"plan.images {images} is above evaluation.images {spec.evaluation.images}; lower it, "

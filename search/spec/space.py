@@ -84,7 +84,7 @@ def _made(module: ModuleType, key: str, member: Member, **own: Any) -> Any:  # n
         )
     kind = kinds[member.name]
     options = {
-        name: _made(module, f"{key}.{name}", Member.of(value, name))
+        name: _made(module, f"{key}.{name}", Member.of(value, name), **own)
         if isinstance(value, dict) and "name" in value
         else value
         for name, value in member.options.items()

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -181,7 +181,9 @@ class SearchPlan(Knobs):
         "a class of optuna.samplers and its arguments; its seed is seeds.sampler",
     )
     pruner: Member | None = knob(
-        None, "a class of optuna.pruners and its arguments, asked at each intermediate FID"
+        None,
+        "a class of optuna.pruners and its arguments, asked at each intermediate FID; needs at, "
+        "or a method of several stages",
     )
     at: tuple[float, ...] = knob(
         (),
@@ -314,7 +316,8 @@ class StudySpec(Knobs):
     resources: ResourcesSpec = knob(ResourcesSpec(), "what a trial holds")
     keep_students: int = knob(3, "how many of a search's best students stay on the disk", low=1)
     confirm: ConfirmSpec = knob(ConfirmSpec(), "how a search's best is confirmed")
-    facts: Facts | None = knob(None, "written by search.spec.resolve")
+    # Written by search.spec.resolve, never by users: no knob.
+    facts: Facts | None = None
 
     def __post_init__(self) -> None:
         Knobs.__post_init__(self)
@@ -332,19 +335,19 @@ class StudySpec(Knobs):
             InputError: A line for each mistake, naming the key.
         """
         values, problems = dict(tree), []
+        facts = values.pop("facts", None)
         for name, known in knobs_of(cls).items():
             try:
-                if name in tree:
-                    values[name] = _section(name, tree[name])
+                if name in values:
+                    values[name] = _section(name, values[name])
                     known.accept(values[name])
             except InputError as error:
                 problems.append(_named(name, error))
-        rest = {name: value for name, value in values.items() if name in knobs_of(cls)}
-        unknown = {name: value for name, value in values.items() if name not in rest}
         try:
-            # Of a key that is unknown or missing.
-            if unknown or not problems:
-                return super(StudySpec, cls).read(values, where)
+            # Finds keys that are unknown or missing.
+            if not problems or values.keys() - knobs_of(cls).keys():
+                spec = super(StudySpec, cls).read(values, where)
+                return spec if facts is None else replace(spec, facts=Facts.read(facts))
         except InputError as error:
             problems.append(str(error))
         raise InputError("\n".join(dict.fromkeys(problems)))

@@ -42,18 +42,23 @@ class Measured:
         return self.result.value
 
     def as_dict(self) -> dict[str, Any]:
-        """As ``best --json`` prints it."""
-        assert self.result.fid is not None
+        """A trial as ``best --json`` prints it."""
         plot = self.result.weights_plot
         return {
             "number": self.number,
             **self.parameters,
             "weights": self.result.weights,
             **({} if plot is None else {"weights_plot": plot}),
-            "fid": self.fid,
-            **self.result.fid.conditions(),
-            **self.result.metrics,
+            **self._figures(),
         }
+
+    def baseline_dict(self) -> dict[str, Any]:
+        """A baseline as ``best --json`` prints it."""
+        return {**self._figures(), "weights": self.result.weights, "number": self.number}
+
+    def _figures(self) -> dict[str, Any]:
+        assert self.result.fid is not None
+        return {"fid": self.fid, **self.result.fid.conditions(), **self.result.metrics}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,7 +158,7 @@ def best_json(now: Summary) -> dict[str, Any]:
         "trials": counts_json(now.counts),
         "best": best,
         "baselines": {
-            now.spec.method.name if name == PLAIN else name: each.as_dict()
+            now.spec.method.name if name == PLAIN else name: each.baseline_dict()
             for name, each in now.baselines.items()
         },
     }
@@ -161,7 +166,7 @@ def best_json(now: Summary) -> dict[str, Any]:
 
 def copy_baselines(study: Study) -> None:
     """Store the baselines in the search's own attributes, where the dashboard shows them."""
-    found = {name: each.as_dict() for name, each in baselines_of(study).items()}
+    found = {name: each.baseline_dict() for name, each in baselines_of(study).items()}
     record = study.search.study
     if found and retrying(lambda: record.user_attrs).get(BASELINE_RESULTS) != found:
         retrying(lambda: record.set_user_attr(BASELINE_RESULTS, found))

@@ -70,6 +70,8 @@ _MEASURED = (
     "evaluation.extractor",
     "evaluation.reference",
 )
+_STUDY_SYSTEM = sa.table("study_system_attributes", *map(sa.column, ("study_id", "key")))
+_OLD_PLOTS = "dashboard:plot_data:"  # of optuna-dashboard; this version stores none
 _VALUES_ON_THE_WAY = sa.table("trial_intermediate_values", *map(sa.column, ("trial_id", "step")))
 
 
@@ -188,6 +190,9 @@ def _rewrite_database(ledgers: Sequence[Ledger], form: "_Form") -> None:
         with engine.begin() as connection:
             for each, its in zip(ledgers, rows, strict=True):
                 key = _key_of(connection, each)
+                plots = _STUDY_SYSTEM.c.key.startswith(_OLD_PLOTS, autoescape=True)
+                mine = _STUDY_SYSTEM.c.study_id == key
+                connection.execute(sa.delete(_STUDY_SYSTEM).where(mine, plots))
                 _rewrite_rows(connection, key, its, form)
                 if each is not main:
                     arms = [arm.as_dict() for arm in form.arms]

@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from bdense.errors import InputError
-from search.analysis.paired import Summary, paired_difference, summary
+from search.analysis.paired import Mean, mean_of, paired_difference
 
 OURS = {0: 2.0, 1: 2.5, 2: 3.0}
 BASE = {0: 3.0, 1: 3.1, 2: 3.9, 7: 9.0}
@@ -14,15 +14,15 @@ BASE = {0: 3.0, 1: 3.1, 2: 3.9, 7: 9.0}
 
 def test_mean_and_standard_error():
     """1, 2, 3, 4, 5: variance 10 / 4, over n = 5 values 1 / 2."""
-    assert summary([1, 2, 3, 4, 5]) == Summary(
+    assert mean_of([1, 2, 3, 4, 5]) == Mean(
         mean=3.0, standard_error=pytest.approx(math.sqrt(0.5)), n=5
     )
 
 
 def test_one_value_has_no_standard_error():
-    one = summary([2.5])
-    assert one == Summary(mean=2.5, standard_error=None, n=1)
-    assert (one.error_text(), summary([2.0, 3.0]).error_text()) == ("-", "0.500")
+    one = mean_of([2.5])
+    assert one == Mean(mean=2.5, standard_error=None, n=1)
+    assert (one.error_text(), mean_of([2.0, 3.0]).error_text()) == ("-", "0.500")
 
 
 def test_the_interval_by_hand():
@@ -81,11 +81,11 @@ def test_what_diverged_is_named(bad):
     with pytest.raises(InputError, match=rf"finite: {bad} of baseline's seed 9;"):
         paired_difference(OURS, BASE | {9: bad})
     with pytest.raises(InputError, match=rf"finite: {bad} of number 2;"):
-        summary([1.0, 2.0, bad])
+        mean_of([1.0, 2.0, bad])
 
 
 def test_what_has_no_mean_and_no_share():
     with pytest.raises(InputError, match="no values"):
-        summary([])
+        mean_of([])
     with pytest.raises(InputError, match="baseline's mean is 0"):
         paired_difference({0: 1.0}, {0: 0.0})

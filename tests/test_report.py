@@ -9,6 +9,7 @@ import pytest
 
 from bdense.errors import InputError
 from search.analysis.plans import plan_confirmation
+from search.report.markdown import escaped
 from search.report.overview import overview_of
 from search.report.report_files import write_report
 from search.study.arms import ROW_SPACE
@@ -230,7 +231,7 @@ def test_both_pages_hold_all_there_is(url, kind, tmp_path):
     html = (folder / "report.html").read_text()
     found = read_html(html)
     for row in overview.table():
-        assert " ".join(row).split() in [line.split() for line in text.splitlines()]
+        assert " | ".join(map(escaped, row)) in text
         assert [" ".join(cell.split()) for cell in row] in found.rows
     for line in (overview.headline(), *overview.failures, *overview.remarks()):
         assert line in found.text
@@ -244,8 +245,9 @@ def test_both_pages_hold_all_there_is(url, kind, tmp_path):
 
 def test_trials_are_listed_the_best_first(url, tmp_path):
     text = write_report(reported(url, "sfd-search"), tmp_path / "shown").read_text()
-    rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
-    assert rows == ["| trial", "| ---", "| 1", "| 2", "| 0"]
+    _, _, trials = text.partition("| trial | ")
+    rows = [line.split(" | ")[0] for line in trials.splitlines() if line.startswith("| ")]
+    assert rows == ["| ---", "| 1", "| 2", "| 0"]
     assert "| 1 | 0.500 | -1.000 | 11.000 | 0.607 1 1.65 2.72 |" in text
 
 
@@ -255,8 +257,10 @@ def test_rows_at_two_budgets_have_a_plot_and_a_line_each(url, tmp_path):
     finish(study, lambda arm, row: 10.0 + row.arm + row.variant)
     text = write_report(study, tmp_path / "shown").read_text()
     assert re.findall(r"\]\((.*?)\)", text) == ["arms-0.png", "arms-1.png"]
-    lines = [line.split() for line in text.splitlines() if line.startswith("plain SFD")]
-    assert [line[2:4] for line in lines] == [["as", "the"], ["kimg", "5.0"]]
+    assert [line.split(" | ")[1] for line in text.splitlines() if line.startswith("| plain")] == [
+        "as the study",
+        "kimg 5.0",
+    ]
 
 
 def test_a_change_of_a_setting_is_in_the_report(url, tmp_path):

@@ -43,13 +43,10 @@ class ArmResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Arms that were trained under the same seeds, in the order of their study.
+    """Arms trained under the same seeds, as far as measured, in the order of their study.
 
-    Attributes:
-        title: At which stage and variant of the method; "" where there is one.
-        stage: Name of the stage.
-        variant: Changes of the method's settings.
-        results: Of the arms that were measured at least once.
+    ``title`` names stage and variant of the method where there are several; ``variant`` holds
+    changed settings.
     """
 
     title: str = ""

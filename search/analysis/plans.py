@@ -17,7 +17,7 @@ from search.analysis.confirmation import (
     confirmed_arm,
     verdict,
 )
-from search.spec.study import ArmsPlan, StudySpec
+from search.spec.study import StudySpec
 from search.study.arms import Arm, given_arms, plain_arm, uniform_arm
 from search.study.retention import keep_too
 from search.study.study import CHOSEN_AFTER, JUDGED, Study
@@ -128,8 +128,7 @@ def plan_given(url: str, spec: StudySpec) -> Study:
         InputError: An arm is none, or a study that one is the winner of has none.
         SpecChangedError: The stored study has other conditions.
     """
-    plan = spec.plan
-    assert isinstance(plan, ArmsPlan)
+    plan = spec.given
     arms = [_named(url, spec, each) for each in plan.arms]
     named = [each for each in plan.arms if isinstance(each, dict)]
     sources = [str(each["winner_of"]) for each in named if "winner_of" in each]

@@ -122,7 +122,7 @@ def application() -> Application:
     gunicorn --workers 1 --threads 8 'search.report.dashboard:application()'
 
     Raises:
-        InputError: The database cannot be opened, or the artifacts' place is of no known form.
+        InputError: The database cannot be opened, or the artifacts' place is unknown.
     """
     storage = open_reading(resolve_storage_url(None))
     return dashboard_application(storage, writable=False, artifacts=artifact_store())
@@ -133,7 +133,7 @@ def serve(url: str, *, port: int, writable: bool) -> None:
 
     Raises:
         StorageError: The database cannot be opened.
-        InputError: The port cannot be had, or the artifacts' place is of no known form.
+        InputError: The port cannot be had, or the artifacts' place is unknown.
     """
     storage = open_storage(url) if writable else open_reading(url)
     application = dashboard_application(storage, writable=writable, artifacts=artifact_store())

@@ -81,12 +81,6 @@ def attach_pictures(ledger: Ledger, claim: Claim, folder: Path, result: TrialRes
 
     A store that cannot be written to costs the pictures, never the FID.
 
-    Args:
-        ledger: The study's.
-        claim: The trial.
-        folder: Its files.
-        result: Its result.
-
     Raises:
         LeaseLostError: Another worker took it over.
         StorageError: The database stayed away.

@@ -31,18 +31,9 @@ class ShownRow(NamedTuple):
 class Overview:
     """One reading of a study.
 
-    Attributes:
-        study: The study.
-        now: Of a search: counts, best trial and baselines; None for given arms.
-        trials: Of a search: the complete ones.
-        verdict: Of a search: its confirmation's, where there is one.
-        comparisons: Of given arms: each stage and variant.
-        teacher: Its FID, where the method measures it.
-        spec: As YAML.
-        fingerprint: Of the conditions.
-        failures: A line for each failed row.
-        changes: ``time``, ``key``, ``old`` and ``new`` of each setting that was changed.
-        written: When this was read, UTC.
+    A search has ``now`` (else None), its complete ``trials`` and the ``verdict`` of its
+    confirmation; given arms have ``comparisons`` and perhaps the ``teacher``'s FID. ``changes``
+    have ``time``, ``key``, ``old`` and ``new`` of changed settings; ``written`` is in UTC.
     """
 
     study: Study

@@ -17,7 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from search.storage.leases import LEASE, RELEASED, STATE, TRIALS, database_clock
 from search.storage.rows import Rows
-from search.storage.studies import StoredStudy, read_studies
+from search.storage.studies import read_studies
 from search.study.arms import Arm, ArmRow
 from search.study.study import ARMS, BASELINES_SUFFIX
 
@@ -73,9 +73,10 @@ class Studies(Collector):
             planned.add_metric([name], study.counts.planned)
             for word in STATES:
                 trials.add_metric([name, word], getattr(study.counts, word))
-            if study.best is not None and _is_search(study):
+            are_baselines = name.endswith(BASELINES_SUFFIX)
+            if study.best is not None and ARMS not in study.attributes and not are_baselines:
                 lowest.add_metric([name], study.best)
-            if name.endswith(BASELINES_SUFFIX) and ARMS in study.attributes:
+            if are_baselines and ARMS in study.attributes:
                 arms = [Arm(**each).baseline for each in study.attributes[ARMS]]
                 for row in Rows(self._engine, study.key).of_state(TrialState.COMPLETE, ()):
                     which = arms[ArmRow.of(row.params).arm]
@@ -92,11 +93,6 @@ class Studies(Collector):
 
 def _gauge(name: str, help_: str, *labels: str) -> GaugeMetricFamily:
     return GaugeMetricFamily(name, help_, labels=["study", *labels])
-
-
-def _is_search(study: StoredStudy) -> bool:
-    """Whether its values compare: neither baselines nor given arms."""
-    return ARMS not in study.attributes and not study.name.endswith(BASELINES_SUFFIX)
 
 
 def _claimed(

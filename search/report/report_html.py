@@ -68,11 +68,8 @@ def page(
 ) -> str:
     """The whole document.
 
-    Args:
-        title: The study's name.
-        lead: HTML between the title and the first section.
-        sections: Headings and the HTML below them; empty ones are left out.
-        written: When.
+    ``lead`` is HTML between the title and the first section; ``sections`` are headings and HTML,
+    left out where empty.
     """
     body = [f"<h1>{tagless(title)}</h1>", *filter(None, lead)]
     for heading, parts in sections.items():

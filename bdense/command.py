@@ -28,11 +28,7 @@ def new_parser(prog: str, description: str, example: str) -> tuple[argparse.Argu
 
 
 def add_verb(
-    verbs: Verbs,
-    name: str,
-    what: str,
-    example: str,
-    run: Run,
+    verbs: Verbs, name: str, what: str, example: str, run: Run
 ) -> argparse.ArgumentParser:
     """A verb with its one line of help, an example, and what it runs."""
     parser = verbs.add_parser(
@@ -61,11 +57,11 @@ def run_verb(
         call: Runs the verb.
         on_interrupt: The message on Ctrl-C.
         clean: Removes secrets from a line.
-        tell: Takes each line, without its newline; None writes to stderr.
+        tell: Receives each line, without its newline; None writes to stderr.
 
     Returns:
         0 if it succeeded, 130 if interrupted, else the error's exit status: 1 failed, 2 a mistake
-        of the user's, others as their classes say.
+        of the user's, others by their class.
     """
     tell = tell or _to_stderr
     try:

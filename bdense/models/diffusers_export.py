@@ -1,8 +1,8 @@
 """Export a student of progressive distillation as a folder that diffusers' ``DDIMPipeline`` loads.
 
 The pipeline's trailing timesteps T i / N - 1 are the levels u = i / N of our grid of N steps, and
-it starts from the same unit noise z. Its levels are float32, so images differ by rounding: by one
-of the 256 values in at most 4 pixels of 10 000 (tiny networks, T of 50 and 1000, N of 1 to 50).
+it starts from unit noise z too. Its levels are float32, so images differ by rounding: by one of
+the 256 values in at most 4 pixels of 10 000 (tiny networks, T of 50 and 1000, N of 1 to 50).
 Needs the ``diffusers`` extra.
 """
 
@@ -16,10 +16,8 @@ from bdense.diffusion.sampling import Sampler
 from bdense.diffusion.solvers import DDIM
 from bdense.errors import InputError
 from bdense.files import atomic_folder, require_new
-from bdense.models.cards import pipeline_card
-from bdense.models.convert import readable_json
-from bdense.models.folders import CARD, own_sampler, require_one_branch
-from bdense.models.store import denoiser_sha256
+from bdense.models.card import pipeline_card, readable_json
+from bdense.models.folder import CARD, own_sampler, require_one_branch
 from bdense.networks import DiffusersUNet
 
 # Beside diffusers' own files, for metadata that they have no place for.
@@ -34,7 +32,7 @@ def export_pipeline(
 ) -> tuple[Path, ...]:
     """Write a student as a ``DDIMPipeline``; the folder appears whole or not at all.
 
-    Called as its card says, the pipeline draws the images of the student's own sampler, N steps of
+    Called as in its card, the pipeline draws the images of the student's own sampler, N steps of
     DDIM. If that sampler clips predictions, the call has ``use_clipped_model_output=True``:
     otherwise diffusers does not compute the noise from the clipped prediction.
 
@@ -61,8 +59,7 @@ def export_pipeline(
         _pipeline(denoiser, precond, clip=_CLIPPED in call).save_pretrained(scratch)
         written = [path for path in sorted(scratch.rglob("*")) if path.is_file()]
         files = [str(path.relative_to(scratch)) for path in written]
-        weights = denoiser_sha256(denoiser)
-        (scratch / METADATA).write_text(readable_json(_WEIGHTS, denoiser, known, weights))
+        (scratch / METADATA).write_text(readable_json(_WEIGHTS, denoiser, known))
         (scratch / CARD).write_text(pipeline_card(folder.name, denoiser, metadata, call))
     return tuple(folder / name for name in (*files, METADATA, CARD))
 

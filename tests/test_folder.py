@@ -1,4 +1,4 @@
-"""Folders that a distillation hands over: whole or not at all, and what is read from them."""
+"""Model folders: written whole or not at all, and what is read from them."""
 
 import contextlib
 import json
@@ -20,11 +20,10 @@ from bdense.diffusion.sampling import Sampler, draw_images, served_metadata
 from bdense.diffusion.solvers import DDIM
 from bdense.diffusion.vp import CosineSchedule
 from bdense.errors import CheckpointError, InputError
-from bdense.files import atomic_folder
-from bdense.models.cards import folder_card, model_card
-from bdense.models.folders import export_folder
-from bdense.models.sources import load_model
-from bdense.models.store import denoiser_sha256
+from bdense.methods import METHODS
+from bdense.models.card import folder_card, model_card
+from bdense.models.folder import export_folder
+from bdense.models.store import denoiser_sha256, load_model
 from tests.commands import bdense as command
 from tests.commands import done, refused
 from tests.small import same_weights, small_teacher
@@ -38,6 +37,7 @@ SAMPLER = Sampler(
 STUDENT = {
     "kind": "student",
     "method": "pd-bdense",
+    "paper": "Progressive Distillation (arXiv 2202.00512)",
     "weights": [0.5, 0.5],
     "licence": "CC-BY-4.0",
     "sampler": SAMPLER.describe(),
@@ -57,7 +57,7 @@ def block(card: str, language: str) -> str:
 
 
 def test_the_student_comes_back_bit_for_bit(tmp_path):
-    student, folder = small_teacher(), tmp_path / "runs" / "student"
+    student, folder = small_teacher(dropout=0.5).train(), tmp_path / "runs" / "student"
     paths = export_folder(folder, student, STUDENT)
     assert [path.relative_to(folder).as_posix() for path in paths] == [
         "model.safetensors",
@@ -66,6 +66,10 @@ def test_the_student_comes_back_bit_for_bit(tmp_path):
         "samples.png",
     ]
     assert names(folder) == EVERY_FILE
+    assert student.training
+    drawn = draw_images(student.eval(), SAMPLER, 64, seed=0)
+    bdense.save_grid(drawn, tmp_path / "eval.png")
+    assert paths[3].read_bytes() == (tmp_path / "eval.png").read_bytes()
     for source in (folder, str(folder), folder / "model.safetensors"):
         loaded, metadata = load_model(source)
         assert same_weights(loaded, student)
@@ -107,15 +111,6 @@ def test_the_card_says_how_to_draw_the_images_beside_it(tmp_path, monkeypatch, s
     assert message.startswith("student draws with the sampler it was distilled for (NFE 4), and")
 
 
-def test_samples_are_drawn_without_dropout(tmp_path):
-    student = small_teacher(dropout=0.5).train()
-    export_folder(tmp_path / "training", student, STUDENT)
-    assert student.training
-    export_folder(tmp_path / "eval", student.eval(), STUDENT)
-    pictures = [(tmp_path / name / "samples.png").read_bytes() for name in ("training", "eval")]
-    assert pictures[0] == pictures[1]
-
-
 def test_pictures_are_copied_or_written_and_shown(tmp_path):
     plot = tmp_path / "plot.png"
     plot.write_bytes(b"a plot")
@@ -141,7 +136,7 @@ def test_pictures_are_copied_or_written_and_shown(tmp_path):
 
 
 def test_the_card_of_a_folder_begins_as_that_of_a_file():
-    """What it is, whose terms it carries: said alike."""
+    """What it is, and whose terms it carries."""
     file, folder = (make("x", small_teacher(), STUDENT) for make in (model_card, folder_card))
     head = file.split("\n\n```sh")[0]
     assert folder.startswith(f"{head}\n\n## How to sample\n\n```sh\nbdense sample x --images 64")
@@ -150,7 +145,7 @@ def test_the_card_of_a_folder_begins_as_that_of_a_file():
     assert row in head
 
 
-def test_fids_are_a_table_and_what_they_share_is_said_once():
+def test_fids_are_a_table_with_their_shared_conditions_below():
     shared = {"images": 50_000, "extractor": "inception", "extractor_sha256": "ab" * 32}
     rows = [
         {"steps": 8, "arm": "plain PD", "fid": 3.2, "std_err": 0.1234, "n": 3, **shared},
@@ -171,7 +166,7 @@ def test_fids_are_a_table_and_what_they_share_is_said_once():
     assert "FID |" not in folder_card("x", small_teacher(), STUDENT | {"fid_table": []})
 
 
-def test_a_condition_that_differs_is_a_column_and_an_empty_column_is_none():
+def test_a_condition_that_differs_is_a_column_and_an_empty_column_is_left_out():
     rows = [
         {"nfe": 2, "fid": 5.0, "std_err": None, "training_images": 1000, "why": "a|b"},
         {"nfe": 1, "fid": None, "std_err": None, "training_images": 500, "why": "a|b"},
@@ -188,28 +183,15 @@ def test_a_condition_that_differs_is_a_column_and_an_empty_column_is_none():
     assert card.endswith("\n\n" + "\n".join(expected) + "\n")
 
 
-@pytest.mark.parametrize(
-    ("method", "text"),
-    [
-        ("pd", "Progressive Distillation (arXiv 2202.00512)."),
-        (
-            "pd-bdense",
-            "Progressive Distillation (arXiv 2202.00512) with dense branch supervision (B-DENSE, "
-            "arXiv 2602.15971).",
-        ),
-        (
-            "pd-uniform",
-            "Progressive Distillation (arXiv 2202.00512) with dense branch supervision (B-DENSE, "
-            "arXiv 2602.15971), all branches alike.",
-        ),
-    ],
-)
-def test_methods_are_named_with_their_papers(method, text):
-    card = model_card("x", small_teacher(), STUDENT | {"method": method})
-    assert f"\nA few-step student of a diffusion model, distilled by {text}\n" in card
+@pytest.mark.parametrize("method", METHODS.values())
+def test_methods_are_named_with_their_papers(method):
+    student, dense = STUDENT | {"paper": method.paper}, " with dense branch supervision"
+    card = model_card("x", small_teacher(), student)
+    assert f"\nA few-step student of a diffusion model, distilled by {method.paper}{dense}" in card
+    assert dense not in model_card("x", small_teacher(), student | {"weights": [1.0]})
 
 
-def test_a_student_for_several_nfe_says_so_in_its_python(tmp_path):
+def test_the_python_of_a_student_for_several_nfe_lists_them(tmp_path):
     samplers = [Sampler(num_intervals=n, afs=True) for n in (3, 4, 6)]
     card = folder_card("x", small_teacher(), STUDENT | served_metadata(samplers))
     assert "\nsampler = bdense.samplers_from(metadata)[0]  # the others: NFE 3, 5\n" in card
@@ -240,7 +222,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, count):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_no_half_of_it_is_ever_seen(tmp_path, error):
+def test_half_a_folder_is_never_seen(tmp_path, error):
     folder, seen = tmp_path / "student", []
 
     def fail_late(path: Path) -> None:
@@ -256,7 +238,7 @@ def test_no_half_of_it_is_ever_seen(tmp_path, error):
     assert names(tmp_path) == []
 
 
-def test_all_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
+def test_everything_is_synced_before_the_name_appears(tmp_path, monkeypatch):
     folder, synced, real = tmp_path / "student", {}, os.fsync
 
     def fsync(descriptor: int) -> None:
@@ -269,7 +251,7 @@ def test_all_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
     assert synced[tmp_path.stat().st_ino]
 
 
-def test_the_folder_can_be_read_by_whoever_reads_new_files(tmp_path):
+def test_the_folder_has_the_permissions_of_new_files(tmp_path):
     before = os.umask(0o027)
     try:
         paths = export_folder(tmp_path / "student", small_teacher(), STUDENT)
@@ -298,7 +280,7 @@ def test_what_exists_is_refused_before_any_work(tmp_path, kind):
     assert names(tmp_path) == ["student"]
 
 
-def test_one_that_comes_meanwhile_is_kept(tmp_path):
+def test_a_folder_that_appears_meanwhile_is_kept(tmp_path):
     def quicker(path: Path) -> None:
         path.write_bytes(b"picture")
         (tmp_path / "student").mkdir()
@@ -308,14 +290,6 @@ def test_one_that_comes_meanwhile_is_kept(tmp_path):
         export_folder(tmp_path / "student", small_teacher(), STUDENT, pictures={"p.png": quicker})
     assert names(tmp_path) == ["student"]
     assert names(tmp_path / "student") == ["mine"]
-
-
-def test_a_folder_of_folders_is_one_too(tmp_path):
-    with atomic_folder(tmp_path / "made") as scratch:
-        (scratch / "a" / "b").mkdir(parents=True)
-        (scratch / "a" / "b" / "c").write_text("text")
-    assert (tmp_path / "made" / "a" / "b" / "c").read_text() == "text"
-    assert names(tmp_path) == ["made"]
 
 
 @pytest.mark.parametrize(
@@ -337,7 +311,7 @@ def test_pictures_that_cannot_be_taken(tmp_path, pictures, message):
     assert names(tmp_path) == []
 
 
-def test_what_is_no_finished_student_is_refused(tmp_path):
+def test_only_a_finished_student_is_exported(tmp_path):
     with pytest.raises(InputError, match=r"no sampler.*Sampler\(\.\.\.\)\.describe"):
         export_folder(tmp_path / "x", small_teacher(), {"kind": "teacher"})
     with pytest.raises(InputError, match=r"3 branches, .* export_branch"):

@@ -1,5 +1,6 @@
 """Requests to WSGI applications in this process."""
 
+import gzip
 import io
 import json
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 def answer_of(
     application: Any, method: str, path: str, body: object = None
 ) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers with lower-case names, and content of one request."""
+    """Status, headers with lower-case names, and content, unzipped, of one request."""
     content = b"" if body is None else json.dumps(body).encode()
     environ = {
         "REQUEST_METHOD": method,
@@ -24,5 +25,6 @@ def answer_of(
     }
     answers: list[Any] = []
     text = b"".join(application(environ, lambda *answer: answers.append(answer)))
-    status, headers = answers[-1][:2]
-    return int(status.split()[0]), {name.lower(): value for name, value in headers}, text
+    status, headers = int(answers[-1][0].split()[0]), {n.lower(): v for n, v in answers[-1][1]}
+    zipped = headers.get("content-encoding") == "gzip"
+    return status, headers, gzip.decompress(text) if zipped and text else text

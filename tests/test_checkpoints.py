@@ -138,7 +138,9 @@ def test_a_foreign_safetensors_file_is_named(path):
         load_denoiser(path)
 
 
-@pytest.mark.parametrize("header", ['{"format": 2}', "{}", "not JSON", "[1]"])
+@pytest.mark.parametrize(
+    "header", ['{"format": 2}', "{}", "not JSON", "[1]", "[" * 10**5], ids=lambda text: text[:13]
+)
 def test_a_header_of_another_version_is_refused(path, header):
     path.parent.mkdir()
     save_file({"weight": torch.zeros(2)}, path, metadata={"bdense": header})
@@ -160,6 +162,8 @@ def test_a_file_of_ours_without_a_denoiser_is_named(path):
         {"architecture": {"num_branches": -1}},
         {"architecture": {"config": {"channel_mult": [1.5, 2]}}},
         {"architecture": {"config": 3}},
+        {"architecture": {"config": {"num_blocks": 10**9}}},
+        {"architecture": {"config": {"model_channels": 4 * 10**8}}},
         {"sampler": {"num_intervals": 3}},
         {"sampler": 3},
         {"sampler": Sampler(num_intervals=3, afs=True).describe() | {"schedule": {"rho": "x"}}},

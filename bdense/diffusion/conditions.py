@@ -40,10 +40,6 @@ class LabelledImages(Protocol):
         """[n] int64 classes, all below ``label_dim``."""
         ...
 
-    def one_hot_labels(self, label_dim: int, index: Tensor | None = None) -> Tensor:
-        """[m or n, label_dim] float32."""
-        ...
-
 
 class Conditions(Protocol):
     """A kind of condition: how it is drawn, and taken from a data set."""
@@ -134,7 +130,7 @@ class Classes:
         dataset.require_labels(self.label_dim)
 
     def of(self, dataset: LabelledImages, index: Tensor) -> ClassLabels:
-        return ClassLabels(dataset.one_hot_labels(self.label_dim, index))
+        return self._labels(dataset.require_labels(self.label_dim)[index])
 
     def _labels(self, index: Tensor) -> ClassLabels:
         return ClassLabels(F.one_hot(index, self.label_dim).float())

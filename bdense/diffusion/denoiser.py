@@ -3,7 +3,11 @@
 B batch, K branches, C image channels, H x W pixels, N student intervals.
 """
 
+import contextlib
 import copy
+import itertools
+import threading
+from collections.abc import Iterator
 from typing import Any, Protocol, Self
 
 import torch
@@ -243,13 +247,19 @@ def build_denoiser(description: dict[str, Any]) -> NetworkDenoiser:
     return NetworkDenoiser(model, column)
 
 
-def fill(denoiser: NetworkDenoiser, tensors: dict[str, Tensor], source: str) -> NetworkDenoiser:
-    """The denoiser with the weights of a file, in eval mode.
+def restore(
+    description: dict[str, Any], tensors: dict[str, Tensor], source: str
+) -> NetworkDenoiser:
+    """The described denoiser with the weights of a file, in eval mode.
+
+    Names and shapes are compared on torch's meta device, before a description can take memory.
 
     Raises:
-        CheckpointError: Names or shapes differ; it says which.
+        CheckpointError: They differ; names which.
     """
-    expected = {name: tuple(value.shape) for name, value in denoiser.state_dict().items()}
+    with torch.device("meta"), _limited_modules(2 * len(tensors) + 100):
+        skeleton = build_denoiser(description)
+    expected = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     if expected != found:
         missing = sorted(expected.keys() - found.keys())[:3]
@@ -259,5 +269,25 @@ def fill(denoiser: NetworkDenoiser, tensors: dict[str, Tensor], source: str) -> 
             f"the weights of {source} do not fit the network they describe: "
             f"missing {missing}, not expected {extra}, of another shape {shapes}"
         )
+    denoiser = build_denoiser(description)
     denoiser.load_state_dict(tensors)
     return denoiser.eval()
+
+
+@contextlib.contextmanager
+def _limited_modules(most: int) -> Iterator[None]:
+    """Stop the construction of a network at more modules than a file's weights could fill."""
+    thread, made = threading.get_ident(), itertools.count(1)
+
+    def count(*_: object) -> None:
+        if threading.get_ident() == thread and next(made) > most:
+            raise CheckpointError(
+                f"the description of the network has more than {most} modules, too many for its "
+                "weights"
+            )
+
+    hook = torch.nn.modules.module.register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -16,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser, fill
+from bdense.diffusion.denoiser import NetworkDenoiser, restore
 from bdense.diffusion.sampling import samplers_from
-from bdense.errors import CheckpointError, InputError
+from bdense.errors import CheckpointError, InputError, is_out_of_memory
 from bdense.files import atomic_write
 from bdense.models.diffusers_teacher import TORCH_FILES, is_hub_id, read_diffusers
 from bdense.models.edm import load_foreign
@@ -84,7 +84,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
     try:
         metadata = json.loads(header[HEADER_KEY])
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict) or metadata.pop("format", None) != FORMAT:
         raise CheckpointError(f"this version cannot read the format of {path}; upgrade bdense")
@@ -112,9 +112,8 @@ def load_denoiser(path: Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
     if "architecture" not in metadata:
         raise CheckpointError(f"{path} holds {metadata.get('kind', 'tensors')}, not a denoiser")
     with _header_of(path):
-        denoiser = build_denoiser(metadata.pop("architecture"))
         samplers_from(metadata)
-    return fill(denoiser, tensors, str(path)), metadata
+        return restore(metadata.pop("architecture"), tensors, "the file"), metadata
 
 
 @contextlib.contextmanager
@@ -125,6 +124,8 @@ def _header_of(path: Path) -> Iterator[None]:
     except InputError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except _WRONG as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(
             f"{path} has a damaged header ({error!r}); fetch or make it again"
         ) from error
@@ -143,7 +144,7 @@ def load_model(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
         only if known.
 
     Raises:
-        InputError: It is none of these, or cannot be downloaded or read.
+        InputError: It is something else, or cannot be downloaded or read.
     """
     name, path = str(source), Path(source)
     if name in CHECKPOINTS:

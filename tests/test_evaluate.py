@@ -157,7 +157,7 @@ def test_a_student_carries_its_teachers_licence(tmp_path):
     run(loaded(SFD, teacher={"checkpoint": str(path)}), tmp_path / "s/00000")
     student, metadata = load_denoiser(tmp_path / "s/00000" / STUDENT)
     assert (metadata["licence"], metadata["teacher"]) == ("CC-BY-NC-SA-4.0", "edm-x")
-    card = tmp_path / "s/00000" / STUDENT.with_suffix(".md").read_text()
+    card = (tmp_path / "s/00000" / STUDENT).with_suffix(".md").read_text()
     assert card == model_card(STUDENT, student, metadata)
     assert card.startswith("---\nlicense: cc-by-nc-sa-4.0\n")
 

@@ -1,4 +1,4 @@
-"""A point that somebody wants tried in a search: checked against the study's weight space."""
+"""``enqueue``: a point planned by hand, checked against the study's weight space."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from search.study.study import Study
 
 
 def enqueue(study: Study, given: Mapping[str, Any]) -> list[str]:
-    """Plan a point before any other that is suggested; lines that say what will become of it.
+    """Plan a point before any that the sampler suggests; returns lines for people.
 
     Raises:
         InputError: The study has no such parameters, or they lie outside its bounds.

@@ -21,7 +21,7 @@ from search.verbs.common import (
 )
 
 if TYPE_CHECKING:
-    from search.spec.study import ArmsPlan, StudySpec
+    from search.spec.study import StudySpec
     from search.study.arms import Arm
     from search.study.study import Study
 
@@ -142,19 +142,12 @@ def _asked(options: argparse.Namespace, study: "Study", spec: "StudySpec") -> li
     """Settings of the method: the variants of --to or the search's ``confirm``, with options."""
     asked = [dict(study.spec.confirm.method)]
     if options.to is not None:
-        asked = [dict(each) for each in _arms_plan(spec).variants]
+        asked = [dict(each) for each in spec.given.variants]
     if options.kimg:
         asked = [{**each, "kimg": options.kimg} for each in asked]
     if options.nfe:
         asked = [{**each, "nfe": nfe} for each in asked for nfe in options.nfe]
     return asked
-
-
-def _arms_plan(spec: "StudySpec") -> "ArmsPlan":
-    from search.spec.study import ArmsPlan
-
-    assert isinstance(spec.plan, ArmsPlan)
-    return spec.plan
 
 
 def _seeds(options: argparse.Namespace, study: "Study", spec: "StudySpec") -> list[int]:
@@ -171,7 +164,7 @@ def _seeds(options: argparse.Namespace, study: "Study", spec: "StudySpec") -> li
             )
         # Nor the seeds that the winner was chosen by.
         return fresh_seeds(study.spec, given[0], seeds_of(study, study.name + CONFIRM_SUFFIX))
-    plan = _arms_plan(spec)
+    plan = spec.given
     if given is None:
         return list(plan.seeds)
     # One number is how many, several are the seeds themselves.
@@ -193,7 +186,7 @@ def _dry_run(
     given = options.weights
     promoted = {"winner_of": study.name} if given is None else arm_from(given).params
     plan = replace(
-        _arms_plan(spec),
+        spec.given,
         arms=("plain", "uniform", promoted),
         seeds=tuple(seeds),
         variants=tuple(variants),

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bdense.command import Verbs
 from bdense.errors import BdenseError, InputError
@@ -45,6 +45,15 @@ def add_enqueue(verbs: Verbs) -> None:
         "bdense-search enqueue digits-nfe2 --a 1.386 --b=-4.274",
         _enqueue,
     )
+    parser.add_argument(
+        "--set",
+        metavar="NAME=VALUE",
+        type=_assignment,
+        action="append",
+        default=[],
+        help="value of a parameter of the study's weight space, as in --set a=1.386; once for "
+        "each parameter",
+    )
     parser.add_argument("--a", metavar="X", type=float, help="slope a of log w_k = a k + b")
     parser.add_argument(
         "--b", metavar="X", type=float, help="offset b of log-linear weights; below 0 as --b=-4.3"
@@ -84,6 +93,13 @@ def add_logs(verbs: Verbs) -> None:
     parser.add_argument("--json", action="store_true", help="print the events as lines of JSON")
 
 
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text}")
+    return name, value
+
+
 def _stop(options: argparse.Namespace) -> None:
     record = open_study(options)
     ledgers = record.ledgers
@@ -114,9 +130,14 @@ def _enqueue(options: argparse.Namespace) -> None:
     from search.study.points import enqueue
 
     names = ("a", "b", "rule", "strength")
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    # The bounds that workers have, not those of a file that was changed since.
-    for line in enqueue(open_study(options), given):
+    named = [(name, value) for name in names if (value := getattr(options, name)) is not None]
+    params: dict[str, Any] = {}
+    for name, value in (*named, *options.set):
+        if name in params:
+            raise InputError(f"parameter {name} is given twice; give it once")
+        params[name] = value
+    # Checked against the stored spec, which workers use; the file may have changed since.
+    for line in enqueue(open_study(options), params):
         print(line)
 
 

@@ -19,7 +19,7 @@ from search.analysis.comparison import comparisons_of, table_rows, teacher_of
 from search.analysis.confirmation import CONFIRM_SUFFIX, verdict
 from search.report.overview import overview_of
 from search.storage.ledger import Ledger
-from search.storage.rows import StoredTrial
+from search.storage.queries import StoredTrial
 from search.study.arms import ArmRow
 from search.study.folders import GRID, named_file
 from search.study.results import MeasuredFID, TrialResult

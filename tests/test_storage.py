@@ -349,7 +349,7 @@ def test_patience_ends_with_one_line_without_a_password():
         retrying(call, patience_seconds=0.3)
     assert str(caught.value) == (
         "the study database did not answer for 0.3 seconds: postgresql://me:***@db/x is away; "
-        "check that it runs, then give the same command again: it carries on"
+        "check that it runs, then give the same command again: it continues"
     )
 
 

@@ -23,7 +23,7 @@ from search.storage.leases import (
     TRIALS,
     database_clock,
 )
-from search.storage.rows import Rows
+from search.storage.queries import Rows
 from search.storage.studies import StoredStudy, read_studies
 from search.study.arms import Arm, ArmRow
 from search.study.study import ARMS, BASELINES_SUFFIX

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from search.log import say
-from search.storage.reader import Running
+from search.storage.queries import Running
 from search.study.progress_text import share_done
 from search.study.study import Study
 from search.study.summary import summary_of

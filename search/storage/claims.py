@@ -1,8 +1,8 @@
 """How a worker gets its next trial, under the study's lock.
 
-The only module beside ``search.storage.verdicts`` that uses Optuna's semi-private calls: a
-``Trial`` made from its key, ``_suggest``, ``_storage``, ``_study_id`` and ``_trial_id``. The
-ledger's contract suite covers them, and pyproject.toml pins Optuna's minor version.
+Uses Optuna's semi-private calls, as ``search.storage.verdicts`` does: a ``Trial`` made from its
+key, ``_suggest``, ``_storage`` and ``_trial_id``. The ledger's contract suite covers them, and
+pyproject.toml pins Optuna's minor version.
 """
 
 import logging
@@ -16,14 +16,11 @@ import sqlalchemy as sa
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler, RandomSampler
-from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
 from bdense.errors import InputError
 from search.storage.engine import redact
 from search.storage.leases import OUT_OF_BOUNDS, SURPLUS, Claim, Leases, RunningRow
-from search.storage.rows import Rows
-from search.storage.versions import differing
 
 _log = logging.getLogger(__name__)
 
@@ -57,21 +54,6 @@ class Asking:
     def sampler_at(self, offset: int) -> BaseSampler:
         """The sampler for the ``offset``-th suggestion; any, for planned trials."""
         return RandomSampler() if self.sampler is None else self.sampler(offset)
-
-
-def leases_of(storage: RDBStorage, study: optuna.Study, ttl: float) -> Leases:
-    """The leases of a study's trials."""
-    return Leases(storage.engine, study._study_id, ttl)
-
-
-def rows_of(storage: RDBStorage, study: optuna.Study) -> Rows:
-    """A study's trials by SQL."""
-    return Rows(storage.engine, study._study_id)
-
-
-def differing_versions(storage: RDBStorage, study: optuna.Study) -> list[str]:
-    """A line for each package of which a study's trials used several versions."""
-    return differing(storage.engine, study._study_id)
 
 
 def failure_attributes(reason: str, detail: str) -> dict[str, str]:

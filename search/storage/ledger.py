@@ -10,9 +10,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias, TypeVar
 
 import optuna
+import sqlalchemy as sa
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.samplers import BaseSampler
@@ -23,8 +24,7 @@ from search.storage.claims import Asking, Claimer, Done, Wait, failure_attribute
 from search.storage.engine import exclusive, retrying
 from search.storage.lease_renewal import Holding, lost_error
 from search.storage.leases import Claim
-from search.storage.reader import LedgerReader
-from search.storage.rows import NOT_COUNTED
+from search.storage.queries import NOT_COUNTED, LedgerReader
 from search.storage.schema import open_tables
 from search.storage.settings import (
     DEFAULT_MAX_ATTEMPTS,
@@ -40,6 +40,7 @@ from search.storage.stop_flags import HALT, Launch, Stops, stopped_error
 __all__ = ["Claim", "Done", "FailureReason", "Holding", "Ledger", "Wait"]
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 FailureReason: TypeAlias = Literal["diverged", "out of memory", "error", "poisoned"]
 # Reasons that the user can remove before asking for the same trial again.
@@ -104,11 +105,7 @@ class Ledger(LedgerReader):
     def record_change(self, key: str, old: JSON, new: JSON) -> None:
         """Append a changed setting to the study's attribute ``changes``."""
 
-        def append() -> None:
-            with exclusive(self._storage.engine, self._lock):
-                record_change(self.study, key, old, new)
-
-        retrying(append)
+        self._locked(lambda _: record_change(self.study, key, old, new))
 
     def enqueue(
         self,
@@ -130,29 +127,23 @@ class Ledger(LedgerReader):
             Whether this call planned it.
         """
 
-        def add() -> bool:
-            with exclusive(self._storage.engine, self._lock):
-                over = (*again, NOT_COUNTED)
-                if any(
-                    asked == params and reason not in over for asked, reason in self._rows.asked()
-                ):
-                    return False
-                self.study.enqueue_trial(dict(params), dict(attrs))
-                return True
+        over = (*again, NOT_COUNTED)
 
-        return retrying(add)
+        def add(_: sa.Connection) -> bool:
+            known = self._rows.asked()
+            if any(asked == params and reason not in over for asked, reason in known):
+                return False
+            self.study.enqueue_trial(dict(params), dict(attrs))
+            return True
+
+        return self._locked(add)
 
     def change(self, key: str, to: Callable[[Any], JSON]) -> None:
         """Replace an attribute of the study by what ``to`` makes of it.
 
         If the database's answer is lost, ``to`` is called again with its own result.
         """
-
-        def write() -> None:
-            with exclusive(self._storage.engine, self._lock):
-                self.study.set_user_attr(key, to(self.study.user_attrs.get(key)))
-
-        retrying(write)
+        self._locked(lambda _: self.study.set_user_attr(key, to(self.study.user_attrs.get(key))))
 
     def extend_list(self, key: str, values: Sequence[JSON]) -> bool:
         """Store a list as an attribute of the study, if it begins with the stored one.
@@ -161,29 +152,23 @@ class Ledger(LedgerReader):
             Whether it does; otherwise nothing is written.
         """
 
-        def write() -> bool:
-            with exclusive(self._storage.engine, self._lock):
-                stored = list(self.study.user_attrs.get(key, []))
-                if list(values[: len(stored)]) != stored:
-                    return False
+        def write(_: sa.Connection) -> bool:
+            stored = list(self.study.user_attrs.get(key, []))
+            begins_with_it = list(values[: len(stored)]) == stored
+            if begins_with_it:
                 self.study.set_user_attr(key, list(values))
-                return True
+            return begins_with_it
 
-        return retrying(write)
+        return self._locked(write)
 
     def delete(self) -> None:
         """Delete the study and all its trials; no worker may be at work on one."""
         name = self.study.study_name
-        retrying(lambda: optuna.delete_study(study_name=name, storage=self._storage))
+        retrying(lambda: optuna.delete_study(study_name=name, storage=self.storage))
 
     def resize(self) -> None:
         """Set the budget to the number of planned trials."""
-
-        def write() -> None:
-            with exclusive(self._storage.engine, self._lock):
-                self.study.set_user_attr("budget", self._rows.count())
-
-        retrying(write)
+        self._locked(lambda _: self.study.set_user_attr("budget", self._rows.count()))
 
     def claim(
         self,
@@ -214,14 +199,13 @@ class Ledger(LedgerReader):
             retrying(self._claimer.load_trials)
             self._warm = True
 
-        def attempt() -> Claim | Wait | Done:
-            with exclusive(self._storage.engine, self._lock) as connection:
-                stored = self.study.user_attrs
-                if Stops.of(stored.get(HALT)).reaches(self.launch):
-                    raise stopped_error(self.study.study_name)
-                return self._claimer.claim(connection, asking, int(stored["budget"]))
+        def attempt(connection: sa.Connection) -> Claim | Wait | Done:
+            stored = self.study.user_attrs
+            if Stops.of(stored.get(HALT)).reaches(self.launch):
+                raise stopped_error(self.study.study_name)
+            return self._claimer.claim(connection, asking, int(stored["budget"]))
 
-        return retrying(attempt)
+        return self._locked(attempt)
 
     def holding(self, claim: Claim) -> Holding:
         """A context manager that keeps the claim's lease alive while the trial is worked on."""
@@ -244,9 +228,8 @@ class Ledger(LedgerReader):
         Raises:
             LeaseLostError: Another worker took the trial over; nothing was stored.
         """
-        if not retrying(partial(self._leases.renew, claim)):
-            raise lost_error(claim)
-        retrying(partial(self._storage.set_trial_intermediate_value, claim.trial_id, step, value))
+        self._renew(claim)
+        retrying(partial(self.storage.set_trial_intermediate_value, claim.trial_id, step, value))
 
     def prune(self, claim: Claim, attrs: Mapping[str, JSON]) -> None:
         """Finish as pruned.
@@ -287,21 +270,31 @@ class Ledger(LedgerReader):
 
         Nothing is released; the next claim finds that the workers are gone.
         """
-
-        def write() -> None:
-            with self._storage.engine.begin() as connection:
-                self._leases.forgive(connection)
-
-        retrying(write)
+        self._write(self._leases.forgive)
 
     def note_server(self) -> None:
-        """Let expired leases end after a restart of the server, even if nobody claims a trial."""
+        """Let expired leases end after a restart of the server, even without another claim."""
+        self._write(self._leases.note_server)
 
-        def write() -> None:
-            with self._storage.engine.begin() as connection:
-                self._leases.note_server(connection)
+    def _locked(self, call: Callable[[sa.Connection], _T]) -> _T:
+        """Call with the connection that holds the study's lock; ``call`` may be repeated."""
 
-        retrying(write)
+        def attempt() -> _T:
+            with exclusive(self.storage.engine, self._lock) as connection:
+                return call(connection)
+
+        return retrying(attempt)
+
+    def _write(self, call: Callable[[sa.Connection], None]) -> None:
+        def attempt() -> None:
+            with self.storage.engine.begin() as connection:
+                call(connection)
+
+        retrying(attempt)
+
+    def _renew(self, claim: Claim) -> None:
+        if not retrying(partial(self._leases.renew, claim)):
+            raise lost_error(claim)
 
     def _finish(
         self,
@@ -311,9 +304,8 @@ class Ledger(LedgerReader):
         value: float | None = None,
     ) -> None:
         # Renewing is the fence: no other worker takes over for a full ttl, enough for the rest.
-        if not retrying(partial(self._leases.renew, claim)):
-            raise lost_error(claim)
-        set_attribute = partial(self._storage.set_trial_user_attr, claim.trial_id)
+        self._renew(claim)
+        set_attribute = partial(self.storage.set_trial_user_attr, claim.trial_id)
         try:
             # Before the value: a finished trial accepts no attributes.
             for key, stored in attrs.items():

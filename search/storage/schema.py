@@ -38,10 +38,10 @@ _VERSION = sa.Table(
 )
 
 Access = Literal["read-write", "read-only"]
-# On tables, then on the sequences that number their rows.
-_GRANTS: dict[Access, tuple[str, str]] = {
-    "read-write": ("SELECT, INSERT, UPDATE, DELETE", "USAGE, SELECT"),
-    "read-only": ("SELECT", "SELECT"),
+_RIGHTS = Path(__file__).with_name("roles.sql")
+_PRIVILEGES: dict[Access, dict[str, str]] = {
+    "read-write": {"tables": "SELECT, INSERT, UPDATE, DELETE", "sequences": "USAGE, SELECT"},
+    "read-only": {"tables": "SELECT", "sequences": "SELECT"},
 }
 
 
@@ -55,7 +55,11 @@ def open_tables(url: str) -> RDBStorage:
     storage = open_storage(url)
     try:
         with exclusive(storage.engine, "schema"):
-            _make_or_check(storage.engine, url)
+            _OURS.create_all(storage.engine)
+            require_schema(storage.engine, url)
+            with storage.engine.begin() as connection:
+                if _stored_version(connection) is None:  # the tables are new
+                    connection.execute(sa.insert(_VERSION).values(version=SCHEMA))
     except SQLAlchemyError as error:
         raise cannot_open(url, error) from None
     return storage
@@ -131,14 +135,13 @@ def grant(url: str, roles: Sequence[Role]) -> list[str]:
     try:
         with engine.begin() as connection:
             database = connection.exec_driver_sql("SELECT current_database()").scalar_one()
-            name = engine.dialect.identifier_preparer.quote_identifier
-            connection.exec_driver_sql(f"REVOKE ALL ON DATABASE {name(database)} FROM PUBLIC")
-            connection.exec_driver_sql("REVOKE ALL ON SCHEMA public FROM PUBLIC")
+            quoted = engine.dialect.identifier_preparer.quote_identifier
             for role in roles:
-                _make(connection, role)
-                left += _set_read_only(connection, role, name(role.name))
-                for statement in _rights(role, name(database), name(role.name)):
-                    connection.exec_driver_sql(statement)
+                name = quoted(role.name)
+                _make(connection, role, name)
+                left += _set_read_only(connection, role, name)
+                own = {"database": quoted(database), "role": name, **_PRIVILEGES[role.access]}
+                connection.exec_driver_sql(_RIGHTS.read_text().format(**own))
     except SQLAlchemyError as error:
         raise StorageError(
             f"cannot make the roles {', '.join(role.name for role in roles)} in {redact(url)}: "
@@ -167,26 +170,16 @@ def require_schema(engine: sa.Engine, url: str) -> None:
     """Refuse tables of another version; a database without tables passes.
 
     Raises:
-        StorageRefusedError: They have another version; names the command that upgrades them.
+        StorageRefusedError: The version differs; names the command that upgrades the tables.
     """
     version = None
     if sa.inspect(engine).has_table(_VERSION.name):
         with engine.connect() as connection:
             version = _stored_version(connection)
     if version is None and _differs(engine):  # of the time before there were versions
-        raise StorageRefusedError(_old(url, "before 1"))
-    if version is not None and version < SCHEMA:
-        raise StorageRefusedError(_old(url, str(version)))
-    if version is not None and version > SCHEMA:
-        raise StorageRefusedError(_newer(url, version))
-
-
-def _make_or_check(engine: sa.Engine, url: str) -> None:
-    _OURS.create_all(engine)
-    require_schema(engine, url)
-    with engine.begin() as connection:
-        if _stored_version(connection) is None:  # all was made just now
-            connection.execute(sa.insert(_VERSION).values(version=SCHEMA))
+        raise _other_version(url, "before 1", is_newer=False)
+    if version is not None and version != SCHEMA:
+        raise _other_version(url, str(version), is_newer=version > SCHEMA)
 
 
 def _upgrade_ours(engine: sa.Engine, url: str) -> list[str]:
@@ -194,7 +187,7 @@ def _upgrade_ours(engine: sa.Engine, url: str) -> list[str]:
     with engine.begin() as connection:
         version = _stored_version(connection)
     if version is not None and version > SCHEMA:
-        raise StorageRefusedError(_newer(url, version))
+        raise _other_version(url, str(version), is_newer=True)
     if version == SCHEMA and not _differs(engine):
         return []
     # Their rows only matter to running workers, and there are none.
@@ -227,11 +220,11 @@ def _held(engine: sa.Engine) -> int:
     inspector = sa.inspect(engine)
     if not inspector.has_table(LEASE.name):
         return 0
-    if not {"expires"} <= {column["name"] for column in inspector.get_columns(LEASE.name)}:
-        return 0
-    # An old table may lack other columns.
+    # An old table may lack columns.
     expires = sa.column("expires", sa.Double)
     leases = sa.table(LEASE.name, expires)
+    if expires.name not in {column["name"] for column in inspector.get_columns(LEASE.name)}:
+        return 0
     with engine.connect() as connection:
         return connection.execute(
             sa.select(sa.func.count())
@@ -240,8 +233,7 @@ def _held(engine: sa.Engine) -> int:
         ).scalar_one()
 
 
-def _make(connection: sa.Connection, role: Role) -> None:
-    quoted = connection.dialect.identifier_preparer.quote_identifier(role.name)
+def _make(connection: sa.Connection, role: Role, quoted: str) -> None:
     there = connection.execute(
         sa.text("SELECT 1 FROM pg_roles WHERE rolname = :name"), {"name": role.name}
     ).scalar()
@@ -279,32 +271,9 @@ def _set_read_only(connection: sa.Connection, role: Role, name: str) -> list[str
     return []
 
 
-def _rights(role: Role, database: str, name: str) -> list[str]:
-    tables, sequences = _GRANTS[role.access]
-    return [
-        f"REVOKE ALL ON ALL TABLES IN SCHEMA public FROM {name}",
-        f"REVOKE ALL ON ALL SEQUENCES IN SCHEMA public FROM {name}",
-        f"GRANT CONNECT ON DATABASE {database} TO {name}",
-        f"GRANT USAGE ON SCHEMA public TO {name}",
-        f"GRANT {tables} ON ALL TABLES IN SCHEMA public TO {name}",
-        f"GRANT {sequences} ON ALL SEQUENCES IN SCHEMA public TO {name}",
-        # For tables that a later upgrade creates.
-        f"ALTER DEFAULT PRIVILEGES IN SCHEMA public REVOKE ALL ON TABLES FROM {name}",
-        f"ALTER DEFAULT PRIVILEGES IN SCHEMA public REVOKE ALL ON SEQUENCES FROM {name}",
-        f"ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT {tables} ON TABLES TO {name}",
-        f"ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT {sequences} ON SEQUENCES TO {name}",
-    ]
-
-
-def _old(url: str, version: str) -> str:
-    return (
-        f"the tables of {redact(url)} are of an older bdense (version {version}, this one has "
-        f"{SCHEMA}); {UPGRADE}"
-    )
-
-
-def _newer(url: str, version: int) -> str:
-    return (
-        f"the tables of {redact(url)} are of a newer bdense (version {version}, this one has "
-        f"{SCHEMA}); update bdense here"
+def _other_version(url: str, version: str, *, is_newer: bool) -> StorageRefusedError:
+    age, way_out = ("a newer", "update bdense here") if is_newer else ("an older", UPGRADE)
+    return StorageRefusedError(
+        f"the tables of {redact(url)} are of {age} bdense (version {version}, this one has "
+        f"{SCHEMA}); {way_out}"
     )

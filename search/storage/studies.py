@@ -11,8 +11,7 @@ import sqlalchemy as sa
 from optuna.trial import TrialState
 
 from search.storage.leases import LEFT_OUT, STATE, STUDIES, STUDY_ATTRIBUTES, TRIALS
-from search.storage.reader import Counts
-from search.storage.rows import KIND_OF_VALUE, VALUES
+from search.storage.queries import KIND_OF_VALUE, VALUES, Counts
 
 _BUDGET = "budget"  # every study that bdense-search made has one
 

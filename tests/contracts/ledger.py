@@ -15,7 +15,7 @@ from search.errors import LeaseLostError, UnknownStudyError
 from search.storage import claims as claiming
 from search.storage.engine import open_storage
 from search.storage.ledger import Claim, Done, Ledger, Wait
-from search.storage.reader import Counts
+from search.storage.queries import Counts
 from tests.contracts.ledger_deaths import Deaths
 from tests.contracts.ledger_planned import Planned
 from tests.contracts.ledger_stops import Stops

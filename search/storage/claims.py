@@ -62,10 +62,10 @@ def failure_attributes(reason: str, detail: str) -> dict[str, str]:
 
 
 class Claimer:
-    """Picks the trial to work on; ``claim`` needs the study's lock.
+    """Picks the trial to work on.
 
-    On PostgreSQL the lock's connection is in a transaction, and Optuna writes through its own
-    connections. The lease is taken last, so that the two never wait for each other.
+    On PostgreSQL the connection that holds the lock is in a transaction, and Optuna writes through
+    its own connections. The lease is taken last, so that the two never wait for each other.
     """
 
     def __init__(self, study: optuna.Study, leases: Leases, max_attempts: int) -> None:
@@ -106,10 +106,12 @@ class Claimer:
             planned_alone = asking.sampler is None and not states["WAITING"]
             if _started(states) >= budget or planned_alone:
                 return Wait() if states["RUNNING"] else Done()
-            trial = self._ask(connection, asking)
+            self._study.sampler = asking.sampler_at(self._leases.count_begun(connection))
+            trial = self._study.ask(fixed_distributions=dict(asking.space))
             params = trial.params
+            row = RunningRow(trial_id=trial._trial_id, number=trial.number)
             if self._within_bounds(trial, asking) and (
-                claim := self._take(connection, _row_of(trial), params, asking, adopted=False)
+                claim := self._take(connection, row, params, asking, adopted=False)
             ):
                 return claim
         raise InputError(
@@ -146,10 +148,6 @@ class Claimer:
         for name, distribution in asking.space.items():
             trial._suggest(name, distribution)
         return trial
-
-    def _ask(self, connection: sa.Connection, asking: Asking) -> optuna.Trial:
-        self._study.sampler = asking.sampler_at(self._leases.count_begun(connection))
-        return self._study.ask(fixed_distributions=dict(asking.space))
 
     def _within_bounds(self, trial: optuna.Trial, asking: Asking) -> bool:
         """Whether the trial may run; if not, it is finished and counts nowhere."""
@@ -206,10 +204,6 @@ def _claim(
         owner=asking.owner,
         adopted=adopted,
     )
-
-
-def _row_of(trial: optuna.Trial) -> RunningRow:
-    return RunningRow(trial_id=trial._trial_id, number=trial.number)
 
 
 def _started(states: Mapping[str, int]) -> int:

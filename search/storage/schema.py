@@ -109,9 +109,9 @@ class Role:
 
 
 def grant(url: str, roles: Sequence[Role]) -> list[str]:
-    """Create missing roles and give them exactly their rights on the study tables.
+    """Create missing roles and give them exactly their rights on the study tables (roles.sql).
 
-    PUBLIC loses the right to connect. Other roles keep the rights they have.
+    PUBLIC loses the right to connect. Other roles keep their rights.
 
     Args:
         url: A PostgreSQL database, as its owner with the right to create roles.
@@ -247,10 +247,10 @@ def _make(connection: sa.Connection, role: Role, quoted: str) -> None:
 
 
 def _set_read_only(connection: sa.Connection, role: Role, name: str) -> list[str]:
-    """Make a reader's transactions read-only by the role's setting; a writer's are not.
+    """Set whether the role's transactions are read-only; a statement that the owner may not give.
 
-    The setting is read first: an owner who may not alter roles may still grant rights. Without
-    the setting a reader has no right to write either.
+    An owner who may not alter roles may still grant rights, and without this setting a reader has
+    no right to write either. So it is altered only if it differs.
     """
     settings = connection.execute(
         sa.text("SELECT rolconfig FROM pg_roles WHERE rolname = :name"), {"name": role.name}

@@ -303,7 +303,7 @@ class TestRoles:
             assert capsys.readouterr().out.splitlines()[1:] == [
                 f"{writer} may read-write",
                 f"{reader} may read-only",
-                "for the database's administrator, if they like: "
+                "for the database's administrator, optional: "
                 f'ALTER ROLE "{reader}" SET default_transaction_read_only = on',
             ]
             ledger, claim = claimed(postgres.url(name, user=writer))

@@ -479,8 +479,8 @@ def test_options_that_do_not_fit_the_other_study(confirmed, tmp_path, options, m
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--seeds", "0,1"), "--seeds 0,1: without --to it is how many fresh ones"),
-        (("--seeds", "0"), "--seeds 0: without --to it is how many fresh ones"),
+        (("--seeds", "0,1"), "--seeds 0,1: without --to it is the number of fresh seeds"),
+        (("--seeds", "0"), "--seeds 0: without --to it is the number of fresh seeds"),
         (("--weights", "x"), "--weights x is no A,B"),
         (("--out", "."), ". exists already; choose another folder"),
     ],

@@ -520,7 +520,7 @@ def test_clean_deletes_no_folder_but_one_of_trajectories(capsys, recorded, named
     study.main.study.set_user_attr(TRAJECTORIES, [str(other)])
     status, _, err = answer(capsys, "clean", "digits")
     assert status == 2
-    assert "which is none of the folders in" in err
+    assert "which does not lie in" in err
     assert (other.exists(), (recorded / "shard").exists()) == (True, True)
 
 

@@ -114,7 +114,7 @@ def _stop(options: argparse.Namespace) -> None:
     )
     if not options.wait:
         return
-    # Longer than a lease lasts, none is held by a worker that is gone.
+    # Leases of dead workers have expired by then.
     deadline = time.monotonic() + 2 * longest + 60.0
     while left := held(ledgers):
         if time.monotonic() > deadline:
@@ -168,20 +168,20 @@ def _logs(options: argparse.Namespace) -> None:
         time.sleep(POLL_SECONDS)
     if not shown:
         raise InputError(
-            f"trial {number} has no log in {path.resolve().parent}: nobody has worked on it yet, "
+            f"trial {number} has no log in {path.resolve().parent}: no worker has taken it yet, "
             "or its worker writes to another folder (BDENSE_RUNS)"
         )
 
 
 def _row(study: "Study", options: argparse.Namespace) -> "tuple[Ledger, int]":
-    """Whose log is meant."""
+    """The row whose log to show."""
     if (options.trial is None) == (options.baseline is None):
-        raise InputError("give either the number of a TRIAL, or --baseline, one of the two")
+        raise InputError("give either the number of a TRIAL, or --baseline")
     if options.trial is not None:
         return study.main, options.trial
     if not study.is_search or study.given is None:
         raise InputError(f"{study.name} has no baselines of its own; give the number of a row")
-    # The last of them: one that failed is planned anew by the next launch.
+    # The last one: a launch plans a failed baseline anew.
     for number, (row, _) in reversed(list(enumerate(study.rows()))):
         if study.arms[row.arm].baseline == options.baseline:
             return study.given, number

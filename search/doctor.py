@@ -302,7 +302,7 @@ def unfinished_files() -> Findings:
 
 
 def schema(url: str, storage: RDBStorage) -> Findings:
-    """Whether our tables are of this version; with Optuna's of another it would not open."""
+    """Whether our tables have this version; Optuna's have, or the storage would not open."""
     require_schema(storage.engine, url)
     yield from ()
 

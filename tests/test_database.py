@@ -124,8 +124,8 @@ def test_old_tables_are_refused_until_they_are_upgraded(url, statements, told, r
     ledger, claim = claimed(url)
     ledger.complete(claim, 1.5, {"kept": True})
     execute(url, *statements)
-    assert "are of an older bdense" in refusal(url).message
-    with pytest.raises(StorageRefusedError, match="are of an older bdense") as caught:
+    assert "belong to an older bdense" in refusal(url).message
+    with pytest.raises(StorageRefusedError, match="belong to an older bdense") as caught:
         Ledger.open(url, "digits", budget=None)
     assert told in str(caught.value)
     assert "bdense-search storage upgrade" in str(caught.value)
@@ -140,7 +140,7 @@ def test_old_tables_are_refused_until_they_are_upgraded(url, statements, told, r
 def test_a_newer_versions_tables_are_left_alone(url, refusal):
     open_tables(url)
     execute(url, "UPDATE bdense_schema SET version = 7")
-    assert "are of a newer bdense" in refusal(url).message
+    assert "belong to a newer bdense" in refusal(url).message
     for refused in (open_tables, upgrade):
         with pytest.raises(StorageError, match=r"newer bdense \(version 7, .* update bdense here"):
             refused(url)
@@ -155,7 +155,7 @@ def test_an_upgrade_waits_for_workers_and_not_for_leases_that_ran_out(url):
     expire_leases(url)
     upgrade(url)
     assert version(url) == [SCHEMA]
-    assert upgrade(url) == ["the tables are of this version already"]
+    assert upgrade(url) == ["the tables have this version already"]
     assert Ledger.open(url, "digits", budget=None).claim(SPACE, RandomSampler).number == 0
 
 

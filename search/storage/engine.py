@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import hashlib
 import logging
 import os
@@ -133,44 +134,36 @@ def sqlite_file(url: str) -> Path | None:
     return _sqlite_database(parsed, url) if parsed.drivername in _SQLITE_NAMES else None
 
 
-def open_storage(url: str) -> RDBStorage:
+def open_storage(url: str, **options: Any) -> RDBStorage:  # noqa: ANN401  Optuna's
     """Open the database; creates its file, folder and Optuna's tables if missing.
 
     Args:
         url: As accepted by ``resolve_storage_url``.
+        options: Of ``RDBStorage``; with ``skip_compatibility_check`` tables of any version of
+            Optuna are opened.
 
     Raises:
         StorageError: It cannot be opened; one line with what to check, without a password. A
             ``StorageRefusedError`` if trying later will not help.
     """
-    return _open(url)
+    return _open(url, reading=False, **options)
 
 
 def open_reading(url: str) -> RDBStorage:
-    """Open an existing database so that it refuses writes.
-
-    Args:
-        url: As accepted by ``resolve_storage_url``.
-
-    Raises:
-        StorageError: As in ``open_storage``, or the database does not exist.
-    """
-    return _open(url, reading=True)
+    """Open an existing database so that it refuses writes; raises as ``open_storage``."""
+    return _open(url, reading=True, skip_table_creation=True)
 
 
-def open_to_upgrade(url: str) -> RDBStorage:
-    """Like ``open_storage``, for tables of any version of Optuna."""
-    return _open(url, skip_compatibility_check=True)
-
-
-def _open(url: str, *, reading: bool = False, **options: Any) -> RDBStorage:  # noqa: ANN401
+def _open(url: str, *, reading: bool, **options: Any) -> RDBStorage:  # noqa: ANN401  Optuna's
     resolved = resolve_storage_url(url)
     path = sqlite_file(resolved)
+    # Optuna calls str.format on its URL, so braces in a password or a path must be escaped.
+    make = functools.partial(RDBStorage, resolved.replace("{", "{{").replace("}", "}}"), **options)
     try:
         if path is None:
-            return _open_postgres(resolved, reading=reading, **options)
+            return _open_postgres(make, resolved, reading=reading)
         refuse_network_file_system(path)
-        return _open_sqlite(resolved, path, reading=reading, **options)
+        return _open_sqlite(make, path, reading=reading)
     except (SQLAlchemyError, StorageInternalError, OSError, RuntimeError) as error:
         # RuntimeError: Optuna found a schema of another version.
         raise cannot_open(resolved, error) from None
@@ -294,22 +287,19 @@ def _connecting_with(pragma: str) -> Callable[..., sqlite3.Connection]:
     return connect
 
 
-def _open_sqlite(url: str, path: Path, *, reading: bool, **options: Any) -> RDBStorage:  # noqa: ANN401
+def _open_sqlite(make: Callable[..., RDBStorage], path: Path, *, reading: bool) -> RDBStorage:
+    # SQLite checks foreign keys only if a connection asks for it.
+    factory = _connecting_with("query_only = ON" if reading else "foreign_keys = ON")
+    engine = {"echo": False, "connect_args": {"timeout": BUSY_SECONDS, "factory": factory}}
     if reading:
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}; launch a study first")
-        connect_args = {"timeout": BUSY_SECONDS, "factory": _connecting_with("query_only = ON")}
-        return _storage(url, connect_args=connect_args, skip_table_creation=True)
+        return make(engine_kwargs=engine)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # SQLite checks foreign keys only if a connection asks for it.
-    connect_args = {
-        "timeout": BUSY_SECONDS,
-        "factory": _connecting_with("foreign_keys = ON"),
-    }
     with file_lock(Path(f"{path}.lock")):
         # The switch to WAL ignores the busy timeout, so it is done once, under the lock.
         _switch_to_wal(path)
-        return _storage(url, connect_args=connect_args, **options)
+        return make(engine_kwargs=engine)
 
 
 def _switch_to_wal(path: Path) -> None:
@@ -320,7 +310,7 @@ def _switch_to_wal(path: Path) -> None:
         raise OSError(f"{path.name}: {error}") from error
 
 
-def _open_postgres(url: str, *, reading: bool, **options: Any) -> RDBStorage:  # noqa: ANN401
+def _open_postgres(make: Callable[..., RDBStorage], url: str, *, reading: bool) -> RDBStorage:
     connect_args: dict[str, Any] = {
         "connect_timeout": CONNECT_SECONDS,
         "keepalives": 1,
@@ -333,21 +323,20 @@ def _open_postgres(url: str, *, reading: bool, **options: Any) -> RDBStorage:  #
         "application_name": "bdense",
         "options": _session_settings(url, reading=reading),
     }
-    if reading:
-        options["skip_table_creation"] = True
     gate = sqlalchemy.create_engine(
         url, connect_args=connect_args, poolclass=sqlalchemy.pool.NullPool
     )
     # Two launchers on an empty database would both create the tables, and one would fail.
     with exclusive(gate, "schema"):
-        return _storage(
-            url,
-            connect_args=connect_args,
-            pool_pre_ping=True,
-            pool_size=2,
-            max_overflow=2,
-            pool_recycle=1800,
-            **options,
+        return make(
+            engine_kwargs={
+                "echo": False,
+                "connect_args": connect_args,
+                "pool_pre_ping": True,
+                "pool_size": 2,
+                "max_overflow": 2,
+                "pool_recycle": 1800,
+            }
         )
 
 
@@ -364,22 +353,6 @@ def _session_settings(url: str, *, reading: bool) -> str:
         settings["default_transaction_read_only"] = "on"
     asked = make_url(url).normalized_query.get("options") or [os.environ.get("PGOPTIONS", "")]
     return " ".join([*asked, *(f"-c {name}={value}" for name, value in settings.items())])
-
-
-def _storage(
-    url: str,
-    *,
-    skip_compatibility_check: bool = False,
-    skip_table_creation: bool = False,
-    **engine_kwargs: Any,  # noqa: ANN401 - SQLAlchemy's own
-) -> RDBStorage:
-    # Optuna calls str.format on its URL, so braces in a password or a path must be escaped.
-    return RDBStorage(
-        url.replace("{", "{{").replace("}", "}}"),
-        engine_kwargs={"echo": False, **engine_kwargs},
-        skip_compatibility_check=skip_compatibility_check,
-        skip_table_creation=skip_table_creation,
-    )
 
 
 def _parse(given: str) -> URL:

@@ -24,7 +24,6 @@ from search.storage.engine import (
     exclusive,
     one_line,
     open_storage,
-    open_to_upgrade,
     redact,
     sqlite_file,
 )
@@ -78,7 +77,7 @@ def upgrade(url: str) -> list[str]:
         StorageError: The database cannot be opened, or belongs to a newer version.
         InputError: Workers hold trials; says how to stop them.
     """
-    storage = open_to_upgrade(url)
+    storage = open_storage(url, skip_compatibility_check=True)
     done = []
     try:
         with exclusive(storage.engine, "schema"):
@@ -96,7 +95,7 @@ def upgrade(url: str) -> list[str]:
             done += _upgrade_ours(storage.engine, url)
     except SQLAlchemyError as error:
         raise cannot_open(url, error) from None
-    return done or ["the tables are of this version already"]
+    return done or ["the tables have this version already"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,6 +273,6 @@ def _set_read_only(connection: sa.Connection, role: Role, name: str) -> list[str
 def _other_version(url: str, version: str, *, is_newer: bool) -> StorageRefusedError:
     age, way_out = ("a newer", "update bdense here") if is_newer else ("an older", UPGRADE)
     return StorageRefusedError(
-        f"the tables of {redact(url)} are of {age} bdense (version {version}, this one has "
+        f"the tables of {redact(url)} belong to {age} bdense (version {version}, this one has "
         f"{SCHEMA}); {way_out}"
     )

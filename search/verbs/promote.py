@@ -121,10 +121,10 @@ def _promote(options: argparse.Namespace) -> None:
     arm = confirmed_arm(study) if given is None else arm_from(given)
     if options.weights is None and options.to is None:
         sys.stderr.write("".join({other_budget(study, each) for each in asked}))
-    told = at_another_k(arm, study.spec.resolved.num_branches, spec.resolved.num_branches)
+    remark = at_another_k(arm, study.spec.resolved.num_branches, spec.resolved.num_branches)
     planned = plan_promotion(study.url, spec, arm, of=study.name, seeds=seeds, variants=variants)
-    if told:
-        print(told, flush=True)
+    if remark:
+        print(remark, flush=True)
     run_rows(planned, options.workers)
     show_rows(planned)
     if shown := comparisons_of(planned):

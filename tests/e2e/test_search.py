@@ -20,16 +20,6 @@ RAY = Path("/tmp/ray")
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def workplace(tmp_path, cache) -> Workplace:
-    return Workplace(tmp_path, cache)
-
-
-@pytest.fixture(scope="module")
 def calm_fids(tmp_path_factory, cache) -> dict[float, float]:
     """What four trials give in one process, without Ray, when nothing happens to them."""
     workplace = Workplace(tmp_path_factory.mktemp("calm"), cache)

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from bdense.metrics.metrics import measure_images as measure_images
     from bdense.metrics.references import dataset_reference as dataset_reference
     from bdense.metrics.references import read_reference as read_reference
-    from bdense.models.folders import export_folder as export_folder
-    from bdense.models.sources import load_model as load_model
+    from bdense.models.folder import export_folder as export_folder
     from bdense.models.store import load_denoiser as load_denoiser
+    from bdense.models.store import load_model as load_model
     from bdense.models.store import save_denoiser as save_denoiser
     from bdense.networks import NETWORKS as NETWORKS
     from bdense.training.loop import train as train
@@ -65,11 +65,11 @@ _HOME = {
     "distill": "methods.distill",
     "draw_images": "diffusion.sampling",
     "export_branch": "diffusion.branches",
-    "export_folder": "models.folders",
+    "export_folder": "models.folder",
     "load_dataset": "data.datasets",
     "load_denoiser": "models.store",
     "load_extractor": "metrics.extractors",
-    "load_model": "models.sources",
+    "load_model": "models.store",
     "measure_images": "metrics.metrics",
     "normalised_weights": "weights.spaces",
     "read_reference": "metrics.references",

@@ -28,11 +28,7 @@ def new_parser(prog: str, description: str, example: str) -> tuple[argparse.Argu
 
 
 def add_verb(
-    verbs: Verbs,
-    name: str,
-    what: str,
-    example: str,
-    run: Run,
+    verbs: Verbs, name: str, what: str, example: str, run: Run
 ) -> argparse.ArgumentParser:
     """A verb with its one line of help, an example, and what it runs."""
     parser = verbs.add_parser(

@@ -1,21 +1,16 @@
 """Downloads of public files: resumed, checked, and present whole or not at all."""
 
-import contextlib
 import errno
 import http.client
 import socket
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bdense.errors import InputError
 from bdense.files import file_lock, sha256_file
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 _CHUNK = 1 << 20
 _TIMEOUT = 60.0  # seconds without data
@@ -109,8 +104,7 @@ class _Partial:
 
     def start(self, version: str | None) -> None:
         """Start over, with a version that a later request can ask for."""
-        self.data.unlink(missing_ok=True)
-        self._note.unlink(missing_ok=True)
+        self.forget()
         if version is not None:
             self._note.write_text(version)
 
@@ -145,7 +139,8 @@ def _carry_on(url: str, partial: _Partial, what: str, size: int | None) -> None:
             if first != have:
                 raise _TryAgainError(f"the server sent bytes from {first}, not from {have}")
         else:
-            have, total = 0, _whole(response.headers.get("Content-Length"))
+            length = response.headers.get("Content-Length")
+            have, total = 0, None if length is None else int(length)
             partial.start(_version(response))
         if size is not None and total is not None and total != size:
             partial.forget()
@@ -165,18 +160,6 @@ def _receive(
     what: str,
 ) -> int:
     """Append what the server sends; returns the bytes downloaded so far."""
-    with partial.data.open("ab") as file, _progress(what, have, total) as show:
-        while True:
-            chunk = response.read1(_CHUNK)
-            if not chunk:
-                return have
-            file.write(chunk)
-            have += len(chunk)
-            show.update(len(chunk))
-
-
-@contextlib.contextmanager
-def _progress(what: str, have: int, total: int | None) -> "Iterator[tqdm[Any]]":
     from tqdm import tqdm
 
     bar: tqdm[Any] = tqdm(
@@ -188,8 +171,12 @@ def _progress(what: str, have: int, total: int | None) -> "Iterator[tqdm[Any]]":
         file=sys.stderr,
         mininterval=_SHOW_SECONDS[sys.stderr.isatty()],
     )
-    with bar:
-        yield bar
+    with bar, partial.data.open("ab") as file:
+        while chunk := response.read1(_CHUNK):
+            file.write(chunk)
+            have += len(chunk)
+            bar.update(len(chunk))
+    return have
 
 
 def _version(response: http.client.HTTPResponse) -> str | None:
@@ -209,10 +196,6 @@ def _content_range(header: str) -> tuple[int, int | None]:
     if unit != "bytes" or not total:
         raise ValueError(f"the server answered with Content-Range {header!r}")
     return int(span.partition("-")[0]), None if total == "*" else int(total)
-
-
-def _whole(header: str | None) -> int | None:
-    return None if header is None else int(header)
 
 
 def _difference(path: Path, sha256: str | None, size: int | None) -> str | None:

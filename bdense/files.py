@@ -45,11 +45,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def require_new(path: Path) -> None:
-    """Refuse a path that exists.
-
-    Raises:
-        InputError: It exists.
-    """
+    """Raise an InputError if the path exists."""
     path = Path(path)
     if path.exists() or path.is_symlink():
         raise InputError(f"{path} exists already; choose another folder or delete it")
@@ -92,7 +88,17 @@ def file_lock(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     # Opened without truncation: a waiting process must not erase the holder's name.
     with path.open("ab", buffering=0) as file:
-        _lock(file.fileno(), path)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # The kernel's queue is fairer than retries.
+            warning = threading.Timer(LONG_WAIT_SECONDS, _warn_of_waiting, (path,))
+            warning.daemon = True
+            warning.start()
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            finally:
+                warning.cancel()
         # A full disk must not stop the holder because it cannot write its name.
         with contextlib.suppress(OSError):
             file.truncate(0)
@@ -110,20 +116,6 @@ def user_folder(variable: str, name: str) -> Path:
     """The folder that an environment variable names, or one of that name in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get(variable) or Path(cache) / "bdense" / name).expanduser()
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        # The kernel's queue is fairer than retries.
-        warning = threading.Timer(LONG_WAIT_SECONDS, _warn_of_waiting, (path,))
-        warning.daemon = True
-        warning.start()
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        finally:
-            warning.cancel()
 
 
 def _warn_of_waiting(path: Path) -> None:

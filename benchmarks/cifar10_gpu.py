@@ -31,7 +31,7 @@ from bdense.methods.trajectories import LiveTrajectories
 from bdense.metrics.extractors import load_extractor
 from bdense.metrics.metrics import FID, measure_images
 from bdense.metrics.references import dataset_reference
-from bdense.models.cards import inherited, write_card
+from bdense.models.card import inherited, write_card
 from bdense.models.store import load_denoiser, save_denoiser
 from bdense.training.loop import IterationReport, train
 from bdense.training.teacher import TeacherConfig, train_teacher

@@ -27,7 +27,7 @@ from bdense.methods.sfd import (
     first_interval_without_network,
 )
 from bdense.methods.trajectories import LiveTrajectories
-from bdense.models.public import CHECKPOINTS
+from bdense.models.zoo import CHECKPOINTS
 from bdense.training.loop import train
 from bdense.weights.spaces import uniform_weights
 from bdense.weights.weighting import FixedWeights

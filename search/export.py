@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 
 from bdense.errors import InputError
 from bdense.models.diffusers_export import export_pipeline
-from bdense.models.folders import CONFIG, Picture, export_folder
+from bdense.models.folder import CONFIG, Picture, export_folder
 from bdense.models.store import load_denoiser
 from bdense.networks.diffusers_unet import DiffusersUNet
 from search.analysis.comparison import comparisons_of, table_rows, teacher_of

@@ -6,6 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
+from PIL import Image
+
 from bdense.cli import main
 from bdense.data.datasets import load_dataset
 from bdense.methods import METHODS
@@ -60,6 +64,14 @@ def distill(teacher: Path, path: Path, *options: object) -> str:
     """Hash of a student made anew."""
     done("distill", teacher, *SHORT, *options, "--out", path)
     return denoiser_sha256(load_denoiser(path)[0])
+
+
+def drawn(path: Path, model: Path, *options: object) -> torch.Tensor:
+    """The first two images of a picture of a model's, [2, 8, 8]."""
+    done("sample", model, "--images", 2, *options, "--out", path)
+    with Image.open(path) as picture:
+        small = torch.from_numpy(np.array(picture))[::4, ::4]
+    return torch.stack([small[:8, :8], small[:8, 8:16]])
 
 
 def distilled(

@@ -1,4 +1,4 @@
-"""What another package may bring: a network, a solver and a method."""
+"""Members that another package may bring: a network and a solver."""
 
 import itertools
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from bdense.diffusion.denoiser import Denoiser
 from bdense.diffusion.solvers import Solver, StepNoise, no_noise
 from bdense.knobs import knob
-from bdense.methods.sfd import SFD, SFDConfig
 from bdense.networks import Network
 from bdense.networks.network import check_inputs, check_labels
 
@@ -99,17 +98,3 @@ class Renoise(Solver):
             added = self.strength * (t_next**2 - sigmas[-1] ** 2).sqrt()
             x = denoise(x, t) + added * noise(i).to(x)
             yield x
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LongSFDConfig(SFDConfig):
-    """SFD with longer training by default."""
-
-    kimg: float = knob(0.016, "training length in thousands of images", low=0.001)
-
-
-class LongSFD(SFD):
-    """SFD under another name."""
-
-    name: ClassVar[str] = "long-sfd"
-    Config: ClassVar[type[SFDConfig]] = LongSFDConfig

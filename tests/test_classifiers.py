@@ -14,10 +14,9 @@ from bdense.metrics.classifiers import (
     classifier_weights,
     load_classifier,
 )
-from bdense.metrics.extractors import load_extractor
 from bdense.models.store import load_tensors, save_tensors
 from bdense.randomness import Stream, derive_seed, generator
-from tests.features import CPU, random_images
+from tests.features import random_images
 
 
 @pytest.fixture
@@ -86,16 +85,6 @@ def test_features_are_what_the_last_layer_sees(cache, brief):
     assert torch.equal(network(coloured), network(digits.images[:5]))
 
 
-def test_a_larger_side_has_a_convolution_for_each_halving():
-    network = Classifier("large", 32, 10)
-    shapes = [tuple(p.shape) for name, p in network.named_parameters() if name.endswith("weight")]
-    assert shapes == [
-        *((32, 1, 3, 3), (64, 32, 3, 3), (128, 64, 3, 3), (128, 128, 3, 3)),
-        *((64, 2048), (10, 64)),
-    ]
-    assert network(random_images(2, channels=1, side=32)).shape == (2, 64)
-
-
 @pytest.mark.parametrize("side", [28, 31, 17])
 def test_smaller_images_are_padded_as_the_training_images_were(side):
     network = Classifier("fashion", 32, 10)
@@ -104,11 +93,6 @@ def test_smaller_images_are_padded_as_the_training_images_were(side):
     before = (32 - side) // 2
     padded[:, :, before : before + side, before : before + side] = images
     assert torch.equal(network(images), network(padded))
-
-
-def test_fashion_mnists_recipe_pads_to_what_can_be_halved():
-    recipe = RECIPES["fashion-mnist-classifier"]
-    assert (recipe.data, recipe.side) == ("fashion-mnist", 32)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 16, 16), (2, 1, 33, 33), (2, 3, 28, 32)])
@@ -123,14 +107,6 @@ def test_other_sizes_are_refused_by_name(shape):
 def test_a_side_is_a_power_of_two(side):
     with pytest.raises(InputError, match=f"odd must have a side of 8, 16, 32, .* got {side}"):
         Classifier("odd", side, 10)
-
-
-def test_an_extractor_of_a_recipe(cache, brief):
-    extractor = load_extractor(brief, cache=cache, device=CPU)
-    assert (extractor.name, extractor.dim) == (brief, 64)
-    images = load_dataset("digits").images[:4]
-    expected = load_classifier(classifier_weights(brief, cache)[0])(images)
-    torch.testing.assert_close(extractor(images), expected)
 
 
 def test_a_set_that_cannot_be_had_leaves_no_weights(cache, monkeypatch):

@@ -5,10 +5,8 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from bdense.cli import make_parser
 from bdense.diffusion.sampling import draw_images, samplers_from
@@ -25,6 +23,7 @@ from tests.commands import (
     distill,
     distilled,
     done,
+    drawn,
     refused,
 )
 
@@ -59,14 +58,6 @@ def variable(folder, conditional) -> Path:
 
 def ones(num_branches: int) -> FixedWeights:
     return FixedWeights(torch.ones(num_branches, dtype=torch.float64))
-
-
-def drawn(path: Path, model: Path, *options: object) -> torch.Tensor:
-    """The first two images of a picture of a model's, [2, 8, 8]."""
-    done("sample", model, "--images", 2, *options, "--out", path)
-    with Image.open(path) as picture:
-        small = torch.from_numpy(np.array(picture))[::4, ::4]
-    return torch.stack([small[:8, :8], small[:8, 8:16]])
 
 
 # ---- classes ----

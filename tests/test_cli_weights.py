@@ -10,6 +10,7 @@ from bdense.errors import InputError
 from bdense.verbs.weight_options import chosen_weighting
 from bdense.weights.spaces import LogLinearWeights, normalised_weights
 from bdense.weights.weighting import BranchWeighting, LearnedWeights
+from tests.plugins import install
 
 
 def weighting(*arguments: object) -> BranchWeighting:
@@ -67,10 +68,7 @@ class Steps(WeightSpace):
         return FixedWeights(weights)
 """
     )
-    info = tmp_path / "steps_of_others-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: steps-of-others\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[bdense.weights]\nsteps = steps_of_others:Steps\n")
+    install(tmp_path, "steps-of-others", "[bdense.weights]\nsteps = steps_of_others:Steps\n")
     monkeypatch.syspath_prepend(tmp_path)
     importlib.invalidate_caches()
 

@@ -11,8 +11,8 @@ import torch
 
 from bdense.diffusion.denoiser import build_denoiser
 from bdense.errors import InputError
-from bdense.models.public import CHECKPOINTS, EDM_LICENCE
 from bdense.models.store import save_denoiser
+from bdense.models.zoo import CHECKPOINTS, EDM_LICENCE
 from search.spec.file import parse, read_tree
 from search.spec.resolve import architecture, resolve
 from search.spec.study import StudySpec

@@ -136,9 +136,6 @@ def test_a_bad_idx_file_is_named(tmp_path, content, message):
     path.write_bytes(content)
     with pytest.raises(InputError, match=rf"bad\.idx {message}"):
         read_idx_images(path)
-
-
-def test_an_idx_file_that_is_not_there(tmp_path):
     with pytest.raises(InputError, match=r"the idx file \S+/none cannot be read: No such file"):
         read_idx(tmp_path / "none")
 
@@ -166,15 +163,9 @@ def test_sub_folders_are_classes(tmp_path):
     assert labels.tolist() == [0, 1, 1]  # ant, cat: a folder without images is no class
     folder_of(tmp_path, {"loose.png": PNG})
     assert read_folder(tmp_path)[1] is None
-
-
-def test_one_sub_folder_is_no_class(tmp_path):
-    assert read_folder(folder_of(tmp_path, {"all/1.png": PNG, "all/2.png": PNG}))[1] is None
-
-
-def test_hidden_files_are_no_images(tmp_path):
     hidden = {".a.png": b"", ".ipynb_checkpoints/a.png": b"", "__MACOSX/a.png": b""}
-    assert len(read_folder(folder_of(tmp_path, {"a.png": PNG, **hidden}))[0]) == 1
+    single = folder_of(tmp_path / "single", {"all/1.png": PNG, "all/2.png": PNG, **hidden})
+    assert (len(read_folder(single)[0]), read_folder(single)[1]) == (2, None)
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):

@@ -15,11 +15,10 @@ import torch
 from bdense.diffusion.branches import widen_head
 from bdense.diffusion.ddpm import DDPMSchedule
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.diffusion.preconditioning import DDPM, Cosine, native_schedule
+from bdense.diffusion.preconditioning import Cosine, native_schedule
 from bdense.diffusion.sampling import Sampler, to_uint8
 from bdense.diffusion.solvers import DDIM, Euler
 from bdense.errors import InputError
-from bdense.execution import Execution
 from bdense.models.diffusers_export import export_pipeline
 from bdense.models.diffusers_teacher import read_diffusers
 from bdense.models.store import denoiser_sha256
@@ -140,6 +139,9 @@ def test_every_process_is_the_pipelines(tmp_path, scheduler, clip):
     call = json.loads((tmp_path / "student" / "bdense.json").read_text())["pipeline_call"]
     found = drawn_there(load(tmp_path / "student"), 32, 3, **call)
     assert_same_pictures(found, drawn_here(student, sampler, noise_of(3, 32)))
+    assert call.get("use_clipped_model_output", False) == clip
+    settings = ", ".join(f"{key}={value!r}" for key, value in call.items())
+    assert f"batch_size=64, {settings}, " in (tmp_path / "student" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("steps", [1, 2, 8, 1000])
@@ -155,23 +157,6 @@ def test_the_levels_are_those_of_our_grid(tmp_path, steps):
     alpha_bar = scheduler.alphas_cumprod[times].double()
     levels = sampler.schedule.grid(steps)[:-1]
     torch.testing.assert_close(((1 - alpha_bar) / alpha_bar).sqrt(), levels, rtol=1e-3, atol=0)
-
-
-def test_clipping_must_be_asked_for(tmp_path):
-    """The noise follows from the clipped prediction here, and there only with the option."""
-    # Noise as strong as a DDPM's: its predictions leave [-1, 1].
-    student = student_of(tmp_path / "teacher", prediction_type="v_prediction", beta_end=0.2)
-    sampler = own(student, clip=True)
-    export_pipeline(tmp_path / "student", student, told(sampler))
-    pipeline, expected = load(tmp_path / "student"), drawn_here(student, sampler, noise_of(3, 32))
-    call = {"num_inference_steps": N, "eta": 0.0}
-    found = drawn_there(pipeline, 32, 3, **call, use_clipped_model_output=True)
-    assert_same_pictures(found, expected)
-    assert (drawn_there(pipeline, 32, 3, **call) != expected).mean() > 0.1
-    card = (tmp_path / "student" / "README.md").read_text()
-    settings = "num_inference_steps=5, eta=0.0, use_clipped_model_output=True"
-    assert f"    batch_size=64, {settings}, generator=torch.manual_seed(0)\n" in card
-    assert f"It was distilled for `{settings}`" in card
 
 
 # ---- what is in it ----
@@ -212,14 +197,6 @@ def test_the_folder_is_diffusers_and_a_card(tmp_path):
     assert str(tmp_path) not in "".join(path.read_text() for path in folder.rglob("*.json"))
     # It is still a teacher for this project, and the student is as it was.
     assert denoiser_sha256(read_diffusers(folder)[0]) == before == denoiser_sha256(student)
-
-
-def test_the_memory_layout_of_training_does_not_matter(tmp_path):
-    student = student_of(tmp_path / "teacher")
-    before = denoiser_sha256(student)
-    student.execute(Execution(channels_last=True))
-    export_pipeline(tmp_path / "student", student.train(), told(own(student)))
-    assert denoiser_sha256(read_diffusers(tmp_path / "student")[0]) == before
 
 
 # ---- what is refused ----
@@ -263,13 +240,8 @@ def test_samplers_that_no_pipeline_has(tmp_path):
     message = r"\(ddpm levels, even in time\); distil it on its teacher's"
     assert_refused(out, student, told(another), message)
     assert_refused(out, student, {"kind": "student"}, "no sampler")
-
-
-@pytest.mark.parametrize(("times", "steps", "nearest"), [(1000, 128, 125), (50, 64, 50)])
-def test_steps_that_fall_between_the_trained_times(tmp_path, times, steps, nearest):
-    student = student_of(tmp_path / "teacher", num_train_timesteps=times)
-    message = f"{steps} steps do not divide .* {times} .*; distil to {nearest} steps, or {INSTEAD}"
-    assert_refused(tmp_path / "student", student, told(own(student, steps)), message)
+    message = f"64 steps do not divide .* {T} .*; distil to 50 steps, or {INSTEAD}"
+    assert_refused(out, student, told(own(student, 64)), message)
 
 
 def test_a_folder_that_exists_is_refused_and_a_failure_leaves_none(tmp_path, monkeypatch):
@@ -284,15 +256,3 @@ def test_a_folder_that_exists_is_refused_and_a_failure_leaves_none(tmp_path, mon
     with pytest.raises(OSError, match="no space left"):
         export_pipeline(tmp_path / "student", student, told(own(student)))
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
-
-
-def test_the_student_may_predict_something_else_than_its_teacher(tmp_path):
-    """A student's preconditioning is its own; its process stays the teacher's."""
-    teacher = student_of(tmp_path / "teacher")
-    options = teacher.precond.options() | {"prediction_type": "v_prediction"}
-    student = NetworkDenoiser(teacher.model, DDPM(**options)).eval()
-    sampler = own(teacher)
-    export_pipeline(tmp_path / "student", student, told(sampler))
-    call = {"num_inference_steps": N, "eta": 0.0}
-    found = drawn_there(load(tmp_path / "student"), 8, 5, **call)
-    assert_same_pictures(found, drawn_here(student, sampler, noise_of(5, 8)))

@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from bdense.metrics.dinov2 import SIZES, DinoV2, Size
 
@@ -40,30 +39,6 @@ def test_features_are_the_reference_s(kind):
     torch.testing.assert_close(network(kind)(images)[0], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_trained_grid_is_not_resized():
-    tiny = network("perceptron")
-    assert tiny._positions(37) is tiny.pos_embed
-    assert tiny._positions(16).shape == (1, 257, 8)
-    # The class token has no place that could move.
-    assert torch.equal(tiny._positions(16)[:, 0], tiny.pos_embed[:, 0])
-
-
-def test_a_block_is_attention_and_perceptron_written_out():
-    torch.manual_seed(0)
-    block = DinoV2(TINY).blocks[0].requires_grad_(False)
-    block.ls1.gamma.copy_(torch.linspace(0.5, 2, 8))
-    x = torch.randn(1, 5, 8)
-    normal = F.layer_norm(x, (8,), eps=1e-6)
-    q, k, v = block.attn.qkv(normal).split(8, dim=-1)
-    heads = []
-    for part in (slice(0, 4), slice(4, 8)):
-        scores = q[..., part] @ k[..., part].transpose(1, 2) / 2  # sqrt(4)
-        heads.append(scores.softmax(dim=-1) @ v[..., part])
-    x_attended = x + block.ls1.gamma * block.attn.proj(torch.cat(heads, dim=-1))
-    hidden = F.gelu(block.mlp.fc1(F.layer_norm(x_attended, (8,), eps=1e-6)))
-    torch.testing.assert_close(block(x), x_attended + block.mlp.fc2(hidden))
-
-
 @pytest.mark.parametrize(
     ("name", "numbers", "url"),
     [
@@ -79,9 +54,3 @@ def test_the_published_sizes(name, numbers, url):
         network = DinoV2(SIZES[name])
     assert sum(value.numel() for value in network.state_dict().values()) == numbers
     assert SIZES[name].url == f"https://dl.fbaipublicfiles.com/dinov2/{url}"
-
-
-def test_torch_fidelity_knows_the_same_names():
-    from torch_fidelity.feature_extractor_dinov2 import MODEL_METADATA
-
-    assert {name: size.file for name, size in SIZES.items()} == MODEL_METADATA

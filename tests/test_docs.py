@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.plugins import install
 from tests.test_help import all_help
 
 ROOT = Path(__file__).parents[1]
@@ -102,16 +103,13 @@ def test_the_recipes_run(tmp_path):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    info = tmp_path / "mine-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
     groups = tomllib.loads(metadata)["project"]["entry-points"]
     lines = [
         line
         for group, named in groups.items()
         for line in (f"[{group}]", *(f"{name} = {at}" for name, at in named.items()))
     ]
-    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    install(tmp_path, "mine", "\n".join(lines))
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path / "mine")],
         env={
@@ -125,22 +123,3 @@ def test_the_recipes_run(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:]
-
-
-def test_the_check_sees_what_is_not_there():
-    sfd = "bdense.methods.sfd"
-    text = f"`{sfd}.distil`, `bdense.nothing.x` in `runs/bdense.db`, `{sfd}.SFDConfig.lr`"
-    assert names(text) == {
-        "bdense.methods.sfd.distil",
-        "bdense.nothing.x",
-        "bdense.methods.sfd.SFDConfig.lr",
-    }
-    assert {name for name in names(text) if exists(name)} == {"bdense.methods.sfd.SFDConfig.lr"}
-    assert exists("bdense.diffusion.denoiser.NetworkDenoiser.model")
-    assert OPTION.findall(FOREIGN.sub("", "docker up --a\n`ray x --b`, `bdense-search --cc`")) == [
-        "--cc"
-    ]
-    assert FILE.findall("`bdense/methods/sfd.py`, `bdense/networks/`, x/docs/y.md") == [
-        "bdense/methods/sfd.py",
-        "bdense/networks/",
-    ]

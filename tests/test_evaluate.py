@@ -10,7 +10,7 @@ from bdense.diffusion.sampling import draw_images, sampler_from
 from bdense.errors import InputError, StoppedError
 from bdense.metrics.metrics import MetricSettings
 from bdense.metrics.references import dataset_reference, write_reference
-from bdense.models.cards import card_path, model_card
+from bdense.models.card import card_path, model_card
 from bdense.models.store import denoiser_sha256, load_denoiser, load_tensors, save_denoiser
 from bdense.weights.spaces import RULES
 from search.study.progress_text import share_done

@@ -8,8 +8,7 @@ import fsspec
 import pytest
 
 from bdense.errors import InputError
-from bdense.models.sources import load_model
-from bdense.models.store import denoiser_sha256, load_denoiser, save_denoiser
+from bdense.models.store import denoiser_sha256, load_denoiser, load_model, save_denoiser
 from search.analysis.plans import plan_confirmation, plan_given, plan_transfer
 from search.export import arm_row, export_trial
 from search.storage.engine import runs_folder

@@ -1,4 +1,4 @@
-"""Feature extractors: what they give, and what is said of files that are none."""
+"""Feature extractors: what they give, and files that are refused."""
 
 import os
 from collections.abc import Iterator
@@ -13,9 +13,7 @@ from bdense.files import sha256_file
 from bdense.metrics.dinov2 import SIZES, DinoV2
 from bdense.metrics.extractors import load_extractor
 from tests.features import CPU, ColourMeans, random_images, scripted
-from tests.goldens import ROOT
 
-DATA = Path(os.environ.get("BDENSE_DATA", ROOT / "../shared/data"))
 # The files that users have are TorchScript all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.:FutureWarning")
 
@@ -55,13 +53,8 @@ def test_a_torchscript_file_gives_its_features(tmp_path):
     features = extractor(images)
     assert features.dtype == torch.float32
     torch.testing.assert_close(features, images.float().mean(dim=(2, 3)))
-
-
-def test_one_channel_is_repeated_to_three(tmp_path):
-    extractor = scripted(ColourMeans(), tmp_path)
     grey = random_images(4, channels=1)
     assert torch.equal(extractor(grey), extractor(grey.repeat(1, 3, 1, 1)))
-    assert torch.equal(extractor(grey)[:, 0], extractor(grey)[:, 2])
 
 
 @pytest.mark.parametrize(
@@ -72,7 +65,7 @@ def test_one_channel_is_repeated_to_three(tmp_path):
         (FloatsOnly(), "does not accept uint8 images"),
     ],
 )
-def test_a_network_that_is_no_extractor_is_refused(tmp_path, module, message):
+def test_a_network_without_features_is_refused(tmp_path, module, message):
     with pytest.raises(InputError, match=message):
         scripted(module, tmp_path)
 
@@ -84,7 +77,7 @@ def test_a_network_of_one_size_is_an_extractor(tmp_path):
         extractor(random_images(2, side=16))
 
 
-def test_images_that_are_none_are_refused(digits_extractor):
+def test_other_images_are_refused(digits_extractor):
     with pytest.raises(ShapeError, match=r"float32 \[2, 1, 8, 8\]; convert with to_uint8"):
         digits_extractor(torch.zeros(2, 1, 8, 8))
     with pytest.raises(ShapeError, match=r"\[2, 4, 8, 8\]"):
@@ -93,29 +86,28 @@ def test_images_that_are_none_are_refused(digits_extractor):
         digits_extractor(random_images(2, side=16))
 
 
-def test_bad_specs_and_files_are_named(tmp_path, cache):
-    def load(spec):
-        return load_extractor(spec, cache=cache, device=CPU)
-
-    with pytest.raises(
-        InputError, match=r"unknown feature extractor 'vgg'; known are inception\["
-    ):
-        load("vgg")
-    with pytest.raises(InputError, match="unknown feature extractor 'torchscript:'"):
-        load("torchscript:")
-    with pytest.raises(InputError, match=r"no TorchScript file at .*absent\.pt"):
-        load(f"torchscript:{tmp_path / 'absent.pt'}")
-    corrupt = tmp_path / "corrupt.pt"
-    corrupt.write_bytes(b"PK\x03\x04 and no more")
-    with pytest.raises(InputError, match=r"corrupt\.pt cannot be read as TorchScript"):
-        load(f"torchscript:{corrupt}")
-    with pytest.raises(InputError, match=r"weights .*absent\.pth: No such file"):
-        load(f"inception:{tmp_path / 'absent.pth'}")
-    with pytest.raises(InputError, match=r"corrupt\.pt does not hold .*weights-inception-2015"):
-        load(f"inception:{corrupt}")
-    torch.save({"fc.bias": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(InputError, match=r"other\.pth does not hold torch-fidelity's Inception"):
-        load(f"inception:{tmp_path / 'other.pth'}")
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("vgg", r"unknown feature extractor 'vgg'; known are inception\["),
+        ("torchscript:", "unknown feature extractor 'torchscript:'"),
+        ("torchscript:absent.pt", r"no TorchScript file at .*absent\.pt"),
+        ("torchscript:corrupt.pt", r"corrupt\.pt cannot be read as TorchScript"),
+        ("inception:absent.pth", r"weights .*absent\.pth: No such file"),
+        ("inception:corrupt.pt", r"corrupt\.pt does not hold .*weights-inception-2015"),
+        ("inception:other.pth", r"other\.pth does not hold torch-fidelity's Inception"),
+        ("inception:list.pth", r"list\.pth does not hold"),
+        ("dinov2-vit-s-14:other.pth", r"other\.pth does not hold"),
+        ("dinov2-vit-s-14:list.pth", r"list\.pth does not hold"),
+    ],
+)
+def test_bad_specs_and_files_are_named(spec, message, tmp_path, cache, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("corrupt.pt").write_bytes(b"PK\x03\x04 and no more")
+    torch.save({"fc.bias": torch.zeros(3)}, "other.pth")
+    torch.save([torch.zeros(1)], "list.pth")
+    with pytest.raises(InputError, match=message):
+        load_extractor(spec, cache=cache, device=CPU)
 
 
 def test_inception_without_a_network_says_what_to_fetch(tmp_path, cache, monkeypatch):
@@ -203,14 +195,6 @@ def test_weights_files_run_nothing(kind, old_format, tmp_path, cache, monkeypatc
     assert not ran.exists()
 
 
-@pytest.mark.parametrize("content", [{1: torch.zeros(1)}, [torch.zeros(1)], torch.zeros(1)])
-@pytest.mark.parametrize("kind", ["inception", "dinov2-vit-s-14"])
-def test_other_contents_are_no_weights(kind, content, tmp_path, cache):
-    torch.save(content, tmp_path / "other.pth")
-    with pytest.raises(InputError, match=r"other\.pth does not hold"):
-        load_extractor(f"{kind}:{tmp_path / 'other.pth'}", cache=cache, device=CPU)
-
-
 def test_inception_takes_weights_of_its_own_shape(tmp_path, cache, monkeypatch):
     """Random weights through torch-fidelity's real network: 2048 features of any size."""
     from torch_fidelity import feature_extractor_inceptionv3 as inception
@@ -226,44 +210,18 @@ def test_inception_takes_weights_of_its_own_shape(tmp_path, cache, monkeypatch):
     torch.testing.assert_close(extractor(images), network(images)[0])
 
 
-@pytest.mark.parametrize(
-    ("name", "dim"),
-    [
-        ("resnet56-cifar10-64d.torchscript.pt", 64),
-        ("mobilenetv2-imagenet-1280d.torchscript.pt", 1280),
-    ],
-)
-def test_the_real_torchscript_networks(name, dim, cache):
-    path = DATA / "features" / name
-    if not path.exists():
-        pytest.skip(f"{path} is absent (BDENSE_DATA)")
-    extractor = load_extractor(f"torchscript:{path}", cache=cache, device=CPU)
-    images = random_images(4, side=32)
-    features = extractor(images)
-    assert extractor.dim == dim
-    assert features.shape == (4, dim)
-    assert features.isfinite().all()
-    assert features.std() > 0
-    torch.testing.assert_close(extractor(images[:1]), features[:1], rtol=1e-3, atol=1e-4)
-
-
 def test_the_digits_classifier_is_trained_once(shared_cache, cache, digits_extractor):
     assert digits_extractor.metadata["train_accuracy"] > 0.97
     assert digits_extractor.dim == 64
     (path,) = shared_cache.glob("digits-classifier-*.safetensors")
     made = path.stat().st_mtime_ns
+    before = torch.get_num_threads(), torch.get_rng_state().tolist()
     again = load_extractor("digits-classifier", cache=shared_cache, device=CPU)
     assert path.stat().st_mtime_ns == made
     assert again.sha256 == digits_extractor.sha256
     afresh = load_extractor("digits-classifier", cache=cache, device=CPU)
     assert afresh.sha256 == digits_extractor.sha256
-
-
-def test_the_digits_classifier_leaves_the_callers_random_state_alone(cache):
-    threads, state = torch.get_num_threads(), torch.get_rng_state()
-    load_extractor("digits-classifier", cache=cache, device=CPU)
-    assert torch.get_num_threads() == threads
-    assert torch.equal(torch.get_rng_state(), state)
+    assert (torch.get_num_threads(), torch.get_rng_state().tolist()) == before
 
 
 def test_a_broken_classifier_file_is_named(cache):

@@ -11,8 +11,7 @@ import pytest
 import yaml
 
 from bdense.errors import InputError
-from bdense.models.sources import load_model
-from bdense.models.store import denoiser_sha256, load_denoiser
+from bdense.models.store import denoiser_sha256, load_denoiser, load_model
 from search.analysis.comparison import comparisons_of, table_rows, teacher_of
 from search.analysis.confirmation import confirmed_arm
 from search.analysis.plans import (

@@ -125,37 +125,37 @@ def load_dataset(spec: str) -> Dataset:
             downloaded if missing), or a format and a path: ``folder:DIR`` (image
             files, labels from ``dataset.json`` or from sub-folders), ``zip:FILE`` (EDM's data set
             archives), ``idx:FILE`` (images in MNIST's format). ``@SIDE`` at the end pads every
-            image with black to SIDE x SIDE, as in ``fashion-mnist@32``.
+            image with black to SIDE x SIDE, as in ``fashion-mnist@32``; an odd pixel goes to the
+            right or bottom.
 
     Raises:
         InputError: There is no such data set, or its files are missing, damaged, empty or mixed.
     """
     source, side = split_side(spec)
     name, images, labels = _load(source)
-    return _dataset(name, images, labels) if side is None else _padded(name, images, labels, side)
+    if side is not None:
+        height, width = images.shape[2:]
+        _require_room(name, side, height, width)
+        left, top = (side - width) // 2, (side - height) // 2
+        if side != height or side != width:
+            images = F.pad(images, (left, side - width - left, top, side - height - top))
+        name = f"{name}@{side}"
+    return Dataset(name, images, _sha256(images), labels)
 
 
 def image_shape(spec: str) -> tuple[int, int, int]:
-    """(C, H, W) of a data set; sets whose name tells their shape are not loaded.
+    """(C, H, W) of a data set; those with a name of their own are not loaded.
 
     Raises:
         InputError: As ``load_dataset``.
     """
     source, side = split_side(spec)
-    channels, height, width = _SHAPES.get(source) or _load(source)[1].shape[1:]
+    named = _NAMED.get(source)
+    channels, height, width = named[0] if named is not None else _load(source)[1].shape[1:]
     if side is None:
         return channels, height, width
     _require_room(source, side, height, width)
     return channels, side, side
-
-
-def pad(dataset: Dataset, side: int) -> Dataset:
-    """The set padded with black to ``side`` x ``side``; an odd pixel goes to the right or bottom.
-
-    Raises:
-        InputError: The images are larger than that.
-    """
-    return _padded(dataset.name, dataset.images, dataset.labels, side)
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -175,17 +175,8 @@ def _load(source: str) -> tuple[str, Tensor, Tensor | None]:
         # The name of a set of files is the last part of its path.
         return f"{kind}:{path.resolve().name}", *_FORMATS[kind](path)
     if source in _NAMED:
-        return source, *_NAMED[source]()
+        return source, *_NAMED[source][1]()
     raise InputError(f"unknown data set {source!r}; known are {DATA_SETS}")
-
-
-def _padded(name: str, images: Tensor, labels: Tensor | None, side: int) -> Dataset:
-    height, width = images.shape[2:]
-    _require_room(name, side, height, width)
-    if side != height or side != width:
-        left, top = (side - width) // 2, (side - height) // 2
-        images = F.pad(images, (left, side - width - left, top, side - height - top))
-    return _dataset(f"{name}@{side}", images, labels)
 
 
 def _require_room(name: str, side: int, height: int, width: int) -> None:
@@ -194,10 +185,6 @@ def _require_room(name: str, side: int, height: int, width: int) -> None:
             f"data set {name}@{side}: its images are larger, {height} x {width} pixels; choose a "
             f"side of at least {max(height, width)}"
         )
-
-
-def _dataset(name: str, images: Tensor, labels: Tensor | None) -> Dataset:
-    return Dataset(name, images, _sha256(images), labels)
 
 
 def _sha256(array: Tensor) -> str:
@@ -261,20 +248,13 @@ def _fetched(title: str, path: Path, url: str, sha256: str) -> Path:
         ) from error
 
 
-# Each returns [n, C, H, W] uint8 and [n] labels.
-_NAMED: dict[str, Callable[[], Loaded]] = {
-    "digits": _digits,
-    "cifar10": lambda: _cifar10(train=True),
-    "cifar10-test": lambda: _cifar10(train=False),
-    "fashion-mnist": lambda: _fashion_mnist("train"),
-    "fashion-mnist-test": lambda: _fashion_mnist("t10k"),
-}
-_SHAPES = {
-    "digits": (1, 8, 8),
-    "cifar10": (3, 32, 32),
-    "cifar10-test": (3, 32, 32),
-    "fashion-mnist": (1, 28, 28),
-    "fashion-mnist-test": (1, 28, 28),
+# (C, H, W), and what returns [n, C, H, W] uint8 images and [n] labels.
+_NAMED: dict[str, tuple[tuple[int, int, int], Callable[[], Loaded]]] = {
+    "digits": ((1, 8, 8), _digits),
+    "cifar10": ((3, 32, 32), lambda: _cifar10(train=True)),
+    "cifar10-test": ((3, 32, 32), lambda: _cifar10(train=False)),
+    "fashion-mnist": ((1, 28, 28), lambda: _fashion_mnist("train")),
+    "fashion-mnist-test": ((1, 28, 28), lambda: _fashion_mnist("t10k")),
 }
 _FORMATS: dict[str, Callable[[Path], Loaded]] = {
     "folder": read_folder,

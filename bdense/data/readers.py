@@ -27,15 +27,8 @@ from bdense.errors import InputError
 _IDX_UINT8 = 0x08
 # What Pillow and zipfile are known to raise for damaged, encrypted or oversized files.
 _UNREADABLE = (
-    EOFError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    ValueError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-    Image.DecompressionBombError,
+    *(EOFError, OSError, RuntimeError, SyntaxError, ValueError, struct.error),
+    *(zipfile.BadZipFile, zlib.error, Image.DecompressionBombError),
 )
 
 
@@ -47,8 +40,9 @@ def read_idx(path: Path) -> Tensor:
             header.
     """
     try:
-        with _open_idx(path) as file:
-            content = bytearray(file.read())
+        content = bytearray(path.read_bytes())
+        if content[:2] == b"\x1f\x8b":
+            content = bytearray(gzip.decompress(content))
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"the idx file {path} cannot be read: {_reason(error)}") from error
     if len(content) < 4 or content[:3] != bytes((0, 0, _IDX_UINT8)):
@@ -63,7 +57,7 @@ def read_idx(path: Path) -> Tensor:
     shape = struct.unpack(f">{dimensions}I", content[4:header])
     if len(content) - header != math.prod(shape):
         raise InputError(
-            f"{path} holds {len(content) - header} bytes after its header, which says "
+            f"{path} holds {len(content) - header} bytes after its header, whose shape is "
             f"{' x '.join(map(str, shape))}; fetch it again"
         )
     if not math.prod(shape):
@@ -92,12 +86,6 @@ def read_idx_images(path: Path) -> tuple[Tensor, Tensor | None]:
             f"{path}; the two belong to different sets"
         )
     return images.unsqueeze(1), labels.long()
-
-
-def _open_idx(path: Path) -> BinaryIO:
-    with path.open("rb") as file:
-        gzipped = file.read(2) == b"\x1f\x8b"
-    return gzip.open(path) if gzipped else path.open("rb")  # type: ignore[return-value]
 
 
 def read_folder(folder: Path) -> tuple[Tensor, Tensor | None]:

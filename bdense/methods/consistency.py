@@ -373,6 +373,7 @@ class Consistency:
 
     name: ClassVar[str] = "consistency"
     title: ClassVar[str] = "CD"
+    paper: ClassVar[str] = "Consistency Distillation (arXiv 2303.01469)"
     Config: ClassVar[type[ConsistencyConfig]] = ConsistencyConfig
     needs_data: ClassVar[bool] = True
 

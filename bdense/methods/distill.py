@@ -13,7 +13,7 @@ from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import Sampler, samplers_from
 from bdense.errors import CheckpointError, InputError
 from bdense.methods.method import Inputs, Method, MethodConfig, Stage, StagePlan
-from bdense.models.cards import write_card
+from bdense.models.card import write_card
 from bdense.models.store import denoiser_sha256, load_denoiser, load_tensors, save_denoiser
 from bdense.training.loop import Evaluations, IterationReport, train
 from bdense.weights.weighting import BranchWeighting, FixedWeights
@@ -164,6 +164,7 @@ class _Run:
         described = weighting.describe()
         return {
             "kind": "student",
+            "paper": self.method.paper,
             "method": stage.kind if weighting.num_branches == 1 else f"{stage.kind}-bdense",
             "weights": stage.optimisation.scaled(weighting.weights()).tolist(),
             **({} if "fixed" in described else {"weighting": described}),

@@ -123,6 +123,7 @@ class Method(abc.ABC):
 
     name: ClassVar[str]
     title: ClassVar[str]  # for people, such as SFD
+    paper: ClassVar[str]  # its full name and source, for model cards
     Config: ClassVar[type[MethodConfig]]
     needs_data: ClassVar[bool] = False
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from bdense.errors import InputError, ShapeError
 from bdense.files import sha256_file
-from bdense.models.pretrained import downloaded_weights, weights_of
+from bdense.models.zoo import downloaded_weights, weights_of
 
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 # The linear layers on top; the address is piq's own.

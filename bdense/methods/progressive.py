@@ -511,6 +511,7 @@ class Progressive(Method):
 
     name: ClassVar[str] = "progressive"
     title: ClassVar[str] = "PD"
+    paper: ClassVar[str] = "Progressive Distillation (arXiv 2202.00512)"
     Config: ClassVar[type[PDConfig]] = PDConfig
     needs_data: ClassVar[bool] = True
 

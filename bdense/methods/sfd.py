@@ -395,6 +395,7 @@ class SFD(Method):
 
     name: ClassVar[str] = "sfd"
     title: ClassVar[str] = "SFD"
+    paper: ClassVar[str] = "Simple and Fast Distillation (SFD, arXiv 2409.19681)"
     Config: ClassVar[type[SFDConfig]] = SFDConfig
 
     def plan(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bdense.data.datasets import load_dataset, pad
+from bdense.data.datasets import load_dataset
 from bdense.errors import CheckpointError, InputError, ShapeError
 from bdense.files import file_lock
 from bdense.models.store import load_tensors, save_tensors
@@ -141,7 +141,7 @@ def load_classifier(path: Path) -> Classifier:
 
 def _train(name: str, recipe: Recipe) -> tuple[Classifier, float]:
     """The trained network and its accuracy on the training images."""
-    dataset = pad(load_dataset(recipe.data), recipe.side)
+    dataset = load_dataset(f"{recipe.data}@{recipe.side}")
     images, labels = dataset.images, dataset.labels
     assert labels is not None
     with _one_thread():
@@ -155,14 +155,10 @@ def _train(name: str, recipe: Recipe) -> tuple[Classifier, float]:
                 loss = F.cross_entropy(network.classes(network(images[batch])), labels[batch])
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
-        return network, _accuracy(network, images, labels)
-
-
-@torch.no_grad()
-def _accuracy(network: Classifier, images: Tensor, labels: Tensor) -> float:
-    parts = torch.split(images, 1024)
-    guesses = torch.cat([network.classes(network(part)).argmax(dim=1) for part in parts])
-    return guesses.eq(labels).double().mean().item()
+        with torch.no_grad():
+            parts = torch.split(images, 1024)
+            guesses = torch.cat([network.classes(network(part)).argmax(dim=1) for part in parts])
+        return network, guesses.eq(labels).double().mean().item()
 
 
 @contextlib.contextmanager

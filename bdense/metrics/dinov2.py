@@ -7,6 +7,7 @@ tokens, d width, G x G patches.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ PATCH = 14
 # The published weights have a position for each patch of a 518 x 518 image.
 TRAINED_GRID = 37
 _EPS = 1e-6
+# Side of its input, and ImageNet's mean and deviation of each colour.
+_INPUT = 224
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +53,33 @@ SIZES = {
     "dinov2-vit-l-14": Size(width=1024, depth=24, heads=16, file="dinov2_vitl14"),
     "dinov2-vit-g-14": Size(width=1536, depth=40, heads=24, file="dinov2_vitg14", gated=True),
 }
+
+
+def load_dinov2(size: Size, path: Path) -> nn.Module:
+    """The network with the weights of a file: [B, 3, H, W] uint8 -> [B, d] float32."""
+    # Built without memory, then given the file's tensors: the largest has 4.5 GB.
+    with torch.device("meta"):
+        network = DinoV2(size)
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    network.load_state_dict(weights, assign=True)
+    return nn.Sequential(_Prepare(), network.float())
+
+
+class _Prepare(nn.Module):
+    """The image preparation of torch-fidelity's ``FeatureExtractorDinoV2``."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        from torch_fidelity.interpolate_compat_tensorflow import (
+            interpolate_bilinear_2d_like_tensorflow1x,
+        )
+        from torchvision.transforms.functional import normalize
+
+        resized = interpolate_bilinear_2d_like_tensorflow1x(
+            images.float(), size=(_INPUT, _INPUT), align_corners=False
+        )
+        mean, std = ([255 * each for each in channels] for channels in (_MEAN, _STD))
+        normal: Tensor = normalize(resized, mean, std)
+        return normal
 
 
 class DinoV2(nn.Module):

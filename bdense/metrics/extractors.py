@@ -1,17 +1,15 @@
 """Feature extractors: torch-fidelity's Inception, DINOv2, TorchScript files, small classifiers.
 
-Each is a ``FeatureExtractorBase`` of torch-fidelity, registered there and made by its
-``create_feature_extractor``. B batch, C channels, H x W pixels, d features.
+B batch, C channels, H x W pixels, d features.
 """
 
-import functools
 import io
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +17,13 @@ from torch import Tensor, nn
 from bdense.errors import InputError, ShapeError
 from bdense.files import sha256_file
 from bdense.metrics.classifiers import RECIPES, Classifier, classifier_weights, load_classifier
-from bdense.metrics.dinov2 import SIZES, DinoV2, Size
-from bdense.models.pretrained import downloaded_weights, last_line, weights_of, weights_path
+from bdense.metrics.dinov2 import SIZES, load_dinov2
+from bdense.models.zoo import downloaded_weights, last_line, weights_of, weights_path
 
 SPECS = ", ".join(
     ["inception[:WEIGHTS.pth], dinov2[:WEIGHTS.pth], torchscript:FILE.pt", *SIZES, *RECIPES]
 )
-# Names in torch-fidelity's registry, which passes the file as feature_extractor_weights_path.
-TORCHSCRIPT = "bdense-torchscript"
-CLASSIFIER = "bdense-classifier"
-INCEPTION = "inception-v3-compat"
-FEATURES = "features"
-# torch-fidelity's own DINOv2 classes run code that they download; ours are registered beside them.
-DINOV2 = {name: f"bdense-{name}" for name in SIZES}
 
-_INCEPTION_LAYER = "2048"
-_DINOV2_LAYER = "dinov2"
 # The size that Stein et al. 2023 (arXiv 2306.04675) use to compare generative models.
 _DINOV2_DEFAULT = "dinov2-vit-l-14"
 _INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -50,7 +39,7 @@ class Extractor:
         name: Kind and file name, without folders of this machine.
         sha256: Hex digest of the weights file.
         dim: d, number of features.
-        network: torch-fidelity extractor: [B, 3, H, W] uint8 -> ([B, d],).
+        network: [B, 3, H, W] uint8 -> [B, d].
         device: Device of ``network``.
         metadata: Facts about its training (``train_accuracy`` of a classifier).
     """
@@ -109,56 +98,54 @@ def load_extractor(spec: str, *, cache: Path, device: torch.device) -> Extractor
         InputError: The spec is unknown, or its file is missing, corrupt or of another kind.
     """
     kind, _, argument = spec.partition(":")
-    if kind == "inception":
-        return _inception(argument, device)
-    if kind == "dinov2" or kind in SIZES:
-        return _dinov2(_DINOV2_DEFAULT if kind == "dinov2" else kind, argument, device)
-    if kind == "torchscript" and argument:
-        return _torchscript(Path(argument), device)
-    if spec in RECIPES:
-        return _classifier(spec, cache, device)
+    # Constructors draw initial weights; keep the caller's random state.
+    with torch.random.fork_rng(devices=[]):
+        if kind == "inception":
+            return _inception(argument, device)
+        if kind == "dinov2" or kind in SIZES:
+            return _dinov2(_DINOV2_DEFAULT if kind == "dinov2" else kind, argument, device)
+        if kind == "torchscript" and argument:
+            return _torchscript(Path(argument), device)
+        if spec in RECIPES:
+            path, metadata = classifier_weights(spec, cache)
+            facts = MappingProxyType(metadata)
+            return _made(spec, path, Classifier.DIM, load_classifier(path), device, facts)
     raise InputError(f"unknown feature extractor {spec!r}; known are {SPECS}")
 
 
 def missing_weights(spec: str) -> tuple[str, Path] | None:
     """Address and place of the weights that ``load_extractor`` would download, if any."""
-    kind, _, argument = spec.partition(":")
-    if argument:
-        return None
-    if kind == "inception":
+    if spec == "inception":
         url = _inception_url()
-    elif kind == "dinov2" or kind in SIZES:
-        url = SIZES[_DINOV2_DEFAULT if kind == "dinov2" else kind].url
+    elif spec == "dinov2" or spec in SIZES:
+        url = SIZES[_DINOV2_DEFAULT if spec == "dinov2" else spec].url
     else:
         return None
     path = weights_path(url)
     return None if path.is_file() else (url, path)
 
 
-def _classifier(name: str, cache: Path, device: torch.device) -> Extractor:
-    path, metadata = classifier_weights(name, cache)
+def _made(
+    name: str,
+    path: Path,
+    dim: int,
+    network: nn.Module,
+    device: torch.device,
+    metadata: Mapping[str, Any] = MappingProxyType({}),
+) -> Extractor:
     return Extractor(
         name=name,
         sha256=sha256_file(path),
-        dim=Classifier.DIM,
-        network=_create(CLASSIFIER, FEATURES, path, device),
+        dim=dim,
+        network=network.eval().to(device),
         device=device,
-        metadata=MappingProxyType(metadata),
-    )
-
-
-def _torchscript(path: Path, device: torch.device) -> Extractor:
-    network = _create(TORCHSCRIPT, FEATURES, path, device)
-    return Extractor(
-        name=f"torchscript:{path.name}",
-        sha256=sha256_file(path),
-        dim=_probe(network, path, device),
-        network=network,
-        device=device,
+        metadata=metadata,
     )
 
 
 def _inception(weights: str, device: torch.device) -> Extractor:
+    from torch_fidelity.utils import create_feature_extractor
+
     url = _inception_url()
     path = Path(weights) if weights else downloaded_weights(url, "Inception", _INCEPTION_SHA256)
     with weights_of("torch-fidelity's Inception", path, url):
@@ -167,20 +154,14 @@ def _inception(weights: str, device: torch.device) -> Extractor:
         copy = io.BytesIO()
         torch.save(torch.load(path, map_location="cpu", weights_only=True), copy)
         copy.seek(0)
-        network = _create(INCEPTION, _INCEPTION_LAYER, copy, device)
-    return Extractor(
-        name="inception", sha256=sha256_file(path), dim=2048, network=network, device=device
-    )
-
-
-def _dinov2(name: str, weights: str, device: torch.device) -> Extractor:
-    size = SIZES[name]
-    path = Path(weights) if weights else downloaded_weights(size.url, name)
-    with weights_of(name, path, size.url):
-        network = _create(DINOV2[name], _DINOV2_LAYER, path, device)
-    return Extractor(
-        name=name, sha256=sha256_file(path), dim=size.width, network=network, device=device
-    )
+        network = create_feature_extractor(
+            "inception-v3-compat",
+            ["2048"],
+            cuda=False,
+            verbose=False,
+            feature_extractor_weights_path=copy,
+        )
+    return _made("inception", path, 2048, _OnlyOutput(network), device)
 
 
 def _inception_url() -> str:
@@ -189,85 +170,27 @@ def _inception_url() -> str:
     return str(URL_INCEPTION_V3)
 
 
-def _create(name: str, layer: str, weights: Path | BinaryIO, device: torch.device) -> nn.Module:
-    from torch_fidelity.utils import create_feature_extractor
+class _OnlyOutput(nn.Module):
+    """torch-fidelity's networks return a tuple of the features of each layer asked for."""
 
-    _register()
-    # Constructors draw initial weights; keep the caller's random state.
-    with torch.random.fork_rng(devices=[]):
-        network: nn.Module = create_feature_extractor(
-            name, [layer], cuda=False, verbose=False, feature_extractor_weights_path=weights
-        )
-    return network.to(device)
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
 
-
-@functools.cache
-def _register() -> None:
-    """Add our extractors to torch-fidelity's registry, once: it refuses a second registration."""
-    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-    from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
-    from torch_fidelity.registry import register_feature_extractor
-
-    class OneLayer(FeatureExtractorBase):  # type: ignore[misc]  # torch-fidelity is untyped
-        """[B, 3, H, W] uint8 -> ([B, d],), by a network read from its weights file."""
-
-        def __init__(
-            self,
-            name: str,
-            features_list: list[str],
-            feature_extractor_weights_path: Path,
-            **_: object,
-        ) -> None:
-            super().__init__(name, features_list)
-            self.body = _BODIES[name](Path(feature_extractor_weights_path))
-
-        @staticmethod
-        def get_provided_features_list() -> tuple[str]:
-            return (FEATURES,)
-
-        @staticmethod
-        def get_default_feature_layer_for_metric(metric: str) -> str:
-            return FEATURES
-
-        @staticmethod
-        def can_be_compiled() -> bool:
-            return False
-
-        def forward(self, images: Tensor) -> tuple[Tensor]:
-            return (self.body(images),)
-
-    class OwnDinoV2(FeatureExtractorDinoV2):  # type: ignore[misc]  # torch-fidelity is untyped
-        """torch-fidelity's extractor, with its image preparation, around our network."""
-
-        def __init__(
-            self,
-            name: str,
-            features_list: list[str],
-            feature_extractor_weights_path: Path,
-            **_: object,
-        ) -> None:
-            # Its own constructor would download code and run it: call only its base's.
-            FeatureExtractorBase.__init__(self, name, features_list)
-            self.feature_extractor_internal_dtype = torch.float32
-            size = SIZES[name.removeprefix("bdense-")]
-            self.model = _load_dinov2(size, feature_extractor_weights_path)
-
-    for name in _BODIES:
-        register_feature_extractor(name, OneLayer)
-    for name in DINOV2.values():
-        register_feature_extractor(name, OwnDinoV2)
+    def forward(self, images: Tensor) -> Tensor:
+        (features,) = self.network(images)
+        return features  # type: ignore[no-any-return]  # modules are untyped in torch
 
 
-def _load_dinov2(size: Size, path: Path) -> nn.Module:
-    # Built without memory, then given the file's tensors: the largest has 4.5 GB.
-    with torch.device("meta"):
-        network = DinoV2(size)
-    weights = torch.load(path, map_location="cpu", weights_only=True)
-    network.load_state_dict(weights, assign=True)
-    return network.float()
+def _dinov2(name: str, weights: str, device: torch.device) -> Extractor:
+    size = SIZES[name]
+    path = Path(weights) if weights else downloaded_weights(size.url, name)
+    with weights_of(name, path, size.url):
+        network = load_dinov2(size, path)
+    return _made(name, path, size.width, network, device)
 
 
-def _load_torchscript(path: Path) -> nn.Module:
+def _torchscript(path: Path, device: torch.device) -> Extractor:
     if not path.is_file():
         raise InputError(f"there is no TorchScript file at {path}")
     with warnings.catch_warnings():
@@ -280,20 +203,14 @@ def _load_torchscript(path: Path) -> nn.Module:
                 f"{path} cannot be read as TorchScript ({last_line(error)}); write it by "
                 "torch.jit.save"
             ) from error
-    return script
-
-
-_BODIES: dict[str, Callable[[Path], nn.Module]] = {
-    TORCHSCRIPT: _load_torchscript,
-    CLASSIFIER: load_classifier,
-}
+    script = script.eval().to(device)
+    return _made(f"torchscript:{path.name}", path, _probe(script, path, device), script, device)
 
 
 def _features(network: nn.Module, images: Tensor) -> Tensor:
-    """[B, 1 or 3, H, W] uint8 -> features of the extractor's layer."""
+    """[B, 1 or 3, H, W] uint8 -> [B, d]."""
     with torch.no_grad():
-        (features,) = network(images.expand(-1, 3, -1, -1))
-    return features  # type: ignore[no-any-return]  # modules are untyped in torch
+        return network(images.expand(-1, 3, -1, -1))  # type: ignore[no-any-return]
 
 
 def _probe(network: nn.Module, path: Path, device: torch.device) -> int:

@@ -30,7 +30,7 @@ class Measurement:
     Attributes:
         images: Number of generated images.
         reference: Name of the reference set.
-        reference_images: Number of its images; None if a statistics file does not say.
+        reference_images: Number of its images; None if a statistics file does not have it.
         extractor: Name of the feature network; only ``inception`` gives what papers call FID.
         extractor_sha256: Hex digest of its weights.
         nfe: Network evaluations per image.
@@ -48,26 +48,18 @@ class Measurement:
     seeds: dict[str, int]
 
     def as_dict(self) -> dict[str, Any]:
-        """The values and their conditions, as JSON has them."""
+        """The values, then their conditions, as plain values for JSON."""
         return {name: getattr(self, name) for name in self.VALUES} | self.conditions()
 
     def conditions(self) -> dict[str, Any]:
-        """Everything but the values; two measurements compare only if these agree."""
-        conditions = asdict(self)
-        for name in self.VALUES:
-            del conditions[name]
-        return conditions
+        """Everything but the values."""
+        return {name: value for name, value in asdict(self).items() if name not in self.VALUES}
 
     def require_comparable(self, other: "Measurement") -> None:
-        """Refuse to compare with a measurement of other conditions.
-
-        Raises:
-            InputError: Metrics or conditions differ; names each.
-        """
-        if type(self) is not type(other):
-            raise InputError(
-                f"{type(self).__name__} and {type(other).__name__} are not comparable"
-            )
+        """Raise an InputError that names the differences, if metric or conditions differ."""
+        kind, others = type(self).__name__, type(other).__name__
+        if kind != others:
+            raise InputError(f"{kind} and {others} are not comparable")
         theirs = other.conditions()
         differing = [
             f"{name}: {mine} against {theirs[name]}"
@@ -76,18 +68,14 @@ class Measurement:
         ]
         if differing:
             raise InputError(
-                f"these {type(self).__name__}s are not comparable ({'; '.join(differing)}); "
-                "measure both under the same conditions"
+                f"these {kind}s are not comparable ({'; '.join(differing)}); measure both under "
+                "the same conditions"
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FID(Measurement):
-    """A Frechet distance.
-
-    Attributes:
-        value: The distance; 0 if the statistics are equal.
-    """
+    """A Frechet distance; its ``value`` is 0 if the statistics are equal."""
 
     VALUES = ("value",)
 
@@ -117,7 +105,7 @@ class KID(Measurement):
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionRecall(Measurement):
-    """Which share of the generated images looks real, and of the real ones is covered.
+    """Precision and recall.
 
     Attributes:
         precision: Share of the generated images inside the real ones' balls.
@@ -134,14 +122,14 @@ class PrecisionRecall(Measurement):
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """The metrics of one set of images; None for those not asked for."""
+    """The metrics of one set of images; None if not asked for."""
 
     fid: FID
     kid: KID | None = None
     prc: PrecisionRecall | None = None
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
-        """By metric, as JSON has them; only those that were measured."""
+        """Each measured metric by name, as plain values for JSON."""
         measured = {"fid": self.fid, "kid": self.kid, "prc": self.prc}
         return {name: each.as_dict() for name, each in measured.items() if each is not None}
 
@@ -158,18 +146,18 @@ def measure_images(
     batch: int = 256,
     on_image: Callable[[int], None] | None = None,
 ) -> Metrics:
-    """Measure images against a reference; the extractor sees each of them once.
+    """Measure images against a reference, in one pass of the extractor.
 
     Args:
         images: [n, C, H, W] uint8, C = 1 or 3, n >= 2.
-        extractor: Feature network; the reference's features must come from it too.
+        extractor: Feature network, which the reference was made with too.
         reference: What to compare with.
-        metrics: Metrics to measure; the FID is always measured.
+        metrics: Metrics to measure beside the FID.
         settings: Of KID and precision/recall; None for the defaults.
         nfe: Network evaluations per image.
         seeds: The images' seeds by name.
         batch: Images at a time; affects the result only by rounding.
-        on_image: Called with the number of images that the extractor has seen so far.
+        on_image: Called with the number of images done.
 
     Raises:
         InputError: As ``require_measurable``, or the extractor does not accept the images.
@@ -228,11 +216,12 @@ def require_measurable(
             f"{reference.name} holds only their mean and covariance; name the data set instead, "
             "or measure fid alone"
         )
+    needs = {
+        "kid": (settings.kid_subset_size, "the KID's subset size"),
+        "prc": (settings.neighbours + 1, "the number of neighbours"),
+    }
     for name in single:
-        least, knob = {
-            "kid": (settings.kid_subset_size, "the KID's subset size"),
-            "prc": (settings.neighbours + 1, "the number of neighbours"),
-        }[name]
+        least, knob = needs[name]
         # A reference with features has a count.
         for whose, count in (("", images), ("reference ", reference.statistics.count or 0)):
             if count < least:
@@ -265,14 +254,10 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 def kernel_distance(a: Tensor, b: Tensor, settings: MetricSettings) -> tuple[float, float]:
     """KID of features [n, d] and [m, d]: mean and standard deviation over the subsets."""
-    from torch_fidelity.metric_kid import (
-        KEY_METRIC_KID_MEAN,
-        KEY_METRIC_KID_STD,
-        kid_features_to_metric,
-    )
+    from torch_fidelity import metric_kid
 
     # In float64: the estimate is a small difference of large sums of cubes.
-    found = kid_features_to_metric(
+    found = metric_kid.kid_features_to_metric(
         a.double(),
         b.double(),
         kid_subsets=settings.kid_subsets,
@@ -284,7 +269,7 @@ def kernel_distance(a: Tensor, b: Tensor, settings: MetricSettings) -> tuple[flo
         rng_seed=settings.kid_seed,
         verbose=False,
     )
-    mean, std = found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
+    mean, std = found[metric_kid.KEY_METRIC_KID_MEAN], found[metric_kid.KEY_METRIC_KID_STD]
     if not np.isfinite(mean):
         raise NonFiniteError(f"the kernel distance is {mean}")
     return mean, std
@@ -292,15 +277,11 @@ def kernel_distance(a: Tensor, b: Tensor, settings: MetricSettings) -> tuple[flo
 
 def precision_recall(generated: Tensor, real: Tensor, neighbours: int) -> tuple[float, float]:
     """Precision and recall of generated features [n, d] against real ones [m, d]."""
-    from torch_fidelity.metric_prc import (
-        KEY_METRIC_PRECISION,
-        KEY_METRIC_RECALL,
-        prc_features_to_metric,
-    )
+    from torch_fidelity import metric_prc
 
     # In float64: torch computes distances of many rows from scalar products. In float32 two equal
     # images would be up to some thousandths of their norm apart.
-    found = prc_features_to_metric(
+    found = metric_prc.prc_features_to_metric(
         generated.double(),
         real.double(),
         prc_neighborhood=neighbours,
@@ -308,4 +289,4 @@ def precision_recall(generated: Tensor, real: Tensor, neighbours: int) -> tuple[
         save_cpu_ram=True,
         verbose=False,
     )
-    return found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]
+    return found[metric_prc.KEY_METRIC_PRECISION], found[metric_prc.KEY_METRIC_RECALL]

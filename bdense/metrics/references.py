@@ -3,9 +3,10 @@
 n images, C channels, H x W pixels, d features.
 """
 
+import contextlib
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,11 @@ _MU, _SIGMA = "mu", "sigma"
 # Our keys beside them: what the statistics were computed from.
 _COUNT, _DATA, _EXTRACTOR, _EXTRACTOR_SHA256 = "count", "data", "extractor", "extractor_sha256"
 _FEATURES = "features"
+# What numpy and zipfile raise for damaged or foreign archives.
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +69,8 @@ class Reference:
     Attributes:
         name: The data set's; sets of files and statistics files add the start of a hash.
         statistics: For the Frechet distance.
-        features: [n, d] float32, for KID, precision and recall; None if they were not asked for
-            or a file does not have them.
+        features: [n, d] float32, for KID, precision and recall; None if not asked for or not in
+            the file.
     """
 
     name: str
@@ -82,9 +88,9 @@ def features_of(
 
     Args:
         images: [n, C, H, W] uint8, C = 1 or 3, n >= 2.
-        extractor: Feature network; sees each image once.
+        extractor: Feature network.
         batch: Images at a time; affects the result only by rounding.
-        on_image: Called with the number of images seen so far.
+        on_image: Called with the number of images done.
 
     Raises:
         InputError: There are fewer than 2 images, or the extractor does not accept them.
@@ -95,7 +101,7 @@ def features_of(
         raise _too_few(len(images))
     features, seen = [], 0
     for part in torch.split(images, batch):
-        # Features are exact, whatever precision the student was computed in.
+        # In float32, whatever precision the student was computed in.
         with exact_products():
             features.append(extractor(part))
         seen += len(part)
@@ -146,8 +152,15 @@ def dataset_reference(
             save_tensors(features_path, {_FEATURES: made}, facts)
             if not have_statistics:
                 write_reference(statistics_path, statistics_of(made), dataset.name, extractor)
-    statistics = _cached_statistics(statistics_path, extractor)
-    features = _cached_features(features_path, statistics) if with_features else None
+    with _cached("statistics", statistics_path):
+        statistics = _read_statistics(statistics_path, extractor)
+    features = None
+    if with_features:
+        with _cached("features", features_path):
+            features = load_tensors(features_path)[0].get(_FEATURES)
+            expected = (statistics.count, statistics.mu.size)
+            if features is None or features.shape != expected:
+                raise CheckpointError(f"not of shape {list(expected)}")
     # A set of files is named by its last folder only, which others may share.
     own = f":{dataset.sha256[:16]}" if split_format(dataset.name) else ""
     return Reference(name=dataset.name + own, statistics=statistics, features=features)
@@ -156,17 +169,10 @@ def dataset_reference(
 def write_reference(path: Path, statistics: Statistics, data: str, extractor: Extractor) -> None:
     """Write statistics as EDM's .npz (mu, sigma), with count, data set and extractor added.
 
-    Args:
-        path: File to write; NVlabs' fid.py reads it too.
-        statistics: Of the data set's features.
-        data: Name of the data set.
-        extractor: The feature network.
+    NVlabs' fid.py reads it too. ``data`` is the name of the data set.
     """
-    members: dict[str, Any] = {
-        _MU: statistics.mu,
-        _SIGMA: statistics.sigma,
-        **_facts(data, extractor),
-    }
+    members: dict[str, Any] = {_MU: statistics.mu, _SIGMA: statistics.sigma}
+    members |= _facts(data, extractor)
     if statistics.count is not None:
         members[_COUNT] = statistics.count
     with atomic_write(path) as scratch, scratch.open("wb") as file:
@@ -174,10 +180,10 @@ def write_reference(path: Path, statistics: Statistics, data: str, extractor: Ex
 
 
 def read_reference(path: Path, extractor: Extractor) -> Reference:
-    """Statistics from a file, ours or one of EDM's fid-refs, for images seen by ``extractor``.
+    """Statistics from a file, ours or one of EDM's fid-refs, of features by ``extractor``.
 
-    EDM's files hold statistics of Inception features, but do not say so, nor how many images they
-    are of. So their extractor is not checked, and the count stays unknown.
+    EDM's files hold statistics of Inception features, but neither that nor the number of images.
+    So their extractor is not checked, and the count stays unknown.
 
     Raises:
         CheckpointError: The file is missing, cut short, or holds something else.
@@ -245,10 +251,7 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
             known = (_MU, _SIGMA, _COUNT, _EXTRACTOR, _EXTRACTOR_SHA256)
             members = {key: found[key] for key in known if key in found.files}
             others = ", ".join(found.files) or "nothing"
-    # What numpy and zipfile raise for damaged or foreign archives.
-    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError) as error:
-        raise CheckpointError(f"{path} cannot be read as .npz ({error})") from error
-    except (zipfile.BadZipFile, zlib.error) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(f"{path} cannot be read as .npz ({error})") from error
     if missing:
         raise CheckpointError(
@@ -261,28 +264,14 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     return members
 
 
-def _cached_statistics(path: Path, extractor: Extractor) -> Statistics:
+@contextlib.contextmanager
+def _cached(what: str, path: Path) -> Iterator[None]:
     try:
-        return _read_statistics(path, extractor)
+        yield
     except InputError as error:
-        raise _broken_cache("statistics", path, error) from error
-
-
-def _cached_features(path: Path, statistics: Statistics) -> Tensor:
-    try:
-        features = load_tensors(path)[0].get(_FEATURES)
-    except CheckpointError as error:
-        raise _broken_cache("features", path, error) from error
-    expected = (statistics.count, statistics.mu.size)
-    if features is None or features.shape != expected:
-        raise _broken_cache("features", path, f"not of shape {list(expected)}")
-    return features
-
-
-def _broken_cache(what: str, path: Path, reason: object) -> CheckpointError:
-    return CheckpointError(
-        f"cached {what} {path} cannot be read ({reason}); delete the file to have it made again"
-    )
+        raise CheckpointError(
+            f"cached {what} {path} cannot be read ({error}); delete the file to have it made again"
+        ) from error
 
 
 def _too_few(count: int) -> InputError:

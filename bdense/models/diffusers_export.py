@@ -16,10 +16,8 @@ from bdense.diffusion.sampling import Sampler
 from bdense.diffusion.solvers import DDIM
 from bdense.errors import InputError
 from bdense.files import atomic_folder, require_new
-from bdense.models.cards import pipeline_card
-from bdense.models.convert import readable_json
-from bdense.models.folders import CARD, own_sampler, require_one_branch
-from bdense.models.store import denoiser_sha256
+from bdense.models.card import pipeline_card, readable_json
+from bdense.models.folder import CARD, own_sampler, require_one_branch
 from bdense.networks import DiffusersUNet
 
 # Beside diffusers' own files, for metadata that they have no place for.
@@ -61,8 +59,7 @@ def export_pipeline(
         _pipeline(denoiser, precond, clip=_CLIPPED in call).save_pretrained(scratch)
         written = [path for path in sorted(scratch.rglob("*")) if path.is_file()]
         files = [str(path.relative_to(scratch)) for path in written]
-        weights = denoiser_sha256(denoiser)
-        (scratch / METADATA).write_text(readable_json(_WEIGHTS, denoiser, known, weights))
+        (scratch / METADATA).write_text(readable_json(_WEIGHTS, denoiser, known))
         (scratch / CARD).write_text(pipeline_card(folder.name, denoiser, metadata, call))
     return tuple(folder / name for name in (*files, METADATA, CARD))
 

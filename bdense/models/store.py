@@ -1,4 +1,4 @@
-"""Checkpoints as safetensors, with metadata in the header; each appears by one rename."""
+"""Models and other tensors: our safetensors files, and whatever else a model is loaded from."""
 
 import contextlib
 import errno
@@ -20,13 +20,20 @@ from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser, fill
 from bdense.diffusion.sampling import samplers_from
 from bdense.errors import CheckpointError, InputError
 from bdense.files import atomic_write
-from bdense.models.foreign import load_foreign
+from bdense.models.diffusers_teacher import TORCH_FILES, is_hub_id, read_diffusers
+from bdense.models.edm import load_foreign
+from bdense.models.zoo import CHECKPOINTS, HUB_CHECKPOINTS, PUBLIC_MODELS, resolve_checkpoint
 
 HEADER_KEY = "bdense"
 FORMAT = 1
+# The weights in a folder that ``export_folder`` writes.
+MODEL_FILE = "model.safetensors"
 ADAM_TENSORS = ("step", "exp_avg", "exp_avg_sq")
 # Errors of a disk or its server that may pass; they say nothing about the file.
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENOMEM, errno.EAGAIN)
+
+# What values of a wrong type in a header can raise.
+_WRONG = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -41,7 +48,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 def _system_error(error: Exception, path: Path) -> Exception:
-    """The operating system's error, such as a full disk, which the library only quotes."""
+    """The operating system's error, such as a full disk, which safetensors only quotes."""
     if (found := re.search(r"os error (\d+)", str(error))) is None:
         return error
     number = int(found[1])
@@ -117,18 +124,74 @@ def _header_of(path: Path) -> Iterator[None]:
         yield
     except InputError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    # What values of a wrong type in a header can raise.
-    except (
-        TypeError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-        RuntimeError,
-    ) as error:
+    except _WRONG as error:
         raise CheckpointError(
             f"{path} has a damaged header ({error!r}); fetch or make it again"
         ) from error
+
+
+def load_model(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
+    """A model from a public name, a file, a folder or a hub id.
+
+    Args:
+        source: Name of a published checkpoint (downloaded once), a file of ours, EDM's or SFD's,
+            a folder of ``export_folder`` or in diffusers' format, or OWNER/NAME on the Hugging
+            Face hub.
+
+    Returns:
+        The denoiser in eval mode and its metadata; these have ``licence``, an SPDX identifier,
+        only if known.
+
+    Raises:
+        InputError: It is none of these, or cannot be downloaded or read.
+    """
+    name, path = str(source), Path(source)
+    if name in CHECKPOINTS:
+        denoiser, metadata = load_denoiser(CHECKPOINTS[name].fetch())
+        return denoiser, metadata | _terms(name)
+    on_hub = is_hub_id(name) and not path.exists()
+    if on_hub and path.parent.is_dir():
+        raise InputError(
+            f"there is no file {name}; it is not taken for a hub id because {path.parent} is a "
+            "folder here"
+        )
+    if _is_ours(path / MODEL_FILE):
+        return load_denoiser(path / MODEL_FILE)
+    if path.is_dir() or on_hub:
+        denoiser, metadata = read_diffusers(source)
+        return denoiser, metadata | (_terms(name) if on_hub and name in HUB_CHECKPOINTS else {})
+    file = resolve_checkpoint(path)
+    if file.suffix in TORCH_FILES:
+        raise CheckpointError(
+            f"{file} has a format that is not read; give .safetensors of bdense, .pkl of EDM or "
+            "SFD, a folder of bdense or in diffusers' format, a hub id, or a public name"
+        )
+    denoiser, metadata = load_denoiser(file)
+    # A published file keeps its name in any folder.
+    if path.suffix == ".pkl" and path.stem in CHECKPOINTS:
+        metadata = _terms(path.stem) | metadata
+    return denoiser, metadata
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a folder's weights are ours; a damaged file counts, so that the error names it."""
+    if not file.is_file():
+        return False
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return HEADER_KEY in (opened.metadata() or {})
+    except (SafetensorError, OSError):
+        return True
+
+
+def _terms(name: str) -> dict[str, str]:
+    published = PUBLIC_MODELS[name]
+    return {
+        "source": published.name,
+        "url": published.url,
+        "licence": published.licence,
+        "citation": published.citation,
+    }
 
 
 def denoiser_sha256(denoiser: NetworkDenoiser) -> str:
@@ -143,7 +206,7 @@ def denoiser_sha256(denoiser: NetworkDenoiser) -> str:
 
 
 def adam_tensors(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Adam's moments and step counts by parameter name, for exact resumption."""
+    """Adam's moments and step counts by parameter name, to resume exactly."""
     return {
         f"adam.{kind}.{name}": optimizer.state[parameter][kind]
         for name, parameter in module.named_parameters()
@@ -162,7 +225,12 @@ def restore_adam(
             step = saved.pop("step").to(device=parameter.device, dtype=torch.float32)
             # The moments need the parameter's memory layout, which a file does not keep: fused
             # Adam pairs them by their place in memory.
-            moments = {kind: _like(value, parameter) for kind, value in saved.items()}
+            moments = {
+                kind: torch.empty_like(parameter, dtype=torch.float32, requires_grad=False).copy_(
+                    value
+                )
+                for kind, value in saved.items()
+            }
             optimizer.state[parameter] = {"step": step, **moments}
 
 
@@ -182,7 +250,7 @@ def save_training(
         kind: Kind of the training.
         module, optimizer: Weights, and Adam's state if there is one.
         iteration: The next one, counted from 0.
-        identity: Flat JSON values that must agree for a resumption.
+        identity: Flat JSON values that must agree when the training resumes.
         extra: Further state by name, such as learned weights.
     """
     tensors = {**module.state_dict(), **adam_tensors(module, optimizer), **extra}
@@ -202,7 +270,7 @@ def resume_training(
         The next iteration, 0 without a file, and all tensors of the file.
 
     Raises:
-        CheckpointError: The file belongs to another run; says in what it differs.
+        CheckpointError: The file belongs to another run; names what differs.
     """
     if not Path(path).exists():
         return 0, {}
@@ -219,8 +287,3 @@ def resume_training(
     module.load_state_dict({name: tensors[name] for name in module.state_dict()})
     restore_adam(module, optimizer, tensors)
     return int(metadata["iteration"]), tensors
-
-
-def _like(value: Tensor, parameter: Tensor) -> Tensor:
-    """float32, on the parameter's device and in its memory layout."""
-    return torch.empty_like(parameter, dtype=torch.float32, requires_grad=False).copy_(value)

@@ -1,4 +1,4 @@
-"""What verbs do alike when they run: settle the hardware, check the output, show progress."""
+"""Shared by the verbs when they run: hardware, output paths, progress."""
 
 import argparse
 import os
@@ -17,10 +17,10 @@ SHOW_SECONDS = 2.0
 
 
 def chosen_device(options: argparse.Namespace) -> torch.device:
-    """Set the process's threads, and say where to compute.
+    """Set the process's threads; returns the device to compute on.
 
     Raises:
-        InputError: torch sees no GPU, and one was asked for.
+        InputError: A GPU was asked for, and torch sees none.
     """
     hardware = from_options(Hardware, options)
     if hardware.threads is not None:
@@ -37,32 +37,27 @@ def chosen_hardware(options: argparse.Namespace) -> tuple[torch.device, Executio
     """``chosen_device``, and how it computes a network.
 
     Raises:
-        InputError: The device does not compute so.
+        InputError: The device does not support that.
     """
     device, execution = chosen_device(options), from_options(Execution, options)
     execution.require(device)
     return device, execution
 
 
-def require_file_name(path: Path) -> None:
-    """Refuse before hours of work what could not be written after them."""
-    if path.is_dir():
-        raise InputError(f"--out {path} is a folder; give the name of a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _require_writable(path, path.parent)
+def require_writable(out: Path, *, folder: bool = False) -> None:
+    """Make the folder of an output file, or the output folder itself, before hours of work.
 
-
-def require_folder_name(path: Path) -> None:
-    """Make the folder, or refuse before hours of work what could not be written after them."""
-    if path.exists() and not path.is_dir():
-        raise InputError(f"--out {path} is a file; give the name of a folder")
-    path.mkdir(parents=True, exist_ok=True)
-    _require_writable(path, path)
-
-
-def _require_writable(path: Path, folder: Path) -> None:
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"--out {path}: the folder cannot be written; choose another")
+    Raises:
+        InputError: It cannot be written, or is a folder where a file is expected or vice versa.
+    """
+    if folder and out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; give the name of a folder")
+    if not folder and out.is_dir():
+        raise InputError(f"--out {out} is a folder; give the name of a file")
+    place = out if folder else out.parent
+    place.mkdir(parents=True, exist_ok=True)
+    if not os.access(place, os.W_OK):
+        raise InputError(f"--out {out}: the folder cannot be written; choose another")
 
 
 def unfinished(out: Path) -> Path:
@@ -78,7 +73,7 @@ class Progress:
         self._first: tuple[int, float] | None = None
 
     def __call__(self, done: int, total: int, remark: str) -> None:
-        """Say how far it is, if it is time for that or the end."""
+        """Report progress, if two seconds have passed or this is the end."""
         now = time.monotonic()
         # An earlier run did what is done at the first call.
         self._first = self._first or (done, now)

@@ -1,16 +1,61 @@
-"""``bdense convert``: a foreign checkpoint becomes a file of ours."""
+"""``bdense convert``: a foreign checkpoint becomes safetensors, readable JSON and a model card."""
 
 import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.errors import InputError
+from bdense.files import atomic_write, sha256_file
 from bdense.knobs import from_options
-from bdense.models import convert as conversion
-from bdense.verbs.common import require_file_name
+from bdense.models.card import network_facts, readable_json, write_card
+from bdense.models.store import denoiser_sha256, load_model, save_denoiser
+from bdense.models.zoo import CHECKPOINTS
+from bdense.verbs.common import require_writable
 from bdense.verbs.options import ConvertOptions
+
+_SUFFIX = ".safetensors"
 
 
 def convert(options: argparse.Namespace) -> None:
     """Run the verb."""
-    own = from_options(ConvertOptions, options)
-    require_file_name(own.out)
-    for line in conversion.convert(options.source, own.out).lines():
-        print(line)
+    source, out = options.source, from_options(ConvertOptions, options).out
+    require_writable(out)
+    if out.suffix != _SUFFIX:
+        raise InputError(f"{out} must end in {_SUFFIX}, the format that is written")
+    denoiser, found = load_model(source)
+    metadata = {"kind": "teacher", **found}
+    file = CHECKPOINTS[source].path if source in CHECKPOINTS else Path(source)
+    if file.is_file():
+        metadata["source_sha256"] = sha256_file(file)
+    save_denoiser(out, denoiser, metadata)
+    readable = out.with_suffix(".json")
+    with atomic_write(readable) as scratch:
+        scratch.write_text(readable_json(out.name, denoiser, metadata))
+    card = write_card(out, denoiser, metadata)
+    for key, value in _facts(denoiser, metadata).items():
+        print(f"{key}: {value}")
+    print(f"wrote {out}, {readable}, {card}")
+
+
+def _facts(denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> dict[str, str]:
+    """What was found, in the order to print it."""
+    facts = {"source": str(metadata.get("source", metadata["kind"]))}
+    if "class" in metadata:
+        facts["class"] = str(metadata["class"])
+    facts |= network_facts(denoiser)
+    if "scheduler" in metadata:
+        facts["scheduler"] = str(metadata["scheduler"])
+    if "clip_sample" in metadata:
+        facts["predictions clipped by the scheduler"] = (
+            f"to +-{metadata['clip_sample']:g}; not by this project's solvers"
+        )
+    if "embedded_source_bytes" in metadata:
+        facts["program text in the file"] = (
+            f"{metadata['embedded_source_bytes']:,} bytes, not executed"
+        )
+    facts["licence"] = str(metadata.get("licence", "not known"))
+    if "source_sha256" in metadata:
+        facts["sha256 of the source"] = metadata["source_sha256"]
+    return facts | {"sha256 of architecture and weights": denoiser_sha256(denoiser)}

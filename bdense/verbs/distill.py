@@ -7,24 +7,18 @@ from pathlib import Path
 import torch
 
 from bdense.data.datasets import Dataset, load_dataset
-from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import InputError
 from bdense.knobs import KnobError, from_options
 from bdense.methods import METHODS
 from bdense.methods.distill import TrainedStage
 from bdense.methods.distill import distill as distill_stages
 from bdense.methods.method import Inputs, StagePlan
-from bdense.models.cards import inherited, write_card
-from bdense.models.sources import load_model
-from bdense.models.store import save_denoiser
+from bdense.metrics.extractors import load_extractor
+from bdense.metrics.references import dataset_reference
+from bdense.models.card import inherited, write_card
+from bdense.models.store import load_model, save_denoiser
 from bdense.training.loop import IterationReport
-from bdense.verbs.common import (
-    Progress,
-    chosen_hardware,
-    require_file_name,
-    require_folder_name,
-    unfinished,
-)
+from bdense.verbs.common import Progress, chosen_hardware, require_writable, unfinished
 from bdense.verbs.fid import KeptFIDs
 from bdense.verbs.options import DistillOptions, Evaluation
 from bdense.verbs.weight_options import chosen_weighting
@@ -43,10 +37,18 @@ def distill(options: argparse.Namespace) -> None:
     if method.needs_data or evaluation.extractor is not None:
         dataset = load_dataset(own.data)
     teacher, known = load_model(options.teacher)
-    # What a student that is distilled further was made for, where no option says otherwise.
+    # A student that is distilled further keeps its own knobs, unless an option changes them.
     config = from_options(method.Config, options, **method.usual(known))
     if method.needs_data and dataset is not None:
-        _require_images(dataset, own.data, teacher, options.teacher)
+        theirs, needed = (
+            " x ".join(map(str, shape))
+            for shape in (dataset.images.shape[1:], teacher.image_shape)
+        )
+        if theirs != needed:
+            raise InputError(
+                f"--data {own.data} has images of {theirs}, and {options.teacher} is a network "
+                f"for {needed}; give the data set that it was trained on, padded as it was"
+            )
     teacher.to(device).execute(execution)
     # Several stages: a folder of students. One: a file, and its checkpoint beside it.
     several = any(plan.name for plan in method.plan(config, teacher))
@@ -64,8 +66,9 @@ def distill(options: argparse.Namespace) -> None:
         },
         on_iteration=_StageProgress(),
     )
-    fids = _kept_fids(own, evaluation, dataset, device, several=several)
-    (require_folder_name if several else require_file_name)(own.out)
+    folder = own.out if several else own.out.parent
+    fids = _kept_fids(evaluation, dataset, device, folder, own.seed)
+    require_writable(own.out, folder=several)
     sampler = method.teacher_sampler(config, teacher)
     if fids is not None and sampler is not None:
         print(f"teacher: {options.teacher}", flush=True)
@@ -78,46 +81,29 @@ def distill(options: argparse.Namespace) -> None:
 
 
 def _keep(path: Path, done: TrainedStage) -> Path:
-    """Write a single student with its card; its checkpoint is not needed any more."""
+    """Write a single student with its card, and delete its checkpoint."""
     save_denoiser(path, done.student, done.metadata)
     write_card(path, done.student, done.metadata)
     unfinished(path).unlink(missing_ok=True)
     return path
 
 
-def _require_images(dataset: Dataset, named: str, teacher: NetworkDenoiser, source: str) -> None:
-    """Refuse a data set of other images than the teacher's."""
-    theirs, own = (
-        " x ".join(map(str, shape)) for shape in (dataset.images.shape[1:], teacher.image_shape)
-    )
-    if theirs != own:
-        raise InputError(
-            f"--data {named} has images of {theirs}, and {source} is a network for {own}; give "
-            "the data set that it was trained on, padded alike"
-        )
-
-
 def _kept_fids(
-    own: DistillOptions,
-    evaluation: Evaluation,
-    dataset: Dataset | None,
-    device: torch.device,
-    *,
-    several: bool,
+    evaluation: Evaluation, dataset: Dataset | None, device: torch.device, folder: Path, seed: int
 ) -> KeptFIDs | None:
-    """What --extractor asks for; None without it."""
+    """The FIDs that --extractor asks for; None without it."""
     if evaluation.extractor is None or dataset is None:
         if evaluation.images is not None:
             raise KnobError("--images", "needs --extractor, which measures the FID")
         return None
-    return KeptFIDs.of(
-        evaluation.extractor,
-        evaluation.cache,
-        dataset,
-        device,
-        folder=own.out if several else own.out.parent,
+    extractor = load_extractor(evaluation.extractor, cache=evaluation.cache, device=device)
+    return KeptFIDs(
+        folder=folder,
+        dataset=dataset,
+        extractor=extractor,
+        reference=dataset_reference(dataset, extractor, cache=evaluation.cache),
         images=evaluation.images or IMAGES,
-        seed=own.seed,
+        seed=seed,
     )
 
 
@@ -129,7 +115,7 @@ class _StageProgress:
         self._show = Progress()
 
     def __call__(self, plan: StagePlan, done: IterationReport) -> None:
-        """Say how far the stage is."""
+        """Report how far the stage is."""
         if plan != self._plan:
             self._plan, self._show = plan, Progress()
         remark = f"{plan.label}, loss {done.loss:.4g}"

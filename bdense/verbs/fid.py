@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bdense import NUMERICS
 from bdense.data.datasets import Dataset, load_dataset
 from bdense.diffusion.denoiser import NetworkDenoiser
@@ -26,9 +24,9 @@ from bdense.metrics.references import (
     write_reference,
 )
 from bdense.metrics.settings import MetricSettings
-from bdense.models.public import resolve_reference
 from bdense.models.store import denoiser_sha256
-from bdense.verbs.common import Progress, chosen_device, chosen_hardware, require_file_name
+from bdense.models.zoo import resolve_reference
+from bdense.verbs.common import Progress, chosen_device, chosen_hardware, require_writable
 from bdense.verbs.options import Drawing, Features, FidOptions, ReferenceOptions
 from bdense.verbs.sample import model_and_sampler
 
@@ -44,16 +42,15 @@ def fid(options: argparse.Namespace) -> None:
         )
     device, execution = chosen_hardware(options)
     model, sampler = model_and_sampler(options.model, drawing, device, execution)
-    file = None if own.reference is None else resolve_reference(own.reference)
-    dataset = load_dataset(own.data or "digits") if file is None else None
-    extractor = load_extractor(features.extractor, cache=features.cache, device=device)
-    if file is not None:
+    if own.reference is not None:
+        file = resolve_reference(own.reference)
+        extractor = load_extractor(features.extractor, cache=features.cache, device=device)
         reference = read_reference(file, extractor)
     else:
-        assert dataset is not None
-        with_features = set(own.metrics) != {"fid"}
+        dataset = load_dataset(own.data or "digits")
+        extractor = load_extractor(features.extractor, cache=features.cache, device=device)
         reference = dataset_reference(
-            dataset, extractor, cache=features.cache, with_features=with_features
+            dataset, extractor, cache=features.cache, with_features=set(own.metrics) != {"fid"}
         )
     require_measurable(own.metrics, settings, own.images, reference)
     images = draw_images(
@@ -75,15 +72,14 @@ def fid(options: argparse.Namespace) -> None:
         seeds={"evaluation": own.seed},
     ).as_dict()
     of_class = {} if drawing.class_ is None else {"class": drawing.class_}
-    unusual = {**of_class, **_unusual_precision(execution)}
-    print(json.dumps(measured.pop("fid") | measured | unusual))
+    print(json.dumps(measured.pop("fid") | measured | of_class | _unusual_precision(execution)))
 
 
 def reference(options: argparse.Namespace) -> None:
     """Run ``reference``."""
     own, features = from_options(ReferenceOptions, options), from_options(Features, options)
     device = chosen_device(options)
-    require_file_name(own.out)
+    require_writable(own.out)
     dataset = load_dataset(own.data)
     extractor = load_extractor(features.extractor, cache=features.cache, device=device)
     statistics = dataset_reference(dataset, extractor, cache=features.cache).statistics
@@ -100,9 +96,12 @@ class KeptFIDs:
 
     Attributes:
         folder: Where each is kept when it is measured.
-        dataset: What the images are compared with.
+        dataset: What the images are compared with, as ``reference``.
         images: Images drawn for each.
         seed: Of their latents.
+
+    Raises:
+        InputError: There are too few images.
     """
 
     folder: Path
@@ -112,40 +111,14 @@ class KeptFIDs:
     images: int
     seed: int
 
-    @classmethod
-    def of(
-        cls,
-        extractor_name: str,
-        cache: Path,
-        dataset: Dataset,
-        device: torch.device,
-        *,
-        folder: Path,
-        images: int,
-        seed: int,
-    ) -> "KeptFIDs":
-        """With the extractor's features of the data set.
-
-        Raises:
-            InputError: There is no such extractor, or too few images.
-        """
-        extractor = load_extractor(extractor_name, cache=cache, device=device)
-        reference = dataset_reference(dataset, extractor, cache=cache)
-        require_measurable(["fid"], MetricSettings(), images, reference)
-        return cls(
-            folder=folder,
-            dataset=dataset,
-            extractor=extractor,
-            reference=reference,
-            images=images,
-            seed=seed,
-        )
+    def __post_init__(self) -> None:
+        require_measurable(["fid"], MetricSettings(), self.images, self.reference)
 
     def fid(self, name: str, model: NetworkDenoiser, sampler: Sampler) -> dict[str, Any]:
-        """What ``bdense fid`` prints of the model, from its file or measured now."""
+        """The model's FID as ``bdense fid`` prints it: from its file, or measured now."""
         path = self.folder / f"{name}.fid.json"
         precision = _unusual_precision(model.execution)
-        of = {
+        conditions = {
             "numerics": NUMERICS,
             "model": denoiser_sha256(model),
             "sampler": sampler.describe(),
@@ -156,22 +129,18 @@ class KeptFIDs:
             **precision,
         }
         kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-        if kept.get("of") != of:
-            kept = {"fid": self._measured(model, sampler) | precision, "of": of}
+        if kept.get("of") != conditions:
+            show = _show_drawn(self.images)
+            images = draw_images(model, sampler, self.images, seed=self.seed, on_image=show)
+            seeds = {"evaluation": self.seed}
+            measured = measure_images(
+                images, self.extractor, self.reference, nfe=sampler.nfe, seeds=seeds
+            )
+            kept = {"fid": measured.fid.as_dict() | precision, "of": conditions}
             with atomic_write(path) as scratch:
                 scratch.write_text(json.dumps(kept))
         found: dict[str, Any] = kept["fid"]
         return found
-
-    def _measured(self, model: NetworkDenoiser, sampler: Sampler) -> dict[str, Any]:
-        images = draw_images(
-            model, sampler, self.images, seed=self.seed, on_image=_show_drawn(self.images)
-        )
-        seeds = {"evaluation": self.seed}
-        measured = measure_images(
-            images, self.extractor, self.reference, nfe=sampler.nfe, seeds=seeds
-        )
-        return measured.fid.as_dict()
 
 
 def _show_drawn(images: int) -> Callable[[int], None]:
@@ -180,6 +149,6 @@ def _show_drawn(images: int) -> Callable[[int], None]:
 
 
 def _unusual_precision(execution: Execution) -> dict[str, str]:
-    """A condition of a FID that is not float32's."""
+    """A FID's condition if the model was not computed in float32."""
     precision = execution.precision
     return {} if precision == "float32" else {"precision": precision}

@@ -13,7 +13,7 @@ from bdense.execution import Execution
 from bdense.knobs import Knobs, knob, knobs_of, option_names
 from bdense.methods import METHODS
 from bdense.metrics.settings import MetricName
-from bdense.models.public import CHECKPOINTS, REFERENCES
+from bdense.models.zoo import CHECKPOINTS, REFERENCES
 from bdense.verbs.weight_options import WeightOptions, parameter_options
 
 Configs = tuple[type[Knobs], ...]

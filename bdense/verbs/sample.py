@@ -9,23 +9,17 @@ import torch
 from bdense.diffusion.conditions import conditions_for
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.preconditioning import Preconditioning, native_schedule
-from bdense.diffusion.sampling import (
-    Sampler,
-    draw_images,
-    samplers_from,
-    save_grid,
-)
+from bdense.diffusion.sampling import Sampler, draw_images, samplers_from, save_grid
 from bdense.diffusion.schedules import Levels, Schedule
 from bdense.diffusion.solvers import make_solver
 from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.knobs import from_options, spelt_options
-from bdense.models.sources import load_model
-from bdense.verbs.common import chosen_hardware, require_file_name
+from bdense.models.store import load_model
+from bdense.verbs.common import chosen_hardware, require_writable
 from bdense.verbs.options import Drawing, SampleOptions
 
-# The schedule that is a network's own process.
-NATIVE = "native"
+NATIVE = "native"  # the schedule of the process that a network was trained on
 _LEVELS: dict[str, Any] = {
     "schedule": "polynomial",
     "rho": 7.0,
@@ -46,15 +40,10 @@ def sample(options: argparse.Namespace) -> None:
     """Run the verb."""
     own, drawing = from_options(SampleOptions, options), from_options(Drawing, options)
     device, execution = chosen_hardware(options)
-    require_file_name(own.out)
+    require_writable(own.out)
     model, sampler = model_and_sampler(options.model, drawing, device, execution)
     images = draw_images(
-        model,
-        sampler,
-        own.images,
-        seed=own.seed,
-        batch=drawing.batch,
-        class_index=drawing.class_,
+        model, sampler, own.images, seed=own.seed, batch=drawing.batch, class_index=drawing.class_
     )
     save_grid(images, own.out, own.columns)
     print(own.out)
@@ -63,31 +52,21 @@ def sample(options: argparse.Namespace) -> None:
 def model_and_sampler(
     source: str, drawing: Drawing, device: torch.device, execution: Execution
 ) -> tuple[NetworkDenoiser, Sampler]:
-    """The model on its device, and how it draws.
+    """The model on its device, and its sampler.
 
     Raises:
-        InputError: There is no such model, or it does not draw so.
+        InputError: There is no such model, or it has another sampler than the one asked for.
     """
     model, metadata = load_model(source)
-    sampler = chosen_sampler(source, drawing, metadata, model.precond)
+    sampler = _chosen_sampler(source, drawing, metadata, model.precond)
     conditions_for(model.label_dim, drawing.class_)  # refuses a class it does not know
     return model.to(device).execute(execution), sampler
 
 
-def chosen_sampler(
+def _chosen_sampler(
     source: str, drawing: Drawing, metadata: Mapping[str, Any], precond: Preconditioning
 ) -> Sampler:
-    """The model's own sampler where it has one, else the one that was asked for.
-
-    Args:
-        source: The model, as the user named it.
-        drawing: What was asked for.
-        metadata: Of the model.
-        precond: Of the model.
-
-    Raises:
-        InputError: The model's own sampler is another, or what was asked for is none.
-    """
+    """The model's own sampler if it has one, else the one that was asked for."""
     asked = {name: getattr(drawing, name) for name in _USUAL}
     asked = {name: value for name, value in asked.items() if value is not None}
     served = {sampler.nfe: sampler for sampler in samplers_from(metadata)}
@@ -116,7 +95,6 @@ def chosen_sampler(
 
 
 def _levels(asked: Mapping[str, Any], precond: Preconditioning) -> Levels:
-    """The noise levels that were asked for."""
     given = {name: value for name, value in asked.items() if name in _LEVELS}
     if given.get("schedule") != NATIVE:
         chosen = _LEVELS | given
@@ -124,7 +102,7 @@ def _levels(asked: Mapping[str, Any], precond: Preconditioning) -> Levels:
     del given["schedule"]
     if given:
         raise InputError(
-            f"--schedule {NATIVE} has the levels of the network's own process, and "
+            f"--schedule {NATIVE} takes the levels of the network's own process, but "
             f"{spelt_options(given)} asks for others; drop that, or choose another schedule"
         )
     return native_schedule(precond)
@@ -137,8 +115,8 @@ def _sampler(chosen: Mapping[str, Any], schedule: Levels) -> Sampler:
     if rest:
         taken, other = ("--afs", "--no-afs") if afs else ("--no-afs", "--afs")
         raise InputError(
-            f"{name} spends {solver.evaluations} evaluations an interval, less one in all with "
-            f"--afs: none of its grids costs --nfe {nfe} with {taken}; take --nfe {nfe + 1} or "
+            f"{name} needs {solver.evaluations} evaluations an interval, one less in total with "
+            f"--afs, which cannot add up to --nfe {nfe} with {taken}; take --nfe {nfe + 1} or "
             f"{other}"
         )
     return Sampler(num_intervals=num_intervals, afs=afs, schedule=schedule, solver=solver)

@@ -6,10 +6,10 @@ from typing import Any
 from bdense.data.datasets import Dataset, load_dataset
 from bdense.errors import InputError
 from bdense.knobs import KnobError, from_options
-from bdense.models.cards import write_card
+from bdense.models.card import write_card
 from bdense.models.store import denoiser_sha256, save_denoiser
 from bdense.training.teacher import TeacherConfig, train_teacher
-from bdense.verbs.common import Progress, chosen_hardware, require_file_name, unfinished
+from bdense.verbs.common import Progress, chosen_hardware, require_writable, unfinished
 from bdense.verbs.options import ModelOptions, TeacherOptions
 
 
@@ -26,7 +26,7 @@ def teacher(options: argparse.Namespace) -> None:
         network=_network(model, dataset, conditional=own.conditional),
         precond=precond,
     )
-    require_file_name(own.out)
+    require_writable(own.out)
     show, scratch = Progress(), unfinished(own.out)
     trained = train_teacher(
         dataset,
@@ -53,8 +53,7 @@ def process(model: ModelOptions) -> dict[str, Any] | None:
     Raises:
         KnobError: An option is for another one.
     """
-    needed = {"prediction": ("cosine", "ddpm"), "timesteps": ("ddpm",)}
-    for name, those in needed.items():
+    for name, those in {"prediction": ("cosine", "ddpm"), "timesteps": ("ddpm",)}.items():
         value = getattr(model, name)
         if value is not None and model.precond not in those:
             raise KnobError(

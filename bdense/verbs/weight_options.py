@@ -1,4 +1,4 @@
-"""The options that give the branch weights: of every registered weight space; no torch."""
+"""Options for the branch weights of every registered weight space; does not import torch."""
 
 import argparse
 import dataclasses
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bdense.weights.weighting import BranchWeighting
 
 _HEADING = "branch weights"
-# Parameters whose option is called something else, and those that need not be given.
+# Parameters whose option has another name, and the defaults of those that may be left out.
 _OPTIONS = {"rule": "learn"}
 _USUAL: Mapping[str, Any] = {"a": 0.0, "b": 0.0, "strength": 1.0}
 
@@ -38,7 +38,7 @@ class WeightOptions(Knobs):
 
 
 def parameter_options() -> type[Knobs]:
-    """A class with a knob for each parameter of the registered spaces; None where not given."""
+    """A class with an optional knob for each parameter of the registered spaces."""
     spaces = [WEIGHT_SPACES[name]() for name in WEIGHT_SPACES]
     fields = {}
     for parameter in dict.fromkeys(name for space in spaces for name in space.distributions()):
@@ -68,28 +68,31 @@ def parameter_options() -> type[Knobs]:
 def chosen_weighting(
     options: argparse.Namespace, num_branches: int
 ) -> Callable[[], "BranchWeighting"]:
-    """What makes the branch weights that were asked for; new ones at each call.
+    """A function that makes the branch weights that were asked for, new ones at each call.
 
     Args:
         options: The command line.
         num_branches: K of the method with branches.
 
     Raises:
-        InputError: The parameters are of no space, or one is missing.
+        InputError: No space has all these parameters, or one is missing.
     """
     own, given = from_options(WeightOptions, options), _given(options)
     if own.plain:
-        if given or own.weights:
-            asked = given | ({"weights": own.weights} if own.weights else {})
+        asked = given | ({"weights": own.weights} if own.weights else {})
+        if asked:
             raise InputError(
                 f"--plain leaves one branch, which has no weight, got {_spelt(asked)}; drop one"
             )
-        params: Mapping[str, Any] = {BASELINE: PLAIN}
         space = _space(None, {})
+        params: dict[str, Any] = {BASELINE: PLAIN}
     else:
         space = _space(own.weights, given)
-        params = _parameters(space, given)
-    space.weighting(params, num_branches)  # which refuses what is out of range
+        params = {name: given.get(name, _USUAL.get(name)) for name in space.distributions()}
+        for name, value in params.items():
+            if value is None:
+                raise KnobError(_option(name), f"is missing: the weights {space.name} need it")
+    space.weighting(params, num_branches)  # raises if a parameter is out of range
     return lambda: space.weighting(params, num_branches)
 
 
@@ -118,17 +121,8 @@ def _space(name: str | None, given: Mapping[str, Any]) -> WeightSpace:
     raise InputError(f"{of} {_spelt(given)}; there are {known}")
 
 
-def _parameters(space: WeightSpace, given: Mapping[str, Any]) -> dict[str, Any]:
-    """All of the space's parameters."""
-    chosen = {name: given.get(name, _USUAL.get(name)) for name in space.distributions()}
-    for name, value in chosen.items():
-        if value is None:
-            raise KnobError(_option(name), f"is missing: the weights {space.name} need it")
-    return chosen
-
-
 def _help(space: WeightSpace, parameter: str) -> str:
-    """What the space's knob of that name says, or of its plural."""
+    """The help of the space's knob of that name, or of its plural."""
     known = knobs_of(type(space))
     declared = known.get(parameter) or known.get(f"{parameter}s")
     return declared.help if declared is not None else f"{parameter} of the weights"

@@ -6,8 +6,8 @@ import torch
 
 from bdense.data.datasets import load_dataset
 from bdense.metrics.extractors import load_extractor, missing_weights
-from bdense.models.public import published_checkpoint, resolve_reference
-from bdense.models.sources import load_model
+from bdense.models.store import load_model
+from bdense.models.zoo import PUBLIC_MODELS, resolve_reference
 from search.spec.study import StudySpec
 from search.storage.engine import cache_folder
 
@@ -27,7 +27,7 @@ def fetch_all(spec: StudySpec) -> Iterator[str]:
         yield f"data {spec.data}: {len(dataset.images)} images"
     if (teacher := spec.teacher.checkpoint) is not None:
         load_model(teacher)
-        published = published_checkpoint(teacher)
+        published = PUBLIC_MODELS.get(teacher)
         yield f"teacher {teacher}" + (f": {published.path}" if published is not None else "")
     if (reference := spec.evaluation.reference) is not None:
         yield f"reference {reference}: {resolve_reference(reference)}"

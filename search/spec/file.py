@@ -15,7 +15,7 @@ import yaml
 
 from bdense.data.names import split_format, split_side
 from bdense.errors import InputError
-from bdense.models.public import REFERENCES, published_names
+from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
 from search.errors import SpecError
 from search.spec.legacy import translated
 from search.spec.study import StudySpec
@@ -179,7 +179,7 @@ def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
     if data is not None:
         data = _absolute_data(data, source)
     if teacher.checkpoint is not None:
-        checkpoint = absolute("teacher.checkpoint", teacher.checkpoint, published_names())
+        checkpoint = absolute("teacher.checkpoint", teacher.checkpoint, PUBLIC_MODELS)
         teacher = dataclasses.replace(teacher, checkpoint=checkpoint)
     kind, _, file = evaluation.extractor.partition(":")
     if file:

@@ -19,8 +19,8 @@ from bdense.methods import METHODS
 from bdense.metrics.classifiers import RECIPES
 from bdense.metrics.dinov2 import SIZES
 from bdense.metrics.extractors import SPECS
-from bdense.models.public import published_architecture
-from bdense.models.sources import load_model
+from bdense.models.store import load_model
+from bdense.models.zoo import PUBLIC_MODELS
 from bdense.training.teacher import TeacherConfig, new_denoiser
 from bdense.weights import space_of
 from search.errors import SpecError
@@ -90,8 +90,9 @@ def architecture(spec: StudySpec) -> dict[str, Any]:
     """
     name = spec.teacher.checkpoint
     if name is not None:
-        published = published_architecture(name)
-        return dict(published) if published is not None else load_model(name)[0].describe()
+        if (published := PUBLIC_MODELS.get(name)) is not None:
+            return dict(published.architecture)
+        return load_model(name)[0].describe()
     return _untrained(spec).describe()
 
 
@@ -275,16 +276,15 @@ def _check_data(spec: StudySpec) -> None:
         shape = image_shape(spec.data)
     except InputError as error:
         raise SpecError(f"data: {error}") from error
-    name = spec.teacher.checkpoint
-    published = published_architecture(name)
+    published = PUBLIC_MODELS.get(spec.teacher.checkpoint or "")
     if published is None or not spec.uses_data:
         return
     with torch.device("meta"):
-        made = tuple(build_denoiser(dict(published)).image_shape)
+        made = tuple(build_denoiser(dict(published.architecture)).image_shape)
     if made != shape:
         raise SpecError(
-            f"teacher.checkpoint: {name} makes images of {made} (channels, height, width) and "
-            f"data {spec.data} holds {shape}; choose another of the two"
+            f"teacher.checkpoint: {published.name} makes images of {made} (channels, height, "
+            f"width) and data {spec.data} holds {shape}; choose another of the two"
         )
 
 

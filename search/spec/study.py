@@ -18,7 +18,7 @@ from bdense.data.names import LABELS_FILE, image_files, labels_beside, split_for
 from bdense.errors import InputError
 from bdense.files import sha256_file
 from bdense.knobs import KnobError, Knobs, knob, knobs_of
-from bdense.models.public import REFERENCES, published_checkpoint
+from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
 from bdense.weights import WEIGHT_SPACES
 from bdense.weights.spaces import WeightSpace
 
@@ -433,7 +433,7 @@ class StudySpec(Knobs):
         if self.data is not None:
             found["data"] = _content_of(self.data)
         if (checkpoint := self.teacher.checkpoint) is not None:
-            if published_checkpoint(checkpoint) is not None:
+            if checkpoint in PUBLIC_MODELS:
                 found["teacher.checkpoint"] = checkpoint
             else:
                 found["teacher.checkpoint_sha256"] = sha256_file(Path(checkpoint))

@@ -27,10 +27,9 @@ from bdense.metrics.extractors import Extractor, load_extractor
 from bdense.metrics.metrics import Metrics, measure_images, require_measurable
 from bdense.metrics.references import Reference, dataset_reference, read_reference
 from bdense.metrics.settings import MetricSettings
-from bdense.models.cards import inherited
-from bdense.models.public import resolve_reference
-from bdense.models.sources import load_model
-from bdense.models.store import denoiser_sha256, load_denoiser, save_denoiser
+from bdense.models.card import inherited
+from bdense.models.store import denoiser_sha256, load_denoiser, load_model, save_denoiser
+from bdense.models.zoo import resolve_reference
 from bdense.training.teacher import teacher_data, train_teacher
 from search.spec.resolve import execution, teacher_config, variant
 from search.spec.study import EvaluationSpec, StudySpec, TeacherTraining

@@ -26,7 +26,7 @@ from bdense.methods.method import Inputs, Recordings, Stage
 from bdense.metrics.classifiers import RECIPES
 from bdense.metrics.extractors import load_extractor, missing_weights
 from bdense.metrics.references import features_of
-from bdense.models.public import CHECKPOINTS, HUB_CHECKPOINTS, REFERENCES
+from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
 from bdense.training.loop import IterationReport, train
 from bdense.weights.spaces import uniform_weights
 from bdense.weights.weighting import FixedWeights
@@ -220,7 +220,7 @@ def _downloads(spec: StudySpec, teacher_bytes: int) -> list[str]:
     """A line for each file that a launch downloads first."""
     name = spec.teacher.checkpoint or ""
     wanted = [
-        (CHECKPOINTS.get(name) or HUB_CHECKPOINTS.get(name), teacher_bytes),
+        (PUBLIC_MODELS.get(name), teacher_bytes),
         (REFERENCES.get(spec.evaluation.reference or ""), 8 * 2048 * 2049),
     ]
     lines = [

@@ -13,7 +13,7 @@ from typing import Any
 from bdense.files import atomic_write
 from bdense.methods.distill import TrainedStage, distill
 from bdense.methods.method import StagePlan
-from bdense.models.cards import write_card
+from bdense.models.card import write_card
 from bdense.models.store import save_denoiser
 from bdense.training.loop import IterationReport
 from bdense.weights import space_of

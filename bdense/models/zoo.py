@@ -1,28 +1,29 @@
-"""Public models and files by name: EDM's checkpoints and reference statistics, a DDPM on the hub.
+"""Public networks, reference statistics and weights: addresses, licences, downloads.
 
-Their addresses, architectures (to estimate a cost before a download) and licences. NOTICE has the
-terms in words.
+A network's architecture is here too, so that its cost is known before a download. NOTICE has the
+licences in words. Importing this does not import torch.
 """
 
-from collections.abc import Mapping
+import contextlib
+import pickle
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from bdense.downloads import fetch
-from bdense.errors import InputError
+from bdense.errors import InputError, is_out_of_memory
 from bdense.files import user_folder
 
-CHECKPOINT_FOLDER = "BDENSE_CHECKPOINTS"
-EDM_REPOSITORY = "https://github.com/NVlabs/edm"
-# "All material, including source code and pre-trained models" (README.md, License, at 008a4e5).
+# "All material, including source code and pre-trained models" (NVlabs/edm, README.md, License, at
+# 008a4e5).
 EDM_LICENCE = "CC-BY-NC-SA-4.0"
 EDM_CITATION = (
     "Karras et al. 2022, Elucidating the Design Space of Diffusion-Based Generative Models, "
     "arXiv 2206.00364"
 )
 _EDM_FILES = "https://nvlabs-fi-cdn.nvidia.com/edm"
+_LONGEST_REASON = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,6 @@ class PublicFile:
     Attributes:
         name: Name for users.
         url: Address at its publisher.
-        source: Page that presents it.
         licence: SPDX identifier.
         citation: Paper to cite.
         sha256: Hex digest, if known from a third party; the publisher states none.
@@ -41,7 +41,6 @@ class PublicFile:
 
     name: str
     url: str
-    source: str = EDM_REPOSITORY
     licence: str = EDM_LICENCE
     citation: str = EDM_CITATION
     sha256: str | None = None
@@ -72,11 +71,7 @@ class PublicFile:
 
 @dataclass(frozen=True, kw_only=True)
 class PublicCheckpoint(PublicFile):
-    """A published network.
-
-    Attributes:
-        architecture: Description for ``build_denoiser``.
-    """
+    """A published network; ``architecture`` describes it to ``build_denoiser``."""
 
     architecture: Mapping[str, Any]
 
@@ -127,28 +122,7 @@ class HubCheckpoint:
 
 def checkpoint_folder() -> Path:
     """$BDENSE_CHECKPOINTS, or a folder in the user's cache."""
-    return user_folder(CHECKPOINT_FOLDER, "checkpoints")
-
-
-def published_checkpoint(name: str) -> PublicCheckpoint | HubCheckpoint | None:
-    """The published network of that name, or None."""
-    return CHECKPOINTS.get(name) or HUB_CHECKPOINTS.get(name)
-
-
-def published_architecture(name: str | None) -> Mapping[str, Any] | None:
-    """Description, for ``build_denoiser``, of the published network of that name, or None."""
-    published = published_checkpoint(name) if name is not None else None
-    return published.architecture if published is not None else None
-
-
-def published_names() -> tuple[str, ...]:
-    """Names of all published networks."""
-    return (*CHECKPOINTS, *HUB_CHECKPOINTS)
-
-
-def published_as(path: Path) -> PublicCheckpoint | None:
-    """The published network whose file name a path has, in any folder, or None."""
-    return CHECKPOINTS.get(path.stem) if path.suffix == ".pkl" else None
+    return user_folder("BDENSE_CHECKPOINTS", "checkpoints")
 
 
 def resolve_checkpoint(name_or_path: str | Path) -> Path:
@@ -176,6 +150,44 @@ def _resolve(name_or_path: str | Path, table: Mapping[str, PublicFile], what: st
             f"{', '.join(table)}"
         )
     return path
+
+
+def downloaded_weights(url: str, what: str, sha256: str | None = None) -> Path:
+    """A weights file in torch's cache, downloaded if missing.
+
+    Raises:
+        InputError: As in ``fetch``.
+    """
+    return fetch(url, weights_path(url), what=f"the {what} weights", sha256=sha256)
+
+
+def weights_path(url: str) -> Path:
+    """Path of an address's file in torch's cache, whether it exists or not."""
+    import torch
+
+    return Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+
+
+@contextlib.contextmanager
+def weights_of(whose: str, path: Path, url: str) -> Iterator[None]:
+    """Turn errors of reading weights into one that names the file and the right address."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot read {whose} weights {path}: {error.strerror}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"{path} does not hold {whose} weights ({last_line(error)}); give the file of {url}"
+        ) from error
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an error: torch puts a stack in front of it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Torch lists all names of a state dict that does not fit.
+    return lines[-1][:_LONGEST_REASON] if lines else type(error).__name__
 
 
 # Network options of EDM's train.py, lines 112-145, and of the table "exact training
@@ -236,85 +248,77 @@ def _edm(name: str, network: str, **config: Any) -> PublicCheckpoint:  # noqa: A
         name=name,
         url=f"{_EDM_FILES}/pretrained/{name}.pkl",
         **_PINS.get(name, {}),
-        architecture=MappingProxyType(
-            {
-                "precond": "edm",
-                "sigma_data": 0.5,
-                "network": network,
-                "config": {"img_channels": 3, **config},
-            }
-        ),
+        architecture={
+            "precond": "edm",
+            "sigma_data": 0.5,
+            "network": network,
+            "config": {"img_channels": 3, **config},
+        },
     )
 
 
-CHECKPOINTS: Mapping[str, PublicCheckpoint] = MappingProxyType(
-    {
-        checkpoint.name: checkpoint
-        for checkpoint in (
-            _edm("edm-cifar10-32x32-uncond-vp", "SongUNet", **_DDPMPP, **_CIFAR10),
-            _edm("edm-cifar10-32x32-uncond-ve", "SongUNet", **_NCSNPP, **_CIFAR10),
-            _edm("edm-cifar10-32x32-cond-vp", "SongUNet", **_DDPMPP, **_CIFAR10, label_dim=10),
-            _edm("edm-cifar10-32x32-cond-ve", "SongUNet", **_NCSNPP, **_CIFAR10, label_dim=10),
-            _edm("edm-ffhq-64x64-uncond-vp", "SongUNet", **_DDPMPP, **_FFHQ),
-            _edm("edm-ffhq-64x64-uncond-ve", "SongUNet", **_NCSNPP, **_FFHQ),
-            _edm("edm-afhqv2-64x64-uncond-vp", "SongUNet", **_DDPMPP, **_AFHQV2),
-            _edm("edm-afhqv2-64x64-uncond-ve", "SongUNet", **_NCSNPP, **_AFHQV2),
-            _edm("edm-imagenet-64x64-cond-adm", "DhariwalUNet", **_IMAGENET),
-        )
-    }
-)
-
-# Its scheduler_config.json and config.json; without the class and version of the library.
-_DDPM_CIFAR10 = {
-    "precond": "ddpm",
-    "num_train_timesteps": 1000,
-    "beta_schedule": "linear",
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "prediction_type": "epsilon",
-    "network": "UNet2DModel",
-    "config": {
-        "img_channels": 3,
-        "unet": {
-            "act_fn": "silu",
-            "attention_head_dim": None,
-            "block_out_channels": [128, 256, 256, 256],
-            "center_input_sample": False,
-            "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"],
-            "downsample_padding": 0,
-            "flip_sin_to_cos": False,
-            "freq_shift": 1,
-            "in_channels": 3,
-            "layers_per_block": 2,
-            "mid_block_scale_factor": 1,
-            "norm_eps": 1e-6,
-            "norm_num_groups": 32,
-            "sample_size": 32,
-            "time_embedding_type": "positional",
-            "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
-        },
-    },
+CHECKPOINTS: Mapping[str, PublicCheckpoint] = {
+    checkpoint.name: checkpoint
+    for checkpoint in (
+        _edm("edm-cifar10-32x32-uncond-vp", "SongUNet", **_DDPMPP, **_CIFAR10),
+        _edm("edm-cifar10-32x32-uncond-ve", "SongUNet", **_NCSNPP, **_CIFAR10),
+        _edm("edm-cifar10-32x32-cond-vp", "SongUNet", **_DDPMPP, **_CIFAR10, label_dim=10),
+        _edm("edm-cifar10-32x32-cond-ve", "SongUNet", **_NCSNPP, **_CIFAR10, label_dim=10),
+        _edm("edm-ffhq-64x64-uncond-vp", "SongUNet", **_DDPMPP, **_FFHQ),
+        _edm("edm-ffhq-64x64-uncond-ve", "SongUNet", **_NCSNPP, **_FFHQ),
+        _edm("edm-afhqv2-64x64-uncond-vp", "SongUNet", **_DDPMPP, **_AFHQV2),
+        _edm("edm-afhqv2-64x64-uncond-ve", "SongUNet", **_NCSNPP, **_AFHQV2),
+        _edm("edm-imagenet-64x64-cond-adm", "DhariwalUNet", **_IMAGENET),
+    )
 }
 
-HUB_CHECKPOINTS: Mapping[str, HubCheckpoint] = MappingProxyType(
-    {
-        checkpoint.name: checkpoint
-        for checkpoint in (
-            HubCheckpoint(
-                name="google/ddpm-cifar10-32",
-                licence="Apache-2.0",
-                citation=(
-                    "Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv 2006.11239"
-                ),
-                architecture=MappingProxyType(_DDPM_CIFAR10),
-            ),
-        )
-    }
+_DDPM = HubCheckpoint(
+    name="google/ddpm-cifar10-32",
+    licence="Apache-2.0",
+    citation="Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv 2006.11239",
+    # Its scheduler_config.json and config.json; without the class and version of the library.
+    architecture={
+        "precond": "ddpm",
+        "num_train_timesteps": 1000,
+        "beta_schedule": "linear",
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "prediction_type": "epsilon",
+        "network": "UNet2DModel",
+        "config": {
+            "img_channels": 3,
+            "unet": {
+                "act_fn": "silu",
+                "attention_head_dim": None,
+                "block_out_channels": [128, 256, 256, 256],
+                "center_input_sample": False,
+                "down_block_types": [
+                    "DownBlock2D",
+                    "AttnDownBlock2D",
+                    "DownBlock2D",
+                    "DownBlock2D",
+                ],
+                "downsample_padding": 0,
+                "flip_sin_to_cos": False,
+                "freq_shift": 1,
+                "in_channels": 3,
+                "layers_per_block": 2,
+                "mid_block_scale_factor": 1,
+                "norm_eps": 1e-6,
+                "norm_num_groups": 32,
+                "sample_size": 32,
+                "time_embedding_type": "positional",
+                "up_block_types": ["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+            },
+        },
+    },
 )
+HUB_CHECKPOINTS: Mapping[str, HubCheckpoint] = {_DDPM.name: _DDPM}
 
-REFERENCES: Mapping[str, PublicFile] = MappingProxyType(
-    {
-        name: PublicFile(name=name, url=f"{_EDM_FILES}/fid-refs/{name}.npz", **_PINS.get(name, {}))
-        for name in ("cifar10-32x32", "ffhq-64x64", "afhqv2-64x64", "imagenet-64x64")
-    }
-)
+# All published networks.
+PUBLIC_MODELS: Mapping[str, PublicCheckpoint | HubCheckpoint] = {**CHECKPOINTS, **HUB_CHECKPOINTS}
+
+REFERENCES: Mapping[str, PublicFile] = {
+    name: PublicFile(name=name, url=f"{_EDM_FILES}/fid-refs/{name}.npz", **_PINS.get(name, {}))
+    for name in ("cifar10-32x32", "ffhq-64x64", "afhqv2-64x64", "imagenet-64x64")
+}

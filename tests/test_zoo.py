@@ -1,32 +1,25 @@
 """Public files: the table against what is published of them, and names turned into files."""
 
 import dataclasses
-import http.server
 import shutil
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-import bdense.models.public
-import bdense.models.sources
+import bdense.models.store
+import bdense.models.zoo
 from bdense.diffusion.denoiser import build_denoiser
 from bdense.errors import CheckpointError, InputError
 from bdense.files import sha256_file
-from bdense.models.public import (
+from bdense.models.store import load_denoiser, load_model
+from bdense.models.zoo import (
     CHECKPOINTS,
     HUB_CHECKPOINTS,
     REFERENCES,
-    checkpoint_folder,
-    published_architecture,
-    published_names,
     resolve_checkpoint,
     resolve_reference,
 )
-from bdense.models.sources import load_model
-from bdense.models.store import denoiser_sha256, load_denoiser, save_denoiser
 from tests.goldens import discover
 from tests.small import same_weights, small_teacher
 
@@ -38,33 +31,6 @@ def folder(tmp_path, monkeypatch) -> Path:
     """The folder of public files, empty."""
     monkeypatch.setenv("BDENSE_CHECKPOINTS", str(tmp_path / "public"))
     return tmp_path / "public"
-
-
-@pytest.fixture
-def published(tmp_path, monkeypatch) -> Iterator[bytes]:
-    """A server in place of the publisher's; every checkpoint is these bytes, without pins."""
-    content = b"weights" * 1000
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
-        at = f"http://127.0.0.1:{server.server_port}"
-        table = {
-            name: dataclasses.replace(file, url=f"{at}/{name}.pkl", sha256=None, size=None)
-            for name, file in CHECKPOINTS.items()
-        }
-        monkeypatch.setattr(bdense.models.public, "CHECKPOINTS", table)
-        yield content
-        server.shutdown()
 
 
 # Counted in NVlabs' own networks.py (008a4e5), built with the options of its train.py and
@@ -133,24 +99,17 @@ def test_ddpms_cifar10_network_has_the_papers_size():
     assert described == HUB_CHECKPOINTS[HUB].architecture
 
 
-def test_a_hub_model_has_its_address_and_terms():
-    published = HUB_CHECKPOINTS[HUB]
-    assert published.url == "https://huggingface.co/google/ddpm-cifar10-32"
-    assert published.licence == "Apache-2.0"
-    assert "arXiv 2006.11239" in published.citation
-
-
 def test_a_hub_models_terms_come_with_it(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     read = {"source": HUB, "scheduler": "DDPMScheduler", "licence": "apache-2.0"}
-    monkeypatch.setattr(bdense.models.sources, "read_diffusers", lambda _: (small_teacher(), read))
+    monkeypatch.setattr(bdense.models.store, "read_diffusers", lambda _: (small_teacher(), read))
     _, metadata = load_model(HUB)
+    assert "arXiv 2006.11239" in metadata.pop("citation")
     assert metadata == {
         "source": HUB,
         "scheduler": "DDPMScheduler",
-        "url": HUB_CHECKPOINTS[HUB].url,
+        "url": "https://huggingface.co/google/ddpm-cifar10-32",
         "licence": "Apache-2.0",
-        "citation": HUB_CHECKPOINTS[HUB].citation,
     }
     assert load_model("another/model")[1] == read
 
@@ -168,29 +127,21 @@ def test_a_hub_model_is_here_once_its_weights_are(monkeypatch, tmp_path):
     assert published.is_here
 
 
-def test_architectures_are_told_by_name():
-    assert set(published_names()) == {*CHECKPOINTS, *HUB_CHECKPOINTS}
-    assert published_architecture(CIFAR10) == CHECKPOINTS[CIFAR10].architecture
-    assert published_architecture(HUB) == HUB_CHECKPOINTS[HUB].architecture
-    assert published_architecture("teacher.pkl") is None
-    assert published_architecture(None) is None
-
-
 # ---- files by name ----
 
 
-def test_a_name_is_downloaded_once(folder, published):
-    for _ in range(2):
-        path = resolve_checkpoint(CIFAR10)
-        assert path == folder / f"{CIFAR10}.pkl"
-        assert path.read_bytes() == published
+def test_a_name_is_its_file_in_the_folder(folder, monkeypatch):
+    asked = []
 
+    def fetch(url: str, path: Path, **pins: object) -> Path:
+        asked.append((url, path, pins))
+        return path
 
-def test_a_path_is_taken_as_it_is(folder, tmp_path):
-    path = tmp_path / "mine.pkl"
-    path.write_bytes(b"x")
-    assert resolve_checkpoint(path) == resolve_checkpoint(str(path)) == path
-    assert resolve_reference(str(path)) == path
+    monkeypatch.setattr(bdense.models.zoo, "fetch", fetch)
+    known = CHECKPOINTS[CIFAR10]
+    assert resolve_checkpoint(CIFAR10) == folder / f"{CIFAR10}.pkl"
+    pins = {"what": CIFAR10, "sha256": known.sha256, "size": None}
+    assert asked == [(known.url, known.path, pins)]
 
 
 def test_what_is_neither_lists_the_names(folder):
@@ -199,16 +150,6 @@ def test_what_is_neither_lists_the_names(folder):
     assert all(name in str(c.value) for name in CHECKPOINTS)
     with pytest.raises(InputError, match="public are cifar10-32x32, ffhq-64x64"):
         resolve_reference("cifar10")
-
-
-def test_no_network_is_one_line_with_the_address(folder, monkeypatch):
-    elsewhere = dataclasses.replace(CHECKPOINTS[CIFAR10], url="http://host.invalid/a/net.pkl")
-    monkeypatch.setattr(bdense.models.public, "CHECKPOINTS", {CIFAR10: elsewhere})
-    with pytest.raises(InputError) as caught:
-        resolve_checkpoint(CIFAR10)
-    (line,) = str(caught.value).splitlines()
-    assert line.startswith(f"cannot download {CIFAR10} (")
-    assert f"http://host.invalid/a/net.pkl by hand and put it at {folder / 'net.pkl'}" in line
 
 
 def test_another_file_in_its_place_is_refused_unless_asked_for_by_path(folder):
@@ -220,23 +161,7 @@ def test_another_file_in_its_place_is_refused_unless_asked_for_by_path(folder):
     assert resolve_checkpoint(path) == path
 
 
-def test_the_folder_is_the_users_own(monkeypatch, tmp_path):
-    monkeypatch.delenv("BDENSE_CHECKPOINTS", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert checkpoint_folder() == tmp_path / "bdense" / "checkpoints"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert checkpoint_folder() == Path.home() / ".cache" / "bdense" / "checkpoints"
-
-
 # ---- models by whatever one has of them ----
-
-
-def test_a_file_of_ours_says_itself_whose_it_is(tmp_path):
-    path = tmp_path / "teacher.safetensors"
-    save_denoiser(path, small_teacher(), {"kind": "teacher", "licence": "MIT"})
-    denoiser, metadata = load_model(path)
-    assert metadata == {"kind": "teacher", "licence": "MIT"}
-    assert denoiser_sha256(denoiser) == denoiser_sha256(load_denoiser(path)[0])
 
 
 def test_a_missing_model_lists_the_names(folder):
@@ -263,9 +188,9 @@ def test_pickles_of_torch_are_told_what_is_read(tmp_path, ending):
 @pytest.mark.golden
 @pytest.mark.parametrize("file", discover("edm-song-tiny.nosrc.pkl"))
 def test_a_published_model_comes_with_its_terms(folder, monkeypatch, file):
-    """From the folder of public files, where somebody put it by hand."""
+    """From the folder of public files, where it was put by hand."""
     here = dataclasses.replace(CHECKPOINTS[CIFAR10], sha256=sha256_file(file))
-    for module in (bdense.models.public, bdense.models.sources):
+    for module in (bdense.models.zoo, bdense.models.store):
         monkeypatch.setattr(module, "CHECKPOINTS", {CIFAR10: here})
     folder.mkdir()
     shutil.copy(file, here.path)

@@ -13,10 +13,8 @@ from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import Sampler, draw_images, samplers_from, save_grid
 from bdense.errors import InputError
 from bdense.files import atomic_folder, require_new
-from bdense.models.cards import folder_card
-from bdense.models.convert import readable_json
-from bdense.models.sources import MODEL_FILE
-from bdense.models.store import denoiser_sha256, save_denoiser
+from bdense.models.card import folder_card, readable_json
+from bdense.models.store import MODEL_FILE, save_denoiser
 
 CONFIG, CARD, SAMPLES = "config.json", "README.md", "samples.png"
 # Samples that are drawn if none are given: the defaults of `bdense sample FOLDER`.
@@ -38,9 +36,9 @@ def export_folder(
 ) -> tuple[Path, ...]:
     """Write a student as a folder, which appears whole or not at all.
 
-    It holds the weights with their metadata (``model.safetensors``), the same as readable JSON
-    (``config.json``), the model card (``README.md``), 64 images (``samples.png``) and the given
-    pictures.
+    It holds the weights with their metadata (``model.safetensors``), the metadata as readable
+    JSON (``config.json``), the model card (``README.md``), 64 images (``samples.png``) and the
+    given pictures.
 
     Args:
         folder: Folder to write; its parent is created.
@@ -67,8 +65,7 @@ def export_folder(
     shown = [SAMPLES, *(name for name in given if name != SAMPLES)]
     with atomic_folder(folder) as scratch:
         save_denoiser(scratch / MODEL_FILE, denoiser, metadata)
-        weights = denoiser_sha256(denoiser)
-        (scratch / CONFIG).write_text(readable_json(MODEL_FILE, denoiser, metadata, weights))
+        (scratch / CONFIG).write_text(readable_json(MODEL_FILE, denoiser, metadata))
         card = folder_card(folder.name, denoiser, metadata, pictures=shown, extra=extra_card)
         (scratch / CARD).write_text(card)
         for name, picture in given.items():
@@ -95,11 +92,7 @@ def own_sampler(metadata: Mapping[str, Any]) -> Sampler:
 
 
 def require_one_branch(denoiser: NetworkDenoiser) -> None:
-    """Refuse a student that still has several branches.
-
-    Raises:
-        InputError: It has several.
-    """
+    """Raise an InputError if a student still has several branches."""
     if denoiser.num_branches != 1:
         raise InputError(
             f"the student has {denoiser.num_branches} branches, but inference uses one; take one "

@@ -20,11 +20,10 @@ from bdense.diffusion.sampling import Sampler, draw_images, served_metadata
 from bdense.diffusion.solvers import DDIM
 from bdense.diffusion.vp import CosineSchedule
 from bdense.errors import CheckpointError, InputError
-from bdense.files import atomic_folder
-from bdense.models.cards import folder_card, model_card
-from bdense.models.folders import export_folder
-from bdense.models.sources import load_model
-from bdense.models.store import denoiser_sha256
+from bdense.methods import METHODS
+from bdense.models.card import folder_card, model_card
+from bdense.models.folder import export_folder
+from bdense.models.store import denoiser_sha256, load_model
 from tests.commands import bdense as command
 from tests.commands import done, refused
 from tests.small import same_weights, small_teacher
@@ -38,6 +37,7 @@ SAMPLER = Sampler(
 STUDENT = {
     "kind": "student",
     "method": "pd-bdense",
+    "paper": "Progressive Distillation (arXiv 2202.00512)",
     "weights": [0.5, 0.5],
     "licence": "CC-BY-4.0",
     "sampler": SAMPLER.describe(),
@@ -57,7 +57,7 @@ def block(card: str, language: str) -> str:
 
 
 def test_the_student_comes_back_bit_for_bit(tmp_path):
-    student, folder = small_teacher(), tmp_path / "runs" / "student"
+    student, folder = small_teacher(dropout=0.5).train(), tmp_path / "runs" / "student"
     paths = export_folder(folder, student, STUDENT)
     assert [path.relative_to(folder).as_posix() for path in paths] == [
         "model.safetensors",
@@ -66,6 +66,10 @@ def test_the_student_comes_back_bit_for_bit(tmp_path):
         "samples.png",
     ]
     assert names(folder) == EVERY_FILE
+    assert student.training
+    drawn = draw_images(student.eval(), SAMPLER, 64, seed=0)
+    bdense.save_grid(drawn, tmp_path / "eval.png")
+    assert paths[3].read_bytes() == (tmp_path / "eval.png").read_bytes()
     for source in (folder, str(folder), folder / "model.safetensors"):
         loaded, metadata = load_model(source)
         assert same_weights(loaded, student)
@@ -105,15 +109,6 @@ def test_the_card_says_how_to_draw_the_images_beside_it(tmp_path, monkeypatch, s
     assert Path("x.png").read_bytes() == drawn
     message = refused(command("sample", "student", "--nfe", 3, "--out", "x.png"))
     assert message.startswith("student draws with the sampler it was distilled for (NFE 4), and")
-
-
-def test_samples_are_drawn_without_dropout(tmp_path):
-    student = small_teacher(dropout=0.5).train()
-    export_folder(tmp_path / "training", student, STUDENT)
-    assert student.training
-    export_folder(tmp_path / "eval", student.eval(), STUDENT)
-    pictures = [(tmp_path / name / "samples.png").read_bytes() for name in ("training", "eval")]
-    assert pictures[0] == pictures[1]
 
 
 def test_pictures_are_copied_or_written_and_shown(tmp_path):
@@ -188,25 +183,12 @@ def test_a_condition_that_differs_is_a_column_and_an_empty_column_is_none():
     assert card.endswith("\n\n" + "\n".join(expected) + "\n")
 
 
-@pytest.mark.parametrize(
-    ("method", "text"),
-    [
-        ("pd", "Progressive Distillation (arXiv 2202.00512)."),
-        (
-            "pd-bdense",
-            "Progressive Distillation (arXiv 2202.00512) with dense branch supervision (B-DENSE, "
-            "arXiv 2602.15971).",
-        ),
-        (
-            "pd-uniform",
-            "Progressive Distillation (arXiv 2202.00512) with dense branch supervision (B-DENSE, "
-            "arXiv 2602.15971), all branches alike.",
-        ),
-    ],
-)
-def test_methods_are_named_with_their_papers(method, text):
-    card = model_card("x", small_teacher(), STUDENT | {"method": method})
-    assert f"\nA few-step student of a diffusion model, distilled by {text}\n" in card
+@pytest.mark.parametrize("method", METHODS.values())
+def test_methods_are_named_with_their_papers(method):
+    student, dense = STUDENT | {"paper": method.paper}, " with dense branch supervision"
+    card = model_card("x", small_teacher(), student)
+    assert f"\nA few-step student of a diffusion model, distilled by {method.paper}{dense}" in card
+    assert dense not in model_card("x", small_teacher(), student | {"weights": [1.0]})
 
 
 def test_a_student_for_several_nfe_says_so_in_its_python(tmp_path):
@@ -308,14 +290,6 @@ def test_one_that_comes_meanwhile_is_kept(tmp_path):
         export_folder(tmp_path / "student", small_teacher(), STUDENT, pictures={"p.png": quicker})
     assert names(tmp_path) == ["student"]
     assert names(tmp_path / "student") == ["mine"]
-
-
-def test_a_folder_of_folders_is_one_too(tmp_path):
-    with atomic_folder(tmp_path / "made") as scratch:
-        (scratch / "a" / "b").mkdir(parents=True)
-        (scratch / "a" / "b" / "c").write_text("text")
-    assert (tmp_path / "made" / "a" / "b" / "c").read_text() == "text"
-    assert names(tmp_path) == ["made"]
 
 
 @pytest.mark.parametrize(

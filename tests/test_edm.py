@@ -6,19 +6,15 @@ import json
 import pytest
 import torch
 
-from bdense.cli import main
 from bdense.diffusion.preconditioning import IDDPM
 from bdense.diffusion.sampling import Sampler, sampler_from
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.step_condition import with_step_condition
 from bdense.errors import CheckpointError
-from bdense.models.edm_pickle import ForeignModule, ForeignNetwork, read_edm_pickle
-from bdense.models.foreign import denoiser_from_edm
-from bdense.models.sfd_checkpoints import student_samplers
+from bdense.models.edm import denoiser_from_edm, student_samplers
+from bdense.models.pickles import ForeignModule, ForeignNetwork, read_edm_pickle
 from bdense.models.store import (
-    denoiser_sha256,
     load_denoiser,
-    save_denoiser,
 )
 from bdense.networks.layers import Linear
 from tests.goldens import close, discover, tensors
@@ -112,31 +108,6 @@ def test_an_edm_pickle_becomes_the_denoiser_it_describes(file):
     assert not denoiser.training
 
 
-@pytest.mark.golden
-@pytest.mark.parametrize("file", discover("edm-*.nosrc.pkl"))
-def test_an_edm_pickle_may_be_kept_as_safetensors(file, path):
-    foreign = load_denoiser(file)[0]
-    save_denoiser(path, foreign, {})
-    kept = load_denoiser(path)[0]
-    assert denoiser_sha256(kept) == denoiser_sha256(foreign)
-    assert kept.describe() == foreign.describe()
-
-
-@pytest.mark.golden
-@pytest.mark.parametrize("file", discover("edm-*-np2.nosrc.pkl"))
-def test_pickles_of_numpy_1_and_2_are_one_denoiser(file):
-    """The second has no outputs of its own: those of the first are compared with the golden."""
-    new, old = (
-        load_denoiser(file.with_name(name))[0]
-        for name in (file.name, file.name.replace("-np2", ""))
-    )
-    assert denoiser_sha256(new) == denoiser_sha256(old)
-    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    labels = torch.eye(10)[[3, 7]]
-    with torch.no_grad():
-        assert torch.equal(new(x, torch.tensor(5.0), labels), old(x, torch.tensor(5.0), labels))
-
-
 @pytest.mark.parametrize(
     ("class_name", "network", "precond"),
     [
@@ -228,14 +199,6 @@ def test_an_sfd_checkpoint_is_a_student_with_its_sampler(file):
     data = tensors(file.with_name("sampling.safetensors"))
     images = sampler_from(metadata["sampler"])(student, data["uncond.latents"])
     close(images, data["uncond.images_f32"], atol=1e-5)
-
-
-@pytest.mark.golden
-@pytest.mark.parametrize("file", discover("sfd-ckpt-*.pkl"))
-def test_bdense_sample_draws_from_an_sfd_checkpoint(file, tmp_path, capsys):
-    out = tmp_path / "images.png"
-    assert main(["sample", str(file), "--images", "4", "--out", str(out)]) == 0
-    assert out.is_file(), capsys.readouterr().err
 
 
 @pytest.mark.golden

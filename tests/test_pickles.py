@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from bdense.errors import CheckpointError, UnsafePickleError
-from bdense.models.edm_pickle import ForeignNetwork, read_edm_pickle
+from bdense.models.pickles import ForeignNetwork, read_edm_pickle
 from tests.goldens import discover
 
 

@@ -1,4 +1,4 @@
-"""Read networks from pickles of EDM (NVlabs/edm) and SFD (diff-sampler); executes nothing.
+"""Read networks from pickles of EDM (NVlabs/edm) and SFD (diff-sampler) without running them.
 
 An EDM pickle stores each module as the source text of its class and its ``__dict__``, and EDM's
 own loader executes that text. An SFD pickle names classes for Python to import. Here the pickle
@@ -33,27 +33,14 @@ _NUMPY_SCALARS = frozenset(
 )
 # Classes of SFD's networks; keys of the network for sampling in EDM's and SFD's files.
 _SFD_CLASSES = (
-    "EDMPrecond",
-    "SongUNet",
-    "DhariwalUNet",
-    "UNetBlock",
-    "Conv2d",
-    "Linear",
-    "GroupNorm",
-    "PositionalEmbedding",
+    *("EDMPrecond", "SongUNet", "DhariwalUNet", "UNetBlock"),
+    *("Conv2d", "Linear", "GroupNorm", "PositionalEmbedding"),
 )
 _NETWORK_KEYS = ("ema", "model")
 # What the pickle machine, torch and the stand-ins raise on malformed bytes.
 _MALFORMED = (
-    pickle.UnpicklingError,
-    EOFError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    RuntimeError,
-    MemoryError,
+    *(pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError),
+    *(ArithmeticError, RuntimeError, MemoryError),
 )
 
 
@@ -90,13 +77,8 @@ class ForeignModule:
     attributes: dict[str, Any]
 
 
-def read_edm_pickle(path: Path, key: str | None = None) -> ForeignNetwork:
-    """Read one network of an EDM or SFD pickle.
-
-    Args:
-        path: A file such as ``edm-cifar10-32x32-cond-vp.pkl``.
-        key: Entry of the pickled dictionary; None for the network for sampling, EDM's ``ema`` or
-            SFD's ``model``.
+def read_edm_pickle(path: Path) -> ForeignNetwork:
+    """Read the network for sampling of a pickle: EDM's ``ema`` or SFD's ``model``.
 
     Raises:
         UnsafePickleError: The file needs a global that is not allowed; names it.
@@ -108,7 +90,7 @@ def read_edm_pickle(path: Path, key: str | None = None) -> ForeignNetwork:
             _check_opcodes(file)
             file.seek(0)
             reader = _Reader(file)
-            network = _entry(reader.load(), key)
+            network = _network(reader.load())
         return _describe(network, sum(len(text) for text in reader.sources))
     except CheckpointError as error:
         raise type(error)(f"{path}: {error}") from error
@@ -121,7 +103,7 @@ def read_edm_pickle(path: Path, key: str | None = None) -> ForeignNetwork:
 
 
 def _check_opcodes(file: BinaryIO) -> None:
-    """Scan the whole pickle as data, before any of its opcodes is obeyed."""
+    """Scan the whole pickle as data, before any of its opcodes runs."""
     if file.read(1) != pickle.PROTO:
         raise CheckpointError(
             "not a pickle of protocol 2 or later; give a .pkl file as published by NVlabs/edm"
@@ -335,16 +317,13 @@ def _scalar(dtype: object, data: object) -> bool | int | float:
     return value  # type: ignore[no-any-return]  # numpy types tolist as Any; the codes above are plain numbers
 
 
-def _entry(contents: object, key: str | None) -> _Module:
-    names = _NETWORK_KEYS if key is None else (key,)
-    wanted = " or ".join(map(repr, names))
+def _network(contents: object) -> _Module:
+    wanted = " or ".join(map(repr, _NETWORK_KEYS))
     if not isinstance(contents, dict):
         raise CheckpointError(f"holds a {_kind(contents)}, not a dictionary with {wanted}")
-    found = next((name for name in names if name in contents), None)
+    found = next((name for name in _NETWORK_KEYS if name in contents), None)
     if found is None:
-        raise CheckpointError(
-            f"has no {wanted}, only {sorted(map(str, contents))}; give the network's key"
-        )
+        raise CheckpointError(f"has no {wanted}, only {sorted(map(str, contents))}")
     network = contents[found]
     if not isinstance(network, _Module):
         raise CheckpointError(f"{found!r} is a {_kind(network)}, not a network")

@@ -1,7 +1,4 @@
-"""Model cards: what a model is, its licence, how to draw from it.
-
-In the Hugging Face hub's form: Markdown with YAML in front.
-"""
+"""Model cards (Markdown with YAML in front, as on the Hugging Face hub) and readable JSON."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,23 +9,12 @@ from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import samplers_from
 from bdense.diffusion.solvers import DDIM
 from bdense.files import atomic_write
+from bdense.models.store import denoiser_sha256
 
-# How a student was made, by its ``method``.
-_DENSE = "with dense branch supervision (B-DENSE, arXiv 2602.15971)"
-_PD = "Progressive Distillation (arXiv 2202.00512)"
-_CD = "Consistency Distillation (arXiv 2303.01469)"
-_METHODS = {
-    "sfd": "Simple and Fast Distillation (SFD, arXiv 2409.19681)",
-    "sfd-bdense": f"SFD (arXiv 2409.19681) {_DENSE}",
-    "uniform": f"SFD (arXiv 2409.19681) {_DENSE}, all branches alike",
-    "pd": _PD,
-    "pd-bdense": f"{_PD} {_DENSE}",
-    "pd-uniform": f"{_PD} {_DENSE}, all branches alike",
-    "consistency": _CD,
-    "consistency-bdense": f"{_CD} {_DENSE}",
-}
 # Metadata that a student inherits from its teacher.
 _INHERITED = ("licence", "citation")
+# Metadata of any model that its card repeats.
+_KNOWN = ("source", "url", "citation", "scheduler", "data")
 # Keys of a table of FIDs that always get a column, and the columns' titles.
 _COLUMNS = {
     "steps": "steps",
@@ -39,32 +25,17 @@ _COLUMNS = {
     "n": "n",
 }
 
-# Solvers whose name people write otherwise.
 _TITLES = {"euler": "Euler", "ddim": "DDIM"}
 
 
 def inherited(teacher: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A student's metadata about its teacher: source, licence, citation.
-
-    Args:
-        teacher: The teacher's metadata.
-        name: The user's name for the teacher, used if its metadata have no source.
-    """
+    """A student's metadata about its teacher: source (else ``name``), licence, citation."""
     terms = {key: teacher[key] for key in _INHERITED if key in teacher}
     return {"teacher": teacher.get("source", name), **terms}
 
 
 def model_card(name: str, denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> str:
-    """The card of one safetensors file.
-
-    Args:
-        name: Name of the file.
-        denoiser: The model in it.
-        metadata: The file's metadata.
-
-    Returns:
-        Markdown.
-    """
+    """The card, in Markdown, of the safetensors file ``name``."""
     return _card(name, denoiser, metadata, _fenced("sh", _sample_command(name, metadata)))
 
 
@@ -76,7 +47,7 @@ def folder_card(
     pictures: Sequence[str] = (),
     extra: str = "",
 ) -> str:
-    """The card of a folder with a student and its own sampler.
+    """The card, in Markdown, of the folder ``name`` with a student and its own sampler.
 
     Args:
         name: Name of the folder.
@@ -84,9 +55,6 @@ def folder_card(
         metadata: Its metadata; ``fid_table``, a list of rows, becomes a table.
         pictures: Names of picture files in the folder.
         extra: Markdown for the end.
-
-    Returns:
-        Markdown.
     """
     _, *others = (str(sampler.nfe) for sampler in samplers_from(metadata))
     which = f"  # the others: NFE {', '.join(others)}" if others else ""
@@ -105,7 +73,7 @@ def folder_card(
         "## How to sample",
         _fenced("sh", _sample_command(name, metadata)),
         _fenced("python", *lines),
-        *_pictures(pictures),
+        *(f"![{Path(picture).stem}]({picture})" for picture in pictures),
         *_fid_section(metadata),
         extra.strip(),
     )
@@ -114,16 +82,9 @@ def folder_card(
 def pipeline_card(
     name: str, denoiser: NetworkDenoiser, metadata: Mapping[str, Any], call: Mapping[str, Any]
 ) -> str:
-    """The card of a folder that diffusers' ``DDIMPipeline`` loads.
+    """The card, in Markdown, of the folder ``name`` that diffusers' ``DDIMPipeline`` loads.
 
-    Args:
-        name: Name of the folder.
-        denoiser: The student.
-        metadata: Its metadata.
-        call: Arguments of the pipeline that draw as the student was distilled to.
-
-    Returns:
-        Markdown.
+    ``call`` has the arguments of the pipeline that draw as the student was distilled to.
     """
     settings = ", ".join(f"{key}={value!r}" for key, value in call.items())
     lines = [
@@ -164,11 +125,20 @@ def _card(
         "pipeline_tag": "unconditional-image-generation",
         "tags": "[diffusion, distillation]" if student else "[diffusion]",
     }
-    rows = _facts(denoiser, metadata) | (_student_facts(metadata) if student else {})
+    what = "A diffusion model: a denoiser D(x; sigma), which can be a teacher."
+    if student:
+        # Files of older versions have the method's name alone.
+        paper = metadata.get("paper", metadata.get("method"))
+        what = "A few-step student of a diffusion model" + f", distilled by {paper}" * bool(paper)
+        if len(metadata.get("weights", ())) > 1:
+            what += " with dense branch supervision (B-DENSE, arXiv 2602.15971)"
+        what += "."
+    known = {key: str(metadata[key]) for key in _KNOWN if key in metadata}
+    rows = network_facts(denoiser) | known | (_student_facts(metadata) if student else {})
     blocks = [
         "\n".join(["---", *(f"{key}: {value}" for key, value in front.items()), "---"]),
         f"# {name}",
-        _what_it_is(metadata),
+        what,
         _table(["", ""], rows.items()),
         _terms(metadata, student=student),
         *filter(None, sections),
@@ -187,23 +157,19 @@ def _fenced(language: str, *lines: str) -> str:
     return "\n".join([f"```{language}", *lines, "```"])
 
 
-def _pictures(names: Sequence[str]) -> list[str]:
-    return [f"![{Path(name).stem}]({name})" for name in names]
-
-
 def _fid_section(metadata: Mapping[str, Any]) -> list[str]:
-    """The table of FIDs; conditions that all rows share stand once below it."""
+    """The table of FIDs; conditions that all rows share are listed below it."""
     rows: Sequence[Mapping[str, Any]] = metadata.get("fid_table", ())
-    said = dict.fromkeys(key for row in rows for key in row if row[key] is not None)
-    if not said:
+    keys = dict.fromkeys(key for row in rows for key in row if row[key] is not None)
+    if not keys:
         return []
     shared = {
         key: rows[0].get(key)
-        for key in said
+        for key in keys
         if key not in _COLUMNS and all(row.get(key) == rows[0].get(key) for row in rows)
     }
-    columns = [key for key in _COLUMNS if key in said]
-    columns += [key for key in said if key not in _COLUMNS and key not in shared]
+    columns = [key for key in _COLUMNS if key in keys]
+    columns += [key for key in keys if key not in _COLUMNS and key not in shared]
     heads = [_COLUMNS.get(key, _words(key)) for key in columns]
     table = _table(heads, [[_cell(key, row.get(key)) for key in columns] for row in rows])
     conditions = ", ".join(f"{_words(key)} {_cell(key, value)}" for key, value in shared.items())
@@ -223,31 +189,31 @@ def _words(key: str) -> str:
     return key.replace("_", " ")
 
 
-def _what_it_is(metadata: Mapping[str, Any]) -> str:
-    if metadata.get("kind") != "student":
-        return "A diffusion model: a denoiser D(x; sigma), which can be a teacher."
-    method = metadata.get("method")
-    by = f", distilled by {_METHODS.get(method, method)}" if method else ""
-    return f"A few-step student of a diffusion model{by}."
-
-
 def write_card(path: Path, denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> Path:
-    """Write the card of the safetensors file ``path`` beside it; returns the card's path."""
-    card = card_path(path)
+    """Write the card of the safetensors file ``path`` beside it, as .md; returns its path."""
+    path = Path(path)
+    card = path.with_suffix(".md")
     with atomic_write(card) as scratch:
-        scratch.write_text(model_card(Path(path).name, denoiser, metadata))
+        scratch.write_text(model_card(path.name, denoiser, metadata))
     return card
 
 
-def card_path(path: Path) -> Path:
-    """Path of a file's card: the ending becomes .md."""
-    return Path(path).with_suffix(".md")
+def readable_json(name: str, denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> str:
+    """JSON for people and scripts about the weights file ``name``: its metadata and network."""
+    tree = {
+        "file": name,
+        **metadata,
+        "image_shape": list(denoiser.image_shape),
+        "classes": denoiser.label_dim,
+        "parameters": sum(parameter.numel() for parameter in denoiser.parameters()),
+        "weights_sha256": denoiser_sha256(denoiser),
+        "architecture": denoiser.describe(),
+    }
+    return json.dumps(tree, indent=2) + "\n"
 
 
 def network_facts(denoiser: NetworkDenoiser) -> dict[str, str]:
     """Network, preconditioning, size, images and classes, as texts."""
-    description = denoiser.describe()
-    channels, height, width = denoiser.image_shape
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
     options = ", ".join(
         f"{key} {value}"
@@ -255,20 +221,12 @@ def network_facts(denoiser: NetworkDenoiser) -> dict[str, str]:
         if not isinstance(value, list | None)
     )
     return {
-        "network": str(description["network"]),
+        "network": str(denoiser.describe()["network"]),
         "preconditioning": f"{denoiser.precond.name} ({options})",
         "parameters": f"{parameters:,}",
-        "images": f"{channels} x {height} x {width}",
+        "images": " x ".join(map(str, denoiser.image_shape)),
         "classes": str(denoiser.label_dim or "none"),
     }
-
-
-def _facts(denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> dict[str, str]:
-    facts = network_facts(denoiser)
-    for key in ("source", "url", "citation", "scheduler", "data"):
-        if key in metadata:
-            facts[key] = str(metadata[key])
-    return facts
 
 
 def _student_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
@@ -278,8 +236,7 @@ def _student_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
     if "stage" in metadata:
         facts["stage"] = f"{metadata['stage']}: its teacher is a student"
     if "seeds" in metadata:
-        seeds = metadata["seeds"].items()
-        facts["seeds"] = ", ".join(f"{name} {seed}" for name, seed in seeds)
+        facts["seeds"] = ", ".join(f"{name} {seed}" for name, seed in metadata["seeds"].items())
     if "weights" in metadata:
         facts["branch weights"] = ", ".join(f"{weight:.4g}" for weight in metadata["weights"])
     if "weighting" in metadata:
@@ -300,19 +257,14 @@ def _student_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
             f"{', the first analytical' * sampler.afs}, {sampler.schedule.text()}"
             f"{', predictions clipped to [-1, 1]' * (sampler.solver == DDIM(clip=True))}"
         )
-    if "fid" in metadata:
-        facts["FID"] = _fid(metadata["fid"])
+    if (fid := metadata.get("fid")) is not None:
+        conditions = ", ".join(
+            f"{_words(key)} {str(value)[:16]}"
+            for key, value in fid.items()
+            if key not in ("value", "fid", "seeds") and value is not None
+        )
+        facts["FID"] = f"{fid.get('fid', fid.get('value')):.4g} ({conditions})"
     return facts
-
-
-def _fid(fid: Mapping[str, Any]) -> str:
-    """The FID with its conditions."""
-    conditions = ", ".join(
-        f"{_words(key)} {str(value)[:16]}"
-        for key, value in fid.items()
-        if key not in ("value", "fid", "seeds") and value is not None
-    )
-    return f"{fid.get('fid', fid.get('value')):.4g} ({conditions})"
 
 
 def _terms(metadata: Mapping[str, Any], *, student: bool) -> str:
@@ -330,6 +282,6 @@ def _terms(metadata: Mapping[str, Any], *, student: bool) -> str:
 
 
 def _sample_command(name: str, metadata: Mapping[str, Any]) -> str:
-    # A student has its own sampler; a teacher's is the user's choice.
+    # A student has its own sampler; for a teacher the user chooses one.
     grid = "" if "sampler" in metadata else " --solver heun --nfe 36 --no-afs"
     return f"bdense sample {name}{grid} --images 64 --out samples.png"

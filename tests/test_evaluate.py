@@ -10,7 +10,7 @@ from bdense.diffusion.sampling import draw_images, sampler_from
 from bdense.errors import InputError, StoppedError
 from bdense.metrics.metrics import MetricSettings
 from bdense.metrics.references import dataset_reference, write_reference
-from bdense.models.card import card_path, model_card
+from bdense.models.card import model_card
 from bdense.models.store import denoiser_sha256, load_denoiser, load_tensors, save_denoiser
 from bdense.weights.spaces import RULES
 from search.study.progress_text import share_done
@@ -159,7 +159,7 @@ def test_a_student_carries_its_teachers_licence(tmp_path):
     run(loaded(SFD, teacher={"checkpoint": str(path)}), tmp_path / "s/00000")
     student, metadata = load_denoiser(tmp_path / "s/00000" / STUDENT)
     assert (metadata["licence"], metadata["teacher"]) == ("CC-BY-NC-SA-4.0", "edm-x")
-    card = card_path(tmp_path / "s/00000" / STUDENT).read_text()
+    card = (tmp_path / "s/00000" / STUDENT).with_suffix(".md").read_text()
     assert card == model_card(STUDENT, student, metadata)
     assert card.startswith("---\nlicense: cc-by-nc-sa-4.0\n")
 

@@ -29,7 +29,6 @@ from search.storage.schema import open_tables
 from search.storage.settings import (
     DEFAULT_MAX_ATTEMPTS,
     JSON,
-    check_settings,
     lock_name,
     open_study,
     record_change,
@@ -81,21 +80,17 @@ class Ledger(LedgerReader):
         Args:
             url: The storage, from ``resolve_storage_url``.
             study_name: Name of the study.
-            budget: Trials to run in all, shared by all launchers. None keeps the stored one.
-            ttl: Seconds that a lease lasts without renewal; None keeps the stored one, at first
-                60.
-            max_attempts: How often a trial may start before it counts as poisoned; None keeps the
-                stored number, at first 3.
+            budget: Trials to run in all, shared by all launchers.
+            ttl: Seconds that a lease lasts without renewal, at first 60.
+            max_attempts: Starts of a trial before it counts as poisoned, at first 3.
 
-        A setting that differs from the stored one replaces it; the study's attribute ``changes``
-        records that.
+        A setting of None keeps the stored value; another one replaces it, and the study's
+        attribute ``changes`` records that.
 
         Raises:
             StorageError: The database cannot be opened.
             UnknownStudyError: No budget was given and there is no such study.
-            InputError: A setting is out of range.
         """
-        check_settings(budget=budget, ttl=ttl, max_attempts=max_attempts)
         if budget is None:
             require_file(url, study_name)
         storage = open_tables(url)
@@ -104,7 +99,6 @@ class Ledger(LedgerReader):
 
     def record_change(self, key: str, old: JSON, new: JSON) -> None:
         """Append a changed setting to the study's attribute ``changes``."""
-
         self._locked(lambda _: record_change(self.study, key, old, new))
 
     def enqueue(

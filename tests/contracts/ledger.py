@@ -298,19 +298,6 @@ class LedgerContract(Deaths, Planned, Stops):
         with pytest.raises(UnknownStudyError, match=f"no study 'other'.*there: {STUDY};"):
             Ledger.open(scene.url, "other", budget=None)
 
-    @pytest.mark.parametrize(
-        ("settings", "message"),
-        [
-            ({"budget": 0}, "budget of a study must be 1 trial or more, got 0"),
-            ({"budget": 1, "ttl": 0.0}, "ttl must be a positive number of seconds, got 0.0"),
-            ({"budget": 1, "ttl": float("nan")}, "got nan"),
-            ({"budget": 1, "max_attempts": 0}, "max_attempts must be 1 or more, got 0"),
-        ],
-    )
-    def test_settings_out_of_range_are_refused(self, scene, settings, message):
-        with pytest.raises(InputError, match=message):
-            scene.open(**settings)
-
     def test_a_study_of_somebody_else_is_refused_and_left_alone(self, scene):
         storage = open_storage(scene.url)
         optuna.create_study(study_name="theirs", storage=storage)

@@ -37,7 +37,7 @@ class Verb:
         function: What runs it, as module:name below ``bdense.verbs``.
         positional: Its argument without an option; empty for none.
         configs: The classes whose knobs are its options, for the arguments that follow the verb.
-        skip: Knobs of these that are no options.
+        skip: Knobs of these without an option.
     """
 
     help: str

@@ -57,11 +57,11 @@ def run_verb(
         call: Runs the verb.
         on_interrupt: The message on Ctrl-C.
         clean: Removes secrets from a line.
-        tell: Takes each line, without its newline; None writes to stderr.
+        tell: Receives each line, without its newline; None writes to stderr.
 
     Returns:
         0 if it succeeded, 130 if interrupted, else the error's exit status: 1 failed, 2 a mistake
-        of the user's, others as their classes say.
+        of the user's, others by their class.
     """
     tell = tell or _to_stderr
     try:

@@ -14,7 +14,7 @@ class InputError(BdenseError, ValueError):
 
 
 class StoppedError(BdenseError):
-    """The work was asked to stop: its state is saved, and the same call continues it."""
+    """The work was asked to stop: its state is saved, and a second call continues it."""
 
     exit_status = 130
 

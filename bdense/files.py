@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bdense.errors import InputError
 
-LONG_WAIT_SECONDS = 10.0  # for a lock, after which a line says who holds it
+LONG_WAIT_SECONDS = 10.0  # for a lock, after which its holder is logged
 
 _log = logging.getLogger(__name__)
 

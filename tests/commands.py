@@ -27,7 +27,7 @@ SHORT_CONFIG = {"kimg": 0.064, "batch": 32, "lr": 1e-3}
 
 @dataclass
 class Answer:
-    """What a command said."""
+    """Exit status and output of a command."""
 
     status: int
     out: str

@@ -25,7 +25,7 @@ pytest.register_assert_rewrite("tests.contracts")
 
 @dataclass
 class Postgres:
-    """A real server on a socket of its own, without a password."""
+    """A real server on its own socket, without a password."""
 
     data: Path
     bin: Path
@@ -34,7 +34,7 @@ class Postgres:
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def new_database(self) -> str:
-        """URL of a database that nobody has opened yet."""
+        """URL of a new, empty database."""
         name = f"study_{next(self._numbers)}"
         engine = sa.create_engine(self.url("postgres"), isolation_level="AUTOCOMMIT")
         with engine.connect() as connection:
@@ -98,13 +98,13 @@ def postgres() -> Iterator[Postgres]:
 
 @dataclass
 class Bucket:
-    """One of a server that speaks S3."""
+    """A bucket of a server that speaks S3."""
 
     name: str
     client: Any
 
     def objects(self) -> dict[str, bytes]:
-        """What lies in it, by key."""
+        """Its objects by key."""
         found = self.client.list_objects_v2(Bucket=self.name).get("Contents", [])
         return {
             each["Key"]: self.client.get_object(Bucket=self.name, Key=each["Key"])["Body"].read()
@@ -114,7 +114,7 @@ class Bucket:
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
-    """An empty one, at the address and with the credentials of the environment."""
+    """An empty bucket, whose address and credentials are in the environment."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -186,7 +186,7 @@ def url(
 
 @pytest.fixture
 def searched(url: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A search of six trials, complete; ``tests.measured.VALLEY`` says which."""
+    """A search of six trials, complete; see ``tests.measured.VALLEY``."""
     from search.study.study import Study
     from tests.measured import copy_storage, searched_valley
 
@@ -196,7 +196,7 @@ def searched(url: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def confirmed(url: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The same search with its confirmation, won by trial 2."""
+    """That search with its confirmation, won by trial 2."""
     from search.study.study import Study
     from tests.measured import confirmed_valley, copy_storage
 

@@ -19,7 +19,7 @@ class PatchNetwork(Network):
     """A transformer's patches in miniature: p x p pixels, and a linear layer each way.
 
     Args:
-        order: Of the head's rows: ``ppc`` (p, p, channels), as DiT's, or ``cpp``.
+        order: Order of the head's rows: ``ppc`` (p, p, channels), as DiT's, or ``cpp``.
     """
 
     head_name = "head"

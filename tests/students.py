@@ -1,4 +1,4 @@
-"""Students put where rows say that theirs lie: untrained, each its own, with its picture."""
+"""Untrained students in the folders of their rows, each different, with a picture."""
 
 from pathlib import Path
 
@@ -16,22 +16,19 @@ METADATA = {"kind": "student", "sampler": Sampler(num_intervals=2, afs=False).de
 
 
 def student(number: int, nfe: int = 2) -> NetworkDenoiser:
-    """That of a row; ``shade`` of its picture is 10 x number + nfe."""
+    """The student of a row; ``shade`` of its picture is 10 x number + nfe."""
     return small_teacher(seed=10 * number + nfe)
 
 
 def digest(number: int, nfe: int = 2) -> str:
-    """Of that student's weights."""
+    """Digest of that student's weights."""
     return denoiser_sha256(student(number, nfe))
 
 
 def keep(study: Study, *numbers: int, ledger: Ledger | None = None) -> None:
-    """Write those of some rows, of each stage.
+    """Write the students of some rows (default: all), one for each stage.
 
-    Args:
-        study: Of any kind.
-        numbers: Of rows; all without any.
-        ledger: Of the rows; the study's main one by default.
+    ``ledger`` is the study's main one by default.
     """
     for trial in (ledger or study.main).study.trials:
         if numbers and trial.number not in numbers:
@@ -47,6 +44,6 @@ def keep(study: Study, *numbers: int, ledger: Ledger | None = None) -> None:
 
 
 def shade(path: Path) -> int:
-    """Of a picture that ``keep`` made."""
+    """Grey level of a picture that ``keep`` made."""
     with Image.open(path) as picture:
         return picture.getpixel((0, 0))

@@ -1,4 +1,4 @@
-"""Checkpoints: what is written comes back, and what is no checkpoint is named."""
+"""Checkpoints: what is written is read back, and other files are refused by name."""
 
 import errno
 import os
@@ -116,11 +116,11 @@ def test_a_truncated_file_is_named(path, share):
         load_denoiser(path)
 
 
-def test_a_disk_that_does_not_answer_is_no_broken_file(path, monkeypatch):
+def test_a_disk_that_does_not_answer_is_not_a_broken_file(path, monkeypatch):
     save_denoiser(path, small_teacher(), {})
 
     def fail(*_, **__):
-        raise OSError(f"Stale file handle (os error {errno.ESTALE})")  # as safetensors says it
+        raise OSError(f"Stale file handle (os error {errno.ESTALE})")  # safetensors' wording
 
     monkeypatch.setattr(checkpoints, "safe_open", fail)
     with pytest.raises(OSError, match="Stale file handle") as caught:
@@ -237,7 +237,7 @@ def test_the_name_that_a_rename_gave_is_on_the_disk_too(path, monkeypatch):
     assert synced == [(scratch, False), (path.parent, True)]
 
 
-def test_permissions_are_those_of_new_files_and_nobody_elses_change_meanwhile(path, monkeypatch):
+def test_permissions_are_those_of_new_files_without_changing_the_umask(path, monkeypatch):
     before = os.umask(0o027)
     try:
         with monkeypatch.context() as patch:
@@ -259,7 +259,7 @@ with file_lock(Path(sys.argv[1])):
 """
 
 
-def test_who_waits_long_for_a_lock_is_told_who_holds_it(tmp_path, monkeypatch, caplog):
+def test_a_long_wait_for_a_lock_logs_its_holder(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(files, "LONG_WAIT_SECONDS", 0.2)
     lock = tmp_path / "lock"
     lock.write_text("an earlier holder, whose name was longer than that of the one to come")
@@ -273,7 +273,7 @@ def test_who_waits_long_for_a_lock_is_told_who_holds_it(tmp_path, monkeypatch, c
     assert f"the lock {lock}, held by {platform.node()}:{holder.pid};" in message
 
 
-def test_a_full_disk_keeps_nobody_from_a_lock(tmp_path):
+def test_a_lock_works_on_a_full_disk(tmp_path):
     with small_disk(tmp_path / "disk", 64) as disk:
         disk.fill()
         with file_lock(disk.place / "lock"):

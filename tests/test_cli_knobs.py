@@ -29,7 +29,7 @@ def kinds(hint: Any) -> set[Any]:
 
 
 def wrong_values(known: Knob) -> list[str]:
-    """Texts that are no value of the knob; none where any text is one."""
+    """Texts that the knob refuses; none if it takes any text."""
     if known.choices:
         return ["nonsense"]
     numbers = kinds(known.type) & {int, float}

@@ -40,7 +40,7 @@ def made(folder: Path, name: str, *options: object) -> Path:
 
 @pytest.fixture(scope="module")
 def teacher(folder) -> Path:
-    """Of the cosine process."""
+    """One of the cosine process."""
     return made(folder, "cosine", "--precond", "cosine", "--kimg", 1)
 
 
@@ -121,7 +121,7 @@ def test_every_round_is_measured_as_fid_measures_it(chain, teacher, tmp_path, sh
         assert fid == json.loads(done("fid", path, *measure))
         assert (fid["nfe"], fid["images"], fid["seeds"]) == (steps, 32, {"evaluation": 0})
     assert hashes(out, 4, 2) == hashes(chain, 4, 2)
-    # Under other conditions it is measured anew, and says so.
+    # Under other conditions it is measured again, with these conditions.
     change = ("--until", 4, "--precision", "bfloat16", "--images", 16, "--out", tmp_path / "x")
     other = done(*made, *change)
     fid = json.loads(other.splitlines()[1])
@@ -157,7 +157,7 @@ def test_an_interrupted_chain_carries_on(chain, teacher, tmp_path, shared_cache,
     assert drawings == [8, 4, 2]
     assert hashes(out, 4, 2) == hashes(chain, 4, 2)
     assert answer.out.splitlines() == lines[:4]
-    # Given again, it says the same and does nothing.
+    # The same command prints the same lines and does no work.
     assert done(*made).splitlines() == lines
     assert drawings == [8, 4, 2]
     line = refused(command(*made, "--lr", 1e-4))
@@ -307,7 +307,7 @@ def test_students_of_one_kind_are_not_distilled_as_the_other(chain, teacher, tmp
         ),
         (("--until", 8), "--until must be below steps=8"),
         (("--weight-decay", 0.1), "--weight-decay 0.1 needs optimizer=adamw"),
-        (("--nfe", 2), "--nfe is no option of --method progressive; --method sfd has it"),
+        (("--nfe", 2), "--method progressive has no option --nfe; --method sfd has it"),
         (
             ("--data", "digits@16"),
             r"--data digits@16 has images of 1 x 16 x 16, and .*cosine\.safetensors is a network "

@@ -1,4 +1,4 @@
-"""Image files as data sets: what they give, to the byte, and what is said of bad ones."""
+"""Image files as data sets: what they give, to the byte, and how bad ones are refused."""
 
 import gzip
 import io
@@ -160,7 +160,7 @@ def test_sub_folders_are_classes(tmp_path):
     )
     images, labels = read_folder(tmp_path)
     assert len(images) == 3
-    assert labels.tolist() == [0, 1, 1]  # ant, cat: a folder without images is no class
+    assert labels.tolist() == [0, 1, 1]  # ant, cat: a folder without images is not a class
     folder_of(tmp_path, {"loose.png": PNG})
     assert read_folder(tmp_path)[1] is None
     hidden = {".a.png": b"", ".ipynb_checkpoints/a.png": b"", "__MACOSX/a.png": b""}
@@ -179,7 +179,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
         read_folder(linked)
 
 
-def test_a_part_that_cannot_be_listed_is_not_left_out(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
     folder_of(tmp_path, {"a/1.png": PNG, "b/1.png": PNG})
     listed = os.scandir
 
@@ -236,12 +236,12 @@ def test_mixed_images_are_refused(tmp_path, other, message):
     ids=("grey", "bilevel", "grey+a", "RGB", "RGB+a", "palette", "webp", "tiff", "bmp", "cmyk"),
 )
 def test_colour_modes_become_grey_or_rgb(tmp_path, content, expected):
-    """Whatever the suffix says: the content decides."""
+    """The content decides, not the suffix."""
     images, _ = read_folder(folder_of(tmp_path, {"a.png": content}))
     assert np.array_equal(images[0], expected)
 
 
-def test_a_cameras_preview_is_no_second_frame(tmp_path):
+def test_a_cameras_preview_is_not_a_second_frame(tmp_path):
     first, preview = (Image.fromarray(np.full((8, 8, 3), v, np.uint8)) for v in (200, 10))
     first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[preview])
     assert read_folder(tmp_path)[0].unique().tolist() == [200]
@@ -295,7 +295,7 @@ def test_an_archive_as_edms_dataset_tool_writes_it(tmp_path):
     assert np.array_equal(images.permute(0, 2, 3, 1), np.stack(arrays))
     assert found.dtype == torch.int64
     assert found.tolist() == [6, 9, 0]
-    # The same as a folder, where its labels go before those of the sub-folders.
+    # Likewise as a folder, whose dataset.json precedes its sub-folders.
     images, found = read_folder(folder_of(tmp_path / "set", files | {"dataset.json": labels}))
     assert np.array_equal(images.permute(0, 2, 3, 1), np.stack(arrays))
     assert found.tolist() == [6, 9, 0]
@@ -337,7 +337,7 @@ def test_labels_that_do_not_fit_are_refused(tmp_path, kind, text, message):
         read(path)
 
 
-def test_archives_that_are_none_or_damaged_are_named(tmp_path):
+def test_archives_that_cannot_be_read_are_named(tmp_path):
     whole = zip_of(tmp_path / "set.zip", {"a.png": PNG}).read_bytes()
     at = whole.find(PNG)
     for content, message in (

@@ -43,7 +43,7 @@ def own(student: NetworkDenoiser, steps: int = N, *, clip: bool = False) -> Samp
     return Sampler(num_intervals=steps, afs=False, schedule=schedule, solver=DDIM(clip=clip))
 
 
-def told(sampler: Sampler, **more: object) -> dict[str, Any]:
+def metadata_of(sampler: Sampler, **more: object) -> dict[str, Any]:
     return {"kind": "student", "method": "pd-bdense", "sampler": sampler.describe(), **more}
 
 
@@ -107,7 +107,7 @@ def test_diffusers_alone_draws_the_students_images(tmp_path):
     """By the card's own lines, by a plain call, and through scheduler and network by hand."""
     student = student_of(tmp_path / "teacher", prediction_type="v_prediction")
     sampler = own(student)
-    export_pipeline(tmp_path / "student", student, told(sampler))
+    export_pipeline(tmp_path / "student", student, metadata_of(sampler))
     noise = noise_of(2, 4)
     np.save(tmp_path / "noise.npy", noise.numpy())
     command = [sys.executable, "-c", ALONE]
@@ -135,7 +135,7 @@ def test_diffusers_alone_draws_the_students_images(tmp_path):
 def test_every_process_is_the_pipelines(tmp_path, scheduler, clip):
     student = student_of(tmp_path / "teacher", **scheduler)
     sampler = own(student, clip=clip)
-    export_pipeline(tmp_path / "student", student, told(sampler))
+    export_pipeline(tmp_path / "student", student, metadata_of(sampler))
     call = json.loads((tmp_path / "student" / "bdense.json").read_text())["pipeline_call"]
     found = drawn_there(load(tmp_path / "student"), 32, 3, **call)
     assert_same_pictures(found, drawn_here(student, sampler, noise_of(3, 32)))
@@ -149,7 +149,7 @@ def test_the_levels_are_those_of_our_grid(tmp_path, steps):
     """DDPM's own thousand, down to every single one of them."""
     student = student_of(tmp_path / "teacher", num_train_timesteps=1000, beta_start=1e-4)
     sampler = own(student, steps)
-    export_pipeline(tmp_path / "student", student, told(sampler))
+    export_pipeline(tmp_path / "student", student, metadata_of(sampler))
     scheduler = load(tmp_path / "student").scheduler
     scheduler.set_timesteps(steps)
     times = scheduler.timesteps.tolist()
@@ -165,7 +165,9 @@ def test_the_levels_are_those_of_our_grid(tmp_path, steps):
 def test_the_folder_is_diffusers_and_a_card(tmp_path):
     student = student_of(tmp_path / "teacher")
     before = denoiser_sha256(student)
-    metadata = told(own(student), licence="Apache-2.0", fid_table=[{"steps": 5, "fid": 9.25}])
+    metadata = metadata_of(
+        own(student), licence="Apache-2.0", fid_table=[{"steps": 5, "fid": 9.25}]
+    )
     folder = tmp_path / "made" / "student"
     paths = export_pipeline(folder, student, metadata)
     assert sorted(path.relative_to(folder).as_posix() for path in paths) == [
@@ -214,7 +216,7 @@ INSTEAD = ".*export_folder"
 
 def test_networks_that_no_pipeline_calls(tmp_path):
     plain, out = student_of(tmp_path / "teacher"), tmp_path / "student"
-    metadata = told(own(plain))
+    metadata = metadata_of(own(plain))
     message = f"UNet2DModel .* SongUNet; {INSTEAD}"
     assert_refused(out, small_teacher(), metadata, message)
     message = "2 branches, .* export_branch"
@@ -224,7 +226,7 @@ def test_networks_that_no_pipeline_calls(tmp_path):
     assert_refused(out, classes, metadata, message)
     cosine = NetworkDenoiser(plain.model, Cosine())
     message = f"precond='cosine'; {INSTEAD}"
-    assert_refused(out, cosine, told(own(cosine)), message)
+    assert_refused(out, cosine, metadata_of(own(cosine)), message)
 
 
 def test_samplers_that_no_pipeline_has(tmp_path):
@@ -232,27 +234,27 @@ def test_samplers_that_no_pipeline_has(tmp_path):
     schedule = native_schedule(student.precond)
     euler = Sampler(num_intervals=N, afs=False, schedule=schedule, solver=Euler())
     message = f"distilled for Euler steps; {INSTEAD}"
-    assert_refused(out, student, told(euler), message)
+    assert_refused(out, student, metadata_of(euler), message)
     afs = Sampler(num_intervals=N, afs=True, schedule=schedule, solver=DDIM())
-    assert_refused(out, student, told(afs), "for DDIM with afs steps")
+    assert_refused(out, student, metadata_of(afs), "for DDIM with afs steps")
     other = DDPMSchedule(num_train_timesteps=T, beta_end=0.03)
     another = Sampler(num_intervals=N, afs=False, schedule=other, solver=DDIM())
     message = r"\(ddpm levels, even in time\); distil it on its teacher's"
-    assert_refused(out, student, told(another), message)
+    assert_refused(out, student, metadata_of(another), message)
     assert_refused(out, student, {"kind": "student"}, "no sampler")
     message = f"64 steps do not divide .* {T} .*; distil to 50 steps, or {INSTEAD}"
-    assert_refused(out, student, told(own(student, 64)), message)
+    assert_refused(out, student, metadata_of(own(student, 64)), message)
 
 
 def test_a_folder_that_exists_is_refused_and_a_failure_leaves_none(tmp_path, monkeypatch):
     student = student_of(tmp_path / "teacher")
     message = re.escape(f"{tmp_path / 'teacher'} exists already; choose another folder or delete")
-    assert_refused(tmp_path / "teacher", student, told(own(student)), message)
+    assert_refused(tmp_path / "teacher", student, metadata_of(own(student)), message)
 
     def fail(*_: object) -> None:
         raise OSError("no space left")
 
     monkeypatch.setattr("bdense.models.diffusers_export.pipeline_card", fail)
     with pytest.raises(OSError, match="no space left"):
-        export_pipeline(tmp_path / "student", student, told(own(student)))
+        export_pipeline(tmp_path / "student", student, metadata_of(own(student)))
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]

@@ -1,4 +1,4 @@
-"""What the documents name is there: modules, functions, fields, files, options."""
+"""Names in the documents exist: modules, functions, fields, files, options."""
 
 import importlib
 import os
@@ -64,7 +64,7 @@ def test_files_exist(document):
 
 
 def anchors(document: Path) -> set[str]:
-    """Of a document's headings, as GitHub makes them."""
+    """Anchors of a document's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
 

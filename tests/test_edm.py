@@ -142,14 +142,14 @@ def test_arguments_that_an_edm_file_leaves_out_are_edm_s_defaults(class_name, ne
     ],
 )
 @pytest.mark.parametrize("network", ["SongUNet", "DhariwalUNet"])
-@pytest.mark.parametrize("said_by", ["arguments", "attributes"])
+@pytest.mark.parametrize("given_as", ["arguments", "attributes"])
 def test_the_options_of_an_edm_file_are_its_denoiser_s(
-    class_name, precond, options, network, said_by
+    class_name, precond, options, network, given_as
 ):
     made = tiny_denoiser(network, precond=precond, label_dim=3, augment_dim=9)
     config = made.describe()["config"] | {"model_type": network}
-    said = {"attributes": options} if said_by == "attributes" else options
-    loaded = denoiser_from_edm(foreign_of(made, class_name, **config, **said))
+    values = {"attributes": options} if given_as == "attributes" else options
+    loaded = denoiser_from_edm(foreign_of(made, class_name, **config, **values))
     assert loaded.precond.options() == options
     assert loaded.model.describe() == made.model.describe()
 
@@ -248,7 +248,7 @@ def test_the_samplers_of_an_sfd_student():
         return [Sampler(num_intervals=n, afs=False, schedule=schedule) for n in num_intervals]
 
     assert student_samplers(sfd_file_of(tiny_denoiser())) == expected(4)
-    # SFD-v's, whatever single number its options say; its second stage is for that number alone.
+    # SFD-v's, despite the single number in its options; its second stage is for that number only.
     variable = {"use_step_condition": True}
     assert student_samplers(sfd_file_of(tiny_denoiser(), **variable)) == expected(3, 4, 5, 6)
     second = variable | {"is_second_stage": True, "num_steps": 3}

@@ -14,7 +14,7 @@ from bdense.metrics.dinov2 import SIZES, DinoV2
 from bdense.metrics.extractors import load_extractor
 from tests.features import CPU, ColourMeans, random_images, scripted
 
-# The files that users have are TorchScript all the same.
+# Deprecated, but users have such files.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.:FutureWarning")
 
 

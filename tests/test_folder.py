@@ -1,4 +1,4 @@
-"""Folders that a distillation hands over: whole or not at all, and what is read from them."""
+"""Model folders: written whole or not at all, and what is read from them."""
 
 import contextlib
 import json
@@ -136,7 +136,7 @@ def test_pictures_are_copied_or_written_and_shown(tmp_path):
 
 
 def test_the_card_of_a_folder_begins_as_that_of_a_file():
-    """What it is, whose terms it carries: said alike."""
+    """What it is, and whose terms it carries."""
     file, folder = (make("x", small_teacher(), STUDENT) for make in (model_card, folder_card))
     head = file.split("\n\n```sh")[0]
     assert folder.startswith(f"{head}\n\n## How to sample\n\n```sh\nbdense sample x --images 64")
@@ -145,7 +145,7 @@ def test_the_card_of_a_folder_begins_as_that_of_a_file():
     assert row in head
 
 
-def test_fids_are_a_table_and_what_they_share_is_said_once():
+def test_fids_are_a_table_with_their_shared_conditions_below():
     shared = {"images": 50_000, "extractor": "inception", "extractor_sha256": "ab" * 32}
     rows = [
         {"steps": 8, "arm": "plain PD", "fid": 3.2, "std_err": 0.1234, "n": 3, **shared},
@@ -166,7 +166,7 @@ def test_fids_are_a_table_and_what_they_share_is_said_once():
     assert "FID |" not in folder_card("x", small_teacher(), STUDENT | {"fid_table": []})
 
 
-def test_a_condition_that_differs_is_a_column_and_an_empty_column_is_none():
+def test_a_condition_that_differs_is_a_column_and_an_empty_column_is_left_out():
     rows = [
         {"nfe": 2, "fid": 5.0, "std_err": None, "training_images": 1000, "why": "a|b"},
         {"nfe": 1, "fid": None, "std_err": None, "training_images": 500, "why": "a|b"},
@@ -191,7 +191,7 @@ def test_methods_are_named_with_their_papers(method):
     assert dense not in model_card("x", small_teacher(), student | {"weights": [1.0]})
 
 
-def test_a_student_for_several_nfe_says_so_in_its_python(tmp_path):
+def test_the_python_of_a_student_for_several_nfe_lists_them(tmp_path):
     samplers = [Sampler(num_intervals=n, afs=True) for n in (3, 4, 6)]
     card = folder_card("x", small_teacher(), STUDENT | served_metadata(samplers))
     assert "\nsampler = bdense.samplers_from(metadata)[0]  # the others: NFE 3, 5\n" in card
@@ -222,7 +222,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, count):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_no_half_of_it_is_ever_seen(tmp_path, error):
+def test_half_a_folder_is_never_seen(tmp_path, error):
     folder, seen = tmp_path / "student", []
 
     def fail_late(path: Path) -> None:
@@ -238,7 +238,7 @@ def test_no_half_of_it_is_ever_seen(tmp_path, error):
     assert names(tmp_path) == []
 
 
-def test_all_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
+def test_everything_is_synced_before_the_name_appears(tmp_path, monkeypatch):
     folder, synced, real = tmp_path / "student", {}, os.fsync
 
     def fsync(descriptor: int) -> None:
@@ -251,7 +251,7 @@ def test_all_is_on_the_disk_before_the_name_is(tmp_path, monkeypatch):
     assert synced[tmp_path.stat().st_ino]
 
 
-def test_the_folder_can_be_read_by_whoever_reads_new_files(tmp_path):
+def test_the_folder_has_the_permissions_of_new_files(tmp_path):
     before = os.umask(0o027)
     try:
         paths = export_folder(tmp_path / "student", small_teacher(), STUDENT)
@@ -280,7 +280,7 @@ def test_what_exists_is_refused_before_any_work(tmp_path, kind):
     assert names(tmp_path) == ["student"]
 
 
-def test_one_that_comes_meanwhile_is_kept(tmp_path):
+def test_a_folder_that_appears_meanwhile_is_kept(tmp_path):
     def quicker(path: Path) -> None:
         path.write_bytes(b"picture")
         (tmp_path / "student").mkdir()
@@ -311,7 +311,7 @@ def test_pictures_that_cannot_be_taken(tmp_path, pictures, message):
     assert names(tmp_path) == []
 
 
-def test_what_is_no_finished_student_is_refused(tmp_path):
+def test_only_a_finished_student_is_exported(tmp_path):
     with pytest.raises(InputError, match=r"no sampler.*Sampler\(\.\.\.\)\.describe"):
         export_folder(tmp_path / "x", small_teacher(), {"kind": "teacher"})
     with pytest.raises(InputError, match=r"3 branches, .* export_branch"):

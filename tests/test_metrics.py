@@ -35,7 +35,7 @@ from bdense.metrics.references import (
 from tests.features import CPU, ColourMeans, counting, random_images, scripted
 from tests.goldens import ROOT, discover
 
-# The files that users have are TorchScript all the same.
+# Deprecated, but users have such files.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.:FutureWarning")
 
 DATA = Path(os.environ.get("BDENSE_DATA", ROOT / "../shared/data"))
@@ -102,7 +102,7 @@ def mmd2(x, y):
 
 
 def test_kid_of_whole_sets_is_the_formula():
-    """A subset of all images is the same subset every time."""
+    """A subset of all images is always the whole set."""
     x, y = normal(12, 5, 0), normal(12, 5, 1, shift=0.5)
     settings = MetricSettings(kid_subsets=3, kid_subset_size=12)
     mean, std = kernel_distance(x, y, settings)
@@ -146,7 +146,7 @@ def test_precision_and_recall_are_the_formula(k):
     expected = precision_recall_written_out(generated.double(), real.double(), k)
     assert precision_recall(generated, real, k) == pytest.approx(expected)
     assert min(expected) < 1
-    # What is generated and what is real is not the same.
+    # Swapping the two sets swaps precision and recall.
     assert precision_recall(real, generated, k) == pytest.approx(expected[::-1])
 
 

@@ -21,7 +21,7 @@ from bdense.metrics.references import (
 )
 from tests.features import ColourMeans, counting, random_images, scripted
 
-# The files that users have are TorchScript all the same.
+# Deprecated, but users have such files.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.:FutureWarning")
 
 

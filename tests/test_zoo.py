@@ -1,4 +1,4 @@
-"""Public files: the table against what is published of them, and names turned into files."""
+"""Public files: the table against published figures, and models by name or path."""
 
 import dataclasses
 import shutil
@@ -92,7 +92,7 @@ def test_ddpms_cifar10_network_has_the_papers_size():
     # Linear betas from 1e-4 to 0.02: the first level, and all but noise at the last.
     assert denoiser.precond.sigma_min == pytest.approx((1e-4 / (1 - 1e-4)) ** 0.5)
     assert denoiser.precond.sigma_max == pytest.approx(157.4, abs=0.1)
-    # Nothing is left to the library's defaults that a file of it would say.
+    # Everything that a file of it would have is stated here, not left to diffusers' defaults.
     described = denoiser.describe()
     assert described.pop("trained_betas") is None
     assert described.pop("num_branches") == 1
@@ -144,7 +144,7 @@ def test_a_name_is_its_file_in_the_folder(folder, monkeypatch):
     assert asked == [(known.url, known.path, pins)]
 
 
-def test_what_is_neither_lists_the_names(folder):
+def test_an_unknown_name_lists_the_public_ones(folder):
     with pytest.raises(InputError, match="no checkpoint file edm-cifar, ") as c:
         resolve_checkpoint("edm-cifar")
     assert all(name in str(c.value) for name in CHECKPOINTS)
@@ -161,9 +161,6 @@ def test_another_file_in_its_place_is_refused_unless_asked_for_by_path(folder):
     assert resolve_checkpoint(path) == path
 
 
-# ---- models by whatever one has of them ----
-
-
 def test_a_missing_model_lists_the_names(folder):
     for missing in ("nothing.pkl", "folder/nothing.safetensors", "nothing"):
         with pytest.raises(InputError, match=f"no checkpoint file {missing}.*{CIFAR10}"):
@@ -178,7 +175,7 @@ def test_a_mistyped_path_is_not_asked_of_the_hub(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("ending", ["pt", "pth", "bin", "ckpt"])
-def test_pickles_of_torch_are_told_what_is_read(tmp_path, ending):
+def test_pickles_of_torch_are_refused_with_what_is_read(tmp_path, ending):
     path = tmp_path / f"model.{ending}"
     path.write_bytes(b"PK")
     with pytest.raises(CheckpointError, match=rf"model\.{ending} .* not read; give .safetensors"):
@@ -199,6 +196,6 @@ def test_a_published_model_comes_with_its_terms(folder, monkeypatch, file):
     assert metadata["source"] == CIFAR10
     assert metadata["licence"] == "CC-BY-NC-SA-4.0"
     assert metadata["url"] == here.url
-    # By its path it is the same, and says its own name.
+    # By its path it is the same model under its own name.
     assert load_model(here.path)[1]["licence"] == "CC-BY-NC-SA-4.0"
     assert load_model(here.path)[1]["source"] == f"{CIFAR10}.pkl"

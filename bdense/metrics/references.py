@@ -43,7 +43,7 @@ class Statistics:
     Attributes:
         mu: [d] float64.
         sigma: [d, d] float64, unbiased covariance.
-        count: n, number of images; None if a file does not say.
+        count: n, number of images; None if a file does not have it.
     """
 
     mu: NDArray[np.float64]

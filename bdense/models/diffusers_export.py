@@ -1,8 +1,8 @@
 """Export a student of progressive distillation as a folder that diffusers' ``DDIMPipeline`` loads.
 
 The pipeline's trailing timesteps T i / N - 1 are the levels u = i / N of our grid of N steps, and
-it starts from the same unit noise z. Its levels are float32, so images differ by rounding: by one
-of the 256 values in at most 4 pixels of 10 000 (tiny networks, T of 50 and 1000, N of 1 to 50).
+it starts from unit noise z too. Its levels are float32, so images differ by rounding: by one of
+the 256 values in at most 4 pixels of 10 000 (tiny networks, T of 50 and 1000, N of 1 to 50).
 Needs the ``diffusers`` extra.
 """
 
@@ -32,7 +32,7 @@ def export_pipeline(
 ) -> tuple[Path, ...]:
     """Write a student as a ``DDIMPipeline``; the folder appears whole or not at all.
 
-    Called as its card says, the pipeline draws the images of the student's own sampler, N steps of
+    Called as in its card, the pipeline draws the images of the student's own sampler, N steps of
     DDIM. If that sampler clips predictions, the call has ``use_clipped_model_output=True``:
     otherwise diffusers does not compute the noise from the clipped prediction.
 

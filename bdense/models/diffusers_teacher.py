@@ -134,9 +134,7 @@ def _from_hub(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     if not is_hub_id(source):
-        raise CheckpointError(
-            f"there is no diffusers folder {source}, and it is not a hub id OWNER/NAME either"
-        )
+        raise CheckpointError(f"{source} is neither a diffusers folder nor a hub id OWNER/NAME")
     texts = [*(f"{part}{_CONFIG}" for part in ("", "unet/")), "README.md"]
     texts += [_SCHEDULER, f"scheduler/{_SCHEDULER}"]
     try:
@@ -172,5 +170,5 @@ def _licence(readme: Path) -> str | None:
     text = readme.read_text(errors="replace")
     front = text.split("---", 2)[1] if text.startswith("---") and text.count("---") > 1 else ""
     found = re.search(r"^license:[ \t]*['\"]?([\w.+-]+)", front, re.MULTILINE)
-    # Our own cards say unknown if they know none.
+    # Our own cards have `unknown` without a licence.
     return found[1] if found and found[1] != "unknown" else None

@@ -29,7 +29,7 @@ FORMAT = 1
 # The weights in a folder that ``export_folder`` writes.
 MODEL_FILE = "model.safetensors"
 ADAM_TENSORS = ("step", "exp_avg", "exp_avg_sq")
-# Errors of a disk or its server that may pass; they say nothing about the file.
+# Errors of a disk or its server that may pass; the file may be intact.
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENOMEM, errno.EAGAIN)
 
 # What values of a wrong type in a header can raise.

@@ -98,7 +98,7 @@ class KeptFIDs:
         folder: Where each is kept when it is measured.
         dataset: What the images are compared with, as ``reference``.
         images: Images drawn for each.
-        seed: Of their latents.
+        seed: Seed of their latents.
 
     Raises:
         InputError: There are too few images.

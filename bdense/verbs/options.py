@@ -1,4 +1,4 @@
-"""The options of the verbs, each declared once; importing this loads no torch."""
+"""The options of the verbs, each declared once; does not import torch."""
 
 import argparse
 from collections.abc import Sequence
@@ -48,7 +48,7 @@ class Hardware(Knobs):
     heading: ClassVar[str] = "hardware"
 
     device: Literal["auto", "cpu", "cuda"] = knob(
-        "auto", "where to compute; auto: on a GPU where there is one"
+        "auto", "where to compute; auto: on a GPU if there is one"
     )
     threads: int | None = knob(None, "CPU threads", low=1, none="one for each core")
 
@@ -60,12 +60,12 @@ class TeacherOptions(Knobs):
     data: str = knob("digits", f"data set: {DATA_SETS}")
     out: Path = knob(help="safetensors file to write", metavar="FILE")
     kimg: float = knob(250.0, "training length in thousands of images", low=0.001)
-    conditional: bool = knob(False, "teach it the classes of the data set")
+    conditional: bool = knob(False, "make it class-conditional, by the labels of the data set")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOptions(Knobs):
-    """The network of ``bdense teacher``, and what it is trained to predict."""
+    """The network of ``bdense teacher`` and its prediction."""
 
     heading: ClassVar[str] = "model"
 
@@ -78,16 +78,16 @@ class ModelOptions(Knobs):
     blocks: int = knob(1, "residual blocks in each level", low=1)
     attention: tuple[int, ...] = knob(
         (),
-        "sides in pixels of the levels whose blocks have self-attention; the lowest level has it "
-        "anyway",
+        "sides in pixels of the levels whose blocks have self-attention; the lowest level always "
+        "has it",
         low=1,
         metavar="SIDE",
     )
     dropout: float = knob(0.0, "dropout probability, in training only", low=0, high=1)
     precond: Literal["edm", "cosine", "ddpm"] = knob(
         "edm",
-        "noise that it is trained on: EDM's levels, or a variance-preserving process, which "
-        "progressive distillation needs: the cosine, or DDPM's of T discrete times",
+        "noise process: edm's levels, or a variance-preserving one, which progressive "
+        "distillation needs: cosine, or ddpm with T discrete times",
     )
     prediction: Literal["epsilon", "sample", "v_prediction"] | None = knob(
         None,
@@ -107,7 +107,7 @@ class ModelOptions(Knobs):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawing(Knobs):
-    """How a model draws images; what is None is as a student was distilled for."""
+    """How a model draws images; None: as the student was distilled."""
 
     heading: ClassVar[str] = "sampling"
 
@@ -163,7 +163,7 @@ class SampleOptions(Knobs):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cache(Knobs):
-    """Where what is computed once is kept."""
+    """The folder of cached results."""
 
     heading: ClassVar[str] = "evaluation"
 
@@ -176,7 +176,7 @@ class Cache(Knobs):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Features(Cache):
-    """What features a distance is measured in."""
+    """The feature extractor."""
 
     heading: ClassVar[str] = "evaluation"
 
@@ -185,7 +185,7 @@ class Features(Cache):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation(Cache):
-    """What the students of ``bdense distill`` are measured with."""
+    """How the students of ``bdense distill`` are measured."""
 
     heading: ClassVar[str] = "evaluation"
 
@@ -199,12 +199,12 @@ class Evaluation(Cache):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillOptions(Knobs):
-    """``bdense distill``, whatever the method."""
+    """``bdense distill``, for any method."""
 
     method: str = knob("sfd", f"distillation method: {', '.join(METHODS)}")
     data: str = knob(
         "digits",
-        f"data set to learn from, where the method does, and the FID's reference: {DATA_SETS}",
+        f"data set, for methods that learn from images and for the FID: {DATA_SETS}",
     )
     seed: int = knob(0, "seed of every random draw", low=0)
     out: Path = knob(
@@ -222,7 +222,7 @@ class FidOptions(Knobs):
     )
     reference: str | None = knob(
         None,
-        "reference statistics (mu, sigma) in place of a data set, for fid alone: an .npz file "
+        "reference statistics (mu, sigma) in place of a data set, for fid only: an .npz file "
         f"like EDM's, or one of EDM's by name: {', '.join(REFERENCES)}",
         metavar="FILE",
     )
@@ -252,14 +252,14 @@ class ConvertOptions(Knobs):
 
 
 def teacher_configs(arguments: Sequence[str]) -> Configs:
-    """Of ``bdense teacher``; loads torch."""
+    """The classes of ``bdense teacher``; imports torch."""
     from bdense.training.teacher import TeacherConfig
 
     return (TeacherOptions, ModelOptions, TeacherConfig, Execution, Hardware)
 
 
 def distill_configs(arguments: Sequence[str]) -> Configs:
-    """Of ``bdense distill``, those of the method that the arguments name among them; loads torch.
+    """The classes of ``bdense distill`` with the method in the arguments; imports torch.
 
     Raises:
         InputError: There is no such method.
@@ -270,10 +270,10 @@ def distill_configs(arguments: Sequence[str]) -> Configs:
 
 
 def chosen_method(arguments: Sequence[str]) -> str:
-    """The name after --method, else the usual one.
+    """The name after --method, else the default.
 
     Raises:
-        InputError: It is what a method was called before.
+        InputError: It is a former name of a method.
     """
     parser = argparse.ArgumentParser(prog="bdense distill", add_help=False, allow_abbrev=False)
     parser.add_argument("--method", default=knobs_of(DistillOptions)["method"].default)
@@ -284,8 +284,8 @@ def chosen_method(arguments: Sequence[str]) -> str:
 
 
 def unknown_option(argument: str, arguments: Sequence[str]) -> str:
-    """What to say of an argument that ``bdense distill`` does not take for its method."""
+    """The message for an option that ``bdense distill`` does not have for its method."""
     flag = argument.partition("=")[0]
     having = [name for name in METHODS if flag in option_names(METHODS[name].Config)]
     others = "; " + " and ".join(f"--method {name} has it" for name in having) if having else ""
-    return f"{flag} is no option of --method {chosen_method(arguments)}{others}"
+    return f"--method {chosen_method(arguments)} has no option {flag}{others}"

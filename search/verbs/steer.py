@@ -1,9 +1,11 @@
 """While a study runs: ``stop`` it, ``enqueue`` a point, read the ``logs`` of a trial."""
 
 import argparse
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from bdense.command import Verbs
@@ -127,8 +129,6 @@ def _stop(options: argparse.Namespace) -> None:
 
 
 def _enqueue(options: argparse.Namespace) -> None:
-    from search.study.points import enqueue
-
     names = ("a", "b", "rule", "strength")
     named = [(name, value) for name in names if (value := getattr(options, name)) is not None]
     params: dict[str, Any] = {}
@@ -137,8 +137,46 @@ def _enqueue(options: argparse.Namespace) -> None:
             raise InputError(f"parameter {name} is given twice; give it once")
         params[name] = value
     # Checked against the stored spec, which workers use; the file may have changed since.
-    for line in enqueue(open_study(options), params):
+    for line in _planned(open_study(options), params):
         print(line)
+
+
+def _planned(study: "Study", given: Mapping[str, Any]) -> list[str]:
+    """Plan a point before any suggested one; lines that say what happens to it."""
+    from bdense.weights.spaces import Uniform, require_point
+    from search.storage.ledger import MENDABLE
+
+    spec, trials = study.spec, study.search
+    distributions = spec.space.distributions()
+    read = {
+        name: _number(value) if isinstance(distributions.get(name), Uniform) else value
+        for name, value in given.items()
+    }
+    params = require_point(spec.space, read, spec.resolved.num_branches)
+    text = ", ".join(f"{k} {v:g}" if isinstance(v, float) else str(v) for k, v in params.items())
+    if not trials.enqueue(params, again=MENDABLE):
+        return [f"{text} is a trial of study {study.name} already; nothing is planned"]
+    counts = trials.counts()
+    left = trials.budget - counts.ended - counts.running
+    lines = [f"planned in study {study.name}: {text}, before any other point"]
+    if counts.waiting > left:
+        needed = counts.ended + counts.running + counts.waiting
+        lines.append(
+            f"the budget of {trials.budget} trials does not suffice for the {counts.waiting} that "
+            f"are planned: bdense-search launch STUDY.yaml --trials {needed}"
+        )
+    elif not counts.running:
+        lines.append(
+            "it is the next to run; if no launcher is at work: bdense-search launch STUDY.yaml"
+        )
+    return lines
+
+
+def _number(value: Any) -> Any:  # noqa: ANN401  as the user gave it
+    """A text as the number that it names; anything else is left to ``require_point``."""
+    with contextlib.suppress(TypeError, ValueError):
+        return float(value)
+    return value
 
 
 def _logs(options: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 
 from bdense.errors import InputError
 from search.errors import LeaseLostError, UnknownStudyError
-from search.storage import claims as claiming
+from search.storage import ledger as claiming
 from search.storage.engine import open_storage
 from search.storage.ledger import Claim, Done, Ledger, Wait
 from search.storage.queries import Counts

@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from bdense.errors import InputError
 from bdense.knobs import Knobs, knob
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

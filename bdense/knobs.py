@@ -69,7 +69,7 @@ class Knob:
         above, below: Bounds that are not allowed themselves.
         choices: All values there are; empty where they are not listed.
         metavar: What stands for the value in help.
-        none: What ``None`` means, where its name does not say it.
+        none: Meaning of ``None``, if not obvious.
         heading: What it is listed under in the command's help; empty for none.
     """
 
@@ -181,7 +181,7 @@ def knob(
     none: str = "",
 ) -> Any:  # noqa: ANN401  as dataclasses.field does
     """A field of a ``Knobs`` class; arguments as of ``Knob``. A ``Literal`` gives its choices."""
-    told = {
+    about = {
         "help": help,
         "low": low,
         "high": high,
@@ -192,8 +192,8 @@ def knob(
         "none": none,
     }
     if isinstance(default, dict | list):
-        return field(default_factory=lambda: type(default)(default), metadata={_KEY: told})
-    return field(default=default, metadata={_KEY: told})
+        return field(default_factory=lambda: type(default)(default), metadata={_KEY: about})
+    return field(default=default, metadata={_KEY: about})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,8 +255,8 @@ def _declared(cls: Any) -> Mapping[str, Knob]:  # noqa: ANN401
     hints = typing.get_type_hints(cls)
     found = {}
     for each in dataclasses.fields(cls):
-        told = each.metadata.get(_KEY)
-        if told is None:
+        about = each.metadata.get(_KEY)
+        if about is None:
             continue
         kind, optional = _without_none(hints[each.name])
         *_, first = (base for base in cls.__mro__ if each.name in _annotated(base))
@@ -269,7 +269,7 @@ def _declared(cls: Any) -> Mapping[str, Knob]:  # noqa: ANN401
             default=default,
             optional=optional,
             heading=first.heading,
-            **told | {"choices": told["choices"] or _choices(kind)},
+            **about | {"choices": about["choices"] or _choices(kind)},
         )
     return types.MappingProxyType(found)
 
@@ -515,21 +515,21 @@ def _option(name: str) -> str:
 
 
 def _argument(name: str, known: Knob) -> dict[str, Any]:
-    """What ``add_argument`` is told of a knob."""
+    """Arguments of ``add_argument`` for a knob."""
     default = "" if known.required or known.default is False else known.text(known.default)
-    told = {
+    about = {
         "dest": name,
         "default": argparse.SUPPRESS,
         "required": known.required,
         "help": (known.help + (f" (default: {default})" if default else "")).replace("%", "%%"),
     }
     if known.type is bool:
-        return told | {"action": argparse.BooleanOptionalAction}
+        return about | {"action": argparse.BooleanOptionalAction}
     kinds = get_args(known.type) if _is_union(known.type) else (known.type,)
     if any(get_origin(kind) is tuple for kind in kinds):
-        told["nargs"] = "+"  # a wrong number of them is refused as other values are
+        about["nargs"] = "+"  # a wrong number of them is refused as other values are
     listed = "{" + ",".join(map(str, known.choices)) + "}" if known.choices else None
-    return told | {"metavar": known.metavar or listed or _metavar(known.type)}
+    return about | {"metavar": known.metavar or listed or _metavar(known.type)}
 
 
 def _metavar(kind: Any) -> str:  # noqa: ANN401

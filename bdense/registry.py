@@ -1,7 +1,7 @@
 """Registries: members by name, built in or brought by another package through an entry point.
 
 A package adds a member under one of the groups ``bdense.methods``, ``bdense.weights``,
-``bdense.networks`` and ``bdense.solvers``::
+``bdense.networks``, ``bdense.solvers`` and ``bdense.stochastic_solvers``::
 
     [project.entry-points."bdense.methods"]
     mine = "mypackage.mine:Mine"
@@ -56,7 +56,7 @@ class Registry(Mapping[str, T], Generic[T]):
         raise InputError(f"no {self._noun} is called {name!r}; there are {', '.join(self)}{hint}")
 
     def __contains__(self, name: Any) -> bool:  # noqa: ANN401  as Mapping's
-        return name in list(self)
+        return name in self._builtin or any(point.name == name for point in self._added())
 
     def __iter__(self) -> Iterator[str]:
         yield from self._builtin

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.diffusion.intervals import IntervalGrid
 from bdense.diffusion.solvers import DPMSolverPP, trajectory
 from bdense.errors import InputError
-from bdense.execution import PRECISIONS, Execution, exact_products
+from bdense.execution import Execution, Precision, exact_products
 from bdense.methods.sfd import (
     SFDConfig,
     SFDStage,
@@ -153,7 +154,10 @@ def _options() -> argparse.Namespace:
     )
     options.add_argument("--batch", type=int, default=128, help="default: 128")
     options.add_argument(
-        "--precisions", nargs="+", choices=PRECISIONS, help="default: all that the device computes"
+        "--precisions",
+        nargs="+",
+        choices=get_args(Precision),
+        help="default: all that the device computes",
     )
     options.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="both")
     options.add_argument(
@@ -172,7 +176,7 @@ def _options() -> argparse.Namespace:
 
 def _executions(given: argparse.Namespace, device: torch.device) -> list[Execution]:
     """What was asked for, float32 eager contiguous first: all others are compared with it."""
-    asked = given.precisions or [p for p in PRECISIONS if _computes(device, p)]
+    asked = given.precisions or [p for p in get_args(Precision) if _computes(device, p)]
     found = [
         Execution(precision=precision, compile=MODES[mode], channels_last=LAYOUTS[layout])
         for precision, mode, layout in itertools.product(asked, given.modes, given.layouts)

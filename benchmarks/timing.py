@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Paired:
-    """Seconds of two sides measured in turns, so that a drifting machine moves both alike."""
+    """Seconds of two sides measured in turns, so that drift of the machine affects both."""
 
     first: list[float]
     second: list[float]

@@ -87,10 +87,6 @@ class Renoise(Solver):
 
     strength: float = knob(1.0, "share of the level that is added", low=0)
 
-    @property
-    def order(self) -> int:
-        return 1
-
     def steps(
         self, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: StepNoise = no_noise
     ) -> Iterator[Tensor]:

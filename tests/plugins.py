@@ -8,7 +8,7 @@ import pytest
 ENTRY_POINTS = """
 [bdense.networks]
 PatchNetwork = tests.example_package:PatchNetwork
-[bdense.solvers]
+[bdense.stochastic_solvers]
 renoise = tests.example_package:Renoise
 [bdense.weights]
 end-point = tests.example_weights:EndPoint

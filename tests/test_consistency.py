@@ -8,7 +8,7 @@ import torch
 from bdense.data.datasets import Dataset, to_float
 from bdense.diffusion.branches import export_branch
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.diffusion.sampling import Sampler, draw_images
+from bdense.diffusion.sampling import Sampler
 from bdense.diffusion.solvers import Euler, Heun, trajectory
 from bdense.errors import InputError
 from bdense.methods import METHODS
@@ -147,11 +147,6 @@ def gaussian_of(denoiser, x, t):
     return x * denoiser.std**2 / (denoiser.std**2 + t**2)
 
 
-def test_f_is_the_identity_at_epsilon():
-    x, denoised = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8)
-    torch.testing.assert_close(towards(denoised, x, torch.tensor(1.0)), x)
-
-
 def test_pseudo_huber_counts_small_errors_by_their_square_and_large_ones_by_their_size():
     zero = torch.zeros(1, 1, 2, 2, dtype=torch.float64)
     small, large = zero + 1e-5, zero + 100
@@ -179,12 +174,6 @@ def test_one_step_is_eulers_and_two_steps_add_noise_up_to_the_level_between():
         two(teacher, noise, lambda i: z), expected.float(), rtol=1e-4, atol=1e-4
     )
     assert (one.nfe, two.nfe) == (1, 2)
-
-
-def test_images_of_several_steps_do_not_depend_on_the_batch():
-    stage = stage_of(nfe=3)
-    together = draw_images(stage.teacher, stage.sampler, 5, seed=1, batch=5)
-    assert torch.equal(together, draw_images(stage.teacher, stage.sampler, 5, seed=1, batch=2))
 
 
 def test_the_progressive_schedule_ends_at_all_steps_and_the_given_decay_of_two():

@@ -66,19 +66,12 @@ def test_floats_fill_minus_one_to_one():
     assert images.flatten().tolist() == [0, 51, 255]
 
 
-def test_labels_become_one_hot():
-    labelled = tiny(torch.tensor([2, 0, 1]))
-    assert labelled.one_hot_labels(4).tolist() == [[0, 0, 1, 0], [1, 0, 0, 0], [0, 1, 0, 0]]
-    assert labelled.one_hot_labels(3, torch.tensor([1, 1])).tolist() == [[1, 0, 0], [1, 0, 0]]
-    assert labelled.one_hot_labels(3).dtype == torch.float32
-
-
 def test_labels_that_a_network_cannot_take_are_refused():
     with pytest.raises(InputError, match="'tiny' has 3 classes and the network label_dim=2; set"):
-        tiny(torch.tensor([2, 0, 1])).one_hot_labels(2)
+        tiny(torch.tensor([2, 0, 1])).require_labels(2)
     assert tiny().num_classes == 0
     with pytest.raises(InputError, match=r"'tiny' has no labels.*label_dim=2"):
-        tiny().one_hot_labels(2)
+        tiny().require_labels(2)
 
 
 def test_the_labels_have_a_hash_of_their_own():

@@ -325,6 +325,8 @@ def test_an_archive_without_labels(tmp_path, labels):
         (labels_file(("a.png", 1.5), ("b.png", 0)), "the class 1.5"),
         (labels_file(("a.png", -1), ("b.png", 0)), "the class -1"),
         (labels_file(("a.png", True), ("b.png", 0)), "the class true"),
+        (labels_file(("a.png", 10**30), ("b.png", 0)), "the class 1000000000"),
+        (b"[" * 10**5, "RecursionError"),
         (labels_file(("a.png", [0.5, 0.5]), ("b.png", 0)), r"the class \[0\.5, 0\.5\]"),
     ],
 )

@@ -33,6 +33,7 @@ from bdense.methods.progressive import (
 )
 from bdense.models.store import load_tensors
 from bdense.training.loop import IterationReport, train
+from bdense.training.teacher import squared_error
 from bdense.weights.weighting import FixedWeights
 from tests.goldens import PD, discover, settings, tensors
 from tests.pd_nets import tiny_conv
@@ -267,6 +268,24 @@ def errors_of(
     student = tiny_conv(of, "student/", column(config["mean_type"]), len(targets))
     near(student.branches(x, sigma).transpose(0, 1), of["student_x_k"], 1e-11)
     return branch_errors(student.branches, x, sigma, targets)
+
+
+@pytest.mark.parametrize("mean_type", PREDICTION)
+@pytest.mark.parametrize("path", discover("targets-base-*.safetensors", PD))
+def test_the_denoising_loss(path: Path, mean_type: str):
+    """Every weight, at continuous times and at those of 16 steps."""
+    golden, config = tensors(path), settings(path)["config"]
+    schedule = schedule_of(config["schedule"])
+    precond = Cosine(prediction_type=PREDICTION[mean_type], **schedule.options())
+    denoiser = tiny_conv(golden, "model/", precond)
+    times = {"cont": golden["u_continuous"], "N16": (golden["i_discrete_N16"] + 1) / 16}
+    assert list(LOSS) == config["weight_types"]
+    for name, u in times.items():
+        sigma = schedule.level(u)
+        for reference_name, loss in LOSS.items():
+            errors = squared_error(denoiser.branches, golden["x"], golden["eps"], sigma)
+            expected = golden[f"{mean_type}/{name}/loss_{reference_name}"]
+            near((snr_weight(sigma, loss) * errors).detach(), expected, 1e-11)
 
 
 # ---- sampling ----

@@ -107,7 +107,7 @@ def test_network_outputs(path: Path):
         for x, sigma, i in zip(data["x"], data["sigma"], range(len(data["x"])), strict=True):
             close(net(x, sigma, labels), data["out"][i], atol=atol(sigma))
             if "augment.labels" in data:
-                out = net(x, sigma, labels, data["augment.labels"])
+                out = net(x, sigma, labels, augment_labels=data["augment.labels"])
                 close(out, data["augment.out"][i], atol=atol(sigma))
             if "nolabel.out" in data:
                 close(net(x, sigma), data["nolabel.out"][i], atol=atol(sigma))

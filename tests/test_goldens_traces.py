@@ -135,7 +135,7 @@ def compare_losses(reports: list[IterationReport], info: dict, data: dict) -> No
             close(report.branch_losses, data["loss_branch"][i][intervals], **tolerance)
 
 
-@pytest.mark.parametrize("path", discover("*-trace-*.safetensors"))
+@pytest.mark.parametrize("path", discover("*trace*.safetensors"))
 def test_trace(path: Path, reference_dropout):
     """Teacher, losses, first gradients, and the student at the end."""
     info, data = settings(path), tensors(path)

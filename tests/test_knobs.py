@@ -90,18 +90,14 @@ WRONG = [
     ("lr", 0.0, "must be a number above 0, got 0.0"),
     ("lr", float("nan"), "got nan"),
     ("lr", float("inf"), "got inf"),
-    ("lr", "fast", "got 'fast'"),
     ("lr", False, "got False"),
     ("share", 1.0, "must be a number above 0 and below 1, got 1.0"),
     ("betas", (0.9,), "must be 2 numbers of at least 0 and below 1, got (0.9,)"),
     ("betas", (0.9, 1.0), "got (0.9, 1.0)"),
-    ("betas", 0.9, "got 0.9"),
     ("sides", (8, 0), "must be whole numbers of at least 1, got (8, 0)"),
-    ("sides", (8, 2.0), "got (8, 2.0)"),
     ("metrics", ("fid", "kit"), "must be one of fid, kid, got ('fid', 'kit')"),
     ("optimizer", "adan", "must be one of adam, sgd, got 'adan'; did you mean adam?"),
     ("colour", "green", "must be one of red, blue, got 'green'"),
-    ("colour", 1, "got 1"),
     ("clip", -1, "must be a number above 0, or none, got -1"),
     ("gpus", "all", "must be auto or a number of at least 0, got 'all'"),
     ("gpus", -1, "got -1"),
@@ -188,18 +184,14 @@ def test_options_give_what_the_class_gives():
     ("arguments", "line"),
     [
         (("--steps", "0"), "--steps must be a whole number from 1 to 9, got 0"),
-        (("--steps", "two"), "--steps must be a whole number from 1 to 9, got two"),
         (("--steps", "2.5"), "got 2.5"),
         (("--lr", "nan"), "--lr must be a number above 0, got nan"),
-        (("--lr", ""), "--lr must be a number above 0, got ''"),
         (("--lr", "none"), "--lr must be a number above 0, got none"),
-        (("--clip", "inf"), "--clip must be a number above 0, or none, got inf"),
         (("--betas", "0.1", "x"), "got 0.1 x"),
         (("--betas", "0.1"), "--betas must be 2 numbers of at least 0 and below 1, got 0.1"),
         (("--sides", "8", "0"), "--sides must be whole numbers of at least 1, got 8 0"),
         (("--metrics", "kit"), "--metrics must be one of fid, kid, got kit"),
         (("--optimizer", "sgb"), "one of adam, sgd, got sgb; did you mean sgd?"),
-        (("--colour", "green"), "--colour must be one of red, blue, got green"),
         (("--gpus", "-1"), "--gpus must be auto or a number of at least 0, got -1"),
         (("--rho", "0"), "--rho must be a number above 0, got 0"),
         (("--levels", "karras"), "--levels must be one of polynomial, logsnr, got karras"),
@@ -231,14 +223,6 @@ def test_help_has_range_default_and_heading(monkeypatch):
     assert "--folder" not in text
     assert "--network" not in text
     assert "--low" not in text
-
-
-def test_a_required_option_is_asked_for(capsys):
-    parser = argparse.ArgumentParser(prog="x")
-    add_options(parser, Config)
-    with pytest.raises(SystemExit, match="2"):
-        parser.parse_args([])
-    assert "the following arguments are required: --steps" in capsys.readouterr().err
 
 
 def test_a_knob_without_an_option_is_given_by_the_caller():

@@ -109,24 +109,6 @@ def test_followers_are_as_deterministic_as_the_leader(tmp_path):
     assert (tmp_path / "noted").read_text() == "1 True"
 
 
-def test_a_stage_moves_with_all_its_networks():
-    """A follower starts on its own device; the leader's stage stays where it is."""
-    trajectories = small_trajectories(small_teacher())
-    meta = torch.device("meta")
-    for start in (None, small_teacher(seed=1)):
-        stage = sfd_stage(trajectories, start=start)
-        moved = stage.on(meta)
-        assert (moved.start is moved.trajectories.teacher) == (start is None)
-        for network in (moved.start, moved.trajectories.teacher):
-            assert {p.device.type for p in network.parameters()} == {"meta"}
-        assert {p.device.type for p in stage.start.parameters()} == {"cpu"}
-
-
-def test_shares_of_a_batch_cover_it():
-    shares = [Team(rank, 4).share_of(8) for rank in range(4)]
-    assert [list(range(8))[share] for share in shares] == [[0, 1], [2, 3], [4, 5], [6, 7]]
-
-
 # Processes that end before their time.
 
 

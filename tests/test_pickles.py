@@ -462,6 +462,14 @@ def test_options_that_are_none_are_named(read, training, message):
         read(sfd_pickle(training, StoredTensor(torch.ones(2))))
 
 
+def test_options_that_grow_without_end_are_refused(read):
+    doubled: list = [1]
+    for _ in range(40):
+        doubled = [doubled, doubled]
+    with pytest.raises(CheckpointError, match="more than 10000 options"):
+        read({"ema": Persistent(_init_kwargs={"a": doubled}, _parameters={"w": torch.ones(1)})})
+
+
 def test_options_inside_themselves_are_refused(read):
     loop: dict = {}
     loop["again"] = loop

@@ -2,12 +2,13 @@
 
 import json
 import math
+from typing import get_args
 
 import pytest
 import yaml
 
 from bdense.diffusion.snr_weights import LOSSES
-from bdense.execution import PRECISIONS
+from bdense.execution import Precision
 from bdense.knobs import knobs_of
 from bdense.methods import METHODS
 from bdense.methods.progressive import PDConfig
@@ -321,7 +322,7 @@ def test_a_teachers_recipe_in_the_engines_terms():
 
 def test_words_of_the_spec_are_the_engines():
     """Spelt out in the spec, which a launcher reads without torch."""
-    assert knobs_of(StudySpec)["precision"].choices == PRECISIONS
+    assert knobs_of(StudySpec)["precision"].choices == get_args(Precision)
     assert knobs_of(TeacherTraining)["loss"].choices == LOSSES
 
 

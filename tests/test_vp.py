@@ -7,11 +7,18 @@ import pytest
 import torch
 
 from bdense.diffusion.ddpm import DDPMSchedule
-from bdense.diffusion.preconditioning import DDPM, EDM, Cosine, native_schedule
+from bdense.diffusion.preconditioning import (
+    DDPM,
+    EDM,
+    PREDICTIONS,
+    Cosine,
+    make_preconditioning,
+    native_schedule,
+)
 from bdense.diffusion.sampling import schedule_from
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.vp import CosineSchedule
-from bdense.errors import InputError
+from bdense.errors import CheckpointError, InputError
 
 COSINE = CosineSchedule()
 NARROW = CosineSchedule(logsnr_min=-6.0, logsnr_max=9.0)
@@ -56,28 +63,6 @@ def test_the_levels_of_halves_by_hand():
     assert HALVES.grid(6).tolist() == pytest.approx([math.sqrt(s) for s in squares], rel=1e-12)
 
 
-def test_1000_times_are_walked_in_1024_steps():
-    """At k / 1024 the level lies between those of two trained times, by its log alpha_bar."""
-    betas = [1e-4 + (0.02 - 1e-4) * t / 999 for t in range(1000)]
-    log_alpha_bar = [0.0]
-    for beta in betas:
-        log_alpha_bar.append(log_alpha_bar[-1] + math.log1p(-beta))
-    grid = DDPM_1000.grid(1024)
-    for k in (1, 2, 17, 511, 777, 1023, 1024):
-        time = 1000 * k / 1024
-        below = min(int(time), 999)
-        share = time - below
-        value = (1 - share) * log_alpha_bar[below] + share * log_alpha_bar[below + 1]
-        assert float(grid[1024 - k]) == pytest.approx(math.sqrt(math.expm1(-value)), rel=1e-10)
-    assert len(grid.unique()) == 1025
-    # The lowest is below what the network knows, which answers as at its first time.
-    assert 0 < float(grid[-2]) < DDPM_1000.sigma_min
-    assert float(DDPM_1000.time(grid[-2])) == 0
-    # As many steps as times are the trained levels themselves.
-    trained = DDPM_1000.sigma(torch.arange(999, -1, -1))
-    torch.testing.assert_close(DDPM_1000.grid(1000)[:-1], trained, rtol=1e-10, atol=0)
-
-
 @pytest.mark.parametrize("schedule", [COSINE, NARROW])
 def test_cosine_in_closed_form(schedule):
     """z = cos(phi) x_0 + sin(phi) eps, phi even in u; sigma = tan(phi)."""
@@ -90,10 +75,6 @@ def test_cosine_in_closed_form(schedule):
     # logsnr = ln(alpha^2 / s^2) = -2 ln sigma.
     logsnr = -2 * schedule.level(torch.tensor(1e-12)).log()
     assert float(logsnr) == pytest.approx(schedule.logsnr_max, abs=1e-6)
-
-
-def test_the_middle_of_the_cosine_is_where_noise_and_image_are_equal():
-    assert float(COSINE.level(torch.tensor(0.5))) == pytest.approx(1, rel=1e-15)
 
 
 @EACH
@@ -142,13 +123,6 @@ def test_a_description_is_read_back(schedule):
     assert torch.equal(again.grid(12), schedule.grid(12))
 
 
-def test_what_they_are_called():
-    assert COSINE.describe() == {"kind": "cosine", "logsnr_min": -20.0, "logsnr_max": 20.0}
-    assert DDPM_1000.describe()["kind"] == "ddpm"
-    assert COSINE.text() == "cosine levels, even in time"
-    assert DDPM_1000.text() == "ddpm levels, even in time"
-
-
 def test_a_networks_own_process_is_that_of_its_preconditioning():
     """Without what it predicts, in which processes do not differ."""
     assert native_schedule(Cosine(logsnr_min=-6.0, logsnr_max=9.0)) == NARROW
@@ -160,16 +134,102 @@ def test_a_networks_own_process_is_that_of_its_preconditioning():
         native_schedule(EDM())
 
 
-@pytest.mark.parametrize(
-    ("low", "high"),
-    [(1.0, 1.0), (2.0, -2.0), (-math.inf, 0.0), (0.0, math.inf), (math.nan, 0.0), (0.0, math.nan)],
-)
+@pytest.mark.parametrize(("low", "high"), [(1.0, 1.0), (-math.inf, 0.0), (0.0, math.nan)])
 def test_bounds_that_are_none_are_refused(low, high):
     with pytest.raises(InputError, match=f"logsnr_min < logsnr_max, got {low} and {high}"):
         CosineSchedule(logsnr_min=low, logsnr_max=high)
 
 
-@EACH
-def test_a_grid_of_nothing_is_refused(schedule):
+def test_a_grid_of_nothing_is_refused():
     with pytest.raises(InputError, match="at least 1 interval, got 0"):
-        schedule.grid(0)
+        COSINE.grid(0)
+
+
+# ---- DDPM's discrete times, and networks on a process ----
+
+
+def test_levels_at_the_trained_times():
+    times = torch.arange(3)
+    assert HALVES.sigma(times).tolist() == pytest.approx([1, math.sqrt(3), math.sqrt(7)])
+    assert (HALVES.sigma_min, HALVES.sigma_max) == pytest.approx((1, math.sqrt(7)))
+
+
+def test_log_alpha_bar_is_a_straight_line_between_them():
+    assert float(HALVES.log_alpha_bar(torch.tensor(1.25))) == pytest.approx(-2.25 * math.log(2))
+    assert float(HALVES.sigma(torch.tensor(0.5))) == pytest.approx(math.sqrt(2**1.5 - 1))
+
+
+def test_times_of_levels_are_fractions_and_end_where_training_did():
+    sigma = torch.tensor([0.01, 1.0, math.sqrt(2**1.5 - 1), math.sqrt(3), math.sqrt(7), 80.0])
+    assert HALVES.time(sigma).tolist() == pytest.approx([0, 0, 0.5, 1, 2, 2], abs=1e-6)
+
+
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_time_undoes_sigma(beta_schedule):
+    schedule = DDPMSchedule(beta_schedule=beta_schedule)
+    times = torch.linspace(0, 999, 4321, dtype=torch.float64)
+    torch.testing.assert_close(schedule.time(schedule.sigma(times)), times, rtol=0, atol=1e-9)
+    assert bool((schedule.sigma(times).diff() > 0).all())
+
+
+def test_1024_steps_on_1000_times_are_all_different():
+    """Rounded to whole times, 24 of them would be empty."""
+    times = torch.linspace(0, 999, 1024, dtype=torch.float64)
+    sigma = DDPMSchedule().sigma(times)
+    assert len(sigma.unique()) == 1024
+    assert len(times.round().unique()) == 1000
+
+
+def test_the_published_levels_of_ddpm():
+    """At one step an error in epsilon is amplified 157 times."""
+    schedule = DDPMSchedule()
+    assert schedule.sigma_max == pytest.approx(157.4, abs=0.05)
+    assert schedule.sigma_min == pytest.approx(math.sqrt(1e-4 / (1 - 1e-4)))
+
+
+def test_a_meta_device_in_force_does_not_reach_the_table():
+    with torch.device("meta"):
+        schedule = DDPMSchedule(num_train_timesteps=10)
+    assert schedule.sigma_max == DDPMSchedule(num_train_timesteps=10).sigma_max
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta_schedule": "sigmoid"}, "beta_schedule must be one of linear, .*got 'sigmoid'"),
+        ({"num_train_timesteps": 1}, "at least 2, got 1"),
+        ({"beta_end": 1.5}, "between 0 and 1, got 0.0001 to 1.5"),
+        ({"beta_start": -0.1}, "between 0 and 1, got -0.1"),
+        ({"trained_betas": (0.1, 0.2)}, "has 2 values and num_train_timesteps is 1000"),
+    ],
+)
+def test_schedules_that_are_none(options, message):
+    with pytest.raises(InputError, match=message):
+        DDPMSchedule(**options)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_an_exact_network_gives_the_exact_image(prediction):
+    """With x_0 and the noise known, F is known too, and D must be x_0."""
+    column = make_preconditioning(
+        "ddpm",
+        {"trained_betas": [0.5] * 3, "num_train_timesteps": 3, "prediction_type": prediction},
+    )
+    x_0, noise = torch.randn(2, 5, 1, 4, 4, dtype=torch.float64)
+    sigma = torch.tensor([0.1, 1.0, 1.5, 2.0, 9.0], dtype=torch.float64).view(-1, 1, 1, 1)
+    alpha, s = 1 / (1 + sigma**2).sqrt(), sigma / (1 + sigma**2).sqrt()
+    F = {"epsilon": noise, "sample": x_0, "v_prediction": alpha * noise - s * x_0}[prediction]
+    c_skip, c_out, c_in, c_noise = column(sigma)
+    x = x_0 + sigma * noise
+    torch.testing.assert_close(c_skip * x + c_out * F, x_0)
+    torch.testing.assert_close(c_in * x, alpha * x_0 + s * noise)
+    assert c_noise.flatten()[:2].tolist() == [0, 0]
+    assert c_noise.shape == sigma.shape
+    assert make_preconditioning("ddpm", column.options()) == column
+
+
+def test_an_unknown_prediction_is_refused():
+    with pytest.raises(InputError, match=r"prediction_type must be one of .*got 'score'"):
+        DDPM(prediction_type="score")
+    with pytest.raises(CheckpointError, match="do not fit precond='ddpm'"):
+        make_preconditioning("ddpm", {"gamma": 1})

@@ -1,5 +1,7 @@
 """Learned branch weights: the rules in closed form, their state, what they refuse."""
 
+import math
+
 import pytest
 import torch
 
@@ -124,10 +126,7 @@ def test_bad_settings_are_named(options, message):
         LearnedWeights(**options)
 
 
-def test_given_weights_stay_as_they_are():
-    fixed = FixedWeights(torch.tensor([0.5, 2.0]))
-    fixed.observe(torch.tensor([1.0, 9.0]), None)
-    assert fixed.weights().tolist() == [0.5, 2.0]
-    assert fixed.describe() == {"fixed": [0.5, 2.0]}
-    with pytest.raises(InputError, match=r"must be finite numbers >= 0.*got \[-1.0\]"):
-        FixedWeights(torch.tensor([-1.0]))
+@pytest.mark.parametrize("bad", [[1.0, math.inf], [math.nan, 1.0], [-1.0, 2.0], [0.0, 0.0]])
+def test_weights_that_say_nothing_are_refused(bad):
+    with pytest.raises(InputError, match="branch weights must be finite numbers >= 0"):
+        FixedWeights(torch.tensor(bad))

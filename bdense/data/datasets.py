@@ -81,22 +81,6 @@ class Dataset:
         """Hex digest of the labels, which ``sha256`` does not cover; empty without labels."""
         return "" if self.labels is None else _sha256(self.labels)
 
-    def one_hot_labels(self, label_dim: int, index: Tensor | None = None) -> Tensor:
-        """Labels as input of a class-conditional network.
-
-        Args:
-            label_dim: Classes of the network, at least those of the set.
-            index: [m] images whose labels are wanted; None for all.
-
-        Returns:
-            [m or n, label_dim] float32.
-
-        Raises:
-            InputError: As ``require_labels``.
-        """
-        labels = self.require_labels(label_dim)
-        return F.one_hot(labels if index is None else labels[index], label_dim).float()
-
     def require_labels(self, label_dim: int) -> Tensor:
         """[n] int64 labels, all below ``label_dim``.
 

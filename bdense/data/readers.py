@@ -25,6 +25,7 @@ from bdense.errors import InputError
 
 # The third byte of an idx file's magic number names its type; image files have this one.
 _IDX_UINT8 = 0x08
+_MAX_CLASSES = 1_000_000  # one-hot labels of more would not fit into memory
 # What Pillow and zipfile are known to raise for damaged, encrypted or oversized files.
 _UNREADABLE = (
     *(EOFError, OSError, RuntimeError, SyntaxError, ValueError, struct.error),
@@ -208,9 +209,9 @@ def _edm_labels(source: str, text: bytes, names: Sequence[str]) -> Tensor | None
         if pairs is None:
             return None
         table = {str(name): _class_number(label) for name, label in pairs}
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(
-            f'{source} is not {{"labels": [[NAME, CLASS], ...]}} with classes 0, 1, ...: '
+            f'{source} is not {{"labels": [[NAME, CLASS], ...]}} with classes 0 to 999999: '
             f"{type(error).__name__}: {error}"
         ) from error
     missing = [name for name in names if name not in table]
@@ -223,8 +224,8 @@ def _edm_labels(source: str, text: bytes, names: Sequence[str]) -> Tensor | None
 
 
 def _class_number(label: Any) -> int:  # noqa: ANN401  whatever JSON holds
-    if not isinstance(label, int) or isinstance(label, bool) or label < 0:
-        raise ValueError(f"the class {json.dumps(label)}")
+    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < _MAX_CLASSES:
+        raise ValueError(f"the class {json.dumps(label):.40}")
     return label
 
 

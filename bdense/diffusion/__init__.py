@@ -21,6 +21,11 @@ SOLVERS: "Registry[type[Solver]]" = Registry(
         "dpm2": f"{_HERE}:DPM2",
         "ipndm": f"{_HERE}:IPNDM",
         "dpmpp": f"{_HERE}:DPMSolverPP",
-        "consistency": "bdense.methods.consistency:MultistepConsistency",
     },
+)
+# These draw noise in each interval: for samplers, not for trajectories.
+STOCHASTIC_SOLVERS: "Registry[type[Solver]]" = Registry(
+    "stochastic solver",
+    "bdense.stochastic_solvers",
+    {"consistency": "bdense.methods.consistency:MultistepConsistency"},
 )

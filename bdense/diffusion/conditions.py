@@ -1,8 +1,7 @@
-"""Conditions: what each image of a batch is told, such as its class.
+"""Conditions of the images of a batch, such as their classes.
 
-A network knows one kind of condition, ``NetworkDenoiser.conditions``. It draws a ``Condition`` for
-a batch, or takes it from a data set; the condition's ``arguments`` go into the network's call.
-B images.
+A network has one kind of condition, ``NetworkDenoiser.conditions``, which draws a ``Condition``
+for a batch or reads it from a data set. Its ``arguments`` go into the network's call. B images.
 """
 
 from collections.abc import Mapping
@@ -18,19 +17,16 @@ from bdense.randomness import Stream, generator
 
 
 class Condition(Protocol):
-    """What B images are told."""
+    """The condition of B images."""
 
     def arguments(self) -> Mapping[str, Tensor]:
         """Keyword arguments of ``NetworkDenoiser.branches``, each with B rows."""
-        ...
 
     def part(self, images: slice) -> Self:
         """The condition of some of the images."""
-        ...
 
     def to(self, like: Tensor) -> Self:
         """On that tensor's device and in its type."""
-        ...
 
 
 class LabelledImages(Protocol):
@@ -38,35 +34,22 @@ class LabelledImages(Protocol):
 
     def require_labels(self, label_dim: int) -> Tensor:
         """[n] int64 classes, all below ``label_dim``."""
-        ...
-
-    def one_hot_labels(self, label_dim: int, index: Tensor | None = None) -> Tensor:
-        """[m or n, label_dim] float32."""
-        ...
 
 
 class Conditions(Protocol):
-    """A kind of condition: how it is drawn, and taken from a data set."""
+    """A kind of condition: how it is drawn or read from a data set."""
 
     def drawn(self, seed: int, iteration: int, count: int) -> Condition:
-        """For training images that come from noise: of (seed, iteration) alone."""
-        ...
+        """For training from noise; depends on (seed, iteration) alone."""
 
     def evaluation(self, seed: int, images: range) -> Condition:
-        """For images that are drawn: image i's depends on (seed, i) alone."""
-        ...
+        """For drawn images; that of image i depends on (seed, i) alone."""
 
     def require(self, dataset: LabelledImages) -> None:
-        """Refuse a data set without this condition.
-
-        Raises:
-            InputError: It says nothing of the kind.
-        """
-        ...
+        """Raise an ``InputError`` for a data set without this condition."""
 
     def of(self, dataset: LabelledImages, index: Tensor) -> Condition:
         """Of the images [B] of a data set."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,7 +74,7 @@ class ClassLabels:
 
 @dataclass(frozen=True, slots=True)
 class Unconditional:
-    """Nothing is told; both a kind of condition and its only member."""
+    """No condition: the kind and its only member."""
 
     def arguments(self) -> Mapping[str, Tensor]:
         return {}
@@ -134,7 +117,7 @@ class Classes:
         dataset.require_labels(self.label_dim)
 
     def of(self, dataset: LabelledImages, index: Tensor) -> ClassLabels:
-        return ClassLabels(dataset.one_hot_labels(self.label_dim, index))
+        return self._labels(dataset.require_labels(self.label_dim)[index])
 
     def _labels(self, index: Tensor) -> ClassLabels:
         return ClassLabels(F.one_hot(index, self.label_dim).float())

@@ -70,7 +70,6 @@ class DDPMSchedule(VPSchedule):
             )
 
     def options(self) -> dict[str, Any]:
-        """The fields as plain values."""
         betas = None if self.trained_betas is None else list(self.trained_betas)
         return {
             _T: self.num_train_timesteps,

@@ -3,7 +3,12 @@
 B batch, K branches, C image channels, H x W pixels, N student intervals.
 """
 
+import contextlib
 import copy
+import functools
+import itertools
+import threading
+from collections.abc import Iterator
 from typing import Any, Protocol, Self
 
 import torch
@@ -35,7 +40,6 @@ class Denoiser(Protocol):
         Returns:
             [B, C, H, W].
         """
-        ...
 
 
 class NetworkDenoiser(nn.Module):
@@ -85,11 +89,7 @@ class NetworkDenoiser(nn.Module):
         return self.model.step_condition
 
     def require_levels(self, schedule: Levels) -> None:
-        """Refuse noise levels that it was not trained for.
-
-        Raises:
-            InputError: The schedule exceeds them.
-        """
+        """Raise an ``InputError`` for noise levels that it was not trained for."""
         trained = self.precond
         if schedule.sigma_min < trained.sigma_min or schedule.sigma_max > trained.sigma_max:
             raise InputError(
@@ -117,9 +117,7 @@ class NetworkDenoiser(nn.Module):
         x: Tensor,
         sigma: Tensor,
         class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-        num_points: int | Tensor | None = None,
-        **told: Tensor,
+        **given: Any,  # noqa: ANN401  of the network
     ) -> Tensor:
         """All K predictions at once.
 
@@ -128,10 +126,7 @@ class NetworkDenoiser(nn.Module):
             sigma: 0-dim or [B].
             class_labels: [B, label_dim] one-hot, only for a conditional network; None is zeros,
                 which EDM's networks take for no class in particular.
-            augment_labels: [B, augment_dim], EDM's augmentation labels.
-            num_points: N + 1 time stamps of the sampler that asks, one number or [B]: needed by
-                a network with step condition, refused by another.
-            told: Arguments of the network's own kind of condition, each with B rows.
+            given: Other conditions of the network by name, as of ``Network.forward``.
 
         Returns:
             [B, K, C, H, W]; index K - 1 is the interval's end point.
@@ -143,9 +138,7 @@ class NetworkDenoiser(nn.Module):
         sigma = sigma.to(device=x.device, dtype=x.dtype).reshape(-1, 1, 1, 1)
         c_skip, c_out, c_in, c_noise = self.precond(sigma)
         with self.execution.autocast(x.device):
-            out = self.model(
-                c_in * x, c_noise.flatten(), class_labels, augment_labels, num_points, **told
-            )
+            out = self.model(c_in * x, c_noise.flatten(), class_labels, **given)
         out = out.to(x.dtype)
         b, c, h, w = x.shape
         # Of each group, only the prediction of the image: improved DDPM's has a variance after it.
@@ -158,12 +151,10 @@ class NetworkDenoiser(nn.Module):
         x: Tensor,
         sigma: Tensor,
         class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-        num_points: int | Tensor | None = None,
-        **told: Tensor,
+        **given: Any,  # noqa: ANN401  of the network
     ) -> Tensor:
         """D(x; sigma) of branch K: [B, C, H, W]; arguments as of ``branches``."""
-        return self.branches(x, sigma, class_labels, augment_labels, num_points, **told)[:, -1]
+        return self.branches(x, sigma, class_labels, **given)[:, -1]
 
     @property
     def conditions(self) -> Conditions:
@@ -171,34 +162,27 @@ class NetworkDenoiser(nn.Module):
         own: Conditions | None = self.model.conditions
         return conditions_for(self.label_dim) if own is None else own
 
-    def given(
-        self,
-        condition: Condition | None = None,
-        num_points: int | None = None,
-    ) -> Denoiser:
+    def given(self, condition: Condition | None = None, num_points: int | None = None) -> Denoiser:
         """D(x; sigma) of branch K with its conditions bound, as solvers and samplers take it.
 
         Args:
-            condition: Of the batches of B images that it will be called with; None tells nothing.
-            num_points: N + 1 of the sampler that asks; told to networks with step condition.
+            condition: Of the B images that it will be called with; None is unconditional.
+            num_points: N + 1 of the sampler; passed on where there is a step condition.
         """
-        told = {} if condition is None else dict(condition.arguments())
-        points = num_points if self.step_condition else None
-
-        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            return self.forward(x, sigma, **told, num_points=points)
-
-        return denoise
+        given: dict[str, Any] = {} if condition is None else dict(condition.arguments())
+        if self.step_condition:
+            given["num_points"] = num_points
+        return functools.partial(self.forward, **given)
 
     def execute(self, execution: Execution) -> Self:
-        """Compute the network so from now on, in place; copies and students do it alike."""
+        """Compute the network this way from now on, in place; copies and students inherit it."""
         execution.require(next(self.parameters()).device)
         execution.prepare(self.model)
         self.execution = execution
         return self
 
     def on(self, device: torch.device) -> Self:
-        """A copy on another device, computed alike."""
+        """A copy on another device, with the same execution."""
         copied = copy.deepcopy(self).to(device)
         if copied.execution != Execution():
             # A copy is not compiled, and tf32 is a setting of each process.
@@ -243,13 +227,19 @@ def build_denoiser(description: dict[str, Any]) -> NetworkDenoiser:
     return NetworkDenoiser(model, column)
 
 
-def fill(denoiser: NetworkDenoiser, tensors: dict[str, Tensor], source: str) -> NetworkDenoiser:
-    """The denoiser with the weights of a file, in eval mode.
+def restore(
+    description: dict[str, Any], tensors: dict[str, Tensor], source: str
+) -> NetworkDenoiser:
+    """The described denoiser with the weights of a file, in eval mode.
+
+    Names and shapes are compared on torch's meta device, before a description can take memory.
 
     Raises:
-        CheckpointError: Names or shapes differ; it says which.
+        CheckpointError: They differ; names which.
     """
-    expected = {name: tuple(value.shape) for name, value in denoiser.state_dict().items()}
+    with torch.device("meta"), _limited_modules(2 * len(tensors) + 100):
+        skeleton = build_denoiser(description)
+    expected = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     if expected != found:
         missing = sorted(expected.keys() - found.keys())[:3]
@@ -259,5 +249,25 @@ def fill(denoiser: NetworkDenoiser, tensors: dict[str, Tensor], source: str) -> 
             f"the weights of {source} do not fit the network they describe: "
             f"missing {missing}, not expected {extra}, of another shape {shapes}"
         )
+    denoiser = build_denoiser(description)
     denoiser.load_state_dict(tensors)
     return denoiser.eval()
+
+
+@contextlib.contextmanager
+def _limited_modules(most: int) -> Iterator[None]:
+    """Stop the construction of a network at more modules than a file's weights could fill."""
+    thread, made = threading.get_ident(), itertools.count(1)
+
+    def count(*_: object) -> None:
+        if threading.get_ident() == thread and next(made) > most:
+            raise CheckpointError(
+                f"the description of the network has more than {most} modules, too many for its "
+                "weights"
+            )
+
+    hook = torch.nn.modules.module.register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()

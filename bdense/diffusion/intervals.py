@@ -45,7 +45,7 @@ class IntervalGrid:
 
     @property
     def num_points(self) -> int:
-        """N + 1, the number that a step-conditional student is told."""
+        """N + 1, the step condition."""
         return self.num_intervals + 1
 
     @property
@@ -75,7 +75,6 @@ class IntervalGrid:
         return self
 
     def describe(self) -> dict[str, Any]:
-        """Plain values; equal descriptions give equal levels."""
         return {
             "levels": [float(t) for t in self.fine()],
             "substeps": self.substeps,
@@ -120,5 +119,4 @@ class VariableGrid:
         return self.grids()[int(torch.randint(len(self.num_intervals), (), generator=draw))]
 
     def describe(self) -> dict[str, Any]:
-        """Plain values; equal descriptions give equal levels."""
         return {"drawn": [grid.describe() for grid in self.grids()]}

@@ -69,7 +69,7 @@ class Sampler:
 
     @property
     def num_points(self) -> int:
-        """N + 1, the number that a step-conditional student is told."""
+        """N + 1, the step condition."""
         return self.num_intervals + 1
 
     def __call__(

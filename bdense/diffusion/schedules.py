@@ -28,19 +28,15 @@ class Levels(Protocol):
 
     def grid(self, num_intervals: int) -> Tensor:
         """[num_intervals + 1] float64, decreasing; that of N K intervals holds that of N."""
-        ...
 
     def start(self, noise: Tensor) -> Tensor:
         """[B, C, H, W] unit noise to the state at the first level."""
-        ...
 
     def describe(self) -> dict[str, Any]:
         """Plain values, which ``bdense.diffusion.sampling.schedule_from`` reads back."""
-        ...
 
     def text(self) -> str:
         """For people."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,8 +76,6 @@ class Schedule:
 
     def fine_grid(self, num_intervals: int, substeps: int) -> Tensor:
         """[N * K + 1] float64: the teacher's grid, whose every K-th entry is the student's."""
-        if substeps < 1:
-            raise InputError(f"substeps (K) must be at least 1, got {substeps}")
         return self.grid(num_intervals * substeps)
 
     def start(self, noise: Tensor) -> Tensor:
@@ -89,11 +83,9 @@ class Schedule:
         return self.grid(1)[0] * noise
 
     def describe(self) -> dict[str, Any]:
-        """The fields."""
         return asdict(self)
 
     def text(self) -> str:
-        """For people."""
         return f"{self.kind} levels from {self.sigma_max:g} to {self.sigma_min:g}"
 
 

@@ -2,8 +2,8 @@
 
 A solver yields the state after each interval of a grid. ``trajectory`` keeps them all, ``solve``
 keeps the last. To add one, write a ``Solver`` and name it in ``bdense.diffusion.SOLVERS`` or in an
-entry point of the group ``bdense.solvers``. Importing this module loads no torch, so that commands
-can list solvers and their options at once.
+entry point of the group ``bdense.solvers``. Stochastic ones have ``STOCHASTIC_SOLVERS`` and the
+group ``bdense.stochastic_solvers``. Importing this module loads no torch.
 
 B batch, C channels, H x W pixels, n intervals; t the level stepped from, t' the level stepped to.
 """
@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from bdense.diffusion import SOLVERS
+from bdense.diffusion import SOLVERS, STOCHASTIC_SOLVERS
 from bdense.errors import InputError
 from bdense.knobs import KnobError, Knobs, knob, knobs_of
 
@@ -48,7 +48,7 @@ class Solver(Knobs, abc.ABC):
     """What every solver promises: a frozen dataclass whose options are knobs.
 
     Attributes:
-        name: In ``bdense.diffusion.SOLVERS``.
+        name: In ``SOLVERS`` or ``STOCHASTIC_SOLVERS`` of ``bdense.diffusion``.
         evaluations: Of the network, in each interval.
         reaches_zero: Whether the last level may be 0.
     """
@@ -58,9 +58,9 @@ class Solver(Knobs, abc.ABC):
     reaches_zero: ClassVar[bool] = False
 
     @property
-    @abc.abstractmethod
     def order(self) -> int:
-        """Halving every step divides the error by 2 ** order."""
+        """Halving every step divides the error by 2 ** order. 1 unless overridden."""
+        return 1
 
     @abc.abstractmethod
     def steps(
@@ -97,11 +97,6 @@ class Euler(Solver):
     name: ClassVar[str] = "euler"
     reaches_zero: ClassVar[bool] = True
 
-    @property
-    def order(self) -> int:
-        """1."""
-        return 1
-
     def steps(
         self, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: StepNoise = no_noise
     ) -> Iterator[Tensor]:
@@ -124,11 +119,6 @@ class DDIM(Solver):
     reaches_zero: ClassVar[bool] = True
 
     clip: bool = knob(False, "clamp predicted images to [-1, 1]")
-
-    @property
-    def order(self) -> int:
-        """1."""
-        return 1
 
     def steps(
         self, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: StepNoise = no_noise
@@ -154,7 +144,6 @@ class Heun(Solver):
 
     @property
     def order(self) -> int:
-        """2."""
         return 2
 
     def steps(
@@ -184,7 +173,6 @@ class DPM2(Solver):
 
     @property
     def order(self) -> int:
-        """2."""
         return 2
 
     def steps(
@@ -417,14 +405,14 @@ def make_solver(name: str, *, order: int | None = None, **options: Any) -> Solve
     """The solver of that name.
 
     Args:
-        name: In ``bdense.diffusion.SOLVERS``.
+        name: In ``SOLVERS`` or ``STOCHASTIC_SOLVERS``.
         order: ``max_order`` of a solver that has it, else its order; None for the highest.
         options: The solver's other knobs. One that is False or None may be given to any solver.
 
     Raises:
         InputError: The name is unknown, or that solver has no such option or order.
     """
-    kind = SOLVERS[name]
+    kind = _solver_class(name)
     known = knobs_of(kind)
     given = {key: value for key, value in options.items() if value not in (None, False)}
     if order is not None and "max_order" in known:
@@ -444,6 +432,10 @@ def make_solver(name: str, *, order: int | None = None, **options: Any) -> Solve
         raise KnobError(f"{name}'s {option}", error.problem) from error
 
 
+def _solver_class(name: str) -> type[Solver]:
+    return (STOCHASTIC_SOLVERS if name in STOCHASTIC_SOLVERS else SOLVERS)[name]
+
+
 def _with_option(name: str) -> str:
     return " or ".join(each for each in SOLVERS if name in knobs_of(SOLVERS[each]))
 
@@ -455,4 +447,4 @@ def solver_from(description: Mapping[str, Any]) -> Solver:
         InputError: No solver is registered under its name, or its options are others.
     """
     options = dict(description)
-    return SOLVERS[options.pop("solver")].read(options, "solver")
+    return _solver_class(options.pop("solver")).read(options, "solver")

@@ -1,7 +1,7 @@
 """The step condition of SFD-v: one student for several numbers of steps (Zhou et al. 2024).
 
-The network is told N + 1, the number of time stamps of the sampler that asks, through layers of
-its own: ``map_step``, ``map_step_layer0``, ``map_step_layer1``, and in each block ``affine_step``.
+The network's input N + 1, the sampler's number of time stamps, has its own layers: ``map_step``,
+``map_step_layer0``, ``map_step_layer1``, and in each block ``affine_step``.
 """
 
 from typing import Literal
@@ -14,7 +14,6 @@ from bdense.networks.layers import UNetBlock
 from bdense.randomness import Stream, seeded
 
 Start = Literal["teacher", "random"]
-STARTS: tuple[Start, ...] = ("teacher", "random")
 
 
 def with_step_condition(
@@ -32,8 +31,6 @@ def with_step_condition(
     Raises:
         InputError: The denoiser has a step condition already, or its network can have none.
     """
-    if start not in STARTS:
-        raise InputError(f"start must be one of {', '.join(STARTS)}, got {start!r}")
     if denoiser.step_condition:
         raise InputError(
             "the denoiser has a step condition already; use it as it is, or start from the "

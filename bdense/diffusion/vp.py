@@ -88,21 +88,17 @@ class CosineSchedule(VPSchedule):
             )
 
     def options(self) -> dict[str, Any]:
-        """The fields as plain values."""
         return {"logsnr_min": self.logsnr_min, "logsnr_max": self.logsnr_max}
 
     def level(self, u: Tensor) -> Tensor:
-        """sigma at times u in (0, 1], float64 of the same shape."""
         b = math.atan(math.exp(-self.logsnr_max / 2))
         a = math.atan(math.exp(-self.logsnr_min / 2)) - b
         return torch.tan(a * u.double() + b)
 
     @property
     def sigma_min(self) -> float:
-        """exp(-logsnr_max / 2)."""
         return math.exp(-self.logsnr_max / 2)
 
     @property
     def sigma_max(self) -> float:
-        """exp(-logsnr_min / 2)."""
         return math.exp(-self.logsnr_min / 2)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bdense import NUMERICS
 from bdense.data.datasets import Dataset
+from bdense.diffusion import ScheduleKind
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
 from bdense.diffusion.sampling import Sampler, samplers_from, served_metadata
 from bdense.diffusion.schedules import Schedule
@@ -28,16 +29,15 @@ from bdense.diffusion.solvers import Solver, StepNoise, make_solver, no_noise, t
 from bdense.errors import InputError
 from bdense.knobs import knob
 from bdense.methods.images import ImageBatch, ImageDraw
-from bdense.methods.method import Inputs, MethodConfig, StagePlan
+from bdense.methods.method import Inputs, Method, MethodConfig, StagePlan
 from bdense.methods.perceptual import LPIPS
 from bdense.models.store import denoiser_sha256
 from bdense.training.optimisation import LRSchedule
-from bdense.training.stage import Branches, Configured
+from bdense.training.stage import Branches, BranchMeans, Configured, WholeIteration
 from bdense.weights.weighting import BranchWeighting
 
 Loss = Literal["pseudo-huber", "l2", "lpips"]
 StepSolver = Literal["heun", "euler", "dpm2", "ipndm"]
-ScheduleKind = Literal["polynomial", "logsnr", "time_uniform"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +96,6 @@ class ConsistencyConfig(MethodConfig):
 
     @property
     def levels(self) -> Schedule:
-        """The noise levels."""
         return Schedule(
             kind=self.schedule, rho=self.rho, sigma_min=self.sigma_min, sigma_max=self.sigma_max
         )
@@ -130,11 +129,6 @@ class MultistepConsistency(Solver):
 
     name: ClassVar[str] = "consistency"
     reaches_zero: ClassVar[bool] = True
-
-    @property
-    def order(self) -> int:
-        """1: a step of a denoiser that is no consistency function is Euler's."""
-        return 1
 
     def steps(
         self, denoise: Denoiser, x: Tensor, sigmas: Tensor, noise: StepNoise = no_noise
@@ -180,17 +174,14 @@ class ConsistencyStage(Configured):
 
     @property
     def num_updates(self) -> int:
-        """Iterations of the loop."""
         return self.config.num_updates
 
     @property
     def num_branches(self) -> int:
-        """K, the teacher's steps in an interval."""
         return self.config.substeps
 
     @property
     def start(self) -> NetworkDenoiser:
-        """The teacher."""
         return self.teacher
 
     @property
@@ -204,7 +195,6 @@ class ConsistencyStage(Configured):
         )
 
     def metadata(self) -> dict[str, Any]:
-        """What the student's file says of it."""
         return served_metadata([self.sampler])
 
     def batch(self, iteration: int, images: slice) -> ImageBatch:
@@ -233,14 +223,13 @@ class ConsistencyStage(Configured):
             targets=consistency_targets(
                 self._target.given(batch.condition), states[1:], levels[1:], config.sigma_min
             ),
-            told=batch.condition.arguments(),
+            given=batch.condition.arguments(),
             config=config,
             perceptual=self._perceptual,
         )
         self._follow(config.decay_at(iteration))
 
     def describe(self, weighting: BranchWeighting) -> dict[str, Any]:
-        """What must agree for a checkpoint to be of the same run."""
         perceptual = {} if self._perceptual is None else {"lpips": self._perceptual.describe()}
         return {
             "numerics": NUMERICS,
@@ -254,22 +243,18 @@ class ConsistencyStage(Configured):
         }
 
     def on(self, device: torch.device) -> "ConsistencyStage":
-        """The same on another device."""
         return replace(self, teacher=self.teacher.on(device))
 
     def begin(self, student: NetworkDenoiser) -> None:
-        """The target starts as the student."""
         self._student = student
         target = student.on(next(student.parameters()).device)
         self._target = target.eval().requires_grad_(False)
 
     def state(self) -> Mapping[str, Tensor]:
-        """The target's weights."""
         assert self._target is not None
         return self._target.state_dict()
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Put the target's weights back."""
         assert self._target is not None
         self._target.load_state_dict(dict(state))
 
@@ -302,7 +287,7 @@ def consistency_targets(target: Denoiser, states: Tensor, levels: Tensor, end: f
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class ConsistencyUpdate:
+class ConsistencyUpdate(WholeIteration):
     """One update for states ``x`` [B, C, H, W] at ``level`` [B, 1, 1, 1]."""
 
     stream: tuple[int, ...]
@@ -310,29 +295,16 @@ class ConsistencyUpdate:
     level: Tensor
     end: float
     targets: Tensor
-    told: Mapping[str, Any]
+    given: Mapping[str, Any]
     config: ConsistencyConfig
     perceptual: LPIPS | None
 
-    @property
-    def where(self) -> Mapping[str, int]:
-        """The whole iteration."""
-        return {}
-
-    def __call__(self, branches: Branches) -> "ConsistencyLosses":
-        """The branches' distances from their targets."""
-        denoised = branches(self.x, self.level.flatten(), **self.told)
+    def __call__(self, branches: Branches) -> BranchMeans:
+        denoised = branches(self.x, self.level.flatten(), **self.given)
         ratio = (self.end / self.level)[:, None]
-        found = towards(denoised, self.x[:, None], ratio)
-        num_branches = found.shape[1]
-        return ConsistencyLosses(
-            torch.stack(
-                [
-                    self._distance(found[:, k], target)
-                    for k, target in enumerate(self.targets[-num_branches:])
-                ]
-            )
-        )
+        found = towards(denoised, self.x[:, None], ratio).unbind(1)
+        pairs = zip(found, self.targets[-len(found) :], strict=True)
+        return BranchMeans(torch.stack([self._distance(*pair) for pair in pairs]))
 
     def _distance(self, found: Tensor, target: Tensor) -> Tensor:
         """0-dim, mean over the batch."""
@@ -340,8 +312,7 @@ class ConsistencyUpdate:
             return self.perceptual(found, target)
         if self.config.loss == "l2":
             return (found - target).square().mean()
-        c = self.config.huber_c
-        return pseudo_huber(found, target, c)
+        return pseudo_huber(found, target, self.config.huber_c)
 
 
 def pseudo_huber(found: Tensor, target: Tensor, c: float | None = None) -> Tensor:
@@ -357,18 +328,7 @@ def pseudo_huber(found: Tensor, target: Tensor, c: float | None = None) -> Tenso
     return ((distance + c * c).sqrt() - c).mean()
 
 
-@dataclass(frozen=True, eq=False)
-class ConsistencyLosses:
-    """[K] distances, mean over the batch."""
-
-    per_branch: Tensor
-
-    def weighted(self, weights: Tensor) -> Tensor:
-        """Their weighted sum."""
-        return (weights.to(self.per_branch) * self.per_branch).sum()
-
-
-class Consistency:
+class Consistency(Method):
     """Consistency distillation: one stage."""
 
     name: ClassVar[str] = "consistency"
@@ -380,38 +340,21 @@ class Consistency:
     def plan(
         self, config: ConsistencyConfig, teacher: NetworkDenoiser | None = None
     ) -> tuple[StagePlan, ...]:
-        """One stage."""
         label, updates = f"{config.nfe} NFE", config.num_updates
         return (StagePlan(name="", label=label, num_updates=updates, nfe=config.nfe),)
 
     def num_branches(self, config: ConsistencyConfig) -> int:
-        """K, the teacher's steps in an interval."""
         return config.substeps
 
     def check(
         self, config: ConsistencyConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]
     ) -> None:
-        """Refuse a teacher that cannot be distilled so.
-
-        Raises:
-            InputError: It was not trained for the levels, or is itself a student.
-        """
         teacher.require_levels(config.levels)
         if samplers_from(known):
             raise InputError(
                 "the teacher is a student, which knows the levels it was distilled for alone; "
                 "give its own teacher"
             )
-
-    def usual(self, known: Mapping[str, Any]) -> dict[str, Any]:
-        """Nothing follows from the teacher's metadata."""
-        return {}
-
-    def teacher_sampler(
-        self, config: ConsistencyConfig, teacher: NetworkDenoiser
-    ) -> Sampler | None:
-        """None: the teacher is not measured beside its student."""
-        return None
 
     def stage(
         self,
@@ -420,23 +363,5 @@ class Consistency:
         config: ConsistencyConfig,
         inputs: Inputs,
     ) -> ConsistencyStage:
-        """The one stage."""
         dataset = inputs.require_dataset(self.name)
         return ConsistencyStage(config=config, teacher=teacher, dataset=dataset, seed=inputs.seed)
-
-    def recording(
-        self, config: ConsistencyConfig, teacher: NetworkDenoiser, inputs: Inputs
-    ) -> None:
-        """Nothing: states start from images and noise drawn for each batch."""
-        return
-
-    def identity(
-        self,
-        config: ConsistencyConfig,
-        teacher: NetworkDenoiser,
-        inputs: Inputs,
-        weighting: BranchWeighting,
-    ) -> dict[str, Any]:
-        """That of the stage."""
-        (plan,) = self.plan(config)
-        return self.stage(plan, teacher, config, inputs).describe(weighting)

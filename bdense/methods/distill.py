@@ -1,5 +1,6 @@
 """Run a method: train its stages one after the other, each student the next stage's teacher."""
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +29,7 @@ class TrainedStage:
         student: One branch, the teacher's size, in eval mode.
         sampler: How it draws.
         weighting: The branch weights as they ended; None where the student was read from its file.
-        metadata: What the student's file says or would say.
+        metadata: Of the student's file.
         path: Its file; None where none is kept.
     """
 
@@ -91,11 +92,7 @@ class _Run:
             teacher = done.student
 
     def require_own(self, path: Path) -> None:
-        """Refuse a student of another run.
-
-        Raises:
-            CheckpointError: It is one; says in what they differ.
-        """
+        """Refuse a student of another run; names the differing keys."""
         if not path.exists():
             return
         stored = load_tensors(path)[1].get("identity", {})
@@ -126,23 +123,15 @@ class _Run:
         """A stage that is trained, resumed from its checkpoint, and kept."""
         weighting = self.weighting() if plan.branched else FixedWeights(torch.ones(1))
 
-        def on_iteration(done: IterationReport) -> None:
-            if self.on_iteration is not None:
-                self.on_iteration(plan, done)
-
-        def on_save(done: int) -> None:
-            if self.on_save is not None:
-                self.on_save(plan, done)
-
         branched = train(
             stage,
             weighting,
             devices=self.devices,
             checkpoint=unfinished,
             checkpoint_seconds=self.checkpoint_seconds,
-            on_iteration=on_iteration,
-            on_save=on_save,
-            evaluations=self.evaluations(stage) if self.evaluations is not None else None,
+            on_iteration=self.on_iteration and functools.partial(self.on_iteration, plan),
+            on_save=self.on_save and functools.partial(self.on_save, plan),
+            evaluations=self.evaluations and self.evaluations(stage),
         )
         student = export_branch(branched)
         metadata = self._metadata(stage, weighting)
@@ -160,7 +149,7 @@ class _Run:
         )
 
     def _metadata(self, stage: Stage, weighting: BranchWeighting) -> dict[str, Any]:
-        """What the student's file says of it."""
+        """Metadata of the student's file."""
         described = weighting.describe()
         return {
             "kind": "student",
@@ -210,7 +199,7 @@ def distill(
             folder; it is left there where no student is kept.
         devices: Devices of this machine that share each batch; the first is the teacher's.
         checkpoint_seconds: As of ``train``.
-        metadata: What else the students' files say.
+        metadata: Additional metadata of the students' files.
         on_iteration: Called with the stage after every iteration; an exception ends the run, as
             of ``train``.
         on_save: Called with the stage and the iterations done, after each save.
@@ -218,7 +207,7 @@ def distill(
 
     Raises:
         InputError: Something does not fit together.
-        CheckpointError: The folder holds students of another run; says in what they differ.
+        CheckpointError: The folder holds students of another run; names the differing keys.
         NonFiniteLossError: A stage diverged; those before it stay.
     """
     method.check(config, teacher, inputs.known)

@@ -22,7 +22,7 @@ class ImageBatch:
         clean: [B, C, H, W] images in [-1, 1].
         noise: [B, C, H, W], unit.
         interval: [B] int64 n in 0..N - 1, counted from the noisy end.
-        condition: What the networks are told of the images, such as their classes.
+        condition: Of the images, such as their classes.
     """
 
     clean: Tensor

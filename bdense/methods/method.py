@@ -23,7 +23,7 @@ from bdense.weights.weighting import BranchWeighting
 if TYPE_CHECKING:
     from bdense.methods.recordings import TrajectoryStore
 
-# A method takes its own config alone, which a protocol of all methods cannot say.
+# Each method takes only its own config, which the base class cannot express.
 AnyConfig: TypeAlias = Any
 
 
@@ -33,9 +33,6 @@ class MethodConfig(OptimisationConfig):
 
     batch: int = knob(128, "images in each iteration", low=1)
     dropout: bool = knob(True, "train with the teacher's own dropout")
-
-    def __post_init__(self) -> None:
-        OptimisationConfig.__post_init__(self)
 
     def as_dict(self) -> dict[str, Any]:
         """The knobs as ``read`` takes them and a file holds them: lists stand for tuples."""
@@ -86,7 +83,7 @@ class Inputs:
         seed: Seed of batches, noise and dropout.
         recordings: Where a method that can record its teacher's trajectories keeps them; None
             computes them anew for each student.
-        known: Metadata of the first teacher's file; a student's says which levels it knows.
+        known: Metadata of the first teacher's file; a student's names its levels.
     """
 
     dataset: Dataset | None = None
@@ -111,11 +108,9 @@ class Stage(Training, Protocol):
     @property
     def sampler(self) -> Sampler:
         """How its student draws images."""
-        ...
 
     def metadata(self) -> dict[str, Any]:
-        """What the student's file says of it, its ``sampler`` among it; JSON-able."""
-        ...
+        """Metadata of the student's file, with its ``sampler``; JSON-able."""
 
 
 class Method(abc.ABC):

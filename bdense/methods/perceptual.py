@@ -1,8 +1,7 @@
 """LPIPS as a loss: how unlike two images look to people (Zhang et al. 2018, arXiv 1801.03924).
 
-piq's, as in SFD's second stage: VGG16 whose maximum pooling is made average pooling. The
-reference feeds images in [-1, 1] to it, where piq and the network's makers say [0, 1]; that is
-what is done here, unless it is asked to do as the reference.
+piq's, as in SFD's second stage: VGG16 with average instead of maximum pooling. Images are scaled
+to [0, 1], as piq and VGG16 expect; ``as_reference`` keeps [-1, 1], as the SFD reference does.
 
 B batch, C channels, H x W pixels.
 """

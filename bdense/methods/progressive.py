@@ -33,7 +33,7 @@ from bdense.methods.method import Inputs, Method, MethodConfig, StagePlan
 from bdense.methods.sfd import levels_of
 from bdense.models.store import denoiser_sha256
 from bdense.training.optimisation import LRSchedule
-from bdense.training.stage import Branches, Configured, ImageLosses, Stateless
+from bdense.training.stage import Branches, Configured, ImageLosses, Stateless, WholeIteration
 from bdense.weights.weighting import BranchWeighting
 
 WeightsSpace = Literal["clean", "state"]
@@ -149,11 +149,7 @@ class PDConfig(MethodConfig):
 
 
 def _require_dividing(first: int, last: int, substeps: int) -> None:
-    """Refuse numbers of steps that do not lead from one to the other.
-
-    Raises:
-        InputError: They do not; names some that would.
-    """
+    """Refuse numbers of steps that do not lead from one to the other, and name some that do."""
     if last >= first:
         raise KnobError("until", f"must be below steps={first}, the teacher's, got {last}")
     reached = [first]
@@ -204,21 +200,17 @@ class PDStage(Configured, Stateless):
 
     @property
     def num_updates(self) -> int:
-        """Of a round."""
         return self.config.updates
 
     @property
     def num_branches(self) -> int:
-        """K, the teacher's steps in one of the student's."""
         return self.substeps
 
     @property
     def sampler(self) -> Sampler:
-        """How the student draws."""
         return pd_sampler(self.levels, self.steps, clip=self.config.clip_samples)
 
     def metadata(self) -> dict[str, Any]:
-        """What the student's file says of it."""
         return served_metadata([self.sampler])
 
     def batch(self, iteration: int, images: slice) -> ImageBatch:
@@ -235,7 +227,6 @@ class PDStage(Configured, Stateless):
         return draw(self.start, iteration, self.steps, images)
 
     def updates(self, iteration: int, batch: ImageBatch) -> Iterator["RoundUpdate"]:
-        """One update."""
         fine = self.levels.grid(self.steps * self.substeps)
         k = torch.arange(self.substeps + 1)[:, None]  # against every image
         # t_{n,0}..t_{n,K} of each image's own interval.
@@ -247,18 +238,17 @@ class PDStage(Configured, Stateless):
             x=x,
             levels=levels,
             targets=dense_targets(denoise, x, levels, clip=self.config.clip_targets),
-            told=batch.condition.arguments(),
+            given=batch.condition.arguments(),
             loss=self.config.loss,
             space=self.config.weights_space,
         )
 
     def describe(self, weighting: BranchWeighting) -> dict[str, Any]:
-        """What must agree for a checkpoint to be of the same run."""
         started = {} if self.start is self.teacher else {"start": denoiser_sha256(self.start)}
         return {**self.describe_run(weighting), "num_steps": self.steps, **started}
 
     def describe_run(self, weighting: BranchWeighting) -> dict[str, Any]:
-        """What must agree for two trainings to be alike, whatever their steps."""
+        """The identity of a run without its numbers of steps."""
         config, described = self.config, weighting.describe()
         added = config.changed()
         weights: Any = described
@@ -305,32 +295,26 @@ class PDStage(Configured, Stateless):
         return {"data": self.dataset.sha256, **drawn, **labels}
 
     def on(self, device: torch.device) -> "PDStage":
-        """The same on another device."""
         teacher = self.teacher.on(device)
         start = teacher if self.start is self.teacher else self.start.on(device)
         return replace(self, teacher=teacher, start=start)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class RoundUpdate:
+class RoundUpdate(WholeIteration):
     """One update of a round, for states ``x`` [B, C, H, W] at the first of ``levels``."""
 
     stream: tuple[int, ...]
     x: Tensor
     levels: Tensor
     targets: Tensor
-    told: Mapping[str, Any]
+    given: Mapping[str, Any]
     loss: Loss
     space: WeightsSpace
 
-    @property
-    def where(self) -> Mapping[str, int]:
-        """The whole iteration."""
-        return {}
-
     def __call__(self, branches: Branches) -> "RoundLosses":
         """The branches' losses, weighted by the noise level."""
-        errors = branch_errors(branches, self.x, self.levels[0], self.targets, **self.told)
+        errors = branch_errors(branches, self.x, self.levels[0], self.targets, **self.given)
         losses = snr_weight(self.levels[0], self.loss).to(errors) * errors
         return RoundLosses(losses, self.levels, self.space)
 
@@ -343,7 +327,6 @@ class RoundLosses(ImageLosses):
     space: WeightsSpace
 
     def image_weights(self, weights: Tensor) -> Tensor:
-        """[K, B]."""
         return image_weights(weights, self.levels, self.space)
 
 
@@ -392,7 +375,7 @@ def target_shares(levels: Tensor) -> list[Tensor]:
     """
     shares = []
     for k in range(1, len(levels)):
-        # r_j / r_k = t_k / t_j, and 1 for j = k, which t_k = 0 would not say.
+        # r_j / r_k = t_k / t_j; 1 for j = k also where t_k = 0.
         ratios = torch.cat([levels[k] / levels[:k], torch.ones_like(levels[:1])])
         shares.append(ratios.diff(dim=0) / (1 - ratios[0]))
     return shares
@@ -403,7 +386,7 @@ def branch_errors(
     x: Tensor,
     sigma: Tensor,
     targets: Tensor,
-    **told: Any,  # noqa: ANN401  of branches
+    **given: Any,  # noqa: ANN401  of branches
 ) -> Tensor:
     """|D^k - D*^k|^2, mean over pixels.
 
@@ -413,12 +396,12 @@ def branch_errors(
         x: [B, C, H, W] states at ``sigma``.
         sigma: [B].
         targets: [K', B, C, H, W], K' >= K; the last K are meant.
-        told: Conditions of a conditional student.
+        given: Conditions of a conditional student.
 
     Returns:
         [K, B].
     """
-    denoised = branches(x, sigma, **told)
+    denoised = branches(x, sigma, **given)
     targets = targets[-denoised.shape[1] :].transpose(0, 1)
     return (denoised - targets).square().mean(dim=(2, 3, 4)).T
 
@@ -490,18 +473,14 @@ def prediction_of(denoiser: NetworkDenoiser) -> str | None:
 
 
 def _require_images(dataset: Dataset, teacher: NetworkDenoiser) -> None:
-    """Refuse a data set of other images or classes than the teacher's.
-
-    Raises:
-        InputError: It is one.
-    """
+    """Refuse a data set of other images or classes than the teacher's."""
     theirs, own = (
         " x ".join(map(str, shape)) for shape in (dataset.images.shape[1:], teacher.image_shape)
     )
     if theirs != own:
         raise InputError(
             f"data {dataset.name} has images of {theirs}, and the teacher is a network for {own}; "
-            "give the data set that it was trained on, padded alike"
+            "give the data set that it was trained on, with the same padding"
         )
     teacher.conditions.require(dataset)
 
@@ -538,16 +517,9 @@ class Progressive(Method):
         return first + tuple(plan(steps) for steps in config.rounds)
 
     def num_branches(self, config: PDConfig) -> int:
-        """K, the teacher's steps in one of the student's."""
         return config.substeps
 
     def check(self, config: PDConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
-        """Refuse a teacher that cannot be distilled so.
-
-        Raises:
-            InputError: It was not trained for the levels, has no process or prediction type that
-                is asked for, computes in float16, or is itself a student of other steps or levels.
-        """
         _require_precision(teacher)
         levels = config.levels(teacher)
         teacher.require_levels(levels)

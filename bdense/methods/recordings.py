@@ -134,7 +134,7 @@ class TrajectoryStore:
             )
 
     def record_shard(self, shard: int, on_iteration: Callable[[int], None] | None = None) -> None:
-        """Compute one shard and write it, unless somebody has meanwhile.
+        """Compute and write one shard, unless it exists by now.
 
         Args:
             shard: 0-based.
@@ -217,21 +217,17 @@ class RecordedTrajectories:
 
     @property
     def grid(self) -> IntervalGrid | VariableGrid:
-        """The grid it was recorded on."""
         return self.store.live.grid
 
     @property
     def batch(self) -> int:
-        """B."""
         return self.store.live.batch
 
     @property
     def teacher(self) -> NetworkDenoiser:
-        """Whose trajectories they are."""
         return self.store.live.teacher
 
     def on(self, device: torch.device) -> "RecordedTrajectories":
-        """The same, with the batches on another device."""
         store = replace(self.store, live=self.store.live.on(device))
         return replace(self, store=store)
 

@@ -27,7 +27,7 @@ from bdense.methods.recordings import TrajectoryStore
 from bdense.methods.trajectories import LiveTrajectories, Trajectories, TrajectoryBatch
 from bdense.models.store import denoiser_sha256
 from bdense.training.optimisation import LRSchedule
-from bdense.training.stage import Branches, Configured, Stateless
+from bdense.training.stage import Branches, BranchMeans, Configured, Stateless
 from bdense.weights.weighting import BranchWeighting
 
 Perceptual = Literal["none", "lpips", "lpips-sfd"]
@@ -148,12 +148,11 @@ class SFDConfig(MethodConfig):
 
     @property
     def num_updates(self) -> int:
-        """Iterations: ceil(images / batch)."""
+        """ceil(images / batch)."""
         return -(-self.images // self.batch)
 
     @property
     def levels(self) -> Schedule:
-        """The noise levels."""
         return Schedule(
             kind=self.schedule, rho=self.rho, sigma_min=self.sigma_min, sigma_max=self.sigma_max
         )
@@ -162,11 +161,8 @@ class SFDConfig(MethodConfig):
     def grid(self) -> IntervalGrid | VariableGrid:
         """The student's intervals and the teacher's sub-steps."""
         intervals = tuple(nfe + self.afs for nfe in self.several_nfe)
-        shared: dict[str, Any] = {
-            "substeps": self.substeps,
-            "afs": self.afs,
-            "schedule": self.levels,
-        }
+        shared: dict[str, Any] = {"substeps": self.substeps, "afs": self.afs}
+        shared["schedule"] = self.levels
         if len(intervals) > 1:
             return VariableGrid(num_intervals=intervals, **shared)
         return IntervalGrid(num_intervals=intervals[0], **shared)
@@ -189,11 +185,9 @@ class PerceptualLoss(Protocol):
 
     def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
         """0-dim distance of [B, C, H, W] images in [-1, 1] from where they ought to be."""
-        ...
 
     def describe(self) -> dict[str, Any]:
         """JSON-able; equal descriptions make equal losses."""
-        ...
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -221,8 +215,8 @@ class SFDStage(Configured, Stateless):
         grid = self.trajectories.grid
         if isinstance(grid, VariableGrid) and not self.start.step_condition:
             raise InputError(
-                f"a student for several numbers of intervals {list(grid.num_intervals)} is told "
-                "which; start it from with_step_condition(teacher, seed=...)"
+                f"a student for several numbers of intervals {list(grid.num_intervals)} needs a "
+                "step condition; start it from with_step_condition(teacher, seed=...)"
             )
         if self.num_updates > len(self.trajectories):
             raise InputError(
@@ -232,17 +226,14 @@ class SFDStage(Configured, Stateless):
 
     @property
     def num_updates(self) -> int:
-        """Iterations: ceil(images / batch)."""
         return -(-self.config.images // self.batch_size)
 
     @property
     def num_branches(self) -> int:
-        """K, the teacher's sub-steps."""
         return self.trajectories.grid.substeps
 
     @property
     def batch_size(self) -> int:
-        """B, trajectories an iteration."""
         return self.trajectories.batch
 
     @property
@@ -251,23 +242,19 @@ class SFDStage(Configured, Stateless):
         return self.config.samplers[0]
 
     def metadata(self) -> dict[str, Any]:
-        """What the student's file says of it."""
         stage = {"stage": 2} if self.config.second_stage else {}
         perceptual = {} if self.perceptual is None else {"perceptual": self.perceptual.describe()}
         return {**stage, **perceptual, **served_metadata(self.config.samplers)}
 
     def batch(self, iteration: int, images: slice) -> TrajectoryBatch:
-        """Some of that iteration's trajectories."""
         return self.trajectories.part(iteration, images)
 
     def updates(self, iteration: int, batch: TrajectoryBatch) -> Iterator["IntervalUpdate"]:
         """An update for each trained interval, on the student's own path."""
         grid = batch.grid
-        x = (
-            first_interval_without_network(batch.start, grid.interval(0))
-            if grid.afs
-            else (batch.start)
-        )
+        x = batch.start
+        if grid.afs:
+            x = first_interval_without_network(x, grid.interval(0))
         points = {"num_points": grid.num_points} if self.start.step_condition else {}
         for row, n in enumerate(grid.trained):
             update = IntervalUpdate(
@@ -276,14 +263,13 @@ class SFDStage(Configured, Stateless):
                 x=x,
                 levels=grid.interval(n),
                 targets=batch.states[row * grid.substeps : (row + 1) * grid.substeps],
-                told={**batch.condition.arguments(), **points},
+                given={**batch.condition.arguments(), **points},
                 perceptual=self.perceptual if n == grid.num_intervals - 1 else None,
             )
             yield update
             x = update.end
 
     def describe(self, weighting: BranchWeighting) -> dict[str, Any]:
-        """What must agree for a checkpoint to be of the same run."""
         config = self.config
         perceptual = {} if self.perceptual is None else {"perceptual": self.perceptual.describe()}
         added = {f"config.{name}": value for name, value in config.changed().items()}
@@ -302,7 +288,6 @@ class SFDStage(Configured, Stateless):
         }
 
     def on(self, device: torch.device) -> "SFDStage":
-        """The same on another device."""
         moved = self.trajectories.on(device)
         same = self.start is self.trajectories.teacher
         start = moved.teacher if same else self.start.on(device)
@@ -318,32 +303,29 @@ class IntervalUpdate:
     x: Tensor
     levels: Tensor
     targets: Tensor
-    told: Mapping[str, Any]
+    given: Mapping[str, Any]
     perceptual: PerceptualLoss | None
     end: Tensor = field(init=False)
 
-    def __call__(self, branches: Branches) -> "SFDLosses":
+    def __call__(self, branches: Branches) -> BranchMeans:
         """The branches' states and losses."""
-        states = branch_states(branches, self.x, self.levels, **self.told)
+        states = branch_states(branches, self.x, self.levels, **self.given)
         self.end = states[:, -1].detach()
         losses = branch_losses(states, self.targets)
         if self.perceptual is None:
-            return SFDLosses(losses)
+            return BranchMeans(losses)
         distance, end, target = self.perceptual, states[:, -1], self.targets[-1]
-        return SFDLosses(losses, lambda: self.x[0].numel() * distance(end, target))
+        return PerceptualLosses(losses, lambda: self.x[0].numel() * distance(end, target))
 
 
 @dataclass(frozen=True, eq=False)
-class SFDLosses:
-    """[K] L1 losses, and what is added to their weighted sum."""
+class PerceptualLosses(BranchMeans):
+    """L1 losses, and what is added to their weighted sum."""
 
-    per_branch: Tensor
-    added: Callable[[], Tensor] | None = None
+    added: Callable[[], Tensor]
 
     def weighted(self, weights: Tensor) -> Tensor:
-        """The weighted sum, and what is added to it."""
-        loss = (weights.to(self.per_branch) * self.per_branch).sum()
-        return loss if self.added is None else loss + self.added()
+        return super().weighted(weights) + self.added()
 
 
 def first_interval_without_network(x: Tensor, levels: Tensor) -> Tensor:
@@ -355,22 +337,22 @@ def branch_states(
     branches: Branches,
     x: Tensor,
     levels: Tensor,
-    **told: Any,  # noqa: ANN401  of branches
+    **given: Any,  # noqa: ANN401  of branches
 ) -> Tensor:
-    """Where each branch says the teacher is: x^k = x + (t_{n,k} - t_n) (x - D^k) / t_n.
+    """Each branch's prediction of the teacher's state: x^k = x + (t_{n,k} - t_n) (x - D^k) / t_n.
 
     Args:
         branches: The student's ``branches``; its K branches stand for t_{n,1}..t_{n,K}, a single
             one for t_{n,K}.
         x: [B, C, H, W] the student's state at t_n.
         levels: [K + 1] float64, t_{n,0} = t_n down to t_{n,K}.
-        told: Conditions, and ``num_points`` N + 1 for a step-conditional student.
+        given: Conditions, and ``num_points`` N + 1 for a step-conditional student.
 
     Returns:
         [B, K, C, H, W]; index -1 is the end of the interval.
     """
     t = levels[0]
-    denoised = branches(x, t, **told)
+    denoised = branches(x, t, **given)
     slopes = (x[:, None] - denoised) / t
     steps = (levels[1:] - t)[-denoised.shape[1] :]
     return x[:, None] + steps.to(x).view(-1, 1, 1, 1) * slopes
@@ -401,22 +383,14 @@ class SFD(Method):
     def plan(
         self, config: SFDConfig, teacher: NetworkDenoiser | None = None
     ) -> tuple[StagePlan, ...]:
-        """One stage."""
         several = config.several_nfe
         label = f"{', '.join(map(str, several))} NFE"
         return (StagePlan(name="", label=label, num_updates=config.num_updates, nfe=several[0]),)
 
     def num_branches(self, config: SFDConfig) -> int:
-        """K, the teacher's sub-steps."""
         return config.substeps
 
     def check(self, config: SFDConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
-        """Refuse a teacher that cannot be distilled so.
-
-        Raises:
-            InputError: It was not trained for the levels, or is itself a student and no
-                ``second_stage`` is asked for, or the other way round.
-        """
         teacher.require_levels(config.levels)
         served = {sampler.num_intervals: sampler for sampler in samplers_from(known)}
         if config.second_stage:
@@ -434,7 +408,6 @@ class SFD(Method):
     def stage(
         self, plan: StagePlan, teacher: NetworkDenoiser, config: SFDConfig, inputs: Inputs
     ) -> SFDStage:
-        """The one stage."""
         store = self.recording(config, teacher, inputs)
         start = teacher
         if len(config.several_nfe) > 1 and not teacher.step_condition:
@@ -494,7 +467,7 @@ def levels_of(known: Mapping[str, Any]) -> dict[str, Any]:
 def _check_second_stage(config: SFDConfig, served: Mapping[int, Sampler]) -> None:
     """A teacher that is a student: on its own grid, by its own steps.
 
-    A student for several NFE is told its number of points, that of the grid it walks.
+    A student for several NFE gets the number of points of the grid it walks.
     """
     if not served:
         raise InputError(

@@ -26,7 +26,7 @@ class TrajectoryBatch:
         grid: The intervals that were walked.
         start: [B, C, H, W] x_T = t_0 * noise, where teacher and student begin.
         states: [R, B, C, H, W] the teacher's states at the trained sub-levels, in walking order.
-        condition: What teacher and student are told of the images, such as their classes.
+        condition: Of the images, such as their classes.
     """
 
     grid: IntervalGrid
@@ -41,37 +41,29 @@ class Trajectories(Protocol):
     @property
     def grid(self) -> IntervalGrid | VariableGrid:
         """The student's intervals and the teacher's sub-steps."""
-        ...
 
     @property
     def batch(self) -> int:
         """B, trajectories an iteration."""
-        ...
 
     def __len__(self) -> int:
         """Iterations it can serve."""
-        ...
 
     def __getitem__(self, iteration: int) -> TrajectoryBatch:
         """The batch of that iteration, on the training device."""
-        ...
 
     def part(self, iteration: int, images: slice) -> TrajectoryBatch:
         """Some images of that batch, as a process of several takes its share."""
-        ...
 
     @property
     def teacher(self) -> NetworkDenoiser:
         """Whose trajectories they are."""
-        ...
 
     def on(self, device: torch.device) -> Self:
         """The same, with the teacher and the batches on another device."""
-        ...
 
     def describe(self) -> dict[str, Any]:
         """What its numbers depend on, JSON-able; equal descriptions serve equal batches."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +101,7 @@ class LiveTrajectories:
         return TrajectoryBatch(grid, start, self._states(grid, start, condition), condition)
 
     def beginning(self, iteration: int, images: slice) -> tuple[IntervalGrid, Tensor, Condition]:
-        """What an iteration starts from: grid, x_T [B, C, H, W] and its condition."""
+        """Start of an iteration: grid, x_T [B, C, H, W] and condition."""
         grid, like = self.grid_at(iteration), next(self.teacher.parameters())
         start = grid.fine()[0] * self.noise(iteration)[images].to(like)
         return grid, start, self.condition(iteration).part(images).to(like)
@@ -128,7 +120,6 @@ class LiveTrajectories:
         return self.teacher.conditions.drawn(self.seed, iteration, self.batch)
 
     def on(self, device: torch.device) -> "LiveTrajectories":
-        """The same, with a copy of the teacher on another device."""
         return replace(self, teacher=self.teacher.on(device))
 
     def _states(self, grid: IntervalGrid, start: Tensor, condition: Condition) -> Tensor:

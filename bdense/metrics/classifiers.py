@@ -75,13 +75,7 @@ class Classifier(nn.Module):
         self.classes = nn.Linear(self.DIM, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features; images smaller than the training images are padded like those.
-
-        Args:
-            images: [B, C, H, W] uint8, H = W, more than half of ``side`` and at most ``side``.
-
-        Returns:
-            [B, 64] float32.
+        """[B, C, H, W] uint8, H = W, side / 2 < H <= side, padded to ``side`` -> [B, 64] float32.
 
         Raises:
             ShapeError: The images are larger, much smaller, or not square.
@@ -102,11 +96,7 @@ class Classifier(nn.Module):
 
 
 def classifier_weights(name: str, cache: Path) -> tuple[Path, dict[str, Any]]:
-    """The weights file and its metadata (``train_accuracy``); trains the classifier if missing.
-
-    Args:
-        name: One of ``RECIPES``.
-        cache: Folder of the file.
+    """The file in ``cache`` of one of ``RECIPES``, trained if missing, and its metadata.
 
     Raises:
         InputError: The data set is missing and cannot be downloaded.

@@ -84,10 +84,10 @@ def features_of(
     batch: int = 256,
     on_image: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Features of all the images: [n, d] float32 on the CPU.
+    """Features of images [n, C, H, W] uint8, C = 1 or 3, n >= 2: [n, d] float32 on the CPU.
 
     Args:
-        images: [n, C, H, W] uint8, C = 1 or 3, n >= 2.
+        images: The images.
         extractor: Feature network.
         batch: Images at a time; affects the result only by rounding.
         on_image: Called with the number of images done.
@@ -129,13 +129,9 @@ def statistics_of(features: Tensor) -> Statistics:
 def dataset_reference(
     dataset: Dataset, extractor: Extractor, *, cache: Path, with_features: bool = False
 ) -> Reference:
-    """A whole data set as reference; cached for its pixels and the extractor's weights.
+    """A whole data set as reference, cached by its pixels and the extractor's weights.
 
-    Args:
-        dataset: The reference set.
-        extractor: Feature network.
-        cache: Folder of cached files.
-        with_features: Whether to load the features too; they are cached in any case.
+    ``with_features`` loads the features too; they are cached in any case.
 
     Raises:
         CheckpointError: A cached file cannot be read.

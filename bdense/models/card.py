@@ -16,16 +16,24 @@ _INHERITED = ("licence", "citation")
 # Metadata of any model that its card repeats.
 _KNOWN = ("source", "url", "citation", "scheduler", "data")
 # Keys of a table of FIDs that always get a column, and the columns' titles.
-_COLUMNS = {
-    "steps": "steps",
-    "nfe": "NFE",
-    "arm": "arm",
-    "fid": "FID",
-    "std_err": "standard error",
-    "n": "n",
-}
-
+_COLUMNS = {"steps": "steps", "nfe": "NFE", "arm": "arm", "fid": "FID"}
+_COLUMNS |= {"std_err": "standard error", "n": "n"}
 _TITLES = {"euler": "Euler", "ddim": "DDIM"}
+_PYTHON = """\
+import bdense
+
+model, metadata = bdense.load_model({name})
+sampler = bdense.samplers_from(metadata)[0]{which}
+images = bdense.draw_images(model, sampler, 64, seed=0)  # uint8 [64, C, H, W]
+bdense.save_grid(images, "samples.png")"""
+_PIPELINE = """\
+import torch
+from diffusers import DDIMPipeline
+
+pipeline = DDIMPipeline.from_pretrained({name})
+images = pipeline(
+    batch_size=64, {settings}, generator=torch.manual_seed(0)
+).images"""
 
 
 def inherited(teacher: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -58,21 +66,14 @@ def folder_card(
     """
     _, *others = (str(sampler.nfe) for sampler in samplers_from(metadata))
     which = f"  # the others: NFE {', '.join(others)}" if others else ""
-    lines = [
-        "import bdense",
-        "",
-        f"model, metadata = bdense.load_model({json.dumps(name)})",
-        f"sampler = bdense.samplers_from(metadata)[0]{which}",
-        "images = bdense.draw_images(model, sampler, 64, seed=0)  # uint8 [64, C, H, W]",
-        'bdense.save_grid(images, "samples.png")',
-    ]
+    python = _PYTHON.format(name=json.dumps(name), which=which)
     return _card(
         name,
         denoiser,
         metadata,
         "## How to sample",
         _fenced("sh", _sample_command(name, metadata)),
-        _fenced("python", *lines),
+        _fenced("python", python),
         *(f"![{Path(picture).stem}]({picture})" for picture in pictures),
         *_fid_section(metadata),
         extra.strip(),
@@ -87,22 +88,14 @@ def pipeline_card(
     ``call`` has the arguments of the pipeline that draw as the student was distilled to.
     """
     settings = ", ".join(f"{key}={value!r}" for key, value in call.items())
-    lines = [
-        "import torch",
-        "from diffusers import DDIMPipeline",
-        "",
-        f"pipeline = DDIMPipeline.from_pretrained({json.dumps(name)})",
-        "images = pipeline(",
-        f"    batch_size=64, {settings}, generator=torch.manual_seed(0)",
-        ").images",
-    ]
+    python = _PIPELINE.format(name=json.dumps(name), settings=settings)
     return _card(
         name,
         denoiser,
         metadata,
         "## How to sample",
-        _fenced("python", *lines),
-        f"It was distilled for `{settings}`; other settings are not what it was measured with.",
+        _fenced("python", python),
+        f"It was distilled for `{settings}`.",
         *_fid_section(metadata),
         library="diffusers",
     )
@@ -153,8 +146,8 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([line(heads), "|" + "---|" * len(heads), *map(line, rows)])
 
 
-def _fenced(language: str, *lines: str) -> str:
-    return "\n".join([f"```{language}", *lines, "```"])
+def _fenced(language: str, text: str) -> str:
+    return f"```{language}\n{text}\n```"
 
 
 def _fid_section(metadata: Mapping[str, Any]) -> list[str]:

@@ -47,8 +47,8 @@ def export_pipeline(
         The files.
 
     Raises:
-        InputError: The folder exists, or no ``DDIMPipeline`` draws what the student does; checked
-            before any work.
+        InputError: The folder exists, or no ``DDIMPipeline`` draws the student's images;
+            checked before any work.
     """
     folder = Path(folder)
     require_new(folder)
@@ -104,7 +104,7 @@ def _require_network(denoiser: NetworkDenoiser) -> DDPM:
 
 
 def _call(sampler: Sampler, precond: DDPM) -> dict[str, Any]:
-    """Arguments of the pipeline that draw as the student's sampler does."""
+    """Arguments of the pipeline for the student's sampler."""
     if not isinstance(sampler.solver, DDIM) or sampler.afs:
         rule = f"{type(sampler.solver).__name__}{' with afs' * sampler.afs}"
         raise InputError(

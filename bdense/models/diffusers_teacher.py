@@ -42,12 +42,11 @@ def read_diffusers(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]
 
     Returns:
         The denoiser, and metadata: ``source``, ``class`` of the model, ``scheduler``; ``licence``
-        if its README.md names one; ``clip_sample`` if the scheduler clips predictions to that
-        range (this project's solvers do not).
+        if its README.md has one; ``clip_sample`` if the scheduler clips predictions to that range
+        (this project's solvers do not).
 
     Raises:
-        CheckpointError: It is not such a folder, holds another model, or a scheduler of unknown
-            noise levels.
+        CheckpointError: It is not such a folder, or its model or scheduler is not supported.
         InputError: diffusers is not installed, or the hub cannot be reached.
     """
     require_diffusers()
@@ -156,7 +155,7 @@ def _from_hub(source: str) -> Path:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{file} does not hold a configuration")

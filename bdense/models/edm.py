@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser, fill
-from bdense.diffusion.preconditioning import IDDPM, PRECONDITIONINGS
+from bdense.diffusion.denoiser import NetworkDenoiser, restore
+from bdense.diffusion.preconditioning import IDDPM, PRECONDITIONINGS, make_preconditioning
 from bdense.diffusion.sampling import Sampler, served_metadata
 from bdense.diffusion.schedules import Schedule
 from bdense.errors import CheckpointError, InputError
@@ -96,17 +96,18 @@ def denoiser_from_edm(foreign: ForeignNetwork) -> NetworkDenoiser:
     others = {"model_type", "use_fp16", "sigma_min", "sigma_max", *columns}
     given = {name: value for name, value in options.items() if name not in others}
     config = EDM_DEFAULTS.get(network, {}) | given
-    denoiser = build_denoiser(
-        {"precond": precond, **columns, "network": network, "config": config}
-    )
-    return fill(denoiser, _without_levels(weights, denoiser), f"the {foreign.class_name}")
+    description = {"precond": precond, **columns, "network": network, "config": config}
+    column = make_preconditioning(precond, columns)
+    if isinstance(column, IDDPM):
+        weights = _without_levels(weights, column)
+    return restore(description, weights, f"the {foreign.class_name}")
 
 
-def _without_levels(weights: dict[str, Tensor], denoiser: NetworkDenoiser) -> dict[str, Tensor]:
+def _without_levels(weights: dict[str, Tensor], column: IDDPM) -> dict[str, Tensor]:
     """The weights without an iDDPM file's noise levels, which we compute."""
-    if not isinstance(denoiser.precond, IDDPM) or "u" not in weights:
+    if "u" not in weights:
         return weights
-    ours, stored = torch.tensor(denoiser.precond.levels()), weights["u"]
+    ours, stored = torch.tensor(column.levels()), weights["u"]
     # The file's levels come from a float32 recursion that loses 3 digits of the lowest ones.
     if ours.shape != stored.shape or not torch.allclose(stored.float(), ours, rtol=0.01):
         raise CheckpointError(

@@ -10,7 +10,8 @@ import io
 import math
 import pickle
 import pickletools
-from collections.abc import Callable
+import reprlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
@@ -28,6 +29,8 @@ _MEMO_OPCODES = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
 # Hashing a key of 100 000 nested tuples overflows the interpreter's stack. EDM's ImageNet network
 # has about 5 000 tuples.
 _MAX_TUPLES = 20_000
+# Lists that hold one another twice and are copied out grow exponentially.
+_MAX_VALUES = 10_000
 _NUMPY_SCALARS = frozenset(
     {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
 )
@@ -253,13 +256,15 @@ class _Reader(pickle.Unpickler):
         meta = _table(meta, "a persistent object")
         if meta.get("type") != "class":
             raise CheckpointError(
-                f"holds a persistent object of type {meta.get('type')!r}, not 'class'"
+                f"holds a persistent object of type {reprlib.repr(meta.get('type'))}, not 'class'"
             )
         source = meta.get("module_src")
         if isinstance(source, str):
             self.sources.add(source.encode("utf-8", "surrogatepass"))
         module = _Module()
-        module.class_name = str(meta.get("class_name"))
+        module.class_name = meta.get("class_name", "")
+        if not isinstance(module.class_name, str):
+            raise CheckpointError("holds a class whose name is not a string")
         module.state = _table(meta.get("state"), f"the state of {module.class_name}")
         return module
 
@@ -334,7 +339,7 @@ def _describe(network: _Module, source_bytes: int) -> ForeignNetwork:
     if network.state.get("_init_args"):
         raise CheckpointError(
             f"{network.class_name} was built with positional arguments, whose names are unknown: "
-            f"{network.state['_init_args']!r}"
+            f"{reprlib.repr(network.state['_init_args'])}"
         )
     state_dict: dict[str, Tensor] = {}
     modules: dict[str, ForeignModule] = {}
@@ -391,15 +396,18 @@ def _collect(
 
 
 def _plain_table(value: object, what: str) -> dict[str, Any]:
-    return {name: _plain(item, name) for name, item in _table(value, what).items()}
+    room = iter(range(_MAX_VALUES))
+    return {name: _plain(item, name, room) for name, item in _table(value, what).items()}
 
 
-def _plain(value: object, name: str) -> object:
-    """``value`` if it consists of numbers, strings, lists and dictionaries."""
+def _plain(value: object, name: str, room: Iterator[int]) -> object:
+    """``value`` if it consists of numbers, strings, lists and dictionaries, as many as fit."""
+    if next(room, None) is None:
+        raise CheckpointError(f"holds more than {_MAX_VALUES} options; no such network does")
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
-        return [_plain(item, name) for item in value]
+        return [_plain(item, name, room) for item in value]
     if isinstance(value, dict):
-        return _plain_table(value, name)
+        return {key: _plain(item, key, room) for key, item in _table(value, name).items()}
     raise CheckpointError(f"the network's argument {name} is a {_kind(value)}, not a plain value")

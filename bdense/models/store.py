@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser, fill
+from bdense.diffusion.denoiser import NetworkDenoiser, restore
 from bdense.diffusion.sampling import samplers_from
-from bdense.errors import CheckpointError, InputError
+from bdense.errors import CheckpointError, InputError, is_out_of_memory
 from bdense.files import atomic_write
 from bdense.models.diffusers_teacher import TORCH_FILES, is_hub_id, read_diffusers
 from bdense.models.edm import load_foreign
@@ -28,7 +27,6 @@ HEADER_KEY = "bdense"
 FORMAT = 1
 # The weights in a folder that ``export_folder`` writes.
 MODEL_FILE = "model.safetensors"
-ADAM_TENSORS = ("step", "exp_avg", "exp_avg_sq")
 # Errors of a disk or its server that may pass; the file may be intact.
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENOMEM, errno.EAGAIN)
 
@@ -84,7 +82,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
     try:
         metadata = json.loads(header[HEADER_KEY])
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         metadata = None
     if not isinstance(metadata, dict) or metadata.pop("format", None) != FORMAT:
         raise CheckpointError(f"this version cannot read the format of {path}; upgrade bdense")
@@ -112,9 +110,8 @@ def load_denoiser(path: Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
     if "architecture" not in metadata:
         raise CheckpointError(f"{path} holds {metadata.get('kind', 'tensors')}, not a denoiser")
     with _header_of(path):
-        denoiser = build_denoiser(metadata.pop("architecture"))
         samplers_from(metadata)
-    return fill(denoiser, tensors, str(path)), metadata
+        return restore(metadata.pop("architecture"), tensors, "the file"), metadata
 
 
 @contextlib.contextmanager
@@ -125,6 +122,8 @@ def _header_of(path: Path) -> Iterator[None]:
     except InputError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except _WRONG as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(
             f"{path} has a damaged header ({error!r}); fetch or make it again"
         ) from error
@@ -143,7 +142,7 @@ def load_model(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
         only if known.
 
     Raises:
-        InputError: It is none of these, or cannot be downloaded or read.
+        InputError: It is something else, or cannot be downloaded or read.
     """
     name, path = str(source), Path(source)
     if name in CHECKPOINTS:
@@ -203,87 +202,3 @@ def denoiser_sha256(denoiser: NetworkDenoiser) -> str:
         flat = value.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def adam_tensors(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Adam's moments and step counts by parameter name, to resume exactly."""
-    return {
-        f"adam.{kind}.{name}": optimizer.state[parameter][kind]
-        for name, parameter in module.named_parameters()
-        if parameter in optimizer.state
-        for kind in ADAM_TENSORS
-    }
-
-
-def restore_adam(
-    module: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
-) -> None:
-    """Restore what ``adam_tensors`` returned."""
-    for name, parameter in module.named_parameters():
-        if f"adam.step.{name}" in tensors:
-            saved = {kind: tensors[f"adam.{kind}.{name}"] for kind in ADAM_TENSORS}
-            step = saved.pop("step").to(device=parameter.device, dtype=torch.float32)
-            # The moments need the parameter's memory layout, which a file does not keep: fused
-            # Adam pairs them by their place in memory.
-            moments = {
-                kind: torch.empty_like(parameter, dtype=torch.float32, requires_grad=False).copy_(
-                    value
-                )
-                for kind, value in saved.items()
-            }
-            optimizer.state[parameter] = {"step": step, **moments}
-
-
-def save_training(
-    path: Path,
-    kind: str,
-    module: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    iteration: int,
-    identity: Mapping[str, Any],
-    extra: Mapping[str, Tensor] = MappingProxyType({}),
-) -> None:
-    """Save the state of a training before ``iteration``.
-
-    Args:
-        path: File to write.
-        kind: Kind of the training.
-        module, optimizer: Weights, and Adam's state if there is one.
-        iteration: The next one, counted from 0.
-        identity: Flat JSON values that must agree when the training resumes.
-        extra: Further state by name, such as learned weights.
-    """
-    tensors = {**module.state_dict(), **adam_tensors(module, optimizer), **extra}
-    save_tensors(path, tensors, {"kind": kind, "iteration": iteration, "identity": dict(identity)})
-
-
-def resume_training(
-    path: Path,
-    kind: str,
-    module: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    identity: Mapping[str, Any],
-) -> tuple[int, dict[str, Tensor]]:
-    """Restore what ``save_training`` saved, if there is such a file.
-
-    Returns:
-        The next iteration, 0 without a file, and all tensors of the file.
-
-    Raises:
-        CheckpointError: The file belongs to another run; names what differs.
-    """
-    if not Path(path).exists():
-        return 0, {}
-    tensors, metadata = load_tensors(path)
-    stored = metadata.get("identity", {})
-    differing = sorted(
-        key for key in stored.keys() | identity.keys() if stored.get(key) != identity.get(key)
-    )
-    if metadata.get("kind") != kind or differing:
-        raise CheckpointError(
-            f"{path} belongs to another run (differs in: {', '.join(differing) or 'kind'}); "
-            "give this run a folder of its own or delete the file"
-        )
-    module.load_state_dict({name: tensors[name] for name in module.state_dict()})
-    restore_adam(module, optimizer, tensors)
-    return int(metadata["iteration"]), tensors

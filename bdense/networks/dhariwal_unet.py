@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bdense.networks.layers import Conv2d, GroupNorm, Init, Linear, PositionalEmbedding, UNetBlock
 from bdense.networks.unet import UNet, UNetConfig
@@ -32,9 +32,6 @@ class DhariwalUNetConfig(UNetConfig):
     num_blocks: int = 3
     attn_resolutions: tuple[int, ...] = (32, 16, 8)
 
-    def __post_init__(self) -> None:
-        UNetConfig.__post_init__(self)  # slots: super() would look for the class before them
-
 
 class DhariwalUNet(UNet):
     """ADM U-Net F(x; c_noise), with EDM's module names; the head is ``out_conv``."""
@@ -43,16 +40,8 @@ class DhariwalUNet(UNet):
     config: DhariwalUNetConfig
     head_name = "out_conv"
 
-    def __init__(
-        self,
-        config: DhariwalUNetConfig,
-        *,
-        num_branches: int = 1,
-        prediction_channels: int | None = None,
-    ) -> None:
-        super().__init__(
-            config, num_branches=num_branches, prediction_channels=prediction_channels
-        )
+    def _build(self) -> None:
+        config = self.config
         emb_channels = config.model_channels * config.channel_mult_emb
         self.map_noise = PositionalEmbedding(config.model_channels)
         self.map_augment = (
@@ -70,80 +59,41 @@ class DhariwalUNet(UNet):
         if config.step_condition:
             embedding = PositionalEmbedding(config.model_channels)
             self._build_step_embedding(embedding, emb_channels, KAIMING)
-        self.enc = nn.ModuleDict()
-        self.dec = nn.ModuleDict()
-        width = self._build(emb_channels)
+        cout = config.model_channels * config.channel_mult[0]
+        width = self._build_levels(Conv2d(config.img_channels, cout, 3, init=KAIMING), cout)
         self.out_norm = GroupNorm(width)
         self.out_conv = Conv2d(width, self.out_channels, 3, init=ZERO)
 
-    def _build(self, emb_channels: int) -> int:
-        """Fill ``enc`` and ``dec``; the channels they end with."""
+    def _block(
+        self, cin: int, cout: int, *, up: bool = False, down: bool = False, attention: bool = False
+    ) -> UNetBlock:
         config = self.config
+        return UNetBlock(
+            cin,
+            cout,
+            config.model_channels * config.channel_mult_emb,
+            up=up,
+            down=down,
+            attention=attention,
+            dropout=config.dropout,
+            step_condition=config.step_condition,
+            init=KAIMING,
+            init_zero=ZERO,
+            init_attention=KAIMING,
+        )
 
-        def block(
-            cin: int, cout: int, *, up: bool = False, down: bool = False, attention: bool = False
-        ) -> UNetBlock:
-            return UNetBlock(
-                cin,
-                cout,
-                emb_channels,
-                up=up,
-                down=down,
-                attention=attention,
-                dropout=config.dropout,
-                step_condition=config.step_condition,
-                init=KAIMING,
-                init_zero=ZERO,
-                init_attention=KAIMING,
-            )
-
-        cout = config.model_channels * config.channel_mult[0]
-        skips = [cout]
-        for level, mult in enumerate(config.channel_mult):
-            side = config.img_resolution >> level
-            if level == 0:
-                self.enc[f"{side}x{side}_conv"] = Conv2d(
-                    config.img_channels, cout, 3, init=KAIMING
-                )
-            else:
-                self.enc[f"{side}x{side}_down"] = block(cout, cout, down=True)
-                skips.append(cout)
-            for index in range(config.num_blocks):
-                cin, cout = cout, config.model_channels * mult
-                attention = side in config.attn_resolutions
-                self.enc[f"{side}x{side}_block{index}"] = block(cin, cout, attention=attention)
-                skips.append(cout)
-
-        last = len(config.channel_mult) - 1
-        for level, mult in reversed(list(enumerate(config.channel_mult))):
-            side = config.img_resolution >> level
-            if level == last:
-                self.dec[f"{side}x{side}_in0"] = block(cout, cout, attention=True)
-                self.dec[f"{side}x{side}_in1"] = block(cout, cout)
-            else:
-                self.dec[f"{side}x{side}_up"] = block(cout, cout, up=True)
-            for index in range(config.num_blocks + 1):
-                cin, cout = cout + skips.pop(), config.model_channels * mult
-                attention = side in config.attn_resolutions
-                self.dec[f"{side}x{side}_block{index}"] = block(cin, cout, attention=attention)
-        return cout
-
-    def forward(
-        self,
-        x: Tensor,
-        noise_labels: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-        num_points: int | Tensor | None = None,
-    ) -> Tensor:
-        """F(x; c_noise); see ``Network``."""
-        self._check(x, class_labels, augment_labels, num_points)
-        emb = self._embed(x, noise_labels, class_labels, augment_labels)
-        emb_step = self._embed_step(num_points, x)
+    def _encode(
+        self, x: Tensor, emb: Tensor, emb_step: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
         skips = []
         for module in self.enc.values():
             x = module(x, emb, emb_step) if isinstance(module, UNetBlock) else module(x)
             skips.append(x)
+        return x, skips
+
+    def _decode(
+        self, x: Tensor, skips: list[Tensor], emb: Tensor, emb_step: Tensor | None
+    ) -> Tensor:
         for module in self.dec.values():
             assert isinstance(module, UNetBlock)
             if x.shape[1] != module.in_channels:

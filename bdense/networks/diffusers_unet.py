@@ -78,7 +78,6 @@ class DiffusersUNet(Network):
         return network
 
     def describe(self) -> dict[str, Any]:
-        """As of ``Network``."""
         config = {"img_channels": self.img_channels, "unet": self.options}
         return {"network": "UNet2DModel", "config": config}
 
@@ -115,7 +114,7 @@ class _OneHotEmbedding(nn.Module):
 
 
 def unet_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a ``UNet2DModel`` among what its ``config.json`` says, as plain values.
+    """The options of a ``UNet2DModel`` in its ``config.json``, as plain values.
 
     Raises:
         CheckpointError: It needs more than this project gives a network.

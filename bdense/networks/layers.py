@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bdense.errors import InputError
-
 
 @dataclass(frozen=True, slots=True)
 class Init:
@@ -287,11 +285,6 @@ class UNetBlock(nn.Module):
         Returns:
             [B, out, H', W'].
         """
-        if (emb_step is None) != (self.affine_step is None):
-            raise InputError(
-                f"emb_step is {'missing' if emb_step is None else 'given'} and the block was "
-                f"built with step_condition={self.affine_step is not None}"
-            )
         shortcut = x if self.skip is None else self.skip(x)
         x = self.conv0(F.silu(self.norm0(x)))
         modulation = self.affine(emb)[:, :, None, None].to(x.dtype)

@@ -102,7 +102,7 @@ class Network(nn.Module, abc.ABC):
 
         Raises:
             InputError: K is below 1, or the network has branches already.
-            ShapeError: The head is not as ``head_layout`` says.
+            ShapeError: The head does not match ``head_layout``.
         """
         if num_branches < 1:
             raise InputError(f"num_branches (K) must be at least 1, got {num_branches}")

@@ -88,20 +88,11 @@ class SongUNet(UNet):
     config_class = SongUNetConfig
     config: SongUNetConfig
 
-    def __init__(
-        self,
-        config: SongUNetConfig,
-        *,
-        num_branches: int = 1,
-        prediction_channels: int | None = None,
-    ) -> None:
-        super().__init__(
-            config, num_branches=num_branches, prediction_channels=prediction_channels
-        )
+    def _build(self) -> None:
+        config = self.config
         self.head_name = f"dec.{config.img_resolution}x{config.img_resolution}_aux_conv"
         noise_channels = config.model_channels * config.channel_mult_noise
         emb_channels = config.model_channels * config.channel_mult_emb
-        # The order of construction is the order of the draws: a seed means the same network.
         self.map_noise: nn.Module = (
             FourierEmbedding(noise_channels)
             if config.embedding_type == "fourier"
@@ -116,9 +107,8 @@ class SongUNet(UNet):
         if config.step_condition:
             embedding = PositionalEmbedding(noise_channels, endpoint=True)
             self._build_step_embedding(embedding, emb_channels, XAVIER)
-        self.enc = nn.ModuleDict()
-        self.dec = nn.ModuleDict()
-        self._build_decoder(*self._build_encoder())
+        first = Conv2d(config.img_channels, config.model_channels, 3)
+        self._build_levels(first, config.model_channels)
 
     def _block(
         self, cin: int, cout: int, *, up: bool = False, down: bool = False, attention: bool = False
@@ -142,81 +132,40 @@ class SongUNet(UNet):
             init_attention=Init(weight=math.sqrt(0.2)),
         )
 
-    def _build_encoder(self) -> tuple[int, list[int]]:
-        """Fill ``enc``; the channels it ends with, and those of every skip connection."""
-        config = self.config
-        cout, caux = config.model_channels, config.img_channels
-        skips = [cout]
-        for level, mult in enumerate(config.channel_mult):
-            side = config.img_resolution >> level
-            if level == 0:
-                self.enc[f"{side}x{side}_conv"] = Conv2d(config.img_channels, cout, 3)
-            else:
-                self.enc[f"{side}x{side}_down"] = self._block(cout, cout, down=True)
-                skips.append(cout)
-                self._build_input_path(side, caux, cout)
-                caux = cout if config.encoder_type == "residual" else caux
-            for index in range(config.num_blocks):
-                cin, cout = cout, config.model_channels * mult
-                attention = side in config.attn_resolutions
-                self.enc[f"{side}x{side}_block{index}"] = self._block(
-                    cin, cout, attention=attention
-                )
-                skips.append(cout)
-        return cout, skips
+    def _attends(self, side: int, index: int) -> bool:
+        return index == self.config.num_blocks and super()._attends(side, index)
 
-    def _build_input_path(self, side: int, caux: int, cout: int) -> None:
-        """What shows the encoder's level the halved input image, ``caux`` channels wide."""
-        taps = self.config.resample_filter
-        if self.config.encoder_type == "skip":
+    def _after_down(self, side: int, cout: int) -> None:
+        """What shows the encoder's level the halved input image."""
+        config, taps = self.config, self.config.resample_filter
+        caux = config.img_channels
+        if config.encoder_type == "skip":
             self.enc[f"{side}x{side}_aux_down"] = Conv2d(
                 caux, caux, 0, down=True, resample_filter=taps
             )
             self.enc[f"{side}x{side}_aux_skip"] = Conv2d(caux, cout, 1)
-        elif self.config.encoder_type == "residual":
+        elif config.encoder_type == "residual":
+            above = f"{2 * side}x{2 * side}_aux_residual"
+            if above in self.enc:
+                shown = self.enc[above]
+                assert isinstance(shown, Conv2d)
+                caux = shown.out_channels
             self.enc[f"{side}x{side}_aux_residual"] = Conv2d(
                 caux, cout, 3, down=True, resample_filter=taps, convolve_first=True
             )
 
-    def _build_decoder(self, cout: int, skips: list[int]) -> None:
+    def _after_level(self, level: int, side: int, cout: int) -> None:
+        """The image of this level; with a standard decoder, of the last one alone."""
         config, group = self.config, self.prediction_channels
-        last = len(config.channel_mult) - 1
-        for level, mult in reversed(list(enumerate(config.channel_mult))):
-            side = config.img_resolution >> level
-            if level == last:
-                self.dec[f"{side}x{side}_in0"] = self._block(cout, cout, attention=True)
-                self.dec[f"{side}x{side}_in1"] = self._block(cout, cout)
-            else:
-                self.dec[f"{side}x{side}_up"] = self._block(cout, cout, up=True)
-            for index in range(config.num_blocks + 1):
-                cin, cout = cout + skips.pop(), config.model_channels * mult
-                attention = index == config.num_blocks and side in config.attn_resolutions
-                self.dec[f"{side}x{side}_block{index}"] = self._block(
-                    cin, cout, attention=attention
-                )
-            if level and config.decoder_type == "standard":
-                continue
-            if level < last and config.decoder_type == "skip":
-                self.dec[f"{side}x{side}_aux_up"] = Conv2d(
-                    group, group, 0, up=True, resample_filter=config.resample_filter
-                )
-            width = group if level else self.out_channels
-            self.dec[f"{side}x{side}_aux_norm"] = GroupNorm(cout, eps=1e-6)
-            self.dec[f"{side}x{side}_aux_conv"] = Conv2d(cout, width, 3, init=NEARLY_ZERO)
-
-    def forward(
-        self,
-        x: Tensor,
-        noise_labels: Tensor,
-        class_labels: Tensor | None = None,
-        augment_labels: Tensor | None = None,
-        num_points: int | Tensor | None = None,
-    ) -> Tensor:
-        """F(x; c_noise); see ``Network``."""
-        self._check(x, class_labels, augment_labels, num_points)
-        emb = self._embed(x, noise_labels, class_labels, augment_labels)
-        emb_step = self._embed_step(num_points, x)
-        return self._decode(*self._encode(x, emb, emb_step), emb, emb_step)
+        if level and config.decoder_type == "standard":
+            return
+        if level < len(config.channel_mult) - 1 and config.decoder_type == "skip":
+            self.dec[f"{side}x{side}_aux_up"] = Conv2d(
+                group, group, 0, up=True, resample_filter=config.resample_filter
+            )
+        width = group if level else self.out_channels
+        self.dec[f"{side}x{side}_aux_norm"] = GroupNorm(cout, eps=1e-6)
+        self.dec[f"{side}x{side}_aux_conv"] = Conv2d(cout, width, 3, init=NEARLY_ZERO)
 
     def _embed(
         self,
@@ -260,7 +209,7 @@ class SongUNet(UNet):
         self, x: Tensor, skips: list[Tensor], emb: Tensor, emb_step: Tensor | None
     ) -> Tensor:
         """[B, out_channels, H, W]."""
-        image: Tensor | None = None  # what the levels so far say, one group wide
+        image: Tensor | None = None  # the sum of the levels so far, one group wide
         for name, module in self.dec.items():
             if isinstance(module, UNetBlock):
                 if x.shape[1] != module.in_channels:

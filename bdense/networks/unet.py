@@ -9,10 +9,10 @@ from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bdense.errors import InputError
-from bdense.networks.layers import Init, Linear, PositionalEmbedding
+from bdense.networks.layers import Init, Linear, PositionalEmbedding, UNetBlock
 from bdense.networks.network import Network, check_inputs, check_labels
 
 
@@ -92,7 +92,7 @@ class UNetConfig:
 
 
 class UNet(Network):
-    """Base of EDM's networks: embeddings are made here, ``enc`` and ``dec`` in the subclass.
+    """Base of EDM's networks.
 
     Args:
         config: Size and options.
@@ -117,6 +117,7 @@ class UNet(Network):
         self.step_condition = config.step_condition
         self.num_branches = num_branches
         self.prediction_channels = prediction_channels or config.img_channels
+        self._build()
 
     @classmethod
     def build(cls, options: Mapping[str, Any], *, num_branches: int, outputs: int) -> Self:
@@ -126,8 +127,64 @@ class UNet(Network):
         return cls(config, num_branches=num_branches, prediction_channels=channels)
 
     def describe(self) -> dict[str, Any]:
-        """As of ``Network``."""
         return {"network": self.config.network, "config": self.config.options()}
+
+    # ---- construction, in EDM's order: a seed means the same network ----
+
+    def _build(self) -> None:
+        """Make all layers."""
+        raise NotImplementedError
+
+    def _block(
+        self, cin: int, cout: int, *, up: bool = False, down: bool = False, attention: bool = False
+    ) -> UNetBlock:
+        """A block with this network's options."""
+        raise NotImplementedError
+
+    def _attends(self, side: int, index: int) -> bool:
+        """Whether that block of the decoder attends."""
+        return side in self.config.attn_resolutions
+
+    def _after_down(self, side: int, cout: int) -> None:
+        """What follows the halving of the encoder's features to that side."""
+
+    def _after_level(self, level: int, side: int, cout: int) -> None:
+        """What follows a level of the decoder."""
+
+    def _build_levels(self, first: nn.Module, cout: int) -> int:
+        """Fill ``enc``, which begins with ``first``, and ``dec``; returns the last channels."""
+        config = self.config
+        self.enc = nn.ModuleDict()
+        self.dec = nn.ModuleDict()
+        skips = [cout]
+        for level, mult in enumerate(config.channel_mult):
+            side = config.img_resolution >> level
+            if level == 0:
+                self.enc[f"{side}x{side}_conv"] = first
+            else:
+                self.enc[f"{side}x{side}_down"] = self._block(cout, cout, down=True)
+                skips.append(cout)
+                self._after_down(side, cout)
+            for index in range(config.num_blocks):
+                cin, cout = cout, config.model_channels * mult
+                attention = side in config.attn_resolutions
+                block = self._block(cin, cout, attention=attention)
+                self.enc[f"{side}x{side}_block{index}"] = block
+                skips.append(cout)
+        last = len(config.channel_mult) - 1
+        for level, mult in reversed(list(enumerate(config.channel_mult))):
+            side = config.img_resolution >> level
+            if level == last:
+                self.dec[f"{side}x{side}_in0"] = self._block(cout, cout, attention=True)
+                self.dec[f"{side}x{side}_in1"] = self._block(cout, cout)
+            else:
+                self.dec[f"{side}x{side}_up"] = self._block(cout, cout, up=True)
+            for index in range(config.num_blocks + 1):
+                cin, cout = cout + skips.pop(), config.model_channels * mult
+                block = self._block(cin, cout, attention=self._attends(side, index))
+                self.dec[f"{side}x{side}_block{index}"] = block
+            self._after_level(level, side, cout)
+        return cout
 
     def _build_step_embedding(
         self, embedding: PositionalEmbedding, emb_channels: int, init: Init
@@ -136,6 +193,45 @@ class UNet(Network):
         self.map_step = embedding
         self.map_step_layer0 = Linear(embedding.num_channels, emb_channels, init=init)
         self.map_step_layer1 = Linear(emb_channels, emb_channels, init=init)
+
+    # ---- a call ----
+
+    def forward(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        num_points: int | Tensor | None = None,
+    ) -> Tensor:
+        """F(x; c_noise); see ``Network``."""
+        check_inputs(self, x, class_labels, num_points)
+        check_labels("augment_labels", augment_labels, self.config.augment_dim, len(x))
+        emb = self._embed(x, noise_labels, class_labels, augment_labels)
+        emb_step = self._embed_step(num_points, x)
+        return self._decode(*self._encode(x, emb, emb_step), emb, emb_step)
+
+    def _embed(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None,
+        augment_labels: Tensor | None,
+    ) -> Tensor:
+        """[B or 1, E] of noise level and labels."""
+        raise NotImplementedError
+
+    def _encode(
+        self, x: Tensor, emb: Tensor, emb_step: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The encoder's last features and all its skip connections."""
+        raise NotImplementedError
+
+    def _decode(
+        self, x: Tensor, skips: list[Tensor], emb: Tensor, emb_step: Tensor | None
+    ) -> Tensor:
+        """[B, out_channels, H, W]."""
+        raise NotImplementedError
 
     def _embed_step(self, num_points: int | Tensor | None, x: Tensor) -> Tensor | None:
         """[1 or B, E], or None for a network without step condition."""
@@ -159,13 +255,3 @@ class UNet(Network):
             shown = torch.rand(len(x), 1, device=x.device) >= self.config.label_dropout
             labels = labels * shown.to(labels)
         return labels
-
-    def _check(
-        self,
-        x: Tensor,
-        class_labels: Tensor | None,
-        augment_labels: Tensor | None,
-        num_points: int | Tensor | None,
-    ) -> None:
-        check_inputs(self, x, class_labels, num_points)
-        check_labels("augment_labels", augment_labels, self.config.augment_dim, len(x))

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,94 +11,117 @@ import torch
 from torch import Tensor, nn
 
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.models.store import resume_training, save_training
+from bdense.errors import CheckpointError
+from bdense.models.store import load_tensors, save_tensors
 from bdense.training.stage import Training
 from bdense.weights.weighting import BranchWeighting
 
 # Prefixes of tensors beside the student's and the optimiser's.
 _WEIGHTING, _AVERAGE, _STAGE = "weighting.", "ema.", "stage."
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
+@dataclass(eq=False, kw_only=True)
 class TrainingCheckpoint:
     """The state of one run in a file.
 
-    Args:
+    Attributes:
         path: The file; None keeps nothing.
-        stage, weighting, student, optimizer, average: What is kept; ``average`` is None where the
-            student's weights are not averaged.
-        identity: What must agree for it to be the same run, JSON-able and flat.
+        average: The average of the student's weights; None without one.
+        identity: What must agree for it to be the same run; JSON-able, flat.
         seconds: A save is due this long after the last.
         writes: Whether this process writes; every process reads.
         on_save: Called after each save with the iterations done.
     """
 
-    def __init__(
-        self,
-        path: Path | None,
-        stage: Training,
-        weighting: BranchWeighting,
-        student: NetworkDenoiser,
-        optimizer: torch.optim.Optimizer,
-        average: nn.Module | None,
-        identity: Mapping[str, Any],
-        *,
-        seconds: float,
-        writes: bool = True,
-        on_save: Callable[[int], None] | None = None,
-    ) -> None:
-        self._path = path
-        self._kind = f"{stage.kind}-training"
-        self._stage = stage
-        self._weighting = weighting
-        self._student = student
-        self._optimizer = optimizer
-        self._average = average
-        # As JSON gives it back, where a tuple is a list.
-        self._identity = json.loads(json.dumps(identity))
-        self._seconds = seconds
-        self._writes = writes
-        self._on_save = on_save
+    path: Path | None
+    stage: Training
+    weighting: BranchWeighting
+    student: NetworkDenoiser
+    optimizer: torch.optim.Optimizer
+    average: nn.Module | None
+    identity: Mapping[str, Any]
+    seconds: float
+    writes: bool
+    on_save: Callable[[int], None] | None
+
+    def __post_init__(self) -> None:
+        # As JSON returns it, where a tuple is a list.
+        self.identity = json.loads(json.dumps(self.identity))
+        self._kind = f"{self.stage.kind}-training"
         self._last = time.monotonic()
 
     @property
     def is_due(self) -> bool:
-        """Whether the last save, or the start, is long ago."""
-        return time.monotonic() - self._last >= self._seconds
+        """Whether it is time for a save."""
+        return time.monotonic() - self._last >= self.seconds
 
     def save(self, done: int) -> None:
-        """Keep the run as it is after so many iterations."""
-        if self._path is None or not self._writes:
+        """Save the run after so many iterations."""
+        if self.path is None or not self.writes:
             return
-        extra = _prefixed(_WEIGHTING, self._weighting.state())
-        extra |= _prefixed(_STAGE, self._stage.state())
-        if self._average is not None:
-            extra |= _prefixed(_AVERAGE, self._average.state_dict())
-        save_training(
-            self._path, self._kind, self._student, self._optimizer, done, self._identity, extra
-        )
+        tensors = self.student.state_dict() | self._adam()
+        tensors |= _prefixed(_WEIGHTING, self.weighting.state())
+        tensors |= _prefixed(_STAGE, self.stage.state())
+        if self.average is not None:
+            tensors |= _prefixed(_AVERAGE, self.average.state_dict())
+        metadata = {"kind": self._kind, "iteration": done, "identity": self.identity}
+        save_tensors(self.path, tensors, metadata)
         self._last = time.monotonic()
-        if self._on_save is not None:
-            self._on_save(done)
+        if self.on_save is not None:
+            self.on_save(done)
 
     def resume(self) -> int:
         """Load a saved run, if there is one, and return the iteration at which it resumes.
 
         Raises:
-            CheckpointError: The file is of another run.
+            CheckpointError: The file belongs to another run.
         """
-        if self._path is None:
+        if self.path is None or not Path(self.path).exists():
             return 0
-        iteration, tensors = resume_training(
-            self._path, self._kind, self._student, self._optimizer, self._identity
-        )
-        if tensors:
-            device = next(self._student.parameters()).device
-            self._weighting.restore(_of(_WEIGHTING, tensors, device))
-            self._stage.restore(_of(_STAGE, tensors, device))
-            if self._average is not None:
-                self._average.load_state_dict(_of(_AVERAGE, tensors, device))
+        tensors, metadata = load_tensors(self.path)
+        stored, own = metadata.get("identity", {}), self.identity
+        differing = sorted(k for k in stored.keys() | own.keys() if stored.get(k) != own.get(k))
+        if metadata.get("kind") != self._kind or differing:
+            raise CheckpointError(
+                f"{self.path} belongs to another run (differs in: "
+                f"{', '.join(differing) or 'kind'}); give this run a folder of its own or delete "
+                "the file"
+            )
+        self.student.load_state_dict({name: tensors[name] for name in self.student.state_dict()})
+        self._restore_adam(tensors)
+        device = next(self.student.parameters()).device
+        self.weighting.restore(_of(_WEIGHTING, tensors, device))
+        self.stage.restore(_of(_STAGE, tensors, device))
+        if self.average is not None:
+            self.average.load_state_dict(_of(_AVERAGE, tensors, device))
         self._last = time.monotonic()
-        return iteration
+        return int(metadata["iteration"])
+
+    def _adam(self) -> dict[str, Tensor]:
+        """Adam's moments and step counts by parameter name."""
+        state = self.optimizer.state
+        return {
+            f"adam.{kind}.{name}": state[parameter][kind]
+            for name, parameter in self.student.named_parameters()
+            if parameter in state
+            for kind in _ADAM
+        }
+
+    def _restore_adam(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.student.named_parameters():
+            if f"adam.step.{name}" not in tensors:
+                continue
+            step, *moments = (tensors[f"adam.{kind}.{name}"] for kind in _ADAM)
+            # The moments need the parameter's memory layout, which a file does not keep: fused
+            # Adam pairs them by their place in memory.
+            like = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
+            first, second = (like.clone().copy_(moment) for moment in moments)
+            self.optimizer.state[parameter] = {
+                "step": step.to(device=parameter.device, dtype=torch.float32),
+                "exp_avg": first,
+                "exp_avg_sq": second,
+            }
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ S updates an iteration, K branches.
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from bdense.errors import InputError, NonFiniteLossError, StoppedError
 from bdense.randomness import Stream, seeded
 from bdense.training.checkpoint import TrainingCheckpoint
 from bdense.training.parallel import Team, team_of
-from bdense.training.stage import BranchLosses, Training, Update
+from bdense.training.stage import Branches, BranchLosses, Training, Update
 from bdense.weights.weighting import BranchWeighting
 
 
@@ -48,20 +49,19 @@ class IterationReport:
 
 @dataclass(frozen=True, slots=True)
 class Evaluations:
-    """Evaluations of the student while it learns; they do not change the training.
+    """Intermediate evaluations of the student; they do not change the training.
 
     Attributes:
-        after: Numbers of iterations, each from 1 to one less than all.
-        evaluate: Called after so many, with that number and branch K as ``export_branch`` makes
-            it, in eval mode: a copy. What it raises ends the run. A run that is resumed just
-            there is evaluated again.
+        after: Iterations after which to evaluate, from 1 to one less than all.
+        evaluate: Called with that number and a copy of branch K in eval mode. Its exceptions end
+            the run. A run resumed at an evaluation repeats it.
     """
 
     after: Collection[int] = ()
     evaluate: Callable[[int, NetworkDenoiser], None] = field(default=lambda *_: None)
 
     def within(self, num_updates: int) -> frozenset[int]:
-        """``after``, of a run of that many iterations.
+        """``after``, checked against the length of the run.
 
         Raises:
             InputError: A number lies outside the run.
@@ -76,7 +76,7 @@ class Evaluations:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Options:
-    """The arguments of ``train`` beside stage and weighting."""
+    """Arguments of ``train`` besides stage and weighting."""
 
     checkpoint: Path | None
     checkpoint_seconds: float = 60.0
@@ -102,25 +102,24 @@ def train(
 
     Args:
         stage: What is learned.
-        weighting: Where the weights w_1..w_K come from; one branch is plain training.
+        weighting: Source of w_1..w_K; one branch is plain training.
         devices: Devices of this machine that share each batch equally; the first is the stage's.
-            The result is that of one device up to rounding and, with dropout, other masks.
-        checkpoint: File to resume from and to save to; None keeps nothing.
-        checkpoint_seconds: Save at the first iteration that ends this long after the last save; at
-            the end in any case.
+            They equal one device up to rounding and dropout masks.
+        checkpoint: File to resume from and save to; None keeps nothing.
+        checkpoint_seconds: Time between saves; the end is always saved.
         on_iteration: Called after every iteration; an exception ends the run, a ``StoppedError``
-            with a save.
+            after a save.
         on_save: Called after each save with the iterations done.
-        evaluations: Evaluations on the way; saved before each.
+        evaluations: Intermediate evaluations; each is saved before.
 
     Returns:
-        The branched student, in eval mode: its average where the stage asks for one.
-        ``export_branch`` makes it the teacher's size.
+        The branched student in eval mode, or the average of its weights if the stage has one.
+        ``export_branch`` takes the teacher's size out of it.
 
     Raises:
         InputError: Branches, weights and devices do not fit the stage.
         NonFiniteLossError: A loss or gradient is not finite; no update was made from it.
-        CheckpointError: The checkpoint is of another run.
+        CheckpointError: The checkpoint belongs to another run.
     """
     options = _Options(
         checkpoint=checkpoint,
@@ -133,7 +132,6 @@ def train(
     if devices is None or len(devices) == 1:
         return _train(Team.alone(), stage, weighting, options)
     Team(0, len(devices)).share_of(stage.batch_size)
-    # The others wait while this process evaluates.
     waits = Evaluations(tuple(options.evaluations.after), _not_here)
     with team_of(devices, _follow, (stage, weighting, checkpoint, waits)) as team:
         return _train(team, stage, weighting, options)
@@ -155,7 +153,7 @@ def _not_here(after: int, student: NetworkDenoiser) -> None:
 def _train(
     team: Team, stage: Training, weighting: BranchWeighting, options: _Options
 ) -> NetworkDenoiser:
-    """The loop, in one process of a team."""
+    """The loop in one process of a team."""
     evaluated = options.evaluations.within(stage.num_updates)
     stage.start.execution.set_products()
     student = widen_head(stage.start, weighting.num_branches).train(stage.dropout)
@@ -164,22 +162,21 @@ def _train(
     average = _Average.of(student, stage)
     trained = average.student if average is not None else student
     checkpoint = TrainingCheckpoint(
-        options.checkpoint,
-        stage,
-        weighting,
-        student,
-        optimizer,
-        average.student if average is not None else None,
-        run_identity(stage, weighting, team),
+        path=options.checkpoint,
+        stage=stage,
+        weighting=weighting,
+        student=student,
+        optimizer=optimizer,
+        average=average.student if average is not None else None,
+        # Each device draws its own dropout.
+        identity=stage.describe(weighting) | ({"devices": team.size} if team.size > 1 else {}),
         seconds=options.checkpoint_seconds,
         writes=team.leads,
         on_save=options.on_save,
     )
     first = checkpoint.resume()
-    step, images = (
-        _Step(stage, weighting, student, optimizer, team),
-        team.share_of(stage.batch_size),
-    )
+    step = _Step(stage, weighting, student, optimizer, team)
+    images = team.share_of(stage.batch_size)
     for iteration in range(first, stage.num_updates):
         if iteration in evaluated:
             evaluate = functools.partial(_evaluate, options.evaluations, iteration, trained)
@@ -192,7 +189,7 @@ def _train(
         if average is not None:
             average.add(student)
         done = iteration + 1
-        # Before the save: a caller that is no longer entitled to the checkpoint ends the run here.
+        # Before the save: a caller that has lost its right to the checkpoint ends the run here.
         try:
             team.miss()
             if options.on_iteration is not None:
@@ -205,19 +202,8 @@ def _train(
     return trained.eval()
 
 
-def run_identity(stage: Training, weighting: BranchWeighting, team: Team) -> dict[str, Any]:
-    """What must agree for a checkpoint to be of the same run."""
-    # Each device draws dropout of its own.
-    shared = {"devices": team.size} if team.size > 1 else {}
-    return stage.describe(weighting) | shared
-
-
 def _require_fitting(stage: Training, weighting: BranchWeighting) -> None:
-    """Refuse weights that the stage cannot use.
-
-    Raises:
-        InputError: It cannot.
-    """
+    """Refuse weights that the stage cannot use."""
     if weighting.num_branches not in (1, stage.num_branches):
         raise InputError(
             f"there are {weighting.num_branches} branch weights, and the stage has "
@@ -225,7 +211,6 @@ def _require_fitting(stage: Training, weighting: BranchWeighting) -> None:
             "for plain training"
         )
     if weighting.needs_gradients and stage.start.execution.compile:
-        # A compiled graph hands out no tensor from its middle that gradients can be asked for.
         raise InputError(
             "weights learned by gradient norms need the input of the network's head, which a "
             "compiled network hides; drop compile, or learn them by the rule uncertainty"
@@ -233,7 +218,6 @@ def _require_fitting(stage: Training, weighting: BranchWeighting) -> None:
 
 
 def _evaluate(evaluations: Evaluations, after: int, student: NetworkDenoiser) -> None:
-    """Of a copy of branch K."""
     evaluations.evaluate(after, export_branch(student).eval())
 
 
@@ -246,7 +230,7 @@ class _Average:
 
     @classmethod
     def of(cls, student: NetworkDenoiser, stage: Training) -> "_Average | None":
-        """A new one, where the stage asks for it."""
+        """A new one, if the stage asks for it."""
         share = stage.optimisation.ema_share(stage.batch_size)
         if share is None:
             return None
@@ -263,10 +247,10 @@ class _Average:
 
 @dataclass(frozen=True, slots=True)
 class _Done:
-    """What one update did: [K] float64 losses and weights, and two numbers."""
+    """What one update did; K losses and weights."""
 
-    losses: Tensor
-    weights: Tensor
+    losses: list[float]
+    weights: list[float]
     loss: float
     gradient_norm: float
 
@@ -276,85 +260,79 @@ def _report(iteration: int, iterations: int, lr: float, steps: Sequence[_Done]) 
         iteration=iteration,
         iterations=iterations,
         lr=lr,
-        branch_losses=torch.stack([step.losses for step in steps]),
-        weights=torch.stack([step.weights for step in steps]),
+        branch_losses=torch.tensor([step.losses for step in steps], dtype=torch.float64),
+        weights=torch.tensor([step.weights for step in steps], dtype=torch.float64),
         loss=sum(step.loss for step in steps) / len(steps),
         gradient_norm=max(step.gradient_norm for step in steps),
     )
 
 
 class _Branches(nn.Module):
-    """``student.branches`` as a module, which a team's gradients flow through."""
+    """``student.branches`` as a module, for DistributedDataParallel."""
 
     def __init__(self, student: NetworkDenoiser) -> None:
         super().__init__()
         self.student = student
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401  those of branches
-        """[B, K, C, H, W]."""
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+        """[B, K, C, H, W]; arguments as of ``branches``."""
         return self.student.branches(*args, **kwargs)
 
 
+@dataclass(eq=False)
 class _Step:
     """One step of the optimiser."""
 
-    def __init__(
-        self,
-        stage: Training,
-        weighting: BranchWeighting,
-        student: NetworkDenoiser,
-        optimizer: torch.optim.Optimizer,
-        team: Team,
-    ) -> None:
-        self._stage = stage
-        self._weighting = weighting
-        self._student = student
-        self._optimizer = optimizer
-        self._team = team
-        self._parameters = list(student.parameters())
-        self._branches = student.branches
-        if team.size > 1:
-            self._branches = team.wrap(_Branches(student))
+    stage: Training
+    weighting: BranchWeighting
+    student: NetworkDenoiser
+    optimizer: torch.optim.Optimizer
+    team: Team
+
+    def __post_init__(self) -> None:
+        self._parameters = list(self.student.parameters())
+        self._branches: Branches = self.student.branches
+        if self.team.size > 1:
+            self._branches = self.team.wrap(_Branches(self.student))
 
     def __call__(self, iteration: int, update: Update) -> _Done:
         """Make the update, unless a loss or gradient is not finite."""
-        optimisation, team = self._stage.optimisation, self._team
+        optimisation, team = self.stage.optimisation, self.team
         with self._shared_features() as shared, self._dropout(update):
             losses = update(self._branches)
         per_branch = losses.per_branch
         seen = team.mean(per_branch.detach())
-        self._weighting.observe(seen, self._gradient_norms(per_branch, shared))
-        weights = optimisation.scaled(self._weighting.weights())
+        self.weighting.observe(seen, self._gradient_norms(per_branch, shared))
+        weights = optimisation.scaled(self.weighting.weights())
         loss = losses.weighted(weights)
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         minimised = team.mean(loss.detach())
-        # The one place where a GPU is waited for.
-        numbers = torch.cat([seen, torch.stack([minimised, norm.to(seen)])]).double().cpu()
-        used = weights.detach().to(seen.dtype).double().cpu()
-        if not bool(numbers.isfinite().all() and used.isfinite().all()):
+        # The only wait for a GPU.
+        *observed, value, length = torch.hstack((seen, minimised, norm.to(seen))).tolist()
+        used = weights.to(seen.dtype).tolist()
+        if not all(map(math.isfinite, (*observed, value, length, *used))):
             raise self._named(update, seen, weights, iteration)
-        value, length = numbers[-2:].tolist()
         optimisation.clip(gradients, length)
-        self._optimizer.step()
-        return _Done(numbers[:-2], used, value, length)
+        self.optimizer.step()
+        return _Done(observed, used, value, length)
 
     def _dropout(self, update: Update) -> contextlib.AbstractContextManager[None]:
-        """The random state that dropout draws from in this update, on every call of it."""
+        """The random state of dropout in this update, the same on every call."""
         device = self._parameters[0].device
-        own = self._team.own_index
-        return seeded(device, self._stage.seed, Stream.DROPOUT, *update.stream, *own)
+        own = self.team.own_index
+        return seeded(device, self.stage.seed, Stream.DROPOUT, *update.stream, *own)
 
     @contextlib.contextmanager
     def _shared_features(self) -> Iterator[list[Tensor]]:
-        """The head's input, which all branches share, once the network has been called."""
+        """The head's input, shared by all branches, once the network has been called."""
         kept: list[Tensor] = []
-        if not self._weighting.needs_gradients:
+        if not self.weighting.needs_gradients:
             yield kept
             return
-        model = self._student.model
+        model = self.student.model
         head = model.get_submodule(model.head_name)
         hook = head.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
         try:
@@ -363,27 +341,27 @@ class _Step:
             hook.remove()
 
     def _gradient_norms(self, losses: Tensor, shared: list[Tensor]) -> Tensor | None:
-        """[K] |d loss_k / d shared|, each by a walk back through the head alone."""
+        """[K] |d loss_k / d shared|, backwards through the head alone."""
         if not shared:
             return None
         norms = [
             torch.autograd.grad(loss, shared[0], retain_graph=True)[0].norm() for loss in losses
         ]
-        # Of the whole batch: the squares add up over the shares, each a mean over its own images.
-        return (self._team.mean(torch.stack(norms).square()) / self._team.size).sqrt()
+        # Over the whole batch: squares add up over the shares, each a mean over its own images.
+        return (self.team.mean(torch.stack(norms).square()) / self.team.size).sqrt()
 
     def _named(
         self, update: Update, seen: Tensor, weights: Tensor, iteration: int
     ) -> NonFiniteLossError:
-        """What is not finite and which branch caused it: each alone, from the same draws."""
+        """What is not finite and by which branch: each is tried alone, with the same draws."""
         where = {"iteration": iteration, **update.where}
         for k, loss in enumerate(seen, 1):
             if not bool(loss.isfinite()):
                 return NonFiniteLossError("the loss", **where, branch=k)
-        # Eagerly: a compiled graph is walked back once, and each branch wants its own.
+        # Eagerly: a compiled graph allows one backward pass, and each branch needs its own.
         with torch.compiler.set_stance("force_eager"), self._dropout(update):
-            losses: BranchLosses = update(self._student.branches)
-            # Weighted, as in the update: a large weight may be what overflows.
+            losses: BranchLosses = update(self.student.branches)
+            # Weighted as in the update: a large weight may cause the overflow.
             for k, loss in enumerate(weights.to(seen) * losses.per_branch, 1):
                 alone = torch.autograd.grad(
                     loss, self._parameters, retain_graph=True, allow_unused=True

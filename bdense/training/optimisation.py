@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from bdense.knobs import KnobError, Knobs, knob
 
 Optimizer = Literal["adam", "adamw", "sgd"]
 LRSchedule = Literal["constant", "linear", "step"]
-OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,15 +25,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bdense.errors import InputError
 
-# After this long without the others in a sum a process gives up. One that ends is missed at once.
+# Timeout of an all-reduce. A process that has ended is noticed at once.
 PATIENCE = timedelta(minutes=10)
-# How often those who wait for another ask whether it is done.
+# Polling interval while waiting for another process.
 _ASK_SECONDS = 0.05
-# Longest from the end of a process to what the leader hears of it; longest to end by itself.
+# Timeouts: of the leader for a follower's error, and of a follower for its own end.
 _TELL_SECONDS, _END_SECONDS = 5.0, 30.0
 _HOST = "127.0.0.1"
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-# What a follower does: its team, its device, and what the leader gave it.
+# A follower's work, given its team, its device and the leader's job.
 Follow = Callable[["Team", torch.device, Any], object]
 
 
@@ -46,10 +46,10 @@ class Team:
     """The processes of one training, seen from one of them.
 
     Attributes:
-        rank: This one, counted from 0.
-        size: How many.
-        store: Of torch, in the leader's process; None where there is no other.
-        miss: Raises what ended another process, in the leader's: sums without it hold nothing.
+        rank: Of this process, from 0; rank 0 leads.
+        size: Number of processes.
+        store: torch's key-value store, in the leader's process; None for a team of one.
+        miss: Re-raises a follower's error in the leader; an all-reduce without it is invalid.
     """
 
     rank: int
@@ -59,17 +59,17 @@ class Team:
 
     @classmethod
     def alone(cls) -> "Team":
-        """A training in this process only."""
+        """A team of this process only."""
         return cls(0, 1)
 
     @property
     def leads(self) -> bool:
-        """Whether this one saves and reports."""
+        """Whether this process saves and reports."""
         return self.rank == 0
 
     @property
     def own_index(self) -> tuple[int, ...]:
-        """What sets this process' dropout apart; nothing where there is one process."""
+        """Index of this process' dropout draws; empty for a team of one."""
         return () if self.size == 1 else (self.rank,)
 
     def share_of(self, batch: int) -> slice:
@@ -86,7 +86,7 @@ class Team:
         return slice(self.rank * share, (self.rank + 1) * share)
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module with its gradients averaged over the team."""
+        """The module, with gradients averaged over the team."""
         if self.size == 1:
             return module
         # EDM's augmentation layer has no part in distillation.
@@ -94,7 +94,7 @@ class Team:
         return DistributedDataParallel(module, find_unused_parameters=unused)
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over the team; the same on all."""
+        """The mean over the team, equal on all processes."""
         if self.size == 1:
             return values
         total = values.clone()
@@ -102,14 +102,11 @@ class Team:
         return total / self.size
 
     def while_others_wait(self, name: str, work: Callable[[], object]) -> None:
-        """The leader's work, however long it takes; the others do none of it.
-
-        They wait in no sum, which ``PATIENCE`` would end. One that dies meanwhile is missed after
-        the work.
+        """Work of the leader alone; the others poll, as ``PATIENCE`` would end an all-reduce.
 
         Args:
-            name: Of the work; another one each time.
-            work: Called by the leader; what it raises, it raises.
+            name: Unique name of this work.
+            work: Called by the leader; its exceptions are raised there.
         """
         if self.leads:
             work()
@@ -122,15 +119,15 @@ class Team:
 
 @contextlib.contextmanager
 def team_of(devices: Sequence[torch.device], follow: Follow, job: object) -> Iterator[Team]:
-    """Lead a team of one process for each device: this one on the first, new ones on the others.
+    """Lead a team with a process for each device: this one for the first, new ones for the others.
 
-    None of them outlives the block, however this process ends, on Linux at least. What one of
-    them raises ends the block here too, with that error; one that dies, with a ``RuntimeError``.
+    No follower outlives the block; on Linux, not even if this process is killed. A follower's
+    error is raised here; if a follower dies, a ``RuntimeError``.
 
     Args:
         devices: All of one kind.
-        follow: A function of a module, run in each new process.
-        job: What it is given; it travels by pickle.
+        follow: A module-level function, run in each new process.
+        job: Its argument; pickled.
 
     Raises:
         InputError: The devices are of different kinds.
@@ -144,7 +141,7 @@ def team_of(devices: Sequence[torch.device], follow: Follow, job: object) -> Ite
         _HOST, 0, len(devices), is_master=True, wait_for_workers=False
     )
     followers = _Followers(devices, store)
-    # Blame is laid before the group is left, which ends the sums that the others wait in.
+    # The failed process is found before the group is left, which breaks the others' all-reduce.
     with followers, contextlib.ExitStack() as group, followers.blamed():
         followers.start(follow, job)
         yield group.enter_context(_joined(store, 0, devices, followers.miss))
@@ -152,10 +149,9 @@ def team_of(devices: Sequence[torch.device], follow: Follow, job: object) -> Ite
 
 
 class _Followers:
-    """The processes of a team beside the leader's, and what the first that fails raised.
+    """The processes of a team beside the leader, and the error of the first that fails.
 
-    A thread watches them: NCCL's sums wait for a process that has ended as for any other, and the
-    leader in them.
+    A thread watches them: NCCL waits for a process that has ended, and the leader with it.
     """
 
     def __init__(
@@ -166,7 +162,7 @@ class _Followers:
         self._devices = tuple(devices)
         self._store = store
         self._processes: list[Any] = []
-        # By the end of a pipe at which each tells how it ended, its rank.
+        # Ranks by the pipe on which each reports how it ended.
         self._ends: dict[Any, int] = {}
         self._watcher = threading.Thread(target=self._watch, name="followers", daemon=True)
         self._lock = threading.Lock()
@@ -187,20 +183,17 @@ class _Followers:
             self._watcher.join()
 
     def start(self, follow: Follow, job: object) -> None:
-        """Start them, and return once each is about to enter the group.
-
-        torch would wait for ``PATIENCE`` there for one that never comes.
-        """
+        """Start them; return once all are about to join, as torch would wait for a missing one."""
         context = torch.multiprocessing.get_context("spawn")
         settings = (torch.get_num_threads(), torch.are_deterministic_algorithms_enabled())
         for rank in range(1, len(self._devices)):
             end, outcome = context.Pipe(duplex=False)
             given = (os.getpid(), outcome, self._store.port, rank, self._devices, *settings)
-            # A daemon: the interpreter does not wait for it where it ends inside the block.
+            # A daemon: the interpreter does not wait for it at exit.
             process = context.Process(target=_follow, args=(*given, follow, job), daemon=True)
             try:
                 process.start()
-            except BrokenPipeError as error:  # it was still being told what to do
+            except BrokenPipeError as error:  # it ended while it received its arguments
                 raise self._died(rank, "ended while it started") from error
             finally:
                 outcome.close()
@@ -216,25 +209,22 @@ class _Followers:
             time.sleep(_ASK_SECONDS)
 
     def miss(self) -> None:
-        """Raise what the first raised that failed."""
+        """Raise the error of the first that failed."""
         if self._failure is not None:
             raise self._failure
 
     def wait(self) -> None:
-        """Until each has done its part; raises as ``miss``."""
+        """Wait until all are done; raises like ``miss``."""
         self._watcher.join()
         self.miss()
 
     @contextlib.contextmanager
     def blamed(self) -> Iterator[None]:
-        """A block that ends by what a follower raised, not by what came of that here.
-
-        A sum without it raises another error, or ends with numbers that make one.
-        """
+        """A block that raises a follower's error in place of what it caused here."""
         try:
             yield
         except Exception as error:
-            # Its connection ends after it told, and is a RuntimeError here.
+            # A closed connection is a RuntimeError here; the follower's report comes before.
             self._failed.wait(_TELL_SECONDS if isinstance(error, RuntimeError) else 0)
             if self._failure is not None and self._failure is not error:
                 raise self._failure from error
@@ -244,17 +234,17 @@ class _Followers:
                 self._over = True
 
     def _watch(self) -> None:
-        """Until one has failed, or all have told that they are done."""
+        """Until one has failed or all are done."""
         while self._ends:
             ready = multiprocessing.connection.wait(list(self._ends))
-            # One that misses another in a sum tells of that later than the other.
+            # The first to fail is the cause; others fail later in an all-reduce without it.
             failures = sorted(filter(None, map(self._told, ready)), key=lambda told: told[0])
             if failures:
                 self._fail(failures[0][1])
                 return
 
     def _told(self, end: Any) -> tuple[float, Exception] | None:  # noqa: ANN401
-        """When a follower failed, and by what."""
+        """When and how a follower failed."""
         rank = self._ends.pop(end)
         try:
             when, error = end.recv()
@@ -279,7 +269,7 @@ class _Followers:
 
     def _fail(self, error: Exception) -> None:
         with self._lock:
-            if self._over:  # it was ended, or has nobody to share with any more
+            if self._over:  # ended on purpose
                 return
             self._failure = error
             self._failed.set()
@@ -287,10 +277,7 @@ class _Followers:
 
 
 def _end_sums() -> None:
-    """Have the sums that this process waits in end, without a result.
-
-    Of NCCL alone: gloo's end by themselves with the connection.
-    """
+    """Abort this process' NCCL operations; gloo's end by themselves with the connection."""
     if dist.is_initialized() and dist.get_backend() == "nccl":
         dist.group.WORLD.abort()  # type: ignore[union-attr]
 
@@ -310,7 +297,7 @@ def _joined(
     if on_gpus:
         torch.cuda.set_device(devices[rank])
     else:
-        # Gloo looks this machine's name up otherwise, which not every machine can.
+        # Otherwise gloo resolves this machine's host name, which may fail.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     first = torch.zeros(1, device=devices[rank])
     store.set(_about_to_join(rank), "")
@@ -322,11 +309,11 @@ def _joined(
         timeout=PATIENCE,
     )
     try:
-        # NCCL connects in its first sum, which cannot be ended: before anything that may fail.
+        # NCCL connects in its first operation, which cannot be aborted: do it before all else.
         dist.all_reduce(first)
         yield Team(rank, len(devices), store, miss)
     except BaseException:
-        # NCCL would wait for the others, who wait in a sum.
+        # NCCL would wait for the others, which wait in an all-reduce.
         with contextlib.suppress(RuntimeError):
             _end_sums()
         raise
@@ -346,7 +333,7 @@ def _follow(
     job: object,
 ) -> None:
     _end_with(leader)
-    # Ctrl-C reaches the whole group; the leader ends its followers.
+    # Ctrl-C reaches the whole process group; the leader ends its followers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.ExitStack() as group, _telling(outcome, devices[rank]):
         torch.set_num_threads(threads)
@@ -356,9 +343,9 @@ def _follow(
 
 
 def _end_with(leader: int) -> None:
-    """Have this process end with the leader's, by whatever that is ended.
+    """End this process when the leader's ends, even if killed.
 
-    The kernel means the thread that started this one, which stays in ``team_of`` for longer.
+    The kernel watches the thread that started this process; it stays in ``team_of`` for longer.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -371,20 +358,20 @@ def _telling(
     outcome: Any,  # noqa: ANN401  a Connection
     device: torch.device,
 ) -> Iterator[None]:
-    """Tell the leader how the block ends, before anybody can miss this process in a sum."""
+    """Report to the leader how the block ends, before an all-reduce fails without this process."""
     try:
         yield
     except Exception as error:  # noqa: BLE001  it is raised in the leader
         outcome.send((time.monotonic(), _portable(error, device)))
         if device.type == "cuda":
-            # The leader ends this process. Where NCCL sees it end first, it ends the leader.
+            # Let the leader end this process: if NCCL sees it end first, it kills the leader.
             time.sleep(_END_SECONDS)
-        os._exit(1)  # to leave the group would be to wait for the others
+        os._exit(1)  # leaving the group would wait for the others
     outcome.send((time.monotonic(), None))
 
 
 def _portable(error: Exception, device: torch.device) -> Exception:
-    """It, or the same words in the nearest of its base classes that travels by pickle."""
+    """The error, or its text in the nearest base class that can be pickled."""
     where = f"on {device}:\n{''.join(traceback.format_exception(error))}"
     for kind in type(error).__mro__:
         with contextlib.suppress(Exception):
@@ -392,4 +379,4 @@ def _portable(error: Exception, device: torch.device) -> Exception:
             found.add_note(where)
             pickle.loads(pickle.dumps(found))  # noqa: S301  bytes of its own
             return found
-    raise AssertionError("an Exception travels")
+    raise AssertionError("Exception can be pickled")

@@ -24,11 +24,9 @@ class BranchLosses(Protocol):
     @property
     def per_branch(self) -> Tensor:
         """[K], differentiable, unweighted, mean over the batch."""
-        ...
 
     def weighted(self, weights: Tensor) -> Tensor:
         """The 0-dim loss to minimise, for weights [K] float64."""
-        ...
 
 
 class Update(Protocol):
@@ -37,16 +35,13 @@ class Update(Protocol):
     @property
     def stream(self) -> tuple[int, ...]:
         """Names the dropout draws of this update among those of the stage's seed."""
-        ...
 
     @property
     def where(self) -> Mapping[str, int]:
         """Where in its iteration an error occurred, such as ``{"interval": 1}``."""
-        ...
 
     def __call__(self, branches: Branches) -> BranchLosses:
         """Call the student once; called again, it computes the same."""
-        ...
 
 
 class Training(Protocol):
@@ -54,74 +49,59 @@ class Training(Protocol):
 
     @property
     def kind(self) -> str:
-        """Which kind of training a checkpoint is of, such as ``sfd``."""
-        ...
+        """The kind of training, for checkpoints: ``sfd``, for example."""
 
     @property
     def num_updates(self) -> int:
         """Iterations of the loop."""
-        ...
 
     @property
     def num_branches(self) -> int:
         """K with dense supervision; every stage can be trained with one branch, too."""
-        ...
 
     @property
     def batch_size(self) -> int:
         """B, images an iteration, over all devices."""
-        ...
 
     @property
     def start(self) -> NetworkDenoiser:
         """What the student starts as: one branch, on the device to train on."""
-        ...
 
     @property
     def seed(self) -> int:
         """Seed of dropout."""
-        ...
 
     @property
     def dropout(self) -> bool:
         """Whether the student trains with the dropout of its network."""
-        ...
 
     @property
     def optimisation(self) -> OptimisationConfig:
         """Optimiser, step size, clipping, averaging."""
-        ...
 
     def batch(self, iteration: int, images: slice) -> Any:  # noqa: ANN401  the stage's own
         """Some images of that iteration's batch; it depends on (seed, iteration) alone."""
-        ...
 
     def updates(self, iteration: int, batch: Any) -> Iterator[Update]:  # noqa: ANN401
         """The updates of one iteration.
 
         Each is called, and the optimiser has made its step, before the next is asked for.
         """
-        ...
 
     def describe(self, weighting: BranchWeighting) -> dict[str, Any]:
-        """What must agree for a checkpoint to be of the same run, JSON-able, one level deep."""
-        ...
+        """What must agree for a checkpoint to belong to the same run; JSON-able, flat."""
 
     def on(self, device: torch.device) -> Self:
-        """The same stage with its networks on another device."""
-        ...
+        """This stage with its networks on another device."""
 
     def begin(self, student: NetworkDenoiser) -> None:
         """Called once with the student, branches and all, before it is trained or resumed."""
-        ...
 
     def state(self) -> Mapping[str, Tensor]:
         """What a checkpoint keeps beside student and optimiser, such as a target network."""
-        ...
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Put back what ``state`` gave."""
-        ...
 
 
 class Configured:
@@ -131,17 +111,14 @@ class Configured:
 
     @property
     def batch_size(self) -> int:
-        """B, images an iteration, over all devices."""
         return int(self.config.batch)
 
     @property
     def dropout(self) -> bool:
-        """Whether the student trains with the dropout of its network."""
         return bool(self.config.dropout)
 
     @property
     def optimisation(self) -> Any:  # noqa: ANN401  the config's own class
-        """The config."""
         return self.config
 
 
@@ -159,6 +136,24 @@ class Stateless:
         """Nothing to put back."""
 
 
+class WholeIteration:
+    """An update that is alone in its iteration."""
+
+    @property
+    def where(self) -> Mapping[str, int]:
+        return {}
+
+
+@dataclass(frozen=True, eq=False)
+class BranchMeans:
+    """[K] losses, each a mean over the batch."""
+
+    per_branch: Tensor
+
+    def weighted(self, weights: Tensor) -> Tensor:
+        return (weights.to(self.per_branch) * self.per_branch).sum()
+
+
 @dataclass(frozen=True, eq=False)
 class ImageLosses:
     """Losses that are means over images.
@@ -171,7 +166,6 @@ class ImageLosses:
 
     @property
     def per_branch(self) -> Tensor:
-        """[K]."""
         return self.per_image.mean(1)
 
     def image_weights(self, weights: Tensor) -> Tensor:

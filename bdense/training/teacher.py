@@ -8,7 +8,7 @@ B batch, C channels, H x W pixels.
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,7 +34,7 @@ from bdense.networks import SongUNet, SongUNetConfig
 from bdense.randomness import Stream, derive_seed, generator
 from bdense.training.loop import IterationReport, train
 from bdense.training.optimisation import OptimisationConfig
-from bdense.training.stage import Branches, ImageLosses, Stateless
+from bdense.training.stage import Branches, ImageLosses, Stateless, WholeIteration
 from bdense.weights.weighting import BranchWeighting, FixedWeights
 
 # Of a network by what it predicts: as the reference for images, else the network's own error.
@@ -127,7 +127,7 @@ class TeacherConfig(Knobs):
 
     @property
     def label_dim(self) -> int:
-        """Classes that the network is told; 0 for an unconditional one."""
+        """Number of classes; 0 is unconditional."""
         return int(self.network.get("label_dim", 0))
 
     @property
@@ -176,22 +176,18 @@ class TeacherStage(Stateless):
 
     @property
     def num_updates(self) -> int:
-        """ceil(images / batch)."""
         return self.config.iterations
 
     @property
     def batch_size(self) -> int:
-        """B."""
         return self.config.batch
 
     @property
     def seed(self) -> int:
-        """Of the config."""
         return self.config.seed
 
     @functools.cached_property
     def optimisation(self) -> OptimisationConfig:
-        """Of the config."""
         return self.config.optimisation
 
     def batch(self, iteration: int, images: slice) -> "NoisyBatch":
@@ -214,17 +210,12 @@ class TeacherStage(Stateless):
         )
 
     def updates(self, iteration: int, batch: "NoisyBatch") -> Iterator["DenoisingUpdate"]:
-        """One update."""
-        yield DenoisingUpdate(
-            stream=(iteration,),
-            batch=batch,
-            loss=self.config.vp_loss,
-            sigma_data=self.start.sigma_data if self.config.vp_loss is None else None,
-        )
+        loss = self.config.vp_loss
+        sigma_data = self.start.sigma_data if loss is None else None
+        yield DenoisingUpdate(stream=(iteration,), batch=batch, loss=loss, sigma_data=sigma_data)
 
     def describe(self, weighting: BranchWeighting) -> dict[str, Any]:
-        """What must agree for a checkpoint to be of the same run."""
-        # Checkpoints from before there was a choice say nothing, and were made in float32.
+        # Checkpoints without it were made in float32.
         precision = self.start.execution.precision
         chosen = {} if precision == "float32" else {"precision": precision}
         return {
@@ -234,7 +225,6 @@ class TeacherStage(Stateless):
         }
 
     def on(self, device: torch.device) -> "TeacherStage":
-        """The same on another device."""
         return replace(self, start=self.start.on(device))
 
 
@@ -246,7 +236,7 @@ class NoisyBatch:
         clean: [B, C, H, W] y in [-1, 1].
         noise: [B, C, H, W], unit.
         sigma: [B] noise levels.
-        condition: What the network is told of the images, such as their classes.
+        condition: Of the images, such as their classes.
     """
 
     clean: Tensor
@@ -256,7 +246,7 @@ class NoisyBatch:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class DenoisingUpdate:
+class DenoisingUpdate(WholeIteration):
     """One update: lambda(sigma) |D(y + n; sigma) - y|^2.
 
     Attributes:
@@ -268,16 +258,11 @@ class DenoisingUpdate:
     loss: Loss | None
     sigma_data: float | None
 
-    @property
-    def where(self) -> Mapping[str, int]:
-        """The whole iteration."""
-        return {}
-
     def __call__(self, branches: Branches) -> ImageLosses:
         """[1, B] losses."""
         batch, sigma = self.batch, self.batch.sigma
-        told = batch.condition.arguments()
-        errors = squared_error(branches, batch.clean, batch.noise, sigma, **told)
+        given = batch.condition.arguments()
+        errors = squared_error(branches, batch.clean, batch.noise, sigma, **given)
         if self.loss is not None:
             return ImageLosses((snr_weight(sigma, self.loss) * errors)[None])
         assert self.sigma_data is not None
@@ -297,7 +282,7 @@ def squared_error(
     clean: Tensor,
     noise: Tensor,
     sigma: Tensor,
-    **told: Any,  # noqa: ANN401  of branches
+    **given: Any,  # noqa: ANN401  of branches
 ) -> Tensor:
     """|D(y + n; sigma) - y|^2 of branch K, mean over pixels.
 
@@ -306,13 +291,13 @@ def squared_error(
         clean: [B, C, H, W] y in [-1, 1].
         noise: [B, C, H, W], unit.
         sigma: [B].
-        told: Conditions of a conditional network.
+        given: Conditions of a conditional network.
 
     Returns:
         [B].
     """
     noisy = clean + sigma.view(-1, 1, 1, 1) * noise
-    denoised = branches(noisy, sigma, **told)[:, -1]
+    denoised = branches(noisy, sigma, **given)[:, -1]
     return (denoised - clean).square().mean(dim=(1, 2, 3))
 
 
@@ -391,7 +376,7 @@ def new_denoiser(config: TeacherConfig, image_shape: torch.Size) -> NetworkDenoi
 
 
 def teacher_data(config: TeacherConfig, dataset: Dataset) -> dict[str, str]:
-    """Digests of what a teacher learns from: pixels, and the classes that it is told."""
+    """Digests of what a teacher learns from: pixels, and classes where it is conditional."""
     digests = {"data": dataset.sha256}
     # Labels that an unconditional teacher never sees must not make it another one.
     if config.label_dim:

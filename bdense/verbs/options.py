@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from bdense.data.names import DATA_SETS
-from bdense.diffusion import SOLVERS, ScheduleKind
+from bdense.diffusion import SOLVERS, STOCHASTIC_SOLVERS, ScheduleKind
 from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.knobs import Knobs, knob, knobs_of, option_names
@@ -133,7 +133,7 @@ class Drawing(Knobs):
     solver: str | None = knob(
         None,
         "solver that a teacher draws with",
-        choices=tuple(SOLVERS),
+        choices=(*SOLVERS, *STOCHASTIC_SOLVERS),
         none="euler; ddim with --schedule native",
     )
     order: int | None = knob(None, "order of a solver that has several", low=1, none="the highest")

@@ -35,11 +35,7 @@ class Uniform:
     high: float
 
     def require(self, name: str, value: Any) -> None:  # noqa: ANN401  as the user gave it
-        """Refuse a value outside it.
-
-        Raises:
-            InputError: It is, or it is not a number.
-        """
+        """Raise an ``InputError`` for a value outside it, or no number."""
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise InputError(f"{name} must be a number, got {value!r}")
         if not self.low <= value <= self.high:
@@ -60,11 +56,7 @@ class Choice:
     options: tuple[str, ...]
 
     def require(self, name: str, value: Any) -> None:  # noqa: ANN401  as the user gave it
-        """Refuse a word that is not among them.
-
-        Raises:
-            InputError: It is not.
-        """
+        """Raise an ``InputError`` for a word that is not among them."""
         if value not in self.options:
             raise InputError(f"{name} {value} is none of {', '.join(self.options)}")
 
@@ -135,11 +127,7 @@ class WeightSpace(Knobs, abc.ABC):
         return params.keys() == self.distributions().keys()
 
     def require_read(self, params: Mapping[str, Any]) -> None:
-        """Refuse parameters of another space.
-
-        Raises:
-            InputError: They are.
-        """
+        """Raise an ``InputError`` for parameters of another space."""
         if not self.reads(params):
             raise InputError(
                 f"{self.name} weights have the parameters {', '.join(self.distributions())}, "
@@ -174,11 +162,7 @@ class WeightSpace(Knobs, abc.ABC):
         return dict(params)
 
     def check(self, num_branches: int) -> None:
-        """Refuse a space without a point that may be trained.
-
-        Raises:
-            InputError: Its bounds exclude every point.
-        """
+        """Raise an ``InputError`` if the bounds exclude every point."""
         return
 
     @property
@@ -404,11 +388,7 @@ class LearnedSpace(WeightSpace):
 
 
 def require_strength(strength: float) -> None:
-    """Refuse an exponent beyond ``MAX_STRENGTH``.
-
-    Raises:
-        InputError: It is, or it is NaN.
-    """
+    """Raise a ``KnobError`` for an exponent beyond ``MAX_STRENGTH``, or NaN."""
     if not abs(strength) <= MAX_STRENGTH:
         raise KnobError(
             "strength", f"must lie in -{MAX_STRENGTH:g}..{MAX_STRENGTH:g}, got {strength}"
@@ -470,18 +450,6 @@ def normalised_weights(a: float, num_branches: int) -> LogLinearWeights:
     largest = max(a, a * num_branches)
     total = math.fsum(math.exp(a * k - largest) for k in range(1, num_branches + 1))
     return LogLinearWeights(a=a, b=math.log(num_branches) - largest - math.log(total))
-
-
-def sum_to_one(weights: "Tensor") -> "Tensor":
-    """[K] the same weights over their sum, so that clipped gradients compare fairly.
-
-    Raises:
-        InputError: Their sum is not positive and finite.
-    """
-    total = float(weights.sum())
-    if not 0 < total < math.inf:
-        raise InputError(f"branch weights {weights.tolist()} have no positive, finite sum")
-    return weights / total
 
 
 def _exp(exponent: float) -> float:

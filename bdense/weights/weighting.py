@@ -10,7 +10,7 @@ its reverse. K branches.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -19,8 +19,8 @@ from torch import Tensor
 from bdense.errors import InputError
 from bdense.weights.spaces import RULES, require_strength
 
-# Without AFS a branch may start at its target, and its L1 loss is rounding noise: its scale is
-# near zero and says nothing. No branch counts as smaller than this share of the largest.
+# Without AFS a branch may start at its target, where its L1 loss is rounding noise. No scale
+# counts as smaller than this share of the largest.
 SMALLEST_SCALE = 1e-3
 
 
@@ -30,12 +30,10 @@ class BranchWeighting(Protocol):
     @property
     def num_branches(self) -> int:
         """K."""
-        ...
 
     @property
     def needs_gradients(self) -> bool:
         """Whether ``observe`` wants each branch's gradient norm."""
-        ...
 
     def observe(self, losses: Tensor, gradient_norms: Tensor | None) -> None:
         """See an update's branches before it is made.
@@ -45,23 +43,18 @@ class BranchWeighting(Protocol):
             gradient_norms: [K], of the unweighted losses at the features that all
                 branches share.
         """
-        ...
 
     def weights(self) -> Tensor:
         """[K] float64 w_1..w_K of the next update."""
-        ...
 
     def state(self) -> dict[str, Tensor]:
         """What ``restore`` needs to go on as if never stopped."""
-        ...
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from ``state``."""
-        ...
 
     def describe(self) -> dict[str, Any]:
         """Plain values; equal descriptions make equal runs."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +64,8 @@ class FixedWeights:
     values: Tensor
 
     def __post_init__(self) -> None:
+        # Converted here once, not at every update.
+        object.__setattr__(self, "values", self.values.double())
         usable = (self.values >= 0) & self.values.isfinite()
         if self.values.dim() != 1 or not bool(usable.all() and self.values.any()):
             raise InputError(
@@ -90,7 +85,7 @@ class FixedWeights:
         pass
 
     def weights(self) -> Tensor:
-        return self.values.double()
+        return self.values
 
     def state(self) -> dict[str, Tensor]:
         return {}
@@ -102,8 +97,9 @@ class FixedWeights:
         return {"fixed": self.values.tolist()}
 
 
+@dataclass(eq=False)
 class LearnedWeights:
-    """Weights from a running scale of each branch.
+    """Weights from a running scale of each branch; uniform until the first update is seen.
 
     ``uncertainty``: s_k is the branch's mean L1 loss. With |r| Laplace distributed at a scale of
     its own, the likelihood sum_k |r_k| / s_k + ln s_k is best there (Kendall et al. 2018, arXiv
@@ -112,30 +108,28 @@ class LearnedWeights:
     ``gradient-norm``: s_k is the norm of the branch's gradient at the features that all branches
     share, the head's input, so that w_k makes these norms equal (Chen et al. 2018, arXiv
     1711.02257, without its training rates).
+
+    Attributes:
+        num_branches: K.
+        rule: One of ``RULES``.
+        strength: Exponent of 1 / s_k.
+        memory: Updates over which an old one's share in s_k falls to 1 / e.
     """
 
-    def __init__(
-        self, num_branches: int, *, rule: str, strength: float = 1.0, memory: int = 100
-    ) -> None:
-        """Start without an opinion: the first update is seen before it is weighed.
+    num_branches: int
+    _: KW_ONLY
+    rule: str
+    strength: float = 1.0
+    memory: int = 100
 
-        Args:
-            num_branches: K.
-            rule: One of ``RULES``.
-            strength: Exponent of 1 / s_k.
-            memory: Updates over which an old one's share in s_k falls to 1 / e.
-        """
-        if num_branches < 1:
-            raise InputError(f"num_branches (K) must be at least 1, got {num_branches}")
-        if rule not in RULES:
-            raise InputError(f"weight rule {rule!r} is unknown; choose from {list(RULES)}")
-        require_strength(strength)
-        if memory < 1:
-            raise InputError(f"weight memory must be at least 1 update, got {memory}")
-        self.num_branches = num_branches
-        self.rule = rule
-        self.strength = strength
-        self.memory = memory
+    def __post_init__(self) -> None:
+        if self.num_branches < 1:
+            raise InputError(f"num_branches (K) must be at least 1, got {self.num_branches}")
+        if self.rule not in RULES:
+            raise InputError(f"weight rule {self.rule!r} is unknown; choose from {list(RULES)}")
+        require_strength(self.strength)
+        if self.memory < 1:
+            raise InputError(f"weight memory must be at least 1 update, got {self.memory}")
         self._sum: Tensor | None = None
         self._seen = 0.0
 

@@ -22,7 +22,7 @@ from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
 from bdense.weights import WEIGHT_SPACES
 from bdense.weights.spaces import WeightSpace
 
-# Of bdense.execution.PRECISIONS, which needs torch.
+# Of bdense.execution.Precision, which needs torch.
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 Loss = Literal["constant", "snr", "snr_trunc", "v"]
 _SEEDS: dict[str, Any] = {"low": 0, "below": 2**31}

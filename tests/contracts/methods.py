@@ -20,7 +20,7 @@ from bdense.methods.distill import TrainedStage, distill
 from bdense.methods.method import Inputs, Method, StagePlan
 from bdense.models.store import denoiser_sha256, load_denoiser, load_tensors
 from bdense.training.loop import Evaluations, train
-from bdense.training.stage import Training
+from bdense.training.stage import BranchMeans, Training
 from bdense.weights.weighting import BranchWeighting, FixedWeights, LearnedWeights
 from tests.small import same_weights
 
@@ -85,21 +85,13 @@ class _SteepUpdate(Around):
         super().__init__(update)
         self.branch = branch
 
-    def __call__(self, branches: Any) -> "_SteepLosses":
-        return _SteepLosses(self.own(branches).per_branch, self.branch)
-
-
-class _SteepLosses:
-    def __init__(self, per_branch: Tensor, branch: int) -> None:
-        found = list(per_branch)
-        own = found[branch - 1]
+    def __call__(self, branches: Any) -> BranchMeans:
+        found = list(self.own(branches).per_branch)
+        own = found[self.branch - 1]
         # Adds nothing, and what it multiplies the gradient by overflows: 0 stays 0.
         huge = torch.finfo(own.dtype).max ** 0.75
-        found[branch - 1] = own + huge * (huge * (own - own.detach()))
-        self.per_branch = torch.stack(found)
-
-    def weighted(self, weights: Tensor) -> Tensor:
-        return (weights.to(self.per_branch) * self.per_branch).sum()
+        found[self.branch - 1] = own + huge * (huge * (own - own.detach()))
+        return BranchMeans(torch.stack(found))
 
 
 def tensors_of(batch: Any) -> dict[str, Tensor]:

@@ -119,6 +119,7 @@ class NetworkContract:
             alone = export_branch(student, k + 1)(x, LEVELS, **told)
             torch.testing.assert_close(alone, branches[:, k], rtol=1e-4, atol=1e-4)
         assert not torch.allclose(branches[:, 0], branches[:, 1], atol=0.1)
+        assert torch.equal(student(x, LEVELS, **told), branches[:, 2])
 
     def test_a_wider_head_is_the_only_cost(self, network):
         head = network.get_submodule(network.head_name)

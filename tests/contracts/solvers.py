@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from bdense.diffusion import SOLVERS
+from bdense.diffusion import SOLVERS, STOCHASTIC_SOLVERS
 from bdense.diffusion.sampling import Sampler, draw_images, sampler_from, step_noise
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import Solver, analytical_first_step, solve, solver_from, trajectory
@@ -39,7 +39,7 @@ class _Common:
         return solve(solver, denoise, x, sigmas, step_noise(0, range(len(x)), tuple(x.shape[1:])))
 
     def test_its_name_is_that_of_the_registry(self, solver):
-        assert SOLVERS[solver.name] is type(solver)
+        assert self.registry[solver.name] is type(solver)
 
     def test_it_comes_back_from_its_description(self, solver):
         assert solver_from(solver.describe()) == solver
@@ -86,6 +86,8 @@ class _Common:
 class SolverContract(_Common):
     """A solver of the probability flow ODE."""
 
+    registry = SOLVERS
+
     @pytest.mark.parametrize("std", [1.0, 0.5])
     def test_halving_every_step_divides_the_error_by_two_to_the_order(self, solver, std):
         """Low-order first and last steps cost nothing: D hardly changes at the ends of a walk."""
@@ -129,6 +131,8 @@ class SolverContract(_Common):
 
 class StochasticSolverContract(_Common):
     """A solver that adds noise in each interval."""
+
+    registry = STOCHASTIC_SOLVERS
 
     def test_its_noise_decides_where_it_goes(self, solver):
         x, sigmas = start(3), grid(4)

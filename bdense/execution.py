@@ -56,6 +56,13 @@ class Execution(Knobs):
                 "or bfloat16"
             )
 
+    def require_training(self, what: str) -> None:
+        """Refuse to train in float16."""
+        if self.precision == "float16":
+            raise InputError(
+                f"{what} is not trained in float16, whose small gradients vanish; use bfloat16"
+            )
+
     @property
     def dtype(self) -> "torch.dtype | None":
         """Autocast's type; None without autocast."""

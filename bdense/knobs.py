@@ -196,6 +196,12 @@ def knob(
     return field(default=default, metadata={_KEY: about})
 
 
+def knob_of(cls: type["Knobs"], name: str, default: Any) -> Any:  # noqa: ANN401  as ``knob``
+    """A knob of a base class with another default."""
+    (declared,) = (each for each in dataclasses.fields(cls) if each.name == name)
+    return field(default=default, metadata=declared.metadata)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Knobs:
     """A frozen dataclass whose fields are knobs; values out of their ranges are refused.

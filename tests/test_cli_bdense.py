@@ -19,7 +19,7 @@ from bdense.metrics.metrics import MetricSettings, measure_images
 from bdense.metrics.references import dataset_reference
 from bdense.models.store import denoiser_sha256, load_denoiser, save_denoiser
 from bdense.verbs.common import Progress
-from tests.commands import DIGITS, SHORT, TINY, bdense, distill, refused
+from tests.commands import DIGITS, SHORT, TINY, bdense, distill, done, refused
 
 
 @pytest.fixture(scope="module")
@@ -41,19 +41,14 @@ def teacher(folder) -> Path:
 @pytest.fixture(scope="module")
 def student(folder, teacher) -> Path:
     path = folder / "student.safetensors"
-    answer = bdense("distill", teacher, "--nfe", 2, "--a", 1.0, *SHORT, "--out", path)
-    assert answer.status == 0, answer.err
-    assert answer.out == f"2 NFE: {path}\n"
+    answer = done("distill", teacher, "--nfe", 2, "--a", 1.0, *SHORT, "--out", path)
+    assert answer == f"2 NFE: {path}\n"
     return path
 
 
 def fid(student: Path, folder: Path, *options: object) -> dict:
-    answer = bdense(
-        *("fid", student, "--extractor", "digits-classifier", "--images", 64),
-        *("--cache", folder / "cache", *options),
-    )
-    assert answer.status == 0, answer.err
-    return json.loads(answer.out)
+    cache = ("--cache", folder / "cache")
+    return json.loads(done("fid", student, *DIGITS, "--images", 64, *cache, *options))
 
 
 # ---- the way there ----
@@ -76,8 +71,7 @@ def test_a_teacher_is_written_with_its_recipe(teacher):
 def test_a_teacher_may_be_conditional(folder):
     path = folder / "conditional.safetensors"
     options = ("--data", "digits@16", "--conditional", "--attention", 8, "--dropout", 0.25)
-    answer = bdense("teacher", *options, *TINY, "--out", path)
-    assert answer.status == 0, answer.err
+    done("teacher", *options, *TINY, "--out", path)
     loaded, metadata = load_denoiser(path)
     network = loaded.model.config
     assert (network.label_dim, network.attn_resolutions, network.dropout) == (10, (8,), 0.25)
@@ -127,8 +121,8 @@ def test_plain_sfd_has_one_weight(teacher, folder):
 def test_samples_are_one_picture(student, folder):
     def draw(name: str, *options: object) -> Path:
         path = folder / name
-        answer = bdense("sample", student, "--images", 6, "--columns", 3, *options, "--out", path)
-        assert (answer.status, answer.out) == (0, f"{path}\n")
+        grid = ("--images", 6, "--columns", 3)
+        assert done("sample", student, *grid, *options, "--out", path) == f"{path}\n"
         return path
 
     first = draw("first.png")
@@ -198,13 +192,9 @@ def test_a_student_learns_from_the_solver_asked_for(student, teacher, folder):
 
 def test_a_reference_file_gives_the_same_fid(student, folder):
     path = folder / "refs" / "digits.npz"
-    answer = bdense(
-        *("reference", "--data", "digits", "--extractor", "digits-classifier"),
-        *("--cache", folder / "cache", "--out", path),
-    )
-    assert answer.status == 0, answer.err
+    made = ("reference", "--data", "digits", *DIGITS, "--cache", folder / "cache")
     line = rf"{path} 1797 images of digits, 64 features of digits-classifier [0-9a-f]{{16}}\n"
-    assert re.fullmatch(line, answer.out)
+    assert re.fullmatch(line, done(*made, "--out", path))
     found, expected = fid(student, folder, "--reference", path), fid(student, folder)
     assert re.fullmatch(r"digits\.npz:[0-9a-f]{16}", found.pop("reference"))
     del expected["reference"]

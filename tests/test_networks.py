@@ -25,9 +25,6 @@ __all__ = ["example_package"]
 BOTH = pytest.mark.parametrize("network", ["SongUNet", "DhariwalUNet"])
 
 
-# ---- layers ----
-
-
 # ---- whole networks, written out ----
 
 

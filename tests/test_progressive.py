@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from bdense.data.datasets import Dataset, to_float
-from bdense.diffusion.branches import widen_head
 from bdense.diffusion.conditions import ClassLabels
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
 from bdense.diffusion.preconditioning import DDPM, Cosine
 from bdense.diffusion.sampling import Sampler
 from bdense.diffusion.schedules import Levels, Schedule
-from bdense.diffusion.snr_weights import snr_weight
 from bdense.diffusion.solvers import DDIM, trajectory
 from bdense.diffusion.vp import CosineSchedule
 from bdense.errors import InputError, NonFiniteLossError
@@ -28,7 +26,6 @@ from bdense.methods.progressive import (
     PDConfig,
     PDStage,
     Progressive,
-    branch_errors,
     dense_targets,
     image_weights,
     reparameterised,
@@ -177,33 +174,6 @@ def test_a_conditional_teacher_and_its_student_are_told_the_classes():
     assert not same_weights(student, stage.start)
 
 
-def test_what_an_update_reports_by_hand():
-    """Losses by branch, their weighted sum, the gradient's norm before clipping."""
-    first, reports = conv(), []
-    stage = on_noise(first, 4, updates=1, loss="v", clip_norm=1e-3)
-    train(stage, FixedWeights(TWO), on_iteration=reports.append)
-    (report,) = reports
-    batch = stage.batch(0, ALL)
-    levels = levels_of(stage, batch)
-    x = batch.clean + levels[0].view(-1, 1, 1, 1) * batch.noise
-    student = widen_head(first, 2)
-    D = student.branches(x, levels[0])
-    targets = dense_targets(first, x, levels)
-    errors = torch.stack([(D[:, k] - targets[k]).square().mean(dim=(1, 2, 3)) for k in (0, 1)])
-    losses = ((levels[0] ** -2 + 1) * errors).mean(dim=1)
-    loss = 0.3 * losses[0] + 0.7 * losses[1]
-    loss.backward()
-    norm = math.sqrt(sum(float(p.grad.square().sum()) for p in student.parameters()))
-    expected = losses.tolist()
-    assert report.branch_losses[0].tolist() == pytest.approx(expected, rel=1e-10, abs=1e-20)
-    # Branch 1 starts at its target, the teacher's own prediction.
-    assert expected[0] < 1e-20 < 1e-8 < expected[1]
-    assert report.loss == pytest.approx(loss.item(), rel=1e-10)
-    assert report.gradient_norm == pytest.approx(norm, rel=1e-9)
-    assert (report.iteration, report.iterations, report.lr) == (0, 1, 1e-3)
-    assert report.weights.tolist() == [[0.3, 0.7]]
-
-
 def test_weights_are_rescaled_to_sum_1_unless_asked_not_to():
     """A clipped gradient would see their scale."""
     first = conv()
@@ -231,38 +201,6 @@ def test_a_gradient_is_clipped_to_its_norm_exactly():
     assert moved(norm / 3) == pytest.approx(norm / 3, rel=1e-9)
     assert moved(norm * 1.01) == norm
     assert {report.gradient_norm for report in reports} == {reports[0].gradient_norm}
-
-
-def test_the_optimisers_are_three():
-    """Two updates written out for sgd and adamw; adam is adamw without decay."""
-    first = conv()
-
-    def student(optimizer: str, **changes: Any) -> NetworkDenoiser:
-        usual = {"updates": 2, "lr_schedule": "constant", "clip_norm": None}
-        return train(on_noise(first, optimizer=optimizer, **usual | changes), FixedWeights(ONE))
-
-    made = {
-        "sgd": lambda p: torch.optim.SGD(p, lr=1e-3),
-        "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.5),
-    }
-    stage = on_noise(first)
-    for name, make in made.items():
-        plain = copy.deepcopy(first)
-        optimizer = make(plain.parameters())
-        for j in range(2):
-            batch = stage.batch(j, ALL)
-            levels = levels_of(stage, batch)
-            x = batch.clean + levels[0].view(-1, 1, 1, 1) * batch.noise
-            targets = dense_targets(first, x, levels)
-            errors = branch_errors(plain.branches, x, levels[0], targets)
-            optimizer.zero_grad()
-            (snr_weight(levels[0], "snr_trunc") * errors).mean().backward()
-            optimizer.step()
-        decay = {"weight_decay": 0.5} if name == "adamw" else {}
-        for p, q in zip(student(name, **decay).parameters(), plain.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
-    assert same_weights(student("adam"), student("adamw"))
-    assert not same_weights(student("adamw"), student("adamw", weight_decay=0.5))
 
 
 # ---- targets ----

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from bdense.diffusion.branches import export_branch, widen_head
+from bdense.diffusion.branches import export_branch
 from bdense.diffusion.intervals import VariableGrid
 from bdense.diffusion.solvers import DPMSolverPP, Euler
 from bdense.diffusion.step_condition import with_step_condition
 from bdense.errors import CheckpointError, InputError
 from bdense.methods.method import Inputs, Recordings
-from bdense.methods.sfd import SFD, SFDConfig, SFDStage, branch_losses, branch_states
+from bdense.methods.sfd import SFD, SFDConfig, SFDStage
 from bdense.methods.trajectories import LiveTrajectories
 from bdense.training.loop import train
 from bdense.weights.spaces import LogLinearWeights
@@ -127,22 +127,6 @@ def test_b_is_inert_under_adam():
         for p, q in zip(export_branch(students[0]).parameters(), teacher.parameters(), strict=True)
     )
     assert moved > 1e-4
-
-
-def test_losses_by_hand():
-    """x^k = x + (t_k - t_0)(x - D)/t_0; L1 over pixels, mean over the batch."""
-    teacher = small_teacher()
-    student = widen_head(teacher, 2)
-    levels = torch.tensor([4.0, 3.0, 1.0], dtype=torch.float64)
-    x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    states = branch_states(student.branches, x, levels)
-    denoised = teacher(x, levels[0])
-    for k, t in enumerate((3.0, 1.0)):
-        expected = x + (t - 4.0) * (x - denoised) / 4.0
-        assert torch.allclose(states[:, k], expected, atol=1e-6)
-    losses = branch_losses(states, torch.stack([x, x]))
-    expected = (denoised - x).abs().sum() / 3
-    assert losses.tolist() == pytest.approx([0.25 * expected.item(), 0.75 * expected.item()])
 
 
 def test_the_second_stage_walks_as_its_teacher_draws():

@@ -16,10 +16,7 @@ from bdense.diffusion.solvers import (
     DPMSolverPP,
     Euler,
     Heun,
-    analytical_first_step,
-    dynamic_threshold,
     make_solver,
-    solve,
     trajectory,
 )
 from bdense.errors import InputError
@@ -133,58 +130,6 @@ def test_first_order_is_euler():
     for prediction in ("data", "noise"):
         same = trajectory(DPMSolverPP(max_order=1, prediction=prediction), denoise, x, sigmas)
         torch.testing.assert_close(same, ddim, rtol=1e-12, atol=1e-12)
-
-
-# ---- what a walk costs and gives ----
-
-
-@pytest.mark.parametrize("num_intervals", [1, 2, 5])
-@pytest.mark.parametrize("solver", ONE_EVALUATION, ids=repr)
-def test_one_evaluation_an_interval_is_at_the_grids_levels(solver, num_intervals):
-    denoise, sigmas = GaussianDenoiser(), grid(num_intervals)
-    solve(solver, denoise, start(), sigmas)
-    assert solver.nfe(num_intervals) == num_intervals
-    assert denoise.asked == sigmas[:-1].tolist()
-
-
-@pytest.mark.parametrize("num_intervals", [1, 2, 5])
-@pytest.mark.parametrize(
-    ("solver", "along"), [(Heun(), 1), (DPM2(), 0.5), (DPM2(r=0.3), 0.3)], ids=repr
-)
-def test_two_evaluations_an_interval_are_at_its_start_and_along_it(solver, along, num_intervals):
-    denoise, sigmas = GaussianDenoiser(), grid(num_intervals)
-    solve(solver, denoise, start(), sigmas)
-    assert solver.nfe(num_intervals) == 2 * num_intervals
-    assert denoise.asked[::2] == sigmas[:-1].tolist()
-    seconds = sigmas[:-1].log().lerp(sigmas[1:].log(), along).exp()
-    assert denoise.asked[1::2] == pytest.approx(seconds.tolist())
-
-
-# ---- thresholding and the analytical first step ----
-
-
-def test_dynamic_threshold_by_hand():
-    """The 0.5 quantile of 1..5 is 3: clamped to it and divided by it; each image by its own."""
-    image = torch.tensor([1.0, -2.0, 3.0, -4.0, 5.0]).view(1, 1, 1, 5)
-    both = torch.cat([image, 2 * image])
-    expected = torch.tensor([1 / 3, -2 / 3, 1.0, -1.0, 1.0])
-    thresholded = dynamic_threshold(both, quantile=0.5)
-    torch.testing.assert_close(thresholded[0].flatten(), expected)
-    torch.testing.assert_close(thresholded[1].flatten(), expected)
-    small = image / 10
-    assert torch.equal(dynamic_threshold(small), small)
-
-
-def test_the_analytical_first_step_asks_no_network():
-    """It walks along x / sqrt(1 + t^2), and only there."""
-    denoise, sigmas, x = GaussianDenoiser(), grid(4), start()
-    guess = analytical_first_step(denoise, sigmas[0])
-    first = solve(Euler(), guess, x, sigmas[:2])
-    expected = x + (sigmas[1] - sigmas[0]) * x / (1 + sigmas[0] ** 2).sqrt()
-    torch.testing.assert_close(first, expected, rtol=1e-12, atol=1e-12)
-    assert denoise.asked == []
-    solve(Euler(), guess, x, sigmas)
-    assert denoise.asked == sigmas[1:-1].tolist()
 
 
 # ---- by name ----

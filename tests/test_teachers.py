@@ -140,14 +140,6 @@ def silent_denoiser(precond: Preconditioning | None = None) -> NetworkDenoiser:
 # ---- the loss ----
 
 
-def test_the_loss_by_hand():
-    """sigma = sigma_data = 0.5: c_skip = 1/2, weight (1/2) / (1/16) = 8, y = 0.2, n = 1."""
-    clean, noise = torch.full((2, 1, 8, 8), 0.2), torch.ones(2, 1, 8, 8)
-    loss = losses_of(silent_denoiser(), clean, noise, torch.tensor([0.5, 0.5]))
-    # D = (0.2 + 0.5) / 2 = 0.35, error 0.15.
-    assert loss.tolist() == pytest.approx([8 * 0.15**2] * 2, rel=1e-5)
-
-
 def test_the_loss_of_an_untrained_network_is_one_at_every_level():
     """In expectation, on data of standard deviation sigma_data."""
     draw = torch.Generator().manual_seed(0)

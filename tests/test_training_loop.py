@@ -3,9 +3,7 @@
 What it promises of any stage is in ``tests/contracts/methods.py``.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +11,6 @@ from torch import Tensor
 
 from bdense import NUMERICS
 from bdense.data.datasets import Dataset, load_dataset
-from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import CheckpointError, InputError
 from bdense.methods.method import Inputs
 from bdense.methods.progressive import PDConfig, Progressive, reparameterised
@@ -24,7 +21,7 @@ from bdense.training.optimisation import OptimisationConfig
 from bdense.training.stage import Training
 from bdense.training.teacher import TeacherConfig, TeacherStage, new_denoiser
 from bdense.weights.weighting import FixedWeights
-from tests.contracts.methods import KilledError, Watched
+from tests.contracts.methods import KilledError
 from tests.pd_nets import small_conv
 from tests.small import same_weights
 
@@ -57,56 +54,6 @@ def test_evaluations_outside_the_run_are_refused(after):
     evaluations = Evaluations([2, after])
     with pytest.raises(InputError, match=rf"after \[{after}\] iterations lie outside 1\.\.4"):
         train(sfd_stage(), FixedWeights(TWO), evaluations=evaluations)
-
-
-# ---- a stage with a state ----
-
-
-class Following(Watched):
-    """Keeps the sum of the student's first weights after each iteration."""
-
-    def begin(self, student: NetworkDenoiser) -> None:
-        super().begin(student)
-        self.sums = torch.zeros(0, dtype=torch.float64)
-
-    def updates(self, iteration: int, batch: Any) -> Iterator[Any]:
-        yield from self.own.updates(iteration, batch)
-        # The optimiser has made the last step by the time that the iterator is exhausted.
-        first = next(self.student.parameters()).detach().double().sum()
-        self.sums = torch.cat([self.sums, first[None]])
-
-    def state(self) -> dict[str, Tensor]:
-        return {"sums": self.sums}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        self.sums = state["sums"]
-
-
-def test_what_a_stage_keeps_between_iterations_is_in_its_checkpoint(tmp_path):
-    whole, after = Following(sfd_stage()), []
-
-    def note(_) -> None:
-        after.append(next(whole.student.parameters()).detach().double().sum())
-
-    train(whole, FixedWeights(TWO), on_iteration=note)
-    assert torch.equal(whole.sums, torch.stack(after))
-    path = tmp_path / "checkpoint.safetensors"
-
-    def kill(done):
-        if done.iteration == 3:
-            raise KilledError
-
-    with pytest.raises(KilledError):
-        train(
-            Following(sfd_stage()),
-            FixedWeights(TWO),
-            checkpoint=path,
-            checkpoint_seconds=0,
-            on_iteration=kill,
-        )
-    resumed = Following(sfd_stage())
-    train(resumed, FixedWeights(TWO), checkpoint=path)
-    assert torch.equal(resumed.sums, whole.sums)
 
 
 # ---- checkpoints of commit 3f7be1a ----

@@ -57,12 +57,6 @@ def test_a_grid_falls_from_the_highest_level_to_0(schedule, num_steps):
     assert bool((grid.diff() < 0).all())
 
 
-def test_the_levels_of_halves_by_hand():
-    """u = 1, 5/6, .., 1/6: between the times log alpha_bar is a straight line."""
-    squares = [2 ** (3 * u / 6) - 1 for u in range(6, -1, -1)]
-    assert HALVES.grid(6).tolist() == pytest.approx([math.sqrt(s) for s in squares], rel=1e-12)
-
-
 @pytest.mark.parametrize("schedule", [COSINE, NARROW])
 def test_cosine_in_closed_form(schedule):
     """z = cos(phi) x_0 + sin(phi) eps, phi even in u; sigma = tan(phi)."""

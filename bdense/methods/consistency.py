@@ -27,12 +27,11 @@ from bdense.diffusion.sampling import Sampler, samplers_from, served_metadata
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import Solver, StepNoise, make_solver, no_noise, trajectory
 from bdense.errors import InputError
-from bdense.knobs import knob
+from bdense.knobs import knob, knob_of
 from bdense.methods.images import ImageBatch, ImageDraw
 from bdense.methods.method import Inputs, Method, MethodConfig, StagePlan
 from bdense.methods.perceptual import LPIPS
 from bdense.models.store import denoiser_sha256
-from bdense.training.optimisation import LRSchedule
 from bdense.training.stage import Branches, BranchMeans, Configured, WholeIteration
 from bdense.weights.weighting import BranchWeighting
 
@@ -79,12 +78,7 @@ class ConsistencyConfig(MethodConfig):
         "exp(2 ln target_decay / N) (Song et al., appendix C)",
     )
     flip: bool = knob(False, "mirror each image with probability 1/2")
-    dropout: bool = knob(False, "train with the teacher's own dropout")
-    lr_schedule: LRSchedule = knob(
-        "constant",
-        "step size over the run: constant, linear (falls to 0), or step (a tenth in the second "
-        "half)",
-    )
+    dropout: bool = knob_of(MethodConfig, "dropout", False)
 
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)

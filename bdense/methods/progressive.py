@@ -27,7 +27,7 @@ from bdense.diffusion.schedules import Levels, Schedule
 from bdense.diffusion.snr_weights import Loss, snr_weight
 from bdense.diffusion.solvers import DDIM
 from bdense.errors import InputError
-from bdense.knobs import KnobError, knob
+from bdense.knobs import KnobError, knob, knob_of
 from bdense.methods.images import ImageBatch, ImageDraw
 from bdense.methods.method import Inputs, Method, MethodConfig, StagePlan
 from bdense.methods.sfd import levels_of
@@ -60,13 +60,9 @@ class PDConfig(MethodConfig):
         "step size over each round: constant, linear (falls to 0), or step (a tenth in the second "
         "half)",
     )
-    clip_norm: float | None = knob(
-        1.0, "largest norm of the gradient, which is scaled down to it", above=0, none="no limit"
-    )
-    rescale_weights: bool = knob(
-        True, "divide the branch weights by their sum, as clipped gradients see their scale"
-    )
-    dropout: bool = knob(False, "train with the teacher's own dropout")
+    clip_norm: float | None = knob_of(MethodConfig, "clip_norm", 1.0)
+    rescale_weights: bool = knob_of(MethodConfig, "rescale_weights", True)
+    dropout: bool = knob_of(MethodConfig, "dropout", False)
     loss: Loss = knob(
         "snr_trunc",
         "weight of each noise level: the image's squared error counts times 1 (constant), SNR "
@@ -193,7 +189,7 @@ class PDStage(Configured, Stateless):
     substeps: int
 
     def __post_init__(self) -> None:
-        _require_precision(self.teacher)
+        self.teacher.execution.require_training("progressive distillation")
         self.teacher.require_levels(self.levels)
         if self.dataset is not None:
             _require_images(self.dataset, self.teacher)
@@ -448,14 +444,6 @@ def reparameterised(denoiser: NetworkDenoiser, prediction_type: str) -> NetworkD
     return copied
 
 
-def _require_precision(teacher: NetworkDenoiser) -> None:
-    if teacher.execution.precision == "float16":
-        raise InputError(
-            "progressive distillation is not trained in float16, whose small gradients vanish; "
-            "use bfloat16"
-        )
-
-
 def _per_image(values: Tensor, images: Tensor) -> Tensor:
     """[B] float64 to [B, 1, 1, 1] in the images' type and on their device."""
     return values.to(images).view(-1, 1, 1, 1)
@@ -520,7 +508,7 @@ class Progressive(Method):
         return config.substeps
 
     def check(self, config: PDConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
-        _require_precision(teacher)
+        teacher.execution.require_training("progressive distillation")
         levels = config.levels(teacher)
         teacher.require_levels(levels)
         if not self.plan(config, teacher)[0].branched:

@@ -20,7 +20,7 @@ from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import Solver, analytical_slope, make_solver
 from bdense.diffusion.step_condition import Start, with_step_condition
 from bdense.errors import InputError
-from bdense.knobs import KnobError, knob
+from bdense.knobs import KnobError, knob, knob_of
 from bdense.methods.method import Inputs, Method, MethodConfig, StagePlan
 from bdense.methods.perceptual import LPIPS
 from bdense.methods.recordings import TrajectoryStore
@@ -77,11 +77,7 @@ class SFDConfig(MethodConfig):
         low=0.001,
     )
     lr: float = knob(5e-5, "step size (5e-4 with second_stage)", above=0)
-    lr_schedule: LRSchedule = knob(
-        "step",
-        "step size over the run: constant, linear (falls to 0), or step (a tenth in the second "
-        "half)",
-    )
+    lr_schedule: LRSchedule = knob_of(MethodConfig, "lr_schedule", "step")
     perceptual: Perceptual = knob(
         "none",
         "add the LPIPS between the ends of the last interval to the loss (needs the extra lpips "

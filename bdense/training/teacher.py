@@ -330,12 +330,10 @@ def train_teacher(
         InputError: The network cannot take the images, or their labels.
         NonFiniteLossError: A loss or gradient is not finite; no update was made from it.
     """
-    if execution is not None and execution.precision == "float16":
-        raise InputError(
-            "a teacher is not trained in float16, whose small gradients vanish; use bfloat16"
-        )
+    execution = execution or Execution()
+    execution.require_training("a teacher")
     teacher = new_denoiser(config, dataset.images.shape[1:]).to(device)
-    start = copy.deepcopy(teacher).execute(execution or Execution())
+    start = copy.deepcopy(teacher).execute(execution)
 
     def report(done: IterationReport) -> None:
         if on_iteration is not None:

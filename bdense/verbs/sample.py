@@ -20,20 +20,8 @@ from bdense.verbs.common import chosen_hardware, require_writable
 from bdense.verbs.options import Drawing, SampleOptions
 
 NATIVE = "native"  # the schedule of the process that a network was trained on
-_LEVELS: dict[str, Any] = {
-    "schedule": "polynomial",
-    "rho": 7.0,
-    "sigma_min": 0.006,
-    "sigma_max": 80.0,
-}
-_USUAL: dict[str, Any] = {
-    "nfe": 2,
-    "afs": True,
-    "solver": "euler",
-    "order": None,
-    "clip": False,
-    **_LEVELS,
-}
+_LEVELS = ("schedule", "rho", "sigma_min", "sigma_max")
+_USUAL = {"nfe": 2, "afs": True, "solver": "euler", "order": None, "clip": False}
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -67,7 +55,7 @@ def _chosen_sampler(
     source: str, drawing: Drawing, metadata: Mapping[str, Any], precond: Preconditioning
 ) -> Sampler:
     """The model's own sampler if it has one, else the one that was asked for."""
-    asked = {name: getattr(drawing, name) for name in _USUAL}
+    asked = {name: getattr(drawing, name) for name in (*_USUAL, *_LEVELS)}
     asked = {name: value for name, value in asked.items() if value is not None}
     served = {sampler.nfe: sampler for sampler in samplers_from(metadata)}
     native = asked.get("schedule") == NATIVE
@@ -95,11 +83,10 @@ def _chosen_sampler(
 
 
 def _levels(asked: Mapping[str, Any], precond: Preconditioning) -> Levels:
-    given = {name: value for name, value in asked.items() if name in _LEVELS}
-    if given.get("schedule") != NATIVE:
-        chosen = _LEVELS | given
-        return Schedule(kind=chosen.pop("schedule"), **chosen)
-    del given["schedule"]
+    given = {name: asked[name] for name in _LEVELS if name in asked}
+    kind = given.pop("schedule", Schedule().kind)
+    if kind != NATIVE:
+        return Schedule(kind=kind, **given)
     if given:
         raise InputError(
             f"--schedule {NATIVE} takes the levels of the network's own process, but "

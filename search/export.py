@@ -95,7 +95,7 @@ def fid_table(study: Study) -> list[dict[str, Any]]:
         table.append({**own, **_conditions(teacher), **latents})
     for comparison in comparisons_of(study):
         for each in comparison.results:
-            found = each.summary()
+            found = each.mean()
             table.append(
                 {
                     "nfe": each.conditions.nfe,

@@ -22,7 +22,7 @@ from search.verbs.common import (
 )
 
 if TYPE_CHECKING:
-    from search.spec.study import ArmsPlan, StudySpec
+    from search.spec.study import StudySpec
     from search.study.arms import Arm
     from search.study.study import Study
 
@@ -152,20 +152,13 @@ def _spec(options: argparse.Namespace, study: "Study") -> "StudySpec":
 
 def _asked(options: argparse.Namespace, study: "Study", spec: "StudySpec") -> list[dict[str, Any]]:
     """Settings of the method: the variants of --to or the search's ``confirm``, with options."""
-    named = [study.spec.confirm.method] if options.to is None else _arms_plan(spec).variants
+    named = [study.spec.confirm.method] if options.to is None else spec.given.variants
     asked = [dict(each) for each in named]
     if options.kimg:
         asked = [{**each, "kimg": options.kimg} for each in asked]
     if options.nfe:
         asked = [{**each, "nfe": nfe} for each in asked for nfe in options.nfe]
     return asked
-
-
-def _arms_plan(spec: "StudySpec") -> "ArmsPlan":
-    from search.spec.study import ArmsPlan
-
-    assert isinstance(spec.plan, ArmsPlan)
-    return spec.plan
 
 
 def _seeds(options: argparse.Namespace, study: "Study", spec: "StudySpec") -> list[int]:
@@ -182,7 +175,7 @@ def _seeds(options: argparse.Namespace, study: "Study", spec: "StudySpec") -> li
             )
         # Not those of the confirmation, which chose the winner.
         return fresh_seeds(study.spec, given[0], seeds_of(study, study.name + CONFIRM_SUFFIX))
-    plan = _arms_plan(spec)
+    plan = spec.given
     if given is None:
         return list(plan.seeds)
     # One number is their number, several are the seeds themselves.
@@ -204,7 +197,7 @@ def _dry_run(
     given = options.weights
     promoted = {"winner_of": study.name} if given is None else arm_from(given).params
     plan = replace(
-        _arms_plan(spec),
+        spec.given,
         arms=("plain", "uniform", promoted),
         seeds=tuple(seeds),
         variants=tuple(variants),

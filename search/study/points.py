@@ -25,11 +25,9 @@ def enqueue(study: Study, given: Mapping[str, Any]) -> list[str]:
     if counts.waiting > left:
         needed = counts.ended + counts.running + counts.waiting
         lines.append(
-            f"the budget of {trials.budget} trials does not suffice for the {counts.waiting} that "
-            f"are planned: bdense-search launch STUDY.yaml --trials {needed}"
+            f"the budget of {trials.budget} trials is too small for the {counts.waiting} that are "
+            f"planned: bdense-search launch STUDY.yaml --trials {needed}"
         )
     elif not counts.running:
-        lines.append(
-            "it is the next to run; if no launcher is at work: bdense-search launch STUDY.yaml"
-        )
+        lines.append("it runs next; if no launcher is running: bdense-search launch STUDY.yaml")
     return lines

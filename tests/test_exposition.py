@@ -13,8 +13,8 @@ from benchmarks.large_study import fill
 from search.report.dashboard import dashboard_application
 from search.report.prometheus import mount
 from search.spec.space import search_space
-from search.storage.claims import OUT_OF_BOUNDS
 from search.storage.engine import open_reading, open_storage
+from search.storage.leases import OUT_OF_BOUNDS
 from search.storage.ledger import Claim, Ledger
 from search.study.study import BASELINES_SUFFIX, Study
 from tests.measured import created, finish

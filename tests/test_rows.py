@@ -18,8 +18,7 @@ from search.errors import StorageError, UnknownStudyError
 from search.spec.space import search_space
 from search.storage.engine import open_storage
 from search.storage.ledger import Claim, Ledger
-from search.storage.reader import asked_of
-from search.storage.rows import StoredTrial
+from search.storage.queries import StoredTrial, asked_of
 from search.storage.schema import Role, grant
 from search.study.study import Study
 from search.study.summary import best_json, complete_trials, counts_json, failures, summary_of
@@ -221,7 +220,7 @@ def test_a_first_claim_reads_the_study_before_it_locks_it(postgres):
     ledger = Ledger.open(url, "digits", budget=None)
     statements: list[tuple[str, int]] = []
 
-    @event.listens_for(ledger._storage.engine, "after_cursor_execute")
+    @event.listens_for(ledger.storage.engine, "after_cursor_execute")
     def note(connection, cursor, statement, *_) -> None:
         statements.append((statement, cursor.rowcount))
 

@@ -30,8 +30,10 @@ from search.study.summary import failures
 from tests.contracts.scene import wait_until
 from tests.measured import complete as measured
 from tests.measured import copy_storage, created, empty_storage, open_once
+from tests.plugins import example_package
 from tests.studies import PROMOTION, STUDY, changed, resolve_here, spec, write
 
+__all__ = ["example_package"]
 BOUNDED = {**STUDY["weights"], "largest": 2.0}
 
 
@@ -116,7 +118,7 @@ def test_points_beyond_the_budget_say_what_runs_them(capsys):
     complete(study, 3.0)
     answer(capsys, "enqueue", "digits", "--a", "1", "--b", "-1")
     _, out, _ = answer(capsys, "enqueue", "digits", "--a", "2", "--b", "-1")
-    assert "the budget of 2 trials is too small" in out
+    assert "the budget of 2 trials" in out
     assert "--trials 3" in out
 
 
@@ -160,13 +162,37 @@ def test_a_baseline_that_failed_is_tried_again_by_the_next_launch():
         ({"name": "normalised"}, ("--a", 1, "--b=-1"), "have the parameters a, got a, b"),
         ({"name": "learned"}, ("--a", 1), "have the parameters rule, strength, got a"),
         ({"name": "learned"}, ("--rule", "mine", "--strength", 1), "rule mine is none of"),
+        ({"name": "end-point"}, ("--set", "end=2", "--set", "wing=1"), "end, got end, wing"),
+        ({"name": "end-point"}, ("--set", "end=11"), "end 11 lies outside weights.end, 1 to 10"),
+        ({"name": "end-point"}, ("--set", "end=high"), "end must be a number, got 'high'"),
+        ({"name": "end-point"}, ("--set", "end=2", "--set", "end=3"), "end is given twice"),
     ],
 )
+@pytest.mark.usefixtures("example_package")
 def test_points_outside_the_search_are_refused(capsys, weights, point, said):
     study = search(weights=weights)
     status, _, err = answer(capsys, "enqueue", "digits", *point)
     assert (status, study.search.counts().waiting) == (2, 0)
     assert said in err
+
+
+@pytest.mark.usefixtures("example_package")
+@pytest.mark.parametrize(
+    ("weights", "point", "params"),
+    [
+        ({"name": "end-point"}, ("--set", "end=2.5"), {"end": 2.5}),
+        (BOUNDED, ("--a", 1, "--set", "b=-5"), {"a": 1.0, "b": -5.0}),
+        (
+            {"name": "learned"},
+            ("--set", "strength=1", "--set", "rule=uncertainty"),
+            {"rule": "uncertainty", "strength": 1.0},
+        ),
+    ],
+)
+def test_any_parameter_of_the_studys_space_can_be_set(capsys, weights, point, params):
+    study = search(weights=weights)
+    assert answer(capsys, "enqueue", "digits", *point)[0] == 0
+    assert claim(study.search, search_space(study.spec)).params == params
 
 
 # Stopping, without workers; with them in tests/e2e.
@@ -459,7 +485,7 @@ def test_clean_deletes_no_folder_but_one_of_trajectories(capsys, recorded, named
     study.main.study.set_user_attr(TRAJECTORIES, [str(other)])
     status, _, err = answer(capsys, "clean", "digits")
     assert status == 2
-    assert "which is none of the folders in" in err
+    assert "which does not lie in" in err
     assert (other.exists(), (recorded / "shard").exists()) == (True, True)
 
 

@@ -43,6 +43,11 @@ def test_a_launcher_reads_a_study_without_torch(tmp_path):
     assert (found.stdout, found.stderr) == ("4 False\n", "")
 
 
+DOUBLING = b"a0: &a0 [x]\n" + b"".join(
+    b"a%d: &a%d [*a%d, *a%d]\n" % (n, n, n - 1, n - 1) for n in range(1, 40)
+)
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -51,7 +56,11 @@ def test_a_launcher_reads_a_study_without_torch(tmp_path):
         (b"", "must be a mapping of keys"),
         (b"!!python/object/apply:os.system [true]", "is not valid YAML: could not determine"),
         (b"\xff\xfe\x00", "cannot be read: "),
+        (b"[" * 10**4, "is not valid YAML: "),
+        (DOUBLING, "stands for more than 10000 values"),
+        (b"a: &a [*a]", "stands for more than 10000 values"),
     ],
+    ids=lambda given: given[:20],
 )
 def test_a_file_that_is_no_study_is_named(tmp_path, content, expected):
     path = tmp_path / "study.yaml"

@@ -16,7 +16,7 @@ from bdense.weights.spaces import BASELINE, PLAIN, UNIFORM
 from search.analysis.comparison import ArmResult, Comparison, compare, difference_text
 from search.analysis.surrogate import Evaluation, candidates, posterior_means
 from search.spec.study import StudySpec
-from search.storage.rows import StoredTrial
+from search.storage.queries import StoredTrial
 from search.study.arms import Arm, ArmRow
 from search.study.study import JUDGED, Study
 from search.study.summary import baselines_of, headline

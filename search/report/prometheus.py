@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from sqlalchemy.exc import SQLAlchemyError
 
 from search.storage.leases import LEASE, RELEASED, STATE, TRIALS, database_clock
-from search.storage.rows import Rows
+from search.storage.queries import Rows
 from search.storage.studies import read_studies
 from search.study.arms import Arm, ArmRow
 from search.study.study import ARMS, BASELINES_SUFFIX

@@ -23,6 +23,8 @@ from search.spec.study import StudySpec
 
 T = TypeVar("T")
 
+_MOST_VALUES = 10_000
+
 
 def read_spec(path: Path, changes: dict[str, Any] | None = None) -> StudySpec:
     """Parse a study file, check it and fill in the method's defaults.
@@ -99,12 +101,27 @@ def read_tree(path: Path) -> dict[str, Any]:
         raise SpecError(f"the study file {path} cannot be read: {error}") from error
     try:
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise SpecError(f"{path} is not valid YAML: {reason}") from error
+    _require_small(tree, path)
     if not isinstance(tree, dict):
         raise SpecError(f"{path} must be a mapping of keys such as name, data, teacher, method")
     return tree
+
+
+def _require_small(tree: Any, path: Path) -> None:  # noqa: ANN401  whatever YAML holds
+    """Refuse aliases that multiply: a few lines can stand for more values than fit into memory."""
+    left, waiting = _MOST_VALUES, [tree]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict | list):
+            left -= len(each)
+            waiting += each.values() if isinstance(each, dict) else each
+        if left < 0:
+            raise SpecError(
+                f"{path} stands for more than {_MOST_VALUES} values; its aliases multiply"
+            )
 
 
 def parse(tree: dict[str, Any], source: str) -> StudySpec:

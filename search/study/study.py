@@ -18,8 +18,7 @@ from search.spec.file import read_stored
 from search.spec.study import StudySpec, flatten
 from search.storage.engine import retrying
 from search.storage.ledger import MENDABLE, Ledger
-from search.storage.reader import Counts, asked_of
-from search.storage.rows import StoredTrial
+from search.storage.queries import Counts, StoredTrial, asked_of
 from search.study.arms import Arm, ArmRow, Task, plain_arm, uniform_arm
 
 # Attributes of the Optuna study.

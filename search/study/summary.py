@@ -11,8 +11,7 @@ from search.spec.study import StudySpec
 from search.storage.engine import redact, retrying
 from search.storage.leases import SURPLUS
 from search.storage.ledger import Ledger
-from search.storage.reader import Counts
-from search.storage.rows import StoredTrial
+from search.storage.queries import Counts, StoredTrial
 from search.study.arms import ArmRow
 from search.study.results import TrialResult
 from search.study.study import BASELINE_RESULTS, Study

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from search.storage.reader import Counts
+from search.storage.queries import Counts
 
 
 def counts_line(counts: Counts, rows: str) -> str:

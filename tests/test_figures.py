@@ -1,7 +1,5 @@
 """A study's own plots: what is drawn of its numbers, and how names of any origin are shown."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -97,6 +95,6 @@ def test_a_method_of_several_stages_has_a_line_for_each_arm_over_nfe(url):
 def test_names_are_no_mathematics_and_not_too_long(text, shown):
     assert plain(text) == shown
     plot = Plot("key", text, lambda axes: axes.plot([1], [1], "o", label=plain(text)))
-    figure = replace(plot).figure()
+    figure = plot.figure()
     figure.draw_without_rendering()
     assert figure.axes[0].get_title() == shown

@@ -1,6 +1,5 @@
 """Arms taken from a search, confirmed, promoted, transferred: four ways to one kind of study."""
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from search.analysis.plans import (
     plan_transfer,
 )
 from search.errors import SpecChangedError
-from search.study.arms import ROW_SPACE, Arm, ArmRow, given_arms
+from search.study.arms import Arm, ArmRow, given_arms
 from search.study.study import Study
 from search.study.wording import align
 from search.worker.assets import load, use_device
@@ -217,31 +216,6 @@ def test_when_it_is_complete_the_verb_tells_the_result_and_starts_nothing(source
     for line in align(table_rows(comparisons_of(study), teacher_of(study))):
         assert line in answer.out
     assert "-2.00 [-2.00, -2.00]" in answer.out
-
-
-@each_way
-def test_its_own_name_works_where_a_search_s_does(source, way, tmp_path):
-    study = way.planned(source)
-    claim = study.given.claim(ROW_SPACE, None)
-    study.given.fail(claim, "diverged", "the loss is not finite at iteration 3", {})
-    finish(study, fid)
-    rows, seed = len(study.rows()), way.seeds[0]
-    plain = study.arms[0].name
-    assert command("status", way.name).out.splitlines() == [
-        f"{way.name}: {rows - 1} of {rows} rows complete, 0 pruned, 1 failed, 0 running",
-        f"row 0 ({plain}, seed {seed}) failed, diverged: the loss is not finite at iteration 3",
-    ]
-    counts = {"planned": rows, "complete": rows - 1, "pruned": 0, "failed": 1, "running": 0}
-    told = json.loads(command("status", way.name, "--json").out)
-    assert told == {"study": way.name, "trials": counts}
-    shown = tmp_path / "shown"
-    assert command("report", way.name, "--out", shown).out == (
-        f"{shown / 'report.html'}\n{shown / 'report.md'}\n"
-    )
-    page = (shown / "report.md").read_text()
-    assert f"{rows - 1} of {rows} rows complete" in page
-    assert study.arms[2].name in page
-    assert "give the search itself: digits" in refused(command("best", way.name))
 
 
 # ---- weights at work ----

@@ -21,7 +21,6 @@ from tests.reported import PLOTS, POINTS, RULES, is_plot, read_html, reported, s
 # What commit 3f7be1a printed of a database that it made, but for the storage's URL.
 BEFORE = json.loads((ROOT / "tests/data/version-3f7be1a/expected.json").read_text())
 each_kind = pytest.mark.parametrize("kind", PLOTS)
-SEARCHES = [kind for kind in PLOTS if kind.endswith("search")]
 
 
 def shape(value):

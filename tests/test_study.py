@@ -253,7 +253,7 @@ def test_intermediate_fids_of_other_images_are_refused(url):
 def test_a_study_whose_maker_was_killed_is_made_whole_by_the_next(url, method, plan):
     given = spec(of_kind(method, plan))
     Ledger.open(url, given.name, budget=1)
-    with pytest.raises(UnknownStudyError, match="is half made; the same command carries on"):
+    with pytest.raises(UnknownStudyError, match="is incomplete; run the command"):
         Study.open(url, given.name)
     study = created(url, given)
     assert len(finish(Study.open(url, given.name), by_arm)) == len(study.rows())

@@ -68,7 +68,7 @@ def _kind(study: StoredStudy) -> str:
 
 
 def _method(study: StoredStudy) -> str | None:
-    """The method's name; None of a study that is half made, or was not upgraded."""
+    """The method's name; None of a study that is incomplete, or was not upgraded."""
     spec = json.loads(study.attributes.get(SPEC, "{}"))
     method: str | None = spec.get("method", {}).get("name")
     return method

@@ -31,7 +31,7 @@ def named_file(name: str) -> Path:
     """
     parts = Path(name).parts
     if len(parts) != 3 or Path(name).is_absolute() or ".." in parts or "\0" in name:
-        raise InputError(f"a row names the file {name!r}, which is none of its own under the runs")
+        raise InputError(f"a row names the file {name!r}, which is not one of its own")
     return runs_folder() / name
 
 

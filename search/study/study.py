@@ -56,7 +56,7 @@ class Study:
         """A study that exists; ``reading`` writes nothing, nor needs the right to.
 
         Raises:
-            UnknownStudyError: There is none of that name, or it is half made.
+            UnknownStudyError: There is none of that name, or it is incomplete.
             OutdatedStudyError: An older version made it.
             StorageError: The database cannot be opened.
         """
@@ -80,10 +80,12 @@ class Study:
         name = found.study.study_name
         attributes = retrying(lambda: found.study.user_attrs)
         if SPEC not in attributes:
-            raise UnknownStudyError(f"study {name!r} is half made; the same command carries on")
+            raise UnknownStudyError(
+                f"study {name!r} is incomplete; run the command that makes it again"
+            )
         if attributes.get(FORMAT) != CURRENT:
             raise OutdatedStudyError(
-                f"study {name!r} was made by an older version of bdense; bring it over by "
+                f"study {name!r} was made by an older version of bdense; upgrade it by "
                 "`bdense-search storage upgrade`"
             )
         if ARMS in attributes:
@@ -216,7 +218,7 @@ class Study:
         ) and self.given.extend_list(VARIANTS, changes)
         if not stored:
             raise SpecChangedError(
-                f"another command has added arms to {self.name!r} meanwhile; give this one again"
+                f"another command has added arms to {self.name!r} meanwhile; run this one again"
             )
         for change in variants:
             for seed in seeds:
@@ -320,7 +322,7 @@ class Study:
             kinds = {True: "a search", False: "given arms"}
             raise SpecChangedError(
                 f"study {spec.name!r} exists and is {kinds[self.is_search]}, not "
-                f"{kinds[spec.is_search]}; give this one another name"
+                f"{kinds[spec.is_search]}; choose another name"
             )
         self.refuse_other_conditions(spec, facts)
         changed = bool(self._changed(spec, facts))
@@ -388,5 +390,5 @@ def _store(ledger: Ledger, spec: StudySpec, before: StudySpec | None) -> None:
     study.set_user_attr(CONDITIONS, json.dumps(spec.conditions()))
     study.set_user_attr(FINGERPRINT, spec.fingerprint())
     study.set_user_attr(FORMAT, CURRENT)
-    # Last: a study without it is half made.
+    # Last: a study without it is incomplete.
     study.set_user_attr(SPEC, json.dumps(new))

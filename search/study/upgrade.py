@@ -95,8 +95,8 @@ def upgrade_studies(url: str) -> Iterator[str]:
         return
     if importlib.util.find_spec("torch") is None:
         raise InputError(
-            f"{', '.join(outdated)} are of an older form, which is read with torch; give this "
-            "command where it is installed, beside the runs folder"
+            f"{', '.join(outdated)} are of an older form, and reading it needs torch; run this "
+            "command where torch is installed and the runs folder is"
         )
     specs = apart(
         functools.partial(_translated_all, {name: each[SPEC] for name, each in outdated.items()})
@@ -196,8 +196,7 @@ def _rewrite_database(ledgers: Sequence[Ledger], form: "_Form") -> None:
 def _refuse_at_work(ledgers: Sequence[Ledger]) -> None:
     if working := held(ledgers):
         raise InputError(
-            f"{working} of its rows are being worked on; end the workers, then give this command "
-            "again"
+            f"{working} of its rows are running; end the workers, then run this command again"
         )
 
 
@@ -207,7 +206,7 @@ def _require_folders(ledgers: Sequence[Ledger]) -> None:
         folder = row_folder(ledger.study.study_name, 0).parent
         if ledger.counts().running and not folder.is_dir():
             raise InputError(
-                f"it has interrupted rows, and their folder {folder} is not here; give this "
+                f"it has interrupted rows, and their folder {folder} is not here; run this "
                 "command where the runs are (BDENSE_RUNS), or make that folder to start these "
                 "rows anew"
             )
@@ -319,7 +318,7 @@ class _Form:
         """A row of a given arm, or a baseline."""
         asked, seeds, kind = asked_of(trial), self.spec.seeds, self.old.get(_KIND)
         if asked.keys() == ROW_SPACE.keys():
-            raise InputError("another command brings it over just now; give this one again")
+            raise InputError("another command is upgrading it; run this one again")
         arms, variant = self.arms, {}
         before: dict[str, Any] = {"fingerprint": self.old[FINGERPRINT]}
         if kind is None:

@@ -311,7 +311,7 @@ def _asked_within(call: Callable[[], object], seconds: float) -> object:
 def _ride(url: str, spec: StudySpec, held: list[Study]) -> float:
     """Seconds that a claim takes of a full server, some of whose clients end after 3 s."""
     late = held[-1].search
-    late._storage.engine.dispose()
+    late.storage.engine.dispose()
     engine = sa.create_engine(url, poolclass=sa.NullPool)
     others = []
     with suppress(OperationalError):

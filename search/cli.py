@@ -29,7 +29,7 @@ from search.verbs.storage import add_storage
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; 0 done, 1 failed, 2 a mistake of the user's, 75 Ray is gone, 130 stopped."""
+    """Run one verb; 0 done, 1 failed, 2 user's mistake, 75 Ray is gone, 130 stopped."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
@@ -68,12 +68,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _hide_password(url: str, argv: list[str]) -> None:
-    """Start over with a password moved to the environment: ``ps`` shows arguments to everybody."""
+    """Start over with a password moved to the environment, as ``ps`` shows arguments to all."""
     if redact(url) == url:
         return
     kept = [a for a in argv if a not in ("--storage", url) and not a.startswith("--storage=")]
     os.environ["BDENSE_STORAGE"] = resolve_storage_url(url)
-    # -P: nothing of the folder one stands in is imported, as by the command itself.
+    # -P: import nothing from the current folder, like the command itself.
     os.execv(sys.executable, [sys.executable, "-P", "-m", "search.cli", *kept])
 
 

@@ -25,7 +25,7 @@ class OutdatedStudyError(InputError):
 
 
 class UnpreparedError(InputError):
-    """This machine lacks something that a row needs; another worker must do the row."""
+    """This machine lacks something that a row needs; another worker must take the row."""
 
 
 class LeaseLostError(BdenseError):
@@ -55,7 +55,7 @@ class NoAccessError(InputError):
 
 
 class ArtifactError(BdenseError):
-    """A picture could not be put where artifacts go; nothing but the picture is lost."""
+    """A picture could not be stored; nothing else is lost."""
 
 
 class WorkersFailedError(BdenseError):
@@ -63,6 +63,6 @@ class WorkersFailedError(BdenseError):
 
 
 class ClusterLostError(BdenseError):
-    """Ray's head is gone; the same command carries on once there is one again."""
+    """Ray's head is gone; the same command continues once it is back."""
 
     exit_status = 75  # EX_TEMPFAIL of sysexits.h: docker/launch.sh joins again on it alone

@@ -1,4 +1,4 @@
-"""Students of a study as folders to hand on: weights, card, pictures, figures."""
+"""Export a study's students as model folders: weights, card, pictures, figures."""
 
 import contextlib
 import itertools
@@ -19,7 +19,7 @@ from search.analysis.comparison import comparisons_of, table_rows, teacher_of
 from search.analysis.confirmation import CONFIRM_SUFFIX, verdict
 from search.report.overview import overview_of
 from search.storage.ledger import Ledger
-from search.storage.rows import StoredTrial
+from search.storage.queries import StoredTrial
 from search.study.arms import ArmRow
 from search.study.folders import GRID, named_file
 from search.study.results import MeasuredFID, TrialResult
@@ -46,18 +46,18 @@ def export_trial(
 
     Args:
         study: Of any kind.
-        folder: Where it will lie; it must not exist.
-        number: Of the row; None is, of a search, the confirmed winner's under the first fresh
-            seed, else the best trial's, and of given arms the first seed's of the one arm that is
-            no baseline.
-        nfe: Of a method of several stages, which student; None is the last.
-        baseline: Of a search, ``plain`` or ``uniform`` instead of a trial.
+        folder: Where to write it; it must not exist.
+        number: Number of the row. None: of a search, the confirmed winner under the first fresh
+            seed, else the best trial; of given arms, the first seed of the one arm that is not a
+            baseline.
+        nfe: Which student of a method of several stages; None is the last.
+        baseline: ``plain`` or ``uniform`` instead of a trial of a search.
 
     Returns:
         The folder, and the diffusers pipeline in it where the network is a diffusers one.
 
     Raises:
-        InputError: There is no such row, it has not ended well, or its student was not kept.
+        InputError: There is no such row, it is not complete, or its student was not kept.
     """
     if baseline is not None:
         ledger, number = _baseline(study, baseline)
@@ -91,11 +91,11 @@ def fid_table(study: Study) -> list[dict[str, Any]]:
     table = []
     if (teacher := teacher_of(study)) is not None:
         latents = {"evaluation_seed": teacher.seeds["evaluation"]}
-        told = {"nfe": teacher.nfe, "arm": "teacher", "fid": teacher.value}
-        table.append({**told, **_alike(teacher), **latents})
+        own = {"nfe": teacher.nfe, "arm": "teacher", "fid": teacher.value}
+        table.append({**own, **_conditions(teacher), **latents})
     for comparison in comparisons_of(study):
         for each in comparison.results:
-            found = each.summary()
+            found = each.mean()
             table.append(
                 {
                     "nfe": each.conditions.nfe,
@@ -104,15 +104,15 @@ def fid_table(study: Study) -> list[dict[str, Any]]:
                     "fid": found.mean,
                     "std_err": found.standard_error,
                     "n": found.n,
-                    **_alike(each.conditions),
+                    **_conditions(each.conditions),
                     "training_seeds": " ".join(map(str, sorted(each.fids))),
                 }
             )
     return table
 
 
-def _alike(fid: MeasuredFID) -> dict[str, Any]:
-    """What a FID in a model card is told with."""
+def _conditions(fid: MeasuredFID) -> dict[str, Any]:
+    """Conditions of a FID in a model card."""
     return {
         "images": fid.images,
         "extractor": fid.extractor,
@@ -123,7 +123,7 @@ def _alike(fid: MeasuredFID) -> dict[str, Any]:
 
 
 def made_from(study: Study, number: int) -> dict[str, Any]:
-    """Whose student a model folder has, and what its figures rest on."""
+    """The row of a model folder's student, and the rows behind its figures."""
     return {
         "study": study.name,
         "fingerprint": study.main.attribute(FINGERPRINT),
@@ -134,12 +134,12 @@ def made_from(study: Study, number: int) -> dict[str, Any]:
 
 
 def is_current(folder: Path, study: Study, number: int) -> bool:
-    """Whether a folder is the model of that row, made of all that the study has measured."""
+    """Whether a folder is the model of that row, with all that the study has measured."""
     return _stored_origin(folder) == made_from(study, number)
 
 
 def is_of(folder: Path, name: str) -> bool:
-    """Whether a folder is a model of the study of that name, of whatever age."""
+    """Whether a folder is a model of the study of that name, current or not."""
     return _stored_origin(folder).get("study") == name
 
 
@@ -151,7 +151,7 @@ def _stored_origin(folder: Path) -> dict[str, Any]:
 
 
 def put_aside(folder: Path) -> None:
-    """Make room where an older model lies, which keeps its files under another name."""
+    """Rename the folder of an older model."""
     if not folder.exists():
         return
     older = (folder.with_name(f"{folder.name}.{number}") for number in itertools.count(1))
@@ -161,50 +161,45 @@ def put_aside(folder: Path) -> None:
 
 
 def arm_row(study: Study, *, arm: str | None = None, variant: int | None = None) -> int:
-    """The row of the first seed whose arm is no baseline.
+    """The row of the first seed whose arm is not a baseline.
 
     Args:
-        study: Of given arms.
-        arm: Name of the arm; needed where there are several but for a confirmation, whose winner
-            is meant.
+        study: A study of given arms.
+        arm: Name of the arm; None is the only one, or a confirmation's winner.
         variant: Index of the method's settings.
 
     Raises:
-        InputError: None of them is complete, or it is not clear which arm is meant.
+        InputError: No such row is complete, or there are several arms.
     """
     arms = study.arms
     searched = [each.name for each in arms if each.baseline is None]
     if arm is None and len(searched) > 1:
-        arm = _winner_of(study, searched)
+        of = study.facts.get("of")
+        found = None
+        if of is not None and study.name == of + CONFIRM_SUFFIX:
+            found = verdict(Study.open(study.url, of))
+        if found is None:
+            raise InputError(
+                f"{study.name} has {len(searched)} arms beside its baselines "
+                f"({', '.join(searched)}); name a row by --trial"
+            )
+        arm = found.winner.arm.name
     rows = [(t.number, ArmRow.of(t.params)) for t in _complete_rows(study.main)]
-    found = [
+    complete = [
         (row.seed, number)
         for number, row in rows
         if arms[row.arm].name in ([arm] if arm else searched) and variant in (None, row.variant)
     ]
-    if not found:
+    if not complete:
         raise InputError(
             f"{headline(study)}: no row of the promoted weights is complete; run the same command "
             "again, or name a row by --trial"
         )
-    return min(found)[1]
-
-
-def _winner_of(study: Study, names: list[str]) -> str:
-    """Name of a confirmation's winner."""
-    of = study.facts.get("of")
-    if of is not None and study.name == of + CONFIRM_SUFFIX:
-        found = verdict(Study.open(study.url, of))
-        if found is not None:
-            return found.winner.arm.name
-    raise InputError(
-        f"{study.name} has {len(names)} arms beside its baselines ({', '.join(names)}); name a "
-        "row by --trial"
-    )
+    return min(complete)[1]
 
 
 def _baseline(study: Study, name: str) -> tuple[Ledger, int]:
-    """Where a search's baseline is."""
+    """Ledger and number of a search's baseline."""
     if not study.is_search or study.given is None:
         raise InputError(f"--baseline {name} is for a search; name a row by --trial instead")
     if (found := baselines_of(study).get(name)) is None:
@@ -213,7 +208,7 @@ def _baseline(study: Study, name: str) -> tuple[Ledger, int]:
 
 
 def _best_of(study: Study) -> tuple[Study, int]:
-    """Whose student a search hands on, and where it is."""
+    """Study and number of the row that a search exports."""
     found, confirmation = verdict(study), study.beside(study.name + CONFIRM_SUFFIX)
     if found is not None and found.ended and confirmation is not None:
         rows = found.winner.rows
@@ -271,14 +266,14 @@ def _student(study: Study, ledger: Ledger, trial: StoredTrial, nfe: int | None) 
     ]
     raise InputError(
         f"the student of trial {trial.number} was not kept, only its result: {path} is gone, as a "
-        "search keeps the students of its best trials alone (keep_students of its file: raise it "
+        "search keeps only the students of its best trials (keep_students of its file: raise it "
         "before the next launch, or name a trial by `clean --keep`); kept are those of "
         f"{', '.join(kept) or 'none'}"
     )
 
 
 def _pictures(study: Study, trial: StoredTrial, path: Path) -> dict[str, Picture]:
-    """The figure, and the first images of this student and the baselines' at that stage."""
+    """The figure, and image grids of this student and of the baselines at its stage."""
     plots = overview_of(study).plots()
     pictures: dict[str, Picture] = {FIGURE: plots[0].save} if plots else {}
     own, arms = ArmRow.of(trial.params), study.arms
@@ -289,8 +284,8 @@ def _pictures(study: Study, trial: StoredTrial, path: Path) -> dict[str, Picture
         row = ArmRow.of(other.params)
         grid = named_file(other.user_attrs["student"]).with_name(grid_name)
         name = arms[row.arm].baseline or ("promoted" if row.arm == shown else None)
-        alike = (row.seed, row.variant) == (own.seed, own.variant)
-        if name is not None and alike and grid.is_file():
+        is_beside = (row.seed, row.variant) == (own.seed, own.variant)
+        if name is not None and is_beside and grid.is_file():
             pictures[f"samples-{name}.png"] = grid
     return pictures
 
@@ -298,7 +293,7 @@ def _pictures(study: Study, trial: StoredTrial, path: Path) -> dict[str, Picture
 def _pipeline_of(
     denoiser: "NetworkDenoiser", metadata: Mapping[str, Any]
 ) -> Callable[[Path], None] | None:
-    """What writes the same as a diffusers pipeline beside it, where the network is diffusers'."""
+    """Writes a diffusers pipeline into the folder; None for networks of other kinds."""
     if not isinstance(denoiser.model, DiffusersUNet):
         return None
 

@@ -1,21 +1,17 @@
-"""Model folders to where fsspec leads: s3://, gs://, file:// and whatever else is installed."""
+"""Copy model folders to any URL of fsspec: s3://, gs://, file:// and others."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import fsspec
 
 from bdense.errors import InputError
-
-if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
 
 # Readers of a model folder look for it first: with it the folder is whole.
 _LAST = "config.json"
 
 
 def is_url(place: str) -> bool:
-    """Whether it is no local path."""
+    """Whether it is a URL, not a local path."""
     return "://" in place
 
 
@@ -33,7 +29,7 @@ class Place:
         self.url = url.rstrip("/")
         protocol = url.partition("://")[0]
         try:
-            found: tuple[AbstractFileSystem, Any] = fsspec.core.url_to_fs(self.url)
+            self._files, path = fsspec.core.url_to_fs(self.url)
         except ImportError as error:
             raise InputError(
                 f"{url}: fsspec needs another package for {protocol}:// ({error}); install it, or "
@@ -41,19 +37,18 @@ class Place:
             ) from error
         except (ValueError, TypeError) as error:
             raise InputError(f"{url} leads nowhere: {error}") from error
-        self._files, path = found
         self._path = str(path).rstrip("/")
 
     def require_new(self) -> None:
-        """Refuse a place at which something lies already.
+        """Refuse a place that exists.
 
         Raises:
-            InputError: Something does, or it cannot be looked at.
+            InputError: It exists, or cannot be read.
         """
         try:
             taken = self._files.exists(self._path)
         except Exception as error:
-            raise InputError(f"{self.url} cannot be looked at: {error}") from error
+            raise InputError(f"{self.url} cannot be read: {error}") from error
         if taken:
             raise InputError(f"{self.url} exists already; choose another place or delete it")
 

@@ -184,6 +184,14 @@ def url(
     return copy_storage(empty_storage(tmp_path_factory.getbasetemp()), tmp_path / "study.db")
 
 
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def either_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A database of each kind, which nobody has opened yet."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'study.db'}"
+    return request.getfixturevalue("postgres").new_database()
+
+
 @pytest.fixture
 def searched(url: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A search of six trials, complete; see ``tests.measured.VALLEY``."""

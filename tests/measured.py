@@ -56,7 +56,7 @@ def fid(value: float, *, nfe: int = 2, **seeds: int) -> dict[str, Any]:
 
 
 def result(study: Study, ledger: Ledger, claim: Claim, value: float) -> TrialResult:
-    """What a claimed row came to, if its FID is ``value``.
+    """The result of a claimed row whose FID is ``value``.
 
     Of a method of several stages ``value`` is the last one's, and each one before has 1 less.
     """
@@ -147,7 +147,7 @@ def search(
 
 
 def made_once(folder: Path, name: str, make: Callable[[str], object]) -> Path:
-    """A storage's file that the first who asks for it makes; nobody else may write to it."""
+    """A read-only storage's file, made at the first call."""
     path = folder / f"{name}.db"
     if not path.exists():
         with pytest.MonkeyPatch.context() as patch:
@@ -200,7 +200,7 @@ def _do_not_sync(connection: sqlite3.Connection, _: object) -> None:
 
 
 def copy_storage(source: Path, target: Path) -> str:
-    """A SQLite file that nobody writes to, with what is not in it yet; URL of the copy."""
+    """Copy a SQLite file without writers, with its log; URL of the copy."""
     for end in ("", "-wal"):
         Path(f"{target}{end}").unlink(missing_ok=True)
         if Path(f"{source}{end}").exists():

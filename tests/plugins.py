@@ -10,6 +10,8 @@ ENTRY_POINTS = """
 PatchNetwork = tests.example_package:PatchNetwork
 [bdense.stochastic_solvers]
 renoise = tests.example_package:Renoise
+[bdense.weights]
+end-point = tests.example_weights:EndPoint
 """
 
 

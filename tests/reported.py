@@ -71,7 +71,7 @@ EXTRA = {
 
 
 def take(study: Study, params: dict[str, object]) -> Claim:
-    """A trial of a search that somebody works on."""
+    """A running trial of a search."""
     study.search.enqueue(params)
     claim = study.search.claim(search_space(study.spec), None)
     assert isinstance(claim, Claim)

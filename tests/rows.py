@@ -75,7 +75,7 @@ def task(params: dict[str, Any] = SLOPE, **fields: Any) -> Task:
 
 @dataclass
 class FakeJudge:
-    """Is told the intermediate FIDs, and ends the row at those that it is asked to end at."""
+    """Records intermediate FIDs, and ends the row at given ones."""
 
     prunes: bool = True
     ends_at: tuple[int, ...] = ()

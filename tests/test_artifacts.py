@@ -1,5 +1,6 @@
 """Trials' pictures as artifacts of a real storage, in a folder and behind a real S3 client."""
 
+import io
 import threading
 from pathlib import Path
 
@@ -26,16 +27,6 @@ from search.study.artifacts import (
 )
 from tests.studies import spec
 
-SERVERS = ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)]
-
-
-@pytest.fixture
-def url(tmp_path, request) -> str:
-    """Of a database on SQLite, or on the server that a test names."""
-    if getattr(request, "param", "sqlite") == "postgres":
-        return request.getfixturevalue("postgres").new_database()
-    return f"sqlite:///{tmp_path / 'study.db'}"
-
 
 @pytest.fixture
 def ledger(url) -> Ledger:
@@ -56,7 +47,7 @@ def claim(ledger: Ledger) -> Claim:
 
 
 def metas(ledger: Ledger, trial_id: int) -> list[tuple[str, str]]:
-    """(id, file name), as anybody reads them from the database."""
+    """(id, file name), from the database."""
     trial = ledger.storage.get_trial(trial_id)
     found = get_all_artifact_meta(trial, storage=ledger.storage)
     return [(meta.artifact_id, meta.filename) for meta in found]
@@ -70,25 +61,20 @@ def test_a_picture_becomes_an_artifact_that_optuna_reads(ledger, grid, tmp_path)
     assert meta.mimetype == "image/png"
     theirs = FileSystemArtifactStore(tmp_path / "artifacts")
     assert theirs.open_reader(ids["samples.png"]).read() == b"a grid"
-
-
-def test_attached_again_it_is_still_one(ledger, grid, tmp_path):
-    """A trial that is taken over after its pictures were stored."""
-    trial_id, store = claim(ledger).trial_id, FolderStore(tmp_path / "artifacts")
-    first = attach(ledger.storage, trial_id, [grid], store)
-    assert attach(ledger.storage, trial_id, [grid], store) == first
+    # Attached again, by a worker that took the trial over, it is still one.
+    assert attach(ledger.storage, trial_id, [grid], FolderStore(tmp_path / "artifacts")) == ids
     assert len(metas(ledger, trial_id)) == 1
-    assert [path.name for path in (tmp_path / "artifacts").iterdir()] == [first["samples.png"]]
+    assert [path.name for path in (tmp_path / "artifacts").iterdir()] == [ids["samples.png"]]
 
 
-@pytest.mark.parametrize("url", SERVERS, indirect=True)
-def test_two_workers_at_once_attach_it_once(url, ledger, grid, tmp_path):
+def test_two_workers_at_once_attach_it_once(either_url, grid, tmp_path):
     """One was frozen and thaws while its adopter is at the same place."""
+    ledger = Ledger.open(either_url, "digits", budget=3)
     trial_id, store = claim(ledger).trial_id, FolderStore(tmp_path / "artifacts")
     together, found = threading.Barrier(4), []
 
     def work() -> None:
-        storage = Ledger.open(url, "digits", budget=None).storage
+        storage = Ledger.open(either_url, "digits", budget=None).storage
         together.wait()
         found.append(attach(storage, trial_id, [grid], store)["samples.png"])
 
@@ -142,10 +128,10 @@ class HangingStore(FolderStore):
         super().write(artifact_id, content_body)
 
 
-@pytest.mark.parametrize("url", SERVERS, indirect=True)
-def test_a_store_that_hangs_holds_up_nobody_and_is_not_waited_for_for_ever(
-    url, ledger, grid, tmp_path, monkeypatch
+def test_a_store_that_hangs_blocks_no_other_and_is_given_up(
+    either_url, grid, tmp_path, monkeypatch
 ):
+    ledger = Ledger.open(either_url, "digits", budget=3)
     trial_id, store = claim(ledger).trial_id, HangingStore(tmp_path / "artifacts")
     monkeypatch.setattr(artifacts, "PATIENCE_SECONDS", 2.0)
     errors = []
@@ -160,17 +146,14 @@ def test_a_store_that_hangs_holds_up_nobody_and_is_not_waited_for_for_ever(
     thread.start()
     assert store.begun.wait(20)
     # Its adopter, and on SQLite every claim, would wait for the lock.
-    with exclusive(Ledger.open(url, "digits", budget=None).storage.engine, lock_of(trial_id)):
+    engine = Ledger.open(either_url, "digits", budget=None).storage.engine
+    with exclusive(engine, f"artifacts of trial {trial_id}"):
         assert thread.is_alive()
     thread.join()
     store.back.set()
     (said,) = errors
     assert "has not answered for 2 seconds; check BDENSE_ARTIFACTS" in said
     assert len(metas(ledger, trial_id)) == 1
-
-
-def lock_of(trial_id: int) -> str:
-    return f"artifacts of trial {trial_id}"
 
 
 def test_a_store_with_a_database_of_its_own_is_not_taken_for_the_studys(ledger, grid, tmp_path):
@@ -196,15 +179,9 @@ def test_a_finished_trial_takes_none(ledger, grid, tmp_path):
 
 @pytest.mark.parametrize("name", ["../escaped", "/tmp/escaped", "a/b", ".."])
 def test_an_id_leads_out_of_no_folder(tmp_path, name):
-    store = FolderStore(tmp_path / "artifacts")
-    with (tmp_path / "content").open("wb") as file:
-        file.write(b"x")
-    with (tmp_path / "content").open("rb") as file, pytest.raises((ValueError, OSError)):
-        store.write(name, file)
-    assert sorted(path.name for path in tmp_path.iterdir()) in (
-        ["content"],
-        ["artifacts", "content"],
-    )
+    with pytest.raises((ValueError, OSError)):
+        FolderStore(tmp_path / "artifacts").write(name, io.BytesIO(b"x"))
+    assert {path.name for path in tmp_path.iterdir()} <= {"artifacts"}
 
 
 def test_the_place_is_a_folder_under_the_runs(tmp_path, monkeypatch):
@@ -215,16 +192,10 @@ def test_the_place_is_a_folder_under_the_runs(tmp_path, monkeypatch):
     assert artifacts_place() == str(tmp_path / "shared")
 
 
-@pytest.mark.parametrize(
-    ("place", "says"),
-    [
-        ("gs://bucket", "gs://bucket .* give a folder, or s3://"),
-        ("s3:///", "no bucket; give s3://"),
-    ],
-)
-def test_a_place_of_no_known_form_is_refused(monkeypatch, place, says):
+@pytest.mark.parametrize("place", ["gs://bucket", "s3:///"])
+def test_a_place_of_no_known_form_is_refused(monkeypatch, place):
     monkeypatch.setenv("BDENSE_ARTIFACTS", place)
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=f"BDENSE_ARTIFACTS={place} .*s3://bucket"):
         artifacts_place()
 
 

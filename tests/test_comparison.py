@@ -57,9 +57,9 @@ def test_the_difference_of_three_seeds_by_hand(url, method, stage, lower):
     assert ours.values == {seed: fid - lower for seed, fid in FIDS[None].items()}
     assert ours.rows == {1: 2, 2: 5, 3: 8}
     assert ours.conditions.nfe == (4 if stage else 2)
-    summary = ours.summary()
-    assert (summary.mean, summary.n) == (9.0 - lower, 3)
-    assert summary.standard_error == pytest.approx(1 / math.sqrt(3))
+    mean = ours.mean()
+    assert (mean.mean, mean.n) == (9.0 - lower, 3)
+    assert mean.standard_error == pytest.approx(1 / math.sqrt(3))
     pair = comparison.against(ours, plain)
     assert (pair.mean, pair.n, pair.tie) == (-3.0, 3, False)
     reach = T / math.sqrt(3)

@@ -238,7 +238,7 @@ def test_given_arms_of_two_stages_counted_by_hand(monkeypatch):
 def test_all_that_is_downloaded_is_named_with_its_size(tmp_path, monkeypatch):
     name = "edm-cifar10-32x32-uncond-vp"
     small = dataclasses.replace(CHECKPOINTS[name], architecture=small_teacher().describe())
-    monkeypatch.setattr(cost, "CHECKPOINTS", {name: small})
+    monkeypatch.setattr(cost, "PUBLIC_MODELS", {name: small})
     study = spec(
         data=REMOVED,
         teacher={"checkpoint": name},

@@ -1,9 +1,7 @@
 """The dashboard over a real study: shows it, and changes nothing unless it may."""
 
 import contextlib
-import io
 import json
-import os
 import re
 import signal
 import socket
@@ -13,14 +11,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import optuna
 import pytest
 from optuna_dashboard import wsgi
 
 from bdense.errors import InputError
-from search.errors import StorageError
 from search.report.dashboard import (
     Application,
     addressed_here,
@@ -32,7 +28,7 @@ from search.spec.space import search_space
 from search.storage.engine import open_reading, open_storage
 from search.storage.ledger import Ledger
 from search.study.artifacts import FolderStore, attach
-from tests.e2e.study import wait_until
+from tests.pages import answer_of
 from tests.studies import spec
 
 
@@ -56,48 +52,26 @@ class Study:
             storage.get_all_trials(self.key),
         ]
 
-    def application(self, *, writable: bool) -> Application:
+    def application(self, *, writable: bool = False) -> Application:
         return dashboard_application(open_storage(self.url), writable=writable)
 
 
 @pytest.fixture
 def study(tmp_path) -> Study:
-    url = f"sqlite:///{tmp_path / 'study.db'}"
+    return one_trial(f"sqlite:///{tmp_path / 'study.db'}")
+
+
+def one_trial(url: str) -> Study:
     ledger = Ledger.open(url, "digits", budget=2)
     claim = ledger.claim(search_space(spec()), lambda offset: optuna.samplers.RandomSampler(0))
     ledger.complete(claim, 12.5, {})
-    (summary,) = open_storage(url).get_all_studies()
-    return Study(url, summary._study_id)
+    return Study(url, ledger.study._study_id)
 
 
 def ask(application: Application, method: str, path: str, body: object = None) -> tuple[int, dict]:
     """Status and JSON of one request."""
     status, _, content = answer_of(application, method, path, body)
     return status, json.loads(content) if content else {}
-
-
-def answer_of(
-    application: Application, method: str, path: str, body: object = None
-) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers and content of one request."""
-    content = b"" if body is None else json.dumps(body).encode()
-    environ = {
-        "REQUEST_METHOD": method,
-        "PATH_INFO": path,
-        "SERVER_NAME": "127.0.0.1",
-        "SERVER_PORT": "80",
-        "CONTENT_TYPE": "application/json",
-        "CONTENT_LENGTH": str(len(content)),
-        "HTTP_ACCEPT_ENCODING": "gzip",
-        "wsgi.errors": io.StringIO(),
-        "wsgi.input": io.BytesIO(content),
-        "wsgi.url_scheme": "http",
-    }
-    answers = []
-    chunks = application(environ, lambda *answer: answers.append(answer))
-    text = b"".join(chunks)
-    status, headers = answers[-1][:2]
-    return int(status.split()[0]), {name.lower(): value for name, value in headers}, text
 
 
 WRITES = [
@@ -109,7 +83,7 @@ WRITES = [
     ("PATCH", "/api/studies/{key}", {}),
     # A way round: some frameworks take the method from here.
     ("POST", "/api/studies/{key}?_method=GET", {}),
-    # What nobody has looked at is refused, whatever its method.
+    # Unknown routes are refused, whatever the method.
     ("GET", "/sql-profiler", None),
     ("GET", "/api/studies/{key}/unknown", None),
 ]
@@ -127,7 +101,7 @@ def test_the_study_is_listed_with_its_trial(study, writable):
 
 
 def test_no_request_changes_a_study(study):
-    before, application = study.contents(), study.application(writable=False)
+    before, application = study.contents(), study.application()
     for method, path, body in WRITES:
         status, answer = ask(application, method, path.format(key=study.key), body)
         assert (status, "--writable" in answer["reason"]) == (403, True), path
@@ -135,9 +109,9 @@ def test_no_request_changes_a_study(study):
 
 
 def test_every_route_of_the_dashboard_is_known(study):
-    """A new version's are refused until somebody has looked at them; this test then says so."""
+    """A new version's are refused until this test is changed."""
     routes = wsgi(open_storage(study.url)).routes
-    application = study.application(writable=False)
+    application = study.application()
     before, answers = study.contents(), {}
     for route in routes:
         path = re.sub(r"<:re:.*?>(?=$)", "", route.rule)
@@ -151,28 +125,6 @@ def test_every_route_of_the_dashboard_is_known(study):
     assert study.contents() == before
 
 
-def test_reading_needs_no_right_to_write(study):
-    """The database itself refuses what the dashboard would write."""
-    storage = open_reading(study.url)
-    application = dashboard_application(storage, writable=True)
-    assert ask(application, "GET", f"/api/studies/{study.key}")[0] == 200
-    before = study.contents()
-    with pytest.raises(optuna.exceptions.StorageInternalError):
-        storage.set_study_user_attr(study.key, "mine", 1)
-    assert study.contents() == before
-
-
-def test_a_writable_dashboard_renames(study):
-    """What the read-only one is for: the rows move to a study with another key."""
-    application = study.application(writable=True)
-    status, answer = ask(
-        application, "POST", f"/api/studies/{study.key}/rename", {"study_name": "mine"}
-    )
-    assert (status, answer["study_name"]) == (201, "mine")
-    assert answer["study_id"] != study.key
-    assert study.names() == ["mine"]
-
-
 def test_a_port_in_use_is_named(study):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -182,21 +134,11 @@ def test_a_port_in_use_is_named(study):
             serve(study.url, port=port, writable=False)
 
 
-def test_a_file_that_is_no_database_is_named(tmp_path):
-    (tmp_path / "study.db").write_text("no database " * 100)
-    with pytest.raises(StorageError, match=r"cannot open the study database .*study\.db"):
-        serve(f"sqlite:///{tmp_path / 'study.db'}", port=0, writable=False)
-
-
 @pytest.mark.postgres
 def test_reading_a_server(postgres):
     """Every page but what changes something, over a connection that may only read."""
-    url = postgres.new_database()
-    ledger = Ledger.open(url, "digits", budget=2)
-    claim = ledger.claim(search_space(spec()), lambda offset: optuna.samplers.RandomSampler(0))
-    ledger.complete(claim, 12.5, {})
-    application = dashboard_application(open_reading(url), writable=False)
-    key = ledger.study._study_id
+    study = one_trial(postgres.new_database())
+    application, key = dashboard_application(open_reading(study.url), writable=False), study.key
     for path in ("/dashboard", "/api/studies", f"/api/studies/{key}", f"/csv/{key}"):
         assert answer_of(application, "GET", path)[0] == 200
     _, answer = ask(application, "GET", f"/api/studies/{key}")
@@ -204,7 +146,7 @@ def test_reading_a_server(postgres):
 
 
 def test_the_page_runs_its_own_scripts_alone_and_in_no_frame(study):
-    _, headers, _ = answer_of(study.application(writable=False), "GET", "/dashboard")
+    _, headers, _ = answer_of(study.application(), "GET", "/dashboard")
     policy = [part.strip() for part in headers["content-security-policy"].split(";")]
     assert "script-src 'self' 'unsafe-eval'" in policy
     assert {"default-src 'self'", "object-src 'none'", "frame-ancestors 'none'"} <= {*policy}
@@ -218,13 +160,8 @@ def test_nothing_else_runs_at_all(study):
         start_response("200 OK", [])
         return [b""]
 
-    for application, path in (
-        *(
-            (study.application(writable=False), p)
-            for p in ("/api/studies", "/static/x", "/nowhere")
-        ),
-        (hardened(plain), "/"),
-    ):
+    own, paths = study.application(), ("/api/studies", "/static/x", "/nowhere")
+    for application, path in (*((own, path) for path in paths), (hardened(plain), "/")):
         _, headers, _ = answer_of(application, "GET", path)
         policy = headers["content-security-policy"]
         assert policy == "default-src 'none'; sandbox; frame-ancestors 'none'"
@@ -272,13 +209,7 @@ def test_no_address_leads_out_of_the_artifacts(study, tmp_path, artifact):
 
 
 OWN_HOSTS = ["127.0.0.1:8080", "localhost:8080", "LocalHost:8080", "[::1]:8080"]
-OTHER_HOSTS = [
-    "127.0.0.1:8081",
-    "127.0.0.1",
-    "evil.example.org:8080",
-    "127.0.0.1.evil.org:8080",
-    None,
-]
+OTHER_HOSTS = ["127.0.0.1:8081", "127.0.0.1", "evil.org:8080", "127.0.0.1.evil.org:8080", None]
 
 
 def test_a_name_that_is_made_to_mean_this_machine_is_refused(study):
@@ -296,50 +227,6 @@ def test_a_name_that_is_made_to_mean_this_machine_is_refused(study):
             assert (status, "open http://127.0.0.1:8080" in answer["reason"]) == (403, True), host
 
 
-def test_under_gunicorn_from_the_environment(study, tmp_path):
-    """As the container runs it."""
-    pytest.importorskip("gunicorn", reason="needs gunicorn (in the service's image)")
-    ledger = Ledger.open(study.url, "digits", budget=None)
-    claim = ledger.claim(search_space(spec()), lambda offset: optuna.samplers.RandomSampler(1))
-    (tmp_path / "samples.png").write_bytes(b"a grid")
-    store = FolderStore(tmp_path / "runs" / "artifacts")
-    ids = attach(ledger.storage, claim.trial_id, [tmp_path / "samples.png"], store)
-    socket_path = tmp_path / "socket"
-    command = ["-m", "gunicorn", "--workers=1", "--threads=4", f"--bind=unix:{socket_path}"]
-    settings = {"BDENSE_STORAGE": study.url, "BDENSE_RUNS": str(tmp_path / "runs")}
-    with subprocess.Popen(
-        [sys.executable, *command, "search.report.dashboard:application()"],
-        env=os.environ | settings,
-        stderr=subprocess.DEVNULL,
-    ) as process:
-        try:
-            wait_until(socket_path.exists, what="gunicorn's socket")
-            names, artifact, deleted = (
-                over_socket(socket_path, method, path)
-                for method, path in (
-                    ("GET", "/api/studies"),
-                    ("GET", f"/artifacts/{study.key}/{claim.trial_id}/{ids['samples.png']}"),
-                    ("DELETE", f"/api/studies/{study.key}"),
-                )
-            )
-        finally:
-            process.terminate()
-    assert b'"study_name": "digits"' in names
-    assert artifact.endswith(b"a grid")
-    assert b" 403 Forbidden" in deleted.splitlines()[0]
-    assert study.names() == ["digits"]
-
-
-def over_socket(path: Path, method: str, address: str) -> bytes:
-    """A whole answer."""
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.settimeout(30)
-        connection.connect(str(path))
-        head = f"{method} {address} HTTP/1.0\r\nHost: here\r\nConnection: close\r\n\r\n"
-        connection.sendall(head.encode())
-        return b"".join(iter(lambda: connection.recv(65536), b""))
-
-
 @contextlib.contextmanager
 def running(url: str) -> Iterator[tuple[subprocess.Popen, str]]:
     """The real server in a process of its own, and its address."""
@@ -348,9 +235,7 @@ def running(url: str) -> Iterator[tuple[subprocess.Popen, str]]:
     program += "from search.report.dashboard import serve\n"
     program += "serve(sys.argv[1], port=0, writable=False)"
     with subprocess.Popen(
-        [sys.executable, "-c", program, url],
-        stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", program, url], stderr=subprocess.PIPE, text=True
     ) as process:
         try:
             line = process.stderr.readline()

@@ -43,27 +43,24 @@ def execute(url: str, *statements: str) -> None:
     engine.dispose()
 
 
-def version(url: str) -> list[int]:
+def select(url: str, query: str, **values: str) -> list:
     engine = sa.create_engine(url)
     with engine.connect() as connection:
-        found = list(connection.exec_driver_sql("SELECT version FROM bdense_schema").scalars())
+        found = list(connection.execute(sa.text(query), values).scalars())
     engine.dispose()
     return found
+
+
+def version(url: str) -> list[int]:
+    return select(url, "SELECT version FROM bdense_schema")
 
 
 def rights_on_a_new_table(url: str, role: str) -> set[str]:
     """Of a table that the owner makes now, as an upgrade does."""
     execute(url, "CREATE TABLE later (x int)")
-    engine = sa.create_engine(url)
-    ask = "SELECT has_table_privilege('{}', 'later', '{}')"
-    with engine.connect() as connection:
-        found = {
-            right
-            for right in ("SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE")
-            if connection.exec_driver_sql(ask.format(role, right)).scalar_one()
-        }
-    engine.dispose()
-    return found
+    query = "SELECT has_table_privilege(:role, 'later', :right)"
+    rights = ("SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE")
+    return {right for right in rights if select(url, query, role=role, right=right) == [True]}
 
 
 def claimed(url: str, **settings) -> tuple[Ledger, Claim]:
@@ -127,8 +124,8 @@ def test_old_tables_are_refused_until_they_are_upgraded(url, statements, told, r
     ledger, claim = claimed(url)
     ledger.complete(claim, 1.5, {"kept": True})
     execute(url, *statements)
-    assert "are of an older bdense" in refusal(url).message
-    with pytest.raises(StorageRefusedError, match="are of an older bdense") as caught:
+    assert "belong to an older bdense" in refusal(url).message
+    with pytest.raises(StorageRefusedError, match="belong to an older bdense") as caught:
         Ledger.open(url, "digits", budget=None)
     assert told in str(caught.value)
     assert "bdense-search storage upgrade" in str(caught.value)
@@ -143,34 +140,23 @@ def test_old_tables_are_refused_until_they_are_upgraded(url, statements, told, r
 def test_a_newer_versions_tables_are_left_alone(url, refusal):
     open_tables(url)
     execute(url, "UPDATE bdense_schema SET version = 7")
-    assert "are of a newer bdense" in refusal(url).message
+    assert "belong to a newer bdense" in refusal(url).message
     for refused in (open_tables, upgrade):
         with pytest.raises(StorageError, match=r"newer bdense \(version 7, .* update bdense here"):
             refused(url)
     assert version(url) == [7]
 
 
-def test_an_upgrade_waits_for_workers(url):
-    ledger, claim = claimed(url, ttl=60)
+def test_an_upgrade_waits_for_workers_and_not_for_leases_that_ran_out(url):
+    claimed(url, ttl=60)
     execute(url, "UPDATE bdense_schema SET version = 0")
     with pytest.raises(InputError, match=r"1 trials of .* are being worked on"):
         upgrade(url)
-    ledger.release(claim)
-    upgrade(url)
-    assert Ledger.open(url, "digits", budget=None).claim(SPACE, RandomSampler).number == 0
-
-
-def test_a_lease_that_ran_out_holds_up_no_upgrade(url):
-    claimed(url)
     expire_leases(url)
-    execute(url, "UPDATE bdense_schema SET version = 0")
     upgrade(url)
     assert version(url) == [SCHEMA]
-
-
-def test_an_upgrade_of_this_version_changes_nothing(url):
-    open_tables(url)
-    assert upgrade(url) == ["the tables are of this version already"]
+    assert upgrade(url) == ["the tables have this version already"]
+    assert Ledger.open(url, "digits", budget=None).claim(SPACE, RandomSampler).number == 0
 
 
 def test_optunas_old_tables_name_our_command_and_are_upgraded(url, capsys, refusal):
@@ -283,24 +269,18 @@ class TestRoles:
         with pytest.raises(StorageError, match="bdense-search storage init, with --writer"):
             Ledger.open(reader, "new", budget=3)
 
-    def test_a_reader_is_made_a_writer(self, roles, monkeypatch):
-        url, _, reader = roles
-        name = sa.engine.make_url(reader).username
-        grant(url, [Role(name=name, access="read-write")])
-        assert rights_on_a_new_table(url, name) == {"SELECT", "INSERT", "UPDATE", "DELETE"}
+    def test_roles_change_places(self, roles, monkeypatch):
+        """Each has then the other's rights, also on tables that come later, and no more."""
+        url, writer, reader = roles
+        first, second = (sa.engine.make_url(each).username for each in (writer, reader))
+        grant(url, [Role(name=second, access="read-write"), Role(name=first, access="read-only")])
+        assert rights_on_a_new_table(url, second) == {"SELECT", "INSERT", "UPDATE", "DELETE"}
+        execute(url, "DROP TABLE later")
+        assert rights_on_a_new_table(url, first) == {"SELECT"}
         monkeypatch.setenv("PGPASSWORD", PASSWORD)
         ledger, claim = claimed(reader)
         ledger.complete(claim, 1.5, {"a": 1})
-        assert ledger.counts().complete == 1
-
-    def test_a_writer_is_made_a_reader(self, roles, monkeypatch):
-        url, writer, _ = roles
-        name = sa.engine.make_url(writer).username
-        claimed(url)
-        grant(url, [Role(name=name, access="read-only")])
-        assert rights_on_a_new_table(url, name) == {"SELECT"}
-        monkeypatch.setenv("PGPASSWORD", PASSWORD)
-        assert Ledger.open_reading(writer, "digits").counts().running == 1
+        assert Ledger.open_reading(writer, "digits").counts().complete == 1
         with pytest.raises(sa.exc.DBAPIError, match="read-only transaction"):
             execute(writer, "DELETE FROM trials")
         for taken in ("DELETE FROM trials", "SELECT nextval('trials_trial_id_seq')"):
@@ -323,7 +303,7 @@ class TestRoles:
             assert capsys.readouterr().out.splitlines()[1:] == [
                 f"{writer} may read-write",
                 f"{reader} may read-only",
-                "for the database's administrator, if they like: "
+                "for the database's administrator, optional: "
                 f'ALTER ROLE "{reader}" SET default_transaction_read_only = on',
             ]
             ledger, claim = claimed(postgres.url(name, user=writer))
@@ -360,9 +340,9 @@ class TestRoles:
         assert found.is_input_error
         assert said in found.message
         assert "the password in PGPASSWORD or PGPASSFILE" in found.message
-
-    def test_a_worker_of_a_database_that_is_not_there_says_so_at_once(self, postgres, refusal):
-        assert 'database "nowhere" does not exist' in refusal(postgres.url("nowhere")).message
+        nowhere = sa.make_url(writer).set(database="nowhere", username="postgres")
+        missing = refusal(nowhere.render_as_string(hide_password=False)).message
+        assert 'database "nowhere" does not exist' in missing
 
     def test_a_stranger_is_kept_out(self, roles, postgres, refusal):
         url, _, _ = roles
@@ -390,13 +370,8 @@ class TestRoles:
     def test_no_password_is_in_the_servers_catalogue_or_log(self, roles, postgres):
         url, _, _ = roles
         name = sa.engine.make_url(url).database
-        engine = sa.create_engine(url)
-        with engine.connect() as connection:
-            stored = connection.execute(
-                sa.text("SELECT rolpassword FROM pg_authid WHERE rolname = :name"),
-                {"name": f"rw_{name}"},
-            ).scalar_one()
-        engine.dispose()
+        query = "SELECT rolpassword FROM pg_authid WHERE rolname = :name"
+        (stored,) = select(url, query, name=f"rw_{name}")
         assert stored.startswith("SCRAM-SHA-256$")
         assert PASSWORD not in (postgres.data / "log").read_text()
 

@@ -12,6 +12,7 @@ from bdense.metrics.metrics import MetricSettings
 from bdense.metrics.references import dataset_reference, write_reference
 from bdense.models.card import model_card
 from bdense.models.store import denoiser_sha256, load_denoiser, load_tensors, save_denoiser
+from bdense.weights.spaces import RULES
 from search.study.progress_text import share_done
 from search.study.retention import CHECKPOINT, RESULT, STUDENT
 from search.study.trial_log import LOG_FILE, TrialLog, read_log
@@ -34,7 +35,6 @@ from tests.small import small_teacher
 EACH_METHOD = pytest.mark.parametrize(
     "tree", [SFD, PD, CONSISTENCY], ids=lambda t: t["method"]["name"]
 )
-LEARNED = {"rule": "gradient-norm", "strength": 1.5}
 
 
 @pytest.fixture(autouse=True)
@@ -133,20 +133,22 @@ def test_a_variant_trains_under_other_settings_of_the_method(tmp_path):
         run(assets, tmp_path / "s/00001", task(variant={"kimgs": 1}))
 
 
-def test_learned_weights_keep_their_history_also_after_an_interruption(tmp_path):
+@pytest.mark.parametrize("rule", RULES)
+def test_learned_weights_keep_their_history_also_after_an_interruption(tmp_path, rule):
+    learned = {"rule": rule, "strength": 1.5}
     keys = {"weights": {"name": "learned"}, "resources__checkpoint_seconds": 1e-9}
     assets, place = loaded(SFD, **keys), tmp_path / "s/00001"
-    expected = run(assets, tmp_path / "s/00000", task(LEARNED))
+    expected = run(assets, tmp_path / "s/00000", task(learned))
     with pytest.raises(InterruptedRunError):
-        run(assets, place, task(LEARNED), check=interrupted_after(2))
-    found = run(assets, place, task(LEARNED))
+        run(assets, place, task(learned), check=interrupted_after(2))
+    found = run(assets, place, task(learned))
     assert comparable(found) == comparable(expected)
-    assert found.parameters == LEARNED | {"memory": 100}
+    assert found.parameters == learned | {"memory": 100}
     assert found.weights_over_time["iterations"] == [0, 1, 2, 3]
     assert found.weights_over_time["weights"][-1] == pytest.approx(found.weights, abs=1e-6)
     assert (tmp_path / found.weights_plot).stat().st_size > 1000
     metadata = load_denoiser(place / STUDENT)[1]
-    assert metadata["weighting"] == LEARNED | {"memory": 100}
+    assert metadata["weighting"] == learned | {"memory": 100}
     given = run(loaded(SFD), tmp_path / "s/00002")
     assert (given.weights_over_time, given.weights_plot) == (None, None)
 

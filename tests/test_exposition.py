@@ -1,6 +1,5 @@
 """Metrics of real studies, read back by the parser of Prometheus's own library."""
 
-import io
 import math
 from collections.abc import Iterator
 
@@ -14,11 +13,12 @@ from benchmarks.large_study import fill
 from search.report.dashboard import dashboard_application
 from search.report.prometheus import mount
 from search.spec.space import search_space
-from search.storage.claims import OUT_OF_BOUNDS
 from search.storage.engine import open_reading, open_storage
+from search.storage.leases import OUT_OF_BOUNDS
 from search.storage.ledger import Claim, Ledger
 from search.study.study import BASELINES_SUFFIX, Study
 from tests.measured import created, finish
+from tests.pages import answer_of
 from tests.studies import NORMALISED, of_kind, spec
 
 SPACE = search_space(spec())
@@ -26,11 +26,9 @@ SPACE = search_space(spec())
 AWKWARD = 'quoted " back\\slash\nbdense_best_fid{study="forged"} 0'
 
 
-@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
-def url(request, tmp_path) -> str:
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'study.db'}"
-    return request.getfixturevalue("postgres").new_database()
+@pytest.fixture
+def url(either_url) -> str:
+    return either_url
 
 
 def take(ledger: Ledger, space=SPACE) -> Claim:
@@ -39,21 +37,10 @@ def take(ledger: Ledger, space=SPACE) -> Claim:
     return claim
 
 
-def get(application, path: str = "/metrics", method: str = "GET") -> tuple[str, dict, str]:
+def get(application, path: str = "/metrics", method: str = "GET") -> tuple[int, dict, str]:
     """Status, headers and text of one request."""
-    environ = {
-        "REQUEST_METHOD": method,
-        "PATH_INFO": path,
-        "SERVER_NAME": "127.0.0.1",
-        "SERVER_PORT": "80",
-        "wsgi.input": io.BytesIO(),
-        "wsgi.url_scheme": "http",
-    }
-    answers = []
-    chunks = application(environ, lambda *answer: answers.append(answer))
-    text = b"".join(chunks).decode()
-    status, headers, *_ = answers[-1]
-    return status, dict(headers), text
+    status, headers, content = answer_of(application, method, path)
+    return status, headers, content.decode()
 
 
 def elsewhere(environ, start_response) -> Iterator[bytes]:
@@ -64,8 +51,8 @@ def elsewhere(environ, start_response) -> Iterator[bytes]:
 def samples(url: str) -> dict[tuple[str, ...], float]:
     """(metric, study, other label) -> value, as a scraper reads them."""
     status, headers, text = get(mount(elsewhere, open_reading(url)))
-    assert status == "200 OK"
-    assert headers["Content-Type"].startswith("text/plain")
+    assert status == 200
+    assert headers["content-type"].startswith("text/plain")
     found = {}
     for family in text_string_to_metric_families(text):
         assert family.documentation
@@ -136,8 +123,12 @@ def test_an_empty_database_and_an_empty_study(url):
     with_others = open_storage(url)
     Ledger.open(url, "digits", budget=4)
     optuna.create_study(study_name="foreign", storage=with_others).ask()
+    # Baselines of an older form are left out until they are upgraded.
+    old = Ledger.open(url, f"digits{BASELINES_SUFFIX}", budget=1)
+    old.complete(take(old), 10.0, {})
     found = samples(url)
-    assert {key[1] for key in found} == {"digits"}
+    assert {key[1] for key in found} == {"digits", "digits.baselines"}
+    assert not [key for key in found if key[0] == "baseline_fid"]
     assert {key[0]: value for key, value in of_study(found, "digits").items() if value} == {
         "trials_planned": 4
     }
@@ -152,13 +143,7 @@ def test_values_of_given_arms_are_no_best(url, method):
     assert ("best_fid",) not in own
 
 
-def test_baselines_of_an_older_form_are_left_out_until_they_are_brought_over(url):
-    ledger = Ledger.open(url, f"digits{BASELINES_SUFFIX}", budget=1)
-    ledger.complete(take(ledger), 10.0, {})
-    assert not [key for key in samples(url) if key[0] == "baseline_fid"]
-
-
-def test_an_infinite_value_that_somebody_told_is_no_best(url):
+def test_an_infinite_value_is_not_the_best(url):
     ledger = Ledger.open(url, "digits", budget=3)
     for value in (-math.inf, 12.0):
         ledger.study.add_trial(optuna.trial.create_trial(value=value))
@@ -176,12 +161,12 @@ def test_a_name_stays_in_its_label(url):
 def test_only_its_own_path_is_answered_and_only_read(url):
     Ledger.open(url, "digits", budget=1)
     application = mount(elsewhere, open_reading(url))
-    assert get(application, "/metrics/x") == ("418 teapot", {}, "/metrics/x")
-    assert get(application, method="POST")[0] == "405 Method Not Allowed"
+    assert get(application, "/metrics/x") == (418, {}, "/metrics/x")
+    assert get(application, method="POST")[0] == 405
     # The dashboard has it, read-only and with its headers.
     dashboard = dashboard_application(open_reading(url), writable=False)
     status, headers, text = get(dashboard)
-    assert (status, headers["X-Content-Type-Options"]) == ("200 OK", "nosniff")
+    assert (status, headers["x-content-type-options"]) == (200, "nosniff")
     assert 'bdense_trials_planned{study="digits"} 1.0' in text.splitlines()
 
 
@@ -190,15 +175,14 @@ def test_a_database_that_is_away_is_said_so_and_no_more(postgres):
     url = postgres.new_database()
     Ledger.open(url, "digits", budget=1)
     application = mount(elsewhere, open_reading(url))
-    assert get(application)[0] == "200 OK"
+    assert get(application)[0] == 200
     postgres.control("stop", "-m", "immediate")
     try:
         away = get(application)
     finally:
         postgres.control("start")
-    assert away[0] == "503 Service Unavailable"
-    assert away[2] == "the study database does not answer\n"
-    assert get(application)[0] == "200 OK"
+    assert (away[0], away[2]) == (503, "the study database does not answer\n")
+    assert get(application)[0] == 200
 
 
 def test_a_scrape_asks_as_often_however_many_trials_there_are(url):

@@ -112,20 +112,6 @@ def test_a_promotion_in_todays_form():
 
 
 @pytest.mark.parametrize(
-    ("tree", "key"),
-    [
-        ({"student": 3}, "student: must be a mapping, got 3"),
-        ({"chain": [8, 4]}, "chain: must be a mapping"),
-        ({"budget": {}, "sampler": "tpe"}, "sampler: must be a mapping, got 'tpe'"),
-    ],
-)
-def test_a_section_that_is_none_is_named(tree, key):
-    with pytest.raises(SpecError) as error:
-        translated(tree)
-    assert str(error.value).startswith(key)
-
-
-@pytest.mark.parametrize(
     ("changes", "key"),
     [
         ({"student": {"nfee": 2}}, "method.nfee"),

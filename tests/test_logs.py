@@ -25,7 +25,7 @@ from search.study.retention import CHECKPOINT
 from search.study.study import Study
 from search.study.trial_log import LOG_FILE, TrialLog, is_noted, read_log, shortened
 from search.worker.lifecycle import bring_to_an_end
-from search.worker.result import read_result, take_folder
+from search.worker.result import take_folder
 from tests.contracts.scene import wait_until
 from tests.measured import result
 from tests.rows import SFD, loaded
@@ -89,26 +89,19 @@ def test_a_log_that_cannot_be_written_is_no_reason_to_fail(tmp_path, caplog):
     assert "cannot be written" in caplog.text
 
 
-def test_another_study_s_folder_is_moved_aside_before_anything_is_written_to_it(tmp_path):
+def test_a_log_goes_to_the_folder_that_the_trial_takes(tmp_path):
+    """Another study's folder is moved aside with its log; one that holds a log alone stays."""
     folder = tmp_path / "runs/digits/00000"
+    TrialLog(folder).open()("released")
     take_folder(folder, {"params": {"a": 1.0}})
-    (folder / LOG_FILE).write_text("theirs\n")
     log = TrialLog(folder)
     log("claimed")
+    assert [event["event"] for event in events(folder)] == ["released"]
     take_folder(folder, {"params": {"a": 2.0}})
     log.open()
     assert [event["event"] for event in events(folder)] == ["claimed"]
     (aside,) = folder.parent.glob("00000.*")
-    assert (aside / LOG_FILE).read_text() == "theirs\n"
-
-
-def test_a_folder_with_nothing_but_a_log_is_the_trial_s_own(tmp_path):
-    """An attempt that ended before it took the folder has told why."""
-    folder = tmp_path / "runs/digits/00000"
-    TrialLog(folder).open()("released")
-    take_folder(folder, {"params": {"a": 1.0}})
-    assert [event["event"] for event in events(folder)] == ["released"]
-    assert not list(folder.parent.glob("00000.*"))
+    assert [event["event"] for event in events(aside)] == ["released"]
 
 
 @pytest.mark.parametrize(("iterations", "lines"), [(1, 1), (40, 40), (199, 199), (12_345, 102)])
@@ -172,7 +165,8 @@ def test_the_ends_of_attempts_are_told(tmp_path):
     def stopped(*_):
         raise StoppedError("enough")
 
-    def broken(*_):
+    def broken(holding, folder, log):
+        (folder / CHECKPOINT).write_bytes(b"x")
         raise RuntimeError("a bug with postgresql://me:s3cret@host/db in it")
 
     def whole(holding, folder, log):
@@ -200,22 +194,10 @@ def test_the_ends_of_attempts_are_told(tmp_path):
     assert told[3]["why"] == "RuntimeError: a bug with postgresql://me:***@host/db in it"
     assert (told[5]["reason"], told[5]["level"]) == ("error", "warning")
     assert "s3cret" not in (folder / LOG_FILE).read_text()
+    assert [path.name for path in folder.iterdir()] == [LOG_FILE]  # no checkpoint either
     assert not list(folder.parent.glob("00000.*"))
     assert [e["event"] for e in events(row_folder("digits", 1))] == ["claimed", "complete"]
     assert events(row_folder("digits", 1))[1]["fid"] == 2.5
-
-
-def test_a_failed_trial_keeps_no_checkpoint():
-    study = made(resources={"max_attempts": 1})
-
-    def fails(holding, folder, log):
-        folder.mkdir(parents=True)
-        (folder / CHECKPOINT).write_bytes(b"x")
-        raise RuntimeError("a bug")
-
-    run(study, fails)
-    assert [path.name for path in row_folder("digits", 0).iterdir()] == [LOG_FILE]
-    assert read_result(row_folder("digits", 0), {}) is None
 
 
 # For people.
@@ -295,27 +277,22 @@ def test_logs_of_a_trial_are_followed_to_its_end(capsys):
         (("9",), "study digits has no trial 9: there are 1 so far, 3 more are to come, numbered"),
         (("0",), "trial 0 has no log in "),
         (("--baseline", "plain"), "trial 0 has no log in "),
-        ((), "give either the number of a TRIAL, or --baseline, one of the two"),
-        (("0", "--baseline", "plain"), "one of the two"),
-        # Waiting for it would never end.
-        (("-1", "--follow"), "study digits has no trial -1: there are 1 so far, 3 more are"),
-        (("4", "--follow"), "study digits has no trial 4: there are 1 so far, 3 more are to come"),
+        ((), "give either the number of a TRIAL, or --baseline"),
+        (("0", "--baseline", "plain"), "give either the number of a TRIAL, or --baseline"),
+        (("-1", "--follow"), "has no trial -1"),  # following it would never end
     ],
 )
 def test_logs_that_are_not_there(capsys, arguments, message):
-    claimed(made())
+    study = made()
+    claimed(study)
     status, out, err = answer(capsys, "logs", "digits", *arguments)
     assert (status, out) == (2, "")
     assert message in err
-
-
-def test_logs_of_baselines_that_are_half_made(capsys):
-    study = made()
     study.given.delete()
     Ledger.open(study.url, "digits.baselines", budget=2)
-    status, out, err = answer(capsys, "logs", "digits", "--baseline", "uniform")
-    assert (status, out) == (2, "")
-    assert "study digits has no baseline uniform yet: its launch was killed" in err
+    assert (
+        "no baseline uniform yet" in answer(capsys, "logs", "digits", "--baseline", "uniform")[2]
+    )
 
 
 # The service's own log.
@@ -343,25 +320,11 @@ def test_every_record_says_what_it_is_about(capsys, as_json):
     contextvars.Context().run(write)  # whatever an earlier test's worker left in this thread's
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert [line.pop("time")[-6:] for line in lines] == ["+00:00"] * 3
-    assert lines == [
-        {
-            "level": "warning",
-            "logger": "search.test",
-            "study": "digits",
-            "trial": 4,
-            "attempt": 1,
-            "message": "password=***\nin two lines 1",
-        },
-        {
-            "level": "info",
-            "logger": "search.test",
-            "study": None,
-            "trial": None,
-            "attempt": None,
-            "message": "no trial",
-        },
-        lines[2] | {"message": "a line for people"},
-    ]
+    keys = ("level", "logger", "study", "trial", "attempt", "message")
+    first = ("warning", "search.test", "digits", 4, 1, "password=***\nin two lines 1")
+    second = ("info", "search.test", None, None, None, "no trial")
+    assert lines[:2] == [dict(zip(keys, each, strict=True)) for each in (first, second)]
+    assert lines[2]["message"] == "a line for people"
 
 
 def test_a_trial_s_events_and_its_lease_s_troubles_are_in_the_log(capsys, as_json):
@@ -393,44 +356,39 @@ def test_a_trial_s_events_and_its_lease_s_troubles_are_in_the_log(capsys, as_jso
     assert lines[-1] | {"message": "complete", "fid": 2.5} == lines[-1]
 
 
-def test_an_exception_is_part_of_its_record(capsys, as_json):
-    try:
-        raise ValueError("postgresql://me:s3cret@host/db")
-    except ValueError:
-        logging.getLogger("search.test").exception("broken")
-    (line,) = map(json.loads, capsys.readouterr().err.splitlines())
-    assert "ValueError: postgresql://me:***@host/db" in line["exception"]
-
-
-def test_a_record_s_fields_hide_passwords_and_none_of_its_own_keys(capsys, as_json):
+def test_a_record_hides_passwords_and_keeps_its_own_keys(capsys, as_json):
     fields = {
         "study": "theirs",
         "message": "theirs",
-        "level": "theirs",
         "error": "postgresql://me:s3cret@host/db",
         "deep": {"urls": ["password=s3cret"], "loss": math.nan},
         "loss": [math.inf, -math.inf, 1.5],
         "path": Path("a/b"),
     }
     with speaking_of(study="digits"):
-        logging.getLogger("search.test").info("ours", extra={"fields": fields})
+        log_exception("ours", fields=fields)
     (line,) = capsys.readouterr().err.splitlines()
     told = json.loads(line, parse_constant=pytest.fail)
-    assert (told["study"], told["message"], told["level"]) == ("digits", "ours", "info")
+    assert (told["study"], told["message"], told["level"]) == ("digits", "ours", "error")
     assert told["error"] == "postgresql://me:***@host/db"
     assert told["deep"] == {"urls": ["password=***"], "loss": "nan"}
     assert (told["loss"], told["path"]) == (["inf", "-inf", 1.5], "a/b")
+    assert "ValueError: postgresql://me:***@host/db" in told["exception"]
 
 
 def test_the_log_for_people_hides_passwords_too(capsys):
     start_logging()
-    try:
-        raise ValueError("postgresql://me:s3cret@host/db")
-    except ValueError:
-        logging.getLogger("search.test").exception("password=s3cret")
+    log_exception("password=s3cret")
     said = capsys.readouterr().err
     assert said.startswith("password=***\n")
     assert "ValueError: postgresql://me:***@host/db" in said
+
+
+def log_exception(message: str, **extra) -> None:
+    try:
+        raise ValueError("postgresql://me:s3cret@host/db")
+    except ValueError:
+        logging.getLogger("search.test").exception(message, extra=extra)
 
 
 def test_a_trial_s_log_is_json_whatever_the_losses_are(tmp_path):
@@ -453,9 +411,7 @@ def test_mistakes_are_told_in_the_log_too(capsys, as_json):
 def test_another_form_of_log_is_refused(capsys, monkeypatch):
     monkeypatch.setenv("BDENSE_LOG", "xml")
     status, _, err = answer(capsys, "status", "digits")
-    assert status == 2
-    assert err.startswith("bdense-search: BDENSE_LOG=xml ")
-    assert "text or json" in err
+    assert (status, "BDENSE_LOG=xml" in err, "text or json" in err) == (2, True, True)
 
 
 def test_what_a_thread_speaks_of_is_its_own():

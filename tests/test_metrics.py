@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bdense.data.datasets import Dataset, load_dataset, to_float
+from bdense.data.datasets import Dataset, to_float
 from bdense.diffusion.sampling import to_uint8
 from bdense.errors import BdenseError, InputError, NonFiniteError, ShapeError
 from bdense.metrics.extractors import load_extractor
@@ -180,100 +180,7 @@ def test_pixels_that_are_not_finite_are_counted(value):
     assert issubclass(NonFiniteError, BdenseError)
 
 
-# ---- agreement with torch-fidelity as a whole ----
-
-
-class Rows(torch.utils.data.Dataset):
-    def __init__(self, images):
-        self.images = images.expand(-1, 3, -1, -1)
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.images[i]
-
-
-def test_calculate_metrics_gives_the_same(digits_extractor, cache, monkeypatch):
-    from torch_fidelity import FeatureExtractorBase, calculate_metrics
-    from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
-
-    class Digits(FeatureExtractorBase):
-        def __init__(self, name, features_list, **_):
-            super().__init__(name, features_list)
-            self.network = digits_extractor.network
-
-        @staticmethod
-        def get_provided_features_list():
-            return ("features",)
-
-        @staticmethod
-        def get_default_feature_layer_for_metric(metric):
-            return "features"
-
-        def forward(self, images):
-            return (self.network(images),)
-
-    monkeypatch.setitem(FEATURE_EXTRACTORS_REGISTRY, "digits", Digits)
-    digits = load_dataset("digits").images
-    real = Dataset("some", digits[:300], "a" * 64)
-    fake = (digits[300:600].float() * 0.8).to(torch.uint8)
-    theirs = calculate_metrics(
-        input1=Rows(fake),
-        input2=Rows(real.images),
-        fid=True,
-        kid=True,
-        kid_subsets=10,
-        kid_subset_size=100,
-        prc=True,
-        prc_neighborhood=4,
-        feature_extractor="digits",
-        cuda=False,
-        save_cpu_ram=True,
-        samples_shuffle=False,
-        verbose=False,
-    )
-    ours = measure_images(
-        fake,
-        digits_extractor,
-        dataset_reference(real, digits_extractor, cache=cache, with_features=True),
-        metrics=("fid", "kid", "prc"),
-        settings=MetricSettings(kid_subsets=10, kid_subset_size=100, neighbours=4),
-        nfe=2,
-        seeds={},
-    )
-    assert ours.fid.value > 1
-    # It takes the mean of the features, and all of KID, in float32.
-    assert ours.fid.value == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
-    assert ours.kid.mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-2)
-    assert ours.kid.std == pytest.approx(theirs["kernel_inception_distance_std"], rel=1e-2)
-    assert ours.prc.precision == pytest.approx(theirs["precision"], abs=0.02)
-    assert ours.prc.recall == pytest.approx(theirs["recall"], abs=0.02)
-
-
-def test_worse_images_are_further_away(digits_extractor, cache):
-    digits = load_dataset("digits")
-    reference = dataset_reference(digits, digits_extractor, cache=cache, with_features=True)
-    noise = 40 * torch.randn(digits.images.shape, generator=torch.Generator().manual_seed(0))
-    found = [
-        measure_images(
-            (digits.images + share * noise).clip(0, 255).to(torch.uint8),
-            digits_extractor,
-            reference,
-            metrics=("fid", "kid", "prc"),
-            settings=MetricSettings(kid_subsets=3),
-            nfe=1,
-            seeds={},
-        )
-        for share in (0, 0.5, 1)
-    ]
-    fids, kids = [each.fid.value for each in found], [each.kid.mean for each in found]
-    precisions = [each.prc.precision for each in found]
-    assert fids[0] == pytest.approx(0, abs=1e-3)
-    assert (found[0].prc.precision, found[0].prc.recall) == (1, 1)
-    assert fids == sorted(fids)
-    assert kids == sorted(kids)
-    assert precisions == sorted(precisions, reverse=True)
+# ---- real networks ----
 
 
 @pytest.mark.parametrize(

@@ -55,12 +55,6 @@ def test_where_mounts_are_not_told_nothing_is_refused(tmp_path):
     refuse_network_file_system(tmp_path, tmp_path / "none")
 
 
-def test_a_network_file_system_is_refused_with_a_way_out(mounts):
-    refuse_network_file_system(Path("/srv/bdense.db"), mounts)
-    with pytest.raises(StorageRefusedError, match=r"file system \(nfs4\).*PostgreSQL server"):
-        refuse_network_file_system(Path("/home/me/runs/bdense.db"), mounts)
-
-
 def test_a_name_that_is_no_text_is_a_path_all_the_same(tmp_path):
     mounts = tmp_path / "mountinfo"
     mounts.write_bytes(b"35 21 0:31 / /mnt/\xff\\040x rw - nfs server:/home rw\n")
@@ -81,7 +75,7 @@ def test_what_may_be_on_a_network_is_refused(tmp_path, kind, refused):
     mounts = tmp_path / "mountinfo"
     mounts.write_text(f"21 1 8:1 / / rw - {kind} none rw\n")
     if refused:
-        with pytest.raises(StorageRefusedError, match=f"({kind})"):
+        with pytest.raises(StorageRefusedError, match=rf"system \({kind}\).*PostgreSQL server"):
             refuse_network_file_system(Path("/srv/bdense.db"), mounts)
     else:
         refuse_network_file_system(Path("/srv/bdense.db"), mounts)

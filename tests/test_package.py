@@ -28,7 +28,12 @@ def test_the_engine_knows_no_service():
 
 
 def test_looking_at_a_study_needs_no_torch():
-    looking = ("search.cli", "search.study.summary", "search.storage.ledger")
+    looking = (
+        "search.verbs.show",
+        "search.study.summary",
+        "search.study.catalogue",
+        "search.storage.ledger",
+    )
     loaded = modules_after(f"import {', '.join(looking)}")
     assert not loaded & {"torch", "ray"}
 

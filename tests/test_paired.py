@@ -6,23 +6,18 @@ import pytest
 from scipy import stats
 
 from bdense.errors import InputError
-from search.analysis.paired import Summary, paired_difference, summary
+from search.analysis.paired import Mean, mean_of, paired_difference
 
 OURS = {0: 2.0, 1: 2.5, 2: 3.0}
 BASE = {0: 3.0, 1: 3.1, 2: 3.9, 7: 9.0}
 
 
 def test_mean_and_standard_error():
-    """1, 2, 3, 4, 5: variance 10 / 4, over n = 5 values 1 / 2."""
-    assert summary([1, 2, 3, 4, 5]) == Summary(
-        mean=3.0, standard_error=pytest.approx(math.sqrt(0.5)), n=5
-    )
-
-
-def test_one_value_has_no_standard_error():
-    one = summary([2.5])
-    assert one == Summary(mean=2.5, standard_error=None, n=1)
-    assert (one.error_text(), summary([2.0, 3.0]).error_text()) == ("-", "0.500")
+    """1, 2, 3, 4, 5: variance 10 / 4, over n = 5 values 1 / 2; one value has no error."""
+    error = pytest.approx(math.sqrt(0.5))
+    assert mean_of([1, 2, 3, 4, 5]) == Mean(mean=3.0, standard_error=error, n=5)
+    assert mean_of([2.5]) == Mean(mean=2.5, standard_error=None, n=1)
+    assert (mean_of([2.5]).error_text(), mean_of([2.0, 3.0]).error_text()) == ("-", "0.500")
 
 
 def test_the_interval_by_hand():
@@ -46,31 +41,22 @@ def test_the_interval_is_scipys():
     assert (paired.low, paired.high) == pytest.approx((interval.low, interval.high), rel=1e-12)
 
 
-def test_what_moves_both_alike_drops_out():
+def test_what_moves_both_drops_out():
     shifted = [{seed: fid + 10 * seed for seed, fid in arm.items()} for arm in (OURS, BASE)]
     paired, before = paired_difference(*shifted), paired_difference(OURS, BASE)
     assert (paired.mean, paired.low) == pytest.approx((before.mean, before.low))
 
 
-def test_an_interval_over_0_is_a_tie():
+def test_ties():
     paired = paired_difference({0: 2.0, 1: 3.0}, {0: 2.5, 1: 2.9})
-    assert paired.tie
-    assert paired.text() == "-0.20 [-4.01, +3.61], tie"
-
-
-def test_equal_students_tie():
+    assert (paired.tie, paired.text()) == (True, "-0.20 [-4.01, +3.61], tie")
     paired = paired_difference(BASE, BASE)
     assert (paired.low, paired.high, paired.tie) == (0, 0, True)
-
-
-def test_one_common_seed_is_a_tie_however_far_apart():
+    # One common seed, however far apart.
     paired = paired_difference({0: 1.0, 5: 4.0}, {0: 2.0, 6: 4.0})
     assert (paired.mean, paired.low, paired.high) == (-1.0, -math.inf, math.inf)
     assert (paired.n, paired.relative, paired.tie) == (1, -0.5, True)
     assert paired.text() == "-1.00 [one seed], tie"
-
-
-def test_no_common_seed_no_comparison():
     assert paired_difference({0: 1.0}, {1: 1.0}) is None
 
 
@@ -81,11 +67,8 @@ def test_what_diverged_is_named(bad):
     with pytest.raises(InputError, match=rf"finite: {bad} of baseline's seed 9;"):
         paired_difference(OURS, BASE | {9: bad})
     with pytest.raises(InputError, match=rf"finite: {bad} of number 2;"):
-        summary([1.0, 2.0, bad])
-
-
-def test_what_has_no_mean_and_no_share():
+        mean_of([1.0, 2.0, bad])
     with pytest.raises(InputError, match="no values"):
-        summary([])
+        mean_of([])
     with pytest.raises(InputError, match="baseline's mean is 0"):
         paired_difference({0: 1.0}, {0: 0.0})

@@ -5,12 +5,6 @@ import pytest
 from search.study.progress_text import evaluating, in_stage, measuring, share_done, training
 
 
-def test_people_read_how_far_a_row_is():
-    assert training(77, 100, 13.7321) == "training 77/100, loss 13.7"
-    assert measuring(25, 100, 128, 256) == "training 25/100, measuring 128/256 images"
-    assert in_stage(2, 3, evaluating(128, 256)) == "stage 2/3: evaluating 128/256 images"
-
-
 @pytest.mark.parametrize(
     ("text", "share"),
     [

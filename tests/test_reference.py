@@ -8,11 +8,3 @@ def test_the_tables_are_those_of_the_code():
     """Else put what `python -m search.spec.reference` prints below the line in docs/study.md."""
     _, _, tables = (ROOT / "docs/study.md").read_text().partition("\n---\n\n")
     assert tables == page()
-
-
-def test_every_method_and_space_has_its_settings_in_it():
-    text = page()
-    for name in ("sfd", "progressive", "consistency", "log-linear", "normalised", "learned"):
-        assert f"{{name: {name}, ...}}" in text
-    for knob in ("`steps`", "`substeps`", "`weights_space`", "`target_decay`", "`largest`"):
-        assert knob in text

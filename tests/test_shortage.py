@@ -229,7 +229,7 @@ def test_a_postgres_database_on_a_full_disk(postgres):
         counts = Ledger.open(url, "digits", budget=None).counts()
         assert (counts.planned, counts.complete, counts.running) == (1, 1, 0)
         open_storage(url).engine.dispose()
-        ledger._storage.engine.dispose()
+        ledger.storage.engine.dispose()
         with server.connect() as connection:
             connection.execute(sa.text("DROP DATABASE small WITH (FORCE)"))
             connection.execute(sa.text("DROP TABLESPACE small"))

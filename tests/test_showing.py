@@ -15,7 +15,6 @@ from search.report import live
 from search.report.dashboard_texts import save_texts
 from search.report.live import Showing, attach_pictures, show
 from search.report.markdown import escaped
-from search.report.notes import timings_text
 from search.report.overview import overview_of
 from search.storage.ledger import Ledger
 from search.study.arms import ROW_SPACE
@@ -88,13 +87,6 @@ def test_a_trial_has_its_pictures_and_a_note(study):
     assert f"![]({address})" in note
 
 
-def test_a_baseline_has_them_too(study):
-    trial_id = study.given.storage.get_all_trials(study.given.study._study_id)[0]._trial_id
-    assert artifacts_of(study.given, trial_id) == {"samples.png": b"grid of 0"}
-    title = "## plain SFD, seed 0\n\n**FID 13.0000**"
-    assert note_of(study.given, trial_id).startswith(title)
-
-
 def test_a_row_of_several_stages_tells_the_fid_of_each(url):
     study = created(url, spec_of("progressive-arms"))
     claim = study.given.claim(ROW_SPACE, None)
@@ -137,12 +129,6 @@ def test_a_pruned_trial_has_a_note_without_a_fid(study):
     assert "**FID" not in note
 
 
-def test_seconds_are_told_as_people_say_them():
-    assert timings_text(TIMINGS) == "training 1 min 01 s, evaluation 2.2 s, service 0.0 s"
-    assert timings_text({"intermediate_seconds": 3.0}) == "intermediate evaluations 3.0 s"
-    assert timings_text({}) == ""
-
-
 # ---- a study's ----
 
 
@@ -159,17 +145,11 @@ def test_a_study_of_any_kind_has_a_note(url, kind):
 
 
 def test_a_search_s_note_has_the_grids_that_there_are(study):
-    """The best trial was told without a grid, the baselines were not."""
+    """The best trial has no grid, the baselines have."""
     show(study)
     note = get_note(study.search.study)
     assert "**Best: FID 12.500**, trial 0, a 1.000" in note
     assert note.count("![](/artifacts/") == 2
-
-
-def test_before_any_trial_there_is_a_note(url):
-    study = created(url, spec_of("sfd-search"))
-    show(study)
-    assert "0 of 4 trials complete" in get_note(study.search.study)
 
 
 def test_they_are_written_when_rows_have_ended_and_not_too_often(study, monkeypatch):
@@ -180,23 +160,16 @@ def test_they_are_written_when_rows_have_ended_and_not_too_often(study, monkeypa
     end_another(study)
     written.refresh()  # at once: not yet
     assert get_note(study.search.study) == first
+    written.finish()  # at the end in any case
+    assert "2 of 4 trials complete" in get_note(study.search.study)
     monkeypatch.setattr(live, "LEAST_SECONDS", 0.0)
     monkeypatch.setattr(live, "_SHARE", 0.0)
     soon = Showing(study)
     soon.refresh()
-    assert "2 of 4 trials complete" in get_note(study.search.study)
     versions = study.search.storage.get_study_system_attrs(study.search.study._study_id)
     soon.refresh()  # nothing has ended since
     again = study.search.storage.get_study_system_attrs(study.search.study._study_id)
     assert again == versions
-
-
-def test_at_the_end_they_are_written_whenever_the_last_time_was(study):
-    written = Showing(study)
-    written.refresh()
-    end_another(study)
-    written.finish()
-    assert "**Best: FID 11.000**" in get_note(study.search.study)
 
 
 def test_the_end_of_a_confirmation_renews_the_search_s_note_too(confirmed):
@@ -217,16 +190,12 @@ def test_what_goes_wrong_ends_no_launch(study, caplog):
 # ---- how they are stored ----
 
 
-def test_what_is_shorter_leaves_nothing_of_what_was_longer(study):
-    """Texts are stored in pieces; the dashboard puts together all that there are."""
+def test_notes_of_trials_and_study_are_apart_and_a_shorter_one_leaves_no_piece(study):
+    """Texts are stored in pieces; the dashboard joins all that there are."""
     ledger, study_id = study.search, study.search.study._study_id
     for note in ("x" * 5000, "short"):
         save_texts(ledger.storage, study_id, note)
         assert get_note(ledger.study) == note
-
-
-def test_a_note_of_one_trial_is_of_no_other_and_not_the_study_s(study):
-    ledger, study_id = study.search, study.search.study._study_id
     notes = {1: "first", 11: "eleventh", None: "study", 111: ""}
     for trial_id, note in notes.items():
         save_texts(ledger.storage, study_id, note, trial_id=trial_id)
@@ -237,13 +206,8 @@ def test_a_note_of_one_trial_is_of_no_other_and_not_the_study_s(study):
         assert found["version"] >= 1
 
 
-@pytest.mark.parametrize(
-    "server", ["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)]
-)
-def test_two_launchers_write_the_same_note_at_once(server, request, tmp_path):
-    url = f"sqlite:///{tmp_path / 'study.db'}"
-    if server == "postgres":
-        url = request.getfixturevalue("postgres").new_database()
+def test_two_launchers_write_the_same_note_at_once(either_url):
+    url = either_url
     study_id = Ledger.open(url, "digits", budget=1).study._study_id
     together, failed = threading.Barrier(3), []
 

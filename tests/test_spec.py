@@ -52,10 +52,7 @@ OF_ANY_METHOD = [
     ({"method__substepp": 2}, "method.substepp", "did you mean substeps?"),
     ({"method__sampler": 2}, "method.sampler", "is unknown"),
     ({"method__lr": math.nan}, "method.lr", "above 0, got nan"),
-    ({"method__lr": "fast"}, "method.lr", "got fast"),
     ({"method__batch": 0}, "method.batch", "at least 1, got 0"),
-    ({"method__batch": True}, "method.batch", "got True"),
-    ({"method__clip_norm": 0}, "method.clip_norm", "above 0, or none, got 0"),
     ({"method__optimizer": "adma"}, "method.optimizer", "adam, adamw, sgd, .* mean adam"),
     ({"method__weight_decay": 0.1}, "method.weight_decay", "0.1 needs optimizer=adamw"),
     ({"method__schedule": "logsn"}, "method.schedule", "did you mean logsnr?"),
@@ -85,7 +82,6 @@ OF_ANY = [
     ({"weights": {**LEARNED, "rules": ["loss"]}}, "weights.rules", "got ['loss']"),
     ({"plan": REMOVED}, "plan", "missing"),
     ({"plan": 7}, "plan", "a mapping with trials or arms, got 7"),
-    ({"plan": {"trials": 0}}, "plan.trials", "got 0"),
     ({"plan": {"trials": 1, "sampler": ["GPSampler"]}}, "plan.sampler", "with a name"),
     ({"plan": {"trials": 1, "sampler": "GPSample"}}, "plan.sampler.name", "mean GPSampler?"),
     ({"plan": {"trials": 1, "images": 64}}, "plan.images", "64 .* at: [...]"),
@@ -97,22 +93,18 @@ OF_ANY = [
     ({"plan": {**ARMS, "arms": [{"a": "x"}]}}, "plan.arms.0", ""),
     ({"plan": {**ARMS, "seeds": []}}, "plan.seeds", "[] must name one seed or more"),
     ({"plan": {**ARMS, "seeds": [1, 1]}}, "plan.seeds", "[1, 1] must .* each once"),
-    ({"plan": {**ARMS, "seeds": [-1]}}, "plan.seeds", "got [-1]"),
     ({"plan": {**ARMS, "latents": "own"}}, "plan.latents", "shared, fresh, got own"),
     ({"teacher": {}}, "teacher", "either checkpoint: FILE or train"),
     ({"teacher__checkpoint": "x.pkl"}, "teacher", "one of the two"),
     ({"teacher__train__kimg": 0}, "teacher.train.kimg", "got 0"),
-    ({"teacher__train__warmup_kimg": math.inf}, "teacher.train.warmup_kimg", "got inf"),
     ({"teacher__train__network": {"depth": 3}}, "teacher.train.network", "'depth'"),
     ({"teacher__train__network__model_channels": 6}, "teacher.train.network", "multiple of 4"),
-    ({"teacher__train__loss": "mse"}, "teacher.train.loss", "got mse"),
     ({"teacher__train__precond": {"name": "vp"}}, "teacher.train", "cosine or ddpm, got 'vp'"),
     (
         {"teacher__train__precond": {"name": "cosine", "timesteps": 64}},
         "teacher.train",
         "'timesteps'",
     ),
-    ({"evaluation__images": 1}, "evaluation.images", "got 1"),
     ({"evaluation__metrics": ["fid", "is"]}, "evaluation.metrics", "got ['fid', 'is']"),
     ({"evaluation__metrics": ["kid"]}, "evaluation", "['kid'] lack fid"),
     (
@@ -121,15 +113,11 @@ OF_ANY = [
         "drop reference",
     ),
     ({"evaluation__extractor": "inceptoin"}, "evaluation.extractor", "'inceptoin'; known are"),
-    ({"seeds": {"training": -1}}, "seeds.training", "got -1"),
     ({"seeds": {"sampler": 2**31}}, "seeds.sampler", "got 2147483648"),
-    ({"trajectories": {"dtype": "int8"}}, "trajectories.dtype", "got int8"),
-    ({"resources": {"lease_seconds": 1}}, "resources.lease_seconds", "got 1"),
     ({"resources": {"gpus": -1}}, "resources.gpus", "auto or a number .* 0, got -1"),
     ({"resources": {"gpus": 1.5}}, "resources.gpus", "give 0 to 1, 1 or 2"),
     ({"precision": "float8"}, "precision", "bfloat16, float16, got 'float8'"),
     ({"precision": "tf32", "resources": {"gpus": 0}}, "precision", "tf32 needs a CUDA device"),
-    ({"confirm": {"seeds": 2}}, "confirm.seeds", "got 2"),
     ({"data": "digitz"}, "data", "'digitz'; known are"),
     ({"data": "cifar10@16"}, "data", "larger"),
     ({"data": REMOVED}, "data", "missing"),
@@ -138,18 +126,15 @@ OF_ANY = [
     ({"name": "digits.baselines"}, "name", "'digits.baselines'"),
 ]
 SFD_ALONE = [
-    ({"method__nfe": 2.5}, "method.nfe", "got 2.5"),
     ({"method__nfe": [2, 2]}, "method.nfe", "different ones, got (2, 2)"),
     ({"method__solver": "dpm"}, "method.solver", "did you mean dpm2?"),
     ({"method__order": 4}, "method", "dpmpp.* order .* 1 to 3, got 4"),
     ({"method__solver": "heun", "method__thresholding": True}, "method", "no thresholding"),
-    ({"method__kimg": 1e-5}, "method.kimg", "0.001, got 1e-05"),
     ({"weights": ONE_POINT}, "plan.trials", "4 trials would all be the same"),
     ({"weights": {**NORMALISED, "largest": 0.5}}, "weights.largest", "0.5 rules out .* is 1;"),
     ({"weights": LEARNED, "resources": {"compile": True}}, "weights.rules", "resources.compile"),
     ({"plan__trails": 3}, "plan.trails", "did you mean trials?"),
     ({"plan__at": [0.01]}, "plan.at", "[0.01] of 40 updates .* after [0]"),
-    ({"plan__at": [0.99]}, "plan.at", "after [40]"),
     ({"plan__at": [0.5, 0.501]}, "plan.at", "after [20, 20]"),
     ({"plan__at": [0.5], "plan__images": 512}, "plan.images", "512 .* evaluation.images 256"),
     ({"plan__sampler": {"name": "TPESampelr"}}, "plan.sampler.name", "did you mean TPESampler?"),
@@ -157,6 +142,7 @@ SFD_ALONE = [
     ({"plan__sampler": {"name": "TPESampler", "trials": 3}}, "plan.sampler", "n_startup_trials"),
     ({"plan__sampler": {"name": "TPESampler", "seed": 3}}, "plan.sampler", "seeds.sampler"),
     ({"plan__sampler": {"name": "BruteForceSampler"}}, "plan.sampler", "step"),
+    ({"plan__pruner": {"name": "MedianPruner"}}, "plan.pruner", "MedianPruner .* plan.at"),
     ({"plan__pruner": {"name": "MedianPrune"}}, "plan.pruner.name", "did you mean MedianPruner?"),
     ({"plan__pruner": {"name": "MedianPruner", "factor": 3}}, "plan.pruner", "n_warmup_steps"),
     (
@@ -170,8 +156,6 @@ SFD_ALONE = [
 ]
 PD_ALONE = [
     ({"method__until": REMOVED}, "method.until", "missing"),
-    ({"method__updates": 0}, "method.updates", "got 0"),
-    ({"method__substeps": 1}, "method.substeps", "at least 2, got 1"),
     ({"method__until": 3}, "method.steps", "end at until=4 or 2, or start at steps=6"),
     ({"method__steps": 2}, "method.until", "steps=2 .* got 2"),
     ({"method__prediction_type": "eps"}, "method.prediction_type", "did you mean epsilon?"),
@@ -218,23 +202,21 @@ def test_every_mistake_of_the_form_has_a_line():
     lines = message(STUDY, plan__trials=0, evaluation__images="many", colour="red").splitlines()
     keys = [line.removeprefix("study.yaml: ").split(" ")[0] for line in lines]
     assert sorted(keys) == ["colour", "evaluation.images", "plan.trials"]
+    assert not any("facts" in line for line in lines)  # no user may write them
 
 
-@pytest.mark.parametrize("name", list(METHODS))
-def test_every_knob_of_every_method_is_named_where_it_is_wrong(name):
-    """A mapping is no value of any knob."""
-    tree = of_kind(name, "search")
-    for knob in knobs_of(METHODS[name].Config):
-        assert message(tree, **{f"method__{knob}": {"x": 1}}).startswith(
-            f"study.yaml: method.{knob} must be"
-        )
-
-
-@pytest.mark.parametrize("name", list(WEIGHT_SPACES))
-def test_every_knob_of_every_weight_space_is_named_where_it_is_wrong(name):
-    for knob in knobs_of(WEIGHT_SPACES[name]):
-        told = message(STUDY, weights={"name": name, knob: "x"})
-        assert told.startswith(f"study.yaml: weights.{knob} must be")
+@pytest.mark.parametrize(
+    ("section", "registry", "wrong"),
+    [("method", METHODS, {"x": 1}), ("weights", WEIGHT_SPACES, "x")],
+    ids=["methods", "weight spaces"],
+)
+def test_every_knob_of_every_member_is_named_where_it_is_wrong(section, registry, wrong):
+    for name in registry:
+        tree = of_kind(name if section == "method" else "sfd", "search")
+        for knob in knobs_of(getattr(registry[name], "Config", registry[name])):
+            given = {**(tree["method"] if section == "method" else {}), "name": name, knob: wrong}
+            told = message(tree, **{section: given})
+            assert told.startswith(f"study.yaml: {section}.{knob} must be")
 
 
 # ---- what is left out ----
@@ -296,14 +278,6 @@ def test_a_variant_has_its_own_facts():
         variant(study, {"kimgs": 5})
 
 
-def test_one_trial_of_one_point_repeats_nothing():
-    assert spec(weights=ONE_POINT, plan__trials=1).space.is_one_point
-
-
-def test_a_confirmation_may_have_settings_of_its_own():
-    assert spec(confirm={"method": {"kimg": 200}}).confirm.method == {"kimg": 200}
-
-
 # ---- teachers, data, machines ----
 
 
@@ -342,12 +316,6 @@ def test_data_files_are_not_looked_into(tmp_path):
     archive = tmp_path / "images.zip"
     archive.write_bytes(b"no archive")
     assert spec(teacher=EDM, data=f"zip:{archive}").data == f"zip:{archive}"
-
-
-def test_a_teacher_of_other_images_is_refused():
-    pytest.importorskip("diffusers", reason="needs the diffusers extra")
-    told = message(PROMOTION, teacher=DDPM)
-    assert told.startswith("study.yaml: teacher.checkpoint: google/ddpm-cifar10-32 makes images")
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,8 @@
-"""A study's record in its storage: made, joined or refused, its arms planned, its tasks told."""
+"""A study's record in its storage: made, joined or refused, its arms and tasks."""
 
 import json
 import math
 
-import optuna
 import pytest
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
@@ -13,26 +12,12 @@ from search.spec.space import search_space
 from search.storage.ledger import Claim, Ledger
 from search.study.arms import ROW_SPACE, Arm, ArmRow, Task, plain_arm, uniform_arm
 from search.study.study import FORMAT, SPEC, Study
-from tests.measured import (
-    complete,
-    copy_storage,
-    created,
-    empty_storage,
-    finish,
-    open_once,
-    search,
-)
+from tests.measured import complete, created, finish
 from tests.studies import KINDS, METHODS, NORMALISED, of_kind, spec
 
 OURS = Arm(name="a 1.000 (trial 3)", params={"a": 1.0, "b": -2.0}, trial=3)
 BOTH_PLANS = (("sfd", "search"), ("progressive", "arms"))
 OTHER = Arm(name="a 2.000 (trial 5)", params={"a": 2.0, "b": -4.0}, trial=5)
-
-
-@pytest.fixture
-def url(tmp_path, tmp_path_factory, monkeypatch) -> str:
-    open_once(monkeypatch)
-    return copy_storage(empty_storage(tmp_path_factory.getbasetemp()), tmp_path / "study.db")
 
 
 @pytest.fixture
@@ -67,19 +52,13 @@ def by_arm(arm: Arm, row: ArmRow) -> float:
 
 
 def again(study: Study, **keys) -> Study:
-    """The same launch once more, with a file that was changed."""
+    """Launch again, with a changed file."""
     method, plan = study.name.split("-")
     facts = keys.pop("facts", None) or study.facts
     return Study.create(study.url, spec(of_kind(method, plan), **keys), facts=facts)
 
 
 # ---- given arms ----
-
-
-def test_a_row_is_its_parameters():
-    for row in (ArmRow(arm=2, seed=7), ArmRow(arm=0, seed=1, variant=3)):
-        assert ArmRow.of(row.params()) == row
-        assert row.params().keys() == ROW_SPACE.keys()
 
 
 def test_rows_are_taken_in_their_order_and_keep_their_parameters(study):
@@ -95,14 +74,6 @@ def test_rows_are_taken_in_their_order_and_keep_their_parameters(study):
     ]
     assert [trial.user_attrs["arm"] for trial in trials[:3]] == [arm.name for arm in arms]
     assert (study.counts().complete, study.counts().planned) == (6, 6)
-
-
-def test_a_row_is_unfinished_until_it_has_ended(study):
-    study.plan(three(study), [1])
-    claim = take(study)
-    assert unfinished(study) == rows(1)
-    study.given.fail(claim, "diverged", "the loss is not finite", {})
-    assert unfinished(study) == rows(1)[1:]
 
 
 def test_planned_again_only_what_is_new_is_added(study):
@@ -245,13 +216,6 @@ def test_other_conditions_are_refused_once_a_row_was_begun(url, method, plan):
     assert unfinished(study) == before
 
 
-def test_other_facts_are_refused_once_a_row_was_begun(study):
-    study.plan(three(study), [1])
-    take(study)
-    with pytest.raises(SpecChangedError, match="of: 'digits' stored, 'faces' given"):
-        again(study, facts={"of": "faces"})
-
-
 def test_until_then_a_mistake_may_be_mended_and_nothing_of_it_is_left(study):
     """The old plan's weights would be trained under the new one's name."""
     study.plan(three(study), [1, 2])
@@ -260,6 +224,8 @@ def test_until_then_a_mistake_may_be_mended_and_nothing_of_it_is_left(study):
     mended.plan(three(study)[:2], [1])
     assert (mended.facts, mended.main.budget) == ({"of": "faces"}, 2)
     assert finish(mended, by_arm) == rows(1, arms=2)
+    with pytest.raises(SpecChangedError, match="of: 'faces' stored, 'digits' given"):
+        again(study, method__lr=1e-3, facts={"of": "digits"})
 
 
 def test_a_search_that_is_mended_keeps_the_points_that_were_asked_for(url):
@@ -287,7 +253,7 @@ def test_intermediate_fids_of_other_images_are_refused(url):
 def test_a_study_whose_maker_was_killed_is_made_whole_by_the_next(url, method, plan):
     given = spec(of_kind(method, plan))
     Ledger.open(url, given.name, budget=1)
-    with pytest.raises(UnknownStudyError, match="is half made; the same command carries on"):
+    with pytest.raises(UnknownStudyError, match="is incomplete; run the command"):
         Study.open(url, given.name)
     study = created(url, given)
     assert len(finish(Study.open(url, given.name), by_arm)) == len(study.rows())
@@ -310,14 +276,6 @@ def test_a_command_for_searches_names_the_search_of_given_arms(url):
     created(url, spec(of_kind("sfd", "search")))
     with pytest.raises(UnknownStudyError, match="give the study itself: 'sfd-search'"):
         Study.open(url, "sfd-search.baselines")
-
-
-def test_an_unknown_one_is_not_made_by_looking(url):
-    study = search(url, [({"a": 1.0}, 9.0)])
-    with pytest.raises(UnknownStudyError, match=r"no study 'digits\.confirm' in sqlite:///"):
-        Study.open(url, "digits.confirm")
-    assert study.beside("digits.confirm") is None
-    assert optuna.get_all_study_names(url) == ["digits", "digits.baselines"]
 
 
 @pytest.mark.parametrize("stored", [None, 1])

@@ -237,7 +237,7 @@ def restore(
     Raises:
         CheckpointError: They differ; names which.
     """
-    with torch.device("meta"), _limited_modules(2 * len(tensors) + 100):
+    with without_memory(2 * len(tensors) + 100):
         skeleton = build_denoiser(description)
     expected = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
@@ -255,8 +255,12 @@ def restore(
 
 
 @contextlib.contextmanager
-def _limited_modules(most: int) -> Iterator[None]:
-    """Stop the construction of a network at more modules than a file's weights could fill."""
+def without_memory(most: int) -> Iterator[None]:
+    """Build a network's shapes alone (torch's meta device), of at most so many modules.
+
+    Raises:
+        CheckpointError: It has more, or sizes that no memory has.
+    """
     thread, made = threading.get_ident(), itertools.count(1)
 
     def count(*_: object) -> None:
@@ -268,6 +272,10 @@ def _limited_modules(most: int) -> Iterator[None]:
 
     hook = torch.nn.modules.module.register_module_module_registration_hook(count)
     try:
-        yield
+        with torch.device("meta"):
+            yield
+    except (RuntimeError, OverflowError) as error:
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(f"the described network cannot be built ({reason})") from error
     finally:
         hook.remove()

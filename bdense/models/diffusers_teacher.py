@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.denoiser import NetworkDenoiser, without_memory
 from bdense.diffusion.preconditioning import DDPM
 from bdense.errors import CheckpointError, InputError
 from bdense.networks import DiffusersUNet
@@ -24,6 +24,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 TORCH_FILES = (".bin", ".ckpt", ".pt", ".pth")
 _MODEL, _CONFIG, _SCHEDULER = "UNet2DModel", "config.json", "scheduler_config.json"
 _WEIGHTS = "diffusion_pytorch_model"
+_MOST_MODULES = 10_000
 # For schedulers saved before a key existed, or left at its default.
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(DDPM)}
 
@@ -74,6 +75,14 @@ def _denoiser(folder: Path, config: dict[str, Any], precond: DDPM) -> NetworkDen
     from diffusers import UNet2DModel
 
     options = unet_options(config)
+    with without_memory(_MOST_MODULES):
+        values = sum(value.numel() for value in DiffusersUNet(options).parameters())
+    size = sum(file.stat().st_size for file in folder.glob(f"{_WEIGHTS}*"))
+    # A value takes 2 bytes or more. If there is no file, diffusers names it.
+    if 0 < size < values:
+        raise CheckpointError(
+            f"{folder} describes {values} weights, but its weights file has {size} bytes"
+        )
     try:
         # diffusers' loader knows the weights' names of its older versions.
         loaded = UNet2DModel.from_pretrained(folder, low_cpu_mem_usage=False)

@@ -1,34 +1,26 @@
 """Given arms side by side: each one's FIDs over the seeds, against both baselines, as a table.
 
-Reads the storage alone. A difference is told only where its paired interval excludes 0.
+Reads the storage alone. A difference is claimed only where its paired interval excludes 0.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bdense.weights.spaces import PLAIN, UNIFORM
-from search.analysis.paired import Paired, Summary, paired_difference, summary
-from search.spec.study import StudySpec
+from search.analysis.paired import Mean, Paired, mean_of, paired_difference
 from search.study.arms import Arm, ArmRow
-from search.study.results import COMPARED_KEYS, MeasuredFID, TrialResult
+from search.study.results import MeasuredFID, TrialResult
 from search.study.study import Study
 from search.study.wording import align
 
-_AGAINST = ("vs plain", "vs uniform")
 # With more seeds than this a table shows their mean alone.
 _MOST_SEEDS = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArmResult:
-    """One arm, as far as it was measured.
-
-    Attributes:
-        arm: Which.
-        fids: FID with its conditions, by training seed.
-        rows: Numbers of the rows, by training seed.
-    """
+    """One arm's FIDs, with their conditions, and row numbers, by training seed."""
 
     arm: Arm
     fids: dict[int, MeasuredFID]
@@ -41,23 +33,20 @@ class ArmResult:
 
     @property
     def conditions(self) -> MeasuredFID:
-        """Of the first seed; ``Comparison.differing`` says where others differ."""
+        """Of the first seed; ``Comparison.differing`` names where others differ."""
         return self.fids[min(self.fids)]
 
-    def summary(self) -> Summary:
+    def mean(self) -> Mean:
         """Mean and standard error over the seeds."""
-        return summary(list(self.values.values()))
+        return mean_of(list(self.values.values()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Arms that were trained under the same seeds, in the order of their study.
+    """Arms trained under the same seeds, as far as measured, in the order of their study.
 
-    Attributes:
-        title: At which stage and variant of the method; "" where there is one.
-        stage: Name of the stage.
-        variant: Changes of the method's settings.
-        results: Of the arms that were measured at least once.
+    ``title`` names stage and variant of the method where there are several; ``variant`` holds
+    changed settings.
     """
 
     title: str = ""
@@ -65,19 +54,18 @@ class Comparison:
     variant: Mapping[str, Any]
     results: tuple[ArmResult, ...]
 
-    def baseline(self, name: str) -> ArmResult | None:
-        """``plain`` or ``uniform``."""
+    def _baseline(self, name: str) -> ArmResult | None:
         return next((each for each in self.results if each.arm.baseline == name), None)
 
     @property
     def plain(self) -> ArmResult | None:
         """The student with one branch."""
-        return self.baseline(PLAIN)
+        return self._baseline(PLAIN)
 
     @property
     def uniform(self) -> ArmResult | None:
-        """All branches alike."""
-        return self.baseline(UNIFORM)
+        """The student whose branches have equal weights."""
+        return self._baseline(UNIFORM)
 
     @property
     def differing(self) -> list[str]:
@@ -102,7 +90,12 @@ class Comparison:
                 f"These FIDs were measured under different conditions "
                 f"({', '.join(self.differing)}): no comparison."
             )
-        return fid_line(self.results[0].conditions)
+        fid = self.results[0].conditions
+        return (
+            f"FID: {fid.images} images at NFE {fid.nfe}, features of {fid.extractor}, against "
+            f"{fid.reference}. Differences are paired by seed, in [] their 95 % t interval; a "
+            "tie where it spans 0."
+        )
 
 
 def table_rows(
@@ -112,30 +105,22 @@ def table_rows(
     seeds = sorted({s for each in comparisons for r in each.results for s in r.fids})
     shown = seeds if len(seeds) <= _MOST_SEEDS else []
     at = ("at",) if len(comparisons) > 1 or teacher is not None else ()
-    header = ("", *at, *(f"seed {s}" for s in shown), "mean", "s.e.", *_AGAINST)
-    rows: list[tuple[str, ...]] = [header]
+    titles = (*(f"seed {s}" for s in shown), "mean", "s.e.", "vs plain", "vs uniform")
+    rows: list[tuple[str, ...]] = [("", *at, *titles)]
     if teacher is not None:
-        dashes = ["-"] * (len(shown))
-        rows.append(("teacher", f"NFE {teacher.nfe}", *dashes, f"{teacher.value:.3f}", *["-"] * 3))
+        dashes = ["-"] * len(shown)
+        rows.append(
+            ("teacher", f"NFE {teacher.nfe}", *dashes, f"{teacher.value:.3f}", "-", "-", "-")
+        )
     for each in comparisons:
         for result in each.results:
-            values, found = result.values, result.summary()
+            values, found = result.values, result.mean()
             own = [f"{values[s]:.3f}" if s in values else "-" for s in shown]
             pairs = [each.against(result, other) for other in (each.plain, each.uniform)]
-            texts = [difference_text(pair) for pair in pairs]
             place = (each.title,) if at else ()
-            mean, error = f"{found.mean:.3f}", found.error_text()
-            rows.append((result.arm.name, *place, *own, mean, error, *texts))
+            figures = (f"{found.mean:.3f}", found.error_text(), *map(difference_text, pairs))
+            rows.append((result.arm.name, *place, *own, *figures))
     return rows
-
-
-def fid_line(fid: MeasuredFID) -> str:
-    """The conditions of a FID, and how differences are told."""
-    return (
-        f"FID: {fid.images} images at NFE {fid.nfe}, features of {fid.extractor}, against "
-        f"{fid.reference}. Differences are paired by seed, in [] their 95 % t interval; a tie "
-        "where it spans 0."
-    )
 
 
 def difference_text(pair: Paired | None) -> str:
@@ -145,52 +130,39 @@ def difference_text(pair: Paired | None) -> str:
 
 def comparisons_of(study: Study) -> list[Comparison]:
     """Every stage and variant that given arms were measured at, in order."""
-    spec, variants = study.spec, study.variants
-    found = []
+    spec, variants, found = study.spec, study.variants, []
+    stages = spec.resolved.stages
     for index, changes in enumerate(variants):
-        for stage in spec.resolved.stages:
+        for stage in stages:
             each = compare(study, variant=index, stage=stage.name)
             if each.results:
-                several = len(spec.resolved.stages) > 1
-                words = [stage.label] if several else []
-                words += [variant_text(spec, changes)] if len(variants) > 1 else []
-                found.append(_titled(each, ", ".join(words)))
+                words = [stage.label] if len(stages) > 1 else []
+                words += [_variant_text(changes)] if len(variants) > 1 else []
+                found.append(replace(each, title=", ".join(words)))
     return found
 
 
-def variant_text(spec: StudySpec, changes: Mapping[str, Any]) -> str:
+def _variant_text(changes: Mapping[str, Any]) -> str:
     """A variant of the method's settings for people, such as ``kimg 38.4``."""
-    words = [f"{name} {value}" for name, value in changes.items()]
-    return ", ".join(words) or "as the study"
+    return ", ".join(f"{name} {value}" for name, value in changes.items()) or "as the study"
 
 
-def compare(study: Study, *, variant: int | None = None, stage: str | None = None) -> Comparison:
-    """The complete rows of one variant, at one stage.
-
-    Args:
-        study: With given arms.
-        variant: Index; None takes the first.
-        stage: Its name; None is the last.
-    """
-    arms, spec, variants = study.arms, study.spec, study.variants
-    index = variant or 0
-    stages = {each.name: each.nfe for each in spec.resolved.stages}
-    name = spec.resolved.stages[-1].name if stage is None else stage
+def compare(study: Study, *, variant: int = 0, stage: str | None = None) -> Comparison:
+    """The complete rows of one variant of given arms, at one stage; None is the last."""
+    arms, stages, variants = study.arms, study.spec.resolved.stages, study.variants
+    at = next(each for each in reversed(stages) if stage in (None, each.name))
     fids: dict[int, dict[int, MeasuredFID]] = {}
     rows: dict[int, dict[int, int]] = {}
     for trial in study.complete_rows():
         row = ArmRow.of(trial.params)
-        if row.variant != index:
-            continue
         result = TrialResult.of(trial.value, trial.user_attrs)
-        fid = result.fids.get(str(stages[name])) if result.fids else result.fid
-        if fid is None:
-            continue
-        fids.setdefault(row.arm, {})[row.seed] = fid
-        rows.setdefault(row.arm, {})[row.seed] = trial.number
+        fid = result.fids.get(str(at.nfe)) if result.fids else result.fid
+        if row.variant == variant and fid is not None:
+            fids.setdefault(row.arm, {})[row.seed] = fid
+            rows.setdefault(row.arm, {})[row.seed] = trial.number
     return Comparison(
-        stage=name,
-        variant=variants[index] if variants else {},
+        stage=at.name,
+        variant=variants[variant] if variants else {},
         results=tuple(ArmResult(arm=arms[i], fids=fids[i], rows=rows[i]) for i in sorted(fids)),
     )
 
@@ -200,21 +172,3 @@ def teacher_of(study: Study) -> MeasuredFID | None:
     for trial in study.complete_rows():
         return TrialResult.of(trial.value, trial.user_attrs).teacher_fid
     return None
-
-
-def _titled(each: Comparison, title: str) -> Comparison:
-    return Comparison(title=title, stage=each.stage, variant=each.variant, results=each.results)
-
-
-__all__ = [
-    "COMPARED_KEYS",
-    "ArmResult",
-    "Comparison",
-    "compare",
-    "comparisons_of",
-    "difference_text",
-    "fid_line",
-    "table_rows",
-    "teacher_of",
-    "variant_text",
-]

@@ -1,9 +1,8 @@
 """Is the search's best point good, or was it lucky? Candidates and baselines under fresh seeds.
 
 Candidates are the points of lowest posterior mean of a Gaussian process over all evaluations, not
-those of lowest value; each trains anew with the same fresh seeds as both baselines. The winner is
-the candidate of lowest posterior mean over everything measured; what is said of it rests on the
-fresh seeds alone.
+those of lowest value. They and both baselines are trained under the same fresh seeds. The winner
+has the lowest posterior mean over everything measured; claims about it rest on the fresh seeds.
 """
 
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from bdense.weights.spaces import BASELINE, PLAIN, UNIFORM
 from search.analysis.comparison import ArmResult, Comparison, compare, difference_text
 from search.analysis.surrogate import Evaluation, candidates, posterior_means
 from search.spec.study import StudySpec
-from search.storage.rows import StoredTrial
+from search.storage.queries import StoredTrial
 from search.study.arms import Arm, ArmRow
 from search.study.study import JUDGED, Study
 from search.study.summary import baselines_of, headline
@@ -27,13 +26,9 @@ CONFIRM_SUFFIX = ".confirm"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What a confirmation says.
+    """The result of a confirmation: its rows, the winner among them, whether all rows ended.
 
-    Attributes:
-        comparison: Candidates and baselines under the fresh seeds.
-        winner: The chosen candidate.
-        spec: Of the search.
-        ended: Whether all rows have ended.
+    ``spec`` is the search's.
     """
 
     comparison: Comparison
@@ -60,7 +55,7 @@ class Verdict:
     def sentence(self) -> str:
         """The winner in one."""
         comparison, winner = self.comparison, self.winner
-        found = winner.summary()
+        found = winner.mean()
         judged = [
             f"against {baseline.arm.name} {difference_text(pair)}"
             for baseline in (comparison.plain, comparison.uniform)
@@ -75,43 +70,43 @@ class Verdict:
     def as_dict(self) -> dict[str, Any]:
         """As ``confirm --json`` prints it: the winner, and every arm's FIDs."""
         comparison = self.comparison
-        arms = []
-        for result in comparison.results:
-            found = result.summary()
-            pairs = {
-                "vs_plain": comparison.against(result, comparison.plain),
-                "vs_uniform": comparison.against(result, comparison.uniform),
-            }
-            arms.append(
-                self._told(result.arm)
-                | {"fids": {str(seed): fid for seed, fid in result.values.items()}}
-                | {"mean": found.mean, "n": found.n}
-                | ({} if found.standard_error is None else {"std_err": found.standard_error})
-                | {"conditions": result.conditions.conditions()}
-                | {
-                    name: {"mean": p.mean, "low": p.low, "high": p.high, "tie": p.tie}
-                    for name, p in pairs.items()
-                    if p is not None and p.n > 1
-                }
-            )
         changed = {name: v for name, v in comparison.variant.items() if name != "kimg"}
         return {
-            "winner": self._told(self.winner.arm),
+            "winner": self._arm(self.winner.arm),
             **({"kimg": self.settings["kimg"]} if "kimg" in self.settings else {}),
             **({"method": changed} if changed else {}),
             "ended": self.ended,
-            "arms": arms,
+            "arms": [self._result(each) for each in comparison.results],
         }
 
-    def _told(self, arm: Arm) -> dict[str, Any]:
+    def _result(self, result: ArmResult) -> dict[str, Any]:
+        comparison, found = self.comparison, result.mean()
+        others = {"vs_plain": comparison.plain, "vs_uniform": comparison.uniform}
+        pairs = {name: comparison.against(result, other) for name, other in others.items()}
+        return {
+            **self._arm(result.arm),
+            "fids": {str(seed): fid for seed, fid in result.values.items()},
+            "mean": found.mean,
+            "n": found.n,
+            **({} if found.standard_error is None else {"std_err": found.standard_error}),
+            "conditions": result.conditions.conditions(),
+            **{
+                name: {"mean": p.mean, "low": p.low, "high": p.high, "tie": p.tie}
+                for name, p in pairs.items()
+                if p is not None and p.n > 1
+            },
+        }
+
+    def _arm(self, arm: Arm) -> dict[str, Any]:
         """An arm for scripts; plain distillation under its method's name."""
-        names = {PLAIN: self.spec.method.name, UNIFORM: UNIFORM, None: None}
-        name = names[arm.baseline]
-        return arm.as_dict() | ({} if name is None else {"params": {"method": name}})
+        if arm.baseline is None:
+            return arm.as_dict()
+        name = self.spec.method.name if arm.baseline == PLAIN else arm.baseline
+        return arm.as_dict() | {"params": {"method": name}}
 
 
 def verdict(study: Study) -> Verdict | None:
-    """What the study's confirmation says so far; None without one, or before it has a value."""
+    """The confirmation's result so far; None without one, or before a candidate has a value."""
     confirmation = study.beside(study.name + CONFIRM_SUFFIX)
     if confirmation is None or confirmation.is_search:
         return None
@@ -119,11 +114,11 @@ def verdict(study: Study) -> Verdict | None:
     judged = int(confirmation.main.attribute(JUDGED) or 0)
     comparison = compare(confirmation, variant=judged)
     most = max((len(result.fids) for result in comparison.results), default=0)
-    # One that failed under a seed, or has not had all of them yet, does not win by the others.
+    # A candidate that lacks a seed's value must not win by its other seeds.
     searched = [r for r in comparison.results if r.arm.baseline is None and len(r.fids) == most]
     if not searched:
         return None
-    means = _pooled_means(study, confirmation, spec, judged, searched)
+    means = _pooled_means(study, confirmation, judged, searched)
     winner = searched[min(range(len(searched)), key=means.__getitem__)]
     ended = not confirmation.left()
     return Verdict(comparison=comparison, winner=winner, spec=spec, ended=ended)
@@ -149,7 +144,7 @@ def confirmed_arm(study: Study) -> Arm:
 
 
 def complete_trials(study: Study) -> list[StoredTrial]:
-    """The search's complete trials, with what ``arm_of`` asks of them.
+    """The search's complete trials, with what ``arm_of`` needs.
 
     Raises:
         InputError: There is none.
@@ -163,7 +158,7 @@ def complete_trials(study: Study) -> list[StoredTrial]:
 
 
 def choose(study: Study, trials: Sequence[StoredTrial], count: int) -> list[Arm]:
-    """The points of lowest posterior mean, as arms; none that is uniform weights again.
+    """The points of lowest posterior mean, as arms, without one that repeats uniform weights.
 
     In a space without coordinates they are those of lowest value.
     """
@@ -187,29 +182,25 @@ def arm_of(spec: StudySpec, trial: StoredTrial) -> Arm:
 
 
 def point_of(spec: StudySpec, params: dict[str, Any]) -> dict[str, float] | None:
-    """Where weights lie for the surrogate; None for those that lie nowhere, as plain ones."""
+    """Coordinates of weights for the surrogate; None where they have none, as plain ones."""
     space = spec.space
     at = space.coordinates(params)
     return None if at is None else dict(zip(space.axes, at, strict=True))
 
 
 def _pooled_means(
-    study: Study,
-    confirmation: Study,
-    spec: StudySpec,
-    judged: int,
-    searched: Sequence[ArmResult],
+    study: Study, confirmation: Study, judged: int, searched: Sequence[ArmResult]
 ) -> list[float]:
     """Posterior mean of each candidate over all that was measured at that budget.
 
     In a space without coordinates it is the mean over the fresh seeds.
     """
+    spec = study.spec
     if not spec.space.axes:
-        return [result.summary().mean for result in searched]
+        return [result.mean().mean for result in searched]
     arms, evaluations = confirmation.arms, []
     if not confirmation.variants[judged]:
-        trials = complete_trials(study)
-        evaluations += [*_uniform_of(study, spec), *_searched(spec, trials)]
+        evaluations += [*_uniform_of(study, spec), *_searched(spec, complete_trials(study))]
     for trial in confirmation.complete_rows():
         row = ArmRow.of(trial.params)
         point = point_of(spec, arms[row.arm].params)
@@ -234,7 +225,7 @@ def _searched(spec: StudySpec, trials: Sequence[StoredTrial]) -> list[Evaluation
 
 
 def _uniform_of(study: Study, spec: StudySpec) -> list[Evaluation]:
-    """The baseline of uniform weights as one more point of the space: the search measured it."""
+    """The baseline of uniform weights, which the search measured, as one more point."""
     measured = baselines_of(study).get(UNIFORM)
     point = point_of(spec, {BASELINE: UNIFORM})
     if measured is None or point is None:

@@ -11,7 +11,7 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Summary:
+class Mean:
     """Mean of n values and its standard error, which a single one does not have."""
 
     mean: float
@@ -28,8 +28,7 @@ class Paired:
     """Mean difference over n seeds with its 95 % paired t interval.
 
     Attributes:
-        low: -infinity for one seed, of whose spread nothing is known.
-        high: Likewise, +infinity.
+        low, high: Infinite for one seed, whose spread is unknown.
         relative: The mean difference in shares of the baseline's mean.
     """
 
@@ -41,7 +40,7 @@ class Paired:
 
     @property
     def tie(self) -> bool:
-        """Whether the interval spans 0: the seeds do not tell which of both is better."""
+        """Whether the interval spans 0: the seeds do not show which of both is better."""
         return self.low <= 0 <= self.high
 
     def text(self) -> str:
@@ -51,7 +50,7 @@ class Paired:
         return f"{mean} [{spread}]" + ", tie" * self.tie
 
 
-def summary(values: Sequence[float]) -> Summary:
+def mean_of(values: Sequence[float]) -> Mean:
     """Mean and standard error, std (ddof = 1) / sqrt(n).
 
     Raises:
@@ -62,7 +61,7 @@ def summary(values: Sequence[float]) -> Summary:
     _refuse_not_finite({f"number {index}": value for index, value in enumerate(values)})
     n = len(values)
     error = statistics.stdev(values) / math.sqrt(n) if n > 1 else None
-    return Summary(mean=statistics.fmean(values), standard_error=error, n=n)
+    return Mean(mean=statistics.fmean(values), standard_error=error, n=n)
 
 
 def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Paired | None:
@@ -78,25 +77,20 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
         return None
     base = statistics.fmean(baseline[seed] for seed in seeds)
     if base == 0:
-        raise InputError("the baseline's mean is 0, of which nothing is a share; no FID is that")
-    difference = summary([values[seed] - baseline[seed] for seed in seeds])
-    reach = _reach(difference)
+        raise InputError("the baseline's mean is 0, so relative differences are undefined")
+    found = mean_of([values[seed] - baseline[seed] for seed in seeds])
+    reach = math.inf
+    if found.standard_error is not None:
+        from scipy.stats import t
+
+        reach = float(t.ppf((1 + CONFIDENCE) / 2, found.n - 1)) * found.standard_error
     return Paired(
-        mean=difference.mean,
-        low=difference.mean - reach,
-        high=difference.mean + reach,
-        n=difference.n,
-        relative=difference.mean / base,
+        mean=found.mean,
+        low=found.mean - reach,
+        high=found.mean + reach,
+        n=found.n,
+        relative=found.mean / base,
     )
-
-
-def _reach(difference: Summary) -> float:
-    """Half the interval's width."""
-    if difference.standard_error is None:
-        return math.inf
-    from scipy.stats import t
-
-    return float(t.ppf((1 + CONFIDENCE) / 2, difference.n - 1)) * difference.standard_error
 
 
 def _refuse_not_finite(values: Mapping[str, float]) -> None:

@@ -17,7 +17,7 @@ from search.analysis.confirmation import (
     confirmed_arm,
     verdict,
 )
-from search.spec.study import ArmsPlan, StudySpec
+from search.spec.study import StudySpec
 from search.study.arms import Arm, given_arms, plain_arm, uniform_arm
 from search.study.retention import keep_too
 from search.study.study import CHOSEN_AFTER, JUDGED, Study
@@ -33,9 +33,9 @@ def plan_confirmation(study: Study, *, method: Mapping[str, Any], seeds: int, co
 
     Args:
         study: The search.
-        method: Settings of the method that differ from the search's.
-        seeds: How many fresh ones.
-        count: Candidates.
+        method: Settings of the method, where they differ from the search's.
+        seeds: Number of fresh seeds.
+        count: Number of candidates.
 
     Raises:
         InputError: No trial of the search is complete.
@@ -67,8 +67,8 @@ def plan_transfer(study: Study, to: StudySpec, *, top: int, seeds: int) -> Study
     Args:
         study: Where the weights were found.
         to: Under whose conditions they are measured.
-        top: How many, by the lowest posterior mean.
-        seeds: How many fresh ones, the same for all.
+        top: Number of weights, by the lowest posterior mean.
+        seeds: Number of fresh seeds.
 
     Raises:
         InputError: No trial of the study is complete, or both are one.
@@ -98,17 +98,24 @@ def plan_promotion(
 
     Args:
         url: The storage.
-        spec: Under whose conditions; its plan is one of given arms.
-        arm: What is promoted.
-        of: Name of the search it comes from.
-        seeds: Of the training.
+        spec: A study of given arms.
+        arm: The promoted weights.
+        of: Name of the search they come from.
+        seeds: Training seeds.
         variants: Settings of the method to train each under.
 
     Raises:
         InputError: The sum of the weights is no positive, finite number.
         SpecChangedError: A promotion of that name has other conditions.
     """
-    _require_sum(arm, spec.resolved.num_branches)
+    branches = spec.resolved.num_branches
+    if "a" in arm.params:
+        total = sum(LogLinearWeights(a=arm.params["a"], b=arm.params["b"]).values(branches))
+        if not 0 < total < math.inf:
+            raise InputError(
+                f"the weights of {arm.name} have no positive, finite sum at K = {branches}; give "
+                "others by --weights A,B"
+            )
     planned = Study.create(url, spec, facts={"of": of})
     planned.plan([plain_arm(spec), uniform_arm(), arm], seeds, variants)
     return planned
@@ -121,8 +128,7 @@ def plan_given(url: str, spec: StudySpec) -> Study:
         InputError: An arm is none, or a study that one is the winner of has none.
         SpecChangedError: The stored study has other conditions.
     """
-    plan = spec.plan
-    assert isinstance(plan, ArmsPlan)
+    plan = spec.given
     arms = [_named(url, spec, each) for each in plan.arms]
     named = [each for each in plan.arms if isinstance(each, dict)]
     sources = [str(each["winner_of"]) for each in named if "winner_of" in each]
@@ -132,7 +138,7 @@ def plan_given(url: str, spec: StudySpec) -> Study:
 
 
 def fresh_seeds(spec: StudySpec, count: int, used: Collection[int] = ()) -> list[int]:
-    """The lowest seeds that neither the search nor ``used`` have seen."""
+    """The lowest seeds that neither the search nor ``used`` has."""
     seen = {spec.seeds.training, spec.seeds.evaluation, *used}
     return [seed for seed in range(count + len(seen)) if seed not in seen][:count]
 
@@ -163,7 +169,7 @@ def arm_from(text: str) -> Arm:
 
 
 def at_another_k(arm: Arm, searched_at: int, num_branches: int) -> str:
-    """What the same (a, b) means at another K, in words; "" where there is nothing to tell."""
+    """What (a, b) means at another K, in words; "" where it means the same."""
     if "a" not in arm.params or searched_at == num_branches:
         return ""
     a, b = arm.params["a"], arm.params["b"]
@@ -180,7 +186,7 @@ def at_another_k(arm: Arm, searched_at: int, num_branches: int) -> str:
 
 
 def other_budget(study: Study, method: Mapping[str, Any]) -> str:
-    """A line where weights were confirmed under other settings; the best ones move with them."""
+    """A warning where weights were confirmed under other settings, else ""."""
     found = verdict(study)
     if found is None or dict(found.comparison.variant) == differing(study.spec, method):
         return ""
@@ -210,17 +216,5 @@ def _named(url: str, spec: StudySpec, given: str | Mapping[str, Any]) -> Arm:
 
 
 def _given(params: Mapping[str, Any]) -> Arm:
-    """As a result stores them, so that equal weights are one arm, whoever gives them."""
+    """As a result stores them, so that equal weights are one arm."""
     return Arm(name=f"{space_of(params).label(params)} (given)", params=dict(params))
-
-
-def _require_sum(arm: Arm, num_branches: int) -> None:
-    """Rescaled to sum 1 they must be numbers."""
-    if "a" not in arm.params:
-        return
-    total = sum(LogLinearWeights(a=arm.params["a"], b=arm.params["b"]).values(num_branches))
-    if not 0 < total < math.inf:
-        raise InputError(
-            f"the weights of {arm.name} have no positive, finite sum at K = {num_branches}; give "
-            "others by --weights A,B"
-        )

@@ -33,9 +33,9 @@ class Evaluation:
     """One measured FID.
 
     Attributes:
-        point: Its coordinates by name, as of ``WeightSpace.coordinates``.
+        point: Its coordinates by name, see ``WeightSpace.coordinates``.
         value: The FID.
-        group: What shares an unknown offset: a training seed shifts all its trials alike.
+        group: Evaluations with one unknown offset: a training seed shifts all its trials.
     """
 
     point: Point
@@ -52,15 +52,15 @@ class Evaluation:
 def posterior_means(
     evaluations: Sequence[Evaluation], points: Sequence[Point] | None = None
 ) -> list[float]:
-    """Posterior mean of the noise-free FID, all groups pooled; the same at every call.
+    """Posterior mean of the noise-free FID, all groups pooled; deterministic.
 
     A group's offset is estimated together with the curve, and offsets have mean 0 over the
-    evaluations: means are those of an average evaluation's group, comparable with one another
-    and on the level of the values. A group of one evaluation is all offset and tells nothing.
+    evaluations: means are those of an average evaluation's group. A group of one evaluation is
+    all offset and carries no information.
 
     To fewer than 4 evaluations, or to a single point, no curve is fitted: a point's mean is that
-    of its own values without their groups' offsets, as far as groups share points that tell them
-    apart, and a point never measured has the mean of all.
+    of its values without their groups' offsets, as far as groups share points, and a point never
+    measured has the mean of all.
 
     Args:
         evaluations: n of them, with the same coordinates.
@@ -93,8 +93,8 @@ def candidates(
 
     Args:
         evaluations: As for ``posterior_means``.
-        count: How many at most.
-        taken: Indices of points that stand for themselves and what is near; none of them is one.
+        count: At most.
+        taken: Indices of points that are left out, with those near them.
         least_distance: Points nearer than this in every coordinate, in shares of its range over
             the evaluations, are one: the earlier of the list stands for both.
     """
@@ -151,18 +151,12 @@ def _one_hot(names: Sequence[str]) -> Array:
 
 
 def _offsets(values: Array, members: Array, weight: Array) -> Array:
-    """[n] offset of each evaluation's group, by generalised least squares.
+    """[n] offset of each evaluation's group, by generalised least squares: backfitting's limit.
 
-    It is what backfitting (a curve through values without offsets, offsets as mean residuals, and
-    so on) ends at.
-
-    Args:
-        values: [n].
-        members: [n, g].
-        weight: [n, n] inverse covariance of values, but for the offsets.
+    ``weight`` [n, n] is the inverse covariance of the values [n], ``members`` is [n, g].
     """
     normal = members.T @ weight @ members
-    # The pseudo-inverse sets to 0 what no data decide, which rounding must not turn into a number.
+    # The pseudo-inverse sets to 0 what the data do not determine.
     inverse = np.linalg.pinv(normal, rcond=1e-9, hermitian=True)
     offsets: Array = members @ inverse @ members.T @ weight @ values
     return offsets
@@ -200,10 +194,7 @@ def _means_by_process(at: Array, values: Array, members: Array, asked: Array) ->
 
 
 def _kept(members: Array) -> npt.NDArray[np.intp]:
-    """Which evaluations a process is fitted to: all, or of the largest group as many as it takes.
-
-    They are spread evenly over the order that they are given in.
-    """
+    """Which evaluations a process is fitted to: ``MOST`` by thinning the largest group."""
     sizes = members.sum(axis=0)
     largest = members[:, np.argmax(sizes)] > 0
     room = max(MOST - int((~largest).sum()), FEWEST)
@@ -221,7 +212,7 @@ def _kernel(coordinates: int) -> Any:  # noqa: ANN401  sklearn has no types
 
 
 def _fitted(at: Array, values: Array, kernel: Any) -> Any:  # noqa: ANN401  as above
-    """A process of mean 0, from a kernel that nearly fits already or from several starts."""
+    """A process of mean 0, fitted from the given kernel or from several starts."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.gaussian_process import GaussianProcessRegressor
 
@@ -229,6 +220,6 @@ def _fitted(at: Array, values: Array, kernel: Any) -> Any:  # noqa: ANN401  as a
         kernel or _kernel(at.shape[1]), n_restarts_optimizer=0 if kernel else 2, random_state=0
     )
     with warnings.catch_warnings():
-        # Also says that a hyperparameter lies at its bound, which is what bounds are for.
+        # Raised where a hyperparameter lies at its bound, too, which is intended.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return process.fit(at, values)

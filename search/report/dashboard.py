@@ -1,7 +1,7 @@
-"""optuna-dashboard over the studies of a storage, read-only unless asked.
+"""optuna-dashboard over the studies of a storage, read-only by default.
 
-For one person's browser on this machine (``serve``), or behind a proxy that knows who is asking
-(``application``, for gunicorn).
+For a browser on this machine (``serve``), or behind a proxy that authenticates (``application``,
+for gunicorn).
 """
 
 import json
@@ -24,8 +24,7 @@ from search.study.artifacts import Store, artifact_store
 
 HOST = "127.0.0.1"
 READING = ("GET", "HEAD", "OPTIONS")
-# All that a browser has to read; none of it changes anything in the dashboard that is pinned. What
-# another version may add is refused until somebody has looked at it.
+# All that a browser has to read; none of it changes a study. Routes of other versions are refused.
 READ = re.compile(
     r"/?|/dashboard(/.*)?|/incompatible-rdb-schema|/favicon\.ico|/static/.+|/csv/\d+"
     r"|/api/(meta|studies|studies/\d+|studies/\d+/param_importances|studies/\d+/plot/\w+)"
@@ -44,8 +43,7 @@ Headers: TypeAlias = list[tuple[str, str]]
 def read_only(application: Application) -> Application:
     """Answer 403 to requests that could change a study, and to unknown ones.
 
-    optuna-dashboard itself can rename a study, which copies its trials to new rows and orphans the
-    running ones.
+    Renaming a study, for one, copies its trials to new rows and orphans the running ones.
     """
 
     def guarded(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -59,7 +57,7 @@ def read_only(application: Application) -> Application:
 
 
 def hardened(application: Application) -> Application:
-    """Say in every answer that nothing in it runs but the dashboard's own page."""
+    """Let nothing run but the dashboard's own page, by headers of every answer."""
 
     def guarded(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")
@@ -73,10 +71,7 @@ def hardened(application: Application) -> Application:
 
 
 def addressed_here(application: Application, port: int) -> Application:
-    """Answer 403 to a request for any host but this machine's own.
-
-    A page elsewhere whose name is made to resolve to 127.0.0.1 could read all studies else.
-    """
+    """Answer 403 to a request for any host but this machine's own, against DNS rebinding."""
     names = (HOST, "localhost", "[::1]")
     hosts = {f"{name}:{port}" for name in names} | ({*names} if port == 80 else set())
 
@@ -116,13 +111,7 @@ def safe_headers(path: str, headers: Headers) -> Headers:
 def dashboard_application(
     storage: RDBStorage, *, writable: bool, artifacts: Store | None = None
 ) -> Application:
-    """The dashboard as a WSGI application.
-
-    Args:
-        storage: The studies.
-        writable: Whether requests may change them.
-        artifacts: Where trials' pictures are.
-    """
+    """The dashboard as a WSGI application; ``artifacts`` holds the trials' pictures."""
     application: Application = wsgi(storage, artifact_store=artifacts)
     return hardened(mount(application if writable else read_only(application), storage))
 
@@ -133,7 +122,7 @@ def application() -> Application:
     gunicorn --workers 1 --threads 8 'search.report.dashboard:application()'
 
     Raises:
-        InputError: The database cannot be opened, or the artifacts' place is of no known form.
+        InputError: The database cannot be opened, or the artifacts' place is unknown.
     """
     storage = open_reading(resolve_storage_url(None))
     return dashboard_application(storage, writable=False, artifacts=artifact_store())
@@ -144,7 +133,7 @@ def serve(url: str, *, port: int, writable: bool) -> None:
 
     Raises:
         StorageError: The database cannot be opened.
-        InputError: The port cannot be had, or the artifacts' place is of no known form.
+        InputError: The port cannot be had, or the artifacts' place is unknown.
     """
     storage = open_storage(url) if writable else open_reading(url)
     application = dashboard_application(storage, writable=writable, artifacts=artifact_store())
@@ -156,7 +145,7 @@ def serve(url: str, *, port: int, writable: bool) -> None:
         ) from error
     server.set_app(addressed_here(application, server.server_port))
     if threading.current_thread() is threading.main_thread():
-        # A shell that starts it in the background has it ignore Ctrl-C's signal.
+        # A shell that starts it in the background makes it ignore SIGINT.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     with server:
         mode = "changes are allowed" if writable else "read-only"
@@ -172,4 +161,4 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
 
 class _QuietHandler(WSGIRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:  # noqa: ANN401
-        """One line a request would bury everything else."""
+        """Log no requests."""

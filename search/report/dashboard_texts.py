@@ -1,7 +1,7 @@
 """Notes where optuna-dashboard reads them: in pieces, among a study's system attributes.
 
-Its own functions for this read all notes of a study to write one, show readers half of it, and
-draw in scikit-learn (150 MB in every worker); a test reads with them what is written here.
+Its own functions read all notes of a study to write one, are not atomic, and import scikit-learn
+(150 MB in every worker). Tests read with them what is written here.
 """
 
 import json
@@ -16,23 +16,12 @@ ATTRIBUTES = sa.table(
     "study_system_attributes", *map(sa.column, ("study_id", "key", "value_json"))
 )
 PIECE = 2045  # characters, as the dashboard has it
-_PLOTS = "dashboard:plot_data:"  # of an older version, which are out of date by now
 
 
 def save_texts(
-    storage: RDBStorage,
-    study_id: int,
-    note: str,
-    *,
-    trial_id: int | None = None,
+    storage: RDBStorage, study_id: int, note: str, *, trial_id: int | None = None
 ) -> None:
-    """Replace a note; a reader sees all of the old or all of the new.
-
-    Args:
-        storage: The study's.
-        study_id: Optuna's key of it.
-        note: Markdown.
-        trial_id: Whose note it is; None is the study's.
+    """Replace the note (Markdown) of a trial, or of the study, atomically.
 
     Raises:
         StorageError: The database stayed away.
@@ -40,13 +29,14 @@ def save_texts(
     of = "dashboard:" if trial_id is None else f"dashboard:{trial_id}:"
     version_key, mine = f"{of}note_ver", ATTRIBUTES.c.study_id == study_id
     start = f"{of}note_str:"
-    pieces = {f"{start}{i}": piece for i, piece in _cut(note)}
-    old = [start] if trial_id is not None else [start, _PLOTS]
-    keys = [ATTRIBUTES.c.key == version_key]
-    keys += [ATTRIBUTES.c.key.startswith(each, autoescape=True) for each in old]
+    starts = range(0, len(note), PIECE)
+    pieces = {f"{start}{i}": note[at : at + PIECE] for i, at in enumerate(starts)}
+    old = sa.or_(
+        ATTRIBUTES.c.key == version_key, ATTRIBUTES.c.key.startswith(start, autoescape=True)
+    )
 
     def write() -> None:
-        # Two launchers of a study would both insert what neither has found.
+        # Else two launchers of a study would both insert the version.
         with (
             exclusive(storage.engine, f"texts of study {study_id}"),
             storage.engine.begin() as connection,
@@ -55,7 +45,7 @@ def save_texts(
                 sa.select(ATTRIBUTES.c.value_json).where(mine, ATTRIBUTES.c.key == version_key)
             )
             stored: dict[str, int | str] = {version_key: json.loads(found or "0") + 1, **pieces}
-            connection.execute(sa.delete(ATTRIBUTES).where(mine, sa.or_(*keys)))
+            connection.execute(sa.delete(ATTRIBUTES).where(mine, old))
             connection.execute(
                 sa.insert(ATTRIBUTES),
                 [
@@ -65,8 +55,3 @@ def save_texts(
             )
 
     retrying(write)
-
-
-def _cut(text: str) -> list[tuple[int, str]]:
-    starts = range(0, len(text), PIECE)
-    return [(i, text[start : start + PIECE]) for i, start in enumerate(starts)]

@@ -1,6 +1,6 @@
 """The dashboard's notes of a study, kept up to date while it runs and at its end.
 
-Whatever goes wrong here is logged and ends nothing: what is shown can be written again.
+Errors here are logged and never end a launch: notes can be written again.
 """
 
 import logging
@@ -12,7 +12,7 @@ from pathlib import Path
 from search.errors import LeaseLostError, StorageError
 from search.report.dashboard_texts import save_texts
 from search.report.notes import study_note, trial_note
-from search.report.overview import Overview, overview_of
+from search.report.overview import overview_of
 from search.storage.engine import one_line, retrying
 from search.storage.ledger import Claim, Ledger
 from search.study.artifacts import artifact_store, attach, attached
@@ -23,16 +23,12 @@ from search.study.study import Study
 _log = logging.getLogger(__name__)
 
 LEAST_SECONDS = 20.0
-# Of the time that passes, at most a share of one in so many goes into showing.
+# Between two writings pass at least so many times the seconds that the last one took.
 _SHARE = 20.0
 
 
 class Showing:
-    """Writes a study's note, when trials have ended since and not too often.
-
-    Args:
-        study: Which.
-    """
+    """Writes a study's note when trials have ended since, and not too often."""
 
     def __init__(self, study: Study) -> None:
         self._study = study
@@ -41,12 +37,12 @@ class Showing:
         self._writing = threading.Lock()
 
     def refresh(self) -> None:
-        """Write them if it is time; call it as often as you like."""
+        """Write it if it is time."""
         if time.monotonic() >= self._not_before:
             self._write()
 
     def finish(self) -> None:
-        """Write them as they are at the end, and those of the search that this one confirms."""
+        """Write it as it is at the end, and that of the search that this study confirms."""
         self._write()
         if of := self._study.facts.get("of"):
             url = self._study.url
@@ -67,26 +63,23 @@ class Showing:
 
 
 def show(study: Study) -> None:
-    """Write a study's note as it should be now.
+    """Write a study's note.
 
     Raises:
         StorageError: The database stayed away.
     """
     overview = overview_of(study)
-    note = study_note(overview, _grids(overview))
-    save_texts(study.main.storage, _study_id(study.main), note)
+    grids = []
+    for title, ledger, number, _ in overview.shown() if study.is_search else ():
+        if (grid := _grid_address(ledger, number)) is not None:
+            grids.append((title, grid))
+    save_texts(study.main.storage, _study_id(study.main), study_note(overview, grids))
 
 
 def attach_pictures(ledger: Ledger, claim: Claim, folder: Path, result: TrialResult) -> None:
     """Make a trial's pictures its artifacts and write its note, before it is finished.
 
     A store that cannot be written to costs the pictures, never the FID.
-
-    Args:
-        ledger: The study's.
-        claim: The trial.
-        folder: Its files.
-        result: What it came to.
 
     Raises:
         LeaseLostError: Another worker took it over.
@@ -99,51 +92,29 @@ def attach_pictures(ledger: Ledger, claim: Claim, folder: Path, result: TrialRes
             f"pictures of trial {claim.number}",
             lambda: ids.update(attach(ledger.storage, claim.trial_id, files, artifact_store())),
         )
-    addresses = [(name, address(ledger, claim.trial_id, each)) for name, each in ids.items()]
+    addresses = [(name, _address(ledger, claim.trial_id, each)) for name, each in ids.items()]
 
     def write() -> None:
-        note = trial_note(_title(claim, result), result, addresses)
+        arm = result.arm
+        title = f"trial {claim.number}" if arm is None else f"{arm}, seed {claim.params['seed']}"
+        note = trial_note(title, result, addresses)
         save_texts(ledger.storage, _study_id(ledger), note, trial_id=claim.trial_id)
 
     _harmless(f"note of trial {claim.number}", write)
 
 
-def _title(claim: Claim, result: TrialResult) -> str:
-    if result.arm is not None:
-        return f"{result.arm}, seed {claim.params['seed']}"
-    return f"trial {claim.number}"
-
-
-def address(ledger: Ledger, trial_id: int, artifact_id: str) -> str:
+def _address(ledger: Ledger, trial_id: int, artifact_id: str) -> str:
     """Where the dashboard serves an artifact."""
-    study_id = _study_id(ledger)
-    return f"/artifacts/{study_id}/{trial_id}/{artifact_id}"
+    return f"/artifacts/{_study_id(ledger)}/{trial_id}/{artifact_id}"
 
 
-def _grids(overview: Overview) -> list[tuple[str, str]]:
-    """(title, address) of the sample grids of a search's baselines and best."""
-    study, now = overview.study, overview.now
-    if now is None:
-        return []
-    wanted = [(each.label, study.given, each.number) for each in now.baselines.values()]
-    if now.best is not None:
-        wanted.append((f"best: trial {now.best.number}", study.trials, now.best.number))
-    found = []
-    for title, ledger, number in wanted:
-        assert ledger is not None  # it has a result
-        grid = grid_address(ledger, number)
-        if grid is not None:
-            found.append((title, grid))
-    return found
-
-
-def grid_address(ledger: Ledger, number: int) -> str | None:
+def _grid_address(ledger: Ledger, number: int) -> str | None:
     """Where the dashboard serves a trial's sample grid; None where it has none."""
     storage, study_id = ledger.storage, _study_id(ledger)
     trial_id = retrying(lambda: storage.get_trial_id_from_study_id_trial_number(study_id, number))
     for meta in attached(storage, retrying(lambda: storage.get_trial(trial_id))):
         if meta.filename == GRID:
-            return address(ledger, trial_id, meta.artifact_id)
+            return _address(ledger, trial_id, meta.artifact_id)
     return None
 
 
@@ -152,17 +123,17 @@ def _study_id(ledger: Ledger) -> int:
 
 
 def _harmless(what: str, call: Callable[[], None]) -> None:
-    """Call; of what goes wrong only the loss of the database or of the lease is not harmless."""
+    """Call; log every error but the loss of the database or of the lease."""
     try:
         call()
     except (LeaseLostError, StorageError):
         raise
-    except Exception as error:  # noqa: BLE001  what is shown must not cost what was measured
+    except Exception as error:  # noqa: BLE001  a picture must not cost a FID
         _log.warning("%s could not be stored: %s", what, one_line(error))
 
 
 def _never_in_the_way(what: str, call: Callable[[], None]) -> None:
-    """Call; a launch goes on without."""
+    """Call and log every error."""
     try:
         _harmless(what, call)
     except (LeaseLostError, StorageError) as error:

@@ -41,7 +41,7 @@ def _training(event: Mapping[str, Any]) -> str:
 
 
 def _cell(value: float | str) -> str:
-    """A number; one that JSON lacks is stored as a word: nan."""
+    """A number; JSON stores nan and inf as words."""
     return f"{float(value):>8.4g}"
 
 

@@ -6,19 +6,18 @@ from collections.abc import Sequence
 
 # Characters that would start a link, a picture, a tag, a table cell, code or a formula.
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|&!#~$])")
-# GFM turns bare https://, www. and mail addresses into links. An invisible word joiner prevents
-# that.
+# GFM turns bare https://, www. and mail addresses into links; an invisible word joiner does not.
 _BARE_LINK = re.compile(r"(?<=:)(?=//)|(?<=www)(?=\.)|(?=@)", re.IGNORECASE)
 _JOINER = "\u2060"
 
 
 def escaped(text: str) -> str:
-    """One line of Markdown that shows as these very words."""
+    """A text as one line of Markdown, without markup."""
     return _SPECIAL.sub(r"\\\1", _BARE_LINK.sub(_JOINER, printable(text)))
 
 
 def fenced(text: str, language: str = "") -> str:
-    """Lines as they are, in a block that they cannot leave."""
+    """Lines in a code block whose fence is longer than any in them."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     lines = "\n".join(printable(line) for line in text.splitlines())
@@ -33,7 +32,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def tagless(text: str) -> str:
-    """One line of HTML that shows as these very words, also within an attribute's quotes."""
+    """A text as one line of HTML, also within an attribute's quotes."""
     return html.escape(printable(text), quote=True)
 
 
@@ -51,5 +50,5 @@ def html_table(rows: Sequence[Sequence[str]], *, kind: str = "") -> str:
 
 
 def printable(text: str) -> str:
-    """Without what would break a line or be no character of a text."""
+    """A text with spaces for its line breaks and control characters."""
     return "".join(c if c.isprintable() else " " for c in text)

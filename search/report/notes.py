@@ -1,7 +1,6 @@
-"""What the dashboard says beside the numbers: a note of each trial, one of each study.
+"""Markdown about a study: the dashboard's notes of each trial and of the study, and ``report.md``.
 
-Markdown. Every text that is not ours is escaped: anyone who may write to the database could have
-written it.
+Every text from the database is escaped: anyone with write access may have chosen it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from search.report.overview import Overview
 from search.study.results import MeasuredFID, TrialResult
 from search.study.wording import duration
 
-# What a trial's seconds went to, by the names that its row has for them.
+# What a trial's seconds were spent on, by their names in its row.
 TIMINGS = {
     "student_seconds": "training",
     "evaluation_seconds": "evaluation",
@@ -23,12 +22,9 @@ TIMINGS = {
 
 
 def trial_note(title: str, result: TrialResult, pictures: Sequence[tuple[str, str]]) -> str:
-    """A finished row's weights, FID and its conditions or why it was pruned, timings, pictures.
+    """A finished row: weights, FID and its conditions or why it was pruned, timings, pictures.
 
-    Args:
-        title: What it is.
-        result: What it came to.
-        pictures: (file name, address) of each.
+    ``pictures`` are pairs of file name and address.
     """
     lines = [f"## {escaped(title)}"]
     if result.value is not None and result.fid is not None:
@@ -45,15 +41,23 @@ def trial_note(title: str, result: TrialResult, pictures: Sequence[tuple[str, st
         lines.append(markdown_table(rows))
     lines.append(escaped(timings_text(result.timings)))
     lines += [f"{escaped(name)}:\n\n![]({address})" for name, address in pictures]
-    return "\n\n".join(line for line in lines if line) + "\n"
+    return _paragraphs(lines)
 
 
-def study_note(overview: Overview, pictures: Sequence[tuple[str, str]]) -> str:
-    """A study: its result and how much it is to be trusted, counts, spec.
+def study_note(
+    overview: Overview,
+    grids: Sequence[tuple[str, str]],
+    *,
+    plots: Sequence[tuple[str, str]] = (),
+    trials: Sequence[Sequence[str]] = (),
+) -> str:
+    """A study: its result and how far to trust it, pictures, failures, changes, spec.
 
     Args:
         overview: Of the study.
-        pictures: (title, address) of sample grids.
+        grids: Title and address of sample grids.
+        plots: The same of plots.
+        trials: Cells of a table of all trials.
     """
     now = overview.now
     lines = [f"# {escaped(overview.study.name)}"]
@@ -63,33 +67,36 @@ def study_note(overview: Overview, pictures: Sequence[tuple[str, str]]) -> str:
             f"{escaped(now.best.label)}; {escaped(overview.confidence())}."
         )
     lines.append(f"{escaped(overview.headline())}.")
-    if facts := overview.study.facts:
-        lines.append(escaped(", ".join(f"{key}: {value}" for key, value in facts.items())))
+    lines.append(escaped(overview.facts()))
     if len(rows := overview.table()) > 1:
         lines.append(markdown_table(rows))
     if overview.verdict is not None:
         lines += ["Under fresh seeds:", markdown_table(table_rows([overview.verdict.comparison]))]
     lines += [escaped(line) for line in overview.remarks()]
-    if pictures:
-        header = [escaped(title) for title, _ in pictures]
-        cells = [f"![]({address})" for _, address in pictures]
-        lines.append("The first 64 images of each, from the same latents:")
-        lines.append("\n".join(_row(r) for r in (header, ["---"] * len(header), cells)))
-    if overview.failures:
-        lines += ["**Failures**", "\n".join(f"- {escaped(line)}" for line in overview.failures)]
-    if overview.changes:
-        changed = changes_text(overview.changes)
-        lines += ["**Changes**", "\n".join(f"- {escaped(text)}" for text in changed)]
+    lines += [f"![{escaped(title)}]({address})" for title, address in plots]
+    if trials:
+        lines.append(markdown_table(trials))
+    if grids:
+        header = [escaped(title) for title, _ in grids]
+        cells = [f"![]({address})" for _, address in grids]
+        table = "\n".join(f"| {' | '.join(r)} |" for r in (header, ["---"] * len(grids), cells))
+        lines += ["The first 64 images of each, from the same latents:", table]
+    for title, texts in (
+        ("Failures", overview.failures),
+        ("Changes", changes_text(overview.changes)),
+    ):
+        if texts:
+            lines += [f"**{title}**", "\n".join(f"- {escaped(text)}" for text in texts)]
     lines += [
         f"**Spec**, fingerprint {escaped(overview.fingerprint)}",
         fenced(overview.spec, "yaml"),
-        f"Written by the launcher at {overview.written}.",
+        f"Written at {overview.written}.",
     ]
-    return "\n\n".join(line for line in lines if line) + "\n"
+    return _paragraphs(lines)
 
 
 def conditions(fid: MeasuredFID) -> str:
-    """Under which a FID was measured; no FID is shown without them."""
+    """The conditions of a FID, which is never shown without them."""
     seeds = ", ".join(f"{what} {seed}" for what, seed in fid.seeds.items())
     return (
         f"of {fid.images} images at NFE {fid.nfe}, features of {fid.extractor} "
@@ -99,21 +106,17 @@ def conditions(fid: MeasuredFID) -> str:
 
 
 def timings_text(timings: Mapping[str, float]) -> str:
-    """What a trial's time went to."""
+    """What a trial's time was spent on."""
+    spent = {what: timings[name] for name, what in TIMINGS.items() if name in timings}
     return ", ".join(
-        f"{what} {_spent(float(timings[name]))}"
-        for name, what in TIMINGS.items()
-        if name in timings
+        f"{what} {seconds:.1f} s" if seconds < 60 else f"{what} {duration(seconds)}"
+        for what, seconds in spent.items()
     )
 
 
 def changes_text(changes: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line for each setting that was changed."""
     return [f"{c['time']}: {c['key']} from {c['old']} to {c['new']}" for c in changes]
-
-
-def _spent(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else duration(seconds)
 
 
 def _origin(parameters: Mapping[str, Any]) -> str:
@@ -126,5 +129,5 @@ def _origin(parameters: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in parameters.items())
 
 
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def _paragraphs(lines: Sequence[str]) -> str:
+    return "\n\n".join(line for line in lines if line) + "\n"

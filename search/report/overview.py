@@ -1,18 +1,16 @@
-"""All there is to say of a study, read once: for the dashboard's notes and the report.
-
-Reads the storage alone.
-"""
+"""A study as the dashboard's notes and the report show it, read once from the storage."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 from search.analysis.comparison import Comparison, comparisons_of, table_rows, teacher_of
 from search.analysis.confirmation import Verdict, verdict
 from search.report.plots import Plot, study_plots
 from search.spec.file import as_yaml
 from search.storage.engine import retrying
+from search.storage.ledger import Ledger
 from search.storage.settings import CHANGES
 from search.study import summary
 from search.study.results import MeasuredFID
@@ -20,22 +18,22 @@ from search.study.study import FINGERPRINT, Study
 from search.study.summary import Measured, Summary
 
 
+class ShownRow(NamedTuple):
+    """A row whose samples are shown, and a name for their file."""
+
+    title: str
+    ledger: Ledger
+    number: int
+    name: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overview:
     """One reading of a study.
 
-    Attributes:
-        study: Which.
-        now: Of a search: counts, best trial and baselines.
-        trials: Of a search: the complete ones.
-        verdict: Of a search: its confirmation's, where there is one.
-        comparisons: Of given arms: each stage and variant.
-        teacher: Its FID, where the method measures it.
-        spec: As YAML.
-        fingerprint: Of the conditions.
-        failures: A line for each failed row.
-        changes: ``time``, ``key``, ``old`` and ``new`` of each setting that was changed.
-        written: When this was read, UTC.
+    A search has ``now`` (else None), its complete ``trials`` and the ``verdict`` of its
+    confirmation; given arms have ``comparisons`` and perhaps the ``teacher``'s FID. ``changes``
+    have ``time``, ``key``, ``old`` and ``new`` of changed settings; ``written`` is in UTC.
     """
 
     study: Study
@@ -59,6 +57,10 @@ class Overview:
         """Counts on one line."""
         return summary.headline(self.study)
 
+    def facts(self) -> str:
+        """What a study of given arms was made of."""
+        return ", ".join(f"{key}: {value}" for key, value in self.study.facts.items())
+
     def table(self) -> list[tuple[str, ...]]:
         """The result: a header and lines of cells."""
         if self.now is not None:
@@ -66,7 +68,7 @@ class Overview:
         return table_rows(self.comparisons, self.teacher)
 
     def remarks(self) -> list[str]:
-        """What the result means, and what not."""
+        """How the result is to be read."""
         if self.now is not None:
             return summary.remarks(self.now)
         return list(dict.fromkeys(each.conditions_line() for each in self.comparisons))
@@ -77,8 +79,28 @@ class Overview:
             return []
         return study_plots(self.trials, self.now, self.comparisons, self.teacher, self.study.name)
 
+    def shown(self) -> list[ShownRow]:
+        """Of a search its baselines and its best trial; else each arm under the first seed."""
+        study, now = self.study, self.now
+        found = []
+        if now is None:
+            for index, each in enumerate(self.comparisons[-1].results if self.comparisons else ()):
+                title, number = (
+                    f"{each.arm.name}, seed {min(each.rows)}",
+                    each.rows[min(each.rows)],
+                )
+                found.append(ShownRow(title, study.main, number, str(index)))
+            return found
+        for name, baseline in now.baselines.items():
+            assert study.given is not None
+            found.append(ShownRow(baseline.label, study.given, baseline.number, name))
+        if now.best is not None:
+            title = f"best: trial {now.best.number}"
+            found.append(ShownRow(title, study.search, now.best.number, "best"))
+        return found
+
     def confidence(self) -> str:
-        """How much the best of a search is to be trusted."""
+        """How far the best of a search can be trusted."""
         if self.verdict is not None:
             return self.verdict.sentence()
         return "one training seed, not confirmed: the lowest of several noisy values"

@@ -1,7 +1,6 @@
-"""A study's own plots: what Optuna's dashboard does not draw by itself.
+"""A study's own plots, which Optuna's dashboard does not draw.
 
-Names may come from anyone who may write to the database, so matplotlib is kept from reading
-mathematics in them.
+Anyone with write access to the database chooses names: matplotlib must not read them as maths.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,13 +34,7 @@ _LONGEST = 60  # characters of a title or name: more would leave no room for the
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """One picture.
-
-    Attributes:
-        key: Names the file.
-        title: Above it.
-        draw: Draws on empty axes.
-    """
+    """One picture: the name of its file, its title, and what draws it on empty axes."""
 
     key: str
     title: str
@@ -71,14 +64,9 @@ class Plot:
 
 
 def fid_over(trials: Sequence[Measured], now: Summary) -> Plot | None:
-    """FID of a search's trials over the space's first coordinate, with the surrogate's curve.
+    """FID of complete trials over the space's first coordinate, with the surrogate's curve.
 
-    Args:
-        trials: Complete ones, at least one.
-        now: The search, with its baselines.
-
-    Returns:
-        None where the space has no coordinates.
+    None where the space has no coordinates.
     """
     placed = [
         (p, each) for each in trials if (p := point_of(now.spec, each.parameters)) is not None
@@ -122,7 +110,7 @@ def fid_of_arms(comparison: Comparison, key: str) -> Plot:
 
     def draw(axes: "Axes") -> None:
         for number, result in enumerate(results):
-            found, seeds = result.summary(), list(result.values.values())
+            found, seeds = result.mean(), list(result.values.values())
             each, mean = ("", "") if number else ("one seed", "mean and standard error")
             axes.plot([number] * len(seeds), seeds, "o", color="#92c5de", label=each)
             axes.errorbar(
@@ -146,7 +134,7 @@ def fid_over_nfe(stages: Sequence[Comparison], teacher: MeasuredFID | None, titl
     def draw(axes: "Axes") -> None:
         for number, first in enumerate(stages[0].results):
             arm, own = first.arm, [r for s in stages for r in s.results if r.arm == first.arm]
-            found = [result.summary() for result in own]
+            found = [result.mean() for result in own]
             other = (_OTHERS[number % len(_OTHERS)], "-")
             colour, style = _BASELINES.get(arm.baseline or "", other)
             axes.errorbar(
@@ -179,15 +167,7 @@ def study_plots(
     teacher: MeasuredFID | None,
     title: str,
 ) -> list[Plot]:
-    """The plots of a search, or of given arms.
-
-    Args:
-        trials: Complete ones of a search.
-        now: The search; None for given arms.
-        comparisons: Of given arms: each stage and variant.
-        teacher: Its FID, where the method measures it.
-        title: Of the plot over stages.
-    """
+    """The plots of a search, or of given arms (``now`` is None); see ``Overview``."""
     if now is not None:
         plot = fid_over(trials, now) if trials else None
         return [plot] if plot is not None else []

@@ -1,7 +1,6 @@
-"""Where studies stand, for Prometheus: text at /metrics, computed by SQL as it is asked for.
+"""The state of all studies for Prometheus: text at /metrics, computed by SQL on request.
 
-A few queries over the whole database and a few for each study's baselines, whatever its trials:
-an index does the counting.
+The number of queries does not grow with the number of trials.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,15 +15,9 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 from sqlalchemy.exc import SQLAlchemyError
 
-from search.storage.leases import (
-    LEASE,
-    RELEASED,
-    STATE,
-    TRIALS,
-    database_clock,
-)
-from search.storage.rows import Rows
-from search.storage.studies import StoredStudy, read_studies
+from search.storage.leases import LEASE, RELEASED, STATE, TRIALS, database_clock
+from search.storage.queries import Rows
+from search.storage.studies import read_studies
 from search.study.arms import Arm, ArmRow
 from search.study.study import ARMS, BASELINES_SUFFIX
 
@@ -46,7 +39,7 @@ def mount(application: Application, storage: RDBStorage) -> Application:
         try:
             return metrics(environ, start_response)
         except SQLAlchemyError:
-            # What the driver says may name hosts and users; the log of the server has it.
+            # The driver's message may name hosts and users.
             start_response("503 Service Unavailable", [("Content-Type", "text/plain")])
             return [b"the study database does not answer\n"]
 
@@ -60,11 +53,6 @@ class Studies(Collector):
         self._engine = engine
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """What there is now.
-
-        Raises:
-            SQLAlchemyError: The database does not answer.
-        """
         studies = read_studies(self._engine, (ARMS,))
         with self._engine.connect() as connection:
             claimed = _claimed(connection, database_clock(self._engine))
@@ -85,9 +73,10 @@ class Studies(Collector):
             planned.add_metric([name], study.counts.planned)
             for word in STATES:
                 trials.add_metric([name, word], getattr(study.counts, word))
-            if study.best is not None and _is_search(study):
+            are_baselines = name.endswith(BASELINES_SUFFIX)
+            if study.best is not None and ARMS not in study.attributes and not are_baselines:
                 lowest.add_metric([name], study.best)
-            if name.endswith(BASELINES_SUFFIX) and ARMS in study.attributes:
+            if are_baselines and ARMS in study.attributes:
                 arms = [Arm(**each).baseline for each in study.attributes[ARMS]]
                 for row in Rows(self._engine, study.key).of_state(TrialState.COMPLETE, ()):
                     which = arms[ArmRow.of(row.params).arm]
@@ -104,11 +93,6 @@ class Studies(Collector):
 
 def _gauge(name: str, help_: str, *labels: str) -> GaugeMetricFamily:
     return GaugeMetricFamily(name, help_, labels=["study", *labels])
-
-
-def _is_search(study: StoredStudy) -> bool:
-    """Whether its values compare: neither baselines nor given arms."""
-    return ARMS not in study.attributes and not study.name.endswith(BASELINES_SUFFIX)
 
 
 def _claimed(

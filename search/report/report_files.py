@@ -1,6 +1,6 @@
-"""A study's result as files to show: report.html, whole in itself, report.md, and their pictures.
+"""A study's report: report.html, which needs no other file, report.md, and their pictures.
 
-Reads the storage and the rows' folders; writes nothing but the folder it is given.
+Reads the storage and the rows' folders, and writes only to the folder it is given.
 """
 
 import shutil
@@ -9,15 +9,11 @@ from pathlib import Path
 
 from bdense.errors import InputError
 from bdense.files import atomic_write
-from search.analysis.comparison import Comparison, table_rows
-from search.analysis.confirmation import Verdict
-from search.report.markdown import escaped, fenced, markdown_table
-from search.report.notes import TIMINGS, changes_text, conditions
+from search.analysis.comparison import table_rows
+from search.report.notes import TIMINGS, changes_text, conditions, study_note
 from search.report.overview import Overview, overview_of
-from search.report.plots import Plot
 from search.report.report_html import (
     Picture,
-    Section,
     bullets,
     figures,
     folded,
@@ -27,22 +23,20 @@ from search.report.report_html import (
     preformatted,
     rows_table,
 )
-from search.storage.ledger import Ledger
 from search.study.folders import GRID, WEIGHTS_PLOT, pictures, row_folder
 from search.study.study import Study
 from search.study.summary import Measured
-from search.study.wording import align, weights_text
+from search.study.wording import weights_text
 
 PAGE, HTML_PAGE = "report.md", "report.html"
-SAME_LATENTS = "The first 64 images of each student, from the same latents."
 
 
 def write_report(study: Study, folder: Path) -> Path:
-    """Write the two pages, a picture of each plot and a grid of samples of the students shown.
+    """Write both pages, a picture of each plot and the sample grids that are still there.
 
     Args:
         study: With at least one complete row.
-        folder: Made where it is not there; files of the same names are replaced.
+        folder: Made where it is missing; files of the same names are replaced.
 
     Returns:
         The page of Markdown; ``report.html`` lies beside it.
@@ -56,69 +50,76 @@ def write_report(study: Study, folder: Path) -> Path:
             f"{overview.headline()}: there is nothing to report yet; run bdense-search launch "
             "first"
         )
-    plots, grids = _draw(overview.plots(), folder), _copy_grids(overview, folder)
-    trials = trial_rows(overview.trials) if overview.trials else []
-    facts = ", ".join(f"{key}: {value}" for key, value in study.facts.items())
-    _write(
-        folder / PAGE,
-        f"# {escaped(study.name)}",
-        f"{escaped(overview.headline())}.",
-        escaped(facts),
-        fenced("\n".join([*align(overview.table()), *overview.remarks()])),
-        *_in_markdown(plots),
-        markdown_table(trials) if trials else "",
-        SAME_LATENTS if grids else "",
-        *_in_markdown(grids),
+    folder.mkdir(parents=True, exist_ok=True)
+    plots = []
+    for plot in overview.plots():
+        path = folder / f"{plot.key}.png"
+        plot.save(path)
+        plots.append(Picture(path, plot.title, ""))
+    grids = _copy_grids(overview, folder)
+    trials = _trial_rows(overview.trials)
+    note = study_note(
+        overview,
+        [(each.title, each.path.name) for each in grids],
+        plots=[(each.title, each.path.name) for each in plots],
+        trials=trials,
     )
+    with atomic_write(folder / PAGE) as scratch:
+        scratch.write_text(note)
+    result = [
+        rows_table(overview.table(), left=overview.now is not None),
+        *(paragraph(line, "quiet") for line in overview.remarks()),
+    ]
+    if (found := overview.verdict) is not None:
+        result += [
+            paragraph(f"Under fresh seeds, at {found.budget}:"),
+            rows_table(table_rows([found.comparison]), left=False),
+            paragraph(found.comparison.conditions_line(), "quiet"),
+        ]
+    spec = folded(f"fingerprint {overview.fingerprint}", preformatted(overview.spec))
     html = page(
         study.name,
-        [paragraph(f"{overview.headline()}.", "lead"), paragraph(facts), *_best(overview)],
         [
-            Section(
-                title="Result",
-                parts=[
-                    rows_table(overview.table(), left=overview.now is not None),
-                    *(paragraph(line, "quiet") for line in overview.remarks()),
-                    *(_under_fresh_seeds(overview.verdict) if overview.verdict else []),
-                ],
-            ),
-            Section(title="Plots", parts=[figures(plots, "plots")]),
-            Section(title="Samples", parts=[figures(grids, "grids")] if grids else []),
-            Section(title="Trials", parts=[rows_table(trials)] if trials else []),
-            Section(title="Failures", parts=[bullets(overview.failures)]),
-            Section(title="Changes", parts=[bullets(changes_text(overview.changes))]),
-            Section(
-                title="Spec",
-                parts=[folded(f"fingerprint {overview.fingerprint}", preformatted(overview.spec))],
-            ),
+            paragraph(f"{overview.headline()}.", "lead"),
+            paragraph(overview.facts()),
+            _best(overview),
         ],
+        {
+            "Result": result,
+            "Plots": [figures(plots, "plots")],
+            "Samples": [figures(grids, "grids")],
+            "Trials": [rows_table(trials)],
+            "Failures": [bullets(overview.failures)],
+            "Changes": [bullets(changes_text(overview.changes))],
+            "Spec": [spec],
+        },
         overview.written,
     )
-    _write(folder / HTML_PAGE, html)
+    with atomic_write(folder / HTML_PAGE) as scratch:
+        scratch.write_text(html)
     return folder / PAGE
 
 
-def _best(overview: Overview) -> list[str]:
+def _best(overview: Overview) -> str:
     """A search's best trial, in large letters."""
-    if overview.now is None or overview.now.best is None:
-        return []
-    best = overview.now.best
+    if overview.now is None or (best := overview.now.best) is None:
+        return ""
     assert best.result.fid is not None
-    return [
-        highlighted(
-            f"FID {best.fid:.3f}",
-            [
-                f"trial {best.number}, {best.label}: w_1 .. w_K = "
-                f"{weights_text(best.result.weights)}",
-                conditions(best.result.fid),
-                f"{overview.confidence()}.",
-            ],
-        )
-    ]
+    weights = weights_text(best.result.weights)
+    return highlighted(
+        f"FID {best.fid:.3f}",
+        [
+            f"trial {best.number}, {best.label}: w_1 .. w_K = {weights}",
+            conditions(best.result.fid),
+            f"{overview.confidence()}.",
+        ],
+    )
 
 
-def trial_rows(trials: Sequence[Measured]) -> list[tuple[str, ...]]:
-    """A header and every complete trial as cells, the best first."""
+def _trial_rows(trials: Sequence[Measured]) -> list[tuple[str, ...]]:
+    """A header and every complete trial as cells, the best first; [] without trials."""
+    if not trials:
+        return []
     names = list(trials[0].parameters)
     timed = [name for name in TIMINGS if any(name in each.result.timings for each in trials)]
     titles = [f"{TIMINGS[name]}, s" for name in timed]
@@ -138,83 +139,21 @@ def trial_rows(trials: Sequence[Measured]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _under_fresh_seeds(found: Verdict) -> list[str]:
-    return [
-        paragraph(f"Under fresh seeds, at {found.budget}:"),
-        rows_table(table_rows([found.comparison]), left=False),
-        paragraph(found.comparison.conditions_line(), "quiet"),
-    ]
-
-
-def _draw(plots: Sequence[Plot], folder: Path) -> list[Picture]:
-    """Each plot as a picture in the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = []
-    for plot in plots:
-        path = folder / f"{plot.key}.png"
-        plot.save(path)
-        drawn.append(Picture(path=path, caption="", alt=plot.title))
-    return drawn
-
-
 def _copy_grids(overview: Overview, folder: Path) -> list[Picture]:
-    """Sample grids that are still there: of a search its baselines and best, else of each arm."""
-    if overview.now is None:
-        return _copy_arms(overview.study, overview.comparisons[-1], folder)
-    study, now = overview.study, overview.now
-    best = now.best
-    assert best is not None
-    sources = [
-        (each.label, study.given, each.number, name) for name, each in now.baselines.items()
-    ]
-    sources.append((f"best: trial {best.number}", study.trials, best.number, "best"))
+    """Sample grids that are still there, and the plot of the best trial's learned weights."""
+    sources = []
+    for title, ledger, number, name in overview.shown():
+        its = row_folder(ledger.study.study_name, number)
+        # Of several stages the last one's.
+        grid = next((path for path in pictures(its) if path.name.endswith(GRID)), None)
+        sources.append((title, grid, f"samples-{name}.png"))
+        if name == "best" and (its / WEIGHTS_PLOT).is_file():
+            over_time = f"weights of trial {number} over its training"
+            sources.append((over_time, its / WEIGHTS_PLOT, "weights-best.png"))
     found = []
-    for title, ledger, number, name in sources:
-        grid = _grid(ledger, number)
-        if grid is not None:
-            found.append(_copy(grid, folder / f"samples-{name}.png", title))
-    weights = row_folder(study.name, best.number) / WEIGHTS_PLOT
-    if weights.is_file():
-        title = f"weights of trial {best.number} over its training"
-        found.append(_copy(weights, folder / "weights-best.png", title))
+    for title, source, copy in sources:
+        if source is not None:
+            with atomic_write(folder / copy) as scratch:
+                shutil.copyfile(source, scratch)
+            found.append(Picture(folder / copy, title, title))
     return found
-
-
-def _copy_arms(study: Study, comparison: Comparison, folder: Path) -> list[Picture]:
-    """Each arm's grid under the first seed, where it is still there."""
-    found = []
-    for index, result in enumerate(comparison.results):
-        seed = min(result.rows)
-        grid = _grid(study.given, result.rows[seed])
-        if grid is not None:
-            title = f"{result.arm.name}, seed {seed}"
-            found.append(_copy(grid, folder / f"samples-{index}.png", title))
-    return found
-
-
-def _grid(ledger: Ledger | None, number: int) -> Path | None:
-    """A row's grid, of several stages the last one's."""
-    assert ledger is not None
-    found = pictures(row_folder(ledger.study.study_name, number))
-    return next((path for path in found if path.name.endswith(GRID)), None)
-
-
-def _copy(source: Path, to: Path, title: str) -> Picture:
-    with atomic_write(to) as scratch:
-        shutil.copyfile(source, scratch)
-    return Picture(path=to, caption=title, alt=title)
-
-
-def _in_markdown(shown: Sequence[Picture]) -> list[str]:
-    """Below each other, with their captions."""
-    lines = []
-    for each in shown:
-        lines.append(f"![{escaped(each.alt)}]({each.path.name})")
-        if each.caption:
-            lines.append(escaped(each.caption))
-    return lines
-
-
-def _write(path: Path, *parts: str) -> None:
-    with atomic_write(path) as scratch:
-        scratch.write_text("\n\n".join(part for part in parts if part) + "\n")

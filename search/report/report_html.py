@@ -1,11 +1,10 @@
-"""A study's report as one HTML file: no request to anywhere, no script, readable on a phone.
+"""A study's report as one HTML file without requests or scripts, readable on a phone.
 
-Pictures are data URIs; every text that is not ours is escaped, and a policy in the page forbids
-scripts and requests besides.
+Pictures are data URIs; texts are escaped, and a policy in the page forbids scripts and requests.
 """
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +29,7 @@ table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabu
 th, td { padding: .3rem .6rem; border-bottom: 1px solid #e3e3e3; text-align: right;
   white-space: nowrap; }
 th { position: sticky; top: 0; background: #f4f4f4; font-weight: 600; }
-th:first-child, td:first-child, .left td:last-child, .left th:last-child,
-.arms td:nth-child(2) { text-align: left; }
+th:first-child, td:first-child, .left td:last-child, .left th:last-child { text-align: left; }
 tbody tr:nth-child(even) { background: #fafafa; }
 .plots, .grids { display: grid; gap: 1rem; }
 .plots { grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); }
@@ -56,36 +54,27 @@ li { overflow-wrap: anywhere; }
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Picture:
-    """A PNG file and what is said below it."""
+    """A PNG file, its title, and the caption below it."""
 
     path: Path
-    caption: str
-    alt: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Section:
-    """A heading and what is below it, as HTML; left out where there is nothing."""
-
     title: str
-    parts: Sequence[str]
+    caption: str
 
 
-def page(title: str, lead: Sequence[str], sections: Sequence[Section], written: str) -> str:
+def page(
+    title: str, lead: Sequence[str], sections: Mapping[str, Sequence[str]], written: str
+) -> str:
     """The whole document.
 
-    Args:
-        title: The study's name.
-        lead: HTML between the title and the first section.
-        sections: In their order.
-        written: When.
+    ``lead`` is HTML between the title and the first section; ``sections`` are headings and HTML,
+    left out where empty.
     """
-    body = [f"<h1>{tagless(title)}</h1>", *lead]
-    for section in sections:
-        if parts := [part for part in section.parts if part]:
-            body += [f"<section><h2>{tagless(section.title)}</h2>", *parts, "</section>"]
+    body = [f"<h1>{tagless(title)}</h1>", *filter(None, lead)]
+    for heading, parts in sections.items():
+        if any(parts):
+            body += [f"<section><h2>{tagless(heading)}</h2>", *filter(None, parts), "</section>"]
     body.append(f'<p class="quiet">Written by bdense-search report, {tagless(written)}.</p>')
     return "\n".join(
         [
@@ -105,19 +94,19 @@ def page(title: str, lead: Sequence[str], sections: Sequence[Section], written: 
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """Words of any origin."""
+    """A text, escaped."""
     attribute = f' class="{tagless(kind)}"' if kind else ""
     return f"<p{attribute}>{tagless(text)}</p>" if text else ""
 
 
 def highlighted(value: str, lines: Sequence[str]) -> str:
-    """The figure that the page is about, and what it is."""
-    told = "".join(paragraph(line) for line in lines)
-    return f'<div class="best"><strong>{tagless(value)}</strong>{told}</div>'
+    """The page's main figure and lines that explain it."""
+    lines = [paragraph(line) for line in lines]
+    return f'<div class="best"><strong>{tagless(value)}</strong>{"".join(lines)}</div>'
 
 
 def bullets(lines: Sequence[str]) -> str:
-    """Words of any origin, one item a line."""
+    """Texts, escaped, one item a line."""
     items = "".join(f"<li>{tagless(line)}</li>" for line in lines)
     return f"<ul>{items}</ul>" if lines else ""
 
@@ -129,26 +118,25 @@ def preformatted(text: str) -> str:
 
 
 def folded(summary: str, inside: str) -> str:
-    """What opens on demand, without a script; a printed page has it if it is open."""
+    """What closes and opens without a script."""
     return f"<details open><summary>{tagless(summary)}</summary>{inside}</details>"
 
 
 def rows_table(rows: Sequence[Sequence[str]], *, left: bool = True) -> str:
-    """A header and rows; the last column to the left where it holds words, as one without head."""
-    kinds = ["left"] * left + ["arms"] * (rows[0][1] == "")
-    return html_table(rows, kind=" ".join(kinds)) if len(rows) > 1 else ""
+    """A header and rows, "" without rows; the last column to the left where it holds words."""
+    return html_table(rows, kind="left" * left) if len(rows) > 1 else ""
 
 
 def figures(pictures: Sequence[Picture], kind: str) -> str:
     """Pictures beside each other, ``kind`` being plots or grids."""
     shown = [
-        f'<figure><img src="{data_uri(each.path)}" alt="{tagless(each.alt)}">'
+        f'<figure><img src="data:image/png;base64,{_base64(each.path)}" '
+        f'alt="{tagless(each.title)}">'
         f"<figcaption>{tagless(each.caption)}</figcaption></figure>"
         for each in pictures
     ]
     return f'<div class="{tagless(kind)}">' + "\n".join(shown) + "</div>" if shown else ""
 
 
-def data_uri(path: Path) -> str:
-    """A PNG as an address that holds it."""
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+def _base64(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()

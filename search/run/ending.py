@@ -72,7 +72,7 @@ class Ending:
             signal.signal(number, handler)
 
     def rows_run(self) -> None:
-        """Say that rows run now, so that workers have something to save."""
+        """Rows run from now on, so that workers have something to save."""
         self._rows_run = True
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
@@ -89,17 +89,11 @@ class Ending:
                     ask_workers(self._ledgers, self._launch)
                     return
                 if is_asked(self._ledgers, self._launch):
-                    self._wind_up()
+                    # The workers see the request by themselves.
+                    self._timer.start() if self._rows_run else self._end_now()
                     return
             except Exception as error:  # noqa: BLE001  the database may come back
                 _log.warning("whether to stop cannot be seen: %s", one_line(error))
-
-    def _wind_up(self) -> None:
-        """End after a stop request, which the workers see by themselves."""
-        if self._rows_run:
-            self._timer.start()
-        else:
-            self._end_now()
 
     def _end_now(self) -> None:
         if not self._over.is_set():

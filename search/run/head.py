@@ -1,5 +1,6 @@
-"""Notice that Ray's head is gone; Ray itself reports it after a minute, by ending the process, or
-never. No rows are lost, as they are in the database.
+"""Notice that Ray's head is gone. Ray itself ends the process after a minute, or never notices.
+
+No rows are lost: they are in the database.
 """
 
 import contextlib
@@ -27,12 +28,11 @@ STUCK_SECONDS = 5.0
 
 
 class Head:
-    """Watches the head and this machine's node from a thread.
+    """Watches the head and this machine's node from a thread, as a context manager.
 
-    Any exception counts as no answer. When they are gone for good it interrupts the main thread,
-    like Ctrl-C; ``lost`` tells the two apart. Use it as a context manager while Ray is connected.
-    Ray's code may wait for its head and ignore the interrupt. Then ``last_words`` is called and
-    the process ends with the status of ``ClusterLostError``.
+    Any exception counts as no answer. When they are gone for good, it interrupts the main thread
+    like Ctrl-C; ``lost`` distinguishes the two. Ray's code may ignore the interrupt: then
+    ``last_words`` is called and the process ends with the status of ``ClusterLostError``.
 
     Args:
         client: Whether Ray's client is used, which has no local node to watch.
@@ -70,7 +70,7 @@ class Head:
         return self._lost.is_set()
 
     def end(self) -> None:
-        """End this process now, and with it what it started on this machine."""
+        """End this process now, and with it Ray's processes that it started."""
         # The last words may wait for a database that is gone too.
         last = threading.Thread(target=self.last_words, name="last words", daemon=True)
         last.start()
@@ -100,17 +100,8 @@ class Head:
             return False
 
     def _asked_of_ray(self) -> bool:
-        return self._answers() and self._has_this_node()
-
-    def _answers(self) -> bool:
-        try:
-            socket.create_connection(self._place, CONNECT_SECONDS).close()
-        except OSError:
-            return False
-        return True
-
-    def _has_this_node(self) -> bool:
-        """Whether this process's node is alive; without it no worker answers."""
+        """Whether the head answers, and this process's node lives, which workers need."""
+        socket.create_connection(self._place, CONNECT_SECONDS).close()
         nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
         return any(node["NodeID"] == self._node and node["Alive"] for node in nodes)
 

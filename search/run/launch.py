@@ -16,7 +16,7 @@ from search.study.wording import align
 
 
 def launch(spec: StudySpec, url: str, source: Path, workers: int | None) -> tuple[str, bool]:
-    """Bring a study to its end; progress goes to stderr.
+    """Run a study to its end; progress goes to stderr.
 
     Args:
         spec: The study, resolved.
@@ -36,15 +36,26 @@ def launch(spec: StudySpec, url: str, source: Path, workers: int | None) -> tupl
 
 
 def run_rows(study: Study, workers: int | None) -> None:
-    """Bring a study's rows to their end, if any are left, and show how far they are."""
+    """Run a study's rows to their end, if any are left, and show the progress."""
     showing = Showing(study)
     if not study.left():
-        say(f"{_called(study)} is complete; nothing is left to do")
+        kind = "study " if study.is_search else ""
+        say(f"{kind}{study.name} is complete; nothing is left to do")
     else:
         counts = study.counts()
         if counts.complete or counts.running:
             say(f"carrying on with {headline(study)}")
-        _run_shown(study, workers, showing)
+        display = Display(lambda: snapshot_of(study))
+
+        def on_running() -> None:
+            display.running()
+            showing.refresh()
+
+        try:
+            with speaking_of(study=study.name):
+                run(study, workers=workers, on_preparing=display.preparing, on_running=on_running)
+        finally:
+            display.close()
     if study.is_search:
         copy_baselines(study)
     for line in study.main.differing_versions():
@@ -52,26 +63,8 @@ def run_rows(study: Study, workers: int | None) -> None:
     showing.finish()
 
 
-def _run_shown(study: Study, workers: int | None, showing: Showing) -> None:
-    display = Display(lambda: snapshot_of(study))
-
-    def on_running() -> None:
-        display.running()
-        showing.refresh()
-
-    try:
-        with speaking_of(study=study.name):
-            run(study, workers=workers, on_preparing=display.preparing, on_running=on_running)
-    finally:
-        display.close()
-
-
-def _called(study: Study) -> str:
-    return f"study {study.name}" if study.is_search else study.name
-
-
 def _next(study: Study, source: Path) -> list[str]:
-    """What one does with a finished study."""
+    """Commands for a finished study."""
     lines = ["see it in the browser:   bdense-search dashboard"]
     if not study.is_search:
         return [*lines, f"write a model folder:    bdense-search export {study.name} DIR"]

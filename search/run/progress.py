@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from search.log import say
-from search.storage.reader import Running
+from search.storage.queries import Running
 from search.study.progress_text import share_done
 from search.study.study import Study
 from search.study.summary import summary_of
@@ -17,7 +17,6 @@ from search.worker.ray_tasks import Progress
 LINE_SECONDS = 10.0
 STEPS = {
     "waiting": "waiting for a free worker",
-    "memory": "measuring the memory",
     "features": "feature extractor",
     "teacher": "training the teacher",
     "teacher FID": "measuring the teacher",
@@ -44,21 +43,18 @@ class Snapshot:
 def snapshot_of(study: Study) -> Snapshot:
     """The current progress of a study's rows."""
     counts = [ledger.counts() for ledger in study.ledgers]
-    main = counts[0]
-    what = "trials" if study.is_search else "rows"
-    text = f"{what} {main.ended}/{main.planned}"
+    main, base = counts[0], counts[-1]
+    text = f"{'trials' if study.is_search else 'rows'} {main.ended}/{main.planned}"
+    if study.is_search and base.complete + base.failed < base.planned:
+        text += f", baselines {base.complete}/{base.planned}"
+    if main.failed:
+        text += f", {main.failed} failed"
     if study.is_search:
-        base, now = counts[-1], summary_of(study)
-        if base.complete + base.failed < base.planned:
-            text += f", baselines {base.complete}/{base.planned}"
-        if main.failed:
-            text += f", {main.failed} failed"
+        now = summary_of(study)
         if now.best is not None:
             text += f", best FID {now.best.fid:.3f} ({now.best.label})"
         elif now.plain is not None:
             text += f", {now.plain.label} {now.plain.fid:.3f}"
-    elif main.failed:
-        text += f", {main.failed} failed"
     return Snapshot(
         text=text,
         ended=sum(each.ended for each in counts),

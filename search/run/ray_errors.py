@@ -27,8 +27,8 @@ def cannot_use(error: Exception) -> InputError:
 
 
 def _is_refused(error: Exception) -> bool:
-    """Whether the token was refused, which Ray says only in the causes of its error."""
+    """Whether the token was refused; Ray names that only in a cause of its error."""
     if isinstance(error, AuthenticationError):
         return True
-    told = "".join(traceback.format_exception(error))
-    return "AuthenticationError" in told or "InvalidAuthToken" in told
+    text = "".join(traceback.format_exception(error))
+    return "AuthenticationError" in text or "InvalidAuthToken" in text

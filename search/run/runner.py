@@ -88,7 +88,9 @@ def run(
         with (
             quiet(),
             ray_session(study.url) as head,
-            Ending(study.ledgers, launch, at_once=lambda: _is_lost(head)) as ending,
+            Ending(
+                study.ledgers, launch, at_once=lambda: head is not None and head.lost
+            ) as ending,
         ):
             if head is not None:
                 head.last_words = functools.partial(_last_words, study, head)
@@ -123,12 +125,8 @@ def run(
         say(f"all rows have ended, but a worker took no part in it: {message}")
 
 
-def _is_lost(head: Head | None) -> bool:
-    return head is not None and head.lost
-
-
 def _last_words(study: Study, head: Head) -> None:
-    """What an error would have said, where Ray lets none through."""
+    """Print the error and forgive the rows, where Ray lets no exception through."""
     sys.stderr.write(f"bdense-search: {_head_lost(head)}\n")
     sys.stderr.flush()
     study.forgive_running()
@@ -143,7 +141,7 @@ def _head_lost(head: Head) -> ClusterLostError:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Standard output holds the command's result alone; the remarks of Ray and Tune are none."""
+    """Keep the remarks of Ray and Tune out of standard output, which is for the result."""
     with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
 
@@ -200,31 +198,30 @@ def _require_listener(address: str) -> None:
 
 
 def _slots(resources: ResourcesSpec, workers: int | None) -> int:
+    """Trials at once: ``workers``, else as many as fit.
+
+    Raises:
+        InputError: They do not fit the cluster's machines.
+    """
     gpus, fit = gpus_per_trial(resources), sum(_fit_by_machine(resources))
+    if 1 <= (workers or 1) <= fit:
+        return workers or fit
+    machines = " or ".join(f"{cpus:g} CPUs and {own:g} GPUs" for cpus, own in _machines())
     if fit < 1:
-        machines = " or ".join(f"{cpus:g} CPUs and {own:g} GPUs" for cpus, own in _machines())
         raise InputError(
             f"a trial asks for resources.cpus={resources.cpus:g} and gpus={gpus:g} of one "
             f"machine, and the cluster's have {machines}; lower them"
         )
-    if workers is not None and workers > fit:
-        own = sum(have for _, have in _machines())
-        if gpus and fit == sum(_fit_on_gpus(have, gpus) for _, have in _machines()):
-            less = "set resources.gpus below 1" if gpus >= 1 else "resources.gpus"
-            raise InputError(
-                f"--workers {workers} are more workers than GPUs: a trial holds {gpus:g}, and "
-                f"{own:g} are there, which is room for {fit} trials; lower --workers, or {less} "
-                "so that trials share a GPU"
-            )
-        raise InputError(
-            f"--workers {workers} do not fit: the cluster has room for {fit} trials of "
-            f"{resources.cpus:g} CPUs and {gpus:g} GPUs; lower --workers or resources"
-        )
-    return workers or fit
+    share = "; with resources.gpus below 1 trials share a GPU" if gpus else ""
+    raise InputError(
+        f"--workers {workers} do not fit: a trial takes {resources.cpus:g} CPUs and {gpus:g} "
+        f"GPUs, and the cluster's machines, with {machines}, have room for {fit} trials; lower "
+        f"--workers or resources{share}"
+    )
 
 
 def _await_machines() -> None:
-    """A cluster's head may be there before any worker is: one without CPUs has room for nothing.
+    """Wait for a machine with CPUs: a cluster's head may be there before any worker.
 
     Raises:
         InputError: No worker joined in time.
@@ -246,7 +243,7 @@ def _machines() -> list[tuple[float, float]]:
 
 
 def _fit_by_machine(resources: ResourcesSpec) -> list[int]:
-    """Trials at once on each machine: a trial's CPUs and GPUs are of one."""
+    """Trials at once on each machine; a trial's CPUs and GPUs lie on one machine."""
     cpus, gpus = resources.cpus, gpus_per_trial(resources)
     return [
         min(int(own_cpus / cpus), _fit_on_gpus(own_gpus, gpus) if gpus else int(own_cpus / cpus))
@@ -255,14 +252,14 @@ def _fit_by_machine(resources: ResourcesSpec) -> list[int]:
 
 
 def _fit_on_gpus(own: float, each: float) -> int:
-    """Trials at once on a machine's GPUs; a share is of one of them."""
+    """Trials at once on a machine's GPUs; a trial's share lies on one GPU."""
     if each >= 1:
         return int(own / each)
     return int(own) * int(1 / each + 1e-9)  # 1 / (1 / 49) is less than 49
 
 
 def gpus_per_trial(resources: ResourcesSpec) -> float:
-    """GPUs a trial holds: the spec's number, or for ``auto`` one where the cluster has any."""
+    """GPUs of a trial: the spec's number; for ``auto`` one if the cluster has any."""
     if resources.gpus == "auto":
         return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
     return float(resources.gpus)
@@ -295,7 +292,7 @@ def _task(function: Callable[..., Any], cpus: float, gpus: float) -> Any:  # noq
 
 
 def _follow(streams: Sequence[Any], tell: Callable[[Progress], None]) -> None:
-    """Pass on what tasks tell until all have ended; the first error ends the launch."""
+    """Pass on the messages of tasks until all have ended; the first error ends the launch."""
     waiting: list[Any] = list(streams)
     while waiting:
         ready: list[Any] = ray.wait(waiting, num_returns=1, fetch_local=False)[0]
@@ -311,14 +308,14 @@ def _follow(streams: Sequence[Any], tell: Callable[[Progress], None]) -> None:
 
 
 def _raise_first(errors: Sequence[WorkerError]) -> None:
-    """What workers could not do, as an error of the launch: the user's mistakes first."""
+    """Raise the first error of the workers; the user's mistakes first."""
     for error in sorted(errors, key=lambda each: not each.is_input_error):
         kind = InputError if error.is_input_error else WorkersFailedError
         raise kind(error.message)
 
 
 def _run_slots(resources: ResourcesSpec, worker: WorkerConfig, slots: int) -> list[WorkerError]:
-    """Run that many slots till all have ended; what those said that could not go on."""
+    """Run that many slots until all have ended; the errors of those that could not go on."""
     lot = uuid.uuid4().hex[:8]
     scratch = Path(tempfile.mkdtemp(prefix="bdense-tune-"))
     marks = Path(worker.runs) / worker.study / "slots"
@@ -359,7 +356,7 @@ def _every_second(call: Callable[[], None]) -> Iterator[None]:
             except Exception as error:  # noqa: BLE001  showing progress must not end a launch
                 _log.warning("progress cannot be shown: %s", one_line(error))
 
-    # What is logged there is about the same study.
+    # A copy of the context, as the thread's log records are about the same study.
     context = contextvars.copy_context()
     thread = threading.Thread(target=context.run, args=(run,), name="progress", daemon=True)
     thread.start()

@@ -1,4 +1,4 @@
-"""A study's file: YAML to its spec, its files found, its mistakes named by key."""
+"""Study files: YAML to a spec, with absolute paths; mistakes are named by key."""
 
 import dataclasses
 import functools
@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import re
 import signal
+import sys
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -22,26 +23,26 @@ from search.spec.study import StudySpec
 
 T = TypeVar("T")
 
+_MOST_VALUES = 10_000
+
 
 def read_spec(path: Path, changes: dict[str, Any] | None = None) -> StudySpec:
-    """Parse a study file, and let the engine check it and fill in the method's defaults.
+    """Parse a study file, check it and fill in the method's defaults.
 
-    The engine needs torch, which would stay in the launcher's memory (500 MB) for the whole
-    study: a child process does this.
+    That needs torch, which would stay in the launcher's memory (500 MB): a child process does it.
 
     Args:
         path: The file.
-        changes: Sections that options replace, such as ``{"plan": {...}}``, merged key by key.
+        changes: Values of options, such as ``{"plan": {...}}``, merged key by key.
 
     Raises:
-        SpecError: The file cannot be read, is no YAML mapping, or a key or value is wrong; one
-            line for each, naming the key.
+        SpecError: The file cannot be read, or keys or values are wrong; a line for each key.
     """
     return apart(functools.partial(_resolved, Path(path), changes or {}))
 
 
 def require_variants(spec: StudySpec, variants: Sequence[dict[str, Any]]) -> None:
-    """Let the engine, in a child process, check settings that differ from a resolved study's.
+    """Check, in a child process, settings of the method that differ from a resolved study's.
 
     Raises:
         InputError: The method has no such setting, or refuses the value.
@@ -51,9 +52,9 @@ def require_variants(spec: StudySpec, variants: Sequence[dict[str, Any]]) -> Non
 
 
 def apart(call: Callable[[], T]) -> T:
-    """Call in a process of its own, which takes torch with it when it ends."""
+    """Call in a process of its own, and free the memory of what it imports."""
     spawn = multiprocessing.get_context("spawn")
-    # Ctrl-C reaches the whole group; only the launcher is to speak of it.
+    # Ctrl-C reaches the whole group; only the launcher reports it.
     quiet = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
     with ProcessPoolExecutor(max_workers=1, mp_context=spawn, initializer=quiet) as child:
         return child.submit(call).result()
@@ -64,10 +65,13 @@ def _resolved(path: Path, changes: dict[str, Any]) -> StudySpec:
 
     tree = read_tree(path)
     try:
-        tree, told = translated(tree)
+        tree, hint = translated(tree)
     except SpecError as error:
         raise SpecError(f"{path}: {error}") from error
-    return resolve(parse(_merged(tree, changes), source=str(path)), source=str(path), told=told)
+    spec = parse(_merged(tree, changes), source=str(path))
+    if hint:
+        sys.stderr.write(f"bdense-search: {path}: {hint}\n")
+    return resolve(spec, source=str(path))
 
 
 def _require_variants(spec: StudySpec, variants: Sequence[dict[str, Any]]) -> None:
@@ -97,22 +101,37 @@ def read_tree(path: Path) -> dict[str, Any]:
         raise SpecError(f"the study file {path} cannot be read: {error}") from error
     try:
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise SpecError(f"{path} is not valid YAML: {reason}") from error
+    _require_small(tree, path)
     if not isinstance(tree, dict):
         raise SpecError(f"{path} must be a mapping of keys such as name, data, teacher, method")
     return tree
 
 
+def _require_small(tree: Any, path: Path) -> None:  # noqa: ANN401  whatever YAML holds
+    """Refuse aliases that multiply: a few lines can stand for more values than fit into memory."""
+    left, waiting = _MOST_VALUES, [tree]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, dict | list):
+            left -= len(each)
+            waiting += each.values() if isinstance(each, dict) else each
+        if left < 0:
+            raise SpecError(
+                f"{path} stands for more than {_MOST_VALUES} values; its aliases multiply"
+            )
+
+
 def parse(tree: dict[str, Any], source: str) -> StudySpec:
-    """A study from a mapping, its files with paths that hold in any folder.
+    """A study from a mapping, its files with absolute paths.
 
     Raises:
-        SpecError: One line for each mistake, naming ``source`` and the key.
+        SpecError: A line for each mistake, naming ``source`` and the key.
     """
     if "facts" in tree:
-        raise SpecError(f"{source}: facts is written by bdense itself; leave it out")
+        raise SpecError(f"{source}: facts is written by bdense; leave it out")
     try:
         spec = StudySpec.read(tree)
         try:
@@ -131,10 +150,10 @@ def parse(tree: dict[str, Any], source: str) -> StudySpec:
 
 
 def read_stored(name: str, text: str) -> StudySpec:
-    """The spec of the study of that name, from the JSON that its last launch stored.
+    """The spec of a study, from the JSON that its last launch stored.
 
     Raises:
-        InputError: It is one of another version of bdense.
+        InputError: Another version of bdense stored it.
     """
     try:
         return StudySpec.read(json.loads(text))
@@ -155,11 +174,7 @@ def as_yaml(spec: StudySpec) -> str:
 
 
 def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
-    """The spec with its files as they are seen from any folder: workers have folders of their own.
-
-    Raises:
-        SpecError: There is no such file.
-    """
+    """The spec with absolute paths: workers run in folders of their own."""
 
     def absolute(key: str, file: str, names: Collection[str] = ()) -> str:
         if file in names:
@@ -192,13 +207,12 @@ def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
 
 
 def _absolute_data(data: str, source: str) -> str:
-    """A data set of files with its path as it is seen from any folder; a name stays one."""
+    """A data set of files with its absolute path; a name stays one."""
     given, side = split_side(data)
     if (found := split_format(given)) is None:
         return data
     kind, path = found[0], Path(found[1]).expanduser().resolve()
-    if kind == "folder" and not path.is_dir():
-        raise SpecError(f"{source}: data: there is no folder {found[1]}")
-    if kind != "folder" and not path.is_file():
-        raise SpecError(f"{source}: data: there is no file {found[1]}")
+    what = "folder" if kind == "folder" else "file"
+    if not (path.is_dir() if what == "folder" else path.is_file()):
+        raise SpecError(f"{source}: data: there is no {what} {found[1]}")
     return f"{kind}:{path}" if side is None else f"{kind}:{path}@{side}"

@@ -1,7 +1,7 @@
-"""Study files as they were written before there was one form for all methods.
+"""Study files of the older forms, translated to today's.
 
-Two forms: searches of SFD's weights (``student``, ``budget``) and promotions to progressive
-distillation (``chain``, ``round``). Both are read as what they say today.
+There were two: searches of SFD's weights (``student``, ``budget``) and promotions to progressive
+distillation (``chain``, ``round``).
 """
 
 from typing import Any
@@ -12,12 +12,9 @@ _SAMPLERS = {"tpe": "TPESampler", "gp": "GPSampler", "random": "RandomSampler"}
 
 
 def translated(tree: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """A tree in today's form, and one line that says how to write it now; "" if it was.
+    """A study's mapping in today's form, and a hint how to write it now; "" for today's form.
 
-    Keys that neither form has are kept, to be refused as the others are.
-
-    Args:
-        tree: A study file's mapping, or a stored spec of an older version.
+    Keys that neither form has are kept, to be refused by the parser.
 
     Raises:
         SpecError: A section of the old form is no mapping.
@@ -76,7 +73,7 @@ def _search(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _levels(schedule: dict[str, Any]) -> dict[str, Any]:
-    """A schedule's kind and its numbers, which are settings of the method."""
+    """A schedule's kind and numbers, as settings of the method."""
     if not schedule:
         return {}
     kept = {key: value for key, value in schedule.items() if key != "kind"}
@@ -93,7 +90,7 @@ def _sampler(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _pruning(given: dict[str, Any]) -> dict[str, Any]:
-    """Its own keys, whatever the pruner; a stored spec has all of them, unset ones as None."""
+    """A pruner of the old form; a stored spec has all keys, unset ones as None."""
     name = given.pop("pruner", "none")
     startup = {"n_startup_trials": given.pop("startup_trials", None) or 5}
     percentile = {"percentile": given.pop("percentile", None) or 25.0}

@@ -53,8 +53,6 @@ def _table(section: type[Knobs]) -> str:
         return reference(section)
     rows = ["| key | default | what it says |", "|---|---|---|"]
     for name, known in knobs_of(section).items():
-        if name == "facts":
-            continue
         default = "must be given" if known.required else _short(known.default)
         rows.append(f"| `{name}` | {default} | {known.help} |")
     return "\n".join(rows) + "\n"

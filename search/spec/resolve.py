@@ -1,10 +1,8 @@
-"""What the engine says of a spec, before anything is spent: the one place of ``spec`` with torch.
+"""Specs checked against the engine: the one module of ``search.spec`` that imports torch.
 
-Checks what only the engine can see, fills in the method's defaults and notes the facts that others
-ask for without torch.
+It fills in the method's defaults, and the facts that others need without torch.
 """
 
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +13,7 @@ from bdense.data.names import split_format, split_side
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.errors import InputError
 from bdense.execution import Execution
+from bdense.knobs import knobs_of
 from bdense.methods import METHODS
 from bdense.metrics.classifiers import RECIPES
 from bdense.metrics.dinov2 import SIZES
@@ -25,32 +24,17 @@ from bdense.training.teacher import TeacherConfig, new_denoiser
 from bdense.weights import space_of
 from search.errors import SpecError
 from search.spec.space import make_pruner, require_sampler
-from search.spec.study import (
-    ArmsPlan,
-    Facts,
-    SearchPlan,
-    StageFacts,
-    StudySpec,
-    TeacherTraining,
-)
+from search.spec.study import Facts, StageFacts, StudySpec, TeacherTraining
 
 
-def resolve(spec: StudySpec, source: str = "", told: str = "") -> StudySpec:
-    """The spec with the method's defaults filled in and its facts.
-
-    Args:
-        spec: As parsed.
-        source: What it was read from, in front of each error.
-        told: What the user is told besides, if anything (an old form, how it is written now).
+def resolve(spec: StudySpec, source: str = "") -> StudySpec:
+    """A parsed spec with the method's defaults and its facts.
 
     Raises:
         SpecError: There is no such method, data set or extractor, a setting is wrong, the teacher
             makes other images than the data set's, no weights are within the bound, or there is
-            nothing to search.
+            nothing to search. ``source`` is named in front.
     """
-    before = f"{source}: " if source else f"study {spec.name}: "
-    if told:
-        sys.stderr.write(f"bdense-search: {source}: {told}\n")
     try:
         resolved = _with_facts(spec)
         _check_weights(resolved)
@@ -61,14 +45,13 @@ def resolve(spec: StudySpec, source: str = "", told: str = "") -> StudySpec:
         _check_extractor(spec.evaluation.extractor)
         return _with_teacher(resolved)
     except InputError as error:
-        raise SpecError(f"{before}{error}") from error
+        raise SpecError(f"{source or f'study {spec.name}'}: {error}") from error
 
 
 def filled_in(spec: StudySpec) -> StudySpec:
-    """The spec with the method's defaults and its facts, checked against nothing else.
+    """The spec with the method's defaults and its facts, and no other checks.
 
-    A teacher or data that are not here matter only to a method that may convert its teacher first:
-    then it is taken to do so.
+    A method that may convert its teacher first is taken to do so where the teacher is not here.
 
     Raises:
         InputError: There is no such method, or it refuses a setting.
@@ -83,7 +66,7 @@ def filled_in(spec: StudySpec) -> StudySpec:
 
 
 def architecture(spec: StudySpec) -> dict[str, Any]:
-    """The teacher's network as ``build_denoiser`` takes it; nothing is downloaded for it.
+    """The teacher's network as ``build_denoiser`` takes it, without a download.
 
     Raises:
         InputError: The teacher's file cannot be read, or the network does not fit the data.
@@ -97,7 +80,7 @@ def architecture(spec: StudySpec) -> dict[str, Any]:
 
 
 def _untrained(spec: StudySpec) -> NetworkDenoiser:
-    """The teacher that the study would train, without memory or numbers."""
+    """The teacher that the study would train, on the meta device."""
     training = spec.teacher.train
     assert training is not None
     assert spec.data is not None  # a spec that trains a teacher names its data
@@ -127,12 +110,8 @@ def variant(spec: StudySpec, changes: dict[str, Any]) -> StudySpec:
 
 def execution(spec: StudySpec) -> Execution:
     """How teacher and students compute their network."""
-    resources = spec.resources
-    return Execution(
-        precision=spec.precision,
-        compile=resources.compile,
-        channels_last=resources.channels_last,
-    )
+    compiled, last = spec.resources.compile, spec.resources.channels_last
+    return Execution(precision=spec.precision, compile=compiled, channels_last=last)
 
 
 def teacher_config(training: TeacherTraining) -> TeacherConfig:
@@ -153,7 +132,7 @@ def teacher_config(training: TeacherTraining) -> TeacherConfig:
 
 
 def _with_teacher(spec: StudySpec) -> StudySpec:
-    """The facts with the teacher's network known, which the method may refuse."""
+    """The facts, given the teacher's network, which the method may refuse."""
     made = None if spec.teacher.train is not None else architecture(spec)
     with torch.device("meta"):
         teacher = _untrained(spec) if made is None else build_denoiser(made)
@@ -179,13 +158,7 @@ def _with_facts(spec: StudySpec, teacher: NetworkDenoiser | None = None) -> Stud
         batch=config.batch,
         needs_data=method.needs_data,
         stages=tuple(
-            StageFacts(
-                name=plan.name,
-                label=plan.label,
-                num_updates=plan.num_updates,
-                nfe=plan.nfe,
-                branched=plan.branched,
-            )
+            StageFacts(**{name: getattr(plan, name) for name in knobs_of(StageFacts)})
             for plan in plans
         ),
     )
@@ -225,43 +198,49 @@ def _check_plan(spec: StudySpec) -> None:
             f"method.batch {facts.batch} cannot be shared equally by resources.gpus "
             f"{spec.resources.team}; choose a multiple, or other gpus"
         )
-    if not isinstance(spec.plan, SearchPlan):
-        _check_arms(spec, spec.plan)
+    if not spec.is_search:
+        _check_arms(spec)
         return
+    plan = spec.search
     require_sampler(spec)
     make_pruner(spec)
     try:
         variant(spec, spec.confirm.method)
     except InputError as error:
         raise SpecError(f"confirm.{error}") from error
-    if len(facts.stages) > 1 and spec.plan.at:
+    if len(facts.stages) > 1 and plan.at:
         raise InputError(
-            f"plan.at {list(spec.plan.at)}: a method of {len(facts.stages)} stages is measured "
+            f"plan.at {list(plan.at)}: a method of {len(facts.stages)} stages is measured "
             "after each of them; leave it out"
         )
-    if (images := spec.plan.images or 0) > spec.evaluation.images:
+    if len(facts.stages) == 1 and plan.pruner is not None and not plan.at:
+        raise InputError(
+            f"plan.pruner {plan.pruner} is asked at intermediate FIDs, of which there are "
+            "none; give plan.at: [...], or drop plan.pruner"
+        )
+    if (images := plan.images or 0) > spec.evaluation.images:
         raise InputError(
             f"plan.images {images} is above evaluation.images {spec.evaluation.images}; lower it, "
             "or leave it out for as many"
         )
     total = facts.stages[0].num_updates
-    after = [round(fraction * total) for fraction in spec.plan.at]
+    after = [round(fraction * total) for fraction in plan.at]
     if after and (after[0] < 1 or after[-1] >= total or len(set(after)) < len(after)):
         raise InputError(
-            f"plan.at {list(spec.plan.at)} of {total} updates are evaluations after {after} of "
+            f"plan.at {list(plan.at)} of {total} updates are evaluations after {after} of "
             "them, which must be different and lie inside the training; choose other fractions"
         )
 
 
-def _check_arms(spec: StudySpec, plan: ArmsPlan) -> None:
-    for index, arm in enumerate(plan.arms):
+def _check_arms(spec: StudySpec) -> None:
+    for index, arm in enumerate(spec.given.arms):
         if isinstance(arm, str) or "winner_of" in arm:
             continue
         try:
             space_of(arm).weighting(arm, spec.resolved.num_branches)
         except (InputError, TypeError) as error:
             raise SpecError(f"plan.arms.{index}: {error}") from error
-    for index, changes in enumerate(plan.variants):
+    for index, changes in enumerate(spec.given.variants):
         try:
             variant(spec, changes)
         except InputError as error:
@@ -269,7 +248,7 @@ def _check_arms(spec: StudySpec, plan: ArmsPlan) -> None:
 
 
 def _check_data(spec: StudySpec) -> None:
-    # Files are looked into once they are read, which may take long.
+    # Reading files may take long: that is left to the workers.
     if spec.data is None or split_format(split_side(spec.data)[0]) is not None:
         return
     try:

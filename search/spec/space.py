@@ -1,4 +1,4 @@
-"""What a study samples, who proposes, and who ends a trial early: by Optuna's own classes."""
+"""What a study samples, with which sampler and pruner: Optuna's own classes, by name."""
 
 import difflib
 import inspect
@@ -26,9 +26,9 @@ def search_space(spec: StudySpec) -> dict[str, BaseDistribution]:
 
 
 def make_sampler(spec: StudySpec, offset: int) -> optuna.samplers.BaseSampler:
-    """The study's sampler with a seed of its own for the ``offset``-th suggestion.
+    """The study's sampler, seeded for the ``offset``-th suggestion.
 
-    Derived from the number of trials so far: reproducible, and never equal in two processes.
+    The offset is the number of trials so far: reproducible, and never equal in two processes.
     """
     seed = (spec.seeds.sampler + offset) % 2**31
     made: optuna.samplers.BaseSampler = _made(
@@ -38,7 +38,7 @@ def make_sampler(spec: StudySpec, offset: int) -> optuna.samplers.BaseSampler:
 
 
 def require_sampler(spec: StudySpec) -> None:
-    """Let the sampler propose two points of the space, the second knowing of the first.
+    """Let the sampler propose two points of the space, the second after a result of the first.
 
     Raises:
         SpecError: There is no such sampler, it refuses its arguments or the space, or it needs a
@@ -59,7 +59,7 @@ def require_sampler(spec: StudySpec) -> None:
 
 
 def make_pruner(spec: StudySpec) -> optuna.pruners.BasePruner:
-    """The study's pruner; one that ends nothing where the plan names none."""
+    """The study's pruner; NopPruner where the plan names none."""
     if spec.search.pruner is None:
         return optuna.pruners.NopPruner()
     made: optuna.pruners.BasePruner = _made(optuna.pruners, "plan.pruner", spec.search.pruner)
@@ -69,12 +69,19 @@ def make_pruner(spec: StudySpec) -> optuna.pruners.BasePruner:
 def _made(module: ModuleType, key: str, member: Member, **own: Any) -> Any:  # noqa: ANN401
     """A class of Optuna's by its name, with its arguments as the file gives them.
 
+    Args:
+        module: Of the class.
+        key: Of the study file, for errors.
+        member: Name and arguments; a mapping with a ``name`` is a class of the same module.
+        **own: Arguments of ours, such as ``seed``, for each class that takes them.
+
     Raises:
         SpecError: There is no such class, or it refuses its arguments.
     """
     kinds = {name: getattr(module, name) for name in module.__all__}
-    known = [name for name, kind in kinds.items() if inspect.isclass(kind)]
-    known = [name for name in known if not inspect.isabstract(kinds[name])]
+    known = [
+        n for n, kind in kinds.items() if inspect.isclass(kind) and not inspect.isabstract(kind)
+    ]
     if member.name not in known:
         close = difflib.get_close_matches(member.name, known, 1)
         hint = f"; did you mean {close[0]}?" if close else ""
@@ -84,7 +91,7 @@ def _made(module: ModuleType, key: str, member: Member, **own: Any) -> Any:  # n
         )
     kind = kinds[member.name]
     options = {
-        name: _made(module, f"{key}.{name}", Member.of(value, name))
+        name: _made(module, f"{key}.{name}", Member.of(value, name), **own)
         if isinstance(value, dict) and "name" in value
         else value
         for name, value in member.options.items()

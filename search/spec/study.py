@@ -1,15 +1,14 @@
 """A study: what is distilled by which method, what is searched, how it is judged, what it costs.
 
-One file, whatever the method and whether points are searched or given arms are measured. A
-misspelt key is an error and a parsed spec never changes. Counts of images are in kimg (thousands),
-sizes in GiB, times in seconds.
+One form for all methods, for searches and for given arms. A misspelt key is an error and a parsed
+spec never changes. Counts of images are in kimg (thousands), sizes in GiB, times in seconds.
 """
 
 import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -22,7 +21,7 @@ from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
 from bdense.weights import WEIGHT_SPACES
 from bdense.weights.spaces import WeightSpace
 
-# Of bdense.execution.Precision, which needs torch.
+# bdense.execution.Precision, without torch.
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 Loss = Literal["constant", "snr", "snr_trunc", "v"]
 _SEEDS: dict[str, Any] = {"low": 0, "below": 2**31}
@@ -181,7 +180,9 @@ class SearchPlan(Knobs):
         "a class of optuna.samplers and its arguments; its seed is seeds.sampler",
     )
     pruner: Member | None = knob(
-        None, "a class of optuna.pruners and its arguments, asked at each intermediate FID"
+        None,
+        "a class of optuna.pruners and its arguments, asked at each intermediate FID; needs at, "
+        "or a method of several stages",
     )
     at: tuple[float, ...] = knob(
         (),
@@ -236,7 +237,7 @@ class ArmsPlan(Knobs):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SeedsSpec(Knobs):
-    """One training seed and one set of latents for all trials of a search; the sampler's seed."""
+    """Seeds of a search: all trials share training seed and latents."""
 
     training: int = knob(0, "seed of each training", **_SEEDS)
     evaluation: int = knob(0, "seed of the latents that images are drawn from", **_SEEDS)
@@ -256,7 +257,7 @@ class TrajectoriesSpec(Knobs):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConfirmSpec(Knobs):
-    """How the best weights are told from lucky ones: fresh seeds, the same for all."""
+    """How the best weights are confirmed under fresh seeds."""
 
     candidates: int = knob(3, "points of the search with the lowest posterior mean", low=1)
     seeds: int = knob(3, "fresh training seeds, and latents, each", low=3)
@@ -269,7 +270,7 @@ class ConfirmSpec(Knobs):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageFacts(Knobs):
-    """What is known of a stage before it is trained, as ``bdense.methods.method.StagePlan``."""
+    """What is known of a stage before it is trained, see ``bdense.methods.method.StagePlan``."""
 
     name: str = knob()
     label: str = knob()
@@ -280,7 +281,7 @@ class StageFacts(Knobs):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts(Knobs):
-    """What the engine says of a spec, so that others need not load torch to know it."""
+    """What the engine knows of a spec, for those that run without torch."""
 
     title: str = knob(help="the method's short name for people, such as SFD")
     num_branches: int = knob(help="K")
@@ -314,7 +315,8 @@ class StudySpec(Knobs):
     resources: ResourcesSpec = knob(ResourcesSpec(), "what a trial holds")
     keep_students: int = knob(3, "how many of a search's best students stay on the disk", low=1)
     confirm: ConfirmSpec = knob(ConfirmSpec(), "how a search's best is confirmed")
-    facts: Facts | None = knob(None, "written by search.spec.resolve")
+    # Written by search.spec.resolve, never by users: no knob.
+    facts: Facts | None = None
 
     def __post_init__(self) -> None:
         Knobs.__post_init__(self)
@@ -326,31 +328,27 @@ class StudySpec(Knobs):
 
     @classmethod
     def read(cls, tree: Mapping[str, Any], where: str = "") -> Self:
-        """As of ``Knobs``, with all mistakes at once, a line for each section.
-
-        Raises:
-            InputError: A line for each mistake, naming the key.
-        """
+        """As ``Knobs.read``, but the error has a line for each section with a mistake."""
         values, problems = dict(tree), []
+        facts = values.pop("facts", None)
         for name, known in knobs_of(cls).items():
             try:
-                if name in tree:
-                    values[name] = _section(name, tree[name])
+                if name in values:
+                    values[name] = _section(name, values[name])
                     known.accept(values[name])
             except InputError as error:
                 problems.append(_named(name, error))
-        rest = {name: value for name, value in values.items() if name in knobs_of(cls)}
-        unknown = {name: value for name, value in values.items() if name not in rest}
         try:
-            # Of a key that is unknown or missing.
-            if unknown or not problems:
-                return super(StudySpec, cls).read(values, where)
+            # Finds keys that are unknown or missing.
+            if not problems or values.keys() - knobs_of(cls).keys():
+                spec = super(StudySpec, cls).read(values, where)
+                return spec if facts is None else replace(spec, facts=Facts.read(facts))
         except InputError as error:
             problems.append(str(error))
         raise InputError("\n".join(dict.fromkeys(problems)))
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, which ``read`` takes back."""
+        """Plain values, which ``read`` accepts."""
         plain: dict[str, Any] = as_plain(self)
         return plain
 
@@ -374,6 +372,17 @@ class StudySpec(Knobs):
         return self.plan
 
     @property
+    def given(self) -> ArmsPlan:
+        """The plan of given arms."""
+        assert isinstance(self.plan, ArmsPlan)
+        return self.plan
+
+    @property
+    def fresh_latents(self) -> bool:
+        """Whether each training seed is judged on latents of its own."""
+        return not self.is_search and self.given.latents == "fresh"
+
+    @property
     def resolved(self) -> Facts:
         """The engine's facts, which every stored spec has."""
         assert self.facts is not None
@@ -381,18 +390,15 @@ class StudySpec(Knobs):
 
     @property
     def uses_data(self) -> bool:
-        """Whether anything needs the data set: students or teacher to learn, or the reference."""
+        """Whether students, teacher or the FID's reference need the data set."""
         made = self.teacher.train is not None or self.evaluation.reference is None
         return made or (self.facts is not None and self.facts.needs_data)
 
     def conditions(self, contents: Mapping[str, str] | None = None) -> dict[str, Any]:
-        """What changes a row's number, flat: ``section.key`` -> value.
+        """All that changes a row's FID, flat: ``section.key`` -> value.
 
-        Trial count, bounds, sampler, pruner, mode of trajectories and resources may change, but
-        for the number of GPUs that share a batch.
-
-        Args:
-            contents: As of ``contents``, where they are known; None reads the files.
+        Trial count, bounds, sampler, pruner, mode of trajectories and resources may change, except
+        the number of GPUs that share a batch. ``contents`` of None reads the files.
         """
         kept: dict[str, Any] = {
             "numerics": NUMERICS,
@@ -403,15 +409,11 @@ class StudySpec(Knobs):
             kept["teacher"] = {"train": as_plain(self.teacher.train)}
         if self.precision != "float32":
             kept["precision"] = self.precision
-        if isinstance(self.plan, SearchPlan):
-            kept["weights"] = self.space.identity()
-            kept["seeds"] = {
-                "training": self.seeds.training,
-                "evaluation": self.seeds.evaluation,
-            }
+        if self.is_search:
+            seeds = {"training": self.seeds.training, "evaluation": self.seeds.evaluation}
+            kept |= {"weights": self.space.identity(), "seeds": seeds}
         else:
-            shared = self.plan.latents == "shared"
-            kept["latents"] = self.seeds.evaluation if shared else "fresh"
+            kept["latents"] = "fresh" if self.fresh_latents else self.seeds.evaluation
         if self.trajectories.mode == "recorded" and self.trajectories.dtype != "float32":
             kept["trajectories"] = {"dtype": self.trajectories.dtype}
         if self.resources.team > 1:
@@ -423,9 +425,9 @@ class StudySpec(Knobs):
         return fingerprint_of(self.conditions())
 
     def contents(self) -> dict[str, str]:
-        """What data, teacher, extractor and reference are, by their key among the conditions.
+        """Data, teacher, extractor and reference by their key among the conditions.
 
-        A file is its content, not where it lies; a published one is what its name says.
+        Files are identified by their digest, published ones by their name.
         """
         kind, _, file = self.evaluation.extractor.partition(":")
         extractor = f"{kind}:{sha256_file(Path(file))}" if file else self.evaluation.extractor
@@ -462,7 +464,7 @@ def as_plain(value: Any) -> Any:  # noqa: ANN401  any part of a spec
 
 
 def _section(name: str, given: Any) -> Any:  # noqa: ANN401  as YAML has it
-    """A section that is not one class alone, as what it is."""
+    """``method``, ``weights`` and ``plan`` as their classes; other sections as given."""
     if name in ("method", "weights"):
         return Member.of(given, name)
     if name == "plan":
@@ -478,7 +480,7 @@ def _section(name: str, given: Any) -> Any:  # noqa: ANN401  as YAML has it
 
 
 def _named(name: str, error: InputError) -> str:
-    """A mistake with the section's name in front."""
+    """An error's text with the section's name in front."""
     text = str(error)
     if not isinstance(error, KnobError):
         return f"{name}: {text}"
@@ -486,7 +488,7 @@ def _named(name: str, error: InputError) -> str:
 
 
 def _content_of(data: str) -> str:
-    """A data set by what is in it: a name stands for itself, for a path its files."""
+    """A data set's name, or the digest of its files."""
     source, side = split_side(data)
     if (found := split_format(source)) is None:
         return data
@@ -502,8 +504,7 @@ def _content_of(data: str) -> str:
 def _digest_of_folder(folder: Path) -> str:
     """Hex digest over the images' names and sizes, and the labels.
 
-    Not over the pixels, which take minutes to read and are asked for by every launch and worker;
-    nor over times of modification, which differ wherever the folder is copied to.
+    Pixels take minutes to read at every launch, and modification times change with every copy.
     """
     files = [(name, (folder / name).stat().st_size) for name in image_files(folder)]
     labels = folder / LABELS_FILE

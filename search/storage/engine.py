@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import hashlib
 import logging
 import os
@@ -45,6 +46,7 @@ _WITHOUT_RIGHTS = (
     "the user may not do that: let the database's owner give the command bdense-search storage "
     "init, with --writer or --reader for this user"
 )
+_AGAIN = "check that it runs, then give the same command again: it continues"
 UPGRADE = "end its workers, then renew them by: bdense-search storage upgrade"
 
 # Explicit, because postgresql:// alone means another driver from SQLAlchemy 2.1 on.
@@ -132,44 +134,36 @@ def sqlite_file(url: str) -> Path | None:
     return _sqlite_database(parsed, url) if parsed.drivername in _SQLITE_NAMES else None
 
 
-def open_storage(url: str) -> RDBStorage:
+def open_storage(url: str, **options: Any) -> RDBStorage:  # noqa: ANN401  Optuna's
     """Open the database; creates its file, folder and Optuna's tables if missing.
 
     Args:
         url: As accepted by ``resolve_storage_url``.
+        options: Of ``RDBStorage``; with ``skip_compatibility_check`` tables of any version of
+            Optuna are opened.
 
     Raises:
         StorageError: It cannot be opened; one line with what to check, without a password. A
             ``StorageRefusedError`` if trying later will not help.
     """
-    return _open(url)
+    return _open(url, reading=False, **options)
 
 
 def open_reading(url: str) -> RDBStorage:
-    """Open an existing database so that it refuses writes.
-
-    Args:
-        url: As accepted by ``resolve_storage_url``.
-
-    Raises:
-        StorageError: As in ``open_storage``, or the database does not exist.
-    """
-    return _open(url, reading=True)
+    """Open an existing database so that it refuses writes; raises as ``open_storage``."""
+    return _open(url, reading=True, skip_table_creation=True)
 
 
-def open_to_upgrade(url: str) -> RDBStorage:
-    """Like ``open_storage``, for tables of any version of Optuna."""
-    return _open(url, skip_compatibility_check=True)
-
-
-def _open(url: str, *, reading: bool = False, **options: Any) -> RDBStorage:  # noqa: ANN401
+def _open(url: str, *, reading: bool, **options: Any) -> RDBStorage:  # noqa: ANN401  Optuna's
     resolved = resolve_storage_url(url)
     path = sqlite_file(resolved)
+    # Optuna calls str.format on its URL, so braces in a password or a path must be escaped.
+    make = functools.partial(RDBStorage, resolved.replace("{", "{{").replace("}", "}}"), **options)
     try:
-        if path is not None:
-            refuse_network_file_system(path)
-            return _open_sqlite(resolved, path, reading=reading, **options)
-        return _open_postgres(resolved, reading=reading, **options)
+        if path is None:
+            return _open_postgres(make, resolved, reading=reading)
+        refuse_network_file_system(path)
+        return _open_sqlite(make, path, reading=reading)
     except (SQLAlchemyError, StorageInternalError, OSError, RuntimeError) as error:
         # RuntimeError: Optuna found a schema of another version.
         raise cannot_open(resolved, error) from None
@@ -193,7 +187,9 @@ def exclusive(engine: Engine, *names: str) -> Iterator[Connection]:
         return
     with engine.begin() as connection:
         for name in names:
-            _lock_in_transaction(connection, name)
+            digest = hashlib.sha256(f"bdense {name}".encode()).digest()
+            key = int.from_bytes(digest[:8], "big", signed=True)
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
         yield connection
 
 
@@ -216,7 +212,7 @@ def retrying(call: Callable[[], _T], *, patience_seconds: float = 300.0) -> _T:
             return call()
         except (SQLAlchemyError, StorageInternalError) as error:
             if is_full(error):
-                raise StorageFullError(_full(error)) from None
+                raise as_storage_error(error) from None
             if lacks_rights(error):
                 raise StorageRefusedError(f"{one_line(error)}; {_WITHOUT_RIGHTS}") from None
             if not is_transient(error):
@@ -229,7 +225,7 @@ def retrying(call: Callable[[], _T], *, patience_seconds: float = 300.0) -> _T:
         if now >= deadline:
             raise StorageError(
                 f"the study database did not answer for {patience_seconds:g} seconds: {message}; "
-                "check that it runs, then give the same command again: it carries on"
+                f"{_AGAIN}"
             )
         time.sleep(min(delay * _jitter.uniform(0.5, 1.0), max(deadline - now, 0.0)))
         delay = min(2 * delay, _LONGEST_DELAY_SECONDS)
@@ -237,8 +233,7 @@ def retrying(call: Callable[[], _T], *, patience_seconds: float = 300.0) -> _T:
 
 def is_transient(error: BaseException) -> bool:
     """Whether the database may answer the same call a little later."""
-    if isinstance(error, StorageInternalError):
-        return error.__cause__ is not None and is_transient(error.__cause__)
+    error = _cause(error)
     if isinstance(error, PoolTimeoutError):
         return True
     if not isinstance(error, DBAPIError):
@@ -253,68 +248,58 @@ def is_transient(error: BaseException) -> bool:
 
 def is_full(error: BaseException) -> bool:
     """Whether the database has no room left on its disk."""
-    if isinstance(error, StorageInternalError) and error.__cause__ is not None:
-        error = error.__cause__
-    if not isinstance(error, DBAPIError):
-        return False
-    # disk_full, of PostgreSQL.
-    by_name = getattr(error.orig, "sqlite_errorname", "") == "SQLITE_FULL"
-    return by_name or getattr(error.orig, "pgcode", None) == "53100"
+    origin = getattr(_cause(error), "orig", None)
+    by_name = getattr(origin, "sqlite_errorname", "") == "SQLITE_FULL"
+    return by_name or getattr(origin, "pgcode", None) == "53100"  # disk_full
 
 
 def as_storage_error(error: BaseException) -> StorageError:
     """A database's error as one for the user, where it is not retried."""
     if is_full(error):
-        return StorageFullError(_full(error))
-    return StorageError(
-        f"the study database: {one_line(error)}; check that it runs, then give the same command "
-        "again: it carries on"
-    )
-
-
-def _full(error: BaseException) -> str:
-    return (
-        f"the disk of the study database is full: {one_line(error)}; make room and give the same "
-        "command again: it carries on from what was told before"
-    )
+        return StorageFullError(
+            f"the disk of the study database is full: {one_line(error)}; make room, then give the "
+            "same command again: it continues from what was stored before"
+        )
+    return StorageError(f"the study database: {one_line(error)}; {_AGAIN}")
 
 
 def one_line(error: BaseException) -> str:
     """The message of the database's driver, on one line and without a password."""
-    if isinstance(error, StorageInternalError) and error.__cause__ is not None:
-        error = error.__cause__
-    said = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    cause = _cause(error)
+    said = getattr(cause, "orig", None) or cause
     return redact(" ".join(str(said).split()))
 
 
-class _SqliteConnection(sqlite3.Connection):
-    """Checks foreign keys, which SQLite does only if the connection asks for it."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - sqlite3 calls it
-        super().__init__(*args, **kwargs)
-        self.execute("PRAGMA foreign_keys = ON")
+def _cause(error: BaseException) -> BaseException:
+    """What Optuna wrapped in its own error, else the error itself."""
+    wrapped = isinstance(error, StorageInternalError) and error.__cause__ is not None
+    return error.__cause__ if wrapped else error  # type: ignore[return-value]
 
 
-class _SqliteReader(sqlite3.Connection):
-    """Refuses writes."""
+def _connecting_with(pragma: str) -> Callable[..., sqlite3.Connection]:
+    """A factory of connections that have this setting."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - sqlite3 calls it
-        super().__init__(*args, **kwargs)
-        self.execute("PRAGMA query_only = ON")
+    def connect(*args: Any, **kwargs: Any) -> sqlite3.Connection:  # noqa: ANN401 - sqlite3 calls
+        connection = sqlite3.Connection(*args, **kwargs)
+        connection.execute(f"PRAGMA {pragma}")
+        return connection
+
+    return connect
 
 
-def _open_sqlite(url: str, path: Path, *, reading: bool, **options: Any) -> RDBStorage:  # noqa: ANN401
+def _open_sqlite(make: Callable[..., RDBStorage], path: Path, *, reading: bool) -> RDBStorage:
+    # SQLite checks foreign keys only if a connection asks for it.
+    factory = _connecting_with("query_only = ON" if reading else "foreign_keys = ON")
+    engine = {"echo": False, "connect_args": {"timeout": BUSY_SECONDS, "factory": factory}}
     if reading:
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {path}; launch a study first")
-        connect_args = {"timeout": BUSY_SECONDS, "factory": _SqliteReader}
-        return _storage(url, connect_args=connect_args, skip_table_creation=True)
+        return make(engine_kwargs=engine)
     path.parent.mkdir(parents=True, exist_ok=True)
-    connect_args = {"timeout": BUSY_SECONDS, "factory": _SqliteConnection}
     with file_lock(Path(f"{path}.lock")):
         # The switch to WAL ignores the busy timeout, so it is done once, under the lock.
         _switch_to_wal(path)
-        return _storage(url, connect_args=connect_args, **options)
+        return make(engine_kwargs=engine)
 
 
 def _switch_to_wal(path: Path) -> None:
@@ -325,7 +310,7 @@ def _switch_to_wal(path: Path) -> None:
         raise OSError(f"{path.name}: {error}") from error
 
 
-def _open_postgres(url: str, *, reading: bool, **options: Any) -> RDBStorage:  # noqa: ANN401
+def _open_postgres(make: Callable[..., RDBStorage], url: str, *, reading: bool) -> RDBStorage:
     connect_args: dict[str, Any] = {
         "connect_timeout": CONNECT_SECONDS,
         "keepalives": 1,
@@ -338,21 +323,20 @@ def _open_postgres(url: str, *, reading: bool, **options: Any) -> RDBStorage:  #
         "application_name": "bdense",
         "options": _session_settings(url, reading=reading),
     }
-    if reading:
-        options["skip_table_creation"] = True
     gate = sqlalchemy.create_engine(
         url, connect_args=connect_args, poolclass=sqlalchemy.pool.NullPool
     )
     # Two launchers on an empty database would both create the tables, and one would fail.
     with exclusive(gate, "schema"):
-        return _storage(
-            url,
-            connect_args=connect_args,
-            pool_pre_ping=True,
-            pool_size=2,
-            max_overflow=2,
-            pool_recycle=1800,
-            **options,
+        return make(
+            engine_kwargs={
+                "echo": False,
+                "connect_args": connect_args,
+                "pool_pre_ping": True,
+                "pool_size": 2,
+                "max_overflow": 2,
+                "pool_recycle": 1800,
+            }
         )
 
 
@@ -371,36 +355,14 @@ def _session_settings(url: str, *, reading: bool) -> str:
     return " ".join([*asked, *(f"-c {name}={value}" for name, value in settings.items())])
 
 
-def _storage(
-    url: str,
-    *,
-    skip_compatibility_check: bool = False,
-    skip_table_creation: bool = False,
-    **engine_kwargs: Any,  # noqa: ANN401 - SQLAlchemy's own
-) -> RDBStorage:
-    # Optuna calls str.format on its URL, so braces in a password or a path must be escaped.
-    return RDBStorage(
-        url.replace("{", "{{").replace("}", "}}"),
-        engine_kwargs={"echo": False, **engine_kwargs},
-        skip_compatibility_check=skip_compatibility_check,
-        skip_table_creation=skip_table_creation,
-    )
-
-
-def _lock_in_transaction(connection: Connection, name: str) -> None:
-    digest = hashlib.sha256(f"bdense {name}".encode()).digest()
-    key = int.from_bytes(digest[:8], "big", signed=True)
-    connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": key})
-
-
 def _parse(given: str) -> URL:
     try:
         url = make_url(given)
     except (ArgumentError, ValueError):
-        raise StorageRefusedError(_bad_url(given)) from None
+        raise _bad_url(given) from None
     # A dsn is a connection string inside the URL (psycopg2); ``redact`` does not look into it.
     if url.drivername not in _POSTGRES_NAMES + _SQLITE_NAMES or "dsn" in url.query:
-        raise StorageRefusedError(_bad_url(given))
+        raise _bad_url(given)
     if "@" in (url.host or ""):
         raise StorageRefusedError(
             f"storage URL {redact(given)} has an @ inside its password; write it as %40, "
@@ -419,8 +381,8 @@ def _sqlite_database(url: URL, given: str) -> Path:
     return Path(database)
 
 
-def _bad_url(given: str) -> str:
-    return (
+def _bad_url(given: str) -> StorageRefusedError:
+    return StorageRefusedError(
         f"storage URL {redact(given)} (from --storage or BDENSE_STORAGE) has an unknown form; "
         f"give {ACCEPTED_FORMS}"
     )
@@ -430,26 +392,19 @@ def cannot_open(url: str, error: BaseException) -> StorageError:
     """An error that says why a database cannot be opened and what to do, on one line."""
     parsed = make_url(url)
     said = one_line(error)
-    for secret in _secrets(parsed):
+    queried = (value for key in _SECRETS for value in parsed.normalized_query.get(key, ()))
+    for secret in filter(None, (parsed.password, *queried)):
         said = said.replace(secret, "***")
     kind = StorageRefusedError if _is_final(error) else StorageError
     advice = _advice(parsed, error, said)
     return kind(f"cannot open the study database {redact(url)}: {said}; {advice}")
 
 
-def _secrets(url: URL) -> list[str]:
-    """The secrets in a URL."""
-    queried = (value for key in _SECRETS for value in url.normalized_query.get(key, ()))
-    return [secret for secret in (url.password, *queried) if secret]
-
-
 def _is_final(error: BaseException) -> bool:
     """Whether opening would fail again later."""
-    if isinstance(error, StorageInternalError) and error.__cause__ is not None:
-        return _is_final(error.__cause__)
+    error = _cause(error)
     if isinstance(error, OSError):
-        final = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
-        return error.errno in final
+        return error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
     if isinstance(error, DBAPIError):
         return lacks_rights(error) or bool(_TURNED_AWAY.search(str(error.orig)))
     return isinstance(error, RuntimeError)  # tables of another version of Optuna
@@ -472,7 +427,4 @@ def _advice(url: URL, error: BaseException, said: str) -> str:
 
 def lacks_rights(error: BaseException) -> bool:
     """Whether the server refused a statement because of missing rights."""
-    if isinstance(error, StorageInternalError) and error.__cause__ is not None:
-        error = error.__cause__
-    code = getattr(error.orig, "pgcode", None) if isinstance(error, DBAPIError) else None
-    return code in _LACKING_RIGHTS
+    return getattr(getattr(_cause(error), "orig", None), "pgcode", None) in _LACKING_RIGHTS

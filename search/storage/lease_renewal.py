@@ -113,5 +113,5 @@ def lost_error(claim: Claim) -> LeaseLostError:
     """The error of a worker whose lease another one has."""
     return LeaseLostError(
         f"trial {claim.number}: attempt {claim.attempt} no longer holds it; another worker took "
-        "it over or finished it, and nothing was told by this one"
+        "it over or finished it, and this one stored nothing"
     )

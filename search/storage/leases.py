@@ -5,6 +5,7 @@ once when its own machine sees that the process is dead. ``attempt`` is its fenc
 grows, and a worker with an old token cannot write.
 """
 
+import dataclasses
 import functools
 import math
 import os
@@ -81,8 +82,8 @@ _FORGIVEN_ONE_MORE = sa.case(
 class Claim:
     """One trial, held by this process until it is finished, released or lost.
 
-    ``attempt`` is the fencing token, 1 for the first run. ``tries`` counts the attempts that count
-    against the trial, including this one; interrupted attempts do not count.
+    ``attempt`` is the fencing token, 1 for the first run. ``tries`` is the number of attempts so
+    far that count against the trial; interrupted ones do not.
     """
 
     trial_id: int
@@ -206,7 +207,6 @@ class Leases:
 
     def take(self, connection: sa.Connection, row: RunningRow, owner: str) -> bool:
         """Make this process the worker of ``row``; False if another one came first."""
-        mine = Process.current()
         values = {
             "owner": owner,
             "attempt": row.attempt + 1,
@@ -214,11 +214,7 @@ class Leases:
             "claimed": self._clock(),
             "expires": self._clock() + self.ttl,
             "progress": "",
-            "host": mine.host,
-            "boot": mine.boot,
-            "pid_namespace": mine.pid_namespace,
-            "pid": mine.pid,
-            "started": mine.started,
+            **dataclasses.asdict(Process.current()),
         }
         insert = postgresql.insert if self._postgres else sqlite.insert
         written = connection.execute(
@@ -246,7 +242,7 @@ class Leases:
         asking = self._fenced(self._renewal(progress), claim).returning(stored.label("stored"))
         with self._engine.begin() as connection:
             found = connection.execute(asking).one_or_none()
-        return found is not None, "" if found is None or found.stored is None else found.stored
+        return found is not None, (found and found.stored) or ""
 
     def _renewal(self, progress: str | None) -> sa.Update:
         values: dict[str, Any] = {"expires": self._clock() + self.ttl}
@@ -290,9 +286,9 @@ class Leases:
     def _running_row(self, row: sa.RowMapping) -> RunningRow:
         if row["owner"] is None:
             return RunningRow(trial_id=row["trial"], number=row["number"])
-        process = Process(
-            row["host"], row["boot"], row["pid_namespace"], row["pid"], row["started"]
-        )
+        process = Process(*(row[each.name] for each in dataclasses.fields(Process)))
+        # After an outage leases look expired until their owners have had time to renew them.
+        has_expired = row["serving"] > self.ttl and row["expires"] < row["now"]
         return RunningRow(
             trial_id=row["trial"],
             number=row["number"],
@@ -302,14 +298,8 @@ class Leases:
             progress=row["progress"],
             seconds=row["now"] - row["claimed"],
             process=process,
-            adoptable=self._is_over(row, process),
+            adoptable=has_expired or row["expires"] == RELEASED or process.is_seen_dead(),
         )
-
-    def _is_over(self, row: sa.RowMapping, process: Process) -> bool:
-        if row["expires"] == RELEASED or process.is_seen_dead():
-            return True
-        # After an outage leases look expired until their owners have had time to renew them.
-        return bool(row["serving"] > self.ttl and row["expires"] < row["now"])
 
     def _clock(self) -> sa.ColumnElement[float]:
         return database_clock(self._engine)
@@ -338,7 +328,7 @@ _SERVER_START = _seconds("extract(epoch from pg_postmaster_start_time())")
 
 @functools.lru_cache(maxsize=1)
 def _place(pid: int) -> tuple[str, str]:
-    """Boot id and pid namespace of this process; ``pid`` is its own, so that a fork asks again."""
+    """Boot id and pid namespace of this process; its ``pid`` makes a fork look again."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return boot, str(Path("/proc/self/ns/pid").stat().st_ino)

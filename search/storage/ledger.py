@@ -3,33 +3,38 @@
 Any number of processes share a study's budget through the database. ``Ledger.claim`` takes over
 the trial of a dead worker before it starts a new one. Only the holder of a trial's lease may
 finish it, and its first result stays.
+
+Uses Optuna's semi-private calls, as ``search.storage.verdicts`` does: a ``Trial`` made from its
+key, ``_suggest``, ``_storage`` and ``_trial_id``. The ledger's contract suite covers them, and
+pyproject.toml pins Optuna's minor version.
 """
 
 import logging
 import math
+import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal, Self, TypeAlias
+from typing import Any, Literal, Self, TypeAlias, TypeVar
 
 import optuna
+import sqlalchemy as sa
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.samplers import BaseSampler
+from optuna.samplers import BaseSampler, RandomSampler
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
-from search.storage.claims import Asking, Claimer, Done, Wait, failure_attributes
-from search.storage.engine import exclusive, retrying
+from bdense.errors import InputError
+from search.storage.engine import exclusive, redact, retrying
 from search.storage.lease_renewal import Holding, lost_error
-from search.storage.leases import Claim
-from search.storage.reader import LedgerReader
-from search.storage.rows import NOT_COUNTED
+from search.storage.leases import OUT_OF_BOUNDS, SURPLUS, Claim, Leases, RunningRow
+from search.storage.queries import NOT_COUNTED, LedgerReader
 from search.storage.schema import open_tables
 from search.storage.settings import (
     DEFAULT_MAX_ATTEMPTS,
     JSON,
-    check_settings,
     lock_name,
     open_study,
     record_change,
@@ -40,12 +45,48 @@ from search.storage.stop_flags import HALT, Launch, Stops, stopped_error
 __all__ = ["Claim", "Done", "FailureReason", "Holding", "Ledger", "Wait"]
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 FailureReason: TypeAlias = Literal["diverged", "out of memory", "error", "poisoned"]
 # Reasons that the user can remove before asking for the same trial again.
 MENDABLE: tuple[FailureReason, ...] = ("out of memory", "error", "poisoned")
 
 _NOTHING: Mapping[str, JSON] = MappingProxyType({})
+CONSTRAINT = "largest_weight"
+MAX_REFUSED_IN_A_ROW = 200
+_DETAIL_CHARACTERS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nothing can start now, but other trials still run: ask again later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The budget is spent and nothing runs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asking:
+    """Arguments of one call for a trial; ``owner`` identifies the lease it takes.
+
+    Without a ``sampler`` only planned trials start.
+    """
+
+    space: Mapping[str, BaseDistribution]
+    sampler: Callable[[int], BaseSampler] | None
+    constraint: Callable[[dict[str, Any]], float] | None
+    owner: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def sampler_at(self, offset: int) -> BaseSampler:
+        """The sampler for the ``offset``-th suggestion; any, for planned trials."""
+        return RandomSampler() if self.sampler is None else self.sampler(offset)
+
+
+def _failure_attributes(reason: str, detail: str) -> dict[str, str]:
+    """Attributes of a failed trial, without passwords."""
+    return {"reason": reason, "error": redact(detail)[:_DETAIL_CHARACTERS]}
 
 
 class Ledger(LedgerReader):
@@ -62,7 +103,7 @@ class Ledger(LedgerReader):
         # A process outside any launch ends with stop requests from now on.
         self.launch = Launch(name="", stops=Stops.of(attributes.get(HALT)).count)
         self._lock = lock_name(study.study_name)
-        self._claimer = Claimer(study, self._leases, self.max_attempts)
+        self._claimer = _Claimer(study, self._leases, self.max_attempts)
         self._warm = False
 
     @classmethod
@@ -80,21 +121,17 @@ class Ledger(LedgerReader):
         Args:
             url: The storage, from ``resolve_storage_url``.
             study_name: Name of the study.
-            budget: Trials to run in all, shared by all launchers. None keeps the stored one.
-            ttl: Seconds that a lease lasts without renewal; None keeps the stored one, at first
-                60.
-            max_attempts: How often a trial may start before it counts as poisoned; None keeps the
-                stored number, at first 3.
+            budget: Trials to run in all, shared by all launchers.
+            ttl: Seconds that a lease lasts without renewal, at first 60.
+            max_attempts: Starts of a trial before it counts as poisoned, at first 3.
 
-        A setting that differs from the stored one replaces it; the study's attribute ``changes``
-        records that.
+        A setting of None keeps the stored value; another one replaces it, and the study's
+        attribute ``changes`` records that.
 
         Raises:
             StorageError: The database cannot be opened.
             UnknownStudyError: No budget was given and there is no such study.
-            InputError: A setting is out of range.
         """
-        check_settings(budget=budget, ttl=ttl, max_attempts=max_attempts)
         if budget is None:
             require_file(url, study_name)
         storage = open_tables(url)
@@ -103,12 +140,7 @@ class Ledger(LedgerReader):
 
     def record_change(self, key: str, old: JSON, new: JSON) -> None:
         """Append a changed setting to the study's attribute ``changes``."""
-
-        def append() -> None:
-            with exclusive(self._storage.engine, self._lock):
-                record_change(self.study, key, old, new)
-
-        retrying(append)
+        self._locked(lambda _: record_change(self.study, key, old, new))
 
     def enqueue(
         self,
@@ -130,29 +162,23 @@ class Ledger(LedgerReader):
             Whether this call planned it.
         """
 
-        def add() -> bool:
-            with exclusive(self._storage.engine, self._lock):
-                over = (*again, NOT_COUNTED)
-                if any(
-                    asked == params and reason not in over for asked, reason in self._rows.asked()
-                ):
-                    return False
-                self.study.enqueue_trial(dict(params), dict(attrs))
-                return True
+        over = (*again, NOT_COUNTED)
 
-        return retrying(add)
+        def add(_: sa.Connection) -> bool:
+            known = self._rows.asked()
+            if any(asked == params and reason not in over for asked, reason in known):
+                return False
+            self.study.enqueue_trial(dict(params), dict(attrs))
+            return True
+
+        return self._locked(add)
 
     def change(self, key: str, to: Callable[[Any], JSON]) -> None:
         """Replace an attribute of the study by what ``to`` makes of it.
 
         If the database's answer is lost, ``to`` is called again with its own result.
         """
-
-        def write() -> None:
-            with exclusive(self._storage.engine, self._lock):
-                self.study.set_user_attr(key, to(self.study.user_attrs.get(key)))
-
-        retrying(write)
+        self._locked(lambda _: self.study.set_user_attr(key, to(self.study.user_attrs.get(key))))
 
     def extend_list(self, key: str, values: Sequence[JSON]) -> bool:
         """Store a list as an attribute of the study, if it begins with the stored one.
@@ -161,29 +187,23 @@ class Ledger(LedgerReader):
             Whether it does; otherwise nothing is written.
         """
 
-        def write() -> bool:
-            with exclusive(self._storage.engine, self._lock):
-                stored = list(self.study.user_attrs.get(key, []))
-                if list(values[: len(stored)]) != stored:
-                    return False
+        def write(_: sa.Connection) -> bool:
+            stored = list(self.study.user_attrs.get(key, []))
+            begins_with_it = list(values[: len(stored)]) == stored
+            if begins_with_it:
                 self.study.set_user_attr(key, list(values))
-                return True
+            return begins_with_it
 
-        return retrying(write)
+        return self._locked(write)
 
     def delete(self) -> None:
         """Delete the study and all its trials; no worker may be at work on one."""
         name = self.study.study_name
-        retrying(lambda: optuna.delete_study(study_name=name, storage=self._storage))
+        retrying(lambda: optuna.delete_study(study_name=name, storage=self.storage))
 
     def resize(self) -> None:
         """Set the budget to the number of planned trials."""
-
-        def write() -> None:
-            with exclusive(self._storage.engine, self._lock):
-                self.study.set_user_attr("budget", self._rows.count())
-
-        retrying(write)
+        self._locked(lambda _: self.study.set_user_attr("budget", self._rows.count()))
 
     def claim(
         self,
@@ -196,7 +216,7 @@ class Ledger(LedgerReader):
         Args:
             space: Parameter name to distribution.
             sampler: Makes the sampler from an offset to its seed, the number of trials started
-                before, so that no two claims draw alike. None starts only planned trials.
+                before, so that each claim has its own seed. None starts only planned trials.
             constraint: How far parameters are beyond the bound; above 0 the trial is finished at
                 once as pruned, outside the budget, and another one is suggested.
 
@@ -208,20 +228,19 @@ class Ledger(LedgerReader):
             InputError: 200 suggestions in a row were beyond the bound.
             StorageError: The database did not come back in time.
         """
-        asking = Asking(space=space, sampler=sampler, constraint=constraint)
+        asking = _Asking(space=space, sampler=sampler, constraint=constraint)
         if not self._warm:
             # Not under the lock, where all others would wait: seconds for 10,000 trials.
             retrying(self._claimer.load_trials)
             self._warm = True
 
-        def attempt() -> Claim | Wait | Done:
-            with exclusive(self._storage.engine, self._lock) as connection:
-                stored = self.study.user_attrs
-                if Stops.of(stored.get(HALT)).reaches(self.launch):
-                    raise stopped_error(self.study.study_name)
-                return self._claimer.claim(connection, asking, int(stored["budget"]))
+        def attempt(connection: sa.Connection) -> Claim | Wait | Done:
+            stored = self.study.user_attrs
+            if Stops.of(stored.get(HALT)).reaches(self.launch):
+                raise stopped_error(self.study.study_name)
+            return self._claimer.claim(connection, asking, int(stored["budget"]))
 
-        return retrying(attempt)
+        return self._locked(attempt)
 
     def holding(self, claim: Claim) -> Holding:
         """A context manager that keeps the claim's lease alive while the trial is worked on."""
@@ -244,9 +263,8 @@ class Ledger(LedgerReader):
         Raises:
             LeaseLostError: Another worker took the trial over; nothing was stored.
         """
-        if not retrying(partial(self._leases.renew, claim)):
-            raise lost_error(claim)
-        retrying(partial(self._storage.set_trial_intermediate_value, claim.trial_id, step, value))
+        self._renew(claim)
+        retrying(partial(self.storage.set_trial_intermediate_value, claim.trial_id, step, value))
 
     def prune(self, claim: Claim, attrs: Mapping[str, JSON]) -> None:
         """Finish as pruned.
@@ -266,7 +284,7 @@ class Ledger(LedgerReader):
         Raises:
             LeaseLostError: Another worker took the trial over; nothing was stored.
         """
-        self._finish(claim, TrialState.FAIL, {**attrs, **failure_attributes(reason, detail)})
+        self._finish(claim, TrialState.FAIL, {**attrs, **_failure_attributes(reason, detail)})
 
     def release(self, claim: Claim, *, interrupted: bool = False) -> None:
         """Give the trial back unfinished; another worker may continue it at once.
@@ -287,21 +305,31 @@ class Ledger(LedgerReader):
 
         Nothing is released; the next claim finds that the workers are gone.
         """
-
-        def write() -> None:
-            with self._storage.engine.begin() as connection:
-                self._leases.forgive(connection)
-
-        retrying(write)
+        self._write(self._leases.forgive)
 
     def note_server(self) -> None:
-        """Let expired leases end after a restart of the server, even if nobody claims a trial."""
+        """Let expired leases end after a restart of the server, even without another claim."""
+        self._write(self._leases.note_server)
 
-        def write() -> None:
-            with self._storage.engine.begin() as connection:
-                self._leases.note_server(connection)
+    def _locked(self, call: Callable[[sa.Connection], _T]) -> _T:
+        """Call with the connection that holds the study's lock; ``call`` may be repeated."""
 
-        retrying(write)
+        def attempt() -> _T:
+            with exclusive(self.storage.engine, self._lock) as connection:
+                return call(connection)
+
+        return retrying(attempt)
+
+    def _write(self, call: Callable[[sa.Connection], None]) -> None:
+        def attempt() -> None:
+            with self.storage.engine.begin() as connection:
+                call(connection)
+
+        retrying(attempt)
+
+    def _renew(self, claim: Claim) -> None:
+        if not retrying(partial(self._leases.renew, claim)):
+            raise lost_error(claim)
 
     def _finish(
         self,
@@ -311,9 +339,8 @@ class Ledger(LedgerReader):
         value: float | None = None,
     ) -> None:
         # Renewing is the fence: no other worker takes over for a full ttl, enough for the rest.
-        if not retrying(partial(self._leases.renew, claim)):
-            raise lost_error(claim)
-        set_attribute = partial(self._storage.set_trial_user_attr, claim.trial_id)
+        self._renew(claim)
+        set_attribute = partial(self.storage.set_trial_user_attr, claim.trial_id)
         try:
             # Before the value: a finished trial accepts no attributes.
             for key, stored in attrs.items():
@@ -324,3 +351,154 @@ class Ledger(LedgerReader):
         except UpdateFinishedTrialError:
             _log.warning("trial %d was finished before; its first result stands", claim.number)
         retrying(partial(self._leases.drop, claim))
+
+
+class _Claimer:
+    """Picks the trial to work on.
+
+    On PostgreSQL the connection that holds the lock is in a transaction, and Optuna writes through
+    its own connections. The lease is taken last, so that the two never wait for each other.
+    """
+
+    def __init__(self, study: optuna.Study, leases: Leases, max_attempts: int) -> None:
+        self._study = study
+        self._leases = leases
+        self._max_attempts = max_attempts
+
+    def load_trials(self) -> None:
+        """Fill Optuna's cache without the lock, so that later calls read only new trials."""
+        self._study.get_trials(deepcopy=False)
+
+    def claim(
+        self, connection: sa.Connection, asking: _Asking, budget: int
+    ) -> Claim | Wait | Done:
+        """A trial to take over, else a new one, else ``Wait`` or ``Done``.
+
+        Args:
+            connection: The connection that holds the study's lock.
+            asking: Arguments of the call.
+            budget: Trials to run in all.
+        """
+        self._leases.note_server(connection)
+        self._leases.sweep(connection)
+        for row in self._leases.running(connection):
+            if row.owner == asking.owner:
+                # An earlier attempt of this call was committed, but its answer was lost.
+                params = self._trial(row, asking).params
+                return _claim(row, params, asking, attempt=row.attempt, adopted=row.attempt > 1)
+            if row.adoptable and (claim := self._adopt(connection, row, asking, budget)):
+                return claim
+        self._leases.sweep(connection)
+        return self._begin(connection, asking, budget)
+
+    def _begin(
+        self, connection: sa.Connection, asking: _Asking, budget: int
+    ) -> Claim | Wait | Done:
+        params: dict[str, Any] = {}
+        for _ in range(MAX_REFUSED_IN_A_ROW):
+            states = self._leases.count_states(connection)
+            planned_alone = asking.sampler is None and not states["WAITING"]
+            if _started(states) >= budget or planned_alone:
+                return Wait() if states["RUNNING"] else Done()
+            self._study.sampler = asking.sampler_at(self._leases.count_begun(connection))
+            trial = self._study.ask(fixed_distributions=dict(asking.space))
+            params = trial.params
+            row = RunningRow(trial_id=trial._trial_id, number=trial.number)
+            if self._within_bounds(trial, asking) and (
+                claim := self._take(connection, row, params, asking, adopted=False)
+            ):
+                return claim
+        raise InputError(
+            f"{MAX_REFUSED_IN_A_ROW} suggestions in a row were beyond the bound on the largest "
+            f"branch weight, the last one {params}; raise that bound or lower the upper limits "
+            "of the search space"
+        )
+
+    def _adopt(
+        self, connection: sa.Connection, row: RunningRow, asking: _Asking, budget: int
+    ) -> Claim | None:
+        """Take over a trial without a worker, or finish it if it must not run again."""
+        if row.attempt == 0 and _started(self._leases.count_states(connection)) > budget:
+            self._drop_surplus(row)
+            return None
+        trial = self._trial(row, asking)
+        try:
+            if not self._within_bounds(trial, asking):
+                return None
+            if row.attempt + 1 - row.forgiven > self._max_attempts:
+                self._poison(trial, row)
+                return None
+        except UpdateFinishedTrialError:
+            # Its worker was only frozen and has just finished it.
+            return None
+        return self._take(connection, row, trial.params, asking, adopted=True)
+
+    def _trial(self, row: RunningRow, asking: _Asking) -> optuna.Trial:
+        """The trial of a row; suggests parameters that a dead worker left out."""
+        self._study.sampler = asking.sampler_at(row.number)
+        # Optuna's cache can write parameters only of trials that it has listed before.
+        self.load_trials()
+        trial = optuna.Trial(self._study, row.trial_id)
+        for name, distribution in asking.space.items():
+            trial._suggest(name, distribution)
+        return trial
+
+    def _within_bounds(self, trial: optuna.Trial, asking: _Asking) -> bool:
+        """Whether the trial may run; if not, it is finished and counts nowhere."""
+        beyond = 0.0 if asking.constraint is None else asking.constraint(trial.params)
+        if beyond <= 0:
+            return True
+        trial.set_user_attr(OUT_OF_BOUNDS, True)
+        if CONSTRAINT not in trial.constraints:
+            trial.set_constraint(CONSTRAINT, beyond)
+        self._study.tell(trial.number, state=TrialState.PRUNED, skip_if_finished=True)
+        return False
+
+    def _drop_surplus(self, row: RunningRow) -> None:
+        """Finish a trial beyond the budget that no worker took.
+
+        A claim started it and then lost the study's lock with its connection.
+        """
+        self._study._storage.set_trial_user_attr(row.trial_id, SURPLUS, True)
+        self._study.tell(row.number, state=TrialState.FAIL, skip_if_finished=True)
+
+    def _poison(self, trial: optuna.Trial, row: RunningRow) -> None:
+        detail = (
+            f"started {row.attempt} times, and no worker finished it (max_attempts is "
+            f"{self._max_attempts}); last seen at: {row.progress or 'the start'}"
+        )
+        _log.warning("trial %d is given up: %s", row.number, detail)
+        for key, value in _failure_attributes("poisoned", detail).items():
+            trial.set_user_attr(key, value)
+        self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+
+    def _take(
+        self,
+        connection: sa.Connection,
+        row: RunningRow,
+        params: Mapping[str, Any],
+        asking: _Asking,
+        *,
+        adopted: bool,
+    ) -> Claim | None:
+        if not self._leases.take(connection, row, asking.owner):
+            return None
+        return _claim(row, params, asking, attempt=row.attempt + 1, adopted=adopted)
+
+
+def _claim(
+    row: RunningRow, params: Mapping[str, Any], asking: _Asking, *, attempt: int, adopted: bool
+) -> Claim:
+    return Claim(
+        trial_id=row.trial_id,
+        number=row.number,
+        params=params,
+        attempt=attempt,
+        tries=attempt - row.forgiven,
+        owner=asking.owner,
+        adopted=adopted,
+    )
+
+
+def _started(states: Mapping[str, int]) -> int:
+    return sum(states.values()) - states["WAITING"]

@@ -24,7 +24,6 @@ from search.storage.engine import (
     exclusive,
     one_line,
     open_storage,
-    open_to_upgrade,
     redact,
     sqlite_file,
 )
@@ -38,10 +37,10 @@ _VERSION = sa.Table(
 )
 
 Access = Literal["read-write", "read-only"]
-# On tables, then on the sequences that number their rows.
-_GRANTS: dict[Access, tuple[str, str]] = {
-    "read-write": ("SELECT, INSERT, UPDATE, DELETE", "USAGE, SELECT"),
-    "read-only": ("SELECT", "SELECT"),
+_RIGHTS = Path(__file__).with_name("roles.sql")
+_PRIVILEGES: dict[Access, dict[str, str]] = {
+    "read-write": {"tables": "SELECT, INSERT, UPDATE, DELETE", "sequences": "USAGE, SELECT"},
+    "read-only": {"tables": "SELECT", "sequences": "SELECT"},
 }
 
 
@@ -55,7 +54,11 @@ def open_tables(url: str) -> RDBStorage:
     storage = open_storage(url)
     try:
         with exclusive(storage.engine, "schema"):
-            _make_or_check(storage.engine, url)
+            _OURS.create_all(storage.engine)
+            require_schema(storage.engine, url)
+            with storage.engine.begin() as connection:
+                if _stored_version(connection) is None:  # the tables are new
+                    connection.execute(sa.insert(_VERSION).values(version=SCHEMA))
     except SQLAlchemyError as error:
         raise cannot_open(url, error) from None
     return storage
@@ -74,7 +77,7 @@ def upgrade(url: str) -> list[str]:
         StorageError: The database cannot be opened, or belongs to a newer version.
         InputError: Workers hold trials; says how to stop them.
     """
-    storage = open_to_upgrade(url)
+    storage = open_storage(url, skip_compatibility_check=True)
     done = []
     try:
         with exclusive(storage.engine, "schema"):
@@ -92,7 +95,7 @@ def upgrade(url: str) -> list[str]:
             done += _upgrade_ours(storage.engine, url)
     except SQLAlchemyError as error:
         raise cannot_open(url, error) from None
-    return done or ["the tables are of this version already"]
+    return done or ["the tables have this version already"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,9 +108,9 @@ class Role:
 
 
 def grant(url: str, roles: Sequence[Role]) -> list[str]:
-    """Create missing roles and give them exactly their rights on the study tables.
+    """Create missing roles and give them exactly their rights on the study tables (roles.sql).
 
-    PUBLIC loses the right to connect. Other roles keep the rights they have.
+    PUBLIC loses the right to connect. Other roles keep their rights.
 
     Args:
         url: A PostgreSQL database, as its owner with the right to create roles.
@@ -131,14 +134,13 @@ def grant(url: str, roles: Sequence[Role]) -> list[str]:
     try:
         with engine.begin() as connection:
             database = connection.exec_driver_sql("SELECT current_database()").scalar_one()
-            name = engine.dialect.identifier_preparer.quote_identifier
-            connection.exec_driver_sql(f"REVOKE ALL ON DATABASE {name(database)} FROM PUBLIC")
-            connection.exec_driver_sql("REVOKE ALL ON SCHEMA public FROM PUBLIC")
+            quoted = engine.dialect.identifier_preparer.quote_identifier
             for role in roles:
-                _make(connection, role)
-                left += _set_read_only(connection, role, name(role.name))
-                for statement in _rights(role, name(database), name(role.name)):
-                    connection.exec_driver_sql(statement)
+                name = quoted(role.name)
+                _make(connection, role, name)
+                left += _set_read_only(connection, role, name)
+                own = {"database": quoted(database), "role": name, **_PRIVILEGES[role.access]}
+                connection.exec_driver_sql(_RIGHTS.read_text().format(**own))
     except SQLAlchemyError as error:
         raise StorageError(
             f"cannot make the roles {', '.join(role.name for role in roles)} in {redact(url)}: "
@@ -167,26 +169,16 @@ def require_schema(engine: sa.Engine, url: str) -> None:
     """Refuse tables of another version; a database without tables passes.
 
     Raises:
-        StorageRefusedError: They have another version; names the command that upgrades them.
+        StorageRefusedError: The version differs; names the command that upgrades the tables.
     """
     version = None
     if sa.inspect(engine).has_table(_VERSION.name):
         with engine.connect() as connection:
             version = _stored_version(connection)
     if version is None and _differs(engine):  # of the time before there were versions
-        raise StorageRefusedError(_old(url, "before 1"))
-    if version is not None and version < SCHEMA:
-        raise StorageRefusedError(_old(url, str(version)))
-    if version is not None and version > SCHEMA:
-        raise StorageRefusedError(_newer(url, version))
-
-
-def _make_or_check(engine: sa.Engine, url: str) -> None:
-    _OURS.create_all(engine)
-    require_schema(engine, url)
-    with engine.begin() as connection:
-        if _stored_version(connection) is None:  # all was made just now
-            connection.execute(sa.insert(_VERSION).values(version=SCHEMA))
+        raise _other_version(url, "before 1", is_newer=False)
+    if version is not None and version != SCHEMA:
+        raise _other_version(url, str(version), is_newer=version > SCHEMA)
 
 
 def _upgrade_ours(engine: sa.Engine, url: str) -> list[str]:
@@ -194,7 +186,7 @@ def _upgrade_ours(engine: sa.Engine, url: str) -> list[str]:
     with engine.begin() as connection:
         version = _stored_version(connection)
     if version is not None and version > SCHEMA:
-        raise StorageRefusedError(_newer(url, version))
+        raise _other_version(url, str(version), is_newer=True)
     if version == SCHEMA and not _differs(engine):
         return []
     # Their rows only matter to running workers, and there are none.
@@ -227,11 +219,11 @@ def _held(engine: sa.Engine) -> int:
     inspector = sa.inspect(engine)
     if not inspector.has_table(LEASE.name):
         return 0
-    if not {"expires"} <= {column["name"] for column in inspector.get_columns(LEASE.name)}:
-        return 0
-    # An old table may lack other columns.
+    # An old table may lack columns.
     expires = sa.column("expires", sa.Double)
     leases = sa.table(LEASE.name, expires)
+    if expires.name not in {column["name"] for column in inspector.get_columns(LEASE.name)}:
+        return 0
     with engine.connect() as connection:
         return connection.execute(
             sa.select(sa.func.count())
@@ -240,8 +232,7 @@ def _held(engine: sa.Engine) -> int:
         ).scalar_one()
 
 
-def _make(connection: sa.Connection, role: Role) -> None:
-    quoted = connection.dialect.identifier_preparer.quote_identifier(role.name)
+def _make(connection: sa.Connection, role: Role, quoted: str) -> None:
     there = connection.execute(
         sa.text("SELECT 1 FROM pg_roles WHERE rolname = :name"), {"name": role.name}
     ).scalar()
@@ -255,10 +246,10 @@ def _make(connection: sa.Connection, role: Role) -> None:
 
 
 def _set_read_only(connection: sa.Connection, role: Role, name: str) -> list[str]:
-    """Make a reader's transactions read-only by the role's setting; a writer's are not.
+    """Set whether the role's transactions are read-only; a statement that the owner may not give.
 
-    The setting is read first: an owner who may not alter roles may still grant rights. Without
-    the setting a reader has no right to write either.
+    An owner who may not alter roles may still grant rights, and without this setting a reader has
+    no right to write either. So it is altered only if it differs.
     """
     settings = connection.execute(
         sa.text("SELECT rolconfig FROM pg_roles WHERE rolname = :name"), {"name": role.name}
@@ -279,32 +270,9 @@ def _set_read_only(connection: sa.Connection, role: Role, name: str) -> list[str
     return []
 
 
-def _rights(role: Role, database: str, name: str) -> list[str]:
-    tables, sequences = _GRANTS[role.access]
-    return [
-        f"REVOKE ALL ON ALL TABLES IN SCHEMA public FROM {name}",
-        f"REVOKE ALL ON ALL SEQUENCES IN SCHEMA public FROM {name}",
-        f"GRANT CONNECT ON DATABASE {database} TO {name}",
-        f"GRANT USAGE ON SCHEMA public TO {name}",
-        f"GRANT {tables} ON ALL TABLES IN SCHEMA public TO {name}",
-        f"GRANT {sequences} ON ALL SEQUENCES IN SCHEMA public TO {name}",
-        # For tables that a later upgrade creates.
-        f"ALTER DEFAULT PRIVILEGES IN SCHEMA public REVOKE ALL ON TABLES FROM {name}",
-        f"ALTER DEFAULT PRIVILEGES IN SCHEMA public REVOKE ALL ON SEQUENCES FROM {name}",
-        f"ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT {tables} ON TABLES TO {name}",
-        f"ALTER DEFAULT PRIVILEGES IN SCHEMA public GRANT {sequences} ON SEQUENCES TO {name}",
-    ]
-
-
-def _old(url: str, version: str) -> str:
-    return (
-        f"the tables of {redact(url)} are of an older bdense (version {version}, this one has "
-        f"{SCHEMA}); {UPGRADE}"
-    )
-
-
-def _newer(url: str, version: int) -> str:
-    return (
-        f"the tables of {redact(url)} are of a newer bdense (version {version}, this one has "
-        f"{SCHEMA}); update bdense here"
+def _other_version(url: str, version: str, *, is_newer: bool) -> StorageRefusedError:
+    age, way_out = ("a newer", "update bdense here") if is_newer else ("an older", UPGRADE)
+    return StorageRefusedError(
+        f"the tables of {redact(url)} belong to {age} bdense (version {version}, this one has "
+        f"{SCHEMA}); {way_out}"
     )

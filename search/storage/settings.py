@@ -1,6 +1,5 @@
 """Studies in Optuna's table: find or create one, with its settings and their changes."""
 
-import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TypeAlias
@@ -8,7 +7,6 @@ from typing import TypeAlias
 import optuna
 from optuna.storages import RDBStorage
 
-from bdense.errors import InputError
 from search.errors import UnknownStudyError
 from search.storage.engine import exclusive, redact, sqlite_file
 
@@ -85,20 +83,6 @@ def record_change(study: optuna.Study, key: str, old: JSON, new: JSON) -> None:
     if not changes or {name: changes[-1].get(name) for name in what} != what:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         study.set_user_attr(CHANGES, [*changes, {"time": now, **what}])
-
-
-def check_settings(*, budget: int | None, ttl: float | None, max_attempts: int | None) -> None:
-    """Refuse settings out of range.
-
-    Raises:
-        InputError: One is; names it.
-    """
-    if budget is not None and budget < 1:
-        raise InputError(f"the budget of a study must be 1 trial or more, got {budget}")
-    if ttl is not None and not (math.isfinite(ttl) and ttl > 0):
-        raise InputError(f"a lease's ttl must be a positive number of seconds, got {ttl}")
-    if max_attempts is not None and max_attempts < 1:
-        raise InputError(f"max_attempts must be 1 or more, got {max_attempts}")
 
 
 def _unknown(name: str, url: str, names: Sequence[str]) -> str:

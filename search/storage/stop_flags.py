@@ -39,7 +39,7 @@ class Launch:
         stops = max((_stored(ledger).count for ledger in ledgers), default=0)
         for ledger in ledgers:
             if _stored(ledger).asked is not None:
-                ledger.change(HALT, lambda old: Stops.of(old).settled())
+                ledger.change(HALT, lambda old: Stops.of(old).as_dict() | {"asked": None})
         return cls(name=uuid.uuid4().hex[:8], stops=stops)
 
 
@@ -75,10 +75,6 @@ class Stops:
     def reaches(self, launch: Launch) -> bool:
         """Whether that launch and its workers must end."""
         return self.count > launch.stops or launch.name in self.launches
-
-    def settled(self) -> dict[str, Any]:
-        """As stored after the study's next launch."""
-        return self.as_dict() | {"asked": None}
 
 
 def ask_all(ledgers: Sequence["Ledger"]) -> None:

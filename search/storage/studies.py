@@ -11,8 +11,7 @@ import sqlalchemy as sa
 from optuna.trial import TrialState
 
 from search.storage.leases import LEFT_OUT, STATE, STUDIES, STUDY_ATTRIBUTES, TRIALS
-from search.storage.reader import Counts
-from search.storage.rows import KIND_OF_VALUE, VALUES
+from search.storage.queries import KIND_OF_VALUE, VALUES, Counts
 
 _BUDGET = "budget"  # every study that bdense-search made has one
 
@@ -24,7 +23,7 @@ class StoredStudy:
     Attributes:
         key: Optuna's key of the study.
         name: Its name.
-        attributes: Those that were asked for, as far as the study has them.
+        attributes: Those asked for, as far as the study has them.
         counts: Trials by state.
         best: Lowest finite value of a complete trial; None without any.
         started: When its first trial started, in UTC; None before that.
@@ -53,13 +52,13 @@ def read_studies(engine: sa.Engine, attributes: Collection[str] = ()) -> list[St
         SQLAlchemyError: The database does not answer.
     """
     with engine.connect() as connection:
-        studies = {row.study_id: row.study_name for row in connection.execute(sa.select(STUDIES))}
+        names = {row.study_id: row.study_name for row in connection.execute(sa.select(STUDIES))}
         stored = _attributes(connection, {_BUDGET, *attributes})
         states = _states(connection)
         best = _best(connection)
         times = _times(connection)
     found = []
-    for key, name in sorted(studies.items(), key=lambda item: item[1]):
+    for key, name in sorted(names.items(), key=lambda item: item[1]):
         if _BUDGET not in stored[key]:
             continue
         started, last_start, ended = times.get(key, (None, None, None))

@@ -1,7 +1,7 @@
-"""Arms: given ways to weigh the branches, each trained under one or more seeds."""
+"""Arms: given branch weights, each trained under one or more seeds."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 from optuna.distributions import BaseDistribution, IntDistribution
@@ -19,12 +19,12 @@ ROW_SPACE: Mapping[str, BaseDistribution] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """One way to weigh the branches.
+    """One set of branch weights.
 
     Attributes:
-        name: For people; of two arms that are equal it may differ.
+        name: For people; equal arms may have different ones.
         params: ``baseline`` (plain or uniform), or a and b, or rule, strength and memory.
-        trial: Number of the search's trial it comes from, if from one.
+        trial: Number of the search's trial it comes from, if any.
     """
 
     name: str = field(compare=False)
@@ -42,12 +42,12 @@ class Arm:
 
 
 def plain_arm(spec: StudySpec) -> Arm:
-    """The method without branches: supervised at the end of each interval alone."""
+    """The method without branches: supervised only at the end of each interval."""
     return Arm(name=f"plain {spec.resolved.title}", params={BASELINE: PLAIN})
 
 
 def uniform_arm() -> Arm:
-    """All branches weigh alike."""
+    """Equal weights of all branches."""
     return Arm(name="uniform weights", params={BASELINE: UNIFORM})
 
 
@@ -59,13 +59,7 @@ def given_arms(spec: StudySpec, name: str) -> StudySpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArmRow:
-    """One training of an arm.
-
-    Attributes:
-        arm: Its index among the study's arms.
-        seed: Of training.
-        variant: Index among the study's variants of the method's settings.
-    """
+    """One training of an arm: its index, the training seed, and the index of its variant."""
 
     arm: int
     seed: int
@@ -73,7 +67,7 @@ class ArmRow:
 
     def params(self) -> dict[str, int]:
         """As the database holds them."""
-        return {"arm": self.arm, "seed": self.seed, "variant": self.variant}
+        return asdict(self)
 
     @classmethod
     def of(cls, params: Mapping[str, Any]) -> Self:
@@ -83,14 +77,14 @@ class ArmRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What a worker is to train and measure for one row.
+    """What a worker trains and measures for one row.
 
     Attributes:
         params: Of the weights: an arm's or a sampled point's.
-        seed: Of training.
-        latents: Of the images that are judged.
-        variant: The method's settings that differ from the study's.
-        arm: Its name where it is a given arm.
+        seed: Training seed.
+        latents: Seed of the latents of the evaluation.
+        variant: Settings of the method that differ from the study's.
+        arm: Name of a given arm.
     """
 
     params: Mapping[str, Any]
@@ -100,10 +94,7 @@ class Task:
     arm: str | None = None
 
     def identity(self) -> dict[str, Any]:
-        """What its folder says of itself."""
-        return {
-            "params": dict(self.params),
-            "seed": self.seed,
-            "latents": self.latents,
-            "variant": dict(self.variant),
-        }
+        """What the row's folder stores to be known again."""
+        identity = asdict(self)
+        del identity["arm"]
+        return identity

@@ -1,7 +1,7 @@
-"""A trial's pictures beside its row, as Optuna's artifacts, where the dashboard shows them.
+"""A trial's pictures as Optuna's artifacts, where the dashboard shows them.
 
-The metadata lie in the database with the trial, which takes none once it is finished; the files
-lie in a folder or a bucket that workers and dashboard share.
+Their metadata are in the database, and frozen once the trial is finished; the files are in a
+folder or bucket that workers and dashboard share.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -32,28 +33,22 @@ from search.storage.engine import exclusive, one_line, retrying, runs_folder
 PLACE = "BDENSE_ARTIFACTS"
 FOLDER = "artifacts"
 _BUCKET = "s3://"
-# A store that has not taken a trial's pictures by then hangs.
+# After so long a write to a store counts as hanging.
 PATIENCE_SECONDS = 120.0
 
 
 class Store(Protocol):
-    """What Optuna asks of an artifact store."""
+    """Optuna's protocol of artifact stores."""
 
-    def open_reader(self, artifact_id: str) -> BinaryIO:
-        """Raises ArtifactNotFound where there is none of that id."""
-        ...
+    def open_reader(self, artifact_id: str) -> BinaryIO: ...  # raises ArtifactNotFound
 
-    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
-        """Replaces what is there."""
-        ...
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None: ...
 
-    def remove(self, artifact_id: str) -> None:
-        """Raises ArtifactNotFound, where the store can tell."""
-        ...
+    def remove(self, artifact_id: str) -> None: ...
 
 
 class FolderStore(FileSystemArtifactStore):  # type: ignore[misc]  # Optuna exports it untyped
-    """Files of a folder that appear whole or not at all."""
+    """Files of a folder, written atomically."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -61,33 +56,30 @@ class FolderStore(FileSystemArtifactStore):  # type: ignore[misc]  # Optuna expo
 
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
         if Path(artifact_id).name != artifact_id:
-            raise ValueError(f"{artifact_id!r} is no artifact's id")
+            raise ValueError(f"{artifact_id!r} is not an artifact's id")
         with atomic_write(self._folder / artifact_id) as scratch, scratch.open("wb") as file:
             shutil.copyfileobj(content_body, file)
 
 
+@dataclass(frozen=True, slots=True)
 class PrefixedStore:
-    """A part of another store: what has a prefix before its id."""
+    """Part of another store: artifacts with a prefix before their ids."""
 
-    def __init__(self, store: Store, prefix: str) -> None:
-        self._store = store
-        self._prefix = prefix
+    store: Store
+    prefix: str
 
     def open_reader(self, artifact_id: str) -> BinaryIO:
-        """As ``Store``."""
-        return self._store.open_reader(self._prefix + artifact_id)
+        return self.store.open_reader(self.prefix + artifact_id)
 
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
-        """As ``Store``."""
-        self._store.write(self._prefix + artifact_id, content_body)
+        self.store.write(self.prefix + artifact_id, content_body)
 
     def remove(self, artifact_id: str) -> None:
-        """As ``Store``."""
-        self._store.remove(self._prefix + artifact_id)
+        self.store.remove(self.prefix + artifact_id)
 
 
 def artifacts_place() -> str:
-    """``$BDENSE_ARTIFACTS``, else a folder under the runs; one that means the same everywhere.
+    """``$BDENSE_ARTIFACTS``, else a folder under the runs, as an absolute path or a bucket's URL.
 
     Raises:
         InputError: It is neither a folder nor ``s3://bucket[/prefix]``, or boto3 is missing.
@@ -102,14 +94,12 @@ def artifacts_place() -> str:
             )
         return given
     if "://" in given:
-        raise InputError(
-            f"{PLACE}={given} is of no known form; give a folder, or s3://bucket[/prefix]"
-        )
+        raise InputError(f"{PLACE}={given} is unknown; give a folder, or s3://bucket[/prefix]")
     return str(Path(given).resolve())
 
 
 def artifact_store(place: str | None = None) -> Store:
-    """The store of a place, as ``artifacts_place`` gives it, which is asked without one."""
+    """The store of a place; None means ``artifacts_place()``."""
     place = place or artifacts_place()
     if not place.startswith(_BUCKET):
         return FolderStore(Path(place))
@@ -122,28 +112,22 @@ def artifact_store(place: str | None = None) -> Store:
 def attach(
     storage: RDBStorage, trial_id: int, files: Sequence[Path], store: Store
 ) -> dict[str, str]:
-    """Make files a trial's artifacts, each once, whatever a worker before this one got done.
+    """Make files artifacts of an unfinished trial, each once, even after an interrupted attempt.
 
-    The database is asked for their ids first, under a lock; the store is waited for without one,
-    and not for ever.
-
-    Args:
-        storage: The study's.
-        trial_id: Of a trial that is not finished.
-        files: Of different names.
-        store: Where they go.
+    Ids are reserved in the database first, under a lock; the store is written to without one, for
+    a limited time.
 
     Returns:
         File name -> id of the artifact.
 
     Raises:
         UpdateFinishedTrialError: Another worker has finished it.
-        StorageError: The database stayed away.
+        StorageError: The database cannot be reached.
         ArtifactError: The store cannot be written to, or hangs.
     """
 
     def reserve() -> dict[str, str]:
-        # A worker that was frozen here and its adopter would each begin one.
+        # Else a worker that was frozen here and its adopter would both reserve.
         with exclusive(storage.engine, f"artifacts of trial {trial_id}"):
             trial = storage.get_trial(trial_id)
             known = {meta.filename: meta.artifact_id for meta in attached(storage, trial)}
@@ -160,16 +144,15 @@ def attach(
     ids = retrying(reserve)
 
     def write() -> None:
-        # Whoever took the trial over may find each of them whole, in part, or not at all.
         for path in files:
-            _mend(store, ids[path.name], path)
+            _write_if_other(store, ids[path.name], path)
 
     _in_time(write)
     return ids
 
 
 def attached(storage: RDBStorage, trial: FrozenTrial) -> list[ArtifactMeta]:
-    """What is known of a trial's artifacts; their files may be gone."""
+    """Metadata of a trial's artifacts; their files may be gone."""
     return retrying(lambda: get_all_artifact_meta(trial, storage=storage))
 
 
@@ -183,7 +166,7 @@ def is_stored(store: Store, artifact_id: str) -> bool:
 
 
 class _Nowhere:
-    """Lets Optuna name an artifact and write its metadata; the file goes elsewhere, by itself."""
+    """Lets Optuna name an artifact and write its metadata; the file is written by ``attach``."""
 
     def open_reader(self, artifact_id: str) -> BinaryIO:
         raise ArtifactNotFound(artifact_id)
@@ -196,7 +179,7 @@ class _Nowhere:
 
 
 def _in_time(write: Callable[[], None]) -> None:
-    """Write to a store; whatever goes wrong there is an error of its own kind."""
+    """Write to a store; any error, or no end in time, is an ArtifactError."""
     errors: list[Exception] = []
 
     def work() -> None:
@@ -205,7 +188,7 @@ def _in_time(write: Callable[[], None]) -> None:
         except Exception as error:  # noqa: BLE001  raised below
             errors.append(error)
 
-    # Writing to a mount whose server is gone blocks for ever, hence a thread.
+    # A thread, as writing to a mount whose server is gone blocks for ever.
     thread = threading.Thread(target=work, name="artifacts", daemon=True)
     thread.start()
     thread.join(PATIENCE_SECONDS)
@@ -220,7 +203,7 @@ def _in_time(write: Callable[[], None]) -> None:
         ) from errors[0]
 
 
-def _mend(store: Store, artifact_id: str, path: Path) -> None:
+def _write_if_other(store: Store, artifact_id: str, path: Path) -> None:
     content = path.read_bytes()
     with contextlib.suppress(ArtifactNotFound), store.open_reader(artifact_id) as stored:
         if stored.read() == content:

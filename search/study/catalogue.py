@@ -1,8 +1,7 @@
-"""The studies of a storage in a list: what each is, how far it is, its lowest FID."""
+"""``list``: the studies of a storage, their kind, progress and lowest FID."""
 
 import json
 from collections.abc import Sequence
-from datetime import datetime
 from typing import Any
 
 from search.storage.engine import open_reading, retrying, sqlite_file
@@ -29,7 +28,7 @@ def list_studies(url: str) -> list[StoredStudy]:
 
 
 def studies_json(studies: Sequence[StoredStudy]) -> list[dict[str, Any]]:
-    """What ``list --json`` prints: times in UTC, null for what there is not yet."""
+    """What ``list --json`` prints: times in UTC, null for what is missing."""
     return [
         {
             "study": study.name,
@@ -59,7 +58,7 @@ def _cells(study: StoredStudy) -> tuple[str, ...]:
         str(counts.failed),
         str(counts.running),
         "-" if study.best is None else f"{study.best:.3f}",
-        _local(study.changed),
+        "-" if study.changed is None else f"{study.changed.astimezone():%Y-%m-%d %H:%M}",
     )
 
 
@@ -69,13 +68,7 @@ def _kind(study: StoredStudy) -> str:
 
 
 def _method(study: StoredStudy) -> str | None:
-    """The method of its students; None while the study is half made."""
-    if SPEC not in study.attributes:
-        return None
-    # A spec of the older form has none, until storage upgrade.
-    method: str | None = json.loads(study.attributes[SPEC]).get("method", {}).get("name")
+    """The method's name; None of a study that is incomplete, or was not upgraded."""
+    spec = json.loads(study.attributes.get(SPEC, "{}"))
+    method: str | None = spec.get("method", {}).get("name")
     return method
-
-
-def _local(time: datetime | None) -> str:
-    return "-" if time is None else f"{time.astimezone():%Y-%m-%d %H:%M}"

@@ -1,4 +1,4 @@
-"""Where a row keeps its files: by study and number, never by process, and never elsewhere."""
+"""Where a row keeps its files: in a folder by study and number, under the runs."""
 
 from pathlib import Path
 
@@ -10,16 +10,15 @@ GRID, WEIGHTS_PLOT = "samples.png", "weights.png"
 
 
 def row_folder(study_name: str, number: int) -> Path:
-    """Folder of one trial or planned row.
+    """Folder of one row.
 
     Raises:
-        InputError: The study's name, which anybody who may write to the database chose, would
-            lead out of the runs.
+        InputError: The study's name, which is not trusted, would lead out of the runs.
     """
     if study_name in ("", ".", "..") or any(c in study_name for c in "/\\\0"):
         raise InputError(
-            f"study {study_name!r} has no folder of its own under the runs, as its name is no "
-            "plain one; launch it under another name"
+            f"study {study_name!r} has no folder of its own under the runs: its name would lead "
+            "elsewhere; launch it under another name"
         )
     return runs_folder() / study_name / f"{number:05d}"
 
@@ -28,15 +27,15 @@ def named_file(name: str) -> Path:
     """The path of a file that a row names as study/number/file.
 
     Raises:
-        InputError: It lies elsewhere; rows are not trusted, as others may write to the database.
+        InputError: It lies elsewhere; rows are not trusted.
     """
     parts = Path(name).parts
     if len(parts) != 3 or Path(name).is_absolute() or ".." in parts or "\0" in name:
-        raise InputError(f"a row names the file {name!r}, which is none of its own under the runs")
+        raise InputError(f"a row names the file {name!r}, which is not one of its own")
     return runs_folder() / name
 
 
 def pictures(folder: Path) -> list[Path]:
-    """A row's pictures: of a student its grid, of a chain each round's, last round first."""
+    """A row's pictures: sample grids, of several stages the last first, and its weights' plot."""
     found = [folder / GRID, *sorted(folder.glob(f"*-{GRID}")), folder / WEIGHTS_PLOT]
     return [path for path in found if path.is_file()]

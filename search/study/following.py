@@ -1,4 +1,6 @@
-"""One row that somebody waits for: has it ended, and is it still to come."""
+"""Following one row until it has ended."""
+
+from typing import Any
 
 import sqlalchemy as sa
 from optuna.trial import TrialState
@@ -10,16 +12,10 @@ from search.storage.ledger import Ledger
 
 
 class Followed:
-    """A row by its number, which is asked for by SQL: however many others there are.
-
-    Args:
-        ledger: Of the rows.
-        number: From 0.
-    """
+    """A row by its number from 0, read by SQL, so that the number of rows does not matter."""
 
     def __init__(self, ledger: Ledger, number: int) -> None:
-        self._ledger = ledger
-        self._number = number
+        self._ledger, self._number = ledger, number
         name, storage = ledger.study.study_name, ledger.storage
         self._key = retrying(lambda: storage.get_study_id_from_name(name))
 
@@ -27,29 +23,13 @@ class Followed:
         """Whether it will not run again.
 
         Raises:
-            InputError: There is no such row, nor is one to come.
+            InputError: There is no such row, nor will there be one.
         """
-        state = retrying(self._state)
-        if state is None:
-            self._require_one_to_come()
-            return False
-        return TrialState[state].is_finished()
-
-    def _state(self) -> str | None:
-        query = sa.select(STATE).where(
-            TRIALS.c.study_id == self._key, TRIALS.c.number == self._number
-        )
-        with self._ledger.storage.engine.connect() as connection:
-            return connection.execute(query).scalar()
-
-    def _require_one_to_come(self) -> None:
-        query = sa.select(sa.func.count()).where(TRIALS.c.study_id == self._key)
-
-        def count() -> int:
-            with self._ledger.storage.engine.connect() as connection:
-                return connection.execute(query).scalar_one()
-
-        counts, there = self._ledger.counts(), retrying(count)
+        state = self._scalar(sa.select(STATE).where(TRIALS.c.number == self._number))
+        if state is not None:
+            return TrialState[state].is_finished()
+        counts = self._ledger.counts()
+        there: int = self._scalar(sa.select(sa.func.count()))
         known = counts.ended + counts.running + counts.waiting
         to_come = max(counts.planned - known, 0)
         if not 0 <= self._number < there + to_come:
@@ -58,3 +38,13 @@ class Followed:
                 f"study {self._ledger.study.study_name} has no trial {self._number}: there are "
                 f"{there} so far{more}, numbered from 0"
             )
+        return False
+
+    def _scalar(self, query: sa.Select[Any]) -> Any:  # noqa: ANN401
+        """One value over the rows of the study."""
+
+        def read() -> Any:  # noqa: ANN401
+            with self._ledger.storage.engine.connect() as connection:
+                return connection.scalar(query.where(TRIALS.c.study_id == self._key))
+
+        return retrying(read)

@@ -1,11 +1,8 @@
-"""How far a running row is, in its worker's words, and the share of it that they mean.
-
-``share_done`` reads what the functions beside it write: a change of words is made here alone.
-"""
+"""The progress of a running row as text, and the share of the row that a text means."""
 
 import re
 
-# The rest is evaluation's.
+# The rest is evaluation.
 _TRAINING_SHARE = 0.9
 _WORDS = re.compile(
     r"(?:stage (?P<stage>\d+)/(?P<stages>\d+): )?"
@@ -14,22 +11,22 @@ _WORDS = re.compile(
 
 
 def training(done: int, iterations: int, loss: float) -> str:
-    """So many iterations are done."""
+    """Iterations of a training."""
     return f"training {done}/{iterations}, loss {loss:.3g}"
 
 
 def measuring(trained: int, iterations: int, done: int, images: int) -> str:
-    """After so many iterations the student is measured, and so many of its images are drawn."""
+    """Images of an intermediate evaluation."""
     return f"training {trained}/{iterations}, measuring {done}/{images} images"
 
 
 def evaluating(done: int, images: int) -> str:
-    """So many images of the student are drawn."""
+    """Images of the last evaluation."""
     return f"evaluating {done}/{images} images"
 
 
 def in_stage(number: int, stages: int, text: str) -> str:
-    """One of the texts above, of a stage of several; numbers begin with 1."""
+    """One of the texts above, of one of several stages, from 1."""
     return f"stage {number}/{stages}: {text}"
 
 

@@ -1,10 +1,12 @@
-"""What a row came to, as typed records; the database and ``result.json`` hold them as mappings."""
+"""Results of rows; the database and ``result.json`` hold them as mappings."""
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+PARAMETERS = ("a", "b", "rule", "strength", "memory")
+METRICS = ("kid", "prc")
 # FIDs are compared only where these agree.
 COMPARED_KEYS = ("extractor_sha256", "reference", "images", "nfe")
 
@@ -14,13 +16,10 @@ class MeasuredFID:
     """A FID with the conditions it was measured under.
 
     Attributes:
-        value: The FID.
         nfe: Network evaluations an image.
-        images: How many were drawn.
-        extractor: Feature network, by name; ``extractor_sha256`` by its weights.
-        reference: What they are compared with; ``reference_images`` of them.
+        images: Number of images drawn, compared with ``reference_images`` of ``reference``.
         seeds: Of ``evaluation`` (the latents) and ``training`` (absent for a teacher).
-        stored: The mapping it was read from, with whatever else it holds.
+        stored: The whole mapping it was read from.
     """
 
     value: float
@@ -44,29 +43,18 @@ class MeasuredFID:
         return self.stored
 
     def conditions(self) -> dict[str, Any]:
-        """The conditions alone."""
-        own = {name: getattr(self, name) for name in _CONDITIONS}
-        return own
+        """All but the value."""
+        names = [each.name for each in dataclasses.fields(self)]
+        return {name: getattr(self, name) for name in names if name not in ("value", "stored")}
 
     def differing(self, other: "MeasuredFID") -> list[str]:
-        """What keeps two FIDs from being compared."""
+        """Conditions that keep two FIDs from being compared."""
         return [key for key in COMPARED_KEYS if getattr(self, key) != getattr(other, key)]
-
-
-_CONDITIONS = (
-    "nfe",
-    "images",
-    "extractor",
-    "extractor_sha256",
-    "reference",
-    "reference_images",
-    "seeds",
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialResult:
-    """What a row came to.
+    """The result of a row.
 
     Attributes:
         value: The FID of the last stage; None where the row was pruned.
@@ -75,14 +63,14 @@ class TrialResult:
         fid: Of the last stage; None where the row was pruned before it.
         fids: Of each stage of a method of several, by NFE, in the order of training.
         teacher_fid: Of the teacher, where the method measures it.
-        metrics: kid and prc with their conditions, where they were measured.
+        metrics: kid and prc, where they were measured.
         intermediate: Each intermediate evaluation: fraction, trained_images, fid and conditions.
         weights_over_time: Of learned weights: iterations [n] and weights [n][K].
         weights_plot, student: Files, as study/number/file.
         arm: Name of a given arm.
         variant: The method's settings that differ from the study's.
         fingerprint, seeds, versions, device, worker: How and where it was made.
-        timings: Seconds by what they went to.
+        timings: Seconds by what they were spent on.
         pruned_at, reason: Where and why it was pruned.
     """
 
@@ -115,9 +103,9 @@ class TrialResult:
             value = getattr(self, each.name)
             if each.name == "value" or value in (None, {}, []):
                 continue
-            if each.name in _INLINE:
+            if each.name in ("parameters", "metrics"):
                 found |= value
-            elif isinstance(value, MeasuredFID):
+            elif each.name in ("fid", "teacher_fid"):
                 found[each.name] = value.as_dict()
             elif each.name == "fids":
                 found["fids"] = {key: fid.as_dict() for key, fid in value.items()}
@@ -137,17 +125,6 @@ class TrialResult:
             own["fids"] = {key: MeasuredFID.of(fid) for key, fid in own["fids"].items()}
         own["parameters"] = {name: attrs[name] for name in PARAMETERS if name in attrs}
         own["metrics"] = {name: attrs[name] for name in METRICS if name in attrs}
-        missing: dict[str, Any] = {
-            "fingerprint": "",
-            "seeds": {},
-            "versions": {},
-            "device": "",
-            "worker": "",
-            "timings": {},
-        }
+        missing: dict[str, Any] = dict.fromkeys(("fingerprint", "device", "worker"), "")
+        missing |= {name: {} for name in ("seeds", "versions", "timings")}
         return cls(**{**missing, **own, "value": value})
-
-
-PARAMETERS = ("a", "b", "rule", "strength", "memory")
-METRICS = ("kid", "prc")
-_INLINE = ("parameters", "metrics")

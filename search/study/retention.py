@@ -1,14 +1,14 @@
-"""What stays of a row on the disk, and what goes once the row has ended.
+"""Which files of a row are kept once it has ended.
 
-Kept for good are a row's result, log and pictures, some 0.3 MB. Large are students, of which a
-search keeps its best and those that are named, and checkpoints, which serve running rows alone.
+Its result, log and pictures are, some 0.3 MB. Students are large: a search keeps its best and
+those that are named. Checkpoints are deleted.
 """
 
 import logging
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from search.storage.ledger import Ledger
@@ -24,27 +24,21 @@ _log = logging.getLogger(__name__)
 
 _ASIDE = re.compile(r"\d{5,}\.[0-9a-f]{8}")  # as search.worker.result moves folders aside
 _CARD = Path(STUDENT).with_suffix(".md").name
-# A worker that is alive writes one file for less time than this.
+# An unfinished file that is older belongs to a dead worker.
 ABANDONED_SECONDS = 3600.0
-# Ranks after the best that are looked at when a trial ends: more than trials that end at once.
+# Ranks after the best that are cleaned when a trial ends: more than trials that end at once.
 _MARGIN = 64
 
 
 def keep_best_students(ledger: Ledger, keep: int, ended: int) -> None:
-    """Delete what the end of a trial leaves behind the best ``keep``.
-
-    Args:
-        ledger: A search's trials.
-        keep: Students to keep, beside those that were named.
-        ended: Number of the trial.
-    """
+    """At the end of a trial of a search, delete students behind the best ``keep``."""
     beyond = ledger.ranked_after(keep, _MARGIN, also=ended)
     for number in set(beyond) - _named(ledger):
         _delete(_student_files(row_folder(ledger.study.study_name, number)))
 
 
 def keep_too(ledger: Ledger, numbers: Iterable[int]) -> list[int]:
-    """Never delete these trials' students: all that were named so far."""
+    """Never delete these trials' students; returns all that are named so far."""
     named = set(numbers)
     ledger.change(KEPT, lambda old: sorted({*(old or []), *named}))
     return list(ledger.attribute(KEPT))
@@ -52,9 +46,10 @@ def keep_too(ledger: Ledger, numbers: Iterable[int]) -> list[int]:
 
 def clean_students(ledger: Ledger, keep: int) -> int:
     """Delete every student of a search that is not to be kept; bytes freed."""
-    name = ledger.study.study_name
-    files = (_student_files(row_folder(name, number)) for number in _beyond(ledger, keep))
-    return sum(map(_delete, files))
+    name, values = ledger.study.study_name, ledger.complete_values()
+    ranked = sorted(values, key=lambda number: (values[number], number))
+    gone = set(ranked[keep:]) - _named(ledger)
+    return sum(_delete(_student_files(row_folder(name, number))) for number in gone)
 
 
 def drop_checkpoints(folder: Path) -> int:
@@ -63,11 +58,7 @@ def drop_checkpoints(folder: Path) -> int:
 
 
 def clean_checkpoints(ledger: Ledger) -> int:
-    """Delete checkpoints of ended rows and leftovers; returns the bytes freed.
-
-    Leftovers are folders of other studies that were moved aside, and unfinished files of dead
-    workers.
-    """
+    """Delete checkpoints of ended rows, folders moved aside, and unfinished files; bytes freed."""
     name = ledger.study.study_name
     freed = sum(drop_checkpoints(row_folder(name, number)) for number in ledger.ended())
     study = row_folder(name, 0).parent
@@ -78,15 +69,10 @@ def clean_checkpoints(ledger: Ledger) -> int:
             freed += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             shutil.rmtree(folder)
         else:
-            freed += _delete(_abandoned(folder))
+            old = time.time() - ABANDONED_SECONDS
+            partial = (path for path in folder.glob(".*.partial") if path.is_file())
+            freed += _delete(path for path in partial if path.stat().st_mtime < old)
     return freed
-
-
-def _beyond(ledger: Ledger, keep: int) -> list[int]:
-    """Complete trials whose students go, best first."""
-    values, named = ledger.complete_values(), _named(ledger)
-    ranked = sorted(values, key=lambda number: (values[number], number))
-    return [number for number in ranked[keep:] if number not in named]
 
 
 def _named(ledger: Ledger) -> set[int]:
@@ -97,18 +83,8 @@ def _student_files(folder: Path) -> Sequence[Path]:
     return [folder / STUDENT, folder / _CARD]
 
 
-def _abandoned(folder: Path) -> Iterator[Path]:
-    old = time.time() - ABANDONED_SECONDS
-    for path in folder.glob(".*.partial"):
-        if path.is_file() and path.stat().st_mtime < old:
-            yield path
-
-
 def _delete(paths: Iterable[Path]) -> int:
-    """Bytes freed; another process may delete the same meanwhile.
-
-    What cannot be deleted stays, with a warning: it costs room and no result.
-    """
+    """Bytes freed; a file that cannot be deleted is only worth a warning."""
     freed = 0
     for path in paths:
         try:

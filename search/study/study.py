@@ -1,42 +1,39 @@
-"""A study's record: its spec, its arms and the ledgers of its rows, in one storage.
+"""A study's record in a storage: its spec, its arms and the ledgers of its rows.
 
-A search has two ledgers: the trials that a sampler proposes, and its baselines, which are arms
-like any other, in a study of Optuna's beside it. A study of given arms has one.
+A search has two ledgers: the trials that a sampler proposes, and its baselines, which are given
+arms in an Optuna study of their own. A study of given arms has one.
 """
 
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
-import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState
 
 from search.errors import OutdatedStudyError, SpecChangedError, UnknownStudyError
 from search.spec.file import read_stored
-from search.spec.study import ArmsPlan, StudySpec, flatten
+from search.spec.study import StudySpec, flatten
 from search.storage.engine import retrying
 from search.storage.ledger import MENDABLE, Ledger
-from search.storage.reader import Counts, asked_of
-from search.storage.rows import StoredTrial
+from search.storage.queries import Counts, StoredTrial, asked_of
 from search.study.arms import Arm, ArmRow, Task, plain_arm, uniform_arm
 
 # Attributes of the Optuna study.
 SPEC, CONDITIONS, FINGERPRINT = "spec", "conditions", "fingerprint"
 TRAJECTORIES, BASELINE_RESULTS = "trajectories", "baselines"
-TEACHER = "teacher_sha256"  # of the first worker's; the same for all
+TEACHER = "teacher_sha256"  # of the first worker's; others must have the same
 ARMS, VARIANTS, FACTS = "arms", "variants", "facts"
-# What intermediate FIDs are of: at which fractions, of how many images, since the first.
+# Fractions and images of the intermediate FIDs that are stored.
 INTERMEDIATE = "intermediate"
-# Of a confirmation: how many trials how many candidates were chosen from; which variant of the
-# method's settings the verdict is about.
+# Of a confirmation: numbers of trials and candidates at the last choice; the judged variant.
 CHOSEN_AFTER, JUDGED = "chosen_after", "judged_variant"
 # The form of all these; storage upgrade brings older ones over.
 FORMAT, CURRENT = "format", 2
 BASELINES_SUFFIX = ".baselines"
-# The ledger records changes of its own settings itself.
+# The ledger records changes of these itself.
 _LEDGER_SETTINGS = ("plan.trials", "resources.lease_seconds", "resources.max_attempts")
 
 
@@ -56,16 +53,10 @@ class Study:
 
     @classmethod
     def open(cls, url: str, name: str, *, reading: bool = False) -> Self:
-        """A study that exists.
-
-        Args:
-            url: The storage.
-            name: Of the study.
-            reading: Whether it is only looked at, perhaps by a user who may do no more.
+        """A study that exists; ``reading`` writes nothing, nor needs the right to.
 
         Raises:
-            UnknownStudyError: There is none of that name, or its maker was killed before it was
-                whole.
+            UnknownStudyError: There is none of that name, or it is incomplete.
             OutdatedStudyError: An older version made it.
             StorageError: The database cannot be opened.
         """
@@ -89,42 +80,43 @@ class Study:
         name = found.study.study_name
         attributes = retrying(lambda: found.study.user_attrs)
         if SPEC not in attributes:
-            raise UnknownStudyError(f"study {name!r} is half made; the same command carries on")
+            raise UnknownStudyError(
+                f"study {name!r} is incomplete; run the command that makes it again"
+            )
         if attributes.get(FORMAT) != CURRENT:
             raise OutdatedStudyError(
-                f"study {name!r} was made by an older version of bdense; bring it over by "
+                f"study {name!r} was made by an older version of bdense; upgrade it by "
                 "`bdense-search storage upgrade`"
             )
         if ARMS in attributes:
             return cls(url, None, found)
-        try:
-            baselines = found.beside(name + BASELINES_SUFFIX)
-        except UnknownStudyError:
-            baselines = None
-        return cls(url, found, baselines)
+        return cls(url, found, beside_or_none(found, name + BASELINES_SUFFIX))
 
     @classmethod
     def create(cls, url: str, spec: StudySpec, *, facts: Mapping[str, Any] | None = None) -> Self:
-        """The study of that spec: new, or joined if its numbers stay comparable.
+        """The study of a resolved spec: new, or joined if its numbers stay comparable.
 
         Args:
             url: The storage.
             spec: Resolved.
             facts: What a study of given arms was made of, such as ``of``, a search's name; they
-                may not change.
+                must not change.
 
         Raises:
-            SpecChangedError: The stored study has other conditions; says which.
+            SpecChangedError: The stored study has other conditions, which are named.
             InputError: Another version of bdense launched it, whose spec this one cannot read.
             StorageError: The database cannot be used.
         """
-        stored = _stored(url, spec.name)
+        try:
+            stored: Self | None = cls.open(url, spec.name)
+        except UnknownStudyError:
+            stored = None
         before = stored.spec if stored is not None else None
         if stored is not None and stored._forget_if_changed(spec, facts or {}):
             stored = before = None
         if spec.is_search:
             return cls._create_search(url, spec, before)
-        # A smaller budget, if only for a moment, would send others' workers home.
+        # A smaller budget, even for a moment, would end others' workers.
         ledger = _ledger(url, spec, spec.name, 1 if stored is None else None)
         if stored is None:
             ledger.study.set_user_attr(ARMS, [])
@@ -138,16 +130,10 @@ class Study:
         trials = _ledger(url, spec, spec.name, spec.search.trials)
         _store(trials, spec, before)
         beside = spec.name + BASELINES_SUFFIX
-        try:
-            trials.beside(beside)
-        except UnknownStudyError:
-            is_new = True
-        else:
-            is_new = False
-        given = _ledger(url, spec, beside, 2 if is_new else None)
+        given = _ledger(url, spec, beside, 2 if beside_or_none(trials, beside) is None else None)
         given.study.set_user_attr("of", spec.name)
         study = cls(url, trials, given)
-        # One that failed is tried again; its row stays and counts.
+        # Failed baselines are tried again in new rows.
         study.plan([plain_arm(spec), uniform_arm()], [spec.seeds.training])
         return study
 
@@ -216,12 +202,9 @@ class Study:
         seeds: Sequence[int],
         variants: Sequence[Mapping[str, Any]] = ({},),
     ) -> None:
-        """Add given arms under each seed and variant; what is there already is not added again.
+        """Add the rows that are missing of given arms under each training seed and variant.
 
-        Args:
-            arms: Which; one that failed for want of memory or by an error is tried anew.
-            seeds: Of the training.
-            variants: Settings of the method that differ from the study's.
+        A row that ran out of memory or failed by an error is planned again.
 
         Raises:
             SpecChangedError: Another command has added arms meanwhile.
@@ -235,7 +218,7 @@ class Study:
         ) and self.given.extend_list(VARIANTS, changes)
         if not stored:
             raise SpecChangedError(
-                f"another command has added arms to {self.name!r} meanwhile; give this one again"
+                f"another command has added arms to {self.name!r} meanwhile; run this one again"
             )
         for change in variants:
             for seed in seeds:
@@ -247,7 +230,7 @@ class Study:
         self.given.resize()
 
     def task(self, ledger: Ledger, params: Mapping[str, Any]) -> Task:
-        """What a row of one of its ledgers asks for."""
+        """The task of a row of one of its ledgers."""
         spec = self.spec
         if ledger is not self.given:
             return Task(
@@ -255,17 +238,16 @@ class Study:
             )
         row = ArmRow.of(params)
         arm = self.arms[row.arm]
-        fresh = isinstance(spec.plan, ArmsPlan) and spec.plan.latents == "fresh"
         return Task(
             params=arm.params,
             seed=row.seed,
-            latents=row.seed if fresh else spec.seeds.evaluation,
+            latents=row.seed if spec.fresh_latents else spec.seeds.evaluation,
             variant=self.variants[row.variant],
             arm=arm.name,
         )
 
     def rows(self) -> list[tuple[ArmRow, bool]]:
-        """Each row of a given arm as planned, and whether it has ended."""
+        """Each planned row of a given arm, and whether it has ended."""
         if self.given is None:
             return []
         record = self.given.study
@@ -277,23 +259,14 @@ class Study:
         return [] if self.given is None else self.given.rows(TrialState.COMPLETE)
 
     def tasks_left(self) -> list[Task]:
-        """What rows that have not ended ask for, but for their weights; each once."""
-        tasks: list[Task] = []
-        if self.trials is not None:
-            tasks.append(self.task(self.trials, {}))
-        for row, ended in self.rows():
-            if ended:
-                continue
-            task = self.task_of(row)
+        """The tasks of rows that have not ended, without their weights; each once."""
+        tasks = [] if self.trials is None else [self.task(self.trials, {})]
+        for row in [row for row, ended in self.rows() if not ended]:
+            assert self.given is not None
+            task = replace(self.task(self.given, row.params()), params={}, arm=None)
             if task not in tasks:
                 tasks.append(task)
         return tasks
-
-    def task_of(self, row: ArmRow) -> Task:
-        """A row's task without its arm: what it shares with the other arms of its seed."""
-        assert self.given is not None
-        found = self.task(self.given, row.params())
-        return Task(params={}, seed=found.seed, latents=found.latents, variant=found.variant)
 
     def counts(self) -> Counts:
         """Of the trials of a search, else of the given arms."""
@@ -310,21 +283,17 @@ class Study:
         return any(each.ended + each.running for each in counts)
 
     def forgive_running(self) -> None:
-        """An interruption counts against no row."""
+        """Do not count this attempt of running rows."""
         for ledger in self.ledgers:
             ledger.forgive_running()
 
     def refuse_other_conditions(
         self, spec: StudySpec, facts: Mapping[str, Any] | None = None
     ) -> None:
-        """Refuse a spec whose numbers would not compare with those measured.
-
-        Args:
-            spec: Resolved.
-            facts: As of ``create``; None takes those stored.
+        """Refuse a resolved spec whose numbers would not compare with those measured.
 
         Raises:
-            SpecChangedError: It is one; says in what it differs.
+            SpecChangedError: It has other conditions, or other ``facts`` than those stored.
         """
         changed = self._changed(spec, self.facts if facts is None else facts)
         if changed and self.has_started():
@@ -341,10 +310,10 @@ class Study:
             )
 
     def _forget_if_changed(self, spec: StudySpec, facts: Mapping[str, Any]) -> bool:
-        """Delete what was planned under other conditions, if nothing of it was ever begun.
+        """Delete what was planned under other conditions, if no row was ever begun.
 
         Returns:
-            Whether the whole study was deleted; a search keeps the points that users asked for.
+            Whether the whole study was deleted; a search keeps its enqueued points.
 
         Raises:
             SpecChangedError: Numbers were measured under other conditions.
@@ -353,7 +322,7 @@ class Study:
             kinds = {True: "a search", False: "given arms"}
             raise SpecChangedError(
                 f"study {spec.name!r} exists and is {kinds[self.is_search]}, not "
-                f"{kinds[spec.is_search]}; give this one another name"
+                f"{kinds[spec.is_search]}; choose another name"
             )
         self.refuse_other_conditions(spec, facts)
         changed = bool(self._changed(spec, facts))
@@ -362,48 +331,35 @@ class Study:
         return changed and not self.is_search
 
     def _changed(self, spec: StudySpec, facts: Mapping[str, Any]) -> list[str]:
+        """Each condition that differs from the stored one, for people."""
         old = {**json.loads(self._attributes()[CONDITIONS]), **self.facts}
-        return differing_conditions(old, {**spec.conditions(), **facts})
+        new = {**spec.conditions(), **facts}
+        return [
+            f"{key}: {old.get(key)!r} stored, {new.get(key)!r} given"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key)
+        ]
 
     def _given(self, key: str) -> list[Any]:
-        if self.given is None:
-            return []
-        record = self.given.study
-        return list(retrying(lambda: record.user_attrs).get(key, []))
+        return [] if self.given is None else list(self.given.attribute(key) or [])
 
     def _attributes(self) -> dict[str, Any]:
         record = self.main.study
         return retrying(lambda: record.user_attrs)
 
 
-def differing_conditions(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What keeps the numbers of two sets of conditions apart, for people."""
-    return [
-        f"{key}: {old.get(key)!r} stored, {new.get(key)!r} given"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key)
-    ]
-
-
 def intermediate_of(spec: StudySpec) -> dict[str, Any] | None:
-    """What a search's intermediate FIDs are of; None where there are none."""
+    """Fractions and images of a search's intermediate FIDs; None where there are none."""
     if not spec.is_search or not spec.search.at:
         return None
     images = spec.search.images or spec.evaluation.images
     return {"at": list(spec.search.at), "images": images}
 
 
-def name_metric(study: optuna.Study) -> None:
-    """Say what the values are, where the dashboard shows them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        study.set_metric_names(["FID"])
-
-
-def _stored(url: str, name: str) -> Study | None:
-    """The study of that name, if there is one."""
+def beside_or_none(ledger: Ledger, name: str) -> Ledger | None:
+    """The ledger of another study of the same storage, if there is one."""
     try:
-        return Study.open(url, name)
+        return ledger.beside(name)
     except UnknownStudyError:
         return None
 
@@ -422,16 +378,17 @@ def _store(ledger: Ledger, spec: StudySpec, before: StudySpec | None) -> None:
     """Write the spec into the study, where workers read it, and record what it changes."""
     study, new = ledger.study, spec.as_dict()
     if before is not None:
-        # A section that the stored one did not have is at its default there, not changed.
         old = flatten(before.as_dict())
         for key, value in flatten(new).items():
             if old.get(key) != value and key not in _LEDGER_SETTINGS:
                 ledger.record_change(key, old.get(key), value)
     if (intermediate := intermediate_of(spec)) is not None:
         study.set_user_attr(INTERMEDIATE, intermediate)
-    name_metric(study)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        study.set_metric_names(["FID"])  # in the dashboard
     study.set_user_attr(CONDITIONS, json.dumps(spec.conditions()))
     study.set_user_attr(FINGERPRINT, spec.fingerprint())
     study.set_user_attr(FORMAT, CURRENT)
-    # The last: with it the study is whole.
+    # Last: a study without it is incomplete.
     study.set_user_attr(SPEC, json.dumps(new))

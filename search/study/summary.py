@@ -1,4 +1,4 @@
-"""Where a study stands, as records for scripts and tables for people. Reads the storage alone."""
+"""The state of a study: JSON for scripts and tables for people. Reads the storage alone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,8 +11,7 @@ from search.spec.study import StudySpec
 from search.storage.engine import redact, retrying
 from search.storage.leases import SURPLUS
 from search.storage.ledger import Ledger
-from search.storage.reader import Counts
-from search.storage.rows import StoredTrial
+from search.storage.queries import Counts, StoredTrial
 from search.study.arms import ArmRow
 from search.study.results import TrialResult
 from search.study.study import BASELINE_RESULTS, Study
@@ -21,13 +20,9 @@ from search.study.wording import align, counts_line, weights_text
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """A complete row.
+    """A complete row, with its weights or arm as ``label``.
 
-    Attributes:
-        number: Of the row.
-        label: Where it lies in the space, or its arm, for people.
-        result: What it came to; its ``fid`` is there.
-        parameters: Of its weights, as sampled and as a result keeps them; none of a given arm.
+    ``parameters`` are those sampled and those in the result; a given arm has none.
     """
 
     number: int
@@ -37,37 +32,43 @@ class Measured:
 
     @property
     def fid(self) -> float:
-        """Its value."""
+        """Its FID."""
         assert self.result.value is not None
         return self.result.value
 
     def as_dict(self) -> dict[str, Any]:
-        """As ``best --json`` prints it."""
-        assert self.result.fid is not None
+        """A trial as ``best --json`` prints it."""
         plot = self.result.weights_plot
         return {
             "number": self.number,
             **self.parameters,
             "weights": self.result.weights,
             **({} if plot is None else {"weights_plot": plot}),
-            "fid": self.fid,
-            **self.result.fid.conditions(),
-            **self.result.metrics,
+            **self._figures(),
         }
+
+    def baseline_dict(self) -> dict[str, Any]:
+        """A baseline as ``best --json`` prints it."""
+        return {**self._figures(), "weights": self.result.weights, "number": self.number}
+
+    def differing(self, other: "Measured") -> list[str]:
+        """Conditions that keep two FIDs from being compared."""
+        assert self.result.fid is not None
+        assert other.result.fid is not None
+        return self.result.fid.differing(other.result.fid)
+
+    def _figures(self) -> dict[str, Any]:
+        assert self.result.fid is not None
+        return {"fid": self.fid, **self.result.fid.conditions(), **self.result.metrics}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """One reading of a search.
 
-    Attributes:
-        study: Its name.
-        storage: Where it lies, without password.
-        spec: As stored.
-        counts: Trials by state.
-        best: The complete trial of lowest FID, or None.
-        baselines: ``plain`` and ``uniform``, as far as measured.
-        confirmed: Whether the best is a confirmation's winner.
+    ``storage`` is a URL without password, ``best`` the complete trial of lowest FID, ``baselines``
+    has ``plain`` and ``uniform`` where measured, and ``confirmed`` is whether the best is the
+    winner of a confirmation.
     """
 
     study: str
@@ -100,7 +101,7 @@ def summary_of(study: Study) -> Summary:
 def measured(spec: StudySpec, trial: StoredTrial) -> Measured:
     """A complete trial of a search."""
     result = TrialResult.of(trial.value, trial.user_attrs)
-    # A setting of the whole study, not of one point.
+    # memory is the whole study's.
     own = {name: value for name, value in result.parameters.items() if name != "memory"}
     return Measured(
         number=trial.number,
@@ -132,13 +133,8 @@ def baselines_of(study: Study) -> dict[str, Measured]:
 
 def counts_json(counts: Counts) -> dict[str, int]:
     """planned, complete, pruned, failed, running."""
-    return {
-        "planned": counts.planned,
-        "complete": counts.complete,
-        "pruned": counts.pruned,
-        "failed": counts.failed,
-        "running": counts.running,
-    }
+    names = ("planned", "complete", "pruned", "failed", "running")
+    return {name: getattr(counts, name) for name in names}
 
 
 def best_json(now: Summary) -> dict[str, Any]:
@@ -153,7 +149,7 @@ def best_json(now: Summary) -> dict[str, Any]:
         "trials": counts_json(now.counts),
         "best": best,
         "baselines": {
-            now.spec.method.name if name == PLAIN else name: each.as_dict()
+            now.spec.method.name if name == PLAIN else name: each.baseline_dict()
             for name, each in now.baselines.items()
         },
     }
@@ -161,14 +157,14 @@ def best_json(now: Summary) -> dict[str, Any]:
 
 def copy_baselines(study: Study) -> None:
     """Store the baselines in the search's own attributes, where the dashboard shows them."""
-    found = {name: each.as_dict() for name, each in baselines_of(study).items()}
+    found = {name: each.baseline_dict() for name, each in baselines_of(study).items()}
     record = study.search.study
     if found and retrying(lambda: record.user_attrs).get(BASELINE_RESULTS) != found:
         retrying(lambda: record.set_user_attr(BASELINE_RESULTS, found))
 
 
 def table(now: Summary) -> str:
-    """The search's result for people: baselines, the best trial, and what their FIDs mean."""
+    """The search's result for people: baselines, the best trial, and remarks."""
     return "\n".join([*align(table_rows(now)), *remarks(now)])
 
 
@@ -185,7 +181,7 @@ def table_rows(now: Summary) -> list[tuple[str, ...]]:
         is_plain = now.plain is not None and each is now.plain
         cells = [_cell(each, name, is_plain) for name in parameters]
         weights = "end point alone" if is_plain else weights_text(each.result.weights)
-        rows.append((title, f"{each.fid:.3f}", gain(each, now.plain), *cells, weights))
+        rows.append((title, f"{each.fid:.3f}", _gain(each, now.plain), *cells, weights))
     return rows
 
 
@@ -200,7 +196,7 @@ def _cell(each: Measured, name: str, is_plain: bool) -> str:
 
 
 def remarks(now: Summary) -> list[str]:
-    """What the table's FIDs mean, and what not."""
+    """How the table's FIDs are to be read."""
     lines = []
     if now.best is not None and not now.confirmed:
         lines.append(
@@ -208,7 +204,7 @@ def remarks(now: Summary) -> list[str]:
             "best of n, not confirmed."
         )
     shown = [*now.baselines.values(), *([now.best] if now.best is not None else [])]
-    if differing := sorted({key for each in shown for key in differing_in(each, shown[0])}):
+    if differing := sorted({key for each in shown for key in each.differing(shown[0])}):
         lines.append(
             f"These FIDs were measured under different conditions ({', '.join(differing)}): no "
             "comparison where they differ."
@@ -251,15 +247,8 @@ def _failed(study: Study, ledger: Ledger) -> Sequence[str]:
     return lines
 
 
-def gain(each: Measured, plain: Measured | None) -> str:
+def _gain(each: Measured, plain: Measured | None) -> str:
     """Against plain distillation, in per cent, where the two can be compared."""
-    if plain is None or each.fid == plain.fid or differing_in(each, plain):
+    if plain is None or each.fid == plain.fid or each.differing(plain):
         return "-"
     return f"{100 * (each.fid / plain.fid - 1):+.1f} %"
-
-
-def differing_in(each: Measured, other: Measured) -> list[str]:
-    """What keeps two FIDs from being compared."""
-    assert each.result.fid is not None
-    assert other.result.fid is not None
-    return each.result.fid.differing(other.result.fid)

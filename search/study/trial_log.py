@@ -1,7 +1,7 @@
-"""What happened to a row, in its own folder: a line of JSON for each event, appended only.
+"""A row's log in its own folder: a line of JSON for each event, appended only.
 
-Whoever works on the row writes; several attempts, on several machines, follow each other in one
-file. A worker that died may leave half a last line, which readers pass over.
+Several attempts, on several machines, follow each other in one file. A worker that died may leave
+half a last line, which readers skip.
 """
 
 import json
@@ -16,14 +16,14 @@ from typing import Any, Protocol, Self
 from search.log import FIELDS, json_line, spoken_of, timestamp
 
 LOG_FILE = "log.jsonl"
-TRAINING_LINES = 100  # at most, of one training; a resumed one may repeat a few
+TRAINING_LINES = 100  # at most, of one training; resuming may repeat a few
 _DIGITS = 6
 
 _log = logging.getLogger(__name__)
 
 
 class Note(Protocol):
-    """Somewhere to note what happens."""
+    """A function that logs an event."""
 
     def __call__(self, event: str, /, *, level: int = ..., **fields: object) -> None: ...
 
@@ -34,14 +34,14 @@ def worker_name() -> str:
 
 
 def unnoted(event: str, /, *, level: int = logging.INFO, **fields: object) -> None:
-    """Notes nothing."""
+    """Logs nothing."""
 
 
 class TrialLog:
     """One attempt's part of a row's log.
 
-    What is noted before ``open`` is written then: only a worker that has made sure that the
-    folder is its row's may write there. A log that cannot be written is no reason to fail.
+    Events before ``open`` are written by it: only a worker that has checked that the folder is
+    its row's may write there. A log that cannot be written is no reason to fail.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,7 +49,7 @@ class TrialLog:
         self._early: list[str] | None = []
 
     def __call__(self, event: str, /, *, level: int = logging.INFO, **fields: object) -> None:
-        """Append an event, and tell the service's log of it."""
+        """Append an event, and pass it to the service's log."""
         _log.log(level, event, extra={FIELDS: fields})
         entry = {
             "time": timestamp(time.time()),
@@ -65,7 +65,7 @@ class TrialLog:
             self._append(line)
 
     def open(self) -> Self:
-        """From now on the folder is the row's."""
+        """Write to the folder from now on."""
         if self._early is None:
             return self
         text, self._early = "".join(self._early), None
@@ -86,13 +86,13 @@ class TrialLog:
 
 
 def is_noted(iteration: int, iterations: int) -> bool:
-    """Whether a training's iteration, from 0, gets a line: every hundredth part, and the last."""
+    """Whether an iteration, from 0, is logged: every hundredth part, and the last."""
     every = max(1, iterations // TRAINING_LINES)
     return iteration % every == 0 or iteration == iterations - 1
 
 
 def shortened(values: Any) -> Any:  # noqa: ANN401  numbers, nested lists of them, tensors
-    """Numbers with six digits, which is all that people read."""
+    """Numbers rounded to six digits."""
     if hasattr(values, "tolist"):
         values = values.tolist()
     if isinstance(values, list):
@@ -101,14 +101,9 @@ def shortened(values: Any) -> Any:  # noqa: ANN401  numbers, nested lists of the
 
 
 def read_log(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """Events from a place in the file on.
+    """Events from a byte on, and the byte to go on from: half a last line is left for later.
 
-    Args:
-        path: The log; there may be none yet.
-        offset: Bytes that were read before.
-
-    Returns:
-        Events, and how many bytes are read now: a last line without its end is left for later.
+    The file may be missing.
     """
     if not path.exists():
         return [], offset

@@ -1,11 +1,10 @@
-"""Studies of an older version, brought to today's form: ``storage upgrade``, after the tables.
+"""``storage upgrade``: studies of format 1 in today's form.
 
-The old form, format 1, had two kinds of specs. A search's baselines were rows of ``method``, and
-rows of given arms held a budget (``kimg``) and an NFE of their own. Rows, results and checkpoints
-stay what they are; only how they are written changes.
+Format 1 had two kinds of specs. A search's baselines were rows of ``method``, and rows of given
+arms had a budget (``kimg``) and an NFE of their own. No row, result or checkpoint is lost.
 
-Row folders come first, each file as a whole, then the database in one transaction. A run that was
-cut short is repeated: what it has written already is left as it is.
+Row folders come first, each file atomically, then the database in one transaction. After an
+interruption the command is repeated: it leaves what is in today's form as it is.
 """
 
 import functools
@@ -23,15 +22,14 @@ from optuna.trial import FrozenTrial, TrialState
 from bdense.errors import InputError
 from bdense.files import atomic_write
 from bdense.weights.spaces import BASELINE, PLAIN, UNIFORM
-from search.errors import StorageError, UnknownStudyError
+from search.errors import StorageError
 from search.spec.file import apart
 from search.spec.legacy import translated
 from search.spec.study import StudySpec, fingerprint_of
 from search.storage.engine import exclusive, retrying
 from search.storage.leases import STUDIES, STUDY_ATTRIBUTES, TRIALS, USER_ATTRIBUTES
 from search.storage.ledger import Ledger
-from search.storage.reader import asked_of
-from search.storage.rows import FIXED, PARAMS, SYSTEM_ATTRIBUTES
+from search.storage.queries import FIXED, PARAMS, SYSTEM_ATTRIBUTES, asked_of
 from search.storage.schema import open_tables
 from search.storage.settings import lock_name
 from search.storage.stop_flags import held
@@ -52,16 +50,17 @@ from search.study.study import (
     SPEC,
     TRAJECTORIES,
     VARIANTS,
+    beside_or_none,
     intermediate_of,
 )
 
-# Attributes of format 1 that are called otherwise now, of studies and of rows.
+# Names of attributes in format 1, of studies and of rows.
 _KIND, _KIMG, _LOOKS, _METHOD = "kind", "kimg", "looks", "method"
 _RETRAIN, _PROGRESSIVE = "retrain", "progressive"
 _OLD_INTERMEDIATE_FILE = "looks.json"
 _OLD_BASELINES = {"sfd": PLAIN, "pd": PLAIN, "uniform": UNIFORM}
 _TIMINGS = {"looks_seconds": "intermediate_seconds"}
-# Conditions that are as they were measured, not as this version or this machine has them.
+# Conditions kept as they were measured, not as this version or machine has them.
 _MEASURED = (
     "numerics",
     "data",
@@ -70,24 +69,25 @@ _MEASURED = (
     "evaluation.extractor",
     "evaluation.reference",
 )
+_STUDY_SYSTEM = sa.table("study_system_attributes", *map(sa.column, ("study_id", "key")))
+_OLD_PLOTS = "dashboard:plot_data:"  # of optuna-dashboard; this version stores none
 _VALUES_ON_THE_WAY = sa.table("trial_intermediate_values", *map(sa.column, ("trial_id", "step")))
 
 
 def upgrade_studies(url: str) -> Iterator[str]:
     """Bring every study of format 1 to today's form.
 
-    Neither the teacher nor the data need to be on this machine; the row folders do.
+    The row folders must be on this machine, teacher and data need not.
 
     Args:
         url: The storage; its tables are of this version.
 
     Yields:
-        What was done, a line for each study.
+        A line for each study.
 
     Raises:
         StorageError: The database cannot be used.
-        InputError: Torch is missing, or some studies stay as they were; says why. The others are
-            brought over.
+        InputError: Torch is missing, or some studies stay as they were, named with the reason.
     """
     engine = open_tables(url).engine
     outdated = retrying(lambda: _outdated(engine))
@@ -95,8 +95,8 @@ def upgrade_studies(url: str) -> Iterator[str]:
         return
     if importlib.util.find_spec("torch") is None:
         raise InputError(
-            f"{', '.join(outdated)} are of an older form, which is read with torch; give this "
-            "command where it is installed, beside the runs folder"
+            f"{', '.join(outdated)} are of an older form, and reading it needs torch; run this "
+            "command where torch is installed and the runs folder is"
         )
     specs = apart(
         functools.partial(_translated_all, {name: each[SPEC] for name, each in outdated.items()})
@@ -128,11 +128,7 @@ def _outdated(engine: sa.Engine) -> dict[str, dict[str, Any]]:
             .order_by(STUDIES.c.study_id)
         ):
             found.setdefault(name, {})[key] = json.loads(value)
-    return {
-        name: attributes
-        for name, attributes in found.items()
-        if {SPEC, CONDITIONS} <= attributes.keys() and FORMAT not in attributes
-    }
+    return {name: each for name, each in found.items() if each.keys() == {SPEC, CONDITIONS}}
 
 
 def _translated_all(specs: Mapping[str, str]) -> dict[str, StudySpec | str]:
@@ -154,21 +150,18 @@ def _bring_over(url: str, name: str, spec: StudySpec) -> str:
     """Rewrite one study.
 
     Raises:
-        InputError: Somebody works on it, or its interrupted rows have no folder here.
+        InputError: It has running workers, or interrupted rows without a folder here.
     """
     ledger = Ledger.open(url, name, budget=None)
-    try:
-        baselines = ledger.beside(name + BASELINES_SUFFIX)
-    except UnknownStudyError:
-        baselines = None
+    baselines = beside_or_none(ledger, name + BASELINES_SUFFIX)
     ledgers = [ledger] if baselines is None else [ledger, baselines]
     _refuse_at_work(ledgers)
     form = _Form.of(name, ledger.study.user_attrs, spec)
-    _require_folders(name, ledgers)
+    _require_folders(ledgers)
     rows = [form.rows(each) for each in ledgers]
-    # Outside the lock, which a server may take back from who holds it for minutes.
+    # Outside the lock, which must not be held for minutes.
     folders = [
-        _rewrite_folder(row_folder(each.study.study_name, row.number), row, form)
+        _rewrite_folder(row_folder(each.study.study_name, row.trial.number), row, form)
         for each, its in zip(ledgers, rows, strict=True)
         for row in its
     ]
@@ -188,6 +181,9 @@ def _rewrite_database(ledgers: Sequence[Ledger], form: "_Form") -> None:
         with engine.begin() as connection:
             for each, its in zip(ledgers, rows, strict=True):
                 key = _key_of(connection, each)
+                plots = _STUDY_SYSTEM.c.key.startswith(_OLD_PLOTS, autoescape=True)
+                mine = _STUDY_SYSTEM.c.study_id == key
+                connection.execute(sa.delete(_STUDY_SYSTEM).where(mine, plots))
                 _rewrite_rows(connection, key, its, form)
                 if each is not main:
                     arms = [arm.as_dict() for arm in form.arms]
@@ -200,18 +196,17 @@ def _rewrite_database(ledgers: Sequence[Ledger], form: "_Form") -> None:
 def _refuse_at_work(ledgers: Sequence[Ledger]) -> None:
     if working := held(ledgers):
         raise InputError(
-            f"{working} of its rows are being worked on; end the workers, then give this command "
-            "again"
+            f"{working} of its rows are running; end the workers, then run this command again"
         )
 
 
-def _require_folders(name: str, ledgers: Sequence[Ledger]) -> None:
-    """Refuse a study whose interrupted rows would start anew as their folders are elsewhere."""
+def _require_folders(ledgers: Sequence[Ledger]) -> None:
+    """Refuse a study whose interrupted rows would lose their checkpoints."""
     for ledger in ledgers:
         folder = row_folder(ledger.study.study_name, 0).parent
         if ledger.counts().running and not folder.is_dir():
             raise InputError(
-                f"it has interrupted rows, and their folder {folder} is not here; give this "
+                f"it has interrupted rows, and their folder {folder} is not here; run this "
                 "command where the runs are (BDENSE_RUNS), or make that folder to start these "
                 "rows anew"
             )
@@ -222,14 +217,12 @@ class _Row:
     """One row in both forms.
 
     Attributes:
-        number: The same in both.
         trial: As it is stored.
-        params: In today's form, as they were asked for.
-        before: What its folder said of itself.
-        task: What it asks for.
+        params: In today's form, as planned.
+        before: The identity in its folder.
+        task: In today's form.
     """
 
-    number: int
     trial: FrozenTrial
     params: dict[str, Any]
     before: dict[str, Any]
@@ -241,9 +234,8 @@ class _Form:
     """A study in both forms.
 
     Attributes:
-        name: Its name.
         old: Its attributes in format 1.
-        spec: Its spec today.
+        spec: Today's.
         conditions: Of the spec, as they were measured.
         variants: Of the rows, by their kimg and nfe.
     """
@@ -256,18 +248,18 @@ class _Form:
 
     @classmethod
     def of(cls, name: str, old: Mapping[str, Any], spec: StudySpec) -> "_Form":
-        """From its attributes and its translated spec."""
+        """From its attributes and its spec of today."""
         if old.get(_KIND) == _RETRAIN:
             spec = given_arms(spec, name)
         measured = json.loads(old[CONDITIONS])
         known = {key: measured[key] for key in _MEASURED if measured.get(key) is not None}
-        # Without numerics it is of a version before they were counted, which compares with none.
+        # 0 is a version before numerics were counted; it compares with none.
         conditions = {**spec.conditions(known), "numerics": measured.get("numerics", 0)}
         return cls(name=name, old=old, spec=spec, conditions=conditions, variants=[{}])
 
     @property
     def fingerprint(self) -> str:
-        """Today's."""
+        """Of today's conditions."""
         return fingerprint_of(self.conditions)
 
     @property
@@ -291,7 +283,7 @@ class _Form:
         return {key: value for key, value in asked.items() if own.get(key) != value}
 
     def attributes(self) -> dict[str, Any]:
-        """Today's of the study, but for its format; after its rows, which make its variants."""
+        """Today's, except the format; call ``rows`` first, which makes the variants."""
         old = self.old
         found: dict[str, Any] = {
             CONDITIONS: json.dumps(self.conditions),
@@ -302,7 +294,7 @@ class _Form:
             found[TRAJECTORIES] = [folder]
         if _KIND in old:
             found |= {ARMS: [arm.as_dict() for arm in self.arms], VARIANTS: self.variants}
-            # A promotion named its weights too, which its arm does.
+            # A promotion's facts had its weights, too, which are in its arm.
             found[FACTS] = {"of": old.get(FACTS, {}).get("of")}
             if (kimg := old.get(_KIMG)) is not None:
                 judged = self.variant(kimg, self.spec.method.options["nfe"])
@@ -320,21 +312,18 @@ class _Form:
         params, seeds = asked_of(trial), self.spec.seeds
         task = Task(params=params, seed=seeds.training, latents=seeds.evaluation)
         before = {"params": params, "fingerprint": self.old[FINGERPRINT]}
-        return _Row(number=trial.number, trial=trial, params=params, before=before, task=task)
+        return _Row(trial=trial, params=params, before=before, task=task)
 
     def _given(self, trial: FrozenTrial) -> _Row:
-        """A row of a given arm, or a baseline.
-
-        Raises:
-            InputError: It is of today's form.
-        """
+        """A row of a given arm, or a baseline."""
         asked, seeds, kind = asked_of(trial), self.spec.seeds, self.old.get(_KIND)
         if asked.keys() == ROW_SPACE.keys():
-            raise InputError("another command brings it over just now; give this one again")
+            raise InputError("another command is upgrading it; run this one again")
         arms, variant = self.arms, {}
         before: dict[str, Any] = {"fingerprint": self.old[FINGERPRINT]}
         if kind is None:
-            index, seed, latents = _baseline_index(asked), seeds.training, seeds.evaluation
+            index = (PLAIN, UNIFORM).index(_OLD_BASELINES[asked[_METHOD]])
+            seed, latents = seeds.training, seeds.evaluation
             before["params"] = {_METHOD: asked[_METHOD]}
         else:
             index, seed, latents = asked["arm"], asked["seed"], seeds.evaluation
@@ -355,9 +344,7 @@ class _Form:
             variant=variant,
             arm=arms[index].name,
         )
-        return _Row(
-            number=trial.number, trial=trial, params=row.params(), before=before, task=task
-        )
+        return _Row(trial=trial, params=row.params(), before=before, task=task)
 
     def _index(self, variant: dict[str, Any]) -> int:
         if variant not in self.variants:
@@ -369,12 +356,8 @@ def _arm_params(old: dict[str, Any]) -> dict[str, Any]:
     return {BASELINE: _OLD_BASELINES[old[_METHOD]]} if _METHOD in old else old
 
 
-def _baseline_index(asked: Mapping[str, Any]) -> int:
-    return (PLAIN, UNIFORM).index(_OLD_BASELINES[asked[_METHOD]])
-
-
 def _result_attrs(old: Mapping[str, Any], row: _Row, fingerprint: str) -> dict[str, Any]:
-    """A row's attributes, or those in its result file, in today's form."""
+    """Attributes of a row or its result file in today's form."""
     found = {key: value for key, value in old.items() if key not in (_METHOD, _KIMG)}
     if row.task.arm is not None:
         found["arm"] = row.task.arm
@@ -389,11 +372,7 @@ def _result_attrs(old: Mapping[str, Any], row: _Row, fingerprint: str) -> dict[s
 
 
 def _rewrite_folder(folder: Path, row: _Row, form: _Form) -> bool:
-    """Bring a row's folder over, if it is the row's.
-
-    Returns:
-        Whether it is.
-    """
+    """Rewrite a folder if it is the row's; returns whether it is."""
     identity = row.task.identity() | {"fingerprint": form.fingerprint}
     mark = folder / IDENTITY
     if not mark.is_file() or json.loads(mark.read_text()) not in (row.before, identity):
@@ -412,7 +391,7 @@ def _rewrite_folder(folder: Path, row: _Row, form: _Form) -> bool:
 
     if (folder / RESULT).exists():
         _rewrite(folder / RESULT, result)
-    # The last: with it the folder is brought over. As ``take_folder`` compares it.
+    # Last: with it the folder is in today's form. ``take_folder`` compares it.
     _rewrite(mark, lambda _: identity)
     return True
 
@@ -429,11 +408,11 @@ def _write(path: Path, value: Any) -> None:  # noqa: ANN401  JSON
 
 
 def _rewrite_rows(connection: sa.Connection, key: int, rows: Iterable[_Row], form: _Form) -> None:
-    """Bring the rows of the study of that key over."""
+    """Rewrite the rows of the study of that key."""
     query = sa.select(TRIALS.c.number, TRIALS.c.trial_id).where(TRIALS.c.study_id == key)
     keys = {row.number: row.trial_id for row in connection.execute(query)}
     for row in rows:
-        trial, trial_id = row.trial, keys[row.number]
+        trial, trial_id = row.trial, keys[row.trial.number]
         attrs = _result_attrs(trial.user_attrs, row, form.fingerprint)
         old = trial.user_attrs
         _drop(connection, USER_ATTRIBUTES, trial_id, old.keys() - attrs.keys())
@@ -446,7 +425,7 @@ def _rewrite_rows(connection: sa.Connection, key: int, rows: Iterable[_Row], for
 
 
 def _rewrite_params(connection: sa.Connection, row: _Row, trial_id: int) -> None:
-    """The row's parameters as planned, and as suggested where it was begun."""
+    """The row's parameters, as planned and as begun."""
     if FIXED in row.trial.system_attrs:
         _set(connection, SYSTEM_ATTRIBUTES, trial_id, {FIXED: row.params})
     if row.trial.state is TrialState.WAITING:
@@ -467,11 +446,11 @@ def _rewrite_params(connection: sa.Connection, row: _Row, trial_id: int) -> None
 
 
 def _renumber_stages(connection: sa.Connection, row: _Row, trial_id: int, spec: StudySpec) -> None:
-    """FIDs after each stage were numbered by steps, and are by stage; 0 is the teacher."""
+    """Number FIDs by stage instead of by steps; 0 is the teacher."""
     places = {stage.nfe: index for index, stage in enumerate(spec.resolved.stages, 1)}
     step, mine = _VALUES_ON_THE_WAY.c.step, _VALUES_ON_THE_WAY.c.trial_id == trial_id
     for old in row.trial.intermediate_values:
-        # Negative on the way, as a new number may be another's old one.
+        # Negative at first, as a new number may be another's old one.
         new = -1 - places.get(old, 0)
         connection.execute(sa.update(_VALUES_ON_THE_WAY).where(mine, step == old).values(step=new))
     connection.execute(sa.update(_VALUES_ON_THE_WAY).where(mine, step < 0).values(step=-1 - step))
@@ -487,18 +466,12 @@ def _key_of(connection: sa.Connection, ledger: Ledger) -> int:
 def _set(
     connection: sa.Connection, table: sa.TableClause, of: int, values: Mapping[str, Any]
 ) -> None:
-    """Write attributes of a study or a trial, in place of those of the same names."""
-    if not values:
-        return
+    """Replace attributes of a study or a trial."""
     _drop(connection, table, of, values)
-    owner = _owner(table)
-    connection.execute(
-        sa.insert(table),
-        [
-            {owner.name: of, "key": name, "value_json": json.dumps(value)}
-            for name, value in values.items()
-        ],
-    )
+    owner = _owner(table).name
+    for name, value in values.items():
+        row = {owner: of, "key": name, "value_json": json.dumps(value)}
+        connection.execute(sa.insert(table).values(row))
 
 
 def _drop(connection: sa.Connection, table: sa.TableClause, of: int, names: Iterable[str]) -> None:
@@ -507,6 +480,6 @@ def _drop(connection: sa.Connection, table: sa.TableClause, of: int, names: Iter
 
 
 def _owner(table: sa.TableClause) -> sa.ColumnClause[Any]:
-    """The column that says whose attribute it is."""
+    """The column of the study or trial that an attribute belongs to."""
     column: sa.ColumnClause[Any] = table.c[0]
     return column

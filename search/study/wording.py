@@ -1,9 +1,9 @@
-"""Counts, weights, seconds and tables as people read them."""
+"""Counts, weights, seconds and tables as text."""
 
 import math
 from collections.abc import Sequence
 
-from search.storage.reader import Counts
+from search.storage.queries import Counts
 
 
 def counts_line(counts: Counts, rows: str) -> str:
@@ -20,7 +20,7 @@ def weights_text(weights: Sequence[float]) -> str:
 
 
 def align(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Cells in columns, the first and the last to the left."""
+    """Cells in columns, the first and the last left-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
         "  ".join(
@@ -32,7 +32,7 @@ def align(rows: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """Minutes and seconds, as people say them."""
+    """Seconds as text, such as ``2 min 05 s``."""
     if not math.isfinite(seconds):
         return "unknown"
     whole = round(seconds)

@@ -1,4 +1,4 @@
-"""``clean``: what a study need not keep on the disk."""
+"""``clean``: delete files that a study need not keep."""
 
 import argparse
 import shutil
@@ -50,16 +50,18 @@ def add_clean(verbs: Verbs) -> None:
 
 
 def _clean(options: argparse.Namespace) -> None:
+    from search.study.retention import clean_checkpoints, clean_students
+
     record = open_study(options)
     if options.keep:
         _keep(record, options.keep)
     if options.checkpoints:
-        from search.study.retention import clean_checkpoints
-
         freed = sum(map(clean_checkpoints, record.ledgers))
         print(f"{freed / _MIB:.1f} MiB of checkpoints and leftovers deleted")
     if options.students:
-        _students(record)
+        keep = record.spec.keep_students
+        freed = clean_students(_search(record, "--students"), keep)
+        print(f"{freed / _MIB:.1f} MiB of students deleted; the best {keep} stay")
     if not (options.keep or options.checkpoints or options.students):
         _trajectories(record)
 
@@ -70,7 +72,8 @@ def _keep(record: "Study", asked: list[int]) -> None:
 
     ledger = _search(record, "--keep")
     there = [n for n in asked if (row_folder(record.name, n) / STUDENT).is_file()]
-    if gone := sorted(set(asked) - set(there) - set(_running(ledger))):
+    running = {row.number for row in ledger.running()}
+    if gone := sorted(set(asked) - set(there) - running):
         raise InputError(
             f"--keep {','.join(map(str, gone))}: no student of that trial is there; make one of "
             "its weights by `bdense distill`, and for trials to come raise keep_students before "
@@ -80,15 +83,6 @@ def _keep(record: "Study", asked: list[int]) -> None:
     print(f"students of trials {', '.join(map(str, kept))} of {record.name} stay")
 
 
-def _students(record: "Study") -> None:
-    from search.study.retention import clean_students
-
-    ledger = _search(record, "--students")
-    keep = record.spec.keep_students
-    freed = clean_students(ledger, keep)
-    print(f"{freed / _MIB:.1f} MiB of students deleted; the best {keep} stay")
-
-
 def _search(study: "Study", option: str) -> "Ledger":
     if study.trials is None:
         raise InputError(
@@ -96,10 +90,6 @@ def _search(study: "Study", option: str) -> "Ledger":
             f"the figures of {study.name} name them; when they are exported, delete its folder"
         )
     return study.trials
-
-
-def _running(ledger: "Ledger") -> list[int]:
-    return [row.number for row in ledger.running()]
 
 
 def _trajectories(record: "Study") -> None:
@@ -113,14 +103,14 @@ def _trajectories(record: "Study") -> None:
         )
     named = _folders(record.ledgers[0].attribute(TRAJECTORIES))
     folders = [folder for folder in named if folder.is_dir()]
-    # Whoever may write to the database could have named any folder of this machine.
+    # Anyone who may write to the database could have named any folder of this machine.
     place = (cache_folder() / "trajectories").resolve()
     for folder in folders:
         if folder.resolve().parent != place or folder.is_symlink():
             raise InputError(
-                f"study {record.name} says that its trajectories lie in {folder}, which is none "
-                f"of the folders in {place}; set BDENSE_CACHE to the cache that its workers used, "
-                "or delete it by hand"
+                f"study {record.name} names {folder} for its trajectories, which does not lie in "
+                f"{place}; set BDENSE_CACHE to the cache that its workers used, or delete it by "
+                "hand"
             )
     _refuse_readers(record, folders)
     freed = 0
@@ -131,15 +121,15 @@ def _trajectories(record: "Study") -> None:
 
 
 def _folders(stored: Any) -> list[Path]:  # noqa: ANN401  JSON, or None where nothing is stored
-    """What a study says of its trajectories: one folder a seed."""
+    """Folders of a study's trajectories, one a seed, as its attribute names them."""
     named = stored if isinstance(stored, list) else [stored]
     return [Path(each) for each in named if isinstance(each, str)]
 
 
 def _refuse_readers(record: "Study", folders: Collection[Path]) -> None:
-    """Make sure that no other study of the storage works on what is to be deleted.
+    """Refuse to delete trajectories that workers of another study of this storage read.
 
-    Trajectories are those of a teacher, a grid and a seed, whatever study asks for them.
+    Studies of one teacher, grid and seed share them.
     """
     from search.storage.stop_flags import held
     from search.study.study import TRAJECTORIES, Study

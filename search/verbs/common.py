@@ -1,4 +1,4 @@
-"""What the verbs share: the storage and the study they name, types of their options."""
+"""Shared parts of the verbs: opening their storage and study, types of their options."""
 
 import argparse
 from pathlib import Path
@@ -56,7 +56,7 @@ def study_name(given: str) -> str:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SpecError(f"the study file {path} cannot be read: {error}") from error
     if not isinstance(tree, dict) or not isinstance(tree.get("name"), str):
-        raise SpecError(f"{path} has no name: key, so it is no study file")
+        raise SpecError(f"{path} has no name: key, so it is not a study file")
     return str(tree["name"])
 
 
@@ -64,7 +64,7 @@ def open_study(options: argparse.Namespace, *, reading: bool = False) -> "Study"
     """The study that STUDY names.
 
     Raises:
-        UnknownStudyError: There is none of that name.
+        UnknownStudyError: There is none.
     """
     from search.study.study import Study
 
@@ -73,20 +73,19 @@ def open_study(options: argparse.Namespace, *, reading: bool = False) -> "Study"
 
 
 def open_search(options: argparse.Namespace) -> "Study":
-    """The search that STUDY names, under the conditions that it was run under.
+    """The search that STUDY names, if its conditions are still those that it ran under.
 
     Raises:
         UnknownStudyError: There is no such search.
         InputError: Another version of bdense launched it.
-        SpecChangedError: The file's conditions, or those of the stored spec as they are now, are
-            not those that the study was run under.
+        SpecChangedError: The conditions of its file, or of its stored spec, have changed.
     """
     from search.spec.file import read_spec
 
     study = open_study(options)
-    _ = study.search
+    _ = study.search  # refuses given arms
     path = Path(options.study)
-    # By its name too: a teacher's file, the data or the engine's numerics may have changed since.
+    # Also by name: a teacher's file, the data or the engine's numerics may have changed since.
     spec = read_spec(path) if path.suffix in (".yaml", ".yml") else study.spec
     study.refuse_other_conditions(spec)
     return study
@@ -110,51 +109,51 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
 
 
 def numbers(text: str) -> list[int]:
-    """An option's whole numbers, separated by commas."""
+    """Whole numbers, separated by commas."""
     return [int(part) for part in text.split(",")]
 
 
 def positives(text: str) -> list[int]:
-    """An option's whole numbers from 1 on, separated by commas."""
+    """Whole numbers from 1 on, separated by commas."""
     return [positive(part) for part in text.split(",")]
 
 
-def thousands(text: str) -> float:
-    """An option's thousands of images, within the bounds of a row's."""
-    value = float(text)
-    if not 0.001 <= value <= 1e9:
-        raise argparse.ArgumentTypeError(f"must lie in 0.001..1e9, got {text}")
-    return value
-
-
-def seeds_to_pair(text: str) -> int:
-    """An option's number of seeds, as many as a confirmation needs."""
-    value = int(text)
-    if value < LEAST_SEEDS:
-        raise argparse.ArgumentTypeError(f"must be {LEAST_SEEDS} or more, got {value}")
-    return value
-
-
-def show_rows(study: "Study") -> None:
-    """Print how many rows are in which state, and why some failed."""
-    from search.study.summary import failures, headline
-
-    print(headline(study))
-    for line in failures(study):
-        print(line)
-
-
 def positive(text: str) -> int:
-    """An option's whole number from 1 on."""
+    """A whole number from 1 on."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, got {value}")
     return value
 
 
+def seeds_to_pair(text: str) -> int:
+    """A number of seeds, as many as a confirmation needs."""
+    value = int(text)
+    if value < LEAST_SEEDS:
+        raise argparse.ArgumentTypeError(f"must be {LEAST_SEEDS} or more, got {value}")
+    return value
+
+
+def thousands(text: str) -> float:
+    """Thousands of images of a training."""
+    value = float(text)
+    if not 0.001 <= value <= 1e9:
+        raise argparse.ArgumentTypeError(f"must lie in 0.001..1e9, got {text}")
+    return value
+
+
 def port(text: str) -> int:
-    """An option's TCP port; 0 leaves the choice to the system."""
+    """A TCP port; 0 leaves the choice to the system."""
     value = int(text)
     if not 0 <= value < 65536:
         raise argparse.ArgumentTypeError(f"must lie in 0..65535, got {value}")
     return value
+
+
+def show_rows(study: "Study") -> None:
+    """Print the number of rows in each state, and why some failed."""
+    from search.study.summary import failures, headline
+
+    print(headline(study))
+    for line in failures(study):
+        print(line)

@@ -36,7 +36,7 @@ def add_doctor(verbs: Verbs) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> None:
-    from search.doctor.examination import examine
+    from search.doctor import examine
 
     url = resolve_storage_url(options.storage)
     name = None if options.study is None else study_name(options.study)

@@ -1,4 +1,4 @@
-"""``bdense-search launch``: start a study or carry on with it, or tell what it would cost."""
+"""``bdense-search launch``: start or continue a study, or print its cost."""
 
 import argparse
 from pathlib import Path

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from bdense.command import Verbs
 from bdense.errors import InputError
+from bdense.files import require_new
 from search.storage.engine import runs_folder
 from search.verbs.common import (
     add_workers,
@@ -21,7 +22,7 @@ from search.verbs.common import (
 )
 
 if TYPE_CHECKING:
-    from search.spec.study import ArmsPlan, StudySpec
+    from search.spec.study import StudySpec
     from search.study.arms import Arm
     from search.study.study import Study
 
@@ -88,7 +89,15 @@ def add_promote(verbs: Verbs) -> None:
 
 def _promote(options: argparse.Namespace) -> None:
     from search.analysis.comparison import comparisons_of, table_rows, teacher_of
-    from search.analysis.plans import at_another_k, differing, other_budget, plan_promotion
+    from search.analysis.confirmation import confirmed_arm
+    from search.analysis.plans import (
+        arm_from,
+        at_another_k,
+        differing,
+        other_budget,
+        plan_promotion,
+    )
+    from search.export import is_of
     from search.run.gpus import use_gpus
     from search.run.launch import run_rows
     from search.spec.file import require_variants
@@ -105,14 +114,17 @@ def _promote(options: argparse.Namespace) -> None:
         _dry_run(options, study, spec, seeds, variants)
         return
     folders = [_folder(options, spec, each, len(asked)) for each in asked]
-    _require_free(options, spec.name, folders)
-    arm = _arm(options, study)
+    for folder in folders if options.out is not None else ():
+        if not is_of(folder, spec.name):  # one that this promotion wrote is written anew
+            require_new(folder)
+    given = options.weights
+    arm = confirmed_arm(study) if given is None else arm_from(given)
     if options.weights is None and options.to is None:
         sys.stderr.write("".join({other_budget(study, each) for each in asked}))
-    told = at_another_k(arm, study.spec.resolved.num_branches, spec.resolved.num_branches)
+    remark = at_another_k(arm, study.spec.resolved.num_branches, spec.resolved.num_branches)
     planned = plan_promotion(study.url, spec, arm, of=study.name, seeds=seeds, variants=variants)
-    if told:
-        print(told, flush=True)
+    if remark:
+        print(remark, flush=True)
     run_rows(planned, options.workers)
     show_rows(planned)
     if shown := comparisons_of(planned):
@@ -122,7 +134,7 @@ def _promote(options: argparse.Namespace) -> None:
 
 
 def _spec(options: argparse.Namespace, study: "Study") -> "StudySpec":
-    """Under whose conditions: those of --to, else the search's."""
+    """The study of given arms to run: that of --to, else one under the search's conditions."""
     from search.analysis.plans import PROMOTE_SUFFIX
     from search.spec.file import read_spec
     from search.study.arms import given_arms
@@ -140,21 +152,13 @@ def _spec(options: argparse.Namespace, study: "Study") -> "StudySpec":
 
 def _asked(options: argparse.Namespace, study: "Study", spec: "StudySpec") -> list[dict[str, Any]]:
     """Settings of the method: the variants of --to or the search's ``confirm``, with options."""
-    asked = [dict(study.spec.confirm.method)]
-    if options.to is not None:
-        asked = [dict(each) for each in _arms_plan(spec).variants]
+    named = [study.spec.confirm.method] if options.to is None else spec.given.variants
+    asked = [dict(each) for each in named]
     if options.kimg:
         asked = [{**each, "kimg": options.kimg} for each in asked]
     if options.nfe:
         asked = [{**each, "nfe": nfe} for each in asked for nfe in options.nfe]
     return asked
-
-
-def _arms_plan(spec: "StudySpec") -> "ArmsPlan":
-    from search.spec.study import ArmsPlan
-
-    assert isinstance(spec.plan, ArmsPlan)
-    return spec.plan
 
 
 def _seeds(options: argparse.Namespace, study: "Study", spec: "StudySpec") -> list[int]:
@@ -166,15 +170,15 @@ def _seeds(options: argparse.Namespace, study: "Study", spec: "StudySpec") -> li
         given = given or [FRESH_SEEDS]
         if len(given) > 1 or given[0] < 1:
             raise InputError(
-                f"--seeds {','.join(map(str, given))}: without --to it is how many fresh ones; "
-                "give one number, 1 or more"
+                f"--seeds {','.join(map(str, given))}: without --to it is the number of fresh "
+                "seeds; give one number, 1 or more"
             )
-        # Nor the seeds that the winner was chosen by.
+        # Not those of the confirmation, which chose the winner.
         return fresh_seeds(study.spec, given[0], seeds_of(study, study.name + CONFIRM_SUFFIX))
-    plan = _arms_plan(spec)
+    plan = spec.given
     if given is None:
         return list(plan.seeds)
-    # One number is how many, several are the seeds themselves.
+    # One number is their number, several are the seeds themselves.
     seeds = range(given[0]) if len(given) == 1 else given
     return list(replace(plan, seeds=tuple(seeds)).seeds)  # which refuses others
 
@@ -186,14 +190,14 @@ def _dry_run(
     seeds: list[int],
     variants: list[dict[str, Any]],
 ) -> None:
-    """Tell of the study as if its file had this plan."""
+    """Print the study and its cost as if its file had this plan."""
     from search.analysis.plans import arm_from
     from search.verbs.launch import dry_run
 
     given = options.weights
     promoted = {"winner_of": study.name} if given is None else arm_from(given).params
     plan = replace(
-        _arms_plan(spec),
+        spec.given,
         arms=("plain", "uniform", promoted),
         seeds=tuple(seeds),
         variants=tuple(variants),
@@ -201,17 +205,10 @@ def _dry_run(
     dry_run(replace(spec, plan=plan), options.workers)
 
 
-def _arm(options: argparse.Namespace, study: "Study") -> "Arm":
-    from search.analysis.confirmation import confirmed_arm
-    from search.analysis.plans import arm_from
-
-    return arm_from(options.weights) if options.weights is not None else confirmed_arm(study)
-
-
 def _folder(
     options: argparse.Namespace, spec: "StudySpec", asked: dict[str, Any], count: int
 ) -> Path:
-    """Where the model of these settings goes; those of others may come beside it."""
+    """Folder for the model of these settings; models of other settings go beside it."""
     words = [
         f"{name}{value:g}" if isinstance(value, float) else f"{name}{value}"
         for name, value in sorted(asked.items())
@@ -220,20 +217,6 @@ def _folder(
     if options.out is None:
         return runs_folder() / spec.name / ("model" + (f"-{named}" if named else ""))
     return Path(options.out if count == 1 else options.out / named)
-
-
-def _require_free(options: argparse.Namespace, name: str, folders: list[Path]) -> None:
-    """Refuse folders of somebody else's before hours of work, not after them.
-
-    Those that this promotion wrote before are left, or written anew once it has gone on.
-    """
-    from bdense.files import require_new
-    from search.export import is_of
-
-    if options.out is not None:
-        for folder in folders:
-            if not is_of(folder, name):
-                require_new(folder)
 
 
 def _hand_over(planned: "Study", folder: Path, arm: "Arm", variant: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""See where a study stands, and take from it: ``status``, ``best``, ``report``, ``export`` .."""
+"""Read studies: ``list``, ``status``, ``best``, ``report``, ``export``, ``dashboard``."""
 
 import argparse
 import json

@@ -1,10 +1,12 @@
 """While a study runs: ``stop`` it, ``enqueue`` a point, read the ``logs`` of a trial."""
 
 import argparse
+import contextlib
 import json
 import sys
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from bdense.command import Verbs
 from bdense.errors import BdenseError, InputError
@@ -45,6 +47,15 @@ def add_enqueue(verbs: Verbs) -> None:
         "bdense-search enqueue digits-nfe2 --a 1.386 --b=-4.274",
         _enqueue,
     )
+    parser.add_argument(
+        "--set",
+        metavar="NAME=VALUE",
+        type=_assignment,
+        action="append",
+        default=[],
+        help="value of a parameter of the study's weight space, as in --set a=1.386; once for "
+        "each parameter",
+    )
     parser.add_argument("--a", metavar="X", type=float, help="slope a of log w_k = a k + b")
     parser.add_argument(
         "--b", metavar="X", type=float, help="offset b of log-linear weights; below 0 as --b=-4.3"
@@ -84,6 +95,13 @@ def add_logs(verbs: Verbs) -> None:
     parser.add_argument("--json", action="store_true", help="print the events as lines of JSON")
 
 
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text}")
+    return name, value
+
+
 def _stop(options: argparse.Namespace) -> None:
     record = open_study(options)
     ledgers = record.ledgers
@@ -98,7 +116,7 @@ def _stop(options: argparse.Namespace) -> None:
     )
     if not options.wait:
         return
-    # Longer than a lease lasts, none is held by a worker that is gone.
+    # Leases of dead workers have expired by then.
     deadline = time.monotonic() + 2 * longest + 60.0
     while left := held(ledgers):
         if time.monotonic() > deadline:
@@ -111,13 +129,54 @@ def _stop(options: argparse.Namespace) -> None:
 
 
 def _enqueue(options: argparse.Namespace) -> None:
-    from search.study.points import enqueue
-
     names = ("a", "b", "rule", "strength")
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    # The bounds that workers have, not those of a file that was changed since.
-    for line in enqueue(open_study(options), given):
+    named = [(name, value) for name in names if (value := getattr(options, name)) is not None]
+    params: dict[str, Any] = {}
+    for name, value in (*named, *options.set):
+        if name in params:
+            raise InputError(f"parameter {name} is given twice; give it once")
+        params[name] = value
+    # Checked against the stored spec, which workers use; the file may have changed since.
+    for line in _planned(open_study(options), params):
         print(line)
+
+
+def _planned(study: "Study", given: Mapping[str, Any]) -> list[str]:
+    """Plan a point before any suggested one; lines that say what happens to it."""
+    from bdense.weights.spaces import Uniform, require_point
+    from search.storage.ledger import MENDABLE
+
+    spec, trials = study.spec, study.search
+    distributions = spec.space.distributions()
+    read = {
+        name: _number(value) if isinstance(distributions.get(name), Uniform) else value
+        for name, value in given.items()
+    }
+    params = require_point(spec.space, read, spec.resolved.num_branches)
+    text = ", ".join(f"{k} {v:g}" if isinstance(v, float) else str(v) for k, v in params.items())
+    if not trials.enqueue(params, again=MENDABLE):
+        return [f"{text} is a trial of study {study.name} already; nothing is planned"]
+    counts = trials.counts()
+    left = trials.budget - counts.ended - counts.running
+    lines = [f"planned in study {study.name}: {text}, before any other point"]
+    if counts.waiting > left:
+        needed = counts.ended + counts.running + counts.waiting
+        lines.append(
+            f"the budget of {trials.budget} trials does not suffice for the {counts.waiting} that "
+            f"are planned: bdense-search launch STUDY.yaml --trials {needed}"
+        )
+    elif not counts.running:
+        lines.append(
+            "it is the next to run; if no launcher is at work: bdense-search launch STUDY.yaml"
+        )
+    return lines
+
+
+def _number(value: Any) -> Any:  # noqa: ANN401  as the user gave it
+    """A text as the number that it names; anything else is left to ``require_point``."""
+    with contextlib.suppress(TypeError, ValueError):
+        return float(value)
+    return value
 
 
 def _logs(options: argparse.Namespace) -> None:
@@ -147,20 +206,20 @@ def _logs(options: argparse.Namespace) -> None:
         time.sleep(POLL_SECONDS)
     if not shown:
         raise InputError(
-            f"trial {number} has no log in {path.resolve().parent}: nobody has worked on it yet, "
+            f"trial {number} has no log in {path.resolve().parent}: no worker has taken it yet, "
             "or its worker writes to another folder (BDENSE_RUNS)"
         )
 
 
 def _row(study: "Study", options: argparse.Namespace) -> "tuple[Ledger, int]":
-    """Whose log is meant."""
+    """The row whose log to show."""
     if (options.trial is None) == (options.baseline is None):
-        raise InputError("give either the number of a TRIAL, or --baseline, one of the two")
+        raise InputError("give either the number of a TRIAL, or --baseline")
     if options.trial is not None:
         return study.main, options.trial
     if not study.is_search or study.given is None:
         raise InputError(f"{study.name} has no baselines of its own; give the number of a row")
-    # The last of them: one that failed is planned anew by the next launch.
+    # The last one: a launch plans a failed baseline anew.
     for number, (row, _) in reversed(list(enumerate(study.rows()))):
         if study.arms[row.arm].baseline == options.baseline:
             return study.given, number

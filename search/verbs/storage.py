@@ -63,7 +63,7 @@ def _storage(options: argparse.Namespace) -> None:
     for role in roles:
         print(f"{role.name} may {role.access}")
     for statement in left:
-        print(f"for the database's administrator, if they like: {statement}")
+        print(f"for the database's administrator, optional: {statement}")
 
 
 def _roles(options: argparse.Namespace) -> "list[Role]":
@@ -76,7 +76,5 @@ def _roles(options: argparse.Namespace) -> "list[Role]":
             password = None if file is None else read_password(file)
             roles.append(Role(name=name, access=access, password=password))
         elif file is not None:
-            raise InputError(
-                f"--{kind}-password-file {file} is nobody's; give --{kind} NAME beside it"
-            )
+            raise InputError(f"--{kind}-password-file {file} needs --{kind} NAME beside it")
     return roles

@@ -17,13 +17,14 @@ import torch
 from bdense import NUMERICS
 from bdense.data.datasets import Dataset, load_dataset
 from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.sampling import Sampler, draw_images, save_grid
 from bdense.errors import InputError
 from bdense.files import atomic_write, file_lock
 from bdense.methods import METHODS
 from bdense.methods.method import Inputs, Method, MethodConfig, Recordings
 from bdense.methods.recordings import TrajectoryStore
 from bdense.metrics.extractors import Extractor, load_extractor
-from bdense.metrics.metrics import require_measurable
+from bdense.metrics.metrics import Metrics, measure_images, require_measurable
 from bdense.metrics.references import Reference, dataset_reference, read_reference
 from bdense.metrics.settings import MetricSettings
 from bdense.models.card import inherited
@@ -31,14 +32,85 @@ from bdense.models.store import denoiser_sha256, load_denoiser, load_model, save
 from bdense.models.zoo import resolve_reference
 from bdense.training.teacher import teacher_data, train_teacher
 from search.spec.resolve import execution, teacher_config, variant
-from search.spec.study import StudySpec, TeacherTraining
+from search.spec.study import EvaluationSpec, StudySpec, TeacherTraining
 from search.storage.engine import cache_folder
 from search.study.arms import Task
 from search.study.results import MeasuredFID
-from search.worker.evaluation import Evaluator
+
+_GRID_IMAGES = 64
 
 # Called with what is being made, how much is done, of how much, and a remark.
 Report = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluator:
+    """Measures every model of a study under the same conditions, from the same latents.
+
+    Attributes:
+        spec: Number of images, and the metrics.
+        extractor: Feature network, also of the reference.
+        reference: What images are compared with.
+        latents: Seed of the noise that images are drawn from.
+    """
+
+    spec: EvaluationSpec
+    extractor: Extractor
+    reference: Reference
+    latents: int
+
+    def measure(
+        self,
+        denoiser: NetworkDenoiser,
+        sampler: Sampler,
+        *,
+        training_seed: int | None,
+        on_image: Callable[[int], None],
+        check: Callable[[], None],
+        images: int | None = None,
+        grid_path: Path | None = None,
+    ) -> Metrics:
+        """Draw a model's images and measure them.
+
+        Args:
+            denoiser: A student, or the teacher.
+            sampler: How it draws.
+            training_seed: The student's; None for a teacher, which rows of all seeds share.
+            on_image: Called with the number of images drawn so far.
+            check: Called for every batch of images drawn or measured; an error of its ends the
+                work.
+            images: Number of images of an intermediate evaluation, which measures the FID alone;
+                None is the study's.
+            grid_path: Where a grid of the first 64 images goes; None writes none.
+
+        Raises:
+            NonFiniteError: An image, a feature or a distance is not finite.
+        """
+
+        def on_drawn(done: int) -> None:
+            check()
+            on_image(done)
+
+        drawn = draw_images(
+            denoiser,
+            sampler,
+            images or self.spec.images,
+            seed=self.latents,
+            batch=self.spec.batch,
+            on_image=on_drawn,
+        )
+        if grid_path is not None:
+            save_grid(drawn[:_GRID_IMAGES], grid_path)
+        trained = {} if training_seed is None else {"training": training_seed}
+        return measure_images(
+            drawn,
+            self.extractor,
+            self.reference,
+            metrics=self.spec.metrics if images is None else ("fid",),
+            nfe=sampler.nfe,
+            seeds={**trained, "evaluation": self.latents},
+            on_image=lambda _: check(),
+        )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -52,9 +124,9 @@ class Assets:
         teacher: On the training device.
         dataset: None where nothing needs one.
         evaluator: Measures students and teacher.
-        terms: What students' metadata take over from the teacher's: licence and such.
+        terms: What students' metadata take over from the teacher's, such as its licence.
         known: Metadata of the teacher's file.
-        teacher_fid: Of the teacher, where the method measures it.
+        teacher_fid: The teacher's FID, where the method measures it.
     """
 
     spec: StudySpec
@@ -113,16 +185,11 @@ class Assets:
         return self.method.recording(self.config, self.teacher, inputs)
 
 
-def use_device(spec: StudySpec, *, foretold: bool = False) -> torch.device:
-    """Set this process up as the spec asks, and say where its trials run.
-
-    Args:
-        spec: Of the trials.
-        foretold: They run elsewhere or later: the CPU does for GPUs that are not here.
+def use_device(spec: StudySpec) -> torch.device:
+    """Configure torch as the spec asks; the device that trials run on.
 
     Raises:
-        InputError: The spec asks for a number of GPUs, which its trials hold here, and torch can
-            use none.
+        InputError: The spec asks for GPUs, and torch can use none.
     """
     torch.set_num_threads(spec.resources.threads)
     # cuBLAS reads this when it starts; without it some of its kernels refuse to be deterministic.
@@ -132,7 +199,7 @@ def use_device(spec: StudySpec, *, foretold: bool = False) -> torch.device:
     gpus = spec.resources.gpus
     if gpus != 0 and torch.cuda.is_available():
         return torch.device("cuda")
-    if gpus not in (0, "auto") and not foretold:
+    if gpus not in (0, "auto"):
         cuda = torch.version.cuda
         build = f"is built for CUDA {cuda}" if cuda else "is built without CUDA"
         raise InputError(
@@ -144,7 +211,7 @@ def use_device(spec: StudySpec, *, foretold: bool = False) -> torch.device:
 
 
 def load(spec: StudySpec, device: torch.device, report: Report | None = None) -> Assets:
-    """Teacher, extractor, reference and the teacher's FID, made now or found in the cache.
+    """Teacher, extractor, reference and the teacher's FID, made now or read from the cache.
 
     Args:
         spec: The study, resolved.
@@ -152,13 +219,15 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
         report: Called with the progress.
 
     Raises:
-        InputError: The device does not compute ``precision``, or something the user gave cannot
-            be had or does not fit.
+        InputError: The device does not compute ``precision``, or a file or name that the user
+            gave is missing or does not fit.
     """
     execution(spec).require(device)
-    told = report or (lambda *_: None)
-    dataset, evaluation = load_data(spec), spec.evaluation
-    told("features", 0, 1, evaluation.extractor)
+    report = report or (lambda *_: None)
+    assert spec.data is not None or not spec.uses_data
+    dataset = load_dataset(spec.data) if spec.data is not None and spec.uses_data else None
+    evaluation = spec.evaluation
+    report("features", 0, 1, evaluation.extractor)
     extractor = load_extractor(evaluation.extractor, cache=cache_folder(), device=device)
     reference = _reference(spec, dataset, extractor)
     try:
@@ -167,7 +236,7 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
         raise InputError(
             f"{error} (a study chooses evaluation.images and evaluation.metrics alone)"
         ) from error
-    teacher, known = _teacher(spec, dataset, device, told)
+    teacher, known = _teacher(spec, dataset, device, report)
     if dataset is not None and tuple(teacher.image_shape) != tuple(dataset.images.shape[1:]):
         raise InputError(
             f"the teacher makes images of {teacher.image_shape} (channels, height, width) and "
@@ -187,19 +256,11 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
         known=known,
         terms=inherited(known, Path(spec.teacher.checkpoint or f"trained on {spec.data}").name),
     )
-    return replace(assets, teacher_fid=_teacher_fid(assets, told))
-
-
-def load_data(spec: StudySpec) -> Dataset | None:
-    """The study's data set; None where nothing needs one."""
-    if not spec.uses_data:
-        return None
-    assert spec.data is not None  # a spec that uses data names it
-    return load_dataset(spec.data)
+    return replace(assets, teacher_fid=_teacher_fid(assets, report))
 
 
 def _reference(spec: StudySpec, dataset: Dataset | None, extractor: Extractor) -> Reference:
-    """What the study's images are compared with: its file, or its data set seen once."""
+    """Statistics of the study's reference file, or of its data set."""
     if spec.evaluation.reference is not None:
         return read_reference(resolve_reference(spec.evaluation.reference), extractor)
     assert dataset is not None
@@ -210,7 +271,7 @@ def _reference(spec: StudySpec, dataset: Dataset | None, extractor: Extractor) -
 def _teacher(
     spec: StudySpec, dataset: Dataset | None, device: torch.device, report: Report
 ) -> tuple[NetworkDenoiser, Mapping[str, Any]]:
-    """The teacher, which computes as the spec asks, and its metadata."""
+    """The teacher, set to the spec's precision, and its metadata."""
     if spec.teacher.checkpoint is not None:
         teacher, known = load_model(spec.teacher.checkpoint)
     else:
@@ -222,7 +283,7 @@ def _teacher(
                 if not path.exists():
                     _train_and_cache(spec.teacher.train, dataset, device, path, report)
         teacher, known = load_denoiser(path)
-    # For float32 too: by itself torch has a GPU round the products of convolutions.
+    # For float32 too: by default torch lets a GPU compute convolutions in TF32.
     return teacher.to(device).execute(execution(spec)), known
 
 
@@ -242,7 +303,7 @@ def _train_and_cache(
 ) -> None:
     unfinished = path.with_suffix(".training.safetensors")
     config = teacher_config(training)
-    # Of its own: the threads decide the last bits, and the trials have theirs.
+    # The number of threads decides the last bits; trials have their own.
     threads = torch.get_num_threads()
     torch.set_num_threads(training.threads)
     teacher = train_teacher(
@@ -273,7 +334,15 @@ def _teacher_fid(assets: Assets, report: Report) -> MeasuredFID | None:
     key = {
         "teacher": denoiser_sha256(assets.teacher),
         "sampler": sampler.describe(),
-        "evaluation": evaluator.describe(),
+        "evaluation": {
+            "images": spec.evaluation.images,
+            "extractor": evaluator.extractor.sha256,
+            "reference": [
+                evaluator.reference.name,
+                hashlib.sha256(evaluator.reference.statistics.mu.tobytes()).hexdigest(),
+            ],
+            "latents": evaluator.latents,
+        },
         "precision": spec.precision,
         "numerics": NUMERICS,
     }

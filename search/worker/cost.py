@@ -1,6 +1,6 @@
-"""What a study costs in time and memory: two updates and a batch of images, measured for real.
+"""What a study costs in time and memory, from two real updates and one batch of images.
 
-A process of its own makes them, by networks of random weights, which take as long as any.
+They run in a process of their own, on networks of random weights, which cost as much as others.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import multiprocessing
 import resource
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -35,10 +36,10 @@ from search.storage.engine import cache_folder
 from search.study.wording import duration
 from search.worker.assets import use_device
 
-PATIENCE_SECONDS = 20.0  # that a dry run waits for a measurement
+PATIENCE_SECONDS = 20.0  # a dry run's for a measurement
 _UPDATES = 2  # the first warms up
-_FEATURES_BATCH = 256  # images that bdense.metrics.references.features_of takes at a time
-# What CUDA and its libraries take of a GPU for each process, which torch does not count.
+_FEATURES_BATCH = 256  # as of bdense.metrics.references.features_of
+# GPU memory of CUDA and its libraries for each process, which torch does not count.
 _CONTEXT = 800 * 2**20
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -48,12 +49,12 @@ class Measured:
     """Seconds and bytes of a trial.
 
     Attributes:
-        recording_seconds: A batch of trajectories that is recorded once for all trials.
+        recording_seconds: A batch of trajectories that is recorded once for all trials, else 0.
         update_seconds: An update.
         draw_seconds: A network evaluation of one image, while images are drawn.
         feature_seconds: One image's features; 0 where the extractor is missing, or small.
-        peak_bytes: The most memory that the process held, on its device.
-        free_bytes: Memory of that device that was free before.
+        peak_bytes: The process's largest memory on its device.
+        free_bytes: Free memory of that device before.
         device: ``cpu`` or ``cuda``.
     """
 
@@ -69,18 +70,18 @@ class Measured:
 def measure(
     spec: StudySpec, *, download: bool = False, patience: float | None = None
 ) -> Measured | None:
-    """Measure on this machine what a trial takes.
+    """Measure the cost of a trial on this machine.
 
     Args:
-        spec: What would be launched.
-        download: Fetch a missing feature extractor; else its part is left out.
+        spec: The study.
+        download: Fetch a missing feature extractor; else its time is left out.
         patience: Seconds to wait; None waits as long as it takes.
 
     Returns:
         None where it takes longer than ``patience``.
 
     Raises:
-        InputError: This machine cannot do what the spec asks, or runs out of memory.
+        InputError: This machine lacks what the spec asks for, or runs out of memory.
     """
     spawn = multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe(duplex=False)
@@ -106,17 +107,17 @@ def measure(
 
 
 def require_room(spec: StudySpec, together: int) -> None:
-    """Measure a trial, and refuse trials that would run out of memory.
+    """Measure a trial, and refuse to run so many at once that they run out of memory.
 
     Args:
-        spec: What is launched.
+        spec: The study.
         together: Trials at once on this machine.
 
     Raises:
-        InputError: They have no room; says what to lower. Or as of ``measure``.
+        InputError: They need too much memory; says what to lower. Or as of ``measure``.
     """
     found = measure(spec, download=True)
-    assert found is not None  # that is for the impatient
+    assert found is not None  # there was no limit of time
     if found.device == "cuda":  # trials that hold whole GPUs do not share one
         share = spec.resources.gpus
         together = min(together, 1 if share == "auto" or share >= 1 else int(1 / share + 1e-9))
@@ -138,7 +139,7 @@ def _smaller(spec: StudySpec) -> str:
 
 
 def free_memory() -> int:
-    """Bytes of memory that this machine, or this container, has left; very many if unknown."""
+    """Bytes of memory left on this machine, or in this container; 2**50 if unknown."""
     if not Path("/proc/meminfo").exists():
         return 2**50
     lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
@@ -146,79 +147,66 @@ def free_memory() -> int:
     most, taken, stat = (_CGROUP / f"memory.{name}" for name in ("max", "current", "stat"))
     if not most.is_file() or (limit := most.read_text().strip()) == "max":
         return left
-    # The cache of files is given back where it is needed.
+    # The kernel frees the file cache on demand.
     known = dict(line.split() for line in stat.read_text().splitlines())
     cache = int(known["active_file"]) + int(known["inactive_file"])
     return min(left, max(0, int(limit) - int(taken.read_text()) + cache))
 
 
 def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
-    """What a dry run says of the cost; nothing is downloaded or kept.
+    """The cost of a study as a dry run shows it; nothing is downloaded or kept.
 
     Args:
-        spec: What would be launched.
+        spec: The study.
         workers: Trials at once; 1 by default.
     """
     with torch.device("meta"):
         teacher = build_denoiser(architecture(spec))
     parameters = 4 * sum(p.numel() for p in teacher.parameters())
-    work = _work(spec, teacher, parameters)
+    stages, images, plan = spec.resolved.stages, spec.evaluation.images, spec.plan
+    if isinstance(plan, ArmsPlan):
+        rows = kept = len(plan.arms) * len(plan.seeds) * len(plan.variants)
+        intermediate = 0
+    else:
+        rows, kept = plan.trials + 2, spec.keep_students + 2  # both baselines
+        intermediate = len(plan.at) * (plan.images or images)
+    updates = sum(stage.num_updates for stage in stages)
+    drawn = len(stages) * images + intermediate
+    evaluations = sum(stage.nfe for stage in stages) * images + stages[0].nfe * intermediate
+    stored = _stored_bytes(spec, teacher)
+    students = f"{len(stages)} students" if len(stages) > 1 else "a student"
+    lines = [
+        f"rows: {rows}, each of {students}, {updates:,} updates and {drawn:,} images",
+        f"disk: {stored / 2**20:,.0f} MiB of trajectories a seed, "
+        f"{kept * len(stages) * parameters / 2**20:,.0f} MiB of kept students",
+    ]
     try:
         found = measure(spec, patience=PATIENCE_SECONDS)
         why = f"it takes longer than {PATIENCE_SECONDS:g} s here"
     except InputError as error:
         found, why = None, str(error)
-    lines = [*work.lines, f"time and memory: the launch measures them; not here: {why}"]
-    if found is not None:
-        lines[-1:] = _measured_lines(found, work, workers or 1)
+    if found is None:
+        lines.append(f"time and memory: the launch measures them; not here: {why}")
+    else:
+        at_once = workers or 1
+        each = updates * found.update_seconds
+        each += evaluations * found.draw_seconds + drawn * found.feature_seconds
+        recorded = stages[0].num_updates * found.recording_seconds if stored else 0.0
+        lines += [
+            f"memory: {_gib(found.peak_bytes)} a trial, of {_gib(found.free_bytes)} that are free",
+            f"time: {duration(each)} a trial, {duration((recorded + rows * each) / at_once)} in "
+            f"all with {at_once} worker{'s' * (at_once > 1)}, measured on {found.device} "
+            f"({found.update_seconds:.3g} s an update, {1e3 * found.draw_seconds:.3g} ms a "
+            f"network evaluation of an image, {1e3 * found.feature_seconds:.3g} ms its features)",
+        ]
     if spec.teacher.train:
-        images = round(spec.teacher.train.kimg * 1000)
-        lines.append(f"teacher: trained on {images:,} images first, which is not counted")
+        trained = round(spec.teacher.train.kimg * 1000)
+        lines.append(f"teacher: trained on {trained:,} images first, which is not counted")
     return lines + _downloads(spec, parameters)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Work:
-    """Of each of ``rows`` trials: updates, images, and network evaluations to draw them."""
-
-    rows: int
-    updates: int
-    images: int
-    evaluations: int
-    recorded: int  # batches, once for all
-    lines: tuple[str, ...]
-
-
-def _work(spec: StudySpec, teacher: NetworkDenoiser, parameters: int) -> _Work:
-    stages, images = spec.resolved.stages, spec.evaluation.images
-    if isinstance(spec.plan, ArmsPlan):
-        rows = len(spec.plan.arms) * len(spec.plan.seeds) * len(spec.plan.variants)
-        kept = rows
-        intermediate = 0
-    else:
-        rows = spec.plan.trials + 2  # both baselines
-        kept = spec.keep_students + 2
-        intermediate = len(spec.plan.at) * (spec.plan.images or images)
-    updates = sum(stage.num_updates for stage in stages)
-    drawn = len(stages) * images + intermediate
-    store = _store(spec, teacher)
-    students = f"{len(stages)} students" if len(stages) > 1 else "a student"
-    return _Work(
-        rows=rows,
-        updates=updates,
-        images=drawn,
-        evaluations=sum(stage.nfe for stage in stages) * images + stages[0].nfe * intermediate,
-        recorded=0 if store == 0 else stages[0].num_updates,
-        lines=(
-            f"rows: {rows}, each of {students}, {updates:,} updates and {drawn:,} images",
-            f"disk: {store / 2**20:,.0f} MiB of trajectories a seed, "
-            f"{kept * len(stages) * parameters / 2**20:,.0f} MiB of kept students",
-        ),
-    )
-
-
-def _store(spec: StudySpec, teacher: NetworkDenoiser) -> int:
-    """Bytes of the trajectories that are recorded of one seed."""
+def _stored_bytes(spec: StudySpec, teacher: NetworkDenoiser) -> int:
+    """Size of one seed's recorded trajectories; 0 where none are recorded."""
     if spec.trajectories.mode == "live":
         return 0
     method = METHODS[spec.method.name]()
@@ -228,21 +216,8 @@ def _store(spec: StudySpec, teacher: NetworkDenoiser) -> int:
     return 0 if found is None else found.nbytes
 
 
-def _measured_lines(found: Measured, work: _Work, workers: int) -> list[str]:
-    drawing = work.evaluations * found.draw_seconds + work.images * found.feature_seconds
-    each = work.updates * found.update_seconds + drawing
-    total = (work.recorded * found.recording_seconds + work.rows * each) / workers
-    return [
-        f"memory: {_gib(found.peak_bytes)} a trial, of {_gib(found.free_bytes)} that are free",
-        f"time: {duration(each)} a trial, {duration(total)} in all with {workers} "
-        f"worker{'s' * (workers > 1)}, measured on {found.device} ({found.update_seconds:.3g} s "
-        f"an update, {1e3 * found.draw_seconds:.3g} ms a network evaluation of an image, "
-        f"{1e3 * found.feature_seconds:.3g} ms its features)",
-    ]
-
-
 def _downloads(spec: StudySpec, teacher_bytes: int) -> list[str]:
-    """What a launch fetches first."""
+    """A line for each file that a launch downloads first."""
     name = spec.teacher.checkpoint or ""
     wanted = [
         (PUBLIC_MODELS.get(name), teacher_bytes),
@@ -278,32 +253,37 @@ def _answer(to: Connection, spec: StudySpec, free: int, download: bool) -> None:
 
 def _measure(spec: StudySpec, free: int, download: bool) -> Measured:
     device = use_device(spec)
-    wanted = dataclasses.replace(execution(spec), compile=False)  # which would take minutes
+    wanted = dataclasses.replace(execution(spec), compile=False)  # compiling takes minutes
     wanted.require(device)
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] + _CONTEXT
-    else:  # an allocation fails, in place of the system ending some process or other
+    else:  # so that an allocation fails here, before the system kills any process
         resource.setrlimit(resource.RLIMIT_DATA, (free, free))
     teacher = build_denoiser(architecture(spec)).to(device).eval().execute(wanted)
     stage = _first_stage(spec, teacher)
-    recording, update, student = _updates(spec, stage)
+    lap = _laps(device)
+    for iteration in range(_UPDATES):
+        stage.batch(iteration, slice(None))
+        batch = lap()
+    if not _stored_bytes(spec, teacher):
+        batch = 0.0  # a part of each update
+    update = _update_seconds(stage, lap)
     sampler, evaluation = stage.sampler, spec.evaluation
     count = min(evaluation.batch, evaluation.images)
-    clock = _Clock(device)
+    student = export_branch(stage.start)
+    lap()
     images = draw_images(student, sampler, count, seed=0, batch=count)
-    clock()
-    drawing = clock.last
+    drawing = lap()
     seen, extracting, name = min(_FEATURES_BATCH, evaluation.images), 0.0, evaluation.extractor
     if name not in RECIPES and (download or missing_weights(name) is None):
         extractor = load_extractor(name, cache=cache_folder(), device=device)
         repeated = images[torch.arange(seen) % count]
-        clock()
+        lap()
         features_of(repeated, extractor)
-        clock()
-        extracting = clock.last
+        extracting = lap()
     return Measured(
-        recording_seconds=recording,
-        update_seconds=update,
+        recording_seconds=batch,
+        update_seconds=max(update - batch, 0.0),
         draw_seconds=drawing / count / sampler.nfe,
         feature_seconds=extracting / seen,
         peak_bytes=_peak_bytes(device),
@@ -324,44 +304,34 @@ def _first_stage(spec: StudySpec, teacher: NetworkDenoiser) -> Stage:
     return method.stage(plan, teacher, config, Inputs(dataset=dataset))
 
 
-def _updates(spec: StudySpec, stage: Stage) -> tuple[float, float, NetworkDenoiser]:
-    """Seconds to record a batch and of an update, and a student."""
-    device = next(stage.start.parameters()).device
-    clock = _Clock(device)
-    for iteration in range(_UPDATES):
-        stage.batch(iteration, slice(None))
-        clock()
-    batch = clock.last
+def _update_seconds(stage: Stage, lap: Callable[[], float]) -> float:
+    """Seconds of the last of ``_UPDATES`` updates, its batch included."""
+    seconds = 0.0
 
-    def stop(done: IterationReport) -> None:
-        clock()
+    def on_iteration(done: IterationReport) -> None:
+        nonlocal seconds
+        seconds = lap()
         if done.iteration + 1 == _UPDATES:
             raise StoppedError
 
     weights = FixedWeights(uniform_weights()(stage.num_branches))
     with contextlib.suppress(StoppedError):
-        train(stage, weights, on_iteration=stop)
-    recorded = batch if spec.trajectories.mode == "recorded" and _is_recorded(spec) else 0.0
-    return recorded, max(clock.last - recorded, 0.0), export_branch(stage.start)
+        train(stage, weights, on_iteration=on_iteration)
+    return seconds
 
 
-def _is_recorded(spec: StudySpec) -> bool:
-    """Whether the method's batches come from trajectories that are recorded once."""
-    with torch.device("meta"):
-        return _store(spec, build_denoiser(architecture(spec))) > 0
+def _laps(device: torch.device) -> Callable[[], float]:
+    """Seconds since the last call, with the device's work until then."""
+    last = time.perf_counter()
 
+    def lap() -> float:
+        nonlocal last
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        before, last = last, time.perf_counter()
+        return last - before
 
-class _Clock:
-    """Seconds since it was last asked; what a GPU was told before is done by then."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._seen, self.last = device, time.perf_counter(), 0.0
-
-    def __call__(self, _: object = None) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        before, self._seen = self._seen, time.perf_counter()
-        self.last = self._seen - before
+    return lap
 
 
 def _peak_bytes(device: torch.device) -> int:
@@ -370,6 +340,6 @@ def _peak_bytes(device: torch.device) -> int:
     status = Path("/proc/self/status")
     if not status.exists():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Of this process alone; what getrusage says begins with its parent's.
+    # Of this process alone; getrusage's starts at its parent's.
     lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
     return int(lines["VmHWM"].split()[0]) * 1024

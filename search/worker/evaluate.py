@@ -1,8 +1,7 @@
 """One row's work: branch weights -> students, stage by stage -> FID.
 
 A row's folder holds its training checkpoint, then pictures, students and ``result.json``. The
-result is written there before the database, so that a worker that takes over a finished row only
-stores it.
+result is written there first, so that a worker that takes a finished row over only stores it.
 """
 
 import json
@@ -44,60 +43,57 @@ def evaluate(
     judge: Judge | None = None,
     log: TrialLog | None = None,
 ) -> TrialResult:
-    """Train the students that a row asks for and measure each.
+    """Train a row's students and measure each.
 
     Args:
         assets: What the study's rows share.
         task: The row's weights, seed and latents.
         folder: Where checkpoints, students and the result go.
-        check: Called every update and for every batch of images drawn or judged; what it raises
-            ends the work.
+        check: Called every update and for every batch of images drawn or measured; an error of
+            its ends the work.
         report: Called with a short text on the progress.
-        judge: Gets the intermediate FIDs and may end the trial; None: neither.
-        log: The row's.
+        judge: Gets the intermediate FIDs and may end the trial; None for no such FIDs.
+        log: The row's log.
 
     Returns:
-        What the row came to; read from the folder if a worker before got that far.
+        The result; read from the folder if an earlier worker wrote it.
     """
     identity = task.identity() | {"fingerprint": assets.fingerprint}
     take_folder(folder, identity)
     note: Note = unnoted if log is None else log.open()
     if (done := read_result(folder, identity)) is not None:
         return done
-    row = _Row(assets.of(task), task, folder, check=check, report=report, judge=judge, note=note)
-    return write_result(folder, identity, row.run())
+    row = _Row(assets.of(task), task, folder, check, report, judge, note)
+    result = row.run()
+    write_result(folder, identity, result)
+    return result
 
 
 class _Row:
-    """One row while it is worked on."""
+    """One row while a worker trains and measures it."""
 
     def __init__(
         self,
         assets: Assets,
         task: Task,
         folder: Path,
-        *,
         check: Callable[[], None],
         report: Callable[[str], None],
         judge: Judge | None,
         note: Note,
     ) -> None:
-        self._assets = assets
-        self._task = task
-        self._folder = folder
-        self._check = check
-        self._report = report
-        self._judge = judge
-        self._note = note
+        self._assets, self._task, self._folder = assets, task, folder
+        self._check, self._report, self._judge, self._note = check, report, judge, note
         space = assets.spec.space if assets.spec.is_search else None
         self._space = space_of(task.params, space)
         self._branches = assets.spec.resolved.num_branches
         self._weighting: TracedWeights | None = None
         self._stages = assets.method.plan(assets.config, assets.teacher)
+        self._seeds = {"training": task.seed, "evaluation": task.latents}
         self._seconds = {"student_seconds": 0.0, "evaluation_seconds": 0.0}
 
     def run(self) -> TrialResult:
-        """Every stage, and what came of it."""
+        """Train and measure every stage."""
         assets, stages = self._assets, self._stages
         fids: dict[str, MeasuredFID] = {}
         measured: Measures | None = None
@@ -146,7 +142,14 @@ class _Row:
             # the result is there.
             checkpoint=self._folder / CHECKPOINT if len(self._stages) == 1 else None,
             devices=assets.devices,
-            metadata=self._metadata(),
+            metadata={
+                **assets.terms,
+                "arm": self._task.params.get(BASELINE) or "bdense",
+                "study": assets.spec.name,
+                "params": dict(self._task.params),
+                "seeds": self._seeds,
+                "fingerprint": assets.fingerprint,
+            },
             checkpoint_seconds=assets.spec.resources.checkpoint_seconds,
             on_iteration=self._on_iteration,
             on_save=self._on_save,
@@ -154,7 +157,7 @@ class _Row:
         )
 
     def _new_weighting(self) -> TracedWeights:
-        """The row's weights, from the start of a stage."""
+        """The row's weighting, at the start of a stage."""
         given = self._space.weighting(self._task.params, self._branches)
         self._weighting = TracedWeights(given)
         return self._weighting
@@ -174,7 +177,7 @@ class _Row:
                 lr=done.lr,
             )
         self._tell(plan, training(done.iteration + 1, done.iterations, done.loss))
-        self._check()  # the last: a checkpoint that it makes holds this iteration too
+        self._check()  # last: a checkpoint for a stop holds this iteration too
 
     def _on_save(self, plan: StagePlan, done: int) -> None:
         self._note("checkpoint", **_named(plan), iteration=done)
@@ -185,7 +188,7 @@ class _Row:
         self._report(text if len(branched) == 1 else in_stage(place, len(branched), text))
 
     def _measured(self, stage: TrainedStage, path: Path) -> Measures:
-        """A stage's metrics; of several stages each keeps its FID in a file of its own."""
+        """A stage's metrics, kept in a file where the method has several stages."""
         count = self._assets.spec.evaluation.images
         named = _named(stage.plan)
         grid = GRID if not stage.plan.name else f"{stage.plan.name}-{GRID}"
@@ -207,27 +210,10 @@ class _Row:
             with atomic_write(kept) as scratch:
                 scratch.write_text(json.dumps(found))
             self._note("stage", **named, fid=measured.fid.value)
-        self._save(stage, path, found)
-        return found
-
-    def _metadata(self) -> dict[str, Any]:
-        """What every student's file says, besides what the method tells."""
-        assets, task = self._assets, self._task
-        baseline = task.params.get(BASELINE)
-        return {
-            **assets.terms,
-            "arm": baseline or "bdense",
-            "study": assets.spec.name,
-            "params": dict(task.params),
-            "seeds": {"training": task.seed, "evaluation": task.latents},
-            "fingerprint": assets.fingerprint,
-        }
-
-    def _save(self, stage: TrainedStage, path: Path, found: Measures) -> None:
-        """The student's file again, with its FID, and its card beside it."""
         metadata = {**stage.metadata, "fid": found["fid"]}
-        save_denoiser(path, stage.student, metadata)
+        save_denoiser(path, stage.student, metadata)  # again, now with its FID
         write_card(path, stage.student, metadata)
+        return found
 
     def _result(
         self,
@@ -262,11 +248,7 @@ class _Row:
             arm=task.arm,
             variant=dict(task.variant),
             timings={name: round(value, 3) for name, value in self._seconds.items()},
-            **provenance(
-                assets.fingerprint,
-                {"training": task.seed, "evaluation": task.latents},
-                assets.device,
-            ),
+            **provenance(assets.fingerprint, self._seeds, assets.device),
             **pruned,
         )
 

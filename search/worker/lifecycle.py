@@ -1,4 +1,4 @@
-"""A claimed row's life: work on it under its lease; what goes wrong becomes a named state."""
+"""Work on a claimed row under its lease; an error becomes a named state."""
 
 import logging
 import time
@@ -31,19 +31,19 @@ def bring_to_an_end(
     fingerprint: str,
     asked: float,
 ) -> None:
-    """Do a claimed row's work and tell its result, or why there is none, or give it back.
+    """Work on a claimed row; store its result or failure, or give it back.
 
     Args:
-        ledger: The study's.
-        claim: What is worked on.
-        work: From the held lease, the row's folder and its log to what the row came to.
-        fingerprint: Of the conditions.
+        ledger: The row's ledger.
+        claim: The row.
+        work: From the held lease, the row's folder and its log to its result.
+        fingerprint: The study's.
         asked: ``time.perf_counter()`` when the claim was asked for.
 
     Raises:
-        LeaseLostError: Another worker took it over; nothing was told.
+        LeaseLostError: Another worker took it over; nothing was stored.
         StorageError: The database stayed away; the trial is taken over once it is back.
-        StoppedError: Somebody asked it to end; the trial was given back.
+        StoppedError: The study or launch was asked to stop; the trial was given back.
         UnpreparedError: This machine cannot work on it; the trial was given back.
     """
     study = ledger.study.study_name
@@ -54,7 +54,7 @@ def bring_to_an_end(
         try:
             _bring(ledger, claim, work, log, fingerprint=fingerprint, asked=asked)
         finally:
-            log.open()  # where it ended before anybody looked at the folder
+            log.open()  # in case it ended before the folder was taken
 
 
 def _bring(
@@ -69,7 +69,8 @@ def _bring(
     folder = row_folder(ledger.study.study_name, claim.number)
 
     def fail(reason: FailureReason, detail: str) -> None:
-        _fail(ledger, claim, fingerprint, reason, detail)
+        attrs: dict[str, Any] = {"fingerprint": fingerprint, "versions": package_versions()}
+        ledger.fail(claim, reason, detail, attrs)
         log("failed", level=logging.WARNING, reason=reason, error=redact(detail))
         drop_checkpoints(folder)
 
@@ -78,7 +79,7 @@ def _bring(
             result = work(holding, folder, log)
         service = {"service_seconds": _service_seconds(asked, result)}
         result = replace(result, timings={**result.timings, **service})
-        # Now: a finished trial takes no more of them.
+        # Before the end: a finished trial accepts no pictures.
         with ledger.holding(claim):
             attach_pictures(ledger, claim, folder, result)
         attrs = result.attrs() | {"tries": claim.tries}
@@ -106,12 +107,12 @@ def _bring(
         fail("error", str(error))
     except Exception as error:
         if is_out_of_memory(error):
-            # The same anywhere, and the memory is free again.
+            # It would fail the same way anywhere, and the memory is free again.
             what = "\n".join(str(error).splitlines()[:1])
             fail("out of memory", f"{what}; use a smaller batch or give trials more memory")
             return
         if (refusal := disk_error(error)) is not None:
-            # Nor the trial's fault; any other row would fail for it too.
+            # Not the trial's fault; every row here would meet the same.
             ledger.release(claim, interrupted=True)
             why = "disk full" if is_full_disk(error) else "no access"
             log("released", level=logging.WARNING, why=why)
@@ -126,14 +127,7 @@ def _bring(
 
 
 def _service_seconds(asked: float, result: TrialResult) -> float:
-    """Time between asking for the trial and telling its result that bdense did not take."""
+    """Seconds from asking for the trial to storing its result, without those of bdense."""
     inside = sum(s for name, s in result.timings.items() if name != "service_seconds")
-    # A result taken over was computed by another worker, before this one asked.
+    # A result that was taken over was computed before this worker asked.
     return round(max(time.perf_counter() - asked - inside, 0.0), 3)
-
-
-def _fail(
-    ledger: Ledger, claim: Claim, fingerprint: str, reason: FailureReason, detail: str
-) -> None:
-    attrs: dict[str, Any] = {"fingerprint": fingerprint, "versions": package_versions()}
-    ledger.fail(claim, reason, detail, attrs)

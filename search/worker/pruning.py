@@ -1,7 +1,7 @@
 """A trial's intermediate FIDs, and pruning by them.
 
 An intermediate FID is written to the trial's folder before the database, so that a worker that
-takes the trial over reports the same one. The pruner's verdict is stored before it is acted on.
+takes the trial over reports the same one. The pruner's verdict is stored before it takes effect.
 """
 
 import json
@@ -29,7 +29,7 @@ from search.worker.assets import Assets
 
 
 class PrunedError(Exception):
-    """The pruner ended the trial; ends its training and is caught by the worker."""
+    """The pruner ended the trial."""
 
 
 class Judge:
@@ -68,9 +68,9 @@ class IntermediateFIDs:
     Args:
         assets: Of the row.
         folder: The row's.
-        judge: Gets each FID; None: not reported.
+        judge: Gets each FID; None for no intermediate FIDs.
         seed: The row's training seed.
-        check: Called for every batch of images drawn or judged; what it raises ends the work.
+        check: Called for every batch of images drawn or measured; an error of its ends the work.
         report: Called with a short text on the progress.
     """
 
@@ -84,13 +84,9 @@ class IntermediateFIDs:
         check: Callable[[], None],
         report: Callable[[str], None],
     ) -> None:
-        self._assets = assets
-        self._path = folder / INTERMEDIATE_FILE
-        self._grid = folder / GRID
-        self._judge = judge
-        self._seed = seed
-        self._check = check
-        self._report = report
+        self._assets, self._judge, self._seed = assets, judge, seed
+        self._path, self._grid = folder / INTERMEDIATE_FILE, folder / GRID
+        self._check, self._report = check, report
         self._after = self._asked_for()
         self._found = self._before()
         self._last = ""
@@ -108,7 +104,7 @@ class IntermediateFIDs:
         return [self._found[after] for after in sorted(self._found)]
 
     def note_stage(self, step: int, fid: float, *, is_last: bool = False) -> None:
-        """Tell the FID after a stage, 0 for the teacher's.
+        """Report the FID after a stage; stage 0 is the teacher.
 
         Raises:
             PrunedError: The judge ends the row there, which is not its last stage.
@@ -120,7 +116,7 @@ class IntermediateFIDs:
             raise PrunedError
 
     def ended(self) -> dict[str, Any]:
-        """What a row that was pruned says of itself."""
+        """Where and why the row was pruned, as its result holds it."""
         pruner = self._assets.spec.search.pruner
         name = "pruner" if pruner is None else pruner.name
         at = {"pruned_at": self.found[-1]["fraction"]} if self._found else {}
@@ -165,7 +161,7 @@ class IntermediateFIDs:
         ends = self._judge(each["trained_images"], each["fid"])
         self.seconds += time.perf_counter() - started
         if ends:
-            # A later one may have been kept by a run that had got further.
+            # An earlier run may have got further.
             self._found = {at: each for at, each in self._found.items() if at <= after}
             raise PrunedError
 
@@ -179,7 +175,7 @@ class IntermediateFIDs:
             training_seed=self._seed,
             on_image=lambda done: self._report(measuring(after, total, done, images)),
             check=self._check,
-            # All that is seen of a student that ends here; the last one's takes its place.
+            # The only picture of a student that is pruned here; later ones replace it.
             grid_path=self._grid,
         ).fid
         if not math.isfinite(fid.value):

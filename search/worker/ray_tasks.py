@@ -1,4 +1,4 @@
-"""Tasks on Ray's workers: preparing shared parts, and slots that claim rows until none is left.
+"""Tasks on Ray's workers: preparing shared parts, and slots that work on rows until none is left.
 
 A slot may be killed at any point; the next claim continues from the row's last checkpoint.
 """
@@ -40,14 +40,14 @@ PATIENCE_SECONDS = 300.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:
-    """What a worker is told, whatever folder and environment it starts in; holds no password.
+    """A worker's settings, whatever folder and environment it starts in; without a password.
 
     Attributes:
         study: Name of the study, which holds the spec.
         storage: URL without password.
         runs, cache: The launcher's folders.
-        artifacts: Where its rows' pictures go.
-        launch: Which one it works for.
+        artifacts: Where the pictures of its rows go.
+        launch: The launch that it works for.
         log: The launcher's ``BDENSE_LOG``.
     """
 
@@ -70,7 +70,7 @@ class WorkerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """One message of a preparing task to the launcher: ``done`` of ``total`` of ``what``."""
+    """A preparing task's message to the launcher: ``done`` of ``total`` of ``what``."""
 
     what: str
     done: int
@@ -80,7 +80,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerError:
-    """Why a worker cannot do its part, and whether the user can mend it."""
+    """Why a worker cannot go on, and whether that is a mistake of the user's."""
 
     message: str
     is_input_error: bool
@@ -106,10 +106,10 @@ def worker_storage(asked: str) -> str:
 
 
 def prepare_task(worker: WorkerConfig, together: int) -> Iterator[Progress | WorkerError]:
-    """Make what the rows share and tell about it; the last message may be an error.
+    """Make what the rows share and report the progress; the last message may be an error.
 
     Args:
-        worker: Of the study.
+        worker: The settings.
         together: Rows at once on one machine.
     """
     # Imported here: the launcher ships this function and needs no torch for it.
@@ -117,11 +117,12 @@ def prepare_task(worker: WorkerConfig, together: int) -> Iterator[Progress | Wor
     from search.worker.cost import require_room
 
     messages: queue.SimpleQueue[Progress | WorkerError | None] = queue.SimpleQueue()
-    told = [0.0]
+    last = 0.0
 
     def report(what: str, done: int, total: int, remark: str) -> None:
-        if done in (0, 1, total) or time.monotonic() - told[0] > POLL_SECONDS:
-            told[0] = time.monotonic()
+        nonlocal last
+        if done in (0, 1, total) or time.monotonic() - last > POLL_SECONDS:
+            last = time.monotonic()
             messages.put(Progress(what=what, done=done, total=total, remark=remark))
 
     def work() -> None:
@@ -156,7 +157,7 @@ def record_task(worker: WorkerConfig, part: int, parts: int) -> Iterator[Progres
                 return
             store.require_room(round(spec.trajectories.max_gib * 2**30))
             size = f"{store.nbytes / 2**20:.0f} MiB on disk"
-            # By number, not by place in the list: other tasks record while this one starts.
+            # By number, not by index: other tasks record while this one starts.
             missing = [shard for shard in store.missing() if shard % parts == part]
             if missing:
                 yield Progress(what="trajectories", done=0, total=store.num_shards, remark=size)
@@ -176,7 +177,7 @@ def slot(config: Mapping[str, Any]) -> dict[str, Any]:
             starts.
 
     Returns:
-        ``error``: why it could not go on, or None.
+        ``error``: a ``WorkerError``, or None.
     """
     worker, mark = config["worker"], Path(config["mark"])
     try:
@@ -190,11 +191,9 @@ def slot(config: Mapping[str, Any]) -> dict[str, Any]:
         _work(worker, mark)
     except StoppedError:
         pass  # the launch knows why
-    except BdenseError as error:
-        return {"error": WorkerError.of(error)}
-    except OSError as error:
-        # Started again it would meet the same disk, for ever.
-        if disk_error(error) is None:
+    except (BdenseError, OSError) as error:
+        # Started again, it would meet the same full or closed disk.
+        if isinstance(error, OSError) and disk_error(error) is None:
             raise
         return {"error": WorkerError.of(error)}
     return {"error": None}
@@ -211,30 +210,26 @@ def _work(config: WorkerConfig, mark: Path) -> None:
 
 
 def _open_patiently(config: WorkerConfig) -> "Worker":
-    """The worker of a study on a database that may just be restarting.
+    """The worker of a study; waits for a database that is just restarting.
 
     Raises:
-        StorageError: It does not open in time; at once where waiting would mend nothing.
+        StorageError: It does not open in time; at once where waiting would not help.
     """
+    from search.worker.worker import Worker
+
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
-            return _worker_of(config)
+            study = Study.open(worker_storage(config.storage), config.study)
+            for ledger in study.ledgers:
+                ledger.launch = config.launch
+            return Worker(study)
         except (StorageFullError, StorageRefusedError):
             raise
         except StorageError:
             if time.monotonic() > deadline:
                 raise
             time.sleep(POLL_SECONDS)
-
-
-def _worker_of(config: WorkerConfig) -> "Worker":
-    from search.worker.worker import Worker
-
-    study = Study.open(worker_storage(config.storage), config.study)
-    for ledger in study.ledgers:
-        ledger.launch = config.launch
-    return Worker(study)
 
 
 def _count_start(mark: Path) -> int:

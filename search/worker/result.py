@@ -1,4 +1,4 @@
-"""A row's folder: whose it is, what the row came to, and what that was made by."""
+"""A row's folder: its identity, its result, and the conditions of that result."""
 
 import functools
 import importlib.metadata
@@ -23,14 +23,15 @@ PACKAGES = ("bdense", "torch", "numpy", "optuna", "ray", "sqlalchemy", "torch-fi
 
 
 def take_folder(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Make sure that what lies in a row's folder is this row's.
+    """Move the folder aside if it holds another row, then mark it as this row's.
 
-    A study that was deleted from its database, or lives in another one under the same name,
-    leaves folders behind; theirs is moved aside, never taken for ours.
+    A study that was deleted from its database, or has the same name in another one, leaves
+    folders behind.
     """
     ours = json.dumps(identity, sort_keys=True)
     mark = folder / IDENTITY
-    if _holds_more_than_a_log(folder) and (not mark.exists() or mark.read_text() != ours):
+    in_use = folder.exists() and any(path.name != LOG_FILE for path in folder.iterdir())
+    if in_use and (not mark.exists() or mark.read_text() != ours):
         aside = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}")
         _log.warning("%s holds another study's trial; moved to %s", folder, aside.name)
         folder.rename(aside)
@@ -39,12 +40,8 @@ def take_folder(folder: Path, identity: Mapping[str, Any]) -> None:
             scratch.write_text(ours)
 
 
-def _holds_more_than_a_log(folder: Path) -> bool:
-    return folder.exists() and any(path.name != LOG_FILE for path in folder.iterdir())
-
-
 def read_result(folder: Path, identity: Mapping[str, Any]) -> TrialResult | None:
-    """What a worker before computed for this very row, if it got that far."""
+    """The result that an earlier worker wrote for this very row; None without one."""
     path = folder / RESULT
     if not path.exists():
         return None
@@ -54,31 +51,23 @@ def read_result(folder: Path, identity: Mapping[str, Any]) -> TrialResult | None
     return TrialResult.of(stored["value"], stored["attrs"])
 
 
-def write_result(folder: Path, identity: Mapping[str, Any], result: TrialResult) -> TrialResult:
-    """Keep what a row came to in its folder; its checkpoint is of no use any more.
-
-    Args:
-        folder: The row's.
-        identity: The row's, as ``take_folder`` was given it.
-        result: What it came to.
-
-    Returns:
-        The same.
-    """
+def write_result(folder: Path, identity: Mapping[str, Any], result: TrialResult) -> None:
+    """Write a row's result to its folder and delete its checkpoint."""
     stored = {"value": result.value, "attrs": result.attrs(), "identity": identity}
     with atomic_write(folder / RESULT) as scratch:
         scratch.write_text(json.dumps(stored))
     drop_checkpoints(folder)
-    return result
 
 
 def provenance(fingerprint: str, seeds: Mapping[str, int], device: torch.device) -> dict[str, Any]:
-    """What every row stores of how and where it was made: conditions, software, machine."""
+    """Conditions, software and machine, as every row stores them."""
+    machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    on_gpu = device.type == "cuda"
     return {
         "fingerprint": fingerprint,
         "seeds": dict(seeds),
         "versions": package_versions(),
-        "device": _device_name(device),
+        "device": torch.cuda.get_device_name(device) if on_gpu else machine,
         "worker": worker_name(),
     }
 
@@ -89,13 +78,6 @@ def package_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES} | {
         "python": platform.python_version()
     }
-
-
-def _device_name(device: torch.device) -> str:
-    """The GPU's name, or what kind of CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def below_runs(path: Path) -> str:

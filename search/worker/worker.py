@@ -1,6 +1,6 @@
-"""A worker of a study: claims rows, given arms first, and brings each to its end.
+"""A worker of a study: claims rows, given arms first, and works on each to its end.
 
-It takes its orders from the database: the spec is the study's, the rows are the ledgers'.
+Spec and rows come from the database.
 """
 
 import functools
@@ -44,7 +44,7 @@ class Claimed:
 
 
 class Worker:
-    """Takes rows of one study and brings them to their end."""
+    """Claims rows of one study and works on them."""
 
     def __init__(self, study: Study) -> None:
         self._study = study
@@ -83,10 +83,10 @@ class Worker:
             time.sleep(pause_after(time.perf_counter() - began))
 
     def work(self, claimed: Claimed) -> None:
-        """Train and measure a row, or give it back; of a search keep the best students alone.
+        """Train and measure a row, or give it back; a search keeps its best students only.
 
         Raises:
-            LeaseLostError: Another worker took it over; nothing was told.
+            LeaseLostError: Another worker took it over; nothing was stored.
         """
         study, ledger, claim = self._study, claimed.ledger, claimed.claim
         self._require_same_conditions(claimed)
@@ -107,8 +107,7 @@ class Worker:
                 log=log,
             )
             if is_trial:
-                drawn = (self._spec.seeds.sampler + claim.number) % 2**31
-                result.seeds["sampler"] = drawn
+                result.seeds["sampler"] = (self._spec.seeds.sampler + claim.number) % 2**31
             return result
 
         bring_to_an_end(
@@ -123,12 +122,12 @@ class Worker:
         return self._spec.space.excess(params, self._spec.resolved.num_branches)
 
     def _record(self, task: Task) -> None:
-        """Record what is missing of a task's trajectories, and note where they lie for ``clean``.
+        """Record missing trajectories of a task, and store their folder for ``clean``.
 
-        A launch records them where the cache is shared, each machine where it is its own.
+        The launch recorded them already where machines share the cache.
 
         Raises:
-            UnpreparedError: This machine cannot have them.
+            UnpreparedError: This machine cannot record them.
         """
         try:
             store = self._assets.of(task).store(task.seed)
@@ -144,7 +143,7 @@ class Worker:
             main.change(TRAJECTORIES, lambda known: sorted({*(known or []), folder}))
 
     def _require_same_conditions(self, claimed: Claimed) -> None:
-        """A worker of other numerics, or of a spec replaced meanwhile, must not measure here."""
+        """Refuse to measure with other numerics, or by a spec that was replaced since."""
         mine, main = self._assets.fingerprint, self._study.main
         stored = main.attribute(FINGERPRINT)
         if stored != mine:
@@ -157,9 +156,9 @@ class Worker:
 
 
 def pause_after(waited: float) -> float:
-    """Seconds to the next try after so many: about a tenth of them, 1 to 5.
+    """Seconds to the next try after waiting so long: about a tenth, within 1 to 5.
 
-    Workers that find nothing to do, hundreds perhaps, take the lock of those who have something.
+    Hundreds of idle workers may compete for the lock with those that have work.
     """
     pause = min(max(POLL_SECONDS, waited / 10), LONGEST_POLL_SECONDS)
     return pause * _jitter.uniform(0.8, 1.2)

@@ -25,36 +25,24 @@ class Planned:
             complete(ledger, claim)
         assert scene.open().claim(SPACE, None) == Done()
         assert [trial.params for trial in ledger.study.trials] == planned
+        scene.open(budget=2).enqueue({"a": 1.5, "b": -1.0})
+        assert ledger.claim(SPACE, None) == Done()  # the budget holds too
+        assert ledger.counts().waiting == 1
+        scene.open(budget=4)
         # Whoever brings a sampler goes on to the budget.
         assert scene.settle().complete == 4
 
-    def test_without_a_sampler_the_budget_holds_too(self, scene):
-        ledger = scene.open(budget=1)
-        for a in (1.0, 2.0):
-            ledger.enqueue({"a": a, "b": -1.0})
-        complete(ledger, ledger.claim(SPACE, None))
-        assert ledger.claim(SPACE, None) == Done()
-        assert ledger.counts().waiting == 1
-
     def test_without_a_sampler_a_trial_is_taken_over_with_its_parameters(self, scene):
         ledger = scene.open(budget=1)
-        ledger.enqueue({"a": 1.0, "b": -1.0})
+        ledger.enqueue({"a": 1.0, "b": -1.0}, {"arm": "uniform"})
         first = ledger.claim(SPACE, None)
         ledger.release(first)
         second = scene.open().claim(SPACE, None)
         assert (second.number, second.attempt, second.adopted) == (0, 2, True)
         assert second.params == first.params
-        complete(ledger, second)
-        assert scene.settle().complete == 1
-
-    def test_what_a_trial_was_planned_with_stays_with_it(self, scene):
-        ledger = scene.open(budget=1)
-        ledger.enqueue({"a": 1.0, "b": -1.0}, {"arm": "uniform"})
-        assert ledger.study.trials[0].user_attrs == {"arm": "uniform"}
-        claim = take(ledger)
-        ledger.complete(claim, objective(dict(claim.params)), {"seconds": 2.5})
+        ledger.complete(second, objective(dict(second.params)), {"seconds": 2.5})
         assert ledger.study.trials[0].user_attrs == {"arm": "uniform", "seconds": 2.5}
-        scene.settle()
+        assert scene.settle().complete == 1
 
     def test_trials_are_planned_to_the_last_bit(self, scene):
         """Optuna itself takes nearly equal numbers for equal."""

@@ -44,6 +44,14 @@ class NetworkContract:
         assert again.describe() == denoiser.describe()
         again.load_state_dict(denoiser.state_dict())
 
+    def test_its_shapes_are_known_without_memory(self, denoiser):
+        """Files are compared with them before anything is allocated."""
+        with torch.device("meta"):
+            skeleton = build_denoiser(denoiser.describe()).state_dict()
+        assert {name: value.shape for name, value in skeleton.items()} == {
+            name: value.shape for name, value in denoiser.state_dict().items()
+        }
+
     def test_options_that_do_not_fit_are_named(self, denoiser):
         described = denoiser.describe()
         for config in (described["config"] | {"depth": 3}, {"depth": 3}):

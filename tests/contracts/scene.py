@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 
 from search.storage.engine import open_storage, sqlite_file
 from search.storage.ledger import Claim, Done, Ledger, Wait
-from search.storage.reader import Counts
+from search.storage.queries import Counts
 from tests.contracts import ledger_worker
 from tests.contracts.ledger_worker import SPACE, objective
 

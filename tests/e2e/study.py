@@ -20,7 +20,7 @@ from search.analysis.plans import plan_given
 from search.errors import UnknownStudyError
 from search.storage.engine import resolve_storage_url
 from search.storage.ledger import Ledger
-from search.storage.reader import Running
+from search.storage.queries import Running
 from search.study.study import Study
 from search.worker.ray_tasks import WorkerConfig, slot
 from tests.studies import spec

@@ -23,16 +23,6 @@ PD: dict[str, Any] = small_study(
 PD["plan"] = {"arms": ["plain", "uniform"], "seeds": [0, 1]}
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def workplace(tmp_path, cache) -> Workplace:
-    return Workplace(tmp_path, cache)
-
-
 def student(workplace: Workplace, trial: Any) -> str:
     """Hash of a row's student."""
     path = workplace.runs / trial.user_attrs["student"]

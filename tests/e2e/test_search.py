@@ -10,7 +10,6 @@ import pytest
 from optuna_dashboard import get_note
 
 from bdense.models.store import load_tensors
-from search.cli import main
 from search.storage.ledger import Ledger
 from search.study.artifacts import FolderStore, attached
 from search.study.trial_log import read_log
@@ -18,16 +17,6 @@ from tests.e2e.study import Workplace, kill, small_study, wait_until
 
 BEST_KEYS = {"number", "a", "b", "weights", "fid", "nfe", "images", "extractor", "reference"}
 RAY = Path("/tmp/ray")
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture
-def workplace(tmp_path, cache) -> Workplace:
-    return Workplace(tmp_path, cache)
 
 
 @pytest.fixture(scope="module")
@@ -289,18 +278,6 @@ def test_a_study_of_learned_weights(workplace):
     assert "weights.rules: " in workplace.refused("launch", workplace.write(other))
 
 
-def test_files_of_another_study_are_moved_aside_never_taken(workplace):
-    """The database was deleted, the folder was not: its results belong to other parameters."""
-    one = {"trials": 1}
-    old = work(workplace, {"a": 1.0}, plan=one).study.trials[0]
-    (workplace.runs / "bdense.db").unlink()
-    new = work(workplace, {"a": 2.0}, plan=one).study.trials[0]
-    assert (old.params["a"], new.params["a"]) == (1.0, 2.0)
-    assert old.value != new.value
-    aside = [p for p in (workplace.runs / "small").glob("00000.*") if p.is_dir()]
-    assert [json.loads((p / "result.json").read_text())["value"] for p in aside] == [old.value]
-
-
 # Mistakes, and nothing started.
 
 
@@ -316,48 +293,15 @@ def test_dry_run_starts_nothing(workplace):
     assert not workplace.runs.exists()
 
 
-@pytest.mark.parametrize(
-    ("sections", "says"),
-    [
-        ({"method": {"substeps": 0}}, "method.substeps"),
-        ({"plan": {"trails": 3}}, "plan.trails"),
-        ({"weights": {"a": {"low": 3, "high": -1}}}, "weights.a"),
-    ],
-)
-def test_mistakes_in_a_study_file_exit_with_2_and_name_the_key(workplace, sections, says):
-    assert says in workplace.refused(
-        "launch", workplace.write(small_study(name="wrong", **sections))
-    )
-    assert not workplace.runs.exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
+def test_mistakes_exit_with_2_and_one_line(workplace):
+    wrong = workplace.write(small_study(name="wrong", plan={"trails": 3}))
+    for arguments, says in (
+        (("launch", wrong), "plan.trails"),
         (("status", "nobody"), "no study 'nobody'"),
-        (("best", "absent.yaml"), "the study file absent.yaml cannot be read"),
-        (("status", "x", "--storage", "mysql://u@h/d"), "mysql://u@h/d"),
-        (("launch", "x.yaml", "--workers", "0"), "must be 1 or more, got 0"),
         (("confirm", "nobody"), "no study 'nobody'"),
-    ],
-)
-def test_mistakes_on_the_command_line_exit_with_2(tmp_path, monkeypatch, capsys, arguments, says):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
-    monkeypatch.delenv("BDENSE_STORAGE", raising=False)
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        status = main(list(arguments))
-    except SystemExit as usage:
-        status = usage.code
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert status == 2
-    assert says in capsys.readouterr().err
-
-
-def test_a_database_that_does_not_answer_is_told_without_its_password(workplace):
-    url = "postgresql://me:pw-Zq7@127.0.0.1:1/db"
-    said = workplace.refused("status", "x", "--storage", url)
-    assert "check that the server runs" in said
-    assert "pw-Zq7" not in said
+        (("best", "absent.yaml"), "the study file absent.yaml cannot be read"),
+    ):
+        assert says in workplace.refused(*arguments)
+    usage = workplace.run("launch", wrong, "--workers", "0")
+    assert (usage.returncode, "must be 1 or more, got 0" in usage.stderr) == (2, True)
+    assert not workplace.runs.exists()

@@ -1,7 +1,8 @@
-"""The doctor's checks, a function each: of this machine, a storage, a study's rows and files.
+"""``bdense-search doctor``: checks of this machine, a storage, and a study's rows and files.
 
-A check yields what it finds; an error that it raises is a finding too. A finding's ``repair``
-sets it right without losing anything.
+Each check yields its findings; an error that it raises is a finding too. Checks change nothing. A
+finding's repair frees what dead workers hold or deletes what ended rows left behind; it never
+touches a trial, a result or a student.
 """
 
 import json
@@ -12,8 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -22,11 +23,22 @@ import sqlalchemy as sa
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 
+from bdense.errors import BdenseError
+from search.errors import StorageError, UnknownStudyError
 from search.spec.study import StudySpec
-from search.storage.engine import cache_folder, open_storage, redact, runs_folder, sqlite_file
-from search.storage.leases import LEASE, RELEASED, TRIALS, RunningRow, database_clock
+from search.storage.engine import (
+    DATABASE_ERRORS,
+    cache_folder,
+    one_line,
+    open_reading,
+    open_storage,
+    redact,
+    runs_folder,
+    sqlite_file,
+)
+from search.storage.leases import LEASE, RELEASED, STUDIES, TRIALS, RunningRow, database_clock
 from search.storage.ledger import Ledger
-from search.storage.rows import SYSTEM_ATTRIBUTES
+from search.storage.queries import SYSTEM_ATTRIBUTES
 from search.storage.schema import require_schema
 from search.study.artifacts import artifact_store, artifacts_place, is_stored
 from search.study.folders import named_file, row_folder
@@ -38,15 +50,14 @@ from search.study.retention import (
     RESULT,
     UNFINISHED_ROUND,
 )
-from search.study.study import FINGERPRINT, Study
+from search.study.study import BASELINES_SUFFIX, FINGERPRINT, Study
 
 Level: TypeAlias = Literal["ok", "warning", "problem", "mended"]
 
-CLOCK_SECONDS = 5.0
+_ERRORS = (BdenseError, *DATABASE_ERRORS, OSError)
 SCARCE_BYTES, FULL_BYTES = 2**30, 64 * 2**20
 APART_SECONDS = 60.0
-_RIGHTS = ("SELECT", "INSERT", "UPDATE", "DELETE")
-_ROW = re.compile(r"(\d{5,})(\.[0-9a-f]{8})?")
+_PRIVILEGES = ("SELECT", "INSERT", "UPDATE", "DELETE")
 _ARTIFACT = "artifacts:"  # how Optuna begins the keys of what it knows of artifacts
 _ASKED_AT_MOST = 50  # artifacts of a bucket, where each is asked for by itself
 
@@ -56,21 +67,21 @@ class Finding:
     """One answer to one check.
 
     Attributes:
-        check: What was checked, in a word.
         level: ``problem``: something is wrong, or a launch would be refused. ``warning``: worth
             knowing, or set right by the next launch. ``mended``: it was repaired.
-        text: What is so.
+        text: What was found.
         advice: What to do.
-        study: Which one it is about, if about one.
-        repair: Sets it right, where that can be done.
+        repair: Repairs it without losing anything; None where that needs the user.
+        check: Name of the check.
+        study: Name of the study, if it is about one.
     """
 
-    check: str
     level: Level
     text: str
     advice: str = ""
-    study: str = ""
     repair: Callable[[], object] | None = None
+    check: str = ""
+    study: str = ""
 
     def line(self) -> str:
         """For people."""
@@ -92,14 +103,6 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """A storage, opened for reading."""
-
-    url: str
-    storage: RDBStorage
-
-
-@dataclass(frozen=True, slots=True)
 class Subject:
     """A study opened for reading, its spec, and one of its ledgers."""
 
@@ -107,17 +110,102 @@ class Subject:
     spec: StudySpec
     ledger: Ledger
 
+    @property
+    def name(self) -> str:
+        """Name of the ledger's Optuna study."""
+        return self.ledger.study.study_name
+
+    @property
+    def folder(self) -> Path:
+        """Of the ledger's rows."""
+        return row_folder(self.name, 0).parent.resolve()
+
     def complete(self, key: str) -> dict[int, Any]:
         """Number -> attribute of each complete row."""
         rows = self.ledger.rows(TrialState.COMPLETE, keys=(key,))
         return {row.number: row.user_attrs.get(key) for row in rows}
 
 
+Findings: TypeAlias = Iterator[Finding]
+
+
+def examine(url: str, name: str | None, *, fix: bool = False) -> Findings:
+    """Check this machine, a storage and its studies.
+
+    Args:
+        url: The storage, as ``resolve_storage_url`` gives it.
+        name: The one study to check; None checks all.
+        fix: Whether to repair.
+
+    Raises:
+        UnknownStudyError: There is no study of that name.
+    """
+    for check, machine in MACHINE.items():
+        yield from _run(check, machine, fix=fix)
+    try:
+        storage = open_reading(url)
+    except StorageError as error:
+        yield Finding("problem", str(error), check="storage")
+        return
+    stored = [
+        finding
+        for check, function in STORAGE.items()
+        for finding in _run(check, partial(function, url, storage), fix=fix)
+    ]
+    yield from stored
+    if any(finding.check == "schema" and finding.level == "problem" for finding in stored):
+        return
+    with storage.engine.connect() as connection:
+        names = sorted(connection.execute(sa.select(STUDIES.c.study_name)).scalars())
+    if name is not None and name not in names:
+        there = ", ".join(names) or "none"
+        raise UnknownStudyError(f"no study {name!r} in {redact(url)}; studies there: {there}")
+    for each in names if name is None else [name]:
+        if not each.endswith(BASELINES_SUFFIX):
+            yield from examine_study(url, each, fix=fix)
+
+
+def examine_study(url: str, name: str, *, fix: bool) -> Findings:
+    """Check one study's rows and files, and those of its baselines."""
+    try:
+        study = Study.open(url, name, reading=True)
+        spec = study.spec
+    except BdenseError as error:
+        level: Level = "warning" if isinstance(error, UnknownStudyError) else "problem"
+        yield Finding(level, str(error), check="study", study=name)
+        return
+    for ledger in study.ledgers:
+        of = Subject(study, spec, ledger)
+        for check, function in STUDY.items():
+            yield from _run(check, partial(function, of), fix=fix, study=of.name)
+
+
+def _run(check: str, call: Callable[[], Findings], *, fix: bool, study: str = "") -> Findings:
+    """A check's findings, repaired with ``fix``."""
+    try:
+        for found in call():
+            finding = replace(found, check=check, study=study)
+            yield _repaired(finding, finding.repair) if fix and finding.repair else finding
+    except BdenseError as error:  # its message says what to do
+        yield Finding("problem", str(error), check=check, study=study)
+    except _ERRORS as error:
+        yield Finding("problem", f"cannot be checked: {one_line(error)}", check=check, study=study)
+
+
+def _repaired(finding: Finding, repair: Callable[[], object]) -> Finding:
+    try:
+        repair()
+    except _ERRORS as error:
+        text = f"{finding.text}; repairing failed: {one_line(error)}"
+        return replace(finding, level="problem", text=text, repair=None)
+    return replace(finding, level="mended", advice="", repair=None)
+
+
 # This machine.
 
 
-def disks() -> Iterator[Finding]:
-    """Room and rights where runs and cache lie."""
+def disks() -> Findings:
+    """Free space and rights where runs and cache lie."""
     for name, folder in (("runs", runs_folder()), ("cache", cache_folder())):
         place = folder.resolve()
         there = next(each for each in (place, *place.parents) if each.is_dir())
@@ -126,23 +214,25 @@ def disks() -> Iterator[Finding]:
                 file.write(b"\0")
         except OSError as error:
             text = f"{name} cannot be written at {there}: {error.strerror}"
-            yield Finding("disk", "problem", text, f"set BDENSE_{name.upper()} elsewhere")
+            yield Finding("problem", text, f"set BDENSE_{name.upper()} elsewhere")
             continue
         free = shutil.disk_usage(there).free
-        level: Level = "ok" if free > SCARCE_BYTES else "warning"
         text = f"{free / 2**30:.1f} GiB are free where {name} lie, {place}"
-        advice = "" if level == "ok" else "bdense-search clean STUDY deletes trajectories"
-        yield Finding("disk", "problem" if free < FULL_BYTES else level, text, advice)
+        if free > SCARCE_BYTES:
+            yield Finding("ok", text)
+        else:
+            level: Level = "problem" if free < FULL_BYTES else "warning"
+            yield Finding(level, text, "bdense-search clean STUDY deletes trajectories")
 
 
-def gpus() -> Iterator[Finding]:
+def gpus() -> Findings:
     """Whether torch works, and which GPUs it sees."""
     try:
         found = _apart("gpus_here")
     except RuntimeError as error:
-        yield Finding("GPUs", "problem", f"torch cannot be used: {error}", "reinstall torch")
+        yield Finding("problem", f"torch cannot be used: {error}", "reinstall torch")
     else:
-        yield Finding("GPUs", "ok", ", ".join(found) or "torch sees none on this machine")
+        yield Finding("ok", ", ".join(found) or "torch sees none on this machine")
 
 
 def gpus_here() -> list[str]:
@@ -156,22 +246,22 @@ def gpus_here() -> list[str]:
     return names
 
 
-def ray_cluster() -> Iterator[Finding]:
+def ray_cluster() -> Findings:
     """Whether the cluster of RAY_ADDRESS answers."""
     if not (address := os.environ.get("RAY_ADDRESS")):
         return
     try:
         found = _apart("nodes_of_ray")
     except RuntimeError as error:
-        yield Finding("Ray", "problem", str(error), "correct RAY_ADDRESS, or unset it")
+        yield Finding("problem", str(error), "correct RAY_ADDRESS, or unset it")
         return
     cpus, own = (sum(each.get(kind, 0) for each in found) for kind in ("CPU", "GPU"))
     text = f"the cluster at {address} has {len(found)} machines, {cpus:g} CPUs and {own:g} GPUs"
-    yield Finding("Ray", "ok", text)
+    yield Finding("ok", text)
 
 
 def nodes_of_ray() -> list[dict[str, float]]:
-    """What each machine of the cluster has."""
+    """Resources of each machine of the cluster."""
     import ray
 
     from search.run.runner import quiet, ray_session
@@ -183,14 +273,12 @@ def nodes_of_ray() -> list[dict[str, float]]:
 
 
 def _apart(function: str) -> Any:  # noqa: ANN401  what JSON holds
-    """Call one of the above in a process of its own, with which what hangs ends.
+    """Call a function of this module in a process of its own, as it may hang.
 
     Raises:
         RuntimeError: There is no answer; says why.
     """
-    program = (
-        f"import json; from search.doctor import checks as c; print(json.dumps(c.{function}()))"
-    )
+    program = f"import json; from search import doctor; print(json.dumps(doctor.{function}()))"
     asked = [sys.executable, "-c", program]
     try:
         done = subprocess.run(
@@ -204,7 +292,7 @@ def _apart(function: str) -> Any:  # noqa: ANN401  what JSON holds
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def unfinished_files() -> Iterator[Finding]:
+def unfinished_files() -> Findings:
     """Files under runs and cache that were begun and never finished."""
     found = {*runs_folder().glob("*/*/.*.partial"), *cache_folder().rglob(".*.partial")}
     yield from _leftovers(sorted(filter(_is_abandoned, found)))
@@ -213,40 +301,39 @@ def unfinished_files() -> Iterator[Finding]:
 # A storage.
 
 
-def schema(place: Place) -> Iterator[Finding]:
-    """Whether our tables are of this version; Optuna's are, or the storage would not open."""
-    require_schema(place.storage.engine, place.url)
+def schema(url: str, storage: RDBStorage) -> Findings:
+    """Whether our tables have this version; Optuna's have, or the storage would not open."""
+    require_schema(storage.engine, url)
     yield from ()
 
 
-def server(place: Place) -> Iterator[Finding]:
+def server(url: str, storage: RDBStorage) -> Findings:
     """Whether the database is whole."""
-    with place.storage.engine.connect() as connection:
-        is_file = sqlite_file(place.url) is not None
-        asked = "PRAGMA quick_check(1)" if is_file else "SELECT version()"
-        said = str(connection.exec_driver_sql(asked).scalar_one())
-    if is_file and said != "ok":
-        yield Finding("storage", "problem", f"it is damaged: {said}", "restore a backup")
-    yield Finding("storage", "ok", f"{redact(place.url)} answers: {said}")
+    is_file = sqlite_file(url) is not None
+    query = "PRAGMA quick_check(1)" if is_file else "SELECT version()"
+    with storage.engine.connect() as connection:
+        answer = str(connection.exec_driver_sql(query).scalar_one())
+    if is_file and answer != "ok":
+        yield Finding("problem", f"it is damaged: {answer}", "restore a backup")
+    yield Finding("ok", f"{redact(url)} answers: {answer}")
 
 
-def rights(place: Place) -> Iterator[Finding]:
+def rights(url: str, storage: RDBStorage) -> Findings:
     """Whether this user may write."""
-    path = sqlite_file(place.url)
+    path = sqlite_file(url)
     if path is not None:
         lacking = [f"write {each}" for each in (path, path.parent) if not os.access(each, os.W_OK)]
         who = "this user may not"
         advice = "correct the rights of the file and its folder"
     else:
-        asked = sa.text("SELECT has_table_privilege(quote_ident(:table), :right)")
-        with place.storage.engine.connect() as connection:
+        query = sa.text("SELECT has_table_privilege(quote_ident(:table), :right)")
+        with storage.engine.connect() as connection:
             user = connection.exec_driver_sql("SELECT current_user").scalar_one()
-            tables = sorted(sa.inspect(connection).get_table_names())
             lacking = [
                 f"{right} on {table}"
-                for table in tables
-                for right in _RIGHTS
-                if not connection.execute(asked, {"table": table, "right": right}).scalar_one()
+                for table in sorted(sa.inspect(connection).get_table_names())
+                for right in _PRIVILEGES
+                if not connection.execute(query, {"table": table, "right": right}).scalar_one()
             ]
             if connection.exec_driver_sql("SELECT pg_is_in_recovery()").scalar_one():
                 lacking = ["the primary server: this is a standby"]
@@ -254,28 +341,18 @@ def rights(place: Place) -> Iterator[Finding]:
         advice = "launch as another user, or ask for: bdense-search storage init --writer"
     if lacking:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-        text = f"{who} {lacking[0]}{more}: it can look, and launch nothing"
-        yield Finding("rights", "problem", text, advice)
-
-
-def clock(place: Place) -> Iterator[Finding]:
-    """How far this machine's clock is from the database's, which leases go by."""
-    engine = place.storage.engine
-    with engine.connect() as connection:
-        apart = connection.execute(sa.select(database_clock(engine))).scalar_one() - time.time()
-    if abs(apart) > CLOCK_SECONDS:
-        text = f"the database's clock is {abs(apart):.0f} s {'ahead' if apart > 0 else 'behind'}"
-        yield Finding("clock", "warning", text, "set the clocks, or the times shown are wrong")
+        text = f"{who} {lacking[0]}{more}: it can read studies, and launch nothing"
+        yield Finding("problem", text, advice)
 
 
 # A study, and one of its ledgers.
 
 
-def leases(of: Subject) -> Iterator[Finding]:
+def leases(of: Subject) -> Findings:
     """Rows whose worker is dead."""
     for row in of.ledger.running_rows():
         if not row.adoptable or (row.process is not None and not row.owner):
-            continue  # it is worked on, or was given back
+            continue  # a worker has it, or gave it back
         if row.process is None:
             why, repair = "was never taken by a worker: the process that asked for it died", None
         else:
@@ -283,20 +360,18 @@ def leases(of: Subject) -> Iterator[Finding]:
             ended = "is dead" if row.process.is_seen_dead() else "has not renewed its lease"
             why = f"its worker {worker} (attempt {row.attempt}) {ended}"
             repair = partial(_free, of, row)
-        text = f"trial {row.number}: {why}"
-        yield Finding("leases", "warning", text, "a launch takes it over", repair=repair)
+        yield Finding("warning", f"trial {row.number}: {why}", "a launch takes it over", repair)
 
 
-def conditions(of: Subject) -> Iterator[Finding]:
+def conditions(of: Subject) -> Findings:
     """Whether rows were measured under the study's conditions, and this machine would, too."""
     expected = of.study.main.attribute(FINGERPRINT)
     others = [number for number, each in of.complete("fingerprint").items() if each != expected]
     if others:
         text = f"{_numbers(others)} measured under other conditions: their FIDs do not compare"
-        yield Finding("conditions", "problem", text, "launch the study under another name")
+        yield Finding("problem", text, "launch the study under another name")
     if of.ledger is of.study.main and (mine := of.spec.fingerprint()) != expected:
         yield Finding(
-            "conditions",
             "problem",
             f"this bdense measures under other conditions (fingerprint {mine}) than the study "
             f"({expected}): it would be refused as a worker",
@@ -304,61 +379,49 @@ def conditions(of: Subject) -> Iterator[Finding]:
         )
 
 
-def versions(of: Subject) -> Iterator[Finding]:
+def versions(of: Subject) -> Findings:
     """Whether rows were measured by different versions of packages."""
     for line in of.ledger.differing_versions():
-        yield Finding("versions", "warning", line, "the last digits of FIDs may differ")
+        yield Finding("warning", line, "the last digits of FIDs may differ")
 
 
-def results(of: Subject) -> Iterator[Finding]:
+def files(of: Subject) -> Findings:
     """Whether complete rows have their results, and those that should their students."""
-    folder, students = _folder(of), of.complete("student")
+    students = of.complete("student")
     if not students:
         return
-    if not folder.is_dir():
-        text = f"none of {len(students)} complete rows has files here: there is no {folder}"
+    if not of.folder.is_dir():
+        text = f"none of {len(students)} complete rows has files here: there is no {of.folder}"
         advice = "set BDENSE_RUNS to the folder that its workers wrote to, or restore it"
-        yield Finding("files", "problem", text, advice)
+        yield Finding("problem", text, advice)
         return
     values = of.ledger.complete_values()
-    stored = {number: _value_in(folder / f"{number:05d}" / RESULT) for number in values}
+    stored = {number: _value_in(of.folder / f"{number:05d}" / RESULT) for number in values}
     restore = "restore the runs folder from a backup; the database has the FIDs"
     if other := [number for number, value in stored.items() if value != values[number]]:
         text = f"{_numbers(other)} without {RESULT}, or with another FID in it"
-        yield Finding("files", "problem", text, restore)
+        yield Finding("problem", text, restore)
     kept = set(values)
     if of.ledger is of.study.trials:
         ranked = sorted(values, key=lambda number: (values[number], number))
         kept = {*ranked[: of.spec.keep_students], *(of.ledger.attribute(KEPT) or ())}
-    files = {number: named_file(students[number]) for number in kept if students.get(number)}
-    if lost := sorted(number for number, file in files.items() if not file.is_file()):
-        yield Finding("files", "problem", f"{_numbers(lost)} without its student's file", restore)
+    named = {number: named_file(students[number]) for number in kept if students.get(number)}
+    if lost := sorted(number for number, file in named.items() if not file.is_file()):
+        yield Finding("problem", f"{_numbers(lost)} without its student's file", restore)
 
 
-def leftovers(of: Subject) -> Iterator[Finding]:
+def leftovers(of: Subject) -> Findings:
     """Checkpoints of rows that have ended."""
     found, asked = [], of.ledger.asked()
     for number in of.ledger.ended():
-        folder = _folder(of) / f"{number:05d}"
+        folder = of.folder / f"{number:05d}"
         paths = [*folder.glob(CHECKPOINT), *folder.glob(f"*{UNFINISHED_ROUND}")]
         if paths and _is_own(of, asked[number], folder):
             found += paths
     yield from _leftovers(found)
 
 
-def folders(of: Subject) -> Iterator[Finding]:
-    """Folders of no row: of a study that was deleted from the database, or moved aside for it."""
-    known, folder = range(len(of.ledger.asked())), _folder(of)
-    entries = os.scandir(folder) if folder.is_dir() else ()
-    matches = [match for entry in entries if (match := _ROW.fullmatch(entry.name))]
-    strange = sorted(m[0] for m in matches if m[2] or int(m[1]) not in known)
-    if strange:
-        text = f"{len(strange)} folders are of no row of this database, as {folder / strange[0]}"
-        advice = "if no other database's study has this name, delete them"
-        yield Finding("folders", "warning", text, advice)
-
-
-def artifacts(of: Subject) -> Iterator[Finding]:
+def artifacts(of: Subject) -> Findings:
     """Whether the pictures that rows have in the database are in the artifact store."""
     query = (
         sa.select(TRIALS.c.number, SYSTEM_ATTRIBUTES.c.key)
@@ -379,21 +442,32 @@ def artifacts(of: Subject) -> Iterator[Finding]:
         asked = known[-_ASKED_AT_MOST:] if "://" in place else known
         lost = [number for number, key in asked if not is_stored(store, key)]
     except Exception as error:  # noqa: BLE001  the store's own, whichever it is
-        yield Finding("artifacts", "problem", f"{place}: {error}", "check BDENSE_ARTIFACTS")
+        yield Finding("problem", f"{place}: {error}", "check BDENSE_ARTIFACTS")
         return
     if lost:
         text = f"{_numbers(sorted(set(lost)))} with pictures that are not in {place}"
-        advice = "set BDENSE_ARTIFACTS to where they are, or restore them"
-        yield Finding("artifacts", "warning", text, advice)
+        yield Finding("warning", text, "set BDENSE_ARTIFACTS to where they are, or restore them")
 
 
-MACHINE = (disks, gpus, ray_cluster, unfinished_files)
-STORAGE = (schema, server, rights, clock)
-STUDY = (leases, conditions, versions, results, leftovers, folders, artifacts)
-
-
-def _folder(of: Subject) -> Path:
-    return row_folder(of.ledger.study.study_name, 0).parent.resolve()
+MACHINE: dict[str, Callable[[], Findings]] = {
+    "disk": disks,
+    "GPUs": gpus,
+    "Ray": ray_cluster,
+    "leftovers": unfinished_files,
+}
+STORAGE: dict[str, Callable[[str, RDBStorage], Findings]] = {
+    "schema": schema,
+    "storage": server,
+    "rights": rights,
+}
+STUDY: dict[str, Callable[[Subject], Findings]] = {
+    "leases": leases,
+    "conditions": conditions,
+    "versions": versions,
+    "files": files,
+    "leftovers": leftovers,
+    "artifacts": artifacts,
+}
 
 
 def _free(of: Subject, row: RunningRow) -> None:
@@ -436,21 +510,20 @@ def _is_abandoned(path: Path) -> bool:
         return False
 
 
-def _leftovers(found: list[Path]) -> Iterator[Finding]:
+def _leftovers(found: list[Path]) -> Findings:
     if found:
         size = sum(path.stat().st_size for path in found if path.is_file()) / 2**20
         text = f"{len(found)} checkpoints and unfinished files, {size:.1f} MiB, as {found[0]}"
-        repair = partial(_delete, found)
-        yield Finding("leftovers", "warning", text, "delete them", repair=repair)
+        yield Finding("warning", text, "delete them", partial(_delete, found))
 
 
-def _delete(paths: list[Path]) -> None:
+def _delete(paths: Iterable[Path]) -> None:
     for path in paths:
         path.unlink(missing_ok=True)
 
 
 def _numbers(numbers: list[int]) -> str:
-    """At most five of them, as in 'complete rows 1, 2'."""
+    """At most five of them, as in 'rows 1, 2'."""
     more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
     shown = ", ".join(map(str, numbers[:5]))
     return f"row{'s' if len(numbers) > 1 else ''} {shown}{more}"

@@ -1,0 +1,407 @@
+"""Read a study's trials by SQL: counts, running trials, results.
+
+Optuna's own list creates an object with all attributes for every trial: seconds for 10,000.
+"""
+
+import functools
+import json
+import math
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Self
+
+import optuna
+import sqlalchemy as sa
+from optuna.distributions import BaseDistribution, json_to_distribution
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from search.storage.engine import open_reading, retrying
+from search.storage.leases import (
+    OUT_OF_BOUNDS,
+    STATE,
+    SURPLUS,
+    TRIALS,
+    USER_ATTRIBUTES,
+    Leases,
+    RunningRow,
+)
+from search.storage.settings import DEFAULT_TTL_SECONDS, find_study, require_file
+
+# Optuna's own tables, as far as they are read here.
+VALUES = sa.table(
+    "trial_values", *map(sa.column, ("trial_id", "objective", "value", "value_type"))
+)
+PARAMS = sa.table(
+    "trial_params",
+    *map(sa.column, ("param_id", "trial_id", "param_name", "param_value", "distribution_json")),
+)
+SYSTEM_ATTRIBUTES = sa.table(
+    "trial_system_attributes", *map(sa.column, ("trial_id", "key", "value_json"))
+)
+# The trial's system attribute in which Optuna stores planned parameters.
+FIXED = "fixed_params"
+# Reason of a row that counts nowhere: beyond the bounds or the budget.
+NOT_COUNTED = "not counted"
+# Values without a number in SQL; PostgreSQL has a type for their kind.
+_INFINITE = {"INF_POS": math.inf, "INF_NEG": -math.inf}
+KIND_OF_VALUE = sa.cast(VALUES.c.value_type, sa.String)
+_BEST_FIRST = (
+    sa.case((KIND_OF_VALUE == "INF_NEG", -1), (KIND_OF_VALUE == "INF_POS", 1), else_=0),
+    VALUES.c.value,
+    TRIALS.c.number,
+)
+_ENDED = [state.name for state in TrialState if state.is_finished()]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """Number of trials by state, without those refused as out of bounds."""
+
+    planned: int
+    complete: int
+    pruned: int
+    failed: int
+    running: int
+    waiting: int
+
+    @classmethod
+    def of(cls, states: Mapping[str, int], *, budget: int) -> Self:
+        """From the number of trials in each of Optuna's states."""
+        started = sum(states.values()) - states["WAITING"]
+        return cls(
+            planned=max(budget, started),
+            complete=states["COMPLETE"],
+            pruned=states["PRUNED"],
+            failed=states["FAIL"],
+            running=states["RUNNING"],
+            waiting=states["WAITING"],
+        )
+
+    @property
+    def ended(self) -> int:
+        """Trials that will not run again."""
+        return self.complete + self.pruned + self.failed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """A running trial; ``owner`` is host:pid, ``seconds`` the time since its claim."""
+
+    number: int
+    owner: str
+    attempt: int
+    progress: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredTrial:
+    """A stored trial; ``value`` is None if it has none."""
+
+    number: int
+    value: float | None
+    params: dict[str, Any]
+    user_attrs: dict[str, Any]
+
+
+class LedgerReader:
+    """The trials of one study, read-only. Use ``open_reading``."""
+
+    def __init__(
+        self, storage: RDBStorage, study: optuna.Study, attributes: Mapping[str, Any]
+    ) -> None:
+        self.storage = storage
+        self.study = study
+        self.ttl = float(attributes.get("ttl", DEFAULT_TTL_SECONDS))
+        self._leases = Leases(storage.engine, study._study_id, self.ttl)
+        self._rows = Rows(storage.engine, study._study_id)
+
+    @classmethod
+    def open_reading(cls, url: str, study_name: str) -> Self:
+        """A study whose database connection refuses writes.
+
+        Raises:
+            StorageError: The database cannot be opened.
+            UnknownStudyError: There is no such study.
+        """
+        require_file(url, study_name)
+        storage = open_reading(url)
+        return cls._of(storage, retrying(partial(find_study, storage, study_name)))
+
+    def beside(self, study_name: str) -> Self:
+        """Another study of the same database, through the same connections.
+
+        Raises:
+            UnknownStudyError: There is no such study.
+        """
+        return self._of(self.storage, retrying(partial(find_study, self.storage, study_name)))
+
+    @classmethod
+    def _of(cls, storage: RDBStorage, study: optuna.Study) -> Self:
+        return cls(storage, study, retrying(lambda: study.user_attrs))
+
+    @property
+    def budget(self) -> int:
+        """Trials to run in all, as currently stored: another launcher may change it."""
+        return int(self.attribute("budget"))
+
+    def attribute(self, key: str) -> Any:  # noqa: ANN401  as JSON has it
+        """An attribute of the study, as currently stored; None without it."""
+        return retrying(lambda: self.study.user_attrs).get(key)
+
+    def counts(self) -> Counts:
+        """Number of trials by state."""
+
+        def read() -> dict[str, int]:
+            with self.storage.engine.connect() as connection:
+                return self._leases.count_states(connection)
+
+        return Counts.of(retrying(read), budget=self.budget)
+
+    def running(self) -> list[Running]:
+        """Running trials that have a worker, by number."""
+        return [
+            Running(
+                number=row.number,
+                owner=f"{row.process.host}:{row.process.pid}" if row.owner else "",
+                attempt=row.attempt,
+                progress=row.progress,
+                seconds=row.seconds,
+            )
+            for row in self.running_rows()
+            if row.process is not None
+        ]
+
+    def running_rows(self) -> list[RunningRow]:
+        """The running trials with their leases, lowest number first."""
+
+        def read() -> list[RunningRow]:
+            with self.storage.engine.connect() as connection:
+                return self._leases.running(connection)
+
+        return retrying(read)
+
+    def held(self) -> int:
+        """Number of trials that have a live worker, as far as that is known."""
+        rows = self.running_rows()
+        return sum(row.process is not None and not row.adoptable for row in rows)
+
+    def rows(self, state: TrialState, keys: Collection[str] | None = None) -> list[StoredTrial]:
+        """Every trial in that state, by number; does not load the others.
+
+        Args:
+            state: Optuna's state.
+            keys: Attributes to read, which are most of the cost; None for all.
+        """
+        return retrying(partial(self._rows.of_state, state, keys))
+
+    def asked(self) -> list[dict[str, Any]]:
+        """Parameters of each trial, by number: planned ones, else suggested ones."""
+        return [params for params, _ in retrying(self._rows.asked)]
+
+    def complete_values(self) -> dict[int, float]:
+        """Number -> value of each complete trial."""
+        return retrying(self._rows.complete)
+
+    def ranked_after(self, rank: int, most: int, also: int) -> list[int]:
+        """Complete trials after the ``rank`` best, best first: at most ``most``, and ``also``."""
+        return retrying(partial(self._rows.ranked_after, rank, most, also))
+
+    def ended(self) -> list[int]:
+        """Numbers of trials that will not run again."""
+        return retrying(self._rows.ended)
+
+    def best(self) -> StoredTrial | None:
+        """The complete trial of lowest value, the first of equal ones; None without any."""
+        return retrying(self._rows.best)
+
+    def differing_versions(self) -> list[str]:
+        """A line for each package of which trials used several versions."""
+        return retrying(self._rows.differing_versions)
+
+
+class Rows:
+    """Queries for the trials of one study; an error of the database is not retried.
+
+    Args:
+        engine: The study's database.
+        study_id: Optuna's key of the study.
+    """
+
+    def __init__(self, engine: sa.Engine, study_id: int) -> None:
+        self._engine = engine
+        self._mine = TRIALS.c.study_id == study_id
+
+    def of_state(
+        self, state: TrialState, keys: Collection[str] | None = None
+    ) -> list[StoredTrial]:
+        """See ``LedgerReader.rows``."""
+        return self._read(_select(state).where(self._mine).order_by(TRIALS.c.number), keys)
+
+    def best(self) -> StoredTrial | None:
+        """See ``LedgerReader.best``."""
+        found = self._read(self._complete().order_by(*_BEST_FIRST).limit(1))
+        return found[0] if found else None
+
+    def complete(self) -> dict[int, float]:
+        """See ``LedgerReader.complete_values``."""
+        with self._engine.connect() as connection:
+            return {row.number: _value(row) for row in connection.execute(self._complete())}
+
+    def ranked_after(self, rank: int, most: int, also: int) -> list[int]:
+        """See ``LedgerReader.ranked_after``."""
+        place = sa.func.row_number().over(order_by=_BEST_FIRST).label("place")
+        ranked = self._complete().add_columns(place).subquery()
+        wanted = sa.or_(ranked.c.place <= rank + most, ranked.c.number == also)
+        return self._numbers(
+            sa.select(ranked.c.number)
+            .where(ranked.c.place > rank, wanted)
+            .order_by(ranked.c.place)
+        )
+
+    def ended(self) -> list[int]:
+        """See ``LedgerReader.ended``."""
+        return self._numbers(sa.select(TRIALS.c.number).where(self._mine, STATE.in_(_ENDED)))
+
+    def count(self) -> int:
+        """Trials in any state, planned ones included."""
+        (count,) = self._numbers(sa.select(sa.func.count()).select_from(TRIALS).where(self._mine))
+        return count
+
+    def asked(self) -> list[tuple[dict[str, Any], str | None]]:
+        """Parameters of each trial, planned or suggested, and why it failed, if it did.
+
+        A row that counts nowhere has the reason ``NOT_COUNTED``.
+        """
+        keys_of_reasons = ("reason", OUT_OF_BOUNDS, SURPLUS)
+        reasons = self._of_mine(USER_ATTRIBUTES, USER_ATTRIBUTES.c.key.in_(keys_of_reasons))
+        planned = self._of_mine(SYSTEM_ATTRIBUTES, SYSTEM_ATTRIBUTES.c.key == FIXED)
+        has_plan = sa.exists().where(
+            SYSTEM_ATTRIBUTES.c.trial_id == TRIALS.c.trial_id, SYSTEM_ATTRIBUTES.c.key == FIXED
+        )
+        ids = sa.select(TRIALS.c.trial_id).where(self._mine).order_by(TRIALS.c.number)
+        with self._engine.connect() as connection:
+            keys = list(connection.execute(ids).scalars())
+            fixed = {key: each[FIXED] for key, each in _attributes(connection, planned).items()}
+            suggested = _params(connection, self._of_mine(PARAMS, ~has_plan))
+            why = _attributes(connection, reasons)
+        return [
+            (fixed.get(key, suggested.get(key, {})), _reason(why[key]) if key in why else None)
+            for key in keys
+        ]
+
+    def differing_versions(self) -> list[str]:
+        """See ``LedgerReader.differing_versions``."""
+        first, trials = (
+            sa.func.min(TRIALS.c.number).label("first"),
+            sa.func.count().label("trials"),
+        )
+        query = (
+            self._of_mine(USER_ATTRIBUTES, USER_ATTRIBUTES.c.key == "versions")
+            .with_only_columns(USER_ATTRIBUTES.c.value_json, first, trials)
+            .group_by(USER_ATTRIBUTES.c.value_json)
+            .order_by(first)
+        )
+        counted: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        with self._engine.connect() as connection:
+            for row in connection.execute(query):
+                for package, version in json.loads(row.value_json).items():
+                    counted[package][version] += row.trials
+        return [
+            f"{package} differs between trials: "
+            + ", ".join(f"{version} in {number}" for version, number in versions.items())
+            for package, versions in counted.items()
+            if len(versions) > 1
+        ]
+
+    def _complete(self) -> sa.Select[Any]:
+        return _select(TrialState.COMPLETE).where(self._mine)
+
+    def _numbers(self, query: sa.Select[Any]) -> list[int]:
+        with self._engine.connect() as connection:
+            return list(connection.execute(query).scalars())
+
+    def _read(
+        self, query: sa.Select[Any], keys: Collection[str] | None = None
+    ) -> list[StoredTrial]:
+        """The trials that ``query`` finds; they are finished, so nothing of them changes."""
+        chosen = query.with_only_columns(TRIALS.c.trial_id, maintain_column_froms=True).subquery()
+        with self._engine.connect() as connection:
+            found = list(connection.execute(query))
+            if not found:
+                return []
+            # By key for one trial, else by the same query: a list may be too long for SQL.
+            which: Any = [found[0].trial_id] if len(found) == 1 else sa.select(chosen.c.trial_id)
+            stored = sa.select(USER_ATTRIBUTES).where(USER_ATTRIBUTES.c.trial_id.in_(which))
+            if keys is not None:
+                stored = stored.where(USER_ATTRIBUTES.c.key.in_(keys))
+            wants_none = keys is not None and not keys
+            attributes = {} if wants_none else _attributes(connection, stored)
+            params = _params(connection, sa.select(PARAMS).where(PARAMS.c.trial_id.in_(which)))
+        return [
+            StoredTrial(
+                number=row.number,
+                value=_value(row),
+                params=params.get(row.trial_id, {}),
+                user_attrs=attributes.get(row.trial_id, {}),
+            )
+            for row in found
+        ]
+
+    def _of_mine(self, table: sa.TableClause, *where: sa.ColumnElement[bool]) -> sa.Select[Any]:
+        """Rows of a table that refers to this study's trials."""
+        return (
+            sa.select(table)
+            .select_from(table.join(TRIALS, TRIALS.c.trial_id == table.c.trial_id))
+            .where(self._mine, *where)
+        )
+
+
+def asked_of(trial: FrozenTrial) -> dict[str, Any]:
+    """A trial's parameters; Optuna stores those of a waiting trial elsewhere."""
+    asked: dict[str, Any] = trial.system_attrs.get(FIXED, trial.params)
+    return asked
+
+
+def _select(state: TrialState) -> sa.Select[Any]:
+    """Key, number and value of the trials in a state."""
+    value = sa.and_(VALUES.c.trial_id == TRIALS.c.trial_id, VALUES.c.objective == 0)
+    return (
+        sa.select(TRIALS.c.trial_id, TRIALS.c.number, VALUES.c.value, KIND_OF_VALUE.label("kind"))
+        .select_from(TRIALS.outerjoin(VALUES, value))
+        .where(sa.literal(state.name) == STATE)
+    )
+
+
+def _value(row: Any) -> Any:  # noqa: ANN401 - a row of SQLAlchemy's
+    return _INFINITE.get(row.kind, row.value)
+
+
+def _attributes(connection: sa.Connection, query: sa.Select[Any]) -> dict[int, dict[str, Any]]:
+    """Attributes by trial."""
+    found: dict[int, dict[str, Any]] = {}
+    for row in connection.execute(query):
+        found.setdefault(row.trial_id, {})[row.key] = json.loads(row.value_json)
+    return found
+
+
+def _reason(attributes: dict[str, Any]) -> str:
+    counts = attributes.keys().isdisjoint((OUT_OF_BOUNDS, SURPLUS))
+    return str(attributes["reason"]) if counts else NOT_COUNTED
+
+
+def _params(connection: sa.Connection, query: sa.Select[Any]) -> dict[int, dict[str, Any]]:
+    """Parameters by trial, in the order of their suggestion."""
+    found: dict[int, dict[str, Any]] = {}
+    for row in connection.execute(query.order_by(PARAMS.c.param_id)):
+        value = _distribution(row.distribution_json).to_external_repr(row.param_value)
+        found.setdefault(row.trial_id, {})[row.param_name] = value
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _distribution(text: str) -> BaseDistribution:
+    return json_to_distribution(text)

@@ -157,18 +157,18 @@ def test_a_search_of_several_stages_hands_on_its_best_trial_s(url, tmp_path):
 
 def test_a_diffusers_network_is_also_written_as_a_pipeline(url, tmp_path, capsys):
     pytest.importorskip("diffusers", reason="needs the diffusers extra")
-    from tests.test_diffusers_export import own, student_of, told
+    from tests.test_diffusers_export import metadata_of, own, student_of
 
     study = plan_given(url, promotion(plan={"arms": ["plain", "uniform", PAPER], "seeds": [0]}))
     finish(study, fid)
     denoiser = student_of(tmp_path / "teacher", prediction_type="v_prediction")
     last = runs_folder() / study.given.study.trials[2].user_attrs["student"]
-    save_denoiser(last, denoiser, told(own(denoiser)))
+    save_denoiser(last, denoiser, metadata_of(own(denoiser)))
     folder = tmp_path / "model"
     assert export_trial(study, folder) == [folder, folder / "diffusers"]
     assert (folder / "diffusers/model_index.json").exists()
     # What diffusers cannot draw is told, and the folder is there all the same.
-    save_denoiser(last, denoiser, told(own(denoiser, 7)))
+    save_denoiser(last, denoiser, metadata_of(own(denoiser, 7)))
     assert export_trial(study, tmp_path / "other") == [tmp_path / "other"]
     assert capsys.readouterr().err.startswith("no diffusers pipeline is written: ")
 

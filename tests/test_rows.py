@@ -20,6 +20,7 @@ from search.storage.engine import open_storage
 from search.storage.ledger import Claim, Ledger
 from search.storage.queries import StoredTrial, asked_of
 from search.storage.schema import Role, grant
+from search.study.results import TrialResult
 from search.study.study import Study
 from search.study.summary import best_json, complete_trials, counts_json, failures, summary_of
 from tests.e2e.study import Workplace
@@ -168,6 +169,14 @@ def test_what_is_shown_of_a_study_is_what_optuna_lists(study):
     assert [line.split(",")[0] for line in failures(study)] == [
         f"trial {t.number} failed" for t in trials if t.state is TrialState.FAIL
     ]
+
+
+def test_parameters_of_any_weight_space_come_back():
+    made = {"fingerprint": "f", "seeds": {}, "versions": {}, "timings": {}, "worker": "host:1"}
+    # Another package's space may name its parameters as we name our fields.
+    for parameters in ({"a": 0.5, "b": -1.0}, {"end": 3.0, "device": 2.0}):
+        result = TrialResult(value=2.5, device="a CPU", parameters=parameters, **made)
+        assert TrialResult.of(2.5, result.attrs()) == result
 
 
 def test_looking_writes_nothing(url, study):

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+# Parameters of our own weight spaces; those of others are under "parameters".
 PARAMETERS = ("a", "b", "rule", "strength", "memory")
 METRICS = ("kid", "prc")
 # FIDs are compared only where these agree.
@@ -59,7 +60,7 @@ class TrialResult:
     Attributes:
         value: The FID of the last stage; None where the row was pruned.
         weights: w_1..w_K, of learned weights the last.
-        parameters: a and b, or rule, strength and memory; empty for a baseline.
+        parameters: Of the weight space, such as a and b; empty for a baseline.
         fid: Of the last stage; None where the row was pruned before it.
         fids: Of each stage of a method of several, by NFE, in the order of training.
         teacher_fid: Of the teacher, where the method measures it.
@@ -103,7 +104,11 @@ class TrialResult:
             value = getattr(self, each.name)
             if each.name == "value" or value in (None, {}, []):
                 continue
-            if each.name in ("parameters", "metrics"):
+            if each.name == "parameters":
+                found |= {name: one for name, one in value.items() if name in PARAMETERS}
+                if own := {name: one for name, one in value.items() if name not in PARAMETERS}:
+                    found["parameters"] = own
+            elif each.name == "metrics":
                 found |= value
             elif each.name in ("fid", "teacher_fid"):
                 found[each.name] = value.as_dict()
@@ -123,7 +128,8 @@ class TrialResult:
                 own[name] = MeasuredFID.of(own[name])
         if "fids" in own:
             own["fids"] = {key: MeasuredFID.of(fid) for key, fid in own["fids"].items()}
-        own["parameters"] = {name: attrs[name] for name in PARAMETERS if name in attrs}
+        named = {name: attrs[name] for name in PARAMETERS if name in attrs}
+        own["parameters"] = named | own.get("parameters", {})
         own["metrics"] = {name: attrs[name] for name in METRICS if name in attrs}
         missing: dict[str, Any] = dict.fromkeys(("fingerprint", "device", "worker"), "")
         missing |= {name: {} for name in ("seeds", "versions", "timings")}

@@ -205,7 +205,7 @@ def _repaired(finding: Finding, repair: Callable[[], object]) -> Finding:
 
 
 def disks() -> Findings:
-    """Free space and rights where runs and cache lie."""
+    """Free space and write access of the folders of runs and cache."""
     for name, folder in (("runs", runs_folder()), ("cache", cache_folder())):
         place = folder.resolve()
         there = next(each for each in (place, *place.parents) if each.is_dir())
@@ -217,7 +217,7 @@ def disks() -> Findings:
             yield Finding("problem", text, f"set BDENSE_{name.upper()} elsewhere")
             continue
         free = shutil.disk_usage(there).free
-        text = f"{free / 2**30:.1f} GiB are free where {name} lie, {place}"
+        text = f"{free / 2**30:.1f} GiB free for {name}, in {place}"
         if free > SCARCE_BYTES:
             yield Finding("ok", text)
         else:

@@ -385,7 +385,7 @@ def test_a_full_disk_and_one_that_cannot_be_written(tmp_path, monkeypatch):
         monkeypatch.setenv("BDENSE_RUNS", str(disk.place))
         found = list(doctor.disks())
         assert [each.level for each in found] == ["problem", "problem"]
-        assert "GiB are free where runs lie" in found[0].text
+        assert "GiB free for runs" in found[0].text
         disk.make_read_only()
         assert "runs cannot be written" in next(doctor.disks()).text
 

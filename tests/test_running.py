@@ -118,7 +118,7 @@ def test_points_beyond_the_budget_say_what_runs_them(capsys):
     complete(study, 3.0)
     answer(capsys, "enqueue", "digits", "--a", "1", "--b", "-1")
     _, out, _ = answer(capsys, "enqueue", "digits", "--a", "2", "--b", "-1")
-    assert "the budget of 2 trials" in out
+    assert "plan.trials, 2," in out
     assert "--trials 3" in out
 
 

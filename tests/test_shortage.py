@@ -88,7 +88,7 @@ def test_what_a_full_disk_says(tmp_path, monkeypatch):
     assert is_full_disk(found.value)
     said = str(disk_error(found.value))
     assert f"{tmp_path}/runs" in said
-    assert "give the same command again" in said
+    assert "run the same command again" in said
 
 
 def test_trajectories_that_do_not_fit_are_refused_and_recorded_once_they_do(
@@ -191,7 +191,7 @@ def test_a_sqlite_database_on_a_full_disk(folders, capsys):
         claim = ledger.claim(SPACE, RandomSampler)
         assert isinstance(claim, Claim)
         filler = disk.fill()
-        with pytest.raises(StorageFullError, match=r"disk is full.* give the same command again"):
+        with pytest.raises(StorageFullError, match=r"disk is full.* run the same command again"):
             ledger.complete(claim, 2.0, {"notes": "x" * 500_000})
         launched = folders / "other.yaml"
         launched.write_text(yaml.safe_dump(changed(STUDY, name="other")))

@@ -323,7 +323,7 @@ def test_a_study_that_is_worked_on_stays_as_it_is(old):
     with database(old) as db:
         # Without the boot id a dead worker cannot be recognised.
         db.execute("UPDATE bdense_lease SET boot = '', expires = 1e12 WHERE trial_id = 28")
-    assert "being worked on" in refused(command("storage", "upgrade"))
+    assert "running" in refused(command("storage", "upgrade"))
     with pytest.raises(InputError, match=r"small: 1 of its rows are running"):
         list(upgrade.upgrade_studies(old))
     with pytest.raises(OutdatedStudyError):

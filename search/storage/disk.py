@@ -23,13 +23,13 @@ def disk_error(error: BaseException) -> InputError | None:
     if is_full_disk(error):
         return DiskFullError(
             f"no space is left where runs are kept ({places}): {redact(str(error))}; "
-            "free some and give the same command again: it continues from what was saved last"
+            "free some and run the same command again: it continues from what was saved last"
         )
     if error.errno in _CLOSED:
         return NoAccessError(
             f"on {platform.node()} a worker may not use {error.filename or 'a file'} "
             f"({error.strerror}): let its user read what the study names and write where runs "
             f"are kept ({places}), or set BDENSE_RUNS and BDENSE_CACHE to folders where it may, "
-            "and give the same command again: it continues from what was saved last"
+            "and run the same command again: it continues from what was saved last"
         )
     return None

@@ -43,10 +43,10 @@ ANSWER_SECONDS = 30
 # would wait for its locks for ever. Samplers compute, and Optuna loads trials, in a transaction.
 FROZEN_SECONDS = 120
 _WITHOUT_RIGHTS = (
-    "the user may not do that: let the database's owner give the command bdense-search storage "
+    "the user may not do that: let the database's owner run bdense-search storage "
     "init, with --writer or --reader for this user"
 )
-_AGAIN = "check that it runs, then give the same command again: it continues"
+_AGAIN = "check that it runs, then run the same command again: it continues"
 UPGRADE = "end its workers, then renew them by: bdense-search storage upgrade"
 
 # Explicit, because postgresql:// alone means another driver from SQLAlchemy 2.1 on.
@@ -257,7 +257,7 @@ def as_storage_error(error: BaseException) -> StorageError:
     """A database's error as one for the user, where it is not retried."""
     if is_full(error):
         return StorageFullError(
-            f"the disk of the study database is full: {one_line(error)}; make room, then give the "
+            f"the disk of the study database is full: {one_line(error)}; make room, then run the "
             "same command again: it continues from what was stored before"
         )
     return StorageError(f"the study database: {one_line(error)}; {_AGAIN}")

@@ -84,9 +84,9 @@ def upgrade(url: str) -> list[str]:
             held = _held(storage.engine)
             if held:
                 raise InputError(
-                    f"{held} trials of {redact(url)} are being worked on, by workers of another "
-                    "version perhaps; end them first (bdense-search stop STUDY, or Ctrl-C in each "
-                    "launch), then give this command again"
+                    f"{held} trials of {redact(url)} are running, perhaps on workers of another "
+                    "version; stop them first (bdense-search stop STUDY, or Ctrl-C in each "
+                    "launcher), then run this command again"
                 )
             before, head = storage.get_current_version(), storage.get_head_version()
             if before != head:

@@ -162,8 +162,8 @@ def _planned(study: "Study", given: Mapping[str, Any]) -> list[str]:
     if counts.waiting > left:
         needed = counts.ended + counts.running + counts.waiting
         lines.append(
-            f"the budget of {trials.budget} trials does not suffice for the {counts.waiting} that "
-            f"are planned: bdense-search launch STUDY.yaml --trials {needed}"
+            f"plan.trials, {trials.budget}, leaves no room for it; to run it: "
+            f"bdense-search launch STUDY.yaml --trials {needed}"
         )
     elif not counts.running:
         lines.append(

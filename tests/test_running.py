@@ -290,7 +290,7 @@ def test_chosen_gpus_are_all_that_ray_sees():
         ([0], 4, "RAY_ADDRESS=head:6379", "cluster at RAY_ADDRESS=head:6379"),
         ([0, 1], 4, "CUDA_VISIBLE_DEVICES=1,3", "CUDA_VISIBLE_DEVICES=1,3 lets"),
         ([0], 4, "CUDA_VISIBLE_DEVICES=GPU-8932f937,1", "=GPU-8932f937,1 .*; unset it"),
-        ([0], 4, "CUDA_VISIBLE_DEVICES=", "_DEVICES= names .*; unset it"),
+        ([0], 4, "CUDA_VISIBLE_DEVICES=", "_DEVICES= does .*; unset it"),
     ],
 )
 def test_gpus_that_cannot_be_chosen_are_refused(chosen, there, given, message):
@@ -410,6 +410,20 @@ def test_clean_deletes_students_beyond_the_best(capsys):
     # One that is gone cannot be kept.
     status, _, err = answer(capsys, "clean", "digits", "--keep", "3")
     assert (status, "--keep 3: no student" in err, "bdense distill" in err) == (2, True, True)
+
+
+def test_the_students_of_every_stage_go_with_their_cards(capsys):
+    study = search(plan__trials=8, keep_students=1)
+    best, worse = complete(study, 1.0), complete(study, 2.0)
+    for number in (best, worse):
+        folder = row_folder(study.name, number)
+        (folder / STUDENT).unlink()
+        for name in ("00004.safetensors", "00004.md", "00002.safetensors", "00002.md"):
+            (folder / name).write_bytes(b"x")
+    assert answer(capsys, "clean", "digits", "--students")[0] == 0
+    left = sorted(path.name for path in row_folder(study.name, worse).glob("0000*"))
+    assert (left, len(list(row_folder(study.name, best).glob("0000*")))) == ([], 4)
+    assert answer(capsys, "clean", "digits", "--keep", str(best))[0] == 0
 
 
 def test_clean_deletes_what_ended_trials_and_dead_workers_left(capsys):

@@ -41,7 +41,7 @@ StepSolver = Literal["heun", "euler", "dpm2", "ipndm"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConsistencyConfig(MethodConfig):
-    """The knobs of consistency distillation; defaults as of Song et al. for CIFAR-10."""
+    """Knobs of consistency distillation; mu is Song et al.'s, levels and step size are ours."""
 
     heading: ClassVar[str] = "method consistency"
 

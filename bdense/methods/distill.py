@@ -198,7 +198,7 @@ def distill(
         checkpoint: File for the checkpoint of a method of one stage, in place of one in the
             folder; it is left there where no student is kept.
         devices: Devices of this machine that share each batch; the first is the teacher's.
-        checkpoint_seconds: As of ``train``.
+        checkpoint_seconds: As in ``train``.
         metadata: Additional metadata of the students' files.
         on_iteration: Called with the stage after every iteration; an exception ends the run, as
             of ``train``.

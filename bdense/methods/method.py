@@ -110,7 +110,7 @@ class Stage(Training, Protocol):
         """How its student draws images."""
 
     def metadata(self) -> dict[str, Any]:
-        """Metadata of the student's file, with its ``sampler``; JSON-able."""
+        """Metadata of the student's file, with its ``sampler``, as JSON values."""
 
 
 class Method(abc.ABC):
@@ -181,6 +181,6 @@ class Method(abc.ABC):
         inputs: Inputs,
         weighting: BranchWeighting,
     ) -> dict[str, Any]:
-        """What must agree for kept students to be of the same distillation; JSON-able, flat."""
+        """What must agree for kept students to belong to the same run: flat JSON values."""
         first = self.plan(config, teacher)[0]
         return self.stage(first, teacher, config, inputs).describe(weighting)

@@ -82,7 +82,7 @@ class LPIPS:
         return ranged.expand(-1, 3, -1, -1)
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able; equal descriptions make equal losses."""
+        """JSON values; equal descriptions make equal losses."""
         return {
             "name": "lpips",
             "network": "vgg16, average pooling",

@@ -284,7 +284,7 @@ class PDStage(Configured, Stateless):
         }
 
     def describe_batches(self) -> dict[str, Any]:
-        """What the batches depend on, JSON-able."""
+        """What the batches depend on, as JSON values."""
         assert self.dataset is not None
         labels = {"labels": self.dataset.labels_sha256} if self.start.label_dim else {}
         drawn = {"batch": self.config.batch, "seed": self.seed, "flip": self.config.flip}
@@ -408,7 +408,7 @@ def image_weights(weights: Tensor, levels: Tensor, space: WeightsSpace) -> Tenso
     Args:
         weights: [K] w_1..w_K.
         levels: [K' + 1, B] t_{n,0}..t_{n,K'}, of which the last K are the branches'.
-        space: As of ``PDConfig.weights_space``.
+        space: As in ``PDConfig.weights_space``.
 
     Returns:
         [K, B] float64, each image's sum that of ``weights``.

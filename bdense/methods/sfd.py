@@ -124,7 +124,7 @@ class SFDConfig(MethodConfig):
 
     @classmethod
     def read(cls, tree: Mapping[str, Any], where: str = "") -> Self:
-        """As of ``Knobs``, with the usual values for several NFE or a second stage."""
+        """As in ``Knobs``, with the usual values for several NFE or a second stage."""
         usual: Mapping[str, Any] = {}
         if tree.get("second_stage") is True:
             usual = _SECOND_STAGE
@@ -180,10 +180,10 @@ class PerceptualLoss(Protocol):
     """How unlike images look to people."""
 
     def __call__(self, images: Tensor, targets: Tensor) -> Tensor:
-        """0-dim distance of [B, C, H, W] images in [-1, 1] from where they ought to be."""
+        """0-dim distance of [B, C, H, W] images in [-1, 1] from their targets."""
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able; equal descriptions make equal losses."""
+        """JSON values; equal descriptions make equal losses."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -63,7 +63,7 @@ class Trajectories(Protocol):
         """The same, with the teacher and the batches on another device."""
 
     def describe(self) -> dict[str, Any]:
-        """What its numbers depend on, JSON-able; equal descriptions serve equal batches."""
+        """What its numbers depend on, as JSON values; equal descriptions serve equal batches."""
 
 
 @dataclass(frozen=True, eq=False)

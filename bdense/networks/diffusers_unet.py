@@ -63,7 +63,7 @@ class DiffusersUNet(Network):
 
     @classmethod
     def build(cls, options: Mapping[str, Any], *, num_branches: int, outputs: int) -> Self:
-        """As of ``Network``; ``outputs`` is 1."""
+        """As in ``Network``; ``outputs`` is 1."""
         require_diffusers()
         if set(options) != {"img_channels", "unet"}:
             raise CheckpointError(
@@ -89,7 +89,7 @@ class DiffusersUNet(Network):
         augment_labels: Tensor | None = None,
         num_points: int | Tensor | None = None,
     ) -> Tensor:
-        """As of ``Network``; ``noise_labels`` are times in 0..T - 1, or between them."""
+        """As in ``Network``; ``noise_labels`` are times in 0..T - 1, or between them."""
         check_inputs(self, x, class_labels, num_points)
         check_labels("augment_labels", augment_labels, 0, len(x))
         if class_labels is None and self.label_dim:

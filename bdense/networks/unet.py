@@ -122,7 +122,7 @@ class UNet(Network):
 
     @classmethod
     def build(cls, options: Mapping[str, Any], *, num_branches: int, outputs: int) -> Self:
-        """As of ``Network``, from ``config.options()``."""
+        """As in ``Network``, from ``config.options()``."""
         config = cls.config_class(**options)
         channels = outputs * config.img_channels
         return cls(config, num_branches=num_branches, prediction_channels=channels)

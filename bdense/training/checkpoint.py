@@ -28,7 +28,7 @@ class TrainingCheckpoint:
     Attributes:
         path: The file; None keeps nothing.
         average: The average of the student's weights; None without one.
-        identity: What must agree for it to be the same run; JSON-able, flat.
+        identity: What must agree for it to be the same run, as JSON values, flat.
         seconds: A save is due this long after the last.
         writes: Whether this process writes; every process reads.
         on_save: Called after each save with the iterations done.

@@ -99,7 +99,7 @@ class OptimisationConfig(Knobs):
         return None if self.ema is None else 1 - math.pow(0.5, batch / self.ema)
 
     def changed(self) -> dict[str, Any]:
-        """The knobs of optimisation that are off their default, JSON-able.
+        """The knobs of optimisation that are off their default, as JSON values.
 
         Runs of before a knob was there are runs at its default.
         """

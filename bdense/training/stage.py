@@ -89,7 +89,7 @@ class Training(Protocol):
         """
 
     def describe(self, weighting: BranchWeighting) -> dict[str, Any]:
-        """What must agree for a checkpoint to belong to the same run; JSON-able, flat."""
+        """What must agree for a checkpoint to belong to the same run, as JSON values, flat."""
 
     def on(self, device: torch.device) -> Self:
         """This stage with its networks on another device."""

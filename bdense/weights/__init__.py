@@ -22,7 +22,7 @@ def space_of(params: Mapping[str, Any], own: WeightSpace | None = None) -> Weigh
     """The space that parameters belong to, for weights that were found in another study.
 
     Args:
-        params: As of ``WeightSpace``.
+        params: As in ``WeightSpace``.
         own: Preferred, where it reads them.
 
     Raises:

@@ -112,10 +112,10 @@ def _grid_address(ledger: Ledger, number: int) -> str | None:
     """Where the dashboard serves a trial's sample grid; None where it has none."""
     storage, study_id = ledger.storage, _study_id(ledger)
     trial_id = retrying(lambda: storage.get_trial_id_from_study_id_trial_number(study_id, number))
-    for meta in attached(storage, retrying(lambda: storage.get_trial(trial_id))):
-        if meta.filename == GRID:
-            return _address(ledger, trial_id, meta.artifact_id)
-    return None
+    stored = attached(storage, retrying(lambda: storage.get_trial(trial_id)))
+    # One of each stage, whose name begins with its steps: the last stage has the fewest.
+    grids = sorted((m.filename, m.artifact_id) for m in stored if m.filename.endswith(GRID))
+    return _address(ledger, trial_id, grids[0][1]) if grids else None
 
 
 def _study_id(ledger: Ledger) -> int:

@@ -93,7 +93,7 @@ class Ending:
                     self._timer.start() if self._rows_run else self._end_now()
                     return
             except Exception as error:  # noqa: BLE001  the database may come back
-                _log.warning("whether to stop cannot be seen: %s", one_line(error))
+                _log.warning("cannot read stop requests: %s", one_line(error))
 
     def _end_now(self) -> None:
         if not self._over.is_set():

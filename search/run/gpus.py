@@ -68,8 +68,8 @@ def use_gpus(
         allowed = {part.strip() for part in given.split(",")}
         if not all(part.isdigit() for part in allowed):
             raise InputError(
-                f"{asked}: {VISIBLE}={given} names GPUs by something else than nvidia-smi's "
-                "numbers, or none; unset it, or set it to numbers, as in 0,2"
+                f"{asked}: {VISIBLE}={given} does not name GPUs by nvidia-smi's numbers; "
+                "unset it, or set it to numbers, as in 0,2"
             )
         if not set(map(str, chosen)) <= allowed:
             raise InputError(

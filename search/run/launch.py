@@ -59,7 +59,7 @@ def run_rows(study: Study, workers: int | None) -> None:
     if study.is_search:
         copy_baselines(study)
     for line in study.main.differing_versions():
-        say(f"{line}; what is close may differ by that alone (bdense-search doctor {study.name})")
+        say(f"{line}; small differences in FID may come from that alone")
     showing.finish()
 
 

@@ -122,7 +122,7 @@ def run(
         if is_asked(study.ledgers, launch):
             raise stopped_error(study.name)
     for message in dict.fromkeys(error.message for error in errors):
-        say(f"all rows have ended, but a worker took no part in it: {message}")
+        say(f"all rows have ended, but one worker did no work: {message}")
 
 
 def _last_words(study: Study, head: Head) -> None:

@@ -82,7 +82,7 @@ class TeacherTraining(Knobs):
         none="EDM's levels",
     )
     loss: Loss | None = knob(
-        None, "how the levels of that process count", none="by what the network predicts"
+        None, "weight of each noise level of that process", none="by what the network predicts"
     )
     flip: bool = knob(False, "mirror each image with probability 1/2")
     clip: float | None = knob(None, "largest norm of the gradient", above=0)
@@ -117,7 +117,7 @@ class EvaluationSpec(Knobs):
     )
     batch: int = knob(128, "images drawn at a time", low=1)
     metrics: tuple[Literal["fid", "kid", "prc"], ...] = knob(
-        ("fid",), "what is measured; the fid, which is searched for, always is"
+        ("fid",), "what is measured; must include fid, which a search minimises"
     )
     reference: str | None = knob(
         None,
@@ -147,7 +147,7 @@ class ResourcesSpec(Knobs):
         low=0,
     )
     threads: int = knob(1, "CPU threads of a trial", low=1)
-    deterministic: bool = knob(False, "deterministic algorithms of torch alone")
+    deterministic: bool = knob(False, "use only torch's deterministic algorithms")
     compile: bool = knob(False, "compile networks by torch.compile; moves numbers by rounding")
     channels_last: bool = knob(False, "NHWC memory; moves numbers by rounding")
     checkpoint_seconds: float = knob(60.0, "seconds between checkpoints of a training", above=0)
@@ -251,7 +251,7 @@ class TrajectoriesSpec(Knobs):
     mode: Literal["recorded", "live"] = knob(
         "recorded", "record once and share, or compute anew in every trial"
     )
-    dtype: Literal["float32", "float16"] = knob("float32", "of what is recorded")
+    dtype: Literal["float32", "float16"] = knob("float32", "number format of the recorded states")
     max_gib: float = knob(32.0, "most GiB to record", above=0)
 
 
@@ -308,11 +308,11 @@ class StudySpec(Knobs):
     evaluation: EvaluationSpec = knob(EvaluationSpec(), "how students are judged")
     precision: Precision = knob(
         "float32",
-        "what teacher, training and sampling are computed in; features are float32 in any case",
+        "number format of teacher, training and sampling; features are always float32",
     )
     seeds: SeedsSpec = knob(SeedsSpec(), "seeds of a search")
     trajectories: TrajectoriesSpec = knob(TrajectoriesSpec(), "the teacher's trajectories")
-    resources: ResourcesSpec = knob(ResourcesSpec(), "what a trial holds")
+    resources: ResourcesSpec = knob(ResourcesSpec(), "resources of a trial")
     keep_students: int = knob(3, "how many of a search's best students stay on the disk", low=1)
     confirm: ConfirmSpec = knob(ConfirmSpec(), "how a search's best is confirmed")
     # Written by search.spec.resolve, never by users: no knob.

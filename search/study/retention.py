@@ -8,7 +8,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from search.storage.ledger import Ledger
@@ -23,7 +23,6 @@ KEPT = "kept_students"  # the study's attribute: numbers of trials
 _log = logging.getLogger(__name__)
 
 _ASIDE = re.compile(r"\d{5,}\.[0-9a-f]{8}")  # as search.worker.result moves folders aside
-_CARD = Path(STUDENT).with_suffix(".md").name
 # An unfinished file that is older belongs to a dead worker.
 ABANDONED_SECONDS = 3600.0
 # Ranks after the best that are cleaned when a trial ends: more than trials that end at once.
@@ -34,7 +33,7 @@ def keep_best_students(ledger: Ledger, keep: int, ended: int) -> None:
     """At the end of a trial of a search, delete students behind the best ``keep``."""
     beyond = ledger.ranked_after(keep, _MARGIN, also=ended)
     for number in set(beyond) - _named(ledger):
-        _delete(_student_files(row_folder(ledger.study.study_name, number)))
+        _delete(student_files(row_folder(ledger.study.study_name, number)))
 
 
 def keep_too(ledger: Ledger, numbers: Iterable[int]) -> list[int]:
@@ -49,7 +48,7 @@ def clean_students(ledger: Ledger, keep: int) -> int:
     name, values = ledger.study.study_name, ledger.complete_values()
     ranked = sorted(values, key=lambda number: (values[number], number))
     gone = set(ranked[keep:]) - _named(ledger)
-    return sum(_delete(_student_files(row_folder(name, number))) for number in gone)
+    return sum(_delete(student_files(row_folder(name, number))) for number in gone)
 
 
 def drop_checkpoints(folder: Path) -> int:
@@ -79,8 +78,14 @@ def _named(ledger: Ledger) -> set[int]:
     return set(ledger.attribute(KEPT) or [])
 
 
-def _student_files(folder: Path) -> Sequence[Path]:
-    return [folder / STUDENT, folder / _CARD]
+def student_files(folder: Path) -> list[Path]:
+    """A row's students with their cards: one, or one of each stage."""
+    models = [
+        path
+        for path in folder.glob("*.safetensors")
+        if path.name != CHECKPOINT and not path.name.endswith(UNFINISHED_ROUND)
+    ]
+    return models + [path.with_suffix(".md") for path in models]
 
 
 def _delete(paths: Iterable[Path]) -> int:

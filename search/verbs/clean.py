@@ -68,10 +68,10 @@ def _clean(options: argparse.Namespace) -> None:
 
 def _keep(record: "Study", asked: list[int]) -> None:
     from search.study.folders import row_folder
-    from search.study.retention import STUDENT, keep_too
+    from search.study.retention import keep_too, student_files
 
     ledger = _search(record, "--keep")
-    there = [n for n in asked if (row_folder(record.name, n) / STUDENT).is_file()]
+    there = [n for n in asked if student_files(row_folder(record.name, n))]
     running = {row.number for row in ledger.running()}
     if gone := sorted(set(asked) - set(there) - running):
         raise InputError(

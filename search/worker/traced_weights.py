@@ -39,11 +39,11 @@ class TracedWeights:
 
     @property
     def needs_gradients(self) -> bool:
-        """As of the weighting."""
+        """As in the weighting."""
         return self._given.needs_gradients
 
     def observe(self, losses: Tensor, gradient_norms: Tensor | None) -> None:
-        """As of the weighting."""
+        """As in the weighting."""
         self._given.observe(losses, gradient_norms)
 
     def weights(self) -> Tensor:
@@ -82,7 +82,7 @@ class TracedWeights:
         self._past = list(state[_PAST].cpu()) if _PAST in state else []
 
     def describe(self) -> dict[str, Any]:
-        """As of the weighting."""
+        """As in the weighting."""
         return self._given.describe()
 
 

@@ -362,7 +362,7 @@ def test_a_student_is_distilled_further_on_its_own_levels():
     known = {"sampler": method.teacher_sampler(own, teacher).describe()}
     assert config(**method.usual(known)).levels(teacher) == own.levels(teacher)
     euler = Sampler(num_intervals=8, afs=False)
-    with pytest.raises(InputError, match="is a student of SFD"):
+    with pytest.raises(InputError, match="draws by euler"):
         method.check(config(), teacher, {"sampler": euler.describe()})
 
 

@@ -148,6 +148,9 @@ def test_the_second_stage_walks_as_its_teacher_draws():
     ):
         with pytest.raises(InputError, match=message):
             method.check(SFDConfig.read(config.as_dict() | changes), teacher, known)
+    jumps = {"sampler": known["sampler"] | {"solver": "consistency"}}
+    with pytest.raises(InputError, match="draws by consistency"):
+        method.check(config, teacher, jumps)
     with pytest.raises(InputError, match="distils a student further, and the teacher is none"):
         method.check(config, teacher, {})
     with pytest.raises(InputError, match="the teacher is a student, which knows the levels it"):

@@ -516,8 +516,9 @@ class Progressive(Method):
         for own in samplers_from(known):
             if not isinstance(own.solver, DDIM):
                 raise InputError(
-                    "the teacher is a student of SFD, whose steps are distilled further with the "
-                    "method sfd and second_stage; give that, or its own teacher"
+                    f"the teacher is a student that draws by {own.solver.name}, and progressive "
+                    "distillation goes on from ddim alone; give its own teacher (a student of SFD "
+                    "is distilled further by the method sfd with second_stage)"
                 )
             if own.num_intervals != config.steps or own.schedule != levels:
                 raise InputError(

@@ -476,6 +476,11 @@ def _check_second_stage(config: SFDConfig, served: Mapping[int, Sampler]) -> Non
             "second_stage walks students of SFD, and the teacher draws by "
             f"{any_of_them.schedule.text()}; distil it further with the method progressive"
         )
+    if any_of_them.solver.name != config.solver:
+        raise InputError(
+            f"second_stage walks students by {config.solver}, and the teacher draws by "
+            f"{any_of_them.solver.name}; give its own teacher, without second_stage"
+        )
     if any_of_them.schedule != config.levels:
         raise InputError(
             f"second_stage keeps the teacher's noise levels, {any_of_them.schedule.describe()}, "

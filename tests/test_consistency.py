@@ -194,3 +194,7 @@ def test_what_does_not_fit_is_refused():
     known = {"sampler": stage_of().sampler.describe()}
     with pytest.raises(InputError, match="teacher"):
         method.check(ConsistencyConfig(), small_teacher(), known)
+    with pytest.raises(InputError, match="1 x 8 x 8"):
+        ConsistencyStage(
+            config=ConsistencyConfig(), teacher=small_teacher(channels=3), dataset=DATA, seed=3
+        )

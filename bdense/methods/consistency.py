@@ -29,7 +29,7 @@ from bdense.diffusion.solvers import Solver, StepNoise, make_solver, no_noise, t
 from bdense.errors import InputError
 from bdense.knobs import knob, knob_of
 from bdense.methods.images import ImageBatch, ImageDraw
-from bdense.methods.method import Inputs, Method, MethodConfig, StagePlan
+from bdense.methods.method import Inputs, Method, MethodConfig, StagePlan, require_images
 from bdense.methods.perceptual import LPIPS
 from bdense.models.store import denoiser_sha256
 from bdense.training.stage import Branches, BranchMeans, Configured, WholeIteration
@@ -160,6 +160,8 @@ class ConsistencyStage(Configured):
     seed: int
 
     def __post_init__(self) -> None:
+        self.teacher.execution.require_training("consistency distillation")
+        require_images(self.dataset, self.teacher)
         self.teacher.require_levels(self.config.levels)
         self._solver = make_solver(self.config.solver)
         self._perceptual = LPIPS() if self.config.loss == "lpips" else None
@@ -233,6 +235,7 @@ class ConsistencyStage(Configured):
             **{f"config.{name}": value for name, value in self.config.as_dict().items()},
             **perceptual,
             "data": self.dataset.sha256,
+            **({"labels": self.dataset.labels_sha256} if self.teacher.label_dim else {}),
             "seed": self.seed,
         }
 

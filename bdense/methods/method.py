@@ -102,6 +102,23 @@ class Inputs:
         return self.dataset
 
 
+def require_images(dataset: Dataset, teacher: NetworkDenoiser) -> None:
+    """Refuse a data set of other images or classes than the teacher's.
+
+    Raises:
+        InputError: Says in what they differ.
+    """
+    theirs, own = (
+        " x ".join(map(str, shape)) for shape in (dataset.images.shape[1:], teacher.image_shape)
+    )
+    if theirs != own:
+        raise InputError(
+            f"data {dataset.name} has images of {theirs}, and the teacher is a network for {own}; "
+            "give the data set that it was trained on, with the same padding"
+        )
+    teacher.conditions.require(dataset)
+
+
 class Stage(Training, Protocol):
     """One training of a method."""
 

@@ -29,7 +29,7 @@ from bdense.diffusion.solvers import DDIM
 from bdense.errors import InputError
 from bdense.knobs import KnobError, knob, knob_of
 from bdense.methods.images import ImageBatch, ImageDraw
-from bdense.methods.method import Inputs, Method, MethodConfig, StagePlan
+from bdense.methods.method import Inputs, Method, MethodConfig, StagePlan, require_images
 from bdense.methods.sfd import levels_of
 from bdense.models.store import denoiser_sha256
 from bdense.training.optimisation import LRSchedule
@@ -192,7 +192,7 @@ class PDStage(Configured, Stateless):
         self.teacher.execution.require_training("progressive distillation")
         self.teacher.require_levels(self.levels)
         if self.dataset is not None:
-            _require_images(self.dataset, self.teacher)
+            require_images(self.dataset, self.teacher)
 
     @property
     def num_updates(self) -> int:
@@ -458,19 +458,6 @@ def prediction_of(denoiser: NetworkDenoiser) -> str | None:
     """What a network on a VP process predicts; None for others."""
     precond = denoiser.precond
     return precond.prediction_type if isinstance(precond, Cosine | DDPM) else None
-
-
-def _require_images(dataset: Dataset, teacher: NetworkDenoiser) -> None:
-    """Refuse a data set of other images or classes than the teacher's."""
-    theirs, own = (
-        " x ".join(map(str, shape)) for shape in (dataset.images.shape[1:], teacher.image_shape)
-    )
-    if theirs != own:
-        raise InputError(
-            f"data {dataset.name} has images of {theirs}, and the teacher is a network for {own}; "
-            "give the data set that it was trained on, with the same padding"
-        )
-    teacher.conditions.require(dataset)
 
 
 class Progressive(Method):

@@ -4,6 +4,7 @@
 side, which trains a block of iterations whenever it is asked to.
 """
 
+import importlib
 import itertools
 import os
 import statistics
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,7 +39,7 @@ def main() -> None:
         rows.append((kind, f"{before:.1f}", f"{after:.1f}", f"{found.ratio:.3f}", found.spread))
     head = ("iteration of", "3f7be1a, ms", "now, ms", "now / 3f7be1a", "spread of pairs")
     body = (
-        f"SongUNet of {WIDTH} channels on 8 x 8 digits, batch {BATCH}; CPU time of a process with "
+        f"SongUNet of {WIDTH} channels on 8 x 8 images, batch {BATCH}; CPU time of a process with "
         f"one thread, the median iteration of {ITERATIONS} in each of {PAIRS} blocks a side, "
         "taken in turns.\n\n"
     )
@@ -88,7 +90,7 @@ def serve(kind: str, *, is_old: bool) -> None:
     def tick(*_: object) -> None:
         stamps.append(time.process_time())
 
-    block = (old_block if is_old else new_block)(kind, tick)
+    block = block_of(kind, tick, is_old=is_old)
     for _ in sys.stdin:
         stamps.clear()
         block()
@@ -96,96 +98,82 @@ def serve(kind: str, *, is_old: bool) -> None:
         print(statistics.median(after - before for before, after in pairs), flush=True)
 
 
-def shape() -> dict:
-    """Of the network."""
-    return {
-        "model_channels": WIDTH,
-        "channel_mult": (1, 2),
-        "num_blocks": 1,
-        "attn_resolutions": (),
-        "dropout": 0.0,
-    }
+# Where each commit has the names that both know; new names are imported where they are used.
+MODULES = {
+    "Cosine": ("preconditioning", "diffusion.preconditioning"),
+    "DPMSolverPP": ("solvers", "diffusion.solvers"),
+    "Dataset": ("data", "data.datasets"),
+    "IntervalGrid": ("intervals", "diffusion.intervals"),
+    "LiveTrajectories": ("trajectories", "methods.trajectories"),
+    "NetworkDenoiser": ("denoiser", "diffusion.denoiser"),
+    "PDConfig": ("progressive", "methods.progressive"),
+    "SFDConfig": ("sfd", "methods.sfd"),
+    "SongUNet": ("networks", "networks"),
+    "SongUNetConfig": ("networks", "networks"),
+    "TeacherConfig": ("teachers", "training.teacher"),
+    "TrajectoryStore": ("recordings", "methods.recordings"),
+    "train_teacher": ("teachers", "training.teacher"),
+}
 
 
-def old_block(kind: str, tick):
-    """What trains one block with 3f7be1a's code."""
-    import torch
-    from bdense.denoiser import NetworkDenoiser
-    from bdense.intervals import IntervalGrid
-    from bdense.preconditioning import Cosine, native_schedule
-    from bdense.progressive import DataBatches, PDConfig, distill_round
-    from bdense.recordings import TrajectoryStore
-    from bdense.sfd import SFDConfig, distill
-    from bdense.solvers import DPMSolverPP
-    from bdense.teachers import TeacherConfig, train_teacher
-    from bdense.trajectories import LiveTrajectories
-
-    from bdense.data import Dataset
-    from bdense.networks import SongUNet, SongUNetConfig
-
-    data = Dataset("x", torch.randint(256, (512, 1, 8, 8), dtype=torch.uint8), "x")
-    cpu, images = torch.device("cpu"), BATCH * ITERATIONS
-    network = SongUNet(SongUNetConfig(img_resolution=8, img_channels=1, **shape()))
-    ones = torch.ones(4, dtype=torch.float64)
-    if kind == "teacher":
-        config = TeacherConfig(images=images, batch=BATCH, network=shape())
-        return lambda: train_teacher(data, config, device=cpu, on_iteration=tick)
-    if kind == "progressive":
-        teacher = NetworkDenoiser(network, Cosine()).eval()
-        batches, levels = DataBatches(data, BATCH, 0, cpu), native_schedule(teacher.precond)
-        rounds = PDConfig(updates=ITERATIONS, num_branches=2, batch=BATCH)
-        return lambda: distill_round(
-            teacher, batches, levels, 8, rounds, ones[:2] / 2, on_update=tick
-        )
-    teacher = NetworkDenoiser(network).eval()
-    grid = IntervalGrid(num_intervals=3, substeps=4)
-    live = LiveTrajectories(
-        teacher=teacher, grid=grid, solver=DPMSolverPP(), batch=BATCH, count=ITERATIONS, seed=1
-    )
-    recorded = TrajectoryStore(live, Path(tempfile.mkdtemp())).record()
-    knobs = SFDConfig(num_branches=4, images=images)
-    return lambda: distill(teacher, recorded, knobs, ones, on_iteration=tick)
-
-
-def new_block(kind: str, tick):
-    """What trains one block with this checkout's code."""
+def block_of(kind: str, tick: Callable[..., None], *, is_old: bool) -> Callable[[], object]:
+    """What trains one block with the code of either commit."""
     import torch
 
-    from bdense.data.datasets import Dataset
-    from bdense.diffusion.denoiser import NetworkDenoiser
-    from bdense.diffusion.intervals import IntervalGrid
-    from bdense.diffusion.preconditioning import Cosine
-    from bdense.diffusion.solvers import DPMSolverPP
-    from bdense.methods.method import Inputs
-    from bdense.methods.progressive import PDConfig, Progressive
-    from bdense.methods.recordings import TrajectoryStore
-    from bdense.methods.sfd import SFDConfig, SFDStage
-    from bdense.methods.trajectories import LiveTrajectories
-    from bdense.networks import SongUNet, SongUNetConfig
-    from bdense.training.loop import train
-    from bdense.training.teacher import TeacherConfig, train_teacher
-    from bdense.weights.weighting import FixedWeights
+    def of(name: str):
+        module = MODULES[name][0 if is_old else 1]
+        return getattr(importlib.import_module(f"bdense.{module}"), name)
 
-    data = Dataset("x", torch.randint(256, (512, 1, 8, 8), dtype=torch.uint8), "x")
+    data = of("Dataset")("x", torch.randint(256, (512, 1, 8, 8), dtype=torch.uint8), "x")
     cpu, images = torch.device("cpu"), BATCH * ITERATIONS
-    network = SongUNet(SongUNetConfig(img_resolution=8, img_channels=1, **shape()))
+    shape = {"model_channels": WIDTH, "channel_mult": (1, 2), "num_blocks": 1}
+    shape |= {"attn_resolutions": (), "dropout": 0.0}
+    network = of("SongUNet")(of("SongUNetConfig")(img_resolution=8, img_channels=1, **shape))
     ones = torch.ones(4, dtype=torch.float64)
     if kind == "teacher":
-        config = TeacherConfig(images=images, batch=BATCH, network=shape())
-        return lambda: train_teacher(data, config, device=cpu, on_iteration=tick)
+        config = of("TeacherConfig")(images=images, batch=BATCH, network=shape)
+        return lambda: of("train_teacher")(data, config, device=cpu, on_iteration=tick)
     if kind == "progressive":
-        teacher = NetworkDenoiser(network, Cosine()).eval()
+        teacher = of("NetworkDenoiser")(network, of("Cosine")()).eval()
+        if is_old:
+            from bdense.preconditioning import native_schedule
+            from bdense.progressive import DataBatches, distill_round
+
+            batches, levels = DataBatches(data, BATCH, 0, cpu), native_schedule(teacher.precond)
+            rounds = of("PDConfig")(updates=ITERATIONS, num_branches=2, batch=BATCH)
+            weights = ones[:2] / 2
+            return lambda: distill_round(
+                teacher, batches, levels, 8, rounds, weights, on_update=tick
+            )
+        from bdense.methods.method import Inputs
+        from bdense.methods.progressive import Progressive
+        from bdense.training.loop import train
+        from bdense.weights.weighting import FixedWeights
+
         method = Progressive()
-        rounds = PDConfig(steps=16, until=8, updates=ITERATIONS, batch=BATCH)
+        rounds = of("PDConfig")(steps=16, until=8, updates=ITERATIONS, batch=BATCH)
         stage = method.stage(method.plan(rounds)[0], teacher, rounds, Inputs(dataset=data))
         return lambda: train(stage, FixedWeights(ones[:2] / 2), on_iteration=tick)
-    teacher = NetworkDenoiser(network).eval()
-    grid = IntervalGrid(num_intervals=3, substeps=4)
-    live = LiveTrajectories(
-        teacher=teacher, grid=grid, solver=DPMSolverPP(), batch=BATCH, count=ITERATIONS, seed=1
+    teacher = of("NetworkDenoiser")(network).eval()
+    live = of("LiveTrajectories")(
+        teacher=teacher,
+        grid=of("IntervalGrid")(num_intervals=3, substeps=4),
+        solver=of("DPMSolverPP")(),
+        batch=BATCH,
+        count=ITERATIONS,
+        seed=1,
     )
-    recorded = TrajectoryStore(live, Path(tempfile.mkdtemp())).record()
-    knobs = SFDConfig(kimg=images / 1000, batch=BATCH)
+    recorded = of("TrajectoryStore")(live, Path(tempfile.mkdtemp())).record()
+    if is_old:
+        from bdense.sfd import distill
+
+        knobs = of("SFDConfig")(num_branches=4, images=images)
+        return lambda: distill(teacher, recorded, knobs, ones, on_iteration=tick)
+    from bdense.methods.sfd import SFDStage
+    from bdense.training.loop import train
+    from bdense.weights.weighting import FixedWeights
+
+    knobs = of("SFDConfig")(kimg=images / 1000, batch=BATCH)
     return lambda: train(
         SFDStage(config=knobs, trajectories=recorded, start=teacher),
         FixedWeights(ones),

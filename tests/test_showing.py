@@ -152,6 +152,22 @@ def test_a_search_s_note_has_the_grids_that_there_are(study):
     assert note.count("![](/artifacts/") == 2
 
 
+def test_of_several_stages_the_note_shows_the_last_ones_grid(study, tmp_path):
+    ledger, claim = study.search, take(study, POINT)
+    for name in ("00032-samples.png", "00004-samples.png"):
+        (tmp_path / name).write_bytes(name.encode())
+    found = result(study, ledger, claim, 11.0)
+    attach_pictures(ledger, claim, tmp_path, found)
+    ledger.complete(claim, 11.0, found.attrs())
+    show(study)
+    stored = get_all_artifact_meta(
+        ledger.storage.get_trial(claim.trial_id), storage=ledger.storage
+    )
+    ids, note = {meta.filename: meta.artifact_id for meta in stored}, get_note(ledger.study)
+    assert f"/{ids['00004-samples.png']})" in note
+    assert ids["00032-samples.png"] not in note
+
+
 def test_they_are_written_when_rows_have_ended_and_not_too_often(study, monkeypatch):
     written = Showing(study)
     written.refresh()

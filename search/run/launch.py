@@ -59,7 +59,10 @@ def run_rows(study: Study, workers: int | None) -> None:
     if study.is_search:
         copy_baselines(study)
     for line in study.main.differing_versions():
-        say(f"{line}; small differences in FID may come from that alone")
+        say(
+            f"{line}; small differences in FID may come from that alone (bdense-search doctor "
+            f"{study.name})"
+        )
     showing.finish()
 
 

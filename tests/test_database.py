@@ -150,7 +150,7 @@ def test_a_newer_versions_tables_are_left_alone(url, refusal):
 def test_an_upgrade_waits_for_workers_and_not_for_leases_that_ran_out(url):
     claimed(url, ttl=60)
     execute(url, "UPDATE bdense_schema SET version = 0")
-    with pytest.raises(InputError, match=r"1 trials of .* are being worked on"):
+    with pytest.raises(InputError, match=r"1 trials of .* stop STUDY"):
         upgrade(url)
     expire_leases(url)
     upgrade(url)

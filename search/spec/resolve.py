@@ -173,10 +173,10 @@ def _check_weights(spec: StudySpec) -> None:
         return
     space = spec.space
     space.check(spec.resolved.num_branches)
-    if spec.resources.compile and "gradient-norm" in getattr(space, "rules", ()):
+    if spec.resources.compile and space.needs_gradients:
         raise InputError(
-            "weights.rules: gradient-norm reads the features inside the network, which "
-            "resources.compile hides; drop one of the two"
+            f"weights: {space.name} weights by the norms of the branches' gradients read the "
+            "features inside the network, which resources.compile hides; drop one of the two"
         )
     if space.is_one_point and spec.search.trials > 1:
         raise InputError(

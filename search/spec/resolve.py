@@ -89,14 +89,14 @@ def _untrained(spec: StudySpec) -> NetworkDenoiser:
     try:
         config = teacher_config(training)
     except InputError as error:
-        raise SpecError(f"teacher.train: {error}") from error
+        raise SpecError.under("teacher.train", error) from error
     shape = torch.Size(image_shape(spec.data))
     try:
         # Building is what finds a wrong type.
         with torch.device("meta"):
             return new_denoiser(config, shape)
     except (InputError, TypeError, ValueError, RuntimeError) as error:
-        raise SpecError(f"teacher.train.network {training.network}: {error}") from error
+        raise SpecError.under(f"teacher.train.network {training.network}", error) from error
 
 
 def variant(spec: StudySpec, changes: dict[str, Any]) -> StudySpec:
@@ -209,7 +209,7 @@ def _check_plan(spec: StudySpec) -> None:
     try:
         variant(spec, spec.confirm.method)
     except InputError as error:
-        raise SpecError(f"confirm.{error}") from error
+        raise SpecError.under("confirm", error) from error
     if len(facts.stages) > 1 and plan.at:
         raise InputError(
             f"plan.at {list(plan.at)}: a method of {len(facts.stages)} stages is measured "
@@ -241,12 +241,12 @@ def _check_arms(spec: StudySpec) -> None:
         try:
             space_of(arm).weighting(arm, spec.resolved.num_branches)
         except (InputError, TypeError) as error:
-            raise SpecError(f"plan.arms.{index}: {error}") from error
+            raise SpecError.under(f"plan.arms.{index}", error) from error
     for index, changes in enumerate(spec.given.variants):
         try:
             variant(spec, changes)
         except InputError as error:
-            raise SpecError(f"plan.variants.{index}: {error}") from error
+            raise SpecError.under(f"plan.variants.{index}", error) from error
 
 
 def _check_data(spec: StudySpec) -> None:
@@ -256,7 +256,7 @@ def _check_data(spec: StudySpec) -> None:
     try:
         shape = image_shape(spec.data)
     except InputError as error:
-        raise SpecError(f"data: {error}") from error
+        raise SpecError.under("data", error) from error
     published = PUBLIC_MODELS.get(spec.teacher.checkpoint or "")
     if published is None or not spec.uses_data:
         return

@@ -20,6 +20,7 @@ from bdense.knobs import KnobError, Knobs, knob, knobs_of
 from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
 from bdense.weights import WEIGHT_SPACES
 from bdense.weights.spaces import WeightSpace
+from search.errors import SpecError
 
 # bdense.execution.Precision, without torch.
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
@@ -337,7 +338,7 @@ class StudySpec(Knobs):
                     values[name] = _section(name, values[name])
                     known.accept(values[name])
             except InputError as error:
-                problems.append(_named(name, error))
+                problems.append(str(SpecError.under(name, error)))
         try:
             # Finds keys that are unknown or missing.
             if not problems or values.keys() - knobs_of(cls).keys():
@@ -477,14 +478,6 @@ def _section(name: str, given: Any) -> Any:  # noqa: ANN401  as YAML has it
             {**given, **{key: Member.of(each, key) for key, each in members.items()}}
         )
     return given
-
-
-def _named(name: str, error: InputError) -> str:
-    """An error's text with the section's name in front."""
-    text = str(error)
-    if not isinstance(error, KnobError):
-        return f"{name}: {text}"
-    return text if text.startswith((f"{name} ", f"{name}.")) else f"{name}.{text}"
 
 
 def _content_of(data: str) -> str:

@@ -43,15 +43,15 @@ VERBS = {
         configs=(StorageOptions, FileOptions, LaunchOptions, Workers, DryRun),
     ),
     "stop": Verb(
-        help="have a study's workers on every machine save their trials and give them back, and "
-        f"its launchers end (exit status 130); {CONTINUE}",
+        help="stop a study: its workers save and release their trials, and its launchers exit "
+        f"with status 130; {CONTINUE}",
         example="bdense-search stop digits-nfe2 --wait",
         function="search.verbs.steer:stop",
         configs=(StopOptions,),
     ),
     "enqueue": Verb(
-        help="plan a given point of a search, to run before any other; it counts in the budget "
-        "when it starts",
+        help="add a point to a search, to run before any other; it counts in the budget once it "
+        "starts",
         example="bdense-search enqueue digits-nfe2 --a 1.386 --b=-4.274",
         function="search.verbs.steer:enqueue",
         configs=(EnqueueOptions,),
@@ -99,8 +99,7 @@ VERBS = {
         configs=(BestOptions,),
     ),
     "report": Verb(
-        help="write a study's report: one HTML file that needs no other, Markdown, and their "
-        "pictures",
+        help="write a study's report: one self-contained HTML file, Markdown, and their pictures",
         example="bdense-search report digits-nfe2 --out report",
         function="search.verbs.show:report",
         configs=(ReportOptions,),
@@ -119,13 +118,14 @@ VERBS = {
     ),
     "clean": Verb(
         help="delete a study's recorded trajectories, which a later launch records again, or what "
-        "the options name instead; of every trial its result, log and pictures stay, some 0.3 MB",
+        "the options name instead; each trial keeps its result, log and pictures (about "
+        "0.3 MB)",
         example="bdense-search clean digits-nfe2 --checkpoints --students",
         function="search.verbs.clean:clean",
         configs=(CleanOptions,),
     ),
     "doctor": Verb(
-        help="look for what is wrong with this machine, the storage and its studies",
+        help="check this machine, the storage and its studies for problems",
         example="bdense-search doctor digits-nfe2 --fix",
         function="search.verbs.doctor:doctor",
         configs=(DoctorOptions,),
@@ -137,7 +137,7 @@ VERBS = {
         configs=(FileOptions,),
     ),
     "storage": Verb(
-        help="make a study database's tables and roles, or bring it and its studies to this "
+        help="create a study database's tables and roles, or upgrade it and its studies to this "
         "version",
         example="bdense-search storage init --writer bdense_rw "
         "--writer-password-file secrets/writer",

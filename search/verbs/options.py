@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from bdense.knobs import Knobs, knob
 
@@ -10,6 +10,11 @@ FRESH_SEEDS = 3
 LEAST_SEEDS = 3  # search.spec.study.ConfirmSpec's, spelt out
 
 _KIMG = "training length of each student in thousands of images"
+
+
+def flag(help: str) -> Any:  # noqa: ANN401  as ``knob``
+    """A knob that is off, with an option that turns it on."""
+    return knob(False, help, form="flag")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,10 +80,7 @@ class LaunchOptions(Knobs):
     """``launch``."""
 
     trials: int | None = knob(
-        None,
-        "trials in all, counting those that are done",
-        low=1,
-        none="plan.trials of the file",
+        None, "trials in all, counting those that are done", low=1, none="plan.trials of the file"
     )
 
 
@@ -86,8 +88,8 @@ class LaunchOptions(Knobs):
 class StopOptions(StudyOptions):
     """``stop``."""
 
-    wait: bool = knob(
-        False, "wait until no trial is worked on; fail after two leases and a minute", form="flag"
+    wait: bool = flag(
+        "wait until no trial is worked on; fail after twice the lease time and a minute"
     )
 
 
@@ -121,18 +123,19 @@ class LogsOptions(StudyOptions):
     baseline: Literal["plain", "uniform"] | None = knob(
         None, "show this baseline of a search instead of a trial", none=None
     )
-    follow: bool = knob(False, "keep showing until the trial has ended", form="flag")
-    json: bool = knob(False, "print the events as lines of JSON", form="flag")
+    follow: bool = flag("keep showing until the trial has ended")
+    json: bool = flag("print the events as lines of JSON")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConfirmOptions(StudyOptions):
     """``confirm``."""
 
-    json: bool = knob(False, "print one object: winner, kimg, ended, arms", form="flag")
+    json: bool = flag("print one object: winner, kimg, ended, arms")
     kimg: float | None = knob(
         None,
-        f"{_KIMG}: the one that the winner will be used at, as the best weights depend on it",
+        f"{_KIMG}; choose the one that the winner will be used at, as the best weights depend on "
+        "it",
         low=0.001,
         high=1e9,
         none="confirm.method of the study, else the search's own",
@@ -145,8 +148,8 @@ class ConfirmOptions(StudyOptions):
     )
     candidates: int | None = knob(
         None,
-        "number of points to try, those that a Gaussian process over all evaluations ranks first "
-        "by its posterior mean",
+        "number of points to try: those of best posterior mean by a Gaussian process over all "
+        "evaluations",
         low=1,
         none="confirm.candidates, 3",
     )
@@ -159,8 +162,8 @@ class PromoteOptions(StorageOptions):
     study: str = knob(help="a search's name or its YAML file", metavar="STUDY", form="positional")
     to: Path | None = knob(
         None,
-        "a study of given arms, of any method, under whose conditions, seeds and name they are "
-        "trained",
+        "file of a study of given arms, of any method; the weights are trained under its "
+        "conditions, seeds and name",
         metavar="STUDY2.yaml",
         none="the search's own method, under fresh seeds",
     )
@@ -186,11 +189,7 @@ class PromoteOptions(StorageOptions):
         form="commas",
     )
     kimg: float | None = knob(
-        None,
-        _KIMG,
-        low=0.001,
-        high=1e9,
-        none="confirm.method of the study, else the method's own",
+        None, _KIMG, low=0.001, high=1e9, none="confirm.method of the study, else the method's own"
     )
     out: Path | None = knob(
         None, "model folder to write", metavar="DIR", none="one in the run's folder"
@@ -210,10 +209,8 @@ class TransferOptions(StudyOptions):
 class ListOptions(StorageOptions):
     """``list``."""
 
-    json: bool = knob(
-        False,
-        "print one array; each study has study, kind, method, trials, best_fid, started, changed",
-        form="flag",
+    json: bool = flag(
+        "print one array of objects: study, kind, method, trials, best_fid, started, changed"
     )
 
 
@@ -221,18 +218,14 @@ class ListOptions(StorageOptions):
 class StatusOptions(StudyOptions):
     """``status``."""
 
-    json: bool = knob(False, "print one object: study, trials", form="flag")
+    json: bool = flag("print one object: study, trials")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BestOptions(StudyOptions):
     """``best``."""
 
-    json: bool = knob(
-        False,
-        "print one object: study, storage, trials, best, baselines, confirmed",
-        form="flag",
-    )
+    json: bool = flag("print one object: study, storage, trials, best, baselines, confirmed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,7 +247,7 @@ class ExportOptions(StudyOptions):
     trial: int | None = knob(
         None,
         "number of the trial whose student is written",
-        none="the confirmed winner, else the best; of given arms the searched weights with the "
+        none="the confirmed winner, else the best; for given arms the searched weights under the "
         "first seed",
     )
     baseline: Literal["plain", "uniform"] | None = knob(
@@ -262,9 +255,9 @@ class ExportOptions(StudyOptions):
     )
     nfe: int | None = knob(
         None,
-        "evaluations of the student, in a method of several stages",
+        "network evaluations of the student, for a method of several stages",
         low=1,
-        none="the last's",
+        none="the last stage's",
     )
 
 
@@ -273,10 +266,8 @@ class DashboardOptions(StorageOptions):
     """``dashboard``."""
 
     port: int = knob(8080, "port on 127.0.0.1", low=0, high=65535)
-    writable: bool = knob(
-        False,
-        "let the browser change studies; renaming one orphans its running trials",
-        form="flag",
+    writable: bool = flag(
+        "let the browser change studies; renaming one orphans its running trials"
     )
 
 
@@ -284,21 +275,18 @@ class DashboardOptions(StorageOptions):
 class CleanOptions(StudyOptions):
     """``clean``."""
 
-    checkpoints: bool = knob(
-        False,
-        "delete instead: checkpoints of trials that have ended, files begun by workers that died, "
-        "and folders of other studies that were moved aside (00003.1f2e3d4c)",
-        form="flag",
+    checkpoints: bool = flag(
+        "delete instead: checkpoints of ended trials, unfinished files of dead workers, and "
+        "folders of other studies that were moved aside (00003.1f2e3d4c)"
     )
-    students: bool = knob(
-        False,
-        "delete instead: students of a search but for its best (keep_students of the study's "
-        "file), the candidates of its confirmation, and those that --keep named",
-        form="flag",
+    students: bool = flag(
+        "delete instead: students of a search, except its best (keep_students in the study's "
+        "file), its confirmation's candidates and those that --keep named"
     )
     keep: tuple[int, ...] | None = knob(
         None,
-        "never delete the students of these trials, by number, as in 3,7; deletes nothing itself",
+        "from now on keep the students of these trials, by number, as in 3,7; deletes nothing "
+        "itself",
         metavar="N",
         none=None,
         form="commas",
@@ -311,18 +299,16 @@ class DoctorOptions(StorageOptions):
 
     study: str | None = knob(
         None,
-        "look at this study's rows and files alone: its name or YAML file",
+        "check the rows and files of this study only: its name or YAML file",
         metavar="STUDY",
         none="all",
         form="positional",
     )
-    fix: bool = knob(
-        False,
-        "mend what is safe: free what dead workers hold, delete what finished rows left behind; "
-        "never a trial, a result or a student",
-        form="flag",
+    fix: bool = flag(
+        "repair what is safe: release rows of dead workers, delete leftovers; never a trial, a "
+        "result or a student"
     )
-    json: bool = knob(False, "print one object: storage, ok, findings", form="flag")
+    json: bool = flag("print one object: storage, ok, findings")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -330,29 +316,27 @@ class TablesOptions(StorageOptions):
     """``storage``."""
 
     action: Literal["init", "upgrade"] = knob(
-        help="init: make what is missing, as the database's owner; upgrade: bring tables, studies "
-        "and their row folders to this version",
+        help="init: create the tables and roles that are missing, as the database's owner; "
+        "upgrade: bring tables, studies and their row folders to this version",
         form="positional",
     )
     writer: str | None = knob(
-        None,
-        "init: role that may launch and work, made if need be (PostgreSQL)",
-        none=None,
+        None, "init: role that may launch and work, created if missing (PostgreSQL)", none=None
     )
     writer_password_file: Path | None = knob(
         None,
         "init: file with the writer's password",
         metavar="FILE",
-        none="it stays as it is",
+        none="the password stays as it is",
     )
     reader: str | None = knob(
         None,
-        "init: role that may only look, for the dashboard (PostgreSQL)",
+        "init: role that may only read, for the dashboard, created if missing (PostgreSQL)",
         none=None,
     )
     reader_password_file: Path | None = knob(
         None,
         "init: file with the reader's password",
         metavar="FILE",
-        none="it stays as it is",
+        none="the password stays as it is",
     )

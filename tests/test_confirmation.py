@@ -324,7 +324,7 @@ def test_what_cannot_be_confirmed_is_refused(planned, arguments, message):
 def test_numbers_out_of_range_are_refused(option):
     name, number = option.split()
     answer = command("confirm", "digits", name, number)
-    assert (answer.status, f"argument {name}: must " in answer.err) == (2, True)
+    assert (answer.status, f"{name} must " in answer.err) == (2, True)
     assert f"got {number}" in answer.err
 
 

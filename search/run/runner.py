@@ -35,7 +35,7 @@ from search.storage.stop_flags import Launch, is_asked, stopped_error
 from search.study.artifacts import artifacts_place
 from search.study.study import Study
 from search.worker.ray_tasks import (
-    Progress,
+    Preparation,
     WorkerConfig,
     WorkerError,
     prepare_task,
@@ -55,7 +55,7 @@ def run(
     study: Study,
     *,
     workers: int | None,
-    on_preparing: Callable[[Progress], None],
+    on_preparing: Callable[[Preparation], None],
     on_running: Callable[[], None],
 ) -> None:
     """Run the study's rows on Ray's workers until all have ended.
@@ -268,7 +268,7 @@ def gpus_per_trial(resources: ResourcesSpec) -> float:
 
 
 def _prepare(
-    spec: StudySpec, worker: WorkerConfig, slots: int, tell: Callable[[Progress], None]
+    spec: StudySpec, worker: WorkerConfig, slots: int, tell: Callable[[Preparation], None]
 ) -> None:
     """Teacher and features in one task, then trajectories in one for each slot and its GPUs."""
     # The GPUs of a trial share its batches; these tasks take one.
@@ -281,7 +281,7 @@ def _prepare(
     together = min(slots, max(_fit_by_machine(spec.resources)))
     threads = spec.teacher.train.threads if spec.teacher.train else 1
     cpus = max(spec.resources.cpus, min(threads, most_cpus))
-    tell(Progress(what="waiting", done=0, total=1))
+    tell(Preparation(what="waiting", done=0, total=1))
     _follow([_task(prepare_task, cpus, gpus).remote(worker, together)], tell)
     if spec.trajectories.mode == "recorded":
         record, parts = _task(record_task, spec.resources.cpus / team, gpus), slots * team
@@ -293,7 +293,7 @@ def _task(function: Callable[..., Any], cpus: float, gpus: float) -> Any:  # noq
     return ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=2)(function)
 
 
-def _follow(streams: Sequence[Any], tell: Callable[[Progress], None]) -> None:
+def _follow(streams: Sequence[Any], tell: Callable[[Preparation], None]) -> None:
     """Pass on the messages of tasks until all have ended; the first error ends the launch."""
     waiting: list[Any] = list(streams)
     while waiting:

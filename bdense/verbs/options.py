@@ -6,30 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from bdense.command import Configs
 from bdense.data.names import DATA_SETS
 from bdense.diffusion import SOLVERS, STOCHASTIC_SOLVERS, ScheduleKind
+from bdense.diffusion.grid_knobs import GridKnobs, require_exponent
 from bdense.errors import InputError
 from bdense.execution import Execution
-from bdense.knobs import Knobs, knob, knobs_of, option_names
+from bdense.knobs import Knobs, knob, knob_of, knobs_of, option_names
 from bdense.methods import METHODS
 from bdense.metrics.settings import MetricName
 from bdense.models.zoo import CHECKPOINTS, REFERENCES
 from bdense.verbs.weight_options import WeightOptions, parameter_options
 
-Configs = tuple[type[Knobs], ...]
-
 _MODEL = (
     "a safetensors file, a pickle of EDM or SFD, a folder or hub id in diffusers' format, or the "
     "name of a public checkpoint, which is downloaded (`bdense convert --help` lists the names)"
 )
-# Positional arguments, and their help.
-POSITIONALS = {
-    "model": _MODEL,
-    "teacher": _MODEL,
-    "source": "a pickle of EDM or SFD, a folder or hub id (OWNER/NAME) of a UNet2DModel in "
-    "diffusers' format, or the name of a public checkpoint, which is downloaded: "
-    f"{', '.join(CHECKPOINTS)}",
-}
 _EXTRACTORS = (
     "inception[:FILE], dinov2[:FILE], torchscript:FILE (uint8 [B,3,H,W] to [B,d]), "
     "digits-classifier, fashion-mnist-classifier or cifar10-classifier"
@@ -59,7 +51,6 @@ class TeacherOptions(Knobs):
 
     data: str = knob("digits", f"data set: {DATA_SETS}")
     out: Path = knob(help="safetensors file to write", metavar="FILE")
-    kimg: float = knob(250.0, "training length in thousands of images", low=0.001)
     conditional: bool = knob(False, "make it class-conditional, by the labels of the data set")
 
 
@@ -127,9 +118,9 @@ class Drawing(Knobs):
         "spacing of the noise levels; native: the process that the network was trained on",
         none="a student's own, else polynomial",
     )
-    rho: float | None = knob(None, "exponent of the spacing", above=0, none="7")
-    sigma_min: float | None = knob(None, "last noise level, the lowest", above=0, none="0.006")
-    sigma_max: float | None = knob(None, "first noise level, the highest", above=0, none="80")
+    rho: float | None = knob_of(GridKnobs, "rho", None)
+    sigma_min: float | None = knob_of(GridKnobs, "sigma_min", None)
+    sigma_max: float | None = knob_of(GridKnobs, "sigma_max", None)
     solver: str | None = knob(
         None,
         "solver that a teacher draws with",
@@ -150,11 +141,16 @@ class Drawing(Knobs):
     )
     batch: int = knob(128, "images drawn at a time", low=1)
 
+    def __post_init__(self) -> None:
+        Knobs.__post_init__(self)
+        require_exponent(self.schedule, self.rho)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleOptions(Knobs):
     """``bdense sample``."""
 
+    model: str = knob(help=_MODEL, metavar="MODEL", form="positional")
     images: int = knob(64, "images to draw", low=1)
     columns: int = knob(16, "columns of the grid", low=1)
     seed: int = knob(0, "seed of every random draw", low=0)
@@ -201,6 +197,7 @@ class Evaluation(Cache):
 class DistillOptions(Knobs):
     """``bdense distill``, for any method."""
 
+    teacher: str = knob(help=_MODEL, metavar="TEACHER", form="positional")
     method: str = knob("sfd", f"distillation method: {', '.join(METHODS)}")
     data: str = knob(
         "digits",
@@ -217,6 +214,7 @@ class DistillOptions(Knobs):
 class FidOptions(Knobs):
     """``bdense fid``."""
 
+    model: str = knob(help=_MODEL, metavar="MODEL", form="positional")
     data: str | None = knob(
         None, f"reference data set: {DATA_SETS}", none="digits, without --reference"
     )
@@ -246,6 +244,13 @@ class ReferenceOptions(Knobs):
 class ConvertOptions(Knobs):
     """``bdense convert``."""
 
+    source: str = knob(
+        help="a pickle of EDM or SFD, a folder or hub id (OWNER/NAME) of a UNet2DModel in "
+        "diffusers' format, or the name of a public checkpoint, which is downloaded: "
+        f"{', '.join(CHECKPOINTS)}",
+        metavar="SOURCE",
+        form="positional",
+    )
     out: Path = knob(
         help="safetensors file to write; .json and .md are written beside it", metavar="FILE"
     )

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,13 +22,13 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.exceptions import AuthenticationError
 
 from bdense.errors import InputError
 from search.errors import ClusterLostError, WorkersFailedError
 from search.log import LOG, say
 from search.run.ending import Ending
 from search.run.head import Head, leave_ray
-from search.run.ray_errors import cannot_use
 from search.spec.study import ResourcesSpec, StudySpec
 from search.storage.engine import cache_folder, one_line, runs_folder, without_password
 from search.storage.stop_flags import Launch, is_asked, stopped_error
@@ -45,6 +46,7 @@ from search.worker.ray_tasks import (
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum; no large object passes through it
 POLL_SECONDS = 1.0
 JOIN_SECONDS = 60.0  # for a cluster's first worker
+TOKEN = "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH (a file) or RAY_AUTH_TOKEN"
 
 _log = logging.getLogger(__name__)
 
@@ -365,3 +367,27 @@ def _every_second(call: Callable[[], None]) -> Iterator[None]:
     finally:
         stop.set()
         thread.join(timeout=5)
+
+
+def cannot_use(error: Exception) -> InputError:
+    """The error for the user, made from what ``ray.init`` raised."""
+    address = os.environ.get("RAY_ADDRESS")
+    where = address or "this machine"
+    said = " ".join(str(error).split())
+    if _is_refused(error):
+        return InputError(
+            f"Ray at {where} asks for a token, and the one here is missing or wrong; set {TOKEN}, "
+            "to the same as on its head"
+        )
+    advice = "check RAY_ADDRESS, or unset it" if address else "see Ray's own logs"
+    if "version mismatch" in said.lower():
+        advice = "install the cluster's versions of Ray and Python here"
+    return InputError(f"Ray cannot be used at {where}: {said}; {advice}")
+
+
+def _is_refused(error: Exception) -> bool:
+    """Whether the token was refused; Ray names that only in a cause of its error."""
+    if isinstance(error, AuthenticationError):
+        return True
+    text = "".join(traceback.format_exception(error))
+    return "AuthenticationError" in text or "InvalidAuthToken" in text

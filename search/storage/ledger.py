@@ -165,7 +165,7 @@ class Ledger(LedgerReader):
         over = (*again, NOT_COUNTED)
 
         def add(_: sa.Connection) -> bool:
-            known = self._rows.asked()
+            known = self._asked_and_why()
             if any(asked == params and reason not in over for asked, reason in known):
                 return False
             self.study.enqueue_trial(dict(params), dict(attrs))
@@ -203,7 +203,7 @@ class Ledger(LedgerReader):
 
     def resize(self) -> None:
         """Set the budget to the number of planned trials."""
-        self._locked(lambda _: self.study.set_user_attr("budget", self._rows.count()))
+        self._locked(lambda _: self.study.set_user_attr("budget", len(self._asked_and_why())))
 
     def claim(
         self,

@@ -97,7 +97,11 @@ OF_ANY = [
     ({"teacher__train__kimg": 0}, "teacher.train.kimg", "got 0"),
     ({"teacher__train__network": {"depth": 3}}, "teacher.train.network", "'depth'"),
     ({"teacher__train__network__model_channels": 6}, "teacher.train.network", "multiple of 4"),
-    ({"teacher__train__precond": {"name": "vp"}}, "teacher.train.precond", "cosine or ddpm, got 'vp'"),
+    (
+        {"teacher__train__precond": {"name": "vp"}},
+        "teacher.train.precond",
+        "cosine or ddpm, got 'vp'",
+    ),
     (
         {"teacher__train__precond": {"name": "cosine", "timesteps": 64}},
         "teacher.train",

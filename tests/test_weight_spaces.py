@@ -7,8 +7,8 @@ import torch
 
 from bdense.errors import InputError
 from bdense.weights import WEIGHT_SPACES, space_of
+from bdense.weights.rules import RULES
 from bdense.weights.spaces import (
-    RULES,
     Choice,
     LearnedSpace,
     LogLinearSpace,
@@ -168,7 +168,7 @@ def test_a_bound_that_excludes_the_whole_space_is_refused():
         (NormalisedSpace(), {"a": "x"}, "a must be a number, got 'x'"),
         (NormalisedSpace(), {"a": 1.0, "b": 0.0}, "have the parameters a, got a, b"),
         (NormalisedSpace(largest=2.0), {"a": 2.0}, r"a 2\.000 exceed the bound .* by 1\.46"),
-        (LearnedSpace(), {"rule": "loss", "strength": 0.0}, "rule loss is none of"),
+        (LearnedSpace(), {"rule": "loss", "strength": 0.0}, "rule must be .*, got loss"),
     ],
 )
 def test_points_outside_the_space_are_refused(space, params, message):

@@ -54,7 +54,7 @@ class ImageDraw:
     ) -> ImageBatch:
         """Some images of that iteration's batch, on the student's device."""
         like = next(student.parameters())
-        draw = generator(self.seed, Stream.PROGRESSIVE, self.round, iteration)
+        draw = generator(self.seed, Stream.IMAGES, self.round, iteration)
         index = torch.randint(len(self.dataset.images), (self.count,), generator=draw)
         clean = to_float(self.dataset.images[index])
         noise = torch.randn(clean.shape, generator=draw)

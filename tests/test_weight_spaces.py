@@ -125,7 +125,7 @@ def test_spaces_are_read_from_plain_mappings():
         ("normalised", {"b": {"low": 0.0, "high": 1.0}}, "weights.b is unknown"),
         ("learned", {"rules": []}, r"weights.rules \[\] must name one rule or more"),
         ("learned", {"rules": ["uncertainty"] * 2}, "weights.rules .* each once"),
-        ("learned", {"rules": ["loss"]}, "weights.rules must be one of uncertainty, gradient-"),
+        ("learned", {"rules": ["loss"]}, "weights.rules must be a list of uncertainty, gradient-"),
         (
             "learned",
             {"strength": {"low": 0.0, "high": 12.0}},

@@ -199,9 +199,7 @@ class ConsistencyStage(Configured):
         assert self._target is not None
         target = self._target.network.given(batch.condition)
         fine = config.levels.fine_grid(config.intervals_at(iteration), config.substeps)
-        k = torch.arange(config.substeps + 1)[:, None]
-        # t_{n,0}..t_{n,K} of each image's own interval: [K + 1, B, 1, 1, 1].
-        levels = fine[config.substeps * batch.interval + k].to(batch.clean)[..., None, None, None]
+        levels = batch.levels(fine, config.substeps).to(batch.clean)[..., None, None, None]
         x = batch.clean + levels[0] * batch.noise
         states = trajectory(self._solver, self.teacher.given(batch.condition), x, levels)
         yield ConsistencyUpdate(

@@ -30,6 +30,10 @@ class ImageBatch:
     interval: Tensor
     condition: Condition = field(default_factory=Unconditional)
 
+    def levels(self, fine: Tensor, substeps: int) -> Tensor:
+        """[K + 1, B] t_{n,0}..t_{n,K} of each image's own interval, for levels [N K + 1]."""
+        return fine[substeps * self.interval + torch.arange(substeps + 1)[:, None]]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageDraw:

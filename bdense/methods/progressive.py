@@ -22,10 +22,10 @@ from bdense import NUMERICS
 from bdense.data.datasets import Dataset
 from bdense.diffusion import LevelWeight, ScheduleKind
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
-from bdense.diffusion.grid_knobs import GridKnobs
+from bdense.diffusion.grid_knobs import GridKnobs, NativeGridKnobs
 from bdense.diffusion.preconditioning import make_preconditioning, native_schedule
 from bdense.diffusion.sampling import Sampler, levels_of, samplers_from, served_metadata
-from bdense.diffusion.schedules import Levels, Schedule
+from bdense.diffusion.schedules import Levels
 from bdense.diffusion.snr_weights import snr_weight
 from bdense.diffusion.solvers import DDIM
 from bdense.errors import InputError
@@ -42,7 +42,7 @@ PredictionType = Literal["epsilon", "sample", "v_prediction"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PDConfig(MethodConfig):
+class PDConfig(MethodConfig, NativeGridKnobs):
     """The knobs of PD; the defaults of a round are the reference's for CIFAR-10."""
 
     heading: ClassVar[str] = "method progressive"
@@ -85,30 +85,16 @@ class PDConfig(MethodConfig):
         "is converted first, by a round that keeps its number of steps",
         none="what the teacher's network predicts",
     )
-    schedule: ScheduleKind | Literal["native"] = knob(
-        "native",
-        "spacing of the noise levels; native: the process that the network was trained on, which "
-        "has its own levels",
-    )
-    rho: float | None = knob_of(GridKnobs, "rho", None)
-    sigma_min: float | None = knob_of(GridKnobs, "sigma_min", None)
-    sigma_max: float | None = knob_of(GridKnobs, "sigma_max", None)
+    schedule: ScheduleKind | Literal["native"] = knob_of(NativeGridKnobs, "schedule", "native")
     flip: bool = knob(False, "mirror each image with probability 1/2")
 
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)
         _require_dividing(self.steps, self.until, self.substeps)
-        if self.schedule != "native":
-            _ = self._levels  # which refuses what does not fit together
-        for name, value in self._given.items():
-            if self.schedule == "native":
-                raise KnobError(
-                    name,
-                    f"{value:g} is for another schedule: native has the levels of the network's "
-                    "own process; leave it out, or choose another schedule",
-                )
+        _ = self.chosen_levels  # which refuses what does not fit together
+        for name in ("rho", "sigma_min", "sigma_max"):
             # Given as the default or not, the config is the same.
-            if value == knobs_of(GridKnobs)[name].default:
+            if getattr(self, name) == knobs_of(GridKnobs)[name].default:
                 object.__setattr__(self, name, None)
 
     @property
@@ -125,16 +111,7 @@ class PDConfig(MethodConfig):
         Raises:
             InputError: The schedule is native, and the network has no process of its own.
         """
-        return native_schedule(teacher.precond) if self.schedule == "native" else self._levels
-
-    @property
-    def _given(self) -> dict[str, float]:
-        given = {"rho": self.rho, "sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
-        return {name: value for name, value in given.items() if value is not None}
-
-    @property
-    def _levels(self) -> Schedule:
-        return GridKnobs.read({"schedule": self.schedule, **self._given}).levels
+        return self.chosen_levels or native_schedule(teacher.precond)
 
 
 def _require_dividing(first: int, last: int, substeps: int) -> None:
@@ -216,10 +193,7 @@ class PDStage(Configured, Stateless):
         return draw(self.start, iteration, self.steps, images)
 
     def updates(self, iteration: int, batch: ImageBatch) -> Iterator["RoundUpdate"]:
-        fine = self.levels.grid(self.steps * self.substeps)
-        k = torch.arange(self.substeps + 1)[:, None]  # against every image
-        # t_{n,0}..t_{n,K} of each image's own interval.
-        levels = fine[self.substeps * batch.interval + k]
+        levels = batch.levels(self.levels.grid(self.steps * self.substeps), self.substeps)
         x = batch.clean + _per_image(levels[0], batch.clean) * batch.noise
         denoise = self.teacher.given(batch.condition)
         yield RoundUpdate(

@@ -64,10 +64,13 @@ class TrajectoryStore:
 
     def rows_before(self, iteration: int) -> int:
         """Rows of all iterations before that one; before ``count``: of all."""
-        return self._rows_before[iteration]
+        grid = self.live.grid
+        if isinstance(grid, IntervalGrid):
+            return iteration * grid.num_rows
+        return self._drawn_rows[iteration]
 
     @functools.cached_property
-    def _rows_before(self) -> list[int]:
+    def _drawn_rows(self) -> list[int]:
         each = (self.live.grid_at(i).num_rows for i in range(self.live.count))
         return list(itertools.accumulate(each, initial=0))
 

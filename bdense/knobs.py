@@ -208,11 +208,14 @@ def knob(
     return field(default=default, metadata={_KEY: about})
 
 
-def knob_of(cls: type["Knobs"], name: str, default: Any) -> Any:  # noqa: ANN401  as ``knob``
-    """A knob of another class with its own default; None stands for that class's default."""
+def knob_of(cls: type["Knobs"], name: str, default: Any, **about: Any) -> Any:  # noqa: ANN401
+    """A knob of another class with its own default; None stands for that class's default.
+
+    ``about`` replaces arguments of ``knob``.
+    """
     (declared,) = (each for each in dataclasses.fields(cls) if each.name == name)
     none = {"none": _text(declared.default)} if default is None is not declared.default else {}
-    return field(default=default, metadata={_KEY: declared.metadata[_KEY] | none})
+    return field(default=default, metadata={_KEY: declared.metadata[_KEY] | none | about})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

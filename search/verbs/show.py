@@ -8,12 +8,12 @@ from typing import Any
 
 from bdense.files import require_new
 from bdense.knobs import from_options
-from search.analysis.confirmation import verdict
+from search.analysis.confirmation import judged_summary
 from search.report.report_files import HTML_PAGE, write_report
 from search.storage.engine import redact
 from search.storage.stop_flags import CONTINUE, asked_at
 from search.study.catalogue import list_studies, studies_json, studies_table
-from search.study.summary import best_json, counts_json, failures, headline, summary_of, table
+from search.study.summary import best_json, counts_json, failures, headline, table
 from search.study.wording import duration
 from search.uploading import Place, is_url
 from search.verbs.common import open_study, storage_url
@@ -61,7 +61,7 @@ def status(options: argparse.Namespace) -> None:
 def best(options: argparse.Namespace) -> None:
     """Print the best weights, and what confirms them."""
     study = open_study(options, reading=True)
-    now, found = summary_of(study), verdict(study)
+    now, found = judged_summary(study)
     if from_options(BestOptions, options).json:
         confirmed = None if found is None else found.as_dict()
         print(json.dumps(best_json(now) | {"confirmed": confirmed}))

@@ -103,7 +103,8 @@ class Knob:
     def values(self) -> str:
         """Type and range, for people."""
         if self.choices:
-            known = f"one of {', '.join(map(str, self.choices))}"
+            several = get_origin(self.type) is tuple
+            known = f"{'a list' if several else 'one'} of {', '.join(map(str, self.choices))}"
         else:
             known = " ".join(filter(None, (_type_text(self.type), self._range())))
         return f"{known}, or {NONE}" if self.optional else known
@@ -402,24 +403,26 @@ def _first_that_takes(convert: Any, union: Any, given: Any) -> Any:  # noqa: ANN
     raise _WrongTypeError
 
 
-def _type_text(kind: Any) -> str:  # noqa: ANN401
-    """A type, for people."""
+_NAMES: Mapping[Any, tuple[str, str]] = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    bool: ("true or false", "true or false"),
+    str: ("a string", "strings"),
+    Path: ("a path", "paths"),
+}
+
+
+def _type_text(kind: Any, *, several: bool = False) -> str:  # noqa: ANN401
+    """A type, for people: of one value or of several."""
     if _is_union(kind):
-        return " or ".join(map(_type_text, get_args(kind)))
+        return " or ".join(_type_text(each, several=several) for each in get_args(kind))
     if get_origin(kind) is Literal:
         return " or ".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:
-        several = {int: "whole numbers", float: "numbers"}.get(get_args(kind)[0], "words")
-        fixed = get_args(kind)[-1] is not Ellipsis
-        return f"{len(get_args(kind))} {several}" if fixed else several
-    names = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "a word",
-        Path: "a path",
-    }
-    return names.get(kind, "a mapping")
+        first, *_, last = get_args(kind)
+        count = "" if last is Ellipsis else f"{len(get_args(kind))} "
+        return f"a list of {count}{_type_text(first, several=True)}"
+    return _NAMES.get(kind, ("a mapping", "mappings"))[several]
 
 
 # ---- the command line ----

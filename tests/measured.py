@@ -45,6 +45,7 @@ def fid(value: float, *, nfe: int = 2, **seeds: int) -> dict[str, Any]:
     """As rows store it."""
     return FID(
         value=value,
+        noise=0.2,
         images=256,
         reference="digits",
         reference_images=1797,

@@ -20,6 +20,7 @@ class MeasuredFID:
         nfe: Network evaluations an image.
         images: Number of images drawn, compared with ``reference_images`` of ``reference``.
         seeds: Of ``evaluation`` (the latents) and ``training`` (absent for a teacher).
+        noise: Standard error from the latents; None in results of older versions.
         stored: The whole mapping it was read from.
     """
 
@@ -31,22 +32,24 @@ class MeasuredFID:
     reference: str
     reference_images: int
     seeds: dict[str, int]
+    noise: float | None = None
     stored: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Self:
         """From ``bdense``'s FID as a mapping."""
         known = {each.name for each in dataclasses.fields(cls)} - {"stored"}
-        return cls(**{name: stored[name] for name in known}, stored=dict(stored))
+        return cls(**{name: stored[name] for name in known & stored.keys()}, stored=dict(stored))
 
     def as_dict(self) -> dict[str, Any]:
         """The mapping it was read from."""
         return self.stored
 
     def conditions(self) -> dict[str, Any]:
-        """All but the value."""
+        """All but the value and its noise."""
         names = [each.name for each in dataclasses.fields(self)]
-        return {name: getattr(self, name) for name in names if name not in ("value", "stored")}
+        others = ("value", "noise", "stored")
+        return {name: getattr(self, name) for name in names if name not in others}
 
     def differing(self, other: "MeasuredFID") -> list[str]:
         """Conditions that keep two FIDs from being compared."""
@@ -65,6 +68,8 @@ class TrialResult:
         fids: Of each stage of a method of several, by NFE, in the order of training.
         teacher_fid: Of the teacher, where the method measures it.
         metrics: kid and prc, where they were measured.
+        effects: What each group of images adds to the FID, see ``grouped_effects`` of
+            ``bdense.metrics.metrics``.
         intermediate: Each intermediate evaluation: fraction, trained_images, fid and conditions.
         weights_over_time: Of learned weights: iterations [n] and weights [n][K].
         weights_plot, student: Files, as study/number/file.
@@ -88,6 +93,7 @@ class TrialResult:
     fids: dict[str, MeasuredFID] = field(default_factory=dict)
     teacher_fid: MeasuredFID | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+    effects: list[float] = field(default_factory=list)
     intermediate: list[dict[str, Any]] = field(default_factory=list)
     weights_over_time: dict[str, list[Any]] | None = None
     weights_plot: str | None = None

@@ -10,6 +10,7 @@ student as it ends, tail the average of the last quarter of its iterates, ema th
 
 import csv
 import dataclasses
+import functools
 import itertools
 import multiprocessing
 import sys
@@ -73,8 +74,9 @@ def main() -> None:
     began = time.monotonic()
     spec = read_spec(ROOT / DIGITS_STUDY)
     spawn = multiprocessing.get_context("spawn")
-    with spawn.Pool(given.workers, initializer=_prepare, initargs=(spec,)) as pool:
-        for done, rows in enumerate(pool.imap_unordered(_measured, jobs), 1):
+    measure = functools.partial(_measured, spec)
+    with spawn.Pool(given.workers) as pool:
+        for done, rows in enumerate(pool.imap_unordered(measure, jobs), 1):
             new = not BANK.exists()
             with BANK.open("a", newline="") as file:
                 writer = csv.writer(file)
@@ -92,19 +94,17 @@ def jobs_of(bank: Path) -> Iterator[Job]:
                 yield Job(row["a"], int(row["seed"]), float(row["kimg"]), schedule)
 
 
-_assets: Assets | None = None
+@functools.cache
+def _assets(spec: StudySpec) -> Assets:
+    """Of this process: teacher, extractor, reference."""
+    return load(spec, use_device(spec))
 
 
-def _prepare(spec: StudySpec) -> None:
-    global _assets
-    _assets = load(spec, use_device(spec))
-
-
-def _measured(job: Job) -> list[tuple[object, ...]]:
+def _measured(spec: StudySpec, job: Job) -> list[tuple[object, ...]]:
     """Train one student, average its iterates, and measure them all."""
-    assets = _assets
-    assert assets is not None
-    config = dataclasses.replace(assets.config, kimg=job.kimg, lr_schedule=job.schedule)
+    assets = _assets(spec)
+    changes = {"kimg": job.kimg, "lr_schedule": job.schedule}
+    config = assets.method.Config.read({**spec.method.options, **changes})
     (plan,) = assets.method.plan(config, assets.teacher)
     inputs = assets.inputs(job.seed)
     store = assets.method.recording(config, assets.teacher, inputs)

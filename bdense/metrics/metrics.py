@@ -81,14 +81,16 @@ class FID(Measurement):
     """A Frechet distance; its ``value`` is 0 if the statistics are equal.
 
     Attributes:
-        noise: Standard error of ``value`` from the draw of the latents, as of
-            ``image_effects``; of a difference of two students of the same latents it is smaller.
+        noise: Standard error of ``value`` from the draw of the latents, see ``image_effects``; of
+            a difference of two students of the same latents it is smaller.
+        effects: [``GROUPS``] what each group of images adds, see ``grouped_effects``.
     """
 
-    VALUES = ("value", "noise")
+    VALUES = ("value", "noise", "effects")
 
     value: float
     noise: float
+    effects: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,14 +133,9 @@ class PrecisionRecall(Measurement):
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """The metrics of one set of images; None if not asked for.
-
-    ``effects`` [``GROUPS``] holds what each group of images adds to the FID, see
-    ``grouped_effects``.
-    """
+    """The metrics of one set of images; None if not asked for."""
 
     fid: FID
-    effects: tuple[float, ...]
     kid: KID | None = None
     prc: PrecisionRecall | None = None
 
@@ -191,7 +188,8 @@ def measure_images(
     }
     value = frechet_distance(statistics_of(features), reference.statistics)
     effects = image_effects(features, reference.statistics)
-    fid = FID(value=value, noise=float(effects.std(ddof=1)) / len(effects) ** 0.5, **conditions)
+    noise = float(effects.std(ddof=1)) / len(effects) ** 0.5
+    fid = FID(value=value, noise=noise, effects=grouped_effects(effects), **conditions)
     kid = prc = None
     if "kid" in metrics:
         assert reference.features is not None
@@ -210,7 +208,7 @@ def measure_images(
         prc = PrecisionRecall(
             precision=precision, recall=recall, neighbours=settings.neighbours, **conditions
         )
-    return Metrics(fid=fid, effects=grouped_effects(effects), kid=kid, prc=prc)
+    return Metrics(fid=fid, kid=kid, prc=prc)
 
 
 def require_measurable(
@@ -289,7 +287,8 @@ def image_effects(features: Tensor, reference: Statistics) -> NDArray[np.float64
     centred = features.double().numpy() - own.mu
     effects: NDArray[np.float64] = 2 * centred @ (own.mu - reference.mu)
     effects += np.einsum("ni,ij,nj->n", centred, slope, centred, optimize=True)
-    return effects - effects.mean()
+    effects -= effects.mean()
+    return effects
 
 
 def grouped_effects(effects: NDArray[np.float64]) -> tuple[float, ...]:

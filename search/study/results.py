@@ -1,13 +1,15 @@
 """Results of rows; the database and ``result.json`` hold them as mappings."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 # Parameters of our own weight spaces; those of others are under "parameters".
 PARAMETERS = ("a", "b", "rule", "strength", "memory")
 METRICS = ("kid", "prc")
+# Of a FID, beside its conditions.
+FIGURES = ("value", "noise", "effects")
 # FIDs are compared only where these agree.
 COMPARED_KEYS = ("extractor_sha256", "reference", "images", "nfe")
 
@@ -21,6 +23,7 @@ class MeasuredFID:
         images: Number of images drawn, compared with ``reference_images`` of ``reference``.
         seeds: Of ``evaluation`` (the latents) and ``training`` (absent for a teacher).
         noise: Standard error from the latents; None in results of older versions.
+        effects: What each group of images adds, see ``bdense.metrics.metrics.grouped_effects``.
         stored: The whole mapping it was read from.
     """
 
@@ -33,6 +36,7 @@ class MeasuredFID:
     reference_images: int
     seeds: dict[str, int]
     noise: float | None = None
+    effects: Sequence[float] = ()
     stored: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -48,8 +52,7 @@ class MeasuredFID:
     def conditions(self) -> dict[str, Any]:
         """All but the value and its noise."""
         names = [each.name for each in dataclasses.fields(self)]
-        others = ("value", "noise", "stored")
-        return {name: getattr(self, name) for name in names if name not in others}
+        return {n: getattr(self, n) for n in names if n not in (*FIGURES, "stored")}
 
     def differing(self, other: "MeasuredFID") -> list[str]:
         """Conditions that keep two FIDs from being compared."""
@@ -68,8 +71,6 @@ class TrialResult:
         fids: Of each stage of a method of several, by NFE, in the order of training.
         teacher_fid: Of the teacher, where the method measures it.
         metrics: kid and prc, where they were measured.
-        effects: What each group of images adds to the FID, see ``grouped_effects`` of
-            ``bdense.metrics.metrics``.
         intermediate: Each intermediate evaluation: fraction, trained_images, fid and conditions.
         weights_over_time: Of learned weights: iterations [n] and weights [n][K].
         weights_plot, student: Files, as study/number/file.
@@ -93,7 +94,6 @@ class TrialResult:
     fids: dict[str, MeasuredFID] = field(default_factory=dict)
     teacher_fid: MeasuredFID | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
-    effects: list[float] = field(default_factory=list)
     intermediate: list[dict[str, Any]] = field(default_factory=list)
     weights_over_time: dict[str, list[Any]] | None = None
     weights_plot: str | None = None

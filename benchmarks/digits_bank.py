@@ -10,7 +10,6 @@ student as it ends, tail the average of the last quarter of its iterates, ema th
 
 import csv
 import dataclasses
-import functools
 import itertools
 import multiprocessing
 import sys
@@ -74,9 +73,8 @@ def main() -> None:
     began = time.monotonic()
     spec = read_spec(ROOT / DIGITS_STUDY)
     spawn = multiprocessing.get_context("spawn")
-    measure = functools.partial(_measured, spec)
-    with spawn.Pool(given.workers) as pool:
-        for done, rows in enumerate(pool.imap_unordered(measure, jobs), 1):
+    with spawn.Pool(given.workers, initializer=_prepare, initargs=(spec,)) as pool:
+        for done, rows in enumerate(pool.imap_unordered(_measured, jobs), 1):
             new = not BANK.exists()
             with BANK.open("a", newline="") as file:
                 writer = csv.writer(file)
@@ -94,17 +92,18 @@ def jobs_of(bank: Path) -> Iterator[Job]:
                 yield Job(row["a"], int(row["seed"]), float(row["kimg"]), schedule)
 
 
-@functools.cache
-def _assets(spec: StudySpec) -> Assets:
-    """Of this process: teacher, extractor, reference."""
-    return load(spec, use_device(spec))
+_here: list[Assets] = []
 
 
-def _measured(spec: StudySpec, job: Job) -> list[tuple[object, ...]]:
+def _prepare(spec: StudySpec) -> None:
+    _here.append(load(spec, use_device(spec)))
+
+
+def _measured(job: Job) -> list[tuple[object, ...]]:
     """Train one student, average its iterates, and measure them all."""
-    assets = _assets(spec)
+    assets = _here[0]
     changes = {"kimg": job.kimg, "lr_schedule": job.schedule}
-    config = assets.method.Config.read({**spec.method.options, **changes})
+    config = assets.method.Config.read({**assets.spec.method.options, **changes})
     (plan,) = assets.method.plan(config, assets.teacher)
     inputs = assets.inputs(job.seed)
     store = assets.method.recording(config, assets.teacher, inputs)

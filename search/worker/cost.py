@@ -168,7 +168,8 @@ def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
         rows = kept = len(plan.arms) * len(plan.seeds) * len(plan.variants)
         intermediate = 0
     else:
-        rows, kept = plan.trials + 2, spec.keep_students + 2  # both baselines
+        baselines = 2 * plan.replicates
+        rows, kept = plan.trials + baselines, spec.keep_students + baselines
         intermediate = len(plan.at) * (plan.images or images)
     updates = sum(stage.num_updates for stage in stages)
     drawn = len(stages) * images + intermediate

@@ -35,7 +35,7 @@ from tests.disks import small_disk
 from tests.rows import SFD, loaded
 from tests.studies import REMOVED, changed, spec
 
-STUDY = changed(SFD, plan={"trials": 1}, trajectories=REMOVED)
+STUDY = changed(SFD, plan={"trials": 1, "replicates": 1}, trajectories=REMOVED)
 
 
 @pytest.fixture

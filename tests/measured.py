@@ -46,7 +46,7 @@ def fid(value: float, *, nfe: int = 2, **seeds: int) -> dict[str, Any]:
     return FID(
         value=value,
         noise=0.2,
-        effects=(0.5, -0.5),
+        effects=[0.5, -0.5],
         images=256,
         reference="digits",
         reference_images=1797,

@@ -324,13 +324,13 @@ KID_SETTINGS = {"subsets": 100, "subset_size": 1000, "subset_seed": 2020}
 
 
 def test_every_metric_carries_its_conditions():
-    fid = FID(value=4.4, noise=0.2, effects=(0.5, -0.5), **CONDITIONS)
+    fid = FID(value=4.4, noise=0.2, effects=[0.5, -0.5], **CONDITIONS)
     kid = KID(mean=0.1, std=0.02, **KID_SETTINGS, **CONDITIONS)
     prc = PrecisionRecall(precision=0.7, recall=0.6, neighbours=5, **CONDITIONS)
     assert fid.conditions() == CONDITIONS
     assert kid.conditions() == CONDITIONS | KID_SETTINGS
     assert Metrics(fid=fid, kid=kid, prc=prc).as_dict() == {
-        "fid": {"value": 4.4, "noise": 0.2, "effects": (0.5, -0.5), **CONDITIONS},
+        "fid": {"value": 4.4, "noise": 0.2, "effects": [0.5, -0.5], **CONDITIONS},
         "kid": {"mean": 0.1, "std": 0.02, **KID_SETTINGS, **CONDITIONS},
         "prc": {"precision": 0.7, "recall": 0.6, "neighbours": 5, **CONDITIONS},
     }
@@ -341,7 +341,7 @@ def test_every_metric_carries_its_conditions():
     [("images", 5), ("reference", "mnist"), ("nfe", 3), ("seeds", {"evaluation": 2})],
 )
 def test_metrics_under_other_conditions_do_not_compare(name, value):
-    fid = FID(value=4.4, noise=0.2, effects=(0.5, -0.5), **CONDITIONS)
+    fid = FID(value=4.4, noise=0.2, effects=[0.5, -0.5], **CONDITIONS)
     fid.require_comparable(dataclasses.replace(fid, value=9.0))
     with pytest.raises(InputError, match=f"not comparable.*{name}: .* against") as caught:
         fid.require_comparable(dataclasses.replace(fid, **{name: value}))
@@ -353,4 +353,4 @@ def test_different_metrics_do_not_compare():
     with pytest.raises(InputError, match="neighbours: 5 against 3"):
         prc.require_comparable(dataclasses.replace(prc, neighbours=3))
     with pytest.raises(InputError, match="FID and PrecisionRecall are not comparable"):
-        FID(value=4.4, noise=0.2, effects=(0.5, -0.5), **CONDITIONS).require_comparable(prc)
+        FID(value=4.4, noise=0.2, effects=[0.5, -0.5], **CONDITIONS).require_comparable(prc)

@@ -90,7 +90,7 @@ class FID(Measurement):
 
     value: float
     noise: float
-    effects: tuple[float, ...]
+    effects: list[float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,10 +291,10 @@ def image_effects(features: Tensor, reference: Statistics) -> NDArray[np.float64
     return effects
 
 
-def grouped_effects(effects: NDArray[np.float64]) -> tuple[float, ...]:
+def grouped_effects(effects: NDArray[np.float64]) -> list[float]:
     """Mean effect [``GROUPS``] of each run of neighbouring images, for a study's record."""
     groups = np.array_split(effects, min(GROUPS, len(effects)))
-    return tuple(round(float(group.mean()), 5) for group in groups)
+    return [round(float(group.mean()), 5) for group in groups]
 
 
 def _power(matrix: NDArray[np.float64], exponent: float) -> NDArray[np.float64]:

@@ -36,7 +36,7 @@ class MeasuredFID:
     reference_images: int
     seeds: dict[str, int]
     noise: float | None = None
-    effects: Sequence[float] = ()
+    effects: Sequence[float] = field(default=(), repr=False)
     stored: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod

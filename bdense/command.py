@@ -1,44 +1,78 @@
 """Shared by both commands: verbs with help and an example, exit statuses."""
 
 import argparse
+import importlib
 import importlib.metadata
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NoReturn, TypeAlias
 
 from bdense.errors import BdenseError, InputError, StoppedError, is_out_of_memory
+from bdense.knobs import Knobs, add_options
 
 DONE, FAILURE = 0, BdenseError.exit_status
 USER_ERROR, INTERRUPTED = InputError.exit_status, StoppedError.exit_status
 
-Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-Run: TypeAlias = Callable[[argparse.Namespace], None]
+Configs: TypeAlias = tuple[type[Knobs], ...]
 
 
-def new_parser(prog: str, description: str, example: str) -> tuple[argparse.ArgumentParser, Verbs]:
-    """A command that takes verbs, and ``--version``."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verb:
+    """A verb of a command; what runs it is imported when it runs.
+
+    Attributes:
+        help: What it does, in one line.
+        example: A call of it.
+        function: What runs it, as module:name.
+        configs: The classes whose knobs are its options, or a function that gives them for the
+            arguments that follow the verb.
+        skip: Knobs of these without an option.
+    """
+
+    help: str
+    example: str
+    function: str
+    configs: Configs | Callable[[Sequence[str]], Configs]
+    skip: tuple[str, ...] = ()
+
+    def add_options(self, parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+        """Add its options to a parser."""
+        configs = self.configs(arguments) if callable(self.configs) else self.configs
+        add_options(parser, *configs, skip=self.skip)
+
+    def run(self, options: argparse.Namespace) -> None:
+        """Import what runs the verb, and call it."""
+        module, _, name = self.function.partition(":")
+        getattr(importlib.import_module(module), name)(options)
+
+
+def make_parser(
+    prog: str, description: str, verbs: Mapping[str, Verb], arguments: Sequence[str]
+) -> argparse.ArgumentParser:
+    """A command's parser, with the options of the verb that these arguments name."""
     parser = argparse.ArgumentParser(
-        prog=prog, description=description, epilog=f"example: {example}", allow_abbrev=False
+        prog=prog,
+        description=description,
+        epilog=f"example: {next(iter(verbs.values())).example}",
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--version", action=_ShowVersion, nargs=0, help="show the version and exit"
     )
-    return parser, parser.add_subparsers(title="verbs", required=True, metavar="VERB")
-
-
-def add_verb(
-    verbs: Verbs, name: str, what: str, example: str, run: Run
-) -> argparse.ArgumentParser:
-    """A verb with its one line of help, an example, and what it runs."""
-    parser = verbs.add_parser(
-        name,
-        help=what,
-        description=what[0].upper() + what[1:] + ".",
-        epilog=f"example: {example}",
-        allow_abbrev=False,
-    )
-    parser.set_defaults(run=run)
+    added = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+    for name, verb in verbs.items():
+        about = added.add_parser(
+            name,
+            help=verb.help,
+            description=verb.help[0].upper() + verb.help[1:] + ".",
+            epilog=f"example: {verb.example}",
+            allow_abbrev=False,
+        )
+        about.set_defaults(run=verb.run)
+        if [name] == list(arguments[:1]):
+            verb.add_options(about, arguments[1:])
     return parser
 
 

@@ -22,7 +22,7 @@ import typing
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, Self, TypeAlias, TypeVar, Union, get_args, get_origin
 
 from bdense.errors import InputError
 
@@ -32,6 +32,7 @@ _KEY = "knob"
 # A nested knob of this name is spelt as the class around it: --schedule, not --kind.
 _CHOOSING = ("name", "kind")
 
+Form: TypeAlias = Literal["positional", "flag", "commas", "repeated"]
 C = TypeVar("C", bound="Knobs")
 
 
@@ -69,7 +70,11 @@ class Knob:
         above, below: Bounds that are not allowed themselves.
         choices: All values there are; empty where they are not listed.
         metavar: What stands for the value in help.
-        none: Meaning of ``None``, if not obvious.
+        none: Meaning of ``None``, if not obvious; None: help does not mention it.
+        form: How the command line spells it, if not as ``add_options`` says: an argument without
+            an option, a bool without --no-NAME, a tuple as words between commas, or as the option
+            given several times.
+        short: Another spelling of the option.
         heading: What it is listed under in the command's help; empty for none.
     """
 
@@ -84,7 +89,9 @@ class Knob:
     below: float | None = None
     choices: tuple[Any, ...] = ()
     metavar: str | None = None
-    none: str = ""
+    none: str | None = ""
+    form: Form | None = None
+    short: str = ""
     heading: str = ""
 
     @property
@@ -178,7 +185,9 @@ def knob(
     below: float | None = None,
     choices: tuple[Any, ...] = (),
     metavar: str | None = None,
-    none: str = "",
+    none: str | None = "",
+    form: Form | None = None,
+    short: str = "",
 ) -> Any:  # noqa: ANN401  as dataclasses.field does
     """A field of a ``Knobs`` class; arguments as of ``Knob``. A ``Literal`` gives its choices."""
     about = {
@@ -190,6 +199,8 @@ def knob(
         "choices": choices,
         "metavar": metavar,
         "none": none,
+        "form": form,
+        "short": short,
     }
     if isinstance(default, dict | list):
         return field(default_factory=lambda: type(default)(default), metadata={_KEY: about})
@@ -432,7 +443,8 @@ def add_options(
                 continue
             if known.heading not in headings:
                 headings[known.heading] = parser.add_argument_group(known.heading)
-            headings[known.heading].add_argument(_option(name), **_argument(name, known))
+            names, about = _argument(name, known)
+            headings[known.heading].add_argument(*names, **about)
 
 
 def from_options(config: type[C], options: argparse.Namespace, **usual: Any) -> C:  # noqa: ANN401
@@ -480,7 +492,8 @@ def _put(tree: dict[str, Any], name: str, known: Knob, given: Any) -> None:  # n
     for each in outer:
         tree = tree.setdefault(each, {})
     try:
-        tree[last] = given if isinstance(given, bool) else known.parse(given)
+        words = given.split(",") if known.form == "commas" else given
+        tree[last] = words if isinstance(words, bool) else known.parse(words)
     except KnobError as error:
         raise KnobError(name, error.problem) from error
 
@@ -520,22 +533,30 @@ def _option(name: str) -> str:
     return "--" + word.rstrip("_").replace("_", "-")
 
 
-def _argument(name: str, known: Knob) -> dict[str, Any]:
-    """Arguments of ``add_argument`` for a knob."""
-    default = "" if known.required or known.default is False else known.text(known.default)
-    about = {
-        "dest": name,
+def _argument(name: str, known: Knob) -> tuple[list[str], dict[str, Any]]:
+    """Names and other arguments of ``add_argument`` for a knob."""
+    unsaid = known.required or known.default is False
+    unsaid = unsaid or (known.default is None and known.none is None)
+    default = "" if unsaid else known.text(known.default)
+    about: dict[str, Any] = {
         "default": argparse.SUPPRESS,
-        "required": known.required,
         "help": (known.help + (f" (default: {default})" if default else "")).replace("%", "%%"),
     }
-    if known.type is bool:
-        return about | {"action": argparse.BooleanOptionalAction}
-    kinds = get_args(known.type) if _is_union(known.type) else (known.type,)
-    if any(get_origin(kind) is tuple for kind in kinds):
-        about["nargs"] = "+"  # a wrong number of them is refused as other values are
     listed = "{" + ",".join(map(str, known.choices)) + "}" if known.choices else None
-    return about | {"metavar": known.metavar or listed or _metavar(known.type)}
+    metavar = {"metavar": known.metavar or listed or _metavar(known.type)}
+    if known.form == "positional":
+        return [name], about | metavar | ({} if known.required else {"nargs": "?"})
+    about |= {"dest": name, "required": known.required}
+    names = [*filter(None, [known.short]), _option(name)]
+    if known.type is bool:
+        flag = known.form == "flag"
+        return names, about | {"action": "store_true" if flag else argparse.BooleanOptionalAction}
+    kinds = get_args(known.type) if _is_union(known.type) else (known.type,)
+    if known.form == "repeated":
+        about["action"] = "append"
+    elif known.form is None and any(get_origin(kind) is tuple for kind in kinds):
+        about["nargs"] = "+"  # a wrong number of them is refused as other values are
+    return names, about | metavar
 
 
 def _metavar(kind: Any) -> str:  # noqa: ANN401

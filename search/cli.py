@@ -7,36 +7,155 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from bdense.command import new_parser, run_verb
+from bdense import command
+from bdense.command import Verb, run_verb
 from search.log import say, start_logging
 from search.storage.engine import DATABASE_ERRORS, as_storage_error, redact, resolve_storage_url
-from search.verbs.clean import add_clean
-from search.verbs.confirm import add_confirm, add_transfer
-from search.verbs.doctor import add_doctor
-from search.verbs.fetch import add_fetch
-from search.verbs.launch import add_launch
-from search.verbs.promote import add_promote
-from search.verbs.show import (
-    add_best,
-    add_dashboard,
-    add_export,
-    add_list,
-    add_report,
-    add_status,
+from search.storage.stop_flags import CONTINUE
+from search.verbs.options import (
+    BestOptions,
+    CleanOptions,
+    ConfirmOptions,
+    DashboardOptions,
+    DoctorOptions,
+    DryRun,
+    EnqueueOptions,
+    ExportOptions,
+    FileOptions,
+    LaunchOptions,
+    ListOptions,
+    LogsOptions,
+    PromoteOptions,
+    ReportOptions,
+    StatusOptions,
+    StopOptions,
+    StorageOptions,
+    TablesOptions,
+    TransferOptions,
+    Workers,
 )
-from search.verbs.steer import add_enqueue, add_logs, add_stop
-from search.verbs.storage import add_storage
+
+VERBS = {
+    "launch": Verb(
+        help="start a study, or continue it if its name is already in the storage",
+        example="bdense-search launch studies/digits-nfe2.yaml --trials 32",
+        function="search.verbs.launch:launch_study",
+        configs=(StorageOptions, FileOptions, LaunchOptions, Workers, DryRun),
+    ),
+    "stop": Verb(
+        help="stop a study: its workers save and release their trials, and its launchers exit "
+        f"with status 130; {CONTINUE}",
+        example="bdense-search stop digits-nfe2 --wait",
+        function="search.verbs.steer:stop",
+        configs=(StopOptions,),
+    ),
+    "enqueue": Verb(
+        help="add a point to a search, to run before any other; it counts in the budget once it "
+        "starts",
+        example="bdense-search enqueue digits-nfe2 --a 1.386 --b=-4.274",
+        function="search.verbs.steer:enqueue",
+        configs=(EnqueueOptions,),
+    ),
+    "logs": Verb(
+        help="show what happened to a trial: its attempts, and its loss per interval and branch",
+        example="bdense-search logs digits-nfe2 7 --follow",
+        function="search.verbs.steer:logs",
+        configs=(LogsOptions,),
+    ),
+    "confirm": Verb(
+        help="train a search's best points and both baselines again under fresh seeds",
+        example="bdense-search confirm digits-nfe2 --seeds 5",
+        function="search.verbs.confirm:confirm",
+        configs=(ConfirmOptions, Workers),
+    ),
+    "promote": Verb(
+        help="train a study's confirmed weights again beside its baselines, and export the model",
+        example="bdense-search promote digits-nfe2 --to studies/promote-digits.yaml",
+        function="search.verbs.promote:promote",
+        configs=(PromoteOptions, Workers, DryRun),
+    ),
+    "transfer": Verb(
+        help="measure a study's top weights under the conditions of another",
+        example="bdense-search transfer digits-nfe2 --to studies/fashion-mnist-nfe2.yaml --top 5",
+        function="search.verbs.confirm:transfer",
+        configs=(TransferOptions, Workers),
+    ),
+    "list": Verb(
+        help="list the studies of a storage",
+        example="bdense-search list --json",
+        function="search.verbs.show:show_list",
+        configs=(ListOptions,),
+    ),
+    "status": Verb(
+        help="show a study's trials by state, and what runs now",
+        example="bdense-search status digits-nfe2",
+        function="search.verbs.show:status",
+        configs=(StatusOptions,),
+    ),
+    "best": Verb(
+        help="show a study's best branch weights beside its baselines",
+        example="bdense-search best digits-nfe2 --json",
+        function="search.verbs.show:best",
+        configs=(BestOptions,),
+    ),
+    "report": Verb(
+        help="write a study's report: one self-contained HTML file, Markdown, and their pictures",
+        example="bdense-search report digits-nfe2 --out report",
+        function="search.verbs.show:report",
+        configs=(ReportOptions,),
+    ),
+    "export": Verb(
+        help="write a kept student as a model folder: weights, config, card, samples",
+        example="bdense-search export digits-nfe2 model",
+        function="search.verbs.show:export",
+        configs=(ExportOptions,),
+    ),
+    "dashboard": Verb(
+        help="open optuna-dashboard over the storage, on 127.0.0.1, read-only",
+        example="bdense-search dashboard --port 8080",
+        function="search.verbs.show:dashboard",
+        configs=(DashboardOptions,),
+    ),
+    "clean": Verb(
+        help="delete a study's recorded trajectories, which a later launch records again, or what "
+        "the options name instead; each trial keeps its result, log and pictures (about "
+        "0.3 MB)",
+        example="bdense-search clean digits-nfe2 --checkpoints --students",
+        function="search.verbs.clean:clean",
+        configs=(CleanOptions,),
+    ),
+    "doctor": Verb(
+        help="check this machine, the storage and its studies for problems",
+        example="bdense-search doctor digits-nfe2 --fix",
+        function="search.verbs.doctor:doctor",
+        configs=(DoctorOptions,),
+    ),
+    "fetch": Verb(
+        help="download the teacher, data, reference and feature extractor that a study file names",
+        example="bdense-search fetch studies/cifar10-nfe2.yaml",
+        function="search.verbs.fetch:fetch",
+        configs=(FileOptions,),
+    ),
+    "storage": Verb(
+        help="create a study database's tables and roles, or upgrade it and its studies to this "
+        "version",
+        example="bdense-search storage init --writer bdense_rw "
+        "--writer-password-file secrets/writer",
+        function="search.verbs.storage:storage",
+        configs=(TablesOptions,),
+    ),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; 0 done, 1 failed, 2 user's mistake, 75 Ray is gone, 130 stopped."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(argv)
+    options = make_parser(argv).parse_args(argv)
     signal.signal(signal.SIGTERM, _interrupt)
 
     def call() -> None:
         start_logging()
-        if options.storage:
+        if "storage" in options:
             _hide_password(options.storage, argv)
         try:
             options.run(options)
@@ -52,19 +171,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser, verbs = new_parser(
-        "bdense-search",
-        "Search branch weights for few-step diffusion students (B-DENSE).",
-        "bdense-search launch studies/digits-nfe2.yaml",
-    )
-    running = (add_launch, add_stop, add_enqueue, add_logs, add_confirm, add_promote, add_transfer)
-    looking = (add_list, add_status, add_best, add_report, add_export, add_dashboard)
-    tending = (add_clean, add_doctor)
-    preparing = (add_fetch, add_storage)
-    for add in (*running, *looking, *tending, *preparing):
-        add(verbs)
-    return parser
+def make_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The command's parser, with the options of the verb that these arguments name."""
+    description = "Search branch weights for few-step diffusion students (B-DENSE)."
+    return command.make_parser("bdense-search", description, VERBS, arguments)
 
 
 def _hide_password(url: str, argv: list[str]) -> None:

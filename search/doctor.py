@@ -12,8 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,12 +42,12 @@ from search.storage.schema import require_schema
 from search.study.artifacts import artifact_store, artifacts_place, is_stored
 from search.study.folders import named_file, row_folder
 from search.study.retention import (
-    ABANDONED_SECONDS,
-    CHECKPOINT,
     IDENTITY,
-    KEPT,
     RESULT,
-    UNFINISHED_ROUND,
+    UNFINISHED_FILE,
+    checkpoints,
+    is_abandoned,
+    kept_students,
 )
 from search.study.study import BASELINES_SUFFIX, FINGERPRINT, Study
 
@@ -127,78 +126,6 @@ class Subject:
 
 
 Findings: TypeAlias = Iterator[Finding]
-
-
-def examine(url: str, name: str | None, *, fix: bool = False) -> Findings:
-    """Check this machine, a storage and its studies.
-
-    Args:
-        url: The storage, as ``resolve_storage_url`` gives it.
-        name: The one study to check; None checks all.
-        fix: Whether to repair.
-
-    Raises:
-        UnknownStudyError: There is no study of that name.
-    """
-    for check, machine in MACHINE.items():
-        yield from _run(check, machine, fix=fix)
-    try:
-        storage = open_reading(url)
-    except StorageError as error:
-        yield Finding("problem", str(error), check="storage")
-        return
-    stored = [
-        finding
-        for check, function in STORAGE.items()
-        for finding in _run(check, partial(function, url, storage), fix=fix)
-    ]
-    yield from stored
-    if any(finding.check == "schema" and finding.level == "problem" for finding in stored):
-        return
-    with storage.engine.connect() as connection:
-        names = sorted(connection.execute(sa.select(STUDIES.c.study_name)).scalars())
-    if name is not None and name not in names:
-        there = ", ".join(names) or "none"
-        raise UnknownStudyError(f"no study {name!r} in {redact(url)}; studies there: {there}")
-    for each in names if name is None else [name]:
-        if not each.endswith(BASELINES_SUFFIX):
-            yield from examine_study(url, each, fix=fix)
-
-
-def examine_study(url: str, name: str, *, fix: bool) -> Findings:
-    """Check one study's rows and files, and those of its baselines."""
-    try:
-        study = Study.open(url, name, reading=True)
-        spec = study.spec
-    except BdenseError as error:
-        level: Level = "warning" if isinstance(error, UnknownStudyError) else "problem"
-        yield Finding(level, str(error), check="study", study=name)
-        return
-    for ledger in study.ledgers:
-        of = Subject(study, spec, ledger)
-        for check, function in STUDY.items():
-            yield from _run(check, partial(function, of), fix=fix, study=of.name)
-
-
-def _run(check: str, call: Callable[[], Findings], *, fix: bool, study: str = "") -> Findings:
-    """A check's findings, repaired with ``fix``."""
-    try:
-        for found in call():
-            finding = replace(found, check=check, study=study)
-            yield _repaired(finding, finding.repair) if fix and finding.repair else finding
-    except BdenseError as error:  # its message says what to do
-        yield Finding("problem", str(error), check=check, study=study)
-    except _ERRORS as error:
-        yield Finding("problem", f"cannot be checked: {one_line(error)}", check=check, study=study)
-
-
-def _repaired(finding: Finding, repair: Callable[[], object]) -> Finding:
-    try:
-        repair()
-    except _ERRORS as error:
-        text = f"{finding.text}; repairing failed: {one_line(error)}"
-        return replace(finding, level="problem", text=text, repair=None)
-    return replace(finding, level="mended", advice="", repair=None)
 
 
 # This machine.
@@ -294,8 +221,8 @@ def _apart(function: str) -> Any:  # noqa: ANN401  what JSON holds
 
 def unfinished_files() -> Findings:
     """Files under runs and cache that were begun and never finished."""
-    found = {*runs_folder().glob("*/*/.*.partial"), *cache_folder().rglob(".*.partial")}
-    yield from _leftovers(sorted(filter(_is_abandoned, found)))
+    found = {*runs_folder().glob(f"*/*/{UNFINISHED_FILE}"), *cache_folder().rglob(UNFINISHED_FILE)}
+    yield from _leftovers(sorted(filter(is_abandoned, found)))
 
 
 # A storage.
@@ -403,8 +330,7 @@ def files(of: Subject) -> Findings:
         yield Finding("problem", text, restore)
     kept = set(values)
     if of.ledger is of.study.trials:
-        ranked = sorted(values, key=lambda number: (values[number], number))
-        kept = {*ranked[: of.spec.keep_students], *(of.ledger.attribute(KEPT) or ())}
+        kept = kept_students(of.ledger, values, of.spec.keep_students)
     named = {number: named_file(students[number]) for number in kept if students.get(number)}
     if lost := sorted(number for number, file in named.items() if not file.is_file()):
         yield Finding("problem", f"{_numbers(lost)} without its student's file", restore)
@@ -415,8 +341,7 @@ def leftovers(of: Subject) -> Findings:
     found, asked = [], of.ledger.asked()
     for number in of.ledger.ended():
         folder = of.folder / f"{number:05d}"
-        paths = [*folder.glob(CHECKPOINT), *folder.glob(f"*{UNFINISHED_ROUND}")]
-        if paths and _is_own(of, asked[number], folder):
+        if (paths := checkpoints(folder)) and _is_own(of, asked[number], folder):
             found += paths
     yield from _leftovers(found)
 
@@ -447,27 +372,6 @@ def artifacts(of: Subject) -> Findings:
     if lost:
         text = f"{_numbers(sorted(set(lost)))} with pictures that are not in {place}"
         yield Finding("warning", text, "set BDENSE_ARTIFACTS to where they are, or restore them")
-
-
-MACHINE: dict[str, Callable[[], Findings]] = {
-    "disk": disks,
-    "GPUs": gpus,
-    "Ray": ray_cluster,
-    "leftovers": unfinished_files,
-}
-STORAGE: dict[str, Callable[[str, RDBStorage], Findings]] = {
-    "schema": schema,
-    "storage": server,
-    "rights": rights,
-}
-STUDY: dict[str, Callable[[Subject], Findings]] = {
-    "leases": leases,
-    "conditions": conditions,
-    "versions": versions,
-    "files": files,
-    "leftovers": leftovers,
-    "artifacts": artifacts,
-}
 
 
 def _free(of: Subject, row: RunningRow) -> None:
@@ -503,13 +407,6 @@ def _is_own(of: Subject, params: dict[str, Any], folder: Path) -> bool:
     return bool(stored == json.loads(json.dumps(expected)))
 
 
-def _is_abandoned(path: Path) -> bool:
-    try:
-        return path.is_file() and time.time() - path.stat().st_mtime > ABANDONED_SECONDS
-    except FileNotFoundError:  # it was finished meanwhile
-        return False
-
-
 def _leftovers(found: list[Path]) -> Findings:
     if found:
         size = sum(path.stat().st_size for path in found if path.is_file()) / 2**20
@@ -517,7 +414,7 @@ def _leftovers(found: list[Path]) -> Findings:
         yield Finding("warning", text, "delete them", partial(_delete, found))
 
 
-def _delete(paths: Iterable[Path]) -> None:
+def _delete(paths: list[Path]) -> None:
     for path in paths:
         path.unlink(missing_ok=True)
 
@@ -527,3 +424,98 @@ def _numbers(numbers: list[int]) -> str:
     more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
     shown = ", ".join(map(str, numbers[:5]))
     return f"row{'s' if len(numbers) > 1 else ''} {shown}{more}"
+
+
+# The table of the checks, by their names in findings; each function says what it checks.
+
+MACHINE: dict[str, Callable[[], Findings]] = {
+    "disk": disks,
+    "GPUs": gpus,
+    "Ray": ray_cluster,
+    "leftovers": unfinished_files,
+}
+STORAGE: dict[str, Callable[[str, RDBStorage], Findings]] = {
+    "schema": schema,
+    "storage": server,
+    "rights": rights,
+}
+STUDY: dict[str, Callable[[Subject], Findings]] = {
+    "leases": leases,
+    "conditions": conditions,
+    "versions": versions,
+    "files": files,
+    "leftovers": leftovers,
+    "artifacts": artifacts,
+}
+
+
+def examine(url: str, name: str | None, *, fix: bool = False) -> Findings:
+    """Check this machine, a storage and its studies.
+
+    Args:
+        url: The storage, as ``resolve_storage_url`` gives it.
+        name: The one study to check; None checks all.
+        fix: Whether to repair.
+
+    Raises:
+        UnknownStudyError: There is no study of that name.
+    """
+    for check, machine in MACHINE.items():
+        yield from _run(check, machine, fix=fix)
+    try:
+        storage = open_reading(url)
+    except StorageError as error:
+        yield Finding("problem", str(error), check="storage")
+        return
+    stored = [
+        finding
+        for check, function in STORAGE.items()
+        for finding in _run(check, partial(function, url, storage), fix=fix)
+    ]
+    yield from stored
+    if any(finding.check == "schema" and finding.level == "problem" for finding in stored):
+        return
+    with storage.engine.connect() as connection:
+        names = sorted(connection.execute(sa.select(STUDIES.c.study_name)).scalars())
+    if name is not None and name not in names:
+        there = ", ".join(names) or "none"
+        raise UnknownStudyError(f"no study {name!r} in {redact(url)}; studies there: {there}")
+    for each in names if name is None else [name]:
+        if not each.endswith(BASELINES_SUFFIX):
+            yield from examine_study(url, each, fix=fix)
+
+
+def examine_study(url: str, name: str, *, fix: bool) -> Findings:
+    """Check one study's rows and files, and those of its baselines."""
+    try:
+        study = Study.open(url, name, reading=True)
+        spec = study.spec
+    except BdenseError as error:
+        level: Level = "warning" if isinstance(error, UnknownStudyError) else "problem"
+        yield Finding(level, str(error), check="study", study=name)
+        return
+    for ledger in study.ledgers:
+        of = Subject(study, spec, ledger)
+        for check, function in STUDY.items():
+            yield from _run(check, partial(function, of), fix=fix, study=of.name)
+
+
+def _run(check: str, call: Callable[[], Findings], *, fix: bool, study: str = "") -> Findings:
+    """A check's findings, repaired with ``fix``."""
+    try:
+        for found in call():
+            finding = replace(found, check=check, study=study)
+            yield _repaired(finding, finding.repair) if fix and finding.repair else finding
+    except BdenseError as error:  # its message says what to do
+        yield Finding("problem", str(error), check=check, study=study)
+    except _ERRORS as error:
+        yield Finding("problem", f"cannot be checked: {one_line(error)}", check=check, study=study)
+
+
+def _repaired(finding: Finding, repair: Callable[[], object]) -> Finding:
+    try:
+        repair()
+    except _ERRORS as error:
+        text = f"{finding.text}; repairing failed: {one_line(error)}"
+        return replace(finding, level="problem", text=text, repair=None)
+    return replace(finding, level="mended", advice="", repair=None)

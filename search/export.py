@@ -21,7 +21,7 @@ from search.report.overview import overview_of
 from search.storage.ledger import Ledger
 from search.storage.queries import StoredTrial
 from search.study.arms import ArmRow
-from search.study.folders import GRID, named_file
+from search.study.folders import grid_name, named_file
 from search.study.results import MeasuredFID, TrialResult
 from search.study.study import FINGERPRINT, Study
 from search.study.summary import baselines_of, headline
@@ -78,7 +78,7 @@ def export_trial(
     if not study.is_search:
         metadata["fid_table"] = fid_table(study)
         metadata[_MADE_FROM] = made_from(study, number)
-        pictures |= _pictures(study, trial, path)
+        pictures |= _pictures(study, trial, nfe)
         rows = align(table_rows(comparisons_of(study), teacher_of(study)))
         extra = "All arms of the study:\n\n```\n" + "\n".join(rows) + "\n```"
     pipeline = _pipeline_of(denoiser, metadata)
@@ -272,17 +272,18 @@ def _student(study: Study, ledger: Ledger, trial: StoredTrial, nfe: int | None) 
     )
 
 
-def _pictures(study: Study, trial: StoredTrial, path: Path) -> dict[str, Picture]:
+def _pictures(study: Study, trial: StoredTrial, nfe: int | None) -> dict[str, Picture]:
     """The figure, and image grids of this student and of the baselines at its stage."""
+    stages = study.spec.resolved.stages
+    stage = next(each for each in reversed(stages) if nfe in (None, each.nfe))
     plots = overview_of(study).plots()
     pictures: dict[str, Picture] = {FIGURE: plots[0].save} if plots else {}
     own, arms = ArmRow.of(trial.params), study.arms
-    grid_name = GRID if path.stem == "student" else f"{path.stem}-{GRID}"
     searched = [index for index, arm in enumerate(arms) if arm.baseline is None]
     shown = own.arm if own.arm in searched else searched[0] if len(searched) == 1 else None
     for other in _complete_rows(study.main):
         row = ArmRow.of(other.params)
-        grid = named_file(other.user_attrs["student"]).with_name(grid_name)
+        grid = named_file(other.user_attrs["student"]).with_name(grid_name(stage.name))
         name = arms[row.arm].baseline or ("promoted" if row.arm == shown else None)
         is_beside = (row.seed, row.variant) == (own.seed, own.variant)
         if name is not None and is_beside and grid.is_file():

@@ -9,6 +9,7 @@ from bdense.diffusion.sampling import Sampler
 from bdense.models.store import denoiser_sha256, save_denoiser
 from search.storage.engine import runs_folder
 from search.storage.ledger import Ledger
+from search.study.folders import grid_name
 from search.study.study import Study
 from tests.small import small_teacher
 
@@ -34,13 +35,14 @@ def keep(study: Study, *numbers: int, ledger: Ledger | None = None) -> None:
         if numbers and trial.number not in numbers:
             continue
         last = runs_folder() / trial.user_attrs["student"]
-        for stage in study.spec.resolved.stages:
-            path = last.with_name(f"{stage.name or 'student'}.safetensors")
+        stages = study.spec.resolved.stages
+        for stage in stages:
+            name = stage.name if len(stages) > 1 else "student"
+            path = last.with_name(f"{name}.safetensors")
             metadata = METADATA | {"identity": {"a": 1}}
             save_denoiser(path, student(trial.number, stage.nfe), metadata)
-            grid = f"{stage.name}-samples.png" if stage.name else "samples.png"
             grey = 10 * trial.number + stage.nfe
-            Image.new("L", (8, 8), grey).save(last.with_name(grid))
+            Image.new("L", (8, 8), grey).save(last.with_name(grid_name(stage.name)))
 
 
 def shade(path: Path) -> int:

@@ -110,12 +110,20 @@ def test_a_foreign_safetensors_file_is_named(path):
 
 
 @pytest.mark.parametrize(
-    "header", ['{"format": 2}', "{}", "not JSON", "[1]", "[" * 10**5], ids=lambda text: text[:13]
+    ("header", "told"),
+    [
+        ('{"format": 2}', "has format 2"),
+        ("{}", "has format None"),
+        ("not JSON", "damaged"),
+        ("[1]", "damaged"),
+        ("[" * 10**5, "nested too deeply"),
+    ],
+    ids=lambda text: text[:13],
 )
-def test_a_header_of_another_version_is_refused(path, header):
+def test_a_header_that_is_not_of_this_version_is_refused(path, header, told):
     path.parent.mkdir()
     save_file({"weight": torch.zeros(2)}, path, metadata={"bdense": header})
-    with pytest.raises(CheckpointError, match=r"format of .*upgrade"):
+    with pytest.raises(CheckpointError, match=told):
         load_tensors(path)
 
 

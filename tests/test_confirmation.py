@@ -13,12 +13,12 @@ from bdense.errors import InputError
 from bdense.weights import WEIGHT_SPACES
 from bdense.weights.spaces import Choice, WeightSpace
 from bdense.weights.weighting import FixedWeights
-from search.analysis.confirmation import choose, complete_trials, confirmed_arm, verdict
-from search.analysis.plans import fresh_seeds, plan_confirmation
+from search.analysis.confirmation import choose, confirmed_arm, require_trials, verdict
+from search.analysis.plans import at_another_k, fresh_seeds, plan_confirmation, plan_promotion
 from search.study.arms import ROW_SPACE, Arm, ArmRow
 from search.study.study import Study
 from tests.measured import VALLEY, command, copy_storage, finish, open_once, refused, search
-from tests.studies import LEARNED, NORMALISED, changed, of_kind, spec, write
+from tests.studies import LEARNED, NORMALISED, changed, of_kind, promotion, spec, write
 
 # A valley around a = 1.25 with noise of 0.4; uniform weights (a = 0) have 10.6.
 NOISY = {
@@ -113,7 +113,7 @@ def test_uniform_weights_are_a_point_of_the_surrogate_and_no_candidate(url):
 def test_the_baseline_s_value_moves_the_candidates(url):
     """High at a = 0, it makes the trials beside it less likely than those of the other side."""
     study = search(url, [({"a": a}, 9.0) for a in (-0.25, 0.25, 1.5, 1.75)], uniform=13.0)
-    assert {arm.trial for arm in choose(study, complete_trials(study), 2)} == {2, 3}
+    assert {arm.trial for arm in choose(study, require_trials(study), 2)} == {2, 3}
 
 
 def test_trials_of_one_slope_are_one_candidate_whatever_their_scale(url):
@@ -121,7 +121,7 @@ def test_trials_of_one_slope_are_one_candidate_whatever_their_scale(url):
     points = [(1.25, -6.0), (1.25, -1.0), (0.5, -3.0), (2.0, -3.0), (-0.5, -2.0)]
     trials = [({"a": a, "b": b}, 9.0 + (a - 1.1) ** 2) for a, b in points]
     study = search(url, trials, study=spec())
-    found = choose(study, complete_trials(study), 3)
+    found = choose(study, require_trials(study), 3)
     assert [arm.trial for arm in found] == [0, 2, 3]
     assert found[0].params == {"a": 1.25, "b": -6.0}
 
@@ -166,6 +166,9 @@ def test_weights_without_coordinates_are_ranked_by_value_and_won_by_mean(
     assert verdict(study).winner.arm.name == "shape peak (trial 2)"
     assert json.loads(command("best", "digits", "--json").out)["best"]["shape"] == "falling"
     assert command("report", "digits", "--out", tmp_path / "shown").status == 0
+    promoted = plan_promotion(url, promotion(), confirmed_arm(study), of="digits", seeds=[0])
+    assert promoted.arms[2].params == {"shape": "peak"}
+    assert at_another_k(promoted.arms[2], 4, 2) == ""
 
 
 # ---- asked again ----
@@ -324,7 +327,7 @@ def test_what_cannot_be_confirmed_is_refused(planned, arguments, message):
 def test_numbers_out_of_range_are_refused(option):
     name, number = option.split()
     answer = command("confirm", "digits", name, number)
-    assert (answer.status, f"argument {name}: must " in answer.err) == (2, True)
+    assert (answer.status, f"{name} must " in answer.err) == (2, True)
     assert f"got {number}" in answer.err
 
 

@@ -10,23 +10,33 @@ import pytest
 import torch
 
 from bdense.diffusion.denoiser import build_denoiser
+from bdense.diffusion.sampling import Sampler
 from bdense.errors import InputError
 from bdense.models.store import save_denoiser
 from bdense.models.zoo import CHECKPOINTS, EDM_LICENCE
 from search.spec.file import parse, read_tree
-from search.spec.resolve import architecture, resolve
+from search.spec.resolve import describe_teacher, resolve
 from search.spec.study import StudySpec
 from search.storage.engine import resolve_storage_url
 from search.study.study import Study
 from search.verbs.launch import dry_run
 from search.worker import cost
-from search.worker.cost import Measured, cost_lines, measure, require_room
+from search.worker.cost import TrialCost, cost_lines, measure, require_room
 from search.worker.ray_tasks import WorkerConfig, WorkerError, prepare_task
 from tests.small import small_teacher
-from tests.studies import REMOVED, STUDIES, promotion, spec
+from tests.studies import (
+    CONSISTENCY,
+    PROMOTION,
+    REMOVED,
+    STUDIES,
+    STUDY,
+    changed,
+    promotion,
+    spec,
+)
 
 GIB = 2**30
-CUDA = Measured(
+CUDA = TrialCost(
     recording_seconds=2.0,
     update_seconds=10.0,
     draw_seconds=0.5,
@@ -57,7 +67,7 @@ def read(path: Path) -> StudySpec:
 def mib(study, students: int) -> str:
     """Of so many students' parameters."""
     with torch.device("meta"):
-        teacher = build_denoiser(architecture(study))
+        teacher = build_denoiser(describe_teacher(study)[0])
     return f"{4 * sum(p.numel() for p in teacher.parameters()) * students / 2**20:,.0f} MiB"
 
 
@@ -95,6 +105,37 @@ def test_what_this_machine_cannot_compute_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="precision float16 needs a CUDA device, not cpu"):
         measure(spec(precision="float16", resources={"gpus": 0}))
+
+
+@pytest.fixture
+def student_file(tmp_path) -> str:
+    """A student of SFD for 6 NFE."""
+    metadata = {"kind": "student", "sampler": Sampler(num_intervals=6, afs=False).describe()}
+    save_denoiser(tmp_path / "student.safetensors", small_teacher(), metadata)
+    return str(tmp_path / "student.safetensors")
+
+
+def test_a_student_is_distilled_further(student_file):
+    """The dry run's cost too is that of a teacher with a student's first step."""
+    options = {"second_stage": True, "nfe": 1, "batch": 4, "kimg": 0.02}
+    own = spec(teacher={"checkpoint": student_file}, method={"name": "sfd", **options})
+    assert own.resolved.num_branches == 3
+    *_, time = cost_lines(own)
+    assert "measured on " in time
+
+
+@pytest.mark.parametrize(
+    ("tree", "expected"),
+    [
+        (STUDY, "method: .* is a student, .* second_stage"),
+        (changed(method=CONSISTENCY), "method: .* is a student"),
+        (changed(PROMOTION, method__schedule="polynomial"), "method: .* is a student .* euler"),
+    ],
+    ids=["sfd", "consistency", "progressive"],
+)
+def test_a_student_is_no_teacher_of_another_method(student_file, tree, expected):
+    with pytest.raises(InputError, match=expected):
+        spec(tree, teacher={"checkpoint": student_file})
 
 
 # Too little memory.

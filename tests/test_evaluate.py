@@ -88,8 +88,12 @@ def test_a_method_of_stages_keeps_each_student_with_its_fid_and_pictures(tmp_pat
 
 def test_a_teacher_that_predicts_otherwise_is_converted_in_a_stage_of_its_own(tmp_path):
     assets = loaded(PD, method__prediction_type="epsilon", method__until=4)
-    found = run(assets, tmp_path / "study/00000")
+    told: list[str] = []
+    found = run(assets, tmp_path / "study/00000", report=told.append)
     assert list(found.fids) == ["8", "4"]
+    done = [share_done(text) for text in told]
+    assert done == sorted(done)
+    assert done[-1] == 1.0
     assert found.fids["8"].value != found.teacher_fid.value
     student = load_denoiser(tmp_path / found.student)[0]
     assert student.precond.prediction_type == "epsilon"

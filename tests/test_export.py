@@ -148,6 +148,14 @@ def test_an_earlier_stage_and_another_row_may_be_asked_for(chain, tmp_path):
     assert shade(tmp_path / "plain/samples-uniform.png") == 42
 
 
+def test_one_round_has_its_pictures_too(url, tmp_path):
+    study = plan_given(url, promotion(method__until=4, plan__seeds=[0]))
+    finish(study, fid)
+    keep(study)
+    exported(study, tmp_path / "model", number=1)
+    assert shade(tmp_path / "model/samples-uniform.png") == 14
+
+
 def test_a_search_of_several_stages_hands_on_its_best_trial_s(url, tmp_path):
     study = search(url, [({"a": 1.0}, 9.0)], study=spec(of_kind("progressive", "search")))
     keep(study)

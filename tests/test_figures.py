@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from search.analysis.surrogate import Evaluation, posterior_means
+from search.analysis.surrogate import Observation, posterior_means
 from search.report.overview import overview_of
 from search.report.plots import Plot, plain
 from search.study.study import Study
@@ -30,7 +30,7 @@ def test_fid_over_a_with_its_baselines_its_best_and_the_surrogates_curve(url):
     (curve,) = (each for name, each in found.items() if name.startswith("_"))
     assert (curve[0][0], curve[0][-1]) == (min(places), max(places))
     evaluations = [
-        Evaluation(point={"a": a}, value=fid, group="search")
+        Observation(point={"a": a}, value=fid, group="search")
         for a, fid in zip(places, fids, strict=True)
     ]
     asked = [{"a": float(a)} for a in curve[0]]

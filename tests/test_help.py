@@ -22,14 +22,12 @@ def verbs_of(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPars
 
 def all_parsers() -> Iterator[argparse.ArgumentParser]:
     """Both commands', each followed by its verbs', ``bdense distill``'s once for each method."""
-    parser = search.cli._parser()
-    yield parser
-    yield from verbs_of(parser).values()
-    yield bdense.cli.make_parser([])
-    for verb in bdense.cli.VERBS:
-        for method in METHODS if verb == "distill" else ("",):
-            arguments = [verb, *(("--method", method) if method else ())]
-            yield verbs_of(bdense.cli.make_parser(arguments))[verb]
+    for cli in (search.cli, bdense.cli):
+        yield cli.make_parser([])
+        for verb in cli.VERBS:
+            for method in METHODS if verb == "distill" else ("",):
+                arguments = [verb, *(("--method", method) if method else ())]
+                yield verbs_of(cli.make_parser(arguments))[verb]
 
 
 def all_help() -> str:

@@ -356,6 +356,9 @@ def test_a_trick_is_refused_before_it_runs(read, trick, place):
     assert CALLS == []
 
 
+DOUBLED = b")" + b"2\x86" * 40  # a tuple that holds one tuple twice, and so on: 2^40 values
+DOUBLED_KEY = b"}" + DOUBLED + b"Ns"
+BY_MEMO = b")" + b"".join(b"\x940h%ch%c\x86" % (level, level) for level in range(40))
 BROKEN = {
     "BUILD on the container class itself": MODULE_DICT + b"}" + text(b"class_name") + b"Nsb",
     "BUILD with slots on the container class": MODULE_DICT + SLOT_STATE + b"b",
@@ -376,6 +379,16 @@ BROKEN = {
     "a list appended to an allowed function": ORDERED_DICT + b"(Ne",
     "a memo as large as memory": b"Nr" + struct.pack("<I", 0xFFFFFFF0),
     "a key too deep to hash": b"}N" + b"\x85" * 200_000 + b"Ns",
+    "a key that doubles": DOUBLED_KEY,
+    "a key that doubles by the memo": b"}" + BY_MEMO + b"Ns",
+    "a key that doubles in a tensor's bytes": LOAD
+    + b"C"
+    + bytes([len(PROTO + DOUBLED_KEY) + 1])
+    + PROTO
+    + DOUBLED_KEY
+    + b".\x85R",
+    "a set's key that doubles": b"\x8f(" + DOUBLED + b"\x90",
+    "a dtype that doubles": stack_global(b"numpy", b"dtype") + DOUBLED + b"\x85R",
     "a string as large as memory": b"\x8d" + struct.pack("<Q", 1 << 50) + b"abc",
     "bytes as large as memory": b"\x8e" + struct.pack("<Q", 1 << 62) + b"abc",
 }

@@ -452,4 +452,4 @@ def test_what_cannot_be_transferred_is_refused(searched, tmp_path):
     absent = command("transfer", "digits", "--to", "absent.yaml")
     assert "absent.yaml cannot be read" in refused(absent)
     usage = command("transfer", "digits", "--to", file, "--top", "0")
-    assert (usage.status, "argument --top: must be 1 or more, got 0" in usage.err) == (2, True)
+    assert (usage.status, "--top must be" in usage.err) == (2, True)

@@ -6,7 +6,7 @@ from ray.exceptions import AuthenticationError
 
 from bdense.errors import InputError
 from search.run import runner
-from search.run.ray_errors import cannot_use
+from search.run.runner import cannot_use
 
 HEAD, WORKER = (
     {"Alive": True, "Resources": resources} for resources in ({"memory": 1e9}, {"CPU": 2.0})

@@ -106,7 +106,7 @@ def test_the_table(url):
     assert table(summary_of(study)).splitlines()[:4] == [
         "                        FID  vs plain SFD      a       b  w_1 .. w_K",
         "plain SFD            12.500             -      -       -  end point alone",
-        "uniform weights      13.280        +6.2 %      0       0  1 1 1 1",
+        "uniform weights      13.280        +6.2 %  0.000       -  1 1 1 1",
         "best of 3 (trial 1)  11.000       -12.0 %  0.500  -1.000  0.607 1 1.65 2.72",
     ]
     remarks = table(summary_of(study)).splitlines()[4:]
@@ -130,7 +130,7 @@ def test_the_table_of_learned_weights(url):
         "..",
         "w_K",
     ]
-    assert lines[2].split()[:7] == ["uniform", "weights", "13.280", "+6.2", "%", "any", "0"]
+    assert lines[2].split()[:7] == ["uniform", "weights", "13.280", "+6.2", "%", "-", "-"]
     assert lines[3].split()[5:9] == ["11.000", "-12.0", "%", "gradient-norm"]
 
 

@@ -114,8 +114,8 @@ def test_trials_are_optunas(ledger):
 
     trials = ledger.study.get_trials(deepcopy=False)
     asked = [(asked_of(trial), trial.user_attrs.get("reason")) for trial in trials]
-    assert ledger._rows.asked() == asked
-    assert ledger._rows.count() == len(asked) == 40
+    assert ledger._asked_and_why() == asked
+    assert len(asked) == 40
 
 
 def test_of_equal_values_the_first_is_best_and_a_pruned_one_never(url):

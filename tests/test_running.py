@@ -155,7 +155,7 @@ def test_a_baseline_that_failed_is_tried_again_by_the_next_launch():
     ("weights", "point", "said"),
     [
         (BOUNDED, ("--a", 3.5, "--b=-1"), "a 3.5 lies outside weights.a, -0.5 to 3"),
-        (BOUNDED, ("--a", "nan", "--b=-1"), "a nan lies outside"),
+        (BOUNDED, ("--a", "nan", "--b=-1"), "--a must be a number"),
         (BOUNDED, ("--a", 1), "have the parameters a, b, got a;"),
         # exp(4 * 1 - 3) = e.
         (BOUNDED, ("--a", 1, "--b=-3"), "by 0.7183; choose others, or raise weights.largest"),

@@ -81,7 +81,7 @@ def test_a_trial_has_its_pictures_and_a_note(study):
     note = note_of(ledger, claim.trial_id)
     assert note.startswith("## trial 1\n\n**FID 11.0000** of 256 images at NFE 2, features of ")
     assert "| 0.6065 | 1 | 1.649 | 2.718 |" in note
-    assert "with a = 0.50000, b = -1.00000" in note
+    assert "\n\na 0.500, b -1.000\n\n" in note
     assert "training 1 min 01 s, evaluation 2.2 s, service 0.0 s" in note
     address = f"/artifacts/{ledger.study._study_id}/{claim.trial_id}/{meta.artifact_id}"
     assert f"![]({address})" in note

@@ -132,7 +132,11 @@ SFD_ALONE = [
     ({"method__solver": "heun", "method__thresholding": True}, "method", "no thresholding"),
     ({"weights": ONE_POINT}, "plan.trials", "4 trials would all be the same"),
     ({"weights": {**NORMALISED, "largest": 0.5}}, "weights.largest", "0.5 rules out .* is 1;"),
-    ({"weights": LEARNED, "resources": {"compile": True}}, "weights.rules", "resources.compile"),
+    (
+        {"weights": LEARNED, "resources": {"compile": True}},
+        "weights",
+        "learned .* resources.compile",
+    ),
     ({"plan__trails": 3}, "plan.trails", "did you mean trials?"),
     ({"plan__at": [0.01]}, "plan.at", "[0.01] of 40 updates .* after [0]"),
     ({"plan__at": [0.5, 0.501]}, "plan.at", "after [20, 20]"),

@@ -11,7 +11,7 @@ import pytest
 from bdense.errors import InputError
 from bdense.weights.spaces import LearnedSpace
 from search.analysis import surrogate
-from search.analysis.surrogate import Evaluation, candidates, posterior_means
+from search.analysis.surrogate import Observation, candidates, posterior_means
 
 
 def bowl(a):
@@ -19,11 +19,11 @@ def bowl(a):
     return 2.5 + 0.4 * (a - 0.5) ** 2
 
 
-def of(a: float, value: float, group: str = "0") -> Evaluation:
-    return Evaluation(point={"a": a}, value=value, group=group)
+def of(a: float, value: float, group: str = "0") -> Observation:
+    return Observation(point={"a": a}, value=value, group=group)
 
 
-def study(repeat: int, trials: int, noise: float) -> list[Evaluation]:
+def study(repeat: int, trials: int, noise: float) -> list[Observation]:
     """A random search whose values are the bowl's and noise."""
     generator = np.random.default_rng(repeat)
     places = generator.uniform(-1, 2, trials)
@@ -31,11 +31,11 @@ def study(repeat: int, trials: int, noise: float) -> list[Evaluation]:
     return [of(a, value) for a, value in zip(places.tolist(), noisy.tolist(), strict=True)]
 
 
-def lowest(evaluations: list[Evaluation]) -> int:
+def lowest(evaluations: list[Observation]) -> int:
     return min(range(len(evaluations)), key=lambda index: evaluations[index].value)
 
 
-def best(evaluations: list[Evaluation]) -> int:
+def best(evaluations: list[Observation]) -> int:
     return candidates(evaluations, 1)[0]
 
 
@@ -95,7 +95,7 @@ def test_two_rules_have_curves_of_their_own():
         return dict(zip(space.axes, at, strict=True))
 
     evaluations = [
-        Evaluation(
+        Observation(
             point=point(rule, strength),
             value=floor + 0.5 * (strength - at) ** 2 + 0.03 * generator.standard_normal(),
             group="0",
@@ -155,7 +155,7 @@ def test_what_diverged_is_no_evaluation(bad):
 
 
 def test_points_of_another_space_are_refused():
-    other = Evaluation(point={"a": 1.0, "b": -4.0}, value=2.5, group="0")
+    other = Observation(point={"a": 1.0, "b": -4.0}, value=2.5, group="0")
     for evaluations, points in (
         ([of(0.5, 2.5), other], None),
         ([of(0.5, 2.5)], [other.point]),

@@ -11,7 +11,7 @@ import math
 import pickle
 import pickletools
 import reprlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
@@ -26,9 +26,11 @@ from bdense.errors import CheckpointError, UnsafePickleError
 # of live objects, and the loader decides what a persistent id means. No EDM file has them.
 _REFUSED_OPCODES = frozenset({"EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID"})
 _MEMO_OPCODES = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
-# Hashing a key of 100 000 nested tuples overflows the interpreter's stack. EDM's ImageNet network
-# has about 5 000 tuples.
-_MAX_TUPLES = 20_000
+# A tuple that holds another one twice, level after level, takes exponential time to hash or print,
+# and 100 000 nested ones overflow the interpreter's stack. Real ones have below 20 values.
+_MAX_TUPLE_SIZE = 100
+# Pickles at the start of a tensor's bytes, in front of its values.
+_PICKLES_OF_STORAGE = 5
 # Lists that hold one another twice and are copied out grow exponentially.
 _MAX_VALUES = 10_000
 _NUMPY_SCALARS = frozenset(
@@ -112,19 +114,64 @@ def _check_opcodes(file: BinaryIO) -> None:
             "not a pickle of protocol 2 or later; give a .pkl file as published by NVlabs/edm"
         )
     file.seek(0)
-    tuples = 0
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-        if opcode.name in _REFUSED_OPCODES:
-            raise UnsafePickleError(
-                f"uses opcode {opcode.name} ({argument!r}), which reaches outside the file "
-                "and which no EDM or SFD network needs; nothing in it was run"
-            )
-        # The machine allocates its memo up to the highest index; a real pickle counts up from 0.
-        if opcode.name in _MEMO_OPCODES and isinstance(argument, int) and argument > count:
-            raise CheckpointError(f"stores memo entry {argument} at opcode {count}")
-        tuples += opcode.name.startswith("TUPLE")
-        if tuples > _MAX_TUPLES:
-            raise CheckpointError(f"holds more than {_MAX_TUPLES} tuples; no such network does")
+    _Scan(_REFUSED_OPCODES).read(file)
+
+
+class _Scan:
+    """Follows a pickle's opcodes without building anything, and refuses what does harm.
+
+    Its stack and memo hold, for each value, how many a tuple holds when it is written out, and 1
+    for anything else; None is a mark.
+
+    Args:
+        refused: Names of opcodes.
+    """
+
+    def __init__(self, refused: Collection[str] = ()) -> None:
+        self._refused = refused
+        self._stack: list[int | None] = []
+        self._memo: dict[int, int | None] = {}
+
+    def read(self, file: BinaryIO) -> None:
+        """Read one pickle, up to its STOP."""
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+            if opcode.name in self._refused:
+                raise UnsafePickleError(
+                    f"uses opcode {opcode.name} ({argument!r}), which reaches outside the file "
+                    "and which no EDM or SFD network needs; nothing in it was run"
+                )
+            # The machine allocates its memo up to the highest index; a real one counts up from 0.
+            if opcode.name in _MEMO_OPCODES and isinstance(argument, int) and argument > count:
+                raise CheckpointError(f"stores memo entry {argument} at opcode {count}")
+            self._follow(opcode, argument)
+
+    def _follow(self, opcode: pickletools.OpcodeInfo, argument: Any) -> None:  # noqa: ANN401
+        name, stack = opcode.name, self._stack
+        if name in _MEMO_OPCODES or name == "MEMOIZE":
+            self._memo[len(self._memo) if name == "MEMOIZE" else argument] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(self._memo[argument])
+        elif name == "DUP":
+            stack.append(stack[-1])
+        else:
+            parts = self._taken(opcode.stack_before)
+            is_tuple = name.startswith("TUPLE") or name == "FROZENSET"
+            size = 1 + sum(filter(None, parts)) if is_tuple else 1
+            if size > _MAX_TUPLE_SIZE:
+                raise CheckpointError(
+                    f"holds a tuple of more than {_MAX_TUPLE_SIZE} values; no such network does"
+                )
+            marks = [kind is pickletools.markobject for kind in opcode.stack_after]
+            stack.extend(None if is_mark else size for is_mark in marks)
+
+    def _taken(self, kinds: Sequence[pickletools.StackObject]) -> list[int | None]:
+        """Take what an opcode takes off the stack: all above the mark, if it has one."""
+        parts = []
+        if pickletools.markobject in kinds:
+            while (part := self._stack.pop()) is not None:
+                parts.append(part)
+            kinds = kinds[: kinds.index(pickletools.markobject)]
+        return [*parts, *(self._stack.pop() for _ in kinds)]
 
 
 class _Inert:
@@ -167,14 +214,15 @@ class _DType:
     def __init__(self, code: object, *_: object) -> None:
         if code not in _NUMPY_SCALARS:
             raise UnsafePickleError(
-                f"uses numpy.dtype {code!r}; accepted are {', '.join(sorted(_NUMPY_SCALARS))}"
+                f"uses numpy.dtype {reprlib.repr(code)}; accepted are "
+                f"{', '.join(sorted(_NUMPY_SCALARS))}"
             )
         self.code = str(code)
         self.order = "="
 
     def __setstate__(self, state: tuple[object, ...]) -> None:
         if state[1] not in ("<", ">", "|", "="):
-            raise CheckpointError(f"numpy.dtype of byte order {state[1]!r}")
+            raise CheckpointError(f"numpy.dtype of byte order {reprlib.repr(state[1])}")
         self.order = str(state[1])
 
 
@@ -283,6 +331,11 @@ def _storage(data: object) -> _Storage:
     """Tensor bytes, themselves a pickle, read by torch's restricted reader."""
     if not isinstance(data, bytes):
         raise CheckpointError(f"a tensor's bytes are a {_kind(data)}")
+    if not data.startswith(pickle.PROTO):
+        raise UnsafePickleError("a tensor's bytes are not pickles, as torch wrote them")
+    stream, scan = io.BytesIO(data), _Scan()
+    for _ in range(_PICKLES_OF_STORAGE):
+        scan.read(stream)
     try:
         loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

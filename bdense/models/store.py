@@ -82,10 +82,20 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
     try:
         metadata = json.loads(header[HEADER_KEY])
-    except (json.JSONDecodeError, RecursionError):
+    except RecursionError as error:
+        raise CheckpointError(f"{path}: its {HEADER_KEY!r} header is nested too deeply") from error
+    except json.JSONDecodeError:
         metadata = None
-    if not isinstance(metadata, dict) or metadata.pop("format", None) != FORMAT:
-        raise CheckpointError(f"this version cannot read the format of {path}; upgrade bdense")
+    if not isinstance(metadata, dict):
+        raise CheckpointError(
+            f"{path}: its {HEADER_KEY!r} header is damaged, or bdense did not write it; fetch or "
+            "make the file again"
+        )
+    if (found := metadata.pop("format", None)) != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {found!r}, and this version reads {FORMAT}; use a bdense that "
+            "reads it"
+        )
     return tensors, metadata
 
 

@@ -20,7 +20,8 @@ _SUFFIX = ".safetensors"
 
 def convert(options: argparse.Namespace) -> None:
     """Run the verb."""
-    source, out = options.source, from_options(ConvertOptions, options).out
+    own = from_options(ConvertOptions, options)
+    source, out = own.source, own.out
     require_writable(out)
     if out.suffix != _SUFFIX:
         raise InputError(f"{out} must end in {_SUFFIX}, the format that is written")

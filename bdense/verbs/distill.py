@@ -36,7 +36,7 @@ def distill(options: argparse.Namespace) -> None:
     dataset = None
     if method.needs_data or evaluation.extractor is not None:
         dataset = load_dataset(own.data)
-    teacher, known = load_model(options.teacher)
+    teacher, known = load_model(own.teacher)
     # A student that is distilled further keeps its own knobs, unless an option changes them.
     config = from_options(method.Config, options, **method.usual(known))
     if method.needs_data and dataset is not None:
@@ -46,7 +46,7 @@ def distill(options: argparse.Namespace) -> None:
         )
         if theirs != needed:
             raise InputError(
-                f"--data {own.data} has images of {theirs}, and {options.teacher} is a network "
+                f"--data {own.data} has images of {theirs}, and {own.teacher} is a network "
                 f"for {needed}; give the data set that it was trained on, padded as it was"
             )
     teacher.to(device).execute(execution)
@@ -62,7 +62,7 @@ def distill(options: argparse.Namespace) -> None:
         checkpoint=None if several else unfinished(own.out),
         metadata={
             **({"data": dataset.name} if method.needs_data and dataset is not None else {}),
-            **inherited(known, Path(options.teacher).name),
+            **inherited(known, Path(own.teacher).name),
         },
         on_iteration=_StageProgress(),
     )
@@ -71,7 +71,7 @@ def distill(options: argparse.Namespace) -> None:
     require_writable(own.out, folder=several)
     sampler = method.teacher_sampler(config, teacher)
     if fids is not None and sampler is not None:
-        print(f"teacher: {options.teacher}", flush=True)
+        print(f"teacher: {own.teacher}", flush=True)
         print(json.dumps(fids.fid("teacher", teacher, sampler)), flush=True)
     for done in stages:
         path = done.path or _keep(own.out, done)

@@ -41,7 +41,7 @@ def fid(options: argparse.Namespace) -> None:
             "drop one"
         )
     device, execution = chosen_hardware(options)
-    model, sampler = model_and_sampler(options.model, drawing, device, execution)
+    model, sampler = model_and_sampler(own.model, drawing, device, execution)
     if own.reference is not None:
         file = resolve_reference(own.reference)
         extractor = load_extractor(features.extractor, cache=features.cache, device=device)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from bdense.command import Configs
 from bdense.data.names import DATA_SETS
 from bdense.diffusion import SOLVERS, STOCHASTIC_SOLVERS, ScheduleKind
 from bdense.errors import InputError
@@ -16,20 +17,10 @@ from bdense.metrics.settings import MetricName
 from bdense.models.zoo import CHECKPOINTS, REFERENCES
 from bdense.verbs.weight_options import WeightOptions, parameter_options
 
-Configs = tuple[type[Knobs], ...]
-
 _MODEL = (
     "a safetensors file, a pickle of EDM or SFD, a folder or hub id in diffusers' format, or the "
     "name of a public checkpoint, which is downloaded (`bdense convert --help` lists the names)"
 )
-# Positional arguments, and their help.
-POSITIONALS = {
-    "model": _MODEL,
-    "teacher": _MODEL,
-    "source": "a pickle of EDM or SFD, a folder or hub id (OWNER/NAME) of a UNet2DModel in "
-    "diffusers' format, or the name of a public checkpoint, which is downloaded: "
-    f"{', '.join(CHECKPOINTS)}",
-}
 _EXTRACTORS = (
     "inception[:FILE], dinov2[:FILE], torchscript:FILE (uint8 [B,3,H,W] to [B,d]), "
     "digits-classifier, fashion-mnist-classifier or cifar10-classifier"
@@ -155,6 +146,7 @@ class Drawing(Knobs):
 class SampleOptions(Knobs):
     """``bdense sample``."""
 
+    model: str = knob(help=_MODEL, metavar="MODEL", form="positional")
     images: int = knob(64, "images to draw", low=1)
     columns: int = knob(16, "columns of the grid", low=1)
     seed: int = knob(0, "seed of every random draw", low=0)
@@ -201,6 +193,7 @@ class Evaluation(Cache):
 class DistillOptions(Knobs):
     """``bdense distill``, for any method."""
 
+    teacher: str = knob(help=_MODEL, metavar="TEACHER", form="positional")
     method: str = knob("sfd", f"distillation method: {', '.join(METHODS)}")
     data: str = knob(
         "digits",
@@ -217,6 +210,7 @@ class DistillOptions(Knobs):
 class FidOptions(Knobs):
     """``bdense fid``."""
 
+    model: str = knob(help=_MODEL, metavar="MODEL", form="positional")
     data: str | None = knob(
         None, f"reference data set: {DATA_SETS}", none="digits, without --reference"
     )
@@ -246,6 +240,13 @@ class ReferenceOptions(Knobs):
 class ConvertOptions(Knobs):
     """``bdense convert``."""
 
+    source: str = knob(
+        help="a pickle of EDM or SFD, a folder or hub id (OWNER/NAME) of a UNet2DModel in "
+        "diffusers' format, or the name of a public checkpoint, which is downloaded: "
+        f"{', '.join(CHECKPOINTS)}",
+        metavar="SOURCE",
+        form="positional",
+    )
     out: Path = knob(
         help="safetensors file to write; .json and .md are written beside it", metavar="FILE"
     )

@@ -29,7 +29,7 @@ def sample(options: argparse.Namespace) -> None:
     own, drawing = from_options(SampleOptions, options), from_options(Drawing, options)
     device, execution = chosen_hardware(options)
     require_writable(own.out)
-    model, sampler = model_and_sampler(options.model, drawing, device, execution)
+    model, sampler = model_and_sampler(own.model, drawing, device, execution)
     images = draw_images(
         model, sampler, own.images, seed=own.seed, batch=drawing.batch, class_index=drawing.class_
     )

@@ -165,6 +165,14 @@ class WeightSpace(Knobs, abc.ABC):
         """Raise an ``InputError`` if the bounds exclude every point."""
         return
 
+    def require_finite(self, params: Mapping[str, Any], num_branches: int) -> None:
+        """Raise an ``InputError`` if the weights have no positive, finite sum at that K."""
+        return
+
+    def at_another_k(self, params: Mapping[str, Any], searched_at: int, num_branches: int) -> str:
+        """What weights that were searched at one K mean at another, in words; "" for the same."""
+        return ""
+
     @property
     def needs_gradients(self) -> bool:
         """Whether some of its weightings need the norm of each branch's gradient."""
@@ -258,6 +266,26 @@ class _GivenSpace(WeightSpace):
             return dict(params)
         weights = self.weights(params, num_branches)
         return {"a": weights.a, "b": weights.b}
+
+    def require_finite(self, params: Mapping[str, Any], num_branches: int) -> None:
+        if not 0 < sum(self.weights(params, num_branches).values(num_branches)) < math.inf:
+            raise InputError(
+                f"the weights of {self.label(params)} have no positive, finite sum at K = "
+                f"{num_branches}; give others by --weights A,B"
+            )
+
+    def at_another_k(self, params: Mapping[str, Any], searched_at: int, num_branches: int) -> str:
+        given = self.weights(params, num_branches)
+        values = given.values(num_branches)
+        shares = " ".join(f"{value / sum(values):.3g}" for value in values)
+        there, here = (
+            f"w_{k}/w_1 = {given.last_to_first(k):.4g} at K = {k}"
+            for k in (searched_at, num_branches)
+        )
+        return (
+            f"log w_k = {given.a:.4g} k {'-' if given.b < 0 else '+'} {abs(given.b):.4g} is taken "
+            f"literally: {there}, where it was searched, becomes {here}, in shares {shares}"
+        )
 
     def check(self, num_branches: int) -> None:
         over = self.excess(self.lightest(), num_branches)

@@ -6,7 +6,7 @@ has the lowest posterior mean over everything measured; claims about it rest on 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from optuna.trial import TrialState
@@ -14,12 +14,12 @@ from optuna.trial import TrialState
 from bdense.errors import InputError
 from bdense.weights.spaces import BASELINE, PLAIN, UNIFORM
 from search.analysis.comparison import ArmResult, Comparison, compare, difference_text
-from search.analysis.surrogate import Evaluation, candidates, posterior_means
+from search.analysis.surrogate import Observation, candidates, posterior_means
 from search.spec.study import StudySpec
 from search.storage.queries import StoredTrial
 from search.study.arms import Arm, ArmRow
 from search.study.study import JUDGED, Study
-from search.study.summary import baselines_of, headline
+from search.study.summary import Summary, baselines_of, headline, summary_of
 
 CONFIRM_SUFFIX = ".confirm"
 
@@ -124,6 +124,14 @@ def verdict(study: Study) -> Verdict | None:
     return Verdict(comparison=comparison, winner=winner, spec=spec, ended=ended)
 
 
+def judged_summary(study: Study) -> tuple[Summary, Verdict | None]:
+    """A search's summary, which knows whether its best is confirmed, and the verdict."""
+    now, found = summary_of(study), verdict(study)
+    if now.best is not None and found is not None and found.ended:
+        now = replace(now, confirmed=found.winner.arm.trial == now.best.number)
+    return now, found
+
+
 def confirmed_arm(study: Study) -> Arm:
     """The confirmed winner.
 
@@ -133,7 +141,7 @@ def confirmed_arm(study: Study) -> Arm:
     found = verdict(study)
     way_out = f"run bdense-search confirm {study.name} first, or give weights by --weights A,B"
     if found is None:
-        complete_trials(study)
+        require_trials(study)
         raise InputError(
             f"study {study.name} has no confirmed winner, only a best of n that may have been "
             f"lucky; {way_out}"
@@ -143,7 +151,7 @@ def confirmed_arm(study: Study) -> Arm:
     return found.winner.arm
 
 
-def complete_trials(study: Study) -> list[StoredTrial]:
+def require_trials(study: Study) -> list[StoredTrial]:
     """The search's complete trials, with what ``arm_of`` needs.
 
     Raises:
@@ -200,22 +208,22 @@ def _pooled_means(
         return [result.mean().mean for result in searched]
     arms, evaluations = confirmation.arms, []
     if not confirmation.variants[judged]:
-        evaluations += [*_uniform_of(study, spec), *_searched(spec, complete_trials(study))]
+        evaluations += [*_uniform_of(study, spec), *_searched(spec, require_trials(study))]
     for trial in confirmation.complete_rows():
         row = ArmRow.of(trial.params)
         point = point_of(spec, arms[row.arm].params)
         if row.variant == judged and point is not None:
             assert trial.value is not None
             evaluations.append(
-                Evaluation(point=point, value=trial.value, group=f"seed {row.seed}")
+                Observation(point=point, value=trial.value, group=f"seed {row.seed}")
             )
     asked = [point_of(spec, result.arm.params) or {} for result in searched]
     return posterior_means(evaluations, asked)
 
 
-def _searched(spec: StudySpec, trials: Sequence[StoredTrial]) -> list[Evaluation]:
+def _searched(spec: StudySpec, trials: Sequence[StoredTrial]) -> list[Observation]:
     return [
-        Evaluation(
+        Observation(
             point=point_of(spec, trial.params) or {},
             value=float(trial.value or 0.0),
             group="search",
@@ -224,10 +232,10 @@ def _searched(spec: StudySpec, trials: Sequence[StoredTrial]) -> list[Evaluation
     ]
 
 
-def _uniform_of(study: Study, spec: StudySpec) -> list[Evaluation]:
+def _uniform_of(study: Study, spec: StudySpec) -> list[Observation]:
     """The baseline of uniform weights, which the search measured, as one more point."""
     measured = baselines_of(study).get(UNIFORM)
     point = point_of(spec, {BASELINE: UNIFORM})
     if measured is None or point is None:
         return []
-    return [Evaluation(point=point, value=measured.fid, group="search")]
+    return [Observation(point=point, value=measured.fid, group="search")]

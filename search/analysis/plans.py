@@ -9,12 +9,11 @@ from typing import Any
 
 from bdense.errors import InputError
 from bdense.weights import space_of
-from bdense.weights.spaces import LogLinearWeights
 from search.analysis.confirmation import (
     CONFIRM_SUFFIX,
     choose,
-    complete_trials,
     confirmed_arm,
+    require_trials,
     verdict,
 )
 from search.spec.study import StudySpec
@@ -41,7 +40,7 @@ def plan_confirmation(study: Study, *, method: Mapping[str, Any], seeds: int, co
         InputError: No trial of the search is complete.
         SpecChangedError: The stored confirmation is of other conditions.
     """
-    spec, trials = study.spec, complete_trials(study)
+    spec, trials = study.spec, require_trials(study)
     name, facts = study.name + CONFIRM_SUFFIX, {"of": study.name}
     confirmation = Study.create(study.url, given_arms(spec, name), facts=facts)
     arms = confirmation.arms or [plain_arm(spec), uniform_arm()]
@@ -78,7 +77,7 @@ def plan_transfer(study: Study, to: StudySpec, *, top: int, seeds: int) -> Study
         raise InputError(
             f"--to names study {study.name} itself; give another's file, or confirm it instead"
         )
-    arms = [plain_arm(to), uniform_arm(), *choose(study, complete_trials(study), top)]
+    arms = [plain_arm(to), uniform_arm(), *choose(study, require_trials(study), top)]
     name = f"{to.name}{FROM}{study.name}"
     planned = Study.create(study.url, given_arms(to, name), facts={"of": study.name})
     planned.plan(arms, fresh_seeds(to, seeds))
@@ -108,14 +107,7 @@ def plan_promotion(
         InputError: The sum of the weights is no positive, finite number.
         SpecChangedError: A promotion of that name has other conditions.
     """
-    branches = spec.resolved.num_branches
-    if "a" in arm.params:
-        total = sum(LogLinearWeights(a=arm.params["a"], b=arm.params["b"]).values(branches))
-        if not 0 < total < math.inf:
-            raise InputError(
-                f"the weights of {arm.name} have no positive, finite sum at K = {branches}; give "
-                "others by --weights A,B"
-            )
+    space_of(arm.params).require_finite(arm.params, spec.resolved.num_branches)
     planned = Study.create(url, spec, facts={"of": of})
     planned.plan([plain_arm(spec), uniform_arm(), arm], seeds, variants)
     return planned
@@ -170,20 +162,10 @@ def arm_from(text: str) -> Arm:
 
 
 def at_another_k(arm: Arm, searched_at: int, num_branches: int) -> str:
-    """What (a, b) means at another K, in words; "" where it means the same."""
-    if "a" not in arm.params or searched_at == num_branches:
+    """What an arm's weights mean at another K, in words; "" where they mean the same."""
+    if searched_at == num_branches:
         return ""
-    a, b = arm.params["a"], arm.params["b"]
-    given = LogLinearWeights(a=a, b=b)
-    values = given.values(num_branches)
-    shares = " ".join(f"{value / sum(values):.3g}" for value in values)
-    there, here = (
-        f"w_{k}/w_1 = {given.last_to_first(k):.4g} at K = {k}" for k in (searched_at, num_branches)
-    )
-    return (
-        f"log w_k = {a:.4g} k {'-' if b < 0 else '+'} {abs(b):.4g} is taken literally: {there}, "
-        f"where it was searched, becomes {here}, in shares {shares}"
-    )
+    return space_of(arm.params).at_another_k(arm.params, searched_at, num_branches)
 
 
 def other_budget(study: Study, method: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ LENGTHS, AMPLITUDES, NOISES = (0.2, 10.0), (0.05, 20.0), (1e-3, 2.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
+class Observation:
     """One measured FID.
 
     Attributes:
@@ -50,7 +50,7 @@ class Evaluation:
 
 
 def posterior_means(
-    evaluations: Sequence[Evaluation], points: Sequence[Point] | None = None
+    evaluations: Sequence[Observation], points: Sequence[Point] | None = None
 ) -> list[float]:
     """Posterior mean of the noise-free FID, all groups pooled; deterministic.
 
@@ -83,7 +83,7 @@ def posterior_means(
 
 
 def candidates(
-    evaluations: Sequence[Evaluation],
+    evaluations: Sequence[Observation],
     count: int,
     *,
     taken: Sequence[int] = (),

@@ -6,6 +6,7 @@ Every text from the database is escaped: anyone with write access may have chose
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bdense.weights import space_of
 from search.analysis.comparison import table_rows
 from search.report.markdown import escaped, fenced, markdown_table
 from search.report.overview import Overview
@@ -35,7 +36,8 @@ def trial_note(title: str, result: TrialResult, pictures: Sequence[tuple[str, st
     if result.weights:
         header = [f"w_{k}" for k in range(1, len(result.weights) + 1)]
         lines.append(markdown_table([header, [f"{w:.4g}" for w in result.weights]]))
-    lines.append(escaped(_origin(result.parameters)))
+    if result.parameters:
+        lines.append(escaped(space_of(result.parameters).label(result.parameters)))
     if result.fids:
         rows = [("NFE", "FID"), *((nfe, f"{fid.value:.3f}") for nfe, fid in result.fids.items())]
         lines.append(markdown_table(rows))
@@ -117,16 +119,6 @@ def timings_text(timings: Mapping[str, float]) -> str:
 def changes_text(changes: Sequence[Mapping[str, Any]]) -> list[str]:
     """A line for each setting that was changed."""
     return [f"{c['time']}: {c['key']} from {c['old']} to {c['new']}" for c in changes]
-
-
-def _origin(parameters: Mapping[str, Any]) -> str:
-    """Where the weights come from."""
-    if "rule" in parameters:
-        return f"learned by {parameters['rule']}, strength {parameters['strength']:.4f}"
-    if "a" in parameters:
-        a, b = parameters["a"], parameters["b"]
-        return f"log w_k = a k + b with a = {a:.5f}, b = {b:.5f}"
-    return ", ".join(f"{name} {value}" for name, value in parameters.items())
 
 
 def _paragraphs(lines: Sequence[str]) -> str:

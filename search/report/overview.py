@@ -1,12 +1,12 @@
 """A study as the dashboard's notes and the report show it, read once from the storage."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from search.analysis.comparison import Comparison, comparisons_of, table_rows, teacher_of
-from search.analysis.confirmation import Verdict, verdict
+from search.analysis.confirmation import Verdict, judged_summary
 from search.report.plots import Plot, study_plots
 from search.spec.file import as_yaml
 from search.storage.engine import retrying
@@ -112,11 +112,8 @@ def overview_of(study: Study) -> Overview:
     attributes = retrying(lambda: record.user_attrs)
     now, found, trials = None, None, []
     if study.is_search:
-        now, found = summary.summary_of(study), verdict(study)
+        now, found = judged_summary(study)
         trials = summary.complete_trials(study)
-        if now.best is not None and found is not None and found.ended:
-            is_winner = found.winner.arm.trial == now.best.number
-            now = replace(now, confirmed=is_winner)
     return Overview(
         study=study,
         now=now,

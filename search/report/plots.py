@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bdense.files import atomic_write
-from bdense.weights.spaces import PLAIN, UNIFORM
+from bdense.weights.spaces import PLAIN, UNIFORM, Choice
 from search.analysis.comparison import Comparison
 from search.analysis.confirmation import point_of
-from search.analysis.surrogate import FEWEST, Evaluation, posterior_means
+from search.analysis.surrogate import FEWEST, Observation, posterior_means
 from search.report.markdown import printable
 from search.study.results import MeasuredFID
 from search.study.summary import Measured, Summary
@@ -76,6 +76,8 @@ def fid_over(trials: Sequence[Measured], now: Summary) -> Plot | None:
     axis, *others = placed[0][0]
     groups = {tuple(point[name] for name in others): point for point, _ in placed}
     best = min(trials, key=lambda each: (each.fid, each.number))
+    drawn = now.spec.space.distributions()
+    chosen = [name for name, each in drawn.items() if isinstance(each, Choice)]
 
     def draw(axes: "Axes") -> None:
         for name, baseline in now.baselines.items():
@@ -85,20 +87,20 @@ def fid_over(trials: Sequence[Measured], now: Summary) -> Plot | None:
         for number, (group, example) in enumerate(groups.items()):
             colour = _OTHERS[number % len(_OTHERS)]
             own = [(p, e) for p, e in placed if tuple(p[name] for name in others) == group]
-            words = [str(word) for word in own[0][1].parameters.values() if isinstance(word, str)]
+            words = [str(own[0][1].parameters[name]) for name in chosen]
             x, y = [point[axis] for point, _ in own], [each.fid for _, each in own]
             axes.plot(x, y, "o", color=colour, label=plain(", ".join(["B-DENSE", *words])))
             if len(placed) >= FEWEST and min(x) < max(x):
                 curve = np.linspace(min(x), max(x), _CURVE_POINTS)
                 asked = [{**example, axis: float(at)} for at in curve]
-                measured = [Evaluation(point=p, value=e.fid, group="search") for p, e in placed]
+                measured = [Observation(point=p, value=e.fid, group="search") for p, e in placed]
                 axes.plot(curve, posterior_means(measured, asked), color=colour, linewidth=1.0)
         place = next(point[axis] for point, each in placed if each is best)
         axes.plot(place, best.fid, "o", color=_BEST, label=f"best: trial {best.number}")
         fids = [each.fid for each in trials]
         if min(fids) > 0 and max(fids) / min(fids) > _WIDE:
             axes.set_yscale("log")
-        axes.set_xlabel("slope a of log w_k = a k + b" if axis == "a" else axis)
+        axes.set_xlabel(axis)
         axes.set_ylabel(_fid(best.result.fid))
 
     return Plot(f"fid-over-{axis}", f"FID over {axis}", draw)

@@ -16,7 +16,7 @@ from prometheus_client.registry import Collector
 from sqlalchemy.exc import SQLAlchemyError
 
 from search.storage.leases import LEASE, RELEASED, STATE, TRIALS, database_clock
-from search.storage.queries import Rows
+from search.storage.queries import read_trials, trials_in
 from search.storage.studies import read_studies
 from search.study.arms import Arm, ArmRow
 from search.study.study import ARMS, BASELINES_SUFFIX
@@ -78,7 +78,8 @@ class Studies(Collector):
                 lowest.add_metric([name], study.best)
             if are_baselines and ARMS in study.attributes:
                 arms = [Arm(**each).baseline for each in study.attributes[ARMS]]
-                for row in Rows(self._engine, study.key).of_state(TrialState.COMPLETE, ()):
+                complete = trials_in(TrialState.COMPLETE).where(TRIALS.c.study_id == study.key)
+                for row in read_trials(self._engine, complete, ()):
                     which = arms[ArmRow.of(row.params).arm]
                     labels = [name.removesuffix(BASELINES_SUFFIX), str(which)]
                     baselines.add_metric(labels, row.value or 0.0)

@@ -25,7 +25,7 @@ from search.report.report_html import (
 )
 from search.study.folders import GRID, WEIGHTS_PLOT, pictures, row_folder
 from search.study.study import Study
-from search.study.summary import Measured
+from search.study.summary import Measured, cell
 from search.study.wording import weights_text
 
 PAGE, HTML_PAGE = "report.md", "report.html"
@@ -125,12 +125,11 @@ def _trial_rows(trials: Sequence[Measured]) -> list[tuple[str, ...]]:
     titles = [f"{TIMINGS[name]}, s" for name in timed]
     rows: list[tuple[str, ...]] = [("trial", *names, "FID", *titles, "w_1 .. w_K")]
     for trial in sorted(trials, key=lambda each: each.fid):
-        where = (trial.parameters[name] for name in names)
         seconds = (trial.result.timings.get(name) for name in timed)
         rows.append(
             (
                 str(trial.number),
-                *(f"{each:.3f}" if isinstance(each, float) else str(each) for each in where),
+                *(cell(trial.parameters[name]) for name in names),
                 f"{trial.fid:.3f}",
                 *("-" if each is None else f"{each:.1f}" for each in seconds),
                 weights_text(trial.result.weights),

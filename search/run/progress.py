@@ -12,7 +12,7 @@ from search.study.progress_text import share_done
 from search.study.study import Study
 from search.study.summary import summary_of
 from search.study.wording import duration
-from search.worker.ray_tasks import Progress
+from search.worker.ray_tasks import Preparation
 
 LINE_SECONDS = 10.0
 STEPS = {
@@ -82,7 +82,7 @@ class Display:
         self._last_time = -LINE_SECONDS
         self._last_step = ""
 
-    def preparing(self, message: Progress) -> None:
+    def preparing(self, message: Preparation) -> None:
         """Show a message of a preparing task."""
         now = time.monotonic()
         begun, first = self._step_started.setdefault(message.what, (now, message.done))

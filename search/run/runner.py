@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,13 +22,13 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.exceptions import AuthenticationError
 
 from bdense.errors import InputError
 from search.errors import ClusterLostError, WorkersFailedError
 from search.log import LOG, say
 from search.run.ending import Ending
 from search.run.head import Head, leave_ray
-from search.run.ray_errors import cannot_use
 from search.spec.study import ResourcesSpec, StudySpec
 from search.storage.engine import cache_folder, one_line, runs_folder, without_password
 from search.storage.stop_flags import Launch, is_asked, stopped_error
@@ -35,7 +36,7 @@ from search.study.artifacts import artifacts_place
 from search.study.study import Study
 from search.worker.ray_tasks import (
     TRAJECTORIES,
-    Progress,
+    Preparation,
     WorkerConfig,
     WorkerError,
     prepare_task,
@@ -46,6 +47,7 @@ from search.worker.ray_tasks import (
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum; no large object passes through it
 POLL_SECONDS = 1.0
 JOIN_SECONDS = 60.0  # for a cluster's first worker
+TOKEN = "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH (a file) or RAY_AUTH_TOKEN"
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ def run(
     study: Study,
     *,
     workers: int | None,
-    on_preparing: Callable[[Progress], None],
+    on_preparing: Callable[[Preparation], None],
     on_running: Callable[[], None],
 ) -> None:
     """Run the study's rows on Ray's workers until all have ended.
@@ -267,7 +269,7 @@ def gpus_per_trial(resources: ResourcesSpec) -> float:
 
 
 def _prepare(
-    spec: StudySpec, worker: WorkerConfig, slots: int, tell: Callable[[Progress], None]
+    spec: StudySpec, worker: WorkerConfig, slots: int, tell: Callable[[Preparation], None]
 ) -> None:
     """Teacher and features in one task; trajectories there too, or in one for each slot's GPU."""
     # The GPUs of a trial share its batches; these tasks take one.
@@ -280,7 +282,7 @@ def _prepare(
     together = min(slots, max(_fit_by_machine(spec.resources)))
     threads = spec.teacher.train.threads if spec.teacher.train else 1
     cpus = max(spec.resources.cpus, min(threads, most_cpus))
-    tell(Progress(what="waiting", done=0, total=1))
+    tell(Preparation(what="waiting", done=0, total=1))
     last = _follow([_task(prepare_task, cpus, gpus).remote(worker, together)], tell)
     if last is not None and last.what == TRAJECTORIES and last.done < last.total:
         record, parts = _task(record_task, spec.resources.cpus / team, gpus), slots * team
@@ -292,14 +294,14 @@ def _task(function: Callable[..., Any], cpus: float, gpus: float) -> Any:  # noq
     return ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=2)(function)
 
 
-def _follow(streams: Sequence[Any], tell: Callable[[Progress], None]) -> Progress | None:
+def _follow(streams: Sequence[Any], tell: Callable[[Preparation], None]) -> Preparation | None:
     """Pass on the messages of tasks until all have ended; the first error ends the launch.
 
     Returns:
         The last message.
     """
     waiting: list[Any] = list(streams)
-    last: Progress | None = None
+    last: Preparation | None = None
     while waiting:
         ready: list[Any] = ray.wait(waiting, num_returns=1, fetch_local=False)[0]
         for stream in ready:
@@ -373,3 +375,27 @@ def _every_second(call: Callable[[], None]) -> Iterator[None]:
     finally:
         stop.set()
         thread.join(timeout=5)
+
+
+def cannot_use(error: Exception) -> InputError:
+    """The error for the user, made from what ``ray.init`` raised."""
+    address = os.environ.get("RAY_ADDRESS")
+    where = address or "this machine"
+    said = " ".join(str(error).split())
+    if _is_refused(error):
+        return InputError(
+            f"Ray at {where} asks for a token, and the one here is missing or wrong; set {TOKEN}, "
+            "to the same as on its head"
+        )
+    advice = "check RAY_ADDRESS, or unset it" if address else "see Ray's own logs"
+    if "version mismatch" in said.lower():
+        advice = "install the cluster's versions of Ray and Python here"
+    return InputError(f"Ray cannot be used at {where}: {said}; {advice}")
+
+
+def _is_refused(error: Exception) -> bool:
+    """Whether the token was refused; Ray names that only in a cause of its error."""
+    if isinstance(error, AuthenticationError):
+        return True
+    text = "".join(traceback.format_exception(error))
+    return "AuthenticationError" in text or "InvalidAuthToken" in text

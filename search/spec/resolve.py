@@ -3,6 +3,7 @@
 It fills in the method's defaults, and the facts that others need without torch.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -65,18 +66,19 @@ def filled_in(spec: StudySpec) -> StudySpec:
         return found
 
 
-def architecture(spec: StudySpec) -> dict[str, Any]:
-    """The teacher's network as ``build_denoiser`` takes it, without a download.
+def describe_teacher(spec: StudySpec) -> tuple[dict[str, Any], Mapping[str, Any]]:
+    """The teacher's network as ``build_denoiser`` takes it, and its metadata, without a download.
 
     Raises:
         InputError: The teacher's file cannot be read, or the network does not fit the data.
     """
     name = spec.teacher.checkpoint
-    if name is not None:
-        if (published := PUBLIC_MODELS.get(name)) is not None:
-            return dict(published.architecture)
-        return load_model(name)[0].describe()
-    return _untrained(spec).describe()
+    if name is None:
+        return _untrained(spec).describe(), {}
+    if (published := PUBLIC_MODELS.get(name)) is not None:
+        return dict(published.architecture), {}
+    teacher, known = load_model(name)
+    return teacher.describe(), known
 
 
 def _untrained(spec: StudySpec) -> NetworkDenoiser:
@@ -133,13 +135,13 @@ def teacher_config(training: TeacherTraining) -> TeacherConfig:
 
 def _with_teacher(spec: StudySpec) -> StudySpec:
     """The facts, given the teacher's network, which the method may refuse."""
-    made = None if spec.teacher.train is not None else architecture(spec)
+    described, known = describe_teacher(spec)
     with torch.device("meta"):
-        teacher = _untrained(spec) if made is None else build_denoiser(made)
+        teacher = build_denoiser(described)
         teacher.execution = execution(spec)
         method = METHODS[spec.method.name]()
         try:
-            method.check(method.Config.read(spec.method.options), teacher, {})
+            method.check(method.Config.read(spec.method.options), teacher, known)
         except InputError as error:
             raise SpecError.under("method", error) from error
         return _with_facts(spec, teacher)
@@ -171,10 +173,10 @@ def _check_weights(spec: StudySpec) -> None:
         return
     space = spec.space
     space.check(spec.resolved.num_branches)
-    if spec.resources.compile and "gradient-norm" in getattr(space, "rules", ()):
+    if spec.resources.compile and space.needs_gradients:
         raise InputError(
-            "weights.rules: gradient-norm reads the features inside the network, which "
-            "resources.compile hides; drop one of the two"
+            f"weights: {space.name} weights by the norms of the branches' gradients read the "
+            "features inside the network, which resources.compile hides; drop one of the two"
         )
     if space.is_one_point and spec.search.trials > 1:
         raise InputError(

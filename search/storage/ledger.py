@@ -4,9 +4,9 @@ Any number of processes share a study's budget through the database. ``Ledger.cl
 the trial of a dead worker before it starts a new one. Only the holder of a trial's lease may
 finish it, and its first result stays.
 
-Uses Optuna's semi-private calls, as ``search.storage.verdicts`` does: a ``Trial`` made from its
-key, ``_suggest``, ``_storage`` and ``_trial_id``. The ledger's contract suite covers them, and
-pyproject.toml pins Optuna's minor version.
+Uses Optuna's semi-private calls, as ``search.storage.pruner_decisions`` does: a ``Trial`` made
+from its key, ``_suggest``, ``_storage`` and ``_trial_id``. The ledger's contract suite covers
+them, and pyproject.toml pins Optuna's minor version.
 """
 
 import logging
@@ -165,7 +165,7 @@ class Ledger(LedgerReader):
         over = (*again, NOT_COUNTED)
 
         def add(_: sa.Connection) -> bool:
-            known = self._rows.asked()
+            known = self._asked_and_why()
             if any(asked == params and reason not in over for asked, reason in known):
                 return False
             self.study.enqueue_trial(dict(params), dict(attrs))
@@ -203,7 +203,7 @@ class Ledger(LedgerReader):
 
     def resize(self) -> None:
         """Set the budget to the number of planned trials."""
-        self._locked(lambda _: self.study.set_user_attr("budget", self._rows.count()))
+        self._locked(lambda _: self.study.set_user_attr("budget", len(self._asked_and_why())))
 
     def claim(
         self,

@@ -7,7 +7,7 @@ import functools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -117,7 +117,7 @@ class LedgerReader:
         self.study = study
         self.ttl = float(attributes.get("ttl", DEFAULT_TTL_SECONDS))
         self._leases = Leases(storage.engine, study._study_id, self.ttl)
-        self._rows = Rows(storage.engine, study._study_id)
+        self._mine = TRIALS.c.study_id == study._study_id
 
     @classmethod
     def open_reading(cls, url: str, study_name: str) -> Self:
@@ -196,85 +196,61 @@ class LedgerReader:
             state: Optuna's state.
             keys: Attributes to read, which are most of the cost; None for all.
         """
-        return retrying(partial(self._rows.of_state, state, keys))
+        query = trials_in(state).where(self._mine).order_by(TRIALS.c.number)
+        return self._read(query, keys)
 
     def asked(self) -> list[dict[str, Any]]:
         """Parameters of each trial, by number: planned ones, else suggested ones."""
-        return [params for params, _ in retrying(self._rows.asked)]
+        return [params for params, _ in retrying(self._asked_and_why)]
 
     def complete_values(self) -> dict[int, float]:
         """Number -> value of each complete trial."""
-        return retrying(self._rows.complete)
+        return {row.number: _value(row) for row in retrying(partial(self._rows, self._complete()))}
 
     def ranked_after(self, rank: int, most: int, also: int) -> list[int]:
         """Complete trials after the ``rank`` best, best first: at most ``most``, and ``also``."""
-        return retrying(partial(self._rows.ranked_after, rank, most, also))
-
-    def ended(self) -> list[int]:
-        """Numbers of trials that will not run again."""
-        return retrying(self._rows.ended)
-
-    def best(self) -> StoredTrial | None:
-        """The complete trial of lowest value, the first of equal ones; None without any."""
-        return retrying(self._rows.best)
-
-    def differing_versions(self) -> list[str]:
-        """A line for each package of which trials used several versions."""
-        return retrying(self._rows.differing_versions)
-
-
-class Rows:
-    """Queries for the trials of one study; an error of the database is not retried.
-
-    Args:
-        engine: The study's database.
-        study_id: Optuna's key of the study.
-    """
-
-    def __init__(self, engine: sa.Engine, study_id: int) -> None:
-        self._engine = engine
-        self._mine = TRIALS.c.study_id == study_id
-
-    def of_state(
-        self, state: TrialState, keys: Collection[str] | None = None
-    ) -> list[StoredTrial]:
-        """See ``LedgerReader.rows``."""
-        return self._read(_select(state).where(self._mine).order_by(TRIALS.c.number), keys)
-
-    def best(self) -> StoredTrial | None:
-        """See ``LedgerReader.best``."""
-        found = self._read(self._complete().order_by(*_BEST_FIRST).limit(1))
-        return found[0] if found else None
-
-    def complete(self) -> dict[int, float]:
-        """See ``LedgerReader.complete_values``."""
-        with self._engine.connect() as connection:
-            return {row.number: _value(row) for row in connection.execute(self._complete())}
-
-    def ranked_after(self, rank: int, most: int, also: int) -> list[int]:
-        """See ``LedgerReader.ranked_after``."""
         place = sa.func.row_number().over(order_by=_BEST_FIRST).label("place")
         ranked = self._complete().add_columns(place).subquery()
         wanted = sa.or_(ranked.c.place <= rank + most, ranked.c.number == also)
-        return self._numbers(
-            sa.select(ranked.c.number)
-            .where(ranked.c.place > rank, wanted)
-            .order_by(ranked.c.place)
-        )
+        query = sa.select(ranked.c.number).where(ranked.c.place > rank, wanted)
+        return self._numbers(query.order_by(ranked.c.place))
 
     def ended(self) -> list[int]:
-        """See ``LedgerReader.ended``."""
+        """Numbers of trials that will not run again."""
         return self._numbers(sa.select(TRIALS.c.number).where(self._mine, STATE.in_(_ENDED)))
 
-    def count(self) -> int:
-        """Trials in any state, planned ones included."""
-        (count,) = self._numbers(sa.select(sa.func.count()).select_from(TRIALS).where(self._mine))
-        return count
+    def best(self) -> StoredTrial | None:
+        """The complete trial of lowest value, the first of equal ones; None without any."""
+        found = self._read(self._complete().order_by(*_BEST_FIRST).limit(1))
+        return found[0] if found else None
 
-    def asked(self) -> list[tuple[dict[str, Any], str | None]]:
+    def differing_versions(self) -> list[str]:
+        """A line for each package of which trials used several versions."""
+        first = sa.func.min(TRIALS.c.number).label("first")
+        query = (
+            self._of_mine(USER_ATTRIBUTES, USER_ATTRIBUTES.c.key == "versions")
+            .with_only_columns(
+                USER_ATTRIBUTES.c.value_json, first, sa.func.count().label("trials")
+            )
+            .group_by(USER_ATTRIBUTES.c.value_json)
+            .order_by(first)
+        )
+        counted: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
+        for row in retrying(partial(self._rows, query)):
+            for package, version in json.loads(row.value_json).items():
+                counted[package][version] += row.trials
+        return [
+            f"{package} differs between trials: "
+            + ", ".join(f"{version} in {number}" for version, number in versions.items())
+            for package, versions in counted.items()
+            if len(versions) > 1
+        ]
+
+    def _asked_and_why(self) -> list[tuple[dict[str, Any], str | None]]:
         """Parameters of each trial, planned or suggested, and why it failed, if it did.
 
-        A row that counts nowhere has the reason ``NOT_COUNTED``.
+        A row that counts nowhere has the reason ``NOT_COUNTED``. An error of the database is not
+        retried, so that it can be called under the study's lock.
         """
         keys_of_reasons = ("reason", OUT_OF_BOUNDS, SURPLUS)
         reasons = self._of_mine(USER_ATTRIBUTES, USER_ATTRIBUTES.c.key.in_(keys_of_reasons))
@@ -283,7 +259,7 @@ class Rows:
             SYSTEM_ATTRIBUTES.c.trial_id == TRIALS.c.trial_id, SYSTEM_ATTRIBUTES.c.key == FIXED
         )
         ids = sa.select(TRIALS.c.trial_id).where(self._mine).order_by(TRIALS.c.number)
-        with self._engine.connect() as connection:
+        with self.storage.engine.connect() as connection:
             keys = list(connection.execute(ids).scalars())
             fixed = {key: each[FIXED] for key, each in _attributes(connection, planned).items()}
             suggested = _params(connection, self._of_mine(PARAMS, ~has_plan))
@@ -293,63 +269,8 @@ class Rows:
             for key in keys
         ]
 
-    def differing_versions(self) -> list[str]:
-        """See ``LedgerReader.differing_versions``."""
-        first, trials = (
-            sa.func.min(TRIALS.c.number).label("first"),
-            sa.func.count().label("trials"),
-        )
-        query = (
-            self._of_mine(USER_ATTRIBUTES, USER_ATTRIBUTES.c.key == "versions")
-            .with_only_columns(USER_ATTRIBUTES.c.value_json, first, trials)
-            .group_by(USER_ATTRIBUTES.c.value_json)
-            .order_by(first)
-        )
-        counted: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
-        with self._engine.connect() as connection:
-            for row in connection.execute(query):
-                for package, version in json.loads(row.value_json).items():
-                    counted[package][version] += row.trials
-        return [
-            f"{package} differs between trials: "
-            + ", ".join(f"{version} in {number}" for version, number in versions.items())
-            for package, versions in counted.items()
-            if len(versions) > 1
-        ]
-
     def _complete(self) -> sa.Select[Any]:
-        return _select(TrialState.COMPLETE).where(self._mine)
-
-    def _numbers(self, query: sa.Select[Any]) -> list[int]:
-        with self._engine.connect() as connection:
-            return list(connection.execute(query).scalars())
-
-    def _read(
-        self, query: sa.Select[Any], keys: Collection[str] | None = None
-    ) -> list[StoredTrial]:
-        """The trials that ``query`` finds; they are finished, so nothing of them changes."""
-        chosen = query.with_only_columns(TRIALS.c.trial_id, maintain_column_froms=True).subquery()
-        with self._engine.connect() as connection:
-            found = list(connection.execute(query))
-            if not found:
-                return []
-            # By key for one trial, else by the same query: a list may be too long for SQL.
-            which: Any = [found[0].trial_id] if len(found) == 1 else sa.select(chosen.c.trial_id)
-            stored = sa.select(USER_ATTRIBUTES).where(USER_ATTRIBUTES.c.trial_id.in_(which))
-            if keys is not None:
-                stored = stored.where(USER_ATTRIBUTES.c.key.in_(keys))
-            wants_none = keys is not None and not keys
-            attributes = {} if wants_none else _attributes(connection, stored)
-            params = _params(connection, sa.select(PARAMS).where(PARAMS.c.trial_id.in_(which)))
-        return [
-            StoredTrial(
-                number=row.number,
-                value=_value(row),
-                params=params.get(row.trial_id, {}),
-                user_attrs=attributes.get(row.trial_id, {}),
-            )
-            for row in found
-        ]
+        return trials_in(TrialState.COMPLETE).where(self._mine)
 
     def _of_mine(self, table: sa.TableClause, *where: sa.ColumnElement[bool]) -> sa.Select[Any]:
         """Rows of a table that refers to this study's trials."""
@@ -359,6 +280,52 @@ class Rows:
             .where(self._mine, *where)
         )
 
+    def _rows(self, query: sa.Select[Any]) -> Sequence[sa.Row[Any]]:
+        with self.storage.engine.connect() as connection:
+            return connection.execute(query).all()
+
+    def _numbers(self, query: sa.Select[Any]) -> list[int]:
+        return [number for (number,) in retrying(partial(self._rows, query))]
+
+    def _read(
+        self, query: sa.Select[Any], keys: Collection[str] | None = None
+    ) -> list[StoredTrial]:
+        return retrying(partial(read_trials, self.storage.engine, query, keys))
+
+
+def read_trials(
+    engine: sa.Engine, query: sa.Select[Any], keys: Collection[str] | None = None
+) -> list[StoredTrial]:
+    """The trials that a query of ``trials_in`` finds, which have ended: nothing of them changes.
+
+    Args:
+        engine: Their database.
+        query: From ``trials_in``.
+        keys: Attributes to read; None for all.
+    """
+    chosen = query.with_only_columns(TRIALS.c.trial_id, maintain_column_froms=True).subquery()
+    with engine.connect() as connection:
+        found = list(connection.execute(query))
+        if not found:
+            return []
+        # By key for one trial, else by the same query: a list may be too long for SQL.
+        which: Any = [found[0].trial_id] if len(found) == 1 else sa.select(chosen.c.trial_id)
+        stored = sa.select(USER_ATTRIBUTES).where(USER_ATTRIBUTES.c.trial_id.in_(which))
+        if keys is not None:
+            stored = stored.where(USER_ATTRIBUTES.c.key.in_(keys))
+        wants_none = keys is not None and not keys
+        attributes = {} if wants_none else _attributes(connection, stored)
+        params = _params(connection, sa.select(PARAMS).where(PARAMS.c.trial_id.in_(which)))
+    return [
+        StoredTrial(
+            number=row.number,
+            value=_value(row),
+            params=params.get(row.trial_id, {}),
+            user_attrs=attributes.get(row.trial_id, {}),
+        )
+        for row in found
+    ]
+
 
 def asked_of(trial: FrozenTrial) -> dict[str, Any]:
     """A trial's parameters; Optuna stores those of a waiting trial elsewhere."""
@@ -366,8 +333,8 @@ def asked_of(trial: FrozenTrial) -> dict[str, Any]:
     return asked
 
 
-def _select(state: TrialState) -> sa.Select[Any]:
-    """Key, number and value of the trials in a state."""
+def trials_in(state: TrialState) -> sa.Select[Any]:
+    """A query for key, number and value of the trials in a state, of all studies."""
     value = sa.and_(VALUES.c.trial_id == TRIALS.c.trial_id, VALUES.c.objective == 0)
     return (
         sa.select(TRIALS.c.trial_id, TRIALS.c.number, VALUES.c.value, KIND_OF_VALUE.label("kind"))

@@ -35,6 +35,11 @@ def named_file(name: str) -> Path:
     return runs_folder() / name
 
 
+def grid_name(stage: str) -> str:
+    """The file name of a stage's sample grid; of a method with one stage ``stage`` is empty."""
+    return f"{stage}-{GRID}" if stage else GRID
+
+
 def pictures(folder: Path) -> list[Path]:
     """A row's pictures: sample grids, of several stages the last first, and its weights' plot."""
     found = [folder / GRID, *sorted(folder.glob(f"*-{GRID}")), folder / WEIGHTS_PLOT]

@@ -8,7 +8,7 @@ import logging
 import re
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from search.storage.ledger import Ledger
@@ -23,7 +23,7 @@ KEPT = "kept_students"  # the study's attribute: numbers of trials
 _log = logging.getLogger(__name__)
 
 _ASIDE = re.compile(r"\d{5,}\.[0-9a-f]{8}")  # as search.worker.result moves folders aside
-# An unfinished file that is older belongs to a dead worker.
+UNFINISHED_FILE = ".*.partial"  # as bdense.files names it
 ABANDONED_SECONDS = 3600.0
 # Ranks after the best that are cleaned when a trial ends: more than trials that end at once.
 _MARGIN = 64
@@ -46,14 +46,32 @@ def keep_too(ledger: Ledger, numbers: Iterable[int]) -> list[int]:
 def clean_students(ledger: Ledger, keep: int) -> int:
     """Delete every student of a search that is not to be kept; bytes freed."""
     name, values = ledger.study.study_name, ledger.complete_values()
-    ranked = sorted(values, key=lambda number: (values[number], number))
-    gone = set(ranked[keep:]) - _named(ledger)
+    gone = values.keys() - kept_students(ledger, values, keep)
     return sum(_delete(student_files(row_folder(name, number))) for number in gone)
+
+
+def kept_students(ledger: Ledger, values: Mapping[int, float], keep: int) -> set[int]:
+    """Trials of a search whose students stay: the best ``keep`` by value, and the named ones."""
+    ranked = sorted(values, key=lambda number: (values[number], number))
+    return {*ranked[:keep], *_named(ledger)}
 
 
 def drop_checkpoints(folder: Path) -> int:
     """Delete the checkpoint of a row that has ended; bytes freed."""
-    return _delete([folder / CHECKPOINT, *folder.glob(f"*{UNFINISHED_ROUND}")])
+    return _delete(checkpoints(folder))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """A row's checkpoints: of its training, and of a round that is not finished."""
+    return [*folder.glob(CHECKPOINT), *folder.glob(f"*{UNFINISHED_ROUND}")]
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether an unfinished file is so old that its worker must be dead."""
+    try:
+        return path.is_file() and time.time() - path.stat().st_mtime > ABANDONED_SECONDS
+    except FileNotFoundError:  # it was finished meanwhile
+        return False
 
 
 def clean_checkpoints(ledger: Ledger) -> int:
@@ -68,9 +86,7 @@ def clean_checkpoints(ledger: Ledger) -> int:
             freed += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
             shutil.rmtree(folder)
         else:
-            old = time.time() - ABANDONED_SECONDS
-            partial = (path for path in folder.glob(".*.partial") if path.is_file())
-            freed += _delete(path for path in partial if path.stat().st_mtime < old)
+            freed += _delete(filter(is_abandoned, folder.glob(UNFINISHED_FILE)))
     return freed
 
 

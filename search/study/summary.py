@@ -6,7 +6,7 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from bdense.weights.spaces import PLAIN, UNIFORM
+from bdense.weights.spaces import BASELINE, PLAIN, UNIFORM
 from search.spec.study import StudySpec
 from search.storage.engine import redact, retrying
 from search.storage.leases import SURPLUS
@@ -171,29 +171,31 @@ def table(now: Summary) -> str:
 
 def table_rows(now: Summary) -> list[tuple[str, ...]]:
     """A header, then baselines and the best trial, as cells."""
-    names = tuple(now.spec.space.distributions())
-    parameters = tuple(now.best.parameters) if now.best is not None else names
-    header = ("", "FID", f"vs plain {now.spec.resolved.title}", *parameters, "w_1 .. w_K")
-    rows: list[tuple[str, ...]] = [header]
-    shown = [(each.label, each) for each in now.baselines.values()]
-    if now.best is not None:
-        shown.append((f"best of {now.counts.complete} (trial {now.best.number})", now.best))
-    for title, each in shown:
-        is_plain = now.plain is not None and each is now.plain
-        cells = [_cell(each, name, is_plain) for name in parameters]
-        weights = "end point alone" if is_plain else weights_text(each.result.weights)
-        rows.append((title, f"{each.fid:.3f}", _gain(each, now.plain), *cells, weights))
+    space, plain, best = now.spec.space, now.plain, now.best
+    names = tuple(space.distributions() if best is None else best.parameters)
+    rows = [("", "FID", f"vs plain {now.spec.resolved.title}", *names, "w_1 .. w_K")]
+    shown = []
+    for name, each in now.baselines.items():
+        at = space.coordinates({BASELINE: name})
+        shown.append(
+            (each.label, each, {} if at is None else dict(zip(space.axes, at, strict=True)))
+        )
+    if best is not None:
+        shown.append(
+            (f"best of {now.counts.complete} (trial {best.number})", best, best.parameters)
+        )
+    for title, each, parameters in shown:
+        cells = [cell(parameters.get(name)) for name in names]
+        weights = "end point alone" if each is plain else weights_text(each.result.weights)
+        rows.append((title, f"{each.fid:.3f}", _gain(each, plain), *cells, weights))
     return rows
 
 
-def _cell(each: Measured, name: str, is_plain: bool) -> str:
-    value = each.parameters.get(name)
-    if isinstance(value, float):
-        return f"{value:.3f}"
-    if value is not None:
-        return str(value)
-    # Uniform weights are a = b = 0, and any rule at strength 0.
-    return "-" if is_plain else {"rule": "any"}.get(name, "0")
+def cell(value: object) -> str:
+    """A parameter in a table; ``-`` for one that a row does not have."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def remarks(now: Summary) -> list[str]:

@@ -4,72 +4,39 @@ import argparse
 import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bdense.command import Verbs
 from bdense.errors import InputError
+from bdense.knobs import from_options
 from search.storage.engine import cache_folder, retrying
-from search.verbs.common import numbers, open_study, study_verb
-
-if TYPE_CHECKING:
-    from search.storage.ledger import Ledger
-    from search.study.study import Study
+from search.storage.ledger import Ledger
+from search.storage.stop_flags import held
+from search.study.folders import row_folder
+from search.study.retention import clean_checkpoints, clean_students, keep_too, student_files
+from search.study.study import TRAJECTORIES, Study
+from search.verbs.common import open_study
+from search.verbs.options import CleanOptions
 
 _MIB = 2**20
 
 
-def add_clean(verbs: Verbs) -> None:
-    """``clean`` and its options."""
-    parser = study_verb(
-        verbs,
-        "clean",
-        "delete a study's recorded trajectories, which a later launch records again, or what the "
-        "options name instead; of every trial its result, log and pictures stay, some 0.3 MB",
-        "bdense-search clean digits-nfe2 --checkpoints --students",
-        _clean,
-    )
-    parser.add_argument(
-        "--checkpoints",
-        action="store_true",
-        help="delete instead: checkpoints of trials that have ended, files begun by workers that "
-        "died, and folders of other studies that were moved aside (00003.1f2e3d4c)",
-    )
-    parser.add_argument(
-        "--students",
-        action="store_true",
-        help="delete instead: students of a search but for its best (keep_students of the study's "
-        "file), the candidates of its confirmation, and those that --keep named",
-    )
-    parser.add_argument(
-        "--keep",
-        metavar="N",
-        type=numbers,
-        help="never delete the students of these trials, by number, as in 3,7; deletes nothing "
-        "itself",
-    )
-
-
-def _clean(options: argparse.Namespace) -> None:
-    from search.study.retention import clean_checkpoints, clean_students
-
-    record = open_study(options)
-    if options.keep:
-        _keep(record, options.keep)
-    if options.checkpoints:
+def clean(options: argparse.Namespace) -> None:
+    """Delete it, and print how much that was."""
+    record, asked = open_study(options), from_options(CleanOptions, options)
+    if asked.keep:
+        _keep(record, asked.keep)
+    if asked.checkpoints:
         freed = sum(map(clean_checkpoints, record.ledgers))
         print(f"{freed / _MIB:.1f} MiB of checkpoints and leftovers deleted")
-    if options.students:
+    if asked.students:
         keep = record.spec.keep_students
         freed = clean_students(_search(record, "--students"), keep)
         print(f"{freed / _MIB:.1f} MiB of students deleted; the best {keep} stay")
-    if not (options.keep or options.checkpoints or options.students):
+    if not (asked.keep or asked.checkpoints or asked.students):
         _trajectories(record)
 
 
-def _keep(record: "Study", asked: list[int]) -> None:
-    from search.study.folders import row_folder
-    from search.study.retention import keep_too, student_files
-
+def _keep(record: Study, asked: Collection[int]) -> None:
     ledger = _search(record, "--keep")
     there = [n for n in asked if student_files(row_folder(record.name, n))]
     running = {row.number for row in ledger.running()}
@@ -83,7 +50,7 @@ def _keep(record: "Study", asked: list[int]) -> None:
     print(f"students of trials {', '.join(map(str, kept))} of {record.name} stay")
 
 
-def _search(study: "Study", option: str) -> "Ledger":
+def _search(study: Study, option: str) -> Ledger:
     if study.trials is None:
         raise InputError(
             f"{option} applies to a search: the students of given arms all stay, as `export` and "
@@ -92,10 +59,7 @@ def _search(study: "Study", option: str) -> "Ledger":
     return study.trials
 
 
-def _trajectories(record: "Study") -> None:
-    from search.storage.stop_flags import held
-    from search.study.study import TRAJECTORIES
-
+def _trajectories(record: Study) -> None:
     if working := held(record.ledgers):
         raise InputError(
             f"{working} trials of {record.name} are worked on and read its trajectories; end them "
@@ -126,14 +90,11 @@ def _folders(stored: Any) -> list[Path]:  # noqa: ANN401  JSON, or None where no
     return [Path(each) for each in named if isinstance(each, str)]
 
 
-def _refuse_readers(record: "Study", folders: Collection[Path]) -> None:
+def _refuse_readers(record: Study, folders: Collection[Path]) -> None:
     """Refuse to delete trajectories that workers of another study of this storage read.
 
     Studies of one teacher, grid and seed share them.
     """
-    from search.storage.stop_flags import held
-    from search.study.study import TRAJECTORIES, Study
-
     own = {ledger.study.study_name for ledger in record.ledgers}
     for other in retrying(record.ledgers[0].storage.get_all_studies):
         shared = [each for each in _folders(other.user_attrs.get(TRAJECTORIES)) if each in folders]

@@ -3,50 +3,25 @@
 import argparse
 import json
 
-from bdense.command import Verbs
 from bdense.errors import BdenseError
-from search.storage.engine import redact, resolve_storage_url
-from search.verbs.common import storage_verb, study_name
+from bdense.knobs import from_options
+from search.doctor import examine
+from search.storage.engine import redact
+from search.verbs.common import storage_url, study_name
+from search.verbs.options import DoctorOptions
 
 
-def add_doctor(verbs: Verbs) -> None:
-    """``doctor`` and its options."""
-    parser = storage_verb(
-        verbs,
-        "doctor",
-        "look for what is wrong with this machine, the storage and its studies",
-        "bdense-search doctor digits-nfe2 --fix",
-        _doctor,
-    )
-    parser.add_argument(
-        "study",
-        metavar="STUDY",
-        nargs="?",
-        help="look at this study's rows and files alone: its name or YAML file (default: all)",
-    )
-    parser.add_argument(
-        "--fix",
-        action="store_true",
-        help="mend what is safe: free what dead workers hold, delete what finished rows left "
-        "behind; never a trial, a result or a student",
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one object: storage, ok, findings"
-    )
-
-
-def _doctor(options: argparse.Namespace) -> None:
-    from search.doctor import examine
-
-    url = resolve_storage_url(options.storage)
-    name = None if options.study is None else study_name(options.study)
+def doctor(options: argparse.Namespace) -> None:
+    """Print the findings; fail if problems are left."""
+    url, asked = storage_url(options), from_options(DoctorOptions, options)
+    name = None if asked.study is None else study_name(asked.study)
     findings = []
-    for finding in examine(url, name, fix=options.fix):
+    for finding in examine(url, name, fix=asked.fix):
         findings.append(finding)
-        if not options.json:
+        if not asked.json:
             print(finding.line(), flush=True)
     problems = sum(finding.level == "problem" for finding in findings)
-    if options.json:
+    if asked.json:
         shown = [finding.as_dict() for finding in findings]
         answer = {"storage": redact(url), "ok": not problems, "findings": shown}
         print(json.dumps(answer))

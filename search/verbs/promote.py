@@ -5,113 +5,49 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bdense.command import Verbs
 from bdense.errors import InputError
 from bdense.files import require_new
-from search.storage.engine import runs_folder
-from search.verbs.common import (
-    add_workers,
-    numbers,
-    open_search,
-    positives,
-    show_rows,
-    storage_verb,
-    thousands,
+from bdense.knobs import from_options
+from search.analysis.comparison import comparisons_of, table_rows, teacher_of
+from search.analysis.confirmation import CONFIRM_SUFFIX, confirmed_arm
+from search.analysis.plans import (
+    PROMOTE_SUFFIX,
+    arm_from,
+    at_another_k,
+    differing,
+    fresh_seeds,
+    other_budget,
+    plan_promotion,
+    seeds_of,
 )
-
-if TYPE_CHECKING:
-    from search.spec.study import StudySpec
-    from search.study.arms import Arm
-    from search.study.study import Study
-
-FRESH_SEEDS = 3
-
-
-def add_promote(verbs: Verbs) -> None:
-    """``promote`` and its options."""
-    parser = storage_verb(
-        verbs,
-        "promote",
-        "train a study's confirmed weights again beside its baselines, and export the model",
-        "bdense-search promote digits-nfe2 --to studies/promote-digits.yaml",
-        _promote,
-    )
-    parser.add_argument("study", metavar="STUDY", help="a search's name or its YAML file")
-    parser.add_argument(
-        "--to",
-        metavar="STUDY2.yaml",
-        type=Path,
-        help="a study of given arms, of any method, under whose conditions, seeds and name they "
-        "are trained (default: the search's own method, under fresh seeds)",
-    )
-    parser.add_argument(
-        "--weights",
-        metavar="A,B",
-        help="weights to promote, log w_k = a k + b (default: the study's confirmed winner); "
-        "where A is negative, --weights=A,B",
-    )
-    parser.add_argument(
-        "--seeds",
-        metavar="N",
-        type=numbers,
-        help="number of seeds, or with --to the seeds themselves, as in 0,1,2 (default: the "
-        f"file's; {FRESH_SEEDS} fresh ones without --to)",
-    )
-    parser.add_argument(
-        "--nfe",
-        metavar="N",
-        type=positives,
-        help="network evaluations an image, as in 2,3: a model for each (default: the method's)",
-    )
-    parser.add_argument(
-        "--kimg",
-        metavar="X",
-        type=thousands,
-        help="training length of each student in thousands of images (default: confirm.method "
-        "of the study, else the method's own)",
-    )
-    parser.add_argument(
-        "--out",
-        metavar="DIR",
-        type=Path,
-        help="model folder to write (default: one in the run's folder)",
-    )
-    add_workers(parser)
-    parser.add_argument(
-        "-n",
-        "--dry-run",
-        action="store_true",
-        help="print the resolved study, its fingerprint and its cost; start nothing",
-    )
+from search.export import arm_row, export_trial, is_current, is_of, put_aside
+from search.run.launch import run_rows
+from search.spec.file import read_spec, require_variants
+from search.spec.study import ArmsPlan, StudySpec
+from search.storage.engine import runs_folder
+from search.study.arms import Arm, given_arms
+from search.study.study import Study
+from search.study.summary import headline
+from search.study.wording import align
+from search.verbs.common import open_search, show_rows, use_workers
+from search.verbs.launch import dry_run
+from search.verbs.options import FRESH_SEEDS, DryRun, PromoteOptions
 
 
-def _promote(options: argparse.Namespace) -> None:
-    from search.analysis.comparison import comparisons_of, table_rows, teacher_of
-    from search.analysis.confirmation import confirmed_arm
-    from search.analysis.plans import (
-        arm_from,
-        at_another_k,
-        differing,
-        other_budget,
-        plan_promotion,
-    )
-    from search.export import is_of
-    from search.run.gpus import use_gpus
-    from search.run.launch import run_rows
-    from search.spec.file import require_variants
-    from search.study.wording import align
-
-    use_gpus(options.gpus)
-    study = open_search(options)
+def promote(arguments: argparse.Namespace) -> None:
+    """Run the promotion, print its figures and export the model."""
+    workers, options = use_workers(arguments), from_options(PromoteOptions, arguments)
+    study = open_search(arguments)
     spec = _spec(options, study)
     asked = _asked(options, study, spec)
     variants = [differing(spec, each) for each in asked]
     require_variants(spec, variants)
     seeds = _seeds(options, study, spec)
-    if options.dry_run:
-        _dry_run(options, study, spec, seeds, variants)
+    if from_options(DryRun, arguments).dry_run:
+        plan = _plan(options, study, spec, seeds, variants)
+        dry_run(replace(spec, plan=plan), workers)
         return
     folders = [_folder(options, spec, each, len(asked)) for each in asked]
     for folder in folders if options.out is not None else ():
@@ -125,7 +61,7 @@ def _promote(options: argparse.Namespace) -> None:
     planned = plan_promotion(study.url, spec, arm, of=study.name, seeds=seeds, variants=variants)
     if remark:
         print(remark, flush=True)
-    run_rows(planned, options.workers)
+    run_rows(planned, workers)
     show_rows(planned)
     if shown := comparisons_of(planned):
         print(*align(table_rows(shown, teacher_of(planned))), shown[0].conditions_line(), sep="\n")
@@ -133,12 +69,8 @@ def _promote(options: argparse.Namespace) -> None:
         _hand_over(planned, folder, arm, variant)
 
 
-def _spec(options: argparse.Namespace, study: "Study") -> "StudySpec":
+def _spec(options: PromoteOptions, study: Study) -> StudySpec:
     """The study of given arms to run: that of --to, else one under the search's conditions."""
-    from search.analysis.plans import PROMOTE_SUFFIX
-    from search.spec.file import read_spec
-    from search.study.arms import given_arms
-
     if options.to is None:
         return given_arms(study.spec, study.name + PROMOTE_SUFFIX)
     spec = read_spec(options.to)
@@ -150,7 +82,7 @@ def _spec(options: argparse.Namespace, study: "Study") -> "StudySpec":
     return spec
 
 
-def _asked(options: argparse.Namespace, study: "Study", spec: "StudySpec") -> list[dict[str, Any]]:
+def _asked(options: PromoteOptions, study: Study, spec: StudySpec) -> list[dict[str, Any]]:
     """Settings of the method: the variants of --to or the search's ``confirm``, with options."""
     named = [study.spec.confirm.method] if options.to is None else spec.given.variants
     asked = [dict(each) for each in named]
@@ -161,13 +93,10 @@ def _asked(options: argparse.Namespace, study: "Study", spec: "StudySpec") -> li
     return asked
 
 
-def _seeds(options: argparse.Namespace, study: "Study", spec: "StudySpec") -> list[int]:
-    from search.analysis.confirmation import CONFIRM_SUFFIX
-    from search.analysis.plans import fresh_seeds, seeds_of
-
+def _seeds(options: PromoteOptions, study: Study, spec: StudySpec) -> list[int]:
     given = options.seeds
     if options.to is None:
-        given = given or [FRESH_SEEDS]
+        given = given or (FRESH_SEEDS,)
         if len(given) > 1 or given[0] < 1:
             raise InputError(
                 f"--seeds {','.join(map(str, given))}: without --to it is the number of fresh "
@@ -183,31 +112,25 @@ def _seeds(options: argparse.Namespace, study: "Study", spec: "StudySpec") -> li
     return list(replace(plan, seeds=tuple(seeds)).seeds)  # which refuses others
 
 
-def _dry_run(
-    options: argparse.Namespace,
-    study: "Study",
-    spec: "StudySpec",
+def _plan(
+    options: PromoteOptions,
+    study: Study,
+    spec: StudySpec,
     seeds: list[int],
     variants: list[dict[str, Any]],
-) -> None:
-    """Print the study and its cost as if its file had this plan."""
-    from search.analysis.plans import arm_from
-    from search.verbs.launch import dry_run
-
+) -> ArmsPlan:
+    """The plan that the study's file would have."""
     given = options.weights
     promoted = {"winner_of": study.name} if given is None else arm_from(given).params
-    plan = replace(
+    return replace(
         spec.given,
         arms=("plain", "uniform", promoted),
         seeds=tuple(seeds),
         variants=tuple(variants),
     )
-    dry_run(replace(spec, plan=plan), options.workers)
 
 
-def _folder(
-    options: argparse.Namespace, spec: "StudySpec", asked: dict[str, Any], count: int
-) -> Path:
+def _folder(options: PromoteOptions, spec: StudySpec, asked: dict[str, Any], count: int) -> Path:
     """Folder for the model of these settings; models of other settings go beside it."""
     words = [
         f"{name}{value:g}" if isinstance(value, float) else f"{name}{value}"
@@ -219,11 +142,8 @@ def _folder(
     return Path(options.out if count == 1 else options.out / named)
 
 
-def _hand_over(planned: "Study", folder: Path, arm: "Arm", variant: dict[str, Any]) -> None:
+def _hand_over(planned: Study, folder: Path, arm: Arm, variant: dict[str, Any]) -> None:
     """Export the promoted student, unless an earlier run did and nothing is new since."""
-    from search.export import arm_row, export_trial, is_current, put_aside
-    from search.study.summary import headline
-
     if planned.left():
         raise InputError(f"{headline(planned)}; run the same command again to continue")
     number = arm_row(planned, arm=arm.name, variant=planned.variants.index(variant))

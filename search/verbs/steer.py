@@ -6,103 +6,33 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bdense.command import Verbs
 from bdense.errors import BdenseError, InputError
-from search.storage.stop_flags import CONTINUE, ask_all, held
-from search.verbs.common import open_study, study_verb
-
-if TYPE_CHECKING:
-    from search.storage.ledger import Ledger
-    from search.study.study import Study
+from bdense.knobs import from_options
+from bdense.weights.spaces import Uniform, require_point
+from search.report.log_lines import HEADER, log_line
+from search.storage.ledger import MENDABLE, Ledger
+from search.storage.stop_flags import ask_all, held
+from search.study.folders import row_folder
+from search.study.following import Followed
+from search.study.study import Study
+from search.study.trial_log import LOG_FILE, read_log
+from search.verbs.common import open_study
+from search.verbs.options import EnqueueOptions, LogsOptions, StopOptions
 
 POLL_SECONDS = 0.5
-
-
-def add_stop(verbs: Verbs) -> None:
-    """``stop`` and its options."""
-    parser = study_verb(
-        verbs,
-        "stop",
-        "have a study's workers on every machine save their trials and give them back, and its "
-        f"launchers end (exit status 130); {CONTINUE}",
-        "bdense-search stop digits-nfe2 --wait",
-        _stop,
-    )
-    parser.add_argument(
-        "--wait",
-        action="store_true",
-        help="wait until no trial is worked on; fail after two leases and a minute",
-    )
-
-
-def add_enqueue(verbs: Verbs) -> None:
-    """``enqueue`` and its options."""
-    parser = study_verb(
-        verbs,
-        "enqueue",
-        "plan a given point of a search, to run before any other; it counts in the budget when it "
-        "starts",
-        "bdense-search enqueue digits-nfe2 --a 1.386 --b=-4.274",
-        _enqueue,
-    )
-    parser.add_argument(
-        "--set",
-        metavar="NAME=VALUE",
-        type=_assignment,
-        action="append",
-        default=[],
-        help="value of a parameter of the study's weight space, as in --set a=1.386; once for "
-        "each parameter",
-    )
-    parser.add_argument("--a", metavar="X", type=float, help="slope a of log w_k = a k + b")
-    parser.add_argument(
-        "--b", metavar="X", type=float, help="offset b of log-linear weights; below 0 as --b=-4.3"
-    )
-    parser.add_argument(
-        "--rule", metavar="NAME", help="rule of learned weights: uncertainty or gradient-norm"
-    )
-    parser.add_argument(
-        "--strength", metavar="X", type=float, help="strength of learned weights' rule"
-    )
-
-
-def add_logs(verbs: Verbs) -> None:
-    """``logs`` and its options."""
-    parser = study_verb(
-        verbs,
-        "logs",
-        "show what happened to a trial: its attempts, and its loss per interval and branch",
-        "bdense-search logs digits-nfe2 7 --follow",
-        _logs,
-    )
-    parser.add_argument(
-        "trial",
-        metavar="TRIAL",
-        type=int,
-        nargs="?",
-        help="number of the trial or row",
-    )
-    parser.add_argument(
-        "--baseline",
-        choices=("plain", "uniform"),
-        help="show this baseline of a search instead of a trial",
-    )
-    parser.add_argument(
-        "--follow", action="store_true", help="keep showing until the trial has ended"
-    )
-    parser.add_argument("--json", action="store_true", help="print the events as lines of JSON")
 
 
 def _assignment(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not (name and equals and value):
-        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, got {text}")
+        raise InputError(f"--set must be NAME=VALUE, got {text}")
     return name, value
 
 
-def _stop(options: argparse.Namespace) -> None:
+def stop(options: argparse.Namespace) -> None:
+    """Ask for it, and with --wait see it happen."""
     record = open_study(options)
     ledgers = record.ledgers
     ask_all(ledgers)
@@ -114,7 +44,7 @@ def _stop(options: argparse.Namespace) -> None:
         else f"study {record.name}: no trial is worked on; launchers, if there are any, end",
         flush=True,
     )
-    if not options.wait:
+    if not from_options(StopOptions, options).wait:
         return
     # Leases of dead workers have expired by then.
     deadline = time.monotonic() + 2 * longest + 60.0
@@ -128,11 +58,13 @@ def _stop(options: argparse.Namespace) -> None:
     print(f"study {record.name} is stopped: no trial is worked on")
 
 
-def _enqueue(options: argparse.Namespace) -> None:
+def enqueue(options: argparse.Namespace) -> None:
+    """Plan the point, and say when it runs."""
+    asked = from_options(EnqueueOptions, options)
     names = ("a", "b", "rule", "strength")
-    named = [(name, value) for name in names if (value := getattr(options, name)) is not None]
+    named = [(name, value) for name in names if (value := getattr(asked, name)) is not None]
     params: dict[str, Any] = {}
-    for name, value in (*named, *options.set):
+    for name, value in (*named, *map(_assignment, asked.set or ())):
         if name in params:
             raise InputError(f"parameter {name} is given twice; give it once")
         params[name] = value
@@ -141,11 +73,8 @@ def _enqueue(options: argparse.Namespace) -> None:
         print(line)
 
 
-def _planned(study: "Study", given: Mapping[str, Any]) -> list[str]:
+def _planned(study: Study, given: Mapping[str, Any]) -> list[str]:
     """Plan a point before any suggested one; lines that say what happens to it."""
-    from bdense.weights.spaces import Uniform, require_point
-    from search.storage.ledger import MENDABLE
-
     spec, trials = study.spec, study.search
     distributions = spec.space.distributions()
     read = {
@@ -179,13 +108,10 @@ def _number(value: Any) -> Any:  # noqa: ANN401  as the user gave it
     return value
 
 
-def _logs(options: argparse.Namespace) -> None:
-    from search.report.log_lines import HEADER, log_line
-    from search.study.folders import row_folder
-    from search.study.following import Followed
-    from search.study.trial_log import LOG_FILE, read_log
-
-    ledger, number = _row(open_study(options, reading=True), options)
+def logs(options: argparse.Namespace) -> None:
+    """Print the events of a row, and with --follow those to come."""
+    asked = from_options(LogsOptions, options)
+    ledger, number = _row(open_study(options, reading=True), asked)
     row = Followed(ledger, number)
     path = row_folder(ledger.study.study_name, number) / LOG_FILE
     offset, shown = 0, 0
@@ -193,7 +119,7 @@ def _logs(options: argparse.Namespace) -> None:
         has_ended = row.has_ended()
         events, offset = read_log(path, offset)
         for event in events:
-            if options.json:
+            if asked.json:
                 print(json.dumps(event))
             else:
                 if not shown:
@@ -201,7 +127,7 @@ def _logs(options: argparse.Namespace) -> None:
                 print(log_line(event))
             shown += 1
         sys.stdout.flush()
-        if has_ended or not options.follow:
+        if has_ended or not asked.follow:
             break
         time.sleep(POLL_SECONDS)
     if not shown:
@@ -211,19 +137,19 @@ def _logs(options: argparse.Namespace) -> None:
         )
 
 
-def _row(study: "Study", options: argparse.Namespace) -> "tuple[Ledger, int]":
+def _row(study: Study, asked: LogsOptions) -> tuple[Ledger, int]:
     """The row whose log to show."""
-    if (options.trial is None) == (options.baseline is None):
+    if (asked.trial is None) == (asked.baseline is None):
         raise InputError("give either the number of a TRIAL, or --baseline")
-    if options.trial is not None:
-        return study.main, options.trial
+    if asked.trial is not None:
+        return study.main, asked.trial
     if not study.is_search or study.given is None:
         raise InputError(f"{study.name} has no baselines of its own; give the number of a row")
     # The last one: a launch plans a failed baseline anew.
     for number, (row, _) in reversed(list(enumerate(study.rows()))):
-        if study.arms[row.arm].baseline == options.baseline:
+        if study.arms[row.arm].baseline == asked.baseline:
             return study.given, number
     raise InputError(
-        f"study {study.name} has no baseline {options.baseline} yet: its launch was killed before "
+        f"study {study.name} has no baseline {asked.baseline} yet: its launch was killed before "
         "it was whole; launch it again"
     )

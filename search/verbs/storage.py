@@ -2,58 +2,25 @@
 
 import argparse
 import itertools
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from bdense.command import Verbs
 from bdense.errors import InputError
-from search.storage.engine import redact, resolve_storage_url
-from search.verbs.common import storage_verb
+from bdense.knobs import from_options
+from search.storage.engine import redact
+from search.storage.schema import Access, Role, grant, open_tables, read_password, upgrade
+from search.study.upgrade import upgrade_studies
+from search.verbs.common import storage_url
+from search.verbs.options import TablesOptions
 
-if TYPE_CHECKING:
-    from search.storage.schema import Access, Role
-
-_ROLES: tuple[tuple[str, "Access", str], ...] = (
-    ("writer", "read-write", "role that may launch and work, made if need be (PostgreSQL)"),
-    ("reader", "read-only", "role that may only look, for the dashboard (PostgreSQL)"),
-)
+_ROLES: tuple[tuple[str, Access], ...] = (("writer", "read-write"), ("reader", "read-only"))
 
 
-def add_storage(verbs: Verbs) -> None:
-    """``storage`` and its options."""
-    parser = storage_verb(
-        verbs,
-        "storage",
-        "make a study database's tables and roles, or bring it and its studies to this version",
-        "bdense-search storage init --writer bdense_rw --writer-password-file secrets/writer",
-        _storage,
-    )
-    parser.add_argument(
-        "action",
-        choices=("init", "upgrade"),
-        help="init: make what is missing, as the database's owner; upgrade: bring tables, studies "
-        "and their row folders to this version",
-    )
-    for kind, _, what in _ROLES:
-        parser.add_argument(f"--{kind}", metavar="NAME", help=f"init: {what}")
-        parser.add_argument(
-            f"--{kind}-password-file",
-            metavar="FILE",
-            type=Path,
-            help=f"init: file with the {kind}'s password (default: it stays as it is)",
-        )
-
-
-def _storage(options: argparse.Namespace) -> None:
-    from search.storage.schema import grant, open_tables, upgrade
-
-    url = resolve_storage_url(options.storage)
-    roles = _roles(options)
-    if options.action == "upgrade":
+def storage(options: argparse.Namespace) -> None:
+    """Create or upgrade the tables, and say what was done."""
+    url, asked = storage_url(options), from_options(TablesOptions, options)
+    roles = _roles(asked)
+    if asked.action == "upgrade":
         if roles:
             raise InputError("storage upgrade takes no --writer or --reader; give them to init")
-        from search.study.upgrade import upgrade_studies
-
         for line in itertools.chain(upgrade(url), upgrade_studies(url)):
             print(line, flush=True)
         return
@@ -66,12 +33,10 @@ def _storage(options: argparse.Namespace) -> None:
         print(f"for the database's administrator, optional: {statement}")
 
 
-def _roles(options: argparse.Namespace) -> "list[Role]":
-    from search.storage.schema import Role, read_password
-
+def _roles(asked: TablesOptions) -> list[Role]:
     roles = []
-    for kind, access, _ in _ROLES:
-        name, file = getattr(options, kind), getattr(options, f"{kind}_password_file")
+    for kind, access in _ROLES:
+        name, file = getattr(asked, kind), getattr(asked, f"{kind}_password_file")
         if name is not None:
             password = None if file is None else read_password(file)
             roles.append(Role(name=name, access=access, password=password))

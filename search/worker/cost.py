@@ -9,10 +9,11 @@ import multiprocessing
 import resource
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,8 +31,8 @@ from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
 from bdense.training.loop import IterationReport, train
 from bdense.weights.spaces import uniform_weights
 from bdense.weights.weighting import FixedWeights
-from search.spec.resolve import architecture, execution
-from search.spec.study import ArmsPlan, StudySpec
+from search.spec.resolve import describe_teacher, execution
+from search.spec.study import StudySpec
 from search.storage.engine import cache_folder
 from search.study.wording import duration
 from search.worker.assets import use_device
@@ -45,7 +46,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class TrialCost:
     """Seconds and bytes of a trial.
 
     Attributes:
@@ -69,7 +70,7 @@ class Measured:
 
 def measure(
     spec: StudySpec, *, download: bool = False, patience: float | None = None
-) -> Measured | None:
+) -> TrialCost | None:
     """Measure the cost of a trial on this machine.
 
     Args:
@@ -90,7 +91,7 @@ def measure(
     child.start()
     theirs.close()
     try:
-        answer: Measured | Exception | None = ours.recv() if ours.poll(patience) else None
+        answer: TrialCost | Exception | None = ours.recv() if ours.poll(patience) else None
     except EOFError:
         child.join()
         if child.exitcode != -signal.SIGKILL:
@@ -160,21 +161,23 @@ def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
         spec: The study.
         workers: Trials at once; 1 by default.
     """
+    described, known = describe_teacher(spec)
     with torch.device("meta"):
-        teacher = build_denoiser(architecture(spec))
+        teacher = build_denoiser(described)
     parameters = 4 * sum(p.numel() for p in teacher.parameters())
-    stages, images, plan = spec.resolved.stages, spec.evaluation.images, spec.plan
-    if isinstance(plan, ArmsPlan):
-        rows = kept = len(plan.arms) * len(plan.seeds) * len(plan.variants)
-        intermediate = 0
+    stages, images = spec.resolved.stages, spec.evaluation.images
+    if spec.is_search:
+        baselines = 2 * spec.search.replicates
+        rows, kept = spec.search.trials + baselines, spec.keep_students + baselines
+        intermediate = len(spec.search.at) * (spec.search.images or images)
     else:
-        baselines = 2 * plan.replicates
-        rows, kept = plan.trials + baselines, spec.keep_students + baselines
-        intermediate = len(plan.at) * (plan.images or images)
+        given = spec.given
+        rows = kept = len(given.arms) * len(given.seeds) * len(given.variants)
+        intermediate = 0
     updates = sum(stage.num_updates for stage in stages)
     drawn = len(stages) * images + intermediate
     evaluations = sum(stage.nfe for stage in stages) * images + stages[0].nfe * intermediate
-    stored = _stored_bytes(spec, teacher)
+    stored = _stored_bytes(spec, teacher, known)
     students = f"{len(stages)} students" if len(stages) > 1 else "a student"
     lines = [
         f"rows: {rows}, each of {students}, {updates:,} updates and {drawn:,} images",
@@ -206,14 +209,14 @@ def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
     return lines + _downloads(spec, parameters)
 
 
-def _stored_bytes(spec: StudySpec, teacher: NetworkDenoiser) -> int:
+def _stored_bytes(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> int:
     """Size of one seed's recorded trajectories; 0 where none are recorded."""
     if spec.trajectories.mode == "live":
         return 0
     method = METHODS[spec.method.name]()
     config = method.Config.read(spec.method.options, "method")
     recordings = Recordings(root=cache_folder() / "trajectories", dtype=spec.trajectories.dtype)
-    found = method.recording(config, teacher, Inputs(recordings=recordings))
+    found = method.recording(config, teacher, Inputs(recordings=recordings, known=known))
     return 0 if found is None else found.nbytes
 
 
@@ -252,7 +255,7 @@ def _answer(to: Connection, spec: StudySpec, free: int, download: bool) -> None:
         to.send(MemoryError(str(error).partition("\n")[0]))
 
 
-def _measure(spec: StudySpec, free: int, download: bool) -> Measured:
+def _measure(spec: StudySpec, free: int, download: bool) -> TrialCost:
     device = use_device(spec)
     wanted = dataclasses.replace(execution(spec), compile=False)  # compiling takes minutes
     wanted.require(device)
@@ -260,13 +263,14 @@ def _measure(spec: StudySpec, free: int, download: bool) -> Measured:
         free = torch.cuda.mem_get_info(device)[0] + _CONTEXT
     else:  # so that an allocation fails here, before the system kills any process
         resource.setrlimit(resource.RLIMIT_DATA, (free, free))
-    teacher = build_denoiser(architecture(spec)).to(device).eval().execute(wanted)
-    stage = _first_stage(spec, teacher)
+    described, known = describe_teacher(spec)
+    teacher = build_denoiser(described).to(device).eval().execute(wanted)
+    stage = _first_stage(spec, teacher, known)
     lap = _laps(device)
     for iteration in range(_UPDATES):
         stage.batch(iteration, slice(None))
         batch = lap()
-    if not _stored_bytes(spec, teacher):
+    if not _stored_bytes(spec, teacher, known):
         batch = 0.0  # a part of each update
     update = _update_seconds(stage, lap)
     sampler, evaluation = stage.sampler, spec.evaluation
@@ -282,7 +286,7 @@ def _measure(spec: StudySpec, free: int, download: bool) -> Measured:
         lap()
         features_of(repeated, extractor)
         extracting = lap()
-    return Measured(
+    return TrialCost(
         recording_seconds=batch,
         update_seconds=max(update - batch, 0.0),
         draw_seconds=drawing / count / sampler.nfe,
@@ -293,7 +297,7 @@ def _measure(spec: StudySpec, free: int, download: bool) -> Measured:
     )
 
 
-def _first_stage(spec: StudySpec, teacher: NetworkDenoiser) -> Stage:
+def _first_stage(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> Stage:
     """The first stage that has branches, on images of noise where it learns from any."""
     method = METHODS[spec.method.name]()
     share = spec.resolved.batch // spec.resources.team
@@ -302,7 +306,7 @@ def _first_stage(spec: StudySpec, teacher: NetworkDenoiser) -> Stage:
     noise = torch.randint(256, (share, *teacher.image_shape), dtype=torch.uint8)
     dataset = Dataset("noise", noise, "", torch.arange(share) % classes if classes else None)
     plan = next(each for each in method.plan(config) if each.branched)
-    return method.stage(plan, teacher, config, Inputs(dataset=dataset))
+    return method.stage(plan, teacher, config, Inputs(dataset=dataset, known=known))
 
 
 def _update_seconds(stage: Stage, lap: Callable[[], float]) -> float:

@@ -7,6 +7,7 @@ result is written there first, so that a worker that takes a finished row over o
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from bdense.training.loop import IterationReport
 from bdense.weights import space_of
 from bdense.weights.spaces import BASELINE
 from search.study.arms import Task
-from search.study.folders import GRID, WEIGHTS_PLOT
+from search.study.folders import WEIGHTS_PLOT, grid_name
 from search.study.progress_text import evaluating, in_stage, training
 from search.study.results import MeasuredFID, TrialResult
 from search.study.retention import CHECKPOINT, STUDENT
@@ -63,49 +64,46 @@ def evaluate(
     note: Note = unnoted if log is None else log.open()
     if (done := read_result(folder, identity)) is not None:
         return done
-    row = _Row(assets.of(task), task, folder, check, report, judge, note)
-    result = row.run()
+    result = _Row(assets.of(task), task, folder, check, report, judge, note).run()
     write_result(folder, identity, result)
     return result
 
 
+@dataclass(eq=False)
 class _Row:
-    """One row while a worker trains and measures it."""
+    """One row while a worker trains and measures it; see ``evaluate``."""
 
-    def __init__(
-        self,
-        assets: Assets,
-        task: Task,
-        folder: Path,
-        check: Callable[[], None],
-        report: Callable[[str], None],
-        judge: Judge | None,
-        note: Note,
-    ) -> None:
-        self._assets, self._task, self._folder = assets, task, folder
-        self._check, self._report, self._judge, self._note = check, report, judge, note
-        space = assets.spec.space if assets.spec.is_search else None
-        self._space = space_of(task.params, space)
-        self._branches = assets.spec.resolved.num_branches
-        self._weighting: TracedWeights | None = None
-        self._stages = assets.method.plan(assets.config, assets.teacher)
-        self._seeds = {"training": task.seed, "evaluation": task.latents}
-        self._seconds = {"student_seconds": 0.0, "evaluation_seconds": 0.0}
+    assets: Assets
+    task: Task
+    folder: Path
+    check: Callable[[], None]
+    report: Callable[[str], None]
+    judge: Judge | None
+    note: Note
+    weighting: TracedWeights | None = None
+
+    def __post_init__(self) -> None:
+        spec = self.assets.spec
+        self.space = space_of(self.task.params, spec.space if spec.is_search else None)
+        self.branches = spec.resolved.num_branches
+        self.stages = self.assets.method.plan(self.assets.config, self.assets.teacher)
+        self.seeds = {"training": self.task.seed, "evaluation": self.task.latents}
+        self.seconds = {"student_seconds": 0.0, "evaluation_seconds": 0.0}
 
     def run(self) -> TrialResult:
         """Train and measure every stage."""
-        assets, stages = self._assets, self._stages
+        assets, stages = self.assets, self.stages
         fids: dict[str, MeasuredFID] = {}
         measured: Measures | None = None
         pruned: dict[str, Any] = {}
-        path = self._folder / STUDENT
+        path = self.folder / STUDENT
         intermediate = IntermediateFIDs(
             assets,
-            self._folder,
-            self._judge,
-            seed=self._task.seed,
-            check=self._check,
-            report=self._report,
+            self.folder,
+            self.judge,
+            seed=self.task.seed,
+            check=self.check,
+            report=self.report,
         )
         if assets.teacher_fid is not None:
             intermediate.note_stage(0, assets.teacher_fid.value)
@@ -113,41 +111,41 @@ class _Row:
         try:
             for index, stage in enumerate(self._distilled(intermediate), 1):
                 trained = time.perf_counter()
-                self._seconds["student_seconds"] += trained - started
-                path = stage.path or self._folder / STUDENT
+                self.seconds["student_seconds"] += trained - started
+                path = stage.path or self.folder / STUDENT
                 measured = self._measured(stage, path)
                 fids[str(stage.plan.nfe)] = fid = MeasuredFID.of(measured["fid"])
                 started = time.perf_counter()
-                self._seconds["evaluation_seconds"] += started - trained
+                self.seconds["evaluation_seconds"] += started - trained
                 if len(stages) > 1:
                     intermediate.note_stage(index, fid.value, is_last=index == len(stages))
         except PrunedError:
-            self._seconds["student_seconds"] += time.perf_counter() - started
+            self.seconds["student_seconds"] += time.perf_counter() - started
             pruned = intermediate.ended()
-        self._seconds["student_seconds"] -= intermediate.seconds
+        self.seconds["student_seconds"] -= intermediate.seconds
         if intermediate.seconds:
-            self._seconds["intermediate_seconds"] = intermediate.seconds
+            self.seconds["intermediate_seconds"] = intermediate.seconds
         return self._result(None if pruned else measured, fids, path, intermediate.found, pruned)
 
     def _distilled(self, intermediate: IntermediateFIDs) -> Iterator[TrainedStage]:
-        assets = self._assets
+        assets = self.assets
         return distill(
             assets.method,
             assets.teacher,
             assets.config,
             self._new_weighting,
-            assets.inputs(self._task.seed),
-            folder=self._folder if len(self._stages) > 1 else None,
+            assets.inputs(self.task.seed),
+            folder=self.folder if len(self.stages) > 1 else None,
             # A method of one stage keeps its checkpoint, which holds the weights' history, until
             # the result is there.
-            checkpoint=self._folder / CHECKPOINT if len(self._stages) == 1 else None,
+            checkpoint=self.folder / CHECKPOINT if len(self.stages) == 1 else None,
             devices=assets.devices,
             metadata={
                 **assets.terms,
-                "arm": self._task.params.get(BASELINE) or "bdense",
+                "arm": self.task.params.get(BASELINE) or "bdense",
                 "study": assets.spec.name,
-                "params": dict(self._task.params),
-                "seeds": self._seeds,
+                "params": dict(self.task.params),
+                "seeds": self.seeds,
                 "fingerprint": assets.fingerprint,
             },
             checkpoint_seconds=assets.spec.resources.checkpoint_seconds,
@@ -158,15 +156,15 @@ class _Row:
 
     def _new_weighting(self) -> TracedWeights:
         """The row's weighting, at the start of a stage."""
-        given = self._space.weighting(self._task.params, self._branches)
-        self._weighting = TracedWeights(given)
-        return self._weighting
+        given = self.space.weighting(self.task.params, self.branches)
+        self.weighting = TracedWeights(given)
+        return self.weighting
 
     def _on_iteration(self, plan: StagePlan, done: IterationReport) -> None:
-        if self._weighting is not None and plan.branched:
-            self._weighting.note(done)
+        if self.weighting is not None and plan.branched:
+            self.weighting.note(done)
         if is_noted(done.iteration, done.iterations):
-            self._note(
+            self.note(
                 "training",
                 **_named(plan),
                 iteration=done.iteration + 1,
@@ -177,39 +175,37 @@ class _Row:
                 lr=done.lr,
             )
         self._tell(plan, training(done.iteration + 1, done.iterations, done.loss))
-        self._check()  # last: a checkpoint for a stop holds this iteration too
+        self.check()  # last: a checkpoint for a stop holds this iteration too
 
     def _on_save(self, plan: StagePlan, done: int) -> None:
-        self._note("checkpoint", **_named(plan), iteration=done)
+        self.note("checkpoint", **_named(plan), iteration=done)
 
     def _tell(self, plan: StagePlan, text: str) -> None:
-        branched = [each for each in self._stages if each.branched]
-        place = branched.index(plan) + 1 if plan in branched else 1
-        self._report(text if len(branched) == 1 else in_stage(place, len(branched), text))
+        place, stages = self.stages.index(plan) + 1, len(self.stages)
+        self.report(text if stages == 1 else in_stage(place, stages, text))
 
     def _measured(self, stage: TrainedStage, path: Path) -> Measures:
         """A stage's metrics, kept in a file where the method has several stages."""
-        count = self._assets.spec.evaluation.images
+        count = self.assets.spec.evaluation.images
         named = _named(stage.plan)
-        grid = GRID if not stage.plan.name else f"{stage.plan.name}-{GRID}"
         kept = path.with_suffix(".fid.json")
         if stage.plan.name and kept.exists():
             stored: Measures = json.loads(kept.read_text())
             return stored
-        self._note("evaluating", **named, images=count)
-        measured = self._assets.evaluator.measure(
+        self.note("evaluating", **named, images=count)
+        measured = self.assets.evaluator.measure(
             stage.student,
             stage.sampler,
-            training_seed=self._task.seed,
+            training_seed=self.task.seed,
             on_image=lambda done: self._tell(stage.plan, evaluating(done, count)),
-            check=self._check,
-            grid_path=self._folder / grid,
+            check=self.check,
+            grid_path=self.folder / grid_name(stage.plan.name),
         )
         found = measured.as_dict()
         if stage.plan.name:
             with atomic_write(kept) as scratch:
                 scratch.write_text(json.dumps(found))
-            self._note("stage", **named, fid=measured.fid.value)
+            self.note("stage", **named, fid=measured.fid.value)
         metadata = {**stage.metadata, "fid": found["fid"]}
         save_denoiser(path, stage.student, metadata)  # again, now with its FID
         write_card(path, stage.student, metadata)
@@ -223,22 +219,22 @@ class _Row:
         intermediate: list[dict[str, Any]],
         pruned: dict[str, Any],
     ) -> TrialResult:
-        assets, task = self._assets, self._task
-        weighting = self._weighting
-        history = None if weighting is None else weighting.history()
-        plot = self._folder / WEIGHTS_PLOT
+        assets, task = self.assets, self.task
+        history, weights = None, []
+        if (weighting := self.weighting) is not None:
+            history = weighting.history()
+            weights = assets.config.scaled(weighting.weights()).tolist()
+        plot = self.folder / WEIGHTS_PLOT
         if history is not None:
-            draw_history(history, self._space.label(task.params), plot)
-        last = fids.get(str(self._stages[-1].nfe)) if measured is not None else None
-        stored = {} if BASELINE in task.params else self._space.stored(task.params, self._branches)
+            draw_history(history, self.space.label(task.params), plot)
+        last = fids.get(str(self.stages[-1].nfe)) if measured is not None else None
+        stored = {} if BASELINE in task.params else self.space.stored(task.params, self.branches)
         return TrialResult(
             value=None if last is None else last.value,
-            weights=[]
-            if weighting is None
-            else assets.config.scaled(weighting.weights()).tolist(),
+            weights=weights,
             parameters=stored,
             fid=last,
-            fids=fids if len(self._stages) > 1 else {},
+            fids=fids if len(self.stages) > 1 else {},
             teacher_fid=assets.teacher_fid,
             metrics={name: each for name, each in (measured or {}).items() if name != "fid"},
             intermediate=intermediate,
@@ -247,8 +243,8 @@ class _Row:
             student=None if last is None else below_runs(path),
             arm=task.arm,
             variant=dict(task.variant),
-            timings={name: round(value, 3) for name, value in self._seconds.items()},
-            **provenance(assets.fingerprint, self._seeds, assets.device),
+            timings={name: round(value, 3) for name, value in self.seconds.items()},
+            **provenance(assets.fingerprint, self.seeds, assets.device),
             **pruned,
         )
 

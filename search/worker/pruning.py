@@ -1,7 +1,7 @@
 """A trial's intermediate FIDs, and pruning by them.
 
 An intermediate FID is written to the trial's folder before the database, so that a worker that
-takes the trial over reports the same one. The pruner's verdict is stored before it takes effect.
+takes the trial over reports the same one. The pruner's decision is stored before it takes effect.
 """
 
 import json
@@ -21,7 +21,7 @@ from bdense.training.loop import Evaluations
 from search.spec.space import make_pruner
 from search.spec.study import StudySpec
 from search.storage.ledger import Claim, Ledger
-from search.storage.verdicts import verdict_of
+from search.storage.pruner_decisions import decision_of
 from search.study.folders import GRID
 from search.study.progress_text import measuring
 from search.study.retention import INTERMEDIATE_FILE
@@ -54,7 +54,7 @@ class Judge:
         self._ledger.report(claim, step, fid)
         if pruner is None:
             return False
-        return verdict_of(
+        return decision_of(
             self._ledger.study,
             claim.number,
             step,

@@ -73,7 +73,7 @@ class WorkerConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
+class Preparation:
     """A preparing task's message to the launcher: ``done`` of ``total`` of ``what``."""
 
     what: str
@@ -109,7 +109,7 @@ def worker_storage(asked: str) -> str:
     return asked
 
 
-def prepare_task(worker: WorkerConfig, together: int) -> Iterator[Progress | WorkerError]:
+def prepare_task(worker: WorkerConfig, together: int) -> Iterator[Preparation | WorkerError]:
     """Make what the rows share and report the progress; the last message may be an error.
 
     Trajectories are recorded too for ``RECORDING_SECONDS``, in which other tasks would only start.
@@ -123,14 +123,14 @@ def prepare_task(worker: WorkerConfig, together: int) -> Iterator[Progress | Wor
     from search.worker.assets import load, use_device
     from search.worker.cost import require_room
 
-    messages: queue.SimpleQueue[Progress | WorkerError | None] = queue.SimpleQueue()
+    messages: queue.SimpleQueue[Preparation | WorkerError | None] = queue.SimpleQueue()
     last = 0.0
 
     def report(what: str, done: int, total: int, remark: str) -> None:
         nonlocal last
         if done in (0, 1, total) or time.monotonic() - last > POLL_SECONDS:
             last = time.monotonic()
-            messages.put(Progress(what=what, done=done, total=total, remark=remark))
+            messages.put(Preparation(what=what, done=done, total=total, remark=remark))
 
     def work() -> None:
         try:
@@ -153,7 +153,9 @@ def prepare_task(worker: WorkerConfig, together: int) -> Iterator[Progress | Wor
         yield message
 
 
-def record_task(worker: WorkerConfig, part: int, parts: int) -> Iterator[Progress | WorkerError]:
+def record_task(
+    worker: WorkerConfig, part: int, parts: int
+) -> Iterator[Preparation | WorkerError]:
     """Record the missing trajectory shards whose number is ``part`` modulo ``parts``."""
     from search.worker.assets import load, use_device
 
@@ -168,7 +170,7 @@ def record_task(worker: WorkerConfig, part: int, parts: int) -> Iterator[Progres
 
 def _recorded(
     study: Study, assets: "Assets", part: int = 0, parts: int = 1, deadline: float = math.inf
-) -> Iterator[Progress]:
+) -> Iterator[Preparation]:
     """Record missing trajectory shards until ``deadline``, of ``time.monotonic``."""
     for task in study.tasks_left():
         store = assets.of(task).store(task.seed)
@@ -179,13 +181,13 @@ def _recorded(
         # By number, not by index: other tasks record while this one starts.
         missing = [shard for shard in store.missing() if shard % parts == part]
         if missing:
-            yield Progress(what=TRAJECTORIES, done=0, total=store.num_shards, remark=remark)
+            yield Preparation(what=TRAJECTORIES, done=0, total=store.num_shards, remark=remark)
         for shard in missing:
             if time.monotonic() > deadline:
                 return
             store.record_shard(shard)
             done = store.num_shards - len(store.missing())
-            yield Progress(what=TRAJECTORIES, done=done, total=store.num_shards, remark=remark)
+            yield Preparation(what=TRAJECTORIES, done=done, total=store.num_shards, remark=remark)
 
 
 def slot(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from bdense.models.store import denoiser_sha256
 from search.errors import SpecChangedError, UnpreparedError
 from search.spec.space import make_sampler, search_space
 from search.storage.engine import retrying
-from search.storage.ledger import Claim, Done, Holding, Ledger
+from search.storage.ledger import Claim, Done, Holding, Ledger, Wait
 from search.study.arms import ROW_SPACE, Task
 from search.study.results import TrialResult
 from search.study.retention import keep_best_students
@@ -48,7 +48,6 @@ class Worker:
 
     def __init__(self, study: Study) -> None:
         self._study = study
-        self._given_ended = False
         # The study's spec, not the launcher's: another may have extended it meanwhile.
         self._spec = study.spec
         self._assets = load(self._spec, use_device(self._spec))
@@ -59,28 +58,24 @@ class Worker:
 
         Given arms come first: of a search these are the baselines, something to beat.
         """
-        study, began = self._study, time.perf_counter()
+        began = time.perf_counter()
         while True:
-            asked = time.perf_counter()
-            if study.given is not None and not self._given_ended:
-                found = study.given.claim(ROW_SPACE, None)
+            asked, ended = time.perf_counter(), True
+            for ledger in reversed(self._study.ledgers):
+                found = self._ask(ledger)
                 if isinstance(found, Claim):
-                    return Claimed(study.given, found, asked)
-                # Others may add arms to a study that has no trials to go on with.
-                self._given_ended = isinstance(found, Done) and study.is_search
-                if isinstance(found, Done) and not study.is_search:
-                    return None
-            if study.trials is not None:
-                then = study.trials.claim(
-                    search_space(self._spec),
-                    functools.partial(make_sampler, self._spec),
-                    self._excess,
-                )
-                if isinstance(then, Claim):
-                    return Claimed(study.trials, then, asked)
-                if self._given_ended and isinstance(then, Done):
-                    return None
+                    return Claimed(ledger, found, asked)
+                ended = ended and isinstance(found, Done)
+            if ended:
+                return None
             time.sleep(pause_after(time.perf_counter() - began))
+
+    def _ask(self, ledger: Ledger) -> Claim | Wait | Done:
+        """Ask a ledger for a row."""
+        if ledger is self._study.given:
+            return ledger.claim(ROW_SPACE, None)
+        space, sampler = search_space(self._spec), functools.partial(make_sampler, self._spec)
+        return ledger.claim(space, sampler, self._excess)
 
     def work(self, claimed: Claimed) -> None:
         """Train and measure a row, or give it back; a search keeps its best students only.

@@ -275,7 +275,7 @@ def test_a_study_of_learned_weights(workplace):
     assert {"rule": best["rule"], "strength": best["strength"]} == trials[best["number"]].params
     assert "1 1 1 1" in workplace.done("best", "small")
     other = small_study(method=SHORT, weights={"name": "learned", "rules": ["uncertainty"]})
-    assert "weights.rules: " in workplace.refused("launch", workplace.write(other))
+    assert "weights: learned" in workplace.refused("launch", workplace.write(other))
 
 
 # Mistakes, and nothing started.

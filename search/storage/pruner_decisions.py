@@ -1,8 +1,8 @@
-"""A pruner's verdict on a trial, stored once for all workers.
+"""A pruner's decision on a trial, stored once for all workers.
 
 Pruners of successive halving note in the database which rungs a trial has reached, and judge
-differently when they find these notes. So the notes are held back until the verdict is stored with
-them. A later worker, or a call repeated after a lost answer, gets that verdict.
+differently when they find these notes. So the notes are held back until the decision is stored
+with them. A later worker, or a call repeated after a lost answer, gets that decision.
 """
 
 import copy
@@ -15,8 +15,8 @@ from optuna.storages import BaseStorage
 from search.storage.engine import retrying
 
 
-def verdict_of(study: Study, number: int, step: int, ask: Callable[[Study], bool]) -> bool:
-    """The verdict on a trial at a step: the stored one, else the pruner's, which is then stored.
+def decision_of(study: Study, number: int, step: int, ask: Callable[[Study], bool]) -> bool:
+    """The decision on a trial at a step: the stored one, else the pruner's, which is then stored.
 
     Args:
         study: The trial's study.
@@ -29,8 +29,8 @@ def verdict_of(study: Study, number: int, step: int, ask: Callable[[Study], bool
     """
     key, storage = f"verdict:{step}", study._storage
     trial = retrying(lambda: study.get_trials(deepcopy=False)[number])
-    verdict: dict[str, Any] | None = trial.system_attrs.get(key)
-    if verdict is None:
+    decision: dict[str, Any] | None = trial.system_attrs.get(key)
+    if decision is None:
         notes: dict[str, Any] = {}
 
         def fresh() -> bool:
@@ -38,12 +38,12 @@ def verdict_of(study: Study, number: int, step: int, ask: Callable[[Study], bool
             return ask(_noting(study, notes))
 
         poor = retrying(fresh)
-        verdict = {"poor": bool(poor), "notes": notes}  # JSON does not take NumPy's bool
-        _store(storage, trial._trial_id, key, verdict)
-    # Also for a stored verdict: its worker may have died before all notes were stored.
-    for name, value in verdict["notes"].items():
+        decision = {"poor": bool(poor), "notes": notes}  # JSON does not take NumPy's bool
+        _store(storage, trial._trial_id, key, decision)
+    # Also for a stored decision: its worker may have died before all notes were stored.
+    for name, value in decision["notes"].items():
         _store(storage, trial._trial_id, name, value)
-    return bool(verdict["poor"])
+    return bool(decision["poor"])
 
 
 def _store(storage: BaseStorage, trial_id: int, key: str, value: Any) -> None:  # noqa: ANN401

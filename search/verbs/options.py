@@ -1,0 +1,342 @@
+"""The options of the verbs, each declared once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bdense.knobs import Knobs, knob
+
+FRESH_SEEDS = 3
+LEAST_SEEDS = 3  # search.spec.study.ConfirmSpec's, spelt out
+
+_KIMG = "training length of each student in thousands of images"
+
+
+def flag(help: str) -> Any:  # noqa: ANN401  as ``knob``
+    """A knob that is off, with an option that turns it on."""
+    return knob(False, help, form="flag")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageOptions(Knobs):
+    """A verb over a storage."""
+
+    storage: str | None = knob(
+        None,
+        "study database: sqlite:///FILE or postgresql://USER@HOST/DATABASE",
+        metavar="URL",
+        none="$BDENSE_STORAGE, else SQLite in runs/bdense.db; password: PGPASSWORD or PGPASSFILE",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyOptions(StorageOptions):
+    """A verb over one study of a storage."""
+
+    study: str = knob(help="a study's name or its YAML file", metavar="STUDY", form="positional")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileOptions(Knobs):
+    """A verb over a study's file."""
+
+    study: Path = knob(help="the study file", metavar="STUDY.yaml", form="positional")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workers(Knobs):
+    """A verb that runs rows."""
+
+    gpus: tuple[int, ...] | None = knob(
+        None,
+        "GPUs of this machine to use, by nvidia-smi's numbers, as in 0,2",
+        low=0,
+        metavar="N",
+        none="all",
+        form="commas",
+    )
+    workers: int | None = knob(
+        None,
+        "trials to run at once",
+        low=1,
+        none="one for each GPU, else one for each resources.cpus CPUs",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DryRun(Knobs):
+    """A verb that can say what it would run."""
+
+    dry_run: bool = knob(
+        False,
+        "print the resolved study, its fingerprint and its cost; start nothing",
+        form="flag",
+        short="-n",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchOptions(Knobs):
+    """``launch``."""
+
+    trials: int | None = knob(
+        None, "trials in all, counting those that are done", low=1, none="plan.trials of the file"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopOptions(StudyOptions):
+    """``stop``."""
+
+    wait: bool = flag(
+        "wait until no trial is worked on; fail after twice the lease time and a minute"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnqueueOptions(StudyOptions):
+    """``enqueue``."""
+
+    set: tuple[str, ...] | None = knob(
+        None,
+        "value of a parameter of the study's weight space, as in --set a=1.386; once for each "
+        "parameter",
+        metavar="NAME=VALUE",
+        none=None,
+        form="repeated",
+    )
+    a: float | None = knob(None, "slope a of log w_k = a k + b", none=None)
+    b: float | None = knob(None, "offset b of log-linear weights; below 0 as --b=-4.3", none=None)
+    rule: str | None = knob(
+        None, "rule of learned weights: uncertainty or gradient-norm", none=None
+    )
+    strength: float | None = knob(None, "strength of learned weights' rule", none=None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogsOptions(StudyOptions):
+    """``logs``."""
+
+    trial: int | None = knob(
+        None, "number of the trial or row", metavar="TRIAL", none=None, form="positional"
+    )
+    baseline: Literal["plain", "uniform"] | None = knob(
+        None, "show this baseline of a search instead of a trial", none=None
+    )
+    follow: bool = flag("keep showing until the trial has ended")
+    json: bool = flag("print the events as lines of JSON")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfirmOptions(StudyOptions):
+    """``confirm``."""
+
+    json: bool = flag("print one object: winner, kimg, ended, arms")
+    kimg: float | None = knob(
+        None,
+        f"{_KIMG}; choose the one that the winner will be used at, as the best weights depend on "
+        "it",
+        low=0.001,
+        high=1e9,
+        none="confirm.method of the study, else the search's own",
+    )
+    seeds: int | None = knob(
+        None,
+        f"number of fresh seeds, {LEAST_SEEDS} or more",
+        low=LEAST_SEEDS,
+        none="confirm.seeds, 3",
+    )
+    candidates: int | None = knob(
+        None,
+        "number of points to try: those of best posterior mean by a Gaussian process over all "
+        "evaluations",
+        low=1,
+        none="confirm.candidates, 3",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromoteOptions(StorageOptions):
+    """``promote``."""
+
+    study: str = knob(help="a search's name or its YAML file", metavar="STUDY", form="positional")
+    to: Path | None = knob(
+        None,
+        "file of a study of given arms, of any method; the weights are trained under its "
+        "conditions, seeds and name",
+        metavar="STUDY2.yaml",
+        none="the search's own method, under fresh seeds",
+    )
+    weights: str | None = knob(
+        None,
+        "weights to promote, log w_k = a k + b; where A is negative, --weights=A,B",
+        metavar="A,B",
+        none="the study's confirmed winner",
+    )
+    seeds: tuple[int, ...] | None = knob(
+        None,
+        "number of seeds, or with --to the seeds themselves, as in 0,1,2",
+        metavar="N",
+        none=f"the file's; {FRESH_SEEDS} fresh ones without --to",
+        form="commas",
+    )
+    nfe: tuple[int, ...] | None = knob(
+        None,
+        "network evaluations an image, as in 2,3: a model for each",
+        low=1,
+        metavar="N",
+        none="the method's",
+        form="commas",
+    )
+    kimg: float | None = knob(
+        None, _KIMG, low=0.001, high=1e9, none="confirm.method of the study, else the method's own"
+    )
+    out: Path | None = knob(
+        None, "model folder to write", metavar="DIR", none="one in the run's folder"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferOptions(StudyOptions):
+    """``transfer``."""
+
+    to: Path = knob(help="the other study's file", metavar="STUDY2.yaml")
+    top: int = knob(5, "weights to measure, the best first", low=1)
+    seeds: int = knob(FRESH_SEEDS, "number of fresh seeds", low=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListOptions(StorageOptions):
+    """``list``."""
+
+    json: bool = flag(
+        "print one array of objects: study, kind, method, trials, best_fid, started, changed"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatusOptions(StudyOptions):
+    """``status``."""
+
+    json: bool = flag("print one object: study, trials")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BestOptions(StudyOptions):
+    """``best``."""
+
+    json: bool = flag("print one object: study, storage, trials, best, baselines, confirmed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportOptions(StudyOptions):
+    """``report``."""
+
+    out: Path = knob(Path("report"), "folder to write to", metavar="DIR")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions(StudyOptions):
+    """``export``."""
+
+    folder: str = knob(
+        help="new folder to write; or a URL that fsspec knows, as in s3://bucket/model",
+        metavar="DIR",
+        form="positional",
+    )
+    trial: int | None = knob(
+        None,
+        "number of the trial whose student is written",
+        none="the confirmed winner, else the best; for given arms the searched weights under the "
+        "first seed",
+    )
+    baseline: Literal["plain", "uniform"] | None = knob(
+        None, "write this baseline of a search instead of a trial", none=None
+    )
+    nfe: int | None = knob(
+        None,
+        "network evaluations of the student, for a method of several stages",
+        low=1,
+        none="the last stage's",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DashboardOptions(StorageOptions):
+    """``dashboard``."""
+
+    port: int = knob(8080, "port on 127.0.0.1", low=0, high=65535)
+    writable: bool = flag(
+        "let the browser change studies; renaming one orphans its running trials"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CleanOptions(StudyOptions):
+    """``clean``."""
+
+    checkpoints: bool = flag(
+        "delete instead: checkpoints of ended trials, unfinished files of dead workers, and "
+        "folders of other studies that were moved aside (00003.1f2e3d4c)"
+    )
+    students: bool = flag(
+        "delete instead: students of a search, except its best (keep_students in the study's "
+        "file), its confirmation's candidates and those that --keep named"
+    )
+    keep: tuple[int, ...] | None = knob(
+        None,
+        "from now on keep the students of these trials, by number, as in 3,7; deletes nothing "
+        "itself",
+        metavar="N",
+        none=None,
+        form="commas",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoctorOptions(StorageOptions):
+    """``doctor``."""
+
+    study: str | None = knob(
+        None,
+        "check the rows and files of this study only: its name or YAML file",
+        metavar="STUDY",
+        none="all",
+        form="positional",
+    )
+    fix: bool = flag(
+        "repair what is safe: release rows of dead workers, delete leftovers; never a trial, a "
+        "result or a student"
+    )
+    json: bool = flag("print one object: storage, ok, findings")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TablesOptions(StorageOptions):
+    """``storage``."""
+
+    action: Literal["init", "upgrade"] = knob(
+        help="init: create the tables and roles that are missing, as the database's owner; "
+        "upgrade: bring tables, studies and their row folders to this version",
+        form="positional",
+    )
+    writer: str | None = knob(
+        None, "init: role that may launch and work, created if missing (PostgreSQL)", none=None
+    )
+    writer_password_file: Path | None = knob(
+        None,
+        "init: file with the writer's password",
+        metavar="FILE",
+        none="the password stays as it is",
+    )
+    reader: str | None = knob(
+        None,
+        "init: role that may only read, for the dashboard, created if missing (PostgreSQL)",
+        none=None,
+    )
+    reader_password_file: Path | None = knob(
+        None,
+        "init: file with the reader's password",
+        metavar="FILE",
+        none="the password stays as it is",
+    )

@@ -28,7 +28,6 @@ VERBS = {
         example="bdense teacher --data digits --kimg 250 --out teacher.safetensors",
         function="bdense.verbs.teacher:teacher",
         configs=teacher_configs,
-        skip=("images",),
     ),
     "distill": Verb(
         help="distil a few-step student, plain or with B-DENSE, by the method that --method names",

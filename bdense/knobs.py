@@ -208,9 +208,10 @@ def knob(
 
 
 def knob_of(cls: type["Knobs"], name: str, default: Any) -> Any:  # noqa: ANN401  as ``knob``
-    """A knob of a base class with another default."""
+    """A knob of another class with its own default; None stands for that class's default."""
     (declared,) = (each for each in dataclasses.fields(cls) if each.name == name)
-    return field(default=default, metadata=declared.metadata)
+    none = {"none": _text(declared.default)} if default is None is not declared.default else {}
+    return field(default=default, metadata={_KEY: declared.metadata[_KEY] | none})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

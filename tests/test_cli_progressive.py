@@ -346,6 +346,7 @@ def test_other_mistakes_are_named(teacher, edm, tmp_path):
     ("options", "message"),
     [
         (("--rho", 5), "--rho 5 asks for others; drop that, or choose another schedule"),
+        (("--schedule", "logsnr", "--rho", 5), "--rho 5 does nothing with schedule=logsnr"),
         (("--sigma-min", 1, "--sigma-max", 2), "--sigma-min 1 --sigma-max 2 asks for"),
         (("--solver", "dpmpp"), "end without noise, which dpmpp does not reach"),
         (("--solver", "heun", "--clip"), "heun has no clip; leave it out, or take ddim"),

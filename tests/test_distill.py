@@ -291,6 +291,16 @@ def test_what_does_not_fit_together_is_refused_at_once(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_stages_of_one_nfe_are_refused(tmp_path):
+    class Twice(Progressive):
+        def plan(self, config, teacher=None):
+            return tuple(replace(plan, nfe=2) for plan in super().plan(config, teacher))
+
+    inputs = Inputs(dataset=images())
+    with pytest.raises(InputError, match=r"progressive plans stages of \[2, 2\] NFE"):
+        distill(Twice(), conv(), config(), lambda: FixedWeights(TWO), inputs, folder=tmp_path)
+
+
 # ---- another prediction ----
 
 

@@ -53,7 +53,7 @@ def teacher_config() -> TeacherConfig:
         "attn_resolutions": (),
         "dropout": 0.0,
     }
-    return TeacherConfig(images=48, batch=16, network=network)
+    return TeacherConfig(kimg=0.048, batch=16, network=network)
 
 
 # ---- precision ----

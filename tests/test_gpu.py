@@ -140,7 +140,7 @@ def test_an_overflow_names_iteration_and_branch():
 
 def test_a_teacher_is_averaged_in_float32():
     network = {"model_channels": 8, "channel_mult": (1, 2), "num_blocks": 1, "dropout": 0.0}
-    config = TeacherConfig(images=1024, batch=64, network=network)
+    config = TeacherConfig(kimg=1.024, batch=64, network=network)
     digits, device = load_dataset("digits"), torch.device("cuda")
     with exact_products():
         exact = train_teacher(digits, config, device=device)

@@ -81,7 +81,7 @@ def pd_stage(prediction_type: str | None = None) -> Training:
 
 def teacher_stage() -> Training:
     network = {"model_channels": 8, "channel_mult": (1, 2), "num_blocks": 1}
-    config = TeacherConfig(images=80, batch=16, seed=3, network=network, clip=1.0)
+    config = TeacherConfig(kimg=0.08, batch=16, seed=3, network=network, clip=1.0)
     digits = load_dataset("digits")
     return TeacherStage(
         config=config, dataset=digits, start=new_denoiser(config, digits.images.shape[1:])

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 # How ``bdense.diffusion.schedules.Schedule`` spaces levels.
 ScheduleKind = Literal["polynomial", "logsnr", "time_uniform"]
 
+# What ``bdense.diffusion.snr_weights.snr_weight`` takes.
+LevelWeight = Literal["constant", "snr", "snr_trunc", "v"]
+
 _HERE = "bdense.diffusion.solvers"
 SOLVERS: "Registry[type[Solver]]" = Registry(
     "solver",

@@ -1,15 +1,16 @@
 """How much each noise level counts in a denoising loss (Salimans & Ho 2022, section 4)."""
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-Loss = Literal["constant", "snr", "snr_trunc", "v"]
-LOSSES: tuple[Loss, ...] = get_args(Loss)
+from bdense.diffusion import LevelWeight
+
+LOSSES: tuple[LevelWeight, ...] = get_args(LevelWeight)
 
 
-def snr_weight(sigma: Tensor, kind: Loss) -> Tensor:
+def snr_weight(sigma: Tensor, kind: LevelWeight) -> Tensor:
     """The weight of |D - x_0|^2, with SNR = alpha^2 / s^2 = 1 / sigma^2.
 
     Args:

@@ -21,15 +21,20 @@ from torch import Tensor
 
 from bdense import NUMERICS
 from bdense.data.datasets import Dataset
-from bdense.diffusion import ScheduleKind
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
 from bdense.diffusion.sampling import Sampler, samplers_from, served_metadata
-from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import Solver, StepNoise, make_solver, no_noise, trajectory
 from bdense.errors import InputError
 from bdense.knobs import knob, knob_of
 from bdense.methods.images import ImageBatch, ImageDraw
-from bdense.methods.method import Inputs, Method, MethodConfig, StagePlan, require_images
+from bdense.methods.method import (
+    GridConfig,
+    Inputs,
+    Method,
+    MethodConfig,
+    StagePlan,
+    require_images,
+)
 from bdense.methods.perceptual import LPIPS
 from bdense.models.store import denoiser_sha256
 from bdense.training.stage import Branches, BranchMeans, Configured, WholeIteration
@@ -40,8 +45,11 @@ StepSolver = Literal["heun", "euler", "dpm2", "ipndm"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ConsistencyConfig(MethodConfig):
-    """Knobs of consistency distillation; mu is Song et al.'s, levels and step size are ours."""
+class ConsistencyConfig(GridConfig):
+    """Knobs of consistency distillation; mu is Song et al.'s, levels and step size are ours.
+
+    ``sigma_min`` is epsilon, where f leaves x as it is.
+    """
 
     heading: ClassVar[str] = "method consistency"
 
@@ -51,13 +59,6 @@ class ConsistencyConfig(MethodConfig):
         1, "steps that the teacher takes in each interval, K; plain learns from the last", low=1
     )
     solver: StepSolver = knob("heun", "solver of the teacher's steps")
-    schedule: ScheduleKind = knob("polynomial", "spacing of the noise levels")
-    rho: float = knob(7.0, "exponent of the spacing, which logsnr does not use", above=0)
-    sigma_min: float = knob(
-        0.006, "lowest noise level, epsilon: where f leaves x as it is", above=0
-    )
-    sigma_max: float = knob(80.0, "highest noise level", above=0)
-    kimg: float = knob(200.0, "training length in thousands of images", low=0.001)
     loss: Loss = knob(
         "pseudo-huber",
         "distance between f and its target: sqrt(|.|^2 + c^2) - c, the squared error, or LPIPS "
@@ -87,17 +88,6 @@ class ConsistencyConfig(MethodConfig):
             raise InputError(
                 f"huber_c={self.huber_c:g} needs loss=pseudo-huber, got loss={self.loss}; drop it"
             )
-
-    @property
-    def levels(self) -> Schedule:
-        return Schedule(
-            kind=self.schedule, rho=self.rho, sigma_min=self.sigma_min, sigma_max=self.sigma_max
-        )
-
-    @property
-    def num_updates(self) -> int:
-        """Iterations: ceil(images / batch)."""
-        return -(-round(self.kimg * 1000) // self.batch)
 
     def intervals_at(self, iteration: int) -> int:
         """N at that iteration."""

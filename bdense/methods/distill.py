@@ -212,6 +212,11 @@ def distill(
     """
     method.check(config, teacher, inputs.known)
     plans = method.plan(config, teacher)
+    if len({plan.nfe for plan in plans}) < len(plans):
+        raise InputError(
+            f"method {method.name} plans stages of {[plan.nfe for plan in plans]} NFE; give each "
+            "another number, as results are kept by NFE"
+        )
     if len(plans) > 1 and (folder is None or checkpoint is not None):
         raise InputError(
             f"{method.name} has {len(plans)} stages here, each with a student and a checkpoint of "

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 from bdense.data.datasets import Dataset
 from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.grid_knobs import GridKnobs
 from bdense.diffusion.sampling import Sampler
 from bdense.errors import InputError
 from bdense.knobs import knob
@@ -43,6 +44,23 @@ class MethodConfig(OptimisationConfig):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GridConfig(MethodConfig, GridKnobs):
+    """The knobs of a method of one stage that follows its teacher along a grid of levels."""
+
+    kimg: float = knob(200.0, "training length in thousands of images", low=0.001)
+
+    @property
+    def images(self) -> int:
+        """``kimg`` in images."""
+        return round(self.kimg * 1000)
+
+    @property
+    def num_updates(self) -> int:
+        """ceil(images / batch)."""
+        return -(-self.images // self.batch)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StagePlan:
     """What is known of a stage without its teacher.
 
@@ -51,6 +69,7 @@ class StagePlan:
         label: For people, such as ``2 NFE`` or ``32 steps``.
         num_updates: Iterations of the training loop.
         nfe: Network evaluations an image costs the student; the fewest, where it serves several.
+            Stages of one method differ in it: results are kept by NFE.
         branched: Whether it uses the branch weights; else it has one branch of weight 1.
     """
 

@@ -20,11 +20,13 @@ from torch import Tensor
 
 from bdense import NUMERICS
 from bdense.data.datasets import Dataset
+from bdense.diffusion import LevelWeight, ScheduleKind
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
+from bdense.diffusion.grid_knobs import GridKnobs
 from bdense.diffusion.preconditioning import DDPM, Cosine, native_schedule
 from bdense.diffusion.sampling import Sampler, samplers_from, served_metadata
 from bdense.diffusion.schedules import Levels, Schedule
-from bdense.diffusion.snr_weights import Loss, snr_weight
+from bdense.diffusion.snr_weights import snr_weight
 from bdense.diffusion.solvers import DDIM
 from bdense.errors import InputError
 from bdense.knobs import KnobError, knob, knob_of
@@ -37,7 +39,6 @@ from bdense.training.stage import Branches, Configured, ImageLosses, Stateless, 
 from bdense.weights.weighting import BranchWeighting
 
 WeightsSpace = Literal["clean", "state"]
-ScheduleKind = Literal["native", "polynomial", "logsnr", "time_uniform"]
 PredictionType = Literal["epsilon", "sample", "v_prediction"]
 
 
@@ -63,7 +64,7 @@ class PDConfig(MethodConfig):
     clip_norm: float | None = knob_of(MethodConfig, "clip_norm", 1.0)
     rescale_weights: bool = knob_of(MethodConfig, "rescale_weights", True)
     dropout: bool = knob_of(MethodConfig, "dropout", False)
-    loss: Loss = knob(
+    loss: LevelWeight = knob(
         "snr_trunc",
         "weight of each noise level: the image's squared error counts times 1 (constant), SNR "
         "(snr), max(SNR, 1) (snr_trunc) or SNR + 1 (v), of the step's beginning for all branches",
@@ -85,19 +86,14 @@ class PDConfig(MethodConfig):
         "is converted first, by a round that keeps its number of steps",
         none="what the teacher's network predicts",
     )
-    schedule: ScheduleKind = knob(
+    schedule: ScheduleKind | Literal["native"] = knob(
         "native",
-        "spacing of the noise levels; native is the process that the network was trained on",
+        "spacing of the noise levels; native: the process that the network was trained on, which "
+        "has its own levels",
     )
-    rho: float | None = knob(
-        None, "exponent of the spacing, of schedules that are not native", above=0, none="7"
-    )
-    sigma_min: float | None = knob(
-        None, "last noise level, of schedules that are not native", above=0, none="0.006"
-    )
-    sigma_max: float | None = knob(
-        None, "first noise level, of schedules that are not native", above=0, none="80"
-    )
+    rho: float | None = knob_of(GridKnobs, "rho", None)
+    sigma_min: float | None = knob_of(GridKnobs, "sigma_min", None)
+    sigma_max: float | None = knob_of(GridKnobs, "sigma_max", None)
     flip: bool = knob(False, "mirror each image with probability 1/2")
 
     def __post_init__(self) -> None:
@@ -139,9 +135,8 @@ class PDConfig(MethodConfig):
     @property
     def _levels(self) -> Schedule:
         given = {"rho": self.rho, "sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
-        return Schedule(
-            kind=self.schedule, **{name: v for name, v in given.items() if v is not None}
-        )
+        known = {name: value for name, value in given.items() if value is not None}
+        return GridKnobs.read({"schedule": self.schedule, **known}).levels
 
 
 def _require_dividing(first: int, last: int, substeps: int) -> None:
@@ -305,7 +300,7 @@ class RoundUpdate(WholeIteration):
     levels: Tensor
     targets: Tensor
     given: Mapping[str, Any]
-    loss: Loss
+    loss: LevelWeight
     space: WeightsSpace
 
     def __call__(self, branches: Branches) -> "RoundLosses":

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 import torch
 from torch import Tensor
 
-from bdense.diffusion import SOLVERS, ScheduleKind
+from bdense.diffusion import SOLVERS
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.intervals import IntervalGrid, VariableGrid
 from bdense.diffusion.sampling import Sampler, samplers_from, served_metadata
@@ -21,7 +21,7 @@ from bdense.diffusion.solvers import Solver, analytical_slope, make_solver
 from bdense.diffusion.step_condition import Start, with_step_condition
 from bdense.errors import InputError
 from bdense.knobs import KnobError, knob, knob_of
-from bdense.methods.method import Inputs, Method, MethodConfig, StagePlan
+from bdense.methods.method import GridConfig, Inputs, Method, MethodConfig, StagePlan
 from bdense.methods.perceptual import LPIPS
 from bdense.methods.recordings import TrajectoryStore
 from bdense.methods.trajectories import LiveTrajectories, Trajectories, TrajectoryBatch
@@ -32,51 +32,37 @@ from bdense.weights.weighting import BranchWeighting
 
 Perceptual = Literal["none", "lpips", "lpips-sfd"]
 # What is usual for a student of several NFE, and for a second stage (Zhou et al. 2024).
-_SEVERAL_NFE: Mapping[str, Any] = {"kimg": 800.0}
+_SEVERAL_NFE: Mapping[str, Any] = {"kimg": 800}
 _SECOND_STAGE: Mapping[str, Any] = {
     "nfe": 1,
     "substeps": 3,
     "solver": "euler",
-    "kimg": 2000.0,
-    "lr": 5e-4,
+    "kimg": 2000,
+    "lr": 0.0005,
 }
 
 
+def _named(usual: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in usual.items())
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SFDConfig(MethodConfig):
+class SFDConfig(GridConfig):
     """The knobs of SFD; the defaults are the reference's for one NFE."""
 
     heading: ClassVar[str] = "method sfd"
 
     nfe: int | tuple[int, ...] = knob(
         2,
-        "network evaluations an image; several numbers make one student for all of them, SFD-v "
-        "(1 with second_stage)",
+        "network evaluations an image; several numbers make one student for all of them, SFD-v, "
+        f"which defaults to {_named(_SEVERAL_NFE)}",
         low=1,
     )
-    substeps: int = knob(
-        4,
-        "steps that the teacher takes in each of the student's, K (3 with second_stage)",
-        low=1,
-    )
+    substeps: int = knob(4, "steps that the teacher takes in each of the student's, K", low=1)
     afs: bool = knob(True, "analytical first step: one more interval for the same NFE")
-    solver: str = knob(
-        "dpmpp",
-        "solver that the teacher walks with (euler with second_stage)",
-        choices=tuple(SOLVERS),
-    )
+    solver: str = knob("dpmpp", "solver that the teacher walks with", choices=tuple(SOLVERS))
     order: int | None = knob(None, "order of the solver", low=1, none="the highest")
     thresholding: bool = knob(False, "dynamic thresholding of dpmpp's predictions")
-    schedule: ScheduleKind = knob("polynomial", "spacing of the noise levels")
-    rho: float = knob(7.0, "exponent of the spacing, which logsnr does not use", above=0)
-    sigma_min: float = knob(0.006, "last noise level, the lowest", above=0)
-    sigma_max: float = knob(80.0, "first noise level, the highest", above=0)
-    kimg: float = knob(
-        200.0,
-        "training length in thousands of images (800 for several NFE, 2000 with second_stage)",
-        low=0.001,
-    )
-    lr: float = knob(5e-5, "step size (5e-4 with second_stage)", above=0)
     lr_schedule: LRSchedule = knob_of(MethodConfig, "lr_schedule", "step")
     perceptual: Perceptual = knob(
         "none",
@@ -90,7 +76,9 @@ class SFDConfig(MethodConfig):
         "number of steps, as the reference does",
     )
     second_stage: bool = knob(
-        False, "the teacher is itself a student of SFD, whose steps are distilled into fewer"
+        False,
+        "the teacher is itself a student of SFD, whose steps are distilled into fewer; "
+        f"defaults to {_named(_SECOND_STAGE)}",
     )
 
     def __post_init__(self) -> None:
@@ -100,8 +88,9 @@ class SFDConfig(MethodConfig):
             raise KnobError("nfe", f"must be one number or several different ones, got {several}")
         kept = tuple(sorted(several)) if len(several) > 1 else several[0]
         object.__setattr__(self, "nfe", kept)
+        _ = self.grid  # which refuses what does not fit together
         try:
-            _, solver = self.grid, self.make_solver()  # which refuse what does not fit together
+            solver = self.make_solver()
             # The highest order is the default: given or not, the config is the same.
             if solver == make_solver(self.solver, thresholding=self.thresholding):
                 object.__setattr__(self, "order", None)
@@ -136,22 +125,6 @@ class SFDConfig(MethodConfig):
     def several_nfe(self) -> tuple[int, ...]:
         """``nfe`` as numbers, in rising order."""
         return self.nfe if isinstance(self.nfe, tuple) else (self.nfe,)
-
-    @property
-    def images(self) -> int:
-        """``kimg`` in images."""
-        return round(self.kimg * 1000)
-
-    @property
-    def num_updates(self) -> int:
-        """ceil(images / batch)."""
-        return -(-self.images // self.batch)
-
-    @property
-    def levels(self) -> Schedule:
-        return Schedule(
-            kind=self.schedule, rho=self.rho, sigma_min=self.sigma_min, sigma_max=self.sigma_max
-        )
 
     @property
     def grid(self) -> IntervalGrid | VariableGrid:

@@ -56,6 +56,11 @@ class OptimisationConfig(Knobs):
                 "weight_decay",
                 f"{self.weight_decay:g} needs optimizer=adamw; {self.optimizer} has none",
             )
+        if self.optimizer == "sgd" and "betas" in self.changed():
+            raise KnobError(
+                "betas",
+                f"{list(self.betas)} need optimizer=adam or adamw; sgd has no moments",
+            )
 
     def lr_at(self, iteration: int, num_updates: int, batch: int) -> float:
         """The step size of that iteration, counted from 0.
@@ -101,7 +106,7 @@ class OptimisationConfig(Knobs):
     def changed(self) -> dict[str, Any]:
         """The knobs of optimisation that are off their default, as JSON values.
 
-        Runs of before a knob was there are runs at its default.
+        A run made before a knob existed is a run at its default.
         """
         defaults = {each.name: each.default for each in fields(type(self))}
         found = {each.name: getattr(self, each.name) for each in fields(OptimisationConfig)}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bdense.data.datasets import Dataset, to_float
+from bdense.diffusion import LevelWeight
 from bdense.diffusion.conditions import Condition
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.preconditioning import (
@@ -26,61 +27,35 @@ from bdense.diffusion.preconditioning import (
     make_preconditioning,
     native_schedule,
 )
-from bdense.diffusion.snr_weights import Loss, snr_weight
+from bdense.diffusion.snr_weights import snr_weight
 from bdense.errors import InputError
 from bdense.execution import Execution
-from bdense.knobs import KnobError, Knobs, knob
+from bdense.knobs import KnobError, Knobs, knob, knob_of
 from bdense.networks import SongUNet, SongUNetConfig
 from bdense.randomness import Stream, derive_seed, generator
 from bdense.training.loop import IterationReport, train
 from bdense.training.optimisation import OptimisationConfig
 from bdense.training.stage import Branches, ImageLosses, Stateless, WholeIteration
+from bdense.training.teacher_knobs import TeacherKnobs
 from bdense.weights.weighting import BranchWeighting, FixedWeights
 
 # Of a network by what it predicts: as the reference for images, else the network's own error.
-DEFAULT_LOSS: dict[str, Loss] = {"sample": "snr_trunc", "epsilon": "snr", "v_prediction": "v"}
+DEFAULT_LOSS: dict[str, LevelWeight] = {
+    "sample": "snr_trunc",
+    "epsilon": "snr",
+    "v_prediction": "v",
+}
 # Fields that are left out of the digest where they are off.
 _OPTIONAL = ("precond", "loss", "flip", "clip")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherConfig(Knobs):
-    """The knobs of a teacher's network and its training."""
+class TeacherConfig(TeacherKnobs):
+    """The knobs of a teacher, with those of EDM's noise levels."""
 
-    heading: ClassVar[str] = "training"
-
-    images: int = knob(help="training images in all, with repetition", low=1)
-    batch: int = knob(256, "images in each iteration", low=1)
-    lr: float = knob(2e-3, "Adam's step size after the warm-up", above=0)
-    warmup_images: int = knob(
-        10_000, "images over which the step size rises linearly from 0", low=0
-    )
-    ema_halflife_images: int = knob(
-        10_000, "images after which a weight's share in the average has halved", low=1
-    )
+    kimg: float = knob_of(TeacherKnobs, "kimg", 250.0)
     p_mean: float = knob(-1.2, "mean of ln sigma, the log noise level, with EDM's preconditioning")
     p_std: float = knob(1.2, "standard deviation of ln sigma", low=0)
-    seed: int = knob(0, "seed of initial weights, batches, noise and dropout", low=0)
-    network: dict[str, Any] = knob(
-        {},
-        "options of the SongUNet beyond image size and channels; with label_dim above 0 it is "
-        "trained with the classes of the data set",
-    )
-    precond: dict[str, Any] | None = knob(
-        None,
-        "name (cosine or ddpm) and options of a variance-preserving process to train on, at its "
-        "own levels; EDM's preconditioning where it is not given",
-    )
-    loss: Loss | None = knob(
-        None,
-        "weight of each noise level of that process: 1 (constant), SNR (snr), max(SNR, 1) "
-        "(snr_trunc) or SNR + 1 (v)",
-        none="snr for epsilon, snr_trunc for sample, v for v_prediction",
-    )
-    flip: bool = knob(False, "mirror each image with probability 1/2")
-    clip: float | None = knob(
-        None, "largest norm of the gradient, which is scaled down to it", above=0, none="no limit"
-    )
 
     def __post_init__(self) -> None:
         Knobs.__post_init__(self)
@@ -113,7 +88,7 @@ class TeacherConfig(Knobs):
         return precond
 
     @property
-    def vp_loss(self) -> Loss | None:
+    def vp_loss(self) -> LevelWeight | None:
         """``loss`` or its default; None with EDM's preconditioning, which has its own."""
         precond = self.preconditioning
         if isinstance(precond, EDM):
@@ -123,7 +98,7 @@ class TeacherConfig(Knobs):
     @property
     def iterations(self) -> int:
         """ceil(images / batch)."""
-        return -(-self.images // self.batch)
+        return -(-_images(self.kimg) // self.batch)
 
     @property
     def label_dim(self) -> int:
@@ -135,13 +110,13 @@ class TeacherConfig(Knobs):
         """Adam, a warm-up, clipping, and the average of the weights."""
         return OptimisationConfig(
             lr=self.lr,
-            warmup_images=self.warmup_images,
+            warmup_images=_images(self.warmup_kimg),
             clip_norm=self.clip,
-            ema=float(self.ema_halflife_images),
+            ema=float(_images(self.ema_halflife_kimg)),
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields, as files hold them.
+        """The fields, as files hold them: numbers of images, not of thousands.
 
         Optional ones are left out where they are off: the digest of the rest names the teachers
         that are kept.
@@ -150,7 +125,14 @@ class TeacherConfig(Knobs):
         for name in _OPTIONAL:
             if not options[name]:
                 del options[name]
+        options["images"] = _images(options.pop("kimg"))
+        for name in ("warmup", "ema_halflife"):
+            options[f"{name}_images"] = _images(options.pop(f"{name}_kimg"))
         return options
+
+
+def _images(kimg: float) -> int:
+    return round(kimg * 1000)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -255,7 +237,7 @@ class DenoisingUpdate(WholeIteration):
 
     stream: tuple[int, ...]
     batch: NoisyBatch
-    loss: Loss | None
+    loss: LevelWeight | None
     sigma_data: float | None
 
     def __call__(self, branches: Branches) -> ImageLosses:

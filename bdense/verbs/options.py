@@ -9,9 +9,10 @@ from typing import ClassVar, Literal
 from bdense.command import Configs
 from bdense.data.names import DATA_SETS
 from bdense.diffusion import SOLVERS, STOCHASTIC_SOLVERS, ScheduleKind
+from bdense.diffusion.grid_knobs import GridKnobs, require_exponent
 from bdense.errors import InputError
 from bdense.execution import Execution
-from bdense.knobs import Knobs, knob, knobs_of, option_names
+from bdense.knobs import Knobs, knob, knob_of, knobs_of, option_names
 from bdense.methods import METHODS
 from bdense.metrics.settings import MetricName
 from bdense.models.zoo import CHECKPOINTS, REFERENCES
@@ -50,7 +51,6 @@ class TeacherOptions(Knobs):
 
     data: str = knob("digits", f"data set: {DATA_SETS}")
     out: Path = knob(help="safetensors file to write", metavar="FILE")
-    kimg: float = knob(250.0, "training length in thousands of images", low=0.001)
     conditional: bool = knob(False, "make it class-conditional, by the labels of the data set")
 
 
@@ -118,9 +118,9 @@ class Drawing(Knobs):
         "spacing of the noise levels; native: the process that the network was trained on",
         none="a student's own, else polynomial",
     )
-    rho: float | None = knob(None, "exponent of the spacing", above=0, none="7")
-    sigma_min: float | None = knob(None, "last noise level, the lowest", above=0, none="0.006")
-    sigma_max: float | None = knob(None, "first noise level, the highest", above=0, none="80")
+    rho: float | None = knob_of(GridKnobs, "rho", None)
+    sigma_min: float | None = knob_of(GridKnobs, "sigma_min", None)
+    sigma_max: float | None = knob_of(GridKnobs, "sigma_max", None)
     solver: str | None = knob(
         None,
         "solver that a teacher draws with",
@@ -140,6 +140,10 @@ class Drawing(Knobs):
         none="a random one for each",
     )
     batch: int = knob(128, "images drawn at a time", low=1)
+
+    def __post_init__(self) -> None:
+        Knobs.__post_init__(self)
+        require_exponent(self.schedule, self.rho)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

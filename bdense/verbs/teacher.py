@@ -22,7 +22,6 @@ def teacher(options: argparse.Namespace) -> None:
     config = from_options(
         TeacherConfig,
         options,
-        images=round(own.kimg * 1000),
         network=_network(model, dataset, conditional=own.conditional),
         precond=precond,
     )

@@ -22,6 +22,7 @@ from bdense.metrics.extractors import SPECS
 from bdense.models.store import load_model
 from bdense.models.zoo import PUBLIC_MODELS
 from bdense.training.teacher import TeacherConfig, new_denoiser
+from bdense.training.teacher_knobs import TeacherKnobs
 from bdense.weights import space_of
 from search.errors import SpecError
 from search.spec.space import make_pruner, require_sampler
@@ -118,19 +119,7 @@ def execution(spec: StudySpec) -> Execution:
 
 def teacher_config(training: TeacherTraining) -> TeacherConfig:
     """How the study's own teacher is trained."""
-    return TeacherConfig(
-        images=round(training.kimg * 1000),
-        batch=training.batch,
-        lr=training.lr,
-        warmup_images=round(training.warmup_kimg * 1000),
-        ema_halflife_images=round(training.ema_halflife_kimg * 1000),
-        seed=training.seed,
-        network=training.network,
-        precond=training.precond,
-        loss=training.loss,
-        flip=training.flip,
-        clip=training.clip,
-    )
+    return TeacherConfig(**{name: getattr(training, name) for name in knobs_of(TeacherKnobs)})
 
 
 def _with_teacher(spec: StudySpec) -> StudySpec:

@@ -15,18 +15,15 @@ from typing import Any, Literal, Self
 from bdense import NUMERICS
 from bdense.data.names import LABELS_FILE, image_files, labels_beside, split_format, split_side
 from bdense.errors import InputError
+from bdense.execution import Precision
 from bdense.files import sha256_file
 from bdense.knobs import KnobError, Knobs, knob, knobs_of
 from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
+from bdense.training.teacher_knobs import TeacherKnobs
 from bdense.weights import WEIGHT_SPACES
 from bdense.weights.spaces import WeightSpace
 
-# bdense.execution.Precision, without torch.
-Precision = Literal["float32", "tf32", "bfloat16", "float16"]
-Loss = Literal["constant", "snr", "snr_trunc", "v"]
 _SEEDS: dict[str, Any] = {"low": 0, "below": 2**31}
-# One image or more.
-_KIMG: dict[str, Any] = {"low": 0.001}
 
 # Folders under the runs that all studies share (search.storage.engine, search.study.artifacts).
 TAKEN_NAMES = ("artifacts", "cache")
@@ -63,29 +60,10 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TeacherTraining(Knobs):
+class TeacherTraining(TeacherKnobs):
     """A small teacher trained on the study's data, once, and cached."""
 
-    network: dict[str, Any] = knob({}, "options of the SongUNet beyond image size and channels")
-    kimg: float = knob(help="training length in thousands of images", **_KIMG)
-    batch: int = knob(256, "images an update", low=1)
-    lr: float = knob(2e-3, "step size after the warm-up", above=0)
-    warmup_kimg: float = knob(10.0, "thousands of images over which lr rises from 0", low=0)
-    ema_halflife_kimg: float = knob(
-        10.0, "thousands of images after which a weight's share in the average has halved", **_KIMG
-    )
-    seed: int = knob(0, "seed of initial weights, batches, noise and dropout", **_SEEDS)
     threads: int = knob(1, "CPU threads; they decide the last bits of the weights", low=1)
-    precond: dict[str, Any] | None = knob(
-        None,
-        "name (cosine or ddpm) and options of a variance-preserving process to train on",
-        none="EDM's levels",
-    )
-    loss: Loss | None = knob(
-        None, "weight of each noise level of that process", none="by what the network predicts"
-    )
-    flip: bool = knob(False, "mirror each image with probability 1/2")
-    clip: float | None = knob(None, "largest norm of the gradient", above=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -383,7 +383,9 @@ class MethodContract(TrainingContract):
     def test_plan_and_stages_agree(self):
         method, config, teacher = self.method(), self.config(), self.teacher()
         plans = method.plan(config)
-        assert len({plan.name for plan in plans}) == len(plans)
+        assert (
+            len({plan.name for plan in plans}) == len({plan.nfe for plan in plans}) == len(plans)
+        )
         assert method.plan(config, teacher) == plans
         for plan in plans:
             stage = method.stage(plan, teacher, config, self.inputs())
@@ -428,20 +430,24 @@ class MethodContract(TrainingContract):
 
     # ---- knobs ----
 
-    def test_every_knob_changes_the_run_or_is_refused(self, tmp_path):
+    @pytest.mark.parametrize("beside", [{}, {"optimizer": "sgd"}, {"schedule": "logsnr"}])
+    def test_every_knob_changes_the_students_or_is_refused(self, tmp_path, beside):
         """Whatever changes a student's weights makes another identity, too."""
-        base = self._told(self.run(tmp_path / "base"), {})
+        if not beside.keys() <= self._names():
+            pytest.skip(f"{self.method.name} has no knob {', '.join(beside)}")
+        base = self._told(self.run(tmp_path / "base", **beside), beside)
         idle = []
         for name, known in knobs_of(self.method.Config).items():
-            found = []
-            for i, value in enumerate(self._values(name, known)):
+            found = [name in beside]
+            for i, value in enumerate(() if name in beside else self._values(name, known)):
+                changes = beside | {name: value}
                 try:
-                    done = self.run(tmp_path / f"{name}-{i}", **{name: value})
+                    done = self.run(tmp_path / f"{name}-{i}", **changes)
                 except InputError:
-                    found.append("refused")
+                    found.append(True)
                     continue
-                told = self._told(done, {name: value})
-                found.append("changed" if told != base else "")
+                told = self._told(done, changes)
+                found.append(_made(told) != _made(base))
                 for stage, (described, student, _) in told.items():
                     if stage in base and base[stage][1] != student:
                         assert base[stage][0] != described, f"{name}={value} is not described"
@@ -531,6 +537,11 @@ class MethodContract(TrainingContract):
         )
         assert seen == [(last, i) for i in range(2, last.num_updates)]
         assert same_weights(resumed.student, whole.student)
+
+
+def _made(told: Mapping[str, tuple[str, str, str]]) -> dict[str, tuple[str, ...]]:
+    """The students and how they draw, whatever is said of them."""
+    return {stage: made for stage, (_, *made) in told.items()}
 
 
 SHARED_OTHERS: dict[str, tuple[Any, ...]] = {

@@ -303,10 +303,10 @@ def test_a_candidate_that_failed_under_a_seed_does_not_win_by_the_others(planned
 def test_best_says_whether_a_winner_is_confirmed(confirmed, made, tmp_path):
     after = command("best", "digits").out
     assert verdict(confirmed).sentence() in after
-    assert json.loads(command("best", "digits", "--json").out)["best"]["confirmed"] is False
+    assert json.loads(command("best", "digits", "--json").out)["best"]["confirmed"] is True
     copy_storage(made / "searched.db", tmp_path / "study.db")
     before = command("best", "digits")
-    assert before.out.splitlines()[-1] == "No winner is confirmed: bdense-search confirm digits"
+    assert "No winner is confirmed: bdense-search confirm digits" in before.out.splitlines()
     assert json.loads(command("best", "digits", "--json").out)["confirmed"] is None
 
 

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from bdense.weights.spaces import PLAIN, UNIFORM
-from search.analysis.comparison import ArmResult, Comparison, difference_text
+from search.analysis.comparison import ArmResult, Comparison, compare, difference_text
+from search.analysis.confirmation import Verdict
 from search.analysis.paired import CONFIDENCE, Paired
 from search.study.arms import Arm
+from search.study.study import Study
 
 _SIMPLEST_FIRST = (PLAIN, UNIFORM, None)
 
@@ -82,6 +84,10 @@ class Recommendation:
     interval: Paired | None
     why: str
 
+    def text(self) -> str:
+        """For people."""
+        return f"recommended: {self.arm.name}, mean FID {self.fid:.3f}; {self.why}"
+
     def as_dict(self) -> dict[str, Any]:
         """As ``best --json`` prints it."""
         interval = self.interval
@@ -93,6 +99,19 @@ class Recommendation:
             "interval": [interval.low, interval.high] if interval is not None and known else None,
             "why": self.why,
         }
+
+
+def judged(study: Study, found: Verdict | None) -> tuple[Noise, Recommendation | None]:
+    """The noise of a search, and the arm to use by its confirmation, else by its baselines."""
+    baselines = compare(study)
+    return noise_of(baselines), recommend(baselines if found is None else found.comparison)
+
+
+def judged_lines(noise: Noise, recommended: Recommendation | None) -> list[str]:
+    """Both for people."""
+    if recommended is None:
+        return ["no arm is recommended before a baseline is complete"]
+    return [noise.text(), recommended.text()]
 
 
 def noise_of(comparison: Comparison) -> Noise:
@@ -134,12 +153,12 @@ def recommend(comparison: Comparison) -> Recommendation | None:
     for other in ranked[1:]:
         pair = comparison.against(other, best)
         if pair is None:
-            reasons.append(f"{other.arm.name} does not compare with {best.arm.name}")
+            reasons.append(f"{other.arm.name}: measured otherwise than {best.arm.name}")
         elif _beats(pair):
-            best, reasons = other, [_said(other, "beats", best, pair)]
+            best, reasons = other, [_said(other, "better than", best, pair)]
         else:
-            verb = "is a tie with" if pair.tie else "is worse than"
-            reasons.append(_said(other, verb, best, pair))
+            how = "a tie with" if pair.tie else "worse than"
+            reasons.append(_said(other, how, best, pair))
     return Recommendation(
         arm=best.arm,
         fid=best.mean().mean,
@@ -152,6 +171,6 @@ def _beats(pair: Paired) -> bool:
     return pair.high < 0 if pair.n > 1 else pair.mean < 0
 
 
-def _said(one: ArmResult, verb: str, other: ArmResult, pair: Paired) -> str:
+def _said(one: ArmResult, how: str, other: ArmResult, pair: Paired) -> str:
     difference = difference_text(pair).removesuffix(", tie")
-    return f"{one.arm.name} {verb} {other.arm.name} ({difference})"
+    return f"{one.arm.name}: {how} {other.arm.name} ({difference})"

@@ -37,10 +37,9 @@ class Verb:
     configs: Configs | Callable[[Sequence[str]], Configs]
     skip: tuple[str, ...] = ()
 
-    def add_options(self, parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
-        """Add its options to a parser."""
-        configs = self.configs(arguments) if callable(self.configs) else self.configs
-        add_options(parser, *configs, skip=self.skip)
+    def configs_for(self, arguments: Sequence[str]) -> Configs:
+        """The classes of its options for the arguments that follow the verb."""
+        return self.configs(arguments) if callable(self.configs) else self.configs
 
     def run(self, options: argparse.Namespace) -> None:
         """Import what runs the verb, and call it."""
@@ -72,7 +71,7 @@ def make_parser(
         )
         about.set_defaults(run=verb.run)
         if [name] == list(arguments[:1]):
-            verb.add_options(about, arguments[1:])
+            add_options(about, *verb.configs_for(arguments[1:]), skip=verb.skip)
     return parser
 
 

@@ -35,11 +35,14 @@ class LeaseLostError(BdenseError):
 class SpecError(InputError):
     """A study file is wrong; one line for each mistake, naming the key."""
 
-    @classmethod
-    def under(cls, key: str, error: InputError) -> "SpecError":
-        """An error of a section of that name, unless it names its key itself."""
-        own = isinstance(error, KnobError | SpecError)
-        return cls(str(error) if own else f"{key}: {error}")
+    @staticmethod
+    def under(key: str, error: Exception) -> InputError:
+        """An error of a section, with the section's key in front unless it has that already."""
+        if not isinstance(error, KnobError):
+            return SpecError(f"{key}: {error}")
+        if f"{error.name}.".startswith(f"{key}."):
+            return error
+        return KnobError(f"{key}.{error.name}", error.problem)
 
 
 class SpecChangedError(InputError):

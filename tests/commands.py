@@ -3,8 +3,8 @@
 import contextlib
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,8 +25,7 @@ SHORT = ("--kimg", 0.064, "--batch", 32, "--lr", 1e-3)
 SHORT_CONFIG = {"kimg": 0.064, "batch": 32, "lr": 1e-3}
 
 
-@dataclass
-class Answer:
+class Answer(NamedTuple):
     """Exit status and output of a command."""
 
     status: int

@@ -5,22 +5,25 @@ from typing import Any, get_args
 
 import pytest
 
-from bdense.cli import VERBS
+import bdense.cli
+import search.cli
 from bdense.knobs import Knob, knobs_of
 from bdense.methods import METHODS
-from tests.commands import bdense, refused
+from tests import commands, measured
 
-# What must be given besides --out.
-REQUIRED = {"progressive": ("--steps", "8", "--until", "4")}
+COMMANDS = {"bdense": bdense.cli.VERBS, "bdense-search": search.cli.VERBS}
+# What must be given besides the positional arguments.
+REQUIRED = {"progressive": ("--steps", "8", "--until", "4"), "transfer": ("--to", "none.yaml")}
+POSITIONAL = {"action": "init", "trial": None}
 
 
-def commands() -> Iterator[tuple[str, tuple[str, ...]]]:
+def walked() -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """Each verb with what it must be given; ``distill`` once for each method."""
-    for verb, each in VERBS.items():
-        model = ("none.safetensors",) if each.positional else ()
-        for method in METHODS if verb == "distill" else ("",):
-            chosen = ("--method", method, *REQUIRED.get(method, ())) if method else ()
-            yield verb, (*model, *chosen)
+    for command, verbs in COMMANDS.items():
+        for verb in verbs:
+            for method in METHODS if verb == "distill" else ("",):
+                chosen = ("--method", method) if method else ()
+                yield command, verb, (*chosen, *REQUIRED.get(method or verb, ()))
 
 
 def kinds(hint: Any) -> set[Any]:
@@ -39,30 +42,48 @@ def wrong_values(known: Knob) -> list[str]:
     wrong = ["many", "nan", "2.5" if whole else "inf"]
     step = 1 if whole else 1e-4
     beyond = {known.low: -step, known.high: step, known.above: 0, known.below: 0}
-    return wrong + [f"{bound + by:g}" for bound, by in beyond.items() if bound is not None]
+    return wrong + [str(bound + by) for bound, by in beyond.items() if bound is not None]
 
 
-OPTIONS = [
-    pytest.param(verb, given, name, value, id=f"{' '.join((verb, *given[1:3]))} {name} {value}")
-    for verb, given in commands()
-    for config in VERBS[verb].configs(given)
-    for name, known in knobs_of(config).items()
-    if name not in VERBS[verb].skip
-    for value in wrong_values(known)
-]
+def options() -> Iterator[Any]:
+    """Each verb with what it must be given, one of its options and a value that it refuses."""
+    for command, verb, given in walked():
+        known = {}
+        for config in COMMANDS[command][verb].configs_for(given):
+            known |= knobs_of(config)
+        positional = [
+            POSITIONAL.get(n, "none.yaml") for n, k in known.items() if k.form == "positional"
+        ]
+        placed = [*filter(None, positional), *given]
+        if "out" in known and known["out"].required:
+            placed += ["--out", "none/x.safetensors"]
+        for name, each in known.items():
+            if name in COMMANDS[command][verb].skip or each.form == "positional":
+                continue
+            for value in wrong_values(each):
+                label = f"{verb} {' '.join(given[:2])} {name} {value}"
+                yield pytest.param(command, verb, placed, name, value, id=label)
 
 
-@pytest.mark.parametrize(("verb", "given", "name", "value"), OPTIONS)
-def test_other_values_are_refused(verb, given, name, value, tmp_path):
+OPTIONS = list(options())
+
+
+@pytest.mark.parametrize(("command", "verb", "given", "name", "value"), OPTIONS)
+def test_other_values_are_refused(command, verb, given, name, value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     option = "--" + name.rstrip("_").replace("_", "-")
-    out = () if verb == "fid" else ("--out", tmp_path / "x.safetensors")
-    line = refused(bdense(verb, *given, *out, option, value))
+    arguments = (verb, *given, option, value)
+    if command == "bdense":
+        line = commands.refused(commands.bdense(*arguments))
+    else:
+        line = measured.refused(measured.command(*arguments))
     assert line.startswith(f"{option} must be "), line
     assert f"got {value}" in line
     assert list(tmp_path.iterdir()) == []
 
 
 def test_every_verb_is_walked():
-    walked = {param.values[0] for param in OPTIONS}
-    assert walked == set(VERBS) - {"convert"}  # whose only option is a path
-    assert len(OPTIONS) > 300
+    seen = {param.values[1] for param in OPTIONS}
+    of_text = {"convert", "stop", "list", "status", "best", "report", "doctor", "fetch", "storage"}
+    assert seen == {verb for verbs in COMMANDS.values() for verb in verbs} - of_text
+    assert len(OPTIONS) > 340

@@ -323,14 +323,6 @@ def test_what_cannot_be_confirmed_is_refused(planned, arguments, message):
     assert message in refused(command(*arguments))
 
 
-@pytest.mark.parametrize("option", ["--kimg 0.0001", "--kimg nan", "--seeds 2", "--candidates -1"])
-def test_numbers_out_of_range_are_refused(option):
-    name, number = option.split()
-    answer = command("confirm", "digits", name, number)
-    assert (answer.status, f"{name} must " in answer.err) == (2, True)
-    assert f"got {number}" in answer.err
-
-
 def test_settings_that_the_method_does_not_have_are_refused_before_anything_is_planned(url):
     search(url, VALLEY, study=spec(of_kind("progressive", "search")))
     assert "method.kimg is unknown" in refused(

@@ -21,18 +21,15 @@ from search.study.study import Study
 from search.worker import ray_tasks
 from search.worker.ray_tasks import WorkerConfig, WorkerError, slot
 from tests.contracts.ledger_worker import SPACE
-from tests.contracts.scene import expire_leases, wait_until
+from tests.contracts.scene import expire_leases, take, wait_until
 from tests.studies import spec
 
 PASSWORD = "it's 50 % \\ secret"
 
 
-@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
-def url(request, tmp_path) -> str:
-    """An empty database of each kind."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/study.db"
-    return request.getfixturevalue("postgres").new_database()
+@pytest.fixture
+def url(either_url) -> str:
+    return either_url
 
 
 def execute(url: str, *statements: str) -> None:
@@ -65,9 +62,7 @@ def rights_on_a_new_table(url: str, role: str) -> set[str]:
 
 def claimed(url: str, **settings) -> tuple[Ledger, Claim]:
     ledger = Ledger.open(url, "digits", budget=2, **settings)
-    claim = ledger.claim(SPACE, RandomSampler)
-    assert isinstance(claim, Claim)
-    return ledger, claim
+    return ledger, take(ledger)
 
 
 @pytest.fixture

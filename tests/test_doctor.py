@@ -14,7 +14,6 @@ from pathlib import Path
 import optuna
 import pytest
 import sqlalchemy as sa
-from optuna.samplers import RandomSampler
 from sqlalchemy.engine import make_url
 
 from search import doctor
@@ -26,7 +25,7 @@ from search.storage.ledger import Claim, Ledger
 from search.study.artifacts import artifact_store, attach
 from search.study.retention import CHECKPOINT, IDENTITY, RESULT
 from search.study.study import FINGERPRINT, SPEC, Study
-from tests.contracts.scene import lease_rows
+from tests.contracts.scene import lease_rows, take
 from tests.disks import small_disk
 from tests.measured import VALLEY, command, complete, normalised, refused, search
 
@@ -57,9 +56,7 @@ class Patient:
         return self.runs / "digits" / f"{number:05d}"
 
     def take(self) -> Claim:
-        claim = self.trials.claim(search_space(self.study.spec), RandomSampler)
-        assert isinstance(claim, Claim)
-        return claim
+        return take(self.trials, space=search_space(self.study.spec))
 
     def finish(self, value: float = 9.5) -> int:
         claim = self.take()
@@ -168,6 +165,10 @@ def spec_of_another_version(patient: Patient) -> None:
     study.set_user_attr(SPEC, json.dumps(stored))
 
 
+def fingerprint_of_another(patient: Patient) -> None:
+    patient.trials.study.set_user_attr(FINGERPRINT, "feedfeedfeedfeed")
+
+
 def student_lost(patient: Patient) -> None:
     (patient.folder(1) / "student.safetensors").unlink()
 
@@ -207,6 +208,7 @@ MENDED, LEFT = True, False
         (never_taken, "warning", "trial 2: was never taken by a worker", LEFT),
         (other_conditions, "problem", "row 2 measured under other conditions", LEFT),
         (other_versions, "warning", "torch differs between trials: 2.10.0 in 1, 2.11.0", LEFT),
+        (fingerprint_of_another, "problem", "would be refused as a worker", LEFT),
         (spec_of_another_version, "problem", "cannot read the study's spec", LEFT),
         (student_lost, "problem", "row 1 without its student's file", LEFT),
         (result_lost, "problem", "row 1 without result.json", LEFT),
@@ -241,12 +243,6 @@ def test_unfinished_files_are_deleted_unless_they_are_fresh(patient):
     found.repair()
     assert list(doctor.unfinished_files()) == []
     assert (old.exists(), fresh.exists()) == (False, True)
-
-
-def test_this_installation_would_be_refused_as_a_worker(patient):
-    patient.trials.study.set_user_attr(FINGERPRINT, "feedfeedfeedfeed")
-    problems = [each for each in patient.findings() if "would be refused" in each.text]
-    assert [(each.check, each.level) for each in problems] == [("conditions", "problem")]
 
 
 def test_a_study_half_made(patient):

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import optuna
 import pytest
 import sqlalchemy as sa
-from optuna.samplers import RandomSampler
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.large_study import fill
@@ -15,8 +14,9 @@ from search.report.prometheus import mount
 from search.spec.space import search_space
 from search.storage.engine import open_reading, open_storage
 from search.storage.leases import OUT_OF_BOUNDS
-from search.storage.ledger import Claim, Ledger
+from search.storage.ledger import Ledger
 from search.study.study import BASELINES_SUFFIX, Study
+from tests.contracts.scene import take
 from tests.measured import created, finish
 from tests.pages import answer_of
 from tests.studies import NORMALISED, of_kind, spec
@@ -29,12 +29,6 @@ AWKWARD = 'quoted " back\\slash\nbdense_best_fid{study="forged"} 0'
 @pytest.fixture
 def url(either_url) -> str:
     return either_url
-
-
-def take(ledger: Ledger, space=SPACE) -> Claim:
-    claim = ledger.claim(space, lambda offset: RandomSampler(seed=offset))
-    assert isinstance(claim, Claim)
-    return claim
 
 
 def get(application, path: str = "/metrics", method: str = "GET") -> tuple[int, dict, str]:

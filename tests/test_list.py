@@ -5,27 +5,18 @@ from datetime import UTC, datetime
 
 import optuna
 import pytest
-from optuna.distributions import FloatDistribution
-from optuna.samplers import RandomSampler
 
 from search import cli
 from search.storage.engine import open_reading, open_storage
-from search.storage.ledger import Claim, Ledger
+from search.storage.ledger import Ledger
 from search.storage.studies import read_studies
 from search.study.study import ARMS, BASELINES_SUFFIX, SPEC
-
-SPACE = {"a": FloatDistribution(-1.0, 3.0)}
+from tests.contracts.scene import take
 
 
 @pytest.fixture
 def url(either_url) -> str:
     return either_url
-
-
-def take(ledger: Ledger) -> Claim:
-    claim = ledger.claim(SPACE, lambda offset: RandomSampler(seed=offset))
-    assert isinstance(claim, Claim)
-    return claim
 
 
 def fill(url: str) -> None:

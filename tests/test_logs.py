@@ -9,11 +9,9 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from optuna.samplers import RandomSampler
 
 from bdense.errors import StoppedError
 from bdense.methods.distill import distill
-from search import cli
 from search.log import about, say, speaking_of, spoken_of, start_logging
 from search.report.log_lines import log_line
 from search.spec.space import search_space
@@ -26,8 +24,8 @@ from search.study.study import Study
 from search.study.trial_log import LOG_FILE, TrialLog, is_noted, read_log, shortened
 from search.worker.lifecycle import bring_to_an_end
 from search.worker.result import take_folder
-from tests.contracts.scene import wait_until
-from tests.measured import result
+from tests.contracts.scene import take, wait_until
+from tests.measured import command, result
 from tests.rows import SFD, loaded
 from tests.rows import run as work_on
 from tests.studies import spec
@@ -142,9 +140,7 @@ def made(**keys) -> Study:
 
 
 def claimed(study: Study) -> Claim:
-    found = study.search.claim(search_space(spec()), lambda _: RandomSampler(seed=1))
-    assert isinstance(found, Claim)
-    return found
+    return take(study.search, space=search_space(spec()))
 
 
 def run(study: Study, work) -> Claim:
@@ -244,13 +240,7 @@ def test_events_as_lines(event, line):
     assert shown[2] == shown[5] == ":"
 
 
-def answer(capsys, *arguments: object) -> tuple[int, str, str]:
-    status = cli.main([str(argument) for argument in arguments])
-    said = capsys.readouterr()
-    return status, said.out, said.err
-
-
-def test_logs_of_a_trial_are_followed_to_its_end(capsys):
+def test_logs_of_a_trial_are_followed_to_its_end():
     study = made()
     taken = claimed(study)
     log = TrialLog(row_folder("digits", 0)).open()
@@ -263,11 +253,11 @@ def test_logs_of_a_trial_are_followed_to_its_end(capsys):
 
     timer = threading.Timer(0.7, end)
     timer.start()
-    status, out, _ = answer(capsys, "logs", "digits", "0", "--follow")
+    status, out, _ = command("logs", "digits", "0", "--follow")
     timer.join()
     assert status == 0
     assert [line[19:].split(" ")[0] for line in out.splitlines()[2:]] == ["claimed", "complete"]
-    status, out, _ = answer(capsys, "logs", "digits", "0", "--json")
+    status, out, _ = command("logs", "digits", "0", "--json")
     assert [json.loads(line)["event"] for line in out.splitlines()] == ["claimed", "complete"]
 
 
@@ -282,17 +272,15 @@ def test_logs_of_a_trial_are_followed_to_its_end(capsys):
         (("-1", "--follow"), "has no trial -1"),  # following it would never end
     ],
 )
-def test_logs_that_are_not_there(capsys, arguments, message):
+def test_logs_that_are_not_there(arguments, message):
     study = made()
     claimed(study)
-    status, out, err = answer(capsys, "logs", "digits", *arguments)
+    status, out, err = command("logs", "digits", *arguments)
     assert (status, out) == (2, "")
     assert message in err
     study.given.delete()
     Ledger.open(study.url, "digits.baselines", budget=2)
-    assert (
-        "no baseline uniform yet" in answer(capsys, "logs", "digits", "--baseline", "uniform")[2]
-    )
+    assert "no baseline uniform yet" in command("logs", "digits", "--baseline", "uniform")[2]
 
 
 # The service's own log.
@@ -401,16 +389,16 @@ def test_a_trial_s_log_is_json_whatever_the_losses_are(tmp_path):
     assert "1/9  loss      nan  [1]      inf        1" in log_line(event)
 
 
-def test_mistakes_are_told_in_the_log_too(capsys, as_json):
-    assert answer(capsys, "status", "nobody")[0] == 2
-    cli.main(["status", "nobody"])
-    (line,) = map(json.loads, capsys.readouterr().err.splitlines())
+def test_mistakes_are_told_in_the_log_too(as_json):
+    answer = command("status", "nobody")
+    (line,) = map(json.loads, answer.err.splitlines())
+    assert answer.status == 2
     assert line["message"].startswith("bdense-search: no study 'nobody'")
 
 
-def test_another_form_of_log_is_refused(capsys, monkeypatch):
+def test_another_form_of_log_is_refused(monkeypatch):
     monkeypatch.setenv("BDENSE_LOG", "xml")
-    status, _, err = answer(capsys, "status", "digits")
+    status, _, err = command("status", "digits")
     assert (status, "BDENSE_LOG=xml" in err, "text or json" in err) == (2, True, True)
 
 

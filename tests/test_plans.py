@@ -469,5 +469,3 @@ def test_what_cannot_be_transferred_is_refused(searched, tmp_path):
     assert "no study 'nobody'" in refused(command("transfer", "nobody", "--to", file))
     absent = command("transfer", "digits", "--to", "absent.yaml")
     assert "absent.yaml cannot be read" in refused(absent)
-    usage = command("transfer", "digits", "--to", file, "--top", "0")
-    assert (usage.status, "--top must be" in usage.err) == (2, True)

@@ -30,27 +30,28 @@ def buried() -> Exception:
         return error
 
 
-@pytest.mark.parametrize("error", [AuthenticationError("no token"), buried()])
-def test_a_token_that_is_refused_is_named_with_its_settings(address, error):
-    assert str(cannot_use(error)) == (
-        f"Ray at {address} asks for a token, and the one here is missing or wrong; set "
-        "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH (a file) or RAY_AUTH_TOKEN, to the same as "
-        "on its head"
-    )
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (AuthenticationError("no token"), "RAY_AUTH_TOKEN_PATH"),
+        (buried(), "RAY_AUTH_TOKEN_PATH"),
+        (ConnectionError("no\n route"), "no route; check RAY_ADDRESS"),
+        (
+            RuntimeError("Version mismatch: started with:\n Ray: 2.59"),
+            "versions of Ray and Python",
+        ),
+    ],
+)
+def test_a_cluster_that_cannot_be_used_is_named_on_one_line(address, error, told):
+    said = str(cannot_use(error))
+    assert address in said
+    assert told in said
+    assert "\n" not in said
 
 
-def test_anything_else_is_said_on_one_line(address, monkeypatch):
-    assert str(cannot_use(ConnectionError("no\n route"))) == (
-        f"Ray cannot be used at {address}: no route; check RAY_ADDRESS, or unset it"
-    )
-    versions = RuntimeError("Version mismatch: The cluster was started with:\n Ray: 2.59")
-    assert str(cannot_use(versions)).endswith(
-        "install the cluster's versions of Ray and Python here"
-    )
-    monkeypatch.delenv("RAY_ADDRESS")
-    assert str(cannot_use(ValueError("no room"))) == (
-        "Ray cannot be used at this machine: no room; see Ray's own logs"
-    )
+def test_without_an_address_this_machine_is_meant(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert "this machine: no room" in str(cannot_use(ValueError("no room")))
 
 
 def test_a_head_without_cpus_waits_for_its_first_worker(monkeypatch):

@@ -9,9 +9,9 @@ import pytest
 
 from bdense.errors import InputError
 from search.analysis.plans import plan_confirmation
-from search.report.markdown import escaped
 from search.report.overview import overview_of
 from search.report.report_files import write_report
+from search.study.markdown import escaped
 from search.study.summary import copy_baselines, failures, headline, summary_of, table
 from search.study.wording import duration
 from tests.goldens import ROOT

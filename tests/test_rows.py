@@ -9,7 +9,6 @@ import pytest
 import sqlalchemy as sa
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import StorageInternalError
-from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import event
 
@@ -23,6 +22,7 @@ from search.storage.schema import Role, grant
 from search.study.results import TrialResult
 from search.study.study import Study
 from search.study.summary import best_json, complete_trials, counts_json, failures, summary_of
+from tests.contracts.scene import take
 from tests.e2e.study import Workplace
 from tests.measured import finish, normalised
 
@@ -136,18 +136,12 @@ def study(url) -> Study:
     study = Study.create(url, of)
     fill(study, open_storage(url), of, 50)
     for _ in range(3):
-        claim = take(study.trials, search_space(of))
+        claim = take(study.trials, space=search_space(of))
         study.trials.fail(claim, "diverged", "the loss is not finite", {})
-    study.trials.prune(take(study.trials, search_space(of)), {})
+    study.trials.prune(take(study.trials, space=search_space(of)), {})
     fill(study, open_storage(url), of, 10)
     finish(study, lambda *_: 13.0)
     return study
-
-
-def take(ledger: Ledger, space) -> Claim:
-    claim = ledger.claim(space, lambda offset: RandomSampler(seed=offset))
-    assert isinstance(claim, Claim)
-    return claim
 
 
 def test_what_is_shown_of_a_study_is_what_optuna_lists(study):
@@ -233,7 +227,7 @@ def test_a_first_claim_reads_the_study_before_it_locks_it(postgres):
     def note(connection, cursor, statement, *_) -> None:
         statements.append((statement, cursor.rowcount))
 
-    assert isinstance(take(ledger, search_space(of)), Claim)
+    assert isinstance(take(ledger, space=search_space(of)), Claim)
     locked = next(i for i, (text, _) in enumerate(statements) if "advisory" in text)
     reads = [(i, rows) for i, (text, rows) in enumerate(statements) if "FROM trial_params" in text]
     assert [rows for i, rows in reads if i < locked] == [20]

@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 import yaml
-from optuna.samplers import RandomSampler
 
 from search.cli import main
 from search.errors import StorageFullError
 from search.storage.disk import disk_error, is_full_disk
 from search.storage.engine import open_storage, resolve_storage_url
-from search.storage.ledger import Claim, Ledger
+from search.storage.ledger import Ledger
 from search.study.study import Study
 from search.worker import ray_tasks
 from search.worker.ray_tasks import (
@@ -30,7 +29,7 @@ from search.worker.ray_tasks import (
     record_task,
     slot,
 )
-from tests.contracts.ledger_worker import SPACE
+from tests.contracts.scene import take
 from tests.disks import small_disk
 from tests.rows import SFD, loaded
 from tests.studies import REMOVED, changed, spec
@@ -209,8 +208,7 @@ def test_a_sqlite_database_on_a_full_disk(folders, capsys):
     with small_disk(folders / "disk", 2048) as disk:
         url = resolve_storage_url(f"sqlite:///{disk.place}/study.db")
         ledger = Ledger.open(url, "digits", budget=1)
-        claim = ledger.claim(SPACE, RandomSampler)
-        assert isinstance(claim, Claim)
+        claim = take(ledger)
         filler = disk.fill()
         with pytest.raises(StorageFullError, match=r"disk is full.* run the same command again"):
             ledger.complete(claim, 2.0, {"notes": "x" * 500_000})
@@ -238,8 +236,7 @@ def test_a_postgres_database_on_a_full_disk(postgres):
             connection.execute(sa.text("CREATE DATABASE small TABLESPACE small"))
         url = resolve_storage_url(postgres.url("small"))
         ledger = Ledger.open(url, "digits", budget=1)
-        claim = ledger.claim(SPACE, RandomSampler)
-        assert isinstance(claim, Claim)
+        claim = take(ledger)
         filler = disk.fill()
         # What does not compress needs pages of its own.
         notes = {f"notes {number}": os.urandom(100_000).hex() for number in range(100)}

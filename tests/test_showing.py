@@ -12,15 +12,16 @@ from optuna_dashboard import get_note
 from optuna_dashboard._note import get_note_from_system_attrs
 
 from search.report import live
-from search.report.dashboard_texts import save_texts
-from search.report.live import Showing, attach_pictures, show
-from search.report.markdown import escaped
+from search.report.live import Showing, show
 from search.report.overview import overview_of
 from search.storage.ledger import Ledger
 from search.study.arms import ROW_SPACE
 from search.study.artifacts import artifact_store
+from search.study.dashboard_texts import save_texts
 from search.study.folders import pictures
+from search.study.markdown import escaped
 from search.study.study import Study
+from search.study.trial_note import attach_pictures
 from tests.measured import complete, created, open_once, result
 from tests.reported import PLOTS, reported, shown, spec_of, take
 
@@ -192,7 +193,7 @@ def test_the_end_of_a_confirmation_renews_the_search_s_note_too(confirmed):
     Showing(Study.open(confirmed.url, "digits.confirm")).finish()
     note = get_note(confirmed.search.study)
     assert "confirmed at 2.56 kimg" in note
-    assert "Under fresh seeds:" in note
+    assert "Under fresh seeds" in note
 
 
 def test_what_goes_wrong_ends_no_launch(study, caplog):

@@ -15,7 +15,7 @@ from bdense.weights.spaces import PLAIN, UNIFORM, Choice
 from search.analysis.comparison import Comparison
 from search.analysis.confirmation import point_of
 from search.analysis.surrogate import FEWEST, Observation, posterior_means
-from search.report.markdown import printable
+from search.study.markdown import printable
 from search.study.results import MeasuredFID
 from search.study.summary import Measured, Summary
 

@@ -9,23 +9,13 @@ from pathlib import Path
 
 from bdense.errors import InputError
 from bdense.files import atomic_write
-from search.analysis.comparison import table_rows
-from search.report.notes import TIMINGS, changes_text, conditions, study_note
+from search.report.document import Picture, as_html, as_markdown
 from search.report.overview import Overview, overview_of
-from search.report.report_html import (
-    Picture,
-    bullets,
-    figures,
-    folded,
-    highlighted,
-    page,
-    paragraph,
-    preformatted,
-    rows_table,
-)
+from search.report.pages import study_page
 from search.study.folders import GRID, WEIGHTS_PLOT, pictures, row_folder
 from search.study.study import Study
 from search.study.summary import Measured, cell
+from search.study.trial_note import TIMINGS
 from search.study.wording import weights_text
 
 PAGE, HTML_PAGE = "report.md", "report.html"
@@ -53,67 +43,17 @@ def write_report(study: Study, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     plots = []
     for plot in overview.plots():
-        path = folder / f"{plot.key}.png"
-        plot.save(path)
-        plots.append(Picture(path, plot.title, ""))
+        plots.append(Picture(plot.title, f"{plot.key}.png"))
+        plot.save(folder / plots[-1].address)
     grids = _copy_grids(overview, folder)
-    trials = _trial_rows(overview.trials)
-    note = study_note(
-        overview,
-        [(each.title, each.path.name) for each in grids],
-        plots=[(each.title, each.path.name) for each in plots],
-        trials=trials,
-    )
-    with atomic_write(folder / PAGE) as scratch:
-        scratch.write_text(note)
-    result = [
-        rows_table(overview.table(), left=overview.now is not None),
-        *(paragraph(line, "quiet") for line in overview.remarks()),
-    ]
-    if (found := overview.verdict) is not None:
-        result += [
-            paragraph(f"Under fresh seeds, at {found.budget}:"),
-            rows_table(table_rows([found.comparison]), left=False),
-            paragraph(found.comparison.conditions_line(), "quiet"),
-        ]
-    spec = folded(f"fingerprint {overview.fingerprint}", preformatted(overview.spec))
-    html = page(
-        study.name,
-        [
-            paragraph(f"{overview.headline()}.", "lead"),
-            paragraph(overview.facts()),
-            _best(overview),
-        ],
-        {
-            "Result": result,
-            "Plots": [figures(plots, "plots")],
-            "Samples": [figures(grids, "grids")],
-            "Trials": [rows_table(trials)],
-            "Failures": [bullets(overview.failures)],
-            "Changes": [bullets(changes_text(overview.changes))],
-            "Spec": [spec],
-        },
-        overview.written,
-    )
-    with atomic_write(folder / HTML_PAGE) as scratch:
-        scratch.write_text(html)
+    page = study_page(overview, grids, plots, _trial_rows(overview.trials))
+    for name, text in (
+        (PAGE, as_markdown(study.name, page)),
+        (HTML_PAGE, as_html(study.name, page, folder)),
+    ):
+        with atomic_write(folder / name) as scratch:
+            scratch.write_text(text)
     return folder / PAGE
-
-
-def _best(overview: Overview) -> str:
-    """A search's best trial, in large letters."""
-    if overview.now is None or (best := overview.now.best) is None:
-        return ""
-    assert best.result.fid is not None
-    weights = weights_text(best.result.weights)
-    return highlighted(
-        f"FID {best.fid:.3f}",
-        [
-            f"trial {best.number}, {best.label}: w_1 .. w_K = {weights}",
-            conditions(best.result.fid),
-            f"{overview.confidence()}.",
-        ],
-    )
 
 
 def _trial_rows(trials: Sequence[Measured]) -> list[tuple[str, ...]]:
@@ -154,5 +94,5 @@ def _copy_grids(overview: Overview, folder: Path) -> list[Picture]:
         if source is not None:
             with atomic_write(folder / copy) as scratch:
                 shutil.copyfile(source, scratch)
-            found.append(Picture(folder / copy, title, title))
+            found.append(Picture(title, copy))
     return found

@@ -137,7 +137,7 @@ def parse(tree: dict[str, Any], source: str) -> StudySpec:
         try:
             _ = spec.space
         except InputError as error:
-            raise SpecError(SpecError.under("weights", error)) from error
+            raise SpecError.under("weights", error) from error
     except InputError as error:
         lines = str(error).splitlines()
         raise SpecError("\n".join(f"{source}: {line}" for line in lines)) from error

@@ -90,25 +90,25 @@ def _untrained(spec: StudySpec) -> NetworkDenoiser:
     try:
         config = teacher_config(training)
     except InputError as error:
-        raise SpecError(f"teacher.train: {error}") from error
+        raise SpecError.under("teacher.train", error) from error
     shape = torch.Size(image_shape(spec.data))
     try:
         # Building is what finds a wrong type.
         with torch.device("meta"):
             return new_denoiser(config, shape)
     except (InputError, TypeError, ValueError, RuntimeError) as error:
-        raise SpecError(f"teacher.train.network {training.network}: {error}") from error
+        raise SpecError.under(f"teacher.train.network {training.network}", error) from error
 
 
-def variant(spec: StudySpec, changes: dict[str, Any]) -> StudySpec:
-    """A resolved spec with some of the method's settings replaced.
+def variant(spec: StudySpec, changes: dict[str, Any], where: str = "method") -> StudySpec:
+    """A resolved spec with some of the method's settings replaced; ``where`` is their key.
 
     Raises:
         InputError: The method has no such setting, or refuses the value.
     """
     if not changes:
         return spec
-    return _with_facts(replace(spec, method=spec.method.with_options(changes)))
+    return _with_facts(replace(spec, method=spec.method.with_options(changes)), where=where)
 
 
 def execution(spec: StudySpec) -> Execution:
@@ -136,13 +136,15 @@ def _with_teacher(spec: StudySpec) -> StudySpec:
         return _with_facts(spec, teacher)
 
 
-def _with_facts(spec: StudySpec, teacher: NetworkDenoiser | None = None) -> StudySpec:
+def _with_facts(
+    spec: StudySpec, teacher: NetworkDenoiser | None = None, *, where: str = "method"
+) -> StudySpec:
     try:
         method = METHODS[spec.method.name]()
-        config = method.Config.read(spec.method.options, "method")
+        config = method.Config.read(spec.method.options, where)
         plans = method.plan(config, teacher)
     except InputError as error:
-        raise SpecError.under("method", error) from error
+        raise SpecError.under(where, error) from error
     facts = Facts(
         title=method.title,
         num_branches=method.num_branches(config),
@@ -195,10 +197,7 @@ def _check_plan(spec: StudySpec) -> None:
     plan = spec.search
     require_sampler(spec)
     make_pruner(spec)
-    try:
-        variant(spec, spec.confirm.method)
-    except InputError as error:
-        raise SpecError(f"confirm.{error}") from error
+    variant(spec, spec.confirm.method, "confirm.method")
     if len(facts.stages) > 1 and plan.at:
         raise InputError(
             f"plan.at {list(plan.at)}: a method of {len(facts.stages)} stages is measured "
@@ -230,12 +229,9 @@ def _check_arms(spec: StudySpec) -> None:
         try:
             space_of(arm).weighting(arm, spec.resolved.num_branches)
         except (InputError, TypeError) as error:
-            raise SpecError(f"plan.arms.{index}: {error}") from error
+            raise SpecError.under(f"plan.arms.{index}", error) from error
     for index, changes in enumerate(spec.given.variants):
-        try:
-            variant(spec, changes)
-        except InputError as error:
-            raise SpecError(f"plan.variants.{index}: {error}") from error
+        variant(spec, changes, f"plan.variants.{index}")
 
 
 def _check_data(spec: StudySpec) -> None:
@@ -245,7 +241,7 @@ def _check_data(spec: StudySpec) -> None:
     try:
         shape = image_shape(spec.data)
     except InputError as error:
-        raise SpecError(f"data: {error}") from error
+        raise SpecError.under("data", error) from error
     published = PUBLIC_MODELS.get(spec.teacher.checkpoint or "")
     if published is None or not spec.uses_data:
         return

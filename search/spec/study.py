@@ -22,6 +22,7 @@ from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
 from bdense.training.teacher_knobs import TeacherKnobs
 from bdense.weights import WEIGHT_SPACES
 from bdense.weights.spaces import WeightSpace
+from search.errors import SpecError
 
 _SEEDS: dict[str, Any] = {"low": 0, "below": 2**31}
 
@@ -321,7 +322,7 @@ class StudySpec(Knobs):
                     values[name] = _section(name, values[name])
                     known.accept(values[name])
             except InputError as error:
-                problems.append(_named(name, error))
+                problems.append(str(SpecError.under(name, error)))
         try:
             # Finds keys that are unknown or missing.
             if not problems or values.keys() - knobs_of(cls).keys():
@@ -467,14 +468,6 @@ def _section(name: str, given: Any) -> Any:  # noqa: ANN401  as YAML has it
             {**given, **{key: Member.of(each, key) for key, each in members.items()}}
         )
     return given
-
-
-def _named(name: str, error: InputError) -> str:
-    """An error's text with the section's name in front."""
-    text = str(error)
-    if not isinstance(error, KnobError):
-        return f"{name}: {text}"
-    return text if text.startswith((f"{name} ", f"{name}.")) else f"{name}.{text}"
 
 
 def _content_of(data: str) -> str:

@@ -22,7 +22,8 @@ _MIB = 2**20
 
 def clean(options: argparse.Namespace) -> None:
     """Delete it, and print how much that was."""
-    record, asked = open_study(options), from_options(CleanOptions, options)
+    asked = from_options(CleanOptions, options)
+    record = open_study(options)
     if asked.keep:
         _keep(record, asked.keep)
     if asked.checkpoints:

@@ -10,7 +10,6 @@ from typing import Any
 from bdense.errors import BdenseError, NonFiniteError, StoppedError, is_out_of_memory
 from search.errors import LeaseLostError, StorageError, UnpreparedError
 from search.log import speaking_of
-from search.report.live import attach_pictures
 from search.storage.disk import disk_error, is_full_disk
 from search.storage.engine import redact
 from search.storage.ledger import Claim, FailureReason, Holding, Ledger
@@ -18,6 +17,7 @@ from search.study.folders import row_folder
 from search.study.results import TrialResult
 from search.study.retention import drop_checkpoints
 from search.study.trial_log import TrialLog
+from search.study.trial_note import attach_pictures
 from search.worker.result import package_versions
 
 _log = logging.getLogger(__name__)

@@ -122,8 +122,8 @@ def expire_leases(url: str) -> None:
         connection.execute(sa.text("UPDATE bdense_lease SET expires = expires - 1000"))
 
 
-def take(ledger: Ledger, constraint=None) -> Claim:
-    claim = ledger.claim(SPACE, RandomSampler, constraint)
+def take(ledger: Ledger, constraint=None, *, space=SPACE) -> Claim:
+    claim = ledger.claim(space, RandomSampler, constraint)
     assert isinstance(claim, Claim), claim
     return claim
 

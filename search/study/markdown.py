@@ -1,6 +1,5 @@
-"""Markdown and HTML in which texts from the database are escaped."""
+"""Markdown in which texts from the database are escaped."""
 
-import html
 import re
 from collections.abc import Sequence
 
@@ -31,22 +30,9 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def tagless(text: str) -> str:
-    """A text as one line of HTML, also within an attribute's quotes."""
-    return html.escape(printable(text), quote=True)
-
-
-def html_table(rows: Sequence[Sequence[str]], *, kind: str = "") -> str:
-    """A header and rows of cells, all escaped; the first row's cells are headings."""
-    header, *rest = rows
-    head = "".join(f'<th scope="col">{tagless(cell)}</th>' for cell in header)
-    body = "\n".join(
-        "<tr>" + "".join(f"<td>{tagless(cell)}</td>" for cell in row) + "</tr>" for row in rest
-    )
-    return (
-        f'<div class="wide"><table class="{tagless(kind)}"><thead><tr>{head}</tr></thead>\n'
-        f"<tbody>\n{body}\n</tbody></table></div>"
-    )
+def paragraphs(texts: Sequence[str]) -> str:
+    """Markdown of paragraphs, without the empty ones."""
+    return "\n\n".join(filter(None, texts))
 
 
 def printable(text: str) -> str:

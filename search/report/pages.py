@@ -1,0 +1,70 @@
+"""A study as a page, for the dashboard's note and for both files of a report."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from search.analysis.comparison import table_rows
+from search.report.document import (
+    Best,
+    Block,
+    Bullets,
+    Code,
+    Picture,
+    Pictures,
+    Section,
+    Table,
+    Text,
+)
+from search.report.overview import Overview
+from search.study.trial_note import conditions
+from search.study.wording import weights_text
+
+
+def study_page(
+    overview: Overview,
+    grids: Sequence[Picture],
+    plots: Sequence[Picture] = (),
+    trials: Sequence[Sequence[str]] = (),
+) -> list[Block]:
+    """A study: its result and how far to trust it, pictures, failures, changes, spec.
+
+    ``trials`` are the cells of a table of all trials.
+    """
+    found = overview.verdict
+    result: list[Block] = [Table(overview.table(), words=overview.now is not None)]
+    result += [Text(remark, quiet=True) for remark in overview.remarks()]
+    if found is not None:
+        result += [
+            Text(f"Under fresh seeds, at {found.budget}:"),
+            Table(table_rows([found.comparison]), words=False),
+            Text(found.comparison.conditions_line(), quiet=True),
+        ]
+    return [
+        Text(f"{overview.headline()}."),
+        Text(overview.facts()),
+        *_best(overview),
+        Section("Result", result),
+        Section("Plots", [Pictures(plots, "plots")]),
+        Section("Samples, from the same latents", [Pictures(grids, "grids")]),
+        Section("Trials", [Table(trials)]),
+        Section("Failures", [Bullets(overview.failures)]),
+        Section("Changes", [Bullets([_change_text(each) for each in overview.changes])]),
+        Section("Spec", [Text(f"fingerprint {overview.fingerprint}"), Code(overview.spec)]),
+        Text(f"Written by bdense-search, {overview.written}.", quiet=True),
+    ]
+
+
+def _best(overview: Overview) -> list[Block]:
+    """A search's best trial."""
+    if overview.now is None or (best := overview.now.best) is None:
+        return []
+    assert best.result.fid is not None
+    weights = (
+        f"trial {best.number}, {best.label}: w_1 .. w_K = {weights_text(best.result.weights)}"
+    )
+    lines = [weights, conditions(best.result.fid), overview.confidence()]
+    return [Best(f"Best: FID {best.fid:.3f}", lines)]
+
+
+def _change_text(change: Mapping[str, Any]) -> str:
+    return "{time}: {key} from {old} to {new}".format(**change)

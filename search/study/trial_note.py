@@ -1,0 +1,119 @@
+"""What a finished row shows in the dashboard: its pictures and its note, which is Markdown.
+
+Every text from the database is escaped: anyone with write access may have chosen it.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from bdense.weights import space_of
+from search.errors import LeaseLostError, StorageError
+from search.storage.engine import one_line, retrying
+from search.storage.ledger import Claim, Ledger
+from search.study.artifacts import artifact_store, attach
+from search.study.dashboard_texts import save_texts
+from search.study.folders import pictures
+from search.study.markdown import escaped, markdown_table, paragraphs
+from search.study.results import MeasuredFID, TrialResult
+from search.study.wording import duration
+
+_log = logging.getLogger(__name__)
+
+# What a trial's seconds were spent on, by their names in its row.
+TIMINGS = {
+    "student_seconds": "training",
+    "evaluation_seconds": "evaluation",
+    "intermediate_seconds": "intermediate evaluations",
+    "service_seconds": "service",
+}
+
+
+def trial_note(title: str, result: TrialResult, pictures: Sequence[tuple[str, str]]) -> str:
+    """A finished row: weights, FID and its conditions or why it was pruned, timings, pictures.
+
+    ``pictures`` are pairs of file name and address.
+    """
+    lines = [f"## {escaped(title)}"]
+    if result.value is not None and result.fid is not None:
+        lines.append(f"**FID {result.value:.4f}** {escaped(conditions(result.fid))}")
+    elif result.reason is not None:
+        at = f" at {result.pruned_at:g} of its budget" if result.pruned_at is not None else ""
+        lines.append(f"**Pruned{at}**: {escaped(result.reason)}")
+    if result.weights:
+        header = [f"w_{k}" for k in range(1, len(result.weights) + 1)]
+        lines.append(markdown_table([header, [f"{w:.4g}" for w in result.weights]]))
+    if result.parameters:
+        lines.append(escaped(space_of(result.parameters).label(result.parameters)))
+    if result.fids:
+        rows = [("NFE", "FID"), *((nfe, f"{fid.value:.3f}") for nfe, fid in result.fids.items())]
+        lines.append(markdown_table(rows))
+    lines.append(escaped(timings_text(result.timings)))
+    lines += [f"{escaped(name)}:\n\n![]({address})" for name, address in pictures]
+    return paragraphs(lines)
+
+
+def attach_pictures(ledger: Ledger, claim: Claim, folder: Path, result: TrialResult) -> None:
+    """Make a trial's pictures its artifacts and write its note, before it is finished.
+
+    A store that cannot be written to costs the pictures, never the FID.
+
+    Raises:
+        LeaseLostError: Another worker took it over.
+        StorageError: The database stayed away.
+    """
+    files = pictures(folder)
+    ids: dict[str, str] = {}
+    if files:
+        harmless(
+            f"pictures of trial {claim.number}",
+            lambda: ids.update(attach(ledger.storage, claim.trial_id, files, artifact_store())),
+        )
+    addresses = [(name, address(ledger, claim.trial_id, each)) for name, each in ids.items()]
+
+    def write() -> None:
+        arm = result.arm
+        title = f"trial {claim.number}" if arm is None else f"{arm}, seed {claim.params['seed']}"
+        note = trial_note(title, result, addresses)
+        save_texts(ledger.storage, study_id(ledger), note, trial_id=claim.trial_id)
+
+    harmless(f"note of trial {claim.number}", write)
+
+
+def address(ledger: Ledger, trial_id: int, artifact_id: str) -> str:
+    """Where the dashboard serves an artifact."""
+    return f"/artifacts/{study_id(ledger)}/{trial_id}/{artifact_id}"
+
+
+def conditions(fid: MeasuredFID) -> str:
+    """The conditions of a FID, which is never shown without them."""
+    seeds = ", ".join(f"{what} {seed}" for what, seed in fid.seeds.items())
+    return (
+        f"of {fid.images} images at NFE {fid.nfe}, features of {fid.extractor} "
+        f"({fid.extractor_sha256[:8]}), against {fid.reference_images} of {fid.reference}, "
+        f"seeds: {seeds}"
+    )
+
+
+def timings_text(timings: Mapping[str, float]) -> str:
+    """What a trial's time was spent on."""
+    spent = {what: timings[name] for name, what in TIMINGS.items() if name in timings}
+    return ", ".join(
+        f"{what} {seconds:.1f} s" if seconds < 60 else f"{what} {duration(seconds)}"
+        for what, seconds in spent.items()
+    )
+
+
+def study_id(ledger: Ledger) -> int:
+    """Optuna's key of the ledger's study."""
+    return retrying(lambda: ledger.storage.get_study_id_from_name(ledger.study.study_name))
+
+
+def harmless(what: str, call: Callable[[], None]) -> None:
+    """Call; log every error but the loss of the database or of the lease."""
+    try:
+        call()
+    except (LeaseLostError, StorageError):
+        raise
+    except Exception as error:  # noqa: BLE001  a picture must not cost a FID
+        _log.warning("%s could not be stored: %s", what, one_line(error))

@@ -183,8 +183,8 @@ def arm_row(study: Study, *, arm: str | None = None, variant: int | None = None)
         if found is None:
             names = ", ".join(each.arm.name for each in results)
             raise InputError(
-                f"{study.name} has no complete baseline to judge its arms by ({names}); name a row "
-                "by --trial"
+                f"{study.name} has no complete baseline to judge its arms by ({names}); name a "
+                "row by --trial"
             )
         arm = found.arm.name
     for each in results:

@@ -103,7 +103,8 @@ class Knob:
     def values(self) -> str:
         """Type and range, for people."""
         if self.choices:
-            known = f"one of {', '.join(map(str, self.choices))}"
+            several = get_origin(self.type) is tuple
+            known = f"{'a list' if several else 'one'} of {', '.join(map(str, self.choices))}"
         else:
             known = " ".join(filter(None, (_type_text(self.type), self._range())))
         return f"{known}, or {NONE}" if self.optional else known
@@ -207,11 +208,14 @@ def knob(
     return field(default=default, metadata={_KEY: about})
 
 
-def knob_of(cls: type["Knobs"], name: str, default: Any) -> Any:  # noqa: ANN401  as ``knob``
-    """A knob of another class with its own default; None stands for that class's default."""
+def knob_of(cls: type["Knobs"], name: str, default: Any, **about: Any) -> Any:  # noqa: ANN401
+    """A knob of another class with its own default; None stands for that class's default.
+
+    ``about`` replaces arguments of ``knob``.
+    """
     (declared,) = (each for each in dataclasses.fields(cls) if each.name == name)
     none = {"none": _text(declared.default)} if default is None is not declared.default else {}
-    return field(default=default, metadata={_KEY: declared.metadata[_KEY] | none})
+    return field(default=default, metadata={_KEY: declared.metadata[_KEY] | none | about})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -399,24 +403,26 @@ def _first_that_takes(convert: Any, union: Any, given: Any) -> Any:  # noqa: ANN
     raise _WrongTypeError
 
 
-def _type_text(kind: Any) -> str:  # noqa: ANN401
-    """A type, for people."""
+_NAMES: Mapping[Any, tuple[str, str]] = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    bool: ("true or false", "true or false"),
+    str: ("a string", "strings"),
+    Path: ("a path", "paths"),
+}
+
+
+def _type_text(kind: Any, *, several: bool = False) -> str:  # noqa: ANN401
+    """A type, for people: of one value or of several."""
     if _is_union(kind):
-        return " or ".join(map(_type_text, get_args(kind)))
+        return " or ".join(_type_text(each, several=several) for each in get_args(kind))
     if get_origin(kind) is Literal:
         return " or ".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:
-        several = {int: "whole numbers", float: "numbers"}.get(get_args(kind)[0], "words")
-        fixed = get_args(kind)[-1] is not Ellipsis
-        return f"{len(get_args(kind))} {several}" if fixed else several
-    names = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "a word",
-        Path: "a path",
-    }
-    return names.get(kind, "a mapping")
+        first, *_, last = get_args(kind)
+        count = "" if last is Ellipsis else f"{len(get_args(kind))} "
+        return f"a list of {count}{_type_text(first, several=True)}"
+    return _NAMES.get(kind, ("a mapping", "mappings"))[several]
 
 
 # ---- the command line ----

@@ -27,7 +27,7 @@ class Stream(IntEnum):
     INTERVALS = 6
     LABELS = 7
     EVALUATION_LABELS = 8
-    PROGRESSIVE = 9
+    IMAGES = 9
     EVALUATION_STEPS = 10
 
 

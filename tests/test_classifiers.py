@@ -11,7 +11,7 @@ from bdense.metrics.classifiers import (
     RECIPES,
     Classifier,
     Recipe,
-    classifier_weights,
+    classifier_checkpoint,
     load_classifier,
 )
 from bdense.models.store import load_tensors, save_tensors
@@ -54,7 +54,7 @@ def test_the_weights_are_those_of_a_plain_loop(cache, brief):
     expected = plain_loop_over_digits(epochs=1)
     torch.set_num_threads(threads)
     torch.set_rng_state(state)
-    path, metadata = classifier_weights(brief, cache)
+    path, metadata = classifier_checkpoint(brief, cache)
     tensors = load_tensors(path)[0]
     assert list(tensors) == [
         *("classes.bias", "classes.weight", "conv0.bias", "conv0.weight"),
@@ -74,7 +74,7 @@ def test_the_weights_are_those_of_a_plain_loop(cache, brief):
 
 
 def test_features_are_what_the_last_layer_sees(cache, brief):
-    path, metadata = classifier_weights(brief, cache)
+    path, metadata = classifier_checkpoint(brief, cache)
     network = load_classifier(path)
     digits = load_dataset("digits")
     features = network(digits.images)
@@ -112,7 +112,7 @@ def test_a_side_is_a_power_of_two(side):
 def test_a_set_that_cannot_be_had_leaves_no_weights(cache, monkeypatch):
     monkeypatch.setitem(RECIPES, "none", Recipe(data="folder:/nowhere", side=8, epochs=1))
     with pytest.raises(InputError, match="there is no image folder /nowhere"):
-        classifier_weights("none", cache)
+        classifier_checkpoint("none", cache)
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
 

@@ -304,6 +304,7 @@ def test_best_says_whether_a_winner_is_confirmed(confirmed, made, tmp_path):
     after = command("best", "digits").out
     assert verdict(confirmed).sentence() in after
     assert json.loads(command("best", "digits", "--json").out)["best"]["confirmed"] is True
+    assert "not confirmed" not in after
     copy_storage(made / "searched.db", tmp_path / "study.db")
     before = command("best", "digits")
     assert "No winner is confirmed: bdense-search confirm digits" in before.out.splitlines()

@@ -49,7 +49,7 @@ def algorithm_2(stage: ConsistencyStage) -> NetworkDenoiser:
     adam = torch.optim.Adam(online.parameters(), lr=config.lr, fused=True)
     fine = config.levels.fine_grid(6, k)
     for iteration in range(stage.num_updates):
-        draw = generator(stage.seed, Stream.PROGRESSIVE, 0, iteration)
+        draw = generator(stage.seed, Stream.IMAGES, 0, iteration)
         clean = to_float(data[torch.randint(len(data), (count,), generator=draw)])
         noise = torch.randn(clean.shape, generator=draw)
         n = torch.randint(6, (count,), generator=draw)

@@ -334,23 +334,3 @@ def test_every_metric_carries_its_conditions():
         "kid": {"mean": 0.1, "std": 0.02, **KID_SETTINGS, **CONDITIONS},
         "prc": {"precision": 0.7, "recall": 0.6, "neighbours": 5, **CONDITIONS},
     }
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("images", 5), ("reference", "mnist"), ("nfe", 3), ("seeds", {"evaluation": 2})],
-)
-def test_metrics_under_other_conditions_do_not_compare(name, value):
-    fid = FID(value=4.4, noise=0.2, effects=[0.5, -0.5], **CONDITIONS)
-    fid.require_comparable(dataclasses.replace(fid, value=9.0))
-    with pytest.raises(InputError, match=f"not comparable.*{name}: .* against") as caught:
-        fid.require_comparable(dataclasses.replace(fid, **{name: value}))
-    assert str(caught.value).count("against") == 1
-
-
-def test_different_metrics_do_not_compare():
-    prc = PrecisionRecall(precision=0.7, recall=0.6, neighbours=5, **CONDITIONS)
-    with pytest.raises(InputError, match="neighbours: 5 against 3"):
-        prc.require_comparable(dataclasses.replace(prc, neighbours=3))
-    with pytest.raises(InputError, match="FID and PrecisionRecall are not comparable"):
-        FID(value=4.4, noise=0.2, effects=[0.5, -0.5], **CONDITIONS).require_comparable(prc)

@@ -228,15 +228,15 @@ def test_an_iteration_in_which_a_follower_failed_is_not_reported(tmp_path):
 
     stage = sfd_stage(small_trajectories(small_teacher()))
     path, reports = tmp_path / "training.safetensors", []
-    options = bdense.training.loop._Options(
-        checkpoint=path,
-        checkpoint_seconds=0,
-        on_iteration=reports.append,
-        evaluations=Evaluations(),
-    )
     with pytest.raises(torch.OutOfMemoryError):
         bdense.training.loop._train(
-            Team(0, 1, miss=miss), stage, FixedWeights(torch.ones(4)), options
+            Team(0, 1, miss=miss),
+            stage,
+            FixedWeights(torch.ones(4)),
+            path,
+            Evaluations(),
+            checkpoint_seconds=0,
+            on_iteration=reports.append,
         )
     assert reports == []
     assert not path.exists()

@@ -148,7 +148,11 @@ def test_a_baseline_that_failed_is_tried_again_by_the_next_launch():
         (BOUNDED, ("--a", 1, "--b=-3"), "by 0.7183; choose others, or raise weights.largest"),
         ({"name": "normalised"}, ("--a", 1, "--b=-1"), "have the parameters a, got a, b"),
         ({"name": "learned"}, ("--a", 1), "have the parameters rule, strength, got a"),
-        ({"name": "learned"}, ("--rule", "mine", "--strength", 1), "rule mine is none of"),
+        (
+            {"name": "learned"},
+            ("--rule", "mine", "--strength", 1),
+            "rule must be uncertainty or gradient-norm, got mine",
+        ),
         ({"name": "end-point"}, ("--set", "end=2", "--set", "wing=1"), "end, got end, wing"),
         ({"name": "end-point"}, ("--set", "end=11"), "end 11 lies outside weights.end, 1 to 10"),
         ({"name": "end-point"}, ("--set", "end=high"), "end must be a number, got 'high'"),

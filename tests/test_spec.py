@@ -97,7 +97,11 @@ OF_ANY = [
     ({"teacher__train__kimg": 0}, "teacher.train.kimg", "got 0"),
     ({"teacher__train__network": {"depth": 3}}, "teacher.train.network", "'depth'"),
     ({"teacher__train__network__model_channels": 6}, "teacher.train.network", "multiple of 4"),
-    ({"teacher__train__precond": {"name": "vp"}}, "teacher.train.precond", "cosine or ddpm, got 'vp'"),
+    (
+        {"teacher__train__precond": {"name": "vp"}},
+        "teacher.train.precond",
+        "cosine or ddpm, got 'vp'",
+    ),
     (
         {"teacher__train__precond": {"name": "cosine", "timesteps": 64}},
         "teacher.train",
@@ -166,8 +170,8 @@ PD_ALONE = [
     ({"plan": {"trials": 3, "at": [0.5]}}, "plan.at", "2 stages"),
     ({"data": REMOVED, "teacher": DDPM, "evaluation__reference": REFERENCE}, "data", "missing"),
     # Before anything is spent.
-    ({"teacher__train__precond": REMOVED}, "method", "precond='edm' .* choose a schedule"),
-    ({"teacher": EDM, "data": "cifar10"}, "method", "precond='edm' .* choose a schedule"),
+    ({"teacher__train__precond": REMOVED}, "method", "precond='edm' .* choose another"),
+    ({"teacher": EDM, "data": "cifar10"}, "method", "precond='edm' .* choose another"),
     (
         {
             "teacher__train__precond": REMOVED,
@@ -175,7 +179,7 @@ PD_ALONE = [
             "method__prediction_type": "sample",
         },
         "method",
-        "not converted to sample",
+        "prediction_type sample needs",
     ),
 ]
 
@@ -198,6 +202,14 @@ def test_a_mistake_is_named_by_file_and_key(tree, keys, key, said):
         assert words.strip() in told[place:], told
         place = told.index(words.strip(), place)
     assert "\n" not in told
+
+
+def test_intermediate_fids_of_a_round_that_needs_no_conversion():
+    """The teacher predicts v as asked, so that the one round may be measured on its way."""
+    plan = {"trials": 3, "at": [0.5]}
+    method = {"method__until": 4, "method__prediction_type": "v_prediction"}
+    found = spec(PROMOTION, plan=plan, **method)
+    assert [stage.nfe for stage in found.resolved.stages] == [4]
 
 
 def test_every_mistake_of_the_form_has_a_line():

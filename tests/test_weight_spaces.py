@@ -7,8 +7,8 @@ import torch
 
 from bdense.errors import InputError
 from bdense.weights import WEIGHT_SPACES, space_of
+from bdense.weights.rules import RULES
 from bdense.weights.spaces import (
-    RULES,
     Choice,
     LearnedSpace,
     LogLinearSpace,
@@ -125,7 +125,7 @@ def test_spaces_are_read_from_plain_mappings():
         ("normalised", {"b": {"low": 0.0, "high": 1.0}}, "weights.b is unknown"),
         ("learned", {"rules": []}, r"weights.rules \[\] must name one rule or more"),
         ("learned", {"rules": ["uncertainty"] * 2}, "weights.rules .* each once"),
-        ("learned", {"rules": ["loss"]}, "weights.rules must be one of uncertainty, gradient-"),
+        ("learned", {"rules": ["loss"]}, "weights.rules must be a list of uncertainty, gradient-"),
         (
             "learned",
             {"strength": {"low": 0.0, "high": 12.0}},
@@ -168,7 +168,7 @@ def test_a_bound_that_excludes_the_whole_space_is_refused():
         (NormalisedSpace(), {"a": "x"}, "a must be a number, got 'x'"),
         (NormalisedSpace(), {"a": 1.0, "b": 0.0}, "have the parameters a, got a, b"),
         (NormalisedSpace(largest=2.0), {"a": 2.0}, r"a 2\.000 exceed the bound .* by 1\.46"),
-        (LearnedSpace(), {"rule": "loss", "strength": 0.0}, "rule loss is none of"),
+        (LearnedSpace(), {"rule": "loss", "strength": 0.0}, "rule must be .*, got loss"),
     ],
 )
 def test_points_outside_the_space_are_refused(space, params, message):

@@ -1,10 +1,10 @@
 """The knobs of a grid of noise levels; does not import torch."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from bdense.diffusion import ScheduleKind
-from bdense.knobs import KnobError, Knobs, knob, knobs_of
+from bdense.knobs import KnobError, Knobs, knob, knob_of, knobs_of
 
 if TYPE_CHECKING:
     from bdense.diffusion.schedules import Schedule
@@ -31,17 +31,49 @@ class GridKnobs(Knobs):
         """
         from bdense.diffusion.schedules import Schedule
 
-        require_exponent(self.schedule, self.rho)
+        if self.schedule == "logsnr" and self.rho != knobs_of(GridKnobs)["rho"].default:
+            raise KnobError(
+                "rho",
+                f"{self.rho:g} does nothing with schedule=logsnr, which has no exponent; leave it "
+                "out, or choose another schedule",
+            )
         return Schedule(
             kind=self.schedule, rho=self.rho, sigma_min=self.sigma_min, sigma_max=self.sigma_max
         )
 
 
-def require_exponent(schedule: str | None, rho: float | None) -> None:
-    """Refuse a ``rho`` that the schedule would ignore; None is the default."""
-    if schedule == "logsnr" and rho not in (None, knobs_of(GridKnobs)["rho"].default):
-        raise KnobError(
-            "rho",
-            f"{rho:g} does nothing with schedule=logsnr, which has no exponent; leave it out, or "
-            "choose another schedule",
-        )
+@dataclass(frozen=True, kw_only=True)
+class NativeGridKnobs(Knobs):
+    """As ``GridKnobs``, or the levels of the process that a network was trained on."""
+
+    heading: ClassVar[str] = "noise levels"
+
+    schedule: ScheduleKind | Literal["native"] | None = knob(
+        None,
+        "spacing of the noise levels; native: the process that the network was trained on, which "
+        "has its own levels",
+        none="a student's own, else polynomial",
+    )
+    rho: float | None = knob_of(GridKnobs, "rho", None)
+    sigma_min: float | None = knob_of(GridKnobs, "sigma_min", None)
+    sigma_max: float | None = knob_of(GridKnobs, "sigma_max", None)
+
+    @property
+    def chosen_levels(self) -> "Schedule | None":
+        """The schedule; None is native.
+
+        Raises:
+            InputError: The knobs do not fit together.
+        """
+        values = {name: getattr(self, name) for name in knobs_of(GridKnobs)}
+        given = {name: value for name, value in values.items() if value is not None}
+        if given.get("schedule") != "native":
+            return GridKnobs.read(given).levels
+        del given["schedule"]
+        for name, value in given.items():
+            raise KnobError(
+                name,
+                f"{value:g} is for another schedule: native has the levels of the network's own "
+                "process; leave it out, or choose another schedule",
+            )
+        return None

@@ -41,9 +41,16 @@ class Preconditioning(Protocol):
     outputs: ClassVar[int]
 
     @property
-    def sigma_min(self) -> float: ...
+    def sigma_min(self) -> float:
+        """The lowest level."""
+
     @property
-    def sigma_max(self) -> float: ...
+    def sigma_max(self) -> float:
+        """The highest level."""
+
+    @property
+    def process(self) -> VPSchedule | None:
+        """The variance-preserving process that the network was trained on, if it was one."""
 
     def __call__(self, sigma: Tensor) -> Coefficients:
         """The four coefficients for sigma [B, 1, 1, 1]."""
@@ -59,6 +66,7 @@ class _Column:
     name: ClassVar[str]
     outputs: ClassVar[int] = 1
     positive: ClassVar[tuple[str, ...]] = ()
+    process: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -252,6 +260,10 @@ class DDPM(DDPMSchedule):
     def __call__(self, sigma: Tensor) -> Coefficients:
         return _vp_coefficients(self.prediction_type, sigma, self.time(sigma).to(sigma))
 
+    @property
+    def process(self) -> DDPMSchedule:
+        return DDPMSchedule(**super().options())
+
     def options(self) -> dict[str, Any]:
         return super().options() | {"prediction_type": self.prediction_type}
 
@@ -281,6 +293,10 @@ class Cosine(CosineSchedule):
         angle = sigma.clamp(1 / self.largest, self.largest).atan()
         return _vp_coefficients(self.prediction_type, sigma, angle * (2000 / math.pi))
 
+    @property
+    def process(self) -> CosineSchedule:
+        return CosineSchedule(**super().options())
+
     def options(self) -> dict[str, Any]:
         return super().options() | {"prediction_type": self.prediction_type}
 
@@ -291,13 +307,12 @@ def native_schedule(precond: Preconditioning) -> VPSchedule:
     Raises:
         InputError: It was trained at noise levels of its own, without a process.
     """
-    if isinstance(precond, DDPM):
-        return DDPMSchedule(**DDPMSchedule.options(precond))
-    if isinstance(precond, Cosine):
-        return CosineSchedule(**CosineSchedule.options(precond))
-    raise InputError(
-        f"a network with precond={precond.name!r} was trained on no VP process; choose a schedule"
-    )
+    if precond.process is None:
+        raise InputError(
+            "schedule native needs a network of a VP process (ddpm, cosine), and this one has "
+            f"precond={precond.name!r}; choose another schedule"
+        )
+    return precond.process
 
 
 PRECONDITIONINGS: dict[str, type[EDM | VP | VE | IDDPM | DDPM | Cosine]] = {

@@ -132,6 +132,15 @@ def samplers_from(metadata: Mapping[str, Any]) -> list[Sampler]:
     return [replace(own, num_intervals=nfe + (1 if own.afs else 0)) for nfe in sorted(served)]
 
 
+def levels_of(known: Mapping[str, Any]) -> dict[str, Any]:
+    """The knobs of a student's noise levels; none for a teacher, or for a process of its own."""
+    served = samplers_from(known)
+    if not served or not isinstance(levels := served[0].schedule, Schedule):
+        return {}
+    described = levels.describe()
+    return {"schedule": described.pop("kind"), **described}
+
+
 def served_metadata(samplers: Sequence[Sampler]) -> dict[str, Any]:
     """What ``samplers_from`` reads back; the samplers differ in their NFE alone."""
     ordered = sorted(samplers, key=lambda sampler: sampler.nfe)

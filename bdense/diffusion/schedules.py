@@ -22,9 +22,12 @@ class Levels(Protocol):
     """How noise levels are spaced: ``Schedule``, or a VP process (``vp.VPSchedule``)."""
 
     @property
-    def sigma_min(self) -> float: ...
+    def sigma_min(self) -> float:
+        """The lowest level above 0."""
+
     @property
-    def sigma_max(self) -> float: ...
+    def sigma_max(self) -> float:
+        """The highest level."""
 
     def grid(self, num_intervals: int) -> Tensor:
         """[num_intervals + 1] float64, decreasing; that of N K intervals holds that of N."""

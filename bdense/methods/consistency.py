@@ -37,6 +37,7 @@ from bdense.methods.method import (
 )
 from bdense.methods.perceptual import LPIPS
 from bdense.models.store import denoiser_sha256
+from bdense.training.average import Average
 from bdense.training.stage import Branches, BranchMeans, Configured, WholeIteration
 from bdense.weights.weighting import BranchWeighting
 
@@ -156,7 +157,7 @@ class ConsistencyStage(Configured):
         self._solver = make_solver(self.config.solver)
         self._perceptual = LPIPS() if self.config.loss == "lpips" else None
         self._student: NetworkDenoiser | None = None
-        self._target: NetworkDenoiser | None = None
+        self._target: Average | None = None
 
     @property
     def num_updates(self) -> int:
@@ -194,11 +195,11 @@ class ConsistencyStage(Configured):
     def updates(self, iteration: int, batch: ImageBatch) -> Iterator["ConsistencyUpdate"]:
         """One update; then the target follows the student."""
         config = self.config
+        assert self._student is not None
         assert self._target is not None
+        target = self._target.network.given(batch.condition)
         fine = config.levels.fine_grid(config.intervals_at(iteration), config.substeps)
-        k = torch.arange(config.substeps + 1)[:, None]
-        # t_{n,0}..t_{n,K} of each image's own interval: [K + 1, B, 1, 1, 1].
-        levels = fine[config.substeps * batch.interval + k].to(batch.clean)[..., None, None, None]
+        levels = batch.levels(fine, config.substeps).to(batch.clean)[..., None, None, None]
         x = batch.clean + levels[0] * batch.noise
         states = trajectory(self._solver, self.teacher.given(batch.condition), x, levels)
         yield ConsistencyUpdate(
@@ -206,14 +207,13 @@ class ConsistencyStage(Configured):
             x=x,
             level=levels[0],
             end=config.sigma_min,
-            targets=consistency_targets(
-                self._target.given(batch.condition), states[1:], levels[1:], config.sigma_min
-            ),
+            targets=consistency_targets(target, states[1:], levels[1:], config.sigma_min),
             given=batch.condition.arguments(),
             config=config,
             perceptual=self._perceptual,
         )
-        self._follow(config.decay_at(iteration))
+        # theta^- <- mu theta^- + (1 - mu) theta
+        self._target.add(self._student, 1 - config.decay_at(iteration))
 
     def describe(self, weighting: BranchWeighting) -> dict[str, Any]:
         perceptual = {} if self._perceptual is None else {"lpips": self._perceptual.describe()}
@@ -233,26 +233,15 @@ class ConsistencyStage(Configured):
         return replace(self, teacher=self.teacher.on(device))
 
     def begin(self, student: NetworkDenoiser) -> None:
-        self._student = student
-        target = student.on(next(student.parameters()).device)
-        self._target = target.eval().requires_grad_(False)
+        self._student, self._target = student, Average.of(student)
 
     def state(self) -> Mapping[str, Tensor]:
         assert self._target is not None
-        return self._target.state_dict()
+        return self._target.network.state_dict()
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         assert self._target is not None
-        self._target.load_state_dict(dict(state))
-
-    @torch.no_grad()
-    def _follow(self, decay: float) -> None:
-        """theta^- <- mu theta^- + (1 - mu) theta."""
-        assert self._target is not None
-        assert self._student is not None
-        torch._foreach_lerp_(
-            list(self._target.parameters()), list(self._student.parameters()), 1 - decay
-        )
+        self._target.network.load_state_dict(dict(state))
 
 
 @torch.no_grad()

@@ -41,9 +41,14 @@ class TrainedStage:
     path: Path | None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Run:
-    """What the stages of one run share; fields as of ``distill``."""
+    """What the stages of one run share; most fields as of ``distill``.
+
+    Attributes:
+        train: Trains a stage, with its checkpoint.
+        identity: What kept students say of their run; empty where none are kept.
+    """
 
     method: Method
     config: MethodConfig
@@ -52,12 +57,8 @@ class _Run:
     folder: Path | None
     name: str
     checkpoint: Path | None
-    devices: Sequence[torch.device] | None
-    checkpoint_seconds: float
     metadata: Mapping[str, Any]
-    on_iteration: Callable[[StagePlan, IterationReport], None] | None
-    on_save: Callable[[StagePlan, int], None] | None
-    evaluations: Callable[[Stage], Evaluations | None] | None
+    train: Callable[[StagePlan, Stage, BranchWeighting, Path | None], NetworkDenoiser]
     identity: Mapping[str, Any]
 
     def path(self, plan: StagePlan) -> Path | None:
@@ -105,7 +106,6 @@ class _Run:
 
     def _kept(self, plan: StagePlan, path: Path, teacher: NetworkDenoiser) -> TrainedStage:
         """A stage that was done before."""
-        self.require_own(path)
         student, metadata = load_denoiser(path)
         student.to(next(teacher.parameters()).device).execute(teacher.execution)
         return TrainedStage(
@@ -122,18 +122,7 @@ class _Run:
     ) -> TrainedStage:
         """A stage that is trained, resumed from its checkpoint, and kept."""
         weighting = self.weighting() if plan.branched else FixedWeights(torch.ones(1))
-
-        branched = train(
-            stage,
-            weighting,
-            devices=self.devices,
-            checkpoint=unfinished,
-            checkpoint_seconds=self.checkpoint_seconds,
-            on_iteration=self.on_iteration and functools.partial(self.on_iteration, plan),
-            on_save=self.on_save and functools.partial(self.on_save, plan),
-            evaluations=self.evaluations and self.evaluations(stage),
-        )
-        student = export_branch(branched)
+        student = export_branch(self.train(plan, stage, weighting, unfinished))
         metadata = self._metadata(stage, weighting)
         if path is not None:
             # The weights last: a stage that has them is done.
@@ -150,17 +139,16 @@ class _Run:
 
     def _metadata(self, stage: Stage, weighting: BranchWeighting) -> dict[str, Any]:
         """Metadata of the student's file."""
-        described = weighting.describe()
         return {
             "kind": "student",
             "paper": self.method.paper,
             "method": stage.kind if weighting.num_branches == 1 else f"{stage.kind}-bdense",
             "weights": stage.optimisation.scaled(weighting.weights()).tolist(),
-            **({} if "fixed" in described else {"weighting": described}),
+            **({"weighting": weighting.describe()} if weighting.learns else {}),
             "training": asdict(self.config) | {"seed": self.inputs.seed},
             **self.metadata,
             **stage.metadata(),
-            **({"identity": dict(self.identity)} if self.folder is not None else {}),
+            **({"identity": dict(self.identity)} if self.identity else {}),
         }
 
 
@@ -226,25 +214,28 @@ def distill(
     if folder is not None:
         # As JSON gives it back, where a tuple is a list.
         identity = json.loads(json.dumps(method.identity(config, teacher, inputs, weighting())))
+
+    def trained(
+        plan: StagePlan, stage: Stage, weighting: BranchWeighting, checkpoint: Path | None
+    ) -> NetworkDenoiser:
+        return train(
+            stage,
+            weighting,
+            devices=devices,
+            checkpoint=checkpoint,
+            checkpoint_seconds=checkpoint_seconds,
+            on_iteration=on_iteration and functools.partial(on_iteration, plan),
+            on_save=on_save and functools.partial(on_save, plan),
+            evaluations=evaluations and evaluations(stage),
+        )
+
+    terms = {
+        "teacher_sha256": denoiser_sha256(teacher),
+        "precision": teacher.execution.precision,
+        **(metadata or {}),
+    }
     run = _Run(
-        method=method,
-        config=config,
-        weighting=weighting,
-        inputs=inputs,
-        folder=folder,
-        name=name,
-        checkpoint=checkpoint,
-        devices=devices,
-        checkpoint_seconds=checkpoint_seconds,
-        metadata={
-            "teacher_sha256": denoiser_sha256(teacher),
-            "precision": teacher.execution.precision,
-            **(metadata or {}),
-        },
-        on_iteration=on_iteration,
-        on_save=on_save,
-        evaluations=evaluations,
-        identity=identity,
+        method, config, weighting, inputs, folder, name, checkpoint, terms, trained, identity
     )
     for plan in plans:
         if (path := run.path(plan)) is not None:

@@ -30,6 +30,10 @@ class ImageBatch:
     interval: Tensor
     condition: Condition = field(default_factory=Unconditional)
 
+    def levels(self, fine: Tensor, substeps: int) -> Tensor:
+        """[K + 1, B] t_{n,0}..t_{n,K} of each image's own interval, for levels [N K + 1]."""
+        return fine[substeps * self.interval + torch.arange(substeps + 1)[:, None]]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageDraw:
@@ -54,7 +58,7 @@ class ImageDraw:
     ) -> ImageBatch:
         """Some images of that iteration's batch, on the student's device."""
         like = next(student.parameters())
-        draw = generator(self.seed, Stream.PROGRESSIVE, self.round, iteration)
+        draw = generator(self.seed, Stream.IMAGES, self.round, iteration)
         index = torch.randint(len(self.dataset.images), (self.count,), generator=draw)
         clean = to_float(self.dataset.images[index])
         noise = torch.randn(clean.shape, generator=draw)

@@ -127,6 +127,12 @@ def require_images(dataset: Dataset, teacher: NetworkDenoiser) -> None:
     Raises:
         InputError: Says in what they differ.
     """
+    require_shape(dataset, teacher)
+    teacher.conditions.require(dataset)
+
+
+def require_shape(dataset: Dataset, teacher: NetworkDenoiser) -> None:
+    """Refuse a data set of images of another shape than the teacher's."""
     theirs, own = (
         " x ".join(map(str, shape)) for shape in (dataset.images.shape[1:], teacher.image_shape)
     )
@@ -135,7 +141,6 @@ def require_images(dataset: Dataset, teacher: NetworkDenoiser) -> None:
             f"data {dataset.name} has images of {theirs}, and the teacher is a network for {own}; "
             "give the data set that it was trained on, with the same padding"
         )
-    teacher.conditions.require(dataset)
 
 
 class Stage(Training, Protocol):

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from bdense.errors import InputError, ShapeError
 from bdense.files import sha256_file
-from bdense.models.zoo import downloaded_weights, weights_of
+from bdense.models.zoo import downloaded_checkpoint, reading_checkpoint
 
 VGG16_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 # The linear layers on top; the address is piq's own.
@@ -37,7 +37,7 @@ class LPIPS:
     """
 
     def __init__(self, *, as_reference: bool = False) -> None:
-        """Read the weights, fetched once by way of ``downloaded_weights``.
+        """Read the weights, fetched once by way of ``downloaded_checkpoint``.
 
         Args:
             as_reference: Leave the images in [-1, 1], as SFD's second stage does, to compare
@@ -95,8 +95,8 @@ class LPIPS:
 
 def _linear_weights() -> tuple[list[Tensor], str]:
     """[1, c, 1, 1] weights of each layer's c channels, and their file's digest."""
-    path = downloaded_weights(LPIPS_URL, "LPIPS")
-    with weights_of("LPIPS", path, LPIPS_URL):
+    path = downloaded_checkpoint(LPIPS_URL, "LPIPS")
+    with reading_checkpoint("LPIPS", path, LPIPS_URL):
         weights = _load(path)
         if [tuple(w.shape) for w in weights] != [(1, c, 1, 1) for c in _LAYERS.values()]:
             raise TypeError("not one weight for each channel of five layers")
@@ -107,8 +107,8 @@ def _vgg16_features() -> tuple[nn.Module, str]:
     """VGG16 up to its last pooling, and the digest of its file."""
     from torchvision.models import vgg16
 
-    path = downloaded_weights(VGG16_URL, "VGG16")
-    with weights_of("VGG16", path, VGG16_URL):
+    path = downloaded_checkpoint(VGG16_URL, "VGG16")
+    with reading_checkpoint("VGG16", path, VGG16_URL):
         weights = _load(path)
         # The classifier, nine tenths of the file, is not needed; nor are weights drawn only to
         # be replaced.

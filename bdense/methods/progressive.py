@@ -22,17 +22,16 @@ from bdense import NUMERICS
 from bdense.data.datasets import Dataset
 from bdense.diffusion import LevelWeight, ScheduleKind
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
-from bdense.diffusion.grid_knobs import GridKnobs
-from bdense.diffusion.preconditioning import DDPM, Cosine, native_schedule
-from bdense.diffusion.sampling import Sampler, samplers_from, served_metadata
-from bdense.diffusion.schedules import Levels, Schedule
+from bdense.diffusion.grid_knobs import GridKnobs, NativeGridKnobs
+from bdense.diffusion.preconditioning import make_preconditioning, native_schedule
+from bdense.diffusion.sampling import Sampler, levels_of, samplers_from, served_metadata
+from bdense.diffusion.schedules import Levels
 from bdense.diffusion.snr_weights import snr_weight
 from bdense.diffusion.solvers import DDIM
 from bdense.errors import InputError
-from bdense.knobs import KnobError, knob, knob_of
+from bdense.knobs import KnobError, knob, knob_of, knobs_of
 from bdense.methods.images import ImageBatch, ImageDraw
 from bdense.methods.method import Inputs, Method, MethodConfig, StagePlan, require_images
-from bdense.methods.sfd import levels_of
 from bdense.models.store import denoiser_sha256
 from bdense.training.optimisation import LRSchedule
 from bdense.training.stage import Branches, Configured, ImageLosses, Stateless, WholeIteration
@@ -43,7 +42,7 @@ PredictionType = Literal["epsilon", "sample", "v_prediction"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PDConfig(MethodConfig):
+class PDConfig(MethodConfig, NativeGridKnobs):
     """The knobs of PD; the defaults of a round are the reference's for CIFAR-10."""
 
     heading: ClassVar[str] = "method progressive"
@@ -86,35 +85,17 @@ class PDConfig(MethodConfig):
         "is converted first, by a round that keeps its number of steps",
         none="what the teacher's network predicts",
     )
-    schedule: ScheduleKind | Literal["native"] = knob(
-        "native",
-        "spacing of the noise levels; native: the process that the network was trained on, which "
-        "has its own levels",
-    )
-    rho: float | None = knob_of(GridKnobs, "rho", None)
-    sigma_min: float | None = knob_of(GridKnobs, "sigma_min", None)
-    sigma_max: float | None = knob_of(GridKnobs, "sigma_max", None)
+    schedule: ScheduleKind | Literal["native"] = knob_of(NativeGridKnobs, "schedule", "native")
     flip: bool = knob(False, "mirror each image with probability 1/2")
 
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)
         _require_dividing(self.steps, self.until, self.substeps)
-        levels = {name: getattr(self, name) for name in ("rho", "sigma_min", "sigma_max")}
-        given = {name: value for name, value in levels.items() if value is not None}
-        if self.schedule != "native":
-            _ = self._levels  # which refuses what does not fit together
-            # Given as the schedule's own default or not, the config is the same.
-            usual = Schedule(kind=self.schedule)
-            for name, value in given.items():
-                if value == getattr(usual, name):
-                    object.__setattr__(self, name, None)
-            return
-        for name, value in given.items():
-            raise KnobError(
-                name,
-                f"{value:g} is for another schedule: native has the levels of the network's "
-                "own process; leave it out, or choose another schedule",
-            )
+        _ = self.chosen_levels  # which refuses what does not fit together
+        for name in ("rho", "sigma_min", "sigma_max"):
+            # Given as the default or not, the config is the same.
+            if getattr(self, name) == knobs_of(GridKnobs)[name].default:
+                object.__setattr__(self, name, None)
 
     @property
     def rounds(self) -> tuple[int, ...]:
@@ -130,13 +111,7 @@ class PDConfig(MethodConfig):
         Raises:
             InputError: The schedule is native, and the network has no process of its own.
         """
-        return native_schedule(teacher.precond) if self.schedule == "native" else self._levels
-
-    @property
-    def _levels(self) -> Schedule:
-        given = {"rho": self.rho, "sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
-        known = {name: value for name, value in given.items() if value is not None}
-        return GridKnobs.read({"schedule": self.schedule, **known}).levels
+        return self.chosen_levels or native_schedule(teacher.precond)
 
 
 def _require_dividing(first: int, last: int, substeps: int) -> None:
@@ -218,10 +193,7 @@ class PDStage(Configured, Stateless):
         return draw(self.start, iteration, self.steps, images)
 
     def updates(self, iteration: int, batch: ImageBatch) -> Iterator["RoundUpdate"]:
-        fine = self.levels.grid(self.steps * self.substeps)
-        k = torch.arange(self.substeps + 1)[:, None]  # against every image
-        # t_{n,0}..t_{n,K} of each image's own interval.
-        levels = fine[self.substeps * batch.interval + k]
+        levels = batch.levels(self.levels.grid(self.steps * self.substeps), self.substeps)
         x = batch.clean + _per_image(levels[0], batch.clean) * batch.noise
         denoise = self.teacher.given(batch.condition)
         yield RoundUpdate(
@@ -240,12 +212,10 @@ class PDStage(Configured, Stateless):
 
     def describe_run(self, weighting: BranchWeighting) -> dict[str, Any]:
         """The identity of a run without its numbers of steps."""
-        config, described = self.config, weighting.describe()
-        added = config.changed()
-        weights: Any = described
-        if "fixed" in described:
-            fixed = torch.tensor(described["fixed"], dtype=torch.float64)
-            weights = config.scaled(fixed).tolist()
+        config, added = self.config, self.config.changed()
+        weights: Any = weighting.describe()
+        if not weighting.learns:
+            weights = config.scaled(weighting.weights()).tolist()
             added.pop("rescale_weights", None)  # seen in the weights
         if added.get("lr_schedule") == "constant":
             del added["lr_schedule"]  # seen in anneal
@@ -429,13 +399,14 @@ def reparameterised(denoiser: NetworkDenoiser, prediction_type: str) -> NetworkD
         InputError: The network's preconditioning has no prediction type.
     """
     precond = denoiser.precond
-    if not isinstance(precond, Cosine | DDPM):
+    if prediction_of(denoiser) is None:
         raise InputError(
-            f"a network with precond={precond.name!r} is not converted to {prediction_type}; "
-            "only those of VP processes (ddpm, cosine) have a prediction type"
+            f"prediction_type {prediction_type} needs a network of a VP process (ddpm, cosine), "
+            f"and the teacher has precond={precond.name!r}; leave it out"
         )
     copied = copy.deepcopy(denoiser)
-    copied.precond = replace(precond, prediction_type=prediction_type)
+    options = precond.options() | {"prediction_type": prediction_type}
+    copied.precond = make_preconditioning(precond.name, options)
     return copied
 
 
@@ -451,8 +422,7 @@ def pd_sampler(levels: Levels, steps: int, *, clip: bool = False) -> Sampler:
 
 def prediction_of(denoiser: NetworkDenoiser) -> str | None:
     """What a network on a VP process predicts; None for others."""
-    precond = denoiser.precond
-    return precond.prediction_type if isinstance(precond, Cosine | DDPM) else None
+    return denoiser.precond.options().get("prediction_type")
 
 
 class Progressive(Method):

@@ -15,7 +15,7 @@ from torch import Tensor
 from bdense.diffusion import SOLVERS
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.intervals import IntervalGrid, VariableGrid
-from bdense.diffusion.sampling import Sampler, samplers_from, served_metadata
+from bdense.diffusion.sampling import Sampler, levels_of, samplers_from, served_metadata
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import Solver, analytical_slope, make_solver
 from bdense.diffusion.step_condition import Start, with_step_condition
@@ -422,15 +422,6 @@ def _live(config: SFDConfig, teacher: NetworkDenoiser, inputs: Inputs) -> LiveTr
 def _walked(config: SFDConfig) -> int:
     """Intervals that the teacher of a second stage walks."""
     return (config.several_nfe[0] + config.afs) * config.substeps
-
-
-def levels_of(known: Mapping[str, Any]) -> dict[str, Any]:
-    """The knobs of a student's noise levels; none for a teacher, or for a process of its own."""
-    served = samplers_from(known)
-    if not served or not isinstance(levels := served[0].schedule, Schedule):
-        return {}
-    described = levels.describe()
-    return {"schedule": described.pop("kind"), **described}
 
 
 def _check_second_stage(config: SFDConfig, served: Mapping[int, Sampler]) -> None:

@@ -95,7 +95,7 @@ class Classifier(nn.Module):
         return F.silu(self.hidden(x.flatten(1)))
 
 
-def classifier_weights(name: str, cache: Path) -> tuple[Path, dict[str, Any]]:
+def classifier_checkpoint(name: str, cache: Path) -> tuple[Path, dict[str, Any]]:
     """The file in ``cache`` of one of ``RECIPES``, trained if missing, and its metadata.
 
     Raises:
@@ -112,7 +112,7 @@ def classifier_weights(name: str, cache: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def load_classifier(path: Path) -> Classifier:
-    """Read a classifier that ``classifier_weights`` wrote.
+    """Read a classifier that ``classifier_checkpoint`` wrote.
 
     Raises:
         CheckpointError: The file is missing, cut short, or holds something else.

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from bdense.errors import InputError, ShapeError
 from bdense.files import sha256_file
-from bdense.metrics.classifiers import RECIPES, Classifier, classifier_weights, load_classifier
+from bdense.metrics.classifiers import RECIPES, Classifier, classifier_checkpoint, load_classifier
 from bdense.metrics.dinov2 import SIZES, load_dinov2
-from bdense.models.zoo import downloaded_weights, last_line, weights_of, weights_path
+from bdense.models.zoo import checkpoint_path, downloaded_checkpoint, last_line, reading_checkpoint
 
 SPECS = ", ".join(
     ["inception[:WEIGHTS.pth], dinov2[:WEIGHTS.pth], torchscript:FILE.pt", *SIZES, *RECIPES]
@@ -107,13 +107,13 @@ def load_extractor(spec: str, *, cache: Path, device: torch.device) -> Extractor
         if kind == "torchscript" and argument:
             return _torchscript(Path(argument), device)
         if spec in RECIPES:
-            path, metadata = classifier_weights(spec, cache)
+            path, metadata = classifier_checkpoint(spec, cache)
             facts = MappingProxyType(metadata)
             return _made(spec, path, Classifier.DIM, load_classifier(path), device, facts)
     raise InputError(f"unknown feature extractor {spec!r}; known are {SPECS}")
 
 
-def missing_weights(spec: str) -> tuple[str, Path] | None:
+def missing_checkpoint(spec: str) -> tuple[str, Path] | None:
     """Address and place of the weights that ``load_extractor`` would download, if any."""
     if spec == "inception":
         url = _inception_url()
@@ -121,7 +121,7 @@ def missing_weights(spec: str) -> tuple[str, Path] | None:
         url = SIZES[_DINOV2_DEFAULT if spec == "dinov2" else spec].url
     else:
         return None
-    path = weights_path(url)
+    path = checkpoint_path(url)
     return None if path.is_file() else (url, path)
 
 
@@ -147,8 +147,8 @@ def _inception(weights: str, device: torch.device) -> Extractor:
     from torch_fidelity.utils import create_feature_extractor
 
     url = _inception_url()
-    path = Path(weights) if weights else downloaded_weights(url, "Inception", _INCEPTION_SHA256)
-    with weights_of("torch-fidelity's Inception", path, url):
+    path = Path(weights) if weights else downloaded_checkpoint(url, "Inception", _INCEPTION_SHA256)
+    with reading_checkpoint("torch-fidelity's Inception", path, url):
         # torch-fidelity unpickles weights without restriction. So it gets a copy of what torch's
         # restricted reader found.
         copy = io.BytesIO()
@@ -184,8 +184,8 @@ class _OnlyOutput(nn.Module):
 
 def _dinov2(name: str, weights: str, device: torch.device) -> Extractor:
     size = SIZES[name]
-    path = Path(weights) if weights else downloaded_weights(size.url, name)
-    with weights_of(name, path, size.url):
+    path = Path(weights) if weights else downloaded_checkpoint(size.url, name)
+    with reading_checkpoint(name, path, size.url):
         network = load_dinov2(size, path)
     return _made(name, path, size.width, network, device)
 

@@ -58,23 +58,6 @@ class Measurement:
         """Everything but the values."""
         return {name: value for name, value in asdict(self).items() if name not in self.VALUES}
 
-    def require_comparable(self, other: "Measurement") -> None:
-        """Raise an InputError that names the differences, if metric or conditions differ."""
-        kind, others = type(self).__name__, type(other).__name__
-        if kind != others:
-            raise InputError(f"{kind} and {others} are not comparable")
-        theirs = other.conditions()
-        differing = [
-            f"{name}: {mine} against {theirs[name]}"
-            for name, mine in self.conditions().items()
-            if mine != theirs[name]
-        ]
-        if differing:
-            raise InputError(
-                f"these {kind}s are not comparable ({'; '.join(differing)}); measure both under "
-                "the same conditions"
-            )
-
 
 @dataclass(frozen=True, kw_only=True)
 class FID(Measurement):

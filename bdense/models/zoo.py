@@ -152,16 +152,16 @@ def _resolve(name_or_path: str | Path, table: Mapping[str, PublicFile], what: st
     return path
 
 
-def downloaded_weights(url: str, what: str, sha256: str | None = None) -> Path:
+def downloaded_checkpoint(url: str, what: str, sha256: str | None = None) -> Path:
     """A weights file in torch's cache, downloaded if missing.
 
     Raises:
         InputError: As in ``fetch``.
     """
-    return fetch(url, weights_path(url), what=f"the {what} weights", sha256=sha256)
+    return fetch(url, checkpoint_path(url), what=f"the {what} weights", sha256=sha256)
 
 
-def weights_path(url: str) -> Path:
+def checkpoint_path(url: str) -> Path:
     """Path of an address's file in torch's cache, whether it exists or not."""
     import torch
 
@@ -169,7 +169,7 @@ def weights_path(url: str) -> Path:
 
 
 @contextlib.contextmanager
-def weights_of(whose: str, path: Path, url: str) -> Iterator[None]:
+def reading_checkpoint(whose: str, path: Path, url: str) -> Iterator[None]:
     """Turn errors of reading weights into one that names the file and the right address."""
     try:
         yield

@@ -18,6 +18,7 @@ from bdense.diffusion.branches import export_branch, widen_head
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import InputError, NonFiniteLossError, StoppedError
 from bdense.randomness import Stream, seeded
+from bdense.training.average import Average
 from bdense.training.checkpoint import TrainingCheckpoint
 from bdense.training.parallel import Team, team_of
 from bdense.training.stage import Branches, BranchLosses, Training, Update
@@ -74,17 +75,6 @@ class Evaluations:
         return frozenset(self.after)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Options:
-    """Arguments of ``train`` besides stage and weighting."""
-
-    checkpoint: Path | None
-    checkpoint_seconds: float = 60.0
-    on_iteration: Callable[[IterationReport], None] | None = None
-    on_save: Callable[[int], None] | None = None
-    evaluations: Evaluations
-
-
 def train(
     stage: Training,
     weighting: BranchWeighting,
@@ -121,20 +111,24 @@ def train(
         NonFiniteLossError: A loss or gradient is not finite; no update was made from it.
         CheckpointError: The checkpoint belongs to another run.
     """
-    options = _Options(
+    evaluations = evaluations or Evaluations()
+    lead = functools.partial(
+        _train,
+        stage=stage,
+        weighting=weighting,
         checkpoint=checkpoint,
+        evaluations=evaluations,
         checkpoint_seconds=checkpoint_seconds,
         on_iteration=on_iteration,
         on_save=on_save,
-        evaluations=evaluations or Evaluations(),
     )
     _require_fitting(stage, weighting)
     if devices is None or len(devices) == 1:
-        return _train(Team.alone(), stage, weighting, options)
+        return lead(Team.alone())
     Team(0, len(devices)).share_of(stage.batch_size)
-    waits = Evaluations(tuple(options.evaluations.after), _not_here)
+    waits = Evaluations(tuple(evaluations.after), _not_here)
     with team_of(devices, _follow, (stage, weighting, checkpoint, waits)) as team:
-        return _train(team, stage, weighting, options)
+        return lead(team)
 
 
 def _follow(
@@ -143,7 +137,7 @@ def _follow(
     job: tuple[Training, BranchWeighting, Path | None, Evaluations],
 ) -> None:
     stage, weighting, checkpoint, waits = job
-    _train(team, stage.on(device), weighting, _Options(checkpoint=checkpoint, evaluations=waits))
+    _train(team, stage.on(device), weighting, checkpoint, waits)
 
 
 def _not_here(after: int, student: NetworkDenoiser) -> None:
@@ -151,54 +145,62 @@ def _not_here(after: int, student: NetworkDenoiser) -> None:
 
 
 def _train(
-    team: Team, stage: Training, weighting: BranchWeighting, options: _Options
+    team: Team,
+    stage: Training,
+    weighting: BranchWeighting,
+    checkpoint: Path | None,
+    evaluations: Evaluations,
+    checkpoint_seconds: float = 60.0,
+    on_iteration: Callable[[IterationReport], None] | None = None,
+    on_save: Callable[[int], None] | None = None,
 ) -> NetworkDenoiser:
     """The loop in one process of a team."""
-    evaluated = options.evaluations.within(stage.num_updates)
+    evaluated = evaluations.within(stage.num_updates)
     stage.start.execution.set_products()
     student = widen_head(stage.start, weighting.num_branches).train(stage.dropout)
     stage.begin(student)
     optimizer = stage.optimisation.make_optimizer(student.parameters())
-    average = _Average.of(student, stage)
-    trained = average.student if average is not None else student
-    checkpoint = TrainingCheckpoint(
-        path=options.checkpoint,
+    share = stage.optimisation.ema_share(stage.batch_size)
+    average = None if share is None else Average.of(student)
+    trained = student if average is None else average.network
+    kept = TrainingCheckpoint(
+        path=checkpoint,
         stage=stage,
         weighting=weighting,
         student=student,
         optimizer=optimizer,
-        average=average.student if average is not None else None,
+        average=None if average is None else average.network,
         # Each device draws its own dropout.
         identity=stage.describe(weighting) | ({"devices": team.size} if team.size > 1 else {}),
-        seconds=options.checkpoint_seconds,
+        seconds=checkpoint_seconds,
         writes=team.leads,
-        on_save=options.on_save,
+        on_save=on_save,
     )
-    first = checkpoint.resume()
+    first = kept.resume()
     step = _Step(stage, weighting, student, optimizer, team)
     images = team.share_of(stage.batch_size)
     for iteration in range(first, stage.num_updates):
         if iteration in evaluated:
-            evaluate = functools.partial(_evaluate, options.evaluations, iteration, trained)
+            evaluate = functools.partial(_evaluate, evaluations, iteration, trained)
             team.while_others_wait(f"evaluation {iteration}", evaluate)
         lr = stage.optimisation.lr_at(iteration, stage.num_updates, stage.batch_size)
         for group in optimizer.param_groups:
             group["lr"] = lr
         batch = stage.batch(iteration, images)
         steps = [step(iteration, update) for update in stage.updates(iteration, batch)]
-        if average is not None:
-            average.add(student)
+        if average is not None and share is not None:
+            average.add(student, share)
         done = iteration + 1
         # Before the save: a caller that has lost its right to the checkpoint ends the run here.
         try:
             team.miss()
-            if options.on_iteration is not None:
-                options.on_iteration(_report(iteration, stage.num_updates, lr, steps))
+            if on_iteration is not None:
+                on_iteration(_report(iteration, stage.num_updates, lr, steps))
         except StoppedError:
-            checkpoint.save(done)
+            kept.save(done)
             raise
-        if done in evaluated or done == stage.num_updates or checkpoint.is_due:
-            checkpoint.save(done)
+        if done in evaluated or done == stage.num_updates or kept.is_due:
+            kept.save(done)
     return trained.eval()
 
 
@@ -219,30 +221,6 @@ def _require_fitting(stage: Training, weighting: BranchWeighting) -> None:
 
 def _evaluate(evaluations: Evaluations, after: int, student: NetworkDenoiser) -> None:
     evaluations.evaluate(after, export_branch(student).eval())
-
-
-@dataclass(frozen=True, eq=False)
-class _Average:
-    """The running average of a student's weights."""
-
-    student: NetworkDenoiser
-    share: float
-
-    @classmethod
-    def of(cls, student: NetworkDenoiser, stage: Training) -> "_Average | None":
-        """A new one, if the stage asks for it."""
-        share = stage.optimisation.ema_share(stage.batch_size)
-        if share is None:
-            return None
-        copied = student.on(next(student.parameters()).device)
-        return cls(copied.eval().requires_grad_(False), share)
-
-    @torch.no_grad()
-    def add(self, student: NetworkDenoiser) -> None:
-        """Move towards the student's weights."""
-        torch._foreach_lerp_(
-            list(self.student.parameters()), list(student.parameters()), self.share
-        )
 
 
 @dataclass(frozen=True, slots=True)

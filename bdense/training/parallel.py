@@ -37,7 +37,7 @@ _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 Follow = Callable[["Team", torch.device, Any], object]
 
 
-def _nobody_to_miss() -> None:
+def _no_followers() -> None:
     pass
 
 
@@ -55,7 +55,7 @@ class Team:
     rank: int
     size: int
     store: Any = field(default=None, repr=False, compare=False)
-    miss: Callable[[], None] = field(default=_nobody_to_miss, repr=False, compare=False)
+    miss: Callable[[], None] = field(default=_no_followers, repr=False, compare=False)
 
     @classmethod
     def alone(cls) -> "Team":
@@ -291,7 +291,7 @@ def _joined(
     store: Any,  # noqa: ANN401  a dist.Store, which torch's stubs lack
     rank: int,
     devices: Sequence[torch.device],
-    miss: Callable[[], None] = _nobody_to_miss,
+    miss: Callable[[], None] = _no_followers,
 ) -> Iterator[Team]:
     on_gpus = devices[rank].type == "cuda"
     if on_gpus:

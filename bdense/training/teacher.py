@@ -21,9 +21,8 @@ from bdense.diffusion import LevelWeight
 from bdense.diffusion.conditions import Condition
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.preconditioning import (
-    DDPM,
     EDM,
-    Cosine,
+    Preconditioning,
     make_preconditioning,
     native_schedule,
 )
@@ -68,7 +67,7 @@ class TeacherConfig(TeacherKnobs):
         _ = self.preconditioning  # which refuses bad options
 
     @property
-    def preconditioning(self) -> EDM | DDPM | Cosine:
+    def preconditioning(self) -> Preconditioning:
         """What turns the network into a denoiser.
 
         Raises:
@@ -83,17 +82,13 @@ class TeacherConfig(TeacherKnobs):
                 "precond",
                 f"needs the name cosine or ddpm, got {name!r}; leave precond out for EDM's",
             )
-        precond = make_preconditioning(name, options)
-        assert isinstance(precond, DDPM | Cosine)
-        return precond
+        return make_preconditioning(name, options)
 
     @property
     def vp_loss(self) -> LevelWeight | None:
         """``loss`` or its default; None with EDM's preconditioning, which has its own."""
-        precond = self.preconditioning
-        if isinstance(precond, EDM):
-            return None
-        return self.loss or DEFAULT_LOSS[precond.prediction_type]
+        prediction = self.preconditioning.options().get("prediction_type")
+        return self.loss or (DEFAULT_LOSS[prediction] if prediction is not None else None)
 
     @property
     def iterations(self) -> int:

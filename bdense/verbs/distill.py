@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from bdense.data.datasets import Dataset, load_dataset
-from bdense.errors import InputError
 from bdense.knobs import KnobError, from_options
 from bdense.methods import METHODS
 from bdense.methods.distill import TrainedStage
@@ -39,16 +38,6 @@ def distill(options: argparse.Namespace) -> None:
     teacher, known = load_model(own.teacher)
     # A student that is distilled further keeps its own knobs, unless an option changes them.
     config = from_options(method.Config, options, **method.usual(known))
-    if method.needs_data and dataset is not None:
-        theirs, needed = (
-            " x ".join(map(str, shape))
-            for shape in (dataset.images.shape[1:], teacher.image_shape)
-        )
-        if theirs != needed:
-            raise InputError(
-                f"--data {own.data} has images of {theirs}, and {own.teacher} is a network "
-                f"for {needed}; give the data set that it was trained on, padded as it was"
-            )
     teacher.to(device).execute(execution)
     # Several stages: a folder of students. One: a file, and its checkpoint beside it.
     several = any(plan.name for plan in method.plan(config, teacher))

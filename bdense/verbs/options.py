@@ -8,11 +8,11 @@ from typing import ClassVar, Literal
 
 from bdense.command import Configs
 from bdense.data.names import DATA_SETS
-from bdense.diffusion import SOLVERS, STOCHASTIC_SOLVERS, ScheduleKind
-from bdense.diffusion.grid_knobs import GridKnobs, require_exponent
+from bdense.diffusion import SOLVERS, STOCHASTIC_SOLVERS
+from bdense.diffusion.grid_knobs import NativeGridKnobs
 from bdense.errors import InputError
 from bdense.execution import Execution
-from bdense.knobs import Knobs, knob, knob_of, knobs_of, option_names
+from bdense.knobs import Knobs, knob, knobs_of, option_names
 from bdense.methods import METHODS
 from bdense.metrics.settings import MetricName
 from bdense.models.zoo import CHECKPOINTS, REFERENCES
@@ -97,7 +97,7 @@ class ModelOptions(Knobs):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Drawing(Knobs):
+class Drawing(NativeGridKnobs):
     """How a model draws images; None: as the student was distilled."""
 
     heading: ClassVar[str] = "sampling"
@@ -113,14 +113,6 @@ class Drawing(Knobs):
         "analytical first step: one more interval for the same NFE",
         none="a student's own, else true",
     )
-    schedule: ScheduleKind | Literal["native"] | None = knob(
-        None,
-        "spacing of the noise levels; native: the process that the network was trained on",
-        none="a student's own, else polynomial",
-    )
-    rho: float | None = knob_of(GridKnobs, "rho", None)
-    sigma_min: float | None = knob_of(GridKnobs, "sigma_min", None)
-    sigma_max: float | None = knob_of(GridKnobs, "sigma_max", None)
     solver: str | None = knob(
         None,
         "solver that a teacher draws with",
@@ -143,7 +135,7 @@ class Drawing(Knobs):
 
     def __post_init__(self) -> None:
         Knobs.__post_init__(self)
-        require_exponent(self.schedule, self.rho)
+        _ = self.chosen_levels  # which refuses what does not fit together
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,7 @@ from bdense.diffusion.conditions import conditions_for
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.preconditioning import Preconditioning, native_schedule
 from bdense.diffusion.sampling import Sampler, draw_images, samplers_from, save_grid
-from bdense.diffusion.schedules import Levels, Schedule
+from bdense.diffusion.schedules import Levels
 from bdense.diffusion.solvers import make_solver
 from bdense.errors import InputError
 from bdense.execution import Execution
@@ -19,7 +19,6 @@ from bdense.models.store import load_model
 from bdense.verbs.common import chosen_hardware, require_writable
 from bdense.verbs.options import Drawing, SampleOptions
 
-NATIVE = "native"  # the schedule of the process that a network was trained on
 _LEVELS = ("schedule", "rho", "sigma_min", "sigma_max")
 _USUAL = {"nfe": 2, "afs": True, "solver": "euler", "order": None, "clip": False}
 
@@ -58,10 +57,10 @@ def _chosen_sampler(
     asked = {name: getattr(drawing, name) for name in (*_USUAL, *_LEVELS)}
     asked = {name: value for name, value in asked.items() if value is not None}
     served = {sampler.nfe: sampler for sampler in samplers_from(metadata)}
-    native = asked.get("schedule") == NATIVE
+    native = asked.get("schedule") == "native"
     if not served:
         usual = _USUAL | ({"solver": "ddim"} if native else {})
-        return _sampler(usual | asked, _levels(asked, precond))
+        return _sampler(usual | asked, drawing.chosen_levels or native_schedule(precond))
     smallest = min(served)
     own = served.get(asked.get("nfe", smallest), served[smallest])
     levels = own.schedule.describe()
@@ -69,7 +68,7 @@ def _chosen_sampler(
     solver = own.solver.describe()
     kept |= {"solver": solver["solver"], "clip": solver.get("clip", False)}
     kept["order"] = solver.get("max_order", own.solver.order)
-    if native and own.schedule == _levels(asked, precond):
+    if native and own.schedule == native_schedule(precond):
         del asked["schedule"]
     if kept | asked != kept:
         other = {name: value for name, value in asked.items() if kept.get(name) != value}
@@ -80,19 +79,6 @@ def _chosen_sampler(
             f"{spelt_options(other)} asks for another; drop that, or distil a student for it"
         )
     return own
-
-
-def _levels(asked: Mapping[str, Any], precond: Preconditioning) -> Levels:
-    given = {name: asked[name] for name in _LEVELS if name in asked}
-    kind = given.pop("schedule", Schedule().kind)
-    if kind != NATIVE:
-        return Schedule(kind=kind, **given)
-    if given:
-        raise InputError(
-            f"--schedule {NATIVE} takes the levels of the network's own process, but "
-            f"{spelt_options(given)} asks for others; drop that, or choose another schedule"
-        )
-    return native_schedule(precond)
 
 
 def _sampler(chosen: Mapping[str, Any], schedule: Levels) -> Sampler:

@@ -8,19 +8,16 @@ import abc
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from bdense.errors import InputError
 from bdense.knobs import KnobError, Knobs, knob
+from bdense.weights.rules import RULES, Rule, require_strength
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from bdense.weights.weighting import BranchWeighting
-
-Rule = Literal["uncertainty", "gradient-norm"]
-RULES: tuple[Rule, ...] = ("uncertainty", "gradient-norm")
-MAX_STRENGTH = 10.0
 
 # An arm of every space: {"baseline": PLAIN} trains branch K alone, {"baseline": UNIFORM} has
 # w_k = 1.
@@ -51,14 +48,14 @@ class Uniform:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A parameter that is one of some words."""
+    """A parameter that takes one of several words."""
 
     options: tuple[str, ...]
 
     def require(self, name: str, value: Any) -> None:  # noqa: ANN401  as the user gave it
         """Raise an ``InputError`` for a word that is not among them."""
         if value not in self.options:
-            raise InputError(f"{name} {value} is none of {', '.join(self.options)}")
+            raise InputError(f"{name} must be {' or '.join(self.options)}, got {value}")
 
     @property
     def is_one_point(self) -> bool:
@@ -413,14 +410,6 @@ class LearnedSpace(WeightSpace):
     def identity(self) -> dict[str, Any]:
         # Optuna holds a categorical parameter to its first choices, in their order.
         return {"name": self.name, "memory": self.memory, "rules": list(self.rules)}
-
-
-def require_strength(strength: float) -> None:
-    """Raise a ``KnobError`` for an exponent beyond ``MAX_STRENGTH``, or NaN."""
-    if not abs(strength) <= MAX_STRENGTH:
-        raise KnobError(
-            "strength", f"must lie in -{MAX_STRENGTH:g}..{MAX_STRENGTH:g}, got {strength}"
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

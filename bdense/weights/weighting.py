@@ -11,13 +11,13 @@ its reverse. K branches.
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from bdense.errors import InputError
-from bdense.weights.spaces import RULES, require_strength
+from bdense.weights.rules import RULES, require_strength
 
 # Without AFS a branch may start at its target, where its L1 loss is rounding noise. No scale
 # counts as smaller than this share of the largest.
@@ -30,6 +30,10 @@ class BranchWeighting(Protocol):
     @property
     def num_branches(self) -> int:
         """K."""
+
+    @property
+    def learns(self) -> bool:
+        """Whether the weights change in training."""
 
     @property
     def needs_gradients(self) -> bool:
@@ -61,6 +65,9 @@ class BranchWeighting(Protocol):
 class FixedWeights:
     """Weights that were given."""
 
+    learns: ClassVar[bool] = False
+    needs_gradients: ClassVar[bool] = False
+
     values: Tensor
 
     def __post_init__(self) -> None:
@@ -76,10 +83,6 @@ class FixedWeights:
     @property
     def num_branches(self) -> int:
         return len(self.values)
-
-    @property
-    def needs_gradients(self) -> bool:
-        return False
 
     def observe(self, losses: Tensor, gradient_norms: Tensor | None) -> None:
         pass
@@ -115,6 +118,8 @@ class LearnedWeights:
         strength: Exponent of 1 / s_k.
         memory: Updates over which an old one's share in s_k falls to 1 / e.
     """
+
+    learns: ClassVar[bool] = True
 
     num_branches: int
     _: KW_ONLY

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from bdense.data.datasets import load_dataset
-from bdense.metrics.extractors import load_extractor, missing_weights
+from bdense.metrics.extractors import load_extractor, missing_checkpoint
 from bdense.models.store import load_model
 from bdense.models.zoo import PUBLIC_MODELS, resolve_reference
 from search.spec.study import StudySpec
@@ -32,6 +32,6 @@ def fetch_all(spec: StudySpec) -> Iterator[str]:
     if (reference := spec.evaluation.reference) is not None:
         yield f"reference {reference}: {resolve_reference(reference)}"
     extractor = spec.evaluation.extractor
-    if (missing := missing_weights(extractor)) is not None:
+    if (missing := missing_checkpoint(extractor)) is not None:
         load_extractor(extractor, cache=cache_folder(), device=torch.device("cpu"))
         yield f"extractor {extractor}: {missing[1]}"

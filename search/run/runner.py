@@ -333,9 +333,9 @@ def _run_slots(resources: ResourcesSpec, worker: WorkerConfig, slots: int) -> li
         "worker": worker,
         "mark": tune.grid_search([str(marks / f"{lot}-{i}") for i in range(slots)]),
     }
-    held = {"cpu": resources.cpus, "gpu": gpus_per_trial(resources)}
+    needed = {"cpu": resources.cpus, "gpu": gpus_per_trial(resources)}
     tuner = tune.Tuner(
-        tune.with_resources(slot, held),
+        tune.with_resources(slot, needed),
         param_space=config,
         tune_config=tune.TuneConfig(max_concurrent_trials=slots),
         run_config=tune.RunConfig(

@@ -45,7 +45,10 @@ def resolve(spec: StudySpec, source: str = "") -> StudySpec:
             execution(spec).require(torch.device("cpu"))
         _check_data(resolved)
         _check_extractor(spec.evaluation.extractor)
-        return _with_teacher(resolved)
+        resolved = _with_teacher(resolved)
+        if spec.is_search:
+            _check_intermediate(resolved)
+        return resolved
     except InputError as error:
         raise SpecError(f"{source or f'study {spec.name}'}: {error}") from error
 
@@ -194,10 +197,14 @@ def _check_plan(spec: StudySpec) -> None:
     if not spec.is_search:
         _check_arms(spec)
         return
-    plan = spec.search
     require_sampler(spec)
     make_pruner(spec)
     variant(spec, spec.confirm.method, "confirm.method")
+
+
+def _check_intermediate(spec: StudySpec) -> None:
+    """Of the stages that this teacher needs: a method may have one more, which converts it."""
+    facts, plan = spec.resolved, spec.search
     if len(facts.stages) > 1 and plan.at:
         raise InputError(
             f"plan.at {list(plan.at)}: a method of {len(facts.stages)} stages is measured "

@@ -153,7 +153,7 @@ class ResourcesSpec(Knobs):
 class SearchPlan(Knobs):
     """Points proposed by a sampler, beside plain distillation and uniform weights."""
 
-    trials: int = knob(help="points in all", low=1)
+    trials: int = knob(help="trials in all, counting those that are done", low=1)
     replicates: int = knob(
         3,
         "training seeds of plain distillation and uniform weights, seeds.training and those after "
@@ -244,8 +244,10 @@ class TrajectoriesSpec(Knobs):
 class ConfirmSpec(Knobs):
     """How the best weights are confirmed under fresh seeds."""
 
-    candidates: int = knob(3, "points of the search with the lowest posterior mean", low=1)
-    seeds: int = knob(3, "fresh training seeds, and latents, each", low=3)
+    candidates: int = knob(
+        3, "number of points to try: those of lowest posterior mean over all evaluations", low=1
+    )
+    seeds: int = knob(3, "number of fresh seeds, 3 or more, of training and latents", low=3)
     method: dict[str, Any] = knob(
         {},
         "settings of the method that differ from the search's, such as kimg of the budget the "

@@ -83,8 +83,8 @@ class Holding:
                 progress, self._progress = self._progress, None
             renewed = time.monotonic()
             try:
-                held, stop = self._leases.renew_and_read(self.claim, progress, HALT)
-                if not held:
+                ours, stop = self._leases.renew_and_read(self.claim, progress, HALT)
+                if not ours:
                     self._lost.set()
                     return
                 if stop and Stops.of(json.loads(stop)).reaches(self._launch):

@@ -189,6 +189,16 @@ class LedgerReader:
         rows = self.running_rows()
         return sum(row.process is not None and not row.adoptable for row in rows)
 
+    def state_of(self, number: int) -> TrialState | None:
+        """The state of a trial; None where there is no such trial."""
+        query = sa.select(STATE).where(self._mine, TRIALS.c.number == number)
+        found = retrying(partial(self._rows, query))
+        return TrialState[found[0][0]] if found else None
+
+    def size(self) -> int:
+        """Number of trials, whatever their state."""
+        return self._numbers(sa.select(sa.func.count()).where(self._mine))[0]
+
     def rows(self, state: TrialState, keys: Collection[str] | None = None) -> list[StoredTrial]:
         """Every trial in that state, by number; does not load the others.
 

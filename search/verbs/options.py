@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bdense.knobs import Knobs, knob
+from bdense.knobs import Knobs, knob, knob_of, knobs_of
+from search.spec.study import ConfirmSpec, SearchPlan
 
-FRESH_SEEDS = 3
-LEAST_SEEDS = 3  # search.spec.study.ConfirmSpec's, spelt out
-
+FRESH_SEEDS: int = knobs_of(ConfirmSpec)["seeds"].default
 _KIMG = "training length of each student in thousands of images"
 
 
@@ -79,9 +78,7 @@ class DryRun(Knobs):
 class LaunchOptions(Knobs):
     """``launch``."""
 
-    trials: int | None = knob(
-        None, "trials in all, counting those that are done", low=1, none="plan.trials of the file"
-    )
+    trials: int | None = knob_of(SearchPlan, "trials", None, none="plan.trials of the file")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,19 +137,8 @@ class ConfirmOptions(StudyOptions):
         high=1e9,
         none="confirm.method of the study, else the search's own",
     )
-    seeds: int | None = knob(
-        None,
-        f"number of fresh seeds, {LEAST_SEEDS} or more",
-        low=LEAST_SEEDS,
-        none="confirm.seeds, 3",
-    )
-    candidates: int | None = knob(
-        None,
-        "number of points to try: those of best posterior mean by a Gaussian process over all "
-        "evaluations",
-        low=1,
-        none="confirm.candidates, 3",
-    )
+    seeds: int | None = knob_of(ConfirmSpec, "seeds", None, none="confirm.seeds, 3")
+    candidates: int | None = knob_of(ConfirmSpec, "candidates", None, none="confirm.candidates, 3")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

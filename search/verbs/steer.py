@@ -15,7 +15,6 @@ from search.report.log_lines import HEADER, log_line
 from search.storage.ledger import MENDABLE, Ledger
 from search.storage.stop_flags import ask_all, held
 from search.study.folders import row_folder
-from search.study.following import Followed
 from search.study.study import Study
 from search.study.trial_log import LOG_FILE, read_log
 from search.verbs.common import open_study
@@ -112,11 +111,10 @@ def logs(options: argparse.Namespace) -> None:
     """Print the events of a row, and with --follow those to come."""
     asked = from_options(LogsOptions, options)
     ledger, number = _row(open_study(options, reading=True), asked)
-    row = Followed(ledger, number)
     path = row_folder(ledger.study.study_name, number) / LOG_FILE
     offset, shown = 0, 0
     while True:
-        has_ended = row.has_ended()
+        has_ended = _has_ended(ledger, number)
         events, offset = read_log(path, offset)
         for event in events:
             if asked.json:
@@ -135,6 +133,25 @@ def logs(options: argparse.Namespace) -> None:
             f"trial {number} has no log in {path.resolve().parent}: no worker has taken it yet, "
             "or its worker writes to another folder (BDENSE_RUNS)"
         )
+
+
+def _has_ended(ledger: Ledger, number: int) -> bool:
+    """Whether a row will not run again.
+
+    Raises:
+        InputError: There is no such row, nor will there be one.
+    """
+    if (state := ledger.state_of(number)) is not None:
+        return state.is_finished()
+    counts, there = ledger.counts(), ledger.size()
+    to_come = max(counts.planned - counts.ended - counts.running - counts.waiting, 0)
+    if 0 <= number < there + to_come:
+        return False
+    more = f", {to_come} more are to come" if to_come else ""
+    raise InputError(
+        f"study {ledger.study.study_name} has no trial {number}: there are {there} so far{more}, "
+        "numbered from 0"
+    )
 
 
 def _row(study: Study, asked: LogsOptions) -> tuple[Ledger, int]:

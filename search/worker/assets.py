@@ -21,7 +21,7 @@ from bdense.diffusion.sampling import Sampler, draw_images, save_grid
 from bdense.errors import InputError
 from bdense.files import atomic_write, file_lock
 from bdense.methods import METHODS
-from bdense.methods.method import Inputs, Method, MethodConfig, Recordings
+from bdense.methods.method import Inputs, Method, MethodConfig, Recordings, require_shape
 from bdense.methods.recordings import TrajectoryStore
 from bdense.metrics.extractors import Extractor, load_extractor
 from bdense.metrics.metrics import Metrics, measure_images, require_measurable
@@ -237,11 +237,8 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
             f"{error} (a study chooses evaluation.images and evaluation.metrics alone)"
         ) from error
     teacher, known = _teacher(spec, dataset, device, report)
-    if dataset is not None and tuple(teacher.image_shape) != tuple(dataset.images.shape[1:]):
-        raise InputError(
-            f"the teacher makes images of {teacher.image_shape} (channels, height, width) and "
-            f"{spec.data} holds {tuple(dataset.images.shape[1:])}; choose another data or teacher"
-        )
+    if dataset is not None:
+        require_shape(dataset, teacher)
     method = METHODS[spec.method.name]()
     config = method.Config.read(spec.method.options, "method")
     method.check(config, teacher, known)

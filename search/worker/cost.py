@@ -25,7 +25,7 @@ from bdense.errors import InputError, StoppedError, is_out_of_memory
 from bdense.methods import METHODS
 from bdense.methods.method import Inputs, Recordings, Stage
 from bdense.metrics.classifiers import RECIPES
-from bdense.metrics.extractors import load_extractor, missing_weights
+from bdense.metrics.extractors import load_extractor, missing_checkpoint
 from bdense.metrics.references import features_of
 from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
 from bdense.training.loop import IterationReport, train
@@ -232,7 +232,7 @@ def _downloads(spec: StudySpec, teacher_bytes: int) -> list[str]:
         for file, size in wanted
         if file is not None and not file.is_here
     ]
-    if (weights := missing_weights(spec.evaluation.extractor)) is not None:
+    if (weights := missing_checkpoint(spec.evaluation.extractor)) is not None:
         lines.append("{} to {}".format(*weights))
     return [f"download: the launch fetches {line}" for line in lines]
 
@@ -280,7 +280,7 @@ def _measure(spec: StudySpec, free: int, download: bool) -> TrialCost:
     images = draw_images(student, sampler, count, seed=0, batch=count)
     drawing = lap()
     seen, extracting, name = min(_FEATURES_BATCH, evaluation.images), 0.0, evaluation.extractor
-    if name not in RECIPES and (download or missing_weights(name) is None):
+    if name not in RECIPES and (download or missing_checkpoint(name) is None):
         extractor = load_extractor(name, cache=cache_folder(), device=device)
         repeated = images[torch.arange(seen) % count]
         lap()

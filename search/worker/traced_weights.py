@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bdense.files import atomic_write
 from bdense.training.loop import IterationReport
-from bdense.weights.weighting import BranchWeighting, FixedWeights
+from bdense.weights.weighting import BranchWeighting
 
 # Rows of a trial are read whole by every look at the study: its history has to stay small.
 MAX_POINTS = 100
@@ -29,13 +29,17 @@ class TracedWeights:
 
     def __init__(self, given: BranchWeighting) -> None:
         self._given = given
-        self._learns = not isinstance(given, FixedWeights)
         self._past: list[Tensor] = []
 
     @property
     def num_branches(self) -> int:
         """K."""
         return self._given.num_branches
+
+    @property
+    def learns(self) -> bool:
+        """As in the weighting."""
+        return self._given.learns
 
     @property
     def needs_gradients(self) -> bool:
@@ -52,7 +56,7 @@ class TracedWeights:
 
     def note(self, done: IterationReport) -> None:
         """Remember an iteration, by the weights of its last update."""
-        if self._learns:
+        if self.learns:
             assert done.iteration == len(self._past)
             self._past.append(done.weights[-1])
 
@@ -63,7 +67,7 @@ class TracedWeights:
             ``iterations`` [n], 0-based, evenly spread from the first to the last, n at most
             ``MAX_POINTS``; ``weights`` [n][K].
         """
-        if not self._learns:
+        if not self.learns:
             return None
         count = len(self._past)
         spread = torch.linspace(0, count - 1, min(count, MAX_POINTS), dtype=torch.float64)

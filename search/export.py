@@ -15,15 +15,16 @@ from bdense.models.diffusers_export import export_pipeline
 from bdense.models.folder import CONFIG, Picture, export_folder
 from bdense.models.store import load_denoiser
 from bdense.networks.diffusers_unet import DiffusersUNet
-from search.analysis.comparison import comparisons_of, table_rows, teacher_of
+from search.analysis.comparison import compare, comparisons_of, table_rows, teacher_of
 from search.analysis.confirmation import CONFIRM_SUFFIX, verdict
+from search.analysis.recommendation import recommend
 from search.report.overview import overview_of
 from search.storage.ledger import Ledger
 from search.storage.queries import StoredTrial
 from search.study.arms import ArmRow
 from search.study.folders import grid_name, named_file
 from search.study.results import MeasuredFID, TrialResult
-from search.study.study import FINGERPRINT, Study
+from search.study.study import FINGERPRINT, JUDGED, Study
 from search.study.summary import baselines_of, headline
 from search.study.wording import align
 
@@ -47,9 +48,9 @@ def export_trial(
     Args:
         study: Of any kind.
         folder: Where to write it; it must not exist.
-        number: Number of the row. None: of a search, the confirmed winner under the first fresh
-            seed, else the best trial; of given arms, the first seed of the one arm that is not a
-            baseline.
+        number: Number of the row. None: of a search, the arm that its confirmation recommends,
+            under the first fresh seed, else the best trial; of given arms, the recommended one,
+            under the first seed.
         nfe: Which student of a method of several stages; None is the last.
         baseline: ``plain`` or ``uniform`` instead of a trial of a search.
 
@@ -161,41 +162,38 @@ def put_aside(folder: Path) -> None:
 
 
 def arm_row(study: Study, *, arm: str | None = None, variant: int | None = None) -> int:
-    """The row of the first seed whose arm is not a baseline.
+    """The row of an arm under the first seed.
 
     Args:
         study: A study of given arms.
-        arm: Name of the arm; None is the only one, or a confirmation's winner.
-        variant: Index of the method's settings.
+        arm: Its name, or ``plain`` or ``uniform``; None is the recommended one.
+        variant: Index of the method's settings; None is the one that a confirmation judged, or
+            the first.
 
     Raises:
-        InputError: No such row is complete, or there are several arms.
+        InputError: No such row is complete, or no arm is recommended.
     """
-    arms = study.arms
-    searched = [each.name for each in arms if each.baseline is None]
-    if arm is None and len(searched) > 1:
-        of = study.facts.get("of")
-        found = None
-        if of is not None and study.name == of + CONFIRM_SUFFIX:
-            found = verdict(Study.open(study.url, of))
+    _complete_rows(study.main)
+    if variant is None:
+        variant = int(study.main.attribute(JUDGED) or 0)
+    comparison = compare(study, variant=variant)
+    results = comparison.results
+    if arm is None and len(results) > 1:
+        found = recommend(comparison)
         if found is None:
+            names = ", ".join(each.arm.name for each in results)
             raise InputError(
-                f"{study.name} has {len(searched)} arms beside its baselines "
-                f"({', '.join(searched)}); name a row by --trial"
+                f"{study.name} has no complete baseline to judge its arms by ({names}); name a "
+                "row by --trial"
             )
-        arm = found.winner.arm.name
-    rows = [(t.number, ArmRow.of(t.params)) for t in _complete_rows(study.main)]
-    complete = [
-        (row.seed, number)
-        for number, row in rows
-        if arms[row.arm].name in ([arm] if arm else searched) and variant in (None, row.variant)
-    ]
-    if not complete:
-        raise InputError(
-            f"{headline(study)}: no row of the promoted weights is complete; run the same command "
-            "again, or name a row by --trial"
-        )
-    return min(complete)[1]
+        arm = found.arm.name
+    for each in results:
+        if arm in (None, each.arm.name, each.arm.baseline):
+            return each.rows[min(each.rows)]
+    raise InputError(
+        f"{headline(study)}: no row of {arm} is complete; run the same command again, or name a "
+        "row by --trial"
+    )
 
 
 def _baseline(study: Study, name: str) -> tuple[Ledger, int]:
@@ -211,8 +209,7 @@ def _best_of(study: Study) -> tuple[Study, int]:
     """Study and number of the row that a search exports."""
     found, confirmation = verdict(study), study.beside(study.name + CONFIRM_SUFFIX)
     if found is not None and found.ended and confirmation is not None:
-        rows = found.winner.rows
-        return confirmation, rows[min(rows)]
+        return confirmation, arm_row(confirmation)
     best = study.search.best()
     return study, _complete_rows(study.search)[0].number if best is None else best.number
 

@@ -45,6 +45,8 @@ def fid(value: float, *, nfe: int = 2, **seeds: int) -> dict[str, Any]:
     """As rows store it."""
     return FID(
         value=value,
+        noise=0.2,
+        effects=[0.5, -0.5],
         images=256,
         reference="digits",
         reference_images=1797,

@@ -36,7 +36,7 @@ PD: dict[str, Any] = changed(
     evaluation__images=64,
     evaluation__batch=32,
     weights=NORMALISED,
-    plan={"trials": 2},
+    plan={"trials": 2, "replicates": 1},
     resources={"gpus": 0, "checkpoint_seconds": 1e-9},
 )
 CONSISTENCY: dict[str, Any] = changed(

@@ -36,7 +36,7 @@ STUDY: dict[str, Any] = {
         "a": {"low": -0.5, "high": 3.0},
         "b": {"low": -6.0, "high": 0.0},
     },
-    "plan": {"trials": 4},
+    "plan": {"trials": 4, "replicates": 1},
     "evaluation": {"images": 256, "extractor": "digits-classifier"},
 }
 NORMALISED = {"name": "normalised", "a": {"low": -0.5, "high": 3.0}}

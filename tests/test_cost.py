@@ -255,7 +255,7 @@ def test_intermediate_images_are_drawn_too_and_live_trajectories_are_part_of_an_
     monkeypatch,
 ):
     monkeypatch.setattr(cost, "measure", lambda *_, **__: CUDA)
-    plan = {"trials": 4, "at": [0.25, 0.5], "images": 100}
+    plan = {"trials": 4, "replicates": 1, "at": [0.25, 0.5], "images": 100}
     work, disk, _, time, _ = cost_lines(spec(trajectories={"mode": "live"}, plan=plan))
     assert work.endswith(" 40 updates and 456 images")
     assert disk.startswith("disk: 0 MiB of trajectories")

@@ -264,7 +264,15 @@ def test_progress_grows_and_ends_at_1(tmp_path, tree):
 
 # ---- intermediate evaluations ----
 
-AT = {"plan": {"trials": 4, "at": [0.25, 0.5], "images": 64, "pruner": {"name": "MedianPruner"}}}
+AT = {
+    "plan": {
+        "trials": 4,
+        "replicates": 1,
+        "at": [0.25, 0.5],
+        "images": 64,
+        "pruner": {"name": "MedianPruner"},
+    }
+}
 
 
 def test_intermediate_fids_change_nothing_and_are_told_with_their_conditions(tmp_path):

@@ -1,6 +1,7 @@
 """Model folders of a study's rows: whose student, with which figures, and what is refused."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +85,16 @@ def test_of_a_confirmation_that_has_not_ended_it_is_the_best_trial_s(searched, t
     assert exported(searched, tmp_path / "model")["weights_sha256"] == digest(3)
 
 
-def test_of_several_arms_one_must_be_named(confirmed, tmp_path):
+def test_of_given_arms_it_is_the_recommended_one_s(confirmed, tmp_path):
+    """Two arms of one mean: neither beats the first of them, and both beat the baselines."""
     study = plan_transfer(confirmed, normalised(name="others"), top=2, seeds=1)
     finish(study, fid)
-    with pytest.raises(InputError, match=r"has 2 arms beside its baselines .* by --trial"):
-        exported(study, tmp_path / "model")
     keep(study, 2)
-    assert exported(study, tmp_path / "model", number=2)["weights_sha256"] == digest(2)
+    assert exported(study, tmp_path / "model")["weights_sha256"] == digest(2)
+    worse = plan_transfer(confirmed, normalised(name="worse"), top=2, seeds=3)
+    finish(worse, lambda arm, row: fid(arm, row) + 3.0 * (arm.baseline is None))
+    keep(worse, 1)
+    assert exported(worse, tmp_path / "uniform")["weights_sha256"] == digest(1)
 
 
 def test_a_baseline_s_student_may_be_asked_for(confirmed, tmp_path):
@@ -206,8 +210,9 @@ def test_of_rows_that_have_not_come_so_far_nothing_is_exported(url, tmp_path):
     with pytest.raises(InputError, match="no row of promote-digits is complete"):
         exported(study, tmp_path / "model")
     finish(study, fid, most=2)
-    with pytest.raises(InputError, match="no row of the promoted weights is complete"):
-        arm_row(study)
+    weights = study.arms[2].name
+    with pytest.raises(InputError, match=f"no row of {re.escape(weights)} is complete"):
+        arm_row(study, arm=weights)
 
 
 # ---- on the command line ----

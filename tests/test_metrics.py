@@ -20,6 +20,8 @@ from bdense.metrics.metrics import (
     MetricSettings,
     PrecisionRecall,
     frechet_distance,
+    grouped_effects,
+    image_effects,
     kernel_distance,
     measure_images,
     precision_recall,
@@ -66,6 +68,46 @@ def test_statistics_and_distance_are_the_reference_s(file):
         np.testing.assert_allclose(found.sigma, golden[f"sigma_{name}"], rtol=1e-12, atol=1e-14)
         assert found.count == len(golden[f"features_{name}"])
     assert frechet_distance(both["a"], both["b"]) == pytest.approx(golden["fid"].item(), rel=1e-9)
+
+
+def test_an_image_s_effect_is_the_distance_s_slope_in_its_weight():
+    """An image that counts 1 + e times moves the distance by e * its effect / n."""
+    features, reference = normal(40, 3, 0).double(), statistics_of(normal(60, 3, 1, shift=0.5))
+    effects = image_effects(features, reference)
+    assert effects.mean() == pytest.approx(0, abs=1e-12)
+
+    def distance(image, weight):
+        weights = np.ones(40)
+        weights[image] = weight
+        mu = np.average(features, axis=0, weights=weights)
+        # As for statistics_of, which divides by n - 1.
+        sigma = np.cov(features.T, aweights=weights, ddof=0) * 40 / 39
+        return frechet_distance(Statistics(mu, sigma, 40), reference)
+
+    for image in range(5):
+        slope = (distance(image, 1 + 1e-4) - distance(image, 1 - 1e-4)) / 2e-4
+        # The unbiased covariance has 1 / 39 where the effects have 1 / 40.
+        assert slope * 40 == pytest.approx(effects[image], rel=0.02, abs=0.02)
+
+
+def test_the_noise_of_a_distance_is_its_spread_over_draws():
+    """Against 200 sets drawn anew; and a difference of two paired sets has much less of it."""
+    reference = statistics_of(normal(2000, 8, 0))
+    sets = [normal(500, 8, seed, shift=0.3) for seed in range(1, 201)]
+    others = [each + 0.1 for each in sets]
+    spread = np.std([frechet_distance(statistics_of(each), reference) for each in sets])
+    effects = image_effects(sets[0], reference)
+    assert effects.std() / 500**0.5 == pytest.approx(spread, rel=0.2)
+    apart = [
+        frechet_distance(statistics_of(a), reference)
+        - frechet_distance(statistics_of(b), reference)
+        for a, b in zip(sets, others, strict=True)
+    ]
+    between = (effects - image_effects(others[0], reference)).std() / 500**0.5
+    assert between == pytest.approx(np.std(apart), rel=0.2)
+    assert between < 0.7 * spread
+    groups = np.array(grouped_effects(effects))
+    assert groups.std(ddof=1) / len(groups) ** 0.5 == pytest.approx(spread, rel=0.4)
 
 
 def test_gaussians_with_commuting_covariances():
@@ -282,13 +324,13 @@ KID_SETTINGS = {"subsets": 100, "subset_size": 1000, "subset_seed": 2020}
 
 
 def test_every_metric_carries_its_conditions():
-    fid = FID(value=4.4, **CONDITIONS)
+    fid = FID(value=4.4, noise=0.2, effects=[0.5, -0.5], **CONDITIONS)
     kid = KID(mean=0.1, std=0.02, **KID_SETTINGS, **CONDITIONS)
     prc = PrecisionRecall(precision=0.7, recall=0.6, neighbours=5, **CONDITIONS)
     assert fid.conditions() == CONDITIONS
     assert kid.conditions() == CONDITIONS | KID_SETTINGS
     assert Metrics(fid=fid, kid=kid, prc=prc).as_dict() == {
-        "fid": {"value": 4.4, **CONDITIONS},
+        "fid": {"value": 4.4, "noise": 0.2, "effects": [0.5, -0.5], **CONDITIONS},
         "kid": {"mean": 0.1, "std": 0.02, **KID_SETTINGS, **CONDITIONS},
         "prc": {"precision": 0.7, "recall": 0.6, "neighbours": 5, **CONDITIONS},
     }

@@ -378,6 +378,24 @@ def test_each_nfe_has_a_model_and_other_weights_another(confirmed, tmp_path):
     assert exported() == {"model": digest(2)}
 
 
+@pytest.mark.parametrize(
+    ("options", "row"), [((), 0), (("--arm", "weights"), 2), (("--arm", "uniform"), 1)]
+)
+def test_a_student_that_loses_to_plain_distillation_is_exported_only_on_request(
+    confirmed, tmp_path, options, row
+):
+    study = promote_to(confirmed, 3)
+    finish(study, lambda arm, row: {"plain": 4.0, "uniform": 8.0, None: 4.5}[arm.baseline])
+    keep(study, 0, 1, 2)
+    arguments = ("promote", "digits", "--to", write(tmp_path, PROMOTION))
+    answer = command(*arguments, "--seeds", "3", *options)
+    (model,) = re.findall(r"^model folder: (.*)$", answer.out, re.MULTILINE)
+    assert denoiser_sha256(load_model(model)[0]) == digest(row)
+    assert "recommended: plain" in answer.out
+    card = (Path(model) / "README.md").read_text()
+    assert all(arm.name in card for arm in study.arms)
+
+
 def test_a_dry_run_plans_nothing_and_prints_what_a_launch_would_take(
     confirmed, tmp_path, monkeypatch
 ):

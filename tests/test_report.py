@@ -45,6 +45,7 @@ def test_best_and_status_have_the_keys_that_they_had(url):
     finish(plan_confirmation(study, method={}, seeds=3, count=1), lambda arm, row: 9.0 + row.seed)
     told, before = printed("best", "sfd-search"), BEFORE["best"]["small"]
     assert told.pop("storage") == url
+    assert (told.pop("noise")["seeds"], told.pop("recommended")["arm"]) == (None, "plain")
     assert shape(told) == shape(before)
     assert list(told) == list(before)
     assert [arm["params"] for arm in told["confirmed"]["arms"][:2]] == [
@@ -68,7 +69,8 @@ def test_best_of_learned_weights_has_them_too(url):
         "strength": -0.5,
         "weights_plot": "learned-search/00001/weights.png",
     }
-    del told["storage"]
+    for name in ("storage", "noise", "recommended"):
+        del told[name]
     assert shape(told) == shape(BEFORE["best"]["learned"])
 
 
@@ -95,7 +97,8 @@ def test_best_of_nothing(url):
     assert " ".join(table(summary_of(study)).split()) == "FID vs plain SFD a b w_1 .. w_K"
     told = printed("best", "sfd-search")
     assert (told["best"], told["baselines"], told["confirmed"]) == (None, {}, None)
-    assert command("best", "sfd-search").out.endswith("no trial is complete yet\n")
+    assert told["recommended"] is None
+    assert "no trial is complete yet\n" in command("best", "sfd-search").out
 
 
 # ---- for people ----

@@ -211,7 +211,8 @@ def test_who_may_only_read_sees_status_and_best(postgres, tmp_path):
     for verb in ("status", "best"):
         shown[verb] = looker.json(verb, "digits")
     assert shown["status"]["trials"]["complete"] == 5
-    assert shown["best"] == {**best_json(summary_of(study)), "storage": ANY, "confirmed": None}
+    told = best_json(summary_of(study)) | {"storage": ANY}
+    assert told.items() <= shown["best"].items()
 
 
 @pytest.mark.postgres

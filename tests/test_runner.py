@@ -17,8 +17,8 @@ from search.run import runner
 from search.spec.study import StudySpec
 from search.storage.engine import resolve_storage_url
 from search.study.study import Study
-from search.worker.ray_tasks import WorkerConfig
-from tests.studies import promotion, spec
+from search.worker.ray_tasks import TRAJECTORIES, Preparation, WorkerConfig
+from tests.studies import spec
 
 ONE_GPU_EACH = [(8, 1), (8, 1), (8, 1)]
 TWO_GPUS_EACH = [(16, 2), (16, 2)]
@@ -157,7 +157,8 @@ def started(monkeypatch) -> list[tuple[Any, ...]]:
             tasks.append((*self.asked, given))
 
     monkeypatch.setattr(runner, "_task", Task)
-    monkeypatch.setattr(runner, "_follow", lambda *_: None)
+    left = Preparation(what=TRAJECTORIES, done=1, total=9)
+    monkeypatch.setattr(runner, "_follow", lambda *_: left)
     return tasks
 
 
@@ -198,10 +199,18 @@ def test_a_machine_can_run_the_preparation(cluster, started, gpus, threads, cpus
     assert started[0] == ("prepare_task", cpus, share, (1,))
 
 
-@pytest.mark.parametrize("made", [spec, promotion], ids=["sfd", "progressive"])
-def test_without_recorded_trajectories_there_is_one_task(cluster, started, made):
+@pytest.mark.parametrize(
+    "last",
+    [
+        None,
+        Preparation(what="teacher", done=1, total=2),
+        Preparation(what=TRAJECTORIES, done=9, total=9),
+    ],
+)
+def test_where_no_trajectories_are_left_there_is_one_task(cluster, started, monkeypatch, last):
     cluster([(4, 0)])
-    prepare(made(trajectories__mode="live"), 4)
+    monkeypatch.setattr(runner, "_follow", lambda *_: last)
+    prepare(spec(), 4)
     assert started == [("prepare_task", 1, 0, (4,))]
 
 

@@ -20,13 +20,21 @@ from search.storage.disk import disk_error, is_full_disk
 from search.storage.engine import open_storage, resolve_storage_url
 from search.storage.ledger import Ledger
 from search.study.study import Study
-from search.worker.ray_tasks import WorkerConfig, WorkerError, prepare_task, record_task, slot
+from search.worker import ray_tasks
+from search.worker.ray_tasks import (
+    TRAJECTORIES,
+    WorkerConfig,
+    WorkerError,
+    prepare_task,
+    record_task,
+    slot,
+)
 from tests.contracts.scene import take
 from tests.disks import small_disk
 from tests.rows import SFD, loaded
 from tests.studies import REMOVED, changed, spec
 
-STUDY = changed(SFD, plan={"trials": 1}, trajectories=REMOVED)
+STUDY = changed(SFD, plan={"trials": 1, "replicates": 1}, trajectories=REMOVED)
 
 
 @pytest.fixture
@@ -108,6 +116,19 @@ def test_trajectories_that_do_not_fit_are_refused_and_recorded_once_they_do(
         filler.unlink()
         assert error_of(list(record_task(worker, 0, 1))) is None
         assert loaded(STUDY).store(study.spec.seeds.training).missing() == []
+
+
+def test_the_preparation_records_for_a_while_and_leaves_the_rest(folders, monkeypatch):
+    """The launcher starts further tasks where its last message is of unfinished trajectories."""
+    monkeypatch.setenv("BDENSE_CACHE", str(folders / "cache"))
+    study = made()
+    shutil.rmtree(folders / "cache/trajectories", ignore_errors=True)
+    store = loaded(STUDY).store(study.spec.seeds.training)
+    for seconds, left in ((-1.0, store.num_shards), (60.0, 0)):
+        monkeypatch.setattr(ray_tasks, "RECORDING_SECONDS", seconds)
+        *_, last = prepare_task(worker_config(study), 1)
+        assert (last.what, last.total - last.done) == (TRAJECTORIES, left)
+        assert len(store.missing()) == left
 
 
 def test_a_checkpoint_that_does_not_fit_ends_the_slot_and_not_the_trial(folders):

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bdense.errors import InputError, NonFiniteError, ShapeError
@@ -21,6 +22,8 @@ from bdense.metrics.settings import METRICS, MetricSettings
 
 # Rows of distances in memory at a time: 2048 x 50,000 distances take 800 MB.
 _PRC_ROWS = 2048
+# Parts that a record's effects of single images are averaged over.
+GROUPS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +61,19 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class FID(Measurement):
-    """A Frechet distance; its ``value`` is 0 if the statistics are equal."""
+    """A Frechet distance; its ``value`` is 0 if the statistics are equal.
 
-    VALUES = ("value",)
+    Attributes:
+        noise: Standard error of ``value`` from the draw of the latents, see ``image_effects``; of
+            a difference of two students of the same latents it is smaller.
+        effects: [``GROUPS``] what each group of images adds, see ``grouped_effects``.
+    """
+
+    VALUES = ("value", "noise", "effects")
 
     value: float
+    noise: float
+    effects: list[float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +170,9 @@ def measure_images(
         "seeds": seeds,
     }
     value = frechet_distance(statistics_of(features), reference.statistics)
+    effects = image_effects(features, reference.statistics)
+    noise = float(effects.std(ddof=1)) / len(effects) ** 0.5
+    fid = FID(value=value, noise=noise, effects=grouped_effects(effects), **conditions)
     kid = prc = None
     if "kid" in metrics:
         assert reference.features is not None
@@ -177,7 +191,7 @@ def measure_images(
         prc = PrecisionRecall(
             precision=precision, recall=recall, neighbours=settings.neighbours, **conditions
         )
-    return Metrics(fid=FID(value=value, **conditions), kid=kid, prc=prc)
+    return Metrics(fid=fid, kid=kid, prc=prc)
 
 
 def require_measurable(
@@ -233,6 +247,47 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     if not np.isfinite(value):
         raise NonFiniteError(f"the Frechet distance is {value}")
     return value
+
+
+def image_effects(features: Tensor, reference: Statistics) -> NDArray[np.float64]:
+    """What each image adds to the Frechet distance: its influence function, of mean 0.
+
+    The distance moves by the mean of the effects where other images are drawn (delta method), so
+    that their standard deviation / sqrt(n) is the standard error of the distance, and that of two
+    students' differences the standard error of the difference, if they share latents.
+
+    Args:
+        features: [n, d].
+        reference: What they are compared with.
+
+    Returns:
+        [n]: 2 (mu - m) . x + x' G x, x an image's features less their mean mu, G the gradient of
+        tr(S - 2 (R^(1/2) S R^(1/2))^(1/2)) with respect to S; m, R are the reference's.
+    """
+    own = statistics_of(features)
+    root = _power(reference.sigma, 0.5)
+    slope = np.eye(len(root)) - root @ _power(root @ own.sigma @ root, -0.5) @ root
+    centred = features.double().numpy() - own.mu
+    effects: NDArray[np.float64] = 2 * centred @ (own.mu - reference.mu)
+    effects += np.einsum("ni,ij,nj->n", centred, slope, centred, optimize=True)
+    effects -= effects.mean()
+    return effects
+
+
+def grouped_effects(effects: NDArray[np.float64]) -> list[float]:
+    """Mean effect [``GROUPS``] of each run of neighbouring images, for a study's record."""
+    groups = np.array_split(effects, min(GROUPS, len(effects)))
+    return [round(float(group.mean()), 5) for group in groups]
+
+
+def _power(matrix: NDArray[np.float64], exponent: float) -> NDArray[np.float64]:
+    """A power of a covariance on its range; directions without variance stay without."""
+    values, vectors = np.linalg.eigh(matrix)
+    kept = values > values.max() * len(values) * np.finfo(np.float64).eps
+    powers = np.zeros_like(values)
+    powers[kept] = values[kept] ** exponent
+    found: NDArray[np.float64] = (vectors * powers) @ vectors.T
+    return found
 
 
 def kernel_distance(a: Tensor, b: Tensor, settings: MetricSettings) -> tuple[float, float]:

@@ -254,9 +254,10 @@ def _student_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
         conditions = ", ".join(
             f"{_words(key)} {str(value)[:16]}"
             for key, value in fid.items()
-            if key not in ("value", "fid", "seeds") and value is not None
+            if key not in ("value", "fid", "noise", "effects", "seeds") and value is not None
         )
-        facts["FID"] = f"{fid.get('fid', fid.get('value')):.4g} ({conditions})"
+        noise = f" +- {fid['noise']:.2g}" if "noise" in fid else ""
+        facts["FID"] = f"{fid.get('fid', fid.get('value')):.4g}{noise} ({conditions})"
     return facts
 
 

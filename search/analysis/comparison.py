@@ -67,6 +67,11 @@ class Comparison:
         """The student whose branches have equal weights."""
         return self._baseline(UNIFORM)
 
+    def beside_baselines(self, arm: Arm) -> "Comparison":
+        """One arm and the baselines alone."""
+        kept = [each for each in self.results if each.arm.baseline or each.arm == arm]
+        return replace(self, results=tuple(kept))
+
     @property
     def differing(self) -> list[str]:
         """Conditions in which these FIDs differ, so that they are not compared."""

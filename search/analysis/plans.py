@@ -131,7 +131,8 @@ def plan_given(url: str, spec: StudySpec) -> Study:
 
 def fresh_seeds(spec: StudySpec, count: int, used: Collection[int] = ()) -> list[int]:
     """The lowest seeds that neither the search nor ``used`` has."""
-    seen = {spec.seeds.training, spec.seeds.evaluation, *used}
+    own = spec.baseline_seeds if spec.is_search else [spec.seeds.training]
+    seen = {*own, spec.seeds.evaluation, *used}
     return [seed for seed in range(count + len(seen)) if seed not in seen][:count]
 
 

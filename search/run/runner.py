@@ -35,6 +35,7 @@ from search.storage.stop_flags import Launch, is_asked, stopped_error
 from search.study.artifacts import artifacts_place
 from search.study.study import Study
 from search.worker.ray_tasks import (
+    TRAJECTORIES,
     Preparation,
     WorkerConfig,
     WorkerError,
@@ -270,7 +271,7 @@ def gpus_per_trial(resources: ResourcesSpec) -> float:
 def _prepare(
     spec: StudySpec, worker: WorkerConfig, slots: int, tell: Callable[[Preparation], None]
 ) -> None:
-    """Teacher and features in one task, then trajectories in one for each slot and its GPUs."""
+    """Teacher and features in one task; trajectories there too, or in one for each slot's GPU."""
     # The GPUs of a trial share its batches; these tasks take one.
     team = spec.resources.team
     gpus = gpus_per_trial(spec.resources) / team
@@ -282,8 +283,8 @@ def _prepare(
     threads = spec.teacher.train.threads if spec.teacher.train else 1
     cpus = max(spec.resources.cpus, min(threads, most_cpus))
     tell(Preparation(what="waiting", done=0, total=1))
-    _follow([_task(prepare_task, cpus, gpus).remote(worker, together)], tell)
-    if spec.trajectories.mode == "recorded":
+    last = _follow([_task(prepare_task, cpus, gpus).remote(worker, together)], tell)
+    if last is not None and last.what == TRAJECTORIES and last.done < last.total:
         record, parts = _task(record_task, spec.resources.cpus / team, gpus), slots * team
         _follow([record.remote(worker, part, parts) for part in range(parts)], tell)
 
@@ -293,9 +294,14 @@ def _task(function: Callable[..., Any], cpus: float, gpus: float) -> Any:  # noq
     return ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=2)(function)
 
 
-def _follow(streams: Sequence[Any], tell: Callable[[Preparation], None]) -> None:
-    """Pass on the messages of tasks until all have ended; the first error ends the launch."""
+def _follow(streams: Sequence[Any], tell: Callable[[Preparation], None]) -> Preparation | None:
+    """Pass on the messages of tasks until all have ended; the first error ends the launch.
+
+    Returns:
+        The last message.
+    """
     waiting: list[Any] = list(streams)
+    last: Preparation | None = None
     while waiting:
         ready: list[Any] = ray.wait(waiting, num_returns=1, fetch_local=False)[0]
         for stream in ready:
@@ -306,7 +312,9 @@ def _follow(streams: Sequence[Any], tell: Callable[[Preparation], None]) -> None
                 continue
             if isinstance(message, WorkerError):
                 _raise_first([message])
-            tell(message)
+            last = message
+            tell(last)
+    return last
 
 
 def _raise_first(errors: Sequence[WorkerError]) -> None:

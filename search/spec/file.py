@@ -156,7 +156,11 @@ def read_stored(name: str, text: str) -> StudySpec:
         InputError: Another version of bdense stored it.
     """
     try:
-        return StudySpec.read(json.loads(text))
+        tree = json.loads(text)
+        # A search from before baselines had replicates.
+        if "trials" in tree["plan"]:
+            tree["plan"] = {"replicates": 1, **tree["plan"]}
+        return StudySpec.read(tree)
     except InputError as error:
         first, *more = str(error).splitlines()
         others = f" and {len(more)} more" if more else ""

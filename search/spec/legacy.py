@@ -49,7 +49,7 @@ def _section(tree: dict[str, Any], key: str) -> dict[str, Any]:
 
 def _search(tree: dict[str, Any]) -> dict[str, Any]:
     student, budget = _section(tree, "student"), _section(tree, "budget")
-    plan: dict[str, Any] = {}
+    plan: dict[str, Any] = {"replicates": 1}
     if "trials" in budget:
         plan["trials"] = budget.pop("trials")
     student.pop("method", None)

@@ -154,6 +154,12 @@ class SearchPlan(Knobs):
     """Points proposed by a sampler, beside plain distillation and uniform weights."""
 
     trials: int = knob(help="trials in all, counting those that are done", low=1)
+    replicates: int = knob(
+        3,
+        "training seeds of plain distillation and uniform weights, seeds.training and those after "
+        "it; from 2 on a study knows its noise, and how small a difference it can tell",
+        low=1,
+    )
     sampler: Member = knob(
         Member("TPESampler"),
         "a class of optuna.samplers and its arguments; its seed is seeds.sampler",
@@ -345,6 +351,12 @@ class StudySpec(Knobs):
     def is_search(self) -> bool:
         """Whether points are proposed, rather than arms given."""
         return isinstance(self.plan, SearchPlan)
+
+    @property
+    def baseline_seeds(self) -> list[int]:
+        """Training seeds of a search's baselines, that of the trials first."""
+        first = self.seeds.training
+        return [(first + index) % 2**31 for index in range(self.search.replicates)]
 
     @property
     def search(self) -> SearchPlan:

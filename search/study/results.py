@@ -1,13 +1,15 @@
 """Results of rows; the database and ``result.json`` hold them as mappings."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 # Parameters of our own weight spaces; those of others are under "parameters".
 PARAMETERS = ("a", "b", "rule", "strength", "memory")
 METRICS = ("kid", "prc")
+# Of a FID, beside its conditions.
+FIGURES = ("value", "noise", "effects")
 # FIDs are compared only where these agree.
 COMPARED_KEYS = ("extractor_sha256", "reference", "images", "nfe")
 
@@ -20,6 +22,8 @@ class MeasuredFID:
         nfe: Network evaluations an image.
         images: Number of images drawn, compared with ``reference_images`` of ``reference``.
         seeds: Of ``evaluation`` (the latents) and ``training`` (absent for a teacher).
+        noise: Standard error from the latents; None in results of older versions.
+        effects: What each group of images adds, see ``bdense.metrics.metrics.grouped_effects``.
         stored: The whole mapping it was read from.
     """
 
@@ -31,22 +35,24 @@ class MeasuredFID:
     reference: str
     reference_images: int
     seeds: dict[str, int]
+    noise: float | None = None
+    effects: Sequence[float] = field(default=(), repr=False)
     stored: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, stored: Mapping[str, Any]) -> Self:
         """From ``bdense``'s FID as a mapping."""
         known = {each.name for each in dataclasses.fields(cls)} - {"stored"}
-        return cls(**{name: stored[name] for name in known}, stored=dict(stored))
+        return cls(**{name: stored[name] for name in known & stored.keys()}, stored=dict(stored))
 
     def as_dict(self) -> dict[str, Any]:
         """The mapping it was read from."""
         return self.stored
 
     def conditions(self) -> dict[str, Any]:
-        """All but the value."""
+        """All but the value and its noise."""
         names = [each.name for each in dataclasses.fields(self)]
-        return {name: getattr(self, name) for name in names if name not in ("value", "stored")}
+        return {n: getattr(self, n) for n in names if n not in (*FIGURES, "stored")}
 
     def differing(self, other: "MeasuredFID") -> list[str]:
         """Conditions that keep two FIDs from being compared."""

@@ -134,7 +134,7 @@ class Study:
         given.study.set_user_attr("of", spec.name)
         study = cls(url, trials, given)
         # Failed baselines are tried again in new rows.
-        study.plan([plain_arm(spec), uniform_arm()], [spec.seeds.training])
+        study.plan([plain_arm(spec), uniform_arm()], spec.baseline_seeds)
         return study
 
     @property

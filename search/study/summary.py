@@ -118,11 +118,12 @@ def complete_trials(study: Study) -> list[Measured]:
 
 
 def baselines_of(study: Study) -> dict[str, Measured]:
-    """The complete baselines of a search: ``plain``, ``uniform``."""
-    arms, found = study.arms, {}
+    """The complete baselines of a search, ``plain`` and ``uniform``, of the trials' own seed."""
+    arms, seed, found = study.arms, study.spec.seeds.training, {}
     for trial in study.complete_rows():
-        arm = arms[ArmRow.of(trial.params).arm]
-        if arm.baseline is not None:
+        row = ArmRow.of(trial.params)
+        arm = arms[row.arm]
+        if arm.baseline is not None and row.seed == seed:
             found[arm.baseline] = Measured(
                 number=trial.number,
                 label=arm.name,

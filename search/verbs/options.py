@@ -177,6 +177,12 @@ class PromoteOptions(StorageOptions):
     kimg: float | None = knob(
         None, _KIMG, low=0.001, high=1e9, none="confirm.method of the study, else the method's own"
     )
+    arm: Literal["plain", "uniform", "weights"] | None = knob(
+        None,
+        "arm whose student is exported: plain distillation, uniform weights, or the promoted "
+        "weights",
+        none="the recommended one, the simplest within a tie",
+    )
     out: Path | None = knob(
         None, "model folder to write", metavar="DIR", none="one in the run's folder"
     )
@@ -211,7 +217,9 @@ class StatusOptions(StudyOptions):
 class BestOptions(StudyOptions):
     """``best``."""
 
-    json: bool = flag("print one object: study, storage, trials, best, baselines, confirmed")
+    json: bool = flag(
+        "print one object: study, storage, trials, best, baselines, confirmed, noise, recommended"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

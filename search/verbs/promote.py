@@ -10,7 +10,7 @@ from typing import Any
 from bdense.errors import InputError
 from bdense.files import require_new
 from bdense.knobs import from_options
-from search.analysis.comparison import comparisons_of, table_rows, teacher_of
+from search.analysis.comparison import compare, comparisons_of, table_rows, teacher_of
 from search.analysis.confirmation import CONFIRM_SUFFIX, confirmed_arm
 from search.analysis.plans import (
     PROMOTE_SUFFIX,
@@ -22,6 +22,7 @@ from search.analysis.plans import (
     plan_promotion,
     seeds_of,
 )
+from search.analysis.recommendation import recommend
 from search.export import arm_row, export_trial, is_current, is_of, put_aside
 from search.run.launch import run_rows
 from search.spec.file import read_spec, require_variants
@@ -66,7 +67,7 @@ def promote(arguments: argparse.Namespace) -> None:
     if shown := comparisons_of(planned):
         print(*align(table_rows(shown, teacher_of(planned))), shown[0].conditions_line(), sep="\n")
     for variant, folder in zip(variants, folders, strict=True):
-        _hand_over(planned, folder, arm, variant)
+        _hand_over(planned, folder, arm, options.arm, planned.variants.index(variant))
 
 
 def _spec(options: PromoteOptions, study: Study) -> StudySpec:
@@ -142,11 +143,17 @@ def _folder(options: PromoteOptions, spec: StudySpec, asked: dict[str, Any], cou
     return Path(options.out if count == 1 else options.out / named)
 
 
-def _hand_over(planned: Study, folder: Path, arm: Arm, variant: dict[str, Any]) -> None:
-    """Export the promoted student, unless an earlier run did and nothing is new since."""
+def _hand_over(
+    planned: Study, folder: Path, promoted: Arm, choice: str | None, variant: int
+) -> None:
+    """Export the best arm's student, unless an earlier run did and nothing is new since."""
     if planned.left():
         raise InputError(f"{headline(planned)}; run the same command again to continue")
-    number = arm_row(planned, arm=arm.name, variant=planned.variants.index(variant))
+    found = recommend(compare(planned, variant=variant).beside_baselines(promoted))
+    if found is not None:
+        print(found.text())
+    arm = promoted.name if choice == "weights" or found is None else choice or found.arm.name
+    number = arm_row(planned, arm=arm, variant=variant)
     if is_current(folder, planned, number):
         print(f"model folder, written before: {folder}")
     else:

@@ -9,6 +9,7 @@ from typing import Any
 from bdense.files import require_new
 from bdense.knobs import from_options
 from search.analysis.confirmation import judged_summary
+from search.analysis.recommendation import judged, judged_lines
 from search.report.report_files import HTML_PAGE, write_report
 from search.storage.engine import redact
 from search.storage.stop_flags import CONTINUE, asked_at
@@ -59,21 +60,26 @@ def status(options: argparse.Namespace) -> None:
 
 
 def best(options: argparse.Namespace) -> None:
-    """Print the best weights, and what confirms them."""
+    """Print the best weights, what confirms them, and which arm to use."""
     study = open_study(options, reading=True)
     now, found = judged_summary(study)
+    noise, recommended = judged(study, found)
     if from_options(BestOptions, options).json:
-        confirmed = None if found is None else found.as_dict()
-        print(json.dumps(best_json(now) | {"confirmed": confirmed}))
-    elif now.best is None:
-        print(f"{headline(study)}; no trial is complete yet")
-    else:
-        print(headline(study))
+        more = {
+            "confirmed": None if found is None else found.as_dict(),
+            "noise": noise.as_dict(),
+            "recommended": None if recommended is None else recommended.as_dict(),
+        }
+        print(json.dumps(best_json(now) | more))
+        return
+    print(headline(study) if now.best else f"{headline(study)}; no trial is complete yet")
+    if now.best is not None:
         print(table(now))
         if found is None:
             print(f"No winner is confirmed: bdense-search confirm {study.name}")
         else:
             print("", *found.lines(), sep="\n")
+    print(*judged_lines(noise, recommended), sep="\n")
 
 
 def report(options: argparse.Namespace) -> None:

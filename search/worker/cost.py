@@ -167,7 +167,8 @@ def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
     parameters = 4 * sum(p.numel() for p in teacher.parameters())
     stages, images = spec.resolved.stages, spec.evaluation.images
     if spec.is_search:
-        rows, kept = spec.search.trials + 2, spec.keep_students + 2  # both baselines
+        baselines = 2 * spec.search.replicates
+        rows, kept = spec.search.trials + baselines, spec.keep_students + baselines
         intermediate = len(spec.search.at) * (spec.search.images or images)
     else:
         given = spec.given

@@ -182,10 +182,9 @@ class IntermediateFIDs:
             raise NonFiniteError(
                 f"the FID after {after} of {total} updates is {fid.value}; the model diverged"
             )
-        conditions = {key: value for key, value in fid.as_dict().items() if key != "value"}
         return {
             "fraction": self._after[after],
             "trained_images": after * assets.spec.resolved.batch,
             "fid": fid.value,
-            **conditions,
+            **fid.conditions(),
         }

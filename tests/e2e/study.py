@@ -44,7 +44,7 @@ SMALL: dict[str, Any] = {
     },
     "method": {"name": "sfd", "nfe": 2, "substeps": 4, "kimg": 2.56, "batch": 64, "lr": 5e-4},
     "weights": {"name": "normalised", "a": {"low": -0.5, "high": 3.0}},
-    "plan": {"trials": 3},
+    "plan": {"trials": 3, "replicates": 1},
     "evaluation": {"images": 64, "batch": 64, "extractor": "digits-classifier"},
     "resources": {"checkpoint_seconds": 0.2, "lease_seconds": 10},
 }

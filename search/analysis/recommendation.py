@@ -1,0 +1,176 @@
+"""Which arm to use, and how small a difference a study can tell.
+
+The recommended arm is the simplest one within a tie: plain distillation, then uniform weights,
+then searched ones. A less simple arm has to beat it by more than noise.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bdense.weights.spaces import PLAIN, UNIFORM
+from search.analysis.comparison import ArmResult, Comparison, compare, difference_text
+from search.analysis.confirmation import Verdict
+from search.analysis.paired import CONFIDENCE, Paired
+from search.study.arms import Arm
+from search.study.study import Study
+
+_SIMPLEST_FIRST = (PLAIN, UNIFORM, None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Noise:
+    """Noise of the difference of two students of one training seed and the same latents.
+
+    Attributes:
+        latents: Its standard deviation over latents; None where results do not hold their
+            images' effects.
+        seeds: Its standard deviation over training seeds; None without replicates.
+        replicates: Seeds that it was measured from.
+    """
+
+    latents: float | None
+    seeds: float | None
+    replicates: int
+
+    @property
+    def least_difference(self) -> float | None:
+        """The smallest difference that is told from noise, at 95 %; None if noise is not known."""
+        if self.seeds is None:
+            return None
+        from scipy.stats import t
+
+        return float(
+            t.ppf((1 + CONFIDENCE) / 2, self.replicates - 1)
+            * math.hypot(self.seeds, self.latents or 0.0)
+        )
+
+    def as_dict(self) -> dict[str, float | None]:
+        """As ``best --json`` prints it."""
+        return {
+            "latents": self.latents,
+            "seeds": self.seeds,
+            "least_difference": self.least_difference,
+        }
+
+    def text(self) -> str:
+        """For people."""
+        least = self.least_difference
+        if least is None:
+            return "the noise of these FIDs is not known; plan.replicates: 3 measures it"
+        parts = [f"training seeds {self.seeds:.2g}"]
+        parts += [] if self.latents is None else [f"latents {self.latents:.2g}"]
+        return (
+            f"least difference that this study can tell: {least:.2g} (standard deviations: "
+            f"{', '.join(parts)}; {self.replicates} replicates)"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recommendation:
+    """The arm to use.
+
+    Attributes:
+        arm: Which one.
+        fid: Its mean over the seeds.
+        interval: Its paired difference from plain distillation; None for plain itself.
+        why: In words.
+    """
+
+    arm: Arm
+    fid: float
+    interval: Paired | None
+    why: str
+
+    def text(self) -> str:
+        """For people."""
+        return f"recommended: {self.arm.name}, mean FID {self.fid:.3f}; {self.why}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """As ``best --json`` prints it."""
+        interval = self.interval
+        known = interval is not None and interval.n > 1
+        return {
+            "arm": self.arm.baseline or self.arm.name,
+            "params": self.arm.params,
+            "fid": self.fid,
+            "interval": [interval.low, interval.high] if interval is not None and known else None,
+            "why": self.why,
+        }
+
+
+def judged(study: Study, found: Verdict | None) -> tuple[Noise, Recommendation | None]:
+    """The noise of a search, and the arm to use by its confirmation, else by its baselines."""
+    baselines = compare(study)
+    return noise_of(baselines), recommend(baselines if found is None else found.comparison)
+
+
+def judged_lines(noise: Noise, recommended: Recommendation | None) -> list[str]:
+    """Both for people."""
+    if recommended is None:
+        return ["no arm is recommended before a baseline is complete"]
+    return [noise.text(), recommended.text()]
+
+
+def noise_of(comparison: Comparison) -> Noise:
+    """The noise of a difference, from the baselines under their seeds."""
+    plain, uniform = comparison.plain, comparison.uniform
+    if plain is None or uniform is None or comparison.differing:
+        return Noise(latents=None, seeds=None, replicates=0)
+    shared = sorted(plain.values.keys() & uniform.values.keys())
+    apart = [uniform.values[seed] - plain.values[seed] for seed in shared]
+    errors = [
+        _error([a - b for a, b in zip(one.effects, other.effects, strict=True)])
+        for one, other in ((uniform.fids[seed], plain.fids[seed]) for seed in shared)
+        if one.effects and len(one.effects) == len(other.effects)
+    ]
+    return Noise(
+        latents=math.sqrt(statistics.fmean(e**2 for e in errors)) if errors else None,
+        seeds=statistics.stdev(apart) if len(apart) > 1 else None,
+        replicates=len(apart),
+    )
+
+
+def _error(effects: Sequence[float]) -> float:
+    """Standard error of the mean of groups' effects."""
+    return statistics.stdev(effects) / math.sqrt(len(effects))
+
+
+def recommend(comparison: Comparison) -> Recommendation | None:
+    """The simplest arm within a tie; None before a baseline is complete.
+
+    With one seed, whose noise is not known, the lowest FID is taken.
+    """
+    if comparison.plain is None and comparison.uniform is None:
+        return None
+    ranked = sorted(
+        comparison.results,
+        key=lambda each: (_SIMPLEST_FIRST.index(each.arm.baseline), each.mean().mean),
+    )
+    best, reasons = ranked[0], []
+    for other in ranked[1:]:
+        pair = comparison.against(other, best)
+        if pair is None:
+            reasons.append(f"{other.arm.name}: measured otherwise than {best.arm.name}")
+        elif _beats(pair):
+            best, reasons = other, [_said(other, "better than", best, pair)]
+        else:
+            how = "a tie with" if pair.tie else "worse than"
+            reasons.append(_said(other, how, best, pair))
+    return Recommendation(
+        arm=best.arm,
+        fid=best.mean().mean,
+        interval=comparison.against(best, comparison.plain),
+        why="; ".join(reasons) or f"{best.arm.name} alone is complete",
+    )
+
+
+def _beats(pair: Paired) -> bool:
+    return pair.high < 0 if pair.n > 1 else pair.mean < 0
+
+
+def _said(one: ArmResult, how: str, other: ArmResult, pair: Paired) -> str:
+    difference = difference_text(pair).removesuffix(", tie")
+    return f"{one.arm.name}: {how} {other.arm.name} ({difference})"

@@ -1,0 +1,103 @@
+"""The recommended arm is the simplest within a tie; a study knows what it can tell."""
+
+import math
+
+import pytest
+from scipy.stats import t
+
+from search.analysis.comparison import ArmResult, Comparison
+from search.analysis.recommendation import noise_of, recommend
+from search.study.arms import Arm
+from search.study.results import MeasuredFID
+from tests.measured import fid
+
+ARMS = {
+    "plain": Arm(name="plain SFD", params={"baseline": "plain"}),
+    "uniform": Arm(name="uniform weights", params={"baseline": "uniform"}),
+    "ours": Arm(name="a 1.000 (trial 3)", params={"a": 1.0, "b": -2.0}, trial=3),
+    "other": Arm(name="a 0.500 (trial 5)", params={"a": 0.5, "b": -1.0}, trial=5),
+}
+
+
+def compared(**values) -> Comparison:
+    """Arms and their FIDs under seeds 0, 1, ..."""
+    results = [
+        ArmResult(
+            arm=ARMS[name],
+            fids={s: MeasuredFID.of(fid(value, training=s)) for s, value in enumerate(fids)},
+            rows=dict(enumerate(range(len(fids)))),
+        )
+        for name, fids in values.items()
+    ]
+    return Comparison(variant={}, results=tuple(results))
+
+
+@pytest.mark.parametrize(
+    ("values", "chosen"),
+    [
+        # Each difference is sure where it is the same under every seed, but for a little.
+        ({"plain": (4, 4.1, 4), "uniform": (3, 3, 3), "ours": (2, 2, 2.1)}, "ours"),
+        ({"plain": (4, 4.1, 4), "uniform": (3, 3, 3), "ours": (2.5, 3.4, 3)}, "uniform"),
+        ({"plain": (4, 4.1, 4), "uniform": (8, 8, 8.1), "ours": (3.5, 4.6, 4)}, "plain"),
+        # A tie with uniform weights, and better than plain distillation: simpler ones do.
+        ({"plain": (4, 4.1, 4), "uniform": (3, 5, 4), "ours": (3, 3, 3.1)}, "ours"),
+        # A lower mean of few sure differences does not beat the first that is sure.
+        ({"uniform": (3, 3, 3.1), "ours": (2, 2, 2.1), "other": (1.9, 2.2, 2)}, "ours"),
+        # One seed: there is no interval, and the lowest is taken.
+        ({"plain": (4,), "uniform": (8,), "ours": (4.5,)}, "plain"),
+        ({"plain": (4,), "uniform": (3,), "ours": (4.5,)}, "uniform"),
+        ({"plain": (4,)}, "plain"),
+    ],
+)
+def test_the_simplest_arm_within_a_tie(values, chosen):
+    found = recommend(compared(**values))
+    assert found.arm is ARMS[chosen]
+    assert found.fid == pytest.approx(sum(values[chosen]) / len(values[chosen]))
+    assert found.why
+    told = found.as_dict()
+    assert told["params"] == ARMS[chosen].params
+    if chosen == "plain" or "plain" not in values or len(values[chosen]) == 1:
+        assert told["interval"] is None
+    else:
+        low, high = told["interval"]
+        assert low < high < 0
+
+
+def test_no_baseline_no_recommendation():
+    assert recommend(compared(ours=(1, 2, 3))) is None
+
+
+def test_the_least_difference_by_hand():
+    """uniform - plain is -1, -2, -3: deviation 1; the effects are the same, so latents add 0."""
+    found = noise_of(compared(plain=(4, 4, 4), uniform=(3, 2, 1)))
+    assert (found.seeds, found.latents, found.replicates) == (1.0, 0.0, 3)
+    assert found.least_difference == pytest.approx(t.ppf(0.975, 2))
+
+
+def test_latents_add_to_the_noise():
+    """Effects that differ by 1, 0, -1, 0: deviation sqrt(2/3), of four groups half of it."""
+    both = compared(plain=(4, 4, 4), uniform=(3, 2, 1))
+    effects = {"plain": (0.5, 0, -0.5, 0), "uniform": (-0.5, 0, 0.5, 0)}
+    results = [
+        ArmResult(
+            arm=each.arm,
+            fids={
+                s: MeasuredFID.of({**one.stored, "effects": effects[each.arm.baseline]})
+                for s, one in each.fids.items()
+            },
+            rows=each.rows,
+        )
+        for each in both.results
+    ]
+    found = noise_of(Comparison(variant={}, results=tuple(results)))
+    assert found.latents == pytest.approx(math.sqrt(2 / 3) / 2)
+    assert found.least_difference == pytest.approx(t.ppf(0.975, 2) * math.sqrt(1 + 1 / 6))
+
+
+@pytest.mark.parametrize(
+    "values", [{"plain": (4,), "uniform": (3,)}, {"plain": (4, 4)}, {"uniform": (4, 4)}]
+)
+def test_noise_that_was_not_measured(values):
+    found = noise_of(compared(**values))
+    assert (found.seeds, found.least_difference) == (None, None)
+    assert found.text()

@@ -536,4 +536,4 @@ def test_the_old_files_and_commands_finish_what_they_began(url, tmp_path, monkey
     now = json.loads(command("best", "small", "--json").out)
     expected = EXPECTED["finished"]["best"]["small"]
     expected["best"]["confirmed"] = True
-    assert now.items() >= expected.items()
+    assert {key: now[key] for key in expected} == expected

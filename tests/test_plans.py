@@ -424,7 +424,7 @@ def test_a_dry_run_plans_nothing_and_prints_what_a_launch_would_take(
         (True, "--kimg 2", "method.kimg is unknown"),
         (True, "--out .", ". exists already"),
         (True, "--seeds 0,0", "seeds [0, 0] must name"),
-        (True, "--seeds=-1,0", "seeds must be whole numbers of at least 0"),
+        (True, "--seeds=-1,0", "seeds must be a list of whole numbers of at least 0"),
         (True, "--seeds 0", "seeds [] must name"),
         (False, "--seeds 0,1", "--seeds 0,1: without --to"),
         (False, "--seeds 0", "--seeds 0: without --to"),

@@ -275,7 +275,7 @@ def test_a_study_of_learned_weights(workplace):
     assert {"rule": best["rule"], "strength": best["strength"]} == trials[best["number"]].params
     assert "1 1 1 1" in workplace.done("best", "small")
     other = small_study(method=SHORT, weights={"name": "learned", "rules": ["uncertainty"]})
-    assert "weights: learned" in workplace.refused("launch", workplace.write(other))
+    assert "weights.rules: " in workplace.refused("launch", workplace.write(other))
 
 
 # Mistakes, and nothing started.
@@ -303,5 +303,5 @@ def test_mistakes_exit_with_2_and_one_line(workplace):
     ):
         assert says in workplace.refused(*arguments)
     usage = workplace.run("launch", wrong, "--workers", "0")
-    assert (usage.returncode, "must be 1 or more, got 0" in usage.stderr) == (2, True)
+    assert (usage.returncode, "--workers " in usage.stderr) == (2, True)
     assert not workplace.runs.exists()

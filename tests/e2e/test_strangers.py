@@ -30,7 +30,7 @@ def study(tmp_path, monkeypatch, shared_cache) -> Study:
     """Two short trials and the baselines."""
     monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("BDENSE_CACHE", str(shared_cache))
-    return Study.create(resolve_storage_url(None), spec(SFD, plan={"trials": 2}))
+    return Study.create(resolve_storage_url(None), spec(SFD, plan={"trials": 2, "replicates": 1}))
 
 
 def work_on_one(study: Study) -> None:

@@ -111,7 +111,7 @@ def run_verb(
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        tell(f"{prog}: out of memory; choose a smaller --batch")
+        tell(f"{prog}: out of memory; choose a smaller batch")
         return FAILURE
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)

@@ -191,8 +191,8 @@ def arm_row(study: Study, *, arm: str | None = None, variant: int | None = None)
         if arm in (None, each.arm.name, each.arm.baseline):
             return each.rows[min(each.rows)]
     raise InputError(
-        f"{headline(study)}: no row of {arm} is complete; run the same command again, or name a "
-        "row by --trial"
+        f"{headline(study)}: no row of {arm or 'these settings'} is complete; run the same "
+        "command again"
     )
 
 

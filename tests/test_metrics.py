@@ -73,7 +73,7 @@ def test_statistics_and_distance_are_the_reference_s(file):
 def test_an_image_s_effect_is_the_distance_s_slope_in_its_weight():
     """An image that counts 1 + e times moves the distance by e * its effect / n."""
     features, reference = normal(40, 3, 0).double(), statistics_of(normal(60, 3, 1, shift=0.5))
-    effects = image_effects(features, reference)
+    effects = image_effects(features, statistics_of(features), reference)
     assert effects.mean() == pytest.approx(0, abs=1e-12)
 
     def distance(image, weight):
@@ -96,14 +96,16 @@ def test_the_noise_of_a_distance_is_its_spread_over_draws():
     sets = [normal(500, 8, seed, shift=0.3) for seed in range(1, 201)]
     others = [each + 0.1 for each in sets]
     spread = np.std([frechet_distance(statistics_of(each), reference) for each in sets])
-    effects = image_effects(sets[0], reference)
+    effects = image_effects(sets[0], statistics_of(sets[0]), reference)
     assert effects.std() / 500**0.5 == pytest.approx(spread, rel=0.2)
     apart = [
         frechet_distance(statistics_of(a), reference)
         - frechet_distance(statistics_of(b), reference)
         for a, b in zip(sets, others, strict=True)
     ]
-    between = (effects - image_effects(others[0], reference)).std() / 500**0.5
+    between = (
+        effects - image_effects(others[0], statistics_of(others[0]), reference)
+    ).std() / 500**0.5
     assert between == pytest.approx(np.std(apart), rel=0.2)
     assert between < 0.7 * spread
     groups = np.array(grouped_effects(effects))

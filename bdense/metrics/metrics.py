@@ -169,8 +169,9 @@ def measure_images(
         "nfe": nfe,
         "seeds": seeds,
     }
-    value = frechet_distance(statistics_of(features), reference.statistics)
-    effects = image_effects(features, reference.statistics)
+    own = statistics_of(features)
+    value = frechet_distance(own, reference.statistics)
+    effects = image_effects(features, own, reference.statistics)
     noise = float(effects.std(ddof=1)) / len(effects) ** 0.5
     fid = FID(value=value, noise=noise, effects=grouped_effects(effects), **conditions)
     kid = prc = None
@@ -249,7 +250,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     return value
 
 
-def image_effects(features: Tensor, reference: Statistics) -> NDArray[np.float64]:
+def image_effects(features: Tensor, own: Statistics, reference: Statistics) -> NDArray[np.float64]:
     """What each image adds to the Frechet distance: its influence function, of mean 0.
 
     The distance moves by the mean of the effects where other images are drawn (delta method), so
@@ -258,13 +259,13 @@ def image_effects(features: Tensor, reference: Statistics) -> NDArray[np.float64
 
     Args:
         features: [n, d].
+        own: Their statistics.
         reference: What they are compared with.
 
     Returns:
         [n]: 2 (mu - m) . x + x' G x, x an image's features less their mean mu, G the gradient of
         tr(S - 2 (R^(1/2) S R^(1/2))^(1/2)) with respect to S; m, R are the reference's.
     """
-    own = statistics_of(features)
     root = _power(reference.sigma, 0.5)
     slope = np.eye(len(root)) - root @ _power(root @ own.sigma @ root, -0.5) @ root
     centred = features.double().numpy() - own.mu
@@ -277,7 +278,7 @@ def image_effects(features: Tensor, reference: Statistics) -> NDArray[np.float64
 def grouped_effects(effects: NDArray[np.float64]) -> list[float]:
     """Mean effect [``GROUPS``] of each run of neighbouring images, for a study's record."""
     groups = np.array_split(effects, min(GROUPS, len(effects)))
-    return [round(float(group.mean()), 5) for group in groups]
+    return [float(f"{group.mean():.5g}") for group in groups]
 
 
 def _power(matrix: NDArray[np.float64], exponent: float) -> NDArray[np.float64]:

@@ -152,12 +152,12 @@ def confirmed_arm(study: Study) -> Arm:
 
 
 def require_trials(study: Study) -> list[StoredTrial]:
-    """The search's complete trials, with what ``arm_of`` needs.
+    """The search's complete trials.
 
     Raises:
         InputError: There is none.
     """
-    trials = study.search.rows(TrialState.COMPLETE, ("a", "b"))
+    trials = study.search.rows(TrialState.COMPLETE, ())
     if not trials:
         raise InputError(
             f"{headline(study)}: there is no point to choose yet; run bdense-search launch first"

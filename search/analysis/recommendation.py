@@ -1,7 +1,7 @@
 """Which arm to use, and how small a difference a study can tell.
 
-The recommended arm is the simplest one within a tie: plain distillation, then uniform weights,
-then searched ones. A less simple arm has to beat it by more than noise.
+The recommended arm is the simplest one that ties with the best: plain distillation is simpler than
+uniform weights, and these than searched ones.
 """
 
 import math
@@ -101,13 +101,13 @@ class Recommendation:
         }
 
 
-def judged(study: Study, found: Verdict | None) -> tuple[Noise, Recommendation | None]:
+def assess(study: Study, found: Verdict | None) -> tuple[Noise, Recommendation | None]:
     """The noise of a search, and the arm to use by its confirmation, else by its baselines."""
     baselines = compare(study)
     return noise_of(baselines), recommend(baselines if found is None else found.comparison)
 
 
-def judged_lines(noise: Noise, recommended: Recommendation | None) -> list[str]:
+def assessment(noise: Noise, recommended: Recommendation | None) -> list[str]:
     """Both for people."""
     if recommended is None:
         return ["no arm is recommended before a baseline is complete"]
@@ -139,35 +139,42 @@ def _error(effects: Sequence[float]) -> float:
 
 
 def recommend(comparison: Comparison) -> Recommendation | None:
-    """The simplest arm within a tie; None before a baseline is complete.
+    """The simplest arm that the one of lowest mean does not beat; None before a baseline has FIDs.
 
-    With one seed, whose noise is not known, the lowest FID is taken.
+    An arm that lacks a seed's FID is left out: it must not win by its other seeds. With one seed,
+    whose noise is not known, the lowest FID is taken.
     """
     if comparison.plain is None and comparison.uniform is None:
         return None
-    ranked = sorted(
-        comparison.results,
-        key=lambda each: (_SIMPLEST_FIRST.index(each.arm.baseline), each.mean().mean),
-    )
-    best, reasons = ranked[0], []
-    for other in ranked[1:]:
-        pair = comparison.against(other, best)
-        if pair is None:
-            reasons.append(f"{other.arm.name}: measured otherwise than {best.arm.name}")
-        elif _beats(pair):
-            best, reasons = other, [_said(other, "better than", best, pair)]
-        else:
-            how = "a tie with" if pair.tie else "worse than"
-            reasons.append(_said(other, how, best, pair))
+    most = max(len(each.fids) for each in comparison.results)
+    whole = [each for each in comparison.results if len(each.fids) == most]
+    reasons = [
+        f"{each.arm.name}: {len(each.fids)} of {most} seeds"
+        for each in comparison.results
+        if each not in whole
+    ]
+    best = min(whole, key=lambda each: each.mean().mean)
+    simplest_first = sorted(whole, key=lambda each: _SIMPLEST_FIRST.index(each.arm.baseline))
+    # In order, so that of equal means the best itself ends the search.
+    chosen = next(each for each in simplest_first if not _is_beaten(comparison, each, best))
+    for other in simplest_first:
+        if (pair := comparison.against(other, chosen)) is not None:
+            how = "a tie with" if pair.tie else "better than" if pair.mean < 0 else "worse than"
+            reasons.append(_said(other, how, chosen, pair))
+    if comparison.differing:
+        reasons.append("these FIDs do not compare, see above")
     return Recommendation(
-        arm=best.arm,
-        fid=best.mean().mean,
-        interval=comparison.against(best, comparison.plain),
-        why="; ".join(reasons) or f"{best.arm.name} alone is complete",
+        arm=chosen.arm,
+        fid=chosen.mean().mean,
+        interval=comparison.against(chosen, comparison.plain),
+        why="; ".join(reasons) or f"{chosen.arm.name} alone is complete",
     )
 
 
-def _beats(pair: Paired) -> bool:
+def _is_beaten(comparison: Comparison, one: ArmResult, best: ArmResult) -> bool:
+    pair = comparison.against(best, one)
+    if pair is None:
+        return False
     return pair.high < 0 if pair.n > 1 else pair.mean < 0
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from search.analysis.comparison import Comparison, comparisons_of, table_rows, teacher_of
 from search.analysis.confirmation import Verdict, judged_summary
-from search.analysis.recommendation import judged, judged_lines
+from search.analysis.recommendation import assess, assessment
 from search.report.plots import Plot, study_plots
 from search.spec.file import as_yaml
 from search.storage.engine import retrying
@@ -71,7 +71,7 @@ class Overview:
     def remarks(self) -> list[str]:
         """How the result is to be read."""
         if self.now is not None:
-            return [*summary.remarks(self.now), *judged_lines(*judged(self.study, self.verdict))]
+            return [*summary.remarks(self.now), *assessment(*assess(self.study, self.verdict))]
         return list(dict.fromkeys(each.conditions_line() for each in self.comparisons))
 
     def plots(self) -> list[Plot]:

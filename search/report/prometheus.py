@@ -79,10 +79,13 @@ class Studies(Collector):
             if are_baselines and ARMS in study.attributes:
                 arms = [Arm(**each).baseline for each in study.attributes[ARMS]]
                 complete = trials_in(TrialState.COMPLETE).where(TRIALS.c.study_id == study.key)
+                # Rows come in order: of each baseline its first, under the seed of the trials.
+                first: dict[int, float] = {}
                 for row in read_trials(self._engine, complete, ()):
-                    which = arms[ArmRow.of(row.params).arm]
-                    labels = [name.removesuffix(BASELINES_SUFFIX), str(which)]
-                    baselines.add_metric(labels, row.value or 0.0)
+                    first.setdefault(ArmRow.of(row.params).arm, row.value or 0.0)
+                for arm, fid in first.items():
+                    labels = [name.removesuffix(BASELINES_SUFFIX), str(arms[arm])]
+                    baselines.add_metric(labels, fid)
             if study.key in claimed:
                 oldest, late = claimed[study.key]
                 lease.add_metric([name], oldest)

@@ -237,7 +237,7 @@ class TrajectoriesSpec(Knobs):
         "recorded", "record once and share, or compute anew in every trial"
     )
     dtype: Literal["float32", "float16"] = knob("float32", "number format of the recorded states")
-    max_gib: float = knob(32.0, "most GiB to record", above=0)
+    max_gib: float = knob(32.0, "most GiB to record for a seed", above=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

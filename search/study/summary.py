@@ -240,11 +240,12 @@ def _failed(study: Study, ledger: Ledger) -> Sequence[str]:
             continue
         arm = trial.user_attrs.get("arm")
         # A baseline that failed was tried again by the next launch.
-        if is_baselines and arm in [each.label for each in baselines_of(study).values()]:
+        if is_baselines and trial.params in [each.params for each in study.complete_rows()]:
             continue
         title = f"trial {trial.number}" if study.is_search else f"row {trial.number}"
         if arm:
-            title = arm if is_baselines else f"{title} ({arm}, seed {trial.params['seed']})"
+            of = f"{arm}, seed {trial.params['seed']}"
+            title = of if is_baselines else f"{title} ({of})"
         reason, error = (trial.user_attrs.get(key, "") for key in ("reason", "error"))
         lines.append(f"{title} failed, {reason or 'unknown'}: {error}")
     return lines

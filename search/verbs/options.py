@@ -137,8 +137,8 @@ class ConfirmOptions(StudyOptions):
         high=1e9,
         none="confirm.method of the study, else the search's own",
     )
-    seeds: int | None = knob_of(ConfirmSpec, "seeds", None, none="confirm.seeds, 3")
-    candidates: int | None = knob_of(ConfirmSpec, "candidates", None, none="confirm.candidates, 3")
+    seeds: int | None = knob_of(ConfirmSpec, "seeds", None, none="confirm.seeds")
+    candidates: int | None = knob_of(ConfirmSpec, "candidates", None, none="confirm.candidates")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +161,7 @@ class PromoteOptions(StorageOptions):
     )
     seeds: tuple[int, ...] | None = knob(
         None,
-        "number of seeds, or with --to the seeds themselves, as in 0,1,2",
+        "number of seeds; with --to two or more are the seeds themselves, as in 0,1,2",
         metavar="N",
         none=f"the file's; {FRESH_SEEDS} fresh ones without --to",
         form="commas",
@@ -175,7 +175,11 @@ class PromoteOptions(StorageOptions):
         form="commas",
     )
     kimg: float | None = knob(
-        None, _KIMG, low=0.001, high=1e9, none="confirm.method of the study, else the method's own"
+        None,
+        _KIMG,
+        low=0.001,
+        high=1e9,
+        none="the variants of --to or confirm.method of the study, else the method's own",
     )
     arm: Literal["plain", "uniform", "weights"] | None = knob(
         None,
@@ -241,8 +245,8 @@ class ExportOptions(StudyOptions):
     trial: int | None = knob(
         None,
         "number of the trial whose student is written",
-        none="the confirmed winner, else the best; for given arms the searched weights under the "
-        "first seed",
+        none="the recommended arm of the confirmation, else the best trial; for given arms the "
+        "recommended one, under the first seed",
     )
     baseline: Literal["plain", "uniform"] | None = knob(
         None, "write this baseline of a search instead of a trial", none=None

@@ -152,7 +152,13 @@ def _hand_over(
     found = recommend(compare(planned, variant=variant).beside_baselines(promoted))
     if found is not None:
         print(found.text())
-    arm = promoted.name if choice == "weights" or found is None else choice or found.arm.name
+    chosen = found.arm.name if found is not None else None
+    arm = promoted.name if choice == "weights" else choice or chosen
+    if arm is None:
+        raise InputError(
+            f"{headline(planned)}: no baseline is complete to judge {promoted.name} by; run the "
+            "same command again, or choose the student to export by --arm"
+        )
     number = arm_row(planned, arm=arm, variant=variant)
     if is_current(folder, planned, number):
         print(f"model folder, written before: {folder}")

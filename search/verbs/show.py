@@ -9,7 +9,7 @@ from typing import Any
 from bdense.files import require_new
 from bdense.knobs import from_options
 from search.analysis.confirmation import judged_summary
-from search.analysis.recommendation import judged, judged_lines
+from search.analysis.recommendation import assess, assessment
 from search.report.report_files import HTML_PAGE, write_report
 from search.storage.engine import redact
 from search.storage.stop_flags import CONTINUE, asked_at
@@ -63,7 +63,7 @@ def best(options: argparse.Namespace) -> None:
     """Print the best weights, what confirms them, and which arm to use."""
     study = open_study(options, reading=True)
     now, found = judged_summary(study)
-    noise, recommended = judged(study, found)
+    noise, recommended = assess(study, found)
     if from_options(BestOptions, options).json:
         more = {
             "confirmed": None if found is None else found.as_dict(),
@@ -79,7 +79,7 @@ def best(options: argparse.Namespace) -> None:
             print(f"No winner is confirmed: bdense-search confirm {study.name}")
         else:
             print("", *found.lines(), sep="\n")
-    print(*judged_lines(noise, recommended), sep="\n")
+    print(*assessment(noise, recommended), sep="\n")
 
 
 def report(options: argparse.Namespace) -> None:

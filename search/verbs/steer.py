@@ -162,9 +162,10 @@ def _row(study: Study, asked: LogsOptions) -> tuple[Ledger, int]:
         return study.main, asked.trial
     if not study.is_search or study.given is None:
         raise InputError(f"{study.name} has no baselines of its own; give the number of a row")
+    seed = study.spec.seeds.training
     # The last one: a launch plans a failed baseline anew.
     for number, (row, _) in reversed(list(enumerate(study.rows()))):
-        if study.arms[row.arm].baseline == asked.baseline:
+        if study.arms[row.arm].baseline == asked.baseline and row.seed == seed:
             return study.given, number
     raise InputError(
         f"study {study.name} has no baseline {asked.baseline} yet: its launch was killed before "

@@ -195,7 +195,8 @@ def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
         at_once = workers or 1
         each = updates * found.update_seconds
         each += evaluations * found.draw_seconds + drawn * found.feature_seconds
-        recorded = stages[0].num_updates * found.recording_seconds if stored else 0.0
+        seeds = spec.search.replicates if spec.is_search else len(spec.given.seeds)
+        recorded = seeds * stages[0].num_updates * found.recording_seconds if stored else 0.0
         lines += [
             f"memory: {_gib(found.peak_bytes)} a trial, of {_gib(found.free_bytes)} that are free",
             f"time: {duration(each)} a trial, {duration((recorded + rows * each) / at_once)} in "

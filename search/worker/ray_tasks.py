@@ -181,7 +181,8 @@ def _recorded(
         # By number, not by index: other tasks record while this one starts.
         missing = [shard for shard in store.missing() if shard % parts == part]
         if missing:
-            yield Preparation(what=TRAJECTORIES, done=0, total=store.num_shards, remark=remark)
+            done = store.num_shards - len(store.missing())
+            yield Preparation(what=TRAJECTORIES, done=done, total=store.num_shards, remark=remark)
         for shard in missing:
             if time.monotonic() > deadline:
                 return

@@ -11,12 +11,13 @@ import torch
 
 from bdense.errors import InputError
 from bdense.weights import WEIGHT_SPACES
-from bdense.weights.spaces import Choice, WeightSpace
+from bdense.weights.spaces import PLAIN, UNIFORM, Choice, WeightSpace
 from bdense.weights.weighting import FixedWeights
 from search.analysis.confirmation import choose, confirmed_arm, require_trials, verdict
 from search.analysis.plans import at_another_k, fresh_seeds, plan_confirmation, plan_promotion
 from search.study.arms import ROW_SPACE, Arm, ArmRow
 from search.study.study import Study
+from search.study.summary import baselines_of, failures
 from tests.measured import VALLEY, command, copy_storage, finish, open_once, refused, search
 from tests.studies import LEARNED, NORMALISED, changed, of_kind, promotion, spec, write
 
@@ -298,6 +299,27 @@ def test_a_candidate_that_failed_under_a_seed_does_not_win_by_the_others(planned
 
 
 # ---- on the command line ----
+
+
+def test_replicates_of_the_baselines_tell_how_small_a_difference_a_search_can_tell(url):
+    """Their own seeds: fresh ones of a confirmation come after them. A failed one is told."""
+    study = Study.create(url, spec(weights=NORMALISED, plan={"trials": 1, "replicates": 3}))
+    assert study.spec.baseline_seeds == [0, 1, 2]
+    assert fresh_seeds(study.spec, 3) == [3, 4, 5]
+    gain = {0: 1.0, 1: 2.0, 2: 3.0}
+    finish(study, lambda arm, row: 9.0 - gain[row.seed] * (arm.baseline == UNIFORM), most=5)
+    claim = study.given.claim(ROW_SPACE, None)
+    study.given.fail(claim, "diverged", "the loss is not finite", {})
+    assert failures(study) == ["uniform weights, seed 2 failed, diverged: the loss is not finite"]
+    assert {name: each.fid for name, each in baselines_of(study).items()} == {
+        PLAIN: 9.0,
+        UNIFORM: 8.0,
+    }
+    told = json.loads(command("best", study.name, "--json").out)
+    # Differences of -1 and -2: a standard deviation of 1 / sqrt(2), with one degree of freedom.
+    assert told["noise"]["seeds"] == pytest.approx(0.5**0.5)
+    assert told["noise"]["least_difference"] == pytest.approx(12.706 * 0.5**0.5, rel=1e-4)
+    assert told["recommended"]["arm"] == PLAIN  # uniform weights lack a seed
 
 
 def test_best_says_whether_a_winner_is_confirmed(confirmed, made, tmp_path):

@@ -104,6 +104,14 @@ def test_every_state_and_figure_of_a_search(url):
     assert (counts.planned, counts.complete, counts.running) == (20, 3, 3)
 
 
+def test_of_replicates_the_one_under_the_trials_seed_is_shown(url):
+    study = Study.create(url, spec(plan__replicates=3))
+    finish(study, lambda arm, row: 10.0 + row.seed)
+    own = of_study(samples(url), "digits")
+    shown = {key[1]: value for key, value in own.items() if key[0] == "baseline_fid"}
+    assert shown == {"plain": 10.0, "uniform": 10.0}
+
+
 def test_a_lease_that_was_not_renewed_is_overdue(url):
     ledger = Ledger.open(url, "digits", budget=2, ttl=60)
     take(ledger)

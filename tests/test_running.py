@@ -128,7 +128,7 @@ def test_a_baseline_that_failed_is_tried_again_by_the_next_launch():
     first, second = claim_arm(study), claim_arm(study)
     study.given.fail(first, "out of memory", "no more", {})
     measured(study, study.given, second, 2.0)
-    assert failures(study) == ["plain SFD failed, out of memory: no more"]
+    assert failures(study) == ["plain SFD, seed 0 failed, out of memory: no more"]
     study = search()
     again = claim_arm(study)
     assert again.params == first.params

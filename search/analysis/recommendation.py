@@ -158,9 +158,10 @@ def recommend(comparison: Comparison) -> Recommendation | None:
     # In order, so that of equal means the best itself ends the search.
     chosen = next(each for each in simplest_first if not _is_beaten(comparison, each, best))
     for other in simplest_first:
-        if (pair := comparison.against(other, chosen)) is not None:
-            how = "a tie with" if pair.tie else "better than" if pair.mean < 0 else "worse than"
-            reasons.append(_said(other, how, chosen, pair))
+        if (pair := comparison.against(other, best)) is not None:
+            # One seed has no interval to tie in.
+            how = "a tie with" if pair.tie and pair.n > 1 else "worse than"
+            reasons.append(_said(other, how, best, pair))
     if comparison.differing:
         reasons.append("these FIDs do not compare, see above")
     return Recommendation(

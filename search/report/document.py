@@ -39,6 +39,7 @@ tbody tr:nth-child(even) { background: #fafafa; }
 .grids { grid-template-columns: repeat(auto-fit, minmax(min(100%, 13rem), 1fr)); }
 figure { margin: 0; break-inside: avoid; }
 figure img { width: 100%; height: auto; display: block; }
+.plots img { max-width: 40rem; }
 .grids img { image-rendering: pixelated; max-width: 20rem; }
 figcaption { font-size: .85rem; color: #555; overflow-wrap: anywhere; }
 pre { padding: .8rem; overflow-x: auto; background: #f6f6f6; font-size: .82rem; line-height: 1.4; }

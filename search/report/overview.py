@@ -32,15 +32,17 @@ class ShownRow(NamedTuple):
 class Overview:
     """One reading of a study.
 
-    A search has ``now`` (else None), its complete ``trials`` and the ``verdict`` of its
-    confirmation; given arms have ``comparisons`` and perhaps the ``teacher``'s FID. ``changes``
-    have ``time``, ``key``, ``old`` and ``new`` of changed settings; ``written`` is in UTC.
+    A search has ``now`` (else None), its complete ``trials``, the ``verdict`` of its confirmation,
+    and its noise and recommended arm in words, ``assessment``; given arms have ``comparisons`` and
+    perhaps the ``teacher``'s FID. ``changes`` have ``time``, ``key``, ``old`` and ``new`` of
+    changed settings; ``written`` is in UTC.
     """
 
     study: Study
     now: Summary | None
     trials: Sequence[Measured]
     verdict: Verdict | None
+    assessment: Sequence[str]
     comparisons: Sequence[Comparison]
     teacher: MeasuredFID | None
     spec: str
@@ -71,7 +73,7 @@ class Overview:
     def remarks(self) -> list[str]:
         """How the result is to be read."""
         if self.now is not None:
-            return [*summary.remarks(self.now), *assessment(*assess(self.study, self.verdict))]
+            return [*summary.remarks(self.now), *self.assessment]
         return list(dict.fromkeys(each.conditions_line() for each in self.comparisons))
 
     def plots(self) -> list[Plot]:
@@ -120,6 +122,7 @@ def overview_of(study: Study) -> Overview:
         now=now,
         trials=trials,
         verdict=found,
+        assessment=assessment(*assess(study, found)) if study.is_search else (),
         comparisons=[] if study.is_search else comparisons_of(study),
         teacher=teacher_of(study),
         spec=as_yaml(study.spec),

@@ -48,6 +48,8 @@ class Worker:
 
     def __init__(self, study: Study) -> None:
         self._study = study
+        # Given arms first. Once a search's baselines have ended they are not asked for again.
+        self._asked = list(reversed(study.ledgers))
         # The study's spec, not the launcher's: another may have extended it meanwhile.
         self._spec = study.spec
         self._assets = load(self._spec, use_device(self._spec))
@@ -61,11 +63,14 @@ class Worker:
         began = time.perf_counter()
         while True:
             asked, ended = time.perf_counter(), True
-            for ledger in reversed(self._study.ledgers):
+            for ledger in tuple(self._asked):
                 found = self._ask(ledger)
                 if isinstance(found, Claim):
                     return Claimed(ledger, found, asked)
-                ended = ended and isinstance(found, Done)
+                if not isinstance(found, Done):
+                    ended = False
+                elif ledger is not self._study.main:
+                    self._asked.remove(ledger)
             if ended:
                 return None
             time.sleep(pause_after(time.perf_counter() - began))

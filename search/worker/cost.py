@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -268,12 +268,9 @@ def _measure(spec: StudySpec, free: int, download: bool) -> TrialCost:
     teacher = build_denoiser(described).to(device).eval().execute(wanted)
     stage = _first_stage(spec, teacher, known)
     lap = _laps(device)
-    for iteration in range(_UPDATES):
-        stage.batch(iteration, slice(None))
-        batch = lap()
+    batch, update = _update_seconds(stage, lap)
     if not _stored_bytes(spec, teacher, known):
-        batch = 0.0  # a part of each update
-    update = _update_seconds(stage, lap)
+        batch, update = 0.0, batch + update
     sampler, evaluation = stage.sampler, spec.evaluation
     count = min(evaluation.batch, evaluation.images)
     student = export_branch(stage.start)
@@ -289,7 +286,7 @@ def _measure(spec: StudySpec, free: int, download: bool) -> TrialCost:
         extracting = lap()
     return TrialCost(
         recording_seconds=batch,
-        update_seconds=max(update - batch, 0.0),
+        update_seconds=update,
         draw_seconds=drawing / count / sampler.nfe,
         feature_seconds=extracting / seen,
         peak_bytes=_peak_bytes(device),
@@ -310,9 +307,9 @@ def _first_stage(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, 
     return method.stage(plan, teacher, config, Inputs(dataset=dataset, known=known))
 
 
-def _update_seconds(stage: Stage, lap: Callable[[], float]) -> float:
-    """Seconds of the last of ``_UPDATES`` updates, its batch included."""
-    seconds = 0.0
+def _update_seconds(stage: Stage, lap: Callable[[], float]) -> tuple[float, float]:
+    """Seconds of the last of ``_UPDATES`` updates: making its batch, and the rest."""
+    timed, seconds = _TimedBatches(stage, lap), 0.0
 
     def on_iteration(done: IterationReport) -> None:
         nonlocal seconds
@@ -322,8 +319,24 @@ def _update_seconds(stage: Stage, lap: Callable[[], float]) -> float:
 
     weights = FixedWeights(uniform_weights()(stage.num_branches))
     with contextlib.suppress(StoppedError):
-        train(stage, weights, on_iteration=on_iteration)
-    return seconds
+        train(cast("Stage", timed), weights, on_iteration=on_iteration)
+    return timed.seconds, seconds
+
+
+class _TimedBatches:
+    """A stage, with the seconds that its last batch took."""
+
+    def __init__(self, stage: Stage, lap: Callable[[], float]) -> None:
+        self._stage, self._lap, self.seconds = stage, lap, 0.0
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  whatever the stage has
+        return getattr(self._stage, name)
+
+    def batch(self, iteration: int, images: slice) -> object:
+        self._lap()
+        made = self._stage.batch(iteration, images)
+        self.seconds = self._lap()
+        return made
 
 
 def _laps(device: torch.device) -> Callable[[], float]:

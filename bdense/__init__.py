@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from bdense.methods.progressive import PDConfig as PDConfig
     from bdense.methods.sfd import SFDConfig as SFDConfig
     from bdense.metrics.extractors import load_extractor as load_extractor
-    from bdense.metrics.metrics import FID as FID
     from bdense.metrics.metrics import measure_images as measure_images
+    from bdense.metrics.records import FID as FID
     from bdense.metrics.references import dataset_reference as dataset_reference
     from bdense.metrics.references import read_reference as read_reference
     from bdense.models.folder import export_folder as export_folder
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 NUMERICS = 2
 
 _HOME = {
-    "FID": "metrics.metrics",
+    "FID": "metrics.records",
     "FixedWeights": "weights.weighting",
     "Inputs": "methods.method",
     "LearnedWeights": "weights.weighting",

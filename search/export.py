@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from optuna.trial import TrialState
 
 from bdense.errors import InputError
+from bdense.metrics.records import FID
 from bdense.models.diffusers_export import export_pipeline
 from bdense.models.folder import CONFIG, Picture, export_folder
 from bdense.models.store import load_denoiser
@@ -23,7 +24,7 @@ from search.storage.ledger import Ledger
 from search.storage.queries import StoredTrial
 from search.study.arms import ArmRow
 from search.study.folders import grid_name, named_file
-from search.study.results import MeasuredFID, TrialResult
+from search.study.results import TrialResult
 from search.study.study import FINGERPRINT, JUDGED, Study
 from search.study.summary import baselines_of, headline
 from search.study.wording import align
@@ -112,7 +113,7 @@ def fid_table(study: Study) -> list[dict[str, Any]]:
     return table
 
 
-def _conditions(fid: MeasuredFID) -> dict[str, Any]:
+def _conditions(fid: FID) -> dict[str, Any]:
     """Conditions of a FID in a model card."""
     return {
         "images": fid.images,

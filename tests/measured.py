@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from optuna.samplers import RandomSampler
 from optuna.storages import RDBStorage
 
-from bdense.metrics.metrics import FID
+from bdense.metrics.records import FID
 from bdense.weights import space_of
 from search.analysis.plans import plan_confirmation, plan_given
 from search.cli import main
@@ -26,7 +26,7 @@ from search.spec.study import StudySpec
 from search.storage.ledger import Claim, Ledger
 from search.storage.schema import open_tables
 from search.study.arms import ROW_SPACE, Arm, ArmRow
-from search.study.results import MeasuredFID, TrialResult
+from search.study.results import TrialResult
 from search.study.study import Study
 from tests.commands import Answer
 from tests.studies import NORMALISED, spec
@@ -69,7 +69,7 @@ def result(study: Study, ledger: Ledger, claim: Claim, value: float) -> TrialRes
     space = space_of(task.params, own.space if own.is_search else None)
     seeds = {"training": task.seed, "evaluation": task.latents}
     fids = {
-        str(stage.nfe): MeasuredFID.of(fid(value - after, nfe=stage.nfe, **seeds))
+        str(stage.nfe): FID.read(fid(value - after, nfe=stage.nfe, **seeds))
         for stage, after in zip(stages, reversed(range(len(stages))), strict=True)
     }
     several = len(stages) > 1
@@ -87,7 +87,7 @@ def result(study: Study, ledger: Ledger, claim: Claim, value: float) -> TrialRes
         parameters={} if "baseline" in task.params else space.stored(task.params, branches),
         fid=fids[str(stages[-1].nfe)],
         fids=fids if several else {},
-        teacher_fid=MeasuredFID.of(fid(TEACHER_FID, nfe=first, evaluation=task.latents))
+        teacher_fid=FID.read(fid(TEACHER_FID, nfe=first, evaluation=task.latents))
         if first
         else None,
         student=f"{ledger.study.study_name}/{claim.number:05d}/{file}",

@@ -150,6 +150,18 @@ def test_memory_that_runs_out_on_the_way_is_refused(monkeypatch):
     assert "lower method.batch (262144 now) or evaluation.batch (128 now)" in str(error.value)
 
 
+def test_a_launch_that_goes_on_asks_only_what_is_free(monkeypatch):
+    study = spec(resources={"gpus": 0})
+    require_room(study, 1)
+    monkeypatch.setattr(cost, "measure", lambda *_, **__: pytest.fail("measured again"))
+    require_room(spec(name="other", resources={"gpus": 0}, plan={"trials": 9}), 1)
+    monkeypatch.setattr(cost, "free_memory", lambda: 2**20)
+    with pytest.raises(InputError, match="1 trial of study digits at once need"):
+        require_room(study, 1)
+    with pytest.raises(pytest.fail.Exception, match="measured again"):
+        require_room(spec(resources={"gpus": 0}, method__batch=32), 1)
+
+
 def killed(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 

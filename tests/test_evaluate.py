@@ -119,13 +119,13 @@ def test_a_row_stores_the_metrics_it_was_asked_for(tmp_path, monkeypatch):
     monkeypatch.setattr("bdense.metrics.metrics.MetricSettings", few)
     asked = {"evaluation__images": 1000, "evaluation__metrics": ["fid", "kid", "prc"]}
     found = run(loaded(SFD, **asked), tmp_path / "s/00000")
-    kid, prc = found.metrics["kid"], found.metrics["prc"]
+    kid, prc = found.kid.as_dict(), found.prc.as_dict()
     assert kid["mean"] > kid["std"] > 0
     assert (kid["subsets"], kid["subset_size"], prc["neighbours"]) == (2, 1000, 5)
     assert 0 <= prc["precision"] <= 1
     # What the study optimises is the same number without them.
     alone = run(loaded(SFD, evaluation__images=1000), tmp_path / "s/00001")
-    assert (alone.fid, alone.metrics) == (found.fid, {})
+    assert (alone.fid, alone.kid, alone.prc) == (found.fid, None, None)
 
 
 def test_a_variant_trains_under_other_settings_of_the_method(tmp_path):
@@ -148,8 +148,8 @@ def test_learned_weights_keep_their_history_also_after_an_interruption(tmp_path,
     found = run(assets, place, task(learned))
     assert comparable(found) == comparable(expected)
     assert found.parameters == learned | {"memory": 100}
-    assert found.weights_over_time["iterations"] == [0, 1, 2, 3]
-    assert found.weights_over_time["weights"][-1] == pytest.approx(found.weights, abs=1e-6)
+    assert found.weights_over_time.iterations == [0, 1, 2, 3]
+    assert found.weights_over_time.weights[-1] == pytest.approx(found.weights, abs=1e-6)
     assert (tmp_path / found.weights_plot).stat().st_size > 1000
     metadata = load_denoiser(place / STUDENT)[1]
     assert metadata["weighting"] == learned | {"memory": 100}
@@ -280,11 +280,11 @@ def test_intermediate_fids_change_nothing_and_are_told_with_their_conditions(tmp
     found = run(assets, tmp_path / "s/00000", judge=judge)
     assert found.value == run(loaded(SFD), tmp_path / "s/00001").value
     each = found.intermediate
-    assert [(i["fraction"], i["trained_images"], i["images"]) for i in each] == [
+    assert [(i.fraction, i.trained_images, i.fid.images) for i in each] == [
         (0.25, 32, 64),
         (0.5, 64, 64),
     ]
-    assert judge.told == [(i["trained_images"], i["fid"]) for i in each]
+    assert judge.told == [(i.trained_images, i.fid.value) for i in each]
     assert found.fid.images == 256
     # A baseline is measured to its end alone.
     quiet = FakeJudge(prunes=False)

@@ -17,6 +17,7 @@ import pytest
 from optuna_dashboard import get_note
 
 from bdense.errors import InputError
+from bdense.metrics.records import FID
 from search.report.dashboard import HOST, _QuietHandler, _Server, dashboard_application
 from search.report.document import Table, as_html
 from search.report.live import show
@@ -27,7 +28,6 @@ from search.storage.ledger import Claim, Ledger
 from search.study.arms import ROW_SPACE, Arm
 from search.study.folders import named_file, row_folder
 from search.study.markdown import escaped, fenced, markdown_table
-from search.study.results import MeasuredFID
 from search.study.study import FINGERPRINT, SPEC, Study
 from tests.measured import created, fid, finish, open_once, search
 from tests.reported import POINTS, fail, read_html, shown, spec_of, take
@@ -98,7 +98,7 @@ def hostile_arms(url: str, of: StudySpec) -> Study:
 def tell(study: Study, ledger: Ledger, claim: Claim, **changes: object) -> None:
     """Complete it as a worker of theirs would."""
     theirs = {"extractor": SCRIPT, "reference": PICTURE}
-    measured = MeasuredFID.of(fid(11.0, training=0, evaluation=0) | theirs)
+    measured = FID.read(fid(11.0, training=0, evaluation=0) | theirs)
     if len(study.spec.resolved.stages) > 1:
         changes |= {"fids": {"4": measured, "2": measured}, "teacher_fid": measured}
     changes |= {"fid": measured, "student": "../../etc/passwd", "worker": PICTURE}

@@ -5,10 +5,10 @@ import math
 import pytest
 from scipy.stats import t
 
+from bdense.metrics.records import FID
 from search.analysis.comparison import ArmResult, Comparison
 from search.analysis.recommendation import noise_of, recommend
 from search.study.arms import Arm
-from search.study.results import MeasuredFID
 from tests.measured import fid
 
 ARMS = {
@@ -24,7 +24,7 @@ def compared(**values) -> Comparison:
     results = [
         ArmResult(
             arm=ARMS[name],
-            fids={s: MeasuredFID.of(fid(value, training=s)) for s, value in enumerate(fids)},
+            fids={s: FID.read(fid(value, training=s)) for s, value in enumerate(fids)},
             rows=dict(enumerate(range(len(fids)))),
         )
         for name, fids in values.items()
@@ -83,7 +83,7 @@ def test_latents_add_to_the_noise():
         ArmResult(
             arm=each.arm,
             fids={
-                s: MeasuredFID.of({**one.stored, "effects": effects[each.arm.baseline]})
+                s: FID.read({**one.as_dict(), "effects": effects[each.arm.baseline]})
                 for s, one in each.fids.items()
             },
             rows=each.rows,

@@ -34,12 +34,12 @@ def test_fixed_weights_have_no_history():
 
 def test_a_long_history_is_thinned_and_keeps_its_ends():
     history = noted(1001).history()
-    points = history["iterations"]
-    assert len(points) == len(history["weights"]) == MAX_POINTS
+    points = history.iterations
+    assert len(points) == len(history.weights) == MAX_POINTS
     assert (points[0], points[-1]) == (0, 1000)
     gaps = {after - before for before, after in pairwise(points)}
     assert gaps <= {10, 11}
-    assert [row[0] for row in history["weights"]] == points
+    assert [row[0] for row in history.weights] == points
 
 
 def test_the_picture(tmp_path):

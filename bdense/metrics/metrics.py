@@ -8,8 +8,7 @@ k-th neighbour. d features.
 """
 
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from bdense.errors import InputError, NonFiniteError, ShapeError
 from bdense.metrics.extractors import Extractor
+from bdense.metrics.records import FID, KID, Metrics, PrecisionRecall
 from bdense.metrics.references import Reference, Statistics, features_of, statistics_of
 from bdense.metrics.settings import METRICS, MetricSettings
 
@@ -24,108 +24,6 @@ from bdense.metrics.settings import METRICS, MetricSettings
 _PRC_ROWS = 2048
 # Parts that a record's effects of single images are averaged over.
 GROUPS = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """Values of a metric with all conditions that they depend on.
-
-    Attributes:
-        images: Number of generated images.
-        reference: Name of the reference set.
-        reference_images: Number of its images; None if a statistics file does not have it.
-        extractor: Name of the feature network; only ``inception`` gives what papers call FID.
-        extractor_sha256: Hex digest of its weights.
-        nfe: Network evaluations per image.
-        seeds: By name, such as ``training`` and ``evaluation``.
-    """
-
-    VALUES: ClassVar[tuple[str, ...]]
-
-    images: int
-    reference: str
-    reference_images: int | None
-    extractor: str
-    extractor_sha256: str
-    nfe: int
-    seeds: dict[str, int]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The values, then their conditions, as plain values for JSON."""
-        return {name: getattr(self, name) for name in self.VALUES} | self.conditions()
-
-    def conditions(self) -> dict[str, Any]:
-        """Everything but the values."""
-        return {name: value for name, value in asdict(self).items() if name not in self.VALUES}
-
-
-@dataclass(frozen=True, kw_only=True)
-class FID(Measurement):
-    """A Frechet distance; its ``value`` is 0 if the statistics are equal.
-
-    Attributes:
-        noise: Standard error of ``value`` from the draw of the latents, see ``image_effects``; of
-            a difference of two students of the same latents it is smaller.
-        effects: [``GROUPS``] what each group of images adds, see ``grouped_effects``.
-    """
-
-    VALUES = ("value", "noise", "effects")
-
-    value: float
-    noise: float
-    effects: list[float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class KID(Measurement):
-    """A kernel distance, unbiased: around 0 for equal distributions, and may be negative.
-
-    Attributes:
-        mean: Over the subsets.
-        std: Over the subsets; not the standard error of the mean.
-        subsets: Number of subsets.
-        subset_size: Images in each.
-        subset_seed: Seed of their draw.
-    """
-
-    VALUES = ("mean", "std")
-
-    mean: float
-    std: float
-    subsets: int
-    subset_size: int
-    subset_seed: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrecisionRecall(Measurement):
-    """Precision and recall.
-
-    Attributes:
-        precision: Share of the generated images inside the real ones' balls.
-        recall: Share of the real images inside the generated ones' balls.
-        neighbours: k; a ball reaches from an image to its k-th neighbour in its own set.
-    """
-
-    VALUES = ("precision", "recall")
-
-    precision: float
-    recall: float
-    neighbours: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Metrics:
-    """The metrics of one set of images; None if not asked for."""
-
-    fid: FID
-    kid: KID | None = None
-    prc: PrecisionRecall | None = None
-
-    def as_dict(self) -> dict[str, dict[str, Any]]:
-        """Each measured metric by name, as plain values for JSON."""
-        measured = {"fid": self.fid, "kid": self.kid, "prc": self.prc}
-        return {name: each.as_dict() for name, each in measured.items() if each is not None}
 
 
 def measure_images(

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bdense.metrics.records import FID
 from bdense.weights.spaces import PLAIN, UNIFORM
 from search.analysis.paired import Mean, Paired, mean_of, paired_difference
 from search.study.arms import Arm, ArmRow
-from search.study.results import MeasuredFID, TrialResult
+from search.study.results import TrialResult
 from search.study.study import Study
 from search.study.wording import align
 
@@ -23,7 +24,7 @@ class ArmResult:
     """One arm's FIDs, with their conditions, and row numbers, by training seed."""
 
     arm: Arm
-    fids: dict[int, MeasuredFID]
+    fids: dict[int, FID]
     rows: dict[int, int]
 
     @property
@@ -32,7 +33,7 @@ class ArmResult:
         return {seed: fid.value for seed, fid in self.fids.items()}
 
     @property
-    def conditions(self) -> MeasuredFID:
+    def conditions(self) -> FID:
         """Of the first seed; ``Comparison.differing`` names where others differ."""
         return self.fids[min(self.fids)]
 
@@ -104,7 +105,7 @@ class Comparison:
 
 
 def table_rows(
-    comparisons: Sequence[Comparison], teacher: MeasuredFID | None = None
+    comparisons: Sequence[Comparison], teacher: FID | None = None
 ) -> list[tuple[str, ...]]:
     """A header and a line for each arm of each comparison, as cells."""
     seeds = sorted({s for each in comparisons for r in each.results for s in r.fids})
@@ -156,7 +157,7 @@ def compare(study: Study, *, variant: int = 0, stage: str | None = None) -> Comp
     """The complete rows of one variant of given arms, at one stage; None is the last."""
     arms, stages, variants = study.arms, study.spec.resolved.stages, study.variants
     at = next(each for each in reversed(stages) if stage in (None, each.name))
-    fids: dict[int, dict[int, MeasuredFID]] = {}
+    fids: dict[int, dict[int, FID]] = {}
     rows: dict[int, dict[int, int]] = {}
     for trial in study.complete_rows():
         row = ArmRow.of(trial.params)
@@ -172,7 +173,7 @@ def compare(study: Study, *, variant: int = 0, stage: str | None = None) -> Comp
     )
 
 
-def teacher_of(study: Study) -> MeasuredFID | None:
+def teacher_of(study: Study) -> FID | None:
     """The teacher's FID, which all rows share, where the method measures it."""
     for trial in study.complete_rows():
         return TrialResult.of(trial.value, trial.user_attrs).teacher_fid

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+from bdense.metrics.records import FID
 from search.analysis.comparison import Comparison, comparisons_of, table_rows, teacher_of
 from search.analysis.confirmation import Verdict, judged_summary
 from search.analysis.recommendation import assess, assessment
@@ -14,7 +15,6 @@ from search.storage.engine import retrying
 from search.storage.ledger import Ledger
 from search.storage.settings import CHANGES
 from search.study import summary
-from search.study.results import MeasuredFID
 from search.study.study import FINGERPRINT, Study
 from search.study.summary import Measured, Summary
 
@@ -44,7 +44,7 @@ class Overview:
     verdict: Verdict | None
     assessment: Sequence[str]
     comparisons: Sequence[Comparison]
-    teacher: MeasuredFID | None
+    teacher: FID | None
     spec: str
     fingerprint: str
     failures: Sequence[str]

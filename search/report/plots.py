@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bdense.files import atomic_write
+from bdense.metrics.records import FID
 from bdense.weights.spaces import PLAIN, UNIFORM, Choice
 from search.analysis.comparison import Comparison
 from search.analysis.confirmation import point_of
 from search.analysis.surrogate import FEWEST, Observation, posterior_means
 from search.study.markdown import printable
-from search.study.results import MeasuredFID
 from search.study.summary import Measured, Summary
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def fid_of_arms(comparison: Comparison, key: str) -> Plot:
     return Plot(key, f"FID of each arm{comparison.title and ', '}{comparison.title}", draw)
 
 
-def fid_over_nfe(stages: Sequence[Comparison], teacher: MeasuredFID | None, title: str) -> Plot:
+def fid_over_nfe(stages: Sequence[Comparison], teacher: FID | None, title: str) -> Plot:
     """FID over the network evaluations of each stage, a line for each arm, one standard error."""
 
     def draw(axes: "Axes") -> None:
@@ -166,7 +166,7 @@ def study_plots(
     trials: Sequence[Measured],
     now: Summary | None,
     comparisons: Sequence[Comparison],
-    teacher: MeasuredFID | None,
+    teacher: FID | None,
     title: str,
 ) -> list[Plot]:
     """The plots of a search, or of given arms (``now`` is None); see ``Overview``."""
@@ -187,6 +187,6 @@ def plain(text: str) -> str:
     return short.replace("$", r"\$").removeprefix("_")
 
 
-def _fid(fid: MeasuredFID | None) -> str:
+def _fid(fid: FID | None) -> str:
     assert fid is not None  # of complete rows
     return f"FID, {fid.images} images"

@@ -1,62 +1,58 @@
 """Results of rows; the database and ``result.json`` hold them as mappings."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from bdense.metrics.records import FID, KID, PrecisionRecall
+
 # Parameters of our own weight spaces; those of others are under "parameters".
 PARAMETERS = ("a", "b", "rule", "strength", "memory")
-METRICS = ("kid", "prc")
-# Of a FID, beside its conditions.
-FIGURES = ("value", "noise", "effects")
-# FIDs are compared only where these agree.
-COMPARED_KEYS = ("extractor_sha256", "reference", "images", "nfe")
+_MEASURED = {
+    "fid": FID.read,
+    "teacher_fid": FID.read,
+    "kid": KID.read,
+    "prc": PrecisionRecall.read,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MeasuredFID:
-    """A FID with the conditions it was measured under.
+class IntermediateFID:
+    """A FID in the midst of a training.
 
     Attributes:
-        nfe: Network evaluations an image.
-        images: Number of images drawn, compared with ``reference_images`` of ``reference``.
-        seeds: Of ``evaluation`` (the latents) and ``training`` (absent for a teacher).
-        noise: Standard error from the latents; None in results of older versions.
-        effects: What each group of images adds, see ``bdense.metrics.metrics.grouped_effects``.
-        stored: The whole mapping it was read from.
+        fraction: Of the training's updates.
+        trained_images: Images trained on until then.
     """
 
-    value: float
-    nfe: int
-    images: int
-    extractor: str
-    extractor_sha256: str
-    reference: str
-    reference_images: int
-    seeds: dict[str, int]
-    noise: float | None = None
-    effects: Sequence[float] = field(default=(), repr=False)
-    stored: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    fraction: float
+    trained_images: int
+    fid: FID
 
     @classmethod
-    def of(cls, stored: Mapping[str, Any]) -> Self:
-        """From ``bdense``'s FID as a mapping."""
-        known = {each.name for each in dataclasses.fields(cls)} - {"stored"}
-        return cls(**{name: stored[name] for name in known & stored.keys()}, stored=dict(stored))
+    def read(cls, stored: Mapping[str, Any]) -> Self:
+        """From ``as_dict``."""
+        fid = FID.read({**stored, "value": stored["fid"]})
+        return cls(fraction=stored["fraction"], trained_images=stored["trained_images"], fid=fid)
 
     def as_dict(self) -> dict[str, Any]:
-        """The mapping it was read from."""
-        return self.stored
+        """As the row's attributes and files hold it."""
+        when = {"fraction": self.fraction, "trained_images": self.trained_images}
+        return {**when, "fid": self.fid.value, **self.fid.conditions()}
 
-    def conditions(self) -> dict[str, Any]:
-        """All but the value and its noise."""
-        names = [each.name for each in dataclasses.fields(self)]
-        return {n: getattr(self, n) for n in names if n not in (*FIGURES, "stored")}
 
-    def differing(self, other: "MeasuredFID") -> list[str]:
-        """Conditions that keep two FIDs from being compared."""
-        return [key for key in COMPARED_KEYS if getattr(self, key) != getattr(other, key)]
+@dataclass(frozen=True, slots=True)
+class WeightHistory:
+    """How learned weights changed.
+
+    Attributes:
+        iterations: [n], 0-based.
+        weights: [n][K].
+    """
+
+    iterations: list[int]
+    weights: list[list[float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,9 +66,9 @@ class TrialResult:
         fid: Of the last stage; None where the row was pruned before it.
         fids: Of each stage of a method of several, by NFE, in the order of training.
         teacher_fid: Of the teacher, where the method measures it.
-        metrics: kid and prc, where they were measured.
-        intermediate: Each intermediate evaluation: fraction, trained_images, fid and conditions.
-        weights_over_time: Of learned weights: iterations [n] and weights [n][K].
+        kid, prc: Of the last stage, where they were measured.
+        intermediate: Each intermediate evaluation, in order.
+        weights_over_time: Of learned weights.
         weights_plot, student: Files, as study/number/file.
         arm: Name of a given arm.
         variant: The method's settings that differ from the study's.
@@ -90,12 +86,13 @@ class TrialResult:
     timings: dict[str, float]
     weights: list[float] = field(default_factory=list)
     parameters: dict[str, Any] = field(default_factory=dict)
-    fid: MeasuredFID | None = None
-    fids: dict[str, MeasuredFID] = field(default_factory=dict)
-    teacher_fid: MeasuredFID | None = None
-    metrics: dict[str, Any] = field(default_factory=dict)
-    intermediate: list[dict[str, Any]] = field(default_factory=list)
-    weights_over_time: dict[str, list[Any]] | None = None
+    fid: FID | None = None
+    fids: dict[str, FID] = field(default_factory=dict)
+    teacher_fid: FID | None = None
+    kid: KID | None = None
+    prc: PrecisionRecall | None = None
+    intermediate: list[IntermediateFID] = field(default_factory=list)
+    weights_over_time: WeightHistory | None = None
     weights_plot: str | None = None
     student: str | None = None
     arm: str | None = None
@@ -114,12 +111,14 @@ class TrialResult:
                 found |= {name: one for name, one in value.items() if name in PARAMETERS}
                 if own := {name: one for name, one in value.items() if name not in PARAMETERS}:
                     found["parameters"] = own
-            elif each.name == "metrics":
-                found |= value
-            elif each.name in ("fid", "teacher_fid"):
+            elif each.name in _MEASURED:
                 found[each.name] = value.as_dict()
             elif each.name == "fids":
                 found["fids"] = {key: fid.as_dict() for key, fid in value.items()}
+            elif each.name == "intermediate":
+                found["intermediate"] = [one.as_dict() for one in value]
+            elif each.name == "weights_over_time":
+                found[each.name] = dataclasses.asdict(value)
             else:
                 found[each.name] = value
         return found
@@ -129,14 +128,14 @@ class TrialResult:
         """From a row's value and attributes."""
         known = {each.name for each in dataclasses.fields(cls)}
         own = {name: attrs[name] for name in known & attrs.keys()}
-        for name in ("fid", "teacher_fid"):
-            if name in own:
-                own[name] = MeasuredFID.of(own[name])
+        own |= {name: read(own[name]) for name, read in _MEASURED.items() if name in own}
         if "fids" in own:
-            own["fids"] = {key: MeasuredFID.of(fid) for key, fid in own["fids"].items()}
+            own["fids"] = {key: FID.read(fid) for key, fid in own["fids"].items()}
+        own["intermediate"] = [IntermediateFID.read(one) for one in own.get("intermediate", [])]
+        if "weights_over_time" in own:
+            own["weights_over_time"] = WeightHistory(**own["weights_over_time"])
         named = {name: attrs[name] for name in PARAMETERS if name in attrs}
         own["parameters"] = named | own.get("parameters", {})
-        own["metrics"] = {name: attrs[name] for name in METRICS if name in attrs}
         missing: dict[str, Any] = dict.fromkeys(("fingerprint", "device", "worker"), "")
         missing |= {name: {} for name in ("seeds", "versions", "timings")}
         return cls(**{**missing, **own, "value": value})

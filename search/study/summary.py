@@ -58,8 +58,11 @@ class Measured:
         return self.result.fid.differing(other.result.fid)
 
     def _figures(self) -> dict[str, Any]:
-        assert self.result.fid is not None
-        return {"fid": self.fid, **self.result.fid.conditions(), **self.result.metrics}
+        result = self.result
+        assert result.fid is not None
+        others = {"kid": result.kid, "prc": result.prc}
+        measured = {name: each.as_dict() for name, each in others.items() if each is not None}
+        return {"fid": self.fid, **result.fid.conditions(), **measured}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from bdense.metrics.records import FID
 from bdense.weights import space_of
 from search.errors import LeaseLostError, StorageError
 from search.storage.engine import one_line, retrying
@@ -15,7 +16,7 @@ from search.study.artifacts import artifact_store, attach
 from search.study.dashboard_texts import save_texts
 from search.study.folders import pictures
 from search.study.markdown import escaped, markdown_table, paragraphs
-from search.study.results import MeasuredFID, TrialResult
+from search.study.results import TrialResult
 from search.study.wording import duration
 
 _log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def address(ledger: Ledger, trial_id: int, artifact_id: str) -> str:
     return f"/artifacts/{study_id(ledger)}/{trial_id}/{artifact_id}"
 
 
-def conditions(fid: MeasuredFID) -> str:
+def conditions(fid: FID) -> str:
     """The conditions of a FID, which is never shown without them."""
     seeds = ", ".join(f"{what} {seed}" for what, seed in fid.seeds.items())
     return (

@@ -24,7 +24,8 @@ from bdense.methods import METHODS
 from bdense.methods.method import Inputs, Method, MethodConfig, Recordings, require_shape
 from bdense.methods.recordings import TrajectoryStore
 from bdense.metrics.extractors import Extractor, load_extractor
-from bdense.metrics.metrics import Metrics, measure_images, require_measurable
+from bdense.metrics.metrics import measure_images, require_measurable
+from bdense.metrics.records import FID, Metrics
 from bdense.metrics.references import Reference, dataset_reference, read_reference
 from bdense.metrics.settings import MetricSettings
 from bdense.models.card import inherited
@@ -35,7 +36,6 @@ from search.spec.resolve import execution, teacher_config, variant
 from search.spec.study import EvaluationSpec, StudySpec, TeacherTraining
 from search.storage.engine import cache_folder
 from search.study.arms import Task
-from search.study.results import MeasuredFID
 
 _GRID_IMAGES = 64
 
@@ -138,7 +138,7 @@ class Assets:
     evaluator: Evaluator
     terms: Mapping[str, Any]
     known: Mapping[str, Any]
-    teacher_fid: MeasuredFID | None = None
+    teacher_fid: FID | None = None
 
     @property
     def device(self) -> torch.device:
@@ -322,7 +322,7 @@ def _train_and_cache(
     unfinished.unlink(missing_ok=True)
 
 
-def _teacher_fid(assets: Assets, report: Report) -> MeasuredFID | None:
+def _teacher_fid(assets: Assets, report: Report) -> FID | None:
     """The teacher's FID by the method's own sampler: measured once and cached."""
     sampler = assets.method.teacher_sampler(assets.config, assets.teacher)
     if sampler is None:
@@ -359,7 +359,7 @@ def _teacher_fid(assets: Assets, report: Report) -> MeasuredFID | None:
             )
             with atomic_write(path) as scratch:
                 scratch.write_text(json.dumps(found.fid.as_dict()))
-        return MeasuredFID.of(json.loads(path.read_text()))
+        return FID.read(json.loads(path.read_text()))
 
 
 def _digest(key: Mapping[str, Any]) -> str:

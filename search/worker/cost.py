@@ -5,7 +5,9 @@ They run in a process of their own, on networks of random weights, which cost as
 
 import contextlib
 import dataclasses
+import json
 import multiprocessing
+import platform
 import resource
 import signal
 import time
@@ -17,11 +19,13 @@ from typing import Any, cast
 
 import torch
 
+import bdense
 from bdense.data.datasets import Dataset
 from bdense.diffusion.branches import export_branch
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.diffusion.sampling import draw_images
 from bdense.errors import InputError, StoppedError, is_out_of_memory
+from bdense.files import atomic_write
 from bdense.methods import METHODS
 from bdense.methods.method import Inputs, Recordings, Stage
 from bdense.metrics.classifiers import RECIPES
@@ -32,7 +36,7 @@ from bdense.training.loop import IterationReport, train
 from bdense.weights.spaces import uniform_weights
 from bdense.weights.weighting import FixedWeights
 from search.spec.resolve import describe_teacher, execution
-from search.spec.study import StudySpec
+from search.spec.study import StudySpec, fingerprint_of
 from search.storage.engine import cache_folder
 from search.study.wording import duration
 from search.worker.assets import use_device
@@ -110,6 +114,8 @@ def measure(
 def require_room(spec: StudySpec, together: int) -> None:
     """Measure a trial, and refuse to run so many at once that they run out of memory.
 
+    What is accepted is kept in the cache: the next launch asks only what is free.
+
     Args:
         spec: The study.
         together: Trials at once on this machine.
@@ -117,8 +123,14 @@ def require_room(spec: StudySpec, together: int) -> None:
     Raises:
         InputError: They need too much memory; says what to lower. Or as of ``measure``.
     """
-    found = measure(spec, download=True)
-    assert found is not None  # there was no limit of time
+    kept = _kept_cost(spec)
+    if kept.exists():
+        found = TrialCost(**json.loads(kept.read_text()))
+        found = dataclasses.replace(found, free_bytes=_free_bytes(found.device))
+    else:
+        measured = measure(spec, download=True)
+        assert measured is not None  # there was no limit of time
+        found = measured
     if found.device == "cuda":  # trials that hold whole GPUs do not share one
         share = spec.resources.gpus
         together = min(together, 1 if share == "auto" or share >= 1 else int(1 / share + 1e-9))
@@ -129,6 +141,24 @@ def require_room(spec: StudySpec, together: int) -> None:
             f"{_gib(needed)} and {'the GPU' if found.device == 'cuda' else 'this machine'} has "
             f"{_gib(found.free_bytes)} free; {fewer}{_smaller(spec)}"
         )
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(kept) as scratch:
+        scratch.write_text(json.dumps(dataclasses.asdict(found)))
+
+
+def _kept_cost(spec: StudySpec) -> Path:
+    """File of the cost of such a trial on such a machine."""
+    settings = spec.as_dict()
+    for key in ("name", "plan", "facts"):  # a trial costs the same in any study
+        settings.pop(key, None)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    by = [bdense.__version__, torch.__version__, platform.node(), gpu]
+    digest = fingerprint_of({"settings": settings, "contents": spec.contents(), "by": by})
+    return cache_folder() / "costs" / f"{digest}.json"
+
+
+def _free_bytes(device: str) -> int:
+    return torch.cuda.mem_get_info()[0] + _CONTEXT if device == "cuda" else free_memory()
 
 
 def _smaller(spec: StudySpec) -> str:
@@ -261,7 +291,7 @@ def _measure(spec: StudySpec, free: int, download: bool) -> TrialCost:
     wanted = dataclasses.replace(execution(spec), compile=False)  # compiling takes minutes
     wanted.require(device)
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] + _CONTEXT
+        free = _free_bytes("cuda")
     else:  # so that an allocation fails here, before the system kills any process
         resource.setrlimit(resource.RLIMIT_DATA, (free, free))
     described, known = describe_teacher(spec)

@@ -14,6 +14,7 @@ from typing import Any
 from bdense.files import atomic_write
 from bdense.methods.distill import TrainedStage, distill
 from bdense.methods.method import StagePlan
+from bdense.metrics.records import FID, Metrics
 from bdense.models.card import write_card
 from bdense.models.store import save_denoiser
 from bdense.training.loop import IterationReport
@@ -22,16 +23,13 @@ from bdense.weights.spaces import BASELINE
 from search.study.arms import Task
 from search.study.folders import WEIGHTS_PLOT, grid_name
 from search.study.progress_text import evaluating, in_stage, training
-from search.study.results import MeasuredFID, TrialResult
+from search.study.results import IntermediateFID, TrialResult
 from search.study.retention import CHECKPOINT, STUDENT
 from search.study.trial_log import Note, TrialLog, is_noted, shortened, unnoted
 from search.worker.assets import Assets
 from search.worker.pruning import IntermediateFIDs, Judge, PrunedError
 from search.worker.result import below_runs, provenance, read_result, take_folder, write_result
 from search.worker.traced_weights import TracedWeights, draw_history
-
-# A metric's name to its values and conditions, as bdense.metrics.metrics.Metrics.as_dict.
-Measures = dict[str, dict[str, Any]]
 
 
 def evaluate(
@@ -93,8 +91,8 @@ class _Row:
     def run(self) -> TrialResult:
         """Train and measure every stage."""
         assets, stages = self.assets, self.stages
-        fids: dict[str, MeasuredFID] = {}
-        measured: Measures | None = None
+        fids: dict[str, FID] = {}
+        measured: Metrics | None = None
         pruned: dict[str, Any] = {}
         path = self.folder / STUDENT
         intermediate = IntermediateFIDs(
@@ -114,7 +112,7 @@ class _Row:
                 self.seconds["student_seconds"] += trained - started
                 path = stage.path or self.folder / STUDENT
                 measured = self._measured(stage, path)
-                fids[str(stage.plan.nfe)] = fid = MeasuredFID.of(measured["fid"])
+                fids[str(stage.plan.nfe)] = fid = measured.fid
                 started = time.perf_counter()
                 self.seconds["evaluation_seconds"] += started - trained
                 if len(stages) > 1:
@@ -184,14 +182,13 @@ class _Row:
         place, stages = self.stages.index(plan) + 1, len(self.stages)
         self.report(text if stages == 1 else in_stage(place, stages, text))
 
-    def _measured(self, stage: TrainedStage, path: Path) -> Measures:
+    def _measured(self, stage: TrainedStage, path: Path) -> Metrics:
         """A stage's metrics, kept in a file where the method has several stages."""
         count = self.assets.spec.evaluation.images
         named = _named(stage.plan)
         kept = path.with_suffix(".fid.json")
         if stage.plan.name and kept.exists():
-            stored: Measures = json.loads(kept.read_text())
-            return stored
+            return Metrics.read(json.loads(kept.read_text()))
         self.note("evaluating", **named, images=count)
         measured = self.assets.evaluator.measure(
             stage.student,
@@ -201,22 +198,21 @@ class _Row:
             check=self.check,
             grid_path=self.folder / grid_name(stage.plan.name),
         )
-        found = measured.as_dict()
         if stage.plan.name:
             with atomic_write(kept) as scratch:
-                scratch.write_text(json.dumps(found))
+                scratch.write_text(json.dumps(measured.as_dict()))
             self.note("stage", **named, fid=measured.fid.value)
-        metadata = {**stage.metadata, "fid": found["fid"]}
+        metadata = {**stage.metadata, "fid": measured.fid.as_dict()}
         save_denoiser(path, stage.student, metadata)  # again, now with its FID
         write_card(path, stage.student, metadata)
-        return found
+        return measured
 
     def _result(
         self,
-        measured: Measures | None,
-        fids: dict[str, MeasuredFID],
+        measured: Metrics | None,
+        fids: dict[str, FID],
         path: Path,
-        intermediate: list[dict[str, Any]],
+        intermediate: list[IntermediateFID],
         pruned: dict[str, Any],
     ) -> TrialResult:
         assets, task = self.assets, self.task
@@ -236,7 +232,8 @@ class _Row:
             fid=last,
             fids=fids if len(self.stages) > 1 else {},
             teacher_fid=assets.teacher_fid,
-            metrics={name: each for name, each in (measured or {}).items() if name != "fid"},
+            kid=None if measured is None else measured.kid,
+            prc=None if measured is None else measured.prc,
             intermediate=intermediate,
             weights_over_time=history,
             weights_plot=None if history is None else below_runs(plot),

@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from search.storage.ledger import Claim, Ledger
 from search.storage.pruner_decisions import decision_of
 from search.study.folders import GRID
 from search.study.progress_text import measuring
+from search.study.results import IntermediateFID
 from search.study.retention import INTERMEDIATE_FILE
 from search.worker.assets import Assets
 
@@ -99,8 +101,8 @@ class IntermediateFIDs:
         return Evaluations(tuple(self._after), partial(self._evaluate, stage.sampler))
 
     @property
-    def found(self) -> list[dict[str, Any]]:
-        """Each so far: fraction, images trained on, FID with its conditions."""
+    def found(self) -> list[IntermediateFID]:
+        """Each so far."""
         return [self._found[after] for after in sorted(self._found)]
 
     def note_stage(self, step: int, fid: float, *, is_last: bool = False) -> None:
@@ -119,7 +121,7 @@ class IntermediateFIDs:
         """Where and why the row was pruned, as its result holds it."""
         pruner = self._assets.spec.search.pruner
         name = "pruner" if pruner is None else pruner.name
-        at = {"pruned_at": self.found[-1]["fraction"]} if self._found else {}
+        at = {"pruned_at": self.found[-1].fraction} if self._found else {}
         return {**at, "reason": f"{name}: {self._last}"}
 
     def _asked_for(self) -> dict[int, float]:
@@ -133,17 +135,17 @@ class IntermediateFIDs:
     def _images(self) -> int:
         return self._assets.spec.search.images or self._assets.spec.evaluation.images
 
-    def _before(self) -> dict[int, dict[str, Any]]:
+    def _before(self) -> dict[int, IntermediateFID]:
         """Those of a worker before, as far as they are still asked for."""
         if not self._path.exists():
             return {}
-        stored: list[dict[str, Any]] = json.loads(self._path.read_text())
+        stored = map(IntermediateFID.read, json.loads(self._path.read_text()))
         batch = self._assets.spec.resolved.batch
-        kept = {each["trained_images"] // batch: each for each in stored}
+        kept = {each.trained_images // batch: each for each in stored}
         return {
             after: each
             for after, each in kept.items()
-            if after in self._after and each["images"] == self._images()
+            if after in self._after and each.fid.images == self._images()
         }
 
     def _evaluate(self, sampler: Sampler, after: int, student: NetworkDenoiser) -> None:
@@ -151,21 +153,21 @@ class IntermediateFIDs:
         if after not in self._found:
             self._found[after] = self._measured(sampler, after, student)
             with atomic_write(self._path) as scratch:
-                scratch.write_text(json.dumps(self.found))
+                scratch.write_text(json.dumps([each.as_dict() for each in self.found]))
         each = self._found[after]
         self._last = (
-            f"FID {each['fid']:.3f} of {each['images']} images at {each['fraction']:g} of the "
+            f"FID {each.fid.value:.3f} of {each.fid.images} images at {each.fraction:g} of the "
             "budget"
         )
         assert self._judge is not None
-        ends = self._judge(each["trained_images"], each["fid"])
+        ends = self._judge(each.trained_images, each.fid.value)
         self.seconds += time.perf_counter() - started
         if ends:
             # An earlier run may have got further.
             self._found = {at: each for at, each in self._found.items() if at <= after}
             raise PrunedError
 
-    def _measured(self, sampler: Sampler, after: int, student: NetworkDenoiser) -> dict[str, Any]:
+    def _measured(self, sampler: Sampler, after: int, student: NetworkDenoiser) -> IntermediateFID:
         assets, images = self._assets, self._images()
         total = assets.spec.resolved.stages[0].num_updates
         fid = assets.evaluator.measure(
@@ -182,9 +184,9 @@ class IntermediateFIDs:
             raise NonFiniteError(
                 f"the FID after {after} of {total} updates is {fid.value}; the model diverged"
             )
-        return {
-            "fraction": self._after[after],
-            "trained_images": after * assets.spec.resolved.batch,
-            "fid": fid.value,
-            **fid.conditions(),
-        }
+        return IntermediateFID(
+            fraction=self._after[after],
+            trained_images=after * assets.spec.resolved.batch,
+            # A row is read whole by every look at the study, and stays small.
+            fid=replace(fid, noise=None, effects=[]),
+        )

@@ -4,7 +4,7 @@ The history is part of the state in the training's checkpoint: a run that is tak
 exactly the past that it does not repeat. K branches.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from bdense.files import atomic_write
 from bdense.training.loop import IterationReport
 from bdense.weights.weighting import BranchWeighting
+from search.study.results import WeightHistory
 
 # Rows of a trial are read whole by every look at the study: its history has to stay small.
 MAX_POINTS = 100
@@ -60,12 +61,10 @@ class TracedWeights:
             assert done.iteration == len(self._past)
             self._past.append(done.weights[-1])
 
-    def history(self) -> dict[str, list[Any]] | None:
+    def history(self) -> WeightHistory | None:
         """How the weights changed; None for fixed ones.
 
-        Returns:
-            ``iterations`` [n], 0-based, evenly spread from the first to the last, n at most
-            ``MAX_POINTS``; ``weights`` [n][K].
+        Its iterations are evenly spread from the first to the last, at most ``MAX_POINTS``.
         """
         if not self.learns:
             return None
@@ -73,7 +72,7 @@ class TracedWeights:
         spread = torch.linspace(0, count - 1, min(count, MAX_POINTS), dtype=torch.float64)
         points = spread.round().int().tolist()
         weights = [[round(w, 6) for w in self._past[i].tolist()] for i in points]
-        return {"iterations": points, "weights": weights}
+        return WeightHistory(points, weights)
 
     def state(self) -> dict[str, Tensor]:
         """What ``restore`` needs, the past included."""
@@ -90,7 +89,7 @@ class TracedWeights:
         return self._given.describe()
 
 
-def draw_history(history: Mapping[str, Sequence[Any]], title: str, path: Path) -> None:
+def draw_history(history: WeightHistory, title: str, path: Path) -> None:
     """A PNG of each branch's weight over the iterations.
 
     Args:
@@ -102,14 +101,14 @@ def draw_history(history: Mapping[str, Sequence[Any]], title: str, path: Path) -
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    columns = list(zip(*history["weights"], strict=True))
+    columns = list(zip(*history.weights, strict=True))
     figure = Figure(figsize=(7.5, 4.0), layout="constrained")
     axes = figure.subplots()
     axes.axhline(1.0, color="0.6", linewidth=0.8, linestyle="--", label="uniform")
     colours = colormaps["viridis"].resampled(len(columns) + 1)
     for k, weights in enumerate(columns, 1):
         name = f"k = {k}" + (" (end point)" if k == len(columns) else "")
-        axes.plot(history["iterations"], weights, color=colours(k - 1), label=name)
+        axes.plot(history.iterations, weights, color=colours(k - 1), label=name)
     axes.set(xlabel="iteration", ylabel="branch weight $w_k$", title=title)
     figure.legend(loc="outside right center")
     with atomic_write(path) as scratch:

@@ -1,0 +1,134 @@
+"""Records of measured metrics: values with the conditions that they depend on."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, Self
+
+# Values are compared only where these agree.
+_COMPARED = ("extractor_sha256", "reference", "images", "nfe")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Values of a metric with all conditions that they depend on.
+
+    Attributes:
+        images: Number of generated images.
+        reference: Name of the reference set.
+        reference_images: Number of its images; None if a statistics file does not have it.
+        extractor: Name of the feature network; only ``inception`` gives what papers call FID.
+        extractor_sha256: Hex digest of its weights.
+        nfe: Network evaluations per image.
+        seeds: By name, such as ``training`` and ``evaluation``.
+    """
+
+    VALUES: ClassVar[tuple[str, ...]]
+
+    images: int
+    reference: str
+    reference_images: int | None
+    extractor: str
+    extractor_sha256: str
+    nfe: int
+    seeds: dict[str, int]
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any]) -> Self:
+        """From ``as_dict``, of an earlier version too."""
+        known = {each.name for each in fields(cls)}
+        return cls(**{name: stored[name] for name in known & stored.keys()})
+
+    def as_dict(self) -> dict[str, Any]:
+        """The values that are known, then their conditions, as plain values for JSON."""
+        values = {name: getattr(self, name) for name in self.VALUES}
+        known = {name: value for name, value in values.items() if value not in (None, [])}
+        return known | self.conditions()
+
+    def conditions(self) -> dict[str, Any]:
+        """Everything but the values."""
+        return {name: value for name, value in asdict(self).items() if name not in self.VALUES}
+
+    def differing(self, other: "Measurement") -> list[str]:
+        """Conditions that keep two values from being compared."""
+        return [key for key in _COMPARED if getattr(self, key) != getattr(other, key)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FID(Measurement):
+    """A Frechet distance; its ``value`` is 0 if the statistics are equal.
+
+    Attributes:
+        noise: Standard error of ``value`` from the draw of the latents, see ``image_effects``; of
+            a difference of two students of the same latents it is smaller.
+        effects: [``GROUPS``] what each group of images adds, see ``grouped_effects``.
+
+    Both are empty in results of versions that did not have them.
+    """
+
+    VALUES = ("value", "noise", "effects")
+
+    value: float
+    noise: float | None = None
+    effects: list[float] = field(default_factory=list, repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KID(Measurement):
+    """A kernel distance, unbiased: around 0 for equal distributions, and may be negative.
+
+    Attributes:
+        mean: Over the subsets.
+        std: Over the subsets; not the standard error of the mean.
+        subsets: Number of subsets.
+        subset_size: Images in each.
+        subset_seed: Seed of their draw.
+    """
+
+    VALUES = ("mean", "std")
+
+    mean: float
+    std: float
+    subsets: int
+    subset_size: int
+    subset_seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionRecall(Measurement):
+    """Precision and recall.
+
+    Attributes:
+        precision: Share of the generated images inside the real ones' balls.
+        recall: Share of the real images inside the generated ones' balls.
+        neighbours: k; a ball reaches from an image to its k-th neighbour in its own set.
+    """
+
+    VALUES = ("precision", "recall")
+
+    precision: float
+    recall: float
+    neighbours: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """The metrics of one set of images; None if not asked for."""
+
+    fid: FID
+    kid: KID | None = None
+    prc: PrecisionRecall | None = None
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any]) -> Self:
+        """From ``as_dict``."""
+        kid, prc = stored.get("kid"), stored.get("prc")
+        return cls(
+            fid=FID.read(stored["fid"]),
+            kid=None if kid is None else KID.read(kid),
+            prc=None if prc is None else PrecisionRecall.read(prc),
+        )
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """Each measured metric by name, as plain values for JSON."""
+        measured = {"fid": self.fid, "kid": self.kid, "prc": self.prc}
+        return {name: each.as_dict() for name, each in measured.items() if each is not None}

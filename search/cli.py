@@ -25,6 +25,7 @@ from search.verbs.options import (
     LaunchOptions,
     ListOptions,
     LogsOptions,
+    ParameterOptions,
     PromoteOptions,
     ReportOptions,
     StatusOptions,
@@ -54,7 +55,7 @@ VERBS = {
         "starts",
         example="bdense-search enqueue digits-nfe2 --a 1.386 --b=-4.274",
         function="search.verbs.steer:enqueue",
-        configs=(EnqueueOptions,),
+        configs=(EnqueueOptions, ParameterOptions),
     ),
     "logs": Verb(
         help="show what happened to a trial: its attempts, and its loss per interval and branch",

@@ -39,6 +39,7 @@ from bdense.methods.perceptual import LPIPS
 from bdense.models.store import denoiser_sha256
 from bdense.training.average import Average
 from bdense.training.stage import Branches, BranchMeans, Configured, WholeIteration
+from bdense.training.teacher_knobs import TeacherKnobs
 from bdense.weights.weighting import BranchWeighting
 
 Loss = Literal["pseudo-huber", "l2", "lpips"]
@@ -79,7 +80,7 @@ class ConsistencyConfig(GridConfig):
         "fixed: N and mu as given; progressive: N rises from 2 to steps, and mu with it to "
         "exp(2 ln target_decay / N) (Song et al., appendix C)",
     )
-    flip: bool = knob(False, "mirror each image with probability 1/2")
+    flip: bool = knob_of(TeacherKnobs, "flip", False)
     dropout: bool = knob_of(MethodConfig, "dropout", False)
 
     def __post_init__(self) -> None:

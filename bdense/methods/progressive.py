@@ -35,6 +35,7 @@ from bdense.methods.method import Inputs, Method, MethodConfig, StagePlan, requi
 from bdense.models.store import denoiser_sha256
 from bdense.training.optimisation import LRSchedule
 from bdense.training.stage import Branches, Configured, ImageLosses, Stateless, WholeIteration
+from bdense.training.teacher_knobs import TeacherKnobs
 from bdense.weights.weighting import BranchWeighting
 
 WeightsSpace = Literal["clean", "state"]
@@ -55,11 +56,7 @@ class PDConfig(MethodConfig, NativeGridKnobs):
         low=2,
     )
     updates: int = knob(50_000, "updates in each round", low=1)
-    lr_schedule: LRSchedule = knob(
-        "linear",
-        "step size over each round: constant, linear (falls to 0), or step (a tenth in the second "
-        "half)",
-    )
+    lr_schedule: LRSchedule = knob_of(MethodConfig, "lr_schedule", "linear")
     clip_norm: float | None = knob_of(MethodConfig, "clip_norm", 1.0)
     rescale_weights: bool = knob_of(MethodConfig, "rescale_weights", True)
     dropout: bool = knob_of(MethodConfig, "dropout", False)
@@ -86,7 +83,7 @@ class PDConfig(MethodConfig, NativeGridKnobs):
         none="what the teacher's network predicts",
     )
     schedule: ScheduleKind | Literal["native"] = knob_of(NativeGridKnobs, "schedule", "native")
-    flip: bool = knob(False, "mirror each image with probability 1/2")
+    flip: bool = knob_of(TeacherKnobs, "flip", False)
 
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)

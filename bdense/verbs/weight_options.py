@@ -1,15 +1,15 @@
 """Options for the branch weights of every registered weight space; does not import torch."""
 
 import argparse
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from bdense.errors import InputError
-from bdense.knobs import KnobError, Knobs, from_options, knob, knobs_of, spelt_options
+from bdense.knobs import KnobError, Knobs, from_options, knob, spelt_options
 from bdense.weights import WEIGHT_SPACES
-from bdense.weights.spaces import BASELINE, PLAIN, Choice, WeightSpace
+from bdense.weights.parameters import given_parameters, parameter_knobs
+from bdense.weights.spaces import BASELINE, PLAIN, WeightSpace
 
 if TYPE_CHECKING:
     from bdense.weights.weighting import BranchWeighting
@@ -38,31 +38,8 @@ class WeightOptions(Knobs):
 
 
 def parameter_options() -> type[Knobs]:
-    """A class with an optional knob for each parameter of the registered spaces."""
-    spaces = [WEIGHT_SPACES[name]() for name in WEIGHT_SPACES]
-    fields = {}
-    for parameter in dict.fromkeys(name for space in spaces for name in space.distributions()):
-        having = [space for space in spaces if parameter in space.distributions()]
-        distribution = having[0].distributions()[parameter]
-        kind: Any = float
-        if isinstance(distribution, Choice):
-            kind = Literal[distribution.options]
-        declared = knob(
-            None,
-            f"{_help(having[0], parameter)} ({', '.join(space.name for space in having)})",
-            none=f"{_USUAL[parameter]:g}" if parameter in _USUAL else "",
-        )
-        option = _OPTIONS.get(parameter, parameter)
-        fields[option] = (option, kind | None, declared)
-    return dataclasses.make_dataclass(
-        "WeightParameters",
-        fields.values(),
-        bases=(Knobs,),
-        namespace={"heading": _HEADING},
-        frozen=True,
-        slots=True,
-        kw_only=True,
-    )
+    """The parameters as options of ``bdense distill``."""
+    return parameter_knobs(_HEADING, _USUAL, _OPTIONS)
 
 
 def chosen_weighting(
@@ -98,13 +75,9 @@ def chosen_weighting(
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
     """The parameters on the command line, by the spaces' names for them."""
-    values = from_options(parameter_options(), options)
     names = {option: parameter for parameter, option in _OPTIONS.items()}
-    return {
-        names.get(option, option): value
-        for option in knobs_of(type(values))
-        if (value := getattr(values, option)) is not None
-    }
+    given = given_parameters(parameter_options(), options)
+    return {names.get(option, option): value for option, value in given.items()}
 
 
 def _space(name: str | None, given: Mapping[str, Any]) -> WeightSpace:
@@ -119,13 +92,6 @@ def _space(name: str | None, given: Mapping[str, Any]) -> WeightSpace:
     )
     of = "no weight space has" if name is None else f"the weights {name} do not have"
     raise InputError(f"{of} {_spelt(given)}; there are {known}")
-
-
-def _help(space: WeightSpace, parameter: str) -> str:
-    """The help of the space's knob of that name, or of its plural."""
-    known = knobs_of(type(space))
-    declared = known.get(parameter) or known.get(f"{parameter}s")
-    return declared.help if declared is not None else f"{parameter} of the weights"
 
 
 def _option(parameter: str) -> str:

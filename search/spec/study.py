@@ -15,9 +15,9 @@ from typing import Any, Literal, Self
 from bdense import NUMERICS
 from bdense.data.names import LABELS_FILE, image_files, labels_beside, split_format, split_side
 from bdense.errors import InputError
-from bdense.execution import Precision
+from bdense.execution import Execution, Precision
 from bdense.files import sha256_file
-from bdense.knobs import KnobError, Knobs, knob, knobs_of
+from bdense.knobs import KnobError, Knobs, knob, knob_of, knobs_of
 from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
 from bdense.training.teacher_knobs import TeacherKnobs
 from bdense.weights import WEIGHT_SPACES
@@ -127,8 +127,8 @@ class ResourcesSpec(Knobs):
     )
     threads: int = knob(1, "CPU threads of a trial", low=1)
     deterministic: bool = knob(False, "use only torch's deterministic algorithms")
-    compile: bool = knob(False, "compile networks by torch.compile; moves numbers by rounding")
-    channels_last: bool = knob(False, "NHWC memory; moves numbers by rounding")
+    compile: bool = knob_of(Execution, "compile", False)
+    channels_last: bool = knob_of(Execution, "channels_last", False)
     checkpoint_seconds: float = knob(60.0, "seconds between checkpoints of a training", above=0)
     lease_seconds: float = knob(60.0, "seconds after which a silent worker counts as lost", low=10)
     max_attempts: int = knob(3, "times a trial is started before it counts as poisoned", low=1)

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bdense.knobs import Knobs, knob, knob_of, knobs_of
+from bdense.weights.parameters import parameter_knobs
 from search.spec.study import ConfirmSpec, SearchPlan
 
 FRESH_SEEDS: int = knobs_of(ConfirmSpec)["seeds"].default
-_KIMG = "training length of each student in thousands of images"
 
 
 def flag(help: str) -> Any:  # noqa: ANN401  as ``knob``
@@ -102,12 +102,9 @@ class EnqueueOptions(StudyOptions):
         none=None,
         form="repeated",
     )
-    a: float | None = knob(None, "slope a of log w_k = a k + b", none=None)
-    b: float | None = knob(None, "offset b of log-linear weights; below 0 as --b=-4.3", none=None)
-    rule: str | None = knob(
-        None, "rule of learned weights: uncertainty or gradient-norm", none=None
-    )
-    strength: float | None = knob(None, "strength of learned weights' rule", none=None)
+
+
+ParameterOptions = parameter_knobs("branch weights")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,8 +128,8 @@ class ConfirmOptions(StudyOptions):
     json: bool = flag("print one object: winner, kimg, ended, arms")
     kimg: float | None = knob(
         None,
-        f"{_KIMG}; choose the one that the winner will be used at, as the best weights depend on "
-        "it",
+        "training length of each student in thousands of images; choose the one that the winner "
+        "will be used at, as the best weights depend on it",
         low=0.001,
         high=1e9,
         none="confirm.method of the study, else the search's own",
@@ -174,11 +171,10 @@ class PromoteOptions(StorageOptions):
         none="the method's",
         form="commas",
     )
-    kimg: float | None = knob(
+    kimg: float | None = knob_of(
+        ConfirmOptions,
+        "kimg",
         None,
-        _KIMG,
-        low=0.001,
-        high=1e9,
         none="the variants of --to or confirm.method of the study, else the method's own",
     )
     arm: Literal["plain", "uniform", "weights"] | None = knob(

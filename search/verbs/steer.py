@@ -10,6 +10,7 @@ from typing import Any
 
 from bdense.errors import BdenseError, InputError
 from bdense.knobs import from_options
+from bdense.weights.parameters import given_parameters
 from bdense.weights.spaces import Uniform, require_point
 from search.report.log_lines import HEADER, log_line
 from search.storage.ledger import MENDABLE, Ledger
@@ -18,7 +19,7 @@ from search.study.folders import row_folder
 from search.study.study import Study
 from search.study.trial_log import LOG_FILE, read_log
 from search.verbs.common import open_study
-from search.verbs.options import EnqueueOptions, LogsOptions, StopOptions
+from search.verbs.options import EnqueueOptions, LogsOptions, ParameterOptions, StopOptions
 
 POLL_SECONDS = 0.5
 
@@ -60,10 +61,8 @@ def stop(options: argparse.Namespace) -> None:
 def enqueue(options: argparse.Namespace) -> None:
     """Plan the point, and say when it runs."""
     asked = from_options(EnqueueOptions, options)
-    names = ("a", "b", "rule", "strength")
-    named = [(name, value) for name in names if (value := getattr(asked, name)) is not None]
-    params: dict[str, Any] = {}
-    for name, value in (*named, *map(_assignment, asked.set or ())):
+    params = given_parameters(ParameterOptions, options)
+    for name, value in map(_assignment, asked.set or ()):
         if name in params:
             raise InputError(f"parameter {name} is given twice; give it once")
         params[name] = value

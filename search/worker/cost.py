@@ -19,7 +19,6 @@ from typing import Any, cast
 
 import torch
 
-import bdense
 from bdense.data.datasets import Dataset
 from bdense.diffusion.branches import export_branch
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
@@ -40,6 +39,7 @@ from search.spec.study import StudySpec, fingerprint_of
 from search.storage.engine import cache_folder
 from search.study.wording import duration
 from search.worker.assets import use_device
+from search.worker.result import package_versions
 
 PATIENCE_SECONDS = 20.0  # a dry run's for a measurement
 _UPDATES = 2  # the first warms up
@@ -152,7 +152,7 @@ def _kept_cost(spec: StudySpec) -> Path:
     for key in ("name", "plan", "facts"):  # a trial costs the same in any study
         settings.pop(key, None)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    by = [bdense.__version__, torch.__version__, platform.node(), gpu]
+    by = [package_versions(), platform.node(), gpu]
     digest = fingerprint_of({"settings": settings, "contents": spec.contents(), "by": by})
     return cache_folder() / "costs" / f"{digest}.json"
 

@@ -140,7 +140,8 @@ def test_a_variant_trains_under_other_settings_of_the_method(tmp_path):
 @pytest.mark.parametrize("rule", RULES)
 def test_learned_weights_keep_their_history_also_after_an_interruption(tmp_path, rule):
     learned = {"rule": rule, "strength": 1.5}
-    keys = {"weights": {"name": "learned"}, "resources__checkpoint_seconds": 1e-9}
+    weights = {"name": "learned", "rules": [rule], "strength": {"low": 0.0, "high": 1.5}}
+    keys = {"weights": weights, "resources__checkpoint_seconds": 1e-9}
     assets, place = loaded(SFD, **keys), tmp_path / "s/00001"
     expected = run(assets, tmp_path / "s/00000", task(learned))
     with pytest.raises(InterruptedRunError):

@@ -4,14 +4,14 @@ import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-from bdense.weights.rules import RULES
+from bdense.weights.rules import SCALE_RULES
 from search.errors import SpecError
 from search.spec.space import make_pruner, make_sampler, search_space
 from tests.studies import LEARNED, METHODS, NORMALISED, of_kind, spec
 
 # What those need that cannot be made without.
 ARGUMENTS = {
-    "GridSampler": {"search_space": {"rule": list(RULES), "strength": [0.0, 1.0]}},
+    "GridSampler": {"search_space": {"rule": list(SCALE_RULES), "strength": [0.0, 1.0]}},
     "PartialFixedSampler": {
         "fixed_params": {"strength": 1.0},
         "base_sampler": {"name": "RandomSampler"},
@@ -62,7 +62,7 @@ def test_any_sampler_of_optunas_proposes_rules_and_strengths(name):
     study = optuna.create_study(sampler=sampler)
     for value in (3.0, 1.0, 2.0):
         trial = study.ask(search_space(study_spec))
-        assert trial.params["rule"] in RULES
+        assert trial.params["rule"] in SCALE_RULES
         assert -1.0 <= trial.params["strength"] <= 1.5
         study.tell(trial, value)
 

@@ -7,6 +7,7 @@ from PIL import Image
 
 from bdense.training.loop import IterationReport
 from bdense.weights.weighting import FixedWeights, LearnedWeights
+from search.study.results import WeightHistory
 from search.worker.traced_weights import MAX_POINTS, TracedWeights, draw_history
 
 
@@ -20,10 +21,10 @@ def noted(count: int) -> TracedWeights:
 
 
 def test_a_short_history_is_whole():
-    assert noted(3).history() == {
-        "iterations": [0, 1, 2],
-        "weights": [[0.0, 1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0], [2.0, 3.0, 4.0, 5.0]],
-    }
+    assert noted(3).history() == WeightHistory(
+        iterations=[0, 1, 2],
+        weights=[[0.0, 1.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0], [2.0, 3.0, 4.0, 5.0]],
+    )
 
 
 def test_fixed_weights_have_no_history():

@@ -115,6 +115,10 @@ def test_spaces_are_read_from_plain_mappings():
     assert learned.is_one_point
     assert learned.needs_gradients
     assert not LearnedSpace(rules=("uncertainty",)).needs_gradients
+    aligned = LearnedSpace.read({"rules": ["alignment"], "strength": {"low": 0, "high": 2}})
+    assert aligned.needs_gradients
+    with pytest.raises(InputError, match=r"strength -1 would reverse the rule anneal"):
+        LearnedSpace.read({"rules": ["uncertainty", "anneal"]})
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from bdense.diffusion.branches import export_branch
 from bdense.errors import InputError
 from bdense.training.loop import IterationReport
-from bdense.weights.weighting import SMALLEST_SCALE, FixedWeights, LearnedWeights
+from bdense.weights.weighting import SMALLEST_SCALE, FixedWeights, LearnedWeights, Observed
 from tests.contracts.weights import WeightingContract
 from tests.small import same_weights, sfd, small_teacher, small_trajectories
 
@@ -34,9 +34,18 @@ class TestLearnedByGradients(TestLearnedByLosses):
     rule = "gradient-norm"
 
 
-def seen(weighting: LearnedWeights, *losses: torch.Tensor) -> list[float]:
-    for each in losses:
-        weighting.observe(each, each)
+class TestLearnedByAlignment(TestLearnedByLosses):
+    rule = "alignment"
+
+
+class TestAnnealed(TestLearnedByLosses):
+    rule = "anneal"
+
+
+def seen(weighting: LearnedWeights, *signals: torch.Tensor, progress: float = 0.0) -> list[float]:
+    """Weights after updates whose losses, or cosines, are the signals."""
+    for each in signals:
+        weighting.observe(Observed(losses=each, progress=progress, cosines=each))
     return weighting.weights().tolist()
 
 
@@ -80,9 +89,9 @@ def test_gradient_norms_are_made_equal():
     observed = []
 
     class Spy(LearnedWeights):
-        def observe(self, losses, gradient_norms):
-            observed.append(gradient_norms.double())
-            super().observe(losses, gradient_norms)
+        def observe(self, seen):
+            observed.append(seen.gradient_norms.double())
+            super().observe(seen)
 
     rule = Spy(4, rule="gradient-norm", memory=1)
     sfd(trajectories, rule, images=4, lr=1e-4, dropout=False, on_iteration=reports.append)
@@ -98,11 +107,72 @@ def test_gradient_norms_are_made_equal():
     )
 
 
-def test_strength_zero_is_uniform_weights_bit_for_bit():
+COSINES = torch.tensor([-0.5, 0.25, 0.5, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("strength", "expected"),
+    [
+        (1.0, [0.0, 4 / 7, 8 / 7, 16 / 7]),
+        (2.0, [0.0, 4 / 21, 16 / 21, 64 / 21]),
+        (0.0, [1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_a_branch_counts_by_its_agreement_with_the_last(strength, expected):
+    """w_k = 4 c_k^strength / sum_j c_j^strength with c = 0, 1/4, 1/2, 1: a conflict counts 0."""
+    weighting = LearnedWeights(4, rule="alignment", strength=strength)
+    assert seen(weighting, COSINES) == pytest.approx(expected)
+
+
+def test_branches_that_all_conflict_leave_plain_distillation():
+    assert seen(LearnedWeights(3, rule="alignment"), torch.tensor([-1.0, -0.1, 1.0])) == [0, 0, 3]
+
+
+def test_a_conflict_counts_in_the_mean_before_it_is_cut_off():
+    """Two updates at memory 2: (-1 / 2 + 1) / (1 / 2 + 1) = 1 / 3."""
+    both = torch.tensor([-1.0, 1.0]), torch.tensor([1.0, 1.0])
+    found = seen(LearnedWeights(2, rule="alignment", memory=2), *both)
+    assert found == pytest.approx([0.5, 1.5])
+
+
+@pytest.mark.parametrize(
+    ("progress", "strength", "expected"),
+    [(0.0, 1.0, 1.0), (0.25, 1.0, 0.75), (0.25, 2.0, 0.5625), (0.9, 1.0, 0.1), (0.9, 0.0, 1.0)],
+)
+def test_annealed_weights_fall_to_nothing(progress, strength, expected):
+    weights = seen(LearnedWeights(4, rule="anneal", strength=strength), LOSSES, progress=progress)
+    assert [w / weights[-1] for w in weights] == pytest.approx([expected] * 3 + [1.0])
+    assert sum(weights) == pytest.approx(4.0)
+
+
+def test_the_loop_tells_progress_and_the_cosines_of_the_gradients():
+    """Branch K agrees with itself; an iteration makes two updates."""
     teacher = small_teacher()
     trajectories = small_trajectories(teacher, count=2)
-    rule = LearnedWeights(4, rule="uncertainty", strength=0.0)
-    learned, uniform = (sfd(trajectories, weights, images=8) for weights in (rule, torch.ones(4)))
+    told: list[Observed] = []
+
+    class Spy(LearnedWeights):
+        def observe(self, seen):
+            told.append(seen)
+            super().observe(seen)
+
+    sfd(trajectories, Spy(4, rule="alignment"), images=8, lr=1e-4, dropout=False)
+    iterations = len(told) // 2
+    assert [each.progress for each in told] == [i // 2 / iterations for i in range(len(told))]
+    for each in told:
+        assert float(each.cosines[-1]) == pytest.approx(1.0)
+        assert bool((each.cosines.abs() <= 1 + 1e-6).all())
+    # At first each branch is the teacher's own, on a path that hardly bends: they agree.
+    assert bool((told[0].cosines > 0).all())
+    assert len({tuple(each.cosines.tolist()) for each in told}) == len(told)
+
+
+@pytest.mark.parametrize("rule", ["uncertainty", "alignment", "anneal"])
+def test_strength_zero_is_uniform_weights_bit_for_bit(rule):
+    teacher = small_teacher()
+    trajectories = small_trajectories(teacher, count=2)
+    given = LearnedWeights(4, rule=rule, strength=0.0)
+    learned, uniform = (sfd(trajectories, weights, images=8) for weights in (given, torch.ones(4)))
     assert same_weights(export_branch(learned), export_branch(uniform))
 
 
@@ -114,6 +184,10 @@ def test_strength_zero_is_uniform_weights_bit_for_bit():
         (
             {"num_branches": 4, "rule": "uncertainty", "strength": float("nan")},
             r"strength must lie in -10\.\.10, got nan",
+        ),
+        (
+            {"num_branches": 4, "rule": "anneal", "strength": -0.5},
+            r"strength -0\.5 would reverse the rule anneal",
         ),
         (
             {"num_branches": 4, "rule": "uncertainty", "memory": 0},

@@ -22,7 +22,7 @@ from bdense.training.average import Average
 from bdense.training.checkpoint import TrainingCheckpoint
 from bdense.training.parallel import Team, team_of
 from bdense.training.stage import Branches, BranchLosses, Training, Update
-from bdense.weights.weighting import BranchWeighting
+from bdense.weights.weighting import BranchWeighting, Observed
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,8 +214,8 @@ def _require_fitting(stage: Training, weighting: BranchWeighting) -> None:
         )
     if weighting.needs_gradients and stage.start.execution.compile:
         raise InputError(
-            "weights learned by gradient norms need the input of the network's head, which a "
-            "compiled network hides; drop compile, or learn them by the rule uncertainty"
+            "weights learned by gradients need the input of the network's head, which a compiled "
+            "network hides; drop compile, or learn them by the rule uncertainty or anneal"
         )
 
 
@@ -280,7 +280,9 @@ class _Step:
             losses = update(self._branches)
         per_branch = losses.per_branch
         seen = team.mean(per_branch.detach())
-        self.weighting.observe(seen, self._gradient_norms(per_branch, shared))
+        progress = iteration / self.stage.num_updates
+        compared = self._compared(per_branch, shared)
+        self.weighting.observe(Observed(losses=seen, progress=progress, **compared))
         weights = optimisation.scaled(self.weighting.weights())
         loss = losses.weighted(weights)
         self.optimizer.zero_grad(set_to_none=True)
@@ -318,15 +320,19 @@ class _Step:
         finally:
             hook.remove()
 
-    def _gradient_norms(self, losses: Tensor, shared: list[Tensor]) -> Tensor | None:
-        """[K] |d loss_k / d shared|, backwards through the head alone."""
+    def _compared(self, losses: Tensor, shared: list[Tensor]) -> dict[str, Tensor]:
+        """Norms and cosines of d loss_k / d shared, backwards through the head alone."""
         if not shared:
-            return None
-        norms = [
-            torch.autograd.grad(loss, shared[0], retain_graph=True)[0].norm() for loss in losses
-        ]
-        # Over the whole batch: squares add up over the shares, each a mean over its own images.
-        return (self.team.mean(torch.stack(norms).square()) / self.team.size).sqrt()
+            return {}
+        each = [torch.autograd.grad(loss, shared[0], retain_graph=True)[0] for loss in losses]
+        # Over the whole batch: products add up over the shares, each a mean over its own images.
+        squares = self.team.mean(torch.stack([one.norm() for one in each]).square())
+        products = self.team.mean(torch.stack([(one * each[-1]).sum() for one in each]))
+        tiny = torch.finfo(squares.dtype).tiny
+        return {
+            "gradient_norms": (squares / self.team.size).sqrt(),
+            "cosines": products / (squares * squares[-1]).sqrt().clamp(min=tiny),
+        }
 
     def _named(
         self, update: Update, seen: Tensor, weights: Tensor, iteration: int

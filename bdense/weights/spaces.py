@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from bdense.errors import InputError
 from bdense.knobs import KnobError, Knobs, knob
-from bdense.weights.rules import RULES, Rule, require_strength
+from bdense.weights.rules import GRADIENT_RULES, SCALE_RULES, Rule, require_strength
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -342,13 +342,15 @@ class LearnedSpace(WeightSpace):
     name: ClassVar[str] = "learned"
 
     rules: tuple[Rule, ...] = knob(
-        RULES,
-        "rule that weights are learned by: a branch's scale is its mean loss (uncertainty), or "
-        "the norm of its gradient (gradient-norm)",
+        SCALE_RULES,
+        "rules that weights are learned by, of: a branch counts by 1 / scale, which is its mean "
+        "loss (uncertainty) or the norm of its gradient (gradient-norm); by the cosine of its "
+        "gradient with the last branch's, if that is above 0 (alignment); or by what is left of "
+        "the training (anneal)",
     )
     strength: Range = knob(
         Range(low=-1.0, high=1.5),
-        "exponent of 1 / scale: 0 is uniform, 1 the rule itself, below 0 its reverse",
+        "exponent of the rule: 0 is uniform, 1 the rule itself, below 0 the reverse of a scale",
     )
     memory: int = knob(100, "updates until an old one counts 1 / e in the scale", low=1)
 
@@ -359,8 +361,9 @@ class LearnedSpace(WeightSpace):
                 "rules",
                 f"{list(self.rules)} must name one rule or more, each once; leave it out for all",
             )
-        for bound in (self.strength.low, self.strength.high):
-            require_strength(bound)
+        for rule in self.rules:
+            for bound in (self.strength.low, self.strength.high):
+                require_strength(bound, rule)
 
     def distributions(self) -> Mapping[str, Uniform | Choice]:
         return {
@@ -405,7 +408,7 @@ class LearnedSpace(WeightSpace):
 
     @property
     def needs_gradients(self) -> bool:
-        return "gradient-norm" in self.rules
+        return not set(GRADIENT_RULES).isdisjoint(self.rules)
 
     def identity(self) -> dict[str, Any]:
         # Optuna holds a categorical parameter to its first choices, in their order.

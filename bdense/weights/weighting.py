@@ -1,15 +1,15 @@
 """Branch weights that are learned while the student trains, beside those that are given.
 
-B-DENSE (arXiv 2602.15971) leaves learning them to future work. Both rules here keep a running
-mean of one number per branch, its scale s_k, and set
+B-DENSE (arXiv 2602.15971) leaves learning them to future work. The rules here set
 
-    w_k = K s_k^-strength / sum_j s_j^-strength,
+    w_k = K u_k^strength / sum_j u_j^strength,
 
-so their sum is K, as in the normalised search. strength 0 is uniform, 1 the rule itself, below 0
-its reverse. K branches.
+so their sum is K, as in the normalised search. strength 0 is uniform, 1 the rule itself. u_k is
+1 / s_k with a running mean s_k of the branch's scale, or a running mean of its agreement with
+branch K, or what is left of the training. K branches.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -17,11 +17,29 @@ import torch
 from torch import Tensor
 
 from bdense.errors import InputError
-from bdense.weights.rules import RULES, require_strength
+from bdense.weights.rules import GRADIENT_RULES, RULES, require_strength
 
 # Without AFS a branch may start at its target, where its L1 loss is rounding noise. No scale
 # counts as smaller than this share of the largest.
 SMALLEST_SCALE = 1e-3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """An update's branches, before it is made; [K] on the training device.
+
+    Attributes:
+        losses: Unweighted.
+        progress: Share of the stage's iterations that are done, 0 <= p < 1.
+        gradient_norms: Of the unweighted losses at the features that all branches share; None
+            where the weighting does not need gradients.
+        cosines: Of these gradients with branch K's; None likewise.
+    """
+
+    losses: Tensor
+    progress: float
+    gradient_norms: Tensor | None = None
+    cosines: Tensor | None = None
 
 
 class BranchWeighting(Protocol):
@@ -37,16 +55,10 @@ class BranchWeighting(Protocol):
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether ``observe`` wants each branch's gradient norm."""
+        """Whether ``observe`` wants the branches' gradients."""
 
-    def observe(self, losses: Tensor, gradient_norms: Tensor | None) -> None:
-        """See an update's branches before it is made.
-
-        Args:
-            losses: [K], unweighted, on the training device.
-            gradient_norms: [K], of the unweighted losses at the features that all
-                branches share.
-        """
+    def observe(self, seen: Observed) -> None:
+        """See an update's branches before it is made."""
 
     def weights(self) -> Tensor:
         """[K] float64 w_1..w_K of the next update."""
@@ -84,7 +96,7 @@ class FixedWeights:
     def num_branches(self) -> int:
         return len(self.values)
 
-    def observe(self, losses: Tensor, gradient_norms: Tensor | None) -> None:
+    def observe(self, seen: Observed) -> None:
         pass
 
     def weights(self) -> Tensor:
@@ -102,7 +114,7 @@ class FixedWeights:
 
 @dataclass(eq=False)
 class LearnedWeights:
-    """Weights from a running scale of each branch; uniform until the first update is seen.
+    """Weights from what is seen of each branch; uniform until the first update is seen.
 
     ``uncertainty``: s_k is the branch's mean L1 loss. With |r| Laplace distributed at a scale of
     its own, the likelihood sum_k |r_k| / s_k + ln s_k is best there (Kendall et al. 2018, arXiv
@@ -112,11 +124,17 @@ class LearnedWeights:
     share, the head's input, so that w_k makes these norms equal (Chen et al. 2018, arXiv
     1711.02257, without its training rates).
 
+    ``alignment``: u_k is the mean cosine of that gradient with branch K's, 0 where it is below: a
+    branch that conflicts with the one that is kept counts nothing (Du et al. 2018, arXiv
+    1812.02224, which weighs an auxiliary task so).
+
+    ``anneal``: u_k falls linearly from 1 to 0 over the stage for all branches but K.
+
     Attributes:
         num_branches: K.
         rule: One of ``RULES``.
-        strength: Exponent of 1 / s_k.
-        memory: Updates over which an old one's share in s_k falls to 1 / e.
+        strength: Exponent of u_k.
+        memory: Updates over which an old one's share in a mean falls to 1 / e.
     """
 
     learns: ClassVar[bool] = True
@@ -132,7 +150,7 @@ class LearnedWeights:
             raise InputError(f"num_branches (K) must be at least 1, got {self.num_branches}")
         if self.rule not in RULES:
             raise InputError(f"weight rule {self.rule!r} is unknown; choose from {list(RULES)}")
-        require_strength(self.strength)
+        require_strength(self.strength, self.rule)
         if self.memory < 1:
             raise InputError(f"weight memory must be at least 1 update, got {self.memory}")
         self._sum: Tensor | None = None
@@ -140,24 +158,21 @@ class LearnedWeights:
 
     @property
     def needs_gradients(self) -> bool:
-        return self.rule == "gradient-norm"
+        return self.rule in GRADIENT_RULES
 
-    def observe(self, losses: Tensor, gradient_norms: Tensor | None) -> None:
-        signal = gradient_norms if self.needs_gradients else losses
-        assert signal is not None
-        keep = 1 - 1 / self.memory
-        before = torch.zeros_like(signal, dtype=torch.float64) if self._sum is None else self._sum
-        self._sum = keep * before + signal
+    def observe(self, seen: Observed) -> None:
+        signal, _ = _RULES[self.rule]
+        keep = 0.0 if self.rule == "anneal" else 1 - 1 / self.memory
+        value = signal(seen)
+        before = torch.zeros_like(value, dtype=torch.float64) if self._sum is None else self._sum
+        self._sum = keep * before + value
         self._seen = keep * self._seen + 1
 
     def weights(self) -> Tensor:
         if self._sum is None:
             return torch.ones(self.num_branches, dtype=torch.float64)
-        scale = self._sum / self._seen
-        scale = scale.maximum(SMALLEST_SCALE * scale.max()).clamp(
-            min=torch.finfo(scale.dtype).tiny
-        )
-        return self.num_branches * torch.softmax(-self.strength * scale.log(), dim=0)
+        _, shares = _RULES[self.rule]
+        return self.num_branches * shares(self._sum / self._seen, self.strength)
 
     def state(self) -> dict[str, Tensor]:
         if self._sum is None:
@@ -170,3 +185,43 @@ class LearnedWeights:
 
     def describe(self) -> dict[str, Any]:
         return {"rule": self.rule, "strength": self.strength, "memory": self.memory}
+
+
+def _losses(seen: Observed) -> Tensor:
+    return seen.losses
+
+
+def _norms(seen: Observed) -> Tensor:
+    assert seen.gradient_norms is not None
+    return seen.gradient_norms
+
+
+def _cosines(seen: Observed) -> Tensor:
+    assert seen.cosines is not None
+    return seen.cosines
+
+
+def _rest(seen: Observed) -> Tensor:
+    return torch.full_like(seen.losses, 1 - seen.progress, dtype=torch.float64)
+
+
+def _by_scale(scale: Tensor, strength: float) -> Tensor:
+    """[K] shares proportional to s_k^-strength."""
+    scale = scale.maximum(SMALLEST_SCALE * scale.max()).clamp(min=torch.finfo(scale.dtype).tiny)
+    return torch.softmax(-strength * scale.log(), dim=0)
+
+
+def _beside_the_last(usefulness: Tensor, strength: float) -> Tensor:
+    """[K] shares proportional to u_k^strength, with 1 for branch K and 0 for u_k below 0."""
+    powers = usefulness.clamp(min=0) ** strength
+    powers[-1] = 1.0
+    return powers / powers.sum()
+
+
+# What is averaged, and the shares that follow from its mean.
+_RULES: dict[str, tuple[Callable[[Observed], Tensor], Callable[[Tensor, float], Tensor]]] = {
+    "uncertainty": (_losses, _by_scale),
+    "gradient-norm": (_norms, _by_scale),
+    "alignment": (_cosines, _beside_the_last),
+    "anneal": (_rest, _beside_the_last),
+}

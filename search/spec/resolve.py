@@ -169,8 +169,8 @@ def _check_weights(spec: StudySpec) -> None:
     space.check(spec.resolved.num_branches)
     if spec.resources.compile and space.needs_gradients:
         raise InputError(
-            f"weights: {space.name} weights by the norms of the branches' gradients read the "
-            "features inside the network, which resources.compile hides; drop one of the two"
+            f"weights: {space.name} weights by the branches' gradients read the features inside "
+            "the network, which resources.compile hides; drop one of the two"
         )
     if space.is_one_point and spec.search.trials > 1:
         raise InputError(

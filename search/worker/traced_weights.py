@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bdense.files import atomic_write
 from bdense.training.loop import IterationReport
-from bdense.weights.weighting import BranchWeighting
+from bdense.weights.weighting import BranchWeighting, Observed
 from search.study.results import WeightHistory
 
 # Rows of a trial are read whole by every look at the study: its history has to stay small.
@@ -47,9 +47,9 @@ class TracedWeights:
         """As in the weighting."""
         return self._given.needs_gradients
 
-    def observe(self, losses: Tensor, gradient_norms: Tensor | None) -> None:
+    def observe(self, seen: Observed) -> None:
         """As in the weighting."""
-        self._given.observe(losses, gradient_norms)
+        self._given.observe(seen)
 
     def weights(self) -> Tensor:
         """[K] float64 w_1..w_K of the next update."""

@@ -21,8 +21,11 @@ NUM_BRANCHES = 4
 def weights_of(space, params: Mapping[str, Any]) -> list[float]:
     """w_1..w_K after an update that sees branches of different losses."""
     weighting = space.weighting(params, NUM_BRANCHES)
+    from bdense.weights.weighting import Observed
+
     seen = torch.arange(1.0, weighting.num_branches + 1)
-    weighting.observe(seen, seen.square())
+    gradients = {"gradient_norms": seen.square(), "cosines": seen / len(seen)}
+    weighting.observe(Observed(losses=seen, progress=0.5, **gradients))
     return weighting.weights().tolist()
 
 

@@ -7,15 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from bdense.weights.weighting import BranchWeighting
+from bdense.weights.weighting import BranchWeighting, Observed
 
 
 def seen(weighting: BranchWeighting, count: int, first: int = 0) -> None:
     """Show it some updates, always the same."""
     for i in range(first, first + count):
         draw = torch.Generator().manual_seed(i)
-        losses, norms = torch.rand(2, weighting.num_branches, generator=draw) + 0.1
-        weighting.observe(losses, norms if weighting.needs_gradients else None)
+        losses, norms, cosines = torch.rand(3, weighting.num_branches, generator=draw) + 0.1
+        gradients = {"gradient_norms": norms, "cosines": 1.5 - 2 * cosines}
+        given = gradients if weighting.needs_gradients else {}
+        weighting.observe(Observed(losses=losses, progress=i / 10, **given))
 
 
 class WeightingContract:

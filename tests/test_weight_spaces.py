@@ -10,6 +10,7 @@ from bdense.weights import WEIGHT_SPACES, space_of
 from bdense.weights.rules import RULES
 from bdense.weights.spaces import (
     Choice,
+    FreeSpace,
     LearnedSpace,
     LogLinearSpace,
     LogLinearWeights,
@@ -62,6 +63,47 @@ class TestLearned(WeightSpaceContract):
     @pytest.fixture
     def another(self):
         return {"rule": "gradient-norm", "strength": 0.5}
+
+
+class TestFree(WeightSpaceContract):
+    @pytest.fixture
+    def space(self):
+        return FreeSpace()
+
+    @pytest.fixture
+    def point(self):
+        return {"l_1": -1.0, "l_2": 0.5, "l_3": 2.0}
+
+    @pytest.fixture
+    def another(self):
+        return {"l_1": 0.5, "l_2": -1.0, "l_3": 2.0}
+
+
+# ---- free weights ----
+
+
+def test_free_weights_have_the_ratios_that_are_asked_for():
+    """l = ln 2, ln 3 beside w_K give 2 : 3 : 1, of sum 3."""
+    params = {"l_1": math.log(2), "l_2": math.log(3)}
+    weights = FreeSpace(branches=3).weighting(params, 3).weights().tolist()
+    assert weights == pytest.approx([1.0, 1.5, 0.5])
+
+
+def test_uniform_weights_are_the_origin_and_slopes_a_line():
+    space = FreeSpace(branches=4)
+    assert space.coordinates({"baseline": "uniform"}) == (0.0, 0.0, 0.0)
+    line = {f"l_{k}": 0.7 * (k - 4) for k in (1, 2, 3)}
+    found = space.weighting(line, 4).weights()
+    assert found.tolist() == pytest.approx(normalised_weights(0.7, 4)(4).tolist())
+
+
+def test_free_weights_fit_one_number_of_branches():
+    with pytest.raises(InputError, match=r"weights\.branches is 4, and the method has 2 branches"):
+        FreeSpace().check(2)
+    with pytest.raises(InputError, match="of 4 branches do not fit a method of 2"):
+        FreeSpace().weighting({"l_1": 0.0, "l_2": 0.0, "l_3": 0.0}, 2)
+    # Of another K they are known, for an arm of another study.
+    assert space_of({"l_1": 0.3}).name == "free"
 
 
 # ---- log-linear weights ----

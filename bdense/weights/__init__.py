@@ -13,6 +13,7 @@ WEIGHT_SPACES: Registry[type[WeightSpace]] = Registry(
     {
         "log-linear": "bdense.weights.spaces:LogLinearSpace",
         "normalised": "bdense.weights.spaces:NormalisedSpace",
+        "free": "bdense.weights.spaces:FreeSpace",
         "learned": "bdense.weights.spaces:LearnedSpace",
     },
 )

@@ -336,6 +336,67 @@ class NormalisedSpace(_GivenSpace):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FreeSpace(WeightSpace):
+    """Any positive weights of sum K, by the logarithms l_k = log(w_k / w_K), k = 1 .. K - 1."""
+
+    name: ClassVar[str] = "free"
+
+    branches: int = knob(4, "number of branches K, which is the method's", low=2)
+    log_ratio: Range = knob(
+        Range(low=-3.0, high=3.0),
+        "log(w_k / w_K) of each branch but the last: all 0 are uniform weights",
+    )
+
+    def distributions(self) -> Mapping[str, Uniform | Choice]:
+        bounds = Uniform(self.log_ratio.low, self.log_ratio.high)
+        return dict.fromkeys(_log_ratios(self.branches), bounds)
+
+    def reads(self, params: Mapping[str, Any]) -> bool:
+        # What is stored may be of another K.
+        is_own = len(params) > 0 and params.keys() == {*_log_ratios(len(params) + 1)}
+        return is_own or WeightSpace.reads(self, params)
+
+    def own_weighting(self, params: Mapping[str, Any], num_branches: int) -> "BranchWeighting":
+        import torch
+
+        from bdense.weights.weighting import FixedWeights
+
+        if len(params) + 1 != num_branches:
+            raise InputError(
+                f"free weights of {len(params) + 1} branches do not fit a method of {num_branches}"
+            )
+        ratios = [float(params[name]) for name in _log_ratios(num_branches)]
+        logs = torch.tensor([*ratios, 0.0], dtype=torch.float64)
+        return FixedWeights(num_branches * torch.softmax(logs, dim=0))
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return _log_ratios(self.branches)
+
+    def coordinates(self, params: Mapping[str, Any]) -> tuple[float, ...] | None:
+        """The logarithms; uniform weights are at 0."""
+        if BASELINE in params:
+            return (0.0,) * (self.branches - 1) if params[BASELINE] == UNIFORM else None
+        if params.keys() != {*self.axes}:
+            return None
+        return tuple(float(params[name]) for name in self.axes)
+
+    def check(self, num_branches: int) -> None:
+        if self.branches != num_branches:
+            raise InputError(
+                f"weights.branches is {self.branches}, and the method has {num_branches} "
+                f"branches; set weights.branches to {num_branches}"
+            )
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.name, "branches": self.branches}
+
+
+def _log_ratios(num_branches: int) -> tuple[str, ...]:
+    return tuple(f"l_{k}" for k in range(1, num_branches))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LearnedSpace(WeightSpace):
     """Weights that follow the student's own losses or gradients while it trains."""
 

@@ -8,8 +8,9 @@ from typing import Any
 
 from bdense.files import require_new
 from bdense.knobs import from_options
+from search.analysis.comparison import compare
 from search.analysis.confirmation import judged_summary
-from search.analysis.recommendation import assess, assessment
+from search.analysis.recommendation import assess, assessment, noise_of
 from search.report.report_files import HTML_PAGE, write_report
 from search.storage.engine import redact
 from search.storage.stop_flags import CONTINUE, asked_at
@@ -57,6 +58,8 @@ def status(options: argparse.Namespace) -> None:
         print(f"asked to stop at {when}; {CONTINUE}")
     for line in failures(study):
         print(line)
+    if study.is_search and (noise := noise_of(compare(study))).least_difference is not None:
+        print(noise.text())
 
 
 def best(options: argparse.Namespace) -> None:

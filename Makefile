@@ -7,22 +7,22 @@ TEST_JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+SPREAD := --numprocesses $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: search test test-service test-all lint clean
 
 search: $(VENV)/.installed
 	$(BIN)/bdense-search launch $(STUDY)
 
-# Unit tests on several processes, then tests that start Ray, which takes the whole machine.
+# In the order of their files: those that start Ray come first, and wait much, while unit tests run beside them.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow" --numprocesses $(TEST_JOBS) --dist loadfile tests --ignore tests/e2e
-	$(BIN)/python -m pytest -m "not slow" tests/e2e
+	$(BIN)/python -m pytest -m "not slow" $(SPREAD) tests
 
 # Slow tests: the service on real processes (kills and stops, given arms confirmed, promoted and transferred, 200 trials under
-# faults, clusters of other versions, two hosts, docker compose), too little memory, 10,000 trials, compiled networks. In the
-# order of their files, which is the longest first: most of them wait much, so that two at once take little more than one.
+# faults, clusters of other versions, two hosts, docker compose), too little memory, 10,000 trials, compiled networks. The longest
+# files come first.
 test-service: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow --numprocesses $(TEST_JOBS) --dist loadfile --no-loadscope-reorder tests
+	$(BIN)/python -m pytest -m slow $(SPREAD) tests
 
 test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

@@ -7,7 +7,7 @@ from scipy.stats import t
 
 from bdense.metrics.records import FID
 from search.analysis.comparison import ArmResult, Comparison
-from search.analysis.recommendation import noise_of, recommend
+from search.analysis.recommendation import Noise, noise_of, recommend
 from search.study.arms import Arm
 from tests.measured import fid
 
@@ -93,6 +93,17 @@ def test_latents_add_to_the_noise():
     found = noise_of(Comparison(variant={}, results=tuple(results)))
     assert found.latents == pytest.approx(math.sqrt(2 / 3) / 2)
     assert found.least_difference == pytest.approx(t.ppf(0.975, 2) * math.sqrt(1 + 1 / 6))
+
+
+@pytest.mark.parametrize(
+    ("latents", "seeds", "images"),
+    # Of 4096 images: four times as many halve 0.4 to half of 0.4; 1.5625 times, 0.25 to 0.2.
+    [(0.4, 0.4, 16384), (0.25, 0.4, 7168), (0.2, 0.4, None), (None, 0.4, None), (0.4, None, None)],
+)
+def test_images_that_balance_the_noise(latents, seeds, images):
+    found = Noise(latents=latents, seeds=seeds, replicates=3, images=4096)
+    assert found.balanced_images == images
+    assert ("evaluation.images" in found.text()) == (images is not None)
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,13 @@ class Noise:
             images' effects.
         seeds: Its standard deviation over training seeds; None without replicates.
         replicates: Seeds that it was measured from.
+        images: Images of each FID; 0 where there is none.
     """
 
     latents: float | None
     seeds: float | None
     replicates: int
+    images: int = 0
 
     @property
     def least_difference(self) -> float | None:
@@ -46,6 +48,16 @@ class Noise:
             t.ppf((1 + CONFIDENCE) / 2, self.replicates - 1)
             * math.hypot(self.seeds, self.latents or 0.0)
         )
+
+    @property
+    def balanced_images(self) -> int | None:
+        """Images that would make the latents' part half of the seeds'; None where it is already.
+
+        The standard deviation falls with the square root of the images.
+        """
+        if not self.seeds or not self.latents or self.latents <= self.seeds / 2:
+            return None
+        return math.ceil(self.images * (2 * self.latents / self.seeds) ** 2 / 1024) * 1024
 
     def as_dict(self) -> dict[str, float | None]:
         """As ``best --json`` prints it."""
@@ -62,9 +74,11 @@ class Noise:
             return "the noise of these FIDs is not known; plan.replicates: 3 measures it"
         parts = [f"training seeds {self.seeds:.2g}"]
         parts += [] if self.latents is None else [f"latents {self.latents:.2g}"]
+        more = self.balanced_images
+        way_out = f"; evaluation.images: {more} would make the latents' half of the seeds'"
         return (
             f"least difference that this study can tell: {least:.2g} (standard deviations: "
-            f"{', '.join(parts)}; {self.replicates} replicates)"
+            f"{', '.join(parts)}; {self.replicates} replicates)" + way_out * (more is not None)
         )
 
 
@@ -130,6 +144,7 @@ def noise_of(comparison: Comparison) -> Noise:
         latents=math.sqrt(statistics.fmean(e**2 for e in errors)) if errors else None,
         seeds=statistics.stdev(apart) if len(apart) > 1 else None,
         replicates=len(apart),
+        images=plain.conditions.images,
     )
 
 

@@ -210,7 +210,7 @@ class Chaos:
         Later ones leave the study time to go on, as many of them cost a start of Ray.
         """
         is_first = sum(self.hits.values()) < self.round
-        return self._draw.uniform(1.0, 3.0) if is_first else self._draw.uniform(4.0, 8.0)
+        return self._draw.uniform(1.0, 3.0) if is_first else self._draw.uniform(10.0, 20.0)
 
     def end(self) -> None:
         """Thaw what is frozen."""

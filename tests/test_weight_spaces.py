@@ -97,9 +97,10 @@ def test_uniform_weights_are_the_origin_and_slopes_a_line():
     assert found.tolist() == pytest.approx(normalised_weights(0.7, 4)(4).tolist())
 
 
-def test_free_weights_fit_one_number_of_branches():
+def test_free_weights_have_as_many_parameters_as_the_method_asks_for():
+    assert [*FreeSpace().of_branches(2).distributions()] == ["l_1"]
     with pytest.raises(InputError, match=r"weights\.branches is 4, and the method has 2 branches"):
-        FreeSpace().check(2)
+        FreeSpace(branches=4).of_branches(2)
     with pytest.raises(InputError, match="of 4 branches do not fit a method of 2"):
         FreeSpace().weighting({"l_1": 0.0, "l_2": 0.0, "l_3": 0.0}, 2)
     # Of another K they are known, for an arm of another study.

@@ -61,10 +61,10 @@ def chosen_weighting(
             raise InputError(
                 f"--plain leaves one branch, which has no weight, got {_spelt(asked)}; drop one"
             )
-        space = _space(None, {})
+        space = _space(None, {}, num_branches)
         params: dict[str, Any] = {BASELINE: PLAIN}
     else:
-        space = _space(own.weights, given)
+        space = _space(own.weights, given, num_branches)
         params = {name: given.get(name, _USUAL.get(name)) for name in space.distributions()}
         for name, value in params.items():
             if value is None:
@@ -80,10 +80,11 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
     return {names.get(option, option): value for option, value in given.items()}
 
 
-def _space(name: str | None, given: Mapping[str, Any]) -> WeightSpace:
+def _space(name: str | None, given: Mapping[str, Any], num_branches: int) -> WeightSpace:
     """The space that was named, or the first that has these parameters."""
     spaces = WEIGHT_SPACES.values() if name is None else [WEIGHT_SPACES[name]]
-    for space in (each() for each in spaces):
+    for each in spaces:
+        space: WeightSpace = each().of_branches(num_branches)
         if given.keys() <= space.distributions().keys():
             return space
     known = "; ".join(

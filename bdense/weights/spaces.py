@@ -7,8 +7,8 @@ interval's end point.
 import abc
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from bdense.errors import InputError
 from bdense.knobs import KnobError, Knobs, knob
@@ -157,6 +157,14 @@ class WeightSpace(Knobs, abc.ABC):
     def stored(self, params: Mapping[str, Any], num_branches: int) -> dict[str, Any]:
         """What a result keeps of its weights: parameters that mean the same without the space."""
         return dict(params)
+
+    def of_branches(self, num_branches: int) -> Self:
+        """The space for K branches, where its parameters depend on their number.
+
+        Raises:
+            InputError: It is of another number.
+        """
+        return self
 
     def check(self, num_branches: int) -> None:
         """Raise an ``InputError`` if the bounds exclude every point."""
@@ -341,7 +349,7 @@ class FreeSpace(WeightSpace):
 
     name: ClassVar[str] = "free"
 
-    branches: int = knob(4, "number of branches K, which is the method's", low=2)
+    branches: int | None = knob(None, "number of branches K", low=2, none="the method's")
     log_ratio: Range = knob(
         Range(low=-3.0, high=3.0),
         "log(w_k / w_K) of each branch but the last: all 0 are uniform weights",
@@ -349,7 +357,7 @@ class FreeSpace(WeightSpace):
 
     def distributions(self) -> Mapping[str, Uniform | Choice]:
         bounds = Uniform(self.log_ratio.low, self.log_ratio.high)
-        return dict.fromkeys(_log_ratios(self.branches), bounds)
+        return dict.fromkeys(self.axes, bounds)
 
     def reads(self, params: Mapping[str, Any]) -> bool:
         # What is stored may be of another K.
@@ -371,25 +379,26 @@ class FreeSpace(WeightSpace):
 
     @property
     def axes(self) -> tuple[str, ...]:
-        return _log_ratios(self.branches)
+        return _log_ratios(self.branches or _USUAL_BRANCHES)
 
     def coordinates(self, params: Mapping[str, Any]) -> tuple[float, ...] | None:
         """The logarithms; uniform weights are at 0."""
         if BASELINE in params:
-            return (0.0,) * (self.branches - 1) if params[BASELINE] == UNIFORM else None
+            return (0.0,) * len(self.axes) if params[BASELINE] == UNIFORM else None
         if params.keys() != {*self.axes}:
             return None
         return tuple(float(params[name]) for name in self.axes)
 
-    def check(self, num_branches: int) -> None:
-        if self.branches != num_branches:
+    def of_branches(self, num_branches: int) -> Self:
+        if self.branches not in (None, num_branches):
             raise InputError(
                 f"weights.branches is {self.branches}, and the method has {num_branches} "
-                f"branches; set weights.branches to {num_branches}"
+                f"branches; leave it out, or set it to {num_branches}"
             )
+        return replace(self, branches=num_branches)
 
-    def identity(self) -> dict[str, Any]:
-        return {"name": self.name, "branches": self.branches}
+
+_USUAL_BRANCHES = 4  # of a free space without a method: SFD's default
 
 
 def _log_ratios(num_branches: int) -> tuple[str, ...]:

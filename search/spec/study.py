@@ -345,7 +345,7 @@ class StudySpec(Knobs):
         member: WeightSpace = WEIGHT_SPACES[self.weights.name].read(
             self.weights.options, "weights"
         )
-        return member
+        return member if self.facts is None else member.of_branches(self.facts.num_branches)
 
     @property
     def is_search(self) -> bool:

@@ -34,9 +34,15 @@ class Execution(Knobs):
         "bits; with bfloat16 and float16 the weights and their updates stay float32; tf32 and "
         "float16 need a GPU",
     )
-    compile: bool = knob(False, "torch.compile the network: takes minutes, pays off in long runs")
+    compile: bool = knob(
+        False,
+        "torch.compile the network: takes minutes, pays off in long runs, moves numbers by "
+        "rounding",
+    )
     channels_last: bool = knob(
-        False, "keep tensors in NHWC order, which a GPU's tensor cores prefer; slower on CPUs"
+        False,
+        "keep tensors in NHWC order, which a GPU's tensor cores prefer; slower on CPUs, moves "
+        "numbers by rounding",
     )
 
     def require(self, device: "torch.device") -> None:

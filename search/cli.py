@@ -25,7 +25,6 @@ from search.verbs.options import (
     LaunchOptions,
     ListOptions,
     LogsOptions,
-    ParameterOptions,
     PromoteOptions,
     ReportOptions,
     StatusOptions,
@@ -34,6 +33,7 @@ from search.verbs.options import (
     TablesOptions,
     TransferOptions,
     Workers,
+    parameter_options,
 )
 
 VERBS = {
@@ -55,7 +55,7 @@ VERBS = {
         "starts",
         example="bdense-search enqueue digits-nfe2 --a 1.386 --b=-4.274",
         function="search.verbs.steer:enqueue",
-        configs=(EnqueueOptions, ParameterOptions),
+        configs=lambda _: (EnqueueOptions, parameter_options()),
     ),
     "logs": Verb(
         help="show what happened to a trial: its attempts, and its loss per interval and branch",

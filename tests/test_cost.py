@@ -1,6 +1,7 @@
 """What a dry run says of a study's cost, and a launch that would run out of memory."""
 
 import dataclasses
+import itertools
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ from bdense.models.zoo import CHECKPOINTS, EDM_LICENCE
 from search.spec.file import parse, read_tree
 from search.spec.resolve import describe_teacher, resolve
 from search.spec.study import StudySpec
-from search.storage.engine import resolve_storage_url
+from search.storage.engine import cache_folder, resolve_storage_url
 from search.study.study import Study
 from search.verbs.launch import dry_run
 from search.worker import cost
@@ -160,6 +161,30 @@ def test_a_launch_that_goes_on_asks_only_what_is_free(monkeypatch):
         require_room(study, 1)
     with pytest.raises(pytest.fail.Exception, match="measured again"):
         require_room(spec(resources={"gpus": 0}, method__batch=32), 1)
+
+
+def test_a_kept_cost_of_another_form_is_measured_again(monkeypatch):
+    monkeypatch.setattr(cost, "measure", lambda *_, **__: CUDA)
+    study = spec(resources={"gpus": 0})
+    require_room(study, 1)
+    (kept,) = (cache_folder() / "costs").iterdir()
+    kept.write_text("{}")
+    require_room(study, 1)
+
+
+def test_what_is_refused_is_not_kept(monkeypatch):
+    monkeypatch.setattr(cost, "measure", lambda *_, **__: CUDA)
+    with pytest.raises(InputError, match="3 trials of study digits at once"):
+        require_room(spec(resources={"gpus": 0.25}), 3)
+    assert not (cache_folder() / "costs").exists()
+
+
+def test_a_batch_is_timed_apart_from_the_rest_of_its_update(monkeypatch):
+    """By a clock that gives 1, 2, ...: of the second update the batch has 5, the rest 6."""
+    study = spec(resources={"gpus": 0})
+    described, known = describe_teacher(study)
+    stage = cost._first_stage(study, build_denoiser(described), known)
+    assert cost._update_seconds(stage, itertools.count(1).__next__) == (5, 6)
 
 
 def killed(*_: object) -> None:

@@ -17,7 +17,7 @@ from search.run import runner
 from search.spec.study import StudySpec
 from search.storage.engine import resolve_storage_url
 from search.study.study import Study
-from search.worker.ray_tasks import RECORDING, Preparation, WorkerConfig
+from search.worker.ray_tasks import RECORDED, Preparation, WorkerConfig
 from tests.studies import spec
 
 ONE_GPU_EACH = [(8, 1), (8, 1), (8, 1)]
@@ -157,7 +157,7 @@ def started(monkeypatch) -> list[tuple[Any, ...]]:
             tasks.append((*self.asked, given))
 
     monkeypatch.setattr(runner, "_task", Task)
-    left = Preparation(what=RECORDING, done=1, total=9)
+    left = Preparation(what=RECORDED, done=1, total=9)
     monkeypatch.setattr(runner, "_follow", lambda *_: left)
     return tasks
 
@@ -204,7 +204,7 @@ def test_a_machine_can_run_the_preparation(cluster, started, gpus, threads, cpus
     [
         None,
         Preparation(what="teacher", done=1, total=2),
-        Preparation(what=RECORDING, done=9, total=9),
+        Preparation(what=RECORDED, done=9, total=9),
     ],
 )
 def test_where_no_trajectories_are_left_there_is_one_task(cluster, started, monkeypatch, last):

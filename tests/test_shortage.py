@@ -22,7 +22,7 @@ from search.storage.ledger import Ledger
 from search.study.study import Study
 from search.worker import ray_tasks
 from search.worker.ray_tasks import (
-    RECORDING,
+    RECORDED,
     WorkerConfig,
     WorkerError,
     prepare_task,
@@ -127,7 +127,7 @@ def test_the_preparation_records_for_a_while_and_leaves_the_rest(folders, monkey
     for seconds, left in ((-1.0, store.num_shards), (60.0, 0)):
         monkeypatch.setattr(ray_tasks, "RECORDING_SECONDS", seconds)
         *_, last = prepare_task(worker_config(study), 1)
-        assert (last.what, last.total - last.done) == (RECORDING, left)
+        assert (last.what, last.total - last.done) == (RECORDED, left)
         assert len(store.missing()) == left
 
 

@@ -66,7 +66,7 @@ OF_ANY_METHOD = [
 OF_ANY = [
     ({"budgett": 3}, "budgett", "is unknown"),
     ({"method": REMOVED}, "method", "is missing"),
-    ({"weights": "lerned"}, "weights", "normalised, learned; did you mean learned?"),
+    ({"weights": "lerned"}, "weights", "did you mean learned?"),
     ({"weights": {"name": "linear"}}, "weights", "did you mean log-linear?"),
     ({"weights": 3}, "weights", "a mapping with a name and its settings, got 3"),
     ({"weights": {**NORMALISED, "larges": 1}}, "weights.larges", "did you mean largest?"),

@@ -13,28 +13,28 @@ class Measurement:
     """Values of a metric with all conditions that they depend on.
 
     Attributes:
+        nfe: Network evaluations per image.
         images: Number of generated images.
-        reference: Name of the reference set.
-        reference_images: Number of its images; None if a statistics file does not have it.
         extractor: Name of the feature network; only ``inception`` gives what papers call FID.
         extractor_sha256: Hex digest of its weights.
-        nfe: Network evaluations per image.
+        reference: Name of the reference set.
+        reference_images: Number of its images; None if a statistics file does not have it.
         seeds: By name, such as ``training`` and ``evaluation``.
     """
 
     VALUES: ClassVar[tuple[str, ...]]
 
+    nfe: int
     images: int
-    reference: str
-    reference_images: int | None
     extractor: str
     extractor_sha256: str
-    nfe: int
+    reference: str
+    reference_images: int | None
     seeds: dict[str, int]
 
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> Self:
-        """From ``as_dict``, of an earlier version too."""
+        """From ``as_dict``, of another version too: what is not known here is dropped."""
         known = {each.name for each in fields(cls)}
         return cls(**{name: stored[name] for name in known & stored.keys()})
 

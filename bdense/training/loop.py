@@ -324,14 +324,22 @@ class _Step:
         """Norms and cosines of d loss_k / d shared, backwards through the head alone."""
         if not shared:
             return {}
-        each = [torch.autograd.grad(loss, shared[0], retain_graph=True)[0] for loss in losses]
+        # In float32, and one at a time beside the last: they are as large as the features.
+        last = torch.autograd.grad(losses[-1], shared[0], retain_graph=True)[0].float()
+        squares, products = [], []
+        for loss in losses:
+            one = torch.autograd.grad(loss, shared[0], retain_graph=True)[0].float()
+            squares.append(one.norm().square())
+            products.append((one * last).sum())
         # Over the whole batch: products add up over the shares, each a mean over its own images.
-        squares = self.team.mean(torch.stack([one.norm() for one in each]).square())
-        products = self.team.mean(torch.stack([(one * each[-1]).sum() for one in each]))
-        tiny = torch.finfo(squares.dtype).tiny
+        norms, agreeing = (
+            self.team.mean(torch.stack(each)) / self.team.size for each in (squares, products)
+        )
+        norms = norms.sqrt()
+        tiny = torch.finfo(norms.dtype).tiny
         return {
-            "gradient_norms": (squares / self.team.size).sqrt(),
-            "cosines": products / (squares * squares[-1]).sqrt().clamp(min=tiny),
+            "gradient_norms": norms,
+            "cosines": agreeing / (norms * norms[-1]).clamp(min=tiny),
         }
 
     def _named(

@@ -33,7 +33,7 @@ class OptimisationConfig(Knobs):
     )
     lr_schedule: LRSchedule = knob(
         "constant",
-        "step size over the run: constant, linear (falls to 0), or step (a tenth in the second "
+        "step size over each stage: constant, linear (falls to 0), or step (a tenth in the second "
         "half)",
     )
     warmup_images: int = knob(

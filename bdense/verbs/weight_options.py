@@ -1,14 +1,14 @@
 """Options for the branch weights of every registered weight space; does not import torch."""
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bdense.errors import InputError
 from bdense.knobs import KnobError, Knobs, from_options, knob, spelt_options
 from bdense.weights import WEIGHT_SPACES
-from bdense.weights.parameters import given_parameters, parameter_knobs
+from bdense.weights.parameters import SET_HELP, given_parameters, parameter_knobs
 from bdense.weights.spaces import BASELINE, PLAIN, WeightSpace
 
 if TYPE_CHECKING:
@@ -35,11 +35,14 @@ class WeightOptions(Knobs):
         f"weight space: {', '.join(WEIGHT_SPACES)}",
         none="the first of them that has the parameters given",
     )
+    set: tuple[str, ...] | None = knob(
+        None, SET_HELP, metavar="NAME=VALUE", none=None, form="repeated"
+    )
 
 
 def parameter_options() -> type[Knobs]:
     """The parameters as options of ``bdense distill``."""
-    return parameter_knobs(_HEADING, _USUAL, _OPTIONS)
+    return parameter_knobs(_HEADING, usual=_USUAL, names=_OPTIONS)
 
 
 def chosen_weighting(
@@ -54,7 +57,8 @@ def chosen_weighting(
     Raises:
         InputError: No space has all these parameters, or one is missing.
     """
-    own, given = from_options(WeightOptions, options), _given(options)
+    own = from_options(WeightOptions, options)
+    given = _given(options, own.set or ())
     if own.plain:
         asked = given | ({"weights": own.weights} if own.weights else {})
         if asked:
@@ -68,31 +72,34 @@ def chosen_weighting(
         params = {name: given.get(name, _USUAL.get(name)) for name in space.distributions()}
         for name, value in params.items():
             if value is None:
-                raise KnobError(_option(name), f"is missing: the weights {space.name} need it")
+                option = f"--set {name}=" if space.by_branches else _option(name)
+                raise KnobError(option, f"is missing: the weights {space.name} need it")
     space.weighting(params, num_branches)  # raises if a parameter is out of range
     return lambda: space.weighting(params, num_branches)
 
 
-def _given(options: argparse.Namespace) -> dict[str, Any]:
+def _given(options: argparse.Namespace, assigned: Iterable[str]) -> dict[str, Any]:
     """The parameters on the command line, by the spaces' names for them."""
     names = {option: parameter for parameter, option in _OPTIONS.items()}
-    given = given_parameters(parameter_options(), options)
+    given = given_parameters(parameter_options(), options, assigned)
     return {names.get(option, option): value for option, value in given.items()}
 
 
 def _space(name: str | None, given: Mapping[str, Any], num_branches: int) -> WeightSpace:
     """The space that was named, or the first that has these parameters."""
-    spaces = WEIGHT_SPACES.values() if name is None else [WEIGHT_SPACES[name]]
-    for each in spaces:
-        space: WeightSpace = each().of_branches(num_branches)
-        if given.keys() <= space.distributions().keys():
-            return space
-    known = "; ".join(
-        f"{each}: {' '.join(map(_option, WEIGHT_SPACES[each]().distributions()))}"
-        for each in WEIGHT_SPACES
-    )
+    spaces = [each() for each in WEIGHT_SPACES.values()]
+    for space in spaces:
+        if name == space.name or (name is None and not space.by_branches):
+            of_k: WeightSpace = space.of_branches(num_branches)
+            if given.keys() <= of_k.distributions().keys():
+                return of_k
+    known = "; ".join(f"{each.name}: {' '.join(map(_option, _names(each)))}" for each in spaces)
     of = "no weight space has" if name is None else f"the weights {name} do not have"
     raise InputError(f"{of} {_spelt(given)}; there are {known}")
+
+
+def _names(space: WeightSpace) -> list[str]:
+    return ["set"] if space.by_branches else [*space.distributions()]
 
 
 def _option(parameter: str) -> str:

@@ -1,39 +1,51 @@
-"""The parameters of all registered weight spaces as knobs; does not import torch."""
+"""The parameters of all registered weight spaces as options; does not import torch."""
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
+from bdense.errors import InputError
 from bdense.knobs import Knobs, from_options, knob, knobs_of
 from bdense.weights import WEIGHT_SPACES
 from bdense.weights.spaces import Choice, WeightSpace
 
+SET_HELP = "value of a parameter of the weight space, as in --set l_1=0.5; once for each parameter"
+
 
 def parameter_knobs(
-    heading: str, usual: Mapping[str, Any] | None = None, names: Mapping[str, str] | None = None
+    heading: str,
+    *,
+    usual: Mapping[str, Any] | None = None,
+    names: Mapping[str, str] | None = None,
+    taken: Collection[str] = (),
 ) -> type[Knobs]:
     """A class with an optional knob for each parameter of the registered spaces.
+
+    Parameters that depend on the number of branches have none, nor those of another package whose
+    name is none for an option or is ``taken``: --set gives them.
 
     Args:
         heading: Of the group in help.
         usual: What a parameter is where it is left out, for help.
         names: Of knobs that are not called as their parameter.
+        taken: Names of the command's other knobs.
     """
-    spaces = [WEIGHT_SPACES[name]() for name in WEIGHT_SPACES]
+    spaces = [space for each in WEIGHT_SPACES.values() if not (space := each()).by_branches]
     fields = {}
     for parameter in dict.fromkeys(name for space in spaces for name in space.distributions()):
+        name = (names or {}).get(parameter, parameter)
+        if not name.isidentifier() or name in taken:
+            continue
         having = [space for space in spaces if parameter in space.distributions()]
-        distribution = having[0].distributions()[parameter]
-        kind: Any = float
-        if isinstance(distribution, Choice):
-            kind = Literal[distribution.options]
+        is_word = isinstance(having[0].distributions()[parameter], Choice)
+        # Which words a space takes is the space's to say: a study may search fewer.
+        kind: Any = str if is_word else float
         declared = knob(
             None,
             f"{_help(having[0], parameter)} ({', '.join(space.name for space in having)})",
             none=f"{usual[parameter]:g}" if usual and parameter in usual else "",
         )
-        name = (names or {}).get(parameter, parameter)
         fields[name] = (name, kind | None, declared)
     return dataclasses.make_dataclass(
         "WeightParameters",
@@ -46,11 +58,37 @@ def parameter_knobs(
     )
 
 
-def given_parameters(knobs: type[Knobs], options: argparse.Namespace) -> dict[str, Any]:
-    """The parameters on the command line, by the names of their knobs."""
+def given_parameters(
+    knobs: type[Knobs], options: argparse.Namespace, assigned: Iterable[str] = ()
+) -> dict[str, Any]:
+    """The parameters on the command line, by the names of their knobs.
+
+    Args:
+        knobs: Of ``parameter_knobs``.
+        options: What the parser made of the command line.
+        assigned: Each NAME=VALUE of --set; a value that is a number becomes one.
+
+    Raises:
+        InputError: One is given twice, or is no NAME=VALUE.
+    """
     values = from_options(knobs, options)
     named = {name: getattr(values, name) for name in knobs_of(knobs)}
-    return {name: value for name, value in named.items() if value is not None}
+    given = {name: value for name, value in named.items() if value is not None}
+    for text in assigned:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise InputError(f"--set must be NAME=VALUE, got {text}")
+        if name in given:
+            raise InputError(f"parameter {name} is given twice; give it once")
+        given[name] = _number(value)
+    return given
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _help(space: WeightSpace, parameter: str) -> str:

@@ -22,5 +22,5 @@ def require_strength(strength: float, rule: str | None = None) -> None:
         raise KnobError(
             "strength",
             f"{strength:g} would reverse the rule {rule}, which has no reverse; let it be 0 or "
-            "more, as in strength: {low: 0, high: 1.5}",
+            "more",
         )

@@ -87,6 +87,7 @@ class WeightSpace(Knobs, abc.ABC):
     """
 
     name: ClassVar[str]
+    by_branches: ClassVar[bool] = False  # whether its parameters depend on K
 
     @abc.abstractmethod
     def distributions(self) -> Mapping[str, Uniform | Choice]:
@@ -170,8 +171,8 @@ class WeightSpace(Knobs, abc.ABC):
         """Raise an ``InputError`` if the bounds exclude every point."""
         return
 
-    def require_finite(self, params: Mapping[str, Any], num_branches: int) -> None:
-        """Raise an ``InputError`` if the weights have no positive, finite sum at that K."""
+    def require_fitting(self, params: Mapping[str, Any], num_branches: int) -> None:
+        """Raise an ``InputError`` if the parameters give no weights at that K."""
         return
 
     def at_another_k(self, params: Mapping[str, Any], searched_at: int, num_branches: int) -> str:
@@ -180,7 +181,7 @@ class WeightSpace(Knobs, abc.ABC):
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether some of its weightings need the norm of each branch's gradient."""
+        """Whether some of its weightings need the branches' gradients."""
         return False
 
     @property
@@ -272,7 +273,7 @@ class _GivenSpace(WeightSpace):
         weights = self.weights(params, num_branches)
         return {"a": weights.a, "b": weights.b}
 
-    def require_finite(self, params: Mapping[str, Any], num_branches: int) -> None:
+    def require_fitting(self, params: Mapping[str, Any], num_branches: int) -> None:
         if not 0 < sum(self.weights(params, num_branches).values(num_branches)) < math.inf:
             raise InputError(
                 f"the weights of {self.label(params)} have no positive, finite sum at K = "
@@ -348,6 +349,7 @@ class FreeSpace(WeightSpace):
     """Any positive weights of sum K, by the logarithms l_k = log(w_k / w_K), k = 1 .. K - 1."""
 
     name: ClassVar[str] = "free"
+    by_branches: ClassVar[bool] = True
 
     branches: int | None = knob(None, "number of branches K", low=2, none="the method's")
     log_ratio: Range = knob(
@@ -369,10 +371,7 @@ class FreeSpace(WeightSpace):
 
         from bdense.weights.weighting import FixedWeights
 
-        if len(params) + 1 != num_branches:
-            raise InputError(
-                f"free weights of {len(params) + 1} branches do not fit a method of {num_branches}"
-            )
+        self.require_fitting(params, num_branches)
         ratios = [float(params[name]) for name in _log_ratios(num_branches)]
         logs = torch.tensor([*ratios, 0.0], dtype=torch.float64)
         return FixedWeights(num_branches * torch.softmax(logs, dim=0))
@@ -389,7 +388,19 @@ class FreeSpace(WeightSpace):
             return None
         return tuple(float(params[name]) for name in self.axes)
 
+    def require_fitting(self, params: Mapping[str, Any], num_branches: int) -> None:
+        if len(params) + 1 != num_branches:
+            raise InputError(
+                f"free weights of {len(params) + 1} branches do not fit a method of "
+                f"{num_branches}; search them at that number, or choose normalised weights"
+            )
+
     def of_branches(self, num_branches: int) -> Self:
+        if num_branches < 2:
+            raise InputError(
+                "weights: free needs a method of 2 branches or more, and this one has 1; raise "
+                "method.substeps, or choose normalised weights"
+            )
         if self.branches not in (None, num_branches):
             raise InputError(
                 f"weights.branches is {self.branches}, and the method has {num_branches} "
@@ -422,7 +433,9 @@ class LearnedSpace(WeightSpace):
         Range(low=-1.0, high=1.5),
         "exponent of the rule: 0 is uniform, 1 the rule itself, below 0 the reverse of a scale",
     )
-    memory: int = knob(100, "updates until an old one counts 1 / e in the scale", low=1)
+    memory: int = knob(
+        100, "updates until an old one counts 1 / e in what is averaged; not for anneal", low=1
+    )
 
     def __post_init__(self) -> None:
         Knobs.__post_init__(self)

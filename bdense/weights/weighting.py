@@ -4,7 +4,8 @@ B-DENSE (arXiv 2602.15971) leaves learning them to future work. The rules here s
 
     w_k = K u_k^strength / sum_j u_j^strength,
 
-so their sum is K, as in the normalised search. strength 0 is uniform, 1 the rule itself. u_k is
+so their sum is K, as in the normalised search. strength 0 is uniform (0^0 = 1: a conflicting
+branch counts only there), 1 the rule itself. u_k is
 1 / s_k with a running mean s_k of the branch's scale, or a running mean of its agreement with
 branch K, or what is left of the training. K branches.
 """
@@ -134,7 +135,7 @@ class LearnedWeights:
         num_branches: K.
         rule: One of ``RULES``.
         strength: Exponent of u_k.
-        memory: Updates over which an old one's share in a mean falls to 1 / e.
+        memory: Updates over which an old one's share in a mean falls to 1 / e; not of ``anneal``.
     """
 
     learns: ClassVar[bool] = True
@@ -161,9 +162,9 @@ class LearnedWeights:
         return self.rule in GRADIENT_RULES
 
     def observe(self, seen: Observed) -> None:
-        signal, _ = _RULES[self.rule]
-        keep = 0.0 if self.rule == "anneal" else 1 - 1 / self.memory
-        value = signal(seen)
+        rule = _RULES[self.rule]
+        keep = 1 - 1 / self.memory if rule.averages else 0.0
+        value = rule.signal(seen)
         before = torch.zeros_like(value, dtype=torch.float64) if self._sum is None else self._sum
         self._sum = keep * before + value
         self._seen = keep * self._seen + 1
@@ -171,8 +172,8 @@ class LearnedWeights:
     def weights(self) -> Tensor:
         if self._sum is None:
             return torch.ones(self.num_branches, dtype=torch.float64)
-        _, shares = _RULES[self.rule]
-        return self.num_branches * shares(self._sum / self._seen, self.strength)
+        mean = self._sum / self._seen
+        return self.num_branches * _RULES[self.rule].shares(mean, self.strength)
 
     def state(self) -> dict[str, Tensor]:
         if self._sum is None:
@@ -218,10 +219,18 @@ def _beside_the_last(usefulness: Tensor, strength: float) -> Tensor:
     return powers / powers.sum()
 
 
-# What is averaged, and the shares that follow from its mean.
-_RULES: dict[str, tuple[Callable[[Observed], Tensor], Callable[[Tensor, float], Tensor]]] = {
-    "uncertainty": (_losses, _by_scale),
-    "gradient-norm": (_norms, _by_scale),
-    "alignment": (_cosines, _beside_the_last),
-    "anneal": (_rest, _beside_the_last),
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """What is seen of the branches, [K], and the shares that follow from its mean or its last."""
+
+    signal: Callable[[Observed], Tensor]
+    shares: Callable[[Tensor, float], Tensor]
+    averages: bool = True
+
+
+_RULES = {
+    "uncertainty": _Rule(_losses, _by_scale),
+    "gradient-norm": _Rule(_norms, _by_scale),
+    "alignment": _Rule(_cosines, _beside_the_last),
+    "anneal": _Rule(_rest, _beside_the_last, averages=False),
 }

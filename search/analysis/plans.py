@@ -70,7 +70,7 @@ def plan_transfer(study: Study, to: StudySpec, *, top: int, seeds: int) -> Study
         seeds: Number of fresh seeds.
 
     Raises:
-        InputError: No trial of the study is complete, or both are one.
+        InputError: No trial of the study is complete, both are one, or weights do not fit.
         SpecChangedError: The stored transfer is of other conditions.
     """
     if to.name == study.name:
@@ -78,6 +78,7 @@ def plan_transfer(study: Study, to: StudySpec, *, top: int, seeds: int) -> Study
             f"--to names study {study.name} itself; give another's file, or confirm it instead"
         )
     arms = [plain_arm(to), uniform_arm(), *choose(study, require_trials(study), top)]
+    _require_fitting(arms, to)
     name = f"{to.name}{FROM}{study.name}"
     planned = Study.create(study.url, given_arms(to, name), facts={"of": study.name})
     planned.plan(arms, fresh_seeds(to, seeds))
@@ -107,7 +108,7 @@ def plan_promotion(
         InputError: The sum of the weights is no positive, finite number.
         SpecChangedError: A promotion of that name has other conditions.
     """
-    space_of(arm.params).require_finite(arm.params, spec.resolved.num_branches)
+    _require_fitting([arm], spec)
     planned = Study.create(url, spec, facts={"of": of})
     planned.plan([plain_arm(spec), uniform_arm(), arm], seeds, variants)
     return planned
@@ -122,11 +123,19 @@ def plan_given(url: str, spec: StudySpec) -> Study:
     """
     plan = spec.given
     arms = [_named(url, spec, each) for each in plan.arms]
+    _require_fitting(arms, spec)
     named = [each for each in plan.arms if isinstance(each, dict)]
     sources = [str(each["winner_of"]) for each in named if "winner_of" in each]
     planned = Study.create(url, spec, facts={"of": sources[0]} if sources else {})
     planned.plan(arms, plan.seeds, plan.variants)
     return planned
+
+
+def _require_fitting(arms: Sequence[Arm], spec: StudySpec) -> None:
+    """Refuse weights that the method's number of branches has no use for."""
+    for arm in arms:
+        if arm.baseline is None:
+            space_of(arm.params).require_fitting(arm.params, spec.resolved.num_branches)
 
 
 def fresh_seeds(spec: StudySpec, count: int, used: Collection[int] = ()) -> list[int]:

@@ -29,13 +29,13 @@ class Noise:
             images' effects.
         seeds: Its standard deviation over training seeds; None without replicates.
         replicates: Seeds that it was measured from.
-        images: Images of each FID; 0 where there is none.
+        images: Images of each FID; None where there is none.
     """
 
     latents: float | None
     seeds: float | None
     replicates: int
-    images: int = 0
+    images: int | None = None
 
     @property
     def least_difference(self) -> float | None:
@@ -55,7 +55,7 @@ class Noise:
 
         The standard deviation falls with the square root of the images.
         """
-        if not self.seeds or not self.latents or self.latents <= self.seeds / 2:
+        if not (self.seeds and self.latents and self.images) or self.latents <= self.seeds / 2:
             return None
         return math.ceil(self.images * (2 * self.latents / self.seeds) ** 2 / 1024) * 1024
 
@@ -75,7 +75,9 @@ class Noise:
         parts = [f"training seeds {self.seeds:.2g}"]
         parts += [] if self.latents is None else [f"latents {self.latents:.2g}"]
         more = self.balanced_images
-        way_out = f"; evaluation.images: {more} would make the latents' half of the seeds'"
+        way_out = (
+            f"; evaluation.images: {more} in a new study would make the second half the first"
+        )
         return (
             f"least difference that this study can tell: {least:.2g} (standard deviations: "
             f"{', '.join(parts)}; {self.replicates} replicates)" + way_out * (more is not None)

@@ -35,7 +35,7 @@ from search.storage.stop_flags import Launch, is_asked, stopped_error
 from search.study.artifacts import artifacts_place
 from search.study.study import Study
 from search.worker.ray_tasks import (
-    RECORDING,
+    RECORDED,
     Preparation,
     WorkerConfig,
     WorkerError,
@@ -284,7 +284,7 @@ def _prepare(
     cpus = max(spec.resources.cpus, min(threads, most_cpus))
     tell(Preparation(what="waiting", done=0, total=1))
     last = _follow([_task(prepare_task, cpus, gpus).remote(worker, together)], tell)
-    if last is not None and last.what == RECORDING and last.done < last.total:
+    if last is not None and last.what == RECORDED and last.done < last.total:
         record, parts = _task(record_task, spec.resources.cpus / team, gpus), slots * team
         _follow([record.remote(worker, part, parts) for part in range(parts)], tell)
 

@@ -162,16 +162,19 @@ def _with_facts(
     return replace(spec, method=chosen, facts=facts)
 
 
+_HIDDEN = (
+    "weights by the branches' gradients read the features inside the network, which "
+    "resources.compile hides; drop one of the two"
+)
+
+
 def _check_weights(spec: StudySpec) -> None:
     if not spec.is_search:
         return
     space = spec.space
     space.check(spec.resolved.num_branches)
     if spec.resources.compile and space.needs_gradients:
-        raise InputError(
-            f"weights: {space.name} weights by the branches' gradients read the features inside "
-            "the network, which resources.compile hides; drop one of the two"
-        )
+        raise InputError(f"weights: {_HIDDEN}")
     if space.is_one_point and spec.search.trials > 1:
         raise InputError(
             f"plan.trials: {spec.search.trials} trials would all be the same, as weights has one "
@@ -199,7 +202,12 @@ def _check_plan(spec: StudySpec) -> None:
         return
     require_sampler(spec)
     make_pruner(spec)
-    variant(spec, spec.confirm.method, "confirm.method")
+    confirmed = variant(spec, spec.confirm.method, "confirm.method")
+    if confirmed.space.distributions().keys() != spec.space.distributions().keys():
+        raise InputError(
+            f"confirm.method {spec.confirm.method} changes the number of branches, which the "
+            f"parameters of {spec.space.name} weights depend on; leave it as it is"
+        )
 
 
 def _check_intermediate(spec: StudySpec) -> None:
@@ -234,7 +242,9 @@ def _check_arms(spec: StudySpec) -> None:
         if isinstance(arm, str) or "winner_of" in arm:
             continue
         try:
-            space_of(arm).weighting(arm, spec.resolved.num_branches)
+            weighting = space_of(arm).weighting(arm, spec.resolved.num_branches)
+            if spec.resources.compile and weighting.needs_gradients:
+                raise InputError(_HIDDEN)
         except (InputError, TypeError) as error:
             raise SpecError.under(f"plan.arms.{index}", error) from error
     for index, changes in enumerate(spec.given.variants):

@@ -133,7 +133,8 @@ class TrialResult:
             own["fids"] = {key: FID.read(fid) for key, fid in own["fids"].items()}
         own["intermediate"] = [IntermediateFID.read(one) for one in own.get("intermediate", [])]
         if "weights_over_time" in own:
-            own["weights_over_time"] = WeightHistory(**own["weights_over_time"])
+            history = own["weights_over_time"]
+            own["weights_over_time"] = WeightHistory(history["iterations"], history["weights"])
         named = {name: attrs[name] for name in PARAMETERS if name in attrs}
         own["parameters"] = named | own.get("parameters", {})
         missing: dict[str, Any] = dict.fromkeys(("fingerprint", "device", "worker"), "")

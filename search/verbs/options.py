@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bdense.knobs import Knobs, knob, knob_of, knobs_of
-from bdense.weights.parameters import parameter_knobs
+from bdense.weights.parameters import SET_HELP, parameter_knobs
 from search.spec.study import ConfirmSpec, SearchPlan
 
 FRESH_SEEDS: int = knobs_of(ConfirmSpec)["seeds"].default
@@ -95,16 +95,13 @@ class EnqueueOptions(StudyOptions):
     """``enqueue``."""
 
     set: tuple[str, ...] | None = knob(
-        None,
-        "value of a parameter of the study's weight space, as in --set a=1.386; once for each "
-        "parameter",
-        metavar="NAME=VALUE",
-        none=None,
-        form="repeated",
+        None, SET_HELP, metavar="NAME=VALUE", none=None, form="repeated"
     )
 
 
-ParameterOptions = parameter_knobs("branch weights")
+def parameter_options() -> type[Knobs]:
+    """The parameters of the weight spaces as options of ``enqueue``."""
+    return parameter_knobs("branch weights", taken=knobs_of(EnqueueOptions))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,6 +172,7 @@ class PromoteOptions(StorageOptions):
         ConfirmOptions,
         "kimg",
         None,
+        help="training length of each student in thousands of images",
         none="the variants of --to or confirm.method of the study, else the method's own",
     )
     arm: Literal["plain", "uniform", "weights"] | None = knob(

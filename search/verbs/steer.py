@@ -1,7 +1,6 @@
 """While a study runs: ``stop`` it, ``enqueue`` a point, read the ``logs`` of a trial."""
 
 import argparse
-import contextlib
 import json
 import sys
 import time
@@ -11,7 +10,7 @@ from typing import Any
 from bdense.errors import BdenseError, InputError
 from bdense.knobs import from_options
 from bdense.weights.parameters import given_parameters
-from bdense.weights.spaces import Uniform, require_point
+from bdense.weights.spaces import require_point
 from search.report.log_lines import HEADER, log_line
 from search.storage.ledger import MENDABLE, Ledger
 from search.storage.stop_flags import ask_all, held
@@ -19,16 +18,9 @@ from search.study.folders import row_folder
 from search.study.study import Study
 from search.study.trial_log import LOG_FILE, read_log
 from search.verbs.common import open_study
-from search.verbs.options import EnqueueOptions, LogsOptions, ParameterOptions, StopOptions
+from search.verbs.options import EnqueueOptions, LogsOptions, StopOptions, parameter_options
 
 POLL_SECONDS = 0.5
-
-
-def _assignment(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not (name and equals and value):
-        raise InputError(f"--set must be NAME=VALUE, got {text}")
-    return name, value
 
 
 def stop(options: argparse.Namespace) -> None:
@@ -61,11 +53,7 @@ def stop(options: argparse.Namespace) -> None:
 def enqueue(options: argparse.Namespace) -> None:
     """Plan the point, and say when it runs."""
     asked = from_options(EnqueueOptions, options)
-    params = given_parameters(ParameterOptions, options)
-    for name, value in map(_assignment, asked.set or ()):
-        if name in params:
-            raise InputError(f"parameter {name} is given twice; give it once")
-        params[name] = value
+    params = given_parameters(parameter_options(), options, asked.set or ())
     # Checked against the stored spec, which workers use; the file may have changed since.
     for line in _planned(open_study(options), params):
         print(line)
@@ -74,12 +62,7 @@ def enqueue(options: argparse.Namespace) -> None:
 def _planned(study: Study, given: Mapping[str, Any]) -> list[str]:
     """Plan a point before any suggested one; lines that say what happens to it."""
     spec, trials = study.spec, study.search
-    distributions = spec.space.distributions()
-    read = {
-        name: _number(value) if isinstance(distributions.get(name), Uniform) else value
-        for name, value in given.items()
-    }
-    params = require_point(spec.space, read, spec.resolved.num_branches)
+    params = require_point(spec.space, given, spec.resolved.num_branches)
     text = ", ".join(f"{k} {v:g}" if isinstance(v, float) else str(v) for k, v in params.items())
     if not trials.enqueue(params, again=MENDABLE):
         return [f"{text} is a trial of study {study.name} already; nothing is planned"]
@@ -97,13 +80,6 @@ def _planned(study: Study, given: Mapping[str, Any]) -> list[str]:
             "it is the next to run; if no launcher is at work: bdense-search launch STUDY.yaml"
         )
     return lines
-
-
-def _number(value: Any) -> Any:  # noqa: ANN401  as the user gave it
-    """A text as the number that it names; anything else is left to ``require_point``."""
-    with contextlib.suppress(TypeError, ValueError):
-        return float(value)
-    return value
 
 
 def logs(options: argparse.Namespace) -> None:

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import json
 import multiprocessing
-import platform
 import resource
 import signal
 import time
@@ -19,6 +18,7 @@ from typing import Any, cast
 
 import torch
 
+from bdense import NUMERICS
 from bdense.data.datasets import Dataset
 from bdense.diffusion.branches import export_branch
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
@@ -35,7 +35,7 @@ from bdense.training.loop import IterationReport, train
 from bdense.weights.spaces import uniform_weights
 from bdense.weights.weighting import FixedWeights
 from search.spec.resolve import describe_teacher, execution
-from search.spec.study import StudySpec, fingerprint_of
+from search.spec.study import StudySpec, as_plain, fingerprint_of
 from search.storage.engine import cache_folder
 from search.study.wording import duration
 from search.worker.assets import use_device
@@ -124,10 +124,7 @@ def require_room(spec: StudySpec, together: int) -> None:
         InputError: They need too much memory; says what to lower. Or as of ``measure``.
     """
     kept = _kept_cost(spec)
-    if kept.exists():
-        found = TrialCost(**json.loads(kept.read_text()))
-        found = dataclasses.replace(found, free_bytes=_free_bytes(found.device))
-    else:
+    if (found := _read_cost(kept)) is None:
         measured = measure(spec, download=True)
         assert measured is not None  # there was no limit of time
         found = measured
@@ -141,20 +138,35 @@ def require_room(spec: StudySpec, together: int) -> None:
             f"{_gib(needed)} and {'the GPU' if found.device == 'cuda' else 'this machine'} has "
             f"{_gib(found.free_bytes)} free; {fewer}{_smaller(spec)}"
         )
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(kept) as scratch:
-        scratch.write_text(json.dumps(dataclasses.asdict(found)))
+    if not kept.exists():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(kept) as scratch:
+            scratch.write_text(json.dumps(dataclasses.asdict(found)))
 
 
 def _kept_cost(spec: StudySpec) -> Path:
-    """File of the cost of such a trial on such a machine."""
-    settings = spec.as_dict()
-    for key in ("name", "plan", "facts"):  # a trial costs the same in any study
-        settings.pop(key, None)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    by = [package_versions(), platform.node(), gpu]
-    digest = fingerprint_of({"settings": settings, "contents": spec.contents(), "by": by})
-    return cache_folder() / "costs" / f"{digest}.json"
+    """File of the cost of such a trial: on a machine with such a GPU, of this software."""
+    described, _ = describe_teacher(spec)
+    resources, evaluation = spec.resources, spec.evaluation
+    uses_gpu = resources.gpus != 0 and torch.cuda.is_available()
+    key = {
+        "teacher": described,
+        "method": as_plain(spec.method),
+        "trajectories": as_plain(spec.trajectories),
+        "evaluation": [evaluation.batch, evaluation.images, evaluation.extractor],
+        "execution": [as_plain(execution(spec)), resources.threads, resources.team],
+        "by": [package_versions(), NUMERICS, torch.cuda.get_device_name() if uses_gpu else "cpu"],
+    }
+    return cache_folder() / "costs" / f"{fingerprint_of(key)}.json"
+
+
+def _read_cost(kept: Path) -> TrialCost | None:
+    """The cost, with what is free now; None where none is kept, or of another form."""
+    try:
+        found = TrialCost(**json.loads(kept.read_text()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    return dataclasses.replace(found, free_bytes=_free_bytes(found.device))
 
 
 def _free_bytes(device: str) -> int:

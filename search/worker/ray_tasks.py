@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 RECORDING_SECONDS = 10.0
-RECORDING = "trajectories"
+RECORDED = "trajectories"
 MAX_STARTS = 3
 PATIENCE_SECONDS = 300.0
 
@@ -182,13 +182,13 @@ def _recorded(
         missing = [shard for shard in store.missing() if shard % parts == part]
         if missing:
             done = store.num_shards - len(store.missing())
-            yield Preparation(what=RECORDING, done=done, total=store.num_shards, remark=remark)
+            yield Preparation(what=RECORDED, done=done, total=store.num_shards, remark=remark)
         for shard in missing:
             if time.monotonic() > deadline:
                 return
             store.record_shard(shard)
             done = store.num_shards - len(store.missing())
-            yield Preparation(what=RECORDING, done=done, total=store.num_shards, remark=remark)
+            yield Preparation(what=RECORDED, done=done, total=store.num_shards, remark=remark)
 
 
 def slot(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -224,12 +224,12 @@ class LedgerContract(Deaths, Planned, Stops):
     # Leases.
 
     def test_a_live_trial_is_nobody_elses(self, scene):
-        ledger = scene.open(budget=1, ttl=3.0)
+        ledger, other = scene.open(budget=1, ttl=3.0), scene.open()
         claim = take(ledger)
         with ledger.holding(claim) as held:
             deadline = time.monotonic() + 4.5
             while time.monotonic() < deadline:
-                assert scene.open().claim(SPACE, RandomSampler) == Wait()
+                assert other.claim(SPACE, RandomSampler) == Wait()
                 held.check()
         complete(ledger, claim)
         assert scene.settle().complete == 1

@@ -14,6 +14,7 @@ import torch
 
 from bdense.errors import InputError
 from bdense.weights.spaces import BASELINE, PLAIN, UNIFORM, Choice, Uniform, require_point
+from bdense.weights.weighting import Observed
 
 NUM_BRANCHES = 4
 
@@ -21,8 +22,6 @@ NUM_BRANCHES = 4
 def weights_of(space, params: Mapping[str, Any]) -> list[float]:
     """w_1..w_K after an update that sees branches of different losses."""
     weighting = space.weighting(params, NUM_BRANCHES)
-    from bdense.weights.weighting import Observed
-
     seen = torch.arange(1.0, weighting.num_branches + 1)
     gradients = {"gradient_norms": seen.square(), "cosines": seen / len(seen)}
     weighting.observe(Observed(losses=seen, progress=0.5, **gradients))

@@ -1,11 +1,14 @@
 """Branch weights on the command line: any registered space's parameters, or none with --plain."""
 
+import math
+
 import pytest
 import torch
 
 from bdense.cli import make_parser
 from bdense.errors import InputError
 from bdense.verbs.weight_options import chosen_weighting
+from bdense.weights.rules import RULES
 from bdense.weights.spaces import LogLinearWeights, normalised_weights
 from bdense.weights.weighting import BranchWeighting, LearnedWeights
 from tests.plugins import example_package
@@ -13,10 +16,10 @@ from tests.plugins import example_package
 __all__ = ["example_package"]
 
 
-def weighting(*arguments: object) -> BranchWeighting:
-    """What ``bdense distill`` trains K = 4 branches with."""
+def weighting(*arguments: object, branches: int = 4) -> BranchWeighting:
+    """What ``bdense distill`` trains K branches with."""
     given = ["distill", "teacher", "--out", "x", *map(str, arguments)]
-    return chosen_weighting(make_parser(given).parse_args(given), 4)()
+    return chosen_weighting(make_parser(given).parse_args(given), branches)()
 
 
 @pytest.mark.parametrize(
@@ -53,3 +56,22 @@ def test_a_space_of_another_package_has_its_options(capsys):
     with pytest.raises(SystemExit, match="0"):
         make_parser(["distill"]).parse_args(["distill", "--help"])
     assert "weight of branch K (end-point)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_may_be_asked_for(rule):
+    assert weighting("--learn", rule).describe()["rule"] == rule
+
+
+def test_free_weights_are_set_by_name_for_any_number_of_branches():
+    given = ("--weights", "free", "--set", f"l_1={math.log(3)}")
+    assert weighting(*given, branches=2).weights().tolist() == pytest.approx([1.5, 0.5])
+    with pytest.raises(InputError, match=r"--set l_2= is missing"):
+        weighting(*given, branches=3)
+    with pytest.raises(InputError, match="2 branches or more"):
+        weighting("--weights", "free", branches=1)
+
+
+@pytest.mark.parametrize("given", [(), ("--a", 1), ("--learn", "anneal")])
+def test_one_branch_takes_the_weights_of_the_other_spaces(given):
+    assert len(weighting(*given, branches=1).weights()) == 1

@@ -165,7 +165,7 @@ def test_a_launch_that_goes_on_asks_only_what_is_free(monkeypatch):
 
 def test_a_kept_cost_of_another_form_is_measured_again(monkeypatch):
     monkeypatch.setattr(cost, "measure", lambda *_, **__: CUDA)
-    study = spec(resources={"gpus": 0})
+    study = spec(resources={"gpus": 0.25})
     require_room(study, 1)
     (kept,) = (cache_folder() / "costs").iterdir()
     kept.write_text("{}")

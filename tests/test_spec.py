@@ -137,7 +137,7 @@ SFD_ALONE = [
     (
         {"weights": LEARNED, "resources": {"compile": True}},
         "weights",
-        "learned .* resources.compile",
+        "gradients .* resources.compile",
     ),
     ({"plan__trails": 3}, "plan.trails", "did you mean trials?"),
     ({"plan__at": [0.01]}, "plan.at", "[0.01] of 40 updates .* after [0]"),

@@ -180,7 +180,7 @@ def test_strength_zero_is_uniform_weights_bit_for_bit(rule):
     ("options", "message"),
     [
         ({"num_branches": 0, "rule": "uncertainty"}, r"num_branches \(K\) must be at least 1"),
-        ({"num_branches": 4, "rule": "hope"}, "rule 'hope' is unknown; choose from"),
+        ({"num_branches": 4, "rule": "hope"}, "rule must be one of uncertainty, .*, got hope"),
         (
             {"num_branches": 4, "rule": "uncertainty", "strength": float("nan")},
             r"strength must lie in -10\.\.10, got nan",

@@ -74,7 +74,10 @@ def chosen_weighting(
             if value is None:
                 option = f"--set {name}=" if space.by_branches else _option(name)
                 raise KnobError(option, f"is missing: the weights {space.name} need it")
-    space.weighting(params, num_branches)  # raises if a parameter is out of range
+    try:
+        space.weighting(params, num_branches)
+    except KnobError as error:
+        raise KnobError(_option(error.name), error.problem) from error
     return lambda: space.weighting(params, num_branches)
 
 
@@ -87,9 +90,10 @@ def _given(options: argparse.Namespace, assigned: Iterable[str]) -> dict[str, An
 
 def _space(name: str | None, given: Mapping[str, Any], num_branches: int) -> WeightSpace:
     """The space that was named, or the first that has these parameters."""
-    spaces = [each() for each in WEIGHT_SPACES.values()]
-    for space in spaces:
-        if name == space.name or (name is None and not space.by_branches):
+    spaces: list[WeightSpace] = [each() for each in WEIGHT_SPACES.values()]
+    asked = spaces if name is None else [WEIGHT_SPACES[name]()]
+    for space in asked:
+        if name is not None or not space.by_branches:
             of_k: WeightSpace = space.of_branches(num_branches)
             if given.keys() <= of_k.distributions().keys():
                 return of_k

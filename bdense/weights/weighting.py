@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bdense.errors import InputError
+from bdense.knobs import KnobError
 from bdense.weights.rules import GRADIENT_RULES, RULES, require_strength
 
 # Without AFS a branch may start at its target, where its L1 loss is rounding noise. No scale
@@ -150,7 +151,7 @@ class LearnedWeights:
         if self.num_branches < 1:
             raise InputError(f"num_branches (K) must be at least 1, got {self.num_branches}")
         if self.rule not in RULES:
-            raise InputError(f"weight rule {self.rule!r} is unknown; choose from {list(RULES)}")
+            raise KnobError("rule", f"must be one of {', '.join(RULES)}, got {self.rule}")
         require_strength(self.strength, self.rule)
         if self.memory < 1:
             raise InputError(f"weight memory must be at least 1 update, got {self.memory}")

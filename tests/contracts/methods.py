@@ -21,7 +21,6 @@ from bdense.methods.method import Inputs, Method, StagePlan
 from bdense.models.store import denoiser_sha256, load_denoiser, load_tensors
 from bdense.training.loop import Evaluations, train
 from bdense.training.stage import BranchMeans, Training
-from bdense.weights.rules import RULES
 from bdense.weights.weighting import BranchWeighting, FixedWeights, LearnedWeights
 from tests.small import same_weights
 
@@ -139,7 +138,8 @@ class TrainingContract:
             "fixed": lambda k: FixedWeights(torch.linspace(0.5, 1.5, k, dtype=torch.float64))
         }
         if self.learning().num_branches > 1:
-            for rule in RULES:
+            # One by gradients and a mean, one by progress.
+            for rule in ("alignment", "anneal"):
                 found[rule] = lambda k, rule=rule: LearnedWeights(k, rule=rule)
         return found
 

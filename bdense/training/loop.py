@@ -160,8 +160,7 @@ def _train(
     student = widen_head(stage.start, weighting.num_branches).train(stage.dropout)
     stage.begin(student)
     optimizer = stage.optimisation.make_optimizer(student.parameters())
-    share = stage.optimisation.ema_share(stage.batch_size)
-    average = None if share is None else Average.of(student)
+    average = Average.of(student) if stage.optimisation.averages else None
     trained = student if average is None else average.network
     kept = TrainingCheckpoint(
         path=checkpoint,
@@ -188,8 +187,9 @@ def _train(
             group["lr"] = lr
         batch = stage.batch(iteration, images)
         steps = [step(iteration, update) for update in stage.updates(iteration, batch)]
-        if average is not None and share is not None:
-            average.add(student, share)
+        if average is not None:
+            where = iteration, stage.num_updates, stage.batch_size
+            average.add(student, stage.optimisation.share_at(*where))
         done = iteration + 1
         # Before the save: a caller that has lost its right to the checkpoint ends the run here.
         try:

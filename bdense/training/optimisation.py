@@ -45,6 +45,13 @@ class OptimisationConfig(Knobs):
         above=0,
         none="no average",
     )
+    tail: float | None = knob(
+        None,
+        "average the student's weights evenly over this last share of each stage, as in 0.25",
+        above=0,
+        high=1,
+        none="no average",
+    )
     rescale_weights: bool = knob(
         False, "divide the branch weights by their sum, as clipped gradients see their scale"
     )
@@ -61,6 +68,8 @@ class OptimisationConfig(Knobs):
                 "betas",
                 f"{list(self.betas)} need optimizer=adam or adamw; sgd has no moments",
             )
+        if self.tail is not None and self.ema is not None:
+            raise KnobError("tail", f"{self.tail:g} and ema are two averages; drop one of them")
 
     def lr_at(self, iteration: int, num_updates: int, batch: int) -> float:
         """The step size of that iteration, counted from 0.
@@ -99,9 +108,23 @@ class OptimisationConfig(Knobs):
         """The branch weights [K] as the loss uses them."""
         return weights / weights.sum() if self.rescale_weights else weights
 
-    def ema_share(self, batch: int) -> float | None:
-        """The share of the newest weights in the average at each iteration; None without one."""
-        return None if self.ema is None else 1 - math.pow(0.5, batch / self.ema)
+    @property
+    def averages(self) -> bool:
+        """Whether the result is an average of the iterates."""
+        return self.ema is not None or self.tail is not None
+
+    def share_at(self, iteration: int, num_updates: int, batch: int) -> float:
+        """The share of the newest weights in the average, after that iteration; 1 without one.
+
+        Args:
+            iteration: As of ``lr_at``, with the rest.
+        """
+        if self.ema is not None:
+            return 1 - math.pow(0.5, batch / self.ema)
+        if self.tail is None:
+            return 1.0
+        first = min(round((1 - self.tail) * num_updates), num_updates - 1)
+        return 1 / max(1, iteration - first + 1)
 
     def changed(self) -> dict[str, Any]:
         """The knobs of optimisation that are off their default, as JSON values.

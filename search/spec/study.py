@@ -396,7 +396,8 @@ class StudySpec(Knobs):
         kept: dict[str, Any] = {
             "numerics": NUMERICS,
             "evaluation": {"images": self.evaluation.images},
-            "method": as_plain(self.method),
+            # A study from before a knob is a study at its default, under the same fingerprint.
+            "method": {k: v for k, v in as_plain(self.method).items() if (k, v) != ("tail", None)},
         }
         if self.teacher.train is not None:
             kept["teacher"] = {"train": as_plain(self.teacher.train)}

@@ -413,21 +413,32 @@ class MethodContract(TrainingContract):
         with pytest.raises(InputError, match=f"there are {count} branch weights"):
             train(stage, FixedWeights(torch.ones(count)))
 
-    def test_the_average_of_the_weights_is_what_is_returned(self):
-        """A halflife of one batch halves every share."""
-        stage = Watched(self.learning(ema=self.config().batch))
+    def averaged(self, **options: Any) -> tuple[Watched, list[dict[str, Tensor]], NetworkDenoiser]:
+        """A stage, the student's weights after each iteration, and what is returned."""
+        stage = Watched(self.learning(**options))
         steps: list[dict[str, Tensor]] = []
 
         def note(_) -> None:
             steps.append(copy.deepcopy(stage.student.state_dict()))
 
-        averaged = train(stage, self.weighting(stage), on_iteration=note)
+        result = train(stage, self.weighting(stage), on_iteration=note)
+        assert not same_weights(result, stage.student)
+        return stage, steps, result
+
+    def test_the_average_of_the_weights_is_what_is_returned(self):
+        """A halflife of one batch halves every share."""
+        stage, steps, averaged = self.averaged(ema=self.config().batch)
         expected = widen_head(stage.start, stage.num_branches).state_dict()
         for step in steps:
             expected = {name: expected[name].lerp(step[name], 0.5) for name in step}
         for name, value in averaged.state_dict().items():
             torch.testing.assert_close(value, expected[name])
-        assert not same_weights(averaged, stage.student)
+
+    def test_the_mean_over_the_last_half_is_what_is_returned(self):
+        _, steps, averaged = self.averaged(tail=0.5)
+        last = steps[round(len(steps) / 2) :]
+        for name, value in averaged.state_dict().items():
+            torch.testing.assert_close(value, torch.stack([s[name] for s in last]).mean(0))
 
     # ---- knobs ----
 
@@ -550,5 +561,6 @@ SHARED_OTHERS: dict[str, tuple[Any, ...]] = {
     "warmup_images": (64,),
     "weight_decay": (0.1,),
     "ema": (8.0,),
+    "tail": (0.5,),
     "clip_norm": (0.01,),
 }

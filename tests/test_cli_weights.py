@@ -68,6 +68,8 @@ def test_free_weights_are_set_by_name_for_any_number_of_branches():
     assert weighting(*given, branches=2).weights().tolist() == pytest.approx([1.5, 0.5])
     with pytest.raises(InputError, match=r"--set l_2= is missing"):
         weighting(*given, branches=3)
+    with pytest.raises(InputError, match=r"--set l_1= must be a number, got high"):
+        weighting("--weights", "free", "--set", "l_1=high", branches=2)
     with pytest.raises(InputError, match="2 branches or more"):
         weighting("--weights", "free", branches=1)
 

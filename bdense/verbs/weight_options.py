@@ -9,7 +9,7 @@ from bdense.errors import InputError
 from bdense.knobs import KnobError, Knobs, from_options, knob, spelt_options
 from bdense.weights import WEIGHT_SPACES
 from bdense.weights.parameters import SET_HELP, given_parameters, parameter_knobs
-from bdense.weights.spaces import BASELINE, PLAIN, WeightSpace
+from bdense.weights.spaces import BASELINE, PLAIN, Choice, WeightSpace
 
 if TYPE_CHECKING:
     from bdense.weights.weighting import BranchWeighting
@@ -69,11 +69,14 @@ def chosen_weighting(
         params: dict[str, Any] = {BASELINE: PLAIN}
     else:
         space = _space(own.weights, given, num_branches)
-        params = {name: given.get(name, _USUAL.get(name)) for name in space.distributions()}
+        distributions = space.distributions()
+        params = {name: given.get(name, _USUAL.get(name)) for name in distributions}
         for name, value in params.items():
+            option = f"--set {name}=" if space.by_branches else _option(name)
             if value is None:
-                option = f"--set {name}=" if space.by_branches else _option(name)
                 raise KnobError(option, f"is missing: the weights {space.name} need it")
+            if isinstance(value, str) and not isinstance(distributions[name], Choice):
+                raise KnobError(option, f"must be a number, got {value}")
     try:
         space.weighting(params, num_branches)
     except KnobError as error:

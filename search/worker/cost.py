@@ -124,10 +124,9 @@ def require_room(spec: StudySpec, together: int) -> None:
         InputError: They need too much memory; says what to lower. Or as of ``measure``.
     """
     kept = _kept_cost(spec)
-    if (found := _read_cost(kept)) is None:
-        measured = measure(spec, download=True)
-        assert measured is not None  # there was no limit of time
-        found = measured
+    known = _read_cost(kept)
+    found = measure(spec, download=True) if known is None else known
+    assert found is not None  # there was no limit of time
     if found.device == "cuda":  # trials that hold whole GPUs do not share one
         share = spec.resources.gpus
         together = min(together, 1 if share == "auto" or share >= 1 else int(1 / share + 1e-9))
@@ -138,7 +137,7 @@ def require_room(spec: StudySpec, together: int) -> None:
             f"{_gib(needed)} and {'the GPU' if found.device == 'cuda' else 'this machine'} has "
             f"{_gib(found.free_bytes)} free; {fewer}{_smaller(spec)}"
         )
-    if not kept.exists():
+    if known is None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(kept) as scratch:
             scratch.write_text(json.dumps(dataclasses.asdict(found)))

@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parents[1] / "docker" / "launch.sh"
 COMMAND = f"""#!{sys.executable}
 import os, signal, sys, time
 def save(*_):
-    print("saved", flush=True)
+    os.write(1, b"saved\\n")  # print may be at work just now
     sys.exit(130)
 signal.signal(signal.SIGTERM, save)
 print("began", *sys.argv[1:], flush=True)

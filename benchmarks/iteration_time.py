@@ -131,7 +131,8 @@ def block_of(kind: str, tick: Callable[..., None], *, is_old: bool) -> Callable[
     network = of("SongUNet")(of("SongUNetConfig")(img_resolution=8, img_channels=1, **shape))
     ones = torch.ones(4, dtype=torch.float64)
     if kind == "teacher":
-        config = of("TeacherConfig")(images=images, batch=BATCH, network=shape)
+        length = {"images": images} if is_old else {"kimg": images / 1000}
+        config = of("TeacherConfig")(**length, batch=BATCH, network=shape)
         return lambda: of("train_teacher")(data, config, device=cpu, on_iteration=tick)
     if kind == "progressive":
         teacher = of("NetworkDenoiser")(network, of("Cosine")()).eval()

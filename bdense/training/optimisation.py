@@ -114,15 +114,16 @@ class OptimisationConfig(Knobs):
         return self.ema is not None or self.tail is not None
 
     def share_at(self, iteration: int, num_updates: int, batch: int) -> float:
-        """The share of the newest weights in the average, after that iteration; 1 without one.
+        """The share of the newest weights in the average, after that iteration.
+
+        Until the tail begins the average is the student itself.
 
         Args:
             iteration: As of ``lr_at``, with the rest.
         """
         if self.ema is not None:
             return 1 - math.pow(0.5, batch / self.ema)
-        if self.tail is None:
-            return 1.0
+        assert self.tail is not None
         first = min(round((1 - self.tail) * num_updates), num_updates - 1)
         return 1 / max(1, iteration - first + 1)
 

@@ -442,7 +442,8 @@ class LearnedSpace(WeightSpace):
         if not self.rules or len(set(self.rules)) < len(self.rules):
             raise KnobError(
                 "rules",
-                f"{list(self.rules)} must name one rule or more, each once; leave it out for all",
+                f"{list(self.rules)} must name one rule or more, each once; leave it out for "
+                f"{' and '.join(SCALE_RULES)}",
             )
         for rule in self.rules:
             for bound in (self.strength.low, self.strength.high):

@@ -5,9 +5,9 @@ B-DENSE (arXiv 2602.15971) leaves learning them to future work. The rules here s
     w_k = K u_k^strength / sum_j u_j^strength,
 
 so their sum is K, as in the normalised search. strength 0 is uniform (0^0 = 1: a conflicting
-branch counts only there), 1 the rule itself. u_k is
-1 / s_k with a running mean s_k of the branch's scale, or a running mean of its agreement with
-branch K, or what is left of the training. K branches.
+branch counts only there), 1 the rule itself. u_k is 1 / s_k with a running mean s_k of the
+branch's scale, or a running mean of its agreement with branch K, or what is left of the training.
+K branches.
 """
 
 from collections.abc import Callable, Mapping

@@ -105,7 +105,7 @@ def plan_promotion(
         variants: Settings of the method to train each under.
 
     Raises:
-        InputError: The sum of the weights is no positive, finite number.
+        InputError: The weights do not fit the method's number of branches.
         SpecChangedError: A promotion of that name has other conditions.
     """
     _require_fitting([arm], spec)

@@ -76,7 +76,8 @@ class Noise:
         parts += [] if self.latents is None else [f"latents {self.latents:.2g}"]
         more = self.balanced_images
         way_out = (
-            f"; evaluation.images: {more} in a new study would make the second half the first"
+            f"; evaluation.images: {more} in a new study would make the latents' half of the "
+            "seeds'"
         )
         return (
             f"least difference that this study can tell: {least:.2g} (standard deviations: "

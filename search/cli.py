@@ -17,6 +17,7 @@ from search.verbs.options import (
     CleanOptions,
     ConfirmOptions,
     DashboardOptions,
+    DeleteOptions,
     DoctorOptions,
     DryRun,
     EnqueueOptions,
@@ -32,6 +33,7 @@ from search.verbs.options import (
     StorageOptions,
     TablesOptions,
     TransferOptions,
+    TrialsOptions,
     Workers,
     parameter_options,
 )
@@ -93,6 +95,12 @@ VERBS = {
         function="search.verbs.show:status",
         configs=(StatusOptions,),
     ),
+    "trials": Verb(
+        help="list a study's trials and baselines: state, FID, seconds, seed, weights",
+        example="bdense-search trials digits-nfe2 --csv > trials.csv",
+        function="search.verbs.show:trials",
+        configs=(TrialsOptions,),
+    ),
     "best": Verb(
         help="show a study's best branch weights beside its baselines",
         example="bdense-search best digits-nfe2 --json",
@@ -124,6 +132,13 @@ VERBS = {
         example="bdense-search clean digits-nfe2 --checkpoints --students",
         function="search.verbs.clean:clean",
         configs=(CleanOptions,),
+    ),
+    "delete": Verb(
+        help="delete a study with its baselines, its confirmation, and their folders of students "
+        "and pictures",
+        example="bdense-search delete digits-nfe2",
+        function="search.verbs.delete:delete",
+        configs=(DeleteOptions,),
     ),
     "doctor": Verb(
         help="check this machine, the storage and its studies for problems",

@@ -156,6 +156,14 @@ def attached(storage: RDBStorage, trial: FrozenTrial) -> list[ArtifactMeta]:
     return retrying(lambda: get_all_artifact_meta(trial, storage=storage))
 
 
+def remove_attached(storage: RDBStorage, trials: Sequence[FrozenTrial], store: Store) -> None:
+    """Delete the files of trials' artifacts, as far as they are there."""
+    for trial in trials:
+        for meta in attached(storage, trial):
+            with contextlib.suppress(ArtifactNotFound, FileNotFoundError):
+                store.remove(meta.artifact_id)
+
+
 def is_stored(store: Store, artifact_id: str) -> bool:
     """Whether the file of an artifact is there."""
     try:

@@ -212,6 +212,21 @@ class StatusOptions(StudyOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrialsOptions(StudyOptions):
+    """``trials``."""
+
+    csv: bool = flag("print CSV, with a column for each parameter and weight")
+    json: bool = flag("print one array of objects")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeleteOptions(StudyOptions):
+    """``delete``."""
+
+    yes: bool = flag("do not ask")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BestOptions(StudyOptions):
     """``best``."""
 

@@ -1,4 +1,4 @@
-"""Read studies: ``list``, ``status``, ``best``, ``report``, ``export``, ``dashboard``."""
+"""Verbs that read studies: ``list``, ``status``, ``trials``, ``best`` and those that follow."""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bdense.errors import InputError
 from bdense.files import require_new
 from bdense.knobs import from_options
 from search.analysis.comparison import compare
@@ -16,6 +17,7 @@ from search.storage.engine import redact
 from search.storage.stop_flags import CONTINUE, asked_at
 from search.study.catalogue import list_studies, studies_json, studies_table
 from search.study.summary import best_json, counts_json, failures, headline, table
+from search.study.trial_list import list_rows, rows_csv, rows_table
 from search.study.wording import duration
 from search.uploading import Place, is_url
 from search.verbs.common import open_study, storage_url
@@ -26,6 +28,7 @@ from search.verbs.options import (
     ListOptions,
     ReportOptions,
     StatusOptions,
+    TrialsOptions,
 )
 
 
@@ -60,6 +63,22 @@ def status(options: argparse.Namespace) -> None:
         print(line)
     if study.is_search and (noise := noise_of(compare(study))).least_difference is not None:
         print(noise.text())
+
+
+def trials(options: argparse.Namespace) -> None:
+    """Print a line for each row that was started."""
+    study = open_study(options, reading=True)
+    rows, asked = list_rows(study), from_options(TrialsOptions, options)
+    if asked.csv and asked.json:
+        raise InputError("--csv and --json are two forms; give one of them")
+    if asked.json:
+        print(json.dumps([row.as_dict() for row in rows]))
+    elif asked.csv:
+        print(rows_csv(rows), end="")
+    elif rows:
+        print(*rows_table(study, rows), sep="\n")
+    else:
+        print(f"{headline(study)}; none has started yet")
 
 
 def best(options: argparse.Namespace) -> None:

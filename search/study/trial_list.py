@@ -1,0 +1,146 @@
+"""``trials``: each row of a study that was started, as a table, as CSV or as JSON."""
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from optuna.trial import TrialState
+
+from search.storage.leases import SURPLUS
+from search.storage.ledger import Ledger
+from search.study.arms import ArmRow
+from search.study.study import Study
+from search.study.wording import align
+
+_STATES = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.RUNNING)
+_NAMES = {TrialState.FAIL: "failed"}
+_READ = ("timings", "reason", "student", "weights", "tries", "worker", SURPLUS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListedRow:
+    """One row.
+
+    Attributes:
+        study: Name of the Optuna study that holds it: the study's own, or its baselines'.
+        number: In that study.
+        state: complete, pruned, failed or running.
+        arm: Name of a given arm; None for a point that was sampled.
+        params: Parameters of the weights.
+        seed: Of the training.
+        variant: Settings of the method that differ from the study's.
+        weights: w_1..w_K; empty where it is not complete.
+        fid: None where it is not complete.
+        seconds: Spent on it by its last worker; None where it is not complete.
+        tries: Attempts that counted against it; None where it has not ended.
+        reason: Why it failed or was pruned.
+        student: Its file below the runs.
+        worker: Who finished it.
+    """
+
+    study: str
+    number: int
+    state: str
+    arm: str | None
+    params: dict[str, Any]
+    seed: int
+    variant: dict[str, Any]
+    weights: list[float]
+    fid: float | None
+    seconds: float | None
+    tries: int | None
+    reason: str | None
+    student: str | None
+    worker: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """As ``trials --json`` prints it."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def list_rows(study: Study) -> list[ListedRow]:
+    """The rows of a study, its baselines first, by number."""
+    return [row for ledger in reversed(study.ledgers) for row in _rows_of(study, ledger)]
+
+
+def rows_csv(rows: Sequence[ListedRow]) -> str:
+    """A header and a line for each row; each parameter and weight has a column."""
+    params = list(dict.fromkeys(name for row in rows for name in row.params))
+    branches = max((len(row.weights) for row in rows), default=0)
+    lines = []
+    for row in rows:
+        values = row.as_dict()
+        del values["params"], values["weights"], values["variant"]
+        # Branch K is the last column, also of plain distillation, which has no other.
+        weights: list[float | None] = [None] * (branches - len(row.weights)) + row.weights
+        lines.append(
+            values
+            | {name: row.params.get(name) for name in params}
+            | {name: row.variant.get(name) for name in _variants(rows)}
+            | {f"w_{k}": weight for k, weight in enumerate(weights, 1)}
+        )
+    text = io.StringIO()
+    if lines:
+        writer = csv.DictWriter(text, lines[0])
+        writer.writeheader()
+        writer.writerows(lines)
+    return text.getvalue()
+
+
+def rows_table(study: Study, rows: Sequence[ListedRow]) -> list[str]:
+    """A header and a line for each row."""
+    space = study.spec.space
+    cells = [("trial", "state", "FID", "seconds", "seed", "weights")]
+    for row in rows:
+        changed = [f"{name} {value}" for name, value in row.variant.items()]
+        label = ", ".join([row.arm or space.label(row.params), *changed])
+        cells.append(
+            (
+                str(row.number) if row.study == study.name else f"baseline {row.number}",
+                row.state,
+                "-" if row.fid is None else f"{row.fid:.3f}",
+                "-" if row.seconds is None else f"{row.seconds:.0f}",
+                str(row.seed),
+                label if row.reason is None else f"{label}: {row.reason}",
+            )
+        )
+    return align(cells)
+
+
+def _rows_of(study: Study, ledger: Ledger) -> Iterator[ListedRow]:
+    # Read once: a study may have 10,000 rows.
+    seed, arms, variants = study.spec.seeds.training, study.arms, study.variants
+    found = [
+        (trial, state)
+        for state in _STATES
+        for trial in ledger.rows(state, _READ)
+        if SURPLUS not in trial.user_attrs
+    ]
+    for trial, state in sorted(found, key=lambda each: each[0].number):
+        own: dict[str, Any] = {"arm": None, "params": trial.params, "seed": seed, "variant": {}}
+        if ledger is study.given:
+            row = ArmRow.of(trial.params)
+            arm, variant = arms[row.arm], variants[row.variant]
+            own = {"arm": arm.name, "params": arm.params, "seed": row.seed, "variant": variant}
+        stored = trial.user_attrs
+        timings = stored.get("timings")
+        yield ListedRow(
+            **own,
+            study=ledger.study.study_name,
+            number=trial.number,
+            state=_NAMES.get(state, state.name.lower()),
+            weights=list(stored.get("weights", [])),
+            fid=trial.value if state is TrialState.COMPLETE else None,
+            seconds=None if timings is None else sum(timings.values()),
+            tries=stored.get("tries"),
+            reason=stored.get("reason"),
+            student=stored.get("student"),
+            worker=stored.get("worker"),
+        )
+
+
+def _variants(rows: Sequence[ListedRow]) -> list[str]:
+    """Settings of the method in which rows differ."""
+    return list(dict.fromkeys(name for row in rows for name in row.variant))

@@ -30,7 +30,6 @@ from search.verbs.options import (
     ReportOptions,
     StatusOptions,
     StopOptions,
-    StorageOptions,
     TablesOptions,
     TransferOptions,
     TrialsOptions,
@@ -43,7 +42,7 @@ VERBS = {
         help="start a study, or continue it if its name is already in the storage",
         example="bdense-search launch studies/digits-nfe2.yaml --trials 32",
         function="search.verbs.launch:launch_study",
-        configs=(StorageOptions, FileOptions, LaunchOptions, Workers, DryRun),
+        configs=(LaunchOptions, Workers, DryRun),
     ),
     "stop": Verb(
         help="stop a study: its workers save and release their trials, and its launchers exit "

@@ -1,33 +1,27 @@
 """Run what is left of a study; the ``launch`` verb with its result."""
 
-from pathlib import Path
-
-from search.analysis.plans import plan_given
 from search.log import say, speaking_of
 from search.report.live import Showing
 from search.report.overview import overview_of
 from search.run.progress import Display, snapshot_of
 from search.run.runner import run
-from search.spec.study import StudySpec
 from search.study.folders import named_file
 from search.study.study import Study
 from search.study.summary import copy_baselines, failures, headline
 from search.study.wording import align
 
 
-def launch(spec: StudySpec, url: str, source: Path, workers: int | None) -> tuple[str, bool]:
+def launch(study: Study, source: str, workers: int | None) -> tuple[str, bool]:
     """Run a study to its end; progress goes to stderr.
 
     Args:
-        spec: The study, resolved.
-        url: Its storage.
-        source: The study file, for the commands that are suggested.
+        study: The study, planned.
+        source: Its file or name, for the commands that are suggested.
         workers: Trials at once; None lets the cluster decide.
 
     Returns:
         The result for people, and whether any row is complete.
     """
-    study = Study.create(url, spec) if spec.is_search else plan_given(url, spec)
     run_rows(study, workers)
     overview = overview_of(study)
     result = [*align(overview.table()), *overview.remarks()] if not overview.is_empty else []
@@ -66,7 +60,7 @@ def run_rows(study: Study, workers: int | None) -> None:
     showing.finish()
 
 
-def _next(study: Study, source: Path) -> list[str]:
+def _next(study: Study, source: str) -> list[str]:
     """Commands for a finished study."""
     lines = ["see it in the browser:   bdense-search dashboard"]
     if not study.is_search:

@@ -27,15 +27,20 @@ def use_workers(options: argparse.Namespace) -> int | None:
     return asked.workers
 
 
+def is_file(given: str) -> bool:
+    """Whether a study is given by its file rather than by its name."""
+    return Path(given).suffix in (".yaml", ".yml")
+
+
 def study_name(given: str) -> str:
     """The name of a study given by name or by its YAML file.
 
     Raises:
         SpecError: A file is named that holds no study.
     """
-    path = Path(given)
-    if path.suffix not in (".yaml", ".yml"):
+    if not is_file(given):
         return given
+    path = Path(given)
     try:
         tree = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -65,9 +70,8 @@ def open_search(options: argparse.Namespace) -> Study:
     """
     study = open_study(options)
     _ = study.search  # refuses given arms
-    path = Path(options.study)
     # Also by name: a teacher's file, the data or the engine's numerics may have changed since.
-    spec = read_spec(path) if path.suffix in (".yaml", ".yml") else study.spec
+    spec = read_spec(Path(options.study)) if is_file(options.study) else study.spec
     study.refuse_other_conditions(spec)
     return study
 

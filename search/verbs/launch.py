@@ -1,35 +1,51 @@
 """``bdense-search launch``: start or continue a study, or print its cost."""
 
 import argparse
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
 
-from bdense.errors import BdenseError
+from bdense.errors import BdenseError, InputError
 from bdense.knobs import from_options
+from search.analysis.plans import plan_given
 from search.run.launch import launch
 from search.spec.file import as_yaml, read_spec
 from search.spec.study import StudySpec
-from search.verbs.common import storage_url, use_workers
-from search.verbs.options import DryRun, FileOptions, LaunchOptions
+from search.study.study import Study
+from search.verbs.common import is_file, storage_url, use_workers
+from search.verbs.options import DryRun, LaunchOptions
 
 
 def launch_study(options: argparse.Namespace) -> None:
     """Launch it, or print what it would cost."""
     workers = use_workers(options)
-    file, trials = (
-        from_options(FileOptions, options).study,
-        from_options(LaunchOptions, options).trials,
-    )
-    changes: dict[str, Any] = {}
-    if trials is not None:
-        changes = {"plan": {"trials": trials}}
-    spec = read_spec(file, changes)
+    asked = from_options(LaunchOptions, options)
+    url, by_name = storage_url(options), not is_file(asked.study)
+    if by_name:
+        spec = Study.open(url, asked.study).spec
+        if asked.trials is not None:
+            spec = _with_trials(spec, asked.trials)
+    else:
+        changes = {} if asked.trials is None else {"plan": {"trials": asked.trials}}
+        spec = read_spec(Path(asked.study), changes)
     if from_options(DryRun, options).dry_run:
         dry_run(spec, workers)
         return
-    result, succeeded = launch(spec, storage_url(options), file, workers)
+    if spec.is_search:
+        study = Study.create(url, spec)
+    else:
+        study = Study.open(url, spec.name) if by_name else plan_given(url, spec)
+    result, succeeded = launch(study, asked.study, workers)
     print(result)
     if not succeeded:
         raise BdenseError(f"no row of study {spec.name} is complete; the reasons are above")
+
+
+def _with_trials(spec: StudySpec, trials: int) -> StudySpec:
+    if not spec.is_search:
+        raise InputError(
+            f"--trials {trials}: {spec.name} has given arms and no trials; leave it out"
+        )
+    return replace(spec, plan=replace(spec.search, trials=trials))
 
 
 def dry_run(spec: StudySpec, workers: int | None) -> None:

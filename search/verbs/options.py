@@ -75,9 +75,14 @@ class DryRun(Knobs):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LaunchOptions(Knobs):
+class LaunchOptions(StorageOptions):
     """``launch``."""
 
+    study: str = knob(
+        help="the study file, or the name of a study in the storage",
+        metavar="STUDY",
+        form="positional",
+    )
     trials: int | None = knob_of(SearchPlan, "trials", None, none="plan.trials of the file")
 
 

@@ -16,10 +16,10 @@ from tests.plugins import example_package
 __all__ = ["example_package"]
 
 
-def weighting(*arguments: object, branches: int = 4) -> BranchWeighting:
-    """What ``bdense distill`` trains K branches with."""
+def weighting(*arguments: object, branches: int = 4, intervals: int = 2) -> BranchWeighting:
+    """What ``bdense distill`` trains K branches with, in S intervals."""
     given = ["distill", "teacher", "--out", "x", *map(str, arguments)]
-    return chosen_weighting(make_parser(given).parse_args(given), branches)()
+    return chosen_weighting(make_parser(given).parse_args(given), branches, intervals)()
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,16 @@ def test_free_weights_are_set_by_name_for_any_number_of_branches():
         weighting("--weights", "free", "--set", "l_1=high", branches=2)
     with pytest.raises(InputError, match="2 branches or more"):
         weighting("--weights", "free", branches=1)
+
+
+def test_slopes_are_set_by_name_for_any_number_of_intervals():
+    given = ("--weights", "per-interval", "--set", "a_1=0.5", "--set", "a_2=0")
+    expected = [normalised_weights(a, 4).values(4) for a in (0.5, 0.0)]
+    assert weighting(*given).weights().tolist() == expected
+    with pytest.raises(InputError, match=r"--set a_3= is missing"):
+        weighting(*given, intervals=3)
+    with pytest.raises(InputError, match="per-interval needs a method"):
+        weighting(*given, intervals=1)
 
 
 @pytest.mark.parametrize("given", [(), ("--a", 1), ("--learn", "anneal")])

@@ -1,4 +1,4 @@
-"""Weight spaces: log-linear, normalised, learned; and the log-linear weights themselves."""
+"""Every weight space, and the log-linear weights themselves."""
 
 import math
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bdense.errors import InputError
+from bdense.methods import METHODS
 from bdense.weights import WEIGHT_SPACES, space_of
 from bdense.weights.rules import RULES
 from bdense.weights.spaces import (
@@ -15,6 +16,7 @@ from bdense.weights.spaces import (
     LogLinearSpace,
     LogLinearWeights,
     NormalisedSpace,
+    PerIntervalSpace,
     Range,
     Uniform,
     normalised_weights,
@@ -79,6 +81,20 @@ class TestFree(WeightSpaceContract):
         return {"l_1": 0.5, "l_2": -1.0, "l_3": 2.0}
 
 
+class TestPerInterval(WeightSpaceContract):
+    @pytest.fixture
+    def space(self):
+        return PerIntervalSpace()
+
+    @pytest.fixture
+    def point(self):
+        return {"a_1": 0.5, "a_2": -0.25}
+
+    @pytest.fixture
+    def another(self):
+        return {"a_1": -0.25, "a_2": 0.5}
+
+
 # ---- free weights ----
 
 
@@ -98,13 +114,63 @@ def test_uniform_weights_are_the_origin_and_slopes_a_line():
 
 
 def test_free_weights_have_as_many_parameters_as_the_method_asks_for():
-    assert [*FreeSpace().of_branches(2).distributions()] == ["l_1"]
+    assert [*FreeSpace().of_method(2, 1).distributions()] == ["l_1"]
     with pytest.raises(InputError, match=r"weights\.branches is 4, and the method has 2 branches"):
-        FreeSpace(branches=4).of_branches(2)
+        FreeSpace(branches=4).of_method(2, 1)
     with pytest.raises(InputError, match="of 4 branches do not fit a method of 2"):
         FreeSpace().weighting({"l_1": 0.0, "l_2": 0.0, "l_3": 0.0}, 2)
     # Of another K they are known, for an arm of another study.
     assert space_of({"l_1": 0.3}).name == "free"
+
+
+# ---- a slope for each interval ----
+
+
+def test_each_interval_has_the_weights_of_its_own_slope():
+    space = PerIntervalSpace().of_method(4, 3)
+    found = space.weighting({"a_1": 0.7, "a_2": 0.0, "a_3": -0.2}, 4).weights().tolist()
+    assert found == [normalised_weights(a, 4).values(4) for a in (0.7, 0.0, -0.2)]
+    assert found[1] == [1.0] * 4
+    assert [sum(row) for row in found] == pytest.approx([4.0] * 3)
+
+
+def test_uniform_weights_are_slopes_of_zero_and_plain_ones_have_no_place():
+    space = PerIntervalSpace(intervals=3)
+    assert space.axes == ("a_1", "a_2", "a_3")
+    assert space.coordinates({"baseline": "uniform"}) == (0.0, 0.0, 0.0)
+    assert space.coordinates({"baseline": "plain"}) is None
+    assert space.coordinates({"a_3": 0.3, "a_1": 0.1, "a_2": 0.2}) == (0.1, 0.2, 0.3)
+    assert space.coordinates({"a_1": 0.1}) is None
+
+
+def test_there_are_as_many_slopes_as_the_method_trains_intervals():
+    assert [*PerIntervalSpace().of_method(4, 3).distributions()] == ["a_1", "a_2", "a_3"]
+    with pytest.raises(InputError, match=r"weights\.intervals is 2, and the method trains 3"):
+        PerIntervalSpace(intervals=2).of_method(4, 3)
+    with pytest.raises(InputError, match=r"per-interval needs a method .* choose normalised"):
+        PerIntervalSpace().of_method(4, 1)
+    params = {"a_1": 0.1, "a_2": 0.2}
+    with pytest.raises(InputError, match="of 2 intervals do not fit a method that trains 1 "):
+        PerIntervalSpace().require_fitting(params, 4, 1)
+    PerIntervalSpace().require_fitting(params, 2, 2)
+    # Of another S they are known, for an arm of another study.
+    assert space_of({"a_1": 0.3}).name == "per-interval"
+
+
+@pytest.mark.parametrize(
+    ("method", "knobs", "intervals"),
+    [
+        ("sfd", {"nfe": 3}, 3),
+        ("sfd", {"nfe": 3, "afs": False}, 3),
+        ("sfd", {"nfe": 1}, 1),
+        ("sfd", {"nfe": [2, 3]}, 1),
+        ("progressive", {"steps": 8, "until": 4}, 1),
+        ("consistency", {}, 1),
+    ],
+)
+def test_a_method_tells_how_many_intervals_every_iteration_trains(method, knobs, intervals):
+    made = METHODS[method]()
+    assert made.num_intervals(made.Config.read(knobs)) == intervals
 
 
 # ---- log-linear weights ----

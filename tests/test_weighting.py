@@ -7,6 +7,7 @@ import torch
 
 from bdense.diffusion.branches import export_branch
 from bdense.errors import InputError
+from bdense.methods.sfd import SFDConfig
 from bdense.training.loop import IterationReport
 from bdense.weights.weighting import SMALLEST_SCALE, FixedWeights, LearnedWeights, Observed
 from tests.contracts.weights import WeightingContract
@@ -20,6 +21,13 @@ class TestFixedWeights(WeightingContract):
 
     def make(self, last=4.0):
         return FixedWeights(torch.tensor([0.5, 1.0, 2.0, last]))
+
+
+class TestFixedWeightsByInterval(WeightingContract):
+    options = ({"last": 3.0},)
+
+    def make(self, last=4.0):
+        return FixedWeights(torch.tensor([[0.5, 1.0, 2.0, last], [1.0, 1.0, 1.0, 1.0]]))
 
 
 class TestLearnedByLosses(WeightingContract):
@@ -200,7 +208,39 @@ def test_bad_settings_are_named(options, message):
         LearnedWeights(**options)
 
 
-@pytest.mark.parametrize("bad", [[1.0, math.inf], [math.nan, 1.0], [-1.0, 2.0], [0.0, 0.0]])
+def test_each_update_of_an_iteration_uses_its_own_weights():
+    """Two intervals: the report tells them, and equal rows are the same student bit for bit."""
+    trajectories = small_trajectories(small_teacher(), count=2)
+    rows = torch.tensor([[0.5, 1.0, 2.0, 4.0], [1.0, 1.0, 1.0, 1.0]])
+    reports: list[IterationReport] = []
+    differing = sfd(trajectories, FixedWeights(rows), images=8, on_iteration=reports.append)
+    assert [each.weights.tolist() for each in reports] == [rows.tolist()] * 2
+    same, plain = (sfd(trajectories, each, images=8) for each in (rows[1].expand(2, 4), rows[1]))
+    assert same_weights(same, plain)
+    assert not same_weights(differing, plain)
+
+
+def test_weights_are_rescaled_in_each_interval():
+    config = SFDConfig(rescale_weights=True)
+    rows = torch.tensor([[1.0, 3.0], [2.0, 2.0]], dtype=torch.float64)
+    assert config.scaled(rows).tolist() == [[0.25, 0.75], [0.5, 0.5]]
+
+
+@pytest.mark.parametrize("updates", [1, 3])
+def test_weights_of_another_number_of_updates_are_refused(updates):
+    """The student has two intervals."""
+    trajectories = small_trajectories(small_teacher(), count=2)
+    with pytest.raises(InputError, match=f"branch weights for {updates} updates an iteration"):
+        sfd(trajectories, FixedWeights(torch.ones(updates, 4)), images=8)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        *([1.0, math.inf], [math.nan, 1.0], [-1.0, 2.0], [0.0, 0.0], []),
+        *([[1.0, 1.0], [0.0, 0.0]], [[[1.0]]]),
+    ],
+)
 def test_weights_that_say_nothing_are_refused(bad):
     with pytest.raises(InputError, match="branch weights must be finite numbers >= 0"):
         FixedWeights(torch.tensor(bad))

@@ -173,6 +173,10 @@ class Method(abc.ABC):
     def num_branches(self, config: AnyConfig) -> int:
         """K with dense supervision."""
 
+    def num_intervals(self, config: AnyConfig) -> int:
+        """S, the intervals that every iteration trains, by an update each; 1 where they vary."""
+        return 1
+
     @abc.abstractmethod
     def check(self, config: AnyConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
         """Refuse a teacher that cannot be distilled so, before anything is spent.

@@ -359,6 +359,9 @@ class SFD(Method):
     def num_branches(self, config: SFDConfig) -> int:
         return config.substeps
 
+    def num_intervals(self, config: SFDConfig) -> int:
+        return 1 if isinstance(config.grid, VariableGrid) else len(config.grid.trained)
+
     def check(self, config: SFDConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
         teacher.require_levels(config.levels)
         served = {sampler.num_intervals: sampler for sampler in samplers_from(known)}

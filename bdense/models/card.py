@@ -10,6 +10,7 @@ from bdense.diffusion.sampling import samplers_from
 from bdense.diffusion.solvers import DDIM
 from bdense.files import atomic_write
 from bdense.models.store import denoiser_sha256
+from bdense.weights.spaces import by_interval
 
 # Metadata that a student inherits from its teacher.
 _INHERITED = ("licence", "citation")
@@ -231,7 +232,9 @@ def _student_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
     if "seeds" in metadata:
         facts["seeds"] = ", ".join(f"{name} {seed}" for name, seed in metadata["seeds"].items())
     if "weights" in metadata:
-        facts["branch weights"] = ", ".join(f"{weight:.4g}" for weight in metadata["weights"])
+        rows = by_interval(metadata["weights"])
+        facts["branch weights"] = "; ".join(", ".join(f"{w:.4g}" for w in row) for row in rows)
+        facts["branch weights"] += ", by interval" * (len(rows) > 1)
     if "weighting" in metadata:
         rule = dict(metadata["weighting"])
         settings = ", ".join(f"{key} {value:g}" for key, value in rule.items() if key != "rule")

@@ -186,7 +186,10 @@ def _train(
         for group in optimizer.param_groups:
             group["lr"] = lr
         batch = stage.batch(iteration, images)
-        steps = [step(iteration, update) for update in stage.updates(iteration, batch)]
+        updates = enumerate(stage.updates(iteration, batch))
+        steps = [step(iteration, index, update) for index, update in updates]
+        if iteration == first:
+            _require_used(weighting, len(steps))
         if average is not None:
             where = iteration, stage.num_updates, stage.batch_size
             average.add(student, stage.optimisation.share_at(*where))
@@ -217,6 +220,19 @@ def _require_fitting(stage: Training, weighting: BranchWeighting) -> None:
             "weights learned by gradients need the input of the network's head, which a compiled "
             "network hides; drop compile, or learn them by the rule uncertainty or anneal"
         )
+
+
+def _require_used(weighting: BranchWeighting, updates: int) -> None:
+    """Refuse weights for more updates than an iteration makes."""
+    if (weights := weighting.weights()).dim() > 1 and len(weights) != updates:
+        raise _other_updates(len(weights))
+
+
+def _other_updates(weighted: int) -> InputError:
+    return InputError(
+        f"there are branch weights for {weighted} updates an iteration, and this stage makes "
+        "another number; give as many, or the same for all"
+    )
 
 
 def _evaluate(evaluations: Evaluations, after: int, student: NetworkDenoiser) -> None:
@@ -273,8 +289,8 @@ class _Step:
         if self.team.size > 1:
             self._branches = self.team.wrap(_Branches(self.student))
 
-    def __call__(self, iteration: int, update: Update) -> _Done:
-        """Make the update, unless a loss or gradient is not finite."""
+    def __call__(self, iteration: int, index: int, update: Update) -> _Done:
+        """Make an iteration's update, unless a loss or gradient is not finite."""
         optimisation, team = self.stage.optimisation, self.team
         with self._shared_features() as shared, self._dropout(update):
             losses = update(self._branches)
@@ -283,7 +299,7 @@ class _Step:
         progress = iteration / self.stage.num_updates
         compared = self._compared(per_branch, shared)
         self.weighting.observe(Observed(losses=seen, progress=progress, **compared))
-        weights = optimisation.scaled(self.weighting.weights())
+        weights = optimisation.scaled(self._weights(index))
         loss = losses.weighted(weights)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -298,6 +314,15 @@ class _Step:
         optimisation.clip(gradients, length)
         self.optimizer.step()
         return _Done(observed, used, value, length)
+
+    def _weights(self, index: int) -> Tensor:
+        """[K] of that update of the iteration."""
+        weights = self.weighting.weights()
+        if weights.dim() == 1:
+            return weights
+        if index >= len(weights):
+            raise _other_updates(len(weights))
+        return weights[index]
 
     def _dropout(self, update: Update) -> contextlib.AbstractContextManager[None]:
         """The random state of dropout in this update, the same on every call."""

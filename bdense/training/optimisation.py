@@ -105,8 +105,8 @@ class OptimisationConfig(Knobs):
             torch._foreach_mul_(gradients, self.clip_norm / norm)
 
     def scaled(self, weights: Tensor) -> Tensor:
-        """The branch weights [K] as the loss uses them."""
-        return weights / weights.sum() if self.rescale_weights else weights
+        """The branch weights [.., K] as the loss uses them."""
+        return weights / weights.sum(-1, keepdim=True) if self.rescale_weights else weights
 
     @property
     def averages(self) -> bool:

@@ -30,7 +30,9 @@ def distill(options: argparse.Namespace) -> None:
     own, evaluation = from_options(DistillOptions, options), from_options(Evaluation, options)
     method = METHODS[own.method]()
     config = from_options(method.Config, options)
-    weighting = chosen_weighting(options, method.num_branches(config))
+    weighting = chosen_weighting(
+        options, method.num_branches(config), method.num_intervals(config)
+    )
     device, execution = chosen_hardware(options)
     dataset = None
     if method.needs_data or evaluation.extractor is not None:

@@ -46,13 +46,14 @@ def parameter_options() -> type[Knobs]:
 
 
 def chosen_weighting(
-    options: argparse.Namespace, num_branches: int
+    options: argparse.Namespace, num_branches: int, num_intervals: int
 ) -> Callable[[], "BranchWeighting"]:
     """A function that makes the branch weights that were asked for, new ones at each call.
 
     Args:
         options: The command line.
         num_branches: K of the method with branches.
+        num_intervals: S of the method.
 
     Raises:
         InputError: No space has all these parameters, or one is missing.
@@ -65,14 +66,14 @@ def chosen_weighting(
             raise InputError(
                 f"--plain leaves one branch, which has no weight, got {_spelt(asked)}; drop one"
             )
-        space = _space(None, {}, num_branches)
+        space = _space(None, {}, num_branches, num_intervals)
         params: dict[str, Any] = {BASELINE: PLAIN}
     else:
-        space = _space(own.weights, given, num_branches)
+        space = _space(own.weights, given, num_branches, num_intervals)
         distributions = space.distributions()
         params = {name: given.get(name, _USUAL.get(name)) for name in distributions}
         for name, value in params.items():
-            option = f"--set {name}=" if space.by_branches else _option(name)
+            option = f"--set {name}=" if space.by_method else _option(name)
             if value is None:
                 raise KnobError(option, f"is missing: the weights {space.name} need it")
             if isinstance(value, str) and not isinstance(distributions[name], Choice):
@@ -91,22 +92,24 @@ def _given(options: argparse.Namespace, assigned: Iterable[str]) -> dict[str, An
     return {names.get(option, option): value for option, value in given.items()}
 
 
-def _space(name: str | None, given: Mapping[str, Any], num_branches: int) -> WeightSpace:
+def _space(
+    name: str | None, given: Mapping[str, Any], num_branches: int, num_intervals: int
+) -> WeightSpace:
     """The space that was named, or the first that has these parameters."""
     spaces: list[WeightSpace] = [each() for each in WEIGHT_SPACES.values()]
     asked = spaces if name is None else [WEIGHT_SPACES[name]()]
     for space in asked:
-        if name is not None or not space.by_branches:
-            of_k: WeightSpace = space.of_branches(num_branches)
-            if given.keys() <= of_k.distributions().keys():
-                return of_k
+        if name is not None or not space.by_method:
+            fitted: WeightSpace = space.of_method(num_branches, num_intervals)
+            if given.keys() <= fitted.distributions().keys():
+                return fitted
     known = "; ".join(f"{each.name}: {' '.join(map(_option, _names(each)))}" for each in spaces)
     of = "no weight space has" if name is None else f"the weights {name} do not have"
     raise InputError(f"{of} {_spelt(given)}; there are {known}")
 
 
 def _names(space: WeightSpace) -> list[str]:
-    return ["set"] if space.by_branches else [*space.distributions()]
+    return ["set"] if space.by_method else [*space.distributions()]
 
 
 def _option(parameter: str) -> str:

@@ -14,6 +14,7 @@ WEIGHT_SPACES: Registry[type[WeightSpace]] = Registry(
         "log-linear": "bdense.weights.spaces:LogLinearSpace",
         "normalised": "bdense.weights.spaces:NormalisedSpace",
         "free": "bdense.weights.spaces:FreeSpace",
+        "per-interval": "bdense.weights.spaces:PerIntervalSpace",
         "learned": "bdense.weights.spaces:LearnedSpace",
     },
 )

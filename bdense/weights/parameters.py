@@ -22,7 +22,7 @@ def parameter_knobs(
 ) -> type[Knobs]:
     """A class with an optional knob for each parameter of the registered spaces.
 
-    Parameters that depend on the number of branches have none, nor those of another package whose
+    Parameters that depend on the method have none, nor those of another package whose
     name is none for an option or is ``taken``: --set gives them.
 
     Args:
@@ -31,7 +31,7 @@ def parameter_knobs(
         names: Of knobs that are not called as their parameter.
         taken: Names of the command's other knobs.
     """
-    spaces = [space for each in WEIGHT_SPACES.values() if not (space := each()).by_branches]
+    spaces = [space for each in WEIGHT_SPACES.values() if not (space := each()).by_method]
     fields = {}
     for parameter in dict.fromkeys(name for space in spaces for name in space.distributions()):
         name = (names or {}).get(parameter, parameter)

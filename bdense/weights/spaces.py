@@ -8,7 +8,7 @@ import abc
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias, cast
 
 from bdense.errors import InputError
 from bdense.knobs import KnobError, Knobs, knob
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bdense.weights.weighting import BranchWeighting
+
+# Values w_1..w_K, or a list of them for each interval; as files and results hold them.
+BranchWeights: TypeAlias = list[float] | list[list[float]]
 
 # An arm of every space: {"baseline": PLAIN} trains branch K alone, {"baseline": UNIFORM} has
 # w_k = 1.
@@ -87,7 +90,7 @@ class WeightSpace(Knobs, abc.ABC):
     """
 
     name: ClassVar[str]
-    by_branches: ClassVar[bool] = False  # whether its parameters depend on K
+    by_method: ClassVar[bool] = False  # whether its parameters depend on the method's K or S
 
     @abc.abstractmethod
     def distributions(self) -> Mapping[str, Uniform | Choice]:
@@ -95,7 +98,7 @@ class WeightSpace(Knobs, abc.ABC):
 
     @abc.abstractmethod
     def own_weighting(self, params: Mapping[str, Any], num_branches: int) -> "BranchWeighting":
-        """Weights of parameters that are not a baseline's; [K] float64."""
+        """Weights of parameters that are not a baseline's."""
 
     def weighting(self, params: Mapping[str, Any], num_branches: int) -> "BranchWeighting":
         """The weights that a student is trained with; loads torch.
@@ -159,11 +162,15 @@ class WeightSpace(Knobs, abc.ABC):
         """What a result keeps of its weights: parameters that mean the same without the space."""
         return dict(params)
 
-    def of_branches(self, num_branches: int) -> Self:
-        """The space for K branches, where its parameters depend on their number.
+    def of_method(self, num_branches: int, num_intervals: int) -> Self:
+        """The space for K branches and S intervals, where its parameters depend on them.
+
+        Args:
+            num_branches: K of the method with branches.
+            num_intervals: S, see ``Method.num_intervals``.
 
         Raises:
-            InputError: It is of another number.
+            InputError: It is of other numbers.
         """
         return self
 
@@ -171,8 +178,10 @@ class WeightSpace(Knobs, abc.ABC):
         """Raise an ``InputError`` if the bounds exclude every point."""
         return
 
-    def require_fitting(self, params: Mapping[str, Any], num_branches: int) -> None:
-        """Raise an ``InputError`` if the parameters give no weights at that K."""
+    def require_fitting(
+        self, params: Mapping[str, Any], num_branches: int, num_intervals: int
+    ) -> None:
+        """Raise an ``InputError`` if the parameters give no weights at that K and S."""
         return
 
     def at_another_k(self, params: Mapping[str, Any], searched_at: int, num_branches: int) -> str:
@@ -273,7 +282,9 @@ class _GivenSpace(WeightSpace):
         weights = self.weights(params, num_branches)
         return {"a": weights.a, "b": weights.b}
 
-    def require_fitting(self, params: Mapping[str, Any], num_branches: int) -> None:
+    def require_fitting(
+        self, params: Mapping[str, Any], num_branches: int, num_intervals: int
+    ) -> None:
         if not 0 < sum(self.weights(params, num_branches).values(num_branches)) < math.inf:
             raise InputError(
                 f"the weights of {self.label(params)} have no positive, finite sum at K = "
@@ -349,7 +360,7 @@ class FreeSpace(WeightSpace):
     """Any positive weights of sum K, by the logarithms l_k = log(w_k / w_K), k = 1 .. K - 1."""
 
     name: ClassVar[str] = "free"
-    by_branches: ClassVar[bool] = True
+    by_method: ClassVar[bool] = True
 
     branches: int | None = knob(None, "number of branches K", low=2, none="the method's")
     log_ratio: Range = knob(
@@ -371,7 +382,7 @@ class FreeSpace(WeightSpace):
 
         from bdense.weights.weighting import FixedWeights
 
-        self.require_fitting(params, num_branches)
+        self._require_branches(params, num_branches)
         ratios = [float(params[name]) for name in _log_ratios(num_branches)]
         logs = torch.tensor([*ratios, 0.0], dtype=torch.float64)
         return FixedWeights(num_branches * torch.softmax(logs, dim=0))
@@ -388,14 +399,19 @@ class FreeSpace(WeightSpace):
             return None
         return tuple(float(params[name]) for name in self.axes)
 
-    def require_fitting(self, params: Mapping[str, Any], num_branches: int) -> None:
+    def require_fitting(
+        self, params: Mapping[str, Any], num_branches: int, num_intervals: int
+    ) -> None:
+        self._require_branches(params, num_branches)
+
+    def _require_branches(self, params: Mapping[str, Any], num_branches: int) -> None:
         if len(params) + 1 != num_branches:
             raise InputError(
                 f"free weights of {len(params) + 1} branches do not fit a method of "
                 f"{num_branches}; search them at that number, or choose normalised weights"
             )
 
-    def of_branches(self, num_branches: int) -> Self:
+    def of_method(self, num_branches: int, num_intervals: int) -> Self:
         if num_branches < 2:
             raise InputError(
                 "weights: free needs a method of 2 branches or more, and this one has 1; raise "
@@ -409,11 +425,83 @@ class FreeSpace(WeightSpace):
         return replace(self, branches=num_branches)
 
 
-_USUAL_BRANCHES = 4  # of a free space without a method: SFD's default
+# Of a space without a method: SFD's defaults.
+_USUAL_BRANCHES, _USUAL_INTERVALS = 4, 2
 
 
 def _log_ratios(num_branches: int) -> tuple[str, ...]:
     return tuple(f"l_{k}" for k in range(1, num_branches))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PerIntervalSpace(WeightSpace):
+    """log w_k = a_s k + b_s, with a slope searched for each interval s = 1 .. S; sums are K."""
+
+    name: ClassVar[str] = "per-interval"
+    by_method: ClassVar[bool] = True
+
+    intervals: int | None = knob(None, "number of trained intervals S", low=2, none="the method's")
+    a: Range = knob(
+        Range(low=-1.0, high=2.0),
+        "slope of log w_k = a k + b in each interval: all 0 are uniform weights",
+    )
+
+    def distributions(self) -> Mapping[str, Uniform | Choice]:
+        return dict.fromkeys(self.axes, Uniform(self.a.low, self.a.high))
+
+    def reads(self, params: Mapping[str, Any]) -> bool:
+        # What is stored may be of another S.
+        is_own = len(params) > 0 and params.keys() == {*_slopes(len(params))}
+        return is_own or WeightSpace.reads(self, params)
+
+    def own_weighting(self, params: Mapping[str, Any], num_branches: int) -> "BranchWeighting":
+        import torch
+
+        from bdense.weights.weighting import FixedWeights
+
+        slopes = [float(params[name]) for name in _slopes(len(params))]
+        return FixedWeights(
+            torch.stack([normalised_weights(a, num_branches)(num_branches) for a in slopes])
+        )
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return _slopes(self.intervals or _USUAL_INTERVALS)
+
+    def coordinates(self, params: Mapping[str, Any]) -> tuple[float, ...] | None:
+        """The slopes; uniform weights are at 0."""
+        if BASELINE in params:
+            return (0.0,) * len(self.axes) if params[BASELINE] == UNIFORM else None
+        if params.keys() != {*self.axes}:
+            return None
+        return tuple(float(params[name]) for name in self.axes)
+
+    def require_fitting(
+        self, params: Mapping[str, Any], num_branches: int, num_intervals: int
+    ) -> None:
+        if len(params) != num_intervals:
+            raise InputError(
+                f"weights of {len(params)} intervals do not fit a method that trains "
+                f"{num_intervals} in every iteration; search them there, or choose normalised "
+                "weights"
+            )
+
+    def of_method(self, num_branches: int, num_intervals: int) -> Self:
+        if num_intervals < 2:
+            raise InputError(
+                "weights: per-interval needs a method that trains the same intervals, 2 or more, "
+                "in every iteration, as sfd does for one nfe; choose normalised weights"
+            )
+        if self.intervals not in (None, num_intervals):
+            raise InputError(
+                f"weights.intervals is {self.intervals}, and the method trains {num_intervals} "
+                f"intervals; leave it out, or set it to {num_intervals}"
+            )
+        return replace(self, intervals=num_intervals)
+
+
+def _slopes(num_intervals: int) -> tuple[str, ...]:
+    return tuple(f"a_{s}" for s in range(1, num_intervals + 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -554,6 +642,12 @@ def normalised_weights(a: float, num_branches: int) -> LogLinearWeights:
     largest = max(a, a * num_branches)
     total = math.fsum(math.exp(a * k - largest) for k in range(1, num_branches + 1))
     return LogLinearWeights(a=a, b=math.log(num_branches) - largest - math.log(total))
+
+
+def by_interval(weights: BranchWeights) -> list[list[float]]:
+    """A list for each interval, or a single one for all of them."""
+    several = bool(weights) and isinstance(weights[0], list)
+    return cast(list[list[float]], weights if several else [weights])
 
 
 def _exp(exponent: float) -> float:

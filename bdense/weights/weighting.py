@@ -63,7 +63,7 @@ class BranchWeighting(Protocol):
         """See an update's branches before it is made."""
 
     def weights(self) -> Tensor:
-        """[K] float64 w_1..w_K of the next update."""
+        """[K] float64 w_1..w_K of the next update, or [S, K] of each of an iteration's S."""
 
     def state(self) -> dict[str, Tensor]:
         """What ``restore`` needs to go on as if never stopped."""
@@ -77,7 +77,7 @@ class BranchWeighting(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class FixedWeights:
-    """Weights that were given."""
+    """Weights that were given: [K] for every update, or [S, K] for each of an iteration's S."""
 
     learns: ClassVar[bool] = False
     needs_gradients: ClassVar[bool] = False
@@ -88,7 +88,8 @@ class FixedWeights:
         # Converted here once, not at every update.
         object.__setattr__(self, "values", self.values.double())
         usable = (self.values >= 0) & self.values.isfinite()
-        if self.values.dim() != 1 or not bool(usable.all() and self.values.any()):
+        is_shaped = self.values.dim() in (1, 2) and self.values.numel() > 0
+        if not is_shaped or not bool(usable.all() and self.values.any(-1).all()):
             raise InputError(
                 f"branch weights must be finite numbers >= 0, one for each branch and not all 0, "
                 f"got {self.values.tolist()}"
@@ -96,7 +97,7 @@ class FixedWeights:
 
     @property
     def num_branches(self) -> int:
-        return len(self.values)
+        return self.values.shape[-1]
 
     def observe(self, seen: Observed) -> None:
         pass

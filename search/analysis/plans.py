@@ -132,10 +132,12 @@ def plan_given(url: str, spec: StudySpec) -> Study:
 
 
 def _require_fitting(arms: Sequence[Arm], spec: StudySpec) -> None:
-    """Refuse weights that the method's number of branches has no use for."""
+    """Refuse weights that the method's branches and intervals have no use for."""
+    facts = spec.resolved
     for arm in arms:
         if arm.baseline is None:
-            space_of(arm.params).require_fitting(arm.params, spec.resolved.num_branches)
+            space = space_of(arm.params)
+            space.require_fitting(arm.params, facts.num_branches, facts.num_intervals)
 
 
 def fresh_seeds(spec: StudySpec, count: int, used: Collection[int] = ()) -> list[int]:

@@ -24,6 +24,7 @@ from bdense.models.zoo import PUBLIC_MODELS
 from bdense.training.teacher import TeacherConfig, new_denoiser
 from bdense.training.teacher_knobs import TeacherKnobs
 from bdense.weights import space_of
+from bdense.weights.spaces import BASELINE
 from search.errors import SpecError
 from search.spec.space import make_pruner, require_sampler
 from search.spec.study import Facts, StageFacts, StudySpec, TeacherTraining
@@ -151,6 +152,7 @@ def _with_facts(
     facts = Facts(
         title=method.title,
         num_branches=method.num_branches(config),
+        num_intervals=method.num_intervals(config),
         batch=config.batch,
         needs_data=method.needs_data,
         stages=tuple(
@@ -205,8 +207,8 @@ def _check_plan(spec: StudySpec) -> None:
     confirmed = variant(spec, spec.confirm.method, "confirm.method")
     if confirmed.space.distributions().keys() != spec.space.distributions().keys():
         raise InputError(
-            f"confirm.method {spec.confirm.method} changes the number of branches, which the "
-            f"parameters of {spec.space.name} weights depend on; leave it as it is"
+            f"confirm.method {spec.confirm.method} changes the branches or intervals, which the "
+            f"parameters of {spec.space.name} weights depend on; leave them as they are"
         )
 
 
@@ -238,11 +240,15 @@ def _check_intermediate(spec: StudySpec) -> None:
 
 
 def _check_arms(spec: StudySpec) -> None:
+    facts = spec.resolved
     for index, arm in enumerate(spec.given.arms):
         if isinstance(arm, str) or "winner_of" in arm:
             continue
         try:
-            weighting = space_of(arm).weighting(arm, spec.resolved.num_branches)
+            space = space_of(arm)
+            weighting = space.weighting(arm, facts.num_branches)
+            if BASELINE not in arm:
+                space.require_fitting(arm, facts.num_branches, facts.num_intervals)
             if spec.resources.compile and weighting.needs_gradients:
                 raise InputError(_HIDDEN)
         except (InputError, TypeError) as error:

@@ -272,6 +272,8 @@ class Facts(Knobs):
 
     title: str = knob(help="the method's short name for people, such as SFD")
     num_branches: int = knob(help="K")
+    # Studies of older versions do not have it, nor a space that depends on it.
+    num_intervals: int = knob(1, "S, the intervals that every iteration trains")
     batch: int = knob(help="images an update")
     needs_data: bool = knob(help="whether students learn from the data itself")
     stages: tuple[StageFacts, ...] = knob(help="of the method, in order")
@@ -345,7 +347,9 @@ class StudySpec(Knobs):
         member: WeightSpace = WEIGHT_SPACES[self.weights.name].read(
             self.weights.options, "weights"
         )
-        return member if self.facts is None else member.of_branches(self.facts.num_branches)
+        if self.facts is None:
+            return member
+        return member.of_method(self.facts.num_branches, self.facts.num_intervals)
 
     @property
     def is_search(self) -> bool:

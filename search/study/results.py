@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from bdense.metrics.records import FID, KID, PrecisionRecall
+from bdense.weights.spaces import BranchWeights
 
 # Parameters of our own weight spaces; those of others are under "parameters".
 PARAMETERS = ("a", "b", "rule", "strength", "memory")
@@ -61,7 +62,7 @@ class TrialResult:
 
     Attributes:
         value: The FID of the last stage; None where the row was pruned.
-        weights: w_1..w_K, of learned weights the last.
+        weights: w_1..w_K, of learned weights the last; a list for each interval where they differ.
         parameters: Of the weight space, such as a and b; empty for a baseline.
         fid: Of the last stage; None where the row was pruned before it.
         fids: Of each stage of a method of several, by NFE, in the order of training.
@@ -84,7 +85,7 @@ class TrialResult:
     device: str
     worker: str
     timings: dict[str, float]
-    weights: list[float] = field(default_factory=list)
+    weights: BranchWeights = field(default_factory=list)
     parameters: dict[str, Any] = field(default_factory=dict)
     fid: FID | None = None
     fids: dict[str, FID] = field(default_factory=dict)

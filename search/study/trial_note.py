@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bdense.metrics.records import FID
 from bdense.weights import space_of
+from bdense.weights.spaces import by_interval
 from search.errors import LeaseLostError, StorageError
 from search.storage.engine import one_line, retrying
 from search.storage.ledger import Claim, Ledger
@@ -42,8 +43,9 @@ def trial_note(title: str, result: TrialResult, pictures: Sequence[tuple[str, st
         at = f" at {result.pruned_at:g} of its budget" if result.pruned_at is not None else ""
         lines.append(f"**Pruned{at}**: {escaped(result.reason)}")
     if result.weights:
-        header = [f"w_{k}" for k in range(1, len(result.weights) + 1)]
-        lines.append(markdown_table([header, [f"{w:.4g}" for w in result.weights]]))
+        weights = [[f"{w:.4g}" for w in row] for row in by_interval(result.weights)]
+        header = [f"w_{k}" for k in range(1, len(weights[0]) + 1)]
+        lines.append(markdown_table([header, *weights]))
     if result.parameters:
         lines.append(escaped(space_of(result.parameters).label(result.parameters)))
     if result.fids:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from bdense.weights.spaces import BranchWeights, by_interval
 from search.storage.queries import Counts
 
 
@@ -14,9 +15,9 @@ def counts_line(counts: Counts, rows: str) -> str:
     )
 
 
-def weights_text(weights: Sequence[float]) -> str:
-    """Three digits of each."""
-    return " ".join(f"{w:.3g}" for w in weights)
+def weights_text(weights: BranchWeights) -> str:
+    """Three digits of each; a bar between intervals that have weights of their own."""
+    return " | ".join(" ".join(f"{w:.3g}" for w in row) for row in by_interval(weights))
 
 
 def align(rows: Sequence[tuple[str, ...]]) -> list[str]:

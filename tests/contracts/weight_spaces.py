@@ -13,14 +13,22 @@ import pytest
 import torch
 
 from bdense.errors import InputError
-from bdense.weights.spaces import BASELINE, PLAIN, UNIFORM, Choice, Uniform, require_point
+from bdense.weights.spaces import (
+    BASELINE,
+    PLAIN,
+    UNIFORM,
+    BranchWeights,
+    Choice,
+    Uniform,
+    require_point,
+)
 from bdense.weights.weighting import Observed
 
 NUM_BRANCHES = 4
 
 
-def weights_of(space, params: Mapping[str, Any]) -> list[float]:
-    """w_1..w_K after an update that sees branches of different losses."""
+def weights_of(space, params: Mapping[str, Any]) -> BranchWeights:
+    """w_1..w_K, or each interval's, after an update that sees branches of different losses."""
     weighting = space.weighting(params, NUM_BRANCHES)
     seen = torch.arange(1.0, weighting.num_branches + 1)
     gradients = {"gradient_norms": seen.square(), "cosines": seen / len(seen)}
@@ -57,7 +65,8 @@ class WeightSpaceContract:
 
     def test_weights_are_positive_finite_and_k_of_them(self, space, point):
         values = torch.tensor(weights_of(space, point))
-        assert len(values) == NUM_BRANCHES
+        assert values.dim() in (1, 2)
+        assert values.shape[-1] == NUM_BRANCHES
         assert bool((values > 0).all())
         assert bool(values.isfinite().all())
         assert space.weighting(point, NUM_BRANCHES).weights().dtype == torch.float64

@@ -34,10 +34,11 @@ class WeightingContract:
         weighting = self.make()
         seen(weighting, count)
         weights = weighting.weights()
-        assert weights.shape == (weighting.num_branches,) == (self.num_branches,)
+        assert weights.dim() in (1, 2)  # [K], or [S, K] for each of an iteration's updates
+        assert weights.shape[-1] == weighting.num_branches == self.num_branches
         assert weights.dtype == torch.float64
         assert bool((weights.isfinite() & (weights >= 0)).all())
-        assert bool((weights > 0).any())
+        assert bool((weights > 0).any(-1).all())
         assert not weights.requires_grad
 
     @pytest.mark.parametrize("count", [0, 3])

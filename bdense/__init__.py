@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from bdense.data.datasets import load_dataset as load_dataset
     from bdense.diffusion import SOLVERS as SOLVERS
     from bdense.diffusion.branches import export_branch as export_branch
+    from bdense.diffusion.branches import recombine_branches as recombine_branches
     from bdense.diffusion.sampling import Sampler as Sampler
     from bdense.diffusion.sampling import draw_images as draw_images
     from bdense.diffusion.sampling import samplers_from as samplers_from
@@ -73,6 +74,7 @@ _HOME = {
     "measure_images": "metrics.metrics",
     "normalised_weights": "weights.spaces",
     "read_reference": "metrics.references",
+    "recombine_branches": "diffusion.branches",
     "samplers_from": "diffusion.sampling",
     "save_denoiser": "models.store",
     "save_grid": "diffusion.sampling",

@@ -4,7 +4,7 @@ B batch, K branches, C image channels, P channels of one prediction, H x W pixel
 """
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -126,6 +126,19 @@ class Network(nn.Module, abc.ABC):
         if not 1 <= branch <= self.num_branches:
             raise InputError(f"branch must lie in 1..{self.num_branches}, got {branch}")
         return self._with_branches(1, lambda rows: rows[:, branch - 1 : branch])
+
+    def combine(self, coefficients: Sequence[float]) -> Self:
+        """A copy whose one branch is sum_k c_k F^k; exact, because the head is affine.
+
+        Args:
+            coefficients: c_1..c_K.
+        """
+
+        def combined(rows: Tensor) -> Tensor:
+            c = rows.new_tensor(coefficients, dtype=torch.float64)
+            return torch.einsum("k,ok...->o...", c, rows.double())[:, None].to(rows)
+
+        return self._with_branches(1, combined)
 
     def _with_branches(self, num_branches: int, change: Callable[[Tensor], Tensor]) -> Self:
         """A copy with that many branches and other rows of the head.

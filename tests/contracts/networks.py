@@ -6,7 +6,7 @@ The network is small, in eval mode, with one branch and with weights that all ma
 import pytest
 import torch
 
-from bdense.diffusion.branches import export_branch, widen_head
+from bdense.diffusion.branches import export_branch, recombine_branches, widen_head
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.diffusion.preconditioning import EDM, IDDPM
 from bdense.errors import CheckpointError, InputError, ShapeError
@@ -14,6 +14,16 @@ from bdense.networks import NETWORKS
 from tests.small import same_weights
 
 LEVELS = torch.tensor([0.1, 1.0, 20.0])
+
+
+def three_branches(denoiser: NetworkDenoiser) -> NetworkDenoiser:
+    """A student whose branches differ."""
+    student = widen_head(denoiser, 3)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        for parameter in student.model.get_submodule(student.model.head_name).parameters():
+            parameter.normal_()
+    return student
 
 
 class NetworkContract:
@@ -117,17 +127,45 @@ class NetworkContract:
 
     def test_a_branch_is_taken_out_as_it_has_become(self, denoiser, x, told):
         """Branches that differ: each is its own, and not mixed with its neighbours."""
-        student = widen_head(denoiser, 3)
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(0)
-            for parameter in student.model.get_submodule(student.model.head_name).parameters():
-                parameter.normal_()
+        student = three_branches(denoiser)
         branches = student.branches(x, LEVELS, **told)
         for k in range(3):
             alone = export_branch(student, k + 1)(x, LEVELS, **told)
             torch.testing.assert_close(alone, branches[:, k], rtol=1e-4, atol=1e-4)
         assert not torch.allclose(branches[:, 0], branches[:, 1], atol=0.1)
         assert torch.equal(student(x, LEVELS, **told), branches[:, 2])
+
+    def test_recombined_branches_are_the_sum_of_their_outputs(self, denoiser, x, told):
+        student = three_branches(denoiser.double())
+        c = torch.tensor([-0.2, 0.5, 0.7], dtype=torch.float64)
+        branches = student.branches(x.double(), LEVELS, **told)
+        alone = recombine_branches(student, c.tolist())
+        assert alone.describe() == denoiser.describe()
+        torch.testing.assert_close(
+            alone(x.double(), LEVELS, **told), torch.einsum("k,bk...->b...", c, branches)
+        )
+
+    def test_one_branch_recombined_is_that_branch_bit_for_bit(self, denoiser):
+        student = three_branches(denoiser)
+        for k in range(3):
+            chosen = [float(j == k) for j in range(3)]
+            assert same_weights(recombine_branches(student, chosen), export_branch(student, k + 1))
+
+    @pytest.mark.parametrize(
+        ("coefficients", "message"),
+        [
+            ([0.5, 0.6, 0.0], r"c must sum to 1, got 0\.5, 0\.6, 0, whose sum is 1\.1"),
+            ([0.0, 1.0], "3 branches need as many coefficients c, got 2: 0, 1"),
+            ([float("nan"), 0.0, 1.0], "coefficients c must be finite, got nan, 0, 1"),
+            (
+                [float("inf"), -float("inf"), 1.0],
+                "coefficients c must be finite, got inf, -inf, 1",
+            ),
+        ],
+    )
+    def test_coefficients_that_make_no_denoiser_are_refused(self, denoiser, coefficients, message):
+        with pytest.raises(InputError, match=message):
+            recombine_branches(widen_head(denoiser, 3), coefficients)
 
     def test_a_wider_head_is_the_only_cost(self, network):
         head = network.get_submodule(network.head_name)

@@ -12,9 +12,11 @@ from bdense.metrics.settings import MetricSettings
 from bdense.verbs.options import (
     ConvertOptions,
     Drawing,
+    Evaluation,
     Features,
     FidOptions,
     Hardware,
+    RecombineOptions,
     ReferenceOptions,
     SampleOptions,
     distill_configs,
@@ -34,6 +36,14 @@ VERBS = {
         example="bdense distill teacher.safetensors --nfe 2 --a 1.386 --out student.safetensors",
         function="bdense.verbs.distill:distill",
         configs=distill_configs,
+    ),
+    "recombine": Verb(
+        help="combine the branches of a student as sum_k c_k D^k, at no cost in sampling; c is "
+        "given, or searched by FID",
+        example="bdense recombine student.branches.safetensors --extractor digits-classifier "
+        "--images 4096 --out combined.safetensors",
+        function="bdense.verbs.recombine:recombine",
+        configs=(RecombineOptions, Evaluation, Execution, Hardware),
     ),
     "sample": Verb(
         help="draw images from a student (or a teacher, with --nfe and so on) as one PNG",

@@ -31,6 +31,7 @@ class TrainedStage:
         weighting: The branch weights as they ended; None where the student was read from its file.
         metadata: Of the student's file.
         path: Its file; None where none is kept.
+        branched: The student with all its branches, where these are kept and it was trained now.
     """
 
     plan: StagePlan
@@ -39,6 +40,7 @@ class TrainedStage:
     weighting: BranchWeighting | None
     metadata: Mapping[str, Any]
     path: Path | None
+    branched: NetworkDenoiser | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class _Run:
     metadata: Mapping[str, Any]
     train: Callable[[StagePlan, Stage, BranchWeighting, Path | None], NetworkDenoiser]
     identity: Mapping[str, Any]
+    keep_branches: bool
 
     def path(self, plan: StagePlan) -> Path | None:
         """The file of that stage's student."""
@@ -92,16 +95,18 @@ class _Run:
             yield done
             teacher = done.student
 
-    def require_own(self, path: Path) -> None:
-        """Refuse a student of another run; names the differing keys."""
-        if not path.exists():
-            return
+    def require_own(self, plan: StagePlan, path: Path) -> None:
+        """Refuse a student of another run, or without the branches that are to be kept."""
         stored = load_tensors(path)[1].get("identity", {})
         keys = stored.keys() | self.identity.keys()
         if differing := sorted(key for key in keys if stored.get(key) != self.identity.get(key)):
             raise CheckpointError(
                 f"{path} is a student of another run (differs in: {', '.join(differing)}); give "
                 "this run a folder of its own or delete that one's files"
+            )
+        if self.keep_branches and plan.branched and not branches_path(path).exists():
+            raise InputError(
+                f"{path} was kept without its branches; delete it, or give a folder of its own"
             )
 
     def _kept(self, plan: StagePlan, path: Path, teacher: NetworkDenoiser) -> TrainedStage:
@@ -122,12 +127,12 @@ class _Run:
     ) -> TrainedStage:
         """A stage that is trained, resumed from its checkpoint, and kept."""
         weighting = self.weighting() if plan.branched else FixedWeights(torch.ones(1))
-        student = export_branch(self.train(plan, stage, weighting, unfinished))
+        trained = self.train(plan, stage, weighting, unfinished)
+        student = export_branch(trained)
+        branched = trained if self.keep_branches and plan.branched else None
         metadata = self._metadata(stage, weighting)
         if path is not None:
-            # The weights last: a stage that has them is done.
-            write_card(path, student, metadata)
-            save_denoiser(path, student, metadata)
+            keep_student(path, student, branched, metadata)
         return TrainedStage(
             plan=plan,
             student=student,
@@ -135,6 +140,7 @@ class _Run:
             weighting=weighting,
             metadata=metadata,
             path=path,
+            branched=branched,
         )
 
     def _metadata(self, stage: Stage, weighting: BranchWeighting) -> dict[str, Any]:
@@ -152,6 +158,27 @@ class _Run:
         }
 
 
+def branches_path(path: Path) -> Path:
+    """Where the branches of the student ``path`` are kept."""
+    return path.with_suffix(".branches.safetensors")
+
+
+def keep_student(
+    path: Path,
+    student: NetworkDenoiser,
+    branched: NetworkDenoiser | None,
+    metadata: Mapping[str, Any],
+) -> None:
+    """Write a student with its card and, unless None, its branches.
+
+    The weights come last: a stage that has them is done.
+    """
+    if branched is not None:
+        save_denoiser(branches_path(path), branched, metadata)
+    write_card(path, student, metadata)
+    save_denoiser(path, student, metadata)
+
+
 def distill(
     method: Method,
     teacher: NetworkDenoiser,
@@ -162,6 +189,7 @@ def distill(
     folder: Path | None = None,
     name: str = "student",
     checkpoint: Path | None = None,
+    keep_branches: bool = False,
     devices: Sequence[torch.device] | None = None,
     checkpoint_seconds: float = 60.0,
     metadata: Mapping[str, Any] | None = None,
@@ -185,6 +213,7 @@ def distill(
         name: What the file of a method of one stage is called, without its ending.
         checkpoint: File for the checkpoint of a method of one stage, in place of one in the
             folder; it is left there where no student is kept.
+        keep_branches: Keep each branched student too, for ``recombine_branches``.
         devices: Devices of this machine that share each batch; the first is the teacher's.
         checkpoint_seconds: As in ``train``.
         metadata: Additional metadata of the students' files.
@@ -209,6 +238,10 @@ def distill(
         raise InputError(
             f"{method.name} has {len(plans)} stages here, each with a student and a checkpoint of "
             "its own; give a folder, and no checkpoint"
+        )
+    if keep_branches and weighting().num_branches == 1:
+        raise InputError(
+            "keep_branches is for a student with branches, and plain distillation has one; drop it"
         )
     identity = {}
     if folder is not None:
@@ -235,10 +268,20 @@ def distill(
         **(metadata or {}),
     }
     run = _Run(
-        method, config, weighting, inputs, folder, name, checkpoint, terms, trained, identity
+        method,
+        config,
+        weighting,
+        inputs,
+        folder,
+        name,
+        checkpoint,
+        terms,
+        trained,
+        identity,
+        keep_branches,
     )
     for plan in plans:
-        if (path := run.path(plan)) is not None:
-            run.require_own(path)
+        if (path := run.path(plan)) is not None and path.exists():
+            run.require_own(plan, path)
     first = None if run.is_kept(plans[0]) else method.stage(plans[0], teacher, config, inputs)
     return run.stages(plans, teacher, first)

@@ -1,5 +1,7 @@
 """Records of measured metrics: values with the conditions that they depend on."""
 
+import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Self
@@ -70,6 +72,16 @@ class FID(Measurement):
     value: float
     noise: float | None = None
     effects: list[float] = field(default_factory=list, repr=False)
+
+    def noise_of_difference(self, other: "FID") -> float | None:
+        """Standard error of the difference of two students of the same latents, from these.
+
+        None where one has no effects, or other groups.
+        """
+        if not self.effects or len(self.effects) != len(other.effects):
+            return None
+        apart = [a - b for a, b in zip(self.effects, other.effects, strict=True)]
+        return statistics.stdev(apart) / math.sqrt(len(apart))
 
 
 @dataclass(frozen=True, kw_only=True)

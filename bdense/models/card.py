@@ -239,6 +239,8 @@ def _student_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
         rule = dict(metadata["weighting"])
         settings = ", ".join(f"{key} {value:g}" for key, value in rule.items() if key != "rule")
         facts["branch weights"] += f" at the end, learned by {rule['rule']} ({settings})"
+    if "coefficients" in metadata:
+        facts["branches combined by"] = ", ".join(f"{c:.4g}" for c in metadata["coefficients"])
     if "perceptual" in metadata:
         low, high = metadata["perceptual"]["range"]
         facts["perceptual loss"] = (

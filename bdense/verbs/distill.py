@@ -9,20 +9,18 @@ import torch
 from bdense.data.datasets import Dataset, load_dataset
 from bdense.knobs import KnobError, from_options
 from bdense.methods import METHODS
-from bdense.methods.distill import TrainedStage
+from bdense.methods.distill import TrainedStage, keep_student
 from bdense.methods.distill import distill as distill_stages
 from bdense.methods.method import Inputs, StagePlan
 from bdense.metrics.extractors import load_extractor
 from bdense.metrics.references import dataset_reference
-from bdense.models.card import inherited, write_card
-from bdense.models.store import load_model, save_denoiser
+from bdense.models.card import inherited
+from bdense.models.store import load_model
 from bdense.training.loop import IterationReport
 from bdense.verbs.common import Progress, chosen_hardware, require_writable, unfinished
 from bdense.verbs.fid import KeptFIDs
-from bdense.verbs.options import DistillOptions, Evaluation
+from bdense.verbs.options import IMAGES, DistillOptions, Evaluation
 from bdense.verbs.weight_options import chosen_weighting
-
-IMAGES = 50_000
 
 
 def distill(options: argparse.Namespace) -> None:
@@ -51,6 +49,7 @@ def distill(options: argparse.Namespace) -> None:
         Inputs(dataset=dataset, seed=own.seed, known=known),
         folder=own.out if several else None,
         checkpoint=None if several else unfinished(own.out),
+        keep_branches=own.keep_branches,
         metadata={
             **({"data": dataset.name} if method.needs_data and dataset is not None else {}),
             **inherited(known, Path(own.teacher).name),
@@ -73,8 +72,7 @@ def distill(options: argparse.Namespace) -> None:
 
 def _keep(path: Path, done: TrainedStage) -> Path:
     """Write a single student with its card, and delete its checkpoint."""
-    save_denoiser(path, done.student, done.metadata)
-    write_card(path, done.student, done.metadata)
+    keep_student(path, done.student, done.branched, done.metadata)
     unfinished(path).unlink(missing_ok=True)
     return path
 

@@ -26,6 +26,8 @@ _EXTRACTORS = (
     "inception[:FILE], dinov2[:FILE], torchscript:FILE (uint8 [B,3,H,W] to [B,d]), "
     "digits-classifier, fashion-mnist-classifier or cifar10-classifier"
 )
+# Images of a FID, as papers count them.
+IMAGES = 50_000
 _FORMER_METHODS = {
     "sfd-bdense": "--method sfd",
     "pd-bdense": "--method progressive",
@@ -173,7 +175,7 @@ class Features(Cache):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation(Cache):
-    """How the students of ``bdense distill`` are measured."""
+    """How the students of a verb that makes some are measured."""
 
     heading: ClassVar[str] = "evaluation"
 
@@ -182,7 +184,7 @@ class Evaluation(Cache):
         f"measure the FID of each student against --data, in the features of {_EXTRACTORS}",
         none="measure nothing",
     )
-    images: int | None = knob(None, "images to draw for each FID", low=2, none="50000")
+    images: int | None = knob(None, "images to draw for each FID", low=2, none=str(IMAGES))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,6 +202,34 @@ class DistillOptions(Knobs):
         help="safetensors file to write; for a method of several stages a folder, with a file for "
         "each student"
     )
+    keep_branches: bool = knob(
+        False, "write each student with all its branches too, as .branches.safetensors beside it"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecombineOptions(Knobs):
+    """``bdense recombine``."""
+
+    branched: str = knob(
+        help="a student with its branches, which bdense distill wrote with --keep-branches",
+        metavar="BRANCHED",
+        form="positional",
+    )
+    c: tuple[float, ...] | None = knob(
+        None,
+        "coefficients of the branches, of sum 1, as in --c=0,0,-0.2,1.2; without them those of "
+        "the lowest FID are searched",
+        metavar="C1,..,CK",
+        none=None,
+        form="commas",
+    )
+    evaluations: int = knob(40, "FIDs that a search of c may measure", low=1)
+    data: str = knob("digits", f"reference data set of the FID: {DATA_SETS}")
+    seed: int = knob(
+        0, "seed of the final FID's latents; c is searched on those of the next", low=0
+    )
+    out: Path = knob(help="safetensors file to write", metavar="FILE")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,7 +250,7 @@ class FidOptions(Knobs):
         ("fid",),
         "what to measure: fid always; kid: kernel distance; prc: precision and recall",
     )
-    images: int = knob(50_000, "images to draw", low=2)
+    images: int = knob(IMAGES, "images to draw", low=2)
     seed: int = knob(0, "seed of every random draw", low=0)
 
 

@@ -6,7 +6,6 @@ uniform weights, and these than searched ones.
 
 import math
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,22 +137,14 @@ def noise_of(comparison: Comparison) -> Noise:
         return Noise(latents=None, seeds=None, replicates=0)
     shared = sorted(plain.values.keys() & uniform.values.keys())
     apart = [uniform.values[seed] - plain.values[seed] for seed in shared]
-    errors = [
-        _error([a - b for a, b in zip(one.effects, other.effects, strict=True)])
-        for one, other in ((uniform.fids[seed], plain.fids[seed]) for seed in shared)
-        if one.effects and len(one.effects) == len(other.effects)
-    ]
+    pairs = ((uniform.fids[seed], plain.fids[seed]) for seed in shared)
+    errors = [e for a, b in pairs if (e := a.noise_of_difference(b)) is not None]
     return Noise(
         latents=math.sqrt(statistics.fmean(e**2 for e in errors)) if errors else None,
         seeds=statistics.stdev(apart) if len(apart) > 1 else None,
         replicates=len(apart),
         images=plain.conditions.images,
     )
-
-
-def _error(effects: Sequence[float]) -> float:
-    """Standard error of the mean of groups' effects."""
-    return statistics.stdev(effects) / math.sqrt(len(effects))
 
 
 def recommend(comparison: Comparison) -> Recommendation | None:

@@ -1,0 +1,141 @@
+"""``bdense recombine``: a student of all branches of another, by coefficients c of sum 1."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bdense.data.datasets import load_dataset
+from bdense.diffusion.branches import recombine_branches
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.sampling import Sampler, draw_images, samplers_from
+from bdense.errors import InputError
+from bdense.knobs import KnobError, from_options
+from bdense.methods.distill import keep_student
+from bdense.metrics.extractors import Extractor, load_extractor
+from bdense.metrics.metrics import measure_images, require_measurable
+from bdense.metrics.recombination import search_coefficients
+from bdense.metrics.records import FID
+from bdense.metrics.references import Reference, dataset_reference
+from bdense.metrics.settings import MetricSettings
+from bdense.models.store import load_model
+from bdense.verbs.common import Progress, chosen_hardware, require_writable
+from bdense.verbs.options import IMAGES, Evaluation, RecombineOptions
+
+# Metadata of the branched student that is not true of another.
+_OF_THE_BRANCHED = ("identity", "fid")
+
+
+def recombine(options: argparse.Namespace) -> None:
+    """Run the verb."""
+    own, evaluation = from_options(RecombineOptions, options), from_options(Evaluation, options)
+    device, execution = chosen_hardware(options)
+    if evaluation.extractor is None and own.c is None:
+        raise KnobError("--extractor", "is missing: c is searched by FID; give it, or --c")
+    if evaluation.extractor is None and evaluation.images is not None:
+        raise KnobError("--images", "needs --extractor, which measures the FID")
+    student, metadata = load_model(own.branched)
+    if student.num_branches < 2:
+        raise InputError(
+            f"{own.branched} has one branch; give a student that bdense distill wrote with "
+            "--keep-branches"
+        )
+    c: Sequence[float] | None = own.c
+    if c is not None:
+        recombine_branches(student, c)  # refuses coefficients that do not fit
+    require_writable(own.out)
+    student.to(device).execute(execution)
+    metadata = {key: value for key, value in metadata.items() if key not in _OF_THE_BRANCHED}
+    if evaluation.extractor is not None:
+        judge = _judge(evaluation, own, student, samplers_from(metadata)[0], device)
+        c, metadata["fid"] = _measured(judge, own)
+    assert c is not None
+    metadata["coefficients"] = list(c)
+    keep_student(own.out, recombine_branches(student, c), None, metadata)
+    print(own.out)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Judge:
+    """What FIDs of recombined branches are measured with."""
+
+    student: NetworkDenoiser
+    sampler: Sampler
+    extractor: Extractor
+    reference: Reference
+    images: int
+
+    @property
+    def last(self) -> list[float]:
+        """Branch K alone."""
+        return [0.0] * (self.student.num_branches - 1) + [1.0]
+
+    def fid(self, c: Sequence[float], seed: int) -> FID:
+        """Of the branches combined by c, on the latents of that seed."""
+        images = draw_images(
+            recombine_branches(self.student, c), self.sampler, self.images, seed=seed
+        )
+        measured = measure_images(
+            images,
+            self.extractor,
+            self.reference,
+            nfe=self.sampler.nfe,
+            seeds={"evaluation": seed},
+        )
+        return measured.fid
+
+
+def _judge(
+    evaluation: Evaluation,
+    own: RecombineOptions,
+    student: NetworkDenoiser,
+    sampler: Sampler,
+    device: torch.device,
+) -> _Judge:
+    assert evaluation.extractor is not None
+    extractor = load_extractor(evaluation.extractor, cache=evaluation.cache, device=device)
+    reference = dataset_reference(load_dataset(own.data), extractor, cache=evaluation.cache)
+    images = evaluation.images or IMAGES
+    require_measurable(["fid"], MetricSettings(), images, reference)
+    return _Judge(
+        student=student, sampler=sampler, extractor=extractor, reference=reference, images=images
+    )
+
+
+def _measured(judge: _Judge, own: RecombineOptions) -> tuple[Sequence[float], dict[str, Any]]:
+    """The coefficients to write, given or searched, and their FID; both are printed.
+
+    What was searched and is no better than branch K on fresh latents is dropped for branch K.
+    """
+    c = own.c or _searched(judge, own)
+    last, combined = judge.fid(judge.last, own.seed), judge.fid(c, own.seed)
+    difference = combined.value - last.value
+    noise = combined.noise_of_difference(last)
+    assert noise is not None
+    records = {"last_branch": last.as_dict(), "combined": combined.as_dict()}
+    print(json.dumps({"c": list(c), **records, "difference": difference, "noise": noise}))
+    name = f"branch {judge.student.num_branches} alone"
+    told = f"FID {combined.value:.4g} - {last.value:.4g} = {difference:+.2g} +- {noise:.2g}"
+    if difference < -2 * noise:
+        print(f"better than {name} by more than two standard errors: {told}")
+    elif own.c is None:
+        print(f"no better than {name}, which is written, by two standard errors: {told}")
+        return judge.last, last.as_dict()
+    else:
+        print(f"no better than {name} by two standard errors: {told}")
+    return c, combined.as_dict()
+
+
+def _searched(judge: _Judge, own: RecombineOptions) -> list[float]:
+    """The best coefficients on latents that the final FIDs do not use."""
+    show, values = Progress(), []
+
+    def measure(c: Sequence[float]) -> float:
+        values.append(judge.fid(c, own.seed + 1).value)
+        show(len(values), own.evaluations, f"lowest FID {min(values):.4g}")
+        return values[-1]
+
+    return search_coefficients(measure, judge.student.num_branches, own.evaluations)

@@ -44,4 +44,5 @@ def search_coefficients(
     simplex = np.vstack([start, -_FIRST_STEP * np.eye(num_branches - 1)])
     options = {"initial_simplex": simplex, "maxfev": evaluations, "xatol": 1e-3, "fatol": 0.0}
     minimize(value, start, method="Nelder-Mead", options=options)
-    return list(min(found, key=lambda c: found[c]))
+    best = min(found, key=found.__getitem__)
+    return list(best)

@@ -12,9 +12,13 @@ from bdense.metrics.metrics import MetricSettings
 from bdense.metrics.references import dataset_reference, write_reference
 from bdense.models.card import model_card
 from bdense.models.store import denoiser_sha256, load_denoiser, load_tensors, save_denoiser
+from bdense.weights.spaces import normalised_weights
 from search.study.progress_text import share_done
+from search.study.results import TrialResult
 from search.study.retention import CHECKPOINT, RESULT, STUDENT
 from search.study.trial_log import LOG_FILE, TrialLog, read_log
+from search.study.trial_note import trial_note
+from search.study.wording import weights_text
 from search.worker.pruning import INTERMEDIATE_FILE
 from tests.rows import (
     CONSISTENCY,
@@ -110,6 +114,25 @@ def test_a_baseline_has_one_branch_or_equal_weights(tmp_path, tree, baseline):
     assert found.parameters == {}
     method = load_denoiser(tmp_path / found.student)[1]["method"]
     assert method.endswith("-bdense") == (baseline == "uniform")
+
+
+def test_a_row_with_a_slope_for_each_interval_tells_each_intervals_weights(tmp_path):
+    params = {"a_1": 0.5, "a_2": 0.0}
+    assets = loaded(SFD, weights={"name": "per-interval"})
+    found = run(assets, tmp_path / "study/00000", task(params))
+    branches = assets.spec.resolved.num_branches
+    assert found.weights == [normalised_weights(a, branches).values(branches) for a in (0.5, 0.0)]
+    assert TrialResult.of(found.value, found.attrs()).weights == found.weights
+    assert found.parameters == params
+    metadata = load_denoiser(tmp_path / found.student)[1]
+    assert metadata["weights"] == found.weights
+    first, second = (", ".join(f"{w:.4g}" for w in row) for row in found.weights)
+    card = (tmp_path / found.student).with_suffix(".md").read_text()
+    assert f"| branch weights | {first}; {second}, by interval |" in card
+    note = trial_note("trial 0", found, [])
+    for row in (first, second):
+        assert f"| {row.replace(', ', ' | ')} |" in note
+    assert weights_text(found.weights).endswith(" | " + " ".join(["1"] * branches))
 
 
 def test_a_row_stores_the_metrics_it_was_asked_for(tmp_path, monkeypatch):

@@ -34,6 +34,8 @@ DDPM = {"checkpoint": "google/ddpm-cifar10-32"}
 REFERENCE = "cifar10-32x32"
 ONE_POINT = {**LEARNED, "rules": ["uncertainty"], "strength": {"low": 1.0, "high": 1.0}}
 ARMS = PROMOTION["plan"]
+PER_INTERVAL = {"name": "per-interval"}
+SLOPES = {"a_1": 0.5, "a_2": 0.25}
 
 
 def message(tree, **keys) -> str:
@@ -139,6 +141,13 @@ SFD_ALONE = [
         "weights",
         "gradients .* resources.compile",
     ),
+    ({"weights": {**PER_INTERVAL, "intervals": 3}}, "weights.intervals", "3, .* trains 2 inter"),
+    ({"weights": PER_INTERVAL, "method__nfe": [2, 3]}, "weights", "the same intervals, 2 or more"),
+    (
+        {"weights": PER_INTERVAL, "confirm": {"method": {"nfe": 3}}},
+        "confirm.method",
+        "intervals .* of per-interval weights",
+    ),
     ({"plan__trails": 3}, "plan.trails", "did you mean trials?"),
     ({"plan__at": [0.01]}, "plan.at", "[0.01] of 40 updates .* after [0]"),
     ({"plan__at": [0.5, 0.501]}, "plan.at", "after [20, 20]"),
@@ -164,6 +173,12 @@ PD_ALONE = [
     ({"method__until": REMOVED}, "method.until", "missing"),
     ({"method__until": 3}, "method.steps", "end at until=4 or 2, or start at steps=6"),
     ({"method__steps": 2}, "method.until", "steps=2 .* got 2"),
+    (
+        {"weights": PER_INTERVAL, "plan": {"trials": 3}},
+        "weights",
+        "per-interval needs .* choose normalised",
+    ),
+    ({"plan": {**ARMS, "arms": [SLOPES]}}, "plan.arms.0", "of 2 intervals .* that trains 1 in"),
     ({"method__prediction_type": "eps"}, "method.prediction_type", "did you mean epsilon?"),
     ({"method__rho": 3}, "method.rho", "3 is for another schedule"),
     ({"precision": "float16"}, "method", "bfloat16"),
@@ -202,6 +217,13 @@ def test_a_mistake_is_named_by_file_and_key(tree, keys, key, said):
         assert words.strip() in told[place:], told
         place = told.index(words.strip(), place)
     assert "\n" not in told
+
+
+def test_there_is_a_slope_for_each_interval_that_the_method_trains():
+    space = spec(weights=PER_INTERVAL, method__nfe=3).space
+    assert [*space.distributions()] == ["a_1", "a_2", "a_3"]
+    arms = {"arms": ["plain", SLOPES], "seeds": [0]}
+    assert spec(plan=arms).given.arms == ("plain", SLOPES)
 
 
 def test_intermediate_fids_of_a_round_that_needs_no_conversion():

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bdense.diffusion.branches import export_branch, recombine_branches
+from bdense.diffusion.sampling import draw_images
 from bdense.errors import InputError, NonFiniteError
 from bdense.methods.distill import branches_path
 from bdense.metrics.recombination import search_coefficients
@@ -70,6 +71,8 @@ def test_rounds_keep_their_branches(tmp_path):
         assert same_weights(kept, stage.branched)
         assert same_weights(export_branch(kept), stage.student)
         assert metadata["sampler"] == stage.metadata["sampler"]
+        images = draw_images(recombine_branches(kept, [-0.2, 1.2]), stage.sampler, 2, seed=0)
+        assert not torch.equal(images, draw_images(stage.student, stage.sampler, 2, seed=0))
     (again, _) = run(tmp_path, options={"keep_branches": True})
     assert same_weights(again.student, stages[0].student)
     branches_path(stages[0].path).unlink()

@@ -16,6 +16,7 @@ from search.study.artifacts import artifact_store, attach
 from search.study.dashboard_texts import save_texts
 from search.study.folders import pictures
 from search.study.markdown import escaped, markdown_table, paragraphs
+from search.study.one_shot import curve_line, curve_rows
 from search.study.results import TrialResult
 from search.study.wording import duration
 
@@ -41,6 +42,8 @@ def trial_note(title: str, result: TrialResult, pictures: Sequence[tuple[str, st
     elif result.reason is not None:
         at = f" at {result.pruned_at:g} of its budget" if result.pruned_at is not None else ""
         lines.append(f"**Pruned{at}**: {escaped(result.reason)}")
+    if result.curve is not None:
+        lines += [escaped(curve_line(result.curve)), markdown_table(curve_rows(result.curve))]
     if result.weights:
         header = [f"w_{k}" for k in range(1, len(result.weights) + 1)]
         lines.append(markdown_table([header, [f"{w:.4g}" for w in result.weights]]))

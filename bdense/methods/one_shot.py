@@ -9,7 +9,7 @@ B batch, K branches, C channels, H x W pixels, d coordinates.
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
@@ -23,7 +23,7 @@ from bdense.methods.method import AnyConfig, Inputs, Method, MethodConfig, Stage
 from bdense.randomness import Stream, generator
 from bdense.training.stage import Branches, BranchLosses, Update
 from bdense.weights.spaces import Uniform, WeightSpace
-from bdense.weights.weighting import BranchWeighting, FixedWeights
+from bdense.weights.weighting import BranchWeighting
 
 # The embedding is made for numbers of time stamps, N + 1: cosines and sines of up to 1 radian a
 # unit. Over 2 to 8 they tell points apart, and near ones stay alike.
@@ -190,6 +190,7 @@ class OneShotStage:
         teacher: Of the stage; a ``ToldDenoiser`` where it is told the images' points, too.
         start: What the student starts as, with a step condition.
         index: Keeps the draws of several stages of one seed apart.
+        stage: The method's own.
     """
 
     coordinates: Coordinates
@@ -197,15 +198,10 @@ class OneShotStage:
     teacher: NetworkDenoiser
     start: NetworkDenoiser
     index: int
+    stage: Stage = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_stage", self.make(self.teacher))
-
-    @property
-    def stage(self) -> Stage:
-        """The method's own."""
-        made: Stage = self._stage  # type: ignore[attr-defined]
-        return made
+        object.__setattr__(self, "stage", self.make(self.teacher))
 
     @property
     def kind(self) -> str:
@@ -288,10 +284,6 @@ class OneShot(Method):
 
     def __init__(self, method: Method, coordinates: Coordinates) -> None:
         self.method, self.coordinates = method, coordinates
-
-    def weighting(self) -> FixedWeights:
-        """What the loop is given: the images' own weights are not scaled."""
-        return FixedWeights(torch.ones(self.coordinates.num_branches))
 
     def student_at(self, student: NetworkDenoiser, point: tuple[float, ...]) -> ToldDenoiser:
         """The student told one point of the space, [d]."""

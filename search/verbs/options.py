@@ -236,8 +236,8 @@ class BestOptions(StudyOptions):
     """``best``."""
 
     json: bool = flag(
-        "print one object: study, storage, trials, best, baselines, confirmed, noise, recommended, "
-        "and one_shot if the plan has it"
+        "print one object: study, storage, trials, best, baselines, confirmed, noise, "
+        "recommended, and one_shot if the plan has it"
     )
 
 

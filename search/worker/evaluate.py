@@ -24,7 +24,7 @@ from search.study.arms import ONE_SHOT, Task
 from search.study.folders import WEIGHTS_PLOT, grid_name
 from search.study.progress_text import evaluating, in_stage, training
 from search.study.results import IntermediateFID, TrialResult
-from search.study.retention import CHECKPOINT, STUDENT
+from search.study.retention import CHECKPOINT, STUDENT, student_files
 from search.study.trial_log import Note, TrialLog, is_noted, shortened, unnoted
 from search.worker.assets import Assets
 from search.worker.one_shot import trace
@@ -67,6 +67,9 @@ def evaluate(
     asked = task.params.get(ONE_SHOT)
     result = row.run() if asked is None else trace(row, asked["points"])
     write_result(folder, identity, result)
+    if asked is not None:
+        for path in student_files(folder):  # of rounds, kept to resume from
+            path.unlink()
     return result
 
 

@@ -15,7 +15,6 @@ from bdense.weights.spaces import Uniform
 from search.analysis.paired import mean_of
 from search.study.progress_text import evaluating
 from search.study.results import Curve, CurvePoint, TrialResult
-from search.study.retention import student_files
 from search.worker.result import provenance
 
 if TYPE_CHECKING:
@@ -56,8 +55,6 @@ def trace(row: "Row", count: int) -> TrialResult:
     points = [tuple(point) for point in assets.method.coordinates.spread(count).tolist()]
     fids = _measured(row, last, points)
     curve = _curve(assets.method.coordinates, points, fids)
-    for path in student_files(row.folder):  # of rounds, which were kept to resume from
-        path.unlink()
     seconds = {
         "student_seconds": trained - started,
         "evaluation_seconds": time.perf_counter() - trained,

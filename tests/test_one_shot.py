@@ -176,19 +176,18 @@ def test_images_that_are_told_one_point_have_the_gradient_of_its_fixed_weights(n
 
 @EACH_METHOD
 def test_an_image_s_loss_has_its_own_weights(name):
-    """With one image weighted by one branch alone the others have no part in the gradient."""
+    """Images weighted one at a time make up the whole loss, and each has its own part in it."""
     stage = stage_of(name, double=True, dropout=False)
     student = widen_head(stage.start, 4)
     batch, points = stage.batch(0, ALL)
     update = next(stage.updates(0, (in_float64(batch), points)))
     losses = update(student.branches).losses
-    apart = torch.stack(
-        [losses.weighted(torch.eye(6, dtype=torch.float64)[i].expand(4, 6)) for i in range(6)]
-    )
-    whole = losses.weighted(torch.ones(4, 6, dtype=torch.float64))
-    assert float(apart.sum()) == pytest.approx(float(whole), rel=1e-12)
-    assert float(whole) == pytest.approx(float(losses.per_branch.sum()), rel=1e-12)
-    assert len({round(float(each), 9) for each in apart}) == 6
+    alone = torch.eye(6, dtype=torch.float64)
+    apart = [losses.weighted(one.expand(4, 6)).item() for one in alone]
+    whole = losses.weighted(torch.ones(4, 6, dtype=torch.float64)).item()
+    assert sum(apart) == pytest.approx(whole, rel=1e-12)
+    assert whole == pytest.approx(losses.per_branch.sum().item(), rel=1e-12)
+    assert len({round(each, 9) for each in apart}) == 6
 
 
 # ---- the student ----

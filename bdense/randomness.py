@@ -29,6 +29,7 @@ class Stream(IntEnum):
     EVALUATION_LABELS = 8
     IMAGES = 9
     EVALUATION_STEPS = 10
+    ONE_SHOT = 11
 
 
 def derive_seed(seed: int, stream: Stream, *index: int) -> int:

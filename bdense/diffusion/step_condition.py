@@ -1,7 +1,8 @@
 """The step condition of SFD-v: one student for several numbers of steps (Zhou et al. 2024).
 
 The network's input N + 1, the sampler's number of time stamps, has its own layers: ``map_step``,
-``map_step_layer0``, ``map_step_layer1``, and in each block ``affine_step``.
+``map_step_layer0``, ``map_step_layer1``, and in each block ``affine_step``. A one-shot student
+(``bdense.methods.one_shot``) is told the branch weights it is trained under through them.
 """
 
 from typing import Literal
@@ -17,7 +18,7 @@ Start = Literal["teacher", "random"]
 
 
 def with_step_condition(
-    denoiser: NetworkDenoiser, *, start: Start = "teacher", seed: int
+    denoiser: NetworkDenoiser, *, start: Start = "teacher", seed: int, values: int = 1
 ) -> NetworkDenoiser:
     """A copy of the denoiser with the layers of the step condition.
 
@@ -27,27 +28,15 @@ def with_step_condition(
             at any N until it is trained. ``random``: they start as the reference's do, and the
             copy differs from the denoiser at once.
         seed: Of the new layers.
+        values: Numbers that the condition consists of.
 
     Raises:
         InputError: The denoiser has a step condition already, or its network can have none.
     """
-    if denoiser.step_condition:
-        raise InputError(
-            "the denoiser has a step condition already; use it as it is, or start from the "
-            "teacher it was made of"
-        )
-    description = denoiser.describe()
-    description["config"] = description["config"] | {"step_condition": True}
     # Drawn on the CPU, and from other numbers than a teacher of the same seed started with.
     cpu = torch.device("cpu")
     with seeded(cpu, seed, Stream.INITIALISATION, 1):
-        try:
-            conditioned = build_denoiser(description)
-        except CheckpointError as error:
-            raise InputError(
-                f"a {description['network']} takes no step condition; distil it for one number "
-                f"of steps ({error})"
-            ) from error
+        conditioned = _built(denoiser, values)
     if start == "random":
         with seeded(cpu, seed, Stream.INITIALISATION, 2):
             _draw_block_layers(conditioned)
@@ -56,6 +45,31 @@ def with_step_condition(
     assert not result.unexpected_keys
     assert all("map_step" in key or "affine_step" in key for key in result.missing_keys)
     return conditioned.execute(denoiser.execution)
+
+
+def require_no_condition_yet(denoiser: NetworkDenoiser, values: int = 1) -> None:
+    """Raise the errors of ``with_step_condition`` without taking memory."""
+    with torch.device("meta"):
+        _built(denoiser, values)
+
+
+def _built(denoiser: NetworkDenoiser, values: int) -> NetworkDenoiser:
+    """A new denoiser with the layers of the condition."""
+    if denoiser.step_condition:
+        raise InputError(
+            "the denoiser has a step condition already; use it as it is, or start from the "
+            "teacher it was made of"
+        )
+    description = denoiser.describe()
+    several = {"step_values": values} if values > 1 else {}
+    description["config"] = description["config"] | {"step_condition": True, **several}
+    try:
+        return build_denoiser(description)
+    except CheckpointError as error:
+        raise InputError(
+            f"a {description['network']} takes no step condition, which students of several "
+            f"numbers of steps and one-shot searches need ({error})"
+        ) from error
 
 
 def _draw_block_layers(denoiser: NetworkDenoiser) -> None:

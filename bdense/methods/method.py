@@ -9,7 +9,7 @@ import abc
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias
 
 from bdense.data.datasets import Dataset
 from bdense.diffusion.denoiser import NetworkDenoiser
@@ -34,6 +34,19 @@ class MethodConfig(OptimisationConfig):
 
     batch: int = knob(128, "images in each iteration", low=1)
     dropout: bool = knob(True, "train with the teacher's own dropout")
+
+    def told(self, length: float) -> Self:
+        """For a one-shot student (``bdense.methods.one_shot``): so many times as long.
+
+        A method whose losses take weights [K, B] overrides it.
+
+        Raises:
+            InputError: No student of the method, or of these knobs, can be told its weights.
+        """
+        raise InputError(
+            "a one-shot search weighs each image by itself, and this method has no losses of "
+            "single images; choose sfd or progressive, or search without one_shot"
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """The knobs as ``read`` takes them and a file holds them: lists stand for tuples."""

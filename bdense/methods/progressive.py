@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -93,6 +93,9 @@ class PDConfig(MethodConfig, NativeGridKnobs):
             # Given as the default or not, the config is the same.
             if getattr(self, name) == knobs_of(GridKnobs)[name].default:
                 object.__setattr__(self, name, None)
+
+    def told(self, length: float) -> Self:
+        return replace(self, updates=max(1, round(length * self.updates)))
 
     @property
     def rounds(self) -> tuple[int, ...]:
@@ -368,14 +371,15 @@ def image_weights(weights: Tensor, levels: Tensor, space: WeightsSpace) -> Tenso
     """Branch weights of each image.
 
     Args:
-        weights: [K] w_1..w_K.
+        weights: [K] w_1..w_K, or [K, B] those of each image.
         levels: [K' + 1, B] t_{n,0}..t_{n,K'}, of which the last K are the branches'.
         space: As in ``PDConfig.weights_space``.
 
     Returns:
         [K, B] float64, each image's sum that of ``weights``.
     """
-    own = weights.double().to(levels.device)[:, None].expand(-1, levels.shape[1])
+    given = weights if weights.dim() == 2 else weights[:, None]
+    own = given.double().to(levels.device).expand(-1, levels.shape[1])
     if space == "clean":
         return own
     moved = own * (1 - levels[-len(weights) :] / levels[0])

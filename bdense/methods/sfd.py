@@ -5,7 +5,7 @@ Zhou et al. 2024 (arXiv 2409.19681), algorithm 1; B-DENSE (arXiv 2602.15971), se
 B batch, K branches, C channels, H x W pixels, N student intervals.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol, Self
 
@@ -144,6 +144,15 @@ class SFDConfig(GridConfig):
             for nfe in self.several_nfe
         )
 
+    def told(self, length: float) -> Self:
+        if len(self.several_nfe) > 1:
+            raise KnobError(
+                "nfe",
+                f"{list(self.several_nfe)}: a student of several NFE is told their number already "
+                "and cannot be told its weights too; give one",
+            )
+        return replace(self, kimg=length * self.kimg)
+
     def make_solver(self) -> Solver:
         """What the teacher walks with."""
         return make_solver(self.solver, order=self.order, thresholding=self.thresholding)
@@ -281,20 +290,27 @@ class IntervalUpdate:
         states = branch_states(branches, self.x, self.levels, **self.given)
         self.end = states[:, -1].detach()
         losses = branch_losses(states, self.targets)
-        if self.perceptual is None:
-            return BranchMeans(losses)
-        distance, end, target = self.perceptual, states[:, -1], self.targets[-1]
-        return PerceptualLosses(losses, lambda: self.x[0].numel() * distance(end, target))
+        return IntervalLosses(losses, states, self.targets, self.perceptual)
 
 
 @dataclass(frozen=True, eq=False)
-class PerceptualLosses(BranchMeans):
-    """L1 losses, and what is added to their weighted sum."""
+class IntervalLosses(BranchMeans):
+    """L1 losses; to their weighted sum the perceptual loss of the end is added."""
 
-    added: Callable[[], Tensor]
+    states: Tensor
+    targets: Tensor
+    perceptual: PerceptualLoss | None
 
     def weighted(self, weights: Tensor) -> Tensor:
-        return super().weighted(weights) + self.added()
+        if weights.dim() == 1:
+            total = super().weighted(weights)
+        else:
+            losses = image_losses(self.states, self.targets)
+            total = (weights.to(losses) * losses).sum(0).mean()
+        if self.perceptual is None:
+            return total
+        ends = self.states[:, -1]
+        return total + ends[0].numel() * self.perceptual(ends, self.targets[-1])
 
 
 def first_interval_without_network(x: Tensor, levels: Tensor) -> Tensor:
@@ -339,6 +355,12 @@ def branch_losses(states: Tensor, targets: Tensor) -> Tensor:
     """
     targets = targets[-states.shape[1] :].transpose(0, 1)
     return (states - targets).abs().sum(dim=(0, 2, 3, 4)) / len(states)
+
+
+def image_losses(states: Tensor, targets: Tensor) -> Tensor:
+    """As ``branch_losses``, of each image: [K, B]."""
+    targets = targets[-states.shape[1] :].transpose(0, 1)
+    return (states - targets).abs().sum(dim=(2, 3, 4)).T
 
 
 class SFD(Method):

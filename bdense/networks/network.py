@@ -27,6 +27,7 @@ class Network(nn.Module, abc.ABC):
         img_resolution: Side of the square image in pixels.
         label_dim: Number of classes; 0 is unconditional.
         step_condition: Whether ``forward`` takes, and needs, ``num_points``.
+        step_values: Numbers that ``num_points`` gives for each image.
         num_branches: K.
         prediction_channels: P: C, or more where each prediction has a variance behind it.
         head_name: Dotted name of the last layer, whose weight and bias have a row for each output.
@@ -41,6 +42,7 @@ class Network(nn.Module, abc.ABC):
     img_resolution: int
     label_dim: int = 0
     step_condition: bool = False
+    step_values: int = 1
     conditions: Any = None
     num_branches: int
     prediction_channels: int
@@ -82,7 +84,8 @@ class Network(nn.Module, abc.ABC):
             noise_labels: [B] or [1] c_noise.
             class_labels: [B, label_dim] or [1, label_dim], one-hot; None is all zeros.
             augment_labels: [B, augment_dim]; None switches them off.
-            num_points: N + 1 time stamps of the sampler that asks, one number or [B].
+            num_points: N + 1 time stamps of the sampler that asks, one number or [B]; or what a
+                one-shot student is told, [B] or [B, step_values].
 
         Returns:
             [B, K P, H, W].
@@ -185,7 +188,7 @@ class Network(nn.Module, abc.ABC):
         draw = torch.Generator().manual_seed(0)
         side = self.img_resolution
         x = torch.randn(1, self.img_channels, side, side, generator=draw).to(like)
-        points = 4 if self.step_condition else None
+        points = x.new_full((1, self.step_values), 4.0) if self.step_condition else None
 
         def predict(network: Network) -> Tensor:
             """[K, P, H, W] without dropout; not by a compiled call."""
@@ -235,10 +238,15 @@ def check_inputs(
             "out, or add the layers with bdense.diffusion.step_condition.with_step_condition"
         )
     if isinstance(num_points, Tensor):
-        if num_points.dim() > 1 or num_points.numel() not in (1, len(x)):
-            raise ShapeError(
-                f"num_points must be one number or [{len(x)}], got {list(num_points.shape)}"
-            )
+        values = network.step_values
+        told = num_points[..., None] if values == 1 and num_points.dim() < 2 else num_points
+        if told.shape[-1] != values or tuple(told.shape[:-1]) not in ((), (1,), (len(x),)):
+            wanted = f"one number or [{len(x)}]" if values == 1 else f"[{len(x)}, {values}]"
+            raise ShapeError(f"num_points must be {wanted}, got {list(num_points.shape)}")
+    elif network.step_values > 1:
+        raise ShapeError(
+            f"num_points must be [{len(x)}, {network.step_values}], got the number {num_points}"
+        )
     elif num_points < 2:
         raise InputError(
             f"num_points counts the time stamps of a sampler, N + 1, at least 2; got {num_points}"

@@ -34,6 +34,7 @@ class UNetConfig:
         dropout: Probability in every block, active in training only.
         label_dropout: Probability that an image's class is hidden, in training only.
         step_condition: Take the student's number of time stamps as a second input (SFD-v).
+        step_values: Numbers in that input; above 1 for a one-shot student of several coordinates.
     """
 
     network: ClassVar[str]
@@ -50,12 +51,13 @@ class UNetConfig:
     dropout: float = 0.1
     label_dropout: float = 0.0
     step_condition: bool = False
+    step_values: int = 1
 
     def __post_init__(self) -> None:
         for name in ("channel_mult", "attn_resolutions"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         least = {"img_resolution": 1, "img_channels": 1, "model_channels": 1, "num_blocks": 1}
-        least |= {"label_dim": 0, "augment_dim": 0, "channel_mult_emb": 1}
+        least |= {"label_dim": 0, "augment_dim": 0, "channel_mult_emb": 1, "step_values": 1}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise InputError(
@@ -86,8 +88,8 @@ class UNetConfig:
         denoiser, by which recorded trajectories and runs to resume know their teacher.
         """
         options = asdict(self)
-        for name in ("label_dropout", "step_condition"):
-            if not options[name]:
+        for name, off in (("label_dropout", 0), ("step_condition", False), ("step_values", 1)):
+            if options[name] == off:
                 del options[name]
         return options
 
@@ -116,6 +118,7 @@ class UNet(Network):
         self.img_resolution = config.img_resolution
         self.label_dim = config.label_dim
         self.step_condition = config.step_condition
+        self.step_values = config.step_values
         self.num_branches = num_branches
         self.prediction_channels = prediction_channels or config.img_channels
         self._build()
@@ -190,7 +193,8 @@ class UNet(Network):
     ) -> None:
         """SFD-v's layers from N + 1 to the embedding that every block gets (Zhou et al. 2024)."""
         self.map_step = embedding
-        self.map_step_layer0 = Linear(embedding.num_channels, emb_channels, init=init)
+        channels = self.step_values * embedding.num_channels
+        self.map_step_layer0 = Linear(channels, emb_channels, init=init)
         self.map_step_layer1 = Linear(emb_channels, emb_channels, init=init)
 
     # ---- a call ----
@@ -249,7 +253,7 @@ class UNet(Network):
         if num_points is None:
             return None
         points = torch.as_tensor(num_points, dtype=x.dtype, device=x.device).reshape(-1)
-        emb = self._arrange(self.map_step(points))
+        emb = self._arrange(self.map_step(points)).view(-1, self.map_step_layer0.in_features)
         emb = F.silu(self.map_step_layer0(emb))
         return F.silu(self.map_step_layer1(emb))
 

@@ -26,7 +26,10 @@ class BranchLosses(Protocol):
         """[K], differentiable, unweighted, mean over the batch."""
 
     def weighted(self, weights: Tensor) -> Tensor:
-        """The 0-dim loss to minimise, for weights [K] float64."""
+        """The 0-dim loss to minimise, for weights [K] float64.
+
+        Methods of which a student can be told its weights take [K, B], each image's own, too.
+        """
 
 
 class Update(Protocol):
@@ -169,8 +172,8 @@ class ImageLosses:
         return self.per_image.mean(1)
 
     def image_weights(self, weights: Tensor) -> Tensor:
-        """[K, 1] or [K, B] weights of each image's branches, for w_k [K] float64."""
-        return weights[:, None]
+        """[K, 1] or [K, B] weights of each image's branches, for w_k [K] or [K, B] float64."""
+        return weights if weights.dim() == 2 else weights[:, None]
 
     def weighted(self, weights: Tensor) -> Tensor:
         """The sum over the branches, mean over the images."""

@@ -6,7 +6,7 @@ interval's end point.
 
 import abc
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias, cast
 
@@ -147,6 +147,31 @@ class WeightSpace(Knobs, abc.ABC):
     def axes(self) -> tuple[str, ...]:
         """Names of the coordinates; empty for a space without geometry."""
         return ()
+
+    @property
+    def box(self) -> tuple[Uniform, ...]:
+        """The range of each coordinate, for a search over these rather than over parameters.
+
+        Raises:
+            InputError: The space has no coordinates, or not of weights that are fixed beforehand.
+        """
+        distributions = self.distributions()
+        ranges = [distributions.get(axis) for axis in self.axes]
+        found = tuple(each for each in ranges if isinstance(each, Uniform))
+        if not found or len(found) < len(ranges):
+            raise InputError(
+                f"{self.name} weights have no coordinates that a student can be told; choose "
+                "normalised, log-linear or free ones, or search without one_shot"
+            )
+        return found
+
+    def at(self, point: Sequence[float]) -> dict[str, Any]:
+        """Parameters of these coordinates; what is no coordinate takes its lowest value."""
+        lowest: dict[str, Any] = {
+            name: each.low if isinstance(each, Uniform) else each.options[0]
+            for name, each in self.distributions().items()
+        }
+        return lowest | dict(zip(self.axes, map(float, point), strict=True))
 
     def label(self, params: Mapping[str, Any]) -> str:
         """The weights in a few words, such as ``a 0.071``."""

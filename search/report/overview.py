@@ -15,6 +15,8 @@ from search.storage.engine import retrying
 from search.storage.ledger import Ledger
 from search.storage.settings import CHANGES
 from search.study import summary
+from search.study.one_shot import curve_of
+from search.study.results import Curve
 from search.study.study import FINGERPRINT, Study
 from search.study.summary import Measured, Summary
 
@@ -33,9 +35,9 @@ class Overview:
     """One reading of a study.
 
     A search has ``now`` (else None), its complete ``trials``, the ``verdict`` of its confirmation,
-    and its noise and recommended arm in words, ``assessment``; given arms have ``comparisons`` and
-    perhaps the ``teacher``'s FID. ``changes`` have ``time``, ``key``, ``old`` and ``new`` of
-    changed settings; ``written`` is in UTC.
+    perhaps the ``curve`` of its one-shot training, and its noise and recommended arm in words,
+    ``assessment``; given arms have ``comparisons`` and perhaps the ``teacher``'s FID. ``changes``
+    have ``time``, ``key``, ``old`` and ``new`` of changed settings; ``written`` is in UTC.
     """
 
     study: Study
@@ -43,6 +45,7 @@ class Overview:
     trials: Sequence[Measured]
     verdict: Verdict | None
     assessment: Sequence[str]
+    curve: Curve | None
     comparisons: Sequence[Comparison]
     teacher: FID | None
     spec: str
@@ -80,7 +83,9 @@ class Overview:
         """Its own plots; none before anything was measured."""
         if self.is_empty:
             return []
-        return study_plots(self.trials, self.now, self.comparisons, self.teacher, self.study.name)
+        return study_plots(
+            self.trials, self.now, self.comparisons, self.teacher, self.study.name, self.curve
+        )
 
     def shown(self) -> list[ShownRow]:
         """Of a search its baselines and its best trial; else each arm under the first seed."""
@@ -122,6 +127,7 @@ def overview_of(study: Study) -> Overview:
         now=now,
         trials=trials,
         verdict=found,
+        curve=curve_of(study),
         assessment=assessment(*assess(study, found)) if study.is_search else (),
         comparisons=[] if study.is_search else comparisons_of(study),
         teacher=teacher_of(study),

@@ -16,6 +16,7 @@ from search.report.document import (
     Text,
 )
 from search.report.overview import Overview
+from search.study.one_shot import curve_line, curve_rows
 from search.study.trial_note import conditions
 from search.study.wording import weights_text
 
@@ -44,6 +45,7 @@ def study_page(
         Text(overview.facts()),
         *_best(overview),
         Section("Result", result),
+        *_curve(overview),
         Section("Plots", [Pictures(plots, "plots")]),
         Section("Samples, from the same latents", [Pictures(grids, "grids")]),
         Section("Trials", [Table(trials)]),
@@ -64,6 +66,18 @@ def _best(overview: Overview) -> list[Block]:
     )
     lines = [weights, conditions(best.result.fid), overview.confidence()]
     return [Best(f"Best: FID {best.fid:.3f}", lines)]
+
+
+def _curve(overview: Overview) -> list[Block]:
+    """What a search's one-shot training found."""
+    if overview.curve is None:
+        return []
+    shown: list[Block] = [
+        Text(curve_line(overview.curve)),
+        Table(curve_rows(overview.curve), words=False),
+        Text("s.e.: of the difference from the lowest, over the latents of both.", quiet=True),
+    ]
+    return [Section("One-shot curve", shown)]
 
 
 def _change_text(change: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from search.analysis.comparison import Comparison
 from search.analysis.confirmation import point_of
 from search.analysis.surrogate import FEWEST, Observation, posterior_means
 from search.study.markdown import printable
+from search.study.results import Curve
 from search.study.summary import Measured, Summary
 
 if TYPE_CHECKING:
@@ -63,10 +64,13 @@ class Plot:
             self.figure().savefig(scratch, format="png", dpi=DPI)
 
 
-def fid_over(trials: Sequence[Measured], now: Summary) -> Plot | None:
+def fid_over(
+    trials: Sequence[Measured], now: Summary, one_shot: Curve | None = None
+) -> Plot | None:
     """FID of complete trials over the space's first coordinate, with the surrogate's curve.
 
-    None where the space has no coordinates.
+    A one-shot curve over that coordinate alone is drawn too. None where the space has no
+    coordinates.
     """
     placed = [
         (p, each) for each in trials if (p := point_of(now.spec, each.parameters)) is not None
@@ -95,6 +99,10 @@ def fid_over(trials: Sequence[Measured], now: Summary) -> Plot | None:
                 asked = [{**example, axis: float(at)} for at in curve]
                 measured = [Observation(point=p, value=e.fid, group="search") for p, e in placed]
                 axes.plot(curve, posterior_means(measured, asked), color=colour, linewidth=1.0)
+        if one_shot is not None and one_shot.axes == [axis]:
+            told = sorted((each.coordinates[0], each.fid) for each in one_shot.points)
+            label = plain(f"one student, told {axis}")
+            axes.plot(*zip(*told, strict=True), "x:", color="#777777", label=label)
         place = next(point[axis] for point, each in placed if each is best)
         axes.plot(place, best.fid, "o", color=_BEST, label=f"best: trial {best.number}")
         fids = [each.fid for each in trials]
@@ -168,10 +176,11 @@ def study_plots(
     comparisons: Sequence[Comparison],
     teacher: FID | None,
     title: str,
+    one_shot: Curve | None = None,
 ) -> list[Plot]:
     """The plots of a search, or of given arms (``now`` is None); see ``Overview``."""
     if now is not None:
-        plot = fid_over(trials, now) if trials else None
+        plot = fid_over(trials, now, one_shot) if trials else None
         return [plot] if plot is not None else []
     stages = [each for each in comparisons if each.variant == comparisons[0].variant]
     if len({each.stage for each in stages}) > 1:

@@ -85,7 +85,8 @@ class Studies(Collector):
                     first.setdefault(ArmRow.of(row.params).arm, row.value or 0.0)
                 for arm, fid in first.items():
                     labels = [name.removesuffix(BASELINES_SUFFIX), str(arms[arm])]
-                    baselines.add_metric(labels, fid)
+                    if arms[arm] is not None:
+                        baselines.add_metric(labels, fid)
             if study.key in claimed:
                 oldest, late = claimed[study.key]
                 lease.add_metric([name], oldest)

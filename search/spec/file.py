@@ -19,7 +19,7 @@ from bdense.errors import InputError
 from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
 from search.errors import SpecError
 from search.spec.legacy import translated
-from search.spec.study import StudySpec
+from search.spec.study import StudySpec, spelt_plan
 
 T = TypeVar("T")
 
@@ -68,6 +68,8 @@ def _resolved(path: Path, changes: dict[str, Any]) -> StudySpec:
         tree, hint = translated(tree)
     except SpecError as error:
         raise SpecError(f"{path}: {error}") from error
+    if "plan" in tree:
+        tree = {**tree, "plan": spelt_plan(tree["plan"])}
     spec = parse(_merged(tree, changes), source=str(path))
     if hint:
         sys.stderr.write(f"bdense-search: {path}: {hint}\n")

@@ -16,6 +16,7 @@ from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.knobs import knobs_of
 from bdense.methods import METHODS
+from bdense.methods.one_shot import Coordinates, OneShot
 from bdense.metrics.classifiers import RECIPES
 from bdense.metrics.dinov2 import SIZES
 from bdense.metrics.extractors import SPECS
@@ -133,10 +134,13 @@ def _with_teacher(spec: StudySpec) -> StudySpec:
         teacher = build_denoiser(described)
         teacher.execution = execution(spec)
         method = METHODS[spec.method.name]()
+        config = method.Config.read(spec.method.options)
         try:
-            method.check(method.Config.read(spec.method.options), teacher, known)
+            method.check(config, teacher, known)
         except InputError as error:
             raise SpecError.under("method", error) from error
+        if spec.is_search and spec.search.one_shot is not None:
+            _check_one_shot(spec, teacher, known)
         return _with_facts(spec, teacher)
 
 
@@ -237,6 +241,16 @@ def _check_intermediate(spec: StudySpec) -> None:
             f"plan.at {list(plan.at)} of {total} updates are evaluations after {after} of "
             "them, which must be different and lie inside the training; choose other fractions"
         )
+
+
+def _check_one_shot(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
+    method = METHODS[spec.method.name]()
+    config = method.Config.read(spec.method.options)
+    try:
+        coordinates = Coordinates.of(spec.space, spec.resolved.num_branches)
+        OneShot(method, coordinates).check(config.told(1.0), teacher, known)
+    except InputError as error:
+        raise InputError(f"plan.one_shot: {error}") from error
 
 
 def _check_arms(spec: StudySpec) -> None:

@@ -26,6 +26,9 @@ from search.errors import SpecError
 
 _SEEDS: dict[str, Any] = {"low": 0, "below": 2**31}
 
+# Short for a search of its one-shot training's best points.
+ONE_SHOT_PLAN = "one-shot"
+
 # Folders under the runs that all studies share (search.storage.engine, search.study.artifacts).
 TAKEN_NAMES = ("artifacts", "cache")
 
@@ -150,10 +153,29 @@ class ResourcesSpec(Knobs):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OneShotSpec(Knobs):
+    """One student told its weights is trained first; the best points of its curve are trials."""
+
+    length: float = knob(3.0, "length of its training, in those of a trial", above=0)
+    points: int | None = knob(
+        None,
+        "points of the space at which it is measured, on latents that no trial is judged on",
+        low=2,
+        none="13, or 16 for each coordinate of several",
+    )
+    best: int = knob(3, "points of the lowest FID that become trials, before others", low=1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SearchPlan(Knobs):
     """Points proposed by a sampler, beside plain distillation and uniform weights."""
 
     trials: int = knob(help="trials in all, counting those that are done", low=1)
+    one_shot: OneShotSpec | None = knob(
+        None,
+        "ask one training for the whole curve of FIDs first; `plan: one-shot` is {one_shot: {}}, "
+        "whose trials are its best points alone",
+    )
     replicates: int = knob(
         3,
         "training seeds of plain distillation and uniform weights, seeds.training and those after "
@@ -182,6 +204,12 @@ class SearchPlan(Knobs):
 
     def __post_init__(self) -> None:
         Knobs.__post_init__(self)
+        if self.one_shot is not None and self.trials < self.one_shot.best:
+            raise KnobError(
+                "trials",
+                f"{self.trials} are fewer than the best points of the one-shot search, "
+                f"one_shot.best {self.one_shot.best}; raise one or lower the other",
+            )
         if list(self.at) != sorted(set(self.at)):
             raise KnobError("at", f"{list(self.at)} must ascend, each fraction once; sort it")
         if self.images is not None and not self.at:
@@ -293,7 +321,9 @@ class StudySpec(Knobs):
     teacher: TeacherSpec = knob(help="whose steps are distilled")
     method: Member = knob(help="a distillation method's name and its settings")
     weights: Member = knob(Member("normalised"), "a weight space's name and its settings")
-    plan: SearchPlan | ArmsPlan = knob(help="a search (trials, ...) or given arms (arms, ...)")
+    plan: SearchPlan | ArmsPlan = knob(
+        help="a search (trials, ..., or the word one-shot) or given arms (arms, ...)"
+    )
     evaluation: EvaluationSpec = knob(EvaluationSpec(), "how students are judged")
     precision: Precision = knob(
         "float32",
@@ -466,15 +496,26 @@ def _section(name: str, given: Any) -> Any:  # noqa: ANN401  as YAML has it
     if name in ("method", "weights"):
         return Member.of(given, name)
     if name == "plan":
+        given = spelt_plan(given)
         if not isinstance(given, Mapping):
-            raise KnobError(name, f"must be a mapping with trials or arms, got {given!r}")
+            raise KnobError(
+                name, f"must be {ONE_SHOT_PLAN} or a mapping with trials or arms, got {given!r}"
+            )
         if "arms" in given:
             return ArmsPlan.read(given)
         members = {key: given[key] for key in ("sampler", "pruner") if given.get(key) is not None}
+        if given.get("one_shot") is not None and "trials" not in given:
+            known = knobs_of(SearchPlan)["one_shot"].accept(given["one_shot"])
+            given = {**given, "trials": known.best}
         return SearchPlan.read(
             {**given, **{key: Member.of(each, key) for key, each in members.items()}}
         )
     return given
+
+
+def spelt_plan(given: Any) -> Any:  # noqa: ANN401  as YAML has it
+    """``plan``, with a mapping in place of the word for one."""
+    return {"one_shot": {}} if given == ONE_SHOT_PLAN else given
 
 
 def _content_of(data: str) -> str:

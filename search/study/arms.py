@@ -7,7 +7,10 @@ from typing import Any, Self
 from optuna.distributions import BaseDistribution, IntDistribution
 
 from bdense.weights.spaces import BASELINE, PLAIN, UNIFORM
-from search.spec.study import ArmsPlan, StudySpec
+from search.spec.study import ONE_SHOT_PLAN, ArmsPlan, StudySpec
+
+# The parameters of an arm that is a one-shot training, by this key.
+ONE_SHOT = "one_shot"
 
 # A row's parameters: its arm, training seed and variant of the method's settings.
 ROW_SPACE: Mapping[str, BaseDistribution] = {
@@ -19,11 +22,12 @@ ROW_SPACE: Mapping[str, BaseDistribution] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """One set of branch weights.
+    """One set of branch weights, or a search's one-shot training for all of them.
 
     Attributes:
         name: For people; equal arms may have different ones.
-        params: ``baseline`` (plain or uniform), or a and b, or rule, strength and memory.
+        params: ``baseline`` (plain or uniform), or a and b, or rule, strength and memory; or
+            ``one_shot``, the training's ``length``, the ``points`` and the ``box`` they lie in.
         trial: Number of the search's trial it comes from, if any.
     """
 
@@ -33,7 +37,7 @@ class Arm:
 
     @property
     def baseline(self) -> str | None:
-        """``plain`` or ``uniform``; None for a point of a weight space."""
+        """``plain`` or ``uniform``; None for others."""
         return self.params.get(BASELINE)
 
     def as_dict(self) -> dict[str, Any]:
@@ -49,6 +53,18 @@ def plain_arm(spec: StudySpec) -> Arm:
 def uniform_arm() -> Arm:
     """Equal weights of all branches."""
     return Arm(name="uniform weights", params={BASELINE: UNIFORM})
+
+
+def one_shot_arm(spec: StudySpec) -> Arm | None:
+    """A search's one-shot training; None where its plan has none."""
+    asked = spec.search.one_shot
+    if asked is None:
+        return None
+    space = spec.space
+    box = {name: [e.low, e.high] for name, e in zip(space.axes, space.box, strict=True)}
+    points = asked.points or (13 if len(box) == 1 else 16 * len(box))
+    params = {"length": asked.length, "points": points, "box": box}
+    return Arm(name=ONE_SHOT_PLAN, params={ONE_SHOT: params})
 
 
 def given_arms(spec: StudySpec, name: str) -> StudySpec:

@@ -10,12 +10,6 @@ from bdense.weights.spaces import BranchWeights
 
 # Parameters of our own weight spaces; those of others are under "parameters".
 PARAMETERS = ("a", "b", "rule", "strength", "memory")
-_MEASURED = {
-    "fid": FID.read,
-    "teacher_fid": FID.read,
-    "kid": KID.read,
-    "prc": PrecisionRecall.read,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +37,53 @@ class IntermediateFID:
         return {**when, "fid": self.fid.value, **self.fid.conditions()}
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CurvePoint:
+    """A point of a one-shot curve.
+
+    Attributes:
+        params: Of the weight space, as a trial has them.
+        coordinates: By axis.
+        fid: Of the one-shot student told this point.
+        error: Standard error of its difference from the curve's lowest FID, over the latents that
+            both share; None where that is not known.
+    """
+
+    params: dict[str, Any]
+    coordinates: list[float]
+    fid: float
+    error: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """FIDs that one student has where it is told its weights (``bdense.methods.one_shot``).
+
+    Attributes:
+        axes: Names of the coordinates.
+        points: In the order of their measurement.
+        conditions: Of the FIDs, as ``Measurement.conditions`` has them.
+    """
+
+    axes: list[str]
+    points: list[CurvePoint]
+    conditions: dict[str, Any]
+
+    @property
+    def ranked(self) -> list[CurvePoint]:
+        """The lowest FID first."""
+        return sorted(self.points, key=lambda each: each.fid)
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any]) -> Self:
+        """From ``as_dict``."""
+        return cls(**{**stored, "points": [CurvePoint(**each) for each in stored["points"]]})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+
 @dataclass(frozen=True, slots=True)
 class WeightHistory:
     """How learned weights changed.
@@ -56,17 +97,28 @@ class WeightHistory:
     weights: list[list[float]]
 
 
+_MEASURED = {
+    "fid": FID.read,
+    "teacher_fid": FID.read,
+    "curve": Curve.read,
+    "kid": KID.read,
+    "prc": PrecisionRecall.read,
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialResult:
     """The result of a row.
 
     Attributes:
-        value: The FID of the last stage; None where the row was pruned.
+        value: The FID of the last stage, or the lowest of a one-shot training's curve; None where
+            the row was pruned.
         weights: w_1..w_K, of learned weights the last; a list for each interval where they differ.
         parameters: Of the weight space, such as a and b; empty for a baseline.
         fid: Of the last stage; None where the row was pruned before it.
         fids: Of each stage of a method of several, by NFE, in the order of training.
         teacher_fid: Of the teacher, where the method measures it.
+        curve: Of a one-shot training, which has no ``fid`` of its own.
         kid, prc: Of the last stage, where they were measured.
         intermediate: Each intermediate evaluation, in order.
         weights_over_time: Of learned weights.
@@ -90,6 +142,7 @@ class TrialResult:
     fid: FID | None = None
     fids: dict[str, FID] = field(default_factory=dict)
     teacher_fid: FID | None = None
+    curve: Curve | None = None
     kid: KID | None = None
     prc: PrecisionRecall | None = None
     intermediate: list[IntermediateFID] = field(default_factory=list)

@@ -19,7 +19,7 @@ from search.spec.study import StudySpec, flatten
 from search.storage.engine import retrying
 from search.storage.ledger import MENDABLE, Ledger
 from search.storage.queries import Counts, StoredTrial, asked_of
-from search.study.arms import Arm, ArmRow, Task, plain_arm, uniform_arm
+from search.study.arms import Arm, ArmRow, Task, one_shot_arm, plain_arm, uniform_arm
 
 # Attributes of the Optuna study.
 SPEC, CONDITIONS, FINGERPRINT = "spec", "conditions", "fingerprint"
@@ -133,7 +133,9 @@ class Study:
         given = _ledger(url, spec, beside, 2 if beside_or_none(trials, beside) is None else None)
         given.study.set_user_attr("of", spec.name)
         study = cls(url, trials, given)
-        # Failed baselines are tried again in new rows.
+        # First, as trials wait for it. What failed is tried again in new rows.
+        if (one_shot := one_shot_arm(spec)) is not None:
+            study.plan([one_shot], [spec.seeds.training])
         study.plan([plain_arm(spec), uniform_arm()], spec.baseline_seeds)
         return study
 

@@ -17,6 +17,7 @@ from search.study.artifacts import artifact_store, attach
 from search.study.dashboard_texts import save_texts
 from search.study.folders import pictures
 from search.study.markdown import escaped, markdown_table, paragraphs
+from search.study.one_shot import curve_line, curve_rows
 from search.study.results import TrialResult
 from search.study.wording import duration
 
@@ -42,6 +43,8 @@ def trial_note(title: str, result: TrialResult, pictures: Sequence[tuple[str, st
     elif result.reason is not None:
         at = f" at {result.pruned_at:g} of its budget" if result.pruned_at is not None else ""
         lines.append(f"**Pruned{at}**: {escaped(result.reason)}")
+    if result.curve is not None:
+        lines += [escaped(curve_line(result.curve)), markdown_table(curve_rows(result.curve))]
     if result.weights:
         weights = [[f"{w:.4g}" for w in row] for row in by_interval(result.weights)]
         header = [f"w_{k}" for k in range(1, len(weights[0]) + 1)]

@@ -213,7 +213,7 @@ class ListOptions(StorageOptions):
 class StatusOptions(StudyOptions):
     """``status``."""
 
-    json: bool = flag("print one object: study, trials")
+    json: bool = flag("print one object: study, trials, and one_shot if the plan has it")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,7 +236,8 @@ class BestOptions(StudyOptions):
     """``best``."""
 
     json: bool = flag(
-        "print one object: study, storage, trials, best, baselines, confirmed, noise, recommended"
+        "print one object: study, storage, trials, best, baselines, confirmed, noise, "
+        "recommended, and one_shot if the plan has it"
     )
 
 

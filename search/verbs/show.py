@@ -16,6 +16,7 @@ from search.report.report_files import HTML_PAGE, write_report
 from search.storage.engine import redact
 from search.storage.stop_flags import CONTINUE, asked_at
 from search.study.catalogue import list_studies, studies_json, studies_table
+from search.study.one_shot import curve_line, curve_of, curve_text, one_shot_json
 from search.study.summary import best_json, counts_json, failures, headline, table
 from search.study.trial_list import list_rows, rows_csv, rows_table
 from search.study.wording import duration
@@ -48,7 +49,8 @@ def status(options: argparse.Namespace) -> None:
     """Print the numbers of rows, those that run, and why some failed."""
     study = open_study(options, reading=True)
     if from_options(StatusOptions, options).json:
-        print(json.dumps({"study": study.name, "trials": counts_json(study.counts())}))
+        found = {"study": study.name, "trials": counts_json(study.counts())}
+        print(json.dumps(found | one_shot_json(study)))
         return
     print(headline(study))
     row = "trial" if study.is_search else "row"
@@ -61,6 +63,8 @@ def status(options: argparse.Namespace) -> None:
         print(f"asked to stop at {when}; {CONTINUE}")
     for line in failures(study):
         print(line)
+    if (curve := curve_of(study)) is not None:
+        print(curve_line(curve))
     if study.is_search and (noise := noise_of(compare(study))).least_difference is not None:
         print(noise.text())
 
@@ -92,7 +96,7 @@ def best(options: argparse.Namespace) -> None:
             "noise": noise.as_dict(),
             "recommended": None if recommended is None else recommended.as_dict(),
         }
-        print(json.dumps(best_json(now) | more))
+        print(json.dumps(best_json(now) | more | one_shot_json(study)))
         return
     print(headline(study) if now.best else f"{headline(study)}; no trial is complete yet")
     if now.best is not None:
@@ -101,6 +105,8 @@ def best(options: argparse.Namespace) -> None:
             print(f"No winner is confirmed: bdense-search confirm {study.name}")
         else:
             print("", *found.lines(), sep="\n")
+    if (curve := curve_of(study)) is not None:
+        print("", curve_text(curve), "", sep="\n")
     print(*assessment(noise, recommended), sep="\n")
 
 

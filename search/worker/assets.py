@@ -35,7 +35,8 @@ from bdense.training.teacher import teacher_data, train_teacher
 from search.spec.resolve import execution, teacher_config, variant
 from search.spec.study import EvaluationSpec, StudySpec, TeacherTraining
 from search.storage.engine import cache_folder
-from search.study.arms import Task
+from search.study.arms import ONE_SHOT, Task
+from search.worker.one_shot import one_shot_assets
 
 _GRID_IMAGES = 64
 
@@ -159,12 +160,14 @@ class Assets:
             InputError: The method refuses the variant.
         """
         spec = variant(self.spec, dict(task.variant))
-        return replace(
+        found = replace(
             self,
             spec=spec,
             config=self.method.Config.read(spec.method.options, "method"),
             evaluator=replace(self.evaluator, latents=task.latents),
         )
+        asked = task.params.get(ONE_SHOT)
+        return found if asked is None else one_shot_assets(found, asked)
 
     def inputs(self, seed: int) -> Inputs:
         """What the method's stages learn from, besides the teacher."""

@@ -37,6 +37,7 @@ from bdense.weights.weighting import FixedWeights
 from search.spec.resolve import describe_teacher, execution
 from search.spec.study import StudySpec, as_plain, fingerprint_of
 from search.storage.engine import cache_folder
+from search.study.arms import ONE_SHOT, one_shot_arm
 from search.study.wording import duration
 from search.worker.assets import use_device
 from search.worker.result import package_versions
@@ -219,12 +220,18 @@ def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
     drawn = len(stages) * images + intermediate
     evaluations = sum(stage.nfe for stage in stages) * images + stages[0].nfe * intermediate
     stored = _stored_bytes(spec, teacher, known)
+    length, points = _one_shot(spec)
     students = f"{len(stages)} students" if len(stages) > 1 else "a student"
     lines = [
         f"rows: {rows}, each of {students}, {updates:,} updates and {drawn:,} images",
         f"disk: {stored / 2**20:,.0f} MiB of trajectories a seed, "
         f"{kept * len(stages) * parameters / 2**20:,.0f} MiB of kept students",
     ]
+    if length:
+        lines.append(
+            f"one-shot: one training of {round(length * updates):,} updates, and "
+            f"{points * images:,} images along its curve"
+        )
     try:
         found = measure(spec, patience=PATIENCE_SECONDS)
         why = f"it takes longer than {PATIENCE_SECONDS:g} s here"
@@ -236,11 +243,14 @@ def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
         at_once = workers or 1
         each = updates * found.update_seconds
         each += evaluations * found.draw_seconds + drawn * found.feature_seconds
+        whole = rows * each + length * updates * (found.update_seconds + found.recording_seconds)
+        seen = stages[-1].nfe * found.draw_seconds + found.feature_seconds
+        whole += points * images * seen
         seeds = spec.search.replicates if spec.is_search else len(spec.given.seeds)
         recorded = seeds * stages[0].num_updates * found.recording_seconds if stored else 0.0
         lines += [
             f"memory: {_gib(found.peak_bytes)} a trial, of {_gib(found.free_bytes)} that are free",
-            f"time: {duration(each)} a trial, {duration((recorded + rows * each) / at_once)} in "
+            f"time: {duration(each)} a trial, {duration((recorded + whole) / at_once)} in "
             f"all with {at_once} worker{'s' * (at_once > 1)}, measured on {found.device} "
             f"({found.update_seconds:.3g} s an update, {1e3 * found.draw_seconds:.3g} ms a "
             f"network evaluation of an image, {1e3 * found.feature_seconds:.3g} ms its features)",
@@ -249,6 +259,15 @@ def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
         trained = round(spec.teacher.train.kimg * 1000)
         lines.append(f"teacher: trained on {trained:,} images first, which is not counted")
     return lines + _downloads(spec, parameters)
+
+
+def _one_shot(spec: StudySpec) -> tuple[float, int]:
+    """Length, in trials', and points of a search's one-shot training; zeros without one."""
+    arm = one_shot_arm(spec) if spec.is_search else None
+    if arm is None:
+        return 0.0, 0
+    asked = arm.params[ONE_SHOT]
+    return asked["length"], asked["points"]
 
 
 def _stored_bytes(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> int:

@@ -13,20 +13,21 @@ from typing import Any
 
 from bdense.files import atomic_write
 from bdense.methods.distill import TrainedStage, distill
-from bdense.methods.method import StagePlan
+from bdense.methods.method import Stage, StagePlan
 from bdense.metrics.records import FID, Metrics
 from bdense.models.card import write_card
 from bdense.models.store import save_denoiser
-from bdense.training.loop import IterationReport
+from bdense.training.loop import Evaluations, IterationReport
 from bdense.weights import space_of
-from bdense.weights.spaces import BASELINE
-from search.study.arms import Task
+from bdense.weights.spaces import BASELINE, UNIFORM
+from search.study.arms import ONE_SHOT, Task
 from search.study.folders import WEIGHTS_PLOT, grid_name
 from search.study.progress_text import evaluating, in_stage, training
 from search.study.results import IntermediateFID, TrialResult
-from search.study.retention import CHECKPOINT, STUDENT
+from search.study.retention import CHECKPOINT, STUDENT, student_files
 from search.study.trial_log import Note, TrialLog, is_noted, shortened, unnoted
 from search.worker.assets import Assets
+from search.worker.one_shot import trace
 from search.worker.pruning import IntermediateFIDs, Judge, PrunedError
 from search.worker.result import below_runs, provenance, read_result, take_folder, write_result
 from search.worker.traced_weights import TracedWeights, draw_history
@@ -62,13 +63,18 @@ def evaluate(
     note: Note = unnoted if log is None else log.open()
     if (done := read_result(folder, identity)) is not None:
         return done
-    result = _Row(assets.of(task), task, folder, check, report, judge, note).run()
+    row = Row(assets.of(task), task, folder, check, report, judge, note)
+    asked = task.params.get(ONE_SHOT)
+    result = row.run() if asked is None else trace(row, asked["points"])
     write_result(folder, identity, result)
+    if asked is not None:
+        for path in student_files(folder):  # of rounds, kept to resume from
+            path.unlink()
     return result
 
 
 @dataclass(eq=False)
-class _Row:
+class Row:
     """One row while a worker trains and measures it; see ``evaluate``."""
 
     assets: Assets
@@ -82,7 +88,10 @@ class _Row:
 
     def __post_init__(self) -> None:
         spec = self.assets.spec
-        self.space = space_of(self.task.params, spec.space if spec.is_search else None)
+        # A one-shot training's images have weights of their own, which these do not change.
+        is_one_shot = ONE_SHOT in self.task.params
+        self.params = {BASELINE: UNIFORM} if is_one_shot else self.task.params
+        self.space = space_of(self.params, spec.space if spec.is_search else None)
         self.branches = spec.resolved.num_branches
         self.stages = self.assets.method.plan(self.assets.config, self.assets.teacher)
         self.seeds = {"training": self.task.seed, "evaluation": self.task.latents}
@@ -107,7 +116,7 @@ class _Row:
             intermediate.note_stage(0, assets.teacher_fid.value)
         started = time.perf_counter()
         try:
-            for index, stage in enumerate(self._distilled(intermediate), 1):
+            for index, stage in enumerate(self.distilled(intermediate.of), 1):
                 trained = time.perf_counter()
                 self.seconds["student_seconds"] += trained - started
                 path = stage.path or self.folder / STUDENT
@@ -125,7 +134,10 @@ class _Row:
             self.seconds["intermediate_seconds"] = intermediate.seconds
         return self._result(None if pruned else measured, fids, path, intermediate.found, pruned)
 
-    def _distilled(self, intermediate: IntermediateFIDs) -> Iterator[TrainedStage]:
+    def distilled(
+        self, evaluations: Callable[[Stage], Evaluations | None]
+    ) -> Iterator[TrainedStage]:
+        """Train the row's students, stage by stage, with these evaluations on the way."""
         assets = self.assets
         return distill(
             assets.method,
@@ -149,12 +161,12 @@ class _Row:
             checkpoint_seconds=assets.spec.resources.checkpoint_seconds,
             on_iteration=self._on_iteration,
             on_save=self._on_save,
-            evaluations=intermediate.of,
+            evaluations=evaluations,
         )
 
     def _new_weighting(self) -> TracedWeights:
         """The row's weighting, at the start of a stage."""
-        given = self.space.weighting(self.task.params, self.branches)
+        given = self.space.weighting(self.params, self.branches)
         self.weighting = TracedWeights(given)
         return self.weighting
 
@@ -172,13 +184,14 @@ class _Row:
                 weights=shortened(done.weights),
                 lr=done.lr,
             )
-        self._tell(plan, training(done.iteration + 1, done.iterations, done.loss))
+        self.tell(plan, training(done.iteration + 1, done.iterations, done.loss))
         self.check()  # last: a checkpoint for a stop holds this iteration too
 
     def _on_save(self, plan: StagePlan, done: int) -> None:
         self.note("checkpoint", **_named(plan), iteration=done)
 
-    def _tell(self, plan: StagePlan, text: str) -> None:
+    def tell(self, plan: StagePlan, text: str) -> None:
+        """Report the progress of a stage."""
         place, stages = self.stages.index(plan) + 1, len(self.stages)
         self.report(text if stages == 1 else in_stage(place, stages, text))
 
@@ -194,7 +207,7 @@ class _Row:
             stage.student,
             stage.sampler,
             training_seed=self.task.seed,
-            on_image=lambda done: self._tell(stage.plan, evaluating(done, count)),
+            on_image=lambda done: self.tell(stage.plan, evaluating(done, count)),
             check=self.check,
             grid_path=self.folder / grid_name(stage.plan.name),
         )

@@ -16,9 +16,11 @@ from bdense.errors import InputError
 from bdense.models.store import denoiser_sha256
 from search.errors import SpecChangedError, UnpreparedError
 from search.spec.space import make_sampler, search_space
+from search.spec.study import SearchPlan
 from search.storage.engine import retrying
 from search.storage.ledger import Claim, Done, Holding, Ledger, Wait
 from search.study.arms import ROW_SPACE, Task
+from search.study.one_shot import enqueue_best, is_waited_for
 from search.study.results import TrialResult
 from search.study.retention import keep_best_students
 from search.study.study import FINGERPRINT, TEACHER, TRAJECTORIES, Study
@@ -52,6 +54,8 @@ class Worker:
         self._asked = list(reversed(study.ledgers))
         # The study's spec, not the launcher's: another may have extended it meanwhile.
         self._spec = study.spec
+        plan = self._spec.plan
+        self._awaits_curve = isinstance(plan, SearchPlan) and plan.one_shot is not None
         self._assets = load(self._spec, use_device(self._spec))
         _require_same_teacher(study.main, self._assets.teacher)
 
@@ -64,7 +68,7 @@ class Worker:
         while True:
             asked, ended = time.perf_counter(), True
             for ledger in tuple(self._asked):
-                found = self._ask(ledger)
+                found = Wait() if self._waits(ledger) else self._ask(ledger)
                 if isinstance(found, Claim):
                     return Claimed(ledger, found, asked)
                 if not isinstance(found, Done):
@@ -74,6 +78,18 @@ class Worker:
             if ended:
                 return None
             time.sleep(pause_after(time.perf_counter() - began))
+
+    def _waits(self, ledger: Ledger) -> bool:
+        """Whether trials wait for the one-shot training; its best points are planned when it ends.
+
+        If it failed, all trials are the sampler's.
+        """
+        if ledger is not self._study.trials or not self._awaits_curve:
+            return False
+        self._awaits_curve = is_waited_for(self._study)
+        if not self._awaits_curve:
+            enqueue_best(self._study)
+        return self._awaits_curve
 
     def _ask(self, ledger: Ledger) -> Claim | Wait | Done:
         """Ask a ledger for a row."""

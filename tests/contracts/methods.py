@@ -407,6 +407,24 @@ class MethodContract(TrainingContract):
         a, b, start = outputs(branched), outputs(plain), outputs(stage.start)
         assert (a - b).abs().max() < 1e-2 * (b - start).abs().max()
 
+    def test_images_take_weights_of_their_own_or_none_can_be_told_any(self):
+        """Equal ones make the loss of fixed weights; a config that is told is only longer."""
+        config = self.config()
+        try:
+            longer = config.told(2.0)
+        except InputError:
+            return  # and a study of it is refused
+        plans = (self.method().plan(each) for each in (config, longer))
+        for short, long in zip(*plans, strict=True):
+            assert long.num_updates == 2 * short.num_updates
+        stage = self.learning(dropout=False)
+        stage.begin(student := widen_head(stage.start, stage.num_branches))
+        weights = torch.linspace(0.5, 1.5, stage.num_branches, dtype=torch.float64)
+        losses = next(stage.updates(0, stage.batch(0, ALL)))(student.branches)
+        by_image = weights[:, None].expand(-1, stage.batch_size)
+        usual, own = losses.weighted(weights), losses.weighted(by_image)
+        assert float(own) == pytest.approx(float(usual), rel=1e-5)
+
     def test_weights_of_another_number_are_refused(self):
         stage = self.learning()
         count = stage.num_branches + 1

@@ -85,6 +85,18 @@ class WeightSpaceContract:
         else:
             assert space.coordinates(point) is None
 
+    def test_it_is_told_by_its_coordinates_or_says_that_it_cannot(self, space, point):
+        try:
+            box = space.box
+        except InputError:
+            return  # and a study of it is refused
+        for share in (0.0, 0.3, 1.0):
+            told = tuple(each.low + share * (each.high - each.low) for each in box)
+            params = space.at(told)
+            assert params.keys() == point.keys()
+            assert space.coordinates(params) == told
+            assert not space.weighting(params, NUM_BRANCHES).learns
+
     def test_what_is_stored_gives_the_same_weights_without_the_study(self, space, point):
         stored = space.stored(point, NUM_BRANCHES)
         plain = type(space)()

@@ -1,0 +1,128 @@
+"""A search's one-shot training: one student, told its weights -> FIDs along a curve."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from bdense.files import atomic_write
+from bdense.methods.distill import TrainedStage
+from bdense.methods.one_shot import Coordinates, OneShot
+from bdense.metrics.records import FID
+from bdense.randomness import Stream, derive_seed
+from bdense.weights.spaces import Uniform
+from search.analysis.paired import mean_of
+from search.study.progress_text import evaluating
+from search.study.results import Curve, CurvePoint, TrialResult
+from search.worker.result import provenance
+
+if TYPE_CHECKING:
+    from search.worker.assets import Assets
+    from search.worker.evaluate import Row
+
+CURVE_FILE = "curve.json"
+
+
+def one_shot_assets(assets: "Assets", asked: Mapping[str, Any]) -> "Assets":
+    """A study's assets for its one-shot training: method, length, and latents of its own.
+
+    Args:
+        assets: Of the study.
+        asked: What the arm's ``one_shot`` holds, see ``search.study.arms.one_shot_arm``.
+
+    Raises:
+        InputError: The method has no one-shot student.
+    """
+    spec = assets.spec
+    box = tuple(Uniform(low, high) for low, high in asked["box"].values())
+    coordinates = Coordinates(spec.space, spec.resolved.num_branches, box)
+    latents = derive_seed(assets.evaluator.latents, Stream.ONE_SHOT) % 2**31
+    return replace(
+        assets,
+        method=OneShot(assets.method, coordinates),
+        config=assets.config.told(asked["length"]),
+        evaluator=replace(assets.evaluator, latents=latents),
+    )
+
+
+def trace(row: "Row", count: int) -> TrialResult:
+    """Train the row's one student, and measure it at ``count`` points of the space."""
+    assets, started = row.assets, time.perf_counter()
+    assert isinstance(assets.method, OneShot)
+    *_, last = row.distilled(lambda _: None)
+    trained = time.perf_counter()
+    points = [tuple(point) for point in assets.method.coordinates.spread(count).tolist()]
+    fids = _measured(row, last, points)
+    curve = _curve(assets.method.coordinates, points, fids)
+    seconds = {
+        "student_seconds": trained - started,
+        "evaluation_seconds": time.perf_counter() - trained,
+    }
+    return TrialResult(
+        value=curve.ranked[0].fid,
+        curve=curve,
+        teacher_fid=assets.teacher_fid,
+        arm=row.task.arm,
+        timings={name: round(value, 3) for name, value in seconds.items()},
+        **provenance(
+            assets.fingerprint,
+            {"training": row.task.seed, "evaluation": assets.evaluator.latents},
+            assets.device,
+        ),
+    )
+
+
+def _measured(row: "Row", last: TrainedStage, points: Sequence[tuple[float, ...]]) -> list[FID]:
+    """The student's FID at each point; each is kept in the row's folder as soon as it is known."""
+    assets, kept = row.assets, row.folder / CURVE_FILE
+    assert isinstance(assets.method, OneShot)
+    images = assets.spec.evaluation.images
+    fids = [FID.read(each) for each in json.loads(kept.read_text())] if kept.exists() else []
+    row.note("evaluating", points=len(points), images=images)
+    for point in points[len(fids) :]:
+        before = len(fids) * images
+
+        def on_image(done: int, before: int = before) -> None:
+            row.tell(last.plan, evaluating(before + done, len(points) * images))
+
+        measured = assets.evaluator.measure(
+            assets.method.student_at(last.student, point),
+            last.sampler,
+            training_seed=row.task.seed,
+            on_image=on_image,
+            check=row.check,
+            images=images,
+        )
+        fids.append(measured.fid)
+        with atomic_write(kept) as scratch:
+            scratch.write_text(json.dumps([each.as_dict() for each in fids]))
+    return fids
+
+
+def _curve(
+    coordinates: Coordinates, points: Sequence[tuple[float, ...]], fids: Sequence[FID]
+) -> Curve:
+    lowest = min(fids, key=lambda fid: fid.value)
+    space = coordinates.space
+    return Curve(
+        axes=list(space.axes),
+        points=[
+            CurvePoint(
+                params=space.at(point),
+                coordinates=list(point),
+                fid=fid.value,
+                error=_error(fid, lowest),
+            )
+            for point, fid in zip(points, fids, strict=True)
+        ],
+        conditions=lowest.conditions(),
+    )
+
+
+def _error(fid: FID, lowest: FID) -> float | None:
+    """Standard error of the difference over the latents, from the effects of groups of images."""
+    if len(fid.effects) < 2:
+        return None
+    differences = [a - b for a, b in zip(fid.effects, lowest.effects, strict=True)]
+    return mean_of(differences).standard_error

@@ -23,6 +23,7 @@ from bdense.weights.spaces import (
     LearnedSpace,
     LogLinearSpace,
     NormalisedSpace,
+    PerIntervalSpace,
     Range,
     WeightSpace,
 )
@@ -37,6 +38,7 @@ SPACES = (
     LogLinearSpace(a=Range(low=-0.5, high=2.0)),
     FreeSpace(branches=2),
     FreeSpace(branches=4),
+    PerIntervalSpace(intervals=2),
 )
 EACH_SPACE = pytest.mark.parametrize("space", SPACES, ids=lambda s: f"{s.name}{len(s.axes)}")
 KNOBS: dict[str, dict[str, Any]] = {
@@ -130,6 +132,16 @@ def test_weights_that_follow_the_training_have_no_coordinates_to_be_told():
     for space in (LearnedSpace(), annealed):
         with pytest.raises(InputError, match="learned weights have no coordinates"):
             _ = space.box
+
+
+def test_weights_that_differ_between_intervals_are_each_interval_s_own():
+    stage = stage_of("sfd", PerIntervalSpace(intervals=2))
+    batch, points = stage.batch(0, ALL)
+    alike = Coordinates.of(NormalisedSpace(), 4)
+    student = widen_head(stage.start, 4)
+    for update, slopes in zip(stage.updates(0, (batch, points)), points.T, strict=True):
+        update(student.branches)  # the next begins where it ends
+        assert torch.equal(update.own, alike.weights(slopes[:, None]))
 
 
 # ---- losses ----
@@ -248,7 +260,9 @@ def test_two_devices_draw_what_one_does():
     stage = stage_of("sfd", dropout=False, optimizer="sgd", lr=1e-4)
     one, two = (train(stage, uniform(), devices=devices) for devices in (None, TWO_CPUS))
     pairs = list(zip(one.parameters(), two.parameters(), stage.start.parameters(), strict=True))
-    moved = max(float((a - start).abs().max()) for a, _, start in pairs if a.shape == start.shape)
+    moved = max(
+        float((a - start).detach().abs().max()) for a, _, start in pairs if a.shape == start.shape
+    )
     apart = max(float((a - b).abs().max()) for a, b, _ in pairs)
     assert apart < 1e-4 * moved
 

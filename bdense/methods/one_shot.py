@@ -85,17 +85,20 @@ class Coordinates:
         return FIRST + SPAN * (points - low) / width
 
     def weights(self, points: Tensor) -> Tensor:
-        """[K, B] float64 branch weights at points [B, d], of sum K: their scale is no coordinate.
+        """Branch weights at points [B, d], of sum K: their scale is no coordinate.
+
+        Returns:
+            [K, B] float64, or [S, K, B] of each of an iteration's S updates.
 
         Raises:
             InputError: The space has no weights there.
         """
         found = [self._weights(tuple(point)) for point in points.tolist()]
-        return torch.stack(found, dim=1)
+        return torch.stack(found, dim=-1)
 
     def _weights(self, point: tuple[float, ...]) -> Tensor:
         weights = self.space.weighting(self.space.at(point), self.num_branches).weights()
-        return weights * (self.num_branches / weights.sum())
+        return weights * (self.num_branches / weights.sum(-1, keepdim=True))
 
     def _bounds(self) -> tuple[Tensor, Tensor]:
         """[d] and [d] float64."""
@@ -249,8 +252,8 @@ class OneShotStage:
         told, weights = self.coordinates.told(points), self.coordinates.weights(points)
         if isinstance(self.teacher, ToldDenoiser):
             self.teacher.told = told
-        for update in self.stage.updates(iteration, own_batch):
-            yield ToldUpdate(update, told, weights)
+        for index, update in enumerate(self.stage.updates(iteration, own_batch)):
+            yield ToldUpdate(update, told, weights if weights.dim() == 2 else weights[index])
 
     def describe(self, weighting: BranchWeighting) -> dict[str, Any]:
         own = {f"one_shot.{name}": value for name, value in self.coordinates.describe().items()}

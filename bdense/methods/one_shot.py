@@ -301,6 +301,9 @@ class OneShot(Method):
     def num_branches(self, config: AnyConfig) -> int:
         return self.method.num_branches(config)
 
+    def num_intervals(self, config: AnyConfig) -> int:
+        return self.method.num_intervals(config)
+
     def check(self, config: AnyConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
         self.method.check(config, teacher, known)
         if teacher.step_condition:

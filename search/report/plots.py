@@ -14,7 +14,7 @@ from bdense.files import atomic_write
 from bdense.metrics.records import FID
 from bdense.weights.spaces import PLAIN, UNIFORM, Choice
 from search.analysis.comparison import Comparison
-from search.analysis.confirmation import point_of
+from search.analysis.observations import point_of
 from search.analysis.surrogate import FEWEST, Observation, posterior_means
 from search.study.markdown import printable
 from search.study.summary import Measured, Summary

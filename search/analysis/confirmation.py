@@ -15,12 +15,13 @@ from bdense.errors import InputError
 from bdense.weights.spaces import PLAIN
 from search.analysis.comparison import ArmResult, Comparison, compare, difference_text
 from search.analysis.observations import arm_of, observed, point_of
+from search.analysis.racing import leader_of
 from search.analysis.surrogate import Observation, candidates, posterior_means
 from search.spec.study import StudySpec
 from search.storage.queries import StoredTrial
 from search.study.arms import Arm, ArmRow
 from search.study.study import JUDGED, Study
-from search.study.summary import Summary, headline, summary_of
+from search.study.summary import Summary, headline, judged_by_mean, summary_of
 
 CONFIRM_SUFFIX = ".confirm"
 
@@ -126,8 +127,10 @@ def verdict(study: Study) -> Verdict | None:
 
 
 def judged_summary(study: Study) -> tuple[Summary, Verdict | None]:
-    """A search's summary, which knows whether its best is confirmed, and the verdict."""
+    """A search's summary, which knows its best and whether that is confirmed, and the verdict."""
     now, found = summary_of(study), verdict(study)
+    if now.best is not None and (leader := leader_of(study)) is not None:
+        now = judged_by_mean(study, now, leader)
     if now.best is not None and found is not None and found.ended:
         now = replace(now, confirmed=found.winner.arm.trial == now.best.number)
     return now, found

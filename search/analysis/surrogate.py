@@ -95,7 +95,8 @@ def posterior_means(
     at, asked, values, members, noises = _arrays(evaluations, points)
     if _has_no_curve(at):
         return _means_by_point(at, values, members, asked)
-    return _fitted_curve(at, values, members, noises).means(asked).tolist()
+    means = _fitted_curve(at, values, members, noises).means(asked)
+    return [float(mean) for mean in means]
 
 
 def posterior(evaluations: Sequence[Observation], points: Sequence[Point]) -> Posterior:

@@ -75,7 +75,8 @@ def fid_over(trials: Sequence[Measured], now: Summary) -> Plot | None:
         return None
     axis, *others = placed[0][0]
     groups = {tuple(point[name] for name in others): point for point, _ in placed}
-    best = min(trials, key=lambda each: (each.fid, each.number))
+    best = now.best
+    assert best is not None
     drawn = now.spec.space.distributions()
     chosen = [name for name, each in drawn.items() if isinstance(each, Choice)]
 
@@ -95,7 +96,7 @@ def fid_over(trials: Sequence[Measured], now: Summary) -> Plot | None:
                 asked = [{**example, axis: float(at)} for at in curve]
                 measured = [Observation(point=p, value=e.fid, group="search") for p, e in placed]
                 axes.plot(curve, posterior_means(measured, asked), color=colour, linewidth=1.0)
-        place = next(point[axis] for point, each in placed if each is best)
+        place = next(point[axis] for point, each in placed if each.number == best.number)
         axes.plot(place, best.fid, "o", color=_BEST, label=f"best: trial {best.number}")
         fids = [each.fid for each in trials]
         if min(fids) > 0 and max(fids) / min(fids) > _WIDE:

@@ -17,7 +17,7 @@ from search.spec.space import make_sampler, search_space
 from search.storage.ledger import Claim
 from search.study.arms import ROW_SPACE, Arm, ArmRow
 from search.study.study import Study
-from tests.measured import command, complete, finish, normalised, refused, search
+from tests.measured import command, complete, finish, normalised, search
 from tests.studies import LEARNED, spec
 
 SEEDS = [0, 1, 2, 3, 4, 5]
@@ -49,7 +49,9 @@ class Simulated:
     One object stands for one worker: several may share a study.
     """
 
-    def __init__(self, url: str, curve: Callable[[float], float], *, seed: int = 0, **plan) -> None:
+    def __init__(
+        self, url: str, curve: Callable[[float], float], *, seed: int = 0, **plan
+    ) -> None:
         usual = {"trials": 12, "replicates": 3, "sampler": {"name": "RandomSampler"}}
         self.study = Study.create(url, normalised(plan=usual | plan))
         self.curve, self.seed = curve, seed
@@ -106,8 +108,10 @@ def replicates(study: Study) -> list[tuple[int, int]]:
     ("contenders", "chosen"),
     [
         ([], None),
-        # The leader's next seed comes first.
+        # Of points with as many seeds the lowest leads, and gets its next seed first.
         ([contender(7), contender(3)], (7, 1)),
+        # The one of most seeds leads: it is brought to all of them.
+        ([contender(7), contender(3, 0.1, seeds=3)], (3, 3)),
         # While it runs, others follow up to the number of its seeds.
         ([contender(7, seeds=2, ended=1), contender(3)], (3, 1)),
         ([contender(7, seeds=2, ended=1), contender(3, seeds=2)], None),
@@ -115,6 +119,8 @@ def replicates(study: Study) -> list[tuple[int, int]]:
         ([contender(7, seeds=3, ended=2)], (7, 3)),
         ([contender(7, seeds=4, ended=2)], None),
         ([contender(7, seeds=4, ended=3)], (7, 4)),
+        # Not one that is worse, which leads no more.
+        ([contender(7), contender(3, 0.3, seeds=3)], (7, 1)),
         # All seeds: the next one is brought there, the better first.
         ([contender(7, seeds=6), contender(3, 0.01, seeds=2), contender(1, 0.02)], (3, 2)),
         ([contender(7, seeds=6), contender(3, 0.01, seeds=6), contender(1, 0.02)], (1, 1)),
@@ -122,7 +128,7 @@ def replicates(study: Study) -> list[tuple[int, int]]:
         ([contender(7, seeds=6), contender(3, 0.2)], None),
         ([contender(7, seeds=6), contender(3, 0.19)], (3, 1)),
         # Uniform weights are lower than all of them.
-        ([contender(7, 0.3)], None),
+        ([contender(7, 0.3), contender(3, 0.4)], None),
         ([contender(7, seeds=6)], None),
     ],
 )
@@ -147,7 +153,8 @@ def test_a_race_plans_no_row_twice_keeps_its_budget_and_favours_the_valley(url, 
         so_far = [isinstance(each, tuple) for each in done[: end + 1]]
         assert sum(so_far) <= 6 / 8 * so_far.count(False)
     slopes = {trial.number: trial.params["a"] for trial in study.search.study.trials}
-    leading = [bowl(slopes[trial]) for trial, count in Counter(raced).items() if count == 2]
+    trained = Counter(trial for trial, _ in raced)
+    leading = [bowl(slopes[trial]) for trial, count in trained.items() if count == 2]
     assert leading
     assert min(leading) <= np.median([bowl(a) for a in slopes.values()])
     # Students of raced points stay on the disk.
@@ -157,6 +164,7 @@ def test_a_race_plans_no_row_twice_keeps_its_budget_and_favours_the_valley(url, 
     assert (study.left(), replicates(study)) == (0, raced)
 
 
+@pytest.mark.filterwarnings("ignore")  # threads share what ignores those of a fit
 def test_two_workers_at_once_plan_as_one(url):
     """Each asks after each row, at the same time; together they plan what one alone would."""
     first = Simulated(url, bowl, trials=12, race=5)
@@ -206,7 +214,7 @@ def test_a_replicate_that_fails_is_not_tried_forever(url):
 
 
 def test_raced_points_are_compared_and_recommended_and_best_by_their_mean(url):
-    """Trial 2 was lucky under the search's seed: others have the lower mean over the seeds."""
+    """Trial 3 was lucky under the search's seed: others have the lower mean over the seeds."""
     lucky = {0.4: 10.6, 1.2: 10.0, 1.3: 10.1, 2.0: 9.9, 2.4: 10.9, 2.9: 12.2}
     study = search(
         url,

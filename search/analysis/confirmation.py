@@ -13,9 +13,14 @@ from optuna.trial import TrialState
 
 from bdense.errors import InputError
 from bdense.weights.spaces import PLAIN
-from search.analysis.comparison import ArmResult, Comparison, compare, difference_text
+from search.analysis.comparison import (
+    ArmResult,
+    Comparison,
+    compare,
+    difference_text,
+    replicates_of,
+)
 from search.analysis.observations import arm_of, observed, point_of
-from search.analysis.racing import leader_of
 from search.analysis.surrogate import Observation, candidates, posterior_means
 from search.spec.study import StudySpec
 from search.storage.queries import StoredTrial
@@ -129,8 +134,9 @@ def verdict(study: Study) -> Verdict | None:
 def judged_summary(study: Study) -> tuple[Summary, Verdict | None]:
     """A search's summary, which knows its best and whether that is confirmed, and the verdict."""
     now, found = summary_of(study), verdict(study)
-    if now.best is not None and (leader := leader_of(study)) is not None:
-        now = judged_by_mean(study, now, leader)
+    if (replicates := replicates_of(study)) is not None:
+        places = (each.arm.trial for each in replicates.results)
+        now = judged_by_mean(study, now, next(each for each in places if each is not None))
     if now.best is not None and found is not None and found.ended:
         now = replace(now, confirmed=found.winner.arm.trial == now.best.number)
     return now, found

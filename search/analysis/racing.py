@@ -1,8 +1,9 @@
 """Replicates raced inside a search: which point is trained next under which further seed.
 
-Intensification as in SMAC (Hutter, Hoos & Leyton-Brown 2011): the leader gets its next seed first;
-others follow, up to as many, while they are not worse than it beyond the noise. Seeds are those of
-the baselines, in order, so that differences are paired.
+Intensification as in SMAC (Hutter, Hoos & Leyton-Brown 2011): the leader, which has the most
+seeds, gets its next one first; others follow, up to as many. A point that is worse than the best
+beyond the noise gets none. Seeds are those of the baselines, in order, so that differences are
+paired.
 """
 
 from collections.abc import Sequence
@@ -13,9 +14,8 @@ from optuna.trial import TrialState
 
 from search.analysis.observations import arm_of, observed
 from search.analysis.paired import CONFIDENCE
-from search.analysis.surrogate import candidates, posterior, posterior_means
+from search.analysis.surrogate import candidates, posterior
 from search.storage.queries import StoredTrial
-from search.study.arms import ArmRow
 from search.study.retention import keep_too
 from search.study.study import Study
 
@@ -53,13 +53,18 @@ def next_replicate(
     """The contender that is trained next, and under which seed; None where none is worth it.
 
     Args:
-        contenders: By posterior mean, the leader first.
+        contenders: By posterior mean, the lowest first.
         seeds: All there are, the trials' own first.
     """
-    for each in contenders:
-        most = len(seeds) if each is contenders[0] else len(contenders[0].seeds)
+    racing = [each for each in contenders if not each.is_worse]
+    if not racing:
+        return None
+    # Of the points of most seeds the lowest.
+    leader = max(racing, key=lambda each: len(each.seeds))
+    for each in (leader, *racing):
+        most = len(seeds) if each is leader else len(leader.seeds)
         # As many more at once as have ended: 1, 2, 4, ...
-        if not each.is_worse and len(each.seeds) < min(most, 2 * each.ended):
+        if len(each.seeds) < min(most, 2 * each.ended):
             return each, next(seed for seed in seeds if seed not in each.seeds)
     return None
 
@@ -90,19 +95,6 @@ def plan_replicate(study: Study) -> bool:
     trial = next(each for each in trials if each.number == contender.trial)
     keep_too(study.search, [trial.number])
     return study.plan_row(arm_of(spec, trial), seed, seen=seen)
-
-
-def leader_of(study: Study) -> int | None:
-    """Number of the replicated trial of lowest posterior mean; None where none has a replicate."""
-    arms = study.arms
-    raced = {arms[ArmRow.of(row.params).arm].trial for row in study.complete_rows()}
-    if raced <= {None}:
-        return None
-    trials = study.search.rows(TrialState.COMPLETE, ())
-    now = observed(study, trials)
-    means = posterior_means(now.observations)[now.trials.start :]
-    own = [(mean, each.number) for mean, each in zip(means, trials, strict=False)]
-    return min(each for each in own if each[1] in raced)[1]
 
 
 def contenders_of(study: Study, trials: Sequence[StoredTrial]) -> list[Contender]:

@@ -113,7 +113,9 @@ class Overview:
         if self.verdict is not None:
             return self.verdict.sentence()
         if self.now is not None and self.now.by_mean:
-            return "not confirmed: the replicated trial of lowest posterior mean, under one seed"
+            return (
+                "not confirmed: lowest by the mean over the most seeds, its FID under one of them"
+            )
         return "one training seed, not confirmed: the lowest of several noisy values"
 
 

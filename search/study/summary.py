@@ -70,7 +70,7 @@ class Summary:
     """One reading of a search.
 
     ``storage`` is a URL without password, ``best`` the complete trial of lowest FID, or if
-    ``by_mean`` the replicated one of lowest posterior mean; ``baselines`` has ``plain`` and
+    ``by_mean`` that of lowest mean among those of the most seeds; ``baselines`` has ``plain`` and
     ``uniform`` where measured, and ``confirmed`` is whether the best is the winner of a
     confirmation.
     """
@@ -104,7 +104,7 @@ def summary_of(study: Study) -> Summary:
 
 
 def judged_by_mean(study: Study, now: Summary, number: int) -> Summary:
-    """The summary with that trial as its best."""
+    """The summary with that replicated trial as its best."""
     trial = next(each for each in study.search.rows(TrialState.COMPLETE) if each.number == number)
     return replace(now, best=measured(now.spec, trial), by_mean=True)
 
@@ -214,8 +214,8 @@ def remarks(now: Summary) -> list[str]:
     lines = []
     if now.best is not None and not now.confirmed:
         how = (
-            "has the lowest posterior mean of the replicated trials; its FID here is of one "
-            "training seed"
+            "has the lowest mean of the points that were trained under the most seeds; its FID "
+            "here is of one of them"
             if now.by_mean
             else "is the lowest of several noisy values from one training seed: best of n"
         )

@@ -71,7 +71,8 @@ class Verdict:
         error = "" if found.standard_error is None else f" +- {found.error_text()}"
         return (
             f"confirmed{'' if self.ended else ' so far'} at {self.budget}: {winner.arm.name}, "
-            f"mean FID {found.mean:.3f}{error} over {found.n} fresh seeds; " + "; ".join(judged)
+            f"mean FID {found.mean:.3f}{error} over {found.n} fresh seeds; "
+            + ("; ".join(judged) or "no baseline is complete to judge it by")
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -55,11 +55,13 @@ class Observation:
 class Posterior:
     """The noise-free FID at m points: means [m] and covariance [m, m].
 
-    Variances are infinite where no curve was fitted.
+    ``noise`` is the standard deviation of a value about the curve. Variances are infinite, and the
+    noise 0, where no curve was fitted.
     """
 
     means: Array
     covariance: Array
+    noise: float
 
     def above(self, other: int) -> tuple[Array, Array]:
         """[m], [m]: means of the points less that of one of them, and standard deviations."""
@@ -110,7 +112,7 @@ def posterior(evaluations: Sequence[Observation], points: Sequence[Point]) -> Po
         means = np.array(_means_by_point(at, values, members, asked))
         covariance = np.zeros((len(asked), len(asked)))
         np.fill_diagonal(covariance, math.inf)
-        return Posterior(means=means, covariance=covariance)
+        return Posterior(means=means, covariance=covariance, noise=0.0)
     return _fitted_curve(at, values, members, noises).posterior(asked)
 
 
@@ -243,9 +245,12 @@ class _Curve:
     def posterior(self, asked: Array) -> Posterior:
         """With the covariance of the noise-free values."""
         means, covariance = self.process.predict(asked, return_cov=True)
-        noise = self.process.kernel_.k2.noise_level * np.eye(len(asked))
+        noise = self.process.kernel_.k2.noise_level
         return Posterior(
-            means=self.level + self.scale * means, covariance=self.scale**2 * (covariance - noise)
+            means=self.level + self.scale * means,
+            # scikit-learn's is that of values.
+            covariance=self.scale**2 * (covariance - noise * np.eye(len(asked))),
+            noise=self.scale * math.sqrt(noise),
         )
 
 

@@ -171,6 +171,14 @@ class SearchPlan(Knobs):
         "end the search once no point could still beat the recommended arm by more than the least "
         "difference that the study can tell; needs replicates from 2 on",
     )
+    prior: tuple[str, ...] = knob(
+        (),
+        "earlier searches in the storage: their best points are tried first, and their trials "
+        "count in the surrogate, less where they disagree",
+    )
+    prior_other: bool = knob(
+        False, "use priors of another data set, teacher, method or weight space too"
+    )
     sampler: Member = knob(
         Member("TPESampler"),
         "a class of optuna.samplers and its arguments; its seed is seeds.sampler",

@@ -17,7 +17,9 @@ from search.spec.space import make_sampler, search_space
 from search.storage.ledger import Claim
 from search.study.arms import ROW_SPACE, Arm, ArmRow
 from search.study.study import Study
+from search.worker.worker import Worker
 from tests.measured import command, complete, finish, normalised, search
+from tests.rows import SFD
 from tests.studies import LEARNED, spec
 
 SEEDS = [0, 1, 2, 3, 4, 5]
@@ -208,6 +210,26 @@ def test_a_replicate_that_fails_is_not_tried_forever(url):
     raced = replicates(simulated.study)
     assert len(set(raced)) == len(raced) <= 4
     assert simulated.study.left() == 0
+
+
+def test_a_worker_trains_points_again_in_place_of_new_ones(url, monkeypatch, shared_cache):
+    """Real trainings, of four updates each, until nothing is left."""
+    monkeypatch.setenv("BDENSE_CACHE", str(shared_cache))
+    plan = {"trials": 4, "replicates": 2, "race": 2}
+    study = Study.create(url, spec(SFD, plan=plan, evaluation__images=64))
+    worker = Worker(study)
+    while (claimed := worker.claim()) is not None:
+        worker.work(claimed)
+    assert (study.left(), study.search.counts().complete) == (0, 2)
+    assert sorted(replicates(study)) == [(0, 1), (1, 1)]
+    trials = study.search.study.trials
+    for result in compare(study).results[2:]:
+        trial = trials[result.arm.trial]
+        assert result.values[0] == trial.value
+        again = study.given.study.trials[result.rows[1]]
+        assert again.user_attrs["fid"]["seeds"] == {"training": 1, "evaluation": 0}
+        assert again.user_attrs["weights"] == trial.user_attrs["weights"]
+        assert again.value != trial.value
 
 
 # ---- what it is good for ----

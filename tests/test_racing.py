@@ -326,5 +326,11 @@ def test_a_winner_that_the_race_has_resolved_ends_it(url):
     assert bowl(slope) - 10 < found.least_difference
 
 
-def test_before_its_noise_is_known_no_search_ends(searched):
+def test_before_its_noise_is_known_no_search_ends(searched, url):
+    """Of one seed nothing is known; of four, once all have ended."""
     assert largest_gain(searched) is None
+    trials = [({"a": 0.3 * i}, 10.0 + 0.1 * (i % 3)) for i in range(9)]
+    study = search(url, trials, study=normalised(name="flat", plan={"trials": 9, "replicates": 4}))
+    assert largest_gain(study) is not None
+    more = Study.create(url, normalised(name="flat", plan={"trials": 9, "replicates": 5}))
+    assert largest_gain(more) is None

@@ -78,8 +78,11 @@ def assessed(study: Study, found: Verdict | None) -> list[str]:
 
 
 def largest_gain(study: Study) -> LargestGain | None:
-    """What a search may still gain; None before baselines, their noise and enough trials."""
-    spec, comparison = study.spec, compare(study)
+    """What a search may still gain; None before all baselines and enough trials have ended."""
+    spec, comparison, arms = study.spec, compare(study), study.arms
+    # Of fewer seeds the least difference would be far larger.
+    if any(arms[row.arm].baseline and not ended for row, ended in study.rows()):
+        return None
     least, best = noise_of(comparison).least_difference, recommend(comparison)
     trials = study.search.rows(TrialState.COMPLETE, ())
     if least is None or best is None or len(trials) < FEWEST_TRIALS * len(spec.space.axes):

@@ -17,7 +17,7 @@ from bdense.models.folder import CONFIG, Picture, export_folder
 from bdense.models.store import load_denoiser
 from bdense.networks.diffusers_unet import DiffusersUNet
 from search.analysis.comparison import compare, comparisons_of, table_rows, teacher_of
-from search.analysis.confirmation import CONFIRM_SUFFIX, verdict
+from search.analysis.confirmation import CONFIRM_SUFFIX, judged_summary, verdict
 from search.analysis.recommendation import recommend
 from search.report.overview import overview_of
 from search.storage.ledger import Ledger
@@ -211,8 +211,10 @@ def _best_of(study: Study) -> tuple[Study, int]:
     found, confirmation = verdict(study), study.beside(study.name + CONFIRM_SUFFIX)
     if found is not None and found.ended and confirmation is not None:
         return confirmation, arm_row(confirmation)
-    best = study.search.best()
-    return study, _complete_rows(study.search)[0].number if best is None else best.number
+    _complete_rows(study.search)
+    now, _ = judged_summary(study)
+    assert now.best is not None
+    return study, now.best.number
 
 
 def _complete_rows(ledger: Ledger) -> list[StoredTrial]:

@@ -7,9 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from optuna.trial import TrialState
+
 from bdense.metrics.records import FID
 from bdense.weights.spaces import PLAIN, UNIFORM
 from search.analysis.paired import Mean, Paired, mean_of, paired_difference
+from search.spec.study import StageFacts
+from search.storage.queries import StoredTrial
 from search.study.arms import Arm, ArmRow
 from search.study.results import TrialResult
 from search.study.study import Study
@@ -154,23 +158,50 @@ def _variant_text(changes: Mapping[str, Any]) -> str:
 
 
 def compare(study: Study, *, variant: int = 0, stage: str | None = None) -> Comparison:
-    """The complete rows of one variant of given arms, at one stage; None is the last."""
+    """The complete rows of one variant of given arms, at one stage; None is the last.
+
+    Of a search they are its baselines, then its replicated points: most seeds first, then by mean.
+    """
     arms, stages, variants = study.arms, study.spec.resolved.stages, study.variants
     at = next(each for each in reversed(stages) if stage in (None, each.name))
     fids: dict[int, dict[int, FID]] = {}
     rows: dict[int, dict[int, int]] = {}
     for trial in study.complete_rows():
-        row = ArmRow.of(trial.params)
-        result = TrialResult.of(trial.value, trial.user_attrs)
-        fid = result.fids.get(str(at.nfe)) if result.fids else result.fid
+        row, fid = ArmRow.of(trial.params), _fid_at(at, trial)
         if row.variant == variant and fid is not None:
             fids.setdefault(row.arm, {})[row.seed] = fid
             rows.setdefault(row.arm, {})[row.seed] = trial.number
+    results = [ArmResult(arm=arms[i], fids=fids[i], rows=rows[i]) for i in sorted(fids)]
     return Comparison(
         stage=at.name,
         variant=variants[variant] if variants else {},
-        results=tuple(ArmResult(arm=arms[i], fids=fids[i], rows=rows[i]) for i in sorted(fids)),
+        results=tuple(_with_trials(study, at, results) if study.is_search else results),
     )
+
+
+def _with_trials(
+    study: Study, stage: StageFacts, results: Sequence[ArmResult]
+) -> Sequence[ArmResult]:
+    """Replicated points with the FID of their trial, their training under the first seed."""
+    raced = {each.arm.trial: each for each in results if each.arm.trial is not None}
+    if not raced:
+        return results
+    for trial in study.search.rows(TrialState.COMPLETE, ("fid", "fids")):
+        if trial.number in raced and (fid := _fid_at(stage, trial)) is not None:
+            raced[trial.number].fids[study.spec.seeds.training] = fid
+    ranked = sorted(raced.values(), key=lambda each: (-len(each.fids), each.mean().mean))
+    return [*(each for each in results if each.arm.trial is None), *ranked]
+
+
+def replicates_of(study: Study) -> Comparison | None:
+    """The replicated points of a search beside its baselines; None before there are any."""
+    found = compare(study)
+    return found if any(each.arm.baseline is None for each in found.results) else None
+
+
+def _fid_at(stage: StageFacts, trial: StoredTrial) -> FID | None:
+    result = TrialResult.of(trial.value, trial.user_attrs)
+    return result.fids.get(str(stage.nfe)) if result.fids else result.fid
 
 
 def teacher_of(study: Study) -> FID | None:

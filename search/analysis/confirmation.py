@@ -12,14 +12,21 @@ from typing import Any
 from optuna.trial import TrialState
 
 from bdense.errors import InputError
-from bdense.weights.spaces import BASELINE, PLAIN, UNIFORM
-from search.analysis.comparison import ArmResult, Comparison, compare, difference_text
+from bdense.weights.spaces import PLAIN
+from search.analysis.comparison import (
+    ArmResult,
+    Comparison,
+    compare,
+    difference_text,
+    replicates_of,
+)
+from search.analysis.observations import arm_of, observed, point_of
 from search.analysis.surrogate import Observation, candidates, posterior_means
 from search.spec.study import StudySpec
 from search.storage.queries import StoredTrial
 from search.study.arms import Arm, ArmRow
 from search.study.study import JUDGED, Study
-from search.study.summary import Summary, baselines_of, headline, summary_of
+from search.study.summary import Summary, headline, judged_by_mean, summary_of
 
 CONFIRM_SUFFIX = ".confirm"
 
@@ -64,7 +71,8 @@ class Verdict:
         error = "" if found.standard_error is None else f" +- {found.error_text()}"
         return (
             f"confirmed{'' if self.ended else ' so far'} at {self.budget}: {winner.arm.name}, "
-            f"mean FID {found.mean:.3f}{error} over {found.n} fresh seeds; " + "; ".join(judged)
+            f"mean FID {found.mean:.3f}{error} over {found.n} fresh seeds; "
+            + ("; ".join(judged) or "no baseline is complete to judge it by")
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -125,8 +133,11 @@ def verdict(study: Study) -> Verdict | None:
 
 
 def judged_summary(study: Study) -> tuple[Summary, Verdict | None]:
-    """A search's summary, which knows whether its best is confirmed, and the verdict."""
+    """A search's summary, which knows its best and whether that is confirmed, and the verdict."""
     now, found = summary_of(study), verdict(study)
+    if (replicates := replicates_of(study)) is not None:
+        places = (each.arm.trial for each in replicates.results)
+        now = judged_by_mean(study, now, next(each for each in places if each is not None))
     if now.best is not None and found is not None and found.ended:
         now = replace(now, confirmed=found.winner.arm.trial == now.best.number)
     return now, found
@@ -174,26 +185,9 @@ def choose(study: Study, trials: Sequence[StoredTrial], count: int) -> list[Arm]
     if not spec.space.axes:
         ranked = sorted(trials, key=lambda trial: (float(trial.value or 0.0), trial.number))
         return [arm_of(spec, trial) for trial in ranked[:count]]
-    uniform = _uniform_of(study, spec)
-    found = candidates([*uniform, *_searched(spec, trials)], count, taken=range(len(uniform)))
-    return [arm_of(spec, trials[i - len(uniform)]) for i in found]
-
-
-def arm_of(spec: StudySpec, trial: StoredTrial) -> Arm:
-    """A trial's weights as an arm of other studies."""
-    space = spec.space
-    return Arm(
-        name=f"{space.label(trial.params)} (trial {trial.number})",
-        params=space.stored(trial.params, spec.resolved.num_branches),
-        trial=trial.number,
-    )
-
-
-def point_of(spec: StudySpec, params: dict[str, Any]) -> dict[str, float] | None:
-    """Coordinates of weights for the surrogate; None where they have none, as plain ones."""
-    space = spec.space
-    at = space.coordinates(params)
-    return None if at is None else dict(zip(space.axes, at, strict=True))
+    now = observed(study, trials)
+    found = candidates(now.observations, count, among=now.trials, taken=now.uniform)
+    return [arm_of(spec, trials[index - now.trials.start]) for index in found]
 
 
 def _pooled_means(
@@ -208,7 +202,7 @@ def _pooled_means(
         return [result.mean().mean for result in searched]
     arms, evaluations = confirmation.arms, []
     if not confirmation.variants[judged]:
-        evaluations += [*_uniform_of(study, spec), *_searched(spec, require_trials(study))]
+        evaluations += observed(study, require_trials(study)).observations
     for trial in confirmation.complete_rows():
         row = ArmRow.of(trial.params)
         point = point_of(spec, arms[row.arm].params)
@@ -219,23 +213,3 @@ def _pooled_means(
             )
     asked = [point_of(spec, result.arm.params) or {} for result in searched]
     return posterior_means(evaluations, asked)
-
-
-def _searched(spec: StudySpec, trials: Sequence[StoredTrial]) -> list[Observation]:
-    return [
-        Observation(
-            point=point_of(spec, trial.params) or {},
-            value=float(trial.value or 0.0),
-            group="search",
-        )
-        for trial in trials
-    ]
-
-
-def _uniform_of(study: Study, spec: StudySpec) -> list[Observation]:
-    """The baseline of uniform weights, which the search measured, as one more point."""
-    measured = baselines_of(study).get(UNIFORM)
-    point = point_of(spec, {BASELINE: UNIFORM})
-    if measured is None or point is None:
-        return []
-    return [Observation(point=point, value=measured.fid, group="search")]

@@ -36,17 +36,39 @@ class Observation:
         point: Its coordinates by name, see ``WeightSpace.coordinates``.
         value: The FID.
         group: Evaluations with one unknown offset: a training seed shifts all its trials.
+        noise: Standard deviation of what it has beyond the noise of all.
     """
 
     point: Point
     value: float
     group: str
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.value):
             raise InputError(
                 f"value {self.value} at {dict(self.point)} is not finite; leave out what diverged"
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Posterior:
+    """The noise-free FID at m points: means [m] and covariance [m, m].
+
+    ``noise`` is the standard deviation of a value about the curve. Variances are infinite, and the
+    noise 0, where no curve was fitted.
+    """
+
+    means: Array
+    covariance: Array
+    noise: float
+
+    def above(self, other: int) -> tuple[Array, Array]:
+        """[m], [m]: means of the points less that of one of them, and standard deviations."""
+        own, variances = self.covariance[other], self.covariance.diagonal()
+        apart = variances + own[other] - 2 * own if math.isfinite(own[other]) else variances.copy()
+        apart[other] = 0.0
+        return self.means - self.means[other], np.sqrt(np.maximum(apart, 0.0))
 
 
 def posterior_means(
@@ -72,20 +94,33 @@ def posterior_means(
     Raises:
         InputError: No evaluations, or points whose coordinates differ or are not finite.
     """
-    cube = _Cube.around([evaluation.point for evaluation in evaluations])
-    at = cube.place([evaluation.point for evaluation in evaluations])
-    asked = at if points is None else cube.place(points)
-    values = np.array([evaluation.value for evaluation in evaluations])
-    members = _one_hot([evaluation.group for evaluation in evaluations])
-    if len(at) < FEWEST or len(np.unique(at, axis=0)) == 1:
+    at, asked, values, members, noises = _arrays(evaluations, points)
+    if _has_no_curve(at):
         return _means_by_point(at, values, members, asked)
-    return _means_by_process(at, values, members, asked)
+    means = _fitted_curve(at, values, members, noises).means(asked)
+    return [float(mean) for mean in means]
+
+
+def posterior(evaluations: Sequence[Observation], points: Sequence[Point]) -> Posterior:
+    """Means, as by ``posterior_means``, with their covariance.
+
+    Raises:
+        InputError: As by ``posterior_means``.
+    """
+    at, asked, values, members, noises = _arrays(evaluations, points)
+    if _has_no_curve(at):
+        means = np.array(_means_by_point(at, values, members, asked))
+        covariance = np.zeros((len(asked), len(asked)))
+        np.fill_diagonal(covariance, math.inf)
+        return Posterior(means=means, covariance=covariance, noise=0.0)
+    return _fitted_curve(at, values, members, noises).posterior(asked)
 
 
 def candidates(
     evaluations: Sequence[Observation],
     count: int,
     *,
+    among: Sequence[int] | None = None,
     taken: Sequence[int] = (),
     least_distance: float = 0.02,
 ) -> list[int]:
@@ -94,6 +129,7 @@ def candidates(
     Args:
         evaluations: As for ``posterior_means``.
         count: At most.
+        among: Indices of those that are chosen from; None for all.
         taken: Indices of points that are left out, with those near them.
         least_distance: Points nearer than this in every coordinate, in shares of its range over
             the evaluations, are one: the earlier of the list stands for both.
@@ -105,9 +141,30 @@ def candidates(
         if len(chosen) == count:
             break
         others = [*taken, *chosen]
-        if all(np.abs(at[index] - at[other]).max() >= least_distance for other in others):
+        if (among is None or index in among) and all(
+            np.abs(at[index] - at[other]).max() >= least_distance for other in others
+        ):
             chosen.append(index)
     return chosen
+
+
+def _arrays(
+    evaluations: Sequence[Observation], points: Sequence[Point] | None
+) -> tuple[Array, Array, Array, Array, Array]:
+    """Places [n, d] and those asked for [m, d]; values [n], groups [n, g] and noises [n]."""
+    cube = _Cube.around([evaluation.point for evaluation in evaluations])
+    at = cube.place([evaluation.point for evaluation in evaluations])
+    return (
+        at,
+        at if points is None else cube.place(points),
+        np.array([evaluation.value for evaluation in evaluations]),
+        _one_hot([evaluation.group for evaluation in evaluations]),
+        np.array([evaluation.noise for evaluation in evaluations]),
+    )
+
+
+def _has_no_curve(at: Array) -> bool:
+    return len(at) < FEWEST or len(np.unique(at, axis=0)) == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,25 +229,52 @@ def _means_by_point(at: Array, values: Array, members: Array, asked: Array) -> l
     return [float(means[index[0]] if len(index) else values.mean()) for index in found]
 
 
-def _means_by_process(at: Array, values: Array, members: Array, asked: Array) -> list[float]:
-    """Posterior means of values that are level + scale * a process.
+@dataclass(frozen=True, slots=True)
+class _Curve:
+    """FIDs as level + scale * a process of mean 0."""
+
+    process: Any
+    level: float
+    scale: float
+
+    def means(self, asked: Array) -> Array:
+        """[m] posterior means."""
+        means: Array = self.level + self.scale * self.process.predict(asked)
+        return means
+
+    def posterior(self, asked: Array) -> Posterior:
+        """With the covariance of the noise-free values."""
+        means, covariance = self.process.predict(asked, return_cov=True)
+        noise = self.process.kernel_.k2.noise_level
+        return Posterior(
+            means=self.level + self.scale * means,
+            # scikit-learn's is that of values.
+            covariance=self.scale**2 * (covariance - noise * np.eye(len(asked))),
+            noise=self.scale * math.sqrt(noise),
+        )
+
+
+def _fitted_curve(at: Array, values: Array, members: Array, noises: Array) -> _Curve:
+    """The curve and the groups' offsets.
 
     Offsets need a kernel and a kernel's fit needs offsets, hence rounds.
     """
     kept = _kept(members)
-    at, values, members = at[kept], values[kept], members[kept]
-    offsets = _offsets(values, members, np.linalg.inv(_kernel(at.shape[1])(at)))
+    at, values, members, noises = at[kept], values[kept], members[kept], noises[kept]
+    own = (noises / (float(np.std(values)) or 1.0)) ** 2
+    offsets = _offsets(values, members, np.linalg.inv(_kernel(at.shape[1])(at) + np.diag(own)))
     kernel: Any = None
     for _ in range(ROUNDS):
         # Of equal values nothing is left to scale up but rounding.
         scale = max(float(np.std(values - offsets)), 1e-9 * float(np.abs(values).max())) or 1.0
-        process = _fitted(at, (values - offsets) / scale, kernel)
+        own = (noises / scale) ** 2
+        process = _fitted(at, (values - offsets) / scale, own, kernel)
         kernel, before = process.kernel_, offsets
-        offsets = _offsets(values, members, np.linalg.inv(kernel(at)))
+        offsets = _offsets(values, members, np.linalg.inv(kernel(at) + np.diag(own)))
         # Groups apart from one another; their common level hardly moves the curve.
         if np.ptp(offsets - before) < 5e-3 * scale:
             break
-    return [float(mean) for mean in float(before.mean()) + scale * process.predict(asked)]
+    return _Curve(process, float(before.mean()), scale)
 
 
 def _kept(members: Array) -> npt.NDArray[np.intp]:
@@ -211,13 +295,19 @@ def _kernel(coordinates: int) -> Any:  # noqa: ANN401  sklearn has no types
     return smooth + WhiteKernel(0.1, NOISES)
 
 
-def _fitted(at: Array, values: Array, kernel: Any) -> Any:  # noqa: ANN401  as above
-    """A process of mean 0, fitted from the given kernel or from several starts."""
+def _fitted(at: Array, values: Array, own: Array, kernel: Any) -> Any:  # noqa: ANN401  as above
+    """A process of mean 0, fitted from the given kernel or from several starts.
+
+    ``own`` [n] are variances beyond the noise of all.
+    """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.gaussian_process import GaussianProcessRegressor
 
     process = GaussianProcessRegressor(
-        kernel or _kernel(at.shape[1]), n_restarts_optimizer=0 if kernel else 2, random_state=0
+        kernel or _kernel(at.shape[1]),
+        alpha=1e-10 + own,  # scikit-learn's own, against rounding
+        n_restarts_optimizer=0 if kernel else 2,
+        random_state=0,
     )
     with warnings.catch_warnings():
         # Raised where a hyperparameter lies at its bound, too, which is intended.

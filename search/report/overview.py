@@ -6,9 +6,15 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 from bdense.metrics.records import FID
-from search.analysis.comparison import Comparison, comparisons_of, table_rows, teacher_of
+from search.analysis.comparison import (
+    Comparison,
+    comparisons_of,
+    replicates_of,
+    table_rows,
+    teacher_of,
+)
 from search.analysis.confirmation import Verdict, judged_summary
-from search.analysis.recommendation import assess, assessment
+from search.analysis.stop_rule import assessed
 from search.report.plots import Plot, study_plots
 from search.spec.file import as_yaml
 from search.storage.engine import retrying
@@ -36,8 +42,9 @@ class Overview:
 
     A search has ``now`` (else None), its complete ``trials``, the ``verdict`` of its confirmation,
     perhaps the ``curve`` of its one-shot training, and its noise and recommended arm in words,
-    ``assessment``; given arms have ``comparisons`` and perhaps the ``teacher``'s FID. ``changes``
-    have ``time``, ``key``, ``old`` and ``new`` of changed settings; ``written`` is in UTC.
+    ``assessment``; given arms and the replicates of a search have ``comparisons``, and given arms
+    perhaps the ``teacher``'s FID. ``changes`` have ``time``, ``key``, ``old`` and ``new`` of
+    changed settings; ``written`` is in UTC.
     """
 
     study: Study
@@ -111,6 +118,10 @@ class Overview:
         """How far the best of a search can be trusted."""
         if self.verdict is not None:
             return self.verdict.sentence()
+        if self.now is not None and self.now.by_mean:
+            return (
+                "not confirmed: lowest by the mean over the most seeds, its FID under one of them"
+            )
         return "one training seed, not confirmed: the lowest of several noisy values"
 
 
@@ -122,14 +133,18 @@ def overview_of(study: Study) -> Overview:
     if study.is_search:
         now, found = judged_summary(study)
         trials = summary.complete_trials(study)
+        replicates = replicates_of(study)
+        comparisons = [] if replicates is None else [replicates]
+    else:
+        comparisons = comparisons_of(study)
     return Overview(
         study=study,
         now=now,
         trials=trials,
         verdict=found,
         curve=curve_of(study),
-        assessment=assessment(*assess(study, found)) if study.is_search else (),
-        comparisons=[] if study.is_search else comparisons_of(study),
+        assessment=assessed(study, found) if study.is_search else (),
+        comparisons=comparisons,
         teacher=teacher_of(study),
         spec=as_yaml(study.spec),
         fingerprint=str(attributes.get(FINGERPRINT, "")),

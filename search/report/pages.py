@@ -34,6 +34,11 @@ def study_page(
     found = overview.verdict
     result: list[Block] = [Table(overview.table(), words=overview.now is not None)]
     result += [Text(remark, quiet=True) for remark in overview.remarks()]
+    if overview.now is not None and overview.comparisons:
+        result += [
+            Text("Replicated points, under the baselines' seeds:"),
+            Table(table_rows(overview.comparisons), words=False),
+        ]
     if found is not None:
         result += [
             Text(f"Under fresh seeds, at {found.budget}:"),

@@ -14,7 +14,7 @@ from bdense.files import atomic_write
 from bdense.metrics.records import FID
 from bdense.weights.spaces import PLAIN, UNIFORM, Choice
 from search.analysis.comparison import Comparison
-from search.analysis.confirmation import point_of
+from search.analysis.observations import point_of
 from search.analysis.surrogate import FEWEST, Observation, posterior_means
 from search.study.markdown import printable
 from search.study.results import Curve
@@ -79,7 +79,8 @@ def fid_over(
         return None
     axis, *others = placed[0][0]
     groups = {tuple(point[name] for name in others): point for point, _ in placed}
-    best = min(trials, key=lambda each: (each.fid, each.number))
+    best = now.best
+    assert best is not None
     drawn = now.spec.space.distributions()
     chosen = [name for name, each in drawn.items() if isinstance(each, Choice)]
 
@@ -103,7 +104,7 @@ def fid_over(
             told = sorted((each.coordinates[0], each.fid) for each in one_shot.points)
             label = plain(f"one student, told {axis}")
             axes.plot(*zip(*told, strict=True), "x:", color="#777777", label=label)
-        place = next(point[axis] for point, each in placed if each is best)
+        place = next(point[axis] for point, each in placed if each.number == best.number)
         axes.plot(place, best.fid, "o", color=_BEST, label=f"best: trial {best.number}")
         fids = [each.fid for each in trials]
         if min(fids) > 0 and max(fids) / min(fids) > _WIDE:

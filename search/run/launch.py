@@ -1,5 +1,7 @@
 """Run what is left of a study; the ``launch`` verb with its result."""
 
+from search.analysis.priors import plan_first_points
+from search.analysis.stop_rule import look_ahead
 from search.log import say, speaking_of
 from search.report.live import Showing
 from search.report.overview import overview_of
@@ -22,6 +24,9 @@ def launch(study: Study, source: str, workers: int | None) -> tuple[str, bool]:
     Returns:
         The result for people, and whether any row is complete.
     """
+    if study.is_search:
+        plan_first_points(study)
+        look_ahead(study)
     run_rows(study, workers)
     overview = overview_of(study)
     result = [*align(overview.table()), *overview.remarks()] if not overview.is_empty else []

@@ -46,7 +46,7 @@ def snapshot_of(study: Study) -> Snapshot:
     main, base = counts[0], counts[-1]
     text = f"{'trials' if study.is_search else 'rows'} {main.ended}/{main.planned}"
     if study.is_search and base.complete + base.failed < base.planned:
-        text += f", baselines {base.complete}/{base.planned}"
+        text += f", {_given(study)} {base.complete}/{base.planned}"
     if main.failed:
         text += f", {main.failed} failed"
     if study.is_search:
@@ -61,6 +61,11 @@ def snapshot_of(study: Study) -> Snapshot:
         total=sum(each.planned for each in counts),
         running=[row for ledger in reversed(study.ledgers) for row in ledger.running()],
     )
+
+
+def _given(study: Study) -> str:
+    """What a search's given arms are."""
+    return "baselines and replicates" if study.spec.search.race else "baselines"
 
 
 class Display:

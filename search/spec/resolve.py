@@ -25,7 +25,7 @@ from bdense.models.zoo import PUBLIC_MODELS
 from bdense.training.teacher import TeacherConfig, new_denoiser
 from bdense.training.teacher_knobs import TeacherKnobs
 from bdense.weights import space_of
-from bdense.weights.spaces import BASELINE
+from bdense.weights.spaces import BASELINE, UNIFORM
 from search.errors import SpecError
 from search.spec.space import make_pruner, require_sampler
 from search.spec.study import Facts, StageFacts, StudySpec, TeacherTraining
@@ -181,10 +181,27 @@ def _check_weights(spec: StudySpec) -> None:
     space.check(spec.resolved.num_branches)
     if spec.resources.compile and space.needs_gradients:
         raise InputError(f"weights: {_HIDDEN}")
+    _check_race(spec)
     if space.is_one_point and spec.search.trials > 1:
         raise InputError(
             f"plan.trials: {spec.search.trials} trials would all be the same, as weights has one "
             "point; run 1, or widen weights"
+        )
+
+
+def _check_race(spec: StudySpec) -> None:
+    """Both knobs judge points by the surrogate; stopping also needs the baseline on it."""
+    plan, space = spec.search, spec.space
+    if (plan.race or plan.stop) and not space.axes:
+        name = "race" if plan.race else "stop"
+        raise InputError(
+            f"plan.{name}: {space.name} weights have no coordinates to compare points by; drop "
+            f"plan.{name}, or search another space, such as normalised"
+        )
+    if plan.stop and space.coordinates({BASELINE: UNIFORM}) is None:
+        raise InputError(
+            f"plan.stop: uniform weights are no point of {space.name} weights, so what is left to "
+            "gain is not known; drop plan.stop, or search another space, such as normalised"
         )
 
 

@@ -182,6 +182,25 @@ class SearchPlan(Knobs):
         "it; from 2 on a study knows its noise, and how small a difference it can tell",
         low=1,
     )
+    race: int = knob(
+        0,
+        "how many of the trials are replicates: the most promising points under the further seeds "
+        "of the baselines, in place of new points; needs replicates from 2 on",
+        low=0,
+    )
+    stop: bool = knob(
+        False,
+        "end the search once no point could still beat the recommended arm by more than the least "
+        "difference that the study can tell; needs replicates from 2 on",
+    )
+    prior: tuple[str, ...] = knob(
+        (),
+        "earlier searches in the storage: their best points are tried first, and their trials "
+        "count in the surrogate, less where they disagree",
+    )
+    prior_other: bool = knob(
+        False, "use priors of another data set, teacher, method or weight space too"
+    )
     sampler: Member = knob(
         Member("TPESampler"),
         "a class of optuna.samplers and its arguments; its seed is seeds.sampler",
@@ -218,6 +237,24 @@ class SearchPlan(Knobs):
                 f"{self.images} are drawn at no fraction of the training; give at: [...] or drop "
                 "images",
             )
+        for name in ("race", "stop"):
+            if getattr(self, name) and self.replicates < 2:
+                raise KnobError(
+                    name,
+                    f"needs the noise of several seeds, and replicates is {self.replicates}; "
+                    f"raise replicates to 2 or more, or drop {name}",
+                )
+        if self.race >= self.trials:
+            raise KnobError(
+                "race",
+                f"{self.race} of {self.trials} trials leaves no new point; lower race or raise "
+                "trials",
+            )
+
+    @property
+    def points(self) -> int:
+        """Trials that are new points."""
+        return self.trials - self.race
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

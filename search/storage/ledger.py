@@ -173,6 +173,25 @@ class Ledger(LedgerReader):
 
         return self._locked(add)
 
+    def enqueue_next(
+        self, params: Mapping[str, Any], attrs: Mapping[str, JSON], *, seen: int
+    ) -> bool:
+        """Plan a trial and raise the budget for it, if the study still has the ``seen`` trials.
+
+        Returns:
+            Whether this call planned it, as far as the database's answer arrived.
+        """
+
+        def add(_: sa.Connection) -> bool:
+            if len(self._asked_and_why()) != seen:
+                return False
+            # First: a process that dies in between leaves no trial that nothing may start.
+            self.study.set_user_attr("budget", seen + 1)
+            self.study.enqueue_trial(dict(params), dict(attrs))
+            return True
+
+        return self._locked(add)
+
     def change(self, key: str, to: Callable[[Any], JSON]) -> None:
         """Replace an attribute of the study by what ``to`` makes of it.
 
@@ -204,6 +223,15 @@ class Ledger(LedgerReader):
     def resize(self) -> None:
         """Set the budget to the number of planned trials."""
         self._locked(lambda _: self.study.set_user_attr("budget", len(self._asked_and_why())))
+
+    def start_no_more(self) -> None:
+        """Set the budget to the number of trials that were started."""
+
+        def end(connection: sa.Connection) -> None:
+            started = _started(self._leases.count_states(connection))
+            self.study.set_user_attr("budget", started)
+
+        self._locked(end)
 
     def claim(
         self,

@@ -127,7 +127,7 @@ class Study:
 
     @classmethod
     def _create_search(cls, url: str, spec: StudySpec, before: StudySpec | None) -> Self:
-        trials = _ledger(url, spec, spec.name, spec.search.trials)
+        trials = _ledger(url, spec, spec.name, spec.search.points)
         _store(trials, spec, before)
         beside = spec.name + BASELINES_SUFFIX
         given = _ledger(url, spec, beside, 2 if beside_or_none(trials, beside) is None else None)
@@ -213,12 +213,12 @@ class Study:
         """
         assert self.given is not None
         known, changes = self.arms, self.variants
-        known += [arm for arm in arms if arm not in known]
+        new = [arm for arm in arms if arm not in known]
+        known += new
         changes += [dict(each) for each in variants if dict(each) not in changes]
-        stored = self.given.extend_list(
-            ARMS, [arm.as_dict() for arm in known]
-        ) and self.given.extend_list(VARIANTS, changes)
-        if not stored:
+        # Without a new one it is no matter what others add: a race does all the time.
+        added = not new or self.given.extend_list(ARMS, [arm.as_dict() for arm in known])
+        if not (added and self.given.extend_list(VARIANTS, changes)):
             raise SpecChangedError(
                 f"another command has added arms to {self.name!r} meanwhile; run this one again"
             )
@@ -230,6 +230,19 @@ class Study:
                     called = {"arm": known[place].name}
                     self.given.enqueue(row.params(), called, again=MENDABLE)
         self.given.resize()
+
+    def plan_row(self, arm: Arm, seed: int, *, seen: int) -> bool:
+        """Add one row, if there are still the ``seen`` rows that it was chosen after.
+
+        Returns:
+            Whether it was added; False where another process was first.
+        """
+        assert self.given is not None
+        known = self.arms
+        known += [arm] if arm not in known else []
+        row = ArmRow(arm=known.index(arm), seed=seed)
+        stored = self.given.extend_list(ARMS, [each.as_dict() for each in known])
+        return stored and self.given.enqueue_next(row.params(), {"arm": arm.name}, seen=seen)
 
     def task(self, ledger: Ledger, params: Mapping[str, Any]) -> Task:
         """The task of a row of one of its ledgers."""

@@ -1,7 +1,7 @@
 """The state of a study: JSON for scripts and tables for people. Reads the storage alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from optuna.trial import TrialState
@@ -69,9 +69,10 @@ class Measured:
 class Summary:
     """One reading of a search.
 
-    ``storage`` is a URL without password, ``best`` the complete trial of lowest FID, ``baselines``
-    has ``plain`` and ``uniform`` where measured, and ``confirmed`` is whether the best is the
-    winner of a confirmation.
+    ``storage`` is a URL without password, ``best`` the complete trial of lowest FID, or if
+    ``by_mean`` that of lowest mean among those of the most seeds; ``baselines`` has ``plain`` and
+    ``uniform`` where measured, and ``confirmed`` is whether the best is the winner of a
+    confirmation.
     """
 
     study: str
@@ -81,6 +82,7 @@ class Summary:
     best: Measured | None
     baselines: dict[str, Measured]
     confirmed: bool = False
+    by_mean: bool = False
 
     @property
     def plain(self) -> Measured | None:
@@ -99,6 +101,12 @@ def summary_of(study: Study) -> Summary:
         best=None if best is None else measured(spec, best),
         baselines=baselines_of(study),
     )
+
+
+def judged_by_mean(study: Study, now: Summary, number: int) -> Summary:
+    """The summary with that replicated trial as its best."""
+    trial = next(each for each in study.search.rows(TrialState.COMPLETE) if each.number == number)
+    return replace(now, best=measured(now.spec, trial), by_mean=True)
 
 
 def measured(spec: StudySpec, trial: StoredTrial) -> Measured:
@@ -205,10 +213,13 @@ def remarks(now: Summary) -> list[str]:
     """How the table's FIDs are to be read."""
     lines = []
     if now.best is not None and not now.confirmed:
-        lines.append(
-            "The best is the lowest of several noisy values from one training seed: "
-            "best of n, not confirmed."
+        how = (
+            "has the lowest mean of the points that were trained under the most seeds; its FID "
+            "here is of one of them"
+            if now.by_mean
+            else "is the lowest of several noisy values from one training seed: best of n"
         )
+        lines.append(f"The best {how}, not confirmed.")
     shown = [*now.baselines.values(), *([now.best] if now.best is not None else [])]
     if differing := sorted({key for each in shown for key in each.differing(shown[0])}):
         lines.append(

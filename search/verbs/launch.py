@@ -7,6 +7,8 @@ from pathlib import Path
 from bdense.errors import BdenseError, InputError
 from bdense.knobs import from_options
 from search.analysis.plans import plan_given
+from search.analysis.priors import require_priors
+from search.log import say
 from search.run.launch import launch
 from search.spec.file import as_yaml, read_spec
 from search.spec.study import StudySpec
@@ -31,6 +33,8 @@ def launch_study(options: argparse.Namespace) -> None:
         dry_run(spec, workers)
         return
     if spec.is_search:
+        for line in require_priors(url, spec):
+            say(line)
         study = Study.create(url, spec)
     else:
         study = Study.open(url, spec.name) if by_name else plan_given(url, spec)

@@ -9,9 +9,10 @@ from typing import Any
 from bdense.errors import InputError
 from bdense.files import require_new
 from bdense.knobs import from_options
-from search.analysis.comparison import compare
+from search.analysis.comparison import compare, replicates_of
 from search.analysis.confirmation import judged_summary
-from search.analysis.recommendation import assess, assessment, noise_of
+from search.analysis.recommendation import assess, noise_of
+from search.analysis.stop_rule import LargestGain, assessed
 from search.report.report_files import HTML_PAGE, write_report
 from search.storage.engine import redact
 from search.storage.stop_flags import CONTINUE, asked_at
@@ -67,6 +68,8 @@ def status(options: argparse.Namespace) -> None:
         print(curve_line(curve))
     if study.is_search and (noise := noise_of(compare(study))).least_difference is not None:
         print(noise.text())
+    if study.is_search and (ended := LargestGain.of(study)) is not None:
+        print(ended.text())
 
 
 def trials(options: argparse.Namespace) -> None:
@@ -89,25 +92,29 @@ def best(options: argparse.Namespace) -> None:
     """Print the best weights, what confirms them, and which arm to use."""
     study = open_study(options, reading=True)
     now, found = judged_summary(study)
-    noise, recommended = assess(study, found)
     if from_options(BestOptions, options).json:
+        noise, recommended = assess(study, found)
+        ended = LargestGain.of(study)
         more = {
             "confirmed": None if found is None else found.as_dict(),
             "noise": noise.as_dict(),
             "recommended": None if recommended is None else recommended.as_dict(),
+            "ended_early": None if ended is None else ended.as_dict(),
         }
         print(json.dumps(best_json(now) | more | one_shot_json(study)))
         return
     print(headline(study) if now.best else f"{headline(study)}; no trial is complete yet")
     if now.best is not None:
         print(table(now))
+        if (replicates := replicates_of(study)) is not None:
+            print("", *replicates.table(), replicates.conditions_line(), "", sep="\n")
         if found is None:
             print(f"No winner is confirmed: bdense-search confirm {study.name}")
         else:
             print("", *found.lines(), sep="\n")
     if (curve := curve_of(study)) is not None:
         print("", curve_text(curve), "", sep="\n")
-    print(*assessment(noise, recommended), sep="\n")
+    print(*assessed(study, found), sep="\n")
 
 
 def report(options: argparse.Namespace) -> None:

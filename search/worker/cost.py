@@ -209,8 +209,9 @@ def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
     parameters = 4 * sum(p.numel() for p in teacher.parameters())
     stages, images = spec.resolved.stages, spec.evaluation.images
     if spec.is_search:
-        baselines = 2 * spec.search.replicates
-        rows, kept = spec.search.trials + baselines, spec.keep_students + baselines
+        plan, baselines = spec.search, 2 * spec.search.replicates
+        # Both the trial of a raced point and its replicates are kept.
+        rows, kept = plan.trials + baselines, spec.keep_students + baselines + 2 * plan.race
         intermediate = len(spec.search.at) * (spec.search.images or images)
     else:
         given = spec.given

@@ -14,9 +14,9 @@ from pathlib import Path
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import InputError
 from bdense.models.store import denoiser_sha256
+from search.analysis.stop_rule import look_ahead
 from search.errors import SpecChangedError, UnpreparedError
 from search.spec.space import make_sampler, search_space
-from search.spec.study import SearchPlan
 from search.storage.engine import retrying
 from search.storage.ledger import Claim, Done, Holding, Ledger, Wait
 from search.study.arms import ROW_SPACE, Task
@@ -54,8 +54,10 @@ class Worker:
         self._asked = list(reversed(study.ledgers))
         # The study's spec, not the launcher's: another may have extended it meanwhile.
         self._spec = study.spec
-        plan = self._spec.plan
-        self._awaits_curve = isinstance(plan, SearchPlan) and plan.one_shot is not None
+        plan = self._spec.search if self._spec.is_search else None
+        self._awaits_curve = plan is not None and plan.one_shot is not None
+        self._looks_ahead = plan is not None and (plan.race > 0 or plan.stop)
+        self._ended: list[int] = []
         self._assets = load(self._spec, use_device(self._spec))
         _require_same_teacher(study.main, self._assets.teacher)
 
@@ -67,15 +69,16 @@ class Worker:
         began = time.perf_counter()
         while True:
             asked, ended = time.perf_counter(), True
+            self._plan_ahead()
             for ledger in tuple(self._asked):
                 found = Wait() if self._waits(ledger) else self._ask(ledger)
                 if isinstance(found, Claim):
                     return Claimed(ledger, found, asked)
                 if not isinstance(found, Done):
                     ended = False
-                elif ledger is not self._study.main:
+                elif ledger is not self._study.main and not self._looks_ahead:
                     self._asked.remove(ledger)
-            if ended:
+            if ended and not self._plan_ahead():
                 return None
             time.sleep(pause_after(time.perf_counter() - began))
 
@@ -90,6 +93,22 @@ class Worker:
         if not self._awaits_curve:
             enqueue_best(self._study)
         return self._awaits_curve
+
+    def _plan_ahead(self) -> bool:
+        """End a search or plan a replicate, where rows have ended since; whether one was planned.
+
+        Rows that are planned already come first.
+        """
+        if not self._looks_ahead:
+            return False
+        counts = [ledger.counts() for ledger in self._study.ledgers]
+        ended = [each.ended for each in counts]
+        if ended == self._ended or counts[-1].waiting:
+            return False
+        planned = look_ahead(self._study)
+        if not planned:
+            self._ended = ended
+        return planned
 
     def _ask(self, ledger: Ledger) -> Claim | Wait | Done:
         """Ask a ledger for a row."""

@@ -97,6 +97,30 @@ class Planned:
         assert "changes" not in ledger.study.user_attrs
         assert scene.settle().complete == 3
 
+    def test_of_two_that_plan_the_next_trial_at_once_one_does(self, scene):
+        """The other has to look again; what dies before the trial is planned does no harm."""
+        ledger, other = scene.open(budget=1), scene.open()
+        complete(ledger, take(ledger))
+        assert ledger.enqueue_next({"a": 1.0, "b": -1.0}, {"arm": "first"}, seen=1)
+        assert not other.enqueue_next({"a": 2.0, "b": -1.0}, {"arm": "second"}, seen=1)
+        assert (other.budget, other.counts().waiting) == (2, 1)
+        claim = other.claim(SPACE, None)
+        assert (claim.params, other.size()) == ({"a": 1.0, "b": -1.0}, 2)
+        complete(other, claim)
+        assert scene.settle().complete == 2
+
+    def test_no_more_trials_start_once_it_is_said(self, scene):
+        """Those that run go on, and a larger budget starts more."""
+        ledger = scene.open(budget=4)
+        first, second = take(ledger), take(ledger)
+        complete(ledger, first)
+        ledger.start_no_more()
+        assert (ledger.budget, scene.open().claim(SPACE, None)) == (2, Wait())
+        complete(ledger, second)
+        assert scene.open().claim(SPACE, None) == Done()
+        scene.open(budget=3)
+        assert scene.settle().complete == 3
+
     def test_a_deleted_study_is_gone_with_its_planned_trials(self, scene):
         ledger = scene.open(budget=1)
         ledger.enqueue({"a": 1.0, "b": -1.0})

@@ -1,0 +1,138 @@
+"""What a search has measured, as observations of its surrogate.
+
+Earlier searches may be its priors. One may be wrong here, under another budget or teacher: each is
+a group with an offset of its own, and where it disagrees with the study's values it is discounted.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from optuna.trial import TrialState
+
+from bdense.weights.spaces import BASELINE, UNIFORM
+from search.analysis.surrogate import Observation, posterior
+from search.spec.study import StudySpec
+from search.storage.queries import StoredTrial
+from search.study.arms import Arm, ArmRow
+from search.study.study import Study
+from search.study.summary import baselines_of
+
+# Values of a study's own before a prior is compared with them.
+FEWEST_OWN = 4
+_SEARCH = "search"  # the group of the trials, which share one training seed
+
+
+def arm_of(spec: StudySpec, trial: StoredTrial) -> Arm:
+    """A trial's weights as an arm."""
+    space = spec.space
+    return Arm(
+        name=f"{space.label(trial.params)} (trial {trial.number})",
+        params=space.stored(trial.params, spec.resolved.num_branches),
+        trial=trial.number,
+    )
+
+
+def point_of(spec: StudySpec, params: dict[str, Any]) -> dict[str, float] | None:
+    """Coordinates of weights for the surrogate; None where they have none, as plain ones."""
+    space = spec.space
+    at = space.coordinates(params)
+    return None if at is None else dict(zip(space.axes, at, strict=True))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """What a search has measured; ``uniform`` and ``trials`` are indices of its observations."""
+
+    observations: list[Observation]
+    uniform: range
+    trials: range
+
+
+def observed(study: Study, trials: Sequence[StoredTrial]) -> Observed:
+    """Uniform weights, the complete trials in order, replicates once there are any, and priors."""
+    uniform, searched = _uniform_of(study), _searched(study.spec, trials)
+    last = len(uniform) + len(searched)
+    return Observed(
+        observations=[
+            *uniform,
+            *searched,
+            *_replicated(study),
+            *_priors(study, [*uniform, *searched]),
+        ],
+        uniform=range(len(uniform)),
+        trials=range(len(uniform), last),
+    )
+
+
+def _searched(spec: StudySpec, trials: Sequence[StoredTrial]) -> list[Observation]:
+    return [
+        Observation(
+            point=point_of(spec, trial.params) or {},
+            value=float(trial.value or 0.0),
+            group=_SEARCH,
+        )
+        for trial in trials
+    ]
+
+
+def _uniform_of(study: Study) -> list[Observation]:
+    """The baseline of uniform weights, which the search measured, as one more point."""
+    measured, point = baselines_of(study).get(UNIFORM), point_of(study.spec, {BASELINE: UNIFORM})
+    if measured is None or point is None:
+        return []
+    return [Observation(point=point, value=measured.fid, group=_SEARCH)]
+
+
+def _replicated(study: Study) -> list[Observation]:
+    """Rows under the further seeds; of uniform weights alone they would tell nothing."""
+    spec, arms, found = study.spec, study.arms, []
+    if not any(arm.trial is not None for arm in arms):
+        return []
+    for trial in study.complete_rows():
+        row = ArmRow.of(trial.params)
+        point = point_of(spec, arms[row.arm].params)
+        if row.seed != spec.seeds.training and point is not None:
+            assert trial.value is not None
+            found.append(Observation(point=point, value=trial.value, group=f"seed {row.seed}"))
+    return found
+
+
+def prior_trials(study: Study, name: str) -> list[tuple[StoredTrial, Observation]]:
+    """A prior's complete trials, one group; none where it was deleted since."""
+    prior = study.beside(name)
+    if prior is None:
+        return []
+    trials = prior.search.rows(TrialState.COMPLETE, ())
+    measured = _searched(study.spec, trials)
+    group = f"prior {name}"
+    return [
+        (trial, replace(each, group=group)) for trial, each in zip(trials, measured, strict=True)
+    ]
+
+
+def _priors(study: Study, own: Sequence[Observation]) -> list[Observation]:
+    found: list[Observation] = []
+    for name in study.spec.search.prior:
+        prior = [each for _, each in prior_trials(study, name)]
+        # Together they say no more than one value that is as far off as they are.
+        noise = disagreement(prior, own) * math.sqrt(len(prior)) if prior else 0.0
+        found += [replace(each, noise=noise) for each in prior]
+    return found
+
+
+def disagreement(prior: Sequence[Observation], own: Sequence[Observation]) -> float:
+    """Standard deviation of a study's values about a prior's curve, beyond what noise explains.
+
+    The level is free; 0 while the study has too few values to tell.
+    """
+    if len(own) < FEWEST_OWN:
+        return 0.0
+    known = posterior(prior, [each.point for each in own])
+    off = statistics.variance(
+        each.value - mean for each, mean in zip(own, known.means.tolist(), strict=True)
+    )
+    expected = known.noise**2 + float(known.covariance.diagonal().mean())
+    return math.sqrt(max(0.0, off - expected)) if math.isfinite(expected) else math.sqrt(off)

@@ -1,0 +1,152 @@
+"""When a search has nothing left to find: no point could still beat the arm that is used anyway.
+
+A gain below the least difference that the study can tell could not be told from noise.
+"""
+
+import math
+import statistics
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import numpy as np
+from optuna.trial import TrialState
+
+from bdense.weights.spaces import Choice
+from search.analysis.comparison import Comparison, compare
+from search.analysis.confirmation import Verdict
+from search.analysis.observations import observed, point_of
+from search.analysis.racing import BEYOND_NOISE, plan_replicate
+from search.analysis.recommendation import assess, assessment, noise_of, recommend
+from search.analysis.surrogate import Point, posterior
+from search.spec.study import StudySpec
+from search.study.study import Study
+
+# Complete trials for each coordinate before the rule is asked: fewer do not show a valley.
+FEWEST_TRIALS = 8
+# Points of the space that it looks at.
+LOOKED_AT = 512
+ENDED_EARLY = "ended_early"  # the study's attribute
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LargestGain:
+    """What the best point may still gain.
+
+    Attributes:
+        arm: Name of the recommended arm.
+        gain: Upper bound of its FID less that of any point, at 97.5 %.
+        least_difference: See ``search.analysis.recommendation.Noise``.
+        trials: Complete trials behind it.
+    """
+
+    arm: str
+    gain: float
+    least_difference: float
+    trials: int
+
+    @property
+    def is_too_small(self) -> bool:
+        """Whether it could not be told from noise."""
+        return self.gain < self.least_difference
+
+    def text(self) -> str:
+        """For people, where it ended the search."""
+        return (
+            f"the search ended after {self.trials} complete trials: no point can be expected to "
+            f"beat {self.arm} by more than {self.gain:.2g}, and the least difference that the "
+            f"study can tell is {self.least_difference:.2g}; to search on, launch it with "
+            "plan.stop: false"
+        )
+
+    @classmethod
+    def of(cls, study: Study) -> Self | None:
+        """What ended a search before its last trial; None where nothing did."""
+        stored = study.search.attribute(ENDED_EARLY)
+        is_over = stored is not None and study.search.budget < study.spec.search.points
+        return cls(**stored) if is_over else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """As the study's attribute and ``best --json`` hold it."""
+        return asdict(self)
+
+
+def assessed(study: Study, found: Verdict | None) -> list[str]:
+    """Noise, recommended arm and what ended a search early, for people."""
+    ended = LargestGain.of(study)
+    lines = assessment(*assess(study, found))
+    return lines if ended is None else [*lines, ended.text()]
+
+
+def largest_gain(study: Study) -> LargestGain | None:
+    """What a search may still gain; None before all baselines and enough trials have ended."""
+    spec, comparison, arms = study.spec, compare(study), study.arms
+    # Of fewer seeds the least difference would be far larger.
+    if any(arms[row.arm].baseline and not ended for row, ended in study.rows()):
+        return None
+    least, best = noise_of(comparison).least_difference, recommend(comparison)
+    trials = study.search.rows(TrialState.COMPLETE, ())
+    if least is None or best is None or len(trials) < FEWEST_TRIALS * len(spec.space.axes):
+        return None
+    now = observed(study, trials)
+    if not now.uniform:
+        return None
+    own = point_of(spec, best.arm.params)
+    reference = now.observations[now.uniform[0]].point if own is None else own
+    points = [reference, *points_of(spec), *(now.observations[i].point for i in now.trials)]
+    means, errors = posterior(now.observations, points).above(0)
+    shift, error = (0.0, 0.0) if own is not None else _apart(comparison)
+    gains = shift - means + BEYOND_NOISE * np.hypot(errors, error)
+    return LargestGain(
+        arm=best.arm.name,
+        gain=float(gains.max()),
+        least_difference=least,
+        trials=len(trials),
+    )
+
+
+def _apart(comparison: Comparison) -> tuple[float, float]:
+    """Mean and standard error of plain less uniform: plain students are no point of a space."""
+    plain, uniform = comparison.plain, comparison.uniform
+    assert plain is not None
+    assert uniform is not None
+    pairs = [plain.values[s] - uniform.values[s] for s in plain.values.keys() & uniform.values]
+    return statistics.fmean(pairs), statistics.stdev(pairs) / math.sqrt(len(pairs))
+
+
+def points_of(spec: StudySpec) -> list[Point]:
+    """Coordinates of ``LOOKED_AT`` points, spread evenly over the space within its bound."""
+    from scipy.stats.qmc import Sobol
+
+    space, drawn = spec.space, spec.space.distributions()
+    found: list[Point] = []
+    for place in Sobol(len(drawn), scramble=False).random(LOOKED_AT).tolist():
+        params = {
+            name: each.options[int(share * len(each.options))]
+            if isinstance(each, Choice)
+            else each.low + share * (each.high - each.low)
+            for share, (name, each) in zip(place, drawn.items(), strict=True)
+        }
+        point = point_of(spec, params)
+        if point is not None and space.excess(params, spec.resolved.num_branches) <= 0:
+            found.append(point)
+    return found
+
+
+def look_ahead(study: Study) -> bool:
+    """End a search that has nothing left to find; otherwise plan its next replicate.
+
+    Workers call it between rows, and a launch before its first one.
+
+    Returns:
+        Whether a row was planned.
+    """
+    plan = study.spec.search
+    if LargestGain.of(study) is not None:
+        return False
+    if plan.stop:
+        found = largest_gain(study)
+        if found is not None and found.is_too_small:
+            study.search.change(ENDED_EARLY, lambda _: found.as_dict())
+            study.search.start_no_more()
+            return False
+    return plan.race > 0 and plan_replicate(study)

@@ -3,27 +3,30 @@
 import copy
 import itertools
 import json
-import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from bdense.cli import main
+from bdense.diffusion.conditions import ClassLabels
 from bdense.diffusion.denoiser import NetworkDenoiser, call_for_states
-from bdense.diffusion.epd import EPD, Table, read_table, write_table
+from bdense.diffusion.epd import EPD, read_table, write_table
 from bdense.diffusion.sampling import Sampler, samplers_from
 from bdense.diffusion.schedules import Schedule
-from bdense.diffusion.solvers import DPM2, trajectory
+from bdense.diffusion.solvers import DPM2, analytical_first_step, trajectory
 from bdense.errors import InputError
 from bdense.knobs import KnobError
-from bdense.methods.epd import EPDConfig, EPDMethod, EPDStage, RawTable, TabledNetwork
+from bdense.methods.epd import EPDConfig, EPDMethod, EPDStage, TabledNetwork
 from bdense.methods.method import Inputs
 from bdense.methods.sfd import SFD, SFDConfig
 from bdense.models.store import denoiser_sha256, load_denoiser, save_denoiser
 from bdense.training.loop import train
 from bdense.weights.weighting import FixedWeights
+from tests.commands import DIGITS, bdense, done, refused
 from tests.contracts.methods import ONE, MethodContract
+from tests.networks import tiny_denoiser
 from tests.small import same_weights, small_teacher
 
 KNOBS = {"steps": 2, "points": 2, "substeps": 2, "kimg": 0.03, "batch": 6}
@@ -109,11 +112,11 @@ class TestEPD(MethodContract):
             assert (raw_of(student) - raw_of(expected)).abs().max() < 1e-3 * moved
 
     def test_the_average_of_the_weights_is_what_is_returned(self):
-        with pytest.raises(KnobError, match="ema averages"):
+        with pytest.raises(KnobError, match="ema is of"):
             self.config(ema=8.0)
 
     def test_the_mean_over_the_last_half_is_what_is_returned(self):
-        with pytest.raises(KnobError, match="tail averages"):
+        with pytest.raises(KnobError, match="tail is of"):
             self.config(tail=0.5)
 
 
@@ -167,19 +170,145 @@ def test_conditions_repeat_in_the_order_of_images_and_points():
     assert asked["num_points"] == 4
 
 
-def test_a_table_of_several_points_sees_each_images_own_class():
-    from tests.test_class_conditions import small_conditional  # noqa: F401
+def test_an_image_of_a_class_does_not_depend_on_its_batch():
+    """Each point of an image sees that image's class."""
+    denoiser, sampler = tiny_denoiser(label_dim=4).eval(), read_rows(steps=2)
+    one_hot, noise = torch.eye(4)[[3, 0, 2]], torch.randn(3, *denoiser.image_shape)
+    whole = sampler(denoiser.given(ClassLabels(one_hot)), noise)
+    for i in range(3):
+        alone = sampler(denoiser.given(ClassLabels(one_hot[i : i + 1])), noise[i : i + 1])
+        torch.testing.assert_close(alone[0], whole[i], rtol=1e-4, atol=1e-4)
+    others = sampler(denoiser.given(ClassLabels(one_hot.flip(0))), noise)
+    assert (others[0] - whole[0]).abs().max() > 1e-3
 
 
-# ---- the file ----
+# ---- tables and their files ----
 
 
-def table_file(folder, steps: int = 3, afs: bool = True, **levels) -> str:
-    rows = {name: ((0.3, 0.7),) * steps for name in ("r", "w")}
-    scales = {name: ((1.0, 1.02),) * steps for name in ("o", "s")}
-    solver = EPD(**rows, **scales)
-    sampler = Sampler(num_intervals=steps, afs=afs, solver=solver, schedule=Schedule(**levels))
-    path = folder / f"{steps}-{afs}.epd.json"
+def read_rows(steps: int, *, afs: bool = True, **levels: float) -> Sampler:
+    """Two points around the midpoint, the same in every step."""
+    rows = {"r": (0.3, 0.7), "w": (0.4, 0.6), "o": (1.0, 1.02), "s": (0.98, 1.0)}
+    solver = EPD(**{name: (row,) * steps for name, row in rows.items()})
+    return Sampler(num_intervals=steps, afs=afs, solver=solver, schedule=Schedule(**levels))
+
+
+def write_rows(folder: Path, sampler: Sampler) -> str:
+    path = folder / "table.json"
     write_table(path, sampler, {"guidance": 1.0})
-    assert read_table(path) == sampler
     return str(path)
+
+
+def test_a_table_is_read_as_it_was_written(tmp_path):
+    sampler = read_rows(3, sigma_min=0.01)
+    assert read_table(write_rows(tmp_path, sampler)) == sampler
+    assert (sampler.nfe, sampler.sequential_nfe) == (8, 5)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"sampler": {"solver": "epd"}}', '{"sampler": 3}', None]
+)
+def test_a_file_that_is_no_table_is_refused_by_its_name(tmp_path, text):
+    path = tmp_path / "table.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        read_table(path)
+
+
+def test_a_table_of_another_solver_or_with_other_rows_is_refused(tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"sampler": Sampler(num_intervals=2, afs=True).describe()}))
+    with pytest.raises(InputError, match="not of epd"):
+        read_table(path)
+    described = read_rows(3).describe()
+    path.write_text(json.dumps({"sampler": described | {"num_intervals": 4}}))
+    with pytest.raises(InputError, match="is for 3 intervals, and the grid has 4"):
+        read_table(path)
+    path.write_text(json.dumps({"sampler": described | {"w": [[0.5], [0.5], [0.5]]}}))
+    with pytest.raises(InputError, match="w must have a row for each step"):
+        read_table(path)
+
+
+def test_a_walk_over_another_number_of_intervals_is_refused():
+    solver, sigmas = read_rows(3).solver, Schedule().grid(4)
+    with pytest.raises(InputError, match="is for 3 intervals, and the grid has 4"):
+        next(solver.steps(lambda x, sigma: x, torch.zeros(1, 1, 4, 4), sigmas))
+
+
+# ---- as SFD's teacher ----
+
+
+def test_sfds_teacher_walks_by_a_table_of_its_own_grid(tmp_path):
+    """NFE 1 with AFS and K = 2 are four steps; the table's own AFS saves the first evaluation."""
+    table = write_rows(tmp_path, read_rows(4))
+    knobs = {"nfe": 1, "substeps": 2, "kimg": 0.008, "batch": 8, "solver": "epd"}
+    teacher, method = small_teacher(), SFD()
+    told = []
+    for epd_table in (None, table):
+        config = SFDConfig(**knobs, epd_table=epd_table)
+        (plan,) = method.plan(config)
+        stage = method.stage(plan, teacher, config, Inputs())
+        told.append(stage.describe(FixedWeights(torch.ones(2))))
+        batch = stage.batch(0, slice(None))
+    levels = Schedule().grid(4)
+    model = analytical_first_step(teacher, levels[0])
+    walked = trajectory(read_rows(4).solver, model, batch.start, levels)
+    assert torch.equal(batch.states, walked[-len(batch.states) :])
+    assert told[0] != told[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"substeps": 4}, "is for 4 steps, .* and the teacher takes 8"),
+        ({"sigma_min": 0.1}, "polynomial levels from 80 to 0.1"),
+        ({"solver": "euler"}, "epd_table is for solver=epd, got solver=euler"),
+        ({"order": 2}, "order 2 is the table's own"),
+        ({"nfe": (1, 2)}, "is for 4 steps, .* and the teacher takes 4 or 6"),
+    ],
+)
+def test_a_table_for_another_teacher_is_refused(tmp_path, changes, message):
+    table = write_rows(tmp_path, read_rows(4))
+    knobs = {"nfe": 1, "substeps": 2, "solver": "epd", "epd_table": table}
+    with pytest.raises(InputError, match=message):
+        SFDConfig(**knobs | changes)
+
+
+# ---- the command line ----
+
+
+def test_a_table_is_learned_written_and_used(tmp_path):
+    """The student and the teacher with the table draw the same images."""
+    teacher, student = tmp_path / "teacher.safetensors", tmp_path / "student.safetensors"
+    save_denoiser(teacher, small_teacher(), {"kind": "teacher"})
+    small = ("--steps", 2, "--substeps", 2, "--kimg", 0.064, "--batch", 32)
+    printed = done("distill", teacher, "--method", "epd", *small, "--out", student)
+    assert printed == f"5 NFE, 3 one after another: {student}\n"
+    table = student.with_suffix(".epd.json")
+    kept, metadata = load_denoiser(student)
+    assert read_table(table) == samplers_from(metadata)[0]
+    assert same_weights(kept, load_denoiser(teacher)[0])
+    assert json.loads(table.read_text())["teacher_sha256"] == denoiser_sha256(kept)
+    card = student.with_suffix(".md").read_text()
+    assert "| network calls one after another | 3 |" in card
+    assert "| learned numbers of its steps | r " in card
+    pictures = [tmp_path / f"{name}.png" for name in ("student", "teacher", "other")]
+    done("sample", student, "--images", 4, "--out", pictures[0])
+    chosen = ("--solver", "epd", "--epd-table", table)
+    done("sample", teacher, *chosen, "--images", 4, "--out", pictures[1])
+    done("sample", teacher, "--solver", "epd", "--nfe", 3, "--images", 4, "--out", pictures[2])
+    drawn = [path.read_bytes() for path in pictures]
+    assert drawn[0] == drawn[1] != drawn[2]
+    told = json.loads(
+        done("fid", teacher, *chosen, *DIGITS, "--images", 64, "--cache", tmp_path / "cache")
+    )
+    assert (told["nfe"], told["sequential_nfe"]) == (5, 3)
+    out = ("--out", tmp_path / "x.png")
+    for options, message in {
+        ("--nfe", 8): f"{table} holds a table for one sampler (NFE 5), and --nfe 8 asks for",
+        ("--no-afs",): "--no-afs asks for another",
+        ("--sigma-min", 0.1): "--sigma-min 0.1 asks for another",
+        ("--solver", "heun"): "--solver heun asks for another",
+    }.items():
+        assert message in refused(bdense("sample", teacher, "--epd-table", table, *options, *out))
+    assert "is for teachers" in refused(bdense("sample", student, "--epd-table", table, *out))

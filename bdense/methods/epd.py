@@ -67,11 +67,9 @@ class EPDConfig(GridConfig):
 
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)
-        if self.averages:
-            name = "ema" if self.ema is not None else "tail"
-            raise KnobError(
-                name, "averages a student's weights, of which epd trains none; drop it"
-            )
+        for name in ("ema", "tail", "rescale_weights"):
+            if getattr(self, name):
+                raise KnobError(name, "is of a student's weights, and epd trains none; drop it")
         _ = self.levels  # refuses what does not fit together
         try:
             self.make_solver()

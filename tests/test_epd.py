@@ -204,6 +204,15 @@ def test_a_table_is_read_as_it_was_written(tmp_path):
     assert (sampler.nfe, sampler.sequential_nfe) == (8, 5)
 
 
+def test_a_table_learned_at_another_guidance_is_warned_about(tmp_path, caplog):
+    path = tmp_path / "table.json"
+    write_table(path, read_rows(3), {"guidance": 7.5})
+    read_table(path, guidance=7.5)
+    assert not caplog.records
+    read_table(path)
+    assert "learned at guidance 7.5, and is used at 1" in caplog.text
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"sampler": {"solver": "epd"}}', '{"sampler": 3}', None]
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
     from bdense.diffusion.denoiser import Denoiser
     from bdense.diffusion.sampling import Sampler
+
+_log = logging.getLogger(__name__)
 
 Rows = tuple[tuple[float, ...], ...]
 
@@ -207,8 +210,12 @@ def write_table(path: Path, sampler: Sampler, about: Mapping[str, Any]) -> None:
         scratch.write_text(json.dumps({**about, "sampler": sampler.describe()}, indent=1) + "\n")
 
 
-def read_table(path: Path | str) -> Sampler:
+def read_table(path: Path | str, guidance: float = 1.0) -> Sampler:
     """The sampler of a table's file: ``write_table``'s, or a student's ``config.json``.
+
+    Args:
+        path: The file.
+        guidance: Scale that it will be used at; a warning if it was learned at another.
 
     Raises:
         InputError: There is no such file, or it does not hold an EPD sampler.
@@ -216,8 +223,9 @@ def read_table(path: Path | str) -> Sampler:
     from bdense.diffusion.sampling import sampler_from
 
     try:
-        described = json.loads(Path(path).read_text())["sampler"]
-        sampler = sampler_from(described)
+        kept = json.loads(Path(path).read_text())
+        sampler = sampler_from(kept["sampler"])
+        learned_at = float(kept.get("guidance", 1.0))
     except OSError as error:
         raise InputError(f"the EPD table {path} cannot be read ({error.strerror})") from error
     except InputError as error:
@@ -229,4 +237,11 @@ def read_table(path: Path | str) -> Sampler:
         ) from error
     if not isinstance(sampler.solver, EPD):
         raise InputError(f"{path} holds a sampler of {sampler.solver.name}, not of epd")
+    if learned_at != guidance:
+        _log.warning(
+            "the EPD table %s was learned at guidance %g, and is used at %g",
+            path,
+            learned_at,
+            guidance,
+        )
     return sampler

@@ -58,7 +58,9 @@ class Sampler:
                 f"num_intervals={self.num_intervals} with afs={self.afs} leaves no network "
                 "evaluation; NFE must be at least 1"
             )
-        if not self.solver.reaches_zero and float(self.schedule.grid(1)[-1]) == 0:
+        with torch.device("cpu"):  # also where a network's shapes alone are built
+            last = float(self.schedule.grid(1)[-1])
+        if not self.solver.reaches_zero and last == 0:
             raise InputError(
                 f"{self.schedule.text()} end without noise, which {self.solver.name} does not "
                 "reach; take ddim"

@@ -309,7 +309,8 @@ class EPDMethod(Method):
     def plan(
         self, config: EPDConfig, teacher: NetworkDenoiser | None = None
     ) -> tuple[StagePlan, ...]:
-        sampler = config.sampler(RawTable.drawn(config, 0).solver())
+        row = ((0.5,) * config.points,)
+        sampler = config.sampler(EPD(r=row, w=row, o=row, s=row))  # its size counts
         label = f"{sampler.nfe} NFE, {sampler.sequential_nfe} one after another"
         updates = config.num_updates
         return (

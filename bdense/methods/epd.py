@@ -61,7 +61,7 @@ class EPDConfig(GridConfig):
     )
     loss: Loss = knob("l2", "distance between states: squared or absolute errors, summed")
     kimg: float = knob_of(GridConfig, "kimg", 10.0)
-    lr: float = knob_of(MethodConfig, "lr", 0.02)
+    lr: float = knob_of(MethodConfig, "lr", 0.2)
     lr_schedule: LRSchedule = knob_of(MethodConfig, "lr_schedule", "linear")
     dropout: bool = knob_of(MethodConfig, "dropout", False)
 
@@ -327,10 +327,10 @@ class EPDMethod(Method):
             raise InputError(
                 "the teacher is a student, which has a sampler already; give its own teacher"
             )
-        if teacher.execution.compile and config.updates == "each":
+        if teacher.execution.compile:
             raise InputError(
-                "updates=each goes backwards through a step several times, which a compiled "
-                "network cannot; drop compile, or take updates=detached or last"
+                "epd goes backwards through a call of the network several times, which a compiled "
+                "one cannot; drop compile"
             )
 
     def stage(

@@ -110,8 +110,10 @@ class GaussianDenoiser:
     asked: list[float] = field(default_factory=list)
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        self.asked.append(float(sigma))
-        return x * self.std**2 / (self.std**2 + sigma**2)
+        # Of several states of each image, each at its own level: what an image is asked.
+        self.asked += sigma.unique().tolist()
+        level = sigma.view(-1, 1, 1, 1) if sigma.dim() else sigma
+        return x * self.std**2 / (self.std**2 + level**2)
 
     def solution(self, x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
         """[n + 1, B, C, H, W] exact states at ``sigmas``, from x at the first of them."""

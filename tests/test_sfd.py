@@ -27,7 +27,7 @@ from tests.small import same_weights, sfd, small_teacher, small_trajectories
 class TestSFD(MethodContract):
     method = SFD
     knobs = {"kimg": 0.03, "batch": 6, "lr": 1e-3, "substeps": 2}  # noqa: RUF012
-    others = {"nfe": (3,)}  # noqa: RUF012
+    others = {"nfe": (3,), "epd_table": ("missing.json",)}  # noqa: RUF012
 
     @pytest.fixture(autouse=True)
     def _without_a_download(self, monkeypatch):

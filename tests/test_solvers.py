@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bdense.diffusion import SOLVERS
+from bdense.diffusion.epd import EPD
 from bdense.diffusion.sampling import step_noise
 from bdense.diffusion.solvers import (
     DDIM,
@@ -43,7 +44,9 @@ MULTISTEP = [
     ),
 ]
 ONE_EVALUATION = [Euler(), DDIM(), *MULTISTEP]
-TWO_EVALUATIONS = [Heun(), DPM2(), DPM2(r=0.3)]
+TWO_EVALUATIONS = [Heun(), DPM2(), DPM2(r=0.3), EPD()]
+# Around the midpoint, in unequal shares.
+TWO_POINTS = EPD(r=((0.2, 0.6),), w=((0.25, 0.75),), o=((1.0, 1.0),), s=((1.0, 1.0),))
 NOT_LOWERED = [
     DPMSolverPP(max_order=order, prediction=prediction, lower_order_final=False)
     for prediction in ("data", "noise")
@@ -52,7 +55,7 @@ NOT_LOWERED = [
 
 
 class TestEverySolver(SolverContract):
-    @pytest.fixture(params=[*ONE_EVALUATION, *TWO_EVALUATIONS, *NOT_LOWERED], ids=repr)
+    @pytest.fixture(params=[*ONE_EVALUATION, *TWO_EVALUATIONS, TWO_POINTS, *NOT_LOWERED], ids=repr)
     def solver(self, request):
         return request.param
 
@@ -89,7 +92,7 @@ def test_a_stochastic_solver_draws_noise_of_each_image_and_interval():
 def test_orders_as_they_are_measured():
     """The third-order update has half of its last term: better than the second, no faster."""
     orders = [solver.order for solver in (*ONE_EVALUATION, *TWO_EVALUATIONS)]
-    assert orders == [1, 1, 2, 2, 2, 1, 2, 2, 1, 2, 2, 2, 2, 2]
+    assert orders == [1, 1, 2, 2, 2, 1, 2, 2, 1, 2, 2, 2, 2, 2, 2]
     for prediction in ("data", "noise"):
         second, third = (
             error(DPMSolverPP(max_order=order, prediction=prediction), 160) for order in (2, 3)
@@ -136,7 +139,7 @@ def test_first_order_is_euler():
 
 
 def test_solvers_by_name():
-    assert list(SOLVERS) == ["euler", "ddim", "heun", "dpm2", "ipndm", "dpmpp"]
+    assert list(SOLVERS) == ["euler", "ddim", "heun", "dpm2", "ipndm", "dpmpp", "epd"]
     assert make_solver("euler", order=None, thresholding=False, clip=None) == Euler()
     assert make_solver("ddim", clip=True) == DDIM(clip=True)
     assert make_solver("consistency") == MultistepConsistency()

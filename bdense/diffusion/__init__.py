@@ -24,6 +24,7 @@ SOLVERS: "Registry[type[Solver]]" = Registry(
         "dpm2": f"{_HERE}:DPM2",
         "ipndm": f"{_HERE}:IPNDM",
         "dpmpp": f"{_HERE}:DPMSolverPP",
+        "epd": "bdense.diffusion.epd:EPD",
     },
 )
 # These draw noise in each interval: for samplers, not for trajectories.

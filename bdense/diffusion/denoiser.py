@@ -8,7 +8,7 @@ import copy
 import functools
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, Self
 
 import torch
@@ -166,13 +166,14 @@ class NetworkDenoiser(nn.Module):
         """D(x; sigma) of branch K with its conditions bound, as solvers and samplers take it.
 
         Args:
-            condition: Of the B images that it will be called with; None is unconditional.
+            condition: Of the B images that it will be called with; None is unconditional. Called
+                with P states of each image, it repeats the condition, see ``call_for_states``.
             num_points: N + 1 of the sampler; passed on where there is a step condition.
         """
         given: dict[str, Any] = {} if condition is None else dict(condition.arguments())
         if self.step_condition:
             given["num_points"] = num_points
-        return functools.partial(self.forward, **given)
+        return functools.partial(call_for_states, self.forward, given)
 
     def execute(self, execution: Execution) -> Self:
         """Compute the network this way from now on, in place; copies and students inherit it."""
@@ -197,6 +198,26 @@ class NetworkDenoiser(nn.Module):
             **self.model.describe(),
             "num_branches": self.num_branches,
         }
+
+
+def call_for_states(
+    call: Callable[..., Tensor], given: Mapping[str, Any], x: Tensor, sigma: Tensor
+) -> Tensor:
+    """A network's call with conditions of B images, on P states of each of them.
+
+    Args:
+        call: ``NetworkDenoiser.branches`` or ``forward``.
+        given: Conditions by name, tensors with B rows; other values go in as they are.
+        x: [B P, C, H, W] in the order (image, state); usually P is 1.
+        sigma: 0-dim or [B P].
+    """
+    repeated = {
+        name: value.repeat_interleave(len(x) // len(value), 0)
+        if isinstance(value, Tensor) and value.dim() and 0 < len(value) < len(x)
+        else value
+        for name, value in given.items()
+    }
+    return call(x, sigma, **repeated)
 
 
 def build_denoiser(description: dict[str, Any]) -> NetworkDenoiser:

@@ -42,7 +42,8 @@ class Sampler:
         solver: Of the steps; a student needs the one that it was distilled for.
 
     Raises:
-        InputError: NFE is below 1, or the schedule ends at 0, which the solver does not reach.
+        InputError: NFE is below 1, the schedule ends at 0, which the solver does not reach, or the
+            solver is for another number of intervals.
     """
 
     num_intervals: int
@@ -51,12 +52,15 @@ class Sampler:
     solver: Solver = field(default_factory=Euler)
 
     def __post_init__(self) -> None:
+        self.solver.require_intervals(self.num_intervals)
         if self.nfe < 1:
             raise InputError(
                 f"num_intervals={self.num_intervals} with afs={self.afs} leaves no network "
                 "evaluation; NFE must be at least 1"
             )
-        if not self.solver.reaches_zero and float(self.schedule.grid(1)[-1]) == 0:
+        with torch.device("cpu"):  # also where a network's shapes alone are built
+            last = float(self.schedule.grid(1)[-1])
+        if not self.solver.reaches_zero and last == 0:
             raise InputError(
                 f"{self.schedule.text()} end without noise, which {self.solver.name} does not "
                 "reach; take ddim"
@@ -66,6 +70,11 @@ class Sampler:
     def nfe(self) -> int:
         """Network evaluations an image costs."""
         return self.solver.nfe(self.num_intervals) - (1 if self.afs else 0)
+
+    @property
+    def sequential_nfe(self) -> int:
+        """Network calls one after another, where some of the evaluations are one batch."""
+        return self.solver.sequential_nfe(self.num_intervals) - (1 if self.afs else 0)
 
     @property
     def num_points(self) -> int:
@@ -128,8 +137,10 @@ def samplers_from(metadata: Mapping[str, Any]) -> list[Sampler]:
     if "sampler" not in metadata:
         return []
     own = sampler_from(metadata["sampler"])
-    served = metadata.get("nfe", [own.nfe])
-    return [replace(own, num_intervals=nfe + (1 if own.afs else 0)) for nfe in sorted(served)]
+    if "nfe" not in metadata:
+        return [own]
+    served = sorted(metadata["nfe"])
+    return [replace(own, num_intervals=nfe + (1 if own.afs else 0)) for nfe in served]
 
 
 def levels_of(known: Mapping[str, Any]) -> dict[str, Any]:

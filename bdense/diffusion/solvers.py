@@ -80,6 +80,17 @@ class Solver(Knobs, abc.ABC):
         """Network evaluations for a grid of that many intervals."""
         return self.evaluations * num_intervals
 
+    def sequential_nfe(self, num_intervals: int) -> int:
+        """Those one after another, where some are made as one batch. All unless overridden."""
+        return self.nfe(num_intervals)
+
+    def require_intervals(self, num_intervals: int) -> None:
+        """Raise an ``InputError`` for a grid of a number of intervals that it is not made for."""
+
+    def text(self) -> str:
+        """Its learned numbers, for people; empty where it has none."""
+        return ""
+
     def describe(self) -> dict[str, Any]:
         """Plain values from which ``solver_from`` makes an equal solver."""
         return {"solver": self.name, **asdict(self)}
@@ -189,7 +200,7 @@ class DPM2(Solver):
 
 
 # Adams-Bashforth on equal steps: what the newest slope, the one before it, ... weigh, by order.
-_ADAMS_BASHFORTH = (
+ADAMS_BASHFORTH = (
     (1.0,),
     (3 / 2, -1 / 2),
     (23 / 12, -16 / 12, 5 / 12),
@@ -226,7 +237,7 @@ class IPNDM(Solver):
         history: list[Tensor] = []  # d at the newest level first
         for t, t_next in itertools.pairwise(sigmas):
             history = [slope(denoise, x, t), *history[: self.max_order - 1]]
-            coefficients = _ADAMS_BASHFORTH[len(history) - 1]
+            coefficients = ADAMS_BASHFORTH[len(history) - 1]
             x = x + (t_next - t) * sum(c * d for c, d in zip(coefficients, history, strict=True))
             yield x
 

@@ -14,5 +14,6 @@ METHODS: "Registry[type[Method]]" = Registry(
         "sfd": "bdense.methods.sfd:SFD",
         "progressive": "bdense.methods.progressive:Progressive",
         "consistency": "bdense.methods.consistency:Consistency",
+        "epd": "bdense.methods.epd:EPDMethod",
     },
 )

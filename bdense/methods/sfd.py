@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bdense.diffusion import SOLVERS
 from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.epd import read_table
 from bdense.diffusion.intervals import IntervalGrid, VariableGrid
 from bdense.diffusion.sampling import Sampler, levels_of, samplers_from, served_metadata
 from bdense.diffusion.schedules import Schedule
@@ -62,6 +63,12 @@ class SFDConfig(GridConfig):
     afs: bool = knob(True, "analytical first step: one more interval for the same NFE")
     solver: str = knob("dpmpp", "solver that the teacher walks with", choices=tuple(SOLVERS))
     order: int | None = knob(None, "order of the solver", low=1, none="the highest")
+    epd_table: str | None = knob(
+        None,
+        "table of solver epd, learned for the teacher's own grid of (nfe + afs) x substeps steps",
+        metavar="FILE",
+        none="none: the midpoint of each step",
+    )
     thresholding: bool = knob(False, "dynamic thresholding of dpmpp's predictions")
     lr_schedule: LRSchedule = knob_of(MethodConfig, "lr_schedule", "step")
     perceptual: Perceptual = knob(
@@ -154,8 +161,37 @@ class SFDConfig(GridConfig):
         return replace(self, kimg=length * self.kimg)
 
     def make_solver(self) -> Solver:
-        """What the teacher walks with."""
-        return make_solver(self.solver, order=self.order, thresholding=self.thresholding)
+        """What the teacher walks with.
+
+        Raises:
+            InputError: Knobs of the solver do not fit, see also ``teacher_table``.
+        """
+        own = make_solver(self.solver, order=self.order, thresholding=self.thresholding)
+        table = self.teacher_table()
+        return own if table is None else table.solver
+
+    def teacher_table(self) -> Sampler | None:
+        """What ``epd_table`` holds.
+
+        Raises:
+            InputError: It cannot be read, or is for another grid than the teacher's.
+        """
+        if self.epd_table is None:
+            return None
+        if self.solver != "epd":
+            raise KnobError("epd_table", f"is for solver=epd, got solver={self.solver}; drop one")
+        if self.order is not None:
+            raise KnobError("order", f"{self.order} is the table's own with epd_table; drop it")
+        table = read_table(self.epd_table)
+        walked = [(nfe + self.afs) * self.substeps for nfe in self.several_nfe]
+        if walked != [table.num_intervals] or table.schedule != self.levels:
+            raise KnobError(
+                "epd_table",
+                f"{self.epd_table} is for {table.num_intervals} steps, {table.schedule.text()}, "
+                f"and the teacher takes {' or '.join(map(str, walked))}, {self.levels.text()}; "
+                "learn a table for these (method epd)",
+            )
+        return table
 
 
 class PerceptualLoss(Protocol):
@@ -433,6 +469,8 @@ def _live(config: SFDConfig, teacher: NetworkDenoiser, inputs: Inputs) -> LiveTr
     if config.second_stage:
         served = {sampler.num_intervals: sampler for sampler in samplers_from(inputs.known)}
         teacher_afs = served[_walked(config)].afs
+    elif (table := config.teacher_table()) is not None:
+        teacher_afs = table.afs
     return LiveTrajectories(
         teacher=teacher,
         grid=config.grid,

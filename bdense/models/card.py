@@ -19,7 +19,7 @@ _KNOWN = ("source", "url", "citation", "scheduler", "data")
 # Keys of a table of FIDs that always get a column, and the columns' titles.
 _COLUMNS = {"steps": "steps", "nfe": "NFE", "arm": "arm", "fid": "FID"}
 _COLUMNS |= {"std_err": "standard error", "n": "n"}
-_TITLES = {"euler": "Euler", "ddim": "DDIM"}
+_TITLES = {"euler": "Euler", "ddim": "DDIM", "epd": "EPD"}
 _PYTHON = """\
 import bdense
 
@@ -250,6 +250,10 @@ def _student_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
         sampler, steps = samplers[0], [str(each.num_intervals) for each in samplers]
         name = sampler.solver.name
         facts["network evaluations an image (NFE)"] = ", ".join(str(s.nfe) for s in samplers)
+        if sampler.sequential_nfe != sampler.nfe:
+            facts["network calls one after another"] = str(sampler.sequential_nfe)
+        if table := sampler.solver.text():
+            facts["learned numbers of its steps"] = table
         facts["sampler"] = (
             f"{', '.join(steps)} {_TITLES.get(name, name)} steps"
             f"{', the first analytical' * sampler.afs}, {sampler.schedule.text()}"

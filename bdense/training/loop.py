@@ -284,7 +284,7 @@ class _Step:
     team: Team
 
     def __post_init__(self) -> None:
-        self._parameters = list(self.student.parameters())
+        self._parameters = [p for p in self.student.parameters() if p.requires_grad]
         self._branches: Branches = self.student.branches
         if self.team.size > 1:
             self._branches = self.team.wrap(_Branches(self.student))
@@ -302,7 +302,7 @@ class _Step:
         weights = optimisation.scaled(self._weights(index))
         loss = losses.weighted(weights)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward(retain_graph=losses.keeps_graph)  # type: ignore[no-untyped-call]
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         minimised = team.mean(loss.detach())

@@ -4,8 +4,8 @@ B batch, K branches, C channels, H x W pixels.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ class BranchLosses(Protocol):
     @property
     def per_branch(self) -> Tensor:
         """[K], differentiable, unweighted, mean over the batch."""
+
+    @property
+    def keeps_graph(self) -> bool:
+        """Whether later updates of the iteration go backwards through this one's graph, too."""
 
     def weighted(self, weights: Tensor) -> Tensor:
         """The 0-dim loss to minimise, for weights [K] float64.
@@ -152,6 +156,7 @@ class BranchMeans:
     """[K] losses, each a mean over the batch."""
 
     per_branch: Tensor
+    keeps_graph: bool = field(default=False, kw_only=True)
 
     def weighted(self, weights: Tensor) -> Tensor:
         return (weights.to(self.per_branch) * self.per_branch).sum()
@@ -164,6 +169,8 @@ class ImageLosses:
     Attributes:
         per_image: [K, B], differentiable, unweighted.
     """
+
+    keeps_graph: ClassVar[bool] = False
 
     per_image: Tensor
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from bdense.data.datasets import Dataset, load_dataset
+from bdense.diffusion.epd import EPD, write_table
 from bdense.knobs import KnobError, from_options
 from bdense.methods import METHODS
 from bdense.methods.distill import TrainedStage, keep_student
@@ -71,8 +72,13 @@ def distill(options: argparse.Namespace) -> None:
 
 
 def _keep(path: Path, done: TrainedStage) -> Path:
-    """Write a single student with its card, and delete its checkpoint."""
+    """Write a single student with its card, and its table if it has one; drop its checkpoint."""
     keep_student(path, done.student, done.branched, done.metadata)
+    if isinstance(done.sampler.solver, EPD):
+        kept = ("teacher", "teacher_sha256", "training")
+        about = {name: done.metadata[name] for name in kept}
+        # Learned without guidance, and good for a teacher that is sampled so.
+        write_table(path.with_suffix(".epd.json"), done.sampler, about | {"guidance": 1.0})
     unfinished(path).unlink(missing_ok=True)
     return path
 

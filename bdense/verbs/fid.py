@@ -72,7 +72,8 @@ def fid(options: argparse.Namespace) -> None:
         seeds={"evaluation": own.seed},
     ).as_dict()
     of_class = {} if drawing.class_ is None else {"class": drawing.class_}
-    print(json.dumps(measured.pop("fid") | measured | of_class | _unusual_precision(execution)))
+    unusual = _sequential(sampler) | of_class | _unusual_precision(execution)
+    print(json.dumps(measured.pop("fid") | measured | unusual))
 
 
 def reference(options: argparse.Namespace) -> None:
@@ -136,7 +137,8 @@ class KeptFIDs:
             measured = measure_images(
                 images, self.extractor, self.reference, nfe=sampler.nfe, seeds=seeds
             )
-            kept = {"fid": measured.fid.as_dict() | precision, "of": conditions}
+            unusual = _sequential(sampler) | precision
+            kept = {"fid": measured.fid.as_dict() | unusual, "of": conditions}
             with atomic_write(path) as scratch:
                 scratch.write_text(json.dumps(kept))
         found: dict[str, Any] = kept["fid"]
@@ -146,6 +148,12 @@ class KeptFIDs:
 def _show_drawn(images: int) -> Callable[[int], None]:
     show = Progress()
     return lambda done: show(done, images, "images drawn")
+
+
+def _sequential(sampler: Sampler) -> dict[str, int]:
+    """Network calls one after another, where they are fewer than the evaluations."""
+    calls = sampler.sequential_nfe
+    return {} if calls == sampler.nfe else {"sequential_nfe": calls}
 
 
 def _unusual_precision(execution: Execution) -> dict[str, str]:

@@ -122,6 +122,13 @@ class Drawing(NativeGridKnobs):
         none="euler; ddim with --schedule native",
     )
     order: int | None = knob(None, "order of a solver that has several", low=1, none="the highest")
+    epd_table: Path | None = knob(
+        None,
+        "table of solver epd, as `bdense distill --method epd` writes it, with its levels, steps "
+        "and afs",
+        metavar="FILE",
+        none="none: the midpoint of each step",
+    )
     clip: bool | None = knob(
         None,
         "clamp ddim's predictions to [-1, 1]",

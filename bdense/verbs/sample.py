@@ -8,6 +8,7 @@ import torch
 
 from bdense.diffusion.conditions import conditions_for
 from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.epd import read_table
 from bdense.diffusion.preconditioning import Preconditioning, native_schedule
 from bdense.diffusion.sampling import Sampler, draw_images, samplers_from, save_grid
 from bdense.diffusion.schedules import Levels
@@ -58,6 +59,16 @@ def _chosen_sampler(
     asked = {name: value for name, value in asked.items() if value is not None}
     served = {sampler.nfe: sampler for sampler in samplers_from(metadata)}
     native = asked.get("schedule") == "native"
+    whose, way_out = f"{source} draws with the sampler it was distilled for", "distil a student"
+    if drawing.epd_table is not None:
+        if served:
+            raise InputError(
+                f"{source} draws with the sampler it was distilled for, and --epd-table is for "
+                "teachers; drop it, or give the student's teacher"
+            )
+        table = read_table(drawing.epd_table)
+        served = {table.nfe: table}
+        whose, way_out = f"{drawing.epd_table} holds a table for one sampler", "learn a table"
     if not served:
         usual = _USUAL | ({"solver": "ddim"} if native else {})
         return _sampler(usual | asked, drawing.chosen_levels or native_schedule(precond))
@@ -75,8 +86,8 @@ def _chosen_sampler(
         *others, largest = map(str, served)
         choices = f"{', '.join(others)} or {largest}" if others else largest
         raise InputError(
-            f"{source} draws with the sampler it was distilled for (NFE {choices}), and "
-            f"{spelt_options(other)} asks for another; drop that, or distil a student for it"
+            f"{whose} (NFE {choices}), and {spelt_options(other)} asks for another; drop that, "
+            f"or {way_out} for it"
         )
     return own
 
@@ -84,11 +95,12 @@ def _chosen_sampler(
 def _sampler(chosen: Mapping[str, Any], schedule: Levels) -> Sampler:
     name, nfe, afs = chosen["solver"], chosen["nfe"], chosen["afs"]
     solver = make_solver(name, order=chosen["order"], clip=chosen["clip"])
-    num_intervals, rest = divmod(nfe + (1 if afs else 0), solver.evaluations)
+    each = solver.nfe(1)
+    num_intervals, rest = divmod(nfe + (1 if afs else 0), each)
     if rest:
         taken, other = ("--afs", "--no-afs") if afs else ("--no-afs", "--afs")
         raise InputError(
-            f"{name} needs {solver.evaluations} evaluations an interval, one less in total with "
+            f"{name} needs {each} evaluations an interval, one less in total with "
             f"--afs, which cannot add up to --nfe {nfe} with {taken}; take --nfe {nfe + 1} or "
             f"{other}"
         )

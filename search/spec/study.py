@@ -468,7 +468,11 @@ class StudySpec(Knobs):
             "numerics": NUMERICS,
             "evaluation": {"images": self.evaluation.images},
             # A study from before a knob is a study at its default, under the same fingerprint.
-            "method": {k: v for k, v in as_plain(self.method).items() if (k, v) != ("tail", None)},
+            "method": {
+                k: v
+                for k, v in as_plain(self.method).items()
+                if (k, v) != ("tail", None) and k != "epd_table"
+            },
         }
         if self.teacher.train is not None:
             kept["teacher"] = {"train": as_plain(self.teacher.train)}
@@ -507,6 +511,8 @@ class StudySpec(Knobs):
         if (reference := self.evaluation.reference) is not None:
             is_name = reference in REFERENCES
             found["evaluation.reference"] = reference if is_name else sha256_file(Path(reference))
+        if (table := self.method.options.get("epd_table")) is not None:
+            found["method.epd_table_sha256"] = sha256_file(Path(table))
         return found
 
 

@@ -98,7 +98,7 @@ class IntermediateFIDs:
         """Those of a stage, for ``distill``; None where the plan has none."""
         if not self._after:
             return None
-        return Evaluations(tuple(self._after), partial(self._evaluate, stage.sampler))
+        return Evaluations(tuple(self._after), partial(self._evaluate, stage))
 
     @property
     def found(self) -> list[IntermediateFID]:
@@ -148,10 +148,11 @@ class IntermediateFIDs:
             if after in self._after and each.fid.images == self._images()
         }
 
-    def _evaluate(self, sampler: Sampler, after: int, student: NetworkDenoiser) -> None:
+    def _evaluate(self, stage: Stage, after: int, student: NetworkDenoiser) -> None:
         started = time.perf_counter()
         if after not in self._found:
-            self._found[after] = self._measured(sampler, after, student)
+            # A stage may train its sampler: as it is now.
+            self._found[after] = self._measured(stage.sampler, after, student)
             with atomic_write(self._path) as scratch:
                 scratch.write_text(json.dumps([each.as_dict() for each in self.found]))
         each = self._found[after]

@@ -86,12 +86,13 @@ class _SteepUpdate(Around):
         self.branch = branch
 
     def __call__(self, branches: Any) -> BranchMeans:
-        found = list(self.own(branches).per_branch)
+        losses = self.own(branches)
+        found = list(losses.per_branch)
         own = found[self.branch - 1]
         # Adds nothing, and what it multiplies the gradient by overflows: 0 stays 0.
         huge = torch.finfo(own.dtype).max ** 0.75
         found[self.branch - 1] = own + huge * (huge * (own - own.detach()))
-        return BranchMeans(torch.stack(found))
+        return BranchMeans(torch.stack(found), keeps_graph=losses.keeps_graph)
 
 
 def tensors_of(batch: Any) -> dict[str, Tensor]:
@@ -128,6 +129,10 @@ class TrainingContract:
     def written_out(self) -> tuple[Training, NetworkDenoiser]:
         """A stage with one branch, and its student made by a loop written out in the test."""
         raise NotImplementedError
+
+    def outputs(self, student: NetworkDenoiser) -> Tensor:
+        """What is compared where weights cannot be: that of the student which is trained."""
+        return outputs(student)
 
     def weighting(self, stage: Training) -> BranchWeighting:
         return FixedWeights(torch.linspace(0.5, 1.5, stage.num_branches, dtype=torch.float64))
@@ -235,8 +240,8 @@ class TrainingContract:
             )
             assert shared.loss == pytest.approx(alone.loss, rel=1e-4)
             assert shared.gradient_norm == pytest.approx(alone.gradient_norm, rel=1e-3)
-        alone, shared = map(outputs, students)
-        start = outputs(widen_head(stage.start, stage.num_branches))
+        alone, shared = map(self.outputs, students)
+        start = self.outputs(widen_head(stage.start, stage.num_branches))
         assert (alone - shared).abs().max() < 1e-2 * (alone - start).abs().max()
 
     def test_a_checkpoint_of_another_run_is_refused(self, tmp_path):
@@ -400,6 +405,8 @@ class MethodContract(TrainingContract):
     def test_the_last_branch_alone_is_plain_distillation(self):
         """Weight 0 for the others: to rounding, as a wider head is another product."""
         stage = self.learning(dropout=False, lr=self.rate)
+        if stage.num_branches == 1:
+            pytest.skip("there is one branch")
         alone = torch.zeros(stage.num_branches, dtype=torch.float64)
         alone[-1] = 1
         branched = export_branch(train(stage, FixedWeights(alone)))
@@ -488,9 +495,9 @@ class MethodContract(TrainingContract):
     def test_every_seed_is_another_run(self, tmp_path):
         base = self._told(self.run(tmp_path / "a"), {})
         other = self._told(self.run(tmp_path / "b", seed=6), {}, seed=6)
-        for stage, (described, student, _) in other.items():
+        for stage, (described, *made) in other.items():
             assert described != base[stage][0]
-            assert student != base[stage][1]
+            assert tuple(made) != base[stage][1:]
 
     def _told(
         self, stages: list[TrainedStage], changes: dict[str, Any], seed: int = 5

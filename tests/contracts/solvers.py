@@ -98,7 +98,7 @@ class SolverContract(_Common):
         """D = m: x(t) = m + (t / T) (x(T) - m), a straight line."""
         target, x = torch.full((1, 1, 4, 4), 0.3, dtype=torch.float64), start(1)
         for sigmas in (grid(1), grid(5)):
-            end = solve(solver, lambda x, sigma: target, x, sigmas)
+            end = solve(solver, lambda x, sigma: target.expand_as(x), x, sigmas)
             torch.testing.assert_close(end, target + sigmas[-1] / sigmas[0] * (x - target))
 
     def test_a_trajectory_holds_every_state_and_ends_as_solve_does(self, solver):

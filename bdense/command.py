@@ -10,12 +10,24 @@ from dataclasses import dataclass
 from typing import NoReturn, TypeAlias
 
 from bdense.errors import BdenseError, InputError, StoppedError, is_out_of_memory
-from bdense.knobs import Knobs, add_options
+from bdense.knobs import Knobs, add_options, knob
 
 DONE, FAILURE = 0, BdenseError.exit_status
 USER_ERROR, INTERRUPTED = InputError.exit_status, StoppedError.exit_status
 
 Configs: TypeAlias = tuple[type[Knobs], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Force(Knobs):
+    """A verb that writes what --out names."""
+
+    force: bool = knob(
+        False,
+        "replace what --out names, also where that is read by this command, of another kind, or "
+        "made with other settings",
+        form="flag",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

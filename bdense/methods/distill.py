@@ -1,7 +1,6 @@
 """Run a method: train its stages one after the other, each student the next stage's teacher."""
 
 import functools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,9 +12,16 @@ from bdense.diffusion.branches import export_branch
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import Sampler, samplers_from
 from bdense.errors import CheckpointError, InputError
+from bdense.files import require_plain
 from bdense.methods.method import Inputs, Method, MethodConfig, Stage, StagePlan
 from bdense.models.card import write_card
-from bdense.models.store import denoiser_sha256, load_denoiser, load_tensors, save_denoiser
+from bdense.models.store import (
+    denoiser_sha256,
+    load_denoiser,
+    other_run,
+    plain_json,
+    save_denoiser,
+)
 from bdense.training.loop import Evaluations, IterationReport, train
 from bdense.weights.weighting import BranchWeighting, FixedWeights
 
@@ -48,6 +54,7 @@ class _Run:
     Attributes:
         train: Trains a stage, with its checkpoint.
         identity: What kept students say of their run; empty where none are kept.
+        replace: Whether students of other runs may be replaced.
     """
 
     method: Method
@@ -60,6 +67,7 @@ class _Run:
     metadata: Mapping[str, Any]
     train: Callable[[StagePlan, Stage, BranchWeighting, Path | None], NetworkDenoiser]
     identity: Mapping[str, Any]
+    replace: bool
 
     def path(self, plan: StagePlan) -> Path | None:
         """The file of that stage's student."""
@@ -70,7 +78,7 @@ class _Run:
     def is_kept(self, plan: StagePlan) -> bool:
         """Whether that stage was done before."""
         path = self.path(plan)
-        return path is not None and path.exists()
+        return path is not None and path.exists() and not other_run(path, self.identity)
 
     def stages(
         self, plans: Sequence[StagePlan], teacher: NetworkDenoiser, first: Stage | None
@@ -81,7 +89,7 @@ class _Run:
             unfinished = self.checkpoint
             if path is not None and unfinished is None:
                 unfinished = path.with_suffix(".training.safetensors")
-            if path is not None and path.exists():
+            if path is not None and self.is_kept(plan):
                 done = self._kept(plan, path, teacher)
             else:
                 stage = first or self.method.stage(plan, teacher, self.config, self.inputs)
@@ -93,15 +101,11 @@ class _Run:
             teacher = done.student
 
     def require_own(self, path: Path) -> None:
-        """Refuse a student of another run; names the differing keys."""
-        if not path.exists():
-            return
-        stored = load_tensors(path)[1].get("identity", {})
-        keys = stored.keys() | self.identity.keys()
-        if differing := sorted(key for key in keys if stored.get(key) != self.identity.get(key)):
+        """Refuse to replace another file than a student of this run."""
+        require_plain(path)
+        if not self.replace and path.exists() and (reason := other_run(path, self.identity)):
             raise CheckpointError(
-                f"{path} is a student of another run (differs in: {', '.join(differing)}); give "
-                "this run a folder of its own or delete that one's files"
+                f"{path} {reason}; choose another place, delete that file, or replace it (--force)"
             )
 
     def _kept(self, plan: StagePlan, path: Path, teacher: NetworkDenoiser) -> TrainedStage:
@@ -161,6 +165,7 @@ def distill(
     *,
     folder: Path | None = None,
     name: str = "student",
+    replace: bool = False,
     checkpoint: Path | None = None,
     devices: Sequence[torch.device] | None = None,
     checkpoint_seconds: float = 60.0,
@@ -183,6 +188,7 @@ def distill(
         folder: Where each student is kept with its model card as soon as it is done, and the
             checkpoint of the stage that is under way; None keeps no students.
         name: What the file of a method of one stage is called, without its ending.
+        replace: Whether files of those names from other runs may be replaced.
         checkpoint: File for the checkpoint of a method of one stage, in place of one in the
             folder; it is left there where no student is kept.
         devices: Devices of this machine that share each batch; the first is the teacher's.
@@ -195,7 +201,8 @@ def distill(
 
     Raises:
         InputError: Something does not fit together.
-        CheckpointError: The folder holds students of another run; names the differing keys.
+        CheckpointError: The folder holds other files of those names, such as students of another
+            run; names the differing keys.
         NonFiniteLossError: A stage diverged; those before it stay.
     """
     method.check(config, teacher, inputs.known)
@@ -212,8 +219,7 @@ def distill(
         )
     identity = {}
     if folder is not None:
-        # As JSON gives it back, where a tuple is a list.
-        identity = json.loads(json.dumps(method.identity(config, teacher, inputs, weighting())))
+        identity = plain_json(method.identity(config, teacher, inputs, weighting()))
 
     def trained(
         plan: StagePlan, stage: Stage, weighting: BranchWeighting, checkpoint: Path | None
@@ -235,7 +241,17 @@ def distill(
         **(metadata or {}),
     }
     run = _Run(
-        method, config, weighting, inputs, folder, name, checkpoint, terms, trained, identity
+        method=method,
+        config=config,
+        weighting=weighting,
+        inputs=inputs,
+        folder=folder,
+        name=name,
+        checkpoint=checkpoint,
+        metadata=terms,
+        train=trained,
+        identity=identity,
+        replace=replace,
     )
     for plan in plans:
         if (path := run.path(plan)) is not None:

@@ -175,6 +175,29 @@ def write_reference(path: Path, statistics: Statistics, data: str, extractor: Ex
         np.savez(file, **members)
 
 
+def no_statistics(path: Path, data: str | None = None, extractor: Extractor | None = None) -> str:
+    """Why an existing file is not what ``write_reference`` writes; "" if it is.
+
+    ``data`` and ``extractor``, if given, must be those that it was made of.
+    """
+    try:
+        found = _read_arrays(path)
+    except InputError:
+        return "holds no reference statistics"
+    made = {key: str(found.get(key, "")) for key in (_DATA, _EXTRACTOR_SHA256)}
+    if (
+        data is None
+        or extractor is None
+        or made
+        == {
+            _DATA: data,
+            _EXTRACTOR_SHA256: extractor.sha256,
+        }
+    ):
+        return ""
+    return "holds the statistics of another data set or extractor"
+
+
 def read_reference(path: Path, extractor: Extractor) -> Reference:
     """Statistics from a file, ours or one of EDM's fid-refs, of features by ``extractor``.
 
@@ -244,7 +267,7 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     try:
         with np.load(path, allow_pickle=False) as found:
             missing = [key for key in (_MU, _SIGMA) if key not in found.files]
-            known = (_MU, _SIGMA, _COUNT, _EXTRACTOR, _EXTRACTOR_SHA256)
+            known = (_MU, _SIGMA, _COUNT, _DATA, _EXTRACTOR, _EXTRACTOR_SHA256)
             members = {key: found[key] for key in known if key in found.files}
             others = ", ".join(found.files) or "nothing"
     except _UNREADABLE as error:

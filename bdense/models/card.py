@@ -19,6 +19,7 @@ _KNOWN = ("source", "url", "citation", "scheduler", "data")
 _COLUMNS = {"steps": "steps", "nfe": "NFE", "arm": "arm", "fid": "FID"}
 _COLUMNS |= {"std_err": "standard error", "n": "n"}
 _TITLES = {"euler": "Euler", "ddim": "DDIM"}
+_FIRST = "---\nlicense: "  # each card begins so
 _PYTHON = """\
 import bdense
 
@@ -189,6 +190,13 @@ def write_card(path: Path, denoiser: NetworkDenoiser, metadata: Mapping[str, Any
     with atomic_write(card) as scratch:
         scratch.write_text(model_card(path.name, denoiser, metadata))
     return card
+
+
+def no_card(path: Path) -> str:
+    """Why an existing file is not a card that ``write_card`` wrote; "" if it is."""
+    with path.open("rb") as file:
+        ours = file.read(len(_FIRST)) == _FIRST.encode()
+    return "" if ours else "is no model card"
 
 
 def readable_json(name: str, denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> str:

@@ -99,6 +99,34 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, metadata
 
 
+def plain_json(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping as JSON gives it back, where a tuple is a list."""
+    found: dict[str, Any] = json.loads(json.dumps(tree))
+    return found
+
+
+def other_run(path: Path, identity: Mapping[str, Any]) -> str:
+    """Why a file is not the model of the run with this identity; "" if it is.
+
+    Args:
+        path: An existing file.
+        identity: What the file's metadata have as ``identity``: flat JSON values.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = json.loads((file.metadata() or {}).get(HEADER_KEY, "null"))
+    except (SafetensorError, OSError, ValueError, RecursionError):
+        stored = None
+    if not isinstance(stored, dict) or "architecture" not in stored:
+        return "is no model of bdense's"
+    kept = stored.get("identity")
+    if not isinstance(kept, dict):
+        return "is a model whose run is not known"
+    keys = sorted(kept.keys() | identity.keys())
+    differing = ", ".join(key for key in keys if kept.get(key) != identity.get(key))
+    return f"is the model of another run (differs in: {differing})" if differing else ""
+
+
 def save_denoiser(path: Path, denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> None:
     """Write a denoiser with its architecture and ``metadata``."""
     save_tensors(path, denoiser.state_dict(), {**metadata, "architecture": denoiser.describe()})

@@ -6,18 +6,27 @@ from pathlib import Path
 
 import torch
 
+from bdense.command import Force
 from bdense.data.datasets import Dataset, load_dataset
 from bdense.knobs import KnobError, from_options
 from bdense.methods import METHODS
-from bdense.methods.distill import TrainedStage
 from bdense.methods.distill import distill as distill_stages
 from bdense.methods.method import Inputs, StagePlan
 from bdense.metrics.extractors import load_extractor
 from bdense.metrics.references import dataset_reference
-from bdense.models.card import inherited, write_card
-from bdense.models.store import load_model, save_denoiser
+from bdense.models.card import inherited
+from bdense.models.store import load_model
 from bdense.training.loop import IterationReport
-from bdense.verbs.common import Progress, chosen_hardware, require_writable, unfinished
+from bdense.verbs.common import (
+    WEIGHTS,
+    Interrupt,
+    Progress,
+    chosen_hardware,
+    kept_in,
+    require_model_out,
+    require_out,
+    unfinished,
+)
 from bdense.verbs.fid import KeptFIDs
 from bdense.verbs.options import DistillOptions, Evaluation
 from bdense.verbs.weight_options import chosen_weighting
@@ -41,44 +50,47 @@ def distill(options: argparse.Namespace) -> None:
     teacher.to(device).execute(execution)
     # Several stages: a folder of students. One: a file, and its checkpoint beside it.
     several = any(plan.name for plan in method.plan(config, teacher))
+    folder = own.out if several else own.out.parent
+    interrupt = Interrupt()
     stages = distill_stages(
         method,
         teacher,
         config,
         weighting,
         Inputs(dataset=dataset, seed=own.seed, known=known),
-        folder=own.out if several else None,
-        checkpoint=None if several else unfinished(own.out),
+        folder=folder,
+        name=own.out.stem,
+        replace=from_options(Force, options).force,
         metadata={
             **({"data": dataset.name} if method.needs_data and dataset is not None else {}),
             **inherited(known, Path(own.teacher).name),
         },
-        on_iteration=_StageProgress(),
+        on_iteration=_StageProgress(interrupt, own.out, several=several),
     )
-    folder = own.out if several else own.out.parent
-    fids = _kept_fids(evaluation, dataset, device, folder, own.seed)
-    require_writable(own.out, folder=several)
+    if several:
+        require_out(own.out, options, folder=True)
+    else:  # students of other runs were refused
+        require_model_out(own.out, options, inputs=[own.teacher])
+    fids = _kept_fids(evaluation, dataset, device, folder, own.seed, interrupt)
     sampler = method.teacher_sampler(config, teacher)
     if fids is not None and sampler is not None:
         print(f"teacher: {own.teacher}", flush=True)
         print(json.dumps(fids.fid("teacher", teacher, sampler)), flush=True)
-    for done in stages:
-        path = done.path or _keep(own.out, done)
-        print(f"{done.plan.label}: {path}", flush=True)
-        if fids is not None:
-            print(json.dumps(fids.fid(path.stem, done.student, done.sampler)), flush=True)
-
-
-def _keep(path: Path, done: TrainedStage) -> Path:
-    """Write a single student with its card, and delete its checkpoint."""
-    save_denoiser(path, done.student, done.metadata)
-    write_card(path, done.student, done.metadata)
-    unfinished(path).unlink(missing_ok=True)
-    return path
+    with interrupt:
+        for done in stages:
+            assert done.path is not None
+            print(f"{done.plan.label}: {done.path}", flush=True)
+            if fids is not None:
+                print(json.dumps(fids.fid(done.path.stem, done.student, done.sampler)), flush=True)
 
 
 def _kept_fids(
-    evaluation: Evaluation, dataset: Dataset | None, device: torch.device, folder: Path, seed: int
+    evaluation: Evaluation,
+    dataset: Dataset | None,
+    device: torch.device,
+    folder: Path,
+    seed: int,
+    interrupt: Interrupt,
 ) -> KeptFIDs | None:
     """The FIDs that --extractor asks for; None without it."""
     if evaluation.extractor is None or dataset is None:
@@ -93,19 +105,22 @@ def _kept_fids(
         reference=dataset_reference(dataset, extractor, cache=evaluation.cache),
         images=evaluation.images or IMAGES,
         seed=seed,
+        interrupt=interrupt,
     )
 
 
 class _StageProgress:
     """Progress of one stage after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, interrupt: Interrupt, out: Path, *, several: bool) -> None:
+        self._interrupt, self._out, self._several = interrupt, out, several
         self._plan: StagePlan | None = None
         self._show = Progress()
 
     def __call__(self, plan: StagePlan, done: IterationReport) -> None:
         """Report how far the stage is."""
         if plan != self._plan:
-            self._plan, self._show = plan, Progress()
+            path = self._out / f"{plan.name}{WEIGHTS}" if self._several else self._out
+            self._plan, self._show = plan, Progress(self._interrupt, kept_in(unfinished(path)))
         remark = f"{plan.label}, loss {done.loss:.4g}"
         self._show(done.iteration + 1, done.iterations, remark)

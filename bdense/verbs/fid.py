@@ -20,13 +20,14 @@ from bdense.metrics.metrics import measure_images, require_measurable
 from bdense.metrics.references import (
     Reference,
     dataset_reference,
+    no_statistics,
     read_reference,
     write_reference,
 )
 from bdense.metrics.settings import MetricSettings
 from bdense.models.store import denoiser_sha256
 from bdense.models.zoo import resolve_reference
-from bdense.verbs.common import Progress, chosen_device, chosen_hardware, require_writable
+from bdense.verbs.common import Interrupt, Progress, chosen_device, chosen_hardware, require_out
 from bdense.verbs.options import Drawing, Features, FidOptions, ReferenceOptions
 from bdense.verbs.sample import model_and_sampler
 
@@ -79,9 +80,10 @@ def reference(options: argparse.Namespace) -> None:
     """Run ``reference``."""
     own, features = from_options(ReferenceOptions, options), from_options(Features, options)
     device = chosen_device(options)
-    require_writable(own.out)
+    require_out(own.out, options, no_statistics)
     dataset = load_dataset(own.data)
     extractor = load_extractor(features.extractor, cache=features.cache, device=device)
+    require_out(own.out, options, lambda path: no_statistics(path, dataset.name, extractor))
     statistics = dataset_reference(dataset, extractor, cache=features.cache).statistics
     write_reference(own.out, statistics, dataset.name, extractor)
     print(
@@ -99,6 +101,7 @@ class KeptFIDs:
         dataset: What the images are compared with, as ``reference``.
         images: Images drawn for each.
         seed: Seed of their latents.
+        interrupt: Ends the drawing of images.
 
     Raises:
         InputError: There are too few images.
@@ -110,6 +113,7 @@ class KeptFIDs:
     reference: Reference
     images: int
     seed: int
+    interrupt: Interrupt
 
     def __post_init__(self) -> None:
         require_measurable(["fid"], MetricSettings(), self.images, self.reference)
@@ -130,7 +134,7 @@ class KeptFIDs:
         }
         kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         if kept.get("of") != conditions:
-            show = _show_drawn(self.images)
+            show = _show_drawn(self.images, self.interrupt)
             images = draw_images(model, sampler, self.images, seed=self.seed, on_image=show)
             seeds = {"evaluation": self.seed}
             measured = measure_images(
@@ -143,8 +147,8 @@ class KeptFIDs:
         return found
 
 
-def _show_drawn(images: int) -> Callable[[int], None]:
-    show = Progress()
+def _show_drawn(images: int, interrupt: Interrupt | None = None) -> Callable[[int], None]:
+    show = Progress(interrupt, "this FID was not measured; finished students are kept")
     return lambda done: show(done, images, "images drawn")
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.knobs import from_options, spelt_options
 from bdense.models.store import load_model
-from bdense.verbs.common import chosen_hardware, require_writable
+from bdense.verbs.common import chosen_hardware, require_out
 from bdense.verbs.options import Drawing, SampleOptions
 
+_PNG = b"\x89PNG\r\n\x1a\n"
 _LEVELS = ("schedule", "rho", "sigma_min", "sigma_max")
 _USUAL = {"nfe": 2, "afs": True, "solver": "euler", "order": None, "clip": False}
 
@@ -27,13 +29,19 @@ def sample(options: argparse.Namespace) -> None:
     """Run the verb."""
     own, drawing = from_options(SampleOptions, options), from_options(Drawing, options)
     device, execution = chosen_hardware(options)
-    require_writable(own.out)
+    require_out(own.out, options, _no_picture)
     model, sampler = model_and_sampler(own.model, drawing, device, execution)
     images = draw_images(
         model, sampler, own.images, seed=own.seed, batch=drawing.batch, class_index=drawing.class_
     )
     save_grid(images, own.out, own.columns)
     print(own.out)
+
+
+def _no_picture(path: Path) -> str:
+    """Why an existing file is no PNG; "" if it is."""
+    with path.open("rb") as file:
+        return "" if file.read(len(_PNG)) == _PNG else "is no PNG picture"
 
 
 def model_and_sampler(

@@ -128,6 +128,7 @@ class _Run:
         weighting = self.weighting() if plan.branched else FixedWeights(torch.ones(1))
         student = export_branch(self.train(plan, stage, weighting, unfinished))
         metadata = self._metadata(stage, weighting)
+        student.samplers = tuple(samplers_from(metadata))
         if path is not None:
             # The weights last: a stage that has them is done.
             write_card(path, student, metadata)

@@ -71,11 +71,13 @@ class Reference:
         statistics: For the Frechet distance.
         features: [n, d] float32, for KID, precision and recall; None if not asked for or not in
             the file.
+        image_shape: (C, H, W) of its images; None for a file, which does not say.
     """
 
     name: str
     statistics: Statistics
     features: Tensor | None = None
+    image_shape: tuple[int, ...] | None = None
 
 
 def features_of(
@@ -98,7 +100,7 @@ def features_of(
     if batch < 1:
         raise InputError(f"batch must be at least 1, got {batch}")
     if len(images) < 2:
-        raise _too_few(len(images))
+        raise too_few(len(images))
     features, seen = [], 0
     for part in torch.split(images, batch):
         # In float32, whatever precision the student was computed in.
@@ -120,7 +122,7 @@ def statistics_of(features: Tensor) -> Statistics:
     from torch_fidelity.metric_fid import fid_features_to_statistics
 
     if len(features) < 2:
-        raise _too_few(len(features))
+        raise too_few(len(features))
     found = fid_features_to_statistics(features.double())
     # numpy gives the covariance of a single feature without its two dimensions.
     return Statistics(found["mu"], np.atleast_2d(found["sigma"]), len(features))
@@ -159,7 +161,12 @@ def dataset_reference(
                 raise CheckpointError(f"not of shape {list(expected)}")
     # A set of files is named by its last folder only, which others may share.
     own = f":{dataset.sha256[:16]}" if split_format(dataset.name) else ""
-    return Reference(name=dataset.name + own, statistics=statistics, features=features)
+    return Reference(
+        name=dataset.name + own,
+        statistics=statistics,
+        features=features,
+        image_shape=tuple(dataset.images.shape[1:]),
+    )
 
 
 def write_reference(path: Path, statistics: Statistics, data: str, extractor: Extractor) -> None:
@@ -293,7 +300,8 @@ def _cached(what: str, path: Path) -> Iterator[None]:
         ) from error
 
 
-def _too_few(count: int) -> InputError:
+def too_few(count: int) -> InputError:
+    """The error where there is no covariance."""
     return InputError(
         f"a Frechet distance needs at least 2 images, got {count}; raise the number of images"
     )

@@ -12,7 +12,7 @@ from bdense.files import atomic_write
 from bdense.models.store import denoiser_sha256
 
 # Metadata that a student inherits from its teacher.
-_INHERITED = ("licence", "citation")
+_INHERITED = ("licence", "citation", "data")
 # Metadata of any model that its card repeats.
 _KNOWN = ("source", "url", "citation", "scheduler", "data")
 # Keys of a table of FIDs that always get a column, and the columns' titles.
@@ -38,7 +38,7 @@ images = pipeline(
 
 
 def inherited(teacher: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A student's metadata about its teacher: source (else ``name``), licence, citation."""
+    """A student's metadata about its teacher: source (else ``name``), licence, data."""
     terms = {key: teacher[key] for key in _INHERITED if key in teacher}
     return {"teacher": teacher.get("source", name), **terms}
 

@@ -143,13 +143,16 @@ def load_denoiser(path: Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
     """
     path = Path(path)
     if path.suffix == ".pkl":
-        return load_foreign(path)
+        denoiser, metadata = load_foreign(path)
+        denoiser.samplers = tuple(samplers_from(metadata))
+        return denoiser, metadata
     tensors, metadata = load_tensors(path)
     if "architecture" not in metadata:
         raise CheckpointError(f"{path} holds {metadata.get('kind', 'tensors')}, not a denoiser")
     with _header_of(path):
-        samplers_from(metadata)
-        return restore(metadata.pop("architecture"), tensors, "the file"), metadata
+        denoiser = restore(metadata.pop("architecture"), tensors, "the file")
+        denoiser.samplers = tuple(samplers_from(metadata))
+    return denoiser, metadata
 
 
 @contextlib.contextmanager

@@ -4,10 +4,9 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-
 from bdense.command import Force
 from bdense.data.datasets import Dataset, load_dataset
+from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.knobs import KnobError, from_options
 from bdense.methods import METHODS
 from bdense.methods.distill import distill as distill_stages
@@ -62,8 +61,8 @@ def distill(options: argparse.Namespace) -> None:
         name=own.out.stem,
         replace=from_options(Force, options).force,
         metadata={
-            **({"data": dataset.name} if method.needs_data and dataset is not None else {}),
             **inherited(known, Path(own.teacher).name),
+            **({"data": dataset.name} if method.needs_data and dataset is not None else {}),
         },
         on_iteration=_StageProgress(interrupt, own.out, several=several),
     )
@@ -71,7 +70,7 @@ def distill(options: argparse.Namespace) -> None:
         require_out(own.out, options, folder=True)
     else:  # students of other runs were refused
         require_model_out(own.out, options, inputs=[own.teacher])
-    fids = _kept_fids(evaluation, dataset, device, folder, own.seed, interrupt)
+    fids = _kept_fids(evaluation, dataset, teacher, folder, own.seed, interrupt)
     sampler = method.teacher_sampler(config, teacher)
     if fids is not None and sampler is not None:
         print(f"teacher: {own.teacher}", flush=True)
@@ -87,7 +86,7 @@ def distill(options: argparse.Namespace) -> None:
 def _kept_fids(
     evaluation: Evaluation,
     dataset: Dataset | None,
-    device: torch.device,
+    teacher: NetworkDenoiser,
     folder: Path,
     seed: int,
     interrupt: Interrupt,
@@ -97,12 +96,14 @@ def _kept_fids(
         if evaluation.images is not None:
             raise KnobError("--images", "needs --extractor, which measures the FID")
         return None
+    device = next(teacher.parameters()).device
     extractor = load_extractor(evaluation.extractor, cache=evaluation.cache, device=device)
     return KeptFIDs(
         folder=folder,
         dataset=dataset,
         extractor=extractor,
         reference=dataset_reference(dataset, extractor, cache=evaluation.cache),
+        image_shape=teacher.image_shape,
         images=evaluation.images or IMAGES,
         seed=seed,
         interrupt=interrupt,

@@ -208,7 +208,9 @@ class FidOptions(Knobs):
 
     model: str = knob(help=_MODEL, metavar="MODEL", form="positional")
     data: str | None = knob(
-        None, f"reference data set: {DATA_SETS}", none="digits, without --reference"
+        None,
+        f"reference data set: {DATA_SETS}",
+        none="the one that the model was trained on, without --reference",
     )
     reference: str | None = knob(
         None,

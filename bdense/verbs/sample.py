@@ -30,7 +30,7 @@ def sample(options: argparse.Namespace) -> None:
     own, drawing = from_options(SampleOptions, options), from_options(Drawing, options)
     device, execution = chosen_hardware(options)
     require_out(own.out, options, _no_picture)
-    model, sampler = model_and_sampler(own.model, drawing, device, execution)
+    model, sampler, _ = model_and_sampler(own.model, drawing, device, execution)
     images = draw_images(
         model, sampler, own.images, seed=own.seed, batch=drawing.batch, class_index=drawing.class_
     )
@@ -46,8 +46,8 @@ def _no_picture(path: Path) -> str:
 
 def model_and_sampler(
     source: str, drawing: Drawing, device: torch.device, execution: Execution
-) -> tuple[NetworkDenoiser, Sampler]:
-    """The model on its device, and its sampler.
+) -> tuple[NetworkDenoiser, Sampler, Mapping[str, Any]]:
+    """The model on its device, its sampler, and its metadata.
 
     Raises:
         InputError: There is no such model, or it has another sampler than the one asked for.
@@ -55,7 +55,7 @@ def model_and_sampler(
     model, metadata = load_model(source)
     sampler = _chosen_sampler(source, drawing, metadata, model.precond)
     conditions_for(model.label_dim, drawing.class_)  # refuses a class it does not know
-    return model.to(device).execute(execution), sampler
+    return model.to(device).execute(execution), sampler, metadata
 
 
 def _chosen_sampler(

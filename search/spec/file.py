@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from bdense.data.names import split_format, split_side
+from bdense.data.names import split_fit, split_format
 from bdense.errors import InputError
 from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
 from search.errors import SpecError
@@ -212,11 +212,11 @@ def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
 
 def _absolute_data(data: str, source: str) -> str:
     """A data set of files with its absolute path; a name stays one."""
-    given, side = split_side(data)
+    given, fit = split_fit(data)
     if (found := split_format(given)) is None:
         return data
     kind, path = found[0], Path(found[1]).expanduser().resolve()
     what = "folder" if kind == "folder" else "file"
     if not (path.is_dir() if what == "folder" else path.is_file()):
         raise SpecError(f"{source}: data: there is no {what} {found[1]}")
-    return f"{kind}:{path}" if side is None else f"{kind}:{path}@{side}"
+    return f"{kind}:{path}" if fit is None else f"{kind}:{path}@{fit}"

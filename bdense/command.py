@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn, TypeAlias
 
 from bdense.errors import BdenseError, InputError, StoppedError, is_out_of_memory
@@ -109,6 +110,9 @@ def run_verb(
         of the user's, others by their class.
     """
     tell = tell or _to_stderr
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&-
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  until the end
     try:
         call()
         sys.stdout.flush()

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from bdense.errors import InputError
+from bdense.errors import CheckpointError, InputError
 
 LONG_WAIT_SECONDS = 10.0  # for a lock, after which its holder is logged
 
@@ -163,6 +163,23 @@ def file_lock(path: Path) -> Iterator[None]:
             file.truncate(0)
             file.write(f"{platform.node()}:{os.getpid()}\n".encode())
         yield
+
+
+def require_no_page(path: Path) -> None:
+    """Raise a CheckpointError if a file is what a download leaves in place of one.
+
+    A Git LFS pointer (https://git-lfs.com), or an HTML page.
+    """
+    with Path(path).open("rb") as file:
+        start = file.read(64).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
+        )
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise CheckpointError(
+            f"{path} is a page of HTML, not the file itself; download the file that it links to"
+        )
 
 
 def sha256_file(path: Path) -> str:

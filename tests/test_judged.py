@@ -1,17 +1,20 @@
 """Models are drawn as they were distilled, and compared with what they were trained on."""
 
 import json
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 
 from bdense.data.datasets import load_dataset
 from bdense.diffusion.sampling import Sampler, draw_images
 from bdense.diffusion.schedules import Schedule
-from bdense.errors import InputError, ShapeError
+from bdense.errors import CheckpointError, InputError, ShapeError
 from bdense.metrics.extractors import load_extractor
-from bdense.metrics.metrics import measure_images
-from bdense.metrics.references import dataset_reference
+from bdense.metrics.metrics import frechet_distance, measure_images
+from bdense.metrics.references import dataset_reference, read_reference, statistics_of
 from bdense.models.store import load_denoiser, save_denoiser
 from tests.commands import DIGITS, SHORT, TINY, bdense, done, refused
 from tests.small import small_teacher
@@ -102,6 +105,67 @@ def test_other_images_are_refused_before_one_is_drawn(
     out = ("--out", tmp_path / "s.safetensors")
     assert "digits" in refused(bdense("distill", teacher, *SHORT, *options, *out))
     assert not (tmp_path / "s.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda sigma: -sigma, "eigenvalue"),
+        (lambda sigma: sigma + np.triu(np.ones_like(sigma)), "symmetric"),
+    ],
+)
+def test_statistics_whose_sigma_is_no_covariance_are_refused(tmp_path, cache, change, said):
+    extractor = load_extractor("digits-classifier", cache=cache, device=torch.device("cpu"))
+    found = dataset_reference(load_dataset("digits"), extractor, cache=cache).statistics
+    path = tmp_path / "x.npz"
+    np.savez(path, mu=found.mu, sigma=found.sigma.astype(np.float32))
+    assert read_reference(path, extractor).statistics.mu.size == 64
+    np.savez(path, mu=found.mu, sigma=change(found.sigma))
+    with pytest.raises(CheckpointError, match=f"sigma is no covariance: .*{said}"):
+        read_reference(path, extractor)
+
+
+def test_a_set_is_at_no_distance_below_0_from_itself():
+    features = 1e6 * torch.rand(200, 32, generator=torch.Generator().manual_seed(0))
+    found = statistics_of(features)
+    assert 0 <= frechet_distance(found, found) < 1e-9 * np.trace(found.sigma)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pkl", ".npz"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html>\n<html><body>Sign in</body></html>", "a page of HTML"),
+    ],
+)
+def test_what_a_download_leaves_is_named(tmp_path, cache, suffix, content, said):
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(content)
+    if suffix == ".npz":
+        extractor = load_extractor("digits-classifier", cache=cache, device=torch.device("cpu"))
+        with pytest.raises(CheckpointError, match=said):
+            read_reference(path, extractor)
+    else:
+        with pytest.raises(CheckpointError, match=said):
+            load_denoiser(path)
+
+
+def test_a_schedule_beyond_float64_is_refused():
+    with pytest.raises(InputError, match=r"rho=0\.001"):
+        Schedule(rho=1e-3)
+    with torch.device("meta"):  # as a study is checked
+        assert Schedule().rho == 7
+
+
+def test_a_closed_standard_output_is_no_mistake(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_denoiser(path, small_teacher(), {"kind": "teacher"})
+    draw = f"sample {path} --images 2 --out {tmp_path / 'x.png'}"
+    command = f"exec {sys.executable} -m bdense.cli {draw} >&-"
+    found = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (0, "")
+    assert (tmp_path / "x.png").exists()
 
 
 def test_the_library_refuses_images_of_another_shape(cache):

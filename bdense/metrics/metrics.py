@@ -191,7 +191,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     value = float(fid_statistics_to_metric(*pair, verbose=False)[KEY_METRIC_FID])
     if not np.isfinite(value):
         raise NonFiniteError(f"the Frechet distance is {value}")
-    return value
+    return max(value, 0.0)  # equal statistics are some rounding apart
 
 
 def image_effects(features: Tensor, own: Statistics, reference: Statistics) -> NDArray[np.float64]:

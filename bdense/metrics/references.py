@@ -20,7 +20,7 @@ from bdense.data.datasets import Dataset
 from bdense.data.names import split_format
 from bdense.errors import CheckpointError, InputError, NonFiniteError, ShapeError
 from bdense.execution import exact_products
-from bdense.files import atomic_write, file_lock, sha256_file
+from bdense.files import atomic_write, file_lock, require_no_page, sha256_file
 from bdense.metrics.extractors import Extractor
 from bdense.models.store import load_tensors, save_tensors
 
@@ -29,6 +29,8 @@ _MU, _SIGMA = "mu", "sigma"
 # Our keys beside them: what the statistics were computed from.
 _COUNT, _DATA, _EXTRACTOR, _EXTRACTOR_SHA256 = "count", "data", "extractor", "extractor_sha256"
 _FEATURES = "features"
+# Of a file's sigma, relative to its largest entry: some are stored in float32.
+_ROUNDING = 1e-5
 # What numpy and zipfile raise for damaged or foreign archives.
 _UNREADABLE = (
     *(OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError),
@@ -60,6 +62,15 @@ class Statistics:
         if not (np.isfinite(self.mu).all() and np.isfinite(self.sigma).all()):
             whose = "" if self.count is None else f" of {self.count} images"
             raise NonFiniteError(f"the features{whose} are not finite")
+
+    def require_covariance(self) -> None:
+        """Raise a ShapeError if sigma is not symmetric and positive semi-definite to rounding."""
+        size = np.abs(self.sigma).max()
+        if np.abs(self.sigma - self.sigma.T).max() > _ROUNDING * size:
+            raise ShapeError("sigma is no covariance: it is not symmetric")
+        least = np.linalg.eigvalsh(self.sigma)[0]
+        if least < -_ROUNDING * len(self.sigma) * size:
+            raise ShapeError(f"sigma is no covariance: it has the eigenvalue {least:.3g}, below 0")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -253,6 +264,7 @@ def _read_statistics(path: Path, extractor: Extractor) -> Statistics:
             found[_SIGMA].astype(np.float64),
             None if count is None else int(count),
         )
+        statistics.require_covariance()
     except (ShapeError, NonFiniteError) as error:
         raise CheckpointError(f"{path}: {error}; make the file again") from error
     if statistics.mu.size != extractor.dim:
@@ -267,6 +279,7 @@ def _read_statistics(path: Path, extractor: Extractor) -> Statistics:
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     """The known arrays of an .npz by key; nothing in it is unpickled."""
     if not zipfile.is_zipfile(path):
+        require_no_page(path)
         # numpy's own message would call it a pickle.
         raise CheckpointError(
             f"{path} cannot be read as .npz (it is cut short, or another kind of file)"

@@ -18,7 +18,7 @@ from torch import Tensor
 from bdense.diffusion.denoiser import NetworkDenoiser, restore
 from bdense.diffusion.sampling import samplers_from
 from bdense.errors import CheckpointError, InputError, is_out_of_memory
-from bdense.files import atomic_write
+from bdense.files import atomic_write, require_no_page
 from bdense.models.diffusers_teacher import TORCH_FILES, is_hub_id, read_diffusers
 from bdense.models.edm import load_foreign
 from bdense.models.zoo import CHECKPOINTS, HUB_CHECKPOINTS, PUBLIC_MODELS, resolve_checkpoint
@@ -71,6 +71,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         fault = _system_error(error, path)
         if isinstance(fault, OSError) and fault.errno in _PASSING:
             raise fault from error
+        require_no_page(path)
         raise CheckpointError(
             f"{path} cannot be read as safetensors ({error}); it may be cut short: fetch or make "
             "it again"

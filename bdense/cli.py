@@ -1,11 +1,13 @@
 """``bdense``: train a small teacher, distil a student, draw from it, measure it."""
 
 import argparse
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 from bdense import command
-from bdense.command import Verb, run_verb
+from bdense.command import Force, Verb, run_verb
 from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.metrics.settings import MetricSettings
@@ -43,13 +45,13 @@ VERBS = {
         example="bdense recombine student.branches.safetensors --extractor digits-classifier "
         "--images 4096 --out combined.safetensors",
         function="bdense.verbs.recombine:recombine",
-        configs=(RecombineOptions, Evaluation, Execution, Hardware),
+        configs=(RecombineOptions, Force, Evaluation, Execution, Hardware),
     ),
     "sample": Verb(
         help="draw images from a student (or a teacher, with --nfe and so on) as one PNG",
         example="bdense sample student.safetensors --images 64 --out samples.png",
         function="bdense.verbs.sample:sample",
-        configs=(SampleOptions, Drawing, Execution, Hardware),
+        configs=(SampleOptions, Force, Drawing, Execution, Hardware),
     ),
     "fid": Verb(
         help="measure a model's FID, and more, and print it with its conditions as JSON",
@@ -63,14 +65,14 @@ VERBS = {
         help="write a data set's statistics as EDM's .npz (mu, sigma)",
         example="bdense reference --data digits --extractor digits-classifier --out digits.npz",
         function="bdense.verbs.fid:reference",
-        configs=(ReferenceOptions, Features, Hardware),
+        configs=(ReferenceOptions, Force, Features, Hardware),
     ),
     "convert": Verb(
         help="write a foreign checkpoint as safetensors, with readable JSON and a model card "
         "beside it",
         example="bdense convert edm-cifar10-32x32-uncond-vp --out teacher.safetensors",
         function="bdense.verbs.convert:convert",
-        configs=(ConvertOptions,),
+        configs=(ConvertOptions, Force),
     ),
 }
 
@@ -88,11 +90,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         options.run(options)
 
+    # As Ctrl-C: what is under way is removed, or saved.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    trains = argv[:1] in (["teacher"], ["distill"])
     return run_verb(
         "bdense",
         call,
         on_interrupt="interrupted; run the same command again to continue from the last "
-        "checkpoint",
+        "checkpoint, if one was saved"
+        if trains
+        else "interrupted; nothing was saved",
     )
 
 

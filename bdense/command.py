@@ -7,15 +7,28 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn, TypeAlias
 
 from bdense.errors import BdenseError, InputError, StoppedError, is_out_of_memory
-from bdense.knobs import Knobs, add_options
+from bdense.knobs import Knobs, add_options, knob
 
 DONE, FAILURE = 0, BdenseError.exit_status
 USER_ERROR, INTERRUPTED = InputError.exit_status, StoppedError.exit_status
 
 Configs: TypeAlias = tuple[type[Knobs], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Force(Knobs):
+    """A verb that writes what --out names."""
+
+    force: bool = knob(
+        False,
+        "replace what --out names, also where that is read by this command, of another kind, or "
+        "made with other settings",
+        form="flag",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +110,9 @@ def run_verb(
         of the user's, others by their class.
     """
     tell = tell or _to_stderr
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&-
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  until the end
     try:
         call()
         sys.stdout.flush()

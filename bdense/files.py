@@ -10,10 +10,10 @@ import platform
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from bdense.errors import InputError
+from bdense.errors import CheckpointError, InputError
 
 LONG_WAIT_SECONDS = 10.0  # for a lock, after which its holder is logged
 
@@ -26,8 +26,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     A reader sees the old file or the new one, never half of one. On an error the scratch file
     is removed and ``path`` is left as it was.
+
+    Raises:
+        InputError: As ``require_plain``.
     """
     path = Path(path)
+    require_plain(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(
         dir=path.parent, prefix=f".{path.name}.", suffix=".partial"
@@ -42,6 +46,61 @@ def atomic_write(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def require_plain(path: Path) -> None:
+    """Raise an InputError if the path is a link, a FIFO or a device, which a rename would end."""
+    path = Path(path)
+    if path.is_symlink():
+        raise InputError(f"{path} is a link to {path.readlink()}; name the file itself")
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path} is a device or a pipe, not a file; choose another name")
+
+
+def require_output(
+    out: Path,
+    *,
+    problem: Callable[[Path], str] = lambda _: "",
+    inputs: Iterable[str | Path] = (),
+    force: bool = False,
+    folder: bool = False,
+) -> None:
+    """Check, before hours of work, that --out can be written and that nothing is lost by it.
+
+    Args:
+        out: File to write, or folder to write to; its parent is made.
+        problem: Says why what is there must not be replaced; "" if it may be.
+        inputs: Files and folders that the same command reads.
+        force: Whether --force was given: what is there may be replaced.
+        folder: Whether ``out`` is a folder.
+
+    Raises:
+        InputError: It is a link, a FIFO or a device, a folder in place of a file or vice versa,
+            or cannot be written; or, without ``force``, something would be lost.
+    """
+    require_plain(out)
+    if folder and out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; give the name of a folder")
+    if not folder and out.is_dir():
+        raise InputError(f"--out {out} is a folder; give the name of a file")
+    if out.exists() and not force:
+        read = any(_is_in(out, Path(each)) for each in inputs)
+        reason = "is read by this command" if read else problem(out)
+        if reason:
+            raise InputError(f"--out {out} {reason}; choose another name, or add --force")
+    place = out if folder else out.parent
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise InputError(
+            f"--out {out}: the folder cannot be written ({error.strerror}); choose another"
+        ) from error
+
+
+def _is_in(path: Path, source: Path) -> bool:
+    """Whether an existing file is this source, or lies in it."""
+    return source.exists() and path.resolve().is_relative_to(source.resolve())
 
 
 def require_new(path: Path) -> None:
@@ -104,6 +163,23 @@ def file_lock(path: Path) -> Iterator[None]:
             file.truncate(0)
             file.write(f"{platform.node()}:{os.getpid()}\n".encode())
         yield
+
+
+def require_no_page(path: Path) -> None:
+    """Raise a CheckpointError if a file is what a download leaves in place of one.
+
+    A Git LFS pointer (https://git-lfs.com), or an HTML page.
+    """
+    with Path(path).open("rb") as file:
+        start = file.read(64).lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
+        )
+    if start.startswith((b"<!doctype html", b"<html")):
+        raise CheckpointError(
+            f"{path} is a page of HTML, not the file itself; download the file that it links to"
+        )
 
 
 def sha256_file(path: Path) -> str:

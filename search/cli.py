@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from bdense import command
-from bdense.command import Verb, run_verb
+from bdense.command import Force, Verb, run_verb
 from search.log import say, start_logging
 from search.storage.engine import DATABASE_ERRORS, as_storage_error, redact, resolve_storage_url
 from search.storage.stop_flags import CONTINUE
@@ -110,7 +110,7 @@ VERBS = {
         help="write a study's report: one self-contained HTML file, Markdown, and their pictures",
         example="bdense-search report digits-nfe2 --out report",
         function="search.verbs.show:report",
-        configs=(ReportOptions,),
+        configs=(ReportOptions, Force),
     ),
     "export": Verb(
         help="write a kept student as a model folder: weights, config, card, samples",

@@ -61,6 +61,7 @@ def refused(answer: Answer) -> str:
 
 def distill(teacher: Path, path: Path, *options: object) -> str:
     """Hash of a student made anew."""
+    path.unlink(missing_ok=True)
     done("distill", teacher, *SHORT, *options, "--out", path)
     return denoiser_sha256(load_denoiser(path)[0])
 

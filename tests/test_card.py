@@ -97,6 +97,7 @@ def test_a_teachers_card_does_not_mention_students():
 def test_what_students_inherit():
     teacher = {"source": "edm-x", "licence": "MIT", "citation": "A 2020", "data": "digits"}
     expected = {"teacher": "edm-x", "licence": "MIT", "citation": "A 2020"}
+    expected |= {"data": "digits"}
     assert inherited(teacher, "edm-x.safetensors") == expected
     assert inherited({"kind": "teacher"}, "t.safetensors") == {"teacher": "t.safetensors"}
 

@@ -161,7 +161,7 @@ def test_an_interrupted_chain_carries_on(chain, teacher, tmp_path, shared_cache,
     assert done(*made).splitlines() == lines
     assert drawings == [8, 4, 2]
     line = refused(command(*made, "--lr", 1e-4))
-    assert "is a student of another run (differs in: config.lr); give this run a folder" in line
+    assert "is the model of another run (differs in: config.lr); " in line
 
 
 def test_options_are_the_configs():
@@ -271,7 +271,7 @@ def test_a_teacher_of_a_process_is_distilled_with_sfd(teacher, ddpm, tmp_path):
         (teacher, (), {}),
         (ddpm, ("--sigma-min", 0.05), {"sigma_min": 0.05}),
     ):
-        done("distill", path, *SHORT, "--plain", *given, "--out", out)
+        done("distill", path, *SHORT, "--plain", *given, "--force", "--out", out)
         wanted = distilled("sfd", path, lambda: plain, **config, **SHORT_CONFIG)
         assert [denoiser_sha256(load_denoiser(out)[0])] == wanted
     line = refused(command("distill", ddpm, *SHORT, "--out", out))

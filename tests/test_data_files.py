@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import re
 import struct
 import zipfile
 import zlib
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from bdense.data.datasets import image_shape, load_dataset
 from bdense.data.readers import read_folder, read_idx, read_idx_images, read_zip
 from bdense.errors import InputError
 
@@ -206,13 +208,15 @@ def test_a_folder_without_images_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (encoded(noise(9, 8, 3)), "a.png is 8 x 8 pixels, RGB and b.png is 8 x 9 pixels, RGB"),
-        (encoded(GREY), "a.png is 8 x 8 pixels, RGB and b.png is 8 x 8 pixels, grey"),
+        (encoded(noise(9, 8, 3)), "it is 8 x 9 pixels, RGB, and a.png is 8 x 8 pixels, RGB"),
+        (encoded(GREY), "it is 8 x 8 pixels, grey, and a.png is 8 x 8 pixels, RGB"),
     ],
 )
 def test_mixed_images_are_refused(tmp_path, other, message):
     folder_of(tmp_path, {"a.png": PNG, "b.png": other})
-    with pytest.raises(InputError, match=f"mixes images: {message}"):
+    with pytest.raises(
+        InputError, match=rf"image b\.png cannot be used: {message}; add @cropSIDE"
+    ):
         read_folder(tmp_path)
 
 
@@ -357,3 +361,113 @@ def test_archives_that_cannot_be_read_are_named(tmp_path):
         read_zip(tmp_path / "absent.zip")
     with pytest.raises(InputError, match=r"empty\.zip holds no images"):
         read_zip(zip_of(tmp_path / "empty.zip", {"readme.txt": b""}))
+
+
+# ---- a folder as it comes ----
+
+
+def photos(folder: Path) -> Path:
+    """Images of every trouble."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    files = {
+        "a.png": PNG,
+        "b.png": encoded(noise(9, 8, 3)),
+        "c.png": encoded(noise(9, 8, 3, seed=2)),
+        "d.png": encoded(noise(8, 8, 4)),
+        "e.png": frames("PNG"),
+        "f.png": PNG[:40],
+        "g.jpg": encoded(RGB, "JPEG", exif=turned),
+    }
+    made = folder_of(folder, files)
+    os.mkfifo(made / "h.png")
+    return made
+
+
+def test_all_problems_of_a_folder_are_one_summary(tmp_path):
+    """Also a pipe, which would wait for a writer for ever."""
+    with pytest.raises(InputError) as caught:
+        read_folder(photos(tmp_path / "set"))
+    line = str(caught.value)
+    assert "7 of 8 images cannot be used: 2, such as b.png: it is 8 x 9 pixels" in line
+    for name, reason in (
+        ("d.png", "transparent"),
+        ("e.png", "2 frames"),
+        ("f.png", ""),
+        ("g.jpg", "EXIF"),
+        ("h.png", "no file"),
+    ):
+        assert re.search(rf"1, such as {name}: [^|]*{reason}", line)
+    assert "\n" not in line
+
+
+def test_images_are_cropped_and_resized_as_edms_tool_does(tmp_path):
+    """center-crop of NVlabs/edm's dataset_tool.py, written out here."""
+    wide, tall, grey = noise(21, 40, 3), noise(33, 20, 3, seed=2), GREY
+
+    def expected(pixels: np.ndarray) -> np.ndarray:
+        height, width = pixels.shape[:2]
+        side = min(height, width)
+        rows = slice((height - side) // 2, (height + side) // 2)
+        columns = slice((width - side) // 2, (width + side) // 2)
+        square = Image.fromarray(pixels[rows, columns])
+        return np.asarray(square.resize((16, 16), Image.Resampling.LANCZOS))
+
+    files = {"a.png": encoded(grey), "b.png": encoded(wide), "c.png": encoded(tall)}
+    folder = folder_of(tmp_path / "set", files)
+    found = load_dataset(f"folder:{folder}@crop16")
+    assert (found.name, image_shape(f"folder:{folder}@crop16")[1:]) == (
+        "folder:set@crop16",
+        (16, 16),
+    )
+    small = found.images.permute(0, 2, 3, 1).numpy()
+    # Grey images among colour ones become RGB.
+    assert np.array_equal(small[0], np.dstack([expected(grey)] * 3))
+    assert np.array_equal(small[1], expected(wide))
+    assert np.array_equal(small[2], expected(tall))
+    archive = load_dataset(f"zip:{zip_of(tmp_path / 'set.zip', files)}@crop16")
+    assert archive.sha256 == found.sha256
+    assert load_dataset("digits@crop8").images.shape == load_dataset("digits").images.shape
+
+
+def test_a_turned_photo_is_put_upright_before_it_is_cropped(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    gradient = np.repeat(np.arange(16, dtype=np.uint8)[:, None] * 16, 16, axis=1)
+    folder = folder_of(tmp_path / "set", {"a.png": encoded(gradient, exif=exif)})
+    upright = load_dataset(f"folder:{folder}@crop16").images[0, 0].numpy()
+    assert np.array_equal(upright, np.rot90(gradient, -1))
+    with pytest.raises(InputError, match="EXIF data turn it"):
+        load_dataset(f"folder:{folder}")
+
+
+def test_labels_below_a_top_folder_belong_to_its_images(tmp_path):
+    labels = labels_file(("0/a.png", 3), ("0/b.png", 1))
+    files = {"top/0/a.png": PNG, "top/0/b.png": PNG}
+    path = zip_of(tmp_path / "set.zip", files | {"top/dataset.json": labels})
+    assert read_zip(path)[1].tolist() == [3, 1]
+    path = zip_of(tmp_path / "other.zip", files | {"top/0/dataset.json": labels, "c.png": PNG})
+    with pytest.raises(InputError, match=r"top/0/dataset\.json, which is not at the top"):
+        read_zip(path)
+
+
+def test_what_is_there_twice_is_refused(tmp_path):
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.png", PNG)
+        with pytest.warns(UserWarning, match="Duplicate name"):
+            archive.writestr("a.png", encoded(noise(8, 8, 3, seed=2)))
+    with pytest.raises(InputError, match=r"2 entries a\.png"):
+        read_zip(path)
+    labels = labels_file(("a.png", 3), ("a.png", 1))
+    with pytest.raises(InputError, match=r"two labels for a\.png"):
+        read_folder(folder_of(tmp_path / "set", {"a.png": PNG, "dataset.json": labels}))
+
+
+def test_the_shape_of_a_set_needs_its_first_image_alone(tmp_path):
+    files = {"a.png": PNG, "b.png": b"no image", "dataset.json": b"no labels"}
+    folder = folder_of(tmp_path / "set", files)
+    for spec in (f"folder:{folder}", f"zip:{zip_of(tmp_path / 'set.zip', files)}"):
+        assert image_shape(spec) == (3, 8, 8)
+        with pytest.raises(InputError, match=r"b\.png"):
+            load_dataset(spec)

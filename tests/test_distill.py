@@ -264,21 +264,30 @@ def test_the_folder_of_another_run_is_refused(tmp_path, changes, differing):
     (done,) = run(tmp_path, until=4)
     before = done.path.read_bytes()
     message = (
-        rf"{re.escape(str(done.path))} is a student of another run \(differs in: {differing}\); "
-        "give this run a folder of its own or delete that one's files"
+        rf"{re.escape(str(done.path))} is the model of another run "
+        rf"\(differs in: {differing}\); .*--force"
     )
     with pytest.raises(CheckpointError, match=message):
         run(tmp_path, until=4, **changes)
     assert done.path.read_bytes() == before
+    replaced = [each.path for each in run(tmp_path, until=4, options={"replace": True}, **changes)]
+    assert done.path in replaced
+    assert done.path.read_bytes() != before
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
-    save_denoiser(tmp_path / "00004.safetensors", conv(), {"kind": "teacher"})
-    with pytest.raises(CheckpointError, match="is a student of another run"):
+    path = tmp_path / "00004.safetensors"
+    save_denoiser(path, conv(), {"kind": "teacher"})
+    with pytest.raises(CheckpointError, match=r"00004\.safetensors is a model whose run"):
         run(tmp_path)
-    (tmp_path / "00004.safetensors").write_bytes(b"cut short")
-    with pytest.raises(CheckpointError, match=r"00004\.safetensors cannot be read"):
+    path.write_bytes(b"cut short")
+    with pytest.raises(CheckpointError, match=r"00004\.safetensors is no model"):
         run(tmp_path)
+    assert path.read_bytes() == b"cut short"
+    path.unlink()
+    path.symlink_to("elsewhere.safetensors")
+    with pytest.raises(InputError, match=r"is a link to elsewhere"):
+        run(tmp_path, options={"replace": True})
 
 
 def test_what_does_not_fit_together_is_refused_at_once(tmp_path):

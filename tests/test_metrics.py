@@ -308,7 +308,9 @@ def reference_of(count):
 )
 def test_what_cannot_be_measured_is_refused_beforehand(metrics, images, reference, message):
     with pytest.raises(InputError, match=message):
-        require_measurable(metrics, MetricSettings(kid_subset_size=8), images, reference)
+        require_measurable(
+            metrics, MetricSettings(kid_subset_size=8), images, reference, (1, 8, 8)
+        )
 
 
 # ---- the conditions ----

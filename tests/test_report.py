@@ -244,3 +244,21 @@ def test_there_is_no_report_of_nothing(url, kind, tmp_path):
     with pytest.raises(InputError, match="nothing to report yet; run bdense-search launch"):
         write_report(study, tmp_path / "shown")
     assert not (tmp_path / "shown").exists()
+
+
+def test_a_report_replaces_its_own_files_alone(url, tmp_path):
+    study, folder = reported(url, "sfd-search"), tmp_path / "shown"
+    folder.mkdir()
+    notes = folder / "report.md"
+    notes.write_text("my notes")
+    with pytest.raises(InputError, match=r"report\.md that is not of this study's report"):
+        write_report(study, folder)
+    assert notes.read_text() == "my notes"
+    write_report(study, folder, force=True)
+    first = notes.read_text()
+    write_report(study, folder)
+    assert notes.read_text() == first
+    page = folder / "report.html"
+    page.write_text(page.read_text().replace(f"bdense: {study.name}", "bdense: another"))
+    with pytest.raises(InputError, match="not of this study's report"):
+        write_report(study, folder)

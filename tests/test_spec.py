@@ -5,6 +5,7 @@ import math
 
 import pytest
 import yaml
+from PIL import Image
 
 from bdense.errors import InputError
 from bdense.knobs import knobs_of
@@ -331,21 +332,38 @@ def test_a_teachers_recipe_in_the_engines_terms():
 
 
 def test_a_finished_teacher_and_a_reference_need_no_data():
-    study = spec(teacher=EDM, evaluation__reference=REFERENCE, data=REMOVED)
+    of_32 = {"teacher": EDM, "evaluation__extractor": "inception"}
+    study = spec(**of_32, evaluation__reference=REFERENCE, data=REMOVED)
     assert (study.data, study.uses_data) == (None, False)
     assert "data" not in study.conditions()
-    assert spec(teacher=EDM, evaluation__reference=REFERENCE).uses_data is False
-    assert spec(teacher=EDM, data="cifar10").uses_data is True
+    assert spec(**of_32, evaluation__reference=REFERENCE).uses_data is False
+    assert spec(**of_32, data="cifar10").uses_data is True
     assert spec(evaluation__reference=REFERENCE).uses_data is True
     pytest.importorskip("diffusers", reason="needs the diffusers extra")
-    learns = promotion(teacher=DDPM, data="cifar10", evaluation__reference=REFERENCE)
+    learns = promotion(
+        **of_32 | {"teacher": DDPM}, data="cifar10", evaluation__reference=REFERENCE
+    )
     assert learns.uses_data is True
 
 
-def test_data_files_are_not_looked_into(tmp_path):
-    archive = tmp_path / "images.zip"
-    archive.write_bytes(b"no archive")
-    assert spec(teacher=EDM, data=f"zip:{archive}").data == f"zip:{archive}"
+def test_of_data_files_the_first_image_is_looked_at(tmp_path):
+    """Reading all of them may take long."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGB", (32, 32)).save(folder / "a.png")
+    (folder / "b.png").write_bytes(b"no image")
+    of_32 = {"teacher": EDM, "evaluation__extractor": "inception"}
+    assert spec(**of_32, data=f"folder:{folder}").data == f"folder:{folder}"
+    folder = folder.rename(tmp_path / "grey")
+    Image.new("L", (32, 32)).save(folder / "a.png")
+    told = message(STUDY, **of_32, data=f"folder:{folder}")
+    assert "images of (3, 32, 32) (channels, height, width) and data folder" in told
+
+
+def test_images_that_the_extractor_does_not_take_are_named():
+    assert "evaluation: digits-classifier takes" in message(STUDY, teacher=EDM, data="cifar10")
+    few = {"evaluation__images": 999, "evaluation__metrics": ["fid", "kid"]}
+    assert "evaluation: kid needs at least 1000 images, got 999" in message(STUDY, **few)
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ import pytest
 from bdense.errors import InputError
 from search.errors import SpecError
 from search.spec.file import as_yaml, read_spec, read_stored
-from tests.studies import PROMOTION, changed, promotion, resolve_here, spec, write
+from tests.studies import PROMOTION, REMOVED, changed, promotion, resolve_here, spec, write
 
 NAMED = {
     "teacher": {"checkpoint": "edm-cifar10-32x32-uncond-vp"},
     "evaluation__reference": "cifar10-32x32",
+    "evaluation__extractor": "inception",
     "data": "cifar10",
 }
 
@@ -51,21 +52,23 @@ DOUBLING = b"a0: &a0 [x]\n" + b"".join(
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (b"name: [unclosed", "is not valid YAML: "),
-        (b"- a\n- list", "must be a mapping of keys such as name, data"),
-        (b"", "must be a mapping of keys"),
-        (b"!!python/object/apply:os.system [true]", "is not valid YAML: could not determine"),
-        (b"\xff\xfe\x00", "cannot be read: "),
-        (b"[" * 10**4, "is not valid YAML: "),
-        (DOUBLING, "stands for more than 10000 values"),
-        (b"a: &a [*a]", "stands for more than 10000 values"),
+        (b"name: [unclosed", ":1:16: not valid YAML: "),
+        (b"name: x\ndata: digits\nname: y", ":3:1: not valid YAML: the key name is given twice"),
+        (b"plan: {seeds: [0], seeds: [1]}", ":1:20: not valid YAML: the key seeds is given twice"),
+        (b"- a\n- list", " must be a mapping of keys such as name, data"),
+        (b"", " must be a mapping of keys"),
+        (b"!!python/object/apply:os.system [true]", ":1:1: not valid YAML: could not determine"),
+        (b"\xff\xfe\x00", " cannot be read: "),
+        (b"[" * 10**4, ": not valid YAML: "),
+        (DOUBLING, " stands for more than 10000 values"),
+        (b"a: &a [*a]", " stands for more than 10000 values"),
     ],
     ids=lambda given: given[:20],
 )
 def test_a_file_that_is_no_study_is_named(tmp_path, content, expected):
     path = tmp_path / "study.yaml"
     path.write_bytes(content)
-    assert f"{path} {expected}" in refusal(path)
+    assert f"{path}{expected}" in refusal(path)
     assert "\n" not in refusal(path)
 
 
@@ -90,7 +93,7 @@ def test_options_replace_keys_of_sections(tmp_path):
 )
 def test_a_missing_file_of_a_study_is_named_and_the_names_there_are(tmp_path, keys, expected):
     path = write(tmp_path, **keys)
-    with pytest.raises(SpecError, match=f"^{path}: {expected}"):
+    with pytest.raises(SpecError, match=rf"^{path}:\d+:\d+: {expected}"):
         read_spec(path)
 
 
@@ -113,11 +116,23 @@ def test_files_are_found_from_any_folder(tmp_path, monkeypatch):
     assert found.data == f"zip:{tmp_path / 'set.zip'}"
     (tmp_path / "again.yaml").write_text(as_yaml(found))
     monkeypatch.chdir("/")
+    assert read_spec(path) == found  # relative to the study's file
+    (tmp_path / "elsewhere").mkdir()
+    lost = write(tmp_path / "elsewhere", data="zip:set.zip", teacher=NAMED["teacher"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SpecError, match=r"set\.zip; paths are relative to the study's file"):
+        read_spec(lost)
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    # Of a data set that is not used, the content is not looked at.
+    home = write(tmp_path / "elsewhere", **NAMED | {"data": "zip:~/set.zip"})
+    assert read_spec(home).data == f"zip:{tmp_path / 'set.zip'}"
     assert read_spec(tmp_path / "again.yaml") == found
     monkeypatch.chdir(tmp_path)
-    folder = read_spec(write(tmp_path, data="folder:images@32", teacher=NAMED["teacher"]))
+    folder = read_spec(write(tmp_path, **NAMED | {"data": "folder:images@32"}))
     assert folder.data == f"folder:{tmp_path / 'images'}@32"
-    assert read_spec(write(tmp_path, data="digits@16")).data == "digits@16"
+    padded = write(tmp_path, data="digits@16", evaluation__extractor="inception")
+    assert read_spec(padded).data == "digits@16"
 
 
 def test_names_are_no_files_and_stand_for_themselves(tmp_path, monkeypatch):
@@ -137,3 +152,19 @@ def test_a_stored_spec_of_another_version_is_named():
     stored = changed(spec().as_dict(), plan__wings=2)
     with pytest.raises(InputError, match=r"\(digits: plan\.wings .*use the version that laun"):
         read_stored("digits", json.dumps(stored))
+
+
+@pytest.mark.parametrize(
+    ("line", "place", "said"),
+    [
+        ("method: {name: sfd, nfee: 2}", "2:21", "method.nfee is unknown; did you mean nfe"),
+        ("name: my study", "2:1", "name must be lower-case"),
+        ("weights: {name: log-linear, a: {low: 3, high: 1}}", "2:33", "weights.a.low 3 is above"),
+        ("dta: digits", "2:1", "dta is unknown; did you mean data"),
+    ],
+)
+def test_a_mistake_is_named_by_line_and_column(tmp_path, line, place, said):
+    key = line.partition(":")[0]
+    path = write(tmp_path, **{key: REMOVED} if key != "dta" else {})
+    path.write_text(f"# a study\n{line}\n{path.read_text()}")
+    assert f"{path}:{place}: {said}" in refusal(path)

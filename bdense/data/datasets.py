@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bdense.data.names import DATA_SETS, split_format, split_side
-from bdense.data.readers import read_folder, read_idx_images, read_zip
+from bdense.data.names import DATA_SETS, Fit, split_fit, split_format
+from bdense.data.readers import cropped_arrays, read_folder, read_idx_images, read_zip
 from bdense.downloads import fetch
 from bdense.errors import InputError, ShapeError
 from bdense.files import file_lock, user_folder
@@ -112,36 +112,40 @@ def load_dataset(spec: str) -> Dataset:
             files, labels from ``dataset.json`` or from sub-folders), ``zip:FILE`` (EDM's data set
             archives), ``idx:FILE`` (images in MNIST's format). ``@SIDE`` at the end pads every
             image with black to SIDE x SIDE, as in ``fashion-mnist@32``; an odd pixel goes to the
-            right or bottom.
+            right or bottom. ``@cropSIDE``, as in ``folder:photos@crop64``, takes the largest
+            square at the centre and resizes it by Pillow's LANCZOS filter, as ``center-crop`` of
+            EDM's dataset_tool.py does; turned photos are put upright before, and grey images
+            among colour ones become RGB.
 
     Raises:
         InputError: There is no such data set, or its files are missing, damaged, empty or mixed.
     """
-    source, side = split_side(spec)
-    name, images, labels = _load(source)
-    if side is not None:
-        height, width = images.shape[2:]
-        _require_room(name, side, height, width)
-        left, top = (side - width) // 2, (side - height) // 2
-        if side != height or side != width:
-            images = F.pad(images, (left, side - width - left, top, side - height - top))
-        name = f"{name}@{side}"
+    source, fit = split_fit(spec)
+    name, images, labels = _load(source, fit)
+    if fit is not None:
+        if not fit.crop:
+            images = _padded(name, images, fit.side)
+        name = f"{name}@{fit}"
     return Dataset(name, images, _sha256(images), labels)
 
 
 def image_shape(spec: str) -> tuple[int, int, int]:
-    """(C, H, W) of a data set; those with a name of their own are not loaded.
+    """(C, H, W) of a data set; of files only the first image is read, if that settles it.
 
     Raises:
-        InputError: As ``load_dataset``.
+        InputError: As ``load_dataset``, but for what is wrong with other images.
     """
-    source, side = split_side(spec)
+    source, fit = split_fit(spec)
     named = _NAMED.get(source)
-    channels, height, width = named[0] if named is not None else _load(source)[1].shape[1:]
-    if side is None:
+    shape = named[0] if named is not None else _load(source, fit, only_first=True)[1].shape[1:]
+    channels, height, width = shape
+    if named is None and fit is not None and fit.crop and channels == 1:
+        channels = _load(source, fit)[1].shape[1]  # colour among grey images makes all RGB
+    if fit is None:
         return channels, height, width
-    _require_room(source, side, height, width)
-    return channels, side, side
+    if not fit.crop:
+        _require_room(source, fit.side, height, width)
+    return channels, fit.side, fit.side
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -154,15 +158,29 @@ def data_folder() -> Path:
     return user_folder(DATA_FOLDER, "data")
 
 
-def _load(source: str) -> tuple[str, Tensor, Tensor | None]:
-    """Name, images and labels; the name holds no path of this machine."""
+def _load(
+    source: str, fit: Fit | None, *, only_first: bool = False
+) -> tuple[str, Tensor, Tensor | None]:
+    """Name, images, cropped but not padded, and labels; the name holds no path of this machine."""
+    crop = fit.side if fit is not None and fit.crop else None
     if (found := split_format(source)) is not None:
         kind, path = found[0], Path(found[1]).expanduser()
+        images, labels = _FORMATS[kind](path, crop, only_first)
         # The name of a set of files is the last part of its path.
-        return f"{kind}:{path.resolve().name}", *_FORMATS[kind](path)
+        return f"{kind}:{path.resolve().name}", images, labels
     if source in _NAMED:
-        return source, *_NAMED[source][1]()
+        images, labels = _NAMED[source][1]()
+        return source, images if crop is None else cropped_arrays(images, crop), labels
     raise InputError(f"unknown data set {source!r}; known are {DATA_SETS}")
+
+
+def _padded(name: str, images: Tensor, side: int) -> Tensor:
+    height, width = images.shape[2:]
+    _require_room(name, side, height, width)
+    left, top = (side - width) // 2, (side - height) // 2
+    if side == height == width:
+        return images
+    return F.pad(images, (left, side - width - left, top, side - height - top))
 
 
 def _require_room(name: str, side: int, height: int, width: int) -> None:
@@ -222,7 +240,7 @@ def _fashion_mnist(part: str) -> Loaded:
         _fetched("Fashion-MNIST", folder / name, _FASHION_MNIST_URL + name, sha256)
         for name, sha256 in zip(names, _FASHION_MNIST[part], strict=True)
     )
-    return read_idx_images(images)  # with the labels beside them
+    return read_idx_images(images, None, False)  # with the labels beside them
 
 
 def _fetched(title: str, path: Path, url: str, sha256: str) -> Path:
@@ -244,7 +262,8 @@ _NAMED: dict[str, tuple[tuple[int, int, int], Callable[[], Loaded]]] = {
     "fashion-mnist": ((1, 28, 28), lambda: _fashion_mnist("train")),
     "fashion-mnist-test": ((1, 28, 28), lambda: _fashion_mnist("t10k")),
 }
-_FORMATS: dict[str, Callable[[Path], Loaded]] = {
+# Of the path, the side to crop to, and whether one image is enough.
+_FORMATS: dict[str, Callable[[Path, int | None, bool], Loaded]] = {
     "folder": read_folder,
     "zip": read_zip,
     "idx": read_idx_images,

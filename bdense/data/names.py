@@ -2,6 +2,7 @@
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from bdense.errors import InputError
@@ -11,16 +12,28 @@ FORMATS = ("folder", "zip", "idx")
 # What a user may name.
 DATA_SETS = (
     "cifar10, cifar10-test, digits, fashion-mnist, fashion-mnist-test, "
-    f"{', '.join(f'{kind}:PATH' for kind in FORMATS)}; NAME@SIDE pads images to SIDE x SIDE"
+    f"{', '.join(f'{kind}:PATH' for kind in FORMATS)}; NAME@SIDE pads images to SIDE x SIDE, "
+    "NAME@cropSIDE crops and resizes them"
 )
 LABELS_FILE = "dataset.json"
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
-def split_side(spec: str) -> tuple[str, int | None]:
-    """``NAME@SIDE`` as the name and the side to pad to; the side is None if not given."""
-    match = re.fullmatch(r"(.+)@([1-9]\d{0,3})", spec)
-    return (match[1], int(match[2])) if match else (spec, None)
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How images are brought to SIDE x SIDE pixels: padded with black, or cropped and resized."""
+
+    side: int
+    crop: bool = False
+
+    def __str__(self) -> str:
+        return f"crop{self.side}" if self.crop else str(self.side)
+
+
+def split_fit(spec: str) -> tuple[str, Fit | None]:
+    """``NAME@SIDE`` or ``NAME@cropSIDE`` as the name and the fit; None if none is given."""
+    match = re.fullmatch(r"(.+)@(crop)?([1-9]\d{0,3})", spec)
+    return (match[1], Fit(int(match[3]), crop=bool(match[2]))) if match else (spec, None)
 
 
 def split_format(source: str) -> tuple[str, str] | None:
@@ -61,6 +74,9 @@ def image_files(folder: Path) -> list[str]:
 
 def is_image(name: str) -> bool:
     """Whether a file name, below a folder or in an archive, is an image of the set."""
-    # Notebook checkpoints, thumbnails and macOS's companion files do not belong to the set.
-    hidden = "/." in f"/{name}" or name.startswith("__MACOSX/")
-    return name.lower().endswith(SUFFIXES) and not hidden
+    return name.lower().endswith(SUFFIXES) and is_shown(name)
+
+
+def is_shown(name: str) -> bool:
+    """Whether a file belongs to the set: no notebook's checkpoint, thumbnail, macOS companion."""
+    return "/." not in f"/{name}" and not name.startswith("__MACOSX/")

@@ -8,23 +8,26 @@ import json
 import math
 import re
 import struct
+import typing
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from bdense.data.names import LABELS_FILE, SUFFIXES, image_files, is_image, labels_beside
+from bdense.data.names import LABELS_FILE, SUFFIXES, image_files, is_image, is_shown, labels_beside
 from bdense.errors import InputError
 
 # The third byte of an idx file's magic number names its type; image files have this one.
 _IDX_UINT8 = 0x08
+_SHOWN_PROBLEMS = 8
 _MAX_CLASSES = 1_000_000  # one-hot labels of more would not fit into memory
 # What Pillow and zipfile are known to raise for damaged, encrypted or oversized files.
 _UNREADABLE = (
@@ -66,10 +69,13 @@ def read_idx(path: Path) -> Tensor:
     return torch.frombuffer(content, dtype=torch.uint8, offset=header).view(shape)
 
 
-def read_idx_images(path: Path) -> tuple[Tensor, Tensor | None]:
+def read_idx_images(
+    path: Path, crop: int | None = None, only_first: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Images of an idx file, and the labels from the file beside it, found by MNIST's names.
 
-    ``train-images-idx3-ubyte.gz`` belongs to ``train-labels-idx1-ubyte.gz``.
+    ``train-images-idx3-ubyte.gz`` belongs to ``train-labels-idx1-ubyte.gz``. Arguments as of
+    ``read_folder``.
 
     Raises:
         InputError: As ``read_idx``, or the arrays are not images with one label each.
@@ -77,20 +83,29 @@ def read_idx_images(path: Path) -> tuple[Tensor, Tensor | None]:
     images = read_idx(path)
     if images.dim() != 3 or not images.numel():
         raise InputError(f"{path} holds an array of {list(images.shape)}; images are [n, H, W]")
-    beside = labels_beside(path)
+    taken = images[: 1 if only_first else None].unsqueeze(1)
+    taken = taken if crop is None else cropped_arrays(taken, crop)
+    beside = None if only_first else labels_beside(path)
     if beside is None:
-        return images.unsqueeze(1), None
+        return taken, None
     labels = read_idx(beside)
     if labels.shape != (len(images),):
         raise InputError(
             f"{beside} holds labels of shape {list(labels.shape)} for the {len(images)} images of "
             f"{path}; the two belong to different sets"
         )
-    return images.unsqueeze(1), labels.long()
+    return taken, labels.long()
 
 
-def read_folder(folder: Path) -> tuple[Tensor, Tensor | None]:
+def read_folder(
+    folder: Path, crop: int | None = None, only_first: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """Every image file below a folder, sorted by name, without hidden ones.
+
+    Args:
+        folder: The folder.
+        crop: Side to crop and resize to, as of ``cropped``; None takes images as they are.
+        only_first: Whether the first image is enough, without its label.
 
     Labels come from ``dataset.json`` as EDM's tools write it, else from the top-level sub-folders,
     one class each, sorted by name; a single sub-folder gives no labels.
@@ -108,17 +123,30 @@ def read_folder(folder: Path) -> tuple[Tensor, Tensor | None]:
         text = labels_file.read_bytes() if labels_file.exists() else None
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read: {_reason(error)}") from error
-    images = _read_images(str(folder), names, lambda name: (folder / name).open("rb"))
+
+    def opened(name: str) -> BinaryIO:
+        if not (folder / name).is_file():
+            raise ValueError("it is no file")  # a pipe would wait for ever
+        return (folder / name).open("rb")
+
+    if only_first:
+        return _read_images(str(folder), names[:1], opened, crop), None
+    images = _read_images(str(folder), names, opened, crop)
     if text is not None:
         return images, _edm_labels(str(labels_file), text, names)
     return images, _labels_by_folder(names)
 
 
-def read_zip(path: Path) -> tuple[Tensor, Tensor | None]:
+def read_zip(
+    path: Path, crop: int | None = None, only_first: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """An EDM data set archive: images, and labels in ``dataset.json`` (NVlabs/edm dataset_tool).
 
+    The set may lie below a top folder. Arguments as of ``read_folder``.
+
     Raises:
-        InputError: As ``read_folder``, or the file is not a zip archive.
+        InputError: As ``read_folder``, or the file is not a zip archive, has two entries of one
+            name, or a dataset.json that is not at the top of the set.
     """
     try:
         archive = zipfile.ZipFile(path)
@@ -126,50 +154,118 @@ def read_zip(path: Path) -> tuple[Tensor, Tensor | None]:
         raise InputError(f"the image archive {path} cannot be read: {_reason(error)}") from error
     with archive:
         members = archive.namelist()
+        (twice, times), *_ = Counter(members).most_common(1) or [("", 0)]
+        if times > 1:
+            raise InputError(f"{path} has {times} entries {twice}; make the archive again")
         names = sorted(filter(is_image, members))
-        images = _read_images(str(path), names, archive.open)  # type: ignore[arg-type]
-        if LABELS_FILE not in members:
+        opened = typing.cast(Callable[[str], BinaryIO], archive.open)
+        if only_first:
+            return _read_images(str(path), names[:1], opened, crop), None
+        member = _labels_member(path, members, names)
+        images = _read_images(str(path), names, opened, crop)
+        if member is None:
             return images, None
-        labels_file = f"{path}:{LABELS_FILE}"
+        labels_file = f"{path}:{member}"
         try:
-            text = archive.read(LABELS_FILE)
+            text = archive.read(member)
         except _UNREADABLE as error:
             raise InputError(f"{labels_file} cannot be read: {_reason(error)}") from error
-        return images, _edm_labels(labels_file, text, names)
+        top = member.removesuffix(LABELS_FILE)
+        return images, _edm_labels(labels_file, text, [name.removeprefix(top) for name in names])
+
+
+def _labels_member(path: Path, members: Sequence[str], images: Sequence[str]) -> str | None:
+    """The archive's dataset.json, at its top or that of the one folder that all images are in."""
+    if LABELS_FILE in members:
+        return LABELS_FILE
+    found = [name for name in members if name.endswith(f"/{LABELS_FILE}") and is_shown(name)]
+    if not found:
+        return None
+    top = found[0].removesuffix(LABELS_FILE)
+    if len(found) == 1 and all(name.startswith(top) for name in images):
+        return found[0]
+    raise InputError(
+        f"{path} has labels in {', '.join(found)}, which is not at the top of its images; put one "
+        f"{LABELS_FILE} there"
+    )
+
+
+def cropped(image: Image.Image, side: int) -> Image.Image:
+    """The largest square at the centre, resized by LANCZOS, as EDM's dataset_tool.py crops."""
+    square = min(image.size)
+    left, top = (image.width - square) // 2, (image.height - square) // 2
+    box = (left, top, left + square, top + square)
+    return image.crop(box).resize((side, side), Image.Resampling.LANCZOS)
+
+
+def cropped_arrays(images: Tensor, side: int) -> Tensor:
+    """``cropped`` of each of [n, C, H, W] uint8 images, C = 1 or 3."""
+    found = torch.empty(len(images), images.shape[1], side, side, dtype=torch.uint8)
+    for image, into in zip(images.permute(0, 2, 3, 1), found, strict=True):
+        pixels = np.asarray(cropped(Image.fromarray(image.squeeze(-1).numpy()), side))
+        into.copy_(torch.from_numpy(np.array(pixels)).view(side, side, -1).permute(2, 0, 1))
+    return found
 
 
 def _read_images(
-    source: str, names: Sequence[str], open_file: Callable[[str], BinaryIO]
+    source: str,
+    names: Sequence[str],
+    open_file: Callable[[str], BinaryIO],
+    crop: int | None,
 ) -> Tensor:
-    """[n, C, H, W] uint8, decoded one by one into one array."""
+    """[n, C, H, W] uint8, decoded one by one into one array.
+
+    Raises:
+        InputError: There is none, or some cannot be used: all problems in one summary.
+    """
     if not names:
         raise InputError(f"{source} holds no images; accepted are {', '.join(SUFFIXES)} files")
     images: NDArray[np.uint8] | None = None
+    problems: dict[str, list[str]] = {}
     for index, name in enumerate(names):
         try:
             with open_file(name) as file, Image.open(file) as image:
-                pixels = _pixels(image)
+                pixels = _pixels(image, crop)
         except _UNREADABLE as error:
-            raise InputError(
-                f"{source}: the image {name} cannot be used: {_reason(error)}"
-            ) from error
+            problems.setdefault(_reason(error), []).append(name)
+            continue
         if images is None:
-            images = np.empty((len(names), *pixels.shape), np.uint8)
+            images, first = np.empty((len(names), *pixels.shape), np.uint8), name
+        if crop is not None and len(pixels) != images.shape[1]:  # grey among colour
+            images = images if images.shape[1] == 3 else images.repeat(3, axis=1)
+            pixels = pixels if len(pixels) == 3 else pixels.repeat(3, axis=0)
         if pixels.shape != images.shape[1:]:
-            raise InputError(
-                f"{source} mixes images: {names[0]} is {_size(images.shape[1:])} and {name} is "
-                f"{_size(pixels.shape)}; convert them to one size and colour mode"
-            )
+            own, other = _size(images.shape[1:]), _size(pixels.shape)
+            problem = f"it is {other}, and {first} is {own}; add @cropSIDE to the data set's name"
+            problems.setdefault(problem, []).append(name)
+            continue
         images[index] = pixels
+    if problems:
+        raise InputError(_summary(source, len(names), problems))
     assert images is not None
     return torch.from_numpy(images)
 
 
-def _pixels(image: Image.Image) -> NDArray[np.uint8]:
+def _summary(source: str, count: int, problems: Mapping[str, Sequence[str]]) -> str:
+    """Every problem with the number of its images and the first of them."""
+    bad = sum(map(len, problems.values()))
+    if bad == 1:
+        ((reason, (name,)),) = problems.items()
+        return f"{source}: the image {name} cannot be used: {reason}"
+    most = sorted(problems.items(), key=lambda each: -len(each[1]))
+    lines = [
+        f"{len(names)}, such as {names[0]}: {reason}" for reason, names in most[:_SHOWN_PROBLEMS]
+    ]
+    left = len(most) - len(lines)
+    lines += [f"and {left} other problems"] if left > 0 else []
+    return f"{source}: {bad} of {count} images cannot be used: {' | '.join(lines)}"
+
+
+def _pixels(image: Image.Image, crop: int | None) -> NDArray[np.uint8]:
     """[C, H, W]: grey stays grey, everything else (palettes, CMYK) becomes RGB.
 
     Raises:
-        ValueError: The file is not one opaque still image of 8 bits a channel.
+        ValueError: The file is not one opaque, upright still image of 8 bits a channel.
     """
     # A camera's JPEG may carry a preview behind the picture (MPO), which is not an animation.
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
@@ -179,13 +275,18 @@ def _pixels(image: Image.Image) -> NDArray[np.uint8]:
     deep = any(re.search(r"(?<!BGR);16", str(tile[3])) for tile in getattr(image, "tile", ()))
     if deep or image.mode[0] in "IF":
         raise ValueError("it has more than 8 bits a channel; convert it to 8")
+    if crop is not None:
+        image = ImageOps.exif_transpose(image)
+    elif image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        raise ValueError("its EXIF data turn it; save it upright, or add @cropSIDE, which does so")
     mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
     if image.has_transparency_data:
         image = image.convert("RGBA")
         least, _ = image.getchannel("A").getextrema()
         if least != 255:
             raise ValueError("it has transparent pixels; put it on a background")
-    pixels = np.asarray(image if image.mode == mode else image.convert(mode))
+    image = image if image.mode == mode else image.convert(mode)
+    pixels = np.asarray(image if crop is None else cropped(image, crop))
     return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
 
 
@@ -208,7 +309,11 @@ def _edm_labels(source: str, text: bytes, names: Sequence[str]) -> Tensor | None
         pairs = json.loads(text)["labels"]
         if pairs is None:
             return None
-        table = {str(name): _class_number(label) for name, label in pairs}
+        table: dict[str, int] = {}
+        for name, label in pairs:
+            if str(name) in table:
+                raise ValueError(f"two labels for {name}")
+            table[str(name)] = _class_number(label)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(
             f'{source} is not {{"labels": [[NAME, CLASS], ...]}} with classes 0 to 999999: '

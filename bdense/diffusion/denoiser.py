@@ -9,7 +9,7 @@ import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from bdense.diffusion.schedules import Levels
 from bdense.errors import CheckpointError, InputError, ShapeError
 from bdense.execution import Execution
 from bdense.networks import NETWORKS, Network
+
+if TYPE_CHECKING:
+    from bdense.diffusion.sampling import Sampler
 
 
 class Denoiser(Protocol):
@@ -51,9 +54,13 @@ class NetworkDenoiser(nn.Module):
     Args:
         model: F.
         precond: c_skip, c_out, c_in and c_noise; None is EDM's.
+
+    Attributes:
+        samplers: Those that a student was distilled for, by NFE; none for a teacher.
     """
 
     model: Network
+    samplers: "tuple[Sampler, ...]" = ()
 
     def __init__(self, model: Network, precond: Preconditioning | None = None) -> None:
         super().__init__()

@@ -161,8 +161,8 @@ def served_metadata(samplers: Sequence[Sampler]) -> dict[str, Any]:
 
 def draw_images(
     denoiser: NetworkDenoiser,
-    sampler: Sampler,
-    count: int,
+    sampler: Sampler | None = None,
+    count: int = 64,
     *,
     seed: int,
     batch: int = 128,
@@ -175,7 +175,7 @@ def draw_images(
 
     Args:
         denoiser: In eval mode.
-        sampler: Grid, solver and AFS.
+        sampler: Grid, solver and AFS; None is a student's own, the one of the lowest NFE.
         count: Images to draw.
         seed: Of the latents.
         batch: Images at a time.
@@ -186,9 +186,11 @@ def draw_images(
         [count, C, H, W] uint8 on the CPU.
 
     Raises:
-        InputError: The network does not know the class, or a number is below 1.
+        InputError: The network does not know the class, a number is below 1, a student was not
+            distilled for the sampler, or a teacher has none of its own.
         NonFiniteError: An image holds NaN or infinity.
     """
+    sampler = _own_sampler(denoiser, sampler)
     conditions = denoiser.conditions
     if class_index is not None:
         conditions = conditions_for(denoiser.label_dim, class_index)
@@ -211,6 +213,26 @@ def draw_images(
         if on_image is not None:
             on_image(images.stop)
     return torch.cat(drawn)
+
+
+def _own_sampler(denoiser: NetworkDenoiser, asked: Sampler | None) -> Sampler:
+    """The sampler that was asked for, or a student's own."""
+    own = denoiser.samplers
+    if asked is None:
+        if not own:
+            raise InputError(
+                "a teacher has no sampler of its own; give one, such as "
+                "Sampler(num_intervals=18, afs=False, solver=Heun())"
+            )
+        return own[0]
+    if own and asked not in own:
+        raise InputError(
+            f"the student was distilled for NFE {', '.join(str(each.nfe) for each in own)} with "
+            f"{own[0].solver.name} and {own[0].schedule.text()}, got NFE {asked.nfe} with "
+            f"{asked.solver.name} and {asked.schedule.text()}; leave the sampler out, or distil a "
+            "student for it"
+        )
+    return asked
 
 
 def step_noise(seed: int, images: range, shape: tuple[int, ...]) -> StepNoise:

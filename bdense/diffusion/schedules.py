@@ -69,6 +69,16 @@ class Schedule:
             )
         if not 0 < self.rho < math.inf:
             raise InputError(f"schedule rho must be positive and finite, got {self.rho}")
+        try:
+            with torch.device("cpu"):  # a study is checked on the meta device, without values
+                first, last = self.grid(1).tolist()
+        except OverflowError:
+            first = last = math.inf
+        if not 0 < last < first < math.inf:
+            raise InputError(
+                f"schedule rho={self.rho:g} with levels from {self.sigma_max:g} to "
+                f"{self.sigma_min:g} is beyond float64; choose a rho nearer to 7"
+            )
 
     def grid(self, num_intervals: int) -> Tensor:
         """[num_intervals + 1] float64 noise levels, from sigma_max down to sigma_min."""

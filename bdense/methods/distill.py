@@ -1,7 +1,6 @@
 """Run a method: train its stages one after the other, each student the next stage's teacher."""
 
 import functools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,9 +12,16 @@ from bdense.diffusion.branches import export_branch
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import Sampler, samplers_from
 from bdense.errors import CheckpointError, InputError
+from bdense.files import require_plain
 from bdense.methods.method import Inputs, Method, MethodConfig, Stage, StagePlan
 from bdense.models.card import write_card
-from bdense.models.store import denoiser_sha256, load_denoiser, load_tensors, save_denoiser
+from bdense.models.store import (
+    denoiser_sha256,
+    load_denoiser,
+    other_run,
+    plain_json,
+    save_denoiser,
+)
 from bdense.training.loop import Evaluations, IterationReport, train
 from bdense.weights.weighting import BranchWeighting, FixedWeights
 
@@ -50,6 +56,7 @@ class _Run:
     Attributes:
         train: Trains a stage, with its checkpoint.
         identity: What kept students say of their run; empty where none are kept.
+        replace: Whether students of other runs may be replaced.
     """
 
     method: Method
@@ -63,6 +70,7 @@ class _Run:
     train: Callable[[StagePlan, Stage, BranchWeighting, Path | None], NetworkDenoiser]
     identity: Mapping[str, Any]
     keep_branches: bool
+    replace: bool
 
     def path(self, plan: StagePlan) -> Path | None:
         """The file of that stage's student."""
@@ -73,7 +81,9 @@ class _Run:
     def is_kept(self, plan: StagePlan) -> bool:
         """Whether that stage was done before."""
         path = self.path(plan)
-        return path is not None and path.exists()
+        if path is None or not path.exists() or self._lacks_branches(plan, path):
+            return False
+        return not other_run(path, self.identity)
 
     def stages(
         self, plans: Sequence[StagePlan], teacher: NetworkDenoiser, first: Stage | None
@@ -84,7 +94,7 @@ class _Run:
             unfinished = self.checkpoint
             if path is not None and unfinished is None:
                 unfinished = path.with_suffix(".training.safetensors")
-            if path is not None and path.exists():
+            if path is not None and self.is_kept(plan):
                 done = self._kept(plan, path, teacher)
             else:
                 stage = first or self.method.stage(plan, teacher, self.config, self.inputs)
@@ -96,18 +106,22 @@ class _Run:
             teacher = done.student
 
     def require_own(self, plan: StagePlan, path: Path) -> None:
-        """Refuse a student of another run, or without the branches that are to be kept."""
-        stored = load_tensors(path)[1].get("identity", {})
-        keys = stored.keys() | self.identity.keys()
-        if differing := sorted(key for key in keys if stored.get(key) != self.identity.get(key)):
+        """Refuse to replace another file than a student of this run with what is to be kept."""
+        require_plain(path)
+        if self.replace or not path.exists():
+            return
+        if reason := other_run(path, self.identity):
             raise CheckpointError(
-                f"{path} is a student of another run (differs in: {', '.join(differing)}); give "
-                "this run a folder of its own or delete that one's files"
+                f"{path} {reason}; choose another place, delete that file, or replace it (--force)"
             )
-        if self.keep_branches and plan.branched and not branches_path(path).exists():
+        if self._lacks_branches(plan, path):
             raise InputError(
-                f"{path} was kept without its branches; delete it, or give a folder of its own"
+                f"{path} was kept without its branches; delete it, choose another place, or "
+                "replace it (--force)"
             )
+
+    def _lacks_branches(self, plan: StagePlan, path: Path) -> bool:
+        return self.keep_branches and plan.branched and not branches_path(path).exists()
 
     def _kept(self, plan: StagePlan, path: Path, teacher: NetworkDenoiser) -> TrainedStage:
         """A stage that was done before."""
@@ -131,6 +145,7 @@ class _Run:
         student = export_branch(trained)
         branched = trained if self.keep_branches and plan.branched else None
         metadata = self._metadata(stage, weighting)
+        student.samplers = tuple(samplers_from(metadata))
         if path is not None:
             keep_student(path, student, branched, metadata)
         return TrainedStage(
@@ -188,6 +203,7 @@ def distill(
     *,
     folder: Path | None = None,
     name: str = "student",
+    replace: bool = False,
     checkpoint: Path | None = None,
     keep_branches: bool = False,
     devices: Sequence[torch.device] | None = None,
@@ -211,6 +227,7 @@ def distill(
         folder: Where each student is kept with its model card as soon as it is done, and the
             checkpoint of the stage that is under way; None keeps no students.
         name: What the file of a method of one stage is called, without its ending.
+        replace: Whether files of those names from other runs may be replaced.
         checkpoint: File for the checkpoint of a method of one stage, in place of one in the
             folder; it is left there where no student is kept.
         keep_branches: Keep each branched student too, for ``recombine_branches``.
@@ -224,7 +241,8 @@ def distill(
 
     Raises:
         InputError: Something does not fit together.
-        CheckpointError: The folder holds students of another run; names the differing keys.
+        CheckpointError: The folder holds other files of those names, such as students of another
+            run; names the differing keys.
         NonFiniteLossError: A stage diverged; those before it stay.
     """
     method.check(config, teacher, inputs.known)
@@ -245,8 +263,7 @@ def distill(
         )
     identity = {}
     if folder is not None:
-        # As JSON gives it back, where a tuple is a list.
-        identity = json.loads(json.dumps(method.identity(config, teacher, inputs, weighting())))
+        identity = plain_json(method.identity(config, teacher, inputs, weighting()))
 
     def trained(
         plan: StagePlan, stage: Stage, weighting: BranchWeighting, checkpoint: Path | None
@@ -268,20 +285,21 @@ def distill(
         **(metadata or {}),
     }
     run = _Run(
-        method,
-        config,
-        weighting,
-        inputs,
-        folder,
-        name,
-        checkpoint,
-        terms,
-        trained,
-        identity,
-        keep_branches,
+        method=method,
+        config=config,
+        weighting=weighting,
+        inputs=inputs,
+        folder=folder,
+        name=name,
+        checkpoint=checkpoint,
+        metadata=terms,
+        train=trained,
+        identity=identity,
+        keep_branches=keep_branches,
+        replace=replace,
     )
     for plan in plans:
-        if (path := run.path(plan)) is not None and path.exists():
+        if (path := run.path(plan)) is not None:
             run.require_own(plan, path)
     first = None if run.is_kept(plans[0]) else method.stage(plans[0], teacher, config, inputs)
     return run.stages(plans, teacher, first)

@@ -154,6 +154,11 @@ class ToldLosses:
         """As in ``BranchLosses``."""
         return self.losses.per_branch
 
+    @property
+    def keeps_graph(self) -> bool:
+        """As in ``BranchLosses``."""
+        return self.losses.keeps_graph
+
     def weighted(self, weights: Tensor) -> Tensor:
         """For ``weights`` [K] that scale the images' own, 1 or, of sum 1, 1 / K."""
         return self.losses.weighted(weights.to(self.own)[:, None] * self.own)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bdense.errors import InputError, ShapeError
-from bdense.files import sha256_file
+from bdense.files import require_no_page, sha256_file
 from bdense.metrics.classifiers import RECIPES, Classifier, classifier_checkpoint, load_classifier
 from bdense.metrics.dinov2 import SIZES, load_dinov2
 from bdense.models.zoo import checkpoint_path, downloaded_checkpoint, last_line, reading_checkpoint
@@ -199,6 +199,7 @@ def _torchscript(path: Path, device: torch.device) -> Extractor:
         try:
             script: nn.Module = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
         except (RuntimeError, ValueError) as error:
+            require_no_page(path)
             raise InputError(
                 f"{path} cannot be read as TorchScript ({last_line(error)}); write it by "
                 "torch.jit.save"

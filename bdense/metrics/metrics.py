@@ -11,13 +11,14 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from bdense.errors import InputError, NonFiniteError, ShapeError
 from bdense.metrics.extractors import Extractor
 from bdense.metrics.records import FID, KID, Metrics, PrecisionRecall
-from bdense.metrics.references import Reference, Statistics, features_of, statistics_of
+from bdense.metrics.references import Reference, Statistics, features_of, statistics_of, too_few
 from bdense.metrics.settings import METRICS, MetricSettings
 
 # Rows of distances in memory at a time: 2048 x 50,000 distances take 800 MB.
@@ -56,7 +57,8 @@ def measure_images(
         NonFiniteError: Features or a distance are not finite.
     """
     settings = settings or MetricSettings()
-    require_measurable(metrics, settings, len(images), reference)
+    shape = tuple(images.shape[1:])
+    require_measurable(metrics, settings, len(images), reference, shape)
     features = features_of(images, extractor, batch, on_image)
     conditions: dict[str, Any] = {
         "images": len(images),
@@ -94,37 +96,81 @@ def measure_images(
 
 
 def require_measurable(
-    metrics: Collection[str], settings: MetricSettings, images: int, reference: Reference
+    metrics: Collection[str],
+    settings: MetricSettings,
+    images: int,
+    reference: Reference,
+    image_shape: tuple[int, ...],
+    extractor: Extractor | None = None,
 ) -> None:
     """Check, before images are drawn, that the metrics can be measured.
+
+    Args:
+        metrics: Metrics to measure beside the FID.
+        settings: Of KID and precision/recall.
+        images: Number of images.
+        reference: What they are compared with.
+        image_shape: (C, H, W) of them.
+        extractor: Tried on two black images; None is not tried.
 
     Raises:
         InputError: A metric is unknown, the reference has no features for it, or a set is too
             small.
+        ShapeError: The images have another shape than the reference's, or one that the extractor
+            does not take.
     """
-    unknown = sorted(set(metrics) - set(METRICS))
-    if unknown:
-        raise InputError(f"unknown metric {unknown[0]!r}; known are {', '.join(METRICS)}")
-    single = [name for name in METRICS if name in metrics and name != "fid"]
+    require_enough(metrics, settings, images)
+    single = _single(metrics)
     if single and reference.features is None:
         raise InputError(
             f"{' and '.join(single)} need the features of single reference images, but "
             f"{reference.name} holds only their mean and covariance; name the data set instead, "
             "or measure fid alone"
         )
+    if single:  # a reference with features has a count
+        require_enough(metrics, settings, reference.statistics.count or 0, "reference ")
+    if reference.image_shape not in (None, image_shape):
+        own, theirs = (
+            " x ".join(map(str, shape)) for shape in (image_shape, reference.image_shape or ())
+        )
+        raise ShapeError(
+            f"images of {own} (channels, height, width) cannot be compared with {reference.name}, "
+            f"whose images are {theirs}; choose the data set that the model was trained on, with "
+            "the same padding"
+        )
+    if extractor is not None:
+        extractor(torch.zeros(2, *image_shape, dtype=torch.uint8))
+
+
+def require_enough(
+    metrics: Collection[str], settings: MetricSettings, images: int, whose: str = ""
+) -> None:
+    """Check that there are enough images for the metrics; ``whose``, for people.
+
+    Raises:
+        InputError: A metric is unknown, or there are too few.
+    """
+    unknown = sorted(set(metrics) - set(METRICS))
+    if unknown:
+        raise InputError(f"unknown metric {unknown[0]!r}; known are {', '.join(METRICS)}")
+    if images < 2:
+        raise too_few(images)
     needs = {
         "kid": (settings.kid_subset_size, "the KID's subset size"),
         "prc": (settings.neighbours + 1, "the number of neighbours"),
     }
-    for name in single:
+    for name in _single(metrics):
         least, knob = needs[name]
-        # A reference with features has a count.
-        for whose, count in (("", images), ("reference ", reference.statistics.count or 0)):
-            if count < least:
-                raise InputError(
-                    f"{name} needs at least {least} {whose}images, got {count}; take more, lower "
-                    f"{knob}, or leave {name} out"
-                )
+        if images < least:
+            raise InputError(
+                f"{name} needs at least {least} {whose}images, got {images}; take more, lower "
+                f"{knob}, or leave {name} out"
+            )
+
+
+def _single(metrics: Collection[str]) -> list[str]:
+    """Those that need the features of single images."""
+    return [name for name in METRICS if name in metrics and name != "fid"]
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
@@ -145,7 +191,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     value = float(fid_statistics_to_metric(*pair, verbose=False)[KEY_METRIC_FID])
     if not np.isfinite(value):
         raise NonFiniteError(f"the Frechet distance is {value}")
-    return value
+    return max(value, 0.0)  # equal statistics are some rounding apart
 
 
 def image_effects(features: Tensor, own: Statistics, reference: Statistics) -> NDArray[np.float64]:

@@ -20,7 +20,7 @@ from bdense.data.datasets import Dataset
 from bdense.data.names import split_format
 from bdense.errors import CheckpointError, InputError, NonFiniteError, ShapeError
 from bdense.execution import exact_products
-from bdense.files import atomic_write, file_lock, sha256_file
+from bdense.files import atomic_write, file_lock, require_no_page, sha256_file
 from bdense.metrics.extractors import Extractor
 from bdense.models.store import load_tensors, save_tensors
 
@@ -29,6 +29,8 @@ _MU, _SIGMA = "mu", "sigma"
 # Our keys beside them: what the statistics were computed from.
 _COUNT, _DATA, _EXTRACTOR, _EXTRACTOR_SHA256 = "count", "data", "extractor", "extractor_sha256"
 _FEATURES = "features"
+# Of a file's sigma, relative to its largest entry: some are stored in float32.
+_ROUNDING = 1e-5
 # What numpy and zipfile raise for damaged or foreign archives.
 _UNREADABLE = (
     *(OSError, ValueError, KeyError, EOFError, NotImplementedError, RuntimeError),
@@ -61,6 +63,15 @@ class Statistics:
             whose = "" if self.count is None else f" of {self.count} images"
             raise NonFiniteError(f"the features{whose} are not finite")
 
+    def require_covariance(self) -> None:
+        """Raise a ShapeError if sigma is not symmetric and positive semi-definite to rounding."""
+        size = np.abs(self.sigma).max()
+        if np.abs(self.sigma - self.sigma.T).max() > _ROUNDING * size:
+            raise ShapeError("sigma is no covariance: it is not symmetric")
+        least = np.linalg.eigvalsh(self.sigma)[0]
+        if least < -_ROUNDING * len(self.sigma) * size:
+            raise ShapeError(f"sigma is no covariance: it has the eigenvalue {least:.3g}, below 0")
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Reference:
@@ -71,11 +82,13 @@ class Reference:
         statistics: For the Frechet distance.
         features: [n, d] float32, for KID, precision and recall; None if not asked for or not in
             the file.
+        image_shape: (C, H, W) of its images; None for a file, which does not say.
     """
 
     name: str
     statistics: Statistics
     features: Tensor | None = None
+    image_shape: tuple[int, ...] | None = None
 
 
 def features_of(
@@ -98,7 +111,7 @@ def features_of(
     if batch < 1:
         raise InputError(f"batch must be at least 1, got {batch}")
     if len(images) < 2:
-        raise _too_few(len(images))
+        raise too_few(len(images))
     features, seen = [], 0
     for part in torch.split(images, batch):
         # In float32, whatever precision the student was computed in.
@@ -120,7 +133,7 @@ def statistics_of(features: Tensor) -> Statistics:
     from torch_fidelity.metric_fid import fid_features_to_statistics
 
     if len(features) < 2:
-        raise _too_few(len(features))
+        raise too_few(len(features))
     found = fid_features_to_statistics(features.double())
     # numpy gives the covariance of a single feature without its two dimensions.
     return Statistics(found["mu"], np.atleast_2d(found["sigma"]), len(features))
@@ -159,7 +172,12 @@ def dataset_reference(
                 raise CheckpointError(f"not of shape {list(expected)}")
     # A set of files is named by its last folder only, which others may share.
     own = f":{dataset.sha256[:16]}" if split_format(dataset.name) else ""
-    return Reference(name=dataset.name + own, statistics=statistics, features=features)
+    return Reference(
+        name=dataset.name + own,
+        statistics=statistics,
+        features=features,
+        image_shape=tuple(dataset.images.shape[1:]),
+    )
 
 
 def write_reference(path: Path, statistics: Statistics, data: str, extractor: Extractor) -> None:
@@ -173,6 +191,29 @@ def write_reference(path: Path, statistics: Statistics, data: str, extractor: Ex
         members[_COUNT] = statistics.count
     with atomic_write(path) as scratch, scratch.open("wb") as file:
         np.savez(file, **members)
+
+
+def no_statistics(path: Path, data: str | None = None, extractor: Extractor | None = None) -> str:
+    """Why an existing file is not what ``write_reference`` writes; "" if it is.
+
+    ``data`` and ``extractor``, if given, must be those that it was made of.
+    """
+    try:
+        found = _read_arrays(path)
+    except InputError:
+        return "holds no reference statistics"
+    made = {key: str(found.get(key, "")) for key in (_DATA, _EXTRACTOR_SHA256)}
+    if (
+        data is None
+        or extractor is None
+        or made
+        == {
+            _DATA: data,
+            _EXTRACTOR_SHA256: extractor.sha256,
+        }
+    ):
+        return ""
+    return "holds the statistics of another data set or extractor"
 
 
 def read_reference(path: Path, extractor: Extractor) -> Reference:
@@ -223,6 +264,7 @@ def _read_statistics(path: Path, extractor: Extractor) -> Statistics:
             found[_SIGMA].astype(np.float64),
             None if count is None else int(count),
         )
+        statistics.require_covariance()
     except (ShapeError, NonFiniteError) as error:
         raise CheckpointError(f"{path}: {error}; make the file again") from error
     if statistics.mu.size != extractor.dim:
@@ -237,6 +279,7 @@ def _read_statistics(path: Path, extractor: Extractor) -> Statistics:
 def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     """The known arrays of an .npz by key; nothing in it is unpickled."""
     if not zipfile.is_zipfile(path):
+        require_no_page(path)
         # numpy's own message would call it a pickle.
         raise CheckpointError(
             f"{path} cannot be read as .npz (it is cut short, or another kind of file)"
@@ -244,7 +287,7 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     try:
         with np.load(path, allow_pickle=False) as found:
             missing = [key for key in (_MU, _SIGMA) if key not in found.files]
-            known = (_MU, _SIGMA, _COUNT, _EXTRACTOR, _EXTRACTOR_SHA256)
+            known = (_MU, _SIGMA, _COUNT, _DATA, _EXTRACTOR, _EXTRACTOR_SHA256)
             members = {key: found[key] for key in known if key in found.files}
             others = ", ".join(found.files) or "nothing"
     except _UNREADABLE as error:
@@ -270,7 +313,8 @@ def _cached(what: str, path: Path) -> Iterator[None]:
         ) from error
 
 
-def _too_few(count: int) -> InputError:
+def too_few(count: int) -> InputError:
+    """The error where there is no covariance."""
     return InputError(
         f"a Frechet distance needs at least 2 images, got {count}; raise the number of images"
     )

@@ -13,13 +13,14 @@ from bdense.models.store import denoiser_sha256
 from bdense.weights.spaces import by_interval
 
 # Metadata that a student inherits from its teacher.
-_INHERITED = ("licence", "citation")
+_INHERITED = ("licence", "citation", "data")
 # Metadata of any model that its card repeats.
 _KNOWN = ("source", "url", "citation", "scheduler", "data")
 # Keys of a table of FIDs that always get a column, and the columns' titles.
 _COLUMNS = {"steps": "steps", "nfe": "NFE", "arm": "arm", "fid": "FID"}
 _COLUMNS |= {"std_err": "standard error", "n": "n"}
 _TITLES = {"euler": "Euler", "ddim": "DDIM", "epd": "EPD"}
+_FIRST = "---\nlicense: "  # each card begins so
 _PYTHON = """\
 import bdense
 
@@ -38,7 +39,7 @@ images = pipeline(
 
 
 def inherited(teacher: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A student's metadata about its teacher: source (else ``name``), licence, citation."""
+    """A student's metadata about its teacher: source (else ``name``), licence, data."""
     terms = {key: teacher[key] for key in _INHERITED if key in teacher}
     return {"teacher": teacher.get("source", name), **terms}
 
@@ -190,6 +191,13 @@ def write_card(path: Path, denoiser: NetworkDenoiser, metadata: Mapping[str, Any
     with atomic_write(card) as scratch:
         scratch.write_text(model_card(path.name, denoiser, metadata))
     return card
+
+
+def no_card(path: Path) -> str:
+    """Why an existing file is not a card that ``write_card`` wrote; "" if it is."""
+    with path.open("rb") as file:
+        ours = file.read(len(_FIRST)) == _FIRST.encode()
+    return "" if ours else "is no model card"
 
 
 def readable_json(name: str, denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> str:

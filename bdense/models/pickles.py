@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bdense.errors import CheckpointError, UnsafePickleError
+from bdense.files import require_no_page
 
 # These opcodes reach objects without ``find_class``: the extension registry answers from a cache
 # of live objects, and the loader decides what a persistent id means. No EDM file has them.
@@ -98,6 +99,7 @@ def read_edm_pickle(path: Path) -> ForeignNetwork:
             network = _network(reader.load())
         return _describe(network, sum(len(text) for text in reader.sources))
     except CheckpointError as error:
+        require_no_page(path)
         raise type(error)(f"{path}: {error}") from error
     except OSError as error:
         raise CheckpointError(f"cannot read checkpoint {path}: {error.strerror}") from error

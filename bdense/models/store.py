@@ -18,7 +18,7 @@ from torch import Tensor
 from bdense.diffusion.denoiser import NetworkDenoiser, restore
 from bdense.diffusion.sampling import samplers_from
 from bdense.errors import CheckpointError, InputError, is_out_of_memory
-from bdense.files import atomic_write
+from bdense.files import atomic_write, require_no_page
 from bdense.models.diffusers_teacher import TORCH_FILES, is_hub_id, read_diffusers
 from bdense.models.edm import load_foreign
 from bdense.models.zoo import CHECKPOINTS, HUB_CHECKPOINTS, PUBLIC_MODELS, resolve_checkpoint
@@ -71,6 +71,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         fault = _system_error(error, path)
         if isinstance(fault, OSError) and fault.errno in _PASSING:
             raise fault from error
+        require_no_page(path)
         raise CheckpointError(
             f"{path} cannot be read as safetensors ({error}); it may be cut short: fetch or make "
             "it again"
@@ -99,6 +100,34 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, metadata
 
 
+def plain_json(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping as JSON gives it back, where a tuple is a list."""
+    found: dict[str, Any] = json.loads(json.dumps(tree))
+    return found
+
+
+def other_run(path: Path, identity: Mapping[str, Any]) -> str:
+    """Why a file is not the model of the run with this identity; "" if it is.
+
+    Args:
+        path: An existing file.
+        identity: What the file's metadata have as ``identity``: flat JSON values.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = json.loads((file.metadata() or {}).get(HEADER_KEY, "null"))
+    except (SafetensorError, OSError, ValueError, RecursionError):
+        stored = None
+    if not isinstance(stored, dict) or "architecture" not in stored:
+        return "is no model of bdense's"
+    kept = stored.get("identity")
+    if not isinstance(kept, dict):
+        return "is a model whose run is not known"
+    keys = sorted(kept.keys() | identity.keys())
+    differing = ", ".join(key for key in keys if kept.get(key) != identity.get(key))
+    return f"is the model of another run (differs in: {differing})" if differing else ""
+
+
 def save_denoiser(path: Path, denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> None:
     """Write a denoiser with its architecture and ``metadata``."""
     save_tensors(path, denoiser.state_dict(), {**metadata, "architecture": denoiser.describe()})
@@ -115,13 +144,16 @@ def load_denoiser(path: Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
     """
     path = Path(path)
     if path.suffix == ".pkl":
-        return load_foreign(path)
+        denoiser, metadata = load_foreign(path)
+        denoiser.samplers = tuple(samplers_from(metadata))
+        return denoiser, metadata
     tensors, metadata = load_tensors(path)
     if "architecture" not in metadata:
         raise CheckpointError(f"{path} holds {metadata.get('kind', 'tensors')}, not a denoiser")
     with _header_of(path):
-        samplers_from(metadata)
-        return restore(metadata.pop("architecture"), tensors, "the file"), metadata
+        denoiser = restore(metadata.pop("architecture"), tensors, "the file")
+        denoiser.samplers = tuple(samplers_from(metadata))
+    return denoiser, metadata
 
 
 @contextlib.contextmanager

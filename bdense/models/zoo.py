@@ -13,7 +13,7 @@ from typing import Any
 
 from bdense.downloads import fetch
 from bdense.errors import InputError, is_out_of_memory
-from bdense.files import user_folder
+from bdense.files import require_no_page, user_folder
 
 # "All material, including source code and pre-trained models" (NVlabs/edm, README.md, License, at
 # 008a4e5).
@@ -178,6 +178,7 @@ def reading_checkpoint(whose: str, path: Path, url: str) -> Iterator[None]:
     except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
+        require_no_page(path)
         raise InputError(
             f"{path} does not hold {whose} weights ({last_line(error)}); give the file of {url}"
         ) from error

@@ -1,19 +1,28 @@
 """Shared by the verbs when they run: hardware, output paths, progress."""
 
 import argparse
-import os
+import contextlib
+import signal
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import FrameType
+from typing import Any, Self
 
 import torch
 
-from bdense.errors import InputError
+from bdense.command import Force
+from bdense.errors import InputError, StoppedError
 from bdense.execution import Execution
+from bdense.files import require_output
 from bdense.knobs import from_options
+from bdense.models.card import no_card
 from bdense.verbs.options import Hardware
 
 SHOW_SECONDS = 2.0
+WEIGHTS = ".safetensors"
 
 
 def chosen_device(options: argparse.Namespace) -> torch.device:
@@ -44,36 +53,104 @@ def chosen_hardware(options: argparse.Namespace) -> tuple[torch.device, Executio
     return device, execution
 
 
-def require_writable(out: Path, *, folder: bool = False) -> None:
-    """Make the folder of an output file, or the output folder itself, before hours of work.
+def require_out(
+    out: Path,
+    options: argparse.Namespace,
+    problem: Callable[[Path], str] = lambda _: "",
+    *,
+    inputs: Iterable[str | Path] = (),
+    folder: bool = False,
+) -> None:
+    """``require_output`` with the --force of the command line."""
+    force = from_options(Force, options).force
+    require_output(out, problem=problem, inputs=inputs, force=force, folder=folder)
+
+
+def require_model_out(
+    out: Path,
+    options: argparse.Namespace,
+    problem: Callable[[Path], str] = lambda _: "",
+    *,
+    inputs: Iterable[str | Path] = (),
+) -> None:
+    """Check an --out of weights, and the card beside it.
+
+    Args:
+        out: The file of weights.
+        options: The command line.
+        problem: As of ``require_output``.
+        inputs: Files and folders that the command reads.
 
     Raises:
-        InputError: It cannot be written, or is a folder where a file is expected or vice versa.
+        InputError: As ``require_output``, or the file has another ending than .safetensors.
     """
-    if folder and out.exists() and not out.is_dir():
-        raise InputError(f"--out {out} is a file; give the name of a folder")
-    if not folder and out.is_dir():
-        raise InputError(f"--out {out} is a folder; give the name of a file")
-    place = out if folder else out.parent
-    place.mkdir(parents=True, exist_ok=True)
-    if not os.access(place, os.W_OK):
-        raise InputError(f"--out {out}: the folder cannot be written; choose another")
+    if out.suffix != WEIGHTS and not out.is_dir():
+        raise InputError(f"--out {out} must end in {WEIGHTS}, the format that is written")
+    require_out(out, options, problem, inputs=inputs)
+    require_out(out.with_suffix(".md"), options, no_card)
 
 
 def unfinished(out: Path) -> Path:
     """Where a training is kept until its result is written."""
-    return out.with_suffix(".training.safetensors")
+    return out.with_suffix(f".training{WEIGHTS}")
+
+
+def kept_in(checkpoint: Path) -> str:
+    """What an interrupted training says."""
+    return f"saved in {checkpoint}; run the same command again to continue"
+
+
+class Interrupt(contextlib.AbstractContextManager["Interrupt"]):
+    """Ctrl-C and SIGTERM while work is under way: it ends at its next report of progress.
+
+    So a training ends between two iterations, with its state saved. A second signal ends it at
+    once.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        sys.stderr.write("interrupted: ending this iteration (once more ends at once)\n")
 
 
 class Progress:
-    """A line on stderr every two seconds."""
+    """A line on stderr every two seconds.
 
-    def __init__(self) -> None:
+    Args:
+        interrupt: Ends the work where it was requested.
+        kept: What is kept then, for people.
+    """
+
+    def __init__(
+        self, interrupt: Interrupt | None = None, kept: str = "nothing was saved"
+    ) -> None:
+        self._interrupt, self._kept = interrupt, kept
         self._shown = time.monotonic()
         self._first: tuple[int, float] | None = None
 
     def __call__(self, done: int, total: int, remark: str) -> None:
-        """Report progress, if two seconds have passed or this is the end."""
+        """Report progress, if two seconds have passed or this is the end.
+
+        Raises:
+            StoppedError: An interrupt was requested.
+        """
+        if self._interrupt is not None and self._interrupt.requested:
+            raise StoppedError(f"interrupted at {done}/{total}; {self._kept}")
         now = time.monotonic()
         # An earlier run did what is done at the first call.
         self._first = self._first or (done, now)

@@ -1,43 +1,52 @@
 """``bdense convert``: a foreign checkpoint becomes safetensors, readable JSON and a model card."""
 
 import argparse
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.errors import InputError
 from bdense.files import atomic_write, sha256_file
 from bdense.knobs import from_options
 from bdense.models.card import network_facts, readable_json, write_card
-from bdense.models.store import denoiser_sha256, load_model, save_denoiser
+from bdense.models.store import denoiser_sha256, load_model, other_run, save_denoiser
 from bdense.models.zoo import CHECKPOINTS
-from bdense.verbs.common import require_writable
+from bdense.verbs.common import require_model_out, require_out
 from bdense.verbs.options import ConvertOptions
-
-_SUFFIX = ".safetensors"
 
 
 def convert(options: argparse.Namespace) -> None:
     """Run the verb."""
     own = from_options(ConvertOptions, options)
     source, out = own.source, own.out
-    require_writable(out)
-    if out.suffix != _SUFFIX:
-        raise InputError(f"{out} must end in {_SUFFIX}, the format that is written")
     denoiser, found = load_model(source)
-    metadata = {"kind": "teacher", **found}
+    metadata = {"kind": "teacher", **found, "identity": {"model": denoiser_sha256(denoiser)}}
     file = CHECKPOINTS[source].path if source in CHECKPOINTS else Path(source)
     if file.is_file():
         metadata["source_sha256"] = sha256_file(file)
-    save_denoiser(out, denoiser, metadata)
+    require_model_out(
+        out, options, lambda path: other_run(path, metadata["identity"]), inputs=[source]
+    )
     readable = out.with_suffix(".json")
+    require_out(readable, options, _no_facts)
+    save_denoiser(out, denoiser, metadata)
     with atomic_write(readable) as scratch:
         scratch.write_text(readable_json(out.name, denoiser, metadata))
     card = write_card(out, denoiser, metadata)
     for key, value in _facts(denoiser, metadata).items():
         print(f"{key}: {value}")
     print(f"wrote {out}, {readable}, {card}")
+
+
+def _no_facts(path: Path) -> str:
+    """Why an existing file does not hold the facts of a model; "" if it does."""
+    try:
+        known = json.loads(path.read_bytes())
+    except ValueError:
+        known = None
+    ours = isinstance(known, dict) and "weights_sha256" in known
+    return "" if ours else "holds no facts of a model"
 
 
 def _facts(denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> dict[str, str]:

@@ -4,13 +4,13 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
-
+from bdense.command import Force
 from bdense.data.datasets import Dataset, load_dataset
+from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.epd import EPD, write_table
 from bdense.knobs import KnobError, from_options
 from bdense.methods import METHODS
-from bdense.methods.distill import TrainedStage, keep_student
+from bdense.methods.distill import TrainedStage
 from bdense.methods.distill import distill as distill_stages
 from bdense.methods.method import Inputs, StagePlan
 from bdense.metrics.extractors import load_extractor
@@ -18,7 +18,16 @@ from bdense.metrics.references import dataset_reference
 from bdense.models.card import inherited
 from bdense.models.store import load_model
 from bdense.training.loop import IterationReport
-from bdense.verbs.common import Progress, chosen_hardware, require_writable, unfinished
+from bdense.verbs.common import (
+    WEIGHTS,
+    Interrupt,
+    Progress,
+    chosen_hardware,
+    kept_in,
+    require_model_out,
+    require_out,
+    unfinished,
+)
 from bdense.verbs.fid import KeptFIDs
 from bdense.verbs.options import IMAGES, DistillOptions, Evaluation
 from bdense.verbs.weight_options import chosen_weighting
@@ -42,76 +51,89 @@ def distill(options: argparse.Namespace) -> None:
     teacher.to(device).execute(execution)
     # Several stages: a folder of students. One: a file, and its checkpoint beside it.
     several = any(plan.name for plan in method.plan(config, teacher))
+    folder = own.out if several else own.out.parent
+    interrupt = Interrupt()
     stages = distill_stages(
         method,
         teacher,
         config,
         weighting,
         Inputs(dataset=dataset, seed=own.seed, known=known),
-        folder=own.out if several else None,
-        checkpoint=None if several else unfinished(own.out),
+        folder=folder,
+        name=own.out.stem,
+        replace=from_options(Force, options).force,
         keep_branches=own.keep_branches,
         metadata={
-            **({"data": dataset.name} if method.needs_data and dataset is not None else {}),
             **inherited(known, Path(own.teacher).name),
+            **({"data": dataset.name} if method.needs_data and dataset is not None else {}),
         },
-        on_iteration=_StageProgress(),
+        on_iteration=_StageProgress(interrupt, own.out, several=several),
     )
-    folder = own.out if several else own.out.parent
-    fids = _kept_fids(evaluation, dataset, device, folder, own.seed)
-    require_writable(own.out, folder=several)
+    if several:
+        require_out(own.out, options, folder=True)
+    else:  # students of other runs were refused
+        require_model_out(own.out, options, inputs=[own.teacher])
+    fids = _kept_fids(evaluation, dataset, teacher, folder, own.seed, interrupt)
     sampler = method.teacher_sampler(config, teacher)
     if fids is not None and sampler is not None:
         print(f"teacher: {own.teacher}", flush=True)
         print(json.dumps(fids.fid("teacher", teacher, sampler)), flush=True)
-    for done in stages:
-        path = done.path or _keep(own.out, done)
-        print(f"{done.plan.label}: {path}", flush=True)
-        if fids is not None:
-            print(json.dumps(fids.fid(path.stem, done.student, done.sampler)), flush=True)
+    with interrupt:
+        for done in stages:
+            assert done.path is not None
+            _write_table(done, done.path)
+            print(f"{done.plan.label}: {done.path}", flush=True)
+            if fids is not None:
+                print(json.dumps(fids.fid(done.path.stem, done.student, done.sampler)), flush=True)
 
 
-def _keep(path: Path, done: TrainedStage) -> Path:
-    """Write a single student with its card, and its table if it has one; drop its checkpoint."""
-    keep_student(path, done.student, done.branched, done.metadata)
+def _write_table(done: TrainedStage, path: Path) -> None:
+    """Write the table of a learned solver beside its student."""
     if isinstance(done.sampler.solver, EPD):
-        kept = ("teacher", "teacher_sha256", "training")
-        about = {name: done.metadata[name] for name in kept}
+        about = {name: done.metadata[name] for name in ("teacher", "teacher_sha256", "training")}
         # Learned without guidance, and good for a teacher that is sampled so.
         write_table(path.with_suffix(".epd.json"), done.sampler, about | {"guidance": 1.0})
-    unfinished(path).unlink(missing_ok=True)
-    return path
 
 
 def _kept_fids(
-    evaluation: Evaluation, dataset: Dataset | None, device: torch.device, folder: Path, seed: int
+    evaluation: Evaluation,
+    dataset: Dataset | None,
+    teacher: NetworkDenoiser,
+    folder: Path,
+    seed: int,
+    interrupt: Interrupt,
 ) -> KeptFIDs | None:
     """The FIDs that --extractor asks for; None without it."""
     if evaluation.extractor is None or dataset is None:
         if evaluation.images is not None:
             raise KnobError("--images", "needs --extractor, which measures the FID")
         return None
+    device = next(teacher.parameters()).device
     extractor = load_extractor(evaluation.extractor, cache=evaluation.cache, device=device)
     return KeptFIDs(
         folder=folder,
         dataset=dataset,
         extractor=extractor,
         reference=dataset_reference(dataset, extractor, cache=evaluation.cache),
+        image_shape=teacher.image_shape,
         images=evaluation.images or IMAGES,
         seed=seed,
+        interrupt=interrupt,
     )
 
 
 class _StageProgress:
     """Progress of one stage after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, interrupt: Interrupt, out: Path, *, several: bool) -> None:
+        self._interrupt, self._out, self._several = interrupt, out, several
         self._plan: StagePlan | None = None
         self._show = Progress()
 
     def __call__(self, plan: StagePlan, done: IterationReport) -> None:
         """Report how far the stage is."""
         if plan != self._plan:
-            self._plan, self._show = plan, Progress()
+            path = self._out / f"{plan.name}{WEIGHTS}" if self._several else self._out
+            self._plan, self._show = plan, Progress(self._interrupt, kept_in(unfinished(path)))
         remark = f"{plan.label}, loss {done.loss:.4g}"
         self._show(done.iteration + 1, done.iterations, remark)

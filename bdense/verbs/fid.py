@@ -2,31 +2,33 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bdense import NUMERICS
 from bdense.data.datasets import Dataset, load_dataset
+from bdense.data.names import split_format
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import Sampler, draw_images
 from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.files import atomic_write
-from bdense.knobs import from_options
+from bdense.knobs import KnobError, from_options
 from bdense.metrics.extractors import Extractor, load_extractor
 from bdense.metrics.metrics import measure_images, require_measurable
 from bdense.metrics.references import (
     Reference,
     dataset_reference,
+    no_statistics,
     read_reference,
     write_reference,
 )
 from bdense.metrics.settings import MetricSettings
 from bdense.models.store import denoiser_sha256
 from bdense.models.zoo import resolve_reference
-from bdense.verbs.common import Progress, chosen_device, chosen_hardware, require_writable
+from bdense.verbs.common import Interrupt, Progress, chosen_device, chosen_hardware, require_out
 from bdense.verbs.options import Drawing, Features, FidOptions, ReferenceOptions
 from bdense.verbs.sample import model_and_sampler
 
@@ -41,18 +43,18 @@ def fid(options: argparse.Namespace) -> None:
             "drop one"
         )
     device, execution = chosen_hardware(options)
-    model, sampler = model_and_sampler(own.model, drawing, device, execution)
+    model, sampler, known = model_and_sampler(own.model, drawing, device, execution)
     if own.reference is not None:
         file = resolve_reference(own.reference)
         extractor = load_extractor(features.extractor, cache=features.cache, device=device)
         reference = read_reference(file, extractor)
     else:
-        dataset = load_dataset(own.data or "digits")
+        dataset = load_dataset(own.data or _own_data(own.model, known))
         extractor = load_extractor(features.extractor, cache=features.cache, device=device)
         reference = dataset_reference(
             dataset, extractor, cache=features.cache, with_features=set(own.metrics) != {"fid"}
         )
-    require_measurable(own.metrics, settings, own.images, reference)
+    require_measurable(own.metrics, settings, own.images, reference, model.image_shape, extractor)
     images = draw_images(
         model,
         sampler,
@@ -76,13 +78,30 @@ def fid(options: argparse.Namespace) -> None:
     print(json.dumps(measured.pop("fid") | measured | unusual))
 
 
+def _own_data(model: str, known: Mapping[str, Any]) -> str:
+    """The data set that a model was trained on, by its metadata.
+
+    Raises:
+        KnobError: They do not name one that can be found again.
+    """
+    data = known.get("data")
+    if isinstance(data, str) and split_format(data) is None:
+        return data
+    said = "does not say what it was trained on" if data is None else f"was trained on {data}"
+    raise KnobError(
+        "--data",
+        f"is missing: {model} {said}; give --data, for files with their path, or --reference",
+    )
+
+
 def reference(options: argparse.Namespace) -> None:
     """Run ``reference``."""
     own, features = from_options(ReferenceOptions, options), from_options(Features, options)
     device = chosen_device(options)
-    require_writable(own.out)
+    require_out(own.out, options, no_statistics)
     dataset = load_dataset(own.data)
     extractor = load_extractor(features.extractor, cache=features.cache, device=device)
+    require_out(own.out, options, lambda path: no_statistics(path, dataset.name, extractor))
     statistics = dataset_reference(dataset, extractor, cache=features.cache).statistics
     write_reference(own.out, statistics, dataset.name, extractor)
     print(
@@ -98,22 +117,33 @@ class KeptFIDs:
     Attributes:
         folder: Where each is kept when it is measured.
         dataset: What the images are compared with, as ``reference``.
+        image_shape: (C, H, W) of the models' images.
         images: Images drawn for each.
         seed: Seed of their latents.
+        interrupt: Ends the drawing of images.
 
     Raises:
-        InputError: There are too few images.
+        InputError: As ``require_measurable``.
     """
 
     folder: Path
     dataset: Dataset
     extractor: Extractor
     reference: Reference
+    image_shape: tuple[int, ...]
     images: int
     seed: int
+    interrupt: Interrupt
 
     def __post_init__(self) -> None:
-        require_measurable(["fid"], MetricSettings(), self.images, self.reference)
+        require_measurable(
+            ["fid"],
+            MetricSettings(),
+            self.images,
+            self.reference,
+            self.image_shape,
+            self.extractor,
+        )
 
     def fid(self, name: str, model: NetworkDenoiser, sampler: Sampler) -> dict[str, Any]:
         """The model's FID as ``bdense fid`` prints it: from its file, or measured now."""
@@ -131,7 +161,7 @@ class KeptFIDs:
         }
         kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         if kept.get("of") != conditions:
-            show = _show_drawn(self.images)
+            show = _show_drawn(self.images, self.interrupt)
             images = draw_images(model, sampler, self.images, seed=self.seed, on_image=show)
             seeds = {"evaluation": self.seed}
             measured = measure_images(
@@ -145,8 +175,8 @@ class KeptFIDs:
         return found
 
 
-def _show_drawn(images: int) -> Callable[[int], None]:
-    show = Progress()
+def _show_drawn(images: int, interrupt: Interrupt | None = None) -> Callable[[int], None]:
+    show = Progress(interrupt, "this FID was not measured; finished students are kept")
     return lambda done: show(done, images, "images drawn")
 
 

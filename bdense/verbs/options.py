@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from bdense.command import Configs
+from bdense.command import Configs, Force
 from bdense.data.names import DATA_SETS
 from bdense.diffusion import SOLVERS, STOCHASTIC_SOLVERS
 from bdense.diffusion.grid_knobs import NativeGridKnobs
@@ -245,7 +245,9 @@ class FidOptions(Knobs):
 
     model: str = knob(help=_MODEL, metavar="MODEL", form="positional")
     data: str | None = knob(
-        None, f"reference data set: {DATA_SETS}", none="digits, without --reference"
+        None,
+        f"reference data set: {DATA_SETS}",
+        none="the one that the model was trained on, without --reference",
     )
     reference: str | None = knob(
         None,
@@ -289,7 +291,7 @@ def teacher_configs(arguments: Sequence[str]) -> Configs:
     """The classes of ``bdense teacher``; imports torch."""
     from bdense.training.teacher import TeacherConfig
 
-    return (TeacherOptions, ModelOptions, TeacherConfig, Execution, Hardware)
+    return (TeacherOptions, Force, ModelOptions, TeacherConfig, Execution, Hardware)
 
 
 def distill_configs(arguments: Sequence[str]) -> Configs:
@@ -299,7 +301,7 @@ def distill_configs(arguments: Sequence[str]) -> Configs:
         InputError: There is no such method.
     """
     method = METHODS[chosen_method(arguments)].Config
-    own = (DistillOptions, WeightOptions, parameter_options())
+    own = (DistillOptions, Force, WeightOptions, parameter_options())
     return (*own, method, Evaluation, Execution, Hardware)
 
 

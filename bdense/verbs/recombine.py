@@ -22,7 +22,7 @@ from bdense.metrics.records import FID
 from bdense.metrics.references import Reference, dataset_reference
 from bdense.metrics.settings import MetricSettings
 from bdense.models.store import load_model
-from bdense.verbs.common import Progress, chosen_hardware, require_writable
+from bdense.verbs.common import Progress, chosen_hardware, require_model_out
 from bdense.verbs.options import IMAGES, Evaluation, RecombineOptions
 
 # Metadata of the branched student that is not true of another.
@@ -46,7 +46,7 @@ def recombine(options: argparse.Namespace) -> None:
     c: Sequence[float] | None = own.c
     if c is not None:
         recombine_branches(student, c)  # refuses coefficients that do not fit
-    require_writable(own.out)
+    require_model_out(own.out, options, inputs=[own.branched])
     student.to(device).execute(execution)
     metadata = {key: value for key, value in metadata.items() if key not in _OF_THE_BRANCHED}
     if evaluation.extractor is not None:
@@ -99,7 +99,9 @@ def _judge(
     extractor = load_extractor(evaluation.extractor, cache=evaluation.cache, device=device)
     reference = dataset_reference(load_dataset(own.data), extractor, cache=evaluation.cache)
     images = evaluation.images or IMAGES
-    require_measurable(["fid"], MetricSettings(), images, reference)
+    require_measurable(
+        ["fid"], MetricSettings(), images, reference, student.image_shape, extractor
+    )
     return _Judge(
         student=student, sampler=sampler, extractor=extractor, reference=reference, images=images
     )

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.knobs import from_options, spelt_options
 from bdense.models.store import load_model
-from bdense.verbs.common import chosen_hardware, require_writable
+from bdense.verbs.common import chosen_hardware, require_out
 from bdense.verbs.options import Drawing, SampleOptions
 
+_PNG = b"\x89PNG\r\n\x1a\n"
 _LEVELS = ("schedule", "rho", "sigma_min", "sigma_max")
 _USUAL = {"nfe": 2, "afs": True, "solver": "euler", "order": None, "clip": False}
 
@@ -28,8 +30,8 @@ def sample(options: argparse.Namespace) -> None:
     """Run the verb."""
     own, drawing = from_options(SampleOptions, options), from_options(Drawing, options)
     device, execution = chosen_hardware(options)
-    require_writable(own.out)
-    model, sampler = model_and_sampler(own.model, drawing, device, execution)
+    require_out(own.out, options, _no_picture)
+    model, sampler, _ = model_and_sampler(own.model, drawing, device, execution)
     images = draw_images(
         model, sampler, own.images, seed=own.seed, batch=drawing.batch, class_index=drawing.class_
     )
@@ -37,10 +39,16 @@ def sample(options: argparse.Namespace) -> None:
     print(own.out)
 
 
+def _no_picture(path: Path) -> str:
+    """Why an existing file is no PNG; "" if it is."""
+    with path.open("rb") as file:
+        return "" if file.read(len(_PNG)) == _PNG else "is no PNG picture"
+
+
 def model_and_sampler(
     source: str, drawing: Drawing, device: torch.device, execution: Execution
-) -> tuple[NetworkDenoiser, Sampler]:
-    """The model on its device, and its sampler.
+) -> tuple[NetworkDenoiser, Sampler, Mapping[str, Any]]:
+    """The model on its device, its sampler, and its metadata.
 
     Raises:
         InputError: There is no such model, or it has another sampler than the one asked for.
@@ -48,7 +56,7 @@ def model_and_sampler(
     model, metadata = load_model(source)
     sampler = _chosen_sampler(source, drawing, metadata, model.precond)
     conditions_for(model.label_dim, drawing.class_)  # refuses a class it does not know
-    return model.to(device).execute(execution), sampler
+    return model.to(device).execute(execution), sampler, metadata
 
 
 def _chosen_sampler(

@@ -7,9 +7,22 @@ from bdense.data.datasets import Dataset, load_dataset
 from bdense.errors import InputError
 from bdense.knobs import KnobError, from_options
 from bdense.models.card import write_card
-from bdense.models.store import denoiser_sha256, save_denoiser
-from bdense.training.teacher import TeacherConfig, train_teacher
-from bdense.verbs.common import Progress, chosen_hardware, require_writable, unfinished
+from bdense.models.store import (
+    denoiser_sha256,
+    load_denoiser,
+    other_run,
+    plain_json,
+    save_denoiser,
+)
+from bdense.training.teacher import TeacherConfig, teacher_data, train_teacher
+from bdense.verbs.common import (
+    Interrupt,
+    Progress,
+    chosen_hardware,
+    kept_in,
+    require_model_out,
+    unfinished,
+)
 from bdense.verbs.options import ModelOptions, TeacherOptions
 
 
@@ -25,20 +38,29 @@ def teacher(options: argparse.Namespace) -> None:
         network=_network(model, dataset, conditional=own.conditional),
         precond=precond,
     )
-    require_writable(own.out)
-    show, scratch = Progress(), unfinished(own.out)
-    trained = train_teacher(
-        dataset,
-        config,
-        device=device,
-        execution=execution,
-        checkpoint=scratch,
-        on_iteration=lambda done, total, loss: show(done, total, f"loss {loss:.3f}"),
+    identity = plain_json(
+        {"precision": execution.precision, **config.as_dict(), **teacher_data(config, dataset)}
     )
+    require_model_out(own.out, options, lambda path: other_run(path, identity))
+    if own.out.exists() and not other_run(own.out, identity):
+        print(f"{own.out} sha256 {denoiser_sha256(load_denoiser(own.out)[0])[:16]}, made before")
+        return
+    scratch = unfinished(own.out)
+    with Interrupt() as interrupt:
+        show = Progress(interrupt, kept_in(scratch))
+        trained = train_teacher(
+            dataset,
+            config,
+            device=device,
+            execution=execution,
+            checkpoint=scratch,
+            on_iteration=lambda done, total, loss: show(done, total, f"loss {loss:.3f}"),
+        )
     metadata = {
         "kind": "teacher",
         "data": dataset.name,
         "training": config.as_dict() | {"precision": execution.precision},
+        "identity": identity,
     }
     save_denoiser(own.out, trained, metadata)
     write_card(own.out, trained, metadata)

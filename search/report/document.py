@@ -148,6 +148,11 @@ def _markdown(block: Block) -> str:
             return inside and f"## {escaped(heading)}\n\n{inside}"
 
 
+def generator(title: str) -> str:
+    """The line by which a page of ours about this study is known."""
+    return f'<meta name="generator" content="bdense: {_tagless(title)}">'
+
+
 def as_html(title: str, blocks: Sequence[Block], folder: Path) -> str:
     """The page as a document of HTML, with the pictures of that folder in it."""
     body = "\n".join(filter(None, (_html(block, folder) for block in blocks)))
@@ -156,6 +161,7 @@ def as_html(title: str, blocks: Sequence[Block], folder: Path) -> str:
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="referrer" content="no-referrer">
+{generator(title)}
 <title>{_tagless(title)}</title>
 <style>{STYLE}</style></head>
 <body>

@@ -3,13 +3,14 @@
 Reads the storage and the rows' folders, and writes only to the folder it is given.
 """
 
+import functools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from bdense.errors import InputError
-from bdense.files import atomic_write
-from search.report.document import Picture, as_html, as_markdown
+from bdense.files import atomic_write, require_output
+from search.report.document import Picture, as_html, as_markdown, generator
 from search.report.overview import Overview, overview_of
 from search.report.pages import study_page
 from search.study.folders import GRID, WEIGHTS_PLOT, pictures, row_folder
@@ -21,18 +22,20 @@ from search.study.wording import weights_text
 PAGE, HTML_PAGE = "report.md", "report.html"
 
 
-def write_report(study: Study, folder: Path) -> Path:
+def write_report(study: Study, folder: Path, *, force: bool = False) -> Path:
     """Write both pages, a picture of each plot and the sample grids that are still there.
 
     Args:
         study: With at least one complete row.
-        folder: Made where it is missing; files of the same names are replaced.
+        folder: Made where it is missing; an earlier report of the study is replaced.
+        force: Replace other files of the same names too.
 
     Returns:
         The page of Markdown; ``report.html`` lies beside it.
 
     Raises:
-        InputError: No row is complete.
+        InputError: No row is complete, or the folder cannot be written or has other files of the
+            same names.
     """
     overview = overview_of(study)
     if overview.is_empty:
@@ -40,9 +43,12 @@ def write_report(study: Study, folder: Path) -> Path:
             f"{overview.headline()}: there is nothing to report yet; run bdense-search launch "
             "first"
         )
-    folder.mkdir(parents=True, exist_ok=True)
+    shown = overview.plots()
+    names = [PAGE, HTML_PAGE, *(f"{plot.key}.png" for plot in shown)]
+    other = functools.partial(_other_files, study.name, names)
+    require_output(folder, problem=other, force=force, folder=True)
     plots = []
-    for plot in overview.plots():
+    for plot in shown:
         plots.append(Picture(plot.title, f"{plot.key}.png"))
         plot.save(folder / plots[-1].address)
     grids = _copy_grids(overview, folder)
@@ -54,6 +60,15 @@ def write_report(study: Study, folder: Path) -> Path:
         with atomic_write(folder / name) as scratch:
             scratch.write_text(text)
     return folder / PAGE
+
+
+def _other_files(study: str, names: Sequence[str], folder: Path) -> str:
+    """Why a folder is not one with an earlier report of the study; "" if it is, or has none."""
+    there = [name for name in names if (folder / name).exists()]
+    there += sorted(path.name for path in folder.glob("samples-*.png"))
+    page = folder / HTML_PAGE
+    ours = page.is_file() and generator(study).encode() in page.read_bytes()
+    return f"has a {there[0]} that is not of this study's report" if there and not ours else ""
 
 
 def _trial_rows(trials: Sequence[Measured]) -> list[tuple[str, ...]]:

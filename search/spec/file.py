@@ -1,4 +1,4 @@
-"""Study files: YAML to a spec, with absolute paths; mistakes are named by key."""
+"""Study files: YAML to a spec, with absolute paths; mistakes are named by line and key."""
 
 import dataclasses
 import functools
@@ -7,19 +7,19 @@ import multiprocessing
 import re
 import signal
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from bdense.data.names import split_format, split_side
+from bdense.data.names import split_fit, split_format
 from bdense.errors import InputError
 from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
 from search.errors import SpecError
 from search.spec.legacy import translated
-from search.spec.study import StudySpec, spelt_plan
+from search.spec.study import StudySpec, flatten, spelt_plan
 
 T = TypeVar("T")
 
@@ -65,15 +65,51 @@ def _resolved(path: Path, changes: dict[str, Any]) -> StudySpec:
 
     tree = read_tree(path)
     try:
-        tree, hint = translated(tree)
+        try:
+            tree, hint = translated(tree)
+        except SpecError as error:
+            raise SpecError(f"{path}: {error}") from error
+        if "plan" in tree:
+            tree = {**tree, "plan": spelt_plan(tree["plan"])}
+        spec = parse(_merged(tree, changes), source=str(path))
+        if hint:
+            sys.stderr.write(f"bdense-search: {path}: {hint}\n")
+        return resolve(spec, source=str(path))
     except SpecError as error:
-        raise SpecError(f"{path}: {error}") from error
-    if "plan" in tree:
-        tree = {**tree, "plan": spelt_plan(tree["plan"])}
-    spec = parse(_merged(tree, changes), source=str(path))
-    if hint:
-        sys.stderr.write(f"bdense-search: {path}: {hint}\n")
-    return resolve(spec, source=str(path))
+        raise SpecError(_with_lines(str(error), path, changes)) from error
+
+
+def _with_lines(message: str, path: Path, changes: Mapping[str, Any]) -> str:
+    """A message with line and column after the file, where a line of it begins with a key."""
+    places = key_places(yaml.compose(path.read_text(), Loader=yaml.SafeLoader))
+    for key in flatten(dict(changes)):  # given on the command line
+        places.pop(key, None)
+
+    def located(line: str) -> str:
+        file, found, problem = line.partition(f"{path}: ")
+        if file or not found:
+            return line
+        key = re.split(r"[ :]", problem, maxsplit=1)[0]
+        while key and key not in places:
+            key = key.rpartition(".")[0]
+        return f"{path}:{places[key]}: {problem}" if key else line
+
+    return "\n".join(map(located, message.splitlines()))
+
+
+def key_places(node: yaml.Node | None, prefix: str = "") -> dict[str, str]:
+    """LINE:COLUMN, from 1, of every key by its dotted name; items of lists by their number."""
+    found: dict[str, str] = {}
+    if isinstance(node, yaml.MappingNode):
+        parts = [(str(key.value), key.start_mark, value) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        parts = [(str(index), each.start_mark, each) for index, each in enumerate(node.value)]
+    else:
+        return found
+    for name, mark, value in parts:
+        found[prefix + name] = f"{mark.line + 1}:{mark.column + 1}"
+        found |= key_places(value, f"{prefix}{name}.")
+    return found
 
 
 def _require_variants(spec: StudySpec, variants: Sequence[dict[str, Any]]) -> None:
@@ -102,14 +138,31 @@ def read_tree(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"the study file {path} cannot be read: {error}") from error
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, Loader=_Loader)  # noqa: S506  a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise SpecError(f"{path}{place}: not valid YAML: {error.problem}") from error
     except (yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise SpecError(f"{path} is not valid YAML: {reason}") from error
+        raise SpecError(f"{path}: not valid YAML: {reason}") from error
     _require_small(tree, path)
     if not isinstance(tree, dict):
         raise SpecError(f"{path} must be a mapping of keys such as name, data, teacher, method")
     return tree
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which the last would count."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                problem = f"the key {key.value} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def _require_small(tree: Any, path: Path) -> None:  # noqa: ANN401  whatever YAML holds
@@ -180,12 +233,13 @@ def as_yaml(spec: StudySpec) -> str:
 
 
 def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
-    """The spec with absolute paths: workers run in folders of their own."""
+    """The spec with absolute paths, given relative to its file: workers run in other folders."""
+    base = Path(source).parent
 
     def absolute(key: str, file: str, names: Collection[str] = ()) -> str:
         if file in names:
             return file
-        path = Path(file).resolve()
+        path = (base / Path(file).expanduser()).resolve()
         if path.is_dir():
             raise SpecError(
                 f"{source}: {key}: {file} is a folder; a model in diffusers' format becomes a "
@@ -193,12 +247,12 @@ def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
             )
         if not path.is_file():
             known = f", nor a public one of that name ({', '.join(names)})" if names else ""
-            raise SpecError(f"{source}: {key}: there is no file {file}{known}")
+            raise SpecError(f"{source}: {key}: there is no file {file}{known}{_elsewhere(file)}")
         return str(path)
 
     teacher, evaluation, data = spec.teacher, spec.evaluation, spec.data
     if data is not None:
-        data = _absolute_data(data, source)
+        data = _absolute_data(data, base, source)
     if teacher.checkpoint is not None:
         checkpoint = absolute("teacher.checkpoint", teacher.checkpoint, PUBLIC_MODELS)
         teacher = dataclasses.replace(teacher, checkpoint=checkpoint)
@@ -212,13 +266,19 @@ def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
     return dataclasses.replace(spec, teacher=teacher, evaluation=evaluation, data=data)
 
 
-def _absolute_data(data: str, source: str) -> str:
+def _elsewhere(file: str) -> str:
+    """A hint for a path that was meant relative to the current folder."""
+    here = Path(file).exists()
+    return "; paths are relative to the study's file" if here else ""
+
+
+def _absolute_data(data: str, base: Path, source: str) -> str:
     """A data set of files with its absolute path; a name stays one."""
-    given, side = split_side(data)
+    given, fit = split_fit(data)
     if (found := split_format(given)) is None:
         return data
-    kind, path = found[0], Path(found[1]).expanduser().resolve()
+    kind, path = found[0], (base / Path(found[1]).expanduser()).resolve()
     what = "folder" if kind == "folder" else "file"
     if not (path.is_dir() if what == "folder" else path.is_file()):
-        raise SpecError(f"{source}: data: there is no {what} {found[1]}")
-    return f"{kind}:{path}" if side is None else f"{kind}:{path}@{side}"
+        raise SpecError(f"{source}: data: there is no {what} {found[1]}{_elsewhere(found[1])}")
+    return f"{kind}:{path}" if fit is None else f"{kind}:{path}@{fit}"

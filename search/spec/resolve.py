@@ -10,16 +10,17 @@ from typing import Any
 import torch
 
 from bdense.data.datasets import image_shape
-from bdense.data.names import split_format, split_side
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.knobs import knobs_of
 from bdense.methods import METHODS
 from bdense.methods.one_shot import Coordinates, OneShot
-from bdense.metrics.classifiers import RECIPES
+from bdense.metrics.classifiers import RECIPES, Classifier
 from bdense.metrics.dinov2 import SIZES
 from bdense.metrics.extractors import SPECS
+from bdense.metrics.metrics import require_enough
+from bdense.metrics.settings import MetricSettings
 from bdense.models.store import load_model
 from bdense.models.zoo import PUBLIC_MODELS
 from bdense.training.teacher import TeacherConfig, new_denoiser
@@ -45,7 +46,6 @@ def resolve(spec: StudySpec, source: str = "") -> StudySpec:
         _check_plan(resolved)
         if spec.resources.gpus == 0:
             execution(spec).require(torch.device("cpu"))
-        _check_data(resolved)
         _check_extractor(spec.evaluation.extractor)
         resolved = _with_teacher(resolved)
         if spec.is_search:
@@ -96,7 +96,7 @@ def _untrained(spec: StudySpec) -> NetworkDenoiser:
         config = teacher_config(training)
     except InputError as error:
         raise SpecError.under("teacher.train", error) from error
-    shape = torch.Size(image_shape(spec.data))
+    shape = torch.Size(_data_shape(spec.data))
     try:
         # Building is what finds a wrong type.
         with torch.device("meta"):
@@ -133,6 +133,7 @@ def _with_teacher(spec: StudySpec) -> StudySpec:
     with torch.device("meta"):
         teacher = build_denoiser(described)
         teacher.execution = execution(spec)
+        _check_images(spec, teacher)
         method = METHODS[spec.method.name]()
         config = method.Config.read(spec.method.options)
         try:
@@ -288,24 +289,33 @@ def _check_arms(spec: StudySpec) -> None:
         variant(spec, changes, f"plan.variants.{index}")
 
 
-def _check_data(spec: StudySpec) -> None:
-    # Reading files may take long: that is left to the workers.
-    if spec.data is None or split_format(split_side(spec.data)[0]) is not None:
-        return
+def _check_images(spec: StudySpec, teacher: NetworkDenoiser) -> None:
+    """Refuse a teacher of other images than the data's, or than the extractor takes."""
+    made = teacher.image_shape
+    if spec.data is not None and spec.uses_data:
+        shape = _data_shape(spec.data)
+        if made != shape:
+            name = spec.teacher.checkpoint
+            raise SpecError(
+                f"teacher.checkpoint: {name} makes images of {made} (channels, height, width) and "
+                f"data {spec.data} holds {shape}; choose another of the two"
+            )
+    evaluation = spec.evaluation
     try:
-        shape = image_shape(spec.data)
+        require_enough(evaluation.metrics, MetricSettings(), evaluation.images)
+        if (recipe := RECIPES.get(evaluation.extractor)) is not None:
+            # On the meta device: only the shapes are looked at.
+            classifier = Classifier(evaluation.extractor, recipe.side, num_classes=2)
+            classifier(torch.zeros(2, *made, dtype=torch.uint8))
+    except InputError as error:
+        raise SpecError.under("evaluation", error) from error
+
+
+def _data_shape(data: str) -> tuple[int, int, int]:
+    try:
+        return image_shape(data)
     except InputError as error:
         raise SpecError.under("data", error) from error
-    published = PUBLIC_MODELS.get(spec.teacher.checkpoint or "")
-    if published is None or not spec.uses_data:
-        return
-    with torch.device("meta"):
-        made = tuple(build_denoiser(dict(published.architecture)).image_shape)
-    if made != shape:
-        raise SpecError(
-            f"teacher.checkpoint: {published.name} makes images of {made} (channels, height, "
-            f"width) and data {spec.data} holds {shape}; choose another of the two"
-        )
 
 
 def _check_extractor(name: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from bdense import NUMERICS
-from bdense.data.names import LABELS_FILE, image_files, labels_beside, split_format, split_side
+from bdense.data.names import LABELS_FILE, image_files, labels_beside, split_fit, split_format
 from bdense.errors import InputError
 from bdense.execution import Execution, Precision
 from bdense.files import sha256_file
@@ -563,7 +563,7 @@ def spelt_plan(given: Any) -> Any:  # noqa: ANN401  as YAML has it
 
 def _content_of(data: str) -> str:
     """A data set's name, or the digest of its files."""
-    source, side = split_side(data)
+    source, fit = split_fit(data)
     if (found := split_format(source)) is None:
         return data
     kind, path = found[0], Path(found[1]).expanduser()
@@ -572,7 +572,7 @@ def _content_of(data: str) -> str:
     else:
         labels = labels_beside(path) if kind == "idx" else None
         content = "+".join(sha256_file(file) for file in (path, labels) if file is not None)
-    return f"{kind}:{content}" if side is None else f"{kind}:{content}@{side}"
+    return f"{kind}:{content}" if fit is None else f"{kind}:{content}@{fit}"
 
 
 def _digest_of_folder(folder: Path) -> str:

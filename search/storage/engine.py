@@ -10,6 +10,7 @@ import random
 import re
 import sqlite3
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -276,20 +277,35 @@ def _cause(error: BaseException) -> BaseException:
     return error.__cause__ if wrapped else error  # type: ignore[return-value]
 
 
-def _connecting_with(pragma: str) -> Callable[..., sqlite3.Connection]:
-    """A factory of connections that have this setting."""
+def _connect_for_writing(*args: Any, **kwargs: Any) -> sqlite3.Connection:  # noqa: ANN401
+    """A connection as sqlite3 makes it, which checks foreign keys: SQLite does so on request."""
+    connection = sqlite3.Connection(*args, **kwargs)
+    connection.execute("PRAGMA foreign_keys = ON")
+    return connection
 
-    def connect(*args: Any, **kwargs: Any) -> sqlite3.Connection:  # noqa: ANN401 - sqlite3 calls
-        connection = sqlite3.Connection(*args, **kwargs)
-        connection.execute(f"PRAGMA {pragma}")
-        return connection
 
-    return connect
+def _connect_for_reading(database: str, **kwargs: Any) -> sqlite3.Connection:  # noqa: ANN401
+    """A connection that refuses writes, also where this user may not write the folder.
+
+    SQLite opens a database in WAL mode by files beside it. Where they cannot be made, no other
+    process of this user's rights writes, and a database whose log is empty is read as it is.
+    """
+    connection = sqlite3.Connection(database, **kwargs)
+    connection.execute("PRAGMA query_only = ON")
+    try:
+        connection.execute("SELECT 1 FROM sqlite_master").close()
+    except sqlite3.OperationalError:
+        connection.close()
+        log = Path(f"{database}-wal")
+        if log.exists() and log.stat().st_size:
+            raise
+        address = f"file:{urllib.parse.quote(database)}?mode=ro&immutable=1"
+        return sqlite3.Connection(address, **kwargs | {"uri": True})
+    return connection
 
 
 def _open_sqlite(make: Callable[..., RDBStorage], path: Path, *, reading: bool) -> RDBStorage:
-    # SQLite checks foreign keys only if a connection asks for it.
-    factory = _connecting_with("query_only = ON" if reading else "foreign_keys = ON")
+    factory = _connect_for_reading if reading else _connect_for_writing
     engine = {"echo": False, "connect_args": {"timeout": BUSY_SECONDS, "factory": factory}}
     if reading:
         if not path.is_file():

@@ -3,12 +3,10 @@
 import argparse
 from pathlib import Path
 
-import yaml
-
 from bdense.knobs import from_options
 from search.errors import SpecError
 from search.run.gpus import use_gpus
-from search.spec.file import read_spec
+from search.spec.file import read_spec, read_tree
 from search.storage.engine import resolve_storage_url
 from search.study.study import Study
 from search.study.summary import failures, headline
@@ -41,11 +39,8 @@ def study_name(given: str) -> str:
     if not is_file(given):
         return given
     path = Path(given)
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SpecError(f"the study file {path} cannot be read: {error}") from error
-    if not isinstance(tree, dict) or not isinstance(tree.get("name"), str):
+    tree = read_tree(path)
+    if not isinstance(tree.get("name"), str):
         raise SpecError(f"{path} has no name: key, so it is not a study file")
     return str(tree["name"])
 

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bdense.command import Force
 from bdense.errors import InputError
 from bdense.files import require_new
 from bdense.knobs import from_options
@@ -119,8 +120,8 @@ def best(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """Write the report, and name its pages."""
-    out = from_options(ReportOptions, options).out
-    page = write_report(open_study(options, reading=True), out)
+    out, force = from_options(ReportOptions, options).out, from_options(Force, options).force
+    page = write_report(open_study(options, reading=True), out, force=force)
     print(page.with_name(HTML_PAGE), page, sep="\n")
 
 

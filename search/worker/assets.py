@@ -16,7 +16,7 @@ import torch
 
 from bdense import NUMERICS
 from bdense.data.datasets import Dataset, load_dataset
-from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.diffusion.sampling import Sampler, draw_images, save_grid
 from bdense.errors import InputError
 from bdense.files import atomic_write, file_lock
@@ -32,7 +32,7 @@ from bdense.models.card import inherited
 from bdense.models.store import denoiser_sha256, load_denoiser, load_model, save_denoiser
 from bdense.models.zoo import resolve_reference
 from bdense.training.teacher import teacher_data, train_teacher
-from search.spec.resolve import execution, teacher_config, variant
+from search.spec.resolve import describe_teacher, execution, teacher_config, variant
 from search.spec.study import EvaluationSpec, StudySpec, TeacherTraining
 from search.storage.engine import cache_folder
 from search.study.arms import ONE_SHOT, Task
@@ -234,7 +234,16 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
     extractor = load_extractor(evaluation.extractor, cache=cache_folder(), device=device)
     reference = _reference(spec, dataset, extractor)
     try:
-        require_measurable(evaluation.metrics, MetricSettings(), evaluation.images, reference)
+        # Without a data set the teacher's file says the shape.
+        shape = dataset.images.shape[1:] if dataset is not None else _described_shape(spec)
+        require_measurable(
+            evaluation.metrics,
+            MetricSettings(),
+            evaluation.images,
+            reference,
+            tuple(shape),
+            extractor,
+        )
     except InputError as error:
         raise InputError(
             f"{error} (a study chooses evaluation.images and evaluation.metrics alone)"
@@ -257,6 +266,13 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
         terms=inherited(known, Path(spec.teacher.checkpoint or f"trained on {spec.data}").name),
     )
     return replace(assets, teacher_fid=_teacher_fid(assets, report))
+
+
+def _described_shape(spec: StudySpec) -> tuple[int, ...]:
+    """(C, H, W) of the teacher's images."""
+    described, _ = describe_teacher(spec)
+    with torch.device("meta"):
+        return build_denoiser(described).image_shape
 
 
 def _reference(spec: StudySpec, dataset: Dataset | None, extractor: Extractor) -> Reference:

@@ -250,8 +250,11 @@ def test_every_mistake_of_the_form_has_a_line():
 def test_every_knob_of_every_member_is_named_where_it_is_wrong(section, registry, wrong):
     for name in registry:
         tree = of_kind(name if section == "method" else "sfd", "search")
-        for knob in knobs_of(getattr(registry[name], "Config", registry[name])):
-            given = {**(tree["method"] if section == "method" else {}), "name": name, knob: wrong}
+        known = knobs_of(getattr(registry[name], "Config", registry[name]))
+        settings = tree["method"] if section == "method" else {}
+        usual = {key: value for key, value in settings.items() if key in known}
+        for knob in known:
+            given = {**usual, "name": name, knob: wrong}
             told = message(tree, **{section: given})
             assert told.startswith(f"study.yaml: {section}.{knob} must be")
 

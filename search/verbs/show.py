@@ -100,7 +100,7 @@ def best(options: argparse.Namespace) -> None:
             "confirmed": None if found is None else found.as_dict(),
             "noise": noise.as_dict(),
             "recommended": None if recommended is None else recommended.as_dict(),
-            "ended_early": None if ended is None else ended.as_dict(),
+            **({} if ended is None else {"ended_early": ended.as_dict()}),
         }
         print(json.dumps(best_json(now) | more | one_shot_json(study)))
         return

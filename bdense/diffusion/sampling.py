@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from bdense.diffusion.conditions import conditions_for
-from bdense.diffusion.ddpm import DDPMSchedule
+from bdense.diffusion.ddpm import DDPMSchedule, DiscreteSchedule
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
 from bdense.diffusion.schedules import Levels, Schedule
 from bdense.diffusion.solvers import (
@@ -113,6 +113,8 @@ def sampler_from(description: Mapping[str, Any]) -> Sampler:
 def schedule_from(description: Mapping[str, Any]) -> Levels:
     """The schedule that ``Levels.describe`` wrote down."""
     options = dict(description)
+    if options["kind"] == "discrete":
+        return DiscreteSchedule(**options | {"process": DDPMSchedule(**options["process"])})
     processes = {process.kind: process for process in (CosineSchedule, DDPMSchedule)}
     if (process := processes.get(options["kind"])) is None:
         return Schedule(**options)

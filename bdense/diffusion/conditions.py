@@ -55,7 +55,7 @@ class Conditions(Protocol):
         """Of the images [B] of a data set."""
 
     def null(self) -> Condition | None:
-        """One row that stands for no condition, which guidance leads away from, if there is one."""
+        """One row that stands for no condition, as guidance needs it; None where there is none."""
 
     def describe(self) -> dict[str, Any]:
         """What draws depend on beside the network and the seed, as JSON values."""

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bdense.diffusion.conditions import conditions_for
+from bdense.diffusion.conditions import Conditions
 from bdense.diffusion.ddpm import DDPMSchedule, DiscreteSchedule
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
+from bdense.diffusion.guidance import calls, null_for
 from bdense.diffusion.schedules import Levels, Schedule
 from bdense.diffusion.solvers import (
     Euler,
@@ -40,6 +41,7 @@ class Sampler:
         afs: Analytical first step: NFE is one less.
         schedule: How the levels are spaced.
         solver: Of the steps; a student needs the one that it was distilled for.
+        guidance: Scale of classifier-free guidance; NFE is doubled where it is not 1 or 0.
 
     Raises:
         InputError: NFE is below 1, or the schedule ends at 0, which the solver does not reach.
@@ -49,6 +51,7 @@ class Sampler:
     afs: bool
     schedule: Levels = field(default_factory=Schedule)
     solver: Solver = field(default_factory=Euler)
+    guidance: float = 1.0
 
     def __post_init__(self) -> None:
         if self.nfe < 1:
@@ -64,8 +67,9 @@ class Sampler:
 
     @property
     def nfe(self) -> int:
-        """Network evaluations an image costs."""
-        return self.solver.nfe(self.num_intervals) - (1 if self.afs else 0)
+        """Network evaluations an image costs, two of each prediction under guidance."""
+        predictions = self.solver.nfe(self.num_intervals) - (1 if self.afs else 0)
+        return predictions * calls(self.guidance)
 
     @property
     def num_points(self) -> int:
@@ -78,7 +82,7 @@ class Sampler:
         """Draw images, nominally in [-1, 1].
 
         Args:
-            denoise: D(x; sigma), with its conditions bound (``NetworkDenoiser.given``).
+            denoise: D(x; sigma), with conditions and guidance bound (``NetworkDenoiser.given``).
             noise: [B, C, H, W] unit noise that images start from.
             step_noise: What a stochastic solver adds in each interval.
 
@@ -92,7 +96,8 @@ class Sampler:
     def describe(self) -> dict[str, Any]:
         """Plain values, which ``sampler_from`` reads back; the solver's beside the grid's."""
         grid = {"num_intervals": self.num_intervals, "afs": self.afs}
-        return grid | {"schedule": self.schedule.describe()} | self.solver.describe()
+        guidance = {} if self.guidance == 1 else {"guidance": self.guidance}
+        return grid | {"schedule": self.schedule.describe()} | guidance | self.solver.describe()
 
 
 def sampler_from(description: Mapping[str, Any]) -> Sampler:
@@ -106,6 +111,7 @@ def sampler_from(description: Mapping[str, Any]) -> Sampler:
         num_intervals=solver.pop("num_intervals"),
         afs=solver.pop("afs"),
         schedule=schedule_from(solver.pop("schedule")),
+        guidance=solver.pop("guidance", 1.0),
         solver=solver_from(solver),
     )
 
@@ -130,8 +136,10 @@ def samplers_from(metadata: Mapping[str, Any]) -> list[Sampler]:
     if "sampler" not in metadata:
         return []
     own = sampler_from(metadata["sampler"])
-    served = metadata.get("nfe", [own.nfe])
-    return [replace(own, num_intervals=nfe + (1 if own.afs else 0)) for nfe in sorted(served)]
+    if (served := metadata.get("nfe")) is None:
+        return [own]
+    intervals = [nfe // calls(own.guidance) + (1 if own.afs else 0) for nfe in sorted(served)]
+    return [replace(own, num_intervals=number) for number in intervals]
 
 
 def levels_of(known: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,6 +166,7 @@ def draw_images(
     seed: int,
     batch: int = 128,
     class_index: int | None = None,
+    conditions: Conditions | None = None,
     on_image: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Draw images as a user's files would hold them.
@@ -171,30 +180,33 @@ def draw_images(
         seed: Of the latents.
         batch: Images at a time.
         class_index: The class of all images; None draws the network's condition for each.
+        conditions: In place of the network's own, such as prompts.
         on_image: Called with the number of images drawn so far.
 
     Returns:
         [count, C, H, W] uint8 on the CPU.
 
     Raises:
-        InputError: The network does not know the class, or a number is below 1.
+        InputError: The network does not know the class, has no null for guidance or needs prompts,
+            or a number is below 1.
         NonFiniteError: An image holds NaN or infinity.
     """
-    conditions = denoiser.conditions
-    if class_index is not None:
-        conditions = conditions_for(denoiser.label_dim, class_index)
+    if conditions is None:
+        conditions = denoiser.conditions_of(class_index)
+    null = null_for(sampler.guidance, conditions)
     if count < 1:
         raise InputError(f"the number of images must be at least 1, got {count}")
     if batch < 1:
         raise InputError(f"batch must be at least 1, got {batch}")
     like = next(denoiser.parameters())
+    null = None if null is None else null.to(like)
     drawn = []
     for first in range(0, count, batch):
         images = range(first, min(first + batch, count))
         noise = image_noise(seed, Stream.EVALUATION, images, denoiser.image_shape)
         condition = conditions.evaluation(seed, images).to(like)
         found = sampler(
-            denoiser.given(condition, sampler.num_points),
+            denoiser.given(condition, sampler.num_points, guidance=sampler.guidance, null=null),
             noise.to(like.device),
             step_noise(seed, images, denoiser.image_shape),
         )

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from bdense.diffusion import SOLVERS
+from bdense.diffusion.conditions import Condition
 from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.guidance import guided, null_for
 from bdense.diffusion.intervals import IntervalGrid, VariableGrid
 from bdense.diffusion.sampling import Sampler, levels_of, samplers_from, served_metadata
 from bdense.diffusion.schedules import Schedule
@@ -63,6 +65,16 @@ class SFDConfig(GridConfig):
     solver: str = knob("dpmpp", "solver that the teacher walks with", choices=tuple(SOLVERS))
     order: int | None = knob(None, "order of the solver", low=1, none="the highest")
     thresholding: bool = knob(False, "dynamic thresholding of dpmpp's predictions")
+    guidance_teacher: float = knob(
+        1.0,
+        "classifier-free guidance of the teacher's walk, of a model with a null condition; 1 is "
+        "the condition alone",
+    )
+    guidance_student: float = knob(
+        1.0,
+        "classifier-free guidance of the student, in training and sampling; where it is not 1, an "
+        "image costs twice the network evaluations of nfe",
+    )
     lr_schedule: LRSchedule = knob_of(MethodConfig, "lr_schedule", "step")
     perceptual: Perceptual = knob(
         "none",
@@ -139,10 +151,9 @@ class SFDConfig(GridConfig):
     @property
     def samplers(self) -> tuple[Sampler, ...]:
         """How the student draws, by NFE."""
-        return tuple(
-            Sampler(num_intervals=nfe + self.afs, afs=self.afs, schedule=self.levels)
-            for nfe in self.several_nfe
-        )
+        shared: dict[str, Any] = {"afs": self.afs, "schedule": self.levels}
+        shared["guidance"] = self.guidance_student
+        return tuple(Sampler(num_intervals=nfe + self.afs, **shared) for nfe in self.several_nfe)
 
     def make_solver(self) -> Solver:
         """What the teacher walks with."""
@@ -192,6 +203,8 @@ class SFDStage(Configured, Stateless):
                 f"{self.config.images} images make {self.num_updates} iterations, and the "
                 f"trajectories hold {len(self.trajectories)}; record more or train on fewer images"
             )
+        # Refuses what cannot be guided.
+        null_for(self.config.guidance_student, self.trajectories.told)
 
     @property
     def num_updates(self) -> int:
@@ -225,6 +238,8 @@ class SFDStage(Configured, Stateless):
         if grid.afs:
             x = first_interval_without_network(x, grid.interval(0))
         points = {"num_points": grid.num_points} if self.start.step_condition else {}
+        guidance = self.config.guidance_student
+        null = null_for(guidance, self.trajectories.told)
         for row, n in enumerate(grid.trained):
             update = IntervalUpdate(
                 stream=(iteration, n),
@@ -233,6 +248,8 @@ class SFDStage(Configured, Stateless):
                 levels=grid.interval(n),
                 targets=batch.states[row * grid.substeps : (row + 1) * grid.substeps],
                 given={**batch.condition.arguments(), **points},
+                guidance=guidance,
+                null=None if null is None else null.to(x),
                 perceptual=self.perceptual if n == grid.num_intervals - 1 else None,
             )
             yield update
@@ -273,12 +290,15 @@ class IntervalUpdate:
     levels: Tensor
     targets: Tensor
     given: Mapping[str, Any]
+    guidance: float
+    null: Condition | None
     perceptual: PerceptualLoss | None
     end: Tensor = field(init=False)
 
     def __call__(self, branches: Branches) -> BranchMeans:
         """The branches' states and losses."""
-        states = branch_states(branches, self.x, self.levels, **self.given)
+        predict = guided(branches, self.guidance, self.null)
+        states = branch_states(predict, self.x, self.levels, **self.given)
         self.end = states[:, -1].detach()
         losses = branch_losses(states, self.targets)
         if self.perceptual is None:
@@ -352,7 +372,7 @@ class SFD(Method):
     def plan(
         self, config: SFDConfig, teacher: NetworkDenoiser | None = None
     ) -> tuple[StagePlan, ...]:
-        several = config.several_nfe
+        several = [sampler.nfe for sampler in config.samplers]
         label = f"{', '.join(map(str, several))} NFE"
         return (StagePlan(name="", label=label, num_updates=config.num_updates, nfe=several[0]),)
 
@@ -419,6 +439,8 @@ def _live(config: SFDConfig, teacher: NetworkDenoiser, inputs: Inputs) -> LiveTr
         count=config.num_updates,
         seed=inputs.seed,
         teacher_afs=teacher_afs,
+        conditions=inputs.conditions,
+        guidance=config.guidance_teacher,
     )
 
 

@@ -30,6 +30,10 @@ _SEEDS: dict[str, Any] = {"low": 0, "below": 2**31}
 TAKEN_NAMES = ("artifacts", "cache")
 
 
+# A study from before a knob is a study at its default, under the same fingerprint.
+_YOUNGER = (("tail", None), ("guidance_teacher", 1.0), ("guidance_student", 1.0))
+
+
 @dataclass(frozen=True, slots=True)
 class Member:
     """A member of a registry by its name, with its own settings beside it."""
@@ -400,8 +404,11 @@ class StudySpec(Knobs):
         kept: dict[str, Any] = {
             "numerics": NUMERICS,
             "evaluation": {"images": self.evaluation.images},
-            # A study from before a knob is a study at its default, under the same fingerprint.
-            "method": {k: v for k, v in as_plain(self.method).items() if (k, v) != ("tail", None)},
+            "method": {
+                name: value
+                for name, value in as_plain(self.method).items()
+                if (name, value) not in _YOUNGER
+            },
         }
         if self.teacher.train is not None:
             kept["teacher"] = {"train": as_plain(self.teacher.train)}

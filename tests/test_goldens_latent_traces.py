@@ -190,7 +190,9 @@ def compare_outputs(
     found = trained.branches(x, sigma, **told).transpose(0, 1)
     close(found, data["probe.final"], rtol_of_max=tolerance)
     is_double = like.dtype == torch.float64
-    close(teacher(x, sigma, **told), data["probe.teacher"], rtol_of_max=1e-6 if is_double else 2e-5)
+    close(
+        teacher(x, sigma, **told), data["probe.teacher"], rtol_of_max=1e-6 if is_double else 2e-5
+    )
     student, noise = export_branch(trained), data["sample.noise"]
     scale = info["guidance_sample"]
     for name, net, guidance, bound in (

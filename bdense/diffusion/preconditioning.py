@@ -14,7 +14,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from bdense.diffusion.ddpm import DDPMSchedule
+from bdense.diffusion.ddpm import DDPMSchedule, DiscreteSchedule
+from bdense.diffusion.schedules import Levels
 from bdense.diffusion.vp import CosineSchedule, VPSchedule
 from bdense.errors import CheckpointError, InputError
 
@@ -323,6 +324,19 @@ def native_schedule(precond: Preconditioning) -> VPSchedule:
             f"precond={precond.name!r}; choose another schedule"
         )
     return precond.process
+
+
+def levels_on(levels: Levels | None, precond: Preconditioning) -> Levels:
+    """Levels as a network has them: None is native, and discrete ones divide its own times.
+
+    Raises:
+        InputError: The network has no process, or not one of discrete times.
+    """
+    if levels is None:
+        return native_schedule(precond)
+    if isinstance(levels, DiscreteSchedule):
+        return levels.of(precond.process)
+    return levels
 
 
 PRECONDITIONINGS: dict[str, type[EDM | VP | VE | IDDPM | DDPM | Cosine]] = {

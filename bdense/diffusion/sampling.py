@@ -143,11 +143,16 @@ def samplers_from(metadata: Mapping[str, Any]) -> list[Sampler]:
 
 
 def levels_of(known: Mapping[str, Any]) -> dict[str, Any]:
-    """The knobs of a student's noise levels; none for a teacher, or for a process of its own."""
-    served = samplers_from(known)
-    if not served or not isinstance(levels := served[0].schedule, Schedule):
+    """The knobs of a student's noise levels; none for a process of its own.
+
+    A teacher's are those that are usual for it, if it names any.
+    """
+    if not (served := samplers_from(known)):
+        return dict(known.get("levels", {}))
+    if not isinstance(levels := served[0].schedule, Schedule):
         return {}
     described = levels.describe()
+    described.pop("process", None)  # the network's own
     return {"schedule": described.pop("kind"), **described}
 
 

@@ -17,6 +17,7 @@ from bdense.diffusion.conditions import Condition
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.guidance import guided, null_for
 from bdense.diffusion.intervals import IntervalGrid, VariableGrid
+from bdense.diffusion.preconditioning import levels_on
 from bdense.diffusion.sampling import Sampler, levels_of, samplers_from, served_metadata
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import Solver, analytical_slope, make_solver
@@ -141,9 +142,13 @@ class SFDConfig(GridConfig):
     @property
     def grid(self) -> IntervalGrid | VariableGrid:
         """The student's intervals and the teacher's sub-steps."""
+        return self.grid_at(self.levels)
+
+    def grid_at(self, levels: Schedule) -> IntervalGrid | VariableGrid:
+        """``grid`` at levels that are bound to a network."""
         intervals = tuple(nfe + self.afs for nfe in self.several_nfe)
         shared: dict[str, Any] = {"substeps": self.substeps, "afs": self.afs}
-        shared["schedule"] = self.levels
+        shared["schedule"] = levels
         if len(intervals) > 1:
             return VariableGrid(num_intervals=intervals, **shared)
         return IntervalGrid(num_intervals=intervals[0], **shared)
@@ -151,7 +156,11 @@ class SFDConfig(GridConfig):
     @property
     def samplers(self) -> tuple[Sampler, ...]:
         """How the student draws, by NFE."""
-        shared: dict[str, Any] = {"afs": self.afs, "schedule": self.levels}
+        return self.samplers_at(self.levels)
+
+    def samplers_at(self, levels: Schedule) -> tuple[Sampler, ...]:
+        """``samplers`` at levels that are bound to a network."""
+        shared: dict[str, Any] = {"afs": self.afs, "schedule": levels}
         shared["guidance"] = self.guidance_student
         return tuple(Sampler(num_intervals=nfe + self.afs, **shared) for nfe in self.several_nfe)
 
@@ -221,12 +230,17 @@ class SFDStage(Configured, Stateless):
     @property
     def sampler(self) -> Sampler:
         """How the student draws, with its fewest evaluations."""
-        return self.config.samplers[0]
+        return self.samplers[0]
+
+    @property
+    def samplers(self) -> tuple[Sampler, ...]:
+        """How the student draws, by NFE."""
+        return self.config.samplers_at(self.trajectories.grid.schedule)
 
     def metadata(self) -> dict[str, Any]:
         stage = {"stage": 2} if self.config.second_stage else {}
         perceptual = {} if self.perceptual is None else {"perceptual": self.perceptual.describe()}
-        return {**stage, **perceptual, **served_metadata(self.config.samplers)}
+        return {**stage, **perceptual, **served_metadata(self.samplers)}
 
     def batch(self, iteration: int, images: slice) -> TrajectoryBatch:
         return self.trajectories.part(iteration, images)
@@ -383,10 +397,11 @@ class SFD(Method):
         return 1 if isinstance(config.grid, VariableGrid) else len(config.grid.trained)
 
     def check(self, config: SFDConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
-        teacher.require_levels(config.levels)
+        levels = _levels(config, teacher)
+        teacher.require_levels(levels)
         served = {sampler.num_intervals: sampler for sampler in samplers_from(known)}
         if config.second_stage:
-            _check_second_stage(config, served)
+            _check_second_stage(config, served, levels)
         elif served:
             raise InputError(
                 "the teacher is a student, which knows the levels it was distilled for alone; "
@@ -433,7 +448,7 @@ def _live(config: SFDConfig, teacher: NetworkDenoiser, inputs: Inputs) -> LiveTr
         teacher_afs = served[_walked(config)].afs
     return LiveTrajectories(
         teacher=teacher,
-        grid=config.grid,
+        grid=config.grid_at(_levels(config, teacher)),
         solver=config.make_solver(),
         batch=config.batch,
         count=config.num_updates,
@@ -444,12 +459,21 @@ def _live(config: SFDConfig, teacher: NetworkDenoiser, inputs: Inputs) -> LiveTr
     )
 
 
+def _levels(config: SFDConfig, teacher: NetworkDenoiser) -> Schedule:
+    """The noise levels, discrete ones in the teacher's own times."""
+    levels = levels_on(config.levels, teacher.precond)
+    assert isinstance(levels, Schedule)
+    return levels
+
+
 def _walked(config: SFDConfig) -> int:
     """Intervals that the teacher of a second stage walks."""
     return (config.several_nfe[0] + config.afs) * config.substeps
 
 
-def _check_second_stage(config: SFDConfig, served: Mapping[int, Sampler]) -> None:
+def _check_second_stage(
+    config: SFDConfig, served: Mapping[int, Sampler], levels: Schedule
+) -> None:
     """A teacher that is a student: on its own grid, by its own steps.
 
     A student for several NFE gets the number of points of the grid it walks.
@@ -470,10 +494,10 @@ def _check_second_stage(config: SFDConfig, served: Mapping[int, Sampler]) -> Non
             f"second_stage walks students by {config.solver}, and the teacher draws by "
             f"{any_of_them.solver.name}; give its own teacher, without second_stage"
         )
-    if any_of_them.schedule != config.levels:
+    if any_of_them.schedule != levels:
         raise InputError(
             f"second_stage keeps the teacher's noise levels, {any_of_them.schedule.describe()}, "
-            f"got {config.levels.describe()}; give the teacher's (schedule, rho, sigma_min, "
+            f"got {levels.describe()}; give the teacher's (schedule, rho, sigma_min, "
             "sigma_max)"
         )
     wanted = _walked(config)

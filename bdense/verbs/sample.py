@@ -8,7 +8,11 @@ import torch
 
 from bdense.diffusion.conditions import conditions_for
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.diffusion.preconditioning import Preconditioning, native_schedule
+from bdense.diffusion.preconditioning import (
+    Preconditioning,
+    levels_on,
+    native_schedule,
+)
 from bdense.diffusion.sampling import Sampler, draw_images, samplers_from, save_grid
 from bdense.diffusion.schedules import Levels
 from bdense.diffusion.solvers import make_solver
@@ -60,7 +64,7 @@ def _chosen_sampler(
     native = asked.get("schedule") == "native"
     if not served:
         usual = _USUAL | ({"solver": "ddim"} if native else {})
-        return _sampler(usual | asked, drawing.chosen_levels or native_schedule(precond))
+        return _sampler(usual | asked, levels_on(drawing.chosen_levels, precond))
     smallest = min(served)
     own = served.get(asked.get("nfe", smallest), served[smallest])
     levels = own.schedule.describe()

@@ -1,14 +1,17 @@
 """Denoisers, guidance and walks of latent teachers; settings come from each file's own JSON."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from bdense.diffusion.codecs import Autoencoder
 from bdense.diffusion.guidance import guided
 from bdense.diffusion.preconditioning import DDPM
 from bdense.diffusion.solvers import DPMSolverPP, Euler, analytical_first_step, trajectory
+from bdense.models.latents import load_codec, load_text_encoder
 from tests.goldens import close, discover, settings, tensors
 from tests.latent_goldens import (
     LATENT,
@@ -125,3 +128,57 @@ def test_the_references_own_run(path: Path):
             close(state, row, rtol_of_max=2e-5)
         compared += 1
     assert compared == len(reference)
+
+
+@latent_files("guided-*.safetensors")
+@torch.no_grad()
+def test_latents_of_a_quantising_autoencoder(path: Path):
+    """Decoding quantises, encoding does not; in slices as at once."""
+    info, data = settings(path), tensors(path)
+    if "vq.latents" not in data:
+        pytest.skip("this teacher has no autoencoder in its folder")
+    codec = load_codec(LATENT / info["folder"])
+    close(codec.decode(data["vq.latents"]), data["vq.decoded"], rtol_of_max=2e-5)
+    close(codec.encode(data["vq.images"]), data["vq.encoded"], rtol_of_max=2e-5)
+    one = dataclasses.replace(codec, slice=1)
+    close(one.decode(data["vq.latents"]), data["vq.decoded"], rtol_of_max=2e-5)
+
+
+@latent_files("pipeline-*.safetensors")
+@torch.no_grad()
+def test_a_whole_pipeline(path: Path):
+    """Prompts to tokens, embeddings, latents at the pipeline's own levels, and images."""
+    info, data = settings(path), tensors(path)
+    folder = LATENT / info["folder"]
+    encoder, codec, denoiser = load_text_encoder(folder), load_codec(folder), network_of(info)
+    assert encoder.length == info["max_length"]
+    assert torch.equal(encoder.tokens(info["prompts"]), data["token_ids"])
+    empty = [""] * len(data["null_ids"])
+    assert torch.equal(encoder.tokens(empty), data["null_ids"])
+    prompts = encoder.prompts(info["prompts"])
+    close(prompts.embeddings, data["prompt_embeds"], rtol_of_max=1e-5)
+    assert prompts.empty is not None
+    close(prompts.empty.expand(len(empty), -1, -1), data["null_embeds"], rtol_of_max=1e-5)
+
+    levels, walk = data["ve.levels"], data["ve.walk"]
+    assert isinstance(denoiser.precond, DDPM)
+    indices = torch.tensor([*info["timesteps"], info["last_index"]], dtype=torch.float64)
+    close(denoiser.precond.time(levels), indices, atol=1e-6)
+    condition = prompts.evaluation(0, range(len(info["prompts"])))
+    null = prompts.null()
+    denoise = denoiser.given(condition, guidance=info["guidance"], null=null)
+    states = trajectory(Euler(), denoise, walk[0].float(), levels)
+    for state, row in zip(states, walk, strict=True):
+        close(state, row, rtol_of_max=1e-4)
+    alphas = 1 / (1 + levels**2).sqrt()
+    z = states * alphas.to(states).view(-1, 1, 1, 1, 1)
+    for state, row in zip(z, data["latents"], strict=True):
+        close(state, row, rtol_of_max=1e-4)
+    decoded = codec.decode(z[-1])
+    close(decoded, data["decoded_raw"], atol=2e-3)
+    close((decoded / 2 + 0.5).clamp(0, 1), data["images"], atol=2e-3)
+    assert isinstance(codec, Autoencoder)
+    assert codec.scaling_factor == info["scaling_factor"]
+    close(
+        codec.encode(data["vae.images"]) / codec.scaling_factor, data["vae.mean"], rtol_of_max=1e-5
+    )

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bdense.diffusion.codecs import Codec
 from bdense.diffusion.conditions import Conditions
 from bdense.diffusion.ddpm import DDPMSchedule, DiscreteSchedule
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
@@ -172,6 +173,7 @@ def draw_images(
     batch: int = 128,
     class_index: int | None = None,
     conditions: Conditions | None = None,
+    codec: Codec | None = None,
     on_image: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Draw images as a user's files would hold them.
@@ -186,6 +188,7 @@ def draw_images(
         batch: Images at a time.
         class_index: The class of all images; None draws the network's condition for each.
         conditions: In place of the network's own, such as prompts.
+        codec: What makes images of latents, on the denoiser's device; None keeps what is drawn.
         on_image: Called with the number of images drawn so far.
 
     Returns:
@@ -215,7 +218,8 @@ def draw_images(
             noise.to(like.device),
             step_noise(seed, images, denoiser.image_shape),
         )
-        drawn.append(to_uint8(found).cpu())
+        images_drawn = found if codec is None else codec.decode(found)
+        drawn.append(to_uint8(images_drawn).cpu())
         if on_image is not None:
             on_image(images.stop)
     return torch.cat(drawn)

@@ -6,6 +6,7 @@ its weights, if it has any. Only safetensors are read, and each weight must be t
 
 import contextlib
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -139,11 +140,12 @@ def _some(names: list[str]) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the libraries' warnings about weights, which are errors here."""
-    from diffusers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

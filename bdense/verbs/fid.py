@@ -28,7 +28,7 @@ from bdense.models.store import denoiser_sha256
 from bdense.models.zoo import resolve_reference
 from bdense.verbs.common import Progress, chosen_device, chosen_hardware, require_writable
 from bdense.verbs.options import Drawing, Features, FidOptions, ReferenceOptions
-from bdense.verbs.sample import model_and_sampler
+from bdense.verbs.sample import codec_of, model_and_sampler
 
 
 def fid(options: argparse.Namespace) -> None:
@@ -41,7 +41,8 @@ def fid(options: argparse.Namespace) -> None:
             "drop one"
         )
     device, execution = chosen_hardware(options)
-    model, sampler = model_and_sampler(own.model, drawing, device, execution)
+    model, sampler, metadata = model_and_sampler(own.model, drawing, device, execution)
+    codec = codec_of(model, metadata, own.model, device)
     if own.reference is not None:
         file = resolve_reference(own.reference)
         extractor = load_extractor(features.extractor, cache=features.cache, device=device)
@@ -60,6 +61,7 @@ def fid(options: argparse.Namespace) -> None:
         seed=own.seed,
         batch=drawing.batch,
         class_index=drawing.class_,
+        codec=codec,
         on_image=_show_drawn(own.images),
     )
     measured = measure_images(

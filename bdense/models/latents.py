@@ -134,7 +134,7 @@ def load_text_encoder(source: str | Path) -> TextEncoder:
             f"{folder / _ENCODER / CONFIG} describes {', '.join(kinds) or 'no model'}; this "
             f"version reads {CLIPTextModel.__name__}"
         )
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     model = load_part(CLIPTextModel, folder / _ENCODER).requires_grad_(False)
     try:
         tokenizer = CLIPTokenizer.from_pretrained(folder / _TOKENIZER, local_files_only=True)

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from bdense.metrics.references import dataset_reference as dataset_reference
     from bdense.metrics.references import read_reference as read_reference
     from bdense.models.folder import export_folder as export_folder
+    from bdense.models.latents import load_codec as load_codec
+    from bdense.models.latents import load_text_encoder as load_text_encoder
     from bdense.models.store import load_denoiser as load_denoiser
     from bdense.models.store import load_model as load_model
     from bdense.models.store import save_denoiser as save_denoiser
@@ -67,10 +69,12 @@ _HOME = {
     "draw_images": "diffusion.sampling",
     "export_branch": "diffusion.branches",
     "export_folder": "models.folder",
+    "load_codec": "models.latents",
     "load_dataset": "data.datasets",
     "load_denoiser": "models.store",
     "load_extractor": "metrics.extractors",
     "load_model": "models.store",
+    "load_text_encoder": "models.latents",
     "measure_images": "metrics.metrics",
     "normalised_weights": "weights.spaces",
     "read_reference": "metrics.references",

@@ -4,10 +4,19 @@ import pytest
 import torch
 
 from bdense.data.datasets import Dataset
-from bdense.diffusion.conditions import Classes, OneClass, Unconditional, conditions_for
+from bdense.diffusion.conditions import (
+    Classes,
+    OneClass,
+    Prompts,
+    Unconditional,
+    conditions_for,
+)
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.preconditioning import DDPM
 from bdense.errors import InputError
+from bdense.networks import DiffusersTextUNet
 from tests.contracts.conditions import ConditionContract
-from tests.networks import tiny_denoiser
+from tests.networks import awake, tiny_denoiser
 
 
 @pytest.fixture
@@ -25,6 +34,77 @@ class TestClasses(ConditionContract):
     @pytest.fixture
     def network(self):
         return tiny_denoiser(label_dim=4)
+
+
+class TestClassesWithNull(TestClasses):
+    @pytest.fixture
+    def conditions(self):
+        return Classes(4, has_null=True)
+
+    @pytest.fixture
+    def network(self):
+        return tiny_denoiser(label_dim=4, label_dropout=0.1)
+
+    def test_a_network_that_was_trained_with_hidden_classes_knows_none(self, network):
+        assert network.conditions == Classes(4, has_null=True)
+        assert tiny_denoiser(label_dim=4).conditions.null() is None
+
+
+class TestPrompts(ConditionContract):
+    @pytest.fixture
+    def conditions(self):
+        draw = torch.Generator().manual_seed(0)
+        return Prompts(torch.randn(5, 3, 6, generator=draw), torch.randn(1, 3, 6, generator=draw))
+
+    @pytest.fixture
+    def network(self):
+        pytest.importorskip("diffusers")
+        unet = {
+            "sample_size": 8,
+            "in_channels": 2,
+            "block_out_channels": [8, 8],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+            "attention_head_dim": 4,
+            "cross_attention_dim": 6,
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return NetworkDenoiser(awake(DiffusersTextUNet(unet)), DDPM()).eval()
+
+    def is_of(self, network, conditions):
+        with pytest.raises(InputError, match="give prompts"):
+            network.conditions.drawn(0, 0, 1)
+
+    def test_a_data_set_tells_its_images(self, conditions, dataset):
+        for call in (conditions.require, lambda data: conditions.of(data, torch.tensor([0]))):
+            with pytest.raises(InputError, match="no captions"):
+                call(dataset)
+
+    def test_an_evaluated_image_has_the_prompt_of_its_number(self, conditions):
+        found = conditions.evaluation(7, range(3, 8)).embeddings
+        assert torch.equal(found, conditions.embeddings[[3, 4, 0, 1, 2]])
+
+    def test_every_prompt_is_as_likely(self, conditions):
+        rows = conditions.drawn(0, 0, 5000).embeddings
+        for prompt in conditions.embeddings:
+            assert 900 < int((rows == prompt).flatten(1).all(1).sum()) < 1100
+
+    def test_other_prompts_are_another_condition(self, conditions):
+        other = Prompts(conditions.embeddings.flip(0), conditions.empty)
+        assert other.describe() != conditions.describe()
+        assert Prompts(conditions.embeddings).describe() != conditions.describe()
+        assert Prompts(conditions.embeddings.clone(), conditions.empty).describe() == (
+            conditions.describe()
+        )
+
+    def test_prompts_that_do_not_fit_together_are_refused(self, conditions):
+        with pytest.raises(InputError, match=r"one or more, got \[0, 3, 6\]"):
+            Prompts(conditions.embeddings[:0])
+        with pytest.raises(InputError, match=r"\[1, 3, 6\] .* got \[1, 2, 6\]"):
+            Prompts(conditions.embeddings, conditions.empty[:, 1:])
 
 
 class TestUnconditional(ConditionContract):

@@ -102,11 +102,18 @@ def test_every_knob_of_the_method_is_a_condition(method):
     study = spec(of_kind(method, "search"))
     conditions = study.conditions()
     # But for what is younger than stored studies, and is at its default.
-    names = {"name", *knobs_of(BUILT_IN[method].Config)} - {"tail"}
+    names = {"name", *knobs_of(BUILT_IN[method].Config)} - {
+        "tail",
+        "guidance_teacher",
+        "guidance_student",
+    }
     assert {key for key in conditions if key.startswith("method.")} == {
         f"method.{name}" for name in names
     }
     assert differing(study, variant(study, {"tail": 0.25})) == {"method.tail"}
+    if method == "sfd":
+        guided = variant(study, {"guidance_teacher": 2.0})
+        assert differing(study, guided) == {"method.guidance_teacher"}
     assert differing(study, variant(study, {"lr": 1e-4})) == {"method.lr"}
     assert differing(study, variant(study, {"batch": 32})) == {"method.batch"}
 

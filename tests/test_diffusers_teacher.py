@@ -10,7 +10,8 @@ import torch
 
 from bdense.diffusion.branches import widen_head
 from bdense.errors import CheckpointError, InputError, ShapeError
-from bdense.models.diffusers_teacher import is_hub_id, read_diffusers
+from bdense.models.diffusers_files import is_hub_id
+from bdense.models.diffusers_teacher import read_diffusers
 from bdense.models.store import denoiser_sha256, load_denoiser, save_denoiser
 from tests.small import same_weights
 
@@ -204,7 +205,7 @@ def test_a_missing_library_says_how_to_install_it(folder, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("file", "keys", "message"),
     [
-        ("unet/config.json", {"_class_name": "UNet2DConditionModel"}, "a UNet2DConditionModel;"),
+        ("unet/config.json", {"_class_name": "UNet3DConditionModel"}, "a UNet3DConditionModel;"),
         ("unet/config.json", {"out_channels": 2}, "out_channels=2, not in_channels=1"),
         ("unet/config.json", {"sample_size": [8, 16]}, "images here are square"),
         ("unet/config.json", {"time_embedding_type": "fourier"}, "'fourier'"),

@@ -11,7 +11,9 @@ from bdense.errors import InputError, ShapeError
 from bdense.networks import (
     DhariwalUNet,
     DhariwalUNetConfig,
+    DiffusersTextUNet,
     DiffusersUNet,
+    DiT,
     SongUNet,
     SongUNetConfig,
 )
@@ -145,6 +147,76 @@ class TestDiffusersNetworks(NetworkContract):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return awake(DiffusersUNet(unet)).eval()
+
+
+class TestDiffusersTextNetworks(NetworkContract):
+    @pytest.fixture(params=["linear", "convolution"])
+    def network(self, request):
+        pytest.importorskip("diffusers")
+        unet = {
+            "sample_size": 8,
+            "in_channels": 2,
+            "block_out_channels": [8, 16],
+            "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+            "attention_head_dim": 4,
+            "cross_attention_dim": 6,
+            "use_linear_projection": request.param == "linear",
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return awake(DiffusersTextUNet(unet)).eval()
+
+    def test_prompts_matter_each_to_its_own_image(self, network, x):
+        text = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(3))
+        level = torch.tensor([0.5])
+        out = network(x, level, text=text)
+        alone = network(x[1:2], level, text=text[1:2])
+        torch.testing.assert_close(out[1:2], alone, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(out, network(x, level, text=text.flip(0)), atol=1e-5)
+        with pytest.raises(InputError, match="conditioned on text and none is given"):
+            network(x, level)
+        with pytest.raises(ShapeError, match=r"\[3, L, 6\] .* got \[3, 4, 5\]"):
+            network(x, level, text=text[..., 1:])
+
+
+class TestDiT(NetworkContract):
+    @pytest.fixture(params=[1, 2])
+    def network(self, request):
+        pytest.importorskip("diffusers")
+        transformer = {
+            "sample_size": 8,
+            "in_channels": 2,
+            "num_layers": 2,
+            "num_attention_heads": 2,
+            "attention_head_dim": 4,
+            "num_embeds_ada_norm": 4,
+            "norm_num_groups": 4,
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return awake(DiT(transformer, outputs=request.param)).eval()
+
+    def test_classes_are_not_dropped_in_training(self, network, x):
+        """diffusers' own drops them at random, in each block another, by the global generator."""
+        level, classes = torch.tensor([0.5]), torch.eye(4)[:3]
+        expected = network(x, level, classes)
+        torch.testing.assert_close(network.train()(x, level, classes), expected)
+
+    def test_it_is_diffusers_own(self, network, x):
+        """Indices there, rows here; the class after the last is none."""
+        diffusers = pytest.importorskip("diffusers")
+        own = network.transformer
+        theirs = diffusers.DiTTransformer2DModel(
+            **network.options, out_channels=network.out_channels
+        ).eval()
+        theirs.load_state_dict(own.state_dict())
+        level = torch.tensor([0.5, 3.25, 20.0])
+        expected = theirs(x, level, torch.tensor([3, 0, 4])).sample
+        rows = torch.eye(5)[[3, 0, 4], :4]
+        torch.testing.assert_close(network(x, level, rows), expected)
 
 
 @pytest.mark.usefixtures("example_package")

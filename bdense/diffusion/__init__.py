@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from bdense.diffusion.solvers import Solver
 
 # How ``bdense.diffusion.schedules.Schedule`` spaces levels.
-ScheduleKind = Literal["polynomial", "logsnr", "time_uniform"]
+ScheduleKind = Literal["polynomial", "logsnr", "time_uniform", "discrete"]
 
 # What ``bdense.diffusion.snr_weights.snr_weight`` takes.
 LevelWeight = Literal["constant", "snr", "snr_trunc", "v"]

@@ -1,12 +1,15 @@
-"""Conditions of the images of a batch, such as their classes.
+"""Conditions of the images of a batch, such as their classes or prompts.
 
 A network has one kind of condition, ``NetworkDenoiser.conditions``, which draws a ``Condition``
-for a batch or reads it from a data set. Its ``arguments`` go into the network's call. B images.
+for a batch or reads it from a data set; prompts are given. Its ``arguments`` go into the network's
+call. B images, L tokens of a prompt, E channels of a token.
 """
 
+import functools
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol, Self
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -50,6 +53,12 @@ class Conditions(Protocol):
 
     def of(self, dataset: LabelledImages, index: Tensor) -> Condition:
         """Of the images [B] of a data set."""
+
+    def null(self) -> Condition | None:
+        """One row that stands for no condition, as guidance needs it; None where there is none."""
+
+    def describe(self) -> dict[str, Any]:
+        """What draws depend on beside the network and the seed, as JSON values."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,12 +106,24 @@ class Unconditional:
     def of(self, dataset: LabelledImages, index: Tensor) -> "Unconditional":
         return self
 
+    def null(self) -> None:
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
 
 @dataclass(frozen=True, slots=True)
 class Classes:
-    """One of ``label_dim`` classes, each as likely."""
+    """One of ``label_dim`` classes, each as likely.
+
+    Attributes:
+        label_dim: Number of classes.
+        has_null: Whether the network knows a row of zeros as no class in particular.
+    """
 
     label_dim: int
+    has_null: bool = field(default=False, kw_only=True)
 
     def drawn(self, seed: int, iteration: int, count: int) -> ClassLabels:
         draw = generator(seed, Stream.LABELS, iteration)
@@ -118,6 +139,12 @@ class Classes:
 
     def of(self, dataset: LabelledImages, index: Tensor) -> ClassLabels:
         return self._labels(dataset.require_labels(self.label_dim)[index])
+
+    def null(self) -> ClassLabels | None:
+        return ClassLabels(torch.zeros(1, self.label_dim)) if self.has_null else None
+
+    def describe(self) -> dict[str, Any]:
+        return {}
 
     def _labels(self, index: Tensor) -> ClassLabels:
         return ClassLabels(F.one_hot(index, self.label_dim).float())
@@ -146,21 +173,138 @@ class OneClass(Classes):
     def evaluation(self, seed: int, images: range) -> ClassLabels:
         return self._labels(torch.full((len(images),), self.index))
 
+    def describe(self) -> dict[str, Any]:
+        return {"class": self.index}
 
-def conditions_for(label_dim: int, class_index: int | None = None) -> Conditions:
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Texts:
+    """Each image's prompt, as the network sees it.
+
+    Attributes:
+        embeddings: [B, L, E].
+    """
+
+    embeddings: Tensor
+
+    def arguments(self) -> Mapping[str, Tensor]:
+        return {"text": self.embeddings}
+
+    def part(self, images: slice) -> "Texts":
+        return Texts(self.embeddings[images])
+
+    def to(self, like: Tensor) -> "Texts":
+        return Texts(self.embeddings.to(like))
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """A set of prompts: each as likely in training, and one after the other in evaluation.
+
+    Attributes:
+        embeddings: [n, L, E] of the prompts.
+        empty: [1, L, E] of the empty or negative prompt, which guidance leads away from; None
+            allows no guidance.
+
+    Raises:
+        InputError: There are no prompts, or they do not fit together.
+    """
+
+    embeddings: Tensor
+    empty: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        shape = list(self.embeddings.shape)
+        if len(shape) != 3 or not shape[0]:
+            raise InputError(f"prompts must be [n, L, E] embeddings, one or more, got {shape}")
+        if self.empty is not None and list(self.empty.shape) != [1, *shape[1:]]:
+            raise InputError(
+                f"the empty prompt must be [1, {shape[1]}, {shape[2]}] as the others are, "
+                f"got {list(self.empty.shape)}"
+            )
+
+    def drawn(self, seed: int, iteration: int, count: int) -> Texts:
+        draw = generator(seed, Stream.LABELS, iteration)
+        return Texts(
+            self.embeddings[torch.randint(len(self.embeddings), (count,), generator=draw)]
+        )
+
+    def evaluation(self, seed: int, images: range) -> Texts:
+        """Image i has prompt i, from the start again after the last; the seed does not matter."""
+        return Texts(self.embeddings[[i % len(self.embeddings) for i in images]])
+
+    def require(self, dataset: LabelledImages) -> None:
+        raise _no_captions()
+
+    def of(self, dataset: LabelledImages, index: Tensor) -> Texts:
+        raise _no_captions()
+
+    def null(self) -> Texts | None:
+        return None if self.empty is None else Texts(self.empty)
+
+    def describe(self) -> dict[str, Any]:
+        return {"prompts": self._sha256}
+
+    @functools.cached_property
+    def _sha256(self) -> str:
+        digest = hashlib.sha256()
+        for value in (self.embeddings, self.empty):
+            if value is not None:
+                digest.update(repr((str(value.dtype), list(value.shape))).encode())
+                digest.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+class NeedsText:
+    """The kind of a network that is conditioned on text, where no prompts are given."""
+
+    def drawn(self, seed: int, iteration: int, count: int) -> NoReturn:
+        raise _no_prompts()
+
+    def evaluation(self, seed: int, images: range) -> NoReturn:
+        raise _no_prompts()
+
+    def require(self, dataset: LabelledImages) -> NoReturn:
+        raise _no_captions()
+
+    def of(self, dataset: LabelledImages, index: Tensor) -> NoReturn:
+        raise _no_captions()
+
+    def null(self) -> NoReturn:
+        raise _no_prompts()
+
+    def describe(self) -> NoReturn:
+        raise _no_prompts()
+
+
+def _no_prompts() -> InputError:
+    return InputError("the network is conditioned on text; give prompts")
+
+
+def _no_captions() -> InputError:
+    return InputError(
+        "the network is conditioned on text, and data sets here have no captions; take a method "
+        "that learns from noise and prompts, such as sfd"
+    )
+
+
+def conditions_for(
+    label_dim: int, class_index: int | None = None, *, has_null: bool = False
+) -> Conditions:
     """The kind of condition of a network with that many classes, 0 for none.
 
     Args:
         label_dim: Classes that the network knows.
         class_index: The class of all images; None draws one for each.
+        has_null: Whether the network knows a row of zeros as no class in particular.
 
     Raises:
         InputError: A class is asked for that the network does not know.
     """
     if class_index is None:
-        return Classes(label_dim) if label_dim else Unconditional()
+        return Classes(label_dim, has_null=has_null) if label_dim else Unconditional()
     if not label_dim:
         raise InputError(
             f"class {class_index} was asked of an unconditional network; leave the class out"
         )
-    return OneClass(label_dim, class_index)
+    return OneClass(label_dim, class_index, has_null=has_null)

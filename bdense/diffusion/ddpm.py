@@ -9,12 +9,13 @@ sigma^2 = (1 - alpha_bar) / alpha_bar = exp(-log alpha_bar) - 1.
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.vp import VPSchedule
 from bdense.errors import InputError
 
@@ -135,6 +136,52 @@ class DDPMSchedule(VPSchedule):
         power = 2 if self.beta_schedule == "scaled_linear" and self.beta_start > 0 else 1
         first, last = self.beta_start ** (1 / power), self.beta_end ** (1 / power)
         return torch.linspace(first, last, count, dtype=torch.float64, device=cpu) ** power
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiscreteSchedule(Schedule):
+    """Levels that are even in the time of a DDPM, with fractions, between two levels of noise.
+
+    Attributes:
+        process: Of the network, or None where it is not known yet (``of``).
+    """
+
+    kind: str = "discrete"
+    rho: float = 1.0
+    process: DDPMSchedule | None = None
+
+    def of(self, process: VPSchedule | None) -> "DiscreteSchedule":
+        """These levels of the process that a network was trained on.
+
+        Raises:
+            InputError: It was trained on no DDPM.
+        """
+        if not isinstance(process, DDPMSchedule):
+            raise InputError(
+                "schedule discrete needs a network of a DDPM (precond ddpm), whose times it "
+                "divides; choose another schedule"
+            )
+        return replace(self, process=process)
+
+    def describe(self) -> dict[str, Any]:
+        process = {} if self.process is None else self.process.options()
+        bounds = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
+        return {"kind": self.kind, **bounds, "process": process}
+
+    def _require_kind(self) -> None:
+        if self.kind != "discrete" or self.rho != 1:
+            raise InputError(
+                f"schedule discrete has no exponent, got rho={self.rho:g}; leave it out"
+            )
+
+    def _levels(self, position: Tensor) -> Tensor:
+        if self.process is None:
+            raise InputError("schedule discrete has no levels without a network's process")
+        bounds = torch.tensor([self.sigma_max, self.sigma_min], dtype=torch.float64)
+        high, low = self.process.time(bounds)
+        levels: Tensor = self.process.sigma(torch.lerp(high, low, position))
+        # The ends as they were given, and not by way of their times.
+        return torch.cat([bounds[:1], levels[1:-1], bounds[1:]])
 
 
 @functools.lru_cache(maxsize=16)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from bdense.diffusion.conditions import Condition, Conditions, conditions_for
+from bdense.diffusion.conditions import Condition, Conditions, NeedsText, conditions_for
+from bdense.diffusion.guidance import guided
 from bdense.diffusion.preconditioning import (
     EDM,
     PRECONDITIONINGS,
@@ -97,8 +98,11 @@ class NetworkDenoiser(nn.Module):
 
     def require_levels(self, schedule: Levels) -> None:
         """Raise an ``InputError`` for noise levels that it was not trained for."""
-        trained = self.precond
-        if schedule.sigma_min < trained.sigma_min or schedule.sigma_max > trained.sigma_max:
+        trained, rounding = self.precond, 1 + 1e-9
+        if (
+            schedule.sigma_min * rounding < trained.sigma_min
+            or schedule.sigma_max > trained.sigma_max * rounding
+        ):
             raise InputError(
                 f"{schedule.text()} exceed those that this {trained.name} teacher was trained "
                 f"for, {trained.sigma_min:.4g} to {trained.sigma_max:.4g}; choose a schedule "
@@ -166,21 +170,43 @@ class NetworkDenoiser(nn.Module):
     @property
     def conditions(self) -> Conditions:
         """The kind of condition that the network takes."""
-        own: Conditions | None = self.model.conditions
-        return conditions_for(self.label_dim) if own is None else own
+        return self.conditions_of(None)
 
-    def given(self, condition: Condition | None = None, num_points: int | None = None) -> Denoiser:
+    def conditions_of(self, class_index: int | None) -> Conditions:
+        """The kind of condition, with that class for all images.
+
+        Raises:
+            InputError: The network does not know the class.
+        """
+        if class_index is None:
+            own: Conditions | None = self.model.conditions
+            if own is not None or self.model.text_dim:
+                return own or NeedsText()
+        has_null = self.model.has_null_class
+        return conditions_for(self.label_dim, class_index, has_null=has_null)
+
+    def given(
+        self,
+        condition: Condition | None = None,
+        num_points: int | None = None,
+        *,
+        guidance: float = 1.0,
+        null: Condition | None = None,
+    ) -> Denoiser:
         """D(x; sigma) of branch K with its conditions bound, as solvers and samplers take it.
 
         Args:
             condition: Of the B images that it will be called with; None is unconditional. Called
                 with P states of each image, it repeats the condition, see ``call_for_states``.
             num_points: N + 1 of the sampler; passed on where there is a step condition.
+            guidance: s of ``guided``, with ``null`` where it is not 1.
+            null: What stands for no condition.
         """
         given: dict[str, Any] = {} if condition is None else dict(condition.arguments())
         if self.step_condition:
             given["num_points"] = num_points
-        return functools.partial(call_for_states, self.forward, given)
+        predict = guided(self.forward, guidance, null)
+        return functools.partial(call_for_states, predict, given)
 
     def execute(self, execution: Execution) -> Self:
         """Compute the network this way from now on, in place; copies and students inherit it."""

@@ -17,26 +17,36 @@ class GridKnobs(Knobs):
 
     heading: ClassVar[str] = "noise levels"
 
-    schedule: ScheduleKind = knob("polynomial", "spacing of the noise levels")
-    rho: float = knob(7.0, "exponent of the spacing, which logsnr does not have", above=0)
+    schedule: ScheduleKind = knob(
+        "polynomial",
+        "spacing of the noise levels; discrete: even in the times that a network of a DDPM, such "
+        "as Stable Diffusion, was trained at",
+    )
+    rho: float = knob(
+        7.0, "exponent of the spacing, which logsnr and discrete do not have", above=0
+    )
     sigma_min: float = knob(0.006, "last noise level, the lowest", above=0)
     sigma_max: float = knob(80.0, "first noise level, the highest", above=0)
 
     @property
     def levels(self) -> "Schedule":
-        """The schedule.
+        """The schedule; discrete is without its network's process (``levels_on``).
 
         Raises:
             InputError: The knobs do not fit together.
         """
+        from bdense.diffusion.ddpm import DiscreteSchedule
         from bdense.diffusion.schedules import Schedule
 
-        if self.schedule == "logsnr" and self.rho != knobs_of(GridKnobs)["rho"].default:
+        none = {"logsnr": (), "discrete": (1.0,)}.get(self.schedule)
+        if none is not None and self.rho not in (knobs_of(GridKnobs)["rho"].default, *none):
             raise KnobError(
                 "rho",
-                f"{self.rho:g} does nothing with schedule=logsnr, which has no exponent; leave it "
-                "out, or choose another schedule",
+                f"{self.rho:g} does nothing with schedule={self.schedule}, which has no exponent; "
+                "leave it out, or choose another schedule",
             )
+        if self.schedule == "discrete":
+            return DiscreteSchedule(sigma_min=self.sigma_min, sigma_max=self.sigma_max)
         return Schedule(
             kind=self.schedule, rho=self.rho, sigma_min=self.sigma_min, sigma_max=self.sigma_max
         )
@@ -51,7 +61,7 @@ class NativeGridKnobs(Knobs):
     schedule: ScheduleKind | Literal["native"] | None = knob(
         None,
         "spacing of the noise levels; native: the process that the network was trained on, which "
-        "has its own levels",
+        "has its own levels; discrete: even in the times of a DDPM",
         none="a student's own, else polynomial",
     )
     rho: float | None = knob_of(GridKnobs, "rho", None)

@@ -14,7 +14,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from bdense.diffusion.ddpm import DDPMSchedule
+from bdense.diffusion.ddpm import DDPMSchedule, DiscreteSchedule
+from bdense.diffusion.schedules import Levels
 from bdense.diffusion.vp import CosineSchedule, VPSchedule
 from bdense.errors import CheckpointError, InputError
 
@@ -33,12 +34,14 @@ class Preconditioning(Protocol):
 
     Attributes:
         name: Its name in the description of a denoiser.
-        outputs: Network outputs a pixel and channel, of which the first is F.
         sigma_min, sigma_max: Levels it was trained for, 0 and infinity where it has no bounds.
     """
 
     name: ClassVar[str]
-    outputs: ClassVar[int]
+
+    @property
+    def outputs(self) -> int:
+        """Network outputs a pixel and channel, of which the first is F."""
 
     @property
     def sigma_min(self) -> float:
@@ -246,12 +249,14 @@ class DDPM(DDPMSchedule):
 
     Attributes:
         prediction_type: What F predicts, one of ``PREDICTIONS``.
+        learned_variance: Whether the network predicts a variance as well, in a second C channels,
+            which no sampler here uses.
     """
 
     name: ClassVar[str] = "ddpm"
-    outputs: ClassVar[int] = 1
 
     prediction_type: str = "epsilon"
+    learned_variance: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -261,11 +266,17 @@ class DDPM(DDPMSchedule):
         return _vp_coefficients(self.prediction_type, sigma, self.time(sigma).to(sigma))
 
     @property
+    def outputs(self) -> int:
+        return 2 if self.learned_variance else 1
+
+    @property
     def process(self) -> DDPMSchedule:
         return DDPMSchedule(**super().options())
 
     def options(self) -> dict[str, Any]:
-        return super().options() | {"prediction_type": self.prediction_type}
+        # Left out where it is off, as the options are part of a denoiser's digest.
+        learned = {"learned_variance": True} if self.learned_variance else {}
+        return super().options() | {"prediction_type": self.prediction_type} | learned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,6 +324,19 @@ def native_schedule(precond: Preconditioning) -> VPSchedule:
             f"precond={precond.name!r}; choose another schedule"
         )
     return precond.process
+
+
+def levels_on(levels: Levels | None, precond: Preconditioning) -> Levels:
+    """Levels as a network has them: None is native, and discrete ones divide its own times.
+
+    Raises:
+        InputError: The network has no process, or not one of discrete times.
+    """
+    if levels is None:
+        return native_schedule(precond)
+    if isinstance(levels, DiscreteSchedule):
+        return levels.of(precond.process)
+    return levels
 
 
 PRECONDITIONINGS: dict[str, type[EDM | VP | VE | IDDPM | DDPM | Cosine]] = {

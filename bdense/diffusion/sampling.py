@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bdense.diffusion.conditions import conditions_for
-from bdense.diffusion.ddpm import DDPMSchedule
+from bdense.diffusion.codecs import Codec
+from bdense.diffusion.conditions import Conditions
+from bdense.diffusion.ddpm import DDPMSchedule, DiscreteSchedule
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
+from bdense.diffusion.guidance import calls, null_for
 from bdense.diffusion.schedules import Levels, Schedule
 from bdense.diffusion.solvers import (
     Euler,
@@ -40,6 +42,7 @@ class Sampler:
         afs: Analytical first step: NFE is one less.
         schedule: How the levels are spaced.
         solver: Of the steps; a student needs the one that it was distilled for.
+        guidance: Scale of classifier-free guidance; NFE is doubled where it is not 1 or 0.
 
     Raises:
         InputError: NFE is below 1, the schedule ends at 0, which the solver does not reach, or the
@@ -50,6 +53,7 @@ class Sampler:
     afs: bool
     schedule: Levels = field(default_factory=Schedule)
     solver: Solver = field(default_factory=Euler)
+    guidance: float = 1.0
 
     def __post_init__(self) -> None:
         self.solver.require_intervals(self.num_intervals)
@@ -68,8 +72,9 @@ class Sampler:
 
     @property
     def nfe(self) -> int:
-        """Network evaluations an image costs."""
-        return self.solver.nfe(self.num_intervals) - (1 if self.afs else 0)
+        """Network evaluations an image costs, two of each prediction under guidance."""
+        predictions = self.solver.nfe(self.num_intervals) - (1 if self.afs else 0)
+        return predictions * calls(self.guidance)
 
     @property
     def sequential_nfe(self) -> int:
@@ -87,7 +92,7 @@ class Sampler:
         """Draw images, nominally in [-1, 1].
 
         Args:
-            denoise: D(x; sigma), with its conditions bound (``NetworkDenoiser.given``).
+            denoise: D(x; sigma), with conditions and guidance bound (``NetworkDenoiser.given``).
             noise: [B, C, H, W] unit noise that images start from.
             step_noise: What a stochastic solver adds in each interval.
 
@@ -101,7 +106,8 @@ class Sampler:
     def describe(self) -> dict[str, Any]:
         """Plain values, which ``sampler_from`` reads back; the solver's beside the grid's."""
         grid = {"num_intervals": self.num_intervals, "afs": self.afs}
-        return grid | {"schedule": self.schedule.describe()} | self.solver.describe()
+        guidance = {} if self.guidance == 1 else {"guidance": self.guidance}
+        return grid | {"schedule": self.schedule.describe()} | guidance | self.solver.describe()
 
 
 def sampler_from(description: Mapping[str, Any]) -> Sampler:
@@ -115,6 +121,7 @@ def sampler_from(description: Mapping[str, Any]) -> Sampler:
         num_intervals=solver.pop("num_intervals"),
         afs=solver.pop("afs"),
         schedule=schedule_from(solver.pop("schedule")),
+        guidance=solver.pop("guidance", 1.0),
         solver=solver_from(solver),
     )
 
@@ -122,6 +129,8 @@ def sampler_from(description: Mapping[str, Any]) -> Sampler:
 def schedule_from(description: Mapping[str, Any]) -> Levels:
     """The schedule that ``Levels.describe`` wrote down."""
     options = dict(description)
+    if options["kind"] == "discrete":
+        return DiscreteSchedule(**options | {"process": DDPMSchedule(**options["process"])})
     processes = {process.kind: process for process in (CosineSchedule, DDPMSchedule)}
     if (process := processes.get(options["kind"])) is None:
         return Schedule(**options)
@@ -139,16 +148,23 @@ def samplers_from(metadata: Mapping[str, Any]) -> list[Sampler]:
     own = sampler_from(metadata["sampler"])
     if "nfe" not in metadata:
         return [own]
-    served = sorted(metadata["nfe"])
-    return [replace(own, num_intervals=nfe + (1 if own.afs else 0)) for nfe in served]
+    intervals = [
+        nfe // calls(own.guidance) + (1 if own.afs else 0) for nfe in sorted(metadata["nfe"])
+    ]
+    return [replace(own, num_intervals=number) for number in intervals]
 
 
 def levels_of(known: Mapping[str, Any]) -> dict[str, Any]:
-    """The knobs of a student's noise levels; none for a teacher, or for a process of its own."""
-    served = samplers_from(known)
-    if not served or not isinstance(levels := served[0].schedule, Schedule):
+    """The knobs of a student's noise levels; none for a process of its own.
+
+    A teacher's are those that are usual for it, if it names any.
+    """
+    if not (served := samplers_from(known)):
+        return dict(known.get("levels", {}))
+    if not isinstance(levels := served[0].schedule, Schedule):
         return {}
     described = levels.describe()
+    described.pop("process", None)  # the network's own
     return {"schedule": described.pop("kind"), **described}
 
 
@@ -167,6 +183,8 @@ def draw_images(
     seed: int,
     batch: int = 128,
     class_index: int | None = None,
+    conditions: Conditions | None = None,
+    codec: Codec | None = None,
     on_image: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Draw images as a user's files would hold them.
@@ -180,36 +198,41 @@ def draw_images(
         seed: Of the latents.
         batch: Images at a time.
         class_index: The class of all images; None draws the network's condition for each.
+        conditions: In place of the network's own, such as prompts.
+        codec: What makes images of latents, on the denoiser's device; None keeps what is drawn.
         on_image: Called with the number of images drawn so far.
 
     Returns:
         [count, C, H, W] uint8 on the CPU.
 
     Raises:
-        InputError: The network does not know the class, a number is below 1, a student was not
-            distilled for the sampler, or a teacher has none of its own.
+        InputError: The network does not know the class, has no null for guidance or needs prompts,
+            a number is below 1, a student was not distilled for the sampler, or a teacher has none
+            of its own.
         NonFiniteError: An image holds NaN or infinity.
     """
     sampler = _own_sampler(denoiser, sampler)
-    conditions = denoiser.conditions
-    if class_index is not None:
-        conditions = conditions_for(denoiser.label_dim, class_index)
+    if conditions is None:
+        conditions = denoiser.conditions_of(class_index)
+    null = null_for(sampler.guidance, conditions)
     if count < 1:
         raise InputError(f"the number of images must be at least 1, got {count}")
     if batch < 1:
         raise InputError(f"batch must be at least 1, got {batch}")
     like = next(denoiser.parameters())
+    null = None if null is None else null.to(like)
     drawn = []
     for first in range(0, count, batch):
         images = range(first, min(first + batch, count))
         noise = image_noise(seed, Stream.EVALUATION, images, denoiser.image_shape)
         condition = conditions.evaluation(seed, images).to(like)
         found = sampler(
-            denoiser.given(condition, sampler.num_points),
+            denoiser.given(condition, sampler.num_points, guidance=sampler.guidance, null=null),
             noise.to(like.device),
             step_noise(seed, images, denoiser.image_shape),
         )
-        drawn.append(to_uint8(found).cpu())
+        images_drawn = found if codec is None else codec.decode(found)
+        drawn.append(to_uint8(images_drawn).cpu())
         if on_image is not None:
             on_image(images.stop)
     return torch.cat(drawn)
@@ -225,7 +248,7 @@ def _own_sampler(denoiser: NetworkDenoiser, asked: Sampler | None) -> Sampler:
                 "Sampler(num_intervals=18, afs=False, solver=Heun())"
             )
         return own[0]
-    if own and asked not in own:
+    if own and replace(asked, guidance=own[0].guidance) not in own:
         raise InputError(
             f"the student was distilled for NFE {', '.join(str(each.nfe) for each in own)} with "
             f"{own[0].solver.name} and {own[0].schedule.text()}, got NFE {asked.nfe} with "

@@ -58,10 +58,7 @@ class Schedule:
     sigma_max: float = 80.0
 
     def __post_init__(self) -> None:
-        if self.kind not in _GRIDS:
-            raise InputError(
-                f"schedule kind {self.kind!r} is unknown; choose from {sorted(_GRIDS)}"
-            )
+        self._require_kind()
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
             raise InputError(
                 f"a schedule needs 0 < sigma_min < sigma_max, got sigma_min={self.sigma_min}, "
@@ -85,6 +82,16 @@ class Schedule:
         if num_intervals < 1:
             raise InputError(f"a grid needs at least 1 interval, got {num_intervals}")
         position = torch.arange(num_intervals + 1, dtype=torch.float64) / num_intervals
+        return self._levels(position)
+
+    def _require_kind(self) -> None:
+        if self.kind not in _GRIDS:
+            raise InputError(
+                f"schedule kind {self.kind!r} is unknown; choose from {sorted(_GRIDS)}"
+            )
+
+    def _levels(self, position: Tensor) -> Tensor:
+        """sigma at positions from 0, the highest level, to 1, the lowest."""
         return _GRIDS[self.kind](self, position)
 
     def fine_grid(self, num_intervals: int, substeps: int) -> Tensor:

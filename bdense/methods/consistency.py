@@ -22,6 +22,7 @@ from torch import Tensor
 from bdense import NUMERICS
 from bdense.data.datasets import Dataset
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
+from bdense.diffusion.preconditioning import levels_on
 from bdense.diffusion.sampling import Sampler, samplers_from, served_metadata
 from bdense.diffusion.solvers import Solver, StepNoise, make_solver, no_noise, trajectory
 from bdense.errors import InputError
@@ -154,7 +155,8 @@ class ConsistencyStage(Configured):
     def __post_init__(self) -> None:
         self.teacher.execution.require_training("consistency distillation")
         require_images(self.dataset, self.teacher)
-        self.teacher.require_levels(self.config.levels)
+        self._levels = levels_on(self.config.levels, self.teacher.precond)
+        self.teacher.require_levels(self._levels)
         self._solver = make_solver(self.config.solver)
         self._perceptual = LPIPS() if self.config.loss == "lpips" else None
         self._student: NetworkDenoiser | None = None
@@ -178,7 +180,7 @@ class ConsistencyStage(Configured):
         return Sampler(
             num_intervals=self.config.nfe,
             afs=False,
-            schedule=self.config.levels,
+            schedule=self._levels,
             solver=MultistepConsistency(),
         )
 
@@ -199,7 +201,7 @@ class ConsistencyStage(Configured):
         assert self._student is not None
         assert self._target is not None
         target = self._target.network.given(batch.condition)
-        fine = config.levels.fine_grid(config.intervals_at(iteration), config.substeps)
+        fine = self._levels.grid(config.intervals_at(iteration) * config.substeps)
         levels = batch.levels(fine, config.substeps).to(batch.clean)[..., None, None, None]
         x = batch.clean + levels[0] * batch.noise
         states = trajectory(self._solver, self.teacher.given(batch.condition), x, levels)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias
 
 from bdense.data.datasets import Dataset
+from bdense.diffusion.conditions import Conditions
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.grid_knobs import GridKnobs
 from bdense.diffusion.sampling import Sampler
@@ -116,12 +117,14 @@ class Inputs:
         recordings: Where a method that can record its teacher's trajectories keeps them; None
             computes them anew for each student.
         known: Metadata of the first teacher's file; a student's names its levels.
+        conditions: In place of the teacher's own, such as prompts.
     """
 
     dataset: Dataset | None = None
     seed: int = 0
     recordings: Recordings | None = None
     known: Mapping[str, Any] = field(default_factory=dict)
+    conditions: Conditions | None = None
 
     def require_dataset(self, method: str) -> Dataset:
         """The data set.

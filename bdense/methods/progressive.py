@@ -23,7 +23,7 @@ from bdense.data.datasets import Dataset
 from bdense.diffusion import LevelWeight, ScheduleKind
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
 from bdense.diffusion.grid_knobs import GridKnobs, NativeGridKnobs
-from bdense.diffusion.preconditioning import make_preconditioning, native_schedule
+from bdense.diffusion.preconditioning import levels_on, make_preconditioning
 from bdense.diffusion.sampling import Sampler, levels_of, samplers_from, served_metadata
 from bdense.diffusion.schedules import Levels
 from bdense.diffusion.snr_weights import snr_weight
@@ -111,7 +111,7 @@ class PDConfig(MethodConfig, NativeGridKnobs):
         Raises:
             InputError: The schedule is native, and the network has no process of its own.
         """
-        return self.chosen_levels or native_schedule(teacher.precond)
+        return levels_on(self.chosen_levels, teacher.precond)
 
 
 def _require_dividing(first: int, last: int, substeps: int) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bdense.diffusion.conditions import Conditions
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.intervals import IntervalGrid, VariableGrid
 from bdense.errors import CheckpointError, InputError
@@ -226,6 +227,10 @@ class RecordedTrajectories:
     @property
     def teacher(self) -> NetworkDenoiser:
         return self.store.live.teacher
+
+    @property
+    def told(self) -> Conditions:
+        return self.store.live.told
 
     def on(self, device: torch.device) -> "RecordedTrajectories":
         store = replace(self.store, live=self.store.live.on(device))

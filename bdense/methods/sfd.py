@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from bdense.diffusion import SOLVERS
+from bdense.diffusion.conditions import Condition
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.epd import read_table
+from bdense.diffusion.guidance import guided, null_for
 from bdense.diffusion.intervals import IntervalGrid, VariableGrid
+from bdense.diffusion.preconditioning import levels_on
 from bdense.diffusion.sampling import Sampler, levels_of, samplers_from, served_metadata
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import Solver, analytical_slope, make_solver
@@ -70,6 +73,16 @@ class SFDConfig(GridConfig):
         none="none: the midpoint of each step",
     )
     thresholding: bool = knob(False, "dynamic thresholding of dpmpp's predictions")
+    guidance_teacher: float = knob(
+        1.0,
+        "classifier-free guidance of the teacher's walk, of a model with a null condition; 1 is "
+        "the condition alone",
+    )
+    guidance_student: float = knob(
+        1.0,
+        "classifier-free guidance of the student, in training and sampling; where it is not 1, an "
+        "image costs twice the network evaluations of nfe",
+    )
     lr_schedule: LRSchedule = knob_of(MethodConfig, "lr_schedule", "step")
     perceptual: Perceptual = knob(
         "none",
@@ -136,9 +149,13 @@ class SFDConfig(GridConfig):
     @property
     def grid(self) -> IntervalGrid | VariableGrid:
         """The student's intervals and the teacher's sub-steps."""
+        return self.grid_at(self.levels)
+
+    def grid_at(self, levels: Schedule) -> IntervalGrid | VariableGrid:
+        """``grid`` at levels that are bound to a network."""
         intervals = tuple(nfe + self.afs for nfe in self.several_nfe)
         shared: dict[str, Any] = {"substeps": self.substeps, "afs": self.afs}
-        shared["schedule"] = self.levels
+        shared["schedule"] = levels
         if len(intervals) > 1:
             return VariableGrid(num_intervals=intervals, **shared)
         return IntervalGrid(num_intervals=intervals[0], **shared)
@@ -146,10 +163,13 @@ class SFDConfig(GridConfig):
     @property
     def samplers(self) -> tuple[Sampler, ...]:
         """How the student draws, by NFE."""
-        return tuple(
-            Sampler(num_intervals=nfe + self.afs, afs=self.afs, schedule=self.levels)
-            for nfe in self.several_nfe
-        )
+        return self.samplers_at(self.levels)
+
+    def samplers_at(self, levels: Schedule) -> tuple[Sampler, ...]:
+        """``samplers`` at levels that are bound to a network."""
+        shared: dict[str, Any] = {"afs": self.afs, "schedule": levels}
+        shared["guidance"] = self.guidance_student
+        return tuple(Sampler(num_intervals=nfe + self.afs, **shared) for nfe in self.several_nfe)
 
     def told(self, length: float) -> Self:
         if len(self.several_nfe) > 1:
@@ -237,6 +257,8 @@ class SFDStage(Configured, Stateless):
                 f"{self.config.images} images make {self.num_updates} iterations, and the "
                 f"trajectories hold {len(self.trajectories)}; record more or train on fewer images"
             )
+        # Refuses what cannot be guided.
+        null_for(self.config.guidance_student, self.trajectories.told)
 
     @property
     def num_updates(self) -> int:
@@ -253,12 +275,17 @@ class SFDStage(Configured, Stateless):
     @property
     def sampler(self) -> Sampler:
         """How the student draws, with its fewest evaluations."""
-        return self.config.samplers[0]
+        return self.samplers[0]
+
+    @property
+    def samplers(self) -> tuple[Sampler, ...]:
+        """How the student draws, by NFE."""
+        return self.config.samplers_at(self.trajectories.grid.schedule)
 
     def metadata(self) -> dict[str, Any]:
         stage = {"stage": 2} if self.config.second_stage else {}
         perceptual = {} if self.perceptual is None else {"perceptual": self.perceptual.describe()}
-        return {**stage, **perceptual, **served_metadata(self.config.samplers)}
+        return {**stage, **perceptual, **served_metadata(self.samplers)}
 
     def batch(self, iteration: int, images: slice) -> TrajectoryBatch:
         return self.trajectories.part(iteration, images)
@@ -270,6 +297,8 @@ class SFDStage(Configured, Stateless):
         if grid.afs:
             x = first_interval_without_network(x, grid.interval(0))
         points = {"num_points": grid.num_points} if self.start.step_condition else {}
+        guidance = self.config.guidance_student
+        null = null_for(guidance, self.trajectories.told)
         for row, n in enumerate(grid.trained):
             update = IntervalUpdate(
                 stream=(iteration, n),
@@ -278,6 +307,8 @@ class SFDStage(Configured, Stateless):
                 levels=grid.interval(n),
                 targets=batch.states[row * grid.substeps : (row + 1) * grid.substeps],
                 given={**batch.condition.arguments(), **points},
+                guidance=guidance,
+                null=None if null is None else null.to(x),
                 perceptual=self.perceptual if n == grid.num_intervals - 1 else None,
             )
             yield update
@@ -318,12 +349,15 @@ class IntervalUpdate:
     levels: Tensor
     targets: Tensor
     given: Mapping[str, Any]
+    guidance: float
+    null: Condition | None
     perceptual: PerceptualLoss | None
     end: Tensor = field(init=False)
 
     def __call__(self, branches: Branches) -> BranchMeans:
         """The branches' states and losses."""
-        states = branch_states(branches, self.x, self.levels, **self.given)
+        predict = guided(branches, self.guidance, self.null)
+        states = branch_states(predict, self.x, self.levels, **self.given)
         self.end = states[:, -1].detach()
         losses = branch_losses(states, self.targets)
         return IntervalLosses(losses, states, self.targets, self.perceptual)
@@ -410,7 +444,7 @@ class SFD(Method):
     def plan(
         self, config: SFDConfig, teacher: NetworkDenoiser | None = None
     ) -> tuple[StagePlan, ...]:
-        several = config.several_nfe
+        several = [sampler.nfe for sampler in config.samplers]
         label = f"{', '.join(map(str, several))} NFE"
         return (StagePlan(name="", label=label, num_updates=config.num_updates, nfe=several[0]),)
 
@@ -421,10 +455,11 @@ class SFD(Method):
         return 1 if isinstance(config.grid, VariableGrid) else len(config.grid.trained)
 
     def check(self, config: SFDConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
-        teacher.require_levels(config.levels)
+        levels = _levels(config, teacher)
+        teacher.require_levels(levels)
         served = {sampler.num_intervals: sampler for sampler in samplers_from(known)}
         if config.second_stage:
-            _check_second_stage(config, served)
+            _check_second_stage(config, served, levels)
         elif served:
             raise InputError(
                 "the teacher is a student, which knows the levels it was distilled for alone; "
@@ -473,13 +508,22 @@ def _live(config: SFDConfig, teacher: NetworkDenoiser, inputs: Inputs) -> LiveTr
         teacher_afs = table.afs
     return LiveTrajectories(
         teacher=teacher,
-        grid=config.grid,
+        grid=config.grid_at(_levels(config, teacher)),
         solver=config.make_solver(),
         batch=config.batch,
         count=config.num_updates,
         seed=inputs.seed,
         teacher_afs=teacher_afs,
+        conditions=inputs.conditions,
+        guidance=config.guidance_teacher,
     )
+
+
+def _levels(config: SFDConfig, teacher: NetworkDenoiser) -> Schedule:
+    """The noise levels, discrete ones in the teacher's own times."""
+    levels = levels_on(config.levels, teacher.precond)
+    assert isinstance(levels, Schedule)
+    return levels
 
 
 def _walked(config: SFDConfig) -> int:
@@ -487,7 +531,9 @@ def _walked(config: SFDConfig) -> int:
     return (config.several_nfe[0] + config.afs) * config.substeps
 
 
-def _check_second_stage(config: SFDConfig, served: Mapping[int, Sampler]) -> None:
+def _check_second_stage(
+    config: SFDConfig, served: Mapping[int, Sampler], levels: Schedule
+) -> None:
     """A teacher that is a student: on its own grid, by its own steps.
 
     A student for several NFE gets the number of points of the grid it walks.
@@ -508,10 +554,10 @@ def _check_second_stage(config: SFDConfig, served: Mapping[int, Sampler]) -> Non
             f"second_stage walks students by {config.solver}, and the teacher draws by "
             f"{any_of_them.solver.name}; give its own teacher, without second_stage"
         )
-    if any_of_them.schedule != config.levels:
+    if any_of_them.schedule != levels:
         raise InputError(
             f"second_stage keeps the teacher's noise levels, {any_of_them.schedule.describe()}, "
-            f"got {config.levels.describe()}; give the teacher's (schedule, rho, sigma_min, "
+            f"got {levels.describe()}; give the teacher's (schedule, rho, sigma_min, "
             "sigma_max)"
         )
     wanted = _walked(config)

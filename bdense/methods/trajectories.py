@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from bdense import NUMERICS
-from bdense.diffusion.conditions import Condition, Unconditional
+from bdense.diffusion.conditions import Condition, Conditions, Unconditional
 from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.guidance import null_for
 from bdense.diffusion.intervals import IntervalGrid, VariableGrid
 from bdense.diffusion.solvers import Solver, analytical_first_step, trajectory
 from bdense.models.store import denoiser_sha256
@@ -59,6 +60,10 @@ class Trajectories(Protocol):
     def teacher(self) -> NetworkDenoiser:
         """Whose trajectories they are."""
 
+    @property
+    def told(self) -> Conditions:
+        """The kind of condition of a batch."""
+
     def on(self, device: torch.device) -> Self:
         """The same, with the teacher and the batches on another device."""
 
@@ -75,6 +80,8 @@ class LiveTrajectories:
         seed: Training seed; noise and classes of iteration i follow from (seed, i).
         teacher_afs: The teacher's first sub-step is analytical too: for a teacher that is itself
             a student distilled with AFS (SFD's second stage).
+        conditions: What is drawn for each batch; None is the teacher's own kind.
+        guidance: Of the teacher's walk.
     """
 
     teacher: NetworkDenoiser
@@ -84,9 +91,17 @@ class LiveTrajectories:
     count: int
     seed: int
     teacher_afs: bool = False
+    conditions: Conditions | None = None
+    guidance: float = 1.0
 
     def __post_init__(self) -> None:
         self.teacher.require_levels(self.grid.schedule)
+        null_for(self.guidance, self.told)  # refuses what cannot be guided
+
+    @property
+    def told(self) -> Conditions:
+        """The kind of condition of a batch."""
+        return self.teacher.conditions if self.conditions is None else self.conditions
 
     def __len__(self) -> int:
         return self.count
@@ -117,7 +132,7 @@ class LiveTrajectories:
 
     def condition(self, iteration: int) -> Condition:
         """Of the batch of that iteration, on the CPU."""
-        return self.teacher.conditions.drawn(self.seed, iteration, self.batch)
+        return self.told.drawn(self.seed, iteration, self.batch)
 
     def on(self, device: torch.device) -> "LiveTrajectories":
         return replace(self, teacher=self.teacher.on(device))
@@ -125,7 +140,13 @@ class LiveTrajectories:
     def _states(self, grid: IntervalGrid, start: Tensor, condition: Condition) -> Tensor:
         """The teacher's walk from ``start``: [R, B, C, H, W]."""
         fine = grid.fine()
-        denoise = self.teacher.given(condition, num_points=len(fine))
+        null = null_for(self.guidance, self.told)
+        denoise = self.teacher.given(
+            condition,
+            num_points=len(fine),
+            guidance=self.guidance,
+            null=None if null is None else null.to(start),
+        )
         if self.teacher_afs:
             denoise = analytical_first_step(denoise, fine[0])
         states = trajectory(self.solver, denoise, start, fine)
@@ -141,4 +162,6 @@ class LiveTrajectories:
             "solver": {"name": type(self.solver).__name__} | asdict(self.solver),  # type: ignore[call-overload]
             "batch": self.batch,
             "seed": self.seed,
+            **self.told.describe(),
+            **({} if self.guidance == 1 else {"guidance": self.guidance}),
         }

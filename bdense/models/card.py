@@ -13,7 +13,7 @@ from bdense.models.store import denoiser_sha256
 from bdense.weights.spaces import by_interval
 
 # Metadata that a student inherits from its teacher.
-_INHERITED = ("licence", "citation", "data")
+_INHERITED = ("licence", "citation", "data", "codec", "condition")
 # Metadata of any model that its card repeats.
 _KNOWN = ("source", "url", "citation", "scheduler", "data")
 # Keys of a table of FIDs that always get a column, and the columns' titles.
@@ -249,6 +249,10 @@ def _student_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
         facts["branch weights"] += f" at the end, learned by {rule['rule']} ({settings})"
     if "coefficients" in metadata:
         facts["branches combined by"] = ", ".join(f"{c:.4g}" for c in metadata["coefficients"])
+    training = metadata.get("training", {})
+    scales = [training.get(f"guidance_{who}", 1.0) for who in ("teacher", "student")]
+    if scales != [1, 1]:
+        facts["guidance in training"] = "teacher {:g}, student {:g}".format(*scales)
     if "perceptual" in metadata:
         low, high = metadata["perceptual"]["range"]
         facts["perceptual loss"] = (
@@ -265,6 +269,7 @@ def _student_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
         facts["sampler"] = (
             f"{', '.join(steps)} {_TITLES.get(name, name)} steps"
             f"{', the first analytical' * sampler.afs}, {sampler.schedule.text()}"
+            f"{f', guidance {sampler.guidance:g}' * (sampler.guidance != 1)}"
             f"{', predictions clipped to [-1, 1]' * (sampler.solver == DDIM(clip=True))}"
         )
     if (fid := metadata.get("fid")) is not None:

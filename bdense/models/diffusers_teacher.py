@@ -1,38 +1,59 @@
-"""DDPM teachers in diffusers' format: a folder, or an id on the Hugging Face hub.
+"""Teachers in diffusers' format: a folder, or an id on the Hugging Face hub.
 
-A ``UNet2DModel`` and its scheduler's configuration, in one folder (google/ddpm-cifar10-32) or in
-``unet`` and ``scheduler`` below it. Needs the ``diffusers`` extra, also for teachers that were
-converted to safetensors.
+A network and the configuration of its scheduler, in a pipeline's folder (``unet`` or
+``transformer`` beside ``scheduler``) or both in one (google/ddpm-cifar10-32): a ``UNet2DModel`` of
+pixels or latents, the ``UNet2DConditionModel`` of Stable Diffusion 1 and 2, or a
+``DiTTransformer2DModel``. Needs the ``diffusers`` extra, also for teachers that were converted to
+safetensors.
 """
 
 import dataclasses
-import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bdense.diffusion.denoiser import NetworkDenoiser, without_memory
 from bdense.diffusion.preconditioning import DDPM
 from bdense.errors import CheckpointError, InputError
-from bdense.networks import DiffusersUNet
-from bdense.networks.diffusers_unet import require_diffusers, unet_options
+from bdense.models.diffusers_files import CONFIG, INDEX, WEIGHTS, folder_of, load_part, read_json
+from bdense.networks import DiffusersTextUNet, DiffusersUNet, DiT
+from bdense.networks.diffusers_network import DiffusersNetwork, require_diffusers
 
-HUB = "https://huggingface.co"
-SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# Endings of torch pickles, which are not read.
-TORCH_FILES = (".bin", ".ckpt", ".pt", ".pth")
-_MODEL, _CONFIG, _SCHEDULER = "UNet2DModel", "config.json", "scheduler_config.json"
-_WEIGHTS = "diffusion_pytorch_model"
+NETWORKS: Mapping[str, type[DiffusersNetwork]] = {
+    network.kind: network for network in (DiffusersUNet, DiffusersTextUNet, DiT)
+}
+PIPELINES = (
+    "DDPMPipeline",
+    "DDIMPipeline",
+    "LDMPipeline",
+    "StableDiffusionPipeline",
+    "DiTPipeline",
+)
+# They share the fields of the noise process, and its defaults; what else they say is of sampling.
+SCHEDULERS = (
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+)
+# Folders of the autoencoder, and its classes.
+CODEC_PARTS, CODECS = ("vae", "vqvae"), ("AutoencoderKL", "VQModel")
+_SCHEDULER = "scheduler_config.json"
 _MOST_MODULES = 10_000
+# The last level of the students of Stable Diffusion (Zhou et al. 2024).
+_SIGMA_MIN = 0.1
 # For schedulers saved before a key existed, or left at its default.
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(DDPM)}
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether ``source`` has the form OWNER/NAME; a file ending means a file."""
-    files = (".pkl", ".safetensors", *TORCH_FILES)
-    return bool(_HUB_ID.fullmatch(source)) and Path(source).suffix not in files
+_PROCESS = {
+    field.name: field.default
+    for field in dataclasses.fields(DDPM)
+    if field.name != "learned_variance"
+}
 
 
 def read_diffusers(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
@@ -44,61 +65,130 @@ def read_diffusers(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]
     Returns:
         The denoiser, and metadata: ``source``, ``class`` of the model, ``scheduler``; ``licence``
         if its README.md has one; ``clip_sample`` if the scheduler clips predictions to that range
-        (this project's solvers do not).
+        (this project's solvers do not). Of a model of latents ``codec``, the class of its
+        autoencoder and how latents are scaled, if it is in the folder; ``condition``, whether it
+        takes ``guidance``, usual ``levels``; and ``ignored``, parts that are never loaded.
 
     Raises:
-        CheckpointError: It is not such a folder, or its model or scheduler is not supported.
+        CheckpointError: It is not such a folder, or its pipeline, model, weights or scheduler are
+            not supported.
         InputError: diffusers is not installed, or the hub cannot be reached.
     """
     require_diffusers()
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = _from_hub(str(source))
+    folder = folder_of(source)
+    ignored = _require_pipeline(folder)
     model_folder, scheduler_file = _find(folder)
-    config = _read_json(model_folder / _CONFIG)
-    if config.get("_class_name") != _MODEL:
+    config = read_json(model_folder / CONFIG)
+    kind = str(config.get("_class_name"))
+    if kind not in NETWORKS:
         raise CheckpointError(
-            f"{model_folder / _CONFIG} describes a {config.get('_class_name')}; "
-            f"this version reads {_MODEL} (unconditional pixel models, and those with classes)"
+            f"{model_folder / CONFIG} describes a {kind}; this version reads {', '.join(NETWORKS)}"
         )
-    precond, facts = _scheduler(scheduler_file)
+    codec = codec_config(folder)
+    is_latent = codec is not None or kind != DiffusersUNet.kind
+    precond, facts = _scheduler(scheduler_file, is_latent=is_latent)
     # Record an id, but not a path of this machine.
     name = folder.resolve().name if Path(source).is_dir() else str(source)
-    metadata = {"source": name, "class": _MODEL, **facts}
+    metadata = {"source": name, "class": kind, **facts}
     if licence := _licence(folder / "README.md"):
         metadata["licence"] = licence
-    return _denoiser(model_folder, config, precond), metadata
+    denoiser = _denoiser(NETWORKS[kind], model_folder, config, precond)
+    if is_latent:
+        metadata |= _latent_facts(denoiser, codec) | ({"ignored": ignored} if ignored else {})
+    return denoiser, metadata
 
 
-def _denoiser(folder: Path, config: dict[str, Any], precond: DDPM) -> NetworkDenoiser:
-    import torch
-    from diffusers import UNet2DModel
+def _require_pipeline(folder: Path) -> list[str]:
+    """Refuse other pipelines; returns the parts of this one that are never loaded."""
+    if not (folder / INDEX).is_file():
+        return []
+    index = read_json(folder / INDEX)
+    if (kind := index.get("_class_name")) not in PIPELINES:
+        raise CheckpointError(
+            f"{folder / INDEX} describes a {kind}; this version reads {', '.join(PIPELINES)}"
+        )
+    part = index.get("safety_checker")
+    return ["safety_checker"] if isinstance(part, list) and part[:1] != [None] else []
 
-    options = unet_options(config)
+
+def codec_config(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Folder and configuration of a pipeline's autoencoder, if it has one.
+
+    Raises:
+        CheckpointError: It is of a class that is not read.
+    """
+    for name in CODEC_PARTS:
+        if (folder / name / CONFIG).is_file():
+            config = read_json(folder / name / CONFIG)
+            if config.get("_class_name") not in CODECS:
+                raise CheckpointError(
+                    f"{folder / name / CONFIG} describes a {config.get('_class_name')}; this "
+                    f"version reads {' and '.join(CODECS)}"
+                )
+            return folder / name, config
+    return None
+
+
+def _latent_facts(
+    denoiser: NetworkDenoiser, codec: tuple[Path, dict[str, Any]] | None
+) -> dict[str, Any]:
+    network = denoiser.model
+    facts: dict[str, Any] = {}
+    if codec is not None:
+        folder, config = codec
+        if (channels := config.get("latent_channels")) != network.img_channels:
+            raise CheckpointError(
+                f"{folder / CONFIG} makes latents of {channels} channels, and the network takes "
+                f"{network.img_channels}; put the autoencoder of this network there"
+            )
+        facts["codec"] = {
+            "class": config["_class_name"],
+            "scaling_factor": config.get("scaling_factor"),
+            **({"shift_factor": shift} if (shift := config.get("shift_factor")) else {}),
+        }
+    condition = "text" if network.text_dim else "classes" if network.label_dim else None
+    lowest = denoiser.precond.sigma_min
+    return {
+        **facts,
+        **({"condition": condition} if condition else {}),
+        "guidance": bool(network.text_dim) or network.has_null_class,
+        "levels": {
+            "sigma_min": max(lowest, _SIGMA_MIN) if condition else lowest,
+            "sigma_max": denoiser.precond.sigma_max,
+        },
+    }
+
+
+def _denoiser(
+    network_class: type[DiffusersNetwork], folder: Path, config: dict[str, Any], precond: DDPM
+) -> NetworkDenoiser:
+    import diffusers
+
+    channels, predicted = config.get("in_channels"), config.get("out_channels")
+    # A DiT predicts a variance as well; pixel U-Nets that do are not read.
+    outputs = 2 if network_class is DiT and channels and predicted == 2 * channels else 1
+    options = network_class.accepted(config, outputs=outputs)
+    precond = dataclasses.replace(precond, learned_variance=outputs == 2)
     with without_memory(_MOST_MODULES):
-        values = sum(value.numel() for value in DiffusersUNet(options).parameters())
-    size = sum(file.stat().st_size for file in folder.glob(f"{_WEIGHTS}*"))
+        skeleton = network_class(options, outputs=outputs)
+        values = sum(value.numel() for value in skeleton.parameters())
+    size = sum(file.stat().st_size for file in folder.glob(f"{WEIGHTS}*"))
     # A value takes 2 bytes or more. If there is no file, diffusers names it.
     if 0 < size < values:
         raise CheckpointError(
             f"{folder} describes {values} weights, but its weights file has {size} bytes"
         )
-    try:
-        # diffusers' loader knows the weights' names of its older versions.
-        loaded = UNet2DModel.from_pretrained(folder, low_cpu_mem_usage=False)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"diffusers cannot load {folder} ({reason})") from error
+    loaded = load_part(getattr(diffusers, network_class.kind), folder, low_cpu_mem_usage=False)
     with torch.random.fork_rng(devices=[]):
-        network = DiffusersUNet(options)
-    network.unet.load_state_dict(loaded.state_dict())
+        network = network_class(options, outputs=outputs)
+    getattr(network, network_class.part).load_state_dict(loaded.state_dict())
     return NetworkDenoiser(network, precond).eval()
 
 
 def _find(folder: Path) -> tuple[Path, Path]:
     """The model's folder and the scheduler's file."""
-    for model, scheduler in (("unet", "scheduler"), (".", ".")):
-        if (folder / model / _CONFIG).is_file():
+    for model, scheduler in (("unet", "scheduler"), ("transformer", "scheduler"), (".", ".")):
+        if (folder / model / CONFIG).is_file():
             file = folder / scheduler / _SCHEDULER
             if file.is_file():
                 return folder / model, file
@@ -107,17 +197,17 @@ def _find(folder: Path) -> tuple[Path, Path]:
                 "levels; save the whole pipeline, or the scheduler beside the model"
             )
     raise CheckpointError(
-        f"{folder} is not a diffusers folder: it has neither unet/{_CONFIG} nor {_CONFIG}; give "
-        "a folder that save_pretrained wrote"
+        f"{folder} is not a diffusers folder: it has neither unet/{CONFIG} nor {CONFIG}, nor "
+        f"transformer/{CONFIG}; give a folder that save_pretrained wrote"
     )
 
 
-def _scheduler(file: Path) -> tuple[DDPM, dict[str, Any]]:
-    config = _read_json(file)
+def _scheduler(file: Path, *, is_latent: bool) -> tuple[DDPM, dict[str, Any]]:
+    config = read_json(file)
     name = config.get("_class_name")
     if name not in SCHEDULERS:
         raise CheckpointError(
-            f"{file} describes a {name}, but only {' and '.join(SCHEDULERS)} are supported; make "
+            f"{file} describes a {name}, but only {', '.join(SCHEDULERS)} are supported; make "
             "one of them from its config and save that in its place"
         )
     if config.get("rescale_betas_zero_snr"):
@@ -126,49 +216,22 @@ def _scheduler(file: Path) -> tuple[DDPM, dict[str, Any]]:
             "noise, which has no sigma"
         )
     try:
-        precond = DDPM(**{key: config.get(key, value) for key, value in _DEFAULTS.items()})
+        precond = DDPM(**{key: config.get(key, value) for key, value in _PROCESS.items()})
     except (InputError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}") from error
     facts: dict[str, Any] = {"scheduler": name}
+    if is_latent:
+        if precond.prediction_type == "sample":
+            raise CheckpointError(
+                f"{file} has prediction_type 'sample', which is not read of models of latents; "
+                "known are epsilon and v_prediction"
+            )
+        return precond, facts
     if config.get("thresholding"):
         facts["thresholding"] = True
     elif config.get("clip_sample", True):
         facts["clip_sample"] = config.get("clip_sample_range", 1.0)
     return precond, facts
-
-
-def _from_hub(source: str) -> Path:
-    """A folder with the needed files of a hub repository; huggingface_hub caches and resumes."""
-    from huggingface_hub import snapshot_download
-
-    if not is_hub_id(source):
-        raise CheckpointError(f"{source} is neither a diffusers folder nor a hub id OWNER/NAME")
-    texts = [*(f"{part}{_CONFIG}" for part in ("", "unet/")), "README.md"]
-    texts += [_SCHEDULER, f"scheduler/{_SCHEDULER}"]
-    try:
-        for ending in ("safetensors", "bin"):
-            weights = [f"{part}{_WEIGHTS}.{ending}" for part in ("", "unet/")]
-            folder = Path(snapshot_download(source, allow_patterns=texts + weights))
-            if any(folder.rglob(f"{_WEIGHTS}.{ending}")):
-                break
-    # huggingface_hub raises OSErrors and ValueErrors for repositories, files and names.
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"cannot fetch {source} from the Hugging Face hub ({reason}); fetch "
-            f"{HUB}/{source} by hand into a folder and give the folder"
-        ) from error
-    return folder
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{file} does not hold a configuration")
-    return found
 
 
 def _licence(readme: Path) -> str | None:

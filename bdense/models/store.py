@@ -19,7 +19,8 @@ from bdense.diffusion.denoiser import NetworkDenoiser, restore
 from bdense.diffusion.sampling import samplers_from
 from bdense.errors import CheckpointError, InputError, is_out_of_memory
 from bdense.files import atomic_write, require_no_page
-from bdense.models.diffusers_teacher import TORCH_FILES, is_hub_id, read_diffusers
+from bdense.models.diffusers_files import TORCH_FILES, is_hub_id
+from bdense.models.diffusers_teacher import read_diffusers
 from bdense.models.edm import load_foreign
 from bdense.models.zoo import CHECKPOINTS, HUB_CHECKPOINTS, PUBLIC_MODELS, resolve_checkpoint
 

@@ -1,85 +1,49 @@
-"""diffusers' ``UNet2DModel`` as a network F(x; c_noise); needs the ``diffusers`` extra.
+"""diffusers' ``UNet2DModel`` and ``UNet2DConditionModel`` as networks F(x; c_noise).
 
-Its weights keep diffusers' names below ``unet.``. B batch, C image channels, H x W pixels.
+B batch, L tokens, E channels of a token.
 """
 
-import json
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from bdense.errors import CheckpointError, InputError
-from bdense.networks.network import Network, check_inputs, check_labels
-
-# What diffusers writes about a file rather than about a network, or what we choose ourselves.
-_NOT_OPTIONS = ("num_train_timesteps", "out_channels")
+from bdense.errors import InputError, ShapeError
+from bdense.networks.diffusers_network import DiffusersNetwork, halved, times_of
+from bdense.networks.network import check_inputs, check_labels
 
 
-def require_diffusers() -> None:
-    """Say how to install diffusers where it is missing.
+class DiffusersUNet(DiffusersNetwork):
+    """A ``UNet2DModel`` whose class labels are one-hot rows; the head is its ``conv_out``."""
 
-    Raises:
-        InputError: It is missing.
-    """
-    try:
-        import diffusers  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"this model needs the diffusers library ({error}); install it with "
-            "pip install 'bdense[diffusers]'"
-        ) from error
-
-
-class DiffusersUNet(Network):
-    """A ``UNet2DModel`` whose class labels are one-hot rows; the head is its ``conv_out``.
-
-    Args:
-        unet: Its options, under diffusers' names.
-        num_branches: K.
-
-    Raises:
-        CheckpointError: The options do not fit, or need more than a denoiser here can give.
-    """
-
+    kind: ClassVar[str] = "UNet2DModel"
+    part: ClassVar[str] = "unet"
     head_name = "unet.conv_out"
+    _channels: ClassVar[int] = 3
 
-    def __init__(self, unet: Mapping[str, Any], *, num_branches: int = 1) -> None:
-        from diffusers import UNet2DModel
-
-        super().__init__()
-        self.options = unet_options(unet)
-        self.img_channels = int(self.options["in_channels"])
-        self.img_resolution = int(self.options["sample_size"])
+    def __init__(
+        self, options: Mapping[str, Any], *, num_branches: int = 1, outputs: int = 1
+    ) -> None:
+        super().__init__(options, num_branches=num_branches, outputs=outputs)
+        self.unet: Any
         self.label_dim = int(self.options.get("num_class_embeds") or 0)
-        self.num_branches = num_branches
-        self.prediction_channels = self.img_channels
-        try:
-            self.unet: Any = UNet2DModel(**self.options, out_channels=self.out_channels)
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"the options do not fit a UNet2DModel: {error}") from error
         if self.label_dim:
             self.unet.class_embedding = _OneHotEmbedding(self.unet.class_embedding.weight)
 
     @classmethod
-    def build(cls, options: Mapping[str, Any], *, num_branches: int, outputs: int) -> Self:
-        """As in ``Network``; ``outputs`` is 1."""
-        require_diffusers()
-        if set(options) != {"img_channels", "unet"}:
-            raise CheckpointError(
-                f"a UNet2DModel is described by img_channels and unet, got {sorted(options)}"
-            )
-        network = cls(options["unet"], num_branches=num_branches)
-        if outputs != 1 or network.img_channels != options["img_channels"]:
-            raise CheckpointError(
-                f"a UNet2DModel of {network.img_channels} image channels predicts as many, not "
-                f"{outputs * options['img_channels']}"
-            )
-        return network
-
-    def describe(self) -> dict[str, Any]:
-        config = {"img_channels": self.img_channels, "unet": self.options}
-        return {"network": "UNet2DModel", "config": config}
+    def _refused(cls, options: Mapping[str, Any]) -> dict[str, bool]:
+        blocks = [*options.get("down_block_types", ()), *options.get("up_block_types", ())]
+        return {
+            **_other_times(options),
+            f"class_embed_type={options.get('class_embed_type')!r} (known is null)": bool(
+                options.get("class_embed_type")
+            ),
+            "blocks that add to the output image (Skip...)": any(
+                "Skip" in name for name in blocks
+            ),
+            **halved(options),
+        }
 
     def forward(
         self,
@@ -95,10 +59,14 @@ class DiffusersUNet(Network):
         if class_labels is None and self.label_dim:
             class_labels = x.new_zeros(1, self.label_dim)
         labels = None if class_labels is None else class_labels.to(x)
-        # One for each image, in a floating type: the library takes whole numbers for indices.
-        times = noise_labels.to(x).expand(len(x))
+        times = times_of(noise_labels, x)
         sample: Tensor = self.unet(x, times, class_labels=labels, return_dict=False)[0]
         return sample
+
+
+def _other_times(options: Mapping[str, Any]) -> dict[str, bool]:
+    kind = options.get("time_embedding_type", "positional")
+    return {f"time_embedding_type={kind!r} (a DDPM's is positional)": kind != "positional"}
 
 
 class _OneHotEmbedding(nn.Module):
@@ -113,37 +81,74 @@ class _OneHotEmbedding(nn.Module):
         return labels @ self.weight
 
 
-def unet_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a ``UNet2DModel`` in its ``config.json``, as plain values.
+# Options of a UNet2DConditionModel for conditions beside its text, which must be off.
+_OTHER_CONDITIONS = (
+    "addition_embed_type",
+    "class_embed_type",
+    "encoder_hid_dim",
+    "encoder_hid_dim_type",
+    "num_class_embeds",
+    "time_cond_proj_dim",
+)
 
-    Raises:
-        CheckpointError: It needs more than this project gives a network.
-    """
-    found = {
-        name: value
-        for name, value in config.items()
-        if not name.startswith("_") and name not in _NOT_OPTIONS
-    }
-    options: dict[str, Any] = json.loads(json.dumps(found))
-    side = options.get("sample_size")
-    if isinstance(side, list) and len(set(side)) == 1:
-        options["sample_size"] = side = side[0]
-    options.setdefault("in_channels", 3)
-    blocks = [*options.get("down_block_types", ()), *options.get("up_block_types", ())]
-    refused = {
-        f"sample_size={side!r} (images here are square)": not isinstance(side, int),
-        f"out_channels={config.get('out_channels')}, not in_channels={options['in_channels']} "
-        "(a predicted variance is not read)": config.get("out_channels", options["in_channels"])
-        != options["in_channels"],
-        f"time_embedding_type={options.get('time_embedding_type')!r} (a DDPM's is positional)": (
-            options.get("time_embedding_type", "positional") != "positional"
-        ),
-        f"class_embed_type={options.get('class_embed_type')!r} (known is null)": bool(
-            options.get("class_embed_type")
-        ),
-        "blocks that add to the output image (Skip...)": any("Skip" in name for name in blocks),
-    }
-    for reason, is_so in refused.items():
-        if is_so:
-            raise CheckpointError(f"this UNet2DModel cannot be a denoiser here: {reason}")
-    return options
+
+class DiffusersTextUNet(DiffusersNetwork):
+    """A ``UNet2DConditionModel``, as of Stable Diffusion 1 and 2: conditioned on text."""
+
+    kind: ClassVar[str] = "UNet2DConditionModel"
+    part: ClassVar[str] = "unet"
+    head_name = "unet.conv_out"
+    unet: Any
+
+    def __init__(
+        self, options: Mapping[str, Any], *, num_branches: int = 1, outputs: int = 1
+    ) -> None:
+        super().__init__(options, num_branches=num_branches, outputs=outputs)
+        self.text_dim = int(self.options["cross_attention_dim"])
+
+    @classmethod
+    def _refused(cls, options: Mapping[str, Any]) -> dict[str, bool]:
+        width = options.get("cross_attention_dim")
+        others = [name for name in _OTHER_CONDITIONS if options.get(name) is not None]
+        return {
+            f"cross_attention_dim={width!r} (known is one number)": not isinstance(width, int),
+            f"{', '.join(others)} (conditions beside the text)": bool(others),
+            **_other_times(options),
+            **halved(options),
+        }
+
+    def forward(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        num_points: int | Tensor | None = None,
+        text: Tensor | None = None,
+    ) -> Tensor:
+        """As in ``Network``, with ``text``: [B, L, E] or [1, L, E] embeddings of the prompts.
+
+        Raises:
+            InputError: There is no text.
+            ShapeError: Images or embeddings do not fit the network.
+        """
+        check_inputs(self, x, class_labels, num_points)
+        check_labels("augment_labels", augment_labels, 0, len(x))
+        if text is None:
+            raise InputError(
+                "the network is conditioned on text and none is given; give prompts, or the "
+                "embedding of the empty one"
+            )
+        width = self.text_dim
+        if text.dim() != 3 or text.shape[2] != width or len(text) not in (1, len(x)):
+            raise ShapeError(
+                f"text must be [{len(x)}, L, {width}] for {len(x)} images, got {list(text.shape)}"
+            )
+        told = text.to(x).expand(len(x), -1, -1)
+        times = times_of(noise_labels, x)
+        sample: Tensor = self.unet(x, times, told, return_dict=False)[0]
+        return sample
+
+    def example(self) -> dict[str, Any]:
+        draw = torch.Generator().manual_seed(1)
+        return {"text": torch.randn(1, 2, self.text_dim, generator=draw)}

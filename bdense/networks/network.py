@@ -26,6 +26,10 @@ class Network(nn.Module, abc.ABC):
         img_channels: C.
         img_resolution: Side of the square image in pixels.
         label_dim: Number of classes; 0 is unconditional.
+        text_dim: Channels of an embedded token of its text, which ``forward`` then needs as
+            ``text``; 0 takes none.
+        has_null_class: Whether it was trained with hidden classes, so that labels of zeros stand
+            for none in particular.
         step_condition: Whether ``forward`` takes, and needs, ``num_points``.
         step_values: Numbers that ``num_points`` gives for each image.
         num_branches: K.
@@ -41,6 +45,8 @@ class Network(nn.Module, abc.ABC):
     img_channels: int
     img_resolution: int
     label_dim: int = 0
+    text_dim: int = 0
+    has_null_class: bool = False
     step_condition: bool = False
     step_values: int = 1
     conditions: Any = None
@@ -94,6 +100,11 @@ class Network(nn.Module, abc.ABC):
             ShapeError: Images or labels do not fit the network.
             InputError: A condition is given that the network does not have, or one is missing.
         """
+
+    def example(self) -> dict[str, Any]:
+        """What a call of ``forward`` needs beside images and levels, for any number of images."""
+        points = torch.full((1, self.step_values), 4.0)
+        return {"num_points": points} if self.step_condition else {}
 
     @property
     def out_channels(self) -> int:
@@ -188,12 +199,15 @@ class Network(nn.Module, abc.ABC):
         draw = torch.Generator().manual_seed(0)
         side = self.img_resolution
         x = torch.randn(1, self.img_channels, side, side, generator=draw).to(like)
-        points = x.new_full((1, self.step_values), 4.0) if self.step_condition else None
+        told = {
+            name: value.to(like) if isinstance(value, Tensor) else value
+            for name, value in original.example().items()
+        }
 
         def predict(network: Network) -> Tensor:
             """[K, P, H, W] without dropout; not by a compiled call."""
             is_training = network.training
-            out = network.eval().forward(x, x.new_full((1,), 0.5), num_points=points)
+            out = network.eval().forward(x, x.new_full((1,), 0.5), **told)
             network.train(is_training)
             return out.view(network.num_branches, -1, side, side)
 

@@ -117,6 +117,7 @@ class UNet(Network):
         self.img_channels = config.img_channels
         self.img_resolution = config.img_resolution
         self.label_dim = config.label_dim
+        self.has_null_class = config.label_dim > 0 and config.label_dropout > 0
         self.step_condition = config.step_condition
         self.step_values = config.step_values
         self.num_branches = num_branches

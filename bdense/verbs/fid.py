@@ -30,7 +30,7 @@ from bdense.models.store import denoiser_sha256
 from bdense.models.zoo import resolve_reference
 from bdense.verbs.common import Interrupt, Progress, chosen_device, chosen_hardware, require_out
 from bdense.verbs.options import Drawing, Features, FidOptions, ReferenceOptions
-from bdense.verbs.sample import model_and_sampler
+from bdense.verbs.sample import codec_of, model_and_sampler
 
 
 def fid(options: argparse.Namespace) -> None:
@@ -44,6 +44,7 @@ def fid(options: argparse.Namespace) -> None:
         )
     device, execution = chosen_hardware(options)
     model, sampler, known = model_and_sampler(own.model, drawing, device, execution)
+    codec = codec_of(model, known, own.model, device)
     if own.reference is not None:
         file = resolve_reference(own.reference)
         extractor = load_extractor(features.extractor, cache=features.cache, device=device)
@@ -62,6 +63,7 @@ def fid(options: argparse.Namespace) -> None:
         seed=own.seed,
         batch=drawing.batch,
         class_index=drawing.class_,
+        codec=codec,
         on_image=_show_drawn(own.images),
     )
     measured = measure_images(

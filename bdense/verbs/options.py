@@ -140,6 +140,12 @@ class Drawing(NativeGridKnobs):
         low=0,
         none="a random one for each",
     )
+    guidance: float | None = knob(
+        None,
+        "classifier-free guidance, of a model with a null condition; where it is not 1 or 0, each "
+        "prediction costs two network evaluations",
+        none="a student's own, else 1",
+    )
     batch: int = knob(128, "images drawn at a time", low=1)
 
     def __post_init__(self) -> None:
@@ -154,6 +160,24 @@ class SampleOptions(Knobs):
     model: str = knob(help=_MODEL, metavar="MODEL", form="positional")
     images: int = knob(64, "images to draw", low=1)
     columns: int = knob(16, "columns of the grid", low=1)
+    prompt: str | None = knob(
+        None, "prompt of all images, of a text-conditional model", metavar="TEXT"
+    )
+    prompts: Path | None = knob(
+        None,
+        "text file with a prompt in each line: image i has prompt i, from the start again after "
+        "the last",
+        metavar="FILE",
+    )
+    negative_prompt: str = knob(
+        "", "what guidance leads away from, in place of the empty prompt", metavar="TEXT"
+    )
+    pipeline: str | None = knob(
+        None,
+        "folder or hub id in diffusers' format with autoencoder and text encoder, of a student of "
+        "latents",
+        none="MODEL",
+    )
     seed: int = knob(0, "seed of every random draw", low=0)
     out: Path = knob(help="PNG file to write", metavar="FILE")
 

@@ -1,23 +1,30 @@
 """``bdense sample``: draw images from a model as one picture."""
 
 import argparse
+import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bdense.diffusion.conditions import conditions_for
+from bdense.diffusion.codecs import Codec
+from bdense.diffusion.conditions import Prompts
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.epd import read_table
-from bdense.diffusion.preconditioning import Preconditioning, native_schedule
-from bdense.diffusion.sampling import Sampler, draw_images, samplers_from, save_grid
+from bdense.diffusion.guidance import calls, null_for
+from bdense.diffusion.preconditioning import Preconditioning, levels_on, native_schedule
+from bdense.diffusion.sampling import Sampler, draw_images, levels_of, samplers_from, save_grid
 from bdense.diffusion.schedules import Levels
 from bdense.diffusion.solvers import make_solver
 from bdense.errors import InputError
 from bdense.execution import Execution
-from bdense.knobs import from_options, spelt_options
+from bdense.knobs import KnobError, from_options, spelt_options
+from bdense.models.diffusers_files import is_hub_id
+from bdense.models.latents import load_codec, load_text_encoder
 from bdense.models.store import load_model
+from bdense.networks import DiffusersTextUNet, DiT
 from bdense.verbs.common import chosen_hardware, require_out
 from bdense.verbs.options import Drawing, SampleOptions
 
@@ -30,10 +37,19 @@ def sample(options: argparse.Namespace) -> None:
     """Run the verb."""
     own, drawing = from_options(SampleOptions, options), from_options(Drawing, options)
     device, execution = chosen_hardware(options)
+    texts = chosen_prompts(own.prompt, own.prompts)
     require_out(own.out, options, _no_picture)
-    model, sampler, _ = model_and_sampler(own.model, drawing, device, execution)
+    model, sampler, metadata = model_and_sampler(own.model, drawing, device, execution)
+    pipeline = own.pipeline or own.model
     images = draw_images(
-        model, sampler, own.images, seed=own.seed, batch=drawing.batch, class_index=drawing.class_
+        model,
+        sampler,
+        own.images,
+        seed=own.seed,
+        batch=drawing.batch,
+        class_index=drawing.class_,
+        conditions=conditions_of(model, pipeline, texts, own.negative_prompt),
+        codec=codec_of(model, metadata, pipeline, device),
     )
     save_grid(images, own.out, own.columns)
     print(own.out)
@@ -45,6 +61,68 @@ def _no_picture(path: Path) -> str:
         return "" if file.read(len(_PNG)) == _PNG else "is no PNG picture"
 
 
+def chosen_prompts(prompt: str | None, file: Path | None) -> list[str]:
+    """The prompts of the options; none where there are none.
+
+    Raises:
+        InputError: Both options are given, or the file holds no prompt.
+    """
+    if prompt is not None and file is not None:
+        raise KnobError("--prompt", "and --prompts are two sources of prompts; drop one of them")
+    if file is None:
+        return [] if prompt is None else [prompt]
+    try:
+        lines = [line.strip() for line in file.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise KnobError("--prompts", f"{file} cannot be read: {error}") from error
+    if not (texts := [line for line in lines if line]):
+        raise KnobError("--prompts", f"{file} is empty; write a prompt in each line")
+    return texts
+
+
+def conditions_of(
+    model: NetworkDenoiser, pipeline: str, texts: list[str], negative: str = ""
+) -> Prompts | None:
+    """The prompts as a network's condition; None for one without text.
+
+    Prompts that are too long are cut, and stderr says which.
+
+    Raises:
+        InputError: There are no prompts for a network that needs them, or the other way round.
+    """
+    if not model.model.text_dim:
+        if texts or negative:
+            raise KnobError(
+                "--prompt", "is for a text-conditional model, and this one takes no text; drop it"
+            )
+        return None
+    if not texts:
+        raise KnobError("--prompt", "or --prompts is needed by a text-conditional model")
+    encoder = load_text_encoder(pipeline)
+    for i in encoder.too_long([*texts, negative]):
+        which = f"prompt {i + 1}" if i < len(texts) else "the negative prompt"
+        sys.stderr.write(f"{which} is longer than {encoder.length} tokens; the rest is left out\n")
+    return encoder.prompts(texts, negative)
+
+
+def codec_of(
+    model: NetworkDenoiser, metadata: Mapping[str, Any], pipeline: str, device: torch.device
+) -> Codec | None:
+    """What makes images of a model's latents; None for a model of pixels.
+
+    Raises:
+        InputError: There is no autoencoder in the pipeline.
+    """
+    if not isinstance(model.model, DiffusersTextUNet | DiT) and "codec" not in metadata:
+        return None
+    if not Path(pipeline).is_dir() and not is_hub_id(pipeline):
+        raise KnobError(
+            "--pipeline",
+            f"is needed: {pipeline} draws latents, and the autoencoder is in its teacher's folder",
+        )
+    return load_codec(pipeline).to(device)
+
+
 def model_and_sampler(
     source: str, drawing: Drawing, device: torch.device, execution: Execution
 ) -> tuple[NetworkDenoiser, Sampler, Mapping[str, Any]]:
@@ -54,8 +132,12 @@ def model_and_sampler(
         InputError: There is no such model, or it has another sampler than the one asked for.
     """
     model, metadata = load_model(source)
+    for part in metadata.get("ignored", ()):
+        sys.stderr.write(f"{source}: its {part} is not loaded\n")
     sampler = _chosen_sampler(source, drawing, metadata, model.precond)
-    conditions_for(model.label_dim, drawing.class_)  # refuses a class it does not know
+    conditions = model.conditions_of(drawing.class_)  # refuses a class it does not know
+    if not model.model.text_dim:
+        null_for(sampler.guidance, conditions)  # refuses guidance that it cannot have
     return model.to(device).execute(execution), sampler, metadata
 
 
@@ -65,6 +147,7 @@ def _chosen_sampler(
     """The model's own sampler if it has one, else the one that was asked for."""
     asked = {name: getattr(drawing, name) for name in (*_USUAL, *_LEVELS)}
     asked = {name: value for name, value in asked.items() if value is not None}
+    guidance = drawing.guidance
     served = {sampler.nfe: sampler for sampler in samplers_from(metadata)}
     native = asked.get("schedule") == "native"
     whose, way_out = f"{source} draws with the sampler it was distilled for", "distil a student"
@@ -79,10 +162,15 @@ def _chosen_sampler(
         whose, way_out = f"{drawing.epd_table} holds a table for one sampler", "learn a table"
     if not served:
         usual = _USUAL | ({"solver": "ddim"} if native else {})
-        return _sampler(usual | asked, drawing.chosen_levels or native_schedule(precond))
+        # A model of latents names the levels that it was trained for.
+        levels = {} if native else {k: v for k, v in levels_of(metadata).items() if k not in asked}
+        grid = replace(drawing, **levels).chosen_levels
+        chosen = usual | asked | {"guidance": 1.0 if guidance is None else guidance}
+        return _sampler(chosen, levels_on(grid, precond))
     smallest = min(served)
     own = served.get(asked.get("nfe", smallest), served[smallest])
     levels = own.schedule.describe()
+    levels.pop("process", None)
     kept = {"nfe": own.nfe, "afs": own.afs, "schedule": levels.pop("kind"), **levels}
     solver = own.solver.describe()
     kept |= {"solver": solver["solver"], "clip": solver.get("clip", False)}
@@ -97,14 +185,34 @@ def _chosen_sampler(
             f"{whose} (NFE {choices}), and {spelt_options(other)} asks for another; drop that, "
             f"or {way_out} for it"
         )
-    return own
+    if guidance is None or guidance == own.guidance:
+        return own
+    _require_unguided(source, metadata)
+    return replace(own, guidance=guidance)
+
+
+def _require_unguided(source: str, metadata: Mapping[str, Any]) -> None:
+    """Refuse guidance of a student that has learned its teacher's."""
+    training = metadata.get("training", {})
+    learned = training.get("guidance_teacher", 1.0)
+    if learned != training.get("guidance_student", 1.0):
+        raise KnobError(
+            "--guidance",
+            f"is for a student that was distilled without it, and {source} has learned its "
+            f"teacher's {learned:g}; leave it out",
+        )
 
 
 def _sampler(chosen: Mapping[str, Any], schedule: Levels) -> Sampler:
     name, nfe, afs = chosen["solver"], chosen["nfe"], chosen["afs"]
     solver = make_solver(name, order=chosen["order"], clip=chosen["clip"])
-    each = solver.nfe(1)
-    num_intervals, rest = divmod(nfe + (1 if afs else 0), each)
+    each = calls(chosen["guidance"])
+    if nfe % each:
+        raise InputError(
+            f"--guidance {chosen['guidance']:g} needs {each} evaluations for each prediction, "
+            f"which cannot add up to --nfe {nfe}; take --nfe {nfe + 1}"
+        )
+    num_intervals, rest = divmod(nfe // each + (1 if afs else 0), solver.nfe(1))
     if rest:
         taken, other = ("--afs", "--no-afs") if afs else ("--no-afs", "--afs")
         raise InputError(
@@ -112,4 +220,10 @@ def _sampler(chosen: Mapping[str, Any], schedule: Levels) -> Sampler:
             f"--afs, which cannot add up to --nfe {nfe} with {taken}; take --nfe {nfe + 1} or "
             f"{other}"
         )
-    return Sampler(num_intervals=num_intervals, afs=afs, schedule=schedule, solver=solver)
+    return Sampler(
+        num_intervals=num_intervals,
+        afs=afs,
+        schedule=schedule,
+        solver=solver,
+        guidance=chosen["guidance"],
+    )

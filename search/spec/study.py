@@ -33,6 +33,10 @@ ONE_SHOT_PLAN = "one-shot"
 TAKEN_NAMES = ("artifacts", "cache")
 
 
+# A study from before a knob is a study at its default, under the same fingerprint.
+_YOUNGER = (("tail", None), ("guidance_teacher", 1.0), ("guidance_student", 1.0))
+
+
 @dataclass(frozen=True, slots=True)
 class Member:
     """A member of a registry by its name, with its own settings beside it."""
@@ -467,11 +471,11 @@ class StudySpec(Knobs):
         kept: dict[str, Any] = {
             "numerics": NUMERICS,
             "evaluation": {"images": self.evaluation.images},
-            # A study from before a knob is a study at its default, under the same fingerprint.
+            # A table counts by its content, see ``contents``.
             "method": {
-                k: v
-                for k, v in as_plain(self.method).items()
-                if (k, v) != ("tail", None) and k != "epd_table"
+                name: value
+                for name, value in as_plain(self.method).items()
+                if (name, value) not in _YOUNGER and name != "epd_table"
             },
         }
         if self.teacher.train is not None:

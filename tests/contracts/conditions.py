@@ -3,6 +3,8 @@
 ``dataset`` holds 8 images that say something of the kind, and ``network`` fixtures take it.
 """
 
+import json
+
 import pytest
 import torch
 
@@ -43,6 +45,18 @@ class ConditionContract:
         every = self.rows(conditions.of(dataset, torch.arange(8)))
         assert picked == {name: [rows[i] for i in index] for name, rows in every.items()}
 
+    def test_its_null_is_one_row_of_the_same_kind(self, conditions):
+        if (null := conditions.null()) is None:
+            return
+        rows, drawn = null.arguments(), conditions.drawn(0, 0, 2).arguments()
+        assert {k: v.shape for k, v in rows.items()} == {
+            k: (1, *v.shape[1:]) for k, v in drawn.items()
+        }
+        assert all(not torch.equal(v[:1], rows[k]) for k, v in drawn.items())
+
+    def test_it_describes_what_it_draws(self, conditions):
+        assert json.loads(json.dumps(conditions.describe())) == conditions.describe()
+
     def test_it_moves_to_another_type(self, conditions):
         like = torch.zeros(1, dtype=torch.float64)
         for value in conditions.drawn(0, 0, 2).to(like).arguments().values():
@@ -54,4 +68,8 @@ class ConditionContract:
         x, sigma = image(), torch.tensor(1.0)
         bound = network.given(condition, num_points)(x, sigma)
         torch.testing.assert_close(bound, network(x, sigma, **condition.arguments()))
+        self.is_of(network, conditions)
+
+    def is_of(self, network, conditions) -> None:
+        """The network says itself what it takes; prompts are given."""
         assert type(network.conditions) is type(conditions)

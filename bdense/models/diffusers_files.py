@@ -1,0 +1,151 @@
+"""Folders in diffusers' format, here or on the Hugging Face hub: their parts and weights.
+
+A pipeline is a folder of parts (``unet``, ``scheduler``, ``vae``), each with its configuration and
+its weights, if it has any. Only safetensors are read, and each weight must be there.
+"""
+
+import contextlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bdense.errors import CheckpointError, InputError
+
+HUB = "https://huggingface.co"
+CONFIG, INDEX = "config.json", "model_index.json"
+# Endings of torch pickles, which are not read.
+TORCH_FILES = (".bin", ".ckpt", ".pt", ".pth")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+WEIGHTS = "diffusion_pytorch_model"
+# The parts of a pipeline that are read, and what is fetched of each.
+_PARTS = {
+    ".": (CONFIG, "scheduler_config.json", f"{WEIGHTS}*"),
+    "unet": (CONFIG, f"{WEIGHTS}*"),
+    "transformer": (CONFIG, f"{WEIGHTS}*"),
+    "scheduler": ("scheduler_config.json",),
+    "vae": (CONFIG, f"{WEIGHTS}*"),
+    "vqvae": (CONFIG, f"{WEIGHTS}*"),
+    "text_encoder": (CONFIG, "model*"),
+    "tokenizer": ("*.json", "merges.txt"),
+}
+_SHOWN = 3
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether ``source`` has the form OWNER/NAME; a file ending means a file."""
+    files = (".pkl", ".safetensors", *TORCH_FILES)
+    return bool(_HUB_ID.fullmatch(source)) and Path(source).suffix not in files
+
+
+def folder_of(source: str | Path) -> Path:
+    """The folder itself, or one with the needed files of a hub repository.
+
+    huggingface_hub caches downloads and resumes them.
+
+    Raises:
+        CheckpointError: It is neither a folder nor a hub id.
+        InputError: The hub cannot be reached.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    source = str(source)
+    if not is_hub_id(source):
+        raise CheckpointError(f"{source} is neither a diffusers folder nor a hub id OWNER/NAME")
+    from huggingface_hub import snapshot_download
+
+    patterns = [INDEX, "README.md"]
+    for part, names in _PARTS.items():
+        place = "" if part == "." else f"{part}/"
+        for name in names:
+            # Not the copies in another precision that some repositories have beside the weights.
+            stem = name.removesuffix("*")
+            endings = (".safetensors", "-*.safetensors", ".safetensors.index.json")
+            ends = endings if name != stem and stem else [""]
+            patterns += [f"{place}{stem if ends is endings else name}{end}" for end in ends]
+    try:
+        return Path(snapshot_download(source, allow_patterns=patterns))
+    # huggingface_hub raises OSErrors and ValueErrors for repositories, files and names.
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"cannot fetch {source} from the Hugging Face hub ({reason}); fetch "
+            f"{HUB}/{source} by hand into a folder and give the folder"
+        ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A configuration.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{file} does not hold a configuration")
+    return found
+
+
+def load_part(model_class: Any, folder: Path, **options: Any) -> Any:  # noqa: ANN401
+    """A model of diffusers or transformers with the weights of a folder, in eval mode, in float32.
+
+    Args:
+        model_class: With ``from_pretrained``, which knows the weights' names of older versions.
+        folder: Of the part.
+        options: Of ``from_pretrained``.
+
+    Raises:
+        CheckpointError: There are no safetensors, or weights are missing, not expected or of
+            another shape; names them.
+    """
+    try:
+        with _quiet():
+            model, found = model_class.from_pretrained(
+                folder, use_safetensors=True, output_loading_info=True, **options
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        pickles = [path.name for path in sorted(folder.glob("*")) if path.suffix in TORCH_FILES]
+        hint = f"; only safetensors are read, not {pickles[0]}" if pickles else ""
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"diffusers cannot load {folder} ({reason}){hint}") from error
+    _require_complete(folder, found)
+    return model.float().eval()
+
+
+def _require_complete(folder: Path, found: Mapping[str, Any]) -> None:
+    """Refuse what ``from_pretrained`` only warns about."""
+    missing, extra = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    others = [*found.get("mismatched_keys", ()), *found.get("error_msgs", ())]
+    problems = [
+        *([f"{len(missing)} are missing: {_some(missing)}"] if missing else []),
+        *([f"{len(extra)} are not expected: {_some(extra)}"] if extra else []),
+        *([f"{len(others)} do not fit: {_some(list(map(str, others)))}"] if others else []),
+    ]
+    if problems:
+        raise CheckpointError(
+            f"the weights of {folder} are not those that its {CONFIG} describes: "
+            f"{'; '.join(problems)}; save the model again with save_pretrained"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the libraries' warnings about weights, which are errors here."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,144 @@
+"""What surrounds a denoiser of latents in a pipeline's folder: autoencoder and text encoder.
+
+Needs the ``diffusers`` extra, which has transformers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bdense.diffusion.codecs import Autoencoder, Codec, Pixels
+from bdense.diffusion.conditions import Prompts
+from bdense.errors import CheckpointError, InputError
+from bdense.models.diffusers_files import CONFIG, folder_of, load_part, read_json
+from bdense.models.diffusers_teacher import codec_config
+from bdense.networks import DiffusersUNet
+from bdense.networks.diffusers_network import require_diffusers
+
+_ENCODER, _TOKENIZER = "text_encoder", "tokenizer"
+
+
+def load_codec(source: str | Path) -> Codec:
+    """The autoencoder of a folder or hub id in diffusers' format; pixels for a model of those.
+
+    Raises:
+        CheckpointError: A model of latents has none there, or one that is not read.
+        InputError: diffusers is not installed, or the hub cannot be reached.
+    """
+    require_diffusers()
+    import diffusers
+
+    folder = folder_of(source)
+    if (found := codec_config(folder)) is None:
+        models = [folder / part / CONFIG for part in (".", "unet", "transformer")]
+        kinds = [read_json(file).get("_class_name") for file in models if file.is_file()]
+        if kinds == [DiffusersUNet.kind]:
+            return Pixels()
+        raise CheckpointError(
+            f"{folder} has no autoencoder (vae or vqvae), without which latents are no images; "
+            "give the folder of the whole pipeline"
+        )
+    part, config = found
+    if config.get("latents_mean") is not None or config.get("latents_std") is not None:
+        raise CheckpointError(
+            f"{part / CONFIG} scales each channel of its latents by itself (latents_mean, "
+            "latents_std), which is not read"
+        )
+    model = load_part(
+        getattr(diffusers, config["_class_name"]), part, low_cpu_mem_usage=False
+    ).requires_grad_(False)
+    shift = model.config.get("shift_factor") or 0.0
+    return Autoencoder(model, float(model.config.scaling_factor), float(shift))
+
+
+@dataclass(frozen=True, eq=False)
+class TextEncoder:
+    """Prompts to what a text-conditional network sees: L tokens of E channels.
+
+    Attributes:
+        tokenizer: ``CLIPTokenizer``.
+        model: ``CLIPTextModel``, in eval mode.
+    """
+
+    tokenizer: Any
+    model: Any
+
+    @property
+    def length(self) -> int:
+        """L, the tokens of a prompt, its start and end among them."""
+        most = int(self.model.config.max_position_embeddings)
+        return min(most, int(self.tokenizer.model_max_length))
+
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """[n, L] int64; what is longer is cut, what is shorter is filled up."""
+        ids: Tensor = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=self.length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        return ids
+
+    def too_long(self, prompts: Sequence[str]) -> list[int]:
+        """Which prompts are cut: their numbers, from 0."""
+        ids = self.tokenizer(list(prompts), truncation=False, verbose=False).input_ids
+        return [i for i, row in enumerate(ids) if len(row) > self.length]
+
+    @torch.no_grad()
+    def embed(self, prompts: Sequence[str], batch: int = 64) -> Tensor:
+        """[n, L, E] float32: the last hidden states, after the final norm."""
+        ids = self.tokens(prompts).to(next(self.model.parameters()).device)
+        return torch.cat([self.model(part).last_hidden_state for part in torch.split(ids, batch)])
+
+    def prompts(self, prompts: Sequence[str], negative: str = "") -> Prompts:
+        """The condition, which guidance leads away from ``negative``.
+
+        Raises:
+            InputError: There are no prompts.
+        """
+        if not prompts:
+            raise InputError("there are no prompts; give one or more")
+        return Prompts(self.embed(prompts).cpu(), self.embed([negative]).cpu())
+
+
+def load_text_encoder(source: str | Path) -> TextEncoder:
+    """The tokenizer and text encoder of a folder or hub id in diffusers' format.
+
+    Raises:
+        CheckpointError: They are missing there, or not CLIP's.
+        InputError: A library is not installed, or the hub cannot be reached.
+    """
+    require_diffusers()
+    try:
+        from transformers import CLIPTextModel, CLIPTokenizer
+        from transformers.utils.logging import disable_progress_bar
+    except ImportError as error:
+        raise InputError(
+            f"prompts need the transformers library ({error}); install it with "
+            "pip install 'bdense[diffusers]'"
+        ) from error
+    folder = folder_of(source)
+    for part in (_ENCODER, _TOKENIZER):
+        if not (folder / part).is_dir():
+            raise CheckpointError(
+                f"{folder} has no {part}, which prompts need; give the whole pipeline's folder"
+            )
+    kinds = read_json(folder / _ENCODER / CONFIG).get("architectures", [])
+    if kinds != [CLIPTextModel.__name__]:
+        raise CheckpointError(
+            f"{folder / _ENCODER / CONFIG} describes {', '.join(kinds) or 'no model'}; this "
+            f"version reads {CLIPTextModel.__name__}"
+        )
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    model = load_part(CLIPTextModel, folder / _ENCODER).requires_grad_(False)
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder / _TOKENIZER, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"cannot read {folder / _TOKENIZER} ({reason})") from error
+    return TextEncoder(tokenizer, model)

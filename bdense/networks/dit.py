@@ -1,0 +1,87 @@
+"""diffusers' ``DiTTransformer2DModel`` as a network F(x; c_noise) (Peebles & Xie 2022).
+
+B batch, C image channels, p pixels a side of a patch.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from bdense.errors import CheckpointError
+from bdense.networks.diffusers_network import DiffusersNetwork, times_of
+from bdense.networks.network import check_inputs, check_labels
+
+
+class DiT(DiffusersNetwork):
+    """A DiT whose class labels are one-hot rows; a row of zeros is its null class.
+
+    Labels are never dropped at random: diffusers' model does so in training, in every block
+    another, by the global generator. The head is a linear layer with rows (p, p, channels).
+    """
+
+    kind: ClassVar[str] = "DiTTransformer2DModel"
+    part: ClassVar[str] = "transformer"
+    head_name = "transformer.proj_out_2"
+    has_null_class = True
+    transformer: Any
+
+    def __init__(
+        self, options: Mapping[str, Any], *, num_branches: int = 1, outputs: int = 1
+    ) -> None:
+        super().__init__(options, num_branches=num_branches, outputs=outputs)
+        self.label_dim = int(self.options["num_embeds_ada_norm"])
+        self.head_layout = (int(self.options.get("patch_size", 2)) ** 2, 1)
+        for block in self.transformer.transformer_blocks:
+            embedder = block.norm1.emb.class_embedder
+            embedder.dropout_prob = 0.0
+            table = embedder.embedding_table.weight
+            if len(table) != self.label_dim + 1:
+                raise CheckpointError(
+                    f"this {self.kind} embeds {len(table)} classes, not {self.label_dim} and none"
+                )
+            embedder.embedding_table = _OneHotOrNull(table)
+
+    @classmethod
+    def _refused(cls, options: Mapping[str, Any]) -> dict[str, bool]:
+        side, patch = options.get("sample_size"), options.get("patch_size", 2)
+        classes = options.get("num_embeds_ada_norm")
+        return {
+            f"num_embeds_ada_norm={classes!r} (its number of classes)": (
+                not isinstance(classes, int)
+            ),
+            f"sample_size={side} cannot be cut into patches of {patch}": (
+                isinstance(side, int) and side % patch != 0
+            ),
+        }
+
+    def forward(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        class_labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+        num_points: int | Tensor | None = None,
+    ) -> Tensor:
+        """As in ``Network``; ``noise_labels`` are times in 0..T - 1, or between them."""
+        check_inputs(self, x, class_labels, num_points)
+        check_labels("augment_labels", augment_labels, 0, len(x))
+        if class_labels is None:
+            class_labels = x.new_zeros(1, self.label_dim)
+        labels = class_labels.to(x).expand(len(x), -1)
+        times = times_of(noise_labels, x)
+        sample: Tensor = self.transformer(x, times, labels, return_dict=False)[0]
+        return sample
+
+
+class _OneHotOrNull(nn.Module):
+    """``nn.Embedding`` for rows instead of indices; its last row is that of no class."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """[B, label_dim] -> [B, E]."""
+        null = 1 - labels.sum(1, keepdim=True)
+        return labels @ self.weight[:-1] + null * self.weight[-1]

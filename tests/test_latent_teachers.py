@@ -1,0 +1,242 @@
+"""Teachers of latents as users meet them: what is found, what is refused, the command."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import bdense
+from bdense.errors import CheckpointError, InputError
+from bdense.methods.distill import distill
+from bdense.methods.method import Inputs
+from bdense.methods.sfd import SFD, SFDConfig
+from bdense.models.store import load_model, save_denoiser
+from bdense.weights.weighting import FixedWeights
+from tests.latent_goldens import LATENT
+
+pytest.importorskip("diffusers", reason="needs the diffusers extra")
+pytest.importorskip("transformers", reason="needs the diffusers extra")
+pytestmark = [
+    pytest.mark.golden,
+    pytest.mark.skipif(not LATENT.is_dir(), reason=f"no folder {LATENT} (BDENSE_GOLDENS)"),
+]
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A copy of a folder of the golden files, which a test may damage."""
+
+    def copy(name: str) -> Path:
+        # The files' modes are read-only there.
+        shutil.copytree(LATENT / name, tmp_path / name, copy_function=shutil.copyfile)
+        for folder in [tmp_path / name, *(tmp_path / name).rglob("*")]:
+            folder.chmod(0o755 if folder.is_dir() else 0o644)
+        return tmp_path / name
+
+    return copy
+
+
+def change(file: Path, **keys: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bdense.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+# ---- what is found ----
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("unet-a-epsilon", {"condition": "text", "guidance": True}),
+        ("dit-a", {"condition": "classes", "guidance": True}),
+        ("ldm-a", {"guidance": False, "codec": {"class": "VQModel", "scaling_factor": 1.0}}),
+    ],
+)
+def test_a_model_says_what_it_is(name, found):
+    metadata = load_model(LATENT / name)[1]
+    assert {key: metadata[key] for key in found} == found
+    assert ("condition" in metadata) == ("condition" in found)
+
+
+def test_the_safety_checker_is_never_loaded(copied):
+    folder = copied("pipeline-a")
+    assert "ignored" not in load_model(folder)[1]
+    change(folder / "model_index.json", safety_checker=["stable_diffusion", "Checker"])
+    assert load_model(folder)[1]["ignored"] == ["safety_checker"]
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda w: w.pop("conv_in.weight"), r"1 are missing: conv_in\.weight"),
+        (lambda w: w.update({"foo": torch.zeros(1)}), "1 are not expected: foo"),
+        (lambda w: w.update({f"module.{k}": w.pop(k) for k in list(w)}), r"module\."),
+        (lambda w: w.update({"conv_in.bias": torch.zeros(3)}), r"conv_in\.bias"),
+    ],
+)
+def test_weights_are_all_there_and_no_others(copied, damage, message):
+    folder = copied("unet-a-epsilon")
+    weights = load_file(folder / "unet" / WEIGHTS)
+    damage(weights)
+    save_file(weights, folder / "unet" / WEIGHTS)
+    with pytest.raises(CheckpointError, match=message):
+        load_model(folder)
+
+
+def test_pickles_are_not_read(copied):
+    folder = copied("unet-a-epsilon")
+    torch.save(load_file(folder / "unet" / WEIGHTS), folder / "unet/diffusion_pytorch_model.bin")
+    (folder / "unet" / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match="only safetensors are read, not diffusion_pytorch"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "keys", "message"),
+    [
+        (
+            "unet-a-epsilon",
+            "scheduler/scheduler_config.json",
+            {"prediction_type": "sample"},
+            "sam",
+        ),
+        ("dit-a", "scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}, "'sigmoid'"),
+        ("dit-a", "scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "pure"),
+        ("pipeline-a", "model_index.json", {"_class_name": "FluxPipeline"}, "DiTPipeline"),
+        ("pipeline-a", "vae/config.json", {"_class_name": "AutoencoderDC"}, "AutoencoderKL and"),
+        ("pipeline-a", "vae/config.json", {"latent_channels": 16}, "of 16 channels"),
+        ("unet-a-epsilon", "unet/config.json", {"sample_size": 9}, "cannot be halved 1 times"),
+        ("unet-a-epsilon", "unet/config.json", {"in_channels": 9}, "out_channels=4"),
+        ("unet-a-epsilon", "unet/config.json", {"addition_embed_type": "text"}, "addition_embed"),
+        ("dit-a", "transformer/config.json", {"sample_size": 9}, "patches of 2"),
+    ],
+)
+def test_pipelines_that_are_not_read_are_named(copied, name, file, keys, message):
+    folder = copied(name)
+    change(folder / file, **keys)
+    with pytest.raises(CheckpointError, match=message):
+        load_model(folder)
+
+
+def test_latents_without_an_autoencoder_are_no_images():
+    with pytest.raises(CheckpointError, match="no autoencoder"):
+        bdense.load_codec(LATENT / "unet-a-epsilon")
+    with pytest.raises(CheckpointError, match="no text_encoder"):
+        bdense.load_text_encoder(LATENT / "unet-a-epsilon")
+
+
+def test_guidance_needs_a_null_and_text_needs_prompts():
+    ldm, known = load_model(LATENT / "ldm-a")
+    levels = known["levels"]
+    guided = SFDConfig(nfe=2, batch=2, kimg=0.002, guidance_teacher=2.0, **levels)
+    weights = lambda: FixedWeights(torch.ones(1))  # noqa: E731
+    with pytest.raises(InputError, match="guidance 2 needs"):
+        distill(SFD(), ldm, guided, weights, Inputs())
+    text, known = load_model(LATENT / "unet-a-epsilon")
+    plain = SFDConfig(nfe=2, batch=2, kimg=0.002, **known["levels"])
+    with pytest.raises(InputError, match="give prompts"):
+        list(distill(SFD(), text, plain, weights, Inputs()))
+
+
+# ---- a student ----
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "nfe"), [(1.0, 1.0, 2), (4.0, 1.0, 2), (4.0, 4.0, 4)]
+)
+def test_a_student_knows_its_guidance_and_what_it_costs(tmp_path, teacher, student, nfe):
+    dit, known = load_model(LATENT / "dit-a")
+    config = SFDConfig(
+        nfe=2,
+        substeps=2,
+        batch=2,
+        kimg=0.002,
+        guidance_teacher=teacher,
+        guidance_student=student,
+        **known["levels"],
+    )
+    (done,) = distill(SFD(), dit, config, lambda: FixedWeights(torch.ones(2)), Inputs())
+    assert done.sampler.nfe == done.plan.nfe == nfe
+    assert bdense.samplers_from(done.metadata) == [done.sampler]
+    calls = []
+    done.student.model.register_forward_hook(lambda module, inputs, out: calls.append(len(out)))
+    bdense.draw_images(done.student, done.sampler, 3, seed=0)
+    assert sum(calls) == 3 * nfe
+    save_denoiser(tmp_path / "s.safetensors", done.student, done.metadata)
+    asked = run(
+        "sample", tmp_path / "s.safetensors", "--guidance", 3, "--images", 2,
+        "--out", tmp_path / "a.png",
+    )  # fmt: skip
+    # Without its teacher's folder its latents are no images; what was learned comes first.
+    expected = "has learned its teacher's 4" if (teacher, student) == (4, 1) else "--pipeline"
+    assert asked.returncode != 0
+    assert expected in asked.stderr
+
+
+# ---- the command ----
+
+
+def test_sample_draws_decoded_images_of_prompts(tmp_path):
+    folder, out = LATENT / "pipeline-a", tmp_path / "grid.png"
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red cat\n\n" + "the dog " * 20 + "\n")
+    common = ("--images", 2, "--columns", 2, "--nfe", 4, "--guidance", 7.5, "--out", out)
+    asked = run("sample", folder, "--prompts", file, *common)
+    assert asked.returncode == 0, asked.stderr
+    assert "prompt 2 is longer than 12 tokens" in asked.stderr
+    # Images of 16 pixels a side, enlarged to 32.
+    pixels = np.asarray(Image.open(out))
+    assert pixels.shape == (32, 64, 3)
+
+    model, known = load_model(folder)
+    prompts = bdense.load_text_encoder(folder).prompts(["a red cat", "the dog " * 20])
+    sampler = bdense.Sampler(
+        num_intervals=3, afs=True, schedule=bdense.Schedule(**known["levels"]), guidance=7.5
+    )
+    assert sampler.nfe == 4
+    images = bdense.draw_images(
+        model, sampler, 2, seed=0, conditions=prompts, codec=bdense.load_codec(folder)
+    )
+    wide = torch.cat(list(images), dim=2).permute(1, 2, 0).numpy()
+    assert np.array_equal(pixels[::2, ::2], wide)
+    negative = bdense.load_text_encoder(folder).prompts(["a red cat", "the dog " * 20], "a cat")
+    other = bdense.draw_images(
+        model, sampler, 2, seed=0, conditions=negative, codec=bdense.load_codec(folder)
+    )
+    assert not torch.equal(other, images)
+
+
+@pytest.mark.parametrize(
+    ("folder", "options", "message"),
+    [
+        ("pipeline-a", [], "--prompt or --prompts is needed"),
+        ("pipeline-a", ["--prompts", "EMPTY"], "is empty"),
+        ("pipeline-a", ["--prompt", "a", "--prompts", "EMPTY"], "two sources"),
+        ("unet-a-epsilon", ["--prompt", "a"], "no text_encoder"),
+        ("ldm-a", ["--prompt", "a"], "takes no text"),
+        ("ldm-a", ["--guidance", "2"], "guidance 2 needs"),
+        ("dit-a", ["--class", "7"], "class 7 is not one of"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(tmp_path, folder, options, message):
+    (tmp_path / "empty.txt").write_text("\n")
+    given = [tmp_path / "empty.txt" if option == "EMPTY" else option for option in options]
+    asked = run("sample", LATENT / folder, *given, "--images", 2, "--out", tmp_path / "a.png")
+    assert asked.returncode != 0
+    assert message in asked.stderr
+    assert "Traceback" not in asked.stderr

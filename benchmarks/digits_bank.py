@@ -102,7 +102,8 @@ def _prepare(spec: StudySpec) -> None:
 def _measured(job: Job) -> list[tuple[object, ...]]:
     """Train one student, average its iterates, and measure them all."""
     assets = _here[0]
-    changes = {"kimg": job.kimg, "lr_schedule": job.schedule}
+    # All iterates are taken as they are, and averaged below.
+    changes = {"kimg": job.kimg, "lr_schedule": job.schedule, "tail": None}
     config = assets.method.Config.read({**assets.spec.method.options, **changes})
     (plan,) = assets.method.plan(config, assets.teacher)
     inputs = assets.inputs(job.seed)

@@ -22,25 +22,33 @@ from benchmarks.digits_bank import BANK, SLOPES
 
 SHOWN = tuple(a for a in SLOPES if a != "0")
 APART, QUANTILES = 0.2, 1.96 + 0.84
-# FID by (a, seed), the mean over the latents that all students of a recipe were measured under.
+# FID by (a, seed).
 Students = dict[tuple[str, int], float]
 
 
 def read_bank() -> dict[tuple[float, str, float], Students]:
-    """FIDs of students by kimg, recipe, and the share of the training before they were made."""
+    """FIDs of students by kimg, recipe, and the share of the training before they were made.
+
+    Each is a mean over the latents that all students of a budget and share were measured under.
+    """
     found: dict[tuple[float, str, float], dict[tuple[str, int], dict[str, float]]] = {}
     with BANK.open(newline="") as file:
         for row in csv.DictReader(file):
             key = (float(row["kimg"]), row["recipe"], float(row["at"]))
             fids = found.setdefault(key, {}).setdefault((row["a"], int(row["seed"])), {})
             fids[row["latents"]] = float(row["fid"])
-    means = {}
-    for key, students in found.items():
-        shared = set.intersection(*map(set, students.values()))
-        means[key] = {
-            one: statistics.fmean(fids[latents] for latents in shared)
+    # Levels and noise compare on the same latents alone.
+    shared: dict[tuple[float, float], set[str]] = {}
+    for (kimg, _, at), students in found.items():
+        for fids in students.values():
+            shared.setdefault((kimg, at), {*fids}).intersection_update(fids)
+    means = {
+        key: {
+            one: statistics.fmean(fids[latents] for latents in sorted(shared[key[0], key[2]]))
             for one, fids in students.items()
         }
+        for key, students in found.items()
+    }
     return means
 
 

@@ -2,9 +2,9 @@
 
 ``python -m benchmarks.search_cost`` draws searches from benchmarks/data/digits-bank.csv. The true
 FID of a slope is its mean over the bank's seeds and latents; between slopes it is interpolated. A
-training seed adds a random curve over the slope whose covariance is that of the bank's seeds, and a
-set of latents one whose covariance is that of the bank's latents, so that a replay meets seeds that
-are not the few of the bank. All costs are in seconds of training and evaluation.
+training seed adds a random curve over the slope whose covariance is that of the bank's seeds, and
+a set of latents one whose covariance is that of the bank's latents, so that a replay meets seeds
+that are not the few of the bank. All costs are in seconds of training and evaluation.
 
 A procedure has found its point at a cost if, in 80 % of the replays, the true FID of what it would
 choose there is within 2 % of the lowest; from there to its end, a lucky moment does not count.

@@ -36,7 +36,7 @@ LEFT_ALONE = [
     {"trajectories": {"mode": "live", "max_gib": 1.0}},
     {"trajectories": {"mode": "live", "dtype": "float16"}},
     {"evaluation__batch": 32},
-    {"evaluation__metrics": ["fid", "kid", "prc"]},
+    {"evaluation__metrics": ["fid", "prc"]},
     {"keep_students": 1},
     {"confirm": {"seeds": 5}},
     {"method__optimizer": "adam"},  # the default, spelt out

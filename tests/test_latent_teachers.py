@@ -224,7 +224,7 @@ def test_sample_draws_decoded_images_of_prompts(tmp_path):
 @pytest.mark.parametrize(
     ("folder", "options", "message"),
     [
-        ("pipeline-a", [], "--prompt or --prompts is needed"),
+        ("pipeline-a", [], "--prompts are needed"),
         ("pipeline-a", ["--prompts", "EMPTY"], "is empty"),
         ("pipeline-a", ["--prompt", "a", "--prompts", "EMPTY"], "two sources"),
         ("unet-a-epsilon", ["--prompt", "a"], "no text_encoder"),
@@ -240,3 +240,22 @@ def test_what_does_not_fit_is_one_line(tmp_path, folder, options, message):
     assert asked.returncode != 0
     assert message in asked.stderr
     assert "Traceback" not in asked.stderr
+
+
+def test_a_text_teacher_is_distilled_and_its_student_draws(tmp_path):
+    folder, out, file = LATENT / "pipeline-a", tmp_path / "s.safetensors", tmp_path / "p.txt"
+    file.write_text("a red cat\nthe dog\n")
+    small = ("--nfe", 2, "--substeps", 2, "--batch", 2, "--kimg", 0.004)
+    guided = ("--guidance-teacher", 4)
+    asked = run("distill", folder, "--prompts", file, *small, *guided, "--out", out)
+    assert asked.returncode == 0, asked.stderr
+    student, metadata = load_model(out)
+    assert metadata["sampler"]["schedule"]["sigma_max"] == student.precond.sigma_max
+    assert metadata["training"]["guidance_teacher"] == 4
+    picture = tmp_path / "a.png"
+    asked = run(
+        "sample", out, "--pipeline", folder, "--prompt", "a red cat", "--images", 2,
+        "--columns", 2, "--out", picture,
+    )  # fmt: skip
+    assert asked.returncode == 0, asked.stderr
+    assert Image.open(picture).size == (64, 32)

@@ -30,6 +30,7 @@ from bdense.verbs.common import (
 )
 from bdense.verbs.fid import KeptFIDs
 from bdense.verbs.options import IMAGES, DistillOptions, Evaluation
+from bdense.verbs.sample import chosen_prompts, conditions_of
 from bdense.verbs.weight_options import chosen_weighting
 
 
@@ -42,12 +43,18 @@ def distill(options: argparse.Namespace) -> None:
         options, method.num_branches(config), method.num_intervals(config)
     )
     device, execution = chosen_hardware(options)
+    texts = chosen_prompts(None, own.prompts)
     dataset = None
     if method.needs_data or evaluation.extractor is not None:
         dataset = load_dataset(own.data)
     teacher, known = load_model(own.teacher)
     # A student that is distilled further keeps its own knobs, unless an option changes them.
     config = from_options(method.Config, options, **method.usual(known))
+    if evaluation.extractor is not None and "levels" in known:
+        raise KnobError(
+            "--extractor", "measures images, and a student of this teacher draws latents; drop it"
+        )
+    conditions = conditions_of(teacher, own.teacher, texts)
     teacher.to(device).execute(execution)
     # Several stages: a folder of students. One: a file, and its checkpoint beside it.
     several = any(plan.name for plan in method.plan(config, teacher))
@@ -58,7 +65,7 @@ def distill(options: argparse.Namespace) -> None:
         teacher,
         config,
         weighting,
-        Inputs(dataset=dataset, seed=own.seed, known=known),
+        Inputs(dataset=dataset, seed=own.seed, known=known, conditions=conditions),
         folder=folder,
         name=own.out.stem,
         replace=from_options(Force, options).force,

@@ -228,6 +228,12 @@ class DistillOptions(Knobs):
         "digits",
         f"data set, for methods that learn from images and for the FID: {DATA_SETS}",
     )
+    prompts: Path | None = knob(
+        None,
+        "text file with a prompt in each line, for a text-conditional teacher in a pipeline's "
+        "folder: each is as likely in every batch, and is embedded once",
+        metavar="FILE",
+    )
     seed: int = knob(0, "seed of every random draw", low=0)
     out: Path = knob(
         help="safetensors file to write; for a method of several stages a folder, with a file for "

@@ -93,11 +93,11 @@ def conditions_of(
     if not model.model.text_dim:
         if texts or negative:
             raise KnobError(
-                "--prompt", "is for a text-conditional model, and this one takes no text; drop it"
+                "--prompts", "are for a text-conditional model, and this one takes no text"
             )
         return None
     if not texts:
-        raise KnobError("--prompt", "or --prompts is needed by a text-conditional model")
+        raise KnobError("--prompts", "are needed by a text-conditional model")
     encoder = load_text_encoder(pipeline)
     for i in encoder.too_long([*texts, negative]):
         which = f"prompt {i + 1}" if i < len(texts) else "the negative prompt"

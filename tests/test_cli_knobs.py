@@ -84,6 +84,7 @@ def test_other_values_are_refused(command, verb, given, name, value, tmp_path, m
 
 def test_every_verb_is_walked():
     seen = {param.values[1] for param in OPTIONS}
-    of_text = {"convert", "stop", "list", "status", "best", "report", "doctor", "fetch", "storage"}
+    of_text = {"convert", "stop", "list", "status", "trials", "best", "report", "delete", "doctor"}
+    of_text |= {"fetch", "storage"}
     assert seen == {verb for verbs in COMMANDS.values() for verb in verbs} - of_text
     assert len(OPTIONS) > 340

@@ -277,7 +277,8 @@ def test_a_teacher_of_a_process_is_distilled_with_sfd(teacher, ddpm, tmp_path):
     line = refused(command("distill", ddpm, *SHORT, "--out", out))
     assert "exceed those that this ddpm teacher was trained for, 0.03956 to" in line
     line = refused(command("distill", teacher, *SHORT, "--schedule", "native", "--out", out))
-    assert "--schedule must be one of polynomial, logsnr, time_uniform, got native" in line
+    assert line.startswith("--schedule must be one of ")
+    assert line.endswith("got native")
 
 
 def test_students_of_one_kind_are_not_distilled_as_the_other(chain, teacher, tmp_path):

@@ -272,7 +272,7 @@ def test_raced_points_are_compared_and_recommended_and_best_by_their_mean(url):
     ("plan", "weights", "named"),
     [
         ({"race": 2, "replicates": 1}, {}, "plan.race needs .* replicates is 1"),
-        ({"stop": True, "replicates": 1}, {}, "plan.stop needs .* replicates is 1"),
+        ({"stop": True, "replicates": 2}, {}, "plan.stop needs .* replicates is 2"),
         ({"race": 4}, {}, "plan.race 4 of 4 trials"),
         ({"stop": True}, LEARNED, "plan.stop: .* learned weights"),
     ],

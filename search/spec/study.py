@@ -195,7 +195,7 @@ class SearchPlan(Knobs):
     stop: bool = knob(
         False,
         "end the search once no point could still beat the recommended arm by more than the least "
-        "difference that the study can tell; needs replicates from 2 on",
+        "difference that the study can tell; needs replicates from 3 on",
     )
     prior: tuple[str, ...] = knob(
         (),
@@ -241,12 +241,13 @@ class SearchPlan(Knobs):
                 f"{self.images} are drawn at no fraction of the training; give at: [...] or drop "
                 "images",
             )
-        for name in ("race", "stop"):
-            if getattr(self, name) and self.replicates < 2:
+        # Of two seeds the least difference is 12.7 standard deviations: any search would end.
+        for name, fewest in (("race", 2), ("stop", 3)):
+            if getattr(self, name) and self.replicates < fewest:
                 raise KnobError(
                     name,
                     f"needs the noise of several seeds, and replicates is {self.replicates}; "
-                    f"raise replicates to 2 or more, or drop {name}",
+                    f"raise replicates to {fewest} or more, or drop {name}",
                 )
         if self.race >= self.trials:
             raise KnobError(

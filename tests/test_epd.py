@@ -309,7 +309,10 @@ def test_a_table_is_learned_written_and_used(tmp_path):
     drawn = [path.read_bytes() for path in pictures]
     assert drawn[0] == drawn[1] != drawn[2]
     told = json.loads(
-        done("fid", teacher, *chosen, *DIGITS, "--images", 64, "--cache", tmp_path / "cache")
+        done(
+            *("fid", teacher, *chosen, *DIGITS, "--data", "digits"),
+            *("--images", 64, "--cache", tmp_path / "cache"),
+        )
     )
     assert (told["nfe"], told["sequential_nfe"]) == (5, 3)
     out = ("--out", tmp_path / "x.png")

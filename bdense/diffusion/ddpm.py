@@ -174,6 +174,9 @@ class DiscreteSchedule(Schedule):
                 f"schedule discrete has no exponent, got rho={self.rho:g}; leave it out"
             )
 
+    def _require_levels(self) -> None:
+        """They lie between the bounds, once there is a process."""
+
     def _levels(self, position: Tensor) -> Tensor:
         if self.process is None:
             raise InputError("schedule discrete has no levels without a network's process")

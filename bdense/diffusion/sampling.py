@@ -62,13 +62,14 @@ class Sampler:
                 f"num_intervals={self.num_intervals} with afs={self.afs} leaves no network "
                 "evaluation; NFE must be at least 1"
             )
-        with torch.device("cpu"):  # also where a network's shapes alone are built
-            last = float(self.schedule.grid(1)[-1])
-        if not self.solver.reaches_zero and last == 0:
-            raise InputError(
-                f"{self.schedule.text()} end without noise, which {self.solver.name} does not "
-                "reach; take ddim"
-            )
+        if not self.solver.reaches_zero:
+            with torch.device("cpu"):  # also where a network's shapes alone are built
+                last = float(self.schedule.grid(1)[-1])
+            if last == 0:
+                raise InputError(
+                    f"{self.schedule.text()} end without noise, which {self.solver.name} does not "
+                    "reach; take ddim"
+                )
 
     @property
     def nfe(self) -> int:

@@ -66,16 +66,7 @@ class Schedule:
             )
         if not 0 < self.rho < math.inf:
             raise InputError(f"schedule rho must be positive and finite, got {self.rho}")
-        try:
-            with torch.device("cpu"):  # a study is checked on the meta device, without values
-                first, last = self.grid(1).tolist()
-        except OverflowError:
-            first = last = math.inf
-        if not 0 < last < first < math.inf:
-            raise InputError(
-                f"schedule rho={self.rho:g} with levels from {self.sigma_max:g} to "
-                f"{self.sigma_min:g} is beyond float64; choose a rho nearer to 7"
-            )
+        self._require_levels()
 
     def grid(self, num_intervals: int) -> Tensor:
         """[num_intervals + 1] float64 noise levels, from sigma_max down to sigma_min."""
@@ -88,6 +79,19 @@ class Schedule:
         if self.kind not in _GRIDS:
             raise InputError(
                 f"schedule kind {self.kind!r} is unknown; choose from {sorted(_GRIDS)}"
+            )
+
+    def _require_levels(self) -> None:
+        """Refuse an exponent whose powers are beyond float64."""
+        try:
+            with torch.device("cpu"):  # a study is checked on the meta device, without values
+                first, last = self.grid(1).tolist()
+        except OverflowError:
+            first = last = math.inf
+        if not 0 < last < first < math.inf:
+            raise InputError(
+                f"schedule rho={self.rho:g} with levels from {self.sigma_max:g} to "
+                f"{self.sigma_min:g} is beyond float64; choose a rho nearer to 7"
             )
 
     def _levels(self, position: Tensor) -> Tensor:

@@ -89,7 +89,8 @@ def test_what_cannot_be_asked_so_is_refused_in_one_line(keys, said):
 
 
 def test_a_network_without_a_step_condition_is_refused():
-    tree = changed(PROMOTION, data="cifar10", teacher=DDPM, plan="one-shot")
+    judge = {"extractor": "cifar10-classifier", "images": 256}
+    tree = changed(PROMOTION, data="cifar10", teacher=DDPM, plan="one-shot", evaluation=judge)
     with pytest.raises(SpecError, match=r"plan\.one_shot: a UNet2DModel takes no step"):
         spec(tree)
 

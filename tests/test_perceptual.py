@@ -196,7 +196,7 @@ def test_bdense_distill_takes_it(lpips, tmp_path):
     digests = set()
     for choice in ((), ("--perceptual", "lpips"), ("--perceptual", "lpips-sfd")):
         short = ("--nfe", 1, "--substeps", 2, "--batch", 1, "--kimg", 0.001, "--lr", 1e-3)
-        done("distill", teacher, *short, *choice, "--out", student)
+        done("distill", teacher, *short, *choice, "--force", "--out", student)
         loaded, metadata = load_denoiser(student)
         digests.add(denoiser_sha256(loaded))
     assert len(digests) == 3

@@ -187,7 +187,11 @@ PD_ALONE = [
     ({"data": REMOVED, "teacher": DDPM, "evaluation__reference": REFERENCE}, "data", "missing"),
     # Before anything is spent.
     ({"teacher__train__precond": REMOVED}, "method", "precond='edm' .* choose another"),
-    ({"teacher": EDM, "data": "cifar10"}, "method", "precond='edm' .* choose another"),
+    (
+        {"teacher": EDM, "data": "cifar10", "evaluation__extractor": "inception"},
+        "method",
+        "precond='edm' .* choose another",
+    ),
     (
         {
             "teacher__train__precond": REMOVED,

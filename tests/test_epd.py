@@ -82,6 +82,7 @@ def learned(stage: EPDStage) -> NetworkDenoiser:
     return student
 
 
+@pytest.mark.slow  # a minute and a half
 class TestEPD(MethodContract):
     method = EPDMethod
     knobs = KNOBS | {"dropout": True}

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ from bdense.methods.method import Inputs
 from bdense.methods.sfd import SFD, SFDConfig
 from bdense.models.store import load_model, save_denoiser
 from bdense.weights.weighting import FixedWeights
+from tests import commands
 from tests.latent_goldens import LATENT
 
 pytest.importorskip("diffusers", reason="needs the diffusers extra")
@@ -46,11 +45,6 @@ def copied(tmp_path):
 
 def change(file: Path, **keys: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | keys))
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "bdense.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 # ---- what is found ----
@@ -178,14 +172,13 @@ def test_a_student_knows_its_guidance_and_what_it_costs(tmp_path, teacher, stude
     bdense.draw_images(done.student, done.sampler, 3, seed=0)
     assert sum(calls) == 3 * nfe
     save_denoiser(tmp_path / "s.safetensors", done.student, done.metadata)
-    asked = run(
+    asked = commands.bdense(
         "sample", tmp_path / "s.safetensors", "--guidance", 3, "--images", 2,
         "--out", tmp_path / "a.png",
     )  # fmt: skip
     # Without its teacher's folder its latents are no images; what was learned comes first.
     expected = "has learned its teacher's 4" if (teacher, student) == (4, 1) else "--pipeline"
-    assert asked.returncode != 0
-    assert expected in asked.stderr
+    assert expected in commands.refused(asked)
 
 
 # ---- the command ----
@@ -196,9 +189,9 @@ def test_sample_draws_decoded_images_of_prompts(tmp_path):
     file = tmp_path / "prompts.txt"
     file.write_text("a red cat\n\n" + "the dog " * 20 + "\n")
     common = ("--images", 2, "--columns", 2, "--nfe", 4, "--guidance", 7.5, "--out", out)
-    asked = run("sample", folder, "--prompts", file, *common)
-    assert asked.returncode == 0, asked.stderr
-    assert "prompt 2 is longer than 12 tokens" in asked.stderr
+    asked = commands.bdense("sample", folder, "--prompts", file, *common)
+    assert asked.status == 0, asked.err
+    assert "prompt 2 is longer than 12 tokens" in asked.err
     # Images of 16 pixels a side, enlarged to 32.
     pixels = np.asarray(Image.open(out))
     assert pixels.shape == (32, 64, 3)
@@ -236,10 +229,10 @@ def test_sample_draws_decoded_images_of_prompts(tmp_path):
 def test_what_does_not_fit_is_one_line(tmp_path, folder, options, message):
     (tmp_path / "empty.txt").write_text("\n")
     given = [tmp_path / "empty.txt" if option == "EMPTY" else option for option in options]
-    asked = run("sample", LATENT / folder, *given, "--images", 2, "--out", tmp_path / "a.png")
-    assert asked.returncode != 0
-    assert message in asked.stderr
-    assert "Traceback" not in asked.stderr
+    asked = commands.bdense(
+        "sample", LATENT / folder, *given, "--images", 2, "--out", tmp_path / "a.png"
+    )
+    assert message in commands.refused(asked)
 
 
 def test_a_text_teacher_is_distilled_and_its_student_draws(tmp_path):
@@ -247,15 +240,15 @@ def test_a_text_teacher_is_distilled_and_its_student_draws(tmp_path):
     file.write_text("a red cat\nthe dog\n")
     small = ("--nfe", 2, "--substeps", 2, "--batch", 2, "--kimg", 0.004)
     guided = ("--guidance-teacher", 4)
-    asked = run("distill", folder, "--prompts", file, *small, *guided, "--out", out)
-    assert asked.returncode == 0, asked.stderr
+    asked = commands.bdense("distill", folder, "--prompts", file, *small, *guided, "--out", out)
+    assert asked.status == 0, asked.err
     student, metadata = load_model(out)
     assert metadata["sampler"]["schedule"]["sigma_max"] == student.precond.sigma_max
     assert metadata["training"]["guidance_teacher"] == 4
     picture = tmp_path / "a.png"
-    asked = run(
+    asked = commands.bdense(
         "sample", out, "--pipeline", folder, "--prompt", "a red cat", "--images", 2,
         "--columns", 2, "--out", picture,
     )  # fmt: skip
-    assert asked.returncode == 0, asked.stderr
+    assert asked.status == 0, asked.err
     assert Image.open(picture).size == (64, 32)

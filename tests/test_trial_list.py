@@ -1,12 +1,14 @@
 """``bdense-search trials``: every row that was started, as a table, CSV and JSON."""
 
 import csv
+import dataclasses
 import io
 import json
 
 import pytest
 
 from search import cli
+from search.study.trial_list import list_rows, rows_csv
 from tests.reported import POINTS, reported
 
 
@@ -51,6 +53,23 @@ def test_csv_has_a_column_for_each_parameter_and_weight(search, url, capsys):
     branches = max(len(row["weights"]) for row in rows)
     assert [name for name in first if name.startswith("w_")] == [
         f"w_{k}" for k in range(1, branches + 1)
+    ]
+
+
+def test_weights_that_differ_between_intervals_have_a_column_each(search):
+    (row,) = [row for row in list_rows(search) if row.fid == 12.5 and row.arm is None]
+    rows = [
+        dataclasses.replace(row, weights=weights)
+        for weights in ([[1.0, 2.0], [3.0, 4.0]], [0.5, 1.5], [1.0])
+    ]
+    lines = [*csv.DictReader(io.StringIO(rows_csv(rows)))]
+    names = [name for name in lines[0] if name.startswith("w_")]
+    assert names == ["w_1_1", "w_1_2", "w_2_1", "w_2_2", "w_1", "w_2"]
+    cells = [[line[name] for name in names] for line in lines]
+    assert cells == [
+        ["1.0", "2.0", "3.0", "4.0", "", ""],
+        ["", "", "", "", "0.5", "1.5"],
+        ["", "", "", "", "", "1.0"],
     ]
 
 

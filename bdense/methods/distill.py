@@ -107,21 +107,25 @@ class _Run:
 
     def require_own(self, plan: StagePlan, path: Path) -> None:
         """Refuse to replace another file than a student of this run with what is to be kept."""
-        require_plain(path)
-        if self.replace or not path.exists():
-            return
-        if reason := other_run(path, self.identity):
-            raise CheckpointError(
-                f"{path} {reason}; choose another place, delete that file, or replace it (--force)"
-            )
-        if self._lacks_branches(plan, path):
+        keeps = self.keep_branches and plan.branched
+        for each in (path, branches_path(path)) if keeps else (path,):
+            require_plain(each)
+            if not self.replace and each.exists() and (reason := other_run(each, self.identity)):
+                raise CheckpointError(
+                    f"{each} {reason}; choose another place, delete that file, or replace it "
+                    "(--force)"
+                )
+        if not self.replace and path.exists() and self._lacks_branches(plan, path):
             raise InputError(
                 f"{path} was kept without its branches; delete it, choose another place, or "
                 "replace it (--force)"
             )
 
     def _lacks_branches(self, plan: StagePlan, path: Path) -> bool:
-        return self.keep_branches and plan.branched and not branches_path(path).exists()
+        if not (self.keep_branches and plan.branched):
+            return False
+        beside = branches_path(path)
+        return not beside.exists() or bool(other_run(beside, self.identity))
 
     def _kept(self, plan: StagePlan, path: Path, teacher: NetworkDenoiser) -> TrainedStage:
         """A stage that was done before."""
@@ -147,6 +151,8 @@ class _Run:
         metadata = self._metadata(stage, weighting)
         student.samplers = tuple(samplers_from(metadata))
         if path is not None:
+            if self.replace:  # those of the student that was there
+                branches_path(path).unlink(missing_ok=True)
             keep_student(path, student, branched, metadata)
         return TrainedStage(
             plan=plan,

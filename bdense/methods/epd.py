@@ -321,6 +321,8 @@ class EPDMethod(Method):
         return 1
 
     def check(self, config: EPDConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
+        if config.schedule == "discrete":
+            raise KnobError("schedule", "discrete is not for epd; take polynomial or logsnr")
         teacher.require_levels(config.levels)
         teacher.execution.require_training("a table")
         if samplers_from(known):
@@ -350,6 +352,7 @@ class EPDMethod(Method):
             batch=config.batch,
             count=config.num_updates,
             seed=inputs.seed,
+            conditions=inputs.conditions,
         )
         table = RawTable.drawn(config, inputs.seed)
         return EPDStage(config=config, trajectories=trajectories, table=table, seed=inputs.seed)

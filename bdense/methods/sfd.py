@@ -178,6 +178,12 @@ class SFDConfig(GridConfig):
                 f"{list(self.several_nfe)}: a student of several NFE is told their number already "
                 "and cannot be told its weights too; give one",
             )
+        if self.guidance_student not in (0, 1):
+            raise KnobError(
+                "guidance_student",
+                f"{self.guidance_student:g}: a student cannot be told its weights under guidance; "
+                "take 1",
+            )
         return replace(self, kimg=length * self.kimg)
 
     def make_solver(self) -> Solver:
@@ -202,7 +208,7 @@ class SFDConfig(GridConfig):
             raise KnobError("epd_table", f"is for solver=epd, got solver={self.solver}; drop one")
         if self.order is not None:
             raise KnobError("order", f"{self.order} is the table's own with epd_table; drop it")
-        table = read_table(self.epd_table)
+        table = read_table(self.epd_table, self.guidance_teacher)
         walked = [(nfe + self.afs) * self.substeps for nfe in self.several_nfe]
         if walked != [table.num_intervals] or table.schedule != self.levels:
             raise KnobError(

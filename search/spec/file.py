@@ -263,7 +263,12 @@ def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
     if evaluation.reference is not None:
         reference = absolute("evaluation.reference", evaluation.reference, REFERENCES)
         evaluation = dataclasses.replace(evaluation, reference=reference)
-    return dataclasses.replace(spec, teacher=teacher, evaluation=evaluation, data=data)
+    method = spec.method
+    if isinstance(table := method.options.get("epd_table"), str):
+        method = method.with_options({"epd_table": absolute("method.epd_table", table)})
+    return dataclasses.replace(
+        spec, teacher=teacher, evaluation=evaluation, data=data, method=method
+    )
 
 
 def _elsewhere(file: str) -> str:

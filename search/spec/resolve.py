@@ -113,6 +113,10 @@ def variant(spec: StudySpec, changes: dict[str, Any], where: str = "method") -> 
     """
     if not changes:
         return spec
+    if "epd_table" in changes:
+        raise InputError(
+            f"{where}.epd_table {changes['epd_table']} is the whole study's; give it in method"
+        )
     return _with_facts(replace(spec, method=spec.method.with_options(changes)), where=where)
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 from optuna.trial import TrialState
 
+from bdense.weights.spaces import BranchWeights, by_interval
 from search.storage.leases import SURPLUS
 from search.storage.ledger import Ledger
-from search.study.arms import ArmRow
+from search.study.arms import ONE_SHOT, ArmRow
 from search.study.study import Study
 from search.study.wording import align
 
@@ -31,8 +32,9 @@ class ListedRow:
         params: Parameters of the weights.
         seed: Of the training.
         variant: Settings of the method that differ from the study's.
-        weights: w_1..w_K; empty where it is not complete.
-        fid: None where it is not complete.
+        weights: w_1..w_K, a list for each interval where they differ; empty where it is not
+            complete.
+        fid: None where it is not complete, and of a one-shot training, which has a curve.
         seconds: Spent on it by its last worker; None where it is not complete.
         tries: Attempts that counted against it; None where it has not ended.
         reason: Why it failed or was pruned.
@@ -47,7 +49,7 @@ class ListedRow:
     params: dict[str, Any]
     seed: int
     variant: dict[str, Any]
-    weights: list[float]
+    weights: BranchWeights
     fid: float | None
     seconds: float | None
     tries: int | None
@@ -68,25 +70,34 @@ def list_rows(study: Study) -> list[ListedRow]:
 def rows_csv(rows: Sequence[ListedRow]) -> str:
     """A header and a line for each row; each parameter and weight has a column."""
     params = list(dict.fromkeys(name for row in rows for name in row.params))
-    branches = max((len(row.weights) for row in rows), default=0)
+    branches = max((len(w) for row in rows for w in by_interval(row.weights)), default=0)
     lines = []
     for row in rows:
         values = row.as_dict()
         del values["params"], values["weights"], values["variant"]
-        # Branch K is the last column, also of plain distillation, which has no other.
-        weights: list[float | None] = [None] * (branches - len(row.weights)) + row.weights
         lines.append(
             values
             | {name: row.params.get(name) for name in params}
             | {name: row.variant.get(name) for name in _variants(rows)}
-            | {f"w_{k}": weight for k, weight in enumerate(weights, 1)}
+            | _weight_cells(row.weights, branches)
         )
     text = io.StringIO()
     if lines:
-        writer = csv.DictWriter(text, lines[0])
+        writer = csv.DictWriter(text, dict.fromkeys(name for line in lines for name in line))
         writer.writeheader()
         writer.writerows(lines)
     return text.getvalue()
+
+
+def _weight_cells(weights: BranchWeights, branches: int) -> dict[str, float | None]:
+    """w_k, or w_n_k of interval n; branch K is the last, also of a student that has no other."""
+    rows = by_interval(weights)
+    cells: dict[str, float | None] = {}
+    for n, row in enumerate(rows, 1):
+        interval = f"{n}_" if len(rows) > 1 else ""
+        padded = [None] * (branches - len(row)) + row
+        cells |= {f"w_{interval}{k}": weight for k, weight in enumerate(padded, 1)}
+    return cells
 
 
 def rows_table(study: Study, rows: Sequence[ListedRow]) -> list[str]:
@@ -120,10 +131,13 @@ def _rows_of(study: Study, ledger: Ledger) -> Iterator[ListedRow]:
     ]
     for trial, state in sorted(found, key=lambda each: each[0].number):
         own: dict[str, Any] = {"arm": None, "params": trial.params, "seed": seed, "variant": {}}
+        fid = trial.value if state is TrialState.COMPLETE else None
         if ledger is study.given:
             row = ArmRow.of(trial.params)
             arm, variant = arms[row.arm], variants[row.variant]
             own = {"arm": arm.name, "params": arm.params, "seed": row.seed, "variant": variant}
+            if ONE_SHOT in arm.params:
+                own["params"], fid = {}, None
         stored = trial.user_attrs
         timings = stored.get("timings")
         yield ListedRow(
@@ -132,7 +146,7 @@ def _rows_of(study: Study, ledger: Ledger) -> Iterator[ListedRow]:
             number=trial.number,
             state=_NAMES.get(state, state.name.lower()),
             weights=list(stored.get("weights", [])),
-            fid=trial.value if state is TrialState.COMPLETE else None,
+            fid=fid,
             seconds=None if timings is None else sum(timings.values()),
             tries=stored.get("tries"),
             reason=stored.get("reason"),

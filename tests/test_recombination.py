@@ -105,6 +105,21 @@ def branched(folder) -> Path:
     return branches_path(student)
 
 
+def test_branches_go_with_their_student(branched, tmp_path):
+    teacher, out = branched.parent / "teacher.safetensors", tmp_path / "s.safetensors"
+    short = ("distill", teacher, *SHORT, "--substeps", 2, "--out", out)
+    done(*short, "--keep-branches")
+    kept = branches_path(out).read_bytes()
+    out.unlink()
+    # Those of another run are not replaced, though their student is gone.
+    line = refused(bdense(*short, "--seed", 1, "--keep-branches"))
+    assert str(branches_path(out)) in line
+    assert branches_path(out).read_bytes() == kept
+    done(*short, "--seed", 1, "--force")
+    assert out.exists()
+    assert not branches_path(out).exists()
+
+
 def combined(branched: Path, out: Path, *options: object) -> list[str]:
     cache = ("--cache", branched.parent / "cache")
     return done("recombine", branched, "--out", out, *cache, *options).splitlines()

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -125,7 +126,9 @@ class Interrupt(contextlib.AbstractContextManager["Interrupt"]):
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        sys.stderr.write("interrupted: ending this iteration (once more ends at once)\n")
+        # Not by sys.stderr: a buffer that is being written to may not be entered again.
+        with contextlib.suppress(OSError):
+            os.write(2, b"interrupted: ending this iteration (once more ends at once)\n")
 
 
 class Progress:

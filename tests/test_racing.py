@@ -235,7 +235,7 @@ def test_a_worker_trains_points_again_in_place_of_new_ones(url, monkeypatch, sha
 # ---- what it is good for ----
 
 
-def test_raced_points_are_compared_and_recommended_and_best_by_their_mean(url):
+def test_raced_points_are_compared_and_recommended_and_best_by_their_mean(url, tmp_path):
     """Trial 3 was lucky under the search's seed: others have the lower mean over the seeds."""
     lucky = {0.4: 10.6, 1.2: 10.0, 1.3: 10.1, 2.0: 9.9, 2.4: 10.9, 2.9: 12.2}
     study = search(
@@ -265,7 +265,7 @@ def test_raced_points_are_compared_and_recommended_and_best_by_their_mean(url):
     assert "ended_early" not in told
     shown = command("best", "digits").out
     assert best.arm.name in shown
-    assert command("report", "digits", "--out", "shown").status == 0
+    assert command("report", "digits", "--out", tmp_path / "shown").status == 0
 
 
 @pytest.mark.parametrize(

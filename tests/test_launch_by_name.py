@@ -3,6 +3,7 @@
 import pytest
 
 from search import cli
+from search.study.arms import ROW_SPACE
 from search.study.study import Study
 from tests.measured import search
 from tests.reported import reported
@@ -30,6 +31,18 @@ def test_a_name_that_the_storage_lacks_is_refused(url, capsys):
     search(url, [({"a": 1.0}, 12.5)])
     assert launch(url, "digitz") == 2
     assert "digitz" in capsys.readouterr().err
+
+
+def test_a_row_of_given_arms_that_can_be_mended_is_planned_again_once(url):
+    study = reported(url, "sfd-arms")  # one row diverged, which it would again
+    study.plan(study.arms[:1], [8])
+    claim = study.given.claim(ROW_SPACE, None)
+    study.given.fail(claim, "error", "a file was missing", {})
+    assert study.left() == 0
+    for _ in range(2):
+        study.plan_failed_again()
+        assert study.left() == 1
+    assert study.given.claim(ROW_SPACE, None).params == claim.params
 
 
 def test_given_arms_have_no_number_of_trials(url, capsys):

@@ -381,11 +381,24 @@ class NormalisedSpace(_GivenSpace):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FreeSpace(WeightSpace):
+class _AroundUniform(WeightSpace):
+    """A space whose parameters are its coordinates, with uniform weights at 0."""
+
+    by_method: ClassVar[bool] = True
+
+    def coordinates(self, params: Mapping[str, Any]) -> tuple[float, ...] | None:
+        if BASELINE in params:
+            return (0.0,) * len(self.axes) if params[BASELINE] == UNIFORM else None
+        if params.keys() != {*self.axes}:
+            return None
+        return tuple(float(params[name]) for name in self.axes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FreeSpace(_AroundUniform):
     """Any positive weights of sum K, by the logarithms l_k = log(w_k / w_K), k = 1 .. K - 1."""
 
     name: ClassVar[str] = "free"
-    by_method: ClassVar[bool] = True
 
     branches: int | None = knob(None, "number of branches K", low=2, none="the method's")
     log_ratio: Range = knob(
@@ -415,14 +428,6 @@ class FreeSpace(WeightSpace):
     @property
     def axes(self) -> tuple[str, ...]:
         return _log_ratios(self.branches or _USUAL_BRANCHES)
-
-    def coordinates(self, params: Mapping[str, Any]) -> tuple[float, ...] | None:
-        """The logarithms; uniform weights are at 0."""
-        if BASELINE in params:
-            return (0.0,) * len(self.axes) if params[BASELINE] == UNIFORM else None
-        if params.keys() != {*self.axes}:
-            return None
-        return tuple(float(params[name]) for name in self.axes)
 
     def require_fitting(
         self, params: Mapping[str, Any], num_branches: int, num_intervals: int
@@ -459,11 +464,10 @@ def _log_ratios(num_branches: int) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PerIntervalSpace(WeightSpace):
+class PerIntervalSpace(_AroundUniform):
     """log w_k = a_s k + b_s, with a slope searched for each interval s = 1 .. S; sums are K."""
 
     name: ClassVar[str] = "per-interval"
-    by_method: ClassVar[bool] = True
 
     intervals: int | None = knob(None, "number of trained intervals S", low=2, none="the method's")
     a: Range = knob(
@@ -492,14 +496,6 @@ class PerIntervalSpace(WeightSpace):
     @property
     def axes(self) -> tuple[str, ...]:
         return _slopes(self.intervals or _USUAL_INTERVALS)
-
-    def coordinates(self, params: Mapping[str, Any]) -> tuple[float, ...] | None:
-        """The slopes; uniform weights are at 0."""
-        if BASELINE in params:
-            return (0.0,) * len(self.axes) if params[BASELINE] == UNIFORM else None
-        if params.keys() != {*self.axes}:
-            return None
-        return tuple(float(params[name]) for name in self.axes)
 
     def require_fitting(
         self, params: Mapping[str, Any], num_branches: int, num_intervals: int

@@ -231,6 +231,14 @@ class Study:
                     self.given.enqueue(row.params(), called, again=MENDABLE)
         self.given.resize()
 
+    def plan_failed_again(self) -> None:
+        """Plan rows of given arms again that ran out of memory or failed by an error."""
+        assert self.given is not None
+        arms = self.arms
+        for row, _ in self.rows():
+            self.given.enqueue(row.params(), {"arm": arms[row.arm].name}, again=MENDABLE)
+        self.given.resize()
+
     def plan_row(self, arm: Arm, seed: int, *, seen: int) -> bool:
         """Add one row, if there are still the ``seen`` rows that it was chosen after.
 

@@ -36,8 +36,11 @@ def launch_study(options: argparse.Namespace) -> None:
         for line in require_priors(url, spec):
             say(line)
         study = Study.create(url, spec)
+    elif by_name:
+        study = Study.open(url, spec.name)
+        study.plan_failed_again()
     else:
-        study = Study.open(url, spec.name) if by_name else plan_given(url, spec)
+        study = plan_given(url, spec)
     result, succeeded = launch(study, asked.study, workers)
     print(result)
     if not succeeded:

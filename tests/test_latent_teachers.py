@@ -184,6 +184,19 @@ def test_a_student_knows_its_guidance_and_what_it_costs(tmp_path, teacher, stude
 # ---- the command ----
 
 
+def test_latents_are_not_measured_as_images(tmp_path):
+    folder, out = LATENT / "dit-a", tmp_path / "s.safetensors"
+    judge = ("--extractor", "digits-classifier", "--images", 8)
+    short = ("--nfe", 1, "--substeps", 2, "--batch", 2, "--kimg", 0.002, "--out", out)
+    asked = commands.bdense("distill", folder, *short, *judge)
+    assert commands.refused(asked).startswith("--extractor measures images")
+    commands.done("distill", folder, *short, "--keep-branches")
+    branched, mixed = out.with_suffix(".branches.safetensors"), tmp_path / "c.safetensors"
+    asked = commands.bdense("recombine", branched, *judge, "--out", mixed)
+    assert commands.refused(asked).startswith("--extractor measures images")
+    commands.done("recombine", branched, "--c=-0.2,1.2", "--out", mixed)
+
+
 def test_sample_draws_decoded_images_of_prompts(tmp_path):
     folder, out = LATENT / "pipeline-a", tmp_path / "grid.png"
     file = tmp_path / "prompts.txt"

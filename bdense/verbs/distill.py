@@ -30,7 +30,7 @@ from bdense.verbs.common import (
 )
 from bdense.verbs.fid import KeptFIDs
 from bdense.verbs.options import IMAGES, DistillOptions, Evaluation
-from bdense.verbs.sample import chosen_prompts, conditions_of
+from bdense.verbs.sample import chosen_prompts, conditions_of, draws_latents
 from bdense.verbs.weight_options import chosen_weighting
 
 
@@ -50,7 +50,7 @@ def distill(options: argparse.Namespace) -> None:
     teacher, known = load_model(own.teacher)
     # A student that is distilled further keeps its own knobs, unless an option changes them.
     config = from_options(method.Config, options, **method.usual(known))
-    if evaluation.extractor is not None and "levels" in known:
+    if evaluation.extractor is not None and draws_latents(teacher, known):
         raise KnobError(
             "--extractor", "measures images, and a student of this teacher draws latents; drop it"
         )

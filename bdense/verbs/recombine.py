@@ -24,6 +24,7 @@ from bdense.metrics.settings import MetricSettings
 from bdense.models.store import load_model
 from bdense.verbs.common import Progress, chosen_hardware, require_model_out
 from bdense.verbs.options import IMAGES, Evaluation, RecombineOptions
+from bdense.verbs.sample import draws_latents
 
 # Metadata of the branched student that is not true of another.
 _OF_THE_BRANCHED = ("identity", "fid")
@@ -43,6 +44,8 @@ def recombine(options: argparse.Namespace) -> None:
             f"{own.branched} has one branch; give a student that bdense distill wrote with "
             "--keep-branches"
         )
+    if evaluation.extractor is not None and draws_latents(student, metadata):
+        raise KnobError("--extractor", "measures images, and this student draws latents; give --c")
     c: Sequence[float] | None = own.c
     if c is not None:
         recombine_branches(student, c)  # refuses coefficients that do not fit

@@ -105,6 +105,11 @@ def conditions_of(
     return encoder.prompts(texts, negative)
 
 
+def draws_latents(model: NetworkDenoiser, metadata: Mapping[str, Any]) -> bool:
+    """Whether what a model draws becomes images by an autoencoder alone."""
+    return isinstance(model.model, DiffusersTextUNet | DiT) or "codec" in metadata
+
+
 def codec_of(
     model: NetworkDenoiser, metadata: Mapping[str, Any], pipeline: str, device: torch.device
 ) -> Codec | None:
@@ -113,7 +118,7 @@ def codec_of(
     Raises:
         InputError: There is no autoencoder in the pipeline.
     """
-    if not isinstance(model.model, DiffusersTextUNet | DiT) and "codec" not in metadata:
+    if not draws_latents(model, metadata):
         return None
     if not Path(pipeline).is_dir() and not is_hub_id(pipeline):
         raise KnobError(

@@ -30,6 +30,7 @@ class Stream(IntEnum):
     IMAGES = 9
     EVALUATION_STEPS = 10
     ONE_SHOT = 11
+    CODEC = 12
 
 
 def derive_seed(seed: int, stream: Stream, *index: int) -> int:
@@ -61,3 +62,14 @@ def seeded(device: torch.device, seed: int, stream: Stream, *index: int) -> Iter
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive_seed(seed, stream, *index))
         yield
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Use one CPU thread, so that trained weights do not depend on the number of cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -4,8 +4,6 @@ Each is trained once, on one thread and from explicit seeds, and kept as safeten
 channels.
 """
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from bdense.data.datasets import load_dataset
 from bdense.errors import CheckpointError, InputError, ShapeError
 from bdense.files import file_lock
 from bdense.models.store import load_tensors, save_tensors
-from bdense.randomness import Stream, generator, seeded
+from bdense.randomness import Stream, generator, one_thread, seeded
 
 # Part of the file's name; raise it when a change below changes the weights.
 _RECIPE = 1
@@ -134,7 +132,7 @@ def _train(name: str, recipe: Recipe) -> tuple[Classifier, float]:
     dataset = load_dataset(f"{recipe.data}@{recipe.side}")
     images, labels = dataset.images, dataset.labels
     assert labels is not None
-    with _one_thread():
+    with one_thread():
         with seeded(_CPU, _SEED, Stream.CLASSIFIER):
             network = Classifier(name, recipe.side, dataset.num_classes)
         optimizer = torch.optim.Adam(network.parameters(), lr=_LR)
@@ -149,14 +147,3 @@ def _train(name: str, recipe: Recipe) -> tuple[Classifier, float]:
             parts = torch.split(images, 1024)
             guesses = torch.cat([network.classes(network(part)).argmax(dim=1) for part in parts])
         return network, guesses.eq(labels).double().mean().item()
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Use one thread, so that the weights do not depend on the number of cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -5,6 +5,7 @@ its weights, if it has any. Only safetensors are read, and each weight must be t
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bdense.errors import CheckpointError, InputError
+from bdense.files import sha256_file
 
 HUB = "https://huggingface.co"
 CONFIG, INDEX = "config.json", "model_index.json"
@@ -74,6 +76,26 @@ def folder_of(source: str | Path) -> Path:
             f"cannot fetch {source} from the Hugging Face hub ({reason}); fetch "
             f"{HUB}/{source} by hand into a folder and give the folder"
         ) from error
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder looks like diffusers'."""
+    return path.is_dir() and any((path / name).is_file() for name in (INDEX, CONFIG))
+
+
+def sha256_model(path: Path) -> str:
+    """Hex digest of a file, or of all files of a folder's parts with their names."""
+    if not path.is_dir():
+        return sha256_file(path)
+    files = sorted(
+        file
+        for part, names in _PARTS.items()
+        for name in (INDEX, *names)
+        for file in (path / part).glob(name)
+        if file.suffix not in TORCH_FILES
+    )
+    digests = {str(file.relative_to(path)): sha256_file(file) for file in files}
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def read_json(file: Path) -> dict[str, Any]:

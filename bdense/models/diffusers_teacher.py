@@ -56,18 +56,22 @@ _PROCESS = {
 }
 
 
-def read_diffusers(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
+def read_diffusers(
+    source: str | Path, *, weights: bool = True
+) -> tuple[NetworkDenoiser, dict[str, Any]]:
     """The denoiser of a diffusers folder or hub id, in eval mode, and its metadata.
 
     Args:
         source: A folder as ``save_pretrained`` writes it, or OWNER/NAME on the hub.
+        weights: Read them; else the denoiser is on the meta device.
 
     Returns:
         The denoiser, and metadata: ``source``, ``class`` of the model, ``scheduler``; ``licence``
         if its README.md has one; ``clip_sample`` if the scheduler clips predictions to that range
         (this project's solvers do not). Of a model of latents ``codec``, the class of its
-        autoencoder and how latents are scaled, if it is in the folder; ``condition``, whether it
-        takes ``guidance``, usual ``levels``; and ``ignored``, parts that are never loaded.
+        autoencoder, how latents are scaled and what images it makes, if it is in the folder;
+        ``condition``, whether it takes ``guidance``, usual ``levels``; and ``ignored``, parts
+        that are never loaded.
 
     Raises:
         CheckpointError: It is not such a folder, or its pipeline, model, weights or scheduler are
@@ -92,7 +96,7 @@ def read_diffusers(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]
     metadata = {"source": name, "class": kind, **facts}
     if licence := _licence(folder / "README.md"):
         metadata["licence"] = licence
-    denoiser = _denoiser(NETWORKS[kind], model_folder, config, precond)
+    denoiser = _denoiser(NETWORKS[kind], model_folder, config, precond, weights=weights)
     if is_latent:
         metadata |= _latent_facts(denoiser, codec) | ({"ignored": ignored} if ignored else {})
     return denoiser, metadata
@@ -144,6 +148,8 @@ def _latent_facts(
         facts["codec"] = {
             "class": config["_class_name"],
             "scaling_factor": config.get("scaling_factor"),
+            "image_channels": config.get("out_channels", 3),
+            "enlarges": 2 ** (len(config.get("block_out_channels", [0])) - 1),
             **({"shift_factor": shift} if (shift := config.get("shift_factor")) else {}),
         }
     condition = "text" if network.text_dim else "classes" if network.label_dim else None
@@ -160,7 +166,12 @@ def _latent_facts(
 
 
 def _denoiser(
-    network_class: type[DiffusersNetwork], folder: Path, config: dict[str, Any], precond: DDPM
+    network_class: type[DiffusersNetwork],
+    folder: Path,
+    config: dict[str, Any],
+    precond: DDPM,
+    *,
+    weights: bool,
 ) -> NetworkDenoiser:
     import diffusers
 
@@ -178,6 +189,8 @@ def _denoiser(
         raise CheckpointError(
             f"{folder} describes {values} weights, but its weights file has {size} bytes"
         )
+    if not weights:
+        return NetworkDenoiser(skeleton, precond).eval()
     loaded = load_part(getattr(diffusers, network_class.kind), folder, low_cpu_mem_usage=False)
     with torch.random.fork_rng(devices=[]):
         network = network_class(options, outputs=outputs)

@@ -3,7 +3,7 @@
 Needs the ``diffusers`` extra, which has transformers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,53 @@ from torch import Tensor
 
 from bdense.diffusion.codecs import Autoencoder, Codec, Pixels
 from bdense.diffusion.conditions import Prompts
+from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import CheckpointError, InputError
 from bdense.models.diffusers_files import CONFIG, folder_of, load_part, read_json
 from bdense.models.diffusers_teacher import codec_config
-from bdense.networks import DiffusersUNet
+from bdense.networks import DiffusersTextUNet, DiffusersUNet, DiT
 from bdense.networks.diffusers_network import require_diffusers
 
 _ENCODER, _TOKENIZER = "text_encoder", "tokenizer"
+
+
+def draws_latents(model: NetworkDenoiser, metadata: Mapping[str, Any]) -> bool:
+    """Whether what a model draws becomes images by an autoencoder alone."""
+    return isinstance(model.model, DiffusersTextUNet | DiT) or "codec" in metadata
+
+
+def drawn_shape(model: NetworkDenoiser, metadata: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(C, H, W) of a model's images, decoded where it draws latents.
+
+    Raises:
+        InputError: It draws latents, and its autoencoder is not known.
+    """
+    channels, height, width = model.image_shape
+    if not draws_latents(model, metadata):
+        return channels, height, width
+    codec = metadata.get("codec", {})
+    if not {"image_channels", "enlarges"} <= codec.keys():
+        raise InputError(
+            "the model draws latents, and its autoencoder is not known; give the folder of its "
+            "whole pipeline"
+        )
+    enlarges = codec["enlarges"]
+    return codec["image_channels"], enlarges * height, enlarges * width
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The prompts of a text file, one in each line; blank lines do not count.
+
+    Raises:
+        InputError: The file cannot be read, or holds none.
+    """
+    try:
+        lines = [line.strip() for line in file.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} cannot be read: {error}") from error
+    if not (texts := [line for line in lines if line]):
+        raise InputError(f"{file} is empty; write a prompt in each line")
+    return texts
 
 
 def load_codec(source: str | Path) -> Codec:

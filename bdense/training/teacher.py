@@ -11,7 +11,7 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -174,7 +174,7 @@ class TeacherStage(Stateless):
         index = torch.randint(len(self.dataset.images), (config.batch,), generator=draw)
         pixels = self.dataset.images[index]
         noise = torch.randn(pixels.shape, generator=draw)
-        sigma = _levels(config, draw, like.device)
+        sigma = draw_levels(config, draw, like.device)
         if config.flip:
             mirrored = torch.rand(config.batch, generator=draw) < 0.5
             pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
@@ -201,7 +201,7 @@ class TeacherStage(Stateless):
             **chosen,
         }
 
-    def on(self, device: torch.device) -> "TeacherStage":
+    def on(self, device: torch.device) -> Self:
         return replace(self, start=self.start.on(device))
 
 
@@ -376,7 +376,7 @@ def _fits(config: TeacherConfig, channels: int, side: int) -> bool:
     return True
 
 
-def _levels(config: TeacherConfig, draw: torch.Generator, device: torch.device) -> Tensor:
+def draw_levels(config: TeacherConfig, draw: torch.Generator, device: torch.device) -> Tensor:
     """[B] noise levels to train at."""
     if config.precond is None:
         normal = torch.randn(config.batch, generator=draw).to(device)

@@ -1,10 +1,13 @@
 """How a small teacher is trained; does not import torch."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, TypeAlias
 
 from bdense.diffusion import LevelWeight
 from bdense.knobs import Knobs, knob
+
+# Of ``bdense.training.latent_digits``.
+TeacherRecipe: TypeAlias = Literal["latent-digits"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

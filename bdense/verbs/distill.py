@@ -5,8 +5,7 @@ import json
 from pathlib import Path
 
 from bdense.command import Force
-from bdense.data.datasets import Dataset, load_dataset
-from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.data.datasets import load_dataset
 from bdense.diffusion.epd import EPD, write_table
 from bdense.knobs import KnobError, from_options
 from bdense.methods import METHODS
@@ -16,6 +15,7 @@ from bdense.methods.method import Inputs, StagePlan
 from bdense.metrics.extractors import load_extractor
 from bdense.metrics.references import dataset_reference
 from bdense.models.card import inherited
+from bdense.models.latents import drawn_shape
 from bdense.models.store import load_model
 from bdense.training.loop import IterationReport
 from bdense.verbs.common import (
@@ -30,7 +30,7 @@ from bdense.verbs.common import (
 )
 from bdense.verbs.fid import KeptFIDs
 from bdense.verbs.options import IMAGES, DistillOptions, Evaluation
-from bdense.verbs.sample import chosen_prompts, conditions_of, draws_latents
+from bdense.verbs.sample import chosen_prompts, codec_of, conditions_of
 from bdense.verbs.weight_options import chosen_weighting
 
 
@@ -50,10 +50,6 @@ def distill(options: argparse.Namespace) -> None:
     teacher, known = load_model(own.teacher)
     # A student that is distilled further keeps its own knobs, unless an option changes them.
     config = from_options(method.Config, options, **method.usual(known))
-    if evaluation.extractor is not None and draws_latents(teacher, known):
-        raise KnobError(
-            "--extractor", "measures images, and a student of this teacher draws latents; drop it"
-        )
     conditions = conditions_of(teacher, own.teacher, texts)
     teacher.to(device).execute(execution)
     # Several stages: a folder of students. One: a file, and its checkpoint beside it.
@@ -80,7 +76,23 @@ def distill(options: argparse.Namespace) -> None:
         require_out(own.out, options, folder=True)
     else:  # students of other runs were refused
         require_model_out(own.out, options, inputs=[own.teacher])
-    fids = _kept_fids(evaluation, dataset, teacher, folder, own.seed, interrupt)
+    fids = None
+    if evaluation.extractor is not None and dataset is not None:
+        extractor = load_extractor(evaluation.extractor, cache=evaluation.cache, device=device)
+        fids = KeptFIDs(
+            folder=folder,
+            dataset=dataset,
+            extractor=extractor,
+            reference=dataset_reference(dataset, extractor, cache=evaluation.cache),
+            image_shape=drawn_shape(teacher, known),
+            images=evaluation.images or IMAGES,
+            seed=own.seed,
+            interrupt=interrupt,
+            conditions=conditions,
+            codec=codec_of(teacher, known, own.teacher, device),
+        )
+    elif evaluation.images is not None:
+        raise KnobError("--images", "needs --extractor, which measures the FID")
     sampler = method.teacher_sampler(config, teacher)
     if fids is not None and sampler is not None:
         print(f"teacher: {own.teacher}", flush=True)
@@ -100,33 +112,6 @@ def _write_table(done: TrainedStage, path: Path) -> None:
         about = {name: done.metadata[name] for name in ("teacher", "teacher_sha256", "training")}
         # Learned without guidance, and good for a teacher that is sampled so.
         write_table(path.with_suffix(".epd.json"), done.sampler, about | {"guidance": 1.0})
-
-
-def _kept_fids(
-    evaluation: Evaluation,
-    dataset: Dataset | None,
-    teacher: NetworkDenoiser,
-    folder: Path,
-    seed: int,
-    interrupt: Interrupt,
-) -> KeptFIDs | None:
-    """The FIDs that --extractor asks for; None without it."""
-    if evaluation.extractor is None or dataset is None:
-        if evaluation.images is not None:
-            raise KnobError("--images", "needs --extractor, which measures the FID")
-        return None
-    device = next(teacher.parameters()).device
-    extractor = load_extractor(evaluation.extractor, cache=evaluation.cache, device=device)
-    return KeptFIDs(
-        folder=folder,
-        dataset=dataset,
-        extractor=extractor,
-        reference=dataset_reference(dataset, extractor, cache=evaluation.cache),
-        image_shape=teacher.image_shape,
-        images=evaluation.images or IMAGES,
-        seed=seed,
-        interrupt=interrupt,
-    )
 
 
 class _StageProgress:

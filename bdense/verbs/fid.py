@@ -10,6 +10,8 @@ from typing import Any
 from bdense import NUMERICS
 from bdense.data.datasets import Dataset, load_dataset
 from bdense.data.names import split_format
+from bdense.diffusion.codecs import Codec
+from bdense.diffusion.conditions import Prompts
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import Sampler, draw_images
 from bdense.errors import InputError
@@ -26,11 +28,12 @@ from bdense.metrics.references import (
     write_reference,
 )
 from bdense.metrics.settings import MetricSettings
+from bdense.models.latents import drawn_shape
 from bdense.models.store import denoiser_sha256
 from bdense.models.zoo import resolve_reference
 from bdense.verbs.common import Interrupt, Progress, chosen_device, chosen_hardware, require_out
 from bdense.verbs.options import Drawing, Features, FidOptions, ReferenceOptions
-from bdense.verbs.sample import codec_of, model_and_sampler
+from bdense.verbs.sample import chosen_prompts, codec_of, conditions_of, model_and_sampler
 
 
 def fid(options: argparse.Namespace) -> None:
@@ -43,8 +46,10 @@ def fid(options: argparse.Namespace) -> None:
             "drop one"
         )
     device, execution = chosen_hardware(options)
+    texts, pipeline = chosen_prompts(None, drawing.prompts), drawing.pipeline or own.model
     model, sampler, known = model_and_sampler(own.model, drawing, device, execution)
-    codec = codec_of(model, known, own.model, device)
+    codec = codec_of(model, known, pipeline, device)
+    shape = drawn_shape(model, known)
     if own.reference is not None:
         file = resolve_reference(own.reference)
         extractor = load_extractor(features.extractor, cache=features.cache, device=device)
@@ -55,7 +60,8 @@ def fid(options: argparse.Namespace) -> None:
         reference = dataset_reference(
             dataset, extractor, cache=features.cache, with_features=set(own.metrics) != {"fid"}
         )
-    require_measurable(own.metrics, settings, own.images, reference, model.image_shape, extractor)
+    require_measurable(own.metrics, settings, own.images, reference, shape, extractor)
+    conditions = conditions_of(model, pipeline, texts, drawing.negative_prompt)
     images = draw_images(
         model,
         sampler,
@@ -63,6 +69,7 @@ def fid(options: argparse.Namespace) -> None:
         seed=own.seed,
         batch=drawing.batch,
         class_index=drawing.class_,
+        conditions=conditions,
         codec=codec,
         on_image=_show_drawn(own.images),
     )
@@ -75,8 +82,9 @@ def fid(options: argparse.Namespace) -> None:
         nfe=sampler.nfe,
         seeds={"evaluation": own.seed},
     ).as_dict()
-    of_class = {} if drawing.class_ is None else {"class": drawing.class_}
-    unusual = _sequential(sampler) | of_class | _unusual_precision(execution)
+    told = {} if drawing.class_ is None else {"class": drawing.class_}
+    told |= {} if conditions is None else conditions.describe()
+    unusual = _sequential(sampler) | told | _unusual_precision(execution)
     print(json.dumps(measured.pop("fid") | measured | unusual))
 
 
@@ -120,6 +128,7 @@ class KeptFIDs:
         folder: Where each is kept when it is measured.
         dataset: What the images are compared with, as ``reference``.
         image_shape: (C, H, W) of the models' images.
+        conditions, codec: As of ``draw_images``.
         images: Images drawn for each.
         seed: Seed of their latents.
         interrupt: Ends the drawing of images.
@@ -136,6 +145,8 @@ class KeptFIDs:
     images: int
     seed: int
     interrupt: Interrupt
+    conditions: Prompts | None = None
+    codec: Codec | None = None
 
     def __post_init__(self) -> None:
         require_measurable(
@@ -159,12 +170,22 @@ class KeptFIDs:
             "seed": self.seed,
             "data": self.dataset.sha256,
             "extractor": self.extractor.sha256,
+            **({} if self.conditions is None else self.conditions.describe()),
+            **({} if self.codec is None else {"codec": self.codec.describe()}),
             **precision,
         }
         kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         if kept.get("of") != conditions:
             show = _show_drawn(self.images, self.interrupt)
-            images = draw_images(model, sampler, self.images, seed=self.seed, on_image=show)
+            images = draw_images(
+                model,
+                sampler,
+                self.images,
+                seed=self.seed,
+                conditions=self.conditions,
+                codec=self.codec,
+                on_image=show,
+            )
             seeds = {"evaluation": self.seed}
             measured = measure_images(
                 images, self.extractor, self.reference, nfe=sampler.nfe, seeds=seeds

@@ -146,6 +146,21 @@ class Drawing(NativeGridKnobs):
         "prediction costs two network evaluations",
         none="a student's own, else 1",
     )
+    prompts: Path | None = knob(
+        None,
+        "text file with a prompt in each line: image i has prompt i, from the start again after "
+        "the last",
+        metavar="FILE",
+    )
+    negative_prompt: str = knob(
+        "", "what guidance leads away from, in place of the empty prompt", metavar="TEXT"
+    )
+    pipeline: str | None = knob(
+        None,
+        "folder or hub id in diffusers' format with autoencoder and text encoder, of a student of "
+        "latents",
+        none="MODEL",
+    )
     batch: int = knob(128, "images drawn at a time", low=1)
 
     def __post_init__(self) -> None:
@@ -162,21 +177,6 @@ class SampleOptions(Knobs):
     columns: int = knob(16, "columns of the grid", low=1)
     prompt: str | None = knob(
         None, "prompt of all images, of a text-conditional model", metavar="TEXT"
-    )
-    prompts: Path | None = knob(
-        None,
-        "text file with a prompt in each line: image i has prompt i, from the start again after "
-        "the last",
-        metavar="FILE",
-    )
-    negative_prompt: str = knob(
-        "", "what guidance leads away from, in place of the empty prompt", metavar="TEXT"
-    )
-    pipeline: str | None = knob(
-        None,
-        "folder or hub id in diffusers' format with autoencoder and text encoder, of a student of "
-        "latents",
-        none="MODEL",
     )
     seed: int = knob(0, "seed of every random draw", low=0)
     out: Path = knob(help="PNG file to write", metavar="FILE")
@@ -231,7 +231,7 @@ class DistillOptions(Knobs):
     prompts: Path | None = knob(
         None,
         "text file with a prompt in each line, for a text-conditional teacher in a pipeline's "
-        "folder: each is as likely in every batch, and is embedded once",
+        "folder: each is as likely in every batch, and image i of a FID has prompt i",
         metavar="FILE",
     )
     seed: int = knob(0, "seed of every random draw", low=0)

@@ -21,10 +21,10 @@ from bdense.metrics.recombination import search_coefficients
 from bdense.metrics.records import FID
 from bdense.metrics.references import Reference, dataset_reference
 from bdense.metrics.settings import MetricSettings
+from bdense.models.latents import draws_latents
 from bdense.models.store import load_model
 from bdense.verbs.common import Progress, chosen_hardware, require_model_out
 from bdense.verbs.options import IMAGES, Evaluation, RecombineOptions
-from bdense.verbs.sample import draws_latents
 
 # Metadata of the branched student that is not true of another.
 _OF_THE_BRANCHED = ("identity", "fid")

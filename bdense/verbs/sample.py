@@ -22,9 +22,13 @@ from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.knobs import KnobError, from_options, spelt_options
 from bdense.models.diffusers_files import is_hub_id
-from bdense.models.latents import load_codec, load_text_encoder
+from bdense.models.latents import (
+    draws_latents,
+    load_codec,
+    load_text_encoder,
+    read_prompts,
+)
 from bdense.models.store import load_model
-from bdense.networks import DiffusersTextUNet, DiT
 from bdense.verbs.common import chosen_hardware, require_out
 from bdense.verbs.options import Drawing, SampleOptions
 
@@ -37,10 +41,10 @@ def sample(options: argparse.Namespace) -> None:
     """Run the verb."""
     own, drawing = from_options(SampleOptions, options), from_options(Drawing, options)
     device, execution = chosen_hardware(options)
-    texts = chosen_prompts(own.prompt, own.prompts)
+    texts = chosen_prompts(own.prompt, drawing.prompts)
     require_out(own.out, options, _no_picture)
     model, sampler, metadata = model_and_sampler(own.model, drawing, device, execution)
-    pipeline = own.pipeline or own.model
+    pipeline = drawing.pipeline or own.model
     images = draw_images(
         model,
         sampler,
@@ -48,7 +52,7 @@ def sample(options: argparse.Namespace) -> None:
         seed=own.seed,
         batch=drawing.batch,
         class_index=drawing.class_,
-        conditions=conditions_of(model, pipeline, texts, own.negative_prompt),
+        conditions=conditions_of(model, pipeline, texts, drawing.negative_prompt),
         codec=codec_of(model, metadata, pipeline, device),
     )
     save_grid(images, own.out, own.columns)
@@ -72,12 +76,9 @@ def chosen_prompts(prompt: str | None, file: Path | None) -> list[str]:
     if file is None:
         return [] if prompt is None else [prompt]
     try:
-        lines = [line.strip() for line in file.read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise KnobError("--prompts", f"{file} cannot be read: {error}") from error
-    if not (texts := [line for line in lines if line]):
-        raise KnobError("--prompts", f"{file} is empty; write a prompt in each line")
-    return texts
+        return read_prompts(file)
+    except InputError as error:
+        raise KnobError("--prompts", str(error)) from error
 
 
 def conditions_of(
@@ -103,11 +104,6 @@ def conditions_of(
         which = f"prompt {i + 1}" if i < len(texts) else "the negative prompt"
         sys.stderr.write(f"{which} is longer than {encoder.length} tokens; the rest is left out\n")
     return encoder.prompts(texts, negative)
-
-
-def draws_latents(model: NetworkDenoiser, metadata: Mapping[str, Any]) -> bool:
-    """Whether what a model draws becomes images by an autoencoder alone."""
-    return isinstance(model.model, DiffusersTextUNet | DiT) or "codec" in metadata
 
 
 def codec_of(

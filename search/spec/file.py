@@ -16,6 +16,7 @@ import yaml
 
 from bdense.data.names import split_fit, split_format
 from bdense.errors import InputError
+from bdense.models.diffusers_files import is_folder
 from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
 from search.errors import SpecError
 from search.spec.legacy import translated
@@ -232,6 +233,12 @@ def as_yaml(spec: StudySpec) -> str:
     return yaml.safe_dump(tree, sort_keys=False)
 
 
+_FILE = "give a file"
+_FOLDERS = {
+    "teacher.checkpoint": "it holds no model in diffusers' format (model_index.json, config.json)"
+}
+
+
 def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
     """The spec with absolute paths, given relative to its file: workers run in other folders."""
     base = Path(source).parent
@@ -240,11 +247,10 @@ def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
         if file in names:
             return file
         path = (base / Path(file).expanduser()).resolve()
+        if key == "teacher.checkpoint" and is_folder(path):
+            return str(path)
         if path.is_dir():
-            raise SpecError(
-                f"{source}: {key}: {file} is a folder; a model in diffusers' format becomes a "
-                f"file by `bdense convert {file} --out teacher.safetensors`"
-            )
+            raise SpecError(f"{source}: {key}: {file} is a folder; {_FOLDERS.get(key, _FILE)}")
         if not path.is_file():
             known = f", nor a public one of that name ({', '.join(names)})" if names else ""
             raise SpecError(f"{source}: {key}: there is no file {file}{known}{_elsewhere(file)}")
@@ -263,11 +269,17 @@ def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
     if evaluation.reference is not None:
         reference = absolute("evaluation.reference", evaluation.reference, REFERENCES)
         evaluation = dataclasses.replace(evaluation, reference=reference)
+    prompts = spec.prompts
+    if prompts is not None:
+        prompts = absolute("prompts", prompts)
+    if evaluation.prompts is not None:
+        own = absolute("evaluation.prompts", evaluation.prompts)
+        evaluation = dataclasses.replace(evaluation, prompts=own)
     method = spec.method
     if isinstance(table := method.options.get("epd_table"), str):
         method = method.with_options({"epd_table": absolute("method.epd_table", table)})
     return dataclasses.replace(
-        spec, teacher=teacher, evaluation=evaluation, data=data, method=method
+        spec, teacher=teacher, evaluation=evaluation, data=data, method=method, prompts=prompts
     )
 
 

@@ -5,6 +5,7 @@ It fills in the method's defaults, and the facts that others need without torch.
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +22,12 @@ from bdense.metrics.dinov2 import SIZES
 from bdense.metrics.extractors import SPECS
 from bdense.metrics.metrics import require_enough
 from bdense.metrics.settings import MetricSettings
+from bdense.models.diffusers_files import is_folder
+from bdense.models.diffusers_teacher import read_diffusers
+from bdense.models.latents import drawn_shape, read_prompts
 from bdense.models.store import load_model
 from bdense.models.zoo import PUBLIC_MODELS
+from bdense.training import latent_digits
 from bdense.training.teacher import TeacherConfig, new_denoiser
 from bdense.training.teacher_knobs import TeacherKnobs
 from bdense.weights import space_of
@@ -79,11 +84,16 @@ def describe_teacher(spec: StudySpec) -> tuple[dict[str, Any], Mapping[str, Any]
         InputError: The teacher's file cannot be read, or the network does not fit the data.
     """
     name = spec.teacher.checkpoint
+    if spec.teacher.recipe is not None:
+        return dict(latent_digits.ARCHITECTURE), latent_digits.KNOWN
     if name is None:
         return _untrained(spec).describe(), {}
     if (published := PUBLIC_MODELS.get(name)) is not None:
         return dict(published.architecture), {}
-    teacher, known = load_model(name)
+    if is_folder(Path(name)):
+        teacher, known = read_diffusers(name, weights=False)
+    else:
+        teacher, known = load_model(name)
     return teacher.describe(), known
 
 
@@ -137,7 +147,8 @@ def _with_teacher(spec: StudySpec) -> StudySpec:
     with torch.device("meta"):
         teacher = build_denoiser(described)
         teacher.execution = execution(spec)
-        _check_images(spec, teacher)
+        _check_images(spec, teacher, known)
+        _check_prompts(spec, teacher)
         method = METHODS[spec.method.name]()
         config = method.Config.read(spec.method.options)
         try:
@@ -293,15 +304,34 @@ def _check_arms(spec: StudySpec) -> None:
         variant(spec, changes, f"plan.variants.{index}")
 
 
-def _check_images(spec: StudySpec, teacher: NetworkDenoiser) -> None:
+def _check_prompts(spec: StudySpec, teacher: NetworkDenoiser) -> None:
+    """Refuse prompts that the teacher does not read, and one that lacks them."""
+    files = {"prompts": spec.prompts, "evaluation.prompts": spec.evaluation.prompts}
+    if teacher.model.text_dim and spec.prompts is None:
+        raise InputError("prompts: the teacher is conditioned on text; give a file of prompts")
+    for key, file in files.items():
+        if file is None:
+            continue
+        if not teacher.model.text_dim:
+            raise InputError(f"{key}: the teacher takes no text; leave {key} out")
+        try:
+            read_prompts(Path(file))
+        except InputError as error:
+            raise SpecError.under(key, error) from error
+
+
+def _check_images(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
     """Refuse a teacher of other images than the data's, or than the extractor takes."""
-    made = teacher.image_shape
+    try:
+        made = drawn_shape(teacher, known)
+    except InputError as error:
+        raise SpecError.under("teacher.checkpoint", error) from error
     if spec.data is not None and spec.uses_data:
         shape = _data_shape(spec.data)
         if made != shape:
-            name = spec.teacher.checkpoint
+            name = spec.teacher.checkpoint or spec.teacher.recipe
             raise SpecError(
-                f"teacher.checkpoint: {name} makes images of {made} (channels, height, width) and "
+                f"teacher: {name} makes images of {made} (channels, height, width) and "
                 f"data {spec.data} holds {shape}; choose another of the two"
             )
     evaluation = spec.evaluation

@@ -18,8 +18,9 @@ from bdense.errors import InputError
 from bdense.execution import Execution, Precision
 from bdense.files import sha256_file
 from bdense.knobs import KnobError, Knobs, knob, knob_of, knobs_of
+from bdense.models.diffusers_files import sha256_model
 from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
-from bdense.training.teacher_knobs import TeacherKnobs
+from bdense.training.teacher_knobs import TeacherKnobs, TeacherRecipe
 from bdense.weights import WEIGHT_SPACES
 from bdense.weights.spaces import WeightSpace
 from search.errors import SpecError
@@ -76,19 +77,28 @@ class TeacherTraining(TeacherKnobs):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherSpec(Knobs):
-    """Either a checkpoint or a training recipe."""
+    """A checkpoint, a training, or a recipe."""
 
     checkpoint: str | None = knob(
         None,
-        "a file (our safetensors, pickle of EDM or SFD), or the name of a published one, which is "
-        "downloaded once",
+        "a file (our safetensors, pickle of EDM or SFD), a folder in diffusers' format, or the "
+        "name of a published one, which is downloaded once",
     )
     train: TeacherTraining | None = knob(None, "how to train one on the study's own data")
+    recipe: TeacherRecipe | None = knob(
+        None,
+        "a small teacher that is made here once: latent-digits, of latents of the digits, "
+        "conditioned on prompts such as `a three`",
+    )
 
     def __post_init__(self) -> None:
         Knobs.__post_init__(self)
-        if (self.checkpoint is None) == (self.train is None):
-            raise InputError("give either checkpoint: FILE or train: {...}, one of the two")
+        given = [name for name in ("checkpoint", "train", "recipe") if getattr(self, name)]
+        if len(given) != 1:
+            raise InputError(
+                "give one of checkpoint: FILE, train: {...} and recipe: NAME, got "
+                f"{' and '.join(given) or 'none of them'}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +118,12 @@ class EvaluationSpec(Knobs):
     reference: str | None = knob(
         None,
         "EDM's .npz of statistics in place of the data set's: a file, or the name of one of EDM's",
+    )
+    prompts: str | None = knob(
+        None,
+        "text file with a prompt in each line, of a text-conditional teacher: image i has prompt "
+        "i, from the start again after the last",
+        none="the study's prompts",
     )
 
     def __post_init__(self) -> None:
@@ -360,6 +376,11 @@ class StudySpec(Knobs):
         "a path; not needed where teacher.checkpoint and evaluation.reference are there and the "
         "method does not learn from data",
     )
+    prompts: str | None = knob(
+        None,
+        "text file with a prompt in each line, of a text-conditional teacher: each is as likely "
+        "in every batch",
+    )
     teacher: TeacherSpec = knob(help="whose steps are distilled")
     method: Member = knob(help="a distillation method's name and its settings")
     weights: Member = knob(Member("normalised"), "a weight space's name and its settings")
@@ -481,6 +502,8 @@ class StudySpec(Knobs):
         }
         if self.teacher.train is not None:
             kept["teacher"] = {"train": as_plain(self.teacher.train)}
+        if self.teacher.recipe is not None:
+            kept["teacher"] = {"recipe": self.teacher.recipe}
         if self.precision != "float32":
             kept["precision"] = self.precision
         if self.is_search:
@@ -512,12 +535,16 @@ class StudySpec(Knobs):
             if checkpoint in PUBLIC_MODELS:
                 found["teacher.checkpoint"] = checkpoint
             else:
-                found["teacher.checkpoint_sha256"] = sha256_file(Path(checkpoint))
+                found["teacher.checkpoint_sha256"] = sha256_model(Path(checkpoint))
         if (reference := self.evaluation.reference) is not None:
             is_name = reference in REFERENCES
             found["evaluation.reference"] = reference if is_name else sha256_file(Path(reference))
         if (table := self.method.options.get("epd_table")) is not None:
             found["method.epd_table_sha256"] = sha256_file(Path(table))
+        if self.prompts is not None:
+            found["prompts_sha256"] = sha256_file(Path(self.prompts))
+        if self.evaluation.prompts is not None:
+            found["evaluation.prompts_sha256"] = sha256_file(Path(self.evaluation.prompts))
         return found
 
 

@@ -16,6 +16,8 @@ import torch
 
 from bdense import NUMERICS
 from bdense.data.datasets import Dataset, load_dataset
+from bdense.diffusion.codecs import Codec
+from bdense.diffusion.conditions import Conditions, Prompts
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.diffusion.sampling import Sampler, draw_images, save_grid
 from bdense.errors import InputError
@@ -29,8 +31,17 @@ from bdense.metrics.records import FID, Metrics
 from bdense.metrics.references import Reference, dataset_reference, read_reference
 from bdense.metrics.settings import MetricSettings
 from bdense.models.card import inherited
+from bdense.models.diffusers_files import is_folder
+from bdense.models.latents import (
+    drawn_shape,
+    draws_latents,
+    load_codec,
+    load_text_encoder,
+    read_prompts,
+)
 from bdense.models.store import denoiser_sha256, load_denoiser, load_model, save_denoiser
 from bdense.models.zoo import resolve_reference
+from bdense.training.latent_digits import latent_digits
 from bdense.training.teacher import teacher_data, train_teacher
 from search.spec.resolve import describe_teacher, execution, teacher_config, variant
 from search.spec.study import EvaluationSpec, StudySpec, TeacherTraining
@@ -53,12 +64,16 @@ class Evaluator:
         extractor: Feature network, also of the reference.
         reference: What images are compared with.
         latents: Seed of the noise that images are drawn from.
+        conditions: What images are drawn under, such as prompts; None is the model's own kind.
+        codec: What makes images of latents; None where models draw images.
     """
 
     spec: EvaluationSpec
     extractor: Extractor
     reference: Reference
     latents: int
+    conditions: Conditions | None = None
+    codec: Codec | None = None
 
     def measure(
         self,
@@ -98,6 +113,8 @@ class Evaluator:
             images or self.spec.images,
             seed=self.latents,
             batch=self.spec.batch,
+            conditions=self.conditions,
+            codec=self.codec,
             on_image=on_drawn,
         )
         if grid_path is not None:
@@ -128,6 +145,7 @@ class Assets:
         terms: What students' metadata take over from the teacher's, such as its licence.
         known: Metadata of the teacher's file.
         teacher_fid: The teacher's FID, where the method measures it.
+        conditions: What students are trained under; None is the teacher's own kind.
     """
 
     spec: StudySpec
@@ -140,6 +158,7 @@ class Assets:
     terms: Mapping[str, Any]
     known: Mapping[str, Any]
     teacher_fid: FID | None = None
+    conditions: Conditions | None = None
 
     @property
     def device(self) -> torch.device:
@@ -178,6 +197,7 @@ class Assets:
             seed=seed,
             recordings=Recordings(root=root, dtype=dtype) if recorded else None,
             known=self.known,
+            conditions=self.conditions,
         )
 
     def store(self, seed: int) -> TrajectoryStore | None:
@@ -235,7 +255,7 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
     reference = _reference(spec, dataset, extractor)
     try:
         # Without a data set the teacher's file says the shape.
-        shape = dataset.images.shape[1:] if dataset is not None else _described_shape(spec)
+        shape = dataset.images.shape[1:] if dataset is not None else described_shape(spec)
         require_measurable(
             evaluation.metrics,
             MetricSettings(),
@@ -249,8 +269,16 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
             f"{error} (a study chooses evaluation.images and evaluation.metrics alone)"
         ) from error
     teacher, known = _teacher(spec, dataset, device, report)
-    if dataset is not None:
+    pipeline = pipeline_of(spec)
+    codec, conditions, drawn_under = None, None, None
+    if pipeline is not None and draws_latents(teacher, known):
+        codec = load_codec(pipeline).to(device)
+    elif dataset is not None:
         require_shape(dataset, teacher)
+    if pipeline is not None and spec.prompts is not None:
+        conditions = _prompts(pipeline, spec.prompts, report)
+        own = spec.evaluation.prompts
+        drawn_under = conditions if own is None else _prompts(pipeline, own, report)
     method = METHODS[spec.method.name]()
     config = method.Config.read(spec.method.options, "method")
     method.check(config, teacher, known)
@@ -261,18 +289,43 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
         config=config,
         teacher=teacher,
         dataset=dataset,
-        evaluator=Evaluator(spec.evaluation, extractor, reference, spec.seeds.evaluation),
+        evaluator=Evaluator(
+            spec.evaluation,
+            extractor,
+            reference,
+            spec.seeds.evaluation,
+            conditions=drawn_under,
+            codec=codec,
+        ),
         known=known,
         terms=inherited(known, Path(spec.teacher.checkpoint or f"trained on {spec.data}").name),
+        conditions=conditions,
     )
     return replace(assets, teacher_fid=_teacher_fid(assets, report))
 
 
-def _described_shape(spec: StudySpec) -> tuple[int, ...]:
+def described_shape(spec: StudySpec) -> tuple[int, int, int]:
     """(C, H, W) of the teacher's images."""
-    described, _ = describe_teacher(spec)
+    described, known = describe_teacher(spec)
     with torch.device("meta"):
-        return build_denoiser(described).image_shape
+        return drawn_shape(build_denoiser(described), known)
+
+
+def pipeline_of(spec: StudySpec) -> Path | None:
+    """The folder of the teacher's pipeline in diffusers' format; None where it has none."""
+    if spec.teacher.recipe is not None:
+        return latent_digits(cache_folder() / "teachers")
+    folder = Path(spec.teacher.checkpoint or "")
+    return folder if spec.teacher.checkpoint is not None and is_folder(folder) else None
+
+
+def _prompts(pipeline: Path, file: str, report: Report) -> Prompts:
+    """A file's prompts as the teacher reads them; guidance leads away from the empty one."""
+    texts, encoder = read_prompts(Path(file)), load_text_encoder(pipeline)
+    cut = len(encoder.too_long(texts))
+    remark = f"{cut} longer than {encoder.length} tokens, cut" if cut else Path(file).name
+    report("prompts", 0, len(texts), remark)
+    return encoder.prompts(texts)
 
 
 def _reference(spec: StudySpec, dataset: Dataset | None, extractor: Extractor) -> Reference:
@@ -288,7 +341,10 @@ def _teacher(
     spec: StudySpec, dataset: Dataset | None, device: torch.device, report: Report
 ) -> tuple[NetworkDenoiser, Mapping[str, Any]]:
     """The teacher, set to the spec's precision, and its metadata."""
-    if spec.teacher.checkpoint is not None:
+    if spec.teacher.recipe is not None:
+        report("teacher", 0, 1, f"{spec.teacher.recipe}, made once")
+        teacher, known = load_model(latent_digits(cache_folder() / "teachers"))
+    elif spec.teacher.checkpoint is not None:
         teacher, known = load_model(spec.teacher.checkpoint)
     else:
         assert spec.teacher.train is not None
@@ -358,6 +414,8 @@ def _teacher_fid(assets: Assets, report: Report) -> FID | None:
                 hashlib.sha256(evaluator.reference.statistics.mu.tobytes()).hexdigest(),
             ],
             "latents": evaluator.latents,
+            **({} if evaluator.conditions is None else evaluator.conditions.describe()),
+            **({} if evaluator.codec is None else {"codec": evaluator.codec.describe()}),
         },
         "precision": spec.precision,
         "numerics": NUMERICS,

@@ -21,6 +21,8 @@ import torch
 from bdense import NUMERICS
 from bdense.data.datasets import Dataset
 from bdense.diffusion.branches import export_branch
+from bdense.diffusion.codecs import Codec
+from bdense.diffusion.conditions import Prompts
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.diffusion.sampling import draw_images
 from bdense.errors import InputError, StoppedError, is_out_of_memory
@@ -30,6 +32,8 @@ from bdense.methods.method import Inputs, Recordings, Stage
 from bdense.metrics.classifiers import RECIPES
 from bdense.metrics.extractors import load_extractor, missing_checkpoint
 from bdense.metrics.references import features_of
+from bdense.models.diffusers_files import is_folder
+from bdense.models.latents import load_codec
 from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
 from bdense.training.loop import IterationReport, train
 from bdense.weights.spaces import uniform_weights
@@ -39,11 +43,12 @@ from search.spec.study import StudySpec, as_plain, fingerprint_of
 from search.storage.engine import cache_folder
 from search.study.arms import ONE_SHOT, one_shot_arm
 from search.study.wording import duration
-from search.worker.assets import use_device
+from search.worker.assets import described_shape, use_device
 from search.worker.result import package_versions
 
 PATIENCE_SECONDS = 20.0  # a dry run's for a measurement
 _UPDATES = 2  # the first warms up
+_PROMPT_TOKENS = 77  # of CLIP
 _FEATURES_BATCH = 256  # as of bdense.metrics.references.features_of
 # GPU memory of CUDA and its libraries for each process, which torch does not count.
 _CONTEXT = 800 * 2**20
@@ -259,6 +264,8 @@ def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
     if spec.teacher.train:
         trained = round(spec.teacher.train.kimg * 1000)
         lines.append(f"teacher: trained on {trained:,} images first, which is not counted")
+    if spec.teacher.recipe:
+        lines.append(f"teacher: {spec.teacher.recipe} is made first, which is not counted")
     return lines + _downloads(spec, parameters)
 
 
@@ -278,7 +285,8 @@ def _stored_bytes(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str,
     method = METHODS[spec.method.name]()
     config = method.Config.read(spec.method.options, "method")
     recordings = Recordings(root=cache_folder() / "trajectories", dtype=spec.trajectories.dtype)
-    found = method.recording(config, teacher, Inputs(recordings=recordings, known=known))
+    inputs = Inputs(recordings=recordings, known=known, conditions=_placeholder(teacher))
+    found = method.recording(config, teacher, inputs)
     return 0 if found is None else found.nbytes
 
 
@@ -335,15 +343,24 @@ def _measure(spec: StudySpec, free: int, download: bool) -> TrialCost:
     sampler, evaluation = stage.sampler, spec.evaluation
     count = min(evaluation.batch, evaluation.images)
     student = export_branch(stage.start)
+    codec = _codec(spec, device)
     lap()
-    images = draw_images(student, sampler, count, seed=0, batch=count)
+    draw_images(
+        student,
+        sampler,
+        count,
+        seed=0,
+        batch=count,
+        conditions=_placeholder(teacher),
+        codec=codec,
+    )
     drawing = lap()
     seen, extracting, name = min(_FEATURES_BATCH, evaluation.images), 0.0, evaluation.extractor
     if name not in RECIPES and (download or missing_checkpoint(name) is None):
         extractor = load_extractor(name, cache=cache_folder(), device=device)
-        repeated = images[torch.arange(seen) % count]
+        images = torch.zeros(seen, *described_shape(spec), dtype=torch.uint8)
         lap()
-        features_of(repeated, extractor)
+        features_of(images, extractor)
         extracting = lap()
     return TrialCost(
         recording_seconds=batch,
@@ -356,6 +373,13 @@ def _measure(spec: StudySpec, free: int, download: bool) -> TrialCost:
     )
 
 
+def _codec(spec: StudySpec, device: torch.device) -> Codec | None:
+    """The autoencoder of the teacher's folder; its time is left out where the folder is made."""
+    folder = Path(spec.teacher.checkpoint or "")
+    found = spec.teacher.checkpoint is not None and is_folder(folder)
+    return load_codec(folder).to(device) if found else None
+
+
 def _first_stage(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> Stage:
     """The first stage that has branches, on images of noise where it learns from any."""
     method = METHODS[spec.method.name]()
@@ -365,7 +389,16 @@ def _first_stage(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, 
     noise = torch.randint(256, (share, *teacher.image_shape), dtype=torch.uint8)
     dataset = Dataset("noise", noise, "", torch.arange(share) % classes if classes else None)
     plan = next(each for each in method.plan(config) if each.branched)
-    return method.stage(plan, teacher, config, Inputs(dataset=dataset, known=known))
+    inputs = Inputs(dataset=dataset, known=known, conditions=_placeholder(teacher))
+    return method.stage(plan, teacher, config, inputs)
+
+
+def _placeholder(teacher: NetworkDenoiser) -> Prompts | None:
+    """A prompt of CLIP's length, whose content costs nothing; None for a teacher without text."""
+    if not teacher.model.text_dim:
+        return None
+    blank = torch.zeros(1, _PROMPT_TOKENS, teacher.model.text_dim)
+    return Prompts(blank, blank)
 
 
 def _update_seconds(stage: Stage, lap: Callable[[], float]) -> tuple[float, float]:

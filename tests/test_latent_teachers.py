@@ -15,9 +15,11 @@ from bdense.errors import CheckpointError, InputError
 from bdense.methods.distill import distill
 from bdense.methods.method import Inputs
 from bdense.methods.sfd import SFD, SFDConfig
+from bdense.models.latents import drawn_shape
 from bdense.models.store import load_model, save_denoiser
 from bdense.weights.weighting import FixedWeights
 from tests import commands
+from tests.features import ColourMeans, scripted
 from tests.latent_goldens import LATENT
 
 pytest.importorskip("diffusers", reason="needs the diffusers extra")
@@ -27,6 +29,7 @@ pytestmark = [
     pytest.mark.skipif(not LATENT.is_dir(), reason=f"no folder {LATENT} (BDENSE_GOLDENS)"),
 ]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+LDM_CODEC = {"class": "VQModel", "scaling_factor": 1.0, "image_channels": 3, "enlarges": 2}
 
 
 @pytest.fixture
@@ -55,7 +58,7 @@ def change(file: Path, **keys: object) -> None:
     [
         ("unet-a-epsilon", {"condition": "text", "guidance": True}),
         ("dit-a", {"condition": "classes", "guidance": True}),
-        ("ldm-a", {"guidance": False, "codec": {"class": "VQModel", "scaling_factor": 1.0}}),
+        ("ldm-a", {"guidance": False, "codec": LDM_CODEC}),
     ],
 )
 def test_a_model_says_what_it_is(name, found):
@@ -184,17 +187,46 @@ def test_a_student_knows_its_guidance_and_what_it_costs(tmp_path, teacher, stude
 # ---- the command ----
 
 
-def test_latents_are_not_measured_as_images(tmp_path):
-    folder, out = LATENT / "dit-a", tmp_path / "s.safetensors"
-    judge = ("--extractor", "digits-classifier", "--images", 8)
-    short = ("--nfe", 1, "--substeps", 2, "--batch", 2, "--kimg", 0.002, "--out", out)
-    asked = commands.bdense("distill", folder, *short, *judge)
+def test_a_student_of_latents_is_measured_by_its_decoded_images(tmp_path):
+    """The same FID from ``distill``, from ``fid``, and from the images by hand."""
+    folder, out = LATENT / "pipeline-a", tmp_path / "s.safetensors"
+    prompts, images = tmp_path / "p.txt", tmp_path / "images"
+    prompts.write_text("a red cat\nthe dog\n")
+    images.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
+    for i, each in enumerate(pixels):
+        Image.fromarray(each).save(images / f"{i}.png")
+    extractor = scripted(ColourMeans(), tmp_path)
+    judge = (
+        "--extractor", f"torchscript:{tmp_path / 'features.pt'}", "--images", 12,
+        "--data", f"folder:{images}", "--cache", tmp_path / "cache",
+    )  # fmt: skip
+    short = ("--nfe", 1, "--substeps", 2, "--batch", 2, "--kimg", 0.002, "--keep-branches")
+    done = commands.done("distill", folder, *short, "--prompts", prompts, *judge, "--out", out)
+    at_once = json.loads(done.splitlines()[-1])
+    asked = ("fid", out, "--pipeline", folder, "--prompts", prompts, *judge)
+    later = json.loads(commands.done(*asked))
+    assert at_once["value"] == pytest.approx(later["value"], rel=1e-9)
+
+    student, metadata = load_model(out)
+    drawn = bdense.draw_images(
+        student,
+        count=12,
+        seed=0,
+        conditions=bdense.load_text_encoder(folder).prompts(["a red cat", "the dog"]),
+        codec=bdense.load_codec(folder),
+    )
+    assert drawn.shape == (12, *drawn_shape(student, metadata)) == (12, 3, 16, 16)
+    data = bdense.load_dataset(f"folder:{images}")
+    reference = bdense.dataset_reference(data, extractor, cache=tmp_path / "cache")
+    found = bdense.measure_images(drawn, extractor, reference, nfe=1, seeds={})
+    assert found.fid.value == pytest.approx(later["value"], rel=1e-9)
+
+    told = ("fid", out, "--pipeline", folder, *judge)
+    assert "--prompts are needed" in commands.refused(commands.bdense(*told))
+    branched = out.with_suffix(".branches.safetensors")
+    asked = commands.bdense("recombine", branched, *judge, "--out", tmp_path / "c.safetensors")
     assert commands.refused(asked).startswith("--extractor measures images")
-    commands.done("distill", folder, *short, "--keep-branches")
-    branched, mixed = out.with_suffix(".branches.safetensors"), tmp_path / "c.safetensors"
-    asked = commands.bdense("recombine", branched, *judge, "--out", mixed)
-    assert commands.refused(asked).startswith("--extractor measures images")
-    commands.done("recombine", branched, "--c=-0.2,1.2", "--out", mixed)
 
 
 def test_sample_draws_decoded_images_of_prompts(tmp_path):

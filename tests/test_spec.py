@@ -95,8 +95,11 @@ OF_ANY = [
     ({"plan": {**ARMS, "seeds": []}}, "plan.seeds", "[] must name one seed or more"),
     ({"plan": {**ARMS, "seeds": [1, 1]}}, "plan.seeds", "[1, 1] must .* each once"),
     ({"plan": {**ARMS, "latents": "own"}}, "plan.latents", "shared, fresh, got own"),
-    ({"teacher": {}}, "teacher", "either checkpoint: FILE or train"),
-    ({"teacher__checkpoint": "x.pkl"}, "teacher", "one of the two"),
+    ({"teacher": {}}, "teacher", "got none of them"),
+    ({"teacher__checkpoint": "x.pkl"}, "teacher", "got checkpoint and train"),
+    ({"teacher": {"recipe": "latent-digitz"}}, "teacher.recipe", "latent-digits"),
+    ({"teacher": {"recipe": "latent-digits"}}, "prompts", "give a file of prompts"),
+    ({"prompts": __file__}, "prompts", "takes no text"),
     ({"teacher__train__kimg": 0}, "teacher.train.kimg", "got 0"),
     ({"teacher__train__network": {"depth": 3}}, "teacher.train.network", "'depth'"),
     ({"teacher__train__network__model_channels": 6}, "teacher.train.network", "multiple of 4"),
@@ -167,7 +170,7 @@ SFD_ALONE = [
         "no class Median",
     ),
     ({"teacher": EDM, "data": REMOVED}, "data", "missing: evaluation.reference"),
-    ({"teacher": EDM}, "teacher.checkpoint", "(3, 32, 32) .* digits holds (1, 8, 8)"),
+    ({"teacher": EDM}, "teacher", "(3, 32, 32) .* digits holds (1, 8, 8)"),
     ({"teacher__train__loss": "v"}, "teacher.train.loss", "v is for a process"),
 ]
 PD_ALONE = [
@@ -388,7 +391,7 @@ def test_the_studies_that_come_along_are_in_order(path):
     tree = read_tree(path)
     if "google/" in str(tree["teacher"]):
         pytest.importorskip("diffusers", reason="needs the diffusers extra")
-    study = resolve(parse(tree, source=path.name))
+    study = resolve(parse(tree, source=str(path)))
     assert study.name == path.stem
     assert str(path.relative_to(path.parents[1])) in path.read_text().splitlines()[1]
     if not study.is_search:

@@ -86,9 +86,11 @@ def test_options_replace_keys_of_sections(tmp_path):
         ({"teacher": {"checkpoint": "edm-cifar"}}, ".* edm-cifar, .*edm-ffhq-64x64-uncond-vp"),
         ({"evaluation__extractor": "torchscript:no.pt"}, "evaluation.extractor: .* no.pt"),
         ({"evaluation__reference": "no.npz"}, "evaluation.reference: .* no.npz, .*cifar10-32x32"),
+        ({"prompts": "no.txt"}, "prompts: there is no file no.txt"),
+        ({"evaluation__prompts": "/"}, "evaluation.prompts: / is a folder; give a file"),
         ({"data": "zip:no.zip"}, "data: there is no file no.zip"),
         ({"data": "folder:nowhere@32"}, "data: there is no folder nowhere"),
-        ({"teacher": {"checkpoint": "/"}}, "teacher.checkpoint: / is a folder; .*bdense convert"),
+        ({"teacher": {"checkpoint": "/"}}, "teacher.checkpoint: / is a folder; it holds no model"),
     ],
 )
 def test_a_missing_file_of_a_study_is_named_and_the_names_there_are(tmp_path, keys, expected):

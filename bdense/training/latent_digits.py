@@ -87,7 +87,8 @@ def latent_digits(cache: Path, config: TeacherConfig | None = None) -> Path:
 
     Args:
         cache: Folder.
-        config: Length, step size and seed of the U-Net's training; the recipe's by default.
+        config: Of the U-Net's training, whose number of updates bounds the autoencoder's too;
+            the recipe's by default.
 
     Raises:
         InputError: diffusers or transformers is not installed.
@@ -113,7 +114,7 @@ def _make(folder: Path, config: TeacherConfig) -> None:
     import diffusers
 
     digits = load_dataset("digits")
-    _write_codec(folder / "vae", digits)
+    _write_codec(folder / "vae", digits, min(_CODEC_UPDATES, config.iterations))
     _write_text_encoder(folder)
     diffusers.DDIMScheduler(
         **_PROCESS, clip_sample=False, set_alpha_to_one=False, steps_offset=1
@@ -135,7 +136,7 @@ def _make(folder: Path, config: TeacherConfig) -> None:
     (folder / INDEX).write_text(json.dumps(about | parts, indent=2))
 
 
-def _write_codec(folder: Path, digits: Dataset) -> None:
+def _write_codec(folder: Path, digits: Dataset, updates: int) -> None:
     """Train the autoencoder: squared error, and a little of the divergence from unit normals."""
     import diffusers
 
@@ -143,7 +144,7 @@ def _write_codec(folder: Path, digits: Dataset) -> None:
     with seeded(_CPU, 0, Stream.INITIALISATION):
         model = diffusers.AutoencoderKL(**_AUTOENCODER)
     optimizer = torch.optim.Adam(model.parameters(), lr=_CODEC_LR)
-    for update in range(_CODEC_UPDATES):
+    for update in range(updates):
         draw = generator(0, Stream.CODEC, update)
         x = images[torch.randint(len(images), (_CODEC_BATCH,), generator=draw)]
         latents = model.encode(x).latent_dist
@@ -153,7 +154,7 @@ def _write_codec(folder: Path, digits: Dataset) -> None:
         loss.backward()
         optimizer.step()
         for group in optimizer.param_groups:
-            group["lr"] = _CODEC_LR * (1 - update / _CODEC_UPDATES)
+            group["lr"] = _CODEC_LR * (1 - update / updates)
     with torch.no_grad():
         spread = model.encode(images).latent_dist.mode().std().item()
     model.register_to_config(scaling_factor=1 / spread)
@@ -163,7 +164,9 @@ def _write_codec(folder: Path, digits: Dataset) -> None:
 def _write_text_encoder(folder: Path) -> None:
     """CLIP's tokenizer of the words alone, and a text encoder of random weights."""
     from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     vocabulary = [*letters, *(f"{letter}</w>" for letter in letters)]
     merges: dict[str, None] = {}

@@ -18,6 +18,7 @@ LINE_SECONDS = 10.0
 STEPS = {
     "waiting": "waiting for a free worker",
     "features": "feature extractor",
+    "prompts": "embedding prompts",
     "teacher": "training the teacher",
     "teacher FID": "measuring the teacher",
     "trajectories": "recording trajectories",

@@ -1,0 +1,118 @@
+"""The teacher latent-digits, made short, and the study that distils it."""
+
+import itertools
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import bdense
+from bdense.diffusion.denoiser import build_denoiser
+from bdense.training.latent_digits import ARCHITECTURE, KNOWN, PROMPTS, latent_digits
+from bdense.training.teacher import TeacherConfig
+from search.spec.file import read_spec
+from search.worker.assets import load
+from tests.e2e.study import Workplace
+from tests.rows import CPU, run, task
+from tests.studies import ROOT, resolve_here
+
+pytest.importorskip("diffusers", reason="needs the diffusers extra")
+pytest.importorskip("transformers", reason="needs the diffusers extra")
+
+SHORT = TeacherConfig(
+    kimg=0.256,
+    batch=32,
+    ema_halflife_kimg=0.1,
+    precond={"name": "ddpm", "beta_schedule": "scaled_linear"},
+)
+STUDY = ROOT / "studies/latent-digits.yaml"
+CHANGES = {
+    "method": {"kimg": 0.128, "batch": 32},
+    "evaluation": {"images": 64, "batch": 32},
+    "plan": {"trials": 2, "replicates": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """A study's cache with the teacher in its place."""
+    cache = tmp_path_factory.mktemp("cache")
+    latent_digits(cache / "teachers", SHORT)
+    return cache
+
+
+@pytest.fixture
+def folder(cache, monkeypatch, tmp_path) -> Path:
+    monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("BDENSE_CACHE", str(cache))
+    return latent_digits(cache / "teachers")  # would take minutes if it were made again
+
+
+def test_it_is_a_pipeline_of_stable_diffusion(folder):
+    from diffusers import StableDiffusionPipeline
+
+    teacher, known = bdense.load_model(folder)
+    declared = build_denoiser(dict(ARCHITECTURE))
+    shapes = {name: value.shape for name, value in declared.state_dict().items()}
+    assert {name: value.shape for name, value in teacher.state_dict().items()} == shapes
+    assert declared.precond == teacher.precond
+    assert known | {"codec": KNOWN["codec"]} == known | KNOWN
+    assert KNOWN["codec"].items() <= known["codec"].items()
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline("a three", num_inference_steps=2, output_type="pt").images
+    assert drawn.shape[-2:] == (8, 8)
+
+
+def test_each_prompt_is_another_condition(folder):
+    encoder = bdense.load_text_encoder(folder)
+    assert not encoder.too_long(PROMPTS)
+    texts = encoder.embed([*PROMPTS, ""])
+    assert min((a - b).abs().max() for a, b in itertools.combinations(texts, 2)) > 0.1
+    teacher, known = bdense.load_model(folder)
+    sampler = bdense.Sampler(
+        num_intervals=2, afs=False, schedule=bdense.Schedule(**known["levels"]), guidance=2.0
+    )
+    one, other = (
+        bdense.draw_images(
+            teacher, sampler, 2, seed=0, conditions=encoder.prompts([prompt]),
+            codec=bdense.load_codec(folder),
+        )
+        for prompt in PROMPTS[:2]
+    )  # fmt: skip
+    assert one.shape == (2, 1, 8, 8)
+    assert not torch.equal(one, other)
+
+
+def test_its_study_trains_and_judges_under_prompts(folder, tmp_path, monkeypatch):
+    assert folder.is_dir()
+    resolve_here(monkeypatch)
+    study = read_spec(STUDY, CHANGES)
+    assets = load(study, CPU)
+    assets.store(0).record()  # walks under the prompts, at the teacher's guidance
+    result = run(assets, tmp_path / "row", task())
+    assert result.fid is not None
+    assert result.fid.images == 64
+    live = read_spec(STUDY, CHANGES | {"trajectories": {"mode": "live"}})
+    assert run(load(live, CPU), tmp_path / "live", task()).value == result.value
+    other = tmp_path / "other.txt"
+    other.write_text("a nine\n")
+    evaluation = {**CHANGES["evaluation"], "prompts": str(other)}
+    judged = read_spec(STUDY, CHANGES | {"evaluation": evaluation})
+    assert run(load(judged, CPU), tmp_path / "judged", task()).value != result.value
+    assert judged.fingerprint() != study.fingerprint()
+
+
+@pytest.mark.slow
+def test_its_study_runs_from_the_launch_to_the_report(cache, tmp_path):
+    workplace = Workplace(tmp_path, cache)
+    tree = yaml.safe_load(STUDY.read_text())
+    tree |= {name: tree[name] | those for name, those in CHANGES.items()}
+    shutil.copy(STUDY.with_suffix(".txt"), tmp_path)
+    out = workplace.done("launch", workplace.write(tree))
+    assert "4 of 4 rows complete" in out
+    workplace.done("confirm", "latent-digits", "--candidates", "1", "--seeds", "3")
+    workplace.done("report", "latent-digits", "--out", "shown")
+    assert (tmp_path / "shown/report.md").read_text().count("![") > 1

@@ -188,6 +188,17 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_model(path: Path) -> str:
+    """Hex digest of a model's file; of a folder, of the weights and configurations below it."""
+    if not path.is_dir():
+        return sha256_file(path)
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        if file.suffix in (".json", ".safetensors"):
+            digest.update(f"{file.relative_to(path)} {sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
 def user_folder(variable: str, name: str) -> Path:
     """The folder that an environment variable names, or one of that name in the user's cache."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

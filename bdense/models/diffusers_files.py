@@ -32,6 +32,7 @@ _PARTS = {
     "tokenizer": ("*.json", "merges.txt"),
 }
 _SHOWN = 3
+_WEIGHTS_FILE = re.compile(r"\w+(?:-\d+-of-\d+)?(?:\.(\w+)(?:-\d+-of-\d+)?)?\.safetensors")
 
 
 def is_hub_id(source: str) -> bool:
@@ -106,7 +107,11 @@ def load_part(model_class: Any, folder: Path, **options: Any) -> Any:  # noqa: A
     try:
         with _quiet():
             model, found = model_class.from_pretrained(
-                folder, use_safetensors=True, output_loading_info=True, **options
+                folder,
+                use_safetensors=True,
+                output_loading_info=True,
+                variant=_variant(folder),
+                **options,
             )
     except (OSError, ValueError, RuntimeError) as error:
         pickles = [path.name for path in sorted(folder.glob("*")) if path.suffix in TORCH_FILES]
@@ -115,6 +120,14 @@ def load_part(model_class: Any, folder: Path, **options: Any) -> Any:  # noqa: A
         raise CheckpointError(f"diffusers cannot load {folder} ({reason}){hint}") from error
     _require_complete(folder, found)
     return model.float().eval()
+
+
+def _variant(folder: Path) -> str | None:
+    """``fp16`` of NAME.fp16.safetensors, in a folder that has no weights in another precision."""
+    found = {
+        match[1] for file in folder.iterdir() if (match := _WEIGHTS_FILE.fullmatch(file.name))
+    }
+    return None if None in found else min(found, default=None)
 
 
 def _require_complete(folder: Path, found: Mapping[str, Any]) -> None:
@@ -139,11 +152,11 @@ def _some(names: list[str]) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the libraries' warnings about weights, which are errors here."""
+    """Without the libraries' warnings and errors, which are raised here."""
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

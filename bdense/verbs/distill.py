@@ -49,7 +49,7 @@ def distill(options: argparse.Namespace) -> None:
         dataset = load_dataset(own.data)
     teacher, known = load_model(own.teacher)
     # A student that is distilled further keeps its own knobs, unless an option changes them.
-    config = from_options(method.Config, options, **method.usual(known))
+    config = from_options(method.Config, options, **method.usual(known, teacher))
     if evaluation.extractor is not None and draws_latents(teacher, known):
         raise KnobError(
             "--extractor", "measures images, and a student of this teacher draws latents; drop it"

@@ -30,7 +30,7 @@ from bdense.verbs.options import Drawing, SampleOptions
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _LEVELS = ("schedule", "rho", "sigma_min", "sigma_max")
-_USUAL = {"nfe": 2, "afs": True, "solver": "euler", "order": None, "clip": False}
+_USUAL = {"nfe": 2, "afs": True, "solver": "euler", "order": None, "clip_samples": False}
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -140,6 +140,7 @@ def model_and_sampler(
     for part in metadata.get("ignored", ()):
         sys.stderr.write(f"{source}: its {part} is not loaded\n")
     sampler = _chosen_sampler(source, drawing, metadata, model.precond)
+    model.require_levels(sampler.schedule)
     conditions = model.conditions_of(drawing.class_)  # refuses a class it does not know
     if not model.model.text_dim:
         null_for(sampler.guidance, conditions)  # refuses guidance that it cannot have
@@ -168,8 +169,14 @@ def _chosen_sampler(
     if not served:
         usual = _USUAL | ({"solver": "ddim"} if native else {})
         # A model of latents names the levels that it was trained for.
-        levels = {} if native else {k: v for k, v in levels_of(metadata).items() if k not in asked}
+        known = {} if native else levels_of(metadata, precond)
+        levels = {name: value for name, value in known.items() if name not in asked}
         grid = replace(drawing, **levels).chosen_levels
+        if "nfe" not in asked:
+            sys.stderr.write(
+                f"{source} is a teacher, drawn with {usual['nfe']} network evaluations an image; "
+                "--nfe 32 --no-afs shows it at its best\n"
+            )
         chosen = usual | asked | {"guidance": 1.0 if guidance is None else guidance}
         return _sampler(chosen, levels_on(grid, precond))
     smallest = min(served)
@@ -178,7 +185,7 @@ def _chosen_sampler(
     levels.pop("process", None)
     kept = {"nfe": own.nfe, "afs": own.afs, "schedule": levels.pop("kind"), **levels}
     solver = own.solver.describe()
-    kept |= {"solver": solver["solver"], "clip": solver.get("clip", False)}
+    kept |= {"solver": solver["solver"], "clip_samples": solver.get("clip", False)}
     kept["order"] = solver.get("max_order", own.solver.order)
     if native and own.schedule == native_schedule(precond):
         del asked["schedule"]
@@ -210,7 +217,7 @@ def _require_unguided(source: str, metadata: Mapping[str, Any]) -> None:
 
 def _sampler(chosen: Mapping[str, Any], schedule: Levels) -> Sampler:
     name, nfe, afs = chosen["solver"], chosen["nfe"], chosen["afs"]
-    solver = make_solver(name, order=chosen["order"], clip=chosen["clip"])
+    solver = make_solver(name, order=chosen["order"], clip=chosen["clip_samples"])
     each = calls(chosen["guidance"])
     if nfe % each:
         raise InputError(

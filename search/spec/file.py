@@ -236,16 +236,13 @@ def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
     """The spec with absolute paths, given relative to its file: workers run in other folders."""
     base = Path(source).parent
 
-    def absolute(key: str, file: str, names: Collection[str] = ()) -> str:
+    def absolute(key: str, file: str, names: Collection[str] = (), *, folder: bool = False) -> str:
         if file in names:
             return file
         path = (base / Path(file).expanduser()).resolve()
-        if path.is_dir():
-            raise SpecError(
-                f"{source}: {key}: {file} is a folder; a model in diffusers' format becomes a "
-                f"file by `bdense convert {file} --out teacher.safetensors`"
-            )
-        if not path.is_file():
+        if path.is_dir() and not folder:
+            raise SpecError(f"{source}: {key}: {file} is a folder; give the name of a file")
+        if not path.exists():
             known = f", nor a public one of that name ({', '.join(names)})" if names else ""
             raise SpecError(f"{source}: {key}: there is no file {file}{known}{_elsewhere(file)}")
         return str(path)
@@ -254,7 +251,7 @@ def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
     if data is not None:
         data = _absolute_data(data, base, source)
     if teacher.checkpoint is not None:
-        checkpoint = absolute("teacher.checkpoint", teacher.checkpoint, PUBLIC_MODELS)
+        checkpoint = absolute("teacher.checkpoint", teacher.checkpoint, PUBLIC_MODELS, folder=True)
         teacher = dataclasses.replace(teacher, checkpoint=checkpoint)
     kind, _, file = evaluation.extractor.partition(":")
     if file:

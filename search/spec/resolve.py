@@ -25,6 +25,7 @@ from bdense.models.store import load_model
 from bdense.models.zoo import PUBLIC_MODELS
 from bdense.training.teacher import TeacherConfig, new_denoiser
 from bdense.training.teacher_knobs import TeacherKnobs
+from bdense.verbs.sample import draws_latents
 from bdense.weights import space_of
 from bdense.weights.spaces import BASELINE, UNIFORM
 from search.errors import SpecError
@@ -41,7 +42,7 @@ def resolve(spec: StudySpec, source: str = "") -> StudySpec:
             nothing to search. ``source`` is named in front.
     """
     try:
-        resolved = _with_facts(spec)
+        resolved = _with_facts(_with_usual(spec))
         _check_weights(resolved)
         _check_plan(resolved)
         if spec.resources.gpus == 0:
@@ -131,13 +132,23 @@ def teacher_config(training: TeacherTraining) -> TeacherConfig:
     return TeacherConfig(**{name: getattr(training, name) for name in knobs_of(TeacherKnobs)})
 
 
+def _with_usual(spec: StudySpec) -> StudySpec:
+    """The spec with those of the method's settings that a checkpoint settles, if not given."""
+    if spec.teacher.checkpoint is None or spec.method.name not in METHODS:
+        return spec
+    described, known = describe_teacher(spec)
+    with torch.device("meta"):
+        usual = METHODS[spec.method.name]().usual(known, build_denoiser(described))
+    return replace(spec, method=spec.method.with_options({**usual, **spec.method.options}))
+
+
 def _with_teacher(spec: StudySpec) -> StudySpec:
     """The facts, given the teacher's network, which the method may refuse."""
     described, known = describe_teacher(spec)
     with torch.device("meta"):
         teacher = build_denoiser(described)
         teacher.execution = execution(spec)
-        _check_images(spec, teacher)
+        _check_images(spec, teacher, known)
         method = METHODS[spec.method.name]()
         config = method.Config.read(spec.method.options)
         try:
@@ -293,8 +304,13 @@ def _check_arms(spec: StudySpec) -> None:
         variant(spec, changes, f"plan.variants.{index}")
 
 
-def _check_images(spec: StudySpec, teacher: NetworkDenoiser) -> None:
-    """Refuse a teacher of other images than the data's, or than the extractor takes."""
+def _check_images(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
+    """Refuse a teacher of other images than the data's, of latents, or not for the extractor."""
+    if draws_latents(teacher, known):
+        raise SpecError(
+            f"teacher.checkpoint: {spec.teacher.checkpoint} draws latents, and a study measures "
+            "images; `bdense distill` makes students of it"
+        )
     made = teacher.image_shape
     if spec.data is not None and spec.uses_data:
         shape = _data_shape(spec.data)

@@ -16,7 +16,7 @@ from bdense import NUMERICS
 from bdense.data.names import LABELS_FILE, image_files, labels_beside, split_fit, split_format
 from bdense.errors import InputError
 from bdense.execution import Execution, Precision
-from bdense.files import sha256_file
+from bdense.files import sha256_file, sha256_model
 from bdense.knobs import KnobError, Knobs, knob, knob_of, knobs_of
 from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
 from bdense.training.teacher_knobs import TeacherKnobs
@@ -80,8 +80,9 @@ class TeacherSpec(Knobs):
 
     checkpoint: str | None = knob(
         None,
-        "a file (our safetensors, pickle of EDM or SFD), or the name of a published one, which is "
-        "downloaded once",
+        "a file (our safetensors, pickle of EDM or SFD), a folder of bdense or in diffusers' "
+        "format, or the name of a published one, which is downloaded once; it settles noise "
+        "levels that are not given",
     )
     train: TeacherTraining | None = knob(None, "how to train one on the study's own data")
 
@@ -512,7 +513,7 @@ class StudySpec(Knobs):
             if checkpoint in PUBLIC_MODELS:
                 found["teacher.checkpoint"] = checkpoint
             else:
-                found["teacher.checkpoint_sha256"] = sha256_file(Path(checkpoint))
+                found["teacher.checkpoint_sha256"] = sha256_model(Path(checkpoint))
         if (reference := self.evaluation.reference) is not None:
             is_name = reference in REFERENCES
             found["evaluation.reference"] = reference if is_name else sha256_file(Path(reference))

@@ -142,11 +142,21 @@ def file_lock(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on ``path``, which the kernel frees when the holder dies.
 
     The file names its last holder as host:pid. A process that waits long logs one warning.
+
+    Raises:
+        InputError: ``path`` is a link, whose target would be emptied.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Opened without truncation: a waiting process must not erase the holder's name.
-    with path.open("ab", buffering=0) as file:
+    flags = os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise InputError(f"the lock {path} is a link, which is not followed; delete it") from error
+    with os.fdopen(descriptor, "ab", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -180,6 +190,11 @@ def require_no_page(path: Path) -> None:
         raise CheckpointError(
             f"{path} is a page of HTML, not the file itself; download the file that it links to"
         )
+
+
+def unpacked_bound(packed: int) -> int:
+    """The most bytes that a compressed file of that size may hold; bombs hold far more."""
+    return max(2**26, 100 * packed)
 
 
 def sha256_file(path: Path) -> str:

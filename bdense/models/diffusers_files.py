@@ -32,6 +32,7 @@ _PARTS = {
     "tokenizer": ("*.json", "merges.txt"),
 }
 _SHOWN = 3
+_MOST_BYTES = 2**22  # of a configuration
 _WEIGHTS_FILE = re.compile(r"\w+(?:-\d+-of-\d+)?(?:\.(\w+)(?:-\d+-of-\d+)?)?\.safetensors")
 
 
@@ -84,6 +85,8 @@ def read_json(file: Path) -> dict[str, Any]:
         CheckpointError: It cannot be read.
     """
     try:
+        if file.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES} bytes")
         found = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error

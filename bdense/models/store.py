@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ FORMAT = 1
 MODEL_FILE = "model.safetensors"
 # Errors of a disk or its server that may pass; the file may be intact.
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENOMEM, errno.EAGAIN)
+
+_MOST_LETTERS, _MOST_TENSORS = 2**22, 100_000
 
 # What values of a wrong type in a header can raise.
 _WRONG = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
@@ -67,6 +69,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
+            _require_small(path, header, file.keys())
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         fault = _system_error(error, path)
@@ -99,6 +102,15 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "reads it"
         )
     return tensors, metadata
+
+
+def _require_small(path: Path, header: Mapping[str, str], names: Collection[str]) -> None:
+    """Refuse a header that is read as far more than its bytes."""
+    if len(header.get(HEADER_KEY, "")) > _MOST_LETTERS or len(names) > _MOST_TENSORS:
+        raise CheckpointError(
+            f"{path}: its header has more than {_MOST_LETTERS} letters or {_MOST_TENSORS} "
+            "tensors; no model's has"
+        )
 
 
 def plain_json(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -144,6 +144,11 @@ def model_and_sampler(
     conditions = model.conditions_of(drawing.class_)  # refuses a class it does not know
     if not model.model.text_dim:
         null_for(sampler.guidance, conditions)  # refuses guidance that it cannot have
+    if drawing.nfe is None and drawing.epd_table is None and not model.samplers:
+        sys.stderr.write(
+            f"{source} is a teacher, and is drawn with {sampler.nfe} network evaluations; "
+            "take more by --nfe, such as --nfe 32, to see its best\n"
+        )
     return model.to(device).execute(execution), sampler, metadata
 
 
@@ -172,11 +177,6 @@ def _chosen_sampler(
         known = {} if native else levels_of(metadata, precond)
         levels = {name: value for name, value in known.items() if name not in asked}
         grid = replace(drawing, **levels).chosen_levels
-        if "nfe" not in asked:
-            sys.stderr.write(
-                f"{source} is a teacher, drawn with {usual['nfe']} network evaluations an image; "
-                "--nfe 32 --no-afs shows it at its best\n"
-            )
         chosen = usual | asked | {"guidance": 1.0 if guidance is None else guidance}
         return _sampler(chosen, levels_on(grid, precond))
     smallest = min(served)

@@ -13,8 +13,10 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from bdense.errors import CheckpointError, InputError
+from bdense.errors import CheckpointError, InputError, is_out_of_memory
 
+# What values of a wrong type in a header can raise.
+_WRONG = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 LONG_WAIT_SECONDS = 10.0  # for a lock, after which its holder is logged
 
 _log = logging.getLogger(__name__)
@@ -173,6 +175,21 @@ def file_lock(path: Path) -> Iterator[None]:
             file.truncate(0)
             file.write(f"{platform.node()}:{os.getpid()}\n".encode())
         yield
+
+
+@contextlib.contextmanager
+def header_of(path: Path) -> Iterator[None]:
+    """Turn errors of a damaged header into one that names the file."""
+    try:
+        yield
+    except InputError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except _WRONG as error:
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(
+            f"{path} has a damaged header ({error!r}); fetch or make it again"
+        ) from error
 
 
 def require_no_page(path: Path) -> None:

@@ -257,6 +257,7 @@ def test_a_missing_library_says_how_to_install_it(folder, tmp_path, monkeypatch)
         ("unet/config.json", {"layers_per_block": 10**9}, "more than 10000 modules"),
         ("unet/config.json", {"block_out_channels": [8, 4 * 10**8]}, "cannot be built"),
         ("unet/config.json", {"block_out_channels": [8, 4000]}, r"describes \d+ weights"),
+        ("unet/config.json", {"down_block_types": 3}, "config.json has a damaged header"),
         ("unet/config.json", None, r"config\.json cannot be read as JSON"),
         ("scheduler/scheduler_config.json", {"_class_name": "UniPC"}, "describes a UniPC"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}, "got 'sigmoid'"),

@@ -299,12 +299,8 @@ def _pixels(
     deep = any(re.search(r"(?<!BGR);16", str(tile[3])) for tile in getattr(image, "tile", ()))
     if deep or image.mode[0] in "IF":
         raise ValueError("it has more than 8 bits a channel; convert it to 8")
-    if crop is not None:
-        image = ImageOps.exif_transpose(image)
-    elif image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        raise ValueError("its EXIF data turn it; save it upright, or add @cropSIDE, which does so")
     mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
-    if crop is None:
+    if crop is None:  # before EXIF data are read, for which a PNG is decoded
         shape = (1 if mode == "L" else 3, image.height, image.width)
         if like is not None and shape != like[1]:
             first, wanted = like
@@ -314,6 +310,10 @@ def _pixels(
             )
         if image.width * image.height > _MOST_PIXELS:
             raise ValueError(f"it is {_size(shape)}; add @cropSIDE to the data set's name")
+    if crop is not None:
+        image = ImageOps.exif_transpose(image)
+    elif image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        raise ValueError("its EXIF data turn it; save it upright, or add @cropSIDE, which does so")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         least, _ = image.getchannel("A").getextrema()

@@ -33,6 +33,8 @@ from bdense.errors import InputError, NonFiniteError
 from bdense.files import atomic_write
 from bdense.randomness import Stream, image_noise
 
+_MOST_INTERVALS = 100_000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampler:
@@ -58,6 +60,11 @@ class Sampler:
 
     def __post_init__(self) -> None:
         self.solver.require_intervals(self.num_intervals)
+        if self.num_intervals > _MOST_INTERVALS:
+            raise InputError(
+                f"num_intervals={self.num_intervals} is more than a grid of levels has, "
+                f"{_MOST_INTERVALS}; take fewer (nfe)"
+            )
         if self.nfe < 1:
             raise InputError(
                 f"num_intervals={self.num_intervals} with afs={self.afs} leaves no network "

@@ -18,6 +18,7 @@ import torch
 from bdense.diffusion.denoiser import NetworkDenoiser, without_memory
 from bdense.diffusion.preconditioning import DDPM
 from bdense.errors import CheckpointError, InputError
+from bdense.files import header_of
 from bdense.models.diffusers_files import CONFIG, INDEX, WEIGHTS, folder_of, load_part, read_json
 from bdense.networks import DiffusersTextUNet, DiffusersUNet, DiT
 from bdense.networks.diffusers_network import DiffusersNetwork, require_diffusers
@@ -164,14 +165,15 @@ def _denoiser(
 ) -> NetworkDenoiser:
     import diffusers
 
-    channels, predicted = config.get("in_channels"), config.get("out_channels")
-    # Improved DDPM's networks and DiTs predict a variance as well.
-    outputs = 2 if channels and predicted == 2 * channels else 1
-    options = network_class.accepted(config, outputs=outputs)
-    precond = dataclasses.replace(precond, learned_variance=outputs == 2)
-    with without_memory(_MOST_MODULES):
-        skeleton = network_class(options, outputs=outputs)
-        values = sum(value.numel() for value in skeleton.parameters())
+    with header_of(folder / CONFIG):
+        channels, predicted = config.get("in_channels"), config.get("out_channels")
+        # Improved DDPM's networks and DiTs predict a variance as well.
+        outputs = 2 if channels and predicted == 2 * channels else 1
+        options = network_class.accepted(config, outputs=outputs)
+        precond = dataclasses.replace(precond, learned_variance=outputs == 2)
+        with without_memory(_MOST_MODULES):
+            skeleton = network_class(options, outputs=outputs)
+            values = sum(value.numel() for value in skeleton.parameters())
     size = sum(file.stat().st_size for file in folder.glob(f"{WEIGHTS}*"))
     # A value takes 2 bytes or more. If there is no file, diffusers names it.
     if 0 < size < values:

@@ -49,7 +49,7 @@ _NETWORK_KEYS = ("ema", "model")
 # What the pickle machine, torch and the stand-ins raise on malformed bytes.
 _MALFORMED = (
     *(pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError),
-    *(ArithmeticError, RuntimeError, MemoryError),
+    *(ArithmeticError, RuntimeError, MemoryError, AssertionError),
 )
 
 

@@ -13,8 +13,10 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from bdense.errors import CheckpointError, InputError
+from bdense.errors import CheckpointError, InputError, is_out_of_memory
 
+# What values of a wrong type in a header can raise.
+_WRONG = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 LONG_WAIT_SECONDS = 10.0  # for a lock, after which its holder is logged
 
 _log = logging.getLogger(__name__)
@@ -142,11 +144,21 @@ def file_lock(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on ``path``, which the kernel frees when the holder dies.
 
     The file names its last holder as host:pid. A process that waits long logs one warning.
+
+    Raises:
+        InputError: ``path`` is a link, whose target would be emptied.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Opened without truncation: a waiting process must not erase the holder's name.
-    with path.open("ab", buffering=0) as file:
+    flags = os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise InputError(f"the lock {path} is a link, which is not followed; delete it") from error
+    with os.fdopen(descriptor, "ab", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -163,6 +175,21 @@ def file_lock(path: Path) -> Iterator[None]:
             file.truncate(0)
             file.write(f"{platform.node()}:{os.getpid()}\n".encode())
         yield
+
+
+@contextlib.contextmanager
+def header_of(path: Path) -> Iterator[None]:
+    """Turn errors of a damaged header into one that names the file."""
+    try:
+        yield
+    except InputError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except _WRONG as error:
+        if is_out_of_memory(error):
+            raise
+        raise CheckpointError(
+            f"{path} has a damaged header ({error!r}); fetch or make it again"
+        ) from error
 
 
 def require_no_page(path: Path) -> None:
@@ -182,10 +209,26 @@ def require_no_page(path: Path) -> None:
         )
 
 
+def unpacked_bound(packed: int) -> int:
+    """The most bytes that a compressed file of that size may hold; bombs hold far more."""
+    return max(2**26, 100 * packed)
+
+
 def sha256_file(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_model(path: Path) -> str:
+    """Hex digest of a model's file; of a folder, of the weights and configurations below it."""
+    if not path.is_dir():
+        return sha256_file(path)
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        if file.suffix in (".json", ".safetensors", ".txt"):
+            digest.update(f"{file.relative_to(path)} {sha256_file(file)}\n".encode())
+    return digest.hexdigest()
 
 
 def user_folder(variable: str, name: str) -> Path:

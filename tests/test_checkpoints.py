@@ -1,6 +1,7 @@
 """Checkpoints: what is written is read back, and other files are refused by name."""
 
 import errno
+import json
 import os
 import platform
 import signal
@@ -15,8 +16,11 @@ from safetensors.torch import save_file
 
 from bdense import files
 from bdense.diffusion.branches import widen_head
+from bdense.diffusion.ddpm import DDPMSchedule, DiscreteSchedule
+from bdense.diffusion.epd import EPD
+from bdense.diffusion.preconditioning import DDPM
 from bdense.diffusion.sampling import Sampler
-from bdense.errors import CheckpointError
+from bdense.errors import CheckpointError, InputError
 from bdense.files import atomic_write, file_lock, sha256_file
 from bdense.models import store as checkpoints
 from bdense.models.store import (
@@ -27,6 +31,7 @@ from bdense.models.store import (
     save_tensors,
 )
 from tests.disks import small_disk
+from tests.fuzz import damaged_tree, read_or_refused
 from tests.small import same_weights, small_teacher
 
 
@@ -163,6 +168,35 @@ def test_damaged_headers_are_named(path, change):
         load_denoiser(path)
 
 
+def test_headers_damaged_at_random_are_read_or_refused(path):
+    teacher = small_teacher()
+    row = ((0.5, 0.5),) * 3
+    epd = Sampler(num_intervals=3, afs=False, solver=EPD(r=row, w=row, o=row, s=row))
+    ddpm = DDPMSchedule(num_train_timesteps=50)
+    discrete = DiscreteSchedule(sigma_min=0.1, sigma_max=20, process=ddpm)
+    samplers = (epd, Sampler(num_intervals=3, afs=True, schedule=discrete))
+    path.parent.mkdir()
+    for seed in range(80):
+        header = {
+            "format": 1,
+            "architecture": {**teacher.describe(), **DDPM(num_train_timesteps=50).options()}
+            | ({"precond": "ddpm"} if seed % 2 else {"sigma_data": 0.5}),
+            "sampler": samplers[seed % 2].describe(),
+            "nfe": [2],
+        }
+        text = json.dumps(damaged_tree(header, seed))
+        save_file(teacher.state_dict(), path, metadata={"bdense": text})
+        with read_or_refused(seed):
+            load_denoiser(path)
+
+
+def test_a_header_of_far_more_than_its_model_needs_is_refused(path):
+    path.parent.mkdir()
+    save_file({"w": torch.zeros(2)}, path, metadata={"bdense": "[],".join(["["] + [""] * 2**21)})
+    with pytest.raises(CheckpointError, match="more than 4194304 letters"):
+        load_denoiser(path)
+
+
 def test_weights_of_another_architecture_are_named(path):
     teacher = small_teacher()
     state = teacher.state_dict()
@@ -262,6 +296,14 @@ def test_a_lock_works_on_a_full_disk(tmp_path):
         with file_lock(disk.place / "lock"):
             pass
         assert (disk.place / "lock").read_text() == ""
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(InputError, match="lock is a link"), file_lock(tmp_path / "lock"):
+        pass
+    assert (tmp_path / "precious").read_text() == "kept"
 
 
 def test_a_lock_is_held_by_one_at_a_time(tmp_path):

@@ -18,6 +18,7 @@ from PIL import Image
 from bdense.data.datasets import image_shape, load_dataset
 from bdense.data.readers import read_folder, read_idx, read_idx_images, read_zip
 from bdense.errors import InputError
+from tests.fuzz import damaged_bytes, damaged_tree, read_or_refused
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -471,3 +472,60 @@ def test_the_shape_of_a_set_needs_its_first_image_alone(tmp_path):
         assert image_shape(spec) == (3, 8, 8)
         with pytest.raises(InputError, match=r"b\.png"):
             load_dataset(spec)
+
+
+# ---- files made to hang or swell, and files damaged at random ----
+
+
+def test_what_unpacks_without_end_is_refused(tmp_path):
+    bomb = tmp_path / "bomb-idx3-ubyte.gz"
+    bomb.write_bytes(gzip.compress(idx(70, 1024, 1024)))
+    with pytest.raises(InputError, match="unpacks to more than"):
+        read_idx(bomb)
+    text = b'{"labels": null' + b" " * 2**21 + b"}"
+    with zipfile.ZipFile(tmp_path / "set.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", PNG)
+        archive.writestr("dataset.json", text)
+    folder = folder_of(tmp_path / "set", {"a.png": PNG, "dataset.json": text})
+    for read, path in ((read_zip, tmp_path / "set.zip"), (read_folder, folder)):
+        with pytest.raises(InputError, match="2097168 bytes, more than 1049600"):
+            read(path)
+
+
+def test_an_image_of_another_size_is_refused_before_it_is_decoded(tmp_path):
+    other = bytearray(encoded(noise(8, 8)))
+    other[16:24] = struct.pack(">II", 9000, 9000)
+    other[29:33] = struct.pack(">I", zlib.crc32(other[12:29]))
+    folder = folder_of(tmp_path / "set", {"a.png": encoded(GREY), "b.png": bytes(other)})
+    with pytest.raises(InputError, match="9000 x 9000 pixels"):
+        read_folder(folder)
+    (folder / "a.png").unlink()
+    with pytest.raises(InputError, match="9000 x 9000 pixels"):
+        read_folder(folder)
+
+
+SETS = {
+    "train-images-idx3-ubyte": ("idx", idx(2, 4, 4)),
+    "train-images-idx3-ubyte.gz": ("idx", gzip.compress(idx(2, 4, 4), mtime=0)),
+    **{f"a.{kind}": ("folder", encoded(RGB, kind)) for kind in ("png", "bmp", "jpeg", "webp")},
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_file_damaged_at_random_is_read_or_refused(tmp_path, name):
+    kind, content = SETS[name]
+    for seed in range(40):
+        (tmp_path / name).write_bytes(damaged_bytes(content, seed))
+        with read_or_refused(seed):
+            load_dataset(f"{kind}:{tmp_path / name if kind == 'idx' else tmp_path}")
+
+
+def test_an_archive_damaged_at_random_is_read_or_refused(tmp_path):
+    labels = json.loads(labels_file(("a.png", 0), ("b.png", 1)))
+    for seed in range(40):
+        text = json.dumps(damaged_tree(labels, seed)).encode()
+        for damage in (bytes, lambda content, seed=seed: damaged_bytes(content, seed)):
+            path = zip_of(tmp_path / "set.zip", {"a.png": PNG, "b.png": PNG, "dataset.json": text})
+            path.write_bytes(damage(path.read_bytes()))
+            with read_or_refused(seed):
+                read_zip(path)

@@ -1,6 +1,7 @@
 """DDPM teachers in diffusers' format, against diffusers itself."""
 
 import builtins
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from bdense.diffusion.branches import widen_head
 from bdense.errors import CheckpointError, InputError, ShapeError
+from bdense.methods import METHODS
 from bdense.models.diffusers_files import is_hub_id
 from bdense.models.diffusers_teacher import read_diffusers
 from bdense.models.store import denoiser_sha256, load_denoiser, save_denoiser
@@ -56,13 +58,23 @@ def folder(tmp_path):
 # ---- values ----
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
-@pytest.mark.parametrize("betas", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+PROCESSES = [{"beta_schedule": name} for name in ("linear", "scaled_linear", "squaredcos_cap_v2")]
+ZERO_SNR = {"rescale_betas_zero_snr": True}
+
+
+@pytest.mark.parametrize(
+    ("prediction", "process"),
+    [
+        *itertools.product(PREDICTIONS, PROCESSES),
+        *((prediction, ZERO_SNR) for prediction in PREDICTIONS[1:]),
+    ],
+)
 @torch.no_grad()
-def test_a_step_is_diffusers_own_ddim_step(tmp_path, prediction, betas):
+def test_a_step_is_diffusers_own_ddim_step(tmp_path, prediction, process):
     """z = alpha x: one DDIM step there is one Euler step here."""
     unet = new_unet()
-    scheduler = new_scheduler(prediction_type=prediction, beta_schedule=betas)
+    scheduler = new_scheduler(prediction_type=prediction, **process)
     denoiser = read_diffusers(save(tmp_path, unet, scheduler))[0]
     scheduler.set_timesteps(T)
     time = 30
@@ -105,6 +117,37 @@ def test_classes_are_one_hot_rows(tmp_path):
     assert denoiser(x, sigma).shape == x.shape
     with pytest.raises(ShapeError, match=r"\[2, 5\] .* got \[2, 4\]"):
         denoiser(x, sigma, torch.zeros(2, 4))
+
+
+@torch.no_grad()
+def test_of_a_learned_variance_the_mean_half_is_read(tmp_path):
+    unet, scheduler = new_unet(out_channels=2), new_scheduler()
+    denoiser = read_diffusers(save(tmp_path, unet, scheduler))[0]
+    x, alpha_bar = torch.randn(2, 1, 8, 8), scheduler.alphas_cumprod[10]
+    sigma = ((1 - alpha_bar) / alpha_bar).sqrt()
+    eps = unet(x / (1 + sigma**2).sqrt(), 10).sample[:, :1]
+    torch.testing.assert_close(denoiser(x, sigma), x - sigma * eps, rtol=1e-4, atol=1e-5)
+    # Branches and a file keep it.
+    save_denoiser(tmp_path / "kept.safetensors", widen_head(denoiser, 3), {})
+    kept = load_denoiser(tmp_path / "kept.safetensors")[0].branches(x, sigma)
+    torch.testing.assert_close(kept, denoiser(x, sigma)[:, None].expand_as(kept))
+
+
+def test_a_copy_in_half_precision_alone_is_read(tmp_path):
+    new_unet().half().save_pretrained(tmp_path / "unet", variant="fp16")
+    new_scheduler().save_pretrained(tmp_path / "scheduler")
+    found = read_diffusers(tmp_path)[0].state_dict()
+    halves = new_unet().half().float().state_dict()
+    assert all(torch.equal(found[f"model.unet.{name}"], value) for name, value in halves.items())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_teachers_levels_are_the_default_where_it_knows_them(folder, method):
+    teacher, known = read_diffusers(folder)
+    assert 0.006 < teacher.precond.sigma_min < teacher.precond.sigma_max < 80
+    own = METHODS[method]()
+    given = {"steps": 4, "until": 2} if method == "progressive" else {}
+    own.check(own.Config.read({**own.usual(known, teacher), **given}), teacher, known)
 
 
 # ---- what a student is made of ----
@@ -206,7 +249,7 @@ def test_a_missing_library_says_how_to_install_it(folder, tmp_path, monkeypatch)
     ("file", "keys", "message"),
     [
         ("unet/config.json", {"_class_name": "UNet3DConditionModel"}, "a UNet3DConditionModel;"),
-        ("unet/config.json", {"out_channels": 2}, "out_channels=2, not in_channels=1"),
+        ("unet/config.json", {"out_channels": 3}, "out_channels=3, not in_channels=1"),
         ("unet/config.json", {"sample_size": [8, 16]}, "images here are square"),
         ("unet/config.json", {"time_embedding_type": "fourier"}, "'fourier'"),
         ("unet/config.json", {"class_embed_type": "timestep"}, "class_embed_type='timestep'"),
@@ -214,11 +257,13 @@ def test_a_missing_library_says_how_to_install_it(folder, tmp_path, monkeypatch)
         ("unet/config.json", {"layers_per_block": 10**9}, "more than 10000 modules"),
         ("unet/config.json", {"block_out_channels": [8, 4 * 10**8]}, "cannot be built"),
         ("unet/config.json", {"block_out_channels": [8, 4000]}, r"describes \d+ weights"),
+        ("unet/config.json", {"down_block_types": 3}, "config.json has a damaged header"),
         ("unet/config.json", None, r"config\.json cannot be read as JSON"),
         ("scheduler/scheduler_config.json", {"_class_name": "UniPC"}, "describes a UniPC"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}, "got 'sigmoid'"),
         ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "got 'flow'"),
-        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "pure noise"),
+        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "v_prediction"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**10}, "must be 2 to"),
     ],
 )
 def test_models_and_schedulers_that_cannot_be_denoisers(folder, file, keys, message):

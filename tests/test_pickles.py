@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import pickletools
+import random
 import struct
 import sys
 import tempfile
@@ -18,8 +19,11 @@ import pytest
 import torch
 
 from bdense.errors import CheckpointError, UnsafePickleError
+from bdense.models.edm import denoiser_from_edm
 from bdense.models.pickles import ForeignNetwork, read_edm_pickle
+from tests.fuzz import damaged_bytes, damaged_tree, read_or_refused
 from tests.goldens import discover
+from tests.small import same_weights, small_teacher
 
 
 def described(file):
@@ -488,6 +492,61 @@ def test_options_inside_themselves_are_refused(read):
     loop["again"] = loop
     with pytest.raises(CheckpointError):
         read(sfd_pickle(loop, torch.ones(1)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"a": ["x" * 10**6] * 100},
+        {"a": [{"y" * 10**6: 1}] * 100},
+        {"a": [10**100_000] * 100},
+    ],
+    ids=["texts", "names", "numbers"],
+)
+def test_long_values_given_many_times_are_refused(read, options):
+    with pytest.raises(CheckpointError, match="more than 10000 options"):
+        read({"ema": Persistent(_init_kwargs=options, _parameters={"w": torch.ones(1)})})
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_weights_that_share_a_storage_are_refused(read):
+    shared = StoredTensor(torch.zeros(1000))
+    with pytest.raises(CheckpointError, match="more weights than bytes"):
+        read({"ema": Persistent(_parameters={f"w{i}": shared for i in range(1000)})})
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_a_pickle_damaged_at_random_is_read_or_refused(read):
+    """Its options; its bytes; and its opcodes, taken from one place of it to another."""
+    network, config = small_teacher(), dict(small_teacher().describe()["config"])
+    classes = ["EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"]
+
+    def pickled(tree):
+        weights = {name: StoredTensor(value) for name, value in network.state_dict().items()}
+        about = tree.get("about", {})
+        attributes = {str(name): about[name] for name in about} if isinstance(about, dict) else {}
+        options = {"model_type": "SongUNet"} | dict(tree.get("options") or {})
+        module = Persistent(
+            tree.get("class"), _init_kwargs=options, _parameters=weights, **attributes
+        )
+        return pickle.dumps({"ema": module}, 4)
+
+    about = {"sigma_data": 0.5, "M": 1000, "C_1": 0.001, "beta_d": 19.9, "sigma_min": 0.02}
+    whole = {"class": classes[0], "options": config, "about": about}
+    content = pickled(whole)
+    assert same_weights(denoiser_from_edm(read(content)), network)
+    places = [place for _, _, place in pickletools.genops(content)]
+    for seed in range(25):
+        draw = random.Random(seed)
+        mixed, (to, start) = bytearray(content), draw.choices(places, k=2)
+        mixed[to:to] = content[start : start + draw.choice([1, 2, 30])]
+        tree = damaged_tree(whole | {"class": classes[seed % 4]}, seed)
+        options = tree.get("options") or {}
+        contents = [damaged_bytes(content, seed), bytes(mixed)]
+        contents += [pickled(tree)] if isinstance(options, dict) else []
+        for each in contents:
+            with read_or_refused(seed):
+                denoiser_from_edm(read(each))
 
 
 def test_hostile_source_beside_good_weights_is_counted_and_left_alone(read, tmp_path):

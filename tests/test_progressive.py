@@ -360,7 +360,7 @@ def test_a_student_is_distilled_further_on_its_own_levels():
     # Levels of a schedule are taken over.
     own = config(schedule="logsnr", sigma_max=20.0)
     known = {"sampler": method.teacher_sampler(own, teacher).describe()}
-    assert config(**method.usual(known)).levels(teacher) == own.levels(teacher)
+    assert config(**method.usual(known, teacher)).levels(teacher) == own.levels(teacher)
     euler = Sampler(num_intervals=8, afs=False)
     with pytest.raises(InputError, match="draws by euler"):
         method.check(config(), teacher, {"sampler": euler.describe()})

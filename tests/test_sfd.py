@@ -133,7 +133,7 @@ def test_the_second_stage_walks_as_its_teacher_draws():
     """Euler on the teacher's own grid; its first step is analytical where the teacher's is."""
     known = {"sampler": SFDConfig(nfe=5).samplers[0].describe()}
     method = SFD()
-    config = SFDConfig.read({**method.usual(known), "second_stage": True})
+    config = SFDConfig.read({**method.usual(known, small_teacher()), "second_stage": True})
     assert (config.nfe, config.substeps, config.solver) == (1, 3, "euler")
     assert (config.kimg, config.lr) == (2000, 5e-4)
     teacher = small_teacher()

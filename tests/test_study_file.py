@@ -87,10 +87,10 @@ def test_options_replace_keys_of_sections(tmp_path):
         ({"evaluation__extractor": "torchscript:no.pt"}, "evaluation.extractor: .* no.pt"),
         ({"evaluation__reference": "no.npz"}, "evaluation.reference: .* no.npz, .*cifar10-32x32"),
         ({"prompts": "no.txt"}, "prompts: there is no file no.txt"),
-        ({"evaluation__prompts": "/"}, "evaluation.prompts: / is a folder; give a file"),
+        ({"evaluation__prompts": "/"}, "evaluation.prompts: / is a folder"),
         ({"data": "zip:no.zip"}, "data: there is no file no.zip"),
         ({"data": "folder:nowhere@32"}, "data: there is no folder nowhere"),
-        ({"teacher": {"checkpoint": "/"}}, "teacher.checkpoint: / is a folder; it holds no model"),
+        ({"evaluation__reference": "/"}, "evaluation.reference: / is a folder"),
     ],
 )
 def test_a_missing_file_of_a_study_is_named_and_the_names_there_are(tmp_path, keys, expected):

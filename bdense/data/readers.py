@@ -24,10 +24,12 @@ from torch import Tensor
 
 from bdense.data.names import LABELS_FILE, SUFFIXES, image_files, is_image, is_shown, labels_beside
 from bdense.errors import InputError
+from bdense.files import unpacked_bound
 
 # The third byte of an idx file's magic number names its type; image files have this one.
 _IDX_UINT8 = 0x08
 _SHOWN_PROBLEMS = 8
+_MOST_PIXELS = 4096**2  # of an image that is taken as it is
 _MAX_CLASSES = 1_000_000  # one-hot labels of more would not fit into memory
 # What Pillow and zipfile are known to raise for damaged, encrypted or oversized files.
 _UNREADABLE = (
@@ -44,11 +46,15 @@ def read_idx(path: Path) -> Tensor:
             header.
     """
     try:
-        content = bytearray(path.read_bytes())
-        if content[:2] == b"\x1f\x8b":
-            content = bytearray(gzip.decompress(content))
+        bound = unpacked_bound(path.stat().st_size)
+        with path.open("rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if packed else path.open("rb") as stream:
+            content = bytearray(stream.read(bound + 1))
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"the idx file {path} cannot be read: {_reason(error)}") from error
+    if len(content) > bound:
+        raise InputError(f"{path} unpacks to more than {bound} bytes, which no idx file does")
     if len(content) < 4 or content[:3] != bytes((0, 0, _IDX_UINT8)):
         raise InputError(
             f"{path} is not an idx file of bytes: its {len(content)} bytes begin with "
@@ -120,7 +126,10 @@ def read_folder(
     labels_file = folder / LABELS_FILE
     try:
         names = image_files(folder)
-        text = labels_file.read_bytes() if labels_file.exists() else None
+        text = None
+        if labels_file.exists():
+            _require_short(labels_file, labels_file.stat().st_size, len(names))
+            text = labels_file.read_bytes()
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read: {_reason(error)}") from error
 
@@ -166,12 +175,22 @@ def read_zip(
         if member is None:
             return images, None
         labels_file = f"{path}:{member}"
+        _require_short(labels_file, archive.getinfo(member).file_size, len(names))
         try:
             text = archive.read(member)
         except _UNREADABLE as error:
             raise InputError(f"{labels_file} cannot be read: {_reason(error)}") from error
         top = member.removesuffix(LABELS_FILE)
         return images, _edm_labels(labels_file, text, [name.removeprefix(top) for name in names])
+
+
+def _require_short(source: str | Path, size: int, images: int) -> None:
+    """Refuse labels that take more memory than labels of so many images can."""
+    if size > (most := 2**20 + 1024 * images):
+        raise InputError(
+            f"{source} has {size} bytes, more than {most}, for the labels of {images} images; "
+            "make it again"
+        )
 
 
 def _labels_member(path: Path, members: Sequence[str], images: Sequence[str]) -> str | None:
@@ -221,11 +240,13 @@ def _read_images(
     if not names:
         raise InputError(f"{source} holds no images; accepted are {', '.join(SUFFIXES)} files")
     images: NDArray[np.uint8] | None = None
+    first = ""
     problems: dict[str, list[str]] = {}
     for index, name in enumerate(names):
         try:
             with open_file(name) as file, Image.open(file) as image:
-                pixels = _pixels(image, crop)
+                like = None if images is None else (first, images.shape[1:])
+                pixels = _pixels(image, crop, like)
         except _UNREADABLE as error:
             problems.setdefault(_reason(error), []).append(name)
             continue
@@ -234,11 +255,6 @@ def _read_images(
         if crop is not None and len(pixels) != images.shape[1]:  # grey among colour
             images = images if images.shape[1] == 3 else images.repeat(3, axis=1)
             pixels = pixels if len(pixels) == 3 else pixels.repeat(3, axis=0)
-        if pixels.shape != images.shape[1:]:
-            own, other = _size(images.shape[1:]), _size(pixels.shape)
-            problem = f"it is {other}, and {first} is {own}; add @cropSIDE to the data set's name"
-            problems.setdefault(problem, []).append(name)
-            continue
         images[index] = pixels
     if problems:
         raise InputError(_summary(source, len(names), problems))
@@ -261,11 +277,19 @@ def _summary(source: str, count: int, problems: Mapping[str, Sequence[str]]) -> 
     return f"{source}: {bad} of {count} images cannot be used: {' | '.join(lines)}"
 
 
-def _pixels(image: Image.Image, crop: int | None) -> NDArray[np.uint8]:
+def _pixels(
+    image: Image.Image, crop: int | None, like: tuple[str, tuple[int, ...]] | None
+) -> NDArray[np.uint8]:
     """[C, H, W]: grey stays grey, everything else (palettes, CMYK) becomes RGB.
 
+    Args:
+        image: Opened, and not decoded yet.
+        crop: As of ``read_folder``.
+        like: Name and [C, H, W] of the first image, which those that are not cropped must have.
+
     Raises:
-        ValueError: The file is not one opaque, upright still image of 8 bits a channel.
+        ValueError: The file is not one opaque, upright still image of 8 bits a channel and of
+            that size.
     """
     # A camera's JPEG may carry a preview behind the picture (MPO), which is not an animation.
     frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
@@ -275,11 +299,21 @@ def _pixels(image: Image.Image, crop: int | None) -> NDArray[np.uint8]:
     deep = any(re.search(r"(?<!BGR);16", str(tile[3])) for tile in getattr(image, "tile", ()))
     if deep or image.mode[0] in "IF":
         raise ValueError("it has more than 8 bits a channel; convert it to 8")
+    mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
+    if crop is None:  # before EXIF data are read, for which a PNG is decoded
+        shape = (1 if mode == "L" else 3, image.height, image.width)
+        if like is not None and shape != like[1]:
+            first, wanted = like
+            raise ValueError(
+                f"it is {_size(shape)}, and {first} is {_size(wanted)}; add @cropSIDE to the data "
+                "set's name"
+            )
+        if image.width * image.height > _MOST_PIXELS:
+            raise ValueError(f"it is {_size(shape)}; add @cropSIDE to the data set's name")
     if crop is not None:
         image = ImageOps.exif_transpose(image)
     elif image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         raise ValueError("its EXIF data turn it; save it upright, or add @cropSIDE, which does so")
-    mode = "L" if image.mode in ("1", "L", "LA", "La") else "RGB"
     if image.has_transparency_data:
         image = image.convert("RGBA")
         least, _ = image.getchannel("A").getextrema()

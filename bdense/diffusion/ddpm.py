@@ -20,6 +20,7 @@ from bdense.diffusion.vp import VPSchedule
 from bdense.errors import InputError
 
 _T = "num_train_timesteps"
+_MOST_TIMES = 1_000_000  # a file's number, which is taken as memory
 # Cosine betas (Nichol & Dhariwal 2021, equation 17), at most this each.
 _COSINE_OFFSET, _LARGEST_BETA = 0.008, 0.999
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
@@ -50,8 +51,8 @@ class DDPMSchedule(VPSchedule):
     def __post_init__(self) -> None:
         if self.trained_betas is not None:
             object.__setattr__(self, "trained_betas", tuple(map(float, self.trained_betas)))
-        if self.num_train_timesteps < 2:
-            raise InputError(f"{_T} must be at least 2, got {self.num_train_timesteps}")
+        if not 2 <= self.num_train_timesteps <= _MOST_TIMES:
+            raise InputError(f"{_T} must be 2 to {_MOST_TIMES}, got {self.num_train_timesteps}")
         if self.beta_schedule not in BETA_SCHEDULES:
             raise InputError(
                 f"beta_schedule must be one of {', '.join(BETA_SCHEDULES)}, "

@@ -25,8 +25,16 @@ class GridKnobs(Knobs):
     rho: float = knob(
         7.0, "exponent of the spacing, which logsnr and discrete do not have", above=0
     )
-    sigma_min: float = knob(0.006, "last noise level, the lowest", above=0)
-    sigma_max: float = knob(80.0, "first noise level, the highest", above=0)
+    sigma_min: float = knob(
+        0.006,
+        "last noise level, the lowest; not given, not below the teacher's own",
+        above=0,
+    )
+    sigma_max: float = knob(
+        80.0,
+        "first noise level, the highest; not given, not above the teacher's own",
+        above=0,
+    )
 
     @property
     def levels(self) -> "Schedule":

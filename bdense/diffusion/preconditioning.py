@@ -19,6 +19,8 @@ from bdense.diffusion.schedules import Levels
 from bdense.diffusion.vp import CosineSchedule, VPSchedule
 from bdense.errors import CheckpointError, InputError
 
+_MOST_LEVELS = 100_000  # a file's number, which is taken as memory and time
+
 
 class Coefficients(NamedTuple):
     """c_skip, c_out, c_in and c_noise, each [B, 1, 1, 1]."""
@@ -179,6 +181,11 @@ class IDDPM(_Column):
     C_1: float = 0.001
     C_2: float = 0.008
     M: int = 1000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.M > _MOST_LEVELS:
+            raise InputError(f"M of the iddpm preconditioning is at most {_MOST_LEVELS}")
 
     def __call__(self, sigma: Tensor) -> Coefficients:
         levels = torch.tensor(self.levels(), dtype=sigma.dtype, device=sigma.device)

@@ -17,6 +17,7 @@ from bdense.diffusion.conditions import Conditions
 from bdense.diffusion.ddpm import DDPMSchedule, DiscreteSchedule
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
 from bdense.diffusion.guidance import calls, null_for
+from bdense.diffusion.preconditioning import Preconditioning
 from bdense.diffusion.schedules import Levels, Schedule
 from bdense.diffusion.solvers import (
     Euler,
@@ -31,6 +32,8 @@ from bdense.diffusion.vp import CosineSchedule
 from bdense.errors import InputError, NonFiniteError
 from bdense.files import atomic_write
 from bdense.randomness import Stream, image_noise
+
+_MOST_INTERVALS = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +60,11 @@ class Sampler:
 
     def __post_init__(self) -> None:
         self.solver.require_intervals(self.num_intervals)
+        if self.num_intervals > _MOST_INTERVALS:
+            raise InputError(
+                f"num_intervals={self.num_intervals} is more than a grid of levels has, "
+                f"{_MOST_INTERVALS}; take fewer (nfe)"
+            )
         if self.nfe < 1:
             raise InputError(
                 f"num_intervals={self.num_intervals} with afs={self.afs} leaves no network "
@@ -155,13 +163,19 @@ def samplers_from(metadata: Mapping[str, Any]) -> list[Sampler]:
     return [replace(own, num_intervals=number) for number in intervals]
 
 
-def levels_of(known: Mapping[str, Any]) -> dict[str, Any]:
+def levels_of(known: Mapping[str, Any], precond: Preconditioning) -> dict[str, Any]:
     """The knobs of a student's noise levels; none for a process of its own.
 
-    A teacher's are those that are usual for it, if it names any.
+    A teacher's are those that are usual for it, if it names any, else the default bounds where it
+    was trained for these, and its own where it was not.
     """
     if not (served := samplers_from(known)):
-        return dict(known.get("levels", {}))
+        usual = Schedule()
+        bounds = {
+            "sigma_min": max(usual.sigma_min, precond.sigma_min),
+            "sigma_max": min(usual.sigma_max, precond.sigma_max),
+        }
+        return {**bounds, **known.get("levels", {})}
     if not isinstance(levels := served[0].schedule, Schedule):
         return {}
     described = levels.describe()

@@ -15,7 +15,7 @@ from bdense.data.datasets import Dataset
 from bdense.diffusion.conditions import Conditions
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.grid_knobs import GridKnobs
-from bdense.diffusion.sampling import Sampler
+from bdense.diffusion.sampling import Sampler, levels_of
 from bdense.errors import InputError
 from bdense.knobs import knob
 from bdense.training.optimisation import OptimisationConfig
@@ -221,9 +221,14 @@ class Method(abc.ABC):
             inputs: What is learned from besides.
         """
 
-    def usual(self, known: Mapping[str, Any]) -> dict[str, Any]:
-        """Knobs that the teacher's metadata settle where they are not given, such as levels."""
-        return {}
+    def usual(self, known: Mapping[str, Any], teacher: NetworkDenoiser) -> dict[str, Any]:
+        """Knobs that the teacher settles where they are not given: noise levels that it knows.
+
+        Args:
+            known: Metadata of its file; a student names its own levels.
+            teacher: The first teacher.
+        """
+        return levels_of(known, teacher.precond) if issubclass(self.Config, GridKnobs) else {}
 
     def teacher_sampler(self, config: AnyConfig, teacher: NetworkDenoiser) -> Sampler | None:
         """How the teacher itself is measured beside its students; None: it is not."""

@@ -481,9 +481,9 @@ class Progressive(Method):
                     "steps and levels (steps, schedule)"
                 )
 
-    def usual(self, known: Mapping[str, Any]) -> dict[str, Any]:
-        """A student's own noise levels, which it alone knows."""
-        return levels_of(known)
+    def usual(self, known: Mapping[str, Any], teacher: NetworkDenoiser) -> dict[str, Any]:
+        """A student's own noise levels, which it alone knows; a teacher's process has its own."""
+        return levels_of(known, teacher.precond) if samplers_from(known) else {}
 
     def teacher_sampler(self, config: PDConfig, teacher: NetworkDenoiser) -> Sampler | None:
         """The number of steps that the first round begins with."""

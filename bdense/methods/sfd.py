@@ -19,7 +19,7 @@ from bdense.diffusion.epd import read_table
 from bdense.diffusion.guidance import guided, null_for
 from bdense.diffusion.intervals import IntervalGrid, VariableGrid
 from bdense.diffusion.preconditioning import levels_on
-from bdense.diffusion.sampling import Sampler, levels_of, samplers_from, served_metadata
+from bdense.diffusion.sampling import Sampler, samplers_from, served_metadata
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import Solver, analytical_slope, make_solver
 from bdense.diffusion.step_condition import Start, with_step_condition
@@ -471,10 +471,6 @@ class SFD(Method):
                 "the teacher is a student, which knows the levels it was distilled for alone; "
                 "distil it further with second_stage, or give its own teacher"
             )
-
-    def usual(self, known: Mapping[str, Any]) -> dict[str, Any]:
-        """A student's own noise levels, which a second stage keeps."""
-        return levels_of(known)
 
     def stage(
         self, plan: StagePlan, teacher: NetworkDenoiser, config: SFDConfig, inputs: Inputs

@@ -20,7 +20,7 @@ from bdense.data.datasets import Dataset
 from bdense.data.names import split_format
 from bdense.errors import CheckpointError, InputError, NonFiniteError, ShapeError
 from bdense.execution import exact_products
-from bdense.files import atomic_write, file_lock, require_no_page, sha256_file
+from bdense.files import atomic_write, file_lock, require_no_page, sha256_file, unpacked_bound
 from bdense.metrics.extractors import Extractor
 from bdense.models.store import load_tensors, save_tensors
 
@@ -285,6 +285,10 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
             f"{path} cannot be read as .npz (it is cut short, or another kind of file)"
         )
     try:
+        bound = unpacked_bound(path.stat().st_size)
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > bound:
+                raise CheckpointError(f"{path} unpacks to more than {bound} bytes; make it again")
         with np.load(path, allow_pickle=False) as found:
             missing = [key for key in (_MU, _SIGMA) if key not in found.files]
             known = (_MU, _SIGMA, _COUNT, _DATA, _EXTRACTOR, _EXTRACTOR_SHA256)

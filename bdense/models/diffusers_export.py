@@ -90,6 +90,10 @@ def _require_network(denoiser: NetworkDenoiser) -> DDPM:
             f"{denoiser.describe()['network']}; distil a diffusers teacher, or {_INSTEAD}"
         )
     require_one_branch(denoiser)
+    if precond.outputs > 1:
+        raise InputError(
+            f"the student predicts a variance too, which a DDIMPipeline does not take; {_INSTEAD}"
+        )
     if network.label_dim:
         raise InputError(
             f"the student has {network.label_dim} classes, but a DDIMPipeline takes no class; "

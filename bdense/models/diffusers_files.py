@@ -5,7 +5,6 @@ its weights, if it has any. Only safetensors are read, and each weight must be t
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import re
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from bdense.errors import CheckpointError, InputError
-from bdense.files import sha256_file
 
 HUB = "https://huggingface.co"
 CONFIG, INDEX = "config.json", "model_index.json"
@@ -34,6 +32,8 @@ _PARTS = {
     "tokenizer": ("*.json", "merges.txt"),
 }
 _SHOWN = 3
+_MOST_BYTES = 2**22  # of a configuration
+_WEIGHTS_FILE = re.compile(r"\w+(?:-\d+-of-\d+)?(?:\.(\w+)(?:-\d+-of-\d+)?)?\.safetensors")
 
 
 def is_hub_id(source: str) -> bool:
@@ -78,26 +78,6 @@ def folder_of(source: str | Path) -> Path:
         ) from error
 
 
-def is_folder(path: Path) -> bool:
-    """Whether a folder looks like diffusers'."""
-    return path.is_dir() and any((path / name).is_file() for name in (INDEX, CONFIG))
-
-
-def sha256_model(path: Path) -> str:
-    """Hex digest of a file, or of all files of a folder's parts with their names."""
-    if not path.is_dir():
-        return sha256_file(path)
-    files = sorted(
-        file
-        for part, names in _PARTS.items()
-        for name in (INDEX, *names)
-        for file in (path / part).glob(name)
-        if file.suffix not in TORCH_FILES
-    )
-    digests = {str(file.relative_to(path)): sha256_file(file) for file in files}
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
-
-
 def read_json(file: Path) -> dict[str, Any]:
     """A configuration.
 
@@ -105,6 +85,8 @@ def read_json(file: Path) -> dict[str, Any]:
         CheckpointError: It cannot be read.
     """
     try:
+        if file.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES} bytes")
         found = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
@@ -128,7 +110,11 @@ def load_part(model_class: Any, folder: Path, **options: Any) -> Any:  # noqa: A
     try:
         with _quiet():
             model, found = model_class.from_pretrained(
-                folder, use_safetensors=True, output_loading_info=True, **options
+                folder,
+                use_safetensors=True,
+                output_loading_info=True,
+                variant=_variant(folder),
+                **options,
             )
     except (OSError, ValueError, RuntimeError) as error:
         pickles = [path.name for path in sorted(folder.glob("*")) if path.suffix in TORCH_FILES]
@@ -137,6 +123,14 @@ def load_part(model_class: Any, folder: Path, **options: Any) -> Any:  # noqa: A
         raise CheckpointError(f"diffusers cannot load {folder} ({reason}){hint}") from error
     _require_complete(folder, found)
     return model.float().eval()
+
+
+def _variant(folder: Path) -> str | None:
+    """``fp16`` of NAME.fp16.safetensors, in a folder that has no weights in another precision."""
+    found = {
+        match[1] for file in folder.iterdir() if (match := _WEIGHTS_FILE.fullmatch(file.name))
+    }
+    return None if None in found else min(found, default=None)
 
 
 def _require_complete(folder: Path, found: Mapping[str, Any]) -> None:
@@ -161,11 +155,11 @@ def _some(names: list[str]) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the libraries' warnings about weights, which are errors here."""
+    """Without the libraries' warnings and errors, which are raised here."""
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

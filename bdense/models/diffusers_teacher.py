@@ -18,6 +18,7 @@ import torch
 from bdense.diffusion.denoiser import NetworkDenoiser, without_memory
 from bdense.diffusion.preconditioning import DDPM
 from bdense.errors import CheckpointError, InputError
+from bdense.files import header_of
 from bdense.models.diffusers_files import CONFIG, INDEX, WEIGHTS, folder_of, load_part, read_json
 from bdense.networks import DiffusersTextUNet, DiffusersUNet, DiT
 from bdense.networks.diffusers_network import DiffusersNetwork, require_diffusers
@@ -175,14 +176,15 @@ def _denoiser(
 ) -> NetworkDenoiser:
     import diffusers
 
-    channels, predicted = config.get("in_channels"), config.get("out_channels")
-    # A DiT predicts a variance as well; pixel U-Nets that do are not read.
-    outputs = 2 if network_class is DiT and channels and predicted == 2 * channels else 1
-    options = network_class.accepted(config, outputs=outputs)
-    precond = dataclasses.replace(precond, learned_variance=outputs == 2)
-    with without_memory(_MOST_MODULES):
-        skeleton = network_class(options, outputs=outputs)
-        values = sum(value.numel() for value in skeleton.parameters())
+    with header_of(folder / CONFIG):
+        channels, predicted = config.get("in_channels"), config.get("out_channels")
+        # Improved DDPM's networks and DiTs predict a variance as well.
+        outputs = 2 if channels and predicted == 2 * channels else 1
+        options = network_class.accepted(config, outputs=outputs)
+        precond = dataclasses.replace(precond, learned_variance=outputs == 2)
+        with without_memory(_MOST_MODULES):
+            skeleton = network_class(options, outputs=outputs)
+            values = sum(value.numel() for value in skeleton.parameters())
     size = sum(file.stat().st_size for file in folder.glob(f"{WEIGHTS}*"))
     # A value takes 2 bytes or more. If there is no file, diffusers names it.
     if 0 < size < values:
@@ -223,13 +225,10 @@ def _scheduler(file: Path, *, is_latent: bool) -> tuple[DDPM, dict[str, Any]]:
             f"{file} describes a {name}, but only {', '.join(SCHEDULERS)} are supported; make "
             "one of them from its config and save that in its place"
         )
-    if config.get("rescale_betas_zero_snr"):
-        raise CheckpointError(
-            f"{file} has rescale_betas_zero_snr, which is not supported: its last level is pure "
-            "noise, which has no sigma"
-        )
     try:
         precond = DDPM(**{key: config.get(key, value) for key, value in _PROCESS.items()})
+        if config.get("rescale_betas_zero_snr"):
+            precond = _zero_snr(precond)
     except (InputError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}") from error
     facts: dict[str, Any] = {"scheduler": name}
@@ -245,6 +244,26 @@ def _scheduler(file: Path, *, is_latent: bool) -> tuple[DDPM, dict[str, Any]]:
     elif config.get("clip_sample", True):
         facts["clip_sample"] = config.get("clip_sample_range", 1.0)
     return precond, facts
+
+
+def _zero_snr(precond: DDPM) -> DDPM:
+    """The process whose last level is pure noise, without that level, which has no sigma.
+
+    sqrt(alpha_bar) is shifted and scaled to end in 0 and to begin as it was (Lin et al. 2023,
+    arXiv 2305.08891, algorithm 1).
+    """
+    if precond.prediction_type == "epsilon":
+        raise CheckpointError(
+            "rescale_betas_zero_snr does not go with prediction_type epsilon, as the noise in "
+            "pure noise says nothing of an image; give a model of v_prediction, or set "
+            "rescale_betas_zero_snr to false if this one was trained without it"
+        )
+    count = precond.num_train_timesteps
+    root = precond.log_alpha_bar(torch.arange(count, dtype=torch.float64)).exp().sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    alpha_bar = torch.cat([root.new_ones(1), root[:-1] ** 2])
+    betas = (1 - alpha_bar[1:] / alpha_bar[:-1]).tolist()
+    return dataclasses.replace(precond, num_train_timesteps=count - 1, trained_betas=tuple(betas))
 
 
 def _licence(readme: Path) -> str | None:

@@ -17,6 +17,7 @@ from bdense.diffusion.preconditioning import IDDPM, PRECONDITIONINGS, make_preco
 from bdense.diffusion.sampling import Sampler, served_metadata
 from bdense.diffusion.schedules import Schedule
 from bdense.errors import CheckpointError, InputError
+from bdense.files import header_of
 from bdense.models.pickles import ForeignNetwork, read_edm_pickle
 
 # Class in an EDM file: our preconditioning, and the network if the file names none.
@@ -49,7 +50,7 @@ def load_foreign(path: Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
         "class": foreign.class_name,
         "embedded_source_bytes": foreign.embedded_source_bytes,
     }
-    try:
+    with header_of(path):
         denoiser = denoiser_from_edm(foreign)
         if foreign.training_kwargs is not None:
             metadata |= {
@@ -59,8 +60,6 @@ def load_foreign(path: Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
                 "training": foreign.training_kwargs,
                 **served_metadata(student_samplers(foreign)),
             }
-    except InputError as error:
-        raise CheckpointError(f"{path}: {error}") from error
     return denoiser, metadata
 
 

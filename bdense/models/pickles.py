@@ -7,6 +7,7 @@ few that these networks need.
 """
 
 import io
+import itertools
 import math
 import pickle
 import pickletools
@@ -34,6 +35,8 @@ _MAX_TUPLE_SIZE = 100
 _PICKLES_OF_STORAGE = 5
 # Lists that hold one another twice and are copied out grow exponentially.
 _MAX_VALUES = 10_000
+_MAX_NAME = 1000
+_MAX_DIMENSIONS = 8
 _NUMPY_SCALARS = frozenset(
     {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
 )
@@ -46,7 +49,7 @@ _NETWORK_KEYS = ("ema", "model")
 # What the pickle machine, torch and the stand-ins raise on malformed bytes.
 _MALFORMED = (
     *(pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError),
-    *(ArithmeticError, RuntimeError, MemoryError),
+    *(ArithmeticError, RuntimeError, MemoryError, AssertionError),
 )
 
 
@@ -97,7 +100,12 @@ def read_edm_pickle(path: Path) -> ForeignNetwork:
             file.seek(0)
             reader = _Reader(file)
             network = _network(reader.load())
-        return _describe(network, sum(len(text) for text in reader.sources))
+        texts = (text.encode("utf-8", "surrogatepass") for text in reader.sources)
+        found = _describe(network, sum(map(len, texts)))
+        # Tensors that share a storage are small in the file, and are copied one by one.
+        if sum(value.nbytes for value in found.state_dict.values()) > 2 * path.stat().st_size:
+            raise CheckpointError("holds more weights than bytes: its tensors share their storage")
+        return found
     except CheckpointError as error:
         require_no_page(path)
         raise type(error)(f"{path}: {error}") from error
@@ -277,13 +285,14 @@ class _Reader(pickle.Unpickler):
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(file)
-        self.sources: set[bytes] = set()
+        self.sources: set[str] = set()
+        self._storages: dict[object, _Storage] = {}
         self._globals: dict[tuple[str, str], object] = {
             ("torch_utils.persistence", "_reconstruct_persistent_obj"): _Builder(self._persistent),
-            ("collections", "OrderedDict"): _Builder(dict),
+            ("collections", "OrderedDict"): _Builder(lambda: {}),
             ("torch._utils", "_rebuild_parameter"): _Builder(_parameter),
             ("torch._utils", "_rebuild_tensor_v2"): _Builder(_tensor),
-            ("torch.storage", "_load_from_bytes"): _Builder(_storage),
+            ("torch.storage", "_load_from_bytes"): _Builder(self._storage),
             ("numpy.core.multiarray", "scalar"): _Builder(_scalar),
             ("numpy._core.multiarray", "scalar"): _Builder(_scalar),
             ("numpy", "dtype"): _Builder(_DType),
@@ -310,13 +319,19 @@ class _Reader(pickle.Unpickler):
             )
         source = meta.get("module_src")
         if isinstance(source, str):
-            self.sources.add(source.encode("utf-8", "surrogatepass"))
+            self.sources.add(source)
         module = _Module()
         module.class_name = meta.get("class_name", "")
         if not isinstance(module.class_name, str):
             raise CheckpointError("holds a class whose name is not a string")
         module.state = _table(meta.get("state"), f"the state of {module.class_name}")
         return module
+
+    def _storage(self, data: object) -> _Storage:
+        """A tensor's values; bytes that the file names twice are read once."""
+        if data not in self._storages:
+            self._storages[data] = _storage(data)
+        return self._storages[data]
 
 
 def _kind(value: object) -> str:
@@ -356,6 +371,8 @@ def _tensor(
 ) -> _Weight:
     if not isinstance(storage, _Storage):
         raise CheckpointError(f"a tensor's storage is a {_kind(storage)}")
+    if not isinstance(size, tuple) or len(size) > _MAX_DIMENSIONS:
+        raise CheckpointError(f"a tensor's shape is {reprlib.repr(size)}")
     # A view that repeats elements is small in the file but has any size once it is copied.
     if math.prod(size) > storage.values.numel():
         raise CheckpointError(
@@ -371,7 +388,7 @@ def _parameter(weight: object, *_: object) -> _Weight:
 
 
 def _scalar(dtype: object, data: object) -> bool | int | float:
-    if not isinstance(dtype, _DType) or not isinstance(data, bytes):
+    if not isinstance(dtype, _DType) or not isinstance(data, bytes) or len(data) > 8:
         raise CheckpointError("a numpy scalar without its type and bytes")
     (value,) = np.frombuffer(data, dtype=np.dtype(dtype.order + dtype.code)).tolist()
     return value  # type: ignore[no-any-return]  # numpy types tolist as Any; the codes above are plain numbers
@@ -383,7 +400,7 @@ def _network(contents: object) -> _Module:
         raise CheckpointError(f"holds a {_kind(contents)}, not a dictionary with {wanted}")
     found = next((name for name in _NETWORK_KEYS if name in contents), None)
     if found is None:
-        raise CheckpointError(f"has no {wanted}, only {sorted(map(str, contents))}")
+        raise CheckpointError(f"has no {wanted}, only {reprlib.repr(sorted(map(str, contents)))}")
     network = contents[found]
     if not isinstance(network, _Module):
         raise CheckpointError(f"{found!r} is a {_kind(network)}, not a network")
@@ -432,6 +449,8 @@ def _collect(
 ) -> None:
     """Collect weights, in the order of ``torch.nn.Module.state_dict``, and submodules."""
     where = f"{prefix or 'the network '}({module.class_name})"
+    if len(prefix) > _MAX_NAME:
+        raise CheckpointError(f"holds modules whose names have more than {_MAX_NAME} letters")
     # A module inside itself would never end, and one shared at every level doubles the work.
     if id(module) in seen:
         raise CheckpointError(f"{where} is in the network more than once")
@@ -457,7 +476,10 @@ def _plain_table(value: object, what: str) -> dict[str, Any]:
 
 def _plain(value: object, name: str, room: Iterator[int]) -> object:
     """``value`` if it consists of numbers, strings, lists and dictionaries, as many as fit."""
-    if next(room, None) is None:
+    letters = len(name) + (len(value) if isinstance(value, str) else 0)
+    # A long text or number takes the room of several: the file may name it many times.
+    bits = value.bit_length() if isinstance(value, int) else 0
+    if next(itertools.islice(room, letters // 100 + bits // 1000, None), None) is None:
         raise CheckpointError(f"holds more than {_MAX_VALUES} options; no such network does")
     if value is None or isinstance(value, bool | int | float | str):
         return value

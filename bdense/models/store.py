@@ -1,12 +1,11 @@
 """Models and other tensors: our safetensors files, and whatever else a model is loaded from."""
 
-import contextlib
 import errno
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from torch import Tensor
 
 from bdense.diffusion.denoiser import NetworkDenoiser, restore
 from bdense.diffusion.sampling import samplers_from
-from bdense.errors import CheckpointError, InputError, is_out_of_memory
-from bdense.files import atomic_write, require_no_page
+from bdense.errors import CheckpointError, InputError
+from bdense.files import atomic_write, header_of, require_no_page
 from bdense.models.diffusers_files import TORCH_FILES, is_hub_id
 from bdense.models.diffusers_teacher import read_diffusers
 from bdense.models.edm import load_foreign
@@ -31,8 +30,7 @@ MODEL_FILE = "model.safetensors"
 # Errors of a disk or its server that may pass; the file may be intact.
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENOMEM, errno.EAGAIN)
 
-# What values of a wrong type in a header can raise.
-_WRONG = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+_MOST_LETTERS, _MOST_TENSORS = 2**22, 100_000
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -67,6 +65,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
+            _require_small(path, header, file.keys())
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         fault = _system_error(error, path)
@@ -99,6 +98,15 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "reads it"
         )
     return tensors, metadata
+
+
+def _require_small(path: Path, header: Mapping[str, str], names: Collection[str]) -> None:
+    """Refuse a header that is read as far more than its bytes."""
+    if len(header.get(HEADER_KEY, "")) > _MOST_LETTERS or len(names) > _MOST_TENSORS:
+        raise CheckpointError(
+            f"{path}: its header has more than {_MOST_LETTERS} letters or {_MOST_TENSORS} "
+            "tensors; no model's has"
+        )
 
 
 def plain_json(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,25 +159,10 @@ def load_denoiser(path: Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
     tensors, metadata = load_tensors(path)
     if "architecture" not in metadata:
         raise CheckpointError(f"{path} holds {metadata.get('kind', 'tensors')}, not a denoiser")
-    with _header_of(path):
+    with header_of(path):
         denoiser = restore(metadata.pop("architecture"), tensors, "the file")
         denoiser.samplers = tuple(samplers_from(metadata))
     return denoiser, metadata
-
-
-@contextlib.contextmanager
-def _header_of(path: Path) -> Iterator[None]:
-    """Turn errors of a damaged header into one that names the file."""
-    try:
-        yield
-    except InputError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    except _WRONG as error:
-        if is_out_of_memory(error):
-            raise
-        raise CheckpointError(
-            f"{path} has a damaged header ({error!r}); fetch or make it again"
-        ) from error
 
 
 def load_model(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:

@@ -13,6 +13,7 @@ from bdense.errors import CheckpointError, InputError
 from bdense.networks.network import Network
 
 # What diffusers writes about a file rather than about a network, or what we choose ourselves.
+_MOST_PIXELS = 4096  # a side; some networks keep values for each place
 _NOT_OPTIONS = ("num_train_timesteps", "out_channels")
 
 
@@ -87,6 +88,8 @@ class DiffusersNetwork(Network):
         predicted = config.get("out_channels") or outputs * channels
         refused = {
             f"sample_size={side!r} (images here are square)": not isinstance(side, int),
+            f"sample_size={side!r} (at most {_MOST_PIXELS})": isinstance(side, int)
+            and side > _MOST_PIXELS,
             f"out_channels={predicted}, not in_channels={channels} times {outputs}": (
                 predicted != outputs * channels
             ),

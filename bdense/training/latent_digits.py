@@ -76,6 +76,7 @@ KNOWN: Mapping[str, Any] = {
     "codec": {"class": "AutoencoderKL", "image_channels": 1, "enlarges": _SIDE // _LATENT_SIDE},
     "condition": "text",
     "guidance": True,
+    "levels": {"sigma_min": 0.1},  # as of Stable Diffusion's students
 }
 _CODEC_UPDATES, _CODEC_BATCH, _CODEC_LR, _KL = 600, 128, 2e-3, 1e-4
 # One image in so many is learned without its prompt, for guidance.

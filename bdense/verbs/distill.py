@@ -49,7 +49,7 @@ def distill(options: argparse.Namespace) -> None:
         dataset = load_dataset(own.data)
     teacher, known = load_model(own.teacher)
     # A student that is distilled further keeps its own knobs, unless an option changes them.
-    config = from_options(method.Config, options, **method.usual(known))
+    config = from_options(method.Config, options, **method.usual(known, teacher))
     conditions = conditions_of(teacher, own.teacher, texts)
     teacher.to(device).execute(execution)
     # Several stages: a folder of students. One: a file, and its checkpoint beside it.

@@ -28,12 +28,11 @@ from bdense.metrics.references import (
     write_reference,
 )
 from bdense.metrics.settings import MetricSettings
-from bdense.models.latents import drawn_shape
 from bdense.models.store import denoiser_sha256
 from bdense.models.zoo import resolve_reference
 from bdense.verbs.common import Interrupt, Progress, chosen_device, chosen_hardware, require_out
 from bdense.verbs.options import Drawing, Features, FidOptions, ReferenceOptions
-from bdense.verbs.sample import chosen_prompts, codec_of, conditions_of, model_and_sampler
+from bdense.verbs.sample import chosen_drawer, chosen_prompts
 
 
 def fid(options: argparse.Namespace) -> None:
@@ -46,45 +45,32 @@ def fid(options: argparse.Namespace) -> None:
             "drop one"
         )
     device, execution = chosen_hardware(options)
-    texts, pipeline = chosen_prompts(None, drawing.prompts), drawing.pipeline or own.model
-    model, sampler, known = model_and_sampler(own.model, drawing, device, execution)
-    codec = codec_of(model, known, pipeline, device)
-    shape = drawn_shape(model, known)
+    texts = chosen_prompts(None, drawing.prompts)
+    drawer = chosen_drawer(own.model, drawing, texts, device, execution)
     if own.reference is not None:
         file = resolve_reference(own.reference)
         extractor = load_extractor(features.extractor, cache=features.cache, device=device)
         reference = read_reference(file, extractor)
     else:
-        dataset = load_dataset(own.data or _own_data(own.model, known))
+        dataset = load_dataset(own.data or _own_data(own.model, drawer.metadata))
         extractor = load_extractor(features.extractor, cache=features.cache, device=device)
         reference = dataset_reference(
             dataset, extractor, cache=features.cache, with_features=set(own.metrics) != {"fid"}
         )
+    shape = drawer.image_shape
     require_measurable(own.metrics, settings, own.images, reference, shape, extractor)
-    conditions = conditions_of(model, pipeline, texts, drawing.negative_prompt)
-    images = draw_images(
-        model,
-        sampler,
-        own.images,
-        seed=own.seed,
-        batch=drawing.batch,
-        class_index=drawing.class_,
-        conditions=conditions,
-        codec=codec,
-        on_image=_show_drawn(own.images),
-    )
     measured = measure_images(
-        images,
+        drawer.draw(own.images, own.seed, _show_drawn(own.images)),
         extractor,
         reference,
         metrics=own.metrics,
         settings=settings,
-        nfe=sampler.nfe,
+        nfe=drawer.sampler.nfe,
         seeds={"evaluation": own.seed},
     ).as_dict()
     told = {} if drawing.class_ is None else {"class": drawing.class_}
-    told |= {} if conditions is None else conditions.describe()
-    unusual = _sequential(sampler) | told | _unusual_precision(execution)
+    told |= {} if drawer.conditions is None else drawer.conditions.describe()
+    unusual = _sequential(drawer.sampler) | told | _unusual_precision(execution)
     print(json.dumps(measured.pop("fid") | measured | unusual))
 
 

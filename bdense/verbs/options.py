@@ -129,7 +129,7 @@ class Drawing(NativeGridKnobs):
         metavar="FILE",
         none="none: the midpoint of each step",
     )
-    clip: bool | None = knob(
+    clip_samples: bool | None = knob(
         None,
         "clamp ddim's predictions to [-1, 1]",
         none="a student's own, else false",

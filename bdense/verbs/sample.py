@@ -2,12 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bdense.diffusion.codecs import Codec
 from bdense.diffusion.conditions import Prompts
@@ -23,6 +24,7 @@ from bdense.execution import Execution
 from bdense.knobs import KnobError, from_options, spelt_options
 from bdense.models.diffusers_files import is_hub_id
 from bdense.models.latents import (
+    drawn_shape,
     draws_latents,
     load_codec,
     load_text_encoder,
@@ -34,7 +36,7 @@ from bdense.verbs.options import Drawing, SampleOptions
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _LEVELS = ("schedule", "rho", "sigma_min", "sigma_max")
-_USUAL = {"nfe": 2, "afs": True, "solver": "euler", "order": None, "clip": False}
+_USUAL = {"nfe": 2, "afs": True, "solver": "euler", "order": None, "clip_samples": False}
 
 
 def sample(options: argparse.Namespace) -> None:
@@ -43,19 +45,8 @@ def sample(options: argparse.Namespace) -> None:
     device, execution = chosen_hardware(options)
     texts = chosen_prompts(own.prompt, drawing.prompts)
     require_out(own.out, options, _no_picture)
-    model, sampler, metadata = model_and_sampler(own.model, drawing, device, execution)
-    pipeline = drawing.pipeline or own.model
-    images = draw_images(
-        model,
-        sampler,
-        own.images,
-        seed=own.seed,
-        batch=drawing.batch,
-        class_index=drawing.class_,
-        conditions=conditions_of(model, pipeline, texts, drawing.negative_prompt),
-        codec=codec_of(model, metadata, pipeline, device),
-    )
-    save_grid(images, own.out, own.columns)
+    drawer = chosen_drawer(own.model, drawing, texts, device, execution)
+    save_grid(drawer.draw(own.images, own.seed), own.out, own.columns)
     print(own.out)
 
 
@@ -124,22 +115,72 @@ def codec_of(
     return load_codec(pipeline).to(device)
 
 
-def model_and_sampler(
-    source: str, drawing: Drawing, device: torch.device, execution: Execution
-) -> tuple[NetworkDenoiser, Sampler, Mapping[str, Any]]:
-    """The model on its device, its sampler, and its metadata.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Drawer:
+    """A model, and how it draws images; fields as of ``draw_images``."""
+
+    model: NetworkDenoiser
+    sampler: Sampler
+    metadata: Mapping[str, Any]
+    class_index: int | None
+    conditions: Prompts | None
+    codec: Codec | None
+    batch: int
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return drawn_shape(self.model, self.metadata)
+
+    def draw(self, count: int, seed: int, on_image: Callable[[int], None] | None = None) -> Tensor:
+        """[count, C, H, W] uint8 images."""
+        return draw_images(
+            self.model,
+            self.sampler,
+            count,
+            seed=seed,
+            batch=self.batch,
+            class_index=self.class_index,
+            conditions=self.conditions,
+            codec=self.codec,
+            on_image=on_image,
+        )
+
+
+def chosen_drawer(
+    source: str, drawing: Drawing, texts: list[str], device: torch.device, execution: Execution
+) -> Drawer:
+    """A model on its device, with what it draws by and under.
 
     Raises:
-        InputError: There is no such model, or it has another sampler than the one asked for.
+        InputError: There is no such model, it has another sampler than the one asked for, or
+            prompts or autoencoder are missing.
     """
     model, metadata = load_model(source)
     for part in metadata.get("ignored", ()):
         sys.stderr.write(f"{source}: its {part} is not loaded\n")
     sampler = _chosen_sampler(source, drawing, metadata, model.precond)
+    model.require_levels(sampler.schedule)
     conditions = model.conditions_of(drawing.class_)  # refuses a class it does not know
     if not model.model.text_dim:
         null_for(sampler.guidance, conditions)  # refuses guidance that it cannot have
-    return model.to(device).execute(execution), sampler, metadata
+    pipeline = drawing.pipeline or source
+    drawer = Drawer(
+        model=model,
+        sampler=sampler,
+        metadata=metadata,
+        class_index=drawing.class_,
+        codec=codec_of(model, metadata, pipeline, device),
+        conditions=conditions_of(model, pipeline, texts, drawing.negative_prompt),
+        batch=drawing.batch,
+    )
+    model.to(device).execute(execution)
+    if drawing.nfe is None and drawing.epd_table is None and not model.samplers:
+        sys.stderr.write(
+            f"{source} is a teacher, and is drawn with {sampler.nfe} network evaluations; "
+            "take more by --nfe, such as --nfe 32, to see its best\n"
+        )
+    return drawer
 
 
 def _chosen_sampler(
@@ -164,7 +205,8 @@ def _chosen_sampler(
     if not served:
         usual = _USUAL | ({"solver": "ddim"} if native else {})
         # A model of latents names the levels that it was trained for.
-        levels = {} if native else {k: v for k, v in levels_of(metadata).items() if k not in asked}
+        known = {} if native else levels_of(metadata, precond)
+        levels = {name: value for name, value in known.items() if name not in asked}
         grid = replace(drawing, **levels).chosen_levels
         chosen = usual | asked | {"guidance": 1.0 if guidance is None else guidance}
         return _sampler(chosen, levels_on(grid, precond))
@@ -174,7 +216,7 @@ def _chosen_sampler(
     levels.pop("process", None)
     kept = {"nfe": own.nfe, "afs": own.afs, "schedule": levels.pop("kind"), **levels}
     solver = own.solver.describe()
-    kept |= {"solver": solver["solver"], "clip": solver.get("clip", False)}
+    kept |= {"solver": solver["solver"], "clip_samples": solver.get("clip", False)}
     kept["order"] = solver.get("max_order", own.solver.order)
     if native and own.schedule == native_schedule(precond):
         del asked["schedule"]
@@ -206,7 +248,7 @@ def _require_unguided(source: str, metadata: Mapping[str, Any]) -> None:
 
 def _sampler(chosen: Mapping[str, Any], schedule: Levels) -> Sampler:
     name, nfe, afs = chosen["solver"], chosen["nfe"], chosen["afs"]
-    solver = make_solver(name, order=chosen["order"], clip=chosen["clip"])
+    solver = make_solver(name, order=chosen["order"], clip=chosen["clip_samples"])
     each = calls(chosen["guidance"])
     if nfe % each:
         raise InputError(

@@ -16,7 +16,6 @@ import yaml
 
 from bdense.data.names import split_fit, split_format
 from bdense.errors import InputError
-from bdense.models.diffusers_files import is_folder
 from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
 from search.errors import SpecError
 from search.spec.legacy import translated
@@ -233,25 +232,17 @@ def as_yaml(spec: StudySpec) -> str:
     return yaml.safe_dump(tree, sort_keys=False)
 
 
-_FILE = "give a file"
-_FOLDERS = {
-    "teacher.checkpoint": "it holds no model in diffusers' format (model_index.json, config.json)"
-}
-
-
 def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
     """The spec with absolute paths, given relative to its file: workers run in other folders."""
     base = Path(source).parent
 
-    def absolute(key: str, file: str, names: Collection[str] = ()) -> str:
+    def absolute(key: str, file: str, names: Collection[str] = (), *, folder: bool = False) -> str:
         if file in names:
             return file
         path = (base / Path(file).expanduser()).resolve()
-        if key == "teacher.checkpoint" and is_folder(path):
-            return str(path)
-        if path.is_dir():
-            raise SpecError(f"{source}: {key}: {file} is a folder; {_FOLDERS.get(key, _FILE)}")
-        if not path.is_file():
+        if path.is_dir() and not folder:
+            raise SpecError(f"{source}: {key}: {file} is a folder; give the name of a file")
+        if not path.exists():
             known = f", nor a public one of that name ({', '.join(names)})" if names else ""
             raise SpecError(f"{source}: {key}: there is no file {file}{known}{_elsewhere(file)}")
         return str(path)
@@ -260,7 +251,7 @@ def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
     if data is not None:
         data = _absolute_data(data, base, source)
     if teacher.checkpoint is not None:
-        checkpoint = absolute("teacher.checkpoint", teacher.checkpoint, PUBLIC_MODELS)
+        checkpoint = absolute("teacher.checkpoint", teacher.checkpoint, PUBLIC_MODELS, folder=True)
         teacher = dataclasses.replace(teacher, checkpoint=checkpoint)
     kind, _, file = evaluation.extractor.partition(":")
     if file:

@@ -22,10 +22,9 @@ from bdense.metrics.dinov2 import SIZES
 from bdense.metrics.extractors import SPECS
 from bdense.metrics.metrics import require_enough
 from bdense.metrics.settings import MetricSettings
-from bdense.models.diffusers_files import is_folder
 from bdense.models.diffusers_teacher import read_diffusers
 from bdense.models.latents import drawn_shape, read_prompts
-from bdense.models.store import load_model
+from bdense.models.store import MODEL_FILE, load_model
 from bdense.models.zoo import PUBLIC_MODELS
 from bdense.training import latent_digits
 from bdense.training.teacher import TeacherConfig, new_denoiser
@@ -46,7 +45,7 @@ def resolve(spec: StudySpec, source: str = "") -> StudySpec:
             nothing to search. ``source`` is named in front.
     """
     try:
-        resolved = _with_facts(spec)
+        resolved = _with_facts(_with_usual(spec))
         _check_weights(resolved)
         _check_plan(resolved)
         if spec.resources.gpus == 0:
@@ -90,7 +89,7 @@ def describe_teacher(spec: StudySpec) -> tuple[dict[str, Any], Mapping[str, Any]
         return _untrained(spec).describe(), {}
     if (published := PUBLIC_MODELS.get(name)) is not None:
         return dict(published.architecture), {}
-    if is_folder(Path(name)):
+    if Path(name).is_dir() and not (Path(name) / MODEL_FILE).is_file():
         teacher, known = read_diffusers(name, weights=False)
     else:
         teacher, known = load_model(name)
@@ -139,6 +138,16 @@ def execution(spec: StudySpec) -> Execution:
 def teacher_config(training: TeacherTraining) -> TeacherConfig:
     """How the study's own teacher is trained."""
     return TeacherConfig(**{name: getattr(training, name) for name in knobs_of(TeacherKnobs)})
+
+
+def _with_usual(spec: StudySpec) -> StudySpec:
+    """The spec with those of the method's settings that a checkpoint settles, if not given."""
+    if spec.teacher.train is not None or spec.method.name not in METHODS:
+        return spec
+    described, known = describe_teacher(spec)
+    with torch.device("meta"):
+        usual = METHODS[spec.method.name]().usual(known, build_denoiser(described))
+    return replace(spec, method=spec.method.with_options({**usual, **spec.method.options}))
 
 
 def _with_teacher(spec: StudySpec) -> StudySpec:

@@ -16,9 +16,8 @@ from bdense import NUMERICS
 from bdense.data.names import LABELS_FILE, image_files, labels_beside, split_fit, split_format
 from bdense.errors import InputError
 from bdense.execution import Execution, Precision
-from bdense.files import sha256_file
+from bdense.files import sha256_file, sha256_model
 from bdense.knobs import KnobError, Knobs, knob, knob_of, knobs_of
-from bdense.models.diffusers_files import sha256_model
 from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
 from bdense.training.teacher_knobs import TeacherKnobs, TeacherRecipe
 from bdense.weights import WEIGHT_SPACES
@@ -81,8 +80,9 @@ class TeacherSpec(Knobs):
 
     checkpoint: str | None = knob(
         None,
-        "a file (our safetensors, pickle of EDM or SFD), a folder in diffusers' format, or the "
-        "name of a published one, which is downloaded once",
+        "a file (our safetensors, pickle of EDM or SFD), a folder of bdense or in diffusers' "
+        "format, or the name of a published one, which is downloaded once; it settles noise "
+        "levels that are not given",
     )
     train: TeacherTraining | None = knob(None, "how to train one on the study's own data")
     recipe: TeacherRecipe | None = knob(

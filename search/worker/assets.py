@@ -31,7 +31,6 @@ from bdense.metrics.records import FID, Metrics
 from bdense.metrics.references import Reference, dataset_reference, read_reference
 from bdense.metrics.settings import MetricSettings
 from bdense.models.card import inherited
-from bdense.models.diffusers_files import is_folder
 from bdense.models.latents import (
     drawn_shape,
     draws_latents,
@@ -315,8 +314,8 @@ def pipeline_of(spec: StudySpec) -> Path | None:
     """The folder of the teacher's pipeline in diffusers' format; None where it has none."""
     if spec.teacher.recipe is not None:
         return latent_digits(cache_folder() / "teachers")
-    folder = Path(spec.teacher.checkpoint or "")
-    return folder if spec.teacher.checkpoint is not None and is_folder(folder) else None
+    checkpoint = spec.teacher.checkpoint
+    return Path(checkpoint) if checkpoint is not None and Path(checkpoint).is_dir() else None
 
 
 def _prompts(pipeline: Path, file: str, report: Report) -> Prompts:

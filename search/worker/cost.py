@@ -32,7 +32,6 @@ from bdense.methods.method import Inputs, Recordings, Stage
 from bdense.metrics.classifiers import RECIPES
 from bdense.metrics.extractors import load_extractor, missing_checkpoint
 from bdense.metrics.references import features_of
-from bdense.models.diffusers_files import is_folder
 from bdense.models.latents import load_codec
 from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
 from bdense.training.loop import IterationReport, train
@@ -375,9 +374,8 @@ def _measure(spec: StudySpec, free: int, download: bool) -> TrialCost:
 
 def _codec(spec: StudySpec, device: torch.device) -> Codec | None:
     """The autoencoder of the teacher's folder; its time is left out where the folder is made."""
-    folder = Path(spec.teacher.checkpoint or "")
-    found = spec.teacher.checkpoint is not None and is_folder(folder)
-    return load_codec(folder).to(device) if found else None
+    known, folder = describe_teacher(spec)[1], Path(spec.teacher.checkpoint or "")
+    return load_codec(folder).to(device) if "codec" in known and folder.is_dir() else None
 
 
 def _first_stage(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> Stage:

@@ -90,6 +90,7 @@ def conditions_of(
         return None
     if not texts:
         raise KnobError("--prompts", "are needed by a text-conditional model")
+    _require_pipeline(pipeline)
     encoder = load_text_encoder(pipeline)
     for i in encoder.too_long([*texts, negative]):
         which = f"prompt {i + 1}" if i < len(texts) else "the negative prompt"
@@ -107,12 +108,17 @@ def codec_of(
     """
     if not draws_latents(model, metadata):
         return None
-    if not Path(pipeline).is_dir() and not is_hub_id(pipeline):
+    _require_pipeline(pipeline)
+    return load_codec(pipeline).to(device)
+
+
+def _require_pipeline(source: str) -> None:
+    if not Path(source).is_dir() and not is_hub_id(source):
         raise KnobError(
             "--pipeline",
-            f"is needed: {pipeline} draws latents, and the autoencoder is in its teacher's folder",
+            f"is needed: {source} draws latents, and autoencoder and text encoder are in its "
+            "teacher's folder",
         )
-    return load_codec(pipeline).to(device)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -170,8 +176,8 @@ def chosen_drawer(
         sampler=sampler,
         metadata=metadata,
         class_index=drawing.class_,
-        codec=codec_of(model, metadata, pipeline, device),
         conditions=conditions_of(model, pipeline, texts, drawing.negative_prompt),
+        codec=codec_of(model, metadata, pipeline, device),
         batch=drawing.batch,
     )
     model.to(device).execute(execution)

@@ -18,7 +18,7 @@ from search.spec.study import (
 
 _SECTIONS: tuple[tuple[str, str, type[Knobs]], ...] = (
     ("The whole file", "", StudySpec),
-    ("`teacher`", "Either `checkpoint` or `train`.", TeacherSpec),
+    ("`teacher`", "One of `checkpoint`, `train` and `recipe`.", TeacherSpec),
     ("`plan` of a search", "", SearchPlan),
     ("`plan` of given arms", "", ArmsPlan),
     ("`evaluation`", "", EvaluationSpec),

@@ -14,6 +14,7 @@ from bdense.training.latent_digits import ARCHITECTURE, KNOWN, PROMPTS, latent_d
 from bdense.training.teacher import TeacherConfig
 from search.spec.file import read_spec
 from search.worker.assets import load
+from search.worker.cost import measure
 from tests.e2e.study import Workplace
 from tests.rows import CPU, run, task
 from tests.studies import ROOT, resolve_here
@@ -105,6 +106,14 @@ def test_its_study_trains_and_judges_under_prompts(folder, tmp_path, monkeypatch
     judged = read_spec(STUDY, CHANGES | {"evaluation": evaluation})
     assert run(load(judged, CPU), tmp_path / "judged", task()).value != result.value
     assert judged.fingerprint() != study.fingerprint()
+
+
+def test_its_study_says_what_it_costs(folder, monkeypatch):
+    assert folder.is_dir()
+    resolve_here(monkeypatch)
+    cost = measure(read_spec(STUDY, CHANGES))
+    assert cost is not None
+    assert cost.recording_seconds > 0
 
 
 @pytest.mark.slow

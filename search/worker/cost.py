@@ -374,8 +374,10 @@ def _measure(spec: StudySpec, free: int, download: bool) -> TrialCost:
 
 def _codec(spec: StudySpec, device: torch.device) -> Codec | None:
     """The autoencoder of the teacher's folder; its time is left out where the folder is made."""
-    known, folder = describe_teacher(spec)[1], Path(spec.teacher.checkpoint or "")
-    return load_codec(folder).to(device) if "codec" in known and folder.is_dir() else None
+    checkpoint = spec.teacher.checkpoint
+    is_here = checkpoint is not None and Path(checkpoint).is_dir()
+    known = describe_teacher(spec)[1] if is_here else {}
+    return load_codec(Path(str(checkpoint))).to(device) if "codec" in known else None
 
 
 def _first_stage(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> Stage:

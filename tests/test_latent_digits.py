@@ -12,6 +12,7 @@ import bdense
 from bdense.diffusion.denoiser import build_denoiser
 from bdense.training.latent_digits import ARCHITECTURE, KNOWN, PROMPTS, latent_digits
 from bdense.training.teacher import TeacherConfig
+from search.errors import SpecError
 from search.spec.file import read_spec
 from search.worker.assets import load
 from search.worker.cost import measure
@@ -100,6 +101,13 @@ def test_its_study_trains_and_judges_under_prompts(folder, tmp_path, monkeypatch
     assert result.fid.images == 64
     live = read_spec(STUDY, CHANGES | {"trajectories": {"mode": "live"}})
     assert run(load(live, CPU), tmp_path / "live", task()).value == result.value
+    unguided = CHANGES["method"] | {"guidance_teacher": 1.0}
+    guided = CHANGES | {"method": unguided, "evaluation": CHANGES["evaluation"] | {"guidance": 2}}
+    guided["trajectories"] = {"mode": "live"}
+    found = run(load(read_spec(STUDY, guided), CPU), tmp_path / "guided", task()).fid
+    assert found.nfe == 2 * result.fid.nfe  # each prediction with and without the prompt
+    with pytest.raises(SpecError, match="learn their teacher's"):
+        read_spec(STUDY, guided | {"method": CHANGES["method"]})
     other = tmp_path / "other.txt"
     other.write_text("a nine\n")
     evaluation = {**CHANGES["evaluation"], "prompts": str(other)}

@@ -130,6 +130,26 @@ def test_pipelines_that_are_not_read_are_named(copied, name, file, keys, message
         load_model(folder)
 
 
+def test_the_published_dits_former_class_is_read(copied):
+    folder = copied("dit-a")
+    expected = load_model(folder)[0].state_dict()
+    file = folder / "transformer/config.json"
+    off = {
+        "num_vector_embeds": None,
+        "only_cross_attention": False,
+        "use_linear_projection": False,
+    }
+    change(file, _class_name="Transformer2DModel", norm_type="ada_norm_zero", **off)
+    found = load_model(folder)[0].state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    change(file, num_vector_embeds=8)
+    with pytest.raises(CheckpointError, match="num_vector_embeds"):
+        load_model(folder)
+    change(file, norm_type="ada_norm_single")
+    with pytest.raises(CheckpointError, match="Transformer2DModel"):
+        load_model(folder)
+
+
 def test_latents_without_an_autoencoder_are_no_images():
     with pytest.raises(CheckpointError, match="no autoencoder"):
         bdense.load_codec(LATENT / "unet-a-epsilon")

@@ -43,6 +43,8 @@ SCHEDULERS = (
     "LMSDiscreteScheduler",
     "DPMSolverMultistepScheduler",
 )
+# What the published DiT call their class.
+_FORMER_DIT = ("Transformer2DModel", "ada_norm_zero")
 # Folders of the autoencoder, and its classes.
 CODEC_PARTS, CODECS = ("vae", "vqvae"), ("AutoencoderKL", "VQModel")
 _SCHEDULER = "scheduler_config.json"
@@ -85,6 +87,8 @@ def read_diffusers(
     model_folder, scheduler_file = _find(folder)
     config = read_json(model_folder / CONFIG)
     kind = str(config.get("_class_name"))
+    if (kind, config.get("norm_type")) == _FORMER_DIT:
+        kind = DiT.kind
     if kind not in NETWORKS:
         raise CheckpointError(
             f"{model_folder / CONFIG} describes a {kind}; this version reads {', '.join(NETWORKS)}"

@@ -3,6 +3,7 @@
 B batch, K branches, C image channels, H x W pixels.
 """
 
+import inspect
 import json
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
@@ -75,10 +76,14 @@ class DiffusersNetwork(Network):
         Raises:
             CheckpointError: It needs more than this project gives a network.
         """
+        import diffusers
+
+        known = inspect.signature(getattr(diffusers, cls.kind)).parameters
         found = {
             name: value
             for name, value in config.items()
-            if not name.startswith("_") and name not in _NOT_OPTIONS
+            # Options of former versions are left out where they are off.
+            if not name.startswith("_") and name not in _NOT_OPTIONS and (name in known or value)
         }
         options: dict[str, Any] = json.loads(json.dumps(found))
         side = options.get("sample_size")

@@ -12,6 +12,7 @@ import torch
 
 from bdense.data.datasets import image_shape
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
+from bdense.diffusion.guidance import no_null
 from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.knobs import knobs_of
@@ -158,6 +159,7 @@ def _with_teacher(spec: StudySpec) -> StudySpec:
         teacher.execution = execution(spec)
         _check_images(spec, teacher, known)
         _check_prompts(spec, teacher)
+        _check_guidance(spec, teacher, known)
         method = METHODS[spec.method.name]()
         config = method.Config.read(spec.method.options)
         try:
@@ -327,6 +329,20 @@ def _check_prompts(spec: StudySpec, teacher: NetworkDenoiser) -> None:
             read_prompts(Path(file))
         except InputError as error:
             raise SpecError.under(key, error) from error
+
+
+def _check_guidance(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
+    """Refuse guidance when sampling of students that have learned it, or cannot have it."""
+    if (scale := spec.evaluation.guidance) is None:
+        return
+    learned = spec.method.options.get("guidance_teacher", 1.0)
+    if learned != spec.method.options.get("guidance_student", 1.0):
+        raise InputError(
+            f"evaluation.guidance {scale:g} is for students that were distilled without it, and "
+            f"these learn their teacher's, method.guidance_teacher {learned:g}; drop one of them"
+        )
+    if scale != 1 and not known.get("guidance", teacher.model.has_null_class):
+        raise SpecError.under("evaluation", no_null(scale))
 
 
 def _check_images(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:

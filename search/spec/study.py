@@ -125,6 +125,12 @@ class EvaluationSpec(Knobs):
         "i, from the start again after the last",
         none="the study's prompts",
     )
+    guidance: float | None = knob(
+        None,
+        "classifier-free guidance when sampling, of students that were distilled without: twice "
+        "the network evaluations, unless it is 0 or 1",
+        none="the method's guidance_student",
+    )
 
     def __post_init__(self) -> None:
         Knobs.__post_init__(self)
@@ -492,7 +498,11 @@ class StudySpec(Knobs):
         """
         kept: dict[str, Any] = {
             "numerics": NUMERICS,
-            "evaluation": {"images": self.evaluation.images},
+            "evaluation": {
+                name: value
+                for name in ("images", "guidance")
+                if (value := getattr(self.evaluation, name)) is not None
+            },
             # A table counts by its content, see ``contents``.
             "method": {
                 name: value

@@ -106,6 +106,8 @@ class Evaluator:
             check()
             on_image(done)
 
+        if self.spec.guidance is not None:
+            sampler = replace(sampler, guidance=self.spec.guidance)
         drawn = draw_images(
             denoiser,
             sampler,

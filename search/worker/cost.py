@@ -24,6 +24,7 @@ from bdense.diffusion.branches import export_branch
 from bdense.diffusion.codecs import Codec
 from bdense.diffusion.conditions import Prompts
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
+from bdense.diffusion.guidance import calls
 from bdense.diffusion.sampling import draw_images
 from bdense.errors import InputError, StoppedError, is_out_of_memory
 from bdense.files import atomic_write
@@ -224,6 +225,7 @@ def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
     updates = sum(stage.num_updates for stage in stages)
     drawn = len(stages) * images + intermediate
     evaluations = sum(stage.nfe for stage in stages) * images + stages[0].nfe * intermediate
+    evaluations *= 1 if spec.evaluation.guidance is None else calls(spec.evaluation.guidance)
     stored = _stored_bytes(spec, teacher, known)
     length, points = _one_shot(spec)
     students = f"{len(stages)} students" if len(stages) > 1 else "a student"

@@ -290,7 +290,7 @@ def test_an_output_that_is_a_folder_is_refused_before_the_work(teacher, student,
         assert line == f"--out {tmp_path} is a folder; give the name of a file"
     (tmp_path / "file").write_text("in the way")
     line = refused(bdense("sample", student, "--out", tmp_path / "file" / "x.png"))
-    assert line == f"{tmp_path / 'file'}: File exists"
+    assert line.startswith(f"--out {tmp_path / 'file' / 'x.png'}")
 
 
 def test_a_truncated_checkpoint_is_named(student, tmp_path):

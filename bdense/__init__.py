@@ -4,6 +4,7 @@ The public names, loaded when first used: ``import bdense`` alone does not impor
 """
 
 import importlib
+import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -92,7 +93,13 @@ __all__ = [*_HOME, "NUMERICS"]
 def __getattr__(name: str) -> Any:  # noqa: ANN401  PEP 562
     if name not in _HOME:
         raise AttributeError(f"module 'bdense' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"bdense.{_HOME[name]}"), name)
+    found = getattr(importlib.import_module(f"bdense.{_HOME[name]}"), name)
+    if isinstance(found, types.FunctionType):
+        from bdense.arguments import checked
+
+        found = checked(found)
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:

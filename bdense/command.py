@@ -16,6 +16,8 @@ from bdense.knobs import Knobs, add_options, knob
 DONE, FAILURE = 0, BdenseError.exit_status
 USER_ERROR, INTERRUPTED = InputError.exit_status, StoppedError.exit_status
 
+_LONGEST = 4000  # letters of a line: a message may quote a damaged file
+
 Configs: TypeAlias = tuple[type[Knobs], ...]
 
 
@@ -122,7 +124,9 @@ def run_verb(
         return FAILURE
     except BdenseError as error:
         for line in str(error).splitlines():
-            tell(f"{prog}: {clean(line)}")
+            shown = clean(line)
+            cut = f"{shown[:_LONGEST]} ..." if len(shown) > _LONGEST else shown
+            tell(f"{prog}: {cut}")
         return error.exit_status
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

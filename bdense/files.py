@@ -91,13 +91,25 @@ def require_output(
         if reason:
             raise InputError(f"--out {out} {reason}; choose another name, or add --force")
     place = out if folder else out.parent
-    place.mkdir(parents=True, exist_ok=True)
+    require_writable(place, f"--out {out}: the folder", "choose another")
+
+
+def require_writable(folder: Path, what: str, remedy: str) -> None:
+    """Make a folder, and raise an InputError of ``what`` and ``remedy`` if no file can be made."""
     try:
-        tempfile.TemporaryFile(dir=place).close()
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise InputError(
-            f"--out {out}: the folder cannot be written ({error.strerror}); choose another"
-        ) from error
+        raise InputError(f"{what} cannot be written ({error.strerror}); {remedy}") from error
+
+
+def require_cache(folder: Path) -> None:
+    """Raise an InputError if nothing can be written to a folder of cached results."""
+    require_writable(
+        folder,
+        f"the cache {folder}",
+        "name another folder by --cache (cache in Python; BDENSE_CACHE for bdense-search)",
+    )
 
 
 def _is_in(path: Path, source: Path) -> bool:

@@ -118,6 +118,13 @@ def test_plain_sfd_has_one_weight(teacher, folder):
     assert metadata["sampler"]["schedule"]["kind"] == "logsnr"
 
 
+def test_a_teacher_drawn_by_default_says_with_how_many_evaluations(teacher, student, tmp_path):
+    for model, options, said in ((teacher, (), True), (teacher, ("--nfe", 4), False)):
+        answer = bdense("sample", model, *options, "--images", 1, "--out", tmp_path / "x.png")
+        assert (answer.status, "drawn with 2 network evaluations" in answer.err) == (0, said)
+    assert bdense("sample", student, "--images", 1, "--out", tmp_path / "x.png").err == ""
+
+
 def test_samples_are_one_picture(student, folder):
     def draw(name: str, *options: object) -> Path:
         path = folder / name
@@ -283,7 +290,7 @@ def test_an_output_that_is_a_folder_is_refused_before_the_work(teacher, student,
         assert line == f"--out {tmp_path} is a folder; give the name of a file"
     (tmp_path / "file").write_text("in the way")
     line = refused(bdense("sample", student, "--out", tmp_path / "file" / "x.png"))
-    assert line == f"{tmp_path / 'file'}: File exists"
+    assert line.startswith(f"--out {tmp_path / 'file' / 'x.png'}")
 
 
 def test_a_truncated_checkpoint_is_named(student, tmp_path):

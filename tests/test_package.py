@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import bdense
+from bdense.errors import InputError
+from tests.small import same_weights, small_teacher
 
 
 def modules_after(statement: str) -> set[str]:
@@ -88,3 +91,32 @@ def test_the_public_names_are_listed_and_known_to_type_checkers():
 def test_no_other_names():
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = bdense.nothing
+
+
+SAMPLER = {"num_intervals": 3, "afs": True}
+
+
+@pytest.mark.parametrize(
+    ("call", "argument"),
+    [
+        (lambda: bdense.load_model(3), "load_model: source must be str | Path"),
+        (lambda: bdense.load_dataset(Path("digits")), "load_dataset: spec"),
+        (lambda: bdense.draw_images("student.safetensors", count=4, seed=0), "draw_images: den"),
+        (lambda: bdense.Sampler(**SAMPLER | {"num_intervals": 2.5}), "Sampler: num_intervals"),
+        (lambda: bdense.Sampler(**SAMPLER, solver="euler"), "Sampler: solver"),
+        (lambda: bdense.Schedule(rho="7"), "Schedule: rho must be float, got str"),
+        (lambda: bdense.Inputs(dataset="digits"), "Inputs: dataset must be Dataset | None"),
+        (lambda: bdense.FixedWeights([1, 1]), "FixedWeights: values"),
+        (lambda: bdense.LogLinearWeights(a=True), "LogLinearWeights: a"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_an_argument_of_a_wrong_type_is_named(call, argument):
+    with pytest.raises(InputError, match=re.escape(argument)):
+        call()
+
+
+def test_a_text_stands_for_a_path(tmp_path):
+    path = str(tmp_path / "a.safetensors")
+    bdense.save_denoiser(path, teacher := small_teacher(), {})
+    assert same_weights(bdense.load_denoiser(path)[0], teacher)

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bdense.arguments import require_types
 from bdense.diffusion.codecs import Codec
 from bdense.diffusion.conditions import Conditions
 from bdense.diffusion.ddpm import DDPMSchedule, DiscreteSchedule
@@ -59,6 +60,7 @@ class Sampler:
     guidance: float = 1.0
 
     def __post_init__(self) -> None:
+        require_types(self)
         self.solver.require_intervals(self.num_intervals)
         if self.num_intervals > _MOST_INTERVALS:
             raise InputError(
@@ -299,6 +301,8 @@ def to_uint8(images: Tensor) -> Tensor:
 
 def image_grid(images: Tensor, columns: int) -> Tensor:
     """Tile uint8 images [n, C, H, W] row by row into one picture [H', W', 3 or 1 channels]."""
+    if images.dtype != torch.uint8:
+        raise InputError(f"a picture is made of uint8 images, got {images.dtype}; see to_uint8")
     if columns < 1:
         raise InputError(f"columns must be at least 1, got {columns}")
     n, c, h, w = images.shape

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from bdense.arguments import require_types
 from bdense.errors import InputError
 
 # VP schedule: the smallest time of the continuous process (Song et al. 2021, appendix C).
@@ -58,6 +59,7 @@ class Schedule:
     sigma_max: float = 80.0
 
     def __post_init__(self) -> None:
+        require_types(self)
         self._require_kind()
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
             raise InputError(

@@ -251,6 +251,11 @@ def distill(
             run; names the differing keys.
         NonFiniteLossError: A stage diverged; those before it stay.
     """
+    if not isinstance(config, method.Config):
+        raise InputError(
+            f"config must be a {method.Config.__name__} of the method {method.name}, got "
+            f"{type(config).__name__}; {method.Config.__name__}.read takes a mapping"
+        )
     method.check(config, teacher, inputs.known)
     plans = method.plan(config, teacher)
     if len({plan.nfe for plan in plans}) < len(plans):

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias
 
+from bdense.arguments import require_types
 from bdense.data.datasets import Dataset
 from bdense.diffusion.conditions import Conditions
 from bdense.diffusion.denoiser import NetworkDenoiser
@@ -125,6 +126,9 @@ class Inputs:
     recordings: Recordings | None = None
     known: Mapping[str, Any] = field(default_factory=dict)
     conditions: Conditions | None = None
+
+    def __post_init__(self) -> None:
+        require_types(self)
 
     def require_dataset(self, method: str) -> Dataset:
         """The data set.

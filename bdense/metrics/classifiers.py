@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from bdense.data.datasets import load_dataset
 from bdense.errors import CheckpointError, InputError, ShapeError
-from bdense.files import file_lock
+from bdense.files import file_lock, require_cache
 from bdense.models.store import load_tensors, save_tensors
 from bdense.randomness import Stream, generator, one_thread, seeded
 
@@ -97,8 +97,9 @@ def classifier_checkpoint(name: str, cache: Path) -> tuple[Path, dict[str, Any]]
     """The file in ``cache`` of one of ``RECIPES``, trained if missing, and its metadata.
 
     Raises:
-        InputError: The data set is missing and cannot be downloaded.
+        InputError: The data set is missing and cannot be downloaded, or the cache not written.
     """
+    require_cache(Path(cache))
     path = Path(cache) / f"{name}-{_RECIPE}.safetensors"
     with file_lock(path.with_suffix(".lock")):
         if not path.exists():

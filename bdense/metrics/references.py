@@ -20,7 +20,14 @@ from bdense.data.datasets import Dataset
 from bdense.data.names import split_format
 from bdense.errors import CheckpointError, InputError, NonFiniteError, ShapeError
 from bdense.execution import exact_products
-from bdense.files import atomic_write, file_lock, require_no_page, sha256_file, unpacked_bound
+from bdense.files import (
+    atomic_write,
+    file_lock,
+    require_cache,
+    require_no_page,
+    sha256_file,
+    unpacked_bound,
+)
 from bdense.metrics.extractors import Extractor
 from bdense.models.store import load_tensors, save_tensors
 
@@ -148,10 +155,12 @@ def dataset_reference(
 
     Raises:
         CheckpointError: A cached file cannot be read.
+        InputError: The cache cannot be written.
     """
     name = f"{dataset.name}-{dataset.sha256[:16]}-{extractor.sha256[:16]}"
     statistics_path = Path(cache) / "statistics" / f"{name}.npz"
     features_path = Path(cache) / "features" / f"{name}.safetensors"
+    require_cache(Path(cache))
     with file_lock(statistics_path.with_suffix(".lock")):
         have_statistics, have_features = statistics_path.exists(), features_path.exists()
         if not have_statistics or (with_features and not have_features):

@@ -66,7 +66,9 @@ class PublicFile:
             return fetch(self.url, self.path, what=self.name, sha256=self.sha256, size=self.size)
         except InputError as error:
             # A file given by path is not compared with the published one.
-            raise InputError(f"{error}, or give a file by its path") from error
+            raise InputError(
+                f"{error}, or give a file by its path (BDENSE_CHECKPOINTS names another folder)"
+            ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +160,10 @@ def downloaded_checkpoint(url: str, what: str, sha256: str | None = None) -> Pat
     Raises:
         InputError: As in ``fetch``.
     """
-    return fetch(url, checkpoint_path(url), what=f"the {what} weights", sha256=sha256)
+    try:
+        return fetch(url, checkpoint_path(url), what=f"the {what} weights", sha256=sha256)
+    except InputError as error:
+        raise InputError(f"{error} (TORCH_HOME names another folder)") from error
 
 
 def checkpoint_path(url: str) -> Path:

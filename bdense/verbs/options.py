@@ -23,7 +23,8 @@ _MODEL = (
     "name of a public checkpoint, which is downloaded (`bdense convert --help` lists the names)"
 )
 _EXTRACTORS = (
-    "inception[:FILE], dinov2[:FILE], torchscript:FILE (uint8 [B,3,H,W] to [B,d]), "
+    "inception[:FILE], dinov2[:FILE], torchscript:FILE (uint8 [B,3,H,W] to [B,d]; "
+    "it is a program, which runs: trust its source), "
     "digits-classifier, fashion-mnist-classifier or cifar10-classifier"
 )
 # Images of a FID, as papers count them.

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeAlias, cast
 
+from bdense.arguments import require_types
 from bdense.errors import InputError
 from bdense.knobs import KnobError, Knobs, knob
 from bdense.weights.rules import GRADIENT_RULES, SCALE_RULES, Rule, require_strength
@@ -620,6 +621,7 @@ class LogLinearWeights:
     b: float = 0.0
 
     def __post_init__(self) -> None:
+        require_types(self)
         for name in ("a", "b"):
             if not math.isfinite(getattr(self, name)):
                 raise InputError(

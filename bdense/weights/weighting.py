@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from bdense.arguments import require_types
 from bdense.errors import InputError
 from bdense.knobs import KnobError
 from bdense.weights.rules import GRADIENT_RULES, RULES, require_strength
@@ -85,6 +86,7 @@ class FixedWeights:
     values: Tensor
 
     def __post_init__(self) -> None:
+        require_types(self)
         # Converted here once, not at every update.
         object.__setattr__(self, "values", self.values.double())
         usable = (self.values >= 0) & self.values.isfinite()

@@ -108,7 +108,8 @@ class EvaluationSpec(Knobs):
     images: int = knob(50_000, "images drawn of each student", low=2)
     extractor: str = knob(
         "inception",
-        "feature network: inception, dinov2, torchscript:FILE, or a small classifier trained once "
+        "feature network: inception, dinov2, torchscript:FILE (a program, which each worker runs: "
+        "trust its source), or a small classifier trained once "
         "here (digits-, fashion-mnist-, cifar10-classifier)",
     )
     batch: int = knob(128, "images drawn at a time", low=1)

@@ -35,9 +35,16 @@ from search.storage.engine import (
     runs_folder,
     sqlite_file,
 )
-from search.storage.leases import LEASE, RELEASED, STUDIES, TRIALS, RunningRow, database_clock
+from search.storage.leases import (
+    LEASE,
+    RELEASED,
+    STUDIES,
+    SYSTEM_ATTRIBUTES,
+    TRIALS,
+    RunningRow,
+    database_clock,
+)
 from search.storage.ledger import Ledger
-from search.storage.queries import SYSTEM_ATTRIBUTES
 from search.storage.schema import require_schema
 from search.study.artifacts import artifact_store, artifacts_place, is_stored
 from search.study.folders import named_file, row_folder
@@ -50,6 +57,7 @@ from search.study.retention import (
     kept_students,
 )
 from search.study.study import BASELINES_SUFFIX, FINGERPRINT, Study
+from search.study.summary import foreign_rows
 
 Level: TypeAlias = Literal["ok", "warning", "problem", "mended"]
 
@@ -306,6 +314,12 @@ def conditions(of: Subject) -> Findings:
         )
 
 
+def foreign(of: Subject) -> Findings:
+    """Whether another program added rows."""
+    if rows := foreign_rows(of.ledger):
+        yield Finding("warning", rows, "add points by: bdense-search enqueue")
+
+
 def versions(of: Subject) -> Findings:
     """Whether rows were measured by different versions of packages."""
     for line in of.ledger.differing_versions():
@@ -442,6 +456,7 @@ STORAGE: dict[str, Callable[[str, RDBStorage], Findings]] = {
 STUDY: dict[str, Callable[[Subject], Findings]] = {
     "leases": leases,
     "conditions": conditions,
+    "foreign rows": foreign,
     "versions": versions,
     "files": files,
     "leftovers": leftovers,

@@ -13,7 +13,7 @@ from search.report.dashboard import dashboard_application
 from search.report.prometheus import mount
 from search.spec.space import search_space
 from search.storage.engine import open_reading, open_storage
-from search.storage.leases import OUT_OF_BOUNDS
+from search.storage.leases import ENDED, OUT_OF_BOUNDS
 from search.storage.ledger import Ledger
 from search.study.study import BASELINES_SUFFIX, Study
 from tests.contracts.scene import take
@@ -148,7 +148,8 @@ def test_values_of_given_arms_are_no_best(url, method):
 def test_an_infinite_value_is_not_the_best(url):
     ledger = Ledger.open(url, "digits", budget=3)
     for value in (-math.inf, 12.0):
-        ledger.study.add_trial(optuna.trial.create_trial(value=value))
+        own = {ENDED: True}
+        ledger.study.add_trial(optuna.trial.create_trial(value=value, system_attrs=own))
     assert of_study(samples(url), "digits")[("best_fid",)] == 12.0
 
 

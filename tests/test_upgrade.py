@@ -420,6 +420,7 @@ def planted(either_url, in_one_process) -> str:
                 params={"method": method},
                 distributions={"method": methods},
                 value=7.0,
+                user_attrs={"fingerprint": "f"},
                 system_attrs={"fixed_params": {"method": method}},
             )
         )
@@ -451,7 +452,7 @@ def planted(either_url, in_one_process) -> str:
             distributions=row,
             value=1.0,
             intermediate_values={8: 3.0, 4: 2.0, 2: 1.0},
-            user_attrs={"method": "uniform", "arm": "uniform weights"},
+            user_attrs={"method": "uniform", "arm": "uniform weights", "fingerprint": "f"},
         )
     )
     return url

@@ -62,10 +62,33 @@ STATE = sa.cast(TRIALS.c.state, sa.String)
 USER_ATTRIBUTES = sa.table(
     "trial_user_attributes", *map(sa.column, ("trial_id", "key", "value_json"))
 )
-LEFT_OUT = sa.exists().where(
-    USER_ATTRIBUTES.c.trial_id == TRIALS.c.trial_id,
-    USER_ATTRIBUTES.c.key.in_((OUT_OF_BOUNDS, SURPLUS)),
+SYSTEM_ATTRIBUTES = sa.table(
+    "trial_system_attributes", *map(sa.column, ("trial_id", "key", "value_json"))
 )
+# System attributes of the trials that bdense-search began, and of those that it finished.
+BEGUN, ENDED = "bdense:begun", "bdense:ended"
+# User attributes, one of which has each trial that a version without these finished.
+ENDED_BEFORE = ("fingerprint", "reason", OUT_OF_BOUNDS, SURPLUS)
+
+
+def _has(table: sa.TableClause, *keys: str) -> sa.ColumnElement[bool]:
+    there = (table.c.trial_id == TRIALS.c.trial_id, table.c.key.in_(keys))
+    return sa.exists(sa.select(1).where(*there).correlate(TRIALS))
+
+
+# Trials that something else began or finished, as ``study.add_trial`` does: they count nowhere.
+FOREIGN = sa.case(
+    (STATE == "WAITING", sa.false()),
+    (
+        STATE == "RUNNING",
+        ~sa.or_(
+            _has(SYSTEM_ATTRIBUTES, BEGUN),
+            sa.exists(sa.select(1).where(LEASE.c.trial_id == TRIALS.c.trial_id).correlate(TRIALS)),
+        ),
+    ),
+    else_=~sa.or_(_has(SYSTEM_ATTRIBUTES, ENDED), _has(USER_ATTRIBUTES, *ENDED_BEFORE)),
+)
+LEFT_OUT = sa.or_(_has(USER_ATTRIBUTES, OUT_OF_BOUNDS, SURPLUS), FOREIGN)
 STUDIES = sa.table("studies", *map(sa.column, ("study_id", "study_name")))
 STUDY_ATTRIBUTES = sa.table(
     "study_user_attributes", *map(sa.column, ("study_id", "key", "value_json"))
@@ -183,7 +206,7 @@ class Leases:
                 *LEASE.c,
             )
             .select_from(TRIALS.outerjoin(LEASE, LEASE.c.trial_id == TRIALS.c.trial_id))
-            .where(TRIALS.c.study_id == self._study_id, STATE == "RUNNING")
+            .where(TRIALS.c.study_id == self._study_id, STATE == "RUNNING", ~FOREIGN)
             .order_by(TRIALS.c.number)
         )
         return [self._running_row(row) for row in rows.mappings()]

@@ -10,7 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
-from search.storage.leases import LEFT_OUT, STATE, STUDIES, STUDY_ATTRIBUTES, TRIALS
+from search.storage.leases import FOREIGN, LEFT_OUT, STATE, STUDIES, STUDY_ATTRIBUTES, TRIALS
 from search.storage.queries import KIND_OF_VALUE, VALUES, Counts
 
 _BUDGET = "budget"  # every study that bdense-search made has one
@@ -105,7 +105,7 @@ def _best(connection: sa.Connection) -> dict[int, float]:
     rows = connection.execute(
         sa.select(TRIALS.c.study_id, sa.func.min(VALUES.c.value).label("value"))
         .select_from(TRIALS.join(VALUES, VALUES.c.trial_id == TRIALS.c.trial_id))
-        .where(STATE == "COMPLETE", VALUES.c.objective == 0, KIND_OF_VALUE == "FINITE")
+        .where(STATE == "COMPLETE", VALUES.c.objective == 0, KIND_OF_VALUE == "FINITE", ~FOREIGN)
         .group_by(TRIALS.c.study_id)
     )
     return {row.study_id: row.value for row in rows}

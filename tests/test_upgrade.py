@@ -488,7 +488,8 @@ def test_rows_of_either_database_are_rewritten(planted):
     (row,) = promoted.given.study.trials
     assert row.params == {"arm": 1, "seed": 0, "variant": 0}
     assert row.intermediate_values == {0: 3.0, 1: 2.0, 2: 1.0}
-    assert row.user_attrs == {"arm": "uniform weights"}
+    fingerprint = promoted.spec.fingerprint()
+    assert row.user_attrs == {"arm": "uniform weights", "fingerprint": fingerprint}
 
 
 def is_finished_as_before(url: str, name: str) -> None:

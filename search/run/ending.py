@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, Self
 
+from search.errors import StorageRefusedError
 from search.log import say
 from search.storage.engine import one_line
 from search.storage.ledger import Ledger
@@ -92,6 +93,9 @@ class Ending:
                     # The workers see the request by themselves.
                     self._timer.start() if self._rows_run else self._end_now()
                     return
+            except StorageRefusedError:  # ``run`` meets it too, and says so
+                self._end_now()
+                return
             except Exception as error:  # noqa: BLE001  the database may come back
                 _log.warning("cannot read stop requests: %s", one_line(error))
 

@@ -25,6 +25,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from bdense.files import file_lock
 from search.errors import StorageError, StorageFullError, StorageRefusedError
+from search.storage.leases import add_clock
 from search.storage.mounts import refuse_network_file_system
 
 _log = logging.getLogger(__name__)
@@ -280,6 +281,7 @@ def _cause(error: BaseException) -> BaseException:
 def _connect_for_writing(*args: Any, **kwargs: Any) -> sqlite3.Connection:  # noqa: ANN401
     """A connection as sqlite3 makes it, which checks foreign keys: SQLite does so on request."""
     connection = sqlite3.Connection(*args, **kwargs)
+    add_clock(connection)
     connection.execute("PRAGMA foreign_keys = ON")
     return connection
 
@@ -291,6 +293,7 @@ def _connect_for_reading(database: str, **kwargs: Any) -> sqlite3.Connection:  #
     process of this user's rights writes, and a database whose log is empty is read as it is.
     """
     connection = sqlite3.Connection(database, **kwargs)
+    add_clock(connection)
     connection.execute("PRAGMA query_only = ON")
     try:
         connection.execute("SELECT 1 FROM sqlite_master").close()
@@ -300,7 +303,8 @@ def _connect_for_reading(database: str, **kwargs: Any) -> sqlite3.Connection:  #
         if log.exists() and log.stat().st_size:
             raise
         address = f"file:{urllib.parse.quote(database)}?mode=ro&immutable=1"
-        return sqlite3.Connection(address, **kwargs | {"uri": True})
+        connection = sqlite3.Connection(address, **kwargs | {"uri": True})
+        add_clock(connection)
     return connection
 
 
@@ -315,7 +319,31 @@ def _open_sqlite(make: Callable[..., RDBStorage], path: Path, *, reading: bool) 
     with file_lock(Path(f"{path}.lock")):
         # The switch to WAL ignores the busy timeout, so it is done once, under the lock.
         _switch_to_wal(path)
-        return make(engine_kwargs=engine)
+        storage = make(engine_kwargs=engine)
+    _watch_file(storage.engine, path)
+    return storage
+
+
+def _watch_file(engine: Engine, path: Path) -> None:
+    """Refuse to go on in a database whose file was deleted or replaced since it was opened."""
+
+    def identity() -> tuple[int, int] | None:
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            return None
+        return found.st_dev, found.st_ino
+
+    opened = identity()
+
+    def check(*_: object) -> None:
+        if identity() != opened:
+            raise StorageRefusedError(
+                f"the study database {path} was deleted or replaced while it was in use, so that "
+                "nothing more can be stored; put it back, or launch the study again"
+            )
+
+    sqlalchemy.event.listen(engine, "checkout", check)
 
 
 def _switch_to_wal(path: Path) -> None:

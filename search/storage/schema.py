@@ -27,7 +27,7 @@ from search.storage.engine import (
     redact,
     sqlite_file,
 )
-from search.storage.leases import LEASE, RELEASED, database_clock
+from search.storage.leases import LEASE, RELEASED, wall_clock
 
 # Raise it with every change of the tables below, and handle old ones in ``upgrade``.
 SCHEMA = 1
@@ -228,7 +228,7 @@ def _held(engine: sa.Engine) -> int:
         return connection.execute(
             sa.select(sa.func.count())
             .select_from(leases)
-            .where(expires > database_clock(engine), expires != RELEASED)
+            .where(expires > wall_clock(engine), expires != RELEASED)
         ).scalar_one()
 
 

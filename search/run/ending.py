@@ -79,14 +79,16 @@ class Ending:
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         if self.interrupted or self._at_once() or not self._rows_run or self._timer.is_alive():
             raise KeyboardInterrupt
+        # All else is the thread's: here the main thread may be writing, or hold a lock.
         self._interrupted.set()
-        self._timer.start()
-        say("\nending: workers save what they have; Ctrl-C again ends at once")
 
     def _watch(self) -> None:
         while not self._over.wait(POLL_SECONDS):
             try:
                 if self.interrupted:
+                    if not self._timer.is_alive():
+                        self._timer.start()
+                        say("\nending: workers save what they have; Ctrl-C again ends at once")
                     ask_workers(self._ledgers, self._launch)
                     return
                 if is_asked(self._ledgers, self._launch):

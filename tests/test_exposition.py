@@ -15,6 +15,7 @@ from search.spec.space import search_space
 from search.storage.engine import open_reading, open_storage
 from search.storage.leases import ENDED, OUT_OF_BOUNDS
 from search.storage.ledger import Ledger
+from search.study.catalogue import list_studies
 from search.study.study import BASELINES_SUFFIX, Study
 from tests.contracts.scene import take
 from tests.measured import created, finish
@@ -134,6 +135,15 @@ def test_an_empty_database_and_an_empty_study(url):
     assert {key[0]: value for key, value in of_study(found, "digits").items() if value} == {
         "trials_planned": 4
     }
+
+
+def test_a_database_of_optuna_alone_is_said_to_be_one(url):
+    storage = open_storage(url)
+    optuna.create_study(study_name="theirs", storage=storage).ask()
+    application = mount(lambda *_: [], storage)
+    status, _, said = answer_of(application, "GET", "/metrics")
+    assert (status, b"no study" in said) == (404, True)
+    assert list_studies(url) == []
 
 
 @pytest.mark.parametrize("method", ["sfd", "progressive"])

@@ -399,7 +399,9 @@ def cannot_use(error: Exception) -> InputError:
             f"Ray at {where} asks for a token, and the one here is missing or wrong; set {TOKEN}, "
             "to the same as on its head"
         )
-    advice = "check RAY_ADDRESS, or unset it" if address else "see Ray's own logs"
+    scratch = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    logs = f"see Ray's own logs in {scratch}/ray/session_latest/logs"
+    advice = "check RAY_ADDRESS, or unset it" if address else logs
     if "version mismatch" in said.lower():
         advice = "install the cluster's versions of Ray and Python here"
     return InputError(f"Ray cannot be used at {where}: {said}; {advice}")

@@ -44,10 +44,6 @@ ANSWER_SECONDS = 30
 # The server ends a transaction whose process is frozen or cut off for this long; otherwise others
 # would wait for its locks for ever. Samplers compute, and Optuna loads trials, in a transaction.
 FROZEN_SECONDS = 120
-_WITHOUT_RIGHTS = (
-    "the user may not do that: let the database's owner run bdense-search storage "
-    "init, with --writer or --reader for this user"
-)
 _AGAIN = "check that it runs, then run the same command again: it continues"
 UPGRADE = "end its workers, then renew them by: bdense-search storage upgrade"
 
@@ -72,8 +68,14 @@ _TURNED_AWAY = re.compile(
     r"|(?:role|database) \".*\" does not exist",
     re.IGNORECASE,
 )
-# insufficient_privilege, read_only_sql_transaction
-_LACKING_RIGHTS = ("42501", "25006")
+# By the server's error code: insufficient_privilege, read_only_sql_transaction.
+_REFUSALS = {
+    "42501": "the user may not do that: let the database's owner run bdense-search storage "
+    "init, with --writer or --reader for this user",
+    "25006": "transactions are read-only here: use the primary server if this is a standby, or a "
+    "user that may write (bdense-search storage init, with --writer), or else reset "
+    "default_transaction_read_only, which server, database, user or PGOPTIONS set to on",
+}
 
 # A text that is one URL, well-formed or not, may have blanks in its password.
 _WHOLE_URL_PASSWORD = re.compile(
@@ -215,8 +217,8 @@ def retrying(call: Callable[[], _T], *, patience_seconds: float = 300.0) -> _T:
         except (SQLAlchemyError, StorageInternalError) as error:
             if is_full(error):
                 raise as_storage_error(error) from None
-            if lacks_rights(error):
-                raise StorageRefusedError(f"{one_line(error)}; {_WITHOUT_RIGHTS}") from None
+            if refused := _refusal_of(error):
+                raise StorageRefusedError(f"{one_line(error)}; {refused}") from None
             if not is_transient(error):
                 raise
             message = one_line(error)
@@ -450,7 +452,7 @@ def _is_final(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
     if isinstance(error, DBAPIError):
-        return lacks_rights(error) or bool(_TURNED_AWAY.search(str(error.orig)))
+        return bool(_refusal_of(error)) or bool(_TURNED_AWAY.search(str(error.orig)))
     return isinstance(error, RuntimeError)  # tables of another version of Optuna
 
 
@@ -459,8 +461,8 @@ def _advice(url: URL, error: BaseException, said: str) -> str:
         # Optuna names its own upgrade command if the tables are old.
         is_old = "storage upgrade" in said
         return f"for a study database: {UPGRADE}" if is_old else "update optuna and bdense here"
-    if lacks_rights(error):
-        return _WITHOUT_RIGHTS
+    if refused := _refusal_of(error):
+        return refused
     if url.drivername in _SQLITE_NAMES:
         return "check that the folder can be written, the disk has room and the file is a database"
     return (
@@ -469,6 +471,7 @@ def _advice(url: URL, error: BaseException, said: str) -> str:
     )
 
 
-def lacks_rights(error: BaseException) -> bool:
-    """Whether the server refused a statement because of missing rights."""
-    return getattr(getattr(_cause(error), "orig", None), "pgcode", None) in _LACKING_RIGHTS
+def _refusal_of(error: BaseException) -> str:
+    """What to do where the server refused a statement; "" of other errors."""
+    code = getattr(getattr(_cause(error), "orig", None), "pgcode", None)
+    return _REFUSALS.get(str(code), "")

@@ -12,6 +12,7 @@ from optuna.trial import TrialState
 
 from search.storage.leases import FOREIGN, LEFT_OUT, STATE, STUDIES, STUDY_ATTRIBUTES, TRIALS
 from search.storage.queries import KIND_OF_VALUE, VALUES, Counts
+from search.storage.schema import has_tables
 
 _BUDGET = "budget"  # every study that bdense-search made has one
 
@@ -42,7 +43,7 @@ class StoredStudy:
 
 
 def read_studies(engine: sa.Engine, attributes: Collection[str] = ()) -> list[StoredStudy]:
-    """The studies that bdense-search made in a database, by name.
+    """The studies that bdense-search made in a database, by name; none in one of Optuna's alone.
 
     Args:
         engine: The database.
@@ -51,6 +52,8 @@ def read_studies(engine: sa.Engine, attributes: Collection[str] = ()) -> list[St
     Raises:
         SQLAlchemyError: The database does not answer.
     """
+    if not has_tables(engine):
+        return []
     with engine.connect() as connection:
         names = {row.study_id: row.study_name for row in connection.execute(sa.select(STUDIES))}
         stored = _attributes(connection, {_BUDGET, *attributes})

@@ -433,10 +433,10 @@ def add_options(
 ) -> None:
     """An option for each knob of these classes, under their headings.
 
-    ``num_steps`` becomes --num-steps, a bool --name and --no-name, a tuple takes several words,
-    and "none" stands for None. A nested class gives an option for each of its knobs, and its
-    ``name`` or ``kind`` is spelt as the class. Mappings are for files alone. What is not given is
-    absent from the namespace, which ``from_options`` reads.
+    ``num_steps`` becomes --num-steps, a bool --name and --no-name, a tuple takes words between
+    commas or spaces, and "none" stands for None. A nested class gives an option for each of its
+    knobs, and its ``name`` or ``kind`` is spelt as the class. Mappings are for files alone. What
+    is not given is absent from the namespace, which ``from_options`` reads.
 
     Args:
         parser: A command's.
@@ -500,6 +500,8 @@ def _put(tree: dict[str, Any], name: str, known: Knob, given: Any) -> None:  # n
         tree = tree.setdefault(each, {})
     try:
         words = given.split(",") if known.form == "commas" else given
+        if isinstance(given, list) and known.form is None:  # 2,3 or 2 3
+            words = [part for word in given for part in word.split(",") if part]
         tree[last] = words if isinstance(words, bool) else known.parse(words)
     except KnobError as error:
         raise KnobError(name, error.problem) from error

@@ -6,12 +6,13 @@ set -u
 CLUSTER_LOST=75   # search.errors.ClusterLostError
 PATIENCE=${PATIENCE:-300} PAUSE=${PAUSE:-10}   # seconds
 
+ended= child= joined=$(date +%s)
+trap 'ended=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null' TERM INT
+
 become_the_command() {   # by exec: the process in the background is the command itself, and gets the signals
     if [ $# -gt 0 ]; then exec bdense-search "$@"; else exec bdense-search launch "$STUDY" ${LAUNCH_OPTIONS:-}; fi
 }
 
-ended= child= joined=$(date +%s)
-trap 'ended=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null' TERM INT
 while [ -z "$ended" ]; do
     ray stop --force > /dev/null 2>&1
     if ray-node.sh driver > /tmp/ray-start.log 2>&1; then
@@ -19,6 +20,7 @@ while [ -z "$ended" ]; do
         export RAY_ADDRESS=ray-head:6379
         become_the_command "$@" &
         child=$!
+        if [ -n "$ended" ]; then kill -TERM "$child" 2>/dev/null; fi   # the signal came before its number was known
         # A signal to this shell ends a wait early.
         while wait "$child"; status=$?; kill -0 "$child" 2>/dev/null; do :; done
         child= joined=$(date +%s)

@@ -9,6 +9,7 @@ from types import FrameType
 
 from bdense import command
 from bdense.command import Force, Verb, run_verb
+from search.errors import INTERRUPTED
 from search.log import say, start_logging
 from search.storage.engine import DATABASE_ERRORS, as_storage_error, redact, resolve_storage_url
 from search.storage.stop_flags import CONTINUE
@@ -180,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_verb(
         "bdense-search",
         call,
-        on_interrupt="interrupted; nothing is lost: run the same command again to continue",
+        on_interrupt=INTERRUPTED,
         clean=redact,
         tell=say,
     )

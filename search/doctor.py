@@ -24,6 +24,7 @@ from optuna.trial import TrialState
 
 from bdense.errors import BdenseError
 from search.errors import StorageError, UnknownStudyError
+from search.run.ray_folders import ray_folder_problems
 from search.spec.study import StudySpec
 from search.storage.engine import (
     DATABASE_ERRORS,
@@ -35,10 +36,17 @@ from search.storage.engine import (
     runs_folder,
     sqlite_file,
 )
-from search.storage.leases import LEASE, RELEASED, STUDIES, TRIALS, RunningRow, database_clock
+from search.storage.leases import (
+    LEASE,
+    RELEASED,
+    STUDIES,
+    SYSTEM_ATTRIBUTES,
+    TRIALS,
+    RunningRow,
+    database_clock,
+)
 from search.storage.ledger import Ledger
-from search.storage.queries import SYSTEM_ATTRIBUTES
-from search.storage.schema import require_schema
+from search.storage.schema import read_only_by_default, require_schema
 from search.study.artifacts import artifact_store, artifacts_place, is_stored
 from search.study.folders import named_file, row_folder
 from search.study.retention import (
@@ -50,6 +58,7 @@ from search.study.retention import (
     kept_students,
 )
 from search.study.study import BASELINES_SUFFIX, FINGERPRINT, Study
+from search.study.summary import foreign_rows
 
 Level: TypeAlias = Literal["ok", "warning", "problem", "mended"]
 
@@ -174,7 +183,9 @@ def gpus_here() -> list[str]:
 
 
 def ray_cluster() -> Findings:
-    """Whether the cluster of RAY_ADDRESS answers."""
+    """Whether the cluster of RAY_ADDRESS answers, or a Ray of this machine's own could start."""
+    for problem in ray_folder_problems():
+        yield Finding("problem", problem)
     if not (address := os.environ.get("RAY_ADDRESS")):
         return
     try:
@@ -264,6 +275,8 @@ def rights(url: str, storage: RDBStorage) -> Findings:
             ]
             if connection.exec_driver_sql("SELECT pg_is_in_recovery()").scalar_one():
                 lacking = ["the primary server: this is a standby"]
+            elif read_only_by_default(connection):
+                lacking.append("a default_transaction_read_only of off, which is on here")
         who = f"user {user} lacks"
         advice = "launch as another user, or ask for: bdense-search storage init --writer"
     if lacking:
@@ -304,6 +317,12 @@ def conditions(of: Subject) -> Findings:
             f"({expected}): it would be refused as a worker",
             "use the version that launched it, and restore its teacher and data",
         )
+
+
+def foreign(of: Subject) -> Findings:
+    """Whether another program added rows."""
+    if rows := foreign_rows(of.ledger):
+        yield Finding("warning", rows, "add points by: bdense-search enqueue")
 
 
 def versions(of: Subject) -> Findings:
@@ -442,6 +461,7 @@ STORAGE: dict[str, Callable[[str, RDBStorage], Findings]] = {
 STUDY: dict[str, Callable[[Subject], Findings]] = {
     "leases": leases,
     "conditions": conditions,
+    "foreign rows": foreign,
     "versions": versions,
     "files": files,
     "leftovers": leftovers,

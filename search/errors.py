@@ -3,6 +3,8 @@
 from bdense.errors import BdenseError, InputError
 from bdense.knobs import KnobError
 
+INTERRUPTED = "interrupted; nothing is lost: run the same command again to continue"
+
 
 class StorageError(InputError):
     """The study database cannot be reached, opened or written; the message holds no password."""

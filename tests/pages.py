@@ -7,7 +7,7 @@ from typing import Any
 
 
 def answer_of(
-    application: Any, method: str, path: str, body: object = None
+    application: Any, method: str, path: str, body: object = None, **headers: str
 ) -> tuple[int, dict[str, str], bytes]:
     """Status, headers with lower-case names, and content, unzipped, of one request."""
     content = b"" if body is None else json.dumps(body).encode()
@@ -22,6 +22,7 @@ def answer_of(
         "wsgi.errors": io.StringIO(),
         "wsgi.input": io.BytesIO(content),
         "wsgi.url_scheme": "http",
+        **headers,
     }
     answers: list[Any] = []
     text = b"".join(application(environ, lambda *answer: answers.append(answer)))

@@ -342,8 +342,8 @@ def test_every_study_that_comes_along_runs_dry(path, tmp_path, monkeypatch, caps
     study = read(path)
     dry_run(study, None)
     out = capsys.readouterr().out
-    assert out.startswith(f"name: {study.name}\n")
-    assert f"# fingerprint {study.fingerprint()}\n" in out
+    assert out.startswith("# rows: ")
+    assert f"# fingerprint {study.fingerprint()}\nname: {study.name}\n" in out
     if study.teacher.checkpoint in CHECKPOINTS:
         assert out.count("# download: ") == 3  # teacher, reference and Inception's weights
         assert CHECKPOINTS[study.teacher.checkpoint].licence == EDM_LICENCE

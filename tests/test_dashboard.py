@@ -27,6 +27,7 @@ from search.report.dashboard import (
 from search.spec.space import search_space
 from search.storage.engine import open_reading, open_storage
 from search.storage.ledger import Ledger
+from search.storage.studies import read_studies
 from search.study.artifacts import FolderStore, attach
 from tests.pages import answer_of
 from tests.studies import spec
@@ -106,6 +107,20 @@ def test_no_request_changes_a_study(study):
         status, answer = ask(application, method, path.format(key=study.key), body)
         assert (status, "--writable" in answer["reason"]) == (403, True), path
         assert study.contents() == before, path
+
+
+def test_a_change_is_asked_for_by_the_dashboards_own_page(study):
+    """A page of another site may send the browser here too."""
+    application = addressed_here(study.application(writable=True), 8080)
+    method, path, body = WRITES[0]
+    asked = (application, method, path.format(key=study.key), body)
+    before = study.contents()
+    here = {"HTTP_HOST": "127.0.0.1:8080"}
+    for origin in ("https://elsewhere.example", "null", "http://localhost:8081"):
+        assert answer_of(*asked, **here, HTTP_ORIGIN=origin)[0] == 403
+        assert study.contents() == before
+    assert answer_of(*asked, **here, HTTP_ORIGIN="http://127.0.0.1:8080")[0] < 300
+    assert not read_studies(open_storage(study.url).engine)
 
 
 def test_every_route_of_the_dashboard_is_known(study):

@@ -8,6 +8,7 @@ from optuna.samplers import RandomSampler
 
 from bdense.errors import InputError
 from search import cli
+from search.doctor import rights
 from search.errors import StorageError, StorageRefusedError
 from search.storage.engine import (
     open_reading,
@@ -140,6 +141,31 @@ def test_a_newer_versions_tables_are_left_alone(url, refusal):
         with pytest.raises(StorageError, match=r"newer bdense \(version 7, .* update bdense here"):
             refused(url)
     assert version(url) == [7]
+
+
+def test_a_table_of_another_program_is_named_and_stays(either_url):
+    """``storage upgrade`` would drop old ones of ours."""
+    open_storage(either_url).engine.dispose()
+    execute(either_url, "CREATE TABLE bdense_lease (flat INTEGER, tenant TEXT)")
+    execute(either_url, "INSERT INTO bdense_lease VALUES (7, 'B. Dense')")
+    for call in (lambda: Ledger.open(either_url, "digits", budget=1), lambda: upgrade(either_url)):
+        with pytest.raises(StorageRefusedError, match=r"bdense_lease .*flat, tenant"):
+            call()
+    with open_storage(either_url).engine.connect() as connection:
+        kept = connection.exec_driver_sql("SELECT flat FROM bdense_lease").scalar_one()
+    assert kept == 7
+
+
+@pytest.mark.postgres
+def test_a_database_that_is_read_only_by_default_is_no_matter_of_rights(postgres):
+    url = postgres.new_database()
+    claimed(url)
+    name = sa.make_url(url).database
+    execute(url, f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    with pytest.raises(StorageRefusedError, match="default_transaction_read_only"):
+        Ledger.open(url, "digits", budget=9)
+    (finding,) = [each for each in rights(url, open_reading(url)) if each.level == "problem"]
+    assert "default_transaction_read_only" in finding.text
 
 
 def test_an_upgrade_waits_for_workers_and_not_for_leases_that_ran_out(url):

@@ -13,8 +13,9 @@ from search.report.dashboard import dashboard_application
 from search.report.prometheus import mount
 from search.spec.space import search_space
 from search.storage.engine import open_reading, open_storage
-from search.storage.leases import OUT_OF_BOUNDS
+from search.storage.leases import ENDED, OUT_OF_BOUNDS
 from search.storage.ledger import Ledger
+from search.study.catalogue import list_studies
 from search.study.study import BASELINES_SUFFIX, Study
 from tests.contracts.scene import take
 from tests.measured import created, finish
@@ -136,6 +137,15 @@ def test_an_empty_database_and_an_empty_study(url):
     }
 
 
+def test_a_database_of_optuna_alone_is_said_to_be_one(url):
+    storage = open_storage(url)
+    optuna.create_study(study_name="theirs", storage=storage).ask()
+    application = mount(lambda *_: [], storage)
+    status, _, said = answer_of(application, "GET", "/metrics")
+    assert (status, b"no study" in said) == (404, True)
+    assert list_studies(url) == []
+
+
 @pytest.mark.parametrize("method", ["sfd", "progressive"])
 def test_values_of_given_arms_are_no_best(url, method):
     study = created(url, spec(of_kind(method, "arms")))
@@ -148,7 +158,8 @@ def test_values_of_given_arms_are_no_best(url, method):
 def test_an_infinite_value_is_not_the_best(url):
     ledger = Ledger.open(url, "digits", budget=3)
     for value in (-math.inf, 12.0):
-        ledger.study.add_trial(optuna.trial.create_trial(value=value))
+        own = {ENDED: True}
+        ledger.study.add_trial(optuna.trial.create_trial(value=value, system_attrs=own))
     assert of_study(samples(url), "digits")[("best_fid",)] == 12.0
 
 

@@ -159,7 +159,7 @@ def test_a_mapping_that_cannot_be_is_refused(tree, message):
 def test_options_give_what_the_class_gives():
     assert built() == Config(steps=3)
     given = built(
-        *("--lr", "5e-4", "--betas", 0, 0.5, "--sides", 8, 4, "--metrics", "kid", "fid"),
+        *("--lr", "5e-4", "--betas", 0, 0.5, "--sides", "8,4", "--metrics", "kid,", "fid"),
         *("--optimizer", "sgd", "--clip", 2, "--gpus", 1, "--no-afs", "--flip"),
         *("--folder", "here", "--levels", "logsnr", "--rho", 3),
     )

@@ -5,11 +5,11 @@ import time
 import pytest
 from optuna.samplers import RandomSampler
 
-from search.storage.ledger import Claim
+from search.storage.ledger import Claim, Wait
 from search.storage.stop_flags import ask_all
 from tests.contracts.ledger import LedgerContract
 from tests.contracts.ledger_worker import SPACE, STEPS
-from tests.contracts.scene import LONG_TTL, complete, take, wait_until
+from tests.contracts.scene import LONG_TTL, complete, expire_leases, take, wait_until
 
 pytestmark = pytest.mark.postgres
 
@@ -18,6 +18,16 @@ class TestLedgerOnPostgres(LedgerContract):
     @pytest.fixture
     def url(self, postgres) -> str:
         return postgres.new_database()
+
+    def test_a_servers_clock_set_ahead_ends_no_lease(self, scene):
+        """Its worker gets the time of a lease to renew it."""
+        ledger, other = scene.open(budget=1), scene.open()
+        claim = take(ledger)
+        assert other.claim(SPACE, RandomSampler) == Wait()
+        expire_leases(scene.url)
+        other._leases._ahead -= 1000
+        assert other.claim(SPACE, RandomSampler) == Wait()
+        complete(ledger, claim)
 
     @pytest.mark.faults
     def test_a_restart_of_the_server_costs_no_trial_and_no_step(self, scene, postgres):

@@ -3,10 +3,15 @@
 from pathlib import Path
 
 import pytest
+from optuna.samplers import RandomSampler
 
-from search.errors import UnknownStudyError
-from search.storage.ledger import Ledger
+from search.errors import StorageRefusedError, UnknownStudyError
+from search.storage import leases
+from search.storage.engine import sqlite_file
+from search.storage.ledger import Ledger, Wait
 from tests.contracts.ledger import LedgerContract
+from tests.contracts.ledger_worker import SPACE
+from tests.contracts.scene import complete, take, wait_until
 
 
 class TestLedgerOnSqlite(LedgerContract):
@@ -18,3 +23,28 @@ class TestLedgerOnSqlite(LedgerContract):
         with pytest.raises(UnknownStudyError, match="no study 'digits' in sqlite:///"):
             Ledger.open(url, "digits", budget=None)
         assert not (tmp_path / "made").exists()
+
+    def test_a_clock_set_ahead_ends_no_lease(self, scene, monkeypatch):
+        ledger = scene.open(budget=1)
+        claim = take(ledger)
+        monkeypatch.setattr(leases, "_WALL", leases._WALL + 7200)
+        assert scene.open().claim(SPACE, RandomSampler) == Wait()
+        (running,) = scene.open().running()
+        assert (running.attempt, running.seconds < 60) == (1, True)
+        complete(ledger, claim)
+
+    @pytest.mark.parametrize("replaced", [False, True])
+    def test_a_database_that_is_gone_ends_the_work(self, scene, url, tmp_path, replaced):
+        ledger = scene.open(budget=2)
+        claim = take(ledger)
+        path = sqlite_file(url)
+        path.rename(tmp_path / "away")
+        if replaced:
+            path.write_bytes((tmp_path / "away").read_bytes())
+        with ledger.holding(claim) as held:
+            held.report("step 1")
+            with pytest.raises(StorageRefusedError, match=str(path)):
+                wait_until(lambda: held.check() is not None)
+        for call in (lambda: ledger.complete(claim, 1.0, {}), ledger.counts):
+            with pytest.raises(StorageRefusedError, match=str(path)):
+                call()

@@ -6,6 +6,7 @@ from ray.exceptions import AuthenticationError
 
 from bdense.errors import InputError
 from search.run import runner
+from search.run.ray_folders import ray_folder_problems, require_ray_folders
 from search.run.runner import cannot_use
 
 HEAD, WORKER = (
@@ -68,3 +69,25 @@ def test_a_cluster_that_nobody_joins_is_named(monkeypatch):
     monkeypatch.setattr(runner, "JOIN_SECONDS", 0.05)
     with pytest.raises(InputError, match=r"no worker joined .* within 0\.05 seconds"):
         runner._await_machines()
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"HOME": "/proc"}, "HOME=/proc"),
+        ({"RAY_TMPDIR": "/proc"}, "RAY_TMPDIR"),
+        ({"HOME": "/proc", "RAY_AUTH_TOKEN": "a" * 64}, None),
+        ({"HOME": "/proc", "RAY_ADDRESS": "10.0.0.5:6379"}, None),
+    ],
+)
+def test_a_folder_that_ray_cannot_write_is_named_before_a_launch(monkeypatch, variables, named):
+    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    problems = [*ray_folder_problems()]
+    assert len(problems) == (named is not None)
+    assert named is None or named in problems[0]
+    if named is not None:
+        with pytest.raises(InputError, match=named):
+            require_ray_folders()

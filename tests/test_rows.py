@@ -16,6 +16,7 @@ from benchmarks.large_study import fill
 from search.errors import StorageError, UnknownStudyError
 from search.spec.space import search_space
 from search.storage.engine import open_storage
+from search.storage.leases import BEGUN, ENDED
 from search.storage.ledger import Claim, Ledger
 from search.storage.queries import StoredTrial, asked_of
 from search.storage.schema import Role, grant
@@ -32,6 +33,7 @@ DISTRIBUTIONS = {
     "rule": CategoricalDistribution(("min-snr", 'quoted " \n', None, 3, True)),
     "fine": FloatDistribution(1e-9, 1.0, log=True),
 }
+OWN = {BEGUN: True, ENDED: True}  # marks of trials that are not foreign
 # Values as the database has them in more than one way.
 VALUES = (12.5, 11.0, 11.0, -0.0, 1e300, math.inf, -math.inf, 0.1 + 0.2)
 ATTRIBUTES = (
@@ -62,7 +64,7 @@ def varied() -> Iterator[FrozenTrial]:
             distributions={} if waits else {name: DISTRIBUTIONS[name] for name in names},
             user_attrs=ATTRIBUTES[i % 3],
             # What was planned, in a running or finished trial too.
-            system_attrs={"fixed_params": {"a": i / 7 - 1}} if waits or i % 3 == 0 else {},
+            system_attrs=OWN | ({"fixed_params": {"a": i / 7 - 1}} if waits or i % 3 == 0 else {}),
             intermediate_values={1: 3.0, 2: 4.0} if i % 4 == 0 else {},
         )
 
@@ -73,7 +75,7 @@ def ledger(url) -> Ledger:
     varied_study, other = (Ledger.open(url, name, budget=50) for name in ("varied", "other"))
     for trial in varied():
         varied_study.study.add_trial(trial)
-        other.study.add_trial(create_trial(value=-1e301, user_attrs={"reason": "other"}))
+        other.study.add_trial(create_trial(value=-1e301, system_attrs=OWN))
     return varied_study
 
 
@@ -121,10 +123,10 @@ def test_trials_are_optunas(ledger):
 def test_of_equal_values_the_first_is_best_and_a_pruned_one_never(url):
     ledger = Ledger.open(url, "digits", budget=5)
     assert ledger.best() is None
-    ledger.study.add_trial(create_trial(state=TrialState.PRUNED, value=1.0))
+    ledger.study.add_trial(create_trial(state=TrialState.PRUNED, value=1.0, system_attrs=OWN))
     assert ledger.best() is None
     for value in (12.0, 11.0, math.nextafter(11.0, 12.0), 11.0):
-        ledger.study.add_trial(create_trial(value=value))
+        ledger.study.add_trial(create_trial(value=value, system_attrs=OWN))
     best = ledger.best()
     assert (best.number, best.value) == (2, 11.0)
 

@@ -197,8 +197,9 @@ def test_the_end_of_a_confirmation_renews_the_search_s_note_too(confirmed):
 
 
 def test_what_goes_wrong_ends_no_launch(study, caplog):
-    """Such as another program's row in the same study."""
-    study.search.study.add_trial(optuna.trial.create_trial(value=1.0))
+    """Such as a row that lacks its FID."""
+    lacking = optuna.trial.create_trial(value=1.0, user_attrs={"fingerprint": ""})
+    study.search.study.add_trial(lacking)
     Showing(study).refresh()
     Showing(study).finish()
     assert "the study's note could not be stored" in caplog.text

@@ -420,6 +420,7 @@ def planted(either_url, in_one_process) -> str:
                 params={"method": method},
                 distributions={"method": methods},
                 value=7.0,
+                user_attrs={"fingerprint": "f"},
                 system_attrs={"fixed_params": {"method": method}},
             )
         )
@@ -451,7 +452,7 @@ def planted(either_url, in_one_process) -> str:
             distributions=row,
             value=1.0,
             intermediate_values={8: 3.0, 4: 2.0, 2: 1.0},
-            user_attrs={"method": "uniform", "arm": "uniform weights"},
+            user_attrs={"method": "uniform", "arm": "uniform weights", "fingerprint": "f"},
         )
     )
     return url
@@ -487,7 +488,8 @@ def test_rows_of_either_database_are_rewritten(planted):
     (row,) = promoted.given.study.trials
     assert row.params == {"arm": 1, "seed": 0, "variant": 0}
     assert row.intermediate_values == {0: 3.0, 1: 2.0, 2: 1.0}
-    assert row.user_attrs == {"arm": "uniform weights"}
+    fingerprint = promoted.spec.fingerprint()
+    assert row.user_attrs == {"arm": "uniform weights", "fingerprint": fingerprint}
 
 
 def is_finished_as_before(url: str, name: str) -> None:

@@ -71,12 +71,18 @@ def hardened(application: Application) -> Application:
 
 
 def addressed_here(application: Application, port: int) -> Application:
-    """Answer 403 to a request for any host but this machine's own, against DNS rebinding."""
+    """Answer 403 to a request for any host but this machine's own, against DNS rebinding.
+
+    So too to a change that a page of another site asks for.
+    """
     names = (HOST, "localhost", "[::1]")
     hosts = {f"{name}:{port}" for name in names} | ({*names} if port == 80 else set())
 
     def guarded(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        if environ.get("HTTP_HOST", "").lower() in hosts:
+        host = environ.get("HTTP_HOST", "").lower()
+        own = f"http://{host}"
+        is_own = environ["REQUEST_METHOD"] in READING or environ.get("HTTP_ORIGIN", own) == own
+        if host in hosts and is_own:
             return application(environ, start_response)
         headers = safe_headers("", [("Content-Type", "application/json")])
         start_response("403 Forbidden", headers)

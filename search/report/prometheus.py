@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from search.storage.leases import LEASE, RELEASED, STATE, TRIALS, database_clock
 from search.storage.queries import read_trials, trials_in
+from search.storage.schema import has_tables
 from search.storage.studies import read_studies
 from search.study.arms import Arm, ArmRow
 from search.study.study import ARMS, BASELINES_SUFFIX
@@ -37,6 +38,9 @@ def mount(application: Application, storage: RDBStorage) -> Application:
         if environ.get("PATH_INFO") != PATH:
             return application(environ, start_response)
         try:
+            if not has_tables(storage.engine):
+                start_response("404 Not Found", [("Content-Type", "text/plain")])
+                return [b"bdense-search launched no study in this database\n"]
             return metrics(environ, start_response)
         except SQLAlchemyError:
             # The driver's message may name hosts and users.

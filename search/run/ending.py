@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, Self
 
+from search.errors import StorageRefusedError
 from search.log import say
 from search.storage.engine import one_line
 from search.storage.ledger import Ledger
@@ -78,20 +79,25 @@ class Ending:
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         if self.interrupted or self._at_once() or not self._rows_run or self._timer.is_alive():
             raise KeyboardInterrupt
+        # All else is the thread's: here the main thread may be writing, or hold a lock.
         self._interrupted.set()
-        self._timer.start()
-        say("\nending: workers save what they have; Ctrl-C again ends at once")
 
     def _watch(self) -> None:
         while not self._over.wait(POLL_SECONDS):
             try:
                 if self.interrupted:
+                    if not self._timer.is_alive():
+                        self._timer.start()
+                        say("\nending: workers save what they have; Ctrl-C again ends at once")
                     ask_workers(self._ledgers, self._launch)
                     return
                 if is_asked(self._ledgers, self._launch):
                     # The workers see the request by themselves.
                     self._timer.start() if self._rows_run else self._end_now()
                     return
+            except StorageRefusedError:  # ``run`` meets it too, and says so
+                self._end_now()
+                return
             except Exception as error:  # noqa: BLE001  the database may come back
                 _log.warning("cannot read stop requests: %s", one_line(error))
 

@@ -43,6 +43,7 @@ class Head:
         self, *, client: bool = False, is_there: Callable[[], bool] | None = None
     ) -> None:
         self.last_words: Callable[[], None] = lambda: None
+        self.exit_status = ClusterLostError.exit_status
         self._client = client
         self._is_there = is_there or self._asked_of_ray
         self.address, self._node = "", ""
@@ -75,7 +76,7 @@ class Head:
         last = threading.Thread(target=self.last_words, name="last words", daemon=True)
         last.start()
         last.join(STUCK_SECONDS)
-        os._exit(ClusterLostError.exit_status)
+        os._exit(self.exit_status)
 
     def _watch(self) -> None:
         heard, missed = time.monotonic(), 0

@@ -25,7 +25,7 @@ from ray import tune
 from ray.exceptions import AuthenticationError
 
 from bdense.errors import InputError
-from search.errors import ClusterLostError, WorkersFailedError
+from search.errors import INTERRUPTED, ClusterLostError, WorkersFailedError
 from search.log import LOG, say
 from search.run.ending import Ending
 from search.run.head import Head, leave_ray
@@ -86,17 +86,22 @@ def run(
         artifacts=artifacts_place(),
     )
     head: Head | None = None
+    ending = Ending(study.ledgers, launch, at_once=lambda: head is not None and head.lost)
     all_ended = False
+
+    def is_lost() -> bool:
+        """Whether the head is gone by itself: a signal to the whole group ends our own too."""
+        ours = "RAY_ADDRESS" not in os.environ and ending.interrupted
+        return head is not None and head.lost and not ours
+
     try:
         with (
             quiet(),
             ray_session(study.url) as head,
-            Ending(
-                study.ledgers, launch, at_once=lambda: head is not None and head.lost
-            ) as ending,
+            ending,
         ):
             if head is not None:
-                head.last_words = functools.partial(_last_words, study, head)
+                head.last_words = functools.partial(_last_words, study, head, is_lost)
             _await_machines()
             slots = _slots(spec.resources, workers)
             _prepare(spec, worker, slots, on_preparing)
@@ -113,12 +118,15 @@ def run(
             study.forgive_running()
         if is_asked(study.ledgers, launch):
             raise stopped_error(study.name) from None
-        if head is not None and head.lost:
+        if head is not None and is_lost():
             raise _head_lost(head) from None
         raise
     except ray.exceptions.RayError as error:
-        if head is not None and head.lost:
+        if head is not None and is_lost():
             raise _head_lost(head) from error
+        if ending.interrupted:
+            study.forgive_running()
+            raise KeyboardInterrupt from None
         raise WorkersFailedError(f"a worker of Ray failed: {error}") from error
     if study.left():
         _raise_first(errors)
@@ -128,9 +136,13 @@ def run(
         say(f"all rows have ended, but one worker did no work: {message}")
 
 
-def _last_words(study: Study, head: Head) -> None:
+def _last_words(study: Study, head: Head, is_lost: Callable[[], bool]) -> None:
     """Print the error and forgive the rows, where Ray lets no exception through."""
-    sys.stderr.write(f"bdense-search: {_head_lost(head)}\n")
+    if is_lost():
+        said = f"bdense-search: {_head_lost(head)}"
+    else:
+        said, head.exit_status = f"\n{INTERRUPTED}", 130
+    sys.stderr.write(f"{said}\n")
     sys.stderr.flush()
     study.forgive_running()
 
@@ -387,7 +399,9 @@ def cannot_use(error: Exception) -> InputError:
             f"Ray at {where} asks for a token, and the one here is missing or wrong; set {TOKEN}, "
             "to the same as on its head"
         )
-    advice = "check RAY_ADDRESS, or unset it" if address else "see Ray's own logs"
+    scratch = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    logs = f"see Ray's own logs in {scratch}/ray/session_latest/logs"
+    advice = "check RAY_ADDRESS, or unset it" if address else logs
     if "version mismatch" in said.lower():
         advice = "install the cluster's versions of Ray and Python here"
     return InputError(f"Ray cannot be used at {where}: {said}; {advice}")

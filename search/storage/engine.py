@@ -25,6 +25,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from bdense.files import file_lock
 from search.errors import StorageError, StorageFullError, StorageRefusedError
+from search.storage.leases import add_clock
 from search.storage.mounts import refuse_network_file_system
 
 _log = logging.getLogger(__name__)
@@ -43,10 +44,6 @@ ANSWER_SECONDS = 30
 # The server ends a transaction whose process is frozen or cut off for this long; otherwise others
 # would wait for its locks for ever. Samplers compute, and Optuna loads trials, in a transaction.
 FROZEN_SECONDS = 120
-_WITHOUT_RIGHTS = (
-    "the user may not do that: let the database's owner run bdense-search storage "
-    "init, with --writer or --reader for this user"
-)
 _AGAIN = "check that it runs, then run the same command again: it continues"
 UPGRADE = "end its workers, then renew them by: bdense-search storage upgrade"
 
@@ -71,8 +68,14 @@ _TURNED_AWAY = re.compile(
     r"|(?:role|database) \".*\" does not exist",
     re.IGNORECASE,
 )
-# insufficient_privilege, read_only_sql_transaction
-_LACKING_RIGHTS = ("42501", "25006")
+# By the server's error code: insufficient_privilege, read_only_sql_transaction.
+_REFUSALS = {
+    "42501": "the user may not do that: let the database's owner run bdense-search storage "
+    "init, with --writer or --reader for this user",
+    "25006": "transactions are read-only here: use the primary server if this is a standby, or a "
+    "user that may write (bdense-search storage init, with --writer), or else reset "
+    "default_transaction_read_only, which server, database, user or PGOPTIONS set to on",
+}
 
 # A text that is one URL, well-formed or not, may have blanks in its password.
 _WHOLE_URL_PASSWORD = re.compile(
@@ -214,8 +217,8 @@ def retrying(call: Callable[[], _T], *, patience_seconds: float = 300.0) -> _T:
         except (SQLAlchemyError, StorageInternalError) as error:
             if is_full(error):
                 raise as_storage_error(error) from None
-            if lacks_rights(error):
-                raise StorageRefusedError(f"{one_line(error)}; {_WITHOUT_RIGHTS}") from None
+            if refused := _refusal_of(error):
+                raise StorageRefusedError(f"{one_line(error)}; {refused}") from None
             if not is_transient(error):
                 raise
             message = one_line(error)
@@ -280,6 +283,7 @@ def _cause(error: BaseException) -> BaseException:
 def _connect_for_writing(*args: Any, **kwargs: Any) -> sqlite3.Connection:  # noqa: ANN401
     """A connection as sqlite3 makes it, which checks foreign keys: SQLite does so on request."""
     connection = sqlite3.Connection(*args, **kwargs)
+    add_clock(connection)
     connection.execute("PRAGMA foreign_keys = ON")
     return connection
 
@@ -291,6 +295,7 @@ def _connect_for_reading(database: str, **kwargs: Any) -> sqlite3.Connection:  #
     process of this user's rights writes, and a database whose log is empty is read as it is.
     """
     connection = sqlite3.Connection(database, **kwargs)
+    add_clock(connection)
     connection.execute("PRAGMA query_only = ON")
     try:
         connection.execute("SELECT 1 FROM sqlite_master").close()
@@ -300,7 +305,8 @@ def _connect_for_reading(database: str, **kwargs: Any) -> sqlite3.Connection:  #
         if log.exists() and log.stat().st_size:
             raise
         address = f"file:{urllib.parse.quote(database)}?mode=ro&immutable=1"
-        return sqlite3.Connection(address, **kwargs | {"uri": True})
+        connection = sqlite3.Connection(address, **kwargs | {"uri": True})
+        add_clock(connection)
     return connection
 
 
@@ -315,7 +321,31 @@ def _open_sqlite(make: Callable[..., RDBStorage], path: Path, *, reading: bool) 
     with file_lock(Path(f"{path}.lock")):
         # The switch to WAL ignores the busy timeout, so it is done once, under the lock.
         _switch_to_wal(path)
-        return make(engine_kwargs=engine)
+        storage = make(engine_kwargs=engine)
+    _watch_file(storage.engine, path)
+    return storage
+
+
+def _watch_file(engine: Engine, path: Path) -> None:
+    """Refuse to go on in a database whose file was deleted or replaced since it was opened."""
+
+    def identity() -> tuple[int, int] | None:
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            return None
+        return found.st_dev, found.st_ino
+
+    opened = identity()
+
+    def check(*_: object) -> None:
+        if identity() != opened:
+            raise StorageRefusedError(
+                f"the study database {path} was deleted or replaced while it was in use, so that "
+                "nothing more can be stored; put it back, or launch the study again"
+            )
+
+    sqlalchemy.event.listen(engine, "checkout", check)
 
 
 def _switch_to_wal(path: Path) -> None:
@@ -422,7 +452,7 @@ def _is_final(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
     if isinstance(error, DBAPIError):
-        return lacks_rights(error) or bool(_TURNED_AWAY.search(str(error.orig)))
+        return bool(_refusal_of(error)) or bool(_TURNED_AWAY.search(str(error.orig)))
     return isinstance(error, RuntimeError)  # tables of another version of Optuna
 
 
@@ -431,8 +461,8 @@ def _advice(url: URL, error: BaseException, said: str) -> str:
         # Optuna names its own upgrade command if the tables are old.
         is_old = "storage upgrade" in said
         return f"for a study database: {UPGRADE}" if is_old else "update optuna and bdense here"
-    if lacks_rights(error):
-        return _WITHOUT_RIGHTS
+    if refused := _refusal_of(error):
+        return refused
     if url.drivername in _SQLITE_NAMES:
         return "check that the folder can be written, the disk has room and the file is a database"
     return (
@@ -441,6 +471,7 @@ def _advice(url: URL, error: BaseException, said: str) -> str:
     )
 
 
-def lacks_rights(error: BaseException) -> bool:
-    """Whether the server refused a statement because of missing rights."""
-    return getattr(getattr(_cause(error), "orig", None), "pgcode", None) in _LACKING_RIGHTS
+def _refusal_of(error: BaseException) -> str:
+    """What to do where the server refused a statement; "" of other errors."""
+    code = getattr(getattr(_cause(error), "orig", None), "pgcode", None)
+    return _REFUSALS.get(str(code), "")

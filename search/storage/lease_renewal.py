@@ -9,7 +9,7 @@ from typing import Self
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from search.errors import LeaseLostError
+from search.errors import LeaseLostError, StorageError
 from search.storage.engine import one_line
 from search.storage.leases import Claim, Leases
 from search.storage.stop_flags import HALT, Launch, Stops, stopped_error
@@ -32,6 +32,7 @@ class Holding:
         self._leases = leases
         self._study = study
         self._launch = launch
+        self._refusal: StorageError | None = None
         self._lost = threading.Event()
         self._stopped = threading.Event()
         self._stopping = False
@@ -64,7 +65,10 @@ class Holding:
         Raises:
             LeaseLostError: Another worker took the trial over.
             StoppedError: The study, or this launch's workers, were asked to stop.
+            StorageError: The database is gone for good.
         """
+        if self._refusal is not None:
+            raise self._refusal
         if self._lost.is_set():
             raise lost_error(self.claim)
         if self._stopped.is_set():
@@ -89,6 +93,9 @@ class Holding:
                     return
                 if stop and Stops.of(json.loads(stop)).reaches(self._launch):
                     self._stopped.set()
+            except StorageError as error:  # waiting does not help
+                self._refusal = error
+                return
             except SQLAlchemyError as error:
                 # The lease may outlive the outage; the work goes on in any case.
                 _log.warning(

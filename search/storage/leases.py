@@ -10,6 +10,8 @@ import functools
 import math
 import os
 import socket
+import sqlite3
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +39,8 @@ LEASE = sa.Table(
 )
 RELEASED = 0.0
 
-# A row for each start of a PostgreSQL server: when a claim first saw it serve.
+# A row for each start of a PostgreSQL server: when a claim first saw it serve. Beside a SQLite
+# file a row for each boot of its machine: the clock at that boot, as the first claim knew it.
 SERVER = sa.Table(
     "bdense_server",
     LEASE.metadata,
@@ -62,10 +65,33 @@ STATE = sa.cast(TRIALS.c.state, sa.String)
 USER_ATTRIBUTES = sa.table(
     "trial_user_attributes", *map(sa.column, ("trial_id", "key", "value_json"))
 )
-LEFT_OUT = sa.exists().where(
-    USER_ATTRIBUTES.c.trial_id == TRIALS.c.trial_id,
-    USER_ATTRIBUTES.c.key.in_((OUT_OF_BOUNDS, SURPLUS)),
+SYSTEM_ATTRIBUTES = sa.table(
+    "trial_system_attributes", *map(sa.column, ("trial_id", "key", "value_json"))
 )
+# System attributes of the trials that bdense-search began, and of those that it finished.
+BEGUN, ENDED = "bdense:begun", "bdense:ended"
+# User attributes, one of which has each trial that a version without these finished.
+ENDED_BEFORE = ("fingerprint", "reason", OUT_OF_BOUNDS, SURPLUS)
+
+
+def _has(table: sa.TableClause, *keys: str) -> sa.ColumnElement[bool]:
+    there = (table.c.trial_id == TRIALS.c.trial_id, table.c.key.in_(keys))
+    return sa.exists(sa.select(1).where(*there).correlate(TRIALS))
+
+
+# Trials that something else began or finished, as ``study.add_trial`` does: they count nowhere.
+FOREIGN = sa.case(
+    (STATE == "WAITING", sa.false()),
+    (
+        STATE == "RUNNING",
+        ~sa.or_(
+            _has(SYSTEM_ATTRIBUTES, BEGUN),
+            sa.exists(sa.select(1).where(LEASE.c.trial_id == TRIALS.c.trial_id).correlate(TRIALS)),
+        ),
+    ),
+    else_=~sa.or_(_has(SYSTEM_ATTRIBUTES, ENDED), _has(USER_ATTRIBUTES, *ENDED_BEFORE)),
+)
+LEFT_OUT = sa.or_(_has(USER_ATTRIBUTES, OUT_OF_BOUNDS, SURPLUS), FOREIGN)
 STUDIES = sa.table("studies", *map(sa.column, ("study_id", "study_name")))
 STUDY_ATTRIBUTES = sa.table(
     "study_user_attributes", *map(sa.column, ("study_id", "key", "value_json"))
@@ -153,6 +179,7 @@ class Leases:
         self._engine = engine
         self._study_id = study_id
         self._postgres = engine.dialect.name == "postgresql"
+        self._ahead: float | None = None  # the server's clock, of this process's
 
     def sweep(self, connection: sa.Connection) -> None:
         """Delete leases of finished trials, left by workers that died after finishing them."""
@@ -160,17 +187,30 @@ class Leases:
         connection.execute(sa.delete(LEASE).where(~running))
 
     def note_server(self, connection: sa.Connection) -> None:
-        """Remember when this start of the server was first seen to serve.
+        """Remember when this start of the server, or this boot, was first seen to serve.
 
         The server's start time will not do: recovery after a crash follows it and may take longer
         than a lease lasts.
         """
+        insert = postgresql.insert if self._postgres else sqlite.insert
+        started = _SERVER_START if self._postgres else _BOOT
+        seen = self._clock() if self._postgres else _WALL - _SINCE_BOOT
+        known = insert(SERVER).values(started=started, seen=seen).on_conflict_do_nothing()
+        connection.execute(known)
         if self._postgres:
-            connection.execute(
-                postgresql.insert(SERVER)
-                .values(started=_SERVER_START, seen=self._clock())
-                .on_conflict_do_nothing()
-            )
+            self._note_jump(connection)
+
+    def _note_jump(self, connection: sa.Connection) -> None:
+        """Give live workers time to renew where the server's clock has jumped ahead.
+
+        Known by this process's own clock, which stands while its machine sleeps.
+        """
+        now = connection.execute(sa.select(self._clock())).scalar_one()
+        ahead, self._ahead = now - time.monotonic(), self._ahead
+        if self._ahead is not None and ahead - self._ahead > self.ttl / 3:
+            mine = SERVER.c.started == _SERVER_START
+            connection.execute(sa.update(SERVER).where(mine).values(seen=self._clock()))
+        self._ahead = ahead
 
     def running(self, connection: sa.Connection) -> list[RunningRow]:
         """Every running trial of the study, lowest number first."""
@@ -183,7 +223,7 @@ class Leases:
                 *LEASE.c,
             )
             .select_from(TRIALS.outerjoin(LEASE, LEASE.c.trial_id == TRIALS.c.trial_id))
-            .where(TRIALS.c.study_id == self._study_id, STATE == "RUNNING")
+            .where(TRIALS.c.study_id == self._study_id, STATE == "RUNNING", ~FOREIGN)
             .order_by(TRIALS.c.number)
         )
         return [self._running_row(row) for row in rows.mappings()]
@@ -313,16 +353,39 @@ class Leases:
 
 
 def database_clock(engine: sa.Engine) -> sa.ColumnElement[float]:
-    """Seconds since 1970 by the database's clock, the only clock that leases use."""
+    """Seconds since 1970 by the database's clock, the only clock that leases use.
+
+    On SQLite it goes on evenly from the first claim since boot, whatever is done to the machine's
+    clock, and stands while the machine sleeps, so that no live worker loses its lease by that.
+    """
+    if engine.dialect.name == "postgresql":
+        return wall_clock(engine)
+    at_boot = sa.select(SERVER.c.seen).where(SERVER.c.started == _BOOT).scalar_subquery()
+    return sa.func.coalesce(at_boot, _WALL - _SINCE_BOOT) + _SINCE_BOOT
+
+
+def wall_clock(engine: sa.Engine) -> sa.ColumnElement[float]:
+    """As ``database_clock``, but jumps when the machine's clock is set; needs no table of ours."""
     if engine.dialect.name == "postgresql":
         return _seconds("extract(epoch from clock_timestamp())")
-    return _seconds("(julianday('now') - 2440587.5) * 86400.0")
+    return _WALL
+
+
+def add_clock(connection: sqlite3.Connection) -> None:
+    """Give a connection the functions of ``database_clock``."""
+    boot = _place(os.getpid())[0].replace("-", "")
+    # Without a name of the boot, which would tell an earlier one's count: the clock itself.
+    since_boot = time.monotonic if boot else time.time
+    connection.create_function("bdense_since_boot", 0, since_boot)
+    connection.create_function("bdense_boot", 0, lambda: float(int(boot[:12] or "0", 16)))
 
 
 def _seconds(sql: str) -> sa.ColumnElement[float]:
     return sa.cast(sa.literal_column(sql), sa.Double)
 
 
+_WALL = _seconds("(julianday('now') - 2440587.5) * 86400.0")
+_SINCE_BOOT, _BOOT = _seconds("bdense_since_boot()"), _seconds("bdense_boot()")
 _SERVER_START = _seconds("extract(epoch from pg_postmaster_start_time())")
 
 

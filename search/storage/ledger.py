@@ -12,7 +12,7 @@ them, and pyproject.toml pins Optuna's minor version.
 import logging
 import math
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
@@ -30,7 +30,7 @@ from bdense.errors import InputError
 from search.storage.engine import exclusive, redact, retrying
 from search.storage.lease_renewal import Holding, lost_error
 from search.storage.leases import OUT_OF_BOUNDS, SURPLUS, Claim, Leases, RunningRow
-from search.storage.queries import NOT_COUNTED, LedgerReader
+from search.storage.queries import NOT_COUNTED, LedgerReader, asked_of
 from search.storage.schema import open_tables
 from search.storage.settings import (
     DEFAULT_MAX_ATTEMPTS,
@@ -186,7 +186,7 @@ class Ledger(LedgerReader):
             if len(self._asked_and_why()) != seen:
                 return False
             # First: a process that dies in between leaves no trial that nothing may start.
-            self.study.set_user_attr("budget", seen + 1)
+            self.study.set_user_attr("budget", self._counted(params) + 1)
             self.study.enqueue_trial(dict(params), dict(attrs))
             return True
 
@@ -220,9 +220,13 @@ class Ledger(LedgerReader):
         name = self.study.study_name
         retrying(lambda: optuna.delete_study(study_name=name, storage=self.storage))
 
-    def resize(self) -> None:
-        """Set the budget to the number of planned trials."""
-        self._locked(lambda _: self.study.set_user_attr("budget", len(self._asked_and_why())))
+    def resize(self, names: Collection[str]) -> None:
+        """Set the budget to the number of planned trials, which have parameters of these names."""
+        self._locked(lambda _: self.study.set_user_attr("budget", self._counted(names)))
+
+    def _counted(self, names: Collection[str]) -> int:
+        asked = self._asked_and_why()
+        return sum(why != NOT_COUNTED and params.keys() == set(names) for params, why in asked)
 
     def start_no_more(self) -> None:
         """Set the budget to the number of trials that were started."""
@@ -425,6 +429,8 @@ class _Claimer:
         params: dict[str, Any] = {}
         for _ in range(MAX_REFUSED_IN_A_ROW):
             states = self._leases.count_states(connection)
+            if states["WAITING"] and self._refuse_unusable(asking):
+                continue
             planned_alone = asking.sampler is None and not states["WAITING"]
             if _started(states) >= budget or planned_alone:
                 return Wait() if states["RUNNING"] else Done()
@@ -441,6 +447,16 @@ class _Claimer:
             f"branch weight, the last one {params}; raise that bound or lower the upper limits "
             "of the search space"
         )
+
+    def _refuse_unusable(self, asking: _Asking) -> bool:
+        """Fail trials that another program planned outside the space; whether there were any."""
+        storage, key = self._study._storage, self._study._study_id
+        waiting = storage.get_all_trials(key, deepcopy=False, states=(TrialState.WAITING,))
+        refused = [trial for trial in waiting if not _fits(asked_of(trial), asking)]
+        for trial in refused:
+            _log.warning("trial %d is not of this study's space: ignored", trial.number)
+            storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        return bool(refused)
 
     def _adopt(
         self, connection: sa.Connection, row: RunningRow, asking: _Asking, budget: int
@@ -526,6 +542,16 @@ def _claim(
         owner=asking.owner,
         adopted=adopted,
     )
+
+
+def _fits(params: Mapping[str, Any], asking: _Asking) -> bool:
+    """Whether a trial can start with these parameters; given arms need all of them."""
+    try:
+        for name in asking.space.keys() & params.keys():
+            asking.space[name].to_internal_repr(params[name])
+    except (ValueError, TypeError):
+        return False
+    return asking.sampler is not None or asking.space.keys() == params.keys()
 
 
 def _started(states: Mapping[str, int]) -> int:

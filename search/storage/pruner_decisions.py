@@ -28,7 +28,8 @@ def decision_of(study: Study, number: int, step: int, ask: Callable[[Study], boo
         StorageError: The database did not come back in time.
     """
     key, storage = f"verdict:{step}", study._storage
-    trial = retrying(lambda: study.get_trials(deepcopy=False)[number])
+    key_of_trial = storage.get_trial_id_from_study_id_trial_number
+    trial = retrying(lambda: storage.get_trial(key_of_trial(study._study_id, number)))
     decision: dict[str, Any] | None = trial.system_attrs.get(key)
     if decision is None:
         notes: dict[str, Any] = {}

@@ -20,9 +20,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.storage.engine import open_reading, retrying
 from search.storage.leases import (
+    FOREIGN,
     OUT_OF_BOUNDS,
     STATE,
     SURPLUS,
+    SYSTEM_ATTRIBUTES,
     TRIALS,
     USER_ATTRIBUTES,
     Leases,
@@ -38,12 +40,9 @@ PARAMS = sa.table(
     "trial_params",
     *map(sa.column, ("param_id", "trial_id", "param_name", "param_value", "distribution_json")),
 )
-SYSTEM_ATTRIBUTES = sa.table(
-    "trial_system_attributes", *map(sa.column, ("trial_id", "key", "value_json"))
-)
 # The trial's system attribute in which Optuna stores planned parameters.
 FIXED = "fixed_params"
-# Reason of a row that counts nowhere: beyond the bounds or the budget.
+# Reason of a row that counts nowhere: foreign, or beyond the bounds or the budget.
 NOT_COUNTED = "not counted"
 # Values without a number in SQL; PostgreSQL has a type for their kind.
 _INFINITE = {"INF_POS": math.inf, "INF_NEG": -math.inf}
@@ -199,6 +198,12 @@ class LedgerReader:
         """Number of trials, whatever their state."""
         return self._numbers(sa.select(sa.func.count()).where(self._mine))[0]
 
+    def foreign(self) -> dict[int, TrialState]:
+        """Number -> state of the trials that something else than bdense-search put there."""
+        query = sa.select(TRIALS.c.number, STATE.label("state")).where(self._mine, FOREIGN)
+        found = retrying(partial(self._rows, query.order_by(TRIALS.c.number)))
+        return {row.number: TrialState[row.state] for row in found}
+
     def rows(self, state: TrialState, keys: Collection[str] | None = None) -> list[StoredTrial]:
         """Every trial in that state, by number; does not load the others.
 
@@ -227,7 +232,8 @@ class LedgerReader:
 
     def ended(self) -> list[int]:
         """Numbers of trials that will not run again."""
-        return self._numbers(sa.select(TRIALS.c.number).where(self._mine, STATE.in_(_ENDED)))
+        ended = sa.select(TRIALS.c.number).where(self._mine, STATE.in_(_ENDED), ~FOREIGN)
+        return self._numbers(ended)
 
     def best(self) -> StoredTrial | None:
         """The complete trial of lowest value, the first of equal ones; None without any."""
@@ -268,15 +274,19 @@ class LedgerReader:
         has_plan = sa.exists().where(
             SYSTEM_ATTRIBUTES.c.trial_id == TRIALS.c.trial_id, SYSTEM_ATTRIBUTES.c.key == FIXED
         )
-        ids = sa.select(TRIALS.c.trial_id).where(self._mine).order_by(TRIALS.c.number)
+        ids = sa.select(TRIALS.c.trial_id, sa.cast(FOREIGN, sa.Boolean).label("foreign"))
+        ids = ids.where(self._mine).order_by(TRIALS.c.number)
         with self.storage.engine.connect() as connection:
-            keys = list(connection.execute(ids).scalars())
+            keys = {row.trial_id: row.foreign for row in connection.execute(ids)}
             fixed = {key: each[FIXED] for key, each in _attributes(connection, planned).items()}
             suggested = _params(connection, self._of_mine(PARAMS, ~has_plan))
             why = _attributes(connection, reasons)
         return [
-            (fixed.get(key, suggested.get(key, {})), _reason(why[key]) if key in why else None)
-            for key in keys
+            (
+                fixed.get(key, suggested.get(key, {})),
+                NOT_COUNTED if foreign else _reason(why[key]) if key in why else None,
+            )
+            for key, foreign in keys.items()
         ]
 
     def _complete(self) -> sa.Select[Any]:
@@ -344,12 +354,12 @@ def asked_of(trial: FrozenTrial) -> dict[str, Any]:
 
 
 def trials_in(state: TrialState) -> sa.Select[Any]:
-    """A query for key, number and value of the trials in a state, of all studies."""
+    """A query for key, number and value of the trials in a state, of all studies, no foreign."""
     value = sa.and_(VALUES.c.trial_id == TRIALS.c.trial_id, VALUES.c.objective == 0)
     return (
         sa.select(TRIALS.c.trial_id, TRIALS.c.number, VALUES.c.value, KIND_OF_VALUE.label("kind"))
         .select_from(TRIALS.outerjoin(VALUES, value))
-        .where(sa.literal(state.name) == STATE)
+        .where(sa.literal(state.name) == STATE, ~FOREIGN)
     )
 
 

@@ -27,7 +27,7 @@ from search.storage.engine import (
     redact,
     sqlite_file,
 )
-from search.storage.leases import LEASE, RELEASED, database_clock
+from search.storage.leases import LEASE, RELEASED, wall_clock
 
 # Raise it with every change of the tables below, and handle old ones in ``upgrade``.
 SCHEMA = 1
@@ -165,6 +165,26 @@ def read_password(path: Path) -> str:
     return password
 
 
+def read_only_by_default(connection: sa.Connection) -> bool:
+    """Whether server, database or user make this user's transactions on PostgreSQL read-only.
+
+    Asked of the settings, since a connection that only reads is set to that itself.
+    """
+    sets = sa.text(
+        "SELECT setconfig FROM pg_db_role_setting WHERE setdatabase IN (0, (SELECT oid FROM "
+        "pg_database WHERE datname = current_database())) AND setrole IN (0, (SELECT oid FROM "
+        "pg_roles WHERE rolname = current_user)) ORDER BY (setrole <> 0), (setdatabase <> 0)"
+    )
+    found = [each for (config,) in connection.execute(sets) for each in config]
+    values = dict(each.split("=", 1) for each in found)
+    return values.get("default_transaction_read_only", "off") in ("on", "true", "yes", "1")
+
+
+def has_tables(engine: sa.Engine) -> bool:
+    """Whether a database has bdense's tables, beside Optuna's."""
+    return sa.inspect(engine).has_table(LEASE.name)
+
+
 def require_schema(engine: sa.Engine, url: str) -> None:
     """Refuse tables of another version; a database without tables passes.
 
@@ -172,6 +192,7 @@ def require_schema(engine: sa.Engine, url: str) -> None:
         StorageRefusedError: The version differs; names the command that upgrades the tables.
     """
     version = None
+    require_own(engine, url)
     if sa.inspect(engine).has_table(_VERSION.name):
         with engine.connect() as connection:
             version = _stored_version(connection)
@@ -181,7 +202,25 @@ def require_schema(engine: sa.Engine, url: str) -> None:
         raise _other_version(url, str(version), is_newer=version > SCHEMA)
 
 
+def require_own(engine: sa.Engine, url: str) -> None:
+    """Refuse a table of another program that has the name of one of ours.
+
+    Raises:
+        StorageRefusedError: There is one.
+    """
+    inspector = sa.inspect(engine)
+    for table in filter(lambda each: inspector.has_table(each.name), _OURS.sorted_tables):
+        there = {column["name"] for column in inspector.get_columns(table.name)}
+        # The key of each has been the same since the first version.
+        if not {column.name for column in table.primary_key} <= there:
+            raise StorageRefusedError(
+                f"{redact(url)} has a table {table.name} of another program, with the columns "
+                f"{', '.join(sorted(there))}; give bdense a database of its own, or rename it"
+            )
+
+
 def _upgrade_ours(engine: sa.Engine, url: str) -> list[str]:
+    require_own(engine, url)
     _VERSION.create(engine, checkfirst=True)
     with engine.begin() as connection:
         version = _stored_version(connection)
@@ -228,7 +267,7 @@ def _held(engine: sa.Engine) -> int:
         return connection.execute(
             sa.select(sa.func.count())
             .select_from(leases)
-            .where(expires > database_clock(engine), expires != RELEASED)
+            .where(expires > wall_clock(engine), expires != RELEASED)
         ).scalar_one()
 
 

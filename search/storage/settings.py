@@ -1,20 +1,67 @@
 """Studies in Optuna's table: find or create one, with its settings and their changes."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Container, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TypeAlias
 
 import optuna
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from search.errors import UnknownStudyError
 from search.storage.engine import exclusive, redact, sqlite_file
+from search.storage.leases import BEGUN, ENDED, ENDED_BEFORE
 
 JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
 
 CHANGES = "changes"
 DEFAULT_TTL_SECONDS = 60.0
 DEFAULT_MAX_ATTEMPTS = 3
+
+
+class OwnStudy(optuna.Study):
+    """An Optuna study that marks the trials it begins and ends, and lists no foreign results.
+
+    Samplers and pruners read the trials of the study that they are given.
+    """
+
+    def tell(
+        self,
+        trial: Trial | int,
+        values: float | Sequence[float] | None = None,
+        state: TrialState | None = None,
+        skip_if_finished: bool = False,
+    ) -> FrozenTrial:
+        """As Optuna's."""
+        number = trial if isinstance(trial, int) else trial.number
+        key = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+        with contextlib.suppress(UpdateFinishedTrialError):
+            self._storage.set_trial_system_attr(key, ENDED, True)
+        return super().tell(trial, values, state, skip_if_finished)
+
+    def _pop_waiting_trial_id(self) -> int:
+        """A waiting trial, else a new one; ``ask`` would begin that itself, without a mark."""
+        popped = super()._pop_waiting_trial_id()
+        if popped is None:
+            new = create_trial(state=TrialState.RUNNING, system_attrs={BEGUN: True})
+            return self._storage.create_new_trial(self._study_id, template_trial=new)
+        self._storage.set_trial_system_attr(popped, BEGUN, True)
+        return popped
+
+    def _get_trials(
+        self,
+        deepcopy: bool = True,
+        states: Container[TrialState] | None = None,
+        use_cache: bool = False,
+    ) -> list[FrozenTrial]:
+        found = super()._get_trials(deepcopy, states, use_cache)
+        return [trial for trial in found if not trial.state.is_finished() or _is_own(trial)]
+
+
+def _is_own(ended: FrozenTrial) -> bool:
+    return ENDED in ended.system_attrs or not ended.user_attrs.keys().isdisjoint(ENDED_BEFORE)
 
 
 def open_study(
@@ -35,9 +82,10 @@ def open_study(
             study = find_study(storage, name)
         else:
             try:
-                study = optuna.load_study(study_name=name, storage=storage)
+                study = OwnStudy(name, storage)
             except KeyError:
-                study = optuna.create_study(study_name=name, storage=storage, direction="minimize")
+                optuna.create_study(study_name=name, storage=storage, direction="minimize")
+                study = OwnStudy(name, storage)
         _store(study, given)
     return study
 
@@ -45,7 +93,7 @@ def open_study(
 def find_study(storage: RDBStorage, name: str) -> optuna.Study:
     """An existing study of ours, without changing it."""
     try:
-        study = optuna.load_study(study_name=name, storage=storage)
+        study = OwnStudy(name, storage)
     except KeyError:
         names = optuna.get_all_study_names(storage)
         raise UnknownStudyError(_unknown(name, storage.url, names)) from None

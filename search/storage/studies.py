@@ -10,8 +10,9 @@ from typing import Any
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
-from search.storage.leases import LEFT_OUT, STATE, STUDIES, STUDY_ATTRIBUTES, TRIALS
+from search.storage.leases import FOREIGN, LEFT_OUT, STATE, STUDIES, STUDY_ATTRIBUTES, TRIALS
 from search.storage.queries import KIND_OF_VALUE, VALUES, Counts
+from search.storage.schema import has_tables
 
 _BUDGET = "budget"  # every study that bdense-search made has one
 
@@ -42,7 +43,7 @@ class StoredStudy:
 
 
 def read_studies(engine: sa.Engine, attributes: Collection[str] = ()) -> list[StoredStudy]:
-    """The studies that bdense-search made in a database, by name.
+    """The studies that bdense-search made in a database, by name; none in one of Optuna's alone.
 
     Args:
         engine: The database.
@@ -51,6 +52,8 @@ def read_studies(engine: sa.Engine, attributes: Collection[str] = ()) -> list[St
     Raises:
         SQLAlchemyError: The database does not answer.
     """
+    if not has_tables(engine):
+        return []
     with engine.connect() as connection:
         names = {row.study_id: row.study_name for row in connection.execute(sa.select(STUDIES))}
         stored = _attributes(connection, {_BUDGET, *attributes})
@@ -105,7 +108,7 @@ def _best(connection: sa.Connection) -> dict[int, float]:
     rows = connection.execute(
         sa.select(TRIALS.c.study_id, sa.func.min(VALUES.c.value).label("value"))
         .select_from(TRIALS.join(VALUES, VALUES.c.trial_id == TRIALS.c.trial_id))
-        .where(STATE == "COMPLETE", VALUES.c.objective == 0, KIND_OF_VALUE == "FINITE")
+        .where(STATE == "COMPLETE", VALUES.c.objective == 0, KIND_OF_VALUE == "FINITE", ~FOREIGN)
         .group_by(TRIALS.c.study_id)
     )
     return {row.study_id: row.value for row in rows}

@@ -19,7 +19,7 @@ from search.spec.study import StudySpec, flatten
 from search.storage.engine import retrying
 from search.storage.ledger import MENDABLE, Ledger
 from search.storage.queries import Counts, StoredTrial, asked_of
-from search.study.arms import Arm, ArmRow, Task, one_shot_arm, plain_arm, uniform_arm
+from search.study.arms import ROW_SPACE, Arm, ArmRow, Task, one_shot_arm, plain_arm, uniform_arm
 
 # Attributes of the Optuna study.
 SPEC, CONDITIONS, FINGERPRINT = "spec", "conditions", "fingerprint"
@@ -229,7 +229,7 @@ class Study:
                     row = ArmRow(arm=place, seed=seed, variant=changes.index(dict(change)))
                     called = {"arm": known[place].name}
                     self.given.enqueue(row.params(), called, again=MENDABLE)
-        self.given.resize()
+        self.given.resize(ROW_SPACE)
 
     def plan_failed_again(self) -> None:
         """Plan rows of given arms again that ran out of memory or failed by an error."""
@@ -237,7 +237,7 @@ class Study:
         arms = self.arms
         for row, _ in self.rows():
             self.given.enqueue(row.params(), {"arm": arms[row.arm].name}, again=MENDABLE)
-        self.given.resize()
+        self.given.resize(ROW_SPACE)
 
     def plan_row(self, arm: Arm, seed: int, *, seen: int) -> bool:
         """Add one row, if there are still the ``seen`` rows that it was chosen after.
@@ -275,7 +275,8 @@ class Study:
             return []
         record = self.given.study
         trials = retrying(lambda: record.get_trials(deepcopy=False))
-        return [(ArmRow.of(asked_of(trial)), trial.state.is_finished()) for trial in trials]
+        asked = [(asked_of(trial), trial.state.is_finished()) for trial in trials]
+        return [(ArmRow.of(one), ended) for one, ended in asked if one.keys() == ROW_SPACE.keys()]
 
     def complete_rows(self) -> list[StoredTrial]:
         """Rows of given arms that have a result, in order."""

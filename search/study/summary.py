@@ -17,6 +17,8 @@ from search.study.results import TrialResult
 from search.study.study import BASELINE_RESULTS, Study
 from search.study.wording import align, counts_line, weights_text
 
+_FOREIGN_SHOWN = 5  # numbers of rows
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
@@ -242,8 +244,19 @@ def headline(study: Study, rows: str = "") -> str:
 
 
 def failures(study: Study) -> list[str]:
-    """A line for each row that failed and counts as one, with its reason."""
-    return [line for ledger in study.ledgers for line in _failed(study, ledger)]
+    """A line for each row that failed and counts as one, with its reason; one for foreign rows."""
+    lines = [line for ledger in study.ledgers for line in _failed(study, ledger)]
+    foreign = {each.study.study_name: foreign_rows(each) for each in study.ledgers}
+    return lines + [f"{name}: {rows}" for name, rows in foreign.items() if rows]
+
+
+def foreign_rows(ledger: Ledger) -> str:
+    """Rows that another program added to a ledger's Optuna study; "" without any."""
+    found = [f"{number} ({state.name.lower()})" for number, state in ledger.foreign().items()]
+    if len(found) > _FOREIGN_SHOWN:
+        found[_FOREIGN_SHOWN:] = [f"and {len(found) - _FOREIGN_SHOWN} more"]
+    rows = ", ".join(found)
+    return rows and f"foreign rows, of another program, which count in no result: {rows}"
 
 
 def _failed(study: Study, ledger: Ledger) -> Sequence[str]:

@@ -27,9 +27,15 @@ from search.spec.file import apart
 from search.spec.legacy import translated
 from search.spec.study import StudySpec, fingerprint_of
 from search.storage.engine import exclusive, retrying
-from search.storage.leases import STUDIES, STUDY_ATTRIBUTES, TRIALS, USER_ATTRIBUTES
+from search.storage.leases import (
+    STUDIES,
+    STUDY_ATTRIBUTES,
+    SYSTEM_ATTRIBUTES,
+    TRIALS,
+    USER_ATTRIBUTES,
+)
 from search.storage.ledger import Ledger
-from search.storage.queries import FIXED, PARAMS, SYSTEM_ATTRIBUTES, asked_of
+from search.storage.queries import FIXED, PARAMS, asked_of
 from search.storage.schema import open_tables
 from search.storage.settings import lock_name
 from search.storage.stop_flags import held

@@ -6,6 +6,7 @@ from pathlib import Path
 from bdense.knobs import from_options
 from search.errors import SpecError
 from search.run.gpus import use_gpus
+from search.run.ray_folders import require_ray_folders
 from search.spec.file import read_spec, read_tree
 from search.storage.engine import resolve_storage_url
 from search.study.study import Study
@@ -19,7 +20,8 @@ def storage_url(options: argparse.Namespace) -> str:
 
 
 def use_workers(options: argparse.Namespace) -> int | None:
-    """Take the GPUs of --gpus; returns --workers."""
+    """Take the GPUs of --gpus and check that Ray can start; returns --workers."""
+    require_ray_folders()
     asked = from_options(Workers, options)
     use_gpus(asked.gpus)
     return asked.workers

@@ -56,10 +56,10 @@ def _with_trials(spec: StudySpec, trials: int) -> StudySpec:
 
 
 def dry_run(spec: StudySpec, workers: int | None) -> None:
-    """Print the resolved study, its fingerprint and what it would cost."""
+    """Print what the study would cost, its fingerprint, and the study resolved."""
     from search.worker.cost import cost_lines  # with torch
 
-    print(as_yaml(spec), end="")
-    print(f"# fingerprint {spec.fingerprint()}")
     for line in cost_lines(spec, workers=workers):
         print(f"# {line}")
+    print(f"# fingerprint {spec.fingerprint()}")
+    print(as_yaml(spec), end="")

@@ -68,7 +68,7 @@ class DryRun(Knobs):
 
     dry_run: bool = knob(
         False,
-        "print the resolved study, its fingerprint and its cost; start nothing",
+        "print its cost, its fingerprint and the resolved study; start nothing",
         form="flag",
         short="-n",
     )

@@ -19,7 +19,7 @@ from search.storage.engine import redact
 from search.storage.stop_flags import CONTINUE, asked_at
 from search.study.catalogue import list_studies, studies_json, studies_table
 from search.study.one_shot import curve_line, curve_of, curve_text, one_shot_json
-from search.study.summary import best_json, counts_json, failures, headline, table
+from search.study.summary import best_json, counts_json, failures, foreign_rows, headline, table
 from search.study.trial_list import list_rows, rows_csv, rows_table
 from search.study.wording import duration
 from search.uploading import Place, is_url
@@ -85,6 +85,8 @@ def trials(options: argparse.Namespace) -> None:
         print(rows_csv(rows), end="")
     elif rows:
         print(*rows_table(study, rows), sep="\n")
+        for line in filter(None, map(foreign_rows, study.ledgers)):
+            print(line)
     else:
         print(f"{headline(study)}; none has started yet")
 

@@ -14,6 +14,7 @@ from bdense.weights.spaces import require_point
 from search.report.log_lines import HEADER, log_line
 from search.storage.ledger import MENDABLE, Ledger
 from search.storage.stop_flags import ask_all, held
+from search.study.arms import ROW_SPACE, ArmRow
 from search.study.folders import row_folder
 from search.study.study import Study
 from search.study.trial_log import LOG_FILE, read_log
@@ -139,8 +140,12 @@ def _row(study: Study, asked: LogsOptions) -> tuple[Ledger, int]:
         raise InputError(f"{study.name} has no baselines of its own; give the number of a row")
     seed = study.spec.seeds.training
     # The last one: a launch plans a failed baseline anew.
-    for number, (row, _) in reversed(list(enumerate(study.rows()))):
-        if study.arms[row.arm].baseline == asked.baseline and row.seed == seed:
+    arms, params = study.arms, study.given.asked()
+    for number in reversed(range(len(params))):
+        if params[number].keys() != ROW_SPACE.keys():
+            continue  # foreign
+        row = ArmRow.of(params[number])
+        if arms[row.arm].baseline == asked.baseline and row.seed == seed:
             return study.given, number
     raise InputError(
         f"study {study.name} has no baseline {asked.baseline} yet: its launch was killed before "

@@ -60,7 +60,7 @@ class Judge:
             self._ledger.study,
             claim.number,
             step,
-            lambda study: pruner.prune(study, study.get_trials(deepcopy=False)[claim.number]),
+            lambda study: pruner.prune(study, study._storage.get_trial(claim.trial_id)),
         )
 
 

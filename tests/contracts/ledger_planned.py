@@ -68,7 +68,7 @@ class Planned:
             assert ledger.counts().waiting == 0
         for _ in range(2):
             ledger.enqueue(params, again=("error",))
-        ledger.resize()
+        ledger.resize(SPACE)
         second = take(ledger)
         assert (second.number, second.attempt, dict(second.params)) == (1, 1, params)
         ledger.enqueue(params, again=("error",))
@@ -92,7 +92,7 @@ class Planned:
         complete(ledger, ledger.claim(SPACE, None))
         for a in (2.0, 2.5):
             other.enqueue({"a": a, "b": -1.0})
-        ledger.resize()
+        ledger.resize(SPACE)
         assert (ledger.budget, other.budget, other.counts().planned) == (3, 3, 3)
         assert "changes" not in ledger.study.user_attrs
         assert scene.settle().complete == 3

@@ -2,7 +2,9 @@
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from bdense.command import Force
 from bdense.data.datasets import Dataset, load_dataset
@@ -10,7 +12,7 @@ from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.epd import EPD, write_table
 from bdense.knobs import KnobError, from_options
 from bdense.methods import METHODS
-from bdense.methods.distill import TrainedStage
+from bdense.methods.distill import TrainedStage, keep_student
 from bdense.methods.distill import distill as distill_stages
 from bdense.methods.method import Inputs, StagePlan
 from bdense.metrics.extractors import load_extractor
@@ -84,14 +86,23 @@ def distill(options: argparse.Namespace) -> None:
     sampler = method.teacher_sampler(config, teacher)
     if fids is not None and sampler is not None:
         print(f"teacher: {own.teacher}", flush=True)
-        print(json.dumps(fids.fid("teacher", teacher, sampler)), flush=True)
+        print(json.dumps(fids.fid("teacher", teacher, sampler)["fid"]), flush=True)
     with interrupt:
         for done in stages:
             assert done.path is not None
             _write_table(done, done.path)
             print(f"{done.plan.label}: {done.path}", flush=True)
             if fids is not None:
-                print(json.dumps(fids.fid(done.path.stem, done.student, done.sampler)), flush=True)
+                found = fids.fid(done.path.stem, done.student, done.sampler)
+                _record(done, done.path, found)
+                print(json.dumps(found["fid"]), flush=True)
+
+
+def _record(done: TrainedStage, path: Path, found: Mapping[str, Any]) -> None:
+    """Write a student's FID to its file and card, if it is not there."""
+    metadata = {**done.metadata, **found}
+    if metadata != done.metadata:
+        keep_student(path, done.student, None, metadata)
 
 
 def _write_table(done: TrainedStage, path: Path) -> None:

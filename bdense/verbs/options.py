@@ -8,11 +8,11 @@ from typing import ClassVar, Literal
 
 from bdense.command import Configs, Force
 from bdense.data.names import DATA_SETS
-from bdense.diffusion import SOLVERS, STOCHASTIC_SOLVERS
+from bdense.diffusion import BATCH, SOLVERS, STOCHASTIC_SOLVERS
 from bdense.diffusion.grid_knobs import NativeGridKnobs
 from bdense.errors import InputError
 from bdense.execution import Execution
-from bdense.knobs import Knobs, knob, knobs_of, option_names
+from bdense.knobs import Knobs, knob, knob_of, knobs_of, option_names
 from bdense.methods import METHODS
 from bdense.metrics.settings import MetricName
 from bdense.models.zoo import CHECKPOINTS, REFERENCES
@@ -24,7 +24,7 @@ _MODEL = (
 )
 _EXTRACTORS = (
     "inception[:FILE], dinov2[:FILE], torchscript:FILE (uint8 [B,3,H,W] to [B,d]), "
-    "digits-classifier, fashion-mnist-classifier or cifar10-classifier"
+    "digits-classifier, fashion-mnist-classifier or cifar10-classifier[:FILE]"
 )
 # Images of a FID, as papers count them.
 IMAGES = 50_000
@@ -146,7 +146,7 @@ class Drawing(NativeGridKnobs):
         "prediction costs two network evaluations",
         none="a student's own, else 1",
     )
-    batch: int = knob(128, "images drawn at a time", low=1)
+    batch: int = knob(BATCH, "images drawn at a time", low=1)
 
     def __post_init__(self) -> None:
         Knobs.__post_init__(self)
@@ -291,6 +291,37 @@ class FidOptions(Knobs):
     )
     images: int = knob(IMAGES, "images to draw", low=2)
     seed: int = knob(0, "seed of every random draw", low=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyOptions(Cache):
+    """``bdense verify``."""
+
+    model: str = knob(
+        help="a student's folder or safetensors file with a recorded FID",
+        metavar="MODEL",
+        form="positional",
+    )
+    json: bool = knob(False, "print the result as JSON", form="flag")
+    extractor: str | None = knob(
+        None, f"the recorded feature extractor: {_EXTRACTORS}", none="by its recorded name"
+    )
+    data: str | None = knob(
+        None, f"the recorded reference data set: {DATA_SETS}", none="by its recorded name"
+    )
+    reference: str | None = knob(
+        None,
+        "the recorded file of reference statistics, in place of a data set",
+        metavar="FILE",
+        none="by its recorded name",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedHardware(Hardware):
+    """Where ``bdense verify`` computes."""
+
+    threads: int | None = knob_of(Hardware, "threads", None, none="as many as recorded")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

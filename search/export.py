@@ -16,7 +16,9 @@ from bdense.files import sha256_file
 from bdense.metrics.classifiers import RECIPES, classifier_path
 from bdense.metrics.records import FID
 from bdense.models.diffusers_export import export_pipeline
-from bdense.models.folder import CONFIG, EXTRACTOR, Picture, export_folder
+from bdense.models.diffusers_files import EXTRACTOR
+from bdense.models.folder import CONFIG, Picture, export_folder
+from bdense.models.hub import PIPELINE
 from bdense.models.store import load_denoiser
 from bdense.networks.diffusers_unet import DiffusersUNet
 from search.analysis.comparison import compare, comparisons_of, table_rows, teacher_of
@@ -36,7 +38,7 @@ from search.study.wording import align
 if TYPE_CHECKING:
     from bdense.diffusion.denoiser import NetworkDenoiser
 
-PIPELINE, FIGURE = "diffusers", "fid.png"
+FIGURE = "fid.png"
 _MADE_FROM = "made_from"  # in the metadata of what is handed on
 
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from bdense.metrics.classifiers import classifier_path
-from bdense.models.folder import EXTRACTOR, export_folder
+from bdense.models.diffusers_files import EXTRACTOR
+from bdense.models.folder import export_folder
 from bdense.models.store import load_denoiser, save_denoiser
 from tests.commands import DIGITS, SHORT, TINY, bdense, done, refused
 

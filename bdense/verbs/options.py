@@ -19,8 +19,9 @@ from bdense.models.zoo import CHECKPOINTS, REFERENCES
 from bdense.verbs.weight_options import WeightOptions, parameter_options
 
 _MODEL = (
-    "a safetensors file, a pickle of EDM or SFD, a folder or hub id in diffusers' format, or the "
-    "name of a public checkpoint, which is downloaded (`bdense convert --help` lists the names)"
+    "a safetensors file, a pickle of EDM or SFD, a folder or hub id (OWNER/NAME) of bdense or in "
+    "diffusers' format, or the name of a public checkpoint, which is downloaded (`bdense convert "
+    "--help` lists the names)"
 )
 _EXTRACTORS = (
     "inception[:FILE], dinov2[:FILE], torchscript:FILE (uint8 [B,3,H,W] to [B,d]), "
@@ -298,7 +299,7 @@ class VerifyOptions(Cache):
     """``bdense verify``."""
 
     model: str = knob(
-        help="a student's folder or safetensors file with a recorded FID",
+        help="a student's folder, safetensors file or hub id (OWNER/NAME), with a recorded FID",
         metavar="MODEL",
         form="positional",
     )

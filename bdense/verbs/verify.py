@@ -22,7 +22,7 @@ from bdense.metrics.records import FID
 from bdense.metrics.references import Reference, dataset_reference, read_reference
 from bdense.metrics.settings import MetricSettings
 from bdense.metrics.setup import SETUP, Setup
-from bdense.models.folder import EXTRACTOR
+from bdense.models.diffusers_files import EXTRACTOR, folder_of, is_hub_id
 from bdense.models.store import load_model
 from bdense.models.zoo import REFERENCES, resolve_reference
 from bdense.verbs.common import Progress, chosen_device
@@ -126,7 +126,8 @@ def _sampler(source: str, model: NetworkDenoiser, recorded: FID) -> Sampler:
 
 def _extractor(own: VerifyOptions, recorded: FID, device: torch.device) -> Extractor:
     """The recorded extractor: the one asked for, the folder's own, or by its name."""
-    place = Path(own.model)
+    on_hub = is_hub_id(own.model) and not Path(own.model).exists()
+    place = folder_of(own.model) if on_hub else Path(own.model)
     kept = (place if place.is_dir() else place.parent) / EXTRACTOR
     spec = own.extractor or recorded.extractor + (f":{kept}" if kept.is_file() else "")
     if own.extractor is None and spec.startswith("torchscript:"):

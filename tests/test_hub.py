@@ -87,7 +87,10 @@ def test_the_page_shows_the_fid_with_its_conditions(hub, folder):
     assert result.dataset_type == "uoft-cs/cifar10"
     assert (result.metric_args["images"], result.metric_args["nfe"]) == (4096, 4)
     local = (folder / "README.md").read_text()
-    assert card.text.strip() == local.split("\n---\n", 1)[1].strip()
+    here, there = '"model"', '"me/model"'
+    assert (here in local, there in card.text, here in card.text) == (True, True, False)
+    assert "\nbdense sample me/model --images 64" in card.text
+    assert len(card.text.split()) == len(local.split("\n---\n", 1)[1].split())
 
 
 def test_a_diffusers_student_opens_as_a_pipeline(hub, tmp_path):

@@ -4,6 +4,7 @@ The client is ``huggingface_hub`` (the ``hub`` extra): HF_ENDPOINT, HF_TOKEN, HF
 its cache are its own. ``load_model`` reads what is pushed here.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,9 @@ class HubRepository:
         has_pipeline = (folder / PIPELINE / INDEX).is_file()
         front = card_data(self.repo_id, read_json(folder / CONFIG), has_pipeline=has_pipeline)
         text = (folder / CARD).read_text().split("\n---\n", 1)[-1]
+        # The card's command and Python load the model by its name.
+        text = text.replace(f"bdense sample {folder.name} ", f"bdense sample {self.repo_id} ")
+        text = text.replace(json.dumps(folder.name), json.dumps(self.repo_id))
         operations = [CommitOperationAdd(CARD, f"---\n{front}\n---\n{text}".encode())]
         operations += [CommitOperationAdd(name, path) for name, path in _files(folder)]
         try:

@@ -49,6 +49,19 @@ class Hardware(Knobs):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Logging(Knobs):
+    """What records a training."""
+
+    log: tuple[str, ...] = knob(
+        (),
+        "record losses, weights and FIDs by a tracker: tensorboard:DIR, wandb[:PROJECT], "
+        "mlflow[:URI], or one of another package",
+        metavar="NAME[:PLACE]",
+        form="repeated",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherOptions(Knobs):
     """``bdense teacher``, beside the model and its ``TeacherConfig``."""
 
@@ -353,7 +366,7 @@ def teacher_configs(arguments: Sequence[str]) -> Configs:
     """The classes of ``bdense teacher``; imports torch."""
     from bdense.training.teacher import TeacherConfig
 
-    return (TeacherOptions, Force, ModelOptions, TeacherConfig, Execution, Hardware)
+    return (TeacherOptions, Force, Logging, ModelOptions, TeacherConfig, Execution, Hardware)
 
 
 def distill_configs(arguments: Sequence[str]) -> Configs:
@@ -363,7 +376,7 @@ def distill_configs(arguments: Sequence[str]) -> Configs:
         InputError: There is no such method.
     """
     method = METHODS[chosen_method(arguments)].Config
-    own = (DistillOptions, Force, WeightOptions, parameter_options())
+    own = (DistillOptions, Force, Logging, WeightOptions, parameter_options())
     return (*own, method, Evaluation, Execution, Hardware)
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from bdense.metrics.references import dataset_reference as dataset_reference
     from bdense.metrics.references import read_reference as read_reference
     from bdense.models.folder import export_folder as export_folder
+    from bdense.models.hub import push_model as push_model
     from bdense.models.latents import load_codec as load_codec
     from bdense.models.latents import load_text_encoder as load_text_encoder
     from bdense.models.store import load_denoiser as load_denoiser
@@ -78,6 +79,7 @@ _HOME = {
     "load_text_encoder": "models.latents",
     "measure_images": "metrics.metrics",
     "normalised_weights": "weights.spaces",
+    "push_model": "models.hub",
     "read_reference": "metrics.references",
     "recombine_branches": "diffusion.branches",
     "samplers_from": "diffusion.sampling",

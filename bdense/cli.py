@@ -19,8 +19,10 @@ from bdense.verbs.options import (
     FidOptions,
     Hardware,
     RecombineOptions,
+    RecordedHardware,
     ReferenceOptions,
     SampleOptions,
+    VerifyOptions,
     distill_configs,
     teacher_configs,
     unknown_option,
@@ -60,6 +62,13 @@ VERBS = {
         function="bdense.verbs.fid:fid",
         configs=(FidOptions, Features, MetricSettings, Drawing, Execution, Hardware),
         skip=("kid_subsets", "kid_seed"),
+    ),
+    "verify": Verb(
+        help="draw a student's images again from its recorded seeds and measure their FID under "
+        "the recorded conditions: equal, within rounding or different (exit status 1)",
+        example="bdense verify model",
+        function="bdense.verbs.verify:verify",
+        configs=(VerifyOptions, RecordedHardware),
     ),
     "reference": Verb(
         help="write a data set's statistics as EDM's .npz (mu, sigma)",

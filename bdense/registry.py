@@ -1,7 +1,7 @@
 """Registries: members by name, built in or brought by another package through an entry point.
 
 A package adds a member under one of the groups ``bdense.methods``, ``bdense.weights``,
-``bdense.networks``, ``bdense.solvers`` and ``bdense.stochastic_solvers``::
+``bdense.networks``, ``bdense.solvers``, ``bdense.stochastic_solvers`` and ``bdense.trackers``::
 
     [project.entry-points."bdense.methods"]
     mine = "mypackage.mine:Mine"

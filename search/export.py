@@ -3,23 +3,29 @@
 import contextlib
 import itertools
 import json
+import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optuna.trial import TrialState
 
 from bdense.errors import InputError
+from bdense.files import sha256_file
+from bdense.metrics.classifiers import RECIPES, classifier_path
 from bdense.metrics.records import FID
 from bdense.models.diffusers_export import export_pipeline
+from bdense.models.diffusers_files import EXTRACTOR
 from bdense.models.folder import CONFIG, Picture, export_folder
+from bdense.models.hub import PIPELINE
 from bdense.models.store import load_denoiser
 from bdense.networks.diffusers_unet import DiffusersUNet
 from search.analysis.comparison import compare, comparisons_of, table_rows, teacher_of
 from search.analysis.confirmation import CONFIRM_SUFFIX, judged_summary, verdict
 from search.analysis.recommendation import recommend
 from search.report.overview import overview_of
+from search.storage.engine import cache_folder
 from search.storage.ledger import Ledger
 from search.storage.queries import StoredTrial
 from search.study.arms import ArmRow
@@ -32,7 +38,7 @@ from search.study.wording import align
 if TYPE_CHECKING:
     from bdense.diffusion.denoiser import NetworkDenoiser
 
-PIPELINE, FIGURE = "diffusers", "fid.png"
+FIGURE = "fid.png"
 _MADE_FROM = "made_from"  # in the metadata of what is handed on
 
 
@@ -83,8 +89,12 @@ def export_trial(
         pictures |= _pictures(study, trial, nfe)
         rows = align(table_rows(comparisons_of(study), teacher_of(study)))
         extra = "All arms of the study:\n\n```\n" + "\n".join(rows) + "\n```"
-    pipeline = _pipeline_of(denoiser, metadata)
-    export_folder(folder, denoiser, metadata, pictures=pictures, extra_card=extra, finish=pipeline)
+
+    def finish(folder: Path) -> None:
+        _add_pipeline(folder, denoiser, metadata)
+        _add_extractor(folder, fid)
+
+    export_folder(folder, denoiser, metadata, pictures=pictures, extra_card=extra, finish=finish)
     return [path for path in (folder, folder / PIPELINE) if path.is_dir()]
 
 
@@ -291,17 +301,25 @@ def _pictures(study: Study, trial: StoredTrial, nfe: int | None) -> dict[str, Pi
     return pictures
 
 
-def _pipeline_of(
-    denoiser: "NetworkDenoiser", metadata: Mapping[str, Any]
-) -> Callable[[Path], None] | None:
-    """Writes a diffusers pipeline into the folder; None for networks of other kinds."""
+def _add_extractor(folder: Path, fid: FID | None) -> None:
+    """Add the small classifier that a FID was measured with: another machine trains another."""
+    if fid is None or fid.extractor not in RECIPES:
+        return
+    path = classifier_path(fid.extractor, cache_folder())
+    if path.is_file() and sha256_file(path) == fid.extractor_sha256:
+        shutil.copyfile(path, folder / EXTRACTOR)
+    else:
+        sys.stderr.write(
+            f"{path} is not the {fid.extractor} of the FID, so that `bdense verify` will need "
+            "--extractor\n"
+        )
+
+
+def _add_pipeline(folder: Path, denoiser: "NetworkDenoiser", metadata: Mapping[str, Any]) -> None:
+    """Add a diffusers pipeline, where the network is a diffusers one."""
     if not isinstance(denoiser.model, DiffusersUNet):
-        return None
-
-    def write(folder: Path) -> None:
-        try:
-            export_pipeline(folder / PIPELINE, denoiser, metadata)
-        except InputError as error:
-            sys.stderr.write(f"no diffusers pipeline is written: {error}\n")
-
-    return write
+        return
+    try:
+        export_pipeline(folder / PIPELINE, denoiser, metadata)
+    except InputError as error:
+        sys.stderr.write(f"no diffusers pipeline is written: {error}\n")

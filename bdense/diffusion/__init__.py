@@ -7,6 +7,9 @@ from bdense.registry import Registry
 if TYPE_CHECKING:
     from bdense.diffusion.solvers import Solver
 
+# Images drawn at a time.
+BATCH = 128
+
 # How ``bdense.diffusion.schedules.Schedule`` spaces levels.
 ScheduleKind = Literal["polynomial", "logsnr", "time_uniform", "discrete"]
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from bdense.arguments import require_types
+from bdense.diffusion import BATCH
 from bdense.diffusion.codecs import Codec
 from bdense.diffusion.conditions import Conditions
 from bdense.diffusion.ddpm import DDPMSchedule, DiscreteSchedule
@@ -198,7 +199,7 @@ def draw_images(
     count: int = 64,
     *,
     seed: int,
-    batch: int = 128,
+    batch: int = BATCH,
     class_index: int | None = None,
     conditions: Conditions | None = None,
     codec: Codec | None = None,

@@ -100,7 +100,7 @@ def classifier_checkpoint(name: str, cache: Path) -> tuple[Path, dict[str, Any]]
         InputError: The data set is missing and cannot be downloaded, or the cache not written.
     """
     require_cache(Path(cache))
-    path = Path(cache) / f"{name}-{_RECIPE}.safetensors"
+    path = classifier_path(name, cache)
     with file_lock(path.with_suffix(".lock")):
         if not path.exists():
             recipe = RECIPES[name]
@@ -108,6 +108,11 @@ def classifier_checkpoint(name: str, cache: Path) -> tuple[Path, dict[str, Any]]
             facts = {"kind": name, "train_accuracy": accuracy, "epochs": recipe.epochs}
             save_tensors(path, network.state_dict(), facts)
     return path, load_tensors(path)[1]
+
+
+def classifier_path(name: str, cache: Path) -> Path:
+    """Where ``classifier_checkpoint`` has its file, whether it exists or not."""
+    return Path(cache) / f"{name}-{_RECIPE}.safetensors"
 
 
 def load_classifier(path: Path) -> Classifier:

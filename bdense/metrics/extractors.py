@@ -18,10 +18,14 @@ from bdense.errors import InputError, ShapeError
 from bdense.files import require_no_page, sha256_file
 from bdense.metrics.classifiers import RECIPES, Classifier, classifier_checkpoint, load_classifier
 from bdense.metrics.dinov2 import SIZES, load_dinov2
+from bdense.models.store import load_tensors
 from bdense.models.zoo import checkpoint_path, downloaded_checkpoint, last_line, reading_checkpoint
 
 SPECS = ", ".join(
-    ["inception[:WEIGHTS.pth], dinov2[:WEIGHTS.pth], torchscript:FILE.pt", *SIZES, *RECIPES]
+    [
+        *("inception[:WEIGHTS.pth], dinov2[:WEIGHTS.pth], torchscript:FILE.pt", *SIZES),
+        *(f"{name}[:FILE.safetensors]" for name in RECIPES),
+    ]
 )
 
 # The size that Stein et al. 2023 (arXiv 2306.04675) use to compare generative models.
@@ -90,7 +94,7 @@ def load_extractor(spec: str, *, cache: Path, device: torch.device) -> Extractor
             ``torchscript:FILE.pt`` (a scripted network of the user's,
             uint8 [B, 3, H, W] -> [B, d]; its program is run), or ``digits-classifier``,
             ``fashion-mnist-classifier``, ``cifar10-classifier`` (small networks of 64 features,
-            trained once here).
+            trained once here) or one of these from a file, ``digits-classifier:FILE``.
         cache: Folder for what is made once.
         device: Where to compute features.
 
@@ -106,10 +110,8 @@ def load_extractor(spec: str, *, cache: Path, device: torch.device) -> Extractor
             return _dinov2(_DINOV2_DEFAULT if kind == "dinov2" else kind, argument, device)
         if kind == "torchscript" and argument:
             return _torchscript(Path(argument), device)
-        if spec in RECIPES:
-            path, metadata = classifier_checkpoint(spec, cache)
-            facts = MappingProxyType(metadata)
-            return _made(spec, path, Classifier.DIM, load_classifier(path), device, facts)
+        if kind in RECIPES:
+            return _classifier(kind, argument, cache, device)
     raise InputError(f"unknown feature extractor {spec!r}; known are {SPECS}")
 
 
@@ -188,6 +190,16 @@ def _dinov2(name: str, weights: str, device: torch.device) -> Extractor:
     with reading_checkpoint(name, path, size.url):
         network = load_dinov2(size, path)
     return _made(name, path, size.width, network, device)
+
+
+def _classifier(name: str, weights: str, cache: Path, device: torch.device) -> Extractor:
+    path = Path(weights) if weights else classifier_checkpoint(name, cache)[0]
+    network, metadata = load_classifier(path), load_tensors(path)[1]
+    if network.name != name:
+        raise InputError(
+            f"{path} holds a {network.name}, not a {name}; give {network.name}:{path}"
+        )
+    return _made(name, path, Classifier.DIM, network, device, MappingProxyType(metadata))
 
 
 def _torchscript(path: Path, device: torch.device) -> Extractor:

@@ -90,12 +90,14 @@ class Reference:
         features: [n, d] float32, for KID, precision and recall; None if not asked for or not in
             the file.
         image_shape: (C, H, W) of its images; None for a file, which does not say.
+        data_sha256: Digest of its pixels; None for a file, whose name has its digest.
     """
 
     name: str
     statistics: Statistics
     features: Tensor | None = None
     image_shape: tuple[int, ...] | None = None
+    data_sha256: str | None = None
 
 
 def features_of(
@@ -186,6 +188,7 @@ def dataset_reference(
         statistics=statistics,
         features=features,
         image_shape=tuple(dataset.images.shape[1:]),
+        data_sha256=dataset.sha256,
     )
 
 

@@ -20,6 +20,9 @@ CONFIG, INDEX = "config.json", "model_index.json"
 TORCH_FILES = (".bin", ".ckpt", ".pt", ".pth")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 WEIGHTS = "diffusion_pytorch_model"
+# In a folder that ``export_folder`` writes: the student's weights, and those of the small
+# classifier in whose features its FID is, where it is one.
+MODEL_FILE, EXTRACTOR = "model.safetensors", "extractor.safetensors"
 # The parts of a pipeline that are read, and what is fetched of each.
 _PARTS = {
     ".": (CONFIG, "scheduler_config.json", f"{WEIGHTS}*"),
@@ -68,14 +71,44 @@ def folder_of(source: str | Path) -> Path:
             ends = endings if name != stem and stem else [""]
             patterns += [f"{place}{stem if ends is endings else name}{end}" for end in ends]
     try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
-    # huggingface_hub raises OSErrors and ValueErrors for repositories, files and names.
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        folder = Path(snapshot_download(source, allow_patterns=patterns))
+        if _is_pushed(folder):
+            snapshot_download(source, allow_patterns=[MODEL_FILE, EXTRACTOR])
+        return folder
+    except CheckpointError:
+        raise
+    except Exception as error:
         raise InputError(
-            f"cannot fetch {source} from the Hugging Face hub ({reason}); fetch "
+            f"cannot fetch {source} from the Hugging Face hub ({why_not_fetched(error)}); fetch "
             f"{HUB}/{source} by hand into a folder and give the folder"
         ) from error
+
+
+def _is_pushed(folder: Path) -> bool:
+    """Whether it is a repository that ``HubRepository.push`` made."""
+    return (folder / CONFIG).is_file() and read_json(folder / CONFIG).get("file") == MODEL_FILE
+
+
+def why_not_fetched(error: Exception) -> str:
+    """One line on an error of huggingface_hub, without addresses that may hold secrets."""
+    from huggingface_hub import constants, errors
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.GatedRepoError):
+        return "its terms must be accepted on its page first; then set HF_TOKEN"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "no model of this name is there, or it is private: then set HF_TOKEN"
+    if status in (401, 403):
+        return f"the token was refused with status {status}; set another HF_TOKEN"
+    if status is not None:
+        return f"the server answered with status {status}"
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set, and it is not in the cache"
+    if isinstance(error, ConnectionError | errors.LocalEntryNotFoundError) or "Connect" in (
+        type(error).__name__
+    ):
+        return f"{constants.ENDPOINT} cannot be reached, and it is not in the cache"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -60,12 +60,13 @@ _PROCESS = {
 
 
 def read_diffusers(
-    source: str | Path, *, weights: bool = True
+    source: str | Path, folder: Path | None = None, *, weights: bool = True
 ) -> tuple[NetworkDenoiser, dict[str, Any]]:
     """The denoiser of a diffusers folder or hub id, in eval mode, and its metadata.
 
     Args:
         source: A folder as ``save_pretrained`` writes it, or OWNER/NAME on the hub.
+        folder: Where it was fetched to; None fetches it.
         weights: Read them; else the denoiser is on the meta device.
 
     Returns:
@@ -82,7 +83,7 @@ def read_diffusers(
         InputError: diffusers is not installed, or the hub cannot be reached.
     """
     require_diffusers()
-    folder = folder_of(source)
+    folder = folder or folder_of(source)
     ignored = _require_pipeline(folder)
     model_folder, scheduler_file = _find(folder)
     config = read_json(model_folder / CONFIG)

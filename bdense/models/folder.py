@@ -14,7 +14,8 @@ from bdense.diffusion.sampling import Sampler, draw_images, samplers_from, save_
 from bdense.errors import InputError
 from bdense.files import atomic_folder, require_new
 from bdense.models.card import folder_card, readable_json
-from bdense.models.store import MODEL_FILE, save_denoiser
+from bdense.models.diffusers_files import MODEL_FILE
+from bdense.models.store import save_denoiser
 
 CONFIG, CARD, SAMPLES = "config.json", "README.md", "samples.png"
 # Samples that are drawn if none are given: the defaults of `bdense sample FOLDER`.

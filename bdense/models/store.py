@@ -18,15 +18,13 @@ from bdense.diffusion.denoiser import NetworkDenoiser, restore
 from bdense.diffusion.sampling import samplers_from
 from bdense.errors import CheckpointError, InputError
 from bdense.files import atomic_write, header_of, require_no_page
-from bdense.models.diffusers_files import TORCH_FILES, is_hub_id
+from bdense.models.diffusers_files import MODEL_FILE, TORCH_FILES, folder_of, is_hub_id
 from bdense.models.diffusers_teacher import read_diffusers
 from bdense.models.edm import load_foreign
 from bdense.models.zoo import CHECKPOINTS, HUB_CHECKPOINTS, PUBLIC_MODELS, resolve_checkpoint
 
 HEADER_KEY = "bdense"
 FORMAT = 1
-# The weights in a folder that ``export_folder`` writes.
-MODEL_FILE = "model.safetensors"
 # Errors of a disk or its server that may pass; the file may be intact.
 _PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.ENOMEM, errno.EAGAIN)
 
@@ -170,8 +168,8 @@ def load_model(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
 
     Args:
         source: Name of a published checkpoint (downloaded once), a file of ours, EDM's or SFD's,
-            a folder of ``export_folder`` or in diffusers' format, or OWNER/NAME on the Hugging
-            Face hub.
+            a folder of ``export_folder`` or in diffusers' format, or OWNER/NAME of either on the
+            Hugging Face hub.
 
     Returns:
         The denoiser in eval mode and its metadata; these have ``licence``, an SPDX identifier,
@@ -190,10 +188,11 @@ def load_model(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
             f"there is no file {name}; it is not taken for a hub id because {path.parent} is a "
             "folder here"
         )
-    if _is_ours(path / MODEL_FILE):
-        return load_denoiser(path / MODEL_FILE)
-    if path.is_dir() or on_hub:
-        denoiser, metadata = read_diffusers(source)
+    folder = _fetched(name) if on_hub else path
+    if _is_ours(folder / MODEL_FILE):
+        return load_denoiser(folder / MODEL_FILE)
+    if folder.is_dir():
+        denoiser, metadata = read_diffusers(source, folder)
         return denoiser, metadata | (_terms(name) if on_hub and name in HUB_CHECKPOINTS else {})
     file = resolve_checkpoint(path)
     if file.suffix in TORCH_FILES:
@@ -206,6 +205,16 @@ def load_model(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
     if path.suffix == ".pkl" and path.stem in CHECKPOINTS:
         metadata = _terms(path.stem) | metadata
     return denoiser, metadata
+
+
+def _fetched(repo_id: str) -> Path:
+    try:
+        return folder_of(repo_id)
+    except ImportError as error:
+        raise InputError(
+            f"there is no file {repo_id}, and as a hub id it needs huggingface_hub ({error}); "
+            "pip install 'bdense[hub]'"
+        ) from error
 
 
 def _is_ours(file: Path) -> bool:

@@ -2,22 +2,26 @@
 
 import argparse
 import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from bdense.command import Force
 from bdense.data.datasets import load_dataset
 from bdense.diffusion.epd import EPD, write_table
 from bdense.knobs import KnobError, from_options
 from bdense.methods import METHODS
-from bdense.methods.distill import TrainedStage
+from bdense.methods.distill import TrainedStage, keep_student
 from bdense.methods.distill import distill as distill_stages
 from bdense.methods.method import Inputs, StagePlan
 from bdense.metrics.extractors import load_extractor
 from bdense.metrics.references import dataset_reference
 from bdense.models.card import inherited
 from bdense.models.latents import drawn_shape
-from bdense.models.store import load_model
+from bdense.models.store import load_model, plain_json
 from bdense.training.loop import IterationReport
+from bdense.training.tracking import Tracking
 from bdense.verbs.common import (
     WEIGHTS,
     Interrupt,
@@ -29,7 +33,7 @@ from bdense.verbs.common import (
     unfinished,
 )
 from bdense.verbs.fid import KeptFIDs
-from bdense.verbs.options import IMAGES, DistillOptions, Evaluation
+from bdense.verbs.options import IMAGES, DistillOptions, Evaluation, Logging
 from bdense.verbs.sample import chosen_prompts, codec_of, conditions_of
 from bdense.verbs.weight_options import chosen_weighting
 
@@ -56,6 +60,7 @@ def distill(options: argparse.Namespace) -> None:
     several = any(plan.name for plan in method.plan(config, teacher))
     folder = own.out if several else own.out.parent
     interrupt = Interrupt()
+    progress = _StageProgress(interrupt, own.out, several=several)
     stages = distill_stages(
         method,
         teacher,
@@ -70,7 +75,7 @@ def distill(options: argparse.Namespace) -> None:
             **inherited(known, Path(own.teacher).name),
             **({"data": dataset.name} if method.needs_data and dataset is not None else {}),
         },
-        on_iteration=_StageProgress(interrupt, own.out, several=several),
+        on_iteration=progress,
     )
     if several:
         require_out(own.out, options, folder=True)
@@ -94,16 +99,29 @@ def distill(options: argparse.Namespace) -> None:
     elif evaluation.images is not None:
         raise KnobError("--images", "needs --extractor, which measures the FID")
     sampler = method.teacher_sampler(config, teacher)
-    if fids is not None and sampler is not None:
-        print(f"teacher: {own.teacher}", flush=True)
-        print(json.dumps(fids.fid("teacher", teacher, sampler)), flush=True)
-    with interrupt:
+    settings = plain_json({"method": own.method, "seed": own.seed, **asdict(config)})
+    log = from_options(Logging, options).log
+    with interrupt, Tracking(log, own.out.stem, settings) as tracking:
+        progress.tracking = tracking
+        if fids is not None and sampler is not None:
+            print(f"teacher: {own.teacher}", flush=True)
+            print(json.dumps(fids.fid("teacher", teacher, sampler)["fid"]), flush=True)
         for done in stages:
             assert done.path is not None
             _write_table(done, done.path)
             print(f"{done.plan.label}: {done.path}", flush=True)
             if fids is not None:
-                print(json.dumps(fids.fid(done.path.stem, done.student, done.sampler)), flush=True)
+                found = fids.fid(done.path.stem, done.student, done.sampler)
+                _record(done, done.path, found)
+                print(json.dumps(found["fid"]), flush=True)
+                tracking.evaluation(done.plan.name, {"fid": found["fid"]["value"]})
+
+
+def _record(done: TrainedStage, path: Path, found: Mapping[str, Any]) -> None:
+    """Write a student's FID to its file and card, if it is not there."""
+    metadata = {**done.metadata, **found}
+    if metadata != done.metadata:
+        keep_student(path, done.student, None, metadata)
 
 
 def _write_table(done: TrainedStage, path: Path) -> None:
@@ -121,11 +139,13 @@ class _StageProgress:
         self._interrupt, self._out, self._several = interrupt, out, several
         self._plan: StagePlan | None = None
         self._show = Progress()
+        self.tracking = Tracking((), "", {})
 
     def __call__(self, plan: StagePlan, done: IterationReport) -> None:
         """Report how far the stage is."""
         if plan != self._plan:
             path = self._out / f"{plan.name}{WEIGHTS}" if self._several else self._out
             self._plan, self._show = plan, Progress(self._interrupt, kept_in(unfinished(path)))
+        self.tracking.iteration(plan.name, done)
         remark = f"{plan.label}, loss {done.loss:.4g}"
         self._show(done.iteration + 1, done.iterations, remark)

@@ -10,6 +10,7 @@ from typing import Any
 from bdense import NUMERICS
 from bdense.data.datasets import Dataset, load_dataset
 from bdense.data.names import split_format
+from bdense.diffusion import BATCH
 from bdense.diffusion.codecs import Codec
 from bdense.diffusion.conditions import Prompts
 from bdense.diffusion.denoiser import NetworkDenoiser
@@ -28,6 +29,7 @@ from bdense.metrics.references import (
     write_reference,
 )
 from bdense.metrics.settings import MetricSettings
+from bdense.metrics.setup import SETUP, Setup
 from bdense.models.store import denoiser_sha256
 from bdense.models.zoo import resolve_reference
 from bdense.verbs.common import Interrupt, Progress, chosen_device, chosen_hardware, require_out
@@ -145,7 +147,10 @@ class KeptFIDs:
         )
 
     def fid(self, name: str, model: NetworkDenoiser, sampler: Sampler) -> dict[str, Any]:
-        """The model's FID as ``bdense fid`` prints it: from its file, or measured now."""
+        """The model's FID, from its file or measured now, as a student's metadata have it.
+
+        ``fid`` is what ``bdense fid`` prints.
+        """
         path = self.folder / f"{name}.fid.json"
         precision = _unusual_precision(model.execution)
         conditions = {
@@ -177,11 +182,11 @@ class KeptFIDs:
                 images, self.extractor, self.reference, nfe=sampler.nfe, seeds=seeds
             )
             unusual = _sequential(sampler) | precision
-            kept = {"fid": measured.fid.as_dict() | unusual, "of": conditions}
+            setup = Setup.of(model, self.reference, BATCH, NUMERICS).as_dict()
+            kept = {"fid": measured.fid.as_dict() | unusual, SETUP: setup, "of": conditions}
             with atomic_write(path) as scratch:
                 scratch.write_text(json.dumps(kept))
-        found: dict[str, Any] = kept["fid"]
-        return found
+        return {key: kept[key] for key in ("fid", SETUP) if key in kept}
 
 
 def _show_drawn(images: int, interrupt: Interrupt | None = None) -> Callable[[int], None]:

@@ -8,24 +8,25 @@ from typing import ClassVar, Literal
 
 from bdense.command import Configs, Force
 from bdense.data.names import DATA_SETS
-from bdense.diffusion import SOLVERS, STOCHASTIC_SOLVERS
+from bdense.diffusion import BATCH, SOLVERS, STOCHASTIC_SOLVERS
 from bdense.diffusion.grid_knobs import NativeGridKnobs
 from bdense.errors import InputError
 from bdense.execution import Execution
-from bdense.knobs import Knobs, knob, knobs_of, option_names
+from bdense.knobs import Knobs, knob, knob_of, knobs_of, option_names
 from bdense.methods import METHODS
 from bdense.metrics.settings import MetricName
 from bdense.models.zoo import CHECKPOINTS, REFERENCES
 from bdense.verbs.weight_options import WeightOptions, parameter_options
 
 _MODEL = (
-    "a safetensors file, a pickle of EDM or SFD, a folder or hub id in diffusers' format, or the "
-    "name of a public checkpoint, which is downloaded (`bdense convert --help` lists the names)"
+    "a safetensors file, a pickle of EDM or SFD, a folder or hub id (OWNER/NAME) of bdense or in "
+    "diffusers' format, or the name of a public checkpoint, which is downloaded (`bdense convert "
+    "--help` lists the names)"
 )
 _EXTRACTORS = (
     "inception[:FILE], dinov2[:FILE], torchscript:FILE (uint8 [B,3,H,W] to [B,d]; "
     "it is a program, which runs: trust its source), "
-    "digits-classifier, fashion-mnist-classifier or cifar10-classifier"
+    "digits-classifier, fashion-mnist-classifier or cifar10-classifier[:FILE]"
 )
 # Images of a FID, as papers count them.
 IMAGES = 50_000
@@ -46,6 +47,19 @@ class Hardware(Knobs):
         "auto", "where to compute; auto: on a GPU if there is one"
     )
     threads: int | None = knob(None, "CPU threads", low=1, none="one for each core")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logging(Knobs):
+    """What records a training."""
+
+    log: tuple[str, ...] = knob(
+        (),
+        "record losses, weights and FIDs by a tracker: tensorboard:DIR, wandb[:PROJECT], "
+        "mlflow[:URI], or one of another package",
+        metavar="NAME[:PLACE]",
+        form="repeated",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +176,7 @@ class Drawing(NativeGridKnobs):
         "latents",
         none="MODEL",
     )
-    batch: int = knob(128, "images drawn at a time", low=1)
+    batch: int = knob(BATCH, "images drawn at a time", low=1)
 
     def __post_init__(self) -> None:
         Knobs.__post_init__(self)
@@ -295,6 +309,37 @@ class FidOptions(Knobs):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyOptions(Cache):
+    """``bdense verify``."""
+
+    model: str = knob(
+        help="a student's folder, safetensors file or hub id (OWNER/NAME), with a recorded FID",
+        metavar="MODEL",
+        form="positional",
+    )
+    json: bool = knob(False, "print the result as JSON", form="flag")
+    extractor: str | None = knob(
+        None, f"the recorded feature extractor: {_EXTRACTORS}", none="by its recorded name"
+    )
+    data: str | None = knob(
+        None, f"the recorded reference data set: {DATA_SETS}", none="by its recorded name"
+    )
+    reference: str | None = knob(
+        None,
+        "the recorded file of reference statistics, in place of a data set",
+        metavar="FILE",
+        none="by its recorded name",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedHardware(Hardware):
+    """Where ``bdense verify`` computes."""
+
+    threads: int | None = knob_of(Hardware, "threads", None, none="as many as recorded")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReferenceOptions(Knobs):
     """``bdense reference``."""
 
@@ -322,7 +367,7 @@ def teacher_configs(arguments: Sequence[str]) -> Configs:
     """The classes of ``bdense teacher``; imports torch."""
     from bdense.training.teacher import TeacherConfig
 
-    return (TeacherOptions, Force, ModelOptions, TeacherConfig, Execution, Hardware)
+    return (TeacherOptions, Force, Logging, ModelOptions, TeacherConfig, Execution, Hardware)
 
 
 def distill_configs(arguments: Sequence[str]) -> Configs:
@@ -332,7 +377,7 @@ def distill_configs(arguments: Sequence[str]) -> Configs:
         InputError: There is no such method.
     """
     method = METHODS[chosen_method(arguments)].Config
-    own = (DistillOptions, Force, WeightOptions, parameter_options())
+    own = (DistillOptions, Force, Logging, WeightOptions, parameter_options())
     return (*own, method, Evaluation, Execution, Hardware)
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from bdense import NUMERICS
 from bdense.data.datasets import load_dataset
+from bdense.diffusion import BATCH
 from bdense.diffusion.branches import recombine_branches
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import Sampler, draw_images, samplers_from
@@ -21,13 +23,14 @@ from bdense.metrics.recombination import search_coefficients
 from bdense.metrics.records import FID
 from bdense.metrics.references import Reference, dataset_reference
 from bdense.metrics.settings import MetricSettings
+from bdense.metrics.setup import SETUP, Setup
 from bdense.models.latents import draws_latents
 from bdense.models.store import load_model
 from bdense.verbs.common import Progress, chosen_hardware, require_model_out
 from bdense.verbs.options import IMAGES, Evaluation, RecombineOptions
 
 # Metadata of the branched student that is not true of another.
-_OF_THE_BRANCHED = ("identity", "fid")
+_OF_THE_BRANCHED = ("identity", "fid", SETUP)
 
 
 def recombine(options: argparse.Namespace) -> None:
@@ -52,12 +55,16 @@ def recombine(options: argparse.Namespace) -> None:
     require_model_out(own.out, options, inputs=[own.branched])
     student.to(device).execute(execution)
     metadata = {key: value for key, value in metadata.items() if key not in _OF_THE_BRANCHED}
+    judge = None
     if evaluation.extractor is not None:
         judge = _judge(evaluation, own, student, samplers_from(metadata)[0], device)
         c, metadata["fid"] = _measured(judge, own)
     assert c is not None
     metadata["coefficients"] = list(c)
-    keep_student(own.out, recombine_branches(student, c), None, metadata)
+    combined = recombine_branches(student, c)
+    if judge is not None:
+        metadata[SETUP] = Setup.of(combined, judge.reference, BATCH, NUMERICS).as_dict()
+    keep_student(own.out, combined, None, metadata)
     print(own.out)
 
 

@@ -15,6 +15,7 @@ from bdense.models.store import (
     save_denoiser,
 )
 from bdense.training.teacher import TeacherConfig, teacher_data, train_teacher
+from bdense.training.tracking import Tracking
 from bdense.verbs.common import (
     Interrupt,
     Progress,
@@ -23,7 +24,7 @@ from bdense.verbs.common import (
     require_model_out,
     unfinished,
 )
-from bdense.verbs.options import ModelOptions, TeacherOptions
+from bdense.verbs.options import Logging, ModelOptions, TeacherOptions
 
 
 def teacher(options: argparse.Namespace) -> None:
@@ -46,15 +47,21 @@ def teacher(options: argparse.Namespace) -> None:
         print(f"{own.out} sha256 {denoiser_sha256(load_denoiser(own.out)[0])[:16]}, made before")
         return
     scratch = unfinished(own.out)
-    with Interrupt() as interrupt:
+    log = from_options(Logging, options).log
+    with Interrupt() as interrupt, Tracking(log, own.out.stem, identity) as tracking:
         show = Progress(interrupt, kept_in(scratch))
+
+        def on_iteration(done: int, total: int, loss: float) -> None:
+            tracking.update("", done, total, {"loss": loss})
+            show(done, total, f"loss {loss:.3f}")
+
         trained = train_teacher(
             dataset,
             config,
             device=device,
             execution=execution,
             checkpoint=scratch,
-            on_iteration=lambda done, total, loss: show(done, total, f"loss {loss:.3f}"),
+            on_iteration=on_iteration,
         )
     metadata = {
         "kind": "teacher",

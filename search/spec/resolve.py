@@ -23,9 +23,10 @@ from bdense.metrics.dinov2 import SIZES
 from bdense.metrics.extractors import SPECS
 from bdense.metrics.metrics import require_enough
 from bdense.metrics.settings import MetricSettings
+from bdense.models.diffusers_files import MODEL_FILE
 from bdense.models.diffusers_teacher import read_diffusers
 from bdense.models.latents import drawn_shape, read_prompts
-from bdense.models.store import MODEL_FILE, load_model
+from bdense.models.store import load_model
 from bdense.models.zoo import PUBLIC_MODELS
 from bdense.training import latent_digits
 from bdense.training.teacher import TeacherConfig, new_denoiser

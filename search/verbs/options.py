@@ -257,6 +257,13 @@ class ExportOptions(StudyOptions):
         metavar="DIR",
         form="positional",
     )
+    push: str | None = knob(
+        None,
+        "upload the folder to the Hugging Face Hub too, as a new model of this name; needs "
+        "HF_TOKEN",
+        metavar="OWNER/NAME",
+        none=None,
+    )
     trial: int | None = knob(
         None,
         "number of the trial whose student is written",

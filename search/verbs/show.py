@@ -129,10 +129,14 @@ def report(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Write the model folder, and name it."""
-    from search.export import export_trial  # with torch
+    from bdense.models.hub import HubRepository  # with torch
+    from search.export import export_trial
 
     asked = from_options(ExportOptions, options)
     wanted: dict[str, Any] = {"number": asked.trial, "nfe": asked.nfe, "baseline": asked.baseline}
+    hub = None if asked.push is None else HubRepository(asked.push)
+    if hub is not None:
+        hub.require_new()
     study = open_study(options, reading=True)
     if is_url(asked.folder):
         place = Place(asked.folder)
@@ -141,11 +145,15 @@ def export(options: argparse.Namespace) -> None:
             folder = Path(scratch) / "model"
             export_trial(study, folder, **wanted)
             place.take(folder)
-        print(place.url)
+            print(place.url)
+            if hub is not None:
+                print(hub.push(folder))
         return
     require_new(Path(asked.folder))
     for path in export_trial(study, Path(asked.folder), **wanted):
         print(path)
+    if hub is not None:
+        print(hub.push(Path(asked.folder)))
 
 
 def dashboard(options: argparse.Namespace) -> None:

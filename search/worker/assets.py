@@ -30,6 +30,7 @@ from bdense.metrics.metrics import measure_images, require_measurable
 from bdense.metrics.records import FID, Metrics
 from bdense.metrics.references import Reference, dataset_reference, read_reference
 from bdense.metrics.settings import MetricSettings
+from bdense.metrics.setup import Setup
 from bdense.models.card import inherited
 from bdense.models.latents import (
     drawn_shape,
@@ -130,6 +131,10 @@ class Evaluator:
             seeds={**trained, "evaluation": self.latents},
             on_image=lambda _: check(),
         )
+
+    def setup(self, denoiser: NetworkDenoiser) -> Setup:
+        """What a model's FID is measured with, in this process."""
+        return Setup.of(denoiser, self.reference, self.spec.batch, NUMERICS)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

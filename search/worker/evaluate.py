@@ -15,6 +15,7 @@ from bdense.files import atomic_write
 from bdense.methods.distill import TrainedStage, distill
 from bdense.methods.method import Stage, StagePlan
 from bdense.metrics.records import FID, Metrics
+from bdense.metrics.setup import SETUP
 from bdense.models.card import write_card
 from bdense.models.store import save_denoiser
 from bdense.training.loop import Evaluations, IterationReport
@@ -215,7 +216,8 @@ class Row:
             with atomic_write(kept) as scratch:
                 scratch.write_text(json.dumps(measured.as_dict()))
             self.note("stage", **named, fid=measured.fid.value)
-        metadata = {**stage.metadata, "fid": measured.fid.as_dict()}
+        setup = self.assets.evaluator.setup(stage.student).as_dict()
+        metadata = {**stage.metadata, "fid": measured.fid.as_dict(), SETUP: setup}
         save_denoiser(path, stage.student, metadata)  # again, now with its FID
         write_card(path, stage.student, metadata)
         return measured

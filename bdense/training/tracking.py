@@ -1,0 +1,123 @@
+"""Trackers: what records a run while it is under way, such as TensorBoard, W&B and MLflow.
+
+``--log NAME[:PLACE]`` names one; another package adds its own by an entry point of the group
+``bdense.trackers``. A tracker sees numbers and changes none. One that fails is dropped with a line
+on stderr, as hours of training are worth more than their curves.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, Self
+
+from bdense.errors import InputError
+from bdense.knobs import KnobError
+from bdense.registry import Registry
+from bdense.training.loop import IterationReport
+
+# Updates of a stage that are passed on, at most about so many, and its last one.
+POINTS = 1000
+
+
+class Tracker(Protocol):
+    """Made with the PLACE of --log; empty where none is given."""
+
+    def start(self, run: str, settings: Mapping[str, Any]) -> None:
+        """A run begins or is continued; ``settings`` are JSON values."""
+
+    def update(self, stage: str, iteration: int, values: Mapping[str, float]) -> None:
+        """What an iteration, counted from 1, of a stage did; "" is a run's only stage."""
+
+    def evaluation(self, stage: str, iteration: int, values: Mapping[str, float]) -> None:
+        """What was measured of the student after that iteration."""
+
+    def end(self, *, failed: bool) -> None:
+        """The run is over, or interrupted."""
+
+
+_HERE = "bdense.training.trackers"
+TRACKERS: Registry[Callable[[str], Tracker]] = Registry(
+    "tracker",
+    "bdense.trackers",
+    {
+        "tensorboard": f"{_HERE}:TensorBoard",
+        "wandb": f"{_HERE}:WandB",
+        "mlflow": f"{_HERE}:MLflow",
+    },
+)
+
+
+class Tracking(contextlib.AbstractContextManager["Tracking"]):
+    """All trackers of a run; without one it does nothing.
+
+    Args:
+        places: ``NAME[:PLACE]`` of each.
+        run: Name of the run.
+        settings: JSON values that made it.
+
+    Raises:
+        InputError: There is no such tracker, its package is missing, or it cannot start.
+    """
+
+    def __init__(self, places: Sequence[str], run: str, settings: Mapping[str, Any]) -> None:
+        self._trackers: dict[str, Tracker] = {}
+        self._iteration: dict[str, int] = {}
+        for place in places:
+            name, _, where = place.partition(":")
+            try:
+                tracker = TRACKERS[name](where)
+                tracker.start(run, settings)
+            except ImportError as error:
+                raise KnobError(
+                    "--log", f"{place} needs a package ({error}); pip install 'bdense[{name}]'"
+                ) from error
+            except InputError as error:
+                raise KnobError("--log", f"{place}: {error}") from error
+            except Exception as error:
+                raise KnobError("--log", f"{place} cannot start: {_line(error)}") from error
+            self._trackers[place] = tracker
+
+    def update(self, stage: str, done: int, total: int, values: Mapping[str, float]) -> None:
+        """Pass on what iteration ``done`` of ``total`` did, if it is one of ``POINTS``."""
+        if not self._trackers:
+            return
+        self._iteration[stage] = done
+        if done == total or done % max(1, total // POINTS) == 0:
+            self._each(lambda tracker: tracker.update(stage, done, values))
+
+    def iteration(self, stage: str, done: IterationReport) -> None:
+        """Pass on what an iteration did."""
+        if self._trackers:
+            self.update(stage, done.iteration + 1, done.iterations, values_of(done))
+
+    def evaluation(self, stage: str, values: Mapping[str, float]) -> None:
+        """Pass on what was measured after the last iteration of the stage."""
+        at = self._iteration.get(stage, 0)
+        self._each(lambda tracker: tracker.evaluation(stage, at, values))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._each(lambda tracker: tracker.end(failed=kind is not None))
+
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        for place, tracker in [*self._trackers.items()]:
+            try:
+                call(tracker)
+            except Exception as error:  # noqa: BLE001  of any package; the training goes on
+                del self._trackers[place]
+                sys.stderr.write(f"--log {place} failed and is left out: {_line(error)}\n")
+
+
+def values_of(done: IterationReport) -> dict[str, float]:
+    """The figures of an iteration by name; losses and weights are means over its updates."""
+    values = {"loss": done.loss, "lr": done.lr, "gradient_norm": done.gradient_norm}
+    for name, each in (("branch_loss", done.branch_losses), ("weight", done.weights)):
+        means = each.mean(dim=0).tolist()
+        values |= {f"{name}/{k}": value for k, value in enumerate(means, 1)}
+    return values
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

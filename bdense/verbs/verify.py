@@ -1,0 +1,186 @@
+"""``bdense verify``: a student's recorded FID, measured again."""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bdense import NUMERICS
+from bdense.data.datasets import load_dataset
+from bdense.data.names import split_format
+from bdense.diffusion import BATCH
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.sampling import Sampler, draw_images
+from bdense.errors import BdenseError, InputError
+from bdense.knobs import KnobError, from_options
+from bdense.metrics.extractors import Extractor, load_extractor
+from bdense.metrics.metrics import measure_images, require_measurable
+from bdense.metrics.records import FID
+from bdense.metrics.references import Reference, dataset_reference, read_reference
+from bdense.metrics.settings import MetricSettings
+from bdense.metrics.setup import SETUP, Setup
+from bdense.models.diffusers_files import EXTRACTOR, folder_of, is_hub_id
+from bdense.models.latents import draws_latents
+from bdense.models.store import load_model
+from bdense.models.zoo import REFERENCES, resolve_reference
+from bdense.verbs.common import Progress, chosen_device
+from bdense.verbs.options import RecordedHardware, VerifyOptions
+
+# What rounding may move a FID by, relative to it. A digits student (2 NFE, 4096 images): other
+# thread counts 6e-10, other instruction sets of the CPU up to 3e-6, weights off by 0.1 % 1e-3;
+# bfloat16 in place of float32 4e-3, which two machines' bfloat16 may be apart too.
+TOLERANCE, LOW_PRECISION_TOLERANCE = 1e-4, 1e-2
+
+
+def verify(options: argparse.Namespace) -> None:
+    """Run the verb.
+
+    Raises:
+        BdenseError: The FID is another one.
+    """
+    own, hardware = from_options(VerifyOptions, options), from_options(RecordedHardware, options)
+    device = chosen_device(options)
+    model, metadata = load_model(own.model)
+    recorded, setup = _recorded(own.model, metadata)
+    if draws_latents(model, metadata):
+        raise InputError(
+            f"{own.model} draws latents, and its record names neither autoencoder nor prompts; "
+            "measure it again by `bdense fid` with --pipeline and --prompts"
+        )
+    sampler = _sampler(own.model, model, recorded)
+    if hardware.threads is None and setup.threads is not None:
+        torch.set_num_threads(setup.threads)
+    model.to(device).execute(setup.execution)
+    extractor = _extractor(own, recorded, device)
+    reference = _reference(own, recorded, extractor)
+    _require_recorded(recorded, setup, extractor, reference)
+    require_measurable(
+        ["fid"], MetricSettings(), recorded.images, reference, model.image_shape, extractor
+    )
+    batch, show = setup.batch or BATCH, Progress()
+    images = draw_images(
+        model,
+        sampler,
+        recorded.images,
+        seed=recorded.seeds["evaluation"],
+        batch=batch,
+        on_image=lambda done: show(done, recorded.images, "images drawn"),
+    )
+    fid = measure_images(images, extractor, reference, nfe=recorded.nfe, seeds=recorded.seeds).fid
+    here = Setup.of(model, reference, batch, NUMERICS)
+    _tell(own, recorded.value, fid.value, setup, here)
+
+
+def _tell(own: VerifyOptions, recorded: float, fid: float, setup: Setup, here: Setup) -> None:
+    """Print the verdict.
+
+    Raises:
+        BdenseError: The FIDs are further apart than rounding brings them.
+    """
+    exact = setup.execution.precision == "float32"
+    tolerance = recorded * (TOLERANCE if exact else LOW_PRECISION_TOLERANCE)
+    apart = abs(fid - recorded)
+    verdict = "equal" if not apart else "within rounding" if apart <= tolerance else "different"
+    was, now = setup.as_dict(), here.as_dict()
+    changed = {name: (was[name], now[name]) for name in setup.differing(here)}
+    if own.json:
+        found = {"verdict": verdict, "recorded": recorded, "fid": fid, "tolerance": tolerance}
+        print(json.dumps(found | {"recorded_setup": was, "setup": now, "differing": [*changed]}))
+    else:
+        print(f"{own.model}: recorded FID {recorded:.8g}, measured again {fid:.8g}: {verdict}")
+        for name, (before, after) in changed.items():
+            print(f"{name}: recorded {before}, here {after}")
+    if verdict == "different":
+        why = f"; it also differs in {', '.join(changed)}" if changed else ""
+        raise BdenseError(
+            f"{own.model} records FID {recorded:.8g} and gives {fid:.8g}, {apart:.2g} apart, and "
+            f"rounding explains {tolerance:.1g}{why}"
+        )
+
+
+def _recorded(source: str, metadata: Mapping[str, Any]) -> tuple[FID, Setup]:
+    """What a model's metadata say of its FID.
+
+    Raises:
+        InputError: They say nothing, or too little.
+    """
+    try:
+        fid = FID.read(metadata["fid"])
+        fid.seeds["evaluation"]
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{source} records no FID that can be measured again; `bdense distill --extractor` "
+            "and bdense-search record one"
+        ) from error
+    return fid, Setup.read(metadata.get(SETUP, {}))
+
+
+def _sampler(source: str, model: NetworkDenoiser, recorded: FID) -> Sampler:
+    """The model's own sampler of the recorded NFE."""
+    for sampler in model.samplers:
+        if sampler.nfe == recorded.nfe:
+            return sampler
+    served = ", ".join(str(sampler.nfe) for sampler in model.samplers)
+    raise InputError(
+        f"{source} records a FID at NFE {recorded.nfe}, but has samplers for {served or 'none'}; "
+        "its metadata were changed"
+    )
+
+
+def _extractor(own: VerifyOptions, recorded: FID, device: torch.device) -> Extractor:
+    """The recorded extractor: the one asked for, the folder's own, or by its name."""
+    on_hub = is_hub_id(own.model) and not Path(own.model).exists()
+    place = folder_of(own.model) if on_hub else Path(own.model)
+    kept = (place if place.is_dir() else place.parent) / EXTRACTOR
+    spec = own.extractor or recorded.extractor + (f":{kept}" if kept.is_file() else "")
+    if own.extractor is None and spec.startswith("torchscript:"):
+        raise KnobError(
+            "--extractor", f"is missing: the FID is in features of {spec}; give it with its path"
+        )
+    return load_extractor(spec, cache=own.cache, device=device)
+
+
+def _reference(own: VerifyOptions, recorded: FID, extractor: Extractor) -> Reference:
+    """What the FID was measured against: the one asked for, or by its recorded name."""
+    if own.data is not None and own.reference is not None:
+        raise KnobError("--reference", f"{own.reference} takes the place of --data; drop one")
+    file, data = own.reference, own.data
+    if file is None and data is None:
+        published = {each.path.name: each.name for each in REFERENCES.values()}
+        name, _, digest = recorded.reference.rpartition(":")
+        file = published.get(name)
+        if file is None and digest != recorded.reference:
+            option = "--data" if split_format(recorded.reference) else "--reference"
+            raise KnobError(
+                option, f"is missing: the FID is against {recorded.reference}; give its path"
+            )
+        data = recorded.reference
+    if file is not None:
+        return read_reference(resolve_reference(file), extractor)
+    assert data is not None
+    return dataset_reference(load_dataset(data), extractor, cache=own.cache)
+
+
+def _require_recorded(
+    recorded: FID, setup: Setup, extractor: Extractor, reference: Reference
+) -> None:
+    """Refuse another extractor or reference than the recorded ones, before images are drawn."""
+    was, now = setup.data_sha256, reference.data_sha256
+    if recorded.extractor_sha256 != extractor.sha256:
+        raise InputError(
+            f"the FID was measured with weights {recorded.extractor_sha256[:16]} of "
+            f"{recorded.extractor}, and those here are {extractor.sha256[:16]}; give the recorded "
+            f"ones, --extractor {extractor.name.partition(':')[0]}:FILE"
+        )
+    if recorded.reference != reference.name:
+        raise InputError(
+            f"the FID was measured against {recorded.reference}, not {reference.name}; give that"
+        )
+    if was is not None and now is not None and was != now:
+        raise InputError(
+            f"the images of {reference.name} are others here ({now[:16]}) than those that the FID "
+            f"was measured against ({was[:16]})"
+        )

@@ -41,7 +41,7 @@ CHANGES = {
 def cache(tmp_path_factory) -> Path:
     """A study's cache with the teacher in its place."""
     cache = tmp_path_factory.mktemp("cache")
-    latent_digits(cache / "teachers", SHORT)
+    latent_digits(cache, SHORT)
     return cache
 
 
@@ -49,7 +49,7 @@ def cache(tmp_path_factory) -> Path:
 def folder(cache, monkeypatch, tmp_path) -> Path:
     monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("BDENSE_CACHE", str(cache))
-    return latent_digits(cache / "teachers")  # would take minutes if it were made again
+    return latent_digits(cache)  # would take minutes if it were made again
 
 
 def test_it_is_a_pipeline_of_stable_diffusion(folder):

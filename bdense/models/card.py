@@ -300,4 +300,7 @@ def _terms(metadata: Mapping[str, Any], *, student: bool) -> str:
 def _sample_command(name: str, metadata: Mapping[str, Any]) -> str:
     # A student has its own sampler; for a teacher the user chooses one.
     grid = "" if "sampler" in metadata else " --solver heun --nfe 36 --no-afs"
-    return f"bdense sample {name}{grid} --images 64 --out samples.png"
+    # Autoencoder and text encoder are in the teacher's folder.
+    folder = " --pipeline FOLDER_OF_TEACHER" if "codec" in metadata else ""
+    prompts = " --prompts FILE" if metadata.get("condition") == "text" else ""
+    return f"bdense sample {name}{grid}{folder}{prompts} --images 64 --out samples.png"

@@ -28,10 +28,9 @@ from bdense.networks.diffusers_network import require_diffusers
 from bdense.randomness import Stream, generator, one_thread, seeded
 from bdense.training.loop import train
 from bdense.training.teacher import NoisyBatch, TeacherConfig, TeacherStage, draw_levels
+from bdense.training.teacher_knobs import RECIPE_FOLDERS
 from bdense.weights.weighting import FixedWeights
 
-# Part of the folder's name; raise it when a change below changes the weights.
-_RECIPE = 1
 _CPU = torch.device("cpu")
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PROMPTS = tuple(f"a {word}" for word in _WORDS)
@@ -95,7 +94,7 @@ def latent_digits(cache: Path, config: TeacherConfig | None = None) -> Path:
         InputError: diffusers or transformers is not installed.
     """
     require_diffusers()
-    folder = cache / f"latent-digits-{_RECIPE}"
+    folder = cache / RECIPE_FOLDERS["latent-digits"]
     with file_lock(folder.with_suffix(".lock")):
         if not (folder / INDEX).is_file():
             unfinished = folder.with_suffix(".unfinished")

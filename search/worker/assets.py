@@ -320,7 +320,7 @@ def described_shape(spec: StudySpec) -> tuple[int, int, int]:
 def pipeline_of(spec: StudySpec) -> Path | None:
     """The folder of the teacher's pipeline in diffusers' format; None where it has none."""
     if spec.teacher.recipe is not None:
-        return latent_digits(cache_folder() / "teachers")
+        return latent_digits(cache_folder())
     checkpoint = spec.teacher.checkpoint
     return Path(checkpoint) if checkpoint is not None and Path(checkpoint).is_dir() else None
 
@@ -349,7 +349,7 @@ def _teacher(
     """The teacher, set to the spec's precision, and its metadata."""
     if spec.teacher.recipe is not None:
         report("teacher", 0, 1, f"{spec.teacher.recipe}, made once")
-        teacher, known = load_model(latent_digits(cache_folder() / "teachers"))
+        teacher, known = load_model(latent_digits(cache_folder()))
     elif spec.teacher.checkpoint is not None:
         teacher, known = load_model(spec.teacher.checkpoint)
     else:

@@ -4,6 +4,7 @@ import itertools
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -90,13 +91,17 @@ def test_each_prompt_is_another_condition(folder):
     assert not torch.equal(one, other)
 
 
-def test_its_study_trains_and_judges_under_prompts(folder, tmp_path, monkeypatch):
+def test_its_study_trains_and_judges_under_prompts(folder, cache, tmp_path, monkeypatch):
     assert folder.is_dir()
     resolve_here(monkeypatch)
     study = read_spec(STUDY, CHANGES)
     assets = load(study, CPU)
     assets.store(0).record()  # walks under the prompts, at the teacher's guidance
     result = run(assets, tmp_path / "row", task())
+    # Prompts are embedded once, and a worker reads them from the cache.
+    (kept,) = (cache / "prompts").glob("*.npy")
+    encoder = bdense.load_text_encoder(folder)
+    assert np.array_equal(np.load(kept), encoder.embed([*PROMPTS, ""]).numpy())
     assert result.fid is not None
     assert result.fid.images == 64
     live = read_spec(STUDY, CHANGES | {"trajectories": {"mode": "live"}})

@@ -251,7 +251,7 @@ class Prompts:
         for value in (self.embeddings, self.empty):
             if value is not None:
                 digest.update(repr((str(value.dtype), list(value.shape))).encode())
-                digest.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(value.cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 

@@ -20,7 +20,7 @@ from bdense.models.diffusers_teacher import codec_config
 from bdense.networks import DiffusersTextUNet, DiffusersUNet, DiT
 from bdense.networks.diffusers_network import require_diffusers
 
-_ENCODER, _TOKENIZER = "text_encoder", "tokenizer"
+TEXT_ENCODER, TOKENIZER = "text_encoder", "tokenizer"
 
 
 def draws_latents(model: NetworkDenoiser, metadata: Mapping[str, Any]) -> bool:
@@ -113,6 +113,11 @@ class TextEncoder:
         most = int(self.model.config.max_position_embeddings)
         return min(most, int(self.tokenizer.model_max_length))
 
+    @property
+    def width(self) -> int:
+        """E, the channels of a token."""
+        return int(self.model.config.hidden_size)
+
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         """[n, L] int64; what is longer is cut, what is shorter is filled up."""
         ids: Tensor = self.tokenizer(
@@ -163,22 +168,22 @@ def load_text_encoder(source: str | Path) -> TextEncoder:
             "pip install 'bdense[diffusers]'"
         ) from error
     folder = folder_of(source)
-    for part in (_ENCODER, _TOKENIZER):
+    for part in (TEXT_ENCODER, TOKENIZER):
         if not (folder / part).is_dir():
             raise CheckpointError(
                 f"{folder} has no {part}, which prompts need; give the whole pipeline's folder"
             )
-    kinds = read_json(folder / _ENCODER / CONFIG).get("architectures", [])
+    kinds = read_json(folder / TEXT_ENCODER / CONFIG).get("architectures", [])
     if kinds != [CLIPTextModel.__name__]:
         raise CheckpointError(
-            f"{folder / _ENCODER / CONFIG} describes {', '.join(kinds) or 'no model'}; this "
+            f"{folder / TEXT_ENCODER / CONFIG} describes {', '.join(kinds) or 'no model'}; this "
             f"version reads {CLIPTextModel.__name__}"
         )
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    model = load_part(CLIPTextModel, folder / _ENCODER).requires_grad_(False)
+    model = load_part(CLIPTextModel, folder / TEXT_ENCODER).requires_grad_(False)
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder / _TOKENIZER, local_files_only=True)
+        tokenizer = CLIPTokenizer.from_pretrained(folder / TOKENIZER, local_files_only=True)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"cannot read {folder / _TOKENIZER} ({reason})") from error
+        raise CheckpointError(f"cannot read {folder / TOKENIZER} ({reason})") from error
     return TextEncoder(tokenizer, model)

@@ -7,11 +7,12 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bdense import NUMERICS
@@ -21,7 +22,7 @@ from bdense.diffusion.conditions import Conditions, Prompts
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.diffusion.sampling import Sampler, draw_images, save_grid
 from bdense.errors import InputError
-from bdense.files import atomic_write, file_lock
+from bdense.files import atomic_write, file_lock, sha256_model
 from bdense.methods import METHODS
 from bdense.methods.method import Inputs, Method, MethodConfig, Recordings, require_shape
 from bdense.methods.recordings import TrajectoryStore
@@ -33,6 +34,9 @@ from bdense.metrics.settings import MetricSettings
 from bdense.metrics.setup import Setup
 from bdense.models.card import inherited
 from bdense.models.latents import (
+    TEXT_ENCODER,
+    TOKENIZER,
+    TextEncoder,
     drawn_shape,
     draws_latents,
     load_codec,
@@ -50,6 +54,7 @@ from search.study.arms import ONE_SHOT, Task
 from search.worker.one_shot import one_shot_assets
 
 _GRID_IMAGES = 64
+_PROMPTS_AT_ONCE = 256
 
 # Called with what is being made, how much is done, of how much, and a remark.
 Report = Callable[[str, int, int, str], None]
@@ -326,12 +331,31 @@ def pipeline_of(spec: StudySpec) -> Path | None:
 
 
 def _prompts(pipeline: Path, file: str, report: Report) -> Prompts:
-    """A file's prompts as the teacher reads them; guidance leads away from the empty one."""
-    texts, encoder = read_prompts(Path(file)), load_text_encoder(pipeline)
+    """A file's prompts as the teacher reads them; guidance leads away from the empty one.
+
+    They are embedded once and kept: a worker maps the file, and reads the rows that it needs.
+    """
+    texts = [*read_prompts(Path(file)), ""]
+    parts = [sha256_model(pipeline / part) for part in (TEXT_ENCODER, TOKENIZER)]
+    path = cache_folder() / "prompts" / f"{_digest({'texts': texts, 'by': parts})}.npy"
+    with file_lock(path.with_suffix(".lock")):
+        if not path.exists():
+            _embed(load_text_encoder(pipeline), texts, path, report)
+    rows = torch.from_numpy(np.load(path, mmap_mode="c"))
+    return Prompts(rows[:-1], rows[-1:])
+
+
+def _embed(encoder: TextEncoder, texts: Sequence[str], path: Path, report: Report) -> None:
     cut = len(encoder.too_long(texts))
-    remark = f"{cut} longer than {encoder.length} tokens, cut" if cut else Path(file).name
-    report("prompts", 0, len(texts), remark)
-    return encoder.prompts(texts)
+    remark = f"{cut} longer than {encoder.length} tokens, cut" if cut else ""
+    shape = (len(texts), encoder.length, encoder.width)
+    with atomic_write(path) as scratch:
+        rows = np.lib.format.open_memmap(scratch, "w+", "float32", shape)
+        for first in range(0, len(texts), _PROMPTS_AT_ONCE):
+            some = slice(first, first + _PROMPTS_AT_ONCE)
+            rows[some] = encoder.embed(texts[some]).numpy()
+            report("prompts", min(some.stop, len(texts)), len(texts), remark)
+        rows.flush()
 
 
 def _reference(spec: StudySpec, dataset: Dataset | None, extractor: Extractor) -> Reference:

@@ -133,6 +133,11 @@ def run_verb(
             raise
         tell(f"{prog}: out of memory; choose a smaller batch")
         return FAILURE
+    except TypeError as error:
+        if "MPS" not in str(error):
+            raise
+        tell(f"{prog}: this model needs float64, which --device mps lacks; use --device cpu")
+        return USER_ERROR
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         tell(f"{prog}: {clean(what)}")

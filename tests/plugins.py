@@ -23,6 +23,15 @@ def example_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     importlib.invalidate_caches()
 
 
+@pytest.fixture
+def line_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``lines:FILE`` as a tracker, installed for this process."""
+    members = "[bdense.trackers]\nlines = tests.example_tracker:Lines\n"
+    install(tmp_path / "trackers", "bdense-lines", members)
+    monkeypatch.syspath_prepend(tmp_path / "trackers")
+    importlib.invalidate_caches()
+
+
 def install(folder: Path, package: str, entry_points: str) -> None:
     """Write what pip leaves of a package beside its code, in a folder on the path."""
     info = folder / f"{package.replace('-', '_')}-1.0.dist-info"

@@ -336,11 +336,21 @@ def test_too_little_memory_is_one_line(error, capsys):
     assert capsys.readouterr().err.startswith("bdense: out of memory; ")
 
 
-def test_other_errors_of_the_program_are_not_hidden():
-    def call() -> None:
-        raise RuntimeError("a mistake of ours")
+def test_what_an_apple_gpu_cannot_compute_is_one_line(capsys):
+    def call() -> None:  # as torch words it
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
 
-    with pytest.raises(RuntimeError, match="of ours"):
+    assert run_verb("bdense", call, on_interrupt="") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--device mps" in line
+
+
+@pytest.mark.parametrize("error", [RuntimeError, TypeError])
+def test_other_errors_of_the_program_are_not_hidden(error):
+    def call() -> None:
+        raise error("a mistake of ours")
+
+    with pytest.raises(error, match="of ours"):
         run_verb("bdense", call, on_interrupt="")
 
 

@@ -231,6 +231,11 @@ def test_other_number_formats_leave_float32_weights(teacher, folder, tmp_path):
         ),
         (("--precision", "float16", "--device", "cpu"), "float16 needs a CUDA device, not cpu"),
         (("--precision", "tf32", "--device", "cpu"), "use float32 or bfloat16"),
+        pytest.param(
+            ("--device", "mps"),
+            "--device mps: torch sees no Apple GPU",
+            marks=pytest.mark.skipif(torch.backends.mps.is_available(), reason="has one"),
+        ),
         (("--second-stage",), "the teacher is none; make one of it first"),
     ],
 )

@@ -20,6 +20,7 @@ from search.study.trial_log import LOG_FILE, TrialLog, read_log
 from search.study.trial_note import trial_note
 from search.study.wording import weights_text
 from search.worker.pruning import INTERMEDIATE_FILE
+from tests.plugins import line_tracker
 from tests.rows import (
     CONSISTENCY,
     PD,
@@ -34,6 +35,8 @@ from tests.rows import (
     task,
 )
 from tests.small import small_teacher
+
+__all__ = ["line_tracker"]
 
 EACH_METHOD = pytest.mark.parametrize(
     "tree", [SFD, PD, CONSISTENCY], ids=lambda t: t["method"]["name"]
@@ -313,6 +316,27 @@ def test_intermediate_fids_change_nothing_and_are_told_with_their_conditions(tmp
     quiet = FakeJudge(prunes=False)
     run(assets, tmp_path / "s/00002", task({"baseline": "plain"}), judge=quiet)
     assert quiet.told == []
+
+
+def test_a_rows_trackers_are_told_all_and_change_nothing(tmp_path, line_tracker):
+    """One that cannot start costs the row nothing."""
+    log = (f"lines:{tmp_path / 'told'}", "mlflow:nowhere://x", "tensorboard")
+    plain, tracked, untracked = (
+        run(
+            loaded(SFD, **AT, resources__log=places),
+            tmp_path / f"s/{number:05d}",
+            judge=FakeJudge(),
+        )
+        for number, places in enumerate([(), log[:1], log[1:]])
+    )
+    for found in (tracked, untracked):
+        assert (found.value, found.intermediate) == (plain.value, plain.intermediate)
+    start, *told, end = map(json.loads, (tmp_path / "told").read_text().splitlines())
+    assert (start[1], start[2]["params"], end) == ("s/00001", SLOPE, ["end", False])
+    measured = [each[2:] for each in told if each[0] == "evaluation"]
+    values = [{"intermediate_fid": each.fid.value} for each in plain.intermediate]
+    assert measured == [[1, values[0]], [2, values[1]], [4, {"fid": plain.value}]]
+    assert [each[2] for each in told if each[0] == "update"] == [1, 2, 3, 4]
 
 
 def test_a_pruned_row_says_where_and_why_and_keeps_its_picture(tmp_path):

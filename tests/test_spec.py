@@ -124,6 +124,7 @@ OF_ANY = [
     ({"seeds": {"sampler": 2**31}}, "seeds.sampler", "got 2147483648"),
     ({"resources": {"gpus": -1}}, "resources.gpus", "auto or a number .* 0, got -1"),
     ({"resources": {"gpus": 1.5}}, "resources.gpus", "give 0 to 1, 1 or 2"),
+    ({"resources": {"log": ["mine:x"]}}, "resources.log", "tensorboard.* mine"),
     ({"precision": "float8"}, "precision", "bfloat16, float16, got 'float8'"),
     ({"precision": "tf32", "resources": {"gpus": 0}}, "precision", "tf32 needs a CUDA device"),
     ({"data": "digitz"}, "data", "'digitz'; known are"),

@@ -1,6 +1,5 @@
 """Trackers: told what a run does, without a part in it."""
 
-import importlib
 import importlib.util
 import json
 
@@ -10,7 +9,9 @@ from bdense.errors import NonFiniteLossError
 from bdense.models.store import denoiser_sha256, load_denoiser
 from bdense.training.tracking import Tracking
 from tests.commands import DIGITS, SHORT, TINY, bdense, done, refused
-from tests.plugins import install
+from tests.plugins import line_tracker
+
+__all__ = ["line_tracker"]
 
 
 @pytest.fixture(scope="module")
@@ -24,18 +25,6 @@ def teacher(folder):
     return folder / "teacher.safetensors"
 
 
-@pytest.fixture
-def lines(tmp_path, monkeypatch):
-    """The example's tracker, installed."""
-    install(
-        tmp_path / "site",
-        "bdense-lines",
-        "[bdense.trackers]\nlines = tests.example_tracker:Lines\n",
-    )
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    importlib.invalidate_caches()
-
-
 def distilled(teacher, out, *options):
     """Hash of a student made anew."""
     done("distill", teacher, *SHORT, *options, "--out", out)
@@ -47,7 +36,7 @@ def events(path):
 
 
 def test_a_tracker_of_another_package_is_told_all_and_changes_nothing(
-    lines, teacher, folder, tmp_path
+    line_tracker, teacher, folder, tmp_path
 ):
     plain = distilled(teacher, tmp_path / "plain.safetensors")
     measured = (*DIGITS, "--images", 64, "--cache", folder / "cache")
@@ -62,13 +51,13 @@ def test_a_tracker_of_another_package_is_told_all_and_changes_nothing(
     assert events(tmp_path / "b") == events(tmp_path / "a")
 
 
-def test_a_teacher_is_tracked_too(lines, tmp_path):
+def test_a_teacher_is_tracked_too(line_tracker, tmp_path):
     log = ("--log", f"lines:{tmp_path / 'a'}")
     done("teacher", *TINY, *log, "--out", tmp_path / "t.safetensors")
     assert [each[0] for each in events(tmp_path / "a")] == ["start", *["update"] * 4, "end"]
 
 
-def test_one_that_fails_is_left_out_and_the_training_goes_on(lines, teacher, tmp_path):
+def test_one_that_fails_is_left_out_and_the_training_goes_on(line_tracker, teacher, tmp_path):
     log = ("--log", f"lines:{tmp_path / 'fails'}", "--log", f"lines:{tmp_path / 'a'}")
     answer = bdense("distill", teacher, *SHORT, *log, "--out", tmp_path / "s.safetensors")
     assert answer.status == 0
@@ -77,7 +66,7 @@ def test_one_that_fails_is_left_out_and_the_training_goes_on(lines, teacher, tmp
     assert [each[0] for each in events(tmp_path / "a")] == ["start", "update", "update", "end"]
 
 
-def test_a_run_that_ends_with_an_error_says_so(lines, tmp_path):
+def test_a_run_that_ends_with_an_error_says_so(line_tracker, tmp_path):
     with (
         pytest.raises(NonFiniteLossError),
         Tracking((f"lines:{tmp_path / 'a'}",), "run", {}),
@@ -86,7 +75,7 @@ def test_a_run_that_ends_with_an_error_says_so(lines, tmp_path):
     assert events(tmp_path / "a")[-1] == ["end", True]
 
 
-def test_a_long_stage_has_about_a_thousand_points_and_its_end(lines, tmp_path):
+def test_a_long_stage_has_about_a_thousand_points_and_its_end(line_tracker, tmp_path):
     with Tracking((f"lines:{tmp_path / 'a'}",), "run", {}) as tracking:
         for done in range(1, 2502):
             tracking.update("8", done, 2501, {"loss": 1.0})
@@ -98,7 +87,7 @@ def test_a_long_stage_has_about_a_thousand_points_and_its_end(lines, tmp_path):
     ("log", "names"),
     [("mine:x", "mine"), ("tensorboard", "tensorboard:DIR"), ("lines:/no/such/x", "/no/such/x")],
 )
-def test_a_tracker_that_cannot_start_is_refused_first(lines, teacher, tmp_path, log, names):
+def test_a_tracker_that_cannot_start_is_refused_first(line_tracker, teacher, tmp_path, log, names):
     out = tmp_path / "s.safetensors"
     line = refused(bdense("distill", teacher, *SHORT, "--log", log, "--out", out))
     assert line.startswith("--log ")

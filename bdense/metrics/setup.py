@@ -45,14 +45,14 @@ class Setup:
     def of(cls, model: NetworkDenoiser, reference: Reference, batch: int, numerics: int) -> Self:
         """Of a model on its device, in this process."""
         device = next(model.parameters()).device
-        on_gpu = device.type == "cuda"
+        names = {"cpu": f"{platform.machine()} CPU", "mps": "Apple GPU"}
         return cls(
             weights_sha256=denoiser_sha256(model),
             data_sha256=reference.data_sha256,
             numerics=numerics,
             batch=batch,
             execution=model.execution,
-            device=torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU",
+            device=names.get(device.type) or torch.cuda.get_device_name(device),
             threads=torch.get_num_threads(),
             torch=torch.__version__,
         )

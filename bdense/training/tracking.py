@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 
 from bdense.errors import InputError
 from bdense.knobs import KnobError
-from bdense.registry import Registry
+from bdense.training import TRACKERS
 from bdense.training.loop import IterationReport
 
 # Updates of a stage that are passed on, at most about so many, and its last one.
@@ -35,18 +35,6 @@ class Tracker(Protocol):
         """The run is over, or interrupted."""
 
 
-_HERE = "bdense.training.trackers"
-TRACKERS: Registry[Callable[[str], Tracker]] = Registry(
-    "tracker",
-    "bdense.trackers",
-    {
-        "tensorboard": f"{_HERE}:TensorBoard",
-        "wandb": f"{_HERE}:WandB",
-        "mlflow": f"{_HERE}:MLflow",
-    },
-)
-
-
 class Tracking(contextlib.AbstractContextManager["Tracking"]):
     """All trackers of a run; without one it does nothing.
 
@@ -55,11 +43,21 @@ class Tracking(contextlib.AbstractContextManager["Tracking"]):
         run: Name of the run.
         settings: JSON values that made it.
 
+        knob: What the places were given by, for errors.
+
     Raises:
         InputError: There is no such tracker, its package is missing, or it cannot start.
     """
 
-    def __init__(self, places: Sequence[str], run: str, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        places: Sequence[str],
+        run: str,
+        settings: Mapping[str, Any],
+        *,
+        knob: str = "--log",
+    ) -> None:
+        self._knob = knob
         self._trackers: dict[str, Tracker] = {}
         self._iteration: dict[str, int] = {}
         for place in places:
@@ -69,12 +67,12 @@ class Tracking(contextlib.AbstractContextManager["Tracking"]):
                 tracker.start(run, settings)
             except ImportError as error:
                 raise KnobError(
-                    "--log", f"{place} needs a package ({error}); pip install 'bdense[{name}]'"
+                    knob, f"{place} needs a package ({error}); pip install 'bdense[{name}]'"
                 ) from error
             except InputError as error:
-                raise KnobError("--log", f"{place}: {error}") from error
+                raise KnobError(knob, f"{place}: {error}") from error
             except Exception as error:
-                raise KnobError("--log", f"{place} cannot start: {_line(error)}") from error
+                raise KnobError(knob, f"{place} cannot start: {_line(error)}") from error
             self._trackers[place] = tracker
 
     def update(self, stage: str, done: int, total: int, values: Mapping[str, float]) -> None:
@@ -107,7 +105,7 @@ class Tracking(contextlib.AbstractContextManager["Tracking"]):
                 call(tracker)
             except Exception as error:  # noqa: BLE001  of any package; the training goes on
                 del self._trackers[place]
-                sys.stderr.write(f"--log {place} failed and is left out: {_line(error)}\n")
+                sys.stderr.write(f"{self._knob} {place} failed and is left out: {_line(error)}\n")
 
 
 def values_of(done: IterationReport) -> dict[str, float]:

@@ -30,16 +30,19 @@ def chosen_device(options: argparse.Namespace) -> torch.device:
     """Set the process's threads; returns the device to compute on.
 
     Raises:
-        InputError: A GPU was asked for, and torch sees none.
+        InputError: A GPU was asked for, and torch sees none of that kind.
     """
     hardware = from_options(Hardware, options)
     if hardware.threads is not None:
         torch.set_num_threads(hardware.threads)
-    available = torch.cuda.is_available()
-    if hardware.device == "cuda" and not available:
-        raise InputError("--device cuda: torch sees no GPU here; use --device cpu")
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(hardware.device, True):
+        kind = {"cuda": "GPU", "mps": "Apple GPU"}[hardware.device]
+        raise InputError(
+            f"--device {hardware.device}: torch sees no {kind} here; use --device cpu"
+        )
     if hardware.device == "auto":
-        return torch.device("cuda" if available else "cpu")
+        return torch.device("cuda" if available["cuda"] else "cpu")
     return torch.device(hardware.device)
 
 

@@ -43,8 +43,10 @@ class Hardware(Knobs):
 
     heading: ClassVar[str] = "hardware"
 
-    device: Literal["auto", "cpu", "cuda"] = knob(
-        "auto", "where to compute; auto: on a GPU if there is one"
+    device: Literal["auto", "cpu", "cuda", "mps"] = knob(
+        "auto",
+        "where to compute; auto: on a CUDA GPU if there is one; mps: on an Apple GPU, for models "
+        "that need no float64 there, such as EDM's",
     )
     threads: int | None = knob(None, "CPU threads", low=1, none="one for each core")
 

@@ -269,9 +269,26 @@ def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
     method = spec.method
     if isinstance(table := method.options.get("epd_table"), str):
         method = method.with_options({"epd_table": absolute("method.epd_table", table)})
-    return dataclasses.replace(
-        spec, teacher=teacher, evaluation=evaluation, data=data, method=method, prompts=prompts
+    resources = dataclasses.replace(
+        spec.resources, log=tuple(_absolute_log(each, base) for each in spec.resources.log)
     )
+    return dataclasses.replace(
+        spec,
+        teacher=teacher,
+        evaluation=evaluation,
+        data=data,
+        method=method,
+        resources=resources,
+        prompts=prompts,
+    )
+
+
+def _absolute_log(place: str, base: Path) -> str:
+    """A tracker with its folder's absolute path; a project or a URL stays one."""
+    name, _, folder = place.partition(":")
+    if name != "tensorboard" or not folder:
+        return place
+    return f"{name}:{(base / Path(folder).expanduser()).resolve()}"
 
 
 def _elsewhere(file: str) -> str:

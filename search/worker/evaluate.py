@@ -5,20 +5,23 @@ result is written there first, so that a worker that takes a finished row over o
 """
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bdense.errors import InputError
 from bdense.files import atomic_write
 from bdense.methods.distill import TrainedStage, distill
 from bdense.methods.method import Stage, StagePlan
 from bdense.metrics.records import FID, Metrics
 from bdense.metrics.setup import SETUP
 from bdense.models.card import write_card
-from bdense.models.store import save_denoiser
+from bdense.models.store import plain_json, save_denoiser
 from bdense.training.loop import Evaluations, IterationReport
+from bdense.training.tracking import Tracking
 from bdense.weights import space_of
 from bdense.weights.spaces import BASELINE, UNIFORM
 from search.study.arms import ONE_SHOT, Task
@@ -74,6 +77,9 @@ def evaluate(
     return result
 
 
+_log = logging.getLogger(__name__)
+
+
 @dataclass(eq=False)
 class Row:
     """One row while a worker trains and measures it; see ``evaluate``."""
@@ -86,6 +92,7 @@ class Row:
     judge: Judge | None
     note: Note
     weighting: TracedWeights | None = None
+    tracking: Tracking = field(default_factory=lambda: Tracking((), "", {}))
 
     def __post_init__(self) -> None:
         spec = self.assets.spec
@@ -99,7 +106,22 @@ class Row:
         self.seconds = {"student_seconds": 0.0, "evaluation_seconds": 0.0}
 
     def run(self) -> TrialResult:
-        """Train and measure every stage."""
+        """Train and measure every stage, recorded by the study's trackers."""
+        with self._tracked() as self.tracking:
+            return self._run()
+
+    def _tracked(self) -> Tracking:
+        """The study's trackers; none where one cannot start: the trial counts, not its curves."""
+        run = "/".join(self.folder.parts[-2:])
+        settings = {"params": dict(self.task.params), "seeds": self.seeds, "arm": self.task.arm}
+        try:
+            places = self.assets.spec.resources.log
+            return Tracking(places, run, plain_json(settings), knob="resources.log")
+        except InputError as error:
+            _log.warning("%s is not tracked: %s", run, error)
+            return Tracking((), run, {})
+
+    def _run(self) -> TrialResult:
         assets, stages = self.assets, self.stages
         fids: dict[str, FID] = {}
         measured: Metrics | None = None
@@ -112,6 +134,7 @@ class Row:
             seed=self.task.seed,
             check=self.check,
             report=self.report,
+            tracking=self.tracking,
         )
         if assets.teacher_fid is not None:
             intermediate.note_stage(0, assets.teacher_fid.value)
@@ -185,6 +208,7 @@ class Row:
                 weights=shortened(done.weights),
                 lr=done.lr,
             )
+        self.tracking.iteration(plan.name, done)
         self.tell(plan, training(done.iteration + 1, done.iterations, done.loss))
         self.check()  # last: a checkpoint for a stop holds this iteration too
 
@@ -217,6 +241,7 @@ class Row:
                 scratch.write_text(json.dumps(measured.as_dict()))
             self.note("stage", **named, fid=measured.fid.value)
         setup = self.assets.evaluator.setup(stage.student).as_dict()
+        self.tracking.evaluation(stage.plan.name, {"fid": measured.fid.value})
         metadata = {**stage.metadata, "fid": measured.fid.as_dict(), SETUP: setup}
         save_denoiser(path, stage.student, metadata)  # again, now with its FID
         write_card(path, stage.student, metadata)

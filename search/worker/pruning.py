@@ -19,6 +19,7 @@ from bdense.errors import NonFiniteError
 from bdense.files import atomic_write
 from bdense.methods.method import Stage
 from bdense.training.loop import Evaluations
+from bdense.training.tracking import Tracking
 from search.spec.space import make_pruner
 from search.spec.study import StudySpec
 from search.storage.ledger import Claim, Ledger
@@ -74,6 +75,7 @@ class IntermediateFIDs:
         seed: The row's training seed.
         check: Called for every batch of images drawn or measured; an error of its ends the work.
         report: Called with a short text on the progress.
+        tracking: Gets each FID that is measured now.
     """
 
     def __init__(
@@ -85,7 +87,9 @@ class IntermediateFIDs:
         seed: int,
         check: Callable[[], None],
         report: Callable[[str], None],
+        tracking: Tracking,
     ) -> None:
+        self._tracking = tracking
         self._assets, self._judge, self._seed = assets, judge, seed
         self._path, self._grid = folder / INTERMEDIATE_FILE, folder / GRID
         self._check, self._report = check, report
@@ -153,6 +157,8 @@ class IntermediateFIDs:
         if after not in self._found:
             # A stage may train its sampler: as it is now.
             self._found[after] = self._measured(stage.sampler, after, student)
+            value = self._found[after].fid.value
+            self._tracking.evaluation("", {"intermediate_fid": value})
             with atomic_write(self._path) as scratch:
                 scratch.write_text(json.dumps([each.as_dict() for each in self.found]))
         each = self._found[after]

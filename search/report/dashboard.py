@@ -10,11 +10,12 @@ import signal
 import socketserver
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any, TypeAlias
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
 from optuna_dashboard import wsgi
 
 from bdense.errors import InputError
@@ -33,6 +34,7 @@ READ = re.compile(
 # What a browser may draw; an artifact of any other type (HTML, SVG) is offered as a file.
 DRAWN = ("image/png", "image/jpeg", "image/gif", "image/webp")
 _ARTIFACT = "/artifacts/"
+SHORT = 80  # characters of an attribute on a trial's page
 _POLICY = "Content-Security-Policy"
 _NOTHING_RUNS = "default-src 'none'; sandbox; frame-ancestors 'none'"
 _NO_FRAMES = "; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
@@ -114,11 +116,45 @@ def safe_headers(path: str, headers: Headers) -> Headers:
     return kept
 
 
+class _Shortened(RDBStorage):
+    """A storage whose trials have long attributes cut off, which a page would show on one line.
+
+    For reading alone: the dashboard renames a study by a copy of what it reads.
+    """
+
+    @classmethod
+    def of(cls, storage: RDBStorage) -> RDBStorage:
+        """The same storage, through the same connections."""
+        shortened = cls.__new__(cls)
+        shortened.__dict__ = storage.__dict__
+        return shortened
+
+    def get_all_trials(
+        self,
+        study_id: int,
+        deepcopy: bool = True,
+        states: Container[TrialState] | None = None,
+    ) -> list[FrozenTrial]:
+        """As Optuna's, which makes new objects at each call."""
+        found = super().get_all_trials(study_id, deepcopy, states)
+        for trial in found:
+            trial.user_attrs = {key: _short(each) for key, each in trial.user_attrs.items()}
+        return found
+
+
+def _short(value: Any) -> Any:  # noqa: ANN401  JSON
+    """Mappings and lists as text of at most ``SHORT`` characters; the rest as it is."""
+    if not isinstance(value, (dict, list)) or len(text := json.dumps(value)) < SHORT:
+        return value
+    return text[: SHORT - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
 def dashboard_application(
     storage: RDBStorage, *, writable: bool, artifacts: Store | None = None
 ) -> Application:
     """The dashboard as a WSGI application; ``artifacts`` holds the trials' pictures."""
-    application: Application = wsgi(storage, artifact_store=artifacts)
+    shown = storage if writable else _Shortened.of(storage)
+    application: Application = wsgi(shown, artifact_store=artifacts)
     return hardened(mount(application if writable else read_only(application), storage))
 
 

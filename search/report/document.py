@@ -97,7 +97,7 @@ class Bullets:
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """Lines of YAML as they are."""
+    """Lines of YAML, or a command, as they are."""
 
     text: str
 

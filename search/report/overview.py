@@ -22,6 +22,7 @@ from search.storage.ledger import Ledger
 from search.storage.settings import CHANGES
 from search.study import summary
 from search.study.one_shot import curve_of
+from search.study.provenance import provenance_of
 from search.study.results import Curve
 from search.study.study import FINGERPRINT, Study
 from search.study.summary import Measured, Summary
@@ -43,7 +44,8 @@ class Overview:
     A search has ``now`` (else None), its complete ``trials``, the ``verdict`` of its confirmation,
     perhaps the ``curve`` of its one-shot training, and its noise and recommended arm in words,
     ``assessment``; given arms and the replicates of a search have ``comparisons``, and given arms
-    perhaps the ``teacher``'s FID. ``changes`` have ``time``, ``key``, ``old`` and ``new`` of
+    perhaps the ``teacher``'s FID. ``provenance`` says when, where and by what it was made and what
+    that cost; ``changes`` have ``time``, ``key``, ``old`` and ``new`` of
     changed settings; ``written`` is in UTC.
     """
 
@@ -58,6 +60,7 @@ class Overview:
     spec: str
     fingerprint: str
     failures: Sequence[str]
+    provenance: Sequence[str]
     changes: Sequence[Mapping[str, Any]]
     written: str
 
@@ -149,6 +152,7 @@ def overview_of(study: Study) -> Overview:
         spec=as_yaml(study.spec),
         fingerprint=str(attributes.get(FINGERPRINT, "")),
         failures=summary.failures(study),
+        provenance=provenance_of(study),
         changes=list(attributes.get(CHANGES, [])),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )

@@ -17,7 +17,7 @@ from search.report.document import (
 )
 from search.report.overview import Overview
 from search.study.one_shot import curve_line, curve_rows
-from search.study.trial_note import conditions
+from search.study.trial_note import conditions, sample_command
 from search.study.wording import weights_text
 
 
@@ -55,6 +55,7 @@ def study_page(
         Section("Samples, from the same latents", [Pictures(grids, "grids")]),
         Section("Trials", [Table(trials)]),
         Section("Failures", [Bullets(overview.failures)]),
+        Section("Provenance", [Bullets(overview.provenance)]),
         Section("Changes", [Bullets([_change_text(each) for each in overview.changes])]),
         Section("Spec", [Text(f"fingerprint {overview.fingerprint}"), Code(overview.spec)]),
         Text(f"Written by bdense-search, {overview.written}.", quiet=True),
@@ -70,7 +71,10 @@ def _best(overview: Overview) -> list[Block]:
         f"trial {best.number}, {best.label}: w_1 .. w_K = {weights_text(best.result.weights)}"
     )
     lines = [weights, conditions(best.result.fid), overview.confidence()]
-    return [Best(f"Best: FID {best.fid:.3f}", lines)]
+    found: list[Block] = [Best(f"Best: FID {best.fid:.3f}", lines)]
+    if best.result.student is not None:
+        found.append(Code(sample_command(best.result.student)))
+    return found
 
 
 def _curve(overview: Overview) -> list[Block]:

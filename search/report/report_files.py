@@ -13,7 +13,7 @@ from bdense.files import atomic_write, require_output
 from search.report.document import Picture, as_html, as_markdown, generator
 from search.report.overview import Overview, overview_of
 from search.report.pages import study_page
-from search.study.folders import GRID, WEIGHTS_PLOT, pictures, row_folder
+from search.study.folders import GRID, LOSS_PLOT, WEIGHTS_PLOT, pictures, row_folder
 from search.study.study import Study
 from search.study.summary import Measured, cell
 from search.study.trial_note import TIMINGS
@@ -101,6 +101,8 @@ def _copy_grids(overview: Overview, folder: Path) -> list[Picture]:
         # Of several stages the last one's.
         grid = next((path for path in pictures(its) if path.name.endswith(GRID)), None)
         sources.append((title, grid, f"samples-{name}.png"))
+        if name == "best" and (its / LOSS_PLOT).is_file():
+            sources.append((f"loss of trial {number}", its / LOSS_PLOT, "loss-best.png"))
         if name == "best" and (its / WEIGHTS_PLOT).is_file():
             over_time = f"weights of trial {number} over its training"
             sources.append((over_time, its / WEIGHTS_PLOT, "weights-best.png"))

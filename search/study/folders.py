@@ -5,8 +5,8 @@ from pathlib import Path
 from bdense.errors import InputError
 from search.storage.engine import runs_folder
 
-# A row's pictures: samples of its student, and where weights that it learned went.
-GRID, WEIGHTS_PLOT = "samples.png", "weights.png"
+# A row's pictures: samples of its student, where weights that it learned went, and its losses.
+GRID, WEIGHTS_PLOT, LOSS_PLOT = "samples.png", "weights.png", "loss.png"
 
 
 def row_folder(study_name: str, number: int) -> Path:
@@ -41,6 +41,7 @@ def grid_name(stage: str) -> str:
 
 
 def pictures(folder: Path) -> list[Path]:
-    """A row's pictures: sample grids, of several stages the last first, and its weights' plot."""
-    found = [folder / GRID, *sorted(folder.glob(f"*-{GRID}")), folder / WEIGHTS_PLOT]
+    """A row's pictures: sample grids, of several stages the last first, and its plots."""
+    plots = (folder / WEIGHTS_PLOT, folder / LOSS_PLOT)
+    found = [folder / GRID, *sorted(folder.glob(f"*-{GRID}")), *plots]
     return [path for path in found if path.is_file()]

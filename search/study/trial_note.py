@@ -4,6 +4,7 @@ Every text from the database is escaped: anyone with write access may have chose
 """
 
 import logging
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from search.storage.engine import one_line, retrying
 from search.storage.ledger import Claim, Ledger
 from search.study.artifacts import artifact_store, attach
 from search.study.dashboard_texts import save_texts
-from search.study.folders import pictures
-from search.study.markdown import escaped, markdown_table, paragraphs
+from search.study.folders import named_file, pictures
+from search.study.markdown import escaped, fenced, markdown_table, paragraphs
 from search.study.one_shot import curve_line, curve_rows
 from search.study.results import TrialResult
 from search.study.wording import duration
@@ -55,6 +56,9 @@ def trial_note(title: str, result: TrialResult, pictures: Sequence[tuple[str, st
         rows = [("NFE", "FID"), *((nfe, f"{fid.value:.3f}") for nfe, fid in result.fids.items())]
         lines.append(markdown_table(rows))
     lines.append(escaped(timings_text(result.timings)))
+    if result.student is not None:
+        lines.append("Its student, while it is among those kept:")
+        lines.append(fenced(sample_command(result.student), "sh"))
     lines += [f"{escaped(name)}:\n\n![]({address})" for name, address in pictures]
     return paragraphs(lines)
 
@@ -99,6 +103,12 @@ def conditions(fid: FID) -> str:
         f"({fid.extractor_sha256[:8]}), against {fid.reference_images} of {fid.reference}, "
         f"seeds: {seeds}"
     )
+
+
+def sample_command(student: str) -> str:
+    """A line that draws images with a row's student, with the path of its file."""
+    file = shlex.quote(str(named_file(student).resolve()))
+    return f"bdense sample {file} --out samples.png"
 
 
 def timings_text(timings: Mapping[str, float]) -> str:

@@ -17,7 +17,8 @@ from search.study.folders import row_folder
 from search.study.results import TrialResult
 from search.study.retention import drop_checkpoints
 from search.study.trial_log import TrialLog
-from search.study.trial_note import attach_pictures
+from search.study.trial_note import attach_pictures, harmless
+from search.worker.loss_curve import draw_losses
 from search.worker.result import package_versions
 
 _log = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ def _bring(
         result = replace(result, timings={**result.timings, **service})
         # Before the end: a finished trial accepts no pictures.
         with ledger.holding(claim):
+            harmless(f"loss curve of trial {claim.number}", lambda: draw_losses(folder))
             attach_pictures(ledger, claim, folder, result)
         attrs = result.attrs() | {"tries": claim.tries}
         if result.value is None:

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import logging
 import platform
+import subprocess
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+import bdense
 from bdense.files import atomic_write
 from search.study.results import TrialResult
 from search.study.retention import IDENTITY, RESULT, drop_checkpoints
@@ -74,10 +76,23 @@ def provenance(fingerprint: str, seeds: Mapping[str, int], device: torch.device)
 
 @functools.cache
 def package_versions() -> dict[str, str]:
-    """Versions a result depends on."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES} | {
-        "python": platform.python_version()
-    }
+    """Versions a result depends on; of bdense in a git checkout also the commit."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    found["bdense"] += _commit()
+    return found | {"python": platform.python_version()}
+
+
+def _commit() -> str:
+    """The checkout's commit as a local version, as in +g1f2e3d4; "" where there is none."""
+    root = Path(bdense.__file__).parents[1]
+    if not (root / ".git").exists():
+        return ""
+    asked = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
+    try:
+        said = subprocess.run(asked, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return f"+g{said.stdout.strip()}"
 
 
 def below_runs(path: Path) -> str:

@@ -30,7 +30,7 @@ from bdense.models.store import denoiser_sha256
 from bdense.models.zoo import resolve_reference
 from bdense.verbs.common import Interrupt, Progress, chosen_device, chosen_hardware, require_out
 from bdense.verbs.options import Drawing, Features, FidOptions, ReferenceOptions
-from bdense.verbs.sample import codec_of, model_and_sampler
+from bdense.verbs.sample import codec_of, model_and_sampler, tell_of_few_evaluations
 
 
 def fid(options: argparse.Namespace) -> None:
@@ -56,6 +56,7 @@ def fid(options: argparse.Namespace) -> None:
             dataset, extractor, cache=features.cache, with_features=set(own.metrics) != {"fid"}
         )
     require_measurable(own.metrics, settings, own.images, reference, model.image_shape, extractor)
+    tell_of_few_evaluations(own.model, drawing, model, sampler)
     images = draw_images(
         model,
         sampler,

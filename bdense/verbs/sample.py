@@ -41,6 +41,9 @@ def sample(options: argparse.Namespace) -> None:
     require_out(own.out, options, _no_picture)
     model, sampler, metadata = model_and_sampler(own.model, drawing, device, execution)
     pipeline = own.pipeline or own.model
+    conditions = conditions_of(model, pipeline, texts, own.negative_prompt)
+    codec = codec_of(model, metadata, pipeline, device)
+    tell_of_few_evaluations(own.model, drawing, model, sampler)
     images = draw_images(
         model,
         sampler,
@@ -48,8 +51,8 @@ def sample(options: argparse.Namespace) -> None:
         seed=own.seed,
         batch=drawing.batch,
         class_index=drawing.class_,
-        conditions=conditions_of(model, pipeline, texts, own.negative_prompt),
-        codec=codec_of(model, metadata, pipeline, device),
+        conditions=conditions,
+        codec=codec,
     )
     save_grid(images, own.out, own.columns)
     print(own.out)
@@ -144,12 +147,18 @@ def model_and_sampler(
     conditions = model.conditions_of(drawing.class_)  # refuses a class it does not know
     if not model.model.text_dim:
         null_for(sampler.guidance, conditions)  # refuses guidance that it cannot have
+    return model.to(device).execute(execution), sampler, metadata
+
+
+def tell_of_few_evaluations(
+    source: str, drawing: Drawing, model: NetworkDenoiser, sampler: Sampler
+) -> None:
+    """Say on stderr that a teacher is drawn with the default number of evaluations."""
     if drawing.nfe is None and drawing.epd_table is None and not model.samplers:
         sys.stderr.write(
             f"{source} is a teacher, and is drawn with {sampler.nfe} network evaluations; "
             "take more by --nfe, such as --nfe 32, to see its best\n"
         )
-    return model.to(device).execute(execution), sampler, metadata
 
 
 def _chosen_sampler(

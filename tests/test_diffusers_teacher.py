@@ -15,7 +15,9 @@ from bdense.methods import METHODS
 from bdense.models.diffusers_files import is_hub_id
 from bdense.models.diffusers_teacher import read_diffusers
 from bdense.models.store import denoiser_sha256, load_denoiser, save_denoiser
+from search.spec.file import read_spec
 from tests.small import same_weights
+from tests.studies import resolve_here, write
 
 diffusers = pytest.importorskip("diffusers", reason="needs the diffusers extra")
 
@@ -148,6 +150,24 @@ def test_a_teachers_levels_are_the_default_where_it_knows_them(folder, method):
     own = METHODS[method]()
     given = {"steps": 4, "until": 2} if method == "progressive" else {}
     own.check(own.Config.read({**own.usual(known, teacher), **given}), teacher, known)
+
+
+def test_a_study_takes_a_folder_and_the_levels_that_it_knows(folder, tmp_path, monkeypatch):
+    resolve_here(monkeypatch)
+    found = read_spec(write(tmp_path, teacher={"checkpoint": "ddpm-tiny"}))
+    precond = read_diffusers(folder)[0].precond
+    bounds = [found.method.options[name] for name in ("sigma_min", "sigma_max")]
+    assert bounds == [precond.sigma_min, precond.sigma_max]
+    before = found.fingerprint()
+    (folder / "README.md").write_text("nothing that is read")
+    assert found.fingerprint() == before
+    new_unet(layers_per_block=2).save_pretrained(folder / "unet")
+    assert found.fingerprint() != before
+    (folder / "vae").mkdir()
+    config = {"_class_name": "AutoencoderKL", "latent_channels": 1}
+    (folder / "vae/config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="ddpm-tiny draws latents"):
+        read_spec(write(tmp_path, teacher={"checkpoint": "ddpm-tiny"}))
 
 
 # ---- what a student is made of ----

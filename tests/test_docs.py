@@ -15,6 +15,7 @@ from PIL import Image
 from bdense.cli import main
 from search.spec.file import read_spec
 from tests.plugins import install
+from tests.studies import resolve_here
 from tests.test_help import all_help
 
 ROOT = Path(__file__).parents[1]
@@ -110,7 +111,7 @@ SMALLER = {
 def test_the_way_from_ones_own_model_to_a_student(tmp_path, monkeypatch):
     diffusers = pytest.importorskip("diffusers", reason="needs the diffusers extra")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("search.spec.file.apart", lambda call: call())  # in this process
+    resolve_here(monkeypatch)
     network = diffusers.UNet2DModel(
         sample_size=16,
         block_out_channels=(8, 16),

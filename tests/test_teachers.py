@@ -411,7 +411,7 @@ def test_options_of_another_process_are_refused(tmp_path, options, message):
         ({"precond": {"name": "vp"}}, "precond needs the name cosine or ddpm, got 'vp'"),
         ({"precond": COSINE | {"beta_end": 0.1}}, "do not fit precond='cosine': .*'beta_end'"),
         ({"precond": COSINE | {"prediction_type": "eps"}}, "prediction_type must be one of"),
-        ({"precond": {"name": "ddpm", "num_train_timesteps": 1}}, "must be at least 2, got 1"),
+        ({"precond": {"name": "ddpm", "num_train_timesteps": 1}}, "must be 2 to 1000000, got 1"),
     ],
 )
 def test_bad_settings_are_named(options, message):

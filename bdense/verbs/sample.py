@@ -123,7 +123,11 @@ def _require_pipeline(source: str) -> None:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Drawer:
-    """A model, and how it draws images; fields as of ``draw_images``."""
+    """A model, and how it draws images; fields as of ``draw_images``.
+
+    Attributes:
+        remark: For people, before it draws.
+    """
 
     model: NetworkDenoiser
     sampler: Sampler
@@ -132,6 +136,7 @@ class Drawer:
     conditions: Prompts | None
     codec: Codec | None
     batch: int
+    remark: str = ""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -140,6 +145,7 @@ class Drawer:
 
     def draw(self, count: int, seed: int, on_image: Callable[[int], None] | None = None) -> Tensor:
         """[count, C, H, W] uint8 images."""
+        sys.stderr.write(self.remark)
         return draw_images(
             self.model,
             self.sampler,
@@ -170,7 +176,12 @@ def chosen_drawer(
     conditions = model.conditions_of(drawing.class_)  # refuses a class it does not know
     if not model.model.text_dim:
         null_for(sampler.guidance, conditions)  # refuses guidance that it cannot have
-    pipeline = drawing.pipeline or source
+    remark, pipeline = "", drawing.pipeline or source
+    if drawing.nfe is None and drawing.epd_table is None and not model.samplers:
+        remark = (
+            f"{source} is a teacher, and is drawn with {sampler.nfe} network evaluations; "
+            "take more by --nfe, such as --nfe 32, to see its best\n"
+        )
     drawer = Drawer(
         model=model,
         sampler=sampler,
@@ -179,13 +190,9 @@ def chosen_drawer(
         conditions=conditions_of(model, pipeline, texts, drawing.negative_prompt),
         codec=codec_of(model, metadata, pipeline, device),
         batch=drawing.batch,
+        remark=remark,
     )
     model.to(device).execute(execution)
-    if drawing.nfe is None and drawing.epd_table is None and not model.samplers:
-        sys.stderr.write(
-            f"{source} is a teacher, and is drawn with {sampler.nfe} network evaluations; "
-            "take more by --nfe, such as --nfe 32, to see its best\n"
-        )
     return drawer
 
 

@@ -50,7 +50,12 @@ def hub(monkeypatch, tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    metadata = STUDENT | {"teacher": "google/ddpm-cifar10-32", "data": "cifar10", "fid": FID}
+    metadata = STUDENT | {
+        "teacher": "google/ddpm-cifar10-32",
+        "data": "cifar10",
+        "fid": FID,
+        "fid_setup": {},
+    }
     pictures = {"samples.png": lambda path: path.write_bytes(b"samples")}
     export_folder(tmp_path / "model", small_teacher(), metadata, pictures=pictures)
     return tmp_path / "model"
@@ -90,6 +95,7 @@ def test_the_page_shows_the_fid_with_its_conditions(hub, folder):
     here, there = '"model"', '"me/model"'
     assert (here in local, there in card.text, here in card.text) == (True, True, False)
     assert "\nbdense sample me/model --images 64" in card.text
+    assert "`bdense verify me/model`" in card.text
     assert len(card.text.split()) == len(local.split("\n---\n", 1)[1].split())
 
 

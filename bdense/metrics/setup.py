@@ -10,10 +10,8 @@ import torch
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.execution import Execution
 from bdense.metrics.references import Reference
+from bdense.models.card import SETUP as SETUP
 from bdense.models.store import denoiser_sha256
-
-# The metadata that hold it, beside ``fid``.
-SETUP = "fid_setup"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,8 @@ from bdense.weights.spaces import by_interval
 
 # Metadata that a student inherits from its teacher.
 _INHERITED = ("licence", "citation", "data", "codec", "condition")
+# What the FID in the metadata was measured with, see ``bdense.metrics.setup``.
+SETUP = "fid_setup"
 # Metadata of any model that its card repeats.
 _KNOWN = ("source", "url", "citation", "scheduler", "data")
 # Keys of a table of FIDs that always get a column, and the columns' titles.
@@ -76,6 +78,7 @@ def folder_card(
         "## How to sample",
         _fenced("sh", _sample_command(name, metadata)),
         _fenced("python", python),
+        f"`bdense verify {name}` measures its FID again." if SETUP in metadata else "",
         *(f"![{Path(picture).stem}]({picture})" for picture in pictures),
         *_fid_section(metadata),
         extra.strip(),

@@ -90,7 +90,8 @@ class HubRepository:
         front = card_data(self.repo_id, read_json(folder / CONFIG), has_pipeline=has_pipeline)
         text = (folder / CARD).read_text().split("\n---\n", 1)[-1]
         # The card's command and Python load the model by its name.
-        text = text.replace(f"bdense sample {folder.name} ", f"bdense sample {self.repo_id} ")
+        for verb in ("sample", "verify"):
+            text = text.replace(f"bdense {verb} {folder.name}", f"bdense {verb} {self.repo_id}")
         text = text.replace(json.dumps(folder.name), json.dumps(self.repo_id))
         operations = [CommitOperationAdd(CARD, f"---\n{front}\n---\n{text}".encode())]
         operations += [CommitOperationAdd(name, path) for name, path in _files(folder)]

@@ -10,6 +10,7 @@ from search.run.runner import run
 from search.study.folders import named_file
 from search.study.study import Study
 from search.study.summary import copy_baselines, failures, headline
+from search.study.trial_note import sample_command
 from search.study.wording import align
 
 
@@ -74,8 +75,8 @@ def _next(study: Study, source: str) -> list[str]:
     if best is not None and best.best is not None:
         result = best.best.result
         assert result.student is not None
-        student = named_file(result.student)
-        lines.append(f"draw images with it:     bdense sample {student} --out samples.png")
+        command = sample_command(result.student, study.spec)
+        lines.append(f"draw images with it:     {command}")
         if result.weights_plot is not None:
             lines.append(f"its weights over time:   {named_file(result.weights_plot)}")
     more = 2 * study.counts().planned

@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from bdense.metrics.records import FID
+from bdense.training.teacher_knobs import RECIPE_FOLDERS
 from bdense.weights import space_of
 from bdense.weights.spaces import by_interval
 from search.errors import LeaseLostError, StorageError
-from search.storage.engine import one_line, retrying
+from search.spec.study import StudySpec
+from search.storage.engine import cache_folder, one_line, retrying
 from search.storage.ledger import Claim, Ledger
 from search.study.artifacts import artifact_store, attach
 from search.study.dashboard_texts import save_texts
@@ -105,10 +107,18 @@ def conditions(fid: FID) -> str:
     )
 
 
-def sample_command(student: str) -> str:
-    """A line that draws images with a row's student, with the path of its file."""
-    file = shlex.quote(str(named_file(student).resolve()))
-    return f"bdense sample {file} --out samples.png"
+def sample_command(student: str, spec: StudySpec | None = None) -> str:
+    """A line that draws images with a row's student, with the path of its file.
+
+    ``spec`` tells the teacher's folder and the prompts of a study that has prompts.
+    """
+    words = ["bdense", "sample", str(named_file(student).resolve())]
+    if spec is not None and spec.prompts is not None:
+        recipe = spec.teacher.recipe
+        made = None if recipe is None else cache_folder() / RECIPE_FOLDERS[recipe]
+        prompts = spec.evaluation.prompts or spec.prompts
+        words += ["--pipeline", str(spec.teacher.checkpoint or made), "--prompts", prompts]
+    return shlex.join([*words, "--out", "samples.png"])
 
 
 def timings_text(timings: Mapping[str, float]) -> str:

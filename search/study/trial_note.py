@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from bdense.errors import InputError
 from bdense.metrics.records import FID
 from bdense.weights import space_of
 from bdense.weights.spaces import by_interval
@@ -56,9 +57,8 @@ def trial_note(title: str, result: TrialResult, pictures: Sequence[tuple[str, st
         rows = [("NFE", "FID"), *((nfe, f"{fid.value:.3f}") for nfe, fid in result.fids.items())]
         lines.append(markdown_table(rows))
     lines.append(escaped(timings_text(result.timings)))
-    if result.student is not None:
-        lines.append("Its student, while it is among those kept:")
-        lines.append(fenced(sample_command(result.student), "sh"))
+    if command := sample_command(result):
+        lines += ["Its student, while it is among those kept:", fenced(command, "sh")]
     lines += [f"{escaped(name)}:\n\n![]({address})" for name, address in pictures]
     return paragraphs(lines)
 
@@ -105,10 +105,15 @@ def conditions(fid: FID) -> str:
     )
 
 
-def sample_command(student: str) -> str:
-    """A line that draws images with a row's student, with the path of its file."""
-    file = shlex.quote(str(named_file(student).resolve()))
-    return f"bdense sample {file} --out samples.png"
+def sample_command(result: TrialResult) -> str:
+    """A line that draws images with a row's student, with the path of its file; "" without one."""
+    if result.student is None:
+        return ""
+    try:
+        file = named_file(result.student).resolve()
+    except InputError:  # rows are not trusted
+        return ""
+    return f"bdense sample {shlex.quote(str(file))} --out samples.png"
 
 
 def timings_text(timings: Mapping[str, float]) -> str:

@@ -100,6 +100,7 @@ class Code:
     """Lines of YAML, or a command, as they are."""
 
     text: str
+    language: str = "yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +137,8 @@ def _markdown(block: Block) -> str:
             return markdown_table(rows) if len(rows) > 1 else ""
         case Bullets(lines):
             return "\n".join(f"- {escaped(line)}" for line in lines)
-        case Code(text):
-            return fenced(text, "yaml")
+        case Code(text, language):
+            return fenced(text, language)
         case Pictures(pictures, _):
             titles = [escaped(each.title) for each in pictures]
             shown = [f"![]({each.address})" for each in pictures]

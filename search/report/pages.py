@@ -72,8 +72,8 @@ def _best(overview: Overview) -> list[Block]:
     )
     lines = [weights, conditions(best.result.fid), overview.confidence()]
     found: list[Block] = [Best(f"Best: FID {best.fid:.3f}", lines)]
-    if best.result.student is not None:
-        found.append(Code(sample_command(best.result.student)))
+    if command := sample_command(best.result):
+        found.append(Code(command, "sh"))
     return found
 
 

@@ -94,10 +94,10 @@ def fid_over(
             own = [(p, e) for p, e in placed if tuple(p[name] for name in others) == group]
             words = [str(own[0][1].parameters[name]) for name in chosen]
             x, y = [point[axis] for point, _ in own], [each.fid for _, each in own]
+            axes.plot(x, y, "o", color=colour, label=plain(", ".join(["B-DENSE", *words])))
             # Over the latents; a training under another seed differs by more.
             errors = [(e.result.fid.noise if e.result.fid else None) or 0.0 for _, e in own]
-            label = plain(", ".join(["B-DENSE", *words]))
-            axes.errorbar(x, y, yerr=errors, fmt="o", capsize=2, color=colour, label=label)
+            axes.errorbar(x, y, errors, fmt="none", elinewidth=0.8, ecolor=colour, zorder=1)
             if len(placed) >= FEWEST and min(x) < max(x):
                 curve = np.linspace(min(x), max(x), _CURVE_POINTS)
                 asked = [{**example, axis: float(at)} for at in curve]

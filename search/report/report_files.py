@@ -20,6 +20,7 @@ from search.study.trial_note import TIMINGS
 from search.study.wording import weights_text
 
 PAGE, HTML_PAGE = "report.md", "report.html"
+_SAMPLES = "samples-"
 
 
 def write_report(study: Study, folder: Path, *, force: bool = False) -> Path:
@@ -51,7 +52,9 @@ def write_report(study: Study, folder: Path, *, force: bool = False) -> Path:
     for plot in shown:
         plots.append(Picture(plot.title, f"{plot.key}.png"))
         plot.save(folder / plots[-1].address)
-    grids = _copy_grids(overview, folder)
+    copied = _copy_pictures(overview, folder)
+    grids = [each for each in copied if each.address.startswith(_SAMPLES)]
+    plots += [each for each in copied if each not in grids]
     page = study_page(overview, grids, plots, _trial_rows(overview.trials))
     for name, text in (
         (PAGE, as_markdown(study.name, page)),
@@ -65,7 +68,7 @@ def write_report(study: Study, folder: Path, *, force: bool = False) -> Path:
 def _other_files(study: str, names: Sequence[str], folder: Path) -> str:
     """Why a folder is not one with an earlier report of the study; "" if it is, or has none."""
     there = [name for name in names if (folder / name).exists()]
-    there += sorted(path.name for path in folder.glob("samples-*.png"))
+    there += sorted(path.name for path in folder.glob(f"{_SAMPLES}*.png"))
     page = folder / HTML_PAGE
     ours = page.is_file() and generator(study).encode() in page.read_bytes()
     return f"has a {there[0]} that is not of this study's report" if there and not ours else ""
@@ -93,14 +96,14 @@ def _trial_rows(trials: Sequence[Measured]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _copy_grids(overview: Overview, folder: Path) -> list[Picture]:
-    """Sample grids that are still there, and the plot of the best trial's learned weights."""
+def _copy_pictures(overview: Overview, folder: Path) -> list[Picture]:
+    """Sample grids that are still there, and the best trial's losses and learned weights."""
     sources = []
     for title, ledger, number, name in overview.shown():
         its = row_folder(ledger.study.study_name, number)
         # Of several stages the last one's.
         grid = next((path for path in pictures(its) if path.name.endswith(GRID)), None)
-        sources.append((title, grid, f"samples-{name}.png"))
+        sources.append((title, grid, f"{_SAMPLES}{name}.png"))
         if name == "best" and (its / LOSS_PLOT).is_file():
             sources.append((f"loss of trial {number}", its / LOSS_PLOT, "loss-best.png"))
         if name == "best" and (its / WEIGHTS_PLOT).is_file():

@@ -74,9 +74,7 @@ def _next(study: Study, source: str) -> list[str]:
     best = overview_of(study).now
     if best is not None and best.best is not None:
         result = best.best.result
-        assert result.student is not None
-        command = sample_command(result.student, study.spec)
-        lines.append(f"draw images with it:     {command}")
+        lines.append(f"draw images with it:     {sample_command(result, study.spec)}")
         if result.weights_plot is not None:
             lines.append(f"its weights over time:   {named_file(result.weights_plot)}")
     more = 2 * study.counts().planned

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from bdense.errors import InputError
 from bdense.metrics.records import FID
 from bdense.training.teacher_knobs import RECIPE_FOLDERS
 from bdense.weights import space_of
@@ -58,9 +59,8 @@ def trial_note(title: str, result: TrialResult, pictures: Sequence[tuple[str, st
         rows = [("NFE", "FID"), *((nfe, f"{fid.value:.3f}") for nfe, fid in result.fids.items())]
         lines.append(markdown_table(rows))
     lines.append(escaped(timings_text(result.timings)))
-    if result.student is not None:
-        lines.append("Its student, while it is among those kept:")
-        lines.append(fenced(sample_command(result.student), "sh"))
+    if command := sample_command(result):
+        lines += ["Its student, while it is among those kept:", fenced(command, "sh")]
     lines += [f"{escaped(name)}:\n\n![]({address})" for name, address in pictures]
     return paragraphs(lines)
 
@@ -107,12 +107,17 @@ def conditions(fid: FID) -> str:
     )
 
 
-def sample_command(student: str, spec: StudySpec | None = None) -> str:
-    """A line that draws images with a row's student, with the path of its file.
+def sample_command(result: TrialResult, spec: StudySpec | None = None) -> str:
+    """A line that draws images with a row's student, with the path of its file; "" without one.
 
     ``spec`` tells the teacher's folder and the prompts of a study that has prompts.
     """
-    words = ["bdense", "sample", str(named_file(student).resolve())]
+    if result.student is None:
+        return ""
+    try:
+        words = ["bdense", "sample", str(named_file(result.student).resolve())]
+    except InputError:  # rows are not trusted
+        return ""
     if spec is not None and spec.prompts is not None:
         recipe = spec.teacher.recipe
         made = None if recipe is None else cache_folder() / RECIPE_FOLDERS[recipe]

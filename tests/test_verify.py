@@ -100,6 +100,7 @@ def test_a_folder_has_its_own_classifier(student, folder, tmp_path):
         ({"nfe": 7}, (), "NFE 7"),
         ({"extractor": "torchscript:mine.pt"}, (), "--extractor is missing"),
         ({"seeds": {}}, (), "records no FID"),
+        ({"seeds": None}, (), "records no FID"),
     ],
 )
 def test_what_cannot_be_measured_again_is_refused(student, folder, tmp_path, fid, options, names):

@@ -110,12 +110,13 @@ def _recorded(source: str, metadata: Mapping[str, Any]) -> tuple[FID, Setup]:
     try:
         fid = FID.read(metadata["fid"])
         fid.seeds["evaluation"]
-    except (KeyError, TypeError) as error:
+        setup = Setup.read(metadata.get(SETUP, {}))
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{source} records no FID that can be measured again; `bdense distill --extractor` "
             "and bdense-search record one"
         ) from error
-    return fid, Setup.read(metadata.get(SETUP, {}))
+    return fid, setup
 
 
 def _sampler(source: str, model: NetworkDenoiser, recorded: FID) -> Sampler:

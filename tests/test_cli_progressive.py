@@ -241,7 +241,7 @@ def test_a_teacher_draws_by_its_own_process(request, tmp_path, which, clip):
     picture, asked = tmp_path / "x.png", ("--schedule", "native", "--nfe", 4, "--no-afs")
     sampler = pd_sampler(native_schedule(loaded.precond), 4, clip=clip)
     expected = draw_images(loaded, sampler, 2, seed=0)[:, 0]
-    flag = ("--clip",) if clip else ()
+    flag = ("--clip-samples",) if clip else ()
     assert torch.equal(drawn(picture, path, *asked, "--solver", "ddim", *flag), expected)
     # There ddim is the usual solver.
     assert torch.equal(drawn(picture, path, *asked, *flag), expected)
@@ -257,7 +257,12 @@ def test_a_student_draws_as_it_was_distilled_to(chain, tmp_path):
     own = ("--schedule", "native", "--solver", "ddim", "--order", 1, "--nfe", 2, "--no-afs")
     assert torch.equal(drawn(picture, path), expected)
     assert torch.equal(drawn(picture, path, *own), expected)
-    for other in (("--clip",), ("--nfe", 4), ("--schedule", "logsnr"), ("--solver", "euler")):
+    for other in (
+        ("--clip-samples",),
+        ("--nfe", 4),
+        ("--schedule", "logsnr"),
+        ("--solver", "euler"),
+    ):
         line = refused(command("sample", path, *other, "--out", picture))
         assert "draws with the sampler it was distilled for (NFE 2), and" in line
 
@@ -274,7 +279,7 @@ def test_a_teacher_of_a_process_is_distilled_with_sfd(teacher, ddpm, tmp_path):
         done("distill", path, *SHORT, "--plain", *given, "--force", "--out", out)
         wanted = distilled("sfd", path, lambda: plain, **config, **SHORT_CONFIG)
         assert [denoiser_sha256(load_denoiser(out)[0])] == wanted
-    line = refused(command("distill", ddpm, *SHORT, "--out", out))
+    line = refused(command("distill", ddpm, *SHORT, "--sigma-min", 0.01, "--out", out))
     assert "exceed those that this ddpm teacher was trained for, 0.03956 to" in line
     line = refused(command("distill", teacher, *SHORT, "--schedule", "native", "--out", out))
     assert line.startswith("--schedule must be one of ")
@@ -347,7 +352,7 @@ def test_other_mistakes_are_named(teacher, edm, tmp_path):
         (("--schedule", "logsnr", "--rho", 5), "--rho 5 does nothing with schedule=logsnr"),
         (("--sigma-min", 1, "--sigma-max", 2), "--sigma-min 1 is for another schedule"),
         (("--solver", "dpmpp"), "end without noise, which dpmpp does not reach"),
-        (("--solver", "heun", "--clip"), "heun has no clip; leave it out, or take ddim"),
+        (("--solver", "heun", "--clip-samples"), "heun has no clip; leave it out, or take ddim"),
     ],
 )
 def test_what_does_not_go_with_a_process_is_refused(teacher, tmp_path, options, message):
@@ -360,5 +365,5 @@ def test_what_does_not_go_with_a_process_is_refused(teacher, tmp_path, options, 
 def test_a_network_without_a_process_has_no_native_levels(edm, tmp_path):
     line = refused(command("sample", edm, "--schedule", "native", "--out", tmp_path / "x.png"))
     assert line.startswith("schedule native needs a network of a VP process")
-    line = refused(command("sample", edm, "--clip", "--out", tmp_path / "x.png"))
+    line = refused(command("sample", edm, "--clip-samples", "--out", tmp_path / "x.png"))
     assert line == "euler has no clip; leave it out, or take ddim"

@@ -109,6 +109,20 @@ def test_no_request_changes_a_study(study):
         assert study.contents() == before, path
 
 
+def test_a_long_attribute_is_cut_for_the_page_alone(study):
+    storage = open_storage(study.url)
+    long = {"value": 12.5, "effects": [0.25] * 200}
+    optuna.load_study(study_name="digits", storage=storage).add_trial(
+        optuna.trial.create_trial(value=1.0, user_attrs={"fid": long, "seeds": {"training": 0}})
+    )
+    for writable in (False, True):
+        _, answer = ask(study.application(writable=writable), "GET", f"/api/studies/{study.key}")
+        shown = {each["key"]: each["value"] for each in answer["trials"][-1]["user_attrs"]}
+        assert (len(shown["fid"]) > 100) == writable
+        assert json.loads(shown["seeds"]) == {"training": 0}
+    assert storage.get_all_trials(study.key)[-1].user_attrs["fid"] == long
+
+
 def test_a_change_is_asked_for_by_the_dashboards_own_page(study):
     """A page of another site may send the browser here too."""
     application = addressed_here(study.application(writable=True), 8080)

@@ -1,6 +1,7 @@
 """What a launch keeps in the dashboard: notes and pictures; none of it is in the way."""
 
 import dataclasses
+import math
 import shutil
 import threading
 from pathlib import Path
@@ -18,10 +19,12 @@ from search.storage.ledger import Ledger
 from search.study.arms import ROW_SPACE
 from search.study.artifacts import artifact_store
 from search.study.dashboard_texts import save_texts
-from search.study.folders import pictures
+from search.study.folders import LOSS_PLOT, pictures
 from search.study.markdown import escaped
 from search.study.study import Study
+from search.study.trial_log import TrialLog
 from search.study.trial_note import attach_pictures
+from search.worker.loss_curve import draw_losses
 from tests.measured import complete, created, open_once, result
 from tests.reported import PLOTS, reported, shown, spec_of, take
 
@@ -84,6 +87,8 @@ def test_a_trial_has_its_pictures_and_a_note(study):
     assert "| 0.6065 | 1 | 1.649 | 2.718 |" in note
     assert "\n\na 0.500, b -1.000\n\n" in note
     assert "training 1 min 01 s, evaluation 2.2 s, service 0.0 s" in note
+    assert "bdense sample /" in note
+    assert f"{claim.number:05d}/student.safetensors --out samples.png" in note
     address = f"/artifacts/{ledger.study._study_id}/{claim.trial_id}/{meta.artifact_id}"
     assert f"![]({address})" in note
 
@@ -128,6 +133,16 @@ def test_a_pruned_trial_has_a_note_without_a_fid(study):
     note = note_of(study.search, claim.trial_id)
     assert f"**Pruned at 0.25 of its budget**: {escaped(reason)}" in note
     assert "**FID" not in note
+
+
+def test_losses_are_drawn_from_the_log_and_a_diverged_one_left_out(tmp_path):
+    draw_losses(tmp_path)
+    assert not (tmp_path / LOSS_PLOT).exists()
+    log = TrialLog(tmp_path).open()
+    for iteration, loss in ((1, 4.0), (2, 2.0), (2, 2.0), (3, math.nan)):
+        log("training", iteration=iteration, iterations=3, loss=loss)
+    draw_losses(tmp_path)
+    assert pictures(tmp_path) == [tmp_path / LOSS_PLOT]
 
 
 # ---- a study's ----

@@ -62,7 +62,7 @@ def impatient(monkeypatch):
 
 def read(path: Path) -> StudySpec:
     """As ``read_spec`` does, in this process."""
-    return resolve(parse(read_tree(path), source=path.name), source=path.name)
+    return resolve(parse(read_tree(path), source=str(path)), source=path.name)
 
 
 def mib(study, students: int) -> str:

@@ -164,9 +164,10 @@ def test_a_study_takes_a_folder_and_the_levels_that_it_knows(folder, tmp_path, m
     new_unet(layers_per_block=2).save_pretrained(folder / "unet")
     assert found.fingerprint() != before
     (folder / "vae").mkdir()
-    config = {"_class_name": "AutoencoderKL", "latent_channels": 1}
+    # With an autoencoder what it draws are latents, and the images are those that are decoded.
+    config = {"_class_name": "AutoencoderKL", "latent_channels": 1, "block_out_channels": [8, 8]}
     (folder / "vae/config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match="ddpm-tiny draws latents"):
+    with pytest.raises(InputError, match=r"makes images of \(3, 16, 16\)"):
         read_spec(write(tmp_path, teacher={"checkpoint": "ddpm-tiny"}))
 
 

@@ -161,7 +161,7 @@ def test_a_schedule_beyond_float64_is_refused():
 def test_a_closed_standard_output_is_no_mistake(tmp_path):
     path = tmp_path / "x.safetensors"
     save_denoiser(path, small_teacher(), {"kind": "teacher"})
-    draw = f"sample {path} --images 2 --out {tmp_path / 'x.png'}"
+    draw = f"sample {path} --nfe 2 --images 2 --out {tmp_path / 'x.png'}"
     command = f"exec {sys.executable} -m bdense.cli {draw} >&-"
     found = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
     assert (found.returncode, found.stderr) == (0, "")

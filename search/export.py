@@ -17,7 +17,7 @@ from bdense.metrics.classifiers import RECIPES, classifier_path
 from bdense.metrics.records import FID
 from bdense.models.diffusers_export import export_pipeline
 from bdense.models.diffusers_files import EXTRACTOR
-from bdense.models.folder import CONFIG, Picture, export_folder
+from bdense.models.folder import CONFIG, SAMPLES, Picture, export_folder
 from bdense.models.hub import PIPELINE
 from bdense.models.store import load_denoiser
 from bdense.networks.diffusers_unet import DiffusersUNet
@@ -25,6 +25,7 @@ from search.analysis.comparison import compare, comparisons_of, table_rows, teac
 from search.analysis.confirmation import CONFIRM_SUFFIX, judged_summary, verdict
 from search.analysis.recommendation import recommend
 from search.report.overview import overview_of
+from search.spec.study import StageFacts
 from search.storage.engine import cache_folder
 from search.storage.ledger import Ledger
 from search.storage.queries import StoredTrial
@@ -82,6 +83,9 @@ def export_trial(
     if fid is not None:
         metadata["fid"] = fid.as_dict()
     pictures: dict[str, Picture] = {}
+    if "codec" in metadata:  # not drawn anew, which takes the teacher's folder
+        grid = path.with_name(grid_name(_stage(study, nfe).name))
+        pictures |= {SAMPLES: grid} if grid.is_file() else {}
     extra = ""
     if not study.is_search:
         metadata["fid_table"] = fid_table(study)
@@ -282,10 +286,14 @@ def _student(study: Study, ledger: Ledger, trial: StoredTrial, nfe: int | None) 
     )
 
 
+def _stage(study: Study, nfe: int | None) -> StageFacts:
+    """The stage of that NFE; None is the last."""
+    return next(s for s in reversed(study.spec.resolved.stages) if nfe in (None, s.nfe))
+
+
 def _pictures(study: Study, trial: StoredTrial, nfe: int | None) -> dict[str, Picture]:
     """The figure, and image grids of this student and of the baselines at its stage."""
-    stages = study.spec.resolved.stages
-    stage = next(each for each in reversed(stages) if nfe in (None, each.nfe))
+    stage = _stage(study, nfe)
     plots = overview_of(study).plots()
     pictures: dict[str, Picture] = {FIGURE: plots[0].save} if plots else {}
     own, arms = ArmRow.of(trial.params), study.arms

@@ -11,6 +11,8 @@ import yaml
 
 import bdense
 from bdense.diffusion.denoiser import build_denoiser
+from bdense.metrics.setup import SETUP
+from bdense.models.store import load_denoiser, save_denoiser
 from bdense.training.latent_digits import ARCHITECTURE, KNOWN, PROMPTS, latent_digits
 from bdense.training.teacher import TeacherConfig
 from search.errors import SpecError
@@ -104,13 +106,17 @@ def test_its_study_trains_and_judges_under_prompts(folder, cache, tmp_path, monk
     assert np.array_equal(np.load(kept), encoder.embed([*PROMPTS, ""]).numpy())
     assert result.fid is not None
     assert result.fid.images == 64
+    prompts = str(STUDY.with_suffix(".txt"))
+    assert result.drawing_options == ["--pipeline", str(folder), "--prompts", prompts]
     live = read_spec(STUDY, CHANGES | {"trajectories": {"mode": "live"}})
     assert run(load(live, CPU), tmp_path / "live", task()).value == result.value
     unguided = CHANGES["method"] | {"guidance_teacher": 1.0}
     guided = CHANGES | {"method": unguided, "evaluation": CHANGES["evaluation"] | {"guidance": 2}}
     guided["trajectories"] = {"mode": "live"}
-    found = run(load(read_spec(STUDY, guided), CPU), tmp_path / "guided", task()).fid
-    assert found.nfe == 2 * result.fid.nfe  # each prediction with and without the prompt
+    row = run(load(read_spec(STUDY, guided), CPU), tmp_path / "guided", task())
+    assert row.fid.nfe == 2 * result.fid.nfe  # each prediction with and without the prompt
+    assert row.drawing_options[-2:] == ["--guidance", "2.0"]
+    assert load_denoiser(tmp_path / "guided/student.safetensors")[1][SETUP]["guidance"] == 2
     with pytest.raises(SpecError, match="learn their teacher's"):
         read_spec(STUDY, guided | {"method": CHANGES["method"]})
     other = tmp_path / "other.txt"
@@ -119,6 +125,20 @@ def test_its_study_trains_and_judges_under_prompts(folder, cache, tmp_path, monk
     judged = read_spec(STUDY, CHANGES | {"evaluation": evaluation})
     assert run(load(judged, CPU), tmp_path / "judged", task()).value != result.value
     assert judged.fingerprint() != study.fingerprint()
+
+
+def test_a_study_needs_the_whole_pipeline(folder, tmp_path, monkeypatch):
+    resolve_here(monkeypatch)
+    shutil.copytree(folder, tmp_path / "whole")
+    given = CHANGES | {"teacher": {"recipe": None, "checkpoint": str(tmp_path / "whole")}}
+    assert read_spec(STUDY, given).resolved.num_branches == 4
+    shutil.rmtree(tmp_path / "whole/text_encoder")
+    with pytest.raises(SpecError, match="no text_encoder beside it"):
+        read_spec(STUDY, given)
+    alone = tmp_path / "teacher.safetensors"
+    save_denoiser(alone, *bdense.load_model(folder))
+    with pytest.raises(SpecError, match="draws latents"):
+        read_spec(STUDY, CHANGES | {"teacher": {"recipe": None, "checkpoint": str(alone)}})
 
 
 def test_its_study_says_what_it_costs(folder, monkeypatch):
@@ -138,5 +158,7 @@ def test_its_study_runs_from_the_launch_to_the_report(cache, tmp_path):
     out = workplace.done("launch", workplace.write(tree))
     assert "4 of 4 rows complete" in out
     workplace.done("confirm", "latent-digits", "--candidates", "1", "--seeds", "3")
+    workplace.done("export", "latent-digits", "model")
+    assert (tmp_path / "model/samples.png").is_file()
     workplace.done("report", "latent-digits", "--out", "shown")
     assert (tmp_path / "shown/report.md").read_text().count("![") > 1

@@ -27,6 +27,7 @@ class Setup:
         execution: How the network was computed.
         device: Name of the GPU, or kind of the CPU.
         threads: Of the CPU.
+        guidance: When sampling, of a student that was distilled without; None is its own.
         torch: Its version.
     """
 
@@ -37,6 +38,7 @@ class Setup:
     execution: Execution = field(default_factory=Execution)
     device: str | None = None
     threads: int | None = None
+    guidance: float | None = None
     torch: str | None = None
 
     @classmethod

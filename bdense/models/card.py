@@ -78,7 +78,7 @@ def folder_card(
         "## How to sample",
         _fenced("sh", _sample_command(name, metadata)),
         _fenced("python", python),
-        f"`bdense verify {name}` measures its FID again." if SETUP in metadata else "",
+        f"`bdense verify {name}` measures its FID again." if _verifiable(metadata) else "",
         *(f"![{Path(picture).stem}]({picture})" for picture in pictures),
         *_fid_section(metadata),
         extra.strip(),
@@ -298,6 +298,11 @@ def _terms(metadata: Mapping[str, Any], *, student: bool) -> str:
         return f"Licence: not known; none came with it. Ask {whose} first."
     of_whom = ", its teacher's: a student is made from its teacher's weights" if student else ""
     return f"Licence: {licence}{of_whom}."
+
+
+def _verifiable(metadata: Mapping[str, Any]) -> bool:
+    """Whether ``bdense verify`` has all that it needs: not of latents, which are decoded."""
+    return SETUP in metadata and "codec" not in metadata
 
 
 def _sample_command(name: str, metadata: Mapping[str, Any]) -> str:

@@ -7,7 +7,6 @@ and guidance on a laptop, in minutes and without a download. n images, B batch.
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 from bdense.data.datasets import Dataset, load_dataset, to_float
 from bdense.diffusion.conditions import Texts
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
-from bdense.files import file_lock
+from bdense.files import atomic_folder, file_lock
 from bdense.models.diffusers_files import INDEX
 from bdense.models.latents import load_codec, load_text_encoder
 from bdense.networks import DiffusersTextUNet
@@ -28,9 +27,10 @@ from bdense.networks.diffusers_network import require_diffusers
 from bdense.randomness import Stream, generator, one_thread, seeded
 from bdense.training.loop import train
 from bdense.training.teacher import NoisyBatch, TeacherConfig, TeacherStage, draw_levels
-from bdense.training.teacher_knobs import RECIPE_FOLDERS
 from bdense.weights.weighting import FixedWeights
 
+# Another number where a change below changes the weights.
+_FOLDER = "teachers/latent-digits-1"
 _CPU = torch.device("cpu")
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PROMPTS = tuple(f"a {word}" for word in _WORDS)
@@ -94,14 +94,11 @@ def latent_digits(cache: Path, config: TeacherConfig | None = None) -> Path:
         InputError: diffusers or transformers is not installed.
     """
     require_diffusers()
-    folder = cache / RECIPE_FOLDERS["latent-digits"]
+    folder = cache / _FOLDER
     with file_lock(folder.with_suffix(".lock")):
         if not (folder / INDEX).is_file():
-            unfinished = folder.with_suffix(".unfinished")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            with one_thread():
-                _make(unfinished, config or _TRAINING)
-            unfinished.rename(folder)
+            with atomic_folder(folder) as scratch, one_thread():
+                _make(scratch, config or _TRAINING)
     return folder
 
 

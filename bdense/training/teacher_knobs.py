@@ -1,6 +1,5 @@
 """How a small teacher is trained; does not import torch."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -9,8 +8,6 @@ from bdense.knobs import Knobs, knob
 
 # Of ``bdense.training.latent_digits``.
 TeacherRecipe: TypeAlias = Literal["latent-digits"]
-# Where a recipe's teacher is below a cache; another number where a recipe changes its weights.
-RECIPE_FOLDERS: Mapping[TeacherRecipe, str] = {"latent-digits": "teachers/latent-digits-1"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def verify(options: argparse.Namespace) -> None:
             f"{own.model} draws latents, and its record names neither autoencoder nor prompts; "
             "measure it again by `bdense fid` with --pipeline and --prompts"
         )
-    sampler = _sampler(own.model, model, recorded)
+    sampler = _sampler(own.model, model, recorded, setup.guidance)
     if hardware.threads is None and setup.threads is not None:
         torch.set_num_threads(setup.threads)
     model.to(device).execute(setup.execution)
@@ -119,9 +120,12 @@ def _recorded(source: str, metadata: Mapping[str, Any]) -> tuple[FID, Setup]:
     return fid, setup
 
 
-def _sampler(source: str, model: NetworkDenoiser, recorded: FID) -> Sampler:
-    """The model's own sampler of the recorded NFE."""
-    for sampler in model.samplers:
+def _sampler(
+    source: str, model: NetworkDenoiser, recorded: FID, guidance: float | None
+) -> Sampler:
+    """The model's own sampler of the recorded NFE, at the recorded guidance."""
+    for own in model.samplers:
+        sampler = own if guidance is None else replace(own, guidance=guidance)
         if sampler.nfe == recorded.nfe:
             return sampler
     served = ", ".join(str(sampler.nfe) for sampler in model.samplers)

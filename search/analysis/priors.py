@@ -22,7 +22,7 @@ FIRST_POINTS = 3  # of the priors, tried before any other
 _SEEDED = "seeded_from"  # the study's attribute: priors whose points were planned
 # Another length of training moves the best weights a little; the rest is another problem.
 _MAY_DIFFER = ("method.kimg",)
-_COMPARED = ("data", "teacher.", "method.", "weights.")
+_COMPARED = ("data", "prompts", "teacher.", "method.", "weights.")
 
 
 def require_priors(url: str, spec: StudySpec) -> list[str]:

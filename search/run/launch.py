@@ -74,7 +74,7 @@ def _next(study: Study, source: str) -> list[str]:
     best = overview_of(study).now
     if best is not None and best.best is not None:
         result = best.best.result
-        lines.append(f"draw images with it:     {sample_command(result, study.spec)}")
+        lines.append(f"draw images with it:     {sample_command(result)}")
         if result.weights_plot is not None:
             lines.append(f"its weights over time:   {named_file(result.weights_plot)}")
     more = 2 * study.counts().planned

@@ -24,8 +24,14 @@ from bdense.metrics.extractors import SPECS
 from bdense.metrics.metrics import require_enough
 from bdense.metrics.settings import MetricSettings
 from bdense.models.diffusers_files import MODEL_FILE
-from bdense.models.diffusers_teacher import read_diffusers
-from bdense.models.latents import drawn_shape, read_prompts
+from bdense.models.diffusers_teacher import codec_config, read_diffusers
+from bdense.models.latents import (
+    TEXT_ENCODER,
+    TOKENIZER,
+    drawn_shape,
+    draws_latents,
+    read_prompts,
+)
 from bdense.models.store import load_model
 from bdense.models.zoo import PUBLIC_MODELS
 from bdense.training import latent_digits
@@ -158,6 +164,7 @@ def _with_teacher(spec: StudySpec) -> StudySpec:
     with torch.device("meta"):
         teacher = build_denoiser(described)
         teacher.execution = execution(spec)
+        _check_pipeline(spec, teacher, known)
         _check_images(spec, teacher, known)
         _check_prompts(spec, teacher)
         _check_guidance(spec, teacher, known)
@@ -314,6 +321,21 @@ def _check_arms(spec: StudySpec) -> None:
             raise SpecError.under(f"plan.arms.{index}", error) from error
     for index, changes in enumerate(spec.given.variants):
         variant(spec, changes, f"plan.variants.{index}")
+
+
+def _check_pipeline(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
+    """Refuse a teacher of latents without the rest of its pipeline."""
+    name = spec.teacher.checkpoint
+    if name is None or not draws_latents(teacher, known):
+        return
+    parts = [TEXT_ENCODER, TOKENIZER] if teacher.model.text_dim else []
+    missing = [part for part in parts if not Path(name, part).is_dir()]
+    if not Path(name).is_dir() or codec_config(Path(name)) is None or missing:
+        raise InputError(
+            f"teacher.checkpoint: {name} draws latents, and has no "
+            f"{' or '.join(missing) or 'autoencoder'} beside it; give the folder of its whole "
+            "pipeline in diffusers' format"
+        )
 
 
 def _check_prompts(spec: StudySpec, teacher: NetworkDenoiser) -> None:

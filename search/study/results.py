@@ -123,6 +123,7 @@ class TrialResult:
         intermediate: Each intermediate evaluation, in order.
         weights_over_time: Of learned weights.
         weights_plot, student: Files, as study/number/file.
+        drawing_options: What ``bdense sample`` needs beside the student, such as prompts.
         arm: Name of a given arm.
         variant: The method's settings that differ from the study's.
         fingerprint, seeds, versions, device, worker: How and where it was made.
@@ -149,6 +150,7 @@ class TrialResult:
     weights_over_time: WeightHistory | None = None
     weights_plot: str | None = None
     student: str | None = None
+    drawing_options: list[str] = field(default_factory=list)
     arm: str | None = None
     variant: dict[str, Any] = field(default_factory=dict)
     pruned_at: float | None = None

@@ -10,12 +10,10 @@ from pathlib import Path
 
 from bdense.errors import InputError
 from bdense.metrics.records import FID
-from bdense.training.teacher_knobs import RECIPE_FOLDERS
 from bdense.weights import space_of
 from bdense.weights.spaces import by_interval
 from search.errors import LeaseLostError, StorageError
-from search.spec.study import StudySpec
-from search.storage.engine import cache_folder, one_line, retrying
+from search.storage.engine import one_line, retrying
 from search.storage.ledger import Claim, Ledger
 from search.study.artifacts import artifact_store, attach
 from search.study.dashboard_texts import save_texts
@@ -107,23 +105,15 @@ def conditions(fid: FID) -> str:
     )
 
 
-def sample_command(result: TrialResult, spec: StudySpec | None = None) -> str:
-    """A line that draws images with a row's student, with the path of its file; "" without one.
-
-    ``spec`` tells the teacher's folder and the prompts of a study that has prompts.
-    """
+def sample_command(result: TrialResult) -> str:
+    """A line that draws images with a row's student, with the path of its file; "" without one."""
     if result.student is None:
         return ""
     try:
         words = ["bdense", "sample", str(named_file(result.student).resolve())]
     except InputError:  # rows are not trusted
         return ""
-    if spec is not None and spec.prompts is not None:
-        recipe = spec.teacher.recipe
-        made = None if recipe is None else cache_folder() / RECIPE_FOLDERS[recipe]
-        prompts = spec.evaluation.prompts or spec.prompts
-        words += ["--pipeline", str(spec.teacher.checkpoint or made), "--prompts", prompts]
-    return shlex.join([*words, "--out", "samples.png"])
+    return shlex.join([*words, *result.drawing_options, "--out", "samples.png"])
 
 
 def timings_text(timings: Mapping[str, float]) -> str:

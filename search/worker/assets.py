@@ -112,8 +112,7 @@ class Evaluator:
             check()
             on_image(done)
 
-        if self.spec.guidance is not None:
-            sampler = replace(sampler, guidance=self.spec.guidance)
+        sampler = self.guided(sampler)
         drawn = draw_images(
             denoiser,
             sampler,
@@ -137,9 +136,15 @@ class Evaluator:
             on_image=lambda _: check(),
         )
 
+    def guided(self, sampler: Sampler) -> Sampler:
+        """The sampler at the study's guidance, where it has one of its own when sampling."""
+        scale = self.spec.guidance
+        return sampler if scale is None else replace(sampler, guidance=scale)
+
     def setup(self, denoiser: NetworkDenoiser) -> Setup:
         """What a model's FID is measured with, in this process."""
-        return Setup.of(denoiser, self.reference, self.spec.batch, NUMERICS)
+        found = Setup.of(denoiser, self.reference, self.spec.batch, NUMERICS)
+        return replace(found, guidance=self.spec.guidance)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -170,6 +175,19 @@ class Assets:
     known: Mapping[str, Any]
     teacher_fid: FID | None = None
     conditions: Conditions | None = None
+
+    @property
+    def drawing_options(self) -> list[str]:
+        """What ``bdense sample`` needs beside a student."""
+        asked = self.spec.evaluation
+        pipeline = pipeline_of(self.spec) if self.evaluator.codec is not None else None
+        options = {
+            "--pipeline": pipeline,
+            "--prompts": asked.prompts or self.spec.prompts,
+            "--guidance": asked.guidance,
+        }
+        given = {name: value for name, value in options.items() if value is not None}
+        return [str(word) for option in given.items() for word in option]
 
     @property
     def device(self) -> torch.device:
@@ -309,10 +327,16 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
             codec=codec,
         ),
         known=known,
-        terms=inherited(known, Path(spec.teacher.checkpoint or f"trained on {spec.data}").name),
+        terms=inherited(known, _teacher_name(spec)),
         conditions=conditions,
     )
     return replace(assets, teacher_fid=_teacher_fid(assets, report))
+
+
+def _teacher_name(spec: StudySpec) -> str:
+    """For cards, where the teacher's own file does not say."""
+    name = spec.teacher.checkpoint or spec.teacher.recipe
+    return f"trained on {spec.data}" if name is None else Path(name).name
 
 
 def described_shape(spec: StudySpec) -> tuple[int, int, int]:
@@ -435,7 +459,7 @@ def _teacher_fid(assets: Assets, report: Report) -> FID | None:
     spec, evaluator = assets.spec, assets.evaluator
     key = {
         "teacher": denoiser_sha256(assets.teacher),
-        "sampler": sampler.describe(),
+        "sampler": evaluator.guided(sampler).describe(),
         "evaluation": {
             "images": spec.evaluation.images,
             "extractor": evaluator.extractor.sha256,

@@ -344,7 +344,7 @@ def _measure(spec: StudySpec, free: int, download: bool) -> TrialCost:
     sampler, evaluation = stage.sampler, spec.evaluation
     count = min(evaluation.batch, evaluation.images)
     student = export_branch(stage.start)
-    codec = _codec(spec, device)
+    codec = _codec(spec, known, device)
     lap()
     draw_images(
         student,
@@ -374,12 +374,12 @@ def _measure(spec: StudySpec, free: int, download: bool) -> TrialCost:
     )
 
 
-def _codec(spec: StudySpec, device: torch.device) -> Codec | None:
+def _codec(spec: StudySpec, known: Mapping[str, Any], device: torch.device) -> Codec | None:
     """The autoencoder of the teacher's folder; its time is left out where the folder is made."""
     checkpoint = spec.teacher.checkpoint
-    is_here = checkpoint is not None and Path(checkpoint).is_dir()
-    known = describe_teacher(spec)[1] if is_here else {}
-    return load_codec(Path(str(checkpoint))).to(device) if "codec" in known else None
+    if checkpoint is None or "codec" not in known:
+        return None
+    return load_codec(checkpoint).to(device)
 
 
 def _first_stage(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> Stage:

@@ -180,6 +180,36 @@ def test_an_upgrade_waits_for_workers_and_not_for_leases_that_ran_out(url):
     assert Ledger.open(url, "digits", budget=None).claim(SPACE, RandomSampler).number == 0
 
 
+def test_an_upgrade_keeps_what_an_older_version_left_running(url):
+    """That version marked no trial, so that only its lease says whose the trial is."""
+    ledger, claim = claimed(url)
+    ledger.release(claim)
+    execute(
+        url,
+        "DELETE FROM trial_system_attributes WHERE key = 'bdense:begun'",
+        "UPDATE bdense_schema SET version = 0",
+    )
+    upgrade(url)
+    again = Ledger.open(url, "digits", budget=None)
+    assert again.foreign() == {}
+    assert again.claim(SPACE, RandomSampler).number == claim.number
+
+
+def test_an_upgrade_waits_for_workers_whose_machine_has_slept(tmp_path):
+    """A file's clock stands meanwhile, and so do its leases."""
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    claimed(url, ttl=60)
+    execute(
+        url,
+        "UPDATE bdense_schema SET version = 0",
+        "UPDATE bdense_server SET seen = seen - 3600",
+        "UPDATE bdense_lease SET expires = expires - 3600",
+    )
+    with pytest.raises(InputError, match="1 trials"):
+        upgrade(url)
+    assert version(url) == [0]
+
+
 def test_optunas_old_tables_name_our_command_and_are_upgraded(url, capsys, refusal):
     open_tables(url)
     execute(url, "UPDATE alembic_version SET version_num = 'v3.0.0.d'")

@@ -1,12 +1,17 @@
 """The ledger on a real PostgreSQL server, which goes away in the middle of a run."""
 
+import os
+import signal
+import threading
 import time
 
 import pytest
+import sqlalchemy as sa
 from optuna.samplers import RandomSampler
 
+from search.run.ending import Ending
 from search.storage.ledger import Claim, Wait
-from search.storage.stop_flags import ask_all
+from search.storage.stop_flags import Launch, ask_all
 from tests.contracts.ledger import LedgerContract
 from tests.contracts.ledger_worker import SPACE, STEPS
 from tests.contracts.scene import LONG_TTL, complete, expire_leases, take, wait_until
@@ -28,6 +33,27 @@ class TestLedgerOnPostgres(LedgerContract):
         other._leases._ahead -= 1000
         assert other.claim(SPACE, RandomSampler) == Wait()
         complete(ledger, claim)
+
+    def test_an_interrupted_launch_ends_in_time_while_the_database_is_silent(self, scene, capsys):
+        ledger = scene.open(budget=1)
+        launch, engine = Launch.begin([ledger]), sa.create_engine(scene.url)
+        waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+        began = []
+
+        def interrupted(connection: sa.Connection) -> None:
+            with Ending([ledger], launch, grace=0.5) as ending:
+                ending.rows_run()
+                wait_until(lambda: connection.exec_driver_sql(waiting).scalar_one() > 0)
+                began.append(time.monotonic())
+                os.kill(os.getpid(), signal.SIGTERM)
+                threading.Event().wait(20)
+
+        with engine.connect() as connection:
+            connection.exec_driver_sql("LOCK TABLE study_user_attributes")
+            with pytest.raises(KeyboardInterrupt):
+                interrupted(connection)
+        assert 0.5 < time.monotonic() - began[0] < 10
+        assert "Ctrl-C again ends at once" in capsys.readouterr().err
 
     @pytest.mark.faults
     def test_a_restart_of_the_server_costs_no_trial_and_no_step(self, scene, postgres):

@@ -400,6 +400,7 @@ def test_a_dry_run_plans_nothing_and_prints_what_a_launch_would_take(
     confirmed, tmp_path, monkeypatch
 ):
     """What it costs is measured elsewhere."""
+    monkeypatch.setenv("RAY_TMPDIR", "/proc")  # which only a launch would need
     monkeypatch.setattr("search.worker.cost.cost_lines", lambda *_, **__: ["what it costs"])
     to = ("promote", "digits", "--to", write(tmp_path, PROMOTION), "-n")
     answer = command(*to, "--seeds", "4,5")

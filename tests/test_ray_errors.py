@@ -76,6 +76,7 @@ def test_a_cluster_that_nobody_joins_is_named(monkeypatch):
     [
         ({"HOME": "/proc"}, "HOME=/proc"),
         ({"RAY_TMPDIR": "/proc"}, "RAY_TMPDIR"),
+        ({"RAY_TMPDIR": "/proc" + "/x" * 2500}, "RAY_TMPDIR"),  # cannot even be looked for
         ({"HOME": "/proc", "RAY_AUTH_TOKEN": "a" * 64}, None),
         ({"HOME": "/proc", "RAY_ADDRESS": "10.0.0.5:6379"}, None),
     ],

@@ -50,9 +50,13 @@ class Ending:
         self._over = threading.Event()
         self._interrupted = threading.Event()
         self._before: dict[int, Any] = {}
-        self._thread = threading.Thread(target=self._watch, name="end of the launch", daemon=True)
-        self._timer = threading.Timer(grace, self._end_now)
-        self._timer.daemon = True
+        self._grace = grace
+        self._ending = threading.Event()
+        # Two: the database may let the watch wait for minutes, and the grace ends all the same.
+        self._threads = [
+            threading.Thread(target=each, name="end of the launch", daemon=True)
+            for each in (self._watch, self._count_down)
+        ]
 
     @property
     def interrupted(self) -> bool:
@@ -63,37 +67,45 @@ class Ending:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._on_signal)
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        self._timer.cancel()
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._ending.set()  # not before: the handler sets it too, and would wait for its lock
 
     def rows_run(self) -> None:
         """Rows run from now on, so that workers have something to save."""
         self._rows_run = True
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        if self.interrupted or self._at_once() or not self._rows_run or self._timer.is_alive():
+        if self.interrupted or self._at_once() or not self._rows_run or self._ending.is_set():
             raise KeyboardInterrupt
-        # All else is the thread's: here the main thread may be writing, or hold a lock.
+        # All else is the threads': here the main thread may be writing, or hold a lock.
         self._interrupted.set()
+        self._ending.set()
+
+    def _count_down(self) -> None:
+        self._ending.wait()
+        if self._over.is_set():
+            return
+        if self.interrupted:
+            say("\nending: workers save what they have; Ctrl-C again ends at once")
+        if not self._over.wait(self._grace):
+            self._end_now()
 
     def _watch(self) -> None:
         while not self._over.wait(POLL_SECONDS):
             try:
                 if self.interrupted:
-                    if not self._timer.is_alive():
-                        self._timer.start()
-                        say("\nending: workers save what they have; Ctrl-C again ends at once")
                     ask_workers(self._ledgers, self._launch)
                     return
                 if is_asked(self._ledgers, self._launch):
                     # The workers see the request by themselves.
-                    self._timer.start() if self._rows_run else self._end_now()
+                    self._ending.set() if self._rows_run else self._end_now()
                     return
             except StorageRefusedError:  # ``run`` meets it too, and says so
                 self._end_now()

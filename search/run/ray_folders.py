@@ -20,13 +20,18 @@ def require_ray_folders() -> None:
         raise InputError(problem)
 
 
+def ray_scratch() -> Path:
+    """Folder of Ray's temporary files and logs."""
+    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"
+
+
 def ray_folder_problems() -> Iterator[str]:
     """A line for each folder that Ray needs here and cannot write, with the way out."""
     if os.environ.get("RAY_ADDRESS"):
         return
-    scratch = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    if why := _refusal(Path(scratch) / "ray"):
-        yield f"Ray cannot write its temporary files to {scratch}/ray ({why}); set RAY_TMPDIR"
+    scratch = ray_scratch()
+    if why := _refusal(scratch):
+        yield f"Ray cannot write its temporary files to {scratch} ({why}); set RAY_TMPDIR"
     home = Path.home()
     needs_none = os.environ.get("RAY_AUTH_MODE", "token") != "token"
     needs_none |= any(map(os.environ.get, _TOKENS))
@@ -40,8 +45,8 @@ def ray_folder_problems() -> Iterator[str]:
 
 def _refusal(folder: Path) -> str:
     """Why nothing can be written to a folder, made if it is missing; "" if it can."""
-    there = next(each for each in (folder, *folder.parents) if each.exists())
     try:
+        there = next(each for each in (folder, *folder.parents) if each.exists())
         with tempfile.TemporaryFile(dir=there):
             return ""
     except OSError as error:

@@ -29,6 +29,7 @@ from search.errors import INTERRUPTED, ClusterLostError, WorkersFailedError
 from search.log import LOG, say
 from search.run.ending import Ending
 from search.run.head import Head, leave_ray
+from search.run.ray_folders import ray_scratch
 from search.spec.study import ResourcesSpec, StudySpec
 from search.storage.engine import cache_folder, one_line, runs_folder, without_password
 from search.storage.stop_flags import Launch, is_asked, stopped_error
@@ -91,7 +92,7 @@ def run(
 
     def is_lost() -> bool:
         """Whether the head is gone by itself: a signal to the whole group ends our own too."""
-        ours = "RAY_ADDRESS" not in os.environ and ending.interrupted
+        ours = not os.environ.get("RAY_ADDRESS") and ending.interrupted
         return head is not None and head.lost and not ours
 
     try:
@@ -399,8 +400,7 @@ def cannot_use(error: Exception) -> InputError:
             f"Ray at {where} asks for a token, and the one here is missing or wrong; set {TOKEN}, "
             "to the same as on its head"
         )
-    scratch = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
-    logs = f"see Ray's own logs in {scratch}/ray/session_latest/logs"
+    logs = f"see Ray's own logs in {ray_scratch()}/session_latest/logs"
     advice = "check RAY_ADDRESS, or unset it" if address else logs
     if "version mismatch" in said.lower():
         advice = "install the cluster's versions of Ray and Python here"

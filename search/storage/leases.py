@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import sqlalchemy as sa
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.dialects import postgresql, sqlite
 
 LEASE = sa.Table(
@@ -91,6 +91,24 @@ FOREIGN = sa.case(
     ),
     else_=~sa.or_(_has(SYSTEM_ATTRIBUTES, ENDED), _has(USER_ATTRIBUTES, *ENDED_BEFORE)),
 )
+
+
+def is_own(ended: FrozenTrial) -> bool:
+    """``~FOREIGN`` for a finished trial that Optuna has read."""
+    return ENDED in ended.system_attrs or not ended.user_attrs.keys().isdisjoint(ENDED_BEFORE)
+
+
+def mark_leased(connection: sa.Connection) -> None:
+    """Mark running trials that have a lease as begun here, so that they outlive its table."""
+    begun = sa.select(TRIALS.c.trial_id, sa.literal(BEGUN), sa.literal("true")).where(
+        STATE == "RUNNING",
+        TRIALS.c.trial_id.in_(sa.select(LEASE.c.trial_id)),
+        ~_has(SYSTEM_ATTRIBUTES, BEGUN),
+    )
+    names = ["trial_id", "key", "value_json"]
+    connection.execute(sa.insert(SYSTEM_ATTRIBUTES).from_select(names, begun))
+
+
 LEFT_OUT = sa.or_(_has(USER_ATTRIBUTES, OUT_OF_BOUNDS, SURPLUS), FOREIGN)
 STUDIES = sa.table("studies", *map(sa.column, ("study_id", "study_name")))
 STUDY_ATTRIBUTES = sa.table(

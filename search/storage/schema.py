@@ -27,7 +27,14 @@ from search.storage.engine import (
     redact,
     sqlite_file,
 )
-from search.storage.leases import LEASE, RELEASED, wall_clock
+from search.storage.leases import (
+    LEASE,
+    RELEASED,
+    SERVER,
+    database_clock,
+    mark_leased,
+    wall_clock,
+)
 
 # Raise it with every change of the tables below, and handle old ones in ``upgrade``.
 SCHEMA = 1
@@ -228,7 +235,10 @@ def _upgrade_ours(engine: sa.Engine, url: str) -> list[str]:
         raise _other_version(url, str(version), is_newer=True)
     if version == SCHEMA and not _differs(engine):
         return []
-    # Their rows only matter to running workers, and there are none.
+    if has_tables(engine):
+        with engine.begin() as connection:
+            mark_leased(connection)
+    # Otherwise their rows only matter to running workers, and there are none.
     _OURS.drop_all(engine)
     _OURS.create_all(engine)
     with engine.begin() as connection:
@@ -263,11 +273,12 @@ def _held(engine: sa.Engine) -> int:
     leases = sa.table(LEASE.name, expires)
     if expires.name not in {column["name"] for column in inspector.get_columns(LEASE.name)}:
         return 0
+    clock = database_clock if inspector.has_table(SERVER.name) else wall_clock
     with engine.connect() as connection:
         return connection.execute(
             sa.select(sa.func.count())
             .select_from(leases)
-            .where(expires > wall_clock(engine), expires != RELEASED)
+            .where(expires > clock(engine), expires != RELEASED)
         ).scalar_one()
 
 

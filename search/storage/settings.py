@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from search.errors import UnknownStudyError
 from search.storage.engine import exclusive, redact, sqlite_file
-from search.storage.leases import BEGUN, ENDED, ENDED_BEFORE
+from search.storage.leases import BEGUN, ENDED, is_own
 
 JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
 
@@ -43,12 +43,17 @@ class OwnStudy(optuna.Study):
 
     def _pop_waiting_trial_id(self) -> int:
         """A waiting trial, else a new one; ``ask`` would begin that itself, without a mark."""
-        popped = super()._pop_waiting_trial_id()
-        if popped is None:
-            new = create_trial(state=TrialState.RUNNING, system_attrs={BEGUN: True})
-            return self._storage.create_new_trial(self._study_id, template_trial=new)
-        self._storage.set_trial_system_attr(popped, BEGUN, True)
-        return popped
+        waiting = self._storage.get_all_trials(
+            self._study_id, deepcopy=False, states=(TrialState.WAITING,)
+        )
+        for trial in waiting:
+            with contextlib.suppress(UpdateFinishedTrialError):
+                # Marked first: a process that dies in between leaves no foreign trial.
+                self._storage.set_trial_system_attr(trial._trial_id, BEGUN, True)
+                if self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
+                    return trial._trial_id
+        new = create_trial(state=TrialState.RUNNING, system_attrs={BEGUN: True})
+        return self._storage.create_new_trial(self._study_id, template_trial=new)
 
     def _get_trials(
         self,
@@ -57,11 +62,7 @@ class OwnStudy(optuna.Study):
         use_cache: bool = False,
     ) -> list[FrozenTrial]:
         found = super()._get_trials(deepcopy, states, use_cache)
-        return [trial for trial in found if not trial.state.is_finished() or _is_own(trial)]
-
-
-def _is_own(ended: FrozenTrial) -> bool:
-    return ENDED in ended.system_attrs or not ended.user_attrs.keys().isdisjoint(ENDED_BEFORE)
+        return [trial for trial in found if not trial.state.is_finished() or is_own(trial)]
 
 
 def open_study(

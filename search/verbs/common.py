@@ -20,8 +20,9 @@ def storage_url(options: argparse.Namespace) -> str:
 
 
 def use_workers(options: argparse.Namespace) -> int | None:
-    """Take the GPUs of --gpus and check that Ray can start; returns --workers."""
-    require_ray_folders()
+    """Take the GPUs of --gpus and check that Ray can start, if it will; returns --workers."""
+    if not getattr(options, "dry_run", False):
+        require_ray_folders()
     asked = from_options(Workers, options)
     use_gpus(asked.gpus)
     return asked.workers

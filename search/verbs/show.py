@@ -14,6 +14,7 @@ from search.analysis.comparison import compare, replicates_of
 from search.analysis.confirmation import judged_summary
 from search.analysis.recommendation import assess, noise_of
 from search.analysis.stop_rule import LargestGain, assessed
+from search.log import say
 from search.report.report_files import HTML_PAGE, write_report
 from search.storage.engine import redact
 from search.storage.stop_flags import CONTINUE, asked_at
@@ -85,10 +86,10 @@ def trials(options: argparse.Namespace) -> None:
         print(rows_csv(rows), end="")
     elif rows:
         print(*rows_table(study, rows), sep="\n")
-        for line in filter(None, map(foreign_rows, study.ledgers)):
-            print(line)
     else:
         print(f"{headline(study)}; none has started yet")
+    for line in filter(None, map(foreign_rows, study.ledgers)):
+        say(line)
 
 
 def best(options: argparse.Namespace) -> None:

@@ -44,6 +44,24 @@ class Planned:
         assert ledger.study.trials[0].user_attrs == {"arm": "uniform", "seconds": 2.5}
         assert scene.settle().complete == 1
 
+    def test_a_trial_whose_worker_died_as_it_began_is_taken_over(self, scene, monkeypatch):
+        ledger = scene.open(budget=1)
+        ledger.enqueue({"a": 1.0, "b": -1.0})
+        begin = ledger.study._storage.set_trial_state_values
+
+        def die(*given, **named):
+            begin(*given, **named)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(ledger.study._storage, "set_trial_state_values", die)
+        with pytest.raises(KeyboardInterrupt):
+            ledger.claim(SPACE, None)
+        other = scene.open()
+        claim = other.claim(SPACE, None)
+        assert (claim.number, claim.params, claim.tries) == (0, {"a": 1.0, "b": -1.0}, 1)
+        complete(other, claim)
+        assert scene.settle().complete == 1
+
     def test_trials_are_planned_to_the_last_bit(self, scene):
         """Optuna itself takes nearly equal numbers for equal."""
         ledger = scene.open(budget=2)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from bdense.errors import NonFiniteLossError
+from bdense.errors import InputError, NonFiniteLossError
 from bdense.models.store import denoiser_sha256, load_denoiser
 from bdense.training.tracking import Tracking
 from tests.commands import DIGITS, SHORT, TINY, bdense, done, refused
@@ -73,6 +73,12 @@ def test_a_run_that_ends_with_an_error_says_so(line_tracker, tmp_path):
     ):
         raise NonFiniteLossError("loss", iteration=3)
     assert events(tmp_path / "a")[-1] == ["end", True]
+
+
+def test_runs_that_were_opened_are_closed_where_another_cannot_start(line_tracker, tmp_path):
+    with pytest.raises(InputError):
+        Tracking((f"lines:{tmp_path / 'a'}", "tensorboard"), "run", {})
+    assert events(tmp_path / "a")[1:] == [["end", True]]
 
 
 def test_a_long_stage_has_about_a_thousand_points_and_its_end(line_tracker, tmp_path):

@@ -101,6 +101,7 @@ def test_a_folder_has_its_own_classifier(student, folder, tmp_path):
         ({"extractor": "torchscript:mine.pt"}, (), "--extractor is missing"),
         ({"seeds": {}}, (), "records no FID"),
         ({"seeds": None}, (), "records no FID"),
+        ({"value": "low"}, (), "value must be float"),
     ],
 )
 def test_what_cannot_be_measured_again_is_refused(student, folder, tmp_path, fid, options, names):
@@ -109,7 +110,15 @@ def test_what_cannot_be_measured_again_is_refused(student, folder, tmp_path, fid
     assert names in refused(verified(model, folder, *options))
 
 
-def test_other_pixels_are_refused(student, folder, tmp_path):
-    setup = load_denoiser(student)[1]["fid_setup"] | {"data_sha256": "cd" * 32}
-    model = changed(student, tmp_path / "s.safetensors", fid_setup=setup)
-    assert "cdcdcdcd" in refused(verified(model, folder))
+@pytest.mark.parametrize(
+    ("setup", "names"),
+    [
+        ({"data_sha256": "cd" * 32}, "cdcdcdcd"),
+        ({"threads": "x"}, "threads must be int"),
+        ({"execution": {"precision": "tf32"}}, "tf32 needs a CUDA device"),
+    ],
+)
+def test_another_setup_is_refused(student, folder, tmp_path, setup, names):
+    known = load_denoiser(student)[1]["fid_setup"] | setup
+    model = changed(student, tmp_path / "s.safetensors", fid_setup=known)
+    assert names in refused(verified(model, folder))

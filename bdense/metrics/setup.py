@@ -7,10 +7,10 @@ from typing import Any, Self
 
 import torch
 
+from bdense.arguments import require_types
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.execution import Execution
 from bdense.metrics.references import Reference
-from bdense.models.card import SETUP as SETUP
 from bdense.models.store import denoiser_sha256
 
 
@@ -28,6 +28,9 @@ class Setup:
         device: Name of the GPU, or kind of the CPU.
         threads: Of the CPU.
         torch: Its version.
+
+    Raises:
+        InputError: A value has another type.
     """
 
     weights_sha256: str | None = None
@@ -38,6 +41,9 @@ class Setup:
     device: str | None = None
     threads: int | None = None
     torch: str | None = None
+
+    def __post_init__(self) -> None:
+        require_types(self)
 
     @classmethod
     def of(cls, model: NetworkDenoiser, reference: Reference, batch: int, numerics: int) -> Self:

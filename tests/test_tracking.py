@@ -15,14 +15,10 @@ __all__ = ["line_tracker"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("tracking")
-
-
-@pytest.fixture(scope="module")
-def teacher(folder):
-    done("teacher", *TINY, "--out", folder / "teacher.safetensors")
-    return folder / "teacher.safetensors"
+def teacher(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tracking") / "teacher.safetensors"
+    done("teacher", *TINY, "--out", path)
+    return path
 
 
 def distilled(teacher, out, *options):
@@ -36,10 +32,10 @@ def events(path):
 
 
 def test_a_tracker_of_another_package_is_told_all_and_changes_nothing(
-    line_tracker, teacher, folder, tmp_path
+    line_tracker, teacher, shared_cache, tmp_path
 ):
     plain = distilled(teacher, tmp_path / "plain.safetensors")
-    measured = (*DIGITS, "--images", 64, "--cache", folder / "cache")
+    measured = (*DIGITS, "--images", 64, "--cache", shared_cache)
     log = ("--log", f"lines:{tmp_path / 'a'}", "--log", f"lines:{tmp_path / 'b'}")
     assert distilled(teacher, tmp_path / "s.safetensors", *measured, *log) == plain
     start, *updates, evaluation, end = events(tmp_path / "a")

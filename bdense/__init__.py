@@ -100,6 +100,7 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401  PEP 562
         from bdense.arguments import checked
 
         found = checked(found)
+        found.__module__ = __name__  # where pickle looks for it
     globals()[name] = found
     return found
 

@@ -233,13 +233,18 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_model(path: Path) -> str:
-    """Hex digest of a model's file; of a folder, of the weights and configurations below it."""
+    """Hex digest of a model's file; of a folder, of the weights and configurations below it.
+
+    Hidden folders and notes (.txt) do not count.
+    """
     if not path.is_dir():
         return sha256_file(path)
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")):
-        if file.suffix in (".json", ".safetensors", ".txt"):
-            digest.update(f"{file.relative_to(path)} {sha256_file(file)}\n".encode())
+        name = file.relative_to(path)
+        is_read = file.suffix in (".json", ".safetensors") or file.name == "merges.txt"
+        if is_read and not any(part.startswith(".") for part in name.parts):
+            digest.update(f"{name} {sha256_file(file)}\n".encode())
     return digest.hexdigest()
 
 

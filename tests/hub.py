@@ -12,14 +12,18 @@ SHA = "1" * 40
 
 
 class Hub(ThreadingHTTPServer):
-    """``files``: of each repository, name to bytes. Reads need no token, writes need ``TOKEN``."""
+    """``files``: of each repository, name to bytes. Reads need no token, writes need ``TOKEN``.
+
+    ``full``: whether it takes no more files.
+    """
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files: dict[str, dict[str, bytes]] = {}
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.full = False
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     @property
     def url(self) -> str:
@@ -88,6 +92,8 @@ class _Handler(BaseHTTPRequestHandler):
             repo = f"{asked.get('organization') or 'me'}/{asked['name']}"
             self.server.files.setdefault(repo, {".gitattributes": b""})
             self.say({"url": f"{self.server.url}/{repo}"})
+        elif self.server.full:
+            self.say({"error": "no space is left"}, 403)
         elif "preupload" in parts:
             paths = [each["path"] for each in json.loads(body)["files"]]
             regular = {"uploadMode": "regular", "shouldIgnore": False}

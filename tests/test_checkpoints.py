@@ -21,7 +21,7 @@ from bdense.diffusion.epd import EPD
 from bdense.diffusion.preconditioning import DDPM
 from bdense.diffusion.sampling import Sampler
 from bdense.errors import CheckpointError, InputError
-from bdense.files import atomic_write, file_lock, sha256_file
+from bdense.files import atomic_write, file_lock, sha256_file, sha256_model
 from bdense.models import store as checkpoints
 from bdense.models.store import (
     denoiser_sha256,
@@ -239,6 +239,23 @@ def test_a_file_appears_by_its_rename(path):
         assert not path.exists()
     assert path.read_text() == "whole"
     assert sha256_file(path) == "5d5766cf2d78701614200418ee1450690d9af12c84d52545e4802f001ad53099"
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("unet/config.json", True),
+        ("tokenizer/merges.txt", True),
+        ("prompts.txt", False),
+        (".cache/huggingface/x.json", False),
+    ],
+)
+def test_the_digest_of_a_folder_is_of_what_is_read(tmp_path, name, counts):
+    (tmp_path / "model_index.json").write_text("{}")
+    before = sha256_model(tmp_path)
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    assert (sha256_model(tmp_path) != before) == counts
 
 
 def test_the_name_that_a_rename_gave_is_on_the_disk_too(path, monkeypatch):

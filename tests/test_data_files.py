@@ -6,6 +6,7 @@ import json
 import os
 import re
 import struct
+import tracemalloc
 import zipfile
 import zlib
 from pathlib import Path
@@ -87,6 +88,17 @@ def test_an_idx_file_is_read_row_by_row(tmp_path, pack):
     images, labels = read_idx_images(path)
     assert images.shape == (2, 1, 3, 4)
     assert labels is None
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_memory_is_taken_for_what_a_file_holds_alone(tmp_path, pack):
+    """Not for the most that it might unpack to, 64 MiB or 100 times its size."""
+    (tmp_path / "one").write_bytes(pack(idx(4)))
+    tracemalloc.start()
+    read_idx(tmp_path / "one")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**24
 
 
 @pytest.mark.parametrize("name", ["t-images-idx3-ubyte", "t-images.idx3-ubyte"])

@@ -101,7 +101,7 @@ RECIPE = re.compile(r"^```(python|toml|yaml)\n# ([^\n]*)\n(.*?)^```$", re.MULTIL
 
 # What the commands of docs/your-own-model.md take too long with, and what the test runs them with.
 SMALLER = {
-    r"--kimg \d+": "--kimg 0.016",
+    r"--kimg \d+": "--kimg 0.016 --batch 16",
     r"--images \d+": "--images 16",
     r"--nfe 32": "--nfe 2",
     r"(STEPS = .*) 2000": r"\1 2",

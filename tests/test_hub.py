@@ -131,6 +131,20 @@ def test_an_export_is_pushed_as_a_new_model(hub, searched, tmp_path):
     assert "me/digits has files already" in line
 
 
+@pytest.mark.parametrize("kind", ["folder", "URL"])
+def test_an_export_that_could_not_be_pushed_is_kept_and_named(hub, searched, tmp_path, kind):
+    keep(searched, 3)
+    model = tmp_path / "model"
+    place = str(model) if kind == "folder" else model.as_uri()
+    hub.full = True
+    asked = ("export", "digits", place, "--push", "me/digits")
+    lines = [search_command(*asked).err.splitlines()[-1] for _ in range(2)]  # now it exists
+    assert denoiser_sha256(load_model(model)[0]) == digest(3)
+    for line in lines:
+        assert f"the model in {place}" in line
+        assert "bdense.push_model(FOLDER, 'me/digits')" in line
+
+
 def test_what_is_there_is_not_replaced(hub, folder):
     bdense.push_model(folder, "me/model")
     before = dict(hub.files["me/model"])

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import importlib.metadata
+import pickle
 import re
 import subprocess
 import sys
@@ -73,6 +74,8 @@ def test_help_needs_no_torch(verb):
 def test_public_names(name):
     thing = getattr(bdense, name)
     assert name.isupper() or thing.__name__ == name
+    if callable(thing):
+        assert pickle.loads(pickle.dumps(thing)) is thing  # noqa: S301  its own
 
 
 def test_the_public_names_are_listed_and_known_to_type_checkers():

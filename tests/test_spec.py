@@ -125,6 +125,11 @@ OF_ANY = [
     ({"resources": {"gpus": -1}}, "resources.gpus", "auto or a number .* 0, got -1"),
     ({"resources": {"gpus": 1.5}}, "resources.gpus", "give 0 to 1, 1 or 2"),
     ({"resources": {"log": ["mine:x"]}}, "resources.log", "tensorboard.* mine"),
+    (
+        {"resources": {"log": ["mlflow:https://me:secret@host/x"]}},
+        "resources.log",
+        r"mlflow:https://***@host/x .* MLFLOW_TRACKING_PASSWORD",
+    ),
     ({"precision": "float8"}, "precision", "bfloat16, float16, got 'float8'"),
     ({"precision": "tf32", "resources": {"gpus": 0}}, "precision", "tf32 needs a CUDA device"),
     ({"data": "digitz"}, "data", "'digitz'; known are"),

@@ -156,6 +156,11 @@ def test_a_stored_spec_of_another_version_is_named():
         read_stored("digits", json.dumps(stored))
 
 
+def test_a_stored_study_is_read_where_its_tracker_is_not_installed():
+    stored = changed(spec().as_dict(), resources__log=["mine:x"])
+    assert read_stored("digits", json.dumps(stored)).resources.log == ("mine:x",)
+
+
 @pytest.mark.parametrize(
     ("line", "place", "said"),
     [

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from bdense.errors import NonFiniteLossError
+from bdense.errors import InputError, NonFiniteLossError
 from bdense.models.store import denoiser_sha256, load_denoiser
 from bdense.training.tracking import Tracking
 from tests.commands import DIGITS, SHORT, TINY, bdense, done, refused
@@ -15,14 +15,10 @@ __all__ = ["line_tracker"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("tracking")
-
-
-@pytest.fixture(scope="module")
-def teacher(folder):
-    done("teacher", *TINY, "--out", folder / "teacher.safetensors")
-    return folder / "teacher.safetensors"
+def teacher(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tracking") / "teacher.safetensors"
+    done("teacher", *TINY, "--out", path)
+    return path
 
 
 def distilled(teacher, out, *options):
@@ -36,10 +32,10 @@ def events(path):
 
 
 def test_a_tracker_of_another_package_is_told_all_and_changes_nothing(
-    line_tracker, teacher, folder, tmp_path
+    line_tracker, teacher, shared_cache, tmp_path
 ):
     plain = distilled(teacher, tmp_path / "plain.safetensors")
-    measured = (*DIGITS, "--images", 64, "--cache", folder / "cache")
+    measured = (*DIGITS, "--images", 64, "--cache", shared_cache)
     log = ("--log", f"lines:{tmp_path / 'a'}", "--log", f"lines:{tmp_path / 'b'}")
     assert distilled(teacher, tmp_path / "s.safetensors", *measured, *log) == plain
     start, *updates, evaluation, end = events(tmp_path / "a")
@@ -73,6 +69,12 @@ def test_a_run_that_ends_with_an_error_says_so(line_tracker, tmp_path):
     ):
         raise NonFiniteLossError("loss", iteration=3)
     assert events(tmp_path / "a")[-1] == ["end", True]
+
+
+def test_runs_that_were_opened_are_closed_where_another_cannot_start(line_tracker, tmp_path):
+    with pytest.raises(InputError):
+        Tracking((f"lines:{tmp_path / 'a'}", "tensorboard"), "run", {})
+    assert events(tmp_path / "a")[1:] == [["end", True]]
 
 
 def test_a_long_stage_has_about_a_thousand_points_and_its_end(line_tracker, tmp_path):

@@ -12,15 +12,11 @@ from tests.commands import DIGITS, SHORT, TINY, bdense, done, refused
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("verify")
-
-
-@pytest.fixture(scope="module")
-def student(folder):
+def student(tmp_path_factory, shared_cache):
+    folder = tmp_path_factory.mktemp("verify")
     done("teacher", *TINY, "--out", folder / "teacher.safetensors")
     path = folder / "student.safetensors"
-    cache = ("--cache", folder / "cache", "--images", 64, "--threads", 1)
+    cache = ("--cache", shared_cache, "--images", 64, "--threads", 1)
     made = ("distill", folder / "teacher.safetensors", *SHORT, *DIGITS, *cache, "--out", path)
     done(*made)
     before = path.read_bytes()
@@ -29,8 +25,8 @@ def student(folder):
     return path
 
 
-def verified(path, folder, *options):
-    return bdense("verify", path, "--cache", folder / "cache", "--json", *options)
+def verified(path, cache, *options):
+    return bdense("verify", path, "--cache", cache, "--json", *options)
 
 
 def changed(student, path, **metadata):
@@ -40,8 +36,8 @@ def changed(student, path, **metadata):
     return path
 
 
-def test_an_untouched_student_gives_its_fid(student, folder):
-    found = json.loads(verified(student, folder).out)
+def test_an_untouched_student_gives_its_fid(student, shared_cache):
+    found = json.loads(verified(student, shared_cache).out)
     assert (found["verdict"], found["differing"]) == ("equal", [])
     assert found["fid"] == found["recorded"] == load_denoiser(student)[1]["fid"]["value"]
     assert (found["setup"]["threads"], found["setup"]["batch"]) == (1, 128)
@@ -51,43 +47,43 @@ def test_an_untouched_student_gives_its_fid(student, folder):
     ("factor", "verdict", "status"), [(1 + 1e-5, "within rounding", 0), (1.001, "different", 1)]
 )
 def test_another_figure_is_within_rounding_or_different(
-    student, folder, tmp_path, factor, verdict, status
+    student, shared_cache, tmp_path, factor, verdict, status
 ):
     fid = load_denoiser(student)[1]["fid"]
     fid["value"] *= factor
-    answer = verified(changed(student, tmp_path / "s.safetensors", fid=fid), folder)
+    answer = verified(changed(student, tmp_path / "s.safetensors", fid=fid), shared_cache)
     found = json.loads(answer.out)
     assert (found["verdict"], answer.status) == (verdict, status)
     assert (f"{found['recorded']:.8g}" in answer.err) == bool(status)
 
 
-def test_changed_weights_are_named(student, folder, tmp_path):
+def test_changed_weights_are_named(student, shared_cache, tmp_path):
     denoiser, known = load_denoiser(student)
     for parameter in denoiser.parameters():
         parameter.data *= 1.1
     save_denoiser(tmp_path / "s.safetensors", denoiser, known)
-    answer = verified(tmp_path / "s.safetensors", folder)
+    answer = verified(tmp_path / "s.safetensors", shared_cache)
     assert answer.status == 1
     assert json.loads(answer.out)["differing"] == ["weights_sha256"]
 
 
-def test_a_student_of_before_is_measured_by_its_conditions(student, folder, tmp_path):
+def test_a_student_of_before_is_measured_by_its_conditions(student, shared_cache, tmp_path):
     """Its file has no setup: nothing is said to differ."""
     before = changed(student, tmp_path / "s.safetensors", fid_setup={})
-    found = json.loads(verified(before, folder).out)
+    found = json.loads(verified(before, shared_cache).out)
     assert (found["verdict"], found["differing"]) == ("equal", [])
 
 
-def test_a_folder_has_its_own_classifier(student, folder, tmp_path):
+def test_a_folder_has_its_own_classifier(student, shared_cache, cache, tmp_path):
     """Not the one in the cache, which another machine would train otherwise."""
     model = tmp_path / "model"
-    weights = classifier_path("digits-classifier", folder / "cache")
+    weights = classifier_path("digits-classifier", shared_cache)
     denoiser, known = load_denoiser(student)
     pictures = {"s.png": lambda path: path.touch()}
     export_folder(model, denoiser, known, pictures=pictures)
     (model / EXTRACTOR).write_bytes(weights.read_bytes())
-    assert json.loads(verified(model, tmp_path).out)["verdict"] == "equal"
-    assert not classifier_path("digits-classifier", tmp_path / "cache").exists()
+    assert json.loads(verified(model, cache).out)["verdict"] == "equal"
+    assert not classifier_path("digits-classifier", cache).exists()
 
 
 @pytest.mark.parametrize(
@@ -101,15 +97,26 @@ def test_a_folder_has_its_own_classifier(student, folder, tmp_path):
         ({"extractor": "torchscript:mine.pt"}, (), "--extractor is missing"),
         ({"seeds": {}}, (), "records no FID"),
         ({"seeds": None}, (), "records no FID"),
+        ({"value": "low"}, (), "value must be float"),
     ],
 )
-def test_what_cannot_be_measured_again_is_refused(student, folder, tmp_path, fid, options, names):
+def test_what_cannot_be_measured_again_is_refused(
+    student, shared_cache, tmp_path, fid, options, names
+):
     known = load_denoiser(student)[1]["fid"]
     model = changed(student, tmp_path / "s.safetensors", fid=known | fid)
-    assert names in refused(verified(model, folder, *options))
+    assert names in refused(verified(model, shared_cache, *options))
 
 
-def test_other_pixels_are_refused(student, folder, tmp_path):
-    setup = load_denoiser(student)[1]["fid_setup"] | {"data_sha256": "cd" * 32}
-    model = changed(student, tmp_path / "s.safetensors", fid_setup=setup)
-    assert "cdcdcdcd" in refused(verified(model, folder))
+@pytest.mark.parametrize(
+    ("setup", "names"),
+    [
+        ({"data_sha256": "cd" * 32}, "cdcdcdcd"),
+        ({"threads": "x"}, "threads must be int"),
+        ({"execution": {"precision": "tf32"}}, "tf32 needs a CUDA device"),
+    ],
+)
+def test_another_setup_is_refused(student, shared_cache, tmp_path, setup, names):
+    known = load_denoiser(student)[1]["fid_setup"] | setup
+    model = changed(student, tmp_path / "s.safetensors", fid_setup=known)
+    assert names in refused(verified(model, shared_cache))

@@ -50,7 +50,10 @@ def read_idx(path: Path) -> Tensor:
         with path.open("rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
         with gzip.open(path) if packed else path.open("rb") as stream:
-            content = bytearray(stream.read(bound + 1))
+            content = bytearray()
+            # A single read would set aside memory for the bound first.
+            while len(content) <= bound and (part := stream.read(2**20)):
+                content += part
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"the idx file {path} cannot be read: {_reason(error)}") from error
     if len(content) > bound:

@@ -7,10 +7,10 @@ from typing import Any, Self
 
 import torch
 
+from bdense.arguments import require_types
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.execution import Execution
 from bdense.metrics.references import Reference
-from bdense.models.card import SETUP as SETUP
 from bdense.models.store import denoiser_sha256
 
 
@@ -29,6 +29,9 @@ class Setup:
         threads: Of the CPU.
         guidance: When sampling, of a student that was distilled without; None is its own.
         torch: Its version.
+
+    Raises:
+        InputError: A value has another type.
     """
 
     weights_sha256: str | None = None
@@ -40,6 +43,9 @@ class Setup:
     threads: int | None = None
     guidance: float | None = None
     torch: str | None = None
+
+    def __post_init__(self) -> None:
+        require_types(self)
 
     @classmethod
     def of(cls, model: NetworkDenoiser, reference: Reference, batch: int, numerics: int) -> Self:

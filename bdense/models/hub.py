@@ -101,9 +101,7 @@ class HubRepository:
                 self.repo_id, operations, commit_message="A student distilled by bdense"
             )
         except Exception as error:
-            raise InputError(
-                f"cannot push {self.repo_id}: {why_not_fetched(error)}; the model is in {folder}"
-            ) from error
+            raise InputError(f"cannot push {self.repo_id}: {why_not_fetched(error)}") from error
         return self.url
 
 

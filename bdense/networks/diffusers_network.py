@@ -14,8 +14,8 @@ from bdense.errors import CheckpointError, InputError
 from bdense.networks.network import Network
 
 # What diffusers writes about a file rather than about a network, or what we choose ourselves.
-_MOST_PIXELS = 4096  # a side; some networks keep values for each place
 _NOT_OPTIONS = ("num_train_timesteps", "out_channels")
+_MOST_PIXELS = 4096  # a side; some networks keep values for each place
 
 
 def require_diffusers() -> None:

@@ -7,6 +7,7 @@ on stderr, as hours of training are worth more than their curves.
 
 import contextlib
 import sys
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, Self
 
@@ -42,7 +43,6 @@ class Tracking(contextlib.AbstractContextManager["Tracking"]):
         places: ``NAME[:PLACE]`` of each.
         run: Name of the run.
         settings: JSON values that made it.
-
         knob: What the places were given by, for errors.
 
     Raises:
@@ -51,29 +51,36 @@ class Tracking(contextlib.AbstractContextManager["Tracking"]):
 
     def __init__(
         self,
-        places: Sequence[str],
-        run: str,
-        settings: Mapping[str, Any],
+        places: Sequence[str] = (),
+        run: str = "",
+        settings: Mapping[str, Any] = types.MappingProxyType({}),
         *,
         knob: str = "--log",
     ) -> None:
         self._knob = knob
         self._trackers: dict[str, Tracker] = {}
         self._iteration: dict[str, int] = {}
-        for place in places:
-            name, _, where = place.partition(":")
-            try:
-                tracker = TRACKERS[name](where)
-                tracker.start(run, settings)
-            except ImportError as error:
-                raise KnobError(
-                    knob, f"{place} needs a package ({error}); pip install 'bdense[{name}]'"
-                ) from error
-            except InputError as error:
-                raise KnobError(knob, f"{place}: {error}") from error
-            except Exception as error:
-                raise KnobError(knob, f"{place} cannot start: {_line(error)}") from error
-            self._trackers[place] = tracker
+        try:
+            for place in places:
+                self._trackers[place] = self._started(place, run, settings)
+        except BaseException:  # no run of the others stays open
+            self._each(lambda tracker: tracker.end(failed=True))
+            raise
+
+    def _started(self, place: str, run: str, settings: Mapping[str, Any]) -> Tracker:
+        name, _, where = place.partition(":")
+        try:
+            tracker = TRACKERS[name](where)
+            tracker.start(run, settings)
+        except ImportError as error:
+            raise KnobError(
+                self._knob, f"{place} needs a package ({error}); pip install 'bdense[{name}]'"
+            ) from error
+        except InputError as error:
+            raise KnobError(self._knob, f"{place}: {error}") from error
+        except Exception as error:
+            raise KnobError(self._knob, f"{place} cannot start: {_line(error)}") from error
+        return tracker
 
     def update(self, stage: str, done: int, total: int, values: Mapping[str, float]) -> None:
         """Pass on what iteration ``done`` of ``total`` did, if it is one of ``POINTS``."""

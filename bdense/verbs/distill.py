@@ -139,7 +139,7 @@ class _StageProgress:
         self._interrupt, self._out, self._several = interrupt, out, several
         self._plan: StagePlan | None = None
         self._show = Progress()
-        self.tracking = Tracking((), "", {})
+        self.tracking = Tracking()
 
     def __call__(self, plan: StagePlan, done: IterationReport) -> None:
         """Report how far the stage is."""

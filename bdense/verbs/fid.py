@@ -29,7 +29,8 @@ from bdense.metrics.references import (
     write_reference,
 )
 from bdense.metrics.settings import MetricSettings
-from bdense.metrics.setup import SETUP, Setup
+from bdense.metrics.setup import Setup
+from bdense.models.card import SETUP
 from bdense.models.store import denoiser_sha256
 from bdense.models.zoo import resolve_reference
 from bdense.verbs.common import Interrupt, Progress, chosen_device, chosen_hardware, require_out

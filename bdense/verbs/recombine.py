@@ -23,7 +23,8 @@ from bdense.metrics.recombination import search_coefficients
 from bdense.metrics.records import FID
 from bdense.metrics.references import Reference, dataset_reference
 from bdense.metrics.settings import MetricSettings
-from bdense.metrics.setup import SETUP, Setup
+from bdense.metrics.setup import Setup
+from bdense.models.card import SETUP
 from bdense.models.latents import draws_latents
 from bdense.models.store import load_model
 from bdense.verbs.common import Progress, chosen_hardware, require_model_out

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bdense import NUMERICS
+from bdense.arguments import require_types
 from bdense.data.datasets import load_dataset
 from bdense.data.names import split_format
 from bdense.diffusion import BATCH
@@ -22,7 +23,8 @@ from bdense.metrics.metrics import measure_images, require_measurable
 from bdense.metrics.records import FID
 from bdense.metrics.references import Reference, dataset_reference, read_reference
 from bdense.metrics.settings import MetricSettings
-from bdense.metrics.setup import SETUP, Setup
+from bdense.metrics.setup import Setup
+from bdense.models.card import SETUP
 from bdense.models.diffusers_files import EXTRACTOR, folder_of, is_hub_id
 from bdense.models.latents import draws_latents
 from bdense.models.store import load_model
@@ -110,12 +112,13 @@ def _recorded(source: str, metadata: Mapping[str, Any]) -> tuple[FID, Setup]:
     """
     try:
         fid = FID.read(metadata["fid"])
+        require_types(fid)
         fid.seeds["evaluation"]
         setup = Setup.read(metadata.get(SETUP, {}))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, InputError) as error:
         raise InputError(
-            f"{source} records no FID that can be measured again; `bdense distill --extractor` "
-            "and bdense-search record one"
+            f"{source} records no FID that can be measured again ({error}); `bdense "
+            "distill --extractor` and bdense-search record one"
         ) from error
     return fid, setup
 

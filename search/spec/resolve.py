@@ -3,7 +3,8 @@
 It fills in the method's defaults, and the facts that others need without torch.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from bdense.models.latents import (
 )
 from bdense.models.store import load_model
 from bdense.models.zoo import PUBLIC_MODELS
-from bdense.training import latent_digits
+from bdense.training import TRACKERS, latent_digits
 from bdense.training.teacher import TeacherConfig, new_denoiser
 from bdense.training.teacher_knobs import TeacherKnobs
 from bdense.weights import space_of
@@ -59,6 +60,7 @@ def resolve(spec: StudySpec, source: str = "") -> StudySpec:
         if spec.resources.gpus == 0:
             execution(spec).require(torch.device("cpu"))
         _check_extractor(spec.evaluation.extractor)
+        _check_log(spec.resources.log)
         resolved = _with_teacher(resolved)
         if spec.is_search:
             _check_intermediate(resolved)
@@ -203,6 +205,7 @@ def _with_facts(
     return replace(spec, method=chosen, facts=facts)
 
 
+_URL_PASSWORD = re.compile(r"://[^/@]*:[^@]+@")
 _HIDDEN = (
     "weights by the branches' gradients read the features inside the network, which "
     "resources.compile hides; drop one of the two"
@@ -398,6 +401,20 @@ def _data_shape(data: str) -> tuple[int, int, int]:
         return image_shape(data)
     except InputError as error:
         raise SpecError.under("data", error) from error
+
+
+def _check_log(places: Sequence[str]) -> None:
+    for place in places:
+        name, _, where = place.partition(":")
+        if name not in TRACKERS:
+            known = ", ".join(TRACKERS)
+            raise SpecError(f"resources.log: {place!r} names none of {known}, but {name}")
+        if _URL_PASSWORD.search(where):
+            raise SpecError(
+                f"resources.log: {name}:{_URL_PASSWORD.sub('://***@', where)} has a password, "
+                "which the study would keep; leave it out, and set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD (or all of MLFLOW_TRACKING_URI) for the workers"
+            )
 
 
 def _check_extractor(name: str) -> None:

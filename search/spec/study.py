@@ -19,7 +19,6 @@ from bdense.execution import Execution, Precision
 from bdense.files import sha256_file, sha256_model
 from bdense.knobs import KnobError, Knobs, knob, knob_of, knobs_of
 from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
-from bdense.training import TRACKERS
 from bdense.training.teacher_knobs import TeacherKnobs, TeacherRecipe
 from bdense.weights import WEIGHT_SPACES
 from bdense.weights.spaces import WeightSpace
@@ -165,15 +164,13 @@ class ResourcesSpec(Knobs):
     max_attempts: int = knob(3, "times a trial is started before it counts as poisoned", low=1)
     log: tuple[str, ...] = knob(
         (),
-        "what else records each trial: tensorboard:DIR, wandb[:PROJECT], mlflow[:URI], or a "
-        "tracker of another package; a run is called STUDY/NUMBER",
+        "what else records each trial, but not a one-shot training: tensorboard:DIR, "
+        "wandb[:PROJECT], mlflow[:URI], or a tracker of another package; a run is called "
+        "STUDY/NUMBER",
     )
 
     def __post_init__(self) -> None:
         Knobs.__post_init__(self)
-        for each in self.log:
-            if (name := each.partition(":")[0]) not in TRACKERS:
-                raise KnobError("log", f"{each!r} names none of {', '.join(TRACKERS)}, but {name}")
         gpus = self.gpus
         if gpus != "auto" and gpus > 1 and gpus % 1:
             raise KnobError(

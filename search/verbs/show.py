@@ -1,8 +1,10 @@
 """Verbs that read studies: ``list``, ``status``, ``trials``, ``best`` and those that follow."""
 
 import argparse
+import contextlib
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,20 +143,38 @@ def export(options: argparse.Namespace) -> None:
     study = open_study(options, reading=True)
     if is_url(asked.folder):
         place = Place(asked.folder)
-        place.require_new()
+        with _pushable_later(asked):
+            place.require_new()
         with tempfile.TemporaryDirectory(prefix="bdense-export-") as scratch:
             folder = Path(scratch) / "model"
             export_trial(study, folder, **wanted)
             place.take(folder)
             print(place.url)
             if hub is not None:
-                print(hub.push(folder))
+                with _pushable_later(asked):
+                    print(hub.push(folder))
         return
-    require_new(Path(asked.folder))
+    with _pushable_later(asked):
+        require_new(Path(asked.folder))
     for path in export_trial(study, Path(asked.folder), **wanted):
         print(path)
     if hub is not None:
-        print(hub.push(Path(asked.folder)))
+        with _pushable_later(asked):
+            print(hub.push(Path(asked.folder)))
+
+
+@contextlib.contextmanager
+def _pushable_later(asked: ExportOptions) -> Iterator[None]:
+    """Add to an error how a model that was written before is pushed."""
+    try:
+        yield
+    except InputError as error:
+        if asked.push is None:
+            raise
+        raise InputError(
+            f"{error}; to push the model in {asked.folder}, call "
+            f"bdense.push_model(FOLDER, {asked.push!r}) in Python"
+        ) from error
 
 
 def dashboard(options: argparse.Namespace) -> None:

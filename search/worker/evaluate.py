@@ -17,8 +17,7 @@ from bdense.files import atomic_write
 from bdense.methods.distill import TrainedStage, distill
 from bdense.methods.method import Stage, StagePlan
 from bdense.metrics.records import FID, Metrics
-from bdense.metrics.setup import SETUP
-from bdense.models.card import write_card
+from bdense.models.card import SETUP, write_card
 from bdense.models.store import plain_json, save_denoiser
 from bdense.training.loop import Evaluations, IterationReport
 from bdense.training.tracking import Tracking
@@ -35,6 +34,8 @@ from search.worker.one_shot import trace
 from search.worker.pruning import IntermediateFIDs, Judge, PrunedError
 from search.worker.result import below_runs, provenance, read_result, take_folder, write_result
 from search.worker.traced_weights import TracedWeights, draw_history
+
+_log = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -77,9 +78,6 @@ def evaluate(
     return result
 
 
-_log = logging.getLogger(__name__)
-
-
 @dataclass(eq=False)
 class Row:
     """One row while a worker trains and measures it; see ``evaluate``."""
@@ -92,7 +90,7 @@ class Row:
     judge: Judge | None
     note: Note
     weighting: TracedWeights | None = None
-    tracking: Tracking = field(default_factory=lambda: Tracking((), "", {}))
+    tracking: Tracking = field(default_factory=Tracking)
 
     def __post_init__(self) -> None:
         spec = self.assets.spec
@@ -119,7 +117,7 @@ class Row:
             return Tracking(places, run, plain_json(settings), knob="resources.log")
         except InputError as error:
             _log.warning("%s is not tracked: %s", run, error)
-            return Tracking((), run, {})
+            return Tracking()
 
     def _run(self) -> TrialResult:
         assets, stages = self.assets, self.stages

@@ -102,7 +102,10 @@ def test_ddpms_cifar10_network_has_the_papers_size():
 def test_a_hub_models_terms_come_with_it(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     read = {"source": HUB, "scheduler": "DDPMScheduler", "licence": "apache-2.0"}
-    monkeypatch.setattr(bdense.models.store, "read_diffusers", lambda _: (small_teacher(), read))
+    monkeypatch.setattr(bdense.models.store, "folder_of", lambda _: tmp_path)
+    monkeypatch.setattr(
+        bdense.models.store, "read_diffusers", lambda source, folder: (small_teacher(), dict(read))
+    )
     _, metadata = load_model(HUB)
     assert "arXiv 2006.11239" in metadata.pop("citation")
     assert metadata == {

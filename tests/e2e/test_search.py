@@ -103,15 +103,17 @@ def test_a_study_from_launch_to_best(workplace, calm_fids, postgres):
 
 
 def assert_shown(workplace: Workplace, *names: str) -> None:
-    """Each trial has its grid once, which is the one in its folder; the study note."""
+    """Each trial has its pictures once, as they are in its folder; the study note."""
     folder = FolderStore(workplace.runs / "artifacts")
     for name in names:
         of = workplace.ledger(name)
         for trial in of.study.get_trials(deepcopy=False):
-            (meta,) = attached(of.storage, trial)
-            grid = workplace.runs / name / f"{trial.number:05d}" / "samples.png"
-            with folder.open_reader(meta.artifact_id) as stored:
-                assert stored.read() == grid.read_bytes()
+            metas = attached(of.storage, trial)
+            assert sorted(meta.filename for meta in metas) == ["loss.png", "samples.png"]
+            for meta in metas:
+                kept = workplace.runs / name / f"{trial.number:05d}" / meta.filename
+                with folder.open_reader(meta.artifact_id) as stored:
+                    assert stored.read() == kept.read_bytes()
     assert "3 of 3 trials complete" in get_note(workplace.ledger(names[0]).study)
 
 

@@ -8,8 +8,10 @@ import pytest
 from bdense.errors import InputError, NonFiniteLossError
 from bdense.models.store import denoiser_sha256, load_denoiser
 from bdense.training.tracking import Tracking
+from search.errors import SpecError
 from tests.commands import DIGITS, SHORT, TINY, bdense, done, refused
 from tests.plugins import line_tracker
+from tests.studies import spec
 
 __all__ = ["line_tracker"]
 
@@ -139,3 +141,11 @@ def test_mlflow_has_the_curves(teacher, tmp_path):
     assert (run.info.run_name, run.info.status, run.data.params["nfe"]) == ("s", "FINISHED", "2")
     history = client.get_metric_history(run.info.run_id, "loss")
     assert [point.step for point in history] == [1, 2]
+
+
+def test_a_study_says_before_it_starts_that_a_trackers_package_is_missing(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        SpecError, match=r"resources\.log: tensorboard:\S+ .*bdense\[tensorboard\]"
+    ):
+        spec(resources={"log": ["tensorboard:x"]})

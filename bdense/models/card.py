@@ -277,7 +277,7 @@ def _student_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
         )
     if (fid := metadata.get("fid")) is not None:
         conditions = ", ".join(
-            f"{_words(key)} {str(value)[:16]}"
+            f"{_words(key)} {_cell(key, value)}"
             for key, value in fid.items()
             if key not in ("value", "fid", "noise", "effects", "seeds") and value is not None
         )

@@ -3,6 +3,7 @@
 It fills in the method's defaults, and the facts that others need without torch.
 """
 
+import importlib.util
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -414,6 +415,12 @@ def _check_log(places: Sequence[str]) -> None:
                 f"resources.log: {name}:{_URL_PASSWORD.sub('://***@', where)} has a password, "
                 "which the study would keep; leave it out, and set MLFLOW_TRACKING_USERNAME and "
                 "MLFLOW_TRACKING_PASSWORD (or all of MLFLOW_TRACKING_URI) for the workers"
+            )
+        package = getattr(TRACKERS[name], "package", None)
+        if package is not None and importlib.util.find_spec(package) is None:
+            raise SpecError(
+                f"resources.log: {place} needs the package {package}, here and where workers run; "
+                f"pip install 'bdense[{name}]', or leave it out"
             )
 
 

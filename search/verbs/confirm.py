@@ -8,6 +8,7 @@ from bdense.knobs import from_options
 from search.analysis.comparison import compare
 from search.analysis.confirmation import verdict
 from search.analysis.plans import differing, plan_confirmation, plan_transfer
+from search.analysis.recommendation import recommend
 from search.run.launch import run_rows
 from search.spec.file import read_spec, require_variants
 from search.verbs.common import open_search, show_rows, use_workers
@@ -36,7 +37,9 @@ def confirm(options: argparse.Namespace) -> None:
     if found is None:
         raise InputError(f"{planned.name}: no candidate is complete under every seed; see above")
     print(*found.lines(), sep="\n")
-    print(f"promote it:   bdense-search promote {study.name} --to STUDY.yaml")
+    if (recommended := recommend(found.comparison)) is not None:
+        print(recommended.text())
+    print(f"promote it:   bdense-search promote {study.name}")
 
 
 def transfer(options: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ from search.study.catalogue import list_studies, studies_json, studies_table
 from search.study.one_shot import curve_line, curve_of, curve_text, one_shot_json
 from search.study.summary import best_json, counts_json, failures, foreign_rows, headline, table
 from search.study.trial_list import list_rows, rows_csv, rows_table
-from search.study.wording import duration
+from search.study.wording import counts_line, duration
 from search.uploading import Place, is_url
 from search.verbs.common import open_study, storage_url
 from search.verbs.options import (
@@ -59,11 +59,16 @@ def status(options: argparse.Namespace) -> None:
         return
     print(headline(study))
     row = "trial" if study.is_search else "row"
-    for running in study.main.running():
-        print(
-            f"{row} {running.number} on {running.owner} for {duration(running.seconds)}, attempt "
-            f"{running.attempt}: {running.progress or 'starting'}"
-        )
+    ledgers = {row: study.main}
+    if study.is_search and study.given is not None:
+        print(counts_line(study.given.counts(), "baselines"))
+        ledgers["baseline"] = study.given
+    for row, ledger in ledgers.items():
+        for running in ledger.running():
+            print(
+                f"{row} {running.number} on {running.owner} for {duration(running.seconds)}, "
+                f"attempt {running.attempt}: {running.progress or 'starting'}"
+            )
     if when := asked_at(study.ledgers):
         print(f"asked to stop at {when}; {CONTINUE}")
     for line in failures(study):

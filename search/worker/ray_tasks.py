@@ -177,7 +177,7 @@ def _recorded(
         if store is None:
             return
         store.require_room(round(assets.spec.trajectories.max_gib * 2**30))
-        remark = f"{store.nbytes / 2**20:.0f} MiB on disk"
+        remark = f"seed {task.seed}, {store.nbytes / 2**20:.0f} MiB on disk"
         # By number, not by index: other tasks record while this one starts.
         missing = [shard for shard in store.missing() if shard % parts == part]
         if missing:

@@ -248,6 +248,9 @@ def test_a_file_of_other_features_is_refused(colours, tmp_path):
     with pytest.raises(ShapeError, match=r"2048 features.* .*features\.pt gives 3; .*inception"):
         read_reference(path, colours)
     write_reference(path, Statistics(np.zeros(3), np.eye(3), 5), "tiny", colours)
+    assert read_reference(path, colours).image_shape is None
+    write_reference(path, Statistics(np.zeros(3), np.eye(3), 5), "tiny", colours, (3, 8, 8))
+    assert read_reference(path, colours).image_shape == (3, 8, 8)
     other = dataclasses.replace(colours, name="another", sha256="e" * 64)
     ours = colours.sha256[:16]
     with pytest.raises(InputError, match=rf"features\.pt .*{ours}.*another .*e{{16}}"):

@@ -6,7 +6,7 @@ n images, C channels, H x W pixels, d features.
 import contextlib
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from bdense.models.store import load_tensors, save_tensors
 _MU, _SIGMA = "mu", "sigma"
 # Our keys beside them: what the statistics were computed from.
 _COUNT, _DATA, _EXTRACTOR, _EXTRACTOR_SHA256 = "count", "data", "extractor", "extractor_sha256"
+_IMAGE_SHAPE = "image_shape"
 _FEATURES = "features"
 # Of a file's sigma, relative to its largest entry: some are stored in float32.
 _ROUNDING = 1e-5
@@ -89,7 +90,7 @@ class Reference:
         statistics: For the Frechet distance.
         features: [n, d] float32, for KID, precision and recall; None if not asked for or not in
             the file.
-        image_shape: (C, H, W) of its images; None for a file, which does not say.
+        image_shape: (C, H, W) of its images; None for a file that does not say.
         data_sha256: Digest of its pixels; None for a file, whose name has its digest.
     """
 
@@ -192,15 +193,24 @@ def dataset_reference(
     )
 
 
-def write_reference(path: Path, statistics: Statistics, data: str, extractor: Extractor) -> None:
+def write_reference(
+    path: Path,
+    statistics: Statistics,
+    data: str,
+    extractor: Extractor,
+    image_shape: Sequence[int] | None = None,
+) -> None:
     """Write statistics as EDM's .npz (mu, sigma), with count, data set and extractor added.
 
-    NVlabs' fid.py reads it too. ``data`` is the name of the data set.
+    NVlabs' fid.py reads it too. ``data`` is the name of the data set, ``image_shape`` (C, H, W) of
+    its images, if they have one.
     """
     members: dict[str, Any] = {_MU: statistics.mu, _SIGMA: statistics.sigma}
     members |= _facts(data, extractor)
     if statistics.count is not None:
         members[_COUNT] = statistics.count
+    if image_shape is not None:
+        members[_IMAGE_SHAPE] = np.array(image_shape)
     with atomic_write(path) as scratch, scratch.open("wb") as file:
         np.savez(file, **members)
 
@@ -242,8 +252,14 @@ def read_reference(path: Path, extractor: Extractor) -> Reference:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"there is no reference file at {path}")
-    statistics = _read_statistics(path, extractor)
-    return Reference(name=f"{path.name}:{sha256_file(path)[:16]}", statistics=statistics)
+    statistics, found = _read_statistics(path, extractor), _read_arrays(path).get(_IMAGE_SHAPE)
+    if found is not None and (found.shape != (3,) or found.dtype.kind not in "iu"):
+        raise CheckpointError(f"{_IMAGE_SHAPE!r} in {path} is no shape; make the file again")
+    return Reference(
+        name=f"{path.name}:{sha256_file(path)[:16]}",
+        statistics=statistics,
+        image_shape=None if found is None else tuple(found.tolist()),
+    )
 
 
 def _facts(data: str, extractor: Extractor) -> dict[str, str]:
@@ -303,7 +319,7 @@ def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
                 raise CheckpointError(f"{path} unpacks to more than {bound} bytes; make it again")
         with np.load(path, allow_pickle=False) as found:
             missing = [key for key in (_MU, _SIGMA) if key not in found.files]
-            known = (_MU, _SIGMA, _COUNT, _DATA, _EXTRACTOR, _EXTRACTOR_SHA256)
+            known = (_MU, _SIGMA, _COUNT, _DATA, _IMAGE_SHAPE, _EXTRACTOR, _EXTRACTOR_SHA256)
             members = {key: found[key] for key in known if key in found.files}
             others = ", ".join(found.files) or "nothing"
     except _UNREADABLE as error:

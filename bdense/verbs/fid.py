@@ -102,7 +102,8 @@ def reference(options: argparse.Namespace) -> None:
     extractor = load_extractor(features.extractor, cache=features.cache, device=device)
     require_out(own.out, options, lambda path: no_statistics(path, dataset.name, extractor))
     statistics = dataset_reference(dataset, extractor, cache=features.cache).statistics
-    write_reference(own.out, statistics, dataset.name, extractor)
+    shape = dataset.images.shape[1:]
+    write_reference(own.out, statistics, dataset.name, extractor, shape)
     print(
         f"{own.out} {statistics.count} images of {dataset.name}, {extractor.dim} features of "
         f"{extractor.name} {extractor.sha256[:16]}"

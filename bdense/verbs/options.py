@@ -1,6 +1,7 @@
 """The options of the verbs, each declared once; does not import torch."""
 
 import argparse
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -402,4 +403,7 @@ def unknown_option(argument: str, arguments: Sequence[str]) -> str:
     flag = argument.partition("=")[0]
     having = [name for name in METHODS if flag in option_names(METHODS[name].Config)]
     others = "; " + " and ".join(f"--method {name} has it" for name in having) if having else ""
-    return f"--method {chosen_method(arguments)} has no option {flag}{others}"
+    own = [name for each in distill_configs(arguments) for name in sorted(option_names(each))]
+    close = difflib.get_close_matches(flag, own, n=1) if not having else []
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return f"--method {chosen_method(arguments)} has no option {flag}{others}{hint}"

@@ -61,6 +61,8 @@ def distill(options: argparse.Namespace) -> None:
     folder = own.out if several else own.out.parent
     interrupt = Interrupt()
     progress = _StageProgress(interrupt, own.out, several=several)
+    if not several:  # students of other runs are refused below
+        require_model_out(own.out, options, inputs=[own.teacher])
     stages = distill_stages(
         method,
         teacher,
@@ -77,10 +79,8 @@ def distill(options: argparse.Namespace) -> None:
         },
         on_iteration=progress,
     )
-    if several:
+    if several:  # after all refusals, as it makes the folder
         require_out(own.out, options, folder=True)
-    else:  # students of other runs were refused
-        require_model_out(own.out, options, inputs=[own.teacher])
     fids = None
     if evaluation.extractor is not None and dataset is not None:
         extractor = load_extractor(evaluation.extractor, cache=evaluation.cache, device=device)

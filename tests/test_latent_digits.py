@@ -11,7 +11,7 @@ import yaml
 
 import bdense
 from bdense.diffusion.denoiser import build_denoiser
-from bdense.metrics.setup import SETUP
+from bdense.models.card import SETUP
 from bdense.models.store import load_denoiser, save_denoiser
 from bdense.training.latent_digits import ARCHITECTURE, KNOWN, PROMPTS, latent_digits
 from bdense.training.teacher import TeacherConfig

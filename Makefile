@@ -3,7 +3,8 @@
 
 PYTHON ?= python3
 STUDY ?= studies/digits-nfe2.yaml
-TEST_JOBS ?= 2
+# More than the cores of a small machine: many tests wait for processes, servers and leases.
+TEST_JOBS ?= 3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
@@ -22,7 +23,7 @@ test: $(VENV)/.installed-dev
 # faults, clusters of other versions, two hosts, docker compose), too little memory, 10,000 trials, compiled networks. The longest
 # files come first.
 test-service: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow $(SPREAD) tests
+	$(BIN)/python -m pytest -m slow $(SPREAD) --numprocesses 2 tests
 
 test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest

@@ -21,7 +21,7 @@ from search.worker.assets import load
 from search.worker.cost import measure
 from tests.e2e.study import Workplace
 from tests.rows import CPU, run, task
-from tests.studies import ROOT, resolve_here
+from tests.studies import ROOT, resolve_here, spec
 
 pytest.importorskip("diffusers", reason="needs the diffusers extra")
 pytest.importorskip("transformers", reason="needs the diffusers extra")
@@ -137,6 +137,11 @@ def test_a_study_needs_the_whole_pipeline(folder, tmp_path, monkeypatch):
         read_spec(STUDY, given)
     alone = tmp_path / "teacher.safetensors"
     save_denoiser(alone, *bdense.load_model(folder))
+    progressive = {"method": {"name": "progressive", "steps": 4, "until": 2, "batch": 32}}
+    tree = yaml.safe_load(STUDY.read_text()) | progressive
+    tree["prompts"] = str(STUDY.with_suffix(".txt"))
+    with pytest.raises(SpecError, match="learns from images"):
+        spec(tree)
     with pytest.raises(SpecError, match="draws latents"):
         read_spec(STUDY, CHANGES | {"teacher": {"recipe": None, "checkpoint": str(alone)}})
 

@@ -328,9 +328,15 @@ def _check_arms(spec: StudySpec) -> None:
 
 
 def _check_pipeline(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
-    """Refuse a teacher of latents without the rest of its pipeline."""
-    name = spec.teacher.checkpoint
-    if name is None or not draws_latents(teacher, known):
+    """Refuse a teacher of latents without the rest of its pipeline, or by a method of images."""
+    if not draws_latents(teacher, known):
+        return
+    if spec.resolved.needs_data:
+        raise InputError(
+            f"method {spec.method.name} learns from images, and the teacher works on latents; "
+            "choose one that learns from noise, such as sfd"
+        )
+    if (name := spec.teacher.checkpoint) is None:
         return
     parts = [TEXT_ENCODER, TOKENIZER] if teacher.model.text_dim else []
     missing = [part for part in parts if not Path(name, part).is_dir()]

@@ -320,7 +320,7 @@ def test_intermediate_fids_change_nothing_and_are_told_with_their_conditions(tmp
 
 def test_a_rows_trackers_are_told_all_and_change_nothing(tmp_path, line_tracker):
     """One that cannot start costs the row nothing."""
-    log = (f"lines:{tmp_path / 'told'}", "mlflow:nowhere://x", "tensorboard")
+    log = (f"lines:{tmp_path / 'told'}", "lines:/no/such/folder/told")
     plain, tracked, untracked = (
         run(
             loaded(SFD, **AT, resources__log=places),

@@ -45,7 +45,10 @@ class Cluster:
 
     def environment(self, host: Host, **changed: str | None) -> dict[str, str]:
         """What is set on a host, its secrets in files of its own; None takes a name away."""
+        # NumPy's kernels, which decide the last bits, as in this process.
+        kernels = {name: os.environ[name] for name in os.environ if name.startswith("OPENBLAS_")}
         mine = {
+            **kernels,
             "PATH": f"{RAY.parent}:{os.environ['PATH']}",
             "HOME": str(host.folder),
             "TMPDIR": str(host.folder),

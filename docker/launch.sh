@@ -1,7 +1,8 @@
 #!/bin/sh
 # Joins the cluster, then runs the study to its end, or the given verb, such as confirm or doctor.
 # Exits as the command does: 0 if the study is complete or was stopped by `bdense-search stop`, 2 if you must repair something.
-# If Ray's head dies, it joins the next one and continues; it gives up after 5 minutes without a head.
+# If Ray's head dies, it joins the next one and continues; it gives up after 5 minutes without a head. Ray itself may end the
+# command before the command sees that the head is gone, so any failure without a head counts as its loss.
 set -u
 CLUSTER_LOST=75   # search.errors.ClusterLostError
 PATIENCE=${PATIENCE:-300} PAUSE=${PAUSE:-10}   # seconds
@@ -12,6 +13,8 @@ trap 'ended=yes; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null' TERM INT
 become_the_command() {   # by exec: the process in the background is the command itself, and gets the signals
     if [ $# -gt 0 ]; then exec bdense-search "$@"; else exec bdense-search launch "$STUDY" ${LAUNCH_OPTIONS:-}; fi
 }
+
+head_answers() { python -c 'import socket; socket.create_connection(("ray-head", 6379), 5)' 2> /dev/null; }
 
 while [ -z "$ended" ]; do
     ray stop --force > /dev/null 2>&1
@@ -30,6 +33,7 @@ while [ -z "$ended" ]; do
         if [ $(($(date +%s) - joined)) -ge "$PATIENCE" ]; then exit 1; fi
     fi
     if [ -n "$ended" ]; then exit "$status"; fi
+    case "$status" in 0 | 2 | 130 | "$CLUSTER_LOST") ;; *) head_answers || status=$CLUSTER_LOST ;; esac
     case "$status" in
         130) exit 0 ;;
         "$CLUSTER_LOST") echo "joining the cluster again in $PAUSE s" >&2; sleep "$PAUSE" & wait $! ;;

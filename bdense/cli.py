@@ -1,6 +1,5 @@
 """``bdense``: train a small teacher, distil a student, draw from it, measure it."""
 
-import argparse
 import signal
 import sys
 import threading
@@ -91,12 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if arguments is None else arguments)
 
     def call() -> None:
-        parser = make_parser(argv)
-        options, unknown = parser.parse_known_args(argv)
+        options, unknown = make_parser(argv).parse_known_args(argv)
         if unknown and unknown[0].startswith("--") and argv[0] == "distill":
             raise InputError(unknown_option(unknown[0], argv))
         if unknown:
-            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+            options.parser.refuse(unknown)
         options.run(options)
 
     # As Ctrl-C: what is under way is removed, or saved.
@@ -113,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
 
 
-def make_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+def make_parser(arguments: Sequence[str]) -> command.Parser:
     """The command's parser, with the options of the verb that these arguments name.
 
     Raises:

@@ -1,6 +1,7 @@
 """Shared by both commands: verbs with help and an example, exit statuses."""
 
 import argparse
+import difflib
 import importlib
 import importlib.metadata
 import os
@@ -62,11 +63,37 @@ class Verb:
         getattr(importlib.import_module(module), name)(options)
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without its usage."""
+
+    def parse_args(self, args: Sequence[str], namespace: None = None) -> argparse.Namespace:  # type: ignore[override]
+        """The options; ends the process with status 2 where one is unknown."""
+        options, unknown = self.parse_known_args(args)
+        if unknown:
+            options.parser.refuse(unknown)
+        return options
+
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """End the process because of arguments that this verb does not know."""
+        flag = unknown[0].partition("=")[0]
+        if not flag.startswith("-"):
+            self.error(f"{' '.join(unknown)} is more than it takes")
+        known = [name for action in self._actions for name in action.option_strings]
+        close = difflib.get_close_matches(flag, known, n=1)
+        self.error(f"there is no option {flag}" + (f"; did you mean {close[0]}?" if close else ""))
+
+    def error(self, message: str) -> NoReturn:
+        """End the process with status 2."""
+        end = "" if message.endswith("?") else f"; see {self.prog} --help"
+        sys.stderr.write(f"{self.prog}: {message}{end}\n")
+        self.exit(USER_ERROR)
+
+
 def make_parser(
     prog: str, description: str, verbs: Mapping[str, Verb], arguments: Sequence[str]
-) -> argparse.ArgumentParser:
+) -> "Parser":
     """A command's parser, with the options of the verb that these arguments name."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description=description,
         epilog=f"example: {next(iter(verbs.values())).example}",
@@ -84,7 +111,7 @@ def make_parser(
             epilog=f"example: {verb.example}",
             allow_abbrev=False,
         )
-        about.set_defaults(run=verb.run)
+        about.set_defaults(run=verb.run, parser=about)
         if [name] == list(arguments[:1]):
             add_options(about, *verb.configs_for(arguments[1:]), skip=verb.skip)
     return parser

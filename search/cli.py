@@ -1,6 +1,5 @@
 """``bdense-search``: launch studies and see where they stand."""
 
-import argparse
 import os
 import signal
 import sys
@@ -187,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
 
 
-def make_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+def make_parser(arguments: Sequence[str]) -> command.Parser:
     """The command's parser, with the options of the verb that these arguments name."""
     description = "Search branch weights for few-step diffusion students (B-DENSE)."
     return command.make_parser("bdense-search", description, VERBS, arguments)

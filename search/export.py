@@ -30,8 +30,8 @@ from search.storage.engine import cache_folder
 from search.storage.ledger import Ledger
 from search.storage.queries import StoredTrial
 from search.study.arms import ArmRow
-from search.study.folders import grid_name, named_file
-from search.study.results import TrialResult
+from search.study.folders import PROGRAM_FOLDER, grid_name, named_file, row_folder
+from search.study.results import Judged, TrialResult
 from search.study.study import FINGERPRINT, JUDGED, Study
 from search.study.summary import baselines_of, headline
 from search.study.wording import align
@@ -66,8 +66,10 @@ def export_trial(
         The folder, and the diffusers pipeline in it where the network is a diffusers one.
 
     Raises:
-        InputError: There is no such row, it is not complete, or its student was not kept.
+        InputError: There is no such row, it is not complete, or its student was not kept; or the
+            study's trials are runs of a program.
     """
+    require_students(study)
     if baseline is not None:
         ledger, number = _baseline(study, baseline)
     else:
@@ -102,6 +104,20 @@ def export_trial(
     return [path for path in (folder, folder / PIPELINE) if path.is_dir()]
 
 
+def require_students(study: Study) -> None:
+    """Refuse a study whose models are its program's own.
+
+    Raises:
+        InputError: Says where they are.
+    """
+    if study.spec.is_command:
+        place = row_folder(study.name, 0).parent / "NUMBER" / PROGRAM_FOLDER
+        raise InputError(
+            f"the models of {study.name} are its program's own, where that put them, such as in "
+            f"{place}; take them from there"
+        )
+
+
 def fid_table(study: Study) -> list[dict[str, Any]]:
     """The FIDs of given arms as rows for a model card."""
     table = []
@@ -114,28 +130,24 @@ def fid_table(study: Study) -> list[dict[str, Any]]:
             found = each.mean()
             table.append(
                 {
-                    "nfe": each.conditions.nfe,
+                    "nfe": each.conditions.conditions()["nfe"],
                     **comparison.variant,
                     "arm": each.arm.name,
                     "fid": found.mean,
                     "std_err": found.standard_error,
                     "n": found.n,
                     **_conditions(each.conditions),
-                    "training_seeds": " ".join(map(str, sorted(each.fids))),
+                    "training_seeds": " ".join(map(str, sorted(each.figures))),
                 }
             )
     return table
 
 
-def _conditions(fid: FID) -> dict[str, Any]:
+def _conditions(fid: Judged) -> dict[str, Any]:
     """Conditions of a FID in a model card."""
-    return {
-        "images": fid.images,
-        "extractor": fid.extractor,
-        "extractor_sha256": fid.extractor_sha256,
-        "reference": fid.reference,
-        "reference_images": fid.reference_images,
-    }
+    named = ("images", "extractor", "extractor_sha256", "reference", "reference_images")
+    found = fid.conditions()
+    return {name: found[name] for name in named}
 
 
 def made_from(study: Study, number: int) -> dict[str, Any]:

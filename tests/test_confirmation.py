@@ -311,7 +311,7 @@ def test_replicates_of_the_baselines_tell_how_small_a_difference_a_search_can_te
     claim = study.given.claim(ROW_SPACE, None)
     study.given.fail(claim, "diverged", "the loss is not finite", {})
     assert failures(study) == ["uniform weights, seed 2 failed, diverged: the loss is not finite"]
-    assert {name: each.fid for name, each in baselines_of(study).items()} == {
+    assert {name: each.value for name, each in baselines_of(study).items()} == {
         PLAIN: 9.0,
         UNIFORM: 8.0,
     }

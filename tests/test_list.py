@@ -67,7 +67,7 @@ def test_a_line_for_people(url, capsys):
         assert study.counts == Ledger.open(url, study.name, budget=None).counts()
     header, *lines = run(url, capsys).splitlines()
     assert [line.split()[0] for line in lines] == ["chain", "digits", "new"]
-    assert lines[1].split()[1:7] == ["search", "sfd", "2/5", "1", "1", "2.250"]
+    assert lines[1].split()[1:8] == ["search", "sfd", "2/5", "1", "1", "FID", "2.250"]
     assert lines[2].split()[1:] == ["search", "-", "0/1", "0", "0", "-", "-"]
     assert header.split()[:3] == ["study", "kind", "method"]
 

@@ -70,5 +70,8 @@ def test_what_diverged_is_named(bad):
         mean_of([1.0, 2.0, bad])
     with pytest.raises(InputError, match="no values"):
         mean_of([])
-    with pytest.raises(InputError, match="baseline's mean is 0"):
-        paired_difference({0: 1.0}, {0: 0.0})
+
+
+def test_of_a_program_s_metric_the_baseline_may_be_0_or_negative():
+    assert paired_difference({0: 1.0}, {0: 0.0}).relative is None
+    assert paired_difference({0: -1.0}, {0: -2.0}).relative == 0.5

@@ -252,7 +252,9 @@ def test_raced_points_are_compared_and_recommended_and_best_by_their_mean(url, t
     comparison = compare(study)
     plain, uniform, *raced = comparison.results
     assert (plain.mean().mean, uniform.mean().mean) == (12.0, 11.0)
-    assert [len(each.fids) for each in raced] == sorted((len(r.fids) for r in raced), reverse=True)
+    assert [len(each.figures) for each in raced] == sorted(
+        (len(r.figures) for r in raced), reverse=True
+    )
     best = raced[0]
     # Its own trial is its training under the first seed.
     a = best.arm.params["a"]

@@ -36,7 +36,9 @@ def look(url: str, answers: "multiprocessing.Queue[object]") -> None:
         study = Study.open(url, "sfd-search", reading=True)
         best = summary_of(study).best
         assert best is not None
-        answers.put((headline(study), study.search.counts(), best.fid, overview_of(study).table()))
+        answers.put(
+            (headline(study), study.search.counts(), best.value, overview_of(study).table())
+        )
     except Exception as error:
         answers.put(error)
         raise
@@ -48,7 +50,7 @@ def test_a_study_is_read_where_nothing_may_be_written(shared):
     study = reported(url, "sfd-search")
     best = summary_of(study).best
     assert best is not None
-    expected = (headline(study), study.search.counts(), best.fid, overview_of(study).table())
+    expected = (headline(study), study.search.counts(), best.value, overview_of(study).table())
     study.search.storage.engine.dispose()
     del study
     gc.collect()

@@ -24,7 +24,7 @@ def compared(**values) -> Comparison:
     results = [
         ArmResult(
             arm=ARMS[name],
-            fids={s: FID.read(fid(value, training=s)) for s, value in enumerate(fids)},
+            figures={s: FID.read(fid(value, training=s)) for s, value in enumerate(fids)},
             rows=dict(enumerate(range(len(fids)))),
         )
         for name, fids in values.items()
@@ -53,7 +53,7 @@ def compared(**values) -> Comparison:
 def test_the_simplest_arm_within_a_tie(values, chosen):
     found = recommend(compared(**values))
     assert found.arm is ARMS[chosen]
-    assert found.fid == pytest.approx(sum(values[chosen]) / len(values[chosen]))
+    assert found.value == pytest.approx(sum(values[chosen]) / len(values[chosen]))
     assert found.why
     told = found.as_dict()
     assert told["params"] == ARMS[chosen].params
@@ -82,9 +82,9 @@ def test_latents_add_to_the_noise():
     results = [
         ArmResult(
             arm=each.arm,
-            fids={
+            figures={
                 s: FID.read({**one.as_dict(), "effects": effects[each.arm.baseline]})
-                for s, one in each.fids.items()
+                for s, one in each.figures.items()
             },
             rows=each.rows,
         )

@@ -158,10 +158,10 @@ def test_what_is_shown_of_a_study_is_what_optuna_lists(study):
         key: best.user_attrs[key] for key in ("a", "b", "weights", "student")
     }
     assert shown["a"] == best.params["a"]
-    assert [(t.number, t.fid) for t in complete_trials(study)] == [
+    assert [(t.number, t.value) for t in complete_trials(study)] == [
         (t.number, t.value) for t in complete
     ]
-    assert [each.fid for each in now.baselines.values()] == [13.0, 13.0]
+    assert [each.value for each in now.baselines.values()] == [13.0, 13.0]
     assert [line.split(",")[0] for line in failures(study)] == [
         f"trial {t.number} failed" for t in trials if t.state is TrialState.FAIL
     ]

@@ -20,7 +20,7 @@ from search.storage.disk import disk_error, is_full_disk
 from search.storage.engine import open_storage, resolve_storage_url
 from search.storage.ledger import Ledger
 from search.study.study import Study
-from search.worker import ray_tasks
+from search.worker import distillation
 from search.worker.ray_tasks import (
     RECORDED,
     WorkerConfig,
@@ -125,7 +125,7 @@ def test_the_preparation_records_for_a_while_and_leaves_the_rest(folders, monkey
     shutil.rmtree(folders / "cache/trajectories", ignore_errors=True)
     store = loaded(STUDY).store(study.spec.seeds.training)
     for seconds, left in ((-1.0, store.num_shards), (60.0, 0)):
-        monkeypatch.setattr(ray_tasks, "RECORDING_SECONDS", seconds)
+        monkeypatch.setattr(distillation, "RECORDING_SECONDS", seconds)
         *_, last = prepare_task(worker_config(study), 1)
         assert (last.what, last.total - last.done) == (RECORDED, left)
         assert len(store.missing()) == left

@@ -57,7 +57,7 @@ def test_csv_has_a_column_for_each_parameter_and_weight(search, url, capsys):
 
 
 def test_weights_that_differ_between_intervals_have_a_column_each(search):
-    (row,) = [row for row in list_rows(search) if row.fid == 12.5 and row.arm is None]
+    (row,) = [row for row in list_rows(search) if row.value == 12.5 and row.arm is None]
     rows = [
         dataclasses.replace(row, weights=weights)
         for weights in ([[1.0, 2.0], [3.0, 4.0]], [0.5, 1.5], [1.0])

@@ -68,10 +68,27 @@ class FID(Measurement):
     """
 
     VALUES = ("value", "noise", "effects")
+    metric: ClassVar[str] = "FID"
 
     value: float
     noise: float | None = None
     effects: list[float] = field(default_factory=list, repr=False)
+
+    def in_short(self) -> str:
+        """Its conditions for people: what a table of several has in common."""
+        return (
+            f"{self.images} images at NFE {self.nfe}, features of {self.extractor}, against "
+            f"{self.reference}"
+        )
+
+    def in_full(self) -> str:
+        """Its conditions for people, as a single FID is never shown without them."""
+        seeds = ", ".join(f"{what} {seed}" for what, seed in self.seeds.items())
+        return (
+            f"of {self.images} images at NFE {self.nfe}, features of {self.extractor} "
+            f"({self.extractor_sha256[:8]}), against {self.reference_images} of "
+            f"{self.reference}, seeds: {seeds}"
+        )
 
     def noise_of_difference(self, other: "FID") -> float | None:
         """Standard error of the difference of two students of the same latents, from these.

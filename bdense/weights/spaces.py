@@ -30,10 +30,17 @@ BASELINE, PLAIN, UNIFORM = "baseline", "plain", "uniform"
 
 @dataclass(frozen=True, slots=True)
 class Uniform:
-    """A parameter drawn from a closed interval."""
+    """A parameter drawn from a closed interval; with ``log`` its logarithm is uniform."""
 
     low: float
     high: float
+    log: bool = False
+
+    def at(self, share: float) -> float:
+        """The value at a share of the interval, from 0 to 1."""
+        if self.log:
+            return float(self.low * (self.high / self.low) ** share)
+        return self.low + share * (self.high - self.low)
 
     def require(self, name: str, value: Any) -> None:  # noqa: ANN401  as the user gave it
         """Raise an ``InputError`` for a value outside it, or no number."""
@@ -81,7 +88,57 @@ class Range(Knobs):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WeightSpace(Knobs, abc.ABC):
+class SearchSpace(Knobs, abc.ABC):
+    """What a search draws a trial's parameters from, and where they lie among each other."""
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def distributions(self) -> Mapping[str, Uniform | Choice]:
+        """What a sampler draws: parameter name to distribution."""
+
+    def coordinates(self, params: Mapping[str, Any]) -> tuple[float, ...] | None:
+        """Where the parameters lie for a surrogate and for plots; a number for each of ``axes``.
+
+        Points with equal coordinates train the same student. None where parameters have no place
+        among the others.
+        """
+        return None
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the coordinates; empty for a space without geometry."""
+        return ()
+
+    def shown(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters of a baseline by name, as far as it has any, for a table."""
+        at = self.coordinates(params)
+        return {} if at is None else dict(zip(self.axes, at, strict=True))
+
+    def label(self, params: Mapping[str, Any]) -> str:
+        """The parameters in a few words, such as ``a 0.071``."""
+        return ", ".join(f"{name} {_short(value)}" for name, value in params.items())
+
+    def excess(self, params: Mapping[str, Any], num_branches: int) -> float:
+        """How far they lie beyond the space's own bound; above 0 they are not trained."""
+        return 0.0
+
+    def stored(self, params: Mapping[str, Any], num_branches: int) -> dict[str, Any]:
+        """What a result keeps of its parameters; it means the same without the space."""
+        return dict(params)
+
+    @property
+    def is_one_point(self) -> bool:
+        """Whether all draws are the same."""
+        return all(each.is_one_point for each in self.distributions().values())
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for results of two searches to be of one study; bounds may differ."""
+        return {"name": self.name}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSpace(SearchSpace):
     """Where branch weights are searched.
 
     A member is a frozen dataclass of knobs, each with a default, that gives ``name``,
@@ -90,12 +147,7 @@ class WeightSpace(Knobs, abc.ABC):
     (``{"baseline": "plain"}`` or ``{"baseline": "uniform"}``).
     """
 
-    name: ClassVar[str]
     by_method: ClassVar[bool] = False  # whether its parameters depend on the method's K or S
-
-    @abc.abstractmethod
-    def distributions(self) -> Mapping[str, Uniform | Choice]:
-        """What a sampler draws: parameter name to distribution."""
 
     @abc.abstractmethod
     def own_weighting(self, params: Mapping[str, Any], num_branches: int) -> "BranchWeighting":
@@ -136,19 +188,6 @@ class WeightSpace(Knobs, abc.ABC):
                 f"got {', '.join(params) or 'none'}"
             )
 
-    def coordinates(self, params: Mapping[str, Any]) -> tuple[float, ...] | None:
-        """Where the weights lie for a surrogate and for plots; one number for each of ``axes``.
-
-        Points with equal coordinates train the same student. None where weights have no place
-        among the others.
-        """
-        return None
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        """Names of the coordinates; empty for a space without geometry."""
-        return ()
-
     @property
     def box(self) -> tuple[Uniform, ...]:
         """The range of each coordinate, for a search over these rather than over parameters.
@@ -175,18 +214,9 @@ class WeightSpace(Knobs, abc.ABC):
         return lowest | dict(zip(self.axes, map(float, point), strict=True))
 
     def label(self, params: Mapping[str, Any]) -> str:
-        """The weights in a few words, such as ``a 0.071``."""
         if BASELINE in params:
             return {PLAIN: "plain", UNIFORM: "uniform weights"}[params[BASELINE]]
-        return ", ".join(f"{name} {_short(value)}" for name, value in params.items())
-
-    def excess(self, params: Mapping[str, Any], num_branches: int) -> float:
-        """How far the weights lie beyond the space's own bound; above 0 they are not trained."""
-        return 0.0
-
-    def stored(self, params: Mapping[str, Any], num_branches: int) -> dict[str, Any]:
-        """What a result keeps of its weights: parameters that mean the same without the space."""
-        return dict(params)
+        return SearchSpace.label(self, params)
 
     def of_method(self, num_branches: int, num_intervals: int) -> Self:
         """The space for K branches and S intervals, where its parameters depend on them.
@@ -219,18 +249,9 @@ class WeightSpace(Knobs, abc.ABC):
         """Whether some of its weightings need the branches' gradients."""
         return False
 
-    @property
-    def is_one_point(self) -> bool:
-        """Whether all draws are the same."""
-        return all(each.is_one_point for each in self.distributions().values())
-
-    def identity(self) -> dict[str, Any]:
-        """What must be equal for results of two searches to be of one study; bounds may differ."""
-        return {"name": self.name}
-
 
 def require_point(
-    space: WeightSpace, params: Mapping[str, Any], num_branches: int
+    space: SearchSpace, params: Mapping[str, Any], num_branches: int
 ) -> dict[str, Any]:
     """A point that a user asks for, checked against the space.
 

@@ -1,4 +1,4 @@
-"""Given arms side by side: each one's FIDs over the seeds, against both baselines, as a table.
+"""Given arms side by side: each one's figures over the seeds, against the baselines, as a table.
 
 Reads the storage alone. A difference is claimed only where its paired interval excludes 0.
 """
@@ -12,10 +12,10 @@ from optuna.trial import TrialState
 from bdense.metrics.records import FID
 from bdense.weights.spaces import PLAIN, UNIFORM
 from search.analysis.paired import Mean, Paired, mean_of, paired_difference
-from search.spec.study import StageFacts
+from search.spec.study import FID_METRIC, Metric, StageFacts
 from search.storage.queries import StoredTrial
 from search.study.arms import Arm, ArmRow
-from search.study.results import TrialResult
+from search.study.results import Judged, TrialResult
 from search.study.study import Study
 from search.study.wording import align
 
@@ -25,21 +25,21 @@ _MOST_SEEDS = 6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArmResult:
-    """One arm's FIDs, with their conditions, and row numbers, by training seed."""
+    """One arm's figures with their conditions, and row numbers, by training seed."""
 
     arm: Arm
-    fids: dict[int, FID]
+    figures: dict[int, Judged]
     rows: dict[int, int]
 
     @property
     def values(self) -> dict[int, float]:
-        """FID by training seed."""
-        return {seed: fid.value for seed, fid in self.fids.items()}
+        """By training seed."""
+        return {seed: figure.value for seed, figure in self.figures.items()}
 
     @property
-    def conditions(self) -> FID:
+    def conditions(self) -> Judged:
         """Of the first seed; ``Comparison.differing`` names where others differ."""
-        return self.fids[min(self.fids)]
+        return self.figures[min(self.figures)]
 
     def mean(self) -> Mean:
         """Mean and standard error over the seeds."""
@@ -51,26 +51,29 @@ class Comparison:
     """Arms trained under the same seeds, as far as measured, in the order of their study.
 
     ``title`` names stage and variant of the method where there are several; ``variant`` holds
-    changed settings.
+    changed settings, and ``baselines`` names what others are compared with.
     """
 
+    metric: Metric = FID_METRIC
+    baselines: tuple[str, ...] = (PLAIN, UNIFORM)
     title: str = ""
     stage: str = ""
     variant: Mapping[str, Any]
     results: tuple[ArmResult, ...]
 
-    def _baseline(self, name: str) -> ArmResult | None:
+    def baseline(self, name: str) -> ArmResult | None:
+        """A baseline, as far as it was measured."""
         return next((each for each in self.results if each.arm.baseline == name), None)
 
     @property
     def plain(self) -> ArmResult | None:
         """The student with one branch."""
-        return self._baseline(PLAIN)
+        return self.baseline(PLAIN)
 
     @property
     def uniform(self) -> ArmResult | None:
         """The student whose branches have equal weights."""
-        return self._baseline(UNIFORM)
+        return self.baseline(UNIFORM)
 
     def beside_baselines(self, arm: Arm) -> "Comparison":
         """One arm and the baselines alone."""
@@ -79,9 +82,9 @@ class Comparison:
 
     @property
     def differing(self) -> list[str]:
-        """Conditions in which these FIDs differ, so that they are not compared."""
-        fids = [fid for result in self.results for fid in result.fids.values()]
-        return sorted({key for fid in fids for key in fid.differing(fids[0])})
+        """Conditions in which these figures differ, so that they are not compared."""
+        figures = [each for result in self.results for each in result.figures.values()]
+        return sorted({key for each in figures for key in each.differing(figures[0])})
 
     def against(self, result: ArmResult, other: ArmResult | None) -> Paired | None:
         """The paired difference, where there is something to pair."""
@@ -94,17 +97,16 @@ class Comparison:
         return align(table_rows([self]))
 
     def conditions_line(self) -> str:
-        """What these FIDs have in common."""
+        """What these figures have in common."""
         if self.differing:
             return (
-                f"These FIDs were measured under different conditions "
+                f"These {self.metric.plural} were measured under different conditions "
                 f"({', '.join(self.differing)}): no comparison."
             )
-        fid = self.results[0].conditions
+        shared = f"{self.metric.name}: {self.results[0].conditions.in_short()}."
         return (
-            f"FID: {fid.images} images at NFE {fid.nfe}, features of {fid.extractor}, against "
-            f"{fid.reference}. Differences are paired by seed, in [] their 95 % t interval; a "
-            "tie where it spans 0."
+            f"{shared} Differences are paired by seed, in [] their 95 % t interval; a tie where "
+            "it spans 0."
         )
 
 
@@ -112,30 +114,39 @@ def table_rows(
     comparisons: Sequence[Comparison], teacher: FID | None = None
 ) -> list[tuple[str, ...]]:
     """A header and a line for each arm of each comparison, as cells."""
-    seeds = sorted({s for each in comparisons for r in each.results for s in r.fids})
+    seeds = sorted({s for each in comparisons for r in each.results for s in r.figures})
     shown = seeds if len(seeds) <= _MOST_SEEDS else []
     at = ("at",) if len(comparisons) > 1 or teacher is not None else ()
-    titles = (*(f"seed {s}" for s in shown), "mean", "s.e.", "vs plain", "vs uniform")
+    names = comparisons[0].baselines if comparisons else ()
+    compared = [f"vs {name}" for name in names]
+    titles = (*(f"seed {s}" for s in shown), "mean", "s.e.", *compared)
     rows: list[tuple[str, ...]] = [("", *at, *titles)]
     if teacher is not None:
         dashes = ["-"] * len(shown)
         rows.append(
-            ("teacher", f"NFE {teacher.nfe}", *dashes, f"{teacher.value:.3f}", "-", "-", "-")
+            (
+                *("teacher", f"NFE {teacher.nfe}", *dashes, f"{teacher.value:.3f}"),
+                *["-"] * (1 + len(names)),
+            )
         )
     for each in comparisons:
         for result in each.results:
-            values, found = result.values, result.mean()
-            own = [f"{values[s]:.3f}" if s in values else "-" for s in shown]
-            pairs = [each.against(result, other) for other in (each.plain, each.uniform)]
+            metric, values, found = each.metric, result.values, result.mean()
+            own = [metric.text(values[s]) if s in values else "-" for s in shown]
+            pairs = [each.against(result, each.baseline(name)) for name in names]
             place = (each.title,) if at else ()
-            figures = (f"{found.mean:.3f}", found.error_text(), *map(difference_text, pairs))
+            figures: tuple[str, ...] = (metric.text(found.mean), found.error_text(metric.form))
+            figures += tuple(difference_text(pair, metric) for pair in pairs)
             rows.append((result.arm.name, *place, *own, *figures))
     return rows
 
 
-def difference_text(pair: Paired | None) -> str:
+def difference_text(pair: Paired | None, metric: Metric) -> str:
     """``-23.1 %, -0.83 [-1.02, -0.64]``."""
-    return "-" if pair is None else f"{100 * pair.relative:+.1f} %, {pair.text()}"
+    if pair is None:
+        return "-"
+    share = "" if pair.relative is None else f"{100 * pair.relative:+.1f} %, "
+    return share + pair.text(metric.form_of_difference)
 
 
 def comparisons_of(study: Study) -> list[Comparison]:
@@ -162,17 +173,20 @@ def compare(study: Study, *, variant: int = 0, stage: str | None = None) -> Comp
 
     Of a search they are its baselines, then its replicated points: most seeds first, then by mean.
     """
-    arms, stages, variants = study.arms, study.spec.resolved.stages, study.variants
+    spec, arms, variants = study.spec, study.arms, study.variants
+    stages = spec.resolved.stages
     at = next(each for each in reversed(stages) if stage in (None, each.name))
-    fids: dict[int, dict[int, FID]] = {}
+    figures: dict[int, dict[int, Judged]] = {}
     rows: dict[int, dict[int, int]] = {}
     for trial in study.complete_rows():
-        row, fid = ArmRow.of(trial.params), _fid_at(at, trial)
-        if row.variant == variant and fid is not None:
-            fids.setdefault(row.arm, {})[row.seed] = fid
+        row, figure = ArmRow.of(trial.params), _figure_at(at, trial)
+        if row.variant == variant and figure is not None:
+            figures.setdefault(row.arm, {})[row.seed] = figure
             rows.setdefault(row.arm, {})[row.seed] = trial.number
-    results = [ArmResult(arm=arms[i], fids=fids[i], rows=rows[i]) for i in sorted(fids)]
+    results = [ArmResult(arm=arms[i], figures=figures[i], rows=rows[i]) for i in sorted(figures)]
     return Comparison(
+        metric=spec.metric,
+        baselines=spec.baselines,
         stage=at.name,
         variant=variants[variant] if variants else {},
         results=tuple(_with_trials(study, at, results) if study.is_search else results),
@@ -182,14 +196,15 @@ def compare(study: Study, *, variant: int = 0, stage: str | None = None) -> Comp
 def _with_trials(
     study: Study, stage: StageFacts, results: Sequence[ArmResult]
 ) -> Sequence[ArmResult]:
-    """Replicated points with the FID of their trial, their training under the first seed."""
+    """Replicated points with the figure of their trial, their training under the first seed."""
     raced = {each.arm.trial: each for each in results if each.arm.trial is not None}
     if not raced:
         return results
-    for trial in study.search.rows(TrialState.COMPLETE, ("fid", "fids")):
-        if trial.number in raced and (fid := _fid_at(stage, trial)) is not None:
-            raced[trial.number].fids[study.spec.seeds.training] = fid
-    ranked = sorted(raced.values(), key=lambda each: (-len(each.fids), each.mean().mean))
+    for trial in study.search.rows(TrialState.COMPLETE, ("fid", "fids", "score")):
+        if trial.number in raced and (figure := _figure_at(stage, trial)) is not None:
+            raced[trial.number].figures[study.spec.seeds.training] = figure
+    loss = study.spec.metric.loss
+    ranked = sorted(raced.values(), key=lambda each: (-len(each.figures), loss(each.mean().mean)))
     return [*(each for each in results if each.arm.trial is None), *ranked]
 
 
@@ -199,9 +214,9 @@ def replicates_of(study: Study) -> Comparison | None:
     return found if any(each.arm.baseline is None for each in found.results) else None
 
 
-def _fid_at(stage: StageFacts, trial: StoredTrial) -> FID | None:
+def _figure_at(stage: StageFacts, trial: StoredTrial) -> Judged | None:
     result = TrialResult.of(trial.value, trial.user_attrs)
-    return result.fids.get(str(stage.nfe)) if result.fids else result.fid
+    return result.fids.get(str(stage.nfe)) if result.fids else result.figure
 
 
 def teacher_of(study: Study) -> FID | None:

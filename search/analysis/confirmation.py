@@ -22,6 +22,7 @@ from search.analysis.comparison import (
 )
 from search.analysis.observations import arm_of, observed, point_of
 from search.analysis.surrogate import Observation, candidates, posterior_means
+from search.spec.command import CommandConfig, budget
 from search.spec.study import StudySpec
 from search.storage.queries import StoredTrial
 from search.study.arms import Arm, ArmRow
@@ -51,6 +52,8 @@ class Verdict:
     @property
     def budget(self) -> str:
         """What each student was trained for, such as ``12.8 kimg``."""
+        if self.spec.is_command:
+            return budget(CommandConfig.read(self.settings))
         if "kimg" in self.settings:
             return f"{self.settings['kimg']:g} kimg"
         return f"{self.spec.resolved.stages[0].num_updates} updates a stage"
@@ -62,21 +65,22 @@ class Verdict:
     def sentence(self) -> str:
         """The winner in one."""
         comparison, winner = self.comparison, self.winner
+        metric = comparison.metric
         found = winner.mean()
         judged = [
-            f"against {baseline.arm.name} {difference_text(pair)}"
-            for baseline in (comparison.plain, comparison.uniform)
+            f"against {baseline.arm.name} {difference_text(pair, metric)}"
+            for baseline in map(comparison.baseline, comparison.baselines)
             if baseline is not None and (pair := comparison.against(winner, baseline)) is not None
         ]
-        error = "" if found.standard_error is None else f" +- {found.error_text()}"
+        error = "" if found.standard_error is None else f" +- {found.error_text(metric.form)}"
         return (
             f"confirmed{'' if self.ended else ' so far'} at {self.budget}: {winner.arm.name}, "
-            f"mean FID {found.mean:.3f}{error} over {found.n} fresh seeds; "
+            f"mean {metric.name} {metric.text(found.mean)}{error} over {found.n} fresh seeds; "
             + ("; ".join(judged) or "no baseline is complete to judge it by")
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """As ``confirm --json`` prints it: the winner, and every arm's FIDs."""
+        """As ``confirm --json`` prints it: the winner, and every arm's figures."""
         comparison = self.comparison
         changed = {name: v for name, v in comparison.variant.items() if name != "kimg"}
         return {
@@ -89,11 +93,11 @@ class Verdict:
 
     def _result(self, result: ArmResult) -> dict[str, Any]:
         comparison, found = self.comparison, result.mean()
-        others = {"vs_plain": comparison.plain, "vs_uniform": comparison.uniform}
+        others = {f"vs_{name}": comparison.baseline(name) for name in comparison.baselines}
         pairs = {name: comparison.against(result, other) for name, other in others.items()}
         return {
             **self._arm(result.arm),
-            "fids": {str(seed): fid for seed, fid in result.values.items()},
+            f"{comparison.metric.key}s": {str(s): value for s, value in result.values.items()},
             "mean": found.mean,
             "n": found.n,
             **({} if found.standard_error is None else {"std_err": found.standard_error}),
@@ -121,9 +125,9 @@ def verdict(study: Study) -> Verdict | None:
     spec = study.spec
     judged = int(confirmation.main.attribute(JUDGED) or 0)
     comparison = compare(confirmation, variant=judged)
-    most = max((len(result.fids) for result in comparison.results), default=0)
+    most = max((len(result.figures) for result in comparison.results), default=0)
     # A candidate that lacks a seed's value must not win by its other seeds.
-    searched = [r for r in comparison.results if r.arm.baseline is None and len(r.fids) == most]
+    searched = [r for r in comparison.results if r.arm.baseline is None and len(r.figures) == most]
     if not searched:
         return None
     means = _pooled_means(study, confirmation, judged, searched)
@@ -183,10 +187,11 @@ def choose(study: Study, trials: Sequence[StoredTrial], count: int) -> list[Arm]
     """
     spec = study.spec
     if not spec.space.axes:
-        ranked = sorted(trials, key=lambda trial: (float(trial.value or 0.0), trial.number))
+        loss = spec.metric.loss
+        ranked = sorted(trials, key=lambda trial: (loss(trial.value or 0.0), trial.number))
         return [arm_of(spec, trial) for trial in ranked[:count]]
     now = observed(study, trials)
-    found = candidates(now.observations, count, among=now.trials, taken=now.uniform)
+    found = candidates(now.observations, count, among=now.trials, taken=now.baseline)
     return [arm_of(spec, trials[index - now.trials.start]) for index in found]
 
 
@@ -199,7 +204,7 @@ def _pooled_means(
     """
     spec = study.spec
     if not spec.space.axes:
-        return [result.mean().mean for result in searched]
+        return [spec.metric.loss(result.mean().mean) for result in searched]
     arms, evaluations = confirmation.arms, []
     if not confirmation.variants[judged]:
         evaluations += observed(study, require_trials(study)).observations
@@ -208,8 +213,7 @@ def _pooled_means(
         point = point_of(spec, arms[row.arm].params)
         if row.variant == judged and point is not None:
             assert trial.value is not None
-            evaluations.append(
-                Observation(point=point, value=trial.value, group=f"seed {row.seed}")
-            )
+            value = spec.metric.loss(trial.value)
+            evaluations.append(Observation(point=point, value=value, group=f"seed {row.seed}"))
     asked = [point_of(spec, result.arm.params) or {} for result in searched]
     return posterior_means(evaluations, asked)

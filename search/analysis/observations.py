@@ -12,7 +12,7 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from bdense.weights.spaces import BASELINE, UNIFORM
+from bdense.weights.spaces import BASELINE
 from search.analysis.surrogate import Observation, posterior
 from search.spec.study import StudySpec
 from search.storage.queries import StoredTrial
@@ -44,46 +44,53 @@ def point_of(spec: StudySpec, params: dict[str, Any]) -> dict[str, float] | None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observed:
-    """What a search has measured; ``uniform`` and ``trials`` are indices of its observations."""
+    """What a search has measured, lower values being better.
+
+    ``baseline``, of the one baseline that is a point of the space, and ``trials`` are indices of
+    its observations.
+    """
 
     observations: list[Observation]
-    uniform: range
+    baseline: range
     trials: range
 
 
 def observed(study: Study, trials: Sequence[StoredTrial]) -> Observed:
-    """Uniform weights, the complete trials in order, replicates once there are any, and priors."""
-    uniform, searched = _uniform_of(study), _searched(study.spec, trials)
-    last = len(uniform) + len(searched)
+    """The baseline, the complete trials in order, replicates once there are any, and priors."""
+    baseline, searched = _baseline_of(study), _searched(study.spec, trials)
+    last = len(baseline) + len(searched)
     return Observed(
         observations=[
-            *uniform,
+            *baseline,
             *searched,
             *_replicated(study),
-            *_priors(study, [*uniform, *searched]),
+            *_priors(study, [*baseline, *searched]),
         ],
-        uniform=range(len(uniform)),
-        trials=range(len(uniform), last),
+        baseline=range(len(baseline)),
+        trials=range(len(baseline), last),
     )
 
 
 def _searched(spec: StudySpec, trials: Sequence[StoredTrial]) -> list[Observation]:
+    metric = spec.metric
     return [
         Observation(
             point=point_of(spec, trial.params) or {},
-            value=float(trial.value or 0.0),
+            value=metric.loss(float(trial.value or 0.0)),
             group=_SEARCH,
         )
         for trial in trials
     ]
 
 
-def _uniform_of(study: Study) -> list[Observation]:
-    """The baseline of uniform weights, which the search measured, as one more point."""
-    measured, point = baselines_of(study).get(UNIFORM), point_of(study.spec, {BASELINE: UNIFORM})
+def _baseline_of(study: Study) -> list[Observation]:
+    """Uniform weights, or a program's defaults, which the search measured, as one more point."""
+    spec = study.spec
+    name = spec.baselines[-1]
+    measured, point = baselines_of(study).get(name), point_of(spec, {BASELINE: name})
     if measured is None or point is None:
         return []
-    return [Observation(point=point, value=measured.fid, group=_SEARCH)]
+    return [Observation(point=point, value=spec.metric.loss(measured.value), group=_SEARCH)]
 
 
 def _replicated(study: Study) -> list[Observation]:
@@ -96,7 +103,8 @@ def _replicated(study: Study) -> list[Observation]:
         point = point_of(spec, arms[row.arm].params)
         if row.seed != spec.seeds.training and point is not None:
             assert trial.value is not None
-            found.append(Observation(point=point, value=trial.value, group=f"seed {row.seed}"))
+            value = spec.metric.loss(trial.value)
+            found.append(Observation(point=point, value=value, group=f"seed {row.seed}"))
     return found
 
 

@@ -18,9 +18,9 @@ class Mean:
     standard_error: float | None
     n: int
 
-    def error_text(self) -> str:
+    def error_text(self, form: str = ".3f") -> str:
         """The standard error for a table's cell."""
-        return "-" if self.standard_error is None else f"{self.standard_error:.3f}"
+        return "-" if self.standard_error is None else f"{self.standard_error:{form}}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,23 +29,23 @@ class Paired:
 
     Attributes:
         low, high: Infinite for one seed, whose spread is unknown.
-        relative: The mean difference in shares of the baseline's mean.
+        relative: The mean difference in shares of the baseline's mean; None where that is 0.
     """
 
     mean: float
     low: float
     high: float
     n: int
-    relative: float
+    relative: float | None
 
     @property
     def tie(self) -> bool:
         """Whether the interval spans 0: the seeds do not show which of both is better."""
         return self.low <= 0 <= self.high
 
-    def text(self) -> str:
+    def text(self, form: str = "+.2f") -> str:
         """For a table's cell: ``-0.61 [-0.80, -0.42]``, or ``-0.12 [-0.30, +0.06], tie``."""
-        mean, low, high = (f"{x:+.2f}" for x in (self.mean, self.low, self.high))
+        mean, low, high = (f"{x:{form}}" for x in (self.mean, self.low, self.high))
         spread = "one seed" if self.n == 1 else f"{low}, {high}"
         return f"{mean} [{spread}]" + ", tie" * self.tie
 
@@ -68,7 +68,7 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
     """``values`` less ``baseline``, by training seed, over the seeds that both have.
 
     Raises:
-        InputError: A value that is not finite, or a baseline whose mean is 0.
+        InputError: A value that is not finite.
     """
     for of, given in (("", values), ("baseline's ", baseline)):
         _refuse_not_finite({f"{of}seed {seed}": value for seed, value in given.items()})
@@ -76,8 +76,6 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
     if not seeds:
         return None
     base = statistics.fmean(baseline[seed] for seed in seeds)
-    if base == 0:
-        raise InputError("the baseline's mean is 0, so relative differences are undefined")
     found = mean_of([values[seed] - baseline[seed] for seed in seeds])
     reach = math.inf
     if found.standard_error is not None:
@@ -89,7 +87,7 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
         low=found.mean - reach,
         high=found.mean + reach,
         n=found.n,
-        relative=found.mean / base,
+        relative=found.mean / abs(base) if base else None,
     )
 
 

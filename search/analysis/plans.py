@@ -9,6 +9,7 @@ from typing import Any
 
 from bdense.errors import InputError
 from bdense.weights import space_of
+from bdense.weights.spaces import SearchSpace
 from search.analysis.confirmation import (
     CONFIRM_SUFFIX,
     choose,
@@ -17,7 +18,7 @@ from search.analysis.confirmation import (
     verdict,
 )
 from search.spec.study import StudySpec
-from search.study.arms import Arm, given_arms, plain_arm, uniform_arm
+from search.study.arms import Arm, baseline_arms, given_arms
 from search.study.retention import keep_too
 from search.study.study import CHOSEN_AFTER, JUDGED, Study
 
@@ -43,7 +44,7 @@ def plan_confirmation(study: Study, *, method: Mapping[str, Any], seeds: int, co
     spec, trials = study.spec, require_trials(study)
     name, facts = study.name + CONFIRM_SUFFIX, {"of": study.name}
     confirmation = Study.create(study.url, given_arms(spec, name), facts=facts)
-    arms = confirmation.arms or [plain_arm(spec), uniform_arm()]
+    arms = confirmation.arms or baseline_arms(spec)
     basis = [len(trials), count]
     if confirmation.main.attribute(CHOSEN_AFTER) != basis:
         known = {arm.trial for arm in arms}
@@ -77,7 +78,7 @@ def plan_transfer(study: Study, to: StudySpec, *, top: int, seeds: int) -> Study
         raise InputError(
             f"--to names study {study.name} itself; give another's file, or confirm it instead"
         )
-    arms = [plain_arm(to), uniform_arm(), *choose(study, require_trials(study), top)]
+    arms = [*baseline_arms(to), *choose(study, require_trials(study), top)]
     _require_fitting(arms, to)
     name = f"{to.name}{FROM}{study.name}"
     planned = Study.create(study.url, given_arms(to, name), facts={"of": study.name})
@@ -110,7 +111,7 @@ def plan_promotion(
     """
     _require_fitting([arm], spec)
     planned = Study.create(url, spec, facts={"of": of})
-    planned.plan([plain_arm(spec), uniform_arm(), arm], seeds, variants)
+    planned.plan([*baseline_arms(spec), arm], seeds, variants)
     return planned
 
 
@@ -132,12 +133,10 @@ def plan_given(url: str, spec: StudySpec) -> Study:
 
 
 def _require_fitting(arms: Sequence[Arm], spec: StudySpec) -> None:
-    """Refuse weights that the method's branches and intervals have no use for."""
-    facts = spec.resolved
+    """Refuse weights that the study has no use for, such as of other branches."""
     for arm in arms:
         if arm.baseline is None:
-            space = space_of(arm.params)
-            space.require_fitting(arm.params, facts.num_branches, facts.num_intervals)
+            spec.require_fitting(arm.params)
 
 
 def fresh_seeds(spec: StudySpec, count: int, used: Collection[int] = ()) -> list[int]:
@@ -169,7 +168,8 @@ def arm_from(text: str) -> Arm:
         ) from error
     if not (math.isfinite(a) and math.isfinite(b)):
         raise InputError(f"--weights {text} must be finite numbers")
-    return _given({"a": a, "b": b})
+    params = {"a": a, "b": b}
+    return _given(space_of(params), params)
 
 
 def at_another_k(arm: Arm, searched_at: int, num_branches: int) -> str:
@@ -199,16 +199,14 @@ def differing(spec: StudySpec, method: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _named(url: str, spec: StudySpec, given: str | Mapping[str, Any]) -> Arm:
-    if given == "plain":
-        return plain_arm(spec)
-    if given == "uniform":
-        return uniform_arm()
-    assert isinstance(given, Mapping)
+    if isinstance(given, str):
+        return next(arm for arm in baseline_arms(spec) if arm.baseline == given)
     if "winner_of" in given:
         return confirmed_arm(Study.open(url, given["winner_of"]))
-    return _given(space_of(given).stored(given, spec.resolved.num_branches))
+    space = spec.space_of(given)
+    return _given(space, space.stored(given, spec.resolved.num_branches))
 
 
-def _given(params: Mapping[str, Any]) -> Arm:
+def _given(space: SearchSpace, params: Mapping[str, Any]) -> Arm:
     """As a result stores them, so that equal weights are one arm."""
-    return Arm(name=f"{space_of(params).label(params)} (given)", params=dict(params))
+    return Arm(name=f"{space.label(params)} (given)", params=dict(params))

@@ -103,10 +103,10 @@ def contenders_of(study: Study, trials: Sequence[StoredTrial]) -> list[Contender
     Uniform weights do not race, having all seeds, but may be the lowest.
     """
     now = observed(study, trials)
-    found = candidates(now.observations, len(trials), among=now.trials, taken=now.uniform)
+    found = candidates(now.observations, len(trials), among=now.trials, taken=now.baseline)
     if not found:
         return []
-    points = [now.observations[index].point for index in [*found, *now.uniform]]
+    points = [now.observations[index].point for index in [*found, *now.baseline]]
     known = posterior(now.observations, points)
     means, errors = known.above(int(known.means.argmin()))
     arms, rows, first = study.arms, study.rows(), study.spec.seeds.training

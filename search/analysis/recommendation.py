@@ -9,21 +9,20 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from bdense.weights.spaces import PLAIN, UNIFORM
 from search.analysis.comparison import ArmResult, Comparison, compare, difference_text
 from search.analysis.confirmation import Verdict
 from search.analysis.paired import CONFIDENCE, Paired
+from search.spec.study import FID_METRIC, Metric
 from search.study.arms import Arm
 from search.study.study import Study
-
-_SIMPLEST_FIRST = (PLAIN, UNIFORM, None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Noise:
-    """Noise of the difference of two students of one training seed and the same latents.
+    """Noise of the difference of two trials of one training seed and the same latents.
 
     Attributes:
+        metric: What is noisy.
         latents: Its standard deviation over latents; None where results do not hold their
             images' effects.
         seeds: Its standard deviation over training seeds; None without replicates.
@@ -31,6 +30,7 @@ class Noise:
         images: Images of each FID; None where there is none.
     """
 
+    metric: Metric = FID_METRIC
     latents: float | None
     seeds: float | None
     replicates: int
@@ -58,6 +58,13 @@ class Noise:
             return None
         return math.ceil(self.images * (2 * self.latents / self.seeds) ** 2 / 1024) * 1024
 
+    @property
+    def _way_to_know(self) -> str:
+        if self.metric.key == "fid":
+            return "plan.replicates: 3 measures it"
+        # Of a program's one baseline there is no difference without a second arm.
+        return "plan.replicates: 3 and plan.race: 2 measure it"
+
     def as_dict(self) -> dict[str, float | None]:
         """As ``best --json`` prints it."""
         return {
@@ -70,7 +77,7 @@ class Noise:
         """For people."""
         least = self.least_difference
         if least is None:
-            return "the noise of these FIDs is not known; plan.replicates: 3 measures it"
+            return f"the noise of these {self.metric.plural} is not known; {self._way_to_know}"
         parts = [f"training seeds {self.seeds:.2g}"]
         parts += [] if self.latents is None else [f"latents {self.latents:.2g}"]
         more = self.balanced_images
@@ -90,19 +97,22 @@ class Recommendation:
 
     Attributes:
         arm: Which one.
-        fid: Its mean over the seeds.
-        interval: Its paired difference from plain distillation; None for plain itself.
+        metric: What it is judged by.
+        value: Its mean over the seeds.
+        interval: Its paired difference from the first baseline; None for that itself.
         why: In words.
     """
 
     arm: Arm
-    fid: float
+    metric: Metric
+    value: float
     interval: Paired | None
     why: str
 
     def text(self) -> str:
         """For people."""
-        return f"recommended: {self.arm.name}, mean FID {self.fid:.3f}; {self.why}"
+        mean = f"mean {self.metric.name} {self.metric.text(self.value)}"
+        return f"recommended: {self.arm.name}, {mean}; {self.why}"
 
     def as_dict(self) -> dict[str, Any]:
         """As ``best --json`` prints it."""
@@ -111,7 +121,7 @@ class Recommendation:
         return {
             "arm": self.arm.baseline or self.arm.name,
             "params": self.arm.params,
-            "fid": self.fid,
+            self.metric.key: self.value,
             "interval": [interval.low, interval.high] if interval is not None and known else None,
             "why": self.why,
         }
@@ -131,52 +141,61 @@ def assessment(noise: Noise, recommended: Recommendation | None) -> list[str]:
 
 
 def noise_of(comparison: Comparison) -> Noise:
-    """The noise of a difference, from the baselines under their seeds."""
-    plain, uniform = comparison.plain, comparison.uniform
-    if plain is None or uniform is None or comparison.differing:
-        return Noise(latents=None, seeds=None, replicates=0)
-    shared = sorted(plain.values.keys() & uniform.values.keys())
-    apart = [uniform.values[seed] - plain.values[seed] for seed in shared]
-    pairs = ((uniform.fids[seed], plain.fids[seed]) for seed in shared)
+    """The noise of a difference, from the baselines under their seeds.
+
+    Of a study with one baseline it is that of its difference from the most replicated point.
+    """
+    metric, names = comparison.metric, comparison.baselines
+    one, other = comparison.baseline(names[0]), comparison.baseline(names[-1])
+    if len(names) == 1:
+        other = next((each for each in comparison.results if each.arm.baseline is None), None)
+    if one is None or other is None or comparison.differing:
+        return Noise(metric=metric, latents=None, seeds=None, replicates=0)
+    shared = sorted(one.values.keys() & other.values.keys())
+    apart = [other.values[seed] - one.values[seed] for seed in shared]
+    pairs = ((other.figures[seed], one.figures[seed]) for seed in shared)
     errors = [e for a, b in pairs if (e := a.noise_of_difference(b)) is not None]
     return Noise(
+        metric=metric,
         latents=math.sqrt(statistics.fmean(e**2 for e in errors)) if errors else None,
         seeds=statistics.stdev(apart) if len(apart) > 1 else None,
         replicates=len(apart),
-        images=plain.conditions.images,
+        images=one.conditions.conditions().get("images"),
     )
 
 
 def recommend(comparison: Comparison) -> Recommendation | None:
-    """The simplest arm that the one of lowest mean does not beat; None before a baseline has FIDs.
+    """The simplest arm that the one of the best mean does not beat; None before a baseline's.
 
-    An arm that lacks a seed's FID is left out: it must not win by its other seeds. With one seed,
-    whose noise is not known, the lowest FID is taken.
+    An arm that lacks a seed's figure is left out: it must not win by its other seeds. With one
+    seed, whose noise is not known, the best figure is taken.
     """
-    if comparison.plain is None and comparison.uniform is None:
+    metric, simplest = comparison.metric, (*comparison.baselines, None)
+    if not any(each.arm.baseline for each in comparison.results):
         return None
-    most = max(len(each.fids) for each in comparison.results)
-    whole = [each for each in comparison.results if len(each.fids) == most]
+    most = max(len(each.figures) for each in comparison.results)
+    whole = [each for each in comparison.results if len(each.figures) == most]
     reasons = [
-        f"{each.arm.name}: {len(each.fids)} of {most} seeds"
+        f"{each.arm.name}: {len(each.figures)} of {most} seeds"
         for each in comparison.results
         if each not in whole
     ]
-    best = min(whole, key=lambda each: each.mean().mean)
-    simplest_first = sorted(whole, key=lambda each: _SIMPLEST_FIRST.index(each.arm.baseline))
+    best = min(whole, key=lambda each: metric.loss(each.mean().mean))
+    simplest_first = sorted(whole, key=lambda each: simplest.index(each.arm.baseline))
     # In order, so that of equal means the best itself ends the search.
     chosen = next(each for each in simplest_first if not _is_beaten(comparison, each, best))
     for other in simplest_first:
         if (pair := comparison.against(other, best)) is not None:
             # One seed has no interval to tie in.
             how = "a tie with" if pair.tie and pair.n > 1 else "worse than"
-            reasons.append(_said(other, how, best, pair))
+            reasons.append(_said(other, how, best, pair, metric))
     if comparison.differing:
-        reasons.append("these FIDs do not compare, see above")
+        reasons.append(f"these {metric.plural} do not compare, see above")
     return Recommendation(
         arm=chosen.arm,
-        fid=chosen.mean().mean,
-        interval=comparison.against(chosen, comparison.plain),
+        metric=metric,
+        value=chosen.mean().mean,
+        interval=comparison.against(chosen, comparison.baseline(comparison.baselines[0])),
         why="; ".join(reasons) or f"{chosen.arm.name} alone is complete",
     )
 
@@ -185,9 +204,12 @@ def _is_beaten(comparison: Comparison, one: ArmResult, best: ArmResult) -> bool:
     pair = comparison.against(best, one)
     if pair is None:
         return False
-    return pair.high < 0 if pair.n > 1 else pair.mean < 0
+    # Where more is better, the best one's difference is above 0.
+    loss = comparison.metric.loss
+    least = max(loss(pair.low), loss(pair.high)) if pair.n > 1 else loss(pair.mean)
+    return least < 0
 
 
-def _said(one: ArmResult, how: str, other: ArmResult, pair: Paired) -> str:
-    difference = difference_text(pair).removesuffix(", tie")
+def _said(one: ArmResult, how: str, other: ArmResult, pair: Paired, metric: Metric) -> str:
+    difference = difference_text(pair, metric).removesuffix(", tie")
     return f"{one.arm.name}: {how} {other.arm.name} ({difference})"

@@ -88,10 +88,10 @@ def largest_gain(study: Study) -> LargestGain | None:
     if least is None or best is None or len(trials) < FEWEST_TRIALS * len(spec.space.axes):
         return None
     now = observed(study, trials)
-    if not now.uniform:
+    if not now.baseline:
         return None
     own = point_of(spec, best.arm.params)
-    reference = now.observations[now.uniform[0]].point if own is None else own
+    reference = now.observations[now.baseline[0]].point if own is None else own
     points = [reference, *points_of(spec), *(now.observations[i].point for i in now.trials)]
     means, errors = posterior(now.observations, points).above(0)
     shift, error = (0.0, 0.0) if own is not None else _apart(comparison)
@@ -123,7 +123,7 @@ def points_of(spec: StudySpec) -> list[Point]:
         params = {
             name: each.options[int(share * len(each.options))]
             if isinstance(each, Choice)
-            else each.low + share * (each.high - each.low)
+            else each.at(share)
             for share, (name, each) in zip(place, drawn.items(), strict=True)
         }
         point = point_of(spec, params)

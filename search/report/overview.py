@@ -121,11 +121,13 @@ class Overview:
         """How far the best of a search can be trusted."""
         if self.verdict is not None:
             return self.verdict.sentence()
+        metric = self.study.spec.metric
         if self.now is not None and self.now.by_mean:
             return (
-                "not confirmed: lowest by the mean over the most seeds, its FID under one of them"
+                f"not confirmed: {metric.best} by the mean over the most seeds, its {metric.name} "
+                "under one of them"
             )
-        return "one training seed, not confirmed: the lowest of several noisy values"
+        return f"one training seed, not confirmed: the {metric.best} of several noisy values"
 
 
 def overview_of(study: Study) -> Overview:

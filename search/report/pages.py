@@ -17,7 +17,7 @@ from search.report.document import (
 )
 from search.report.overview import Overview
 from search.study.one_shot import curve_line, curve_rows
-from search.study.trial_note import conditions, sample_command
+from search.study.trial_note import sample_command
 from search.study.wording import weights_text
 
 
@@ -66,12 +66,11 @@ def _best(overview: Overview) -> list[Block]:
     """A search's best trial."""
     if overview.now is None or (best := overview.now.best) is None:
         return []
-    assert best.result.fid is not None
-    weights = (
-        f"trial {best.number}, {best.label}: w_1 .. w_K = {weights_text(best.result.weights)}"
-    )
-    lines = [weights, conditions(best.result.fid), overview.confidence()]
-    found: list[Block] = [Best(f"Best: FID {best.fid:.3f}", lines)]
+    figure, weights = best.result.figure, weights_text(best.result.weights)
+    assert figure is not None
+    title = f"trial {best.number}, {best.label}" + (f": w_1 .. w_K = {weights}" if weights else "")
+    lines = [title, figure.in_full(), overview.confidence()]
+    found: list[Block] = [Best(f"Best: {figure.metric} {best.metric.text(best.value)}", lines)]
     if command := sample_command(best.result):
         found.append(Code(command, "sh"))
     return found

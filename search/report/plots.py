@@ -13,11 +13,12 @@ import numpy as np
 from bdense.files import atomic_write
 from bdense.metrics.records import FID
 from bdense.weights.spaces import PLAIN, UNIFORM, Choice
-from search.analysis.comparison import Comparison
+from search.analysis.comparison import ArmResult, Comparison
 from search.analysis.observations import point_of
 from search.analysis.surrogate import FEWEST, Observation, posterior_means
+from search.spec.command import DEFAULTS
 from search.study.markdown import printable
-from search.study.results import Curve
+from search.study.results import Curve, Judged
 from search.study.summary import Measured, Summary
 
 if TYPE_CHECKING:
@@ -26,7 +27,11 @@ if TYPE_CHECKING:
 
 DPI = 150
 _BEST, _OTHERS = "#b2182b", ("#2166ac", "#4d9221", "#762a83")
-_BASELINES = {PLAIN: ("#333333", "-"), UNIFORM: ("#e08214", "--")}
+_BASELINES = {
+    PLAIN: ("#333333", "-"),
+    UNIFORM: ("#e08214", "--"),
+    DEFAULTS: ("#333333", "-"),
+}
 _CURVE_POINTS = 200
 # From this ratio of the worst FID to the best one on, an axis is logarithmic.
 _WIDE = 8.0
@@ -64,62 +69,64 @@ class Plot:
             self.figure().savefig(scratch, format="png", dpi=DPI)
 
 
-def fid_over(
-    trials: Sequence[Measured], now: Summary, one_shot: Curve | None = None
-) -> Plot | None:
-    """FID of complete trials over the space's first coordinate, with the surrogate's curve.
+def metric_over(
+    axis: str, trials: Sequence[Measured], now: Summary, one_shot: Curve | None = None
+) -> Plot:
+    """The metric of complete trials over a coordinate, with the surrogate's curve.
 
-    A one-shot curve over that coordinate alone is drawn too. None where the space has no
-    coordinates.
+    The curve is drawn through points that differ in nothing else. A one-shot curve over that
+    coordinate alone is drawn too.
     """
     placed = [
         (p, each) for each in trials if (p := point_of(now.spec, each.parameters)) is not None
     ]
-    if not placed:
-        return None
-    axis, *others = placed[0][0]
-    groups = {tuple(point[name] for name in others): point for point, _ in placed}
-    best = now.best
+    best, metric, space = now.best, now.spec.metric, now.spec.space
     assert best is not None
-    drawn = now.spec.space.distributions()
+    drawn = space.distributions()
     chosen = [name for name, each in drawn.items() if isinstance(each, Choice)]
+    groups = dict.fromkeys(tuple(e.parameters[name] for name in chosen) for _, e in placed)
 
     def draw(axes: "Axes") -> None:
         for name, baseline in now.baselines.items():
             colour, style = _BASELINES[name]
-            label = plain(f"{baseline.label} {baseline.fid:.3f}")
-            axes.axhline(baseline.fid, color=colour, linestyle=style, linewidth=1.2, label=label)
-        for number, (group, example) in enumerate(groups.items()):
+            label = plain(f"{baseline.label} {metric.text(baseline.value)}")
+            axes.axhline(baseline.value, color=colour, linestyle=style, linewidth=1.2, label=label)
+        for number, group in enumerate(groups):
             colour = _OTHERS[number % len(_OTHERS)]
-            own = [(p, e) for p, e in placed if tuple(p[name] for name in others) == group]
-            words = [str(own[0][1].parameters[name]) for name in chosen]
-            x, y = [point[axis] for point, _ in own], [each.fid for _, each in own]
-            axes.plot(x, y, "o", color=colour, label=plain(", ".join(["B-DENSE", *words])))
+            own = [
+                (p, e) for p, e in placed if tuple(e.parameters[name] for name in chosen) == group
+            ]
+            name = "trials" if now.spec.is_command else "B-DENSE"
+            x, y = [point[axis] for point, _ in own], [each.value for _, each in own]
+            axes.plot(x, y, "o", color=colour, label=plain(", ".join([name, *map(str, group)])))
             # Over the latents; a training under another seed differs by more.
             errors = [(e.result.fid.noise if e.result.fid else None) or 0.0 for _, e in own]
             axes.errorbar(x, y, errors, fmt="none", elinewidth=0.8, ecolor=colour, zorder=1)
-            if len(placed) >= FEWEST and min(x) < max(x):
+            example = own[0][0]
+            elsewhere = {tuple(v for name, v in p.items() if name != axis) for p, _ in own}
+            if len(placed) >= FEWEST and min(x) < max(x) and len(elsewhere) == 1:
                 curve = np.linspace(min(x), max(x), _CURVE_POINTS)
                 asked = [{**example, axis: float(at)} for at in curve]
-                measured = [Observation(point=p, value=e.fid, group="search") for p, e in placed]
+                measured = [Observation(point=p, value=e.value, group="search") for p, e in placed]
                 axes.plot(curve, posterior_means(measured, asked), color=colour, linewidth=1.0)
         if one_shot is not None and one_shot.axes == [axis]:
             told = sorted((each.coordinates[0], each.fid) for each in one_shot.points)
             label = plain(f"one student, told {axis}")
             axes.plot(*zip(*told, strict=True), "x:", color="#777777", label=label)
         place = next(point[axis] for point, each in placed if each.number == best.number)
-        axes.plot(place, best.fid, "o", color=_BEST, label=f"best: trial {best.number}")
-        fids = [each.fid for each in trials]
-        if min(fids) > 0 and max(fids) / min(fids) > _WIDE:
+        axes.plot(place, best.value, "o", color=_BEST, label=f"best: trial {best.number}")
+        values = [each.value for each in trials]
+        if min(values) > 0 and max(values) / min(values) > _WIDE:
             axes.set_yscale("log")
         axes.set_xlabel(axis)
-        axes.set_ylabel(_fid(best.result.fid))
+        axes.set_ylabel(_of_images(best.result.figure))
 
-    return Plot(f"fid-over-{axis}", f"FID over {axis}", draw)
+    key = f"{metric.name.lower()}-over-{axis.replace(' ', '-')}"
+    return Plot(key, f"{metric.name} over {axis}", draw)
 
 
-def fid_of_arms(comparison: Comparison, key: str) -> Plot:
-    """FID of each arm under each seed, with its mean and standard error."""
+def metric_of_arms(comparison: Comparison, key: str) -> Plot:
+    """The metric of each arm under each seed, with its mean and standard error."""
     results = comparison.results
 
     def draw(axes: "Axes") -> None:
@@ -137,9 +144,10 @@ def fid_of_arms(comparison: Comparison, key: str) -> Plot:
                 label=mean,
             )
         axes.set_xticks(range(len(results)), [plain(result.arm.name) for result in results])
-        axes.set_ylabel(_fid(results[0].conditions))
+        axes.set_ylabel(_of_images(results[0].conditions))
 
-    return Plot(key, f"FID of each arm{comparison.title and ', '}{comparison.title}", draw)
+    of = f"of each arm{comparison.title and ', '}{comparison.title}"
+    return Plot(key, f"{comparison.metric.name} {of}", draw)
 
 
 def fid_over_nfe(stages: Sequence[Comparison], teacher: FID | None, title: str) -> Plot:
@@ -152,7 +160,7 @@ def fid_over_nfe(stages: Sequence[Comparison], teacher: FID | None, title: str) 
             other = (_OTHERS[number % len(_OTHERS)], "-")
             colour, style = _BASELINES.get(arm.baseline or "", other)
             axes.errorbar(
-                [result.conditions.nfe for result in own],
+                [_nfe(result) for result in own],
                 [each.mean for each in found],
                 yerr=[each.standard_error or 0.0 for each in found],
                 marker="o",
@@ -162,14 +170,14 @@ def fid_over_nfe(stages: Sequence[Comparison], teacher: FID | None, title: str) 
                 linestyle=style,
                 label=plain(arm.name if arm.baseline else f"B-DENSE, {arm.name}"),
             )
-        places = [stage.results[0].conditions.nfe for stage in stages]
+        places = [_nfe(stage.results[0]) for stage in stages]
         if teacher is not None:
             places.append(teacher.nfe)
             axes.plot(teacher.nfe, teacher.value, "o", color="black", label="teacher")
         axes.set_xscale("log", base=2)
         axes.set_xticks(places, [str(place) for place in places])
         axes.set_xlabel("network evaluations (NFE)")
-        axes.set_ylabel(_fid(stages[0].results[0].conditions))
+        axes.set_ylabel(_of_images(stages[0].results[0].conditions))
 
     return Plot("fid", title, draw)
 
@@ -184,12 +192,11 @@ def study_plots(
 ) -> list[Plot]:
     """The plots of a search, or of given arms (``now`` is None); see ``Overview``."""
     if now is not None:
-        plot = fid_over(trials, now, one_shot) if trials else None
-        return [plot] if plot is not None else []
+        return [metric_over(axis, trials, now, one_shot) for axis in _axes(now)] if trials else []
     stages = [each for each in comparisons if each.variant == comparisons[0].variant]
     if len({each.stage for each in stages}) > 1:
         return [fid_over_nfe(stages, teacher, title)]
-    return [fid_of_arms(each, f"arms-{index}") for index, each in enumerate(comparisons)]
+    return [metric_of_arms(each, f"arms-{index}") for index, each in enumerate(comparisons)]
 
 
 def plain(text: str) -> str:
@@ -200,6 +207,18 @@ def plain(text: str) -> str:
     return short.replace("$", r"\$").removeprefix("_")
 
 
-def _fid(fid: FID | None) -> str:
-    assert fid is not None  # of complete rows
-    return f"FID, {fid.images} images"
+def _axes(now: Summary) -> Sequence[str]:
+    """The coordinates that plots are drawn over: of branch weights the first alone."""
+    axes = now.spec.space.axes
+    return axes if now.spec.is_command else axes[:1]
+
+
+def _nfe(result: ArmResult) -> int:
+    return int(result.conditions.conditions()["nfe"])
+
+
+def _of_images(figure: Judged | None) -> str:
+    """A figure's name on an axis, with its number of images, which moves a FID."""
+    assert figure is not None  # of complete rows
+    images = figure.conditions().get("images")
+    return plain(figure.metric) if images is None else f"{figure.metric}, {images} images"

@@ -15,12 +15,14 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 from sqlalchemy.exc import SQLAlchemyError
 
+from search.spec.study import FID_METRIC
 from search.storage.leases import LEASE, RELEASED, STATE, TRIALS, database_clock
 from search.storage.queries import read_trials, trials_in
 from search.storage.schema import has_tables
 from search.storage.studies import read_studies
 from search.study.arms import Arm, ArmRow
-from search.study.study import ARMS, BASELINES_SUFFIX
+from search.study.catalogue import metric_of
+from search.study.study import ARMS, BASELINES_SUFFIX, SPEC
 
 PATH = "/metrics"
 STATES = ("complete", "pruned", "failed", "running", "waiting")
@@ -57,7 +59,7 @@ class Studies(Collector):
         self._engine = engine
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        studies = read_studies(self._engine, (ARMS,))
+        studies = read_studies(self._engine, (ARMS, SPEC))
         with self._engine.connect() as connection:
             claimed = _claimed(connection, database_clock(self._engine))
         now = datetime.now(UTC)
@@ -65,6 +67,11 @@ class Studies(Collector):
         trials = _gauge("bdense_trials", "Trials by state.", "state")
         lowest = _gauge("bdense_best_fid", "Lowest FID of a search's complete trials.")
         baselines = _gauge("bdense_baseline_fid", "FID of a search's baselines.", "baseline")
+        best_of = _gauge("bdense_best_value", "Best metric of a search of a program's.", "metric")
+        defaults = _gauge(
+            "bdense_baseline_value", "Metric of a program's baseline.", "baseline", "metric"
+        )
+        metrics = {study.name: metric_of(study) for study in studies}
         lease = _gauge(
             "bdense_oldest_lease_seconds", "Time since the claim of the longest running trial."
         )
@@ -78,8 +85,12 @@ class Studies(Collector):
             for word in STATES:
                 trials.add_metric([name, word], getattr(study.counts, word))
             are_baselines = name.endswith(BASELINES_SUFFIX)
+            metric = metrics.get(name.removesuffix(BASELINES_SUFFIX), FID_METRIC)
             if study.best is not None and ARMS not in study.attributes and not are_baselines:
-                lowest.add_metric([name], study.best)
+                if metric == FID_METRIC:
+                    lowest.add_metric([name], study.best)
+                else:
+                    best_of.add_metric([name, metric.name], study.best)
             if are_baselines and ARMS in study.attributes:
                 arms = [Arm(**each).baseline for each in study.attributes[ARMS]]
                 complete = trials_in(TrialState.COMPLETE).where(TRIALS.c.study_id == study.key)
@@ -87,17 +98,21 @@ class Studies(Collector):
                 first: dict[int, float] = {}
                 for row in read_trials(self._engine, complete, ()):
                     first.setdefault(ArmRow.of(row.params).arm, row.value or 0.0)
-                for arm, fid in first.items():
+                for arm, value in first.items():
                     labels = [name.removesuffix(BASELINES_SUFFIX), str(arms[arm])]
-                    if arms[arm] is not None:
-                        baselines.add_metric(labels, fid)
+                    if arms[arm] is None:
+                        continue
+                    if metric == FID_METRIC:
+                        baselines.add_metric(labels, value)
+                    else:
+                        defaults.add_metric([*labels, metric.name], value)
             if study.key in claimed:
                 oldest, late = claimed[study.key]
                 lease.add_metric([name], oldest)
                 overdue.add_metric([name], late)
             if study.ended is not None:
                 since.add_metric([name], (now - study.ended).total_seconds())
-        yield from (planned, trials, lowest, baselines, lease, overdue, since)
+        yield from (planned, trials, lowest, baselines, best_of, defaults, lease, overdue, since)
 
 
 def _gauge(name: str, help_: str, *labels: str) -> GaugeMetricFamily:

@@ -81,16 +81,18 @@ def _trial_rows(trials: Sequence[Measured]) -> list[tuple[str, ...]]:
     names = list(trials[0].parameters)
     timed = [name for name in TIMINGS if any(name in each.result.timings for each in trials)]
     titles = [f"{TIMINGS[name]}, s" for name in timed]
-    rows: list[tuple[str, ...]] = [("trial", *names, "FID", *titles, "w_1 .. w_K")]
-    for trial in sorted(trials, key=lambda each: each.fid):
+    metric, has_weights = trials[0].metric, any(each.result.weights for each in trials)
+    last = ("w_1 .. w_K",) if has_weights else ()
+    rows: list[tuple[str, ...]] = [("trial", *names, metric.name, *titles, *last)]
+    for trial in sorted(trials, key=lambda each: metric.loss(each.value)):
         seconds = (trial.result.timings.get(name) for name in timed)
         rows.append(
             (
                 str(trial.number),
                 *(cell(trial.parameters[name]) for name in names),
-                f"{trial.fid:.3f}",
+                metric.text(trial.value),
                 *("-" if each is None else f"{each:.1f}" for each in seconds),
-                weights_text(trial.result.weights),
+                *((weights_text(trial.result.weights),) if last else ()),
             )
         )
     return rows

@@ -60,7 +60,7 @@ def run_rows(study: Study, workers: int | None) -> None:
         copy_baselines(study)
     for line in study.main.differing_versions():
         say(
-            f"{line}; small differences in FID may come from that alone (bdense-search doctor "
+            f"{line}; small differences may come from that alone (bdense-search doctor "
             f"{study.name})"
         )
     showing.finish()
@@ -70,11 +70,16 @@ def _next(study: Study, source: str) -> list[str]:
     """Commands for a finished study."""
     lines = ["see it in the browser:   bdense-search dashboard"]
     if not study.is_search:
+        if study.spec.is_command:
+            return lines
         return [*lines, f"write a model folder:    bdense-search export {study.name} DIR"]
     best = overview_of(study).now
     if best is not None and best.best is not None:
         result = best.best.result
-        lines.append(f"draw images with it:     {sample_command(result)}")
+        if command := sample_command(result):
+            lines.append(f"draw images with it:     {command}")
+        else:
+            lines.append(f"confirm it:              bdense-search confirm {study.name}")
         if result.weights_plot is not None:
             lines.append(f"its weights over time:   {named_file(result.weights_plot)}")
     more = 2 * study.counts().planned

@@ -52,10 +52,11 @@ def snapshot_of(study: Study) -> Snapshot:
         text += f", {main.failed} failed"
     if study.is_search:
         now = summary_of(study)
+        metric = now.spec.metric
         if now.best is not None:
-            text += f", best FID {now.best.fid:.3f} ({now.best.label})"
-        elif now.plain is not None:
-            text += f", {now.plain.label} {now.plain.fid:.3f}"
+            text += f", best {metric.name} {metric.text(now.best.value)} ({now.best.label})"
+        elif (reference := now.reference) is not None:
+            text += f", {reference.label} {metric.text(reference.value)}"
     return Snapshot(
         text=text,
         ended=sum(each.ended for each in counts),

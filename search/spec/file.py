@@ -18,6 +18,7 @@ from bdense.data.names import split_fit, split_format
 from bdense.errors import InputError
 from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
 from search.errors import SpecError
+from search.spec.command import command_variant, resolve_command
 from search.spec.legacy import translated
 from search.spec.study import StudySpec, flatten, spelt_plan
 
@@ -61,8 +62,6 @@ def apart(call: Callable[[], T]) -> T:
 
 
 def _resolved(path: Path, changes: dict[str, Any]) -> StudySpec:
-    from search.spec.resolve import resolve
-
     tree = read_tree(path)
     try:
         try:
@@ -74,7 +73,7 @@ def _resolved(path: Path, changes: dict[str, Any]) -> StudySpec:
         spec = parse(_merged(tree, changes), source=str(path))
         if hint:
             sys.stderr.write(f"bdense-search: {path}: {hint}\n")
-        return resolve(spec, source=str(path))
+        return resolved(spec, source=str(path))
     except SpecError as error:
         raise SpecError(_with_lines(str(error), path, changes)) from error
 
@@ -112,10 +111,29 @@ def key_places(node: yaml.Node | None, prefix: str = "") -> dict[str, str]:
     return found
 
 
-def _require_variants(spec: StudySpec, variants: Sequence[dict[str, Any]]) -> None:
-    from search.spec.resolve import variant
+def resolved(spec: StudySpec, source: str) -> StudySpec:
+    """A parsed spec with its method's defaults and its facts, all checked.
 
+    Raises:
+        SpecError: A setting is wrong. ``source`` is named in front.
+    """
+    if spec.is_command:
+        try:
+            return resolve_command(spec)
+        except InputError as error:
+            raise SpecError(f"{source}: {error}") from error
+    from search.spec.resolve import resolve
+
+    return resolve(spec, source)
+
+
+def _require_variants(spec: StudySpec, variants: Sequence[dict[str, Any]]) -> None:
     for changes in variants:
+        if spec.is_command:
+            command_variant(spec, changes)
+            continue
+        from search.spec.resolve import variant
+
         variant(spec, changes)
 
 
@@ -269,6 +287,10 @@ def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
     method = spec.method
     if isinstance(table := method.options.get("epd_table"), str):
         method = method.with_options({"epd_table": absolute("method.epd_table", table)})
+    if spec.is_command:
+        # Also of the study's own folder: workers are started elsewhere.
+        folder = str((base / Path(spec.program.folder or "").expanduser()).resolve())
+        method = method.with_options({"folder": folder})
     resources = dataclasses.replace(
         spec.resources, log=tuple(_absolute_log(each, base) for each in spec.resources.log)
     )

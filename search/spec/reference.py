@@ -3,6 +3,7 @@
 from bdense.knobs import Knobs, knobs_of, reference
 from bdense.methods import METHODS
 from bdense.weights import WEIGHT_SPACES
+from search.spec.command import CommandConfig, NamedWeight
 from search.spec.study import (
     ArmsPlan,
     ConfirmSpec,
@@ -41,6 +42,14 @@ def page() -> str:
             _first_line(method),
             _table(method.Config),
         ]
+    parts += [
+        "## `method: {name: command, ...}`\n",
+        f"{_first_line(CommandConfig)}\nSee [any-trainer.md](any-trainer.md).\n",
+        _table(CommandConfig),
+        "## `weights: {NAME: {...}, ...}` of method command\n",
+        _first_line(NamedWeight),
+        _table(NamedWeight),
+    ]
     for name in WEIGHT_SPACES:
         space = WEIGHT_SPACES[name]
         parts += [f"## `weights: {{name: {name}, ...}}`\n", _first_line(space), _table(space)]

@@ -216,7 +216,7 @@ _HIDDEN = (
 def _check_weights(spec: StudySpec) -> None:
     if not spec.is_search:
         return
-    space = spec.space
+    space = spec.weight_space
     space.check(spec.resolved.num_branches)
     if spec.resources.compile and space.needs_gradients:
         raise InputError(f"weights: {_HIDDEN}")
@@ -303,7 +303,7 @@ def _check_one_shot(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[st
     method = METHODS[spec.method.name]()
     config = method.Config.read(spec.method.options)
     try:
-        coordinates = Coordinates.of(spec.space, spec.resolved.num_branches)
+        coordinates = Coordinates.of(spec.weight_space, spec.resolved.num_branches)
         OneShot(method, coordinates).check(config.told(1.0), teacher, known)
     except InputError as error:
         raise InputError(f"plan.one_shot: {error}") from error

@@ -20,7 +20,7 @@ def search_space(spec: StudySpec) -> dict[str, BaseDistribution]:
     return {
         name: CategoricalDistribution(each.options)
         if isinstance(each, Choice)
-        else FloatDistribution(each.low, each.high)
+        else FloatDistribution(each.low, each.high, log=each.log)
         for name, each in spec.space.distributions().items()
     }
 

@@ -20,9 +20,18 @@ from bdense.files import sha256_file, sha256_model
 from bdense.knobs import KnobError, Knobs, knob, knob_of, knobs_of
 from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
 from bdense.training.teacher_knobs import TeacherKnobs, TeacherRecipe
-from bdense.weights import WEIGHT_SPACES
-from bdense.weights.spaces import WeightSpace
+from bdense.weights import WEIGHT_SPACES, space_of
+from bdense.weights.spaces import PLAIN, UNIFORM, SearchSpace, WeightSpace
 from search.errors import SpecError
+from search.spec.command import (
+    COMMAND,
+    DEFAULTS,
+    NOT_FOR_PROGRAMS,
+    CommandConfig,
+    NamedSpace,
+    command_contents,
+    refuse_foreign,
+)
 
 _SEEDS: dict[str, Any] = {"low": 0, "below": 2**31}
 
@@ -94,11 +103,70 @@ class TeacherSpec(Knobs):
     def __post_init__(self) -> None:
         Knobs.__post_init__(self)
         given = [name for name in ("checkpoint", "train", "recipe") if getattr(self, name)]
-        if len(given) != 1:
+        if len(given) > 1:
             raise InputError(
                 "give one of checkpoint: FILE, train: {...} and recipe: NAME, got "
-                f"{' and '.join(given) or 'none of them'}"
+                f"{' and '.join(given)}"
             )
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is one, as every method but ``command`` needs."""
+        return any(getattr(self, name) is not None for name in knobs_of(type(self)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """What a study's trials are judged by.
+
+    Attributes:
+        name: In texts and on axes.
+        key: In JSON.
+        maximise: Whether more is better.
+    """
+
+    name: str = "FID"
+    key: str = "fid"
+    maximise: bool = False
+
+    @classmethod
+    def of(cls, method: Mapping[str, Any]) -> Self:
+        """Of a resolved method, its name among its settings."""
+        if method.get("name") != COMMAND:
+            return cls()
+        maximise = method.get("direction") == "maximise"
+        return cls(name=str(method.get("metric")), key="value", maximise=maximise)
+
+    def loss(self, value: float) -> float:
+        """The value, or its negative, so that lower is better."""
+        return -value if self.maximise else value
+
+    @property
+    def form(self) -> str:
+        """Format of a value for people: a program's may be of any size."""
+        return ".3f" if self.key == "fid" else ".4g"
+
+    @property
+    def form_of_difference(self) -> str:
+        """The same of a difference of two."""
+        return "+.2f" if self.key == "fid" else "+.3g"
+
+    def text(self, value: float) -> str:
+        """A value for people."""
+        return f"{value:{self.form}}"
+
+    @property
+    def best(self) -> str:
+        """What the best of several values is, in a word."""
+        return "highest" if self.maximise else "lowest"
+
+    @property
+    def plural(self) -> str:
+        """Several of its values."""
+        return f"{self.name}s" if self.key == "fid" else f"values of {self.name}"
+
+
+FID_METRIC = Metric()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,7 +366,8 @@ class ArmsPlan(Knobs):
     arms: tuple[str | dict[str, Any], ...] = knob(
         ("plain", "uniform"),
         "plain, uniform, a mapping of weight parameters (a, b; rule, strength), or {winner_of: "
-        "STUDY}, another study's confirmed winner",
+        "STUDY}, another study's confirmed winner; of method command defaults, or a mapping of "
+        "all its weights",
     )
     seeds: tuple[int, ...] = knob((0, 1, 2), "training seeds, the same for all arms", **_SEEDS)
     variants: tuple[dict[str, Any], ...] = knob(
@@ -314,9 +383,6 @@ class ArmsPlan(Knobs):
         Knobs.__post_init__(self)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise KnobError("seeds", f"{list(self.seeds)} must name one seed or more, each once")
-        for arm in self.arms:
-            if isinstance(arm, str) and arm not in ("plain", "uniform"):
-                raise KnobError("arms", f"must be plain, uniform or a mapping, got {arm!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -394,9 +460,16 @@ class StudySpec(Knobs):
         "text file with a prompt in each line, of a text-conditional teacher: each is as likely "
         "in every batch",
     )
-    teacher: TeacherSpec = knob(help="whose steps are distilled")
-    method: Member = knob(help="a distillation method's name and its settings")
-    weights: Member = knob(Member("normalised"), "a weight space's name and its settings")
+    teacher: TeacherSpec = knob(
+        TeacherSpec(), "whose steps are distilled; must be given, but for method command"
+    )
+    method: Member = knob(
+        help="a distillation method's name and its settings, or command and a program of yours"
+    )
+    weights: Member = knob(
+        Member("normalised"),
+        "a weight space's name and its settings; of method command each weight by its name",
+    )
     plan: SearchPlan | ArmsPlan = knob(
         help="a search (trials, ..., or the word one-shot) or given arms (arms, ...)"
     )
@@ -419,6 +492,21 @@ class StudySpec(Knobs):
             raise KnobError(
                 "name",
                 f"{self.name!r} is a folder under the runs that all studies share; choose another",
+            )
+        known = self.baselines
+        for arm in () if self.is_search else self.given.arms:
+            if isinstance(arm, str) and arm not in known:
+                raise KnobError(
+                    "plan.arms", f"must be {', '.join(known)} or a mapping, got {arm!r}"
+                )
+        if self.is_command:
+            _ = self.program  # refuses its settings
+            refuse_foreign(self)
+        elif not self.teacher.is_given:
+            raise KnobError(
+                "teacher",
+                "is missing: give one of checkpoint: FILE, train: {...} and recipe: NAME, got "
+                "none of them",
             )
 
     @classmethod
@@ -445,11 +533,80 @@ class StudySpec(Knobs):
     def as_dict(self) -> dict[str, Any]:
         """Plain values, which ``read`` accepts."""
         plain: dict[str, Any] = as_plain(self)
+        if self.is_command:
+            for name in NOT_FOR_PROGRAMS:
+                del plain[name]
         return plain
 
     @property
-    def space(self) -> WeightSpace:
+    def is_command(self) -> bool:
+        """Whether trials are runs of a program of the user's, and nothing is distilled."""
+        return self.method.name == COMMAND
+
+    @property
+    def program(self) -> CommandConfig:
+        """The program of method ``command``."""
+        return CommandConfig.read(self.method.options, "method")
+
+    @property
+    def metric(self) -> Metric:
+        """What rows are judged by."""
+        return Metric.of({"name": COMMAND, **self.program.as_dict()} if self.is_command else {})
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """Names of the baselines, the simplest first; each has an arm."""
+        return (DEFAULTS,) if self.is_command else (PLAIN, UNIFORM)
+
+    @property
+    def space(self) -> SearchSpace:
         """Where weights are searched, read from ``weights``."""
+        return self.named_space if self.is_command else self.weight_space
+
+    @property
+    def named_space(self) -> NamedSpace:
+        """The weights of method ``command``.
+
+        Raises:
+            KnobError: ``weights`` are branch weights, or are not of this form.
+        """
+        if self.weights.name != NamedSpace.name:
+            raise KnobError(
+                "weights",
+                f"must be the weights of the program by their names, got {self.weights}; give "
+                "{NAME: {low: ..., high: ..., default: ...}}",
+            )
+        return NamedSpace.read(self.weights.options)
+
+    def space_of(self, params: Mapping[str, Any]) -> SearchSpace:
+        """The space of an arm's parameters, which another study may have found.
+
+        Raises:
+            InputError: No space has them.
+        """
+        return self.named_space if self.is_command else space_of(params)
+
+    def require_fitting(self, params: Mapping[str, Any]) -> None:
+        """Raise an ``InputError`` for an arm's parameters that this study has no use for."""
+        if self.is_command:
+            self.named_space.require_fitting(params)
+            return
+        facts = self.resolved
+        space_of(params).require_fitting(params, facts.num_branches, facts.num_intervals)
+
+    @property
+    def weight_space(self) -> WeightSpace:
+        """The space of branch weights of a distillation.
+
+        Raises:
+            InputError: There is no such space, or it refuses a setting.
+        """
+        if self.weights.name == NamedSpace.name:
+            raise KnobError(
+                "weights",
+                f"must be a mapping with a name and its settings, got {self.weights.options!r}; "
+                "only method command has weights by names of your own",
+            )
         member: WeightSpace = WEIGHT_SPACES[self.weights.name].read(
             self.weights.options, "weights"
         )
@@ -467,6 +624,14 @@ class StudySpec(Knobs):
         """Training seeds of a search's baselines, that of the trials first."""
         first = self.seeds.training
         return [(first + index) % 2**31 for index in range(self.search.replicates)]
+
+    @property
+    def planned_rows(self) -> int:
+        """Trials of a search with its baselines, or given arms under all seeds and variants."""
+        if self.is_search:
+            return self.search.trials + len(self.baselines) * self.search.replicates
+        given = self.given
+        return len(given.arms) * len(given.seeds) * len(given.variants)
 
     @property
     def search(self) -> SearchPlan:
@@ -503,6 +668,10 @@ class StudySpec(Knobs):
         Trial count, bounds, sampler, pruner, mode of trajectories and resources may change, except
         the number of GPUs that share a batch. ``contents`` of None reads the files.
         """
+        if contents is None:
+            contents = self.contents()
+        if self.is_command:
+            return {**flatten(self._command_conditions()), **contents}
         kept: dict[str, Any] = {
             "numerics": NUMERICS,
             "evaluation": {
@@ -532,7 +701,17 @@ class StudySpec(Knobs):
             kept["trajectories"] = {"dtype": self.trajectories.dtype}
         if self.resources.team > 1:
             kept["resources"] = {"gpus": self.resources.team}
-        return {**flatten(kept), **(self.contents() if contents is None else contents)}
+        return {**flatten(kept), **contents}
+
+    def _command_conditions(self) -> dict[str, Any]:
+        """What decides the metric of a program, beside its files."""
+        kept: dict[str, Any] = {"method": self.program.identity()}
+        if self.is_search:
+            seeds = {"training": self.seeds.training, "evaluation": self.seeds.evaluation}
+            kept |= {"weights": self.space.identity(), "seeds": seeds}
+        else:
+            kept["latents"] = "fresh" if self.fresh_latents else self.seeds.evaluation
+        return kept
 
     def fingerprint(self) -> str:
         """16 hex digits over ``conditions``."""
@@ -543,6 +722,8 @@ class StudySpec(Knobs):
 
         Files are identified by their digest, published ones by their name.
         """
+        if self.is_command:
+            return command_contents(self.program)
         kind, _, file = self.evaluation.extractor.partition(":")
         extractor = f"{kind}:{sha256_file(Path(file))}" if file else self.evaluation.extractor
         found = {"evaluation.extractor": extractor}
@@ -585,6 +766,8 @@ def as_plain(value: Any) -> Any:  # noqa: ANN401  any part of a spec
 
 def _section(name: str, given: Any) -> Any:  # noqa: ANN401  as YAML has it
     """``method``, ``weights`` and ``plan`` as their classes; other sections as given."""
+    if name == "weights" and isinstance(given, Mapping) and "name" not in given:
+        return Member(NamedSpace.name, dict(given))
     if name in ("method", "weights"):
         return Member.of(given, name)
     if name == "plan":

@@ -115,6 +115,7 @@ class Ledger(LedgerReader):
         budget: int | None,
         ttl: float | None = None,
         max_attempts: int | None = None,
+        maximise: bool = False,
     ) -> Self:
         """Open a study, creating it and its tables if a budget is given.
 
@@ -124,6 +125,7 @@ class Ledger(LedgerReader):
             budget: Trials to run in all, shared by all launchers.
             ttl: Seconds that a lease lasts without renewal, at first 60.
             max_attempts: Starts of a trial before it counts as poisoned, at first 3.
+            maximise: Whether higher values are better, of a study that is created.
 
         A setting of None keeps the stored value; another one replaces it, and the study's
         attribute ``changes`` records that.
@@ -136,7 +138,9 @@ class Ledger(LedgerReader):
             require_file(url, study_name)
         storage = open_tables(url)
         given = {"budget": budget, "ttl": ttl, "max_attempts": max_attempts}
-        return cls._of(storage, retrying(partial(open_study, storage, study_name, given)))
+        return cls._of(
+            storage, retrying(partial(open_study, storage, study_name, given, maximise=maximise))
+        )
 
     def record_change(self, key: str, old: JSON, new: JSON) -> None:
         """Append a changed setting to the study's attribute ``changes``."""
@@ -279,7 +283,7 @@ class Ledger(LedgerReader):
         return Holding(self._leases, claim, self.study.study_name, self.launch)
 
     def complete(self, claim: Claim, value: float, attrs: Mapping[str, JSON]) -> None:
-        """Finish with a value; lower is better, and one that is not finite fails as diverged.
+        """Finish with a value; one that is not finite fails as diverged.
 
         Raises:
             LeaseLostError: Another worker took the trial over; nothing was stored.

@@ -16,6 +16,7 @@ import optuna
 import sqlalchemy as sa
 from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.storages import RDBStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from search.storage.engine import open_reading, retrying
@@ -47,10 +48,9 @@ NOT_COUNTED = "not counted"
 # Values without a number in SQL; PostgreSQL has a type for their kind.
 _INFINITE = {"INF_POS": math.inf, "INF_NEG": -math.inf}
 KIND_OF_VALUE = sa.cast(VALUES.c.value_type, sa.String)
-_BEST_FIRST = (
+_LOWEST_FIRST = (
     sa.case((KIND_OF_VALUE == "INF_NEG", -1), (KIND_OF_VALUE == "INF_POS", 1), else_=0),
     VALUES.c.value,
-    TRIALS.c.number,
 )
 _ENDED = [state.name for state in TrialState if state.is_finished()]
 
@@ -117,6 +117,12 @@ class LedgerReader:
         self.ttl = float(attributes.get("ttl", DEFAULT_TTL_SECONDS))
         self._leases = Leases(storage.engine, study._study_id, self.ttl)
         self._mine = TRIALS.c.study_id == study._study_id
+        maximises = retrying(lambda: study.direction) is StudyDirection.MAXIMIZE
+        lowest = _LOWEST_FIRST
+        self._best_first = (
+            *(sa.desc(each) if maximises else each for each in lowest),
+            TRIALS.c.number,
+        )
 
     @classmethod
     def open_reading(cls, url: str, study_name: str) -> Self:
@@ -224,7 +230,7 @@ class LedgerReader:
 
     def ranked_after(self, rank: int, most: int, also: int) -> list[int]:
         """Complete trials after the ``rank`` best, best first: at most ``most``, and ``also``."""
-        place = sa.func.row_number().over(order_by=_BEST_FIRST).label("place")
+        place = sa.func.row_number().over(order_by=self._best_first).label("place")
         ranked = self._complete().add_columns(place).subquery()
         wanted = sa.or_(ranked.c.place <= rank + most, ranked.c.number == also)
         query = sa.select(ranked.c.number).where(ranked.c.place > rank, wanted)
@@ -236,8 +242,8 @@ class LedgerReader:
         return self._numbers(ended)
 
     def best(self) -> StoredTrial | None:
-        """The complete trial of lowest value, the first of equal ones; None without any."""
-        found = self._read(self._complete().order_by(*_BEST_FIRST).limit(1))
+        """The complete trial of the best value, the first of equal ones; None without any."""
+        found = self._read(self._complete().order_by(*self._best_first).limit(1))
         return found[0] if found else None
 
     def differing_versions(self) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TypeAlias
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from search.errors import UnknownStudyError
@@ -66,7 +67,11 @@ class OwnStudy(optuna.Study):
 
 
 def open_study(
-    storage: RDBStorage, name: str, given: Mapping[str, int | float | None]
+    storage: RDBStorage,
+    name: str,
+    given: Mapping[str, int | float | None],
+    *,
+    maximise: bool = False,
 ) -> optuna.Study:
     """The study of that name with these settings; created if a budget is given.
 
@@ -74,6 +79,7 @@ def open_study(
         storage: Its database.
         name: Its name.
         given: ``budget``, ``ttl`` and ``max_attempts``; None keeps the stored value.
+        maximise: Whether higher values are better, of a study that is created.
 
     Raises:
         UnknownStudyError: No budget was given and there is no such study of ours.
@@ -85,7 +91,8 @@ def open_study(
             try:
                 study = OwnStudy(name, storage)
             except KeyError:
-                optuna.create_study(study_name=name, storage=storage, direction="minimize")
+                way = StudyDirection.MAXIMIZE if maximise else StudyDirection.MINIMIZE
+                optuna.create_study(study_name=name, storage=storage, direction=way)
                 study = OwnStudy(name, storage)
         _store(study, given)
     return study

@@ -14,6 +14,9 @@ from search.storage.leases import FOREIGN, LEFT_OUT, STATE, STUDIES, STUDY_ATTRI
 from search.storage.queries import KIND_OF_VALUE, VALUES, Counts
 from search.storage.schema import has_tables
 
+# Optuna's own table; PostgreSQL has a type for its directions.
+_DIRECTIONS = sa.table("study_directions", *map(sa.column, ("study_id", "direction")))
+_DIRECTION = sa.cast(_DIRECTIONS.c.direction, sa.String)
 _BUDGET = "budget"  # every study that bdense-search made has one
 
 
@@ -26,7 +29,8 @@ class StoredStudy:
         name: Its name.
         attributes: Those asked for, as far as the study has them.
         counts: Trials by state.
-        best: Lowest finite value of a complete trial; None without any.
+        best: Lowest finite value of a complete trial, or the highest of a study that maximises;
+            None without any.
         started: When its first trial started, in UTC; None before that.
         ended: When a trial last ended, in UTC.
         changed: When a trial last started or ended, in UTC.
@@ -106,12 +110,18 @@ def _states(connection: sa.Connection) -> dict[int, dict[str, int]]:
 
 def _best(connection: sa.Connection) -> dict[int, float]:
     rows = connection.execute(
-        sa.select(TRIALS.c.study_id, sa.func.min(VALUES.c.value).label("value"))
+        sa.select(
+            TRIALS.c.study_id,
+            sa.func.min(VALUES.c.value).label("lowest"),
+            sa.func.max(VALUES.c.value).label("highest"),
+        )
         .select_from(TRIALS.join(VALUES, VALUES.c.trial_id == TRIALS.c.trial_id))
         .where(STATE == "COMPLETE", VALUES.c.objective == 0, KIND_OF_VALUE == "FINITE", ~FOREIGN)
         .group_by(TRIALS.c.study_id)
     )
-    return {row.study_id: row.value for row in rows}
+    asked = sa.select(_DIRECTIONS.c.study_id).where(_DIRECTION == "MAXIMIZE")
+    maximised = set(connection.execute(asked).scalars())
+    return {row.study_id: row.highest if row.study_id in maximised else row.lowest for row in rows}
 
 
 def _times(connection: sa.Connection) -> dict[int, tuple[datetime | None, ...]]:

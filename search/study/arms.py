@@ -7,6 +7,7 @@ from typing import Any, Self
 from optuna.distributions import BaseDistribution, IntDistribution
 
 from bdense.weights.spaces import BASELINE, PLAIN, UNIFORM
+from search.spec.command import DEFAULTS
 from search.spec.study import ONE_SHOT_PLAN, ArmsPlan, StudySpec
 
 # The parameters of an arm that is a one-shot training, by this key.
@@ -26,8 +27,9 @@ class Arm:
 
     Attributes:
         name: For people; equal arms may have different ones.
-        params: ``baseline`` (plain or uniform), or a and b, or rule, strength and memory; or
-            ``one_shot``, the training's ``length``, the ``points`` and the ``box`` they lie in.
+        params: ``baseline`` (plain, uniform or defaults), or those of a weight space, such as a
+            and b; or ``one_shot``, the training's ``length``, the ``points`` and the ``box`` they
+            lie in.
         trial: Number of the search's trial it comes from, if any.
     """
 
@@ -37,7 +39,7 @@ class Arm:
 
     @property
     def baseline(self) -> str | None:
-        """``plain`` or ``uniform``; None for others."""
+        """``plain``, ``uniform`` or ``defaults``; None for others."""
         return self.params.get(BASELINE)
 
     def as_dict(self) -> dict[str, Any]:
@@ -55,12 +57,19 @@ def uniform_arm() -> Arm:
     return Arm(name="uniform weights", params={BASELINE: UNIFORM})
 
 
+def baseline_arms(spec: StudySpec) -> list[Arm]:
+    """The arms that a study compares with, in the order of ``StudySpec.baselines``."""
+    if spec.is_command:
+        return [Arm(name=DEFAULTS, params={BASELINE: DEFAULTS})]
+    return [plain_arm(spec), uniform_arm()]
+
+
 def one_shot_arm(spec: StudySpec) -> Arm | None:
     """A search's one-shot training; None where its plan has none."""
     asked = spec.search.one_shot
     if asked is None:
         return None
-    space = spec.space
+    space = spec.weight_space
     box = {name: [e.low, e.high] for name, e in zip(space.axes, space.box, strict=True)}
     points = asked.points or (13 if len(box) == 1 else 16 * len(box))
     params = {"length": asked.length, "points": points, "box": box}

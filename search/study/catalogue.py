@@ -1,16 +1,17 @@
-"""``list``: the studies of a storage, their kind, progress and lowest FID."""
+"""``list``: the studies of a storage, their kind, progress and best value."""
 
 import json
 from collections.abc import Sequence
 from typing import Any
 
+from search.spec.study import Metric
 from search.storage.engine import open_reading, retrying, sqlite_file
 from search.storage.studies import StoredStudy, read_studies
 from search.study.study import ARMS, BASELINES_SUFFIX, SPEC
 from search.study.summary import counts_json
 from search.study.wording import align
 
-_HEADER = ("study", "kind", "method", "complete", "failed", "running", "lowest FID", "last change")
+_HEADER = ("study", "kind", "method", "complete", "failed", "running", "best", "last change")
 
 
 def list_studies(url: str) -> list[StoredStudy]:
@@ -35,7 +36,7 @@ def studies_json(studies: Sequence[StoredStudy]) -> list[dict[str, Any]]:
             "kind": _kind(study),
             "method": _method(study),
             "trials": counts_json(study.counts),
-            "best_fid": study.best,
+            **_best(study),
             "started": study.started and study.started.isoformat(timespec="seconds"),
             "changed": study.changed and study.changed.isoformat(timespec="seconds"),
         }
@@ -57,14 +58,33 @@ def _cells(study: StoredStudy) -> tuple[str, ...]:
         f"{counts.complete}/{counts.planned}",
         str(counts.failed),
         str(counts.running),
-        "-" if study.best is None else f"{study.best:.3f}",
+        "-" if study.best is None else _best_text(study, study.best),
         "-" if study.changed is None else f"{study.changed.astimezone():%Y-%m-%d %H:%M}",
     )
+
+
+def _best_text(study: StoredStudy, best: float) -> str:
+    metric = metric_of(study)
+    return f"{metric.name} {metric.text(best)}"
 
 
 def _kind(study: StoredStudy) -> str:
     """``search``, or ``arms`` for a study of given arms."""
     return "arms" if ARMS in study.attributes else "search"
+
+
+def _best(study: StoredStudy) -> dict[str, Any]:
+    """The best value by its metric's key, for scripts."""
+    metric = metric_of(study)
+    if metric.key == "fid":
+        return {"best_fid": study.best}
+    return {"metric": metric.name, "best_value": study.best}
+
+
+def metric_of(study: StoredStudy) -> Metric:
+    """What a study's rows are judged by, of which ``SPEC`` was read."""
+    method = json.loads(study.attributes.get(SPEC, "{}")).get("method", {})
+    return Metric.of(method)
 
 
 def _method(study: StoredStudy) -> str | None:

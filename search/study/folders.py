@@ -7,6 +7,8 @@ from search.storage.engine import runs_folder
 
 # A row's pictures: samples of its student, where weights that it learned went, and its losses.
 GRID, WEIGHTS_PLOT, LOSS_PLOT = "samples.png", "weights.png", "loss.png"
+# Where a program of the user's keeps its checkpoint, and whatever else it likes.
+PROGRAM_FOLDER = "work"
 
 
 def row_folder(study_name: str, number: int) -> Path:

@@ -1,15 +1,100 @@
-"""Results of rows; the database and ``result.json`` hold them as mappings."""
+"""Results of rows; the database and ``result.json`` hold them as mappings.
+
+A row is judged by one figure: a student by its FID, a program's run by the score that it writes.
+"""
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar, Protocol, Self
 
 from bdense.metrics.records import FID, KID, PrecisionRecall
 from bdense.weights.spaces import BranchWeights
 
 # Parameters of our own weight spaces; those of others are under "parameters".
 PARAMETERS = ("a", "b", "rule", "strength", "memory")
+
+
+class Judged(Protocol):
+    """What a row is judged by: a value, and the conditions that it depends on."""
+
+    @property
+    def metric(self) -> str:
+        """Its name."""
+
+    @property
+    def value(self) -> float: ...
+
+    @property
+    def noise(self) -> float | None:
+        """Standard error of the value from the draw of the latents."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """As the row's attributes and files hold it."""
+
+    def conditions(self) -> dict[str, Any]:
+        """Everything but the value, for scripts."""
+
+    def in_short(self) -> str:
+        """The conditions that several have in common, for people."""
+
+    def in_full(self) -> str:
+        """All conditions, for people."""
+
+    def differing(self, other: Any, /) -> list[str]:  # noqa: ANN401  a figure of the same kind
+        """Conditions that keep two values from being compared."""
+
+    def noise_of_difference(self, other: Any, /) -> float | None:  # noqa: ANN401  the same
+        """Standard error of the difference of two values of the same latents."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """What a program of the user's says of its run.
+
+    Attributes:
+        value: The study's metric.
+        metric: Its name.
+        seeds: That the program was given.
+        others: Other numbers that it wrote, by name.
+    """
+
+    value: float
+    metric: str
+    seeds: dict[str, int]
+    others: dict[str, float] = field(default_factory=dict)
+
+    noise: ClassVar[None] = None
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any]) -> Self:
+        """From ``as_dict``."""
+        return cls(**stored)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As the row's attributes and files hold it."""
+        return {"value": self.value, **self.conditions()}
+
+    def conditions(self) -> dict[str, Any]:
+        """All but the value."""
+        return {"metric": self.metric, "seeds": self.seeds, "others": self.others}
+
+    def in_short(self) -> str:
+        """Whose figure it is."""
+        return "as the program wrote it"
+
+    def in_full(self) -> str:
+        """The seed, and the other numbers that the program wrote."""
+        others = [f"{name} {value:.4g}" for name, value in self.others.items()]
+        return ", ".join([f"as the program wrote it, seed {self.seeds['training']}", *others])
+
+    def differing(self, other: Self, /) -> list[str]:
+        """Nothing but the metric: the study's fingerprint holds the rest."""
+        return [] if self.metric == other.metric else ["metric"]
+
+    def noise_of_difference(self, other: Self, /) -> None:
+        """Not known of a program."""
+        return
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +184,7 @@ class WeightHistory:
 
 _MEASURED = {
     "fid": FID.read,
+    "score": Score.read,
     "teacher_fid": FID.read,
     "curve": Curve.read,
     "kid": KID.read,
@@ -111,11 +197,12 @@ class TrialResult:
     """The result of a row.
 
     Attributes:
-        value: The FID of the last stage, or the lowest of a one-shot training's curve; None where
-            the row was pruned.
+        value: The FID of the last stage, the lowest of a one-shot training's curve, or a
+            program's metric; None where the row was pruned.
         weights: w_1..w_K, of learned weights the last; a list for each interval where they differ.
         parameters: Of the weight space, such as a and b; empty for a baseline.
         fid: Of the last stage; None where the row was pruned before it.
+        score: Of a program's run.
         fids: Of each stage of a method of several, by NFE, in the order of training.
         teacher_fid: Of the teacher, where the method measures it.
         curve: Of a one-shot training, which has no ``fid`` of its own.
@@ -141,6 +228,7 @@ class TrialResult:
     weights: BranchWeights = field(default_factory=list)
     parameters: dict[str, Any] = field(default_factory=dict)
     fid: FID | None = None
+    score: Score | None = None
     fids: dict[str, FID] = field(default_factory=dict)
     teacher_fid: FID | None = None
     curve: Curve | None = None
@@ -155,6 +243,16 @@ class TrialResult:
     variant: dict[str, Any] = field(default_factory=dict)
     pruned_at: float | None = None
     reason: str | None = None
+
+    @property
+    def figure(self) -> Judged | None:
+        """What it is judged by; None where it was pruned, and of a one-shot training."""
+        return self.fid or self.score
+
+    @property
+    def key(self) -> str:
+        """What its value is called in logs: ``StudySpec.metric.key``."""
+        return "fid" if self.score is None else "value"
 
     def attrs(self) -> dict[str, Any]:
         """As the row's attributes hold it; what is empty is left out."""

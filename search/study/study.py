@@ -19,7 +19,7 @@ from search.spec.study import StudySpec, flatten
 from search.storage.engine import retrying
 from search.storage.ledger import MENDABLE, Ledger
 from search.storage.queries import Counts, StoredTrial, asked_of
-from search.study.arms import ROW_SPACE, Arm, ArmRow, Task, one_shot_arm, plain_arm, uniform_arm
+from search.study.arms import ROW_SPACE, Arm, ArmRow, Task, baseline_arms, one_shot_arm
 
 # Attributes of the Optuna study.
 SPEC, CONDITIONS, FINGERPRINT = "spec", "conditions", "fingerprint"
@@ -136,7 +136,7 @@ class Study:
         # First, as trials wait for it. What failed is tried again in new rows.
         if (one_shot := one_shot_arm(spec)) is not None:
             study.plan([one_shot], [spec.seeds.training])
-        study.plan([plain_arm(spec), uniform_arm()], spec.baseline_seeds)
+        study.plan(baseline_arms(spec), spec.baseline_seeds)
         return study
 
     @property
@@ -395,6 +395,7 @@ def _ledger(url: str, spec: StudySpec, name: str, budget: int | None) -> Ledger:
         budget=budget,
         ttl=spec.resources.lease_seconds,
         max_attempts=spec.resources.max_attempts,
+        maximise=spec.metric.maximise,
     )
 
 
@@ -410,7 +411,7 @@ def _store(ledger: Ledger, spec: StudySpec, before: StudySpec | None) -> None:
         study.set_user_attr(INTERMEDIATE, intermediate)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        study.set_metric_names(["FID"])  # in the dashboard
+        study.set_metric_names([spec.metric.name])  # in the dashboard
     study.set_user_attr(CONDITIONS, json.dumps(spec.conditions()))
     study.set_user_attr(FINGERPRINT, spec.fingerprint())
     study.set_user_attr(FORMAT, CURRENT)

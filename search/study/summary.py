@@ -6,13 +6,13 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from bdense.weights.spaces import BASELINE, PLAIN, UNIFORM
-from search.spec.study import StudySpec
+from bdense.weights.spaces import BASELINE, PLAIN
+from search.spec.study import Metric, StudySpec
 from search.storage.engine import redact, retrying
 from search.storage.leases import SURPLUS
 from search.storage.ledger import Ledger
 from search.storage.queries import Counts, StoredTrial
-from search.study.arms import ArmRow
+from search.study.arms import ArmRow, baseline_arms
 from search.study.results import TrialResult
 from search.study.study import BASELINE_RESULTS, Study
 from search.study.wording import align, counts_line, weights_text
@@ -27,14 +27,15 @@ class Measured:
     ``parameters`` are those sampled and those in the result; a given arm has none.
     """
 
+    metric: Metric
     number: int
     label: str
     result: TrialResult
     parameters: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def fid(self) -> float:
-        """Its FID."""
+    def value(self) -> float:
+        """Of the study's metric."""
         assert self.result.value is not None
         return self.result.value
 
@@ -54,27 +55,27 @@ class Measured:
         return {**self._figures(), "weights": self.result.weights, "number": self.number}
 
     def differing(self, other: "Measured") -> list[str]:
-        """Conditions that keep two FIDs from being compared."""
-        assert self.result.fid is not None
-        assert other.result.fid is not None
-        return self.result.fid.differing(other.result.fid)
+        """Conditions that keep two figures from being compared."""
+        assert self.result.figure is not None
+        assert other.result.figure is not None
+        return self.result.figure.differing(other.result.figure)
 
     def _figures(self) -> dict[str, Any]:
         result = self.result
-        assert result.fid is not None
+        assert result.figure is not None
         others = {"kid": result.kid, "prc": result.prc}
         measured = {name: each.as_dict() for name, each in others.items() if each is not None}
-        return {"fid": self.fid, **result.fid.conditions(), **measured}
+        return {self.metric.key: self.value, **result.figure.conditions(), **measured}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """One reading of a search.
 
-    ``storage`` is a URL without password, ``best`` the complete trial of lowest FID, or if
-    ``by_mean`` that of lowest mean among those of the most seeds; ``baselines`` has ``plain`` and
-    ``uniform`` where measured, and ``confirmed`` is whether the best is the winner of a
-    confirmation.
+    ``storage`` is a URL without password, ``best`` the complete trial of the best value, or if
+    ``by_mean`` that of the best mean among those of the most seeds; ``baselines`` has each of
+    ``StudySpec.baselines`` where measured, and ``confirmed`` is whether the best is the winner of
+    a confirmation.
     """
 
     study: str
@@ -87,9 +88,9 @@ class Summary:
     by_mean: bool = False
 
     @property
-    def plain(self) -> Measured | None:
-        """Plain distillation."""
-        return self.baselines.get(PLAIN)
+    def reference(self) -> Measured | None:
+        """What others are compared with: plain distillation, or the defaults of a program."""
+        return self.baselines.get(self.spec.baselines[0])
 
 
 def summary_of(study: Study) -> Summary:
@@ -117,6 +118,7 @@ def measured(spec: StudySpec, trial: StoredTrial) -> Measured:
     # memory is the whole study's.
     own = {name: value for name, value in result.parameters.items() if name != "memory"}
     return Measured(
+        metric=spec.metric,
         number=trial.number,
         label=spec.space.label(trial.params),
         result=result,
@@ -131,18 +133,19 @@ def complete_trials(study: Study) -> list[Measured]:
 
 
 def baselines_of(study: Study) -> dict[str, Measured]:
-    """The complete baselines of a search, ``plain`` and ``uniform``, of the trials' own seed."""
-    arms, seed, found = study.arms, study.spec.seeds.training, {}
+    """The complete baselines of a search by name, of the trials' own seed."""
+    spec, arms, found = study.spec, study.arms, {}
     for trial in study.complete_rows():
         row = ArmRow.of(trial.params)
         arm = arms[row.arm]
-        if arm.baseline is not None and row.seed == seed:
+        if arm.baseline is not None and row.seed == spec.seeds.training:
             found[arm.baseline] = Measured(
+                metric=spec.metric,
                 number=trial.number,
                 label=arm.name,
                 result=TrialResult.of(trial.value, trial.user_attrs),
             )
-    return {name: found[name] for name in (PLAIN, UNIFORM) if name in found}
+    return {name: found[name] for name in spec.baselines if name in found}
 
 
 def counts_json(counts: Counts) -> dict[str, int]:
@@ -184,23 +187,25 @@ def table(now: Summary) -> str:
 
 def table_rows(now: Summary) -> list[tuple[str, ...]]:
     """A header, then baselines and the best trial, as cells."""
-    space, plain, best = now.spec.space, now.plain, now.best
+    space, reference, best = now.spec.space, now.reference, now.best
     names = tuple(space.distributions() if best is None else best.parameters)
-    rows = [("", "FID", f"vs plain {now.spec.resolved.title}", *names, "w_1 .. w_K")]
-    shown = []
-    for name, each in now.baselines.items():
-        at = space.coordinates({BASELINE: name})
-        shown.append(
-            (each.label, each, {} if at is None else dict(zip(space.axes, at, strict=True)))
-        )
+    compared = f"vs {baseline_arms(now.spec)[0].name}"
+    last = () if now.spec.is_command else ("w_1 .. w_K",)
+    rows = [("", now.spec.metric.name, compared, *names, *last)]
+    shown = [
+        (each.label, each, space.shown({BASELINE: name})) for name, each in now.baselines.items()
+    ]
     if best is not None:
         shown.append(
             (f"best of {now.counts.complete} (trial {best.number})", best, best.parameters)
         )
     for title, each, parameters in shown:
         cells = [cell(parameters.get(name)) for name in names]
-        weights = "end point alone" if each is plain else weights_text(each.result.weights)
-        rows.append((title, f"{each.fid:.3f}", _gain(each, plain), *cells, weights))
+        weights = "end point alone" if each is reference else weights_text(each.result.weights)
+        own = (weights,) if last else ()
+        rows.append(
+            (title, now.spec.metric.text(each.value), _gain(each, reference), *cells, *own)
+        )
     return rows
 
 
@@ -212,27 +217,24 @@ def cell(value: object) -> str:
 
 
 def remarks(now: Summary) -> list[str]:
-    """How the table's FIDs are to be read."""
-    lines = []
+    """How the table's figures are to be read."""
+    lines, metric = [], now.spec.metric
     if now.best is not None and not now.confirmed:
         how = (
-            "has the lowest mean of the points that were trained under the most seeds; its FID "
-            "here is of one of them"
+            f"has the {metric.best} mean of the points that were trained under the most seeds; "
+            f"its {metric.name} here is of one of them"
             if now.by_mean
-            else "is the lowest of several noisy values from one training seed: best of n"
+            else f"is the {metric.best} of several noisy values from one training seed: best of n"
         )
         lines.append(f"The best {how}, not confirmed.")
     shown = [*now.baselines.values(), *([now.best] if now.best is not None else [])]
     if differing := sorted({key for each in shown for key in each.differing(shown[0])}):
         lines.append(
-            f"These FIDs were measured under different conditions ({', '.join(differing)}): no "
-            "comparison where they differ."
+            f"These {metric.plural} were measured under different conditions "
+            f"({', '.join(differing)}): no comparison where they differ."
         )
-    if shown and (fid := shown[-1].result.fid) is not None:
-        lines.append(
-            f"FID: {fid.images} images at NFE {fid.nfe}, features of {fid.extractor}, against "
-            f"{fid.reference}."
-        )
+    if shown and (figure := shown[-1].result.figure) is not None:
+        lines.append(f"{metric.name}: {figure.in_short()}.")
     return lines
 
 
@@ -278,8 +280,10 @@ def _failed(study: Study, ledger: Ledger) -> Sequence[str]:
     return lines
 
 
-def _gain(each: Measured, plain: Measured | None) -> str:
-    """Against plain distillation, in per cent, where the two can be compared."""
-    if plain is None or each.fid == plain.fid or each.differing(plain):
+def _gain(each: Measured, reference: Measured | None) -> str:
+    """Against the first baseline, in per cent, where the two can be compared."""
+    if reference is None or each.value == reference.value or each.differing(reference):
         return "-"
-    return f"{100 * (each.fid / plain.fid - 1):+.1f} %"
+    if not reference.value:
+        return "-"
+    return f"{100 * (each.value - reference.value) / abs(reference.value):+.1f} %"

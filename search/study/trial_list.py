@@ -9,6 +9,7 @@ from typing import Any
 from optuna.trial import TrialState
 
 from bdense.weights.spaces import BranchWeights, by_interval
+from search.spec.study import Metric
 from search.storage.leases import SURPLUS
 from search.storage.ledger import Ledger
 from search.study.arms import ONE_SHOT, ArmRow
@@ -34,7 +35,9 @@ class ListedRow:
         variant: Settings of the method that differ from the study's.
         weights: w_1..w_K, a list for each interval where they differ; empty where it is not
             complete.
-        fid: None where it is not complete, and of a one-shot training, which has a curve.
+        metric: What it is judged by.
+        value: Of that; None where it is not complete, and of a one-shot training, which has a
+            curve.
         seconds: Spent on it by its last worker; None where it is not complete.
         tries: Attempts that counted against it; None where it has not ended.
         reason: Why it failed or was pruned.
@@ -50,7 +53,8 @@ class ListedRow:
     seed: int
     variant: dict[str, Any]
     weights: BranchWeights
-    fid: float | None
+    metric: Metric
+    value: float | None
     seconds: float | None
     tries: int | None
     reason: str | None
@@ -59,7 +63,8 @@ class ListedRow:
 
     def as_dict(self) -> dict[str, Any]:
         """As ``trials --json`` prints it."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        values = {name: getattr(self, name) for name in self.__slots__ if name != "metric"}
+        return {self.metric.key if name == "value" else name: v for name, v in values.items()}
 
 
 def list_rows(study: Study) -> list[ListedRow]:
@@ -102,8 +107,9 @@ def _weight_cells(weights: BranchWeights, branches: int) -> dict[str, float | No
 
 def rows_table(study: Study, rows: Sequence[ListedRow]) -> list[str]:
     """A header and a line for each row."""
-    space = study.spec.space
-    cells = [("trial", "state", "FID", "seconds", "seed", "weights")]
+    spec = study.spec
+    space = spec.space
+    cells = [("trial", "state", spec.metric.name, "seconds", "seed", "weights")]
     for row in rows:
         changed = [f"{name} {value}" for name, value in row.variant.items()]
         label = ", ".join([row.arm or space.label(row.params), *changed])
@@ -111,7 +117,7 @@ def rows_table(study: Study, rows: Sequence[ListedRow]) -> list[str]:
             (
                 str(row.number) if row.study == study.name else f"baseline {row.number}",
                 row.state,
-                "-" if row.fid is None else f"{row.fid:.3f}",
+                "-" if row.value is None else row.metric.text(row.value),
                 "-" if row.seconds is None else f"{row.seconds:.0f}",
                 str(row.seed),
                 label if row.reason is None else f"{label}: {row.reason}",
@@ -122,7 +128,8 @@ def rows_table(study: Study, rows: Sequence[ListedRow]) -> list[str]:
 
 def _rows_of(study: Study, ledger: Ledger) -> Iterator[ListedRow]:
     # Read once: a study may have 10,000 rows.
-    seed, arms, variants = study.spec.seeds.training, study.arms, study.variants
+    spec, arms, variants = study.spec, study.arms, study.variants
+    metric, seed = spec.metric, spec.seeds.training
     found = [
         (trial, state)
         for state in _STATES
@@ -131,13 +138,13 @@ def _rows_of(study: Study, ledger: Ledger) -> Iterator[ListedRow]:
     ]
     for trial, state in sorted(found, key=lambda each: each[0].number):
         own: dict[str, Any] = {"arm": None, "params": trial.params, "seed": seed, "variant": {}}
-        fid = trial.value if state is TrialState.COMPLETE else None
+        value = trial.value if state is TrialState.COMPLETE else None
         if ledger is study.given:
             row = ArmRow.of(trial.params)
             arm, variant = arms[row.arm], variants[row.variant]
             own = {"arm": arm.name, "params": arm.params, "seed": row.seed, "variant": variant}
             if ONE_SHOT in arm.params:
-                own["params"], fid = {}, None
+                own["params"], value = {}, None
         stored = trial.user_attrs
         timings = stored.get("timings")
         yield ListedRow(
@@ -146,7 +153,8 @@ def _rows_of(study: Study, ledger: Ledger) -> Iterator[ListedRow]:
             number=trial.number,
             state=_NAMES.get(state, state.name.lower()),
             weights=list(stored.get("weights", [])),
-            fid=fid,
+            metric=metric,
+            value=value,
             seconds=None if timings is None else sum(timings.values()),
             tries=stored.get("tries"),
             reason=stored.get("reason"),

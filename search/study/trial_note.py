@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from bdense.errors import InputError
-from bdense.metrics.records import FID
 from bdense.weights import space_of
 from bdense.weights.spaces import by_interval
 from search.errors import LeaseLostError, StorageError
@@ -35,13 +34,14 @@ TIMINGS = {
 
 
 def trial_note(title: str, result: TrialResult, pictures: Sequence[tuple[str, str]]) -> str:
-    """A finished row: weights, FID and its conditions or why it was pruned, timings, pictures.
+    """A finished row: weights, its figure and conditions or why it was pruned, timings, pictures.
 
     ``pictures`` are pairs of file name and address.
     """
     lines = [f"## {escaped(title)}"]
-    if result.value is not None and result.fid is not None:
-        lines.append(f"**FID {result.value:.4f}** {escaped(conditions(result.fid))}")
+    if result.value is not None and (figure := result.figure) is not None:
+        value = escaped(f"{figure.metric} {result.value:.4f}")
+        lines.append(f"**{value}** {escaped(figure.in_full())}")
     elif result.reason is not None:
         at = f" at {result.pruned_at:g} of its budget" if result.pruned_at is not None else ""
         lines.append(f"**Pruned{at}**: {escaped(result.reason)}")
@@ -51,8 +51,11 @@ def trial_note(title: str, result: TrialResult, pictures: Sequence[tuple[str, st
         weights = [[f"{w:.4g}" for w in row] for row in by_interval(result.weights)]
         header = [f"w_{k}" for k in range(1, len(weights[0]) + 1)]
         lines.append(markdown_table([header, *weights]))
-    if result.parameters:
+    if result.parameters and result.weights:
         lines.append(escaped(space_of(result.parameters).label(result.parameters)))
+    elif result.parameters:
+        named = [(escaped(name), f"{value:.4g}") for name, value in result.parameters.items()]
+        lines.append(markdown_table(list(zip(*named, strict=True))))
     if result.fids:
         rows = [("NFE", "FID"), *((nfe, f"{fid.value:.3f}") for nfe, fid in result.fids.items())]
         lines.append(markdown_table(rows))
@@ -66,7 +69,7 @@ def trial_note(title: str, result: TrialResult, pictures: Sequence[tuple[str, st
 def attach_pictures(ledger: Ledger, claim: Claim, folder: Path, result: TrialResult) -> None:
     """Make a trial's pictures its artifacts and write its note, before it is finished.
 
-    A store that cannot be written to costs the pictures, never the FID.
+    A store that cannot be written to costs the pictures, never the result.
 
     Raises:
         LeaseLostError: Another worker took it over.
@@ -93,16 +96,6 @@ def attach_pictures(ledger: Ledger, claim: Claim, folder: Path, result: TrialRes
 def address(ledger: Ledger, trial_id: int, artifact_id: str) -> str:
     """Where the dashboard serves an artifact."""
     return f"/artifacts/{study_id(ledger)}/{trial_id}/{artifact_id}"
-
-
-def conditions(fid: FID) -> str:
-    """The conditions of a FID, which is never shown without them."""
-    seeds = ", ".join(f"{what} {seed}" for what, seed in fid.seeds.items())
-    return (
-        f"of {fid.images} images at NFE {fid.nfe}, features of {fid.extractor} "
-        f"({fid.extractor_sha256[:8]}), against {fid.reference_images} of {fid.reference}, "
-        f"seeds: {seeds}"
-    )
 
 
 def sample_command(result: TrialResult) -> str:
@@ -136,5 +129,5 @@ def harmless(what: str, call: Callable[[], None]) -> None:
         call()
     except (LeaseLostError, StorageError):
         raise
-    except Exception as error:  # noqa: BLE001  a picture must not cost a FID
+    except Exception as error:  # noqa: BLE001  a picture must not cost a result
         _log.warning("%s could not be stored: %s", what, one_line(error))

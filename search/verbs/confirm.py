@@ -39,7 +39,8 @@ def confirm(options: argparse.Namespace) -> None:
     print(*found.lines(), sep="\n")
     if (recommended := recommend(found.comparison)) is not None:
         print(recommended.text())
-    print(f"promote it:   bdense-search promote {study.name}")
+    if not study.spec.is_command:
+        print(f"promote it:   bdense-search promote {study.name}")
 
 
 def transfer(options: argparse.Namespace) -> None:

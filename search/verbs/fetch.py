@@ -3,7 +3,6 @@
 import argparse
 
 from bdense.knobs import from_options
-from search.run.fetching import fetch_all
 from search.spec.file import read_spec
 from search.verbs.options import FileOptions
 
@@ -11,6 +10,9 @@ from search.verbs.options import FileOptions
 def fetch(options: argparse.Namespace) -> None:
     """Download it, and name each part."""
     spec = read_spec(from_options(FileOptions, options).study)
-    for line in fetch_all(spec):
-        print(line, flush=True)
+    if not spec.is_command:  # a program sees to its own downloads
+        from search.run.fetching import fetch_all  # with torch
+
+        for line in fetch_all(spec):
+            print(line, flush=True)
     print(f"{spec.name}: everything is here")

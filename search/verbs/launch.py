@@ -10,6 +10,7 @@ from search.analysis.plans import plan_given
 from search.analysis.priors import require_priors
 from search.log import say
 from search.run.launch import launch
+from search.spec.command import budget
 from search.spec.file import as_yaml, read_spec
 from search.spec.study import StudySpec
 from search.study.study import Study
@@ -55,11 +56,17 @@ def _with_trials(spec: StudySpec, trials: int) -> StudySpec:
     return replace(spec, plan=replace(spec.search, trials=trials))
 
 
-def dry_run(spec: StudySpec, workers: int | None) -> None:
-    """Print what the study would cost, its fingerprint, and the study resolved."""
+def _cost(spec: StudySpec, workers: int | None) -> list[str]:
+    if spec.is_command:
+        return [f"rows: {spec.planned_rows}, each a run of {budget(spec.program)}"]
     from search.worker.cost import cost_lines  # with torch
 
-    for line in cost_lines(spec, workers=workers):
+    return cost_lines(spec, workers=workers)
+
+
+def dry_run(spec: StudySpec, workers: int | None) -> None:
+    """Print what the study would cost, its fingerprint, and the study resolved."""
+    for line in _cost(spec, workers):
         print(f"# {line}")
     print(f"# fingerprint {spec.fingerprint()}")
     print(as_yaml(spec), end="")

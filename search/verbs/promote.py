@@ -23,7 +23,7 @@ from search.analysis.plans import (
     seeds_of,
 )
 from search.analysis.recommendation import recommend
-from search.export import arm_row, export_trial, is_current, is_of, put_aside
+from search.export import arm_row, export_trial, is_current, is_of, put_aside, require_students
 from search.run.launch import run_rows
 from search.spec.file import read_spec, require_variants
 from search.spec.study import ArmsPlan, StudySpec
@@ -41,6 +41,7 @@ def promote(arguments: argparse.Namespace) -> None:
     """Run the promotion, print its figures and export the model."""
     workers, options = use_workers(arguments), from_options(PromoteOptions, arguments)
     study = open_search(arguments)
+    require_students(study)
     spec = _spec(options, study)
     asked = _asked(options, study, spec)
     variants = [differing(spec, each) for each in asked]

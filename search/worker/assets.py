@@ -195,6 +195,13 @@ class Assets:
         return next(self.teacher.parameters()).device
 
     @property
+    def device_name(self) -> str:
+        """The GPU, or the machine's kind and the threads of a trial."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+    @property
     def devices(self) -> list[torch.device]:
         """One for each process that shares a trial's batches."""
         if self.device.type != "cuda":

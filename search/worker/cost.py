@@ -216,13 +216,11 @@ def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
     if spec.is_search:
         plan, baselines = spec.search, 2 * spec.search.replicates
         # Both the trial of a raced point and its replicates are kept.
-        rows, kept = plan.trials + baselines, spec.keep_students + baselines + 2 * plan.race
+        kept = spec.keep_students + baselines + 2 * plan.race
         intermediate = len(spec.search.at) * (spec.search.images or images)
     else:
-        given = spec.given
-        rows = kept = len(given.arms) * len(given.seeds) * len(given.variants)
-        intermediate = 0
-    updates = sum(stage.num_updates for stage in stages)
+        kept, intermediate = spec.planned_rows, 0
+    rows, updates = spec.planned_rows, sum(stage.num_updates for stage in stages)
     drawn = len(stages) * images + intermediate
     evaluations = sum(stage.nfe for stage in stages) * images + stages[0].nfe * intermediate
     evaluations *= 1 if spec.evaluation.guidance is None else calls(spec.evaluation.guidance)

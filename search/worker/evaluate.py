@@ -28,11 +28,12 @@ from search.study.folders import WEIGHTS_PLOT, grid_name
 from search.study.progress_text import evaluating, in_stage, training
 from search.study.results import IntermediateFID, TrialResult
 from search.study.retention import CHECKPOINT, STUDENT, student_files
-from search.study.trial_log import Note, TrialLog, is_noted, shortened, unnoted
+from search.study.trial_log import Note, TrialLog, is_noted, shortened
 from search.worker.assets import Assets
+from search.worker.judge import Judge, PrunedError
 from search.worker.one_shot import trace
-from search.worker.pruning import IntermediateFIDs, Judge, PrunedError
-from search.worker.result import below_runs, provenance, read_result, take_folder, write_result
+from search.worker.pruning import IntermediateFIDs
+from search.worker.result import below_runs, once, provenance
 from search.worker.traced_weights import TracedWeights, draw_history
 
 _log = logging.getLogger(__name__)
@@ -63,15 +64,13 @@ def evaluate(
     Returns:
         The result; read from the folder if an earlier worker wrote it.
     """
-    identity = task.identity() | {"fingerprint": assets.fingerprint}
-    take_folder(folder, identity)
-    note: Note = unnoted if log is None else log.open()
-    if (done := read_result(folder, identity)) is not None:
-        return done
-    row = Row(assets.of(task), task, folder, check, report, judge, note)
     asked = task.params.get(ONE_SHOT)
-    result = row.run() if asked is None else trace(row, asked["points"])
-    write_result(folder, identity, result)
+
+    def work(note: Note) -> TrialResult:
+        row = Row(assets.of(task), task, folder, check, report, judge, note)
+        return row.run() if asked is None else trace(row, asked["points"])
+
+    result = once(folder, task, assets.fingerprint, log, work)
     if asked is not None:
         for path in student_files(folder):  # of rounds, kept to resume from
             path.unlink()
@@ -97,7 +96,7 @@ class Row:
         # A one-shot training's images have weights of their own, which these do not change.
         is_one_shot = ONE_SHOT in self.task.params
         self.params = {BASELINE: UNIFORM} if is_one_shot else self.task.params
-        self.space = space_of(self.params, spec.space if spec.is_search else None)
+        self.space = space_of(self.params, spec.weight_space if spec.is_search else None)
         self.branches = spec.resolved.num_branches
         self.stages = self.assets.method.plan(self.assets.config, self.assets.teacher)
         self.seeds = {"training": self.task.seed, "evaluation": self.task.latents}
@@ -280,7 +279,7 @@ class Row:
             arm=task.arm,
             variant=dict(task.variant),
             timings={name: round(value, 3) for name, value in self.seconds.items()},
-            **provenance(assets.fingerprint, self.seeds, assets.device),
+            **provenance(assets.fingerprint, self.seeds, assets.device_name),
             **pruned,
         )
 

@@ -90,7 +90,8 @@ def _bring(
             log("pruned", reason=result.reason)
         else:
             ledger.complete(claim, result.value, attrs)
-            log("complete", fid=result.value)
+            named: dict[str, Any] = {result.key: result.value}
+            log("complete", **named)
     except StoppedError:
         ledger.release(claim, interrupted=True)
         log("released", why="stopped")

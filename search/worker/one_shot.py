@@ -36,7 +36,7 @@ def one_shot_assets(assets: "Assets", asked: Mapping[str, Any]) -> "Assets":
     """
     spec = assets.spec
     box = tuple(Uniform(low, high) for low, high in asked["box"].values())
-    coordinates = Coordinates(spec.space, spec.resolved.num_branches, box)
+    coordinates = Coordinates(spec.weight_space, spec.resolved.num_branches, box)
     latents = derive_seed(assets.evaluator.latents, Stream.ONE_SHOT) % 2**31
     return replace(
         assets,
@@ -68,7 +68,7 @@ def trace(row: "Row", count: int) -> TrialResult:
         **provenance(
             assets.fingerprint,
             {"training": row.task.seed, "evaluation": assets.evaluator.latents},
-            assets.device,
+            assets.device_name,
         ),
     )
 

@@ -1,7 +1,7 @@
 """A trial's intermediate FIDs, and pruning by them.
 
 An intermediate FID is written to the trial's folder before the database, so that a worker that
-takes the trial over reports the same one. The pruner's decision is stored before it takes effect.
+takes the trial over reports the same one.
 """
 
 import json
@@ -20,49 +20,12 @@ from bdense.files import atomic_write
 from bdense.methods.method import Stage
 from bdense.training.loop import Evaluations
 from bdense.training.tracking import Tracking
-from search.spec.space import make_pruner
-from search.spec.study import StudySpec
-from search.storage.ledger import Claim, Ledger
-from search.storage.pruner_decisions import decision_of
 from search.study.folders import GRID
 from search.study.progress_text import measuring
 from search.study.results import IntermediateFID
 from search.study.retention import INTERMEDIATE_FILE
 from search.worker.assets import Assets
-
-
-class PrunedError(Exception):
-    """The pruner ended the trial."""
-
-
-class Judge:
-    """Stores the intermediate FIDs of a claimed row, and asks the study's pruner about a trial's.
-
-    Args:
-        spec: The study's.
-        ledger: Of the row.
-        claim: The row.
-        prunes: Whether it may be ended; a baseline or a given arm is measured to its end alone.
-    """
-
-    def __init__(self, spec: StudySpec, ledger: Ledger, claim: Claim, *, prunes: bool) -> None:
-        self.prunes = prunes
-        self._ledger = ledger
-        self._claim = claim
-        self._pruner = make_pruner(spec) if prunes else None
-
-    def __call__(self, step: int, fid: float) -> bool:
-        """Store a FID at a step, images trained on or the stage; whether to end there."""
-        claim, pruner = self._claim, self._pruner
-        self._ledger.report(claim, step, fid)
-        if pruner is None:
-            return False
-        return decision_of(
-            self._ledger.study,
-            claim.number,
-            step,
-            lambda study: pruner.prune(study, study._storage.get_trial(claim.trial_id)),
-        )
+from search.worker.judge import Judge, PrunedError
 
 
 class IntermediateFIDs:

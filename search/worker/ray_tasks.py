@@ -4,7 +4,6 @@ A slot may be killed at any point; the next claim continues from the row's last 
 """
 
 import logging
-import math
 import os
 import queue
 import threading
@@ -30,13 +29,11 @@ from search.study.artifacts import PLACE as ARTIFACTS
 from search.study.study import Study
 
 if TYPE_CHECKING:
-    from search.worker.assets import Assets
     from search.worker.worker import Worker
 
 _log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
-RECORDING_SECONDS = 10.0
 RECORDED = "trajectories"
 MAX_STARTS = 3
 PATIENCE_SECONDS = 300.0
@@ -112,16 +109,12 @@ def worker_storage(asked: str) -> str:
 def prepare_task(worker: WorkerConfig, together: int) -> Iterator[Preparation | WorkerError]:
     """Make what the rows share and report the progress; the last message may be an error.
 
-    Trajectories are recorded too for ``RECORDING_SECONDS``, in which other tasks would only start.
-    The last message is of unfinished trajectories where some are left.
-
     Args:
         worker: The settings.
         together: Rows at once on one machine.
     """
     # Imported here: the launcher ships this function and needs no torch for it.
-    from search.worker.assets import load, use_device
-    from search.worker.cost import require_room
+    from search.worker.trainer import trainer_of
 
     messages: queue.SimpleQueue[Preparation | WorkerError | None] = queue.SimpleQueue()
     last = 0.0
@@ -136,12 +129,7 @@ def prepare_task(worker: WorkerConfig, together: int) -> Iterator[Preparation | 
         try:
             worker.settle()
             study = Study.open(worker_storage(worker.storage), worker.study)
-            spec = study.spec
-            device = use_device(spec)
-            require_room(spec, together)
-            assets = load(spec, device, report)
-            deadline = time.monotonic() + RECORDING_SECONDS
-            for message in _recorded(study, assets, deadline=deadline):
+            for message in trainer_of(study.spec).prepare(study, together, report):
                 messages.put(message)
         except Exception as error:  # noqa: BLE001  it reaches the user as the launch's error
             messages.put(WorkerError.of(error))
@@ -158,37 +146,15 @@ def record_task(
 ) -> Iterator[Preparation | WorkerError]:
     """Record the missing trajectory shards whose number is ``part`` modulo ``parts``."""
     from search.worker.assets import load, use_device
+    from search.worker.distillation import record
 
     try:
         worker.settle()
         study = Study.open(worker_storage(worker.storage), worker.study)
         spec = study.spec
-        yield from _recorded(study, load(spec, use_device(spec)), part, parts)
+        yield from record(study, load(spec, use_device(spec)), part, parts)
     except Exception as error:  # noqa: BLE001  it reaches the user as the launch's error
         yield WorkerError.of(error)
-
-
-def _recorded(
-    study: Study, assets: "Assets", part: int = 0, parts: int = 1, deadline: float = math.inf
-) -> Iterator[Preparation]:
-    """Record missing trajectory shards until ``deadline``, of ``time.monotonic``."""
-    for task in study.tasks_left():
-        store = assets.of(task).store(task.seed)
-        if store is None:
-            return
-        store.require_room(round(assets.spec.trajectories.max_gib * 2**30))
-        remark = f"seed {task.seed}, {store.nbytes / 2**20:.0f} MiB on disk"
-        # By number, not by index: other tasks record while this one starts.
-        missing = [shard for shard in store.missing() if shard % parts == part]
-        if missing:
-            done = store.num_shards - len(store.missing())
-            yield Preparation(what=RECORDED, done=done, total=store.num_shards, remark=remark)
-        for shard in missing:
-            if time.monotonic() > deadline:
-                return
-            store.record_shard(shard)
-            done = store.num_shards - len(store.missing())
-            yield Preparation(what=RECORDED, done=done, total=store.num_shards, remark=remark)
 
 
 def slot(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A row's folder: its identity, its result, and the conditions of that result."""
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -7,17 +8,16 @@ import logging
 import platform
 import subprocess
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import bdense
 from bdense.files import atomic_write
+from search.study.arms import Task
 from search.study.results import TrialResult
 from search.study.retention import IDENTITY, RESULT, drop_checkpoints
-from search.study.trial_log import LOG_FILE, worker_name
+from search.study.trial_log import LOG_FILE, Note, TrialLog, unnoted, worker_name
 
 _log = logging.getLogger(__name__)
 
@@ -61,15 +61,34 @@ def write_result(folder: Path, identity: Mapping[str, Any], result: TrialResult)
     drop_checkpoints(folder)
 
 
-def provenance(fingerprint: str, seeds: Mapping[str, int], device: torch.device) -> dict[str, Any]:
+def once(
+    folder: Path,
+    task: Task,
+    fingerprint: str,
+    log: TrialLog | None,
+    work: Callable[[Note], TrialResult],
+) -> TrialResult:
+    """A row's result: what an earlier worker wrote for this very row, else what ``work`` makes.
+
+    It is written to the row's folder before it is returned.
+    """
+    identity = task.identity() | {"fingerprint": fingerprint}
+    take_folder(folder, identity)
+    note: Note = unnoted if log is None else log.open()
+    if (done := read_result(folder, identity)) is not None:
+        return done
+    result = work(note)
+    write_result(folder, identity, result)
+    return result
+
+
+def provenance(fingerprint: str, seeds: Mapping[str, int], device: str) -> dict[str, Any]:
     """Conditions, software and machine, as every row stores them."""
-    machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    on_gpu = device.type == "cuda"
     return {
         "fingerprint": fingerprint,
         "seeds": dict(seeds),
         "versions": package_versions(),
-        "device": torch.cuda.get_device_name(device) if on_gpu else machine,
+        "device": device,
         "worker": worker_name(),
     }
 
@@ -77,7 +96,11 @@ def provenance(fingerprint: str, seeds: Mapping[str, int], device: torch.device)
 @functools.cache
 def package_versions() -> dict[str, str]:
     """Versions a result depends on; of bdense in a git checkout also the commit."""
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    found = {}
+    for name in PACKAGES:
+        # A worker that only runs programs needs no torch.
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     found["bdense"] += _commit()
     return found | {"python": platform.python_version()}
 

@@ -4,32 +4,26 @@ Spec and rows come from the database.
 """
 
 import functools
-import platform
 import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.errors import InputError
-from bdense.models.store import denoiser_sha256
 from search.analysis.stop_rule import look_ahead
-from search.errors import SpecChangedError, UnpreparedError
+from search.errors import SpecChangedError
 from search.spec.space import make_sampler, search_space
-from search.storage.engine import retrying
 from search.storage.ledger import Claim, Done, Holding, Ledger, Wait
-from search.study.arms import ROW_SPACE, Task
+from search.study.arms import ROW_SPACE
 from search.study.one_shot import enqueue_best, is_waited_for
 from search.study.results import TrialResult
 from search.study.retention import keep_best_students
-from search.study.study import FINGERPRINT, TEACHER, TRAJECTORIES, Study
+from search.study.study import FINGERPRINT, Study
 from search.study.summary import copy_baselines
 from search.study.trial_log import TrialLog
-from search.worker.assets import load, use_device
-from search.worker.evaluate import evaluate
+from search.worker.judge import Judge
 from search.worker.lifecycle import bring_to_an_end
-from search.worker.pruning import Judge
+from search.worker.trainer import trainer_of
 
 POLL_SECONDS, LONGEST_POLL_SECONDS = 1.0, 5.0
 # Not the global generator, which seeded draws come from.
@@ -58,8 +52,7 @@ class Worker:
         self._awaits_curve = plan is not None and plan.one_shot is not None
         self._looks_ahead = plan is not None and (plan.race > 0 or plan.stop)
         self._ended: list[int] = []
-        self._assets = load(self._spec, use_device(self._spec))
-        _require_same_teacher(study.main, self._assets.teacher)
+        self._trainer = trainer_of(self._spec).open(study, self._spec)
 
     def claim(self) -> Claimed | None:
         """The next row, after waiting for one if need be; None once all have ended.
@@ -130,10 +123,9 @@ class Worker:
         judge = Judge(self._spec, ledger, claim, prunes=is_trial)
 
         def work(holding: Holding, folder: Path, log: TrialLog) -> TrialResult:
-            # Recorded while the lease is held, which may take longer than one lasts.
-            self._record(task)
-            result = evaluate(
-                self._assets,
+            # While the lease is held: it may take longer than one lasts.
+            self._trainer.ready(task)
+            result = self._trainer.run(
                 task,
                 folder,
                 check=holding.check,
@@ -146,7 +138,7 @@ class Worker:
             return result
 
         bring_to_an_end(
-            ledger, claim, work, fingerprint=self._assets.fingerprint, asked=claimed.asked
+            ledger, claim, work, fingerprint=self._trainer.fingerprint, asked=claimed.asked
         )
         if is_trial:
             keep_best_students(ledger, self._spec.keep_students, claim.number)
@@ -156,30 +148,9 @@ class Worker:
     def _excess(self, params: Mapping[str, object]) -> float:
         return self._spec.space.excess(params, self._spec.resolved.num_branches)
 
-    def _record(self, task: Task) -> None:
-        """Record missing trajectories of a task, and store their folder for ``clean``.
-
-        The launch recorded them already where machines share the cache.
-
-        Raises:
-            UnpreparedError: This machine cannot record them.
-        """
-        try:
-            store = self._assets.of(task).store(task.seed)
-            if store is None:
-                return
-            if store.missing():
-                store.record()
-        except InputError as error:
-            raise UnpreparedError(f"on {platform.node()}: {error}") from error
-        folder = str(store.folder.resolve())
-        main = self._study.main
-        if folder not in (retrying(lambda: main.study.user_attrs).get(TRAJECTORIES) or []):
-            main.change(TRAJECTORIES, lambda known: sorted({*(known or []), folder}))
-
     def _require_same_conditions(self, claimed: Claimed) -> None:
         """Refuse to measure with other numerics, or by a spec that was replaced since."""
-        mine, main = self._assets.fingerprint, self._study.main
+        mine, main = self._trainer.fingerprint, self._study.main
         stored = main.attribute(FINGERPRINT)
         if stored != mine:
             claimed.ledger.release(claimed.claim, interrupted=True)
@@ -197,18 +168,3 @@ def pause_after(waited: float) -> float:
     """
     pause = min(max(POLL_SECONDS, waited / 10), LONGEST_POLL_SECONDS)
     return pause * _jitter.uniform(0.8, 1.2)
-
-
-def _require_same_teacher(of: Ledger, teacher: NetworkDenoiser) -> None:
-    """A cache or a checkpoint that machines do not share may hold another teacher."""
-    mine = denoiser_sha256(teacher)
-    if of.attribute(TEACHER) is None:
-        of.change(TEACHER, lambda stored: stored or mine)  # another may have been first
-    stored = of.attribute(TEACHER)
-    if stored != mine:
-        raise SpecChangedError(
-            f"the teacher on {platform.node()} has other weights (sha256 {mine[:12]}) than the "
-            f"one that study {of.study.study_name} is measured with ({stored[:12]}), so its FIDs "
-            "would not compare: give all machines one BDENSE_CACHE and the same checkpoint, or "
-            "start a study of another name"
-        )

@@ -1,0 +1,377 @@
+"""Method ``command``: a study whose trials are runs of a program of the user's.
+
+What the program is given and what it must write: docs/any-trainer.md.
+"""
+
+import math
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from bdense.errors import InputError
+from bdense.files import sha256_file
+from bdense.knobs import KnobError, Knobs, knob, knobs_of
+from bdense.weights.spaces import BASELINE, Choice, Range, SearchSpace, Uniform
+
+if TYPE_CHECKING:
+    from search.spec.study import StudySpec
+
+COMMAND = "command"
+# The one baseline of such a study: the weights that are used today.
+DEFAULTS = "defaults"
+
+# What a word of ``run`` may name in braces, beside the weights.
+SEED, FOLDER, RESULT = "seed", "folder", "result"
+_OWN = (SEED, FOLDER, RESULT)
+_BRACED = re.compile(r"\{(\w+)\}")
+_NAME = re.compile(r"[A-Za-z_]\w*")
+_RESERVED = (BASELINE, "name", "one_shot", "value", *_OWN)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandConfig(Knobs):
+    """A program that trains, and measures what it trained."""
+
+    heading: ClassVar[str] = "method command"
+
+    run: tuple[str, ...] = knob(
+        help="the program and its arguments, a list of words; {NAME} in a word becomes a weight, "
+        "{seed}, {folder} or {result}; no shell reads them"
+    )
+    folder: str | None = knob(
+        None, "folder in which the program is started", none="that of the study's file"
+    )
+    files: tuple[str, ...] = knob(
+        (),
+        "files that decide the metric beside those among the words of run; all of them are part "
+        "of the study's fingerprint",
+    )
+    metric: str = knob("loss", "name of the metric in what the program writes, and in all outputs")
+    direction: Literal["minimise", "maximise"] = knob("minimise", "what a search does with it")
+    checkpoint_on: Literal["TERM", "INT", "HUP", "USR1", "USR2"] = knob(
+        "TERM", "signal that asks the program to save and end"
+    )
+    grace_seconds: float = knob(
+        30.0,
+        "seconds that it has to save and end, before it and its children are killed; a launch "
+        "itself waits 60 for its workers",
+        above=0,
+    )
+    log_mib: float = knob(
+        8.0, "most MiB that are kept of each of its outputs, the last ones", above=0
+    )
+
+    def __post_init__(self) -> None:
+        Knobs.__post_init__(self)
+        if not self.run or not self.run[0]:
+            raise KnobError("run", "is empty; give the program and its arguments: [python, x.py]")
+        if not _NAME.fullmatch(self.metric):
+            raise KnobError(
+                "metric",
+                f"must be letters, digits and underscores, got {self.metric!r}; choose such a "
+                "name for it in what the program writes",
+            )
+
+    @property
+    def cwd(self) -> Path:
+        """Where the program is started."""
+        return Path(self.folder or ".")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The knobs as ``read`` takes them and a file holds them: lists stand for tuples."""
+        values = {name: getattr(self, name) for name in knobs_of(type(self))}
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the metric of a trial, beside files, weights and seeds."""
+        return {
+            "name": COMMAND,
+            "run": list(self.run),
+            "metric": self.metric,
+            "direction": self.direction,
+        }
+
+    def words(self, values: Mapping[str, object]) -> list[str]:
+        """The words of ``run`` with values in place of what is in braces."""
+        return [_BRACED.sub(lambda found: _word(values[found[1]]), word) for word in self.run]
+
+    def named(self) -> set[str]:
+        """What the words name in braces."""
+        return {name for word in self.run for name in _BRACED.findall(word)}
+
+    def used_files(self) -> Iterator[tuple[str, Path]]:
+        """Files that decide the metric: each by its key in the fingerprint."""
+        for index, word in enumerate(self.run[1:], 1):
+            if (path := self.cwd / word).is_file():
+                yield f"run.{index}", path
+        for word in self.files:
+            yield f"files.{word}", self.cwd / word
+
+    def program(self) -> str:
+        """The program's path.
+
+        Raises:
+            InputError: There is none, or this user may not run it.
+        """
+        given = self.run[0]
+        if os.sep not in given:
+            if (found := shutil.which(given)) is None:
+                raise KnobError("run", f"there is no program {given} in PATH; {_WAY_OUT}")
+            return found
+        path = self.cwd / given
+        if not path.is_file():
+            raise KnobError("run", f"there is no program {path}; {_WAY_OUT}")
+        if not os.access(path, os.X_OK):
+            raise KnobError(
+                "run",
+                f"{path} is not executable; chmod +x it, or put what runs it first, as in "
+                f"[python, {given}]",
+            )
+        return str(path)
+
+
+_WAY_OUT = "correct its name; paths are relative to method.folder"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedWeight(Range):
+    """A weight of the user's, by its name."""
+
+    log: bool = knob(False, "draw its logarithm uniformly; needs low above 0")
+    default: float = knob(
+        help="the value that is used today; the defaults of all are the study's baseline"
+    )
+
+    def __post_init__(self) -> None:
+        Range.__post_init__(self)
+        if self.log and self.low <= 0:
+            raise KnobError("low", f"must be above 0 where log is true, got {self.low:g}")
+        if not self.low <= self.default <= self.high:
+            raise KnobError(
+                "default",
+                f"{self.default:g} lies outside {self.low:g} to {self.high:g}; widen the range",
+            )
+
+    def place(self, value: float) -> float:
+        """Its coordinate: the decimal logarithm, or the value itself."""
+        return math.log10(value) if self.log else value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedSpace(SearchSpace):
+    """Weights by the names that the user gives them, one or more."""
+
+    name: ClassVar[str] = "named"
+
+    weights: Mapping[str, NamedWeight]
+
+    @classmethod
+    def read(cls, tree: Mapping[str, Any], where: str = "") -> Self:
+        """From a mapping of names to ``low``, ``high``, ``log`` and ``default``.
+
+        Raises:
+            KnobError: There is none, or one is not of this form.
+        """
+        key = where or "weights"
+        if not tree:
+            raise KnobError(key, "is empty; give {NAME: {low: ..., high: ..., default: ...}}")
+        weights = {}
+        for name, given in tree.items():
+            if not _NAME.fullmatch(str(name)) or name in _RESERVED:
+                raise KnobError(
+                    f"{key}.{name}",
+                    f"cannot be a weight's name: letters, digits and underscores, and none of "
+                    f"{', '.join(_RESERVED)}",
+                )
+            if not isinstance(given, Mapping):
+                raise KnobError(
+                    f"{key}.{name}",
+                    f"must be a mapping of low, high and default (and log), got {given!r}",
+                )
+            weights[str(name)] = NamedWeight.read(given, f"{key}.{name}")
+        return cls(weights=weights)
+
+    def distributions(self) -> Mapping[str, Uniform | Choice]:
+        return {name: Uniform(w.low, w.high, w.log) for name, w in self.weights.items()}
+
+    def values(self, params: Mapping[str, Any]) -> dict[str, float]:
+        """The weights that parameters stand for, the baseline's too."""
+        if BASELINE in params:
+            return {name: weight.default for name, weight in self.weights.items()}
+        return {name: float(params[name]) for name in self.weights}
+
+    def shown(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(self.values(params))
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return tuple(f"log10 {name}" if w.log else name for name, w in self.weights.items())
+
+    def coordinates(self, params: Mapping[str, Any]) -> tuple[float, ...] | None:
+        values = self.values(params)
+        return tuple(w.place(values[name]) for name, w in self.weights.items())
+
+    def label(self, params: Mapping[str, Any]) -> str:
+        if BASELINE in params:
+            return DEFAULTS
+        return ", ".join(f"{name} {params[name]:.4g}" for name in self.weights)
+
+    def require_fitting(self, params: Mapping[str, Any]) -> None:
+        """Raise an ``InputError`` for parameters of other names, or that are no numbers."""
+        if params.keys() != self.weights.keys():
+            raise InputError(
+                f"the weights are {', '.join(self.weights)}, got {', '.join(params) or 'none'}; "
+                "give each of them and no other"
+            )
+        for name, value in params.items():
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not math.isfinite(value):
+                raise InputError(f"{name} must be a finite number, got {value!r}")
+            if self.weights[name].log and value <= 0:
+                raise InputError(f"{name} must be above 0, as its log is true, got {value:g}")
+
+    def identity(self) -> dict[str, Any]:
+        defaults = {name: weight.default for name, weight in self.weights.items()}
+        # Optuna holds a parameter to its kind of distribution.
+        logs = [name for name, weight in self.weights.items() if weight.log]
+        return {"name": self.name, "defaults": defaults, "log": logs}
+
+
+def command_contents(config: CommandConfig) -> dict[str, str]:
+    """Digest of each file that decides the metric, by its key among the conditions."""
+    return {f"method.{key}_sha256": sha256_file(path) for key, path in config.used_files()}
+
+
+def resolve_command(spec: "StudySpec") -> "StudySpec":
+    """The spec with the method's defaults and its facts, all checked.
+
+    Raises:
+        InputError: The program cannot be run, or something asked for is not for programs.
+    """
+    from search.spec.space import make_pruner, require_sampler
+
+    config = spec.program
+    resolved = replace(spec, method=spec.method.with_options(config.as_dict()))
+    resolved = replace(resolved, facts=_facts(config))
+    require_runnable(config, spec.space.distributions())
+    if not spec.is_search:
+        for index, arm in enumerate(spec.given.arms):
+            if isinstance(arm, Mapping) and "winner_of" not in arm:
+                try:
+                    spec.named_space.require_fitting(arm)
+                except InputError as error:
+                    raise InputError(f"plan.arms.{index}: {error}") from error
+        for index, changes in enumerate(spec.given.variants):
+            command_variant(resolved, changes, f"plan.variants.{index}")
+        return resolved
+    if spec.space.is_one_point and spec.search.trials > 1:
+        raise InputError(
+            f"plan.trials: {spec.search.trials} trials would all be the same, as weights has one "
+            "point; run 1, or widen weights"
+        )
+    require_sampler(resolved)
+    make_pruner(resolved)
+    command_variant(resolved, spec.confirm.method, "confirm.method")
+    return resolved
+
+
+def command_variant(
+    spec: "StudySpec", changes: Mapping[str, Any], where: str = "method"
+) -> "StudySpec":
+    """A resolved spec with some of the program's settings replaced; ``where`` is their key.
+
+    Raises:
+        InputError: There is no such setting, or it is the whole study's.
+    """
+    if not changes:
+        return spec
+    for name in changes.keys() & {"metric", "direction", "folder"}:
+        raise InputError(f"{where}.{name} is the whole study's; give it in method")
+    member = spec.method.with_options(changes)
+    config = CommandConfig.read(member.options, where)
+    require_runnable(config, spec.space.distributions(), where)
+    return replace(spec, method=member.with_options(config.as_dict()), facts=_facts(config))
+
+
+def require_runnable(
+    config: CommandConfig, weights: Collection[str], where: str = "method"
+) -> None:
+    """Refuse a program that cannot be started here, or with words that nothing stands for.
+
+    Raises:
+        InputError: Says which, and the way out.
+    """
+    try:
+        if not config.cwd.is_dir():
+            raise KnobError("folder", f"{config.cwd} is no folder; correct it")
+        config.program()
+        for key, path in config.used_files():
+            if not path.is_file():
+                raise KnobError("files", f"there is no file {path} ({key}); {_WAY_OUT}")
+        if unknown := sorted(config.named() - {*weights, *_OWN}):
+            known = ", ".join([*weights, *_OWN])
+            raise KnobError(
+                "run", f"names {{{unknown[0]}}}, which is nothing; known in braces are {known}"
+            )
+    except KnobError as error:
+        raise KnobError(f"{where}.{error.name}", error.problem) from error
+
+
+def budget(config: CommandConfig) -> str:
+    """The program as a budget for people."""
+    return f"`{shlex.join(config.run)}`"
+
+
+def _facts(config: CommandConfig) -> Any:  # noqa: ANN401  search.spec.study imports this module
+    """Of a method of one stage, without branches."""
+    from search.spec.study import Facts, StageFacts
+
+    words = [word for word in config.run if not word.startswith("-")]
+    title = Path(words[1] if len(words) > 1 else words[0]).name
+    stage = StageFacts(name="", label="", num_updates=1, nfe=1, branched=False)
+    return Facts(title=title, num_branches=1, batch=1, needs_data=False, stages=(stage,))
+
+
+def _word(value: object) -> str:
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+# Sections and settings that say how students are distilled and judged.
+NOT_FOR_PROGRAMS = (
+    "data",
+    "prompts",
+    "teacher",
+    "evaluation",
+    "precision",
+    "trajectories",
+    "keep_students",
+)
+_RESOURCES = ("deterministic", "compile", "channels_last", "log")
+_PLAN = ("one_shot", "at", "images", "stop")
+
+
+def refuse_foreign(spec: "StudySpec") -> None:
+    """Refuse what is for distillation alone.
+
+    Raises:
+        KnobError: Names the first such setting.
+    """
+    parts: list[tuple[str, Knobs, tuple[str, ...]]] = [
+        ("", spec, NOT_FOR_PROGRAMS),
+        ("resources.", spec.resources, _RESOURCES),
+    ]
+    if spec.is_search:
+        parts.append(("plan.", spec.search, _PLAN))
+    for prefix, part, names in parts:
+        known = knobs_of(type(part))
+        for name in names:
+            if getattr(part, name) != known[name].default:
+                raise KnobError(
+                    f"{prefix}{name}",
+                    "is not for method command, whose program sees to that itself; leave it out",
+                )

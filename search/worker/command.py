@@ -1,0 +1,387 @@
+"""Rows that are runs of a program of the user's; see docs/any-trainer.md. Imports no torch.
+
+A row's folder holds what the program is given and what it writes. ``FOLDER`` in it is the
+program's own: its checkpoint stays there when another worker takes the row over.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import platform
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from bdense.errors import BdenseError, NonFiniteError
+from bdense.files import atomic_write
+from search.errors import LeaseLostError
+from search.spec.command import CommandConfig, command_variant, require_runnable
+from search.spec.study import StudySpec
+from search.study.arms import Task
+from search.study.folders import PROGRAM_FOLDER
+from search.study.results import Score, TrialResult
+from search.study.study import Study
+from search.study.trial_log import Note, TrialLog
+from search.worker import guard
+from search.worker.guard import Order, Outcome
+from search.worker.judge import Judge, PrunedError
+from search.worker.ray_tasks import Preparation
+from search.worker.result import once, provenance
+from search.worker.trainer import Report
+
+# Files of a row's folder.
+GIVEN_FILE, METRIC_FILE, VALUES_FILE = "given.json", "metric.json", "values.jsonl"
+OUT_FILE, ERR_FILE, LOCK_FILE = "stdout.log", "stderr.log", "program.lock"
+
+POLL_SECONDS = 0.1
+_LAST_LINES, _LAST_CHARACTERS = 10, 1500
+_MOST_METRIC_BYTES, _MOST_LINE_BYTES = 2**20, 2**16
+# What opens the study's database or Ray's cluster is not for the program.
+_KEPT_BACK = ("BDENSE_STORAGE", "PGPASSWORD", "RAY_AUTH_TOKEN")
+
+
+class ProgramError(BdenseError):
+    """The program failed, or did not write what it has to."""
+
+
+class ProgramDiedError(Exception):
+    """A signal that no worker sent ended the program; it is tried again from its checkpoint."""
+
+
+@dataclass(frozen=True, eq=False)
+class Command:
+    """See ``search.worker.trainer.Trainer``."""
+
+    spec: StudySpec
+    fingerprint: str
+
+    @classmethod
+    def prepare(cls, study: Study, together: int, report: Report) -> Iterator[Preparation]:
+        cls.open(study, study.spec)
+        yield from ()
+
+    @classmethod
+    def open(cls, study: Study, spec: StudySpec) -> Self:
+        require_runnable(spec.program, spec.space.distributions())
+        return cls(spec, spec.fingerprint())
+
+    def ready(self, task: Task) -> None:
+        pass
+
+    def run(
+        self,
+        task: Task,
+        folder: Path,
+        *,
+        check: Callable[[], None],
+        report: Callable[[str], None],
+        judge: Judge,
+        log: TrialLog | None = None,
+    ) -> TrialResult:
+        def work(note: Note) -> TrialResult:
+            config = command_variant(self.spec, task.variant).program
+            row = _Row(self, config, task, folder, check, report, judge, note)
+            return row.run()
+
+        return once(folder, task, self.fingerprint, log, work)
+
+
+@dataclass(eq=False)
+class _Row:
+    """One run of the program."""
+
+    trainer: Command
+    config: CommandConfig
+    task: Task
+    folder: Path
+    check: Callable[[], None]
+    report: Callable[[str], None]
+    judge: Judge
+    note: Note
+
+    def __post_init__(self) -> None:
+        self.values = _Values(self.folder / VALUES_FILE)
+        self.weights = self.trainer.spec.named_space.values(self.task.params)
+        self.last = ""
+
+    def run(self) -> TrialResult:
+        """Start the program and follow it to its end."""
+        started, score = time.perf_counter(), None
+        pruned: dict[str, Any] = {}
+        (self.folder / PROGRAM_FOLDER).mkdir(parents=True, exist_ok=True)
+        # Of an earlier attempt, which was ended as it wrote it.
+        (self.folder / METRIC_FILE).unlink(missing_ok=True)
+        self.values.mend()
+        try:
+            with _Program(self._order(), self._environment()) as program:
+                outcome = self._followed(program)
+            score = self._score(outcome)
+        except PrunedError:
+            pruned = {"reason": f"{self.trainer.spec.search.pruner}: {self.last}"}
+        return TrialResult(
+            value=None if score is None else score.value,
+            score=score,
+            parameters=self.weights,
+            arm=self.task.arm,
+            variant=dict(self.task.variant),
+            timings={"student_seconds": round(time.perf_counter() - started, 3)},
+            **provenance(self.trainer.fingerprint, self._seeds, _device()),
+            **pruned,
+        )
+
+    def _followed(self, program: "_Program") -> Outcome:
+        """Until the program has ended; asked to end it saves first, unless the row is lost."""
+        self.note("started", program=self.config.words(self._named))
+        self.report("running")
+        try:
+            while (outcome := program.ended(POLL_SECONDS)) is None:
+                self._judge_values()
+                self.check()
+            self._judge_values()
+            return outcome
+        except LeaseLostError:
+            raise  # another worker's program may need the folder at any moment
+        except Exception:
+            self._end(program)
+            raise
+
+    def _end(self, program: "_Program") -> None:
+        """Ask the program to save and end, and wait until it has."""
+        program.ask()
+        while (outcome := program.ended(POLL_SECONDS)) is None:
+            try:
+                self.check()
+            except LeaseLostError:
+                raise
+            except Exception:  # noqa: BLE001  why it is ended
+                continue
+        named = f"SIG{self.config.checkpoint_on}"
+        if outcome.killed:
+            self.note("killed", why=f"it ignored {named} for {self.config.grace_seconds:g} s")
+        else:
+            self.note("checkpoint", after=named, status=outcome.status)
+
+    def _judge_values(self) -> None:
+        for step, value in self.values.new():
+            self.last = f"{self.config.metric} {value:.4g} at step {step}"
+            self.report(f"step {step}, {self.config.metric} {value:.4g}")
+            if not math.isfinite(value):
+                raise NonFiniteError(f"{self.config.metric} is {value} at step {step}")
+            if self.judge(step, value):
+                raise PrunedError
+
+    def _score(self, outcome: Outcome) -> Score:
+        """What the program wrote.
+
+        Raises:
+            ProgramError: It failed, or wrote no metric, or another form.
+            NonFiniteError: The metric is not finite.
+            ProgramDiedError: A signal ended it.
+        """
+        said = _last_lines(outcome.last_words)
+        if outcome.children:
+            self.note("children", why="the program left children behind, which were killed")
+        name = " ".join(self.config.run[:2])
+        if outcome.status is None:
+            raise ProgramError(f"{name} cannot be started: {said}")
+        where = self.folder / ERR_FILE
+        if outcome.status < 0:
+            number = -outcome.status
+            hint = ", perhaps for want of memory" if number == signal.SIGKILL else ""
+            raise ProgramDiedError(
+                f"{name} was ended by {signal.Signals(number).name}{hint}; the end of {where}: "
+                f"{said or 'nothing'}"
+            )
+        if outcome.status > 0:
+            raise ProgramError(
+                f"{name} ended with exit status {outcome.status}; the end of {where}: "
+                f"{said or 'nothing'}"
+            )
+        return self._read_score()
+
+    def _read_score(self) -> Score:
+        path, metric = self.folder / METRIC_FILE, self.config.metric
+        try:
+            with path.open("rb") as file:
+                found = json.loads(file.read(_MOST_METRIC_BYTES))
+        except FileNotFoundError:
+            raise ProgramError(
+                f"the program ended without a metric; it must write {{{metric!r}: NUMBER}} as "
+                "JSON to the file that BDENSE_RESULT names"
+            ) from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise ProgramError(f"{path} is not JSON ({error}); write a mapping") from error
+        if not isinstance(found, dict) or not _is_number(found.get(metric)):
+            shown = json.dumps(found)[:100]
+            raise ProgramError(f"{path} must be a mapping with a number {metric!r}, got {shown}")
+        value = float(found.pop(metric))
+        if not math.isfinite(value):
+            raise NonFiniteError(f"the program wrote {metric} {value}")
+        others = {
+            str(name): float(each)
+            for name, each in found.items()
+            if _is_number(each) and math.isfinite(each)
+        }
+        return Score(value=value, metric=metric, seeds=self._seeds, others=others)
+
+    @property
+    def _seeds(self) -> dict[str, int]:
+        return {"training": self.task.seed, "evaluation": self.task.latents}
+
+    @property
+    def _named(self) -> Mapping[str, object]:
+        """What words in braces stand for."""
+        folder = (self.folder / PROGRAM_FOLDER).resolve()
+        result = (self.folder / METRIC_FILE).resolve()
+        return {**self.weights, "seed": self.task.seed, "folder": folder, "result": result}
+
+    def _order(self) -> Order:
+        config, place = self.config, self.folder.resolve()
+        return Order(
+            words=[config.program(), *config.words(self._named)[1:]],
+            cwd=str(config.cwd),
+            signal=config.checkpoint_on,
+            grace_seconds=config.grace_seconds,
+            lock=str(place / LOCK_FILE),
+            out=str(place / OUT_FILE),
+            err=str(place / ERR_FILE),
+            most_bytes=round(config.log_mib * 2**20),
+        )
+
+    def _environment(self) -> dict[str, str]:
+        """The worker's, and what the program is given; writes the latter to a file too."""
+        place, task = self.folder.resolve(), self.task
+        given: dict[str, Any] = {
+            "study": self.trainer.spec.name,
+            "arm": task.arm,
+            "params": self.weights,
+            "seed": task.seed,
+            "evaluation_seed": task.latents,
+            "folder": str(place / PROGRAM_FOLDER),
+            "result": str(place / METRIC_FILE),
+            "values": str(place / VALUES_FILE),
+        }
+        with atomic_write(place / GIVEN_FILE) as scratch:
+            scratch.write_text(json.dumps(given, indent=1))
+        kept = {name: value for name, value in os.environ.items() if name not in _KEPT_BACK}
+        return kept | {
+            "BDENSE_TRIAL": str(place / GIVEN_FILE),
+            "BDENSE_PARAMS": json.dumps(self.weights),
+            "BDENSE_SEED": str(task.seed),
+            "BDENSE_FOLDER": given["folder"],
+            "BDENSE_RESULT": given["result"],
+            "BDENSE_VALUES": given["values"],
+            "OMP_NUM_THREADS": str(self.trainer.spec.resources.threads),
+        }
+
+
+class _Program:
+    """A program under its guard; the block's end kills it where it still runs."""
+
+    def __init__(self, order: Order, environment: Mapping[str, str]) -> None:
+        self._guard = subprocess.Popen(
+            [sys.executable, "-I", guard.__file__, json.dumps(dataclasses.asdict(order))],
+            env=dict(environment),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for the worker
+        )
+        self._is_over = False
+        self._selector = selectors.DefaultSelector()
+        assert self._guard.stdout is not None
+        self._selector.register(self._guard.stdout, selectors.EVENT_READ)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._selector.close()
+        if not self._is_over:
+            self._guard.communicate(guard.KILL)
+
+    def ended(self, seconds: float) -> Outcome | None:
+        """How the program ended; None where it still runs after so long."""
+        if not self._selector.select(seconds):
+            return None
+        said, _ = self._guard.communicate()
+        self._is_over = True
+        if not said:
+            raise ProgramDiedError("the program's guard was killed, and the program with it")
+        return Outcome(**json.loads(said))
+
+    def ask(self) -> None:
+        """Ask the program to save and end; after the grace it is killed."""
+        assert self._guard.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has just ended
+            self._guard.stdin.write(guard.ASK)
+            self._guard.stdin.flush()
+
+
+class _Values:
+    """Intermediate values that a program appends to a file: a line of JSON each."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset = path, 0
+
+    def mend(self) -> None:
+        """Cut off half a line, at which an earlier attempt was killed."""
+        if self._path.exists():
+            text = self._path.read_bytes()
+            os.truncate(self._path, text.rfind(b"\n") + 1)
+
+    def new(self) -> Iterator[tuple[int, float]]:
+        """Steps and values since the last call; a program that goes on repeats some.
+
+        Raises:
+            ProgramError: A line has another form.
+        """
+        if not self._path.exists():
+            return
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            while (line := file.readline(_MOST_LINE_BYTES)).endswith(b"\n"):
+                self._offset += len(line)
+                yield self._read(line.rstrip())
+        if len(line) == _MOST_LINE_BYTES:
+            self._read(line)
+
+    def _read(self, line: bytes) -> tuple[int, float]:
+        try:
+            found: Any = json.loads(line)
+            step, value = found["step"], found["value"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            step = value = None
+        if type(step) is not int or step < 0 or not _is_number(value):
+            shown = line[:100].decode(errors="replace")
+            raise ProgramError(
+                f'{self._path} must have lines as {{"step": 1, "value": 0.5}}, got {shown}'
+            )
+        return step, float(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _last_lines(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " | ".join(lines[-_LAST_LINES:])[-_LAST_CHARACTERS:]
+
+
+def _device() -> str:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return f"{platform.machine()} CPU" if not visible else f"GPU {visible}"

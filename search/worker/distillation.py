@@ -1,0 +1,129 @@
+"""Rows whose students are distilled from the study's teacher and judged by FID."""
+
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.errors import InputError
+from bdense.models.store import denoiser_sha256
+from search.errors import SpecChangedError, UnpreparedError
+from search.spec.study import StudySpec
+from search.storage.engine import retrying
+from search.storage.ledger import Ledger
+from search.study.arms import Task
+from search.study.results import TrialResult
+from search.study.study import TEACHER, TRAJECTORIES, Study
+from search.study.trial_log import TrialLog
+from search.worker.assets import Assets, load, use_device
+from search.worker.cost import require_room
+from search.worker.evaluate import evaluate
+from search.worker.judge import Judge
+from search.worker.ray_tasks import RECORDED, Preparation
+from search.worker.trainer import Report
+
+RECORDING_SECONDS = 10.0
+
+
+@dataclass(frozen=True, eq=False)
+class Distillation:
+    """See ``search.worker.trainer.Trainer``."""
+
+    study: Study
+    assets: Assets
+
+    @classmethod
+    def prepare(cls, study: Study, together: int, report: Report) -> Iterator[Preparation]:
+        """Make teacher, features and references, and record trajectories for a while.
+
+        The last message is of unfinished trajectories where some are left.
+        """
+        spec = study.spec
+        device = use_device(spec)
+        require_room(spec, together)
+        assets = load(spec, device, report)
+        yield from record(study, assets, deadline=time.monotonic() + RECORDING_SECONDS)
+
+    @classmethod
+    def open(cls, study: Study, spec: StudySpec) -> Self:
+        assets = load(spec, use_device(spec))
+        _require_same_teacher(study.main, assets.teacher)
+        return cls(study, assets)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.assets.fingerprint
+
+    def ready(self, task: Task) -> None:
+        """Record missing trajectories, and store their folder for ``clean``.
+
+        The launch recorded them already where machines share the cache.
+        """
+        try:
+            store = self.assets.of(task).store(task.seed)
+            if store is None:
+                return
+            if store.missing():
+                store.record()
+        except InputError as error:
+            raise UnpreparedError(f"on {platform.node()}: {error}") from error
+        folder = str(store.folder.resolve())
+        main = self.study.main
+        if folder not in (retrying(lambda: main.study.user_attrs).get(TRAJECTORIES) or []):
+            main.change(TRAJECTORIES, lambda known: sorted({*(known or []), folder}))
+
+    def run(
+        self,
+        task: Task,
+        folder: Path,
+        *,
+        check: Callable[[], None],
+        report: Callable[[str], None],
+        judge: Judge,
+        log: TrialLog | None = None,
+    ) -> TrialResult:
+        return evaluate(
+            self.assets, task, folder, check=check, report=report, judge=judge, log=log
+        )
+
+
+def record(
+    study: Study, assets: Assets, part: int = 0, parts: int = 1, deadline: float = math.inf
+) -> Iterator[Preparation]:
+    """Record missing trajectory shards until ``deadline``, of ``time.monotonic``."""
+    for task in study.tasks_left():
+        store = assets.of(task).store(task.seed)
+        if store is None:
+            return
+        store.require_room(round(assets.spec.trajectories.max_gib * 2**30))
+        remark = f"seed {task.seed}, {store.nbytes / 2**20:.0f} MiB on disk"
+        # By number, not by index: other tasks record while this one starts.
+        missing = [shard for shard in store.missing() if shard % parts == part]
+        if missing:
+            done = store.num_shards - len(store.missing())
+            yield Preparation(what=RECORDED, done=done, total=store.num_shards, remark=remark)
+        for shard in missing:
+            if time.monotonic() > deadline:
+                return
+            store.record_shard(shard)
+            done = store.num_shards - len(store.missing())
+            yield Preparation(what=RECORDED, done=done, total=store.num_shards, remark=remark)
+
+
+def _require_same_teacher(of: Ledger, teacher: NetworkDenoiser) -> None:
+    """A cache or a checkpoint that machines do not share may hold another teacher."""
+    mine = denoiser_sha256(teacher)
+    if of.attribute(TEACHER) is None:
+        of.change(TEACHER, lambda stored: stored or mine)  # another may have been first
+    stored = of.attribute(TEACHER)
+    if stored != mine:
+        raise SpecChangedError(
+            f"the teacher on {platform.node()} has other weights (sha256 {mine[:12]}) than the "
+            f"one that study {of.study.study_name} is measured with ({stored[:12]}), so its FIDs "
+            "would not compare: give all machines one BDENSE_CACHE and the same checkpoint, or "
+            "start a study of another name"
+        )

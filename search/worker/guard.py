@@ -1,0 +1,241 @@
+"""Runs one program for a worker, and ends it with all its children when the worker is gone.
+
+A process of its own, so that a worker that is killed leaves no program behind that would write
+into a checkpoint which the next worker's program reads. It runs by its path and needs the standard
+library alone.
+
+Its argument is an ``Order`` as JSON. On its standard input ``ASK`` has the program asked to save
+and end, ``KILL`` and the end of the input have it killed. It prints an ``Outcome`` as JSON.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import fcntl
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ASK, KILL = b"a", b"k"
+_POLL_SECONDS = 0.05
+_DRAIN_SECONDS = 1.0
+_TAIL_BYTES = 4096
+_READ_BYTES = 65536
+# Of Linux' prctl.
+_SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What to run.
+
+    Attributes:
+        words: The program's path and its arguments.
+        cwd: Where it is started.
+        signal: Name of the signal that asks it to save and end, without SIG.
+        grace_seconds: That it has for it.
+        lock: File that is locked while the program lives.
+        out, err: Files for its outputs.
+        most_bytes: That are kept of each, in two files: the last ones.
+    """
+
+    words: list[str]
+    cwd: str
+    signal: str
+    grace_seconds: float
+    lock: str
+    out: str
+    err: str
+    most_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a program ended.
+
+    Attributes:
+        status: Its exit status; the negative number of the signal that ended it. None where it
+            could not be started.
+        killed: Whether it had to be killed.
+        children: Whether it left children behind, which were killed.
+        last_words: The end of its standard error, or why it could not be started.
+    """
+
+    status: int | None
+    killed: bool = False
+    children: bool = False
+    last_words: str = ""
+
+
+class _Kept:
+    """A file with the last of an output: half of what is kept, and the half before it."""
+
+    def __init__(self, path: str, most_bytes: int) -> None:
+        self._path, self._half = Path(path), max(most_bytes // 2, 1)
+        self.tail = b""
+
+    def write(self, data: bytes) -> None:
+        self.tail = (self.tail + data)[-_TAIL_BYTES:]
+        with contextlib.suppress(OSError):  # a full disk must not end the program
+            size = self._path.stat().st_size if self._path.exists() else 0
+            if size and size + len(data) > self._half:
+                self._path.replace(self._path.with_suffix(f".1{self._path.suffix}"))
+            with self._path.open("ab") as file:
+                file.write(data[-self._half :])
+
+
+class _Guard:
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._kept = {
+            "out": _Kept(order.out, order.most_bytes),
+            "err": _Kept(order.err, order.most_bytes),
+        }
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(sys.stdin, selectors.EVENT_READ, "orders")
+        self._deadline: float | None = None
+        self._ends = False
+
+    def run(self) -> Outcome:
+        if not self._locked():
+            return Outcome(status=-signal.SIGKILL, killed=True)
+        _prctl(_SET_CHILD_SUBREAPER, 1)
+        order = self._order
+        try:
+            program = subprocess.Popen(
+                order.words,
+                cwd=order.cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,  # noqa: PLW1509  there is one thread
+            )
+        except OSError as error:
+            return Outcome(status=None, last_words=f"{order.words[0]}: {error.strerror}")
+        for name, pipe in (("out", program.stdout), ("err", program.stderr)):
+            assert pipe is not None
+            os.set_blocking(pipe.fileno(), False)
+            self._selector.register(pipe, selectors.EVENT_READ, name)
+        killed = self._follow(program)
+        children = _end_group(program.pid)
+        self._drain()
+        last_words = self._kept["err"].tail.decode(errors="replace")
+        return Outcome(
+            status=program.returncode, killed=killed, children=children, last_words=last_words
+        )
+
+    def _locked(self) -> bool:
+        """Wait until the program of an earlier worker has ended; False where asked to end."""
+        self._lock = Path(self._order.lock).open("a")  # noqa: SIM115  until this process ends
+        while not self._ends:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._select(None)
+            except OSError:
+                return True  # a file system without locks
+            else:
+                return True
+        return False
+
+    def _follow(self, program: subprocess.Popen[bytes]) -> bool:
+        """Until the program has ended; whether it was killed."""
+        killed = False
+        while program.poll() is None:
+            self._select(program)
+            late = self._deadline is not None and time.monotonic() > self._deadline
+            if (self._ends or late) and not killed:
+                killed = True
+                _signal_group(program.pid, signal.SIGKILL)
+        return killed
+
+    def _select(self, program: subprocess.Popen[bytes] | None) -> None:
+        for key, _ in self._selector.select(_POLL_SECONDS):
+            data = self._read(key.fileobj)
+            if key.data != "orders":
+                self._kept[key.data].write(data)
+            elif data in (b"", KILL):
+                self._ends = True
+            elif self._deadline is None:
+                self._deadline = time.monotonic() + self._order.grace_seconds
+                if program is None:
+                    self._ends = True
+                else:
+                    _signal_group(program.pid, signal.Signals[f"SIG{self._order.signal}"])
+
+    def _read(self, file: Any) -> bytes:  # noqa: ANN401  as selectors have it
+        try:
+            data = os.read(file if isinstance(file, int) else file.fileno(), _READ_BYTES)
+        except BlockingIOError:
+            return b""
+        if not data:
+            self._selector.unregister(file)
+        return data
+
+    def _drain(self) -> None:
+        """What is left in the pipes; something that escaped may hold them open."""
+        deadline = time.monotonic() + _DRAIN_SECONDS
+        while time.monotonic() < deadline:
+            left = [key for key in self._selector.get_map().values() if key.data != "orders"]
+            if not left:
+                return
+            for key, _ in self._selector.select(_POLL_SECONDS):
+                data = self._read(key.fileobj)
+                if key.data != "orders":
+                    self._kept[key.data].write(data)
+
+
+def _end_group(group: int) -> bool:
+    """Kill what is left of a program's group, and of its descendants; whether there was any."""
+    found = _signal_group(group, signal.SIGKILL)
+    # Descendants whose parents are gone are this process's children, whatever their group.
+    for _ in range(1000):
+        children = _children()
+        if not children:
+            break
+        found = True
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(-1, 0)
+    return found
+
+
+def _children() -> list[int]:
+    listed = Path(f"/proc/self/task/{os.getpid()}/children")
+    try:
+        return [int(word) for word in listed.read_text().split()]
+    except (OSError, ValueError):
+        return []
+
+
+def _signal_group(group: int, number: signal.Signals) -> bool:
+    """Whether there was anyone to signal."""
+    try:
+        os.killpg(group, number)
+    except (ProcessLookupError, PermissionError):  # macOS says so of a group of zombies
+        return False
+    return True
+
+
+def _die_with_parent() -> None:
+    _prctl(_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+if __name__ == "__main__":
+    outcome = _Guard(Order(**json.loads(sys.argv[1]))).run()
+    sys.stdout.write(json.dumps(dataclasses.asdict(outcome)))

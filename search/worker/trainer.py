@@ -1,0 +1,99 @@
+"""The seam between a worker and what trains its rows: a distillation, or a program of the user's.
+
+A worker claims rows, holds their leases and stores their results, and knows of neither.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from search.spec.study import StudySpec
+from search.study.arms import Task
+from search.study.results import TrialResult
+from search.study.study import Study
+from search.study.trial_log import TrialLog
+from search.worker.judge import Judge
+from search.worker.ray_tasks import Preparation
+
+# Called with what is being made, how much is done, of how much, and a remark.
+Report = Callable[[str, int, int, str], None]
+
+
+class Trainer(Protocol):
+    """What trains and measures the rows of one study, in one worker."""
+
+    @classmethod
+    def prepare(cls, study: Study, together: int, report: Report) -> Iterator[Preparation]:
+        """Make what the rows share, once for all workers, and check that this machine can.
+
+        Args:
+            study: The study.
+            together: Rows at once on one machine.
+            report: Called with the progress, from inside a step.
+
+        Raises:
+            InputError: This machine lacks something.
+        """
+        ...
+
+    @classmethod
+    def open(cls, study: Study, spec: StudySpec) -> "Trainer":
+        """Load what the rows of the study share, under that spec of it.
+
+        Raises:
+            InputError: This machine lacks something, or has it otherwise than the study.
+        """
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the conditions under which this process measures."""
+        ...
+
+    def ready(self, task: Task) -> None:
+        """Make what this row needs and other rows may use, while its lease is held.
+
+        Raises:
+            UnpreparedError: This machine cannot.
+        """
+        ...
+
+    def run(
+        self,
+        task: Task,
+        folder: Path,
+        *,
+        check: Callable[[], None],
+        report: Callable[[str], None],
+        judge: Judge,
+        log: TrialLog | None = None,
+    ) -> TrialResult:
+        """Train and measure a row, or go on where an earlier worker's checkpoint ends.
+
+        Args:
+            task: The row's weights and seeds.
+            folder: Where checkpoints, models and the result go.
+            check: Called every now and then; an error of its ends the work, after a checkpoint.
+            report: Called with a short text on the progress.
+            judge: Gets intermediate values and may end the row.
+            log: The row's log.
+
+        Returns:
+            The result; read from the folder if an earlier worker wrote it.
+
+        Raises:
+            NonFiniteError: It diverged.
+            BdenseError: It failed, and would fail again.
+        """
+        ...
+
+
+def trainer_of(spec: StudySpec) -> type[Trainer]:
+    """What trains a study's rows; only what distils imports torch."""
+    if spec.is_command:
+        from search.worker.command import Command
+
+        return Command
+    from search.worker.distillation import Distillation
+
+    return Distillation

@@ -1,0 +1,513 @@
+"""Method ``command``: studies whose trials are runs of a program, by workers of this process."""
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from bdense.errors import InputError
+from search.analysis.comparison import compare
+from search.analysis.confirmation import verdict
+from search.analysis.plans import plan_confirmation
+from search.analysis.recommendation import noise_of, recommend
+from search.errors import SpecChangedError
+from search.report.overview import overview_of
+from search.report.report_files import write_report
+from search.storage.stop_flags import ask_all
+from search.study.study import Study
+from search.study.trial_log import LOG_FILE, read_log
+from tests.e2e.study import wait_until
+from tests.goldens import ROOT
+from tests.measured import command, copy_storage, empty_storage, refused
+from tests.programs import (
+    WEIGHTS,
+    given_to,
+    planned,
+    program_file,
+    row,
+    score,
+    spec_of,
+    work,
+    worker_config,
+    written,
+)
+from tests.studies import resolve_here
+
+
+def trials(study: Study) -> list[optuna.trial.FrozenTrial]:
+    """Of a search, in order."""
+    return study.search.study.get_trials(deepcopy=False)
+
+
+def only(study: Study) -> optuna.trial.FrozenTrial:
+    """The one row of a study."""
+    (found,) = study.main.study.get_trials(deepcopy=False)
+    return found
+
+
+def one_row(folder: Path, *told: str, **keys) -> Path:
+    """A study file of one row, of the defaults."""
+    return written(folder, *told, plan={"arms": ["defaults"], "seeds": [0]}, **keys)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+# ---- a search ----
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory) -> tuple[Study, Path]:
+    """A search of three points, one of them under a second seed, and its folder."""
+    folder = tmp_path_factory.mktemp("searched")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BDENSE_RUNS", str(folder / "runs"))
+        url = copy_storage(empty_storage(tmp_path_factory.getbasetemp()), folder / "study.db")
+        plan = {"trials": 4, "replicates": 2, "race": 1}
+        study = work(planned(url, written(folder, "{x}", "{seed}", plan=plan)))
+    return study, folder
+
+
+@pytest.fixture
+def searched(complete, monkeypatch) -> Study:
+    """``complete``, which the command finds; a test leaves it as it is."""
+    study, folder = complete
+    monkeypatch.setenv("BDENSE_RUNS", str(folder / "runs"))
+    monkeypatch.setenv("BDENSE_STORAGE", study.url)
+    resolve_here(monkeypatch)
+    return study
+
+
+def test_a_search_s_trials_are_runs_of_the_program(searched):
+    for trial in trials(searched):
+        x, y = trial.params["x"], trial.params["y"]
+        assert trial.state is TrialState.COMPLETE
+        assert trial.value == score(x, y)
+        assert 0.1 <= x <= 10
+        assert 0 <= y <= 2
+        assert given_to(searched, trial.number)["params"] == {"x": x, "y": y}
+        (started,) = [
+            each
+            for each in read_log(row(searched, trial.number, LOG_FILE))[0]
+            if each["event"] == "started"
+        ]
+        assert started["program"][-2:] == [repr(x), "0"]
+    # Defaults under both seeds, and the best trial under the second.
+    found = compare(searched)
+    assert found.results[0].arm.name == "defaults"
+    assert found.results[0].values == {0: score(2, 1), 1: score(2, 1, 1)}
+    assert [sorted(each.values) for each in found.results] == [[0, 1], [0, 1]]
+    assert noise_of(found).replicates == 2
+    best = min(trials(searched), key=lambda trial: trial.value)
+    assert recommend(found).arm.trial == best.number
+
+
+def test_outputs_name_the_metric(searched, tmp_path):
+    best = min(trial.value for trial in trials(searched))
+    printed = {verb: command(verb, "losses") for verb in ("status", "best", "trials")}
+    assert {answer.status for answer in printed.values()} == {0}
+    page = write_report(searched, tmp_path / "report").read_text()
+    texts = [*(answer.out for answer in printed.values()), command("list").out, page]
+    for text in texts:
+        assert "FID" not in text
+        assert "w_1" not in text
+    assert all("loss" in text for text in texts[1:])
+    told = json.loads(command("best", "losses", "--json").out)
+    assert told["best"]["value"] == best
+    assert (told["best"]["metric"], told["best"]["others"]) == ("loss", {"steps": 4.0})
+    assert told["baselines"]["defaults"]["value"] == score(2, 1)
+    assert {row["value"] for row in json.loads(command("trials", "losses", "--json").out)} >= {
+        best
+    }
+    (listed,) = json.loads(command("list", "--json").out)
+    assert (listed["metric"], listed["best_value"]) == ("loss", best)
+    plots = [plot.key for plot in overview_of(searched).plots()]
+    assert plots == ["loss-over-log10-x", "loss-over-y"]
+    assert searched.search.study.metric_names == ["loss"]
+
+
+def test_a_point_is_enqueued_and_a_study_deleted(url, tmp_path):
+    study = planned(url, written(tmp_path))
+    answer = command("enqueue", "losses", "--set", "x=1", "--set", "y=0.5")
+    assert (answer.status, "x 1, y 0.5" in answer.out) == (0, True)
+    assert "y" in refused(command("enqueue", "losses", "--set", "x=1"))
+    row(study, 0).mkdir(parents=True)
+    assert command("delete", "losses", "--yes").status == 0
+    assert not row(study, 0).parent.exists()
+
+
+def test_more_is_better_where_it_is_asked_for(url, tmp_path):
+    path = written(
+        tmp_path,
+        "negative",
+        plan={"trials": 4, "replicates": 2, "race": 1},
+        method={"direction": "maximise"},
+    )
+    study = work(planned(url, path))
+    best = max(trials(study), key=lambda trial: trial.value)
+    assert study.search.study.best_trial.number == best.number == study.search.best().number
+    assert json.loads(command("best", "losses", "--json").out)["best"]["number"] == best.number
+    assert recommend(compare(study)).arm.trial == best.number
+    assert json.loads(command("list", "--json").out)[0]["best_value"] == best.value
+    # Candidates and defaults under fresh seeds, in pairs.
+    work(plan_confirmation(study, method={}, seeds=3, count=2))
+    found = verdict(study)
+    ranked = sorted(found.comparison.results, key=lambda each: each.mean().mean)
+    assert found.winner == ranked[-1]
+    assert recommend(found.comparison).arm == found.winner.arm
+    pair = found.comparison.against(found.winner, found.comparison.baseline("defaults"))
+    params = found.winner.arm.params
+    assert pair.n == 3
+    assert pair.low == pytest.approx(score(2, 1) - score(**params))
+    told = json.loads(command("best", "losses", "--json").out)["confirmed"]
+    assert told["winner"]["params"] == params
+    assert sorted(told["arms"][0]["values"]) == ["2", "3", "4"]
+    assert "vs_defaults" in told["arms"][1]
+
+
+def test_given_arms_and_variants(url, tmp_path):
+    path = written(
+        tmp_path,
+        plan={
+            "arms": ["defaults", {"x": 1, "y": 1}],
+            "seeds": [1],
+            "variants": [{}, {"run": [sys.executable, "program.py", "negative"]}],
+        },
+    )
+    study = work(planned(url, path))
+    assert [row.value for row in study.complete_rows()] == [
+        sign * score(x, 1, 1) for sign in (1, -1) for x in (2, 1)
+    ]
+
+
+# ---- the pruner ----
+
+
+def test_intermediate_values_reach_the_pruner_which_ends_the_program(url, tmp_path):
+    pruner = {"name": "ThresholdPruner", "upper": 9.5, "n_warmup_steps": 1}
+    plan = {"trials": 2, "replicates": 1, "pruner": pruner}
+    study = planned(url, written(tmp_path, "values", "waits", plan=plan))
+    (tmp_path / "gate").touch()
+    for y in (0.25, 1.5):
+        study.search.enqueue({"x": 1.0, "y": y})
+    work(study)
+    kept, pruned = trials(study)
+    assert kept.value == score(1, 0.25)
+    assert kept.intermediate_values == {step: 10.25 - step for step in range(4)}
+    assert pruned.state is TrialState.PRUNED
+    assert pruned.user_attrs["reason"] == "ThresholdPruner: loss 10.5 at step 1"
+    assert "ThresholdPruner" in command("trials", "losses").out
+    # The baseline is measured to its end, whatever its values are.
+    (baseline,) = study.given.study.get_trials(deepcopy=False)
+    assert (baseline.value, len(baseline.intermediate_values)) == (score(2, 1), 4)
+
+
+# ---- ends and takeovers ----
+
+
+WORKER = """
+import json, sys
+from search.worker.ray_tasks import WorkerConfig, slot
+slot({"worker": WorkerConfig(**json.loads(sys.argv[1])), "mark": sys.argv[2]})
+"""
+
+
+def as_words(study: Study, program: str) -> list[str]:
+    """A worker's process of its own."""
+    known = worker_config(study)
+    asked = {name: getattr(known, name) for name in ("study", "storage", "runs", "cache")}
+    return [sys.executable, "-c", program, json.dumps(asked), f"{row(study, 0)}.mark"]
+
+
+@pytest.fixture
+def worked_on() -> Iterator[Callable[[Study], threading.Thread]]:
+    """Starts a worker in a thread."""
+    started = []
+
+    def start(study: Study) -> threading.Thread:
+        started.append(threading.Thread(target=work, args=(study,)))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for thread in started:
+        thread.join(60)
+
+
+def waiting_program(study: Study) -> int:
+    """The process of the program, once it waits in its third step."""
+    wait_until(
+        lambda: row(study, 0, "work", "step").exists() and program_file(study, 0, "step") == "2"
+    )
+    return int(program_file(study, 0, "starts").split()[-1])
+
+
+def test_a_killed_worker_takes_its_program_along_and_another_goes_on(url, tmp_path):
+    study = planned(url, one_row(tmp_path, "waits", "forks", "values"))
+    with subprocess.Popen(as_words(study, WORKER), stderr=subprocess.DEVNULL) as killed:
+        try:
+            program = waiting_program(study)
+            children = [int(pid) for pid in program_file(study, 0, "children").split()]
+            assert all(map(alive, [program, *children]))
+        finally:
+            killed.kill()
+    # It may have been killed in the middle of a line.
+    with row(study, 0, "values.jsonl").open("a") as file:
+        file.write('{"st')
+    (tmp_path / "gate").touch()
+    work(study)
+    assert not any(map(alive, [program, *children]))
+    assert only(study).value == score(2, 1)
+    assert only(study).user_attrs["score"]["others"] == {"steps": 2.0}
+    starts = program_file(study, 0, "starts").splitlines()
+    assert [line.split()[0] for line in starts] == ["0", "2"]
+    assert only(study).intermediate_values == {step: 11.0 - step for step in range(4)}
+
+
+def test_a_stop_lets_the_program_save_and_it_goes_on_from_there(url, tmp_path, worked_on):
+    study = planned(url, one_row(tmp_path, "waits"))
+    stopped = worked_on(study)
+    program = waiting_program(study)
+    ask_all(study.ledgers)
+    stopped.join(60)
+    assert not alive(program)
+    assert program_file(study, 0, "step") == "3"
+    events = [each["event"] for each in read_log(row(study, 0, LOG_FILE))[0]]
+    assert events[-2:] == ["checkpoint", "released"]
+    work(Study.open(url, "losses"))
+    assert only(study).user_attrs["score"]["others"] == {"steps": 1.0}
+    assert only(study).user_attrs["tries"] == 1
+
+
+def test_a_program_that_ignores_the_signal_is_killed_after_the_grace(url, tmp_path, worked_on):
+    path = one_row(tmp_path, "waits", "deaf", method={"grace_seconds": 0.2})
+    study = planned(url, path)
+    stopped = worked_on(study)
+    program = waiting_program(study)
+    ask_all(study.ledgers)
+    stopped.join(60)
+    assert not alive(program)
+    killed = next(
+        each for each in read_log(row(study, 0, LOG_FILE))[0] if each["event"] == "killed"
+    )
+    assert "SIGTERM for 0.2 s" in killed["why"]
+    assert only(study).state is TrialState.RUNNING  # given back
+
+
+def test_children_that_a_program_leaves_behind_are_killed(url, tmp_path):
+    study = work(planned(url, one_row(tmp_path, "forks")))
+    children = [int(pid) for pid in program_file(study, 0, "children").split()]
+    assert len(children) == 2
+    assert not any(map(alive, children))
+    assert only(study).value == score(2, 1)
+    events = [each["event"] for each in read_log(row(study, 0, LOG_FILE))[0]]
+    assert "children" in events
+
+
+def test_the_last_of_a_program_s_output_is_kept(url, tmp_path):
+    study = work(planned(url, one_row(tmp_path, "chatty", method={"log_mib": 0.25})))
+    kept = [row(study, 0, name) for name in ("stdout.1.log", "stdout.log")]
+    size = sum(path.stat().st_size for path in kept)
+    assert 0.1 * 2**20 < size <= 0.25 * 2**20
+    lines = "".join(path.read_text() for path in kept).splitlines()
+    assert lines[-1].startswith("line 19999 ")
+    assert only(study).value == score(2, 1)
+
+
+# ---- bad programs ----
+
+
+FAILURES = {
+    "silent": ("error", "ended without a metric.*'loss'.*BDENSE_RESULT"),
+    "nan": ("diverged", "loss nan"),
+    "list": ("error", "mapping with a number 'loss'.*[1.0]"),
+    "word": ("error", "mapping with a number 'loss'.*low"),
+    "half": ("error", "metric.json is not JSON"),
+    "fails": ("error", "exit status 3.*stderr.log: first words.*ValueError: the data are bad"),
+}
+
+
+def test_a_program_that_fails_says_why(url, tmp_path):
+    variants = [{"run": [sys.executable, "program.py", told]} for told in FAILURES]
+    plan = {"arms": ["defaults"], "seeds": [0], "variants": variants}
+    study = work(planned(url, written(tmp_path, plan=plan)))
+    rows = study.main.study.get_trials(deepcopy=False)
+    for trial, (reason, said) in zip(rows, FAILURES.values(), strict=True):
+        assert (trial.state, trial.user_attrs["reason"]) == (TrialState.FAIL, reason)
+        (error,) = trial.user_attrs["error"].splitlines()
+        require_in_order(said, error)
+        assert error in command("status", "losses").out
+    assert row(study, len(rows) - 1, "stderr.log").read_text().endswith("the data are bad\n")
+
+
+def require_in_order(said: str, told: str) -> None:
+    """Each part of ``said``, between ``.*``, one after another."""
+    place = 0
+    for words in said.split(".*"):
+        assert words in told[place:], told
+        place = told.index(words, place)
+
+
+def test_a_program_that_a_signal_ends_is_tried_again_and_then_given_up(url, tmp_path):
+    path = one_row(tmp_path, "dies", resources={"max_attempts": 2, "gpus": 0})
+    study = work(planned(url, path))
+    trial = only(study)
+    assert (trial.state, trial.user_attrs["reason"]) == (TrialState.FAIL, "error")
+    assert "SIGSEGV" in trial.user_attrs["error"]
+    starts = program_file(study, 0, "starts").splitlines()
+    assert [line.split()[0] for line in starts] == ["0", "4"]
+
+
+def test_a_line_of_another_form_fails_the_trial(url, tmp_path):
+    path = one_row(tmp_path)
+    (tmp_path / "program.py").write_text(
+        "import os, pathlib, time\n"
+        "pathlib.Path(os.environ['BDENSE_VALUES']).write_text('{\"step\": -1, \"value\": 2}\\n')\n"
+        "time.sleep(600)\n"
+    )
+    study = work(planned(url, path))
+    assert only(study).user_attrs["reason"] == "error"
+    assert 'got {"step": -1, "value": 2}' in only(study).user_attrs["error"]
+
+
+# ---- the study file ----
+
+
+@pytest.mark.parametrize(
+    ("keys", "key", "said"),
+    [
+        ({"method": {"run": ["no-such-program"]}}, "method.run", "no program no-such-program"),
+        ({"method": {"run": ["./program.py"]}}, "method.run", "not executable"),
+        ({"method": {"run": ["./other.py"]}}, "method.run", "no program"),
+        ({"method": {"run": [sys.executable, "{z}"]}}, "method.run", "{z}.*x, y, seed"),
+        ({"method": {"run": []}}, "method.run", "empty"),
+        ({"method": {"files": ["other.json"]}}, "method.files", "no file"),
+        ({"method": {"folder": "elsewhere"}}, "method.folder", "no folder"),
+        ({"method": {"metric": "top 1"}}, "method.metric", "'top 1'"),
+        ({"method": {"checkpoint_on": "KILL"}}, "method.checkpoint_on", "TERM"),
+        ({"method": {"grace": 3}}, "method.grace", "grace_seconds"),
+        ({"weights": "normalised"}, "weights", "by their names"),
+        ({"weights": {}}, "weights", "empty"),
+        ({"weights": {"x": 1}}, "weights.x", "mapping of low, high and default"),
+        ({"weights": {"x": {"low": 0, "high": 1}}}, "weights.x.default", "missing"),
+        (
+            {"weights": {"x": {"low": 0, "high": 1, "default": 2}}},
+            "weights.x.default",
+            "outside 0 to 1",
+        ),
+        (
+            {"weights": {"x": {"low": 0, "high": 1, "default": 1, "log": True}}},
+            "weights.x.low",
+            "above 0",
+        ),
+        ({"weights": {"seed": WEIGHTS["x"]}}, "weights.seed", "name"),
+        ({"data": "digits"}, "data", "leave it out"),
+        ({"teacher": {"recipe": "latent-digits"}}, "teacher", "leave it out"),
+        ({"resources": {"compile": True}}, "resources.compile", "leave it out"),
+        ({"plan": {"trials": 4, "at": [0.5]}}, "plan.at", "leave it out"),
+        ({"plan": {"trials": 4, "stop": True}}, "plan.stop", "leave it out"),
+        ({"plan": {"trials": 4, "sampler": "NoSampler"}}, "plan.sampler.name", "NoSampler"),
+        ({"plan": {"arms": ["plain"]}}, "plan.arms", "defaults"),
+        ({"plan": {"arms": [{"x": 1}]}}, "plan.arms.0", "x, y"),
+        ({"plan": {"arms": [{"x": -1, "y": 1}]}}, "plan.arms.0", "above 0"),
+        (
+            {"plan": {"arms": ["defaults"], "variants": [{"metric": "other"}]}},
+            "plan.variants.0.metric",
+            "whole study's",
+        ),
+        ({"confirm": {"method": {"run": ["no-such-program"]}}}, "confirm.method.run", "no-such"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named(tmp_path, keys, key, said):
+    path = written(tmp_path, **keys)
+    with pytest.raises(InputError) as refusal:
+        spec_of(path)
+    (told,) = str(refusal.value).splitlines()
+    assert told.startswith((f"{path}: {key} ", f"{path}: {key}: "))
+    require_in_order(said, told)
+
+
+def test_a_launch_refuses_a_program_that_is_not_there_before_anything_runs(url, tmp_path):
+    told = refused(command("launch", written(tmp_path, method={"run": ["no-such-program"]})))
+    assert "losses.yaml:" in told
+    assert "no program no-such-program" in told
+    assert json.loads(command("list", "--json").out) == []
+
+
+def test_what_decides_the_metric_is_part_of_the_fingerprint(url, tmp_path):
+    path = written(tmp_path)
+    before = spec_of(path)
+    assert "folder" not in json.dumps(before.conditions())
+    written(tmp_path, method={"grace_seconds": 3, "log_mib": 1})
+    assert spec_of(path).fingerprint() == before.fingerprint()
+    written(tmp_path, "negative")
+    assert spec_of(path).fingerprint() != before.fingerprint()
+    work(planned(url, one_row(tmp_path)))
+    (tmp_path / "program.py").write_text("print('another')")
+    with pytest.raises(SpecChangedError, match="run"):
+        Study.create(url, spec_of(path))
+
+
+def test_a_stored_spec_is_read_back(url, tmp_path):
+    spec = spec_of(written(tmp_path))
+    stored = Study.create(url, spec).spec
+    assert stored == spec
+    assert stored.fingerprint() == spec.fingerprint()
+
+
+def test_what_is_for_students_is_refused(searched, complete, tmp_path):
+    path = complete[1] / "losses.yaml"
+    assert "program's own" in refused(command("export", "losses", tmp_path / "model"))
+    assert "program's own" in refused(command("promote", "losses", "--weights", "1,0"))
+    assert command("fetch", path).status == 0
+    dry = command("launch", path, "--dry-run")
+    assert (dry.status, "# rows: " in dry.out, "extractor" in dry.out) == (0, True, False)
+
+
+NO_TORCH = """
+import json, sys
+
+class NoTorch:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "torchvision"):
+            raise ImportError(f"a worker of programs imports {name}")
+
+sys.meta_path.insert(0, NoTorch())
+from search.worker.ray_tasks import WorkerConfig, prepare_task, slot
+worker = WorkerConfig(**json.loads(sys.argv[1]))
+assert list(prepare_task(worker, 1)) == []
+assert slot({"worker": worker, "mark": sys.argv[2]}) == {"error": None}
+"""
+
+
+def test_neither_preparation_nor_worker_need_torch(url, tmp_path):
+    study = planned(url, written(tmp_path, plan={"trials": 1, "replicates": 1}))
+    subprocess.run(as_words(study, NO_TORCH), check=True, cwd=ROOT)
+    assert study.left() == 0
+
+
+def test_the_program_s_environment_holds_no_password_of_ours(url, tmp_path, monkeypatch):
+    monkeypatch.setenv("BDENSE_STORAGE", f"{url}")
+    path = one_row(tmp_path)
+    (tmp_path / "program.py").write_text(
+        "import json, os\n"
+        "known = {k: v for k, v in os.environ.items() if k.startswith(('BDENSE', 'OMP'))}\n"
+        "open(os.environ['BDENSE_FOLDER'] + '/environment', 'w').write(json.dumps(known))\n"
+        "open(os.environ['BDENSE_RESULT'], 'w').write('{\"loss\": 1}')\n"
+    )
+    study = work(planned(url, path))
+    known = json.loads(program_file(study, 0, "environment"))
+    assert "BDENSE_STORAGE" not in known
+    assert json.loads(known["BDENSE_PARAMS"]) == {"x": 2.0, "y": 1.0}
+    assert (known["BDENSE_SEED"], known["OMP_NUM_THREADS"]) == ("0", "1")
+    assert Path(known["BDENSE_TRIAL"]) == row(study, 0, "given.json").resolve()

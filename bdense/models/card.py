@@ -9,6 +9,7 @@ from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import samplers_from
 from bdense.diffusion.solvers import DDIM
 from bdense.files import atomic_write
+from bdense.models.diffusers_files import is_hub_id
 from bdense.models.store import denoiser_sha256
 from bdense.weights.spaces import by_interval
 
@@ -32,12 +33,19 @@ images = bdense.draw_images(model, sampler, 64, seed=0)  # uint8 [64, C, H, W]
 bdense.save_grid(images, "samples.png")"""
 _PIPELINE = """\
 import torch
-from diffusers import DDIMPipeline
+from diffusers import {loader}
 
-pipeline = DDIMPipeline.from_pretrained({name})
+pipeline = {loader}.from_pretrained({arguments})
 images = pipeline(
-    batch_size=64, {settings}, generator=torch.manual_seed(0)
+    {settings}, generator=torch.manual_seed(0)
 ).images"""
+# Of the pipelines whose scheduler is a file in their folder.
+_OWN_SCHEDULER = (
+    "Its scheduler, `scheduler/student_scheduler.py`, takes the student's own steps. It is a part "
+    "of this folder and not of diffusers, which runs it with `trust_remote_code=True` alone; read "
+    "it first."
+)
+_NO_CHECKER = "There is no safety checker: add one where others can ask for images."
 
 
 def inherited(teacher: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -86,24 +94,48 @@ def folder_card(
 
 
 def pipeline_card(
-    name: str, denoiser: NetworkDenoiser, metadata: Mapping[str, Any], call: Mapping[str, Any]
+    name: str,
+    denoiser: NetworkDenoiser,
+    metadata: Mapping[str, Any],
+    call: Mapping[str, Any],
+    pipeline: str,
+    example: Mapping[str, Any],
 ) -> str:
-    """The card, in Markdown, of the folder ``name`` that diffusers' ``DDIMPipeline`` loads.
+    """The card, in Markdown, of the folder ``name`` that diffusers alone loads.
 
-    ``call`` has the arguments of the pipeline that draw as the student was distilled to.
+    Args:
+        name: Name of the folder.
+        denoiser: The student.
+        metadata: Its metadata.
+        call: Arguments of the pipeline that draw as the student was distilled to.
+        pipeline: diffusers' class of it.
+        example: Arguments of a call that draws images.
     """
-    settings = ", ".join(f"{key}={value!r}" for key, value in call.items())
-    python = _PIPELINE.format(name=json.dumps(name), settings=settings)
+    is_plain = pipeline == "DDIMPipeline"
+    arguments = json.dumps(name) + ("" if is_plain else ", trust_remote_code=True")
+    python = _PIPELINE.format(
+        loader=pipeline if is_plain else "DiffusionPipeline",
+        arguments=arguments,
+        settings=_settings(example),
+    )
+    notes = [] if is_plain else [_OWN_SCHEDULER]
+    if metadata.get("condition") == "text":
+        notes.append(_NO_CHECKER)
     return _card(
         name,
         denoiser,
         metadata,
         "## How to sample",
         _fenced("python", python),
-        f"It was distilled for `{settings}`.",
+        f"It was distilled for `{_settings(call)}`.",
+        *notes,
         *_fid_section(metadata),
         library="diffusers",
     )
+
+
+def _settings(arguments: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in arguments.items())
 
 
 def _card(
@@ -116,11 +148,13 @@ def _card(
     """The common beginning of every card, then the given sections without empty ones."""
     student = metadata.get("kind") == "student"
     licence = metadata.get("licence")
+    teacher = str(metadata.get("teacher", ""))
     front = {
         # The hub's identifiers are SPDX's in lower case.
         "license": (licence or "unknown").lower(),
+        **({"base_model": teacher} if student and is_hub_id(teacher) else {}),
         "library_name": library,
-        "pipeline_tag": "unconditional-image-generation",
+        "pipeline_tag": pipeline_tag(metadata),
         "tags": "[diffusion, distillation]" if student else "[diffusion]",
     }
     what = "A diffusion model: a denoiser D(x; sigma), which can be a teacher."
@@ -142,6 +176,12 @@ def _card(
         *filter(None, sections),
     ]
     return "\n\n".join(blocks) + "\n"
+
+
+def pipeline_tag(metadata: Mapping[str, Any]) -> str:
+    """The task on the Hugging Face hub."""
+    is_text = metadata.get("condition") == "text"
+    return "text-to-image" if is_text else "unconditional-image-generation"
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

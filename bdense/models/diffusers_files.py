@@ -16,6 +16,8 @@ from bdense.errors import CheckpointError, InputError
 
 HUB = "https://huggingface.co"
 CONFIG, INDEX = "config.json", "model_index.json"
+# In a student's pipeline, beside diffusers' own files: metadata that they have no place for.
+METADATA = "bdense.json"
 # Endings of torch pickles, which are not read.
 TORCH_FILES = (".bin", ".ckpt", ".pt", ".pth")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -61,7 +63,7 @@ def folder_of(source: str | Path) -> Path:
         raise CheckpointError(f"{source} is neither a diffusers folder nor a hub id OWNER/NAME")
     from huggingface_hub import snapshot_download
 
-    patterns = [INDEX, "README.md"]
+    patterns = [INDEX, METADATA, "README.md"]
     for part, names in _PARTS.items():
         place = "" if part == "." else f"{part}/"
         for name in names:

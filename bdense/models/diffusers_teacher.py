@@ -16,11 +16,20 @@ from typing import Any
 import torch
 
 from bdense.diffusion.denoiser import NetworkDenoiser, without_memory
-from bdense.diffusion.preconditioning import DDPM
+from bdense.diffusion.preconditioning import DDPM, make_preconditioning
+from bdense.diffusion.sampling import samplers_from
 from bdense.errors import CheckpointError, InputError
 from bdense.files import header_of
-from bdense.models.diffusers_files import CONFIG, INDEX, WEIGHTS, folder_of, load_part, read_json
-from bdense.networks import DiffusersTextUNet, DiffusersUNet, DiT
+from bdense.models.diffusers_files import (
+    CONFIG,
+    INDEX,
+    METADATA,
+    WEIGHTS,
+    folder_of,
+    load_part,
+    read_json,
+)
+from bdense.networks import DiffusersTextUNet, DiffusersUNet, DiT, Network
 from bdense.networks.diffusers_network import DiffusersNetwork, require_diffusers
 
 NETWORKS: Mapping[str, type[DiffusersNetwork]] = {
@@ -48,6 +57,18 @@ _FORMER_DIT = ("Transformer2DModel", "ada_norm_zero")
 # Folders of the autoencoder, and its classes.
 CODEC_PARTS, CODECS = ("vae", "vqvae"), ("AutoencoderKL", "VQModel")
 _SCHEDULER = "scheduler_config.json"
+# In the metadata of an exported student: what follows from the rest, and what of its architecture
+# is no option of its preconditioning.
+_DERIVED = (
+    "file",
+    "image_shape",
+    "classes",
+    "parameters",
+    "weights_sha256",
+    "architecture",
+    "pipeline_call",
+)
+_NOT_PRECOND = ("precond", "network", "config", "num_branches")
 _MOST_MODULES = 10_000
 # The last level of the students of Stable Diffusion (Zhou et al. 2024).
 _SIGMA_MIN = 0.1
@@ -70,7 +91,7 @@ def read_diffusers(
         weights: Read them; else the denoiser is on the meta device.
 
     Returns:
-        The denoiser, and metadata: ``source``, ``class`` of the model, ``scheduler``; ``licence``
+        The denoiser, and its metadata: of a student that ``export_pipeline`` wrote its own; else ``source``, ``class`` of the model, ``scheduler``; ``licence``
         if its README.md has one; ``clip_sample`` if the scheduler clips predictions to that range
         (this project's solvers do not). Of a model of latents ``codec``, the class of its
         autoencoder, how latents are scaled and what images it makes, if it is in the folder;
@@ -94,6 +115,8 @@ def read_diffusers(
         raise CheckpointError(
             f"{model_folder / CONFIG} describes a {kind}; this version reads {', '.join(NETWORKS)}"
         )
+    if (folder / METADATA).is_file():
+        return _exported(folder, NETWORKS[kind], model_folder, config, weights=weights)
     codec = codec_config(folder)
     is_latent = codec is not None or kind != DiffusersUNet.kind
     precond, facts = _scheduler(scheduler_file, is_latent=is_latent)
@@ -105,6 +128,29 @@ def read_diffusers(
     denoiser = _denoiser(NETWORKS[kind], model_folder, config, precond, weights=weights)
     if is_latent:
         metadata |= _latent_facts(denoiser, codec) | ({"ignored": ignored} if ignored else {})
+    return denoiser, metadata
+
+
+def _exported(
+    folder: Path,
+    network_class: type[DiffusersNetwork],
+    model_folder: Path,
+    config: dict[str, Any],
+    *,
+    weights: bool,
+) -> tuple[NetworkDenoiser, dict[str, Any]]:
+    """A student that ``export_pipeline`` wrote, and its metadata."""
+    file = folder / METADATA
+    known = read_json(file)
+    with header_of(file):
+        options = {
+            key: value for key, value in known["architecture"].items() if key not in _NOT_PRECOND
+        }
+        precond = make_preconditioning(DDPM.name, options)
+        assert isinstance(precond, DDPM)
+        denoiser = _denoiser(network_class, model_folder, config, precond, weights=weights)
+        metadata = {key: value for key, value in known.items() if key not in _DERIVED}
+        denoiser.samplers = tuple(samplers_from(metadata))
     return denoiser, metadata
 
 
@@ -139,25 +185,32 @@ def codec_config(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def codec_facts(network: Network, codec: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
+    """What ``metadata["codec"]`` says of an autoencoder.
+
+    Raises:
+        CheckpointError: It makes latents of other channels than the network takes.
+    """
+    folder, config = codec
+    if (channels := config.get("latent_channels")) != network.img_channels:
+        raise CheckpointError(
+            f"{folder / CONFIG} makes latents of {channels} channels, and the network takes "
+            f"{network.img_channels}; put the autoencoder of this network there"
+        )
+    return {
+        "class": config["_class_name"],
+        "scaling_factor": config.get("scaling_factor"),
+        "image_channels": config.get("out_channels", 3),
+        "enlarges": 2 ** (len(config.get("block_out_channels", [0])) - 1),
+        **({"shift_factor": shift} if (shift := config.get("shift_factor")) else {}),
+    }
+
+
 def _latent_facts(
     denoiser: NetworkDenoiser, codec: tuple[Path, dict[str, Any]] | None
 ) -> dict[str, Any]:
     network = denoiser.model
-    facts: dict[str, Any] = {}
-    if codec is not None:
-        folder, config = codec
-        if (channels := config.get("latent_channels")) != network.img_channels:
-            raise CheckpointError(
-                f"{folder / CONFIG} makes latents of {channels} channels, and the network takes "
-                f"{network.img_channels}; put the autoencoder of this network there"
-            )
-        facts["codec"] = {
-            "class": config["_class_name"],
-            "scaling_factor": config.get("scaling_factor"),
-            "image_channels": config.get("out_channels", 3),
-            "enlarges": 2 ** (len(config.get("block_out_channels", [0])) - 1),
-            **({"shift_factor": shift} if (shift := config.get("shift_factor")) else {}),
-        }
+    facts = {} if codec is None else {"codec": codec_facts(network, codec)}
     condition = "text" if network.text_dim else "classes" if network.label_dim else None
     lowest = denoiser.precond.sigma_min
     return {

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bdense.errors import InputError
+from bdense.models.card import pipeline_tag
 from bdense.models.diffusers_files import INDEX, is_hub_id, read_json, why_not_fetched
 from bdense.models.folder import CARD, CONFIG
 
@@ -21,7 +22,6 @@ _DATA_SETS = {
 }
 # A new repository has it.
 _OF_THE_HUB = {".gitattributes"}
-_TASK = "unconditional-image-generation"
 
 
 class HubRepository:
@@ -139,7 +139,7 @@ def card_data(repo_id: str, metadata: Mapping[str, Any], *, has_pipeline: bool) 
         told = ", ".join(f"{name} {value}" for name, value in conditions.items())
         results = [
             EvalResult(
-                task_type=_TASK,
+                task_type=pipeline_tag(metadata),
                 dataset_type=known or str(fid["reference"]),
                 dataset_name=str(fid["reference"]),
                 metric_type="fid",
@@ -153,7 +153,7 @@ def card_data(repo_id: str, metadata: Mapping[str, Any], *, has_pipeline: bool) 
             model_name=repo_id.partition("/")[2],
             license=(metadata.get("licence") or "unknown").lower(),
             library_name="diffusers" if has_pipeline else "bdense",
-            pipeline_tag=_TASK,
+            pipeline_tag=pipeline_tag(metadata),
             tags=["diffusion", "distillation", "bdense"],
             base_model=teacher if is_hub_id(teacher) else None,
             datasets=[known] if known else None,

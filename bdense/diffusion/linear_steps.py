@@ -5,6 +5,7 @@ the next call is x_{i+1} = k_i x_i + sum_{j <= i} c_ij e_j + g_i z_i, z_i new un
 solvers here are of this form but those that clip or threshold.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,7 @@ def linear_steps(sampler: Sampler) -> LinearSteps:
         noise_factors=[],
         fresh_noise_factors=[],
     )
-    for i, (now, after) in enumerate(zip(states[:-1], states[1:], strict=True)):
+    for i, (now, after) in enumerate(itertools.pairwise(states)):
         k = after[0] / now[0]
         left = after - k * now
         left[left.abs() < _ROUNDING * states.abs().max()] = 0

@@ -25,6 +25,8 @@ WEIGHTS = "diffusion_pytorch_model"
 # In a folder that ``export_folder`` writes: the student's weights, and those of the small
 # classifier in whose features its FID is, where it is one.
 MODEL_FILE, EXTRACTOR = "model.safetensors", "extractor.safetensors"
+# There too: the folder of the student's diffusers pipeline.
+PIPELINE = "diffusers"
 # The parts of a pipeline that are read, and what is fetched of each.
 _PARTS = {
     ".": (CONFIG, "scheduler_config.json", f"{WEIGHTS}*"),

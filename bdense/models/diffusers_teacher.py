@@ -91,12 +91,12 @@ def read_diffusers(
         weights: Read them; else the denoiser is on the meta device.
 
     Returns:
-        The denoiser, and its metadata: of a student that ``export_pipeline`` wrote its own; else ``source``, ``class`` of the model, ``scheduler``; ``licence``
+        The denoiser, and metadata: ``source``, ``class`` of the model, ``scheduler``; ``licence``
         if its README.md has one; ``clip_sample`` if the scheduler clips predictions to that range
         (this project's solvers do not). Of a model of latents ``codec``, the class of its
         autoencoder, how latents are scaled and what images it makes, if it is in the folder;
         ``condition``, whether it takes ``guidance``, usual ``levels``; and ``ignored``, parts
-        that are never loaded.
+        that are never loaded. A student that ``export_pipeline`` wrote has its own metadata.
 
     Raises:
         CheckpointError: It is not such a folder, or its pipeline, model, weights or scheduler are

@@ -11,10 +11,9 @@ from typing import Any
 
 from bdense.errors import InputError
 from bdense.models.card import pipeline_tag
-from bdense.models.diffusers_files import INDEX, is_hub_id, read_json, why_not_fetched
+from bdense.models.diffusers_files import INDEX, PIPELINE, is_hub_id, read_json, why_not_fetched
 from bdense.models.folder import CARD, CONFIG
 
-PIPELINE = "diffusers"  # a diffusers pipeline of the student, in its folder
 # Data sets as the Hub calls them.
 _DATA_SETS = {
     "cifar10": "uoft-cs/cifar10",

@@ -105,7 +105,8 @@ class LatentPipeline:
             self.text.tokenizer.save_pretrained(folder / TOKENIZER)
             parts[TEXT_ENCODER] = ["transformers", type(self.text.model).__name__]
             parts[TOKENIZER] = ["transformers", type(self.text.tokenizer).__name__]
-            parts |= dict.fromkeys(_LEFT_OUT, [None, None]) | {"requires_safety_checker": False}
+            parts |= {key: [None, None] for key in _LEFT_OUT}
+            parts["requires_safety_checker"] = False
         if self.name == "DiTPipeline" and (labels := self._labels()):
             parts["id2label"] = labels
         version = {"_class_name": self.name, "_diffusers_version": _version()}
@@ -175,8 +176,8 @@ def latent_pipeline(
     found = codec_config(folder)
     if found is None:
         raise CheckpointError(
-            f"{folder} has no autoencoder (vae or vqvae), which the student's pipeline takes over; "
-            "give the folder of the teacher's whole pipeline"
+            f"{folder} has no autoencoder (vae or vqvae) for the student's pipeline; give the "
+            "folder of the teacher's whole pipeline"
         )
     codec = codec_facts(network, found)
     if "shift_factor" in codec:

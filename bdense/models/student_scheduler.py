@@ -33,24 +33,29 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        timesteps: list,
-        sigmas: list,
+        timesteps: list[float],
+        sigmas: list[float],
         start: float,
         scales_first_input: bool,
-        state_factors: list,
-        noise_factors: list,
-        fresh_noise_factors: list,
+        state_factors: list[float],
+        noise_factors: list[list[float]],
+        fresh_noise_factors: list[float],
         prediction_type: str = "epsilon",
-    ):
+    ) -> None:
         self.timesteps = torch.tensor(timesteps, dtype=torch.float32)
         self.num_inference_steps = len(timesteps)
-        self._noises = []
+        self._noises: list[torch.Tensor] = []
 
     @property
-    def init_noise_sigma(self):
-        return 1.0 if self.config.scales_first_input else self.config.start
+    def init_noise_sigma(self) -> float:
+        """What the pipeline multiplies its unit noise by."""
+        return 1.0 if self.config.scales_first_input else float(self.config.start)
 
-    def set_timesteps(self, num_inference_steps=None, device=None):
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
         """Begin: the times go to ``device``.
 
         Raises:
@@ -64,13 +69,22 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
         self.timesteps = self.timesteps.to(device)
         self._noises = []
 
-    def scale_model_input(self, sample, timestep=None):
+    def scale_model_input(
+        self, sample: torch.Tensor, timestep: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The network's input: the state itself, but for the first where the pipeline needs it."""
         if self.config.scales_first_input and not self._noises:
-            return self.config.start * sample
+            return sample * float(self.config.start)
         return sample
 
-    def step(self, model_output, timestep, sample, generator=None, return_dict=True):
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[torch.Tensor]:
         """The next state.
 
         Args:
@@ -92,7 +106,7 @@ class StudentScheduler(SchedulerMixin, ConfigMixin):
             predicted = (predicted + sigma * state) / (1 + sigma**2) ** 0.5
         self._noises.append(predicted)
         following = self.config.state_factors[i] * state
-        for factor, noise in zip(self.config.noise_factors[i], self._noises):
+        for factor, noise in zip(self.config.noise_factors[i], self._noises, strict=True):
             if factor:
                 following = following + factor * noise
         if fresh := self.config.fresh_noise_factors[i]:

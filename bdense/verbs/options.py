@@ -366,6 +366,25 @@ class ConvertOptions(Knobs):
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions(Knobs):
+    """``bdense export``."""
+
+    student: str = knob(
+        help="a student of one branch, of a teacher in diffusers' format: a safetensors file, a "
+        "folder or hub id (OWNER/NAME)",
+        metavar="STUDENT",
+        form="positional",
+    )
+    pipeline: str | None = knob(
+        None,
+        "folder or hub id of the teacher's pipeline, whose autoencoder and text encoder a student "
+        "of latents takes over",
+        none="a student of pixels needs none",
+    )
+    out: Path = knob(help="folder to write", metavar="DIR")
+
+
 def teacher_configs(arguments: Sequence[str]) -> Configs:
     """The classes of ``bdense teacher``; imports torch."""
     from bdense.training.teacher import TeacherConfig

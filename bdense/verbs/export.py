@@ -1,0 +1,27 @@
+"""``bdense export``: a student becomes a folder that diffusers alone loads."""
+
+import argparse
+
+from bdense.errors import InputError
+from bdense.knobs import KnobError, from_options
+from bdense.models.diffusers_export import export_pipeline
+from bdense.models.latents import draws_latents
+from bdense.models.store import load_model
+from bdense.verbs.options import ExportOptions
+
+
+def export(options: argparse.Namespace) -> None:
+    """Run the verb."""
+    own = from_options(ExportOptions, options)
+    student, metadata = load_model(own.student)
+    if not student.samplers:
+        raise InputError(f"{own.student} is no student, and its own pipeline draws its images")
+    if own.pipeline is None and draws_latents(student, metadata):
+        raise KnobError(
+            "--pipeline",
+            f"is needed: {own.student} draws latents, and autoencoder and text encoder are in its "
+            "teacher's folder",
+        )
+    metadata.pop("identity", None)
+    export_pipeline(own.out, student, metadata, teacher=own.pipeline)
+    print(own.out)

@@ -18,7 +18,7 @@ from bdense.diffusion.linear_steps import LinearSteps, linear_steps
 from bdense.diffusion.preconditioning import DDPM
 from bdense.diffusion.sampling import Sampler
 from bdense.errors import CheckpointError, InputError
-from bdense.models.diffusers_files import INDEX, folder_of, read_json
+from bdense.models.diffusers_files import CONFIG, INDEX, folder_of, read_json
 from bdense.models.diffusers_teacher import codec_config, codec_facts
 from bdense.models.latents import (
     TEXT_ENCODER,
@@ -93,8 +93,7 @@ class LatentPipeline:
         codec.model.save_pretrained(folder / codec_part)
         scheduler = student_scheduler.StudentScheduler(**self._scheduler_options())
         scheduler.save_pretrained(folder / "scheduler")
-        file = Path(student_scheduler.__file__)
-        shutil.copyfile(file, folder / "scheduler" / f"{SCHEDULER}.py")
+        shutil.copyfile(student_scheduler.__file__, folder / "scheduler" / f"{SCHEDULER}.py")
         parts: dict[str, Any] = {
             part: ["diffusers", network.kind],
             codec_part: ["diffusers", type(codec.model).__name__],
@@ -109,6 +108,8 @@ class LatentPipeline:
             parts["requires_safety_checker"] = False
         if self.name == "DiTPipeline" and (labels := self._labels()):
             parts["id2label"] = labels
+        for file in folder.glob(f"*/{CONFIG}"):
+            _drop_origin(file)
         version = {"_class_name": self.name, "_diffusers_version": _version()}
         (folder / INDEX).write_text(json.dumps(version | parts, indent=2) + "\n")
 
@@ -227,6 +228,13 @@ def _text_encoder(network: DiffusersNetwork, folder: Path) -> TextEncoder | None
             f"takes {network.text_dim}; give the folder of its teacher's pipeline"
         )
     return encoder
+
+
+def _drop_origin(config: Path) -> None:
+    """Remove where a part was loaded from: a path of this machine."""
+    kept = read_json(config)
+    kept.pop("_name_or_path", None)
+    config.write_text(json.dumps(kept, indent=2) + "\n")
 
 
 def _version() -> str:

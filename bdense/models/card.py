@@ -23,6 +23,7 @@ _KNOWN = ("source", "url", "citation", "scheduler", "data")
 _COLUMNS = {"steps": "steps", "nfe": "NFE", "arm": "arm", "fid": "FID"}
 _COLUMNS |= {"std_err": "standard error", "n": "n"}
 _TITLES = {"euler": "Euler", "ddim": "DDIM", "epd": "EPD"}
+HOW_TO_SAMPLE = "## How to sample"
 _FIRST = "---\nlicense: "  # each card begins so
 _PYTHON = """\
 import bdense
@@ -83,7 +84,7 @@ def folder_card(
         name,
         denoiser,
         metadata,
-        "## How to sample",
+        HOW_TO_SAMPLE,
         _fenced("sh", _sample_command(name, metadata)),
         _fenced("python", python),
         f"`bdense verify {name}` measures its FID again." if _verifiable(metadata) else "",
@@ -125,7 +126,7 @@ def pipeline_card(
         name,
         denoiser,
         metadata,
-        "## How to sample",
+        HOW_TO_SAMPLE,
         _fenced("python", python),
         f"It was distilled for `{_settings(call)}`.",
         *notes,

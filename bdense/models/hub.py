@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bdense.errors import InputError
-from bdense.models.card import pipeline_tag
+from bdense.models.card import HOW_TO_SAMPLE, pipeline_tag
 from bdense.models.diffusers_files import INDEX, PIPELINE, is_hub_id, read_json, why_not_fetched
 from bdense.models.folder import CARD, CONFIG
 
@@ -92,6 +92,8 @@ class HubRepository:
         for verb in ("sample", "verify"):
             text = text.replace(f"bdense {verb} {folder.name}", f"bdense {verb} {self.repo_id}")
         text = text.replace(json.dumps(folder.name), json.dumps(self.repo_id))
+        if has_pipeline:
+            text += _pipeline_section(folder / PIPELINE / CARD, self.repo_id)
         operations = [CommitOperationAdd(CARD, f"---\n{front}\n---\n{text}".encode())]
         operations += [CommitOperationAdd(name, path) for name, path in _files(folder)]
         try:
@@ -115,6 +117,13 @@ def push_model(folder: str | Path, repo_id: str) -> str:
     if not (Path(folder) / CONFIG).is_file():
         raise InputError(f"{folder} is no model folder; write one by export_folder")
     return HubRepository(repo_id).push(Path(folder))
+
+
+def _pipeline_section(card: Path, repo_id: str) -> str:
+    """How the card of a pipeline says that it is sampled, for the page."""
+    told = card.read_text().split(HOW_TO_SAMPLE, 1)[1].split("\n## ", 1)[0]
+    told = told.replace(json.dumps(PIPELINE), json.dumps(repo_id))
+    return f"\n## With diffusers{told.rstrip()}\n"
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -56,6 +56,12 @@ def new_stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Path
     made = scheduler(prediction_type=prediction_type)
     save(folder, "StableDiffusionPipeline", unet=unet, vae=vae, scheduler=made)
     write_text_encoder(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["text_encoder"] = ["transformers", "CLIPTextModel"]
+    index["tokenizer"] = ["transformers", "CLIPTokenizer"]
+    index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
+    index["requires_safety_checker"] = False
+    (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
 

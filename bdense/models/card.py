@@ -40,6 +40,24 @@ pipeline = {loader}.from_pretrained({arguments})
 images = pipeline(
     {settings}, generator=torch.manual_seed(0)
 ).images"""
+_LORA = """\
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
+
+pipeline = DiffusionPipeline.from_pretrained({teacher})
+pipeline.load_lora_weights({name})
+scheduler = get_class_from_dynamic_module(
+    {name},
+    "student_scheduler.py",
+    subfolder="scheduler",
+    class_name="StudentScheduler",
+    trust_remote_code=True,
+)
+pipeline.scheduler = scheduler.from_pretrained({name}, subfolder="scheduler")
+images = pipeline(
+    {settings}, generator=torch.manual_seed(0)
+).images"""
 # Of the pipelines whose scheduler is a file in their folder.
 _OWN_SCHEDULER = (
     "Its scheduler, `scheduler/student_scheduler.py`, takes the student's own steps. It is a part "
@@ -135,6 +153,38 @@ def pipeline_card(
     )
 
 
+def lora_card(
+    name: str,
+    denoiser: NetworkDenoiser,
+    metadata: Mapping[str, Any],
+    call: Mapping[str, Any],
+    example: Mapping[str, Any],
+) -> str:
+    """The card, in Markdown, of the folder ``name`` with a student as adapters of its teacher.
+
+    Args:
+        name: Name of the folder.
+        denoiser: The student.
+        metadata: Its metadata, ``teacher`` among them.
+        call, example: As of ``pipeline_card``.
+    """
+    teacher = json.dumps(str(metadata["teacher"]))
+    python = _LORA.format(name=json.dumps(name), teacher=teacher, settings=_settings(example))
+    return _card(
+        name,
+        denoiser,
+        metadata,
+        HOW_TO_SAMPLE,
+        _fenced("python", python),
+        f"It was distilled for `{_settings(call)}`. The adapters are of {teacher} alone, in "
+        "float32.",
+        _OWN_SCHEDULER,
+        *_fid_section(metadata),
+        library="diffusers",
+        tags=("lora",),
+    )
+
+
 def _settings(arguments: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}={value!r}" for key, value in arguments.items())
 
@@ -145,6 +195,7 @@ def _card(
     metadata: Mapping[str, Any],
     *sections: str,
     library: str = "bdense",
+    tags: Sequence[str] = (),
 ) -> str:
     """The common beginning of every card, then the given sections without empty ones."""
     student = metadata.get("kind") == "student"
@@ -154,9 +205,10 @@ def _card(
         # The hub's identifiers are SPDX's in lower case.
         "license": (licence or "unknown").lower(),
         **({"base_model": teacher} if student and is_hub_id(teacher) else {}),
+        **({"base_model_relation": "adapter"} if "lora" in tags else {}),
         "library_name": library,
         "pipeline_tag": pipeline_tag(metadata),
-        "tags": "[diffusion, distillation]" if student else "[diffusion]",
+        "tags": f"[{', '.join(['diffusion', *['distillation'] * student, *tags])}]",
     }
     what = "A diffusion model: a denoiser D(x; sigma), which can be a teacher."
     if student:

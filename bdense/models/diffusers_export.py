@@ -119,13 +119,18 @@ def _pipeline_of(
                 f"one; {_INSTEAD}"
             )
         latent = latent_pipeline(denoiser, sampler, teacher)
+        if metadata.get("codec", latent.codec) != latent.codec:
+            raise InputError(
+                f"the student was distilled for latents of {metadata['codec']}, and the "
+                f"autoencoder of {teacher} makes those of {latent.codec}; give the teacher's own"
+            )
         return _Pipeline(
             name=latent.name,
             part=latent.part,
             call=latent.call,
             example=latent.example,
             write=latent.write,
-            facts={"codec": latent.codec},
+            facts=latent.facts,
         )
     precond = _require_network(denoiser)
     call = _call(own_sampler(metadata), precond)

@@ -206,12 +206,17 @@ def codec_facts(network: Network, codec: tuple[Path, dict[str, Any]]) -> dict[st
     }
 
 
+def condition_of(network: Network) -> str | None:
+    """What ``metadata["condition"]`` says of a network."""
+    return "text" if network.text_dim else "classes" if network.label_dim else None
+
+
 def _latent_facts(
     denoiser: NetworkDenoiser, codec: tuple[Path, dict[str, Any]] | None
 ) -> dict[str, Any]:
     network = denoiser.model
     facts = {} if codec is None else {"codec": codec_facts(network, codec)}
-    condition = "text" if network.text_dim else "classes" if network.label_dim else None
+    condition = condition_of(network)
     lowest = denoiser.precond.sigma_min
     return {
         **facts,

@@ -19,7 +19,7 @@ from bdense.diffusion.preconditioning import DDPM
 from bdense.diffusion.sampling import Sampler
 from bdense.errors import CheckpointError, InputError
 from bdense.models.diffusers_files import CONFIG, INDEX, folder_of, read_json
-from bdense.models.diffusers_teacher import codec_config, codec_facts
+from bdense.models.diffusers_teacher import codec_config, codec_facts, condition_of
 from bdense.models.latents import (
     TEXT_ENCODER,
     TOKENIZER,
@@ -77,6 +77,12 @@ class LatentPipeline:
         return str(self.denoiser.model.part)
 
     @property
+    def facts(self) -> dict[str, Any]:
+        """What the student's metadata have to say of the teacher's pipeline."""
+        condition = condition_of(self.denoiser.model)
+        return {"codec": self.codec} | ({"condition": condition} if condition else {})
+
+    @property
     def example(self) -> dict[str, Any]:
         """Arguments of a call that draws images."""
         name, value = _EXAMPLES[self.name]
@@ -84,20 +90,15 @@ class LatentPipeline:
 
     def write(self, folder: Path) -> None:
         """Write everything but the card into an empty folder."""
-        from bdense.models import student_scheduler
-
         network: Any = self.denoiser.model
         part, codec_part = network.part, _PIPELINES[network.kind][1]
         codec: Any = load_codec(self.teacher)
         getattr(network, part).save_pretrained(folder / part)
         codec.model.save_pretrained(folder / codec_part)
-        scheduler = student_scheduler.StudentScheduler(**self._scheduler_options())
-        scheduler.save_pretrained(folder / "scheduler")
-        shutil.copyfile(student_scheduler.__file__, folder / "scheduler" / f"{SCHEDULER}.py")
         parts: dict[str, Any] = {
             part: ["diffusers", network.kind],
             codec_part: ["diffusers", type(codec.model).__name__],
-            "scheduler": [SCHEDULER, type(scheduler).__name__],
+            "scheduler": self.write_scheduler(folder),
         }
         if self.text is not None:
             self.text.model.save_pretrained(folder / TEXT_ENCODER)
@@ -112,6 +113,15 @@ class LatentPipeline:
             _drop_origin(file)
         version = {"_class_name": self.name, "_diffusers_version": _version()}
         (folder / INDEX).write_text(json.dumps(version | parts, indent=2) + "\n")
+
+    def write_scheduler(self, folder: Path) -> list[str]:
+        """Write the scheduler with its file; returns its module and class."""
+        from bdense.models import student_scheduler
+
+        scheduler = student_scheduler.StudentScheduler(**self._scheduler_options())
+        scheduler.save_pretrained(folder / "scheduler")
+        shutil.copyfile(student_scheduler.__file__, folder / "scheduler" / f"{SCHEDULER}.py")
+        return [SCHEDULER, type(scheduler).__name__]
 
     def _labels(self) -> Mapping[str, Any]:
         """The names of the classes, if the teacher's pipeline has them."""

@@ -1,4 +1,4 @@
-"""``bdense export``: a student becomes a folder that diffusers alone loads."""
+"""``bdense export``: a student becomes a folder that diffusers alone loads: whole, or adapters."""
 
 import argparse
 
@@ -6,6 +6,7 @@ from bdense.errors import InputError
 from bdense.knobs import KnobError, from_options
 from bdense.models.diffusers_export import export_pipeline
 from bdense.models.latents import draws_latents
+from bdense.models.lora_export import export_lora
 from bdense.models.store import load_model
 from bdense.verbs.options import ExportOptions
 
@@ -23,5 +24,12 @@ def export(options: argparse.Namespace) -> None:
             "teacher's folder",
         )
     metadata.pop("identity", None)
-    export_pipeline(own.out, student, metadata, teacher=own.pipeline)
+    if own.lora:
+        if own.pipeline is None:
+            raise KnobError(
+                "--lora", f"is for a student of latents, and {own.student} draws pixels; drop it"
+            )
+        export_lora(own.out, student, metadata, teacher=own.pipeline)
+    else:
+        export_pipeline(own.out, student, metadata, teacher=own.pipeline)
     print(own.out)

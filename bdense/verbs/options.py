@@ -382,6 +382,11 @@ class ExportOptions(Knobs):
         "of latents takes over",
         none="a student of pixels needs none",
     )
+    lora: bool = knob(
+        False,
+        "write adapters of the teacher alone (LoRA), which `load_lora_weights` of diffusers "
+        "loads, of a student of Stable Diffusion trained with --lora-rank",
+    )
     out: Path = knob(help="folder to write", metavar="DIR")
 
 

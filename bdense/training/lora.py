@@ -44,14 +44,15 @@ def require_adaptable(network: nn.Module, config: OptimisationConfig) -> None:
             f"lora_rank needs the peft library ({error}); install it with pip install "
             "'bdense[lora]'"
         ) from error
-    names = [name for name, layer in _model(network).named_modules() if not list(layer.children())]
+    layers = _model(network).named_modules()
+    names = [name for name, layer in layers if isinstance(layer, nn.Linear | nn.Conv2d)]
     for target in config.lora_targets or TARGETS:
         if not any(name == target or name.endswith(f".{target}") for name in names):
-            kinds = sorted({".".join(name.split(".")[-2:]) for name in names if "attn" in name})
+            there = [each for each in TARGETS if any(name.endswith(each) for name in names)]
             raise KnobError(
                 "lora_targets",
-                f"names {target}, and this {network.kind} has no such layer; take some of "
-                f"{', '.join(kinds) or 'another network, as it has no attention'}",
+                f"names {target}, and this {network.kind} has no such linear or convolutional "
+                f"layer; of attention's it has {', '.join(there) or 'none, so name others'}",
             )
 
 

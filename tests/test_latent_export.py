@@ -27,6 +27,7 @@ from bdense.models.card import inherited
 from bdense.models.diffusers_export import export_pipeline
 from bdense.models.store import denoiser_sha256, load_model
 from tests import commands
+from tests.features import ColourMeans, scripted
 
 diffusers = pytest.importorskip("diffusers", reason="needs the diffusers extra")
 pytest.importorskip("transformers", reason="needs the diffusers extra")
@@ -257,6 +258,34 @@ def test_a_branched_student_is_exported_and_read_back(folders, distilled, tmp_pa
     latents = drawn_here(student, student.samplers[0], prompts, 2, 5)
     images = bdense.load_codec(out).decode(latents)
     torch.testing.assert_close(drawn, (images / 2 + 0.5).clamp(0, 1), rtol=0, atol=2e-5)
+
+
+def test_an_exported_students_fid_is_measured_again(folders, tmp_path):
+    """On the pipeline's own parts, under the prompts that it was measured under."""
+    (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
+    (tmp_path / "images").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+    for i, each in enumerate(pixels):
+        Image.fromarray(each).save(tmp_path / f"images/{i}.png")
+    scripted(ColourMeans(), tmp_path)
+    prompts = ("--prompts", tmp_path / "prompts.txt")
+    judge = (
+        "--extractor", f"torchscript:{tmp_path / 'features.pt'}", "--cache", tmp_path / "cache",
+        "--data", f"folder:{tmp_path / 'images'}",
+    )  # fmt: skip
+    commands.done(
+        "distill", folders["epsilon"], *prompts, *judge, "--nfe", 1, "--substeps", 2, "--batch", 2,
+        "--kimg", 0.002, "--images", 12, "--out", tmp_path / "s.safetensors",
+    )  # fmt: skip
+    file, out = tmp_path / "s.safetensors", tmp_path / "out"
+    commands.done("export", file, "--pipeline", folders["epsilon"], "--out", out)
+    asked = ("verify", out, *judge, "--json")
+    assert json.loads(commands.done(*asked, *prompts))["verdict"] == "equal"
+    assert "--prompts are needed" in commands.refused(commands.bdense(*asked))
+    missing = ("verify", file, *judge, *prompts)
+    assert "--pipeline is needed" in commands.refused(commands.bdense(*missing))
+    (tmp_path / "prompts.txt").write_text("a nine")
+    assert commands.bdense(*asked, *prompts).status == 1  # another FID
 
 
 def test_the_cards_lines_draw_with_diffusers_alone(folders, distilled, tmp_path):

@@ -17,8 +17,9 @@ from bdense.methods.distill import branches_path
 from bdense.methods.epd import EPDConfig
 from bdense.methods.method import Inputs
 from bdense.methods.sfd import SFD, SFDConfig
+from bdense.models.diffusers_files import LORA_WEIGHTS
 from bdense.models.diffusers_teacher import read_diffusers
-from bdense.models.lora_export import WEIGHTS, export_lora, low_rank
+from bdense.models.lora_export import export_lora, low_rank
 from bdense.models.store import load_model
 from bdense.training.loop import Evaluations
 from bdense.weights.weighting import FixedWeights
@@ -239,14 +240,16 @@ def test_diffusers_loads_the_adapters_and_draws_our_images(folder, student, tmp_
     assert [path.relative_to(out).as_posix() for path in files] == [
         "README.md",
         "bdense.json",
-        WEIGHTS,
+        LORA_WEIGHTS,
         "scheduler/scheduler_config.json",
         "scheduler/student_scheduler.py",
     ]
-    weights = load_file(out / WEIGHTS)
+    weights = load_file(out / LORA_WEIGHTS)
     assert {len(value) for name, value in weights.items() if "lora_A" in name} == {4}
     assert "unet.conv_out.lora_B.weight" in weights
 
+    with pytest.raises(CheckpointError, match="adapters alone"):
+        load_model(out)
     card = (out / "README.md").read_text()
     assert "base_model_relation: adapter" in card
     lines = card.split("```python\n")[1].split("```")[0]

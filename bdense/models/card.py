@@ -105,7 +105,7 @@ def folder_card(
         HOW_TO_SAMPLE,
         _fenced("sh", _sample_command(name, metadata)),
         _fenced("python", python),
-        f"`bdense verify {name}` measures its FID again." if _verifiable(metadata) else "",
+        f"`{_verify_command(name, metadata)}` measures its FID again." * (SETUP in metadata),
         *(f"![{Path(picture).stem}]({picture})" for picture in pictures),
         *_fid_section(metadata),
         extra.strip(),
@@ -393,15 +393,18 @@ def _terms(metadata: Mapping[str, Any], *, student: bool) -> str:
     return f"Licence: {licence}{of_whom}."
 
 
-def _verifiable(metadata: Mapping[str, Any]) -> bool:
-    """Whether ``bdense verify`` has all that it needs: not of latents, which are decoded."""
-    return SETUP in metadata and "codec" not in metadata
+def _verify_command(name: str, metadata: Mapping[str, Any]) -> str:
+    return f"bdense verify {name}{_of_latents(metadata)}"
 
 
 def _sample_command(name: str, metadata: Mapping[str, Any]) -> str:
     # A student has its own sampler; for a teacher the user chooses one.
     grid = "" if "sampler" in metadata else " --solver heun --nfe 36 --no-afs"
-    # Autoencoder and text encoder are in the teacher's folder.
+    return f"bdense sample {name}{grid}{_of_latents(metadata)} --images 64 --out samples.png"
+
+
+def _of_latents(metadata: Mapping[str, Any]) -> str:
+    """Options that a model of latents needs: what is in its teacher's folder, and prompts."""
     folder = " --pipeline FOLDER_OF_TEACHER" if "codec" in metadata else ""
     prompts = " --prompts FILE" if metadata.get("condition") == "text" else ""
-    return f"bdense sample {name}{grid}{folder}{prompts} --images 64 --out samples.png"
+    return folder + prompts

@@ -22,6 +22,7 @@ METADATA = "bdense.json"
 TORCH_FILES = (".bin", ".ckpt", ".pt", ".pth")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 WEIGHTS = "diffusion_pytorch_model"
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 # In a folder that ``export_folder`` writes: the student's weights, and those of the small
 # classifier in whose features its FID is, where it is one.
 MODEL_FILE, EXTRACTOR = "model.safetensors", "extractor.safetensors"

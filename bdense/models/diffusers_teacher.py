@@ -23,6 +23,7 @@ from bdense.files import header_of
 from bdense.models.diffusers_files import (
     CONFIG,
     INDEX,
+    LORA_WEIGHTS,
     METADATA,
     WEIGHTS,
     folder_of,
@@ -105,6 +106,11 @@ def read_diffusers(
     """
     require_diffusers()
     folder = folder or folder_of(source)
+    if (folder / LORA_WEIGHTS).is_file():
+        raise CheckpointError(
+            f"{folder} holds adapters alone (LoRA), which diffusers adds to a pipeline; export "
+            "the student without --lora to draw from it here"
+        )
     ignored = _require_pipeline(folder)
     model_folder, scheduler_file = _find(folder)
     config = read_json(model_folder / CONFIG)

@@ -16,12 +16,11 @@ from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import InputError
 from bdense.files import atomic_folder, require_new
 from bdense.models.card import lora_card, readable_json
-from bdense.models.diffusers_files import METADATA, folder_of
+from bdense.models.diffusers_files import LORA_WEIGHTS, METADATA, folder_of
 from bdense.models.diffusers_teacher import read_diffusers
 from bdense.models.folder import CARD, own_sampler, require_one_branch
 from bdense.models.latent_pipeline import latent_pipeline
 
-WEIGHTS = "pytorch_lora_weights.safetensors"  # diffusers' name
 _PIPELINE = "StableDiffusionPipeline"
 _SHOWN = 3
 
@@ -64,7 +63,7 @@ def export_lora(
         _save(scratch, adapters)
         pipeline.write_scheduler(scratch)
         called = {**known, "pipeline_call": dict(pipeline.call)}
-        (scratch / METADATA).write_text(readable_json(WEIGHTS, denoiser, called))
+        (scratch / METADATA).write_text(readable_json(LORA_WEIGHTS, denoiser, called))
         card = lora_card(folder.name, denoiser, known, pipeline.call, pipeline.example)
         (scratch / CARD).write_text(card)
         written = [path for path in sorted(scratch.rglob("*")) if path.is_file()]
@@ -129,5 +128,5 @@ def _save(folder: Path, adapters: Mapping[str, Tensor]) -> None:
     from diffusers import StableDiffusionPipeline
 
     StableDiffusionPipeline.save_lora_weights(
-        folder, unet_lora_layers=dict(adapters), weight_name=WEIGHTS
+        folder, unet_lora_layers=dict(adapters), weight_name=LORA_WEIGHTS
     )

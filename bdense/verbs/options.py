@@ -333,6 +333,10 @@ class VerifyOptions(Cache):
         metavar="FILE",
         none="by its recorded name",
     )
+    pipeline: str | None = knob_of(Drawing, "pipeline", None)
+    prompts: Path | None = knob(
+        None, "the prompts that the FID was measured under, one in each line", metavar="FILE"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -112,7 +112,7 @@ def codec_of(
     return load_codec(pipeline).to(device)
 
 
-def _pipeline_in(source: str) -> str:
+def pipeline_in(source: str) -> str:
     """A model's own folder, or that of the diffusers pipeline in it."""
     inside = Path(source) / PIPELINE
     return str(inside) if (inside / INDEX).is_file() else source
@@ -182,7 +182,7 @@ def chosen_drawer(
     conditions = model.conditions_of(drawing.class_)  # refuses a class it does not know
     if not model.model.text_dim:
         null_for(sampler.guidance, conditions)  # refuses guidance that it cannot have
-    remark, pipeline = "", drawing.pipeline or _pipeline_in(source)
+    remark, pipeline = "", drawing.pipeline or pipeline_in(source)
     if drawing.nfe is None and drawing.epd_table is None and not model.samplers:
         remark = (
             f"{source} is a teacher, and is drawn with {sampler.nfe} network evaluations; "

@@ -14,6 +14,7 @@ from bdense.verbs.options import (
     ConvertOptions,
     Drawing,
     Evaluation,
+    ExportOptions,
     Features,
     FidOptions,
     Hardware,
@@ -81,6 +82,13 @@ VERBS = {
         example="bdense convert edm-cifar10-32x32-uncond-vp --out teacher.safetensors",
         function="bdense.verbs.convert:convert",
         configs=(ConvertOptions, Force),
+    ),
+    "export": Verb(
+        help="write a student of a diffusers teacher as a pipeline's folder, which diffusers "
+        "alone loads",
+        example="bdense export student.safetensors --pipeline stable-diffusion --out pipeline",
+        function="bdense.verbs.export:export",
+        configs=(ExportOptions,),
     ),
 }
 

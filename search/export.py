@@ -16,11 +16,11 @@ from bdense.files import sha256_file
 from bdense.metrics.classifiers import RECIPES, classifier_path
 from bdense.metrics.records import FID
 from bdense.models.diffusers_export import export_pipeline
-from bdense.models.diffusers_files import EXTRACTOR
+from bdense.models.diffusers_files import EXTRACTOR, PIPELINE
 from bdense.models.folder import CONFIG, SAMPLES, Picture, export_folder
-from bdense.models.hub import PIPELINE
+from bdense.models.latents import draws_latents
 from bdense.models.store import load_denoiser
-from bdense.networks.diffusers_unet import DiffusersUNet
+from bdense.networks.diffusers_network import DiffusersNetwork
 from search.analysis.comparison import compare, comparisons_of, table_rows, teacher_of
 from search.analysis.confirmation import CONFIRM_SUFFIX, judged_summary, verdict
 from search.analysis.recommendation import recommend
@@ -35,6 +35,7 @@ from search.study.results import Judged, TrialResult
 from search.study.study import FINGERPRINT, JUDGED, Study
 from search.study.summary import baselines_of, headline
 from search.study.wording import align
+from search.worker.assets import pipeline_of
 
 if TYPE_CHECKING:
     from bdense.diffusion.denoiser import NetworkDenoiser
@@ -97,7 +98,7 @@ def export_trial(
         extra = "All arms of the study:\n\n```\n" + "\n".join(rows) + "\n```"
 
     def finish(folder: Path) -> None:
-        _add_pipeline(folder, denoiser, metadata)
+        _add_pipeline(folder, study, denoiser, metadata)
         _add_extractor(folder, fid)
 
     export_folder(folder, denoiser, metadata, pictures=pictures, extra_card=extra, finish=finish)
@@ -335,11 +336,14 @@ def _add_extractor(folder: Path, fid: FID | None) -> None:
         )
 
 
-def _add_pipeline(folder: Path, denoiser: "NetworkDenoiser", metadata: Mapping[str, Any]) -> None:
+def _add_pipeline(
+    folder: Path, study: Study, denoiser: "NetworkDenoiser", metadata: Mapping[str, Any]
+) -> None:
     """Add a diffusers pipeline, where the network is a diffusers one."""
-    if not isinstance(denoiser.model, DiffusersUNet):
+    if not isinstance(denoiser.model, DiffusersNetwork):
         return
+    teacher = pipeline_of(study.spec) if draws_latents(denoiser, metadata) else None
     try:
-        export_pipeline(folder / PIPELINE, denoiser, metadata)
+        export_pipeline(folder / PIPELINE, denoiser, metadata, teacher=teacher)
     except InputError as error:
         sys.stderr.write(f"no diffusers pipeline is written: {error}\n")

@@ -121,6 +121,46 @@ def test_a_diffusers_student_opens_as_a_pipeline(hub, tmp_path):
     assert same_weights(load_model("me/model")[0], student)
 
 
+def test_a_student_of_latents_opens_as_a_pipeline(hub, tmp_path, monkeypatch):
+    diffusers = pytest.importorskip("diffusers", reason="needs the diffusers extra")
+    pytest.importorskip("transformers", reason="needs the diffusers extra")
+    from bdense.models.diffusers_export import export_pipeline
+    from tests.latent_folders import new_stable_diffusion
+    from tests.test_latent_export import sampler_on, served_metadata, student_of
+
+    cache = str(tmp_path / "modules")
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", cache)
+    teacher = new_stable_diffusion(tmp_path / "teacher")
+    student, metadata = student_of(teacher)
+    metadata |= served_metadata([sampler_on(student)])
+    export_folder(
+        tmp_path / "model",
+        student,
+        metadata,
+        pictures={"samples.png": lambda path: path.touch()},
+        finish=lambda place: export_pipeline(
+            place / "diffusers", student, metadata, teacher=teacher
+        ),
+    )
+    bdense.push_model(tmp_path / "model", "me/latents")
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(
+        "me/latents", trust_remote_code=True, cache_dir=tmp_path / "c"
+    )
+    assert type(pipeline.scheduler).__name__ == "StudentScheduler"
+    found = pipeline.unet.state_dict()
+    assert all(value.equal(found[name]) for name, value in student.model.unet.state_dict().items())
+    page = hub.files["me/latents"]["README.md"].decode()
+    assert "pipeline_tag: text-to-image" in page
+    section = page.split("## With diffusers")[1]
+    assert 'from_pretrained("me/latents", trust_remote_code=True)' in section
+    assert "read it first" in section
+    # Autoencoder and text encoder are there too, and in the folder's own pipeline here.
+    asked = ("--prompt", "a three", "--images", 2, "--out")
+    done("sample", "me/latents", *asked, tmp_path / "there.png")
+    done("sample", tmp_path / "model", *asked, tmp_path / "here.png")
+    assert (tmp_path / "there.png").read_bytes() == (tmp_path / "here.png").read_bytes()
+
+
 def test_an_export_is_pushed_as_a_new_model(hub, searched, tmp_path):
     keep(searched, 3)
     place = ("export", "digits", tmp_path / "model", "--push", "me/digits")

@@ -127,6 +127,22 @@ def test_its_study_trains_and_judges_under_prompts(folder, cache, tmp_path, monk
     assert judged.fingerprint() != study.fingerprint()
 
 
+def test_its_study_trains_adapters(folder, tmp_path, monkeypatch):
+    pytest.importorskip("peft", reason="needs the lora extra")
+    resolve_here(monkeypatch)
+    method = CHANGES["method"] | {"lora_rank": 2}
+    study = read_spec(STUDY, CHANGES | {"method": method, "trajectories": {"mode": "live"}})
+    assert study.fingerprint() != read_spec(STUDY, CHANGES).fingerprint()
+    run(load(study, CPU), tmp_path / "row", task())
+    student = load_denoiser(tmp_path / "row/student.safetensors")[0].state_dict()
+    teacher = bdense.load_model(folder)[0].state_dict()
+    changed = {name for name, value in teacher.items() if not torch.equal(value, student[name])}
+    assert all("attn" in name or name.endswith("conv_out.weight") for name in changed)
+    assert {"to_q", "to_k", "to_v", "to_out"} <= {
+        part for name in changed for part in name.split(".")
+    }
+
+
 def test_a_study_needs_the_whole_pipeline(folder, tmp_path, monkeypatch):
     resolve_here(monkeypatch)
     shutil.copytree(folder, tmp_path / "whole")
@@ -165,5 +181,6 @@ def test_its_study_runs_from_the_launch_to_the_report(cache, tmp_path):
     workplace.done("confirm", "latent-digits", "--candidates", "1", "--seeds", "3")
     workplace.done("export", "latent-digits", "model")
     assert (tmp_path / "model/samples.png").is_file()
+    assert (tmp_path / "model/diffusers/scheduler/student_scheduler.py").is_file()
     workplace.done("report", "latent-digits", "--out", "shown")
     assert (tmp_path / "shown/report.md").read_text().count("![") > 1

@@ -7,6 +7,9 @@ from bdense.registry import Registry
 if TYPE_CHECKING:
     from bdense.methods.method import Method
 
+# Knobs of any method. A run from before one of them is a run at this value, its default.
+YOUNGER = {"lora_rank": 0, "lora_targets": []}
+
 METHODS: "Registry[type[Method]]" = Registry(
     "method",
     "bdense.methods",

@@ -225,7 +225,7 @@ class ConsistencyStage(Configured):
             "teacher": denoiser_sha256(self.teacher),
             "precision": self.teacher.execution.precision,
             "weights": weighting.describe(),
-            **{f"config.{name}": value for name, value in self.config.as_dict().items()},
+            **{f"config.{name}": value for name, value in self.config.identity().items()},
             **perceptual,
             "data": self.dataset.sha256,
             **({"labels": self.dataset.labels_sha256} if self.teacher.label_dim else {}),

@@ -23,6 +23,7 @@ from bdense.models.store import (
     save_denoiser,
 )
 from bdense.training.loop import Evaluations, IterationReport, train
+from bdense.training.lora import require_adaptable
 from bdense.weights.weighting import BranchWeighting, FixedWeights
 
 
@@ -257,6 +258,7 @@ def distill(
             f"{type(config).__name__}; {method.Config.__name__}.read takes a mapping"
         )
     method.check(config, teacher, inputs.known)
+    require_adaptable(teacher.model, config)
     plans = method.plan(config, teacher)
     if len({plan.nfe for plan in plans}) < len(plans):
         raise InputError(

@@ -67,7 +67,7 @@ class EPDConfig(GridConfig):
 
     def __post_init__(self) -> None:
         MethodConfig.__post_init__(self)
-        for name in ("ema", "tail", "rescale_weights"):
+        for name in ("ema", "tail", "rescale_weights", "lora_rank"):
             if getattr(self, name):
                 raise KnobError(name, "is of a student's weights, and epd trains none; drop it")
         _ = self.levels  # refuses what does not fit together
@@ -243,7 +243,7 @@ class EPDStage(Configured, Stateless):
     def describe(self, weighting: BranchWeighting) -> dict[str, Any]:
         return {
             "weights": weighting.describe(),
-            **{f"config.{name}": value for name, value in self.config.as_dict().items()},
+            **{f"config.{name}": value for name, value in self.config.identity().items()},
             "config.seed": self.seed,
             **{f"trajectories.{k}": value for k, value in self.trajectories.describe().items()},
         }

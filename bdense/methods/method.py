@@ -19,6 +19,7 @@ from bdense.diffusion.grid_knobs import GridKnobs
 from bdense.diffusion.sampling import Sampler, levels_of
 from bdense.errors import InputError
 from bdense.knobs import knob
+from bdense.methods import YOUNGER
 from bdense.training.optimisation import OptimisationConfig
 from bdense.training.stage import Training
 from bdense.weights.weighting import BranchWeighting
@@ -55,6 +56,14 @@ class MethodConfig(OptimisationConfig):
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """``as_dict`` without those of ``YOUNGER`` that change nothing."""
+        return {
+            name: value
+            for name, value in self.as_dict().items()
+            if (name, value) not in YOUNGER.items()
         }
 
 

@@ -9,6 +9,7 @@ from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import samplers_from
 from bdense.diffusion.solvers import DDIM
 from bdense.files import atomic_write
+from bdense.models.diffusers_files import is_hub_id
 from bdense.models.store import denoiser_sha256
 from bdense.weights.spaces import by_interval
 
@@ -22,6 +23,7 @@ _KNOWN = ("source", "url", "citation", "scheduler", "data")
 _COLUMNS = {"steps": "steps", "nfe": "NFE", "arm": "arm", "fid": "FID"}
 _COLUMNS |= {"std_err": "standard error", "n": "n"}
 _TITLES = {"euler": "Euler", "ddim": "DDIM", "epd": "EPD"}
+HOW_TO_SAMPLE = "## How to sample"
 _FIRST = "---\nlicense: "  # each card begins so
 _PYTHON = """\
 import bdense
@@ -32,12 +34,37 @@ images = bdense.draw_images(model, sampler, 64, seed=0)  # uint8 [64, C, H, W]
 bdense.save_grid(images, "samples.png")"""
 _PIPELINE = """\
 import torch
-from diffusers import DDIMPipeline
+from diffusers import {loader}
 
-pipeline = DDIMPipeline.from_pretrained({name})
+pipeline = {loader}.from_pretrained({arguments})
 images = pipeline(
-    batch_size=64, {settings}, generator=torch.manual_seed(0)
+    {settings}, generator=torch.manual_seed(0)
 ).images"""
+_LORA = """\
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
+
+pipeline = DiffusionPipeline.from_pretrained({teacher})
+pipeline.load_lora_weights({name})
+scheduler = get_class_from_dynamic_module(
+    {name},
+    "student_scheduler.py",
+    subfolder="scheduler",
+    class_name="StudentScheduler",
+    trust_remote_code=True,
+)
+pipeline.scheduler = scheduler.from_pretrained({name}, subfolder="scheduler")
+images = pipeline(
+    {settings}, generator=torch.manual_seed(0)
+).images"""
+# Of the pipelines whose scheduler is a file in their folder.
+_OWN_SCHEDULER = (
+    "Its scheduler, `scheduler/student_scheduler.py`, takes the student's own steps. It is a part "
+    "of this folder and not of diffusers, which runs it with `trust_remote_code=True` alone; read "
+    "it first."
+)
+_NO_CHECKER = "There is no safety checker: add one where others can ask for images."
 
 
 def inherited(teacher: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -75,10 +102,10 @@ def folder_card(
         name,
         denoiser,
         metadata,
-        "## How to sample",
+        HOW_TO_SAMPLE,
         _fenced("sh", _sample_command(name, metadata)),
         _fenced("python", python),
-        f"`bdense verify {name}` measures its FID again." if _verifiable(metadata) else "",
+        f"`{_verify_command(name, metadata)}` measures its FID again." * (SETUP in metadata),
         *(f"![{Path(picture).stem}]({picture})" for picture in pictures),
         *_fid_section(metadata),
         extra.strip(),
@@ -86,24 +113,80 @@ def folder_card(
 
 
 def pipeline_card(
-    name: str, denoiser: NetworkDenoiser, metadata: Mapping[str, Any], call: Mapping[str, Any]
+    name: str,
+    denoiser: NetworkDenoiser,
+    metadata: Mapping[str, Any],
+    call: Mapping[str, Any],
+    pipeline: str,
+    example: Mapping[str, Any],
 ) -> str:
-    """The card, in Markdown, of the folder ``name`` that diffusers' ``DDIMPipeline`` loads.
+    """The card, in Markdown, of the folder ``name`` that diffusers alone loads.
 
-    ``call`` has the arguments of the pipeline that draw as the student was distilled to.
+    Args:
+        name: Name of the folder.
+        denoiser: The student.
+        metadata: Its metadata.
+        call: Arguments of the pipeline that draw as the student was distilled to.
+        pipeline: diffusers' class of it.
+        example: Arguments of a call that draws images.
     """
-    settings = ", ".join(f"{key}={value!r}" for key, value in call.items())
-    python = _PIPELINE.format(name=json.dumps(name), settings=settings)
+    is_plain = pipeline == "DDIMPipeline"
+    arguments = json.dumps(name) + ("" if is_plain else ", trust_remote_code=True")
+    python = _PIPELINE.format(
+        loader=pipeline if is_plain else "DiffusionPipeline",
+        arguments=arguments,
+        settings=_settings(example),
+    )
+    notes = [] if is_plain else [_OWN_SCHEDULER]
+    if metadata.get("condition") == "text":
+        notes.append(_NO_CHECKER)
     return _card(
         name,
         denoiser,
         metadata,
-        "## How to sample",
+        HOW_TO_SAMPLE,
         _fenced("python", python),
-        f"It was distilled for `{settings}`.",
+        f"It was distilled for `{_settings(call)}`.",
+        *notes,
         *_fid_section(metadata),
         library="diffusers",
     )
+
+
+def lora_card(
+    name: str,
+    denoiser: NetworkDenoiser,
+    metadata: Mapping[str, Any],
+    call: Mapping[str, Any],
+    example: Mapping[str, Any],
+) -> str:
+    """The card, in Markdown, of the folder ``name`` with a student as adapters of its teacher.
+
+    Args:
+        name: Name of the folder.
+        denoiser: The student.
+        metadata: Its metadata, ``teacher`` among them.
+        call, example: As of ``pipeline_card``.
+    """
+    teacher = json.dumps(str(metadata["teacher"]))
+    python = _LORA.format(name=json.dumps(name), teacher=teacher, settings=_settings(example))
+    return _card(
+        name,
+        denoiser,
+        metadata,
+        HOW_TO_SAMPLE,
+        _fenced("python", python),
+        f"It was distilled for `{_settings(call)}`. The adapters are of {teacher} alone, in "
+        "float32.",
+        _OWN_SCHEDULER,
+        *_fid_section(metadata),
+        library="diffusers",
+        tags=("lora",),
+    )
+
+
+def _settings(arguments: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in arguments.items())
 
 
 def _card(
@@ -112,16 +195,20 @@ def _card(
     metadata: Mapping[str, Any],
     *sections: str,
     library: str = "bdense",
+    tags: Sequence[str] = (),
 ) -> str:
     """The common beginning of every card, then the given sections without empty ones."""
     student = metadata.get("kind") == "student"
     licence = metadata.get("licence")
+    teacher = str(metadata.get("teacher", ""))
     front = {
         # The hub's identifiers are SPDX's in lower case.
         "license": (licence or "unknown").lower(),
+        **({"base_model": teacher} if student and is_hub_id(teacher) else {}),
+        **({"base_model_relation": "adapter"} if "lora" in tags else {}),
         "library_name": library,
-        "pipeline_tag": "unconditional-image-generation",
-        "tags": "[diffusion, distillation]" if student else "[diffusion]",
+        "pipeline_tag": pipeline_tag(metadata),
+        "tags": f"[{', '.join(['diffusion', *['distillation'] * student, *tags])}]",
     }
     what = "A diffusion model: a denoiser D(x; sigma), which can be a teacher."
     if student:
@@ -142,6 +229,12 @@ def _card(
         *filter(None, sections),
     ]
     return "\n\n".join(blocks) + "\n"
+
+
+def pipeline_tag(metadata: Mapping[str, Any]) -> str:
+    """The task on the Hugging Face hub."""
+    is_text = metadata.get("condition") == "text"
+    return "text-to-image" if is_text else "unconditional-image-generation"
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -300,15 +393,18 @@ def _terms(metadata: Mapping[str, Any], *, student: bool) -> str:
     return f"Licence: {licence}{of_whom}."
 
 
-def _verifiable(metadata: Mapping[str, Any]) -> bool:
-    """Whether ``bdense verify`` has all that it needs: not of latents, which are decoded."""
-    return SETUP in metadata and "codec" not in metadata
+def _verify_command(name: str, metadata: Mapping[str, Any]) -> str:
+    return f"bdense verify {name}{_of_latents(metadata)}"
 
 
 def _sample_command(name: str, metadata: Mapping[str, Any]) -> str:
     # A student has its own sampler; for a teacher the user chooses one.
     grid = "" if "sampler" in metadata else " --solver heun --nfe 36 --no-afs"
-    # Autoencoder and text encoder are in the teacher's folder.
+    return f"bdense sample {name}{grid}{_of_latents(metadata)} --images 64 --out samples.png"
+
+
+def _of_latents(metadata: Mapping[str, Any]) -> str:
+    """Options that a model of latents needs: what is in its teacher's folder, and prompts."""
     folder = " --pipeline FOLDER_OF_TEACHER" if "codec" in metadata else ""
     prompts = " --prompts FILE" if metadata.get("condition") == "text" else ""
-    return f"bdense sample {name}{grid}{folder}{prompts} --images 64 --out samples.png"
+    return folder + prompts

@@ -1,71 +1,151 @@
-"""Export a student of progressive distillation as a folder that diffusers' ``DDIMPipeline`` loads.
+"""Export students as folders that diffusers loads.
 
-The pipeline's trailing timesteps T i / N - 1 are the levels u = i / N of our grid of N steps, and
-it starts from unit noise z too. Its levels are float32, so images differ by rounding: by one of
-the 256 values in at most 4 pixels of 10 000 (tiny networks, T of 50 and 1000, N of 1 to 50).
-Needs the ``diffusers`` extra.
+A student of progressive distillation on pixels becomes a ``DDIMPipeline``: its trailing timesteps
+T i / N - 1 are the levels u = i / N of our grid of N steps, and it starts from unit noise z too.
+Its levels are float32, so images differ by rounding: by one of the 256 values in at most 4 pixels
+of 10 000 (tiny networks, T of 50 and 1000, N of 1 to 50). A student of latents becomes its
+teacher's pipeline, see ``latent_pipeline``. Needs the ``diffusers`` extra.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.preconditioning import DDPM, native_schedule
-from bdense.diffusion.sampling import Sampler
+from bdense.diffusion.sampling import Sampler, samplers_from
 from bdense.diffusion.solvers import DDIM
 from bdense.errors import InputError
 from bdense.files import atomic_folder, require_new
 from bdense.models.card import pipeline_card, readable_json
+from bdense.models.diffusers_files import METADATA
 from bdense.models.folder import CARD, own_sampler, require_one_branch
+from bdense.models.latent_pipeline import latent_pipeline
+from bdense.models.latents import draws_latents
 from bdense.networks import DiffusersUNet
 
-# Beside diffusers' own files, for metadata that they have no place for.
-METADATA = "bdense.json"
-_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 _CLIPPED = "use_clipped_model_output"
 _INSTEAD = "export it with export_folder, which bdense reads"
 
 
 def export_pipeline(
-    folder: Path, denoiser: NetworkDenoiser, metadata: Mapping[str, Any]
+    folder: Path,
+    denoiser: NetworkDenoiser,
+    metadata: Mapping[str, Any],
+    *,
+    teacher: str | Path | None = None,
 ) -> tuple[Path, ...]:
-    """Write a student as a ``DDIMPipeline``; the folder appears whole or not at all.
+    """Write a student as a pipeline of diffusers; the folder appears whole or not at all.
 
-    Called as in its card, the pipeline draws the images of the student's own sampler, N steps of
-    DDIM. If that sampler clips predictions, the call has ``use_clipped_model_output=True``:
-    otherwise diffusers does not compute the noise from the clipped prediction.
+    Called as in its card, the pipeline draws the images of the student's own sampler. Of pixels it
+    is a ``DDIMPipeline``, N steps of DDIM; if the sampler clips predictions, the call has
+    ``use_clipped_model_output=True``: otherwise diffusers does not compute the noise from the
+    clipped prediction. Of latents it is a ``StableDiffusionPipeline``, ``DiTPipeline`` or
+    ``LDMPipeline`` with a scheduler of its own, ``StudentScheduler``, which diffusers loads with
+    ``trust_remote_code=True``; it has no safety checker.
 
     Args:
         folder: Folder to write; its parent is created.
-        denoiser: An unconditional student whose network is a ``DiffusersUNet`` with the
-            preconditioning ``DDPM``.
-        metadata: JSON values; its ``sampler`` is DDIM on the network's own process, with N steps
-            that divide T. Written to ``bdense.json``, with the call as ``pipeline_call``.
+        denoiser: A student of one branch, with the preconditioning ``DDPM``; of pixels an
+            unconditional ``DiffusersUNet``.
+        metadata: JSON values with its ``sampler``; of pixels that is DDIM on the network's own
+            process, with N steps that divide T, and of latents any whose steps are linear. Written
+            to ``bdense.json``, with the call as ``pipeline_call``; ``load_model`` reads them back.
+        teacher: Of latents, the folder or hub id of the teacher's pipeline, whose autoencoder and
+            text encoder are taken over.
 
     Returns:
         The files.
 
     Raises:
-        InputError: The folder exists, or no ``DDIMPipeline`` draws the student's images;
-            checked before any work.
+        InputError: The folder exists, no pipeline of diffusers draws the student's images, or the
+            teacher's pipeline lacks a part; checked before anything is written.
     """
     folder = Path(folder)
     require_new(folder)
-    precond = _require_network(denoiser)
-    call = _call(own_sampler(metadata), precond)
-    known = {**metadata, "pipeline_call": call}
+    pipeline = _pipeline_of(denoiser, metadata, teacher)
+    known = {**metadata, **pipeline.facts}
+    weights = f"{pipeline.part}/diffusion_pytorch_model.safetensors"
+    called = {**known, "pipeline_call": dict(pipeline.call)}
     with atomic_folder(folder) as scratch:
-        _pipeline(denoiser, precond, clip=_CLIPPED in call).save_pretrained(scratch)
+        pipeline.write(scratch)
         written = [path for path in sorted(scratch.rglob("*")) if path.is_file()]
         files = [str(path.relative_to(scratch)) for path in written]
-        (scratch / METADATA).write_text(readable_json(_WEIGHTS, denoiser, known))
-        (scratch / CARD).write_text(pipeline_card(folder.name, denoiser, metadata, call))
+        (scratch / METADATA).write_text(readable_json(weights, denoiser, called))
+        card = pipeline_card(
+            folder.name, denoiser, known, pipeline.call, pipeline.name, pipeline.example
+        )
+        (scratch / CARD).write_text(card)
     return tuple(folder / name for name in (*files, METADATA, CARD))
 
 
-def _pipeline(denoiser: NetworkDenoiser, precond: DDPM, *, clip: bool) -> Any:  # noqa: ANN401
-    """A ``DDIMPipeline`` of the student's own network."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Pipeline:
+    """What is written.
+
+    Attributes:
+        name: diffusers' class.
+        part: Folder of the network.
+        call: Arguments that draw as the student was distilled to.
+        example: Those and others, of a call that draws images.
+        write: Writes everything but metadata and card into an empty folder.
+        facts: Further metadata.
+    """
+
+    name: str
+    part: str
+    call: Mapping[str, Any]
+    example: Mapping[str, Any]
+    write: Callable[[Path], None]
+    facts: Mapping[str, Any]
+
+
+def _pipeline_of(
+    denoiser: NetworkDenoiser, metadata: Mapping[str, Any], teacher: str | Path | None
+) -> _Pipeline:
+    """The student's pipeline, once nothing speaks against it."""
+    if draws_latents(denoiser, metadata):
+        sampler = own_sampler(metadata)
+        require_one_branch(denoiser)
+        if teacher is None:
+            raise InputError(
+                "the student draws latents, and its pipeline takes over the teacher's autoencoder "
+                "and text encoder; give the folder of the teacher's pipeline (teacher)"
+            )
+        if len(samplers_from(metadata)) > 1:
+            raise InputError(
+                f"the student serves several NFE, {metadata['nfe']}, and a pipeline of latents "
+                f"one; {_INSTEAD}"
+            )
+        latent = latent_pipeline(denoiser, sampler, teacher)
+        if metadata.get("codec", latent.codec) != latent.codec:
+            raise InputError(
+                f"the student was distilled for latents of {metadata['codec']}, and the "
+                f"autoencoder of {teacher} makes those of {latent.codec}; give the teacher's own"
+            )
+        return _Pipeline(
+            name=latent.name,
+            part=latent.part,
+            call=latent.call,
+            example=latent.example,
+            write=latent.write,
+            facts=latent.facts,
+        )
+    precond = _require_network(denoiser)
+    call = _call(own_sampler(metadata), precond)
+    return _Pipeline(
+        name="DDIMPipeline",
+        part=DiffusersUNet.part,
+        call=call,
+        example={"batch_size": 64, **call},
+        write=lambda folder: _write_ddim(folder, denoiser, precond, clip=_CLIPPED in call),
+        facts={},
+    )
+
+
+def _write_ddim(folder: Path, denoiser: NetworkDenoiser, precond: DDPM, *, clip: bool) -> None:
+    """Write a ``DDIMPipeline`` of the student's own network."""
     from diffusers import DDIMPipeline, DDIMScheduler
 
     # DDPM's options have the scheduler's names.
@@ -78,7 +158,7 @@ def _pipeline(denoiser: NetworkDenoiser, precond: DDPM, *, clip: bool) -> Any:  
         set_alpha_to_one=True,
         steps_offset=0,
     )
-    return DDIMPipeline(unet=denoiser.model.unet, scheduler=scheduler)
+    DDIMPipeline(unet=denoiser.model.unet, scheduler=scheduler).save_pretrained(folder)
 
 
 def _require_network(denoiser: NetworkDenoiser) -> DDPM:

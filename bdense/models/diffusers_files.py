@@ -16,13 +16,18 @@ from bdense.errors import CheckpointError, InputError
 
 HUB = "https://huggingface.co"
 CONFIG, INDEX = "config.json", "model_index.json"
+# In a student's pipeline, beside diffusers' own files: metadata that they have no place for.
+METADATA = "bdense.json"
 # Endings of torch pickles, which are not read.
 TORCH_FILES = (".bin", ".ckpt", ".pt", ".pth")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 WEIGHTS = "diffusion_pytorch_model"
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 # In a folder that ``export_folder`` writes: the student's weights, and those of the small
 # classifier in whose features its FID is, where it is one.
 MODEL_FILE, EXTRACTOR = "model.safetensors", "extractor.safetensors"
+# There too: the folder of the student's diffusers pipeline.
+PIPELINE = "diffusers"
 # The parts of a pipeline that are read, and what is fetched of each.
 _PARTS = {
     ".": (CONFIG, "scheduler_config.json", f"{WEIGHTS}*"),
@@ -61,7 +66,7 @@ def folder_of(source: str | Path) -> Path:
         raise CheckpointError(f"{source} is neither a diffusers folder nor a hub id OWNER/NAME")
     from huggingface_hub import snapshot_download
 
-    patterns = [INDEX, "README.md"]
+    patterns = [INDEX, METADATA, "README.md"]
     for part, names in _PARTS.items():
         place = "" if part == "." else f"{part}/"
         for name in names:

@@ -16,11 +16,21 @@ from typing import Any
 import torch
 
 from bdense.diffusion.denoiser import NetworkDenoiser, without_memory
-from bdense.diffusion.preconditioning import DDPM
+from bdense.diffusion.preconditioning import DDPM, make_preconditioning
+from bdense.diffusion.sampling import samplers_from
 from bdense.errors import CheckpointError, InputError
 from bdense.files import header_of
-from bdense.models.diffusers_files import CONFIG, INDEX, WEIGHTS, folder_of, load_part, read_json
-from bdense.networks import DiffusersTextUNet, DiffusersUNet, DiT
+from bdense.models.diffusers_files import (
+    CONFIG,
+    INDEX,
+    LORA_WEIGHTS,
+    METADATA,
+    WEIGHTS,
+    folder_of,
+    load_part,
+    read_json,
+)
+from bdense.networks import DiffusersTextUNet, DiffusersUNet, DiT, Network
 from bdense.networks.diffusers_network import DiffusersNetwork, require_diffusers
 
 NETWORKS: Mapping[str, type[DiffusersNetwork]] = {
@@ -48,6 +58,18 @@ _FORMER_DIT = ("Transformer2DModel", "ada_norm_zero")
 # Folders of the autoencoder, and its classes.
 CODEC_PARTS, CODECS = ("vae", "vqvae"), ("AutoencoderKL", "VQModel")
 _SCHEDULER = "scheduler_config.json"
+# In the metadata of an exported student: what follows from the rest, and what of its architecture
+# is no option of its preconditioning.
+_DERIVED = (
+    "file",
+    "image_shape",
+    "classes",
+    "parameters",
+    "weights_sha256",
+    "architecture",
+    "pipeline_call",
+)
+_NOT_PRECOND = ("precond", "network", "config", "num_branches")
 _MOST_MODULES = 10_000
 # The last level of the students of Stable Diffusion (Zhou et al. 2024).
 _SIGMA_MIN = 0.1
@@ -75,7 +97,7 @@ def read_diffusers(
         (this project's solvers do not). Of a model of latents ``codec``, the class of its
         autoencoder, how latents are scaled and what images it makes, if it is in the folder;
         ``condition``, whether it takes ``guidance``, usual ``levels``; and ``ignored``, parts
-        that are never loaded.
+        that are never loaded. A student that ``export_pipeline`` wrote has its own metadata.
 
     Raises:
         CheckpointError: It is not such a folder, or its pipeline, model, weights or scheduler are
@@ -84,6 +106,11 @@ def read_diffusers(
     """
     require_diffusers()
     folder = folder or folder_of(source)
+    if (folder / LORA_WEIGHTS).is_file():
+        raise CheckpointError(
+            f"{folder} holds adapters alone (LoRA), which diffusers adds to a pipeline; export "
+            "the student without --lora to draw from it here"
+        )
     ignored = _require_pipeline(folder)
     model_folder, scheduler_file = _find(folder)
     config = read_json(model_folder / CONFIG)
@@ -94,6 +121,8 @@ def read_diffusers(
         raise CheckpointError(
             f"{model_folder / CONFIG} describes a {kind}; this version reads {', '.join(NETWORKS)}"
         )
+    if (folder / METADATA).is_file():
+        return _exported(folder, NETWORKS[kind], model_folder, config, weights=weights)
     codec = codec_config(folder)
     is_latent = codec is not None or kind != DiffusersUNet.kind
     precond, facts = _scheduler(scheduler_file, is_latent=is_latent)
@@ -105,6 +134,29 @@ def read_diffusers(
     denoiser = _denoiser(NETWORKS[kind], model_folder, config, precond, weights=weights)
     if is_latent:
         metadata |= _latent_facts(denoiser, codec) | ({"ignored": ignored} if ignored else {})
+    return denoiser, metadata
+
+
+def _exported(
+    folder: Path,
+    network_class: type[DiffusersNetwork],
+    model_folder: Path,
+    config: dict[str, Any],
+    *,
+    weights: bool,
+) -> tuple[NetworkDenoiser, dict[str, Any]]:
+    """A student that ``export_pipeline`` wrote, and its metadata."""
+    file = folder / METADATA
+    known = read_json(file)
+    with header_of(file):
+        options = {
+            key: value for key, value in known["architecture"].items() if key not in _NOT_PRECOND
+        }
+        precond = make_preconditioning(DDPM.name, options)
+        assert isinstance(precond, DDPM)
+        denoiser = _denoiser(network_class, model_folder, config, precond, weights=weights)
+        metadata = {key: value for key, value in known.items() if key not in _DERIVED}
+        denoiser.samplers = tuple(samplers_from(metadata))
     return denoiser, metadata
 
 
@@ -139,26 +191,38 @@ def codec_config(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def codec_facts(network: Network, codec: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
+    """What ``metadata["codec"]`` says of an autoencoder.
+
+    Raises:
+        CheckpointError: It makes latents of other channels than the network takes.
+    """
+    folder, config = codec
+    if (channels := config.get("latent_channels")) != network.img_channels:
+        raise CheckpointError(
+            f"{folder / CONFIG} makes latents of {channels} channels, and the network takes "
+            f"{network.img_channels}; put the autoencoder of this network there"
+        )
+    return {
+        "class": config["_class_name"],
+        "scaling_factor": config.get("scaling_factor"),
+        "image_channels": config.get("out_channels", 3),
+        "enlarges": 2 ** (len(config.get("block_out_channels", [0])) - 1),
+        **({"shift_factor": shift} if (shift := config.get("shift_factor")) else {}),
+    }
+
+
+def condition_of(network: Network) -> str | None:
+    """What ``metadata["condition"]`` says of a network."""
+    return "text" if network.text_dim else "classes" if network.label_dim else None
+
+
 def _latent_facts(
     denoiser: NetworkDenoiser, codec: tuple[Path, dict[str, Any]] | None
 ) -> dict[str, Any]:
     network = denoiser.model
-    facts: dict[str, Any] = {}
-    if codec is not None:
-        folder, config = codec
-        if (channels := config.get("latent_channels")) != network.img_channels:
-            raise CheckpointError(
-                f"{folder / CONFIG} makes latents of {channels} channels, and the network takes "
-                f"{network.img_channels}; put the autoencoder of this network there"
-            )
-        facts["codec"] = {
-            "class": config["_class_name"],
-            "scaling_factor": config.get("scaling_factor"),
-            "image_channels": config.get("out_channels", 3),
-            "enlarges": 2 ** (len(config.get("block_out_channels", [0])) - 1),
-            **({"shift_factor": shift} if (shift := config.get("shift_factor")) else {}),
-        }
-    condition = "text" if network.text_dim else "classes" if network.label_dim else None
+    facts = {} if codec is None else {"codec": codec_facts(network, codec)}
+    condition = condition_of(network)
     lowest = denoiser.precond.sigma_min
     return {
         **facts,

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from bdense.errors import InputError
-from bdense.models.diffusers_files import INDEX, is_hub_id, read_json, why_not_fetched
+from bdense.models.card import HOW_TO_SAMPLE, pipeline_tag
+from bdense.models.diffusers_files import INDEX, PIPELINE, is_hub_id, read_json, why_not_fetched
 from bdense.models.folder import CARD, CONFIG
 
-PIPELINE = "diffusers"  # a diffusers pipeline of the student, in its folder
 # Data sets as the Hub calls them.
 _DATA_SETS = {
     "cifar10": "uoft-cs/cifar10",
@@ -21,7 +21,6 @@ _DATA_SETS = {
 }
 # A new repository has it.
 _OF_THE_HUB = {".gitattributes"}
-_TASK = "unconditional-image-generation"
 
 
 class HubRepository:
@@ -93,6 +92,8 @@ class HubRepository:
         for verb in ("sample", "verify"):
             text = text.replace(f"bdense {verb} {folder.name}", f"bdense {verb} {self.repo_id}")
         text = text.replace(json.dumps(folder.name), json.dumps(self.repo_id))
+        if has_pipeline:
+            text += _pipeline_section(folder / PIPELINE / CARD, self.repo_id)
         operations = [CommitOperationAdd(CARD, f"---\n{front}\n---\n{text}".encode())]
         operations += [CommitOperationAdd(name, path) for name, path in _files(folder)]
         try:
@@ -118,6 +119,13 @@ def push_model(folder: str | Path, repo_id: str) -> str:
     return HubRepository(repo_id).push(Path(folder))
 
 
+def _pipeline_section(card: Path, repo_id: str) -> str:
+    """How the card of a pipeline says that it is sampled, for the page."""
+    told = card.read_text().split(HOW_TO_SAMPLE, 1)[1].split("\n## ", 1)[0]
+    told = told.replace(json.dumps(PIPELINE), json.dumps(repo_id))
+    return f"\n## With diffusers{told.rstrip()}\n"
+
+
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
     """Names in the repository, and files; without the card."""
     for path in sorted(folder.rglob("*")):
@@ -139,7 +147,7 @@ def card_data(repo_id: str, metadata: Mapping[str, Any], *, has_pipeline: bool) 
         told = ", ".join(f"{name} {value}" for name, value in conditions.items())
         results = [
             EvalResult(
-                task_type=_TASK,
+                task_type=pipeline_tag(metadata),
                 dataset_type=known or str(fid["reference"]),
                 dataset_name=str(fid["reference"]),
                 metric_type="fid",
@@ -153,7 +161,7 @@ def card_data(repo_id: str, metadata: Mapping[str, Any], *, has_pipeline: bool) 
             model_name=repo_id.partition("/")[2],
             license=(metadata.get("licence") or "unknown").lower(),
             library_name="diffusers" if has_pipeline else "bdense",
-            pipeline_tag=_TASK,
+            pipeline_tag=pipeline_tag(metadata),
             tags=["diffusion", "distillation", "bdense"],
             base_model=teacher if is_hub_id(teacher) else None,
             datasets=[known] if known else None,

@@ -60,11 +60,11 @@ class TrainingCheckpoint:
         """Save the run after so many iterations."""
         if self.path is None or not self.writes:
             return
-        tensors = self.student.state_dict() | self._adam()
+        tensors = self._trained(self.student) | self._adam()
         tensors |= _prefixed(_WEIGHTING, self.weighting.state())
         tensors |= _prefixed(_STAGE, self.stage.state())
         if self.average is not None:
-            tensors |= _prefixed(_AVERAGE, self.average.state_dict())
+            tensors |= _prefixed(_AVERAGE, self._trained(self.average))
         metadata = {"kind": self._kind, "iteration": done, "identity": self.identity}
         save_tensors(self.path, tensors, metadata)
         self._last = time.monotonic()
@@ -88,15 +88,28 @@ class TrainingCheckpoint:
                 f"{', '.join(differing) or 'kind'}); give this run a folder of its own or delete "
                 "the file"
             )
-        self.student.load_state_dict({name: tensors[name] for name in self.student.state_dict()})
+        self._load(self.student, tensors)
         self._restore_adam(tensors)
         device = next(self.student.parameters()).device
         self.weighting.restore(_of(_WEIGHTING, tensors, device))
         self.stage.restore(_of(_STAGE, tensors, device))
         if self.average is not None:
-            self.average.load_state_dict(_of(_AVERAGE, tensors, device))
+            self._load(self.average, _of(_AVERAGE, tensors, device))
         self._last = time.monotonic()
         return int(metadata["iteration"])
+
+    def _trained(self, network: nn.Module) -> dict[str, Tensor]:
+        """The state without the weights that are frozen, which the stage starts with."""
+        frozen = {
+            name
+            for name, parameter in self.student.named_parameters()
+            if not parameter.requires_grad
+        }
+        return {name: each for name, each in network.state_dict().items() if name not in frozen}
+
+    def _load(self, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        kept = {name: tensors[name] for name in self._trained(network)}
+        network.load_state_dict(network.state_dict() | kept)
 
     def _adam(self) -> dict[str, Tensor]:
         """Adam's moments and step counts by parameter name."""

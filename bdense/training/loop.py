@@ -20,6 +20,7 @@ from bdense.errors import InputError, NonFiniteLossError, StoppedError
 from bdense.randomness import Stream, seeded
 from bdense.training.average import Average
 from bdense.training.checkpoint import TrainingCheckpoint
+from bdense.training.lora import add_adapters, merged
 from bdense.training.parallel import Team, team_of
 from bdense.training.stage import Branches, BranchLosses, Training, Update
 from bdense.weights.weighting import BranchWeighting, Observed
@@ -158,8 +159,12 @@ def _train(
     evaluated = evaluations.within(stage.num_updates)
     stage.start.execution.set_products()
     student = widen_head(stage.start, weighting.num_branches).train(stage.dropout)
+    if stage.optimisation.lora_rank:
+        add_adapters(student, stage.optimisation, stage.seed)
     stage.begin(student)
-    optimizer = stage.optimisation.make_optimizer(student.parameters())
+    optimizer = stage.optimisation.make_optimizer(
+        [p for p in student.parameters() if p.requires_grad]
+    )
     average = Average.of(student) if stage.optimisation.averages else None
     trained = student if average is None else average.network
     kept = TrainingCheckpoint(
@@ -180,7 +185,7 @@ def _train(
     images = team.share_of(stage.batch_size)
     for iteration in range(first, stage.num_updates):
         if iteration in evaluated:
-            evaluate = functools.partial(_evaluate, evaluations, iteration, trained)
+            evaluate = functools.partial(_evaluate, evaluations, iteration, trained, stage)
             team.while_others_wait(f"evaluation {iteration}", evaluate)
         lr = stage.optimisation.lr_at(iteration, stage.num_updates, stage.batch_size)
         for group in optimizer.param_groups:
@@ -204,7 +209,12 @@ def _train(
             raise
         if done in evaluated or done == stage.num_updates or kept.is_due:
             kept.save(done)
-    return trained.eval()
+    return _whole(trained, stage).eval()
+
+
+def _whole(trained: NetworkDenoiser, stage: Training) -> NetworkDenoiser:
+    """Without adapters, whose products its weights have taken up."""
+    return merged(trained) if stage.optimisation.lora_rank else trained
 
 
 def _require_fitting(stage: Training, weighting: BranchWeighting) -> None:
@@ -235,8 +245,10 @@ def _other_updates(weighted: int) -> InputError:
     )
 
 
-def _evaluate(evaluations: Evaluations, after: int, student: NetworkDenoiser) -> None:
-    evaluations.evaluate(after, export_branch(student).eval())
+def _evaluate(
+    evaluations: Evaluations, after: int, student: NetworkDenoiser, stage: Training
+) -> None:
+    evaluations.evaluate(after, export_branch(_whole(student, stage)).eval())
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,8 +56,26 @@ class OptimisationConfig(Knobs):
         False, "divide the branch weights by their sum, as clipped gradients see their scale"
     )
 
+    lora_rank: int = knob(
+        0,
+        "rank of low-rank adapters (LoRA), which are trained in place of a diffusers network's "
+        "weights, with the head (needs the extra lora); 0 trains all weights",
+        low=0,
+    )
+    lora_targets: tuple[str, ...] = knob(
+        (),
+        "layers that get adapters, by the ends of their names",
+        metavar="NAME",
+        none="attention's to_q, to_k, to_v and to_out.0",
+    )
+
     def __post_init__(self) -> None:
         Knobs.__post_init__(self)
+        if self.lora_targets and not self.lora_rank:
+            raise KnobError(
+                "lora_targets",
+                f"{', '.join(self.lora_targets)} need lora_rank above 0; give it, or drop them",
+            )
         if self.weight_decay and self.optimizer != "adamw":
             raise KnobError(
                 "weight_decay",

@@ -333,6 +333,10 @@ class VerifyOptions(Cache):
         metavar="FILE",
         none="by its recorded name",
     )
+    pipeline: str | None = knob_of(Drawing, "pipeline", None)
+    prompts: Path | None = knob(
+        None, "the prompts that the FID was measured under, one in each line", metavar="FILE"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -364,6 +368,30 @@ class ConvertOptions(Knobs):
     out: Path = knob(
         help="safetensors file to write; .json and .md are written beside it", metavar="FILE"
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOptions(Knobs):
+    """``bdense export``."""
+
+    student: str = knob(
+        help="a student of one branch, of a teacher in diffusers' format: a safetensors file, a "
+        "folder or hub id (OWNER/NAME)",
+        metavar="STUDENT",
+        form="positional",
+    )
+    pipeline: str | None = knob(
+        None,
+        "folder or hub id of the teacher's pipeline, whose autoencoder and text encoder a student "
+        "of latents takes over",
+        none="a student of pixels needs none",
+    )
+    lora: bool = knob(
+        False,
+        "write adapters of the teacher alone (LoRA), which `load_lora_weights` of diffusers "
+        "loads, of a student of Stable Diffusion trained with --lora-rank",
+    )
+    out: Path = knob(help="folder to write", metavar="DIR")
 
 
 def teacher_configs(arguments: Sequence[str]) -> Configs:

@@ -22,7 +22,7 @@ from bdense.diffusion.solvers import make_solver
 from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.knobs import KnobError, from_options, spelt_options
-from bdense.models.diffusers_files import is_hub_id
+from bdense.models.diffusers_files import INDEX, PIPELINE, is_hub_id
 from bdense.models.latents import (
     drawn_shape,
     draws_latents,
@@ -112,6 +112,12 @@ def codec_of(
     return load_codec(pipeline).to(device)
 
 
+def pipeline_in(source: str) -> str:
+    """A model's own folder, or that of the diffusers pipeline in it."""
+    inside = Path(source) / PIPELINE
+    return str(inside) if (inside / INDEX).is_file() else source
+
+
 def _require_pipeline(source: str) -> None:
     if not Path(source).is_dir() and not is_hub_id(source):
         raise KnobError(
@@ -176,7 +182,7 @@ def chosen_drawer(
     conditions = model.conditions_of(drawing.class_)  # refuses a class it does not know
     if not model.model.text_dim:
         null_for(sampler.guidance, conditions)  # refuses guidance that it cannot have
-    remark, pipeline = "", drawing.pipeline or source
+    remark, pipeline = "", drawing.pipeline or pipeline_in(source)
     if drawing.nfe is None and drawing.epd_table is None and not model.samplers:
         remark = (
             f"{source} is a teacher, and is drawn with {sampler.nfe} network evaluations; "

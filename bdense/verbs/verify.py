@@ -26,11 +26,12 @@ from bdense.metrics.settings import MetricSettings
 from bdense.metrics.setup import Setup
 from bdense.models.card import SETUP
 from bdense.models.diffusers_files import EXTRACTOR, folder_of, is_hub_id
-from bdense.models.latents import draws_latents
+from bdense.models.latents import drawn_shape
 from bdense.models.store import load_model
 from bdense.models.zoo import REFERENCES, resolve_reference
 from bdense.verbs.common import Progress, chosen_device
 from bdense.verbs.options import RecordedHardware, VerifyOptions
+from bdense.verbs.sample import chosen_prompts, codec_of, conditions_of, pipeline_in
 
 # What rounding may move a FID by, relative to it. A digits student (2 NFE, 4096 images): other
 # thread counts 6e-10, other instruction sets of the CPU up to 3e-6, weights off by 0.1 % 1e-3;
@@ -48,11 +49,9 @@ def verify(options: argparse.Namespace) -> None:
     device = chosen_device(options)
     model, metadata = load_model(own.model)
     recorded, setup = _recorded(own.model, metadata)
-    if draws_latents(model, metadata):
-        raise InputError(
-            f"{own.model} draws latents, and its record names neither autoencoder nor prompts; "
-            "measure it again by `bdense fid` with --pipeline and --prompts"
-        )
+    pipeline = own.pipeline or pipeline_in(own.model)
+    conditions = conditions_of(model, pipeline, chosen_prompts(None, own.prompts))
+    codec = codec_of(model, metadata, pipeline, device)
     sampler = _sampler(own.model, model, recorded, setup.guidance)
     if hardware.threads is None and setup.threads is not None:
         torch.set_num_threads(setup.threads)
@@ -61,7 +60,12 @@ def verify(options: argparse.Namespace) -> None:
     reference = _reference(own, recorded, extractor)
     _require_recorded(recorded, setup, extractor, reference)
     require_measurable(
-        ["fid"], MetricSettings(), recorded.images, reference, model.image_shape, extractor
+        ["fid"],
+        MetricSettings(),
+        recorded.images,
+        reference,
+        drawn_shape(model, metadata),
+        extractor,
     )
     batch, show = setup.batch or BATCH, Progress()
     images = draw_images(
@@ -70,6 +74,8 @@ def verify(options: argparse.Namespace) -> None:
         recorded.images,
         seed=recorded.seeds["evaluation"],
         batch=batch,
+        conditions=conditions,
+        codec=codec,
         on_image=lambda done: show(done, recorded.images, "images drawn"),
     )
     fid = measure_images(images, extractor, reference, nfe=recorded.nfe, seeds=recorded.seeds).fid

@@ -37,6 +37,7 @@ from bdense.models.latents import (
 from bdense.models.store import load_model
 from bdense.models.zoo import PUBLIC_MODELS
 from bdense.training import TRACKERS, latent_digits
+from bdense.training.lora import require_adaptable
 from bdense.training.teacher import TeacherConfig, new_denoiser
 from bdense.training.teacher_knobs import TeacherKnobs
 from bdense.weights import space_of
@@ -175,6 +176,7 @@ def _with_teacher(spec: StudySpec) -> StudySpec:
         config = method.Config.read(spec.method.options)
         try:
             method.check(config, teacher, known)
+            require_adaptable(teacher.model, config)
         except InputError as error:
             raise SpecError.under("method", error) from error
         if spec.is_search and spec.search.one_shot is not None:

@@ -18,6 +18,7 @@ from bdense.errors import InputError
 from bdense.execution import Execution, Precision
 from bdense.files import sha256_file, sha256_model
 from bdense.knobs import KnobError, Knobs, knob, knob_of, knobs_of
+from bdense.methods import YOUNGER
 from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
 from bdense.training.teacher_knobs import TeacherKnobs, TeacherRecipe
 from bdense.weights import WEIGHT_SPACES, space_of
@@ -43,7 +44,7 @@ TAKEN_NAMES = ("artifacts", "cache")
 
 
 # A study from before a knob is a study at its default, under the same fingerprint.
-_YOUNGER = (("tail", None), ("guidance_teacher", 1.0), ("guidance_student", 1.0))
+_YOUNGER = {"tail": None, "guidance_teacher": 1.0, "guidance_student": 1.0, **YOUNGER}
 
 
 @dataclass(frozen=True, slots=True)
@@ -683,7 +684,7 @@ class StudySpec(Knobs):
             "method": {
                 name: value
                 for name, value in as_plain(self.method).items()
-                if (name, value) not in _YOUNGER and name != "epd_table"
+                if (name, value) not in _YOUNGER.items() and name != "epd_table"
             },
         }
         if self.teacher.train is not None:

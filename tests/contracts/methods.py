@@ -588,4 +588,5 @@ SHARED_OTHERS: dict[str, tuple[Any, ...]] = {
     "ema": (8.0,),
     "tail": (0.5,),
     "clip_norm": (0.01,),
+    "lora_targets": (("to_v",),),
 }

@@ -1,0 +1,253 @@
+"""Students of latents as pipelines of diffusers: the teacher's own, with the student's steps.
+
+The network is the student's; autoencoder, text encoder and tokenizer are the teacher's; the
+scheduler is ``StudentScheduler``, whose file goes into the folder. Needs the ``diffusers`` extra.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.diffusion.linear_steps import LinearSteps, linear_steps
+from bdense.diffusion.preconditioning import DDPM
+from bdense.diffusion.sampling import Sampler
+from bdense.errors import CheckpointError, InputError
+from bdense.models.diffusers_files import CONFIG, INDEX, folder_of, read_json
+from bdense.models.diffusers_teacher import codec_config, codec_facts, condition_of
+from bdense.models.latents import (
+    TEXT_ENCODER,
+    TOKENIZER,
+    TextEncoder,
+    load_codec,
+    load_text_encoder,
+)
+from bdense.networks import DiffusersTextUNet, DiffusersUNet, DiT
+from bdense.networks.diffusers_network import DiffusersNetwork
+
+SCHEDULER = "student_scheduler"  # the module, here and in the folder
+# By network: diffusers' pipeline, and what it calls its autoencoder.
+_PIPELINES: Mapping[str, tuple[str, str]] = {
+    DiffusersTextUNet.kind: ("StableDiffusionPipeline", "vae"),
+    DiT.kind: ("DiTPipeline", "vae"),
+    DiffusersUNet.kind: ("LDMPipeline", "vqvae"),
+}
+# Of StableDiffusionPipeline, which a student does not have.
+_LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
+_IMAGENET = 1000  # DiTPipeline's null class, whatever the network's
+_EXAMPLES: Mapping[str, Any] = {
+    "StableDiffusionPipeline": ("prompt", ["a photo of a cat", "a photo of a dog"]),
+    "DiTPipeline": ("class_labels", [0, 1]),
+    "LDMPipeline": ("batch_size", 4),
+}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LatentPipeline:
+    """A student with what its pipeline has beside it, all of it checked.
+
+    Attributes:
+        denoiser: Of one branch.
+        sampler: Its own.
+        teacher: Folder of the teacher's pipeline.
+        name: diffusers' class of the pipeline.
+        call: Arguments of the pipeline that draw as the student was distilled to.
+        codec: Facts of the autoencoder, as in a teacher's metadata.
+        steps: Of the sampler.
+        text: Where the network takes text.
+    """
+
+    denoiser: NetworkDenoiser
+    sampler: Sampler
+    teacher: Path
+    name: str
+    call: Mapping[str, Any]
+    codec: Mapping[str, Any]
+    steps: LinearSteps
+    text: TextEncoder | None
+
+    @property
+    def part(self) -> str:
+        """Folder of the network."""
+        return str(self.denoiser.model.part)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the student's metadata have to say of the teacher's pipeline."""
+        condition = condition_of(self.denoiser.model)
+        return {"codec": self.codec} | ({"condition": condition} if condition else {})
+
+    @property
+    def example(self) -> dict[str, Any]:
+        """Arguments of a call that draws images."""
+        name, value = _EXAMPLES[self.name]
+        return {name: value, **self.call}
+
+    def write(self, folder: Path) -> None:
+        """Write everything but the card into an empty folder."""
+        network: Any = self.denoiser.model
+        part, codec_part = network.part, _PIPELINES[network.kind][1]
+        codec: Any = load_codec(self.teacher)
+        getattr(network, part).save_pretrained(folder / part)
+        codec.model.save_pretrained(folder / codec_part)
+        parts: dict[str, Any] = {
+            part: ["diffusers", network.kind],
+            codec_part: ["diffusers", type(codec.model).__name__],
+            "scheduler": self.write_scheduler(folder),
+        }
+        if self.text is not None:
+            self.text.model.save_pretrained(folder / TEXT_ENCODER)
+            self.text.tokenizer.save_pretrained(folder / TOKENIZER)
+            parts[TEXT_ENCODER] = ["transformers", type(self.text.model).__name__]
+            parts[TOKENIZER] = ["transformers", type(self.text.tokenizer).__name__]
+            parts |= {key: [None, None] for key in _LEFT_OUT}
+            parts["requires_safety_checker"] = False
+        if self.name == "DiTPipeline" and (labels := self._labels()):
+            parts["id2label"] = labels
+        for file in folder.glob(f"*/{CONFIG}"):
+            _drop_origin(file)
+        version = {"_class_name": self.name, "_diffusers_version": _version()}
+        (folder / INDEX).write_text(json.dumps(version | parts, indent=2) + "\n")
+
+    def write_scheduler(self, folder: Path) -> list[str]:
+        """Write the scheduler with its file; returns its module and class."""
+        from bdense.models import student_scheduler
+
+        scheduler = student_scheduler.StudentScheduler(**self._scheduler_options())
+        scheduler.save_pretrained(folder / "scheduler")
+        shutil.copyfile(student_scheduler.__file__, folder / "scheduler" / f"{SCHEDULER}.py")
+        return [SCHEDULER, type(scheduler).__name__]
+
+    def _labels(self) -> Mapping[str, Any]:
+        """The names of the classes, if the teacher's pipeline has them."""
+        file = self.teacher / INDEX
+        labels = read_json(file).get("id2label") if file.is_file() else None
+        return labels if isinstance(labels, dict) else {}
+
+    def _scheduler_options(self) -> dict[str, Any]:
+        """Of ``StudentScheduler``: the steps in the coordinates z that the network sees."""
+        steps, precond = self.steps, self.denoiser.precond
+        assert isinstance(precond, DDPM)
+        # As a denoiser in float32 computes its times.
+        levels = torch.tensor(steps.levels, dtype=torch.float32)
+        root = [(1 + level**2) ** 0.5 for level in steps.levels]  # x = root z
+        after = [*root[1:], 1.0]  # the last state is x itself
+        return {
+            "timesteps": precond.time(levels).tolist(),
+            "sigmas": steps.levels,
+            "start": steps.start / root[0],
+            # It passes its noise on as it is.
+            "scales_first_input": self.name == "DiTPipeline",
+            "state_factors": [
+                k * here / there
+                for k, here, there in zip(steps.state_factors, root, after, strict=True)
+            ],
+            "noise_factors": [
+                [c / there for c in row]
+                for row, there in zip(steps.noise_factors, after, strict=True)
+            ],
+            "fresh_noise_factors": [
+                g / there for g, there in zip(steps.fresh_noise_factors, after, strict=True)
+            ],
+            "prediction_type": precond.prediction_type,
+        }
+
+
+def latent_pipeline(
+    denoiser: NetworkDenoiser, sampler: Sampler, teacher: str | Path
+) -> LatentPipeline:
+    """A student's pipeline, before anything is written.
+
+    Args:
+        denoiser: Of latents and of one branch.
+        sampler: Its own.
+        teacher: Folder or hub id of the teacher's pipeline, or of another with the same
+            autoencoder and text encoder.
+
+    Raises:
+        InputError: diffusers has no pipeline that draws this student's images, or the teacher's
+            lacks a part.
+    """
+    network, precond = denoiser.model, denoiser.precond
+    if not isinstance(network, DiffusersNetwork) or not isinstance(precond, DDPM):
+        raise InputError(
+            f"pipelines of latents are of networks {', '.join(_PIPELINES)} with precond ddpm, but "
+            f"the student is a {denoiser.describe()['network']} with precond {precond.name}; "
+            "export it with export_folder"
+        )
+    name, _ = _PIPELINES[network.kind]
+    steps = linear_steps(sampler)
+    _require_condition(network, name, sampler.guidance)
+    folder = folder_of(teacher)
+    found = codec_config(folder)
+    if found is None:
+        raise CheckpointError(
+            f"{folder} has no autoencoder (vae or vqvae) for the student's pipeline; give the "
+            "folder of the teacher's whole pipeline"
+        )
+    codec = codec_facts(network, found)
+    if "shift_factor" in codec:
+        raise InputError(
+            f"the autoencoder of {folder} shifts its latents by {codec['shift_factor']}, which "
+            f"{name} does not; export the student with export_folder"
+        )
+    guidance = {"guidance_scale": sampler.guidance} if name != "LDMPipeline" else {}
+    return LatentPipeline(
+        denoiser=denoiser,
+        sampler=sampler,
+        teacher=folder,
+        name=name,
+        call={"num_inference_steps": len(steps.levels), **guidance},
+        codec=codec,
+        steps=steps,
+        text=_text_encoder(network, folder),
+    )
+
+
+def _require_condition(network: DiffusersNetwork, name: str, guidance: float) -> None:
+    """Refuse conditions and guidance that the pipeline cannot be called with."""
+    if guidance < 1:
+        raise InputError(
+            f"the student is guided by {guidance:g}, and {name} guides by 1 or more; distil it "
+            "with another guidance_student, or export it with export_folder"
+        )
+    if name == "LDMPipeline" and network.label_dim:
+        raise InputError(
+            f"the student has {network.label_dim} classes, but LDMPipeline takes no class; export "
+            "it with export_folder"
+        )
+    if name == "DiTPipeline" and guidance != 1 and network.label_dim != _IMAGENET:
+        raise InputError(
+            f"the student is guided by {guidance:g} and has {network.label_dim} classes, but "
+            f"DiTPipeline guides networks of {_IMAGENET} alone; export it with export_folder"
+        )
+
+
+def _text_encoder(network: DiffusersNetwork, folder: Path) -> TextEncoder | None:
+    if not network.text_dim:
+        return None
+    encoder = load_text_encoder(folder)
+    if encoder.width != network.text_dim:
+        raise CheckpointError(
+            f"{folder / TEXT_ENCODER} makes tokens of {encoder.width} channels, and the student "
+            f"takes {network.text_dim}; give the folder of its teacher's pipeline"
+        )
+    return encoder
+
+
+def _drop_origin(config: Path) -> None:
+    """Remove where a part was loaded from: a path of this machine."""
+    kept = read_json(config)
+    kept.pop("_name_or_path", None)
+    config.write_text(json.dumps(kept, indent=2) + "\n")
+
+
+def _version() -> str:
+    import diffusers
+
+    return str(diffusers.__version__)

@@ -1,0 +1,35 @@
+"""``bdense export``: a student becomes a folder that diffusers alone loads: whole, or adapters."""
+
+import argparse
+
+from bdense.errors import InputError
+from bdense.knobs import KnobError, from_options
+from bdense.models.diffusers_export import export_pipeline
+from bdense.models.latents import draws_latents
+from bdense.models.lora_export import export_lora
+from bdense.models.store import load_model
+from bdense.verbs.options import ExportOptions
+
+
+def export(options: argparse.Namespace) -> None:
+    """Run the verb."""
+    own = from_options(ExportOptions, options)
+    student, metadata = load_model(own.student)
+    if not student.samplers:
+        raise InputError(f"{own.student} is no student, and its own pipeline draws its images")
+    if own.pipeline is None and draws_latents(student, metadata):
+        raise KnobError(
+            "--pipeline",
+            f"is needed: {own.student} draws latents, and autoencoder and text encoder are in its "
+            "teacher's folder",
+        )
+    metadata.pop("identity", None)
+    if own.lora:
+        if own.pipeline is None:
+            raise KnobError(
+                "--lora", f"is for a student of latents, and {own.student} draws pixels; drop it"
+            )
+        export_lora(own.out, student, metadata, teacher=own.pipeline)
+    else:
+        export_pipeline(own.out, student, metadata, teacher=own.pipeline)
+    print(own.out)

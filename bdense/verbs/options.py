@@ -249,7 +249,9 @@ class DistillOptions(Knobs):
     prompts: Path | None = knob(
         None,
         "text file with a prompt in each line, for a text-conditional teacher in a pipeline's "
-        "folder: each is as likely in every batch, and image i of a FID has prompt i",
+        "folder: each is as likely in every batch, and image i of a FID has prompt i; a method "
+        "that learns from images takes them for the captions of the images of --data, or of its "
+        "classes, in their order",
         metavar="FILE",
     )
     seed: int = knob(0, "seed of every random draw", low=0)

@@ -328,14 +328,9 @@ def _check_arms(spec: StudySpec) -> None:
 
 
 def _check_pipeline(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
-    """Refuse a teacher of latents without the rest of its pipeline, or by a method of images."""
+    """Refuse a teacher of latents without the rest of its pipeline."""
     if not draws_latents(teacher, known):
         return
-    if spec.resolved.needs_data:
-        raise InputError(
-            f"method {spec.method.name} learns from images, and the teacher works on latents; "
-            "choose one that learns from noise, such as sfd"
-        )
     if (name := spec.teacher.checkpoint) is None:
         return
     parts = [TEXT_ENCODER, TOKENIZER] if teacher.model.text_dim else []
@@ -365,16 +360,21 @@ def _check_prompts(spec: StudySpec, teacher: NetworkDenoiser) -> None:
 
 
 def _check_guidance(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
-    """Refuse guidance when sampling of students that have learned it, or cannot have it."""
-    if (scale := spec.evaluation.guidance) is None:
+    """Refuse guidance of a teacher that cannot have it, or of students that have learned it."""
+    options, scale = spec.method.options, spec.evaluation.guidance
+    guides = known.get("guidance", teacher.model.has_null_class)
+    for name in ("guidance_teacher", "guidance_student"):
+        if (own := options.get(name, 1.0)) != 1 and not guides:
+            raise SpecError.under(f"method.{name}", no_null(own))
+    if scale is None:
         return
-    learned = spec.method.options.get("guidance_teacher", 1.0)
-    if learned != spec.method.options.get("guidance_student", 1.0):
+    learned = options.get("guidance_teacher", 1.0)
+    if learned != options.get("guidance_student", 1.0):
         raise InputError(
             f"evaluation.guidance {scale:g} is for students that were distilled without it, and "
             f"these learn their teacher's, method.guidance_teacher {learned:g}; drop one of them"
         )
-    if scale != 1 and not known.get("guidance", teacher.model.has_null_class):
+    if scale != 1 and not guides:
         raise SpecError.under("evaluation", no_null(scale))
 
 

@@ -18,6 +18,7 @@ from bdense.errors import InputError
 from bdense.execution import Execution, Precision
 from bdense.files import sha256_file, sha256_model
 from bdense.knobs import KnobError, Knobs, knob, knob_of, knobs_of
+from bdense.methods import YOUNGER
 from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
 from bdense.training.teacher_knobs import TeacherKnobs, TeacherRecipe
 from bdense.weights import WEIGHT_SPACES
@@ -34,7 +35,7 @@ TAKEN_NAMES = ("artifacts", "cache")
 
 
 # A study from before a knob is a study at its default, under the same fingerprint.
-_YOUNGER = (("tail", None), ("guidance_teacher", 1.0), ("guidance_student", 1.0))
+_YOUNGER = {"tail": None, **YOUNGER}
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,7 +393,8 @@ class StudySpec(Knobs):
     prompts: str | None = knob(
         None,
         "text file with a prompt in each line, of a text-conditional teacher: each is as likely "
-        "in every batch",
+        "in every batch; a method that learns from images takes them for the captions of the "
+        "data set's images, or of its classes, in their order",
     )
     teacher: TeacherSpec = knob(help="whose steps are distilled")
     method: Member = knob(help="a distillation method's name and its settings")
@@ -514,7 +516,7 @@ class StudySpec(Knobs):
             "method": {
                 name: value
                 for name, value in as_plain(self.method).items()
-                if (name, value) not in _YOUNGER and name != "epd_table"
+                if (name, value) not in _YOUNGER.items() and name != "epd_table"
             },
         }
         if self.teacher.train is not None:

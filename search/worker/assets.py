@@ -17,8 +17,9 @@ import torch
 
 from bdense import NUMERICS
 from bdense.data.datasets import Dataset, load_dataset
+from bdense.data.encoded import encode_dataset
 from bdense.diffusion.codecs import Codec
-from bdense.diffusion.conditions import Conditions, Prompts
+from bdense.diffusion.conditions import Conditions, Prompts, captions
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.diffusion.sampling import Sampler, draw_images, save_grid
 from bdense.errors import InputError
@@ -156,7 +157,7 @@ class Assets:
         fingerprint: The study's.
         method, config: How students are distilled.
         teacher: On the training device.
-        dataset: None where nothing needs one.
+        dataset: None where nothing needs one; in latents, if students learn from them.
         evaluator: Measures students and teacher.
         terms: What students' metadata take over from the teacher's, such as its licence.
         known: Metadata of the teacher's file.
@@ -299,18 +300,20 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
         ) from error
     teacher, known = _teacher(spec, dataset, device, report)
     pipeline = pipeline_of(spec)
+    method = METHODS[spec.method.name]()
+    config = method.Config.read(spec.method.options, "method")
+    method.check(config, teacher, known)
     codec, conditions, drawn_under = None, None, None
     if pipeline is not None and draws_latents(teacher, known):
         codec = load_codec(pipeline).to(device)
+        if method.needs_data and dataset is not None:
+            dataset = _encoded(dataset, spec, pipeline, device, report)
     elif dataset is not None:
         require_shape(dataset, teacher)
     if pipeline is not None and spec.prompts is not None:
         conditions = _prompts(pipeline, spec.prompts, report)
         own = spec.evaluation.prompts
         drawn_under = conditions if own is None else _prompts(pipeline, own, report)
-    method = METHODS[spec.method.name]()
-    config = method.Config.read(spec.method.options, "method")
-    method.check(config, teacher, known)
     assets = Assets(
         spec=spec,
         fingerprint=spec.fingerprint(),
@@ -352,6 +355,22 @@ def pipeline_of(spec: StudySpec) -> Path | None:
         return latent_digits(cache_folder())
     checkpoint = spec.teacher.checkpoint
     return Path(checkpoint) if checkpoint is not None and Path(checkpoint).is_dir() else None
+
+
+def _encoded(
+    dataset: Dataset, spec: StudySpec, pipeline: Path, device: torch.device, report: Report
+) -> Dataset:
+    """The data set in the teacher's latents, whose captions the study's prompts must be."""
+    if spec.prompts is not None:
+        captions(len(read_prompts(Path(spec.prompts))), dataset)
+    count = len(dataset.images)
+    return encode_dataset(
+        dataset,
+        pipeline,
+        cache_folder(),
+        device,
+        lambda done: report("latents", done, count, f"of {dataset.name}"),
+    )
 
 
 def _prompts(pipeline: Path, file: str, report: Report) -> Prompts:

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from bdense.methods.method import Method
 
 # Knobs of any method. A run from before one of them is a run at this value, its default.
-YOUNGER = {"guidance_teacher": 1.0, "guidance_student": 1.0}
+YOUNGER = {"guidance_teacher": 1.0, "guidance_student": 1.0, "accumulate": 1}
 
 METHODS: "Registry[type[Method]]" = Registry(
     "method",

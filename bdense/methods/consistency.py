@@ -213,9 +213,8 @@ class ConsistencyStage(Configured):
         return draw(self.teacher, iteration, config.intervals_at(iteration), images)
 
     def updates(self, iteration: int, batch: ImageBatch) -> Iterator["ConsistencyUpdate"]:
-        """One update; then the target follows the student."""
+        """One update."""
         config = self.config
-        assert self._student is not None
         assert self._target is not None
         own, null = config.guidance_student, self._null(config.guidance_student, batch)
         target = self._target.network.given(batch.condition, guidance=own, null=null)
@@ -238,8 +237,12 @@ class ConsistencyStage(Configured):
             config=config,
             perceptual=self._perceptual,
         )
-        # theta^- <- mu theta^- + (1 - mu) theta
-        self._target.add(self._student, 1 - config.decay_at(iteration))
+
+    def end(self, iteration: int) -> None:
+        """The target follows the student: theta^- <- mu theta^- + (1 - mu) theta."""
+        assert self._student is not None
+        assert self._target is not None
+        self._target.add(self._student, 1 - self.config.decay_at(iteration))
 
     def _null(self, scale: float, batch: ImageBatch) -> Condition | None:
         return null_for(scale, self.told, like=batch.clean)

@@ -154,6 +154,9 @@ class TabledNetwork(Network):
         found: Tensor = self.network(*args, **kwargs)
         return found
 
+    def checkpoint_blocks(self, on: bool) -> None:
+        self.network.checkpoint_blocks(on)
+
     def widen(self, num_branches: int) -> Self:
         """A copy whose network is frozen.
 
@@ -243,7 +246,7 @@ class EPDStage(Configured, Stateless):
     def describe(self, weighting: BranchWeighting) -> dict[str, Any]:
         return {
             "weights": weighting.describe(),
-            **{f"config.{name}": value for name, value in self.config.as_dict().items()},
+            **{f"config.{name}": value for name, value in self.config.identity().items()},
             "config.seed": self.seed,
             **{f"trajectories.{k}": value for k, value in self.trajectories.describe().items()},
         }

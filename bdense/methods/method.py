@@ -40,6 +40,15 @@ class MethodConfig(OptimisationConfig):
     batch: int = knob(128, "images in each iteration", low=1)
     dropout: bool = knob(True, "train with the teacher's own dropout")
 
+    def __post_init__(self) -> None:
+        OptimisationConfig.__post_init__(self)
+        if self.batch % self.accumulate:
+            raise KnobError(
+                "accumulate",
+                f"{self.accumulate} parts cannot share batch={self.batch} equally; choose a "
+                "divisor of it",
+            )
+
     def told(self, length: float) -> Self:
         """For a one-shot student (``bdense.methods.one_shot``): so many times as long.
 

@@ -56,6 +56,13 @@ class OptimisationConfig(Knobs):
         False, "divide the branch weights by their sum, as clipped gradients see their scale"
     )
 
+    accumulate: int = knob(
+        1,
+        "parts of each batch that are computed one after another to save memory; the update is "
+        "the whole batch's",
+        low=1,
+    )
+
     def __post_init__(self) -> None:
         Knobs.__post_init__(self)
         if self.weight_decay and self.optimizer != "adamw":

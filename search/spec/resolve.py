@@ -142,8 +142,9 @@ def variant(spec: StudySpec, changes: dict[str, Any], where: str = "method") -> 
 
 def execution(spec: StudySpec) -> Execution:
     """How teacher and students compute their network."""
-    compiled, last = spec.resources.compile, spec.resources.channels_last
-    return Execution(precision=spec.precision, compile=compiled, channels_last=last)
+    names = ("compile", "channels_last", "gradient_checkpointing")
+    own = {name: getattr(spec.resources, name) for name in names}
+    return Execution(precision=spec.precision, **own)
 
 
 def teacher_config(training: TeacherTraining) -> TeacherConfig:
@@ -254,10 +255,12 @@ def _check_plan(spec: StudySpec) -> None:
             "data is missing; name a data set, or leave it out and give both teacher.checkpoint "
             f"and evaluation.reference (missing: {missing})"
         )
-    if facts.batch % spec.resources.team:
+    parts = spec.method.options.get("accumulate", 1)
+    if facts.batch % (spec.resources.team * parts):
+        each = f", each in method.accumulate {parts} parts" if parts > 1 else ""
         raise InputError(
             f"method.batch {facts.batch} cannot be shared equally by resources.gpus "
-            f"{spec.resources.team}; choose a multiple, or other gpus"
+            f"{spec.resources.team}{each}; choose a multiple, or other gpus"
         )
     if not spec.is_search:
         _check_arms(spec)

@@ -160,6 +160,7 @@ class ResourcesSpec(Knobs):
     deterministic: bool = knob(False, "use only torch's deterministic algorithms")
     compile: bool = knob_of(Execution, "compile", False)
     channels_last: bool = knob_of(Execution, "channels_last", False)
+    gradient_checkpointing: bool = knob_of(Execution, "gradient_checkpointing", False)
     checkpoint_seconds: float = knob(60.0, "seconds between checkpoints of a training", above=0)
     lease_seconds: float = knob(60.0, "seconds after which a silent worker counts as lost", low=10)
     max_attempts: int = knob(3, "times a trial is started before it counts as poisoned", low=1)

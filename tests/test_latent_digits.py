@@ -18,8 +18,11 @@ from bdense.training.latent_digits import ARCHITECTURE, KNOWN, PROMPTS, latent_d
 from bdense.training.teacher import TeacherConfig
 from search.errors import SpecError
 from search.spec.file import read_spec
+from search.study.results import TrialResult
+from search.study.trial_note import trial_note
 from search.worker.assets import load
 from search.worker.cost import measure
+from tests.clip import tiny_clip
 from tests.e2e.study import Workplace
 from tests.rows import CPU, run, task
 from tests.studies import ROOT, resolve_here, spec
@@ -122,9 +125,16 @@ def test_its_study_trains_and_judges_under_prompts(folder, cache, tmp_path, monk
         read_spec(STUDY, guided | {"method": CHANGES["method"]})
     other = tmp_path / "other.txt"
     other.write_text("a nine\n")
+    tiny_clip(tmp_path / "clip", folder / "tokenizer")
     evaluation = {**CHANGES["evaluation"], "prompts": str(other)}
+    evaluation["clip_score"] = str(tmp_path / "clip")
     judged = read_spec(STUDY, CHANGES | {"evaluation": evaluation})
-    assert run(load(judged, CPU), tmp_path / "judged", task()).value != result.value
+    row = run(load(judged, CPU), tmp_path / "judged", task())
+    assert row.value != result.value
+    assert (row.clip_score.images, row.clip_score.prompts) == (64, 1)
+    assert TrialResult.of(row.value, row.attrs()).clip_score == row.clip_score
+    assert "CLIP score" in trial_note("trial 0", row, [])
+    assert "CLIP score" in (tmp_path / "judged/student.md").read_text()
     assert judged.fingerprint() != study.fingerprint()
 
 

@@ -56,7 +56,7 @@ def _no_picture(path: Path) -> str:
         return "" if file.read(len(_PNG)) == _PNG else "is no PNG picture"
 
 
-def chosen_prompts(prompt: str | None, file: Path | None) -> list[str]:
+def chosen_prompts(prompt: str | None, file: str | None) -> list[str]:
     """The prompts of the options; none where there are none.
 
     Raises:

@@ -349,6 +349,11 @@ def _check_pipeline(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[st
 def _check_prompts(spec: StudySpec, teacher: NetworkDenoiser) -> None:
     """Refuse prompts that the teacher does not read, and one that lacks them."""
     files = {"prompts": spec.prompts, "evaluation.prompts": spec.evaluation.prompts}
+    if (scorer := spec.evaluation.clip_score) is not None and not teacher.model.text_dim:
+        raise InputError(
+            f"evaluation.clip_score {scorer} compares images with prompts, and the teacher takes "
+            "none; leave it out"
+        )
     if teacher.model.text_dim and spec.prompts is None:
         raise InputError("prompts: the teacher is conditioned on text; give a file of prompts")
     for key, file in files.items():
@@ -357,7 +362,7 @@ def _check_prompts(spec: StudySpec, teacher: NetworkDenoiser) -> None:
         if not teacher.model.text_dim:
             raise InputError(f"{key}: the teacher takes no text; leave {key} out")
         try:
-            read_prompts(Path(file))
+            read_prompts(file)
         except InputError as error:
             raise SpecError.under(key, error) from error
 

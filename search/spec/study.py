@@ -13,10 +13,17 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from bdense import NUMERICS
-from bdense.data.names import LABELS_FILE, image_files, labels_beside, split_fit, split_format
+from bdense.data.names import (
+    LABELS_FILE,
+    PROMPTS,
+    image_files,
+    labels_beside,
+    split_fit,
+    split_format,
+)
 from bdense.errors import InputError
 from bdense.execution import Execution, Precision
-from bdense.files import sha256_file, sha256_model
+from bdense.files import sha256_file, sha256_model, split_column
 from bdense.knobs import KnobError, Knobs, knob, knob_of, knobs_of
 from bdense.methods import YOUNGER
 from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
@@ -123,9 +130,14 @@ class EvaluationSpec(Knobs):
     )
     prompts: str | None = knob(
         None,
-        "text file with a prompt in each line, of a text-conditional teacher: image i has prompt "
-        "i, from the start again after the last",
+        f"{PROMPTS}, of a text-conditional teacher: image i has prompt i, from the start again "
+        "after the last",
         none="the study's prompts",
+    )
+    clip_score: str | None = knob(
+        None,
+        "CLIP model that scores each student's images against their prompts, beside the FID: a "
+        "folder or hub id, such as openai/clip-vit-base-patch16",
     )
     guidance: float | None = knob(
         None,
@@ -393,9 +405,9 @@ class StudySpec(Knobs):
     )
     prompts: str | None = knob(
         None,
-        "text file with a prompt in each line, of a text-conditional teacher: each is as likely "
-        "in every batch; a method that learns from images takes them for the captions of the "
-        "data set's images, or of its classes, in their order",
+        f"{PROMPTS}, of a text-conditional teacher: each is as likely in every batch; a method "
+        "that learns from images takes them for the captions of the data set's images, or of its "
+        "classes, in their order",
     )
     teacher: TeacherSpec = knob(help="whose steps are distilled")
     method: Member = knob(help="a distillation method's name and its settings")
@@ -562,9 +574,9 @@ class StudySpec(Knobs):
         if (table := self.method.options.get("epd_table")) is not None:
             found["method.epd_table_sha256"] = sha256_file(Path(table))
         if self.prompts is not None:
-            found["prompts_sha256"] = sha256_file(Path(self.prompts))
+            found["prompts_sha256"] = _content_of_prompts(self.prompts)
         if self.evaluation.prompts is not None:
-            found["evaluation.prompts_sha256"] = sha256_file(Path(self.evaluation.prompts))
+            found["evaluation.prompts_sha256"] = _content_of_prompts(self.evaluation.prompts)
         return found
 
 
@@ -625,6 +637,12 @@ def _content_of(data: str) -> str:
         labels = labels_beside(path) if kind == "idx" else None
         content = "+".join(sha256_file(file) for file in (path, labels) if file is not None)
     return f"{kind}:{content}" if fit is None else f"{kind}:{content}@{fit}"
+
+
+def _content_of_prompts(prompts: str) -> str:
+    """The digest of a file of prompts, and the column that is read of it."""
+    file, column = split_column(prompts)
+    return sha256_file(file) if column is None else f"{sha256_file(file)}:{column}"
 
 
 def _digest_of_folder(folder: Path) -> str:

@@ -62,7 +62,7 @@ class Measured:
     def _figures(self) -> dict[str, Any]:
         result = self.result
         assert result.fid is not None
-        others = {"kid": result.kid, "prc": result.prc}
+        others = {"kid": result.kid, "prc": result.prc, "clip_score": result.clip_score}
         measured = {name: each.as_dict() for name, each in others.items() if each is not None}
         return {"fid": self.fid, **result.fid.conditions(), **measured}
 
@@ -233,6 +233,12 @@ def remarks(now: Summary) -> list[str]:
             f"FID: {fid.images} images at NFE {fid.nfe}, features of {fid.extractor}, against "
             f"{fid.reference}."
         )
+    named = {**now.baselines, **({"best": now.best} if now.best is not None else {})}
+    lines += [
+        f"{name}: {clip.text()}."
+        for name, each in named.items()
+        if (clip := each.result.clip_score) is not None
+    ]
     return lines
 
 

@@ -42,6 +42,8 @@ def trial_note(title: str, result: TrialResult, pictures: Sequence[tuple[str, st
     lines = [f"## {escaped(title)}"]
     if result.value is not None and result.fid is not None:
         lines.append(f"**FID {result.value:.4f}** {escaped(conditions(result.fid))}")
+        if (clip := result.clip_score) is not None:
+            lines.append(escaped(f"{clip.text()}."))
     elif result.reason is not None:
         at = f" at {result.pruned_at:g} of its budget" if result.pruned_at is not None else ""
         lines.append(f"**Pruned{at}**: {escaped(result.reason)}")

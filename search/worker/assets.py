@@ -27,6 +27,7 @@ from bdense.files import atomic_write, file_lock, sha256_model
 from bdense.methods import METHODS
 from bdense.methods.method import Inputs, Method, MethodConfig, Recordings, require_shape
 from bdense.methods.recordings import TrajectoryStore
+from bdense.metrics.clip_score import CLIPScorer, load_clip_scorer
 from bdense.metrics.extractors import Extractor, load_extractor
 from bdense.metrics.metrics import measure_images, require_measurable
 from bdense.metrics.records import FID, Metrics
@@ -72,6 +73,7 @@ class Evaluator:
         latents: Seed of the noise that images are drawn from.
         conditions: What images are drawn under, such as prompts; None is the model's own kind.
         codec: What makes images of latents; None where models draw images.
+        clip: Scores images against their prompts; None does not.
     """
 
     spec: EvaluationSpec
@@ -80,6 +82,7 @@ class Evaluator:
     latents: int
     conditions: Conditions | None = None
     codec: Codec | None = None
+    clip: CLIPScorer | None = None
 
     def measure(
         self,
@@ -134,6 +137,7 @@ class Evaluator:
             metrics=self.spec.metrics if images is None else ("fid",),
             nfe=sampler.nfe,
             seeds={**trained, "evaluation": self.latents},
+            clip=self.clip if images is None else None,
             on_image=lambda _: check(),
         )
 
@@ -328,6 +332,7 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
             spec.seeds.evaluation,
             conditions=drawn_under,
             codec=codec,
+            clip=_clip_scorer(spec, device),
         ),
         known=known,
         terms=inherited(known, _teacher_name(spec)),
@@ -362,7 +367,7 @@ def _encoded(
 ) -> Dataset:
     """The data set in the teacher's latents, whose captions the study's prompts must be."""
     if spec.prompts is not None:
-        captions(len(read_prompts(Path(spec.prompts))), dataset)
+        captions(len(read_prompts(spec.prompts)), dataset)
     count = len(dataset.images)
     return encode_dataset(
         dataset,
@@ -373,12 +378,19 @@ def _encoded(
     )
 
 
+def _clip_scorer(spec: StudySpec, device: torch.device) -> CLIPScorer | None:
+    if (model := spec.evaluation.clip_score) is None:
+        return None
+    file = spec.evaluation.prompts or spec.prompts
+    return load_clip_scorer(model, [] if file is None else read_prompts(file), device)
+
+
 def _prompts(pipeline: Path, file: str, report: Report) -> Prompts:
     """A file's prompts as the teacher reads them; guidance leads away from the empty one.
 
     They are embedded once and kept: a worker maps the file, and reads the rows that it needs.
     """
-    texts = [*read_prompts(Path(file)), ""]
+    texts = [*read_prompts(file), ""]
     parts = [sha256_model(pipeline / part) for part in (TEXT_ENCODER, TOKENIZER)]
     path = cache_folder() / "prompts" / f"{_digest({'texts': texts, 'by': parts})}.npy"
     with file_lock(path.with_suffix(".lock")):

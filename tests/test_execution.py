@@ -18,9 +18,10 @@ from bdense.models.store import denoiser_sha256, load_tensors
 from bdense.training.loop import train
 from bdense.training.teacher import TeacherConfig, train_teacher
 from bdense.weights.spaces import LogLinearWeights
-from bdense.weights.weighting import FixedWeights
+from bdense.weights.weighting import FixedWeights, LearnedWeights
 from tests.contracts.methods import KilledError, Steep
 from tests.goldens import discover, golden_network
+from tests.pd_nets import small_conv
 from tests.precisions import assert_within_bounds
 from tests.small import same_weights, sfd, sfd_stage, small_teacher, small_trajectories
 
@@ -185,6 +186,27 @@ NEEDS_COMPILER = pytest.mark.skipif(
     shutil.which("g++") is None or not Path(sysconfig.get_paths()["include"], "Python.h").exists(),
     reason="torch.compile needs g++ and Python's headers (Debian: g++, python3-dev)",
 )
+
+
+def test_a_student_whose_activations_are_computed_again_is_the_same():
+    """Its teacher's execution is the student's; dropout and gradients at the head included."""
+    students = []
+    for recomputes in (False, True):
+        teacher = small_teacher(dropout=0.2)
+        teacher.execute(Execution(gradient_checkpointing=recomputes))
+        rule = LearnedWeights(4, rule="gradient-norm")
+        student = sfd(small_trajectories(teacher), rule, images=8)
+        assert student.execution.gradient_checkpointing == recomputes
+        students.append(student)
+    assert same_weights(*students)
+
+
+def test_what_excludes_gradient_checkpointing_is_refused():
+    both = Execution(compile=True, gradient_checkpointing=True)
+    with pytest.raises(InputError, match=r"compile .*gradient_checkpointing"):
+        small_teacher().execute(both)
+    with pytest.raises(InputError, match=r"gradient_checkpointing .*TinyConv"):
+        small_conv().execute(Execution(gradient_checkpointing=True))
 
 
 def test_compilation_without_a_compiler_is_refused(monkeypatch):

@@ -11,14 +11,18 @@ import yaml
 
 import bdense
 from bdense.diffusion.denoiser import build_denoiser
+from bdense.errors import InputError
 from bdense.models.card import SETUP
 from bdense.models.store import load_denoiser, save_denoiser
 from bdense.training.latent_digits import ARCHITECTURE, KNOWN, PROMPTS, latent_digits
 from bdense.training.teacher import TeacherConfig
 from search.errors import SpecError
 from search.spec.file import read_spec
+from search.study.results import TrialResult
+from search.study.trial_note import trial_note
 from search.worker.assets import load
 from search.worker.cost import measure
+from tests.clip import tiny_clip
 from tests.e2e.study import Workplace
 from tests.rows import CPU, run, task
 from tests.studies import ROOT, resolve_here, spec
@@ -121,9 +125,16 @@ def test_its_study_trains_and_judges_under_prompts(folder, cache, tmp_path, monk
         read_spec(STUDY, guided | {"method": CHANGES["method"]})
     other = tmp_path / "other.txt"
     other.write_text("a nine\n")
+    tiny_clip(tmp_path / "clip", folder / "tokenizer")
     evaluation = {**CHANGES["evaluation"], "prompts": str(other)}
+    evaluation["clip_score"] = str(tmp_path / "clip")
     judged = read_spec(STUDY, CHANGES | {"evaluation": evaluation})
-    assert run(load(judged, CPU), tmp_path / "judged", task()).value != result.value
+    row = run(load(judged, CPU), tmp_path / "judged", task())
+    assert row.value != result.value
+    assert (row.clip_score.images, row.clip_score.prompts) == (64, 1)
+    assert TrialResult.of(row.value, row.attrs()).clip_score == row.clip_score
+    assert "CLIP score" in trial_note("trial 0", row, [])
+    assert "CLIP score" in (tmp_path / "judged/student.md").read_text()
     assert judged.fingerprint() != study.fingerprint()
 
 
@@ -153,13 +164,30 @@ def test_a_study_needs_the_whole_pipeline(folder, tmp_path, monkeypatch):
         read_spec(STUDY, given)
     alone = tmp_path / "teacher.safetensors"
     save_denoiser(alone, *bdense.load_model(folder))
-    progressive = {"method": {"name": "progressive", "steps": 4, "until": 2, "batch": 32}}
-    tree = yaml.safe_load(STUDY.read_text()) | progressive
-    tree["prompts"] = str(STUDY.with_suffix(".txt"))
-    with pytest.raises(SpecError, match="learns from images"):
-        spec(tree)
     with pytest.raises(SpecError, match="draws latents"):
         read_spec(STUDY, CHANGES | {"teacher": {"recipe": None, "checkpoint": str(alone)}})
+
+
+def test_methods_of_images_learn_its_latents_under_their_prompts(folder, tmp_path, monkeypatch):
+    assert folder.is_dir()
+    resolve_here(monkeypatch)
+    tree = yaml.safe_load(STUDY.read_text())
+    tree |= {name: tree[name] | CHANGES[name] for name in ("evaluation", "plan")}
+    tree["prompts"] = str(STUDY.with_suffix(".txt"))
+    tree["method"] = {"name": "progressive", "steps": 4, "until": 2, "updates": 2, "batch": 32}
+    tree["method"]["guidance_teacher"] = 1.5
+    assets = load(spec(tree), CPU)
+    assert assets.dataset.shape == (4, 4, 4)
+    assert assets.teacher_fid.nfe == 8  # 4 guided steps
+    result = run(assets, tmp_path / "row", task())
+    assert result.fid.nfe == 2
+    few = tmp_path / "few.txt"
+    few.write_text("a nine\n")
+    with pytest.raises(InputError, match="1 prompts are no captions of digits"):
+        load(spec(tree | {"prompts": str(few)}), CPU)
+    tree["method"]["clip_targets"] = True
+    with pytest.raises(SpecError, match=r"method\.clip_targets true is for pixels"):
+        spec(tree)
 
 
 def test_its_study_says_what_it_costs(folder, monkeypatch):

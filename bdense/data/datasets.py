@@ -74,6 +74,15 @@ class Dataset:
             )
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) of what a network learns from."""
+        return tuple(self.images.shape[1:])
+
+    def clean(self, index: Tensor) -> Tensor:
+        """[B, C, H, W] float32 that a network learns from, of the images [B]."""
+        return to_float(self.images[index])
+
+    @property
     def num_classes(self) -> int:
         """Highest label + 1; 0 without labels."""
         return 0 if self.labels is None else int(self.labels.max()) + 1

@@ -35,6 +35,22 @@ class Condition(Protocol):
 class LabelledImages(Protocol):
     """A data set as conditions see it; see ``bdense.data.datasets.Dataset``."""
 
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    @property
+    def images(self) -> Tensor:
+        """[n, C, H, W]."""
+
+    @property
+    def labels(self) -> Tensor | None:
+        """[n] int64 classes."""
+
+    @property
+    def num_classes(self) -> int:
+        """0 without labels."""
+
     def require_labels(self, label_dim: int) -> Tensor:
         """[n] int64 classes, all below ``label_dim``."""
 
@@ -201,6 +217,8 @@ class Texts:
 class Prompts:
     """A set of prompts: each as likely in training, and one after the other in evaluation.
 
+    Of a data set they are the captions: one for each image, or for each class.
+
     Attributes:
         embeddings: [n, L, E] of the prompts.
         empty: [1, L, E] of the empty or negative prompt, which guidance leads away from; None
@@ -234,10 +252,10 @@ class Prompts:
         return Texts(self.embeddings[[i % len(self.embeddings) for i in images]])
 
     def require(self, dataset: LabelledImages) -> None:
-        raise _no_captions()
+        captions(len(self.embeddings), dataset)
 
     def of(self, dataset: LabelledImages, index: Tensor) -> Texts:
-        raise _no_captions()
+        return Texts(self.embeddings[captions(len(self.embeddings), dataset)[index]])
 
     def null(self) -> Texts | None:
         return None if self.empty is None else Texts(self.empty)
@@ -265,10 +283,10 @@ class NeedsText:
         raise _no_prompts()
 
     def require(self, dataset: LabelledImages) -> NoReturn:
-        raise _no_captions()
+        raise _no_prompts()
 
     def of(self, dataset: LabelledImages, index: Tensor) -> NoReturn:
-        raise _no_captions()
+        raise _no_prompts()
 
     def null(self) -> NoReturn:
         raise _no_prompts()
@@ -281,10 +299,23 @@ def _no_prompts() -> InputError:
     return InputError("the network is conditioned on text; give prompts")
 
 
-def _no_captions() -> InputError:
-    return InputError(
-        "the network is conditioned on text, and data sets here have no captions; take a method "
-        "that learns from noise and prompts, such as sfd"
+def captions(count: int, dataset: LabelledImages) -> Tensor:
+    """[n] int64: which of so many prompts describes each image of a data set.
+
+    Raises:
+        InputError: There is neither one for each image nor one for each class.
+    """
+    images, classes = len(dataset.images), dataset.num_classes
+    if count == images:
+        return torch.arange(images)
+    if dataset.labels is not None and count == classes:
+        return dataset.labels
+    of_classes = f" and {classes} classes" if classes else ""
+    raise InputError(
+        f"{count} prompts are no captions of {dataset.name}, which has {images} images"
+        f"{of_classes}; give a prompt for each image, in their order"
+        f"{', or for each class' if classes else ''}, or take a method that learns from noise, "
+        "such as sfd"
     )
 
 

@@ -211,6 +211,7 @@ class NetworkDenoiser(nn.Module):
     def execute(self, execution: Execution) -> Self:
         """Compute the network this way from now on, in place; copies and students inherit it."""
         execution.require(next(self.parameters()).device)
+        self.model.checkpoint_blocks(execution.gradient_checkpointing)
         execution.prepare(self.model)
         self.execution = execution
         return self

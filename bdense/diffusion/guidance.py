@@ -68,8 +68,13 @@ def calls(scale: float) -> int:
     return 1 if scale in (0, 1) else 2
 
 
-def null_for(scale: float, conditions: Conditions) -> Condition | None:
+def null_for(scale: float, conditions: Conditions, like: Tensor | None = None) -> Condition | None:
     """The null that a scale needs; None where it needs none.
+
+    Args:
+        scale: s.
+        conditions: Whose null it is.
+        like: A tensor, on whose device and in whose type it is wanted.
 
     Raises:
         InputError: The network has learned none.
@@ -78,7 +83,7 @@ def null_for(scale: float, conditions: Conditions) -> Condition | None:
         return None
     if (null := conditions.null()) is None:
         raise no_null(scale)
-    return null
+    return null if like is None else null.to(like)
 
 
 def no_null(scale: float) -> InputError:

@@ -232,13 +232,12 @@ def draw_images(
     sampler = _own_sampler(denoiser, sampler)
     if conditions is None:
         conditions = denoiser.conditions_of(class_index)
-    null = null_for(sampler.guidance, conditions)
+    like = next(denoiser.parameters())
+    null = null_for(sampler.guidance, conditions, like)
     if count < 1:
         raise InputError(f"the number of images must be at least 1, got {count}")
     if batch < 1:
         raise InputError(f"batch must be at least 1, got {batch}")
-    like = next(denoiser.parameters())
-    null = None if null is None else null.to(like)
     drawn = []
     for first in range(0, count, batch):
         images = range(first, min(first + batch, count))

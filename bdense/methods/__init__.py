@@ -8,7 +8,13 @@ if TYPE_CHECKING:
     from bdense.methods.method import Method
 
 # Knobs of any method. A run from before one of them is a run at this value, its default.
-YOUNGER = {"lora_rank": 0, "lora_targets": []}
+YOUNGER = {
+    "guidance_teacher": 1.0,
+    "guidance_student": 1.0,
+    "accumulate": 1,
+    "lora_rank": 0,
+    "lora_targets": [],
+}
 
 METHODS: "Registry[type[Method]]" = Registry(
     "method",

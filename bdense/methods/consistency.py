@@ -21,7 +21,9 @@ from torch import Tensor
 
 from bdense import NUMERICS
 from bdense.data.datasets import Dataset
+from bdense.diffusion.conditions import Condition, Conditions
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
+from bdense.diffusion.guidance import calls, guided, null_for
 from bdense.diffusion.preconditioning import levels_on
 from bdense.diffusion.sampling import Sampler, samplers_from, served_metadata
 from bdense.diffusion.solvers import Solver, StepNoise, make_solver, no_noise, trajectory
@@ -30,11 +32,13 @@ from bdense.knobs import knob, knob_of
 from bdense.methods.images import ImageBatch, ImageDraw
 from bdense.methods.method import (
     GridConfig,
+    GuidanceKnobs,
     Inputs,
     Method,
     MethodConfig,
     StagePlan,
     require_images,
+    require_pixels,
 )
 from bdense.methods.perceptual import LPIPS
 from bdense.models.store import denoiser_sha256
@@ -48,7 +52,7 @@ StepSolver = Literal["heun", "euler", "dpm2", "ipndm"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ConsistencyConfig(GridConfig):
+class ConsistencyConfig(GridConfig, GuidanceKnobs):
     """Knobs of consistency distillation; mu is Song et al.'s, levels and step size are ours.
 
     ``sigma_min`` is epsilon, where f leaves x as it is.
@@ -56,7 +60,7 @@ class ConsistencyConfig(GridConfig):
 
     heading: ClassVar[str] = "method consistency"
 
-    nfe: int = knob(1, "network evaluations an image; above 1 by multistep sampling", low=1)
+    nfe: int = knob(1, "predictions an image; above 1 by multistep sampling", low=1)
     steps: int = knob(18, "intervals of the noise levels, N", low=1)
     substeps: int = knob(
         1, "steps that the teacher takes in each interval, K; plain learns from the last", low=1
@@ -143,6 +147,7 @@ class ConsistencyStage(Configured):
         teacher: One branch, on the device to train on; the student starts as it.
         dataset: Images, drawn with replacement.
         seed: Of images, noise, intervals, flips and dropout.
+        conditions: Of the images; None is the teacher's own kind.
     """
 
     kind: ClassVar[str] = "consistency"
@@ -151,16 +156,23 @@ class ConsistencyStage(Configured):
     teacher: NetworkDenoiser
     dataset: Dataset
     seed: int
+    conditions: Conditions | None = None
 
     def __post_init__(self) -> None:
         self.teacher.execution.require_training("consistency distillation")
-        require_images(self.dataset, self.teacher)
+        require_images(self.dataset, self.teacher, self.told)
+        self.config.require_null(self.told)
         self._levels = levels_on(self.config.levels, self.teacher.precond)
         self.teacher.require_levels(self._levels)
         self._solver = make_solver(self.config.solver)
         self._perceptual = LPIPS() if self.config.loss == "lpips" else None
         self._student: NetworkDenoiser | None = None
         self._target: Average | None = None
+
+    @property
+    def told(self) -> Conditions:
+        """The kind of condition of a batch."""
+        return self.teacher.conditions if self.conditions is None else self.conditions
 
     @property
     def num_updates(self) -> int:
@@ -182,6 +194,7 @@ class ConsistencyStage(Configured):
             afs=False,
             schedule=self._levels,
             solver=MultistepConsistency(),
+            guidance=self.config.guidance_student,
         )
 
     def metadata(self) -> dict[str, Any]:
@@ -191,20 +204,28 @@ class ConsistencyStage(Configured):
         """Images, noise and intervals; runs of one seed see the same, whatever their weights."""
         config = self.config
         draw = ImageDraw(
-            dataset=self.dataset, count=config.batch, seed=self.seed, flip=config.flip
+            dataset=self.dataset,
+            conditions=self.told,
+            count=config.batch,
+            seed=self.seed,
+            flip=config.flip,
         )
         return draw(self.teacher, iteration, config.intervals_at(iteration), images)
 
     def updates(self, iteration: int, batch: ImageBatch) -> Iterator["ConsistencyUpdate"]:
-        """One update; then the target follows the student."""
+        """One update."""
         config = self.config
-        assert self._student is not None
         assert self._target is not None
-        target = self._target.network.given(batch.condition)
+        own, null = config.guidance_student, self._null(config.guidance_student, batch)
+        target = self._target.network.given(batch.condition, guidance=own, null=null)
+        scale = config.guidance_teacher
+        teacher = self.teacher.given(
+            batch.condition, guidance=scale, null=self._null(scale, batch)
+        )
         fine = self._levels.grid(config.intervals_at(iteration) * config.substeps)
         levels = batch.levels(fine, config.substeps).to(batch.clean)[..., None, None, None]
         x = batch.clean + levels[0] * batch.noise
-        states = trajectory(self._solver, self.teacher.given(batch.condition), x, levels)
+        states = trajectory(self._solver, teacher, x, levels)
         yield ConsistencyUpdate(
             stream=(0, iteration),
             x=x,
@@ -212,14 +233,24 @@ class ConsistencyStage(Configured):
             end=config.sigma_min,
             targets=consistency_targets(target, states[1:], levels[1:], config.sigma_min),
             given=batch.condition.arguments(),
+            null=null,
             config=config,
             perceptual=self._perceptual,
         )
-        # theta^- <- mu theta^- + (1 - mu) theta
-        self._target.add(self._student, 1 - config.decay_at(iteration))
+
+    def end(self, iteration: int) -> None:
+        """The target follows the student: theta^- <- mu theta^- + (1 - mu) theta."""
+        assert self._student is not None
+        assert self._target is not None
+        self._target.add(self._student, 1 - self.config.decay_at(iteration))
+
+    def _null(self, scale: float, batch: ImageBatch) -> Condition | None:
+        return null_for(scale, self.told, like=batch.clean)
 
     def describe(self, weighting: BranchWeighting) -> dict[str, Any]:
         perceptual = {} if self._perceptual is None else {"lpips": self._perceptual.describe()}
+        prompts = {} if self.conditions is None else self.conditions.describe()
+        labelled = bool(self.teacher.label_dim or prompts)
         return {
             "numerics": NUMERICS,
             "teacher": denoiser_sha256(self.teacher),
@@ -228,7 +259,8 @@ class ConsistencyStage(Configured):
             **{f"config.{name}": value for name, value in self.config.identity().items()},
             **perceptual,
             "data": self.dataset.sha256,
-            **({"labels": self.dataset.labels_sha256} if self.teacher.label_dim else {}),
+            **prompts,
+            **({"labels": self.dataset.labels_sha256} if labelled else {}),
             "seed": self.seed,
         }
 
@@ -275,11 +307,13 @@ class ConsistencyUpdate(WholeIteration):
     end: float
     targets: Tensor
     given: Mapping[str, Any]
+    null: Condition | None
     config: ConsistencyConfig
     perceptual: LPIPS | None
 
     def __call__(self, branches: Branches) -> BranchMeans:
-        denoised = branches(self.x, self.level.flatten(), **self.given)
+        predict = guided(branches, self.config.guidance_student, self.null)
+        denoised = predict(self.x, self.level.flatten(), **self.given)
         ratio = (self.end / self.level)[:, None]
         found = towards(denoised, self.x[:, None], ratio).unbind(1)
         pairs = zip(found, self.targets[-len(found) :], strict=True)
@@ -319,8 +353,8 @@ class Consistency(Method):
     def plan(
         self, config: ConsistencyConfig, teacher: NetworkDenoiser | None = None
     ) -> tuple[StagePlan, ...]:
-        label, updates = f"{config.nfe} NFE", config.num_updates
-        return (StagePlan(name="", label=label, num_updates=updates, nfe=config.nfe),)
+        nfe, updates = config.nfe * calls(config.guidance_student), config.num_updates
+        return (StagePlan(name="", label=f"{nfe} NFE", num_updates=updates, nfe=nfe),)
 
     def num_branches(self, config: ConsistencyConfig) -> int:
         return config.substeps
@@ -328,6 +362,7 @@ class Consistency(Method):
     def check(
         self, config: ConsistencyConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]
     ) -> None:
+        require_pixels(config, {"flip": (True,), "loss": ("lpips",)}, teacher, known)
         teacher.require_levels(config.levels)
         if samplers_from(known):
             raise InputError(
@@ -343,4 +378,10 @@ class Consistency(Method):
         inputs: Inputs,
     ) -> ConsistencyStage:
         dataset = inputs.require_dataset(self.name)
-        return ConsistencyStage(config=config, teacher=teacher, dataset=dataset, seed=inputs.seed)
+        return ConsistencyStage(
+            config=config,
+            teacher=teacher,
+            dataset=dataset,
+            seed=inputs.seed,
+            conditions=inputs.conditions,
+        )

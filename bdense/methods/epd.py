@@ -154,6 +154,9 @@ class TabledNetwork(Network):
         found: Tensor = self.network(*args, **kwargs)
         return found
 
+    def checkpoint_blocks(self, on: bool) -> None:
+        self.network.checkpoint_blocks(on)
+
     def widen(self, num_branches: int) -> Self:
         """A copy whose network is frozen.
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bdense.data.datasets import Dataset, to_float
-from bdense.diffusion.conditions import Condition, Unconditional
+from bdense.data.datasets import Dataset
+from bdense.diffusion.conditions import Condition, Conditions, Unconditional
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.randomness import Stream, generator
 
@@ -41,6 +41,7 @@ class ImageDraw:
 
     Attributes:
         dataset: Where images come from.
+        conditions: What is told of them.
         count: B of the whole batch.
         seed: Of images, noise, intervals and flips.
         round: Keeps the draws of several stages of one seed apart.
@@ -48,6 +49,7 @@ class ImageDraw:
     """
 
     dataset: Dataset
+    conditions: Conditions
     count: int
     seed: int
     round: int = 0
@@ -60,7 +62,7 @@ class ImageDraw:
         like = next(student.parameters())
         draw = generator(self.seed, Stream.IMAGES, self.round, iteration)
         index = torch.randint(len(self.dataset.images), (self.count,), generator=draw)
-        clean = to_float(self.dataset.images[index])
+        clean = self.dataset.clean(index)
         noise = torch.randn(clean.shape, generator=draw)
         interval = torch.randint(num_intervals, (self.count,), generator=draw)
         if self.flip:
@@ -70,5 +72,5 @@ class ImageDraw:
             clean[images].to(like.device),
             noise[images].to(like.device),
             interval[images],
-            student.conditions.of(self.dataset, index[images]).to(like),
+            self.conditions.of(self.dataset, index[images]).to(like),
         )

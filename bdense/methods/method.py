@@ -6,7 +6,7 @@ entry point of the group ``bdense.methods``.
 """
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias
@@ -16,10 +16,12 @@ from bdense.data.datasets import Dataset
 from bdense.diffusion.conditions import Conditions
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.grid_knobs import GridKnobs
+from bdense.diffusion.guidance import null_for
 from bdense.diffusion.sampling import Sampler, levels_of
 from bdense.errors import InputError
-from bdense.knobs import knob
+from bdense.knobs import KnobError, Knobs, knob
 from bdense.methods import YOUNGER
+from bdense.models.latents import draws_latents
 from bdense.training.optimisation import OptimisationConfig
 from bdense.training.stage import Training
 from bdense.weights.weighting import BranchWeighting
@@ -37,6 +39,15 @@ class MethodConfig(OptimisationConfig):
 
     batch: int = knob(128, "images in each iteration", low=1)
     dropout: bool = knob(True, "train with the teacher's own dropout")
+
+    def __post_init__(self) -> None:
+        OptimisationConfig.__post_init__(self)
+        if self.batch % self.accumulate:
+            raise KnobError(
+                "accumulate",
+                f"{self.accumulate} parts cannot share batch={self.batch} equally; choose a "
+                "divisor of it",
+            )
 
     def told(self, length: float) -> Self:
         """For a one-shot student (``bdense.methods.one_shot``): so many times as long.
@@ -65,6 +76,39 @@ class MethodConfig(OptimisationConfig):
             for name, value in self.as_dict().items()
             if (name, value) not in YOUNGER.items()
         }
+
+
+# Without slots, so that it can be the second base of a class that has them.
+@dataclass(frozen=True, kw_only=True)
+class GuidanceKnobs(Knobs):
+    """Classifier-free guidance in training; a student is sampled at its own."""
+
+    heading: ClassVar[str] = "guidance"
+
+    guidance_teacher: float = knob(
+        1.0,
+        "classifier-free guidance of the teacher, of a model with a null condition; 1 is the "
+        "condition alone",
+    )
+    guidance_student: float = knob(
+        1.0,
+        "classifier-free guidance of the student, in training and sampling; where it is neither 1 "
+        "nor 0, each of its predictions costs two network evaluations",
+    )
+
+    def require_null(self, conditions: Conditions) -> None:
+        """Raise an ``InputError`` where a scale needs a null condition and there is none."""
+        for scale in (self.guidance_teacher, self.guidance_student):
+            null_for(scale, conditions)
+
+    def require_one_call(self) -> None:
+        """Refuse a guided student where each image is told its weights."""
+        if self.guidance_student not in (0, 1):
+            raise KnobError(
+                "guidance_student",
+                f"{self.guidance_student:g}: a student cannot be told its weights under guidance; "
+                "take 1",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,21 +194,41 @@ class Inputs:
         return self.dataset
 
 
-def require_images(dataset: Dataset, teacher: NetworkDenoiser) -> None:
-    """Refuse a data set of other images or classes than the teacher's.
+def require_images(dataset: Dataset, teacher: NetworkDenoiser, conditions: Conditions) -> None:
+    """Refuse a data set of other images than the teacher's, or without its conditions.
 
     Raises:
         InputError: Says in what they differ.
     """
     require_shape(dataset, teacher)
-    teacher.conditions.require(dataset)
+    conditions.require(dataset)
+
+
+def require_pixels(
+    config: "MethodConfig",
+    of_pixels: Mapping[str, Collection[object]],
+    teacher: NetworkDenoiser,
+    known: Mapping[str, Any],
+) -> None:
+    """Refuse settings that make sense of pixels alone for a teacher of latents.
+
+    Args:
+        config: Of a method.
+        of_pixels: Values of its knobs.
+        teacher: The first teacher.
+        known: Metadata of its file.
+    """
+    if not draws_latents(teacher, known):
+        return
+    for name, values in of_pixels.items():
+        if (value := getattr(config, name)) in values:
+            said = str(value).lower()
+            raise KnobError(name, f"{said} is for pixels, and the teacher works on latents")
 
 
 def require_shape(dataset: Dataset, teacher: NetworkDenoiser) -> None:
     """Refuse a data set of images of another shape than the teacher's."""
-    theirs, own = (
-        " x ".join(map(str, shape)) for shape in (dataset.images.shape[1:], teacher.image_shape)
-    )
+    theirs, own = (" x ".join(map(str, shape)) for shape in (dataset.shape, teacher.image_shape))
     if theirs != own:
         raise InputError(
             f"data {dataset.name} has images of {theirs}, and the teacher is a network for {own}; "

@@ -270,6 +270,9 @@ class OneShotStage:
     def begin(self, student: NetworkDenoiser) -> None:
         self.stage.begin(student)
 
+    def end(self, iteration: int) -> None:
+        self.stage.end(iteration)
+
     def state(self) -> Mapping[str, Tensor]:
         return self.stage.state()
 

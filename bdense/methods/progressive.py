@@ -21,8 +21,10 @@ from torch import Tensor
 from bdense import NUMERICS
 from bdense.data.datasets import Dataset
 from bdense.diffusion import LevelWeight, ScheduleKind
+from bdense.diffusion.conditions import Condition, Conditions
 from bdense.diffusion.denoiser import Denoiser, NetworkDenoiser
 from bdense.diffusion.grid_knobs import GridKnobs, NativeGridKnobs
+from bdense.diffusion.guidance import calls, guided, null_for
 from bdense.diffusion.preconditioning import levels_on, make_preconditioning
 from bdense.diffusion.sampling import Sampler, levels_of, samplers_from, served_metadata
 from bdense.diffusion.schedules import Levels
@@ -31,7 +33,15 @@ from bdense.diffusion.solvers import DDIM
 from bdense.errors import InputError
 from bdense.knobs import KnobError, knob, knob_of, knobs_of
 from bdense.methods.images import ImageBatch, ImageDraw
-from bdense.methods.method import Inputs, Method, MethodConfig, StagePlan, require_images
+from bdense.methods.method import (
+    GuidanceKnobs,
+    Inputs,
+    Method,
+    MethodConfig,
+    StagePlan,
+    require_images,
+    require_pixels,
+)
 from bdense.models.store import denoiser_sha256
 from bdense.training.optimisation import LRSchedule
 from bdense.training.stage import Branches, Configured, ImageLosses, Stateless, WholeIteration
@@ -43,7 +53,7 @@ PredictionType = Literal["epsilon", "sample", "v_prediction"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PDConfig(MethodConfig, NativeGridKnobs):
+class PDConfig(MethodConfig, NativeGridKnobs, GuidanceKnobs):
     """The knobs of PD; the defaults of a round are the reference's for CIFAR-10."""
 
     heading: ClassVar[str] = "method progressive"
@@ -95,6 +105,7 @@ class PDConfig(MethodConfig, NativeGridKnobs):
                 object.__setattr__(self, name, None)
 
     def told(self, length: float) -> Self:
+        self.require_one_call()
         return replace(self, updates=max(1, round(length * self.updates)))
 
     @property
@@ -145,6 +156,8 @@ class PDStage(Configured, Stateless):
         dataset: Images, drawn with replacement; None in a subclass that has its own batches.
         seed: Of images, noise, times, flips and dropout.
         substeps: K; 1 in a round that converts the teacher and keeps its steps.
+        guidance: Of the teacher in this round.
+        conditions: Of the images; None is the teacher's own kind.
     """
 
     kind: ClassVar[str] = "pd"
@@ -157,12 +170,21 @@ class PDStage(Configured, Stateless):
     dataset: Dataset | None
     seed: int
     substeps: int
+    guidance: float = 1.0
+    conditions: Conditions | None = None
 
     def __post_init__(self) -> None:
         self.teacher.execution.require_training("progressive distillation")
         self.teacher.require_levels(self.levels)
         if self.dataset is not None:
-            require_images(self.dataset, self.teacher)
+            require_images(self.dataset, self.teacher, self.told)
+        for scale in (self.guidance, self.config.guidance_student):
+            null_for(scale, self.told)
+
+    @property
+    def told(self) -> Conditions:
+        """The kind of condition of a batch."""
+        return self.teacher.conditions if self.conditions is None else self.conditions
 
     @property
     def num_updates(self) -> int:
@@ -174,7 +196,10 @@ class PDStage(Configured, Stateless):
 
     @property
     def sampler(self) -> Sampler:
-        return pd_sampler(self.levels, self.steps, clip=self.config.clip_samples)
+        config = self.config
+        return pd_sampler(
+            self.levels, self.steps, clip=config.clip_samples, guidance=config.guidance_student
+        )
 
     def metadata(self) -> dict[str, Any]:
         return served_metadata([self.sampler])
@@ -185,6 +210,7 @@ class PDStage(Configured, Stateless):
         config = self.config
         draw = ImageDraw(
             dataset=self.dataset,
+            conditions=self.told,
             count=config.batch,
             seed=self.seed,
             round=self.steps,
@@ -195,13 +221,17 @@ class PDStage(Configured, Stateless):
     def updates(self, iteration: int, batch: ImageBatch) -> Iterator["RoundUpdate"]:
         levels = batch.levels(self.levels.grid(self.steps * self.substeps), self.substeps)
         x = batch.clean + _per_image(levels[0], batch.clean) * batch.noise
-        denoise = self.teacher.given(batch.condition)
+        own = self.config.guidance_student
+        theirs, null = (null_for(scale, self.told, like=x) for scale in (self.guidance, own))
+        denoise = self.teacher.given(batch.condition, guidance=self.guidance, null=theirs)
         yield RoundUpdate(
             stream=(self.steps, iteration),
             x=x,
             levels=levels,
             targets=dense_targets(denoise, x, levels, clip=self.config.clip_targets),
             given=batch.condition.arguments(),
+            guidance=own,
+            null=null,
             loss=self.config.loss,
             space=self.config.weights_space,
         )
@@ -213,6 +243,8 @@ class PDStage(Configured, Stateless):
     def describe_run(self, weighting: BranchWeighting) -> dict[str, Any]:
         """The identity of a run without its numbers of steps."""
         config, added = self.config, self.config.changed()
+        scales = {"teacher": self.guidance, "student": config.guidance_student}
+        added |= {f"guidance_{who}": scale for who, scale in scales.items() if scale != 1}
         weights: Any = weighting.describe()
         if not weighting.learns:
             weights = config.scaled(weighting.weights()).tolist()
@@ -251,7 +283,9 @@ class PDStage(Configured, Stateless):
     def describe_batches(self) -> dict[str, Any]:
         """What the batches depend on, as JSON values."""
         assert self.dataset is not None
-        labels = {"labels": self.dataset.labels_sha256} if self.start.label_dim else {}
+        labels = {} if self.conditions is None else self.conditions.describe()
+        if self.start.label_dim or labels:
+            labels["labels"] = self.dataset.labels_sha256
         drawn = {"batch": self.config.batch, "seed": self.seed, "flip": self.config.flip}
         return {"data": self.dataset.sha256, **drawn, **labels}
 
@@ -270,12 +304,15 @@ class RoundUpdate(WholeIteration):
     levels: Tensor
     targets: Tensor
     given: Mapping[str, Any]
+    guidance: float
+    null: Condition | None
     loss: LevelWeight
     space: WeightsSpace
 
     def __call__(self, branches: Branches) -> "RoundLosses":
         """The branches' losses, weighted by the noise level."""
-        errors = branch_errors(branches, self.x, self.levels[0], self.targets, **self.given)
+        predict = guided(branches, self.guidance, self.null)
+        errors = branch_errors(predict, self.x, self.levels[0], self.targets, **self.given)
         losses = snr_weight(self.levels[0], self.loss).to(errors) * errors
         return RoundLosses(losses, self.levels, self.space)
 
@@ -416,9 +453,14 @@ def _per_image(values: Tensor, images: Tensor) -> Tensor:
     return values.to(images).view(-1, 1, 1, 1)
 
 
-def pd_sampler(levels: Levels, steps: int, *, clip: bool = False) -> Sampler:
+def pd_sampler(
+    levels: Levels, steps: int, *, clip: bool = False, guidance: float = 1.0
+) -> Sampler:
     """How a teacher or student of progressive distillation draws images in that many steps."""
-    return Sampler(num_intervals=steps, afs=False, schedule=levels, solver=DDIM(clip=clip))
+    solver = DDIM(clip=clip)
+    return Sampler(
+        num_intervals=steps, afs=False, schedule=levels, solver=solver, guidance=guidance
+    )
 
 
 def prediction_of(denoiser: NetworkDenoiser) -> str | None:
@@ -448,7 +490,7 @@ class Progressive(Method):
                 name=f"{steps:05d}",
                 label=f"{steps} steps",
                 num_updates=config.updates,
-                nfe=steps,
+                nfe=steps * calls(config.guidance_student),
                 branched=branched,
             )
 
@@ -462,6 +504,8 @@ class Progressive(Method):
 
     def check(self, config: PDConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
         teacher.execution.require_training("progressive distillation")
+        names = ("clip_targets", "clip_samples", "flip")
+        require_pixels(config, dict.fromkeys(names, (True,)), teacher, known)
         levels = config.levels(teacher)
         teacher.require_levels(levels)
         if not self.plan(config, teacher)[0].branched:
@@ -480,19 +524,36 @@ class Progressive(Method):
                     f"with {config.steps} steps at {levels.text()}; give its own teacher, or its "
                     "steps and levels (steps, schedule)"
                 )
+            if own.guidance != config.guidance_teacher:
+                raise KnobError(
+                    "guidance_teacher",
+                    f"{config.guidance_teacher:g}: the teacher is a student that draws at "
+                    f"guidance {own.guidance:g}; take that, or leave it out",
+                )
 
     def usual(self, known: Mapping[str, Any], teacher: NetworkDenoiser) -> dict[str, Any]:
-        """A student's own noise levels, which it alone knows; a teacher's process has its own."""
-        return levels_of(known, teacher.precond) if samplers_from(known) else {}
+        """A student's own levels and guidance; a teacher's process has its own levels."""
+        if not (served := samplers_from(known)):
+            return {}
+        return {**levels_of(known, teacher.precond), "guidance_teacher": served[0].guidance}
 
     def teacher_sampler(self, config: PDConfig, teacher: NetworkDenoiser) -> Sampler | None:
         """The number of steps that the first round begins with."""
-        return pd_sampler(config.levels(teacher), config.steps, clip=config.clip_samples)
+        return pd_sampler(
+            config.levels(teacher),
+            config.steps,
+            clip=config.clip_samples,
+            guidance=config.guidance_teacher,
+        )
 
     def stage(
         self, plan: StagePlan, teacher: NetworkDenoiser, config: PDConfig, inputs: Inputs
     ) -> PDStage:
-        """The round to ``plan.nfe`` steps."""
+        """The round to the plan's number of steps.
+
+        A student that is the next round's teacher is asked as it draws.
+        """
+        served = teacher.samplers
         start = teacher
         if not plan.branched:
             start = reparameterised(teacher, str(config.prediction_type))
@@ -501,10 +562,12 @@ class Progressive(Method):
             teacher=teacher,
             start=start,
             levels=config.levels(teacher),
-            steps=plan.nfe,
+            steps=plan.nfe // calls(config.guidance_student),
             dataset=inputs.require_dataset(self.name),
             seed=inputs.seed,
             substeps=config.substeps if plan.branched else 1,
+            guidance=served[0].guidance if served else config.guidance_teacher,
+            conditions=inputs.conditions,
         )
 
     def identity(

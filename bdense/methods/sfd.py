@@ -25,7 +25,15 @@ from bdense.diffusion.solvers import Solver, analytical_slope, make_solver
 from bdense.diffusion.step_condition import Start, with_step_condition
 from bdense.errors import InputError
 from bdense.knobs import KnobError, knob, knob_of
-from bdense.methods.method import GridConfig, Inputs, Method, MethodConfig, StagePlan
+from bdense.methods.method import (
+    GridConfig,
+    GuidanceKnobs,
+    Inputs,
+    Method,
+    MethodConfig,
+    StagePlan,
+    require_pixels,
+)
 from bdense.methods.perceptual import LPIPS
 from bdense.methods.recordings import TrajectoryStore
 from bdense.methods.trajectories import LiveTrajectories, Trajectories, TrajectoryBatch
@@ -51,7 +59,7 @@ def _named(usual: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SFDConfig(GridConfig):
+class SFDConfig(GridConfig, GuidanceKnobs):
     """The knobs of SFD; the defaults are the reference's for one NFE."""
 
     heading: ClassVar[str] = "method sfd"
@@ -73,16 +81,6 @@ class SFDConfig(GridConfig):
         none="none: the midpoint of each step",
     )
     thresholding: bool = knob(False, "dynamic thresholding of dpmpp's predictions")
-    guidance_teacher: float = knob(
-        1.0,
-        "classifier-free guidance of the teacher's walk, of a model with a null condition; 1 is "
-        "the condition alone",
-    )
-    guidance_student: float = knob(
-        1.0,
-        "classifier-free guidance of the student, in training and sampling; where it is not 1, an "
-        "image costs twice the network evaluations of nfe",
-    )
     lr_schedule: LRSchedule = knob_of(MethodConfig, "lr_schedule", "step")
     perceptual: Perceptual = knob(
         "none",
@@ -178,12 +176,7 @@ class SFDConfig(GridConfig):
                 f"{list(self.several_nfe)}: a student of several NFE is told their number already "
                 "and cannot be told its weights too; give one",
             )
-        if self.guidance_student not in (0, 1):
-            raise KnobError(
-                "guidance_student",
-                f"{self.guidance_student:g}: a student cannot be told its weights under guidance; "
-                "take 1",
-            )
+        self.require_one_call()
         return replace(self, kimg=length * self.kimg)
 
     def make_solver(self) -> Solver:
@@ -263,8 +256,7 @@ class SFDStage(Configured, Stateless):
                 f"{self.config.images} images make {self.num_updates} iterations, and the "
                 f"trajectories hold {len(self.trajectories)}; record more or train on fewer images"
             )
-        # Refuses what cannot be guided.
-        null_for(self.config.guidance_student, self.trajectories.told)
+        self.config.require_null(self.trajectories.told)
 
     @property
     def num_updates(self) -> int:
@@ -304,7 +296,7 @@ class SFDStage(Configured, Stateless):
             x = first_interval_without_network(x, grid.interval(0))
         points = {"num_points": grid.num_points} if self.start.step_condition else {}
         guidance = self.config.guidance_student
-        null = null_for(guidance, self.trajectories.told)
+        null = null_for(guidance, self.trajectories.told, like=x)
         for row, n in enumerate(grid.trained):
             update = IntervalUpdate(
                 stream=(iteration, n),
@@ -314,7 +306,7 @@ class SFDStage(Configured, Stateless):
                 targets=batch.states[row * grid.substeps : (row + 1) * grid.substeps],
                 given={**batch.condition.arguments(), **points},
                 guidance=guidance,
-                null=None if null is None else null.to(x),
+                null=null,
                 perceptual=self.perceptual if n == grid.num_intervals - 1 else None,
             )
             yield update
@@ -324,6 +316,8 @@ class SFDStage(Configured, Stateless):
         config = self.config
         perceptual = {} if self.perceptual is None else {"perceptual": self.perceptual.describe()}
         added = {f"config.{name}": value for name, value in config.changed().items()}
+        if config.guidance_student != 1:
+            added["config.guidance_student"] = config.guidance_student
         return {
             "weights": weighting.describe(),
             **added,
@@ -461,6 +455,7 @@ class SFD(Method):
         return 1 if isinstance(config.grid, VariableGrid) else len(config.grid.trained)
 
     def check(self, config: SFDConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
+        require_pixels(config, {"perceptual": ("lpips", "lpips-sfd")}, teacher, known)
         levels = _levels(config, teacher)
         teacher.require_levels(levels)
         served = {sampler.num_intervals: sampler for sampler in samplers_from(known)}

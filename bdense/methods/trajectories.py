@@ -140,12 +140,12 @@ class LiveTrajectories:
     def _states(self, grid: IntervalGrid, start: Tensor, condition: Condition) -> Tensor:
         """The teacher's walk from ``start``: [R, B, C, H, W]."""
         fine = grid.fine()
-        null = null_for(self.guidance, self.told)
+        null = null_for(self.guidance, self.told, like=start)
         denoise = self.teacher.given(
             condition,
             num_points=len(fine),
             guidance=self.guidance,
-            null=None if null is None else null.to(start),
+            null=null,
         )
         if self.teacher_afs:
             denoise = analytical_first_step(denoise, fine[0])

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bdense.errors import InputError, NonFiniteError, ShapeError
+from bdense.metrics.clip_score import CLIPScorer
 from bdense.metrics.extractors import Extractor
 from bdense.metrics.records import FID, KID, Metrics, PrecisionRecall
 from bdense.metrics.references import Reference, Statistics, features_of, statistics_of, too_few
@@ -37,6 +38,7 @@ def measure_images(
     nfe: int,
     seeds: dict[str, int],
     batch: int = 256,
+    clip: CLIPScorer | None = None,
     on_image: Callable[[int], None] | None = None,
 ) -> Metrics:
     """Measure images against a reference, in one pass of the extractor.
@@ -50,6 +52,7 @@ def measure_images(
         nfe: Network evaluations per image.
         seeds: The images' seeds by name.
         batch: Images at a time; affects the result only by rounding.
+        clip: Scores them against their prompts, too; None does not.
         on_image: Called with the number of images done.
 
     Raises:
@@ -92,7 +95,8 @@ def measure_images(
         prc = PrecisionRecall(
             precision=precision, recall=recall, neighbours=settings.neighbours, **conditions
         )
-    return Metrics(fid=fid, kid=kid, prc=prc)
+    score = None if clip is None else clip.measure(images, nfe=nfe, seeds=seeds, on_image=on_image)
+    return Metrics(fid=fid, kid=kid, prc=prc, clip_score=score)
 
 
 def require_measurable(

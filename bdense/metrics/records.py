@@ -140,24 +140,52 @@ class PrecisionRecall(Measurement):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CLIPScore(Measurement):
+    """How well images fit their prompts, 0 to 100; the extractor is the CLIP model.
+
+    Attributes:
+        value: Mean over the images.
+        noise: Standard error of ``value``.
+        prompts: Number of prompts.
+    """
+
+    VALUES = ("value", "noise")
+
+    value: float
+    noise: float
+    prompts: int
+
+    def text(self) -> str:
+        """For people, with its conditions."""
+        return (
+            f"CLIP score {self.value:.2f} +- {self.noise:.2g} ({self.images} images, "
+            f"{self.prompts} prompts, {self.extractor})"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Metrics:
     """The metrics of one set of images; None if not asked for."""
 
     fid: FID
     kid: KID | None = None
     prc: PrecisionRecall | None = None
+    clip_score: CLIPScore | None = None
 
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> Self:
         """From ``as_dict``."""
-        kid, prc = stored.get("kid"), stored.get("prc")
-        return cls(
-            fid=FID.read(stored["fid"]),
-            kid=None if kid is None else KID.read(kid),
-            prc=None if prc is None else PrecisionRecall.read(prc),
-        )
+        kinds: dict[str, type[Measurement]] = {
+            "fid": FID,
+            "kid": KID,
+            "prc": PrecisionRecall,
+            "clip_score": CLIPScore,
+        }
+        found = {name: stored[name] for name in kinds if stored.get(name) is not None}
+        read: dict[str, Any] = {name: kinds[name].read(each) for name, each in found.items()}
+        return cls(**read)
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """Each measured metric by name, as plain values for JSON."""
-        measured = {"fid": self.fid, "kid": self.kid, "prc": self.prc}
+        measured = {each.name: getattr(self, each.name) for each in fields(self)}
         return {name: each.as_dict() for name, each in measured.items() if each is not None}

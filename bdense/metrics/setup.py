@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
@@ -57,7 +57,8 @@ class Setup:
             data_sha256=reference.data_sha256,
             numerics=numerics,
             batch=batch,
-            execution=model.execution,
+            # Which draws nothing else.
+            execution=replace(model.execution, gradient_checkpointing=False),
             device=names.get(device.type) or torch.cuda.get_device_name(device),
             threads=torch.get_num_threads(),
             torch=torch.__version__,

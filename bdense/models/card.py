@@ -376,6 +376,11 @@ def _student_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
         )
         noise = f" +- {fid['noise']:.2g}" if "noise" in fid else ""
         facts["FID"] = f"{fid.get('fid', fid.get('value')):.4g}{noise} ({conditions})"
+    if (clip := metadata.get("clip_score")) is not None:
+        facts["CLIP score"] = (
+            f"{clip['value']:.2f} +- {clip['noise']:.2g} ({clip['images']} images, "
+            f"{clip['prompts']} prompts, {clip['extractor']} {clip['extractor_sha256'][:8]})"
+        )
     return facts
 
 

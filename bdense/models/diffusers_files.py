@@ -8,7 +8,7 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,14 @@ def is_hub_id(source: str) -> bool:
     return bool(_HUB_ID.fullmatch(source)) and Path(source).suffix not in files
 
 
-def folder_of(source: str | Path) -> Path:
+def folder_of(source: str | Path, files: Sequence[str] = ()) -> Path:
     """The folder itself, or one with the needed files of a hub repository.
 
     huggingface_hub caches downloads and resumes them.
+
+    Args:
+        source: A folder, or OWNER/NAME.
+        files: Patterns of what is needed; by default the parts of a pipeline that are read.
 
     Raises:
         CheckpointError: It is neither a folder nor a hub id.
@@ -66,18 +70,9 @@ def folder_of(source: str | Path) -> Path:
         raise CheckpointError(f"{source} is neither a diffusers folder nor a hub id OWNER/NAME")
     from huggingface_hub import snapshot_download
 
-    patterns = [INDEX, METADATA, "README.md"]
-    for part, names in _PARTS.items():
-        place = "" if part == "." else f"{part}/"
-        for name in names:
-            # Not the copies in another precision that some repositories have beside the weights.
-            stem = name.removesuffix("*")
-            endings = (".safetensors", "-*.safetensors", ".safetensors.index.json")
-            ends = endings if name != stem and stem else [""]
-            patterns += [f"{place}{stem if ends is endings else name}{end}" for end in ends]
     try:
-        folder = Path(snapshot_download(source, allow_patterns=patterns))
-        if _is_pushed(folder):
+        folder = Path(snapshot_download(source, allow_patterns=[*(files or _patterns())]))
+        if not files and _is_pushed(folder):
             snapshot_download(source, allow_patterns=[MODEL_FILE, EXTRACTOR])
         return folder
     except CheckpointError:
@@ -87,6 +82,20 @@ def folder_of(source: str | Path) -> Path:
             f"cannot fetch {source} from the Hugging Face hub ({why_not_fetched(error)}); fetch "
             f"{HUB}/{source} by hand into a folder and give the folder"
         ) from error
+
+
+def _patterns() -> list[str]:
+    """What is fetched of a pipeline."""
+    patterns = [INDEX, METADATA, "README.md"]
+    for part, names in _PARTS.items():
+        place = "" if part == "." else f"{part}/"
+        for name in names:
+            # Not the copies in another precision that some repositories have beside the weights.
+            stem = name.removesuffix("*")
+            endings = (".safetensors", "-*.safetensors", ".safetensors.index.json")
+            ends = endings if name != stem and stem else [""]
+            patterns += [f"{place}{stem if ends is endings else name}{end}" for end in ends]
+    return patterns
 
 
 def _is_pushed(folder: Path) -> bool:

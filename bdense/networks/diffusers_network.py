@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from bdense.errors import CheckpointError, InputError
-from bdense.networks.network import Network
+from bdense.networks.network import Network, checkpointed
 
 # What diffusers writes about a file rather than about a network, or what we choose ourselves.
 _NOT_OPTIONS = ("num_train_timesteps", "out_channels")
@@ -128,6 +128,15 @@ class DiffusersNetwork(Network):
                 f"{options['img_channels']}"
             )
         return network
+
+    def checkpoint_blocks(self, on: bool) -> None:
+        """As in ``Network``, by the model's own switch."""
+        model = getattr(self, self.part)
+        if on:
+            # diffusers' default is no function that travels to other processes.
+            model.enable_gradient_checkpointing(checkpointed)
+        else:
+            model.disable_gradient_checkpointing()
 
     def describe(self) -> dict[str, Any]:
         config = {"img_channels": self.img_channels, self.part: self.options}

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bdense.networks.network import checkpointed
+
 
 @dataclass(frozen=True, slots=True)
 class Init:
@@ -251,6 +253,7 @@ class UNetBlock(nn.Module):
         self.dropout = dropout
         self.skip_scale = skip_scale
         self.adaptive_scale = adaptive_scale
+        self.gradient_checkpointing = False
 
         resample = {"up": up, "down": down, "resample_filter": tuple(resample_filter)}
         modulation = out_channels * (2 if adaptive_scale else 1)
@@ -285,6 +288,12 @@ class UNetBlock(nn.Module):
         Returns:
             [B, out, H', W'].
         """
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            found: Tensor = checkpointed(self._compute, x, emb, emb_step)
+            return found
+        return self._compute(x, emb, emb_step)
+
+    def _compute(self, x: Tensor, emb: Tensor, emb_step: Tensor | None) -> Tensor:
         shortcut = x if self.skip is None else self.skip(x)
         x = self.conv0(F.silu(self.norm0(x)))
         modulation = self.affine(emb)[:, :, None, None].to(x.dtype)

@@ -4,13 +4,18 @@ B batch, K branches, C image channels, P channels of one prediction, H x W pixel
 """
 
 import abc
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from bdense.errors import InputError, ShapeError
+
+# A block's call whose activations are computed again when going backwards.
+checkpointed = functools.partial(checkpoint, use_reentrant=False)
 
 # Of the largest output: what rounding may move between a network and its branches.
 _ROUNDING = 0.01
@@ -105,6 +110,17 @@ class Network(nn.Module, abc.ABC):
         """What a call of ``forward`` needs beside images and levels, for any number of images."""
         points = torch.full((1, self.step_values), 4.0)
         return {"num_points": points} if self.step_condition else {}
+
+    def checkpoint_blocks(self, on: bool) -> None:
+        """Keep only what enters the blocks for going backwards, or everything again.
+
+        Raises:
+            InputError: This network has no such blocks.
+        """
+        if on:
+            raise InputError(
+                f"gradient_checkpointing is not known of a {type(self).__name__}; leave it out"
+            )
 
     @property
     def out_channels(self) -> int:

@@ -198,6 +198,12 @@ class UNet(Network):
         self.map_step_layer0 = Linear(channels, emb_channels, init=init)
         self.map_step_layer1 = Linear(emb_channels, emb_channels, init=init)
 
+    def checkpoint_blocks(self, on: bool) -> None:
+        """As in ``Network``."""
+        for module in self.modules():
+            if isinstance(module, UNetBlock):
+                module.gradient_checkpointing = on
+
     # ---- a call ----
 
     def forward(

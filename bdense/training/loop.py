@@ -126,7 +126,7 @@ def train(
     _require_fitting(stage, weighting)
     if devices is None or len(devices) == 1:
         return lead(Team.alone())
-    Team(0, len(devices)).share_of(stage.batch_size)
+    Team(0, len(devices)).parts_of(stage.batch_size, stage.optimisation.accumulate)
     waits = Evaluations(tuple(evaluations.after), _not_here)
     with team_of(devices, _follow, (stage, weighting, checkpoint, waits)) as team:
         return lead(team)
@@ -182,7 +182,7 @@ def _train(
     )
     first = kept.resume()
     step = _Step(stage, weighting, student, optimizer, team)
-    images = team.share_of(stage.batch_size)
+    parts = team.parts_of(stage.batch_size, stage.optimisation.accumulate)
     for iteration in range(first, stage.num_updates):
         if iteration in evaluated:
             evaluate = functools.partial(_evaluate, evaluations, iteration, trained, stage)
@@ -190,9 +190,10 @@ def _train(
         lr = stage.optimisation.lr_at(iteration, stage.num_updates, stage.batch_size)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        batch = stage.batch(iteration, images)
-        updates = enumerate(stage.updates(iteration, batch))
-        steps = [step(iteration, index, update) for index, update in updates]
+        batches = [stage.batch(iteration, images) for images in parts]
+        updates = zip(*(stage.updates(iteration, batch) for batch in batches), strict=True)
+        steps = [step(iteration, index, each) for index, each in enumerate(updates)]
+        stage.end(iteration)
         if iteration == first:
             _require_used(weighting, len(steps))
         if average is not None:
@@ -301,31 +302,58 @@ class _Step:
         if self.team.size > 1:
             self._branches = self.team.wrap(_Branches(self.student))
 
-    def __call__(self, iteration: int, index: int, update: Update) -> _Done:
-        """Make an iteration's update, unless a loss or gradient is not finite."""
-        optimisation, team = self.stage.optimisation, self.team
-        with self._shared_features() as shared, self._dropout(update):
-            losses = update(self._branches)
-        per_branch = losses.per_branch
-        seen = team.mean(per_branch.detach())
+    def __call__(self, iteration: int, index: int, parts: Sequence[Update]) -> _Done:
+        """Make an iteration's update, unless a loss or gradient is not finite.
+
+        Args:
+            iteration: Counted from 0.
+            index: Of the update in the iteration.
+            parts: The update for each part of the batch, whose gradients are added up.
+        """
+        optimisation, team, count = self.stage.optimisation, self.team, len(parts)
         progress = iteration / self.stage.num_updates
-        compared = self._compared(per_branch, shared)
-        self.weighting.observe(Observed(losses=seen, progress=progress, **compared))
-        weights = optimisation.scaled(self._weights(index))
-        loss = losses.weighted(weights)
+        if count > 1 and self.weighting.learns:  # from the whole batch, before its first gradient
+            self._observe(
+                [self._look(part, update, count) for part, update in enumerate(parts)], progress
+            )
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward(retain_graph=losses.keeps_graph)  # type: ignore[no-untyped-call]
+        per_branch, minimised = [], []
+        for part, update in enumerate(parts):
+            with self._summed_later(count - 1 - part):
+                with self._shared_features() as shared, self._dropout(update, part, count):
+                    losses = update(self._branches)
+                per_branch.append(losses.per_branch.detach())
+                if count == 1 and self.weighting.learns:
+                    self._observe([self._measured(losses.per_branch, shared)], progress)
+                weights = optimisation.scaled(self._weights(index))
+                loss = losses.weighted(weights) / count
+                loss.backward(retain_graph=losses.keeps_graph)  # type: ignore[no-untyped-call]
+            minimised.append(loss.detach())
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        minimised = team.mean(loss.detach())
+        seen = team.mean(torch.stack(per_branch).mean(0))
+        total = team.mean(torch.stack(minimised).sum())
         # The only wait for a GPU.
-        *observed, value, length = torch.hstack((seen, minimised, norm.to(seen))).tolist()
+        *observed, value, length = torch.hstack((seen, total, norm.to(seen))).tolist()
         used = weights.to(seen.dtype).tolist()
         if not all(map(math.isfinite, (*observed, value, length, *used))):
-            raise self._named(update, seen, weights, iteration)
+            raise self._named(parts, seen, weights, iteration)
         optimisation.clip(gradients, length)
         self.optimizer.step()
         return _Done(observed, used, value, length)
+
+    def _look(self, part: int, update: Update, count: int) -> tuple[Tensor, ...]:
+        """What is seen of a part of the batch before it is trained on."""
+        with self._shared_features() as shared, self._dropout(update, part, count):
+            losses = update(self.student.branches)
+        return self._measured(losses.per_branch, shared)
+
+    def _summed_later(self, parts_left: int) -> contextlib.AbstractContextManager[None]:
+        """Where more parts follow, gradients are not averaged over the team yet."""
+        if self.team.size == 1 or not parts_left:
+            return contextlib.nullcontext()
+        no_sync: contextlib.AbstractContextManager[None] = self._branches.no_sync()  # type: ignore[attr-defined]
+        return no_sync
 
     def _weights(self, index: int) -> Tensor:
         """[K] of that update of the iteration."""
@@ -336,10 +364,12 @@ class _Step:
             raise _other_updates(len(weights))
         return weights[index]
 
-    def _dropout(self, update: Update) -> contextlib.AbstractContextManager[None]:
+    def _dropout(
+        self, update: Update, part: int, count: int
+    ) -> contextlib.AbstractContextManager[None]:
         """The random state of dropout in this update, the same on every call."""
         device = self._parameters[0].device
-        own = self.team.own_index
+        own = (*self.team.own_index, *([part] if count > 1 else []))
         return seeded(device, self.stage.seed, Stream.DROPOUT, *update.stream, *own)
 
     @contextlib.contextmanager
@@ -357,10 +387,12 @@ class _Step:
         finally:
             hook.remove()
 
-    def _compared(self, losses: Tensor, shared: list[Tensor]) -> dict[str, Tensor]:
-        """Norms and cosines of d loss_k / d shared, backwards through the head alone."""
+    def _measured(self, losses: Tensor, shared: list[Tensor]) -> tuple[Tensor, ...]:
+        """[K] losses; with shared features the squares of d loss_k / d shared, and its products
+        with that of branch K, backwards through the head alone.
+        """
         if not shared:
-            return {}
+            return (losses.detach(),)
         # In float32, and one at a time beside the last: they are as large as the features.
         last = torch.autograd.grad(losses[-1], shared[0], retain_graph=True)[0].float()
         squares, products = [], []
@@ -368,33 +400,43 @@ class _Step:
             one = torch.autograd.grad(loss, shared[0], retain_graph=True)[0].float()
             squares.append(one.norm().square())
             products.append((one * last).sum())
-        # Over the whole batch: products add up over the shares, each a mean over its own images.
-        norms, agreeing = (
-            self.team.mean(torch.stack(each)) / self.team.size for each in (squares, products)
+        return losses.detach(), torch.stack(squares), torch.stack(products)
+
+    def _observe(self, parts: Sequence[tuple[Tensor, ...]], progress: float) -> None:
+        """Show the weighting what was measured of all parts of the batch."""
+        losses, *rest = (
+            self.team.mean(torch.stack(each).mean(0)) for each in zip(*parts, strict=True)
         )
-        norms = norms.sqrt()
-        tiny = torch.finfo(norms.dtype).tiny
-        return {
-            "gradient_norms": norms,
-            "cosines": agreeing / (norms * norms[-1]).clamp(min=tiny),
-        }
+        compared = {}
+        if rest:
+            # Products add up over the parts and shares, each a mean over its own images.
+            norms, agreeing = (each / (self.team.size * len(parts)) for each in rest)
+            norms = norms.sqrt()
+            tiny = torch.finfo(norms.dtype).tiny
+            cosines = agreeing / (norms * norms[-1]).clamp(min=tiny)
+            compared = {"gradient_norms": norms, "cosines": cosines}
+        self.weighting.observe(Observed(losses=losses, progress=progress, **compared))
 
     def _named(
-        self, update: Update, seen: Tensor, weights: Tensor, iteration: int
+        self, parts: Sequence[Update], seen: Tensor, weights: Tensor, iteration: int
     ) -> NonFiniteLossError:
         """What is not finite and by which branch: each is tried alone, with the same draws."""
-        where = {"iteration": iteration, **update.where}
+        where = {"iteration": iteration, **parts[0].where}
         for k, loss in enumerate(seen, 1):
             if not bool(loss.isfinite()):
                 return NonFiniteLossError("the loss", **where, branch=k)
-        # Eagerly: a compiled graph allows one backward pass, and each branch needs its own.
-        with torch.compiler.set_stance("force_eager"), self._dropout(update):
-            losses: BranchLosses = update(self.student.branches)
-            # Weighted as in the update: a large weight may cause the overflow.
-            for k, loss in enumerate(weights.to(seen) * losses.per_branch, 1):
-                alone = torch.autograd.grad(
-                    loss, self._parameters, retain_graph=True, allow_unused=True
-                )
-                if not all(bool(g.isfinite().all()) for g in alone if g is not None):
-                    return NonFiniteLossError("the gradient", **where, branch=k)
+        for part, update in enumerate(parts):
+            # Eagerly: a compiled graph allows one backward pass, and each branch needs its own.
+            with (
+                torch.compiler.set_stance("force_eager"),
+                self._dropout(update, part, len(parts)),
+            ):
+                losses: BranchLosses = update(self.student.branches)
+                # Weighted as in the update: a large weight may cause the overflow.
+                for k, loss in enumerate(weights.to(seen) * losses.per_branch, 1):
+                    alone = torch.autograd.grad(
+                        loss, self._parameters, retain_graph=True, allow_unused=True
+                    )
+                    if not all(bool(g.isfinite().all()) for g in alone if g is not None):
+                        return NonFiniteLossError("the gradient", **where, branch=k)
         return NonFiniteLossError("the gradient", **where)

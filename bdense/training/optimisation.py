@@ -68,6 +68,12 @@ class OptimisationConfig(Knobs):
         metavar="NAME",
         none="attention's to_q, to_k, to_v and to_out.0",
     )
+    accumulate: int = knob(
+        1,
+        "parts of each batch that are computed one after another to save memory; the update is "
+        "the whole batch's",
+        low=1,
+    )
 
     def __post_init__(self) -> None:
         Knobs.__post_init__(self)

@@ -72,18 +72,20 @@ class Team:
         """Index of this process' dropout draws; empty for a team of one."""
         return () if self.size == 1 else (self.rank,)
 
-    def share_of(self, batch: int) -> slice:
-        """This process' images of a batch.
+    def parts_of(self, batch: int, count: int = 1) -> list[slice]:
+        """This process' images of a batch, in so many parts.
 
         Raises:
             InputError: The batch cannot be shared equally.
         """
-        if batch % self.size:
+        if batch % (self.size * count):
+            each = f", each in accumulate={count} parts" if count > 1 else ""
             raise InputError(
-                f"batch={batch} cannot be shared by {self.size} devices; choose a multiple"
+                f"batch={batch} cannot be shared by {self.size} devices{each}; choose a multiple"
             )
-        share = batch // self.size
-        return slice(self.rank * share, (self.rank + 1) * share)
+        size = batch // (self.size * count)
+        first = self.rank * count
+        return [slice(size * i, size * (i + 1)) for i in range(first, first + count)]
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module, with gradients averaged over the team."""

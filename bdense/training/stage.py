@@ -37,7 +37,7 @@ class BranchLosses(Protocol):
 
 
 class Update(Protocol):
-    """One optimiser step: the forward pass of the branches and their losses."""
+    """One optimiser step, or a part of it: the forward pass of the branches and their losses."""
 
     @property
     def stream(self) -> tuple[int, ...]:
@@ -92,8 +92,12 @@ class Training(Protocol):
     def updates(self, iteration: int, batch: Any) -> Iterator[Update]:  # noqa: ANN401
         """The updates of one iteration.
 
-        Each is called, and the optimiser has made its step, before the next is asked for.
+        Each is called, and the optimiser has made its step, before the next is asked for. Where
+        gradients are accumulated, the batches of all parts are asked side by side.
         """
+
+    def end(self, iteration: int) -> None:
+        """Called after the last update of an iteration, before a checkpoint."""
 
     def describe(self, weighting: BranchWeighting) -> dict[str, Any]:
         """What must agree for a checkpoint to belong to the same run, as JSON values, flat."""
@@ -133,6 +137,9 @@ class Stateless:
     """A stage that keeps nothing between iterations."""
 
     def begin(self, student: NetworkDenoiser) -> None:
+        """Nothing to do."""
+
+    def end(self, iteration: int) -> None:
         """Nothing to do."""
 
     def state(self) -> Mapping[str, Tensor]:

@@ -7,8 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bdense.command import Force
-from bdense.data.datasets import load_dataset
+from bdense.data.datasets import Dataset, load_dataset
+from bdense.data.encoded import encode_dataset
+from bdense.diffusion.conditions import captions
 from bdense.diffusion.epd import EPD, write_table
 from bdense.knobs import KnobError, from_options
 from bdense.methods import METHODS
@@ -18,7 +22,7 @@ from bdense.methods.method import Inputs, StagePlan
 from bdense.metrics.extractors import load_extractor
 from bdense.metrics.references import dataset_reference
 from bdense.models.card import inherited
-from bdense.models.latents import drawn_shape
+from bdense.models.latents import drawn_shape, draws_latents
 from bdense.models.store import load_model, plain_json
 from bdense.training.loop import IterationReport
 from bdense.training.tracking import Tracking
@@ -34,7 +38,7 @@ from bdense.verbs.common import (
 )
 from bdense.verbs.fid import KeptFIDs
 from bdense.verbs.options import IMAGES, DistillOptions, Evaluation, Logging
-from bdense.verbs.sample import chosen_prompts, codec_of, conditions_of
+from bdense.verbs.sample import chosen_prompts, codec_of, conditions_of, require_pipeline
 from bdense.verbs.weight_options import chosen_weighting
 
 
@@ -54,6 +58,12 @@ def distill(options: argparse.Namespace) -> None:
     teacher, known = load_model(own.teacher)
     # A student that is distilled further keeps its own knobs, unless an option changes them.
     config = from_options(method.Config, options, **method.usual(known, teacher))
+    learned = dataset if method.needs_data else None
+    if learned is not None and draws_latents(teacher, known):
+        method.check(config, teacher, known)
+        if texts:
+            captions(len(texts), learned)  # refuses those that are none, before they are embedded
+        learned = _encoded(learned, own.teacher, evaluation.cache, device)
     conditions = conditions_of(teacher, own.teacher, texts)
     teacher.to(device).execute(execution)
     # Several stages: a folder of students. One: a file, and its checkpoint beside it.
@@ -68,14 +78,14 @@ def distill(options: argparse.Namespace) -> None:
         teacher,
         config,
         weighting,
-        Inputs(dataset=dataset, seed=own.seed, known=known, conditions=conditions),
+        Inputs(dataset=learned, seed=own.seed, known=known, conditions=conditions),
         folder=folder,
         name=own.out.stem,
         replace=from_options(Force, options).force,
         keep_branches=own.keep_branches,
         metadata={
             **inherited(known, Path(own.teacher).name),
-            **({"data": dataset.name} if method.needs_data and dataset is not None else {}),
+            **({} if learned is None else {"data": learned.name}),
         },
         on_iteration=progress,
     )
@@ -115,6 +125,15 @@ def distill(options: argparse.Namespace) -> None:
                 _record(done, done.path, found)
                 print(json.dumps(found["fid"]), flush=True)
                 tracking.evaluation(done.plan.name, {"fid": found["fid"]["value"]})
+
+
+def _encoded(dataset: Dataset, teacher: str, cache: Path, device: torch.device) -> Dataset:
+    """The data set in the latents of the teacher's pipeline."""
+    require_pipeline(teacher)
+    show, count = Progress(), len(dataset.images)
+    return encode_dataset(
+        dataset, teacher, cache, device, lambda done: show(done, count, "images encoded")
+    )
 
 
 def _record(done: TrainedStage, path: Path, found: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.files import atomic_write
 from bdense.knobs import KnobError, from_options
+from bdense.metrics.clip_score import load_clip_scorer
 from bdense.metrics.extractors import Extractor, load_extractor
 from bdense.metrics.metrics import measure_images, require_measurable
 from bdense.metrics.references import (
@@ -60,6 +61,11 @@ def fid(options: argparse.Namespace) -> None:
         reference = dataset_reference(
             dataset, extractor, cache=features.cache, with_features=set(own.metrics) != {"fid"}
         )
+    clip = None
+    if own.clip_score is not None:
+        if not texts:
+            raise KnobError("--clip-score", "compares images with prompts; give --prompts, too")
+        clip = load_clip_scorer(own.clip_score, texts, device)
     shape = drawer.image_shape
     require_measurable(own.metrics, settings, own.images, reference, shape, extractor)
     measured = measure_images(
@@ -70,6 +76,7 @@ def fid(options: argparse.Namespace) -> None:
         settings=settings,
         nfe=drawer.sampler.nfe,
         seeds={"evaluation": own.seed},
+        clip=clip,
     ).as_dict()
     told = {} if drawing.class_ is None else {"class": drawing.class_}
     told |= {} if drawer.conditions is None else drawer.conditions.describe()

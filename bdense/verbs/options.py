@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from bdense.command import Configs, Force
-from bdense.data.names import DATA_SETS
+from bdense.data.names import DATA_SETS, PROMPTS
 from bdense.diffusion import BATCH, SOLVERS, STOCHASTIC_SOLVERS
 from bdense.diffusion.grid_knobs import NativeGridKnobs
 from bdense.errors import InputError
@@ -164,10 +164,9 @@ class Drawing(NativeGridKnobs):
         "prediction costs two network evaluations",
         none="a student's own, else 1",
     )
-    prompts: Path | None = knob(
+    prompts: str | None = knob(
         None,
-        "text file with a prompt in each line: image i has prompt i, from the start again after "
-        "the last",
+        f"{PROMPTS}: image i has prompt i, from the start again after the last",
         metavar="FILE",
     )
     negative_prompt: str = knob(
@@ -246,10 +245,11 @@ class DistillOptions(Knobs):
         "digits",
         f"data set, for methods that learn from images and for the FID: {DATA_SETS}",
     )
-    prompts: Path | None = knob(
+    prompts: str | None = knob(
         None,
-        "text file with a prompt in each line, for a text-conditional teacher in a pipeline's "
-        "folder: each is as likely in every batch, and image i of a FID has prompt i",
+        f"{PROMPTS}, for a text-conditional teacher in a pipeline's folder: each is as likely in "
+        "every batch, and image i of a FID has prompt i; a method that learns from images takes "
+        "them for the captions of the images of --data, or of its classes, in their order",
         metavar="FILE",
     )
     seed: int = knob(0, "seed of every random draw", low=0)
@@ -308,6 +308,12 @@ class FidOptions(Knobs):
         "what to measure: fid always; kid: kernel distance; prc: precision and recall",
     )
     images: int = knob(IMAGES, "images to draw", low=2)
+    clip_score: str | None = knob(
+        None,
+        "also score the images against --prompts by this CLIP model: a folder or hub id, such as "
+        "openai/clip-vit-base-patch16",
+        metavar="MODEL",
+    )
     seed: int = knob(0, "seed of every random draw", low=0)
 
 
@@ -334,8 +340,8 @@ class VerifyOptions(Cache):
         none="by its recorded name",
     )
     pipeline: str | None = knob_of(Drawing, "pipeline", None)
-    prompts: Path | None = knob(
-        None, "the prompts that the FID was measured under, one in each line", metavar="FILE"
+    prompts: str | None = knob(
+        None, f"{PROMPTS}: those that the FID was measured under", metavar="FILE"
     )
 
 

@@ -56,7 +56,7 @@ def _no_picture(path: Path) -> str:
         return "" if file.read(len(_PNG)) == _PNG else "is no PNG picture"
 
 
-def chosen_prompts(prompt: str | None, file: Path | None) -> list[str]:
+def chosen_prompts(prompt: str | None, file: str | None) -> list[str]:
     """The prompts of the options; none where there are none.
 
     Raises:
@@ -90,7 +90,7 @@ def conditions_of(
         return None
     if not texts:
         raise KnobError("--prompts", "are needed by a text-conditional model")
-    _require_pipeline(pipeline)
+    require_pipeline(pipeline)
     encoder = load_text_encoder(pipeline)
     for i in encoder.too_long([*texts, negative]):
         which = f"prompt {i + 1}" if i < len(texts) else "the negative prompt"
@@ -108,7 +108,7 @@ def codec_of(
     """
     if not draws_latents(model, metadata):
         return None
-    _require_pipeline(pipeline)
+    require_pipeline(pipeline)
     return load_codec(pipeline).to(device)
 
 
@@ -118,7 +118,8 @@ def pipeline_in(source: str) -> str:
     return str(inside) if (inside / INDEX).is_file() else source
 
 
-def _require_pipeline(source: str) -> None:
+def require_pipeline(source: str) -> None:
+    """Refuse a file alone where the parts beside the network are needed."""
     if not Path(source).is_dir() and not is_hub_id(source):
         raise KnobError(
             "--pipeline",

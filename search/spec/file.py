@@ -16,6 +16,8 @@ import yaml
 
 from bdense.data.names import split_fit, split_format
 from bdense.errors import InputError
+from bdense.files import split_column
+from bdense.models.diffusers_files import is_hub_id
 from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
 from search.errors import SpecError
 from search.spec.command import command_variant, resolve_command
@@ -278,12 +280,25 @@ def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
     if evaluation.reference is not None:
         reference = absolute("evaluation.reference", evaluation.reference, REFERENCES)
         evaluation = dataclasses.replace(evaluation, reference=reference)
-    prompts = spec.prompts
-    if prompts is not None:
-        prompts = absolute("prompts", prompts)
-    if evaluation.prompts is not None:
-        own = absolute("evaluation.prompts", evaluation.prompts)
-        evaluation = dataclasses.replace(evaluation, prompts=own)
+
+    def absolute_model(key: str, source: str, names: Collection[str] = ()) -> str:
+        """A hub id stays one where there is no such folder."""
+        if is_hub_id(source) and not (base / source).exists():
+            return source
+        return absolute(key, source, names, folder=True)
+
+    def absolute_prompts(key: str, source: str | None) -> str | None:
+        if source is None:
+            return None
+        file, column = split_column(source)
+        return absolute(key, str(file)) + ("" if column is None else f":{column}")
+
+    prompts = absolute_prompts("prompts", spec.prompts)
+    own = absolute_prompts("evaluation.prompts", evaluation.prompts)
+    evaluation = dataclasses.replace(evaluation, prompts=own)
+    if evaluation.clip_score is not None:
+        scorer = absolute_model("evaluation.clip_score", evaluation.clip_score)
+        evaluation = dataclasses.replace(evaluation, clip_score=scorer)
     method = spec.method
     if isinstance(table := method.options.get("epd_table"), str):
         method = method.with_options({"epd_table": absolute("method.epd_table", table)})

@@ -143,8 +143,9 @@ def variant(spec: StudySpec, changes: dict[str, Any], where: str = "method") -> 
 
 def execution(spec: StudySpec) -> Execution:
     """How teacher and students compute their network."""
-    compiled, last = spec.resources.compile, spec.resources.channels_last
-    return Execution(precision=spec.precision, compile=compiled, channels_last=last)
+    names = ("compile", "channels_last", "gradient_checkpointing")
+    own = {name: getattr(spec.resources, name) for name in names}
+    return Execution(precision=spec.precision, **own)
 
 
 def teacher_config(training: TeacherTraining) -> TeacherConfig:
@@ -256,10 +257,12 @@ def _check_plan(spec: StudySpec) -> None:
             "data is missing; name a data set, or leave it out and give both teacher.checkpoint "
             f"and evaluation.reference (missing: {missing})"
         )
-    if facts.batch % spec.resources.team:
+    parts = spec.method.options.get("accumulate", 1)
+    if facts.batch % (spec.resources.team * parts):
+        each = f", each in method.accumulate {parts} parts" if parts > 1 else ""
         raise InputError(
             f"method.batch {facts.batch} cannot be shared equally by resources.gpus "
-            f"{spec.resources.team}; choose a multiple, or other gpus"
+            f"{spec.resources.team}{each}; choose a multiple, or other gpus"
         )
     if not spec.is_search:
         _check_arms(spec)
@@ -330,14 +333,9 @@ def _check_arms(spec: StudySpec) -> None:
 
 
 def _check_pipeline(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
-    """Refuse a teacher of latents without the rest of its pipeline, or by a method of images."""
+    """Refuse a teacher of latents without the rest of its pipeline."""
     if not draws_latents(teacher, known):
         return
-    if spec.resolved.needs_data:
-        raise InputError(
-            f"method {spec.method.name} learns from images, and the teacher works on latents; "
-            "choose one that learns from noise, such as sfd"
-        )
     if (name := spec.teacher.checkpoint) is None:
         return
     parts = [TEXT_ENCODER, TOKENIZER] if teacher.model.text_dim else []
@@ -353,6 +351,11 @@ def _check_pipeline(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[st
 def _check_prompts(spec: StudySpec, teacher: NetworkDenoiser) -> None:
     """Refuse prompts that the teacher does not read, and one that lacks them."""
     files = {"prompts": spec.prompts, "evaluation.prompts": spec.evaluation.prompts}
+    if (scorer := spec.evaluation.clip_score) is not None and not teacher.model.text_dim:
+        raise InputError(
+            f"evaluation.clip_score {scorer} compares images with prompts, and the teacher takes "
+            "none; leave it out"
+        )
     if teacher.model.text_dim and spec.prompts is None:
         raise InputError("prompts: the teacher is conditioned on text; give a file of prompts")
     for key, file in files.items():
@@ -361,22 +364,27 @@ def _check_prompts(spec: StudySpec, teacher: NetworkDenoiser) -> None:
         if not teacher.model.text_dim:
             raise InputError(f"{key}: the teacher takes no text; leave {key} out")
         try:
-            read_prompts(Path(file))
+            read_prompts(file)
         except InputError as error:
             raise SpecError.under(key, error) from error
 
 
 def _check_guidance(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
-    """Refuse guidance when sampling of students that have learned it, or cannot have it."""
-    if (scale := spec.evaluation.guidance) is None:
+    """Refuse guidance of a teacher that cannot have it, or of students that have learned it."""
+    options, scale = spec.method.options, spec.evaluation.guidance
+    guides = known.get("guidance", teacher.model.has_null_class)
+    for name in ("guidance_teacher", "guidance_student"):
+        if (own := options.get(name, 1.0)) != 1 and not guides:
+            raise SpecError.under(f"method.{name}", no_null(own))
+    if scale is None:
         return
-    learned = spec.method.options.get("guidance_teacher", 1.0)
-    if learned != spec.method.options.get("guidance_student", 1.0):
+    learned = options.get("guidance_teacher", 1.0)
+    if learned != options.get("guidance_student", 1.0):
         raise InputError(
             f"evaluation.guidance {scale:g} is for students that were distilled without it, and "
             f"these learn their teacher's, method.guidance_teacher {learned:g}; drop one of them"
         )
-    if scale != 1 and not known.get("guidance", teacher.model.has_null_class):
+    if scale != 1 and not guides:
         raise SpecError.under("evaluation", no_null(scale))
 
 

@@ -13,10 +13,17 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from bdense import NUMERICS
-from bdense.data.names import LABELS_FILE, image_files, labels_beside, split_fit, split_format
+from bdense.data.names import (
+    LABELS_FILE,
+    PROMPTS,
+    image_files,
+    labels_beside,
+    split_fit,
+    split_format,
+)
 from bdense.errors import InputError
 from bdense.execution import Execution, Precision
-from bdense.files import sha256_file, sha256_model
+from bdense.files import sha256_file, sha256_model, split_column
 from bdense.knobs import KnobError, Knobs, knob, knob_of, knobs_of
 from bdense.methods import YOUNGER
 from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
@@ -44,7 +51,7 @@ TAKEN_NAMES = ("artifacts", "cache")
 
 
 # A study from before a knob is a study at its default, under the same fingerprint.
-_YOUNGER = {"tail": None, "guidance_teacher": 1.0, "guidance_student": 1.0, **YOUNGER}
+_YOUNGER = {"tail": None, **YOUNGER}
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,9 +198,14 @@ class EvaluationSpec(Knobs):
     )
     prompts: str | None = knob(
         None,
-        "text file with a prompt in each line, of a text-conditional teacher: image i has prompt "
-        "i, from the start again after the last",
+        f"{PROMPTS}, of a text-conditional teacher: image i has prompt i, from the start again "
+        "after the last",
         none="the study's prompts",
+    )
+    clip_score: str | None = knob(
+        None,
+        "CLIP model that scores each student's images against their prompts, beside the FID: a "
+        "folder or hub id, such as openai/clip-vit-base-patch16",
     )
     guidance: float | None = knob(
         None,
@@ -228,6 +240,7 @@ class ResourcesSpec(Knobs):
     deterministic: bool = knob(False, "use only torch's deterministic algorithms")
     compile: bool = knob_of(Execution, "compile", False)
     channels_last: bool = knob_of(Execution, "channels_last", False)
+    gradient_checkpointing: bool = knob_of(Execution, "gradient_checkpointing", False)
     checkpoint_seconds: float = knob(60.0, "seconds between checkpoints of a training", above=0)
     lease_seconds: float = knob(60.0, "seconds after which a silent worker counts as lost", low=10)
     max_attempts: int = knob(3, "times a trial is started before it counts as poisoned", low=1)
@@ -458,8 +471,9 @@ class StudySpec(Knobs):
     )
     prompts: str | None = knob(
         None,
-        "text file with a prompt in each line, of a text-conditional teacher: each is as likely "
-        "in every batch",
+        f"{PROMPTS}, of a text-conditional teacher: each is as likely in every batch; a method "
+        "that learns from images takes them for the captions of the data set's images, or of its "
+        "classes, in their order",
     )
     teacher: TeacherSpec = knob(
         TeacherSpec(), "whose steps are distilled; must be given, but for method command"
@@ -741,9 +755,9 @@ class StudySpec(Knobs):
         if (table := self.method.options.get("epd_table")) is not None:
             found["method.epd_table_sha256"] = sha256_file(Path(table))
         if self.prompts is not None:
-            found["prompts_sha256"] = sha256_file(Path(self.prompts))
+            found["prompts_sha256"] = _content_of_prompts(self.prompts)
         if self.evaluation.prompts is not None:
-            found["evaluation.prompts_sha256"] = sha256_file(Path(self.evaluation.prompts))
+            found["evaluation.prompts_sha256"] = _content_of_prompts(self.evaluation.prompts)
         return found
 
 
@@ -806,6 +820,12 @@ def _content_of(data: str) -> str:
         labels = labels_beside(path) if kind == "idx" else None
         content = "+".join(sha256_file(file) for file in (path, labels) if file is not None)
     return f"{kind}:{content}" if fit is None else f"{kind}:{content}@{fit}"
+
+
+def _content_of_prompts(prompts: str) -> str:
+    """The digest of a file of prompts, and the column that is read of it."""
+    file, column = split_column(prompts)
+    return sha256_file(file) if column is None else f"{sha256_file(file)}:{column}"
 
 
 def _digest_of_folder(folder: Path) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self
 
-from bdense.metrics.records import FID, KID, PrecisionRecall
+from bdense.metrics.records import FID, KID, CLIPScore, PrecisionRecall
 from bdense.weights.spaces import BranchWeights
 
 # Parameters of our own weight spaces; those of others are under "parameters".
@@ -189,6 +189,7 @@ _MEASURED = {
     "curve": Curve.read,
     "kid": KID.read,
     "prc": PrecisionRecall.read,
+    "clip_score": CLIPScore.read,
 }
 
 
@@ -206,7 +207,7 @@ class TrialResult:
         fids: Of each stage of a method of several, by NFE, in the order of training.
         teacher_fid: Of the teacher, where the method measures it.
         curve: Of a one-shot training, which has no ``fid`` of its own.
-        kid, prc: Of the last stage, where they were measured.
+        kid, prc, clip_score: Of the last stage, where they were measured.
         intermediate: Each intermediate evaluation, in order.
         weights_over_time: Of learned weights.
         weights_plot, student: Files, as study/number/file.
@@ -234,6 +235,7 @@ class TrialResult:
     curve: Curve | None = None
     kid: KID | None = None
     prc: PrecisionRecall | None = None
+    clip_score: CLIPScore | None = None
     intermediate: list[IntermediateFID] = field(default_factory=list)
     weights_over_time: WeightHistory | None = None
     weights_plot: str | None = None

@@ -63,7 +63,7 @@ class Measured:
     def _figures(self) -> dict[str, Any]:
         result = self.result
         assert result.figure is not None
-        others = {"kid": result.kid, "prc": result.prc}
+        others = {"kid": result.kid, "prc": result.prc, "clip_score": result.clip_score}
         measured = {name: each.as_dict() for name, each in others.items() if each is not None}
         return {self.metric.key: self.value, **result.figure.conditions(), **measured}
 
@@ -235,6 +235,12 @@ def remarks(now: Summary) -> list[str]:
         )
     if shown and (figure := shown[-1].result.figure) is not None:
         lines.append(f"{metric.name}: {figure.in_short()}.")
+    named = {**now.baselines, **({"best": now.best} if now.best is not None else {})}
+    lines += [
+        f"{name}: {clip.text()}."
+        for name, each in named.items()
+        if (clip := each.result.clip_score) is not None
+    ]
     return lines
 
 

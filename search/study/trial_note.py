@@ -42,6 +42,8 @@ def trial_note(title: str, result: TrialResult, pictures: Sequence[tuple[str, st
     if result.value is not None and (figure := result.figure) is not None:
         value = escaped(f"{figure.metric} {result.value:.4f}")
         lines.append(f"**{value}** {escaped(figure.in_full())}")
+        if (clip := result.clip_score) is not None:
+            lines.append(escaped(f"{clip.text()}."))
     elif result.reason is not None:
         at = f" at {result.pruned_at:g} of its budget" if result.pruned_at is not None else ""
         lines.append(f"**Pruned{at}**: {escaped(result.reason)}")

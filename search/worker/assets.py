@@ -17,8 +17,9 @@ import torch
 
 from bdense import NUMERICS
 from bdense.data.datasets import Dataset, load_dataset
+from bdense.data.encoded import encode_dataset
 from bdense.diffusion.codecs import Codec
-from bdense.diffusion.conditions import Conditions, Prompts
+from bdense.diffusion.conditions import Conditions, Prompts, captions
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.diffusion.sampling import Sampler, draw_images, save_grid
 from bdense.errors import InputError
@@ -26,6 +27,7 @@ from bdense.files import atomic_write, file_lock, sha256_model
 from bdense.methods import METHODS
 from bdense.methods.method import Inputs, Method, MethodConfig, Recordings, require_shape
 from bdense.methods.recordings import TrajectoryStore
+from bdense.metrics.clip_score import CLIPScorer, load_clip_scorer
 from bdense.metrics.extractors import Extractor, load_extractor
 from bdense.metrics.metrics import measure_images, require_measurable
 from bdense.metrics.records import FID, Metrics
@@ -71,6 +73,7 @@ class Evaluator:
         latents: Seed of the noise that images are drawn from.
         conditions: What images are drawn under, such as prompts; None is the model's own kind.
         codec: What makes images of latents; None where models draw images.
+        clip: Scores images against their prompts; None does not.
     """
 
     spec: EvaluationSpec
@@ -79,6 +82,7 @@ class Evaluator:
     latents: int
     conditions: Conditions | None = None
     codec: Codec | None = None
+    clip: CLIPScorer | None = None
 
     def measure(
         self,
@@ -133,6 +137,7 @@ class Evaluator:
             metrics=self.spec.metrics if images is None else ("fid",),
             nfe=sampler.nfe,
             seeds={**trained, "evaluation": self.latents},
+            clip=self.clip if images is None else None,
             on_image=lambda _: check(),
         )
 
@@ -156,7 +161,7 @@ class Assets:
         fingerprint: The study's.
         method, config: How students are distilled.
         teacher: On the training device.
-        dataset: None where nothing needs one.
+        dataset: None where nothing needs one; in latents, if students learn from them.
         evaluator: Measures students and teacher.
         terms: What students' metadata take over from the teacher's, such as its licence.
         known: Metadata of the teacher's file.
@@ -306,18 +311,20 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
         ) from error
     teacher, known = _teacher(spec, dataset, device, report)
     pipeline = pipeline_of(spec)
+    method = METHODS[spec.method.name]()
+    config = method.Config.read(spec.method.options, "method")
+    method.check(config, teacher, known)
     codec, conditions, drawn_under = None, None, None
     if pipeline is not None and draws_latents(teacher, known):
         codec = load_codec(pipeline).to(device)
+        if method.needs_data and dataset is not None:
+            dataset = _encoded(dataset, spec, pipeline, device, report)
     elif dataset is not None:
         require_shape(dataset, teacher)
     if pipeline is not None and spec.prompts is not None:
         conditions = _prompts(pipeline, spec.prompts, report)
         own = spec.evaluation.prompts
         drawn_under = conditions if own is None else _prompts(pipeline, own, report)
-    method = METHODS[spec.method.name]()
-    config = method.Config.read(spec.method.options, "method")
-    method.check(config, teacher, known)
     assets = Assets(
         spec=spec,
         fingerprint=spec.fingerprint(),
@@ -332,6 +339,7 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
             spec.seeds.evaluation,
             conditions=drawn_under,
             codec=codec,
+            clip=_clip_scorer(spec, device),
         ),
         known=known,
         terms=inherited(known, _teacher_name(spec)),
@@ -361,12 +369,35 @@ def pipeline_of(spec: StudySpec) -> Path | None:
     return Path(checkpoint) if checkpoint is not None and Path(checkpoint).is_dir() else None
 
 
+def _encoded(
+    dataset: Dataset, spec: StudySpec, pipeline: Path, device: torch.device, report: Report
+) -> Dataset:
+    """The data set in the teacher's latents, whose captions the study's prompts must be."""
+    if spec.prompts is not None:
+        captions(len(read_prompts(spec.prompts)), dataset)
+    count = len(dataset.images)
+    return encode_dataset(
+        dataset,
+        pipeline,
+        cache_folder(),
+        device,
+        lambda done: report("latents", done, count, f"of {dataset.name}"),
+    )
+
+
+def _clip_scorer(spec: StudySpec, device: torch.device) -> CLIPScorer | None:
+    if (model := spec.evaluation.clip_score) is None:
+        return None
+    file = spec.evaluation.prompts or spec.prompts
+    return load_clip_scorer(model, [] if file is None else read_prompts(file), device)
+
+
 def _prompts(pipeline: Path, file: str, report: Report) -> Prompts:
     """A file's prompts as the teacher reads them; guidance leads away from the empty one.
 
     They are embedded once and kept: a worker maps the file, and reads the rows that it needs.
     """
-    texts = [*read_prompts(Path(file)), ""]
+    texts = [*read_prompts(file), ""]
     parts = [sha256_model(pipeline / part) for part in (TEXT_ENCODER, TOKENIZER)]
     path = cache_folder() / "prompts" / f"{_digest({'texts': texts, 'by': parts})}.npy"
     with file_lock(path.with_suffix(".lock")):

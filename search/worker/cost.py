@@ -223,7 +223,9 @@ def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
     rows, updates = spec.planned_rows, sum(stage.num_updates for stage in stages)
     drawn = len(stages) * images + intermediate
     evaluations = sum(stage.nfe for stage in stages) * images + stages[0].nfe * intermediate
-    evaluations *= 1 if spec.evaluation.guidance is None else calls(spec.evaluation.guidance)
+    if (scale := spec.evaluation.guidance) is not None:  # in place of the students' own
+        evaluations *= calls(scale)
+        evaluations //= calls(spec.method.options.get("guidance_student", 1.0))
     stored = _stored_bytes(spec, teacher, known)
     length, points = _one_shot(spec)
     students = f"{len(stages)} students" if len(stages) > 1 else "a student"
@@ -385,7 +387,8 @@ def _first_stage(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, 
     method = METHODS[spec.method.name]()
     share = spec.resolved.batch // spec.resources.team
     config = method.Config.read({**spec.method.options, "batch": share}, "method")
-    classes = teacher.label_dim
+    # The placeholder of prompts is the caption of one class.
+    classes = 1 if teacher.model.text_dim else teacher.label_dim
     noise = torch.randint(256, (share, *teacher.image_shape), dtype=torch.uint8)
     dataset = Dataset("noise", noise, "", torch.arange(share) % classes if classes else None)
     plan = next(each for each in method.plan(config) if each.branched)

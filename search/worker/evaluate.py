@@ -240,6 +240,8 @@ class Row:
         setup = self.assets.evaluator.setup(stage.student).as_dict()
         self.tracking.evaluation(stage.plan.name, {"fid": measured.fid.value})
         metadata = {**stage.metadata, "fid": measured.fid.as_dict(), SETUP: setup}
+        if measured.clip_score is not None:
+            metadata["clip_score"] = measured.clip_score.as_dict()
         save_denoiser(path, stage.student, metadata)  # again, now with its FID
         write_card(path, stage.student, metadata)
         return measured
@@ -271,6 +273,7 @@ class Row:
             teacher_fid=assets.teacher_fid,
             kid=None if measured is None else measured.kid,
             prc=None if measured is None else measured.prc,
+            clip_score=None if measured is None else measured.clip_score,
             intermediate=intermediate,
             weights_over_time=history,
             weights_plot=None if history is None else below_runs(plot),

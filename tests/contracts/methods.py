@@ -465,6 +465,43 @@ class MethodContract(TrainingContract):
         for name, value in averaged.state_dict().items():
             torch.testing.assert_close(value, torch.stack([s[name] for s in last]).mean(0))
 
+    # ---- memory ----
+
+    @pytest.mark.parametrize(
+        ("name", "devices"),
+        [
+            ("fixed", None),
+            ("alignment", None),
+            pytest.param("fixed", TWO_CPUS, marks=pytest.mark.slow),
+        ],
+    )
+    def test_accumulated_gradients_are_those_of_the_whole_batch(self, devices, name):
+        """As between devices; a rule that learns sees the whole batch, too."""
+        if name not in self.weightings():
+            pytest.skip(f"{self.method.name} has no branches to weigh")
+        reports: list[list[Any]] = [[], []]
+        students = []
+        share = 1 if devices is None else 2
+        for parts, report in zip((1, 2), reports, strict=True):
+            stage = self.learning(dropout=False, lr=self.rate, accumulate=parts, batch=4 * share)
+            weights = self.weightings()[name](stage.num_branches)
+            sharing = devices if parts > 1 else None
+            students.append(train(stage, weights, devices=sharing, on_iteration=report.append))
+        for whole, summed in zip(*reports, strict=True):
+            torch.testing.assert_close(
+                whole.branch_losses, summed.branch_losses, rtol=1e-4, atol=1e-6
+            )
+            torch.testing.assert_close(whole.weights, summed.weights, rtol=1e-3, atol=1e-5)
+            assert summed.loss == pytest.approx(whole.loss, rel=1e-4)
+            assert summed.gradient_norm == pytest.approx(whole.gradient_norm, rel=1e-3)
+        whole, summed = map(self.outputs, students)
+        start = self.outputs(widen_head(stage.start, stage.num_branches))
+        assert (whole - summed).abs().max() < 1e-2 * (whole - start).abs().max()
+
+    def test_a_batch_that_has_no_such_parts_is_refused(self):
+        with pytest.raises(InputError, match="accumulate 3 parts cannot share batch=4"):
+            self.learning(accumulate=3, batch=4)
+
     # ---- knobs ----
 
     @pytest.mark.parametrize("beside", [{}, {"optimizer": "sgd"}, {"schedule": "logsnr"}])
@@ -488,7 +525,7 @@ class MethodContract(TrainingContract):
                 for stage, (described, student, _) in told.items():
                     if stage in base and base[stage][1] != student:
                         assert base[stage][0] != described, f"{name}={value} is not described"
-            if not any(found):
+            if not any(found) and name != "accumulate":  # which moves rounding at most
                 idle.append(name)
         assert idle == []
 

@@ -10,7 +10,7 @@ from bdense.diffusion.branches import export_branch, recombine_branches, widen_h
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.diffusion.preconditioning import EDM, IDDPM
 from bdense.errors import CheckpointError, InputError, ShapeError
-from bdense.networks import NETWORKS
+from bdense.networks import NETWORKS, Network
 from tests.small import same_weights
 
 LEVELS = torch.tensor([0.1, 1.0, 20.0])
@@ -88,6 +88,39 @@ class NetworkContract:
         unused = [name for name, p in network.named_parameters() if p.grad is None]
         # Augmentation labels are off in distillation.
         assert all("augment" in name for name in unused)
+
+    def test_activations_that_are_computed_again_change_nothing(self, network, x, told):
+        """Bit for bit, dropout included; a network without blocks says so."""
+
+        def walk() -> tuple[int, list[torch.Tensor]]:
+            """Bytes kept for going backwards, the output and all gradients."""
+            kept: dict[int, int] = {}
+
+            def note(saved: torch.Tensor) -> torch.Tensor:
+                kept[saved.data_ptr()] = saved.untyped_storage().nbytes()
+                return saved
+
+            network.zero_grad()
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+                    out = network(x, LEVELS, **told)
+            out.square().sum().backward()
+            found = [p.grad for p in network.parameters() if p.grad is not None]
+            return sum(kept.values()), [out.detach(), *map(torch.clone, found)]
+
+        network.train()
+        most, expected = walk()
+        if type(network).checkpoint_blocks is Network.checkpoint_blocks:
+            with pytest.raises(InputError, match=type(network).__name__):
+                network.checkpoint_blocks(True)
+            return
+        network.checkpoint_blocks(True)
+        least, found = walk()
+        assert least < most
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        network.checkpoint_blocks(False)
+        assert walk()[0] == most
 
     def test_classes_matter_and_none_is_zeros(self, network, x, told):
         level, classes = torch.tensor([0.5]), network.label_dim

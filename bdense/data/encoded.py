@@ -1,0 +1,99 @@
+"""Data sets of latents, for networks that learn from images and work on latents.
+
+n images, C channels, H x W pixels; [n, c, h, w] latents.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bdense.data.datasets import Dataset, to_float
+from bdense.errors import CheckpointError, NonFiniteError
+from bdense.files import atomic_write, file_lock, sha256_model
+from bdense.models.diffusers_files import folder_of
+from bdense.models.diffusers_teacher import codec_config
+from bdense.models.latents import load_codec
+
+_IMAGES_AT_ONCE = 64
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EncodedDataset(Dataset):
+    """A data set that a network of latents learns from; ``images`` are its pixels.
+
+    Attributes:
+        latents: [n, c, h, w] float32, as the network takes them.
+    """
+
+    latents: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.latents.shape[1:])
+
+    def clean(self, index: Tensor) -> Tensor:
+        return self.latents[index]
+
+
+def encode_dataset(
+    dataset: Dataset,
+    source: str | Path,
+    cache: Path,
+    device: torch.device,
+    on_image: Callable[[int], None] | None = None,
+) -> EncodedDataset:
+    """A data set as a pipeline's autoencoder sees it: the means of its latents.
+
+    They are computed once and kept: a worker maps the file, and reads the rows that it needs.
+
+    Args:
+        dataset: Of images as the autoencoder takes them.
+        source: Folder or hub id of the pipeline in diffusers' format.
+        cache: Folder of cached results.
+        device: Where to encode.
+        on_image: Called with the number of images encoded so far.
+
+    Raises:
+        CheckpointError: The pipeline has no autoencoder, or one that is not read.
+        NonFiniteError: A latent is not finite.
+    """
+    if (found := codec_config(folder_of(source))) is None:
+        raise CheckpointError(f"{source} has no autoencoder; give its whole pipeline")
+    key = f"{dataset.sha256} {sha256_model(found[0])}"
+    sha256 = hashlib.sha256(key.encode()).hexdigest()
+    path = cache / "latents" / f"{sha256[:16]}.npy"
+    with file_lock(path.with_suffix(".lock")):
+        if not path.exists():
+            with atomic_write(path) as scratch:
+                _encode(dataset, source, scratch, device, on_image)
+    latents = torch.from_numpy(np.load(path, mmap_mode="c"))
+    return EncodedDataset(dataset.name, dataset.images, sha256, dataset.labels, latents=latents)
+
+
+def _encode(
+    dataset: Dataset,
+    source: str | Path,
+    file: Path,
+    device: torch.device,
+    on_image: Callable[[int], None] | None,
+) -> None:
+    codec, count = load_codec(source).to(device), len(dataset.images)
+    shape = codec.encode(to_float(dataset.images[:1])).shape[1:]
+    rows = np.lib.format.open_memmap(file, "w+", "float32", (count, *shape))
+    for first in range(0, count, _IMAGES_AT_ONCE):
+        some = slice(first, min(first + _IMAGES_AT_ONCE, count))
+        latents = codec.encode(to_float(dataset.images[some])).float()
+        if not bool(latents.isfinite().all()):
+            raise NonFiniteError(
+                f"latents of images {some.start} to {some.stop - 1} of {dataset.name} are not "
+                f"finite: the autoencoder of {source} fails on them"
+            )
+        rows[some] = latents.cpu().numpy()
+        if on_image is not None:
+            on_image(some.stop)
+    rows.flush()

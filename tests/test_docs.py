@@ -30,7 +30,7 @@ ANCHOR = re.compile(r"\]\(([^):#\s]*)#([^)\s]+)\)")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*[a-z]")
 # Commands of others, at the start of a line or of a piece in backticks, with their options.
 FOREIGN = re.compile(
-    r"(?:^|`)(?:docker|ray|gunicorn|pg_dump|pg_restore|sqlite3|torchrun)\b[^`\n]*",
+    r"(?:^|`)(?:docker|ray|sbatch|scancel|gunicorn|pg_dump|pg_restore|sqlite3|torchrun)\b[^`\n]*",
     re.MULTILINE,
 )
 

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +23,11 @@ class Server:
 
     Attributes:
         uri: Its own database by its socket, for the superuser, without a password.
+        control: Runs pg_ctl, as in ``control("restart", "-m", "immediate")``.
     """
 
     uri: str
+    control: Callable[..., None]
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
     def new_database(self) -> str:
@@ -83,7 +85,7 @@ def postgres(max_connections: int) -> Iterator[Server]:
 
     try:
         control("restart")
-        yield Server(made.get_uri())
+        yield Server(made.get_uri(), control)
     finally:
         control("stop", "-m", "immediate")
         shutil.rmtree(data.parent)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from search.report.overview import Overview
 from search.spec.space import search_space
 from search.spec.study import StudySpec
 from search.storage.ledger import Claim, Ledger
@@ -139,3 +140,13 @@ def is_plot(path: Path) -> bool:
     """Whether a file is a picture of the size that plots have."""
     with Image.open(path) as picture:
         return picture.size == (1050, 630)
+
+
+def remarks(overview: Overview) -> list[str]:
+    """All sentences on a result; the recommendation is a heading, and its reasons a line below."""
+    found = overview.remarks()
+    if (use := overview.recommended) is not None:
+        found.remove(use.text())
+        head, _, why = use.text().partition("; ")
+        found += [head[0].upper() + head[1:], why]
+    return found

@@ -16,7 +16,17 @@ from search.study.summary import copy_baselines, failures, headline, summary_of,
 from search.study.wording import duration
 from tests.goldens import ROOT
 from tests.measured import command, created, finish, result, search
-from tests.reported import PLOTS, POINTS, RULES, is_plot, read_html, reported, spec_of, take
+from tests.reported import (
+    PLOTS,
+    POINTS,
+    RULES,
+    is_plot,
+    read_html,
+    remarks,
+    reported,
+    spec_of,
+    take,
+)
 
 # What commit 3f7be1a printed of a database that it made, but for the storage's URL.
 BEFORE = json.loads((ROOT / "tests/data/version-3f7be1a/expected.json").read_text())
@@ -207,7 +217,7 @@ def test_both_pages_hold_all_there_is(url, kind, tmp_path):
     for row in overview.table():
         assert " | ".join(map(escaped, row)) in text
         assert [" ".join(cell.split()) for cell in row] in found.rows
-    for line in (overview.headline(), *overview.failures, *overview.remarks()):
+    for line in (overview.headline(), *overview.failures, *remarks(overview)):
         assert line in found.text
     assert found.links == []
     assert [base64.b64decode(each.partition("base64,")[2]) for each in found.pictures] == [

@@ -26,7 +26,7 @@ from search.study.trial_log import TrialLog
 from search.study.trial_note import attach_pictures
 from search.worker.loss_curve import draw_losses
 from tests.measured import complete, created, open_once, result
-from tests.reported import PLOTS, reported, shown, spec_of, take
+from tests.reported import PLOTS, remarks, reported, shown, spec_of, take
 
 TIMINGS = {"student_seconds": 61.0, "evaluation_seconds": 2.25, "service_seconds": 0.04}
 POINT = {"a": 0.5, "b": -1.0}
@@ -154,7 +154,7 @@ def test_a_study_of_any_kind_has_a_note(url, kind):
     show(study)
     note, overview = get_note(study.main.study), overview_of(study)
     assert note.startswith(f"# {kind}\n")
-    for line in (overview.headline(), *overview.failures, *overview.remarks()):
+    for line in (overview.headline(), *overview.failures, *remarks(overview)):
         assert escaped(line) in note
     for row in overview.table():
         assert " | ".join(map(escaped, row)) in note
@@ -164,7 +164,8 @@ def test_a_search_s_note_has_the_grids_that_there_are(study):
     """The best trial has no grid, the baselines have."""
     show(study)
     note = get_note(study.search.study)
-    assert "**Best: FID 12.500**, trial 0, a 1.000" in note
+    assert "**Lowest of the trials: FID 12.500**, trial 0, a 1.000" in note
+    assert note.index("**Recommended: ") < note.index("**Lowest of the trials: ")
     assert note.count("![](/artifacts/") == 2
 
 

@@ -14,6 +14,7 @@ from search.analysis.comparison import (
     teacher_of,
 )
 from search.analysis.confirmation import Verdict, judged_summary
+from search.analysis.recommendation import Recommendation, assess
 from search.analysis.stop_rule import assessed
 from search.report.plots import Plot, study_plots
 from search.spec.file import as_yaml
@@ -42,10 +43,10 @@ class Overview:
     """One reading of a study.
 
     A search has ``now`` (else None), its complete ``trials``, the ``verdict`` of its confirmation,
-    perhaps the ``curve`` of its one-shot training, and its noise and recommended arm in words,
-    ``assessment``; given arms and the replicates of a search have ``comparisons``, and given arms
-    perhaps the ``teacher``'s FID. ``provenance`` says when, where and by what it was made and what
-    that cost; ``changes`` have ``time``, ``key``, ``old`` and ``new`` of
+    perhaps the ``curve`` of its one-shot training, the ``recommended`` arm, and this and its noise
+    in words, ``assessment``; given arms and the replicates of a search have ``comparisons``, and
+    given arms perhaps the ``teacher``'s FID. ``provenance`` says when, where and by what it was
+    made and what that cost; ``changes`` have ``time``, ``key``, ``old`` and ``new`` of
     changed settings; ``written`` is in UTC.
     """
 
@@ -53,6 +54,7 @@ class Overview:
     now: Summary | None
     trials: Sequence[Measured]
     verdict: Verdict | None
+    recommended: Recommendation | None
     assessment: Sequence[str]
     curve: Curve | None
     comparisons: Sequence[Comparison]
@@ -134,9 +136,11 @@ def overview_of(study: Study) -> Overview:
     """Read a study."""
     record = study.main.study
     attributes = retrying(lambda: record.user_attrs)
-    now, found, trials = None, None, []
+    now, found, trials, recommended, told = None, None, [], None, []
     if study.is_search:
         now, found = judged_summary(study)
+        _, recommended = assess(study, found)
+        told = assessed(study, found)
         trials = summary.complete_trials(study)
         replicates = replicates_of(study)
         comparisons = [] if replicates is None else [replicates]
@@ -148,7 +152,8 @@ def overview_of(study: Study) -> Overview:
         trials=trials,
         verdict=found,
         curve=curve_of(study),
-        assessment=assessed(study, found) if study.is_search else (),
+        recommended=recommended,
+        assessment=told,
         comparisons=comparisons,
         teacher=teacher_of(study),
         spec=as_yaml(study.spec),

@@ -33,7 +33,9 @@ def study_page(
     """
     found = overview.verdict
     result: list[Block] = [Table(overview.table(), words=overview.now is not None)]
-    result += [Text(remark, quiet=True) for remark in overview.remarks()]
+    use = overview.recommended
+    shown = () if use is None else (use.text(),)
+    result += [Text(each, quiet=True) for each in overview.remarks() if each not in shown]
     if overview.now is not None and overview.comparisons:
         result += [
             Text("Replicated points, under the baselines' seeds:"),
@@ -63,14 +65,19 @@ def study_page(
 
 
 def _best(overview: Overview) -> list[Block]:
-    """A search's best trial."""
+    """A search's recommended arm, and its best trial."""
+    found: list[Block] = []
+    if (use := overview.recommended) is not None:
+        head, _, why = use.text().partition("; ")
+        found.append(Best(head[0].upper() + head[1:], [why]))
     if overview.now is None or (best := overview.now.best) is None:
-        return []
+        return found
     figure, weights = best.result.figure, weights_text(best.result.weights)
     assert figure is not None
     title = f"trial {best.number}, {best.label}" + (f": w_1 .. w_K = {weights}" if weights else "")
     lines = [title, figure.in_full(), overview.confidence()]
-    found: list[Block] = [Best(f"Best: {figure.metric} {best.metric.text(best.value)}", lines)]
+    value = f"{best.metric.best.capitalize()} of the trials: {figure.metric} "
+    found.append(Best(value + best.metric.text(best.value), lines))
     if command := sample_command(best.result):
         found.append(Code(command, "sh"))
     return found

@@ -37,7 +37,7 @@ from benchmarks.counting import LEASE_SECONDS, STEP_SECONDS, STEPS, STUDY, WORKE
 from benchmarks.servers import Server, postgres
 
 FROZEN_SECONDS, AWAY_SECONDS = 16.0, 10.0
-PAUSE = (4.0, 10.0)  # seconds between two faults
+PAUSE = (8.0, 16.0)  # seconds between two faults
 MOST_FAILURES = 8  # starts in a row that bring no step: nobody gives the command again for ever
 KINDS = ("worker killed", "worker frozen", "all killed", "database restarted", "database away")
 SYSTEMS = ("optuna", "tune", "bdense")

@@ -151,8 +151,13 @@ def test_an_unknown_name_lists_the_public_ones(folder):
     with pytest.raises(InputError, match="no checkpoint file edm-cifar, ") as c:
         resolve_checkpoint("edm-cifar")
     assert all(name in str(c.value) for name in CHECKPOINTS)
-    with pytest.raises(InputError, match="public are cifar10-32x32, ffhq-64x64"):
+    with pytest.raises(InputError, match="did you mean cifar10-32x32"):
         resolve_reference("cifar10")
+
+
+def test_a_path_that_is_not_there_lists_no_public_names(folder):
+    with pytest.raises(InputError, match=r"no checkpoint file models/student.safetensors$"):
+        resolve_checkpoint("models/student.safetensors")
 
 
 def test_another_file_in_its_place_is_refused_unless_asked_for_by_path(folder):

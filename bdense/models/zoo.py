@@ -5,6 +5,7 @@ licences in words. Importing this does not import torch.
 """
 
 import contextlib
+import difflib
 import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -147,10 +148,11 @@ def _resolve(name_or_path: str | Path, table: Mapping[str, PublicFile], what: st
         return table[str(name_or_path)].fetch()
     path = Path(name_or_path)
     if not path.exists():
-        raise InputError(
-            f"there is no {what} file {path}, and no public one of that name; public are "
-            f"{', '.join(table)}"
-        )
+        is_path = bool(path.suffix) or len(path.parts) > 1
+        close = difflib.get_close_matches(path.name, table, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"public are {', '.join(table)}"
+        public = "" if is_path and not close else f", and no public one of that name; {hint}"
+        raise InputError(f"there is no {what} file {path}{public}")
     return path
 
 

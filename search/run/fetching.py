@@ -33,8 +33,9 @@ def fetch_all(spec: StudySpec) -> Iterator[str]:
         yield f"teacher {teacher}" + (f": {published.path}" if published is not None else "")
     if (reference := spec.evaluation.reference) is not None:
         yield f"reference {reference}: {resolve_reference(reference)}"
-    for prompts in {spec.prompts, spec.evaluation.prompts} & PROMPT_SETS.keys():
-        yield f"prompts {prompts}: {PROMPT_SETS[prompts].fetch()}"
+    for name in dict.fromkeys((spec.prompts, spec.evaluation.prompts)):
+        if name is not None and name in PROMPT_SETS:
+            yield f"prompts {name}: {PROMPT_SETS[name].fetch()}"
     if (scorer := spec.evaluation.clip_score) is not None:
         yield f"CLIP model {scorer}: {folder_of(scorer, CLIP_FILES)}"
     extractor = spec.evaluation.extractor

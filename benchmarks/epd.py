@@ -1,8 +1,8 @@
-"""EPD beside solvers without learned numbers, on the digits, at equal calls of both kinds.
+"""EPD beside solvers without learned numbers, at equal calls of both kinds.
 
-``python -m benchmarks.epd`` learns tables for the teacher of studies/digits-nfe2.yaml, and
-measures the FID of its images by each sampler. A solver is compared with EPD
-at as many network evaluations, and at as many calls one after another.
+``python -m benchmarks.epd`` learns tables for the teacher of studies/digits-nfe2.yaml, or of
+another that trains its own, and measures the FID of its images by each sampler. A solver is
+compared with EPD at as many network evaluations, and at as many calls one after another.
 """
 
 import math
@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -22,6 +23,7 @@ from bdense.training.loop import train
 from bdense.weights.weighting import FixedWeights
 from benchmarks.common import DIGITS_STUDY, ROOT, parser, publish, table
 from search.spec.file import read_spec
+from search.spec.study import StudySpec
 from search.worker.assets import Assets, load, use_device
 
 # Steps of EPD with two points and AFS: 5 evaluations in 3 calls, 8 in 5.
@@ -46,13 +48,20 @@ class Row:
 def main() -> None:
     """Learn, measure, print."""
     options = parser(__doc__)
+    options.add_argument(
+        "--study",
+        type=Path,
+        default=ROOT / DIGITS_STUDY,
+        metavar="FILE",
+        help=f"whose teacher, data and extractor are taken (default: {DIGITS_STUDY})",
+    )
     options.add_argument("--seeds", type=int, default=3, help="of tables and latents")
     options.add_argument("--images", type=int, default=4096)
     options.add_argument("--kimg", type=float, default=2.56)
     options.add_argument("--lr", type=float, default=0.2)
     options.add_argument("--max-order", type=int, nargs="+", default=[1], help="1: EPD")
     given = options.parse_args()
-    spec = read_spec(ROOT / DIGITS_STUDY)
+    spec = read_spec(given.study)
     assets = load(spec, use_device(spec))
     seeds = range(given.seeds)
     rows = []
@@ -76,7 +85,7 @@ def main() -> None:
             fids = [fid(assets, sampler, given.images, seed) for seed in seeds]
             rows.append(Row(name=name, sampler=sampler, fids=fids))
             show(rows[-1])
-    publish("epd", "\n\n".join(report(rows, given.images)), write=given.write)
+    publish("epd", "\n\n".join(report(rows, spec, given.images)), write=given.write)
 
 
 def learned(assets: Assets, config: EPDConfig, images: int, seeds: range) -> Row:
@@ -121,15 +130,15 @@ def show(row: Row) -> None:
     print(f"{row.name}, {calls}: {values}, {row.seconds:.0f} s", flush=True)
 
 
-def report(rows: list[Row], images: int) -> Iterator[str]:
+def report(rows: list[Row], spec: StudySpec, images: int) -> Iterator[str]:
     """A table for each size of EPD."""
     header = (
         *("sampler", "steps", "AFS", "evaluations", "calls in a row"),
         *("FID", "s.e. over seeds", "s.e. over latents", "CPU s to learn"),
     )
     yield (
-        f"Digits, the teacher of {DIGITS_STUDY}, FID of {images} images in the features of "
-        f"digits-classifier; mean over {len(rows[0].fids)} seeds of table and latents. The "
+        f"{spec.data}, the teacher of study {spec.name}, FID of {images} images in the features of "
+        f"{spec.evaluation.extractor}; mean over {len(rows[0].fids)} seeds of table and latents. The "
         "standard error over latents is that of one seed's FID."
     )
     for steps in STEPS:

@@ -14,7 +14,12 @@ from bdense.diffusion.denoiser import build_denoiser
 from bdense.diffusion.sampling import Sampler
 from bdense.errors import InputError
 from bdense.models.store import save_denoiser
-from bdense.models.zoo import CHECKPOINTS, EDM_LICENCE
+from bdense.models.zoo import (
+    CHECKPOINTS,
+    CONVERTED_CHECKPOINTS,
+    EDM_LICENCE,
+    HUB_CHECKPOINTS,
+)
 from search.spec.file import parse, read_tree
 from search.spec.resolve import describe_teacher, resolve
 from search.spec.study import StudySpec
@@ -332,11 +337,19 @@ def test_all_that_is_downloaded_is_named_with_its_size(tmp_path, monkeypatch):
     assert not any(str(small.path) in line for line in cost_lines(study))
 
 
+# MiB of their networks.
+SIZES = {
+    "google/ddpm-cifar10-32": 136,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "3,279",
+    "facebook/DiT-XL-2-256": "2,860",
+}
+
+
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
 @pytest.mark.usefixtures("impatient")
 def test_every_study_that_comes_along_runs_dry(path, tmp_path, monkeypatch, capsys):
     """Without its checkpoint, its data, the internet, or a GPU."""
-    if "google/" in path.read_text():
+    if any(name in path.read_text() for name in (*HUB_CHECKPOINTS, *CONVERTED_CHECKPOINTS)):
         pytest.importorskip("diffusers", reason="needs the diffusers extra")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     study = read(path)
@@ -350,11 +363,16 @@ def test_every_study_that_comes_along_runs_dry(path, tmp_path, monkeypatch, caps
         # Recorded trajectories have room: a launch that found none would end there.
         (size,) = re.findall(r"# disk: ([\d,]+) MiB of trajectories", out)
         assert 0.9 < int(size.replace(",", "")) / 1024 / study.trajectories.max_gib < 1
+    elif study.teacher.checkpoint in CONVERTED_CHECKPOINTS:
+        assert CONVERTED_CHECKPOINTS[study.teacher.checkpoint].text() in out
+        assert out.count("# download: ") == 2
     elif study.teacher.checkpoint is not None:
-        assert (
-            "# download: the launch fetches https://huggingface.co/google/ddpm-cifar10-32" in out
-        )
-        assert "(about 136 MiB)" in out
+        name, size = study.teacher.checkpoint, SIZES[study.teacher.checkpoint]
+        assert f"# download: the launch fetches https://huggingface.co/{name}" in out
+        assert f"(about {size} MiB)" in out
+    if study.prompts == "ms-coco-val2014-30k":
+        assert "MS-COCO_val2014_30k_captions.csv to " in out
+        assert f"https://huggingface.co/{study.evaluation.clip_score}" in out
     assert not (tmp_path / "hub").exists()
 
 

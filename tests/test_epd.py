@@ -13,6 +13,7 @@ from torch import Tensor
 from bdense.diffusion.conditions import ClassLabels
 from bdense.diffusion.denoiser import NetworkDenoiser, call_for_states
 from bdense.diffusion.epd import EPD, read_table, write_table
+from bdense.diffusion.preconditioning import levels_on
 from bdense.diffusion.sampling import Sampler, samplers_from
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import DPM2, analytical_first_step, trajectory
@@ -156,6 +157,32 @@ def test_a_student_may_not_be_the_teacher_and_levels_must_be_the_teachers():
 
 
 # ---- conditions ----
+
+
+def test_a_table_of_levels_even_in_a_ddpms_times_serves_sfds_teacher(tmp_path):
+    teacher = tiny_denoiser(precond="ddpm")
+    bounds = {"schedule": "discrete", "sigma_min": 0.1, "sigma_max": teacher.precond.sigma_max}
+    method, config = EPDMethod(), EPDConfig(**KNOBS | {"steps": 4}, **bounds)
+    method.check(config, teacher, {})
+    (plan,) = method.plan(config)
+    stage = method.stage(plan, teacher, config, Inputs(seed=3))
+    student = train(stage, FixedWeights(ONE))
+    assert not torch.equal(raw_of(student), raw_of(stage.start))
+    levels = levels_on(config.levels, teacher.precond).grid(4)
+    grid = stage.sampler.schedule.grid(4)
+    assert torch.equal(grid, levels)
+    assert not torch.allclose(grid, Schedule(sigma_min=0.1, sigma_max=grid[0].item()).grid(4))
+    assert (plan.nfe, stage.sampler.nfe) == (11, 11)
+    path = tmp_path / "table.json"
+    write_table(path, stage.sampler, {})
+    assert read_table(path) == stage.sampler
+    sfd = SFDConfig(nfe=1, substeps=2, solver="epd", epd_table=str(path), kimg=0.006, **bounds)
+    walked = SFD().stage(SFD().plan(sfd)[0], teacher, sfd, Inputs(seed=3)).batch(0, slice(2))
+    assert torch.equal(walked.grid.fine(), levels)
+    with pytest.raises(InputError, match=r"epd_table .*learn a table for these"):
+        SFDConfig(nfe=1, substeps=2, solver="epd", epd_table=str(path))
+    with pytest.raises(InputError, match="needs a network of a DDPM"):
+        method.check(config, small_teacher(), {})
 
 
 def test_conditions_repeat_in_the_order_of_images_and_points():

@@ -16,7 +16,10 @@ DATA_SETS = (
     "NAME@cropSIDE crops and resizes them"
 )
 # A file of prompts, see ``bdense.models.latents.read_prompts``.
-PROMPTS = "text file with a prompt in each line, or FILE:COLUMN of a .csv, .tsv, .json or .jsonl"
+PROMPTS = (
+    "text file with a prompt in each line, FILE:COLUMN of a .csv, .tsv, .json or .jsonl, or "
+    "ms-coco-val2014-30k"
+)
 LABELS_FILE = "dataset.json"
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 

@@ -18,7 +18,9 @@ from bdense.diffusion import SOLVERS
 from bdense.diffusion.denoiser import NetworkDenoiser, call_for_states
 from bdense.diffusion.epd import EPD, Table, walk
 from bdense.diffusion.intervals import IntervalGrid
+from bdense.diffusion.preconditioning import levels_on
 from bdense.diffusion.sampling import Sampler, samplers_from, served_metadata
+from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import Solver, analytical_first_step, make_solver
 from bdense.errors import InputError
 from bdense.knobs import KnobError, knob, knob_of
@@ -75,10 +77,6 @@ class EPDConfig(GridConfig):
             self.make_solver()
         except KnobError as error:  # the solver's knob, which is not one of these
             raise InputError(str(error)) from error
-
-    def sampler(self, solver: EPD) -> Sampler:
-        """How the student draws with that solver."""
-        return Sampler(num_intervals=self.steps, afs=self.afs, schedule=self.levels, solver=solver)
 
     def make_solver(self) -> Solver:
         """What the teacher walks with."""
@@ -211,7 +209,12 @@ class EPDStage(Configured, Stateless):
     @property
     def sampler(self) -> Sampler:
         """With the table as it is trained so far."""
-        return self.config.sampler(self.table.solver())
+        return Sampler(
+            num_intervals=self.config.steps,
+            afs=self.config.afs,
+            schedule=self.trajectories.grid.schedule,
+            solver=self.table.solver(),
+        )
 
     def metadata(self) -> dict[str, Any]:
         return served_metadata([self.sampler])
@@ -312,21 +315,19 @@ class EPDMethod(Method):
     def plan(
         self, config: EPDConfig, teacher: NetworkDenoiser | None = None
     ) -> tuple[StagePlan, ...]:
-        row = ((0.5,) * config.points,)
-        sampler = config.sampler(EPD(r=row, w=row, o=row, s=row))  # its size counts
-        label = f"{sampler.nfe} NFE, {sampler.sequential_nfe} one after another"
-        updates = config.num_updates
-        return (
-            StagePlan(name="", label=label, num_updates=updates, nfe=sampler.nfe, branched=False),
-        )
+        row = (0.5,) * config.points
+        rows = (row,) * config.steps
+        solver = EPD(r=rows, w=rows, o=rows, s=rows)  # its size counts
+        nfe = solver.nfe(config.steps) - config.afs
+        calls = solver.sequential_nfe(config.steps) - config.afs
+        label, updates = f"{nfe} NFE, {calls} one after another", config.num_updates
+        return (StagePlan(name="", label=label, num_updates=updates, nfe=nfe, branched=False),)
 
     def num_branches(self, config: EPDConfig) -> int:
         return 1
 
     def check(self, config: EPDConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
-        if config.schedule == "discrete":
-            raise KnobError("schedule", "discrete is not for epd; take polynomial or logsnr")
-        teacher.require_levels(config.levels)
+        teacher.require_levels(levels_on(config.levels, teacher.precond))
         teacher.execution.require_training("a table")
         if samplers_from(known):
             raise InputError(
@@ -341,12 +342,14 @@ class EPDMethod(Method):
     def stage(
         self, plan: StagePlan, teacher: NetworkDenoiser, config: EPDConfig, inputs: Inputs
     ) -> EPDStage:
+        levels = levels_on(config.levels, teacher.precond)
+        assert isinstance(levels, Schedule)
         # AFS is the student's; the teacher's states are wanted after the first step as well.
         grid = IntervalGrid(
             num_intervals=config.steps,
             substeps=config.substeps,
             afs=False,
-            schedule=config.levels,
+            schedule=levels,
         )
         trajectories = LiveTrajectories(
             teacher=teacher,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bdense.diffusion import SOLVERS
 from bdense.diffusion.conditions import Condition
+from bdense.diffusion.ddpm import DiscreteSchedule
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.epd import read_table
 from bdense.diffusion.guidance import guided, null_for
@@ -203,7 +204,10 @@ class SFDConfig(GridConfig, GuidanceKnobs):
             raise KnobError("order", f"{self.order} is the table's own with epd_table; drop it")
         table = read_table(self.epd_table, self.guidance_teacher)
         walked = [(nfe + self.afs) * self.substeps for nfe in self.several_nfe]
-        if walked != [table.num_intervals] or table.schedule != self.levels:
+        levels = table.schedule
+        if isinstance(levels, DiscreteSchedule):  # these are not bound to a network yet
+            levels = replace(levels, process=None)
+        if walked != [table.num_intervals] or levels != self.levels:
             raise KnobError(
                 "epd_table",
                 f"{self.epd_table} is for {table.num_intervals} steps, {table.schedule.text()}, "

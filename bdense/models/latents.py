@@ -21,6 +21,7 @@ from bdense.errors import CheckpointError, InputError
 from bdense.files import split_column
 from bdense.models.diffusers_files import CONFIG, folder_of, load_part, read_json
 from bdense.models.diffusers_teacher import codec_config
+from bdense.models.zoo import PROMPT_SETS
 from bdense.networks import DiffusersTextUNet, DiffusersUNet, DiT
 from bdense.networks.diffusers_network import require_diffusers
 
@@ -58,11 +59,14 @@ def read_prompts(source: str | Path) -> list[str]:
     Args:
         source: A text file with one in each line, or a table (.csv, .tsv, .json, .jsonl) with a
             column of them: ``FILE:COLUMN``, or FILE if it has one column or one called text. A
-            .json may be a list of prompts, too.
+            .json may be a list of prompts, too. Or the name of a public table
+            (``bdense.models.zoo.PROMPT_SETS``), which is downloaded once.
 
     Raises:
         InputError: The file cannot be read, holds none, or has no such column.
     """
+    if (published := PROMPT_SETS.get(str(source))) is not None:
+        source = published.fetch()
     file, column = split_column(str(source))
     try:
         text = file.read_text(encoding="utf-8-sig")

@@ -21,7 +21,13 @@ from bdense.files import atomic_write, header_of, require_no_page
 from bdense.models.diffusers_files import MODEL_FILE, TORCH_FILES, folder_of, is_hub_id
 from bdense.models.diffusers_teacher import read_diffusers
 from bdense.models.edm import load_foreign
-from bdense.models.zoo import CHECKPOINTS, HUB_CHECKPOINTS, PUBLIC_MODELS, resolve_checkpoint
+from bdense.models.zoo import (
+    CHECKPOINTS,
+    CONVERTED_CHECKPOINTS,
+    HUB_CHECKPOINTS,
+    PUBLIC_MODELS,
+    resolve_checkpoint,
+)
 
 HEADER_KEY = "bdense"
 FORMAT = 1
@@ -181,6 +187,9 @@ def load_model(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
     name, path = str(source), Path(source)
     if name in CHECKPOINTS:
         denoiser, metadata = load_denoiser(CHECKPOINTS[name].fetch())
+        return denoiser, metadata | _terms(name)
+    if name in CONVERTED_CHECKPOINTS:
+        denoiser, metadata = read_diffusers(CONVERTED_CHECKPOINTS[name].fetch())
         return denoiser, metadata | _terms(name)
     on_hub = is_hub_id(name) and not path.exists()
     if on_hub and path.parent.is_dir():

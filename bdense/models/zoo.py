@@ -8,13 +8,14 @@ import contextlib
 import difflib
 import pickle
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bdense.downloads import fetch
 from bdense.errors import InputError, is_out_of_memory
 from bdense.files import require_no_page, user_folder
+from bdense.models.diffusers_files import INDEX
 
 # "All material, including source code and pre-trained models" (NVlabs/edm, README.md, License, at
 # 008a4e5).
@@ -38,6 +39,7 @@ class PublicFile:
         citation: Paper to cite.
         sha256: Hex digest, if known from a third party; the publisher states none.
         size: Bytes, if known likewise.
+        image_bytes: About as many, of the images that lie in it beside statistics.
     """
 
     name: str
@@ -46,6 +48,7 @@ class PublicFile:
     citation: str = EDM_CITATION
     sha256: str | None = None
     size: int | None = None
+    image_bytes: int = 0
 
     @property
     def path(self) -> Path:
@@ -88,12 +91,16 @@ class HubCheckpoint:
         licence: SPDX identifier.
         citation: Paper to cite.
         architecture: Description for ``build_denoiser``.
+        part: Folder of its network.
+        known: What ``read_diffusers`` finds of the rest, for a model of latents.
     """
 
     name: str
     licence: str
     citation: str
     architecture: Mapping[str, Any]
+    part: str = "."
+    known: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def url(self) -> str:
@@ -120,7 +127,47 @@ class HubCheckpoint:
     @property
     def is_here(self) -> bool:
         """Whether its weights are downloaded."""
-        return any(self.path.glob("snapshots/*/diffusion_pytorch_model.*"))
+        return any(self.path.glob(f"snapshots/*/{self.part}/diffusion_pytorch_model.*"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertedCheckpoint(HubCheckpoint):
+    """A published network that a user makes a folder in diffusers' format of.
+
+    Attributes:
+        address: At its publisher.
+        how: In words.
+    """
+
+    address: str
+    how: str
+
+    @property
+    def url(self) -> str:
+        return self.address
+
+    @property
+    def path(self) -> Path:
+        """The folder that it is expected in."""
+        return checkpoint_folder() / self.name
+
+    @property
+    def is_here(self) -> bool:
+        return (self.path / INDEX).is_file()
+
+    def text(self) -> str:
+        """How it gets there."""
+        return f"the folder {self.path}, made of {self.address}: {self.how}"
+
+    def fetch(self) -> Path:
+        """Its folder.
+
+        Raises:
+            InputError: It is not there.
+        """
+        if not self.is_here:
+            raise InputError(f"{self.name} needs {self.text()}")
+        return self.path
 
 
 def checkpoint_folder() -> Path:
@@ -280,6 +327,19 @@ CHECKPOINTS: Mapping[str, PublicCheckpoint] = {
     )
 }
 
+_LDM_CITATION = (
+    "Rombach et al. 2022, High-Resolution Image Synthesis with Latent Diffusion Models, "
+    "arXiv 2112.10752"
+)
+_ADM_CITATION = "Dhariwal & Nichol 2021, Diffusion Models Beat GANs, arXiv 2105.05233"
+_COCO_CITATION = "Lin et al. 2014, Microsoft COCO: Common Objects in Context, arXiv 1405.0312"
+_LATENT_PROCESS = {
+    "precond": "ddpm",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+}
+_KL = {"class": "AutoencoderKL", "scaling_factor": 0.18215, "image_channels": 3}
 _DDPM = HubCheckpoint(
     name="google/ddpm-cifar10-32",
     licence="Apache-2.0",
@@ -321,12 +381,148 @@ _DDPM = HubCheckpoint(
         },
     },
 )
-HUB_CHECKPOINTS: Mapping[str, HubCheckpoint] = {_DDPM.name: _DDPM}
+_STABLE_DIFFUSION = HubCheckpoint(
+    name="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    licence="creativeml-openrail-m",
+    citation=_LDM_CITATION,
+    part="unet",
+    architecture={
+        **_LATENT_PROCESS,
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "network": "UNet2DConditionModel",
+        "config": {
+            "img_channels": 4,
+            "unet": {
+                "sample_size": 64,
+                "in_channels": 4,
+                "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
+                "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
+                "block_out_channels": [320, 640, 1280, 1280],
+                "layers_per_block": 2,
+                "cross_attention_dim": 768,
+                "attention_head_dim": 8,
+            },
+        },
+    },
+    known={
+        "codec": {**_KL, "enlarges": 8},
+        "condition": "text",
+        "guidance": True,
+        "levels": {"sigma_min": 0.1, "sigma_max": 14.614641229333609},
+    },
+)
+_DIT = HubCheckpoint(
+    name="facebook/DiT-XL-2-256",
+    licence="cc-by-nc-4.0",
+    citation="Peebles & Xie 2022, Scalable Diffusion Models with Transformers, arXiv 2212.09748",
+    part="transformer",
+    architecture={
+        **_LATENT_PROCESS,
+        "beta_schedule": "linear",
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "learned_variance": True,
+        "network": "DiTTransformer2DModel",
+        "config": {
+            "img_channels": 4,
+            "transformer": {
+                "sample_size": 32,
+                "in_channels": 4,
+                "num_layers": 28,
+                "num_attention_heads": 16,
+                "attention_head_dim": 72,
+                "patch_size": 2,
+                "num_embeds_ada_norm": 1000,
+            },
+        },
+    },
+    known={
+        "codec": {**_KL, "enlarges": 8},
+        "condition": "classes",
+        "guidance": True,
+        "levels": {"sigma_min": 0.1, "sigma_max": 157.40728081040737},
+    },
+)
+_LSUN_BEDROOM = ConvertedCheckpoint(
+    name="ldm-lsun-bedroom-256",
+    licence="MIT",
+    citation=_LDM_CITATION,
+    address="https://ommer-lab.com/files/latent-diffusion/lsun_bedrooms.zip",
+    how="diffusers' script convert_ldm_original_checkpoint_to_diffusers.py writes unet, vqvae and "
+    "scheduler of it",
+    part="unet",
+    architecture={
+        **_LATENT_PROCESS,
+        "beta_start": 0.0015,
+        "beta_end": 0.0195,
+        "network": "UNet2DModel",
+        "config": {
+            "img_channels": 3,
+            "unet": {
+                "sample_size": 64,
+                "in_channels": 3,
+                "down_block_types": ["DownBlock2D", *["AttnDownBlock2D"] * 3],
+                "up_block_types": [*["AttnUpBlock2D"] * 3, "UpBlock2D"],
+                "block_out_channels": [224, 448, 672, 896],
+                "layers_per_block": 2,
+                "attention_head_dim": 32,
+            },
+        },
+    },
+    known={
+        "codec": {"class": "VQModel", "scaling_factor": 1.0, "image_channels": 3, "enlarges": 4},
+        "guidance": False,
+        "levels": {"sigma_min": 0.03875891355636926, "sigma_max": 83.82249447302878},
+    },
+)
+HUB_CHECKPOINTS: Mapping[str, HubCheckpoint] = {
+    each.name: each for each in (_DDPM, _STABLE_DIFFUSION, _DIT)
+}
+CONVERTED_CHECKPOINTS: Mapping[str, ConvertedCheckpoint] = {_LSUN_BEDROOM.name: _LSUN_BEDROOM}
 
 # All published networks.
-PUBLIC_MODELS: Mapping[str, PublicCheckpoint | HubCheckpoint] = {**CHECKPOINTS, **HUB_CHECKPOINTS}
+PUBLIC_MODELS: Mapping[str, PublicCheckpoint | HubCheckpoint] = {
+    **CHECKPOINTS,
+    **HUB_CHECKPOINTS,
+    **CONVERTED_CHECKPOINTS,
+}
 
+_ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches"
+_COCO = "https://github.com/boomb0om/text2image-benchmark/releases/download/v0.0.1"
+# By name: those of EDM; of guided-diffusion (ADM); and of MS-COCO's validation set.
 REFERENCES: Mapping[str, PublicFile] = {
-    name: PublicFile(name=name, url=f"{_EDM_FILES}/fid-refs/{name}.npz", **_PINS.get(name, {}))
-    for name in ("cifar10-32x32", "ffhq-64x64", "afhqv2-64x64", "imagenet-64x64")
+    **{
+        name: PublicFile(name=name, url=f"{_EDM_FILES}/fid-refs/{name}.npz", **_PINS.get(name, {}))
+        for name in ("cifar10-32x32", "ffhq-64x64", "afhqv2-64x64", "imagenet-64x64")
+    },
+    **{
+        name: PublicFile(
+            name=name,
+            url=f"{_ADM}/{place}.npz",
+            licence="MIT",
+            citation=_ADM_CITATION,
+            image_bytes=10_000 * 256 * 256 * 3,
+        )
+        for name, place in (
+            ("imagenet-256x256", "imagenet/256/VIRTUAL_imagenet256_labeled"),
+            ("lsun-bedroom-256x256", "lsun/bedroom/VIRTUAL_lsun_bedroom256"),
+        )
+    },
+    "ms-coco-val2014": PublicFile(
+        name="ms-coco-val2014",
+        url=f"{_COCO}/MS-COCO_val2014_fid_stats.npz",
+        licence="unknown",
+        citation=_COCO_CITATION,
+    ),
+}
+
+# Tables of captions; their column is ``text``.
+PROMPT_SETS: Mapping[str, PublicFile] = {
+    "ms-coco-val2014-30k": PublicFile(
+        name="ms-coco-val2014-30k",
+        url=f"{_COCO}/MS-COCO_val2014_30k_captions.csv",
+        licence="CC-BY-4.0",
+        citation=_COCO_CITATION,
+    )
 }

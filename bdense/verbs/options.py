@@ -300,7 +300,7 @@ class FidOptions(Knobs):
     reference: str | None = knob(
         None,
         "reference statistics (mu, sigma) in place of a data set, for fid only: an .npz file "
-        f"like EDM's, or one of EDM's by name: {', '.join(REFERENCES)}",
+        f"like EDM's, or a public one by name: {', '.join(REFERENCES)}",
         metavar="FILE",
     )
     metrics: tuple[MetricName, ...] = knob(

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 import torch
 
 from bdense.data.datasets import load_dataset
+from bdense.metrics.clip_score import FILES as CLIP_FILES
 from bdense.metrics.extractors import load_extractor, missing_checkpoint
+from bdense.models.diffusers_files import folder_of
 from bdense.models.store import load_model
-from bdense.models.zoo import PUBLIC_MODELS, resolve_reference
+from bdense.models.zoo import PROMPT_SETS, PUBLIC_MODELS, resolve_reference
 from search.spec.study import StudySpec
 from search.storage.engine import cache_folder
 
@@ -31,6 +33,11 @@ def fetch_all(spec: StudySpec) -> Iterator[str]:
         yield f"teacher {teacher}" + (f": {published.path}" if published is not None else "")
     if (reference := spec.evaluation.reference) is not None:
         yield f"reference {reference}: {resolve_reference(reference)}"
+    for name in dict.fromkeys((spec.prompts, spec.evaluation.prompts)):
+        if name is not None and name in PROMPT_SETS:
+            yield f"prompts {name}: {PROMPT_SETS[name].fetch()}"
+    if (scorer := spec.evaluation.clip_score) is not None:
+        yield f"CLIP model {scorer}: {folder_of(scorer, CLIP_FILES)}"
     extractor = spec.evaluation.extractor
     if (missing := missing_checkpoint(extractor)) is not None:
         load_extractor(extractor, cache=cache_folder(), device=torch.device("cpu"))

@@ -18,7 +18,7 @@ from bdense.data.names import split_fit, split_format
 from bdense.errors import InputError
 from bdense.files import split_column
 from bdense.models.diffusers_files import is_hub_id
-from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
+from bdense.models.zoo import PROMPT_SETS, PUBLIC_MODELS, REFERENCES
 from search.errors import SpecError
 from search.spec.command import command_variant, resolve_command
 from search.spec.legacy import translated
@@ -288,8 +288,8 @@ def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
         return absolute(key, source, names, folder=True)
 
     def absolute_prompts(key: str, source: str | None) -> str | None:
-        if source is None:
-            return None
+        if source is None or source in PROMPT_SETS:
+            return source
         file, column = split_column(source)
         return absolute(key, str(file)) + ("" if column is None else f":{column}")
 

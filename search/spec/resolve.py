@@ -35,7 +35,7 @@ from bdense.models.latents import (
     read_prompts,
 )
 from bdense.models.store import load_model
-from bdense.models.zoo import PUBLIC_MODELS
+from bdense.models.zoo import PROMPT_SETS, PUBLIC_MODELS
 from bdense.training import TRACKERS, latent_digits
 from bdense.training.lora import require_adaptable
 from bdense.training.teacher import TeacherConfig, new_denoiser
@@ -100,7 +100,7 @@ def describe_teacher(spec: StudySpec) -> tuple[dict[str, Any], Mapping[str, Any]
     if name is None:
         return _untrained(spec).describe(), {}
     if (published := PUBLIC_MODELS.get(name)) is not None:
-        return dict(published.architecture), {}
+        return dict(published.architecture), getattr(published, "known", {})
     if Path(name).is_dir() and not (Path(name) / MODEL_FILE).is_file():
         teacher, known = read_diffusers(name, weights=False)
     else:
@@ -336,7 +336,7 @@ def _check_pipeline(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[st
     """Refuse a teacher of latents without the rest of its pipeline."""
     if not draws_latents(teacher, known):
         return
-    if (name := spec.teacher.checkpoint) is None:
+    if (name := spec.teacher.checkpoint) is None or name in PUBLIC_MODELS:
         return
     parts = [TEXT_ENCODER, TOKENIZER] if teacher.model.text_dim else []
     missing = [part for part in parts if not Path(name, part).is_dir()]
@@ -363,6 +363,8 @@ def _check_prompts(spec: StudySpec, teacher: NetworkDenoiser) -> None:
             continue
         if not teacher.model.text_dim:
             raise InputError(f"{key}: the teacher takes no text; leave {key} out")
+        if file in PROMPT_SETS and not PROMPT_SETS[file].is_here:
+            continue
         try:
             read_prompts(file)
         except InputError as error:

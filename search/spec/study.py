@@ -26,7 +26,7 @@ from bdense.execution import Execution, Precision
 from bdense.files import sha256_file, sha256_model, split_column
 from bdense.knobs import KnobError, Knobs, knob, knob_of, knobs_of
 from bdense.methods import YOUNGER
-from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
+from bdense.models.zoo import PROMPT_SETS, PUBLIC_MODELS, REFERENCES
 from bdense.training.teacher_knobs import TeacherKnobs, TeacherRecipe
 from bdense.weights import WEIGHT_SPACES, space_of
 from bdense.weights.spaces import PLAIN, UNIFORM, SearchSpace, WeightSpace
@@ -194,7 +194,7 @@ class EvaluationSpec(Knobs):
     )
     reference: str | None = knob(
         None,
-        "EDM's .npz of statistics in place of the data set's: a file, or the name of one of EDM's",
+        "EDM's .npz of statistics in place of the data set's: a file, or the name of a public one",
     )
     prompts: str | None = knob(
         None,
@@ -823,7 +823,9 @@ def _content_of(data: str) -> str:
 
 
 def _content_of_prompts(prompts: str) -> str:
-    """The digest of a file of prompts, and the column that is read of it."""
+    """A public name, or the digest of a file of prompts and the column that is read of it."""
+    if prompts in PROMPT_SETS:
+        return prompts
     file, column = split_column(prompts)
     return sha256_file(file) if column is None else f"{sha256_file(file)}:{column}"
 

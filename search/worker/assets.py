@@ -35,6 +35,7 @@ from bdense.metrics.references import Reference, dataset_reference, read_referen
 from bdense.metrics.settings import MetricSettings
 from bdense.metrics.setup import Setup
 from bdense.models.card import inherited
+from bdense.models.diffusers_files import folder_of
 from bdense.models.latents import (
     TEXT_ENCODER,
     TOKENIZER,
@@ -46,7 +47,7 @@ from bdense.models.latents import (
     read_prompts,
 )
 from bdense.models.store import denoiser_sha256, load_denoiser, load_model, save_denoiser
-from bdense.models.zoo import resolve_reference
+from bdense.models.zoo import CONVERTED_CHECKPOINTS, HUB_CHECKPOINTS, resolve_reference
 from bdense.training.latent_digits import latent_digits
 from bdense.training.teacher import teacher_data, train_teacher
 from search.spec.resolve import describe_teacher, execution, teacher_config, variant
@@ -366,7 +367,13 @@ def pipeline_of(spec: StudySpec) -> Path | None:
     if spec.teacher.recipe is not None:
         return latent_digits(cache_folder())
     checkpoint = spec.teacher.checkpoint
-    return Path(checkpoint) if checkpoint is not None and Path(checkpoint).is_dir() else None
+    if checkpoint is None:
+        return None
+    if checkpoint in CONVERTED_CHECKPOINTS:
+        return CONVERTED_CHECKPOINTS[checkpoint].fetch()
+    if checkpoint in HUB_CHECKPOINTS:
+        return folder_of(checkpoint)
+    return Path(checkpoint) if Path(checkpoint).is_dir() else None
 
 
 def _encoded(

@@ -33,8 +33,9 @@ from bdense.methods.method import Inputs, Recordings, Stage
 from bdense.metrics.classifiers import RECIPES
 from bdense.metrics.extractors import load_extractor, missing_checkpoint
 from bdense.metrics.references import features_of
+from bdense.models.diffusers_files import HUB
 from bdense.models.latents import load_codec
-from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
+from bdense.models.zoo import PROMPT_SETS, PUBLIC_MODELS, REFERENCES, ConvertedCheckpoint
 from bdense.training.loop import IterationReport, train
 from bdense.weights.spaces import uniform_weights
 from bdense.weights.weighting import FixedWeights
@@ -294,18 +295,28 @@ def _stored_bytes(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str,
 def _downloads(spec: StudySpec, teacher_bytes: int) -> list[str]:
     """A line for each file that a launch downloads first."""
     name = spec.teacher.checkpoint or ""
+    evaluation = spec.evaluation
+    reference = REFERENCES.get(evaluation.reference or "")
     wanted = [
         (PUBLIC_MODELS.get(name), teacher_bytes),
-        (REFERENCES.get(spec.evaluation.reference or ""), 8 * 2048 * 2049),
+        (reference, 8 * 2048 * 2049 + (0 if reference is None else reference.image_bytes)),
+        *((PROMPT_SETS.get(each or ""), None) for each in {spec.prompts, evaluation.prompts}),
     ]
+    missing = [(file, size) for file, size in wanted if file is not None and not file.is_here]
     lines = [
-        f"{file.url} to {file.path} (about {size / 2**20:,.0f} MiB)"
-        for file, size in wanted
-        if file is not None and not file.is_here
+        f"{file.url} to {file.path}" + (f" (about {size / 2**20:,.0f} MiB)" if size else "")
+        for file, size in missing
+        if not isinstance(file, ConvertedCheckpoint)
     ]
+    if (scorer := evaluation.clip_score) is not None and not Path(scorer).exists():
+        lines.append(f"{HUB}/{scorer}, the CLIP model, unless it is in the hub's cache")
     if (weights := missing_checkpoint(spec.evaluation.extractor)) is not None:
         lines.append("{} to {}".format(*weights))
-    return [f"download: the launch fetches {line}" for line in lines]
+    made = [file.text() for file, _ in missing if isinstance(file, ConvertedCheckpoint)]
+    return [
+        *(f"download: the launch fetches {line}" for line in lines),
+        *(f"missing: the launch needs {line}" for line in made),
+    ]
 
 
 def _gib(size: float) -> str:
@@ -377,7 +388,7 @@ def _measure(spec: StudySpec, free: int, download: bool) -> TrialCost:
 def _codec(spec: StudySpec, known: Mapping[str, Any], device: torch.device) -> Codec | None:
     """The autoencoder of the teacher's folder; its time is left out where the folder is made."""
     checkpoint = spec.teacher.checkpoint
-    if checkpoint is None or "codec" not in known:
+    if checkpoint is None or "codec" not in known or not Path(checkpoint).is_dir():
         return None
     return load_codec(checkpoint).to(device)
 

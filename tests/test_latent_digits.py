@@ -112,6 +112,7 @@ def test_its_study_trains_and_judges_under_prompts(folder, cache, tmp_path, monk
     assert result.fid.images == 64
     prompts = str(STUDY.with_suffix(".txt"))
     assert result.drawing_options == ["--pipeline", str(folder), "--prompts", prompts]
+    assert result.prompts == list(PROMPTS)
     live = read_spec(STUDY, CHANGES | {"trajectories": {"mode": "live"}})
     assert run(load(live, CPU), tmp_path / "live", task()).value == result.value
     unguided = CHANGES["method"] | {"guidance_teacher": 1.0}

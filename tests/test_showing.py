@@ -169,6 +169,18 @@ def test_a_search_s_note_has_the_grids_that_there_are(study):
     assert note.count("![](/artifacts/") == 2
 
 
+def test_grids_of_prompted_students_tell_their_prompts(study):
+    """On the page of a trial, of its study, and in the report."""
+    told = ["a two", "a three"]
+    ledger, claim = study.search, take(study, POINT)
+    shown(study, ledger, claim, 11.0, prompts=told)
+    assert "First row: a two, a three." in note_of(ledger, claim.trial_id)
+    show(study)
+    assert "First row: a two, a three." in get_note(study.search.study)
+    shown(study, ledger, take(study, POINT | {"a": 0.7}), 11.0)
+    assert "First row" not in note_of(ledger, claim.trial_id + 1)
+
+
 def test_of_several_stages_the_note_shows_the_last_ones_grid(study, tmp_path):
     ledger, claim = study.search, take(study, POINT)
     for name in ("00032-samples.png", "00004-samples.png"):

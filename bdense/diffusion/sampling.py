@@ -35,6 +35,7 @@ from bdense.errors import InputError, NonFiniteError
 from bdense.files import atomic_write
 from bdense.randomness import Stream, image_noise
 
+GRID_COLUMNS = 16  # of a picture of samples
 _MOST_INTERVALS = 100_000
 
 
@@ -313,7 +314,7 @@ def image_grid(images: Tensor, columns: int) -> Tensor:
     return tiled.reshape(rows * h, columns * w, c)
 
 
-def save_grid(images: Tensor, path: Path, columns: int = 16) -> None:
+def save_grid(images: Tensor, path: Path, columns: int = GRID_COLUMNS) -> None:
     """Write uint8 images [n, C, H, W] as one PNG, small ones enlarged to 32 pixels at least."""
     picture = image_grid(images, columns).squeeze(-1).numpy()
     image = Image.fromarray(picture)

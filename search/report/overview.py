@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+from optuna.trial import TrialState
+
 from bdense.metrics.records import FID
 from search.analysis.comparison import (
     Comparison,
@@ -24,7 +26,7 @@ from search.storage.settings import CHANGES
 from search.study import summary
 from search.study.one_shot import curve_of
 from search.study.provenance import provenance_of
-from search.study.results import Curve
+from search.study.results import Curve, grid_legend
 from search.study.study import FINGERPRINT, Study
 from search.study.summary import Measured, Summary
 
@@ -45,9 +47,9 @@ class Overview:
     A search has ``now`` (else None), its complete ``trials``, the ``verdict`` of its confirmation,
     perhaps the ``curve`` of its one-shot training, the ``recommended`` arm, and this and its noise
     in words, ``assessment``; given arms and the replicates of a search have ``comparisons``, and
-    given arms perhaps the ``teacher``'s FID. ``provenance`` says when, where and by what it was
-    made and what that cost; ``changes`` have ``time``, ``key``, ``old`` and ``new`` of
-    changed settings; ``written`` is in UTC.
+    given arms perhaps the ``teacher``'s FID. ``legend`` says what the sample grids show.
+    ``provenance`` says when, where and by what it was made and what that cost; ``changes`` have
+    ``time``, ``key``, ``old`` and ``new`` of changed settings; ``written`` is in UTC.
     """
 
     study: Study
@@ -59,6 +61,7 @@ class Overview:
     curve: Curve | None
     comparisons: Sequence[Comparison]
     teacher: FID | None
+    legend: str
     spec: str
     fingerprint: str
     failures: Sequence[str]
@@ -146,6 +149,8 @@ def overview_of(study: Study) -> Overview:
         comparisons = [] if replicates is None else [replicates]
     else:
         comparisons = comparisons_of(study)
+    rows = study.main.rows(TrialState.COMPLETE, ("prompts",))
+    legends = [grid_legend(row.user_attrs.get("prompts", [])) for row in rows]
     return Overview(
         study=study,
         now=now,
@@ -156,6 +161,7 @@ def overview_of(study: Study) -> Overview:
         assessment=told,
         comparisons=comparisons,
         teacher=teacher_of(study),
+        legend=next(filter(None, legends), ""),
         spec=as_yaml(study.spec),
         fingerprint=str(attributes.get(FINGERPRINT, "")),
         failures=summary.failures(study),

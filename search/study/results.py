@@ -4,7 +4,7 @@ A row is judged by one figure: a student by its FID, a program's run by the scor
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self
 
@@ -182,6 +182,11 @@ class WeightHistory:
     weights: list[list[float]]
 
 
+def grid_legend(prompts: Sequence[str]) -> str:
+    """What the first row of a sample grid shows; "" without prompts."""
+    return f"First row: {', '.join(prompts)}." if prompts else ""
+
+
 _MEASURED = {
     "fid": FID.read,
     "score": Score.read,
@@ -212,6 +217,7 @@ class TrialResult:
         weights_over_time: Of learned weights.
         weights_plot, student: Files, as study/number/file.
         drawing_options: What ``bdense sample`` needs beside the student, such as prompts.
+        prompts: Of the first row of the sample grid.
         arm: Name of a given arm.
         variant: The method's settings that differ from the study's.
         fingerprint, seeds, versions, device, worker: How and where it was made.
@@ -241,6 +247,7 @@ class TrialResult:
     weights_plot: str | None = None
     student: str | None = None
     drawing_options: list[str] = field(default_factory=list)
+    prompts: list[str] = field(default_factory=list)
     arm: str | None = None
     variant: dict[str, Any] = field(default_factory=dict)
     pruned_at: float | None = None

@@ -16,10 +16,10 @@ from search.storage.engine import one_line, retrying
 from search.storage.ledger import Claim, Ledger
 from search.study.artifacts import artifact_store, attach
 from search.study.dashboard_texts import save_texts
-from search.study.folders import named_file, pictures
+from search.study.folders import GRID, named_file, pictures
 from search.study.markdown import escaped, fenced, markdown_table, paragraphs
 from search.study.one_shot import curve_line, curve_rows
-from search.study.results import TrialResult
+from search.study.results import TrialResult, grid_legend
 from search.study.wording import duration
 
 _log = logging.getLogger(__name__)
@@ -64,7 +64,9 @@ def trial_note(title: str, result: TrialResult, pictures: Sequence[tuple[str, st
     lines.append(escaped(timings_text(result.timings)))
     if command := sample_command(result):
         lines += ["Its student, while it is among those kept:", fenced(command, "sh")]
-    lines += [f"{escaped(name)}:\n\n![]({address})" for name, address in pictures]
+    for name, address in pictures:
+        legend = escaped(grid_legend(result.prompts)) if name.endswith(GRID) else ""
+        lines.append(f"{escaped(name)}: {legend}".rstrip() + f"\n\n![]({address})")
     return paragraphs(lines)
 
 

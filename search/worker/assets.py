@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from bdense.data.encoded import encode_dataset
 from bdense.diffusion.codecs import Codec
 from bdense.diffusion.conditions import Conditions, Prompts, captions
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
-from bdense.diffusion.sampling import Sampler, draw_images, save_grid
+from bdense.diffusion.sampling import GRID_COLUMNS, Sampler, draw_images, save_grid
 from bdense.errors import InputError
 from bdense.files import atomic_write, file_lock, sha256_model
 from bdense.methods import METHODS
@@ -57,6 +58,7 @@ from search.study.arms import ONE_SHOT, Task
 from search.worker.one_shot import one_shot_assets
 
 _GRID_IMAGES = 64
+_SHOWN = 60  # letters of a prompt
 _PROMPTS_AT_ONCE = 256
 
 # Called with what is being made, how much is done, of how much, and a remark.
@@ -194,6 +196,14 @@ class Assets:
         }
         given = {name: value for name, value in options.items() if value is not None}
         return [str(word) for option in given.items() for word in option]
+
+    @property
+    def grid_prompts(self) -> list[str]:
+        """Of the first row of a sample grid; none where images have no prompts."""
+        file = self.spec.evaluation.prompts or self.spec.prompts
+        if file is None or self.conditions is None:
+            return []
+        return [textwrap.shorten(each, _SHOWN) for each in read_prompts(file)[:GRID_COLUMNS]]
 
     @property
     def device(self) -> torch.device:

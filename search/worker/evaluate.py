@@ -279,6 +279,7 @@ class Row:
             weights_plot=None if history is None else below_runs(plot),
             student=None if last is None else below_runs(path),
             drawing_options=assets.drawing_options,
+            prompts=[] if last is None else assets.grid_prompts,
             arm=task.arm,
             variant=dict(task.variant),
             timings={name: round(value, 3) for name, value in self.seconds.items()},

@@ -1,7 +1,8 @@
 """The step condition of SFD-v: one student for several numbers of steps (Zhou et al. 2024).
 
 The network's input N + 1, the sampler's number of time stamps, has its own layers: ``map_step``,
-``map_step_layer0``, ``map_step_layer1``, and in each block ``affine_step``. A one-shot student
+``map_step_layer0``, ``map_step_layer1``, and in each block ``affine_step``; in a network of
+diffusers ``affine_step`` adds to each of its time embeddings. A one-shot student
 (``bdense.methods.one_shot``) is told the branch weights it is trained under through them.
 """
 
@@ -12,6 +13,7 @@ import torch
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.errors import CheckpointError, InputError
 from bdense.networks.layers import UNetBlock
+from bdense.networks.step_embedding import StepShift
 from bdense.randomness import Stream, seeded
 
 Start = Literal["teacher", "random"]
@@ -76,3 +78,5 @@ def _draw_block_layers(denoiser: NetworkDenoiser) -> None:
     for block in denoiser.modules():
         if isinstance(block, UNetBlock) and block.affine_step is not None:
             block.affine_step.reset_parameters()
+        elif isinstance(block, StepShift):
+            block.draw()

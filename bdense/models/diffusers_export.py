@@ -105,6 +105,11 @@ def _pipeline_of(
     denoiser: NetworkDenoiser, metadata: Mapping[str, Any], teacher: str | Path | None
 ) -> _Pipeline:
     """The student's pipeline, once nothing speaks against it."""
+    if denoiser.step_condition:
+        raise InputError(
+            "the student is told its number of steps by layers that diffusers does not have; "
+            f"distil one for a single NFE, or {_INSTEAD}"
+        )
     if draws_latents(denoiser, metadata):
         sampler = own_sampler(metadata)
         require_one_branch(denoiser)

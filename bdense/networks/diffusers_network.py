@@ -8,10 +8,12 @@ import json
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bdense.errors import CheckpointError, InputError
+from bdense.networks.layers import PositionalEmbedding
 from bdense.networks.network import Network, checkpointed
+from bdense.networks.step_embedding import StepShift, TakesSteps
 
 # What diffusers writes about a file rather than about a network, or what we choose ourselves.
 _NOT_OPTIONS = ("num_train_timesteps", "out_channels")
@@ -33,13 +35,15 @@ def require_diffusers() -> None:
         ) from error
 
 
-class DiffusersNetwork(Network):
+class DiffusersNetwork(TakesSteps, Network):
     """A model class of diffusers by its options; weights keep its names below ``part``.
 
     Args:
         options: As in its ``config.json``.
         num_branches: K.
         outputs: P / C.
+        step_values: Numbers of the step condition, which is added to each of the model's time
+            embeddings; 0 has none.
 
     Attributes:
         kind: diffusers' name of the class, and ours in ``NETWORKS``.
@@ -53,9 +57,15 @@ class DiffusersNetwork(Network):
     part: ClassVar[str]
 
     def __init__(
-        self, options: Mapping[str, Any], *, num_branches: int = 1, outputs: int = 1
+        self,
+        options: Mapping[str, Any],
+        *,
+        num_branches: int = 1,
+        outputs: int = 1,
+        step_values: int = 0,
     ) -> None:
         import diffusers
+        from diffusers.models.embeddings import TimestepEmbedding
 
         super().__init__()
         self.options = self.accepted(options, outputs=outputs)
@@ -68,6 +78,23 @@ class DiffusersNetwork(Network):
         except (TypeError, ValueError, NotImplementedError) as error:
             raise CheckpointError(f"the options do not fit a {self.kind}: {error}") from error
         setattr(self, self.part, model)
+        self.step_condition, self.step_values = step_values > 0, step_values or 1
+        if self.step_condition:
+            times = [each for each in model.modules() if isinstance(each, TimestepEmbedding)]
+            first = times[0].linear_1
+            embedding = PositionalEmbedding(first.in_features, endpoint=True)
+            self._build_step_embedding(embedding, first.out_features)
+            width = first.out_features
+            shifts = [StepShift(width, each, each.linear_2.out_features) for each in times]
+            self.affine_step = nn.ModuleList(shifts)
+
+    def tell_step(self, num_points: int | Tensor | None, x: Tensor) -> None:
+        """Set what the next call adds to its time embeddings."""
+        if self.step_condition:
+            emb = self._embed_step(num_points, x)
+            for shift in self.affine_step:
+                assert isinstance(shift, StepShift)
+                shift.emb = emb
 
     @classmethod
     def accepted(cls, config: Mapping[str, Any], *, outputs: int = 1) -> dict[str, Any]:
@@ -117,11 +144,15 @@ class DiffusersNetwork(Network):
     def build(cls, options: Mapping[str, Any], *, num_branches: int, outputs: int) -> Self:
         """As in ``Network``."""
         require_diffusers()
-        if set(options) != {"img_channels", cls.part}:
+        steps = {"step_condition", "step_values"} & set(options)
+        if set(options) - steps != {"img_channels", cls.part}:
             raise CheckpointError(
                 f"a {cls.kind} is described by img_channels and {cls.part}, got {sorted(options)}"
             )
-        network = cls(options[cls.part], num_branches=num_branches, outputs=outputs)
+        values = int(options.get("step_values", 1)) if options.get("step_condition") else 0
+        network = cls(
+            options[cls.part], num_branches=num_branches, outputs=outputs, step_values=values
+        )
         if network.img_channels != options["img_channels"]:
             raise CheckpointError(
                 f"a {cls.kind} of {network.img_channels} image channels predicts as many, not "
@@ -140,6 +171,9 @@ class DiffusersNetwork(Network):
 
     def describe(self) -> dict[str, Any]:
         config = {"img_channels": self.img_channels, self.part: self.options}
+        if self.step_condition:
+            several = {"step_values": self.step_values} if self.step_values > 1 else {}
+            config |= {"step_condition": True, **several}
         return {"network": self.kind, "config": config}
 
 

@@ -22,10 +22,8 @@ class DiffusersUNet(DiffusersNetwork):
     head_name = "unet.conv_out"
     _channels: ClassVar[int] = 3
 
-    def __init__(
-        self, options: Mapping[str, Any], *, num_branches: int = 1, outputs: int = 1
-    ) -> None:
-        super().__init__(options, num_branches=num_branches, outputs=outputs)
+    def __init__(self, options: Mapping[str, Any], **sizes: int) -> None:
+        super().__init__(options, **sizes)
         self.unet: Any
         self.label_dim = int(self.options.get("num_class_embeds") or 0)
         if self.label_dim:
@@ -60,6 +58,7 @@ class DiffusersUNet(DiffusersNetwork):
             class_labels = x.new_zeros(1, self.label_dim)
         labels = None if class_labels is None else class_labels.to(x)
         times = times_of(noise_labels, x)
+        self.tell_step(num_points, x)
         sample: Tensor = self.unet(x, times, class_labels=labels, return_dict=False)[0]
         return sample
 
@@ -100,10 +99,8 @@ class DiffusersTextUNet(DiffusersNetwork):
     head_name = "unet.conv_out"
     unet: Any
 
-    def __init__(
-        self, options: Mapping[str, Any], *, num_branches: int = 1, outputs: int = 1
-    ) -> None:
-        super().__init__(options, num_branches=num_branches, outputs=outputs)
+    def __init__(self, options: Mapping[str, Any], **sizes: int) -> None:
+        super().__init__(options, **sizes)
         self.text_dim = int(self.options["cross_attention_dim"])
 
     @classmethod
@@ -146,9 +143,10 @@ class DiffusersTextUNet(DiffusersNetwork):
             )
         told = text.to(x).expand(len(x), -1, -1)
         times = times_of(noise_labels, x)
+        self.tell_step(num_points, x)
         sample: Tensor = self.unet(x, times, told, return_dict=False)[0]
         return sample
 
     def example(self) -> dict[str, Any]:
         draw = torch.Generator().manual_seed(1)
-        return {"text": torch.randn(1, 2, self.text_dim, generator=draw)}
+        return {"text": torch.randn(1, 2, self.text_dim, generator=draw), **super().example()}

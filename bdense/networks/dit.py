@@ -26,10 +26,8 @@ class DiT(DiffusersNetwork):
     has_null_class = True
     transformer: Any
 
-    def __init__(
-        self, options: Mapping[str, Any], *, num_branches: int = 1, outputs: int = 1
-    ) -> None:
-        super().__init__(options, num_branches=num_branches, outputs=outputs)
+    def __init__(self, options: Mapping[str, Any], **sizes: int) -> None:
+        super().__init__(options, **sizes)
         self.label_dim = int(self.options["num_embeds_ada_norm"])
         self.head_layout = (int(self.options.get("patch_size", 2)) ** 2, 1)
         for block in self.transformer.transformer_blocks:
@@ -70,6 +68,7 @@ class DiT(DiffusersNetwork):
             class_labels = x.new_zeros(1, self.label_dim)
         labels = class_labels.to(x).expand(len(x), -1)
         times = times_of(noise_labels, x)
+        self.tell_step(num_points, x)
         sample: Tensor = self.transformer(x, times, labels, return_dict=False)[0]
         return sample
 

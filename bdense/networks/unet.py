@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bdense.errors import InputError
-from bdense.networks.layers import Init, Linear, PositionalEmbedding, UNetBlock
+from bdense.networks.layers import UNetBlock
 from bdense.networks.network import Network, check_inputs, check_labels
+from bdense.networks.step_embedding import TakesSteps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +94,7 @@ class UNetConfig:
         return options
 
 
-class UNet(Network):
+class UNet(TakesSteps, Network):
     """Base of EDM's networks.
 
     Args:
@@ -189,15 +189,6 @@ class UNet(Network):
             self._after_level(level, side, cout)
         return cout
 
-    def _build_step_embedding(
-        self, embedding: PositionalEmbedding, emb_channels: int, init: Init
-    ) -> None:
-        """SFD-v's layers from N + 1 to the embedding that every block gets (Zhou et al. 2024)."""
-        self.map_step = embedding
-        channels = self.step_values * embedding.num_channels
-        self.map_step_layer0 = Linear(channels, emb_channels, init=init)
-        self.map_step_layer1 = Linear(emb_channels, emb_channels, init=init)
-
     def checkpoint_blocks(self, on: bool) -> None:
         """As in ``Network``."""
         for module in self.modules():
@@ -254,19 +245,6 @@ class UNet(Network):
     ) -> Tensor:
         """[B, out_channels, H, W]."""
         raise NotImplementedError
-
-    def _embed_step(self, num_points: int | Tensor | None, x: Tensor) -> Tensor | None:
-        """[1 or B, E], or None for a network without step condition."""
-        if num_points is None:
-            return None
-        points = torch.as_tensor(num_points, dtype=x.dtype, device=x.device).reshape(-1)
-        emb = self._arrange(self.map_step(points)).view(-1, self.map_step_layer0.in_features)
-        emb = F.silu(self.map_step_layer0(emb))
-        return F.silu(self.map_step_layer1(emb))
-
-    def _arrange(self, embedding: Tensor) -> Tensor:
-        """The order in which this network takes cosines and sines."""
-        return embedding
 
     def _labels(self, class_labels: Tensor | None, x: Tensor) -> Tensor:
         """[B or 1, label_dim] class labels, zeros where none are given or where hidden."""

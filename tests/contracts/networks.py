@@ -3,12 +3,15 @@
 The network is small, in eval mode, with one branch and with weights that all matter.
 """
 
+import copy
+
 import pytest
 import torch
 
 from bdense.diffusion.branches import export_branch, recombine_branches, widen_head
 from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.diffusion.preconditioning import EDM, IDDPM
+from bdense.diffusion.step_condition import with_step_condition
 from bdense.errors import CheckpointError, InputError, ShapeError
 from bdense.networks import NETWORKS, Network
 from tests.small import same_weights
@@ -43,6 +46,35 @@ class NetworkContract:
     def told(self, network):
         """What every call of the denoiser needs."""
         return network.example()
+
+    # ---- the step condition ----
+
+    def test_a_step_condition_changes_nothing_before_it_is_trained(self, denoiser, x, told):
+        if denoiser.step_condition:
+            pytest.skip("it has one")
+        try:
+            student = with_step_condition(denoiser, seed=1)
+        except InputError:
+            pytest.skip("it takes none")
+        expected = denoiser(x, LEVELS, **told)
+        for points in (2, 5):
+            assert torch.equal(student(x, LEVELS, **told, num_points=points), expected)
+        student(x, LEVELS, **told, num_points=5).square().sum().backward()
+        shifts = [p for name, p in student.named_parameters() if "affine_step" in name]
+        assert all(shift.grad.any() for shift in shifts)
+        started = with_step_condition(denoiser, start="random", seed=1)
+        copied = copy.deepcopy(started)
+        with torch.no_grad():
+            two, five = (started(x, LEVELS, **told, num_points=n) for n in (2, 5))
+            assert (two - five).abs().max() > 1e-4
+            # A copy is told by itself, and each image by its own number.
+            assert torch.equal(copied(x, LEVELS, **told, num_points=2), two)
+            assert torch.equal(started(x, LEVELS, **told, num_points=5), five)
+            each = started(x, LEVELS, **told, num_points=torch.tensor([2, 5, 5]))
+            torch.testing.assert_close(each, torch.cat([two[:1], five[1:]]), rtol=1e-4, atol=1e-5)
+            again = build_denoiser(started.describe()).eval()
+            again.load_state_dict(started.state_dict())
+            assert torch.equal(again(x, LEVELS, **told, num_points=5), five)
 
     # ---- the network ----
 

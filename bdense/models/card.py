@@ -41,20 +41,18 @@ images = pipeline(
     {settings}, generator=torch.manual_seed(0)
 ).images"""
 _LORA = """\
+import sys
+
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
+
+folder = {name}
+sys.path.insert(0, f"{{folder}}/scheduler")
+from student_scheduler import StudentScheduler
 
 pipeline = DiffusionPipeline.from_pretrained({teacher})
-pipeline.load_lora_weights({name})
-scheduler = get_class_from_dynamic_module(
-    {name},
-    "student_scheduler.py",
-    subfolder="scheduler",
-    class_name="StudentScheduler",
-    trust_remote_code=True,
-)
-pipeline.scheduler = scheduler.from_pretrained({name}, subfolder="scheduler")
+pipeline.load_lora_weights(folder)
+pipeline.scheduler = StudentScheduler.from_pretrained(f"{{folder}}/scheduler")
 images = pipeline(
     {settings}, generator=torch.manual_seed(0)
 ).images"""
@@ -177,8 +175,8 @@ def lora_card(
         HOW_TO_SAMPLE,
         _fenced("python", python),
         f"It was distilled for `{_settings(call)}`. The adapters are of {teacher} alone, in "
-        "float32.",
-        _OWN_SCHEDULER,
+        "float32. The scheduler, which takes the student's own steps, is a part of this folder, "
+        "not of diffusers; read `scheduler/student_scheduler.py` before you run it.",
         *_fid_section(metadata),
         library="diffusers",
         tags=("lora",),
@@ -349,6 +347,8 @@ def _student_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
     scales = [training.get(f"guidance_{who}", 1.0) for who in ("teacher", "student")]
     if scales != [1, 1]:
         facts["guidance in training"] = "teacher {:g}, student {:g}".format(*scales)
+    if rank := training.get("lora_rank"):
+        facts["trained weights"] = f"adapters of rank {rank} (LoRA), and the head"
     if "perceptual" in metadata:
         low, high = metadata["perceptual"]["range"]
         facts["perceptual loss"] = (

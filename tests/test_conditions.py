@@ -10,6 +10,7 @@ from bdense import NUMERICS
 from bdense.files import sha256_file
 from bdense.knobs import knobs_of
 from bdense.methods import METHODS as BUILT_IN
+from bdense.methods import YOUNGER
 from search.spec.file import parse
 from search.spec.resolve import variant
 from search.spec.study import StudySpec
@@ -32,6 +33,7 @@ LEFT_ALONE = [
     {"name": "another"},
     {"resources": {"cpus": 2, "threads": 2, "lease_seconds": 10, "max_attempts": 5}},
     {"resources": {"gpus": 0.5, "compile": True, "channels_last": True}},
+    {"resources": {"gradient_checkpointing": True}},
     {"precision": "float32"},
     {"trajectories": {"mode": "live", "max_gib": 1.0}},
     {"trajectories": {"mode": "live", "dtype": "float16"}},
@@ -102,15 +104,15 @@ def test_every_knob_of_the_method_is_a_condition(method):
     study = spec(of_kind(method, "search"))
     conditions = study.conditions()
     # But for what is younger than stored studies and at its default, and a file, whose content is.
-    younger = {"tail", "guidance_teacher", "guidance_student", "epd_table"}
+    younger = {"tail", "epd_table", *YOUNGER}
     names = {"name", *knobs_of(BUILT_IN[method].Config)} - younger
     assert {key for key in conditions if key.startswith("method.")} == {
         f"method.{name}" for name in names
     }
     assert differing(study, variant(study, {"tail": 0.25})) == {"method.tail"}
-    if method == "sfd":
-        guided = variant(study, {"guidance_teacher": 2.0})
-        assert differing(study, guided) == {"method.guidance_teacher"}
+    guided = variant(study, {"guidance_teacher": 2.0})
+    assert differing(study, guided) == {"method.guidance_teacher"}
+    assert differing(study, variant(study, {"accumulate": 2})) == {"method.accumulate"}
     assert differing(study, variant(study, {"lr": 1e-4})) == {"method.lr"}
     assert differing(study, variant(study, {"batch": 32})) == {"method.batch"}
 

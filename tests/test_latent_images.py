@@ -339,3 +339,49 @@ def test_the_command_learns_from_captioned_images(tmp_path, method):
     file.write_text("a red cat\nthe dog\n")
     refused = commands.bdense(*asked, "--prompts", file, "--out", tmp_path / "other")
     assert "2 prompts are no captions of folder:photos" in commands.refused(refused)
+
+
+# ---- bad input ----
+
+
+def test_what_does_not_fit_is_refused_before_images_are_encoded(tmp_path):
+    common = ("--method", "progressive", "--steps", 4, "--until", 2, "--data", "digits")
+    asked = ("distill", LATENT / "ldm-a", *common, "--out", tmp_path / "out")
+    cache = ("--cache", tmp_path / "cache")
+    shapes = commands.refused(commands.bdense(*asked, *cache))
+    assert "data digits has images of 1 x 8 x 8, and the teacher is a network for 3 x 16 x 16" in (
+        shapes
+    )
+    unguidable = commands.refused(commands.bdense(*asked, *cache, "--guidance-teacher", 2))
+    assert "guidance 2 needs a network that was trained without its condition" in unguidable
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "knobs"),
+    [
+        (SFD, SFDConfig(guidance_teacher=2.0)),
+        (Progressive, PDConfig(**PD, guidance_student=2.0)),
+        (Consistency, ConsistencyConfig(**CD, guidance_teacher=2.0)),
+    ],
+)
+def test_guidance_of_a_teacher_without_null_is_refused(method, knobs):
+    teacher, known = load_model(LATENT / "ldm-a")
+    with pytest.raises(InputError, match="guidance 2 needs a network"):
+        method().check(knobs, teacher, known)
+
+
+def test_decoding_takes_fewer_images_at_a_time_where_memory_is_short():
+    codec, latents = bdense.load_codec(LATENT / "pipeline-a"), torch.randn(5, 4, 8, 8)
+    expected, most = codec.decode(latents), 2
+
+    def short(_, inputs: tuple[torch.Tensor, ...]) -> None:
+        if len(inputs[0]) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    codec.model.decoder.register_forward_pre_hook(short)
+    torch.testing.assert_close(codec.decode(latents), expected)
+    assert codec.slice == 2
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        codec.decode(latents)

@@ -3,11 +3,14 @@
 B batch, C channels, H x W pixels; [B, c, h, w] latents.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
+
+from bdense.errors import is_out_of_memory
 
 
 class Codec(Protocol):
@@ -43,14 +46,14 @@ class Pixels:
         return {"class": "pixels"}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Autoencoder:
     """Latents of a variational or quantising autoencoder of diffusers, scaled for the denoiser.
 
     Attributes:
         model: ``AutoencoderKL`` or ``VQModel``, in eval mode.
         scaling_factor, shift_factor: z = (latents - shift) * scale.
-        slice: Images at a time, which bounds the memory.
+        slice: Images at a time, which bounds the memory; halved where it is not enough.
     """
 
     model: Any
@@ -61,14 +64,14 @@ class Autoencoder:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """The mean of the latents' distribution, or the latents before they are quantised."""
-        found = [self._encoded(part) for part in self._parts(images)]
-        return (torch.cat(found) - self.shift_factor) * self.scaling_factor
+        found = self._in_slices(self._encoded, images)
+        return (found - self.shift_factor) * self.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """A quantising autoencoder quantises first."""
         unscaled = latents / self.scaling_factor + self.shift_factor
-        return torch.cat([self.model.decode(part).sample for part in self._parts(unscaled)])
+        return self._in_slices(lambda part: self.model.decode(part).sample, unscaled)
 
     def to(self, device: torch.device) -> "Autoencoder":
         self.model.to(device)
@@ -86,6 +89,15 @@ class Autoencoder:
         latents: Tensor = out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latents
         return latents
 
-    def _parts(self, values: Tensor) -> tuple[Tensor, ...]:
-        like = next(self.model.parameters())
-        return torch.split(values.to(like), self.slice)
+    def _in_slices(self, call: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+        """The call on some images at a time; of fewer, if the memory is not enough for them."""
+        values = values.to(next(self.model.parameters()))
+        while True:
+            try:
+                return torch.cat([call(part) for part in torch.split(values, self.slice)])
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or self.slice == 1:
+                    raise
+            self.slice //= 2
+            if values.device.type == "cuda":
+                torch.cuda.empty_cache()

@@ -362,6 +362,7 @@ class Consistency(Method):
     def check(
         self, config: ConsistencyConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]
     ) -> None:
+        config.require_guidable(teacher, known)
         require_pixels(config, {"flip": (True,), "loss": ("lpips",)}, teacher, known)
         teacher.require_levels(config.levels)
         if samplers_from(known):

@@ -6,7 +6,7 @@ entry point of the group ``bdense.methods``.
 """
 
 import abc
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeAlias
@@ -16,7 +16,7 @@ from bdense.data.datasets import Dataset
 from bdense.diffusion.conditions import Conditions
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.grid_knobs import GridKnobs
-from bdense.diffusion.guidance import null_for
+from bdense.diffusion.guidance import no_null, null_for
 from bdense.diffusion.sampling import Sampler, levels_of
 from bdense.errors import InputError
 from bdense.knobs import KnobError, Knobs, knob
@@ -100,6 +100,20 @@ class GuidanceKnobs(Knobs):
         """Raise an ``InputError`` where a scale needs a null condition and there is none."""
         for scale in (self.guidance_teacher, self.guidance_student):
             null_for(scale, conditions)
+
+    def require_guidable(self, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
+        """Refuse guidance of a teacher that was not trained for it.
+
+        Args:
+            teacher: The first teacher.
+            known: Metadata of its file.
+        """
+        network = teacher.model
+        if known.get("guidance", bool(network.text_dim) or network.has_null_class):
+            return
+        for name in ("guidance_teacher", "guidance_student"):
+            if (scale := getattr(self, name)) != 1:
+                raise KnobError(name, str(no_null(scale)))
 
     def require_one_call(self) -> None:
         """Refuse a guided student where each image is told its weights."""
@@ -228,11 +242,16 @@ def require_pixels(
 
 def require_shape(dataset: Dataset, teacher: NetworkDenoiser) -> None:
     """Refuse a data set of images of another shape than the teacher's."""
-    theirs, own = (" x ".join(map(str, shape)) for shape in (dataset.shape, teacher.image_shape))
-    if theirs != own:
+    require_same_shape(dataset, dataset.shape, teacher.image_shape)
+
+
+def require_same_shape(dataset: Dataset, theirs: Sequence[int], own: Sequence[int]) -> None:
+    """Refuse a data set whose (C, H, W) is not the teacher's."""
+    if tuple(theirs) != tuple(own):
+        given, wanted = (" x ".join(map(str, shape)) for shape in (theirs, own))
         raise InputError(
-            f"data {dataset.name} has images of {theirs}, and the teacher is a network for {own}; "
-            "give the data set that it was trained on, with the same padding"
+            f"data {dataset.name} has images of {given}, and the teacher is a network for "
+            f"{wanted}; give the data set that it was trained on, with the same padding"
         )
 
 

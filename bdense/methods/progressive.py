@@ -504,6 +504,7 @@ class Progressive(Method):
 
     def check(self, config: PDConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
         teacher.execution.require_training("progressive distillation")
+        config.require_guidable(teacher, known)
         names = ("clip_targets", "clip_samples", "flip")
         require_pixels(config, dict.fromkeys(names, (True,)), teacher, known)
         levels = config.levels(teacher)

@@ -459,6 +459,7 @@ class SFD(Method):
         return 1 if isinstance(config.grid, VariableGrid) else len(config.grid.trained)
 
     def check(self, config: SFDConfig, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
+        config.require_guidable(teacher, known)
         require_pixels(config, {"perceptual": ("lpips", "lpips-sfd")}, teacher, known)
         levels = _levels(config, teacher)
         teacher.require_levels(levels)

@@ -18,7 +18,7 @@ from bdense.knobs import KnobError, from_options
 from bdense.methods import METHODS
 from bdense.methods.distill import TrainedStage, keep_student
 from bdense.methods.distill import distill as distill_stages
-from bdense.methods.method import Inputs, StagePlan
+from bdense.methods.method import Inputs, StagePlan, require_same_shape
 from bdense.metrics.extractors import load_extractor
 from bdense.metrics.references import dataset_reference
 from bdense.models.card import inherited
@@ -61,6 +61,7 @@ def distill(options: argparse.Namespace) -> None:
     learned = dataset if method.needs_data else None
     if learned is not None and draws_latents(teacher, known):
         method.check(config, teacher, known)
+        require_same_shape(learned, learned.shape, drawn_shape(teacher, known))
         if texts:
             captions(len(texts), learned)  # refuses those that are none, before they are embedded
         learned = _encoded(learned, own.teacher, evaluation.cache, device)

@@ -372,12 +372,9 @@ def _check_prompts(spec: StudySpec, teacher: NetworkDenoiser) -> None:
 
 
 def _check_guidance(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str, Any]) -> None:
-    """Refuse guidance of a teacher that cannot have it, or of students that have learned it."""
+    """Refuse guidance when sampling of students that have learned it, or cannot have it."""
     options, scale = spec.method.options, spec.evaluation.guidance
     guides = known.get("guidance", teacher.model.has_null_class)
-    for name in ("guidance_teacher", "guidance_student"):
-        if (own := options.get(name, 1.0)) != 1 and not guides:
-            raise SpecError.under(f"method.{name}", no_null(own))
     if scale is None:
         return
     learned = options.get("guidance_teacher", 1.0)

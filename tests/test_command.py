@@ -24,7 +24,7 @@ from search.study.study import Study
 from search.study.trial_log import LOG_FILE, read_log
 from tests.e2e.study import wait_until
 from tests.goldens import ROOT
-from tests.measured import command, copy_storage, empty_storage, refused
+from tests.measured import command, refused
 from tests.programs import (
     WEIGHTS,
     given_to,
@@ -37,7 +37,6 @@ from tests.programs import (
     worker_config,
     written,
 )
-from tests.studies import resolve_here
 
 
 def trials(study: Study) -> list[optuna.trial.FrozenTrial]:
@@ -66,57 +65,35 @@ def alive(pid: int) -> bool:
 # ---- a search ----
 
 
-@pytest.fixture(scope="module")
-def complete(tmp_path_factory) -> tuple[Study, Path]:
-    """A search of three points, one of them under a second seed, and its folder."""
-    folder = tmp_path_factory.mktemp("searched")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BDENSE_RUNS", str(folder / "runs"))
-        url = copy_storage(empty_storage(tmp_path_factory.getbasetemp()), folder / "study.db")
-        plan = {"trials": 4, "replicates": 2, "race": 1}
-        study = work(planned(url, written(folder, "{x}", "{seed}", plan=plan)))
-    return study, folder
-
-
-@pytest.fixture
-def searched(complete, monkeypatch) -> Study:
-    """``complete``, which the command finds; a test leaves it as it is."""
-    study, folder = complete
-    monkeypatch.setenv("BDENSE_RUNS", str(folder / "runs"))
-    monkeypatch.setenv("BDENSE_STORAGE", study.url)
-    resolve_here(monkeypatch)
-    return study
-
-
-def test_a_search_s_trials_are_runs_of_the_program(searched):
-    for trial in trials(searched):
+def test_a_search_s_trials_are_runs_of_the_program(losses):
+    for trial in trials(losses):
         x, y = trial.params["x"], trial.params["y"]
         assert trial.state is TrialState.COMPLETE
         assert trial.value == score(x, y)
         assert 0.1 <= x <= 10
         assert 0 <= y <= 2
-        assert given_to(searched, trial.number)["params"] == {"x": x, "y": y}
+        assert given_to(losses, trial.number)["params"] == {"x": x, "y": y}
         (started,) = [
             each
-            for each in read_log(row(searched, trial.number, LOG_FILE))[0]
+            for each in read_log(row(losses, trial.number, LOG_FILE))[0]
             if each["event"] == "started"
         ]
         assert started["program"][-2:] == [repr(x), "0"]
     # Defaults under both seeds, and the best trial under the second.
-    found = compare(searched)
+    found = compare(losses)
     assert found.results[0].arm.name == "defaults"
     assert found.results[0].values == {0: score(2, 1), 1: score(2, 1, 1)}
     assert [sorted(each.values) for each in found.results] == [[0, 1], [0, 1]]
     assert noise_of(found).replicates == 2
-    best = min(trials(searched), key=lambda trial: trial.value)
+    best = min(trials(losses), key=lambda trial: trial.value)
     assert recommend(found).arm.trial == best.number
 
 
-def test_outputs_name_the_metric(searched, tmp_path):
-    best = min(trial.value for trial in trials(searched))
+def test_outputs_name_the_metric(losses, tmp_path):
+    best = min(trial.value for trial in trials(losses))
     printed = {verb: command(verb, "losses") for verb in ("status", "best", "trials")}
     assert {answer.status for answer in printed.values()} == {0}
-    page = write_report(searched, tmp_path / "report").read_text()
+    page = write_report(losses, tmp_path / "report").read_text()
     texts = [*(answer.out for answer in printed.values()), command("list").out, page]
     for text in texts:
         assert "FID" not in text
@@ -131,9 +108,9 @@ def test_outputs_name_the_metric(searched, tmp_path):
     }
     (listed,) = json.loads(command("list", "--json").out)
     assert (listed["metric"], listed["best_value"]) == ("loss", best)
-    plots = [plot.key for plot in overview_of(searched).plots()]
+    plots = [plot.key for plot in overview_of(losses).plots()]
     assert plots == ["loss-over-log10-x", "loss-over-y"]
-    assert searched.search.study.metric_names == ["loss"]
+    assert losses.search.study.metric_names == ["loss"]
 
 
 def test_a_point_is_enqueued_and_a_study_deleted(url, tmp_path):
@@ -465,8 +442,8 @@ def test_a_stored_spec_is_read_back(url, tmp_path):
     assert stored.fingerprint() == spec.fingerprint()
 
 
-def test_what_is_for_students_is_refused(searched, complete, tmp_path):
-    path = complete[1] / "losses.yaml"
+def test_what_is_for_students_is_refused(losses, tmp_path):
+    path = Path(losses.spec.program.folder) / "losses.yaml"
     assert "program's own" in refused(command("export", "losses", tmp_path / "model"))
     assert "program's own" in refused(command("promote", "losses", "--weights", "1,0"))
     assert command("fetch", path).status == 0

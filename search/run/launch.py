@@ -25,14 +25,19 @@ def launch(study: Study, source: str, workers: int | None) -> tuple[str, bool]:
     Returns:
         The result for people, and whether any row is complete.
     """
-    if study.is_search:
-        plan_first_points(study)
-        look_ahead(study)
-    run_rows(study, workers)
+    run_planned(study, workers)
     overview = overview_of(study)
     result = [*align(overview.table()), *overview.remarks()] if not overview.is_empty else []
     lines = [overview.headline(), *failures(study), *result, "", *_next(study, source)]
     return "\n".join(lines), not overview.is_empty
+
+
+def run_planned(study: Study, workers: int | None) -> None:
+    """Run a study's rows, as ``run_rows``; of a search first the points that it begins with."""
+    if study.is_search:
+        plan_first_points(study)
+        look_ahead(study)
+    run_rows(study, workers)
 
 
 def run_rows(study: Study, workers: int | None) -> None:

@@ -41,7 +41,25 @@ def read_spec(path: Path, changes: dict[str, Any] | None = None) -> StudySpec:
     Raises:
         SpecError: The file cannot be read, or keys or values are wrong; a line for each key.
     """
-    return apart(functools.partial(_resolved, Path(path), changes or {}))
+    return apart(functools.partial(_read, Path(path), changes or {}))
+
+
+def read_here(
+    given: str | Path | Mapping[str, Any] | StudySpec, changes: dict[str, Any]
+) -> StudySpec:
+    """As ``read_spec``, in this process, also of what a study file holds, or of a spec.
+
+    A script need not guard its main module then, as a child process would import that.
+
+    Raises:
+        SpecError: As by ``read_spec``.
+    """
+    if isinstance(given, str | Path):
+        return _read(Path(given), changes)
+    tree = given.as_dict() if isinstance(given, StudySpec) else dict(given)
+    tree.pop("facts", None)
+    tree = _merged(_spelt(tree), changes)
+    return resolved(parse(tree, source=str(Path.cwd() / "study")), source="study")
 
 
 def require_variants(spec: StudySpec, variants: Sequence[dict[str, Any]]) -> None:
@@ -63,16 +81,14 @@ def apart(call: Callable[[], T]) -> T:
         return child.submit(call).result()
 
 
-def _resolved(path: Path, changes: dict[str, Any]) -> StudySpec:
+def _read(path: Path, changes: dict[str, Any]) -> StudySpec:
     tree = read_tree(path)
     try:
         try:
             tree, hint = translated(tree)
         except SpecError as error:
             raise SpecError(f"{path}: {error}") from error
-        if "plan" in tree:
-            tree = {**tree, "plan": spelt_plan(tree["plan"])}
-        spec = parse(_merged(tree, changes), source=str(path))
+        spec = parse(_merged(_spelt(tree), changes), source=str(path))
         if hint:
             sys.stderr.write(f"bdense-search: {path}: {hint}\n")
         return resolved(spec, source=str(path))
@@ -111,6 +127,10 @@ def key_places(node: yaml.Node | None, prefix: str = "") -> dict[str, str]:
         found[prefix + name] = f"{mark.line + 1}:{mark.column + 1}"
         found |= key_places(value, f"{prefix}{name}.")
     return found
+
+
+def _spelt(tree: dict[str, Any]) -> dict[str, Any]:
+    return {**tree, "plan": spelt_plan(tree["plan"])} if "plan" in tree else tree
 
 
 def resolved(spec: StudySpec, source: str) -> StudySpec:

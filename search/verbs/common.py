@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from bdense.knobs import from_options
+from search.api import is_file
 from search.errors import SpecError
 from search.run.gpus import use_gpus
 from search.run.ray_folders import require_ray_folders
@@ -26,11 +27,6 @@ def use_workers(options: argparse.Namespace) -> int | None:
     asked = from_options(Workers, options)
     use_gpus(asked.gpus)
     return asked.workers
-
-
-def is_file(given: str) -> bool:
-    """Whether a study is given by its file rather than by its name."""
-    return Path(given).suffix in (".yaml", ".yml")
 
 
 def study_name(given: str) -> str:

@@ -6,11 +6,11 @@ import json
 from bdense.errors import InputError
 from bdense.knobs import from_options
 from search.analysis.comparison import compare
-from search.analysis.confirmation import verdict
-from search.analysis.plans import differing, plan_confirmation, plan_transfer
+from search.analysis.plans import plan_transfer
 from search.analysis.recommendation import recommend
+from search.api import run_confirmation
 from search.run.launch import run_rows
-from search.spec.file import read_spec, require_variants
+from search.spec.file import read_spec
 from search.verbs.common import open_search, show_rows, use_workers
 from search.verbs.options import ConfirmOptions, TransferOptions
 
@@ -19,17 +19,13 @@ def confirm(options: argparse.Namespace) -> None:
     """Run the confirmation, and print its verdict."""
     workers, asked = use_workers(options), from_options(ConfirmOptions, options)
     study = open_search(options)
-    usual = study.spec.confirm
-    method = usual.method | ({"kimg": asked.kimg} if asked.kimg else {})
-    require_variants(study.spec, [differing(study.spec, method)])
-    planned = plan_confirmation(
+    planned, found = run_confirmation(
         study,
-        method=method,
-        seeds=asked.seeds or usual.seeds,
-        count=asked.candidates or usual.candidates,
+        candidates=asked.candidates,
+        seeds=asked.seeds,
+        method=study.spec.confirm.method | ({"kimg": asked.kimg} if asked.kimg else {}),
+        workers=workers,
     )
-    run_rows(planned, workers)
-    found = verdict(study)
     if asked.json and found is not None:
         print(json.dumps(found.as_dict()))
         return

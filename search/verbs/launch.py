@@ -1,20 +1,17 @@
 """``bdense-search launch``: start or continue a study, or print its cost."""
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
-from bdense.errors import BdenseError, InputError
+from bdense.errors import BdenseError
 from bdense.knobs import from_options
-from search.analysis.plans import plan_given
-from search.analysis.priors import require_priors
-from search.log import say
+from search.api import changes_of, is_file, planned, with_trials
 from search.run.launch import launch
 from search.spec.command import budget
 from search.spec.file import as_yaml, read_spec
 from search.spec.study import StudySpec
 from search.study.study import Study
-from search.verbs.common import is_file, storage_url, use_workers
+from search.verbs.common import storage_url, use_workers
 from search.verbs.options import DryRun, LaunchOptions
 
 
@@ -26,34 +23,17 @@ def launch_study(options: argparse.Namespace) -> None:
     if by_name:
         spec = Study.open(url, asked.study).spec
         if asked.trials is not None:
-            spec = _with_trials(spec, asked.trials)
+            spec = with_trials(spec, asked.trials)
     else:
-        changes = {} if asked.trials is None else {"plan": {"trials": asked.trials}}
-        spec = read_spec(Path(asked.study), changes)
+        spec = read_spec(Path(asked.study), changes_of(asked.trials))
     if from_options(DryRun, options).dry_run:
         dry_run(spec, workers)
         return
-    if spec.is_search:
-        for line in require_priors(url, spec):
-            say(line)
-        study = Study.create(url, spec)
-    elif by_name:
-        study = Study.open(url, spec.name)
-        study.plan_failed_again()
-    else:
-        study = plan_given(url, spec)
+    study = planned(url, spec, by_name=by_name)
     result, succeeded = launch(study, asked.study, workers)
     print(result)
     if not succeeded:
         raise BdenseError(f"no row of study {spec.name} is complete; the reasons are above")
-
-
-def _with_trials(spec: StudySpec, trials: int) -> StudySpec:
-    if not spec.is_search:
-        raise InputError(
-            f"--trials {trials}: {spec.name} has given arms and no trials; leave it out"
-        )
-    return replace(spec, plan=replace(spec.search, trials=trials))
 
 
 def _cost(spec: StudySpec, workers: int | None) -> list[str]:

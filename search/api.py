@@ -1,0 +1,304 @@
+"""The search from Python: what the command does, as one object for each study.
+
+In a script, a notebook, or on a cluster::
+
+    import search
+
+    study = search.open_study("studies/digits-nfe2.yaml")
+    study.run(workers=2)      # Ctrl-C stops it; the same call goes on
+    study.best.value, study.frame()
+    study.confirm().sentence()
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bdense.errors import InputError
+from bdense.weights.spaces import require_point
+from search.analysis.confirmation import Verdict, judged_summary
+from search.analysis.confirmation import verdict as verdict_of
+from search.analysis.plans import differing, plan_confirmation, plan_given
+from search.analysis.priors import require_priors
+from search.analysis.recommendation import Recommendation, assess
+from search.log import say
+from search.report.document import as_markdown
+from search.report.overview import overview_of
+from search.report.pages import study_page
+from search.report.report_files import write_report
+from search.spec.file import read_here, require_variants
+from search.spec.study import StudySpec
+from search.storage.engine import resolve_storage_url
+from search.storage.ledger import MENDABLE
+from search.storage.queries import Counts
+from search.storage.stop_flags import ask_all
+from search.study.study import Study
+from search.study.summary import Measured
+from search.study.trial_list import ListedRow, list_rows
+
+if TYPE_CHECKING:
+    import optuna
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+
+def open_study(
+    study: str | Path | Mapping[str, Any] | StudySpec,
+    *,
+    storage: str | None = None,
+    trials: int | None = None,
+) -> "OpenStudy":
+    """A study, planned in the storage if it is not there yet; nothing runs.
+
+    Args:
+        study: A YAML file, what such a file holds or a ``StudySpec`` (paths relative to the
+            current folder), or the name of a study of the storage.
+        storage: URL of the study database; None is ``$BDENSE_STORAGE``, else SQLite in
+            ``runs/bdense.db``.
+        trials: In place of ``plan.trials``.
+
+    Raises:
+        SpecError: The file is wrong; a line for each mistake.
+        SpecChangedError: The stored study has other conditions.
+        UnknownStudyError: There is no study of that name.
+        StorageError: The database cannot be opened.
+    """
+    url = resolve_storage_url(storage)
+    if isinstance(study, str) and not is_file(study):
+        if trials is None:
+            return OpenStudy(Study.open(url, study))
+        return OpenStudy(planned(url, with_trials(Study.open(url, study).spec, trials)))
+    return OpenStudy(planned(url, read_here(study, changes_of(trials))))
+
+
+@dataclass(frozen=True, slots=True)
+class OpenStudy:
+    """A study of a storage, see ``open_study``. Everything is read anew at each call.
+
+    Attributes:
+        record: The study in the database.
+    """
+
+    record: Study
+
+    @property
+    def name(self) -> str:
+        """The study's name."""
+        return self.record.name
+
+    @property
+    def spec(self) -> StudySpec:
+        """As it was opened last."""
+        return self.record.spec
+
+    @property
+    def counts(self) -> Counts:
+        """Trials by state."""
+        return self.record.counts()
+
+    def run(self, workers: int | None = None) -> None:
+        """Run what is left, on this machine or on the Ray cluster of ``$RAY_ADDRESS``.
+
+        The progress goes to stderr. What was interrupted goes on at the next call.
+
+        Args:
+            workers: Trials at once; None for as many as fit.
+
+        Raises:
+            InputError: Workers cannot use something that the study names.
+            KeyboardInterrupt: Ctrl-C, or the stop button of a notebook: workers have saved their
+                trials and given them back.
+            StoppedError: ``stop`` was called elsewhere.
+        """
+        from search.run.launch import run_planned  # Ray
+
+        run_planned(self.record, workers)
+
+    def stop(self) -> None:
+        """Ask all workers of the study, wherever they are, to save and end."""
+        ask_all(self.record.ledgers)
+
+    def enqueue(self, **params: float | str) -> bool:
+        """Plan a point before those that the sampler proposes.
+
+        Returns:
+            Whether it was planned; False where it is a trial already.
+
+        Raises:
+            InputError: A parameter is missing, unknown or out of bounds.
+        """
+        spec = self.spec
+        point = require_point(spec.space, params, spec.resolved.num_branches)
+        return self.record.search.enqueue(point, again=MENDABLE)
+
+    @property
+    def trials(self) -> list[ListedRow]:
+        """Each row that was started, baselines first."""
+        return list_rows(self.record)
+
+    def frame(self) -> "pd.DataFrame":
+        """``trials`` as a frame of pandas: a column for each field, and for each parameter.
+
+        Raises:
+            InputError: pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise InputError(
+                "frame needs pandas: pip install pandas, or read trials, which are records"
+            ) from error
+        rows = [{**row.as_dict(), **row.params} for row in self.trials]
+        return pd.DataFrame(rows).drop(columns="params", errors="ignore")
+
+    @property
+    def best(self) -> Measured | None:
+        """The best trial of a search, by the mean over seeds once points are replicated."""
+        return judged_summary(self.record)[0].best
+
+    @property
+    def baselines(self) -> dict[str, Measured]:
+        """The complete baselines of a search by name, under the seed of its trials."""
+        return judged_summary(self.record)[0].baselines
+
+    @property
+    def confirmed(self) -> Verdict | None:
+        """The result of the confirmation so far; None without one."""
+        return verdict_of(self.record)
+
+    @property
+    def recommended(self) -> Recommendation | None:
+        """The arm to use: the simplest within a tie; None before a baseline is complete."""
+        return assess(self.record, self.confirmed)[1]
+
+    def confirm(
+        self,
+        *,
+        candidates: int | None = None,
+        seeds: int | None = None,
+        method: Mapping[str, Any] | None = None,
+        workers: int | None = None,
+    ) -> Verdict:
+        """Train the best points and the baselines under fresh seeds.
+
+        Args:
+            candidates: Number of points; None is ``confirm.candidates``.
+            seeds: Number of fresh seeds; None is ``confirm.seeds``.
+            method: Settings of the method that differ; None is ``confirm.method``.
+            workers: Trials at once; None for as many as fit.
+
+        Raises:
+            InputError: No trial is complete, or no candidate is under every seed.
+            KeyboardInterrupt: As of ``run``.
+        """
+        planned, found = run_confirmation(
+            self.record, candidates=candidates, seeds=seeds, method=method, workers=workers
+        )
+        if found is None:
+            raise InputError(f"{planned.name}: no candidate is complete under every seed")
+        return found
+
+    def plots(self) -> "list[Figure]":
+        """Figures of matplotlib: the metric over each coordinate, or of each given arm."""
+        return [plot.figure() for plot in overview_of(self.record).plots()]
+
+    def report(self, folder: str | Path, *, force: bool = False) -> Path:
+        """Write report.html and report.md with their pictures; the Markdown's path.
+
+        Raises:
+            InputError: Nothing is complete, or the folder has other files of those names.
+        """
+        return write_report(self.record, Path(folder), force=force)
+
+    def export(self, folder: str | Path, trial: int | None = None) -> list[Path]:
+        """Write a kept student as a model folder, see ``bdense-search export``.
+
+        Raises:
+            InputError: There is no such student, or the folder exists.
+        """
+        from search.export import export_trial  # torch
+
+        return export_trial(self.record, Path(folder), number=trial)
+
+    @property
+    def optuna(self) -> "optuna.Study":
+        """Optuna's study of the trials, to read: Optuna's own plots take it.
+
+        ``optuna.load_study(study_name=name, storage=url)`` opens the same one. What another
+        program adds to it counts in no result.
+        """
+        return self.record.main.study
+
+    def _repr_markdown_(self) -> str:
+        """For notebooks: the study's page, as the dashboard's note has it."""
+        return as_markdown(self.name, study_page(overview_of(self.record), ()))
+
+
+# What the verbs do, too.
+
+
+def is_file(given: str) -> bool:
+    """Whether a study is given by its file rather than by its name."""
+    return Path(given).suffix in (".yaml", ".yml")
+
+
+def changes_of(trials: int | None) -> dict[str, Any]:
+    """Changes of a study file that a number of trials stands for."""
+    return {} if trials is None else {"plan": {"trials": trials}}
+
+
+def with_trials(spec: StudySpec, trials: int) -> StudySpec:
+    """A stored search's spec with that number of trials.
+
+    Raises:
+        InputError: It has given arms.
+    """
+    if not spec.is_search:
+        raise InputError(
+            f"--trials {trials}: {spec.name} has given arms and no trials; leave it out"
+        )
+    return replace(spec, plan=replace(spec.search, trials=trials))
+
+
+def planned(url: str, spec: StudySpec, *, by_name: bool = False) -> Study:
+    """The study of a resolved spec, planned; of given arms by their name, those that failed again.
+
+    Raises:
+        InputError: A prior or an arm cannot be used.
+        SpecChangedError: The stored study has other conditions.
+    """
+    if spec.is_search:
+        for line in require_priors(url, spec):
+            say(line)
+        return Study.create(url, spec)
+    if not by_name:
+        return plan_given(url, spec)
+    study = Study.open(url, spec.name)
+    study.plan_failed_again()
+    return study
+
+
+def run_confirmation(
+    study: Study,
+    *,
+    candidates: int | None,
+    seeds: int | None,
+    method: Mapping[str, Any] | None,
+    workers: int | None,
+) -> tuple[Study, Verdict | None]:
+    """Plan and run a search's confirmation; None of an argument is the study's own.
+
+    Returns:
+        The confirmation, and its verdict, if a candidate is complete under every seed.
+    """
+    from search.run.launch import run_rows  # Ray
+
+    usual = study.spec.confirm
+    asked = dict(usual.method if method is None else method)
+    require_variants(study.spec, [differing(study.spec, asked)])
+    confirmation = plan_confirmation(
+        study, method=asked, seeds=seeds or usual.seeds, count=candidates or usual.candidates
+    )
+    run_rows(confirmation, workers)
+    return confirmation, verdict_of(study)

@@ -1,0 +1,124 @@
+"""The search from Python, and Optuna's own tools on its studies."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+import pandas as pd
+import pytest
+
+import search
+from bdense.errors import InputError
+from search.analysis.plans import plan_confirmation
+from search.errors import SpecError, UnknownStudyError
+from search.report.report_files import HTML_PAGE
+from search.study.study import Study
+from tests.measured import command
+from tests.programs import WEIGHTS, planned, score, spec_of, work, written
+from tests.test_package import modules_after
+
+
+def test_results_are_records_and_a_frame(losses, tmp_path):
+    study = search.open_study("losses")
+    rows, frame = study.trials, study.frame()
+    assert [row.state for row in rows] == ["complete"] * 6
+    assert list(frame["value"]) == [row.value for row in rows]
+    points = frame[frame["arm"].isna()]
+    assert list(points["value"]) == [
+        score(x, y) for x, y in zip(points["x"], points["y"], strict=True)
+    ]
+    assert isinstance(frame, pd.DataFrame)
+    best = study.best
+    assert best.value == points["value"].min()
+    assert study.baselines["defaults"].value == score(2, 1)
+    assert study.recommended.arm.trial == best.number
+    assert study.confirmed is None
+    told = json.loads(command("best", "losses", "--json").out)
+    assert told["best"]["number"] == best.number
+    assert (study.counts.complete, study.spec, study.name) == (3, losses.spec, "losses")
+    assert "error_rate" not in study._repr_markdown_()
+    assert f"{best.value:.4g}" in study._repr_markdown_()
+    assert [figure.axes[0].get_xlabel() for figure in study.plots()] == ["log10 x", "y"]
+    page = study.report(tmp_path / "report")
+    assert page.with_name(HTML_PAGE).is_file()
+
+
+def test_a_study_of_a_file_of_objects_and_of_a_name_is_one(url, tmp_path, monkeypatch):
+    path = written(tmp_path)
+    study = search.open_study(path)
+    assert study.counts.planned == 2
+    # Objects' paths are relative to the current folder, as there is no file.
+    monkeypatch.chdir(tmp_path)
+    tree = {
+        "name": "losses",
+        "method": {"name": "command", "run": [sys.executable, "program.py"]},
+        "weights": WEIGHTS,
+        "plan": {"trials": 2, "replicates": 1},
+    }
+    assert search.open_study(tree).spec.fingerprint() == study.spec.fingerprint()
+    assert search.open_study(study.spec, trials=3).counts.planned == 3
+    assert search.open_study("losses", trials=5).counts.planned == 5
+    assert search.open_study("losses", storage=url).record.url == url
+
+
+def test_a_point_comes_first(url, tmp_path):
+    study = search.open_study(written(tmp_path))
+    assert study.enqueue(x=1, y=0.5)
+    assert not study.enqueue(x=1.0, y=0.5)
+    with pytest.raises(InputError, match="y 3 lies outside"):
+        study.enqueue(x=1, y=3)
+    work(study.record)
+    assert study.best.value == 0.0
+
+
+def test_the_verdict_of_a_confirmation_is_an_object(url, tmp_path):
+    study = search.open_study(written(tmp_path, plan={"trials": 1, "replicates": 1}))
+    work(study.record)
+    work(plan_confirmation(study.record, method={}, seeds=3, count=1))
+    assert study.confirmed.ended
+    assert study.confirmed.winner.arm.trial == 0
+
+
+def test_mistakes_are_those_of_the_command(url, tmp_path):
+    with pytest.raises(UnknownStudyError, match="nothing"):
+        search.open_study("nothing")
+    with pytest.raises(SpecError, match=r"losses\.yaml:\d+:\d+: method\.run"):
+        search.open_study(written(tmp_path, method={"run": ["no-such-program"]}))
+    with pytest.raises(SpecError, match="study: plan is missing"):
+        search.open_study({"name": "losses", "method": {"name": "command", "run": ["true"]}})
+    planned(url, written(tmp_path, plan={"arms": ["defaults"], "seeds": [0]}))
+    with pytest.raises(InputError, match="given arms"):
+        search.open_study("losses", trials=3)
+
+
+def test_the_api_is_loaded_when_it_is_asked_for():
+    assert not {"ray", "torch", "optuna"} & modules_after("import search")
+    assert not {"ray", "torch"} & modules_after("from search import open_study")
+    with pytest.raises(AttributeError, match="close_study"):
+        search.close_study  # noqa: B018
+
+
+def test_optuna_s_own_tools_read_our_studies(losses):
+    best = search.open_study("losses").best
+    loaded = optuna.load_study(study_name="losses", storage=losses.url)
+    assert loaded.best_trial.number == best.number
+    assert loaded.best_value == best.value
+    assert loaded.metric_names == ["loss"]
+    assert list(loaded.trials_dataframe()["value_loss"]) == [
+        trial.value for trial in search.open_study("losses").optuna.trials
+    ]
+    optuna_cli = Path(sys.executable).with_name("optuna")
+    asked = ["best-trial", "--study-name", "losses", "--format", "json"]
+    said = subprocess.run(
+        [optuna_cli, "--storage", losses.url, *asked], capture_output=True, text=True, check=True
+    )
+    told = json.loads(said.stdout)
+    assert (told["number"], told["params"]["x"]) == (best.number, best.parameters["x"])
+
+
+def test_a_spec_made_by_hand_is_checked(url, tmp_path):
+    spec = spec_of(written(tmp_path))
+    study = Study.create(url, spec)
+    assert search.open_study(spec).record.spec == study.spec

@@ -25,6 +25,7 @@ from bdense.diffusion.conditions import Conditions
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.intervals import IntervalGrid, VariableGrid
 from bdense.errors import CheckpointError, InputError
+from bdense.execution import moved
 from bdense.files import atomic_write, file_lock
 from bdense.methods.trajectories import LiveTrajectories, TrajectoryBatch
 
@@ -258,7 +259,7 @@ class RecordedTrajectories:
         # Copied out of the map: torch warns about read-only memory, and .to() would copy anyway.
         states = torch.from_numpy(np.array(self.shards[shard][own, images], dtype=np.float32))
         grid, start, condition = store.live.beginning(iteration, images)
-        return TrajectoryBatch(grid, start, states.to(start), condition)
+        return TrajectoryBatch(grid, start, moved(states, start), condition)
 
     def describe(self) -> dict[str, Any]:
         stored = {} if self.store.dtype == "float32" else {"dtype": self.store.dtype}

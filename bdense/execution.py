@@ -93,6 +93,8 @@ class Execution(Knobs):
         import torch
 
         self.set_products()
+        # cuDNN times its kernels at each new shape, and takes the fastest: not always the same.
+        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
         if self.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.compile:

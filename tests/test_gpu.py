@@ -1,6 +1,7 @@
 """What a GPU must agree on; skipped where torch sees none."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from bdense.errors import NonFiniteLossError
 from bdense.execution import Execution, exact_products
 from bdense.methods.method import Inputs
 from bdense.methods.progressive import PDConfig, Progressive
+from bdense.methods.recordings import TrajectoryStore
 from bdense.methods.sfd import branch_losses, branch_states
 from bdense.metrics.metrics import frechet_distance, image_effects
 from bdense.metrics.references import statistics_of
@@ -196,6 +198,21 @@ def test_a_round_resumes_bit_for_bit_on_a_deterministic_gpu(tmp_path, monkeypatc
         torch.use_deterministic_algorithms(False)
     assert [done.iteration for done in seen] == [3, 4]
     assert same_weights(resumed, whole)
+
+
+# ---- recorded trajectories ----
+
+
+def test_a_student_learns_the_same_from_rows_read_ahead(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        store = TrajectoryStore(small_trajectories(small_teacher().to("cuda")), tmp_path)
+        ahead, at_once = (replace(store.record(), ahead=each) for each in (None, False))
+        weights = LogLinearWeights(a=1.0)(4)
+        assert same_weights(sfd(ahead, weights, lr=1e-4), sfd(at_once, weights, lr=1e-4))
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 # ---- statistics ----

@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SPREAD := --numprocesses $(TEST_JOBS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: search test test-service test-all lint docs clean
+.PHONY: search test test-service test-all gpu-check lint docs clean
 
 search: $(VENV)/.installed
 	$(BIN)/bdense-search launch $(STUDY)
@@ -27,6 +27,10 @@ test-service: $(VENV)/.installed-dev
 
 test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
+
+# What a GPU makes of the settings for it, both sides of each line, in under ten minutes; writes benchmarks/results/.
+gpu-check: $(VENV)/.installed-dev
+	@$(BIN)/python -m benchmarks.gpu_check --write
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""How a network is computed: number format, compilation, memory layout.
+"""How a network is computed: number format, compilation, memory layout, copies to its device.
 
 Preconditioning, solvers, losses and the optimiser always use float32.
 """
@@ -17,7 +17,7 @@ from bdense.knobs import Knobs, knob
 # torch is imported where it is used: the command's help reads this module.
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 
@@ -93,6 +93,8 @@ class Execution(Knobs):
         import torch
 
         self.set_products()
+        # cuDNN times its kernels at each new shape, and takes the fastest: not always the same.
+        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
         if self.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.compile:
@@ -110,6 +112,19 @@ class Execution(Knobs):
         import torch
 
         return torch.autocast(device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+
+def moved(values: "Tensor", like: "Tensor") -> "Tensor":
+    """``values`` in the type and on the device of another tensor, without a wait for a GPU.
+
+    A plain copy from the CPU waits until the GPU has done all that it was given before.
+    """
+    if values.device.type != "cpu" or like.device.type in ("cpu", "mps"):
+        return values.to(like)
+    values = values.to(like.dtype)
+    if like.device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(like.device, non_blocking=True)
 
 
 @contextlib.contextmanager

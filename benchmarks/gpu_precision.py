@@ -106,17 +106,27 @@ class Probe:
 def main() -> None:
     """Measure and print."""
     given = _options()
+    device = pick_device(given.threads)
+    body = measured(_executions(given, device), given, device)
+    publish("gpu_precision", body, write=given.write)
+
+
+def measured(
+    executions: Sequence[Execution], given: argparse.Namespace, device: torch.device
+) -> str:
+    """The table of these ways to compute, of which the first is the reference.
+
+    ``given`` has network, batch, rounds and iterations.
+    """
     # Every cell compiles the same lines of code anew; torch would stop doing so, silently.
     torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    device = pick_device(given.threads)
-    executions = _executions(given, device)
     with exact_products():
-        probe = Probe.of(_trajectories(given, device, 1))
+        probe = Probe.of(live_trajectories(given, device, 1))
         cells = [_cell(execution, probe, given, device) for execution in executions]
         del probe
         _run(cells, given)
-    publish("gpu_precision", _body(cells, given, device), write=given.write)
+        return _body(cells, given, device)
 
 
 def _options() -> argparse.Namespace:
@@ -166,7 +176,9 @@ def _computes(device: torch.device, precision: str) -> bool:
     return True
 
 
-def _trajectories(given: argparse.Namespace, device: torch.device, count: int) -> LiveTrajectories:
+def live_trajectories(
+    given: argparse.Namespace, device: torch.device, count: int
+) -> LiveTrajectories:
     """Live ones of a new teacher, always of the same weights."""
     architecture = dict(CHECKPOINTS[NETWORK].architecture)
     # Dropout draws other masks compiled than eager: with it gradients could not be compared.
@@ -191,7 +203,7 @@ def _awake(denoiser: NetworkDenoiser) -> NetworkDenoiser:
 def _cell(
     execution: Execution, probe: Probe, given: argparse.Namespace, device: torch.device
 ) -> Cell:
-    trajectories = _trajectories(given, device, given.iterations + 1)
+    trajectories = live_trajectories(given, device, given.iterations + 1)
     started = time.perf_counter()
     trajectories.teacher.execute(execution)
     error = probe.error(trajectories.teacher)
@@ -207,7 +219,7 @@ def _outputs(teacher: NetworkDenoiser, states: Tensor) -> Tensor:
 
 def _run(cells: Sequence[Cell], given: argparse.Namespace) -> None:
     """All cells in turns, plain and branched, each round in another order."""
-    started = time.monotonic()
+    started, cells = time.monotonic(), list(cells)
     for done in range(given.rounds + 1):
         for cell in cells[done % len(cells) :] + cells[: done % len(cells)]:
             for num_branches in (1, K) if done % 2 else (K, 1):

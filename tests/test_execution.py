@@ -57,6 +57,17 @@ def teacher_config() -> TeacherConfig:
     return TeacherConfig(kimg=0.048, batch=16, network=network)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_kernels_are_chosen_by_time_unless_two_runs_must_choose_alike(deterministic, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", deterministic)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        small_teacher().execute(Execution())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.backends.cudnn.benchmark is not deterministic
+
+
 # ---- precision ----
 
 

@@ -1,8 +1,10 @@
 """What a GPU must agree on; skipped where torch sees none."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +16,10 @@ from bdense.errors import NonFiniteLossError
 from bdense.execution import Execution, exact_products
 from bdense.methods.method import Inputs
 from bdense.methods.progressive import PDConfig, Progressive
+from bdense.methods.recordings import TrajectoryStore
 from bdense.methods.sfd import branch_losses, branch_states
+from bdense.metrics.metrics import frechet_distance, image_effects
+from bdense.metrics.references import statistics_of
 from bdense.training.loop import train
 from bdense.training.parallel import Team, team_of
 from bdense.training.teacher import TeacherConfig, train_teacher
@@ -193,6 +198,37 @@ def test_a_round_resumes_bit_for_bit_on_a_deterministic_gpu(tmp_path, monkeypatc
         torch.use_deterministic_algorithms(False)
     assert [done.iteration for done in seen] == [3, 4]
     assert same_weights(resumed, whole)
+
+
+# ---- recorded trajectories ----
+
+
+def test_a_student_learns_the_same_from_rows_read_ahead(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        store = TrajectoryStore(small_trajectories(small_teacher().to("cuda")), tmp_path)
+        ahead, at_once = (replace(store.record(), ahead=each) for each in (None, False))
+        weights = LogLinearWeights(a=1.0)(4)
+        assert same_weights(sfd(ahead, weights, lr=1e-4), sfd(at_once, weights, lr=1e-4))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# ---- statistics ----
+
+
+def test_a_distance_of_sums_on_the_gpu_is_the_cpus_to_rounding():
+    draw = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(9000, 64, generator=draw) + 10 for _ in range(2))
+    reference, gpu = statistics_of(b), torch.device("cuda")
+    own, summed = statistics_of(a), statistics_of(a, gpu)
+    np.testing.assert_allclose(summed.sigma, own.sigma, rtol=1e-10, atol=1e-13)
+    expected = frechet_distance(own, reference)
+    assert frechet_distance(summed, reference) == pytest.approx(expected, rel=1e-6)
+    effects = image_effects(a, own, reference)
+    found = image_effects(a, summed, reference, gpu)
+    np.testing.assert_allclose(found, effects, rtol=1e-6, atol=1e-9)
 
 
 # ---- several GPUs ----

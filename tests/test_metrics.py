@@ -26,6 +26,7 @@ from bdense.metrics.metrics import (
     measure_images,
     precision_recall,
     require_measurable,
+    summed_effects,
 )
 from bdense.metrics.references import (
     Reference,
@@ -33,6 +34,7 @@ from bdense.metrics.references import (
     dataset_reference,
     features_of,
     statistics_of,
+    summed_statistics,
 )
 from tests.features import CPU, ColourMeans, counting, random_images, scripted
 from tests.goldens import ROOT, discover
@@ -88,6 +90,33 @@ def test_an_image_s_effect_is_the_distance_s_slope_in_its_weight():
         slope = (distance(image, 1 + 1e-4) - distance(image, 1 - 1e-4)) / 2e-4
         # The unbiased covariance has 1 / 39 where the effects have 1 / 40.
         assert slope * 40 == pytest.approx(effects[image], rel=0.02, abs=0.02)
+
+
+@pytest.mark.parametrize("offset", [0.0, 2.0**20])
+def test_sums_on_a_device_are_numpy_s(offset):
+    """Over several blocks, and far from 0: float32 holds eighths beside 2^20."""
+    eighths = (8 * normal(9000, 5, 0)).round() / 8
+    near, far = statistics_of(eighths), eighths + offset
+    mu, sigma = summed_statistics(far, CPU)
+    np.testing.assert_allclose(mu - offset, near.mu, rtol=1e-12, atol=1e-9)
+    np.testing.assert_allclose(sigma, near.sigma, rtol=1e-12, atol=1e-12)
+    found = statistics_of(far)
+    np.testing.assert_allclose(sigma, found.sigma, rtol=1e-12, atol=1e-12)
+
+    linear, slope = np.arange(5.0), near.sigma + np.eye(5)
+    x = far.double().numpy() - mu
+    expected = x @ linear + np.einsum("ni,ij,nj->n", x, slope, x)
+    effects = summed_effects(far, mu, linear, slope, CPU)
+    np.testing.assert_allclose(effects, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_effects_follow_the_reference_that_they_are_asked_for():
+    """Its root is kept; another reference has another."""
+    features = normal(40, 3, 0)
+    own, one, other = (statistics_of(normal(60, 3, seed)) for seed in (1, 2, 3))
+    first, second = (image_effects(features, own, each) for each in (one, other))
+    assert np.array_equal(image_effects(features, own, one), first)
+    assert not np.allclose(first, second)
 
 
 def test_the_noise_of_a_distance_is_its_spread_over_draws():

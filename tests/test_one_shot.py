@@ -28,7 +28,7 @@ from bdense.weights.spaces import (
     WeightSpace,
 )
 from bdense.weights.weighting import FixedWeights
-from tests.contracts.methods import ALL, TWO_CPUS, KilledError
+from tests.contracts.methods import ALL, TWO_CPUS, KilledError, assert_no_waits
 from tests.networks import image, tiny_denoiser
 from tests.pd_nets import small_conv
 from tests.small import same_weights, small_teacher
@@ -94,6 +94,11 @@ def in_float64(batch: Any) -> Any:
     found = {each.name: getattr(batch, each.name) for each in dataclasses.fields(batch)}
     single = {k: v for k, v in found.items() if getattr(v, "dtype", None) == torch.float32}
     return dataclasses.replace(batch, **{name: each.double() for name, each in single.items()})
+
+
+@EACH_METHOD
+def test_no_update_waits_for_its_device(name):
+    assert_no_waits(stage_of(name), uniform())
 
 
 # ---- coordinates ----

@@ -26,6 +26,7 @@ from bdense.training.parallel import Follow, Team, team_of
 from bdense.weights.spaces import LogLinearWeights
 from bdense.weights.weighting import FixedWeights, LearnedWeights
 from tests.contracts.methods import TWO_CPUS, outputs
+from tests.networks import tiny_denoiser
 from tests.small import sfd, sfd_stage, small_teacher, small_trajectories
 
 SHORT = {"images": 12, "lr": 1e-4, "dropout": False}
@@ -82,6 +83,20 @@ def test_the_leader_alone_evaluates_while_the_others_wait(tmp_path, monkeypatch,
     for first, second in zip(seen[:2], seen[2:], strict=True):
         assert first.shape[1] == 1
         assert (first - second).abs().max() < 1e-3 * trained
+
+
+@pytest.mark.slow  # two processes start
+def test_two_devices_leave_a_layer_of_the_teacher_s_training_alone():
+    """EDM's networks have one for augmentations, which gets no gradient in distillation."""
+    teacher = tiny_denoiser(augment_dim=9)
+    layer = teacher.model.map_augment.weight
+    alone, shared = (
+        sfd(small_trajectories(teacher), LogLinearWeights(a=1.0)(4), devices=devices, **SHORT)
+        for devices in (None, TWO_CPUS)
+    )
+    trained = (outputs(alone) - outputs(widen_head(teacher, 4))).abs().max()
+    assert (outputs(alone) - outputs(shared)).abs().max() < 1e-3 * trained
+    assert torch.equal(shared.model.map_augment.weight, layer)
 
 
 def test_a_team_that_cannot_be_is_refused():

@@ -1,5 +1,7 @@
 """Recorded trajectories: the same numbers as live ones, whole files, bounded size."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -42,6 +44,24 @@ def test_a_store_is_recorded_once_and_by_shards(tmp_path, monkeypatch):
     headers = 128 * store.num_shards
     data = sum(path.stat().st_size for path in store.folder.glob("*.npy"))
     assert data == store.nbytes + headers
+
+
+def test_rows_read_ahead_are_the_same_whatever_is_asked_for_next(tmp_path):
+    """As on a GPU: in order, by parts, again, and from elsewhere."""
+    live = small_trajectories(small_teacher(), count=5)
+    plain = TrajectoryStore(live, tmp_path).record()
+    ahead = replace(plain, ahead=True)
+    halves = slice(0, 2), slice(2, 4)
+    for iteration in (0, 1, 2, 2, 4, 0, 3, 4):
+        for images in (*halves, slice(None)):
+            found = ahead.part(iteration, images).states
+            assert torch.equal(found, plain.part(iteration, images).states)
+            # What is asked for next is being read, and nothing beside it.
+            expected = {iteration + 1} if iteration < 4 else set()
+            assert {i for i, _ in ahead._next.values()} >= expected
+            assert len(ahead._next) <= 3
+    assert "_reader" not in plain.__dict__
+    assert torch.equal(ahead.on(torch.device("cpu"))[1].states, plain[1].states)
 
 
 def test_whatever_changes_the_numbers_changes_the_folder(tmp_path):

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bdense.errors import InputError
+from bdense.execution import moved
 from bdense.randomness import Stream, generator
 
 
@@ -94,7 +95,7 @@ class ClassLabels:
         return ClassLabels(self.one_hot[images])
 
     def to(self, like: Tensor) -> "ClassLabels":
-        return ClassLabels(self.one_hot.to(like))
+        return ClassLabels(moved(self.one_hot, like))
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +211,7 @@ class Texts:
         return Texts(self.embeddings[images])
 
     def to(self, like: Tensor) -> "Texts":
-        return Texts(self.embeddings.to(like))
+        return Texts(moved(self.embeddings, like))
 
 
 @dataclass(frozen=True, eq=False)

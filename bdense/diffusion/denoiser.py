@@ -24,7 +24,7 @@ from bdense.diffusion.preconditioning import (
 )
 from bdense.diffusion.schedules import Levels
 from bdense.errors import CheckpointError, InputError, ShapeError
-from bdense.execution import Execution
+from bdense.execution import Execution, moved
 from bdense.networks import NETWORKS, Network
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ class NetworkDenoiser(nn.Module):
             ShapeError: Images or labels do not fit the network.
             InputError: ``num_points`` is given or missing against ``step_condition``.
         """
-        sigma = sigma.to(device=x.device, dtype=x.dtype).reshape(-1, 1, 1, 1)
+        sigma = moved(sigma, x).reshape(-1, 1, 1, 1)
         c_skip, c_out, c_in, c_noise = self.precond(sigma)
         with self.execution.autocast(x.device):
             out = self.model(c_in * x, c_noise.flatten(), class_labels, **given)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from bdense.diffusion.solvers import ADAMS_BASHFORTH, Solver, StepNoise, no_noise, slope
 from bdense.errors import InputError
+from bdense.execution import moved
 from bdense.files import atomic_write
 from bdense.knobs import KnobError, knob
 
@@ -189,11 +190,11 @@ def epd_step(
     t_point = t_next**row.r * t ** (1 - row.r)
     # [P] to [P, 1, 1, 1] on x's device and in its type
     at, step, weight = (
-        each.to(x).view(-1, 1, 1, 1)
+        moved(each, x).view(-1, 1, 1, 1)
         for each in (t_point, t_point - t, (t_next - t) * row.w * row.o)
     )
     x_point = x[:, None] + step * e[:, None]  # [B, P, C, H, W]
-    told = (row.s * t_point).to(x).repeat(len(x))
+    told = moved(row.s * t_point, x).repeat(len(x))
     denoised = denoise(x_point.flatten(0, 1), told).view_as(x_point)
     return x + (weight * (x_point - denoised) / at).sum(1), d
 

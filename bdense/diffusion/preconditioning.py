@@ -188,7 +188,7 @@ class IDDPM(_Column):
             raise InputError(f"M of the iddpm preconditioning is at most {_MOST_LEVELS}")
 
     def __call__(self, sigma: Tensor) -> Coefficients:
-        levels = torch.tensor(self.levels(), dtype=sigma.dtype, device=sigma.device)
+        levels = _iddpm_table(self, sigma.dtype, sigma.device)
         nearest = (levels - sigma.reshape(-1, 1)).abs().argmin(dim=1).view_as(sigma)
         return Coefficients(
             skip=torch.ones_like(sigma),
@@ -208,6 +208,12 @@ class IDDPM(_Column):
     @property
     def sigma_max(self) -> float:
         return self.levels()[0]
+
+
+@functools.lru_cache(maxsize=8)
+def _iddpm_table(precond: IDDPM, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``levels`` as a tensor, kept: no call copies it to a GPU."""
+    return torch.tensor(precond.levels(), dtype=dtype, device=device)
 
 
 @functools.lru_cache(maxsize=8)

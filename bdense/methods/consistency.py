@@ -28,6 +28,7 @@ from bdense.diffusion.preconditioning import levels_on
 from bdense.diffusion.sampling import Sampler, samplers_from, served_metadata
 from bdense.diffusion.solvers import Solver, StepNoise, make_solver, no_noise, trajectory
 from bdense.errors import InputError
+from bdense.execution import moved
 from bdense.knobs import knob, knob_of
 from bdense.methods.images import ImageBatch, ImageDraw
 from bdense.methods.method import (
@@ -223,7 +224,7 @@ class ConsistencyStage(Configured):
             batch.condition, guidance=scale, null=self._null(scale, batch)
         )
         fine = self._levels.grid(config.intervals_at(iteration) * config.substeps)
-        levels = batch.levels(fine, config.substeps).to(batch.clean)[..., None, None, None]
+        levels = moved(batch.levels(fine, config.substeps), batch.clean)[..., None, None, None]
         x = batch.clean + levels[0] * batch.noise
         states = trajectory(self._solver, teacher, x, levels)
         yield ConsistencyUpdate(

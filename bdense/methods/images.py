@@ -11,6 +11,7 @@ from torch import Tensor
 from bdense.data.datasets import Dataset
 from bdense.diffusion.conditions import Condition, Conditions, Unconditional
 from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.execution import moved
 from bdense.randomness import Stream, generator
 
 
@@ -69,8 +70,8 @@ class ImageDraw:
             mirrored = torch.rand(self.count, generator=draw) < 0.5
             clean[mirrored] = clean[mirrored].flip(-1)
         return ImageBatch(
-            clean[images].to(like.device),
-            noise[images].to(like.device),
+            moved(clean[images], like),
+            moved(noise[images], like),
             interval[images],
             self.conditions.of(self.dataset, index[images]).to(like),
         )

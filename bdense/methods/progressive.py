@@ -31,6 +31,7 @@ from bdense.diffusion.schedules import Levels
 from bdense.diffusion.snr_weights import snr_weight
 from bdense.diffusion.solvers import DDIM
 from bdense.errors import InputError
+from bdense.execution import moved
 from bdense.knobs import KnobError, knob, knob_of, knobs_of
 from bdense.methods.images import ImageBatch, ImageDraw
 from bdense.methods.method import (
@@ -313,7 +314,7 @@ class RoundUpdate(WholeIteration):
         """The branches' losses, weighted by the noise level."""
         predict = guided(branches, self.guidance, self.null)
         errors = branch_errors(predict, self.x, self.levels[0], self.targets, **self.given)
-        losses = snr_weight(self.levels[0], self.loss).to(errors) * errors
+        losses = moved(snr_weight(self.levels[0], self.loss), errors) * errors
         return RoundLosses(losses, self.levels, self.space)
 
 
@@ -416,11 +417,12 @@ def image_weights(weights: Tensor, levels: Tensor, space: WeightsSpace) -> Tenso
         [K, B] float64, each image's sum that of ``weights``.
     """
     given = weights if weights.dim() == 2 else weights[:, None]
-    own = given.double().to(levels.device).expand(-1, levels.shape[1])
+    own = given.double().expand(-1, levels.shape[1])
     if space == "clean":
         return own
-    moved = own * (1 - levels[-len(weights) :] / levels[0])
-    return moved * (own.sum(0) / moved.sum(0))
+    levels = moved(levels, own)
+    shares = own * (1 - levels[-len(weights) :] / levels[0])
+    return shares * (own.sum(0) / shares.sum(0))
 
 
 def reparameterised(denoiser: NetworkDenoiser, prediction_type: str) -> NetworkDenoiser:
@@ -450,7 +452,7 @@ def reparameterised(denoiser: NetworkDenoiser, prediction_type: str) -> NetworkD
 
 def _per_image(values: Tensor, images: Tensor) -> Tensor:
     """[B] float64 to [B, 1, 1, 1] in the images' type and on their device."""
-    return values.to(images).view(-1, 1, 1, 1)
+    return moved(values, images).view(-1, 1, 1, 1)
 
 
 def pd_sampler(

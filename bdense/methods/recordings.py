@@ -14,17 +14,20 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from bdense.diffusion.conditions import Conditions
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.intervals import IntervalGrid, VariableGrid
 from bdense.errors import CheckpointError, InputError
+from bdense.execution import moved
 from bdense.files import atomic_write, file_lock
 from bdense.methods.trajectories import LiveTrajectories, TrajectoryBatch
 
@@ -211,10 +214,20 @@ class TrajectoryStore:
 
 @dataclass(frozen=True, eq=False)
 class RecordedTrajectories:
-    """A complete store, read through memory maps that all processes share."""
+    """A complete store, read through memory maps that all processes share.
+
+    Attributes:
+        ahead: Whether a thread reads the rows of the next iteration while this one trains; None
+            does on a GPU, where this process only launches kernels in the meantime.
+    """
 
     store: TrajectoryStore
     shards: list[np.ndarray]
+    ahead: bool | None = None
+    # What is being read, by the images that are asked for.
+    _next: dict[tuple[int, int], tuple[int, Future[Tensor]]] = field(
+        default_factory=dict, init=False
+    )
 
     @property
     def grid(self) -> IntervalGrid | VariableGrid:
@@ -249,6 +262,31 @@ class RecordedTrajectories:
     def part(self, iteration: int, images: slice) -> TrajectoryBatch:
         if not 0 <= iteration < len(self):
             raise IndexError(iteration)
+        grid, start, condition = self.store.live.beginning(iteration, images)
+        states = moved(self._rows_ahead(iteration, images, start.device), start)
+        return TrajectoryBatch(grid, start, states, condition)
+
+    def _rows_ahead(self, iteration: int, images: slice, device: torch.device) -> Tensor:
+        """As ``_rows``; the next iteration's are read while this one trains."""
+        if not (device.type == "cuda" if self.ahead is None else self.ahead):
+            return self._rows(iteration, images, device)
+        share = images.indices(self.batch)[:2]
+        found = self._next.pop(share, None)
+        if found is not None and found[0] == iteration:
+            rows = found[1].result()
+        else:  # the first, or that of a run that goes on elsewhere
+            rows = self._rows(iteration, images, device)
+        if iteration + 1 < len(self):
+            reading = self._reader.submit(self._rows, iteration + 1, images, device)
+            self._next[share] = iteration + 1, reading
+        return rows
+
+    @functools.cached_property
+    def _reader(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, "recorded-rows")
+
+    def _rows(self, iteration: int, images: slice, device: torch.device) -> Tensor:
+        """[R, B, C, H, W] float32 on the CPU; for a GPU, in memory that it reads by itself."""
         store = self.store
         shard = iteration // store.shard_length
         before = store.rows_before(store.iterations(shard).start)
@@ -256,9 +294,11 @@ class RecordedTrajectories:
             store.rows_before(iteration) - before, store.rows_before(iteration + 1) - before
         )
         # Copied out of the map: torch warns about read-only memory, and .to() would copy anyway.
-        states = torch.from_numpy(np.array(self.shards[shard][own, images], dtype=np.float32))
-        grid, start, condition = store.live.beginning(iteration, images)
-        return TrajectoryBatch(grid, start, states.to(start), condition)
+        rows = torch.from_numpy(np.array(self.shards[shard][own, images], dtype=np.float32))
+        if device.type != "cuda":
+            return rows
+        with torch.cuda.device(device):  # which each thread has its own of
+            return rows.pin_memory()
 
     def describe(self) -> dict[str, Any]:
         stored = {} if self.store.dtype == "float32" else {"dtype": self.store.dtype}

@@ -25,6 +25,7 @@ from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import Solver, analytical_slope, make_solver
 from bdense.diffusion.step_condition import Start, with_step_condition
 from bdense.errors import InputError
+from bdense.execution import moved
 from bdense.knobs import KnobError, knob, knob_of
 from bdense.methods.method import (
     GridConfig,
@@ -380,7 +381,7 @@ class IntervalLosses(BranchMeans):
             total = super().weighted(weights)
         else:
             losses = image_losses(self.states, self.targets)
-            total = (weights.to(losses) * losses).sum(0).mean()
+            total = (moved(weights, losses) * losses).sum(0).mean()
         if self.perceptual is None:
             return total
         ends = self.states[:, -1]
@@ -414,7 +415,7 @@ def branch_states(
     denoised = branches(x, t, **given)
     slopes = (x[:, None] - denoised) / t
     steps = (levels[1:] - t)[-denoised.shape[1] :]
-    return x[:, None] + steps.to(x).view(-1, 1, 1, 1) * slopes
+    return x[:, None] + moved(steps, x).view(-1, 1, 1, 1) * slopes
 
 
 def branch_losses(states: Tensor, targets: Tensor) -> Tensor:

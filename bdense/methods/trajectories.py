@@ -15,6 +15,7 @@ from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.guidance import null_for
 from bdense.diffusion.intervals import IntervalGrid, VariableGrid
 from bdense.diffusion.solvers import Solver, analytical_first_step, trajectory
+from bdense.execution import moved
 from bdense.models.store import denoiser_sha256
 from bdense.randomness import Stream, generator
 
@@ -118,7 +119,7 @@ class LiveTrajectories:
     def beginning(self, iteration: int, images: slice) -> tuple[IntervalGrid, Tensor, Condition]:
         """Start of an iteration: grid, x_T [B, C, H, W] and condition."""
         grid, like = self.grid_at(iteration), next(self.teacher.parameters())
-        start = grid.fine()[0] * self.noise(iteration)[images].to(like)
+        start = grid.fine()[0] * moved(self.noise(iteration)[images], like)
         return grid, start, self.condition(iteration).part(images).to(like)
 
     def grid_at(self, iteration: int) -> IntervalGrid:

@@ -7,6 +7,7 @@ subsets under the kernel (x . y / d + 1)^3. Precision, recall: Kynkaanniemi et a
 k-th neighbour. d features.
 """
 
+import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -19,7 +20,14 @@ from bdense.errors import InputError, NonFiniteError, ShapeError
 from bdense.metrics.clip_score import CLIPScorer
 from bdense.metrics.extractors import Extractor
 from bdense.metrics.records import FID, KID, Metrics, PrecisionRecall
-from bdense.metrics.references import Reference, Statistics, features_of, statistics_of, too_few
+from bdense.metrics.references import (
+    Reference,
+    Statistics,
+    blocks,
+    features_of,
+    statistics_of,
+    too_few,
+)
 from bdense.metrics.settings import METRICS, MetricSettings
 
 # Rows of distances in memory at a time: 2048 x 50,000 distances take 800 MB.
@@ -72,9 +80,9 @@ def measure_images(
         "nfe": nfe,
         "seeds": seeds,
     }
-    own = statistics_of(features)
+    own = statistics_of(features, extractor.device)
     value = frechet_distance(own, reference.statistics)
-    effects = image_effects(features, own, reference.statistics)
+    effects = image_effects(features, own, reference.statistics, extractor.device)
     noise = float(effects.std(ddof=1)) / len(effects) ** 0.5
     fid = FID(value=value, noise=noise, effects=grouped_effects(effects), **conditions)
     kid = prc = None
@@ -198,7 +206,12 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     return max(value, 0.0)  # equal statistics are some rounding apart
 
 
-def image_effects(features: Tensor, own: Statistics, reference: Statistics) -> NDArray[np.float64]:
+def image_effects(
+    features: Tensor,
+    own: Statistics,
+    reference: Statistics,
+    device: torch.device | None = None,
+) -> NDArray[np.float64]:
     """What each image adds to the Frechet distance: its influence function, of mean 0.
 
     The distance moves by the mean of the effects where other images are drawn (delta method), so
@@ -209,17 +222,39 @@ def image_effects(features: Tensor, own: Statistics, reference: Statistics) -> N
         features: [n, d].
         own: Their statistics.
         reference: What they are compared with.
+        device: Where to compute, as of ``statistics_of``.
 
     Returns:
         [n]: 2 (mu - m) . x + x' G x, x an image's features less their mean mu, G the gradient of
         tr(S - 2 (R^(1/2) S R^(1/2))^(1/2)) with respect to S; m, R are the reference's.
     """
-    root = _power(reference.sigma, 0.5)
+    root = _root(reference)
     slope = np.eye(len(root)) - root @ _power(root @ own.sigma @ root, -0.5) @ root
-    centred = features.double().numpy() - own.mu
-    effects: NDArray[np.float64] = 2 * centred @ (own.mu - reference.mu)
-    effects += np.einsum("ni,ij,nj->n", centred, slope, centred, optimize=True)
+    if device is not None and device.type == "cuda":
+        linear = 2 * (own.mu - reference.mu)
+        effects = summed_effects(features, own.mu, linear, slope, device)
+    else:
+        centred = features.double().numpy() - own.mu
+        effects = 2 * centred @ (own.mu - reference.mu)
+        effects += np.einsum("ni,ij,nj->n", centred, slope, centred, optimize=True)
     effects -= effects.mean()
+    return effects
+
+
+def summed_effects(
+    features: Tensor,
+    mu: NDArray[np.float64],
+    linear: NDArray[np.float64],
+    slope: NDArray[np.float64],
+    device: torch.device,
+) -> NDArray[np.float64]:
+    """[n] linear . x + x' slope x, x an image's features [d] less ``mu``, on a device."""
+    at, along, curved = (torch.from_numpy(each).to(device) for each in (mu, linear, slope))
+    found = []
+    for block in blocks(features, device):
+        x = block - at
+        found.append(x @ along + ((x @ curved) * x).sum(1))
+    effects: NDArray[np.float64] = torch.cat(found).cpu().numpy()
     return effects
 
 
@@ -227,6 +262,12 @@ def grouped_effects(effects: NDArray[np.float64]) -> list[float]:
     """Mean effect [``GROUPS``] of each run of neighbouring images, for a study's record."""
     groups = np.array_split(effects, min(GROUPS, len(effects)))
     return [float(f"{group.mean():.5g}") for group in groups]
+
+
+@functools.lru_cache(maxsize=1)
+def _root(reference: Statistics) -> NDArray[np.float64]:
+    """R^(1/2), kept: all trials of a study are compared with one reference."""
+    return _power(reference.sigma, 0.5)
 
 
 def _power(matrix: NDArray[np.float64], exponent: float) -> NDArray[np.float64]:

@@ -3,10 +3,10 @@
 B batch, E embedding channels.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bdense.execution import moved
 from bdense.networks.layers import XAVIER, Init, Linear, PositionalEmbedding
 
 
@@ -30,7 +30,10 @@ class TakesSteps(nn.Module):
         """[1 or B, E], or None for a network without step condition."""
         if num_points is None:
             return None
-        points = torch.as_tensor(num_points, dtype=x.dtype, device=x.device).reshape(-1)
+        if isinstance(num_points, Tensor):
+            points = moved(num_points, x).reshape(-1)
+        else:
+            points = x.new_full((1,), num_points)
         emb = self._arrange(self.map_step(points)).view(-1, self.map_step_layer0.in_features)
         emb = F.silu(self.map_step_layer0(emb))
         return F.silu(self.map_step_layer1(emb))

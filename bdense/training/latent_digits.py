@@ -221,7 +221,7 @@ class _PromptedLatents(TeacherStage):
         prompts = torch.where(unprompted, len(PROMPTS), prompts)
         clean = self.latents[index]
         noise = torch.randn(clean.shape, generator=draw)
-        sigma = draw_levels(self.config, draw, _CPU)
+        sigma = draw_levels(self.config, draw, noise)
         return NoisyBatch(
             clean=clean[images],
             noise=noise[images],

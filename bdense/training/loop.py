@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bdense.diffusion.branches import export_branch, widen_head
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import InputError, NonFiniteLossError, StoppedError
+from bdense.execution import moved
 from bdense.randomness import Stream, seeded
 from bdense.training.average import Average
 from bdense.training.checkpoint import TrainingCheckpoint
@@ -334,13 +335,13 @@ class _Step:
         seen = team.mean(torch.stack(per_branch).mean(0))
         total = team.mean(torch.stack(minimised).sum())
         # The only wait for a GPU.
-        *observed, value, length = torch.hstack((seen, total, norm.to(seen))).tolist()
-        used = weights.to(seen.dtype).tolist()
-        if not all(map(math.isfinite, (*observed, value, length, *used))):
+        read = torch.hstack((seen, moved(weights, seen), total, norm.to(seen))).tolist()
+        if not all(map(math.isfinite, read)):
             raise self._named(parts, seen, weights, iteration)
+        *branches, value, length = read
         optimisation.clip(gradients, length)
         self.optimizer.step()
-        return _Done(observed, used, value, length)
+        return _Done(branches[: len(seen)], branches[len(seen) :], value, length)
 
     def _look(self, part: int, update: Update, count: int) -> tuple[Tensor, ...]:
         """What is seen of a part of the batch before it is trained on."""

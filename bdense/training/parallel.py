@@ -91,9 +91,12 @@ class Team:
         """The module, with gradients averaged over the team."""
         if self.size == 1:
             return module
-        # EDM's augmentation layer has no part in distillation.
-        unused = any("map_augment" in name for name, _ in module.named_parameters())
-        return DistributedDataParallel(module, find_unused_parameters=unused)
+        # EDM's augmentation layer has no part in distillation: to look for unused parameters in
+        # each update would cost a walk over its graph.
+        unused = [name for name, _ in module.named_parameters() if "map_augment" in name]
+        ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+        ignore(module, unused)  # type: ignore[no-untyped-call]
+        return DistributedDataParallel(module)
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over the team, equal on all processes."""

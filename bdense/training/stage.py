@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bdense.diffusion.denoiser import NetworkDenoiser
+from bdense.execution import moved
 from bdense.training.optimisation import OptimisationConfig
 from bdense.weights.weighting import BranchWeighting
 
@@ -93,7 +94,8 @@ class Training(Protocol):
         """The updates of one iteration.
 
         Each is called, and the optimiser has made its step, before the next is asked for. Where
-        gradients are accumulated, the batches of all parts are asked side by side.
+        gradients are accumulated, the batches of all parts are asked side by side. Neither they
+        nor ``batch`` wait for a GPU (``bdense.execution.moved``).
         """
 
     def end(self, iteration: int) -> None:
@@ -166,7 +168,7 @@ class BranchMeans:
     keeps_graph: bool = field(default=False, kw_only=True)
 
     def weighted(self, weights: Tensor) -> Tensor:
-        return (weights.to(self.per_branch) * self.per_branch).sum()
+        return (moved(weights, self.per_branch) * self.per_branch).sum()
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,4 +194,4 @@ class ImageLosses:
     def weighted(self, weights: Tensor) -> Tensor:
         """The sum over the branches, mean over the images."""
         losses = self.per_image
-        return (self.image_weights(weights).to(losses) * losses).sum(0).mean()
+        return (moved(self.image_weights(weights), losses) * losses).sum(0).mean()

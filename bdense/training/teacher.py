@@ -28,7 +28,7 @@ from bdense.diffusion.preconditioning import (
 )
 from bdense.diffusion.snr_weights import snr_weight
 from bdense.errors import InputError
-from bdense.execution import Execution
+from bdense.execution import Execution, moved
 from bdense.knobs import KnobError, Knobs, knob, knob_of
 from bdense.networks import SongUNet, SongUNetConfig
 from bdense.randomness import Stream, derive_seed, generator
@@ -174,14 +174,14 @@ class TeacherStage(Stateless):
         index = torch.randint(len(self.dataset.images), (config.batch,), generator=draw)
         pixels = self.dataset.images[index]
         noise = torch.randn(pixels.shape, generator=draw)
-        sigma = draw_levels(config, draw, like.device)
+        sigma = draw_levels(config, draw, like)
         if config.flip:
             mirrored = torch.rand(config.batch, generator=draw) < 0.5
             pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
         return NoisyBatch(
             # Bytes until here: a whole set in float32 is four times as large.
-            clean=to_float(pixels[images]).to(like.device),
-            noise=noise[images].to(like.device),
+            clean=moved(to_float(pixels[images]), like),
+            noise=moved(noise[images], like),
             sigma=sigma[images],
             condition=self.start.conditions.of(self.dataset, index[images]).to(like),
         )
@@ -376,10 +376,10 @@ def _fits(config: TeacherConfig, channels: int, side: int) -> bool:
     return True
 
 
-def draw_levels(config: TeacherConfig, draw: torch.Generator, device: torch.device) -> Tensor:
-    """[B] noise levels to train at."""
+def draw_levels(config: TeacherConfig, draw: torch.Generator, like: Tensor) -> Tensor:
+    """[B] noise levels to train at, in the type and on the device of ``like``."""
     if config.precond is None:
-        normal = torch.randn(config.batch, generator=draw).to(device)
+        normal = moved(torch.randn(config.batch, generator=draw), like)
         return (config.p_mean + config.p_std * normal).exp()
     u = torch.rand(config.batch, generator=draw, dtype=torch.float64)
-    return native_schedule(config.preconditioning).draw(u).float().to(device)
+    return moved(native_schedule(config.preconditioning).draw(u), like)

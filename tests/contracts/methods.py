@@ -1,5 +1,6 @@
 """What any training stage and any distillation method promises; one subclass for each."""
 
+import contextlib
 import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -10,11 +11,13 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bdense.diffusion.branches import export_branch, widen_head
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import samplers_from
 from bdense.errors import CheckpointError, InputError, NonFiniteLossError, StoppedError
+from bdense.execution import Execution
 from bdense.knobs import Knob, knobs_of
 from bdense.methods.distill import TrainedStage, distill
 from bdense.methods.method import Inputs, Method, StagePlan
@@ -95,6 +98,22 @@ class _SteepUpdate(Around):
         return BranchMeans(torch.stack(found), keeps_graph=losses.keeps_graph)
 
 
+class Copies(TorchDispatchMode):
+    """Notes each copy between devices, and whether the caller waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].device != result.device:
+            self.waits.append(not (kwargs or {}).get("non_blocking", False))
+        elif func is torch.ops.aten.copy_.default and args[0].device != args[1].device:
+            self.waits.append(not (args[2:] or (False,))[0])
+        return result
+
+
 def tensors_of(batch: Any) -> dict[str, Tensor]:
     """All tensors of a batch, by name."""
     if isinstance(batch, Tensor):
@@ -112,6 +131,29 @@ def equal(a: Any, b: Any) -> bool:
     """Two batches, bit for bit."""
     left, right = tensors_of(a), tensors_of(b)
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+def assert_no_waits(stage: Training, weighting: BranchWeighting) -> None:
+    """In an iteration, up to the loop's own reading of the losses.
+
+    torch's meta device has shapes alone: to read a value from it is an error. On a GPU it is a
+    wait.
+    """
+    meta = torch.device("meta")
+    student = widen_head(stage.start, stage.num_branches).on(meta).train(stage.dropout)
+    stage = stage.on(meta)
+    stage.begin(student)
+    for iteration in (2, 3):  # the first may copy what is kept for all others
+        # The device has no autocast, not even to turn it off.
+        with pytest.MonkeyPatch.context() as patch, Copies() as copies:
+            patch.setattr(Execution, "autocast", lambda *_: contextlib.nullcontext())
+            for update in stage.updates(iteration, stage.batch(iteration, ALL)):
+                losses = update(student.branches)
+                losses.weighted(weighting.weights()).backward(retain_graph=losses.keeps_graph)
+            stage.end(iteration)
+    assert any(p.grad is not None for p in student.parameters())
+    assert copies.waits
+    assert not any(copies.waits)
 
 
 class TrainingContract:
@@ -209,6 +251,10 @@ class TrainingContract:
             assert equal(same.batch(i, ALL), forward[i])
             assert not equal(other.batch(i, ALL), forward[i])
         assert not equal(forward[0], forward[1])
+
+    def test_no_update_waits_for_its_device(self):
+        stage = self.learning()
+        assert_no_waits(stage, self.weighting(stage))
 
     def test_devices_take_their_parts_of_the_same_batch(self):
         stage = self.learning()

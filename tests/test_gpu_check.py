@@ -1,0 +1,33 @@
+"""``make gpu-check`` where there is no GPU."""
+
+import sys
+
+import pytest
+import torch
+
+from benchmarks import gpu_check
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure the GPU")
+
+
+@NO_GPU
+def test_without_a_gpu_it_says_so_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["gpu_check"])
+    assert gpu_check.main() == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert "GPU" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", ["waits", "statistics", "kernel_choice", "recordings"])
+def test_its_lines_run_on_the_cpu(monkeypatch, line):
+    """Each ends in a table whose numbers are above 0; networks are tiny."""
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--cpu"])
+    monkeypatch.setattr(gpu_check, "PAIRS", 1)
+    found = getattr(gpu_check, line)(gpu_check._options(), torch.device("cpu"))
+    rows = [row.strip("| ").split(" | ") for row in found.splitlines() if row.startswith("|")]
+    assert len(rows) > 2
+    numbers = [float(cell) for row in rows[2:] for cell in row[1:] if cell != "-"]
+    assert all(number > 0 for number in numbers)

@@ -288,6 +288,7 @@ def test_an_exported_students_fid_is_measured_again(folders, tmp_path):
     assert commands.bdense(*asked, *prompts).status == 1  # another FID
 
 
+@pytest.mark.slow
 def test_the_cards_lines_draw_with_diffusers_alone(folders, distilled, tmp_path):
     student, metadata = load_model(distilled / "last.safetensors")
     metadata |= {"teacher": "someone/stable-diffusion", "licence": "creativeml-openrail-m"}

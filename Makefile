@@ -28,7 +28,7 @@ test-service: $(VENV)/.installed-dev
 test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest
 
-# What a GPU makes of the settings for it, both sides of each line, in under ten minutes; writes benchmarks/results/.
+# What a GPU makes of the settings for it, both sides of each line; meant for ten minutes; writes benchmarks/results/.
 gpu-check: $(VENV)/.installed-dev
 	@$(BIN)/python -m benchmarks.gpu_check --write
 

@@ -1,4 +1,4 @@
-"""CPU time of what a FID computes from features, on one thread: this version and others, in turns."""
+"""CPU time of what a FID computes from features, against other ways to compute it, in turns."""
 
 import statistics
 import time

@@ -30,7 +30,7 @@ from tests.contracts.methods import KilledError
 from tests.goldens import discover, golden_network
 from tests.networks import tiny_denoiser
 from tests.precisions import assert_within_bounds
-from tests.small import same_weights, sfd, small_teacher, small_trajectories
+from tests.small import same_weights, sfd, sfd_stage, small_teacher, small_trajectories
 from tests.studies import spec
 
 pytestmark = [
@@ -198,6 +198,23 @@ def test_a_round_resumes_bit_for_bit_on_a_deterministic_gpu(tmp_path, monkeypatc
         torch.use_deterministic_algorithms(False)
     assert [done.iteration for done in seen] == [3, 4]
     assert same_weights(resumed, whole)
+
+
+# ---- waits ----
+
+
+def test_no_update_waits_for_the_gpu():
+    """What the contract of stages shows on torch's meta device."""
+    stage = sfd_stage(small_trajectories(small_teacher().to("cuda")))
+    student = widen_head(stage.start, 4)
+    weights = torch.ones(4, dtype=torch.float64)
+    for mode in ("default", "error"):  # the first may copy what is kept for all others
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            for update in stage.updates(0, stage.batch(0, slice(None))):
+                update(student.branches).weighted(weights).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 # ---- recorded trajectories ----

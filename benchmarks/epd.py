@@ -137,9 +137,9 @@ def report(rows: list[Row], spec: StudySpec, images: int) -> Iterator[str]:
         *("FID", "s.e. over seeds", "s.e. over latents", "CPU s to learn"),
     )
     yield (
-        f"{spec.data}, the teacher of study {spec.name}, FID of {images} images in the features of "
-        f"{spec.evaluation.extractor}; mean over {len(rows[0].fids)} seeds of table and latents. The "
-        "standard error over latents is that of one seed's FID."
+        f"{spec.data}, the teacher of study {spec.name}, FID of {images} images in the features "
+        f"of {spec.evaluation.extractor}; mean over {len(rows[0].fids)} seeds of table and "
+        "latents. The standard error over latents is that of one seed's FID."
     )
     for steps in STEPS:
         own = [row for row in rows if row.seconds and row.sampler.num_intervals == steps]

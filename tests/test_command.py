@@ -158,7 +158,7 @@ def test_more_is_better_where_it_is_asked_for(url, tmp_path):
     path = written(
         tmp_path,
         "negative",
-        plan={"trials": 4, "replicates": 2, "race": 1},
+        plan={"trials": 3, "replicates": 2, "race": 1},
         method={"direction": "maximise"},
     )
     study = work(planned(url, path))
@@ -515,11 +515,12 @@ def test_a_program_that_fails_says_why(url, tmp_path):
     plan = {"arms": ["defaults"], "seeds": [0], "variants": variants}
     study = work(planned(url, written(tmp_path, plan=plan)))
     rows = study.main.study.get_trials(deepcopy=False)
+    status = command("status", "losses").out
     for trial, (reason, said) in zip(rows, FAILURES.values(), strict=True):
         assert (trial.state, trial.user_attrs["reason"]) == (TrialState.FAIL, reason)
         (error,) = trial.user_attrs["error"].splitlines()
         require_in_order(said, error)
-        assert error in command("status", "losses").out
+        assert error in status
     assert row(study, len(rows) - 1, "stderr.log").read_text().endswith("the data are bad\n")
 
 
@@ -596,6 +597,11 @@ def test_a_line_of_another_form_fails_the_trial(url, tmp_path):
         ({"data": "digits"}, "data", "leave it out"),
         ({"teacher": {"recipe": "latent-digits"}}, "teacher", "leave it out"),
         ({"resources": {"compile": True}}, "resources.compile", "leave it out"),
+        (
+            {"resources": {"gradient_checkpointing": True}},
+            "resources.gradient_checkpointing",
+            "leave it out",
+        ),
         ({"plan": {"trials": 4, "at": [0.5]}}, "plan.at", "leave it out"),
         ({"plan": {"trials": 4, "stop": True}}, "plan.stop", "leave it out"),
         ({"plan": {"trials": 4, "sampler": "NoSampler"}}, "plan.sampler.name", "NoSampler"),

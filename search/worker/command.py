@@ -344,7 +344,7 @@ class _Program:
 
     def __init__(self, order: Order, environment: Mapping[str, str]) -> None:
         self._guard = subprocess.Popen(
-            [sys.executable, "-I", guard.__file__, json.dumps(dataclasses.asdict(order))],
+            [sys.executable, "-I", "-S", guard.__file__, json.dumps(dataclasses.asdict(order))],
             env=dict(environment),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

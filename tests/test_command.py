@@ -705,6 +705,13 @@ def test_what_is_for_students_is_refused(searched, complete, tmp_path):
     assert (dry.status, "# rows: " in dry.out, "extractor" in dry.out) == (0, True, False)
 
 
+def test_an_option_behind_two_dashes_is_not_suggested_again(tmp_path):
+    answer = command("launch", tmp_path / "x.yaml", "--", "--trials", 3)
+    told = refused(answer)
+    assert "--trials" in told
+    assert "did you mean" not in told
+
+
 NO_TORCH = """
 import json, sys
 

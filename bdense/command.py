@@ -77,8 +77,12 @@ class Parser(argparse.ArgumentParser):
         """End the process because of arguments that this verb does not know."""
         flag = unknown[0].partition("=")[0]
         if not flag.startswith("-"):
-            self.error(f"{' '.join(unknown)} is more than it takes")
+            self.error(f"unexpected argument{'s' * (len(unknown) > 1)}: {' '.join(unknown)}")
         known = [name for action in self._actions for name in action.option_strings]
+        if flag in known:
+            self.error(
+                f"{flag} was given after --, behind which nothing is an option; drop the --"
+            )
         close = difflib.get_close_matches(flag, known, n=1)
         self.error(f"there is no option {flag}" + (f"; did you mean {close[0]}?" if close else ""))
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from bdense.errors import InputError
-from bdense.knobs import Knobs, knob
+from bdense.knobs import KnobError, Knobs, knob
 
 # torch is imported where it is used: the command's help reads this module.
 if TYPE_CHECKING:
@@ -58,11 +58,7 @@ class Execution(Knobs):
             InputError: tf32 or float16 without a GPU, compilation without a compiler, or beside
                 gradient checkpointing.
         """
-        if self.compile and self.gradient_checkpointing:
-            raise InputError(
-                "compile decides itself what is kept for going backwards, and "
-                "gradient_checkpointing decides it too; drop one of them"
-            )
+        self.require_compatible()
         if self.compile and not any(map(shutil.which, _compilers(device))):
             raise InputError(
                 f"compile needs the compiler {' or '.join(_compilers(device))}, which is missing "
@@ -72,6 +68,15 @@ class Execution(Knobs):
             raise InputError(
                 f"precision {self.precision} needs a CUDA device, not {device.type}; use float32 "
                 "or bfloat16"
+            )
+
+    def require_compatible(self) -> None:
+        """Refuse settings that exclude each other on any device, by a ``KnobError``."""
+        if self.compile and self.gradient_checkpointing:
+            raise KnobError(
+                "compile",
+                "decides itself what is kept for going backwards, and gradient_checkpointing "
+                "decides it too; drop one of them",
             )
 
     def require_training(self, what: str) -> None:

@@ -363,7 +363,10 @@ def _as_type(kind: Any, value: Any) -> Any:  # noqa: ANN401
             raise _WrongTypeError
         return tuple(_as_type(each, part) for each, part in _parts(kind, value))
     elif kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # hundreds of digits
+            raise _WrongTypeError from None
     elif kind is Path and isinstance(value, str):
         return Path(value)
     elif _is_knobs(kind) and isinstance(value, Mapping):

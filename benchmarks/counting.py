@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,30 @@ STUDY, WORKERS, STEP_SECONDS, STEPS = "faults", 2, 0.25, 20
 LEASE_SECONDS = 10
 
 
-def work(folder: Path, key: str, log: Path, worker: int, after: Callable[[int], None]) -> float:
+def work(
+    folder: Path,
+    key: str,
+    log: Path,
+    after: Callable[[int], None],
+    processes: Sequence[int] = (),
+) -> float:
     """The trial: steps from where its folder says that an earlier process ended.
 
     Args:
         folder: Keeps the number of steps.
         key: Names the trial in the log, whichever process works on it.
         log: Gets a line a step.
-        worker: The process that a fault is to meet.
         after: Called with each step.
+        processes: That the trial needs, first the one that a fault is to meet; by default this
+            one alone.
     """
+    needed = list(processes) or [os.getpid()]
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / "step"
     for step in range(int(kept.read_text()) if kept.exists() else 0, STEPS):
         time.sleep(STEP_SECONDS)
         with log.open("a") as file:
-            file.write(f"{json.dumps([key, step, worker, os.getpid()])}\n")
+            file.write(f"{json.dumps([key, step, needed])}\n")
         scratch = kept.with_suffix(".partial")
         scratch.write_text(str(step + 1))
         scratch.replace(kept)
@@ -58,7 +66,7 @@ def run_optuna(url: str, folder: Path, trials: int) -> None:
         stored = study.get_trials(deepcopy=False)[trial.number]
         first = RetryHeartbeatStaleTrialCallback.retried_trial_number(stored)
         own = folder / "trials" / str(trial.number if first is None else first)
-        return work(own, str(x), folder / "log", os.getpid(), lambda _: None)
+        return work(own, str(x), folder / "log", lambda _: None)
 
     enough = optuna.study.MaxTrialsCallback(trials, states=(TrialState.COMPLETE,))
     if sum(t.state == TrialState.COMPLETE for t in study.get_trials(deepcopy=False)) < trials:
@@ -81,7 +89,7 @@ def run_tune(url: str, folder: Path, trials: int) -> None:
         def after(step: int) -> None:
             tune.report({"loss": 0.0}, checkpoint=tune.Checkpoint.from_directory(own))
 
-        work(own, str(config["x"]), folder / "log", os.getpid(), after)
+        work(own, str(config["x"]), folder / "log", after)
 
     ray.init(num_cpus=WORKERS, include_dashboard=False, log_to_driver=False)
     runs = str(folder / "tune")
@@ -112,10 +120,17 @@ def run_tune(url: str, folder: Path, trials: int) -> None:
     tuner.fit()
 
 
+def program_processes() -> list[int]:
+    """The worker, its guard, which is this process's parent, and this process."""
+    guard = os.getppid()
+    status = Path(f"/proc/{guard}/stat").read_text()
+    return [int(status.rpartition(")")[2].split()[1]), guard, os.getpid()]
+
+
 def run_program(folder: Path) -> None:
-    """The program of a study of method ``command``; its worker is the parent."""
+    """The program of a study of method ``command``."""
     own = Path(os.environ["BDENSE_FOLDER"])
-    value = work(own, str(own), folder / "log", os.getppid(), lambda _: None)
+    value = work(own, str(own), folder / "log", lambda _: None, program_processes())
     Path(os.environ["BDENSE_RESULT"]).write_text(json.dumps({"loss": value}))
 
 

@@ -135,22 +135,21 @@ class Contest:
         own = {"BDENSE_STORAGE": self.url, "BDENSE_RUNS": str(self.folder / "runs")}
         return own | {"RAY_worker_niceness": "0"}
 
-    def lines(self) -> list[tuple[str, int, int, int]]:
-        """Steps: trial, step, worker and process."""
+    def lines(self) -> list[tuple[str, int, list[int]]]:
+        """Steps: trial, step, and the processes that the trial needs, the worker first."""
         log = self.folder / "log"
         return [tuple(json.loads(line)) for line in log.open()] if log.exists() else []
 
     def strike(self, kind: str, draw: random.Random) -> bool:
         """Whether there was something to strike."""
-        busy = {line[2]: line[3] for line in self.lines()[-4 * WORKERS :]}
+        busy = {needed[0]: needed for _, _, needed in self.lines()[-4 * WORKERS :]}
         alive = [pid for pid in busy if Path(f"/proc/{pid}").exists()]
         if not alive:
             return False
         if kind == "worker killed":
             _signal(draw.choice(alive), signal.SIGKILL)
         elif kind == "worker frozen":
-            pid = draw.choice(alive)
-            frozen = {pid, busy[pid]}
+            frozen = busy[draw.choice(alive)]
             for each in frozen:
                 _signal(each, signal.SIGSTOP)
             time.sleep(FROZEN_SECONDS)

@@ -27,6 +27,11 @@ folder, params, told = Path(given["folder"]), given["params"], sys.argv[1:]
 kept = folder / "step"
 first = int(kept.read_text()) if kept.exists() else 0
 asked = []
+
+def is_open():  # to all, or to those with a low y
+    gate = Path("gate")
+    return gate.exists() and params["y"] <= float(gate.read_text() or "inf")
+
 signal.signal(signal.SIGTERM, lambda *_: None if "deaf" in told else asked.append(1))
 with (folder / "starts").open("a") as file:
     file.write(f"{first} {os.getpid()}\\n")
@@ -44,7 +49,7 @@ for step in range(first, 4):
         with Path(given["values"]).open("a") as file:
             value = 10 - step + params["y"]
             file.write(json.dumps({"step": step, "value": value}) + "\\n")
-    while "waits" in told and step == 2 and not asked and not Path("gate").exists():
+    while "waits" in told and step == 2 and not asked and not is_open():
         time.sleep(0.01)
     kept.write_text(str(step + 1))
     if asked:
@@ -56,7 +61,14 @@ if "dies" in told:
     os.kill(os.getpid(), signal.SIGSEGV)
 loss = (params["x"] - 1) ** 2 + (params["y"] - 0.5) ** 2 + given["seed"] / 64
 result = {"loss": -loss if "negative" in told else loss, "steps": 4 - first}
+if "folder" in told:
+    Path(given["result"]).mkdir()
+    sys.exit(0)
+if "pipe" in told:
+    os.mkfifo(given["result"])
+    sys.exit(0)
 text = {"nan": '{"loss": NaN}', "list": "[1.0]", "word": '{"loss": "low"}', "half": '{"lo'}
+text["huge"] = '{"loss": 1' + "0" * 400 + "}"
 for word in told:
     if word in text:
         Path(given["result"]).write_text(text[word])

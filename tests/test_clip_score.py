@@ -163,7 +163,7 @@ def test_prompts_of_lines_and_columns(tmp_path, name, text, column):
         ),
         ("a.csv", "id,caption\n1,one\n", "captions", "no column captions .*but id, caption"),
         ("a.json", "{", None, "cannot be read"),
-        ("a.json", "[1, 2]", None, "no table of prompts"),
+        ("a.json", "[1, 2]", None, "a.json is not a table"),
         ("a.json", '{"a": [1], "b": []}', None, "cannot be read"),
         ("missing.csv", None, "text", "cannot be read"),
     ],

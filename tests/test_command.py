@@ -1,6 +1,9 @@
 """Method ``command``: studies whose trials are runs of a program, by workers of this process."""
 
+import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,14 +17,18 @@ from optuna.trial import TrialState
 from bdense.errors import InputError
 from search.analysis.comparison import compare
 from search.analysis.confirmation import verdict
-from search.analysis.plans import plan_confirmation
+from search.analysis.plans import plan_confirmation, plan_given
 from search.analysis.recommendation import noise_of, recommend
 from search.errors import SpecChangedError
 from search.report.overview import overview_of
 from search.report.report_files import write_report
 from search.storage.stop_flags import ask_all
+from search.study.arms import given_arms
 from search.study.study import Study
 from search.study.trial_log import LOG_FILE, read_log
+from search.worker import guard
+from search.worker.command import _Values
+from search.worker.ray_tasks import slot
 from tests.e2e.study import wait_until
 from tests.goldens import ROOT
 from tests.measured import command, refused
@@ -127,7 +134,7 @@ def test_more_is_better_where_it_is_asked_for(url, tmp_path):
     path = written(
         tmp_path,
         "negative",
-        plan={"trials": 4, "replicates": 2, "race": 1},
+        plan={"trials": 3, "replicates": 2, "race": 1},
         method={"direction": "maximise"},
     )
     study = work(planned(url, path))
@@ -174,7 +181,7 @@ def test_intermediate_values_reach_the_pruner_which_ends_the_program(url, tmp_pa
     pruner = {"name": "ThresholdPruner", "upper": 9.5, "n_warmup_steps": 1}
     plan = {"trials": 2, "replicates": 1, "pruner": pruner}
     study = planned(url, written(tmp_path, "values", "waits", plan=plan))
-    (tmp_path / "gate").touch()
+    (tmp_path / "gate").write_text("1")
     for y in (0.25, 1.5):
         study.search.enqueue({"x": 1.0, "y": y})
     work(study)
@@ -301,6 +308,168 @@ def test_the_last_of_a_program_s_output_is_kept(url, tmp_path):
     assert only(study).value == score(2, 1)
 
 
+def guard_of(program: int) -> int:
+    """The process that started a program."""
+    return int(Path(f"/proc/{program}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def test_a_signal_to_the_guard_lets_the_program_save(url, tmp_path, worked_on):
+    study = planned(url, one_row(tmp_path, "waits"))
+    worked = worked_on(study)
+    os.kill(guard_of(waiting_program(study)), signal.SIGTERM)
+    worked.join(60)
+    assert only(study).value == score(2, 1)
+    assert only(study).user_attrs["score"]["others"] == {"steps": 1.0}  # of the second attempt
+
+
+def test_what_a_killed_guard_leaves_alive_ends_before_the_next_program(url, tmp_path, worked_on):
+    study = planned(url, one_row(tmp_path, "waits", "forks"))
+    worked = worked_on(study)
+    program = waiting_program(study)
+    children = [int(pid) for pid in program_file(study, 0, "children").split()]
+    (tmp_path / "gate").touch()
+    os.kill(guard_of(program), signal.SIGKILL)
+    worked.join(60)
+    assert only(study).user_attrs["score"]["others"] == {"steps": 2.0}
+    assert not any(map(alive, [program, *children]))
+
+
+def test_a_program_that_another_process_asks_to_save_goes_on(url, tmp_path, worked_on):
+    study = planned(url, one_row(tmp_path, "waits"))
+    worked = worked_on(study)
+    os.kill(waiting_program(study), signal.SIGTERM)
+    worked.join(60)
+    assert only(study).user_attrs["score"]["others"] == {"steps": 1.0}
+    assert only(study).user_attrs["tries"] == 2
+
+
+def test_a_shell_whose_command_died_of_a_signal_is_tried_again(url, tmp_path):
+    dies = "echo >> $BDENSE_FOLDER/starts; sh -c 'kill -SEGV $$'"
+    path = one_row(
+        tmp_path,
+        method={"run": ["sh", "-c", f"{dies}; exit $?"]},
+        resources={"max_attempts": 2, "gpus": 0},
+    )
+    study = work(planned(url, path))
+    assert "SIGSEGV" in only(study).user_attrs["error"]
+    assert program_file(study, 0, "starts") == "\n\n"
+
+
+def test_children_that_ended_by_themselves_were_not_left_behind(url, tmp_path):
+    run = ["sh", "-c", "(true & true) & wait; sleep 0.1; echo '{\"loss\": 1}' > $BDENSE_RESULT"]
+    study = work(planned(url, one_row(tmp_path, method={"run": run})))
+    assert only(study).value == 1
+    events = [each["event"] for each in read_log(row(study, 0, LOG_FILE))[0]]
+    assert "children" not in events
+
+
+def test_a_lock_that_cannot_be_had_starts_nothing(tmp_path):
+    order = guard.Order(
+        words=["touch", str(tmp_path / "ran")],
+        cwd=str(tmp_path),
+        signal="TERM",
+        grace_seconds=1,
+        **{name: str(tmp_path / name) for name in ("given", "metric", "values", "out", "err")},
+        lock=str(tmp_path),  # a folder
+        most_bytes=100,
+    )
+    words = [sys.executable, guard.__file__, json.dumps(dataclasses.asdict(order))]
+    said = subprocess.run(words, stdin=subprocess.PIPE, capture_output=True, check=True).stdout
+    assert json.loads(said)["hindered"] == "lock"
+    assert not (tmp_path / "ran").exists()
+
+
+def test_faults_strike_the_worker_of_a_program(url, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    told = "(folder / 'processes').write_text(json.dumps(program_processes()))"
+    path = program_of(tmp_path, "from benchmarks.counting import program_processes", told, DONE)
+    study = work(planned(url, path))
+    worker, *others = json.loads(program_file(study, 0, "processes"))
+    assert worker == os.getpid()
+    assert len({worker, *others}) == 3
+
+
+# ---- values at the end ----
+
+
+@pytest.fixture
+def judged_late(monkeypatch) -> None:
+    """Values are not looked at until the program has ended."""
+    monkeypatch.setattr("search.worker.command.POLL_SECONDS", 60)
+
+
+def test_a_program_that_has_ended_is_not_pruned(url, tmp_path, judged_late):
+    pruner = {"name": "ThresholdPruner", "upper": 0.5}
+    study = planned(
+        url, written(tmp_path, "values", plan={"trials": 1, "replicates": 1, "pruner": pruner})
+    )
+    work(study)
+    (trial,) = trials(study)
+    assert trial.state is TrialState.COMPLETE
+    assert len(trial.intermediate_values) == 4
+
+
+def program_of(folder: Path, *lines: str, **keys) -> Path:
+    """A study of one row, whose program is these lines of Python."""
+    path = one_row(folder, **keys)
+    start = ["import json, os, time", "from pathlib import Path"]
+    names = ("folder", "result", "values")
+    start += [f"{name} = Path(os.environ['BDENSE_{name.upper()}'])" for name in names]
+    (folder / "program.py").write_text("\n".join([*start, *lines]))
+    return path
+
+
+DONE = "result.write_text('{\"loss\": 1}')"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"), [('{"step": 1, "value": NaN}', "diverged"), ("loss 3", "error")]
+)
+def test_the_last_value_counts_too(url, tmp_path, judged_late, line, reason):
+    study = work(planned(url, program_of(tmp_path, f"values.write_text('{line}\\n')", DONE)))
+    assert only(study).state is TrialState.FAIL
+    assert only(study).user_attrs["reason"] == reason
+
+
+def test_values_that_a_second_start_writes_anew_are_read_from_the_first(url, tmp_path):
+    path = program_of(
+        tmp_path,
+        "first = not (folder / 'began').exists()",
+        "(folder / 'began').touch()",
+        "lines = [json.dumps({'step': s, 'value': s}) for s in ((0, 1, 2) if first else (5, 6))]",
+        "with values.open('w') as file:",
+        "    file.write('\\n\\n'.join(lines) + '\\n')",
+        "if first: os.abort()",
+        DONE,
+    )
+    study = work(planned(url, path))
+    assert only(study).intermediate_values == {0: 0, 1: 1, 2: 2, 5: 5, 6: 6}
+
+
+def test_values_of_a_file_that_shrinks_are_read_from_its_start(tmp_path):
+    path = tmp_path / "values"
+    values = _Values(path)
+    path.write_text('{"step": 10, "value": 1}\n{"step": 11, "value": 1}\n')
+    assert [step for step, _ in values.new()] == [10, 11]
+    path.write_text('{"step": 12, "value": 1}\n')
+    assert [step for step, _ in values.new()] == [12]
+
+
+# ---- a program that is edited ----
+
+
+def test_a_program_that_is_edited_while_it_runs_stores_nothing(url, tmp_path):
+    path = program_of(tmp_path, "Path('program.py').write_text('raise ValueError')", DONE)
+    study = planned(url, path)
+    error = slot({"worker": worker_config(study), "mark": str(tmp_path / "mark")})["error"]
+    assert "run.1_sha256" in error.message
+    assert error.is_input_error
+    assert not only(study).state.is_finished()
+    assert not row(study, 0, "result.json").exists()
+    with pytest.raises(SpecChangedError, match="run"):
+        plan_given(url, spec_of(path))
+
+
 # ---- bad programs ----
 
 
@@ -310,6 +479,9 @@ FAILURES = {
     "list": ("error", "mapping with a number 'loss'.*[1.0]"),
     "word": ("error", "mapping with a number 'loss'.*low"),
     "half": ("error", "metric.json is not JSON"),
+    "huge": ("diverged", "loss inf"),
+    "folder": ("error", "metric.json is not a regular file"),
+    "pipe": ("error", "metric.json is not a regular file"),
     "fails": ("error", "exit status 3.*stderr.log: first words.*ValueError: the data are bad"),
 }
 
@@ -319,11 +491,12 @@ def test_a_program_that_fails_says_why(url, tmp_path):
     plan = {"arms": ["defaults"], "seeds": [0], "variants": variants}
     study = work(planned(url, written(tmp_path, plan=plan)))
     rows = study.main.study.get_trials(deepcopy=False)
+    status = command("status", "losses").out
     for trial, (reason, said) in zip(rows, FAILURES.values(), strict=True):
         assert (trial.state, trial.user_attrs["reason"]) == (TrialState.FAIL, reason)
         (error,) = trial.user_attrs["error"].splitlines()
         require_in_order(said, error)
-        assert error in command("status", "losses").out
+        assert error in status
     assert row(study, len(rows) - 1, "stderr.log").read_text().endswith("the data are bad\n")
 
 
@@ -368,6 +541,15 @@ def test_a_line_of_another_form_fails_the_trial(url, tmp_path):
         ({"method": {"run": ["./other.py"]}}, "method.run", "no program"),
         ({"method": {"run": [sys.executable, "{z}"]}}, "method.run", "{z}.*x, y, seed"),
         ({"method": {"run": []}}, "method.run", "empty"),
+        ({"method": {"run": ["sh", "-c", "a\0b"]}}, "method.run", "NUL"),
+        ({"method": {"run": [sys.executable, "{z}"]}}, "method.run", "{{z}}"),
+        ({"method": {"grace_seconds": 56}}, "method.grace_seconds", "56"),
+        ({"method": {"log_mib": 0.001}}, "method.log_mib", "0.001"),
+        ({"method": {"folder": "~nosuchuser/x"}}, "method.folder", "~nosuchuser/x"),
+        ({"method": {"folder": "a\0b"}}, "method.folder", "not a path"),
+        ({"weights": {"name": WEIGHTS["x"]}}, "weights.name", "choose another"),
+        ({"weights": {"x": {**WEIGHTS["x"], "high": 10**400}}}, "weights.x.high", "number"),
+        ({"plan": {"arms": [{"x": 10**400, "y": 1}]}}, "plan.arms.0", "x must be a finite"),
         ({"method": {"files": ["other.json"]}}, "method.files", "no file"),
         ({"method": {"folder": "elsewhere"}}, "method.folder", "no folder"),
         ({"method": {"metric": "top 1"}}, "method.metric", "'top 1'"),
@@ -391,6 +573,11 @@ def test_a_line_of_another_form_fails_the_trial(url, tmp_path):
         ({"data": "digits"}, "data", "leave it out"),
         ({"teacher": {"recipe": "latent-digits"}}, "teacher", "leave it out"),
         ({"resources": {"compile": True}}, "resources.compile", "leave it out"),
+        (
+            {"resources": {"gradient_checkpointing": True}},
+            "resources.gradient_checkpointing",
+            "leave it out",
+        ),
         ({"plan": {"trials": 4, "at": [0.5]}}, "plan.at", "leave it out"),
         ({"plan": {"trials": 4, "stop": True}}, "plan.stop", "leave it out"),
         ({"plan": {"trials": 4, "sampler": "NoSampler"}}, "plan.sampler.name", "NoSampler"),
@@ -435,6 +622,49 @@ def test_what_decides_the_metric_is_part_of_the_fingerprint(url, tmp_path):
         Study.create(url, spec_of(path))
 
 
+def test_a_script_and_the_programs_of_variants_are_part_of_the_fingerprint(tmp_path):
+    other = {"run": [sys.executable, "other.py"]}
+    plan = {"arms": ["defaults"], "variants": [{}, other]}
+    path = written(tmp_path, plan=plan, method={"run": ["./t.sh"]}, confirm={"method": other})
+    script, program = tmp_path / "t.sh", tmp_path / "other.py"
+    found = []
+    for texts in (("a", "a"), ("b", "a"), ("b", "b")):
+        for file, text in zip((script, program), texts, strict=True):
+            file.write_text(text)
+            file.chmod(0o755)
+        found.append(spec_of(path).fingerprint())
+    assert len(set(found)) == 3
+    # A search may still be confirmed by another program than it was planned to be.
+    path = written(tmp_path, confirm={"method": other})
+    search = spec_of(path)
+    confirmation = given_arms(search, "losses.confirm")
+    before = search.fingerprint(), confirmation.fingerprint()
+    program.write_text("c")
+    assert search.fingerprint() == before[0]
+    assert confirmation.fingerprint() != before[1]
+
+
+def test_no_weight_has_the_name_of_a_field_beside_it(losses, tmp_path):
+    fields = json.loads(command("best", "losses", "--json").out)["best"].keys()
+    columns = command("trials", "losses", "--csv").out.splitlines()[0].split(",")
+    names = {*fields, *columns} - WEIGHTS.keys()
+    assert {"number", "metric", "confirmed", "seconds"} <= names
+    for name in names:
+        with pytest.raises(InputError, match=rf"weights\.{name} "):
+            spec_of(written(tmp_path, weights={name: WEIGHTS["y"]}))
+
+
+def test_doubled_braces_are_braces(tmp_path):
+    run = [sys.executable, "program.py", "${{HOME}}", "{x}", "{{{x}}}", "{", "{print $1}"]
+    words = spec_of(written(tmp_path, method={"run": run})).program.words({"x": 0.5})
+    assert words[2:] == ["${HOME}", "0.5", "{0.5}", "{", "{print $1}"]
+
+
+def test_a_word_may_be_a_long_script(tmp_path):
+    run = ["sh", "-c", "true; " * 100]
+    assert spec_of(written(tmp_path, method={"run": run})).program.words({}) == run
+
+
 def test_a_stored_spec_is_read_back(url, tmp_path):
     spec = spec_of(written(tmp_path))
     stored = Study.create(url, spec).spec
@@ -449,6 +679,13 @@ def test_what_is_for_students_is_refused(losses, tmp_path):
     assert command("fetch", path).status == 0
     dry = command("launch", path, "--dry-run")
     assert (dry.status, "# rows: " in dry.out, "extractor" in dry.out) == (0, True, False)
+
+
+def test_an_option_behind_two_dashes_is_not_suggested_again(tmp_path):
+    answer = command("launch", tmp_path / "x.yaml", "--", "--trials", 3)
+    told = refused(answer)
+    assert "--trials" in told
+    assert "did you mean" not in told
 
 
 NO_TORCH = """
@@ -473,18 +710,18 @@ def test_neither_preparation_nor_worker_need_torch(url, tmp_path):
     assert study.left() == 0
 
 
+OURS = ["BDENSE_STORAGE", "PGPASSWORD", "PGPASSFILE", "PGSERVICEFILE"]
+OURS += ["RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"]
+
+
 def test_the_program_s_environment_holds_no_password_of_ours(url, tmp_path, monkeypatch):
-    monkeypatch.setenv("BDENSE_STORAGE", f"{url}")
-    path = one_row(tmp_path)
-    (tmp_path / "program.py").write_text(
-        "import json, os\n"
-        "known = {k: v for k, v in os.environ.items() if k.startswith(('BDENSE', 'OMP'))}\n"
-        "open(os.environ['BDENSE_FOLDER'] + '/environment', 'w').write(json.dumps(known))\n"
-        "open(os.environ['BDENSE_RESULT'], 'w').write('{\"loss\": 1}')\n"
-    )
+    for name in OURS:
+        monkeypatch.setenv(name, url)
+    dump = "(folder / 'environment').write_text(json.dumps(dict(os.environ)))"
+    path = program_of(tmp_path, dump, DONE)
     study = work(planned(url, path))
     known = json.loads(program_file(study, 0, "environment"))
-    assert "BDENSE_STORAGE" not in known
+    assert not known.keys() & set(OURS)
     assert json.loads(known["BDENSE_PARAMS"]) == {"x": 2.0, "y": 1.0}
     assert (known["BDENSE_SEED"], known["OMP_NUM_THREADS"]) == ("0", "1")
     assert Path(known["BDENSE_TRIAL"]) == row(study, 0, "given.json").resolve()

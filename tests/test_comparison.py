@@ -116,7 +116,7 @@ def test_a_seed_without_its_pair_is_left_out_of_the_difference(url):
     assert (plain.values, ours.values) == ({1: 10.0}, {1: 8.0, 2: 9.0})
     pair = comparison.against(ours, plain)
     assert (pair.n, pair.mean, pair.relative) == (1, -2.0, -0.2)
-    assert difference_text(pair) == "-20.0 %, -2.00 [one seed], tie"
+    assert difference_text(pair, study.spec.metric) == "-20.0 %, -2.00 [one seed], tie"
     header, first, *_ = comparison.table()
     assert "seed 3" not in header
     assert first.split()[:6] == ["plain", "SFD", "10.000", "-", "10.000", "-"]

@@ -248,7 +248,7 @@ def test_prompts_are_captions_of_each_image_or_each_class():
     )
     assert of_classes.of(found, index).embeddings.flatten().tolist() == [6, 0, 1]
     assert of_images.of(found, index).embeddings.flatten().tolist() == [13, 0, 8]
-    with pytest.raises(InputError, match=r"3 prompts are no captions of noise, .*14 images and 7"):
+    with pytest.raises(InputError, match=r"3 prompts.* captions of noise, .*14 images and 7"):
         Prompts(torch.zeros(3, 1, 1)).require(found)
     unlabelled = replace(found, labels=None)
     with pytest.raises(InputError, match="14 images; give a prompt for each image, in their ord"):
@@ -338,7 +338,7 @@ def test_the_command_learns_from_captioned_images(tmp_path, method):
     assert drawn.status == 0, drawn.err
     file.write_text("a red cat\nthe dog\n")
     refused = commands.bdense(*asked, "--prompts", file, "--out", tmp_path / "other")
-    assert "2 prompts are no captions of folder:photos" in commands.refused(refused)
+    assert "2 prompts cannot be the captions of folder:photos" in commands.refused(refused)
 
 
 # ---- bad input ----

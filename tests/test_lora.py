@@ -184,7 +184,7 @@ def test_what_cannot_have_adapters_is_named(teacher, tmp_path):
         trained(without, config(without))
     with pytest.raises(KnobError, match="to_v need lora_rank above 0"):
         config(teacher, lora_rank=0, lora_targets=("to_v",))
-    with pytest.raises(KnobError, match="epd trains none"):
+    with pytest.raises(KnobError, match="epd, which trains no network"):
         EPDConfig(lora_rank=2)
     with pytest.raises(KnobError, match="lora_rank"):
         config(teacher, lora_rank=-1)

@@ -16,7 +16,7 @@ from bdense.weights import WEIGHT_SPACES
 from search.errors import SpecError
 from search.spec.file import as_yaml, parse, read_tree
 from search.spec.resolve import resolve, teacher_config, variant
-from search.spec.study import StudySpec
+from search.spec.study import _YOUNGER, StudySpec
 from tests.studies import (
     KINDS,
     LEARNED,
@@ -124,6 +124,14 @@ OF_ANY = [
     ({"seeds": {"sampler": 2**31}}, "seeds.sampler", "got 2147483648"),
     ({"resources": {"gpus": -1}}, "resources.gpus", "auto or a number .* 0, got -1"),
     ({"resources": {"gpus": 1.5}}, "resources.gpus", "give 0 to 1, 1 or 2"),
+    (
+        {"resources": {"compile": True, "gradient_checkpointing": True}},
+        "resources.compile",
+        "gradient_checkpointing",
+    ),
+    ({"resources": {"log": ["tensorboard:~nosuchuser/x"]}}, "resources.log", "~nosuchuser/x"),
+    ({"data": "folder:~nosuchuser/x"}, "data", "~nosuchuser/x"),
+    ({"prompts": "~nosuchuser/x"}, "prompts", "~nosuchuser/x"),
     ({"resources": {"log": ["mine:x"]}}, "resources.log", "tensorboard.* mine"),
     (
         {"resources": {"log": ["mlflow:https://me:secret@host/x"]}},
@@ -432,3 +440,15 @@ def test_the_paper_promotes_at_512_256_and_128_steps():
     }
     assert study.method.options == {**study.method.options, **settings}
     assert (study.evaluation.images, study.evaluation.extractor) == (50_000, "inception")
+
+
+def test_what_fingerprints_leave_out_is_each_knob_s_default():
+    for name, method in METHODS.items():
+        usual = knobs_of(method.Config)
+        for knob in _YOUNGER.keys() & usual.keys():
+            default = usual[knob].default
+            default = list(default) if isinstance(default, tuple) else default
+            assert default == _YOUNGER[knob], (name, knob)
+    assert all(
+        any(knob in knobs_of(each.Config) for each in METHODS.values()) for knob in _YOUNGER
+    )

@@ -313,7 +313,7 @@ def captions(count: int, dataset: LabelledImages) -> Tensor:
         return dataset.labels
     of_classes = f" and {classes} classes" if classes else ""
     raise InputError(
-        f"{count} prompts are no captions of {dataset.name}, which has {images} images"
+        f"{count} prompts cannot be the captions of {dataset.name}, which has {images} images"
         f"{of_classes}; give a prompt for each image, in their order"
         f"{', or for each class' if classes else ''}, or take a method that learns from noise, "
         "such as sfd"

@@ -71,7 +71,7 @@ class EPDConfig(GridConfig):
         MethodConfig.__post_init__(self)
         for name in ("ema", "tail", "rescale_weights", "lora_rank"):
             if getattr(self, name):
-                raise KnobError(name, "is of a student's weights, and epd trains none; drop it")
+                raise KnobError(name, "does not apply to epd, which trains no network; drop it")
         _ = self.levels  # refuses what does not fit together
         try:
             self.make_solver()

@@ -105,14 +105,16 @@ def _column(rows: list[Any], column: str | None, file: Path) -> list[str]:
     if rows and column is None and all(isinstance(row, str) for row in rows):
         return rows
     if not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{file} is no table of prompts; give rows with a column of them")
+        raise InputError(
+            f"{file} is not a table of prompts; give rows of which one column is the prompt"
+        )
     names = list(dict.fromkeys(name for row in rows for name in row))
     chosen = column or (names[0] if len(names) == 1 else _TEXT)
     if rows and not all(isinstance(row.get(chosen), str) for row in rows):
         known = ", ".join(map(str, names))
         raise InputError(
-            f"{file} has no column {chosen} of texts in every row, but {known}; name one of them "
-            f"as {file.name}:COLUMN"
+            f"{file} lacks text in column {chosen} of some row; its columns are {known}; choose "
+            f"one by {file.name}:COLUMN"
         )
     return [row[chosen] for row in rows]
 

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,9 +29,13 @@ DEFAULTS = "defaults"
 # What a word of ``run`` may name in braces, beside the weights.
 SEED, FOLDER, RESULT = "seed", "folder", "result"
 _OWN = (SEED, FOLDER, RESULT)
-_BRACED = re.compile(r"\{(\w+)\}")
+_BRACED = re.compile(r"\{\{|\}\}|\{(\w+)\}")
 _NAME = re.compile(r"[A-Za-z_]\w*")
-_RESERVED = (BASELINE, "name", "one_shot", "value", *_OWN)
+# A space is chosen by its ``name``; the others are fields beside the weights, or columns, of what
+# ``best``, ``trials`` and the database hold.
+_FIELDS = """arm clip_score confirmed kid memory metric name number one_shot others params prc
+reason seconds seeds state student study tries value variant weights weights_plot worker"""
+_RESERVED = {*_FIELDS.split(), BASELINE, *_OWN}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +46,7 @@ class CommandConfig(Knobs):
 
     run: tuple[str, ...] = knob(
         help="the program and its arguments, a list of words; {NAME} in a word becomes a weight, "
-        "{seed}, {folder} or {result}; no shell reads them"
+        "{seed}, {folder} or {result}, {{ and }} become single braces; no shell reads them"
     )
     folder: str | None = knob(
         None, "folder in which the program is started", none="that of the study's file"
@@ -61,15 +66,18 @@ class CommandConfig(Knobs):
         "seconds that it has to save and end, before it and its children are killed; a launch "
         "itself waits 60 for its workers",
         above=0,
+        high=55,
     )
     log_mib: float = knob(
-        8.0, "most MiB that are kept of each of its outputs, the last ones", above=0
+        8.0, "most MiB that are kept of each of its outputs, the last ones", low=0.1
     )
 
     def __post_init__(self) -> None:
         Knobs.__post_init__(self)
         if not self.run or not self.run[0]:
             raise KnobError("run", "is empty; give the program and its arguments: [python, x.py]")
+        if any("\0" in word for word in self.run):
+            raise KnobError("run", "has a NUL character, which no program can be given; drop it")
         if not _NAME.fullmatch(self.metric):
             raise KnobError(
                 "metric",
@@ -98,16 +106,21 @@ class CommandConfig(Knobs):
 
     def words(self, values: Mapping[str, object]) -> list[str]:
         """The words of ``run`` with values in place of what is in braces."""
-        return [_BRACED.sub(lambda found: _word(values[found[1]]), word) for word in self.run]
+
+        def stands_for(found: re.Match[str]) -> str:
+            return _word(values[found[1]]) if found[1] else found[0][0]
+
+        return [_BRACED.sub(stands_for, word) for word in self.run]
 
     def named(self) -> set[str]:
         """What the words name in braces."""
-        return {name for word in self.run for name in _BRACED.findall(word)}
+        return {name for word in self.run for name in _BRACED.findall(word) if name}
 
     def used_files(self) -> Iterator[tuple[str, Path]]:
         """Files that decide the metric: each by its key in the fingerprint."""
-        for index, word in enumerate(self.run[1:], 1):
-            if (path := self.cwd / word).is_file():
+        for index, word in enumerate(self.run):
+            # The first is looked for in PATH where it is a name alone.
+            if (index or os.sep in word) and _is_file(path := self.cwd / word):
                 yield f"run.{index}", path
         for word in self.files:
             yield f"files.{word}", self.cwd / word
@@ -124,7 +137,7 @@ class CommandConfig(Knobs):
                 raise KnobError("run", f"there is no program {given} in PATH; {_WAY_OUT}")
             return found
         path = self.cwd / given
-        if not path.is_file():
+        if not _is_file(path):
             raise KnobError("run", f"there is no program {path}; {_WAY_OUT}")
         if not os.access(path, os.X_OK):
             raise KnobError(
@@ -133,6 +146,13 @@ class CommandConfig(Knobs):
                 f"[python, {given}]",
             )
         return str(path)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a script in a word may be too long for a name
+        return False
 
 
 _WAY_OUT = "correct its name; paths are relative to method.folder"
@@ -182,11 +202,16 @@ class NamedSpace(SearchSpace):
             raise KnobError(key, "is empty; give {NAME: {low: ..., high: ..., default: ...}}")
         weights = {}
         for name, given in tree.items():
-            if not _NAME.fullmatch(str(name)) or name in _RESERVED:
+            if not _NAME.fullmatch(str(name)):
                 raise KnobError(
                     f"{key}.{name}",
-                    f"cannot be a weight's name: letters, digits and underscores, and none of "
-                    f"{', '.join(_RESERVED)}",
+                    "cannot be a weight's name; use letters, digits and underscores",
+                )
+            if name in _RESERVED or name in knobs_of(CommandConfig):
+                raise KnobError(
+                    f"{key}.{name}",
+                    f"cannot be a weight's name, as {name} has a meaning of its own in study "
+                    f"files and outputs; choose another, such as {name}_weight",
                 )
             if not isinstance(given, Mapping):
                 raise KnobError(
@@ -230,8 +255,9 @@ class NamedSpace(SearchSpace):
             )
         for name, value in params.items():
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or not math.isfinite(value):
-                raise InputError(f"{name} must be a finite number, got {value!r}")
+            # Not isfinite, which has no answer to a whole number of 400 digits.
+            if not is_number or not abs(value) <= sys.float_info.max:
+                raise InputError(f"{name} must be a finite number, got {str(value)[:30]}")
             if self.weights[name].log and value <= 0:
                 raise InputError(f"{name} must be above 0, as its log is true, got {value:g}")
 
@@ -242,9 +268,21 @@ class NamedSpace(SearchSpace):
         return {"name": self.name, "defaults": defaults, "log": logs}
 
 
-def command_contents(config: CommandConfig) -> dict[str, str]:
-    """Digest of each file that decides the metric, by its key among the conditions."""
-    return {f"method.{key}_sha256": sha256_file(path) for key, path in config.used_files()}
+def command_contents(spec: "StudySpec") -> dict[str, str]:
+    """Digest of each file that decides the metric, by its key among the conditions.
+
+    Given arms may be runs of several programs, all of which count; a file that only a variant has
+    is named by its path, as a variant has no place of its own.
+    """
+    config = spec.program
+    files = {f"method.{key}": path for key, path in config.used_files()}
+    if not spec.is_search:
+        for changes in (*spec.given.variants, spec.confirm.method):
+            member = spec.method.with_options(changes)
+            for _, path in CommandConfig.read(member.options).used_files():
+                if path not in files.values():
+                    files[f"method.variants.{os.path.relpath(path, config.cwd)}"] = path
+    return {f"{key}_sha256": sha256_file(path) for key, path in files.items()}
 
 
 def resolve_command(spec: "StudySpec") -> "StudySpec":
@@ -311,12 +349,14 @@ def require_runnable(
             raise KnobError("folder", f"{config.cwd} is no folder; correct it")
         config.program()
         for key, path in config.used_files():
-            if not path.is_file():
+            if not _is_file(path):
                 raise KnobError("files", f"there is no file {path} ({key}); {_WAY_OUT}")
         if unknown := sorted(config.named() - {*weights, *_OWN}):
             known = ", ".join([*weights, *_OWN])
             raise KnobError(
-                "run", f"names {{{unknown[0]}}}, which is nothing; known in braces are {known}"
+                "run",
+                f"has {{{unknown[0]}}}, which stands for nothing; braces may hold {known}; write "
+                f"{{{{{unknown[0]}}}}} for the braces themselves",
             )
     except KnobError as error:
         raise KnobError(f"{where}.{error.name}", error.problem) from error
@@ -351,7 +391,7 @@ NOT_FOR_PROGRAMS = (
     "trajectories",
     "keep_students",
 )
-_RESOURCES = ("deterministic", "compile", "channels_last", "log")
+_RESOURCES = ("deterministic", "compile", "channels_last", "gradient_checkpointing", "log")
 _PLAN = ("one_shot", "at", "images", "stop")
 
 

@@ -279,7 +279,7 @@ def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
     def absolute(key: str, file: str, names: Collection[str] = (), *, folder: bool = False) -> str:
         if file in names:
             return file
-        path = (base / Path(file).expanduser()).resolve()
+        path = _absolute_path(key, file, base, source)
         if path.is_dir() and not folder:
             raise SpecError(f"{source}: {key}: {file} is a folder; give the name of a file")
         if not path.exists():
@@ -324,10 +324,10 @@ def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
         method = method.with_options({"epd_table": absolute("method.epd_table", table)})
     if spec.is_command:
         # Also of the study's own folder: workers are started elsewhere.
-        folder = str((base / Path(spec.program.folder or "").expanduser()).resolve())
-        method = method.with_options({"folder": folder})
+        folder = _absolute_path("method.folder", spec.program.folder or "", base, source)
+        method = method.with_options({"folder": str(folder)})
     resources = dataclasses.replace(
-        spec.resources, log=tuple(_absolute_log(each, base) for each in spec.resources.log)
+        spec.resources, log=tuple(_absolute_log(each, base, source) for each in spec.resources.log)
     )
     return dataclasses.replace(
         spec,
@@ -340,12 +340,20 @@ def _with_absolute_files(spec: StudySpec, source: str) -> StudySpec:
     )
 
 
-def _absolute_log(place: str, base: Path) -> str:
+def _absolute_path(key: str, file: str, base: Path, source: str) -> Path:
+    """A path relative to the study's file, or to a home; there may be nothing there."""
+    try:
+        return (base / Path(file).expanduser()).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # such as ~ of no user
+        raise SpecError(f"{source}: {key}: {file!r} is not a path: {error}") from error
+
+
+def _absolute_log(place: str, base: Path, source: str) -> str:
     """A tracker with its folder's absolute path; a project or a URL stays one."""
     name, _, folder = place.partition(":")
     if name != "tensorboard" or not folder:
         return place
-    return f"{name}:{(base / Path(folder).expanduser()).resolve()}"
+    return f"{name}:{_absolute_path('resources.log', folder, base, source)}"
 
 
 def _elsewhere(file: str) -> str:
@@ -359,7 +367,7 @@ def _absolute_data(data: str, base: Path, source: str) -> str:
     given, fit = split_fit(data)
     if (found := split_format(given)) is None:
         return data
-    kind, path = found[0], (base / Path(found[1]).expanduser()).resolve()
+    kind, path = found[0], _absolute_path("data", found[1], base, source)
     what = "folder" if kind == "folder" else "file"
     if not (path.is_dir() if what == "folder" else path.is_file()):
         raise SpecError(f"{source}: data: there is no {what} {found[1]}{_elsewhere(found[1])}")

@@ -59,6 +59,10 @@ def resolve(spec: StudySpec, source: str = "") -> StudySpec:
         resolved = _with_facts(_with_usual(spec))
         _check_weights(resolved)
         _check_plan(resolved)
+        try:
+            execution(spec).require_compatible()
+        except InputError as error:
+            raise SpecError.under("resources", error) from error
         if spec.resources.gpus == 0:
             execution(spec).require(torch.device("cpu"))
         _check_extractor(spec.evaluation.extractor)

@@ -738,7 +738,7 @@ class StudySpec(Knobs):
         Files are identified by their digest, published ones by their name.
         """
         if self.is_command:
-            return command_contents(self.program)
+            return command_contents(self)
         kind, _, file = self.evaluation.extractor.partition(":")
         extractor = f"{kind}:{sha256_file(Path(file))}" if file else self.evaluation.extractor
         found = {"evaluation.extractor": extractor}
@@ -781,7 +781,11 @@ def as_plain(value: Any) -> Any:  # noqa: ANN401  any part of a spec
 
 def _section(name: str, given: Any) -> Any:  # noqa: ANN401  as YAML has it
     """``method``, ``weights`` and ``plan`` as their classes; other sections as given."""
-    if name == "weights" and isinstance(given, Mapping) and "name" not in given:
+    if (
+        name == "weights"
+        and isinstance(given, Mapping)
+        and isinstance(given.get("name", {}), Mapping)  # a weight called name, which is refused
+    ):
         return Member(NamedSpace.name, dict(given))
     if name in ("method", "weights"):
         return Member.of(given, name)

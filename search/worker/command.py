@@ -23,9 +23,9 @@ from typing import Any, Self
 
 from bdense.errors import BdenseError, NonFiniteError
 from bdense.files import atomic_write
-from search.errors import LeaseLostError
+from search.errors import LeaseLostError, SpecChangedError, UnpreparedError
 from search.spec.command import CommandConfig, command_variant, require_runnable
-from search.spec.study import StudySpec
+from search.spec.study import StudySpec, fingerprint_of
 from search.study.arms import Task
 from search.study.folders import PROGRAM_FOLDER
 from search.study.results import Score, TrialResult
@@ -43,10 +43,18 @@ GIVEN_FILE, METRIC_FILE, VALUES_FILE = "given.json", "metric.json", "values.json
 OUT_FILE, ERR_FILE, LOCK_FILE = "stdout.log", "stderr.log", "program.lock"
 
 POLL_SECONDS = 0.1
+_SHELL_ADDS = 128  # to the number of a signal that ended a command
 _LAST_LINES, _LAST_CHARACTERS = 10, 1500
 _MOST_METRIC_BYTES, _MOST_LINE_BYTES = 2**20, 2**16
 # What opens the study's database or Ray's cluster is not for the program.
-_KEPT_BACK = ("BDENSE_STORAGE", "PGPASSWORD", "RAY_AUTH_TOKEN")
+_KEPT_BACK = (
+    "BDENSE_STORAGE",
+    "PGPASSWORD",
+    "PGPASSFILE",
+    "PGSERVICEFILE",
+    "RAY_AUTH_TOKEN",
+    "RAY_AUTH_TOKEN_PATH",
+)
 
 
 class ProgramError(BdenseError):
@@ -54,7 +62,7 @@ class ProgramError(BdenseError):
 
 
 class ProgramDiedError(Exception):
-    """A signal that no worker sent ended the program; it is tried again from its checkpoint."""
+    """The program ended early, and not by the worker; it is tried again from its checkpoint."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +70,12 @@ class Command:
     """See ``search.worker.trainer.Trainer``."""
 
     spec: StudySpec
-    fingerprint: str
+    conditions: Mapping[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the files that the worker found as it started."""
+        return fingerprint_of(self.conditions)
 
     @classmethod
     def prepare(cls, study: Study, together: int, report: Report) -> Iterator[Preparation]:
@@ -72,7 +85,7 @@ class Command:
     @classmethod
     def open(cls, study: Study, spec: StudySpec) -> Self:
         require_runnable(spec.program, spec.space.distributions())
-        return cls(spec, spec.fingerprint())
+        return cls(spec, spec.conditions())
 
     def ready(self, task: Task) -> None:
         pass
@@ -90,9 +103,35 @@ class Command:
         def work(note: Note) -> TrialResult:
             config = command_variant(self.spec, task.variant).program
             row = _Row(self, config, task, folder, check, report, judge, note)
-            return row.run()
+            self._require_same_files()
+            try:
+                return row.run()
+            finally:  # also where it failed: the change may be why
+                self._require_same_files()
 
         return once(folder, task, self.fingerprint, log, work)
+
+    def _require_same_files(self) -> None:
+        """Refuse to measure a program that was edited since the worker started.
+
+        Raises:
+            SpecChangedError: Names what has changed.
+        """
+        try:
+            now = self.spec.conditions()
+        except OSError as error:
+            raise SpecChangedError(
+                f"study {self.spec.name!r}: {error.filename} cannot be read any more "
+                f"({error.strerror}); restore it and launch again"
+            ) from error
+        both = self.conditions.keys() | now.keys()
+        changed = [key for key in sorted(both) if self.conditions.get(key) != now.get(key)]
+        if changed:
+            raise SpecChangedError(
+                f"study {self.spec.name!r}: the program's files were edited while it ran "
+                f"({', '.join(changed)}), so its numbers would not compare; restore the files, or "
+                "rename the study, and launch again"
+            )
 
 
 @dataclass(eq=False)
@@ -118,9 +157,6 @@ class _Row:
         started, score = time.perf_counter(), None
         pruned: dict[str, Any] = {}
         (self.folder / PROGRAM_FOLDER).mkdir(parents=True, exist_ok=True)
-        # Of an earlier attempt, which was ended as it wrote it.
-        (self.folder / METRIC_FILE).unlink(missing_ok=True)
-        self.values.mend()
         try:
             with _Program(self._order(), self._environment()) as program:
                 outcome = self._followed(program)
@@ -144,15 +180,19 @@ class _Row:
         self.report("running")
         try:
             while (outcome := program.ended(POLL_SECONDS)) is None:
-                self._judge_values()
+                for step, value in self._new_values():
+                    if self.judge(step, value):
+                        raise PrunedError
                 self.check()
-            self._judge_values()
-            return outcome
         except LeaseLostError:
             raise  # another worker's program may need the folder at any moment
         except Exception:
             self._end(program)
             raise
+        # It has been trained to its end: nothing is left to prune.
+        for step, value in self._new_values():
+            self.judge.store(step, value)
+        return outcome
 
     def _end(self, program: "_Program") -> None:
         """Ask the program to save and end, and wait until it has."""
@@ -165,19 +205,20 @@ class _Row:
             except Exception:  # noqa: BLE001  why it is ended
                 continue
         named = f"SIG{self.config.checkpoint_on}"
+        if outcome.hindered:
+            return
         if outcome.killed:
             self.note("killed", why=f"it ignored {named} for {self.config.grace_seconds:g} s")
         else:
             self.note("checkpoint", after=named, status=outcome.status)
 
-    def _judge_values(self) -> None:
+    def _new_values(self) -> Iterator[tuple[int, float]]:
         for step, value in self.values.new():
             self.last = f"{self.config.metric} {value:.4g} at step {step}"
             self.report(f"step {step}, {self.config.metric} {value:.4g}")
             if not math.isfinite(value):
                 raise NonFiniteError(f"{self.config.metric} is {value} at step {step}")
-            if self.judge(step, value):
-                raise PrunedError
+            yield step, value
 
     def _score(self, outcome: Outcome) -> Score:
         """What the program wrote.
@@ -185,21 +226,26 @@ class _Row:
         Raises:
             ProgramError: It failed, or wrote no metric, or another form.
             NonFiniteError: The metric is not finite.
-            ProgramDiedError: A signal ended it.
+            ProgramDiedError: A signal ended it, or it saved and ended before its metric.
+            UnpreparedError: The folder cannot be locked.
         """
         said = _last_lines(outcome.last_words)
         if outcome.children:
             self.note("children", why="the program left children behind, which were killed")
         name = " ".join(self.config.run[:2])
+        if outcome.hindered == "lock":
+            raise UnpreparedError(f"{said}; put the runs on a file system that has locks")
+        if outcome.hindered == "asked":
+            raise ProgramDiedError(f"a signal ended the guard of {name} before it was started")
         if outcome.status is None:
             raise ProgramError(f"{name} cannot be started: {said}")
         where = self.folder / ERR_FILE
-        if outcome.status < 0:
-            number = -outcome.status
-            hint = ", perhaps for want of memory" if number == signal.SIGKILL else ""
+        if (number := _signal_of(outcome.status)) is not None:
+            hint = ", perhaps for want of memory" if number is signal.SIGKILL else ""
+            if outcome.killed:
+                hint = f" after it ignored SIG{self.config.checkpoint_on}, sent to its guard"
             raise ProgramDiedError(
-                f"{name} was ended by {signal.Signals(number).name}{hint}; the end of {where}: "
-                f"{said or 'nothing'}"
+                f"{name} was ended by {number.name}{hint}; the end of {where}: {said or 'nothing'}"
             )
         if outcome.status > 0:
             raise ProgramError(
@@ -210,26 +256,29 @@ class _Row:
 
     def _read_score(self) -> Score:
         path, metric = self.folder / METRIC_FILE, self.config.metric
+        if not path.exists():
+            # What keeps a checkpoint may have been asked to save by someone else.
+            kept = any((self.folder / PROGRAM_FOLDER).iterdir())
+            raise (ProgramDiedError if kept else ProgramError)(
+                f"the program ended without a metric; it must write {{{metric!r}: NUMBER}} as "
+                "JSON to the file that BDENSE_RESULT names"
+            )
+        _require_file(path)
         try:
             with path.open("rb") as file:
                 found = json.loads(file.read(_MOST_METRIC_BYTES))
-        except FileNotFoundError:
-            raise ProgramError(
-                f"the program ended without a metric; it must write {{{metric!r}: NUMBER}} as "
-                "JSON to the file that BDENSE_RESULT names"
-            ) from None
         except (OSError, ValueError, RecursionError) as error:
             raise ProgramError(f"{path} is not JSON ({error}); write a mapping") from error
         if not isinstance(found, dict) or not _is_number(found.get(metric)):
             shown = json.dumps(found)[:100]
             raise ProgramError(f"{path} must be a mapping with a number {metric!r}, got {shown}")
-        value = float(found.pop(metric))
+        value = _as_float(found.pop(metric))
         if not math.isfinite(value):
             raise NonFiniteError(f"the program wrote {metric} {value}")
         others = {
-            str(name): float(each)
+            str(name): number
             for name, each in found.items()
-            if _is_number(each) and math.isfinite(each)
+            if _is_number(each) and math.isfinite(number := _as_float(each))
         }
         return Score(value=value, metric=metric, seeds=self._seeds, others=others)
 
@@ -252,13 +301,19 @@ class _Row:
             signal=config.checkpoint_on,
             grace_seconds=config.grace_seconds,
             lock=str(place / LOCK_FILE),
+            given=str(place / GIVEN_FILE),
+            metric=str(place / METRIC_FILE),
+            values=str(place / VALUES_FILE),
             out=str(place / OUT_FILE),
             err=str(place / ERR_FILE),
             most_bytes=round(config.log_mib * 2**20),
         )
 
     def _environment(self) -> dict[str, str]:
-        """The worker's, and what the program is given; writes the latter to a file too."""
+        """The worker's, and what the program is given; writes the latter to a file too.
+
+        The guard adds the name of that file.
+        """
         place, task = self.folder.resolve(), self.task
         given: dict[str, Any] = {
             "study": self.trainer.spec.name,
@@ -272,9 +327,9 @@ class _Row:
         }
         with atomic_write(place / GIVEN_FILE) as scratch:
             scratch.write_text(json.dumps(given, indent=1))
-        kept = {name: value for name, value in os.environ.items() if name not in _KEPT_BACK}
+        kept_back = (*_KEPT_BACK, guard.MARK)
+        kept = {name: value for name, value in os.environ.items() if name not in kept_back}
         return kept | {
-            "BDENSE_TRIAL": str(place / GIVEN_FILE),
             "BDENSE_PARAMS": json.dumps(self.weights),
             "BDENSE_SEED": str(task.seed),
             "BDENSE_FOLDER": given["folder"],
@@ -289,7 +344,7 @@ class _Program:
 
     def __init__(self, order: Order, environment: Mapping[str, str]) -> None:
         self._guard = subprocess.Popen(
-            [sys.executable, "-I", guard.__file__, json.dumps(dataclasses.asdict(order))],
+            [sys.executable, "-I", "-S", guard.__file__, json.dumps(dataclasses.asdict(order))],
             env=dict(environment),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -337,12 +392,6 @@ class _Values:
     def __init__(self, path: Path) -> None:
         self._path, self._offset = path, 0
 
-    def mend(self) -> None:
-        """Cut off half a line, at which an earlier attempt was killed."""
-        if self._path.exists():
-            text = self._path.read_bytes()
-            os.truncate(self._path, text.rfind(b"\n") + 1)
-
     def new(self) -> Iterator[tuple[int, float]]:
         """Steps and values since the last call; a program that goes on repeats some.
 
@@ -351,11 +400,15 @@ class _Values:
         """
         if not self._path.exists():
             return
+        _require_file(self._path)
         with self._path.open("rb") as file:
+            if file.seek(0, os.SEEK_END) < self._offset:
+                self._offset = 0  # a program that was started again wrote it anew
             file.seek(self._offset)
             while (line := file.readline(_MOST_LINE_BYTES)).endswith(b"\n"):
                 self._offset += len(line)
-                yield self._read(line.rstrip())
+                if line.strip():
+                    yield self._read(line.strip())
         if len(line) == _MOST_LINE_BYTES:
             self._read(line)
 
@@ -370,7 +423,27 @@ class _Values:
             raise ProgramError(
                 f'{self._path} must have lines as {{"step": 1, "value": 0.5}}, got {shown}'
             )
-        return step, float(value)
+        return step, _as_float(value)
+
+
+def _signal_of(status: int) -> signal.Signals | None:
+    """What ended a program, or the last command of a shell; None where no signal did."""
+    number = -status if status < 0 else status - _SHELL_ADDS
+    return signal.Signals(number) if number in set(signal.Signals) else None
+
+
+def _require_file(path: Path) -> None:
+    """Refuse a folder, which cannot be read, and a pipe, which would be waited for."""
+    if not path.is_file():
+        raise ProgramError(f"{path} is not a regular file; write one, and rename it into place")
+
+
+def _as_float(value: float) -> float:
+    """An infinity where a whole number has more digits than a float takes."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _is_number(value: object) -> bool:

@@ -5,7 +5,11 @@ into a checkpoint which the next worker's program reads. It runs by its path and
 library alone.
 
 Its argument is an ``Order`` as JSON. On its standard input ``ASK`` has the program asked to save
-and end, ``KILL`` and the end of the input have it killed. It prints an ``Outcome`` as JSON.
+and end, as SIGTERM, SIGINT and SIGHUP do; ``KILL`` and the end of the input have it killed. It
+prints an ``Outcome`` as JSON.
+
+Where the guard itself is killed, the program dies with it, and the next guard of the folder kills
+what the program has left behind: on Linux, whatever has ``MARK`` in its environment.
 """
 
 import contextlib
@@ -19,11 +23,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, Literal
 
 ASK, KILL = b"a", b"k"
+# Names what a program was given, to it and to all that it starts.
+MARK = "BDENSE_TRIAL"
 _POLL_SECONDS = 0.05
 _DRAIN_SECONDS = 1.0
 _TAIL_BYTES = 4096
@@ -42,6 +50,9 @@ class Order:
         signal: Name of the signal that asks it to save and end, without SIG.
         grace_seconds: That it has for it.
         lock: File that is locked while the program lives.
+        given: The file of ``MARK``.
+        metric: File for its metric; one of an earlier attempt is deleted.
+        values: File for its values; half a line of an earlier attempt is cut off.
         out, err: Files for its outputs.
         most_bytes: That are kept of each, in two files: the last ones.
     """
@@ -51,6 +62,9 @@ class Order:
     signal: str
     grace_seconds: float
     lock: str
+    given: str
+    metric: str
+    values: str
     out: str
     err: str
     most_bytes: int
@@ -62,13 +76,16 @@ class Outcome:
 
     Attributes:
         status: Its exit status; the negative number of the signal that ended it. None where it
-            could not be started.
+            did not run.
+        hindered: Why it did not: it could not be started; its lock could not be had; the guard
+            was asked to end while it waited for an earlier worker's program.
         killed: Whether it had to be killed.
         children: Whether it left children behind, which were killed.
-        last_words: The end of its standard error, or why it could not be started.
+        last_words: The end of its standard error, or the error that hindered it.
     """
 
     status: int | None
+    hindered: Literal["", "start", "lock", "asked"] = ""
     killed: bool = False
     children: bool = False
     last_words: str = ""
@@ -101,17 +118,30 @@ class _Guard:
         self._selector = selectors.DefaultSelector()
         self._selector.register(sys.stdin, selectors.EVENT_READ, "orders")
         self._deadline: float | None = None
-        self._ends = False
+        self._asked = self._ends = False
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._ask)
+
+    def _ask(self, _number: int = 0, _frame: FrameType | None = None) -> None:
+        self._asked = True
 
     def run(self) -> Outcome:
-        if not self._locked():
-            return Outcome(status=-signal.SIGKILL, killed=True)
-        _prctl(_SET_CHILD_SUBREAPER, 1)
         order = self._order
         try:
+            if not self._locked():
+                return Outcome(status=None, hindered="asked")
+        except OSError as error:
+            why = f"{order.lock} cannot be locked: {error.strerror}"
+            return Outcome(status=None, hindered="lock", last_words=why)
+        _prctl(_SET_CHILD_SUBREAPER, 1)
+        _end_marked(order.given)
+        try:
+            Path(order.metric).unlink(missing_ok=True)
+            _cut_half_a_line(Path(order.values))
             program = subprocess.Popen(
                 order.words,
                 cwd=order.cwd,
+                env={**os.environ, MARK: order.given},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -119,13 +149,14 @@ class _Guard:
                 preexec_fn=_die_with_parent,  # noqa: PLW1509  there is one thread
             )
         except OSError as error:
-            return Outcome(status=None, last_words=f"{order.words[0]}: {error.strerror}")
+            why = f"{error.filename or order.words[0]}: {error.strerror}"
+            return Outcome(status=None, hindered="start", last_words=why)
         for name, pipe in (("out", program.stdout), ("err", program.stderr)):
             assert pipe is not None
             os.set_blocking(pipe.fileno(), False)
             self._selector.register(pipe, selectors.EVENT_READ, name)
         killed = self._follow(program)
-        children = _end_group(program.pid)
+        children = _end_group(program.pid) and not killed
         self._drain()
         last_words = self._kept["err"].tail.decode(errors="replace")
         return Outcome(
@@ -133,15 +164,17 @@ class _Guard:
         )
 
     def _locked(self) -> bool:
-        """Wait until the program of an earlier worker has ended; False where asked to end."""
+        """Wait until the program of an earlier worker has ended; False where asked to end.
+
+        Raises:
+            OSError: The file system has no locks, or is not there.
+        """
         self._lock = Path(self._order.lock).open("a")  # noqa: SIM115  until this process ends
-        while not self._ends:
+        while not (self._ends or self._asked):
             try:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                self._select(None)
-            except OSError:
-                return True  # a file system without locks
+                self._select()
             else:
                 return True
         return False
@@ -150,26 +183,25 @@ class _Guard:
         """Until the program has ended; whether it was killed."""
         killed = False
         while program.poll() is None:
-            self._select(program)
+            if self._asked and self._deadline is None:
+                self._deadline = time.monotonic() + self._order.grace_seconds
+                _signal_group(program.pid, signal.Signals[f"SIG{self._order.signal}"])
+            self._select()
             late = self._deadline is not None and time.monotonic() > self._deadline
             if (self._ends or late) and not killed:
                 killed = True
                 _signal_group(program.pid, signal.SIGKILL)
         return killed
 
-    def _select(self, program: subprocess.Popen[bytes] | None) -> None:
+    def _select(self) -> None:
         for key, _ in self._selector.select(_POLL_SECONDS):
             data = self._read(key.fileobj)
             if key.data != "orders":
                 self._kept[key.data].write(data)
-            elif data in (b"", KILL):
+            elif data == ASK:
+                self._ask()
+            else:
                 self._ends = True
-            elif self._deadline is None:
-                self._deadline = time.monotonic() + self._order.grace_seconds
-                if program is None:
-                    self._ends = True
-                else:
-                    _signal_group(program.pid, signal.Signals[f"SIG{self._order.signal}"])
 
     def _read(self, file: Any) -> bytes:  # noqa: ANN401  as selectors have it
         try:
@@ -195,6 +227,10 @@ class _Guard:
 
 def _end_group(group: int) -> bool:
     """Kill what is left of a program's group, and of its descendants; whether there was any."""
+    # Those that have ended were not left behind.
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
     found = _signal_group(group, signal.SIGKILL)
     # Descendants whose parents are gone are this process's children, whatever their group.
     for _ in range(1000):
@@ -208,6 +244,31 @@ def _end_group(group: int) -> bool:
         with contextlib.suppress(ChildProcessError):
             os.waitpid(-1, 0)
     return found
+
+
+def _end_marked(given: str) -> None:
+    """Kill what an earlier program of the folder left behind as its guard was killed."""
+    mark = f"{MARK}={given}".encode()
+    while found := [pid for pid in _marked(mark) if pid != os.getpid()]:
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(_POLL_SECONDS)
+
+
+def _marked(mark: bytes) -> Iterator[int]:
+    """Processes with a mark in their environment, of which those that have ended have none."""
+    for environment in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # another user's, or gone
+            if mark in environment.read_bytes().split(b"\0"):
+                yield int(environment.parent.name)
+
+
+def _cut_half_a_line(path: Path) -> None:
+    """Cut off half a line at a file's end, at which its writer was killed."""
+    if path.is_file():
+        text = path.read_bytes()
+        os.truncate(path, text.rfind(b"\n") + 1)
 
 
 def _children() -> list[int]:

@@ -33,7 +33,7 @@ class Judge:
     def __call__(self, step: int, value: float) -> bool:
         """Store a value at a step, such as images trained on; whether to end there."""
         claim, pruner = self._claim, self._pruner
-        self._ledger.report(claim, step, value)
+        self.store(step, value)
         if pruner is None:
             return False
         return decision_of(
@@ -42,3 +42,7 @@ class Judge:
             step,
             lambda study: pruner.prune(study, study._storage.get_trial(claim.trial_id)),
         )
+
+    def store(self, step: int, value: float) -> None:
+        """Store a value of a row that has been trained to its end."""
+        self._ledger.report(self._claim, step, value)

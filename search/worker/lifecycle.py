@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bdense.errors import BdenseError, NonFiniteError, StoppedError, is_out_of_memory
-from search.errors import LeaseLostError, StorageError, UnpreparedError
+from search.errors import LeaseLostError, SpecChangedError, StorageError, UnpreparedError
 from search.log import speaking_of
 from search.storage.disk import disk_error, is_full_disk
 from search.storage.engine import redact
@@ -46,6 +46,7 @@ def bring_to_an_end(
         StorageError: The database stayed away; the trial is taken over once it is back.
         StoppedError: The study or launch was asked to stop; the trial was given back.
         UnpreparedError: This machine cannot work on it; the trial was given back.
+        SpecChangedError: What is measured was edited meanwhile; the trial was given back.
     """
     study = ledger.study.study_name
     with speaking_of(study=study, trial=claim.number, attempt=claim.attempt):
@@ -100,7 +101,7 @@ def _bring(
         # Not the trial's fault; its result is in its folder for the next worker.
         log("lost", level=logging.WARNING, error=str(error))
         raise
-    except UnpreparedError as error:
+    except (UnpreparedError, SpecChangedError) as error:
         ledger.release(claim, interrupted=True)
         log("released", level=logging.WARNING, why=redact(str(error)))
         raise

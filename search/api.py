@@ -10,6 +10,7 @@ In a script, a notebook, or on a cluster::
     study.confirm().sentence()
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,6 +67,8 @@ def open_study(
     """
     url = resolve_storage_url(storage)
     if isinstance(study, str) and not is_file(study):
+        if Path(study).is_file():
+            raise InputError(f"{study}: the name of a study file ends in .yaml or .yml")
         if trials is None:
             return OpenStudy(Study.open(url, study))
         return OpenStudy(planned(url, with_trials(Study.open(url, study).spec, trials)))
@@ -113,6 +116,7 @@ class OpenStudy:
         """
         from search.run.launch import run_planned  # Ray
 
+        _require_counts(workers=workers)
         run_planned(self.record, workers)
 
     def stop(self) -> None:
@@ -150,7 +154,9 @@ class OpenStudy:
                 "frame needs pandas: pip install pandas, or read trials, which are records"
             ) from error
         rows = [{**row.as_dict(), **row.params} for row in self.trials]
-        return pd.DataFrame(rows).drop(columns="params", errors="ignore")
+        fields = [each.name for each in dataclasses.fields(ListedRow)]
+        found = pd.DataFrame(rows, columns=None if rows else fields)
+        return found.drop(columns="params", errors="ignore")
 
     @property
     def best(self) -> Measured | None:
@@ -192,6 +198,7 @@ class OpenStudy:
             InputError: No trial is complete, or no candidate is under every seed.
             KeyboardInterrupt: As of ``run``.
         """
+        _require_counts(candidates=candidates, seeds=seeds, workers=workers)
         planned, found = run_confirmation(
             self.record, candidates=candidates, seeds=seeds, method=method, workers=workers
         )
@@ -233,6 +240,13 @@ class OpenStudy:
     def _repr_markdown_(self) -> str:
         """For notebooks: the study's page, as the dashboard's note has it."""
         return as_markdown(self.name, study_page(overview_of(self.record), ()))
+
+
+def _require_counts(**given: int | None) -> None:
+    """Refuse numbers below 1, as the command's options do."""
+    for name, number in given.items():
+        if number is not None and number < 1:
+            raise InputError(f"{name} must be at least 1, or None, got {number}")
 
 
 # What the verbs do, too.

@@ -122,3 +122,19 @@ def test_a_spec_made_by_hand_is_checked(url, tmp_path):
     spec = spec_of(written(tmp_path))
     study = Study.create(url, spec)
     assert search.open_study(spec).record.spec == study.spec
+
+
+def test_mistakes_are_named_before_anything_runs(url, tmp_path):
+    for given in (None, 5):
+        with pytest.raises(SpecError, match="a study is a file, a mapping, a StudySpec or"):
+            search.open_study(given)
+    odd = tmp_path / "study.txt"
+    odd.write_text("name: losses")
+    with pytest.raises(InputError, match="ends in .yaml or .yml"):
+        search.open_study(str(odd))
+    study = search.open_study(written(tmp_path))
+    with pytest.raises(InputError, match="workers must be at least 1, or None, got 0"):
+        study.run(workers=0)
+    with pytest.raises(InputError, match="seeds must be at least 1, or None, got 0"):
+        study.confirm(seeds=0)
+    assert {"number", "state", "value", "seed"} <= set(study.frame().columns)

@@ -71,7 +71,7 @@ class OptimisationConfig(Knobs):
     accumulate: int = knob(
         1,
         "parts of each batch that are computed one after another to save memory; the update is "
-        "the whole batch's",
+        "the whole batch's, but for dropout's masks",
         low=1,
     )
 

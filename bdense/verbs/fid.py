@@ -51,6 +51,11 @@ def fid(options: argparse.Namespace) -> None:
     device, execution = chosen_hardware(options)
     texts = chosen_prompts(None, drawing.prompts)
     drawer = chosen_drawer(own.model, drawing, texts, device, execution)
+    clip = None
+    if own.clip_score is not None:
+        if not texts:
+            raise KnobError("--clip-score", "compares images with prompts; give --prompts, too")
+        clip = load_clip_scorer(own.clip_score, texts, device)
     if own.reference is not None:
         file = resolve_reference(own.reference)
         extractor = load_extractor(features.extractor, cache=features.cache, device=device)
@@ -61,11 +66,6 @@ def fid(options: argparse.Namespace) -> None:
         reference = dataset_reference(
             dataset, extractor, cache=features.cache, with_features=set(own.metrics) != {"fid"}
         )
-    clip = None
-    if own.clip_score is not None:
-        if not texts:
-            raise KnobError("--clip-score", "compares images with prompts; give --prompts, too")
-        clip = load_clip_scorer(own.clip_score, texts, device)
     shape = drawer.image_shape
     require_measurable(own.metrics, settings, own.images, reference, shape, extractor)
     measured = measure_images(

@@ -683,7 +683,8 @@ def test_what_is_for_students_is_refused(losses, tmp_path):
 
 def test_an_option_behind_two_dashes_is_not_suggested_again(tmp_path):
     answer = command("launch", tmp_path / "x.yaml", "--", "--trials", 3)
-    told = refused(answer)
+    (told,) = answer.err.splitlines()
+    assert answer.status == 2
     assert "--trials" in told
     assert "did you mean" not in told
 

@@ -130,7 +130,7 @@ def test_mistakes_are_named_before_anything_runs(url, tmp_path):
             search.open_study(given)
     odd = tmp_path / "study.txt"
     odd.write_text("name: losses")
-    with pytest.raises(InputError, match="ends in .yaml or .yml"):
+    with pytest.raises(InputError, match=r"ends in \.yaml or \.yml"):
         search.open_study(str(odd))
     study = search.open_study(written(tmp_path))
     with pytest.raises(InputError, match="workers must be at least 1, or None, got 0"):

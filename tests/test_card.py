@@ -11,7 +11,7 @@ import yaml
 
 from bdense.diffusion.sampling import Sampler
 from bdense.files import sha256_file
-from bdense.models.card import inherited, model_card
+from bdense.models.card import SETUP, folder_card, inherited, measured_samplers, model_card
 from bdense.models.store import denoiser_sha256, load_denoiser, load_model, save_denoiser
 from tests.commands import bdense, done, refused
 from tests.goldens import discover
@@ -78,6 +78,29 @@ def test_a_students_card_carries_its_teachers_terms():
         "inception, extractor sha256 abababababababab, nfe 2)",
     }
     assert rows(card).items() >= expected.items()
+
+
+def test_the_lines_of_a_card_draw_at_the_guidance_of_its_fid():
+    measured = STUDENT | {SETUP: {"guidance": 3.0}}
+    (sampler,) = measured_samplers(measured)
+    assert (sampler.guidance, sampler.nfe) == (3, 4)
+    card = folder_card("student", small_teacher(), measured)
+    assert "bdense sample student --guidance 3.0 --images" in card
+    assert rows(card)["network evaluations an image (NFE)"] == "4"
+    assert rows(card)["sampler"].endswith("guidance 3")
+    # The Python lines choose that sampler too.
+    python = card.split("```python\n")[1].split("images =")[0]
+    python = re.sub("model, metadata = .*", "", python)
+    scope = {"metadata": measured}
+    exec(python, scope)
+    assert scope["sampler"] == sampler
+
+    # A student that has the guidance of its FID already, or whose FID has none, needs no option.
+    own = {"sampler": sampler.describe()}
+    for setup in ({"guidance": 3.0}, {"guidance": None}, {}):
+        assert measured_samplers(STUDENT | own | {SETUP: setup}) == [sampler]
+        assert "--guidance" not in model_card("s", small_teacher(), STUDENT | own | {SETUP: setup})
+    assert "replace" not in folder_card("s", small_teacher(), STUDENT | own)
 
 
 @pytest.mark.parametrize("kind", ["teacher", "student"])

@@ -23,7 +23,7 @@ from bdense.diffusion.sampling import Sampler, served_metadata, to_uint8
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import DDIM, DPMSolverPP, make_solver
 from bdense.errors import CheckpointError, InputError
-from bdense.models.card import inherited
+from bdense.models.card import SETUP, inherited
 from bdense.models.diffusers_export import export_pipeline
 from bdense.models.store import denoiser_sha256, load_model
 from tests import commands
@@ -126,6 +126,32 @@ def test_every_sampler_is_the_pipelines(folders, tmp_path, options):
         found = pipeline(TEXTS, **given, generator=torch.manual_seed(3)).images
         at = replace(sampler, guidance=guidance)
         assert_same(found, drawn_here(student, at, prompts, 2, 3))
+
+
+def test_a_pipeline_draws_at_the_guidance_of_the_fid(folders, tmp_path):
+    """As a study measures that guides its students when sampling alone."""
+    out = tmp_path / "student"
+    student, known = student_of(folders["epsilon"])
+    own = sampler_on(student, afs=True)
+    metadata = known | served_metadata([own]) | {SETUP: {"guidance": 3.0}}
+    export_pipeline(out, student, metadata, teacher=folders["epsilon"])
+    call = json.loads((out / "bdense.json").read_text())["pipeline_call"]
+    assert call == {"num_inference_steps": 2, "guidance_scale": 3.0}
+    card = (out / "README.md").read_text()
+    assert card.count("num_inference_steps=2, guidance_scale=3.0") == 2
+    assert "guidance_scale=1.0" not in card
+    assert "| network evaluations an image (NFE) | 4 |" in card
+    draw = {"generator": torch.manual_seed(3), "output_type": "latent"}
+    found = opened(out)(TEXTS, **call, **draw).images
+    prompts = bdense.load_text_encoder(out).prompts(TEXTS)
+    assert_same(found, drawn_here(student, replace(own, guidance=3.0), prompts, 2, 3))
+    unguided = drawn_here(student, own, prompts, 2, 3)
+    assert (found - unguided).abs().max() > 1e-3 * unguided.abs().max()
+    # The student is the same as before, with its own sampler.
+    assert load_model(out)[0].samplers == (own,)
+
+    weak = metadata | {SETUP: {"guidance": 0.5}}
+    assert_refused("guided by 0.5", tmp_path / "weak", student, weak, teacher=folders["epsilon"])
 
 
 @pytest.mark.parametrize("clip", [False, True])

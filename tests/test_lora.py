@@ -18,6 +18,7 @@ from bdense.methods.distill import branches_path
 from bdense.methods.epd import EPDConfig
 from bdense.methods.method import Inputs
 from bdense.methods.sfd import SFD, SFDConfig
+from bdense.models.card import SETUP
 from bdense.models.diffusers_files import LORA_WEIGHTS
 from bdense.models.diffusers_teacher import read_diffusers
 from bdense.models.lora_export import export_lora, low_rank
@@ -277,6 +278,15 @@ def test_diffusers_loads_the_adapters_and_draws_our_images(folder, student, tmp_
         plain = pipeline(TEXTS, **call, generator=torch.manual_seed(4)).images
         assert (plain - expected).abs().max() > 1e-3 * expected.abs().max()
         pipeline.enable_lora()
+
+
+def test_adapters_are_called_at_the_guidance_of_the_fid(folder, student, tmp_path):
+    own, metadata = load_model(student)
+    export_lora(tmp_path / "out", own, metadata | {SETUP: {"guidance": 3.0}}, teacher=folder)
+    call = json.loads((tmp_path / "out/bdense.json").read_text())["pipeline_call"]
+    assert call == {"num_inference_steps": 2, "guidance_scale": 3.0}
+    card = (tmp_path / "out/README.md").read_text()
+    assert card.count("guidance_scale=3.0") == card.count("guidance_scale=") == 2
 
 
 def test_a_whole_pipeline_has_them_merged(folder, student, tmp_path):

@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.diffusion.sampling import samplers_from
+from bdense.diffusion.sampling import Sampler, samplers_from
 from bdense.diffusion.solvers import DDIM
 from bdense.files import atomic_write
 from bdense.models.diffusers_files import is_hub_id
@@ -26,10 +27,10 @@ _TITLES = {"euler": "Euler", "ddim": "DDIM", "epd": "EPD"}
 HOW_TO_SAMPLE = "## How to sample"
 _FIRST = "---\nlicense: "  # each card begins so
 _PYTHON = """\
-import bdense
+{imports}import bdense
 
 model, metadata = bdense.load_model({name})
-sampler = bdense.samplers_from(metadata)[0]{which}
+sampler = {sampler}{which}
 images = bdense.draw_images(model, sampler, 64, seed=0)  # uint8 [64, C, H, W]
 bdense.save_grid(images, "samples.png")"""
 _PIPELINE = """\
@@ -71,6 +72,16 @@ def inherited(teacher: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {"teacher": teacher.get("source", name), **terms}
 
 
+def measured_samplers(metadata: Mapping[str, Any]) -> list[Sampler]:
+    """A student's samplers at the guidance that its FID was measured at, by NFE.
+
+    Without such a guidance they are those of ``samplers_from``: the student's own.
+    """
+    guidance = metadata.get(SETUP, {}).get("guidance")
+    own = samplers_from(metadata)
+    return own if guidance is None else [replace(each, guidance=guidance) for each in own]
+
+
 def model_card(name: str, denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> str:
     """The card, in Markdown, of the safetensors file ``name``."""
     return _card(name, denoiser, metadata, _fenced("sh", _sample_command(name, metadata)))
@@ -93,9 +104,13 @@ def folder_card(
         pictures: Names of picture files in the folder.
         extra: Markdown for the end.
     """
-    _, *others = (str(sampler.nfe) for sampler in samplers_from(metadata))
+    _, *others = (str(sampler.nfe) for sampler in measured_samplers(metadata))
     which = f"  # the others: NFE {', '.join(others)}" if others else ""
-    python = _PYTHON.format(name=json.dumps(name), which=which)
+    sampler, imports = "bdense.samplers_from(metadata)[0]", ""
+    if (guidance := _measured_guidance(metadata)) is not None:
+        imports = "from dataclasses import replace\n\n"
+        sampler = f"replace({sampler}, guidance={guidance})"
+    python = _PYTHON.format(name=json.dumps(name), sampler=sampler, imports=imports, which=which)
     return _card(
         name,
         denoiser,
@@ -124,7 +139,7 @@ def pipeline_card(
         name: Name of the folder.
         denoiser: The student.
         metadata: Its metadata.
-        call: Arguments of the pipeline that draw as the student was distilled to.
+        call: Arguments of the pipeline that draw as the student was measured.
         pipeline: diffusers' class of it.
         example: Arguments of a call that draws images.
     """
@@ -144,7 +159,7 @@ def pipeline_card(
         metadata,
         HOW_TO_SAMPLE,
         _fenced("python", python),
-        f"It was distilled for `{_settings(call)}`.",
+        f"Call it with `{_settings(call)}`: {_reason(metadata)}.",
         *notes,
         *_fid_section(metadata),
         library="diffusers",
@@ -174,13 +189,20 @@ def lora_card(
         metadata,
         HOW_TO_SAMPLE,
         _fenced("python", python),
-        f"It was distilled for `{_settings(call)}`. The adapters are of {teacher} alone, in "
-        "float32. The scheduler, which takes the student's own steps, is a part of this folder, "
-        "not of diffusers; read `scheduler/student_scheduler.py` before you run it.",
+        f"Call it with `{_settings(call)}`: {_reason(metadata)}. The adapters are of {teacher} "
+        "alone, in float32. The scheduler, which takes the student's own steps, is a part of this "
+        "folder, not of diffusers; read `scheduler/student_scheduler.py` before you run it.",
         *_fid_section(metadata),
         library="diffusers",
         tags=("lora",),
     )
+
+
+def _reason(metadata: Mapping[str, Any]) -> str:
+    """Why a pipeline is called as it is."""
+    if _measured_guidance(metadata) is not None:
+        return "so its FID was measured"
+    return "it was distilled for that"
 
 
 def _settings(arguments: Mapping[str, Any]) -> str:
@@ -354,7 +376,7 @@ def _student_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
         facts["perceptual loss"] = (
             f"{metadata['perceptual']['name']} on the last interval, images in [{low}, {high}]"
         )
-    if samplers := samplers_from(metadata):
+    if samplers := measured_samplers(metadata):
         sampler, steps = samplers[0], [str(each.num_intervals) for each in samplers]
         name = sampler.solver.name
         facts["network evaluations an image (NFE)"] = ", ".join(str(s.nfe) for s in samplers)
@@ -405,7 +427,15 @@ def _verify_command(name: str, metadata: Mapping[str, Any]) -> str:
 def _sample_command(name: str, metadata: Mapping[str, Any]) -> str:
     # A student has its own sampler; for a teacher the user chooses one.
     grid = "" if "sampler" in metadata else " --solver heun --nfe 36 --no-afs"
+    if (guidance := _measured_guidance(metadata)) is not None:
+        grid += f" --guidance {guidance}"
     return f"bdense sample {name}{grid}{_of_latents(metadata)} --images 64 --out samples.png"
+
+
+def _measured_guidance(metadata: Mapping[str, Any]) -> float | None:
+    """That of the FID, where it is not the student's own."""
+    own, measured = samplers_from(metadata), measured_samplers(metadata)
+    return None if measured == own else measured[0].guidance
 
 
 def _of_latents(metadata: Mapping[str, Any]) -> str:

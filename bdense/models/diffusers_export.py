@@ -20,7 +20,7 @@ from bdense.errors import InputError
 from bdense.files import atomic_folder, require_new
 from bdense.models.card import pipeline_card, readable_json
 from bdense.models.diffusers_files import METADATA
-from bdense.models.folder import CARD, own_sampler, require_one_branch
+from bdense.models.folder import CARD, measured_sampler, require_one_branch
 from bdense.models.latent_pipeline import latent_pipeline
 from bdense.models.latents import draws_latents
 from bdense.networks import DiffusersUNet
@@ -38,7 +38,8 @@ def export_pipeline(
 ) -> tuple[Path, ...]:
     """Write a student as a pipeline of diffusers; the folder appears whole or not at all.
 
-    Called as in its card, the pipeline draws the images of the student's own sampler. Of pixels it
+    Called as in its card, the pipeline draws the images of the student's own sampler, at the
+    guidance that its FID was measured at. Of pixels it
     is a ``DDIMPipeline``, N steps of DDIM; if the sampler clips predictions, the call has
     ``use_clipped_model_output=True``: otherwise diffusers does not compute the noise from the
     clipped prediction. Of latents it is a ``StableDiffusionPipeline``, ``DiTPipeline`` or
@@ -87,7 +88,7 @@ class _Pipeline:
     Attributes:
         name: diffusers' class.
         part: Folder of the network.
-        call: Arguments that draw as the student was distilled to.
+        call: Arguments that draw as the student was measured.
         example: Those and others, of a call that draws images.
         write: Writes everything but metadata and card into an empty folder.
         facts: Further metadata.
@@ -111,7 +112,7 @@ def _pipeline_of(
             f"distil one for a single NFE, or {_INSTEAD}"
         )
     if draws_latents(denoiser, metadata):
-        sampler = own_sampler(metadata)
+        sampler = measured_sampler(metadata)
         require_one_branch(denoiser)
         if teacher is None:
             raise InputError(
@@ -138,7 +139,7 @@ def _pipeline_of(
             facts=latent.facts,
         )
     precond = _require_network(denoiser)
-    call = _call(own_sampler(metadata), precond)
+    call = _call(measured_sampler(metadata), precond)
     return _Pipeline(
         name="DDIMPipeline",
         part=DiffusersUNet.part,

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.diffusion.sampling import Sampler, draw_images, samplers_from, save_grid
+from bdense.diffusion.sampling import Sampler, draw_images, save_grid
 from bdense.errors import InputError
 from bdense.files import atomic_folder, require_new
-from bdense.models.card import folder_card, readable_json
+from bdense.models.card import folder_card, measured_samplers, readable_json
 from bdense.models.diffusers_files import MODEL_FILE
 from bdense.models.store import save_denoiser
 
@@ -61,7 +61,7 @@ def export_folder(
     given = dict(pictures or {})
     require_new(folder)
     _require_pictures(given)
-    sampler = own_sampler(metadata)
+    sampler = measured_sampler(metadata)
     require_one_branch(denoiser)
     shown = [SAMPLES, *(name for name in given if name != SAMPLES)]
     with atomic_folder(folder) as scratch:
@@ -78,13 +78,13 @@ def export_folder(
     return tuple(folder / name for name in (MODEL_FILE, CONFIG, CARD, *shown))
 
 
-def own_sampler(metadata: Mapping[str, Any]) -> Sampler:
-    """The sampler that a student was distilled for; of several, the one with the lowest NFE.
+def measured_sampler(metadata: Mapping[str, Any]) -> Sampler:
+    """The sampler that draws a student as measured; of several, the one with the lowest NFE.
 
     Raises:
         InputError: The metadata have none.
     """
-    if not (samplers := samplers_from(metadata)):
+    if not (samplers := measured_samplers(metadata)):
         raise InputError(
             "the metadata of an exported student have no sampler; add 'sampler': "
             "Sampler(...).describe()"

@@ -53,10 +53,10 @@ class LatentPipeline:
 
     Attributes:
         denoiser: Of one branch.
-        sampler: Its own.
+        sampler: As it was measured with.
         teacher: Folder of the teacher's pipeline.
         name: diffusers' class of the pipeline.
-        call: Arguments of the pipeline that draw as the student was distilled to.
+        call: Arguments of the pipeline that draw as the student was measured.
         codec: Facts of the autoencoder, as in a teacher's metadata.
         steps: Of the sampler.
         text: Where the network takes text.
@@ -165,7 +165,7 @@ def latent_pipeline(
 
     Args:
         denoiser: Of latents and of one branch.
-        sampler: Its own.
+        sampler: As of ``measured_sampler``.
         teacher: Folder or hub id of the teacher's pipeline, or of another with the same
             autoencoder and text encoder.
 
@@ -214,7 +214,8 @@ def _require_condition(network: DiffusersNetwork, name: str, guidance: float) ->
     if guidance < 1:
         raise InputError(
             f"the student is guided by {guidance:g}, and {name} guides by 1 or more; distil it "
-            "with another guidance_student, or export it with export_folder"
+            "with another guidance_student or measure it at another guidance, or export it with "
+            "export_folder"
         )
     if name == "LDMPipeline" and network.label_dim:
         raise InputError(

@@ -18,7 +18,7 @@ from bdense.files import atomic_folder, require_new
 from bdense.models.card import lora_card, readable_json
 from bdense.models.diffusers_files import LORA_WEIGHTS, METADATA, folder_of
 from bdense.models.diffusers_teacher import read_diffusers
-from bdense.models.folder import CARD, own_sampler, require_one_branch
+from bdense.models.folder import CARD, measured_sampler, require_one_branch
 from bdense.models.latent_pipeline import latent_pipeline
 
 _PIPELINE = "StableDiffusionPipeline"
@@ -50,7 +50,7 @@ def export_lora(
     require_new(folder)
     require_one_branch(denoiser)
     place = folder_of(teacher)
-    pipeline = latent_pipeline(denoiser, own_sampler(metadata), place)
+    pipeline = latent_pipeline(denoiser, measured_sampler(metadata), place)
     if pipeline.name != _PIPELINE:
         raise InputError(
             f"{pipeline.name} loads no adapters, {_PIPELINE} alone does; export the student as a "

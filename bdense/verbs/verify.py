@@ -3,7 +3,6 @@
 import argparse
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from bdense.arguments import require_types
 from bdense.data.datasets import load_dataset
 from bdense.data.names import split_format
 from bdense.diffusion import BATCH
-from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.sampling import Sampler, draw_images
 from bdense.errors import BdenseError, InputError
 from bdense.knobs import KnobError, from_options
@@ -24,7 +22,7 @@ from bdense.metrics.records import FID
 from bdense.metrics.references import Reference, dataset_reference, read_reference
 from bdense.metrics.settings import MetricSettings
 from bdense.metrics.setup import Setup
-from bdense.models.card import SETUP
+from bdense.models.card import SETUP, measured_samplers
 from bdense.models.diffusers_files import EXTRACTOR, folder_of, is_hub_id
 from bdense.models.latents import drawn_shape
 from bdense.models.store import load_model
@@ -52,7 +50,7 @@ def verify(options: argparse.Namespace) -> None:
     pipeline = own.pipeline or pipeline_in(own.model)
     conditions = conditions_of(model, pipeline, chosen_prompts(None, own.prompts))
     codec = codec_of(model, metadata, pipeline, device)
-    sampler = _sampler(own.model, model, recorded, setup.guidance)
+    sampler = _sampler(own.model, metadata, recorded)
     if hardware.threads is None and setup.threads is not None:
         torch.set_num_threads(setup.threads)
     model.to(device).execute(setup.execution)
@@ -129,15 +127,13 @@ def _recorded(source: str, metadata: Mapping[str, Any]) -> tuple[FID, Setup]:
     return fid, setup
 
 
-def _sampler(
-    source: str, model: NetworkDenoiser, recorded: FID, guidance: float | None
-) -> Sampler:
+def _sampler(source: str, metadata: Mapping[str, Any], recorded: FID) -> Sampler:
     """The model's own sampler of the recorded NFE, at the recorded guidance."""
-    for own in model.samplers:
-        sampler = own if guidance is None else replace(own, guidance=guidance)
+    samplers = measured_samplers(metadata)
+    for sampler in samplers:
         if sampler.nfe == recorded.nfe:
             return sampler
-    served = ", ".join(str(sampler.nfe) for sampler in model.samplers)
+    served = ", ".join(str(sampler.nfe) for sampler in samplers)
     raise InputError(
         f"{source} records a FID at NFE {recorded.nfe}, but has samplers for {served or 'none'}; "
         "its metadata were changed"

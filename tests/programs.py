@@ -16,7 +16,7 @@ from search.storage.engine import cache_folder, runs_folder
 from search.storage.stop_flags import Launch
 from search.study.folders import row_folder
 from search.study.study import Study
-from search.worker.ray_tasks import WorkerConfig, slot
+from search.worker.ray_tasks import WorkerConfig, WorkerError, slot
 
 # Counts to STEPS, keeps its step when asked to end, and writes a bowl of its weights. What else it
 # does it is told by words.
@@ -123,11 +123,16 @@ def worker_config(study: Study) -> WorkerConfig:
     return WorkerConfig(study=study.name, storage=study.url, runs=runs, cache=cache, launch=launch)
 
 
-def work(study: Study) -> Study:
-    """Bring a study's rows to their end by one worker in this process."""
+def end_of_work(study: Study) -> WorkerError | None:
+    """What one worker in this process could not go on for."""
     mark = row_folder(study.name, 0).parent.parent / "mark"
     with patch.dict(os.environ):  # which a worker sets for its process
-        assert slot({"worker": worker_config(study), "mark": str(mark)}) == {"error": None}
+        return slot({"worker": worker_config(study), "mark": str(mark)})["error"]
+
+
+def work(study: Study) -> Study:
+    """Bring a study's rows to their end by one worker in this process."""
+    assert end_of_work(study) is None
     return study
 
 

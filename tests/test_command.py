@@ -28,12 +28,12 @@ from search.study.study import Study
 from search.study.trial_log import LOG_FILE, read_log
 from search.worker import guard
 from search.worker.command import _Values
-from search.worker.ray_tasks import slot
 from tests.e2e.study import wait_until
 from tests.goldens import ROOT
 from tests.measured import command, refused
 from tests.programs import (
     WEIGHTS,
+    end_of_work,
     given_to,
     planned,
     program_file,
@@ -461,7 +461,7 @@ def test_values_of_a_file_that_shrinks_are_read_from_its_start(tmp_path):
 def test_a_program_that_is_edited_while_it_runs_stores_nothing(url, tmp_path):
     path = program_of(tmp_path, "Path('program.py').write_text('raise ValueError')", DONE)
     study = planned(url, path)
-    error = slot({"worker": worker_config(study), "mark": str(tmp_path / "mark")})["error"]
+    error = end_of_work(study)
     assert "run.1_sha256" in error.message
     assert error.is_input_error
     assert not only(study).state.is_finished()

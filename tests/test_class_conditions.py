@@ -80,7 +80,7 @@ class TestPrompts(ConditionContract):
 
     def test_a_data_set_tells_its_images(self, conditions, dataset):
         for call in (conditions.require, lambda data: conditions.of(data, torch.tensor([0]))):
-            with pytest.raises(InputError, match="no captions"):
+            with pytest.raises(InputError, match="cannot be the captions"):
                 call(dataset)
 
     def test_an_evaluated_image_has_the_prompt_of_its_number(self, conditions):

@@ -90,7 +90,8 @@ class Workplace:
     @property
     def environment(self) -> dict[str, str]:
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("BDENSE_", "RAY_"))}
-        mine = {"BDENSE_CACHE": str(self.cache), **self.extra}
+        # Beside other tests, workers that make way for them would starve.
+        mine = {"BDENSE_CACHE": str(self.cache), "RAY_worker_niceness": "0", **self.extra}
         if self.storage is not None:
             mine["BDENSE_STORAGE"] = self.storage
         return clean | mine

@@ -50,7 +50,7 @@ def by_hand(folder: Path, weights: dict[str, float]) -> float:
 
 def test_a_killed_worker_s_training_goes_on_from_its_checkpoint(tmp_path):
     # Ray would put its workers behind all else that this machine does.
-    place = Workplace(tmp_path, tmp_path / "cache", extra={"RAY_worker_niceness": "0"})
+    place = Workplace(tmp_path, tmp_path / "cache")
     with place.start("launch", example(tmp_path), "--workers", "1") as launch:
         try:
             worker, number = place.worker_at("step 50", "any-trainer.baselines", "any-trainer")

@@ -114,11 +114,11 @@ class TestEPD(MethodContract):
             assert (raw_of(student) - raw_of(expected)).abs().max() < 1e-3 * moved
 
     def test_the_average_of_the_weights_is_what_is_returned(self):
-        with pytest.raises(KnobError, match="ema is of"):
+        with pytest.raises(KnobError, match="ema does not apply to epd"):
             self.config(ema=8.0)
 
     def test_the_mean_over_the_last_half_is_what_is_returned(self):
-        with pytest.raises(KnobError, match="tail is of"):
+        with pytest.raises(KnobError, match="tail does not apply to epd"):
             self.config(tail=0.5)
 
 

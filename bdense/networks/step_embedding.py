@@ -3,6 +3,8 @@
 B batch, E embedding channels.
 """
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -59,6 +61,10 @@ class StepShift(Linear):
         super().__init__(emb_channels, out_features, init=Init(weight=0.0))
         self.emb: Tensor | None = None
         embedding.register_forward_hook(self._shift)  # a method, so that a copy has its own
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What a copy is told is its own; and torch copies no tensor that has a gradient's history.
+        return {**self.__dict__, "emb": None}
 
     def draw(self) -> None:
         """Start at random instead."""

@@ -62,6 +62,8 @@ class NetworkContract:
         student(x, LEVELS, **told, num_points=5).square().sum().backward()
         shifts = [p for name, p in student.named_parameters() if "affine_step" in name]
         assert all(shift.grad.any() for shift in shifts)
+        # Also in the midst of a training.
+        assert torch.equal(copy.deepcopy(student)(x, LEVELS, **told, num_points=2), expected)
         started = with_step_condition(denoiser, start="random", seed=1)
         copied = copy.deepcopy(started)
         with torch.no_grad():

@@ -53,7 +53,9 @@ for step in range(first, 4):
             file.write(json.dumps({"step": step, "value": value}) + "\\n")
     while "waits" in told and step == 2 and not asked and not is_open():
         time.sleep(0.01)
-    kept.write_text(str(step + 1))
+    scratch = folder / "step.new"
+    scratch.write_text(str(step + 1))
+    scratch.replace(kept)
     if asked:
         sys.exit(0)
 if "fails" in told:

@@ -327,10 +327,15 @@ def test_what_a_killed_guard_leaves_alive_ends_before_the_next_program(url, tmp_
     worked = worked_on(study)
     program = waiting_program(study)
     children = [int(pid) for pid in program_file(study, 0, "children").split()]
-    (tmp_path / "gate").touch()
     os.kill(guard_of(program), signal.SIGKILL)
+    wait_until(lambda: not alive(program))
+    (tmp_path / "gate").touch()
     worked.join(60)
     assert only(study).user_attrs["score"]["others"] == {"steps": 2.0}
+    released = next(
+        each for each in read_log(row(study, 0, LOG_FILE))[0] if each["event"] == "released"
+    )
+    assert released["why"].startswith("ProgramDiedError")
     assert not any(map(alive, [program, *children]))
 
 

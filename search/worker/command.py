@@ -184,8 +184,9 @@ class _Row:
                     if self.judge(step, value):
                         raise PrunedError
                 self.check()
-        except LeaseLostError:
-            raise  # another worker's program may need the folder at any moment
+        except (LeaseLostError, ProgramDiedError):
+            # Another worker's program may need the folder at any moment, or this one is gone.
+            raise
         except Exception:
             self._end(program)
             raise

@@ -262,7 +262,7 @@ def main() -> None:
     one = measure(spec)
     assert one is not None
     updates = spec.resolved.stages[0].num_updates
-    drawing = spec.evaluation.images * (2 * one.draw_seconds + one.feature_seconds)
+    drawing = spec.evaluation.num_images * (2 * one.draw_seconds + one.feature_seconds)
     costs = Costs(updates * one.update_seconds + drawing, updates * one.recording_seconds)
     samplers: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
         "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),

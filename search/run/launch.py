@@ -1,12 +1,17 @@
 """Run what is left of a study; the ``launch`` verb with its result."""
 
+from contextlib import suppress
+
+from search.analysis.pilot import images_of, plan_pilot
 from search.analysis.priors import plan_first_points
 from search.analysis.stop_rule import look_ahead
+from search.errors import UnknownStudyError
 from search.log import say, speaking_of
 from search.report.live import Showing
 from search.report.overview import overview_of
 from search.run.progress import Display, snapshot_of
 from search.run.runner import run
+from search.spec.study import StudySpec
 from search.study.folders import named_file
 from search.study.study import Study
 from search.study.summary import copy_baselines, failures, headline
@@ -38,6 +43,29 @@ def run_planned(study: Study, workers: int | None) -> None:
         plan_first_points(study)
         look_ahead(study)
     run_rows(study, workers)
+
+
+def settled(url: str, spec: StudySpec, workers: int | None) -> StudySpec:
+    """A resolved spec with a number of images; auto runs the pilot that decides it.
+
+    Of a study that is stored already it is that study's.
+
+    Raises:
+        InputError: The pilot has too few complete rows.
+    """
+    if spec.evaluation.images != "auto":
+        return spec
+    with suppress(UnknownStudyError):
+        Study.open(url, spec.name)
+        return spec
+    pilot = plan_pilot(url, spec)
+    run_rows(pilot, workers)
+    images, noise = images_of(pilot)
+    say(
+        f"evaluation.images auto: {images}; of {noise.images} images the latents' noise of a "
+        f"difference is {noise.latents:.2g}, and the training seeds' {noise.seeds:.2g}"
+    )
+    return spec.with_images(images)
 
 
 def run_rows(study: Study, workers: int | None) -> None:

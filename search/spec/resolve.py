@@ -294,9 +294,9 @@ def _check_intermediate(spec: StudySpec) -> None:
             f"plan.pruner {plan.pruner} is asked at intermediate FIDs, of which there are "
             "none; give plan.at: [...], or drop plan.pruner"
         )
-    if (images := plan.images or 0) > spec.evaluation.images:
+    if (images := plan.images or 0) > (most := spec.evaluation.num_images):
         raise InputError(
-            f"plan.images {images} is above evaluation.images {spec.evaluation.images}; lower it, "
+            f"plan.images {images} is above evaluation.images {most}; lower it, "
             "or leave it out for as many"
         )
     total = facts.stages[0].num_updates
@@ -407,7 +407,7 @@ def _check_images(spec: StudySpec, teacher: NetworkDenoiser, known: Mapping[str,
             )
     evaluation = spec.evaluation
     try:
-        require_enough(evaluation.metrics, MetricSettings(), evaluation.images)
+        require_enough(evaluation.metrics, MetricSettings(), evaluation.num_images)
         if (recipe := RECIPES.get(evaluation.extractor)) is not None:
             # On the meta device: only the shapes are looked at.
             classifier = Classifier(evaluation.extractor, recipe.side, num_classes=2)

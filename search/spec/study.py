@@ -50,6 +50,9 @@ ONE_SHOT_PLAN = "one-shot"
 TAKEN_NAMES = ("artifacts", "cache")
 
 
+# Of a pilot, which decides how many a study takes.
+PILOT_IMAGES = 4096
+
 # A study from before a knob is a study at its default, under the same fingerprint.
 _YOUNGER = {"tail": None, **YOUNGER}
 
@@ -181,7 +184,13 @@ FID_METRIC = Metric()
 class EvaluationSpec(Knobs):
     """How a student is judged: FID of so many images against the study's data, or a file."""
 
-    images: int = knob(50_000, "images drawn of each student", low=2)
+    images: Literal["auto"] | int = knob(
+        50_000,
+        f"images drawn of each student; auto: {PILOT_IMAGES} or more, so many that the latents' "
+        "noise is half of the training seeds' or less, which a pilot measures first: plain "
+        "distillation and uniform weights under three seeds",
+        low=2,
+    )
     extractor: str = knob(
         "inception",
         "feature network: inception, dinov2, torchscript:FILE (a program, which each worker runs: "
@@ -223,6 +232,11 @@ class EvaluationSpec(Knobs):
                 f"metrics {list(self.metrics)} beside fid need single reference images, which a "
                 "reference file lacks; drop them, or drop reference to compare with data"
             )
+
+    @property
+    def num_images(self) -> int:
+        """Images drawn of each student; of auto the pilot's, which are the least."""
+        return self.images if isinstance(self.images, int) else PILOT_IMAGES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -628,6 +642,12 @@ class StudySpec(Knobs):
         if self.facts is None:
             return member
         return member.of_method(self.facts.num_branches, self.facts.num_intervals)
+
+    def with_images(self, images: int) -> Self:
+        """This study with a number in place of ``evaluation.images: auto``."""
+        if self.evaluation.images != "auto":
+            return self
+        return replace(self, evaluation=replace(self.evaluation, images=images))
 
     @property
     def is_search(self) -> bool:

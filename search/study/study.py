@@ -13,6 +13,7 @@ from typing import Any, Self
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState
 
+from bdense.errors import InputError
 from search.errors import OutdatedStudyError, SpecChangedError, UnknownStudyError
 from search.spec.file import read_stored
 from search.spec.study import StudySpec, flatten
@@ -104,7 +105,8 @@ class Study:
 
         Raises:
             SpecChangedError: The stored study has other conditions, which are named.
-            InputError: Another version of bdense launched it, whose spec this one cannot read.
+            InputError: A pilot has yet to settle its number of images, or another version of
+                bdense launched it, whose spec this one cannot read.
             StorageError: The database cannot be used.
         """
         try:
@@ -112,6 +114,13 @@ class Study:
         except UnknownStudyError:
             stored = None
         before = stored.spec if stored is not None else None
+        if before is not None:
+            spec = spec.with_images(before.evaluation.num_images)
+        elif spec.evaluation.images == "auto":
+            raise InputError(
+                f"study {spec.name}: evaluation.images auto needs a pilot, which trains; let "
+                "bdense-search launch run it first, or give a number"
+            )
         if stored is not None and stored._forget_if_changed(spec, facts or {}):
             stored = before = None
         if spec.is_search:
@@ -319,6 +328,7 @@ class Study:
         Raises:
             SpecChangedError: It has other conditions, or other ``facts`` than those stored.
         """
+        spec = spec.with_images(self.spec.evaluation.num_images)
         changed = self._changed(spec, self.facts if facts is None else facts)
         if changed and self.has_started():
             raise SpecChangedError(
@@ -376,7 +386,7 @@ def intermediate_of(spec: StudySpec) -> dict[str, Any] | None:
     """Fractions and images of a search's intermediate FIDs; None where there are none."""
     if not spec.is_search or not spec.search.at:
         return None
-    images = spec.search.images or spec.evaluation.images
+    images = spec.search.images or spec.evaluation.num_images
     return {"at": list(spec.search.at), "images": images}
 
 

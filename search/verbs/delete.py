@@ -8,6 +8,7 @@ from pathlib import Path
 from bdense.errors import InputError
 from bdense.knobs import from_options
 from search.analysis.confirmation import CONFIRM_SUFFIX
+from search.analysis.pilot import PILOT_SUFFIX
 from search.storage.engine import redact
 from search.storage.ledger import Ledger
 from search.storage.stop_flags import held
@@ -21,9 +22,10 @@ from search.verbs.options import DeleteOptions
 def delete(options: argparse.Namespace) -> None:
     """Say what would go, ask, and delete it."""
     study = open_study(options)
-    confirmation = study.beside(study.name + CONFIRM_SUFFIX)
+    beside = [study.beside(study.name + suffix) for suffix in (CONFIRM_SUFFIX, PILOT_SUFFIX)]
     # The study itself last: interrupted, the command can be given again.
-    ledgers = [*([] if confirmation is None else confirmation.ledgers), *reversed(study.ledgers)]
+    ledgers = [ledger for each in beside if each is not None for ledger in each.ledgers]
+    ledgers += reversed(study.ledgers)
     if working := held(ledgers):
         raise InputError(
             f"{working} trials of {study.name} are worked on; end them first: bdense-search stop "

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from bdense.errors import BdenseError
 from bdense.knobs import from_options
+from search.analysis.pilot import PILOT_ROWS
 from search.api import changes_of, is_file, planned, with_trials
-from search.run.launch import launch
+from search.run.launch import launch, settled
 from search.spec.command import budget
 from search.spec.file import as_yaml, read_spec
 from search.spec.study import StudySpec
@@ -29,7 +30,7 @@ def launch_study(options: argparse.Namespace) -> None:
     if from_options(DryRun, options).dry_run:
         dry_run(spec, workers)
         return
-    study = planned(url, spec, by_name=by_name)
+    study = planned(url, settled(url, spec, workers), by_name=by_name)
     result, succeeded = launch(study, asked.study, workers)
     print(result)
     if not succeeded:
@@ -46,7 +47,13 @@ def _cost(spec: StudySpec, workers: int | None) -> list[str]:
 
 def dry_run(spec: StudySpec, workers: int | None) -> None:
     """Print what the study would cost, its fingerprint, and the study resolved."""
+    if spec.evaluation.images == "auto":
+        print(
+            f"# evaluation.images auto: a pilot of {PILOT_ROWS} rows decides it; costs are of "
+            f"{spec.evaluation.num_images} images, the least"
+        )
     for line in _cost(spec, workers):
         print(f"# {line}")
-    print(f"# fingerprint {spec.fingerprint()}")
+    if spec.evaluation.images != "auto":
+        print(f"# fingerprint {spec.fingerprint()}")
     print(as_yaml(spec), end="")

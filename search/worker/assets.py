@@ -123,7 +123,7 @@ class Evaluator:
         drawn = draw_images(
             denoiser,
             sampler,
-            images or self.spec.images,
+            images or self.spec.num_images,
             seed=self.latents,
             batch=self.spec.batch,
             conditions=self.conditions,
@@ -311,7 +311,7 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
         require_measurable(
             evaluation.metrics,
             MetricSettings(),
-            evaluation.images,
+            evaluation.num_images,
             reference,
             tuple(shape),
             extractor,
@@ -516,7 +516,7 @@ def _teacher_fid(assets: Assets, report: Report) -> FID | None:
         "teacher": denoiser_sha256(assets.teacher),
         "sampler": evaluator.guided(sampler).describe(),
         "evaluation": {
-            "images": spec.evaluation.images,
+            "images": spec.evaluation.num_images,
             "extractor": evaluator.extractor.sha256,
             "reference": [
                 evaluator.reference.name,
@@ -532,7 +532,7 @@ def _teacher_fid(assets: Assets, report: Report) -> FID | None:
     path = cache_folder() / "teacher-fids" / f"{_digest(key)}.json"
     with file_lock(path.with_suffix(".lock")):
         if not path.exists():
-            total = spec.evaluation.images
+            total = spec.evaluation.num_images
             found = evaluator.measure(
                 assets.teacher,
                 sampler,

@@ -159,7 +159,7 @@ def _kept_cost(spec: StudySpec) -> Path:
         "teacher": described,
         "method": as_plain(spec.method),
         "trajectories": as_plain(spec.trajectories),
-        "evaluation": [evaluation.batch, evaluation.images, evaluation.extractor],
+        "evaluation": [evaluation.batch, evaluation.num_images, evaluation.extractor],
         "execution": [as_plain(execution(spec)), resources.threads, resources.team],
         "by": [package_versions(), NUMERICS, torch.cuda.get_device_name() if uses_gpu else "cpu"],
     }
@@ -213,7 +213,7 @@ def cost_lines(spec: StudySpec, *, workers: int | None = None) -> list[str]:
     with torch.device("meta"):
         teacher = build_denoiser(described)
     parameters = 4 * sum(p.numel() for p in teacher.parameters())
-    stages, images = spec.resolved.stages, spec.evaluation.images
+    stages, images = spec.resolved.stages, spec.evaluation.num_images
     if spec.is_search:
         plan, baselines = spec.search, 2 * spec.search.replicates
         # Both the trial of a raced point and its replicates are kept.
@@ -353,7 +353,7 @@ def _measure(spec: StudySpec, free: int, download: bool) -> TrialCost:
     if not _stored_bytes(spec, teacher, known):
         batch, update = 0.0, batch + update
     sampler, evaluation = stage.sampler, spec.evaluation
-    count = min(evaluation.batch, evaluation.images)
+    count = min(evaluation.batch, evaluation.num_images)
     student = export_branch(stage.start)
     codec = _codec(spec, known, device)
     lap()
@@ -367,7 +367,7 @@ def _measure(spec: StudySpec, free: int, download: bool) -> TrialCost:
         codec=codec,
     )
     drawing = lap()
-    seen, extracting, name = min(_FEATURES_BATCH, evaluation.images), 0.0, evaluation.extractor
+    seen, extracting, name = min(_FEATURES_BATCH, evaluation.num_images), 0.0, evaluation.extractor
     if name not in RECIPES and (download or missing_checkpoint(name) is None):
         extractor = load_extractor(name, cache=cache_folder(), device=device)
         images = torch.zeros(seen, *described_shape(spec), dtype=torch.uint8)

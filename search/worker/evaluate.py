@@ -219,7 +219,7 @@ class Row:
 
     def _measured(self, stage: TrainedStage, path: Path) -> Metrics:
         """A stage's metrics, kept in a file where the method has several stages."""
-        count = self.assets.spec.evaluation.images
+        count = self.assets.spec.evaluation.num_images
         named = _named(stage.plan)
         kept = path.with_suffix(".fid.json")
         if stage.plan.name and kept.exists():

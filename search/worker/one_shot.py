@@ -77,7 +77,7 @@ def _measured(row: "Row", last: TrainedStage, points: Sequence[tuple[float, ...]
     """The student's FID at each point; each is kept in the row's folder as soon as it is known."""
     assets, kept = row.assets, row.folder / CURVE_FILE
     assert isinstance(assets.method, OneShot)
-    images = assets.spec.evaluation.images
+    images = assets.spec.evaluation.num_images
     fids = [FID.read(each) for each in json.loads(kept.read_text())] if kept.exists() else []
     row.note("evaluating", points=len(points), images=images)
     for point in points[len(fids) :]:

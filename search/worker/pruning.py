@@ -100,7 +100,7 @@ class IntermediateFIDs:
         return {round(fraction * total): fraction for fraction in spec.search.at}
 
     def _images(self) -> int:
-        return self._assets.spec.search.images or self._assets.spec.evaluation.images
+        return self._assets.spec.search.images or self._assets.spec.evaluation.num_images
 
     def _before(self) -> dict[int, IntermediateFID]:
         """Those of a worker before, as far as they are still asked for."""

@@ -10,8 +10,10 @@ import pytest
 from optuna_dashboard import get_note
 
 from bdense.models.store import load_tensors
+from search.analysis.pilot import images_of
 from search.storage.ledger import Ledger
 from search.study.artifacts import FolderStore, attached
+from search.study.study import Study
 from search.study.trial_log import read_log
 from tests.e2e.study import Workplace, kill, small_study, wait_until
 
@@ -307,3 +309,19 @@ def test_mistakes_exit_with_2_and_one_line(workplace):
     usage = workplace.run("launch", wrong, "--workers", "0")
     assert (usage.returncode, "--workers " in usage.stderr) == (2, True)
     assert not workplace.runs.exists()
+
+
+@pytest.mark.slow
+def test_a_pilot_settles_the_number_of_images_once(workplace):
+    study = workplace.write(small_study(plan={"trials": 1}, evaluation={"images": "auto"}))
+    first = workplace.run("launch", study)
+    assert first.returncode == 0, first.stderr
+    pilot = Study.open(workplace.url, "small.pilot")
+    images, noise = images_of(pilot)
+    assert noise.replicates == 3
+    assert Study.open(workplace.url, "small").spec.evaluation.images == images
+    assert workplace.json("best", study)["best"]["images"] == images
+    # The study goes on as it began, and the pilot's rows are not planned again.
+    workplace.done("launch", study, "--trials", "2")
+    assert len(workplace.rows("small")) == 2
+    assert len(workplace.rows("small.pilot")) == 6

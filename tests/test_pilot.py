@@ -1,0 +1,90 @@
+"""``evaluation.images: auto``: the pilot that settles a study's number of images."""
+
+from dataclasses import replace
+
+import pytest
+
+from bdense.errors import InputError
+from bdense.metrics.records import FID
+from search import cli
+from search.analysis.pilot import images_of, plan_pilot
+from search.run.launch import settled
+from search.spec.study import PILOT_IMAGES
+from search.study.catalogue import list_studies
+from search.study.study import Study
+from tests.measured import finish, normalised, search
+
+
+def auto(**keys):
+    return normalised(evaluation={"images": "auto"}, **keys)
+
+
+def piloted(url, values, monkeypatch, *, effects=(0.5, -0.5)) -> Study:
+    """A pilot whose FIDs are plain 4 and uniform ``values``; ``effects`` are plain's latents'."""
+    pilot = plan_pilot(url, auto())
+    read = FID.as_dict
+
+    def as_dict(found: FID):
+        told = found.value >= 4
+        return read(replace(found, effects=effects if told else (0.0, 0.0), images=PILOT_IMAGES))
+
+    monkeypatch.setattr(FID, "as_dict", as_dict)
+    finish(pilot, lambda arm, row: 4 if arm.baseline == "plain" else values[row.seed])
+    return pilot
+
+
+def test_a_pilot_trains_both_baselines_under_three_seeds_on_the_same_latents(url):
+    pilot = plan_pilot(url, auto(seeds={"training": 5, "evaluation": 7}))
+    found = [(pilot.arms[row.arm].baseline, row.seed) for row, _ in pilot.rows()]
+    assert sorted(found) == [(arm, seed) for arm in ("plain", "uniform") for seed in (5, 6, 7)]
+    assert pilot.spec.evaluation.images == PILOT_IMAGES
+    tasks = [pilot.task(pilot.given, row.params()) for row, _ in pilot.rows()]
+    assert {task.latents for task in tasks} == {7}
+
+
+@pytest.mark.parametrize(
+    ("values", "effects", "images"),
+    [
+        # Seeds 1.0, latents 0.5: balanced already.
+        ((3, 2, 1), (0.5, -0.5), PILOT_IMAGES),
+        # Seeds 0.5, latents 0.5: four times as many.
+        ((3, 2.5, 2), (0.5, -0.5), 4 * PILOT_IMAGES),
+        # Seeds 0.05, latents 0.5: 400 times as many would.
+        ((3, 2.95, 2.9), (0.5, -0.5), 50_000),
+    ],
+)
+def test_as_many_images_as_halve_the_latents_noise(url, values, effects, images, monkeypatch):
+    pilot = piloted(url, values, monkeypatch, effects=effects)
+    found, noise = images_of(pilot)
+    assert noise.latents == pytest.approx(0.5)
+    assert found == images
+
+
+def test_a_pilot_that_cannot_tell_is_refused(url):
+    pilot = plan_pilot(url, auto())
+    finish(pilot, lambda arm, _: 4 if arm.baseline == "plain" else 3, most=2)
+    with pytest.raises(InputError, match=r"evaluation\.images.*2 complete rows of 6"):
+        images_of(pilot)
+
+
+def test_a_stored_study_keeps_its_number(url):
+    """A file with auto is the study that its pilot settled, in all verbs."""
+    spec = auto()
+    with pytest.raises(InputError, match=r"evaluation\.images auto"):
+        Study.create(url, spec)
+    stored = search(url, [({"a": 1.0}, 12.5)], study=spec.with_images(8192))
+    assert settled(url, spec, None) == spec  # without a pilot
+    stored.refuse_other_conditions(spec)
+    assert Study.create(url, spec).spec.evaluation.images == 8192
+    other = replace(spec, evaluation=replace(spec.evaluation, images=4096))
+    with pytest.raises(InputError, match="8192"):
+        stored.refuse_other_conditions(other)
+
+
+def test_a_pilot_goes_with_its_study(url, monkeypatch, tmp_path):
+    monkeypatch.setenv("BDENSE_RUNS", str(tmp_path / "runs"))
+    piloted(url, (3, 2, 1), monkeypatch)
+    study = search(url, [({"a": 1.0}, 12.5)], study=auto().with_images(PILOT_IMAGES))
+    assert [each.name for each in list_studies(url)] == [study.name, f"{study.name}.pilot"]
+    assert cli.main(["delete", study.name, "--yes", "--storage", url]) == 0
+    assert list_studies(url) == []

@@ -29,8 +29,9 @@ from benchmarks.large_study import fill
 from benchmarks.servers import Server, postgres
 from search.errors import StorageError
 from search.spec.file import read_spec
+from search.spec.sections import Member
 from search.spec.space import make_sampler, search_space
-from search.spec.study import Member, StudySpec
+from search.spec.study import StudySpec
 from search.storage.engine import open_storage
 from search.storage.ledger import Claim, Ledger
 from search.study.study import Study

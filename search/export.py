@@ -25,7 +25,7 @@ from search.analysis.comparison import compare, comparisons_of, table_rows, teac
 from search.analysis.confirmation import CONFIRM_SUFFIX, judged_summary, verdict
 from search.analysis.recommendation import recommend
 from search.report.overview import overview_of
-from search.spec.study import StageFacts
+from search.spec.sections import StageFacts
 from search.storage.engine import cache_folder
 from search.storage.ledger import Ledger
 from search.storage.queries import StoredTrial

@@ -9,8 +9,8 @@ from bdense.metrics.records import FID
 from search.errors import SpecError
 from search.spec.file import parse, read_spec
 from search.spec.resolve import resolve
+from search.spec.sections import OneShotSpec, SearchPlan
 from search.spec.space import make_sampler, search_space
-from search.spec.study import OneShotSpec, SearchPlan
 from search.storage.ledger import Claim
 from search.study.arms import ROW_SPACE, ArmRow, one_shot_arm
 from search.study.one_shot import curve_of, enqueue_best, is_waited_for

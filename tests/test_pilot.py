@@ -9,7 +9,7 @@ from bdense.metrics.records import FID
 from search import cli
 from search.analysis.pilot import images_of, plan_pilot
 from search.run.launch import settled
-from search.spec.study import PILOT_IMAGES
+from search.spec.sections import PILOT_IMAGES
 from search.study.catalogue import list_studies
 from search.study.study import Study
 from tests.measured import finish, normalised, search

@@ -317,7 +317,7 @@ def test_a_conditional_teacher_learns_what_a_class_looks_like():
 def test_cached_teachers_keep_their_names(digits, monkeypatch):
     """Of the digits study: hours of work elsewhere must not be lost to a field of a hash."""
     import search.worker.assets
-    from search.spec.study import TeacherTraining
+    from search.spec.sections import TeacherTraining
 
     network = {"model_channels": 24, "channel_mult": [1, 2], "num_blocks": 1}
     network |= {"attn_resolutions": [], "dropout": 0.0}

@@ -12,7 +12,8 @@ from optuna.trial import TrialState
 from bdense.metrics.records import FID
 from bdense.weights.spaces import PLAIN, UNIFORM
 from search.analysis.paired import Mean, Paired, mean_of, paired_difference
-from search.spec.study import FID_METRIC, Metric, StageFacts
+from search.spec.metric import FID_METRIC, Metric
+from search.spec.sections import StageFacts
 from search.storage.queries import StoredTrial
 from search.study.arms import Arm, ArmRow
 from search.study.results import Judged, TrialResult

@@ -10,7 +10,8 @@ from dataclasses import replace
 from bdense.errors import InputError
 from search.analysis.comparison import compare
 from search.analysis.recommendation import Noise, noise_of
-from search.spec.study import ArmsPlan, StudySpec
+from search.spec.sections import ArmsPlan
+from search.spec.study import StudySpec
 from search.study.arms import baseline_arms
 from search.study.study import Study
 

@@ -12,7 +12,7 @@ from typing import Any
 from search.analysis.comparison import ArmResult, Comparison, compare, difference_text
 from search.analysis.confirmation import Verdict
 from search.analysis.paired import CONFIDENCE, Paired
-from search.spec.study import FID_METRIC, Metric
+from search.spec.metric import FID_METRIC, Metric
 from search.study.arms import Arm
 from search.study.study import Study
 

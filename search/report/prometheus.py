@@ -15,7 +15,7 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 from sqlalchemy.exc import SQLAlchemyError
 
-from search.spec.study import FID_METRIC
+from search.spec.metric import FID_METRIC
 from search.storage.leases import LEASE, RELEASED, STATE, TRIALS, database_clock
 from search.storage.queries import read_trials, trials_in
 from search.storage.schema import has_tables

@@ -369,7 +369,7 @@ def budget(config: CommandConfig) -> str:
 
 def _facts(config: CommandConfig) -> Any:  # noqa: ANN401  search.spec.study imports this module
     """Of a method of one stage, without branches."""
-    from search.spec.study import Facts, StageFacts
+    from search.spec.sections import Facts, StageFacts
 
     words = [word for word in config.run if not word.startswith("-")]
     title = Path(words[1] if len(words) > 1 else words[0]).name

@@ -4,7 +4,7 @@ from bdense.knobs import Knobs, knobs_of, reference
 from bdense.methods import METHODS
 from bdense.weights import WEIGHT_SPACES
 from search.spec.command import CommandConfig, NamedWeight
-from search.spec.study import (
+from search.spec.sections import (
     ArmsPlan,
     ConfirmSpec,
     EvaluationSpec,
@@ -12,10 +12,10 @@ from search.spec.study import (
     ResourcesSpec,
     SearchPlan,
     SeedsSpec,
-    StudySpec,
     TeacherSpec,
     TrajectoriesSpec,
 )
+from search.spec.study import StudySpec
 
 _SECTIONS: tuple[tuple[str, str, type[Knobs]], ...] = (
     ("The whole file", "", StudySpec),

@@ -43,8 +43,9 @@ from bdense.training.teacher_knobs import TeacherKnobs
 from bdense.weights import space_of
 from bdense.weights.spaces import BASELINE, UNIFORM
 from search.errors import SpecError
+from search.spec.sections import Facts, StageFacts, TeacherTraining
 from search.spec.space import make_pruner, require_sampler
-from search.spec.study import Facts, StageFacts, StudySpec, TeacherTraining
+from search.spec.study import StudySpec
 
 
 def resolve(spec: StudySpec, source: str = "") -> StudySpec:

@@ -12,7 +12,8 @@ from optuna.exceptions import ExperimentalWarning
 
 from bdense.weights.spaces import Choice
 from search.errors import SpecError
-from search.spec.study import Member, StudySpec
+from search.spec.sections import Member
+from search.spec.study import StudySpec
 
 
 def search_space(spec: StudySpec) -> dict[str, BaseDistribution]:

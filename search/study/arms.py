@@ -8,7 +8,8 @@ from optuna.distributions import BaseDistribution, IntDistribution
 
 from bdense.weights.spaces import BASELINE, PLAIN, UNIFORM
 from search.spec.command import DEFAULTS
-from search.spec.study import ONE_SHOT_PLAN, ArmsPlan, StudySpec
+from search.spec.sections import ONE_SHOT_PLAN, ArmsPlan
+from search.spec.study import StudySpec
 
 # The parameters of an arm that is a one-shot training, by this key.
 ONE_SHOT = "one_shot"

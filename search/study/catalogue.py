@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from search.spec.study import Metric
+from search.spec.metric import Metric
 from search.storage.engine import open_reading, retrying, sqlite_file
 from search.storage.studies import StoredStudy, read_studies
 from search.study.study import ARMS, BASELINES_SUFFIX, SPEC

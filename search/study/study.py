@@ -15,8 +15,9 @@ from optuna.trial import TrialState
 
 from bdense.errors import InputError
 from search.errors import OutdatedStudyError, SpecChangedError, UnknownStudyError
+from search.spec.contents import flatten
 from search.spec.file import read_stored
-from search.spec.study import StudySpec, flatten
+from search.spec.study import StudySpec
 from search.storage.engine import retrying
 from search.storage.ledger import MENDABLE, Ledger
 from search.storage.queries import Counts, StoredTrial, asked_of

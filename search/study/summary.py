@@ -7,7 +7,8 @@ from typing import Any
 from optuna.trial import TrialState
 
 from bdense.weights.spaces import BASELINE, PLAIN
-from search.spec.study import Metric, StudySpec
+from search.spec.metric import Metric
+from search.spec.study import StudySpec
 from search.storage.engine import redact, retrying
 from search.storage.leases import SURPLUS
 from search.storage.ledger import Ledger

@@ -9,7 +9,7 @@ from typing import Any
 from optuna.trial import TrialState
 
 from bdense.weights.spaces import BranchWeights, by_interval
-from search.spec.study import Metric
+from search.spec.metric import Metric
 from search.storage.leases import SURPLUS
 from search.storage.ledger import Ledger
 from search.study.arms import ONE_SHOT, ArmRow

@@ -23,9 +23,10 @@ from bdense.errors import InputError
 from bdense.files import atomic_write
 from bdense.weights.spaces import BASELINE, PLAIN, UNIFORM
 from search.errors import StorageError
+from search.spec.contents import fingerprint_of
 from search.spec.file import apart
 from search.spec.legacy import translated
-from search.spec.study import StudySpec, fingerprint_of
+from search.spec.study import StudySpec
 from search.storage.engine import exclusive, retrying
 from search.storage.leases import (
     STUDIES,

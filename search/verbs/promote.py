@@ -26,7 +26,8 @@ from search.analysis.recommendation import recommend
 from search.export import arm_row, export_trial, is_current, is_of, put_aside, require_students
 from search.run.launch import run_rows
 from search.spec.file import read_spec, require_variants
-from search.spec.study import ArmsPlan, StudySpec
+from search.spec.sections import ArmsPlan
+from search.spec.study import StudySpec
 from search.storage.engine import runs_folder
 from search.study.arms import Arm, given_arms
 from search.study.study import Study

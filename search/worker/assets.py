@@ -52,7 +52,8 @@ from bdense.models.zoo import CONVERTED_CHECKPOINTS, HUB_CHECKPOINTS, resolve_re
 from bdense.training.latent_digits import latent_digits
 from bdense.training.teacher import teacher_data, train_teacher
 from search.spec.resolve import describe_teacher, execution, teacher_config, variant
-from search.spec.study import EvaluationSpec, StudySpec, TeacherTraining
+from search.spec.sections import EvaluationSpec, TeacherTraining
+from search.spec.study import StudySpec
 from search.storage.engine import cache_folder
 from search.study.arms import ONE_SHOT, Task
 from search.worker.one_shot import one_shot_assets

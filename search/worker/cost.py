@@ -39,8 +39,9 @@ from bdense.models.zoo import PROMPT_SETS, PUBLIC_MODELS, REFERENCES, ConvertedC
 from bdense.training.loop import IterationReport, train
 from bdense.weights.spaces import uniform_weights
 from bdense.weights.weighting import FixedWeights
+from search.spec.contents import fingerprint_of
 from search.spec.resolve import describe_teacher, execution
-from search.spec.study import StudySpec, as_plain, fingerprint_of
+from search.spec.study import StudySpec, as_plain
 from search.storage.engine import cache_folder
 from search.study.arms import ONE_SHOT, one_shot_arm
 from search.study.wording import duration

@@ -312,16 +312,23 @@ def test_mistakes_exit_with_2_and_one_line(workplace):
 
 
 @pytest.mark.slow
-def test_a_pilot_settles_the_number_of_images_once(workplace):
-    study = workplace.write(small_study(plan={"trials": 1}, evaluation={"images": "auto"}))
-    first = workplace.run("launch", study)
-    assert first.returncode == 0, first.stderr
-    pilot = Study.open(workplace.url, "small.pilot")
-    images, noise = images_of(pilot)
+def test_a_pilot_settles_the_number_of_images_and_seeds_are_raced(workplace):
+    plan = {"trials": 4, "race": 1, "replicates": 2}
+    study = workplace.write(small_study(plan=plan, evaluation={"images": "auto"}))
+    workplace.done("launch", study, "--workers", "2")
+    images, noise = images_of(Study.open(workplace.url, "small.pilot"))
     assert noise.replicates == 3
-    assert Study.open(workplace.url, "small").spec.evaluation.images == images
-    assert workplace.json("best", study)["best"]["images"] == images
+    record = Study.open(workplace.url, "small")
+    assert record.spec.evaluation.images == images
+    # Of four trials one is the replicate of the most promising of the three points.
+    assert len(workplace.rows("small")) == 3
+    (raced,) = (row for row, _ in record.rows() if record.arms[row.arm].trial is not None)
+    assert raced.seed == record.spec.baseline_seeds[1]
+    told = workplace.json("best", study)
+    assert told["best"]["images"] == images
+    assert told["noise"]["least_difference"] > 0
+    assert told["best"]["number"] == record.arms[raced.arm].trial
     # The study goes on as it began, and the pilot's rows are not planned again.
-    workplace.done("launch", study, "--trials", "2")
-    assert len(workplace.rows("small")) == 2
+    workplace.done("launch", study, "--trials", "5")
+    assert len(workplace.rows("small")) == 4
     assert len(workplace.rows("small.pilot")) == 6

@@ -6,13 +6,13 @@ import resource
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.intervals import IntervalGrid
-from bdense.methods.trajectories import TrajectoryBatch
+from bdense.diffusion.solvers import DPMSolverPP
+from bdense.methods.trajectories import LiveTrajectories, TrajectoryBatch
 from bdense.networks import SongUNet, SongUNetConfig
 from benchmarks.common import DIGITS_STUDY, parser, publish, table
 from benchmarks.timing import (
@@ -34,25 +34,14 @@ SIZES = ("8x8", "32x32")
 PEAK_RUNS = 3
 
 
-@dataclass(frozen=True, eq=False)
-class SyntheticTrajectories:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SyntheticTrajectories(LiveTrajectories):
     """One made-up batch served again and again, so that the student's cost alone is measured."""
 
     walk: TrajectoryBatch
-    grid: IntervalGrid = GRID
-
-    @property
-    def batch(self) -> int:
-        return len(self.walk.start)
-
-    def __len__(self) -> int:
-        return sys.maxsize
 
     def part(self, iteration: int, images: slice) -> TrajectoryBatch:
         return self.walk
-
-    def describe(self) -> dict[str, Any]:
-        return {}
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -113,7 +102,10 @@ def _setting(size: str, device: torch.device) -> tuple[NetworkDenoiser, Syntheti
     shape = (batch, *teacher.image_shape)
     start = 80 * torch.randn(shape, device=device)
     states = torch.randn(GRID.num_rows, *shape, device=device)
-    return teacher, SyntheticTrajectories(TrajectoryBatch(GRID, start, states))
+    walk = TrajectoryBatch(GRID, start, states)
+    return teacher, SyntheticTrajectories(
+        teacher, GRID, DPMSolverPP(), batch, sys.maxsize, seed=0, walk=walk
+    )
 
 
 def _section(
@@ -130,8 +122,7 @@ def _section(
     row = [size, branched, plain, f"{whole.ratio:.3f}", f"{1e3 * whole.difference:+.2f}"]
     kind = "GPU memory allocated" if device.type == "cuda" else "resident memory of a process"
     return f"""\
-## {size}, batch {trajectories.batch}, {parameters / 1e6:.2f} M parameters, \
-dropout {teacher.model.config.dropout}
+## {size}, batch {trajectories.batch}, {parameters / 1e6:.2f} M parameters
 
 {table(["ms an iteration", f"B-DENSE, K = {K}", "plain SFD", "ratio", "difference"], [row])}
 

@@ -96,7 +96,8 @@ def run_tune(url: str, folder: Path, trials: int) -> None:
     if tune.Tuner.can_restore(f"{runs}/{STUDY}"):
         tuner = tune.Tuner.restore(f"{runs}/{STUDY}", trainable, resume_errored=True)
     else:
-        space = {"x": optuna.distributions.IntDistribution(0, trials - 1)}
+        x = optuna.distributions.IntDistribution(0, trials - 1)
+        space: dict[str, optuna.distributions.BaseDistribution] = {"x": x}
         points = [{"x": x} for x in range(trials)]
         search = OptunaSearch(
             space, "loss", "min", points, storage=RDBStorage(url), study_name=STUDY

@@ -168,7 +168,7 @@ def _executions(given: argparse.Namespace, device: torch.device) -> list[Executi
     return [REFERENCE, *(execution for execution in found if execution != REFERENCE)]
 
 
-def _computes(device: torch.device, precision: str) -> bool:
+def _computes(device: torch.device, precision: Precision) -> bool:
     try:
         Execution(precision=precision).require(device)
     except InputError:
@@ -226,8 +226,9 @@ def _run(cells: Sequence[Cell], given: argparse.Namespace) -> None:
                 cell.measure(num_branches, given.iterations)
         if done == 0:  # kernels are chosen and compiled
             for cell in cells:
-                for values in (*cell.seconds.values(), *cell.peaks.values()):
-                    values.clear()
+                for of in (1, K):
+                    cell.seconds[of].clear()
+                    cell.peaks[of].clear()
         _say(f"round {done} of {given.rounds}: {time.monotonic() - started:.0f} s")
 
 

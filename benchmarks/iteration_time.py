@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH, BATCH, ITERATIONS, PAIRS = 24, 64, 20, 12
@@ -120,7 +121,7 @@ def block_of(kind: str, tick: Callable[..., None], *, is_old: bool) -> Callable[
     """What trains one block with the code of either commit."""
     import torch
 
-    def of(name: str):
+    def of(name: str) -> Any:
         module = MODULES[name][0 if is_old else 1]
         return getattr(importlib.import_module(f"bdense.{module}"), name)
 

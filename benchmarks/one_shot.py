@@ -9,7 +9,6 @@ regret of the slope that a curve would choose, and the seconds that each side ta
 import csv
 import dataclasses
 import itertools
-import math
 import statistics
 import sys
 import time
@@ -24,13 +23,13 @@ from bdense.training.loop import train
 from bdense.weights.spaces import NormalisedSpace, uniform_weights
 from bdense.weights.weighting import FixedWeights
 from benchmarks.common import DIGITS_STUDY, ROOT, parser, publish, table
-from benchmarks.digits_bank import BANK, DECAY, IMAGES, SLOPES
+from benchmarks.digits_bank import BANK, IMAGES, SLOPES, TAIL
 from search.spec.file import read_spec
 from search.worker.assets import Assets, load, use_device
 
 CURVES = ROOT / "benchmarks" / "data" / "digits-one-shot.csv"
 HEADER = ("length", "seed", "a", "latents", "fid", "training_seconds", "evaluation_seconds")
-KIMG, RECIPE, LATENTS = 12.8, "step-ema", (1000, 1001)
+KIMG, RECIPE, LATENTS = 12.8, "step-tail", (1000, 1001)
 POINTS = tuple(float(a) for a in SLOPES if a != "plain")
 
 
@@ -61,8 +60,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def measure(assets: Assets, length: float, seed: int) -> None:
     """Train one student and append its FIDs."""
-    average = -assets.spec.resolved.batch * math.log(2) / math.log(DECAY)
-    own = assets.method.Config.read({**assets.spec.method.options, "kimg": KIMG, "ema": average})
+    own = assets.method.Config.read({**assets.spec.method.options, "kimg": KIMG, "tail": TAIL})
     config, branches = own.told(length), assets.method.num_branches(own)
     method = OneShot(assets.method, Coordinates.of(NormalisedSpace(), branches))
     (plan,) = method.plan(config, assets.teacher)
@@ -119,7 +117,7 @@ def comparison() -> str:
         own = [row for row in curves if (float(row["length"]), row["seed"]) == (length, seed)]
         lines.append(_line(f"one-shot x{length:g}, seed {seed}", means(own, LATENTS), truth))
     trial = statistics.median(float(row["seconds"]) for row in bank)
-    told = {length: [] for length, _ in keys}
+    told: dict[float, list[float]] = {length: [] for length, _ in keys}
     for row in curves:
         told[float(row["length"])].append(float(row["training_seconds"]))
     evaluation = statistics.median(float(row["evaluation_seconds"]) for row in curves)

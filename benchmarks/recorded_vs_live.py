@@ -5,6 +5,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from bdense.diffusion.intervals import IntervalGrid
 from bdense.methods.recordings import TrajectoryStore
 from bdense.methods.sfd import SFDConfig
 from bdense.methods.trajectories import LiveTrajectories
@@ -70,6 +71,7 @@ def _body(
     spec: StudySpec, live: LiveTrajectories, training: Paired, serving: Paired, recording: float
 ) -> str:
     grid = live.grid
+    assert isinstance(grid, IntervalGrid)  # of a study with one NFE
     walked = live.solver.nfe(grid.num_intervals * grid.substeps)
     # Forward and backward cost about three forwards.
     student = 3 * len(grid.trained)

@@ -187,9 +187,9 @@ def ours(
         spent += costs.student
         yield chosen(world, {PLAIN: own, 0.0: own}, lambda _: 0), spent
     points = [seen[i][0] for i in _order(seen, CANDIDATES + 1) if seen[i][0] != 0.0]
-    arms = dict.fromkeys([PLAIN, 0.0, *points[:CANDIDATES]], fresh)
-    spent += len(fresh) * (costs.trajectories + len(arms) * costs.student)
-    yield chosen(world, arms, lambda seed: seed), spent
+    confirmed = dict.fromkeys([PLAIN, 0.0, *points[:CANDIDATES]], fresh)
+    spent += len(fresh) * (costs.trajectories + len(confirmed) * costs.student)
+    yield chosen(world, confirmed, lambda seed: seed), spent
 
 
 def chosen(
@@ -200,7 +200,7 @@ def chosen(
     results = [
         ArmResult(
             arm=Arm(name=str(a), params={"baseline": names[a]} if a in names else {"a": a}),
-            fids={seed: _record(world.fid(a, seed, latents(seed)), seed) for seed in of},
+            figures={seed: _record(world.fid(a, seed, latents(seed)), seed) for seed in of},
             rows={},
         )
         for a, of in seeds.items()

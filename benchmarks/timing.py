@@ -109,6 +109,7 @@ def untrained_teacher(spec: "StudySpec", device: torch.device) -> NetworkDenoise
 
     if spec.teacher.train is None:
         raise SystemExit(f"study {spec.name} has no teacher.train; choose one that trains its own")
+    assert spec.data is not None  # it trains its teacher on them
     shape = load_dataset(spec.data).images.shape[1:]
     return new_denoiser(teacher_config(spec.teacher.train), shape).to(device).eval()
 

@@ -135,7 +135,7 @@ class LiveTrajectories:
         """Of the batch of that iteration, on the CPU."""
         return self.told.drawn(self.seed, iteration, self.batch)
 
-    def on(self, device: torch.device) -> "LiveTrajectories":
+    def on(self, device: torch.device) -> Self:
         return replace(self, teacher=self.teacher.on(device))
 
     def _states(self, grid: IntervalGrid, start: Tensor, condition: Condition) -> Tensor:

@@ -11,16 +11,19 @@ In a script, a notebook, or on a cluster::
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
-from bdense.errors import InputError
+from bdense.errors import BdenseError, InputError
 from bdense.weights.spaces import require_point
 from search.analysis.confirmation import Verdict, judged_summary
 from search.analysis.confirmation import verdict as verdict_of
-from search.analysis.plans import differing, plan_confirmation, plan_given
+from search.analysis.plans import arm_of, differing, plan_confirmation, plan_given
 from search.analysis.priors import require_priors
 from search.analysis.recommendation import Recommendation, assess
 from search.log import say
@@ -43,7 +46,32 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+    from search.export import Exported
+    from search.promotion import Promoted
 
+
+_Given = ParamSpec("_Given")
+_Found = TypeVar("_Found")
+
+
+def _argument_names(function: Callable[_Given, _Found]) -> Callable[_Given, _Found]:
+    """Errors name the function's arguments, as in ``workers=3``, in place of ``--workers 3``."""
+    names = "|".join(inspect.signature(function).parameters)
+    value, alone = re.compile(rf"--({names}) (?=\d)"), re.compile(rf"--({names})(?![\w-])")
+
+    @functools.wraps(function)
+    def call(*args: _Given.args, **kwargs: _Given.kwargs) -> _Found:
+        try:
+            return function(*args, **kwargs)
+        except BdenseError as error:
+            said = (value.sub(r"\1=", str(each)) for each in error.args)
+            error.args = tuple(alone.sub(r"`\1`", each) for each in said)
+            raise
+
+    return call
+
+
+@_argument_names
 def open_study(
     study: str | Path | Mapping[str, Any] | StudySpec,
     *,
@@ -77,18 +105,23 @@ def open_study(
 
 @dataclass(frozen=True, slots=True)
 class OpenStudy:
-    """A study of a storage, see ``open_study``. Everything is read anew at each call.
+    """A study of a storage, see ``open_study``. Everything is read anew at each call."""
 
-    Attributes:
-        record: The study in the database.
-    """
+    _opened: Study
 
-    record: Study
+    @property
+    def record(self) -> Study:
+        """The study in the database, also where it was planned anew since it was opened.
+
+        Raises:
+            UnknownStudyError: It was deleted.
+        """
+        return self._opened.again()
 
     @property
     def name(self) -> str:
         """The study's name."""
-        return self.record.name
+        return self._opened.name
 
     @property
     def spec(self) -> StudySpec:
@@ -100,6 +133,7 @@ class OpenStudy:
         """Trials by state."""
         return self.record.counts()
 
+    @_argument_names
     def run(self, workers: int | None = None) -> None:
         """Run what is left, on this machine or on the Ray cluster of ``$RAY_ADDRESS``.
 
@@ -109,7 +143,8 @@ class OpenStudy:
             workers: Trials at once; None for as many as fit.
 
         Raises:
-            InputError: Workers cannot use something that the study names.
+            InputError: Workers cannot use something that the study names, or this is not the
+                main thread, which Ctrl-C interrupts.
             KeyboardInterrupt: Ctrl-C, or the stop button of a notebook: workers have saved their
                 trials and given them back.
             StoppedError: ``stop`` was called elsewhere.
@@ -131,10 +166,12 @@ class OpenStudy:
 
         Raises:
             InputError: A parameter is missing, unknown or out of bounds.
+            NoSearchError: It is a study of given arms.
         """
-        spec = self.spec
+        study = self.record
+        search, spec = study.search, study.spec
         point = require_point(spec.space, params, spec.resolved.num_branches)
-        return self.record.search.enqueue(point, again=MENDABLE)
+        return search.enqueue(point, again=MENDABLE)
 
     @property
     def trials(self) -> list[ListedRow]:
@@ -160,12 +197,20 @@ class OpenStudy:
 
     @property
     def best(self) -> Measured | None:
-        """The best trial of a search, by the mean over seeds once points are replicated."""
+        """The best trial of a search, by the mean over seeds once points are replicated.
+
+        Raises:
+            NoSearchError: It is a study of given arms.
+        """
         return judged_summary(self.record)[0].best
 
     @property
     def baselines(self) -> dict[str, Measured]:
-        """The complete baselines of a search by name, under the seed of its trials."""
+        """The complete baselines of a search by name, under the seed of its trials.
+
+        Raises:
+            NoSearchError: It is a study of given arms.
+        """
         return judged_summary(self.record)[0].baselines
 
     @property
@@ -178,6 +223,7 @@ class OpenStudy:
         """The arm to use: the simplest within a tie; None before a baseline is complete."""
         return assess(self.record, self.confirmed)[1]
 
+    @_argument_names
     def confirm(
         self,
         *,
@@ -196,30 +242,93 @@ class OpenStudy:
 
         Raises:
             InputError: No trial is complete, or no candidate is under every seed.
+            NoSearchError: It is a study of given arms.
+            SpecChangedError: Its files are others than when it ran.
             KeyboardInterrupt: As of ``run``.
         """
         _require_counts(candidates=candidates, seeds=seeds, workers=workers)
+        study = self._search()
+        settings = dict(study.spec.confirm.method if method is None else method)
+        require_variants(study.spec, [differing(study.spec, settings)])
         planned, found = run_confirmation(
-            self.record, candidates=candidates, seeds=seeds, method=method, workers=workers
+            study, candidates=candidates, seeds=seeds, method=settings, workers=workers
         )
         if found is None:
             raise InputError(f"{planned.name}: no candidate is complete under every seed")
         return found
 
+    @_argument_names
+    def promote(
+        self,
+        *,
+        to: str | Path | Mapping[str, Any] | StudySpec | None = None,
+        weights: Mapping[str, Any] | None = None,
+        seeds: int | Sequence[int] | None = None,
+        nfe: int | Sequence[int] | None = None,
+        kimg: float | None = None,
+        arm: Literal["plain", "uniform", "weights"] | None = None,
+        out: str | Path | None = None,
+        workers: int | None = None,
+    ) -> "list[Promoted]":
+        """Train a search's weights beside the baselines, and write the better student as a model.
+
+        Args:
+            to: A study of given arms, of any method, under whose conditions, seeds and name they
+                are trained; None is the search's own method, under fresh seeds.
+            weights: Parameters of those to train, such as ``{"a": 1.4, "b": -4.3}``; None is the
+                confirmed winner.
+            seeds: Number of seeds; with ``to`` a sequence of the seeds themselves, too.
+            nfe: Network evaluations an image, one number or several; a model for each.
+            kimg: Training length in thousands of images.
+            arm: Whose student is written; None is the recommended one, the simplest within a tie.
+            out: Model folder; None is one in the promotion's folder.
+            workers: Trials at once; None for as many as fit.
+
+        Returns:
+            Each model, one for each setting of ``nfe``.
+
+        Raises:
+            InputError: There is no confirmed winner, weights or settings do not fit, or ``out``
+                is taken.
+            NoSearchError: It is a study of given arms.
+            SpecChangedError: Its files are others than when it ran.
+            KeyboardInterrupt: As of ``run``.
+        """
+        from search.promotion import Asked, Promotion  # torch
+
+        _require_counts(workers=workers)
+        study, other = self._search(), None if to is None else read_here(to, {})
+        asked = Asked(
+            to=other,
+            weights=None if weights is None else arm_of(other or study.spec, weights),
+            seeds=seeds,
+            nfe=(nfe,) if isinstance(nfe, int) else nfe,
+            kimg=kimg,
+            arm=arm,
+            out=None if out is None else Path(out),
+        )
+        promotion = Promotion(study, asked, require_variants)
+        return list(promotion.models(promotion.run(workers)))
+
     def plots(self) -> "list[Figure]":
         """Figures of matplotlib: the metric over each coordinate, or of each given arm."""
         return [plot.figure() for plot in overview_of(self.record).plots()]
 
-    def report(self, folder: str | Path, *, force: bool = False) -> Path:
-        """Write report.html and report.md with their pictures; the Markdown's path.
+    @_argument_names
+    def report(self, out: str | Path, *, force: bool = False) -> Path:
+        """Write report.html and report.md with their pictures to a folder; the Markdown's path.
 
         Raises:
             InputError: Nothing is complete, or the folder has other files of those names.
         """
-        return write_report(self.record, Path(folder), force=force)
+        return write_report(self.record, Path(out), force=force)
 
-    def export(self, folder: str | Path, trial: int | None = None) -> list[Path]:
+    @_argument_names
+    def export(self, folder: str | Path, trial: int | None = None) -> "Exported":
         """Write a kept student as a model folder, see ``bdense-search export``.
+
+        Returns:
+            The folder, and whose student it holds.
 
         Raises:
             InputError: There is no such student, or the folder exists.
@@ -236,6 +345,13 @@ class OpenStudy:
         program adds to it counts in no result.
         """
         return self.record.main.study
+
+    def _search(self) -> Study:
+        """The search, if its conditions are still those that it ran under."""
+        study = self.record
+        _ = study.search  # refuses given arms
+        study.refuse_other_conditions(study.spec)
+        return study
 
     def _repr_markdown_(self) -> str:
         """For notebooks: the study's page, as the dashboard's note has it."""
@@ -298,10 +414,12 @@ def run_confirmation(
     *,
     candidates: int | None,
     seeds: int | None,
-    method: Mapping[str, Any] | None,
+    method: Mapping[str, Any],
     workers: int | None,
 ) -> tuple[Study, Verdict | None]:
     """Plan and run a search's confirmation; None of an argument is the study's own.
+
+    ``method`` has its settings, checked.
 
     Returns:
         The confirmation, and its verdict, if a candidate is complete under every seed.
@@ -309,10 +427,8 @@ def run_confirmation(
     from search.run.launch import run_rows  # Ray
 
     usual = study.spec.confirm
-    asked = dict(usual.method if method is None else method)
-    require_variants(study.spec, [differing(study.spec, asked)])
     confirmation = plan_confirmation(
-        study, method=asked, seeds=seeds or usual.seeds, count=candidates or usual.candidates
+        study, method=method, seeds=seeds or usual.seeds, count=candidates or usual.candidates
     )
     run_rows(confirmation, workers)
     return confirmation, verdict_of(study)

@@ -47,6 +47,7 @@ from search.storage.leases import (
 )
 from search.storage.ledger import Ledger
 from search.storage.schema import read_only_by_default, require_schema
+from search.storage.settings import BASELINES_SUFFIX
 from search.study.artifacts import artifact_store, artifacts_place, is_stored
 from search.study.folders import named_file, row_folder
 from search.study.retention import (
@@ -57,7 +58,7 @@ from search.study.retention import (
     is_abandoned,
     kept_students,
 )
-from search.study.study import BASELINES_SUFFIX, FINGERPRINT, Study
+from search.study.study import FINGERPRINT, Study
 from search.study.summary import foreign_rows
 
 Level: TypeAlias = Literal["ok", "warning", "problem", "mended"]
@@ -496,13 +497,13 @@ def examine(url: str, name: str | None, *, fix: bool = False) -> Findings:
     if any(finding.check == "schema" and finding.level == "problem" for finding in stored):
         return
     with storage.engine.connect() as connection:
-        names = sorted(connection.execute(sa.select(STUDIES.c.study_name)).scalars())
+        there = connection.execute(sa.select(STUDIES.c.study_name)).scalars()
+        names = sorted(each for each in there if not each.endswith(BASELINES_SUFFIX))
     if name is not None and name not in names:
-        there = ", ".join(names) or "none"
-        raise UnknownStudyError(f"no study {name!r} in {redact(url)}; studies there: {there}")
+        known = ", ".join(names) or "none"
+        raise UnknownStudyError(f"no study {name!r} in {redact(url)}; studies there: {known}")
     for each in names if name is None else [name]:
-        if not each.endswith(BASELINES_SUFFIX):
-            yield from examine_study(url, each, fix=fix)
+        yield from examine_study(url, each, fix=fix)
 
 
 def examine_study(url: str, name: str, *, fix: bool) -> Findings:

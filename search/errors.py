@@ -22,6 +22,10 @@ class UnknownStudyError(InputError):
     """No study of that name is in the storage."""
 
 
+class NoSearchError(InputError):
+    """Something that only a search has is asked of a study of given arms."""
+
+
 class OutdatedStudyError(InputError):
     """An older version made the study; `storage upgrade` brings it over."""
 

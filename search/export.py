@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,63 @@ FIGURE = "fid.png"
 _MADE_FROM = "made_from"  # in the metadata of what is handed on
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """A model folder, and the row whose student it holds.
+
+    Attributes:
+        folder: The model folder.
+        pipeline: The diffusers pipeline in it; None where the network is not a diffusers one.
+        study: Name of the row's study: a search, its confirmation, or one of given arms.
+        number: Of the trial or row; a baseline's among the baselines.
+        label: Its weights or arm, and the training seed of an arm.
+        fid: Of the student; None where its stage was not measured.
+    """
+
+    folder: Path
+    pipeline: Path | None
+    study: str
+    number: int
+    label: str
+    fid: FID | None
+
+    @classmethod
+    def of(
+        cls, study: Study, ledger: Ledger, number: int, folder: Path, nfe: int | None = None
+    ) -> "Exported":
+        """The folder of a complete row's student, or of its student of another stage.
+
+        Raises:
+            InputError: There is no such row, or it is not complete.
+        """
+        trial = _complete(ledger, number)
+        if ledger is study.trials:
+            label = f"trial {number}, {study.spec.space.label(trial.params)}"
+        else:
+            row = ArmRow.of(trial.params)
+            kind = "baseline" if study.is_search else f"row {number}"
+            label = f"{kind}, {study.arms[row.arm].name}, seed {row.seed}"
+        result = TrialResult.of(trial.value, trial.user_attrs)
+        return cls(
+            folder=folder,
+            pipeline=pipeline if (pipeline := folder / PIPELINE).is_dir() else None,
+            study=study.name,
+            number=number,
+            label=label,
+            fid=result.fid if nfe is None else result.fids.get(str(nfe)),
+        )
+
+    @property
+    def paths(self) -> list[Path]:
+        """The folder, and the pipeline in it."""
+        return [path for path in (self.folder, self.pipeline) if path is not None]
+
+    def text(self) -> str:
+        """Whose student it is, for people."""
+        figure = "" if self.fid is None else f": FID {self.fid.value:.3f} at NFE {self.fid.nfe}"
+        return f"student of study {self.study}, {self.label}{figure}"
+
+
 def export_trial(
     study: Study,
     folder: Path,
@@ -51,7 +109,7 @@ def export_trial(
     number: int | None = None,
     nfe: int | None = None,
     baseline: str | None = None,
-) -> list[Path]:
+) -> Exported:
     """Write a kept student as a model folder.
 
     Args:
@@ -62,9 +120,6 @@ def export_trial(
             under the first seed.
         nfe: Which student of a method of several stages; None is the last.
         baseline: ``plain`` or ``uniform`` instead of a trial of a search.
-
-    Returns:
-        The folder, and the diffusers pipeline in it where the network is a diffusers one.
 
     Raises:
         InputError: There is no such row, it is not complete, or its student was not kept; or the
@@ -102,7 +157,7 @@ def export_trial(
         _add_extractor(folder, fid)
 
     export_folder(folder, denoiser, metadata, pictures=pictures, extra_card=extra, finish=finish)
-    return [path for path in (folder, folder / PIPELINE) if path.is_dir()]
+    return Exported.of(study, ledger, number, folder, nfe)
 
 
 def require_students(study: Study) -> None:

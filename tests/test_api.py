@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import optuna
@@ -12,7 +13,7 @@ import pytest
 import search
 from bdense.errors import InputError
 from search.analysis.plans import plan_confirmation
-from search.errors import SpecError, UnknownStudyError
+from search.errors import NoSearchError, SpecError, UnknownStudyError
 from search.report.report_files import HTML_PAGE
 from search.study.study import Study
 from tests.measured import command
@@ -82,15 +83,51 @@ def test_the_verdict_of_a_confirmation_is_an_object(url, tmp_path):
 
 
 def test_mistakes_are_those_of_the_command(url, tmp_path):
-    with pytest.raises(UnknownStudyError, match="nothing"):
+    with pytest.raises(UnknownStudyError, match=r"nothing.*name and `storage`"):
         search.open_study("nothing")
     with pytest.raises(SpecError, match=r"losses\.yaml:\d+:\d+: method\.run"):
         search.open_study(written(tmp_path, method={"run": ["no-such-program"]}))
     with pytest.raises(SpecError, match="study: plan is missing"):
         search.open_study({"name": "losses", "method": {"name": "command", "run": ["true"]}})
     planned(url, written(tmp_path, plan={"arms": ["defaults"], "seeds": [0]}))
-    with pytest.raises(InputError, match="given arms"):
+    with pytest.raises(InputError, match="trials=3: losses has given arms"):
         search.open_study("losses", trials=3)
+
+
+def test_given_arms_have_no_best_but_a_recommended_one(url, tmp_path):
+    plan = {"arms": ["defaults", {"x": 1, "y": 0.5}], "seeds": [0, 1]}
+    study = search.open_study(written(tmp_path, plan=plan))
+    work(study.record)
+    asked = (lambda: study.best, lambda: study.baselines, study.confirm, study.promote)
+    for ask in (*asked, lambda: study.enqueue(x=1, y=1)):
+        with pytest.raises(NoSearchError, match="given arms and is no search; its report"):
+            ask()
+    assert study.recommended.arm.params == {"x": 1, "y": 0.5}
+    assert study.confirmed is None
+
+
+@pytest.mark.parametrize("plan", [{}, {"plan": {"arms": ["defaults"], "seeds": [0]}}])
+def test_a_study_that_is_planned_anew_is_the_one_that_was_opened(url, tmp_path, plan):
+    held = search.open_study(written(tmp_path, **plan))
+    before = held.spec.fingerprint()
+    written(tmp_path, "negative", **plan)
+    again = search.open_study(tmp_path / "losses.yaml")
+    assert held.spec.fingerprint() == again.spec.fingerprint() != before
+    work(held.record)
+    assert [row.value for row in held.trials] == [row.value for row in again.trials]
+    assert held.counts == again.counts
+    assert command("delete", "losses", "--yes").status == 0
+    with pytest.raises(UnknownStudyError, match="no study 'losses'"):
+        _ = held.counts
+
+
+def test_a_run_in_another_thread_is_refused(url, tmp_path):
+    study = search.open_study(written(tmp_path))
+    with ThreadPoolExecutor(1) as thread:
+        refusal = thread.submit(study.run).exception()
+    assert isinstance(refusal, InputError)
+    assert "main thread" in str(refusal)
+    assert study.counts.running == 0
 
 
 def test_the_api_is_loaded_when_it_is_asked_for():

@@ -25,7 +25,7 @@ NAME = "a 1.386, b -4.274 (given)"
 
 def exported(study: Study, folder: Path, **asked: Any) -> dict[str, Any]:
     """The metadata of the folder that is written, and whose student it holds."""
-    assert export_trial(study, folder, **asked) == [folder]
+    assert export_trial(study, folder, **asked).paths == [folder]
     denoiser, metadata = load_model(str(folder))
     return metadata | {"weights_sha256": denoiser_sha256(denoiser)}
 
@@ -177,11 +177,11 @@ def test_a_diffusers_network_is_also_written_as_a_pipeline(url, tmp_path, capsys
     last = runs_folder() / study.given.study.trials[2].user_attrs["student"]
     save_denoiser(last, denoiser, metadata_of(own(denoiser)))
     folder = tmp_path / "model"
-    assert export_trial(study, folder) == [folder, folder / "diffusers"]
+    assert export_trial(study, folder).paths == [folder, folder / "diffusers"]
     assert (folder / "diffusers/model_index.json").exists()
     # What diffusers cannot draw is told, and the folder is there all the same.
     save_denoiser(last, denoiser, metadata_of(own(denoiser, 7)))
-    assert export_trial(study, tmp_path / "other") == [tmp_path / "other"]
+    assert export_trial(study, tmp_path / "other").paths == [tmp_path / "other"]
     assert "no diffusers pipeline is written: " in capsys.readouterr().err
 
 

@@ -15,8 +15,9 @@ from search.spec.space import search_space
 from search.storage.engine import open_reading, open_storage
 from search.storage.leases import ENDED, OUT_OF_BOUNDS
 from search.storage.ledger import Ledger
+from search.storage.settings import BASELINES_SUFFIX
 from search.study.catalogue import list_studies
-from search.study.study import BASELINES_SUFFIX, Study
+from search.study.study import Study
 from tests.contracts.scene import take
 from tests.measured import created, finish
 from tests.pages import answer_of

@@ -11,6 +11,7 @@ import yaml
 
 from bdense.errors import InputError
 from bdense.models.store import denoiser_sha256, load_denoiser, load_model
+from search import open_study
 from search.analysis.comparison import comparisons_of, table_rows, teacher_of
 from search.analysis.confirmation import confirmed_arm
 from search.analysis.plans import (
@@ -348,6 +349,40 @@ def test_a_model_is_written_once_and_anew_when_there_is_more(confirmed, tmp_path
     assert {path.name: path.stat().st_mtime_ns for path in older.iterdir()} == written
     tables = [load_denoiser(f / "model.safetensors")[1]["fid_table"][-1] for f in (older, model)]
     assert [(row["n"], row["fid"]) for row in tables] == [(1, 7.0), (2, 7.5)]
+
+
+def test_a_promotion_from_python_is_that_of_the_command(confirmed, tmp_path):
+    study = promote_to(confirmed, 1)
+    plan_promotion(confirmed.url, promotion(), PAPER, of="digits", seeds=[0])
+    finish(study, fid)
+    keep(study, 2, 3)
+    held, file = open_study("digits"), write(tmp_path, PROMOTION)
+    (made,) = held.promote(to=file, seeds=1)
+    winner = study.arms[2]
+    assert made.is_new
+    assert (made.model.study, made.model.number) == ("promote-digits", 2)
+    assert made.model.label == f"row 2, {winner.name}, seed 0"
+    assert made.model.fid.value == 7.0
+    assert made.recommended.arm == winner
+    assert denoiser_sha256(load_model(str(made.model.folder))[0]) == digest(2)
+    (again,) = held.promote(to=file, seeds=[0])
+    assert (again.is_new, again.model) == (False, made.model)
+    out = tmp_path / "paper"
+    (given,) = held.promote(to=file, seeds=1, weights=PAPER.params, arm="weights", out=out)
+    assert (given.model.folder, given.model.number) == (out, 3)
+    wrong = {
+        "seeds=0,1: without `to`": {"seeds": [0, 1]},
+        "seeds=0: without `to`": {"seeds": 0},
+        "`arm` best is unknown": {"arm": "best"},
+        "a must be": {"weights": {"a": "high", "b": 0}},
+        "method.kimg": {"kimg": 0},
+        "method.nfe": {"nfe": 0},
+        "workers must be": {"workers": 0},
+    }
+    for message, asked in wrong.items():
+        with pytest.raises(InputError, match=message):
+            held.promote(**asked)
+    assert confirmed.beside("digits.promote") is None
 
 
 def test_each_nfe_has_a_model_and_other_weights_another(confirmed, tmp_path):

@@ -7,7 +7,12 @@ import pytest
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
-from search.errors import OutdatedStudyError, SpecChangedError, UnknownStudyError
+from search.errors import (
+    NoSearchError,
+    OutdatedStudyError,
+    SpecChangedError,
+    UnknownStudyError,
+)
 from search.spec.space import search_space
 from search.storage.ledger import Claim, Ledger
 from search.study.arms import ROW_SPACE, Arm, ArmRow, Task, plain_arm, uniform_arm
@@ -271,7 +276,7 @@ def test_a_search_takes_no_name_of_given_arms_nor_the_reverse(url):
 
 def test_a_command_for_searches_names_the_search_of_given_arms(url):
     study = Study.create(url, spec(of_kind("sfd", "arms")), facts={"of": "digits"})
-    with pytest.raises(UnknownStudyError, match="give the search itself: digits"):
+    with pytest.raises(NoSearchError, match="give the search itself: digits"):
         _ = study.search
     created(url, spec(of_kind("sfd", "search")))
     with pytest.raises(UnknownStudyError, match="give the study itself: 'sfd-search'"):

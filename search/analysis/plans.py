@@ -188,7 +188,7 @@ def other_budget(study: Study, method: Mapping[str, Any]) -> str:
     return (
         f"these weights were confirmed at {found.budget} and are used at "
         f"{settings or 'the settings of the search'}: the best ones move with that; confirm them "
-        "there\n"
+        "there"
     )
 
 
@@ -203,8 +203,17 @@ def _named(url: str, spec: StudySpec, given: str | Mapping[str, Any]) -> Arm:
         return next(arm for arm in baseline_arms(spec) if arm.baseline == given)
     if "winner_of" in given:
         return confirmed_arm(Study.open(url, given["winner_of"]))
-    space = spec.space_of(given)
-    return _given(space, space.stored(given, spec.resolved.num_branches))
+    return arm_of(spec, given)
+
+
+def arm_of(spec: StudySpec, params: Mapping[str, Any]) -> Arm:
+    """The arm of given parameters, of any space of weights.
+
+    Raises:
+        InputError: No space has them.
+    """
+    space = spec.space_of(params)
+    return _given(space, space.stored(params, spec.resolved.num_branches))
 
 
 def _given(space: SearchSpace, params: Mapping[str, Any]) -> Arm:

@@ -13,7 +13,7 @@ from bdense.errors import InputError
 from bdense.weights.spaces import require_point
 from search.analysis.observations import prior_trials
 from search.analysis.surrogate import Observation, candidates
-from search.errors import SpecError, UnknownStudyError
+from search.errors import NoSearchError, SpecError, UnknownStudyError
 from search.spec.study import StudySpec
 from search.storage.queries import StoredTrial
 from search.study.study import CONDITIONS, Study
@@ -45,7 +45,7 @@ def _checked(url: str, spec: StudySpec, name: str) -> str:
     try:
         prior = Study.open(url, name, reading=True)
         trials = prior.search.rows(TrialState.COMPLETE, ())
-    except UnknownStudyError as error:
+    except (UnknownStudyError, NoSearchError) as error:
         raise SpecError(f"plan.prior: {error}") from error
     if not trials:
         raise SpecError(f"plan.prior: study {name} has no complete trial yet; leave it out")

@@ -19,10 +19,11 @@ from search.spec.metric import FID_METRIC
 from search.storage.leases import LEASE, RELEASED, STATE, TRIALS, database_clock
 from search.storage.queries import read_trials, trials_in
 from search.storage.schema import has_tables
+from search.storage.settings import BASELINES_SUFFIX
 from search.storage.studies import read_studies
 from search.study.arms import Arm, ArmRow
 from search.study.catalogue import metric_of
-from search.study.study import ARMS, BASELINES_SUFFIX, SPEC
+from search.study.study import ARMS, SPEC
 
 PATH = "/metrics"
 STATES = ("complete", "pruned", "failed", "running", "waiting")

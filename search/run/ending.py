@@ -24,9 +24,9 @@ GRACE_SECONDS = 60.0
 class Ending:
     """Ends a launch so that its workers save and give their trials back.
 
-    Before rows run, Ctrl-C, SIGTERM or a stop request end the block at once, by a
-    ``KeyboardInterrupt``. Afterwards the first signal asks this launch's workers to stop, and a
-    second one, or ``grace`` seconds, ends the block.
+    Entered by the main thread. Before rows run, Ctrl-C, SIGTERM or a stop request end the block
+    at once, by a ``KeyboardInterrupt``. Afterwards the first signal asks this launch's workers to
+    stop, and a second one, or ``grace`` seconds, ends the block.
 
     Args:
         ledgers: The ledgers of the rows.
@@ -64,9 +64,8 @@ class Ending:
         return self._interrupted.is_set()
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._on_signal)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._on_signal)
         for thread in self._threads:
             thread.start()
         return self

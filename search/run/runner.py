@@ -70,12 +70,18 @@ def run(
         on_running: Called every second while rows run, from another thread.
 
     Raises:
-        InputError: Workers cannot use something that the user gave.
+        InputError: Workers cannot use something that the user gave, or this is not the main
+            thread.
         WorkersFailedError: Workers die before they reach a row.
         ClusterLostError: Ray's head is gone.
         StoppedError: The study was asked to stop.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the workers have saved their state.
     """
+    if threading.current_thread() is not threading.main_thread():
+        raise InputError(
+            f"study {study.name} can run in the main thread alone, which Ctrl-C and requests to "
+            "stop interrupt; call from there, or from a process of its own"
+        )
     spec = study.spec
     launch = Launch.begin(study.ledgers)
     worker = WorkerConfig(

@@ -68,13 +68,24 @@ def read_here(
 
 
 def require_variants(spec: StudySpec, variants: Sequence[dict[str, Any]]) -> None:
-    """Check, in a child process, settings of the method that differ from a resolved study's.
+    """Check settings of the method that differ from a resolved study's.
 
     Raises:
         InputError: The method has no such setting, or refuses the value.
     """
+    for changes in filter(None, variants):
+        if spec.is_command:
+            command_variant(spec, changes)
+            continue
+        from search.spec.resolve import variant  # torch
+
+        variant(spec, changes)
+
+
+def require_variants_apart(spec: StudySpec, variants: Sequence[dict[str, Any]]) -> None:
+    """As ``require_variants``, in a child process."""
     if any(variants):
-        apart(functools.partial(_require_variants, spec, variants))
+        apart(functools.partial(require_variants, spec, variants))
 
 
 def apart(call: Callable[[], T]) -> T:
@@ -152,16 +163,6 @@ def resolved(spec: StudySpec, source: str) -> StudySpec:
     from search.spec.resolve import resolve
 
     return resolve(spec, source)
-
-
-def _require_variants(spec: StudySpec, variants: Sequence[dict[str, Any]]) -> None:
-    for changes in variants:
-        if spec.is_command:
-            command_variant(spec, changes)
-            continue
-        from search.spec.resolve import variant
-
-        variant(spec, changes)
 
 
 def _merged(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from search.storage.leases import BEGUN, ENDED, is_own
 JSON: TypeAlias = bool | int | float | str | Sequence["JSON"] | Mapping[str, "JSON"] | None
 
 CHANGES = "changes"
+# Of the Optuna study that holds a search's baselines, after the search's name.
+BASELINES_SUFFIX = ".baselines"
 DEFAULT_TTL_SECONDS = 60.0
 DEFAULT_MAX_ATTEMPTS = 3
 
@@ -103,14 +105,23 @@ def find_study(storage: RDBStorage, name: str) -> optuna.Study:
     try:
         study = OwnStudy(name, storage)
     except KeyError:
-        names = optuna.get_all_study_names(storage)
-        raise UnknownStudyError(_unknown(name, storage.url, names)) from None
+        raise UnknownStudyError(_unknown(name, storage.url, _names(storage))) from None
     if "budget" not in study.user_attrs:
         raise UnknownStudyError(
             f"study {name!r} was not made by bdense-search; give the name of one that was, or "
             "launch this one under another name"
         )
     return study
+
+
+def _names(storage: RDBStorage) -> list[str]:
+    """The studies that a user can open, without those that hold a search's baselines."""
+    found = optuna.get_all_study_summaries(storage, include_best_trial=False)
+    return [
+        each.study_name
+        for each in found
+        if "budget" in each.user_attrs and not each.study_name.endswith(BASELINES_SUFFIX)
+    ]
 
 
 def require_file(url: str, study_name: str) -> None:

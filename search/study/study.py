@@ -14,13 +14,19 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.trial import TrialState
 
 from bdense.errors import InputError
-from search.errors import OutdatedStudyError, SpecChangedError, UnknownStudyError
+from search.errors import (
+    NoSearchError,
+    OutdatedStudyError,
+    SpecChangedError,
+    UnknownStudyError,
+)
 from search.spec.contents import flatten
 from search.spec.file import read_stored
 from search.spec.study import StudySpec
 from search.storage.engine import retrying
 from search.storage.ledger import MENDABLE, Ledger
 from search.storage.queries import Counts, StoredTrial, asked_of
+from search.storage.settings import BASELINES_SUFFIX
 from search.study.arms import ROW_SPACE, Arm, ArmRow, Task, baseline_arms, one_shot_arm
 
 # Attributes of the Optuna study.
@@ -34,7 +40,6 @@ INTERMEDIATE = "intermediate"
 CHOSEN_AFTER, JUDGED = "chosen_after", "judged_variant"
 # The form of all these; storage upgrade brings older ones over.
 FORMAT, CURRENT = "format", 2
-BASELINES_SUFFIX = ".baselines"
 # The ledger records changes of these itself.
 _LEDGER_SETTINGS = ("plan.trials", "resources.lease_seconds", "resources.max_attempts")
 
@@ -76,6 +81,14 @@ class Study:
             return type(self)._of(self.url, self.main.beside(name))
         except UnknownStudyError:
             return None
+
+    def again(self) -> Self:
+        """The study as it is now; another plan of its conditions may have replaced its rows.
+
+        Raises:
+            UnknownStudyError: It was deleted.
+        """
+        return self._of(self.url, self.main.beside(self.name))
 
     @classmethod
     def _of(cls, url: str, found: Ledger) -> Self:
@@ -171,12 +184,12 @@ class Study:
         """The trials of a search.
 
         Raises:
-            UnknownStudyError: It is a study of given arms.
+            NoSearchError: It is a study of given arms.
         """
         if self.trials is None:
             of = self.facts.get("of")
-            hint = f"; give the search itself: {of}" if of else ""
-            raise UnknownStudyError(f"{self.name!r} measures given arms and is no search{hint}")
+            way_out = f"give the search itself: {of}" if of else "its report and trials have them"
+            raise NoSearchError(f"{self.name!r} measures given arms and is no search; {way_out}")
         return self.trials
 
     @property

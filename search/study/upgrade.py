@@ -38,7 +38,7 @@ from search.storage.leases import (
 from search.storage.ledger import Ledger
 from search.storage.queries import FIXED, PARAMS, asked_of
 from search.storage.schema import open_tables
-from search.storage.settings import lock_name
+from search.storage.settings import BASELINES_SUFFIX, lock_name
 from search.storage.stop_flags import held
 from search.study.arms import ROW_SPACE, Arm, ArmRow, Task, given_arms, plain_arm, uniform_arm
 from search.study.folders import row_folder
@@ -46,7 +46,6 @@ from search.study.retention import IDENTITY, INTERMEDIATE_FILE, RESULT
 from search.study.study import (
     ARMS,
     BASELINE_RESULTS,
-    BASELINES_SUFFIX,
     CONDITIONS,
     CURRENT,
     FACTS,

@@ -6,11 +6,11 @@ import json
 from bdense.errors import InputError
 from bdense.knobs import from_options
 from search.analysis.comparison import compare
-from search.analysis.plans import plan_transfer
+from search.analysis.plans import differing, plan_transfer
 from search.analysis.recommendation import recommend
 from search.api import run_confirmation
 from search.run.launch import run_rows
-from search.spec.file import read_spec
+from search.spec.file import read_spec, require_variants_apart
 from search.verbs.common import open_search, show_rows, use_workers
 from search.verbs.options import ConfirmOptions, TransferOptions
 
@@ -19,11 +19,13 @@ def confirm(options: argparse.Namespace) -> None:
     """Run the confirmation, and print its verdict."""
     workers, asked = use_workers(options), from_options(ConfirmOptions, options)
     study = open_search(options)
+    method = study.spec.confirm.method | ({"kimg": asked.kimg} if asked.kimg else {})
+    require_variants_apart(study.spec, [differing(study.spec, method)])
     planned, found = run_confirmation(
         study,
         candidates=asked.candidates,
         seeds=asked.seeds,
-        method=study.spec.confirm.method | ({"kimg": asked.kimg} if asked.kimg else {}),
+        method=method,
         workers=workers,
     )
     if asked.json and found is not None:

@@ -152,8 +152,9 @@ def export(options: argparse.Namespace) -> None:
             place.require_new()
         with tempfile.TemporaryDirectory(prefix="bdense-export-") as scratch:
             folder = Path(scratch) / "model"
-            export_trial(study, folder, **wanted)
+            written = export_trial(study, folder, **wanted)
             place.take(folder)
+            say(written.text())
             print(place.url)
             if hub is not None:
                 with _pushable_later(asked):
@@ -161,8 +162,9 @@ def export(options: argparse.Namespace) -> None:
         return
     with _pushable_later(asked):
         require_new(Path(asked.folder))
-    for path in export_trial(study, Path(asked.folder), **wanted):
-        print(path)
+    written = export_trial(study, Path(asked.folder), **wanted)
+    say(written.text())
+    print(*written.paths, sep="\n")
     if hub is not None:
         with _pushable_later(asked):
             print(hub.push(Path(asked.folder)))

@@ -1,0 +1,230 @@
+"""Promotion: train a search's weights beside the baselines, and export the recommended student."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bdense.errors import InputError
+from bdense.files import require_new
+from bdense.weights.spaces import PLAIN, UNIFORM
+from search.analysis.comparison import compare
+from search.analysis.confirmation import CONFIRM_SUFFIX, confirmed_arm
+from search.analysis.plans import (
+    PROMOTE_SUFFIX,
+    at_another_k,
+    differing,
+    fresh_seeds,
+    other_budget,
+    plan_promotion,
+    seeds_of,
+)
+from search.analysis.recommendation import Recommendation, recommend
+from search.export import (
+    Exported,
+    arm_row,
+    export_trial,
+    is_current,
+    is_of,
+    put_aside,
+    require_students,
+)
+from search.log import say
+from search.run.launch import run_rows
+from search.spec.sections import ArmsPlan, ConfirmSpec
+from search.spec.study import StudySpec
+from search.storage.engine import runs_folder
+from search.study.arms import Arm, given_arms
+from search.study.study import Study
+from search.study.summary import headline
+
+ARMS = (PLAIN, UNIFORM, "weights")  # whose student may be exported
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What a promotion is asked for; None of a setting is the other study's or the search's own.
+
+    Attributes:
+        to: A study of given arms, resolved, under whose conditions, seeds and name the weights
+            are trained; None is the search's own method.
+        weights: Those to train; None is the confirmed winner.
+        seeds: Number of seeds, or with ``to`` the seeds themselves.
+        nfe: Network evaluations an image; a model for each.
+        kimg: Training length in thousands of images.
+        arm: ``plain``, ``uniform`` or ``weights``, whose student is exported; None is the
+            recommended one.
+        out: Folder of the model, or of the models of several settings.
+    """
+
+    to: StudySpec | None = None
+    weights: Arm | None = None
+    seeds: int | Sequence[int] | None = None
+    nfe: Sequence[int] | None = None
+    kimg: float | None = None
+    arm: str | None = None
+    out: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Promoted:
+    """A promoted model.
+
+    Attributes:
+        model: Its folder, and whose student it is.
+        recommended: The arm to use at its settings; None where no baseline is complete.
+        is_new: Whether it was written now; False where an earlier call did, and nothing is new
+            since.
+    """
+
+    model: Exported
+    recommended: Recommendation | None
+    is_new: bool
+
+
+class Promotion:
+    """A promotion of a search, checked; nothing is planned before ``run``.
+
+    Args:
+        study: The search.
+        asked: What it is asked for.
+        require_variants: Checks settings of the method, see ``search.spec.file``.
+
+    Raises:
+        InputError: Something asked for does not fit.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        asked: Asked,
+        require_variants: Callable[[StudySpec, Sequence[dict[str, Any]]], None],
+    ) -> None:
+        require_students(study)
+        if asked.to is not None and asked.to.is_search:
+            raise InputError(
+                f"the study of --to, {asked.to.name}, is a search; give a study of given arms "
+                "(plan: arms, seeds), or measure weights under a search's conditions by "
+                "`bdense-search transfer`"
+            )
+        if asked.arm not in (None, *ARMS):
+            raise InputError(f"--arm {asked.arm} is unknown; choose from {', '.join(ARMS)}")
+        self._study, self._asked = study, asked
+        self._spec = asked.to or given_arms(study.spec, study.name + PROMOTE_SUFFIX)
+        self._settings = self._asked_settings()
+        self._variants = [differing(self._spec, each) for each in self._settings]
+        require_variants(self._spec, self._variants)
+        self._seeds = self._asked_seeds()
+
+    def planned_spec(self) -> StudySpec:
+        """As a study file would have it."""
+        given = self._asked.weights
+        promoted = {"winner_of": self._study.name} if given is None else given.params
+        plan: ArmsPlan = replace(
+            self._spec.given,
+            arms=("plain", "uniform", promoted),
+            seeds=tuple(self._seeds),
+            variants=tuple(self._variants),
+        )
+        return replace(self._spec, plan=plan)
+
+    def run(self, workers: int | None, *, remark: Callable[[str], None] = say) -> Study:
+        """Plan it and run what is left.
+
+        Args:
+            workers: Rows at once; None for as many as fit.
+            remark: Takes a line on what the weights mean at another K.
+
+        Raises:
+            InputError: There is no confirmed winner, weights do not fit, or ``out`` is taken.
+        """
+        study, asked, spec = self._study, self._asked, self._spec
+        for folder in map(self._folder, self._settings) if asked.out is not None else ():
+            if not is_of(folder, spec.name):  # one that this promotion wrote is written anew
+                require_new(folder)
+        arm = self._arm()
+        if asked.weights is None and asked.to is None:
+            for told in {other_budget(study, each) for each in self._settings} - {""}:
+                say(told)
+        planned = plan_promotion(
+            study.url, spec, arm, of=study.name, seeds=self._seeds, variants=self._variants
+        )
+        searched_at, num_branches = (s.resolved.num_branches for s in (study.spec, spec))
+        if told := at_another_k(arm, searched_at, num_branches):
+            remark(told)
+        run_rows(planned, workers)
+        return planned
+
+    def models(self, planned: Study) -> Iterator[Promoted]:
+        """Write a model folder for each of the settings, unless an earlier call did.
+
+        Raises:
+            InputError: Rows are left, or no baseline is complete to judge the weights by.
+        """
+        for settings, changes in zip(self._settings, self._variants, strict=True):
+            variant = planned.variants.index(changes)
+            yield self._model(planned, self._folder(settings), variant)
+
+    def _model(self, planned: Study, folder: Path, variant: int) -> Promoted:
+        promoted, choice = self._arm(), self._asked.arm
+        if planned.left():
+            raise InputError(f"{headline(planned)}; run the same command again to continue")
+        found = recommend(compare(planned, variant=variant).beside_baselines(promoted))
+        chosen = found.arm.name if found is not None else None
+        arm = promoted.name if choice == "weights" else choice or chosen
+        if arm is None:
+            raise InputError(
+                f"{headline(planned)}: no baseline is complete to judge {promoted.name} by; run "
+                "the same command again, or choose the student to export by --arm"
+            )
+        number = arm_row(planned, arm=arm, variant=variant)
+        if is_current(folder, planned, number):
+            model = Exported.of(planned, planned.main, number, folder)
+            return Promoted(model=model, recommended=found, is_new=False)
+        put_aside(folder)
+        model = export_trial(planned, folder, number=number)
+        return Promoted(model=model, recommended=found, is_new=True)
+
+    def _arm(self) -> Arm:
+        return self._asked.weights or confirmed_arm(self._study)
+
+    def _asked_settings(self) -> list[dict[str, Any]]:
+        """Of the method: the variants of ``to`` or the search's ``confirm``, with those asked."""
+        asked = self._asked
+        named = [self._study.spec.confirm.method] if asked.to is None else asked.to.given.variants
+        found = [dict(each) for each in named]
+        if asked.kimg is not None:
+            found = [{**each, "kimg": asked.kimg} for each in found]
+        if asked.nfe:
+            found = [{**each, "nfe": nfe} for each in found for nfe in asked.nfe]
+        return found
+
+    def _asked_seeds(self) -> list[int]:
+        study, asked = self._study, self._asked.seeds
+        if self._asked.to is None:
+            number = ConfirmSpec().seeds if asked is None else asked
+            if not isinstance(number, int) or number < 1:
+                shown = asked if isinstance(asked, int) else ",".join(map(str, asked or ()))
+                raise InputError(
+                    f"--seeds {shown}: without --to it is the number of fresh seeds; give one "
+                    "number, 1 or more"
+                )
+            # Not those of the confirmation, which chose the winner.
+            return fresh_seeds(study.spec, number, seeds_of(study, study.name + CONFIRM_SUFFIX))
+        plan = self._asked.to.given
+        if asked is None:
+            return list(plan.seeds)
+        seeds = range(asked) if isinstance(asked, int) else asked
+        return list(replace(plan, seeds=tuple(seeds)).seeds)  # which refuses others
+
+    def _folder(self, settings: Mapping[str, Any]) -> Path:
+        """Folder for the model of these settings; models of other settings go beside it."""
+        words = [
+            f"{name}{value:g}" if isinstance(value, float) else f"{name}{value}"
+            for name, value in sorted(settings.items())
+        ]
+        named, out = re.sub(r"[^\w.-]+", "-", "-".join(words)), self._asked.out
+        if out is None:
+            return runs_folder() / self._spec.name / ("model" + (f"-{named}" if named else ""))
+        return Path(out if len(self._settings) == 1 else out / named)

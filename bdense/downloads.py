@@ -7,16 +7,16 @@ import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 from bdense.errors import InputError
 from bdense.files import file_lock, sha256_file
+from bdense.progress import is_live, progress_bar
 
 _CHUNK = 1 << 20
 _TIMEOUT = 60.0  # seconds without data
 _ATTEMPTS = 5
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# Seconds between updates: on a terminal a bar, in a log file a line now and then.
+# Seconds between updates: on a terminal or in a notebook a bar, in a log file a line now and then.
 _SHOW_SECONDS = {True: 0.2, False: 15.0}
 
 
@@ -160,16 +160,13 @@ def _receive(
     what: str,
 ) -> int:
     """Append what the server sends; returns the bytes downloaded so far."""
-    from tqdm import tqdm
-
-    bar: tqdm[Any] = tqdm(
+    bar = progress_bar(
         desc=what,
         initial=have,
         total=total,
         unit="B",
         unit_scale=True,
-        file=sys.stderr,
-        mininterval=_SHOW_SECONDS[sys.stderr.isatty()],
+        mininterval=_SHOW_SECONDS[is_live(sys.stderr)],
     )
     with bar, partial.data.open("ab") as file:
         while chunk := response.read1(_CHUNK):

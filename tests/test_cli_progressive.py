@@ -161,7 +161,7 @@ def test_an_interrupted_chain_carries_on(chain, teacher, tmp_path, shared_cache,
     assert done(*made).splitlines() == lines
     assert drawings == [8, 4, 2]
     line = refused(command(*made, "--lr", 1e-4))
-    assert "is the model of another run (differs in: config.lr); " in line
+    assert "is the model of another run (differs in: lr); " in line
 
 
 def test_options_are_the_configs():

@@ -100,7 +100,9 @@ def test_of_given_arms_it_is_the_recommended_one_s(confirmed, tmp_path):
 def test_a_baseline_s_student_may_be_asked_for(confirmed, tmp_path):
     keep(confirmed, ledger=confirmed.given)
     folder = tmp_path / "uniform"
-    assert command("export", "digits", folder, "--baseline", "uniform").out == f"{folder}\n"
+    answer = command("export", "digits", folder, "--baseline", "uniform")
+    assert answer.out == f"{folder}\n"
+    assert "study digits, baseline, uniform weights, seed 0: FID 11.000" in answer.err
     assert whose(folder) == digest(1)
     exported(confirmed, tmp_path / "plain", baseline="plain")
     with pytest.raises(InputError, match="--baseline plain is for a search"):
@@ -221,9 +223,12 @@ def test_of_rows_that_have_not_come_so_far_nothing_is_exported(url, tmp_path):
 def test_a_folder_is_written_and_named_once(searched, tmp_path):
     keep(searched, 3)
     folder = tmp_path / "model"
-    assert command("export", "digits", folder).out == f"{folder}\n"
+    answer = command("export", "digits", folder)
+    assert answer.out == f"{folder}\n"
+    assert "study digits, trial 3, a 1.250: FID 9.02" in answer.err
     assert json.loads((folder / "config.json").read_text())
-    assert f"{folder} exists already" in refused(command("export", "digits", folder))
+    told = refused(command("export", "digits", folder))
+    assert f"{folder} exists already, a folder with {len(FOLDER)} entries such as README" in told
     assert "no study 'nobody'" in refused(command("export", "nobody", tmp_path / "x"))
 
 

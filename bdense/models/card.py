@@ -313,7 +313,7 @@ def no_card(path: Path) -> str:
     """Why an existing file is not a card that ``write_card`` wrote; "" if it is."""
     with path.open("rb") as file:
         ours = file.read(len(_FIRST)) == _FIRST.encode()
-    return "" if ours else "is no model card"
+    return "" if ours else "is not a model card that bdense wrote"
 
 
 def readable_json(name: str, denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> str:

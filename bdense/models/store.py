@@ -132,12 +132,14 @@ def other_run(path: Path, identity: Mapping[str, Any]) -> str:
     except (SafetensorError, OSError, ValueError, RecursionError):
         stored = None
     if not isinstance(stored, dict) or "architecture" not in stored:
-        return "is no model of bdense's"
+        return "is not a model that bdense wrote"
     kept = stored.get("identity")
     if not isinstance(kept, dict):
-        return "is a model whose run is not known"
+        return "is a model without a record of its settings"
     keys = sorted(kept.keys() | identity.keys())
-    differing = ", ".join(key for key in keys if kept.get(key) != identity.get(key))
+    differing = ", ".join(
+        key.removeprefix("config.") for key in keys if kept.get(key) != identity.get(key)
+    )
     return f"is the model of another run (differs in: {differing})" if differing else ""
 
 

@@ -46,7 +46,7 @@ def _no_facts(path: Path) -> str:
     except ValueError:
         known = None
     ours = isinstance(known, dict) and "weights_sha256" in known
-    return "" if ours else "holds no facts of a model"
+    return "" if ours else "is not a model's description that bdense convert wrote"
 
 
 def _facts(denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> dict[str, str]:

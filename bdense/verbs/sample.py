@@ -53,7 +53,7 @@ def sample(options: argparse.Namespace) -> None:
 def _no_picture(path: Path) -> str:
     """Why an existing file is no PNG; "" if it is."""
     with path.open("rb") as file:
-        return "" if file.read(len(_PNG)) == _PNG else "is no PNG picture"
+        return "" if file.read(len(_PNG)) == _PNG else "is not a PNG picture"
 
 
 def chosen_prompts(prompt: str | None, file: str | None) -> list[str]:

@@ -1,11 +1,12 @@
-"""Progress of a launch on stderr: a changing line on a terminal, else a line now and then."""
+"""Progress of a launch on stderr: a bar on a terminal or in a notebook, else lines."""
 
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
+from bdense.progress import is_live, progress_bar
 from search.log import say
 from search.storage.queries import Running
 from search.study.progress_text import share_done
@@ -14,7 +15,12 @@ from search.study.summary import summary_of
 from search.study.wording import duration
 from search.worker.ray_tasks import Preparation
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
 LINE_SECONDS = 10.0
+_ROWS = "rows"  # the step after the preparations
+_BAR = "{percentage:3.0f}%|{bar}| {desc}"
 STEPS = {
     "waiting": "waiting for a free worker",
     "features": "feature extractor",
@@ -81,13 +87,13 @@ class Display:
     def __init__(self, snapshot: Callable[[], Snapshot], stream: TextIO | None = None) -> None:
         self._snapshot = snapshot
         self._stream = stream or sys.stderr
+        self._bar: tqdm[Any] | None = None
         self._started = time.monotonic()
         self._step_started: dict[str, tuple[float, int]] = {}
         self._done_at_start: int | None = None
         self._rows_started = 0.0
-        self._last_line = ""
         self._last_time = -LINE_SECONDS
-        self._last_step = ""
+        self._last_step: tuple[str, int] = ("", 0)
 
     def preparing(self, message: Preparation) -> None:
         """Show a message of a preparing task."""
@@ -101,11 +107,10 @@ class Display:
         if message.done > first:
             left = (now - begun) / (message.done - first) * (message.total - message.done)
             text += f", about {duration(left)} left for this step"
-        is_last = message.done == message.total
-        if is_last:
+        if message.done == message.total:
             # The step may come again for another seed.
             del self._step_started[message.what]
-        self._show(text, message.what, is_last=is_last)
+        self._show(text, message.what, message.done, message.total)
 
     def running(self) -> None:
         """Show the progress of running rows."""
@@ -121,24 +126,33 @@ class Display:
             text += (
                 f"; {len(snapshot.running)} running: {snapshot.running[0].progress or 'starting'}"
             )
-        self._show(text, f"rows {snapshot.ended}", is_last=False)
+        self._show(text, _ROWS, snapshot.ended + partly, snapshot.total, ended=snapshot.ended)
 
     def close(self) -> None:
-        """End the changing line."""
-        if self._stream.isatty() and self._last_line:
-            self._stream.write("\n")
-            self._stream.flush()
-        self._last_line = ""
+        """End the bar."""
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None
 
-    def _show(self, text: str, step: str, *, is_last: bool) -> None:
+    def _show(self, text: str, step: str, done: float, total: int, *, ended: int = 0) -> None:
         line = f"[{duration(time.monotonic() - self._started):>12}] {text}"
-        if self._stream.isatty():
-            padding = " " * max(0, len(self._last_line) - len(line))
-            self._stream.write(f"\r{line}{padding}" + ("\n" if is_last else ""))
-            self._stream.flush()
-            self._last_line = "" if is_last else line
+        is_last = step != _ROWS and done == total
+        if is_live(self._stream):
+            self._move(line, step, done, total)
+            if is_last:
+                self.close()
             return
         is_due = time.monotonic() - self._last_time >= LINE_SECONDS
-        if is_due or is_last or step != self._last_step:
+        if is_due or is_last or (step, ended) != self._last_step:
             say(line, self._stream)
-            self._last_time, self._last_step = time.monotonic(), step
+            self._last_time, self._last_step = time.monotonic(), (step, ended)
+
+    def _move(self, line: str, step: str, done: float, total: int) -> None:
+        if step != self._last_step[0]:
+            self.close()
+        self._last_step = (step, 0)
+        now = {"initial": done, "total": total, "desc": line}
+        if self._bar is None:
+            self._bar = progress_bar(self._stream, bar_format=_BAR, dynamic_ncols=True, **now)
+        self._bar.n, self._bar.total = done, total
+        self._bar.set_description_str(line)

@@ -24,11 +24,14 @@ from search.spec.file import parse, read_tree
 from search.spec.resolve import describe_teacher, resolve
 from search.spec.study import StudySpec
 from search.storage.engine import cache_folder, resolve_storage_url
-from search.study.study import Study
+from search.study.study import GPU_BYTES, Study
 from search.verbs.launch import dry_run
 from search.worker import cost
-from search.worker.cost import TrialCost, cost_lines, measure, require_room
+from search.worker.cost import TrialCost, cost_lines, measure, require_gpu, require_room
+from search.worker.distillation import Distillation
 from search.worker.ray_tasks import WorkerConfig, WorkerError, prepare_task
+from tests.measured import created
+from tests.programs import end_of_work
 from tests.small import small_teacher
 from tests.studies import (
     CONSISTENCY,
@@ -175,6 +178,40 @@ def test_a_kept_cost_of_another_form_is_measured_again(monkeypatch):
     (kept,) = (cache_folder() / "costs").iterdir()
     kept.write_text("{}")
     require_room(study, 1)
+
+
+def test_a_preparation_on_a_gpu_tells_workers_what_a_trial_takes_of_one(url, monkeypatch):
+    study = created(url, spec())
+    monkeypatch.setattr(cost, "measure", lambda *_, **__: CUDA)
+    monkeypatch.setattr(cost, "_free_bytes", lambda _: CUDA.free_bytes)
+
+    def loaded(*_: object) -> None:
+        raise InputError("there is nothing to load here")
+
+    monkeypatch.setattr("search.worker.distillation.load", loaded)
+    with pytest.raises(InputError, match="nothing to load"):
+        next(Distillation.prepare(study, 1, lambda *_: None))
+    assert study.main.attribute(GPU_BYTES) == CUDA.peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("gpus", "size", "said"),
+    [
+        ("auto", 2.5, "needs 3.00 GiB, and the GPU there has 2.50 GiB"),
+        (0.25, 10, "needs 3.00 GiB, and resources.gpus=0.25 of the GPU there has 2.50 GiB"),
+    ],
+)
+def test_a_worker_with_a_smaller_gpu_takes_no_trial(url, monkeypatch, gpus, size, said):
+    study = created(url, spec(resources={"gpus": gpus}))
+    study.main.change(GPU_BYTES, lambda _: CUDA.peak_bytes)
+    monkeypatch.setattr("search.worker.distillation.use_device", lambda _: torch.device("cpu"))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (0, round(size * GIB)))
+    error = end_of_work(study)
+    assert error.is_input_error
+    assert said in error.message
+    assert all(ledger.counts().running == 0 for ledger in study.ledgers)
+    require_gpu(study.spec, round(CUDA.peak_bytes * 0.8))
 
 
 def test_what_is_refused_is_not_kept(monkeypatch):

@@ -33,6 +33,7 @@ from search.study.arms import ROW_SPACE, Arm, ArmRow, Task, baseline_arms, one_s
 SPEC, CONDITIONS, FINGERPRINT = "spec", "conditions", "fingerprint"
 TRAJECTORIES, BASELINE_RESULTS = "trajectories", "baselines"
 TEACHER = "teacher_sha256"  # of the first worker's; others must have the same
+GPU_BYTES = "gpu_bytes"  # that a trial takes of each of its GPUs, as measured by the preparation
 ARMS, VARIANTS, FACTS = "arms", "variants", "facts"
 # Fractions and images of the intermediate FIDs that are stored.
 INTERMEDIATE = "intermediate"

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import multiprocessing
+import platform
 import resource
 import signal
 import time
@@ -39,6 +40,7 @@ from bdense.models.zoo import PROMPT_SETS, PUBLIC_MODELS, REFERENCES, ConvertedC
 from bdense.training.loop import IterationReport, train
 from bdense.weights.spaces import uniform_weights
 from bdense.weights.weighting import FixedWeights
+from search.errors import UnpreparedError
 from search.spec.contents import fingerprint_of
 from search.spec.resolve import describe_teacher, execution
 from search.spec.study import StudySpec, as_plain
@@ -119,7 +121,7 @@ def measure(
     return answer
 
 
-def require_room(spec: StudySpec, together: int) -> None:
+def require_room(spec: StudySpec, together: int) -> TrialCost:
     """Measure a trial, and refuse to run so many at once that they run out of memory.
 
     What is accepted is kept in the cache: the next launch asks only what is free.
@@ -127,6 +129,9 @@ def require_room(spec: StudySpec, together: int) -> None:
     Args:
         spec: The study.
         together: Trials at once on this machine.
+
+    Returns:
+        What a trial costs.
 
     Raises:
         InputError: They need too much memory; says what to lower. Or as of ``measure``.
@@ -136,8 +141,7 @@ def require_room(spec: StudySpec, together: int) -> None:
     found = measure(spec, download=True) if known is None else known
     assert found is not None  # there was no limit of time
     if found.device == "cuda":  # trials that hold whole GPUs do not share one
-        share = spec.resources.gpus
-        together = min(together, 1 if share == "auto" or share >= 1 else int(1 / share + 1e-9))
+        together = min(together, int(1 / _gpu_share(spec) + 1e-9))
     if (needed := together * found.peak_bytes) > found.free_bytes:
         fewer = f"run fewer at once by --workers ({together} now), or " if together > 1 else ""
         raise InputError(
@@ -149,6 +153,36 @@ def require_room(spec: StudySpec, together: int) -> None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(kept) as scratch:
             scratch.write_text(json.dumps(dataclasses.asdict(found)))
+    return found
+
+
+def require_gpu(spec: StudySpec, needed: int) -> None:
+    """Refuse GPUs of this process that have less memory than a trial takes.
+
+    Args:
+        spec: The study.
+        needed: Bytes that a trial took of a GPU where the study was prepared.
+
+    Raises:
+        UnpreparedError: This worker's GPU, or a trial's share of it, is smaller.
+    """
+    share = _gpu_share(spec)
+    for index in range(torch.cuda.device_count()):
+        # All of it, not what is free: a worker that was killed may still hold some.
+        _, total = torch.cuda.mem_get_info(index)
+        if needed > share * total:
+            of = "" if share == 1 else f"resources.gpus={share:g} of "
+            raise UnpreparedError(
+                f"on {platform.node()}: a trial of study {spec.name} needs {_gib(needed)}, and "
+                f"{of}the GPU there has {_gib(share * total)}; give the launch larger GPUs alone, "
+                f"or {_smaller(spec)}"
+            )
+
+
+def _gpu_share(spec: StudySpec) -> float:
+    """What a trial takes of a GPU, 1 of one that it holds alone."""
+    gpus = spec.resources.gpus
+    return 1.0 if gpus == "auto" else min(1.0, gpus)
 
 
 def _kept_cost(spec: StudySpec) -> Path:

@@ -17,10 +17,10 @@ from search.storage.engine import retrying
 from search.storage.ledger import Ledger
 from search.study.arms import Task
 from search.study.results import TrialResult
-from search.study.study import TEACHER, TRAJECTORIES, Study
+from search.study.study import GPU_BYTES, TEACHER, TRAJECTORIES, Study
 from search.study.trial_log import TrialLog
 from search.worker.assets import Assets, load, use_device
-from search.worker.cost import require_room
+from search.worker.cost import require_gpu, require_room
 from search.worker.evaluate import evaluate
 from search.worker.judge import Judge
 from search.worker.ray_tasks import RECORDED, Preparation
@@ -44,13 +44,18 @@ class Distillation:
         """
         spec = study.spec
         device = use_device(spec)
-        require_room(spec, together)
+        cost = require_room(spec, together)
+        if cost.device == "cuda":
+            study.main.change(GPU_BYTES, lambda _: cost.peak_bytes)
         assets = load(spec, device, report)
         yield from record(study, assets, deadline=time.monotonic() + RECORDING_SECONDS)
 
     @classmethod
     def open(cls, study: Study, spec: StudySpec) -> Self:
-        assets = load(spec, use_device(spec))
+        device, needed = use_device(spec), study.main.attribute(GPU_BYTES)
+        if needed is not None and spec.resources.gpus != 0:
+            require_gpu(spec, needed)
+        assets = load(spec, device)
         _require_same_teacher(study.main, assets.teacher)
         return cls(study, assets)
 

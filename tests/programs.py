@@ -46,6 +46,9 @@ if "forks" in told:
 if "chatty" in told:
     for line in range(20000):
         print(f"line {line} " + "x" * 100, flush=False)
+for word, line in {"last-nan": '{"step": 1, "value": NaN}', "last-word": "loss 3"}.items():
+    if word in told:
+        Path(given["values"]).write_text(line + "\\n")
 for step in range(first, 4):
     if "values" in told:
         with Path(given["values"]).open("a") as file:

@@ -288,24 +288,25 @@ def test_a_program_that_ignores_the_signal_is_killed_after_the_grace(url, tmp_pa
     assert only(study).state is TrialState.RUNNING  # given back
 
 
-def test_children_that_a_program_leaves_behind_are_killed(url, tmp_path):
-    study = work(planned(url, one_row(tmp_path, "forks")))
+def test_children_that_a_program_leaves_behind_are_killed_and_its_last_output_is_kept(
+    url, tmp_path
+):
+    shell = "(true & true) & wait; sleep 0.1; echo '{\"loss\": 1}' > $BDENSE_RESULT"
+    runs = [[sys.executable, "program.py", "forks", "chatty"], ["sh", "-c", shell]]
+    plan = {"arms": ["defaults"], "seeds": [0], "variants": [{"run": run} for run in runs]}
+    study = work(planned(url, written(tmp_path, plan=plan, method={"log_mib": 0.25})))
+    assert [each.value for each in study.complete_rows()] == [score(2, 1), 1]
     children = [int(pid) for pid in program_file(study, 0, "children").split()]
     assert len(children) == 2
     assert not any(map(alive, children))
-    assert only(study).value == score(2, 1)
-    events = [each["event"] for each in read_log(row(study, 0, LOG_FILE))[0]]
-    assert "children" in events
-
-
-def test_the_last_of_a_program_s_output_is_kept(url, tmp_path):
-    study = work(planned(url, one_row(tmp_path, "chatty", method={"log_mib": 0.25})))
+    # Of the second they ended by themselves.
+    logs = [read_log(row(study, number, LOG_FILE))[0] for number in (0, 1)]
+    assert [any(each["event"] == "children" for each in log) for log in logs] == [True, False]
     kept = [row(study, 0, name) for name in ("stdout.1.log", "stdout.log")]
     size = sum(path.stat().st_size for path in kept)
     assert 0.1 * 2**20 < size <= 0.25 * 2**20
     lines = "".join(path.read_text() for path in kept).splitlines()
     assert lines[-1].startswith("line 19999 ")
-    assert only(study).value == score(2, 1)
 
 
 def guard_of(program: int) -> int:
@@ -358,14 +359,6 @@ def test_a_shell_whose_command_died_of_a_signal_is_tried_again(url, tmp_path):
     study = work(planned(url, path))
     assert "SIGSEGV" in only(study).user_attrs["error"]
     assert program_file(study, 0, "starts") == "\n\n"
-
-
-def test_children_that_ended_by_themselves_were_not_left_behind(url, tmp_path):
-    run = ["sh", "-c", "(true & true) & wait; sleep 0.1; echo '{\"loss\": 1}' > $BDENSE_RESULT"]
-    study = work(planned(url, one_row(tmp_path, method={"run": run})))
-    assert only(study).value == 1
-    events = [each["event"] for each in read_log(row(study, 0, LOG_FILE))[0]]
-    assert "children" not in events
 
 
 def test_a_lock_that_cannot_be_had_starts_nothing(tmp_path):
@@ -427,15 +420,6 @@ def program_of(folder: Path, *lines: str, **keys) -> Path:
 DONE = "result.write_text('{\"loss\": 1}')"
 
 
-@pytest.mark.parametrize(
-    ("line", "reason"), [('{"step": 1, "value": NaN}', "diverged"), ("loss 3", "error")]
-)
-def test_the_last_value_counts_too(url, tmp_path, judged_late, line, reason):
-    study = work(planned(url, program_of(tmp_path, f"values.write_text('{line}\\n')", DONE)))
-    assert only(study).state is TrialState.FAIL
-    assert only(study).user_attrs["reason"] == reason
-
-
 def test_values_that_a_second_start_writes_anew_are_read_from_the_first(url, tmp_path):
     path = program_of(
         tmp_path,
@@ -487,11 +471,14 @@ FAILURES = {
     "huge": ("diverged", "loss inf"),
     "folder": ("error", "metric.json is not a regular file"),
     "pipe": ("error", "metric.json is not a regular file"),
+    # Values that are looked at when it has ended count, too.
+    "last-nan": ("diverged", "loss is nan at step 1"),
+    "last-word": ("error", "got loss 3"),
     "fails": ("error", "exit status 3.*stderr.log: first words.*ValueError: the data are bad"),
 }
 
 
-def test_a_program_that_fails_says_why(url, tmp_path):
+def test_a_program_that_fails_says_why(url, tmp_path, judged_late):
     variants = [{"run": [sys.executable, "program.py", told]} for told in FAILURES]
     plan = {"arms": ["defaults"], "seeds": [0], "variants": variants}
     study = work(planned(url, written(tmp_path, plan=plan)))

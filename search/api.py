@@ -33,7 +33,7 @@ from search.report.pages import study_page
 from search.report.report_files import write_report
 from search.spec.file import read_here, require_variants
 from search.spec.study import StudySpec
-from search.storage.engine import resolve_storage_url
+from search.storage.engine import redact, resolve_storage_url
 from search.storage.ledger import MENDABLE
 from search.storage.queries import Counts
 from search.storage.stop_flags import ask_all
@@ -108,6 +108,9 @@ class OpenStudy:
     """A study of a storage, see ``open_study``. Everything is read anew at each call."""
 
     _opened: Study
+
+    def __repr__(self) -> str:
+        return f"<study {self.name!r} of {redact(self._opened.url)}>"
 
     @property
     def record(self) -> Study:

@@ -61,7 +61,9 @@ def test_a_study_of_a_file_of_objects_and_of_a_name_is_one(url, tmp_path, monkey
     assert search.open_study(tree).spec.fingerprint() == study.spec.fingerprint()
     assert search.open_study(study.spec, trials=3).counts.planned == 3
     assert search.open_study("losses", trials=5).counts.planned == 5
-    assert search.open_study("losses", storage=url).record.url == url
+    again = search.open_study("losses", storage=url)
+    assert again.record.url == url
+    assert repr(again) == f"<study 'losses' of {url}>"
 
 
 def test_a_point_comes_first(url, tmp_path):

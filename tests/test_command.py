@@ -120,6 +120,14 @@ def test_outputs_name_the_metric(losses, tmp_path):
     assert losses.search.study.metric_names == ["loss"]
 
 
+def test_logs_are_of_the_program(losses):
+    for asked in ("0", "--baseline=defaults"):
+        answer = command("logs", "losses", asked)
+        assert (answer.status, "branches" in answer.out) == (0, False)
+        assert "program" in answer.out
+        assert answer.out.splitlines()[-1].split()[2] == "complete"
+
+
 def test_a_point_is_enqueued_and_a_study_deleted(url, tmp_path):
     study = planned(url, written(tmp_path))
     answer = command("enqueue", "losses", "--set", "x=1", "--set", "y=0.5")

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-HEADER = (
-    "time      attempt  event\n"
+HEADER = "time      attempt  event"
+# Of a distillation.
+LOSSES = (
     "Losses of branches k = 1 .. K after each trained interval [1], [2] .. (AFS leaves the first "
     "one out): as the method defines them, before the branch weights, mean over the batch."
 )

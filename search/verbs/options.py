@@ -116,7 +116,7 @@ class LogsOptions(StudyOptions):
     trial: int | None = knob(
         None, "number of the trial or row", metavar="TRIAL", none=None, form="positional"
     )
-    baseline: Literal["plain", "uniform"] | None = knob(
+    baseline: Literal["plain", "uniform", "defaults"] | None = knob(
         None, "show this baseline of a search instead of a trial", none=None
     )
     follow: bool = flag("keep showing until the trial has ended")

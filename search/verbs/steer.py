@@ -11,7 +11,7 @@ from bdense.errors import BdenseError, InputError
 from bdense.knobs import from_options
 from bdense.weights.parameters import given_parameters
 from bdense.weights.spaces import require_point
-from search.report.log_lines import HEADER, log_line
+from search.report.log_lines import HEADER, LOSSES, log_line
 from search.storage.ledger import MENDABLE, Ledger
 from search.storage.stop_flags import ask_all, held
 from search.study.arms import ROW_SPACE, ArmRow
@@ -86,7 +86,9 @@ def _planned(study: Study, given: Mapping[str, Any]) -> list[str]:
 def logs(options: argparse.Namespace) -> None:
     """Print the events of a row, and with --follow those to come."""
     asked = from_options(LogsOptions, options)
-    ledger, number = _row(open_study(options, reading=True), asked)
+    study = open_study(options, reading=True)
+    ledger, number = _row(study, asked)
+    header = [HEADER] if study.spec.is_command else [HEADER, LOSSES]
     path = row_folder(ledger.study.study_name, number) / LOG_FILE
     offset, shown = 0, 0
     while True:
@@ -97,7 +99,7 @@ def logs(options: argparse.Namespace) -> None:
                 print(json.dumps(event))
             else:
                 if not shown:
-                    print(HEADER)
+                    print(*header, sep="\n")
                 print(log_line(event))
             shown += 1
         sys.stdout.flush()

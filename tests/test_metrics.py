@@ -1,7 +1,9 @@
 """FID, KID, precision and recall: their formulas, one pass, and the conditions they carry."""
 
 import dataclasses
+import json
 import os
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,7 @@ from bdense.metrics.metrics import (
     require_measurable,
     summed_effects,
 )
+from bdense.metrics.records import PromptFile
 from bdense.metrics.references import (
     Reference,
     Statistics,
@@ -361,6 +364,17 @@ def test_every_metric_carries_its_conditions():
     kid = KID(mean=0.1, std=0.02, **KID_SETTINGS, **CONDITIONS)
     prc = PrecisionRecall(precision=0.7, recall=0.6, neighbours=5, **CONDITIONS)
     assert fid.conditions() == CONDITIONS
+    prompts = PromptFile.of("folder/captions.csv:text", ["a three", "a seven"])
+    under = replace(fid, prompts=prompts)
+    assert under.conditions() == CONDITIONS | {"prompts": asdict(prompts)}
+    assert (prompts.file, prompts.count) == ("captions.csv:text", 2)
+    assert "2 prompts of captions.csv:text" in under.in_full()
+    assert FID.read(json.loads(json.dumps(under.as_dict()))) == under
+    others = replace(fid, prompts=PromptFile.of("captions.csv:text", ["a three"]))
+    assert under.differing(others) == ["prompts"]
+    assert under.differing(replace(others, prompts=replace(prompts, file="same.txt"))) == []
+    # One of before does not say them.
+    assert under.differing(fid) == fid.differing(under) == []
     assert kid.conditions() == CONDITIONS | KID_SETTINGS
     assert Metrics(fid=fid, kid=kid, prc=prc).as_dict() == {
         "fid": {"value": 4.4, "noise": 0.2, "effects": [0.5, -0.5], **CONDITIONS},

@@ -19,7 +19,7 @@ from torch import Tensor
 from bdense.errors import InputError, NonFiniteError, ShapeError
 from bdense.metrics.clip_score import CLIPScorer
 from bdense.metrics.extractors import Extractor
-from bdense.metrics.records import FID, KID, Metrics, PrecisionRecall
+from bdense.metrics.records import FID, KID, Metrics, PrecisionRecall, PromptFile
 from bdense.metrics.references import (
     Reference,
     Statistics,
@@ -45,6 +45,7 @@ def measure_images(
     settings: MetricSettings | None = None,
     nfe: int,
     seeds: dict[str, int],
+    prompts: PromptFile | None = None,
     batch: int = 256,
     clip: CLIPScorer | None = None,
     on_image: Callable[[int], None] | None = None,
@@ -59,6 +60,7 @@ def measure_images(
         settings: Of KID and precision/recall; None for the defaults.
         nfe: Network evaluations per image.
         seeds: The images' seeds by name.
+        prompts: Those that the images were drawn under, for the record.
         batch: Images at a time; affects the result only by rounding.
         clip: Scores them against their prompts, too; None does not.
         on_image: Called with the number of images done.
@@ -84,7 +86,13 @@ def measure_images(
     value = frechet_distance(own, reference.statistics)
     effects = image_effects(features, own, reference.statistics, extractor.device)
     noise = float(effects.std(ddof=1)) / len(effects) ** 0.5
-    fid = FID(value=value, noise=noise, effects=grouped_effects(effects), **conditions)
+    fid = FID(
+        value=value,
+        noise=noise,
+        effects=grouped_effects(effects),
+        prompts=prompts,
+        **conditions,
+    )
     kid = prc = None
     if "kid" in metrics:
         assert reference.features is not None

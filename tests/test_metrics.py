@@ -156,6 +156,24 @@ def test_gaussians_with_commuting_covariances():
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.parametrize("counts", [(50, 50), (50, 80), (None, 50)])
+def test_the_distance_is_the_same_in_both_directions(counts):
+    """To the bit, and not below 0, also of features whose rounding is large."""
+    found = set()
+    for seed in range(10):
+        a, b = (
+            replace(statistics_of(1e6 * normal(count or 50, 16, 2 * seed + i)), count=count)
+            for i, count in enumerate(counts)
+        )
+        found |= {frechet_distance(a, b), frechet_distance(b, a)}
+        # Equal but for their number of images, or their mean.
+        moved, more = replace(a, mu=a.mu + 1), replace(a, count=1000)
+        for other in (a, moved, more):
+            assert frechet_distance(a, other) == frechet_distance(other, a) >= 0
+        assert frechet_distance(a, moved) == pytest.approx(16, abs=1)
+    assert len(found) == 10
+
+
 def test_statistics_that_cannot_be_compared_are_refused():
     with pytest.raises(ShapeError, match="over 1 and 2 features"):
         frechet_distance(gaussian([0], [[1]]), gaussian([0, 0], np.eye(2)))

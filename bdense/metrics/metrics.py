@@ -194,7 +194,7 @@ def _single(metrics: Collection[str]) -> list[str]:
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """Frechet distance of two Gaussians; symmetric, 0 if they are equal.
+    """Frechet distance of two Gaussians: 0 or above, and to the bit the same for (b, a).
 
     Raises:
         ShapeError: The numbers of features differ.
@@ -207,11 +207,16 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
             f"statistics over {a.mu.size} and {b.mu.size} features cannot be compared; use the "
             "same extractor for both"
         )
-    pair = ({"mu": each.mu, "sigma": each.sigma} for each in (a, b))
+    pair = ({"mu": each.mu, "sigma": each.sigma} for each in sorted((a, b), key=_place))
     value = float(fid_statistics_to_metric(*pair, verbose=False)[KEY_METRIC_FID])
     if not np.isfinite(value):
         raise NonFiniteError(f"the Frechet distance is {value}")
     return max(value, 0.0)  # equal statistics are some rounding apart
+
+
+def _place(statistics: Statistics) -> tuple[int, list[float], bytes]:
+    """Which of two comes first, as rounding depends on the order: the one of more images."""
+    return -(statistics.count or 0), statistics.mu.tolist(), statistics.sigma.tobytes()
 
 
 def image_effects(

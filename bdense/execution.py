@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
+CompileMode = Literal["default", "reduce-overhead"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +40,11 @@ class Execution(Knobs):
         "torch.compile the network: takes minutes, pays off in long runs, moves numbers by "
         "rounding",
     )
+    compile_mode: CompileMode = knob(
+        "default",
+        "torch.compile's mode: reduce-overhead replays kernels as CUDA graphs, for networks so "
+        "small that a GPU waits for their launches; it takes more of its memory",
+    )
     channels_last: bool = knob(
         False,
         "keep tensors in NHWC order, which a GPU's tensor cores prefer; slower on CPUs, moves "
@@ -55,8 +61,8 @@ class Execution(Knobs):
         """Refuse settings that the device does not support, or that exclude each other.
 
         Raises:
-            InputError: tf32 or float16 without a GPU, compilation without a compiler, or beside
-                gradient checkpointing.
+            InputError: tf32 or float16 without a GPU, compilation without a compiler or beside
+                gradient checkpointing, or its mode without it.
         """
         self.require_compatible()
         if self.compile and not any(map(shutil.which, _compilers(device))):
@@ -72,6 +78,10 @@ class Execution(Knobs):
 
     def require_compatible(self) -> None:
         """Refuse settings that exclude each other on any device, by a ``KnobError``."""
+        if self.compile_mode != "default" and not self.compile:
+            raise KnobError(
+                "compile_mode", f"{self.compile_mode} needs compile; set it, or leave both out"
+            )
         if self.compile and self.gradient_checkpointing:
             raise KnobError(
                 "compile",
@@ -103,7 +113,7 @@ class Execution(Knobs):
         if self.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.compile:
-            network.compile()
+            network.compile(mode=self.compile_mode)
 
     def set_products(self) -> None:
         """Set whether a GPU rounds float32 products to tf32; holds for the whole process."""

@@ -17,7 +17,7 @@ from bdense.diffusion.denoiser import NetworkDenoiser, build_denoiser
 from bdense.diffusion.intervals import IntervalGrid
 from bdense.diffusion.solvers import DPMSolverPP, trajectory
 from bdense.errors import InputError
-from bdense.execution import Execution, Precision, exact_products
+from bdense.execution import CompileMode, Execution, Precision, exact_products
 from bdense.methods.trajectories import LiveTrajectories
 from bdense.models.zoo import CHECKPOINTS
 from benchmarks.common import parser, publish, table
@@ -28,7 +28,11 @@ GRID = IntervalGrid(num_intervals=3, substeps=K)
 NETWORK = "edm-cifar10-32x32-uncond-vp"
 # For a look at whether it runs, where there is no GPU.
 TINY = {"model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1}
-MODES = {"eager": False, "compile": True}
+MODES: dict[str, tuple[bool, CompileMode]] = {
+    "eager": (False, "default"),
+    "compile": (True, "default"),
+    "reduce-overhead": (True, "reduce-overhead"),
+}
 LAYOUTS = {"contiguous": False, "channels_last": True}
 REFERENCE = Execution()
 
@@ -77,7 +81,9 @@ class Cell:
     def label(self) -> list[str]:
         """Precision, mode, layout."""
         own = self.execution
-        mode = next(name for name, value in MODES.items() if value == own.compile)
+        mode = next(
+            name for name, value in MODES.items() if value == (own.compile, own.compile_mode)
+        )
         layout = next(name for name, value in LAYOUTS.items() if value == own.channels_last)
         return [own.precision, mode, layout]
 
@@ -160,7 +166,12 @@ def _executions(given: argparse.Namespace, device: torch.device) -> list[Executi
     """What was asked for, float32 eager contiguous first: all others are compared with it."""
     asked = given.precisions or [p for p in get_args(Precision) if _computes(device, p)]
     found = [
-        Execution(precision=precision, compile=MODES[mode], channels_last=LAYOUTS[layout])
+        Execution(
+            precision=precision,
+            compile=MODES[mode][0],
+            compile_mode=MODES[mode][1],
+            channels_last=LAYOUTS[layout],
+        )
         for precision, mode, layout in itertools.product(asked, given.modes, given.layouts)
     ]
     for execution in found:

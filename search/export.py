@@ -5,7 +5,7 @@ import itertools
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from bdense.errors import InputError
 from bdense.files import sha256_file
 from bdense.metrics.classifiers import RECIPES, classifier_path
 from bdense.metrics.records import FID
+from bdense.models.card import EXAMPLE_PROMPTS
 from bdense.models.diffusers_export import export_pipeline
 from bdense.models.diffusers_files import EXTRACTOR, PIPELINE
 from bdense.models.folder import CONFIG, SAMPLES, Picture, export_folder
@@ -156,8 +157,22 @@ def export_trial(
         _add_pipeline(folder, study, denoiser, metadata)
         _add_extractor(folder, fid)
 
-    export_folder(folder, denoiser, metadata, pictures=pictures, extra_card=extra, finish=finish)
+    export_folder(
+        folder,
+        denoiser,
+        metadata,
+        pictures=pictures,
+        extra_card=extra,
+        prompts=_examples(result),
+        finish=finish,
+    )
     return Exported.of(study, ledger, number, folder, nfe)
+
+
+def _examples(result: TrialResult) -> Sequence[str]:
+    """Prompts for the card: of the result's, which are shortened, those that are whole."""
+    whole = [prompt for prompt in result.prompts if not prompt.endswith("[...]")]
+    return whole[:2] or EXAMPLE_PROMPTS
 
 
 def require_students(study: Study) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 import yaml
 
-from bdense.diffusion.sampling import Sampler
+from bdense.diffusion.sampling import SETUP, Sampler, as_measured, samplers_from, served_metadata
 from bdense.files import sha256_file
-from bdense.models.card import SETUP, folder_card, inherited, measured_samplers, model_card
+from bdense.models.card import folder_card, inherited, model_card
 from bdense.models.store import denoiser_sha256, load_denoiser, load_model, save_denoiser
 from tests.commands import bdense, done, refused
 from tests.goldens import discover
@@ -80,27 +80,27 @@ def test_a_students_card_carries_its_teachers_terms():
     assert rows(card).items() >= expected.items()
 
 
-def test_the_lines_of_a_card_draw_at_the_guidance_of_its_fid():
-    measured = STUDENT | {SETUP: {"guidance": 3.0}}
-    (sampler,) = measured_samplers(measured)
-    assert (sampler.guidance, sampler.nfe) == (3, 4)
-    card = folder_card("student", small_teacher(), measured)
-    assert "bdense sample student --guidance 3.0 --images" in card
-    assert rows(card)["network evaluations an image (NFE)"] == "4"
-    assert rows(card)["sampler"].endswith("guidance 3")
-    # The Python lines choose that sampler too.
-    python = card.split("```python\n")[1].split("images =")[0]
-    python = re.sub("model, metadata = .*", "", python)
-    scope = {"metadata": measured}
-    exec(python, scope)
-    assert scope["sampler"] == sampler
-
-    # A student that has the guidance of its FID already, or whose FID has none, needs no option.
-    own = {"sampler": sampler.describe()}
-    for setup in ({"guidance": 3.0}, {"guidance": None}, {}):
-        assert measured_samplers(STUDENT | own | {SETUP: setup}) == [sampler]
-        assert "--guidance" not in model_card("s", small_teacher(), STUDENT | own | {SETUP: setup})
-    assert "replace" not in folder_card("s", small_teacher(), STUDENT | own)
+@pytest.mark.parametrize("nfe", [(2,), (2, 4)])
+def test_a_student_is_read_with_the_guidance_of_its_fid(tmp_path, nfe):
+    """Its samplers, their NFE and its card; the file keeps those it was distilled for."""
+    own = [Sampler(num_intervals=each + 1, afs=True) for each in nfe]
+    stored = STUDENT | served_metadata(own) | {SETUP: {"guidance": 3.0}}
+    path = tmp_path / "s.safetensors"
+    save_denoiser(path, small_teacher(), stored)
+    student, metadata = load_model(path)
+    assert [each.guidance for each in student.samplers] == [3] * len(nfe)
+    assert [each.nfe for each in student.samplers] == [2 * each for each in nfe]
+    assert [each.num_intervals for each in student.samplers] == [each + 1 for each in nfe]
+    assert list(student.samplers) == samplers_from(metadata)
+    assert as_measured(metadata) == metadata
+    assert samplers_from(load_denoiser(path)[1]) == own
+    for told in (stored, metadata):
+        facts = rows(folder_card("student", small_teacher(), told))
+        assert facts["network evaluations an image (NFE)"] == ", ".join(str(2 * n) for n in nfe)
+        assert facts["sampler"].endswith("guidance 3")
+    for setup in ({"guidance": None}, {}):
+        save_denoiser(path, small_teacher(), stored | {SETUP: setup})
+        assert list(load_model(path)[0].samplers) == own
 
 
 @pytest.mark.parametrize("kind", ["teacher", "student"])

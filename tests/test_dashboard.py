@@ -11,8 +11,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import optuna
+import optuna_dashboard
 import pytest
 from optuna_dashboard import wsgi
 
@@ -107,6 +109,25 @@ def test_no_request_changes_a_study(study):
         status, answer = ask(application, method, path.format(key=study.key), body)
         assert (status, "--writable" in answer["reason"]) == (403, True), path
         assert study.contents() == before, path
+
+
+def test_a_read_only_page_hides_the_buttons_of_changes(study):
+    """Those that this version of the dashboard has; a cached page of before is not taken."""
+    script = Path(optuna_dashboard.__file__).with_name("public").joinpath("bundle.js").read_text()
+    later = {"HTTP_IF_MODIFIED_SINCE": "Sat, 01 Jan 2050 00:00:00 GMT"}
+    for path in ("/dashboard", "/dashboard/studies/1/trials"):
+        status, headers, page = answer_of(study.application(), "GET", path, **later)
+        assert (status, headers["content-length"]) == (200, str(len(page)))
+        assert not {"etag", "last-modified"} & headers.keys()
+        tag = re.search(r"<style>(.*?) { display: none !important; }</style>", page.decode())
+        for label in re.findall(r'aria-label="(.+?)"', tag[1]):
+            assert f'"aria-label":"{label}"' in script
+        icons = re.findall(r'data-testid="(\w+)Icon"', tag[1])
+        assert "AddBox" in icons
+        for icon in icons:
+            assert f'"{icon}")' in script
+        whole = answer_of(study.application(writable=True), "GET", path)[2]
+        assert page.decode().replace(tag[0], "") == whole.decode()
 
 
 def test_a_long_attribute_is_cut_for_the_page_alone(study):

@@ -13,7 +13,7 @@ from bdense.data.datasets import load_dataset
 from bdense.diffusion.branches import export_branch, widen_head
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import CheckpointError, InputError, NonFiniteLossError
-from bdense.execution import Execution, Precision, exact_products
+from bdense.execution import CompileMode, Execution, Precision, exact_products
 from bdense.models.store import denoiser_sha256, load_tensors
 from bdense.training.loop import train
 from bdense.training.teacher import TeacherConfig, train_teacher
@@ -213,6 +213,8 @@ def test_a_student_whose_activations_are_computed_again_is_the_same():
 
 
 def test_what_excludes_gradient_checkpointing_is_refused():
+    with pytest.raises(InputError, match=r"compile_mode reduce-overhead needs compile"):
+        small_teacher().execute(Execution(compile_mode="reduce-overhead"))
     both = Execution(compile=True, gradient_checkpointing=True)
     with pytest.raises(InputError, match=r"compile .*gradient_checkpointing"):
         small_teacher().execute(both)
@@ -228,14 +230,26 @@ def test_compilation_without_a_compiler_is_refused(monkeypatch):
 
 
 @NEEDS_COMPILER
+@pytest.mark.parametrize("mode", get_args(CompileMode))
+def test_the_mode_is_torchs_own(mode):
+    """Copies and students have it too."""
+    teacher = small_teacher().execute(Execution(compile=True, compile_mode=mode))
+    for network in (teacher.model, teacher.on(CPU).model):
+        told = network._compiled_call_impl.get_compiler_config()
+        assert told["triton.cudagraphs"] == (mode == "reduce-overhead")
+    assert widen_head(teacher, 4).execution.compile_mode == mode
+
+
+@NEEDS_COMPILER
 @pytest.mark.slow
-def test_a_compiled_network_computes_the_same():
+@pytest.mark.parametrize("mode", get_args(CompileMode))
+def test_a_compiled_network_computes_the_same(mode):
     """Minutes where nothing is cached. Outputs only: L1's signs flip on rounding."""
     teacher = small_teacher()
     before = outputs(teacher)
     short = {"images": 8, "lr": 1e-4}
     student = sfd(small_trajectories(teacher), WEIGHTS, **short)
-    teacher.execute(Execution(compile=True))
+    teacher.execute(Execution(compile=True, compile_mode=mode))
     torch.testing.assert_close(outputs(teacher), before, rtol=1e-5, atol=1e-5)
     compiled = sfd(small_trajectories(teacher), WEIGHTS, **short)
     learned = (outputs(student) - before).abs().mean()

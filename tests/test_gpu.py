@@ -88,8 +88,12 @@ def test_precisions_are_as_close_as_the_reference_says(path, precision):
 
 @pytest.mark.parametrize(
     "execution",
-    [Execution(channels_last=True), Execution(compile=True)],
-    ids=["channels_last", "compile"],
+    [
+        Execution(channels_last=True),
+        Execution(compile=True),
+        Execution(compile=True, compile_mode="reduce-overhead"),
+    ],
+    ids=["channels_last", "compile", "reduce-overhead"],
 )
 def test_layout_and_compiler_change_rounding_alone(execution):
     """Teacher and a student's gradient; sums of many terms, some of which cancel."""

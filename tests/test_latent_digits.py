@@ -11,8 +11,8 @@ import yaml
 
 import bdense
 from bdense.diffusion.denoiser import build_denoiser
+from bdense.diffusion.sampling import SETUP
 from bdense.errors import InputError
-from bdense.models.card import SETUP
 from bdense.models.store import load_denoiser, save_denoiser
 from bdense.training.latent_digits import ARCHITECTURE, KNOWN, PROMPTS, latent_digits
 from bdense.training.teacher import TeacherConfig
@@ -120,8 +120,10 @@ def test_its_study_trains_and_judges_under_prompts(folder, cache, tmp_path, monk
     guided["trajectories"] = {"mode": "live"}
     row = run(load(read_spec(STUDY, guided), CPU), tmp_path / "guided", task())
     assert row.fid.nfe == 2 * result.fid.nfe  # each prediction with and without the prompt
-    assert row.drawing_options[-2:] == ["--guidance", "2.0"]
-    assert load_denoiser(tmp_path / "guided/student.safetensors")[1][SETUP]["guidance"] == 2
+    assert row.drawing_options == result.drawing_options
+    student = tmp_path / "guided/student.safetensors"
+    assert load_denoiser(student)[1][SETUP]["guidance"] == 2
+    assert bdense.load_model(student)[0].samplers[0].nfe == row.fid.nfe
     with pytest.raises(SpecError, match="learn their teacher's"):
         read_spec(STUDY, guided | {"method": CHANGES["method"]})
     other = tmp_path / "other.txt"

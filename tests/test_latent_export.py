@@ -1,8 +1,10 @@
 """Students of latents as pipelines of diffusers, against diffusers alone."""
 
+import hashlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -19,13 +21,15 @@ from bdense.diffusion.branches import widen_head
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.diffusion.guidance import null_for
 from bdense.diffusion.preconditioning import native_schedule
-from bdense.diffusion.sampling import Sampler, served_metadata, to_uint8
+from bdense.diffusion.sampling import SETUP, Sampler, served_metadata, to_uint8
 from bdense.diffusion.schedules import Schedule
 from bdense.diffusion.solvers import DDIM, DPMSolverPP, make_solver
 from bdense.errors import CheckpointError, InputError
-from bdense.models.card import SETUP, inherited
+from bdense.models.card import inherited
 from bdense.models.diffusers_export import export_pipeline
-from bdense.models.store import denoiser_sha256, load_model
+from bdense.models.diffusers_files import PIPELINE
+from bdense.models.folder import export_folder
+from bdense.models.store import denoiser_sha256, load_model, save_denoiser
 from tests import commands
 from tests.features import ColourMeans, scripted
 
@@ -33,6 +37,7 @@ diffusers = pytest.importorskip("diffusers", reason="needs the diffusers extra")
 pytest.importorskip("transformers", reason="needs the diffusers extra")
 
 from tests.latent_folders import new_dit, new_ldm, new_stable_diffusion  # noqa: E402
+from tests.test_folder import block  # noqa: E402
 
 TEXTS = ["a three", "a seven"]
 
@@ -147,8 +152,8 @@ def test_a_pipeline_draws_at_the_guidance_of_the_fid(folders, tmp_path):
     assert_same(found, drawn_here(student, replace(own, guidance=3.0), prompts, 2, 3))
     unguided = drawn_here(student, own, prompts, 2, 3)
     assert (found - unguided).abs().max() > 1e-3 * unguided.abs().max()
-    # The student is the same as before, with its own sampler.
-    assert load_model(out)[0].samplers == (own,)
+    # Here it draws so as well.
+    assert load_model(out)[0].samplers == (replace(own, guidance=3.0),)
 
     weak = metadata | {SETUP: {"guidance": 0.5}}
     assert_refused("guided by 0.5", tmp_path / "weak", student, weak, teacher=folders["epsilon"])
@@ -286,6 +291,67 @@ def test_a_branched_student_is_exported_and_read_back(folders, distilled, tmp_pa
     torch.testing.assert_close(drawn, (images / 2 + 0.5).clamp(0, 1), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "inside"), [("epsilon", True), ("epsilon", False), ("dit", True), ("ldm", False)]
+)
+def test_the_lines_of_a_folders_card_draw_as_its_fid_was_measured(
+    folders, tmp_path, monkeypatch, name, inside
+):
+    """Its Python and its command, as they stand, with a pipeline in it or the teacher's."""
+    teacher = folders[name]
+    student, known = student_of(teacher)
+    own, guidance = sampler_on(student), 3.0 if name == "epsilon" else None
+    metadata = known | served_metadata([own]) | {SETUP: {"guidance": guidance}}
+    given = tmp_path / "student", student, metadata
+    with pytest.raises(InputError, match=r"latents.*samples\.png in pictures"):
+        export_folder(*given)
+
+    def finish(folder: Path) -> None:
+        if inside:
+            export_pipeline(folder / PIPELINE, student, metadata, teacher=teacher)
+
+    pictures = {"samples.png": lambda path: path.touch()}
+    export_folder(*given, pictures=pictures, prompts=TEXTS, finish=finish)
+    card = (tmp_path / "student/README.md").read_text()
+    assert ("FOLDER_OF_TEACHER" in card) != inside
+    card = card.replace("FOLDER_OF_TEACHER", str(teacher))
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    exec(block(card, "python"), found)
+    sampler = replace(own, guidance=guidance or 1.0)
+
+    def drawn(texts: list[str]) -> torch.Tensor:
+        encoder = bdense.load_text_encoder(teacher) if student.model.text_dim else None
+        return bdense.draw_images(
+            student, sampler, 64, seed=0, codec=bdense.load_codec(teacher),
+            conditions=None if encoder is None else encoder.prompts(texts),
+        )  # fmt: skip
+
+    assert torch.equal(found["images"], drawn(TEXTS))
+    assert found["images"].float().std() > 1
+    channels, *size = found["images"].shape[1:]
+    latents = " x ".join(map(str, student.image_shape))
+    assert f"| latents | {latents} |" in card
+    assert f"| images | {channels} x {size[0]} x {size[1]} |" in card
+    readable = json.loads(Path("student/config.json").read_text())
+    assert readable["latent_shape"] == list(student.image_shape)
+    assert readable["image_shape"] == [channels, *size]
+
+    program, *arguments = shlex.split(block(card, "sh"))
+    assert program == "bdense"
+    assert commands.done(*arguments) == "samples.png\n"
+    bdense.save_grid(drawn(TEXTS[:1]), Path("expected.png"))
+    assert Path("samples.png").read_bytes() == Path("expected.png").read_bytes()
+    if guidance is not None:
+        assert "| network evaluations an image (NFE) | 6 |" in card
+        told = (*arguments[:-1], "told.png", "--guidance")
+        commands.done(*told, "3", "--nfe", "6")
+        assert Path("told.png").read_bytes() == Path("samples.png").read_bytes()
+        commands.done(*told, "1", "--nfe", "3")
+        assert Path("told.png").read_bytes() != Path("samples.png").read_bytes()
+        assert "(NFE 3)" in commands.refused(commands.bdense(*told, "1", "--nfe", "6"))
+
+
 def test_an_exported_students_fid_is_measured_again(folders, tmp_path):
     """On the pipeline's own parts, under the prompts that it was measured under."""
     (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
@@ -310,8 +376,27 @@ def test_an_exported_students_fid_is_measured_again(folders, tmp_path):
     assert "--prompts are needed" in commands.refused(commands.bdense(*asked))
     missing = ("verify", file, *judge, *prompts)
     assert "--pipeline is needed" in commands.refused(commands.bdense(*missing))
+    recorded = load_model(out)[1]["fid"]["prompts"]
+    digest = hashlib.sha256(b"a three\na seven\n").hexdigest()
+    assert recorded == {"file": "prompts.txt", "sha256": digest, "count": 2}
+    card = (tmp_path / "s.md").read_text()
+    assert f"2 prompts of prompts.txt, prompts sha256 {digest[:16]}" in card
+    # The prompts count, not how they are written down.
+    (tmp_path / "same.csv").write_text("id,text\n1,a three\n2,a seven\n")
+    same = commands.done(*asked, "--prompts", tmp_path / "same.csv")
+    assert json.loads(same)["verdict"] == "equal"
+    told = json.loads(commands.done("fid", out, *judge, *prompts, "--images", 12))
+    assert told["prompts"] == recorded
     (tmp_path / "prompts.txt").write_text("a nine")
-    assert commands.bdense(*asked, *prompts).status == 1  # another FID
+    message = commands.refused(commands.bdense(*asked, *prompts))
+    assert re.match(r"--prompts .*prompts\.txt is different: .* 2 prompts .* 1 prompt of", message)
+    # A record of before does not say its prompts: its FID is another one.
+    student, known = load_model(file)
+    del known["fid"]["prompts"]
+    save_denoiser(tmp_path / "before.safetensors", student, known)
+    before = ("verify", tmp_path / "before.safetensors", *judge, "--pipeline", folders["epsilon"])
+    answer = commands.bdense(*before, *prompts, "--json")
+    assert (answer.status, json.loads(answer.out)["verdict"]) == (1, "different")
 
 
 @pytest.mark.slow

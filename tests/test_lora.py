@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import bdense
+from bdense.diffusion.sampling import SETUP
 from bdense.errors import CheckpointError, InputError, StoppedError
 from bdense.knobs import KnobError
 from bdense.methods import METHODS
@@ -18,7 +19,6 @@ from bdense.methods.distill import branches_path
 from bdense.methods.epd import EPDConfig
 from bdense.methods.method import Inputs
 from bdense.methods.sfd import SFD, SFDConfig
-from bdense.models.card import SETUP
 from bdense.models.diffusers_files import LORA_WEIGHTS
 from bdense.models.diffusers_teacher import read_diffusers
 from bdense.models.lora_export import export_lora, low_rank

@@ -1,7 +1,9 @@
 """FID, KID, precision and recall: their formulas, one pass, and the conditions they carry."""
 
 import dataclasses
+import json
 import os
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,7 @@ from bdense.metrics.metrics import (
     require_measurable,
     summed_effects,
 )
+from bdense.metrics.records import PromptFile
 from bdense.metrics.references import (
     Reference,
     Statistics,
@@ -151,6 +154,24 @@ def test_gaussians_with_commuting_covariances():
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
     assert frechet_distance(b, a) == pytest.approx(expected, rel=1e-12)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("counts", [(50, 50), (50, 80), (None, 50)])
+def test_the_distance_is_the_same_in_both_directions(counts):
+    """To the bit, and not below 0, also of features whose rounding is large."""
+    found = set()
+    for seed in range(10):
+        a, b = (
+            replace(statistics_of(1e6 * normal(count or 50, 16, 2 * seed + i)), count=count)
+            for i, count in enumerate(counts)
+        )
+        found |= {frechet_distance(a, b), frechet_distance(b, a)}
+        # Equal but for their number of images, or their mean.
+        moved, more = replace(a, mu=a.mu + 1), replace(a, count=1000)
+        for other in (a, moved, more):
+            assert frechet_distance(a, other) == frechet_distance(other, a) >= 0
+        assert frechet_distance(a, moved) == pytest.approx(16, abs=1)
+    assert len(found) == 10
 
 
 def test_statistics_that_cannot_be_compared_are_refused():
@@ -361,6 +382,17 @@ def test_every_metric_carries_its_conditions():
     kid = KID(mean=0.1, std=0.02, **KID_SETTINGS, **CONDITIONS)
     prc = PrecisionRecall(precision=0.7, recall=0.6, neighbours=5, **CONDITIONS)
     assert fid.conditions() == CONDITIONS
+    prompts = PromptFile.of("folder/captions.csv:text", ["a three", "a seven"])
+    under = replace(fid, prompts=prompts)
+    assert under.conditions() == CONDITIONS | {"prompts": asdict(prompts)}
+    assert (prompts.file, prompts.count) == ("captions.csv:text", 2)
+    assert "2 prompts of captions.csv:text" in under.in_full()
+    assert FID.read(json.loads(json.dumps(under.as_dict()))) == under
+    others = replace(fid, prompts=PromptFile.of("captions.csv:text", ["a three"]))
+    assert under.differing(others) == ["prompts"]
+    assert under.differing(replace(others, prompts=replace(prompts, file="same.txt"))) == []
+    # One of before does not say them.
+    assert under.differing(fid) == fid.differing(under) == []
     assert kid.conditions() == CONDITIONS | KID_SETTINGS
     assert Metrics(fid=fid, kid=kid, prc=prc).as_dict() == {
         "fid": {"value": 4.4, "noise": 0.2, "effects": [0.5, -0.5], **CONDITIONS},

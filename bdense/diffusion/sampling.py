@@ -36,6 +36,8 @@ from bdense.files import atomic_write
 from bdense.randomness import Stream, image_noise
 
 GRID_COLUMNS = 16  # of a picture of samples
+# Metadata of what a student's FID was measured with, see ``bdense.metrics.setup``.
+SETUP = "fid_setup"
 _MOST_INTERVALS = 100_000
 
 
@@ -165,6 +167,25 @@ def samplers_from(metadata: Mapping[str, Any]) -> list[Sampler]:
         nfe // calls(own.guidance) + (1 if own.afs else 0) for nfe in sorted(metadata["nfe"])
     ]
     return [replace(own, num_intervals=number) for number in intervals]
+
+
+def measured_samplers(metadata: Mapping[str, Any]) -> list[Sampler]:
+    """A student's samplers at the guidance that its FID was measured at, by NFE.
+
+    Without such a guidance they are those of ``samplers_from``.
+    """
+    guidance = metadata.get(SETUP, {}).get("guidance")
+    own = samplers_from(metadata)
+    return own if guidance is None else [replace(each, guidance=guidance) for each in own]
+
+
+def as_measured(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """A student's metadata, whose ``samplers_from`` are now its ``measured_samplers``."""
+    measured = measured_samplers(metadata)
+    if measured == samplers_from(metadata):
+        return dict(metadata)
+    others = {name: value for name, value in metadata.items() if name != "nfe"}
+    return others | served_metadata(measured)
 
 
 def levels_of(known: Mapping[str, Any], precond: Preconditioning) -> dict[str, Any]:

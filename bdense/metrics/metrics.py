@@ -19,7 +19,7 @@ from torch import Tensor
 from bdense.errors import InputError, NonFiniteError, ShapeError
 from bdense.metrics.clip_score import CLIPScorer
 from bdense.metrics.extractors import Extractor
-from bdense.metrics.records import FID, KID, Metrics, PrecisionRecall
+from bdense.metrics.records import FID, KID, Metrics, PrecisionRecall, PromptFile
 from bdense.metrics.references import (
     Reference,
     Statistics,
@@ -45,6 +45,7 @@ def measure_images(
     settings: MetricSettings | None = None,
     nfe: int,
     seeds: dict[str, int],
+    prompts: PromptFile | None = None,
     batch: int = 256,
     clip: CLIPScorer | None = None,
     on_image: Callable[[int], None] | None = None,
@@ -59,6 +60,7 @@ def measure_images(
         settings: Of KID and precision/recall; None for the defaults.
         nfe: Network evaluations per image.
         seeds: The images' seeds by name.
+        prompts: Those that the images were drawn under, for the record.
         batch: Images at a time; affects the result only by rounding.
         clip: Scores them against their prompts, too; None does not.
         on_image: Called with the number of images done.
@@ -84,7 +86,13 @@ def measure_images(
     value = frechet_distance(own, reference.statistics)
     effects = image_effects(features, own, reference.statistics, extractor.device)
     noise = float(effects.std(ddof=1)) / len(effects) ** 0.5
-    fid = FID(value=value, noise=noise, effects=grouped_effects(effects), **conditions)
+    fid = FID(
+        value=value,
+        noise=noise,
+        effects=grouped_effects(effects),
+        prompts=prompts,
+        **conditions,
+    )
     kid = prc = None
     if "kid" in metrics:
         assert reference.features is not None
@@ -186,7 +194,7 @@ def _single(metrics: Collection[str]) -> list[str]:
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """Frechet distance of two Gaussians; symmetric, 0 if they are equal.
+    """Frechet distance of two Gaussians: 0 or above, and to the bit the same for (b, a).
 
     Raises:
         ShapeError: The numbers of features differ.
@@ -199,11 +207,16 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
             f"statistics over {a.mu.size} and {b.mu.size} features cannot be compared; use the "
             "same extractor for both"
         )
-    pair = ({"mu": each.mu, "sigma": each.sigma} for each in (a, b))
+    pair = ({"mu": each.mu, "sigma": each.sigma} for each in sorted((a, b), key=_place))
     value = float(fid_statistics_to_metric(*pair, verbose=False)[KEY_METRIC_FID])
     if not np.isfinite(value):
         raise NonFiniteError(f"the Frechet distance is {value}")
     return max(value, 0.0)  # equal statistics are some rounding apart
+
+
+def _place(statistics: Statistics) -> tuple[int, list[float], bytes]:
+    """Which of two comes first, as rounding depends on the order: the one of more images."""
+    return -(statistics.count or 0), statistics.mu.tolist(), statistics.sigma.tobytes()
 
 
 def image_effects(

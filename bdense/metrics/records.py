@@ -1,13 +1,50 @@
 """Records of measured metrics: values with the conditions that they depend on."""
 
+import hashlib
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar, Self
+
+from bdense.arguments import require_types
 
 # Values are compared only where these agree.
 _COMPARED = ("extractor_sha256", "reference", "images", "nfe")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptFile:
+    """Prompts that images were drawn under.
+
+    Attributes:
+        file: Name of their file, with the column of a table, or their public name.
+        sha256: Hex digest of the prompts, a line each: that of a plain file without blank lines.
+        count: Number of prompts.
+
+    Raises:
+        InputError: A value has another type.
+    """
+
+    file: str
+    sha256: str
+    count: int
+
+    def __post_init__(self) -> None:
+        require_types(self)
+
+    @classmethod
+    def of(cls, source: str, prompts: Sequence[str]) -> Self:
+        """Of what ``read_prompts`` reads from ``source``."""
+        lines = "".join(f"{prompt}\n" for prompt in prompts)
+        digest = hashlib.sha256(lines.encode()).hexdigest()
+        return cls(file=Path(source).name, sha256=digest, count=len(prompts))
+
+    def text(self) -> str:
+        """For people."""
+        plural = "s" * (self.count != 1)
+        return f"{self.count} prompt{plural} of {self.file} ({self.sha256[:8]})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +100,9 @@ class FID(Measurement):
         noise: Standard error of ``value`` from the draw of the latents, see ``image_effects``; of
             a difference of two students of the same latents it is smaller.
         effects: [``GROUPS``] what each group of images adds, see ``grouped_effects``.
+        prompts: Those of the images; None where they have none.
 
-    Both are empty in results of versions that did not have them.
+    Noise, effects and prompts are empty in results of versions that did not have them.
     """
 
     VALUES = ("value", "noise", "effects")
@@ -73,12 +111,34 @@ class FID(Measurement):
     value: float
     noise: float | None = None
     effects: list[float] = field(default_factory=list, repr=False)
+    prompts: PromptFile | None = None
+
+    @classmethod
+    def read(cls, stored: Mapping[str, Any]) -> Self:
+        """From ``as_dict``, of another version too: what is not known here is dropped."""
+        if (prompts := stored.get("prompts")) is None:
+            return super().read(stored)
+        known = {each.name: prompts[each.name] for each in fields(PromptFile)}
+        return super().read({**stored, "prompts": PromptFile(**known)})
+
+    def conditions(self) -> dict[str, Any]:
+        """Everything but the values; without prompts where there are none."""
+        found = super().conditions()
+        if self.prompts is None:
+            del found["prompts"]
+        return found
+
+    def differing(self, other: "Measurement") -> list[str]:
+        """Conditions that keep two values from being compared; prompts where both say theirs."""
+        own, others = self.prompts, getattr(other, "prompts", None)
+        differ = own is not None and others is not None and own.sha256 != others.sha256
+        return super().differing(other) + ["prompts"] * differ
 
     def in_short(self) -> str:
         """Its conditions for people: what a table of several has in common."""
         return (
             f"{self.images} images at NFE {self.nfe}, features of {self.extractor}, against "
-            f"{self.reference}"
+            f"{self.reference}{self._under()}"
         )
 
     def in_full(self) -> str:
@@ -87,8 +147,11 @@ class FID(Measurement):
         return (
             f"of {self.images} images at NFE {self.nfe}, features of {self.extractor} "
             f"({self.extractor_sha256[:8]}), against {self.reference_images} of "
-            f"{self.reference}, seeds: {seeds}"
+            f"{self.reference}{self._under()}, seeds: {seeds}"
         )
+
+    def _under(self) -> str:
+        return "" if self.prompts is None else f", under {self.prompts.text()}"
 
     def noise_of_difference(self, other: "FID") -> float | None:
         """Standard error of the difference of two students of the same latents, from these.

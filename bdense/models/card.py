@@ -1,23 +1,22 @@
 """Model cards (Markdown with YAML in front, as on the Hugging Face hub) and readable JSON."""
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.diffusion.sampling import Sampler, samplers_from
+from bdense.diffusion.sampling import SETUP, measured_samplers
 from bdense.diffusion.solvers import DDIM
 from bdense.files import atomic_write
 from bdense.models.diffusers_files import is_hub_id
+from bdense.models.latents import draws_latents, known_shape
 from bdense.models.store import denoiser_sha256
 from bdense.weights.spaces import by_interval
 
 # Metadata that a student inherits from its teacher.
 _INHERITED = ("licence", "citation", "data", "codec", "condition")
-# What the FID in the metadata was measured with, see ``bdense.metrics.setup``.
-SETUP = "fid_setup"
 # Metadata of any model that its card repeats.
 _KNOWN = ("source", "url", "citation", "scheduler", "data")
 # Keys of a table of FIDs that always get a column, and the columns' titles.
@@ -27,11 +26,11 @@ _TITLES = {"euler": "Euler", "ddim": "DDIM", "epd": "EPD"}
 HOW_TO_SAMPLE = "## How to sample"
 _FIRST = "---\nlicense: "  # each card begins so
 _PYTHON = """\
-{imports}import bdense
+import bdense
 
 model, metadata = bdense.load_model({name})
-sampler = {sampler}{which}
-images = bdense.draw_images(model, sampler, 64, seed=0)  # uint8 [64, C, H, W]
+sampler = bdense.samplers_from(metadata)[0]{which}
+{parts}images = bdense.draw_images(model, sampler, 64, seed=0{given})  # uint8 [64, C, H, W]
 bdense.save_grid(images, "samples.png")"""
 _PIPELINE = """\
 import torch
@@ -63,6 +62,9 @@ _OWN_SCHEDULER = (
     "of this folder and not of diffusers, which runs it with `trust_remote_code=True` alone; read "
     "it first."
 )
+_FOLDER_OF_TEACHER = "FOLDER_OF_TEACHER"
+# Of students of text that have no prompts of their own.
+EXAMPLE_PROMPTS = ("a photo of a cat", "a photo of a dog")
 _NO_CHECKER = "There is no safety checker: add one where others can ask for images."
 
 
@@ -72,19 +74,11 @@ def inherited(teacher: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {"teacher": teacher.get("source", name), **terms}
 
 
-def measured_samplers(metadata: Mapping[str, Any]) -> list[Sampler]:
-    """A student's samplers at the guidance that its FID was measured at, by NFE.
-
-    Without such a guidance they are those of ``samplers_from``: the student's own.
-    """
-    guidance = metadata.get(SETUP, {}).get("guidance")
-    own = samplers_from(metadata)
-    return own if guidance is None else [replace(each, guidance=guidance) for each in own]
-
-
 def model_card(name: str, denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> str:
     """The card, in Markdown, of the safetensors file ``name``."""
-    return _card(name, denoiser, metadata, _fenced("sh", _sample_command(name, metadata)))
+    options = _pipeline_option(metadata) + _prompts_option(metadata)
+    command = _sample_command(name, metadata, options)
+    return _card(name, denoiser, metadata, _fenced("sh", command))
 
 
 def folder_card(
@@ -94,6 +88,8 @@ def folder_card(
     *,
     pictures: Sequence[str] = (),
     extra: str = "",
+    prompts: Sequence[str] = EXAMPLE_PROMPTS,
+    has_pipeline: bool = False,
 ) -> str:
     """The card, in Markdown, of the folder ``name`` with a student and its own sampler.
 
@@ -103,22 +99,33 @@ def folder_card(
         metadata: Its metadata; ``fid_table``, a list of rows, becomes a table.
         pictures: Names of picture files in the folder.
         extra: Markdown for the end.
+        prompts: Examples, for a student of text.
+        has_pipeline: Whether the student's diffusers pipeline is in the folder.
     """
     _, *others = (str(sampler.nfe) for sampler in measured_samplers(metadata))
     which = f"  # the others: NFE {', '.join(others)}" if others else ""
-    sampler, imports = "bdense.samplers_from(metadata)[0]", ""
-    if (guidance := _measured_guidance(metadata)) is not None:
-        imports = "from dataclasses import replace\n\n"
-        sampler = f"replace({sampler}, guidance={guidance})"
-    python = _PYTHON.format(name=json.dumps(name), sampler=sampler, imports=imports, which=which)
+    place = json.dumps(name if has_pipeline else _place_of_pipeline(metadata))
+    parts = given = prompt = ""
+    if metadata.get("condition") == "text":
+        parts += f"prompts = bdense.load_text_encoder({place}).prompts({list(prompts)!r})\n"
+        given += ", conditions=prompts"
+        prompt = f" --prompt {shlex.quote(prompts[0])}"
+    if "codec" in metadata:
+        parts += f"codec = bdense.load_codec({place})\n"
+        given += ", codec=codec"
+    python = _PYTHON.format(name=json.dumps(name), which=which, parts=parts, given=given)
+    pipeline = "" if has_pipeline else _pipeline_option(metadata)
+    verify = f"bdense verify {name}{pipeline}{_prompts_option(metadata)}"
     return _card(
         name,
         denoiser,
         metadata,
         HOW_TO_SAMPLE,
-        _fenced("sh", _sample_command(name, metadata)),
+        _fenced("sh", _sample_command(name, metadata, pipeline + prompt)),
         _fenced("python", python),
-        f"`{_verify_command(name, metadata)}` measures its FID again." * (SETUP in metadata),
+        f"`{_FOLDER_OF_TEACHER}` is that of its teacher's pipeline, with the autoencoder."
+        * (_FOLDER_OF_TEACHER in pipeline),
+        f"`{verify}` measures its FID again." * (SETUP in metadata),
         *(f"![{Path(picture).stem}]({picture})" for picture in pictures),
         *_fid_section(metadata),
         extra.strip(),
@@ -200,7 +207,7 @@ def lora_card(
 
 def _reason(metadata: Mapping[str, Any]) -> str:
     """Why a pipeline is called as it is."""
-    if _measured_guidance(metadata) is not None:
+    if metadata.get(SETUP, {}).get("guidance") is not None:
         return "so its FID was measured"
     return "it was distilled for that"
 
@@ -239,7 +246,9 @@ def _card(
             what += " with dense branch supervision (B-DENSE, arXiv 2602.15971)"
         what += "."
     known = {key: str(metadata[key]) for key in _KNOWN if key in metadata}
-    rows = network_facts(denoiser) | known | (_student_facts(metadata) if student else {})
+    rows = (
+        network_facts(denoiser, metadata) | known | (_student_facts(metadata) if student else {})
+    )
     blocks = [
         "\n".join(["---", *(f"{key}: {value}" for key, value in front.items()), "---"]),
         f"# {name}",
@@ -321,7 +330,7 @@ def readable_json(name: str, denoiser: NetworkDenoiser, metadata: Mapping[str, A
     tree = {
         "file": name,
         **metadata,
-        "image_shape": list(denoiser.image_shape),
+        **{f"{what}_shape": list(shape) for what, shape in _shapes(denoiser, metadata).items()},
         "classes": denoiser.label_dim,
         "parameters": sum(parameter.numel() for parameter in denoiser.parameters()),
         "weights_sha256": denoiser_sha256(denoiser),
@@ -330,7 +339,18 @@ def readable_json(name: str, denoiser: NetworkDenoiser, metadata: Mapping[str, A
     return json.dumps(tree, indent=2) + "\n"
 
 
-def network_facts(denoiser: NetworkDenoiser) -> dict[str, str]:
+def _shapes(
+    denoiser: NetworkDenoiser, metadata: Mapping[str, Any]
+) -> dict[str, tuple[int, int, int]]:
+    """(C, H, W) of images, where known, and of latents, where it draws those."""
+    own: dict[str, tuple[int, int, int]] = {}
+    if draws_latents(denoiser, metadata):
+        own["latent"] = denoiser.image_shape
+    images = known_shape(denoiser, metadata)
+    return own if images is None else own | {"image": images}
+
+
+def network_facts(denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> dict[str, str]:
     """Network, preconditioning, size, images and classes, as texts."""
     parameters = sum(parameter.numel() for parameter in denoiser.parameters())
     options = ", ".join(
@@ -342,7 +362,10 @@ def network_facts(denoiser: NetworkDenoiser) -> dict[str, str]:
         "network": str(denoiser.describe()["network"]),
         "preconditioning": f"{denoiser.precond.name} ({options})",
         "parameters": f"{parameters:,}",
-        "images": " x ".join(map(str, denoiser.image_shape)),
+        **{
+            f"{what}s": " x ".join(map(str, shape))
+            for what, shape in _shapes(denoiser, metadata).items()
+        },
         "classes": str(denoiser.label_dim or "none"),
     }
 
@@ -394,8 +417,12 @@ def _student_facts(metadata: Mapping[str, Any]) -> dict[str, str]:
         conditions = ", ".join(
             f"{_words(key)} {_cell(key, value)}"
             for key, value in fid.items()
-            if key not in ("value", "fid", "noise", "effects", "seeds") and value is not None
+            if key not in ("value", "fid", "noise", "effects", "seeds", "prompts")
+            and value is not None
         )
+        if (prompts := fid.get("prompts")) is not None:
+            conditions += f", {prompts['count']} prompts of {prompts['file']}"
+            conditions += f", prompts sha256 {_cell('sha256', prompts['sha256'])}"
         noise = f" +- {fid['noise']:.2g}" if "noise" in fid else ""
         facts["FID"] = f"{fid.get('fid', fid.get('value')):.4g}{noise} ({conditions})"
     if (clip := metadata.get("clip_score")) is not None:
@@ -420,26 +447,25 @@ def _terms(metadata: Mapping[str, Any], *, student: bool) -> str:
     return f"Licence: {licence}{of_whom}."
 
 
-def _verify_command(name: str, metadata: Mapping[str, Any]) -> str:
-    return f"bdense verify {name}{_of_latents(metadata)}"
-
-
-def _sample_command(name: str, metadata: Mapping[str, Any]) -> str:
+def _sample_command(name: str, metadata: Mapping[str, Any], options: str) -> str:
     # A student has its own sampler; for a teacher the user chooses one.
     grid = "" if "sampler" in metadata else " --solver heun --nfe 36 --no-afs"
-    if (guidance := _measured_guidance(metadata)) is not None:
-        grid += f" --guidance {guidance}"
-    return f"bdense sample {name}{grid}{_of_latents(metadata)} --images 64 --out samples.png"
+    return f"bdense sample {name}{grid}{options} --images 64 --out samples.png"
 
 
-def _measured_guidance(metadata: Mapping[str, Any]) -> float | None:
-    """That of the FID, where it is not the student's own."""
-    own, measured = samplers_from(metadata), measured_samplers(metadata)
-    return None if measured == own else measured[0].guidance
+def _pipeline_option(metadata: Mapping[str, Any]) -> str:
+    """Of a model of latents, without a pipeline in its folder."""
+    return f" --pipeline {_place_of_pipeline(metadata)}" if "codec" in metadata else ""
 
 
-def _of_latents(metadata: Mapping[str, Any]) -> str:
-    """Options that a model of latents needs: what is in its teacher's folder, and prompts."""
-    folder = " --pipeline FOLDER_OF_TEACHER" if "codec" in metadata else ""
-    prompts = " --prompts FILE" if metadata.get("condition") == "text" else ""
-    return folder + prompts
+def _place_of_pipeline(metadata: Mapping[str, Any]) -> str:
+    teacher = str(metadata.get("teacher", ""))
+    return teacher if is_hub_id(teacher) else _FOLDER_OF_TEACHER
+
+
+def _prompts_option(metadata: Mapping[str, Any]) -> str:
+    """Of a model of text: the prompts of its FID, where that names them."""
+    if metadata.get("condition") != "text":
+        return ""
+    prompts = metadata.get("fid", {}).get("prompts") or {}
+    return f" --prompts {shlex.quote(prompts.get('file', 'FILE'))}"

@@ -84,6 +84,12 @@ def folder_of(source: str | Path, files: Sequence[str] = ()) -> Path:
         ) from error
 
 
+def pipeline_folder(source: str | Path) -> Path:
+    """As of ``folder_of``, or the pipeline in it where it is a folder of ``export_folder``."""
+    folder = folder_of(source)
+    return folder / PIPELINE if (folder / PIPELINE / INDEX).is_file() else folder
+
+
 def _patterns() -> list[str]:
     """What is fetched of a pipeline."""
     patterns = [INDEX, METADATA, "README.md"]

@@ -5,16 +5,17 @@
 
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.diffusion.sampling import Sampler, draw_images, save_grid
+from bdense.diffusion.sampling import Sampler, draw_images, measured_samplers, save_grid
 from bdense.errors import InputError
 from bdense.files import atomic_folder, require_new
-from bdense.models.card import folder_card, measured_samplers, readable_json
-from bdense.models.diffusers_files import MODEL_FILE
+from bdense.models.card import EXAMPLE_PROMPTS, folder_card, readable_json
+from bdense.models.diffusers_files import INDEX, MODEL_FILE, PIPELINE
+from bdense.models.latents import draws_latents
 from bdense.models.store import save_denoiser
 
 CONFIG, CARD, SAMPLES = "config.json", "README.md", "samples.png"
@@ -33,6 +34,7 @@ def export_folder(
     *,
     extra_card: str = "",
     pictures: Mapping[str, Picture] | None = None,
+    prompts: Sequence[str] = EXAMPLE_PROMPTS,
     finish: Callable[[Path], object] | None = None,
 ) -> tuple[Path, ...]:
     """Write a student as a folder, which appears whole or not at all.
@@ -47,7 +49,8 @@ def export_folder(
         metadata: JSON values, ``sampler`` among them.
         extra_card: Markdown for the end of the card.
         pictures: By file name; the card shows them. A ``samples.png`` replaces the images drawn
-            here.
+            here; a student of latents needs one.
+        prompts: Examples for the card of a student of text.
         finish: Called with the folder before it appears, to add files.
 
     Returns:
@@ -55,7 +58,7 @@ def export_folder(
 
     Raises:
         InputError: The folder exists, the student has several branches, the metadata have no
-            sampler, or a picture cannot be used; checked before any work.
+            sampler, or a picture cannot be used or is missing; checked before any work.
     """
     folder = Path(folder)
     given = dict(pictures or {})
@@ -63,18 +66,31 @@ def export_folder(
     _require_pictures(given)
     sampler = measured_sampler(metadata)
     require_one_branch(denoiser)
+    if SAMPLES not in given and draws_latents(denoiser, metadata):
+        raise InputError(
+            f"the student draws latents, which are images once its teacher's autoencoder decodes "
+            f"them; give {SAMPLES} in pictures"
+        )
     shown = [SAMPLES, *(name for name in given if name != SAMPLES)]
     with atomic_folder(folder) as scratch:
         save_denoiser(scratch / MODEL_FILE, denoiser, metadata)
         (scratch / CONFIG).write_text(readable_json(MODEL_FILE, denoiser, metadata))
-        card = folder_card(folder.name, denoiser, metadata, pictures=shown, extra=extra_card)
-        (scratch / CARD).write_text(card)
         for name, picture in given.items():
             _put(picture, scratch / name)
         if SAMPLES not in given:
             _draw_samples(denoiser, sampler, scratch / SAMPLES)
         if finish is not None:
             finish(scratch)
+        card = folder_card(
+            folder.name,
+            denoiser,
+            metadata,
+            pictures=shown,
+            extra=extra_card,
+            prompts=prompts,
+            has_pipeline=(scratch / PIPELINE / INDEX).is_file(),
+        )
+        (scratch / CARD).write_text(card)
     return tuple(folder / name for name in (MODEL_FILE, CONFIG, CARD, *shown))
 
 

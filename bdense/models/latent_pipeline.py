@@ -18,6 +18,7 @@ from bdense.diffusion.linear_steps import LinearSteps, linear_steps
 from bdense.diffusion.preconditioning import DDPM
 from bdense.diffusion.sampling import Sampler
 from bdense.errors import CheckpointError, InputError
+from bdense.models.card import EXAMPLE_PROMPTS
 from bdense.models.diffusers_files import CONFIG, INDEX, folder_of, read_json
 from bdense.models.diffusers_teacher import codec_config, codec_facts, condition_of
 from bdense.models.latents import (
@@ -41,7 +42,7 @@ _PIPELINES: Mapping[str, tuple[str, str]] = {
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 _IMAGENET = 1000  # DiTPipeline's null class, whatever the network's
 _EXAMPLES: Mapping[str, Any] = {
-    "StableDiffusionPipeline": ("prompt", ["a photo of a cat", "a photo of a dog"]),
+    "StableDiffusionPipeline": ("prompt", list(EXAMPLE_PROMPTS)),
     "DiTPipeline": ("class_labels", [0, 1]),
     "LDMPipeline": ("batch_size", 4),
 }

@@ -19,7 +19,7 @@ from bdense.diffusion.conditions import Prompts
 from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.errors import CheckpointError, InputError
 from bdense.files import split_column
-from bdense.models.diffusers_files import CONFIG, folder_of, load_part, read_json
+from bdense.models.diffusers_files import CONFIG, load_part, pipeline_folder, read_json
 from bdense.models.diffusers_teacher import codec_config
 from bdense.models.zoo import PROMPT_SETS
 from bdense.networks import DiffusersTextUNet, DiffusersUNet, DiT
@@ -34,23 +34,32 @@ def draws_latents(model: NetworkDenoiser, metadata: Mapping[str, Any]) -> bool:
     return isinstance(model.model, DiffusersTextUNet | DiT) or "codec" in metadata
 
 
+def known_shape(
+    model: NetworkDenoiser, metadata: Mapping[str, Any]
+) -> tuple[int, int, int] | None:
+    """As of ``drawn_shape``; None for latents whose autoencoder is not known."""
+    channels, height, width = model.image_shape
+    if not draws_latents(model, metadata):
+        return channels, height, width
+    codec = metadata.get("codec", {})
+    if not {"image_channels", "enlarges"} <= codec.keys():
+        return None
+    enlarges = codec["enlarges"]
+    return codec["image_channels"], enlarges * height, enlarges * width
+
+
 def drawn_shape(model: NetworkDenoiser, metadata: Mapping[str, Any]) -> tuple[int, int, int]:
     """(C, H, W) of a model's images, decoded where it draws latents.
 
     Raises:
         InputError: It draws latents, and its autoencoder is not known.
     """
-    channels, height, width = model.image_shape
-    if not draws_latents(model, metadata):
-        return channels, height, width
-    codec = metadata.get("codec", {})
-    if not {"image_channels", "enlarges"} <= codec.keys():
+    if (shape := known_shape(model, metadata)) is None:
         raise InputError(
             "the model draws latents, and its autoencoder is not known; give the folder of its "
             "whole pipeline"
         )
-    enlarges = codec["enlarges"]
-    return codec["image_channels"], enlarges * height, enlarges * width
+    return shape
 
 
 def read_prompts(source: str | Path) -> list[str]:
@@ -122,6 +131,8 @@ def _column(rows: list[Any], column: str | None, file: Path) -> list[str]:
 def load_codec(source: str | Path) -> Codec:
     """The autoencoder of a folder or hub id in diffusers' format; pixels for a model of those.
 
+    A folder of ``export_folder`` is read for the pipeline in it.
+
     Raises:
         CheckpointError: A model of latents has none there, or one that is not read.
         InputError: diffusers is not installed, or the hub cannot be reached.
@@ -129,7 +140,7 @@ def load_codec(source: str | Path) -> Codec:
     require_diffusers()
     import diffusers
 
-    folder = folder_of(source)
+    folder = pipeline_folder(source)
     if (found := codec_config(folder)) is None:
         models = [folder / part / CONFIG for part in (".", "unet", "transformer")]
         kinds = [read_json(file).get("_class_name") for file in models if file.is_file()]
@@ -211,6 +222,8 @@ class TextEncoder:
 def load_text_encoder(source: str | Path) -> TextEncoder:
     """The tokenizer and text encoder of a folder or hub id in diffusers' format.
 
+    A folder of ``export_folder`` is read for the pipeline in it.
+
     Raises:
         CheckpointError: They are missing there, or not CLIP's.
         InputError: A library is not installed, or the hub cannot be reached.
@@ -224,7 +237,7 @@ def load_text_encoder(source: str | Path) -> TextEncoder:
             f"prompts need the transformers library ({error}); install it with "
             "pip install 'bdense[diffusers]'"
         ) from error
-    folder = folder_of(source)
+    folder = pipeline_folder(source)
     for part in (TEXT_ENCODER, TOKENIZER):
         if not (folder / part).is_dir():
             raise CheckpointError(

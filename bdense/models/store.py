@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bdense.diffusion.denoiser import NetworkDenoiser, restore
-from bdense.diffusion.sampling import samplers_from
+from bdense.diffusion.sampling import as_measured, samplers_from
 from bdense.errors import CheckpointError, InputError
 from bdense.files import atomic_write, header_of, require_no_page
 from bdense.models.diffusers_files import MODEL_FILE, TORCH_FILES, folder_of, is_hub_id
@@ -181,7 +181,8 @@ def load_model(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
 
     Returns:
         The denoiser in eval mode and its metadata; these have ``licence``, an SPDX identifier,
-        only if known.
+        only if known. A student's ``samplers``, also those of its metadata, draw as its FID was
+        measured: at the guidance of a study's ``evaluation.guidance``.
 
     Raises:
         InputError: It is something else, or cannot be downloaded or read.
@@ -201,7 +202,7 @@ def load_model(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
         )
     folder = _fetched(name) if on_hub else path
     if _is_ours(folder / MODEL_FILE):
-        return load_denoiser(folder / MODEL_FILE)
+        return _as_measured(folder / MODEL_FILE)
     if folder.is_dir():
         denoiser, metadata = read_diffusers(source, folder)
         return denoiser, metadata | (_terms(name) if on_hub and name in HUB_CHECKPOINTS else {})
@@ -211,10 +212,19 @@ def load_model(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
             f"{file} has a format that is not read; give .safetensors of bdense, .pkl of EDM or "
             "SFD, a folder of bdense or in diffusers' format, a hub id, or a public name"
         )
-    denoiser, metadata = load_denoiser(file)
+    denoiser, metadata = _as_measured(file)
     # A published file keeps its name in any folder.
     if path.suffix == ".pkl" and path.stem in CHECKPOINTS:
         metadata = _terms(path.stem) | metadata
+    return denoiser, metadata
+
+
+def _as_measured(path: Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
+    """As of ``load_denoiser``, but a student draws as its FID was measured."""
+    denoiser, stored = load_denoiser(path)
+    with header_of(path):
+        metadata = as_measured(stored)
+        denoiser.samplers = tuple(samplers_from(metadata))
     return denoiser, metadata
 
 

@@ -54,7 +54,7 @@ def _facts(denoiser: NetworkDenoiser, metadata: Mapping[str, Any]) -> dict[str, 
     facts = {"source": str(metadata.get("source", metadata["kind"]))}
     if "class" in metadata:
         facts["class"] = str(metadata["class"])
-    facts |= network_facts(denoiser)
+    facts |= network_facts(denoiser, metadata)
     if "scheduler" in metadata:
         facts["scheduler"] = str(metadata["scheduler"])
     if "clip_sample" in metadata:

@@ -20,6 +20,7 @@ from bdense.methods.distill import TrainedStage, keep_student
 from bdense.methods.distill import distill as distill_stages
 from bdense.methods.method import Inputs, StagePlan, require_same_shape
 from bdense.metrics.extractors import load_extractor
+from bdense.metrics.records import PromptFile
 from bdense.metrics.references import dataset_reference
 from bdense.models.card import inherited
 from bdense.models.latents import drawn_shape, draws_latents
@@ -105,6 +106,7 @@ def distill(options: argparse.Namespace) -> None:
             seed=own.seed,
             interrupt=interrupt,
             conditions=conditions,
+            prompts=None if own.prompts is None else PromptFile.of(own.prompts, texts),
             codec=codec_of(teacher, known, own.teacher, device),
         )
     elif evaluation.images is not None:

@@ -14,7 +14,7 @@ from bdense.diffusion import BATCH
 from bdense.diffusion.codecs import Codec
 from bdense.diffusion.conditions import Prompts
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.diffusion.sampling import Sampler, draw_images
+from bdense.diffusion.sampling import SETUP, Sampler, draw_images
 from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.files import atomic_write
@@ -22,6 +22,7 @@ from bdense.knobs import KnobError, from_options
 from bdense.metrics.clip_score import load_clip_scorer
 from bdense.metrics.extractors import Extractor, load_extractor
 from bdense.metrics.metrics import measure_images, require_measurable
+from bdense.metrics.records import PromptFile
 from bdense.metrics.references import (
     Reference,
     dataset_reference,
@@ -31,7 +32,6 @@ from bdense.metrics.references import (
 )
 from bdense.metrics.settings import MetricSettings
 from bdense.metrics.setup import Setup
-from bdense.models.card import SETUP
 from bdense.models.store import denoiser_sha256
 from bdense.models.zoo import resolve_reference
 from bdense.verbs.common import Interrupt, Progress, chosen_device, chosen_hardware, require_out
@@ -76,10 +76,11 @@ def fid(options: argparse.Namespace) -> None:
         settings=settings,
         nfe=drawer.sampler.nfe,
         seeds={"evaluation": own.seed},
+        prompts=None if drawing.prompts is None else PromptFile.of(drawing.prompts, texts),
         clip=clip,
     ).as_dict()
-    told = {} if drawing.class_ is None else {"class": drawing.class_}
-    told |= {} if drawer.conditions is None else drawer.conditions.describe()
+    told: dict[str, Any] = {} if drawing.class_ is None else {"class": drawing.class_}
+    told |= {"negative_prompt": drawing.negative_prompt} if drawing.negative_prompt else {}
     unusual = _sequential(drawer.sampler) | told | _unusual_precision(execution)
     print(json.dumps(measured.pop("fid") | measured | unusual))
 
@@ -126,6 +127,7 @@ class KeptFIDs:
         dataset: What the images are compared with, as ``reference``.
         image_shape: (C, H, W) of the models' images.
         conditions, codec: As of ``draw_images``.
+        prompts: What the conditions are made of.
         images: Images drawn for each.
         seed: Seed of their latents.
         interrupt: Ends the drawing of images.
@@ -143,6 +145,7 @@ class KeptFIDs:
     seed: int
     interrupt: Interrupt
     conditions: Prompts | None = None
+    prompts: PromptFile | None = None
     codec: Codec | None = None
 
     def __post_init__(self) -> None:
@@ -188,7 +191,12 @@ class KeptFIDs:
             )
             seeds = {"evaluation": self.seed}
             measured = measure_images(
-                images, self.extractor, self.reference, nfe=sampler.nfe, seeds=seeds
+                images,
+                self.extractor,
+                self.reference,
+                nfe=sampler.nfe,
+                seeds=seeds,
+                prompts=self.prompts,
             )
             unusual = _sequential(sampler) | precision
             setup = Setup.of(model, self.reference, BATCH, NUMERICS).as_dict()

@@ -13,7 +13,7 @@ from bdense.data.datasets import load_dataset
 from bdense.diffusion import BATCH
 from bdense.diffusion.branches import recombine_branches
 from bdense.diffusion.denoiser import NetworkDenoiser
-from bdense.diffusion.sampling import Sampler, draw_images, samplers_from
+from bdense.diffusion.sampling import SETUP, Sampler, draw_images, samplers_from
 from bdense.errors import InputError
 from bdense.knobs import KnobError, from_options
 from bdense.methods.distill import keep_student
@@ -24,7 +24,6 @@ from bdense.metrics.records import FID
 from bdense.metrics.references import Reference, dataset_reference
 from bdense.metrics.settings import MetricSettings
 from bdense.metrics.setup import Setup
-from bdense.models.card import SETUP
 from bdense.models.latents import draws_latents
 from bdense.models.store import load_model
 from bdense.verbs.common import Progress, chosen_hardware, require_model_out

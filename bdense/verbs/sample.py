@@ -22,7 +22,7 @@ from bdense.diffusion.solvers import make_solver
 from bdense.errors import InputError
 from bdense.execution import Execution
 from bdense.knobs import KnobError, from_options, spelt_options
-from bdense.models.diffusers_files import INDEX, PIPELINE, is_hub_id
+from bdense.models.diffusers_files import is_hub_id
 from bdense.models.latents import (
     drawn_shape,
     draws_latents,
@@ -112,12 +112,6 @@ def codec_of(
     return load_codec(pipeline).to(device)
 
 
-def pipeline_in(source: str) -> str:
-    """A model's own folder, or that of the diffusers pipeline in it."""
-    inside = Path(source) / PIPELINE
-    return str(inside) if (inside / INDEX).is_file() else source
-
-
 def require_pipeline(source: str) -> None:
     """Refuse a file alone where the parts beside the network are needed."""
     if not Path(source).is_dir() and not is_hub_id(source):
@@ -183,7 +177,7 @@ def chosen_drawer(
     conditions = model.conditions_of(drawing.class_)  # refuses a class it does not know
     if not model.model.text_dim:
         null_for(sampler.guidance, conditions)  # refuses guidance that it cannot have
-    remark, pipeline = "", drawing.pipeline or pipeline_in(source)
+    remark, pipeline = "", drawing.pipeline or source
     if drawing.nfe is None and drawing.epd_table is None and not model.samplers:
         remark = (
             f"{source} is a teacher, and is drawn with {sampler.nfe} network evaluations; "
@@ -210,26 +204,29 @@ def _chosen_sampler(
     asked = {name: getattr(drawing, name) for name in (*_USUAL, *_LEVELS)}
     asked = {name: value for name, value in asked.items() if value is not None}
     guidance = drawing.guidance
-    served = {sampler.nfe: sampler for sampler in samplers_from(metadata)}
+    known = samplers_from(metadata)
     native = asked.get("schedule") == "native"
     whose, way_out = f"{source} draws with the sampler it was distilled for", "distil a student"
     if drawing.epd_table is not None:
-        if served:
+        if known:
             raise InputError(
                 f"{source} draws with the sampler it was distilled for, and --epd-table is for "
                 "teachers; drop it, or give the student's teacher"
             )
-        table = read_table(drawing.epd_table)
-        served = {table.nfe: table}
+        known = [read_table(drawing.epd_table)]
         whose, way_out = f"{drawing.epd_table} holds a table for one sampler", "learn a table"
-    if not served:
+    if not known:
         usual = _USUAL | ({"solver": "ddim"} if native else {})
         # A model of latents names the levels that it was trained for.
-        known = {} if native else levels_of(metadata, precond)
-        levels = {name: value for name, value in known.items() if name not in asked}
+        usual_levels = {} if native else levels_of(metadata, precond)
+        levels = {name: value for name, value in usual_levels.items() if name not in asked}
         grid = replace(drawing, **levels).chosen_levels
         chosen = usual | asked | {"guidance": 1.0 if guidance is None else guidance}
         return _sampler(chosen, levels_on(grid, precond))
+    if guidance is not None and guidance != known[0].guidance:
+        _require_unguided(source, metadata)
+        known = [replace(sampler, guidance=guidance) for sampler in known]
+    served = {sampler.nfe: sampler for sampler in known}
     smallest = min(served)
     own = served.get(asked.get("nfe", smallest), served[smallest])
     levels = own.schedule.describe()
@@ -248,10 +245,7 @@ def _chosen_sampler(
             f"{whose} (NFE {choices}), and {spelt_options(other)} asks for another; drop that, "
             f"or {way_out} for it"
         )
-    if guidance is None or guidance == own.guidance:
-        return own
-    _require_unguided(source, metadata)
-    return replace(own, guidance=guidance)
+    return own
 
 
 def _require_unguided(source: str, metadata: Mapping[str, Any]) -> None:

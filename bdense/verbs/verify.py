@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,22 @@ from bdense.arguments import require_types
 from bdense.data.datasets import load_dataset
 from bdense.data.names import split_format
 from bdense.diffusion import BATCH
-from bdense.diffusion.sampling import Sampler, draw_images
+from bdense.diffusion.sampling import SETUP, Sampler, draw_images, measured_samplers
 from bdense.errors import BdenseError, InputError
 from bdense.knobs import KnobError, from_options
 from bdense.metrics.extractors import Extractor, load_extractor
 from bdense.metrics.metrics import measure_images, require_measurable
-from bdense.metrics.records import FID
+from bdense.metrics.records import FID, PromptFile
 from bdense.metrics.references import Reference, dataset_reference, read_reference
 from bdense.metrics.settings import MetricSettings
 from bdense.metrics.setup import Setup
-from bdense.models.card import SETUP, measured_samplers
 from bdense.models.diffusers_files import EXTRACTOR, folder_of, is_hub_id
 from bdense.models.latents import drawn_shape
 from bdense.models.store import load_model
 from bdense.models.zoo import REFERENCES, resolve_reference
 from bdense.verbs.common import Progress, chosen_device
 from bdense.verbs.options import RecordedHardware, VerifyOptions
-from bdense.verbs.sample import chosen_prompts, codec_of, conditions_of, pipeline_in
+from bdense.verbs.sample import chosen_prompts, codec_of, conditions_of
 
 # What rounding may move a FID by, relative to it. A digits student (2 NFE, 4096 images): other
 # thread counts 6e-10, other instruction sets of the CPU up to 3e-6, weights off by 0.1 % 1e-3;
@@ -47,8 +46,10 @@ def verify(options: argparse.Namespace) -> None:
     device = chosen_device(options)
     model, metadata = load_model(own.model)
     recorded, setup = _recorded(own.model, metadata)
-    pipeline = own.pipeline or pipeline_in(own.model)
-    conditions = conditions_of(model, pipeline, chosen_prompts(None, own.prompts))
+    pipeline = own.pipeline or own.model
+    texts = chosen_prompts(None, own.prompts)
+    _require_prompts(recorded, own.prompts, texts)
+    conditions = conditions_of(model, pipeline, texts)
     codec = codec_of(model, metadata, pipeline, device)
     sampler = _sampler(own.model, metadata, recorded)
     if hardware.threads is None and setup.threads is not None:
@@ -172,6 +173,20 @@ def _reference(own: VerifyOptions, recorded: FID, extractor: Extractor) -> Refer
         return read_reference(resolve_reference(file), extractor)
     assert data is not None
     return dataset_reference(load_dataset(data), extractor, cache=own.cache)
+
+
+def _require_prompts(recorded: FID, file: str | None, texts: Sequence[str]) -> None:
+    """Refuse other prompts than the recorded ones, where the FID says them."""
+    was = recorded.prompts
+    if was is None or file is None:
+        return
+    now = PromptFile.of(file, texts)
+    if now.sha256 != was.sha256:
+        raise KnobError(
+            "--prompts",
+            f"{file} is different: the FID was measured under {was.text()}, and these are "
+            f"{now.text()}; give the recorded ones",
+        )
 
 
 def _require_recorded(

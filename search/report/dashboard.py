@@ -31,6 +31,24 @@ READ = re.compile(
     r"|/api/(meta|studies|studies/\d+|studies/\d+/param_importances|studies/\d+/plot/\w+)"
     r"|/artifacts/\d+/(\d+/)?[0-9a-fA-F-]+"
 )
+_PAGE = re.compile(r"/dashboard(/.*)?")
+# What its page offers and a read-only one refuses: create, rename, delete, fail, edit, upload.
+_HIDDEN = (
+    '[aria-label="rename study"]',
+    '[aria-label="delete study"]',
+    '[aria-label="delete artifact"]',
+    *(f'button:has([data-testid="{name}Icon"])' for name in ("AddBox", "Edit", "StopCircle")),
+    '.MuiCard-root:has(input[type="file"])',
+)
+_STYLE = f"<style>{', '.join(_HIDDEN)} {{ display: none !important; }}</style>".encode()
+# Of the page without the style: what is not asked for, and what is not told.
+_NOT_ASKED = (
+    "HTTP_ACCEPT_ENCODING",
+    "HTTP_IF_MODIFIED_SINCE",
+    "HTTP_IF_NONE_MATCH",
+    "HTTP_RANGE",
+)
+_OF_ANOTHER_PAGE = ("content-length", "etag", "last-modified", "accept-ranges")
 # What a browser may draw; an artifact of any other type (HTML, SVG) is offered as a file.
 DRAWN = ("image/png", "image/jpeg", "image/gif", "image/webp")
 _ARTIFACT = "/artifacts/"
@@ -43,7 +61,7 @@ Headers: TypeAlias = list[tuple[str, str]]
 
 
 def read_only(application: Application) -> Application:
-    """Answer 403 to requests that could change a study, and to unknown ones.
+    """Answer 403 to requests that could change a study, and to unknown ones; hide their buttons.
 
     Renaming a study, for one, copies its trials to new rows and orphans the running ones.
     """
@@ -51,11 +69,29 @@ def read_only(application: Application) -> Application:
     def guarded(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "").rstrip("/")
         if environ.get("REQUEST_METHOD") in READING and READ.fullmatch(path):
-            return application(environ, start_response)
+            shown = _without_buttons(application) if _PAGE.fullmatch(path) else application
+            return shown(environ, start_response)
         start_response("403 Forbidden", [("Content-Type", "application/json")])
         return [b'{"reason": "this dashboard is read-only; start it with --writable to change"}']
 
     return guarded
+
+
+def _without_buttons(application: Application) -> Application:
+    """The dashboard's page with a style that hides what a read-only one refuses."""
+
+    def shown(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        begun: list[Any] = []
+        kept = {name: value for name, value in environ.items() if name not in _NOT_ASKED}
+        parts = application(kept, lambda *answer: begun.extend(answer))
+        page = b"".join(parts).replace(b"</head>", _STYLE + b"</head>", 1)
+        if (close := getattr(parts, "close", None)) is not None:
+            close()
+        headers = [each for each in begun[1] if each[0].lower() not in _OF_ANOTHER_PAGE]
+        start_response(begun[0], [*headers, ("Content-Length", str(len(page)))])
+        return [page]
+
+    return shown
 
 
 def hardened(application: Application) -> Application:

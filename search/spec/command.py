@@ -391,7 +391,14 @@ NOT_FOR_PROGRAMS = (
     "trajectories",
     "keep_students",
 )
-_RESOURCES = ("deterministic", "compile", "channels_last", "gradient_checkpointing", "log")
+_RESOURCES = (
+    "deterministic",
+    "compile",
+    "compile_mode",
+    "channels_last",
+    "gradient_checkpointing",
+    "log",
+)
 _PLAN = ("one_shot", "at", "images", "stop")
 
 

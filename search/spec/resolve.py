@@ -148,7 +148,7 @@ def variant(spec: StudySpec, changes: dict[str, Any], where: str = "method") -> 
 
 def execution(spec: StudySpec) -> Execution:
     """How teacher and students compute their network."""
-    names = ("compile", "channels_last", "gradient_checkpointing")
+    names = ("compile", "compile_mode", "channels_last", "gradient_checkpointing")
     own = {name: getattr(spec.resources, name) for name in names}
     return Execution(precision=spec.precision, **own)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 from bdense.data.names import PROMPTS
 from bdense.errors import InputError
-from bdense.execution import Execution
+from bdense.execution import CompileMode, Execution
 from bdense.knobs import KnobError, Knobs, knob, knob_of, knobs_of
 from bdense.training.teacher_knobs import TeacherKnobs, TeacherRecipe
 
@@ -163,6 +163,7 @@ class ResourcesSpec(Knobs):
     threads: int = knob(1, "CPU threads of a trial", low=1)
     deterministic: bool = knob(False, "use only torch's deterministic algorithms")
     compile: bool = knob_of(Execution, "compile", False)
+    compile_mode: CompileMode = knob_of(Execution, "compile_mode", "default")
     channels_last: bool = knob_of(Execution, "channels_last", False)
     gradient_checkpointing: bool = knob_of(Execution, "gradient_checkpointing", False)
     checkpoint_seconds: float = knob(60.0, "seconds between checkpoints of a training", above=0)

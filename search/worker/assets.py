@@ -31,7 +31,7 @@ from bdense.methods.recordings import TrajectoryStore
 from bdense.metrics.clip_score import CLIPScorer, load_clip_scorer
 from bdense.metrics.extractors import Extractor, load_extractor
 from bdense.metrics.metrics import measure_images, require_measurable
-from bdense.metrics.records import FID, Metrics
+from bdense.metrics.records import FID, Metrics, PromptFile
 from bdense.metrics.references import Reference, dataset_reference, read_reference
 from bdense.metrics.settings import MetricSettings
 from bdense.metrics.setup import Setup
@@ -76,6 +76,7 @@ class Evaluator:
         reference: What images are compared with.
         latents: Seed of the noise that images are drawn from.
         conditions: What images are drawn under, such as prompts; None is the model's own kind.
+        prompts: What the conditions are made of; None where they are none.
         codec: What makes images of latents; None where models draw images.
         clip: Scores images against their prompts; None does not.
     """
@@ -85,6 +86,7 @@ class Evaluator:
     reference: Reference
     latents: int
     conditions: Conditions | None = None
+    prompts: PromptFile | None = None
     codec: Codec | None = None
     clip: CLIPScorer | None = None
 
@@ -141,6 +143,7 @@ class Evaluator:
             metrics=self.spec.metrics if images is None else ("fid",),
             nfe=sampler.nfe,
             seeds={**trained, "evaluation": self.latents},
+            prompts=self.prompts,
             clip=self.clip if images is None else None,
             on_image=lambda _: check(),
         )
@@ -193,7 +196,6 @@ class Assets:
         options = {
             "--pipeline": pipeline,
             "--prompts": asked.prompts or self.spec.prompts,
-            "--guidance": asked.guidance,
         }
         given = {name: value for name, value in options.items() if value is not None}
         return [str(word) for option in given.items() for word in option]
@@ -326,7 +328,7 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
     method = METHODS[spec.method.name]()
     config = method.Config.read(spec.method.options, "method")
     method.check(config, teacher, known)
-    codec, conditions, drawn_under = None, None, None
+    codec, conditions, drawn_under, prompts = None, None, None, None
     if pipeline is not None and draws_latents(teacher, known):
         codec = load_codec(pipeline).to(device)
         if method.needs_data and dataset is not None:
@@ -337,6 +339,8 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
         conditions = _prompts(pipeline, spec.prompts, report)
         own = spec.evaluation.prompts
         drawn_under = conditions if own is None else _prompts(pipeline, own, report)
+        file = own or spec.prompts
+        prompts = PromptFile.of(file, read_prompts(file))
     assets = Assets(
         spec=spec,
         fingerprint=spec.fingerprint(),
@@ -350,6 +354,7 @@ def load(spec: StudySpec, device: torch.device, report: Report | None = None) ->
             reference,
             spec.seeds.evaluation,
             conditions=drawn_under,
+            prompts=prompts,
             codec=codec,
             clip=_clip_scorer(spec, device),
         ),

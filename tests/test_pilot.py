@@ -12,6 +12,7 @@ from search.run.launch import settled
 from search.spec.sections import PILOT_IMAGES
 from search.study.catalogue import list_studies
 from search.study.study import Study
+from search.verbs.launch import dry_run
 from tests.measured import finish, normalised, search
 
 
@@ -63,7 +64,7 @@ def test_as_many_images_as_halve_the_latents_noise(url, values, effects, images,
 def test_a_pilot_that_cannot_tell_is_refused(url):
     pilot = plan_pilot(url, auto())
     finish(pilot, lambda arm, _: 4 if arm.baseline == "plain" else 3, most=2)
-    with pytest.raises(InputError, match=r"evaluation\.images.*2 complete rows of 6"):
+    with pytest.raises(InputError, match=r"evaluation\.images auto: 2 of the 6 rows"):
         images_of(pilot)
 
 
@@ -73,12 +74,35 @@ def test_a_stored_study_keeps_its_number(url):
     with pytest.raises(InputError, match=r"evaluation\.images auto"):
         Study.create(url, spec)
     stored = search(url, [({"a": 1.0}, 12.5)], study=spec.with_images(8192))
-    assert settled(url, spec, None) == spec  # without a pilot
+    assert settled(url, spec, None).evaluation.images == 8192  # without a pilot
     stored.refuse_other_conditions(spec)
     assert Study.create(url, spec).spec.evaluation.images == 8192
     other = replace(spec, evaluation=replace(spec.evaluation, images=4096))
     with pytest.raises(InputError, match="8192"):
         stored.refuse_other_conditions(other)
+
+
+def test_a_study_that_has_not_begun_takes_its_number_from_a_pilot_again(url):
+    Study.create(url, auto().with_images(8192))
+    for spec in (auto(), auto(seeds={"evaluation": 3})):
+        with pytest.raises(InputError, match="launch once"):
+            Study.create(url, spec)
+
+
+def test_nothing_is_trained_for_what_is_refused_later(url, monkeypatch):
+    monkeypatch.setattr("search.run.launch.run_rows", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(InputError, match=r"plan\.prior"):
+        settled(url, auto(plan={"trials": 4, "prior": ["nowhere"]}), None)
+    with pytest.raises(InputError, match=r"evaluation\.images auto .*give a number"):
+        auto(plan={"arms": ["plain"], "seeds": [0]})
+
+
+def test_a_dry_run_tells_the_pilots_cost(capsys, monkeypatch):
+    monkeypatch.setattr("search.verbs.launch._cost", lambda spec, _: [f"{spec.planned_rows} rows"])
+    dry_run(auto(), None)
+    out = capsys.readouterr().out
+    assert out.index("6 rows") < out.index(f"{auto().planned_rows} rows")
+    assert "images: auto" in out
 
 
 def test_a_pilot_goes_with_its_study(url, monkeypatch, tmp_path):

@@ -2,52 +2,79 @@
 
 Plain distillation and uniform weights are trained under a few seeds and judged on shared latents,
 so that the spread of their difference is the training seeds' alone. The latents' part falls with
-the square root of the images; the study takes as many as make it half of the seeds' or less.
+the square root of the images; the search takes as many as make it half of the seeds' or less.
 """
 
+from contextlib import suppress
 from dataclasses import replace
 
 from bdense.errors import InputError
 from search.analysis.comparison import compare
+from search.analysis.plans import plan_given
 from search.analysis.recommendation import Noise, noise_of
-from search.spec.sections import ArmsPlan
+from search.errors import SpecChangedError, UnknownStudyError
+from search.spec.sections import MOST_IMAGES, ArmsPlan
 from search.spec.study import StudySpec
-from search.study.arms import baseline_arms
 from search.study.study import Study
 
 PILOT_SUFFIX = ".pilot"
 _SEEDS = 3
-PILOT_ROWS = 2 * _SEEDS
-# As many as the literature takes for a FID.
-_MOST_IMAGES = 50_000
+
+
+def with_stored_images(url: str, spec: StudySpec) -> StudySpec:
+    """With the number of images that a study which has begun was launched with, if it is auto."""
+    if spec.evaluation.images == "auto":
+        with suppress(UnknownStudyError):
+            stored = Study.open(url, spec.name)
+            if stored.has_started():
+                return spec.with_images(stored.spec.evaluation.num_images)
+    return spec
+
+
+def pilot_spec(spec: StudySpec) -> StudySpec:
+    """Both baselines under three seeds, all else as in the search."""
+    first = spec.seeds.training
+    seeds = tuple((first + index) % 2**31 for index in range(_SEEDS))
+    return replace(
+        spec.with_images(spec.evaluation.num_images),
+        name=spec.name + PILOT_SUFFIX,
+        plan=ArmsPlan(arms=spec.baselines, seeds=seeds),
+    )
 
 
 def plan_pilot(url: str, spec: StudySpec) -> Study:
-    """The pilot's rows: both baselines under three seeds.
+    """The pilot of a search, planned.
 
     Raises:
         SpecChangedError: The stored pilot is of other conditions.
     """
-    plan = ArmsPlan(arms=(), seeds=(0,), latents="shared")
-    settled = spec.with_images(spec.evaluation.num_images)
-    given = replace(settled, name=spec.name + PILOT_SUFFIX, plan=plan)
-    pilot = Study.create(url, given, facts={"of": spec.name})
-    first = spec.seeds.training
-    pilot.plan(baseline_arms(given), [(first + index) % 2**31 for index in range(_SEEDS)])
-    return pilot
+    pilot = pilot_spec(spec)
+    try:
+        return plan_given(url, pilot)
+    except SpecChangedError as error:
+        raise SpecChangedError(
+            f"{error}; or delete the pilot, which is trained again then: bdense-search delete "
+            f"{pilot.name}"
+        ) from error
 
 
 def images_of(pilot: Study) -> tuple[int, Noise]:
-    """Images that a pilot's study takes, at least the pilot's, and the noise that it found.
+    """Images that a pilot's search takes, at least the pilot's, and the noise that it found.
 
     Raises:
-        InputError: Fewer than two pairs of its rows are complete.
+        InputError: Fewer than two pairs of its rows are complete, or their noise is not known.
     """
-    noise = noise_of(compare(pilot))
+    noise, counts = noise_of(compare(pilot)), pilot.counts()
     if noise.seeds is None or noise.latents is None:
+        way_out = (
+            "launch again to train the others"
+            if counts.complete < counts.planned
+            else f"see bdense-search status {pilot.name}"
+        )
         raise InputError(
-            f"evaluation.images auto: {pilot.name} has {pilot.counts().complete} complete rows of "
-            f"{pilot.counts().planned}, too few to tell the noise; launch again, or give a number"
+            f"evaluation.images auto: {counts.complete} of the {counts.planned} rows of "
+            f"{pilot.name} are complete, and their noise cannot be told; {way_out}, or give a "
+            "number"
         )
     least = pilot.spec.evaluation.num_images
-    return min(noise.balanced_images or least, _MOST_IMAGES), noise
+    return min(noise.balanced_images or least, MOST_IMAGES), noise

@@ -1,11 +1,8 @@
 """Run what is left of a study; the ``launch`` verb with its result."""
 
-from contextlib import suppress
-
-from search.analysis.pilot import images_of, plan_pilot
-from search.analysis.priors import plan_first_points
+from search.analysis.pilot import images_of, plan_pilot, with_stored_images
+from search.analysis.priors import plan_first_points, require_priors
 from search.analysis.stop_rule import look_ahead
-from search.errors import UnknownStudyError
 from search.log import say, speaking_of
 from search.report.live import Showing
 from search.report.overview import overview_of
@@ -48,16 +45,16 @@ def run_planned(study: Study, workers: int | None) -> None:
 def settled(url: str, spec: StudySpec, workers: int | None) -> StudySpec:
     """A resolved spec with a number of images; auto runs the pilot that decides it.
 
-    Of a study that is stored already it is that study's.
+    Of a study that has begun it is that study's.
 
     Raises:
-        InputError: The pilot has too few complete rows.
+        InputError: A prior cannot be used, or the pilot has too few complete rows.
+        SpecChangedError: The stored pilot is of other conditions.
     """
+    spec = with_stored_images(url, spec)
     if spec.evaluation.images != "auto":
         return spec
-    with suppress(UnknownStudyError):
-        Study.open(url, spec.name)
-        return spec
+    require_priors(url, spec)  # before anything is trained
     pilot = plan_pilot(url, spec)
     run_rows(pilot, workers)
     images, noise = images_of(pilot)

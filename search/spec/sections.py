@@ -19,6 +19,8 @@ _SEEDS: dict[str, Any] = {"low": 0, "below": 2**31}
 ONE_SHOT_PLAN = "one-shot"
 # Of each FID of a pilot, which decides how many a study takes.
 PILOT_IMAGES = 4096
+# As many as the literature takes for a FID.
+MOST_IMAGES = 50_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +97,10 @@ class EvaluationSpec(Knobs):
     """How a student is judged: FID of so many images against the study's data, or a file."""
 
     images: Literal["auto"] | int = knob(
-        50_000,
-        f"images drawn of each student; auto: {PILOT_IMAGES} or more, so many that the latents' "
-        "noise is half of the training seeds' or less, which a pilot measures first: plain "
-        "distillation and uniform weights under three seeds",
+        MOST_IMAGES,
+        f"images drawn of each student; auto, of a search: {PILOT_IMAGES} to {MOST_IMAGES}, so "
+        "many that the latents' noise is half of the training seeds' or less, which a pilot "
+        "measures first: plain distillation and uniform weights under three seeds",
         low=2,
     )
     extractor: str = knob(

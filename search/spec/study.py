@@ -109,6 +109,10 @@ class StudySpec(Knobs):
                 raise KnobError(
                     "plan.arms", f"must be {', '.join(known)} or a mapping, got {arm!r}"
                 )
+        if self.evaluation.images == "auto" and not self.is_search:
+            raise KnobError(
+                "evaluation.images", "auto is settled by the launch of a search; give a number"
+            )
         if self.is_command:
             _ = self.program  # refuses its settings
             refuse_foreign(self)

@@ -129,12 +129,12 @@ class Study:
         except UnknownStudyError:
             stored = None
         before = stored.spec if stored is not None else None
-        if before is not None:
+        if before is not None and stored is not None and stored.has_started():
             spec = spec.with_images(before.evaluation.num_images)
-        elif spec.evaluation.images == "auto":
+        if spec.evaluation.images == "auto":
             raise InputError(
-                f"study {spec.name}: evaluation.images auto needs a pilot, which trains; let "
-                "bdense-search launch run it first, or give a number"
+                f"study {spec.name}: evaluation.images auto is settled by a pilot, which trains; "
+                "run bdense-search launch once, or give a number"
             )
         if stored is not None and stored._forget_if_changed(spec, facts or {}):
             stored = before = None
@@ -343,7 +343,8 @@ class Study:
         Raises:
             SpecChangedError: It has other conditions, or other ``facts`` than those stored.
         """
-        spec = spec.with_images(self.spec.evaluation.num_images)
+        if spec.evaluation.images == "auto":
+            spec = spec.with_images(self.spec.evaluation.num_images)
         changed = self._changed(spec, self.facts if facts is None else facts)
         if changed and self.has_started():
             raise SpecChangedError(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from bdense.errors import BdenseError
 from bdense.knobs import from_options
-from search.analysis.pilot import PILOT_ROWS
+from search.analysis.pilot import pilot_spec, with_stored_images
 from search.api import changes_of, is_file, planned, with_trials
 from search.run.launch import launch, settled
 from search.spec.command import budget
@@ -28,7 +28,7 @@ def launch_study(options: argparse.Namespace) -> None:
     else:
         spec = read_spec(Path(asked.study), changes_of(asked.trials))
     if from_options(DryRun, options).dry_run:
-        dry_run(spec, workers)
+        dry_run(with_stored_images(url, spec), workers)
         return
     study = planned(url, settled(url, spec, workers), by_name=by_name)
     result, succeeded = launch(study, asked.study, workers)
@@ -48,10 +48,11 @@ def _cost(spec: StudySpec, workers: int | None) -> list[str]:
 def dry_run(spec: StudySpec, workers: int | None) -> None:
     """Print what the study would cost, its fingerprint, and the study resolved."""
     if spec.evaluation.images == "auto":
-        print(
-            f"# evaluation.images auto: a pilot of {PILOT_ROWS} rows decides it; costs are of "
-            f"{spec.evaluation.num_images} images, the least"
-        )
+        pilot = pilot_spec(spec)
+        print(f"# evaluation.images auto: first {pilot.name}, which decides it")
+        for line in _cost(pilot, workers):
+            print(f"#   {line}")
+        print(f"# then {spec.name}, with {spec.evaluation.num_images} images a FID or more")
     for line in _cost(spec, workers):
         print(f"# {line}")
     if spec.evaluation.images != "auto":

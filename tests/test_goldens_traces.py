@@ -120,8 +120,9 @@ def reference_dropout(monkeypatch):
 
 
 def compare_losses(reports: list[IterationReport], info: dict, data: dict) -> None:
-    # Without AFS, branches that start at their targets have L1 gradients of pure rounding noise.
-    loose = not info["config"]["afs"] and info["config"]["a"] == 0
+    # Branches that start at their targets have L1 gradients of pure rounding noise: with equal
+    # weights another CPU, or oneDNN kept to SSE4.1 on the same one, is 2e-5 of the maximum off.
+    loose = info["K"] > 1 and info["config"]["a"] == 0
     tolerance = {"rtol_of_max": 1e-4 if loose else 1e-5}
     assert [report.lr for report in reports] == pytest.approx(data["lr"].tolist())
     first = 1 if info["config"]["afs"] else 0

@@ -29,7 +29,7 @@ from bdense.models.card import inherited
 from bdense.models.diffusers_export import export_pipeline
 from bdense.models.diffusers_files import PIPELINE
 from bdense.models.folder import export_folder
-from bdense.models.store import denoiser_sha256, load_model, save_denoiser
+from bdense.models.store import denoiser_sha256, load_model, load_stored, save_denoiser
 from tests import commands
 from tests.features import ColourMeans, scripted
 
@@ -154,6 +154,7 @@ def test_a_pipeline_draws_at_the_guidance_of_the_fid(folders, tmp_path):
     assert (found - unguided).abs().max() > 1e-3 * unguided.abs().max()
     # Here it draws so as well.
     assert load_model(out)[0].samplers == (replace(own, guidance=3.0),)
+    assert load_stored(out)[0].samplers == (own,)  # what training goes on from
 
     weak = metadata | {SETUP: {"guidance": 0.5}}
     assert_refused("guided by 0.5", tmp_path / "weak", student, weak, teacher=folders["epsilon"])

@@ -98,10 +98,12 @@ def test_nothing_is_trained_for_what_is_refused_later(url, monkeypatch):
 
 
 def test_a_dry_run_tells_the_pilots_cost(capsys, monkeypatch):
-    monkeypatch.setattr("search.verbs.launch._cost", lambda spec, _: [f"{spec.planned_rows} rows"])
-    dry_run(auto(), None)
+    planned = "search.verbs.launch._cost", lambda spec, _: [f"{spec.planned_rows} rows of it"]
+    monkeypatch.setattr(*planned)
+    spec = auto(plan={"trials": 9, "replicates": 1})
+    dry_run(spec, None)
     out = capsys.readouterr().out
-    assert out.index("6 rows") < out.index(f"{auto().planned_rows} rows")
+    assert out.index("6 rows of it") < out.index("11 rows of it")
     assert "images: auto" in out
 
 

@@ -17,7 +17,7 @@ import torch
 
 from bdense.diffusion.denoiser import NetworkDenoiser, without_memory
 from bdense.diffusion.preconditioning import DDPM, make_preconditioning
-from bdense.diffusion.sampling import as_measured, samplers_from
+from bdense.diffusion.sampling import samplers_from
 from bdense.errors import CheckpointError, InputError
 from bdense.files import header_of
 from bdense.models.diffusers_files import (
@@ -156,8 +156,7 @@ def _exported(
         precond = make_preconditioning(DDPM.name, options)
         assert isinstance(precond, DDPM)
         denoiser = _denoiser(network_class, model_folder, config, precond, weights=weights)
-        stored = {key: value for key, value in known.items() if key not in _DERIVED}
-        metadata = as_measured(stored)
+        metadata = {key: value for key, value in known.items() if key not in _DERIVED}
         denoiser.samplers = tuple(samplers_from(metadata))
     return denoiser, metadata
 

@@ -187,6 +187,15 @@ def load_model(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
     Raises:
         InputError: It is something else, or cannot be downloaded or read.
     """
+    denoiser, stored = load_stored(source)
+    with header_of(Path(source)):
+        metadata = as_measured(stored)
+        denoiser.samplers = tuple(samplers_from(metadata))
+    return denoiser, metadata
+
+
+def load_stored(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
+    """As ``load_model``, but a student draws as it was distilled, from which training goes on."""
     name, path = str(source), Path(source)
     if name in CHECKPOINTS:
         denoiser, metadata = load_denoiser(CHECKPOINTS[name].fetch())
@@ -202,7 +211,7 @@ def load_model(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
         )
     folder = _fetched(name) if on_hub else path
     if _is_ours(folder / MODEL_FILE):
-        return _as_measured(folder / MODEL_FILE)
+        return load_denoiser(folder / MODEL_FILE)
     if folder.is_dir():
         denoiser, metadata = read_diffusers(source, folder)
         return denoiser, metadata | (_terms(name) if on_hub and name in HUB_CHECKPOINTS else {})
@@ -212,19 +221,10 @@ def load_model(source: str | Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
             f"{file} has a format that is not read; give .safetensors of bdense, .pkl of EDM or "
             "SFD, a folder of bdense or in diffusers' format, a hub id, or a public name"
         )
-    denoiser, metadata = _as_measured(file)
+    denoiser, metadata = load_denoiser(file)
     # A published file keeps its name in any folder.
     if path.suffix == ".pkl" and path.stem in CHECKPOINTS:
         metadata = _terms(path.stem) | metadata
-    return denoiser, metadata
-
-
-def _as_measured(path: Path) -> tuple[NetworkDenoiser, dict[str, Any]]:
-    """As of ``load_denoiser``, but a student draws as its FID was measured."""
-    denoiser, stored = load_denoiser(path)
-    with header_of(path):
-        metadata = as_measured(stored)
-        denoiser.samplers = tuple(samplers_from(metadata))
     return denoiser, metadata
 
 

@@ -10,7 +10,7 @@ from bdense.diffusion.denoiser import NetworkDenoiser
 from bdense.files import atomic_write, sha256_file
 from bdense.knobs import from_options
 from bdense.models.card import network_facts, readable_json, write_card
-from bdense.models.store import denoiser_sha256, load_model, other_run, save_denoiser
+from bdense.models.store import denoiser_sha256, load_stored, other_run, save_denoiser
 from bdense.models.zoo import CHECKPOINTS
 from bdense.verbs.common import require_model_out, require_out
 from bdense.verbs.options import ConvertOptions
@@ -20,7 +20,7 @@ def convert(options: argparse.Namespace) -> None:
     """Run the verb."""
     own = from_options(ConvertOptions, options)
     source, out = own.source, own.out
-    denoiser, found = load_model(source)
+    denoiser, found = load_stored(source)
     metadata = {"kind": "teacher", **found, "identity": {"model": denoiser_sha256(denoiser)}}
     file = CHECKPOINTS[source].path if source in CHECKPOINTS else Path(source)
     if file.is_file():

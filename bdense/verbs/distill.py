@@ -24,7 +24,7 @@ from bdense.metrics.records import PromptFile
 from bdense.metrics.references import dataset_reference
 from bdense.models.card import inherited
 from bdense.models.latents import drawn_shape, draws_latents
-from bdense.models.store import load_model, plain_json
+from bdense.models.store import load_stored, plain_json
 from bdense.training.loop import IterationReport
 from bdense.training.tracking import Tracking
 from bdense.verbs.common import (
@@ -56,7 +56,7 @@ def distill(options: argparse.Namespace) -> None:
     dataset = None
     if method.needs_data or evaluation.extractor is not None:
         dataset = load_dataset(own.data)
-    teacher, known = load_model(own.teacher)
+    teacher, known = load_stored(own.teacher)
     # A student that is distilled further keeps its own knobs, unless an option changes them.
     config = from_options(method.Config, options, **method.usual(known, teacher))
     learned = dataset if method.needs_data else None

@@ -7,14 +7,14 @@ from bdense.knobs import KnobError, from_options
 from bdense.models.diffusers_export import export_pipeline
 from bdense.models.latents import draws_latents
 from bdense.models.lora_export import export_lora
-from bdense.models.store import load_model
+from bdense.models.store import load_stored
 from bdense.verbs.options import ExportOptions
 
 
 def export(options: argparse.Namespace) -> None:
     """Run the verb."""
     own = from_options(ExportOptions, options)
-    student, metadata = load_model(own.student)
+    student, metadata = load_stored(own.student)
     if not student.samplers:
         raise InputError(f"{own.student} is no student, and its own pipeline draws its images")
     if own.pipeline is None and draws_latents(student, metadata):

@@ -25,7 +25,7 @@ from bdense.metrics.references import Reference, dataset_reference
 from bdense.metrics.settings import MetricSettings
 from bdense.metrics.setup import Setup
 from bdense.models.latents import draws_latents
-from bdense.models.store import load_model
+from bdense.models.store import load_stored
 from bdense.verbs.common import Progress, chosen_hardware, require_model_out
 from bdense.verbs.options import IMAGES, Evaluation, RecombineOptions
 
@@ -41,7 +41,7 @@ def recombine(options: argparse.Namespace) -> None:
         raise KnobError("--extractor", "is missing: c is searched by FID; give it, or --c")
     if evaluation.extractor is None and evaluation.images is not None:
         raise KnobError("--images", "needs --extractor, which measures the FID")
-    student, metadata = load_model(own.branched)
+    student, metadata = load_stored(own.branched)
     if student.num_branches < 2:
         raise InputError(
             f"{own.branched} has one branch; give a student that bdense distill wrote with "

@@ -34,7 +34,7 @@ from bdense.models.latents import (
     draws_latents,
     read_prompts,
 )
-from bdense.models.store import load_model
+from bdense.models.store import load_stored
 from bdense.models.zoo import PROMPT_SETS, PUBLIC_MODELS
 from bdense.training import TRACKERS, latent_digits
 from bdense.training.lora import require_adaptable
@@ -109,7 +109,7 @@ def describe_teacher(spec: StudySpec) -> tuple[dict[str, Any], Mapping[str, Any]
     if Path(name).is_dir() and not (Path(name) / MODEL_FILE).is_file():
         teacher, known = read_diffusers(name, weights=False)
     else:
-        teacher, known = load_model(name)
+        teacher, known = load_stored(name)
     return teacher.describe(), known
 
 

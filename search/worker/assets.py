@@ -47,7 +47,7 @@ from bdense.models.latents import (
     load_text_encoder,
     read_prompts,
 )
-from bdense.models.store import denoiser_sha256, load_denoiser, load_model, save_denoiser
+from bdense.models.store import denoiser_sha256, load_denoiser, load_stored, save_denoiser
 from bdense.models.zoo import CONVERTED_CHECKPOINTS, HUB_CHECKPOINTS, resolve_reference
 from bdense.training.latent_digits import latent_digits
 from bdense.training.teacher import teacher_data, train_teacher
@@ -458,9 +458,9 @@ def _teacher(
     """The teacher, set to the spec's precision, and its metadata."""
     if spec.teacher.recipe is not None:
         report("teacher", 0, 1, f"{spec.teacher.recipe}, made once")
-        teacher, known = load_model(latent_digits(cache_folder()))
+        teacher, known = load_stored(latent_digits(cache_folder()))
     elif spec.teacher.checkpoint is not None:
-        teacher, known = load_model(spec.teacher.checkpoint)
+        teacher, known = load_stored(spec.teacher.checkpoint)
     else:
         assert spec.teacher.train is not None
         assert dataset is not None

@@ -119,11 +119,16 @@ def reference_dropout(monkeypatch):
     monkeypatch.setattr("bdense.training.loop.seeded", Seeded)
 
 
+def is_noisy(info: dict) -> bool:
+    """Whether gradients of pure rounding noise count: L1, of branches that start at their targets.
+
+    Another CPU, or oneDNN kept to SSE4.1 on the same one, moves losses by 2e-5 of their maximum.
+    """
+    return info["K"] > 1 and info["config"]["a"] == 0
+
+
 def compare_losses(reports: list[IterationReport], info: dict, data: dict) -> None:
-    # Branches that start at their targets have L1 gradients of pure rounding noise: with equal
-    # weights another CPU, or oneDNN kept to SSE4.1 on the same one, is 2e-5 of the maximum off.
-    loose = info["K"] > 1 and info["config"]["a"] == 0
-    tolerance = {"rtol_of_max": 1e-4 if loose else 1e-5}
+    tolerance = {"rtol_of_max": 1e-4 if is_noisy(info) else 1e-5}
     assert [report.lr for report in reports] == pytest.approx(data["lr"].tolist())
     first = 1 if info["config"]["afs"] else 0
     for i, report in enumerate(reports):
@@ -177,7 +182,7 @@ def test_trace(path: Path, reference_dropout):
     assert sum(p.numel() for p in export_branch(student).parameters()) == sum(
         p.numel() for p in start.parameters()
     )
-    atol = 1e-4 if config["afs"] else 4e-3
+    atol = 1e-4 if config["afs"] and not is_noisy(info) else 4e-3
     for suffix in probes(data):
         compare_outputs(suffix, start, student, grid, data, atol)
 

@@ -43,7 +43,8 @@ class Execution(Knobs):
     compile_mode: CompileMode = knob(
         "default",
         "torch.compile's mode: reduce-overhead replays kernels as CUDA graphs, for networks so "
-        "small that a GPU waits for their launches; it takes more of its memory",
+        "small that a GPU waits for their launches; takes more GPU memory, and does nothing on a "
+        "CPU",
     )
     channels_last: bool = knob(
         False,

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -206,7 +207,8 @@ def test_a_worker_with_a_smaller_gpu_takes_no_trial(url, monkeypatch, gpus, size
     study.main.change(GPU_BYTES, lambda _: CUDA.peak_bytes)
     monkeypatch.setattr("search.worker.distillation.use_device", lambda _: torch.device("cpu"))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (0, round(size * GIB)))
+    card = SimpleNamespace(total_memory=round(size * GIB))
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: card)
     error = end_of_work(study)
     assert error.is_input_error
     assert said in error.message

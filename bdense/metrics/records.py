@@ -130,7 +130,7 @@ class FID(Measurement):
 
     def differing(self, other: "Measurement") -> list[str]:
         """Conditions that keep two values from being compared; prompts where both say theirs."""
-        own, others = self.prompts, getattr(other, "prompts", None)
+        own, others = self.prompts, other.prompts if isinstance(other, FID) else None
         differ = own is not None and others is not None and own.sha256 != others.sha256
         return super().differing(other) + ["prompts"] * differ
 

@@ -169,12 +169,12 @@ def require_gpu(spec: StudySpec, needed: int) -> None:
     share = _gpu_share(spec)
     for index in range(torch.cuda.device_count()):
         # All of it, not what is free: a worker that was killed may still hold some.
-        _, total = torch.cuda.mem_get_info(index)
+        total = torch.cuda.get_device_properties(index).total_memory
         if needed > share * total:
             of = "" if share == 1 else f"resources.gpus={share:g} of "
             raise UnpreparedError(
                 f"on {platform.node()}: a trial of study {spec.name} needs {_gib(needed)}, and "
-                f"{of}the GPU there has {_gib(share * total)}; give the launch larger GPUs alone, "
+                f"{of}the GPU there has {_gib(share * total)}; start workers on larger GPUs only, "
                 f"or {_smaller(spec)}"
             )
 

@@ -311,7 +311,7 @@ class OpenStudy:
             out=None if out is None else Path(out),
         )
         promotion = Promotion(study, asked, require_variants)
-        return list(promotion.models(promotion.run(workers)))
+        return list(promotion.models(*promotion.run(workers)))
 
     def plots(self) -> "list[Figure]":
         """Figures of matplotlib: the metric over each coordinate, or of each given arm."""

@@ -102,7 +102,7 @@ def test_given_arms_have_no_best_but_a_recommended_one(url, tmp_path):
     work(study.record)
     asked = (lambda: study.best, lambda: study.baselines, study.confirm, study.promote)
     for ask in (*asked, lambda: study.enqueue(x=1, y=1)):
-        with pytest.raises(NoSearchError, match="given arms and is no search; its report"):
+        with pytest.raises(NoSearchError, match=r"no search; .*report losses"):
             ask()
     assert study.recommended.arm.params == {"x": 1, "y": 0.5}
     assert study.confirmed is None

@@ -277,7 +277,7 @@ def test_logs_are_shown_of_a_study_that_another_version_stored():
     status, out, _ = command("logs", "digits", "0")
     words = [line[19:].split(" ")[0] for line in out.splitlines() if line[2:3] == ":"]
     assert (status, words) == (0, ["claimed", "training", "training"])
-    assert [LOSSES == line for line in out.splitlines()] == [False, False, True, False, False]
+    assert [line == LOSSES for line in out.splitlines()] == [False, False, True, False, False]
 
 
 @pytest.mark.parametrize(

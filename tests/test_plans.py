@@ -507,7 +507,11 @@ def test_without_a_confirmed_winner_nothing_is_promoted(searched, tmp_path):
     for verb in (("promote", "digits"), ("promote", "digits", "--to", write(tmp_path, PROMOTION))):
         assert "only a best of n that may have been lucky" in refused(command(*verb))
     planned = plan_confirmation(searched, method={}, seeds=3, count=1)
-    assert "only a best of n" in refused(command("promote", "digits"))
+    told = refused(command("promote", "digits"))
+    assert "only a best of n" in told
+    assert told.rstrip().endswith("by --weights A,B")
+    with pytest.raises(InputError, match=r"run bdense-search confirm digits first, .* `weights`$"):
+        open_study("digits").promote()
     finish(planned, fid, most=3)
     assert "digits has not ended" in refused(command("promote", "digits"))
 

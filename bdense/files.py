@@ -133,8 +133,15 @@ def _described(path: Path) -> str:
         return f"a link to {path.readlink()}"
     if not path.is_dir():
         return "a file"
-    names = sorted(each.name for each in path.iterdir())
-    return f"a folder with {len(names)} entries such as {names[0]}" if names else "an empty folder"
+    try:
+        names = sorted(each.name for each in path.iterdir())
+    except OSError:
+        return "a folder that cannot be listed"
+    if not names:
+        return "an empty folder"
+    if len(names) == 1:
+        return f"a folder with one entry, {names[0]}"
+    return f"a folder with {len(names)} entries such as {names[0]}"
 
 
 @contextlib.contextmanager

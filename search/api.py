@@ -54,18 +54,31 @@ _Given = ParamSpec("_Given")
 _Found = TypeVar("_Found")
 
 
+# A shell command in a text, up to the mark that ends it.
+_COMMAND = r"bdense(?:-search)? .*?(?=[`;]|[,.)](?:\s|$)|$)"
+
+
 def _argument_names(function: Callable[_Given, _Found]) -> Callable[_Given, _Found]:
-    """Errors name the function's arguments, as in ``workers=3``, in place of ``--workers 3``."""
+    """Errors name the function's arguments, as in ``workers=3``, in place of ``--workers 3``.
+
+    Shell commands in them stay as they are.
+    """
     names = "|".join(inspect.signature(function).parameters)
-    value, alone = re.compile(rf"--({names}) (?=\d)"), re.compile(rf"--({names})(?![\w-])")
+    # Of an option with a value; with what stands for one; or alone.
+    option = rf"--(?P<name>{names})(?:(?P<value> (?=-?\d))| [A-Z](?:,[A-Z])+\b|(?![\w-]))"
+    command_or_option = re.compile(f"{_COMMAND}|{option}", re.MULTILINE)
+
+    def spelt(found: re.Match[str]) -> str:
+        if found["name"] is None:
+            return found[0]
+        return f"{found['name']}=" if found["value"] else f"`{found['name']}`"
 
     @functools.wraps(function)
     def call(*args: _Given.args, **kwargs: _Given.kwargs) -> _Found:
         try:
             return function(*args, **kwargs)
         except BdenseError as error:
-            said = (value.sub(r"\1=", str(each)) for each in error.args)
-            error.args = tuple(alone.sub(r"`\1`", each) for each in said)
+            error.args = tuple(command_or_option.sub(spelt, str(each)) for each in error.args)
             raise
 
     return call
@@ -311,7 +324,7 @@ class OpenStudy:
             out=None if out is None else Path(out),
         )
         promotion = Promotion(study, asked, require_variants)
-        return list(promotion.models(promotion.run(workers)))
+        return list(promotion.models(*promotion.run(workers)))
 
     def plots(self) -> "list[Figure]":
         """Figures of matplotlib: the metric over each coordinate, or of each given arm."""

@@ -47,7 +47,7 @@ from search.storage.leases import (
 )
 from search.storage.ledger import Ledger
 from search.storage.schema import read_only_by_default, require_schema
-from search.storage.settings import BASELINES_SUFFIX
+from search.storage.settings import BASELINES_SUFFIX, unknown_study
 from search.study.artifacts import artifact_store, artifacts_place, is_stored
 from search.study.folders import named_file, row_folder
 from search.study.retention import (
@@ -500,8 +500,7 @@ def examine(url: str, name: str | None, *, fix: bool = False) -> Findings:
         there = connection.execute(sa.select(STUDIES.c.study_name)).scalars()
         names = sorted(each for each in there if not each.endswith(BASELINES_SUFFIX))
     if name is not None and name not in names:
-        known = ", ".join(names) or "none"
-        raise UnknownStudyError(f"no study {name!r} in {redact(url)}; studies there: {known}")
+        raise unknown_study(storage, name)
     for each in names if name is None else [name]:
         yield from examine_study(url, each, fix=fix)
 

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,7 @@ from search.study.results import Judged, TrialResult
 from search.study.study import FINGERPRINT, JUDGED, Study
 from search.study.summary import baselines_of, headline
 from search.study.wording import align
-from search.worker.assets import pipeline_of
+from search.worker.assets import CUT, pipeline_of
 
 if TYPE_CHECKING:
     from bdense.diffusion.denoiser import NetworkDenoiser
@@ -123,8 +124,9 @@ def export_trial(
         baseline: ``plain`` or ``uniform`` instead of a trial of a search.
 
     Raises:
-        InputError: There is no such row, it is not complete, or its student was not kept; or the
-            study's trials are runs of a program.
+        InputError: There is no such row, it is not complete, or its student was not kept, or the
+            sample grid of a student of latents is missing; or the study's trials are runs of a
+            program.
     """
     require_students(study)
     if baseline is not None:
@@ -142,9 +144,15 @@ def export_trial(
     if fid is not None:
         metadata["fid"] = fid.as_dict()
     pictures: dict[str, Picture] = {}
-    if "codec" in metadata:  # not drawn anew, which takes the teacher's folder
+    if draws_latents(denoiser, metadata):  # not drawn anew, which takes the teacher's folder
         grid = path.with_name(grid_name(_stage(study, nfe).name))
-        pictures |= {SAMPLES: grid} if grid.is_file() else {}
+        if not grid.is_file():
+            again = ["bdense", "sample", str(path), *result.drawing_options, "--out", str(grid)]
+            raise InputError(
+                f"the sample grid of trial {number}, {grid}, is missing, and the card shows it; "
+                f"draw it again: {shlex.join(again)}"
+            )
+        pictures[SAMPLES] = grid
     extra = ""
     if not study.is_search:
         metadata["fid_table"] = fid_table(study)
@@ -171,7 +179,7 @@ def export_trial(
 
 def _examples(result: TrialResult) -> Sequence[str]:
     """Prompts for the card: of the result's, which are shortened, those that are whole."""
-    whole = [prompt for prompt in result.prompts if not prompt.endswith("[...]")]
+    whole = [prompt for prompt in result.prompts if not prompt.endswith(CUT)]
     return whole[:2] or EXAMPLE_PROMPTS
 
 

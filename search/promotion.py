@@ -129,12 +129,18 @@ class Promotion:
         )
         return replace(self._spec, plan=plan)
 
-    def run(self, workers: int | None, *, remark: Callable[[str], None] = say) -> Study:
+    def run(
+        self, workers: int | None, *, remark: Callable[[str], None] = say
+    ) -> tuple[Study, Arm]:
         """Plan it and run what is left.
 
         Args:
             workers: Rows at once; None for as many as fit.
             remark: Takes a line on what the weights mean at another K.
+
+        Returns:
+            The promotion, and the promoted arm. A confirmation that runs meanwhile may choose
+            another winner.
 
         Raises:
             InputError: There is no confirmed winner, weights do not fit, or ``out`` is taken.
@@ -143,7 +149,7 @@ class Promotion:
         for folder in map(self._folder, self._settings) if asked.out is not None else ():
             if not is_of(folder, spec.name):  # one that this promotion wrote is written anew
                 require_new(folder)
-        arm = self._arm()
+        arm = asked.weights or confirmed_arm(study)
         if asked.weights is None and asked.to is None:
             for told in {other_budget(study, each) for each in self._settings} - {""}:
                 say(told)
@@ -154,24 +160,27 @@ class Promotion:
         if told := at_another_k(arm, searched_at, num_branches):
             remark(told)
         run_rows(planned, workers)
-        return planned
+        return planned, arm
 
-    def models(self, planned: Study) -> Iterator[Promoted]:
+    def models(self, planned: Study, promoted: Arm) -> Iterator[Promoted]:
         """Write a model folder for each of the settings, unless an earlier call did.
+
+        Args:
+            planned: What ``run`` planned.
+            promoted: The arm that it planned.
 
         Raises:
             InputError: Rows are left, or no baseline is complete to judge the weights by.
         """
         for settings, changes in zip(self._settings, self._variants, strict=True):
             variant = planned.variants.index(changes)
-            yield self._model(planned, self._folder(settings), variant)
+            yield self._model(planned, promoted, self._folder(settings), variant)
 
-    def _model(self, planned: Study, folder: Path, variant: int) -> Promoted:
-        promoted, choice = self._arm(), self._asked.arm
+    def _model(self, planned: Study, promoted: Arm, folder: Path, variant: int) -> Promoted:
         if planned.left():
             raise InputError(f"{headline(planned)}; run the same command again to continue")
         found = recommend(compare(planned, variant=variant).beside_baselines(promoted))
-        chosen = found.arm.name if found is not None else None
+        choice, chosen = self._asked.arm, found.arm.name if found is not None else None
         arm = promoted.name if choice == "weights" else choice or chosen
         if arm is None:
             raise InputError(
@@ -185,9 +194,6 @@ class Promotion:
         put_aside(folder)
         model = export_trial(planned, folder, number=number)
         return Promoted(model=model, recommended=found, is_new=True)
-
-    def _arm(self) -> Arm:
-        return self._asked.weights or confirmed_arm(self._study)
 
     def _asked_settings(self) -> list[dict[str, Any]]:
         """Of the method: the variants of ``to`` or the search's ``confirm``, with those asked."""

@@ -13,6 +13,7 @@ import pytest
 import search
 from bdense.errors import InputError
 from search.analysis.plans import plan_confirmation
+from search.api import _argument_names
 from search.errors import NoSearchError, SpecError, UnknownStudyError
 from search.report.report_files import HTML_PAGE
 from search.study.study import Study
@@ -102,10 +103,33 @@ def test_given_arms_have_no_best_but_a_recommended_one(url, tmp_path):
     work(study.record)
     asked = (lambda: study.best, lambda: study.baselines, study.confirm, study.promote)
     for ask in (*asked, lambda: study.enqueue(x=1, y=1)):
-        with pytest.raises(NoSearchError, match="given arms and is no search; its report"):
+        with pytest.raises(NoSearchError, match=r"no search; .*report losses"):
             ask()
     assert study.recommended.arm.params == {"x": 1, "y": 0.5}
     assert study.confirmed is None
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("--seeds 0,1: give --to", "seeds=0,1: give `to`"),
+        ("--to -1: give --weights A,B", "to=-1: give `weights`"),
+        ("run bdense-search promote x --to F.yaml --seeds 3",) * 2,
+        (
+            "`bdense-search promote x --to F.yaml`, or give --to",
+            "`bdense-search promote x --to F.yaml`, or give `to`",
+        ),
+        ("--to-day and --seed",) * 2,
+    ],
+)
+def test_errors_name_arguments_but_commands_stay_as_a_shell_takes_them(said, expected):
+    @_argument_names
+    def call(to: object = None, seeds: int = 1, weights: object = None) -> None:
+        raise InputError(said)
+
+    with pytest.raises(InputError) as error:
+        call()
+    assert str(error.value) == expected
 
 
 @pytest.mark.parametrize("plan", [{}, {"plan": {"arms": ["defaults"], "seeds": [0]}}])

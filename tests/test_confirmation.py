@@ -337,7 +337,7 @@ def test_best_says_whether_a_winner_is_confirmed(confirmed, made, tmp_path):
     ("arguments", "message"),
     [
         (("confirm", "nobody"), "no study 'nobody' in sqlite:///"),
-        (("confirm", "digits.confirm"), "is no search; give the search itself: digits"),
+        (("confirm", "digits.confirm"), "has no search; give the search itself: digits"),
         (("confirm", "digits.baselines"), "give the study itself: 'digits'"),
         (("confirm", "absent.yaml"), "the study file absent.yaml cannot be read"),
     ],

@@ -122,10 +122,19 @@ def test_a_read_only_page_hides_the_buttons_of_changes(study):
         tag = re.search(r"<style>(.*?) { display: none !important; }</style>", page.decode())
         for label in re.findall(r'aria-label="(.+?)"', tag[1]):
             assert f'"aria-label":"{label}"' in script
+        for kind, attribute, value in re.findall(
+            r'\.(Mui\w+)-root:has\(input\[(\w+)="(\w+)"', tag[1]
+        ):
+            # MUI makes the class from the component's name.
+            assert f'{{name:"{kind}",slot:"Root"' in script
+            assert f'"input",{{{attribute}:"{value}"' in script
+        assert ":has(input" in tag[1]
         icons = re.findall(r'data-testid="(\w+)Icon"', tag[1])
         assert "AddBox" in icons
         for icon in icons:
             assert f'"{icon}")' in script
+        _, asked, nothing = answer_of(study.application(), "HEAD", path)
+        assert (asked["content-length"], nothing) == (headers["content-length"], b"")
         whole = answer_of(study.application(writable=True), "GET", path)[2]
         assert page.decode().replace(tag[0], "") == whole.decode()
 

@@ -13,9 +13,10 @@ from bdense.models.store import denoiser_sha256, load_denoiser, load_model, save
 from search.analysis.plans import plan_confirmation, plan_given, plan_transfer
 from search.export import arm_row, export_trial
 from search.storage.engine import runs_folder
+from search.study.folders import grid_name
 from search.study.study import Study
 from tests.measured import command, finish, normalised, refused, search
-from tests.students import digest, keep, shade
+from tests.students import METADATA, digest, keep, shade, student
 from tests.studies import of_kind, promotion, spec
 
 FOLDER = ["README.md", "config.json", "model.safetensors", "samples.png"]
@@ -188,6 +189,17 @@ def test_a_diffusers_network_is_also_written_as_a_pipeline(url, tmp_path, capsys
 
 
 # ---- what is refused ----
+
+
+def test_the_grid_of_a_student_of_latents_must_be_there(searched, tmp_path):
+    """Its card shows it, and the autoencoder that draws it is the teacher's."""
+    keep(searched, 3)
+    last = runs_folder() / searched.search.study.trials[3].user_attrs["student"]
+    save_denoiser(last, student(3), METADATA | {"codec": {"image_channels": 3, "enlarges": 8}})
+    grid = last.with_name(grid_name(""))
+    grid.unlink()
+    with pytest.raises(InputError, match=f"{grid}, is missing.*: bdense sample {last} .*{grid}"):
+        exported(searched, tmp_path / "model", number=3)
 
 
 def test_what_there_is_not_is_refused(searched, chain, tmp_path):

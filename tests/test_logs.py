@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from bdense.errors import StoppedError
+from bdense.errors import InputError, StoppedError
 from bdense.methods.distill import distill
 from search.log import about, say, speaking_of, spoken_of, start_logging
-from search.report.log_lines import log_line
+from search.report.log_lines import LOSSES, log_line
 from search.spec.space import search_space
 from search.storage.engine import open_storage, resolve_storage_url
 from search.storage.ledger import Claim, Ledger
 from search.study.folders import row_folder
 from search.study.results import TrialResult
 from search.study.retention import CHECKPOINT
-from search.study.study import Study
+from search.study.study import SPEC, Study
 from search.study.trial_log import LOG_FILE, TrialLog, is_noted, read_log, shortened
 from search.worker.lifecycle import bring_to_an_end
 from search.worker.result import take_folder
@@ -256,9 +256,28 @@ def test_logs_of_a_trial_are_followed_to_its_end():
     status, out, _ = command("logs", "digits", "0", "--follow")
     timer.join()
     assert status == 0
-    assert [line[19:].split(" ")[0] for line in out.splitlines()[2:]] == ["claimed", "complete"]
+    assert [line[19:].split(" ")[0] for line in out.splitlines()[1:]] == ["claimed", "complete"]
     status, out, _ = command("logs", "digits", "0", "--json")
     assert [json.loads(line)["event"] for line in out.splitlines()] == ["claimed", "complete"]
+
+
+def test_logs_are_shown_of_a_study_that_another_version_stored():
+    """Losses are explained once, before the first of them."""
+    study = made()
+    claimed(study)
+    log = TrialLog(row_folder("digits", 0)).open()
+    with speaking_of(attempt=1):
+        log("claimed", params={"a": 1.0})
+        for iteration in (1, 2):
+            told = {"iteration": iteration, "iterations": 2, "loss": 1.0}
+            log("training", **told, branch_losses=[[1.0, 2.0]])
+    study.main.study.set_user_attr(SPEC, '{"plan": {"of_another_version": 1}}')
+    with pytest.raises(InputError):
+        _ = study.spec
+    status, out, _ = command("logs", "digits", "0")
+    words = [line[19:].split(" ")[0] for line in out.splitlines() if line[2:3] == ":"]
+    assert (status, words) == (0, ["claimed", "training", "training"])
+    assert [line == LOSSES for line in out.splitlines()] == [False, False, True, False, False]
 
 
 @pytest.mark.parametrize(

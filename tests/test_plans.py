@@ -24,6 +24,8 @@ from search.analysis.plans import (
     plan_transfer,
 )
 from search.errors import SpecChangedError
+from search.promotion import Asked, Promotion
+from search.spec.file import require_variants
 from search.study.arms import Arm, ArmRow, given_arms
 from search.study.study import Study
 from search.study.wording import align
@@ -385,6 +387,19 @@ def test_a_promotion_from_python_is_that_of_the_command(confirmed, tmp_path):
     assert confirmed.beside("digits.promote") is None
 
 
+def test_a_model_is_of_the_arm_that_was_planned(confirmed):
+    """Even if somebody confirms anew while it trains."""
+    finish(promote(confirmed, 1), fid)
+    keep(confirmed.beside("digits.promote"), 2)
+    promotion = Promotion(confirmed, Asked(seeds=1), require_variants)
+    planned, arm = promotion.run(1)
+    plan_confirmation(confirmed, method={}, seeds=5, count=2)
+    with pytest.raises(InputError, match="has not ended"):
+        confirmed_arm(confirmed)
+    (model,) = promotion.models(planned, arm)
+    assert (model.model.number, model.recommended.arm) == (2, arm)
+
+
 def test_each_nfe_has_a_model_and_other_weights_another(confirmed, tmp_path):
     verb = ("promote", "digits", "--seeds", "1")
     for arm in (confirmed_arm(confirmed), PAPER):
@@ -492,7 +507,11 @@ def test_without_a_confirmed_winner_nothing_is_promoted(searched, tmp_path):
     for verb in (("promote", "digits"), ("promote", "digits", "--to", write(tmp_path, PROMOTION))):
         assert "only a best of n that may have been lucky" in refused(command(*verb))
     planned = plan_confirmation(searched, method={}, seeds=3, count=1)
-    assert "only a best of n" in refused(command("promote", "digits"))
+    told = refused(command("promote", "digits"))
+    assert "only a best of n" in told
+    assert told.rstrip().endswith("by --weights A,B")
+    with pytest.raises(InputError, match=r"run bdense-search confirm digits first, .* `weights`$"):
+        open_study("digits").promote()
     finish(planned, fid, most=3)
     assert "digits has not ended" in refused(command("promote", "digits"))
 

@@ -123,8 +123,8 @@ def folder_card(
         HOW_TO_SAMPLE,
         _fenced("sh", _sample_command(name, metadata, pipeline + prompt)),
         _fenced("python", python),
-        f"`{_FOLDER_OF_TEACHER}` is that of its teacher's pipeline, with the autoencoder."
-        * (_FOLDER_OF_TEACHER in pipeline),
+        f"Replace `{_FOLDER_OF_TEACHER}` by the folder of the teacher's pipeline, which has the "
+        "autoencoder." * (_FOLDER_OF_TEACHER in pipeline),
         f"`{verify}` measures its FID again." * (SETUP in metadata),
         *(f"![{Path(picture).stem}]({picture})" for picture in pictures),
         *_fid_section(metadata),

@@ -13,7 +13,7 @@ from bdense.arguments import require_types
 from bdense.data.datasets import load_dataset
 from bdense.data.names import split_format
 from bdense.diffusion import BATCH
-from bdense.diffusion.sampling import SETUP, Sampler, draw_images, measured_samplers
+from bdense.diffusion.sampling import SETUP, Sampler, draw_images, samplers_from
 from bdense.errors import BdenseError, InputError
 from bdense.knobs import KnobError, from_options
 from bdense.metrics.extractors import Extractor, load_extractor
@@ -130,7 +130,7 @@ def _recorded(source: str, metadata: Mapping[str, Any]) -> tuple[FID, Setup]:
 
 def _sampler(source: str, metadata: Mapping[str, Any], recorded: FID) -> Sampler:
     """The model's own sampler of the recorded NFE, at the recorded guidance."""
-    samplers = measured_samplers(metadata)
+    samplers = samplers_from(metadata)
     for sampler in samplers:
         if sampler.nfe == recorded.nfe:
             return sampler

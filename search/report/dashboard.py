@@ -83,13 +83,14 @@ def _without_buttons(application: Application) -> Application:
     def shown(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         begun: list[Any] = []
         kept = {name: value for name, value in environ.items() if name not in _NOT_ASKED}
+        kept["REQUEST_METHOD"] = "GET"  # of HEAD, too: the length is that of the page
         parts = application(kept, lambda *answer: begun.extend(answer))
         page = b"".join(parts).replace(b"</head>", _STYLE + b"</head>", 1)
         if (close := getattr(parts, "close", None)) is not None:
             close()
         headers = [each for each in begun[1] if each[0].lower() not in _OF_ANOTHER_PAGE]
         start_response(begun[0], [*headers, ("Content-Length", str(len(page)))])
-        return [page]
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else [page]
 
     return shown
 

@@ -5,12 +5,17 @@ from datetime import datetime
 from typing import Any
 
 HEADER = "time      attempt  event"
-# Of a distillation.
+# Before the first event that has some.
 LOSSES = (
     "Losses of branches k = 1 .. K after each trained interval [1], [2] .. (AFS leaves the first "
     "one out): as the method defines them, before the branch weights, mean over the batch."
 )
 _QUIET = ("time", "level", "study", "trial", "attempt", "worker", "event")
+
+
+def has_losses(event: Mapping[str, Any]) -> bool:
+    """Whether it is of a training, with the losses of branches."""
+    return event["event"] == "training" and "branch_losses" in event
 
 
 def log_line(event: Mapping[str, Any]) -> str:
@@ -21,7 +26,7 @@ def log_line(event: Mapping[str, Any]) -> str:
 
 def _told(event: Mapping[str, Any]) -> str:
     name = str(event["event"])
-    if name == "training" and "branch_losses" in event:
+    if has_losses(event):
         return _training(event)
     if name in ("claimed", "adopted"):
         before = f" from attempt {event['from_attempt']}" if "from_attempt" in event else ""

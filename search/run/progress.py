@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 LINE_SECONDS = 10.0
 _ROWS = "rows"  # the step after the preparations
-_BAR = "{percentage:3.0f}%|{bar}| {desc}"
+# On a terminal the bar is narrow: the text takes the rest of the line, and its end is cut.
+_ON_TERMINAL = "{percentage:3.0f}%|{bar:10}| {desc}"
+_IN_NOTEBOOK = "{percentage:3.0f}%|{bar}| {desc}"
 STEPS = {
     "waiting": "waiting for a free worker",
     "features": "feature extractor",
@@ -102,11 +104,11 @@ class Display:
         text = STEPS[message.what]
         if message.total > 1:
             text += f" {message.done}/{message.total}"
-        if message.remark:
-            text += f", {message.remark}"
         if message.done > first:
             left = (now - begun) / (message.done - first) * (message.total - message.done)
             text += f", about {duration(left)} left for this step"
+        if message.remark:
+            text += f", {message.remark}"
         if message.done == message.total:
             # The step may come again for another seed.
             del self._step_started[message.what]
@@ -117,15 +119,17 @@ class Display:
         snapshot = self._snapshot()
         if self._done_at_start is None:
             self._done_at_start, self._rows_started = snapshot.ended, time.monotonic()
-        text, partly = snapshot.text, sum(share_done(row.progress) for row in snapshot.running)
+        # What matters comes first: a terminal may be narrow.
+        text, partly = "", sum(share_done(row.progress) for row in snapshot.running)
         if (progress := snapshot.ended - self._done_at_start + partly) > 0:
             spent = time.monotonic() - self._rows_started
             left = spent / progress * (snapshot.total - snapshot.ended - partly)
-            text += f", about {duration(left)} left"
+            text += f"about {duration(left)} left, "
         if snapshot.running:
-            text += (
-                f"; {len(snapshot.running)} running: {snapshot.running[0].progress or 'starting'}"
-            )
+            text += f"{len(snapshot.running)} running, "
+        text += snapshot.text
+        if snapshot.running:
+            text += f"; {snapshot.running[0].progress or 'starting'}"
         self._show(text, _ROWS, snapshot.ended + partly, snapshot.total, ended=snapshot.ended)
 
     def close(self) -> None:
@@ -135,24 +139,27 @@ class Display:
         self._bar = None
 
     def _show(self, text: str, step: str, done: float, total: int, *, ended: int = 0) -> None:
-        line = f"[{duration(time.monotonic() - self._started):>12}] {text}"
+        spent = duration(time.monotonic() - self._started)
         is_last = step != _ROWS and done == total
         if is_live(self._stream):
-            self._move(line, step, done, total)
+            self._move(f"[{spent}] {text}", step, done, total)
             if is_last:
                 self.close()
             return
         is_due = time.monotonic() - self._last_time >= LINE_SECONDS
         if is_due or is_last or (step, ended) != self._last_step:
-            say(line, self._stream)
+            say(f"[{spent:>12}] {text}", self._stream)
             self._last_time, self._last_step = time.monotonic(), (step, ended)
 
     def _move(self, line: str, step: str, done: float, total: int) -> None:
         if step != self._last_step[0]:
             self.close()
         self._last_step = (step, 0)
-        now = {"initial": done, "total": total, "desc": line}
         if self._bar is None:
-            self._bar = progress_bar(self._stream, bar_format=_BAR, dynamic_ncols=True, **now)
-        self._bar.n, self._bar.total = done, total
+            form = _ON_TERMINAL if self._stream.isatty() else _IN_NOTEBOOK
+            now = {"initial": done, "total": total, "desc": line}
+            self._bar = progress_bar(self._stream, bar_format=form, dynamic_ncols=True, **now)
+        elif total != self._bar.total:
+            self._bar.reset(total)  # a notebook's widget keeps the total that it was told last
+        self._bar.n = done
         self._bar.set_description_str(line)

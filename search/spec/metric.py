@@ -4,9 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from search.spec.command import (
-    COMMAND,
-)
+from search.spec.command import COMMAND
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

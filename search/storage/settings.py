@@ -105,7 +105,7 @@ def find_study(storage: RDBStorage, name: str) -> optuna.Study:
     try:
         study = OwnStudy(name, storage)
     except KeyError:
-        raise UnknownStudyError(_unknown(name, storage.url, _names(storage))) from None
+        raise unknown_study(storage, name) from None
     if "budget" not in study.user_attrs:
         raise UnknownStudyError(
             f"study {name!r} was not made by bdense-search; give the name of one that was, or "
@@ -114,14 +114,18 @@ def find_study(storage: RDBStorage, name: str) -> optuna.Study:
     return study
 
 
-def _names(storage: RDBStorage) -> list[str]:
-    """The studies that a user can open, without those that hold a search's baselines."""
+def unknown_study(storage: RDBStorage, name: str) -> UnknownStudyError:
+    """The error of a name, with those of the studies that a user can open.
+
+    Studies that hold a search's baselines are not among them.
+    """
     found = optuna.get_all_study_summaries(storage, include_best_trial=False)
-    return [
+    names = [
         each.study_name
         for each in found
         if "budget" in each.user_attrs and not each.study_name.endswith(BASELINES_SUFFIX)
     ]
+    return UnknownStudyError(_unknown(name, storage.url, names))
 
 
 def require_file(url: str, study_name: str) -> None:

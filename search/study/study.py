@@ -189,8 +189,9 @@ class Study:
         """
         if self.trials is None:
             of = self.facts.get("of")
-            way_out = f"give the search itself: {of}" if of else "its report and trials have them"
-            raise NoSearchError(f"{self.name!r} measures given arms and is no search; {way_out}")
+            results = f"see its results by `bdense-search report {self.name}`"
+            way_out = f"give the search itself: {of}" if of else results
+            raise NoSearchError(f"{self.name!r} measures given arms and has no search; {way_out}")
         return self.trials
 
     @property

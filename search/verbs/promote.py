@@ -32,11 +32,11 @@ def promote(arguments: argparse.Namespace) -> None:
     if from_options(DryRun, arguments).dry_run:
         dry_run(promotion.planned_spec(), workers)
         return
-    planned = promotion.run(workers, remark=functools.partial(print, flush=True))
+    planned, arm = promotion.run(workers, remark=functools.partial(print, flush=True))
     show_rows(planned)
     if shown := comparisons_of(planned):
         print(*align(table_rows(shown, teacher_of(planned))), shown[0].conditions_line(), sep="\n")
-    for each in promotion.models(planned):
+    for each in promotion.models(planned, arm):
         if each.recommended is not None:
             print(each.recommended.text())
         print(each.model.text())

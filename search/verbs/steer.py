@@ -11,7 +11,7 @@ from bdense.errors import BdenseError, InputError
 from bdense.knobs import from_options
 from bdense.weights.parameters import given_parameters
 from bdense.weights.spaces import require_point
-from search.report.log_lines import HEADER, LOSSES, log_line
+from search.report.log_lines import HEADER, LOSSES, has_losses, log_line
 from search.storage.ledger import MENDABLE, Ledger
 from search.storage.stop_flags import ask_all, held
 from search.study.arms import ROW_SPACE, ArmRow
@@ -88,9 +88,8 @@ def logs(options: argparse.Namespace) -> None:
     asked = from_options(LogsOptions, options)
     study = open_study(options, reading=True)
     ledger, number = _row(study, asked)
-    header = [HEADER] if study.spec.is_command else [HEADER, LOSSES]
     path = row_folder(ledger.study.study_name, number) / LOG_FILE
-    offset, shown = 0, 0
+    offset, shown, explained = 0, 0, False
     while True:
         has_ended = _has_ended(ledger, number)
         events, offset = read_log(path, offset)
@@ -99,7 +98,10 @@ def logs(options: argparse.Namespace) -> None:
                 print(json.dumps(event))
             else:
                 if not shown:
-                    print(*header, sep="\n")
+                    print(HEADER)
+                if has_losses(event) and not explained:
+                    print(LOSSES)
+                    explained = True
                 print(log_line(event))
             shown += 1
         sys.stdout.flush()

@@ -60,6 +60,7 @@ from search.worker.one_shot import one_shot_assets
 
 _GRID_IMAGES = 64
 _SHOWN = 60  # letters of a prompt
+CUT = " [...]"  # in place of the rest
 _PROMPTS_AT_ONCE = 256
 
 # Called with what is being made, how much is done, of how much, and a remark.
@@ -206,7 +207,8 @@ class Assets:
         file = self.spec.evaluation.prompts or self.spec.prompts
         if file is None or self.conditions is None:
             return []
-        return [textwrap.shorten(each, _SHOWN) for each in read_prompts(file)[:GRID_COLUMNS]]
+        shown = read_prompts(file)[:GRID_COLUMNS]
+        return [textwrap.shorten(each, _SHOWN, placeholder=CUT) for each in shown]
 
     @property
     def device(self) -> torch.device:

@@ -20,14 +20,14 @@ def auto(**keys):
     return normalised(evaluation={"images": "auto"}, **keys)
 
 
-def piloted(url, values, monkeypatch, *, effects=(0.5, -0.5)) -> Study:
-    """A pilot whose FIDs are plain 4 and uniform ``values``; ``effects`` are plain's latents'."""
+def piloted(url, values, monkeypatch) -> Study:
+    """A pilot whose FIDs are plain 4 and uniform ``values``, with latents' noise of 0.5."""
     pilot = plan_pilot(url, auto())
     read = FID.as_dict
 
     def as_dict(found: FID):
-        told = found.value >= 4
-        return read(replace(found, effects=effects if told else (0.0, 0.0), images=PILOT_IMAGES))
+        effects = (0.5, -0.5) if found.value >= 4 else (0.0, 0.0)
+        return read(replace(found, effects=effects, images=PILOT_IMAGES))
 
     monkeypatch.setattr(FID, "as_dict", as_dict)
     finish(pilot, lambda arm, row: 4 if arm.baseline == "plain" else values[row.seed])
@@ -44,18 +44,18 @@ def test_a_pilot_trains_both_baselines_under_three_seeds_on_the_same_latents(url
 
 
 @pytest.mark.parametrize(
-    ("values", "effects", "images"),
+    ("values", "images"),
     [
         # Seeds 1.0, latents 0.5: balanced already.
-        ((3, 2, 1), (0.5, -0.5), PILOT_IMAGES),
+        ((3, 2, 1), PILOT_IMAGES),
         # Seeds 0.5, latents 0.5: four times as many.
-        ((3, 2.5, 2), (0.5, -0.5), 4 * PILOT_IMAGES),
+        ((3, 2.5, 2), 4 * PILOT_IMAGES),
         # Seeds 0.05, latents 0.5: 400 times as many would.
-        ((3, 2.95, 2.9), (0.5, -0.5), 50_000),
+        ((3, 2.95, 2.9), 50_000),
     ],
 )
-def test_as_many_images_as_halve_the_latents_noise(url, values, effects, images, monkeypatch):
-    pilot = piloted(url, values, monkeypatch, effects=effects)
+def test_as_many_images_as_halve_the_latents_noise(url, values, images, monkeypatch):
+    pilot = piloted(url, values, monkeypatch)
     found, noise = images_of(pilot)
     assert noise.latents == pytest.approx(0.5)
     assert found == images

@@ -6,13 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bdense.data.names import (
-    LABELS_FILE,
-    image_files,
-    labels_beside,
-    split_fit,
-    split_format,
-)
+from bdense.data.names import LABELS_FILE, image_files, labels_beside, split_fit, split_format
 from bdense.files import sha256_file, split_column
 from bdense.models.zoo import PROMPT_SETS
 

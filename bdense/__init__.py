@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from bdense.training.teacher import TeacherConfig as TeacherConfig
     from bdense.training.teacher import train_teacher as train_teacher
     from bdense.weights import WEIGHT_SPACES as WEIGHT_SPACES
-    from bdense.weights.spaces import LogLinearWeights as LogLinearWeights
-    from bdense.weights.spaces import normalised_weights as normalised_weights
-    from bdense.weights.spaces import uniform_weights as uniform_weights
+    from bdense.weights.log_linear import LogLinearWeights as LogLinearWeights
+    from bdense.weights.log_linear import normalised_weights as normalised_weights
+    from bdense.weights.log_linear import uniform_weights as uniform_weights
     from bdense.weights.weighting import FixedWeights as FixedWeights
     from bdense.weights.weighting import LearnedWeights as LearnedWeights
 
@@ -55,7 +55,7 @@ _HOME = {
     "FixedWeights": "weights.weighting",
     "Inputs": "methods.method",
     "LearnedWeights": "weights.weighting",
-    "LogLinearWeights": "weights.spaces",
+    "LogLinearWeights": "weights.log_linear",
     "METHODS": "methods",
     "NETWORKS": "networks",
     "PDConfig": "methods.progressive",
@@ -78,7 +78,7 @@ _HOME = {
     "load_model": "models.store",
     "load_text_encoder": "models.latents",
     "measure_images": "metrics.metrics",
-    "normalised_weights": "weights.spaces",
+    "normalised_weights": "weights.log_linear",
     "push_model": "models.hub",
     "read_reference": "metrics.references",
     "recombine_branches": "diffusion.branches",
@@ -87,7 +87,7 @@ _HOME = {
     "save_grid": "diffusion.sampling",
     "train": "training.loop",
     "train_teacher": "training.teacher",
-    "uniform_weights": "weights.spaces",
+    "uniform_weights": "weights.log_linear",
 }
 __all__ = [*_HOME, "NUMERICS"]
 

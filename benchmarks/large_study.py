@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from optuna.distributions import distribution_to_json
 from optuna.storages import RDBStorage
 
-from bdense.weights.spaces import normalised_weights
+from bdense.weights.log_linear import normalised_weights
 from search.spec.space import search_space
 from search.spec.study import StudySpec
 from search.study.study import Study

@@ -27,7 +27,7 @@ from bdense.methods.trajectories import LiveTrajectories, Trajectories
 from bdense.models.zoo import HUB_CHECKPOINTS
 from bdense.training.latent_digits import ARCHITECTURE
 from bdense.training.loop import IterationReport, train
-from bdense.weights.spaces import uniform_weights
+from bdense.weights.log_linear import uniform_weights
 from bdense.weights.weighting import FixedWeights
 from benchmarks.common import parser, publish, table
 from benchmarks.timing import Paired, interleave, pick_device, seconds_per_call, synchronise

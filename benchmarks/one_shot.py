@@ -20,7 +20,7 @@ from scipy.stats import spearmanr
 from bdense.diffusion.branches import export_branch
 from bdense.methods.one_shot import Coordinates, OneShot
 from bdense.training.loop import train
-from bdense.weights.spaces import NormalisedSpace, uniform_weights
+from bdense.weights.log_linear import NormalisedSpace, uniform_weights
 from bdense.weights.weighting import FixedWeights
 from benchmarks.common import DIGITS_STUDY, ROOT, parser, publish, table
 from benchmarks.digits_bank import BANK, IMAGES, SLOPES, TAIL

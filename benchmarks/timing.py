@@ -14,7 +14,7 @@ from bdense.methods.sfd import SFDConfig, SFDStage
 from bdense.methods.trajectories import Trajectories
 from bdense.training.loop import IterationReport, train
 from bdense.training.teacher import new_denoiser
-from bdense.weights.spaces import uniform_weights
+from bdense.weights.log_linear import uniform_weights
 from bdense.weights.weighting import FixedWeights
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 from bdense.errors import BdenseError, InputError
-from bdense.weights.spaces import require_point
+from bdense.weights.space import require_point
 from search.analysis.confirmation import Verdict, judged_summary
 from search.analysis.confirmation import verdict as verdict_of
 from search.analysis.plans import arm_of, differing, plan_confirmation, plan_given

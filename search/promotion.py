@@ -8,7 +8,7 @@ from typing import Any
 
 from bdense.errors import InputError
 from bdense.files import require_new
-from bdense.weights.spaces import PLAIN, UNIFORM
+from bdense.weights.space import PLAIN, UNIFORM
 from search.analysis.comparison import compare
 from search.analysis.confirmation import CONFIRM_SUFFIX, confirmed_arm
 from search.analysis.plans import (

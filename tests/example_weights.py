@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from bdense.knobs import knob
-from bdense.weights.spaces import Range, Uniform, WeightSpace
+from bdense.weights.space import Range, Uniform, WeightSpace
 
 if TYPE_CHECKING:
     from bdense.weights.weighting import BranchWeighting

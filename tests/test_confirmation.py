@@ -11,7 +11,7 @@ import torch
 
 from bdense.errors import InputError
 from bdense.weights import WEIGHT_SPACES
-from bdense.weights.spaces import PLAIN, UNIFORM, Choice, WeightSpace
+from bdense.weights.space import PLAIN, UNIFORM, Choice, WeightSpace
 from bdense.weights.weighting import FixedWeights
 from search.analysis.confirmation import choose, confirmed_arm, require_trials, verdict
 from search.analysis.plans import at_another_k, fresh_seeds, plan_confirmation, plan_promotion

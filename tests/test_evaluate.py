@@ -12,7 +12,7 @@ from bdense.metrics.metrics import MetricSettings
 from bdense.metrics.references import dataset_reference, write_reference
 from bdense.models.card import model_card
 from bdense.models.store import denoiser_sha256, load_denoiser, load_tensors, save_denoiser
-from bdense.weights.spaces import normalised_weights
+from bdense.weights.log_linear import normalised_weights
 from search.study.progress_text import share_done
 from search.study.results import TrialResult
 from search.study.retention import CHECKPOINT, RESULT, STUDENT

@@ -17,7 +17,7 @@ from bdense.execution import CompileMode, Execution, Precision, exact_products
 from bdense.models.store import denoiser_sha256, load_tensors
 from bdense.training.loop import train
 from bdense.training.teacher import TeacherConfig, train_teacher
-from bdense.weights.spaces import LogLinearWeights
+from bdense.weights.log_linear import LogLinearWeights
 from bdense.weights.weighting import FixedWeights, LearnedWeights
 from tests.contracts.methods import KilledError, Steep
 from tests.goldens import discover, golden_network

@@ -23,7 +23,7 @@ from bdense.metrics.references import statistics_of
 from bdense.training.loop import train
 from bdense.training.parallel import Team, team_of
 from bdense.training.teacher import TeacherConfig, train_teacher
-from bdense.weights.spaces import LogLinearWeights
+from bdense.weights.log_linear import LogLinearWeights
 from bdense.weights.weighting import FixedWeights
 from search.worker.cost import _CONTEXT, measure
 from tests.contracts.methods import KilledError

@@ -18,15 +18,10 @@ from bdense.methods.distill import distill
 from bdense.methods.method import Inputs
 from bdense.methods.one_shot import Coordinates, OneShot, OneShotStage, ToldDenoiser
 from bdense.training.loop import train
-from bdense.weights.spaces import (
-    FreeSpace,
-    LearnedSpace,
-    LogLinearSpace,
-    NormalisedSpace,
-    PerIntervalSpace,
-    Range,
-    WeightSpace,
-)
+from bdense.weights.free import FreeSpace, PerIntervalSpace
+from bdense.weights.learned import LearnedSpace
+from bdense.weights.log_linear import LogLinearSpace, NormalisedSpace
+from bdense.weights.space import Range, WeightSpace
 from bdense.weights.weighting import FixedWeights
 from tests.contracts.methods import ALL, TWO_CPUS, KilledError, assert_no_waits
 from tests.networks import image, tiny_denoiser

@@ -23,7 +23,7 @@ from bdense.errors import InputError, NonFiniteError, NonFiniteLossError
 from bdense.methods.recordings import TrajectoryStore
 from bdense.training.loop import Evaluations, IterationReport
 from bdense.training.parallel import Follow, Team, team_of
-from bdense.weights.spaces import LogLinearWeights
+from bdense.weights.log_linear import LogLinearWeights
 from bdense.weights.weighting import FixedWeights, LearnedWeights
 from tests.contracts.methods import TWO_CPUS, outputs
 from tests.networks import tiny_denoiser

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bdense.errors import InputError
-from bdense.weights.spaces import PLAIN
+from bdense.weights.space import PLAIN
 from search.analysis.comparison import compare
 from search.analysis.racing import Contender, next_replicate, plan_replicate
 from search.analysis.stop_rule import LargestGain, largest_gain, look_ahead

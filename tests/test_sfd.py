@@ -17,7 +17,7 @@ from bdense.methods.method import Inputs, Recordings
 from bdense.methods.sfd import SFD, SFDConfig, SFDStage
 from bdense.methods.trajectories import LiveTrajectories
 from bdense.training.loop import train
-from bdense.weights.spaces import LogLinearWeights
+from bdense.weights.log_linear import LogLinearWeights
 from bdense.weights.weighting import FixedWeights
 from tests.contracts.methods import (
     ALL,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from bdense.errors import InputError
-from bdense.weights.spaces import LearnedSpace
+from bdense.weights.learned import LearnedSpace
 from search.analysis import surrogate
 from search.analysis.surrogate import Observation, candidates, posterior_means
 

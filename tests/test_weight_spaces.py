@@ -8,20 +8,15 @@ import torch
 from bdense.errors import InputError
 from bdense.methods import METHODS
 from bdense.weights import WEIGHT_SPACES, space_of
-from bdense.weights.rules import RULES
-from bdense.weights.spaces import (
-    Choice,
-    FreeSpace,
-    LearnedSpace,
+from bdense.weights.free import FreeSpace, PerIntervalSpace
+from bdense.weights.learned import RULES, LearnedSpace
+from bdense.weights.log_linear import (
     LogLinearSpace,
     LogLinearWeights,
     NormalisedSpace,
-    PerIntervalSpace,
-    Range,
-    Uniform,
     normalised_weights,
-    require_point,
 )
+from bdense.weights.space import Choice, Range, Uniform, require_point
 from tests.contracts.weight_spaces import WeightSpaceContract
 
 

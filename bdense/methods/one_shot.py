@@ -22,7 +22,7 @@ from bdense.errors import InputError
 from bdense.methods.method import AnyConfig, Inputs, Method, MethodConfig, Stage, StagePlan
 from bdense.randomness import Stream, generator
 from bdense.training.stage import Branches, BranchLosses, Update
-from bdense.weights.spaces import Uniform, WeightSpace
+from bdense.weights.space import Uniform, WeightSpace
 from bdense.weights.weighting import BranchWeighting
 
 # The embedding is made for numbers of time stamps, N + 1: cosines and sines of up to 1 radian a

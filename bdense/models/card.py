@@ -13,7 +13,7 @@ from bdense.files import atomic_write
 from bdense.models.diffusers_files import is_hub_id
 from bdense.models.latents import draws_latents, known_shape
 from bdense.models.store import denoiser_sha256
-from bdense.weights.spaces import by_interval
+from bdense.weights.space import by_interval
 
 # Metadata that a student inherits from its teacher.
 _INHERITED = ("licence", "citation", "data", "codec", "condition")

@@ -9,7 +9,7 @@ from bdense.errors import InputError
 from bdense.knobs import KnobError, Knobs, from_options, knob, spelt_options
 from bdense.weights import WEIGHT_SPACES
 from bdense.weights.parameters import SET_HELP, given_parameters, parameter_knobs
-from bdense.weights.spaces import BASELINE, PLAIN, Choice, WeightSpace
+from bdense.weights.space import BASELINE, PLAIN, Choice, WeightSpace
 
 if TYPE_CHECKING:
     from bdense.weights.weighting import BranchWeighting

@@ -5,17 +5,17 @@ from typing import Any
 
 from bdense.errors import InputError
 from bdense.registry import Registry
-from bdense.weights.spaces import WeightSpace
+from bdense.weights.space import WeightSpace
 
 WEIGHT_SPACES: Registry[type[WeightSpace]] = Registry(
     "weight space",
     "bdense.weights",
     {
-        "log-linear": "bdense.weights.spaces:LogLinearSpace",
-        "normalised": "bdense.weights.spaces:NormalisedSpace",
-        "free": "bdense.weights.spaces:FreeSpace",
-        "per-interval": "bdense.weights.spaces:PerIntervalSpace",
-        "learned": "bdense.weights.spaces:LearnedSpace",
+        "log-linear": "bdense.weights.log_linear:LogLinearSpace",
+        "normalised": "bdense.weights.log_linear:NormalisedSpace",
+        "free": "bdense.weights.free:FreeSpace",
+        "per-interval": "bdense.weights.free:PerIntervalSpace",
+        "learned": "bdense.weights.learned:LearnedSpace",
     },
 )
 

@@ -8,7 +8,7 @@ from typing import Any
 from bdense.errors import InputError
 from bdense.knobs import Knobs, from_options, knob, knobs_of
 from bdense.weights import WEIGHT_SPACES
-from bdense.weights.spaces import Choice, WeightSpace
+from bdense.weights.space import Choice, WeightSpace
 
 SET_HELP = "value of a parameter of the weight space, as in --set l_1=0.5; once for each parameter"
 

@@ -10,7 +10,7 @@ from typing import Any
 from optuna.trial import TrialState
 
 from bdense.metrics.records import FID
-from bdense.weights.spaces import PLAIN, UNIFORM
+from bdense.weights.space import PLAIN, UNIFORM
 from search.analysis.paired import Mean, Paired, mean_of, paired_difference
 from search.spec.metric import FID_METRIC, Metric
 from search.spec.sections import StageFacts

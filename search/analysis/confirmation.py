@@ -12,7 +12,7 @@ from typing import Any
 from optuna.trial import TrialState
 
 from bdense.errors import InputError
-from bdense.weights.spaces import PLAIN
+from bdense.weights.space import PLAIN
 from search.analysis.comparison import (
     ArmResult,
     Comparison,

@@ -12,7 +12,7 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from bdense.weights.spaces import BASELINE
+from bdense.weights.space import BASELINE
 from search.analysis.surrogate import Observation, posterior
 from search.spec.study import StudySpec
 from search.storage.queries import StoredTrial

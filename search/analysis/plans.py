@@ -9,7 +9,7 @@ from typing import Any
 
 from bdense.errors import InputError
 from bdense.weights import space_of
-from bdense.weights.spaces import SearchSpace
+from bdense.weights.space import SearchSpace
 from search.analysis.confirmation import (
     CONFIRM_SUFFIX,
     choose,

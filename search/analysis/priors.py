@@ -10,7 +10,7 @@ from typing import Any
 from optuna.trial import TrialState
 
 from bdense.errors import InputError
-from bdense.weights.spaces import require_point
+from bdense.weights.space import require_point
 from search.analysis.observations import prior_trials
 from search.analysis.surrogate import Observation, candidates
 from search.errors import NoSearchError, SpecError, UnknownStudyError

@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 from optuna.trial import TrialState
 
-from bdense.weights.spaces import Choice
+from bdense.weights.space import Choice
 from search.analysis.comparison import Comparison, compare
 from search.analysis.confirmation import Verdict
 from search.analysis.observations import observed, point_of

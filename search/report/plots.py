@@ -12,7 +12,7 @@ import numpy as np
 
 from bdense.files import atomic_write
 from bdense.metrics.records import FID
-from bdense.weights.spaces import PLAIN, UNIFORM, Choice
+from bdense.weights.space import PLAIN, UNIFORM, Choice
 from search.analysis.comparison import ArmResult, Comparison
 from search.analysis.observations import point_of
 from search.analysis.surrogate import FEWEST, Observation, posterior_means

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from bdense.errors import InputError
 from bdense.files import sha256_file
 from bdense.knobs import KnobError, Knobs, knob, knobs_of
-from bdense.weights.spaces import BASELINE, Choice, Range, SearchSpace, Uniform
+from bdense.weights.space import BASELINE, Choice, Range, SearchSpace, Uniform
 
 if TYPE_CHECKING:
     from search.spec.study import StudySpec

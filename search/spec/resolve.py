@@ -41,7 +41,7 @@ from bdense.training.lora import require_adaptable
 from bdense.training.teacher import TeacherConfig, new_denoiser
 from bdense.training.teacher_knobs import TeacherKnobs
 from bdense.weights import space_of
-from bdense.weights.spaces import BASELINE, UNIFORM
+from bdense.weights.space import BASELINE, UNIFORM
 from search.errors import SpecError
 from search.spec.sections import Facts, StageFacts, TeacherTraining
 from search.spec.space import make_pruner, require_sampler

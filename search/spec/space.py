@@ -10,7 +10,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.exceptions import ExperimentalWarning
 
-from bdense.weights.spaces import Choice
+from bdense.weights.space import Choice
 from search.errors import SpecError
 from search.spec.sections import Member
 from search.spec.study import StudySpec

@@ -19,7 +19,7 @@ from bdense.knobs import KnobError, Knobs, knob, knobs_of
 from bdense.methods import YOUNGER
 from bdense.models.zoo import PUBLIC_MODELS, REFERENCES
 from bdense.weights import WEIGHT_SPACES, space_of
-from bdense.weights.spaces import PLAIN, UNIFORM, SearchSpace, WeightSpace
+from bdense.weights.space import PLAIN, UNIFORM, SearchSpace, WeightSpace
 from search.errors import SpecError
 from search.spec.command import (
     COMMAND,

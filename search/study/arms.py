@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from optuna.distributions import BaseDistribution, IntDistribution
 
-from bdense.weights.spaces import BASELINE, PLAIN, UNIFORM
+from bdense.weights.space import BASELINE, PLAIN, UNIFORM
 from search.spec.command import DEFAULTS
 from search.spec.sections import ONE_SHOT_PLAN, ArmsPlan
 from search.spec.study import StudySpec

@@ -4,7 +4,7 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from bdense.weights.spaces import BASELINE, UNIFORM
+from bdense.weights.space import BASELINE, UNIFORM
 from search.study.arms import ArmRow, one_shot_arm
 from search.study.results import Curve, CurvePoint, TrialResult
 from search.study.study import Study

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self
 
 from bdense.metrics.records import FID, KID, CLIPScore, PrecisionRecall
-from bdense.weights.spaces import BranchWeights
+from bdense.weights.space import BranchWeights
 
 # Parameters of our own weight spaces; those of others are under "parameters".
 PARAMETERS = ("a", "b", "rule", "strength", "memory")

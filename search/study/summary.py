@@ -6,7 +6,7 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from bdense.weights.spaces import BASELINE, PLAIN
+from bdense.weights.space import BASELINE, PLAIN
 from search.spec.metric import Metric
 from search.spec.study import StudySpec
 from search.storage.engine import redact, retrying

@@ -8,7 +8,7 @@ from typing import Any
 
 from optuna.trial import TrialState
 
-from bdense.weights.spaces import BranchWeights, by_interval
+from bdense.weights.space import BranchWeights, by_interval
 from search.spec.metric import Metric
 from search.storage.leases import SURPLUS
 from search.storage.ledger import Ledger

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bdense.errors import InputError
 from bdense.weights import space_of
-from bdense.weights.spaces import by_interval
+from bdense.weights.space import by_interval
 from search.errors import LeaseLostError, StorageError
 from search.storage.engine import one_line, retrying
 from search.storage.ledger import Claim, Ledger

@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from bdense.errors import InputError
 from bdense.files import atomic_write
-from bdense.weights.spaces import BASELINE, PLAIN, UNIFORM
+from bdense.weights.space import BASELINE, PLAIN, UNIFORM
 from search.errors import StorageError
 from search.spec.contents import fingerprint_of
 from search.spec.file import apart

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from bdense.weights.spaces import BranchWeights, by_interval
+from bdense.weights.space import BranchWeights, by_interval
 from search.storage.queries import Counts
 
 

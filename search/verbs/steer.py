@@ -10,7 +10,7 @@ from typing import Any
 from bdense.errors import BdenseError, InputError
 from bdense.knobs import from_options
 from bdense.weights.parameters import given_parameters
-from bdense.weights.spaces import require_point
+from bdense.weights.space import require_point
 from search.report.log_lines import HEADER, LOSSES, has_losses, log_line
 from search.storage.ledger import MENDABLE, Ledger
 from search.storage.stop_flags import ask_all, held

@@ -38,7 +38,7 @@ from bdense.models.diffusers_files import HUB
 from bdense.models.latents import load_codec
 from bdense.models.zoo import PROMPT_SETS, PUBLIC_MODELS, REFERENCES, ConvertedCheckpoint
 from bdense.training.loop import IterationReport, train
-from bdense.weights.spaces import uniform_weights
+from bdense.weights.log_linear import uniform_weights
 from bdense.weights.weighting import FixedWeights
 from search.errors import UnpreparedError
 from search.spec.contents import fingerprint_of

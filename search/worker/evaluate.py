@@ -23,7 +23,7 @@ from bdense.models.store import plain_json, save_denoiser
 from bdense.training.loop import Evaluations, IterationReport
 from bdense.training.tracking import Tracking
 from bdense.weights import space_of
-from bdense.weights.spaces import BASELINE, UNIFORM
+from bdense.weights.space import BASELINE, UNIFORM
 from search.study.arms import ONE_SHOT, Task
 from search.study.folders import WEIGHTS_PLOT, grid_name
 from search.study.progress_text import evaluating, in_stage, training

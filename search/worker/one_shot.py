@@ -11,7 +11,7 @@ from bdense.methods.distill import TrainedStage
 from bdense.methods.one_shot import Coordinates, OneShot
 from bdense.metrics.records import FID
 from bdense.randomness import Stream, derive_seed
-from bdense.weights.spaces import Uniform
+from bdense.weights.space import Uniform
 from search.analysis.paired import mean_of
 from search.study.progress_text import evaluating
 from search.study.results import Curve, CurvePoint, TrialResult

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bdense.errors import InputError
-from bdense.weights.spaces import (
+from bdense.weights.space import (
     BASELINE,
     PLAIN,
     UNIFORM,

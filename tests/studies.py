@@ -21,7 +21,12 @@ STUDIES = sorted((ROOT / "studies").glob("*.yaml"))
 STUDY: dict[str, Any] = {
     "name": "digits",
     "data": "digits",
-    "teacher": {"train": {"network": {"model_channels": 8, "channel_mult": [1, 2]}, "kimg": 10}},
+    "teacher": {
+        "train": {
+            "network": {"model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1},
+            "kimg": 10,
+        }
+    },
     "method": {
         "name": "sfd",
         "nfe": 2,

@@ -444,7 +444,9 @@ def make_solver(name: str, *, order: int | None = None, **options: Any) -> Solve
 
 
 def _solver_class(name: str) -> type[Solver]:
-    return (STOCHASTIC_SOLVERS if name in STOCHASTIC_SOLVERS else SOLVERS)[name]
+    # In this order, as to ask for what is not built in is to search all installed packages.
+    is_stochastic = name not in SOLVERS and name in STOCHASTIC_SOLVERS
+    return (STOCHASTIC_SOLVERS if is_stochastic else SOLVERS)[name]
 
 
 def _with_option(name: str) -> str:

@@ -250,8 +250,9 @@ def parse(tree: dict[str, Any], source: str) -> StudySpec:
     return _with_absolute_files(spec, source)
 
 
+@functools.lru_cache(maxsize=64)
 def read_stored(name: str, text: str) -> StudySpec:
-    """The spec of a study, from the JSON that its last launch stored.
+    """The spec of a study, from the JSON that its last launch stored; not to be changed.
 
     Raises:
         InputError: Another version of bdense stored it.

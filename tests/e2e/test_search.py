@@ -314,7 +314,9 @@ def test_mistakes_exit_with_2_and_one_line(workplace):
 @pytest.mark.slow
 def test_a_pilot_settles_the_number_of_images_and_seeds_are_raced(workplace):
     plan = {"trials": 4, "race": 1, "replicates": 2}
-    study = workplace.write(small_study(plan=plan, evaluation={"images": "auto"}))
+    study = workplace.write(
+        small_study(plan=plan, method={"kimg": 0.64}, evaluation={"images": "auto"})
+    )
     workplace.done("launch", study, "--workers", "2")
     images, noise = images_of(Study.open(workplace.url, "small.pilot"))
     assert noise.replicates == 3

@@ -150,13 +150,15 @@ def test_a_grid_is_filled_row_by_row():
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
 def test_a_picture_is_written_with_small_images_enlarged(tmp_path, channels, mode):
-    """Three pixels wide: ten times larger, every pixel a square."""
+    """Three pixels wide: ten times larger, every pixel a square; a grey gap between two."""
     save_grid(numbered(3, channels), tmp_path / "grid.png", columns=2)
     with Image.open(tmp_path / "grid.png") as picture:
-        assert (picture.mode, picture.size) == (mode, (60, 40))
-        colours = [picture.getpixel(place) for place in ((0, 0), (59, 19), (29, 39), (30, 20))]
+        assert (picture.mode, picture.size) == (mode, (62, 42))
+        places = ((0, 0), (61, 19), (29, 41), (32, 22), (30, 0), (31, 41), (0, 21))
+        colours = [picture.getpixel(place) for place in places]
     first = [(v, v + 1, v + 2) if channels == 3 else v for v in (0, 10, 20)]
-    assert colours == [*first, (0, 0, 0) if channels == 3 else 0]
+    others = [(v, v, v) if channels == 3 else v for v in (0, 96, 96, 96)]  # no image, and gaps
+    assert colours == first + others
     assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
 
 

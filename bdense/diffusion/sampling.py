@@ -36,6 +36,7 @@ from bdense.files import atomic_write
 from bdense.randomness import Stream, image_noise
 
 GRID_COLUMNS = 16  # of a picture of samples
+_GAP, _GREY = 2, 96  # pixels between its images, and their value
 # Metadata of what a student's FID was measured with, see ``bdense.metrics.setup``.
 SETUP = "fid_setup"
 _MOST_INTERVALS = 100_000
@@ -321,25 +322,29 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
 
-def image_grid(images: Tensor, columns: int) -> Tensor:
-    """Tile uint8 images [n, C, H, W] row by row into one picture [H', W', 3 or 1 channels]."""
+def image_grid(images: Tensor, columns: int, gap: int = 0) -> Tensor:
+    """Tile uint8 images [n, C, H, W] row by row into one picture [H', W', 3 or 1 channels].
+
+    ``gap`` pixels of grey lie between two images.
+    """
     if images.dtype != torch.uint8:
         raise InputError(f"a picture is made of uint8 images, got {images.dtype}; see to_uint8")
     if columns < 1:
         raise InputError(f"columns must be at least 1, got {columns}")
     n, c, h, w = images.shape
     rows = -(-n // columns)
-    canvas = images.new_zeros(rows * columns, c, h, w)
-    canvas[:n] = images
-    tiled = canvas.view(rows, columns, c, h, w).permute(0, 3, 1, 4, 2)
-    return tiled.reshape(rows * h, columns * w, c)
+    canvas = images.new_full((rows * columns, c, h + gap, w + gap), _GREY)
+    canvas[:, :, :h, :w] = 0
+    canvas[:n, :, :h, :w] = images
+    tiled = canvas.view(rows, columns, c, h + gap, w + gap).permute(0, 3, 1, 4, 2)
+    whole = tiled.reshape(rows * (h + gap), columns * (w + gap), c)
+    return whole[: whole.shape[0] - gap, : whole.shape[1] - gap]
 
 
 def save_grid(images: Tensor, path: Path, columns: int = GRID_COLUMNS) -> None:
     """Write uint8 images [n, C, H, W] as one PNG, small ones enlarged to 32 pixels at least."""
-    picture = image_grid(images, columns).squeeze(-1).numpy()
-    image = Image.fromarray(picture)
     zoom = max(1, 32 // images.shape[-1])
-    image = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+    enlarged = images.repeat_interleave(zoom, -2).repeat_interleave(zoom, -1)
+    picture = image_grid(enlarged, columns, gap=_GAP).squeeze(-1).numpy()
     with atomic_write(path) as scratch:
-        image.save(scratch, format="PNG")
+        Image.fromarray(picture).save(scratch, format="PNG")

@@ -16,7 +16,8 @@ import optuna
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 
-STUDY, WORKERS, STEP_SECONDS, STEPS = "faults", 2, 0.25, 20
+STUDY, WORKERS, STEPS = "faults", 2, 20
+STEP = "BENCH_STEP_SECONDS"  # in the environment
 LEASE_SECONDS = 10
 
 
@@ -41,7 +42,7 @@ def work(
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / "step"
     for step in range(int(kept.read_text()) if kept.exists() else 0, STEPS):
-        time.sleep(STEP_SECONDS)
+        time.sleep(float(os.environ[STEP]))
         with log.open("a") as file:
             file.write(f"{json.dumps([key, step, needed])}\n")
         scratch = kept.with_suffix(".partial")

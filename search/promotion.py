@@ -8,6 +8,7 @@ from typing import Any
 
 from bdense.errors import InputError
 from bdense.files import require_new
+from bdense.knobs import KnobError
 from bdense.weights.spaces import PLAIN, UNIFORM
 from search.analysis.comparison import compare
 from search.analysis.confirmation import CONFIRM_SUFFIX, confirmed_arm
@@ -103,13 +104,14 @@ class Promotion:
     ) -> None:
         require_students(study)
         if asked.to is not None and asked.to.is_search:
-            raise InputError(
-                f"the study of --to, {asked.to.name}, is a search; give a study of given arms "
-                "(plan: arms, seeds), or measure weights under a search's conditions by "
-                "`bdense-search transfer`"
+            raise KnobError(
+                "to",
+                f"names {asked.to.name}, a search; give a study of given arms (plan: arms, "
+                "seeds), or measure weights under a search's conditions by `bdense-search "
+                "transfer`",
             )
         if asked.arm not in (None, *ARMS):
-            raise InputError(f"--arm {asked.arm} is unknown; choose from {', '.join(ARMS)}")
+            raise KnobError("arm", f"must be one of {', '.join(ARMS)}, got {asked.arm}")
         self._study, self._asked = study, asked
         self._spec = asked.to or given_arms(study.spec, study.name + PROMOTE_SUFFIX)
         self._settings = self._asked_settings()
@@ -183,9 +185,10 @@ class Promotion:
         choice, chosen = self._asked.arm, found.arm.name if found is not None else None
         arm = promoted.name if choice == "weights" else choice or chosen
         if arm is None:
-            raise InputError(
-                f"{headline(planned)}: no baseline is complete to judge {promoted.name} by; run "
-                "the same command again, or choose the student to export by --arm"
+            raise KnobError(
+                "arm",
+                f"must say whose student is exported, as no baseline is complete to judge "
+                f"{promoted.name} by: {headline(planned)}; or run the same again",
             )
         number = arm_row(planned, arm=arm, variant=variant)
         if is_current(folder, planned, number):
@@ -212,9 +215,10 @@ class Promotion:
             number = ConfirmSpec().seeds if asked is None else asked
             if not isinstance(number, int) or number < 1:
                 shown = asked if isinstance(asked, int) else ",".join(map(str, asked or ()))
-                raise InputError(
-                    f"--seeds {shown}: without --to it is the number of fresh seeds; give one "
-                    "number, 1 or more"
+                raise KnobError(
+                    "seeds",
+                    f"must be the number of fresh seeds, 1 or more, unless `to` is given, got "
+                    f"{shown}",
                 )
             # Not those of the confirmation, which chose the winner.
             return fresh_seeds(study.spec, number, seeds_of(study, study.name + CONFIRM_SUFFIX))

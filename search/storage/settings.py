@@ -159,7 +159,7 @@ def record_change(study: optuna.Study, key: str, old: JSON, new: JSON) -> None:
 def _unknown(name: str, url: str, names: Sequence[str]) -> str:
     there = f"studies there: {', '.join(sorted(names))}" if names else "no study is there"
     return (
-        f"no study {name!r} in {redact(url)}; {there}; check the name and --storage, "
+        f"no study {name!r} in {redact(url)}; {there}; check the name and the storage, "
         "or launch it first"
     )
 

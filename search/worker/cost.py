@@ -143,7 +143,7 @@ def require_room(spec: StudySpec, together: int) -> TrialCost:
     if found.device == "cuda":  # trials that hold whole GPUs do not share one
         together = min(together, int(1 / _gpu_share(spec) + 1e-9))
     if (needed := together * found.peak_bytes) > found.free_bytes:
-        fewer = f"run fewer at once by --workers ({together} now), or " if together > 1 else ""
+        fewer = f"run fewer than {together} workers, or " if together > 1 else ""
         raise InputError(
             f"{together} trial{'s' * (together > 1)} of study {spec.name} at once need "
             f"{_gib(needed)} and {'the GPU' if found.device == 'cuda' else 'this machine'} has "

@@ -151,7 +151,10 @@ class Promotion:
         for folder in map(self._folder, self._settings) if asked.out is not None else ():
             if not is_of(folder, spec.name):  # one that this promotion wrote is written anew
                 require_new(folder)
-        arm = asked.weights or confirmed_arm(study)
+        try:
+            arm = asked.weights or confirmed_arm(study)
+        except InputError as error:
+            raise KnobError("weights", f"must be given: {error}") from error
         if asked.weights is None and asked.to is None:
             for told in {other_budget(study, each) for each in self._settings} - {""}:
                 say(told)

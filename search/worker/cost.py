@@ -34,7 +34,7 @@ from bdense.methods.method import Inputs, Recordings, Stage
 from bdense.metrics.classifiers import RECIPES
 from bdense.metrics.extractors import load_extractor, missing_checkpoint
 from bdense.metrics.references import features_of
-from bdense.models.diffusers_files import HUB
+from bdense.models.diffusers_files import hub_page
 from bdense.models.latents import load_codec
 from bdense.models.zoo import PROMPT_SETS, PUBLIC_MODELS, REFERENCES, ConvertedCheckpoint
 from bdense.training.loop import IterationReport, train
@@ -344,7 +344,7 @@ def _downloads(spec: StudySpec, teacher_bytes: int) -> list[str]:
         if not isinstance(file, ConvertedCheckpoint)
     ]
     if (scorer := evaluation.clip_score) is not None and not Path(scorer).exists():
-        lines.append(f"{HUB}/{scorer}, the CLIP model, unless it is in the hub's cache")
+        lines.append(f"{hub_page(scorer)}, the CLIP model, unless it is in the hub's cache")
     if (weights := missing_checkpoint(spec.evaluation.extractor)) is not None:
         lines.append("{} to {}".format(*weights))
     made = [file.text() for file, _ in missing if isinstance(file, ConvertedCheckpoint)]

@@ -15,6 +15,9 @@ from search.errors import SpecError
 from search.spec.sections import Member
 from search.spec.study import StudySpec
 
+# Each trial takes the next element of one sequence, whose order or scrambling the seed decides.
+_SEQUENCES = ("GridSampler", "QMCSampler")
+
 
 def search_space(spec: StudySpec) -> dict[str, BaseDistribution]:
     """The distributions of a trial's parameters."""
@@ -31,10 +34,9 @@ def make_sampler(spec: StudySpec, offset: int) -> optuna.samplers.BaseSampler:
 
     The offset is the number of trials so far: reproducible, and never equal in two processes.
     """
-    seed = (spec.seeds.sampler + offset) % 2**31
-    made: optuna.samplers.BaseSampler = _made(
-        optuna.samplers, "plan.sampler", spec.search.sampler, seed=seed
-    )
+    member = spec.search.sampler
+    seed = (spec.seeds.sampler + offset * (member.name not in _SEQUENCES)) % 2**31
+    made: optuna.samplers.BaseSampler = _made(optuna.samplers, "plan.sampler", member, seed=seed)
     return made
 
 

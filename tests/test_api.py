@@ -46,9 +46,10 @@ def test_results_are_records_and_a_frame(losses, tmp_path):
     assert page.with_name(HTML_PAGE).is_file()
 
 
-def test_a_study_of_a_file_of_objects_and_of_a_name_is_one(url, tmp_path, monkeypatch):
+def test_a_study_of_a_file_of_objects_and_of_a_name_is_one(url, tmp_path, monkeypatch, capfd):
     path = written(tmp_path)
     study = search.open_study(path)
+    assert capfd.readouterr() == ("", "")
     assert study.counts.planned == 2
     # Objects' paths are relative to the current folder, as there is no file.
     monkeypatch.chdir(tmp_path)
